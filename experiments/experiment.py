@@ -17,10 +17,11 @@ To add an experiment, write one module in this folder, named after what it shows
         figure = plots.lines(...)
         return Result(claims=[Claim(...)], tables=[Table(...)], figures=[Figure("curves", "Loss by step.", figure)])
 
-It is found by its `REQUIRES`, its name is the module's with hyphens (`activation_statistics.py` is `activation-statistics`), and
-`Settings` may be left out. `run` computes in PARTS: `run.part(name, compute)` is a dict of arrays that is stored as soon as it is
-there, so that `--resume` redoes only the parts that are missing. All else (claims, tables, figures) follows from the parts.
-A mistake of the user's (a bad path, a bad value) is raised as `ExperimentError`, in one line.
+It is found by its `REQUIRES`, its name is the module's with hyphens (`activation_statistics.py` is `activation-statistics`),
+and `Settings` may be left out. `run` computes in PARTS: `run.part(name, compute)` is a dict of arrays that is stored as soon as
+it is there, so that `--resume` redoes only the parts that are missing. All else (claims, tables, figures) follows from the
+parts. Fixed expectations and tolerances are constants of the module, each with its source. A mistake of the user's (a bad path,
+a bad value) is raised as `ExperimentError`, in one line.
 """
 
 import hashlib
@@ -96,7 +97,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Result:
-    """What an experiment found. `remarks` are paragraphs of Markdown for the reader; `data` is what JSON should hold besides."""
+    """What an experiment found: `remarks` are paragraphs of Markdown for the reader, `data` is what JSON holds besides."""
 
     claims: "Sequence[Claim]"
     tables: Sequence[Table] = ()
