@@ -1,6 +1,7 @@
 """The networks of the experiments: plain stacks of dense layers, which is where the law is seen best."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -54,14 +55,13 @@ class Classifier(nn.Module):
         return nn.Dense(self.classes, kernel_init=self.kernel_init, name="head")(self.stack(x))
 
 
-def activations(model: nn.Module, variables, x) -> list[Array]:
+def activations(model: nn.Module, variables: Any, x: Array) -> list[Any]:
     """What each layer of a `Stack` puts out, first layer first."""
-    _, captured = model.apply(variables, x, mutable=["intermediates"])
-    sown = captured["intermediates"]
+    sown = model.apply(variables, x, mutable=["intermediates"])[1]["intermediates"]
     return [sown[f"activation_{layer}"][0] for layer in range(len(sown))]
 
 
-def rescale(params, factor):
+def rescale(params: Any, factor: Any) -> Any:
     """Every kernel times `factor`, a number or an array that may be traced: so that one compiled program serves all scales."""
     return jax.tree.map_with_path(lambda path, leaf: leaf * factor if _is_kernel(path) else leaf, params)
 

@@ -2,9 +2,11 @@
 
 import io
 from collections.abc import Sequence
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
+from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
@@ -12,7 +14,7 @@ from PIL import Image
 # Told apart by people who do not see red and green alike, and in grey print by their lightness.
 COLOURS = ("#1f5fa8", "#d9622b", "#2a9d77", "#8e4ea8", "#c9a227", "#5b6770", "#c2417c", "#35b0c9")
 INK, FAINT = "#22272e", "#d5dae0"
-STYLE = {
+STYLE: Any = {
     "font.size": 10,
     "font.family": "DejaVu Sans",
     "text.color": INK,
@@ -24,7 +26,7 @@ STYLE = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
-    "axes.prop_cycle": mpl.cycler(color=COLOURS),
+    "axes.prop_cycle": cycler(color=COLOURS),
     "axes.axisbelow": True,
     "grid.color": FAINT,
     "grid.linewidth": 0.6,

@@ -34,20 +34,29 @@ def replaced_folder(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         os.chmod(temporary, 0o777 & ~_umask())
-        if not path.exists():
-            os.rename(temporary, path)
-            return
-        old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent)) / path.name
-        os.rename(path, old)
+        if path.exists():
+            os.rename(path, Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent)) / path.name)
         os.rename(temporary, path)
-        ours = set(files_of(old))
-        for entry in old.iterdir():
-            if entry.name not in ours and not (path / entry.name).exists():
-                os.rename(entry, path / entry.name)
-        shutil.rmtree(old.parent)
+        recover(path)
     finally:
         if temporary.exists():
             shutil.rmtree(temporary)
+
+
+def recover(path: Path) -> None:
+    """Clear away what a process killed inside `replaced_folder(path)` left beside `path`; nothing but its own files goes."""
+    for partial in path.parent.glob(f".{path.name}.*.partial"):
+        shutil.rmtree(partial)
+    for trash in path.parent.glob(f".{path.name}.*.old"):
+        old = trash / path.name
+        if old.exists() and not path.exists():
+            os.rename(old, path)
+        elif old.exists():
+            ours = set(files_of(old))
+            for entry in old.iterdir():
+                if entry.name not in ours and not (path / entry.name).exists():
+                    os.rename(entry, path / entry.name)
+        shutil.rmtree(trash)
 
 
 def files_of(folder: Path) -> list[str]:

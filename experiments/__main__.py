@@ -1,0 +1,95 @@
+"""The command line: `python -m experiments [NAME | all] [--quick] [--seeds N] [--seed S] [--out DIR] [--resume]`.
+
+Exit status: 0 where every claim holds, 1 where one does not (or is inconclusive), 2 for a mistake in the command.
+"""
+
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from experiments import registry
+from experiments.experiment import ExperimentError, Settings
+
+if TYPE_CHECKING:
+    from experiments.registry import Entry
+
+PROGRAM = "python -m experiments"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Carry out the command and return the exit status."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    console, errors = Console(), Console(stderr=True)
+    try:
+        if not arguments or arguments[0] in ("-h", "--help"):
+            _list(console)
+            return 0
+        name, *options = arguments
+        if name == "all":
+            return _run_all(console, _parse(name, "Run every experiment and write one report.", Settings, options))
+        entry = registry.find(name)
+        settings = _parse(name, f"{entry.title}.", getattr(entry.load(), "Settings", Settings), options)
+        return _run_one(console, entry, settings)
+    except ExperimentError as error:
+        errors.print(Text(f"error: {error}", style="red"), soft_wrap=True)
+        return 2
+    except KeyboardInterrupt:
+        errors.print("stopped; the same command with --resume goes on from here", style="yellow", soft_wrap=True)
+        return 130
+
+
+def _list(console: Console) -> None:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("experiment", no_wrap=True, style="cyan")
+    table.add_column("what it shows", ratio=1)
+    for entry in registry.entries():
+        shown = Text(entry.title)
+        if entry.missing:
+            shown.append(f"\nneeds {', '.join(entry.missing)}: pip install 'varscale[experiments]'", style="yellow")
+        table.add_row(entry.name, shown)
+    console.print(table)
+    console.print(
+        Text(f"\nrun one:       {PROGRAM} NAME [--quick] [--seeds N] [--seed S] [--out DIR] [--resume]"), soft_wrap=True
+    )
+    console.print(Text(f"all of them:   {PROGRAM} all [--quick] ..."))
+    console.print(Text(f"its options:   {PROGRAM} NAME --help"))
+
+
+def _parse(name: str, description: str, settings: type[Settings], options: list[str]) -> Settings:
+    try:
+        import tyro
+    except ImportError as error:
+        raise ExperimentError("the command line needs tyro: pip install 'varscale[experiments]'") from error
+    return tyro.cli(
+        settings, prog=f"{PROGRAM} {name}", description=description, args=options, config=(tyro.conf.FlagCreatePairsOff,)
+    )
+
+
+def _run_one(console: Console, entry: "Entry", settings: Settings) -> int:
+    from experiments import progress, report, runner
+
+    with progress.bars(console) as bars:
+        record = runner.run_one(entry, settings, bars)
+    report.show(console, record, settings.out / entry.name)
+    return 0 if report.succeeded([record]) else 1
+
+
+def _run_all(console: Console, settings: Settings) -> int:
+    from experiments import progress, report, runner
+
+    with progress.bars(console) as bars:
+        records = runner.run_all(registry.entries(), settings, bars)
+    for record in records:
+        report.show(console, record, settings.out / record["name"])
+        console.print()
+    console.print(Text(report.tally(records), style="bold green" if report.succeeded(records) else "bold red"))
+    console.print(Text(f"report in {settings.out / 'report.html'} and report.md", style="dim"), soft_wrap=True)
+    return 0 if report.succeeded(records) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,182 @@
+"""What was found, for a reader: Markdown, the same as one HTML page that opens by itself, and the terminal."""
+
+import base64
+import html
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from markdown_it import MarkdownIt
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
+
+from experiments.claims import LEVEL, number
+
+Record = dict[str, Any]
+SIGNS = {"holds": "✓", "does not hold": "✗", "inconclusive": "?"}
+COLOURS = {"holds": "green", "does not hold": "red", "inconclusive": "yellow"}
+
+
+def tally(records: Sequence[Record]) -> str:
+    """How many claims hold, in words."""
+    verdicts = [claim["verdict"] for record in records for claim in record["claims"]]
+    failing = [f"{count} {verdict}" for verdict in ("does not hold", "inconclusive") if (count := verdicts.count(verdict))]
+    return f"{verdicts.count('holds')} of {len(verdicts)} claims hold" + (f" ({', '.join(failing)})" if failing else "")
+
+
+def succeeded(records: Sequence[Record]) -> bool:
+    """Whether every claim holds; one that is inconclusive does not."""
+    return all(claim["verdict"] == "holds" for record in records for claim in record["claims"])
+
+
+def markdown_of_all(title: str, records: Sequence[Record]) -> str:
+    """One report over several experiments, whose pictures lie in folders of their names."""
+    rows = [
+        (f"[{record['name']}](#{_anchor(record['title'])})", record["title"], tally([record]), _duration(record["seconds"]))
+        for record in records
+    ]
+    parts = [
+        f"# {title}",
+        f"**{tally(records)}**, in {_duration(sum(record['seconds'] for record in records))}.",
+        _table(("experiment", "what it shows", "claims", "time"), rows),
+        *(markdown(record, level=2, folder=f"{record['name']}/") for record in records),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def markdown(record: Record, *, level: int = 1, folder: str = "") -> str:
+    """The report of one experiment; its pictures lie in `folder`, relative to the report."""
+    settings = ", ".join(f"{name} {value}" for name, value in record["settings"].items())
+    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+    head, below = "#" * level, "#" * (level + 1)
+    parts = [
+        f"{head} {record['title']}",
+        f"`{record['name']}`: **{tally([record])}**, in {_duration(record['seconds'])} ({settings}; {versions}).",
+        *record["remarks"],
+        f"{below} Claims",
+        _table(
+            ("", "claim", "expected", f"measured [{LEVEL:.0%} interval]", "seeds", "source"),
+            [
+                (
+                    f"{SIGNS[claim['verdict']]} {claim['verdict']}",
+                    claim["sentence"],
+                    claim["expected"]["text"],
+                    claim["measured"]["text"],
+                    claim["measured"]["seeds"] or "",
+                    claim["expected"]["source"],
+                )
+                for claim in record["claims"]
+            ],
+        ),
+    ]
+    refuted = [claim for claim in record["claims"] if "refutes" in claim]
+    if refuted:
+        parts.append(f"{below} Statements refuted")
+        parts += [_refutation(claim) for claim in refuted]
+    for figure in record["figures"]:
+        parts.append(f"![{figure['caption']}]({folder}{figure['file']})")
+        parts.append(f"*{figure['caption']}*")
+    for table in record["tables"]:
+        parts += [f"{below} {table['title']}", *([table["note"]] if table["note"] else [])]
+        parts.append(_table(table["columns"], table["rows"]))
+    return "\n\n".join(parts) + ("\n" if level == 1 else "")
+
+
+def page(title: str, text: str, folder: Path) -> str:
+    """The Markdown as an HTML page that carries its pictures, which lie in `folder`, inside."""
+    body = MarkdownIt("commonmark").enable("table").render(text)
+    body = re.sub(r'src="([^":]+\.png)"', lambda match: f'src="{_inlined(folder / match[1])}"', body)
+    body = re.sub(r"<h([1-6])>(.*?)</h\1>", lambda m: f'<h{m[1]} id="{_anchor(html.unescape(m[2]))}">{m[2]}</h{m[1]}>', body)
+    for verdict, sign in SIGNS.items():
+        body = body.replace(f"<td>{sign} {verdict}</td>", f'<td class="{COLOURS[verdict]}">{sign}&nbsp;{verdict}</td>')
+    body = body.replace("<table>", '<div class="wide"><table>').replace("</table>", "</table></div>")
+    return PAGE.format(title=html.escape(title), style=STYLE, body=body)
+
+
+def show(console: Console, record: Record, folder: Path) -> None:
+    """Print tables and claims, and where the rest is."""
+    for table in record["tables"]:
+        console.print(_shown_table(table))
+    claims = Table(show_header=False, box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    claims.add_column(no_wrap=True)
+    claims.add_column(ratio=1)
+    for claim in record["claims"]:
+        verdict = claim["verdict"]
+        seeds = f" ({claim['measured']['seeds']} seeds)" if claim["measured"]["seeds"] else ""
+        detail = f"expected {claim['expected']['text']}, measured {claim['measured']['text']}{seeds}"
+        sign = Text(f"{SIGNS[verdict]} {verdict}", style=COLOURS[verdict])
+        claims.add_row(sign, Group(Text(claim["sentence"]), Text(detail, style="dim")))
+    console.print(claims)
+    console.print(Text(f"{record['name']}: {tally([record])}", style="bold"))
+    console.print(Text(f"results in {folder} ({', '.join(record['files'])}, results.json)", style="dim"), soft_wrap=True)
+
+
+def _shown_table(table: Record) -> Table:
+    shown = Table(title=table["title"], title_justify="left", caption=table["note"] or None, caption_justify="left")
+    for column in range(len(table["columns"])):
+        numeric = all(not isinstance(row[column], str) for row in table["rows"])
+        shown.add_column(table["columns"][column], justify="right" if numeric else "left")
+    for row in table["rows"]:
+        shown.add_row(*(Text(_cell(value)) for value in row))
+    return shown
+
+
+def _refutation(claim: Record) -> str:
+    refuted, measured = claim["refutes"], claim["measured"]["text"]
+    state = "refuted" if claim["verdict"] == "holds" else f"the refutation {claim['verdict']}"
+    return f"The notes say: “{refuted['statement']}”. **{state.capitalize()}**: measured {measured}. {refuted['reason']}"
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join("| " + " | ".join(_cell(value).replace("|", "\\|") for value in line) + " |" for line in lines)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "not a number"
+    return number(value) if isinstance(value, float) else str(value)
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.1f} min"
+
+
+def _anchor(title: str) -> str:
+    return re.sub(r"[^\w-]+", "-", title.lower()).strip("-")
+
+
+def _inlined(picture: Path) -> str:
+    return "data:image/png;base64," + base64.b64encode(picture.read_bytes()).decode()
+
+
+STYLE = """
+:root { color-scheme: light dark; --ink: #22272e; --paper: #fff; --faint: #e4e8ec; --soft: #5b6770; }
+@media (prefers-color-scheme: dark) { :root { --ink: #dde3ea; --paper: #171b20; --faint: #313941; --soft: #98a3ad; } }
+body { font: 16px/1.55 system-ui, "DejaVu Sans", sans-serif; color: var(--ink); background: var(--paper);
+       max-width: 62rem; margin: 2rem auto 5rem; padding: 0 1rem; }
+h1, h2, h3 { line-height: 1.25; margin: 2.2em 0 .6em; } h1 { margin-top: 0; }
+h2 { border-top: 1px solid var(--faint); padding-top: 1.4em; }
+img { max-width: 100%; height: auto; display: block; margin: 1.5em auto .3em; border-radius: 4px; }
+em { color: var(--soft); } code { font-size: .92em; }
+.wide { overflow-x: auto; } table { border-collapse: collapse; font-size: .88rem; margin: .6em 0 1.4em; }
+th, td { text-align: left; vertical-align: top; padding: .35em .8em .35em 0; border-bottom: 1px solid var(--faint); }
+th { color: var(--soft); font-weight: 600; }
+.green { color: #1f8a54; } .red { color: #d0342c; font-weight: 600; } .yellow { color: #b57a00; font-weight: 600; }
+"""
+
+PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>{style}</style>
+</head>
+<body>
+{body}
+</body>
+</html>
+"""
