@@ -33,7 +33,7 @@ _TO_LEGENDRE = ((2 * np.arange(_ORDER) + 1) / 2)[:, None] * np.polynomial.legend
 _OFFSET = math.pi / 128
 _CUTS = np.concatenate([np.linspace(-38, -12, 9)[:-1], np.linspace(-12, 12, 49), np.linspace(12, 38, 9)[1:]]) + _OFFSET
 _BATCH = 64  # panels a call: one shape, so that jax compiles each primitive of the callable once
-_KINK_WIDTH = 2.0**-31
+_KINK_WIDTH = 2.0**-40
 _TOLERANCE = 1e-12
 _MOST_PANELS = 4096
 
