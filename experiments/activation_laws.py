@@ -33,7 +33,7 @@ class Sizes:
 
     sigmoid_width: int = 32
     sigmoid_depth: int = 3
-    sigmoid_samples: int = 2000
+    sigmoid_samples: int = 1000
     linear_width: int = 64
     linear_depth: int = 16
     fans: tuple[int, ...] = (16, 32, 64, 128, 256, 512, 1024)
@@ -88,20 +88,32 @@ def deep_linear(keys, gains, *, sizes: Sizes) -> Float[Array, "laws seeds gains 
     return jnp.stack([one_law(vs.normal(1.0)), one_law(vs.symmetric_uniform(math.sqrt(3)))])
 
 
-@functools.partial(jax.jit, static_argnames=("fan_in", "fan_out", "batch"))
-def one_layer(keys, *, fan_in: int, fan_out: int, batch: int = 32) -> Float[Array, "seeds 2"]:
-    """Output variance and input gradient's variance of a linear layer with unit weights, unit inputs and unit gradients."""
+@functools.partial(jax.jit, static_argnames=("width", "batch"))
+def one_layer(key, fan_in, fan_out, *, width: int, batch: int = 32) -> Float[Array, "pairs 2"]:
+    """Output variance and input gradient's variance of linear layers with unit weights, unit inputs and unit gradients.
 
-    def one(key):
-        key_inputs, key_weights, key_gradients = jax.random.split(key, 3)
-        x = jax.random.normal(key_inputs, (batch, fan_in))
-        dense = Stack((fan_out,), lambda y: y, kernel_init=vs.normal(1.0))
-        variables = {"params": dense.init(key_weights, x)["params"]}
-        y, backward = jax.vjp(lambda x: dense.apply(variables, x), x)
-        (gradient,) = backward(jax.random.normal(key_gradients, y.shape))
-        return jnp.stack([jnp.var(y), jnp.var(gradient)])
+    One kernel of the largest size serves all fans, and so does one program: inputs and gradients beyond a fan are zero, which
+    is the same as weights that are not there.
 
-    return jax.vmap(one)(keys)
+    Args:
+      key: of weights, inputs and gradients.
+      fan_in: number of inputs of each layer, shape (pairs,).
+      fan_out: number of outputs, shape (pairs,).
+      width: the largest fan.
+      batch: number of inputs.
+    """
+    key_inputs, key_weights, key_gradients = jax.random.split(key, 3)
+    x, g = jax.random.normal(key_inputs, (batch, width)), jax.random.normal(key_gradients, (batch, width))
+    dense = Stack((width,), lambda y: y, kernel_init=vs.normal(1.0))
+    variables = {"params": dense.init(key_weights, x)["params"]}
+
+    def one(fan_in, fan_out):
+        into, out = (jnp.arange(width)[None] < fan for fan in (fan_in, fan_out))
+        y, backward = jax.vjp(lambda x: dense.apply(variables, x), jnp.where(into, x, 0.0))
+        (gradient,) = backward(jnp.where(out, g, 0.0))
+        return jnp.stack([jnp.var(y, where=out), jnp.var(gradient, where=into)])
+
+    return jax.vmap(one)(fan_in, fan_out)
 
 
 def law_parts(run: Run, sizes: Sizes) -> dict[str, dict[str, np.ndarray]]:
@@ -109,7 +121,7 @@ def law_parts(run: Run, sizes: Sizes) -> dict[str, dict[str, np.ndarray]]:
 
     def sigmoid():
         with jax.enable_x64(True):
-            keys = run.keys("sigmoid", run.seeds(quick=60, full=120))
+            keys = run.keys("sigmoid", run.seeds(quick=40, full=120))
             factors = jnp.asarray(SIGMOID_SCALES)
             drawn = [sigmoid_linearity(key, factors, sizes=sizes) for key in run.track(keys, "sigmoid nets", total=len(keys))]
             return {"explained": np.stack(drawn)}
@@ -120,11 +132,11 @@ def law_parts(run: Run, sizes: Sizes) -> dict[str, dict[str, np.ndarray]]:
 
     def fans():
         keys = run.keys("fans", run.seeds(quick=20, full=100))
-        sweep = run.track(sizes.fans, "fan-in and fan-out")
-        drawn = [
-            (one_layer(keys, fan_in=n, fan_out=sizes.fixed), one_layer(keys, fan_in=sizes.fixed, fan_out=n)) for n in sweep
-        ]
-        return {"fan_in": np.stack([a for a, _ in drawn], 1), "fan_out": np.stack([b for _, b in drawn], 1)}
+        swept, fixed = jnp.asarray(sizes.fans), jnp.full(len(sizes.fans), sizes.fixed)
+        into, out = jnp.concatenate([swept, fixed]), jnp.concatenate([fixed, swept])
+        draw = functools.partial(one_layer, fan_in=into, fan_out=out, width=max(*sizes.fans, sizes.fixed))
+        drawn = np.stack([draw(key) for key in run.track(keys, "fan-in and fan-out", total=len(keys))])
+        return {"fan_in": drawn[:, : len(sizes.fans)], "fan_out": drawn[:, len(sizes.fans) :]}
 
     return {name: run.part(name, compute) for name, compute in (("sigmoid", sigmoid), ("linear", linear), ("fans", fans))}
 
@@ -221,7 +233,8 @@ def law_figures(parts: dict[str, dict[str, np.ndarray]], sizes: Sizes) -> list[F
     for gain, draws, colour in zip(GAINS, np.moveaxis(parts["linear"]["square"][0], 1, 0), plots.COLOURS, strict=False):
         plots.band(axes[1], layers, draws, label=f"n·Var[w] = {gain}", colour=colour, log=True)
         axes[1].plot(layers, gain**layers, color=plots.INK, linewidth=1, linestyle=(0, (4, 3)))
-    axes[1].set(xlabel="layer", ylabel="mean square, of the input's")
+    plots.by_layer(axes[1])
+    axes[1].set(ylabel="mean square, of the input's")
     axes[1].set_title("n·Var[w] compounds (dashed: its power)")
     axes[1].legend()
 
@@ -244,9 +257,9 @@ def law_figures(parts: dict[str, dict[str, np.ndarray]], sizes: Sizes) -> list[F
         panel.set(xscale="log", xlabel=f"{fan} ({other} = {sizes.fixed})", ylabel=what)
         panel.set_xticks(fans, [str(n) for n in fans], minor=False)
         panel.minorticks_off()
+        panel.legend(title="Var[w]", title_fontsize=9)
     axes[0].set_title("Forward: 1/fan_in is flat")
     axes[1].set_title("Backward: 1/fan_out is flat")
-    axes[1].legend(title="Var[w]", title_fontsize=9)
     return [
         Figure(
             "linearity-and-depth",

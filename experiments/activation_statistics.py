@@ -277,14 +277,17 @@ def histograms(shape: Shape, part: dict[str, np.ndarray]) -> Figure:
     for number, (net, panel) in enumerate(zip(shape.nets, axes[0], strict=True)):
         edges = np.linspace(0.0, 3.0, BINS + 1) if net.relu else np.linspace(-1.0, 1.0, BINS + 1)
         labels = [str(layer + 1) for layer in range(shape.depth)] if number == 0 else [""] * shape.depth
-        plots.ridges(panel, edges, part["histogram"][number], labels)
+        counts = part["histogram"][number]
+        if net.relu:  # half of all entries are zero: that spike is cut off, or nothing else would be seen
+            counts = np.minimum(counts, 1.3 * np.maximum(counts[:, 1:].max(axis=1, keepdims=True), 1))
+        plots.ridges(panel, edges, counts, labels)
         panel.set_title(net.name, fontsize=9.5)
         panel.set_xlabel("activation")
     axes[0, 0].set_ylabel("layer")
     return Figure(
         f"histograms-{shape.name}",
         f"Histograms of the activations of {shape.depth} layers of {shape.width} units, the first layer on top."
-        " ReLU's zeros are the spike on the left.",
+        " ReLU's zeros, half of all, are cut off.",
         picture,
     )
 
@@ -299,23 +302,23 @@ def curves(shape: Shape, normal: dict[str, np.ndarray], uniform: dict[str, np.nd
         plots.band(axes[0, 1], layers, std, label=net.name, colour=colour, log=True)
         axes[0, 1].plot(layers, net.published_std, "o", color=colour, markerfacecolor="white", markersize=5)
         if not net.relu:
-            for law, part, line in (("normal", normal, "-"), ("uniform", uniform, ":")):
+            for part, line in ((normal, "-"), (uniform, ":")):
                 local = 1 - part["second_moment"][:, number].mean(0)
-                axes[1, 0].plot(layers, part["saturated"][:, number].mean(0), line, color=colour, label=f"{net.name}, {law}")
-                axes[1, 1].plot(layers, local, line, color=colour, label=f"{net.name}, {law}")
+                axes[1, 0].plot(layers, part["saturated"][:, number].mean(0), line, color=colour)
+                axes[1, 1].plot(layers, local, line, color=colour)
     axes[0, 0].set_title("Mean of the activations")
     axes[0, 1].set_title("Standard deviation (circles: published)")
     axes[1, 0].set_title("Share saturated, |tanh| > .99")
     axes[1, 1].set_title("Mean local gradient, 1 − tanh²")
-    axes[0, 0].legend(ncols=1)
-    axes[1, 0].legend(fontsize=8, loc="center", bbox_to_anchor=(0.5, 0.5))
+    picture.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=len(shape.nets))
     axes[0, 1].set_ylim(1e-7, 3)
+    for panel in axes.flat:
+        plots.by_layer(panel)
     for panel in axes[1]:
-        panel.set_xlabel("layer")
         panel.set_ylim(-0.03, 1.05)
     return Figure(
         "curves",
         f"{shape.depth} layers of {shape.width}: mean, standard deviation, saturation and local gradient by layer."
-        " Shades: 10 to 90 % of draws.",
+        " Shades: 10 to 90 % of draws; dotted, and hardly to be told apart: uniform weights of the same variance.",
         picture,
     )

@@ -9,6 +9,7 @@ import numpy as np
 from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 # Told apart by people who do not see red and green alike, and in grey print by their lightness.
@@ -45,11 +46,19 @@ DOTS = 120
 
 
 def figure(rows: int = 1, columns: int = 1, *, height: float = 3.2, **subplots) -> tuple[Figure, np.ndarray]:
-    """An empty picture and its axes, shape (rows, columns); `height` is in inches, for all rows together."""
-    with mpl.rc_context(STYLE):
-        picture = Figure(figsize=(WIDTH, height), layout="constrained")
-        axes = picture.subplots(rows, columns, squeeze=False, **subplots)
-    return picture, axes
+    """An empty picture and its axes, shape (rows, columns); `height` is in inches, for all rows together.
+
+    It makes the style matplotlib's default, because titles and legends, which come later, ask for it when they are made.
+    """
+    mpl.rcParams.update(STYLE)
+    picture = Figure(figsize=(WIDTH, height), layout="constrained")
+    return picture, picture.subplots(rows, columns, squeeze=False, **subplots)
+
+
+def by_layer(axes: Axes, label: str = "layer") -> None:
+    """The x axis counts layers: whole numbers only."""
+    axes.set_xlabel(label)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def shades(count: int) -> list:
@@ -109,8 +118,7 @@ def ridges(axes: Axes, edges: np.ndarray, histograms: np.ndarray, labels: Sequen
 def png(picture: Figure) -> bytes:
     """The picture as a small PNG: 256 colours are enough for lines and shades."""
     raw = io.BytesIO()
-    with mpl.rc_context(STYLE):
-        picture.savefig(raw, format="png", dpi=DOTS)
+    picture.savefig(raw, format="png", dpi=DOTS)
     small = io.BytesIO()
     with Image.open(raw) as image:
         image.convert("RGB").quantize(256, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(

@@ -114,10 +114,11 @@ def show(console: Console, record: Record, folder: Path) -> None:
 
 
 def _shown_table(table: Record) -> Table:
-    shown = Table(title=table["title"], title_justify="left", caption=table["note"] or None, caption_justify="left")
+    note = Text(table["note"]) if table["note"] else None
+    shown = Table(title=Text(table["title"]), title_justify="left", caption=note, caption_justify="left")
     for column in range(len(table["columns"])):
         numeric = all(not isinstance(row[column], str) for row in table["rows"])
-        shown.add_column(table["columns"][column], justify="right" if numeric else "left")
+        shown.add_column(Text(table["columns"][column]), justify="right" if numeric else "left")
     for row in table["rows"]:
         shown.add_row(*(Text(_cell(value)) for value in row))
     return shown

@@ -1,0 +1,377 @@
+"""Products through depth vanish or explode: of sigmoid gradients, of Gaussian matrices, of a net's Jacobians.
+
+The examples of Dive into Deep Learning, section 5.4 (numerical stability and initialization), with the slopes of theory.
+"""
+
+import functools
+import math
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+from scipy import special
+
+import varscale as vs
+from experiments import plots
+from experiments.claims import Claim, Refuted, at_least, at_most, every, known, near, over_seeds
+from experiments.experiment import Figure, Result, Run, Table
+from experiments.models import Stack, rescale
+from varscale import gaussian
+
+REQUIRES = ("matplotlib",)
+ORDER = 2
+
+D2L = "Dive into Deep Learning, section 5.4"
+STEPS = 100  # matrices in the product
+SETTLED = 20  # the slope is read after this many, when the product has aligned with its leading direction
+
+# Lyapunov exponents of products of Gaussian matrices: ½(ψ(n/2) + ln 2) for unit entries (Newman 1986). The mean of a slope over
+# 80 steps scatters by ½√(ψ'(2)/80) = .045 a seed at width 4, so 4000 seeds give an interval of ± .002.
+LYAPUNOV = {n: 0.5 * (float(special.digamma(n / 2)) + math.log(2)) for n in (4, 256)}
+NARROW_TOLERANCE = 0.005
+# At width 256 it is .0050 a seed; 60 seeds give ± .0018. The claim has to exclude −.135.
+WIDE_TOLERANCE = 0.005
+
+ACTIVATIONS = {"sigmoid": jax.nn.sigmoid, "tanh": jnp.tanh, "relu": jax.nn.relu}
+SCALES = ("0.01", "1.0", "Xavier", "He")
+# The logarithm of a ReLU net's gradient norm has the mean −5/4n and the variance 5/4n a layer (maths.md, section 4): at width
+# 256 and over 15 layers, a slope ± .018 a seed and .005 too low. The slopes lie .35 (a factor 2 in variance) apart and more.
+GRADIENT_TOLERANCE = 0.05
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of the nets whose gradients are measured."""
+
+    width: int = 256
+    depth: int = 16
+    batch: int = 32
+
+    def std(self, scale: str) -> float:
+        """The weights' standard deviation under a setting; Xavier's and He's for a square layer."""
+        return {"0.01": 0.01, "1.0": 1.0, "Xavier": self.width**-0.5, "He": (2 / self.width) ** 0.5}[scale]
+
+
+SIZES = Sizes()
+
+
+@functools.partial(jax.jit, static_argnames=("init", "width", "steps"))
+def matrix_products(keys, *, init: vs.initializers.Initializer, width: int, steps: int) -> Float[Array, "seeds steps"]:
+    """ln of the Frobenius norm of the product of 1, 2, ... matrices. The product is kept at norm 1, so nothing overflows."""
+
+    def one(key):
+        def step(product, key):
+            product = product @ init(key, (width, width))
+            norm = jnp.linalg.norm(product)
+            return product / norm, jnp.log(norm)
+
+        start = jnp.eye(width) / math.sqrt(width)
+        return jnp.cumsum(jax.lax.scan(step, start, jax.random.split(key, steps))[1])
+
+    return jax.vmap(one)(keys)
+
+
+@functools.partial(jax.jit, static_argnames=("init", "width", "steps"))
+def vector_products(keys, *, init: vs.initializers.Initializer, width: int, steps: int) -> Float[Array, "seeds steps"]:
+    """ln ‖xW₁W₂…‖/‖x‖ after 1, 2, ... matrices."""
+
+    def one(key):
+        def step(x, key):
+            x = x @ init(key, (width, width))
+            norm = jnp.linalg.norm(x)
+            return x / norm, jnp.log(norm)
+
+        key_start, key_steps = jax.random.split(key)
+        start = jax.random.normal(key_start, (width,))
+        return jnp.cumsum(jax.lax.scan(step, start / jnp.linalg.norm(start), jax.random.split(key_steps, steps))[1])
+
+    return jax.vmap(one)(keys)
+
+
+@jax.jit
+def sigmoid_products(keys) -> Float[Array, "seeds layers"]:
+    """ln of the product of the sigmoid's gradients along a path through layers whose pre-activations are standard normal."""
+    z = jax.vmap(lambda key: jax.random.normal(key, (50,)))(keys)
+    return jnp.cumsum(jax.nn.log_sigmoid(z) + jax.nn.log_sigmoid(-z), axis=1)  # σ' = σ(z)·σ(−z)
+
+
+@functools.partial(jax.jit, static_argnames=("sizes",))
+def gradient_norms(key, stds, activations, *, sizes: Sizes) -> Float[Array, "settings depth"]:
+    """ln of the gradient's norm at every layer's pre-activation, for a standard normal gradient at the output.
+
+    Args:
+      key: of weights, inputs and the output's gradient.
+      stds: the weights' standard deviation, shape (settings,).
+      activations: the place in ACTIVATIONS, shape (settings,).
+      sizes: of the net.
+    """
+    key_weights, key_inputs, key_gradient = jax.random.split(key, 3)
+    widths = (sizes.width,) * sizes.depth
+    x = jax.random.normal(key_inputs, (sizes.batch, sizes.width))
+    cotangent = jax.random.normal(key_gradient, x.shape)
+    unit = Stack(widths, jnp.tanh, kernel_init=vs.normal(1.0)).init(key_weights, x)
+
+    def one(setting):
+        std, activation = setting
+        stack = Stack(widths, lambda y: jax.lax.switch(activation, list(ACTIVATIONS.values()), y))
+        params = rescale(unit["params"], std)
+
+        def output(perturbations):
+            return jnp.sum(stack.apply({"params": params, "perturbations": perturbations}, x) * cotangent)
+
+        gradients = jax.grad(output)(unit["perturbations"])
+        return jnp.stack([_log_norm(gradients[f"preactivation_{layer}"]) for layer in range(sizes.depth)])
+
+    return jax.lax.map(one, (stds, activations))
+
+
+def _log_norm(x: Array) -> Array:
+    """ln ‖x‖ where the squares would leave float32's range."""
+    largest = jnp.max(jnp.abs(x))
+    return jnp.log(largest) + 0.5 * jnp.log(jnp.sum(jnp.square(x / largest)))
+
+
+def predicted_slope(activation: str, std: float, sizes: Sizes) -> float:
+    """What the law says of the gradient's norm: mean of ½ln(n·Var[w]·E[φ'(y)²]) from the second to the last layer but one.
+
+    The gradient at layer l's pre-activation is W φ'(y_l) times the one above, so φ' of the layers 1 to L − 1 enters.
+    """
+    factor, q, logs = sizes.width * std**2, 1.0, []
+    for _ in range(sizes.depth - 1):
+        variance = factor * q
+        logs.append(0.5 * math.log(factor * gaussian.derivative_second_moment(ACTIVATIONS[activation], variance=variance)))
+        q = gaussian.second_moment(ACTIVATIONS[activation], variance=variance)
+    return round(float(np.mean(logs)), 6)
+
+
+def run(run: Run, sizes: Sizes = SIZES) -> Result:
+    """Multiply, and compare the slopes."""
+    settings = [(activation, scale) for activation in ACTIVATIONS for scale in SCALES]
+
+    def matrices():
+        keys = run.keys("matrices", run.seeds(quick=4000, full=10000))
+        wide = run.keys("wide matrices", run.seeds(quick=60, full=200))
+        scaled = vs.variance_scaling(1.0, "fan_in", "normal")
+        return {
+            "unit": matrix_products(keys, init=vs.normal(1.0), width=4, steps=STEPS),
+            "scaled": matrix_products(keys, init=scaled, width=4, steps=STEPS),
+            "wide": vector_products(wide, init=scaled, width=256, steps=STEPS),
+        }
+
+    def sigmoid():
+        return {"path": sigmoid_products(run.keys("sigmoid path", run.seeds(quick=2000, full=4000)))}
+
+    def gradients():
+        stds = jnp.asarray([sizes.std(scale) for _, scale in settings])
+        places = jnp.asarray([list(ACTIVATIONS).index(activation) for activation, _ in settings])
+        keys = run.keys("gradients", run.seeds(quick=16, full=60))
+        drawn = [gradient_norms(key, stds, places, sizes=sizes) for key in run.track(keys, "gradients", total=len(keys))]
+        return {"log_norm": np.stack(drawn)}
+
+    products, path = run.part("matrices", matrices), run.part("sigmoid", sigmoid)["path"]
+    norms = run.part("gradients", gradients)["log_norm"]
+    slopes = (norms[:, :, 0] - norms[:, :, -1]) / (sizes.depth - 1)
+    predicted = [predicted_slope(activation, sizes.std(scale), sizes) for activation, scale in settings]
+    table = Table(
+        "Gradient norms by depth: mean of ln of the factor a layer, measured and predicted",
+        ("activation", "weights", "measured", "predicted", f"over {sizes.depth - 1} layers"),
+        [
+            (
+                activation,
+                scale,
+                float(slopes[:, n].mean()),
+                predicted[n],
+                f"x {math.exp(slopes[:, n].mean() * (sizes.depth - 1)):.1e}",
+            )
+            for n, (activation, scale) in enumerate(settings)
+        ],
+        "0 keeps the gradient. Predicted: ½ln(n·Var[w]·E[φ'(y)²]), with the second moments that the forward law gives.",
+    )
+    return Result(
+        [*sigmoid_claims(path), *product_claims(products), *gradient_claims(settings, slopes, predicted)],
+        [table],
+        [sigmoid_figure(path), product_figure(products), gradient_figure(settings, norms, sizes)],
+    )
+
+
+def sigmoid_claims(path: np.ndarray) -> list[Claim]:
+    """Of the sigmoid's gradient, and of its product along a path."""
+    slope = jax.grad(jax.nn.sigmoid)
+    z, weights = np.polynomial.hermite_e.hermegauss(100)
+    mean_log = float(np.sum(weights * (special.log_expit(z) + special.log_expit(-z))) / np.sqrt(2 * np.pi))
+    largest = float(jnp.max(jax.vmap(slope)(jnp.linspace(-8.0, 8.0, 1601))))
+    return [
+        Claim("the sigmoid's gradient is largest at 0, and there it is 1/4", near(0.25, 1e-6, source=D2L), known(largest)),
+        Claim(
+            "at ±8 less than a thousandth of it is left to pass on: e⁻⁸/(1 + e⁻⁸)²",
+            near(math.exp(-8) / (1 + math.exp(-8)) ** 2, 1e-7, source=D2L),
+            known(float(slope(8.0))),
+        ),
+        Claim(
+            "through layers with standard normal pre-activations, ln of the product falls by E[ln σ'(z)] a layer",
+            near(mean_log, 0.01, source="law of large numbers; Gauss-Hermite quadrature"),
+            over_seeds(path[:, -1] / path.shape[1]),
+        ),
+        Claim(
+            "no path loses less than ln 4 a layer",
+            at_most(-math.log(4) + 1e-6, source="σ' ≤ 1/4"),
+            known(float(np.max(path / np.arange(1, path.shape[1] + 1)))),
+        ),
+    ]
+
+
+def product_claims(products: dict[str, np.ndarray]) -> list[Claim]:
+    """Of the products of Gaussian matrices."""
+    unit, scaled, wide = (_settled_slope(products[name]) for name in ("unit", "scaled", "wide"))
+    newman = "Newman 1986: ½(ψ(n/2) + ln 2)"
+    # E‖P‖² of the product of k scaled matrices is that of the identity. With heavier tails every step, so early: at 5 steps
+    # the relative variance is below 1.5⁵ − 1, and 4000 seeds give ± .11.
+    return [
+        Claim(
+            "100 4x4 matrices of unit normal entries: the log-norm grows by the Lyapunov exponent a step",
+            near(LYAPUNOV[4], NARROW_TOLERANCE, source=newman),
+            over_seeds(unit),
+        ),
+        Claim(
+            "with entries scaled by 1/√n the log-norm still falls at width 4, by ln 2 less the exponent",
+            near(LYAPUNOV[4] - math.log(2), NARROW_TOLERANCE, source=newman),
+            over_seeds(scaled),
+            refutes=Refuted(
+                "entries scaled by 1/√n keep a product of matrices stable",
+                "They keep the mean of the squared norm, which few large products carry. The logarithm of a typical product has"
+                " the mean ½(ψ(n/2) − ln(n/2)) a step, about −1/2n: −.135 at width 4, a factor 10⁻⁶ after 100 steps, and −.002"
+                " at width 256.",
+            ),
+        ),
+        Claim(
+            "though the mean of the squared norm is kept (after 5 matrices, over that of the identity)",
+            near(1.0, 0.2, source="E[W Wᵀ] = 1"),
+            over_seeds(np.exp(2 * products["scaled"][:, 4])),
+        ),
+        Claim(
+            "at width 256 the scaled product neither grows nor decays: its slope is −1/2n",
+            near(LYAPUNOV[256] - 0.5 * math.log(256), WIDE_TOLERANCE, source=newman),
+            over_seeds(wide),
+        ),
+    ]
+
+
+def gradient_claims(settings, slopes: np.ndarray, predicted: list[float]) -> list[Claim]:
+    """Of the gradients' norms, slopes of shape (seeds, settings)."""
+    measured = {setting: over_seeds(slopes[:, number]) for number, setting in enumerate(settings)}
+    law = "backward law, E[g_x²] = fan_out·Var[w]·E[φ'²]·E[g_y²]"
+    return [
+        every(
+            "every net's gradient norm changes by ½ln(n·Var[w]·E[φ'²]) a layer (difference)",
+            [
+                (
+                    f"{activation}, {scale}",
+                    near(0.0, GRADIENT_TOLERANCE, source=law),
+                    over_seeds(slopes[:, number] - predicted[number]),
+                )
+                for number, (activation, scale) in enumerate(settings)
+            ],
+        ),
+        every(
+            "weights of std 0.01 make gradients vanish under every activation: by a factor 5 a layer and more",
+            [(a, at_most(-math.log(5), source=D2L), measured[a, "0.01"]) for a in ACTIVATIONS],
+        ),
+        every(
+            "weights of std 1 make gradients explode under every activation, even the sigmoid",
+            [(a, at_least(0.1, source=D2L), measured[a, "1.0"]) for a in ACTIVATIONS],
+        ),
+        every(
+            "under a sigmoid gradients vanish by a factor 2 a layer and more with Xavier's and with He's scale too",
+            [(scale, at_most(-math.log(2), source="E[σ'²] ≤ 1/16"), measured["sigmoid", scale]) for scale in ("Xavier", "He")],
+        ),
+        every(
+            "He for ReLU and Xavier for tanh keep the gradient, within 15 % a layer",
+            [
+                (
+                    f"{a}, {scale}",
+                    near(0.0, math.log(1.15), source="Glorot and Bengio 2010; He et al. 2015"),
+                    measured[a, scale],
+                )
+                for a, scale in (("relu", "He"), ("tanh", "Xavier"))
+            ],
+        ),
+        Claim(
+            "Xavier for ReLU halves the gradient's square a layer: −½ln 2",
+            near(-0.5 * math.log(2), GRADIENT_TOLERANCE, source="He et al. 2015, section 2.2"),
+            measured["relu", "Xavier"],
+        ),
+    ]
+
+
+def sigmoid_figure(path: np.ndarray) -> Figure:
+    """The sigmoid, its gradient, and the gradient's product."""
+    picture, (axes,) = plots.figure(1, 2, height=3.0)
+    x = np.linspace(-8, 8, 401)
+    value = special.expit(x)
+    axes[0].plot(x, value, label="σ(x)", color=plots.COLOURS[0])
+    axes[0].plot(x, value * (1 - value), label="σ'(x)", color=plots.COLOURS[1])
+    axes[0].set(xlabel="x")
+    axes[0].set_title("The sigmoid and its gradient")
+    axes[0].legend()
+    layers = np.arange(1, path.shape[1] + 1)
+    plots.band(axes[1], layers, np.exp(path.astype(np.float64)), label="z ~ N(0, 1)", colour=plots.COLOURS[1], log=True)
+    axes[1].plot(
+        layers, 4.0 ** -layers.astype(float), color=plots.INK, linestyle=(0, (4, 3)), linewidth=1, label="at best: 4⁻ˡ"
+    )
+    axes[1].set_title("Product of σ' through layers")
+    plots.by_layer(axes[1])
+    axes[1].legend()
+    return Figure("sigmoid", "The sigmoid is flat at both ends, so its gradient, 1/4 at best, vanishes through depth.", picture)
+
+
+def product_figure(products: dict[str, np.ndarray]) -> Figure:
+    """ln of the norms by step."""
+    picture, (axes,) = plots.figure(1, 2, height=3.3)
+    steps = np.arange(1, STEPS + 1)
+    labels = {
+        "unit": ("4x4, entries N(0, 1)", LYAPUNOV[4]),
+        "scaled": ("4x4, entries N(0, 1/n)", LYAPUNOV[4] - math.log(2)),
+        "wide": ("256x256, entries N(0, 1/n)", LYAPUNOV[256] - 0.5 * math.log(256)),
+    }
+    for panel, names in zip(axes, (("unit", "scaled", "wide"), ("scaled", "wide")), strict=True):
+        for name in names:
+            label, slope = labels[name]
+            colour = plots.COLOURS[list(labels).index(name)]
+            plots.band(panel, steps, products[name] / math.log(10), label=f"{label}: {slope:+.3f}", colour=colour)
+        panel.set_xlabel("matrices in the product")
+    axes[0].set_ylabel("log₁₀ of the norm")
+    axes[0].set_title("The product of 100 Gaussian matrices")
+    axes[1].set_title("1/√n is right on average only")
+    axes[0].legend(title="slope of ln in theory", title_fontsize=9)
+    return Figure(
+        "matrix-products",
+        "Norm of the product of 100 Gaussian matrices: middle and 10 to 90 % of the draws. Scaled by 1/√n it keeps its mean"
+        " square at any width, but at width 4 a typical product decays.",
+        picture,
+    )
+
+
+def gradient_figure(settings, norms: np.ndarray, sizes: Sizes) -> Figure:
+    """Gradient norms by layer, a panel an activation."""
+    picture, (axes,) = plots.figure(1, len(ACTIVATIONS), height=3.2, sharey=True)
+    layers = np.arange(1, sizes.depth + 1)
+    relative = (norms - norms[:, :, -1:]) / math.log(10)
+    for activation, panel in zip(ACTIVATIONS, axes, strict=True):
+        for scale, colour in zip(SCALES, plots.COLOURS, strict=False):
+            plots.band(panel, layers, relative[:, settings.index((activation, scale))], label=scale, colour=colour)
+        panel.set_title(activation)
+        plots.by_layer(panel, "layer (the gradient comes from the right)" if activation == "tanh" else "layer")
+    axes[0].set_ylabel("log₁₀ of the gradient's norm")
+    axes[0].legend(title="weights", title_fontsize=9)
+    return Figure(
+        "gradient-norms",
+        f"Norm of the gradient at each layer of {sizes.depth} layers of {sizes.width} units, relative to the last layer's.",
+        picture,
+    )
+
+
+def _settled_slope(log_norms: np.ndarray) -> np.ndarray:
+    """Growth a step once the first directions have died out; the log-norms' first column is one matrix."""
+    return (log_norms[:, -1] - log_norms[:, SETTLED - 1]) / (log_norms.shape[1] - SETTLED)
