@@ -1,0 +1,32 @@
+"""Check a variance claim with a known error rate: of an initializer of this library, of another, or of your own.
+
+    from varscale import testing
+
+    testing.assert_variance(my_init, (3, 3, 64, 128), scale=2.0, distribution="truncated_normal")
+    testing.assert_output_variance(nn.Dense(256, kernel_init=vs.he_normal()), x, scale=2.0)
+
+`testing.strategies` (Hypothesis strategies for shapes, axes, dtypes, layers, ...) needs the extra `varscale[testing]`.
+"""
+
+import importlib
+from typing import Any
+
+from varscale.testing.claims import VarianceClaim
+from varscale.testing.power import Underpowered, plan_samples
+from varscale.testing.verdict import Finding, Verdict
+from varscale.testing.weights import assert_variance
+
+__all__ = ["Finding", "Underpowered", "VarianceClaim", "Verdict", "assert_variance", "plan_samples", "strategies"]
+
+
+def __getattr__(name: str) -> Any:
+    if name != "strategies":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        return importlib.import_module("varscale.testing.strategies")
+    except ModuleNotFoundError as error:
+        if error.name != "hypothesis":
+            raise
+        raise ModuleNotFoundError(
+            "varscale.testing.strategies needs Hypothesis: pip install 'varscale[testing]'", name="hypothesis"
+        ) from error

@@ -1,0 +1,148 @@
+"""How many samples a claim needs, what a given number can see, and the interval that a measured ratio leaves open."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from scipy import optimize, stats
+
+from varscale.testing.tails import Law, batches_for, log_chi_square, log_mean_square
+
+
+class Underpowered(ValueError):
+    """The samples allowed cannot see the deviation asked for: the claim is neither confirmed nor refuted.
+
+    Attributes:
+        allowed: the samples allowed.
+        needed: the samples that the error rates and the detectable ratio require.
+    """
+
+    def __init__(self, message: str, *, allowed: int, needed: int):
+        super().__init__(message)
+        self.allowed, self.needed = allowed, needed
+
+    def __reduce__(self):
+        return _underpowered, (str(self), self.allowed, self.needed)
+
+
+def _underpowered(message: str, allowed: int, needed: int) -> Underpowered:
+    return Underpowered(message, allowed=allowed, needed=needed)
+
+
+def check_error_rates(alpha: float, beta: float) -> None:
+    """Raises ValueError unless both error rates lie in (0, ½)."""
+    for name, value in (("alpha", alpha), ("beta", beta)):
+        if not 0 < value < 0.5:
+            raise ValueError(f"{name} must lie strictly between 0 and 0.5, got {value!r}")
+
+
+def check_detectable(name: str, value: float, above: float) -> None:
+    """Raises ValueError unless a detectable size is finite and larger than `above`."""
+    if not (math.isfinite(value) and value > above):
+        raise ValueError(f"{name} must be finite and larger than {above:g}, got {value!r}")
+
+
+def plan_samples(alpha: float, beta: float, ratio: float, kurtosis: float = 3.0) -> int:
+    """Smallest number of independent weights that tells a variance ratio from 1.
+
+    Exact for normal weights (kurtosis 3), where `N·R ~ χ²_N`: the two-sided level-`alpha` test rejects both a variance `ratio`
+    times the claim and one `1/ratio` times it with probability at least `1 − beta`. Since `Var R = (κ − 1)/N`, other laws need
+    `(κ − 1)/2` times as many. To first order this is `(κ − 1)(z_{α/2} + z_β)²/(ln ρ)²`.
+
+    Args:
+        alpha: the false-alarm rate, two-sided, in (0, ½).
+        beta: the rate of misses at `ratio`, in (0, ½).
+        ratio: the variance ratio ρ to detect, positive and not 1; ρ and 1/ρ are the same request.
+        kurtosis: `E[w⁴]/E[w²]²`, at least 1: normal 3, ±2σ truncated normal 2.36554, uniform 1.8, Rademacher 1.
+
+    Returns:
+        The number of weights; 1 for kurtosis 1, where the mean square is an equality.
+
+    Raises:
+        ValueError: an argument is outside its range.
+
+    Example:
+        >>> plan_samples(1e-9, 1e-6, 1.1)
+        26087
+    """
+    check_error_rates(alpha, beta)
+    if not (math.isfinite(ratio) and ratio > 0 and ratio != 1):
+        raise ValueError(f"ratio must be positive, finite and different from 1, got {ratio!r}")
+    if not (math.isfinite(kurtosis) and kurtosis >= 1):
+        raise ValueError(f"kurtosis must be finite and at least 1, got {kurtosis!r}")
+    if kurtosis == 1:
+        return 1
+    target = abs(math.log(ratio))
+    first_order = 2 * ((stats.norm.isf(alpha / 2) + stats.norm.isf(beta)) / target) ** 2
+
+    def excess(log_count: float) -> float:
+        return math.log(_chi_square_detectable(math.exp(log_count), alpha, beta)) - target
+
+    # At few degrees of freedom χ² is far from log-normal; the bracket is generous on both sides.
+    low, high = math.log(max(first_order, 1e-2)) - 3, math.log(first_order + 1) + 4
+    exact = math.exp(optimize.brentq(excess, low, high, xtol=1e-9))  # pyright: ignore[reportArgumentType]
+    return max(1, math.ceil(exact * (kurtosis - 1) / 2 - 1e-6))
+
+
+def _chi_square_detectable(degrees: float, alpha: float, beta: float) -> float:
+    chi = stats.chi2(degrees)
+    up = chi.isf(alpha / 2) / max(chi.ppf(beta), 1e-300)
+    down = chi.isf(beta) / max(chi.ppf(alpha / 2), 1e-300)
+    return float(max(up, down))
+
+
+def thresholds(log_tails: Callable[[float], tuple[float, float]], level: float) -> tuple[float, float]:
+    """The ratios `(low, high)` beyond which `log_tails(ratio)` gives a one-sided probability of at most `level`."""
+    target = math.log(level)
+    edges = []
+    for side, step in ((0, -1.0), (1, 1.0)):
+
+        def excess(log_ratio: float, side: int = side) -> float:
+            return max(log_tails(math.exp(log_ratio))[side], -1e6) - target
+
+        far = step * 1e-4
+        while excess(far) > 0 and abs(far) < 600:
+            far *= 2
+        if abs(far) >= 600:
+            edges.append(math.exp(far))
+            continue
+        edges.append(math.exp(optimize.brentq(excess, 0.0, far, xtol=1e-9)))  # pyright: ignore[reportArgumentType]
+    return edges[0], edges[1]
+
+
+def known_law_resolution(law: Law, count: float, alpha: float, beta: float) -> tuple[float, float, float]:
+    """Acceptance region `(low, high)` of a known law's mean square at level `alpha`, and the ratio detected with power `1 − beta`."""
+    if law.kurtosis == 1:
+        return 1.0, 1.0, 1.0
+    low, high = thresholds(lambda ratio: log_mean_square(law, ratio, count), alpha / 2)
+    quantile_low, quantile_high = thresholds(lambda ratio: log_mean_square(law, ratio, count), beta)
+    return low, high, max(high / quantile_low, quantile_high / low) if low and quantile_low else math.inf
+
+
+def unknown_law_resolution(kurtosis: float, count: float, alpha: float, beta: float) -> tuple[float, float, float]:
+    """As `known_law_resolution`, from an estimated kurtosis, by batches that must agree."""
+    batches = batches_for(alpha)
+    error = math.sqrt(max(kurtosis - 1, 0.0) * batches / count)
+    width = float(stats.norm.isf((alpha / 2) ** (1 / batches))) * error
+    detectable = width + float(stats.norm.isf(beta / batches)) * error
+    return math.exp(-width), math.exp(width), math.exp(min(detectable, 700.0))
+
+
+def samples_for(resolution: Callable[[float], tuple[float, float, float]], ratio: float, least: int) -> int:
+    """Smallest count, to a tenth of a percent and no less than `least`, whose resolution detects `ratio`."""
+    if resolution(least)[2] <= ratio:
+        return least
+    low, high = float(least), 2.0 * least
+    while resolution(high)[2] > ratio:
+        low, high = high, 2 * high
+    while high - low > max(1.0, 1e-3 * high):
+        middle = (low + high) / 2
+        low, high = (low, middle) if resolution(middle)[2] <= ratio else (middle, high)
+    return math.ceil(high)
+
+
+def detectable_mean(count: float, alpha: float, beta: float) -> float:
+    """The common mean, in standard deviations, that `count` symmetric weights reveal with power `1 − beta`."""
+    # The symmetric bound exceeds the Gaussian tail by 3.178: its threshold is the Gaussian's at a level so much smaller.
+    return float(stats.norm.isf(alpha / 2 / 3.179) + stats.norm.isf(beta)) / math.sqrt(count)
