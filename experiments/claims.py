@@ -210,7 +210,8 @@ def number(value: float) -> str:
     """Four significant digits, no trailing zeros."""
     if not math.isfinite(value):
         return {True: "not a number", False: "∞" if value > 0 else "−∞"}[math.isnan(value)]
-    return f"{value:.4g}".replace("-", "−")
+    text = f"{value:.4g}"
+    return "0" if text == "-0" else text.replace("-", "−")
 
 
 def _finite(value: float) -> float | None:

@@ -17,8 +17,8 @@ import varscale as vs
 from experiments import plots
 from experiments.claims import Claim, Refuted, at_least, at_most, every, known, near, over_seeds
 from experiments.experiment import Figure, Result, Run, Table
+from experiments.mean_field import propagate
 from experiments.models import Stack, rescale
-from varscale import gaussian
 
 REQUIRES = ("matplotlib",)
 ORDER = 2
@@ -133,17 +133,15 @@ def _log_norm(x: Array) -> Array:
     return jnp.log(largest) + 0.5 * jnp.log(jnp.sum(jnp.square(x / largest)))
 
 
-def predicted_slope(activation: str, std: float, sizes: Sizes) -> float:
-    """What the law says of the gradient's norm: mean of ½ln(n·Var[w]·E[φ'(y)²]) from the second to the last layer but one.
+def predicted_slopes(stds: Array, activations: Array, sizes: Sizes) -> list[float]:
+    """What the law says of the gradient's norm: the mean of ½ln(n·Var[w]·E[φ'(y)²]) over layers 1 to L − 1.
 
-    The gradient at layer l's pre-activation is W φ'(y_l) times the one above, so φ' of the layers 1 to L − 1 enters.
+    The gradient at layer l's pre-activation is φ'(y_l) times what comes through the next layer's weights; the last layer's own
+    φ' is in both of the norms that are compared.
     """
-    factor, q, logs = sizes.width * std**2, 1.0, []
-    for _ in range(sizes.depth - 1):
-        variance = factor * q
-        logs.append(0.5 * math.log(factor * gaussian.derivative_second_moment(ACTIVATIONS[activation], variance=variance)))
-        q = gaussian.second_moment(ACTIVATIONS[activation], variance=variance)
-    return round(float(np.mean(logs)), 6)
+    factor = sizes.width * jnp.square(stds)
+    _, slopes = propagate(tuple(ACTIVATIONS.values()), activations, factor, factor, depth=sizes.depth - 1)
+    return np.mean(0.5 * np.log(slopes), axis=1).round(6).tolist()
 
 
 def run(run: Run, sizes: Sizes = SIZES) -> Result:
@@ -163,9 +161,10 @@ def run(run: Run, sizes: Sizes = SIZES) -> Result:
     def sigmoid():
         return {"path": sigmoid_products(run.keys("sigmoid path", run.seeds(quick=2000, full=4000)))}
 
+    stds = jnp.asarray([sizes.std(scale) for _, scale in settings])
+    places = jnp.asarray([list(ACTIVATIONS).index(activation) for activation, _ in settings])
+
     def gradients():
-        stds = jnp.asarray([sizes.std(scale) for _, scale in settings])
-        places = jnp.asarray([list(ACTIVATIONS).index(activation) for activation, _ in settings])
         keys = run.keys("gradients", run.seeds(quick=16, full=60))
         drawn = [gradient_norms(key, stds, places, sizes=sizes) for key in run.track(keys, "gradients", total=len(keys))]
         return {"log_norm": np.stack(drawn)}
@@ -173,7 +172,7 @@ def run(run: Run, sizes: Sizes = SIZES) -> Result:
     products, path = run.part("matrices", matrices), run.part("sigmoid", sigmoid)["path"]
     norms = run.part("gradients", gradients)["log_norm"]
     slopes = (norms[:, :, 0] - norms[:, :, -1]) / (sizes.depth - 1)
-    predicted = [predicted_slope(activation, sizes.std(scale), sizes) for activation, scale in settings]
+    predicted = predicted_slopes(stds, places, sizes)
     table = Table(
         "Gradient norms by depth: mean of ln of the factor a layer, measured and predicted",
         ("activation", "weights", "measured", "predicted", f"over {sizes.depth - 1} layers"),
