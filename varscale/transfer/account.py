@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from varscale.transfer.tables import shape_text, table_text
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -32,8 +34,8 @@ class Account:
     Each is a mapping from path to `Entry`, in the order of its tree. Nothing is lost on either side:
 
     * every leaf of `params` is in exactly one of `moved` and `kept`; a mismatched one is kept, and is in `kept` too;
-    * every leaf of `pretrained` is a source in `moved` or in `mismatched`, or it is in `left_over`; in only one of the three unless it
-      was split, where parts may meet different fates (`left_over` then names the part).
+    * every leaf of `pretrained` is a source in `moved` or in `mismatched`, or it is in `left_over`; in only one of the three
+      unless it was split, where parts may meet different fates (`left_over` then names the part).
 
     Attributes:
       moved: leaves of `params` that now hold pretrained numbers.
@@ -61,26 +63,15 @@ class Account:
 
     def table(self, width: int = 120) -> str:
         """All leaves, one a line, those that need a look first. `width` is in characters."""
-        import rich.box
-        import rich.console
-        import rich.table
-
-        table = rich.table.Table(box=rich.box.SIMPLE_HEAD, title=str(self), title_justify="left", pad_edge=False)
-        for column in ("fate", "leaf", "shape", "pretrained", "its shape", "why"):
-            table.add_column(column, overflow="fold")
+        rows = []
         for name in ("mismatched", "left_over", "kept", "moved"):
             for entry in getattr(self, name).values():
                 if name == "kept" and entry.path in self.mismatched:
                     continue
-                own = ("", "") if name == "left_over" else (entry.path, _shape(entry.shape))
-                sources = "\n".join(entry.sources), "\n".join(map(_shape, entry.source_shapes))
-                table.add_row(name.replace("_", " "), *own, *sources, entry.why)
-        console = rich.console.Console(
-            width=width, color_system=None, force_terminal=False, markup=False, highlight=False, emoji=False
-        )
-        with console.capture() as captured:
-            console.print(table)
-        return "\n".join(line.rstrip() for line in captured.get().splitlines()) + "\n"
+                own = ("", "") if name == "left_over" else (entry.path, shape_text(entry.shape))
+                sources = "\n".join(entry.sources), "\n".join(map(shape_text, entry.source_shapes))
+                rows.append((name.replace("_", " "), *own, *sources, entry.why))
+        return table_text(str(self), ("fate", "leaf", "shape", "pretrained", "its shape", "why"), rows, width)
 
 
 class GraftError(ValueError):
@@ -92,7 +83,3 @@ class GraftError(ValueError):
 
 
 _PARTS = ("moved", "kept", "left_over", "mismatched")
-
-
-def _shape(shape: tuple[int, ...]) -> str:
-    return "×".join(map(str, shape)) if shape else "scalar"

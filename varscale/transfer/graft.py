@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
+import jax.numpy as jnp
 import numpy as np
 
 from varscale.transfer.account import Account, Entry, GraftError
@@ -13,9 +14,12 @@ from varscale.transfer.patterns import Pattern, first_match, idle, matches, text
 from varscale.transfer.rearrange import Operation, Piece
 from varscale.transfer.rename import Rename, Renaming
 from varscale.transfer.resize import Resize
+from varscale.transfer.tables import shape_text
 from varscale.transfer.trees import Leaf, Tree, is_abstract, is_collections, like, open_tree, to_numpy
 
 P = TypeVar("P")
+
+NOT_A_WEIGHT = "the state of a random generator, not a weight"
 
 
 def graft(
@@ -32,21 +36,25 @@ def graft(
 ) -> tuple[P, Account]:
     """Move pretrained weights into `params`, by path and shape.
 
-    The checkpoint is first rearranged (packed kernels split, layers stacked), then renamed; then every leaf is laid out as flax has
-    it, resized where that is asked for, cast to the model's dtype and put in its place. Nothing is guessed from shapes and nothing
-    happens in silence: what does not fit stays at the model's own initialization, and the account says so.
+    The checkpoint is first rearranged (packed kernels split, layers stacked), then renamed; then every leaf is laid out as flax
+    has it, resized where that is asked for, cast to the model's dtype and put in its place. Nothing is guessed from shapes and
+    nothing happens in silence: what does not fit stays at the model's own initialization, and the account says so.
 
     Args:
-      params: the model's parameters: any tree (nested or flat dicts, FrozenDict, linen variables, nnx.State), an nnx.Module, or a
-        tree of `jax.ShapeDtypeStruct` that the checkpoint covers. It is not changed.
-      pretrained: the weights: any such tree, or a state dict with keys joined by "." or "/". PyTorch's tensors are read as they are.
-      rename: from the checkpoint's paths to the model's: a mapping from pattern to path, of which the first that matches counts (None
-        drops the leaf, a tuple copies it to several places); a function of a path; `Renumber`; or a sequence of these, applied in
-        order. Names of leaves that the layout knows ("weight") need no rule. See `varscale.transfer.patterns` for globs.
+      params: the model's parameters: any tree (nested or flat dicts, FrozenDict, linen variables, nnx.State), an nnx.Module, or
+        a tree of `jax.ShapeDtypeStruct` that the checkpoint covers. It is not changed.
+      pretrained: the weights: any such tree, or a state dict with keys joined by "." or "/". PyTorch's tensors are read as they
+        are.
+      rename: from the checkpoint's paths to the model's: a mapping from pattern to path, of which the first that matches counts
+        (None drops the leaf, a tuple copies it to several places); a function of a path; `Renumber`; or a sequence of these,
+        applied in order. Names of leaves that the layout knows ("weight") need no rule. See `varscale.transfer.patterns` for
+        globs.
       layout: the layout of the checkpoint ("pytorch", "keras", ...; see `LAYOUTS`), or a mapping from the checkpoint's paths to
         layouts. By default flax's, and a kernel whose leaf had to be renamed and which would fit transposed too is not moved.
-      rearrange: operations on the checkpoint: `Split`, `Join`, `Add`, `Stack`, `Unstack`, `Permute`, `Transpose`, `Apply`, in order.
-      resize: what to do where shapes differ: `Window`, `Positions` or `Units`, for all leaves or by pattern over the model's paths.
+      rearrange: operations on the checkpoint: `Split`, `Join`, `Add`, `Stack`, `Unstack`, `Permute`, `Transpose`, `Apply`, in
+        order.
+      resize: what to do where shapes differ: `Window`, `Positions` or `Units`, for all leaves or by pattern over the model's
+        paths.
       fresh: patterns over the model's paths that stay at their own initialization, such as a new head.
       missing: what happens to the model's leaves that the checkpoint has nothing for: "keep" their values or "raise".
       strict: raise unless everything moved that no rule and no pattern exempts by name.
@@ -55,8 +63,8 @@ def graft(
       The new parameters, of the same kind, structure, dtypes and sharding as `params`, and the account of every leaf.
 
     Raises:
-      GraftError: two leaves of the checkpoint claim one place, or one finds two; a leaf without values (ShapeDtypeStruct) found none;
-        or `missing` or `strict` is not satisfied. It has the account.
+      GraftError: two leaves of the checkpoint claim one place, or one finds two; a leaf without values (ShapeDtypeStruct) found
+        none; or `missing` or `strict` is not satisfied. It has the account.
       TypeError, ValueError: an argument is of no use; the message names it.
     """
     if missing not in ("keep", "raise"):
@@ -111,7 +119,7 @@ class _Ledger:
         self.mismatched: dict[str, Entry] = {}
         for leaf in checkpoint.leaves:
             if not leaf.is_weight:
-                self.leave((leaf.path,), "the state of a random generator, not a weight", intended=True)
+                self.leave((leaf.path,), NOT_A_WEIGHT, intended=True)
 
     def leave(self, sources: tuple[str, ...], why: str, *, intended: bool = False) -> None:
         for source in sources:
@@ -160,9 +168,11 @@ def _claims(
         for place in sent.places:
             targets = _targets(place.partition("/")[2] if strip and place not in index else place, layout, index)
             part = "" if piece.path in piece.sources else f"the part {piece.path}: "
-            if len(targets) > 1:
+            if place in ledger.model and not ledger.model[place].is_weight:
+                ledger.leave(piece.sources, NOT_A_WEIGHT, intended=True)
+            elif len(targets) > 1:
                 raise GraftError(f"pretrained: {piece.path!r} may go to {' or '.join(targets)}; tell which with rename")
-            if not targets and layout.is_unwanted(leaf):
+            elif not targets and layout.is_unwanted(leaf):
                 ledger.leave(piece.sources, "a counter that flax does not keep", intended=True)
             elif not targets:
                 ledger.leave(piece.sources, part + _no_place(place, leaf, ledger))
@@ -205,7 +215,7 @@ def _placed(
     if claim is None:
         is_fresh = any(matches(pattern, leaf.path) for pattern in fresh)
         why = "kept fresh" if is_fresh else "nothing in pretrained for it"
-        why = why if leaf.is_weight else "the state of a random generator, not a weight"
+        why = why if leaf.is_weight else NOT_A_WEIGHT
         ledger.enter(ledger.kept, leaf, None, why, intended=is_fresh or not leaf.is_weight)
         return leaf.value
     try:
@@ -232,7 +242,7 @@ def _fitted(leaf: Leaf, claim: _Claim, layouts: Declared, sizes: Sequence) -> tu
         found = first_match(sizes, leaf.path)
         if found is None:
             raise ValueError(_shapes_differ(piece, value, leaf, layouts))
-        done.append(f"{type(found[1]).__name__} from {'×'.join(map(str, value.shape)) or 'scalar'}")
+        done.append(f"{type(found[1]).__name__} from {shape_text(value.shape)}")
         value = np.asarray(found[1](value, leaf.value, leaf.path))
         if value.shape != leaf.shape:
             raise ValueError(f"{found[1]} gives shape {value.shape}, not {leaf.shape}")
@@ -259,8 +269,6 @@ def _arranged(piece: Piece, layout: Layout, target: str, shape: tuple[int, ...])
 
 
 def _check_kind(value: np.ndarray, leaf: Leaf) -> None:
-    import jax.numpy as jnp
-
     kinds = [
         next((k for k in (jnp.bool_, jnp.integer, jnp.floating, jnp.complexfloating) if jnp.issubdtype(d, k)), None)
         for d in (value.dtype, leaf.dtype)
@@ -271,8 +279,6 @@ def _check_kind(value: np.ndarray, leaf: Leaf) -> None:
 
 def _cast(value: np.ndarray, dtype: Any) -> np.ndarray:
     """The values in another precision of the same kind; ValueError where they do not fit it."""
-    import jax.numpy as jnp
-
     with np.errstate(over="ignore", invalid="ignore"):
         new = value.astype(dtype)
     if jnp.issubdtype(dtype, jnp.integer) and not np.array_equal(new.astype(value.dtype), value):
@@ -283,8 +289,6 @@ def _cast(value: np.ndarray, dtype: Any) -> np.ndarray:
 
 
 def _not_finite(value: np.ndarray) -> int:
-    import jax.numpy as jnp
-
     if not jnp.issubdtype(value.dtype, jnp.inexact):
         return 0
     wide = value if value.dtype.kind in "fc" else value.astype(np.float32)  # numpy cannot ask this of ml_dtypes' smallest

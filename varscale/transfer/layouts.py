@@ -1,7 +1,7 @@
 """How frameworks lay kernels out in memory, and what they call them.
 
-Flax keeps a dense kernel as (in, out) and a convolution's as (*window, in, out). Shapes alone cannot tell one layout from another (a
-square matrix looks like its transpose), so a layout is declared, never guessed: by name for a whole checkpoint
+Flax keeps a dense kernel as (in, out) and a convolution's as (*window, in, out). Shapes alone cannot tell one layout from
+another (a square matrix looks like its transpose), so a layout is declared, never guessed: by name for a whole checkpoint
 (`layout="pytorch"`), or by path for parts of one (`layout={"up*": "pytorch_transposed", "**": "pytorch"}`).
 """
 
@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from varscale.transfer.patterns import Pattern, first_match, text
+from varscale.transfer.tables import shape_text
 
 # What flax calls a table that is looked up or a vector that scales: nothing of these is ever transposed.
 _PLAIN = frozenset({"embedding", "scale", "bias", "mean", "var", "negative_slope"})
@@ -74,14 +75,14 @@ class Layout:
         if value.ndim >= 2 and _bare(leaf) in self.kernels and target not in _PLAIN:
             if target != "kernel" and self._axes(value.ndim) != self._flax(value.ndim):
                 raise ValueError(
-                    f"{self.name} stores kernels as {self._axes(value.ndim)}, and whether {target!r} is one cannot be told from its "
-                    f"name: give this path another layout ('flax' moves it as it is), transposed by Transpose if it needs to be"
+                    f"{self.name} stores kernels as {self._axes(value.ndim)}, and whether {target!r} is one cannot be told from "
+                    f"its name: give this path the layout 'flax', which moves it as it is, after a Transpose if it needs one"
                 )
             if target == "kernel":
                 value, step = self._kernel(value)
                 done += [step] * bool(step)
         if value.shape != shape and regroups(value.shape, shape):
-            done.append(f"reshaped from {'×'.join(map(str, value.shape)) or 'scalar'}")
+            done.append(f"reshaped from {shape_text(value.shape)}")
             value = value.reshape(shape)
         return value, ", ".join(done)
 
@@ -146,7 +147,8 @@ LAYOUTS: Mapping[str, Layout] = {
         FLAX,
         # PyTorch, Equinox, MXNet: out×in, OIHW. A ConvTranspose whose flax module has transpose_kernel=True belongs here too.
         Layout("pytorch", _TORCH, _WEIGHT, "OI", "OI*", unwanted=_COUNTERS),
-        # nn.ConvTransposeNd into flax's ConvTranspose as it is by default: in×out×window, stored as the convolution it transposes.
+        # nn.ConvTransposeNd into flax's ConvTranspose as it is by default: in×out×window, stored as the convolution it
+        # transposes.
         Layout("pytorch_transposed", _TORCH, _WEIGHT, "OI", "IO*", flip=True, unwanted=_COUNTERS),
         # The Conv1D of the GPT-2 family: PyTorch's names, but in×out.
         Layout("conv1d", _TORCH, _WEIGHT, "IO", "*IO", unwanted=_COUNTERS),
@@ -168,7 +170,8 @@ class Declared:
     def of(self, path: str) -> Layout:
         found = first_match(self.rules, path)
         chosen = FLAX if found is None else found[1]
-        # Keras keeps the depthwise kernels of a separable convolution in a checkpoint of ordinary ones, under a name of their own.
+        # Keras keeps the depthwise kernels of a separable convolution in a checkpoint of ordinary ones, under a name of their
+        # own.
         depthwise = chosen.name == "keras" and _bare(path.rpartition("/")[2]) == "depthwise_kernel"
         return LAYOUTS["keras_depthwise"] if depthwise else chosen
 
@@ -191,7 +194,8 @@ def regroups(shape: tuple[int, ...], other: tuple[int, ...]) -> bool:
     """Whether only the grouping of axes differs, in a way that leaves no choice.
 
     Axes of 1 may come and go in any array. In a vector or a matrix, one axis may become several (and so the other way round in
-    rows-major order), as heads·d does heads × d; in larger arrays several adjacent axes mean several things, and stay as they are.
+    rows-major order), as heads·d does heads × d; in larger arrays several adjacent axes mean several things, and stay as they
+    are.
     """
     if math.prod(shape) != math.prod(other):
         return False

@@ -1,9 +1,10 @@
 """Globs over paths: how rules of this package name leaves and subtrees.
 
 A path is the keys of a leaf joined with "/" ("blocks/0/attn/kernel"). In a glob "*" stands for any part of one key, "?" for one
-character, "[0-5]" for one of a set, "{a,b}" for one of a list, and "**" for any number of keys, none included. A glob that names
-an inner node catches all that lies below it: "blocks/0" catches "blocks/0/attn/kernel". A dot separates keys just as "/" does, so
-that the names of other frameworks can be written as they are. A compiled `re.Pattern` is searched for in the path instead.
+character, "[0-5]" for one of a set, "{a,b}" for one of a list, and "**" for any number of keys, none included. A glob that
+names
+an inner node catches all that lies below it: "blocks/0" catches "blocks/0/attn/kernel". A dot separates keys just as "/" does,
+so that the names of other frameworks can be written as they are. A compiled `re.Pattern` is searched for in the path instead.
 """
 
 import functools

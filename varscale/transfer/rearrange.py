@@ -1,11 +1,12 @@
 """Surgery on a checkpoint before its leaves look for their places: split, join, add, stack, unstack, permute.
 
-Every operation is a frozen dataclass whose first field is a glob over the paths of the checkpoint as they are called THERE (before any
-rename), and works on arrays as they are laid out THERE (before any transposition). `graft(..., rearrange=[...])` applies them in
-order; one that catches nothing is an error.
+Every operation is a frozen dataclass whose first field is a glob over the paths of the checkpoint as they are called THERE
+(before any rename), and works on arrays as they are laid out THERE (before any transposition). `graft(..., rearrange=[...])`
+applies them in order; one that catches nothing is an error.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -52,8 +53,8 @@ class Split:
       into: what takes the place of the node's last key, a name a part ("query", or "query/weight" where the node is a leaf).
       axis: the packed axis, in the checkpoint's layout (PyTorch packs axis 0).
       sizes: of the parts along that axis; equal by default.
-      groups: how often the sequence of parts repeats along the axis (a checkpoint that interleaves q, k, v by head has one group a
-        head).
+      groups: how often the sequence of parts repeats along the axis (a checkpoint that interleaves q, k, v by head has one
+        group a head).
     """
 
     node: str
@@ -114,9 +115,7 @@ class Add:
     into: str
 
     def __call__(self, pieces: Sequence[Piece], /) -> list[Piece]:
-        return _gathered(
-            self, pieces, self.node, self.parts, self.into, lambda members: sum(m.value for m in members), "added up"
-        )
+        return _gathered(self, pieces, self.node, self.parts, self.into, _sum, "added up")
 
 
 @dataclass(frozen=True)
@@ -305,6 +304,10 @@ def _gathered(
         sources = tuple(source for piece in ordered for source in piece.sources)
         out.append(Piece(path, value, sources, ordered[0].stacked, (*ordered[0].done, done)))
     return out
+
+
+def _sum(members: list[Piece]) -> np.ndarray:
+    return functools.reduce(np.add, (member.value for member in members))
 
 
 def _around(node: str, path: str) -> tuple[str, str]:

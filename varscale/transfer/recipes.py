@@ -4,7 +4,8 @@ from varscale.transfer.rearrange import Add, Operation, Split
 
 
 def pytorch_attention(node: str = "**", *, cross: bool = False) -> tuple[Operation, ...]:
-    """PyTorch's `nn.MultiheadAttention` for flax's `MultiHeadDotProductAttention` and `MultiHeadAttention` (use layout="pytorch").
+    """PyTorch's `nn.MultiheadAttention` for flax's `MultiHeadDotProductAttention` and `MultiHeadAttention` (use
+    layout="pytorch").
 
     The packed in_proj becomes query, key and value; `out_proj` is left for a rename rule ({"**/out_proj": "**/out"}).
 
@@ -50,7 +51,10 @@ def pytorch_gru(node: str = "**", layer: int = 0) -> tuple[Operation, ...]:
 
 
 def keras_lstm(node: str = "**") -> tuple[Operation, ...]:
-    """Keras' `LSTM` for linen's `LSTMCell` and `OptimizedLSTMCell` (use layout="keras"); `node` holds kernel, recurrent_kernel, bias."""
+    """Keras' `LSTM` for linen's `LSTMCell` and `OptimizedLSTMCell` (use layout="keras").
+
+    `node` is the module that holds kernel, recurrent_kernel and bias.
+    """
     return (
         Split(f"{node}/kernel", tuple(f"i{gate}/kernel" for gate in "ifgo"), axis=-1),
         Split(f"{node}/recurrent_kernel", tuple(f"h{gate}/kernel" for gate in "ifgo"), axis=-1),

@@ -24,7 +24,7 @@ class Renumber:
     """
 
     layers: str
-    numbers: Mapping[int, int | None | tuple[int, ...]]
+    numbers: Mapping[int, int | tuple[int, ...] | None]
 
     def __call__(self, path: str) -> Places:
         found = caught(self.layers, path)

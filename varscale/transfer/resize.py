@@ -1,7 +1,7 @@
 """Leaves that changed their size: windows and position tables interpolated, layers made wider or narrower.
 
-`graft(..., resize={pattern: method})` applies a method to the leaves of the model that the pattern catches, where their shape differs
-from what was found. A method is called with the pretrained array (in flax's layout) and the model's own leaf.
+`graft(..., resize={pattern: method})` applies a method to the leaves of the model that the pattern catches, where their shape
+differs from what was found. A method is called with the pretrained array (in flax's layout) and the model's own leaf.
 """
 
 import dataclasses
@@ -31,8 +31,8 @@ class Window:
 
     Interpolated weights keep their size, so a window of 32x32 gives four times the response of one of 16x16 to the same picture
     enlarged: n·Var[w] has changed with n. `preserve="response"` solves for the kernel whose response to an enlarged patch is
-    the old kernel's to the patch itself (Beyer et al. 2023, FlexiViT, section 3.4), exactly where the window grows and in least squares
-    where it shrinks.
+    the old kernel's to the patch itself (Beyer et al. 2023, FlexiViT, section 3.4), exactly where the window grows and in least
+    squares where it shrinks.
     """
 
     method: Interpolation = "linear"
@@ -73,7 +73,8 @@ class Positions:
             raise ValueError(f"Positions: grid {self.grid} and new_grid {self.new_grid} must both be given, with as many axes")
         if math.prod(grid) != rows or math.prod(new_grid) != new_rows or rows < 1 or new_rows < 1:
             raise ValueError(
-                f"Positions: {old.shape[-2]} and {shape[-2]} rows, {self.prefix} of them prefix, are not grids of {grid} and {new_grid}"
+                f"Positions: {old.shape[-2]} and {shape[-2]} rows, {self.prefix} of them prefix, "
+                f"are not grids of {grid} and {new_grid}"
             )
         lead = old.shape[:-2]
         body = old[..., self.prefix :, :].reshape(*lead, *grid, old.shape[-1])
@@ -87,11 +88,11 @@ class Units:
     """Make layers wider or narrower: old units are kept in front, new ones are drawn by a stated law.
 
     Attributes:
-      law: an initializer for the new entries, called with the whole new shape (so that its fans are the new ones); None leaves what
-        the model's own initialization drew there. `vs.zeros` for what reads the new units keeps the function unchanged.
+      law: an initializer for the new entries, called with the whole new shape (so that its fans are the new ones); None leaves
+        what the model's own initialization drew there. `vs.zeros` for what reads the new units keeps the function unchanged.
       key: for the law; every leaf draws with a key of its own, folded from its path.
-      blocks: for an axis made of equal blocks, how many ({-1: 3} for query, key and value packed in one, {0: 49} for the features
-        of a flattened 7x7 map): each block grows or shrinks at its end.
+      blocks: for an axis made of equal blocks, how many ({-1: 3} for query, key and value packed in one, {0: 49} for the
+        features of a flattened 7x7 map): each block grows or shrinks at its end.
     """
 
     law: Initializer | None = None

@@ -58,23 +58,24 @@ def open_tree(tree: Any, name: str) -> Tree:
       TypeError: a leaf is not an array.
       ValueError: two leaves have the same path.
     """
-    if (nnx := _nnx()) is not None and isinstance(tree, nnx.Module):
+    if (nnx := nnx_if_imported()) is not None and isinstance(tree, nnx.Module):
         graph, state = nnx.split(tree)
         inner = open_tree(state, name)
         return Tree(inner.leaves, lambda values: nnx.merge(graph, inner.rebuild(values)))
     leaves: list[Leaf] = []
     seen: dict[str, str] = {}
-    for keys, node in jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_box)[0]:
+    for keys, node in jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_box)[0]:
         random = nnx is not None and isinstance(node, nnx.RngState)
-        # A box (an nnx.Variable, linen's Partitioned) is one leaf; its own keys, ".value" and the like, are no part of the path.
-        inside = jax.tree_util.tree_flatten_with_path(node)[0] if _is_box(node) else [((), node)]
+        # A box (an nnx.Variable, linen's Partitioned) is one leaf; its own keys, ".value" and the like, are no part of the
+        # path.
+        inside = jax.tree_util.tree_flatten_with_path(node)[0] if is_box(node) else [((), node)]
         for extra, value in inside:
             path = canonical("/".join(_text(key) for key in (*keys, *(extra if len(inside) > 1 else ()))))
             written = jax.tree_util.keystr((*keys, *extra))
             if path in seen:
                 raise ValueError(f"{name}: two leaves have the path {path!r}: {seen[path]} and {written}; rename one of them")
             seen[path] = written
-            leaves.append(Leaf(path, _checked(value, path, name), not (random or _is_key(value))))
+            leaves.append(Leaf(path, _checked(value, path, name), not (random or is_key(value))))
     structure = jax.tree.structure(tree)
     return Tree(tuple(leaves), lambda values: jax.tree.unflatten(structure, values))
 
@@ -118,18 +119,18 @@ def is_collections(paths: Mapping[str, Any] | tuple[str, ...]) -> bool:
     return any(path.startswith("params/") for path in paths)
 
 
-def _nnx() -> Any:
+def nnx_if_imported() -> Any:
     """Flax's nnx if someone has imported it: a tree that holds nothing of nnx should not wait for its import."""
     return sys.modules.get("flax.nnx")
 
 
-def _is_box(node: Any) -> bool:
-    nnx, meta = _nnx(), sys.modules.get("flax.core.meta")
+def is_box(node: Any) -> bool:
+    nnx, meta = nnx_if_imported(), sys.modules.get("flax.core.meta")
     return (nnx is not None and isinstance(node, nnx.Variable)) or (meta is not None and isinstance(node, meta.AxisMetadata))
 
 
-def _is_key(value: Any) -> bool:
-    return hasattr(value, "dtype") and jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key)
+def is_key(value: Any) -> bool:
+    return hasattr(value, "dtype") and jax.numpy.issubdtype(value.dtype, jax.dtypes.prng_key)
 
 
 def _text(key: Any) -> str:
