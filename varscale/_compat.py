@@ -1,0 +1,59 @@
+"""What differs between the versions of jax that are supported, in one place."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.extend.core
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Inexact, Key
+
+
+def is_literal(atom: Any) -> bool:
+    """Whether an equation's operand is a literal."""
+    return isinstance(atom, jax.extend.core.Literal)
+
+
+def source_line(eqn: Any) -> str:
+    """File, line and module path of an equation, as far as jax recorded them."""
+    info = eqn.source_info
+    where = ""
+    frames = list(getattr(getattr(info, "traceback", None), "frames", []) or [])
+    for frame in frames:
+        name = frame.file_name
+        if not any(
+            part in name for part in ("/jax/", "/flax/", "/varscale/theory/", "/varscale/programs", "<frozen", "/contextlib")
+        ):
+            where = f"{name.rsplit('/', 1)[-1]}:{frame.line_num}"
+            break
+    stack = str(getattr(info, "name_stack", ""))
+    return " ".join(filter(None, [where or "an unknown line", f"({stack})" if stack else ""]))
+
+
+def sub_jaxpr(jaxpr: Any) -> tuple[Any, list[Any]]:
+    """A sub-jaxpr of an equation as (jaxpr, constants), whether it was closed or not."""
+    if isinstance(jaxpr, jax.extend.core.ClosedJaxpr):
+        return jaxpr.jaxpr, list(jaxpr.consts)
+    return jaxpr, []
+
+
+# From 0.12 on, jax.nn.initializers multiplies erf⁻¹(u) by √2·σ, one number, where it had multiplied √2·erf⁻¹(u) by σ.
+_SCALES_ERF_INV = jax.__version_info__ >= (0, 12)
+
+
+def unscaled_normal(key: Key[Array, ""], shape: Sequence[int], dtype: np.dtype) -> Inexact[Array, "*shape"]:
+    """What jax's normal initializers multiply by `normal_scale`: the same bits, version by version."""
+    if not _SCALES_ERF_INV or jnp.issubdtype(dtype, jnp.complexfloating):
+        return jax.random.normal(key, shape, dtype)
+    low = np.nextafter(np.array(-1.0, dtype), np.array(0.0, dtype), dtype=dtype)
+    return jax.lax.erf_inv(jax.random.uniform(key, shape, dtype, low, np.array(1.0, dtype)))
+
+
+def normal_scale(std: Inexact[Array, ""]) -> Inexact[Array, ""]:
+    """The factor on `unscaled_normal` that gives it this standard deviation."""
+    if not _SCALES_ERF_INV or jnp.issubdtype(std.dtype, jnp.complexfloating):
+        return std
+    return jnp.array(np.sqrt(2), std.dtype) * std

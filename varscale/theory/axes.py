@@ -1,0 +1,220 @@
+r"""Axes with classes, and the algebra of index pairs on them.
+
+The entries of a network's tensors are random, and those along one axis are interchangeable, once positions that really
+differ (the border of an image, early and late tokens under a causal mask, the halves of a concatenation) are told apart
+by a CLASS. All that second moments can then depend on is, for each axis, the TYPE of an index pair (i, j):
+
+    type c          i = j, in class c                       (the first C types)
+    type (c, c')    i ≠ j, i in class c and j in class c'   (the next C² types)
+
+so an axis of any size has C + C² types, two where C = 1: "the same" and "different". Structure operations are linear
+maps on the types of one axis, and counts of pairs are all they need.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Float, Int
+
+MOST_CLASSES = 6  # an axis keeps no more: classes closest in what they see are merged
+
+
+@dataclasses.dataclass(frozen=True)
+class Axis:
+    """An axis of `size` positions.
+
+    Attributes:
+        size: number of positions, at least 2 (axes of size 1 carry nothing and are dropped).
+        labels: the class of each position as bytes, numbered from 0 in order of appearance; None where there is one class.
+    """
+
+    size: int
+    labels: bytes | None = None
+
+    @functools.cached_property
+    def classes(self) -> int:
+        return 1 if self.labels is None else max(self.labels) + 1
+
+    @functools.cached_property
+    def types(self) -> int:
+        return self.classes + self.classes**2
+
+    @functools.cached_property
+    def label_array(self) -> Int[np.ndarray, " size"]:
+        return np.zeros(self.size, int) if self.labels is None else np.frombuffer(self.labels, np.uint8).astype(int)
+
+    @functools.cached_property
+    def counts(self) -> Float[np.ndarray, " classes"]:
+        """Positions in each class."""
+        return np.array([float(self.size)]) if self.labels is None else np.bincount(self.label_array).astype(float)
+
+    @functools.cached_property
+    def first(self) -> Int[np.ndarray, " types"]:
+        """Class of i in each type."""
+        c = np.arange(self.classes)
+        return np.concatenate([c, np.repeat(c, self.classes)])
+
+    @functools.cached_property
+    def second(self) -> Int[np.ndarray, " types"]:
+        """Class of j in each type."""
+        c = np.arange(self.classes)
+        return np.concatenate([c, np.tile(c, self.classes)])
+
+    @functools.cached_property
+    def pairs(self) -> Float[np.ndarray, " types"]:
+        """Ordered index pairs of each type; they sum to size²."""
+        n = self.counts
+        return np.concatenate([n, (np.outer(n, n) - np.diag(n)).ravel()])
+
+    @functools.cached_property
+    def same(self) -> Float[np.ndarray, " types"]:
+        """Weights that average over the pairs i = j."""
+        return np.concatenate([self.counts / self.size, np.zeros(self.classes**2)])
+
+    @functools.cached_property
+    def different(self) -> Float[np.ndarray, " types"]:
+        """Weights that average over the pairs i ≠ j."""
+        weights = self.pairs.copy()
+        weights[: self.classes] = 0
+        return weights / (self.size * (self.size - 1))
+
+    @functools.cached_property
+    def any_pair(self) -> Float[np.ndarray, " types"]:
+        """Weights that average over all pairs: the second moment of a mean."""
+        return self.pairs / self.size**2
+
+    @functools.cached_property
+    def swap(self) -> Int[np.ndarray, " types"]:
+        """The type of (j, i) for each type of (i, j)."""
+        c = self.classes
+        return np.concatenate([np.arange(c), c + np.arange(c * c).reshape(c, c).T.ravel()])
+
+
+def labelled(labels: Sequence[int] | np.ndarray) -> Axis:
+    """The axis whose positions have these class labels (any hashable integers)."""
+    labels = np.asarray(labels)
+    _, first, inverse = np.unique(labels, return_index=True, return_inverse=True)
+    if len(first) == 1:
+        return Axis(len(labels))
+    rank = np.empty(len(first), int)
+    rank[np.argsort(first)] = np.arange(len(first))
+    return Axis(len(labels), rank[inverse.ravel()].astype(np.uint8).tobytes())
+
+
+@functools.lru_cache(maxsize=None)
+def join(a: Axis, b: Axis) -> Axis:
+    """The common refinement of two classings of the same positions (the finer of the two alone where it is too fine)."""
+    if a == b or b.labels is None:
+        return a
+    if a.labels is None:
+        return b
+    both = labelled(a.label_array * b.classes + b.label_array)
+    return both if both.classes <= 2 * MOST_CLASSES else max(a, b, key=lambda axis: axis.classes)
+
+
+def grouped(signatures: Float[np.ndarray, "size features"], most: int = MOST_CLASSES) -> Axis:
+    """Positions classed by what they see: one class a distinct signature, the nearest two merged until `most` remain."""
+    rows, inverse, counts = np.unique(np.round(signatures, 9), axis=0, return_inverse=True, return_counts=True)
+    rows, weight, members = list(rows), list(counts.astype(float)), [{i} for i in range(len(rows))]
+    if len(rows) > 64:  # far more kinds than classes: cut by rank, finer where signatures are small
+        order = np.argsort(np.stack(rows).sum(axis=1))
+        position = np.empty(len(rows), int)
+        position[order] = np.arange(len(rows))
+        bins = np.minimum((most * np.log1p(position) / math.log1p(len(rows))).astype(int), most - 1)
+        return labelled(bins[inverse.ravel()])
+    while len(rows) > most:
+        stack, w = np.stack(rows), np.array(weight)
+        gap = np.abs(stack[:, None] - stack[None]).sum(axis=-1) * np.minimum(w[:, None], w[None])
+        gap[np.tril_indices(len(rows))] = np.inf
+        i, j = np.unravel_index(int(np.argmin(gap)), gap.shape)
+        rows[i] = (rows[i] * weight[i] + rows[j] * weight[j]) / (weight[i] + weight[j])
+        weight[i] += weight[j]
+        members[i] |= members[j]
+        del rows[j], weight[j], members[j]
+    label = {k: c for c, group in enumerate(members) for k in group}
+    return labelled([label[k] for k in inverse.ravel()])
+
+
+@functools.lru_cache(maxsize=None)
+def class_shares(fine: Axis, coarse: Axis) -> Float[np.ndarray, "fine coarse"]:
+    """Share of each class of `fine` that lies in each class of `coarse` (0 and 1 where it refines it)."""
+    table = np.zeros((fine.classes, coarse.classes))
+    np.add.at(table, (fine.label_array, coarse.label_array), 1.0)
+    return table / fine.counts[:, None]
+
+
+def pair_map(classes: Float[np.ndarray, "new old"]) -> Float[np.ndarray, "newtypes oldtypes"]:
+    """The map on types made by a map on classes that keeps positions apart."""
+    new, old = classes.shape
+    out = np.zeros((new + new * new, old + old * old))
+    out[:new, :old] = classes
+    out[new:, old:] = np.einsum("ac,bd->abcd", classes, classes).reshape(new * new, old * old)
+    return out
+
+
+@functools.lru_cache(maxsize=None)
+def lift_types(fine: Axis, coarse: Axis) -> Int[np.ndarray, " finetypes"] | Float[np.ndarray, "finetypes coarsetypes"]:
+    """How a table over `coarse` reads over `fine`: an index per type where `fine` refines `coarse`, else an averaging matrix."""
+    shares = class_shares(fine, coarse)
+    if not np.all((shares == 0) | (shares == 1)):
+        return pair_map(shares)
+    to = shares.argmax(axis=1)
+    c = coarse.classes
+    return np.concatenate([to, (c + to[:, None] * c + to[None]).ravel()])
+
+
+def apply_axis(array: np.ndarray, axis: int, matrix: np.ndarray) -> np.ndarray:
+    """Multiply `matrix` (new, old) onto one axis of `array`; an integer vector indexes instead."""
+    if matrix.ndim == 1 and matrix.dtype.kind == "i":
+        return np.take(array, matrix, axis=axis)
+    return np.moveaxis(np.tensordot(matrix, array, axes=(1, axis)), 0, axis)
+
+
+def contract_axis(array: np.ndarray, axis: int, weights: np.ndarray) -> np.ndarray:
+    """Sum one axis away under `weights`."""
+    return np.tensordot(array, weights, axes=(axis, 0))
+
+
+@functools.lru_cache(maxsize=None)
+def split_axis(axis: Axis, sizes: tuple[int, ...]) -> tuple[tuple[Axis, ...], Int[np.ndarray, " types"]]:
+    """Row-major factors of an axis, and the type of the whole for each combination of the factors' types.
+
+    Returns:
+        The factor axes; an index array of shape (types of factor 1, types of factor 2, ...).
+    """
+    grid = axis.label_array.reshape(sizes)
+    factors = tuple(
+        labelled(np.unique(np.moveaxis(grid, k, 0).reshape(n, -1), axis=0, return_inverse=True)[1].ravel())
+        for k, n in enumerate(sizes)
+    )
+    classes = np.zeros([f.classes for f in factors], int)
+    classes[np.ix_(*[f.label_array for f in factors])] = 0
+    for index in np.ndindex(*sizes):
+        if axis.labels is None:
+            break
+        classes[tuple(f.label_array[i] for f, i in zip(factors, index, strict=True))] = grid[index]
+    i = classes[np.ix_(*[f.first for f in factors])]
+    j = classes[np.ix_(*[f.second for f in factors])]
+    same = np.ones([f.types for f in factors], bool)
+    for k, f in enumerate(factors):
+        shape = [1] * len(factors)
+        shape[k] = f.types
+        same &= (np.arange(f.types) < f.classes).reshape(shape)
+    return factors, np.where(same, i, axis.classes + i * axis.classes + j)
+
+
+@functools.lru_cache(maxsize=None)
+def sliced(axis: Axis, start: int, stop: int, step: int) -> tuple[Axis | None, Float[np.ndarray, "new old"]]:
+    """The axis left by a slice (None where one position is left), and which old classes its classes come from."""
+    labels = axis.label_array[start:stop:step]
+    if len(labels) == 1:
+        return None, np.eye(axis.classes)[labels]
+    new = labelled(labels)
+    classes = np.zeros((new.classes, axis.classes))
+    classes[new.label_array, labels] = 1
+    return new, classes

@@ -1,0 +1,131 @@
+"""Cross-moments E[a_i b_j] of two arrays over one frame: zero by a fresh weight, the product of means, or expanded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from varscale.theory.axes import Axis, contract_axis
+from varscale.theory.elementwise import Apply, Sum
+from varscale.theory.graph import Array, Constant, Leaf, Merge, Node, Permute, Split, View
+from varscale.theory.moments import lift
+
+
+def dependent(a: Node, b: Node) -> bool:
+    """Whether two nodes can be correlated at all."""
+    if a is b:
+        return True
+    if isinstance(a, Array) or isinstance(b, Array):
+        return False
+    if a.odd & ~b.deps or b.odd & ~a.deps:
+        return False
+    return bool(a.deps & b.deps)
+
+
+def cross(a: View, b: View, frame: Sequence[Axis]) -> np.ndarray:
+    """E[a_i b_j] by type, broadcastable to the frame's types."""
+    na, nb = a.node, b.node
+    if na.odd & ~nb.deps or nb.odd & ~na.deps:
+        return np.zeros((1,) * len(frame))
+    if isinstance(na, Constant) or isinstance(nb, Constant) or not dependent(na, nb):
+        return mean_product(a, b, frame)
+    if a == b:
+        return a.second(frame)
+    key = ("cross", na.id, a.bind, nb.id, b.bind, tuple(frame))
+    graph = na.graph
+    if key not in graph.pairs:
+        if len(graph.memo.setdefault("crossing", [])) > 40:
+            graph.flag("assumed", 0.2)
+            return mean_product(a, b, frame)
+        graph.memo["crossing"].append(key)
+        try:
+            graph.pairs[key] = _expand(a, b, tuple(frame))
+        finally:
+            graph.memo["crossing"].pop()
+    return graph.pairs[key]
+
+
+def mean_product(a: View, b: View, frame: Sequence[Axis]) -> np.ndarray:
+    """E[a_i] E[b_j] by type."""
+    ma, mb = a.mean(frame), b.mean(frame)
+    for k, axis in enumerate(frame):
+        if ma.shape[k] > 1:
+            ma = np.take(ma, axis.first, axis=k)
+        if mb.shape[k] > 1:
+            mb = np.take(mb, axis.second, axis=k)
+    return ma * mb
+
+
+def _swap(second: np.ndarray, frame: Sequence[Axis]) -> np.ndarray:
+    for k, axis in enumerate(frame):
+        if second.shape[k] > 1 and axis.classes > 1:
+            second = np.take(second, axis.swap, axis=k)
+    return second
+
+
+def _expand(a: View, b: View, frame: tuple[Axis, ...]) -> np.ndarray:
+    from varscale.theory.products import product_second
+
+    if a.node is b.node:
+        return _same_node(a, b, frame)
+    for x, y, turn in ((a, b, False), (b, a, True)):
+        if isinstance(x.node, Apply) and x.node.params[0] == "affine":
+            c, d = x.node.params[1]
+            inner = x.node.args[0].within(x.bind)
+            one = View(_one(x.node), ())
+            out = c * cross(inner, y, frame) + (d * mean_product(one, y, frame) if d else 0.0)
+            return _swap(out, frame) if turn else out
+    # A sum goes apart before an elementwise function of it does not: the later node is the one to open.
+    for x, y, turn in sorted(((a, b, False), (b, a, True)), key=lambda t: -t[0].node.id):
+        if isinstance(x.node, Sum) and not isinstance(y.node, Apply):
+            out = sum(c * cross(term.within(x.bind), y, frame) for c, term in zip(x.node.params, x.node.args, strict=True))
+            return _swap(np.asarray(out), frame) if turn else np.asarray(out)
+    if isinstance(a.node, Apply) or isinstance(b.node, Apply):
+        return product_second(a, b, frame)
+    for x, y, turn in sorted(((a, b, False), (b, a, True)), key=lambda t: -t[0].node.id):
+        out = _structure(x, y, frame)
+        if out is None and hasattr(x.node, "cross_with"):
+            out = x.node.cross_with(x, y, frame)  # pyright: ignore[reportAttributeAccessIssue]
+        if out is not None:
+            return _swap(out, frame) if turn else out
+    a.node.graph.flag("assumed", 0.1)
+    return mean_product(a, b, frame)
+
+
+def _one(node: Node) -> Node:
+    from varscale.theory.graph import number
+
+    return number(node.graph, 1.0)
+
+
+def _same_node(a: View, b: View, frame: tuple[Axis, ...]) -> np.ndarray:
+    """One node read with its axes in two places: where they differ, its indices are unrelated (equal one time in n)."""
+    node = a.node
+    second, axes, bind = node.table.second, list(node.axes), list(a.bind)
+    for k in reversed(range(len(axes))):
+        if a.bind[k] != b.bind[k]:
+            second = contract_axis(second, k, axes[k].any_pair)
+            del axes[k], bind[k]
+    return lift(second, axes, bind, frame, pairs=True)
+
+
+def _structure(x: View, y: View, frame: tuple[Axis, ...]) -> np.ndarray | None:
+    """Views of the same structure over two sources."""
+    if type(x.node) is not type(y.node) or x.node.params != y.node.params or x.bind != y.bind:
+        return None
+    if isinstance(x.node, Split | Merge):
+        source = x.node.args[0].node
+        if source.axes != y.node.args[0].node.axes:
+            return None
+        inner = tuple(range(len(source.axes)))
+        table = np.broadcast_to(
+            cross(View(source, inner), View(y.node.args[0].node, inner), source.axes), [a.types for a in source.axes]
+        )
+        return lift(x.node.reindex(table), x.node.axes, x.bind, frame, pairs=True)
+    if isinstance(x.node, Permute):
+        (p, pb), (q, qb) = x.node.args[0], y.node.args[0]
+        return cross(View(p, pb).within(x.bind), View(q, qb).within(y.bind), frame)
+    if isinstance(x.node, Leaf):
+        return None
+    return None

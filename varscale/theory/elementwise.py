@@ -1,0 +1,229 @@
+"""Elementwise nodes: chains of primitives on their ROOTS (everything that is not elementwise), built in a normal form.
+
+A whole chain (GELU is eight equations) is one function of its roots, evaluated on their quadrature nodes by the
+primitives themselves; no table of activations is needed, and no intermediate step is taken for Gaussian.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from varscale.theory.axes import Axis
+from varscale.theory.functions import POSITIVE, function
+from varscale.theory.graph import REBUILD, Constant, Graph, Node, View, number
+from varscale.theory.moments import Table
+
+
+class Apply(Node):
+    """One elementwise primitive; `params` is (name, static parameters)."""
+
+    how = "quadrature"
+
+    def prepare(self) -> None:
+        name, extra = self.params
+        nodes = [view.node for view in self.args]
+        if name == "affine":
+            self.odd = nodes[0].odd if extra[1] == 0 else 0
+            self.positive = nodes[0].positive and extra[0] >= 0 and extra[1] >= 0
+        elif name == "mul":
+            self.odd = (nodes[0].odd & ~nodes[1].deps) | (nodes[1].odd & ~nodes[0].deps)
+            self.positive = nodes[0].positive and nodes[1].positive
+        elif name == "div":
+            self.odd = nodes[0].odd & ~nodes[1].deps
+            self.positive = nodes[0].positive and nodes[1].positive
+        elif name == "integer_pow":
+            self.positive = extra[0] % 2 == 0 or nodes[0].positive
+        elif name == "max":
+            self.positive = any(n.positive for n in nodes)
+        elif name in ("add", "min", "select_n"):
+            self.positive = all(n.positive for n in nodes)
+        else:
+            self.positive = name in POSITIVE
+
+    def compute(self) -> Table:
+        from varscale.theory.quadrature import elementwise_table
+
+        return elementwise_table(self)
+
+
+class Sum(Node):
+    """A weighted sum of arrays with different roots; `params` are the weights. A root itself."""
+
+    how = "exact"
+
+    def prepare(self) -> None:
+        odd = -1
+        for view in self.args:
+            odd &= view.node.odd
+        self.odd = odd
+        self.positive = all(c >= 0 for c in self.params) and all(v.node.positive for v in self.args)
+
+    def compute(self) -> Table:
+        from varscale.theory.cross import cross
+
+        mean = np.zeros([a.classes for a in self.axes])
+        second = np.zeros([a.types for a in self.axes])
+        for c, x in zip(self.params, self.args, strict=True):
+            mean = mean + c * x.mean(self.axes)
+            second = second + c * c * x.second(self.axes)
+        for i, (c, x) in enumerate(zip(self.params, self.args, strict=True)):
+            for d, y in zip(self.params[:i], self.args[:i], strict=True):
+                product = c * d * np.broadcast_to(cross(x, y, self.axes), second.shape)
+                second = second + product + swapped(product, self.axes)
+        return Table(self.axes, mean, second)
+
+    def pullback(self, cotangent: np.ndarray) -> list[np.ndarray | None]:
+        from varscale.theory.backward import sum_out
+
+        return [c * c * sum_out(cotangent, self.axes, view) for c, view in zip(self.params, self.args, strict=True)]
+
+
+def swapped(second: np.ndarray, axes: Sequence[Axis]) -> np.ndarray:
+    """E[y_i x_j] by type, from E[x_i y_j]."""
+    for k, axis in enumerate(axes):
+        if axis.classes > 1:
+            second = np.take(second, axis.swap, axis=k)
+    return second
+
+
+def roots(node: Node) -> tuple[View, ...]:
+    """The roots of an elementwise tree, as views over its frame; a node that is not elementwise is its own root."""
+    if isinstance(node, Constant):
+        return ()
+    if not isinstance(node, Apply):
+        return (View(node, tuple(range(len(node.axes)))),)
+    key = ("roots", node.id)
+    if key not in node.graph.memo:
+        found: dict[tuple[int, tuple[int, ...]], View] = {}
+        for child, bind in node.args:
+            for root in roots(child):
+                view = root.within(bind)
+                found[view.node.id, view.bind] = view
+        node.graph.memo[key] = tuple(found[k] for k in sorted(found))
+    return node.graph.memo[key]
+
+
+def affine(node: Node, c: float, d: float) -> Node:
+    """c·node + d."""
+    if c == 1 and d == 0:
+        return node
+    if isinstance(node, Constant):
+        return number(node.graph, c * node.params + d)
+    if c == 0:
+        return number(node.graph, d)
+    identity = tuple(range(len(node.axes)))
+    if isinstance(node, Apply) and node.params[0] == "affine" and node.args[0].node.axes == node.axes:
+        c0, d0 = node.params[1]
+        return affine(node.args[0].node, c * c0, c * d0 + d) if node.args[0].bind == identity else _apply(node, c, d)
+    return _apply(node, c, d)
+
+
+def _apply(node: Node, c: float, d: float) -> Node:
+    return node.graph.make(Apply, node.axes, [View(node, tuple(range(len(node.axes))))], ("affine", (float(c), float(d))))
+
+
+def broadcast(node: Node, axes: tuple[Axis, ...]) -> Node:
+    """`node` with further axes along which it is constant; its own come first."""
+    if axes[: len(node.axes)] != node.axes:
+        raise ValueError("a broadcast keeps the node's own axes first")
+    return node.graph.make(Apply, axes, [View(node, tuple(range(len(node.axes))))], ("affine", (1.0, 0.0)))
+
+
+def _whole(view: View, axes: Sequence[Axis]) -> Node:
+    """The view as a node over the whole frame."""
+    node, bind = view
+    if bind == tuple(range(len(axes))) and tuple(node.axes) == tuple(axes):
+        return node
+    return node.graph.make(Apply, axes, [view], ("affine", (1.0, 0.0)))
+
+
+def _scaled(view: View, axes: Sequence[Axis], c: float, d: float) -> Node:
+    node, bind = view
+    if isinstance(node, Constant):
+        return number(node.graph, c * node.params + d)
+    scaled = affine(node, c, d)
+    return _whole(View(scaled, bind), axes) if scaled.axes else scaled
+
+
+def apply(graph: Graph, name: str, extra: tuple[Any, ...], axes: tuple[Axis, ...], views: Sequence[View]) -> Node:
+    """The node of an elementwise primitive over a frame, in normal form."""
+    views = list(views)
+    constants = [v.node.params if isinstance(v.node, Constant) else None for v in views]
+    if all(c is not None for c in constants):
+        with np.errstate(all="ignore"):
+            result = function(name, extra)(*(np.float64(c) for c in constants if c is not None))
+        return number(graph, float(result))
+    if name in ("add", "add_any", "sub"):
+        sign = -1.0 if name == "sub" else 1.0
+        a, b = views
+        if constants[1] is not None:
+            return _scaled(a, axes, 1.0, sign * constants[1])
+        if constants[0] is not None:
+            return _scaled(b, axes, sign, constants[0])
+        if a == b:
+            return _scaled(a, axes, 1 + sign, 0.0)
+        ra, rb = ({(r.node.id, r.within(v.bind).bind) for r in roots(v.node)} for v in views)
+        if not (ra <= rb or rb <= ra):
+            return total(graph, (1.0, sign), axes, views)
+        name = "add" if name == "add_any" else name
+    if name == "mul":
+        if constants[1] is not None:
+            return _scaled(views[0], axes, constants[1], 0.0)
+        if constants[0] is not None:
+            return _scaled(views[1], axes, constants[0], 0.0)
+        if views[0] == views[1]:
+            name, extra, views = "integer_pow", (2,), views[:1]
+    if name == "div" and constants[1] is not None:
+        return _scaled(views[0], axes, 1 / constants[1] if constants[1] else 0.0, 0.0)
+    if name == "neg":
+        return _scaled(views[0], axes, -1.0, 0.0)
+    if name == "square":
+        name, extra = "integer_pow", (2,)
+    if name == "pow" and constants[1] is not None:
+        name, extra, views = "integer_pow", (constants[1],), views[:1]
+    if name == "integer_pow" and extra[0] == 1:
+        return _whole(views[0], axes)
+    if name == "select_n" and constants[0] is not None:
+        return _whole(views[1 + int(constants[0])], axes) if constants[1 + int(constants[0])] is None else views[1 + int(constants[0])].node
+    if name == "select_n" and len(views) == 3 and constants[0] is None:
+        # A branch of zeros makes the choice a factor, 1 or 0, and factors that are independent multiply exactly.
+        for kept, dropped in ((2, 1), (1, 2)):
+            if constants[dropped] == 0 and constants[kept] is None:
+                zero, one = View(number(graph, 0.0), ()), View(number(graph, 1.0), ())
+                pick = [views[0], zero, one] if kept == 2 else [views[0], one, zero]
+                identity = tuple(range(len(views[0].node.axes)))
+                own = [View(v.node, identity if i == 0 else ()) for i, v in enumerate(pick)]
+                which = graph.make(Apply, views[0].node.axes, own, ("select_n", ()))
+                return apply(graph, "mul", (), axes, [View(which, views[0].bind), views[kept]])
+    return graph.make(Apply, axes, views, (name, extra))
+
+
+def total(graph: Graph, weights: Sequence[float], axes: tuple[Axis, ...], views: Sequence[View]) -> Node:
+    """A weighted sum, equal terms collected."""
+    terms: dict[tuple[int, tuple[int, ...]], tuple[float, View]] = {}
+    offset = 0.0
+    for c, view in zip(weights, views, strict=True):
+        node, bind = view
+        if isinstance(node, Constant):
+            offset += c * node.params
+            continue
+        if isinstance(node, Apply) and node.params[0] == "affine":
+            (scale, shift), inner = node.params[1], node.args[0]
+            c, offset, view = c * scale, offset + c * shift, inner.within(bind)
+        key = (view.node.id, view.bind)
+        terms[key] = (terms[key][0] + c if key in terms else c, view)
+    live = [(c, v) for c, v in terms.values() if c != 0]
+    if not live:
+        return number(graph, offset)
+    if len(live) == 1:
+        return _scaled(live[0][1], axes, live[0][0], offset)
+    live.sort(key=lambda term: (term[1].node.id, term[1].bind))
+    node = graph.make(Sum, axes, [v for _, v in live], tuple(c for c, _ in live))
+    return affine(node, 1.0, offset)
+
+
+REBUILD[Apply] = lambda node, axes, args: node.graph.make(Apply, tuple(axes), list(args), node.params)
+REBUILD[Sum] = lambda node, axes, args: total(node.graph, node.params, tuple(axes), list(args))  # pyright: ignore[reportArgumentType]

@@ -1,0 +1,244 @@
+"""The walk over a jaxpr: an environment of values, a rule a primitive, errors that name the source line.
+
+To teach it a primitive, register a rule: a function of the interpreter, the equation and its input values.
+
+    import varscale as vs
+    import numpy as np
+
+    @vs.theory.rule("softsign")
+    def softsign(interpreter, eqn, x):
+        return interpreter.elementwise("softsign", x)
+
+    vs.theory.FUNCTIONS["softsign"] = lambda x: x / (1 + np.abs(x))
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from varscale import _compat
+from varscale.theory.axes import Axis
+from varscale.theory.elementwise import apply
+from varscale.theory.graph import Array, Constant, Graph, Leaf, Node, View, array, leaf
+from varscale.theory.layout import Value, align, full, value
+
+Rule = Callable[..., Any]
+RULES: dict[str, Rule] = {}
+MOST_FOLDED = 1 << 26  # elements up to which known numbers are computed with rather than described
+
+
+class Opaque:
+    """A random key: known exactly, so that equal keys give equal bits."""
+
+    def __init__(self, key: Any):
+        self.key = key
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.key.shape)
+
+
+class PredictionError(ValueError):
+    """A model that cannot be predicted; the message says why, where, and what to do."""
+
+
+def rule(*names: str) -> Callable[[Rule], Rule]:
+    """Register a rule for primitives of these names.
+
+    Args:
+        *names: primitive names as they appear in a jaxpr.
+
+    Returns:
+        A decorator; the rule it takes is called as rule(interpreter, eqn, *values) and returns a value, or a list of them.
+    """
+
+    def register(f: Rule) -> Rule:
+        for name in names:
+            RULES[name] = f
+        return f
+
+    return register
+
+
+def _load_rules() -> None:
+    from varscale.theory.rules import load
+
+    load()
+
+
+class Interpreter:
+    """Interprets jaxprs over one graph.
+
+    Attributes:
+        graph: the nodes built so far.
+        rows: what control-flow rules found out about modules inside their bodies: (path, value).
+    """
+
+    def __init__(self, graph: Graph | None = None):
+        _load_rules()
+        self.graph = graph or Graph()
+        self.trace: list[tuple[Any, list[Any], list[Any]]] = []
+        self.keep_trace = False
+
+    def run(self, jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
+        """The outputs of a jaxpr, given values of its constants and inputs."""
+        env: dict[Any, Any] = {}
+        for var, const in zip(jaxpr.constvars, consts, strict=True):
+            env[var] = self.known(const)
+        for var, arg in zip(jaxpr.invars, args, strict=True):
+            env[var] = arg
+        for eqn in jaxpr.eqns:
+            ins = [self.known(v.val) if _compat.is_literal(v) else env[v] for v in eqn.invars]
+            outs = self.equation(eqn, ins)
+            for var, out in zip(eqn.outvars, outs, strict=True):
+                env[var] = out
+        return [self.known(v.val) if _compat.is_literal(v) else env[v] for v in jaxpr.outvars]
+
+    def equation(self, eqn: Any, ins: list[Any]) -> list[Any]:
+        """The outputs of one equation."""
+        name = eqn.primitive.name
+        try:
+            if any(isinstance(x, Opaque) for x in ins) and name not in _KEYED:
+                outs = self.fold(eqn, ins)
+            else:
+                outs = None
+                if name not in _ELEMENTWISE_OR_LAYOUT:
+                    outs = self.fold(eqn, ins)
+                if outs is None:
+                    handler = RULES.get(name)
+                    if handler is None:
+                        from varscale.theory.rules.sampled import sampled
+
+                        handler = sampled
+                    outs = handler(self, eqn, *ins)
+        except (PredictionError, jax.errors.JAXTypeError):
+            raise
+        except Exception as error:
+            raise PredictionError(f"primitive {name!r} at {source(eqn)}: {type(error).__name__}: {error}") from error
+        outs = list(outs) if isinstance(outs, list | tuple) else [outs]
+        if self.keep_trace:
+            self.trace.append((eqn, ins, outs))
+        return outs
+
+    def known(self, const: Any) -> Any:
+        """The value of a known array."""
+        if hasattr(const, "dtype") and jax.dtypes.issubdtype(const.dtype, jax.dtypes.prng_key):
+            return Opaque(const)
+        numbers = np.asarray(const)
+        if numbers.dtype.kind not in "biuf":
+            numbers = numbers.astype(np.float64)
+        if numbers.dtype.kind == "f" and not np.all(np.isfinite(numbers)) and np.isnan(numbers).any():
+            raise PredictionError("an array of the model contains NaN")
+        numbers = numbers.astype(np.float64) if numbers.dtype.kind == "f" else numbers
+        shape = numbers.shape
+        node = array(self.graph, numbers.reshape([n for n in shape if n != 1]))
+        return full(self.graph, node.params, shape) if isinstance(node, Constant) else value(node, shape)
+
+    def concrete(self, x: Any, dtype: Any = None) -> np.ndarray | None:
+        """The numbers of a known value; None where it is random or too large."""
+        if not isinstance(x, Value) or math.prod(x.shape) > MOST_FOLDED:
+            return None
+        if isinstance(x.node, Constant):
+            return np.full(x.shape, x.node.params).astype(dtype or float)
+        if not isinstance(x.node, Array):
+            return None
+        atoms = [a for dim in x.dims for a in dim]
+        order = [a.axis for a in atoms if a.axis is not None]
+        numbers = x.node.values.transpose(order) if order else x.node.values
+        numbers = numbers.reshape([a.size if a.axis is not None else 1 for a in atoms])
+        numbers = np.broadcast_to(numbers, [a.size for a in atoms]).reshape(x.shape)
+        return numbers.astype(dtype) if dtype is not None else numbers
+
+    def fold(self, eqn: Any, ins: Sequence[Any]) -> list[Any] | None:
+        """Evaluate an equation whose inputs are all known; None where one is not."""
+        if eqn.primitive.name in _NEVER_FOLDED or not all(isinstance(x, Opaque | Value) for x in ins):
+            return None
+        if sum(math.prod(v.aval.shape) for v in eqn.outvars) > 1 << 22:
+            return None
+        numbers = []
+        for x, v in zip(ins, eqn.invars, strict=True):
+            known = x.key if isinstance(x, Opaque) else self.concrete(x, v.aval.dtype)
+            if known is None:
+                return [self.unknown_key(eqn)] if any(isinstance(y, Opaque) for y in ins) else None
+            numbers.append(known)
+        if not ins and eqn.primitive.name not in ("iota", "random_seed"):
+            return None
+        with jax.ensure_compile_time_eval(), jax.numpy_dtype_promotion("standard"):
+            out = eqn.primitive.bind(*[x if hasattr(x, "_base_array") else jax.numpy.asarray(x) for x in numbers], **eqn.params)
+        return [self.known(o) for o in (out if eqn.primitive.multiple_results else [out])]
+
+    def unknown_key(self, eqn: Any) -> Opaque:
+        """A key that nothing else has, for one derived from something random."""
+        self.graph.count += 1
+        keys = jax.random.key(0x5EED0000 + self.graph.count)
+        shape = eqn.outvars[0].aval.shape
+        return Opaque(jax.random.split(keys, shape) if shape else keys)
+
+    def elementwise(self, name: str, *xs: Value, extra: tuple[Any, ...] = ()) -> Value:
+        """An elementwise primitive of values of one shape (sizes of 1 broadcast)."""
+        _, frame, views, layout = align(xs)
+        if all(isinstance(v.node, Constant | Array) for v in views):
+            folded = self._fold_elementwise(name, extra, frame, views)
+            if folded is not None:
+                return Value(folded, layout) if folded.axes else full(self.graph, folded.params, Value(folded, layout).shape)
+        node = apply(self.graph, name, extra, frame, views)
+        if not node.axes:
+            layout = tuple(tuple(a._replace(axis=None) for a in dim) for dim in layout)
+        return Value(node, layout)
+
+    def _fold_elementwise(self, name: str, extra: Any, frame: Sequence[Axis], views: Sequence[View]) -> Node | None:
+        from varscale.theory.functions import function
+
+        if math.prod(a.size for a in frame) > MOST_FOLDED:
+            return None
+        numbers = []
+        for node, bind in views:
+            if isinstance(node, Constant):
+                numbers.append(np.float64(node.params))
+                continue
+            order = sorted(range(len(bind)), key=lambda k, b=bind: b[k])
+            shape = [1] * len(frame)
+            for k in order:
+                shape[bind[k]] = node.axes[k].size
+            numbers.append(node.values.transpose(order).reshape(shape))  # pyright: ignore[reportAttributeAccessIssue]
+        with np.errstate(all="ignore"):
+            out = np.asarray(function("add" if name == "add_any" else name, extra)(*numbers)) if name != "square" else numbers[0] ** 2
+        return array(self.graph, np.broadcast_to(out, [a.size for a in frame]), frame)
+
+    def leaf(self, name: Any, shape: Sequence[int], mean: float, second_moment: float, *, odd: bool, **law: Any) -> Value:
+        """A new random tensor with independent entries."""
+        axes = [Axis(int(n)) for n in shape if n != 1]
+        return value(leaf(self.graph, name, axes, mean, second_moment, odd=odd, **law), shape)
+
+
+_KEYED = {"random_bits", "jit", "pjit", "scan", "while", "cond", "custom_jvp_call", "custom_vjp_call", "remat2", "closed_call", "checkpoint"}
+_NEVER_FOLDED = _KEYED | {"rng_bit_generator"}
+
+
+@functools.cache
+def _elementwise_or_layout() -> frozenset[str]:
+    return frozenset()
+
+
+_ELEMENTWISE_OR_LAYOUT: set[str] = set()
+
+
+def elementwise_or_layout(*names: str) -> None:
+    """Primitives whose rules handle known numbers themselves, without writing them out."""
+    _ELEMENTWISE_OR_LAYOUT.update(names)
+
+
+def source(eqn: Any) -> str:
+    """Where an equation was written: "model.py:12 (Block)"."""
+    return _compat.source_line(eqn)
+
+
+def is_leaf(x: Any) -> bool:
+    """Whether a value is a random leaf itself."""
+    return isinstance(x, Value) and isinstance(x.node, Leaf)

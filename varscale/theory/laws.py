@@ -1,0 +1,135 @@
+"""The laws of a model's parameters: read from its own init by interpreting it, measured on arrays, or given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from varscale.theory.axes import Axis
+from varscale.theory.graph import Leaf
+from varscale.theory.interpreter import Interpreter, Opaque
+from varscale.theory.layout import Value, full, value
+from varscale.theory.moments import Moments, Table, estimate, independent
+from varscale.theory.rules.random import as_weight
+
+_KEY = 0
+
+
+def path_string(path: Any) -> str:
+    """A parameter's path joined with "/", the collection "params" left out."""
+    parts = [str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", k)))) for k in path]
+    parts = [p for p in parts if p != "value"]
+    return "/".join(parts[1:] if parts and parts[0] == "params" else parts)
+
+
+def init_laws(interpreter: Interpreter, init: Callable[[Any, Any], Any], split: Any) -> tuple[Any, list[Any]]:
+    """The parameter tree's shapes and, leaf by leaf, values with the laws that `init` draws from; nothing is drawn."""
+    from varscale.theory.predict import _traced
+
+    key = jax.random.key(_KEY)
+    jaxpr, shapes = _traced(lambda dynamic: init(key, dynamic), split.structs)
+    outs = interpreter.run(jaxpr.jaxpr, jaxpr.consts, split.values(interpreter))
+    paths = [path_string(p) for p, _ in jax.tree_util.tree_flatten_with_path(shapes)[0]]
+    return shapes, [x if isinstance(x, Opaque) else as_weight(interpreter, x, p) for p, x in zip(paths, outs, strict=True)]
+
+
+def given_parameters(interpreter: Interpreter, params: Any, shapes: Any, declared: list[Any] | None) -> tuple[Any, list[Any]]:
+    """Parameters given as arrays, initializers, variances or `Moments`, in the structure of the model's own where it has one.
+
+    Raises:
+        ValueError: the structure or a shape differs, or an array contains NaN.
+        TypeError: a leaf is of no known kind.
+    """
+    leaf = lambda x: isinstance(x, Moments) or (callable(x) and not hasattr(x, "get_value"))  # noqa: E731
+    if shapes is not None:
+        names = set(shapes) if isinstance(shapes, dict) else set()
+        if "params" in names and not (hasattr(params, "keys") and "params" in set(params.keys())):
+            params = {"params": params}
+        missing = names - set(params.keys()) if names and hasattr(params, "keys") else set()
+        flat_shapes, tree = jax.tree_util.tree_flatten_with_path(shapes)
+        filled = {path_string(p) if p[0] != "params" else "": v for (p, _), v in zip(flat_shapes, declared or [], strict=True)}
+        given = {path_string(p): x for p, x in jax.tree_util.tree_flatten_with_path(params, is_leaf=leaf)[0]}
+        expected = [path_string(p) for p, _ in flat_shapes]
+        absent = [p for p in expected if p not in given and p.split("/")[0] not in missing]
+        extra = [p for p in given if p not in expected]
+        if absent or extra:
+            raise ValueError(f"params must have the model's structure: missing {absent[:4]}, unexpected {extra[:4]}")
+        values = [
+            _given(interpreter, given[path], path, struct) if path in given else filled[path]
+            for path, (_, struct) in zip(expected, flat_shapes, strict=True)
+        ]
+        return shapes, values
+    flat, tree = jax.tree_util.tree_flatten_with_path(params, is_leaf=leaf)
+    values, structs = [], []
+    for path, x in flat:
+        if isinstance(x, Moments):
+            struct = jax.ShapeDtypeStruct(x.shape, np.dtype(x.dtype))
+        elif hasattr(x, "shape") and hasattr(x, "dtype"):
+            struct = jax.ShapeDtypeStruct(x.shape, x.dtype)
+        else:
+            raise TypeError(
+                f"params[{path_string(path)!r}] of a plain function must be an array or vs.Moments with a shape, not {x!r}; "
+                "or give params as a function of a key"
+            )
+        structs.append(struct)
+        values.append(_given(interpreter, x, path_string(path), struct))
+    return jax.tree_util.tree_unflatten(tree, structs), values
+
+
+def _given(interpreter: Interpreter, x: Any, path: str, struct: Any) -> Any:
+    """One parameter, given."""
+    shape = tuple(struct.shape)
+    axes = tuple(Axis(n) for n in shape if n != 1)
+    if jax.dtypes.issubdtype(struct.dtype, jax.dtypes.prng_key):
+        return Opaque(x if isinstance(x, jax.Array) else jax.random.key(_KEY))
+    if isinstance(x, Moments):
+        return named(interpreter, path, shape, independent(x.mean, x.second_moment, axes))
+    if isinstance(x, jax.ShapeDtypeStruct):
+        raise TypeError(f"params[{path!r}] is a ShapeDtypeStruct, which has no law; give an array, an initializer or a variance")
+    if callable(x):
+        jaxpr = jax.make_jaxpr(lambda: x(jax.random.key(_KEY), shape, struct.dtype))()
+        (out,) = interpreter.run(jaxpr.jaxpr, jaxpr.consts, [])
+        return as_weight(interpreter, out, path)
+    if isinstance(x, int | float) and not isinstance(x, bool):
+        if not np.isfinite(x) or x < 0:
+            raise ValueError(f"params[{path!r}] as a variance must be finite and not negative, not {x!r}")
+        return named(interpreter, path, shape, independent(0.0, float(x), axes)) if x else full(interpreter.graph, 0.0, shape)
+    numbers = np.asarray(x)
+    if numbers.shape != shape:
+        raise ValueError(f"params[{path!r}] must have shape {shape}, not {numbers.shape}")
+    if numbers.dtype.kind in "iub":
+        return interpreter.known(numbers)
+    numbers = numbers.astype(np.float64)
+    if not np.all(np.isfinite(numbers)):
+        raise ValueError(f"params[{path!r}] contains NaN or infinities")
+    if numbers.size == 0 or np.all(numbers == numbers.flat[0]):
+        return full(interpreter.graph, float(numbers.flat[0]) if numbers.size else 0.0, shape)
+    return named(interpreter, path, shape, measured_law(numbers.reshape([a.size for a in axes]), axes))
+
+
+def measured_law(numbers: np.ndarray, axes: tuple[Axis, ...]) -> Table:
+    """The table of a real weight array; correlations and a mean within their own sampling error are no news, and are zero."""
+    table = estimate(numbers, axes)
+    variance = float(numbers.var())
+    error = np.sqrt(variance / numbers.size)
+    if abs(table.total_mean) < 4 * error:
+        clean = independent(0.0, table.mean_square, axes)
+        off = table.second.copy()
+        off[(0,) * off.ndim] = 0.0
+        pairs = 1.0
+        for axis in axes:
+            pairs = np.multiply.outer(pairs, axis.pairs)
+        if np.all(np.abs(off) < 5 * variance / np.sqrt(np.maximum(pairs, 1.0)) + 1e-300):
+            return clean
+    return table
+
+
+def named(interpreter: Interpreter, path: str, shape: tuple[int, ...], table: Table) -> Value:
+    """A weight leaf with a table."""
+    node = interpreter.graph.make(Leaf, table.axes, (), ("given", path))
+    node.settle(table, odd=bool(np.all(table.mean == 0) and np.count_nonzero(table.second) <= 1))
+    interpreter.graph.memo.setdefault("named", {})[node.id] = path
+    return value(node, shape)

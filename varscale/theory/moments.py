@@ -1,0 +1,231 @@
+"""The domain: means and second moments of a random array, by the types of its index pairs; estimated from data, sampled from."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Float
+
+from varscale.theory.axes import Axis, apply_axis, class_shares, contract_axis, lift_types
+
+
+@dataclasses.dataclass(frozen=True)
+class Moments:
+    """Moments of an input, in place of an array.
+
+    Attributes:
+        mean: E[x].
+        second_moment: E[x²], at least mean².
+        shape: shape of the input.
+        dtype: its dtype.
+        sample_correlation: E[x x'] / E[x²] for one feature in two samples (first axis); by default independent: mean²/second_moment.
+        position_correlation: likewise for one feature at two positions (axes between the first and the last) of a sample.
+    """
+
+    mean: float = 0.0
+    second_moment: float = 1.0
+    shape: tuple[int, ...] = ()
+    dtype: object = np.float32
+    sample_correlation: float | None = None
+    position_correlation: float | None = None
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.mean) and math.isfinite(self.second_moment)):
+            raise ValueError(f"mean and second_moment must be finite, not {self.mean!r} and {self.second_moment!r}")
+        if self.second_moment < self.mean**2 * (1 - 1e-12):
+            raise ValueError(f"second_moment must be at least mean² = {self.mean**2!r}, not {self.second_moment!r}")
+        object.__setattr__(self, "shape", tuple(int(n) for n in self.shape))
+        for name in ("sample_correlation", "position_correlation"):
+            value = getattr(self, name)
+            if value is not None and not -1 <= value <= 1:
+                raise ValueError(f"{name} must lie in [-1, 1], not {value!r}")
+
+    def second(self) -> Float[np.ndarray, "..."]:
+        """E[x_i x_j] by which axes agree, shape (2,) * ndim, 0 for "same" and 1 for "different"."""
+        k = len(self.shape)
+        table = np.full((2,) * k, self.mean**2)
+        table[(0,) * k] = self.second_moment
+        for correlation, axes in ((self.sample_correlation, range(1)), (self.position_correlation, range(1, k - 1))):
+            for axis in axes if correlation is not None else ():
+                table[tuple(int(a == axis) for a in range(k))] = correlation * self.second_moment
+        return table
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Table:
+    """Moments of an array over `axes`.
+
+    Attributes:
+        axes: its axes.
+        mean: E[x_i] by class, shape (C₁, ..., C_k).
+        second: E[x_i x_j] by type of index pair, shape (types₁, ..., types_k).
+    """
+
+    axes: tuple[Axis, ...]
+    mean: Float[np.ndarray, "..."]
+    second: Float[np.ndarray, "..."]
+
+    @functools.cached_property
+    def total_mean(self) -> float:
+        """E[x] over all elements."""
+        out = self.mean
+        for axis in self.axes:
+            out = contract_axis(out, 0, axis.counts / axis.size)
+        return float(out)
+
+    @functools.cached_property
+    def mean_square(self) -> float:
+        """E[x²] over all elements."""
+        out = self.second
+        for axis in self.axes:
+            out = contract_axis(out, 0, axis.same)
+        return float(out)
+
+    @property
+    def variance(self) -> float:
+        """E[x²] − E[x]² over all elements."""
+        return max(self.mean_square - self.total_mean**2, 0.0)
+
+    @functools.cached_property
+    def square_of_mean(self) -> float:
+        """E[(mean of all elements)²]."""
+        out = self.second
+        for axis in self.axes:
+            out = contract_axis(out, 0, axis.any_pair)
+        return float(out)
+
+    @functools.cached_property
+    def diagonal(self) -> Float[np.ndarray, "..."]:
+        """E[x_i²] by class, shape (C₁, ..., C_k)."""
+        return self.second[tuple(slice(0, axis.classes) for axis in self.axes)]
+
+    @functools.cached_property
+    def outer(self) -> Float[np.ndarray, "..."]:
+        """E[x_i] E[x_j] by type."""
+        return means_by_type(self.mean, self.axes)
+
+    @functools.cached_property
+    def covariance(self) -> Float[np.ndarray, "..."]:
+        """E[x_i x_j] − E[x_i] E[x_j] by type."""
+        return self.second - self.outer
+
+
+def means_by_type(mean: np.ndarray, axes: Sequence[Axis], other: np.ndarray | None = None) -> np.ndarray:
+    """E[x_i] E[y_j] by type, y = x by default."""
+    first, second = mean, mean if other is None else other
+    for k, axis in enumerate(axes):
+        first, second = np.take(first, axis.first, axis=k), np.take(second, axis.second, axis=k)
+    return first * second
+
+
+def constant(value: float, axes: tuple[Axis, ...] = ()) -> Table:
+    """The table of a constant."""
+    return Table(axes, np.full([a.classes for a in axes], value), np.full([a.types for a in axes], value * value))
+
+
+def independent(mean: float, second_moment: float, axes: tuple[Axis, ...]) -> Table:
+    """Independent entries with one mean and second moment."""
+    second = np.full([a.types for a in axes], mean * mean)
+    second[tuple(slice(0, a.classes) for a in axes)] = np.nan
+    index = np.ix_(*[np.arange(a.classes) for a in axes])
+    second[index] = second_moment
+    return Table(axes, np.full([a.classes for a in axes], mean), second)
+
+
+def lift(array: np.ndarray, axes: Sequence[Axis], bind: Sequence[int], frame: Sequence[Axis], *, pairs: bool) -> np.ndarray:
+    """A class array (or, with `pairs`, a type array) read over a frame of axes.
+
+    Args:
+        array: over the classes (types) of `axes`.
+        axes: the axes it has.
+        bind: the place in the frame of each.
+        frame: axes to read it over; where it has none of them it is constant, and the result has length 1 there.
+        pairs: whether `array` runs over types rather than classes.
+    """
+    order = sorted(range(len(axes)), key=lambda k: bind[k])
+    out = array.transpose(order) if array.ndim else array
+    for k, source in enumerate(order):
+        old, new = axes[source], frame[bind[source]]
+        if old.labels != new.labels:
+            out = apply_axis(out, k, lift_types(new, old) if pairs else class_shares(new, old))
+    shape = [1] * len(frame)
+    for k, source in enumerate(order):
+        shape[bind[source]] = out.shape[k]
+    return out.reshape(shape)
+
+
+def full_types(array: np.ndarray, frame: Sequence[Axis]) -> np.ndarray:
+    """Broadcast to every type of the frame."""
+    return np.broadcast_to(array, [axis.types for axis in frame])
+
+
+def estimate(values: Float[np.ndarray, "..."], axes: Sequence[Axis]) -> Table:
+    """Moments of one real array, its entries pooled by class and by type.
+
+    The pairs that differ along an axis come from sums over classes, less the pairs that agree: linear, axis by axis.
+    """
+    x = np.asarray(values, float)
+    x = x.reshape([axis.size for axis in axes])
+    second = np.zeros([axis.types for axis in axes])
+    onehots = [np.eye(a.classes)[a.label_array].T for a in axes]  # (classes, size)
+    for agree in itertools.product((True, False), repeat=len(axes)):
+        # Sums of x_i x_j over pairs that agree on some axes and run freely over the others.
+        y = x
+        for k in reversed(range(len(axes))):
+            if not agree[k]:
+                y = apply_axis(y, k, onehots[k])
+        letters = iter("abcdefghijklmnopqrstuvwxyz")
+        left, right, out = "", "", ""
+        for k in range(len(axes)):
+            i = next(letters)
+            j = i if agree[k] else next(letters)
+            left, right, out = left + i, right + j, out + (i if agree[k] else i + j)
+        product = np.einsum(f"{left},{right}->{out}", y, y)
+        place = 0
+        for k, axis in enumerate(axes):
+            if agree[k]:
+                product = apply_axis(product, place, onehots[k])
+                place += 1
+            else:
+                shape = product.shape
+                product = product.reshape(*shape[:place], -1, *shape[place + 2 :])
+                place += 1
+        block = tuple(slice(0, a.classes) if g else slice(a.classes, None) for a, g in zip(axes, agree, strict=True))
+        second[block] = product
+    for k, axis in enumerate(axes):
+        s = np.moveaxis(second, k, 0)
+        c = axis.classes
+        s[c + np.arange(c) * (c + 1)] -= s[:c]
+        pairs = axis.pairs.reshape(-1, *[1] * (len(axes) - 1))
+        s /= np.where(pairs > 0, pairs, 1.0)
+        alone = np.flatnonzero(axis.pairs == 0)  # a class of one position has no pair that differs
+        s[alone] = s[(alone - c) // (c + 1)]
+    mean = x
+    for k, axis in enumerate(axes):
+        mean = apply_axis(mean, k, onehots[k] / axis.counts[:, None])
+    return Table(tuple(axes), mean, second)
+
+
+def sample(table: Table, sizes: Sequence[int], replicates: int, rng: np.random.Generator) -> Float[np.ndarray, "..."]:
+    """Gaussian arrays with a table whose axes have one class each, at other sizes.
+
+    The table is that of a crossed random-effects model: its Möbius inversion gives the variance of each component.
+
+    Returns:
+        Array of shape (replicates, *sizes).
+    """
+    components = table.second - table.outer
+    for k in range(components.ndim):
+        c = np.moveaxis(components, k, 0)
+        components = np.moveaxis(np.stack([c[0] - c[1], c[1]]), 0, k)
+    out = np.full((replicates, *sizes), table.mean.reshape(()))
+    for index in np.ndindex(components.shape):
+        if components[index] > 1e-14 * max(table.mean_square, 1e-300):
+            shape = [n if own == 0 else 1 for n, own in zip(sizes, index, strict=True)]
+            out += math.sqrt(components[index]) * rng.standard_normal((replicates, *shape))
+    return out

@@ -1,0 +1,185 @@
+"""From a model to a Report: read the laws of its parameters, walk its forward pass, ask for the moments of every module's output."""
+
+from __future__ import annotations
+
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from varscale import programs
+from varscale.programs import Inputs, Program
+from varscale.report import Report
+from varscale.theory.axes import Axis
+
+from varscale.theory.interpreter import Interpreter, Opaque, PredictionError
+from varscale.theory.layout import full
+from varscale.theory.moments import Moments, Table, estimate, independent
+
+_KEY = 0  # laws do not depend on the seed
+_BAND = 2.5758  # 99 % of a normal
+
+
+def predict(
+    model: Any, x: Any, *, params: Any = None, backward: bool = True, detail: str = "modules", method: str | None = None
+) -> Report:
+    r"""Predicts the moments of every module's output at initialization, forward and backward, with nothing run or allocated.
+
+    Args:
+        model: a linen module, an nnx factory `lambda rngs: Net(..., rngs=rngs)`, an nnx instance, or a function f(params, *args).
+        x: one input, or `vs.inputs(*args, **kwargs)`. Arrays: their moments are estimated (of token ids, how often they repeat);
+            `jax.ShapeDtypeStruct`: independent standard normals (token ids: uniform; masks: all true); `vs.Moments`: as given.
+        params: None: the laws that the model's own init draws from. A tree of arrays: their moments are measured. A tree of
+            initializers or of variances: those. For a plain function also a traceable function of a key that returns the tree.
+        backward: whether to predict the gradients too.
+        detail: "modules": a row a module; "equations": a row for every contraction and convolution as well.
+        method: the method to run in place of `__call__`.
+
+    Returns:
+        Report: rows in execution order, and the law of every parameter.
+
+    Raises:
+        TypeError: the model or an input is of no known kind.
+        ValueError: the model does not trace on these shapes, has no outputs, holds NaN, or uses a primitive that has no rule and
+            cannot be sampled.
+    """
+    if detail not in ("modules", "equations"):
+        raise ValueError(f'detail must be "modules" or "equations", not {detail!r}')
+    program = programs.program(model, method=method)
+    given = programs.as_inputs(x)
+    interpreter = Interpreter()
+    split = _Split(given)
+    abstract, weights = _parameters(interpreter, program, params, split)
+
+    def forward(parameters: Any, dynamic: list[Any]) -> Any:
+        output, captures = program.apply(parameters, split.join(dynamic))
+        return programs.rename(captures, output)
+
+    jaxpr, shapes = _traced(forward, abstract, split.structs)
+    if not shapes:
+        raise ValueError(f"model {program.kind} returns no array: there is nothing to predict")
+    values = interpreter.run(jaxpr.jaxpr, jaxpr.consts, [*weights, *split.values(interpreter)])
+    outputs = dict(zip(shapes, values, strict=True))
+    order = _execution_order(jaxpr.jaxpr, list(shapes))
+    from varscale.theory.summary import summarize
+
+    return summarize(interpreter, program, {path: outputs[path] for path in order}, shapes, backward=backward)
+
+
+def _traced(f: Callable[..., Any], *args: Any) -> tuple[Any, dict[str, Any]]:
+    try:
+        return jax.make_jaxpr(f, return_shape=True)(*args)
+    except PredictionError:
+        raise
+    except Exception as error:
+        message = str(error).strip().splitlines()
+        raise ValueError(f"the model does not trace on these inputs: {type(error).__name__}: {message[0] if message else ''}") from error
+
+
+class _Split:
+    """Inputs apart: arrays and descriptions of arrays, which are traced, and everything else, which is passed as it is."""
+
+    def __init__(self, given: Inputs):
+        leaf = lambda x: isinstance(x, Moments)  # noqa: E731
+        flat, self.tree = jax.tree_util.tree_flatten((given.args, dict(given.kwargs)), is_leaf=leaf)
+        self.leaves = flat
+        self.places = [i for i, x in enumerate(flat) if isinstance(x, Moments) or programs.is_dynamic(x)]
+        self.structs = [_struct(flat[i]) for i in self.places]
+
+    def join(self, dynamic: list[Any]) -> Inputs:
+        flat = list(self.leaves)
+        for i, x in zip(self.places, dynamic, strict=True):
+            flat[i] = x
+        args, kwargs = jax.tree_util.tree_unflatten(self.tree, flat)
+        return Inputs(args, kwargs)
+
+    def values(self, interpreter: Interpreter) -> list[Any]:
+        return [input_value(interpreter, self.leaves[i], f"input {i}") for i in self.places]
+
+
+def _struct(x: Any) -> jax.ShapeDtypeStruct:
+    if isinstance(x, Moments):
+        return jax.ShapeDtypeStruct(x.shape, jnp.dtype(x.dtype))
+    dtype = x.dtype
+    if not jax.config.jax_enable_x64 and dtype in (np.float64, np.int64, np.uint64, np.complex128):
+        dtype = jax.dtypes.canonicalize_dtype(dtype)
+    return jax.ShapeDtypeStruct(x.shape, dtype)
+
+
+def input_value(interpreter: Interpreter, x: Any, name: str) -> Any:
+    """An input as a value: known numbers, or a leaf with its law.
+
+    Raises:
+        ValueError: it contains NaN or infinities.
+        TypeError: its dtype is complex.
+    """
+    from varscale.theory.rules.random import input_leaf
+
+    graph = interpreter.graph
+    shape = tuple(x.shape)
+    axes = tuple(Axis(n) for n in shape if n != 1)
+    if math.prod(shape) == 0:
+        raise ValueError(f"{name} has shape {shape}: it is empty")
+    if isinstance(x, Moments):
+        second = x.second()
+        second = second[tuple(slice(None) if n != 1 else 0 for n in shape)]
+        table = Table(axes, np.full([1] * len(axes), x.mean), second)
+        return input_leaf(interpreter, name, shape, table, odd=False)
+    if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+        return Opaque(x if isinstance(x, jax.Array) else jax.random.split(jax.random.key(_KEY), shape) if shape else jax.random.key(_KEY))
+    kind = np.dtype(x.dtype).kind if np.dtype(x.dtype).kind != "V" else "f"
+    if kind == "c":
+        raise TypeError(f"{name} is complex; real and imaginary parts have separate moments: pass them as real arrays")
+    if isinstance(x, jax.ShapeDtypeStruct):
+        if kind == "b":
+            return full(graph, 1.0, shape)
+        if kind in "iu":
+            return interpreter.leaf(("ids", name), shape, 0.0, 1.0, odd=False)
+        return input_leaf(interpreter, name, shape, independent(0.0, 1.0, axes), odd=True)
+    numbers = np.asarray(x)
+    if kind in "iub":
+        return interpreter.known(numbers)
+    numbers = numbers.astype(np.float64)
+    if not np.all(np.isfinite(numbers)):
+        raise ValueError(f"{name} contains NaN or infinities")
+    if np.all(numbers == numbers.flat[0]):
+        return full(graph, float(numbers.flat[0]), shape)
+    table = estimate(numbers.reshape([a.size for a in axes]), axes)
+    return input_leaf(interpreter, name, shape, table, odd=False)
+
+
+def _parameters(interpreter: Interpreter, program: Program, params: Any, split: _Split) -> tuple[Any, list[Any]]:
+    """The parameters' shapes, and their values as laws."""
+    from varscale.theory.laws import given_parameters, init_laws
+
+    if params is None:
+        params = program.parameters
+    if params is None or program.init is not None:
+        if program.init is None:
+            raise ValueError("params must be given for a plain function: arrays, or a function of a key that returns them")
+        shapes, values = init_laws(interpreter, lambda key, dynamic: program.init(key, split.join(dynamic)), split)  # pyright: ignore[reportOptionalCall]
+        if params is None:
+            return shapes, values
+        return given_parameters(interpreter, params, shapes, values)
+    if callable(params):
+        return init_laws(interpreter, lambda key, dynamic: params(key), split)
+    return given_parameters(interpreter, params, None, None)
+
+
+def _execution_order(jaxpr: Any, paths: list[str]) -> list[str]:
+    """Row paths by the equation that makes them; modules that end together from the innermost out; the model itself last."""
+    made: dict[Any, tuple[int, int]] = {}
+    for i, eqn in enumerate(jaxpr.eqns):
+        for j, var in enumerate(eqn.outvars):
+            made[var] = (i, j)
+    where = {
+        path: made.get(var, (-1, 0)) if hasattr(var, "count") or not hasattr(var, "val") else (-1, 0)
+        for path, var in zip(paths, jaxpr.outvars, strict=True)
+    }
+    return sorted(paths, key=lambda p: (p == "" or p.startswith("["), where[p], -p.count("/"), paths.index(p)))
+
+

@@ -1,0 +1,250 @@
+"""Products of factors: independent groups of roots multiply; a group of one root is a Mehler sum, a larger one a cubature."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from varscale.theory.axes import Axis
+from varscale.theory.cross import cross, dependent
+from varscale.theory.elementwise import roots
+from varscale.theory.graph import View
+from varscale.theory.moments import means_by_type
+from varscale.theory.quadrature import (
+    _POWERS,
+    HERMITE,
+    WEIGHTS,
+    Environment,
+    by_type,
+    concentrated,
+    evaluate,
+    factors,
+    grid,
+    marginal,
+    sobol,
+    Z,
+)
+from varscale.theory.moments import lift
+
+Variable = tuple[int, tuple[int, ...]]
+MOST_VARIABLES = 5
+_INDEPENDENT = 1e-3  # correlation below which two roots are taken for independent
+
+
+class _Group:
+    """Factors of f (read at i) and of g (read at j) that share roots, and those roots."""
+
+    def __init__(self, f: list[View], g: list[View], variables: list[View]):
+        self.f, self.g, self.variables = f, g, variables
+
+
+def _variables(views: Sequence[View]) -> dict[Variable, View]:
+    found: dict[Variable, View] = {}
+    for view in views:
+        for root in roots(view.node):
+            placed = root.within(view.bind)
+            found[placed.node.id, placed.bind] = placed
+    return found
+
+
+def _groups(f: list[View], g: list[View], frame: Sequence[Axis]) -> tuple[list[_Group], Environment]:
+    """Sort factors into independent groups; concentrated roots that depend on the others become their means."""
+    variables = _variables([*f, *g])
+    fixed: Environment = {}
+    if len(variables) > 1:
+        close = {k: v for k, v in variables.items() if concentrated(v.node)}
+        rest = {k: v for k, v in variables.items() if k not in close}
+        for k, v in close.items():
+            alone = not any(v.node.deps & r.node.deps for r in rest.values()) and all(
+                set(_variables([x])) == {k} for x in (*f, *g) if k in _variables([x])
+            )
+            if not alone and rest:
+                # A norm's own scale: mean(x²)·s(v)² at v = mean(x²) is an identity, so the mean is the right number, not E[s²].
+                fixed[k] = v.mean(frame)[..., None]
+                del variables[k]
+    keys = list(variables)
+    parent = {k: k for k in keys}
+
+    def find(k: Variable) -> Variable:
+        while parent[k] != k:
+            k = parent[k]
+        return k
+
+    for x in (*f, *g):
+        mine = [k for k in _variables([x]) if k in variables]
+        for k in mine[1:]:
+            parent[find(k)] = find(mine[0])
+    for i, a in enumerate(keys):
+        for b in keys[:i]:
+            if find(a) != find(b) and _correlated(variables[a], variables[b], frame):
+                parent[find(a)] = find(b)
+    groups: dict[Variable | None, _Group] = {}
+    for side, xs in enumerate((f, g)):
+        for x in xs:
+            mine = [k for k in _variables([x]) if k in variables]
+            home = find(mine[0]) if mine else None
+            if home not in groups:
+                groups[home] = _Group([], [], [v for k, v in variables.items() if home is not None and find(k) == home])
+            (groups[home].g if side else groups[home].f).append(x)
+    return list(groups.values()), fixed
+
+
+def _correlated(a: View, b: View, frame: Sequence[Axis]) -> bool:
+    if not dependent(a.node, b.node):
+        return False
+    sa, sb = marginal(a.node).deviation, marginal(b.node).deviation
+    covariance = cross(a, b, frame) - _means(a, b, frame)
+    return bool(np.max(np.abs(covariance)) > _INDEPENDENT * sa.max() * sb.max() + 1e-300)
+
+
+def _means(a: View, b: View, frame: Sequence[Axis]) -> np.ndarray:
+    ma, mb = a.mean(frame), b.mean(frame)
+    return by_type(ma, frame, second=False) * by_type(mb, frame, second=True)
+
+
+def _product(xs: list[View], frame: Sequence[Axis], env: Environment) -> np.ndarray:
+    out = np.ones((1,) * (len(frame) + 1))
+    for x in xs:
+        out = out * evaluate(x, frame, env)
+    return out
+
+
+def product_mean(view: View, frame: Sequence[Axis]) -> np.ndarray:
+    """E[f_i] by class, (classes or 1...)."""
+    c, f = factors(view)
+    groups, fixed = _groups(f, [], frame)
+    out = np.full((1,) * len(frame), c)
+    for group in groups:
+        out = out * _group_mean(group, frame, fixed)
+    return out
+
+
+def _group_mean(group: _Group, frame: Sequence[Axis], fixed: Environment) -> np.ndarray:
+    if len(group.variables) <= 1:
+        values = _product(group.f, frame, dict(fixed))
+        return values @ WEIGHTS if values.shape[-1] > 1 else values[..., 0]
+    mean, _ = _cubature(group, frame, fixed)
+    return mean
+
+
+def product_second(f_view: View, g_view: View, frame: Sequence[Axis]) -> np.ndarray:
+    """E[f_i g_j] by type, (types or 1...)."""
+    (c, f), (d, g) = factors(f_view), factors(g_view)
+    groups, fixed = _groups(f, g, frame)
+    out = np.full((1,) * len(frame), c * d)
+    for group in groups:
+        if len(group.variables) == 0:
+            value = _product(group.f, frame, dict(fixed))[..., 0], _product(group.g, frame, dict(fixed))[..., 0]
+            out = out * by_type(value[0], frame, second=False) * by_type(value[1], frame, second=True)
+        elif len(group.variables) == 1:
+            out = out * _mehler(group, frame, fixed)
+        else:
+            out = out * _pairwise(group, frame, fixed)
+    return out
+
+
+def _mehler(group: _Group, frame: Sequence[Axis], fixed: Environment) -> np.ndarray:
+    """One root: exact where i and j are the same, Σ a_k b_k ρ^k elsewhere, what lies beyond the degree carried at its power."""
+    (x,) = group.variables
+    fi, gj = _product(group.f, frame, dict(fixed)), _product(group.g, frame, dict(fixed))
+    if fi.shape[-1] == 1:
+        fi = np.broadcast_to(fi, (*fi.shape[:-1], len(Z)))
+    if gj.shape[-1] == 1:
+        gj = np.broadcast_to(gj, (*gj.shape[:-1], len(Z)))
+    rho = lift(marginal(x.node).correlation, x.node.axes, x.bind, frame, pairs=True)
+    return _series(fi, gj, rho, frame)
+
+
+def _series(fi: np.ndarray, gj: np.ndarray, rho: np.ndarray, frame: Sequence[Axis]) -> np.ndarray:
+    fi, gj = by_type(fi, frame, second=False), by_type(gj, frame, second=True)
+    a, b = fi @ HERMITE, gj @ HERMITE
+    both = (fi * gj) @ WEIGHTS
+    rest = both - np.sum(a * b, axis=-1)
+    inner = np.sum(a * b * rho[..., None] ** _POWERS, axis=-1)
+    beyond = rest * np.abs(rho) ** len(_POWERS) * np.where(rho > 0, 1.0, 0.0)
+    return np.where(rho >= 1 - 1e-9, both, inner + beyond)
+
+
+def two_roots(f: View, a: View, g: View, b: View, frame: Sequence[Axis], fixed: Environment) -> np.ndarray:
+    """E[f(a_i) g(b_j)] for two different roots, from their cross-moments."""
+    fi, gj = evaluate(f, frame, dict(fixed)), evaluate(g, frame, dict(fixed))
+    covariance = cross(a, b, frame) - _means(a, b, frame)
+    sa = lift(marginal(a.node).deviation, a.node.axes, a.bind, frame, pairs=False)
+    sb = lift(marginal(b.node).deviation, b.node.axes, b.bind, frame, pairs=False)
+    scale = by_type(sa, frame, second=False) * by_type(sb, frame, second=True)
+    rho = np.clip(covariance / np.maximum(scale, 1e-300), -1.0, 1.0)
+    fi, gj = np.broadcast_to(fi, (*fi.shape[:-1], len(Z))), np.broadcast_to(gj, (*gj.shape[:-1], len(Z)))
+    return _series(fi, gj, rho, frame)
+
+
+def _pairwise(group: _Group, frame: Sequence[Axis], fixed: Environment) -> np.ndarray:
+    fv, gv = _variables(group.f), _variables(group.g)
+    fv = {k: v for k, v in fv.items() if k not in fixed}
+    gv = {k: v for k, v in gv.items() if k not in fixed}
+    if len(fv) == 1 and len(gv) == 1 and len(group.f) == 1 and len(group.g) == 1:
+        (a,), (b,) = fv.values(), gv.values()
+        return two_roots(group.f[0], a, group.g[0], b, frame, fixed)
+    _, second = _cubature(group, frame, fixed)
+    return second
+
+
+def _cubature(group: _Group, frame: Sequence[Axis], fixed: Environment) -> tuple[np.ndarray, np.ndarray]:
+    """Means of Πf by class and second moments of Πf·Πg by type, over the joint normal of all their roots."""
+    keys = [k for k in _variables([*group.f, *group.g]) if k not in fixed]
+    views = [v for k, v in _variables([*group.f, *group.g]).items() if k not in fixed]
+    graph = views[0].node.graph
+    if len(keys) > MOST_VARIABLES:
+        graph.flag("assumed", 0.3)
+    k = len(keys)
+    types, classes = [a.types for a in frame], [a.classes for a in frame]
+    deviations = [lift(marginal(v.node).deviation, v.node.axes, v.bind, frame, pairs=False) for v in views]
+    rho = np.empty((*types, k, k))
+    for i, a in enumerate(views):
+        for j, b in enumerate(views):
+            if i == j:
+                rho[..., i, j] = lift(marginal(a.node).correlation, a.node.axes, a.bind, frame, pairs=True)
+                continue
+            scale = by_type(deviations[i], frame, second=False) * by_type(deviations[j], frame, second=True)
+            rho[..., i, j] = np.clip((cross(a, b, frame) - _means(a, b, frame)) / np.maximum(scale, 1e-300), -1, 1)
+    grids = [np.broadcast_to(grid(v, frame), (*classes, len(Z))) for v in views]
+    mean, second = np.empty(classes), np.empty(types)
+    first_class, second_class = ([getattr(a, w) for a in frame] for w in ("first", "second"))
+    done: dict[tuple[object, ...], float] = {}
+    z = sobol(2 * k)
+
+    def tree(xs: list[View], cell: tuple[int, ...], latents: np.ndarray) -> np.ndarray:
+        env: Environment = {
+            key: np.interp(latents[:, n], Z, grids[n][cell]).reshape((1,) * len(frame) + (-1,)) for n, key in enumerate(keys)
+        }
+        for key, value in fixed.items():
+            at = tuple(c if value.shape[d] > 1 else 0 for d, c in enumerate(cell))
+            env[key] = value[at].reshape((1,) * len(frame) + (-1,))
+        out = np.ones(1)
+        for x in xs:
+            values = evaluate(x, frame, env)
+            at = tuple(c if values.shape[d] > 1 else 0 for d, c in enumerate(cell))
+            out = out * values[at]
+        return out
+
+    for cell in np.ndindex(*classes):
+        within = rho[cell]  # the types (c = c) come first on every axis
+        values, vectors = np.linalg.eigh(within)
+        latents = (z[:, :k] * np.sqrt(np.clip(values, 0, None))) @ vectors.T
+        mean[cell] = np.mean(tree(group.f, cell, latents))
+    if not group.g:
+        return mean, second
+    for index in np.ndindex(*types):
+        ci = tuple(int(f[t]) for f, t in zip(first_class, index, strict=True))
+        cj = tuple(int(s[t]) for s, t in zip(second_class, index, strict=True))
+        key = (ci, cj, tuple(np.round(rho[index].ravel(), 4)))
+        if key not in done:
+            joint = np.block([[rho[ci], rho[index]], [rho[index].T, rho[cj]]])
+            values, vectors = np.linalg.eigh(joint)
+            latents = (z * np.sqrt(np.clip(values, 0, None))) @ vectors.T
+            done[key] = float(np.mean(tree(group.f, ci, latents[:, :k]) * tree(group.g, cj, latents[:, k:])))
+        second[index] = done[key]
+    return mean, second
+
+

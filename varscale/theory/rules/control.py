@@ -1,0 +1,139 @@
+"""Control flow: calls are entered, scans are walked step by step, branches taken where they are known."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from varscale import _compat
+from varscale.theory import layout
+from varscale.theory.graph import Leaf
+from varscale.theory.interpreter import Interpreter, Opaque, rule
+from varscale.theory.layout import Value
+from varscale.theory.rules.structure import concatenate, take
+
+_CALLS = {
+    "jit": "jaxpr",
+    "pjit": "jaxpr",
+    "closed_call": "call_jaxpr",
+    "core_call": "call_jaxpr",
+    "custom_jvp_call": "call_jaxpr",
+    "custom_vjp_call": "call_jaxpr",
+    "custom_vjp_call_jaxpr": "fun_jaxpr",
+    "remat": "jaxpr",
+    "remat2": "jaxpr",
+    "checkpoint": "jaxpr",
+    "custom_lin": "call_jaxpr",
+    "run_state": "jaxpr",
+}
+
+
+@rule(*_CALLS)
+def call(interpreter: Interpreter, eqn: Any, *xs: Any) -> list[Any]:
+    """A function is what is inside it; the library's own sampler is random bits by another name."""
+    if eqn.params.get("name") == "fast_random_bits":
+        from varscale.theory.rules.random import bits
+
+        aval = eqn.outvars[0].aval
+        key = next((x for x in xs if isinstance(x, Opaque)), None)
+        return [bits(interpreter, key or tuple(xs), aval.shape, aval.dtype.itemsize * 8)]
+    name = _CALLS[eqn.primitive.name]
+    inner = eqn.params[name] if name in eqn.params else eqn.params["jaxpr" if "jaxpr" in eqn.params else "call_jaxpr"]
+    jaxpr, consts = _compat.sub_jaxpr(inner)
+    return interpreter.run(jaxpr, consts, xs)
+
+
+@rule("scan")
+def scan(interpreter: Interpreter, eqn: Any, *xs: Any) -> list[Any]:
+    """Every step in turn; stacked weights are one fresh weight a step."""
+    p = eqn.params
+    consts, carries, length = p["num_consts"], p["num_carry"], p["length"]
+    jaxpr, literals = _compat.sub_jaxpr(p["jaxpr"])
+    fixed, carry, streams = list(xs[:consts]), list(xs[consts : consts + carries]), xs[consts + carries :]
+    outputs: list[list[Any]] = []
+    for step in reversed(range(length)) if p["reverse"] else range(length):
+        now = [index(interpreter, x, step, length) for x in streams]
+        out = interpreter.run(jaxpr, literals, [*fixed, *carry, *now])
+        carry = out[:carries]
+        outputs.append(out[carries:])
+    if p["reverse"]:
+        outputs.reverse()
+    stacked = [stack(interpreter, [step[k] for step in outputs]) for k in range(len(eqn.outvars) - carries)]
+    return [*carry, *stacked]
+
+
+def index(interpreter: Interpreter, x: Any, step: int, length: int) -> Any:
+    """x[step] of a stacked value."""
+    if isinstance(x, Opaque):
+        return Opaque(x.key[step])
+    steps: list[Any] | None = interpreter.graph.memo.get(("stack", x.node.id, x.dims))
+    if steps is not None:
+        return steps[step]
+    if isinstance(x.node, Leaf) and x.node.odd and x.dims[0]:
+        # A slice of independent weights is a weight of its own: it need not depend on the other slices.
+        axis = x.dims[0][0].axis
+        source = x.node
+        if len(x.dims[0]) == 1 and axis is not None:
+            kept = [k for k in range(len(source.axes)) if k != axis]
+            part = interpreter.graph.make(Leaf, [source.axes[k] for k in kept], (), ("step", source.id, step))
+            second = np.take(source.table.second, 0, axis=axis)
+            from varscale.theory.moments import Table
+
+            table = Table(part.axes, np.take(source.table.mean, 0, axis=axis), second)
+            part.settle(table, odd=True, kurtosis=source.kurtosis)
+            named = interpreter.graph.memo.setdefault("named", {})
+            if source.id in named:
+                named[part.id] = named[source.id]
+            place = {k: i for i, k in enumerate(kept)}
+            dims = [tuple(a if a.axis is None else a._replace(axis=place[a.axis]) for a in dim) for dim in x.dims[1:]]
+            return Value(part, tuple(dims))
+    one = take(x, 0, step, step + 1, 1)
+    return layout.transpose(one, range(1, len(one.dims)))
+
+
+def stack(interpreter: Interpreter, steps: list[Any]) -> Any:
+    """Values of all steps as one; indexing it gives them back."""
+    if isinstance(steps[0], Opaque):
+        import jax.numpy as jnp
+
+        return Opaque(jnp.stack([s.key for s in steps]))
+    rows = [layout.broadcast_in_dim(s, (1, *s.shape), tuple(range(1, len(s.shape) + 1))) for s in steps]
+    if len(rows) == 1:
+        return rows[0]
+    if all(r.node is rows[0].node and r.dims == rows[0].dims for r in rows):
+        return layout.broadcast_in_dim(steps[0], (len(steps), *steps[0].shape), tuple(range(1, len(steps[0].shape) + 1)))
+    out = concatenate(interpreter.graph, rows, 0)
+    interpreter.graph.memo["stack", out.node.id, out.dims] = steps
+    return out
+
+
+@rule("cond")
+def cond(interpreter: Interpreter, eqn: Any, which: Value, *xs: Any) -> list[Any]:
+    """The branch taken, where it is known."""
+    known = interpreter.concrete(which)
+    if known is None:
+        raise NotImplementedError("a branch that depends on random values; make its predicate known, or use jnp.where")
+    branches = eqn.params["branches"]
+    jaxpr, consts = _compat.sub_jaxpr(branches[int(np.clip(known, 0, len(branches) - 1))])
+    return interpreter.run(jaxpr, consts, xs)
+
+
+@rule("while")
+def while_(interpreter: Interpreter, eqn: Any, *xs: Any) -> list[Any]:
+    """Steps while the condition is known to hold."""
+    p = eqn.params
+    test_consts, body_consts = xs[: p["cond_nconsts"]], xs[p["cond_nconsts"] : p["cond_nconsts"] + p["body_nconsts"]]
+    state = list(xs[p["cond_nconsts"] + p["body_nconsts"] :])
+    test, test_literals = _compat.sub_jaxpr(p["cond_jaxpr"])
+    body, body_literals = _compat.sub_jaxpr(p["body_jaxpr"])
+    for _ in range(10_000):
+        known = interpreter.concrete(interpreter.run(test, test_literals, [*test_consts, *state])[0])
+        if known is None:
+            raise NotImplementedError("a loop whose end depends on random values; use a scan of known length")
+        if not bool(known):
+            return state
+        state = interpreter.run(body, body_literals, [*body_consts, *state])
+    raise NotImplementedError("a loop of more than 10000 steps")
+
+

@@ -1,0 +1,67 @@
+"""Elementwise primitives: one entry each; what they compute is in `functions`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from varscale.theory.functions import FUNCTIONS
+from varscale.theory.interpreter import Interpreter, elementwise_or_layout, rule
+from varscale.theory.layout import Value
+
+_OWN = {"affine", "convert", "bitcast", "integer_pow"}
+_NAMES = [name for name in FUNCTIONS if name not in _OWN]
+_IDENTITIES = (
+    "stop_gradient",
+    "copy",
+    "copy_p",
+    "reduce_precision",
+    "optimization_barrier",
+    "sharding_constraint",
+    "device_put",
+    "name",
+    "pvary",
+    "pcast",
+    "mesh_cast",
+    "reshard",
+    "layout_constraint",
+)
+
+
+@rule(*_NAMES, "add_any", "square")
+def elementwise(interpreter: Interpreter, eqn: Any, *xs: Value) -> Value:
+    name = eqn.primitive.name
+    if name == "div":
+        from varscale.theory.rules.units import softmax_of
+
+        unit = softmax_of(interpreter, *xs)
+        if unit is not None:
+            return unit
+    return interpreter.elementwise(name, *xs)
+
+
+@rule("integer_pow")
+def integer_pow(interpreter: Interpreter, eqn: Any, x: Value) -> Value:
+    return interpreter.elementwise("integer_pow", x, extra=(eqn.params["y"],))
+
+
+@rule("convert_element_type")
+def convert(interpreter: Interpreter, eqn: Any, x: Value) -> Value:
+    old, new = eqn.invars[0].aval.dtype, eqn.params["new_dtype"]
+    kinds = {"b": 0, "i": 1, "u": 1, "f": 2, "V": 2, "c": 3}
+    # Widening (bool to int to float) and rounding to a narrower float keep the numbers: moments in exact arithmetic.
+    if kinds.get(new.kind, 2) >= kinds.get(old.kind, 2) and not (old.kind == "u" and new.kind == "f"):
+        return x
+    return interpreter.elementwise("convert", x, extra=("f" if kinds.get(new.kind, 2) == 2 else new.kind,))
+
+
+@rule("bitcast_convert_type")
+def bitcast(interpreter: Interpreter, eqn: Any, x: Value) -> Value:
+    return interpreter.elementwise("bitcast", x, extra=(str(eqn.params["new_dtype"]),))
+
+
+@rule(*_IDENTITIES)
+def identity(interpreter: Interpreter, eqn: Any, *xs: Value) -> list[Value]:
+    return list(xs)
+
+
+elementwise_or_layout(*_NAMES, "add_any", "square", "integer_pow", "convert_element_type", "bitcast_convert_type", *_IDENTITIES)

@@ -1,0 +1,170 @@
+"""Contractions: every matrix product, batched or not, of weights or of activations."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from varscale.theory.axes import Axis, contract_axis
+from varscale.theory.elementwise import Apply, affine
+from varscale.theory.graph import Array, Node, View
+from varscale.theory.interpreter import Interpreter, rule
+from varscale.theory.layout import Atom, Value, align
+from varscale.theory.moments import Table
+
+
+class Contract(Node):
+    """Σ x·y over the last `len(params)` axes of a frame; `params` is those axes (the frame is this node's axes and them).
+
+    For independent x and y the second moment of a sum of products is exact: over each pair of contracted indices,
+    agreeing or not, the product of both tables. Gaussian: a sum over many of them.
+    """
+
+    def prepare(self) -> None:
+        x, y = (v.node for v in self.args)
+        self.odd = (x.odd & ~y.deps) | (y.odd & ~x.deps)
+        self.positive = x.positive and y.positive
+
+    @property
+    def frame(self) -> tuple[Axis, ...]:
+        return (*self.axes, *self.params)
+
+    @property
+    def width(self) -> int:
+        """Terms in a sum."""
+        return math.prod(a.size for a in self.params)
+
+    def compute(self) -> Table:
+        from varscale.theory.cross import dependent
+
+        x, y = self.args
+        frame = self.frame
+        mean = np.broadcast_to(x.mean(frame) * y.mean(frame), [a.classes for a in frame])
+        second = self.contract(x.second(frame) * y.second(frame))
+        for axis in reversed(self.params):
+            mean = contract_axis(mean, mean.ndim - 1, axis.counts)
+        if dependent(x.node, y.node):
+            mean, second = self._dependent(mean, second)
+        extra = self.graph.memo.get("tilt")
+        if extra is not None:
+            second = second + extra(self)
+        return Table(self.axes, np.array(mean), second)
+
+    def contract(self, second: np.ndarray) -> np.ndarray:
+        """Sum a type array of the frame over the contracted axes."""
+        frame = self.frame
+        second = np.broadcast_to(second, [a.types for a in frame])
+        for k in reversed(range(len(self.axes), len(frame))):
+            second = contract_axis(second, k, frame[k].pairs)
+        return second
+
+    def _dependent(self, mean: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Wick's pairings for jointly Gaussian x and y: E[x y]² and the exchange term besides the independent one."""
+        from varscale.theory.cross import cross, mean_product
+        from varscale.theory.elementwise import swapped
+
+        x, y = self.args
+        frame = self.frame
+        types = [a.types for a in frame]
+        both = np.broadcast_to(cross(x, y, frame) - mean_product(x, y, frame), types)
+        agree = both[tuple(slice(0, a.classes) for a in frame)]
+        shift = agree
+        for axis in reversed(self.params):
+            shift = contract_axis(shift, shift.ndim - 1, axis.counts)
+        old = mean
+        mean = mean + shift
+        first, other = old + shift, mean
+        for k, axis in enumerate(self.axes):
+            first, other = np.take(first, axis.first, axis=k), np.take(other, axis.second, axis=k)
+        base_i, base_j = old, old
+        for k, axis in enumerate(self.axes):
+            base_i, base_j = np.take(base_i, axis.first, axis=k), np.take(base_j, axis.second, axis=k)
+        exchange = self.contract(both * swapped(both, frame))
+        self.graph.flag("assumed", 0.1)
+        return mean, second + first * other - base_i * base_j + exchange
+
+    def pullback(self, cotangent: np.ndarray) -> list[np.ndarray | None]:
+        """Under gradient independence a cotangent passes through the transposed product with fresh weights."""
+        from varscale.theory.backward import sum_out
+
+        frame = self.frame
+        wide = cotangent.reshape(*cotangent.shape, *[1] * len(self.params))
+        x, y = self.args
+        return [
+            None if isinstance(mine.node, Array) else sum_out(wide * theirs.second(frame), frame, mine)
+            for mine, theirs in ((x, y), (y, x))
+        ]
+
+    def cross_with(self, a: View, b: View, frame: Sequence[Axis]) -> np.ndarray | None:
+        """The same weights on two inputs: as one contraction, with the inputs' cross-moment in place of their second moment."""
+        from varscale.theory.cross import cross
+
+        other = b.node
+        if not isinstance(other, Contract) or len(other.params) != len(self.params):
+            return None
+        wide = (*frame, *self.params)
+        extra = tuple(range(len(frame), len(wide)))
+        mine = [v.within((*a.bind, *extra)) for v in self.args]
+        theirs = [v.within((*b.bind, *extra)) for v in other.args]
+        if [p.size for p in self.params] != [p.size for p in other.params]:
+            return None
+        for i in (1, 0):
+            for j in (1, 0):
+                if mine[i].node is theirs[j].node and mine[i].bind == theirs[j].bind:
+                    table = cross(mine[1 - i], theirs[1 - j], wide) * mine[i].second(wide)
+                    for d in reversed(extra):
+                        table = np.broadcast_to(table, [*table.shape[:d], wide[d].types, *table.shape[d + 1 :]])
+                        table = contract_axis(table, d, wide[d].pairs)
+                    return table
+        return None
+
+
+def strip(x: Value) -> tuple[float, Value]:
+    """A value without its constant factor: scaled copies of one weight are one weight."""
+    node = x.node
+    if isinstance(node, Apply) and node.params[0] == "affine" and node.params[1][1] == 0:
+        inner = node.args[0]
+        if inner.bind == tuple(range(len(node.axes))):
+            return node.params[1][0], Value(inner.node, x.dims)
+    return 1.0, x
+
+
+def contract(interpreter: Interpreter, x: Value, y: Value, contracted: tuple[Sequence[int], ...], batch: tuple[Sequence[int], ...]) -> Value:
+    """`lax.dot_general`: batch dimensions, then x's free ones, then y's."""
+    (cx, cy), (bx, by) = contracted, batch
+    fx = [d for d in range(len(x.dims)) if d not in (*cx, *bx)]
+    fy = [d for d in range(len(y.dims)) if d not in (*cy, *by)]
+    c, x = strip(x)
+    d, y = strip(y)
+    # One frame: batch, x's free, y's free, contracted; each operand has size 1 where the other's free dimensions are.
+    xs = Value(x.node, (*(x.dims[k] for k in bx), *(x.dims[k] for k in fx), *[()] * len(fy), *(x.dims[k] for k in cx)))
+    ys = Value(y.node, (*(y.dims[k] for k in by), *[()] * len(fx), *(y.dims[k] for k in fy), *(y.dims[k] for k in cy)))
+    outer = len(bx) + len(fx) + len(fy)
+    _, frame, views, dims = align([xs, ys])
+    # Terms that repeat because both operands are constant along a factor of a contracted dimension.
+    constant = math.prod(a.size for dim in dims[outer:] for a in dim if a.axis is None)
+    contracted_axes = [a.axis for dim in dims[outer:] for a in dim if a.axis is not None]
+    kept = [k for k in range(len(frame)) if k not in contracted_axes]
+    place = {k: i for i, k in enumerate([*kept, *contracted_axes])}
+    if not contracted_axes and constant == 1 and not any(x.shape[k] > 1 for k in cx):
+        out = interpreter.elementwise("mul", xs, ys)
+        return Value(affine(out.node, c * d, 0.0), out.dims[:outer])
+    views = [View(v.node, tuple(place[b] for b in v.bind)) for v in views]
+    scale = c * d * constant
+    layout = tuple(tuple(a if a.axis is None else Atom(a.size, place[a.axis]) for a in dim) for dim in dims[:outer])
+    free = [(x.dims, k) for k in (*bx, *fx)] + [(y.dims, k) for k in fy]
+    shape = [math.prod(a.size for a in source[k]) for source, k in free]
+    layout = tuple(dim or ((Atom(n, None),) if n > 1 else ()) for dim, n in zip(layout, shape, strict=True))
+    params = tuple(frame[k] for k in contracted_axes)
+    # An operand that is constant along a contracted axis only averages the other one there.
+    node: Node = interpreter.graph.make(Contract, [frame[k] for k in kept], views, params)
+    return Value(affine(node, scale, 0.0), layout)
+
+
+@rule("dot_general")
+def dot_general(interpreter: Interpreter, eqn: Any, x: Value, y: Value) -> Value:
+    contracted, batch = eqn.params["dimension_numbers"]
+    return contract(interpreter, x, y, contracted, batch)

@@ -1,0 +1,110 @@
+"""Random bits are leaves, uniform on the integers: the chains of arithmetic that make them normal are read like any other."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import numpy as np
+from scipy import special
+
+from varscale.theory.elementwise import Apply
+from varscale.theory.graph import Array, Constant, Leaf, Node
+from varscale.theory.interpreter import Interpreter, Opaque, elementwise_or_layout, rule
+from varscale.theory.layout import Value, value
+from varscale.theory.axes import Axis
+from varscale.theory.quadrature import WEIGHTS, Z, evaluate
+
+
+def _uniform_bits(width: int) -> np.ndarray:
+    """Quantiles of uniform bits on the normal grid."""
+    bits = min(width, 32)
+    numbers = np.minimum(np.floor(special.ndtr(Z) * 2.0**bits), 2.0**bits - 1).astype(np.uint64)
+    return numbers.astype({8: np.uint8, 16: np.uint16}.get(bits, np.uint32))
+
+
+@rule("random_bits")
+def random_bits(interpreter: Interpreter, eqn: Any, key: Any) -> Value:
+    shape, width = eqn.outvars[0].aval.shape, eqn.params["bit_width"]
+    return bits(interpreter, key, shape, width)
+
+
+def bits(interpreter: Interpreter, key: Any, shape: tuple[int, ...], width: int) -> Value:
+    """Uniform bits: the same for the same key."""
+    if isinstance(key, Opaque):
+        name = ("bits", np.asarray(jax.random.key_data(key.key)).tobytes(), tuple(shape), width)
+    else:
+        interpreter.graph.count += 1
+        name = ("bits", interpreter.graph.count, tuple(shape), width)
+    numbers = _uniform_bits(width)
+    floats = numbers.astype(float)
+    mean, square = float(WEIGHTS @ floats), float(WEIGHTS @ floats**2)
+    return interpreter.leaf(name, shape, mean, square, odd=False, transport=numbers)
+
+
+@rule("rng_uniform")
+def rng_uniform(interpreter: Interpreter, eqn: Any, low: Value, high: Value) -> Value:
+    raise NotImplementedError("rng_uniform: use jax.random")
+
+
+def law(node: Node) -> tuple[float, float, float] | None:
+    """Mean, second moment and kurtosis E[w⁴]/E[w²]² of an elementwise function of one random leaf; None for anything else."""
+    from varscale.theory.elementwise import roots
+
+    own = roots(node)
+    if not isinstance(node, Apply) or len(own) != 1 or not isinstance(own[0].node, Leaf):
+        return None
+    view = own[0]
+    if set(view.bind) != set(range(len(node.axes))):
+        return None
+    from varscale.theory.graph import View
+
+    values = evaluate(View(node, tuple(range(len(node.axes)))), node.axes, {}).reshape(-1, len(Z))
+    values = np.asarray(values[0], float)
+    mean, square, fourth = (float(WEIGHTS @ values**k) for k in (1, 2, 4))
+    if abs(mean) < 1e-6 * math.sqrt(max(square, 1e-300)):
+        mean = 0.0
+    return mean, square, fourth / max(square**2, 1e-300)
+
+
+def as_weight(interpreter: Interpreter, x: Value, path: str) -> Value:
+    """A parameter drawn by a chain on random bits, as a leaf with the law of that chain."""
+    found = law(x.node)
+    if found is None or isinstance(x.node, Constant | Array):
+        return x
+    mean, square, kurtosis = found
+    weight = interpreter.graph.make(Leaf, x.node.axes, (), ("weight", x.node.id))
+    from varscale.theory.moments import independent
+
+    weight.settle(independent(mean, square, weight.axes), odd=mean == 0, kurtosis=kurtosis)
+    interpreter.graph.memo.setdefault("named", {}).setdefault(weight.id, path)
+    return Value(weight, x.dims)
+
+
+class Orthonormal(Leaf):
+    """Columns of a Haar-distributed orthonormal matrix: entries of variance 1/max(m, n), uncorrelated in mean square."""
+
+
+@rule("qr", "householder_product")
+def qr(interpreter: Interpreter, eqn: Any, *xs: Value) -> list[Value]:
+    """Haar: E[q²] = 1/m for an m × n factor; the triangular factor only gives signs to it."""
+    outs = []
+    for i, var in enumerate(eqn.outvars):
+        shape = var.aval.shape
+        interpreter.graph.count += 1
+        variance = 1.0 / max(shape[-2:]) if i == 0 else 1.0
+        name = ("orthonormal" if i == 0 else "triangle", interpreter.graph.count)
+        outs.append(interpreter.leaf(name, shape, 0.0, variance, odd=True))
+    return outs
+
+
+def input_leaf(interpreter: Interpreter, name: str, shape: tuple[int, ...], table: Any, *, odd: bool) -> Value:
+    """An input with a given table."""
+    axes = tuple(Axis(n) for n in shape if n != 1)
+    node = interpreter.graph.make(Leaf, axes, (), ("input", name))
+    node.settle(table, odd=odd, random=False)
+    return value(node, shape)
+
+
+elementwise_or_layout("random_bits")

@@ -1,0 +1,187 @@
+"""Reductions. A sum is its count times a mean; a mean of means is a mean, a mean of a sum the sum of means."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from varscale.theory.axes import Axis, contract_axis
+from varscale.theory.elementwise import Apply, Sum, affine, total
+from varscale.theory.graph import Array, Constant, Node, View, array
+from varscale.theory.interpreter import Interpreter, rule
+from varscale.theory.layout import Atom, Value
+from varscale.theory.moments import Table
+
+
+class Mean(Node):
+    """The mean over some axes; `params` is those axes. Gaussian, unless what it averages is positive (then lognormal)."""
+
+    def prepare(self) -> None:
+        self.odd, self.positive = self.args[0].node.odd, self.args[0].node.positive
+
+    def compute(self) -> Table:
+        table = self.args[0].node.table
+        mean, second = table.mean, table.second
+        for k in reversed(self.params):
+            axis = table.axes[k]
+            mean, second = contract_axis(mean, k, axis.counts / axis.size), contract_axis(second, k, axis.any_pair)
+        return Table(self.axes, mean, second)
+
+    def pullback(self, cotangent: np.ndarray) -> list[np.ndarray | None]:
+        axes = self.args[0].node.axes
+        for k in self.params:
+            cotangent = np.repeat(np.expand_dims(cotangent, k), axes[k].types, axis=k) / axes[k].size ** 2
+        return [cotangent]
+
+    def cross_with(self, a: View, b: View, frame: Sequence[Axis]) -> np.ndarray | None:
+        """E[mean(x) y]: where y does not run over the averaged axes, averaging x there changes nothing (projection)."""
+        return _cross_mean(a, b, frame)
+
+
+def _cross_mean(a: View, b: View, frame: Sequence[Axis]) -> np.ndarray | None:
+    from varscale.theory.cross import cross
+
+    x, reduced = a.node.args[0].node, a.node.params
+    # Axes of y that mean(x) does not run over: by exchangeability y may be averaged over them.
+    spare = [k for k, place in enumerate(b.bind) if place not in a.bind]
+    if isinstance(b.node, Mean):
+        y, theirs = b.node.args[0].node, b.node.params
+        if [x.axes[k].size for k in reduced] == [y.axes[k].size for k in theirs]:
+            # Both averaged over axes of the same sizes: pair those up.
+            wide = (*frame, *(x.axes[k] for k in reduced))
+            extra = list(range(len(frame), len(wide)))
+            mine, other = _wide_bind(a, x, extra), _wide_bind(b, y, extra)
+            out = cross(View(x, mine), View(y, other), wide)
+            for d in reversed(extra):
+                out = contract_axis(np.broadcast_to(out, [*out.shape[:d], wide[d].types, *out.shape[d + 1 :]]), d, wide[d].any_pair)
+            return out
+    if spare and all(x.axes[k].labels is None for k in reduced):
+        averaged = mean_node(b.node, spare)
+        if isinstance(averaged, Constant):
+            return None
+        rest = tuple(place for k, place in enumerate(b.bind) if k not in spare)
+        return cross(a, View(averaged, rest), frame)
+    return None
+
+
+def _wide_bind(view: View, source: Node, extra: Sequence[int]) -> tuple[int, ...]:
+    reduced = view.node.params
+    own, new = iter(view.bind), iter(extra)
+    return tuple(next(new) if k in reduced else next(own) for k in range(len(source.axes)))
+
+
+def mean_node(node: Node, axes: Sequence[int]) -> Node:
+    """The mean of a node over some of its axes, in normal form."""
+    axes = sorted(axes)
+    if not axes or isinstance(node, Constant):
+        return node
+    graph = node.graph
+    left = tuple(a for k, a in enumerate(node.axes) if k not in axes)
+    new = {k: i for i, k in enumerate(k for k in range(len(node.axes)) if k not in axes)}
+    if isinstance(node, Array):
+        return array(graph, node.values.mean(axis=tuple(axes)), left)
+
+    def inside(view: View) -> View:
+        reduced = [j for j, b in enumerate(view.bind) if b in axes]
+        return View(mean_node(view.node, reduced), tuple(new[b] for b in view.bind if b not in axes))
+
+    if isinstance(node, Sum):
+        return total(graph, node.params, left, [inside(v) for v in node.args])
+    if isinstance(node, Apply) and node.params[0] == "affine":
+        c, d = node.params[1]
+        view = inside(node.args[0])
+        if tuple(view.node.axes) == left and view.bind == tuple(range(len(left))):
+            return affine(view.node, c, d)
+        return graph.make(Apply, left, [view], ("affine", (c, d)))
+    if isinstance(node, Apply) and node.params[0] in ("mul", "div"):
+        x, y = node.args
+        if not any(b in axes for b in y.bind):  # a factor that is constant along the axes comes out
+            return graph.make(Apply, left, [inside(x), inside(y)], node.params)
+        if node.params[0] == "mul" and not any(b in axes for b in x.bind):
+            return graph.make(Apply, left, [inside(x), inside(y)], node.params)
+    if isinstance(node, Mean):
+        places = [k for k in range(len(node.args[0].node.axes)) if k not in node.params]
+        return mean_node(node.args[0].node, [*node.params, *(places[k] for k in axes)])
+    return graph.make(Mean, left, [View(node, tuple(range(len(node.axes))))], tuple(axes))
+
+
+def over(x: Value, dims: Sequence[int]) -> tuple[list[int], Value]:
+    """The node's axes behind some dimensions, and the layout without them."""
+    axes = [a.axis for d in dims for a in x.dims[d] if a.axis is not None]
+    left = [k for k in range(len(x.node.axes)) if k not in axes]
+    place = {k: i for i, k in enumerate(left)}
+    kept = [dim for d, dim in enumerate(x.dims) if d not in dims]
+    return axes, Value(x.node, tuple(tuple(a if a.axis is None else Atom(a.size, place[a.axis]) for a in dim) for dim in kept))
+
+
+def without_axes(x: Value, node: Node) -> Value:
+    """A layout over `node`; if it became a constant, no atom has an axis."""
+    dims = x.dims if node.axes else tuple(tuple(Atom(a.size, None) for a in dim) for dim in x.dims)
+    return Value(node, dims)
+
+
+def mean(x: Value, dims: Sequence[int]) -> Value:
+    """The mean over dimensions."""
+    axes, left = over(x, dims)
+    return without_axes(left, mean_node(x.node, axes))
+
+
+@rule("reduce_sum")
+def reduce_sum(interpreter: Interpreter, eqn: Any, x: Value) -> Value:
+    dims = [d % len(x.dims) for d in eqn.params["axes"]]
+    count = math.prod(x.shape[d] for d in dims)
+    out = mean(x, dims)
+    return without_axes(out, affine(out.node, float(count), 0.0))
+
+
+class Extreme(Node):
+    """Maximum (or minimum) over axes; `params` is (axes, sign, count). Sampled: the reduced axes whole, the others two long."""
+
+    how = "sampled"
+
+    def compute(self) -> Table:
+        from varscale.theory.rules.sampled import sample_map
+
+        axes, sign, _ = self.params
+
+        def reduce(x: np.ndarray) -> np.ndarray:
+            return (sign * x).max(axis=tuple(k + 1 for k in axes)) * sign
+
+        return sample_map([self.args[0].node], [set(axes)], self.axes, reduce)
+
+    def pullback(self, cotangent: np.ndarray) -> list[np.ndarray | None]:
+        """Each cotangent goes to the one entry that was the extreme: one in `count`, and no two of a window share it."""
+        axes, _, _ = self.params
+        source = self.args[0].node.axes
+        out = cotangent
+        for k in sorted(axes):
+            n = source[k].size
+            types = np.zeros(source[k].types)
+            types[: source[k].classes] = 1 / n
+            out = np.moveaxis(np.multiply.outer(types, out), 0, k)
+        return [out]
+
+
+@rule("reduce_max", "reduce_min")
+def reduce_max(interpreter: Interpreter, eqn: Any, x: Value) -> Value:
+    dims = [d % len(x.dims) for d in eqn.params["axes"]]
+    axes, left = over(x, dims)
+    if not axes:
+        return left
+    count = math.prod(x.node.axes[k].size for k in axes)
+    sign = 1.0 if eqn.primitive.name == "reduce_max" else -1.0
+    kept = [a for k, a in enumerate(x.node.axes) if k not in axes]
+    node = interpreter.graph.make(Extreme, kept, [View(x.node, tuple(range(len(x.node.axes))))], (tuple(sorted(axes)), sign, count))
+    return without_axes(left, node)
+
+
+@rule("reduce_and", "reduce_or", "reduce_prod", "argmax", "argmin")
+def sampled_reduction(interpreter: Interpreter, eqn: Any, *xs: Value) -> Any:
+    from varscale.theory.rules.sampled import sampled
+
+    return sampled(interpreter, eqn, *xs)
+
+

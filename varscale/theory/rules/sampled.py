@@ -1,0 +1,156 @@
+"""The way of last resort: a primitive without a rule is run on Gaussian arrays with the right moments, and flagged."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from varscale.theory.axes import Axis
+from varscale.theory.elementwise import roots
+from varscale.theory.graph import Array, Node, View
+from varscale.theory.interpreter import Interpreter, PredictionError, source
+from varscale.theory.layout import Value, value
+from varscale.theory.moments import Table, estimate
+from varscale.theory.moments import sample as sample_table
+from varscale.theory.quadrature import Z, evaluate, marginal
+
+_BUDGET = 2_000_000  # elements drawn for one node
+
+
+def draw(node: Node, sizes: Sequence[int], replicates: int, rng: np.random.Generator) -> np.ndarray:
+    """Arrays with a node's law at other sizes: its roots are drawn, its tree is evaluated. (replicates, *sizes)"""
+    env: dict[Any, np.ndarray] = {}
+    # Trees are evaluated over a frame with the replicates last, as quadrature points are.
+    for root in roots(node):
+        own = [sizes[b] for b in root.bind]
+        if isinstance(root.node, Array):
+            numbers = np.asarray(root.node.values, float)[tuple(slice(0, n) for n in own)]
+            drawn = np.repeat(numbers[None], replicates, 0)
+        else:
+            law = marginal(root.node)
+            pooled = _pooled(root.node, law.correlation)
+            latents = sample_table(pooled, own, replicates, rng)
+            line = law.values.reshape(-1, law.values.shape[-1]).mean(axis=0)
+            drawn = np.interp(latents, Z, np.asarray(line, float))
+        shape = [1] * len(sizes)
+        for k, b in enumerate(root.bind):
+            shape[b] = own[k]
+        order = sorted(range(len(root.bind)), key=lambda k, b=root.bind: b[k])
+        drawn = drawn.transpose([0, *(k + 1 for k in order)]).reshape(replicates, *shape)
+        env[root.node.id, root.bind] = np.moveaxis(drawn, 0, -1)
+    out = evaluate(View(node, tuple(range(len(node.axes)))), node.axes, env)
+    return np.moveaxis(np.broadcast_to(out, (*sizes, replicates)), -1, 0)
+
+
+def _pooled(root: Node, correlation: np.ndarray) -> Table:
+    """A root's latent correlations with its classes pooled."""
+    for k, axis in enumerate(root.axes):
+        weights = np.stack([axis.same, axis.different])
+        correlation = np.moveaxis(np.tensordot(weights, correlation, axes=(1, k)), 0, k)
+    plain = tuple(Axis(a.size) for a in root.axes)
+    return Table(plain, np.zeros([1] * len(plain)), correlation)
+
+
+def sample_map(
+    nodes: Sequence[Node],
+    whole: Sequence[set[int]],
+    axes: Sequence[Axis],
+    f: Callable[..., np.ndarray],
+    small: int = 2,
+) -> Table:
+    """Moments of f of some nodes, their axes in `whole` kept at full size and the others reduced to `small`."""
+    sizes = [[a.size if k in keep else min(a.size, small) for k, a in enumerate(n.axes)] for n, keep in zip(nodes, whole, strict=True)]
+    replicates = int(np.clip(_BUDGET / max(sum(math.prod(s) for s in sizes), 1), 16, 20_000))
+    rng = np.random.default_rng(0)
+    out = f(*[draw(n, s, replicates, rng) for n, s in zip(nodes, sizes, strict=True)])
+    return pooled_estimate(out, axes)
+
+
+def pooled_estimate(samples: np.ndarray, axes: Sequence[Axis]) -> Table:
+    """A table with one class an axis, from replicates (first axis) at reduced sizes."""
+    reduced = [Axis(n) for n in samples.shape[1:]]
+    keep = [k for k, a in enumerate(reduced) if a.size > 1]
+    squeezed = samples.reshape(len(samples), *[reduced[k].size for k in keep])
+    live = [reduced[k] for k in keep]
+    # The replicates are one more axis, of which only "the same" is wanted.
+    table = estimate(squeezed, [Axis(len(samples)), *live])
+    second, mean = table.second[0], table.mean.reshape([1] * len(live))
+    for k, axis in enumerate(axes):
+        if k not in keep:
+            second = np.repeat(np.expand_dims(second, k), 2, axis=k)
+            mean = np.expand_dims(mean, k)
+    classes = [a.classes for a in axes]
+    mean = np.broadcast_to(mean, classes)
+    for k, axis in enumerate(axes):
+        if axis.classes > 1:
+            second = np.take(second, (np.arange(axis.types) >= axis.classes).astype(int), axis=k)
+    return Table(tuple(axes), np.array(mean), second)
+
+
+class Sampled(Node):
+    """One output of a primitive that has no rule; `params` is (name, which output, key into the graph's store)."""
+
+    how = "sampled"
+
+    def compute(self) -> Table:
+        eqn, values, which = self.graph.memo["sampled", self.params]
+        self.graph.flag("sampled", 0.15)
+        outs = _run(self.graph, eqn, values, self.params)
+        return pooled_estimate(outs[which].reshape(len(outs[which]), *[a.size for a in self.axes]), self.axes)
+
+    def pullback(self, cotangent: np.ndarray) -> list[np.ndarray | None]:
+        return [None] * len(self.args)
+
+
+def _run(graph: Any, eqn: Any, values: Sequence[Value], params: Any) -> list[np.ndarray]:
+    """The primitive on a few draws of its inputs at their own shapes."""
+    import jax
+    import jax.numpy as jnp
+
+    key = ("sampled outputs", params[0], params[2])
+    if key not in graph.memo:
+        rng = np.random.default_rng(0)
+        elements = sum(math.prod(v.shape) for v in values) + sum(math.prod(v.aval.shape) for v in eqn.outvars)
+        replicates = int(np.clip(_BUDGET / max(elements, 1), 4, 400))
+        draws = []
+        for v, var in zip(values, eqn.invars, strict=True):
+            numbers = draw(v.node, [a.size for a in v.node.axes], replicates, rng)
+            atoms = [a for dim in v.dims for a in dim]
+            order = [0, *(a.axis + 1 for a in atoms if a.axis is not None)]
+            numbers = numbers.transpose(order).reshape(replicates, *[a.size if a.axis is not None else 1 for a in atoms])
+            numbers = np.broadcast_to(numbers, (replicates, *[a.size for a in atoms])).reshape(replicates, *v.shape)
+            draws.append(numbers.astype(var.aval.dtype))
+        rows: list[list[np.ndarray]] = []
+        with jax.ensure_compile_time_eval(), jax.numpy_dtype_promotion("standard"):
+            for r in range(replicates):
+                out = eqn.primitive.bind(*[jnp.asarray(d[r]) for d in draws], **eqn.params)
+                rows.append([np.asarray(o, float) for o in (out if eqn.primitive.multiple_results else [out])])
+        graph.memo[key] = [np.stack([row[i] for row in rows]) for i in range(len(rows[0]))]
+    return graph.memo[key]
+
+
+def sampled(interpreter: Interpreter, eqn: Any, *xs: Any) -> list[Value]:
+    """Values that are sampled when asked for; an error where even that cannot be done."""
+    name = eqn.primitive.name
+    elements = sum(math.prod(x.shape) for x in xs if isinstance(x, Value)) + sum(math.prod(v.aval.shape) for v in eqn.outvars)
+    inner = any(hasattr(p, "eqns") or hasattr(p, "jaxpr") for p in eqn.params.values())
+    if inner or elements > _BUDGET or not all(isinstance(x, Value) for x in xs):
+        raise PredictionError(
+            f"no rule for primitive {name!r} at {source(eqn)}, and it is too large to sample; "
+            f'register one: @vs.theory.rule("{name}") def _(interpreter, eqn, *values): ...'
+        )
+    graph = interpreter.graph
+    graph.count += 1
+    mark = graph.count
+    outs = []
+    for i, var in enumerate(eqn.outvars):
+        axes = [Axis(n) for n in var.aval.shape if n != 1]
+        views = [View(x.node, ()) for x in xs]
+        graph.memo["sampled", (name, i, mark)] = (eqn, xs, i)
+        outs.append(value(graph.make(Sampled, axes, views, (name, i, mark)), var.aval.shape))
+    return outs
+
+

@@ -1,0 +1,361 @@
+r"""Softmax as a unit: its moments by Laplace transforms, its Jacobian diag(p) − ppᵀ backward.
+
+flax inlines softmax, so the division exp(x − max) / Σ exp(x − max) is recognised. For n keys with independent Gaussian
+logits, 1/S² = ∫ u e^{−uS} du turns every moment of the weights into one integral of one-dimensional expectations:
+
+    E[p_k²] = ∫ u E[e^{2l} e^{−u e^l}] φ(u)^{n−1} du,   E[p_k p_k'] = ∫ u E[e^l e^{−u e^l}]² φ(u)^{n−2} du,   φ(u) = E[e^{−u e^l}]
+
+exact for any n and any logit variance (the usual e^{s²}/n fails beyond s = 2). What all keys share cancels.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from varscale.theory.axes import Axis, apply_axis, join, labelled
+from varscale.theory.elementwise import Apply, Sum, roots, total
+from varscale.theory.graph import Array, Constant, Node, View, array
+from varscale.theory.interpreter import Interpreter
+from varscale.theory.layout import Value
+from varscale.theory.moments import Table, lift
+from varscale.theory.quadrature import WEIGHTS, Z
+from varscale.theory.rules.reductions import Extreme, Mean
+
+_MASKED = -1e4  # a logit below this is a mask, not a number
+_L = Z[::6]
+_LW = WEIGHTS[::6] / WEIGHTS[::6].sum()
+ROW_CLASSES = 8
+
+
+class WeightMoments(NamedTuple):
+    """Moments of softmax weights of keys in classes d with n_d members: E[p], E[p²], E[p³], E[p p'] and E[(Σ p l)²]."""
+
+    first: np.ndarray
+    square: np.ndarray
+    cube: np.ndarray
+    pair: np.ndarray
+    pull: float
+
+
+@functools.lru_cache(maxsize=4096)
+def weight_moments(counts: tuple[float, ...], variances: tuple[float, ...]) -> WeightMoments:
+    """Exact moments of softmax weights over independent Gaussian logits.
+
+    Args:
+        counts: keys in each class.
+        variances: variance of their logits.
+    """
+    n, s = np.array(counts), np.sqrt(np.array(variances))
+    middle = -math.log(max(float(n @ np.exp(s**2 / 2)), 1e-300))
+    reach = 14 + 5 * float(s.max())
+    t = np.linspace(middle - reach, middle + reach, 360)
+    u = np.exp(t)
+    l = s[:, None] * _L  # (classes, points)
+    e = np.exp(l)
+    decay = np.exp(-u[:, None, None] * e)  # (u, classes, points)
+    log_phi = np.log1p(np.clip((np.expm1(-u[:, None, None] * e)) @ _LW, -1 + 1e-300, 0))
+    phi = np.maximum(np.exp(log_phi), 1e-300)
+    a1, a2, a3 = (decay * e**k @ _LW for k in (1, 2, 3))
+    b1, b2 = decay * e * l @ _LW, decay * (e * l) ** 2 @ _LW
+    whole = np.exp(log_phi @ n)
+    step = t[1] - t[0]
+    one = lambda f, power: (f * (whole * u**power)[:, None]).sum(0) * step  # noqa: E731
+    first, square, cube = one(a1 / phi, 1), one(a2 / phi, 2), one(a3 / phi, 3) / 2
+    measure = whole * u**2 * step
+    ratio = a1 / phi
+    pair = np.einsum("u,uc,ud->cd", measure, ratio, ratio)
+    pulls = b1 / phi
+    pull = float(n @ (measure @ (b2 / phi)))
+    cross = np.einsum("u,uc,ud->cd", measure, pulls, pulls)
+    pull += float(n @ cross @ n) - float(n @ np.diag(cross))
+    return WeightMoments(first, square, cube, pair, pull)
+
+
+class Softmax(Node):
+    """Softmax over some axes of its logits; `params` is (axes, digest of the mask or None). Args: logits[, mask]."""
+
+    how = "quadrature"
+
+    def prepare(self) -> None:
+        self.positive = True
+
+    def rows(self) -> list[int]:
+        return [k for k in range(len(self.axes)) if k not in self.params]
+
+    def deviation(self) -> np.ndarray:
+        """Covariance of the logits' deviations along the keys: by type of the other axes, and by class of key."""
+        out = np.broadcast_to(self.args[0].second(self.axes), [a.types for a in self.axes])
+        for k in self.params:
+            c = self.axes[k].classes
+            same = np.take(out, range(c), axis=k)
+            diagonal = [c + i * (c + 1) for i in range(c)]
+            out = same - np.take(out, diagonal, axis=k)
+        return out
+
+    @functools.cached_property
+    def mask(self) -> Table | None:
+        """Moments of the mask over this node's axes (those it runs over)."""
+        if len(self.args) < 2:
+            return None
+        view = self.args[1]
+        assert isinstance(view.node, Array)
+        return view.node.table_over([self.axes[b] for b in view.bind])
+
+    def counts(self) -> tuple[np.ndarray, np.ndarray, list[Axis]]:
+        """Keys a row can see, by class of the rows and of the keys; keys two rows share, by types of the rows; the key axes.
+
+        The number of keys enters as 1/n, so that is what is averaged within a class.
+        """
+        keys = [self.axes[k] for k in self.params]
+        number = np.ones([1] * len(self.rows()) + [a.classes for a in keys])
+        for i, axis in enumerate(keys):
+            shape = [1] * number.ndim
+            shape[len(self.rows()) + i] = axis.classes
+            number = number * axis.counts.reshape(shape)
+        if self.mask is None:
+            return number, number, keys
+        view = self.args[1]
+        frame = list(self.axes)
+        mean = lift(self.mask.mean, self.mask.axes, view.bind, frame, pairs=False)
+        second = lift(self.mask.second, self.mask.axes, view.bind, frame, pairs=True)
+        order = [*self.rows(), *self.params]
+        for k in self.params:
+            if second.shape[k] > 1:
+                second = np.take(second, range(frame[k].classes), axis=k)
+        seen, shared = mean.transpose(order) * number, second.transpose(order) * number
+        inverse = self._mean_inverse()
+        all_keys = tuple(range(len(self.rows()), seen.ndim))
+        scale = 1 / np.maximum(inverse * np.broadcast_to(seen, np.broadcast_shapes(seen.shape, inverse.shape)).sum(all_keys, keepdims=True), 1e-300)
+        return seen * scale, shared, keys
+
+    def _mean_inverse(self) -> np.ndarray:
+        """E[1/n] by class of the rows, shape (rows..., 1...)."""
+        node, bind = self.args[1]
+        assert isinstance(node, Array)
+        keys = tuple(k for k, b in enumerate(bind) if b in self.params)
+        missing = math.prod(self.axes[b].size for b in self.params if b not in bind)
+        inverse = 1 / np.maximum(node.values.sum(axis=keys) * missing, 1.0)
+        left = [b for b in bind if b not in self.params]
+        for i, b in enumerate(left):
+            onehot = np.eye(self.axes[b].classes)[self.axes[b].label_array].T / self.axes[b].counts[:, None]
+            inverse = apply_axis(inverse, i, onehot)
+        shape = [1] * len(self.axes)
+        for i, k in enumerate(self.rows()):
+            if k in left:
+                shape[i] = inverse.shape[sorted(left).index(k)]
+        return inverse.transpose(np.argsort(np.argsort(left)) if inverse.ndim else ()).reshape(shape)
+
+    def cells(self) -> dict[tuple[int, ...], WeightMoments]:
+        """Weight moments for each class of row, logit variances averaged over what the queries' norms do."""
+        seen, _, _ = self.counts()
+        deviation = self.deviation()
+        rows = self.rows()
+        order = [*rows, *self.params]
+        deviation = deviation.transpose(order)
+        out: dict[tuple[int, ...], WeightMoments] = {}
+        spread = self._query_spread()
+        shape = [self.axes[k].classes for k in rows]
+        for cell in np.ndindex(*shape):
+            n = seen[tuple(c if seen.shape[i] > 1 else 0 for i, c in enumerate(cell))].ravel()
+            v = np.maximum(deviation[cell].ravel(), 1e-12)
+            parts = []
+            for factor, weight in ((1.0, 2 / 3), (1 + spread, 1 / 6), (max(1 - spread, 0.05), 1 / 6)):
+                m = weight_moments(tuple(np.round(n, 6)), tuple(float(f"{x:.6g}") for x in v * factor))
+                parts.append((weight, m))
+            out[cell] = WeightMoments(*(sum(w * m[i] for w, m in parts) for i in range(5)))  # pyright: ignore[reportArgumentType]
+        return out
+
+    def _query_spread(self) -> float:
+        """√3 times the relative deviation of the logit variance between queries: their squared norm varies by 2/width."""
+        for root in roots(self.args[0].node):
+            width = getattr(root.node, "width", None)
+            if width:
+                return min(math.sqrt(6.0 / width), 0.95)
+        return 0.0
+
+    def compute(self) -> Table:
+        rows = self.rows()
+        seen, shared, keys = self.counts()
+        cells = self.cells()
+        c = math.prod(a.classes for a in keys)
+        sizes = functools.reduce(np.multiply.outer, [a.counts for a in keys]).ravel()
+        row_axes = [self.axes[k] for k in rows]
+        classes, types = [a.classes for a in row_axes], [a.types for a in row_axes]
+        seen = np.broadcast_to(seen.reshape(*seen.shape[: len(rows)], c), (*classes, c))
+        shared = np.broadcast_to(shared.reshape(*shared.shape[: len(rows)], c), (*types, c))
+        share = np.empty((*classes, c))  # Σ of E[p] over a class of keys
+        for cell, m in cells.items():
+            share[cell] = seen[cell] * m.first
+            share[cell] /= share[cell].sum()
+        mean = share / sizes
+        deviation = self.deviation().transpose([*rows, *self.params]).reshape(*types, c)
+        second = np.empty((*types, c + c * c))
+        pairs = np.concatenate([sizes, (np.outer(sizes, sizes) - np.diag(sizes)).ravel()])
+        for index in np.ndindex(*types):
+            ci = tuple(int(a.first[t]) for a, t in zip(row_axes, index, strict=True))
+            cj = tuple(int(a.second[t]) for a, t in zip(row_axes, index, strict=True))
+            m = cells[ci]
+            if all(t < a.classes for a, t in zip(row_axes, index, strict=True)):
+                n = seen[ci]
+                same = n * m.square
+                other = np.outer(n, n) * m.pair - np.diag(n * np.diag(m.pair))
+                other *= (1 - same.sum()) / max(other.sum(), 1e-300)
+            else:
+                per_i, per_j = share[ci] / np.maximum(seen[ci], 1e-300), share[cj] / np.maximum(seen[cj], 1e-300)
+                own = np.maximum(deviation[ci], 1e-12)
+                # The excess of one key's weights in two rows: exact for equal logits, lognormal in their covariance between.
+                full = m.square / np.maximum(per_i**2, 1e-300) - 1
+                covariance = np.clip(deviation[index], -own, own)
+                excess = full * np.expm1(covariance) / np.expm1(np.minimum(own, 50))
+                same = shared[index] * per_i * per_j * (1 + excess)
+                same *= min(1.0, 1.0 / max(same.sum(), 1e-300))
+                other = np.outer(share[ci], share[cj]) - np.diag(same)
+            second[index] = np.concatenate([same, other.ravel()]) / np.maximum(pairs, 1.0)
+        if len(keys) > 1:
+            mean, second = _unflatten(mean, second, keys, len(rows))
+        order = np.argsort([*rows, *self.params])
+        return Table(self.axes, mean.transpose(order), second.transpose(order))
+
+    def tilt(self) -> np.ndarray:
+        """What the weights gain along the logits' direction, τ = E[(Σ p l)²]/s² − Σ p², scaled by the rows' covariance, by type."""
+        rows = self.rows()
+        row_axes = [self.axes[k] for k in rows]
+        deviation = self.deviation().transpose([*rows, *self.params])
+        deviation = deviation.reshape(*[a.types for a in row_axes], -1).mean(-1)
+        seen, _, keys = self.counts()
+        out = np.zeros([a.types for a in row_axes])
+        cells = self.cells()
+        for index in np.ndindex(*out.shape):
+            ci = tuple(int(a.first[t]) for a, t in zip(row_axes, index, strict=True))
+            n = seen[tuple(c if seen.shape[i] > 1 else 0 for i, c in enumerate(ci))].ravel()
+            s2 = max(float(deviation[ci]), 1e-12)
+            gain = cells[ci].pull / s2 - float(n @ cells[ci].square)
+            out[index] = max(gain, 0.0) * float(np.clip(deviation[index] / s2, -1, 1))
+        return out
+
+    def pullback(self, cotangent: np.ndarray) -> list[np.ndarray | None]:
+        """∂p_k/∂l_j = p_k(δ − p_j): a cotangent's part common to the keys is lost, the rest is weighted by p."""
+        rows = self.rows()
+        if len(self.params) != 1:
+            raise NotImplementedError("the gradient of a softmax over several axes")
+        (key,) = self.params
+        axis = self.axes[key]
+        c = axis.classes
+        g = np.moveaxis(np.broadcast_to(cotangent, [a.types for a in self.axes]), key, -1)
+        p = np.moveaxis(self.table.second, key, -1)
+        diagonal = [c + i * (c + 1) for i in range(c)]
+        deviation = np.maximum(g[..., :c] - g[..., diagonal], 0.0)
+        out = np.zeros_like(p)
+        cells = self.cells()
+        row_axes = [self.axes[k] for k in rows]
+        seen, _, _ = self.counts()
+        for index in np.ndindex(*p.shape[:-1]):
+            ci = tuple(int(a.first[t]) for a, t in zip(row_axes, index, strict=True))
+            m = cells[ci]
+            n = seen[tuple(k if seen.shape[i] > 1 else 0 for i, k in enumerate(ci))].ravel()
+            own = all(t < a.classes for a, t in zip(row_axes, index, strict=True))
+            keep = 1 - 2 * m.cube / np.maximum(m.square, 1e-300) + float(n @ m.square) if own else np.ones(c)
+            same = deviation[index] * p[index][:c] * np.clip(keep, 0, 1)
+            out[index][:c] = same
+            # The rows of the Jacobian sum to zero: what one key gains the others lose.
+            out[index][c:] = -np.outer(same, axis.counts).ravel() / max(axis.size * (axis.size - 1), 1)
+        return [np.moveaxis(out, -1, key), *[None] * (len(self.args) - 1)]
+
+
+def _unflatten(mean: np.ndarray, second: np.ndarray, keys: Sequence[Axis], rank: int) -> tuple[np.ndarray, np.ndarray]:
+    """Several key axes computed as one: their joint types read on each axis (classes one each)."""
+    shape = [a.types for a in keys]
+    types = np.ones(shape, int)
+    types[(0,) * len(keys)] = 0
+    return mean.reshape(*mean.shape[:rank], *[1] * len(keys)), second[..., types]
+
+
+def softmax_of(interpreter: Interpreter, top: Value, bottom: Value) -> Value | None:
+    """exp(x − max) / Σ exp(x − max), if that is what this division is."""
+    num, den = top.node, bottom.node
+    if not (isinstance(num, Apply) and num.params[0] == "exp" and isinstance(den, Apply) and den.params[0] == "affine"):
+        return None
+    mean = den.args[0].node
+    if not (isinstance(mean, Mean) and mean.args[0].node is num):
+        return None
+    axes = mean.params
+    if abs(den.params[1][0] - math.prod(num.axes[k].size for k in axes)) > 1e-6:
+        return None
+    random, allowed = _logits(num.args[0], num.axes)
+    if random is None or (len(axes) > 1 and any(num.axes[k].classes > 1 for k in axes)):
+        return None
+    frame = list(num.axes)
+    args = [random]
+    if allowed is not None:
+        frame = _row_classes(frame, allowed, axes)
+        args.append(allowed)
+    node = interpreter.graph.make(Softmax, frame, args, tuple(axes))
+    return Value(node, top.dims)
+
+
+def _row_classes(frame: list[Axis], allowed: View, axes: Sequence[int]) -> list[Axis]:
+    """Rows that see different numbers of keys belong to different classes, evenly in the logarithm of that number."""
+    assert isinstance(allowed.node, Array)
+    keys = tuple(k for k, b in enumerate(allowed.bind) if b in axes)
+    seen = np.maximum(allowed.node.values.sum(axis=keys), 1.0)
+    left = [b for b in allowed.bind if b not in axes]
+    for i, b in enumerate(left):
+        level = np.log(seen).mean(axis=tuple(j for j in range(len(left)) if j != i))
+        low, high = level.min(), level.max()
+        if high - low > 0.01:
+            bins = np.minimum((ROW_CLASSES * (level - low) / (high - low)).astype(int), ROW_CLASSES - 1)
+            frame[b] = join(labelled(bins), frame[b])
+    return frame
+
+
+def _logits(view: View, axes: Sequence[Axis]) -> tuple[View | None, View | None]:
+    """The random logits and the mask (1 where a key is allowed) of the argument of the exponential."""
+    masks: list[View] = []
+    terms = _terms(view, masks)
+    terms = [(c, v) for c, v in terms if not all(isinstance(r.node, Extreme) for r in roots(v.node)) and roots(v.node)]
+    if not terms:
+        return None, None
+    graph = view.node.graph
+    identity = tuple(range(len(axes)))
+    node = total(graph, [c for c, _ in terms], tuple(axes), [v for _, v in terms])
+    if isinstance(node, Constant):
+        return None, None
+    random = View(node, identity)
+    if not masks:
+        return random, None
+    frame = sorted({b for m in masks for b in m.bind})
+    out = np.ones([axes[b].size for b in frame])
+    for m in masks:
+        assert isinstance(m.node, Array)
+        order = sorted(range(len(m.bind)), key=lambda k, b=m.bind: b[k])
+        shape = [axes[b].size if b in m.bind else 1 for b in frame]
+        out = out * m.node.values.transpose(order).reshape(shape)
+    mask = array(graph, out)
+    return random, (None if isinstance(mask, Constant) else View(mask, tuple(frame)))
+
+
+def _terms(view: View, masks: list[View]) -> list[tuple[float, View]]:
+    node, bind = view
+    graph = node.graph
+    if isinstance(node, Sum):
+        return [(c * d, t) for c, child in zip(node.params, node.args, strict=True) for d, t in _terms(child.within(bind), masks)]
+    if isinstance(node, Apply) and node.params[0] == "affine":
+        return [(node.params[1][0] * c, t) for c, t in _terms(node.args[0].within(bind), masks)]
+    if isinstance(node, Apply) and node.params[0] == "select_n" and isinstance(node.args[0].node, Array) and len(node.args) == 3:
+        for keep, drop in ((1, 2), (2, 1)):
+            other = node.args[drop].node
+            if isinstance(other, Constant) and other.params < _MASKED:
+                values = (node.args[0].node.values == keep - 1).astype(float)
+                masks.append(View(array(graph, values, node.args[0].node.axes), tuple(bind[b] for b in node.args[0].bind)))
+                return _terms(node.args[keep].within(bind), masks)
+    if isinstance(node, Array) and node.values.min() < _MASKED:
+        allowed = array(graph, (node.values > _MASKED).astype(float), node.axes)
+        if isinstance(allowed, Array):
+            masks.append(View(allowed, bind))
+        return []
+    return [(1.0, view)]

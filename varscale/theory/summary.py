@@ -1,0 +1,88 @@
+"""Rows of a Report, from the values of every module's output."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from varscale.programs import Program
+from varscale.report import Report, Row
+from varscale.theory.axes import contract_axis
+from varscale.theory.backward import cotangents
+from varscale.theory.interpreter import Interpreter
+from varscale.theory.layout import Value
+from varscale.theory.moments import Table
+
+_BAND = 2.5758  # 99 % of a normal
+
+
+def summarize(
+    interpreter: Interpreter, program: Program, outputs: Mapping[str, Any], shapes: Mapping[str, Any], *, backward: bool
+) -> Report:
+    """The report of a walk."""
+    values = {path: x for path, x in outputs.items() if isinstance(x, Value) and math.prod(x.shape) > 0}
+    gradients = _gradients(values) if backward else {}
+    rows = tuple(_row(program, path, x, gradients.get(x.node.id)) for path, x in values.items())
+    return Report(rows, {})
+
+
+def _kind(program: Program, path: str) -> str:
+    module = re.sub(r"(#\d+|\[.*\]|\.\w+)+$", "", path)
+    return program.kinds.get(module, program.kind if module == "" else "array")
+
+
+def _row(program: Program, path: str, x: Value, gradient: float | None) -> Row:
+    table = x.node.table
+    mean, second = table.total_mean, table.mean_square
+    how = getattr(type(x.node), "how", "exact")
+    band = (second, second)
+    return Row(
+        path=path,
+        kind=_kind(program, path),
+        shape=x.shape,
+        mean=mean,
+        second_moment=second,
+        variance=max(second - mean**2, 0.0),
+        typical=second,
+        band=band,
+        sample_correlation=correlation(x, [0]) if len(x.shape) > 1 and x.shape[0] > 1 else None,
+        position_correlation=correlation(x, list(range(1, len(x.shape) - 1))) if math.prod(x.shape[1:-1]) > 1 else None,
+        gradient=gradient,
+        how=how,
+        confidence=0.0,
+    )
+
+
+def correlation(x: Value, dims: list[int]) -> float | None:
+    """E[x x'] / E[x²] for pairs that differ in position along `dims` and agree elsewhere."""
+    table: Table = x.node.table
+    if table.mean_square == 0:
+        return None
+    axes = [a.axis for d in dims for a in x.dims[d] if a.axis is not None]
+    if not axes:
+        return 1.0
+    free, agree, size = table.second, table.second, 1
+    for k in reversed(range(len(table.axes))):
+        axis = table.axes[k]
+        free = contract_axis(free, k, axis.any_pair if k in axes else axis.same)
+        agree = contract_axis(agree, k, axis.same)
+        size *= axis.size if k in axes else 1
+    # All pairs of positions, less those that agree.
+    return float((size * free - agree) / (size - 1) / table.mean_square)
+
+
+def _gradients(values: Mapping[str, Value]) -> dict[int, float]:
+    paths = [p for p in values if p == "" or p.startswith("[")] or list(values)[-1:]
+    seeds = []
+    for path in paths:
+        x = values[path]
+        node = x.node
+        second = np.zeros(node.frame_types)
+        repeat = math.prod(a.size for dim in x.dims for a in dim if a.axis is None)
+        second[tuple(slice(0, a.classes) for a in node.axes)] = float(repeat)
+        seeds.append((node, second))
+    return cotangents(seeds, [x.node for x in values.values()])
