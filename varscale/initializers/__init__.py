@@ -14,7 +14,7 @@ from varscale.initializers.fans import Fans, compute_fans, conv_fans, einsum_fan
 from varscale.initializers.fixed import cut_normal, normal, symmetric_uniform, truncated_normal
 from varscale.initializers.gains import gain, pytorch_gain
 from varscale.initializers.initializer import Initializer
-from varscale.initializers.scaled import (
+from varscale.initializers.scaling import (
     VarianceScaling,
     for_activation,
     glorot_normal,

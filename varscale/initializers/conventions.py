@@ -17,7 +17,7 @@ from varscale.initializers.fans import Axes, Fans, compute_fans, normalized_axes
 from varscale.initializers.fixed import SymmetricUniform, symmetric_uniform
 from varscale.initializers.initializer import Initializer, checked_number, settle
 from varscale.initializers.sampling import OutSharding, placed
-from varscale.initializers.scaled import VarianceScaling, variance_scaling
+from varscale.initializers.scaling import VarianceScaling, variance_scaling
 from varscale.initializers.structured import Constant, constant
 
 

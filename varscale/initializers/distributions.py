@@ -18,6 +18,7 @@ import numpy as np
 import scipy.special
 from jaxtyping import Array, Inexact, Key
 
+from varscale._compat import normal_scale, unscaled_normal
 from varscale.initializers.sampling import OutSharding, placed, sampling_key
 
 DistributionName = Literal["normal", "truncated_normal", "uniform", "rademacher"]
@@ -64,16 +65,12 @@ class Distribution:
     def raw(
         self, key: Key[Array, ""], shape: Sequence[int], dtype: np.dtype, out_sharding: OutSharding = None
     ) -> Inexact[Array, "*shape"]:
-        """Entries as they are drawn, before scaling: N(0, 1), that cut at ±2, U(−1, 1), ±1. Arguments as in `draw`."""
+        """Entries as they are drawn, before scaling: N(0, 1) up to `normal_scale`, N(0, 1) cut at ±2, U(−1, 1), ±1."""
         raw, _ = self._how(dtype)
         return placed(lambda key: raw(key, shape, dtype), sampling_key(key, shape), out_sharding)
 
     def _how(self, dtype: np.dtype) -> tuple[Raw, Callable[[Array], Array]]:
         return (_COMPLEX if jnp.issubdtype(dtype, jnp.complexfloating) else _REAL)[self.name]
-
-
-def _normal(key: Key[Array, ""], shape: Sequence[int], dtype: np.dtype) -> Inexact[Array, "*shape"]:
-    return jax.random.normal(key, shape, dtype)
 
 
 def _truncated_normal(key: Key[Array, ""], shape: Sequence[int], dtype: np.dtype) -> Inexact[Array, "*shape"]:
@@ -125,14 +122,14 @@ def _divided_by(std: float) -> Callable[[Array], Array]:
 # How each law is drawn, and by what a draw is multiplied to have a given variance: the same operations in the same order
 # as in jax.nn.initializers.variance_scaling, whose bits are promised.
 _REAL: dict[str, tuple[Raw, Callable[[Array], Array]]] = {
-    "normal": (_normal, jnp.sqrt),
+    "normal": (unscaled_normal, lambda variance: normal_scale(jnp.sqrt(variance))),
     "truncated_normal": (_truncated_normal, _divided_by(TRUNCATED_STD)),
     "uniform": (_uniform, lambda variance: jnp.sqrt(3 * variance)),
     "rademacher": (_rademacher, jnp.sqrt),
 }
 # On the complex plane the laws are circular: E[w²] = 0 and E|w|² is the variance.
 _COMPLEX: dict[str, tuple[Raw, Callable[[Array], Array]]] = {
-    "normal": (_normal, jnp.sqrt),
+    "normal": (unscaled_normal, lambda variance: normal_scale(jnp.sqrt(variance))),
     "truncated_normal": (_complex_truncated_normal, _divided_by(COMPLEX_TRUNCATED_STD)),
     "uniform": (_complex_uniform, jnp.sqrt),
     "rademacher": (_complex_rademacher, jnp.sqrt),

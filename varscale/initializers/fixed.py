@@ -12,6 +12,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Inexact, Key
 
+from varscale._compat import normal_scale
 from varscale.initializers.distributions import COMPLEX_TRUNCATED_STD, TRUNCATED_STD, distribution
 from varscale.initializers.initializer import Initializer, checked_number, checked_std_fits, settle
 from varscale.initializers.sampling import OutSharding, placed, sampling_key
@@ -36,7 +37,7 @@ class Normal(Initializer):
     def _draw(
         self, key: Key[Array, ""], shape: tuple[int, ...], dtype: np.dtype, out_sharding: OutSharding
     ) -> Inexact[Array, "*shape"]:
-        return distribution("normal").raw(key, shape, dtype, out_sharding) * jnp.array(self.stddev, dtype)
+        return distribution("normal").raw(key, shape, dtype, out_sharding) * normal_scale(jnp.array(self.stddev, dtype))
 
 
 @dataclasses.dataclass(frozen=True, repr=False)

@@ -74,7 +74,7 @@ def _random_bits(key: UInt32[Array, "2"], bit_width: int, shape: Sequence[int]) 
         return jax.random.bits(_wrap(key), tuple(shape), _UNSIGNED[bit_width])
 
     # The older counter scheme pairs the two halves of the array; and past 2³² numbers the counter has a high word.
-    if not jax.config.jax_threefry_partitionable or math.prod(shape) >= 2**32:
+    if not jax.config.jax_threefry_partitionable or math.prod(shape) >= 2**32:  # pyright: ignore[reportAttributeAccessIssue]
         return plain(key)
     return lax.platform_dependent(key, cpu=lambda key: _unrolled_bits(key, bit_width, shape), default=plain)
 
@@ -120,7 +120,7 @@ def sampling_key(key: Key[Array, ""], shape: Sequence[int]) -> Key[Array, ""]:
         math.prod(shape) >= _SMALL
         and jax.random.key_impl(key) == "threefry2x32"
         # Unwrapping a key hides its use from jax's key-reuse checker.
-        and not jax.config.jax_debug_key_reuse
+        and not jax.config.jax_debug_key_reuse  # pyright: ignore[reportAttributeAccessIssue]
     )
     return jax.random.wrap_key_data(jax.random.key_data(key), impl=_unrolled_implementation()) if fast else key
 
@@ -144,5 +144,5 @@ def placed(
             f"out_sharding {out_sharding} names axes of a mesh: set one with jax.set_mesh, or give a NamedSharding"
         )
     if jax.sharding.AxisType.Explicit in mesh.axis_types:
-        return jax.sharding.auto_axes(draw, out_sharding=out_sharding)(key)
+        return jax.sharding.auto_axes(draw, out_sharding=out_sharding)(key)  # pyright: ignore[reportReturnType]
     return lax.with_sharding_constraint(draw(key), out_sharding)
