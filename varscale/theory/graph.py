@@ -145,7 +145,11 @@ class Constant(Node):
 
 
 class Leaf(Node):
-    """A random array with known moments: a weight, an input, random bits. `params` is (name, number)."""
+    """A random array with known moments: a weight, an input, random bits. `params` is its name."""
+
+    @property
+    def name(self) -> tuple[Any, ...]:
+        return self.params if isinstance(self.params, tuple) else (self.params,)
 
     def settle(self, table: Table, *, odd: bool, kurtosis: float = 3.0, transport: np.ndarray | None = None, random: bool = True) -> Leaf:
         """Give the leaf its law.

@@ -20,7 +20,7 @@ from scipy import special
 from varscale.theory.axes import Axis
 from varscale.theory.elementwise import Apply, Sum, roots
 from varscale.theory.functions import function
-from varscale.theory.graph import Array, Constant, Leaf, Node, View
+from varscale.theory.graph import Array, Constant, Leaf, Merge, Node, Permute, Split, View
 from varscale.theory.moments import Table, lift
 
 # The trapezoidal rule on a Gaussian converges like exp(-2π²/h²): exact to rounding for smooth functions, to h²/12 at a corner.
@@ -81,6 +81,11 @@ def quantiles(root: Node, table: Table, deviation: np.ndarray) -> np.ndarray | N
         return None if root.transport is None else np.broadcast_to(root.transport, (*table.mean.shape, POINTS))
     if isinstance(root, Array):
         return _array_quantiles(root)
+    if isinstance(root, Split | Merge | Permute) or type(root).__name__ == "Take":
+        source = root.args[0].node  # other places, the same law
+        if all(a.classes == 1 for a in source.axes) and isinstance(source, Leaf | Split | Merge | Permute | Array):
+            inner = quantiles(source, source.table, marginal(source).deviation)
+            return None if inner is None else np.broadcast_to(inner.reshape(-1, POINTS)[0], (*table.mean.shape, POINTS))
     if root.positive and np.all(table.mean > 0):
         spread = np.sqrt(np.log1p(np.square(deviation / table.mean)))[..., None]
         return table.mean[..., None] * np.exp(spread * Z - spread**2 / 2)
@@ -146,7 +151,7 @@ def _sum_quantiles(root: Sum, table: Table, deviation: np.ndarray) -> np.ndarray
 def by_type(x: np.ndarray, axes: Sequence[Axis], *, second: bool) -> np.ndarray:
     """A class array (classes..., rest) read at i (or, with `second`, at j) of each type."""
     for k, axis in enumerate(axes):
-        if axis.classes > 1 or x.shape[k] > 1:
+        if x.shape[k] > 1:
             x = np.take(x, axis.second if second else axis.first, axis=k)
     return x
 

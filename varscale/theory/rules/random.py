@@ -12,7 +12,7 @@ from scipy import special
 from varscale.theory.elementwise import Apply
 from varscale.theory.graph import Array, Constant, Leaf, Node
 from varscale.theory.interpreter import Interpreter, Opaque, elementwise_or_layout, rule
-from varscale.theory.layout import Value, value
+from varscale.theory.layout import Value, full, value
 from varscale.theory.axes import Axis
 from varscale.theory.quadrature import WEIGHTS, Z, evaluate
 
@@ -53,9 +53,13 @@ def law(node: Node) -> tuple[float, float, float] | None:
     from varscale.theory.elementwise import roots
 
     own = roots(node)
-    if not isinstance(node, Apply) or len(own) != 1 or not isinstance(own[0].node, Leaf):
+    if len(own) != 1:
         return None
-    view = own[0]
+    view, base = own[0], own[0].node
+    while base.args and not isinstance(base, Apply) and len(base.args) == 1:
+        base = base.args[0].node
+    if not isinstance(base, Leaf) or base.odd or base.name[0] != "bits":
+        return None
     if set(view.bind) != set(range(len(node.axes))):
         return None
     from varscale.theory.graph import View
@@ -82,21 +86,13 @@ def as_weight(interpreter: Interpreter, x: Value, path: str) -> Value:
     return Value(weight, x.dims)
 
 
-class Orthonormal(Leaf):
-    """Columns of a Haar-distributed orthonormal matrix: entries of variance 1/max(m, n), uncorrelated in mean square."""
-
-
 @rule("qr", "householder_product")
 def qr(interpreter: Interpreter, eqn: Any, *xs: Value) -> list[Value]:
-    """Haar: E[q²] = 1/m for an m × n factor; the triangular factor only gives signs to it."""
-    outs = []
-    for i, var in enumerate(eqn.outvars):
-        shape = var.aval.shape
-        interpreter.graph.count += 1
-        variance = 1.0 / max(shape[-2:]) if i == 0 else 1.0
-        name = ("orthonormal" if i == 0 else "triangle", interpreter.graph.count)
-        outs.append(interpreter.leaf(name, shape, 0.0, variance, odd=True))
-    return outs
+    """Haar: E[q²] = 1/m for an m × n factor. The triangle only lends its signs, which Haar measure does not feel: ones."""
+    shape = eqn.outvars[0].aval.shape
+    interpreter.graph.count += 1
+    q = interpreter.leaf(("orthonormal", interpreter.graph.count), shape, 0.0, 1.0 / max(shape[-2:]), odd=True)
+    return [q, *(full(interpreter.graph, 1.0, v.aval.shape) for v in eqn.outvars[1:])]
 
 
 def input_leaf(interpreter: Interpreter, name: str, shape: tuple[int, ...], table: Any, *, odd: bool) -> Value:

@@ -240,6 +240,8 @@ class Softmax(Node):
 
     def pullback(self, cotangent: np.ndarray) -> list[np.ndarray | None]:
         """∂p_k/∂l_j = p_k(δ − p_j): a cotangent's part common to the keys is lost, the rest is weighted by p."""
+        from varscale.theory.backward import sum_out
+
         rows = self.rows()
         if len(self.params) != 1:
             raise NotImplementedError("the gradient of a softmax over several axes")
@@ -264,7 +266,8 @@ class Softmax(Node):
             out[index][:c] = same
             # The rows of the Jacobian sum to zero: what one key gains the others lose.
             out[index][c:] = -np.outer(same, axis.counts).ravel() / max(axis.size * (axis.size - 1), 1)
-        return [np.moveaxis(out, -1, key), *[None] * (len(self.args) - 1)]
+        back = sum_out(np.moveaxis(out, -1, key), self.axes, self.args[0])
+        return [back, *[None] * (len(self.args) - 1)]
 
 
 def _unflatten(mean: np.ndarray, second: np.ndarray, keys: Sequence[Axis], rank: int) -> tuple[np.ndarray, np.ndarray]:

@@ -1,0 +1,203 @@
+"""How near prediction comes to real networks: `vs.predict` against the mean over freshly drawn ones, row by row.
+
+    python -m experiments.benchmarks.accuracy [--nets 100] [--only transformer] [--rows]
+
+For every architecture of the grid: relative error of the typical mean square (exp of the mean log) over all module outputs, median and
+worst, forward and backward; how many rows are flagged; and whether any error exceeds its own stated confidence by more than
+three standard errors of the measurement.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.benchmarks import architectures as zoo
+from varscale.theory import predict
+
+FLAGGED = 0.15
+WIDTH = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """An architecture, how its inputs are described and drawn, and its family in the table."""
+
+    name: str
+    family: str
+    model: nn.Module
+    shape: tuple[int, ...]
+    dtype: Any = jnp.float32
+    tokens: int = 0
+
+    def struct(self) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(self.shape, self.dtype)
+
+    def draw(self, key: jax.Array) -> jax.Array:
+        if self.tokens:
+            return jax.random.randint(key, self.shape, 0, self.tokens)
+        return jax.random.normal(key, self.shape, self.dtype)
+
+
+def measure(case: Case, nets: int, *, backward: bool = True, batch: int = 4) -> dict[str, np.ndarray]:
+    """Mean, mean square and mean squared gradient of every module's output, for each of `nets` drawn networks and inputs.
+
+    Gradients are those of zero perturbations added to the outputs, under a cotangent of independent standard normals.
+    """
+
+    def outputs(variables: Any, x: jax.Array, nudges: dict[str, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:
+        seen: dict[str, jax.Array] = {}
+
+        def record(next_fun: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
+            out = next_fun(*args, **kwargs)
+            if context.method_name != "__call__" or not isinstance(out, jax.Array):
+                return out
+            path = "/".join(context.module.path)
+            while path in seen:
+                stem, _, count = path.partition("#")
+                path = f"{stem}#{int(count or 0) + 1}"
+            out = out + nudges[path] if path in nudges else out
+            seen[path] = out
+            return out
+
+        with nn.intercept_methods(record):
+            y, _ = case.model.apply(variables, x, mutable=[c for c in variables if c != "params"])
+        return y, seen
+
+    def one(key: jax.Array) -> dict[str, jax.Array]:
+        k_params, k_input, k_out = jax.random.split(key, 3)
+        x = case.draw(k_input)
+        variables = case.model.init(k_params, x)
+        if not backward:
+            _, seen = outputs(variables, x, {})
+            return {p: jnp.stack([v.mean(), (v**2).mean(), jnp.nan]) for p, v in seen.items()}
+        shapes = jax.eval_shape(lambda: outputs(variables, x, {})[1])
+        zeros = {p: jnp.zeros(s.shape, s.dtype) for p, s in shapes.items()}
+        y, vjp, seen = jax.vjp(lambda n: outputs(variables, x, n), zeros, has_aux=True)
+        (grads,) = vjp(jax.random.normal(k_out, y.shape, y.dtype))
+        return {p: jnp.stack([v.mean(), (v**2).mean(), (grads[p] ** 2).mean()]) for p, v in seen.items()}
+
+    run = jax.jit(lambda keys: jax.lax.map(one, keys, batch_size=batch))
+    return {p: np.asarray(v, float) for p, v in run(jax.random.split(jax.random.key(7), nets)).items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """One row: relative errors, their standard errors, and what was promised."""
+
+    path: str
+    forward: float
+    forward_error: float
+    mean: float
+    backward: float
+    backward_error: float
+    confidence: float
+    coverage: float
+    how: str
+
+
+def compare(case: Case, nets: int, *, backward: bool = True) -> tuple[list[Comparison], float, float]:
+    """Prediction against measurement; the seconds each took."""
+    start = time.perf_counter()
+    report = predict(case.model, case.struct(), backward=backward)
+    middle = time.perf_counter()
+    measured = measure(case, nets, backward=backward)
+    rows = []
+    for row in report.rows:
+        if row.path not in measured:
+            continue
+        _, square, grad = measured[row.path].T
+        if square.mean() < 1e-20:
+            continue
+        typical, spread = np.exp(np.mean(np.log(square))), np.std(np.log(square))
+        inside = np.mean((square >= row.band[0]) & (square <= row.band[1]))
+        gradient = np.nan
+        if row.gradient is not None and np.all(grad > 0):
+            gradient = row.gradient / np.exp(np.mean(np.log(grad))) - 1
+        rows.append(
+            Comparison(
+                row.path,
+                row.typical / typical - 1,
+                spread / np.sqrt(nets),
+                row.second_moment / square.mean() - 1,
+                gradient,
+                float(np.std(np.log(np.maximum(grad, 1e-300))) / np.sqrt(nets)),
+                row.confidence,
+                float(inside),
+                row.how,
+            )
+        )
+    return rows, middle - start, time.perf_counter() - middle
+
+
+def grid() -> list[Case]:
+    """The validation grid."""
+    cases = []
+    for act in ("tanh", "relu", "gelu", "silu", "selu", "sigmoid"):
+        for gain in (1.0, 2.0):
+            cases.append(Case(f"MLP10 {act} gain {gain:g}", "MLP", zoo.MLP(act, WIDTH, 10, gain=gain), (16, 64)))
+    for norm in ("layer", "rms"):
+        for act in ("relu", "gelu"):
+            cases.append(Case(f"MLP6 {norm} {act}", "norm, pre-norm residual", zoo.MLP(act, WIDTH, 6, norm=norm), (16, 64)))
+    for norm in ("none", "batch", "layer"):
+        cases.append(Case(f"residual pre {norm}", "norm, pre-norm residual", zoo.Residual("pre", norm, WIDTH), (32, 64)))
+        cases.append(Case(f"residual post {norm}", "post-activation", zoo.Residual("post", norm, WIDTH), (32, 64)))
+    for act in ("relu", "gelu", "tanh"):
+        cases.append(Case(f"CNN SAME {act}", "CNN SAME, no norm", zoo.CNN(act), (8, 16, 16, 3)))
+    for norm in ("batch", "group"):
+        cases.append(Case(f"ResNet {norm}", "ResNet, BN or GN", zoo.ResNet(norm), (8, 32, 32, 3)))
+    for causal in (False, True):
+        for ff in ("gelu", "swiglu"):
+            name = f"transformer {'causal' if causal else 'full'} {ff}"
+            model = zoo.Transformer(causal=causal, feedforward=ff, width=WIDTH)
+            cases.append(Case(name, "transformer", model, (4, 32), jnp.int32, tokens=1000))
+    return cases
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--nets", type=int, default=100)
+    parser.add_argument("--only", default="")
+    parser.add_argument("--rows", action="store_true")
+    parser.add_argument("--forward", action="store_true", help="leave gradients out")
+    options = parser.parse_args()
+    print("| case | rows | forward median | worst (s.e.) | mean median | backward median | worst | flagged | outside | in band | predict |")
+    print("|---|---|---|---|---|---|---|---|---|---|---|")
+    broken = []
+    for case in grid():
+        if options.only not in case.name and options.only not in case.family:
+            continue
+        rows, seconds, _ = compare(case, options.nets, backward=not options.forward)
+        forward, backward = np.array([r.forward for r in rows]), np.array([r.backward for r in rows])
+        worst = int(np.argmax(np.abs(forward)))
+        outside = [r for r in rows if abs(r.mean) > r.confidence + 3 * r.forward_error]
+        broken += [(case.name, r.path) for r in outside if r.confidence <= FLAGGED]
+        known = backward[np.isfinite(backward)]
+        means = np.median(np.abs([r.mean for r in rows]))
+        back = f"{np.median(np.abs(known)):.1%} | {known[np.argmax(np.abs(known))]:+.1%}" if known.size else "· | ·"
+        print(
+            f"| {case.name} | {len(rows)} | {np.median(np.abs(forward)):.1%} | {forward[worst]:+.1%} ({rows[worst].forward_error:.1%}) "
+            f"| {means:.1%} | {back} | {np.mean([r.confidence > FLAGGED for r in rows]):.0%} | {len(outside)} "
+            f"| {np.mean([r.coverage for r in rows]):.0%} | {seconds:.1f} s |",
+            flush=True,
+        )
+        if options.rows:
+            for r in rows:
+                print(
+                    f"    {r.path:60s} typical {r.forward:+.1%} ± {r.forward_error:.1%}  mean {r.mean:+.1%}  gradient {r.backward:+.1%}"
+                    f" ± {r.backward_error:.1%}  confidence {r.confidence:.1%} band {r.coverage:.0%} {r.how}"
+                )
+    if broken:
+        raise SystemExit(f"{len(broken)} unflagged rows lie outside their own confidence: {broken[:8]}")
+
+
+if __name__ == "__main__":
+    main()

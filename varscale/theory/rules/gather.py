@@ -1,0 +1,187 @@
+"""Lookups: a row of a table for each index; two equal indices give the same row, so what counts is how often they repeat."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from varscale.theory import layout
+from varscale.theory.axes import Axis, contract_axis
+from varscale.theory.elementwise import roots
+from varscale.theory.graph import Array, Leaf, Node, View
+from varscale.theory.interpreter import Interpreter, elementwise_or_layout, rule
+from varscale.theory.layout import Atom, Value
+from varscale.theory.moments import Table
+from varscale.theory.rules.structure import take
+
+
+def repeat_rates(ids: np.ndarray) -> np.ndarray:
+    """P(ids_i = ids_j) by which axes agree, shape (2,) * ndim, 0 for "same": counts of equal pairs, axis by axis."""
+    k = ids.ndim
+    out = np.zeros((2,) * k)
+    for agree in itertools.product((True, False), repeat=k):
+        fixed = [d for d in range(k) if agree[d]]
+        free = [d for d in range(k) if not agree[d]]
+        groups = np.sort(ids.transpose(fixed + free).reshape(math.prod(ids.shape[d] for d in fixed), -1), axis=1)
+        new = np.concatenate([np.ones((len(groups), 1), bool), groups[:, 1:] != groups[:, :-1]], axis=1)
+        runs = np.diff(np.append(np.flatnonzero(new.ravel()), groups.size))
+        out[tuple(int(not a) for a in agree)] = float(np.sum(runs.astype(float) ** 2))
+    for d, n in enumerate(ids.shape):
+        o = np.moveaxis(out, d, 0)
+        o[1] -= o[0]
+        o[0] /= n
+        o[1] /= max(n * (n - 1), 1)
+    return out
+
+
+class Gather(Node):
+    """Rows of a table by index; `params` is (row axes of the table, out axes that are indices, repeat rates, rows).
+
+    The frame of its view is this node's axes and then the rows' own.
+    """
+
+    def prepare(self) -> None:
+        self.odd, self.positive = self.args[0].node.odd, self.args[0].node.positive
+
+    def rates(self) -> np.ndarray:
+        """P(same row) over the types of the index axes."""
+        _, index_axes, rates, rows = self.params
+        if rates is None:
+            out = np.full((2,) * len(index_axes), 1.0 / rows)
+            out[(0,) * len(index_axes)] = 1.0
+            return out
+        return np.array(rates).reshape((2,) * len(index_axes))
+
+    def compute(self) -> Table:
+        row_axes, index_axes, _, _ = self.params
+        view = self.args[0]
+        table = view.node.table
+        mean, same, other = table.mean, table.second, table.second
+        for k in sorted(row_axes, reverse=True):
+            axis = table.axes[k]
+            mean = contract_axis(mean, k, axis.counts / axis.size)
+            same = contract_axis(same, k, axis.same)
+            other = contract_axis(other, k, axis.any_pair) if len(row_axes) > 1 else contract_axis(other, k, axis.different)
+        kept = [self.args[0].bind[k] for k in range(len(table.axes)) if k not in row_axes]
+        order = np.argsort(kept)
+        shape = [1] * len(self.axes)
+        for k in kept:
+            shape[k] = self.axes[k].types
+        same, other = same.transpose(order).reshape(shape), other.transpose(order).reshape(shape)
+        rate_shape = [2 if k in index_axes else 1 for k in range(len(self.axes))]
+        rate = self.rates().reshape(rate_shape)
+        second = rate * same + (1 - rate) * other
+        mean_shape = [1] * len(self.axes)
+        for k in kept:
+            mean_shape[k] = self.axes[k].classes
+        mean = np.broadcast_to(mean.transpose(order).reshape(mean_shape), [a.classes for a in self.axes])
+        return Table(self.axes, np.array(mean), np.array(np.broadcast_to(second, [a.types for a in self.axes])))
+
+    def pullback(self, cotangent: np.ndarray) -> list[np.ndarray | None]:
+        """Cotangents add up in the rows they came from: n indices spread over the rows."""
+        row_axes, index_axes, _, rows = self.params
+        view = self.args[0]
+        out = cotangent
+        count = math.prod(self.axes[k].size for k in index_axes)
+        for k in sorted(index_axes, reverse=True):
+            out = contract_axis(out, k, self.axes[k].same)
+        for k in sorted(row_axes):
+            axis = view.node.axes[k]
+            out = np.moveaxis(np.multiply.outer((np.arange(axis.types) < axis.classes).astype(float), out), 0, k)
+        return [out * count / rows]
+
+
+def base_ids(node: Node) -> Node:
+    """The random or known index behind the wrap-around of negative ones."""
+    while not isinstance(node, Array | Leaf):
+        own = roots(node)
+        if len(own) != 1 or own[0].node is node:
+            return node
+        node = own[0].node
+    return node
+
+
+@rule("gather")
+def gather(interpreter: Interpreter, eqn: Any, x: Value, ids: Value) -> Any:
+    p, shape = eqn.params, eqn.outvars[0].aval.shape
+    d = p["dimension_numbers"]
+    known = interpreter.concrete(ids)
+    sizes = p["slice_sizes"]
+    collapsed = set(d.collapsed_slice_dims)
+    if known is not None and known.reshape(-1, known.shape[-1]).shape[0] == 1:
+        starts = dict(zip(d.start_index_map, known.ravel().astype(int), strict=True))
+        for dim, size in enumerate(sizes):
+            start = int(np.clip(starts.get(dim, 0), 0, x.shape[dim] - size))
+            x = take(x, dim, start, start + size, 1)
+        return layout.reshape(x, shape)
+    picked = tuple(d.start_index_map)
+    plain = set(picked) == collapsed and all(s == n for k, (s, n) in enumerate(zip(sizes, x.shape, strict=True)) if k not in collapsed)
+    if not plain or d.operand_batching_dims:
+        from varscale.theory.rules.sampled import sampled
+
+        return sampled(interpreter, eqn, x, ids)
+    for dim in range(len(x.dims)):
+        x = layout.merged(layout.materialize(x, [dim]), dim)
+    batch = [k for k in range(len(shape)) if k not in d.offset_dims]
+    rows = math.prod(x.shape[k] for k in picked)
+    rates, index_atoms = _index_axes(interpreter, ids, known, [shape[k] for k in batch], rows)
+    axes: list[Axis] = []
+    dims: list[tuple[Atom, ...]] = [()] * len(shape)
+    for k, atoms in zip(batch, index_atoms, strict=True):
+        placed = []
+        for atom in atoms:
+            if atom.axis is None:
+                placed.append(atom)
+            else:
+                placed.append(Atom(atom.size, len(axes)))
+                axes.append(Axis(atom.size))
+        dims[k] = tuple(placed)
+    index_axes = tuple(range(len(axes)))
+    bind: dict[int, int] = {}
+    row_axes: list[int] = []
+    kept = [k for k in range(len(x.dims)) if k not in collapsed]
+    for k, out in zip(kept, d.offset_dims, strict=True):
+        if x.dims[k]:
+            axis = x.dims[k][0].axis
+            assert axis is not None
+            bind[axis] = len(axes)
+            dims[out] = (Atom(x.shape[k], len(axes)),)
+            axes.append(x.node.axes[axis])
+    for k in picked:
+        if x.dims[k] and (axis := x.dims[k][0].axis) is not None:
+            row_axes.append(axis)
+            bind[axis] = -1
+    view = View(x.node, tuple(bind[k] for k in range(len(x.node.axes))))
+    frozen = None if rates is None else tuple(np.round(rates, 12).ravel())
+    node = interpreter.graph.make(Gather, axes, [view], (tuple(row_axes), index_axes, frozen, rows))
+    return Value(node, tuple(dims))
+
+
+def _index_axes(
+    interpreter: Interpreter, ids: Value, known: np.ndarray | None, shape: Sequence[int], rows: int
+) -> tuple[np.ndarray | None, list[tuple[Atom, ...]]]:
+    """Repeat rates of the indices (None: unknown, as good as uniform) and the atoms of the batch dimensions."""
+    if known is None:
+        # Unknown indices differ along the axes they run over, and repeat along those they are broadcast on.
+        return None, [tuple(ids.dims[k]) for k in range(len(shape))]
+    del interpreter
+    flat = known.reshape(*shape, known.shape[-1])
+    _, codes = np.unique(flat.reshape(-1, flat.shape[-1]), axis=0, return_inverse=True)
+    codes = codes.reshape([n for n in shape if n > 1])
+    atoms: list[tuple[Atom, ...]] = [(Atom(n, 0),) if n > 1 else () for n in shape]
+    del rows
+    return repeat_rates(codes), atoms
+
+
+@rule("scatter-add", "scatter")
+def scatter_add(interpreter: Interpreter, eqn: Any, x: Value, ids: Value, updates: Value) -> Any:
+    from varscale.theory.rules.sampled import sampled
+
+    return sampled(interpreter, eqn, x, ids, updates)
+
+
+elementwise_or_layout("gather")
