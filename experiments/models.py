@@ -8,14 +8,15 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
+import varscale as vs
+
 Activation = Callable[[Array], Array]
 
 
 class Stack(nn.Module):
     """Dense layers, each followed by its activation.
 
-    A layer's pre-activation and activation can be seen with `capture` and its gradient with `flax.linen.Module.perturb`'s
-    collection ("perturbations", one entry `preactivation_<layer>` a layer).
+    Activations are sown (`activations` reads them).
 
     Attributes:
       widths: the features of each layer.
@@ -27,7 +28,7 @@ class Stack(nn.Module):
 
     widths: tuple[int, ...]
     activation: Activation
-    kernel_init: jax.nn.initializers.Initializer = jax.nn.initializers.lecun_normal()
+    kernel_init: vs.initializers.Initializer = vs.lecun_normal()
     use_bias: bool = False
     norm: Callable[[], Callable[[Array], Array]] | None = None
 
@@ -37,28 +38,69 @@ class Stack(nn.Module):
             x = nn.Dense(width, use_bias=self.use_bias, kernel_init=self.kernel_init, name=f"dense_{layer}")(x)
             if self.norm is not None:
                 x = self.norm()(x)
-            x = self.perturb(f"preactivation_{layer}", x)
             x = self.activation(x)
             self.sow("intermediates", f"activation_{layer}", x)
         return x
 
 
-class Classifier(nn.Module):
-    """A stack and a linear layer that reads the classes' logits off it."""
+class _Layer(nn.Module):
+    """One layer of a `Tower`."""
 
-    stack: Stack
+    width: int
+    activation: Activation
+    kernel_init: vs.initializers.Initializer
+    use_bias: bool
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "batch width"]) -> tuple[Float[Array, "batch width"], None]:
+        y = nn.Dense(self.width, use_bias=self.use_bias, kernel_init=self.kernel_init, name="dense")(x)
+        y = self.perturb("preactivation", y)
+        self.sow("intermediates", "preactivation", y)
+        return self.activation(y), None
+
+
+class Tower(nn.Module):
+    """Equal layers as one loop: it compiles in the time of one layer, however deep it is.
+
+    Its parameters, and what it sows and perturbs ("preactivation"), have a leading axis of layers.
+
+    Attributes:
+      width: features of every layer, the input's included.
+      depth: number of layers.
+      activation: applied after each.
+      kernel_init: of every kernel.
+      use_bias: whether the layers have biases (zero at the start).
+    """
+
+    width: int
+    depth: int
+    activation: Activation
+    kernel_init: vs.initializers.Initializer = vs.lecun_normal()
+    use_bias: bool = False
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "batch width"]) -> Float[Array, "batch width"]:
+        axes = {"params": 0, "perturbations": 0, "intermediates": 0}
+        loop = nn.scan(_Layer, variable_axes=axes, split_rngs={"params": True}, length=self.depth)
+        return loop(self.width, self.activation, self.kernel_init, self.use_bias, name="layers")(x)[0]
+
+
+class Classifier(nn.Module):
+    """A `Stack` or a `Tower`, and a linear layer that reads the classes' logits off it."""
+
+    stack: nn.Module
     classes: int
-    kernel_init: jax.nn.initializers.Initializer = jax.nn.initializers.lecun_normal()
+    kernel_init: vs.initializers.Initializer = vs.lecun_normal()
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch features"]) -> Float[Array, "batch classes"]:
         return nn.Dense(self.classes, kernel_init=self.kernel_init, name="head")(self.stack(x))
 
 
-def activations(model: nn.Module, variables: Any, x: Array) -> list[Any]:
-    """What each layer of a `Stack` puts out, first layer first."""
-    sown = model.apply(variables, x, mutable=["intermediates"])[1]["intermediates"]
-    return [sown[f"activation_{layer}"][0] for layer in range(len(sown))]
+def activations(stack: Stack, variables: Any, x: Array) -> list[Array]:
+    """What each layer puts out, first layer first."""
+    sown: Any = stack.apply(variables, x, mutable=["intermediates"])[1]["intermediates"]
+    return [sown[f"activation_{layer}"][0] for layer in range(len(stack.widths))]
 
 
 def rescale(params: Any, factor: Any) -> Any:
