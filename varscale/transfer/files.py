@@ -56,6 +56,7 @@ def save(path: str | os.PathLike[str], params: Any) -> None:
             raise FileExistsError(f"path is {str(path)!r}, and a folder stands there")
         with _beside(path) as temporary:
             safetensors_file.write(temporary, params)
+            temporary.chmod(_usual_mode(temporary.parent))  # the library's own files are private
             _flush(temporary)
             os.replace(temporary, path)
     else:
@@ -145,8 +146,9 @@ def _refuse_others(path: Path) -> None:
     if head.startswith(b"\x89HDF"):
         raise CheckpointError(f"{str(path)!r} is an HDF5 file; read it with h5py and give graft the arrays by name")
     if compressed or _is_zlib(head):
+        kind = compressed or "zlib"
         raise CheckpointError(
-            f"{str(path)!r} is refused: it is {compressed or 'zlib'}-compressed, as joblib compresses pickles; if it is one, {PICKLES}"
+            f"{str(path)!r} is refused: it is compressed ({kind}), as joblib's pickles are; if it is one, {PICKLES}"
         )
     if _is_pickle(head, path):
         raise CheckpointError(f"{str(path)!r} is refused: it is a pickle; {PICKLES}")
@@ -194,6 +196,13 @@ def _swap(new: Path, path: Path) -> None:
     except OSError:
         os.rename(old, path)
         raise
+
+
+def _usual_mode(room: Path) -> int:
+    """The permissions that new files have here."""
+    probe = room / ".mode"
+    probe.touch()
+    return probe.stat().st_mode & 0o777
 
 
 def _flush(path: Path) -> None:

@@ -69,7 +69,7 @@ def _multiply(rules: Sequence[tuple[Pattern, Rule]]) -> "optax.GradientTransform
         del params
         tree = open_tree(updates, "updates")  # the frozen leaves are masked, and so are no leaves here
         scaled = [_scaled(leaf.value, _multiplier(rule_of(rules, leaf.path), state.count)) for leaf in tree.leaves]
-        return tree.rebuild(scaled), MultiplierState(optax.safe_increment(state.count))
+        return tree.rebuild(scaled), MultiplierState(jnp.asarray(optax.safe_increment(state.count)))
 
     return optax.GradientTransformation(init, update)
 

@@ -130,7 +130,7 @@ def is_box(node: Any) -> bool:
 
 
 def is_key(value: Any) -> bool:
-    return hasattr(value, "dtype") and jax.numpy.issubdtype(value.dtype, jax.dtypes.prng_key)
+    return isinstance(value, jax.Array | jax.ShapeDtypeStruct) and jax.numpy.issubdtype(value.dtype, jax.dtypes.prng_key)
 
 
 def _text(key: Any) -> str:
