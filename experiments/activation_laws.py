@@ -7,6 +7,7 @@ variance keeps the output flat in fan-in, which the gradient flat in fan-out, an
 import functools
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -56,7 +57,7 @@ def sigmoid_linearity(key, factors, *, sizes: Sizes) -> Float[Array, "laws facto
     basis, _ = jnp.linalg.qr(design)
 
     def explained(unit, factor):
-        y = Stack((width,) * sizes.sigmoid_depth, jax.nn.sigmoid).apply({"params": rescale(unit, factor)}, x)
+        y: Any = Stack((width,) * sizes.sigmoid_depth, jax.nn.sigmoid).apply({"params": rescale(unit, factor)}, x)
         centred = y - jnp.mean(y, axis=0, keepdims=True)
         return jnp.sum(jnp.square(basis.T @ centred)) / jnp.sum(jnp.square(centred))
 
@@ -107,9 +108,12 @@ def one_layer(key, fan_in, fan_out, *, width: int, batch: int = 32) -> Float[Arr
     dense = Stack((width,), lambda y: y, kernel_init=vs.normal(1.0))
     variables = {"params": dense.init(key_weights, x)["params"]}
 
+    def output(x) -> Any:
+        return dense.apply(variables, x)
+
     def one(fan_in, fan_out):
         into, out = (jnp.arange(width)[None] < fan for fan in (fan_in, fan_out))
-        y, backward = jax.vjp(lambda x: dense.apply(variables, x), jnp.where(into, x, 0.0))
+        y, backward = jax.vjp(output, jnp.where(into, x, 0.0))
         (gradient,) = backward(jnp.where(out, g, 0.0))
         return jnp.stack([jnp.var(y, where=out), jnp.var(gradient, where=into)])
 

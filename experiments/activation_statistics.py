@@ -177,7 +177,7 @@ def _saturated_shares(depth: int) -> list[float]:
     shares, q = [], 1.0
     for _ in range(depth):
         shares.append(float(2 * stats.norm.sf(math.atanh(0.99) / math.sqrt(500 * q))))
-        q = gaussian.second_moment(np.tanh, variance=500 * q)
+        q = gaussian.second_moment(jnp.tanh, variance=500 * q)
     return shares
 
 

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 import varscale as vs
 
 Activation = Callable[[Array], Array]
+Norm = Callable[[], Callable[[Array], Array]]
 
 
 class Stack(nn.Module):
@@ -23,21 +24,17 @@ class Stack(nn.Module):
       activation: applied after each.
       kernel_init: of every kernel; variances that are arguments of a compiled program are set with `rescale`.
       use_bias: whether the layers have biases (zero at the start).
-      norm: makes the normalization between the dense layer and the activation, if there is one.
     """
 
     widths: tuple[int, ...]
     activation: Activation
     kernel_init: vs.initializers.Initializer = vs.lecun_normal()
     use_bias: bool = False
-    norm: Callable[[], Callable[[Array], Array]] | None = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch features"]) -> Float[Array, "batch width"]:
         for layer, width in enumerate(self.widths):
             x = nn.Dense(width, use_bias=self.use_bias, kernel_init=self.kernel_init, name=f"dense_{layer}")(x)
-            if self.norm is not None:
-                x = self.norm()(x)
             x = self.activation(x)
             self.sow("intermediates", f"activation_{layer}", x)
         return x
@@ -50,11 +47,14 @@ class _Layer(nn.Module):
     activation: Activation
     kernel_init: vs.initializers.Initializer
     use_bias: bool
+    norm: Norm | None
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch width"]) -> tuple[Float[Array, "batch width"], None]:
         y = nn.Dense(self.width, use_bias=self.use_bias, kernel_init=self.kernel_init, name="dense")(x)
         y = self.perturb("preactivation", y)
+        if self.norm is not None:
+            y = self.norm()(y)
         self.sow("intermediates", "preactivation", y)
         return self.activation(y), None
 
@@ -62,7 +62,8 @@ class _Layer(nn.Module):
 class Tower(nn.Module):
     """Equal layers as one loop: it compiles in the time of one layer, however deep it is.
 
-    Its parameters, and what it sows and perturbs ("preactivation"), have a leading axis of layers.
+    Its parameters, its running averages, and what it sows and perturbs have a leading axis of layers. Sown as "preactivation"
+    is what the activation is applied to; perturbed under that name is what the dense layer puts out.
 
     Attributes:
       width: features of every layer, the input's included.
@@ -70,6 +71,7 @@ class Tower(nn.Module):
       activation: applied after each.
       kernel_init: of every kernel.
       use_bias: whether the layers have biases (zero at the start).
+      norm: makes the normalization between the dense layer and the activation, if there is one.
     """
 
     width: int
@@ -77,12 +79,13 @@ class Tower(nn.Module):
     activation: Activation
     kernel_init: vs.initializers.Initializer = vs.lecun_normal()
     use_bias: bool = False
+    norm: Norm | None = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch width"]) -> Float[Array, "batch width"]:
-        axes = {"params": 0, "perturbations": 0, "intermediates": 0}
+        axes: Any = {"params": 0, "batch_stats": 0, "perturbations": 0, "intermediates": 0}
         loop = nn.scan(_Layer, variable_axes=axes, split_rngs={"params": True}, length=self.depth)
-        return loop(self.width, self.activation, self.kernel_init, self.use_bias, name="layers")(x)[0]
+        return loop(self.width, self.activation, self.kernel_init, self.use_bias, self.norm, name="layers")(x)[0]
 
 
 class Classifier(nn.Module):

@@ -6,6 +6,7 @@ The examples of Dive into Deep Learning, section 5.4 (numerical stability and in
 import functools
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from experiments import plots
 from experiments.claims import Claim, Refuted, at_least, at_most, every, known, near, over_seeds
 from experiments.experiment import Figure, Result, Run, Table
 from experiments.mean_field import propagate
-from experiments.models import Stack, rescale
+from experiments.models import Tower, rescale
 
 REQUIRES = ("matplotlib",)
 ORDER = 2
@@ -108,21 +109,20 @@ def gradient_norms(key, stds, activations, *, sizes: Sizes) -> Float[Array, "set
       sizes: of the net.
     """
     key_weights, key_inputs, key_gradient = jax.random.split(key, 3)
-    widths = (sizes.width,) * sizes.depth
     x = jax.random.normal(key_inputs, (sizes.batch, sizes.width))
     cotangent = jax.random.normal(key_gradient, x.shape)
-    unit = Stack(widths, jnp.tanh, kernel_init=vs.normal(1.0)).init(key_weights, x)
+    unit = Tower(sizes.width, sizes.depth, jnp.tanh, kernel_init=vs.normal(1.0)).init(key_weights, x)
 
     def one(setting):
         std, activation = setting
-        stack = Stack(widths, lambda y: jax.lax.switch(activation, list(ACTIVATIONS.values()), y))
+        tower = Tower(sizes.width, sizes.depth, lambda y: jax.lax.switch(activation, list(ACTIVATIONS.values()), y))
         params = rescale(unit["params"], std)
 
         def output(perturbations):
-            return jnp.sum(stack.apply({"params": params, "perturbations": perturbations}, x) * cotangent)
+            y: Any = tower.apply({"params": params, "perturbations": perturbations}, x)
+            return jnp.sum(y * cotangent)
 
-        gradients = jax.grad(output)(unit["perturbations"])
-        return jnp.stack([_log_norm(gradients[f"preactivation_{layer}"]) for layer in range(sizes.depth)])
+        return jax.vmap(_log_norm)(jax.grad(output)(unit["perturbations"])["layers"]["preactivation"])
 
     return jax.lax.map(one, (stds, activations))
 
