@@ -12,11 +12,25 @@ import importlib
 from typing import Any
 
 from varscale.testing.claims import VarianceClaim
+from varscale.testing.layers import assert_output_variance
 from varscale.testing.power import Underpowered, plan_samples
+from varscale.testing.sequential import SequentialVerdict, log_e_value, sequential_test
 from varscale.testing.verdict import Finding, Verdict
 from varscale.testing.weights import assert_variance
 
-__all__ = ["Finding", "Underpowered", "VarianceClaim", "Verdict", "assert_variance", "plan_samples", "strategies"]
+__all__ = [
+    "Finding",
+    "SequentialVerdict",
+    "Underpowered",
+    "VarianceClaim",
+    "Verdict",
+    "assert_output_variance",
+    "assert_variance",
+    "log_e_value",
+    "plan_samples",
+    "sequential_test",
+    "strategies",
+]
 
 
 def __getattr__(name: str) -> Any:

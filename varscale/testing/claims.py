@@ -19,7 +19,7 @@ from varscale.testing.tails import Law, log_symmetric_sum
 from varscale.testing.verdict import Finding, Verdict, equality
 
 DETECTABLE_RATIO, DETECTABLE_MEAN, ALPHA, BETA = 1.1, 0.012, 1e-9, 1e-6
-_CHUNK_ENTRIES, _SORTED_ENTRIES, _HAAR_ENTRIES = 2**22, 2**19, 2**17
+_CHUNK_ENTRIES, _SORTED_ENTRIES, _HAAR_ENTRIES, _HAAR_DRAWS = 2**22, 2**19, 2**20, 96
 _BLOCK_ENTRIES, _BLOCK_DRAWS = 2**19, 16
 
 
@@ -72,13 +72,13 @@ class VarianceClaim:
             return None
         return stored(law, self.deviation, dtype)
 
-    def samples(self, resolution: Resolution, dtype: DTypeLike = jnp.float32, kurtosis: float = 3.0) -> int:
-        """How many weights the test needs."""
+    def samples(self, resolution: Resolution, size: int, dtype: DTypeLike = jnp.float32) -> int:
+        """How many weights the test of an initializer needs, for a kernel of `size` weights."""
         if not self.deviation:
             return 1
         if self.orthogonal_axis is not None:
-            return _HAAR_ENTRIES
-        return resolution.samples(self.law(dtype), kurtosis)
+            return min(_HAAR_DRAWS * size, _HAAR_ENTRIES)
+        return resolution.samples(self.law(dtype))
 
     def check(
         self,

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from scipy import optimize, stats
 
-from varscale.testing.tails import Law, batches_for, log_chi_square, log_mean_square
+from varscale.testing.tails import Law, batches_for, log_mean_square, second_moment_of
 
 
 class Underpowered(ValueError):
@@ -92,35 +92,43 @@ def _chi_square_detectable(degrees: float, alpha: float, beta: float) -> float:
     return float(max(up, down))
 
 
-def thresholds(log_tails: Callable[[float], tuple[float, float]], level: float) -> tuple[float, float]:
-    """The ratios `(low, high)` beyond which `log_tails(ratio)` gives a one-sided probability of at most `level`."""
-    target = math.log(level)
+Resolution = tuple[float, float, float]
+"""The acceptance region `(low, high)` of a mean square, and the variance ratio detected with power `1 − beta`."""
+
+
+def thresholds(log_tails: Callable[[float], tuple[float, float]], level: float, center: float = 1.0) -> tuple[float, float]:
+    """The ratios `(low, high)` around `center` beyond which `log_tails(ratio)` gives a one-sided probability of at most `level`."""
+    target, start = math.log(level), math.log(center)
     edges = []
-    for side, step in ((0, -1.0), (1, 1.0)):
+    for side, step in ((0, -1e-4), (1, 1e-4)):
 
-        def excess(log_ratio: float, side: int = side) -> float:
-            return max(log_tails(math.exp(log_ratio))[side], -1e6) - target
+        def excess(shift: float, side: int = side) -> float:
+            return max(log_tails(math.exp(start + shift))[side], -1e6) - target
 
-        far = step * 1e-4
-        while excess(far) > 0 and abs(far) < 600:
-            far *= 2
-        if abs(far) >= 600:
-            edges.append(math.exp(far))
-            continue
-        edges.append(math.exp(optimize.brentq(excess, 0.0, far, xtol=1e-9)))  # pyright: ignore[reportArgumentType]
+        while excess(step) > 0 and abs(step) < 600:
+            step *= 2
+        far = abs(step) >= 600
+        shift = step if far else optimize.brentq(excess, 0.0, step, xtol=1e-9)
+        edges.append(math.exp(start + shift))  # pyright: ignore[reportArgumentType, reportOperatorIssue]
     return edges[0], edges[1]
 
 
-def known_law_resolution(law: Law, count: float, alpha: float, beta: float) -> tuple[float, float, float]:
-    """Acceptance region `(low, high)` of a known law's mean square at level `alpha`, and the ratio detected with power `1 − beta`."""
-    if law.kurtosis == 1:
-        return 1.0, 1.0, 1.0
-    low, high = thresholds(lambda ratio: log_mean_square(law, ratio, count), alpha / 2)
-    quantile_low, quantile_high = thresholds(lambda ratio: log_mean_square(law, ratio, count), beta)
+def resolution(log_tails: Callable[[float], tuple[float, float]], alpha: float, beta: float, center: float = 1.0) -> Resolution:
+    """What a mean square with these log tails, and this expectation, resolves at level `alpha`."""
+    low, high = thresholds(log_tails, alpha / 2, center)
+    quantile_low, quantile_high = thresholds(log_tails, beta, center)
     return low, high, max(high / quantile_low, quantile_high / low) if low and quantile_low else math.inf
 
 
-def unknown_law_resolution(kurtosis: float, count: float, alpha: float, beta: float) -> tuple[float, float, float]:
+def known_law_resolution(law: Law, count: float, alpha: float, beta: float) -> Resolution:
+    """What `count` weights of a known law resolve."""
+    center = second_moment_of(law)
+    if law.kurtosis == 1:
+        return center, center, 1.0
+    return resolution(lambda ratio: log_mean_square(law, ratio, count), alpha, beta, center)
+
+
+def unknown_law_resolution(kurtosis: float, count: float, alpha: float, beta: float) -> Resolution:
     """As `known_law_resolution`, from an estimated kurtosis, by batches that must agree."""
     batches = batches_for(alpha)
     error = math.sqrt(max(kurtosis - 1, 0.0) * batches / count)
@@ -129,16 +137,16 @@ def unknown_law_resolution(kurtosis: float, count: float, alpha: float, beta: fl
     return math.exp(-width), math.exp(width), math.exp(min(detectable, 700.0))
 
 
-def samples_for(resolution: Callable[[float], tuple[float, float, float]], ratio: float, least: int) -> int:
+def samples_for(resolve: Callable[[float], Resolution], ratio: float, least: int) -> int:
     """Smallest count, to a tenth of a percent and no less than `least`, whose resolution detects `ratio`."""
-    if resolution(least)[2] <= ratio:
+    if resolve(least)[2] <= ratio:
         return least
     low, high = float(least), 2.0 * least
-    while resolution(high)[2] > ratio:
+    while resolve(high)[2] > ratio:
         low, high = high, 2 * high
     while high - low > max(1.0, 1e-3 * high):
         middle = (low + high) / 2
-        low, high = (low, middle) if resolution(middle)[2] <= ratio else (middle, high)
+        low, high = (low, middle) if resolve(middle)[2] <= ratio else (middle, high)
     return math.ceil(high)
 
 

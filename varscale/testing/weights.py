@@ -13,7 +13,7 @@ from jaxtyping import Array, Key
 
 from varscale.initializers.fans import compute_fans
 from varscale.testing.claims import ALPHA, BETA, DETECTABLE_MEAN, DETECTABLE_RATIO, VarianceClaim
-from varscale.testing.draws import Init, draw, key_of
+from varscale.testing.draws import Init, draw, key_of, same_twice
 from varscale.testing.moments import Resolution
 from varscale.testing.power import Underpowered, check_detectable, check_error_rates
 from varscale.testing.verdict import Finding, Verdict, demand, equality
@@ -92,7 +92,7 @@ def assert_variance(
         return demand(Verdict(str(claim), math.nan, (0.0, math.inf), 0, math.inf, alpha, beta, contract))
     contractions = _contractions(len(shape), in_axis, out_axis, batch_axis)
     sizes = dict(detectable_ratio=detectable_ratio, detectable_mean=detectable_mean, alpha=alpha, beta=beta)
-    needed = claim.samples(resolution, dtype)
+    needed = claim.samples(resolution, math.prod(shape), dtype)
     while True:
         if needed > max_samples:
             message = f"{needed} samples are needed to detect a ratio of {detectable_ratio:g} and a mean of {detectable_mean:g} standard deviations"
@@ -142,16 +142,10 @@ def _claim(shape, scale, mode, distribution, in_axis, out_axis, batch_axis) -> V
 
 def _contract(init: Init, shape: tuple[int, ...], dtype: DTypeLike, key: Key[Array, ""]) -> tuple[Finding, ...]:
     """What one key shows: shape, dtype, and the same weights when called again."""
-    first, second = init(key, shape, dtype), init(key, shape, dtype)
-    found = f"{tuple(np.shape(first))} in {getattr(first, 'dtype', type(first).__name__)}"
-    matches = np.shape(first) == shape and getattr(first, "dtype", None) == dtype
-    same = (
-        np.array_equal(np.asarray(first).view(np.uint8), np.asarray(second).view(np.uint8))
-        if matches and math.prod(shape) and shape
-        else True
-    )
+    found, same = same_twice(init, shape, dtype, key)
+    says = f"{found.shape} in {found.dtype} returned, {shape} in {jnp.dtype(dtype).name} asked for"
     return (
-        equality("signature", matches, f"{found}, {shape} in {jnp.dtype(dtype).name} asked for"),
+        equality("signature", found.shape == shape and found.dtype == dtype, says),
         equality("deterministic", same, "the same key gives " + ("the same weights" if same else "different weights")),
     )
 
