@@ -55,7 +55,8 @@ class Layout:
 
     def candidates(self, leaf: str) -> tuple[str, ...]:
         """What flax may call the leaf."""
-        return self.names.get(_bare(leaf), ())
+        bare = _bare(leaf)
+        return self.names.get(bare, ()) if bare == leaf else (bare, *self.names.get(bare, ()))
 
     def is_unwanted(self, leaf: str) -> bool:
         return _bare(leaf) in self.unwanted
