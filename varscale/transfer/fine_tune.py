@@ -27,8 +27,9 @@ def fine_tune(optimizer: "optax.GradientTransformation", rules: Rules) -> "optax
     Multipliers scale the optimizer's UPDATE, and so its learning rate (and with it the weight decay that adamw and the like
     include), not the gradient, which Adam would be blind to. All leaves that train share one instance of `optimizer`: clipping
     by global norm sees them together. A frozen leaf has no optimizer state, its gradient is never looked at (it may be NaN), it
-    does not decay, and it stays as it is to the bit, −0.0 included. A multiplier of 0, or a schedule that is at 0, leaves it
-    equally unchanged but keeps its state up to date.
+    does not decay, and it stays as it is to the bit, −0.0 and NaN included (but for subnormal numbers, below 1.2e-38, which XLA
+    flushes to zero when `optax.apply_updates` adds anything to them). A multiplier of 0, or a schedule that is at 0, leaves a
+    leaf equally unchanged but keeps its state up to date.
 
     Args:
       optimizer: any optax optimizer.
