@@ -59,7 +59,15 @@ class Sum(Node):
         for view in self.args:
             odd &= view.node.odd
         self.odd = odd
-        self.positive = all(c >= 0 for c in self.params) and all(v.node.positive for v in self.args)
+        self.positive = all(c >= 0 for c in self.params) and all(v.node.positive for v in self.args) or self._is_variance()
+
+    def _is_variance(self) -> bool:
+        """mean(x²) − mean(x)², which no rounding makes negative here."""
+        if len(self.args) != 2 or sum(self.params) != 0:
+            return False
+        plus, minus = (self.args[i].node for i in np.argsort(self.params)[::-1])
+        squares = isinstance(minus, Apply) and minus.params == ("integer_pow", (2,)) and plus.positive
+        return bool(squares and plus.args and (minus.args[0].node.deps == plus.deps))
 
     def compute(self) -> Table:
         from varscale.theory.cross import cross

@@ -93,7 +93,7 @@ class Interpreter:
             env[var] = self.known(const)
         for var, arg in zip(jaxpr.invars, args, strict=True):
             env[var] = arg
-        for eqn in jaxpr.eqns:
+        for eqn in live_equations(jaxpr):
             ins = [self.known(v.val) if _compat.is_literal(v) else env[v] for v in eqn.invars]
             outs = self.equation(eqn, ins)
             for var, out in zip(eqn.outvars, outs, strict=True):
@@ -221,17 +221,24 @@ _KEYED = {"random_bits", "jit", "pjit", "scan", "while", "cond", "custom_jvp_cal
 _NEVER_FOLDED = _KEYED | {"rng_bit_generator"}
 
 
-@functools.cache
-def _elementwise_or_layout() -> frozenset[str]:
-    return frozenset()
-
-
 _ELEMENTWISE_OR_LAYOUT: set[str] = set()
 
 
 def elementwise_or_layout(*names: str) -> None:
     """Primitives whose rules handle known numbers themselves, without writing them out."""
     _ELEMENTWISE_OR_LAYOUT.update(names)
+
+
+@functools.lru_cache(maxsize=256)
+def live_equations(jaxpr: Any) -> list[Any]:
+    """The equations that the outputs depend on: an init's forward pass is not one of them."""
+    needed = {v for v in jaxpr.outvars if not _compat.is_literal(v)}
+    live = []
+    for eqn in reversed(jaxpr.eqns):
+        if needed.intersection(eqn.outvars):
+            live.append(eqn)
+            needed.update(v for v in eqn.invars if not _compat.is_literal(v))
+    return live[::-1]
 
 
 def source(eqn: Any) -> str:

@@ -163,11 +163,12 @@ def align(values: Sequence[Value]) -> tuple[list[Value], tuple[Axis, ...], list[
     """
     rank = max(len(x.dims) for x in values)
     xs = [x if len(x.dims) == rank else Value(x.node, ((),) * (rank - len(x.dims)) + x.dims) for x in values]
+    for d in range(rank):
+        xs = _factor_alike(xs, d)
     frame: list[Axis] = []
     binds: list[dict[int, int]] = [{} for _ in xs]
     layout: list[Dim] = []
     for d in range(rank):
-        xs = _factor_alike(xs, d)
         longest = max((x.dims[d] for x in xs), key=len)
         atoms: list[Atom] = []
         for place, atom in enumerate(longest):

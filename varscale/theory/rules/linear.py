@@ -48,9 +48,6 @@ class Contract(Node):
             mean = contract_axis(mean, mean.ndim - 1, axis.counts)
         if dependent(x.node, y.node):
             mean, second = self._dependent(mean, second)
-        extra = self.graph.memo.get("tilt")
-        if extra is not None:
-            second = second + extra(self)
         return Table(self.axes, np.array(mean), second)
 
     def contract(self, second: np.ndarray) -> np.ndarray:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from varscale.theory.axes import Axis, contract_axis
+from varscale.theory.axes import Axis, apply_axis, contract_axis
 from varscale.theory.elementwise import Apply, Sum, affine, total
 from varscale.theory.graph import Array, Constant, Node, View, array
 from varscale.theory.interpreter import Interpreter, rule
@@ -58,6 +59,16 @@ def _cross_mean(a: View, b: View, frame: Sequence[Axis]) -> np.ndarray | None:
             for d in reversed(extra):
                 out = contract_axis(np.broadcast_to(out, [*out.shape[:d], wide[d].types, *out.shape[d + 1 :]]), d, wide[d].any_pair)
             return out
+    partner = _matched([x.axes[k].size for k in reduced], [(b.bind[k], b.node.axes[k].size) for k in spare])
+    if partner is not None:
+        # y runs over what x is averaged over: pair index k' of x with index k of y, and average over k'.
+        own, new = iter(a.bind), iter(partner)
+        mine = tuple(next(new) if k in reduced else next(own) for k in range(len(x.axes)))
+        table = cross(View(x, mine), b, frame)
+        for d in partner:
+            table = np.broadcast_to(table, [*table.shape[:d], frame[d].types, *table.shape[d + 1 :]])
+            table = apply_axis(table, d, _over_first(frame[d]))
+        return table
     if spare and all(x.axes[k].labels is None for k in reduced):
         averaged = mean_node(b.node, spare)
         if isinstance(averaged, Constant):
@@ -65,6 +76,28 @@ def _cross_mean(a: View, b: View, frame: Sequence[Axis]) -> np.ndarray | None:
         rest = tuple(place for k, place in enumerate(b.bind) if k not in spare)
         return cross(a, View(averaged, rest), frame)
     return None
+
+
+def _matched(sizes: Sequence[int], places: list[tuple[int, int]]) -> list[int] | None:
+    """Places of the given sizes, each taken once; None where one is missing."""
+    out: list[int] = []
+    for size in sizes:
+        found = next((place for place, n in places if n == size and place not in out), None)
+        if found is None:
+            return None
+        out.append(found)
+    return out
+
+
+@functools.lru_cache(maxsize=None)
+def _over_first(axis: Axis) -> np.ndarray:
+    """E[mean over i of x_i · y_j] by the class of j, read at every type."""
+    weights = np.zeros((axis.classes, axis.types))
+    for c in range(axis.classes):
+        weights[c, c] = 1.0
+        for other in range(axis.classes):
+            weights[c, axis.classes + other * axis.classes + c] = axis.counts[other] - (other == c)
+    return (weights / axis.size)[axis.second]
 
 
 def _wide_bind(view: View, source: Node, extra: Sequence[int]) -> tuple[int, ...]:

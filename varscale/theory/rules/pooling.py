@@ -1,0 +1,180 @@
+"""Pooling: sums over windows count pairs of taps as convolutions do; maxima are sampled, their cotangents spread evenly."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from varscale.theory.axes import Axis, apply_axis
+from varscale.theory.elementwise import affine
+from varscale.theory.graph import Node, View
+from varscale.theory.interpreter import Interpreter, rule
+from varscale.theory.layout import Atom, Value
+from varscale.theory.moments import Table
+from varscale.theory.rules.convolution import ONE, Window, output_axis, prepared, squeeze_types, tap_means, tap_pairs
+
+
+class WindowSum(Node):
+    """Sums over windows; `params` is (windows by dimension, x's dims, out's dims)."""
+
+    def prepare(self) -> None:
+        self.odd, self.positive = self.args[0].node.odd, self.args[0].node.positive
+
+    def axes_in(self) -> list[Axis]:
+        return [ONE if k is None else self.args[0].node.axes[k] for k in self.params[1]]
+
+    def axes_out(self) -> list[Axis]:
+        return [ONE if k is None else self.axes[k] for k in self.params[2]]
+
+    def _carry(self, array: np.ndarray, maps: Sequence[np.ndarray | None], inward: Sequence[int | None], outward: Sequence[int | None]) -> np.ndarray:
+        out = array.transpose([k for k in inward if k is not None])
+        out = out[tuple(None if k is None else slice(None) for k in inward)]
+        for d, matrix in enumerate(maps):
+            if matrix is not None:
+                out = apply_axis(out, d, matrix)
+        kept = out.reshape([n for n, k in zip(out.shape, outward, strict=True) if k is not None])
+        return kept.transpose(np.argsort([k for k in outward if k is not None]))
+
+    def pair_maps(self) -> list[np.ndarray | None]:
+        maps: list[np.ndarray | None] = []
+        for window, a, o in zip(self.params[0], self.axes_in(), self.axes_out(), strict=True):
+            if window is None:
+                maps.append(None)
+                continue
+            same, other = tap_pairs(window, a, o)
+            maps.append(squeeze_types(same + other, o, a))
+        return maps
+
+    def compute(self) -> Table:
+        windows, xd, od = self.params
+        table = self.args[0].node.table
+        means = [
+            None if w is None else tap_means(w, a, o) for w, a, o in zip(windows, self.axes_in(), self.axes_out(), strict=True)
+        ]
+        return Table(self.axes, self._carry(table.mean, means, xd, od), self._carry(table.second, self.pair_maps(), xd, od))
+
+    def pullback(self, cotangent: np.ndarray) -> list[np.ndarray | None]:
+        _, xd, od = self.params
+        maps = [
+            None if m is None else (m * o.pairs[: m.shape[0], None]).T / np.maximum(a.pairs[: m.shape[1]], 1.0)[:, None]
+            for m, a, o in zip(self.pair_maps(), self.axes_in(), self.axes_out(), strict=True)
+        ]
+        return [self._carry(cotangent, maps, od, xd)]
+
+
+class WindowMax(WindowSum):
+    """Maxima over windows, of interior windows. Backward, a cotangent goes to one of its window's entries, and entries add up."""
+
+    how = "sampled"
+
+    def prepare(self) -> None:
+        self.odd, self.positive = 0, self.args[0].node.positive
+
+    def compute(self) -> Table:
+        from varscale.theory.rules.sampled import draw, pooled_estimate
+
+        windows, xd, od = self.params
+        node = self.args[0].node
+        sizes, cut = [0] * len(node.axes), []
+        for k, window in zip(xd, windows, strict=True):
+            if k is None:
+                continue
+            n = node.axes[k].size
+            sizes[k] = min(n, 2) if window is None else min(n, 2 * window.stride + (window.taps - 1) * window.dilation + 1)
+            cut.append((k, window))
+        replicates = int(np.clip(3e6 / math.prod(sizes), 16, 20_000))
+        x = draw(node, sizes, replicates, np.random.default_rng(0))
+        for k, window in cut:
+            if window is not None:
+                view = np.lib.stride_tricks.sliding_window_view(x, (window.taps - 1) * window.dilation + 1, axis=k + 1)
+                x = view[..., :: window.dilation].max(axis=-1)
+                x = np.moveaxis(np.moveaxis(x, k + 1, 0)[:: window.stride], 0, k + 1)
+        order = [k for k in xd if k is not None]
+        x = x.transpose([0, *(k + 1 for k in order)])
+        live = [i for i, (k, o) in enumerate((k, o) for k, o in zip(xd, od, strict=True) if k is not None) if o is not None]
+        x = x[(slice(None), *(slice(None) if i in live else 0 for i in range(len(order))))]
+        placed = [o for k, o in zip(xd, od, strict=True) if k is not None and o is not None]
+        return pooled_estimate(x.transpose([0, *(int(i) + 1 for i in np.argsort(placed))]), self.axes)
+
+    def pullback(self, cotangent: np.ndarray) -> list[np.ndarray | None]:
+        _, xd, od = self.params
+        taps = math.prod(w.taps for w in self.params[0] if w is not None)
+        (spread,) = super().pullback(cotangent)
+        assert spread is not None
+        # Each window feeds one entry: of the pairs of taps only those of one window and one entry remain.
+        diagonal = tuple(slice(0, a.classes) for a in self.args[0].node.axes)
+        out = spread / taps**2
+        out[diagonal] = self._own_share(cotangent)[diagonal] / taps
+        return [out]
+
+    def _own_share(self, cotangent: np.ndarray) -> np.ndarray:
+        """Cotangents of the windows over an entry, one by one."""
+        maps: list[np.ndarray | None] = []
+        for window, a, o in zip(self.params[0], self.axes_in(), self.axes_out(), strict=True):
+            if window is None:
+                maps.append(None)
+                continue
+            same, _ = tap_pairs(window, a, o)
+            m = squeeze_types(same, o, a)
+            maps.append((m * o.pairs[: m.shape[0], None]).T / np.maximum(a.pairs[: m.shape[1]], 1.0)[:, None])
+        return self._carry(cotangent, maps, self.params[2], self.params[1])
+
+
+def _window_node(interpreter: Interpreter, eqn: Any, x: Value, kind: type[WindowSum]) -> Value:
+    p = eqn.params
+    shape = eqn.outvars[0].aval.shape
+    x = prepared(x)
+    rank = len(shape)
+    dilation = p.get("window_dilation") or (1,) * rank
+    base = p.get("base_dilation") or (1,) * rank
+    windows = tuple(
+        None if w == 1 and s == 1 and not any(pad) else Window(n, w, s, pad[0], b, d)
+        for n, w, s, pad, b, d in zip(shape, p["window_dimensions"], p["window_strides"], p["padding"], base, dilation, strict=True)
+    )
+    xd = tuple(dim[0].axis if dim else None for dim in x.dims)
+    axes: list[Axis] = []
+    od: list[int | None] = []
+    for window, k in zip(windows, xd, strict=True):
+        axis = ONE if k is None else x.node.axes[k]
+        if window is not None:
+            axis = output_axis(window, axis)
+            if kind is WindowMax and axis.size > 1:
+                axis = Axis(axis.size)
+        od.append(len(axes) if axis.size > 1 else None)
+        if axis.size > 1:
+            axes.append(axis)
+    node = interpreter.graph.make(kind, axes, [View(x.node, tuple(range(len(x.node.axes))))], (windows, xd, tuple(od)))
+    return Value(node, tuple((Atom(n, k),) if k is not None else () for n, k in zip(shape, od, strict=True)))
+
+
+@rule("reduce_window_sum")
+def reduce_window_sum(interpreter: Interpreter, eqn: Any, x: Value) -> Value:
+    return _window_node(interpreter, eqn, x, WindowSum)
+
+
+@rule("reduce_window_max")
+def reduce_window_max(interpreter: Interpreter, eqn: Any, x: Value, *_: Value) -> Value:
+    return _window_node(interpreter, eqn, x, WindowMax)
+
+
+@rule("reduce_window_min")
+def reduce_window_min(interpreter: Interpreter, eqn: Any, x: Value, *_: Value) -> Value:
+    """A minimum is the maximum of the negative, with its sign turned."""
+    turned = interpreter.elementwise("neg", x)
+    out = _window_node(interpreter, eqn, turned, WindowMax)
+    return Value(affine(out.node, -1.0, 0.0), out.dims)
+
+
+@rule("reduce_window")
+def reduce_window(interpreter: Interpreter, eqn: Any, x: Value, *rest: Value) -> Any:
+    """The general form, whose body is max or add."""
+    jaxpr = eqn.params["jaxpr"]
+    names = [e.primitive.name for e in getattr(jaxpr, "jaxpr", jaxpr).eqns]
+    if names == ["max"]:
+        return _window_node(interpreter, eqn, x, WindowMax)
+    if names == ["add"]:
+        return _window_node(interpreter, eqn, x, WindowSum)
+    raise NotImplementedError(f"a window reduction by {names}")
