@@ -39,7 +39,7 @@ def __getattr__(name: str) -> Any:
     try:
         return importlib.import_module("varscale.testing.strategies")
     except ModuleNotFoundError as error:
-        if error.name != "hypothesis":
+        if not (error.name or "").startswith("hypothesis"):
             raise
         raise ModuleNotFoundError(
             "varscale.testing.strategies needs Hypothesis: pip install 'varscale[testing]'", name="hypothesis"

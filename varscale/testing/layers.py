@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Inexact, Key, PyTree
 
 from varscale.programs import Inputs, as_inputs, program
 from varscale.testing.claims import ALPHA, BETA, DETECTABLE_RATIO
+from varscale.testing.energies import LEAST, Outcome, mean_is_one
 from varscale.testing.draws import key_of, map_keys
 from varscale.testing.laws import known_law
 from varscale.testing.power import (
@@ -31,7 +32,6 @@ from varscale.testing.quadratic import QuadraticForm, quadratic_form
 from varscale.testing.tails import batches_for, log_unknown_law
 from varscale.testing.verdict import PARTS, Finding, Verdict, demand, equality
 
-_LEAST = 256
 
 
 def assert_output_variance(
@@ -96,7 +96,7 @@ def assert_output_variance(
     elif form is not None:
         energies, finding, resolve = _known(form, experiment)
     else:
-        energies, finding, resolve = _unknown(experiment)
+        energies, finding, resolve = mean_is_one(experiment.energies, experiment.alpha, beta, detectable_ratio)
     infinite = int(np.sum(~np.isfinite(energies)))
     findings = (equality("finite", not infinite, f"{infinite} of {len(energies)} outputs are not finite"), finding)
     ratio = float(energies.mean()) if claimed else float(energies.max() and math.inf) or 1.0
@@ -109,7 +109,6 @@ def assert_output_variance(
 
 Init = Callable[[Key[Array, ""]], PyTree]
 Apply = Callable[[PyTree], Inexact[Array, "..."]]
-Outcome = tuple[Float[np.ndarray, " replicates"], Finding, Callable[[float], Resolution]]
 
 
 def as_functions(layer: Any, x: Inputs) -> tuple[Init, Apply]:
@@ -155,7 +154,7 @@ class _Experiment:
 
         sizes = jax.eval_shape(lambda key: (self.init(key), self.apply(self.init(key))), self.key)
         entries = sum(leaf.size for leaf in jax.tree.leaves(sizes))
-        found = map_keys(self._energy, jax.random.fold_in(self.key, count), count, entries, together=min(count, _LEAST))
+        found = map_keys(self._energy, jax.random.fold_in(self.key, count), count, entries, together=min(count, LEAST))
         return np.asarray(found, np.float64) / (self.claimed or 1.0)
 
     def _energy(self, key: Key[Array, ""]) -> Float[Array, ""]:
@@ -177,26 +176,3 @@ def _known(form: QuadraticForm, experiment: _Experiment) -> Outcome:
     log_p = -math.inf if not ratio > 0 else min(0.0, math.log(2) + min(form.log_tails(ratio, len(energies))))
     says = f"E[y²] is {ratio:.6g} of the claim, {len(form.eigenvalues)} degrees of freedom a replicate"
     return energies, Finding("second_moment", log_p, says), resolve
-
-
-def _unknown(experiment: _Experiment) -> Outcome:
-    batches, count = batches_for(experiment.alpha), _LEAST
-    while True:
-        energies = experiment.energies(count)
-        kurtosis = 1 + float(energies.var() / energies.mean() ** 2) if energies.mean() > 0 else 1.0
-
-        def resolve(count: float, kurtosis: float = kurtosis) -> Resolution:
-            return unknown_law_resolution(kurtosis, count, experiment.alpha, experiment.beta)
-
-        parts = np.array_split(energies, batches)
-        means = np.array([part.mean() for part in parts])
-        if not np.all(means > 0):
-            return energies, Finding("second_moment", -math.inf, "E[y²] is 0 or not a number"), resolve
-        errors = np.array([part.std() / part.mean() / math.sqrt(len(part)) for part in parts])
-        log_p = log_unknown_law(np.log(means), np.maximum(errors, 1e-6))
-        says = f"E[y²] is {energies.mean():.6g} of the claim, scatter {math.sqrt(kurtosis - 1):.3g} a replicate"
-        # A refutation stands whatever the power was; only an acquittal needs it.
-        if log_p <= math.log(experiment.alpha) or resolve(len(energies))[2] <= experiment.ratio:
-            return energies, Finding("second_moment", log_p, says), resolve
-        needed = samples_for(resolve, experiment.ratio, least=count)
-        count = max(needed + needed // 8, count + 1)

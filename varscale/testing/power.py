@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -120,6 +121,7 @@ def resolution(log_tails: Callable[[float], tuple[float, float]], alpha: float, 
     return low, high, max(high / quantile_low, quantile_high / low) if low and quantile_low else math.inf
 
 
+@functools.lru_cache(maxsize=512)
 def known_law_resolution(law: Law, count: float, alpha: float, beta: float) -> Resolution:
     """What `count` weights of a known law resolve."""
     center = second_moment_of(law)
