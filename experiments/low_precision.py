@@ -1,4 +1,4 @@
-"""In bfloat16 the usual initializers are biased, and wide ReLU layers see it; drawn in float32 and rounded once, they are not."""
+"""In bfloat16 the usual initializers are biased and wide ReLU layers see it; drawn in float32 and rounded once they are not."""
 
 import functools
 import math
@@ -313,8 +313,8 @@ def layer_figure(looks: dict[str, np.ndarray], losses: np.ndarray, sizes: Sizes)
     axes[0].legend()
     return Figure(
         "drift",
-        f"Left: second moment through {sizes.depth} ReLU layers of {sizes.deep_width} units. Right: a short training run from each"
-        " start.",
+        f"Left: second moment through {sizes.depth} ReLU layers of {sizes.deep_width} units. Right: a short training run from"
+        " each start.",
         picture,
     )
 
@@ -322,7 +322,7 @@ def layer_figure(looks: dict[str, np.ndarray], losses: np.ndarray, sizes: Sizes)
 def weight_figure(key, sizes: Sizes) -> Figure:
     """Histograms of what is drawn in bfloat16."""
     picture, (axes,) = plots.figure(1, 2, height=2.8, sharey=True)
-    edges = np.linspace(-4, 4, 401)
+    edges = np.linspace(-5, 5, 501)
     for panel, side in zip(axes, SIDES, strict=True):
         w = np.asarray(LAWS["normal", side](key, sizes.draws, jnp.bfloat16).astype(jnp.float32)) / math.sqrt(2 / sizes.draws[0])
         counts, _ = np.histogram(w, edges)

@@ -36,7 +36,7 @@ def propagate(
     Returns:
       v with v₁ = start and v_{l+1} = n·Var[w]·E[φ(√v_l z)²]; and n·Var[w]·E[φ'(√v_l z)²].
     """
-    z = RANGE * (2 * jnp.arange(POINTS) + 1 - POINTS) / POINTS
+    z = RANGE * (2 * jnp.arange(POINTS, dtype=jnp.float32) + 1 - POINTS) / POINTS
     weights = jnp.exp(-jnp.square(z) / 2)
     weights = weights / jnp.sum(weights)
 

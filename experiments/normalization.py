@@ -303,9 +303,9 @@ def sweep_figure(final: dict[str, np.ndarray]) -> Figure:
     for (norm, losses), colour in zip(final.items(), plots.COLOURS, strict=False):
         plots.band(axes, SCALES, losses, label=norm, colour=colour, marker="o", log=True)
     axes.set(xscale="log", xlabel="standard deviation of the weights, in units of He's", ylabel="training loss, nats")
-    axes.set_title("Normalization makes training insensitive to the scale")
+    axes.set_title("Normalization forgives a bad scale")
     plots.reference(axes, GUESS, "ln 10: guessing")
-    axes.legend(loc="center right")
+    axes.legend(loc="lower left")
     return Figure(
         "scale-sweep", "Loss on digits after plain gradient descent at one rate, by the scale of the weights.", picture
     )

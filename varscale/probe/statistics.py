@@ -65,7 +65,7 @@ def measure(
     if bins < 1:
         raise ValueError(f"bins is {bins}; give 1 or more")
     modulus = jnp.abs(x) if jnp.issubdtype(x.dtype, jnp.complexfloating) else x
-    values = modulus.astype(jnp.promote_types(modulus.dtype, jnp.float32))
+    values = modulus.astype(jnp.float32 if modulus.dtype.itemsize < 4 else modulus.dtype)
     mean = _mean(values)
     return LayerStatistics(
         mean=mean,
