@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ import scipy.special
 from jaxtyping import Array, Inexact, Key
 
 from varscale._compat import normal_scale, unscaled_normal
-from varscale.initializers.sampling import OutSharding, placed, sampling_key
+from varscale.initializers.sampling import OutSharding, Raw, drawn
 
 DistributionName = Literal["normal", "truncated_normal", "uniform", "rademacher"]
 
@@ -27,8 +27,6 @@ DistributionName = Literal["normal", "truncated_normal", "uniform", "rademacher"
 TRUNCATED_STD = 0.87962566103423978
 # Root mean square modulus of a circular complex normal of unit variance cut at modulus 2: √(1 − 4e⁻⁴/(1 − e⁻⁴)).
 COMPLEX_TRUNCATED_STD = math.sqrt(1 - 4 * math.exp(-4) / (1 - math.exp(-4)))
-
-Raw = Callable[[Key[Array, ""], Sequence[int], np.dtype], Inexact[Array, "*shape"]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,22 +57,33 @@ class Distribution:
             dtype: float32, float64, complex64 or complex128. (Lower precision is rounded from float32 by the caller.)
             out_sharding: layout of the result.
         """
-        _, scale = self._how(dtype)
-        return self.raw(key, shape, dtype, out_sharding) * scale(jnp.array(variance, dtype))
+        scale = self._recipe(dtype).scale(jnp.array(variance, dtype))
+        return self.raw(key, shape, dtype, out_sharding) * scale
 
     def raw(
         self, key: Key[Array, ""], shape: Sequence[int], dtype: np.dtype, out_sharding: OutSharding = None
     ) -> Inexact[Array, "*shape"]:
         """Entries as they are drawn, before scaling: N(0, 1) up to `normal_scale`, N(0, 1) cut at ±2, U(−1, 1), ±1."""
-        raw, _ = self._how(dtype)
-        return placed(lambda key: raw(key, shape, dtype), sampling_key(key, shape), out_sharding)
+        recipe = self._recipe(dtype)
+        return drawn(recipe.raw, key, shape, dtype, recipe.arguments, out_sharding)
 
-    def _how(self, dtype: np.dtype) -> tuple[Raw, Callable[[Array], Array]]:
+    def _recipe(self, dtype: np.dtype) -> _Recipe:
         return (_COMPLEX if jnp.issubdtype(dtype, jnp.complexfloating) else _REAL)[self.name]
 
 
-def _truncated_normal(key: Key[Array, ""], shape: Sequence[int], dtype: np.dtype) -> Inexact[Array, "*shape"]:
-    return jax.random.truncated_normal(key, -2, 2, shape, dtype)
+class _Recipe(NamedTuple):
+    """How a law is drawn, and by what a draw is multiplied to have a given variance."""
+
+    raw: Raw
+    scale: Callable[[Array], Array]
+    arguments: tuple[float, ...] = ()
+
+
+def cut_standard_normal(
+    key: Key[Array, ""], shape: Sequence[int], dtype: np.dtype, low: float, high: float
+) -> Inexact[Array, "*shape"]:
+    """N(0, 1) cut at low and high, before any rescaling."""
+    return jax.random.truncated_normal(key, low, high, shape, dtype)
 
 
 def _uniform(key: Key[Array, ""], shape: Sequence[int], dtype: np.dtype) -> Inexact[Array, "*shape"]:
@@ -119,20 +128,19 @@ def _divided_by(std: float) -> Callable[[Array], Array]:
     return lambda variance: jnp.sqrt(variance) / jnp.array(std, variance.dtype)
 
 
-# How each law is drawn, and by what a draw is multiplied to have a given variance: the same operations in the same order
-# as in jax.nn.initializers.variance_scaling, whose bits are promised.
-_REAL: dict[str, tuple[Raw, Callable[[Array], Array]]] = {
-    "normal": (unscaled_normal, lambda variance: normal_scale(jnp.sqrt(variance))),
-    "truncated_normal": (_truncated_normal, _divided_by(TRUNCATED_STD)),
-    "uniform": (_uniform, lambda variance: jnp.sqrt(3 * variance)),
-    "rademacher": (_rademacher, jnp.sqrt),
+# The same operations in the same order as in jax.nn.initializers.variance_scaling, whose bits are promised.
+_REAL = {
+    "normal": _Recipe(unscaled_normal, lambda variance: normal_scale(jnp.sqrt(variance))),
+    "truncated_normal": _Recipe(cut_standard_normal, _divided_by(TRUNCATED_STD), (-2, 2)),
+    "uniform": _Recipe(_uniform, lambda variance: jnp.sqrt(3 * variance)),
+    "rademacher": _Recipe(_rademacher, jnp.sqrt),
 }
 # On the complex plane the laws are circular: E[w²] = 0 and E|w|² is the variance.
-_COMPLEX: dict[str, tuple[Raw, Callable[[Array], Array]]] = {
-    "normal": (unscaled_normal, lambda variance: normal_scale(jnp.sqrt(variance))),
-    "truncated_normal": (_complex_truncated_normal, _divided_by(COMPLEX_TRUNCATED_STD)),
-    "uniform": (_complex_uniform, jnp.sqrt),
-    "rademacher": (_complex_rademacher, jnp.sqrt),
+_COMPLEX = {
+    "normal": _Recipe(unscaled_normal, lambda variance: normal_scale(jnp.sqrt(variance))),
+    "truncated_normal": _Recipe(_complex_truncated_normal, _divided_by(COMPLEX_TRUNCATED_STD)),
+    "uniform": _Recipe(_complex_uniform, jnp.sqrt),
+    "rademacher": _Recipe(_complex_rademacher, jnp.sqrt),
 }
 
 

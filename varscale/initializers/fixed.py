@@ -6,16 +6,15 @@ import dataclasses
 import math
 from typing import ClassVar
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Inexact, Key
 
 from varscale._compat import normal_scale
-from varscale.initializers.distributions import COMPLEX_TRUNCATED_STD, TRUNCATED_STD, distribution
+from varscale.initializers.distributions import COMPLEX_TRUNCATED_STD, TRUNCATED_STD, cut_standard_normal, distribution
 from varscale.initializers.initializer import Initializer, checked_number, checked_std_fits, settle
-from varscale.initializers.sampling import OutSharding, placed, sampling_key
+from varscale.initializers.sampling import OutSharding, drawn
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -166,11 +165,8 @@ class CutNormal(Initializer):
         self, key: Key[Array, ""], shape: tuple[int, ...], dtype: np.dtype, out_sharding: OutSharding
     ) -> Inexact[Array, "*shape"]:
         a = self.cut / self.stddev
-
-        def draw(key: Key[Array, ""]) -> Inexact[Array, "*shape"]:
-            return jax.random.truncated_normal(key, -a, a, shape, dtype)
-
-        return placed(draw, sampling_key(key, shape), out_sharding) * jnp.array(self.stddev, dtype)
+        raw = drawn(cut_standard_normal, key, shape, dtype, (-a, a), out_sharding)
+        return raw * jnp.array(self.stddev, dtype)
 
     def _check_dtype(self, dtype: np.dtype) -> None:
         if jnp.issubdtype(dtype, jnp.complexfloating):

@@ -1,10 +1,10 @@
 """Counter-based random bits in one pass: the same bits as `jax.random`, several times faster on the CPU.
 
-On the CPU, jax lowers the Threefry hash as a rolled loop, which costs several passes over memory and cannot fuse with what
-follows. Written out as twenty rounds of plain integer operations on an iota, XLA fuses hash, transform and scale into one
-pass. The rounds enter through a PRNG implementation of our own: `jax.random.normal` and its kin then run unchanged on a key
-of that implementation, so that every transform stays jax's own and only the source of the bits differs. In a jaxpr the draw
-is an ordinary `random_bits` equation.
+On the CPU, jax lowers the Threefry hash as a rolled loop, which costs several passes over memory, cannot fuse with what
+follows and takes long to compile for kernels of many axes. Written out as twenty rounds of plain integer operations on an
+iota, XLA fuses hash, transform and scale into one pass. The rounds enter through a PRNG implementation of our own:
+`jax.random.normal` and its kin then run unchanged on a key of that implementation, so that every transform stays jax's own
+and only the source of the bits differs. In a jaxpr the draw is an ordinary `random_bits` equation.
 
 Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3", section 3.3 (Threefry-2x32, 20 rounds).
 """
@@ -22,13 +22,12 @@ from jax import lax
 from jax.extend.random import define_prng_impl
 from jaxtyping import Array, Key, Shaped, UInt32
 
+Raw = Callable[..., Shaped[Array, "*shape"]]
 OutSharding = jax.sharding.NamedSharding | jax.sharding.PartitionSpec | None
 
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 _PARITY = np.uint32(0x1BD11BDA)
 _UNSIGNED = {8: jnp.uint8, 16: jnp.uint16, 32: jnp.uint32, 64: jnp.uint64}
-# Below this many numbers the call costs more than the bits, and changing the key's implementation adds to the call.
-_SMALL = 2**14
 
 
 def threefry_2x32(
@@ -114,15 +113,40 @@ def checked_key(key: Key[Array, ""] | UInt32[Array, "..."]) -> Key[Array, ""]:
     return key
 
 
-def sampling_key(key: Key[Array, ""], shape: Sequence[int]) -> Key[Array, ""]:
-    """The key from which to draw `shape` numbers: the same bits, by the fastest way there is for them."""
-    fast = (
-        math.prod(shape) >= _SMALL
-        and jax.random.key_impl(key) == "threefry2x32"
-        # Unwrapping a key hides its use from jax's key-reuse checker.
-        and not jax.config.jax_debug_key_reuse  # pyright: ignore[reportAttributeAccessIssue]
-    )
-    return jax.random.wrap_key_data(jax.random.key_data(key), impl=_unrolled_implementation()) if fast else key
+def unrolled_key(key: Key[Array, ""]) -> Key[Array, ""]:
+    """The key with which `jax.random` draws the same bits by the unrolled hash, where that serves its implementation."""
+    if jax.random.key_impl(key) != "threefry2x32":
+        return key
+    return jax.random.wrap_key_data(jax.random.key_data(key), impl=_unrolled_implementation())
+
+
+@functools.partial(jax.jit, static_argnames=("raw", "shape", "dtype", "watched"))
+def _drawn(
+    key: Key[Array, ""], arguments: tuple[float, ...], *, raw: Raw, shape: tuple[int, ...], dtype: np.dtype, watched: bool
+) -> Shaped[Array, "*shape"]:
+    # Unwrapping a key would hide its use from jax's key-reuse checker.
+    return raw(key if watched else unrolled_key(key), shape, dtype, *arguments)
+
+
+def drawn(
+    raw: Raw,
+    key: Key[Array, ""],
+    shape: Sequence[int],
+    dtype: np.dtype,
+    arguments: tuple[float, ...] = (),
+    out_sharding: OutSharding = None,
+) -> Shaped[Array, "*shape"]:
+    """raw(key, shape, dtype, *arguments) as one compiled call, its bits by the unrolled hash, laid out by `out_sharding`.
+
+    The arguments are traced, as they are where `jax.random` is called eagerly: folded into the program as constants they
+    would round differently.
+    """
+    watched = jax.config.jax_debug_key_reuse  # pyright: ignore[reportAttributeAccessIssue]
+
+    def draw(key: Key[Array, ""]) -> Shaped[Array, "*shape"]:
+        return _drawn(key, arguments, raw=raw, shape=tuple(shape), dtype=dtype, watched=watched)
+
+    return placed(draw, key, out_sharding)
 
 
 def placed(

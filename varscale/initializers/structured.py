@@ -15,7 +15,7 @@ from jaxtyping import Array, Inexact, Key, Shaped, UInt32
 
 from varscale.initializers.fans import checked_shape
 from varscale.initializers.initializer import Initializer, checked_number, settle
-from varscale.initializers.sampling import OutSharding, placed, sampling_key
+from varscale.initializers.sampling import OutSharding, drawn, placed
 
 Nested = bool | int | float | complex | tuple[Any, ...]
 
@@ -110,10 +110,15 @@ class Orthogonal(Initializer):
         rest = [size for axis, size in enumerate(shape) if axis != self.column_axis % len(shape)]
 
         def draw(key: Key[Array, ""]) -> Inexact[Array, "*shape"]:
-            matrix = jax.random.orthogonal(key, rows, (), dtype, columns)
+            matrix = drawn(_haar, key, (rows, columns), dtype)
             return jnp.moveaxis(matrix.reshape(*rest, columns), -1, self.column_axis)
 
-        return jnp.array(self.scale, dtype) * placed(draw, sampling_key(key, shape), out_sharding)
+        return jnp.array(self.scale, dtype) * placed(draw, key, out_sharding)
+
+
+def _haar(key: Key[Array, ""], shape: tuple[int, int], dtype: np.dtype) -> Inexact[Array, "rows columns"]:
+    rows, columns = shape
+    return jax.random.orthogonal(key, rows, (), dtype, columns)
 
 
 def orthogonal(scale: float = 1.0, column_axis: int = -1, dtype: DTypeLike | None = None) -> Orthogonal:
@@ -305,9 +310,11 @@ class Sparse(Initializer):
 
         def draw(key: Key[Array, ""]) -> Inexact[Array, "*shape"]:
             key_values, key_where = jax.random.split(key)
-            values = jax.random.normal(sampling_key(key_values, shape), (inputs, shape[-1]), dtype)
+            values = drawn(jax.random.normal, key_values, (inputs, shape[-1]), dtype)
             # The ranks of independent numbers are a uniform permutation, one a column.
-            ranks = jnp.argsort(jnp.argsort(jax.random.bits(key_where, values.shape, jnp.uint32), axis=0), axis=0)
+            ranks = jnp.argsort(
+                jnp.argsort(drawn(jax.random.bits, key_where, values.shape, np.dtype(np.uint32)), axis=0), axis=0
+            )
             kept = jnp.where(ranks < dropped, jnp.zeros_like(values), values)
             return (kept * jnp.array(self.stddev, dtype)).reshape(shape)
 
