@@ -52,11 +52,8 @@ def _list(console: Console) -> None:
             shown.append(f"\nneeds {', '.join(entry.missing)}: pip install 'varscale[experiments]'", style="yellow")
         table.add_row(entry.name, shown)
     console.print(table)
-    console.print(
-        Text(f"\nrun one:       {PROGRAM} NAME [--quick] [--seeds N] [--seed S] [--out DIR] [--resume]"), soft_wrap=True
-    )
-    console.print(Text(f"all of them:   {PROGRAM} all [--quick] ..."))
-    console.print(Text(f"its options:   {PROGRAM} NAME --help"))
+    console.print(Text(f"\n{PROGRAM} NAME   runs one\n{PROGRAM} all    runs all and writes one report"))
+    console.print(Text("options: [--quick] [--seeds N] [--seed S] [--out DIR] [--resume]; --help says more"))
 
 
 def _parse(name: str, description: str, settings: type[Settings], options: list[str]) -> Settings:

@@ -55,6 +55,11 @@ def markdown(record: Record, *, level: int = 1, folder: str = "") -> str:
         f"{head} {record['title']}",
         f"`{record['name']}`: **{tally([record])}**, in {_duration(record['seconds'])} ({settings}; {versions}).",
         *record["remarks"],
+    ]
+    for figure in record["figures"]:
+        parts.append(f"![{figure['caption']}]({folder}{figure['file']})")
+        parts.append(f"*{figure['caption']}*")
+    parts += [
         f"{below} Claims",
         _table(
             ("", "claim", "expected", f"measured [{LEVEL:.0%} interval]", "seeds", "source"),
@@ -75,9 +80,6 @@ def markdown(record: Record, *, level: int = 1, folder: str = "") -> str:
     if refuted:
         parts.append(f"{below} Statements refuted")
         parts += [_refutation(claim) for claim in refuted]
-    for figure in record["figures"]:
-        parts.append(f"![{figure['caption']}]({folder}{figure['file']})")
-        parts.append(f"*{figure['caption']}*")
     for table in record["tables"]:
         parts += [f"{below} {table['title']}", *([table["note"]] if table["note"] else [])]
         parts.append(_table(table["columns"], table["rows"]))
