@@ -30,8 +30,8 @@ class Layout:
       name: what to call it in an account.
       names: its names for leaves, each with flax's names for what it may be: "weight" is a kernel, a scale or an embedding, and
         which of them is read off the target.
-      kernels: its leaf names of kernels. What goes to a leaf that flax calls "kernel" is one by any name; what is called so here
-        and goes to a leaf of a name unknown here is refused.
+      kernels: its leaf names of kernels. What goes to a leaf that flax calls "kernel" is one by any name; what is called so
+        here and goes to a leaf of a name unknown here is refused.
       dense: axes of a kernel without a window.
       convolution: axes of a kernel with one.
       flip: whether the window is reversed (a transposed convolution that is stored as the convolution it transposes).
@@ -77,12 +77,11 @@ class Layout:
         if value.ndim >= 2 and target == "kernel":
             value, step = self._kernel(value)
             done += [step] * bool(step)
-        elif value.ndim >= 2 and _bare(leaf) in self.kernels and target not in _PLAIN:
-            if self._axes(value.ndim) != self._flax(value.ndim):
-                raise ValueError(
-                    f"{self.name} stores kernels as {self._axes(value.ndim)}, and whether {target!r} is one cannot be told "
-                    f"from its name: give this path the layout 'flax', which moves it as it is (after a Transpose, if need be)"
-                )
+        elif value.ndim >= 2 and self._differs(value.ndim) and _bare(leaf) in self.kernels and target not in _PLAIN:
+            raise ValueError(
+                f"{self.name} stores kernels as {self._axes(value.ndim)}, and whether {target!r} is one cannot be told "
+                f"from its name: give this path the layout 'flax', which moves it as it is (after a Transpose, if need be)"
+            )
         if value.shape != shape and regroups(value.shape, shape):
             done.append(f"reshaped from {shape_text(value.shape)}")
             value = value.reshape(shape)
@@ -96,6 +95,9 @@ class Layout:
 
     def _axes(self, rank: int) -> str:
         return self.dense if rank == 2 else self.convolution
+
+    def _differs(self, rank: int) -> bool:
+        return self._axes(rank) != self._flax(rank)
 
     def _flax(self, rank: int) -> str:
         return "IO" if rank == 2 else "*IM" if "M" in self.convolution else "*IO"
