@@ -17,7 +17,7 @@ DEEPEST = 16
 # Kipf and Welling 2017, section 5.2, without the dropout; their code has no biases either.
 WIDTH, EPOCHS, RATE, DECAY = 16, 200, 0.01, 5e-4
 IN_AXES: Any = (0, nn.broadcast)  # of the hidden layers: each has its own `active`, all the same graph
-ROW = 24  # entries of a row that are gathered at once; what longer rows have beyond is added edge by edge
+ROW = 64  # entries of a row that are gathered at once; what longer rows have beyond is added edge by edge
 
 
 class Rows(NamedTuple):
@@ -48,13 +48,24 @@ class Rows(NamedTuple):
         extra = np.stack([row[~fits], matrix.indices[~fits]]).astype(np.int32)
         return cls(*map(jnp.asarray, (columns, values, extra, matrix.data[~fits].astype(np.float32))))
 
-    def __matmul__(self, x: Float[Array, "columns features"]) -> Float[Array, "rows features"]:
-        # A loop over the entries of a row, which XLA makes one pass over the result: 30 times a gather of all at once.
-        terms = (x[self.columns[:, place]] * self.values[:, place, None] for place in range(self.columns.shape[1]))
-        total = functools.reduce(jnp.add, terms)
-        if self.extra_values.size:
-            total = total.at[self.extra[0]].add(x[self.extra[1]] * self.extra_values[:, None], indices_are_sorted=True)
-        return total
+
+@jax.custom_batching.custom_vmap
+def rows_times(matrix: Rows, x: Float[Array, "columns features"]) -> Float[Array, "rows features"]:
+    """matrix @ x. Mapped over many x it multiplies all of them at once, as one x with many columns."""
+    # A loop over the entries of a row, which XLA makes one pass over the result: 30 times a gather of all at once.
+    terms = (x[matrix.columns[:, place]] * matrix.values[:, place, None] for place in range(matrix.columns.shape[1]))
+    total = functools.reduce(jnp.add, terms)
+    if matrix.extra_values.size:
+        total = total.at[matrix.extra[0]].add(x[matrix.extra[1]] * matrix.extra_values[:, None], indices_are_sorted=True)
+    return total
+
+
+@rows_times.def_vmap
+def _side_by_side(runs, batched, matrix, x):
+    if not batched[1] or any(jax.tree.leaves(batched[0])):
+        raise NotImplementedError("one matrix, many x")
+    beside = rows_times(matrix, x.transpose(1, 0, 2).reshape(x.shape[1], -1))
+    return beside.reshape(len(beside), runs, -1).transpose(1, 0, 2), True
 
 
 class Sparse(NamedTuple):
@@ -72,10 +83,12 @@ class Sparse(NamedTuple):
 @jax.custom_vjp
 def product(matrix: Sparse, x: Float[Array, "columns features"]) -> Float[Array, "rows features"]:
     """matrix @ x, of which x alone has a gradient."""
-    return matrix.forward @ x
+    return rows_times(matrix.forward, x)
 
 
-product.defvjp(lambda matrix, x: (product(matrix, x), matrix), lambda matrix, gradient: (None, matrix.backward @ gradient))
+product.defvjp(
+    lambda matrix, x: (product(matrix, x), matrix), lambda matrix, gradient: (None, rows_times(matrix.backward, gradient))
+)
 
 
 class Nodes(NamedTuple):
