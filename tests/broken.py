@@ -1,4 +1,6 @@
-"""Broken initializers, each with a strength: what `varscale.testing` must catch, and what it may overlook at a tenth of the strength."""
+"""Broken initializers, each with a strength: what `varscale.testing` must catch, and what it may overlook at a tenth of
+the strength.
+"""
 
 from __future__ import annotations
 

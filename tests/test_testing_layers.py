@@ -40,9 +40,13 @@ def test_each_kind_of_layer_holds_and_is_refuted_at_twice_the_claim(layer):
 
 
 def test_the_p_value_of_one_example_through_normal_weights_is_exact():
-    """`m·R·S ~ χ²`: 400 sets of 4 fresh kernels on one input; the Kolmogorov-Smirnov test of their p-values has an error rate of 1e-9."""
+    """`m·R·S ~ χ²`: 400 sets of 4 fresh kernels on one input; the Kolmogorov-Smirnov test of their p-values has an error
+    rate of 1e-9.
+    """
     x = np.asarray(RELU[0], np.float64)
-    form = quadratic_form(lambda key: NORMAL(key, (128, 16)), lambda kernel: RELU[:1] @ kernel, jax.random.key(0), gaussian=True)
+    form = quadratic_form(
+        lambda key: NORMAL(key, (128, 16)), lambda kernel: RELU[:1] @ kernel, jax.random.key(0), gaussian=True
+    )
     assert form is not None
     assert form.eigenvalues == pytest.approx(np.full(16, 1 / 16), rel=1e-4)
     kernels = np.asarray(NORMAL(jax.random.key(2), (1600, 128, 16)), np.float64) * 1600**0.5
@@ -81,9 +85,10 @@ def test_what_is_not_linear_in_one_kernel_is_judged_by_its_scatter():
 
 
 def test_weights_sampled_in_bfloat16_show_in_the_output():
-    """At 4096 inputs from a ReLU the mean of -.018 standard deviations makes E[y²] 1.4 times the claim; rounded once, it holds."""
+    """At 4096 inputs from a ReLU the mean of -.018 standard deviations makes E[y²] 1.4 times the claim; rounded once, it
+    holds.
+    """
     x = jax.nn.relu(jax.random.normal(jax.random.key(0), (1, 4096)))
-
 
     def layer(init):
         return lambda key, x: x @ init(key, (4096, 32), jnp.bfloat16).astype(jnp.float32)

@@ -30,7 +30,11 @@ from varscale.testing.tails import (
 def test_chi_square_tails_are_mpmaths(degrees, deviation):
     ratio = max(1e-3, 1 + deviation * math.sqrt(2 / degrees))
     with mpmath.workdps(40):
-        lower = mpmath.gammainc(mpmath.mpf(degrees) / 2, 0, mpmath.mpf(degrees) * ratio / 2, regularized=True) if degrees < 1e5 else None
+        lower = (
+            mpmath.gammainc(mpmath.mpf(degrees) / 2, 0, mpmath.mpf(degrees) * ratio / 2, regularized=True)
+            if degrees < 1e5
+            else None
+        )
     found = log_chi_square(ratio, degrees)
     if lower is not None:
         assert found[0] == pytest.approx(float(mpmath.log(lower)), rel=1e-9, abs=1e-12)
@@ -56,7 +60,9 @@ def test_rates_are_the_legendre_transform_of_moment_generating_functions_integra
         else:
             cut, std = 2, mpmath.mpf(TRUNCATED_STD)
             density = lambda t: mpmath.exp(-(t**2) / 2)  # noqa: E731
-            integral = mpmath.quad(lambda t: density(t) * mpmath.exp(theta * (t / std) ** 2), [0, cut]) / mpmath.quad(density, [0, cut])
+            integral = mpmath.quad(lambda t: density(t) * mpmath.exp(theta * (t / std) ** 2), [0, cut]) / mpmath.quad(
+                density, [0, cut]
+            )
         return mpmath.log(integral)
 
     ratio = mpmath.diff(log_mgf, theta)
@@ -86,7 +92,16 @@ def test_the_published_table_of_plans():
 
 
 @pytest.mark.parametrize(
-    "arguments", [(0, 0.1, 2), (0.1, 0.6, 2), (0.1, 0.1, 1), (0.1, 0.1, -2), (0.1, 0.1, math.nan), (0.1, 0.1, 2, 0.5), (0.1, 0.1, 2, math.inf)]
+    "arguments",
+    [
+        (0, 0.1, 2),
+        (0.1, 0.6, 2),
+        (0.1, 0.1, 1),
+        (0.1, 0.1, -2),
+        (0.1, 0.1, math.nan),
+        (0.1, 0.1, 2, 0.5),
+        (0.1, 0.1, 2, math.inf),
+    ],
 )
 def test_plans_name_the_argument_that_is_wrong(arguments):
     with pytest.raises(ValueError, match=r"alpha|beta|ratio|kurtosis"):
@@ -94,7 +109,9 @@ def test_plans_name_the_argument_that_is_wrong(arguments):
 
 
 def test_the_planned_number_has_the_power_planned_and_no_less():
-    """2000 simulated tests of each kind at alpha = beta = .05: the counts lie within 6 standard errors (1e-9) of what was planned."""
+    """2000 simulated tests of each kind at alpha = beta = .05: the counts lie within 6 standard errors (1e-9) of what
+    was planned.
+    """
     count, generator = plan_samples(0.05, 0.05, 1.5), np.random.default_rng(0)
     low, high, detectable = known_law_resolution(NORMAL, count, 0.05, 0.05)
     assert detectable == pytest.approx(1.5, rel=0.01)
@@ -105,7 +122,10 @@ def test_the_planned_number_has_the_power_planned_and_no_less():
 
 
 def test_a_resolution_is_inverted_by_its_sample_number():
-    for resolve in (lambda n: known_law_resolution(UNIFORM, n, 1e-6, 1e-3), lambda n: unknown_law_resolution(3.0, n, 1e-6, 1e-3)):
+    for resolve in (
+        lambda n: known_law_resolution(UNIFORM, n, 1e-6, 1e-3),
+        lambda n: unknown_law_resolution(3.0, n, 1e-6, 1e-3),
+    ):
         count = samples_for(resolve, 1.2, least=1)
         assert resolve(count)[2] <= 1.2 < resolve(0.99 * count)[2]
     assert detectable_mean(490_000, 1e-9, 1e-6) == pytest.approx(0.0155, rel=0.03)
@@ -129,9 +149,13 @@ def at_most(p_values, level):
 
 @pytest.mark.parametrize("name", ["normal", "truncated_normal", "uniform"])
 def test_p_values_of_known_laws_are_conservative_and_the_normals_uniform(name):
-    """20 000 mean squares of 40 weights; each bound on a count has an error rate of 1e-9, and 1e-9 for the Kolmogorov-Smirnov test."""
+    """20 000 mean squares of 40 weights; each bound on a count has an error rate of 1e-9, and 1e-9 for the
+    Kolmogorov-Smirnov test.
+    """
     law, values = DISTRIBUTIONS[name], DRAWS[name](np.random.default_rng(1), (20_000, 40))
-    tails = np.array([log_mean_square(law, ratio, 40) for ratio in np.mean(values**2, axis=1)[: 20_000 if name == "normal" else 4000]])
+    tails = np.array(
+        [log_mean_square(law, ratio, 40) for ratio in np.mean(values**2, axis=1)[: 20_000 if name == "normal" else 4000]]
+    )
     p_values = np.minimum(1, 2 * np.exp(tails.min(axis=1)))
     at_most(p_values, 1e-2)
     at_most(p_values, 1e-3)
@@ -150,7 +174,9 @@ def test_p_values_that_assume_no_law_are_conservative_for_every_law(name):
     groups_p = [min(1, 2 * math.exp(min(log_symmetric_squares(ratio, 16)))) for ratio in groups]
     population = np.square(values[:64].reshape(-1))
     slices = np.stack([generator.permutation(population)[:64] for _ in range(4000)]).mean(axis=1) - population.mean()
-    slices_p = np.exp(log_bernstein(np.maximum(slices, 0), 64, float(population.var()), float(population.max() - population.mean())))
+    slices_p = np.exp(
+        log_bernstein(np.maximum(slices, 0), 64, float(population.var()), float(population.max() - population.mean()))
+    )
     for p_values in (sums_p, groups_p, slices_p):
         at_most(p_values, 1e-2)
         at_most(p_values, 1e-3)
@@ -167,7 +193,9 @@ def test_an_unknown_law_is_judged_by_batches_that_agree_each_no_lower_than_calib
 
 @pytest.mark.parametrize("name", ["normal", "uniform", "laplace"])
 def test_the_false_alarm_rate_of_the_log_ratio(name):
-    """8000 tests of 2000 weights at 1e-2 and 1e-3, in one batch and in three; counts have an error rate of 1e-9 where calibrated."""
+    """8000 tests of 2000 weights at 1e-2 and 1e-3, in one batch and in three; counts have an error rate of 1e-9 where
+    calibrated.
+    """
     generator, p_one, p_three = np.random.default_rng(3), [], []
     for _ in range(16):
         squares = np.square(DRAWS[name](generator, (500, 3, 667)))
@@ -176,8 +204,12 @@ def test_the_false_alarm_rate_of_the_log_ratio(name):
         p_three += [math.exp(log_unknown_law(np.log(mean), error)) for mean, error in zip(means, errors, strict=True)]
         whole = squares.reshape(500, -1)
         error = np.sqrt(((whole**2).mean(axis=1) / whole.mean(axis=1) ** 2 - 1) / 2001)
-        p_one += [math.exp(log_unknown_law(np.array([math.log(m)]), np.array([e]))) for m, e in zip(whole.mean(axis=1), error, strict=True)]
-    # A heavy tail slows the approach to normality: its rates stay within the factor that the theory of the method states for it.
+        p_one += [
+            math.exp(log_unknown_law(np.array([math.log(m)]), np.array([e])))
+            for m, e in zip(whole.mean(axis=1), error, strict=True)
+        ]
+    # A heavy tail slows the approach to normality: its rates stay within the factor that the theory of the method states
+    # for it.
     slack = 3 if name == "laplace" else 1.3
     at_most(p_one, slack * 1e-2)
     at_most(p_one, slack * 1e-3)
@@ -188,7 +220,9 @@ def test_the_false_alarm_rate_of_the_log_ratio(name):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float8_e4m3fn", "float8_e5m2"])
 @pytest.mark.parametrize("deviation", [1.0, 0.0442, 0.003])
 def test_a_rounded_law_has_the_moments_of_rounded_samples(dtype, deviation):
-    """A million normals rounded in float64: moments within 6 standard errors, the distribution function within 4e-3 (DKW: 1e-13)."""
+    """A million normals rounded in float64: moments within 6 standard errors, the distribution function within 4e-3
+    (DKW: 1e-13).
+    """
     import jax.numpy as jnp
 
     law = stored(NORMAL, deviation, jnp.dtype(dtype))
@@ -222,13 +256,24 @@ def test_quadratic_forms_are_chi_square_when_equal_and_conservative_otherwise():
 
 
 def test_e_values_have_expectation_one_and_stop_when_the_theory_says():
-    """E[e] = 1 under the claim, and the median stopping times at alpha = 1e-9 of the gamma mixture: 192 at ρ = 2 (looking every 64), 11 000 at 1.1."""
+    """E[e] = 1 under the claim, and the median stopping times at alpha = 1e-9 of the gamma mixture: 192 at ρ = 2
+    (looking every 64), 11 000 at 1.1.
+    """
     generator = np.random.default_rng(6)
     with mpmath.workdps(30):
         n, a = 5, mpmath.mpf(2)
-        density = lambda s: s ** (mpmath.mpf(n) / 2 - 1) * mpmath.exp(-s / 2) / (2 ** (mpmath.mpf(n) / 2) * mpmath.gamma(mpmath.mpf(n) / 2))  # noqa: E731
-        mixture = lambda s: a**a * mpmath.gamma(a + n / 2) * mpmath.exp(s / 2) / (mpmath.gamma(a) * (a + s / 2) ** (a + n / 2))  # noqa: E731
-        assert float(mpmath.quad(lambda s: density(s) * mixture(s), [0, 10, 100, 10000, mpmath.inf])) == pytest.approx(1, rel=1e-3)
+
+        def density(s):
+            return (
+                s ** (mpmath.mpf(n) / 2 - 1) * mpmath.exp(-s / 2) / (2 ** (mpmath.mpf(n) / 2) * mpmath.gamma(mpmath.mpf(n) / 2))
+            )
+
+        def mixture(s):
+            return a**a * mpmath.gamma(a + n / 2) * mpmath.exp(s / 2) / (mpmath.gamma(a) * (a + s / 2) ** (a + n / 2))
+
+        assert float(mpmath.quad(lambda s: density(s) * mixture(s), [0, 10, 100, 10000, mpmath.inf])) == pytest.approx(
+            1, rel=1e-3
+        )
         assert log_e_value(7.0, n, 2.0) == pytest.approx(float(mpmath.log(mixture(7))), rel=1e-12)
     for ratio, median, batch in ((2.0, 192, 64), (1.1, 11_000, 200)):
         times = []

@@ -1,6 +1,7 @@
 """`assert_variance` on broken initializers, on good ones, and on the wrong questions.
 
-Error rates of every call here: 1e-9 of false alarms, 1e-6 of misses at the sizes the verdict states. The key of a case follows from
+Error rates of every call here: 1e-9 of false alarms, 1e-6 of misses at the sizes the verdict states. The key of a case
+follows from
 the case, so every verdict below is the same in every run.
 """
 
@@ -53,7 +54,7 @@ def test_the_table_holds_at_least_fifteen_kinds_of_defect():
         (vs.zeros, dict(scale=0.0)),
         (vs.ones, dict(claim=VarianceClaim(1.0, mean=1.0, bound=1.0))),
         (vs.orthogonal(1.5), dict(scale=2.25, distribution="orthogonal")),
-        (vs.orthogonal(), {"claim": VarianceClaim(1 / 192, orthogonal_axis=0, independent=False)}),
+        (vs.orthogonal(), {"claim": VarianceClaim(1 / 48, orthogonal_axis=0, independent=False)}),
         (vs.fused(vs.lecun_normal(), 3), dict(distribution="truncated_normal")),
         (vs.scaled(vs.lecun_normal(), 0.5), dict(scale=0.25, distribution="truncated_normal")),
         (jax_init.he_normal(), dict(scale=2.0, distribution="truncated_normal")),
@@ -64,14 +65,22 @@ def test_the_table_holds_at_least_fifteen_kinds_of_defect():
     ids=lambda value: repr(value)[:60],
 )
 def test_good_initializers_pass(init, claim):
-    verdict = assert_variance(init, SHAPE, **claim)
+    # A hundred QR decompositions a verdict: of small matrices.
+    shape = (48, 24) if "orthogonal" in repr((init, claim)).replace("orthogonal_axis=None", "") else SHAPE
+    verdict = assert_variance(init, shape, **claim)
     assert verdict.holds
     assert verdict.confidence_interval[0] <= 1 <= verdict.confidence_interval[1]
     assert verdict.detectable_ratio <= 1.1
 
 
-@settings(max_examples=12)
-@given(data=st.data(), scale=st.sampled_from((0.1, 2.0)), mode=strategies.modes(), law=strategies.distributions(), dtype=strategies.dtypes())
+@settings(max_examples=8)
+@given(
+    data=st.data(),
+    scale=st.sampled_from((0.1, 2.0)),
+    mode=strategies.modes(),
+    law=strategies.distributions(),
+    dtype=strategies.dtypes(),
+)
 def test_variance_scaling_passes_for_every_shape_role_of_axes_law_and_dtype(data, scale, mode, law, dtype):
     shape = data.draw(strategies.kernel_shapes(most=2**12))
     roles = data.draw(strategies.axes(shape))
@@ -187,7 +196,12 @@ def test_bad_arguments_are_named(arguments, error, match):
 def test_bad_shapes_and_claims_are_named():
     with pytest.raises(ValueError, match="shape"):
         assert_variance(vs.lecun_normal(), (8, 0))
-    for claim in (dict(second_moment=-1.0), dict(second_moment=1.0, mean=2.0), dict(second_moment=math.inf), dict(second_moment=1.0, bound=-1.0)):
+    for claim in (
+        dict(second_moment=-1.0),
+        dict(second_moment=1.0, mean=2.0),
+        dict(second_moment=math.inf),
+        dict(second_moment=1.0, bound=-1.0),
+    ):
         with pytest.raises(ValueError, match=r"second_moment|bound"):
             VarianceClaim(**claim)
     with pytest.raises(ValueError, match="empty"):
@@ -209,7 +223,16 @@ def test_a_verdict_reads_as_a_report():
     text = str(verdict)
     assert isinstance(verdict, Verdict)
     assert text.startswith("holds | VarianceClaim(")
-    for words in ("ratio", "interval", "samples", "false alarms 1e-09", "✓ second_moment", "✓ mean", "✓ paired_slices", "✓ distribution"):
+    for words in (
+        "ratio",
+        "interval",
+        "samples",
+        "false alarms 1e-09",
+        "✓ second_moment",
+        "✓ mean",
+        "✓ paired_slices",
+        "✓ distribution",
+    ):
         assert words in text
     assert len(verdict.findings) <= PARTS
     assert len(set(finding.name for finding in verdict.findings)) == len(verdict.findings)
@@ -224,9 +247,11 @@ def test_the_same_case_has_the_same_verdict_and_another_key_another():
 
 @pytest.mark.parametrize("law", ["normal", "truncated_normal", "uniform", None])
 def test_the_false_alarm_rate_of_every_part_of_a_claim(law):
-    """1500 claims on 4 draws of 24x16 weights: at 1e-2 and 1e-3 no part, and not the whole, alarms more often than its level allows.
+    """1500 claims on 4 draws of 24x16 weights: at 1e-2 and 1e-3 no part, and not the whole, alarms more often than its
+    level allows.
 
-    Each count is compared with the quantile that a binomial count exceeds with probability 1e-9; the heavy-tailed 1/8 slack of the log-ratio
+    Each count is compared with the quantile that a binomial count exceeds with probability 1e-9; the heavy-tailed 1/8
+    slack of the log-ratio
     statistic is none of it, since its law here is normal.
     """
     generator = np.random.default_rng(5)
@@ -239,7 +264,9 @@ def test_the_false_alarm_rate_of_every_part_of_a_claim(law):
             weights = stats.truncnorm.ppf(generator.random((4, 24, 16)), -2, 2) / 0.87962566103423978
         else:
             weights = generator.standard_normal((4, 24, 16))
-        verdict = claim.check(weights, alpha=1e-2, beta=0.1, detectable_ratio=2.0, detectable_mean=0.5, contractions=((1,), (2,)))
+        verdict = claim.check(
+            weights, alpha=1e-2, beta=0.1, detectable_ratio=2.0, detectable_mean=0.5, contractions=((1,), (2,))
+        )
         for finding in verdict.findings:
             p_values.setdefault(finding.name, []).append(math.exp(finding.log_p))
         p_values.setdefault("the whole", []).append(verdict.p_value)

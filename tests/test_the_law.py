@@ -1,8 +1,11 @@
 """The property of the mission: `E[y²] = n·Var[w]·E[x²]`, forward and backward, for any layer, law, mode and input.
 
-Each case is drawn by Hypothesis as a frozen description; its key follows from the description. A replicate has fresh weights, fresh
-inputs and fresh gradients, so that replicates are independent whatever the layer shares within one. Error rates, a claim and case: at
-most 1e-9 of false alarms (three disjoint batches must agree, each at a level where its statistic is calibrated), 1e-6 of misses at a
+Each case is drawn by Hypothesis as a frozen description; its key follows from the description. A replicate has fresh
+weights, fresh
+inputs and fresh gradients, so that replicates are independent whatever the layer shares within one. Error rates, a claim
+and case: at
+most 1e-9 of false alarms (three disjoint batches must agree, each at a level where its statistic is calibrated), 1e-6 of
+misses at a
 ratio of 1.1.
 """
 
@@ -103,7 +106,9 @@ def test_the_second_moment_is_multiplied_by_fan_times_variance_forward_and_backw
     draw = _sampler(case, _forward_and_backward(case))
     event(case.layer.kind)
     for index, claim in enumerate(("E[y²] = fan_in·Var[w]·E[x²]", "E[g_x²] = fan_out·Var[w]·E[g_y²]")):
-        verdict = check_energies(lambda count, index=index: np.asarray(draw(count)[index], np.float64), claim=f"{claim} for {case}")
+        verdict = check_energies(
+            lambda count, index=index: np.asarray(draw(count)[index], np.float64), claim=f"{claim} for {case}"
+        )
         note(str(verdict))
         demand(verdict)
 
@@ -112,7 +117,12 @@ def test_the_second_moment_is_multiplied_by_fan_times_variance_forward_and_backw
     "layer",
     [
         LayerCase("linen", "DenseGeneral", (4, 8, 16), (("axis", (2,)), ("batch_dims", (0,)), ("features", (16,)))),
-        LayerCase("nnx", "ConvTranspose", (2, 6, 6, 8), (("features", 8), ("kernel_size", (2, 2)), ("strides", (2, 2)), ("padding", "VALID"))),
+        LayerCase(
+            "nnx",
+            "ConvTranspose",
+            (2, 6, 6, 8),
+            (("features", 8), ("kernel_size", (2, 2)), ("strides", (2, 2)), ("padding", "VALID")),
+        ),
     ],
     ids=lambda layer: layer.kind,
 )

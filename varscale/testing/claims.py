@@ -29,12 +29,15 @@ class VarianceClaim:
 
     Attributes:
         second_moment: `E[w²]`; 0 claims that every weight is zero.
-        mean: `E[w]`; where it is not zero, every other part concerns `w − mean`, whose second moment is `second_moment − mean²`.
-        distribution: the law of the entries: `"normal"`, `"truncated_normal"` (at ±2 of its underlying standard deviation), `"uniform"`,
+        mean: `E[w]`; where it is not zero, every other part concerns `w − mean`, whose second moment is `second_moment −
+            mean²`.
+        distribution: the law of the entries: `"normal"`, `"truncated_normal"` (at ±2 of its underlying standard
+            deviation), `"uniform"`,
             `"rademacher"`; None claims none, and then only symmetry about the mean is assumed.
         bound: a magnitude that no weight exceeds; a `distribution` with a bound implies it.
         independent: the entries are independent and identically distributed, and so are draws of different keys.
-        orthogonal_axis: the array, flattened to a matrix whose columns lie along this axis, has orthogonal rows or columns (whichever are
+        orthogonal_axis: the array, flattened to a matrix whose columns lie along this axis, has orthogonal rows or
+            columns (whichever are
             fewer) of equal length. An equality, not a statistic; independence is then not claimed.
     """
 
@@ -93,7 +96,8 @@ class VarianceClaim:
         """Tests the claim on given weights.
 
         Args:
-            weights: independent draws of one kernel, stacked along a leading axis (one draw: shape `(1, ...)`), in the dtype they are stored in.
+            weights: independent draws of one kernel, stacked along a leading axis (one draw: shape `(1, ...)`), in the
+                dtype they are stored in.
             detectable_ratio: the variance ratio that must be detected, above 1.
             detectable_mean: the mean that must be detected, in standard deviations.
             alpha: the false-alarm rate of the whole claim.
@@ -177,10 +181,13 @@ def _constant(claim: VarianceClaim, weights: Shaped[np.ndarray, "..."], outcome:
 
 
 def _orthogonal(claim: VarianceClaim, weights: Shaped[np.ndarray, "replicates *shape"], outcome: _Outcome) -> Verdict:
-    """`WᵀW` (or `WWᵀ`, whichever is smaller) is `g²·I` with `g² = E[w²]·max(m, n)`, and no entry prefers a sign over the draws.
+    """`WᵀW` (or `WWᵀ`, whichever is smaller) is `g²·I` with `g² = E[w²]·max(m, n)`, and no entry prefers a sign over the
+    draws.
 
-    The tolerance is the rounding error: Householder QR in float32 or better is orthogonal to `max(m, n)·ε` (Higham, "Accuracy and Stability
-    of Numerical Algorithms", 2002, theorem 19.4), and one rounding to storage moves an entry of the Gram matrix by at most its `ε`
+    The tolerance is the rounding error: Householder QR in float32 or better is orthogonal to `max(m, n)·ε` (Higham,
+    "Accuracy and Stability
+    of Numerical Algorithms", 2002, theorem 19.4), and one rounding to storage moves an entry of the Gram matrix by at
+    most its `ε`
     (Cauchy-Schwarz) and half a subnormal step an entry.
     """
     assert claim.orthogonal_axis is not None
@@ -248,8 +255,9 @@ def _random(
 
 def _underpowered(verdict: Verdict, resolution: Resolution, needed: int) -> Underpowered:
     message = (
-        f"{verdict.samples} samples reveal a variance ratio of {verdict.detectable_ratio:.4g} and a mean of {verdict.detectable_mean:.3g} standard "
-        f"deviations, not the {resolution.ratio:.4g} and {resolution.mean:.3g} asked for (alpha {resolution.alpha:g}, beta {resolution.beta:g}): "
+        f"{verdict.samples} samples reveal a variance ratio of {verdict.detectable_ratio:.4g} and a mean of "
+        f"{verdict.detectable_mean:.3g} standard deviations, not the {resolution.ratio:.4g} and {resolution.mean:.3g} asked for "
+        f"(alpha {resolution.alpha:g}, beta {resolution.beta:g}): "
         f"{needed} samples are needed for {verdict.claim}"
     )
     return Underpowered(message, allowed=verdict.samples, needed=needed)
@@ -258,7 +266,9 @@ def _underpowered(verdict: Verdict, resolution: Resolution, needed: int) -> Unde
 def _follow(
     law: Law, claim: VarianceClaim, weights: Shaped[np.ndarray, "..."], interval: tuple[float, float], outcome: _Outcome
 ) -> None:
-    """The parts that a named law adds. They judge the law's form; its scale, which only the second moment judges, is left to its interval."""
+    """The parts that a named law adds. They judge the law's form; its scale, which only the second moment judges, is
+    left to its interval.
+    """
     flat, snap = weights.reshape(-1), _snap(weights.dtype)
     values = _standardized(claim, flat[:: -(-flat.size // _SORTED_ENTRIES)])
     least, most = min(1.0, math.sqrt(interval[0])) * (1 - snap), max(1.0, math.sqrt(interval[1])) * (1 + snap)

@@ -53,7 +53,9 @@ def map_keys(
     rounds = -(-count // together)
     source = jax.random.split(key, (rounds, together))
     try:
-        parts: Iterable[PyTree] = [jax.tree.map(np.asarray, _map_compiled(function, entries < _VECTORIZED_BELOW, keys)) for keys in source]
+        parts: Iterable[PyTree] = [
+            jax.tree.map(np.asarray, _map_compiled(function, entries < _VECTORIZED_BELOW, keys)) for keys in source
+        ]
     except (jax.errors.JAXTypeError, NotImplementedError):
         flat = source.reshape(-1)[: min(count, _EAGER_CALLS)]
         parts = [jax.tree.map(lambda leaf: np.asarray(leaf)[None], function(one)) for one in flat]
@@ -96,8 +98,10 @@ def draw(
 def same_twice(init: Init, shape: tuple[int, ...], dtype: DTypeLike, key: Key[Array, ""]) -> tuple[jax.ShapeDtypeStruct, bool]:
     """What an initializer returns, and whether it returns the same again for the same key.
 
-    Chance from outside the key (NumPy's generator, a counter) enters a traced program as a constant: two programs that read alike
-    and hold the same constants are the same function. Only where they differ, or where JAX cannot trace, is the initializer called twice.
+    Chance from outside the key (NumPy's generator, a counter) enters a traced program as a constant: two programs that
+    read alike
+    and hold the same constants are the same function. Only where they differ, or where JAX cannot trace, is the
+    initializer called twice.
     """
     traced = []
     try:

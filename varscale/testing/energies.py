@@ -21,10 +21,12 @@ Outcome = tuple[Energies, Finding, Callable[[float], Resolution]]
 
 
 def mean_is_one(draw: Callable[[int], Energies], alpha: float, beta: float, ratio: float) -> Outcome:
-    """Draws as many replicates as their scatter turns out to require, and tests their mean by the logarithm of its ratio to 1.
+    """Draws as many replicates as their scatter turns out to require, and tests their mean by the logarithm of its ratio
+    to 1.
 
     Args:
-        draw: from a count to so many fresh replicates, or a few more; called again with a larger count while the scatter asks for it.
+        draw: from a count to so many fresh replicates, or a few more; called again with a larger count while the scatter
+            asks for it.
         alpha: the false-alarm rate of this test.
         beta: the rate of misses at `ratio`.
         ratio: the ratio of expectations to detect.
@@ -57,7 +59,12 @@ def mean_is_one(draw: Callable[[int], Energies], alpha: float, beta: float, rati
 
 
 def check_energies(
-    draw: Callable[[int], Energies], *, detectable_ratio: float = DETECTABLE_RATIO, alpha: float = ALPHA, beta: float = BETA, claim: str = "E = 1"
+    draw: Callable[[int], Energies],
+    *,
+    detectable_ratio: float = DETECTABLE_RATIO,
+    alpha: float = ALPHA,
+    beta: float = BETA,
+    claim: str = "E = 1",
 ) -> Verdict:
     """The verdict on the claim that independent replicates have expectation 1; see `mean_is_one`."""
     energies, finding, resolve = mean_is_one(draw, alpha / PARTS, beta, detectable_ratio)

@@ -15,7 +15,8 @@ from varscale.testing.verdict import Finding, equality
 def distribution_function(values: Float[np.ndarray, " n"], law: Law, snap: float) -> Finding:
     """Largest distance of the empirical from the claimed distribution function.
 
-    `P(sup |F_N − F| ≥ d) ≤ 2·exp(−2Nd²)` for any law, discrete ones included (Dvoretzky, Kiefer & Wolfowitz 1956, with the constant of
+    `P(sup |F_N − F| ≥ d) ≤ 2·exp(−2Nd²)` for any law, discrete ones included (Dvoretzky, Kiefer & Wolfowitz 1956, with
+    the constant of
     Massart 1990).
 
     Args:
@@ -23,7 +24,7 @@ def distribution_function(values: Float[np.ndarray, " n"], law: Law, snap: float
         law: the claimed law, rounded to the storage dtype where that shows.
         snap: relative width of the neighbourhood in which values count as equal to an atom of the law.
     """
-    atoms = getattr(law, "values", np.ones(1) if law.kurtosis == 1 else None)
+    atoms = getattr(law, "values", None)
     unique, counts = np.unique(values if atoms is None else _snapped(values, atoms, snap), return_counts=True)
     below = np.cumsum(counts) / len(values)
     at = cdf(law, unique)

@@ -1,7 +1,9 @@
 """Are the entries of a kernel independent and alike? Tests that assume no law, only what the claim itself says.
 
-If the weights are independent and symmetric about zero then, given their magnitudes, their signs are fair coins; and if they are
-identically distributed then every slice of the kernel is a sample without replacement from all of it. Both give bounds that hold for
+If the weights are independent and symmetric about zero then, given their magnitudes, their signs are fair coins; and if
+they are
+identically distributed then every slice of the kernel is a sample without replacement from all of it. Both give bounds
+that hold for
 any law at any sample size (`varscale.testing.tails`), so none of these tests has to know or estimate one.
 
 Every function takes standardized weights of shape `(replicates, *kernel shape)` in float64.
@@ -27,7 +29,8 @@ _COLLISION_SAMPLE, _COLLISION_RATE = 2**15, 2.0**-20
 def output_second_moment(weights: Weights, contractions: tuple[tuple[int, ...], ...]) -> Finding:
     """`E[y²]` for the constant input, over every axis alone and over the axes a layer contracts.
 
-    On the constant input, as on any input of nonzero mean such as a ReLU's, a mean or a correlation common to the entries of a sum adds
+    On the constant input, as on any input of nonzero mean such as a ReLU's, a mean or a correlation common to the
+    entries of a sum adds
     up (maths: the second term of the law). Given the magnitudes, `(Σw)²/Σw²` has expectation 1.
     """
     axes = {(axis,) for axis in range(weights.ndim)} | {tuple(sorted(group)) for group in contractions}
@@ -48,7 +51,9 @@ def output_second_moment(weights: Weights, contractions: tuple[tuple[int, ...], 
 
 
 def autocorrelation(weights: Weights) -> Finding:
-    """Correlation of the kernel with itself shifted, at every shift in memory order, and of each draw with the later draws."""
+    """Correlation of the kernel with itself shifted, at every shift in memory order, and of each draw with the later
+    draws.
+    """
     flat = weights.reshape(len(weights), -1)
     worst, lags = (0.0, "one entry, no lag"), 0
     for rows, what in ((flat, "entries {} apart"), (flat.T, "keys {} apart")):
@@ -73,7 +78,9 @@ def _lagged(rows: Float[np.ndarray, "count length"]) -> Float[np.ndarray, " leng
 
 
 def paired_slices(weights: Weights) -> Finding:
-    """Correlation of any two slices along any axis (two rows, two columns, two taps, two keys), in a bounded sample of them."""
+    """Correlation of any two slices along any axis (two rows, two columns, two taps, two keys), in a bounded sample of
+    them.
+    """
     worst, pairs = (0.0, "no two slices"), 0
     generator = np.random.default_rng(0)
     for axis in range(weights.ndim):
@@ -138,7 +145,8 @@ def _slicings(shape: tuple[int, ...]) -> list[tuple[int, ...]]:
 def collisions(weights: Weights) -> Finding:
     """Equal values among weights of a continuous law, kept with 24 bits or more.
 
-    A generator of at least 20 random bits gives a weight the value of one of the `i` before it with probability `i·2⁻²⁰` at most, so that the
+    A generator of at least 20 random bits gives a weight the value of one of the `i` before it with probability `i·2⁻²⁰`
+    at most, so that the
     number of such weights is below a sum of independent Bernoulli variables, and Chernoff's bound for that sum applies.
     """
     values = weights.reshape(-1)

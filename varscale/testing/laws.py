@@ -1,6 +1,7 @@
 """The laws of the weights as they lie in memory: their distribution functions, and what rounding to few bits does to them.
 
-A weight in bfloat16, float16 or float8 is a real number rounded once. Its second moment then differs from the claim by a small
+A weight in bfloat16, float16 or float8 is a real number rounded once. Its second moment then differs from the claim by a
+small
 amount that is known: about `ulp²/12` a weight where the grid is finer than the law, and anything at all below the smallest
 subnormal. So the rounded law is written down exactly, value by value, instead of widening a tolerance.
 """
@@ -86,6 +87,8 @@ class RoundedLaw:
     @functools.cached_property
     def kurtosis(self) -> float:
         """`E[z⁴]/E[z²]²`, infinite where every weight rounds to zero."""
+        if np.count_nonzero(self.masses) == 1 and self.second_moment:
+            return 1.0  # exactly: the second moment is then an equality, not a statistic
         square = self.second_moment
         return float(self.masses @ self.values**4) / square**2 if square else math.inf
 
@@ -103,8 +106,7 @@ class RoundedLaw:
     def log_mgf(self, theta: float) -> float:
         """`ln E[exp(θz²)]`; see `varscale.testing.tails.Law`."""
         squares, masses = self._squares
-        largest = max(0.0, theta * squares[-1])
-        return largest + math.log(float(masses @ np.exp(theta * squares - largest)))
+        return float(special.logsumexp(theta * squares, b=masses))
 
 
 def is_low_precision(dtype: DTypeLike) -> bool:
@@ -114,7 +116,7 @@ def is_low_precision(dtype: DTypeLike) -> bool:
 
 @functools.lru_cache(maxsize=256)
 def stored(law: Law, deviation: float, dtype: DTypeLike) -> Law:
-    """The law of `round(deviation · z)/deviation` in a storage dtype; the law itself where 24 bits or more are kept.
+    """The law of `round(deviation · z)/deviation` in a storage dtype; a continuous law itself where 24 bits or more are kept.
 
     Args:
         law: the law of the standardized weight `z`.
@@ -122,7 +124,7 @@ def stored(law: Law, deviation: float, dtype: DTypeLike) -> Law:
         dtype: bfloat16, float16 or a float8 or float4 format give a `RoundedLaw`.
     """
     if not is_low_precision(dtype):
-        return law
+        return RoundedLaw(law.name, np.ones(1), np.ones(1)) if law.kurtosis == 1 else law
     bits = jnp.finfo(dtype).bits
     codes = np.arange(2**bits, dtype=np.uint16 if bits == 16 else np.uint8)
     # Formats of fewer than 8 bits occupy a whole byte each in NumPy; their codes are its low bits.

@@ -36,7 +36,8 @@ class LayerCase:
     def depth(self) -> int:
         """How many kernels the signal passes: 1, but 2 in attention.
 
-        On equal tokens attention mixes equal values, whatever its weights: it is its value projection, then its output projection.
+        On equal tokens attention mixes equal values, whatever its weights: it is its value projection, then its output
+        projection.
         """
         return 2 if self.kind == "Attention" else 1
 
@@ -48,7 +49,9 @@ class LayerCase:
             case "Dense":
                 return Fans(self.input_shape[-1], arguments["features"])
             case "DenseGeneral":
-                return Fans(int(np.prod([self.input_shape[axis] for axis in arguments["axis"]])), int(np.prod(arguments["features"])))
+                return Fans(
+                    int(np.prod([self.input_shape[axis] for axis in arguments["axis"]])), int(np.prod(arguments["features"]))
+                )
             case "Einsum":
                 return einsum_fans(arguments["einsum_str"], arguments["shape"])
             case "Conv":
@@ -75,7 +78,9 @@ def _linen(kind: Kind, arguments: dict[str, Any], input_shape: tuple[int, ...], 
         case "Dense":
             return linen.Dense(arguments["features"], **common)
         case "DenseGeneral":
-            return linen.DenseGeneral(arguments["features"], axis=arguments["axis"], batch_dims=arguments["batch_dims"], **common)
+            return linen.DenseGeneral(
+                arguments["features"], axis=arguments["axis"], batch_dims=arguments["batch_dims"], **common
+            )
         case "Einsum":
             return linen.Einsum(arguments["shape"], arguments["einsum_str"], **common)
         case "Conv":
@@ -91,7 +96,9 @@ def _linen(kind: Kind, arguments: dict[str, Any], input_shape: tuple[int, ...], 
             return linen.MultiHeadDotProductAttention(arguments["num_heads"], **common)
 
 
-def _nnx(kind: Kind, arguments: dict[str, Any], input_shape: tuple[int, ...], init: Callable[..., jax.Array]) -> Callable[[nnx.Rngs], nnx.Module]:
+def _nnx(
+    kind: Kind, arguments: dict[str, Any], input_shape: tuple[int, ...], init: Callable[..., jax.Array]
+) -> Callable[[nnx.Rngs], nnx.Module]:
     common = dict(kernel_init=init, use_bias=False)
     features = input_shape[-1]
     match kind:

@@ -16,8 +16,8 @@ from jaxtyping import Array, Float, Inexact, Key, PyTree
 
 from varscale.programs import Inputs, as_inputs, program
 from varscale.testing.claims import ALPHA, BETA, DETECTABLE_RATIO
-from varscale.testing.energies import LEAST, Outcome, mean_is_one
 from varscale.testing.draws import key_of, map_keys
+from varscale.testing.energies import LEAST, Outcome, mean_is_one
 from varscale.testing.laws import known_law
 from varscale.testing.power import (
     Resolution,
@@ -26,12 +26,9 @@ from varscale.testing.power import (
     check_error_rates,
     resolution,
     samples_for,
-    unknown_law_resolution,
 )
 from varscale.testing.quadratic import QuadraticForm, quadratic_form
-from varscale.testing.tails import batches_for, log_unknown_law
 from varscale.testing.verdict import PARTS, Finding, Verdict, demand, equality
-
 
 
 def assert_output_variance(
@@ -49,15 +46,19 @@ def assert_output_variance(
 ) -> Verdict:
     """Asserts `E[y²] = n·Var[w]·E[x²]` of a layer on a given input, over fresh weights.
 
-    Every replicate initializes the layer anew and takes the mean of `y²` over the whole output. With a named `distribution` and a layer that
-    is linear in one random kernel, the law of that mean given the input is known (`varscale.testing.quadratic`) and the p-value exact for
+    Every replicate initializes the layer anew and takes the mean of `y²` over the whole output. With a named
+    `distribution` and a layer that
+    is linear in one random kernel, the law of that mean given the input is known (`varscale.testing.quadratic`) and the
+    p-value exact for
     one example through a dense layer of normal weights, a proven bound for anything else; otherwise it is the log-ratio
     statistic in batches that must agree.
 
     Args:
-        layer: a linen module; an nnx factory `lambda rngs: Layer(..., rngs=rngs)`; a pair `(init, apply)` called as `apply(init(key, x), x)`;
+        layer: a linen module; an nnx factory `lambda rngs: Layer(..., rngs=rngs)`; a pair `(init, apply)` called as
+            `apply(init(key, x), x)`;
             or a function `f(key, x)`.
-        x: the input, a batch of inputs, or `vs.inputs(...)`, whose first is then the `x` of the law. The test is conditional on it: it may be anything, a ReLU's output included.
+        x: the input, a batch of inputs, or `vs.inputs(...)`, whose first is then the `x` of the law. The test is
+            conditional on it: it may be anything, a ReLU's output included.
         scale: the product `n·Var[w]` claimed, of the fan of use: 1 for LeCun's, 2 for He's.
         expected: `E[y²]` claimed, in place of `scale` times the mean of `x²`.
         distribution: the law of the kernel, or None.
@@ -119,7 +120,9 @@ def as_functions(layer: Any, x: Inputs) -> tuple[Init, Apply]:
     """
     if isinstance(layer, nnx.Module):
         name = type(layer).__name__
-        raise TypeError(f"layer must be a factory `lambda rngs: {name}(..., rngs=rngs)`: an instance of {name} has its weights already")
+        raise TypeError(
+            f"layer must be a factory `lambda rngs: {name}(..., rngs=rngs)`: an instance of {name} has its weights already"
+        )
     if isinstance(layer, tuple) and len(layer) == 2 and all(callable(part) for part in layer):
         return lambda key: layer[0](key, *x.args, **x.kwargs), lambda parameters: layer[1](parameters, *x.args, **x.kwargs)
     face = program(layer)
@@ -149,7 +152,8 @@ class _Experiment:
     def energies(self, count: int) -> Float[np.ndarray, " replicates"]:
         """Mean of `y²` over the output, divided by the claim where that is not 0, of `count` replicates or a few more."""
         if count > self.most:
-            message = f"{count} replicates are needed to detect a ratio of {self.ratio:g} (alpha {self.alpha * PARTS:g}, beta {self.beta:g})"
+            rates = f"(alpha {self.alpha * PARTS:g}, beta {self.beta:g})"
+            message = f"{count} replicates are needed to detect a ratio of {self.ratio:g} {rates}"
             raise Underpowered(f"{message}, max_replicates is {self.most}", allowed=self.most, needed=count)
 
         sizes = jax.eval_shape(lambda key: (self.init(key), self.apply(self.init(key))), self.key)
@@ -164,7 +168,11 @@ class _Experiment:
 
 def _zero(experiment: _Experiment) -> Outcome:
     energies = experiment.energies(2)
-    return energies, equality("second_moment", not energies.any(), f"E[y²] is {energies.max():.6g}"), lambda count: (1.0, 1.0, 1.0)
+    return (
+        energies,
+        equality("second_moment", not energies.any(), f"E[y²] is {energies.max():.6g}"),
+        lambda count: (1.0, 1.0, 1.0),
+    )
 
 
 def _known(form: QuadraticForm, experiment: _Experiment) -> Outcome:

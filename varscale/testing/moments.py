@@ -48,7 +48,8 @@ class Resolution:
 
 @dataclass(frozen=True)
 class Sums:
-    """Sums over disjoint batches of units: the unit is a weight, or a whole draw where the weights of a draw depend on each other.
+    """Sums over disjoint batches of units: the unit is a weight, or a whole draw where the weights of a draw depend on
+    each other.
 
     Attributes:
         counts: units in each batch.

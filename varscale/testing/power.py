@@ -47,8 +47,10 @@ def check_detectable(name: str, value: float, above: float) -> None:
 def plan_samples(alpha: float, beta: float, ratio: float, kurtosis: float = 3.0) -> int:
     """Smallest number of independent weights that tells a variance ratio from 1.
 
-    Exact for normal weights (kurtosis 3), where `N·R ~ χ²_N`: the two-sided level-`alpha` test rejects both a variance `ratio`
-    times the claim and one `1/ratio` times it with probability at least `1 − beta`. Since `Var R = (κ − 1)/N`, other laws need
+    Exact for normal weights (kurtosis 3), where `N·R ~ χ²_N`: the two-sided level-`alpha` test rejects both a variance
+    `ratio`
+    times the claim and one `1/ratio` times it with probability at least `1 − beta`. Since `Var R = (κ − 1)/N`, other
+    laws need
     `(κ − 1)/2` times as many. To first order this is `(κ − 1)(z_{α/2} + z_β)²/(ln ρ)²`.
 
     Args:
@@ -98,7 +100,9 @@ Resolution = tuple[float, float, float]
 
 
 def thresholds(log_tails: Callable[[float], tuple[float, float]], level: float, center: float = 1.0) -> tuple[float, float]:
-    """The ratios `(low, high)` around `center` beyond which `log_tails(ratio)` gives a one-sided probability of at most `level`."""
+    """The ratios `(low, high)` around `center` beyond which `log_tails(ratio)` gives a one-sided probability of at most
+    `level`.
+    """
     target, start = math.log(level), math.log(center)
     edges = []
     for side, step in ((0, -1e-4), (1, 1e-4)):

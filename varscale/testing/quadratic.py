@@ -1,7 +1,9 @@
 """The law of a layer's output energy, given its input: a quadratic form in the weights, whose eigenvalues decide its tails.
 
-For a layer linear in its weights `w`, `y = J w`, the mean square over the outputs of fresh independent weights is `S = Σ λᵢ χ²₁`
-with `λ` the eigenvalues of `J Jᵀ`, here normalized to `Σ λ = 1`. One example through a dense layer has `m` equal eigenvalues: `S·m ~ χ²_m` for ANY
+For a layer linear in its weights `w`, `y = J w`, the mean square over the outputs of fresh independent weights is `S = Σ
+λᵢ χ²₁`
+with `λ` the eigenvalues of `J Jᵀ`, here normalized to `Σ λ = 1`. One example through a dense layer has `m` equal
+eigenvalues: `S·m ~ χ²_m` for ANY
 input. A batch that shares the weights, or a convolution's positions, have unequal ones.
 """
 
@@ -28,8 +30,10 @@ class QuadraticForm:
 
     Attributes:
         eigenvalues: positive, of sum 1.
-        gaussian: whether the weights are normal. Of weights that are not, but whose moment-generating function is below the normal's
-            (truncated normal, uniform, Rademacher), the upper tail is bounded by the Gaussian form's, and the lower by its variance.
+        gaussian: whether the weights are normal. Of weights that are not, but whose moment-generating function is below
+            the normal's
+            (truncated normal, uniform, Rademacher), the upper tail is bounded by the Gaussian form's, and the lower by
+            its variance.
     """
 
     eigenvalues: Float[np.ndarray, " n"]
@@ -64,7 +68,8 @@ class QuadraticForm:
 def quadratic_form(
     init: Callable[[Key[Array, ""]], PyTree], apply: Callable[[PyTree], Array], key: Key[Array, ""], gaussian: bool
 ) -> QuadraticForm | None:
-    """The output energy's law, or None where the output is not linear in one array of random weights, or the form is too large.
+    """The output energy's law, or None where the output is not linear in one array of random weights, or the form is too
+    large.
 
     Args:
         init: from a key to parameters; those that two keys give alike are constants.
@@ -72,11 +77,13 @@ def quadratic_form(
         key: source of the two keys.
         gaussian: whether the weights are normal.
     """
+    if not all(jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in jax.tree.leaves(jax.eval_shape(init, key))):
+        return None
     draws, structure = jax.tree.flatten(map_keys(init, key, 2, entries=1))
     leaves, others = ([jnp.asarray(leaf[index]) for leaf in draws] for index in (0, 1))
     pairs = enumerate(zip(leaves, others, strict=True))
-    random = [index for index, (one, other) in pairs if not jnp.issubdtype(one.dtype, jnp.floating) or not np.array_equal(one, other)]
-    if len(random) != 1 or not jnp.issubdtype(leaves[random[0]].dtype, jnp.floating):
+    random = [index for index, (one, other) in pairs if not np.array_equal(one, other)]
+    if len(random) != 1:
         return None
 
     def output(weights: Array) -> Array:

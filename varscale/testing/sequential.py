@@ -14,7 +14,8 @@ from scipy import special
 def log_e_value(sum_of_squares: float, count: float, prior_shape: float = 1.0) -> float:
     """Logarithm of the e-value of normal weights against the claim that their variance is 1.
 
-    It is the likelihood of a gamma mixture over precisions, of shape and rate `prior_shape`, divided by the likelihood of the claim:
+    It is the likelihood of a gamma mixture over precisions, of shape and rate `prior_shape`, divided by the likelihood
+    of the claim:
     a martingale of expectation 1 where the claim is true, so that it ever reaches `1/alpha` with probability at most `alpha`
     (Ville 1939; Ramdas, Grünwald, Vovk & Shafer, "Game-theoretic statistics and safe anytime-valid inference", 2023).
 
@@ -31,7 +32,8 @@ def log_e_value(sum_of_squares: float, count: float, prior_shape: float = 1.0) -
     """
     if not (sum_of_squares >= 0 and count >= 0 and prior_shape > 0):
         raise ValueError(
-            f"sum_of_squares and count must not be negative and prior_shape must be positive, got {sum_of_squares!r}, {count!r}, {prior_shape!r}"
+            "sum_of_squares and count must not be negative and prior_shape must be positive, "
+            f"got {sum_of_squares!r}, {count!r}, {prior_shape!r}"
         )
     a, half = prior_shape, count / 2
     mixture = a * math.log(a) + special.gammaln(a + half) - special.gammaln(a) - (a + half) * math.log(a + sum_of_squares / 2)

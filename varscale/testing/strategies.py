@@ -1,6 +1,8 @@
-"""Hypothesis strategies for the structure of a variance claim: shapes, axes, modes, laws, dtypes, activations, initializers, layers.
+"""Hypothesis strategies for the structure of a variance claim: shapes, axes, modes, laws, dtypes, activations,
+initializers, layers.
 
-They draw structure and nothing else. The key of a case follows from the case (`varscale.testing.draws.key_of`), so that a case has one verdict,
+They draw structure and nothing else. The key of a case follows from the case (`varscale.testing.draws.key_of`), so that
+a case has one verdict,
 which shrinks and replays. Never draw a seed, and never `target()` a p-value: both search for unlucky seeds, not for defects.
 
 Sizes come from a few buckets, since XLA compiles once for each shape and compilation is what costs.
@@ -24,7 +26,8 @@ from varscale.testing.layer_cases import LayerCase
 
 _SIZES = (1, 2, 8, 32, 128)
 _ACTIVATIONS: tuple[Callable[[jax.Array], jax.Array], ...] = (
-    jax.nn.relu, jnp.tanh, jax.nn.gelu, jax.nn.silu, jax.nn.elu, jax.nn.sigmoid, jax.nn.softplus, jax.nn.leaky_relu, jax.nn.hard_tanh,
+    jax.nn.relu, jnp.tanh, jax.nn.gelu, jax.nn.silu, jax.nn.elu, jax.nn.sigmoid, jax.nn.softplus,
+    jax.nn.leaky_relu, jax.nn.hard_tanh,
 )  # fmt: skip
 
 Shape = tuple[int, ...]
@@ -35,7 +38,8 @@ def kernel_shapes(kind: ShapeKind = "any", *, most: int = 2**16) -> st.SearchStr
     """Kernel shapes in flax's layout.
 
     Args:
-        kind: `"dense"`: (in, out); `"conv"`: one to three spatial axes, then (in, out); `"general"`: two to four axes of any role; `"any"`: all.
+        kind: `"dense"`: (in, out); `"conv"`: one to three spatial axes, then (in, out); `"general"`: two to four axes of
+            any role; `"any"`: all.
         most: how many weights a kernel may have.
 
     Raises:
@@ -44,7 +48,11 @@ def kernel_shapes(kind: ShapeKind = "any", *, most: int = 2**16) -> st.SearchStr
     size = st.sampled_from(_SIZES)
     kinds = {
         "dense": st.tuples(size, size),
-        "conv": st.builds(lambda spatial, ends: (*spatial, *ends), st.lists(st.sampled_from((1, 3)), min_size=1, max_size=3), st.tuples(size, size)),
+        "conv": st.builds(
+            lambda spatial, ends: (*spatial, *ends),
+            st.lists(st.sampled_from((1, 3)), min_size=1, max_size=3),
+            st.tuples(size, size),
+        ),
         "general": st.lists(st.sampled_from((1, 2, 4, 16)), min_size=2, max_size=4).map(tuple),
     }
     if kind not in (*kinds, "any"):
@@ -55,7 +63,9 @@ def kernel_shapes(kind: ShapeKind = "any", *, most: int = 2**16) -> st.SearchStr
 
 @st.composite
 def axes(draw: st.DrawFn, shape: Shape) -> dict[str, int | tuple[int, ...]]:
-    """`in_axis`, `out_axis` and `batch_axis` for a shape of two axes or more: each axis in at most one role, counted from either end."""
+    """`in_axis`, `out_axis` and `batch_axis` for a shape of two axes or more: each axis in at most one role, counted
+    from either end.
+    """
     order = draw(st.permutations(range(len(shape))))
     signed = [axis - len(shape) if draw(st.booleans()) else axis for axis in order]
     ins, outs = draw(st.integers(1, len(shape) - 1)), 1
@@ -111,11 +121,19 @@ def layers(draw: st.DrawFn, kind: str | None = None) -> LayerCase:
     elif kind == "DenseGeneral":
         batched = draw(st.booleans())
         shape = (4, 8, width)
-        settings = dict(axis=(2,) if batched else (1, 2), batch_dims=(0,) if batched else (), features=draw(st.sampled_from(((features,), (2, features)))))
+        settings = dict(
+            axis=(2,) if batched else (1, 2),
+            batch_dims=(0,) if batched else (),
+            features=draw(st.sampled_from(((features,), (2, features)))),
+        )
     elif kind == "Einsum":
         spec, kernel = draw(
             st.sampled_from(
-                (("abc,cde->abde", (width, 2, features)), ("abc,bcd->abd", (8, width, features)), ("abc,bcd->ad", (8, width, features)))
+                (
+                    ("abc,cde->abde", (width, 2, features)),
+                    ("abc,bcd->abd", (8, width, features)),
+                    ("abc,bcd->ad", (8, width, features)),
+                )
             )
         )
         shape, settings = (4, 8, width), dict(einsum_str=spec, shape=kernel)

@@ -1,4 +1,6 @@
-"""What a test found: a `Verdict`, which says what was claimed, what was measured, and what the measurement could have seen."""
+"""What a test found: a `Verdict`, which says what was claimed, what was measured, and what the measurement could have
+seen.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,8 @@ import math
 from dataclasses import dataclass
 
 PARTS = 16
-"""The error budget of every claim is split among this many parts, used or not, so that stating more about an initializer (its law,
+"""The error budget of every claim is split among this many parts, used or not, so that stating more about an initializer
+(its law,
 say) leaves the power of the other parts as it was."""
 
 

@@ -43,9 +43,11 @@ def assert_variance(
 ) -> Verdict:
     """Asserts that an initializer draws independent weights of mean 0 and variance `scale / fan`.
 
-    It draws as many kernels, each from its own key, as the error rates and the detectable sizes require, and tests: shape and dtype; that the
+    It draws as many kernels, each from its own key, as the error rates and the detectable sizes require, and tests:
+    shape and dtype; that the
     same key gives the same weights and different keys different ones; that all are finite; second moment and mean; that the
-    entries are independent and alike (output second moment on constant inputs, correlations at every lag and of every pair of slices, moments
+    entries are independent and alike (output second moment on constant inputs, correlations at every lag and of every
+    pair of slices, moments
     of every slice); and, of a named law, its bound, its distribution function and its extremes.
 
     Args:
@@ -53,12 +55,15 @@ def assert_variance(
         shape: of the kernel, without empty axes.
         scale: the variance times the fan.
         mode: the fan: `"fan_in"`, `"fan_out"`, `"fan_avg"` or `"fan_geo_avg"`.
-        distribution: the law: `"normal"`, `"truncated_normal"`, `"uniform"`, `"rademacher"`; `"orthogonal"` for a matrix with columns along `out_axis`
-            and orthogonal rows or columns of squared length `scale` (`mode` then does not matter); None for any symmetric law.
+        distribution: the law: `"normal"`, `"truncated_normal"`, `"uniform"`, `"rademacher"`; `"orthogonal"` for a matrix
+            with columns along `out_axis`
+            and orthogonal rows or columns of squared length `scale` (`mode` then does not matter); None for any
+            symmetric law.
         in_axis: axis or axes of the inputs.
         out_axis: axis or axes of the outputs.
         batch_axis: axis or axes that count for neither.
-        dtype: of the weights. Bits are counted: what the rounding to bfloat16, float16 or float8 adds to the variance is part of the claim.
+        dtype: of the weights. Bits are counted: what the rounding to bfloat16, float16 or float8 adds to the variance is
+            part of the claim.
         claim: a claim to test instead of `scale`, `mode` and `distribution`.
         detectable_ratio: the variance ratio that must be detected, above 1.
         detectable_mean: the common mean that must be detected, in standard deviations.
@@ -95,7 +100,8 @@ def assert_variance(
     needed = claim.samples(resolution, math.prod(shape), dtype)
     while True:
         if needed > max_samples:
-            message = f"{needed} samples are needed to detect a ratio of {detectable_ratio:g} and a mean of {detectable_mean:g} standard deviations"
+            sizes_asked = f"a ratio of {detectable_ratio:g} and a mean of {detectable_mean:g} standard deviations"
+            message = f"{needed} samples are needed to detect {sizes_asked}"
             raise Underpowered(
                 f"{message} (alpha {alpha:g}, beta {beta:g}), max_samples is {max_samples}", allowed=max_samples, needed=needed
             )
@@ -104,7 +110,8 @@ def assert_variance(
             verdict = claim.check(weights, **sizes, contractions=contractions)
             break
         except Underpowered as shortage:
-            # The law turned out to have heavier tails than the plan assumed: draw again, with a margin for the estimate of its kurtosis.
+            # The law turned out to have heavier tails than the plan assumed: draw again, with a margin for the estimate
+            # of its kurtosis.
             if weights.size < needed:
                 raise
             needed = max(shortage.needed + shortage.needed // 4, 2 * needed)
