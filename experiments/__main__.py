@@ -53,7 +53,7 @@ def _list(console: Console) -> None:
         table.add_row(entry.name, shown)
     console.print(table)
     console.print(Text(f"\n{PROGRAM} NAME   runs one\n{PROGRAM} all    runs all and writes one report"))
-    console.print(Text("options: [--quick] [--seeds N] [--seed S] [--out DIR] [--resume]; --help says more"))
+    console.print(Text("options: --quick, --seeds N, --seed S, --out DIR, --resume, and --help"))
 
 
 def _parse(name: str, description: str, settings: type[Settings], options: list[str]) -> Settings:

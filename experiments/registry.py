@@ -40,6 +40,24 @@ class Entry:
         return importlib.import_module(f"{__package__}.{self.path.stem}")
 
 
+def sources(path: Path) -> tuple[Path, ...]:
+    """The module and every module of its package that it imports, directly or not: what its results depend on."""
+    found: dict[Path, None] = {}
+    waiting = [path]
+    while waiting:
+        module = waiting.pop()
+        if module in found or not module.exists():
+            continue
+        found[module] = None
+        for node in ast.walk(ast.parse(module.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == __package__:
+                names = (
+                    [alias.name for alias in node.names] if node.module == __package__ else [(node.module or "").split(".")[1]]
+                )
+                waiting += [module.parent / f"{name}.py" for name in names]
+    return tuple(sorted(found))
+
+
 def entries(folder: Path = FOLDER) -> tuple[Entry, ...]:
     """All experiments of the folder, in their order."""
     found = (_read(path) for path in folder.glob("*.py"))

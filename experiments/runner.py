@@ -1,5 +1,6 @@
 """Runs experiments and keeps their results: whole or not at all, and again only where something is missing."""
 
+import contextlib
 import importlib.metadata
 import json
 import math
@@ -15,10 +16,8 @@ import numpy as np
 
 from experiments import report
 from experiments.experiment import ExperimentError, Progress, Result, Run, Settings
-from experiments.registry import FOLDER, Entry
+from experiments.registry import Entry, sources
 from experiments.storage import MARK, files_of, recover, replaced, replaced_folder
-
-SHARED = ("models.py", "training.py", "data.py")  # sources besides its own that an experiment's numbers depend on
 
 Record = dict[str, Any]  # what results.json holds
 
@@ -47,6 +46,8 @@ def run_one(entry: Entry, settings: Settings, progress: Progress) -> Record:
     seconds = time.perf_counter() - start
     record = _write(folder, entry, settings, fingerprint, result, seconds)
     shutil.rmtree(store.parent, ignore_errors=True)
+    with contextlib.suppress(OSError):  # other experiments' parts may wait there
+        store.parent.parent.rmdir()
     return record
 
 
@@ -88,8 +89,7 @@ def _settings_of(entry: Entry, settings: Settings) -> Settings:
 
 
 def _fingerprint(entry: Entry, settings: Settings) -> str:
-    paths = [entry.path, *(FOLDER / name for name in SHARED)]
-    return settings.fingerprint(entry.name, *(path.read_text(encoding="utf-8") for path in paths if path.exists()))
+    return settings.fingerprint(entry.name, *(path.read_text(encoding="utf-8") for path in sources(entry.path)))
 
 
 def _stored(folder: Path, fingerprint: str) -> Record | None:

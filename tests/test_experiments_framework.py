@@ -126,8 +126,7 @@ class TestRunner:
         assert stored == record
         assert stored["data"]["bad"] is None
         assert stored["claims"][0]["verdict"] == "holds"
-        assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".fake")] == []
-        assert not list((tmp_path / ".parts").iterdir())
+        assert [p.name for p in tmp_path.iterdir()] == ["fake-one"]
 
     def test_interrupted_leaves_no_results_and_resumes_with_what_is_missing(self, tmp_path):
         entry = fake()
@@ -212,6 +211,11 @@ class TestRegistry:
         )
         assert all(entry.title and entry.order < 1000 for entry in found.values())
         assert len({entry.order for entry in found.values()}) == len(found)
+
+    def test_results_depend_on_what_is_imported(self):
+        names = {path.name for path in registry.sources(registry.find("activation-statistics").path)}
+        assert {"activation_statistics.py", "activation_laws.py", "models.py", "published.py", "claims.py"} <= names
+        assert "normalization.py" not in names
 
     def test_listing_imports_no_jax(self):
         code = (
