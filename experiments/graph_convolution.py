@@ -208,7 +208,7 @@ def run(run: Run) -> Result:
             "Does He help where everyone uses Xavier? At two layers, no: the same accuracy. From eight layers on it converges "
             "faster, and at sixteen it ends more accurate; but depth itself costs accuracy whatever the start.",
             "Why: averaging over neighbours leaves little of the second moment while the nodes' features are "
-            "unrelated (the mean of Σ Â²), and all of it once they are alike. He keeps what that leaves; Xavier halves it a layer.",
+            "unrelated (the mean of Σ Â²), and all of it once they are alike. He keeps the rest; Xavier halves it a layer.",
         ],
     )
 

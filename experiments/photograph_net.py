@@ -119,7 +119,7 @@ def train(params, relu, weights, rate, x, labels, *, iterations: int = ITERATION
 def errors(params, relu, x, labels):
     """The share of samples each net gets wrong, shape (runs,)."""
     said = jax.vmap(lambda params, relu: logits(params, x, relu))(params, relu) > 0
-    return jnp.mean((said != (labels > 0)).astype(jnp.float32), axis=1)
+    return jnp.mean((said != (labels > 0)[None]).astype(jnp.float32), axis=1)
 
 
 @jax.jit
