@@ -16,6 +16,7 @@ from experiments.data import Samples
 from experiments.models import Stack
 from experiments.training import fit, minibatches
 from varscale import transfer
+from varscale.transfer.rules import Rules
 
 SIDE, CANVAS = 8, 12  # a digit of 8x8 pixels stands somewhere on an empty square of 12x12
 CLASSES = 5  # digits 0 to 4 to pretrain with labels, 5 to 9 to fine-tune on
@@ -48,13 +49,19 @@ CLASSIFIER = Net((CLASSES,))
 NETS = {"supervised": CLASSIFIER, "masked": Net((PIXELS,)), "contrastive": Net((64, 32))}
 
 # Named after what people call them. The first layers are the body's; its last layer and the head make "the top".
-WAYS: dict[str, transfer.rules.Rules | None] = {
+WAYS: dict[str, Rules | None] = {
     "head only": transfer.head_only("head"),
     "body frozen, top trained": {"head": 1.0, "body/dense_2": 1.0, "**": "freeze"},
     "small rate for the body": {"head": 1.0, "body": 0.1},
     "one rate": None,
 }
 STARTS = ("random", "supervised", "masked", "contrastive")
+
+
+def outputs(net: Net, params: Any, images: Float[Array, "batch pixels"]) -> Array:
+    """What the net makes of the images."""
+    made: Any = net.apply({"params": params}, images)
+    return made
 
 
 def random_start(key: jax.Array) -> Any:
@@ -88,12 +95,12 @@ def pretrain(
         first, second = jax.random.split(key)
         images = objectives.placed(first, pictures[rows], SIDE, CANVAS)
         if start == "supervised":
-            return objectives.supervised(net.apply({"params": params}, images), labels[rows])
+            return objectives.supervised(outputs(net, params, images), labels[rows])
         if start == "masked":
             seen, hidden = objectives.masked(second, images, MASKED)
-            return objectives.reconstruction(net.apply({"params": params}, seen), images, hidden)
+            return objectives.reconstruction(outputs(net, params, seen), images, hidden)
         again = objectives.placed(second, pictures[rows], SIDE, CANVAS)
-        return objectives.nt_xent(net.apply({"params": params}, images), net.apply({"params": params}, again))
+        return objectives.nt_xent(outputs(net, params, images), outputs(net, params, again))
 
     def one(key: jax.Array, pool: Int[Array, " pool"]) -> tuple[Any, Array]:
         draw, order, noise = jax.random.split(key, 3)
@@ -132,11 +139,11 @@ def fine_tune(
 
     def one(params: Any, pictures: Array, batches: Array, test: Array) -> tuple[Array, Array]:
         def loss(params: Any, rows: Int[Array, " batch"]) -> Array:
-            return objectives.supervised(CLASSIFIER.apply({"params": params}, pictures[rows]), labels[rows])
+            return objectives.supervised(outputs(CLASSIFIER, params, pictures[rows]), labels[rows])
 
         optimizer = optax.adam(lambda step: jnp.where(step < last, rate, 0.0))
         params, losses = fit(loss, optimizer if rules is None else transfer.fine_tune(optimizer, rules), params, batches)
-        guesses = jnp.argmax(CLASSIFIER.apply({"params": params}, pictures[test]), axis=-1)
+        guesses = jnp.argmax(outputs(CLASSIFIER, params, pictures[test]), axis=-1)
         return losses, jnp.mean((guesses == labels[test]).astype(jnp.float32))
 
     return jax.vmap(one)(params, pictures, batches, test)

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, ArrayLike, Float
 
 import varscale as vs
 from varscale import transfer
@@ -67,7 +67,7 @@ def pretrained(model: RNet, **options: Any) -> tuple[RNet, transfer.Account]:
     )
 
 
-def prepared(features: Float[Array, "batch 625"]) -> Float[Array, "batch 24 24 3"]:
+def prepared(features: Float[ArrayLike, "batch 625"]) -> Float[Array, "batch 24 24 3"]:
     """Grey pictures of 25x25 pixels in [0, 1] as the network was trained on them: 24x24, three colours, −1 to 1."""
     grey = jnp.asarray(features).reshape(-1, 25, 25)[:, :24, :24]
     return jnp.repeat((grey[..., None] * 255 - 127.5) / 128, 3, axis=-1)
