@@ -16,8 +16,11 @@ from varscale.theory.backward import cotangents
 from varscale.theory.interpreter import Interpreter
 from varscale.theory.layout import Value
 from varscale.theory.moments import Table
+from varscale.theory.provenance import provenance
+from varscale.theory.spread import full
 
 _BAND = 2.5758  # 99 % of a normal
+_ROUNDING = 4e-3  # what second order and a norm's epsilon leave where first order finds no fluctuation at all
 
 
 def summarize(
@@ -37,9 +40,12 @@ def _kind(program: Program, path: str) -> str:
 
 def _row(program: Program, path: str, x: Value, gradient: float | None) -> Row:
     table = x.node.table
-    mean, second = table.total_mean, table.mean_square
-    how = getattr(type(x.node), "how", "exact")
-    band = (second, second)
+    spread = full(x.node)
+    mean, second = table.total_mean, table.mean_square * (1 + spread.shift)
+    typical = second * math.exp(-spread.variance / 2)
+    reach = _BAND * math.sqrt(spread.variance) + _ROUNDING
+    how, confidence = provenance(x.node)
+    band = (typical * math.exp(-reach), typical * math.exp(reach))
     return Row(
         path=path,
         kind=_kind(program, path),
@@ -47,13 +53,13 @@ def _row(program: Program, path: str, x: Value, gradient: float | None) -> Row:
         mean=mean,
         second_moment=second,
         variance=max(second - mean**2, 0.0),
-        typical=second,
+        typical=typical,
         band=band,
         sample_correlation=correlation(x, [0]) if len(x.shape) > 1 and x.shape[0] > 1 else None,
         position_correlation=correlation(x, list(range(1, len(x.shape) - 1))) if math.prod(x.shape[1:-1]) > 1 else None,
         gradient=gradient,
         how=how,
-        confidence=0.0,
+        confidence=confidence,
     )
 
 

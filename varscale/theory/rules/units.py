@@ -27,9 +27,9 @@ from varscale.theory.quadrature import WEIGHTS, Z
 from varscale.theory.rules.reductions import Extreme, Mean
 
 _MASKED = -1e4  # a logit below this is a mask, not a number
-_L = Z[::6]
-_LW = WEIGHTS[::6] / WEIGHTS[::6].sum()
-ROW_CLASSES = 8
+_L = Z[::12]
+_LW = WEIGHTS[::12] / WEIGHTS[::12].sum()
+ROW_CLASSES = 6
 
 
 class WeightMoments(NamedTuple):
@@ -53,7 +53,7 @@ def weight_moments(counts: tuple[float, ...], variances: tuple[float, ...]) -> W
     n, s = np.array(counts), np.sqrt(np.array(variances))
     middle = -math.log(max(float(n @ np.exp(s**2 / 2)), 1e-300))
     reach = 14 + 5 * float(s.max())
-    t = np.linspace(middle - reach, middle + reach, 360)
+    t = np.linspace(middle - reach, middle + reach, 120)
     u = np.exp(t)
     l = s[:, None] * _L  # (classes, points)
     e = np.exp(l)
@@ -165,7 +165,7 @@ class Softmax(Node):
             v = np.maximum(deviation[cell].ravel(), 1e-12)
             parts = []
             for factor, weight in ((1.0, 2 / 3), (1 + spread, 1 / 6), (max(1 - spread, 0.05), 1 / 6)):
-                m = weight_moments(tuple(np.round(n, 6)), tuple(float(f"{x:.6g}") for x in v * factor))
+                m = weight_moments(tuple(float(f"{x:.5g}") for x in n), tuple(float(f"{x:.3g}") for x in v * factor))
                 parts.append((weight, m))
             out[cell] = WeightMoments(*(sum(w * m[i] for w, m in parts) for i in range(5)))  # pyright: ignore[reportArgumentType]
         return out
@@ -268,6 +268,46 @@ class Softmax(Node):
             out[index][c:] = -np.outer(same, axis.counts).ravel() / max(axis.size * (axis.size - 1), 1)
         back = sum_out(np.moveaxis(out, -1, key), self.axes, self.args[0])
         return [back, *[None] * (len(self.args) - 1)]
+
+
+def tilted(node: Any) -> np.ndarray | float:
+    """What Σ p v gains because weights and values see the same tokens: by type of the output of a contraction of p with v.
+
+    Given a query, a key's logit and its value are two random directions of one token, jointly Gaussian over the tokens with
+    E[correlation²] = 1/D, D the width both are projected from. Σ p v moves along the logits' direction by what Σ p l does, so
+    the second moment gains (q_v − C_v) (E[(Σ p l)²]/s² − Σ p²) / D: O(1/D), against O(1/T) for the rest.
+    """
+    for p, v in (node.args, node.args[::-1]):
+        if not isinstance(p.node, Softmax) or len(p.node.params) != 1:
+            continue
+        key = p.bind[p.node.params[0]]
+        width = _token_width(v.node)
+        if key not in v.bind or width is None:
+            return 0.0
+        frame = node.frame
+        values = np.broadcast_to(v.second(frame), [n if (k in v.bind) else 1 for k, n in enumerate(a.types for a in frame)])
+        axis = frame[key]
+        c = axis.classes
+        diagonal = [c + i * (c + 1) for i in range(c)]
+        deviation = np.maximum(np.take(values, range(c), axis=key) - np.take(values, diagonal, axis=key), 0.0)
+        shares = (axis.counts / axis.size).reshape([c if k == key else 1 for k in range(len(frame))])
+        deviation = (deviation * shares).sum(axis=key)
+        rows = p.node.rows()
+        gain = lift(p.node.tilt(), [p.node.axes[k] for k in rows], [p.bind[k] for k in rows], frame, pairs=True).squeeze(key)
+        return np.broadcast_to(deviation * gain / width, node.frame_types)
+    return 0.0
+
+
+def _token_width(node: Node) -> float | None:
+    """The width a value was projected from."""
+    while not hasattr(node, "width"):
+        own = roots(node) if isinstance(node, Apply) else [node.args[0]] if len(node.args) == 1 else []
+        if isinstance(node, Sum):
+            own = [v for v in node.args if hasattr(v.node, "width")] or []
+        if len(own) != 1 or own[0].node is node:
+            return None
+        node = own[0].node
+    return float(node.width)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _unflatten(mean: np.ndarray, second: np.ndarray, keys: Sequence[Axis], rank: int) -> tuple[np.ndarray, np.ndarray]:

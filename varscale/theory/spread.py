@@ -1,0 +1,286 @@
+r"""Finite width: how much the mean square of ONE initialization differs from its mean over initializations.
+
+To first order in 1/width, ln(mean square) of a node is normal over draws. Its variance comes from sampling finitely many units
+(at each root, "fresh") and is handed on by each layer in the ratio s = d ln E[f²] / d ln q of its function to its input's
+second moment q; where f's second moment curves in q, the mean itself shifts, by half the curvature times the variance of q.
+
+    ReLU at width n: s = 1, fresh (E f⁴/E[f²]² − 1)/n = 5/n a layer: ln of the norm drifts by −5/(2n) a layer, though its mean is kept.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from varscale.theory.axes import contract_axis
+from varscale.theory.elementwise import Apply, Sum, roots
+from varscale.theory.graph import Array, Constant, Leaf, Node, View
+from varscale.theory.quadrature import _POWERS, HERMITE, WEIGHTS, Environment, concentrated, evaluate, factors, marginal
+
+_STEP = 0.1  # relative step in q for the ratio and the curvature
+
+
+@dataclasses.dataclass(frozen=True)
+class Spread:
+    """Fluctuations of a mean square.
+
+    Attributes:
+        sources: coefficient of ln(mean square) on each independent unit-variance source, by source.
+        shift: relative shift of its mean from the infinite-width value.
+        point: relative variance, over draws, samples and positions, of the squared scale at one place.
+    """
+
+    sources: dict[int, float]
+    shift: float = 0.0
+    point: float = 0.0
+
+    @property
+    def variance(self) -> float:
+        """Variance of ln(mean square) over draws."""
+        return sum(c * c for c in self.sources.values())
+
+
+NONE = Spread({})
+
+
+def combine(terms: Sequence[tuple[float, Spread]]) -> Spread:
+    """A weighted sum of logarithms."""
+    sources: dict[int, float] = {}
+    for weight, spread in terms:
+        for key, c in spread.sources.items():
+            sources[key] = sources.get(key, 0.0) + weight * c
+    return Spread(sources, sum(w * s.shift for w, s in terms), sum(w * w * s.point for w, s in terms))
+
+
+def kernel(node: Node) -> Spread:
+    """What a root's scale inherits: the fluctuations of the inputs it is linear in."""
+    key = ("kernel", node.id)
+    memo = node.graph.memo
+    if key not in memo:
+        memo[key] = _kernel(node)
+    return memo[key]
+
+
+def _kernel(node: Node) -> Spread:
+    from varscale.theory.rules.convolution import Conv
+    from varscale.theory.rules.linear import Contract
+    from varscale.theory.rules.reductions import Mean
+    from varscale.theory.rules.units import Softmax
+
+    if isinstance(node, Leaf | Array | Constant | Softmax) or not node.args:
+        return NONE
+    if isinstance(node, Contract):
+        parts = []
+        for view in node.args:
+            summed = [k for k, b in enumerate(view.bind) if b >= len(node.axes)]
+            parts.append((1.0, _averaged(view.node, summed)))
+        return combine(parts)
+    if isinstance(node, Conv):
+        x = node.args[0].node
+        _, _, xd, _, _ = node.params
+        return combine([(1.0, _averaged(x, [k for k in xd[1:2] if k is not None]))])
+    if isinstance(node, Sum):
+        if node.positive:
+            return combine([(1.0, kernel(node.args[int(np.argmax(node.params))].node))])
+        shares = [c * c * v.node.table.mean_square for c, v in zip(node.params, node.args, strict=True)]
+        whole = sum(shares)
+        # A centred array is its own scale; independent terms share the variance.
+        main = int(np.argmax(shares))
+        if any(isinstance(v.node, Mean) for v in node.args):
+            return inherited(node.args[main].node)
+        return combine([(s / max(whole, 1e-300), inherited(v.node)) for s, v in zip(shares, node.args, strict=True)])
+    if isinstance(node, Mean):
+        inner = node.args[0].node
+        if isinstance(inner, Apply) and inner.params == ("integer_pow", (2,)):
+            return combine([(2.0, full(inner.args[0].node))])
+        return inherited(inner)
+    return inherited(node.args[0].node)
+
+
+def _averaged(node: Node, axes: Sequence[int]) -> Spread:
+    """A node's fluctuations when it enters a contraction over these axes: what one output sees of its scale."""
+    from varscale.theory.rules.units import Softmax
+
+    if isinstance(node, Leaf | Array | Constant) and (not isinstance(node, Leaf) or node.name[0] != "input"):
+        return NONE
+    if all(isinstance(r.node, Softmax) for r in roots(node)):
+        return NONE  # attention weights are fixed by kernels over all units, which fluctuate less than one unit's outputs
+    spread = full(node)
+    point = fresh(node, axes) + inherited(node).point
+    return dataclasses.replace(spread, point=point)
+
+
+def inherited(node: Node) -> Spread:
+    """Fluctuations handed on through an elementwise tree, without those of sampling its own units."""
+    if not isinstance(node, Apply):
+        return kernel(node)
+    key = ("inherited", node.id)
+    memo = node.graph.memo
+    if key not in memo:
+        terms, curved = [], 0.0
+        for root, (slope, curvature) in responses(node).items():
+            spread = kernel(root)
+            terms.append((slope, spread))
+            curved += curvature * spread.point / 2
+        out = combine(terms)
+        memo[key] = dataclasses.replace(out, shift=out.shift + float(np.clip(curved, -0.5, 0.5)))
+    return memo[key]
+
+
+def full(node: Node) -> Spread:
+    """Fluctuations of a node's mean square: inherited, and from sampling finitely many units."""
+    key = ("full", node.id)
+    memo = node.graph.memo
+    if key not in memo:
+        base = inherited(node)
+        own = math.sqrt(max(fresh(node, range(len(node.axes))), 0.0))
+        sources = dict(base.sources)
+        source = _origin(node)
+        sources[source] = sources.get(source, 0.0) + own
+        memo[key] = Spread(sources, base.shift, base.point)
+    return memo[key]
+
+
+def _origin(node: Node) -> int:
+    """The root whose sampled units a node's are: a function of a root, or a centred copy, fluctuates with it."""
+    from varscale.theory.rules.reductions import Mean
+
+    while True:
+        if isinstance(node, Apply):
+            own = [r.node for r in roots(node) if not concentrated(r.node)]
+            if len(own) != 1:
+                return node.id
+            node = own[0]
+        elif isinstance(node, Sum) and any(isinstance(v.node, Mean) for v in node.args):
+            node = max(zip(node.params, node.args, strict=True), key=lambda t: t[0] ** 2 * t[1].node.table.mean_square)[1].node
+        elif type(node).__name__ in ("Split", "Merge", "Permute"):
+            node = node.args[0].node
+        else:
+            return node.id
+
+
+def companions(node: Node) -> dict[tuple[int, tuple[int, ...]], list[View]]:
+    """The roots of a tree that fluctuate, each with the concentrated ones that are its own scale (a norm's variance)."""
+    own = [r for r in roots(node) if not isinstance(r.node, Array) and not (isinstance(r.node, Leaf) and r.node.name[0] != "input")]
+    live = [r for r in own if not concentrated(r.node)] or own
+    out: dict[tuple[int, tuple[int, ...]], list[View]] = {(r.node.id, r.bind): [r] for r in live}
+    for scale in own:
+        if scale in live:
+            continue
+        partners = [r for r in live if r.node.deps & scale.node.deps]
+        if partners:
+            main = max(partners, key=lambda r: (r.node.deps & scale.node.deps).bit_count())
+            out[main.node.id, main.bind].append(scale)
+        else:
+            out[scale.node.id, scale.bind] = [scale]
+    return out
+
+
+def responses(node: Node) -> dict[Node, tuple[float, float]]:
+    """For each root: the ratio d ln E[f²]/d ln q, and the curvature q² (E f²)″/E f², in its own second moment q.
+
+    A norm's variance moves with the array it normalises, so that a normalised array has ratio 0: the two are varied together.
+    """
+    key = ("responses", node.id)
+    memo = node.graph.memo
+    if key not in memo:
+        memo[key] = _responses(node)
+    return memo[key]
+
+
+def _responses(node: Node) -> dict[Node, tuple[float, float]]:
+    view = View(node, tuple(range(len(node.axes))))
+    parts = factors(view)[1]
+    out: dict[Node, tuple[float, float]] = {}
+    for group in companions(node).values():
+        moments = []
+        for step in (-_STEP, 0.0, _STEP):
+            product = 1.0
+            for factor in parts:
+                own = [r.within(factor.bind) for r in roots(factor.node)]
+                mine = [r for r in own if r in group]
+                if not mine:
+                    continue
+                env: Environment = {}
+                main = next((r for r in mine if r == group[0]), mine[0])
+                for r in own:
+                    power = 0.0 if r not in group else 0.5 if r == group[0] else 1.0
+                    if r == main:
+                        env[r.node.id, r.bind] = evaluate(r, node.axes, {}) * (1 + step) ** power
+                    else:
+                        env[r.node.id, r.bind] = r.mean(node.axes)[..., None] * (1 + step) ** power
+                values = np.asarray(evaluate(factor, node.axes, env), float)
+                line = np.mean(values.reshape(-1, values.shape[-1]) ** 2, axis=0)
+                product *= float(line @ WEIGHTS) if line.size > 1 else float(line[0])
+            moments.append(max(product, 1e-300))
+        low, middle, high = moments
+        slope = math.log(high / low) / math.log((1 + _STEP) / (1 - _STEP))
+        curvature = (high - 2 * middle + low) / _STEP**2 / middle
+        s, c = out.get(group[0].node, (0.0, 0.0))
+        out[group[0].node] = (s + float(np.clip(slope, -4, 4)), c + float(np.clip(curvature, -4, 4)))
+    return out
+
+
+def fresh(node: Node, axes: Sequence[int]) -> float:
+    """Relative variance of the mean of x² over `axes`, the other axes held, from sampling alone."""
+    key = ("fresh", node.id, tuple(axes))
+    memo = node.graph.memo
+    if key not in memo:
+        memo[key] = _fresh(node, set(axes))
+    return memo[key]
+
+
+def _fresh(node: Node, axes: set[int]) -> float:
+    view = View(node, tuple(range(len(node.axes))))
+    frame = node.axes
+    ratio = np.ones([1] * len(frame))
+    scales = [g[0].node.id for g in companions(node).values() if len(g) > 1]
+    for factor in factors(view)[1]:
+        own = [r.within(factor.bind) for r in roots(factor.node)]
+        own = [r for r in own if not isinstance(r.node, Array)]
+        live = [r for r in own if len(own) == 1 or not concentrated(r.node)]
+        if len(live) != 1:
+            continue
+        (root,) = live
+        if concentrated(root.node) and len(factors(view)[1]) > 1:
+            continue  # a norm's scale: its fluctuations are those of what it normalises
+        fixed: Environment = {(r.node.id, r.bind): r.mean(frame)[..., None] for r in own if r != root}
+        squares = np.asarray(evaluate(factor, frame, fixed), float) ** 2
+        line = squares.reshape(-1, squares.shape[-1]).mean(axis=0)
+        if line.size == 1:
+            continue
+        a = line @ HERMITE
+        if a[0] <= 0:
+            continue
+        whole = float(line**2 @ WEIGHTS)
+        if root.node.id in scales:
+            # Normalised: neither the mean nor the mean square of the root can fluctuate.
+            whole -= float(a[1] ** 2 + a[2] ** 2)
+            a[1:3] = 0.0
+        rho = _pooled(root)
+        series = np.sum(a**2 * rho[..., None] ** _POWERS, axis=-1)
+        series = np.where(rho >= 1 - 1e-9, whole, series)
+        shape = [1] * len(frame)
+        order = sorted(range(len(root.bind)), key=lambda k: root.bind[k])
+        for k in order:
+            shape[root.bind[k]] = 2
+        ratio = ratio * (series.transpose(order).reshape(shape) / a[0] ** 2)
+    for k in reversed(range(len(frame))):
+        n = frame[k].size
+        if ratio.shape[k] == 1:
+            ratio = ratio.squeeze(k)
+        else:
+            weights = np.array([1 / n, 1 - 1 / n]) if k in axes else np.array([1.0, 0.0])
+            ratio = contract_axis(ratio, k, weights)
+    return max(float(ratio) - 1.0, 0.0)
+
+
+def _pooled(root: View) -> np.ndarray:
+    """A root's latent correlations, classes pooled: (2,) * rank, "same" first."""
+    rho = marginal(root.node).correlation
+    for k, axis in enumerate(root.node.axes):
+        rho = np.moveaxis(np.tensordot(np.stack([axis.same, axis.different]), rho, axes=(1, k)), 0, k)
+    return rho
