@@ -79,7 +79,7 @@ def claims(original: dict[str, np.ndarray], accuracy: np.ndarray, counts: tuple[
             known(float(original["agreement"])),
         ),
         every(
-            f"with {FEW} labels a class and a fresh head, the pretrained start beats a random one (accuracy, difference by seed)",
+            f"with {FEW} labels a class and a fresh head, the pretrained start beats a random one (accuracy, by seed)",
             [
                 (way, at_least(0.02, source=BEFORE), over_seeds(accuracy[place, few] - accuracy[ways.index(RANDOM), few]))
                 for place, way in enumerate(ways)
@@ -168,11 +168,16 @@ def _splits(labels: np.ndarray, count: int, seeds: int) -> tuple[np.ndarray, np.
 
 
 def picture(accuracy: np.ndarray, counts: tuple[int, ...]):
-    """Accuracy by labels, one line a start and way."""
+    """Every seed's accuracy, one row a start and way, one colour a number of labels."""
     figure, axes = plots.figure(1, 1)
-    for place, (way, colour) in enumerate(zip(WAYS, plots.COLOURS, strict=False)):
-        plots.band(axes[0, 0], counts, accuracy[place].T, label=way, colour=colour, marker="o")
-    axes[0, 0].set_xticks(counts)
-    axes[0, 0].set(xlabel="labels a class", ylabel="accuracy", title="Faces and other photographs, R-Net")
-    axes[0, 0].legend(loc="lower right")
+    for column, (count, colour) in enumerate(zip(counts, plots.shades(len(counts)), strict=True)):
+        height = np.arange(len(WAYS)) + (column - (len(counts) - 1) / 2) * 0.18
+        rows = np.repeat(height, accuracy.shape[-1])
+        axes[0, 0].plot(accuracy[:, column].ravel(), rows, "o", color=colour, alpha=0.35, markersize=5)
+        label = f"{count} labels a class (a dot a seed, a bar the median)"
+        axes[0, 0].plot(np.median(accuracy[:, column], axis=-1), height, "|", color=colour, markersize=11, mew=2.5, label=label)
+    axes[0, 0].set_yticks(range(len(WAYS)), list(WAYS))
+    axes[0, 0].invert_yaxis()
+    axes[0, 0].set(xlabel="accuracy on held-out photographs", title="Faces and other photographs, R-Net")
+    axes[0, 0].legend(loc="upper right")
     return figure

@@ -43,18 +43,15 @@ def graft(
     Args:
       params: the model's parameters: any tree (nested or flat dicts, FrozenDict, linen variables, nnx.State), an nnx.Module, or
         a tree of `jax.ShapeDtypeStruct` that the checkpoint covers. It is not changed.
-      pretrained: the weights: any such tree, or a state dict with keys joined by "." or "/". PyTorch's tensors are read as they
-        are.
+      pretrained: the weights: any such tree, or a state dict with keys joined by "." or "/", of PyTorch's own tensors too.
       rename: from the checkpoint's paths to the model's: a mapping from pattern to path, of which the first that matches counts
         (None drops the leaf, a tuple copies it to several places); a function of a path; `Renumber`; or a sequence of these,
-        applied in order. Names of leaves that the layout knows ("weight") need no rule. See `varscale.transfer.patterns` for
-        globs.
+        applied in order. Leaf names that the layout knows ("weight") need no rule. For globs see `varscale.transfer.patterns`.
       layout: the layout of the checkpoint ("pytorch", "keras", ...; see `LAYOUTS`), or a mapping from the checkpoint's paths to
         layouts. By default flax's, and a kernel whose leaf had to be renamed and which would fit transposed too is not moved.
-      rearrange: operations on the checkpoint: `Split`, `Join`, `Add`, `Stack`, `Unstack`, `Permute`, `Transpose`, `Apply`, in
-        order.
-      resize: what to do where shapes differ: `Window`, `Positions` or `Units`, for all leaves or by pattern over the model's
-        paths.
+      rearrange: operations on the checkpoint, in order: `Split`, `Join`, `Add`, `Stack`, `Unstack`, `Permute`, `Transpose`,
+        `Apply`, or the ready-made ones (`pytorch_attention`, `pytorch_lstm`, `pytorch_gru`, `keras_lstm`).
+      resize: what to do where shapes differ: `Window`, `Positions` or `Units`, for all leaves or by pattern over the model's.
       fresh: patterns over the model's paths that stay at their own initialization, such as a new head.
       missing: what happens to the model's leaves that the checkpoint has nothing for: "keep" their values or "raise".
       strict: raise unless everything moved that no rule and no pattern exempts by name.

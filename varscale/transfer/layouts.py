@@ -197,9 +197,8 @@ def declared(layout: "str | Layout | Mapping[Pattern, str | Layout] | None") -> 
 def regroups(shape: tuple[int, ...], other: tuple[int, ...]) -> bool:
     """Whether only the grouping of axes differs, in a way that leaves no choice.
 
-    Axes of 1 may come and go in any array. In a vector or a matrix, one axis may become several (and so the other way round in
-    rows-major order), as heads·d does heads × d; in larger arrays several adjacent axes mean several things, and stay as they
-    are.
+    Axes of 1 may come and go in any array. An axis of a vector or a matrix may become several, in row-major order, as heads·d
+    becomes heads × d. Larger arrays stay as they are: their adjacent axes mean different things.
     """
     if math.prod(shape) != math.prod(other):
         return False
