@@ -214,7 +214,7 @@ def _orthogonal(claim: VarianceClaim, weights: Shaped[np.ndarray, "replicates *s
     )
     ratio = float(np.mean(np.abs(matrices) ** 2)) / claim.second_moment
     outcome.add(equality("second_moment", abs(ratio - 1) <= tolerance, f"mean square is {ratio:.8g} of the claim, an equality"))
-    parts = np.stack([matrices.real, matrices.imag]) if np.iscomplexobj(matrices) else matrices[None]
+    parts = np.stack([np.real(matrices), np.imag(matrices)]) if np.iscomplexobj(matrices) else matrices[None]
     sums, norms = parts.sum(axis=1), np.sqrt(np.square(parts).sum(axis=1))
     score = float(np.max(np.divide(np.abs(sums), norms, out=np.zeros_like(sums), where=norms > 0)))
     log_p = min(0.0, float(log_symmetric_sum(score)) + math.log(sums.size))
@@ -256,9 +256,9 @@ def _random(
 def _underpowered(verdict: Verdict, resolution: Resolution, needed: int) -> Underpowered:
     message = (
         f"{verdict.samples} samples reveal a variance ratio of {verdict.detectable_ratio:.4g} and a mean of "
-        f"{verdict.detectable_mean:.3g} standard deviations, not the {resolution.ratio:.4g} and {resolution.mean:.3g} asked for "
-        f"(alpha {resolution.alpha:g}, beta {resolution.beta:g}): "
-        f"{needed} samples are needed for {verdict.claim}"
+        f"{verdict.detectable_mean:.3g} standard deviations, not the {resolution.ratio:.4g} and {resolution.mean:.3g} asked "
+        f"for (alpha {resolution.alpha:g}, "
+        f"beta {resolution.beta:g}): {needed} samples are needed for {verdict.claim}"
     )
     return Underpowered(message, allowed=verdict.samples, needed=needed)
 
@@ -287,7 +287,7 @@ def _as_double(weights: Shaped[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
 def _standardized(claim: VarianceClaim, weights: Shaped[np.ndarray, "*shape"]) -> Float[np.ndarray, "*real"]:
     """`(w − mean)/std` in float64; a complex weight is two real ones, along a new last axis, of half the variance each."""
     if np.iscomplexobj(weights):
-        parts = np.stack([weights.real - claim.mean, weights.imag], axis=-1).astype(np.float64)
+        parts = np.stack([np.real(weights) - claim.mean, np.imag(weights)], axis=-1).astype(np.float64)
         return parts * (math.sqrt(2) / claim.deviation)
     return (weights.astype(np.float64) - claim.mean) / claim.deviation
 

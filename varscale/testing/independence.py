@@ -73,8 +73,8 @@ def _lagged(rows: Float[np.ndarray, "count length"]) -> Float[np.ndarray, " leng
     size = int(fft.next_fast_len(2 * length, real=True))  # pyright: ignore[reportArgumentType]
     power = np.zeros(size // 2 + 1)
     for start in range(0, len(rows), step := max(1, 2**21 // size)):
-        power += np.square(np.abs(fft.rfft(rows[start : start + step], size))).sum(axis=0)
-    return fft.irfft(power, size)[:length]
+        power += np.square(np.abs(np.asarray(fft.rfft(rows[start : start + step], size)))).sum(axis=0)
+    return np.asarray(fft.irfft(power, size))[:length]
 
 
 def paired_slices(weights: Weights) -> Finding:

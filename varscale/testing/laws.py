@@ -80,19 +80,24 @@ class RoundedLaw:
     atoms = True
 
     @functools.cached_property
+    def _moments(self) -> tuple[float, float]:
+        """`E[z²]` and `E[z⁴]`."""
+        return float(self.masses @ self.values**2), float(self.masses @ self.values**4)
+
+    @property
     def second_moment(self) -> float:
         """`E[z²]`: 1, plus what rounding adds."""
-        return float(self.masses @ self.values**2)
+        return self._moments[0]
 
-    @functools.cached_property
+    @property
     def kurtosis(self) -> float:
         """`E[z⁴]/E[z²]²`, infinite where every weight rounds to zero."""
-        if np.count_nonzero(self.masses) == 1 and self.second_moment:
+        square, fourth = self._moments
+        if np.count_nonzero(self.masses) == 1 and square:
             return 1.0  # exactly: the second moment is then an equality, not a statistic
-        square = self.second_moment
-        return float(self.masses @ self.values**4) / square**2 if square else math.inf
+        return fourth / square**2 if square else math.inf
 
-    @functools.cached_property
+    @property
     def bound(self) -> float:
         """The largest magnitude with positive probability."""
         return float(self.values[self.masses > 0][-1])

@@ -73,7 +73,7 @@ class LayerCase:
 
 
 def _linen(kind: Kind, arguments: dict[str, Any], input_shape: tuple[int, ...], init: Callable[..., jax.Array]) -> linen.Module:
-    common = dict(kernel_init=init, use_bias=False)
+    common: dict[str, Any] = dict(kernel_init=init, use_bias=False)
     match kind:
         case "Dense":
             return linen.Dense(arguments["features"], **common)
@@ -99,7 +99,7 @@ def _linen(kind: Kind, arguments: dict[str, Any], input_shape: tuple[int, ...], 
 def _nnx(
     kind: Kind, arguments: dict[str, Any], input_shape: tuple[int, ...], init: Callable[..., jax.Array]
 ) -> Callable[[nnx.Rngs], nnx.Module]:
-    common = dict(kernel_init=init, use_bias=False)
+    common: dict[str, Any] = dict(kernel_init=init, use_bias=False)
     features = input_shape[-1]
     match kind:
         case "Dense":

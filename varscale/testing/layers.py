@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -124,12 +124,14 @@ def as_functions(layer: Any, x: Inputs) -> tuple[Init, Apply]:
             f"layer must be a factory `lambda rngs: {name}(..., rngs=rngs)`: an instance of {name} has its weights already"
         )
     if isinstance(layer, tuple) and len(layer) == 2 and all(callable(part) for part in layer):
-        return lambda key: layer[0](key, *x.args, **x.kwargs), lambda parameters: layer[1](parameters, *x.args, **x.kwargs)
+        start, run = cast(tuple[Callable[..., PyTree], Callable[..., Inexact[Array, "..."]]], layer)
+        return lambda key: start(key, *x.args, **x.kwargs), lambda parameters: run(parameters, *x.args, **x.kwargs)
     face = program(layer)
     if face.init is not None:
         return partial(_second, face.init, x), lambda parameters: face.apply(parameters, x)[0]
     # The key stands in the parameters' place: nothing is linear in it, so that no law of the output is deduced.
-    return lambda key: key, lambda key: layer(key, *x.args, **x.kwargs)
+    function = cast(Callable[..., Any], layer)
+    return lambda key: key, lambda key: function(key, *x.args, **x.kwargs)
 
 
 def _second(function: Callable[[Any, Inputs], PyTree], x: Inputs, key: Key[Array, ""]) -> PyTree:
