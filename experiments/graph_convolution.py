@@ -27,7 +27,7 @@ ORDER = 7
 LAWS: dict[str, Any] = {"He": vs.he_uniform(), "Xavier": vs.glorot_uniform()}
 COLOURS = dict(zip(LAWS, plots.COLOURS, strict=False))
 WIDE = 128  # of the nets whose layers are measured: a draw's ln E[z²] scatters by √(5·layers/width)
-EARLY = 100  # epochs over which the training loss is averaged: how fast a net converges
+EARLY = 40  # epochs over which the training loss is averaged: how fast a net converges
 KIPF = "Kipf and Welling 2017, who use Glorot and Bengio's"
 LAW = "E[z²] = n·Var[w]·tr(Â·E[hhᵀ]·Âᵀ)/nodes"
 
@@ -76,7 +76,7 @@ def train_part(run: Run, name: str, graph: Graph, depths: tuple[int, ...], seeds
         nets = [draw(run.keys("nets", seeds), law, nodes, graph.classes) for law in LAWS.values()]
         params = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *nets)
         found = [
-            train(params, nodes, depth, RATE, classes=graph.classes, epochs=EARLY if run.quick else EPOCHS)
+            train(params, nodes, depth, RATE, classes=graph.classes, epochs=100 if run.quick else EPOCHS)
             for depth in run.track(depths, f"{graph.name}, by depth")
         ]
         shape = (len(depths), len(LAWS), seeds, -1)
@@ -187,7 +187,7 @@ def chosen(settings: Settings) -> dict[str, Callable[[], Graph]]:
 
 def run(run: Run) -> Result:
     """Measure the layers, train at every depth, compare."""
-    seeds = run.seeds(quick=5, full=20)
+    seeds = run.seeds(quick=10, full=20)
     depths = (2, 8) if run.quick else (2, 4, 8, DEEPEST)
     graphs_of = {name: make() for name, make in chosen(run.settings).items()}
     slugs = {name: f"graph-{number}" for number, name in enumerate(graphs_of)}

@@ -81,7 +81,7 @@ def train_part(run: Run, optimizer: str, digits, out, seeds: int):
 def logistic_loss(params, x, labels):
     """Multinomial logistic regression: cross-entropy and a penalty on all weights, strictly convex."""
     penalty = sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(params))
-    return cross_entropy(x @ params["kernel"] + params["bias"], labels) + REGULARIZATION / 2 * penalty
+    return cross_entropy(x @ params["kernel"] + params["bias"][None], labels) + REGULARIZATION / 2 * penalty
 
 
 @jax.jit
