@@ -314,7 +314,7 @@ def _units(parts, seeds: int):
         panel.set(title=f"{optimizer}, {NAMES[activation]}", xlabel="step")
         plots.reference(panel, BOTTOM, "equal, to the bit")
     axes[0, 0].set_ylabel("difference of units")
-    axes[0, 0].legend(loc="center right", bbox_to_anchor=(1, 0.3))
+    axes[0, 1].legend(loc="center right", bbox_to_anchor=(1, 0.35))
     return figure
 
 
