@@ -17,7 +17,7 @@ from varscale.initializers.fans import Axes, Fans, compute_fans, normalized_axes
 from varscale.initializers.fixed import SymmetricUniform, symmetric_uniform
 from varscale.initializers.initializer import Initializer, checked_number, settle
 from varscale.initializers.sampling import OutSharding, placed
-from varscale.initializers.scaling import VarianceScaling, variance_scaling
+from varscale.initializers.scaling import VarianceScaling, he_uniform, variance_scaling
 from varscale.initializers.structured import Constant, constant
 
 
@@ -26,9 +26,9 @@ def pytorch_linear(
 ) -> VarianceScaling:
     """The kernel of PyTorch's Linear and Conv by default: uniform in ±1/√fan_in, so E[y²] = E[x²]/3.
 
-    The same as `kaiming_uniform(negative_slope=math.sqrt(5))`, which is how PyTorch spells it. Arguments: `variance_scaling`.
+    PyTorch spells it `kaiming_uniform_(weight, a=math.sqrt(5))`. Arguments: `variance_scaling`.
     """
-    return variance_scaling(1 / 3, "fan_in", "uniform", in_axis, out_axis, batch_axis, dtype)
+    return he_uniform(in_axis, out_axis, batch_axis, dtype, negative_slope=math.sqrt(5))
 
 
 def pytorch_bias(fan_in: float, dtype: DTypeLike | None = None) -> SymmetricUniform:
