@@ -44,11 +44,11 @@ class Sizes:
 
     trained_depth: int = 5
     batch_trained: int = 32
-    steps: int = 250
+    steps: int = 200
     rate: float = 0.1
     width: int = 256
     depth: int = 24
-    batch: int = 512
+    batch: int = 256
     settled: int = 8  # layers, from either end, that are left out of the slope: the correlations settle there
 
 
@@ -173,7 +173,7 @@ def formula_claims(formulas: dict[str, np.ndarray], looks: dict[str, np.ndarray]
         Claim("at inference it uses them in place of the batch's", exact, known(float(formulas["inference"]))),
         every(
             "between dense layer and activation, batch norm gives every ReLU inputs of mean 0 and variance 1 over the batch",
-            # float32 over a batch of 512: 24 layers do not add up, each is normalized afresh.
+            # float32 over a batch of 256: 24 layers do not add up, each is normalized afresh.
             [
                 (
                     what,
