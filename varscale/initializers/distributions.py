@@ -15,7 +15,6 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.special
 from jaxtyping import Array, Inexact, Key
 
 from varscale._compat import normal_scale, unscaled_normal
@@ -153,6 +152,8 @@ def _log_mean_exp_square(a: float) -> float:
     """ln ∫₀¹ exp(a s²) ds, for any real a: erf and Dawson's function are its two halves."""
     if a == 0:
         return 0.0
+    import scipy.special  # here, for it takes as long to import as the rest of the package
+
     root = math.sqrt(abs(a))
     if a < 0:
         return math.log(math.sqrt(math.pi) / 2 * math.erf(root) / root)
