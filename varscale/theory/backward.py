@@ -15,6 +15,7 @@ from varscale.theory.axes import Axis, apply_axis, contract_axis, lift_types
 from varscale.theory.elementwise import Apply, apply, roots
 from varscale.theory.graph import Array, Constant, Leaf, Node, View, number
 from varscale.theory.moments import full_types
+from varscale.theory.spread import companions
 
 
 def sum_out(second: np.ndarray, frame: Sequence[Axis], view: View) -> np.ndarray:
@@ -147,8 +148,15 @@ def cotangents(outputs: Iterable[tuple[Node, np.ndarray]], watched: Sequence[Nod
             for view, back in zip(node.args, node.pullback(second), strict=True):
                 add(pending, view.node, back)
             continue
+        scales = companions(node)
         for root in roots(node):
-            add(pending, root.node, _through(node, root, second))
+            group = scales.get((root.node.id, root.bind))
+            if group is None and any(root in g[1:] for g in scales.values()):
+                continue  # a norm's own scale: its part is the projection below
+            back = _through(node, root, second)
+            if back is not None and group is not None and len(group) > 1:
+                back = back - _projection(node, root, group[1], second)
+            add(pending, root.node, back)
         for view in _within(node, asked):
             add(inside, view.node, _through(node, view, second))
     out: dict[int, float] = {}
@@ -168,6 +176,21 @@ def _through(node: Apply, target: View, second: np.ndarray) -> np.ndarray | None
     if slope is None:
         return None
     return sum_out(second * slope.second(node.axes), node.axes, target)
+
+
+def _projection(node: Apply, root: View, scale: View, second: np.ndarray) -> np.ndarray:
+    """What a norm takes out of the cotangent u along its own output y: y · mean(u y), whose mean square is E[mean(u y)²]."""
+    slope = derivative(node, root)
+    assert slope is not None
+    along = apply(node.graph, "mul", (), node.axes, [slope, root])
+    whole = View(along, () if isinstance(along, Constant) else tuple(range(len(node.axes))))
+    out = sum_out(second * whole.second(node.axes), node.axes, root) / max(root.node.table.mean_square, 1e-300)
+    for k, place in enumerate(root.bind):
+        if place not in scale.bind:
+            axis = root.node.axes[k]
+            same = (np.arange(axis.types) < axis.classes).astype(float)
+            out = np.moveaxis(np.multiply.outer(same, contract_axis(out, k, axis.any_pair)), 0, k)
+    return out
 
 
 def _within(node: Apply, asked: dict[int, Node]) -> list[View]:

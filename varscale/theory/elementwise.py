@@ -84,9 +84,29 @@ class Sum(Node):
         return Table(self.axes, mean, second)
 
     def pullback(self, cotangent: np.ndarray) -> list[np.ndarray | None]:
-        from varscale.theory.backward import sum_out
+        from varscale.theory.backward import centred, sum_out
 
-        return [c * c * sum_out(cotangent, self.axes, view) for c, view in zip(self.params, self.args, strict=True)]
+        centred_by = self._centring()
+        out: list[np.ndarray | None] = []
+        for i, (c, view) in enumerate(zip(self.params, self.args, strict=True)):
+            if i in centred_by.values():
+                out.append(None)
+                continue
+            passed = cotangent
+            if i in centred_by:
+                mean = self.args[centred_by[i]]
+                passed = centred(cotangent, [k for k in view.bind if k not in mean.bind], self.axes)
+            out.append(c * c * sum_out(passed, self.axes, view))
+        return out
+
+    def _centring(self) -> dict[int, int]:
+        """Terms that another term takes the mean of away: index of the term to index of its mean."""
+        found = {}
+        for j, (d, mean) in enumerate(zip(self.params, self.args, strict=True)):
+            for i, (c, view) in enumerate(zip(self.params, self.args, strict=True)):
+                if type(mean.node).__name__ == "Mean" and mean.node.args[0].node is view.node and d == -c:
+                    found[i] = j
+        return found
 
 
 def swapped(second: np.ndarray, axes: Sequence[Axis]) -> np.ndarray:

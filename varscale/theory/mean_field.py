@@ -147,7 +147,7 @@ def critical(activation: Activation, bias_variance: float = 0.0) -> Critical:
         q = math.exp(log_q)
         return q - gaussian.second_moment(activation, 0.0, q) / gaussian.derivative_second_moment(activation, 0.0, q)
 
-    grid = [-18 + 0.25 * k for k in range(110)]
+    grid = [-16.0 + k for k in range(24)]
     values = []
     for x in grid:
         try:
@@ -161,11 +161,9 @@ def critical(activation: Activation, bias_variance: float = 0.0) -> Critical:
     for i in range(len(grid) - 1):
         a, b = values[i], values[i + 1]
         if math.isfinite(a) and math.isfinite(b) and abs(a) > scale[i] and a * b < 0:
-            low, high = grid[i], grid[i + 1]
-            for _ in range(60):
-                middle = (low + high) / 2
-                low, high = (middle, high) if (bias_at(middle) - bias_variance) * a > 0 else (low, middle)
-            q = math.exp((low + high) / 2)
+            from scipy.optimize import brentq
+
+            q = math.exp(float(brentq(lambda x: bias_at(x) - bias_variance, grid[i], grid[i + 1], xtol=1e-12)))  # pyright: ignore
             return Critical(1 / gaussian.derivative_second_moment(activation, 0.0, q), q)
     if bias_variance == 0 and abs(gaussian.mean(activation, 0.0, 1e-16)) < 1e-7:
         slope = gaussian.derivative_second_moment(activation, 0.0, 1e-12)
