@@ -169,7 +169,9 @@ def main() -> None:
     parser.add_argument("--rows", action="store_true")
     parser.add_argument("--forward", action="store_true", help="leave gradients out")
     options = parser.parse_args()
-    print("| case | rows | forward median | worst (s.e.) | mean median | backward median | worst | flagged | outside | in band | predict |")
+    print(
+        "| case | rows | forward median | worst (s.e.) | mean median | backward median | worst | flagged | outside | in band | predict |"
+    )
     print("|---|---|---|---|---|---|---|---|---|---|---|")
     broken = []
     for case in grid():

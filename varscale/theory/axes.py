@@ -106,7 +106,7 @@ def labelled(labels: Sequence[int] | np.ndarray) -> Axis:
     return Axis(len(labels), rank[inverse.ravel()].astype(np.uint8).tobytes())
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def join(a: Axis, b: Axis) -> Axis:
     """The common refinement of two classings of the same positions (the finer of the two alone where it is too fine)."""
     if a == b or b.labels is None:
@@ -140,7 +140,7 @@ def grouped(signatures: Float[np.ndarray, "size features"], most: int = MOST_CLA
     return labelled([label[k] for k in inverse.ravel()])
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def class_shares(fine: Axis, coarse: Axis) -> Float[np.ndarray, "fine coarse"]:
     """Share of each class of `fine` that lies in each class of `coarse` (0 and 1 where it refines it)."""
     table = np.zeros((fine.classes, coarse.classes))
@@ -157,7 +157,7 @@ def pair_map(classes: Float[np.ndarray, "new old"]) -> Float[np.ndarray, "newtyp
     return out
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def lift_types(fine: Axis, coarse: Axis) -> Int[np.ndarray, " finetypes"] | Float[np.ndarray, "finetypes coarsetypes"]:
     """How a table over `coarse` reads over `fine`: an index per type where `fine` refines `coarse`, else an averaging matrix."""
     shares = class_shares(fine, coarse)
@@ -180,7 +180,7 @@ def contract_axis(array: np.ndarray, axis: int, weights: np.ndarray) -> np.ndarr
     return np.tensordot(array, weights, axes=(axis, 0))
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def split_axis(axis: Axis, sizes: tuple[int, ...]) -> tuple[tuple[Axis, ...], Int[np.ndarray, " types"]]:
     """Row-major factors of an axis, and the type of the whole for each combination of the factors' types.
 
@@ -208,7 +208,7 @@ def split_axis(axis: Axis, sizes: tuple[int, ...]) -> tuple[tuple[Axis, ...], In
     return factors, np.where(same, i, axis.classes + i * axis.classes + j)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def sliced(axis: Axis, start: int, stop: int, step: int) -> tuple[Axis | None, Float[np.ndarray, "new old"]]:
     """The axis left by a slice (None where one position is left), and which old classes its classes come from."""
     labels = axis.label_array[start:stop:step]

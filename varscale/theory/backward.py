@@ -222,5 +222,3 @@ def centred(second: np.ndarray, axes: Sequence[int], frame: Sequence[Axis]) -> n
     for k in axes:
         mean = np.repeat(np.expand_dims(contract_axis(mean, k, frame[k].any_pair), k), frame[k].types, axis=k)
     return second - mean
-
-

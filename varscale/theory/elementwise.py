@@ -59,7 +59,7 @@ class Sum(Node):
         for view in self.args:
             odd &= view.node.odd
         self.odd = odd
-        self.positive = all(c >= 0 for c in self.params) and all(v.node.positive for v in self.args) or self._is_variance()
+        self.positive = (all(c >= 0 for c in self.params) and all(v.node.positive for v in self.args)) or self._is_variance()
 
     def _is_variance(self) -> bool:
         """mean(x²) − mean(x)², which no rounding makes negative here."""
@@ -215,7 +215,11 @@ def apply(graph: Graph, name: str, extra: tuple[Any, ...], axes: tuple[Axis, ...
     if name == "integer_pow" and extra[0] == 1:
         return _whole(views[0], axes)
     if name == "select_n" and constants[0] is not None:
-        return _whole(views[1 + int(constants[0])], axes) if constants[1 + int(constants[0])] is None else views[1 + int(constants[0])].node
+        return (
+            _whole(views[1 + int(constants[0])], axes)
+            if constants[1 + int(constants[0])] is None
+            else views[1 + int(constants[0])].node
+        )
     if name == "select_n" and len(views) == 3 and constants[0] is None:
         # A branch of zeros makes the choice a factor, 1 or 0, and factors that are independent multiply exactly.
         for kept, dropped in ((2, 1), (1, 2)):

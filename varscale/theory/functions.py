@@ -147,7 +147,24 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "bitcast": _bitcast,
 }
 
-POSITIVE = {"exp", "exp2", "logistic", "abs", "sqrt", "rsqrt", "gt", "lt", "ge", "le", "eq", "ne", "and", "or", "not", "is_finite"}
+POSITIVE = {
+    "exp",
+    "exp2",
+    "logistic",
+    "abs",
+    "sqrt",
+    "rsqrt",
+    "gt",
+    "lt",
+    "ge",
+    "le",
+    "eq",
+    "ne",
+    "and",
+    "or",
+    "not",
+    "is_finite",
+}
 
 
 def function(name: str, extra: tuple[Any, ...]) -> Callable[..., np.ndarray]:

@@ -151,7 +151,9 @@ class Leaf(Node):
     def name(self) -> tuple[Any, ...]:
         return self.params if isinstance(self.params, tuple) else (self.params,)
 
-    def settle(self, table: Table, *, odd: bool, kurtosis: float = 3.0, transport: np.ndarray | None = None, random: bool = True) -> Leaf:
+    def settle(
+        self, table: Table, *, odd: bool, kurtosis: float = 3.0, transport: np.ndarray | None = None, random: bool = True
+    ) -> Leaf:
         """Give the leaf its law.
 
         Args:
@@ -291,7 +293,9 @@ def array(graph: Graph, values: np.ndarray, axes: Sequence[Axis] | None = None) 
     return graph.make(Array, tuple(axes or (Axis(n) for n in values.shape)), (), key)
 
 
-def leaf(graph: Graph, name: Hashable, axes: Sequence[Axis], mean: float, second_moment: float, *, odd: bool, **law: Any) -> Leaf:
+def leaf(
+    graph: Graph, name: Hashable, axes: Sequence[Axis], mean: float, second_moment: float, *, odd: bool, **law: Any
+) -> Leaf:
     """A leaf with independent entries."""
     node = graph.make(Leaf, axes, (), name)
     return node.settle(independent(mean, second_moment, tuple(axes)), odd=odd and mean == 0, **law)

@@ -208,7 +208,11 @@ class Interpreter:
                 shape[bind[k]] = node.axes[k].size
             numbers.append(node.values.transpose(order).reshape(shape))  # pyright: ignore[reportAttributeAccessIssue]
         with np.errstate(all="ignore"):
-            out = np.asarray(function("add" if name == "add_any" else name, extra)(*numbers)) if name != "square" else numbers[0] ** 2
+            out = (
+                np.asarray(function("add" if name == "add_any" else name, extra)(*numbers))
+                if name != "square"
+                else numbers[0] ** 2
+            )
         return array(self.graph, np.broadcast_to(out, [a.size for a in frame]), frame)
 
     def leaf(self, name: Any, shape: Sequence[int], mean: float, second_moment: float, *, odd: bool, **law: Any) -> Value:
@@ -217,7 +221,19 @@ class Interpreter:
         return value(leaf(self.graph, name, axes, mean, second_moment, odd=odd, **law), shape)
 
 
-_KEYED = {"random_bits", "jit", "pjit", "scan", "while", "cond", "custom_jvp_call", "custom_vjp_call", "remat2", "closed_call", "checkpoint"}
+_KEYED = {
+    "random_bits",
+    "jit",
+    "pjit",
+    "scan",
+    "while",
+    "cond",
+    "custom_jvp_call",
+    "custom_vjp_call",
+    "remat2",
+    "closed_call",
+    "checkpoint",
+}
 _NEVER_FOLDED = _KEYED | {"rng_bit_generator"}
 
 

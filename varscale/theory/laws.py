@@ -88,7 +88,9 @@ def _given(interpreter: Interpreter, x: Any, path: str, struct: Any) -> Any:
     if isinstance(x, Moments):
         return named(interpreter, path, shape, independent(x.mean, x.second_moment, axes))
     if isinstance(x, jax.ShapeDtypeStruct):
-        raise TypeError(f"params[{path!r}] is a ShapeDtypeStruct, which has no law; give an array, an initializer or a variance")
+        raise TypeError(
+            f"params[{path!r}] is a ShapeDtypeStruct, which has no law; give an array, an initializer or a variance"
+        )
     if callable(x):
         jaxpr = jax.make_jaxpr(lambda: x(jax.random.key(_KEY), shape, struct.dtype))()
         (out,) = interpreter.run(jaxpr.jaxpr, jaxpr.consts, [])

@@ -43,7 +43,9 @@ class Value:
 def value(node: Node, shape: Sequence[int]) -> Value:
     """The tensor whose dimensions of size > 1 are the node's axes in order."""
     axes = iter(range(len(node.axes)))
-    return Value(node, tuple((Atom(n, next(axes)),) if n > 1 and node.axes else (Atom(n, None),) if n > 1 else () for n in shape))
+    return Value(
+        node, tuple((Atom(n, next(axes)),) if n > 1 and node.axes else (Atom(n, None),) if n > 1 else () for n in shape)
+    )
 
 
 def full(graph: Graph, number_: float, shape: Sequence[int]) -> Value:

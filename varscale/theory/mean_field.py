@@ -52,7 +52,9 @@ def _fixed_point(activation: Activation, weight_variance: float, bias_variance: 
     for _ in range(_STEPS):
         new = step(q)
         if not math.isfinite(new) or new > 1e12:
-            raise ValueError(f"the second moment diverges: no fixed point at weight_variance={weight_variance!r}, bias_variance={bias_variance!r}")
+            raise ValueError(
+                f"the second moment diverges: no fixed point at weight_variance={weight_variance!r}, bias_variance={bias_variance!r}"
+            )
         if abs(new - q) <= 1e-13 * max(q, 1e-30):
             return new
         # Steffensen: quadratic convergence near the fixed point, where plain iteration is slow at criticality.
@@ -86,15 +88,19 @@ def mean_field(activation: Activation, weight_variance: float, bias_variance: fl
     at = max(q, 1e-12)
     chi = weight_variance * gaussian.derivative_second_moment(activation, 0.0, at)
     step = 1e-4 * at
-    slope_q = weight_variance * (
-        gaussian.second_moment(activation, 0.0, at + step) - gaussian.second_moment(activation, 0.0, at - step)
-    ) / (2 * step)
+    slope_q = (
+        weight_variance
+        * (gaussian.second_moment(activation, 0.0, at + step) - gaussian.second_moment(activation, 0.0, at - step))
+        / (2 * step)
+    )
     c, slope_c = _correlation(activation, weight_variance, bias_variance, at, chi)
     phase = "critical" if abs(chi - 1) < _CRITICAL else "ordered" if chi < 1 else "chaotic"
     return MeanField(q, chi, c, _depth(slope_q), _depth(slope_c), phase)
 
 
-def _correlation(activation: Activation, weight_variance: float, bias_variance: float, q: float, chi: float) -> tuple[float, float]:
+def _correlation(
+    activation: Activation, weight_variance: float, bias_variance: float, q: float, chi: float
+) -> tuple[float, float]:
     """The stable fixed point of the correlation map and the map's slope there."""
     a = gaussian.hermite_coefficients(activation, 60, 0.0, q)
     squares = [float(x) ** 2 for x in a]

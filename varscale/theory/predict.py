@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 import math
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +14,6 @@ from varscale import programs
 from varscale.programs import Inputs, Program
 from varscale.report import Report
 from varscale.theory.axes import Axis
-
 from varscale.theory.interpreter import Interpreter, Opaque, PredictionError
 from varscale.theory.layout import full
 from varscale.theory.moments import Moments, Table, estimate, independent
@@ -65,9 +63,11 @@ def predict(
     values = interpreter.run(jaxpr.jaxpr, jaxpr.consts, [*weights, *split.values(interpreter)])
     outputs = dict(zip(shapes, values, strict=True))
     order = _execution_order(jaxpr.jaxpr, list(shapes))
+    from varscale.theory.laws import path_string
     from varscale.theory.summary import summarize
 
-    return summarize(interpreter, program, {path: outputs[path] for path in order}, shapes, backward=backward)
+    named = [(path_string(p), v) for (p, _), v in zip(jax.tree_util.tree_flatten_with_path(abstract)[0], weights, strict=True)]
+    return summarize(interpreter, program, {path: outputs[path] for path in order}, named, backward=backward)
 
 
 def _traced(f: Callable[..., Any], *args: Any) -> tuple[Any, dict[str, Any]]:
@@ -77,7 +77,9 @@ def _traced(f: Callable[..., Any], *args: Any) -> tuple[Any, dict[str, Any]]:
         raise
     except Exception as error:
         message = str(error).strip().splitlines()
-        raise ValueError(f"the model does not trace on these inputs: {type(error).__name__}: {message[0] if message else ''}") from error
+        raise ValueError(
+            f"the model does not trace on these inputs: {type(error).__name__}: {message[0] if message else ''}"
+        ) from error
 
 
 class _Split:
@@ -130,7 +132,9 @@ def input_value(interpreter: Interpreter, x: Any, name: str) -> Any:
         table = Table(axes, np.full([1] * len(axes), x.mean), second)
         return input_leaf(interpreter, name, shape, table, odd=False)
     if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
-        return Opaque(x if isinstance(x, jax.Array) else jax.random.split(jax.random.key(_KEY), shape) if shape else jax.random.key(_KEY))
+        return Opaque(
+            x if isinstance(x, jax.Array) else jax.random.split(jax.random.key(_KEY), shape) if shape else jax.random.key(_KEY)
+        )
     kind = np.dtype(x.dtype).kind if np.dtype(x.dtype).kind != "V" else "f"
     if kind == "c":
         raise TypeError(f"{name} is complex; real and imaginary parts have separate moments: pass them as real arrays")
@@ -181,5 +185,3 @@ def _execution_order(jaxpr: Any, paths: list[str]) -> list[str]:
         for path, var in zip(paths, jaxpr.outvars, strict=True)
     }
     return sorted(paths, key=lambda p: (p == "" or p.startswith("["), where[p], -p.count("/"), paths.index(p)))
-
-

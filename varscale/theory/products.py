@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -11,12 +10,13 @@ from varscale.theory.axes import Axis
 from varscale.theory.cross import cross, dependent
 from varscale.theory.elementwise import roots
 from varscale.theory.graph import View
-from varscale.theory.moments import means_by_type
+from varscale.theory.moments import lift
 from varscale.theory.quadrature import (
     _POWERS,
     HERMITE,
     WEIGHTS,
     Environment,
+    Z,
     by_type,
     concentrated,
     evaluate,
@@ -24,9 +24,7 @@ from varscale.theory.quadrature import (
     grid,
     marginal,
     sobol,
-    Z,
 )
-from varscale.theory.moments import lift
 
 Variable = tuple[int, tuple[int, ...]]
 MOST_VARIABLES = 5
@@ -246,5 +244,3 @@ def _cubature(group: _Group, frame: Sequence[Axis], fixed: Environment) -> tuple
             done[key] = float(np.mean(tree(group.f, ci, latents[:, :k]) * tree(group.g, cj, latents[:, k:])))
         second[index] = done[key]
     return mean, second
-
-

@@ -118,7 +118,9 @@ def _sum_quantiles(root: Sum, table: Table, deviation: np.ndarray) -> np.ndarray
         own = roots(view.node)
         variance = c * c * view.node.table.variance
         single = len(own) == 1 and not (isinstance(view.node, Apply) and view.node.table.variance == 0)
-        shares.append(0.0 if single and own[0].node is view.node and marginal(view.node).gaussian else variance if single else 0.0)
+        shares.append(
+            0.0 if single and own[0].node is view.node and marginal(view.node).gaussian else variance if single else 0.0
+        )
         parts.append((c, view, own if single else ()))
     # A tenth of the variance moves a fourth moment by a hundredth: below that the sum is as good as Gaussian.
     if sum(shares) < 0.1 * max(table.variance, 1e-300) or math.prod(shape) > 9:
@@ -156,7 +158,9 @@ def by_type(x: np.ndarray, axes: Sequence[Axis], *, second: bool) -> np.ndarray:
     return x
 
 
-def latent(covariance: np.ndarray, axes: Sequence[Axis], values: np.ndarray, deviation: np.ndarray, gaussian: bool) -> np.ndarray:
+def latent(
+    covariance: np.ndarray, axes: Sequence[Axis], values: np.ndarray, deviation: np.ndarray, gaussian: bool
+) -> np.ndarray:
     """The correlation of the underlying normals that gives each type its covariance (Nataf); 1 where i = j."""
     scale = by_type(deviation, axes, second=False) * by_type(deviation, axes, second=True)
     rho = np.clip(covariance / np.maximum(scale, 1e-300), -1.0, 1.0)
@@ -185,9 +189,11 @@ Environment = dict[tuple[int, tuple[int, ...]], np.ndarray]
 def grid(view: View, frame: Sequence[Axis]) -> np.ndarray:
     """A root's values over the frame's classes and the normal grid, (classes or 1..., points)."""
     values = marginal(view.node).values
-    return np.stack([lift(v, view.node.axes, view.bind, frame, pairs=False) for v in np.moveaxis(values, -1, 0)], -1) if (
-        any(frame[b].labels != a.labels for a, b in zip(view.node.axes, view.bind, strict=True))
-    ) else _place(values, view.bind, len(frame))
+    return (
+        np.stack([lift(v, view.node.axes, view.bind, frame, pairs=False) for v in np.moveaxis(values, -1, 0)], -1)
+        if (any(frame[b].labels != a.labels for a, b in zip(view.node.axes, view.bind, strict=True)))
+        else _place(values, view.bind, len(frame))
+    )
 
 
 def _place(values: np.ndarray, bind: Sequence[int], rank: int) -> np.ndarray:
@@ -276,7 +282,7 @@ def elementwise_table(node: Apply) -> Table:
     return Table(node.axes, np.array(np.broadcast_to(mean, classes)), np.array(np.broadcast_to(second, node.frame_types)))
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def sobol(dimension: int, size: int = 4096) -> Float[np.ndarray, "points dimension"]:
     """Quasi-random standard normals, antithetic and whitened: linear and quadratic functions are exact."""
     from scipy.stats import qmc

@@ -80,8 +80,9 @@ def _kernel(node: Node) -> Spread:
         return combine(parts)
     if isinstance(node, Conv):
         x = node.args[0].node
-        _, _, xd, _, _ = node.params
-        return combine([(1.0, _averaged(x, [k for k in xd[1:2] if k is not None]))])
+        _, windows, xd, _, _ = node.params
+        taps = math.prod(w.taps for w in windows)
+        return combine([(1.0, _averaged(x, [k for k in xd[1:2] if k is not None], taps))])
     if isinstance(node, Sum):
         if node.positive:
             return combine([(1.0, kernel(node.args[int(np.argmax(node.params))].node))])
@@ -100,8 +101,8 @@ def _kernel(node: Node) -> Spread:
     return inherited(node.args[0].node)
 
 
-def _averaged(node: Node, axes: Sequence[int]) -> Spread:
-    """A node's fluctuations when it enters a contraction over these axes: what one output sees of its scale."""
+def _averaged(node: Node, axes: Sequence[int], taps: int = 1) -> Spread:
+    """A node's fluctuations when it enters a contraction over these axes (at several taps): what one output sees of its scale."""
     from varscale.theory.rules.units import Softmax
 
     if isinstance(node, Leaf | Array | Constant) and (not isinstance(node, Leaf) or node.name[0] != "input"):
@@ -109,7 +110,7 @@ def _averaged(node: Node, axes: Sequence[int]) -> Spread:
     if all(isinstance(r.node, Softmax) for r in roots(node)):
         return NONE  # attention weights are fixed by kernels over all units, which fluctuate less than one unit's outputs
     spread = full(node)
-    point = fresh(node, axes) + inherited(node).point
+    point = fresh(node, axes) / taps + inherited(node).point
     return dataclasses.replace(spread, point=point)
 
 
@@ -164,7 +165,9 @@ def _origin(node: Node) -> int:
 
 def companions(node: Node) -> dict[tuple[int, tuple[int, ...]], list[View]]:
     """The roots of a tree that fluctuate, each with the concentrated ones that are its own scale (a norm's variance)."""
-    own = [r for r in roots(node) if not isinstance(r.node, Array) and not (isinstance(r.node, Leaf) and r.node.name[0] != "input")]
+    own = [
+        r for r in roots(node) if not isinstance(r.node, Array) and not (isinstance(r.node, Leaf) and r.node.name[0] != "input")
+    ]
     live = [r for r in own if not concentrated(r.node)] or own
     out: dict[tuple[int, tuple[int, ...]], list[View]] = {(r.node.id, r.bind): [r] for r in live}
     for scale in own:

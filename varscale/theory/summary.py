@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -18,19 +18,25 @@ from varscale.theory.layout import Value
 from varscale.theory.moments import Table
 from varscale.theory.provenance import provenance
 from varscale.theory.spread import full
+from varscale.theory.uses import weights
 
 _BAND = 2.5758  # 99 % of a normal
 _ROUNDING = 4e-3  # what second order and a norm's epsilon leave where first order finds no fluctuation at all
 
 
 def summarize(
-    interpreter: Interpreter, program: Program, outputs: Mapping[str, Any], shapes: Mapping[str, Any], *, backward: bool
+    interpreter: Interpreter,
+    program: Program,
+    outputs: Mapping[str, Any],
+    parameters: Iterable[tuple[str, Any]],
+    *,
+    backward: bool,
 ) -> Report:
     """The report of a walk."""
     values = {path: x for path, x in outputs.items() if isinstance(x, Value) and math.prod(x.shape) > 0}
     gradients = _gradients(values) if backward else {}
     rows = tuple(_row(program, path, x, gradients.get(x.node.id)) for path, x in values.items())
-    return Report(rows, {})
+    return Report(rows, weights(interpreter, parameters))
 
 
 def _kind(program: Program, path: str) -> str:

@@ -4,7 +4,18 @@ from __future__ import annotations
 
 import importlib
 
-FAMILIES = ("elementwise", "structure", "reductions", "linear", "convolution", "pooling", "gather", "random", "units", "control")
+FAMILIES = (
+    "elementwise",
+    "structure",
+    "reductions",
+    "linear",
+    "convolution",
+    "pooling",
+    "gather",
+    "random",
+    "units",
+    "control",
+)
 _loaded: list[str] = []
 
 

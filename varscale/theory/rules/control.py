@@ -119,6 +119,13 @@ def cond(interpreter: Interpreter, eqn: Any, which: Value, *xs: Any) -> list[Any
     return interpreter.run(jaxpr, consts, xs)
 
 
+@rule("platform_index")
+def platform_index(interpreter: Interpreter, eqn: Any, *_: Any) -> Value:
+    """Which of several implementations a platform takes: moments are those of any, so the default."""
+    platforms = eqn.params["platforms"]
+    return interpreter.known(np.int32(next((i for i, p in enumerate(platforms) if p is None or "cpu" in p), 0)))
+
+
 @rule("while")
 def while_(interpreter: Interpreter, eqn: Any, *xs: Any) -> list[Any]:
     """Steps while the condition is known to hold."""
@@ -135,5 +142,3 @@ def while_(interpreter: Interpreter, eqn: Any, *xs: Any) -> list[Any]:
             return state
         state = interpreter.run(body, body_literals, [*body_consts, *state])
     raise NotImplementedError("a loop of more than 10000 steps")
-
-

@@ -30,7 +30,7 @@ class Window(NamedTuple):
     dilation: int
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def hits(window: Window, size_in: int) -> np.ndarray:
     """Input position of each (output position, tap), −1 where there is none."""
     n, taps, stride, low, input_dilation, dilation = window
@@ -39,7 +39,7 @@ def hits(window: Window, size_in: int) -> np.ndarray:
     return np.where(real, at // input_dilation, -1)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def output_axis(window: Window, axis: Axis) -> Axis:
     """Output positions classed by how many taps they have in each class of the input: borders show themselves."""
     at = hits(window, axis.size)
@@ -47,7 +47,7 @@ def output_axis(window: Window, axis: Axis) -> Axis:
     return ONE if window.size_out == 1 else grouped(seen.astype(float))
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def tap_means(window: Window, axis: Axis, out: Axis) -> np.ndarray:
     """Mean number of taps of each class of output in each class of input, (C_out, C_in)."""
     at = hits(window, axis.size)
@@ -57,7 +57,7 @@ def tap_means(window: Window, axis: Axis, out: Axis) -> np.ndarray:
     return table / out.counts[:, None]
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def tap_pairs(window: Window, axis: Axis, out: Axis) -> tuple[np.ndarray, np.ndarray]:
     """Mean number of tap pairs for each type of output pair and of input pair, (types_out, types_in).
 
@@ -127,7 +127,7 @@ class Conv(Node):
 
     def channels(self) -> dict[int, np.ndarray]:
         """Pairs of input channels behind a pair of output channels, (types_out, types_in), for the same (0) and another (1) input of w."""
-        groups, _, xd, wd, od = self.params
+        groups, _, xd, _wd, od = self.params
         c = self._axes(self.args[0].node, xd)[1]
         o = self._axes(self, od)[1]
         own = c.size / groups
@@ -149,7 +149,7 @@ class Conv(Node):
         return {0: tables[0], 1: tables[1]}
 
     def spaces(self) -> list[tuple[np.ndarray, np.ndarray]]:
-        groups, windows, xd, wd, od = self.params
+        _groups, windows, xd, _wd, od = self.params
         xs, os = self._axes(self.args[0].node, xd)[2:], self._axes(self, od)[2:]
         out = []
         for window, a, o in zip(windows, xs, os, strict=True):
@@ -159,7 +159,7 @@ class Conv(Node):
 
     def carry(self, x_second: np.ndarray, w_second: np.ndarray, *, transposed: bool = False) -> np.ndarray:
         """Second moments by type of the output, from those of input and weights (logical dims); or of the input's cotangent."""
-        groups, windows, xd, wd, od = self.params
+        _groups, _windows, xd, wd, od = self.params
         channel, space = self.channels(), self.spaces()
         x_axes, o_axes = self._axes(self.args[0].node, xd), self._axes(self, od)
         w_axes = self._axes(self.args[1].node, wd)
@@ -172,7 +172,9 @@ class Conv(Node):
             # Classes within w's own axes do not change how its taps meet the input.
             kinds = [int(t >= w_axes[k + 1].classes) for k, t in enumerate(index)]
             share = math.prod(
-                w_axes[k + 1].pairs[t] / w_axes[k + 1].pairs[_block(w_axes[k + 1], kinds[k])].sum() if w_axes[k + 1].size > 1 else 1.0
+                w_axes[k + 1].pairs[t] / w_axes[k + 1].pairs[_block(w_axes[k + 1], kinds[k])].sum()
+                if w_axes[k + 1].size > 1
+                else 1.0
                 for k, t in enumerate(index)
             )
             maps = [channel[kinds[0]], *(space[k][kinds[k + 1]] for k in range(len(space)))]
@@ -217,7 +219,7 @@ class Conv(Node):
         return kept.transpose(np.argsort([k for k in dims if k is not None]))
 
     def pullback(self, cotangent: np.ndarray) -> list[np.ndarray | None]:
-        groups, windows, xd, wd, od = self.params
+        _groups, _windows, xd, wd, od = self.params
         back = self.carry(self._logical(cotangent, od), self._logical(self.args[1].node.table.second, wd), transposed=True)
         own = self._own_of(back, xd, self.args[0].node)
         return [own, None]
@@ -294,5 +296,3 @@ def conv(interpreter: Interpreter, eqn: Any, x: Value, w: Value) -> Value:
     from varscale.theory.elementwise import affine
 
     return Value(affine(node, cx * cw, 0.0), tuple(out))
-
-

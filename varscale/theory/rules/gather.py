@@ -109,6 +109,8 @@ def base_ids(node: Node) -> Node:
 def gather(interpreter: Interpreter, eqn: Any, x: Value, ids: Value) -> Any:
     p, shape = eqn.params, eqn.outvars[0].aval.shape
     d = p["dimension_numbers"]
+    if x.constant is not None:
+        return layout.full(interpreter.graph, x.constant, shape)
     known = interpreter.concrete(ids)
     sizes = p["slice_sizes"]
     collapsed = set(d.collapsed_slice_dims)
@@ -119,7 +121,9 @@ def gather(interpreter: Interpreter, eqn: Any, x: Value, ids: Value) -> Any:
             x = take(x, dim, start, start + size, 1)
         return layout.reshape(x, shape)
     picked = tuple(d.start_index_map)
-    plain = set(picked) == collapsed and all(s == n for k, (s, n) in enumerate(zip(sizes, x.shape, strict=True)) if k not in collapsed)
+    plain = set(picked) == collapsed and all(
+        s == n for k, (s, n) in enumerate(zip(sizes, x.shape, strict=True)) if k not in collapsed
+    )
     if not plain or d.operand_batching_dims:
         from varscale.theory.rules.sampled import sampled
 

@@ -132,7 +132,9 @@ def strip(x: Value) -> tuple[float, Value]:
     return 1.0, x
 
 
-def contract(interpreter: Interpreter, x: Value, y: Value, contracted: tuple[Sequence[int], ...], batch: tuple[Sequence[int], ...]) -> Value:
+def contract(
+    interpreter: Interpreter, x: Value, y: Value, contracted: tuple[Sequence[int], ...], batch: tuple[Sequence[int], ...]
+) -> Value:
     """`lax.dot_general`: batch dimensions, then x's free ones, then y's."""
     (cx, cy), (bx, by) = contracted, batch
     fx = [d for d in range(len(x.dims)) if d not in (*cx, *bx)]

@@ -29,7 +29,9 @@ class WindowSum(Node):
     def axes_out(self) -> list[Axis]:
         return [ONE if k is None else self.axes[k] for k in self.params[2]]
 
-    def _carry(self, array: np.ndarray, maps: Sequence[np.ndarray | None], inward: Sequence[int | None], outward: Sequence[int | None]) -> np.ndarray:
+    def _carry(
+        self, array: np.ndarray, maps: Sequence[np.ndarray | None], inward: Sequence[int | None], outward: Sequence[int | None]
+    ) -> np.ndarray:
         out = array.transpose([k for k in inward if k is not None])
         out = out[tuple(None if k is None else slice(None) for k in inward)]
         for d, matrix in enumerate(maps):
@@ -100,7 +102,7 @@ class WindowMax(WindowSum):
         return pooled_estimate(x.transpose([0, *(int(i) + 1 for i in np.argsort(placed))]), self.axes)
 
     def pullback(self, cotangent: np.ndarray) -> list[np.ndarray | None]:
-        _, xd, od = self.params
+        _, _xd, _od = self.params
         taps = math.prod(w.taps for w in self.params[0] if w is not None)
         (spread,) = super().pullback(cotangent)
         assert spread is not None
@@ -132,7 +134,9 @@ def _window_node(interpreter: Interpreter, eqn: Any, x: Value, kind: type[Window
     base = p.get("base_dilation") or (1,) * rank
     windows = tuple(
         None if w == 1 and s == 1 and not any(pad) else Window(n, w, s, pad[0], b, d)
-        for n, w, s, pad, b, d in zip(shape, p["window_dimensions"], p["window_strides"], p["padding"], base, dilation, strict=True)
+        for n, w, s, pad, b, d in zip(
+            shape, p["window_dimensions"], p["window_strides"], p["padding"], base, dilation, strict=True
+        )
     )
     xd = tuple(dim[0].axis if dim else None for dim in x.dims)
     axes: list[Axis] = []

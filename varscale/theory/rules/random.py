@@ -9,11 +9,11 @@ import jax
 import numpy as np
 from scipy import special
 
+from varscale.theory.axes import Axis
 from varscale.theory.elementwise import Apply
 from varscale.theory.graph import Array, Constant, Leaf, Node
 from varscale.theory.interpreter import Interpreter, Opaque, elementwise_or_layout, rule
 from varscale.theory.layout import Value, full, value
-from varscale.theory.axes import Axis
 from varscale.theory.quadrature import WEIGHTS, Z, evaluate
 
 

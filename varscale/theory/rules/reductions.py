@@ -57,7 +57,9 @@ def _cross_mean(a: View, b: View, frame: Sequence[Axis]) -> np.ndarray | None:
             mine, other = _wide_bind(a, x, extra), _wide_bind(b, y, extra)
             out = cross(View(x, mine), View(y, other), wide)
             for d in reversed(extra):
-                out = contract_axis(np.broadcast_to(out, [*out.shape[:d], wide[d].types, *out.shape[d + 1 :]]), d, wide[d].any_pair)
+                out = contract_axis(
+                    np.broadcast_to(out, [*out.shape[:d], wide[d].types, *out.shape[d + 1 :]]), d, wide[d].any_pair
+                )
             return out
     partner = _matched([x.axes[k].size for k in reduced], [(b.bind[k], b.node.axes[k].size) for k in spare])
     if partner is not None:
@@ -89,7 +91,7 @@ def _matched(sizes: Sequence[int], places: list[tuple[int, int]]) -> list[int] |
     return out
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _over_first(axis: Axis) -> np.ndarray:
     """E[mean over i of x_i · y_j] by the class of j, read at every type."""
     weights = np.zeros((axis.classes, axis.types))
@@ -207,7 +209,9 @@ def reduce_max(interpreter: Interpreter, eqn: Any, x: Value) -> Value:
     count = math.prod(x.node.axes[k].size for k in axes)
     sign = 1.0 if eqn.primitive.name == "reduce_max" else -1.0
     kept = [a for k, a in enumerate(x.node.axes) if k not in axes]
-    node = interpreter.graph.make(Extreme, kept, [View(x.node, tuple(range(len(x.node.axes))))], (tuple(sorted(axes)), sign, count))
+    node = interpreter.graph.make(
+        Extreme, kept, [View(x.node, tuple(range(len(x.node.axes))))], (tuple(sorted(axes)), sign, count)
+    )
     return without_axes(left, node)
 
 
@@ -216,5 +220,3 @@ def sampled_reduction(interpreter: Interpreter, eqn: Any, *xs: Value) -> Any:
     from varscale.theory.rules.sampled import sampled
 
     return sampled(interpreter, eqn, *xs)
-
-

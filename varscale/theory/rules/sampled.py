@@ -62,7 +62,10 @@ def sample_map(
     small: int = 2,
 ) -> Table:
     """Moments of f of some nodes, their axes in `whole` kept at full size and the others reduced to `small`."""
-    sizes = [[a.size if k in keep else min(a.size, small) for k, a in enumerate(n.axes)] for n, keep in zip(nodes, whole, strict=True)]
+    sizes = [
+        [a.size if k in keep else min(a.size, small) for k, a in enumerate(n.axes)]
+        for n, keep in zip(nodes, whole, strict=True)
+    ]
     replicates = int(np.clip(_BUDGET / max(sum(math.prod(s) for s in sizes), 1), 16, 20_000))
     rng = np.random.default_rng(0)
     out = f(*[draw(n, s, replicates, rng) for n, s in zip(nodes, sizes, strict=True)])
@@ -126,10 +129,21 @@ def _run(graph: Any, eqn: Any, values: Sequence[Value], params: Any) -> list[np.
         rows: list[list[np.ndarray]] = []
         with jax.ensure_compile_time_eval(), jax.numpy_dtype_promotion("standard"):
             for r in range(replicates):
-                out = eqn.primitive.bind(*[jnp.asarray(d[r]) for d in draws], **eqn.params)
+                try:
+                    out = eqn.primitive.bind(*[jnp.asarray(d[r]) for d in draws], **eqn.params)
+                except Exception as error:
+                    raise PredictionError(_no_rule(eqn, "it cannot be run to sample it")) from error
                 rows.append([np.asarray(o, float) for o in (out if eqn.primitive.multiple_results else [out])])
         graph.memo[key] = [np.stack([row[i] for row in rows]) for i in range(len(rows[0]))]
     return graph.memo[key]
+
+
+def _no_rule(eqn: Any, why: str) -> str:
+    name = eqn.primitive.name
+    return (
+        f"no rule for primitive {name!r} at {source(eqn)}, and {why}; "
+        f'register one: @vs.theory.rule("{name}") def _(interpreter, eqn, *values): ...'
+    )
 
 
 def sampled(interpreter: Interpreter, eqn: Any, *xs: Any) -> list[Value]:
@@ -138,10 +152,7 @@ def sampled(interpreter: Interpreter, eqn: Any, *xs: Any) -> list[Value]:
     elements = sum(math.prod(x.shape) for x in xs if isinstance(x, Value)) + sum(math.prod(v.aval.shape) for v in eqn.outvars)
     inner = any(hasattr(p, "eqns") or hasattr(p, "jaxpr") for p in eqn.params.values())
     if inner or elements > _BUDGET or not all(isinstance(x, Value) for x in xs):
-        raise PredictionError(
-            f"no rule for primitive {name!r} at {source(eqn)}, and it is too large to sample; "
-            f'register one: @vs.theory.rule("{name}") def _(interpreter, eqn, *values): ...'
-        )
+        raise PredictionError(_no_rule(eqn, "it is too large to sample"))
     graph = interpreter.graph
     graph.count += 1
     mark = graph.count
@@ -152,5 +163,3 @@ def sampled(interpreter: Interpreter, eqn: Any, *xs: Any) -> list[Value]:
         graph.memo["sampled", (name, i, mark)] = (eqn, xs, i)
         outs.append(value(graph.make(Sampled, axes, views, (name, i, mark)), var.aval.shape))
     return outs
-
-

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -211,7 +212,7 @@ def slice_(interpreter: Interpreter, eqn: Any, x: Value) -> Value:
 @rule("split")
 def split(interpreter: Interpreter, eqn: Any, x: Value) -> list[Value]:
     edges = np.cumsum([0, *eqn.params["sizes"]])
-    return [take(x, eqn.params["axis"], int(a), int(b), 1) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+    return [take(x, eqn.params["axis"], int(a), int(b), 1) for a, b in itertools.pairwise(edges)]
 
 
 @rule("dynamic_slice")
@@ -265,7 +266,9 @@ class Concat(Node):
                     matrix = np.zeros((whole.types, frame[k].types))
                     matrix[: whole.classes, : frame[k].classes] = shares
                     # Of the pairs within a class of the whole, those within this part: n(n − 1) of N(N − 1).
-                    matrix[whole.classes :, frame[k].classes :] = _pair_shares(shares, shares, whole, frame[k].counts if sizes[i] > 1 else np.ones(1))
+                    matrix[whole.classes :, frame[k].classes :] = _pair_shares(
+                        shares, shares, whole, frame[k].counts if sizes[i] > 1 else np.ones(1)
+                    )
                     second += apply_axis(table, k, matrix)
                 else:
                     table = self._between(view, other, parts[i][1], parts[j][1], cross)

@@ -55,13 +55,13 @@ def weight_moments(counts: tuple[float, ...], variances: tuple[float, ...]) -> W
     reach = 14 + 5 * float(s.max())
     t = np.linspace(middle - reach, middle + reach, 120)
     u = np.exp(t)
-    l = s[:, None] * _L  # (classes, points)
-    e = np.exp(l)
+    logits = s[:, None] * _L  # (classes, points)
+    e = np.exp(logits)
     decay = np.exp(-u[:, None, None] * e)  # (u, classes, points)
-    log_phi = np.log1p(np.clip((np.expm1(-u[:, None, None] * e)) @ _LW, -1 + 1e-300, 0))
+    log_phi = np.log1p(np.clip((np.expm1(-u[:, None, None] * e)) @ _LW, -1 + 1e-15, 0))
     phi = np.maximum(np.exp(log_phi), 1e-300)
     a1, a2, a3 = (decay * e**k @ _LW for k in (1, 2, 3))
-    b1, b2 = decay * e * l @ _LW, decay * (e * l) ** 2 @ _LW
+    b1, b2 = decay * e * logits @ _LW, decay * (e * logits) ** 2 @ _LW
     whole = np.exp(log_phi @ n)
     step = t[1] - t[0]
     one = lambda f, power: (f * (whole * u**power)[:, None]).sum(0) * step  # noqa: E731
@@ -130,7 +130,9 @@ class Softmax(Node):
         seen, shared = mean.transpose(order) * number, second.transpose(order) * number
         inverse = self._mean_inverse()
         all_keys = tuple(range(len(self.rows()), seen.ndim))
-        scale = 1 / np.maximum(inverse * np.broadcast_to(seen, np.broadcast_shapes(seen.shape, inverse.shape)).sum(all_keys, keepdims=True), 1e-300)
+        scale = 1 / np.maximum(
+            inverse * np.broadcast_to(seen, np.broadcast_shapes(seen.shape, inverse.shape)).sum(all_keys, keepdims=True), 1e-300
+        )
         return seen * scale, shared, keys
 
     def _mean_inverse(self) -> np.ndarray:
@@ -227,7 +229,7 @@ class Softmax(Node):
         row_axes = [self.axes[k] for k in rows]
         deviation = self.deviation().transpose([*rows, *self.params])
         deviation = deviation.reshape(*[a.types for a in row_axes], -1).mean(-1)
-        seen, _, keys = self.counts()
+        seen, _, _ = self.counts()
         out = np.zeros([a.types for a in row_axes])
         cells = self.cells()
         for index in np.ndindex(*out.shape):
@@ -386,10 +388,17 @@ def _terms(view: View, masks: list[View]) -> list[tuple[float, View]]:
     node, bind = view
     graph = node.graph
     if isinstance(node, Sum):
-        return [(c * d, t) for c, child in zip(node.params, node.args, strict=True) for d, t in _terms(child.within(bind), masks)]
+        return [
+            (c * d, t) for c, child in zip(node.params, node.args, strict=True) for d, t in _terms(child.within(bind), masks)
+        ]
     if isinstance(node, Apply) and node.params[0] == "affine":
         return [(node.params[1][0] * c, t) for c, t in _terms(node.args[0].within(bind), masks)]
-    if isinstance(node, Apply) and node.params[0] == "select_n" and isinstance(node.args[0].node, Array) and len(node.args) == 3:
+    if (
+        isinstance(node, Apply)
+        and node.params[0] == "select_n"
+        and isinstance(node.args[0].node, Array)
+        and len(node.args) == 3
+    ):
         for keep, drop in ((1, 2), (2, 1)):
             other = node.args[drop].node
             if isinstance(other, Constant) and other.params < _MASKED:

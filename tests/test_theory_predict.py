@@ -1,0 +1,176 @@
+"""Prediction end to end: known laws, every way to give a model, drawn architectures against drawn networks, bad input."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import varscale as vs
+from experiments.benchmarks import architectures as zoo
+from experiments.benchmarks.accuracy import Case, compare
+from varscale.theory import PredictionError, critical, mean_field, predict
+
+X = jax.ShapeDtypeStruct((16, 64), jnp.float32)
+
+
+def test_linear_layer_and_relu_follow_the_law():
+    report = predict(zoo.MLP("relu", 256, 3, gain=2.0), X)
+    for i in range(3):
+        assert report[f"Dense_{i}"].second_moment == pytest.approx(2 if i == 0 else 2, rel=1e-3)
+        assert report[f"Act_{i}"].mean == pytest.approx(np.sqrt(2 / (2 * np.pi)), rel=1e-3)
+    weight = report.weights["Dense_1/kernel"]
+    assert (weight.fan_in, weight.fan_out, weight.uses) == (256, 256, 1)
+    assert weight.ratio == pytest.approx(0.5, rel=1e-3)
+    assert report["Dense_0"].gradient == pytest.approx(0.5, rel=0.1)
+
+
+@pytest.mark.parametrize("k_and_size", [(3, 32, 0.9588), (7, 32, 0.8957), (7, 8, 0.6173)])
+def test_same_padding_has_the_coverage_of_its_border(k_and_size):
+    k, size, coverage = k_and_size
+    model = nn.Conv(8, (k, k), kernel_init=nn.initializers.normal((1 / (4 * k * k)) ** 0.5))
+    row = predict(model, jax.ShapeDtypeStruct((2, size, size, 4), jnp.float32)).output
+    assert row.second_moment == pytest.approx(coverage, abs=2e-4)
+
+
+def test_normalization_is_exact_and_dropout_scales():
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.LayerNorm()(nn.Dense(256)(x))
+            return nn.Dropout(0.25, deterministic=False)(x)
+
+    report = predict(Net(), X)
+    assert report["LayerNorm_0"].second_moment == pytest.approx(1, abs=1e-5)
+    # A jump inside a cell of the normal grid costs at most half a cell: .01 φ(.67) / .75 = .4 % of the keep rate.
+    assert report.output.second_moment == pytest.approx(4 / 3, rel=4e-3)
+
+
+def test_glu_with_silu():
+    def net(params, x):
+        a, b = jnp.split(x @ params["w"], 2, -1)
+        return jax.nn.silu(a) * b
+
+    w = vs.Moments(0.0, 1 / 4096, (4096, 512))
+    x = jax.ShapeDtypeStruct((16, 4096), jnp.float32)
+    assert predict(net, x, params={"w": w}).output.second_moment == pytest.approx(0.3558, abs=2e-4)
+
+
+def test_every_way_to_give_the_parameters_agrees():
+    class Net(nnx.Module):
+        def __init__(self, rngs):
+            self.a = nnx.Linear(64, 256, rngs=rngs)
+            self.b = nnx.Linear(256, 256, rngs=rngs)
+
+        def __call__(self, x):
+            return self.b(jnp.tanh(self.a(x)))
+
+    declared = predict(lambda rngs: Net(rngs), X).output.second_moment
+    assert predict(Net(nnx.Rngs(0)), X).output.second_moment == pytest.approx(declared, rel=0.05)
+    model = nn.Dense(256)
+    variances = {"kernel": 1 / 64, "bias": 0.0}
+    inits = {"kernel": vs.lecun_normal(), "bias": vs.zeros}
+    for params in (variances, inits, None):
+        assert predict(model, X, params=params).output.second_moment == pytest.approx(1, rel=1e-3)
+
+
+def test_real_data_and_moments():
+    x = jnp.asarray(np.random.default_rng(0).uniform(size=(64, 100)), jnp.float32)
+    measured = predict(nn.Dense(64), x).output.second_moment
+    assert measured == pytest.approx(1 / 3, rel=0.03)
+    given_moments = predict(nn.Dense(64), vs.Moments(0.5, 1 / 3, (64, 100))).output
+    assert given_moments.second_moment == pytest.approx(1 / 3, rel=1e-3)
+    assert given_moments.sample_correlation == pytest.approx(0.75, rel=1e-3)
+
+
+def test_repeated_tokens_are_fully_correlated():
+    report = predict(nn.Embed(50, 64), jnp.zeros((2, 8), jnp.int32))
+    assert report.output.sample_correlation == pytest.approx(1)
+    assert predict(nn.Embed(50, 64), jnp.arange(16).reshape(2, 8)).output.sample_correlation == pytest.approx(0, abs=1e-9)
+
+
+@settings(max_examples=4)
+@given(
+    act=st.sampled_from(["tanh", "relu", "gelu", "silu", "selu"]),
+    depth=st.integers(1, 4),
+    gain=st.sampled_from([0.5, 1.0, 2.0]),
+    norm=st.sampled_from(["none", "layer", "rms", "batch"]),
+)
+def test_drawn_mlps_agree_within_confidence(act, depth, gain, norm):
+    """24 nets a case: an error beyond confidence + 4 standard errors has probability below 1e-4 a row; 10 % off shows at width 256."""
+    rows, _, _ = compare(Case("drawn", "", zoo.MLP(act, 256, depth, norm, gain), (16, 64)), 24, backward=False)
+    for row in rows:
+        assert abs(row.mean) <= row.confidence + 4 * row.forward_error + 0.005, row
+
+
+@settings(max_examples=2)
+@given(causal=st.booleans(), feedforward=st.sampled_from(["gelu", "swiglu"]))
+def test_drawn_transformers_agree_within_confidence(causal, feedforward):
+    """12 nets; rows beyond confidence + 5 standard errors + 4 % (the tilt's second order) have probability below 1e-6."""
+    model = zoo.Transformer(depth=2, width=128, causal=causal, feedforward=feedforward, vocabulary=100)
+    rows, _, _ = compare(Case("drawn", "", model, (4, 16), jnp.int32, tokens=100), 12, backward=False)
+    for row in rows:
+        assert abs(row.mean) <= row.confidence + 5 * row.forward_error + 0.04, row
+
+
+def test_unrolled_scan_and_remat():
+    class Block(nn.Module):
+        @nn.compact
+        def __call__(self, x, _):
+            return x + nn.Dense(64)(nn.LayerNorm()(x)), None
+
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            stack = nn.scan(nn.remat(Block), variable_axes={"params": 0}, split_rngs={"params": True}, length=3)
+            return stack()(x, None)[0]
+
+    assert predict(Net(), X).output.second_moment == pytest.approx(4, rel=1e-2)
+
+
+@pytest.mark.parametrize("cell", [nn.LSTMCell, nn.GRUCell])
+def test_recurrent_cells_are_interpreted(cell):
+    second = predict(nn.RNN(cell(64)), jax.ShapeDtypeStruct((4, 5, 64), jnp.float32)).output.second_moment
+    assert 0.001 < second < 1
+
+
+def test_bad_input_gets_one_clear_error():
+    with pytest.raises(ValueError, match="does not trace"):
+        predict(nn.MultiHeadDotProductAttention(3), X)
+    with pytest.raises(ValueError, match="NaN"):
+        predict(nn.Dense(4), jnp.full((2, 3), jnp.nan))
+    with pytest.raises(ValueError, match="returns no array"):
+        predict(lambda params, x: None, X, params={"w": jnp.ones(3)})
+    with pytest.raises(ValueError, match="params must be given"):
+        predict(lambda params, x: x, X)
+    with pytest.raises(ValueError, match="detail"):
+        predict(nn.Dense(4), X, detail="all")
+    with pytest.raises(ValueError, match=r"second_moment must be at least"):
+        vs.Moments(2.0, 1.0, (3,))
+
+
+def test_unknown_primitive_names_itself_and_what_to_do():
+    from jax.extend.core import Primitive
+
+    strange = Primitive("strange_primitive")
+    strange.def_abstract_eval(lambda x: x)
+
+    def f(params, x):
+        return strange.bind(x)
+
+    with pytest.raises(PredictionError, match="strange_primitive"):
+        predict(f, X, params={"w": jnp.ones(3)})
+
+
+def test_mean_field_reproduces_the_literature():
+    point = critical(jnp.tanh, 0.05)
+    assert point.weight_variance == pytest.approx(1.76095, abs=2e-5)
+    assert point.q == pytest.approx(0.5700, abs=1e-4)
+    assert mean_field(jnp.tanh, (5 / 3) ** 2, 0.0).chi == pytest.approx(1.210, abs=1e-3)
+    relu = mean_field(jax.nn.relu, 2.0, 0.0)
+    assert (relu.q, relu.phase) == (pytest.approx(1.0), "critical")
+    with pytest.raises(ValueError, match="no critical point"):
+        critical(jax.nn.relu, 0.1)
