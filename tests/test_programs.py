@@ -62,7 +62,7 @@ def test_nnx_factory_and_instance_agree():
 
 @pytest.mark.parametrize(("model", "method", "error"), [(3, None, TypeError), (Twice(), "decode", ValueError)])
 def test_bad_models_are_named(model, method, error):
-    with pytest.raises(error, match="model must be|method must name"):
+    with pytest.raises(error, match=r"model must be|method must name"):
         program(model, method=method)
 
 

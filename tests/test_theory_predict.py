@@ -20,7 +20,7 @@ X = jax.ShapeDtypeStruct((16, 64), jnp.float32)
 def test_linear_layer_and_relu_follow_the_law():
     report = predict(zoo.MLP("relu", 256, 3, gain=2.0), X)
     for i in range(3):
-        assert report[f"Dense_{i}"].second_moment == pytest.approx(2 if i == 0 else 2, rel=1e-3)
+        assert report[f"Dense_{i}"].second_moment == pytest.approx(2, rel=1e-3)
         assert report[f"Act_{i}"].mean == pytest.approx(np.sqrt(2 / (2 * np.pi)), rel=1e-3)
     weight = report.weights["Dense_1/kernel"]
     assert (weight.fan_in, weight.fan_out, weight.uses) == (256, 256, 1)
@@ -100,7 +100,7 @@ def test_repeated_tokens_are_fully_correlated():
     norm=st.sampled_from(["none", "layer", "rms", "batch"]),
 )
 def test_drawn_mlps_agree_within_confidence(act, depth, gain, norm):
-    """24 nets a case: an error beyond confidence + 4 standard errors has probability below 1e-4 a row; 10 % off shows at width 256."""
+    """24 nets a case: an error beyond confidence + 4 standard errors has probability below 1e-4 a row; 10 % off shows."""
     rows, _, _ = compare(Case("drawn", "", zoo.MLP(act, 256, depth, norm, gain), (16, 64)), 24, backward=False)
     for row in rows:
         assert abs(row.mean) <= row.confidence + 4 * row.forward_error + 0.005, row

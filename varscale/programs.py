@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 Tree = Any
@@ -25,7 +26,8 @@ def inputs(*args: Any, **kwargs: Any) -> Inputs:
     """Several inputs or keywords for a model: `vs.inputs(images, train=False)`.
 
     Args:
-        *args: positional inputs: arrays, `jax.ShapeDtypeStruct`, `vs.Moments` or pytrees of them; other values are passed as they are.
+        *args: positional inputs: arrays, `jax.ShapeDtypeStruct`, `vs.Moments` or pytrees of them; other values are
+            passed as they are.
         **kwargs: keyword inputs, likewise.
     """
     return Inputs(args, kwargs)
@@ -59,7 +61,8 @@ def program(model: Any, *, method: str | None = None) -> Program:
     """The program behind `model`.
 
     Args:
-        model: a linen module, an nnx factory `lambda rngs: Net(..., rngs=rngs)`, an nnx instance, or a function f(params, *args, **kwargs).
+        model: a linen module, an nnx factory `lambda rngs: Net(..., rngs=rngs)`, an nnx instance, or a function
+            f(params, *args, **kwargs).
         method: name of the method to run in place of `__call__`.
 
     Raises:
@@ -175,7 +178,8 @@ def _nnx_factory(factory: Callable[..., Any], method: str) -> Program:
 def _captures(tree: Any, method: str, prefix: tuple[str, ...] = ()) -> dict[str, Any]:
     """Flax's nested capture as {path: output}, named as the report names its rows.
 
-    A module called again is "path#1", another method than `__call__` "path.encode"; the method that was asked for is the model itself.
+    A module called again is "path#1", another method than `__call__` "path.encode"; the method that was
+    asked for is the model itself.
     """
     found: dict[str, Any] = {}
     for name, value in tree.items():
@@ -193,7 +197,7 @@ def _captures(tree: Any, method: str, prefix: tuple[str, ...] = ()) -> dict[str,
 def leaf_paths(path: str, output: Any) -> Iterable[tuple[str, Any]]:
     """The arrays of an output with their row paths: "path" for an array, "path[0]" or "path['k']" inside a container."""
     for key, leaf in jax.tree_util.tree_flatten_with_path(output)[0]:
-        if hasattr(leaf, "shape") and hasattr(leaf, "dtype") and not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        if hasattr(leaf, "shape") and hasattr(leaf, "dtype") and not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             yield path + jax.tree_util.keystr(key), leaf
 
 

@@ -24,7 +24,8 @@ class Row:
         variance: E[x²] − E[x]².
         typical: exp E[ln mean x²]: the mean square that a typical single initialization shows.
         band: interval that holds the mean square of one initialization in 99 of 100 draws.
-        sample_correlation: E[x x'] / E[x²] for the same unit in two different samples (first axis); None where there is one sample.
+        sample_correlation: E[x x'] / E[x²] for the same unit in two different samples (first axis); None where there is one
+            sample.
         position_correlation: likewise for two positions of one sample (axes between the first and the last).
         gradient: second moment of the loss gradient at this output, for a cotangent of unit variance at the model's output.
         how: how second_moment was obtained; the worst of the steps that led to it.

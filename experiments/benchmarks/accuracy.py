@@ -2,9 +2,9 @@
 
     python -m experiments.benchmarks.accuracy [--nets 100] [--only transformer] [--rows]
 
-For every architecture of the grid: relative error of the typical mean square (exp of the mean log) over all module outputs, median and
-worst, forward and backward; how many rows are flagged; and whether any error exceeds its own stated confidence by more than
-three standard errors of the measurement.
+For every architecture of the grid: relative error of the typical mean square (exp of the mean log) over all outputs, median
+and worst, forward and backward; how many rows are flagged; and whether any error exceeds its own stated confidence by more
+than three standard errors of the measurement.
 """
 
 from __future__ import annotations
@@ -170,7 +170,8 @@ def main() -> None:
     parser.add_argument("--forward", action="store_true", help="leave gradients out")
     options = parser.parse_args()
     print(
-        "| case | rows | forward median | worst (s.e.) | mean median | backward median | worst | flagged | outside | in band | predict |"
+        "| case | rows | forward median | worst (s.e.) | mean median | backward median | worst "
+        "| flagged | outside | in band | predict |"
     )
     print("|---|---|---|---|---|---|---|---|---|---|---|")
     broken = []
@@ -186,7 +187,8 @@ def main() -> None:
         means = np.median(np.abs([r.mean for r in rows]))
         back = f"{np.median(np.abs(known)):.1%} | {known[np.argmax(np.abs(known))]:+.1%}" if known.size else "· | ·"
         print(
-            f"| {case.name} | {len(rows)} | {np.median(np.abs(forward)):.1%} | {forward[worst]:+.1%} ({rows[worst].forward_error:.1%}) "
+            f"| {case.name} | {len(rows)} | {np.median(np.abs(forward)):.1%} | {forward[worst]:+.1%} "
+            f"({rows[worst].forward_error:.1%}) "
             f"| {means:.1%} | {back} | {np.mean([r.confidence > FLAGGED for r in rows]):.0%} | {len(outside)} "
             f"| {np.mean([r.coverage for r in rows]):.0%} | {seconds:.1f} s |",
             flush=True,
@@ -194,7 +196,8 @@ def main() -> None:
         if options.rows:
             for r in rows:
                 print(
-                    f"    {r.path:60s} typical {r.forward:+.1%} ± {r.forward_error:.1%}  mean {r.mean:+.1%}  gradient {r.backward:+.1%}"
+                    f"    {r.path:60s} typical {r.forward:+.1%} ± {r.forward_error:.1%}  mean {r.mean:+.1%}  "
+                    f"gradient {r.backward:+.1%}"
                     f" ± {r.backward_error:.1%}  confidence {r.confidence:.1%} band {r.coverage:.0%} {r.how}"
                 )
     if broken:

@@ -131,13 +131,13 @@ def grouped(signatures: Float[np.ndarray, "size features"], most: int = MOST_CLA
         stack, w = np.stack(rows), np.array(weight)
         gap = np.abs(stack[:, None] - stack[None]).sum(axis=-1) * np.minimum(w[:, None], w[None])
         gap[np.tril_indices(len(rows))] = np.inf
-        i, j = np.unravel_index(int(np.argmin(gap)), gap.shape)
+        i, j = (int(n) for n in np.unravel_index(int(np.argmin(gap)), gap.shape))
         rows[i] = (rows[i] * weight[i] + rows[j] * weight[j]) / (weight[i] + weight[j])
         weight[i] += weight[j]
         members[i] |= members[j]
         del rows[j], weight[j], members[j]
     label = {k: c for c, group in enumerate(members) for k in group}
-    return labelled([label[k] for k in inverse.ravel()])
+    return labelled([label[int(k)] for k in inverse.ravel()])
 
 
 @functools.cache
@@ -159,7 +159,7 @@ def pair_map(classes: Float[np.ndarray, "new old"]) -> Float[np.ndarray, "newtyp
 
 @functools.cache
 def lift_types(fine: Axis, coarse: Axis) -> Int[np.ndarray, " finetypes"] | Float[np.ndarray, "finetypes coarsetypes"]:
-    """How a table over `coarse` reads over `fine`: an index per type where `fine` refines `coarse`, else an averaging matrix."""
+    """How a table over `coarse` reads over `fine`: an index a type where `fine` refines `coarse`, else an averaging matrix."""
     shares = class_shares(fine, coarse)
     if not np.all((shares == 0) | (shares == 1)):
         return pair_map(shares)

@@ -67,7 +67,7 @@ _STEP = 1e-5
 
 
 def partial(f: Callable[..., np.ndarray], k: int) -> Callable[..., np.ndarray]:
-    """∂f/∂(argument k), by a central difference in float64 (relative error 1e-9 where f is smooth, exact at a corner's sides)."""
+    """∂f/∂(argument k), by a central difference in float64 (relative error 1e-9 where f is smooth, exact beside a corner)."""
 
     def derivative(*xs: np.ndarray) -> np.ndarray:
         step = _STEP * np.maximum(np.abs(xs[k]), 1e-3)
@@ -168,7 +168,7 @@ POSITIVE = {
 
 
 def function(name: str, extra: tuple[Any, ...]) -> Callable[..., np.ndarray]:
-    """The NumPy function of an elementwise node: a primitive with its static parameters, or "∂k name", its partial derivative."""
+    """The NumPy function of an elementwise node: a primitive with its static parameters, or "∂k name", its derivative."""
     if name.startswith("∂"):
         return partial(function(name[2:], extra), int(name[1]))
     f = FUNCTIONS[name]

@@ -56,7 +56,7 @@ class Node:
 
     how: ClassVar[str] = "exact"
 
-    def __init__(self, graph: Graph, id_: int, axes: tuple[Axis, ...], args: tuple[View, ...], params: Hashable):
+    def __init__(self, graph: Graph, id_: int, axes: tuple[Axis, ...], args: tuple[View, ...], params: Any):
         self.graph, self.id, self.axes, self.args, self.params = graph, id_, axes, args, params
         self.deps = 0
         for view in args:
@@ -94,7 +94,7 @@ class Node:
         return tuple(axis.types for axis in self.axes)
 
     def __repr__(self) -> str:
-        return f"<{type(self).__name__} {self.id} {[a.size for a in self.axes]} {self.params if len(str(self.params)) < 60 else ''}>"
+        return f"<{type(self).__name__} {self.id} {[a.size for a in self.axes]}>"
 
 
 N = TypeVar("N", bound=Node)
@@ -285,7 +285,7 @@ def array(graph: Graph, values: np.ndarray, axes: Sequence[Axis] | None = None) 
     """The node of known numbers, its axes of size 1 already dropped; a constant if they are all equal."""
     import hashlib
 
-    if values.size and (values == values.flat[0]).all():
+    if values.size == 1 or (values.size and (values == values.flat[0]).all()):
         return number(graph, float(values.flat[0]))
     values = np.ascontiguousarray(values)
     key = (hashlib.sha1(values.tobytes()).hexdigest(), values.shape, str(values.dtype))

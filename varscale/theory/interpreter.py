@@ -128,12 +128,13 @@ class Interpreter:
 
     def known(self, const: Any) -> Any:
         """The value of a known array."""
-        if hasattr(const, "dtype") and jax.dtypes.issubdtype(const.dtype, jax.dtypes.prng_key):
+        if hasattr(const, "dtype") and jax.numpy.issubdtype(const.dtype, jax.dtypes.prng_key):
             return Opaque(const)
         numbers = np.asarray(const)
         if numbers.dtype.kind not in "biuf":
             numbers = numbers.astype(np.float64)
-        if numbers.dtype.kind == "f" and not np.all(np.isfinite(numbers)) and np.isnan(numbers).any():
+        # A scalar NaN is a literal of the code (jnp.var has one, in a branch not taken).
+        if numbers.ndim and numbers.dtype.kind == "f" and np.isnan(numbers).any():
             raise PredictionError("an array of the model contains NaN")
         numbers = numbers.astype(np.float64) if numbers.dtype.kind == "f" else numbers
         shape = numbers.shape

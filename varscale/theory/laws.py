@@ -66,7 +66,7 @@ def given_parameters(interpreter: Interpreter, params: Any, shapes: Any, declare
     values, structs = [], []
     for path, x in flat:
         if isinstance(x, Moments):
-            struct = jax.ShapeDtypeStruct(x.shape, np.dtype(x.dtype))
+            struct = jax.ShapeDtypeStruct(x.shape, jax.numpy.dtype(x.dtype))
         elif hasattr(x, "shape") and hasattr(x, "dtype"):
             struct = jax.ShapeDtypeStruct(x.shape, x.dtype)
         else:
@@ -83,7 +83,7 @@ def _given(interpreter: Interpreter, x: Any, path: str, struct: Any) -> Any:
     """One parameter, given."""
     shape = tuple(struct.shape)
     axes = tuple(Axis(n) for n in shape if n != 1)
-    if jax.dtypes.issubdtype(struct.dtype, jax.dtypes.prng_key):
+    if jax.numpy.issubdtype(struct.dtype, jax.dtypes.prng_key):
         return Opaque(x if isinstance(x, jax.Array) else jax.random.key(_KEY))
     if isinstance(x, Moments):
         return named(interpreter, path, shape, independent(x.mean, x.second_moment, axes))

@@ -53,7 +53,8 @@ def _fixed_point(activation: Activation, weight_variance: float, bias_variance: 
         new = step(q)
         if not math.isfinite(new) or new > 1e12:
             raise ValueError(
-                f"the second moment diverges: no fixed point at weight_variance={weight_variance!r}, bias_variance={bias_variance!r}"
+                f"the second moment diverges: no fixed point at weight_variance={weight_variance!r}, "
+                f"bias_variance={bias_variance!r}"
             )
         if abs(new - q) <= 1e-13 * max(q, 1e-30):
             return new
@@ -176,5 +177,5 @@ def critical(activation: Activation, bias_variance: float = 0.0) -> Critical:
         if slope > 0:
             return Critical(1 / slope, 0.0)
     raise ValueError(
-        f"no critical point: with bias_variance={bias_variance!r} this activation has no q at which q is a fixed point and χ = 1"
+        f"no critical point: with bias_variance={bias_variance!r} this activation has no fixed point q at which χ = 1"
     )

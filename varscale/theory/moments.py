@@ -1,4 +1,4 @@
-"""The domain: means and second moments of a random array, by the types of its index pairs; estimated from data, sampled from."""
+"""The domain: means and second moments of a random array by the types of its index pairs; estimated from data, sampled from."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import functools
 import itertools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -23,14 +24,15 @@ class Moments:
         second_moment: E[x²], at least mean².
         shape: shape of the input.
         dtype: its dtype.
-        sample_correlation: E[x x'] / E[x²] for one feature in two samples (first axis); by default independent: mean²/second_moment.
+        sample_correlation: E[x x'] / E[x²] for one feature in two samples (first axis); by default independent,
+            mean²/second_moment.
         position_correlation: likewise for one feature at two positions (axes between the first and the last) of a sample.
     """
 
     mean: float = 0.0
     second_moment: float = 1.0
     shape: tuple[int, ...] = ()
-    dtype: object = np.float32
+    dtype: Any = np.float32
     sample_correlation: float | None = None
     position_correlation: float | None = None
 
@@ -51,7 +53,9 @@ class Moments:
         table = np.full((2,) * k, self.mean**2)
         table[(0,) * k] = self.second_moment
         for correlation, axes in ((self.sample_correlation, range(1)), (self.position_correlation, range(1, k - 1))):
-            for axis in axes if correlation is not None else ():
+            if correlation is None:
+                continue
+            for axis in axes:
                 table[tuple(int(a == axis) for a in range(k))] = correlation * self.second_moment
         return table
 
@@ -187,7 +191,7 @@ def estimate(values: Float[np.ndarray, "..."], axes: Sequence[Axis]) -> Table:
             left, right, out = left + i, right + j, out + (i if agree[k] else i + j)
         product = np.einsum(f"{left},{right}->{out}", y, y)
         place = 0
-        for k, axis in enumerate(axes):
+        for k in range(len(axes)):
             if agree[k]:
                 product = apply_axis(product, place, onehots[k])
                 place += 1

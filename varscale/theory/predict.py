@@ -1,4 +1,4 @@
-"""From a model to a Report: read the laws of its parameters, walk its forward pass, ask for the moments of every module's output."""
+"""From a model to a Report: read its parameters' laws, walk its forward pass, ask for the moments of every module's output."""
 
 from __future__ import annotations
 
@@ -28,9 +28,10 @@ def predict(
     r"""Predicts the moments of every module's output at initialization, forward and backward, with nothing run or allocated.
 
     Args:
-        model: a linen module, an nnx factory `lambda rngs: Net(..., rngs=rngs)`, an nnx instance, or a function f(params, *args).
-        x: one input, or `vs.inputs(*args, **kwargs)`. Arrays: their moments are estimated (of token ids, how often they repeat);
-            `jax.ShapeDtypeStruct`: independent standard normals (token ids: uniform; masks: all true); `vs.Moments`: as given.
+        model: a linen module, an nnx factory `lambda rngs: Net(..., rngs=rngs)`, an nnx instance, or a function
+            f(params, *args).
+        x: one input, or `vs.inputs(*args, **kwargs)`. Arrays: their moments are estimated (of ids, how often they repeat);
+            `jax.ShapeDtypeStruct`: independent standard normals (ids: uniform; masks: all true); `vs.Moments`: as given.
         params: None: the laws that the model's own init draws from. A tree of arrays: their moments are measured. A tree of
             initializers or of variances: those. For a plain function also a traceable function of a key that returns the tree.
         backward: whether to predict the gradients too.
@@ -42,8 +43,8 @@ def predict(
 
     Raises:
         TypeError: the model or an input is of no known kind.
-        ValueError: the model does not trace on these shapes, has no outputs, holds NaN, or uses a primitive that has no rule and
-            cannot be sampled.
+        ValueError: the model does not trace on these shapes, has no outputs, holds NaN, or uses a primitive that has no
+            rule and cannot be sampled.
     """
     if detail not in ("modules", "equations"):
         raise ValueError(f'detail must be "modules" or "equations", not {detail!r}')
@@ -107,8 +108,8 @@ def _struct(x: Any) -> jax.ShapeDtypeStruct:
     if isinstance(x, Moments):
         return jax.ShapeDtypeStruct(x.shape, jnp.dtype(x.dtype))
     dtype = x.dtype
-    if not jax.config.jax_enable_x64 and dtype in (np.float64, np.int64, np.uint64, np.complex128):
-        dtype = jax.dtypes.canonicalize_dtype(dtype)
+    if dtype in (np.float64, np.int64, np.uint64, np.complex128):
+        dtype = jnp.zeros((), dtype).dtype  # 32 bits, unless x64 is on
     return jax.ShapeDtypeStruct(x.shape, dtype)
 
 
@@ -131,7 +132,7 @@ def input_value(interpreter: Interpreter, x: Any, name: str) -> Any:
         second = second[tuple(slice(None) if n != 1 else 0 for n in shape)]
         table = Table(axes, np.full([1] * len(axes), x.mean), second)
         return input_leaf(interpreter, name, shape, table, odd=False)
-    if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         return Opaque(
             x if isinstance(x, jax.Array) else jax.random.split(jax.random.key(_KEY), shape) if shape else jax.random.key(_KEY)
         )

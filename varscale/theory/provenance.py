@@ -1,4 +1,4 @@
-"""How a node's second moment was obtained, and how far it may be off: the steps that led to it, weighed by what they pass on."""
+"""How a node's second moment was obtained, and how far off it may be: the steps that led to it, and what they pass on."""
 
 from __future__ import annotations
 

@@ -46,7 +46,14 @@ _POWERS = np.arange(DEGREE)
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Marginal:
-    """A root as a function of a standard normal: values (classes..., points), standard deviations by class, latent correlations by type."""
+    """A root as a function of a standard normal.
+
+    Attributes:
+        values: on the normal grid, (classes..., points).
+        deviation: standard deviations by class.
+        correlation: latent correlations by type.
+        gaussian: whether the function is affine.
+    """
 
     values: np.ndarray
     deviation: np.ndarray

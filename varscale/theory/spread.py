@@ -4,7 +4,8 @@ To first order in 1/width, ln(mean square) of a node is normal over draws. Its v
 (at each root, "fresh") and is handed on by each layer in the ratio s = d ln E[f²] / d ln q of its function to its input's
 second moment q; where f's second moment curves in q, the mean itself shifts, by half the curvature times the variance of q.
 
-    ReLU at width n: s = 1, fresh (E f⁴/E[f²]² − 1)/n = 5/n a layer: ln of the norm drifts by −5/(2n) a layer, though its mean is kept.
+    ReLU at width n: s = 1, fresh (E f⁴/E[f²]² − 1)/n = 5/n a layer: ln of the norm drifts by −5/(2n)
+    a layer, though its mean is kept.
 """
 
 from __future__ import annotations
@@ -102,7 +103,7 @@ def _kernel(node: Node) -> Spread:
 
 
 def _averaged(node: Node, axes: Sequence[int], taps: int = 1) -> Spread:
-    """A node's fluctuations when it enters a contraction over these axes (at several taps): what one output sees of its scale."""
+    """A node's fluctuations when it enters a contraction over these axes (at several taps): what one output sees."""
     from varscale.theory.rules.units import Softmax
 
     if isinstance(node, Leaf | Array | Constant) and (not isinstance(node, Leaf) or node.name[0] != "input"):

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from varscale.programs import Program
-from varscale.report import Report, Row
+from varscale.report import How, Report, Row
 from varscale.theory.axes import contract_axis
 from varscale.theory.backward import cotangents
 from varscale.theory.interpreter import Interpreter
@@ -64,7 +64,7 @@ def _row(program: Program, path: str, x: Value, gradient: float | None) -> Row:
         sample_correlation=correlation(x, [0]) if len(x.shape) > 1 and x.shape[0] > 1 else None,
         position_correlation=correlation(x, list(range(1, len(x.shape) - 1))) if math.prod(x.shape[1:-1]) > 1 else None,
         gradient=gradient,
-        how=how,
+        how=cast(How, how),
         confidence=confidence,
     )
 

@@ -126,12 +126,12 @@ class Conv(Node):
         return x_axes[1].size / groups * math.prod(w.taps for w in windows)
 
     def channels(self) -> dict[int, np.ndarray]:
-        """Pairs of input channels behind a pair of output channels, (types_out, types_in), for the same (0) and another (1) input of w."""
+        """Channel pairs behind a pair of output channels, (types_out, types_in): by w's same (0) and another (1) input."""
         groups, _, xd, _wd, od = self.params
         c = self._axes(self.args[0].node, xd)[1]
         o = self._axes(self, od)[1]
         own = c.size / groups
-        # Within one group: the channels agree with w's input index. The counts are those of all channels, thinned by the groups.
+        # Within one group the channels agree with w's input index: the counts of all channels, thinned by the groups.
         agree = np.concatenate([c.counts, np.zeros(c.types - c.classes)]) / groups
         differ = np.concatenate([np.zeros(c.classes), c.pairs[c.classes :]])
         differ *= own * (own - 1) / max(differ.sum(), 1e-300)

@@ -48,7 +48,7 @@ class Contract(Node):
             mean = contract_axis(mean, mean.ndim - 1, axis.counts)
         if dependent(x.node, y.node):
             mean, second = self._dependent(mean, second)
-        from varscale.theory.rules.units import tilted
+        from varscale.theory.rules.attention import tilted
 
         second = second + tilted(self)
         return Table(self.axes, np.array(mean), second)

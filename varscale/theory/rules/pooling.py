@@ -68,7 +68,7 @@ class WindowSum(Node):
 
 
 class WindowMax(WindowSum):
-    """Maxima over windows, of interior windows. Backward, a cotangent goes to one of its window's entries, and entries add up."""
+    """Maxima over windows, of interior windows. Backward, a cotangent goes to one entry of its window, and entries add up."""
 
     how = "sampled"
 

@@ -81,7 +81,7 @@ def pooled_estimate(samples: np.ndarray, axes: Sequence[Axis]) -> Table:
     # The replicates are one more axis, of which only "the same" is wanted.
     table = estimate(squeezed, [Axis(len(samples)), *live])
     second, mean = table.second[0], table.mean.reshape([1] * len(live))
-    for k, axis in enumerate(axes):
+    for k in range(len(axes)):
         if k not in keep:
             second = np.repeat(np.expand_dims(second, k), 2, axis=k)
             mean = np.expand_dims(mean, k)

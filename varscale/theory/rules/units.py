@@ -3,7 +3,8 @@ r"""Softmax as a unit: its moments by Laplace transforms, its Jacobian diag(p) �
 flax inlines softmax, so the division exp(x − max) / Σ exp(x − max) is recognised. For n keys with independent Gaussian
 logits, 1/S² = ∫ u e^{−uS} du turns every moment of the weights into one integral of one-dimensional expectations:
 
-    E[p_k²] = ∫ u E[e^{2l} e^{−u e^l}] φ(u)^{n−1} du,   E[p_k p_k'] = ∫ u E[e^l e^{−u e^l}]² φ(u)^{n−2} du,   φ(u) = E[e^{−u e^l}]
+    E[p_k²] = ∫ u E[e^{2l} e^{−u e^l}] φ(u)^{n−1} du,   E[p_k p_k'] = ∫ u E[e^l e^{−u e^l}]² φ(u)^{n−2} du,
+    φ(u) = E[e^{−u e^l}]:
 
 exact for any n and any logit variance (the usual e^{s²}/n fails beyond s = 2). What all keys share cancels.
 """
@@ -13,7 +14,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -224,7 +225,7 @@ class Softmax(Node):
         return Table(self.axes, mean.transpose(order), second.transpose(order))
 
     def tilt(self) -> np.ndarray:
-        """What the weights gain along the logits' direction, τ = E[(Σ p l)²]/s² − Σ p², scaled by the rows' covariance, by type."""
+        """What the weights gain along the logits' direction, τ = E[(Σ p l)²]/s² − Σ p², times the rows' correlation."""
         rows = self.rows()
         row_axes = [self.axes[k] for k in rows]
         deviation = self.deviation().transpose([*rows, *self.params])
@@ -270,46 +271,6 @@ class Softmax(Node):
             out[index][c:] = -np.outer(same, axis.counts).ravel() / max(axis.size * (axis.size - 1), 1)
         back = sum_out(np.moveaxis(out, -1, key), self.axes, self.args[0])
         return [back, *[None] * (len(self.args) - 1)]
-
-
-def tilted(node: Any) -> np.ndarray | float:
-    """What Σ p v gains because weights and values see the same tokens: by type of the output of a contraction of p with v.
-
-    Given a query, a key's logit and its value are two random directions of one token, jointly Gaussian over the tokens with
-    E[correlation²] = 1/D, D the width both are projected from. Σ p v moves along the logits' direction by what Σ p l does, so
-    the second moment gains (q_v − C_v) (E[(Σ p l)²]/s² − Σ p²) / D: O(1/D), against O(1/T) for the rest.
-    """
-    for p, v in (node.args, node.args[::-1]):
-        if not isinstance(p.node, Softmax) or len(p.node.params) != 1:
-            continue
-        key = p.bind[p.node.params[0]]
-        width = _token_width(v.node)
-        if key not in v.bind or width is None:
-            return 0.0
-        frame = node.frame
-        values = np.broadcast_to(v.second(frame), [n if (k in v.bind) else 1 for k, n in enumerate(a.types for a in frame)])
-        axis = frame[key]
-        c = axis.classes
-        diagonal = [c + i * (c + 1) for i in range(c)]
-        deviation = np.maximum(np.take(values, range(c), axis=key) - np.take(values, diagonal, axis=key), 0.0)
-        shares = (axis.counts / axis.size).reshape([c if k == key else 1 for k in range(len(frame))])
-        deviation = (deviation * shares).sum(axis=key)
-        rows = p.node.rows()
-        gain = lift(p.node.tilt(), [p.node.axes[k] for k in rows], [p.bind[k] for k in rows], frame, pairs=True).squeeze(key)
-        return np.broadcast_to(deviation * gain / width, node.frame_types)
-    return 0.0
-
-
-def _token_width(node: Node) -> float | None:
-    """The width a value was projected from."""
-    while not hasattr(node, "width"):
-        own = roots(node) if isinstance(node, Apply) else [node.args[0]] if len(node.args) == 1 else []
-        if isinstance(node, Sum):
-            own = [v for v in node.args if hasattr(v.node, "width")] or []
-        if len(own) != 1 or own[0].node is node:
-            return None
-        node = own[0].node
-    return float(node.width)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _unflatten(mean: np.ndarray, second: np.ndarray, keys: Sequence[Axis], rank: int) -> tuple[np.ndarray, np.ndarray]:
