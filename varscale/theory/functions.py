@@ -44,6 +44,8 @@ def _compare(ufunc: Any) -> Callable[..., np.ndarray]:
 
 def _convert(x: np.ndarray, kind: str) -> np.ndarray:
     x = np.asarray(x)
+    if kind.startswith("uint"):
+        return x.astype(kind)
     if kind == "b":
         return (x != 0).astype(float)
     if kind in "iu":

@@ -50,7 +50,7 @@ class Moments:
     def second(self) -> Float[np.ndarray, "..."]:
         """E[x_i x_j] by which axes agree, shape (2,) * ndim, 0 for "same" and 1 for "different"."""
         k = len(self.shape)
-        table = np.full((2,) * k, self.mean**2)
+        table = np.full((2,) * k, float(self.mean) ** 2)
         table[(0,) * k] = self.second_moment
         for correlation, axes in ((self.sample_correlation, range(1)), (self.position_correlation, range(1, k - 1))):
             if correlation is None:
@@ -134,6 +134,7 @@ def constant(value: float, axes: tuple[Axis, ...] = ()) -> Table:
 
 def independent(mean: float, second_moment: float, axes: tuple[Axis, ...]) -> Table:
     """Independent entries with one mean and second moment."""
+    mean = float(mean)
     second = np.full([a.types for a in axes], mean * mean)
     second[tuple(slice(0, a.classes) for a in axes)] = np.nan
     index = np.ix_(*[np.arange(a.classes) for a in axes])

@@ -35,7 +35,7 @@ def predict(
         params: None: the laws that the model's own init draws from. A tree of arrays: their moments are measured. A tree of
             initializers or of variances: those. For a plain function also a traceable function of a key that returns the tree.
         backward: whether to predict the gradients too.
-        detail: "modules": a row a module; "equations": a row for every contraction and convolution as well.
+        detail: "modules": a row a module.
         method: the method to run in place of `__call__`.
 
     Returns:
@@ -46,8 +46,8 @@ def predict(
         ValueError: the model does not trace on these shapes, has no outputs, holds NaN, or uses a primitive that has no
             rule and cannot be sampled.
     """
-    if detail not in ("modules", "equations"):
-        raise ValueError(f'detail must be "modules" or "equations", not {detail!r}')
+    if detail != "modules":
+        raise ValueError(f'detail must be "modules", not {detail!r}')
     program = programs.program(model, method=method)
     given = programs.as_inputs(x)
     interpreter = Interpreter()
@@ -130,7 +130,7 @@ def input_value(interpreter: Interpreter, x: Any, name: str) -> Any:
     if isinstance(x, Moments):
         second = x.second()
         second = second[tuple(slice(None) if n != 1 else 0 for n in shape)]
-        table = Table(axes, np.full([1] * len(axes), x.mean), second)
+        table = Table(axes, np.full([1] * len(axes), float(x.mean)), second)
         return input_leaf(interpreter, name, shape, table, odd=False)
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         return Opaque(

@@ -47,6 +47,8 @@ def integer_pow(interpreter: Interpreter, eqn: Any, x: Value) -> Value:
 @rule("convert_element_type")
 def convert(interpreter: Interpreter, eqn: Any, x: Value) -> Value:
     old, new = eqn.invars[0].aval.dtype, eqn.params["new_dtype"]
+    if old.kind == new.kind == "u" and old != new:
+        return interpreter.elementwise("convert", x, extra=(str(new),))
     kinds = {"b": 0, "i": 1, "u": 1, "f": 2, "V": 2, "c": 3}
     # Widening (bool to int to float) and rounding to a narrower float keep the numbers: moments in exact arithmetic.
     if kinds.get(new.kind, 2) >= kinds.get(old.kind, 2) and not (old.kind == "u" and new.kind == "f"):

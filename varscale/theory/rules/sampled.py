@@ -150,7 +150,7 @@ def sampled(interpreter: Interpreter, eqn: Any, *xs: Any) -> list[Value]:
     """Values that are sampled when asked for; an error where even that cannot be done."""
     name = eqn.primitive.name
     elements = sum(math.prod(x.shape) for x in xs if isinstance(x, Value)) + sum(math.prod(v.aval.shape) for v in eqn.outvars)
-    inner = any(hasattr(p, "eqns") or hasattr(p, "jaxpr") for p in eqn.params.values())
+    inner = not name.startswith("scatter") and any(hasattr(p, "eqns") or hasattr(p, "jaxpr") for p in eqn.params.values())
     if inner or elements > _BUDGET or not all(isinstance(x, Value) for x in xs):
         raise PredictionError(_no_rule(eqn, "it is too large to sample"))
     graph = interpreter.graph

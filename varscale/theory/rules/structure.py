@@ -136,6 +136,8 @@ def take(x: Value, d: int, start: int, stop: int, step: int) -> Value:
     positions = range(n)[slice(*_slice((start, stop, step)))]
     if len(positions) == n and step == 1:
         return x
+    if not positions:
+        return layout.full(x.node.graph, 0.0, [0 if k == d else m for k, m in enumerate(x.shape)])
     dim = x.dims[d]
     # A slice along the leading factor of a product, or of blocks of it, is a slice of that factor.
     if len(dim) > 1 and step == 1 and dim:
@@ -383,7 +385,7 @@ def pad(interpreter: Interpreter, eqn: Any, x: Value, fill: Value) -> Value:
         for size in (max(low, 0), max(high, 0)):
             shape = [size if k == d else m for k, m in enumerate(x.shape)]
             parts.append(layout.broadcast_in_dim(fill, shape, ()) if size else None)
-        parts = [p for p in (parts[0], x, parts[1]) if p is not None]
+        parts = [p for p in (parts[0], x, parts[1]) if p is not None and p.shape[d] > 0]
         x = parts[0] if len(parts) == 1 else concatenate(interpreter.graph, parts, d)
     return x
 
