@@ -375,7 +375,7 @@ def pad(interpreter: Interpreter, eqn: Any, x: Value, fill: Value) -> Value:
     """A concatenation with the fill; negative padding cuts; dilation interleaves, counted as one class."""
     for d, (low, high, inner) in enumerate(eqn.params["padding_config"]):
         n = x.shape[d]
-        if inner:
+        if inner and n > 1:
             added = (n - 1) * inner
             side = layout.full(interpreter.graph, fill.constant or 0.0, [added if k == d else m for k, m in enumerate(x.shape)])
             x = concatenate(interpreter.graph, [x, side], d, classes=False)
