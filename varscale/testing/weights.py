@@ -11,7 +11,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Key
 
-from varscale.initializers.fans import compute_fans
+from varscale.initializers.fans import Mode, compute_fans
 from varscale.testing.claims import ALPHA, BETA, DETECTABLE_MEAN, DETECTABLE_RATIO, VarianceClaim
 from varscale.testing.draws import Init, draw, key_of, same_twice
 from varscale.testing.moments import Resolution
@@ -19,7 +19,6 @@ from varscale.testing.power import Underpowered, check_detectable, check_error_r
 from varscale.testing.verdict import Finding, Verdict, demand, equality
 
 MAX_SAMPLES = 2**27
-MODES = ("fan_in", "fan_out", "fan_avg", "fan_geo_avg")
 
 
 def assert_variance(
@@ -27,7 +26,7 @@ def assert_variance(
     shape: Sequence[int],
     *,
     scale: float = 1.0,
-    mode: str = "fan_in",
+    mode: Mode = "fan_in",
     distribution: str | None = None,
     in_axis: int | Sequence[int] = -2,
     out_axis: int | Sequence[int] = -1,
@@ -130,21 +129,13 @@ def _checked_shape(shape: Sequence[int]) -> tuple[int, ...]:
 def _claim(shape, scale, mode, distribution, in_axis, out_axis, batch_axis) -> VarianceClaim:
     if not (math.isfinite(scale) and scale >= 0):
         raise ValueError(f"scale must be finite and not negative, got {scale!r}")
-    if mode not in MODES:
-        raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
     if distribution == "orthogonal":
         if not isinstance(out_axis, int):
             raise ValueError(f"out_axis must be one axis for distribution 'orthogonal', got {out_axis!r}")
         columns = shape[out_axis]
         return VarianceClaim(scale / max(columns, math.prod(shape) // columns), orthogonal_axis=out_axis, independent=False)
     fans = compute_fans(shape, in_axis, out_axis, batch_axis)
-    fan = {
-        "fan_in": fans.fan_in,
-        "fan_out": fans.fan_out,
-        "fan_avg": (fans.fan_in + fans.fan_out) / 2,
-        "fan_geo_avg": math.sqrt(fans.fan_in * fans.fan_out),
-    }[mode]
-    return VarianceClaim(scale / fan, distribution=distribution)
+    return VarianceClaim(scale / fans.of(mode), distribution=distribution)
 
 
 def _contract(init: Init, shape: tuple[int, ...], dtype: DTypeLike, key: Key[Array, ""]) -> tuple[Finding, ...]:
