@@ -5,8 +5,8 @@ follows from
 the case, so every verdict below is the same in every run.
 """
 
-import itertools
 import inspect
+import itertools
 import math
 
 import jax

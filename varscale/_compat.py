@@ -52,8 +52,8 @@ def unscaled_normal(key: Key[Array, ""], shape: Sequence[int], dtype: np.dtype) 
     return jax.lax.erf_inv(jax.random.uniform(key, shape, dtype, low, np.array(1.0, dtype)))
 
 
-def normal_scale(std: Inexact[Array, ""]) -> Inexact[Array, ""]:
+def normal_scale(std: np.inexact) -> np.inexact:
     """The factor on `unscaled_normal` that gives it this standard deviation."""
     if not _SCALES_ERF_INV or jnp.issubdtype(std.dtype, jnp.complexfloating):
         return std
-    return jnp.array(np.sqrt(2), std.dtype) * std
+    return std.dtype.type(np.sqrt(2)) * std

@@ -76,7 +76,7 @@ def _pytorch(distribution: str, shape: tuple[int, ...], dtype: str) -> Contender
 
 def _theirs(distribution: str) -> Callable[..., jax.Array]:
     if distribution != "rademacher":
-        return jax.nn.initializers.variance_scaling(2.0, "fan_in", distribution)
+        return jax.nn.initializers.variance_scaling(2.0, "fan_in", distribution)  # pyright: ignore[reportArgumentType]
     # jax.nn.initializers has no such law: what one would write.
     return lambda key, shape, dtype: (
         jax.random.rademacher(key, shape, dtype) * jnp.array((2 / (math.prod(shape) / shape[-1])) ** 0.5, dtype)
@@ -152,7 +152,7 @@ def main(settings: Settings) -> None:
         times = _milliseconds(_contenders(law, shape, dtype, jitted), settings.rounds)
         ratio = {name: f"{value / times['ours']:.2f}" for name, value in times.items()}
         promised = dtype == "float32" and law != "rademacher"
-        same = str(_same_bits(law, shape, jitted)) if promised else "not promised"
+        same = str(_same_bits(law, shape, jitted)) if promised else "-"
         table.add_row(
             "x".join(map(str, shape)), dtype, law, "jit" if jitted else "eager", f"{times['ours']:.3f}",
             ratio["jax"], ratio.get("PyTorch", "-"), ratio["bits"], ratio["our bits"], ratio["full"], same,

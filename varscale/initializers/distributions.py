@@ -56,8 +56,9 @@ class Distribution:
             dtype: float32, float64, complex64 or complex128. (Lower precision is rounded from float32 by the caller.)
             out_sharding: layout of the result.
         """
-        scale = self._recipe(dtype).scale(jnp.array(variance, dtype))
-        return self.raw(key, shape, dtype, out_sharding) * scale
+        raw = self.raw(key, shape, dtype, out_sharding)
+        # In NumPy: the same correctly rounded operations, without a dispatch to the device for each.
+        return raw * self._recipe(dtype).scale(raw.dtype.type(variance))
 
     def raw(
         self, key: Key[Array, ""], shape: Sequence[int], dtype: np.dtype, out_sharding: OutSharding = None
@@ -74,7 +75,7 @@ class _Recipe(NamedTuple):
     """How a law is drawn, and by what a draw is multiplied to have a given variance."""
 
     raw: Raw
-    scale: Callable[[Array], Array]
+    scale: Callable[[np.inexact], np.inexact]
     arguments: tuple[float, ...] = ()
 
 
@@ -123,23 +124,23 @@ def _complex_rademacher(key: Key[Array, ""], shape: Sequence[int], dtype: np.dty
     return both * jnp.array(math.sqrt(0.5), dtype)
 
 
-def _divided_by(std: float) -> Callable[[Array], Array]:
-    return lambda variance: jnp.sqrt(variance) / jnp.array(std, variance.dtype)
+def _divided_by(std: float) -> Callable[[np.inexact], np.inexact]:
+    return lambda variance: np.sqrt(variance) / variance.dtype.type(std)
 
 
 # The same operations in the same order as in jax.nn.initializers.variance_scaling, whose bits are promised.
 _REAL = {
-    "normal": _Recipe(unscaled_normal, lambda variance: normal_scale(jnp.sqrt(variance))),
+    "normal": _Recipe(unscaled_normal, lambda variance: normal_scale(np.sqrt(variance))),
     "truncated_normal": _Recipe(cut_standard_normal, _divided_by(TRUNCATED_STD), (-2, 2)),
-    "uniform": _Recipe(_uniform, lambda variance: jnp.sqrt(3 * variance)),
-    "rademacher": _Recipe(_rademacher, jnp.sqrt),
+    "uniform": _Recipe(_uniform, lambda variance: np.sqrt(variance.dtype.type(3) * variance)),
+    "rademacher": _Recipe(_rademacher, np.sqrt),
 }
 # On the complex plane the laws are circular: E[w²] = 0 and E|w|² is the variance.
 _COMPLEX = {
-    "normal": _Recipe(unscaled_normal, lambda variance: normal_scale(jnp.sqrt(variance))),
+    "normal": _Recipe(unscaled_normal, lambda variance: normal_scale(np.sqrt(variance))),
     "truncated_normal": _Recipe(_complex_truncated_normal, _divided_by(COMPLEX_TRUNCATED_STD)),
-    "uniform": _Recipe(_complex_uniform, jnp.sqrt),
-    "rademacher": _Recipe(_complex_rademacher, jnp.sqrt),
+    "uniform": _Recipe(_complex_uniform, np.sqrt),
+    "rademacher": _Recipe(_complex_rademacher, np.sqrt),
 }
 
 

@@ -36,7 +36,8 @@ class Normal(Initializer):
     def _draw(
         self, key: Key[Array, ""], shape: tuple[int, ...], dtype: np.dtype, out_sharding: OutSharding
     ) -> Inexact[Array, "*shape"]:
-        return distribution("normal").raw(key, shape, dtype, out_sharding) * normal_scale(jnp.array(self.stddev, dtype))
+        raw = distribution("normal").raw(key, shape, dtype, out_sharding)
+        return raw * normal_scale(raw.dtype.type(self.stddev))
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
