@@ -37,7 +37,7 @@ WAYS: dict[str, tuple[str, dict[Any, Any]]] = {
     "pretrained, one rate": ("pretrained", {"**": 1.0}),
 }
 RANDOM = "random, one rate"
-BEFORE = "set before the run"
+BEFORE = "set after pilot runs, before this one"
 
 
 def run(run: Run) -> Result:

@@ -43,7 +43,7 @@ SNAPSHOTS = (5, 10, 20, 40, 80)  # steps after which the test accuracy is looked
 PRETRAINING_STEPS = {"supervised": 400, "masked": 600, "contrastive": 400}
 ONE_RATE = "one rate"
 
-BEFORE = "set before the run; "
+BEFORE = "set after pilot runs, before this one; "
 CHEN = "Chen et al. 2020, table 7: contrastive pretraining with few labels"
 YOSINSKI = "Yosinski et al. 2014: features of other classes transfer"
 ERHAN = "Erhan et al. 2010, section 6: pretraining regularizes"

@@ -172,7 +172,7 @@ def claims_of_tied(parts: dict[str, dict[str, np.ndarray]], seeds: int) -> list[
             [
                 (
                     f"{o}, {name}, {NAMES[a]}",
-                    at_most(0.6, source="set before the run"),
+                    at_most(0.6, source="set after pilot runs, before this one"),
                     over_seeds(pick(o, "accuracy", name, a)),
                 )
                 for o, name, a in settings
@@ -202,7 +202,7 @@ def claims_of_broken(parts: dict[str, dict[str, np.ndarray]], seeds: int) -> lis
         ),
         every(
             "a random start learns (Adam): held-out accuracy",
-            [(NAMES[a], at_least(0.75, source="set before the run"), over_seeds(values)) for a, values in random],
+            [(NAMES[a], at_least(0.75, source="set after pilot runs, before this one"), over_seeds(values)) for a, values in random],
         ),
         every(
             "dropout breaks the symmetry of a constant start: difference of units after 10 steps (log10)",
@@ -218,7 +218,7 @@ def claims_of_broken(parts: dict[str, dict[str, np.ndarray]], seeds: int) -> lis
         ),
         Claim(
             "dropout makes a constant start learn (Adam, tanh): held-out accuracy over that of the tied net",
-            at_least(0.1, source="set before the run"),
+            at_least(0.1, source="set after pilot runs, before this one"),
             over_seeds(pick("Adam", "accuracy", "constant, dropout", 0) - pick("Adam", "accuracy", "constant", 0)),
         ),
         Claim(
@@ -255,7 +255,7 @@ def claims_of_logistic(part: dict[str, np.ndarray]) -> list[Claim]:
             known(part["descent"][-1] - best),
         ),
         Claim(
-            "and classifies (held-out accuracy)", at_least(0.85, source="set before the run"), known(float(part["accuracy"]))
+            "and classifies (held-out accuracy)", at_least(0.85, source="set after pilot runs, before this one"), known(float(part["accuracy"]))
         ),
     ]
 
