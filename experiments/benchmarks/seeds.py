@@ -51,7 +51,7 @@ def statistics_numpy(seed: int) -> None:
 
 def statistics_torch(seed: int) -> None:
     """The same in PyTorch."""
-    import torch
+    import torch  # pyright: ignore[reportMissingImports]
 
     torch.manual_seed(seed)
     found = []
@@ -105,8 +105,8 @@ def descent_numpy(seed: int, x: np.ndarray, y: np.ndarray, iterations: int) -> N
 
 def descent_torch(seed: int, x: np.ndarray, y: np.ndarray, iterations: int) -> None:
     """The same in PyTorch: modules, autograd, an optimizer."""
-    import torch
-    from torch import nn
+    import torch  # pyright: ignore[reportMissingImports]
+    from torch import nn  # pyright: ignore[reportMissingImports]
 
     torch.manual_seed(seed)
     law, relu = NETS[seed % len(NETS)]

@@ -9,7 +9,7 @@
 """
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from varscale.testing.claims import VarianceClaim
 from varscale.testing.layers import assert_output_variance
@@ -17,6 +17,9 @@ from varscale.testing.power import Underpowered, plan_samples
 from varscale.testing.sequential import SequentialVerdict, log_e_value, sequential_test
 from varscale.testing.verdict import Finding, Verdict
 from varscale.testing.weights import assert_variance
+
+if TYPE_CHECKING:
+    from varscale.testing import strategies as strategies
 
 __all__ = [
     "Finding",
