@@ -202,7 +202,10 @@ def claims_of_broken(parts: dict[str, dict[str, np.ndarray]], seeds: int) -> lis
         ),
         every(
             "a random start learns (Adam): held-out accuracy",
-            [(NAMES[a], at_least(0.75, source="set after pilot runs, before this one"), over_seeds(values)) for a, values in random],
+            [
+                (NAMES[a], at_least(0.75, source="set after pilot runs, before this one"), over_seeds(values))
+                for a, values in random
+            ],
         ),
         every(
             "dropout breaks the symmetry of a constant start: difference of units after 10 steps (log10)",
@@ -255,7 +258,9 @@ def claims_of_logistic(part: dict[str, np.ndarray]) -> list[Claim]:
             known(part["descent"][-1] - best),
         ),
         Claim(
-            "and classifies (held-out accuracy)", at_least(0.85, source="set after pilot runs, before this one"), known(float(part["accuracy"]))
+            "and classifies (held-out accuracy)",
+            at_least(0.85, source="set after pilot runs, before this one"),
+            known(float(part["accuracy"])),
         ),
     ]
 

@@ -242,7 +242,11 @@ def claims_of_training(parts: dict[float, dict[str, np.ndarray]], rate: float, r
         every(
             "He with ReLU and Xavier with tanh generalize: held-out error",
             [
-                (f"{law}, {ACTIVATIONS[column]}", at_most(0.15, source="set after pilot runs, before this one"), over_seeds(held(law, column)))
+                (
+                    f"{law}, {ACTIVATIONS[column]}",
+                    at_most(0.15, source="set after pilot runs, before this one"),
+                    over_seeds(held(law, column)),
+                )
                 for law, column in zip(SCALED, (1, 0), strict=True)
             ],
         ),

@@ -40,6 +40,15 @@ def sub_jaxpr(jaxpr: Any) -> tuple[Any, list[Any]]:
     return jaxpr, []
 
 
+def scan_operands(params: dict[str, Any], operands: Sequence[Any]) -> tuple[list[Any], list[Any], list[Any]]:
+    """The operands of a scan equation as (constants, carry, streams)."""
+    if "ft_in" in params:  # from 0.11 on
+        constants, carry, streams = map(list, params["ft_in"].update(list(operands)).unpack())
+        return constants, carry, streams
+    constants, carry = params["num_consts"], params["num_consts"] + params["num_carry"]
+    return list(operands[:constants]), list(operands[constants:carry]), list(operands[carry:])
+
+
 # From 0.12 on, jax.nn.initializers multiplies erf⁻¹(u) by √2·σ, one number, where it had multiplied √2·erf⁻¹(u) by σ.
 _SCALES_ERF_INV = jax.__version_info__ >= (0, 12)
 

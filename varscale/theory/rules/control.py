@@ -48,9 +48,10 @@ def call(interpreter: Interpreter, eqn: Any, *xs: Any) -> list[Any]:
 def scan(interpreter: Interpreter, eqn: Any, *xs: Any) -> list[Any]:
     """Every step in turn; stacked weights are one fresh weight a step."""
     p = eqn.params
-    consts, carries, length = p["num_consts"], p["num_carry"], p["length"]
+    length = p["length"]
     jaxpr, literals = _compat.sub_jaxpr(p["jaxpr"])
-    fixed, carry, streams = list(xs[:consts]), list(xs[consts : consts + carries]), xs[consts + carries :]
+    fixed, carry, streams = _compat.scan_operands(p, xs)
+    carries = len(carry)
     outputs: list[list[Any]] = []
     for step in reversed(range(length)) if p["reverse"] else range(length):
         now = [index(interpreter, x, step, length) for x in streams]
