@@ -30,6 +30,7 @@ MINORITY = 0.25  # the share of the rarer class where the classes are made unequ
 LARGE, SCALED = ("normal ×10", "uniform ×10", "uniform ×17.3"), ("He 2/n", "Xavier 1/n")
 COLOURS = {law: plots.COLOURS[place] for law, place in zip(LAWS, (5, 1, 4, 6, 0, 2), strict=True)}
 
+PILOTS = "set after pilot runs, before this one"
 DABBURA = "Dabbura 2018, cats and dogs"
 LAW = "the law, E[y²] = n·Var[w]·E[x²]"
 MOST_WEIGHTS = 30_000_000  # of one law's nets, which are held all at once
@@ -242,11 +243,7 @@ def claims_of_training(parts: dict[float, dict[str, np.ndarray]], rate: float, r
         every(
             "He with ReLU and Xavier with tanh generalize: held-out error",
             [
-                (
-                    f"{law}, {ACTIVATIONS[column]}",
-                    at_most(0.15, source="set after pilot runs, before this one"),
-                    over_seeds(held(law, column)),
-                )
+                (f"{law}, {ACTIVATIONS[column]}", at_most(0.15, source=PILOTS), over_seeds(held(law, column)))
                 for law, column in zip(SCALED, (1, 0), strict=True)
             ],
         ),
