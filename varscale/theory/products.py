@@ -12,7 +12,7 @@ from varscale.theory.elementwise import roots
 from varscale.theory.graph import View
 from varscale.theory.moments import lift
 from varscale.theory.quadrature import (
-    _POWERS,
+    DEGREE,
     HERMITE,
     WEIGHTS,
     Environment,
@@ -23,6 +23,7 @@ from varscale.theory.quadrature import (
     factors,
     grid,
     marginal,
+    power_series,
     sobol,
 )
 
@@ -156,13 +157,26 @@ def _mehler(group: _Group, frame: Sequence[Axis], fixed: Environment) -> np.ndar
 
 
 def _series(fi: np.ndarray, gj: np.ndarray, rho: np.ndarray, frame: Sequence[Axis]) -> np.ndarray:
-    fi, gj = by_type(fi, frame, second=False), by_type(gj, frame, second=True)
-    a, b = fi @ HERMITE, gj @ HERMITE
-    both = (fi * gj) @ WEIGHTS
-    rest = both - np.sum(a * b, axis=-1)
-    inner = np.sum(a * b * rho[..., None] ** _POWERS, axis=-1)
-    beyond = rest * np.abs(rho) ** len(_POWERS) * np.where(rho > 0, 1.0, 0.0)
+    """Σ a_k b_k ρ^k by type, for functions given on the grid by class, (classes or 1..., points)."""
+    both = _read_pairs(_class_pairs(fi, gj, WEIGHTS), fi, gj, frame)
+    a, b = by_type(fi @ HERMITE, frame, second=False), by_type(gj @ HERMITE, frame, second=True)
+    product = a * b
+    inner, whole = power_series(product, rho), product.sum(-1)
+    beyond = (both - whole) * np.where(rho > 0, np.abs(rho) ** DEGREE, 0.0)
     return np.where(rho >= 1 - 1e-9, both, inner + beyond)
+
+
+def _class_pairs(fi: np.ndarray, gj: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """E[f_c(z) g_c'(z)] for every class of f with every class of g, one matrix product."""
+    return (fi.reshape(-1, fi.shape[-1]) * weights) @ gj.reshape(-1, gj.shape[-1]).T
+
+
+def _read_pairs(pairs: np.ndarray, fi: np.ndarray, gj: np.ndarray, frame: Sequence[Axis]) -> np.ndarray:
+    """A (classes of f, classes of g) matrix read by type."""
+    index = [
+        by_type(np.arange(x[..., 0].size).reshape(x.shape[:-1]), frame, second=second) for x, second in ((fi, False), (gj, True))
+    ]
+    return pairs[index[0], index[1]]
 
 
 def two_roots(f: View, a: View, g: View, b: View, frame: Sequence[Axis], fixed: Environment) -> np.ndarray:

@@ -41,7 +41,16 @@ def _hermite() -> Float[np.ndarray, "degree points"]:
 
 
 HERMITE = (_hermite() * WEIGHTS).T  # values on the grid -> orthonormal Hermite coefficients
-_POWERS = np.arange(DEGREE)
+_RHO = np.sin(np.linspace(-np.pi / 2, np.pi / 2, 129))  # correlations, closer together where series turn steeply
+_RHO_POWERS = _RHO[:, None] ** np.arange(DEGREE)
+
+
+def power_series(coefficients: np.ndarray, rho: np.ndarray) -> np.ndarray:
+    """Σ c_k ρ^k by Horner's rule, coefficients along the last axis (shapes otherwise broadcast)."""
+    out = coefficients[..., -1]
+    for k in range(coefficients.shape[-1] - 2, -1, -1):
+        out = out * rho + coefficients[..., k]
+    return out
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -175,19 +184,25 @@ def latent(
         a = values @ HERMITE
         a[..., 0] = 0
         ai, aj = by_type(a, axes, second=False), by_type(a, axes, second=True)
-        coefficients = ai * aj
         whole = np.sqrt(np.sum(ai**2, -1) * np.sum(aj**2, -1))
-        coefficients = coefficients / np.maximum(whole, 1e-300)[..., None]
-        target = rho.copy()
-        low, high = np.full_like(rho, -1.0), np.full_like(rho, 1.0)
-        for _ in range(40):
-            middle = (low + high) / 2
-            reached = np.sum(coefficients * middle[..., None] ** _POWERS, axis=-1)
-            low, high = np.where(reached < target, middle, low), np.where(reached < target, high, middle)
-        rho = (low + high) / 2
+        rho = _solved(ai * aj / np.maximum(whole, 1e-300)[..., None], rho)
     rho = np.array(np.broadcast_to(rho, [a.types for a in axes]))
     rho[tuple(slice(0, a.classes) for a in axes)] = 1.0
     return rho
+
+
+def _solved(coefficients: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """ρ with Σ c_k ρ^k = target, for series that rise with ρ: read off a table, then two Newton steps."""
+    target = np.broadcast_to(target, np.broadcast_shapes(target.shape, coefficients.shape[:-1]))
+    coefficients = np.broadcast_to(coefficients, (*target.shape, coefficients.shape[-1]))
+    flat, goals = coefficients.reshape(-1, coefficients.shape[-1]), target.ravel()
+    tables = np.maximum.accumulate(flat @ _RHO_POWERS.T, axis=-1)
+    rho = np.array([np.interp(goal, table, _RHO) for goal, table in zip(goals, tables, strict=True)])
+    slopes = flat[:, 1:] * np.arange(1, flat.shape[-1])
+    for _ in range(2):
+        slope = np.maximum(power_series(slopes, rho), 1e-3)
+        rho = np.clip(rho - np.clip((power_series(flat, rho) - goals) / slope, -0.02, 0.02), -1.0, 1.0)
+    return rho.reshape(target.shape)
 
 
 Environment = dict[tuple[int, tuple[int, ...]], np.ndarray]

@@ -19,7 +19,7 @@ import numpy as np
 from varscale.theory.axes import contract_axis
 from varscale.theory.elementwise import Apply, Sum, roots
 from varscale.theory.graph import Array, Constant, Leaf, Node, View
-from varscale.theory.quadrature import _POWERS, HERMITE, WEIGHTS, Environment, concentrated, evaluate, factors, marginal
+from varscale.theory.quadrature import HERMITE, WEIGHTS, Environment, concentrated, evaluate, factors, marginal, power_series
 
 _STEP = 0.1  # relative step in q for the ratio and the curvature
 
@@ -265,7 +265,7 @@ def _fresh(node: Node, axes: set[int]) -> float:
             whole -= float(a[1] ** 2 + a[2] ** 2)
             a[1:3] = 0.0
         rho = _pooled(root)
-        series = np.sum(a**2 * rho[..., None] ** _POWERS, axis=-1)
+        series = power_series(a**2, rho)
         series = np.where(rho >= 1 - 1e-9, whole, series)
         shape = [1] * len(frame)
         order = sorted(range(len(root.bind)), key=lambda k: root.bind[k])

@@ -35,7 +35,7 @@ def tilted(node: Any) -> np.ndarray | float:
         shares = (axis.counts / axis.size).reshape([c if k == key else 1 for k in range(len(frame))])
         deviation = (deviation * shares).sum(axis=key)
         rows = p.node.rows()
-        gain = lift(p.node.tilt(), [p.node.axes[k] for k in rows], [p.bind[k] for k in rows], frame, pairs=True).squeeze(key)
+        gain = lift(p.node.tilt, [p.node.axes[k] for k in rows], [p.bind[k] for k in rows], frame, pairs=True).squeeze(key)
         return np.broadcast_to(deviation * gain / width, node.frame_types)
     return 0.0
 

@@ -24,7 +24,7 @@ from varscale.theory.graph import Array, Constant, Node, View, array
 from varscale.theory.interpreter import Interpreter
 from varscale.theory.layout import Value
 from varscale.theory.moments import Table, lift
-from varscale.theory.quadrature import WEIGHTS, Z
+from varscale.theory.quadrature import WEIGHTS, Z, by_type
 from varscale.theory.rules.reductions import Extreme, Mean
 
 _MASKED = -1e4  # a logit below this is a mask, not a number
@@ -43,6 +43,42 @@ class WeightMoments(NamedTuple):
     pull: float
 
 
+_STEP = 0.4  # in ln u: the integrands are analytic and fall off on both sides, so that the trapezoidal rule is exact to 1e-12
+_MOST_KEYS = 1e8
+
+
+class _Laplace(NamedTuple):
+    """Of one key with logit variance v, over a grid of u: ln φ(u), and E[e^{kl} e^{−u e^l}], k = 1, 2, 3, over φ; the same with l."""
+
+    log_phi: np.ndarray
+    first: np.ndarray
+    second: np.ndarray
+    third: np.ndarray
+    pull: np.ndarray
+    pull_square: np.ndarray
+
+
+def _log_u(variance: float) -> tuple[int, int]:
+    """The grid of ln u, in steps, that holds the mass for any number of keys."""
+    s = math.sqrt(variance)
+    low, high = -variance / 2 - math.log(_MOST_KEYS) - 14 - 5 * s, -variance / 2 + 14 + 5 * s
+    return math.floor(low / _STEP), math.ceil(high / _STEP)
+
+
+@functools.lru_cache(maxsize=1024)
+def _laplace(variance: float, low: int, high: int) -> _Laplace:
+    u = np.exp(np.arange(low, high) * _STEP)
+    logits = math.sqrt(variance) * _L
+    e = np.exp(logits)
+    exponent = -u[:, None] * e
+    decay = np.exp(exponent)
+    log_phi = np.log1p(np.clip(np.expm1(exponent) @ _LW, -1 + 1e-15, 0))
+    # One column a moment.
+    columns = np.stack([e, e**2, e**3, e * logits, (e * logits) ** 2], axis=-1) * _LW[:, None]
+    moments = decay @ columns / np.maximum(np.exp(log_phi), 1e-300)[:, None]
+    return _Laplace(log_phi, *moments.T)
+
+
 @functools.lru_cache(maxsize=4096)
 def weight_moments(counts: tuple[float, ...], variances: tuple[float, ...]) -> WeightMoments:
     """Exact moments of softmax weights over independent Gaussian logits.
@@ -51,30 +87,18 @@ def weight_moments(counts: tuple[float, ...], variances: tuple[float, ...]) -> W
         counts: keys in each class.
         variances: variance of their logits.
     """
-    n, s = np.array(counts), np.sqrt(np.array(variances))
-    middle = -math.log(max(float(n @ np.exp(s**2 / 2)), 1e-300))
-    reach = 14 + 5 * float(s.max())
-    t = np.linspace(middle - reach, middle + reach, 120)
-    u = np.exp(t)
-    logits = s[:, None] * _L  # (classes, points)
-    e = np.exp(logits)
-    decay = np.exp(-u[:, None, None] * e)  # (u, classes, points)
-    log_phi = np.log1p(np.clip((np.expm1(-u[:, None, None] * e)) @ _LW, -1 + 1e-15, 0))
-    phi = np.maximum(np.exp(log_phi), 1e-300)
-    a1, a2, a3 = (decay * e**k @ _LW for k in (1, 2, 3))
-    b1, b2 = decay * e * logits @ _LW, decay * (e * logits) ** 2 @ _LW
-    whole = np.exp(log_phi @ n)
-    step = t[1] - t[0]
-    one = lambda f, power: (f * (whole * u**power)[:, None]).sum(0) * step  # noqa: E731
-    first, square, cube = one(a1 / phi, 1), one(a2 / phi, 2), one(a3 / phi, 3) / 2
-    measure = whole * u**2 * step
-    ratio = a1 / phi
-    pair = np.einsum("u,uc,ud->cd", measure, ratio, ratio)
-    pulls = b1 / phi
-    pull = float(n @ (measure @ (b2 / phi)))
-    cross = np.einsum("u,uc,ud->cd", measure, pulls, pulls)
-    pull += float(n @ cross @ n) - float(n @ np.diag(cross))
-    return WeightMoments(first, square, cube, pair, pull)
+    n = np.array(counts)
+    ends = [_log_u(v) for v in variances]
+    low, high = min(a for a, _ in ends), max(b for _, b in ends)
+    keys = [_laplace(v, low, high) for v in variances]
+    u = np.exp(np.arange(low, high) * _STEP)
+    whole = np.exp(np.stack([k.log_phi for k in keys], -1) @ n) * _STEP
+    one = lambda power, name: (whole * u**power) @ np.stack([getattr(k, name) for k in keys], -1)  # noqa: E731
+    measure = (whole * u**2)[:, None]
+    ratio, pulls = np.stack([k.first for k in keys], -1), np.stack([k.pull for k in keys], -1)
+    cross = pulls.T @ (measure * pulls)
+    pull = float(n @ one(2, "pull_square")) + float(n @ cross @ n) - float(n @ np.diag(cross))
+    return WeightMoments(one(1, "first"), one(2, "second"), one(3, "third") / 2, ratio.T @ (measure * ratio), pull)
 
 
 class Softmax(Node):
@@ -88,6 +112,7 @@ class Softmax(Node):
     def rows(self) -> list[int]:
         return [k for k in range(len(self.axes)) if k not in self.params]
 
+    @functools.cached_property
     def deviation(self) -> np.ndarray:
         """Covariance of the logits' deviations along the keys: by type of the other axes, and by class of key."""
         out = np.broadcast_to(self.args[0].second(self.axes), [a.types for a in self.axes])
@@ -107,6 +132,7 @@ class Softmax(Node):
         assert isinstance(view.node, Array)
         return view.node.table_over([self.axes[b] for b in view.bind])
 
+    @functools.cached_property
     def counts(self) -> tuple[np.ndarray, np.ndarray, list[Axis]]:
         """Keys a row can see, by class of the rows and of the keys; keys two rows share, by types of the rows; the key axes.
 
@@ -153,10 +179,11 @@ class Softmax(Node):
                 shape[i] = inverse.shape[sorted(left).index(k)]
         return inverse.transpose(np.argsort(np.argsort(left)) if inverse.ndim else ()).reshape(shape)
 
+    @functools.cached_property
     def cells(self) -> dict[tuple[int, ...], WeightMoments]:
         """Weight moments for each class of row, logit variances averaged over what the queries' norms do."""
-        seen, _, _ = self.counts()
-        deviation = self.deviation()
+        seen, _, _ = self.counts
+        deviation = self.deviation
         rows = self.rows()
         order = [*rows, *self.params]
         deviation = deviation.transpose(order)
@@ -181,71 +208,81 @@ class Softmax(Node):
                 return min(math.sqrt(6.0 / width), 0.95)
         return 0.0
 
+    def moments(self, name: str) -> np.ndarray:
+        """One of the weights' moments, by class of the rows and then as it is."""
+        classes = [self.axes[k].classes for k in self.rows()]
+        values = [np.asarray(getattr(self.cells[cell], name)) for cell in np.ndindex(*classes)]
+        return np.stack(values).reshape(*classes, *values[0].shape)
+
+    def read(self, by_class: np.ndarray, *, second: bool = False) -> np.ndarray:
+        """An array by class of the rows (then anything), read at i (or j) of every type of the rows."""
+        axes = [self.axes[k] for k in self.rows()]
+        out = by_type(by_class, axes, second=second)
+        return np.broadcast_to(out, (*[a.types for a in axes], *out.shape[len(axes) :]))
+
+    @functools.cached_property
+    def own(self) -> np.ndarray:
+        """Which types of the rows are a row with itself."""
+        axes = [self.axes[k] for k in self.rows()]
+        return functools.reduce(np.logical_and.outer, [np.arange(a.types) < a.classes for a in axes], np.array(True))
+
+    @functools.cached_property
+    def visible(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Keys a row sees by class of the row; keys two rows share and the logits' deviation by type; last axis: class of key."""
+        rows = self.rows()
+        axes = [self.axes[k] for k in rows]
+        seen, shared, keys = self.counts
+        c = math.prod(a.classes for a in keys)
+        seen = np.broadcast_to(seen.reshape(*seen.shape[: len(rows)], c), (*[a.classes for a in axes], c))
+        shared = np.broadcast_to(shared.reshape(*shared.shape[: len(rows)], c), (*[a.types for a in axes], c))
+        return seen, shared, self.deviation.transpose([*rows, *self.params]).reshape(*[a.types for a in axes], c)
+
     def compute(self) -> Table:
         rows = self.rows()
-        seen, shared, keys = self.counts()
-        cells = self.cells()
-        c = math.prod(a.classes for a in keys)
+        seen, shared, deviation = self.visible
+        keys = self.counts[2]
+        c = seen.shape[-1]
         sizes = functools.reduce(np.multiply.outer, [a.counts for a in keys]).ravel()
-        row_axes = [self.axes[k] for k in rows]
-        classes, types = [a.classes for a in row_axes], [a.types for a in row_axes]
-        seen = np.broadcast_to(seen.reshape(*seen.shape[: len(rows)], c), (*classes, c))
-        shared = np.broadcast_to(shared.reshape(*shared.shape[: len(rows)], c), (*types, c))
-        share = np.empty((*classes, c))  # Σ of E[p] over a class of keys
-        for cell, m in cells.items():
-            share[cell] = seen[cell] * m.first
-            share[cell] /= share[cell].sum()
+        share = seen * self.moments("first")  # Σ of E[p] over a class of keys
+        share = share / share.sum(-1, keepdims=True)
         mean = share / sizes
-        deviation = self.deviation().transpose([*rows, *self.params]).reshape(*types, c)
-        second = np.empty((*types, c + c * c))
+        # A row with itself.
+        n, diagonal = self.read(seen), np.eye(c, dtype=bool)
+        square, pair = self.read(self.moments("square")), self.read(self.moments("pair"))
+        same = n * square
+        other = (n[..., :, None] * n[..., None, :] - diagonal * n[..., None]) * pair
+        other *= ((1 - same.sum(-1)) / np.maximum(other.sum((-1, -2)), 1e-300))[..., None, None]
+        # Two rows. The excess of one key's weights in both: exact for equal logits, lognormal in their covariance between.
+        share_i, share_j = self.read(share), self.read(share, second=True)
+        per_i, per_j = (s / np.maximum(m, 1e-300) for s, m in ((share_i, n), (share_j, self.read(seen, second=True))))
+        variance = np.maximum(self.read(deviation[tuple(slice(0, self.axes[k].classes) for k in rows)]), 1e-12)
+        whole = square / np.maximum(per_i**2, 1e-300) - 1
+        excess = whole * np.expm1(np.clip(deviation, -variance, np.minimum(variance, 50))) / np.expm1(np.minimum(variance, 50))
+        both = shared * per_i * per_j * (1 + excess)
+        both = both * np.minimum(1.0, 1.0 / np.maximum(both.sum(-1, keepdims=True), 1e-300))
+        apart = share_i[..., :, None] * share_j[..., None, :] - diagonal * both[..., None]
+        own = self.own[..., None]
+        same, other = np.where(own, same, both), np.where(own[..., None], other, apart)
         pairs = np.concatenate([sizes, (np.outer(sizes, sizes) - np.diag(sizes)).ravel()])
-        for index in np.ndindex(*types):
-            ci = tuple(int(a.first[t]) for a, t in zip(row_axes, index, strict=True))
-            cj = tuple(int(a.second[t]) for a, t in zip(row_axes, index, strict=True))
-            m = cells[ci]
-            if all(t < a.classes for a, t in zip(row_axes, index, strict=True)):
-                n = seen[ci]
-                same = n * m.square
-                other = np.outer(n, n) * m.pair - np.diag(n * np.diag(m.pair))
-                other *= (1 - same.sum()) / max(other.sum(), 1e-300)
-            else:
-                per_i, per_j = share[ci] / np.maximum(seen[ci], 1e-300), share[cj] / np.maximum(seen[cj], 1e-300)
-                own = np.maximum(deviation[ci], 1e-12)
-                # The excess of one key's weights in two rows: exact for equal logits, lognormal in their covariance between.
-                full = m.square / np.maximum(per_i**2, 1e-300) - 1
-                covariance = np.clip(deviation[index], -own, own)
-                excess = full * np.expm1(covariance) / np.expm1(np.minimum(own, 50))
-                same = shared[index] * per_i * per_j * (1 + excess)
-                same *= min(1.0, 1.0 / max(same.sum(), 1e-300))
-                other = np.outer(share[ci], share[cj]) - np.diag(same)
-            second[index] = np.concatenate([same, other.ravel()]) / np.maximum(pairs, 1.0)
+        second = np.concatenate([same, other.reshape(*other.shape[:-2], c * c)], axis=-1) / np.maximum(pairs, 1.0)
         if len(keys) > 1:
             mean, second = _unflatten(mean, second, keys, len(rows))
         order = np.argsort([*rows, *self.params])
         return Table(self.axes, mean.transpose(order), second.transpose(order))
 
+    @functools.cached_property
     def tilt(self) -> np.ndarray:
         """What the weights gain along the logits' direction, τ = E[(Σ p l)²]/s² − Σ p², times the rows' correlation."""
-        rows = self.rows()
-        row_axes = [self.axes[k] for k in rows]
-        deviation = self.deviation().transpose([*rows, *self.params])
-        deviation = deviation.reshape(*[a.types for a in row_axes], -1).mean(-1)
-        seen, _, _ = self.counts()
-        out = np.zeros([a.types for a in row_axes])
-        cells = self.cells()
-        for index in np.ndindex(*out.shape):
-            ci = tuple(int(a.first[t]) for a, t in zip(row_axes, index, strict=True))
-            n = seen[tuple(c if seen.shape[i] > 1 else 0 for i, c in enumerate(ci))].ravel()
-            s2 = max(float(deviation[ci]), 1e-12)
-            gain = cells[ci].pull / s2 - float(n @ cells[ci].square)
-            out[index] = max(gain, 0.0) * float(np.clip(deviation[index] / s2, -1, 1))
-        return out
+        seen, _, deviation = self.visible
+        by_rows = deviation.mean(-1)
+        variance = np.maximum(by_rows[tuple(slice(0, self.axes[k].classes) for k in self.rows())], 1e-12)
+        gain = np.maximum(self.moments("pull") / variance - (seen * self.moments("square")).sum(-1), 0.0)
+        return self.read(gain) * np.clip(by_rows / self.read(variance), -1, 1)
 
     def pullback(self, cotangent: np.ndarray) -> list[np.ndarray | None]:
         """∂p_k/∂l_j = p_k(δ − p_j): a cotangent's part common to the keys is lost, the rest is weighted by p."""
         from varscale.theory.backward import sum_out
 
-        rows = self.rows()
         if len(self.params) != 1:
             raise NotImplementedError("the gradient of a softmax over several axes")
         (key,) = self.params
@@ -255,20 +292,12 @@ class Softmax(Node):
         p = np.moveaxis(self.table.second, key, -1)
         diagonal = [c + i * (c + 1) for i in range(c)]
         deviation = np.maximum(g[..., :c] - g[..., diagonal], 0.0)
-        out = np.zeros_like(p)
-        cells = self.cells()
-        row_axes = [self.axes[k] for k in rows]
-        seen, _, _ = self.counts()
-        for index in np.ndindex(*p.shape[:-1]):
-            ci = tuple(int(a.first[t]) for a, t in zip(row_axes, index, strict=True))
-            m = cells[ci]
-            n = seen[tuple(k if seen.shape[i] > 1 else 0 for i, k in enumerate(ci))].ravel()
-            own = all(t < a.classes for a, t in zip(row_axes, index, strict=True))
-            keep = 1 - 2 * m.cube / np.maximum(m.square, 1e-300) + float(n @ m.square) if own else np.ones(c)
-            same = deviation[index] * p[index][:c] * np.clip(keep, 0, 1)
-            out[index][:c] = same
-            # The rows of the Jacobian sum to zero: what one key gains the others lose.
-            out[index][c:] = -np.outer(same, axis.counts).ravel() / max(axis.size * (axis.size - 1), 1)
+        square = self.moments("square")
+        keep = 1 - 2 * self.moments("cube") / np.maximum(square, 1e-300) + (self.visible[0] * square).sum(-1, keepdims=True)
+        same = deviation * p[..., :c] * np.where(self.own[..., None], np.clip(self.read(keep), 0, 1), 1.0)
+        # The rows of the Jacobian sum to zero: what one key gains the others lose.
+        rest = -same[..., :, None] * axis.counts / max(axis.size * (axis.size - 1), 1)
+        out = np.concatenate([same, rest.reshape(*same.shape[:-1], c * c)], axis=-1)
         back = sum_out(np.moveaxis(out, -1, key), self.axes, self.args[0])
         return [back, *[None] * (len(self.args) - 1)]
 
