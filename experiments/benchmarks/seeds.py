@@ -8,12 +8,14 @@ and the time of the first call, compilation included, for as many nets as the ex
 """
 
 import argparse
+import functools
 import importlib.util
 import math
 import os
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,13 +39,17 @@ NETS = [
 ]
 
 
-def statistics_numpy(seed: int) -> None:
-    """Experiment 1 for one seed: five nets of ten layers, and of each layer its moments, shares and histogram."""
-    rng, found = np.random.default_rng(seed), []
+def statistics_numpy(seed: int, dtype: Any = np.float64) -> None:
+    """Experiment 1 for one seed: five nets of ten layers, and of each layer its moments, shares and histogram.
+
+    As the lecture's program does it, with `randn` and in float64; in float32 with the newer generator, which draws it directly.
+    """
+    found, old, new = [], np.random.RandomState(seed), np.random.default_rng(seed)
+    randn = (lambda *shape: new.standard_normal(shape, np.float32)) if dtype is np.float32 else old.randn
     for net in NARROW.nets:
-        h = rng.standard_normal((NARROW.batch, NARROW.width), np.float32)
+        h = randn(NARROW.batch, NARROW.width)
         for _ in range(NARROW.depth):
-            w = rng.standard_normal((NARROW.width, NARROW.width), np.float32) * np.float32(net.std)
+            w = randn(NARROW.width, NARROW.width) * dtype(net.std)
             h = np.maximum(h @ w, 0) if net.relu else np.tanh(h @ w)
             seen = [h.mean(), h.var(), np.mean(h**2), np.mean(h == 0), np.mean(np.abs(h) > 0.99)]
             found.append((*seen, np.histogram(h, BINS, (0, 3) if net.relu else (-1, 1))))
@@ -193,7 +199,8 @@ def main() -> None:
     console, torch = Console(), importlib.util.find_spec("torch") is not None
     console.print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; {len(LAWS)} laws known, {len(NETS)} settings timed")
 
-    peers = {"NumPy": statistics_numpy} | ({"PyTorch": statistics_torch} if torch else {})
+    peers = {"NumPy": statistics_numpy, "NumPy in float32": functools.partial(statistics_numpy, dtype=np.float32)}
+    peers |= {"PyTorch": statistics_torch} if torch else {}
     ours = {"layer statistics": (lambda: statistics_ours(options.seeds), options.seeds)}
     show(console, "Experiment 1: five nets of ten layers, one seed", *compare(ours, peers, options.rounds))
 

@@ -174,7 +174,8 @@ def _class_pairs(fi: np.ndarray, gj: np.ndarray, weights: np.ndarray) -> np.ndar
 def _read_pairs(pairs: np.ndarray, fi: np.ndarray, gj: np.ndarray, frame: Sequence[Axis]) -> np.ndarray:
     """A (classes of f, classes of g) matrix read by type."""
     index = [
-        by_type(np.arange(x[..., 0].size).reshape(x.shape[:-1]), frame, second=second) for x, second in ((fi, False), (gj, True))
+        by_type(np.arange(x[..., 0].size).reshape(x.shape[:-1]), frame, second=second)
+        for x, second in ((fi, False), (gj, True))
     ]
     return pairs[index[0], index[1]]
 
