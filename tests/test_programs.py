@@ -68,3 +68,13 @@ def test_bad_models_are_named(model, method, error):
 
 def test_leaf_paths():
     assert [p for p, _ in leaf_paths("x", (jnp.ones(1), {"k": jnp.ones(2)}))] == ["x[0]", "x[1]['k']"]
+
+
+def test_fields_of_a_dataclass_are_no_methods():
+    from flax import struct
+
+    @struct.dataclass
+    class Output:
+        logits: jax.Array
+
+    assert [p for p, _ in leaf_paths("", Output(jnp.ones(2)))] == ["['logits']"]

@@ -195,10 +195,14 @@ def _captures(tree: Any, method: str, prefix: tuple[str, ...] = ()) -> dict[str,
 
 
 def leaf_paths(path: str, output: Any) -> Iterable[tuple[str, Any]]:
-    """The arrays of an output with their row paths: "path" for an array, "path[0]" or "path['k']" inside a container."""
-    for key, leaf in jax.tree_util.tree_flatten_with_path(output)[0]:
+    """The arrays of an output with their row paths: "path" for an array, "path[0]" or "path['k']" inside a container.
+
+    A field of a dataclass is "path['field']" too: "path.name" is a method's row.
+    """
+    for keys, leaf in jax.tree_util.tree_flatten_with_path(output)[0]:
         if hasattr(leaf, "shape") and hasattr(leaf, "dtype") and not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            yield path + jax.tree_util.keystr(key), leaf
+            fields = [jax.tree_util.DictKey(k.name) if isinstance(k, jax.tree_util.GetAttrKey) else k for k in keys]
+            yield path + jax.tree_util.keystr(tuple(fields)), leaf
 
 
 def is_dynamic(leaf: Any) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from varscale.theory.axes import Axis, apply_axis, contract_axis
-from varscale.theory.elementwise import Apply, Sum, affine, total
+from varscale.theory.elementwise import Apply, Sum, affine, apply, total
 from varscale.theory.graph import Array, Constant, Node, View, array
 from varscale.theory.interpreter import Interpreter, rule
 from varscale.theory.layout import Atom, Value
@@ -120,8 +120,8 @@ def mean_node(node: Node, axes: Sequence[int]) -> Node:
         return array(graph, node.values.mean(axis=tuple(axes)), left)
 
     def inside(view: View) -> View:
-        reduced = [j for j, b in enumerate(view.bind) if b in axes]
-        return View(mean_node(view.node, reduced), tuple(new[b] for b in view.bind if b not in axes))
+        averaged = mean_node(view.node, [j for j, b in enumerate(view.bind) if b in axes])
+        return View(averaged, () if isinstance(averaged, Constant) else tuple(new[b] for b in view.bind if b not in axes))
 
     if isinstance(node, Sum):
         return total(graph, node.params, left, [inside(v) for v in node.args])
@@ -130,13 +130,14 @@ def mean_node(node: Node, axes: Sequence[int]) -> Node:
         view = inside(node.args[0])
         if tuple(view.node.axes) == left and view.bind == tuple(range(len(left))):
             return affine(view.node, c, d)
+        if isinstance(view.node, Constant):
+            return affine(view.node, c, d)
         return graph.make(Apply, left, [view], ("affine", (c, d)))
     if isinstance(node, Apply) and node.params[0] in ("mul", "div"):
         x, y = node.args
-        if not any(b in axes for b in y.bind):  # a factor that is constant along the axes comes out
-            return graph.make(Apply, left, [inside(x), inside(y)], node.params)
-        if node.params[0] == "mul" and not any(b in axes for b in x.bind):
-            return graph.make(Apply, left, [inside(x), inside(y)], node.params)
+        # A factor that is constant along the axes comes out.
+        if not any(b in axes for b in y.bind) or (node.params[0] == "mul" and not any(b in axes for b in x.bind)):
+            return apply(graph, *node.params, left, [inside(x), inside(y)])
     if isinstance(node, Mean):
         places = [k for k in range(len(node.args[0].node.axes)) if k not in node.params]
         return mean_node(node.args[0].node, [*node.params, *(places[k] for k in axes)])
