@@ -187,7 +187,7 @@ def chosen(settings: Settings) -> dict[str, Callable[[], Graph]]:
 
 def run(run: Run) -> Result:
     """Measure the layers, train at every depth, compare."""
-    seeds = run.seeds(quick=10, full=20)
+    seeds = run.seeds(quick=10, full=48)
     depths = (2, 8) if run.quick else (2, 4, 8, DEEPEST)
     graphs_of = {name: make() for name, make in chosen(run.settings).items()}
     slugs = {name: f"graph-{number}" for number, name in enumerate(graphs_of)}

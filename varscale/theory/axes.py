@@ -172,12 +172,12 @@ def apply_axis(array: np.ndarray, axis: int, matrix: np.ndarray) -> np.ndarray:
     """Multiply `matrix` (new, old) onto one axis of `array`; an integer vector indexes instead."""
     if matrix.ndim == 1 and matrix.dtype.kind == "i":
         return np.take(array, matrix, axis=axis)
-    return np.moveaxis(np.tensordot(matrix, array, axes=(1, axis)), 0, axis)
+    return np.moveaxis(np.moveaxis(array, axis, -1) @ matrix.T, -1, axis)
 
 
 def contract_axis(array: np.ndarray, axis: int, weights: np.ndarray) -> np.ndarray:
     """Sum one axis away under `weights`."""
-    return np.tensordot(array, weights, axes=(axis, 0))
+    return np.moveaxis(array, axis, -1) @ weights
 
 
 @functools.cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable
 from typing import Any
 
 import jax
@@ -64,12 +65,24 @@ def law(node: Node) -> tuple[float, float, float] | None:
         return None
     from varscale.theory.graph import View
 
-    values = evaluate(View(node, tuple(range(len(node.axes)))), node.axes, {}).reshape(-1, len(Z))
-    values = np.asarray(values[0], float)
-    mean, square, fourth = (float(WEIGHTS @ values**k) for k in (1, 2, 4))
-    if abs(mean) < 1e-6 * math.sqrt(max(square, 1e-300)):
-        mean = 0.0
-    return mean, square, fourth / max(square**2, 1e-300)
+    # Kernels of one fan-in are drawn by one chain: its moments are taken once.
+    key = ("law", _chain(node), base.params[-1])
+    memo = node.graph.memo
+    if key not in memo:
+        values = evaluate(View(node, tuple(range(len(node.axes)))), node.axes, {}).reshape(-1, len(Z))
+        values = np.asarray(values[0], float)
+        mean, square, fourth = (float(WEIGHTS @ values**k) for k in (1, 2, 4))
+        if abs(mean) < 1e-6 * math.sqrt(max(square, 1e-300)):
+            mean = 0.0
+        memo[key] = mean, square, fourth / max(square**2, 1e-300)
+    return memo[key]
+
+
+def _chain(node: Node) -> Hashable:
+    """What an elementwise function of one leaf does, whatever the leaf."""
+    if isinstance(node, Apply):
+        return node.params, tuple(_chain(view.node) for view in node.args)
+    return node.params if isinstance(node, Constant) else "leaf"
 
 
 def as_weight(interpreter: Interpreter, x: Value, path: str) -> Value:

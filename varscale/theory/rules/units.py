@@ -48,7 +48,7 @@ _MOST_KEYS = 1e8
 
 
 class _Laplace(NamedTuple):
-    """Of one key with logit variance v, over a grid of u: ln φ(u), and E[e^{kl} e^{−u e^l}], k = 1, 2, 3, over φ; the same with l."""
+    """Of one key, over a grid of u: ln φ(u), and over φ E[f e^{−u e^l}] for f = e^l, e^{2l}, e^{3l}, l e^l and (l e^l)²."""
 
     log_phi: np.ndarray
     first: np.ndarray
@@ -228,7 +228,7 @@ class Softmax(Node):
 
     @functools.cached_property
     def visible(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Keys a row sees by class of the row; keys two rows share and the logits' deviation by type; last axis: class of key."""
+        """Keys a row sees, by its class; keys two rows share and the logits' deviation, by type; last axis: the key's class."""
         rows = self.rows()
         axes = [self.axes[k] for k in rows]
         seen, shared, keys = self.counts
