@@ -66,6 +66,7 @@ def _swap(second: np.ndarray, frame: Sequence[Axis]) -> np.ndarray:
 
 def _expand(a: View, b: View, frame: tuple[Axis, ...]) -> np.ndarray:
     from varscale.theory.products import product_second
+    from varscale.theory.rules.reductions import Mean
 
     if a.node is b.node:
         return _same_node(a, b, frame)
@@ -81,6 +82,10 @@ def _expand(a: View, b: View, frame: tuple[Axis, ...]) -> np.ndarray:
         if isinstance(x.node, Sum) and not isinstance(y.node, Apply):
             out = sum(c * cross(term.within(x.bind), y, frame) for c, term in zip(x.node.params, x.node.args, strict=True))
             return _swap(np.asarray(out), frame) if turn else np.asarray(out)
+    # An average of a function of x against a function of x: by projection, which needs no law of the average.
+    for x, y, turn in ((a, b, False), (b, a, True)):
+        if isinstance(x.node, Mean) and isinstance(y.node, Apply) and (out := x.node.cross_with(x, y, frame)) is not None:
+            return _swap(out, frame) if turn else out
     if isinstance(a.node, Apply) or isinstance(b.node, Apply):
         return product_second(a, b, frame)
     for x, y, turn in sorted(((a, b, False), (b, a, True)), key=lambda t: -t[0].node.id):

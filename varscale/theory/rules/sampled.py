@@ -33,8 +33,10 @@ def draw(node: Node, sizes: Sequence[int], replicates: int, rng: np.random.Gener
             law = marginal(root.node)
             pooled = _pooled(root.node, law.correlation)
             latents = sample_table(pooled, own, replicates, rng)
-            line = law.values.reshape(-1, law.values.shape[-1]).mean(axis=0)
-            drawn = np.interp(latents, Z, np.asarray(line, float))
+            line = np.asarray(law.values, float)
+            for axis in root.node.axes:
+                line = np.tensordot(axis.counts / axis.size, line, axes=(0, 0))
+            drawn = np.interp(latents, Z, line)
         shape = [1] * len(sizes)
         for k, b in enumerate(root.bind):
             shape[b] = own[k]
