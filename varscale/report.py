@@ -30,6 +30,7 @@ class Row:
         gradient: second moment of the loss gradient at this output, for a cotangent of unit variance at the model's output.
         how: how second_moment was obtained; the worst of the steps that led to it.
         confidence: bound on the relative error of second_moment.
+        gradient_confidence: bound on the relative error of gradient.
     """
 
     path: str
@@ -45,6 +46,7 @@ class Row:
     gradient: float | None = None
     how: How = "measured"
     confidence: float = 0.0
+    gradient_confidence: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -100,6 +100,7 @@ class Comparison:
     backward: float
     backward_error: float
     confidence: float
+    gradient_confidence: float | None
     coverage: float
     how: str
 
@@ -131,6 +132,7 @@ def compare(case: Case, nets: int, *, backward: bool = True) -> tuple[list[Compa
                 gradient,
                 float(np.std(np.log(np.maximum(grad, 1e-300))) / np.sqrt(nets)),
                 row.confidence,
+                row.gradient_confidence,
                 float(inside),
                 row.how,
             )

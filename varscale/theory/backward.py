@@ -6,16 +6,21 @@ except through the function it passes (its derivative is a function of the same 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
 from varscale.theory.axes import Axis, apply_axis, contract_axis, lift_types
-from varscale.theory.elementwise import Apply, apply, roots
+from varscale.theory.elementwise import Apply, Sum, affine, apply, roots
 from varscale.theory.graph import Array, Constant, Leaf, Node, View, number
-from varscale.theory.moments import full_types
-from varscale.theory.spread import companions
+from varscale.theory.moments import full_types, means_by_type
+from varscale.theory.quadrature import by_type, concentrated, evaluate
+from varscale.theory.spread import companions, inherited, responses
+
+_MASK_DOUBT = 0.03  # a step of a stream, whose derivatives are a Markov chain only in the main
+_NORM_DOUBT = 0.25  # of 1/(1 − r) − 1: positions that share a norm are not exactly Gaussian given its scale
 
 
 def sum_out(second: np.ndarray, frame: Sequence[Axis], view: View) -> np.ndarray:
@@ -112,70 +117,186 @@ def _partial(name: str, extra: tuple[Any, ...], k: int, args: Sequence[View], bu
             return build(f"∂{k}{name}", *args, extra=extra)
 
 
-def cotangents(outputs: Iterable[tuple[Node, np.ndarray]], watched: Sequence[Node]) -> dict[int, float]:
-    """Second moments of the cotangents at watched nodes, averaged over their elements.
+@dataclasses.dataclass(frozen=True, eq=False)
+class Cotangent:
+    """What flows back into a node.
+
+    Attributes:
+        second: second moments by type.
+        doubt: bound on their relative error.
+        mask: the derivative it was multiplied by last, where nothing random has come between: a stream's next one is correlated.
+    """
+
+    second: np.ndarray
+    doubt: float = 0.0
+    mask: View | None = None
+
+
+class Cotangents:
+    """Cotangents by node, those under one mask added up."""
+
+    def __init__(self) -> None:
+        self.nodes: dict[int, Node] = {}
+        self.parts: dict[int, dict[tuple[int, tuple[int, ...]] | None, Cotangent]] = {}
+
+    def add(self, node: Node, part: Cotangent | None) -> None:
+        if part is None or isinstance(node, Array | Constant):
+            return
+        self.nodes[node.id] = node
+        parts = self.parts.setdefault(node.id, {})
+        key = part.mask and (part.mask.node.id, part.mask.bind)
+        part = dataclasses.replace(part, second=np.broadcast_to(part.second, node.frame_types))
+        parts[key] = _added([parts[key], part], node.axes) if key in parts else part
+
+    def pop(self) -> tuple[Node, list[Cotangent]]:
+        """The latest node: all that flows into it has arrived."""
+        top = max(self.parts)
+        return self.nodes[top], list(self.parts.pop(top).values())
+
+
+def _added(parts: Sequence[Cotangent], axes: Sequence[Axis]) -> Cotangent:
+    """Independent cotangents of one node, their doubts weighted by what they bring."""
+    weights = np.array([abs(float(mean_square(p.second, axes))) for p in parts])
+    doubt = float(weights @ [p.doubt for p in parts]) / max(float(weights.sum()), 1e-300)
+    return Cotangent(np.sum([p.second for p in parts], axis=0), doubt, parts[0].mask)
+
+
+def cotangents(outputs: Iterable[tuple[Node, np.ndarray]], watched: Sequence[Node]) -> dict[int, tuple[float, float]]:
+    """Second moments of the cotangents at watched nodes, averaged over their elements, each with a bound on its relative error.
 
     Args:
         outputs: nodes with the second moments, by type, of the cotangents they are given.
         watched: the nodes asked for.
 
     Returns:
-        Node id to second moment; a watched node that no cotangent reaches is not in it.
+        Node id to second moment and doubt; a watched node that no cotangent reaches is not in it.
     """
-    pending: dict[int, np.ndarray] = {}
-    nodes: dict[int, Node] = {}
-    inside: dict[int, np.ndarray] = {}
-
-    def add(store: dict[int, np.ndarray], node: Node, second: np.ndarray | None) -> None:
-        if second is None or isinstance(node, Array | Constant):
-            return
-        nodes[node.id] = node
-        second = np.broadcast_to(second, node.frame_types)
-        store[node.id] = store[node.id] + second if node.id in store else second
-
+    pending, done, inside = Cotangents(), Cotangents(), Cotangents()
     for node, second in outputs:
-        add(pending, node, second)
+        pending.add(node, Cotangent(second))
     asked = {n.id: n for n in watched}
     lowest = min(asked, default=0)
-    done: dict[int, np.ndarray] = {}
-    while pending:
-        top = max(pending)
-        second = done[top] = pending.pop(top)
-        node = nodes[top]
-        if top < lowest or isinstance(node, Leaf):
-            continue
-        if not isinstance(node, Apply):
-            for view, back in zip(node.args, node.pullback(second), strict=True):
-                add(pending, view.node, back)
-            continue
-        scales = companions(node)
-        for root in roots(node):
-            group = scales.get((root.node.id, root.bind))
-            if group is None and any(root in g[1:] for g in scales.values()):
-                continue  # a norm's own scale: its part is the projection below
-            back = _through(node, root, second)
-            if back is not None and group is not None and len(group) > 1:
-                back = back - _projection(node, root, group[1], second)
-            add(pending, root.node, back)
-        for view in _within(node, asked):
-            add(inside, view.node, _through(node, view, second))
-    out: dict[int, float] = {}
+    while pending.parts:
+        node, parts = pending.pop()
+        for part in parts:
+            if node.id in asked or (isinstance(node, Apply) is False):
+                done.add(node, dataclasses.replace(part, mask=None))
+            if node.id < lowest or isinstance(node, Leaf):
+                continue
+            if isinstance(node, Apply):
+                _elementwise(node, part, asked, pending, inside)
+                continue
+            for i, (view, back) in enumerate(zip(node.args, node.pullback(part.second), strict=True)):
+                if back is not None:
+                    mask = _mask_of_term(node, i, part.mask) if isinstance(node, Sum) else None
+                    pending.add(view.node, Cotangent(back, part.doubt + node.gradient_doubt, mask))
+    out: dict[int, tuple[float, float]] = {}
     for n in watched:
-        found = [store[n.id] for store in (done, inside) if n.id in store]
+        found = [c for store in (done, inside) for c in store.parts.get(n.id, {}).values()]
         if found:
-            out[n.id] = float(np.asarray(mean_square(sum(found), n.axes)))  # pyright: ignore[reportArgumentType]
-        elif isinstance(n, Apply) and n.params[0] == "affine" and n.args[0].node.id in done:
+            whole = _added(found, n.axes)
+            out[n.id] = float(mean_square(whole.second, n.axes)), whole.doubt
+        elif isinstance(n, Apply) and n.params[0] == "affine" and n.args[0].node.id in done.parts:
             inner = n.args[0].node
+            (whole,) = done.parts[inner.id].values()
             if len(inner.axes) == len(n.axes):
-                out[n.id] = float(mean_square(done[inner.id], inner.axes)) / n.params[1][0] ** 2
+                out[n.id] = float(mean_square(whole.second, inner.axes)) / n.params[1][0] ** 2, whole.doubt
     return out
 
 
-def _through(node: Apply, target: View, second: np.ndarray) -> np.ndarray | None:
+def _elementwise(node: Apply, part: Cotangent, asked: dict[int, Node], pending: Cotangents, inside: Cotangents) -> None:
+    """Pass a cotangent through an elementwise tree to its roots, and to the watched nodes inside it."""
+    scales = companions(node)
+    for root in roots(node):
+        group = scales.get((root.node.id, root.bind))
+        if group is None and any(root in g[1:] for g in scales.values()):
+            continue  # a norm's own scale: its part is the projection below
+        held = group[1:] if group else []
+        back = _through(node, root, part, held)
+        if back is None:
+            continue
+        doubt = part.doubt + _slope_doubt(node, root) + _MASK_DOUBT * (part.mask is not None)
+        if held:
+            inverse = _inverse_scale(root, held[0])
+            back = (back - _projection(node, root, held[0], part.second)) * inverse
+            doubt += _NORM_DOUBT * (inverse - 1)
+        pending.add(root.node, Cotangent(back, doubt, _mask(node, root)))
+    for view in _within(node, asked):
+        back = _through(node, view, part)
+        if back is not None:
+            inside.add(view.node, Cotangent(back, part.doubt))
+
+
+def _slope_doubt(node: Apply, root: View) -> float:
+    """What a derivative's second moment is off by where its argument's second moment is, and where that fluctuates."""
+    slope = derivative(node, root)
+    if slope is None or not isinstance(slope.node, Apply):
+        return 0.0
+    out = 0.0
+    for own, (ratio, curvature) in responses(slope.node).items():
+        spread = inherited(own)
+        out += abs(ratio) * spread.bend + abs(curvature) * spread.point / 2
+    return out
+
+
+def _mask(node: Apply, root: View) -> View | None:
+    """The derivative towards a root as a view over that root's own axes; None where it does not fluctuate, or has others."""
+    slope = derivative(node, root)
+    if slope is None or sorted(root.bind) != list(range(len(node.axes))):
+        return None
+    if all(concentrated(r.node) for r in roots(slope.node)):
+        return None
+    place = {b: k for k, b in enumerate(root.bind)}
+    return View(slope.node, tuple(place[b] for b in slope.bind))
+
+
+def _mask_of_term(node: Sum, i: int, mask: View | None) -> View | None:
+    """A mask over a sum's axes as one over term i's, the sum in it written out: it depends on that term."""
+    view = node.args[i]
+    if mask is None or sorted(view.bind) != list(range(len(node.axes))):
+        return None
+    opened = _opened(mask.node, node)
+    place = {b: k for k, b in enumerate(view.bind)}
+    return View(opened, tuple(place[b] for b in mask.bind))
+
+
+def _opened(node: Node, target: Sum) -> Node:
+    """An elementwise tree with one of its roots, a sum, in terms of what it sums."""
+    if node is target:
+        graph, axes = node.graph, node.axes
+        whole = tuple(range(len(axes)))
+        terms = []
+        for c, (inner, bind) in zip(target.params, target.args, strict=True):
+            scaled = affine(inner, c, 0.0)
+            terms.append(View(scaled, bind))
+        out = terms[0]
+        for term in terms[1:]:
+            out = View(graph.make(Apply, axes, [out, term], ("add", ())), whole)
+        return out.node
+    if not isinstance(node, Apply):
+        return node
+    args = [View(_opened(child, target), bind) for child, bind in node.args]
+    return node.graph.make(Apply, node.axes, args, node.params)
+
+
+def _through(node: Apply, target: View, part: Cotangent, scales: Sequence[View] = ()) -> np.ndarray | None:
+    """A cotangent times the node's derivative; a norm's own scale is held at its mean (`_inverse_scale` does the rest).
+
+    Along a stream one derivative follows another of nearly the same argument: E[m² m'²] in place of E[m²] E[m'²], each given
+    the last (a Markov chain).
+    """
     slope = derivative(node, target)
     if slope is None:
         return None
-    return sum_out(second * slope.second(node.axes), node.axes, target)
+    if scales and set(roots(slope.node)) <= set(scales):
+        held = evaluate(slope, node.axes, {(r.node.id, r.bind): r.mean(node.axes)[..., None] for r in scales})[..., 0]
+        squares = by_type(held, node.axes, second=False) * by_type(held, node.axes, second=True)
+    elif part.mask is not None and not isinstance(slope.node, Constant):
+        both = View(apply(node.graph, "mul", (), node.axes, [slope, part.mask]), tuple(range(len(node.axes))))
+        squares = both.second(node.axes) / np.maximum(part.mask.second(node.axes), 1e-300)
+    else:
+        squares = slope.second(node.axes)
+    return sum_out(part.second * squares, node.axes, target)
 
 
 def _projection(node: Apply, root: View, scale: View, second: np.ndarray) -> np.ndarray:
@@ -191,6 +312,21 @@ def _projection(node: Apply, root: View, scale: View, second: np.ndarray) -> np.
             same = (np.arange(axis.types) < axis.classes).astype(float)
             out = np.moveaxis(np.multiply.outer(same, contract_axis(out, k, axis.any_pair)), 0, k)
     return out
+
+
+def _inverse_scale(root: View, scale: View) -> float:
+    """E[1/v] E[v] of a norm's variance v, the mean of squares of its root over n positions: 1/(1 − r), r = Var[v]/E[v]².
+
+    For jointly Gaussian positions r = 2 · mean of ρ_ij²; v is taken for a gamma variable, as it is for independent positions
+    (1/(1 − 2/n)). In the forward pass it drops out, since y is normalised by itself; in the gradient 1/v stands alone.
+    """
+    table = root.node.table
+    scales = np.sqrt(np.maximum(table.diagonal, 1e-300))
+    rho = np.clip(table.second / means_by_type(scales, table.axes), -1, 1) ** 2
+    for k in reversed(range(len(table.axes))):
+        axis = table.axes[k]
+        rho = contract_axis(rho, k, axis.same if root.bind[k] in scale.bind else axis.any_pair)
+    return 1 / (1 - min(2 * float(rho), 0.9))
 
 
 def _within(node: Apply, asked: dict[int, Node]) -> list[View]:

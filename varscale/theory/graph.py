@@ -52,9 +52,11 @@ class Node:
         deps: bits of the random leaves it depends on.
         odd: bits of the zero-mean leaves it is linear in: a product with anything free of one of them has mean zero.
         positive: whether it cannot be negative.
+        gradient_doubt: relative error that its pullback may add.
     """
 
     how: ClassVar[str] = "exact"
+    gradient_doubt: ClassVar[float] = 0.0
 
     def __init__(self, graph: Graph, id_: int, axes: tuple[Axis, ...], args: tuple[View, ...], params: Any):
         self.graph, self.id, self.axes, self.args, self.params = graph, id_, axes, args, params

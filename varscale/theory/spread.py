@@ -31,11 +31,13 @@ class Spread:
     Attributes:
         sources: coefficient of ln(mean square) on each independent unit-variance source, by source.
         shift: relative shift of its mean from the infinite-width value.
+        bend: the same with every layer's curvature taken as positive: how far first order is from being enough.
         point: relative variance, over draws, samples and positions, of the squared scale at one place.
     """
 
     sources: dict[int, float]
     shift: float = 0.0
+    bend: float = 0.0
     point: float = 0.0
 
     @property
@@ -53,7 +55,12 @@ def combine(terms: Sequence[tuple[float, Spread]]) -> Spread:
     for weight, spread in terms:
         for key, c in spread.sources.items():
             sources[key] = sources.get(key, 0.0) + weight * c
-    return Spread(sources, sum(w * s.shift for w, s in terms), sum(w * w * s.point for w, s in terms))
+    return Spread(
+        sources,
+        shift=sum(w * s.shift for w, s in terms),
+        bend=sum(abs(w) * s.bend for w, s in terms),
+        point=sum(w * w * s.point for w, s in terms),
+    )
 
 
 def kernel(node: Node) -> Spread:
@@ -122,13 +129,14 @@ def inherited(node: Node) -> Spread:
     key = ("inherited", node.id)
     memo = node.graph.memo
     if key not in memo:
-        terms, curved = [], 0.0
+        terms, curved, bent = [], 0.0, 0.0
         for root, (slope, curvature) in responses(node).items():
             spread = kernel(root)
             terms.append((slope, spread))
             curved += curvature * spread.point / 2
+            bent += abs(curvature) * spread.point / 2
         out = combine(terms)
-        memo[key] = dataclasses.replace(out, shift=out.shift + float(np.clip(curved, -0.5, 0.5)))
+        memo[key] = dataclasses.replace(out, shift=out.shift + float(np.clip(curved, -0.5, 0.5)), bend=out.bend + bent)
     return memo[key]
 
 
@@ -142,7 +150,7 @@ def full(node: Node) -> Spread:
         sources = dict(base.sources)
         source = _origin(node)
         sources[source] = sources.get(source, 0.0) + own
-        memo[key] = Spread(sources, base.shift, base.point)
+        memo[key] = dataclasses.replace(base, sources=sources)
     return memo[key]
 
 

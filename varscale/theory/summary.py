@@ -21,6 +21,7 @@ from varscale.theory.spread import full
 from varscale.theory.uses import weights
 
 _BAND = 2.5758  # 99 % of a normal
+GRADIENT_BASE = 0.05  # gradient independence itself, at width 256
 _ROUNDING = 4e-3  # what second order and a norm's epsilon leave where first order finds no fluctuation at all
 
 
@@ -44,7 +45,7 @@ def _kind(program: Program, path: str) -> str:
     return program.kinds.get(module, program.kind if module == "" else "array")
 
 
-def _row(program: Program, path: str, x: Value, gradient: float | None) -> Row:
+def _row(program: Program, path: str, x: Value, gradient: tuple[float, float] | None) -> Row:
     table = x.node.table
     spread = full(x.node)
     mean, second = table.total_mean, table.mean_square * (1 + spread.shift)
@@ -63,9 +64,10 @@ def _row(program: Program, path: str, x: Value, gradient: float | None) -> Row:
         band=band,
         sample_correlation=correlation(x, [0]) if len(x.shape) > 1 and x.shape[0] > 1 else None,
         position_correlation=correlation(x, list(range(1, len(x.shape) - 1))) if math.prod(x.shape[1:-1]) > 1 else None,
-        gradient=gradient,
+        gradient=None if gradient is None else gradient[0],
         how=cast(How, how),
         confidence=confidence,
+        gradient_confidence=None if gradient is None else GRADIENT_BASE + gradient[1],
     )
 
 
@@ -87,7 +89,7 @@ def correlation(x: Value, dims: list[int]) -> float | None:
     return float((size * free - agree) / (size - 1) / table.mean_square)
 
 
-def _gradients(values: Mapping[str, Value]) -> dict[int, float]:
+def _gradients(values: Mapping[str, Value]) -> dict[int, tuple[float, float]]:
     paths = [p for p in values if p == "" or p.startswith("[")] or list(values)[-1:]
     seeds = []
     for path in paths:

@@ -15,6 +15,7 @@ from varscale.theory.interpreter import Interpreter, rule
 from varscale.theory.layout import Atom, Value
 from varscale.theory.moments import Table
 from varscale.theory.rules.convolution import ONE, Window, output_axis, prepared, squeeze_types, tap_means, tap_pairs
+from varscale.theory.rules.reductions import outside, restored
 
 
 class WindowSum(Node):
@@ -71,6 +72,7 @@ class WindowMax(WindowSum):
     """Maxima over windows, of interior windows. Backward, a cotangent goes to one entry of its window, and entries add up."""
 
     how = "sampled"
+    gradient_doubt = 0.15
 
     def prepare(self) -> None:
         self.odd, self.positive = 0, self.args[0].node.positive
@@ -161,7 +163,8 @@ def reduce_window_sum(interpreter: Interpreter, eqn: Any, x: Value) -> Value:
 
 @rule("reduce_window_max")
 def reduce_window_max(interpreter: Interpreter, eqn: Any, x: Value, *_: Value) -> Value:
-    return _window_node(interpreter, eqn, x, WindowMax)
+    inner, steps = outside(x)
+    return restored(interpreter, _window_node(interpreter, eqn, inner, WindowMax), steps)
 
 
 @rule("reduce_window_min")
@@ -178,7 +181,7 @@ def reduce_window(interpreter: Interpreter, eqn: Any, x: Value, *rest: Value) ->
     jaxpr = eqn.params["jaxpr"]
     names = [e.primitive.name for e in getattr(jaxpr, "jaxpr", jaxpr).eqns]
     if names == ["max"]:
-        return _window_node(interpreter, eqn, x, WindowMax)
+        return reduce_window_max(interpreter, eqn, x)
     if names == ["add"]:
         return _window_node(interpreter, eqn, x, WindowSum)
     raise NotImplementedError(f"a window reduction by {names}")

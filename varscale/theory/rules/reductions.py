@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from varscale.theory import layout
 from varscale.theory.axes import Axis, apply_axis, contract_axis
 from varscale.theory.elementwise import Apply, Sum, affine, apply, total
 from varscale.theory.graph import Array, Constant, Node, View, array
@@ -177,6 +178,7 @@ class Extreme(Node):
     """Maximum (or minimum) over axes; `params` is (axes, sign, count). Sampled: the reduced axes whole, the others two long."""
 
     how = "sampled"
+    gradient_doubt = 0.15
 
     def compute(self) -> Table:
         from varscale.theory.rules.sampled import sample_map
@@ -201,19 +203,54 @@ class Extreme(Node):
         return [out]
 
 
+Steps = list[tuple[str, float, float]]
+
+
+def outside(x: Value) -> tuple[Value, Steps]:
+    """max f(x) = f(max x) for increasing f: what is inside a chain of increasing steps, and the steps, innermost first."""
+    steps: Steps = []
+    while isinstance(node := x.node, Apply):
+        name, extra = node.params
+        numbers = [v.node.params for v in node.args if isinstance(v.node, Constant)]
+        inner = [v for v in node.args if not isinstance(v.node, Constant)]
+        if len(inner) != 1 or len(inner[0].bind) != len(node.axes):
+            break
+        if name == "affine" and extra[0] > 0:
+            steps.append((name, *extra))
+        elif name == "max":
+            steps.append((name, numbers[0], 0.0))
+        else:
+            break
+        place = {b: k for k, b in enumerate(inner[0].bind)}
+        dims = tuple(tuple(a if a.axis is None else a._replace(axis=place[a.axis]) for a in dim) for dim in x.dims)
+        x = Value(inner[0].node, dims)
+    return x, steps[::-1]
+
+
+def restored(interpreter: Interpreter, x: Value, steps: Steps) -> Value:
+    """The increasing steps, taken again."""
+    for name, c, d in steps:
+        if name == "affine":
+            x = Value(affine(x.node, c, d), x.dims)
+        else:
+            x = interpreter.elementwise("max", x, layout.full(interpreter.graph, c, x.shape))
+    return x
+
+
 @rule("reduce_max", "reduce_min")
 def reduce_max(interpreter: Interpreter, eqn: Any, x: Value) -> Value:
     dims = [d % len(x.dims) for d in eqn.params["axes"]]
+    x, steps = outside(x)
     axes, left = over(x, dims)
     if not axes:
-        return left
+        return restored(interpreter, left, steps)
     count = math.prod(x.node.axes[k].size for k in axes)
     sign = 1.0 if eqn.primitive.name == "reduce_max" else -1.0
     kept = [a for k, a in enumerate(x.node.axes) if k not in axes]
     node = interpreter.graph.make(
         Extreme, kept, [View(x.node, tuple(range(len(x.node.axes))))], (tuple(sorted(axes)), sign, count)
     )
-    return without_axes(left, node)
+    return restored(interpreter, without_axes(left, node), steps)
 
 
 @rule("reduce_and", "reduce_or", "reduce_prod", "argmax", "argmin")

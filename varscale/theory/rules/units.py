@@ -105,6 +105,7 @@ class Softmax(Node):
     """Softmax over some axes of its logits; `params` is (axes, digest of the mask or None). Args: logits[, mask]."""
 
     how = "quadrature"
+    gradient_doubt = 0.5  # cotangents of the weights are correlated with the logits through what the values share with the keys
 
     def prepare(self) -> None:
         self.positive = True
