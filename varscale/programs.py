@@ -115,7 +115,7 @@ def _linen(model: Any, method: str) -> Program:
     kinds: dict[str, str] = {"": type(model).__name__}
 
     def record(next_fun: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
-        if context.module.path is not None:
+        if context.module.scope is not None:  # a module without parameters may be called unbound
             kinds.setdefault("/".join(context.module.path), type(context.module).__name__)
         return next_fun(*args, **kwargs)
 
@@ -151,7 +151,11 @@ def _nnx(kind: str, method: str, graph: Any, parameters: Tree, init: Any = None)
         for path, module in nnx.iter_modules(model):
             kinds.setdefault("/".join(map(str, path)), type(module).__name__)
         run = nnx.capture(getattr(model, method), nnx.Intermediate, method_outputs=nnx.Intermediate)
-        output, captured = run(*x.args, **x.kwargs)
+        try:
+            output, captured = run(*x.args, **x.kwargs)
+        except Exception:
+            # Captures inside a scan change the structure of its carry: then the output alone, or the model's own error.
+            return getattr(nnx.merge(graph, state), method)(*x.args, **x.kwargs), {}
         return output, _captures(nnx.to_pure_dict(captured), method)
 
     return Program(kind, init, apply, parameters, kinds)

@@ -16,6 +16,7 @@ from varscale.theory.axes import Axis, apply_axis, contract_axis, lift_types
 from varscale.theory.elementwise import Apply, Sum, affine, apply, roots
 from varscale.theory.graph import Array, Constant, Leaf, Node, View, number
 from varscale.theory.moments import full_types, means_by_type
+from varscale.theory.products import product_second
 from varscale.theory.quadrature import by_type, concentrated, evaluate
 from varscale.theory.spread import companions, inherited, responses
 
@@ -215,7 +216,7 @@ def _elementwise(node: Apply, part: Cotangent, asked: dict[int, Node], pending: 
         back = _through(node, root, part, held)
         if back is None:
             continue
-        doubt = part.doubt + _slope_doubt(node, root) + _MASK_DOUBT * (part.mask is not None)
+        doubt = part.doubt + _slope_doubt(node, root, held) + _MASK_DOUBT * (part.mask is not None)
         if held:
             inverse = _inverse_scale(root, held[0])
             back = (back - _projection(node, root, held[0], part.second)) * inverse
@@ -227,13 +228,15 @@ def _elementwise(node: Apply, part: Cotangent, asked: dict[int, Node], pending: 
             inside.add(view.node, Cotangent(back, part.doubt))
 
 
-def _slope_doubt(node: Apply, root: View) -> float:
-    """What a derivative's second moment is off by where its argument's second moment is, and where that fluctuates."""
+def _slope_doubt(node: Apply, root: View, held: Sequence[View]) -> float:
+    """What a derivative's second moment is off by where its argument's is, and where that fluctuates; norms' scales apart."""
     slope = derivative(node, root)
     if slope is None or not isinstance(slope.node, Apply):
         return 0.0
-    out = 0.0
+    out, scales = 0.0, {view.node.id for view in held}
     for own, (ratio, curvature) in responses(slope.node).items():
+        if own.id in scales:
+            continue
         spread = inherited(own)
         out += abs(ratio) * spread.bend + abs(curvature) * spread.point / 2
     return out
@@ -292,11 +295,21 @@ def _through(node: Apply, target: View, part: Cotangent, scales: Sequence[View] 
         held = evaluate(slope, node.axes, {(r.node.id, r.bind): r.mean(node.axes)[..., None] for r in scales})[..., 0]
         squares = by_type(held, node.axes, second=False) * by_type(held, node.axes, second=True)
     elif part.mask is not None and not isinstance(slope.node, Constant):
-        both = View(apply(node.graph, "mul", (), node.axes, [slope, part.mask]), tuple(range(len(node.axes))))
-        squares = both.second(node.axes) / np.maximum(part.mask.second(node.axes), 1e-300)
+        squares = slope.second(node.axes) * _following(node, slope, part.mask)
     else:
         squares = slope.second(node.axes)
     return sum_out(part.second * squares, node.axes, target)
+
+
+def _following(node: Apply, slope: View, last: View) -> np.ndarray:
+    """E[m_i m_j l_i l_j] / (E[m_i m_j] E[l_i l_j]) of a derivative m and the last one l, by type, classes pooled."""
+    coarse = tuple(Axis(a.size) for a in node.axes)
+    both = View(apply(node.graph, "mul", (), node.axes, [slope, last]), tuple(range(len(node.axes))))
+    joint, own, before = (product_second(view, view, coarse) for view in (both, slope, last))
+    ratio = np.broadcast_to(joint / np.maximum(own * before, 1e-300), [a.types for a in coarse])
+    for k, axis in enumerate(node.axes):
+        ratio = np.take(ratio, (np.arange(axis.types) >= axis.classes).astype(int), axis=k)
+    return ratio
 
 
 def _projection(node: Apply, root: View, scale: View, second: np.ndarray) -> np.ndarray:

@@ -6,18 +6,21 @@ import numpy as np
 
 from varscale.theory.elementwise import Apply, Sum
 from varscale.theory.graph import HOWS, Array, Constant, Leaf, Node
-from varscale.theory.spread import full, inherited, responses
+from varscale.theory.spread import full, responses
 
-# What theory leaves out even where every rule is exact: terms of second order in 1/width, and the sampling error of a kink.
-_BASE = 0.012
-_SECOND_ORDER = 0.6  # of the variance of ln(mean square), and of the point variance, beyond first order
+# Where every rule is exact, rounding of a kink's cell, finitely many units of second order, and a norm's epsilon are left.
+_BASE = 0.02
+# The mean over draws shifts by half the curvature of each layer's response times the variance of its input; the next order is
+# taken to be as large once more as the first, with every layer's curvature counted as if they all had one sign.
+_NEXT_ORDER = 2.0
+_SCATTER = 0.5  # of the variance of ln(mean square): what is not lognormal in it
 
 
 def provenance(node: Node) -> tuple[str, float]:
     """The worst way in which a step that matters was taken, and a bound on the relative error of the second moment."""
     how, doubt = _steps(node)
     spread = full(node)
-    return how, _BASE + doubt + _SECOND_ORDER * (spread.variance + inherited(node).point) + 0.5 * abs(spread.shift)
+    return how, _BASE + doubt + _NEXT_ORDER * spread.bend + _SCATTER * spread.variance
 
 
 def _steps(node: Node) -> tuple[str, float]:

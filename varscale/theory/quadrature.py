@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Float
 from scipy import special
 
-from varscale.theory.axes import Axis
+from varscale.theory.axes import Axis, apply_axis, class_shares
 from varscale.theory.elementwise import Apply, Sum, roots
 from varscale.theory.functions import function
 from varscale.theory.graph import Array, Constant, Leaf, Merge, Node, Permute, Split, View
@@ -120,6 +120,7 @@ def _array_quantiles(root: Array) -> np.ndarray:
     return out
 
 
+_MOST_CELLS = 9
 _COARSE = (np.arange(96) + 0.5) / 96
 
 
@@ -139,10 +140,13 @@ def _sum_quantiles(root: Sum, table: Table, deviation: np.ndarray) -> np.ndarray
         )
         parts.append((c, view, own if single else ()))
     # A tenth of the variance moves a fourth moment by a hundredth: below that the sum is as good as Gaussian.
-    if sum(shares) < 0.1 * max(table.variance, 1e-300) or math.prod(shape) > 9:
+    if sum(shares) < 0.1 * max(table.variance, 1e-300):
         return None
-    out = np.empty((*shape, POINTS))
-    for cell in np.ndindex(*shape):
+    cells = list(np.ndindex(*shape))
+    if len(cells) > _MOST_CELLS:  # one shape for all, that of the most common class: mean and deviation stay each class's own
+        cells = [tuple(int(np.argmax(a.counts)) for a in root.axes)]
+    shapes = np.empty((*shape, POINTS))
+    for cell in cells:
         cloud = np.zeros(1)
         for c, view, own in parts:
             values = evaluate(View(view.node, view.bind), root.axes, {}) if own else None
@@ -162,8 +166,8 @@ def _sum_quantiles(root: Sum, table: Table, deviation: np.ndarray) -> np.ndarray
         line = np.interp(special.ndtr(Z), (np.arange(len(cloud)) + 0.5) / len(cloud), cloud)
         mean = WEIGHTS @ line
         std = math.sqrt(max(WEIGHTS @ line**2 - mean**2, 1e-300))
-        out[cell] = table.mean[cell] + (line - mean) * (deviation[cell] / std)
-    return out
+        shapes[cell if len(cells) > 1 else ...] = (line - mean) / std
+    return table.mean[..., None] + deviation[..., None] * shapes
 
 
 def by_type(x: np.ndarray, axes: Sequence[Axis], *, second: bool) -> np.ndarray:
@@ -211,11 +215,10 @@ Environment = dict[tuple[int, tuple[int, ...]], np.ndarray]
 def grid(view: View, frame: Sequence[Axis]) -> np.ndarray:
     """A root's values over the frame's classes and the normal grid, (classes or 1..., points)."""
     values = marginal(view.node).values
-    return (
-        np.stack([lift(v, view.node.axes, view.bind, frame, pairs=False) for v in np.moveaxis(values, -1, 0)], -1)
-        if (any(frame[b].labels != a.labels for a, b in zip(view.node.axes, view.bind, strict=True)))
-        else _place(values, view.bind, len(frame))
-    )
+    for k, (axis, place) in enumerate(zip(view.node.axes, view.bind, strict=True)):
+        if axis.labels != frame[place].labels:
+            values = apply_axis(values, k, class_shares(frame[place], axis))
+    return _place(values, view.bind, len(frame))
 
 
 def _place(values: np.ndarray, bind: Sequence[int], rank: int) -> np.ndarray:

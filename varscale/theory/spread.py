@@ -18,7 +18,7 @@ import numpy as np
 
 from varscale.theory.axes import contract_axis
 from varscale.theory.elementwise import Apply, Sum, roots
-from varscale.theory.graph import Array, Constant, Leaf, Node, View
+from varscale.theory.graph import Array, Constant, Leaf, Merge, Node, Permute, Split, View
 from varscale.theory.quadrature import HERMITE, WEIGHTS, Environment, concentrated, evaluate, factors, marginal, power_series
 
 _STEP = 0.1  # relative step in q for the ratio and the curvature
@@ -166,7 +166,7 @@ def _origin(node: Node) -> int:
             node = own[0]
         elif isinstance(node, Sum) and any(isinstance(v.node, Mean) for v in node.args):
             node = max(zip(node.params, node.args, strict=True), key=lambda t: t[0] ** 2 * t[1].node.table.mean_square)[1].node
-        elif type(node).__name__ in ("Split", "Merge", "Permute"):
+        elif isinstance(node, Split | Merge | Permute):
             node = node.args[0].node
         else:
             return node.id
@@ -246,6 +246,9 @@ def fresh(node: Node, axes: Sequence[int]) -> float:
 
 
 def _fresh(node: Node, axes: set[int]) -> float:
+    source = _rearranged(node, axes)
+    if source is not None:
+        return fresh(*source)
     view = View(node, tuple(range(len(node.axes))))
     frame = node.axes
     ratio = np.ones([1] * len(frame))
@@ -288,6 +291,24 @@ def _fresh(node: Node, axes: set[int]) -> float:
             weights = np.array([1 / n, 1 - 1 / n]) if k in axes else np.array([1.0, 0.0])
             ratio = contract_axis(ratio, k, weights)
     return max(float(ratio) - 1.0, 0.0)
+
+
+def _rearranged(node: Node, axes: set[int]) -> tuple[Node, tuple[int, ...]] | None:
+    """What a split, merged or permuted array was before, and which of its axes these are; None where some are parts of one."""
+    if not isinstance(node, Split | Merge | Permute):
+        return None
+    inner, bind = node.args[0]
+    if isinstance(node, Permute):
+        return inner, tuple(k for k, place in enumerate(bind) if place in axes)
+    first, many = (node.params[0], len(node.params[1])) if isinstance(node, Split) else node.params
+    factors, extra = range(first, first + many), many - 1
+    if isinstance(node, Merge):
+        before = {k if k < first else k + extra for k in axes if k != first} | (set(factors) if first in axes else set())
+        return inner, tuple(sorted(before))
+    within = axes.intersection(factors)
+    if len(within) not in (0, many):
+        return None
+    return inner, tuple(sorted({k if k < first else k - extra for k in axes - within} | ({first} if within else set())))
 
 
 def _pooled(root: View) -> np.ndarray:

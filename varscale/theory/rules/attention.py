@@ -36,6 +36,8 @@ def tilted(node: Any) -> np.ndarray | float:
         deviation = (deviation * shares).sum(axis=key)
         rows = p.node.rows()
         gain = lift(p.node.tilt, [p.node.axes[k] for k in rows], [p.bind[k] for k in rows], frame, pairs=True).squeeze(key)
+        # Of the correlation between a logit and a value only the first power is here.
+        node.graph.flag("quadrature", 0.05)
         return np.broadcast_to(deviation * gain / width, node.frame_types)
     return 0.0
 
