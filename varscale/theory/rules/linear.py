@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -9,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from varscale.theory.axes import Axis, contract_axis
-from varscale.theory.elementwise import Apply, affine
-from varscale.theory.graph import Array, Node, View
+from varscale.theory.elementwise import Apply, Sum, affine
+from varscale.theory.graph import Array, Leaf, Node, View
 from varscale.theory.interpreter import Interpreter, rule
 from varscale.theory.layout import Atom, Value, align
 from varscale.theory.moments import Table
@@ -46,7 +47,10 @@ class Contract(Node):
         second = self.contract(x.second(frame) * y.second(frame))
         for axis in reversed(self.params):
             mean = contract_axis(mean, mean.ndim - 1, axis.counts)
-        if dependent(x.node, y.node):
+        found = next((t for a, b in ((x, y), (y, x)) if (t := tied(a, b)) is not None), None)
+        if found is not None:
+            mean, second = self._tied(*found, np.array(mean), second)
+        elif dependent(x.node, y.node):
             mean, second = self._dependent(mean, second)
         from varscale.theory.rules.attention import tilted
 
@@ -82,9 +86,28 @@ class Contract(Node):
         base_i, base_j = old, old
         for k, axis in enumerate(self.axes):
             base_i, base_j = np.take(base_i, axis.first, axis=k), np.take(base_j, axis.second, axis=k)
-        exchange = self.contract(both * swapped(both, frame))
-        self.graph.flag("assumed", 0.1)
-        return mean, second + first * other - base_i * base_j + exchange
+        paired = first * other - base_i * base_j + self.contract(both * swapped(both, frame))
+        share = float(np.max(np.abs(paired)) / max(np.max(np.abs(second)), 1e-300))
+        if share > 1e-3:  # exact for Gaussian factors; a product of two that share a root is not quite
+            self.graph.flag("assumed", min(0.3 * share, 0.5))
+        return mean, second + paired
+
+    def _tied(self, x: View, rows: View, mean: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """A table of rows read by the rows it was looked up from: one output in V is the product of a row with itself.
+
+        E[y_v²] gains (Σ_d E[x_d w_{v,d}])² where v is the row that x was looked up from, with probability 1/V.
+        """
+        from varscale.theory.cross import cross
+
+        axes = x.node.axes
+        together = np.broadcast_to(cross(View(x.node, tuple(range(len(axes)))), rows, axes), x.node.frame_types)
+        for axis in axes:
+            together = contract_axis(together, 0, axis.same)
+        table = next(v for v in self.args if v is not x)
+        own = math.prod(axis.size for k, axis in enumerate(self.axes) if k in table.bind)
+        shift = float(together) * self.width
+        same = [(np.arange(a.types) < a.classes).astype(float) for a in self.axes]
+        return mean + shift / own, second + shift**2 / own * functools.reduce(np.multiply.outer, same, np.array(1.0))
 
     def pullback(self, cotangent: np.ndarray) -> list[np.ndarray | None]:
         """Under gradient independence a cotangent passes through the transposed product with fresh weights."""
@@ -120,6 +143,26 @@ class Contract(Node):
                         table = contract_axis(table, d, wide[d].pairs)
                     return table
         return None
+
+
+def tied(x: View, y: View) -> tuple[View, View] | None:
+    """The argument x and, over its axes, the rows of the weight y that it adds up; None where it has none."""
+    from varscale.theory.rules.gather import Gather
+
+    if not isinstance(y.node, Leaf) or not y.node.odd & x.node.deps:
+        return None
+    seen: set[tuple[int, tuple[int, ...]]] = set()
+    pending = [View(x.node, tuple(range(len(x.node.axes))))]
+    while pending:
+        view = pending.pop()
+        if (view.node.id, view.bind) in seen or not y.node.odd & view.node.deps:
+            continue
+        seen.add((view.node.id, view.bind))
+        if isinstance(view.node, Gather) and view.node.args[0].node is y.node:
+            return x, view
+        if isinstance(view.node, Apply | Sum):
+            pending += [child.within(view.bind) for child in view.node.args]
+    return None
 
 
 def strip(x: Value) -> tuple[float, Value]:
