@@ -94,6 +94,8 @@ def _expand(a: View, b: View, frame: tuple[Axis, ...]) -> np.ndarray:
             out = x.node.cross_with(x, y, frame)  # pyright: ignore[reportAttributeAccessIssue]
         if out is not None:
             return _swap(out, frame) if turn else out
+    if a.bind != b.bind and a.node.axes == b.node.axes:
+        return _elsewhere(a, b, frame)
     a.node.graph.flag("assumed", 0.1)
     return mean_product(a, b, frame)
 
@@ -105,9 +107,20 @@ def _one(node: Node) -> Node:
 
 
 def _same_node(a: View, b: View, frame: tuple[Axis, ...]) -> np.ndarray:
-    """One node read with its axes in two places: where they differ, its indices are unrelated (equal one time in n)."""
-    node = a.node
-    second, axes, bind = node.table.second, list(node.axes), list(a.bind)
+    """One node read with its axes in two places."""
+    return _placed(a.node.table.second, a, b, frame)
+
+
+def _elsewhere(a: View, b: View, frame: tuple[Axis, ...]) -> np.ndarray:
+    """Two nodes over the same axes, read in different places."""
+    axes, own = a.node.axes, tuple(range(len(a.node.axes)))
+    second = np.broadcast_to(cross(View(a.node, own), View(b.node, own), axes), a.node.frame_types)
+    return _placed(second, a, b, frame)
+
+
+def _placed(second: np.ndarray, a: View, b: View, frame: tuple[Axis, ...]) -> np.ndarray:
+    """Where two places of an axis differ, its indices are unrelated (equal one time in n)."""
+    axes, bind = list(a.node.axes), list(a.bind)
     for k in reversed(range(len(axes))):
         if a.bind[k] != b.bind[k]:
             second = contract_axis(second, k, axes[k].any_pair)

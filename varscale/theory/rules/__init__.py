@@ -7,6 +7,7 @@ import importlib
 FAMILIES = (
     "elementwise",
     "structure",
+    "joining",
     "reductions",
     "linear",
     "convolution",

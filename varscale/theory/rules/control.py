@@ -11,7 +11,8 @@ from varscale.theory import layout
 from varscale.theory.graph import Leaf
 from varscale.theory.interpreter import Interpreter, Opaque, rule
 from varscale.theory.layout import Value
-from varscale.theory.rules.structure import concatenate, take
+from varscale.theory.rules.joining import concatenate
+from varscale.theory.rules.structure import take
 
 _CALLS = {
     "jit": "jaxpr",

@@ -232,8 +232,12 @@ class Conv(Node):
         """One kernel on two inputs."""
         from varscale.theory.cross import cross
         from varscale.theory.moments import lift
+        from varscale.theory.rules.linear import weight_of
 
         other = b.node
+        weights = weight_of(self), weight_of(other)
+        if None not in weights and weights[0] is not weights[1]:
+            return np.zeros((1,) * len(frame))
         if not isinstance(other, Conv) or other.params != self.params or a.bind != b.bind or other.args[1] != self.args[1]:
             return None
         x, y = self.args[0].node, other.args[0].node

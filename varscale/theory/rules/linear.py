@@ -11,7 +11,7 @@ import numpy as np
 
 from varscale.theory.axes import Axis, contract_axis
 from varscale.theory.elementwise import Apply, Sum, affine
-from varscale.theory.graph import Array, Leaf, Node, View
+from varscale.theory.graph import Array, Leaf, Merge, Node, Permute, Split, View
 from varscale.theory.interpreter import Interpreter, rule
 from varscale.theory.layout import Atom, Value, align
 from varscale.theory.moments import Table
@@ -26,7 +26,9 @@ class Contract(Node):
 
     def prepare(self) -> None:
         x, y = (v.node for v in self.args)
-        self.odd = (x.odd & ~y.deps) | (y.odd & ~x.deps)
+        own = weight_of(self)
+        # A weight that was applied before is as good as fresh: what its earlier uses leave behind is of order 1/width.
+        self.odd = (x.odd & ~y.deps) | (y.odd & ~x.deps) | (own.odd if own else 0)
         self.positive = x.positive and y.positive
 
     @property
@@ -40,6 +42,8 @@ class Contract(Node):
 
     def compute(self) -> Table:
         from varscale.theory.cross import dependent
+        from varscale.theory.rules.attention import tilted
+        from varscale.theory.rules.units import Softmax
 
         x, y = self.args
         frame = self.frame
@@ -50,10 +54,10 @@ class Contract(Node):
         found = next((t for a, b in ((x, y), (y, x)) if (t := tied(a, b)) is not None), None)
         if found is not None:
             mean, second = self._tied(*found, np.array(mean), second)
-        elif dependent(x.node, y.node):
+        elif dependent(x.node, y.node) and weight_of(self) is not None:
+            self.graph.flag("quadrature", 1 / self.width)
+        elif dependent(x.node, y.node) and not any(isinstance(v.node, Softmax) for v in self.args):
             mean, second = self._dependent(mean, second)
-        from varscale.theory.rules.attention import tilted
-
         second = second + tilted(self)
         return Table(self.axes, np.array(mean), second)
 
@@ -126,6 +130,9 @@ class Contract(Node):
         from varscale.theory.cross import cross
 
         other = b.node
+        weights = weight_of(self), weight_of(other)
+        if None not in weights and weights[0] is not weights[1]:
+            return np.zeros((1,) * len(frame))  # each is linear in a weight that is as good as fresh
         if not isinstance(other, Contract) or len(other.params) != len(self.params):
             return None
         wide = (*frame, *self.params)
@@ -143,6 +150,18 @@ class Contract(Node):
                         table = contract_axis(table, d, wide[d].pairs)
                     return table
         return None
+
+
+def weight_of(node: Node) -> Leaf | None:
+    """The random weight that a linear node applies, if it applies one."""
+    if not hasattr(node, "width"):
+        return None
+    for source, _ in node.args:
+        while isinstance(source, Split | Merge | Permute):
+            source = source.args[0].node
+        if isinstance(source, Leaf) and source.odd and source.name[0] != "input":
+            return source
+    return None
 
 
 def tied(x: View, y: View) -> tuple[View, View] | None:

@@ -1,0 +1,248 @@
+"""Joining: arrays one after another along an axis, each part a class of positions; paddings are such arrays too."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from varscale.theory import layout
+from varscale.theory.axes import MOST_CLASSES, Axis, apply_axis, labelled, pair_map
+from varscale.theory.graph import Constant, Node, View, permute
+from varscale.theory.interpreter import Interpreter, elementwise_or_layout, rule
+from varscale.theory.layout import Atom, Value
+from varscale.theory.moments import Table
+from varscale.theory.rules.structure import take, take_node
+
+_MOST_CUTS = 400  # joined arrays cut open for cross-moments, in one prediction: a recurrence unrolled by hand has T² of them
+
+
+class Concat(Node):
+    """Arrays one after another along an axis, each part a class; `params` is (axis, sizes)."""
+
+    def prepare(self) -> None:
+        odd = -1
+        for view in self.args:
+            odd &= view.node.odd if not (isinstance(view.node, Constant) and view.node.params == 0) else -1
+        self.odd = max(odd, 0)
+        self.positive = all(v.node.positive for v in self.args)
+
+    def part(self, k: int, start: int, stop: int) -> Node | None:
+        """The positions start, ..., stop − 1 of axis k, where one part holds them."""
+        along, sizes = self.params
+        edges = np.cumsum([0, *sizes])
+        i = int(np.searchsorted(edges, start, side="right")) - 1
+        if k != along or stop > edges[i + 1]:
+            return None
+        child, bind = self.args[i]
+        left = len(self.axes) - (stop - start == 1)
+        if len(bind) != len(self.axes) and not (len(bind) == left and k not in bind):
+            return None
+        own = permute(child, [int(m) for m in np.argsort(bind)])
+        whole = k not in bind or stop - start == sizes[i]
+        return own if whole else take_node(own, k, start - int(edges[i]), stop - int(edges[i]), 1)
+
+    def parts(self) -> list[tuple[View, tuple[Axis, ...], np.ndarray]]:
+        """Each argument, its frame, and the share of each class of the whole that its classes take (whole, own)."""
+        k, sizes = self.params
+        out, start = [], 0
+        whole = self.axes[k]
+        for view, n in zip(self.args, sizes, strict=True):
+            own = next((view.node.axes[j] for j, b in enumerate(view.bind) if b == k), None)
+            axis = own or Axis(max(n, 2))
+            shares = np.zeros((whole.classes, axis.classes))
+            np.add.at(shares, (whole.label_array[start : start + n], axis.label_array[:n]), 1.0)
+            out.append((view, (*self.axes[:k], axis, *self.axes[k + 1 :]), shares / whole.counts[:, None]))
+            start += n
+        return out
+
+    def compute(self) -> Table:
+        k, _ = self.params
+        mean = np.zeros([a.classes for a in self.axes])
+        for view, frame, shares in self.parts():
+            mean += apply_axis(np.broadcast_to(view.mean(frame), [a.classes for a in frame]), k, shares)
+        return Table(self.axes, mean, self.pairs_with(self))
+
+    def pairs_with(self, other: Concat) -> np.ndarray:
+        """E[x_i y_j] by type, for y made of parts of the same sizes: every part with every part."""
+        from varscale.theory.cross import cross
+
+        k, sizes = self.params
+        whole = self.axes[k]
+        second = np.zeros([a.types for a in self.axes])
+        for i, (view, mine, shares) in enumerate(self.parts()):
+            for j, (that, theirs, other_shares) in enumerate(other.parts()):
+                if i == j and mine[k] == theirs[k]:
+                    table = cross(view, that, mine) if other is not self else view.second(mine)
+                    matrix = np.zeros((whole.types, mine[k].types))
+                    matrix[: whole.classes, : mine[k].classes] = shares
+                    # Of the pairs within a class of the whole, those within this part: n(n − 1) of N(N − 1).
+                    matrix[whole.classes :, mine[k].classes :] = _pair_shares(
+                        shares, shares, whole, mine[k].counts if sizes[i] > 1 else np.ones(1)
+                    )
+                    second += apply_axis(np.broadcast_to(table, [a.types for a in mine]), k, matrix)
+                else:
+                    table = self._between(view, that, mine, theirs, cross)
+                    matrix = _pair_shares(shares, other_shares, whole, None)
+                    second[(slice(None),) * k + (slice(whole.classes, None),)] += apply_axis(table, k, matrix)
+        return second
+
+    def cross_with(self, a: View, b: View, frame: Sequence[Axis]) -> np.ndarray | None:
+        """Against anything that runs over the same axis: cut that where the parts meet."""
+        k, sizes = self.params
+        place = a.bind[k]
+        memo = self.graph.memo
+        memo["cuts"] = memo.get("cuts", 0) + 1
+        if memo["cuts"] > _MOST_CUTS:
+            return None
+        pieces, start = [], 0
+        for n in sizes:
+            child, bind = b
+            if place in bind:
+                j = bind.index(place)
+                child = take_node(child, j, start, start + n, 1)
+                gone = isinstance(child, Constant) or len(child.axes) < len(bind)
+                bind = () if isinstance(child, Constant) else (*bind[:j], *bind[j + gone :])
+            pieces.append(View(child, bind))
+            start += n
+        graph, axes = self.graph, tuple(frame)
+        mine = graph.make(Concat, axes, [v.within(a.bind) for v in self.args], (place, sizes))
+        return mine.pairs_with(graph.make(Concat, axes, pieces, (place, sizes)))
+
+    def _between(self, a: View, b: View, fa: tuple[Axis, ...], fb: tuple[Axis, ...], cross: Any) -> np.ndarray:
+        """E[a_i b_j] over types of the other axes and class pairs of the two parts along this one."""
+        k = self.params[0]
+        ca, cb = fa[k].classes, fb[k].classes
+        rest = [ax.types for ax in self.axes]
+        if fa[k] == fb[k]:
+            table = np.broadcast_to(cross(a, b, fa), [*rest[:k], fa[k].types, *rest[k + 1 :]])
+            return np.take(table, range(ca, fa[k].types), axis=k)
+        # Parts of different sizes: their positions never agree, so the product of class means on this axis and types elsewhere.
+        frame = (*self.axes[:k], *self.axes[k + 1 :], fa[k], fb[k])
+        last = len(frame) - 2
+        place = lambda view, at: View(view.node, tuple(at if b == k else b - (b > k) for b in view.bind))  # noqa: E731
+        table = np.broadcast_to(cross(place(a, last), place(b, last + 1), frame), [ax.types for ax in frame])
+        table = table[..., fa[k].classes :, :].reshape(*table.shape[:-2], ca, ca, table.shape[-1])[..., :, 0, :]
+        table = table[..., fb[k].classes :].reshape(*table.shape[:-1], cb, cb)[..., 0, :]
+        return np.moveaxis(table.reshape(*table.shape[:-2], ca * cb), -1, k)
+
+    def pullback(self, cotangent: np.ndarray) -> list[np.ndarray | None]:
+        from varscale.theory.backward import sum_out
+
+        out: list[np.ndarray | None] = []
+        k, sizes = self.params
+        whole = self.axes[k]
+        for (view, frame, shares), n in zip(self.parts(), sizes, strict=True):
+            if isinstance(view.node, Constant):
+                out.append(None)
+                continue
+            axis = frame[k]
+            back = (shares * whole.counts[:, None]).T
+            back /= np.maximum(back.sum(axis=1, keepdims=True), 1e-300)
+            part = apply_axis(cotangent, k, pair_map(back))
+            if n == 1:
+                part = np.take(part, [0], axis=k).squeeze(k)
+                rest = (*frame[:k], *frame[k + 1 :])
+                out.append(sum_out(part, rest, View(view.node, tuple(b - (b > k) for b in view.bind))))
+            else:
+                out.append(sum_out(part, (*frame[:k], axis, *frame[k + 1 :]), view))
+        return out
+
+
+def _pair_shares(a: np.ndarray, b: np.ndarray, whole: Axis, own: np.ndarray | None) -> np.ndarray:
+    """Share of the pairs of each (class, class) of the whole that a part's (class, class) makes up, (C², ca·cb)."""
+    counts = whole.counts
+    pairs = np.einsum("ac,bd->abcd", a * counts[:, None], b * counts[:, None])
+    if own is not None:
+        for c in range(a.shape[1]):
+            for x in range(whole.classes):
+                n = a[x, c] * counts[x]
+                pairs[x, x, c, c] = n * max(n - 1, 0.0)
+    total = whole.pairs[whole.classes :].reshape(whole.classes, whole.classes, 1, 1)
+    return (pairs / np.maximum(total, 1.0)).reshape(whole.classes**2, -1)
+
+
+def concatenate(graph: Any, xs: Sequence[Value], d: int, classes: bool = True) -> Value:
+    """Values one after another along dimension d."""
+    xs = [layout.merged(x, d) for x in xs]
+    sizes = [x.shape[d] for x in xs]
+    # The other dimensions must be factored alike: align them with this one taken out of the way.
+    rest = [Value(x.node, (*x.dims[:d], (), *x.dims[d + 1 :], x.dims[d])) for x in xs]
+    pieces: list[Value] = []
+    for x in rest:
+        pieces.append(Value(x.node, x.dims[:-1] + tuple(x.dims[-1] if y is x else () for y in rest)))
+    pieces, frame, views, dims = layout.align(pieces)
+    own = [next((atom.axis for atom in dims[len(xs[0].dims) + i]), None) for i in range(len(xs))]
+    others = [k for k in range(len(frame)) if k not in own]
+    place = {k: i + 1 for i, k in enumerate(others)}
+    labels: list[int] = []
+    offset = 0
+    for k, n in zip(own, sizes, strict=True):
+        axis = frame[k] if k is not None else None
+        part = axis.label_array if axis is not None else np.zeros(n, int)
+        labels += [offset + int(c) for c in part]
+        offset += int(max(part)) + 1
+    whole = labelled(labels)
+    if whole.classes > 2 * MOST_CLASSES or not classes:
+        whole = Axis(sum(sizes))
+    binds = [View(v.node, tuple(0 if b == own[i] else place[b] for b in v.bind)) for i, v in enumerate(views)]
+    node = graph.make(Concat, (whole, *(frame[k] for k in others)), binds, (0, tuple(sizes)))
+    out = [tuple(a if a.axis is None else Atom(a.size, place[a.axis]) for a in dim) for dim in dims[: len(xs[0].dims)]]
+    out[d] = (Atom(sum(sizes), 0),)
+    for j in range(len(out)):  # a dimension along which every part is constant
+        if not out[j] and xs[0].shape[j] > 1:
+            out[j] = (Atom(xs[0].shape[j], None),)
+    return Value(node, tuple(out))
+
+
+@rule("concatenate")
+def concatenate_rule(interpreter: Interpreter, eqn: Any, *xs: Value, d: int | None = None) -> Value:
+    d = eqn.params["dimension"] if d is None else d
+    live = [x for x in xs if x.shape[d] > 0]
+    return live[0] if len(live) == 1 else concatenate(interpreter.graph, live, d)
+
+
+@rule("stack")
+def stack(interpreter: Interpreter, eqn: Any, *xs: Value) -> Value:
+    """A concatenation along a new axis."""
+    d = eqn.params["axis"]
+    shape = (*xs[0].shape[:d], 1, *xs[0].shape[d:])
+    return concatenate_rule(interpreter, eqn, *(layout.reshape(x, shape) for x in xs), d=d)
+
+
+@rule("unstack")
+def unstack(interpreter: Interpreter, eqn: Any, x: Value) -> list[Value]:
+    d = eqn.params["axis"]
+    kept = [k for k in range(len(x.dims)) if k != d]
+    return [layout.transpose(take(x, d, i, i + 1, 1), kept) for i in range(x.shape[d])]
+
+
+@rule("tile")
+def tile(interpreter: Interpreter, eqn: Any, x: Value) -> Value:
+    """Copies one after another: a leading factor of the dimension along which nothing changes."""
+    dims = [((Atom(n, None),) if n > 1 else ()) + dim for n, dim in zip(eqn.params["reps"], x.dims, strict=True)]
+    return Value(x.node, tuple(dims))
+
+
+@rule("pad")
+def pad(interpreter: Interpreter, eqn: Any, x: Value, fill: Value) -> Value:
+    """A concatenation with the fill; negative padding cuts; dilation interleaves, counted as one class."""
+    for d, (low, high, inner) in enumerate(eqn.params["padding_config"]):
+        n = x.shape[d]
+        if inner and n > 1:
+            added = (n - 1) * inner
+            side = layout.full(interpreter.graph, fill.constant or 0.0, [added if k == d else m for k, m in enumerate(x.shape)])
+            x = concatenate(interpreter.graph, [x, side], d, classes=False)
+            n += added
+        x = take(x, d, max(-low, 0), n - max(-high, 0), 1)
+        parts = []
+        for size in (max(low, 0), max(high, 0)):
+            shape = [size if k == d else m for k, m in enumerate(x.shape)]
+            parts.append(layout.broadcast_in_dim(fill, shape, ()) if size else None)
+        parts = [p for p in (parts[0], x, parts[1]) if p is not None and p.shape[d] > 0]
+        x = parts[0] if len(parts) == 1 else concatenate(interpreter.graph, parts, d)
+    return x
+
+
+elementwise_or_layout("tile")
