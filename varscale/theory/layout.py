@@ -7,8 +7,10 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from varscale.theory.axes import Axis, join
-from varscale.theory.graph import Graph, Node, View, merge, number, permute, split
+import numpy as np
+
+from varscale.theory.axes import MOST_CLASSES, Axis, grouped, join
+from varscale.theory.graph import Array, Graph, Node, View, array, merge, number, permute, split
 
 
 class Atom(NamedTuple):
@@ -164,6 +166,7 @@ def align(values: Sequence[Value]) -> tuple[list[Value], tuple[Axis, ...], list[
         The values with their dimensions factored alike; the frame's axes; a view of each value over it; the frame's layout.
     """
     rank = max(len(x.dims) for x in values)
+    values = [_classed(x) for x in values]
     xs = [x if len(x.dims) == rank else Value(x.node, ((),) * (rank - len(x.dims)) + x.dims) for x in values]
     for d in range(rank):
         xs = _factor_alike(xs, d)
@@ -186,8 +189,27 @@ def align(values: Sequence[Value]) -> tuple[list[Value], tuple[Axis, ...], list[
                 atoms.append(Atom(atom.size, len(frame)))
                 frame.append(axis)
         layout.append(tuple(atoms))
-    views = [View(x.node, tuple(bind[k] for k in range(len(x.node.axes)))) for x, bind in zip(xs, binds, strict=True)]
+    views = [
+        View(_refined(x.node, [frame[bind[k]] for k in range(len(bind))]), tuple(bind[k] for k in range(len(bind))))
+        for x, bind in zip(xs, binds, strict=True)
+    ]
     return xs, tuple(frame), views, tuple(layout)
+
+
+def _classed(x: Value) -> Value:
+    """Known numbers along one axis tell its positions apart (the degrees of a graph): one class a number, where few."""
+    if isinstance(x.node, Array) and len(x.node.axes) == 1 and x.node.axes[0].labels is None:
+        numbers = x.node.values.astype(float)
+        if len(np.unique(numbers)) <= 2 * MOST_CLASSES < len(numbers):
+            return Value(array(x.node.graph, x.node.values, [grouped(numbers[:, None], 2 * MOST_CLASSES)]), x.dims)
+    return x
+
+
+def _refined(node: Node, axes: Sequence[Axis]) -> Node:
+    """Known numbers with the classes of the frame they are read over, so that what they say of each is kept."""
+    if isinstance(node, Array) and tuple(axes) != node.axes:
+        return array(node.graph, node.values, axes)
+    return node
 
 
 def _factor_alike(xs: list[Value], d: int) -> list[Value]:

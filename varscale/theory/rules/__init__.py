@@ -13,6 +13,7 @@ FAMILIES = (
     "convolution",
     "pooling",
     "gather",
+    "segments",
     "random",
     "units",
     "control",

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from varscale.theory import layout
-from varscale.theory.axes import Axis, contract_axis
+from varscale.theory.axes import Axis, contract_axis, labelled
 from varscale.theory.elementwise import roots
 from varscale.theory.graph import Array, Leaf, Node, View
-from varscale.theory.interpreter import Interpreter, elementwise_or_layout, rule
+from varscale.theory.interpreter import Interpreter, rule
 from varscale.theory.layout import Atom, Value
 from varscale.theory.moments import Table
 from varscale.theory.rules.structure import take
@@ -39,7 +39,9 @@ def repeat_rates(ids: np.ndarray) -> np.ndarray:
 
 
 class Gather(Node):
-    """Rows of a table by index; `params` is (row axes of the table, out axes that are indices, repeat rates, rows).
+    """Rows of a table by index; `params` is (row axes of the table, out axes that are indices, repeat rates, rows, classes).
+
+    Where the rows have classes and the indices are one known axis, `classes` are those of the rows behind its own classes.
 
     The frame of its view is this node's axes and then the rows' own.
     """
@@ -49,7 +51,7 @@ class Gather(Node):
 
     def rates(self) -> np.ndarray:
         """P(same row) over the types of the index axes."""
-        _, index_axes, rates, rows = self.params
+        _, index_axes, rates, rows, _ = self.params
         if rates is None:
             out = np.full((2,) * len(index_axes), 1.0 / rows)
             out[(0,) * len(index_axes)] = 1.0
@@ -57,9 +59,11 @@ class Gather(Node):
         return np.array(rates).reshape((2,) * len(index_axes))
 
     def compute(self) -> Table:
-        row_axes, index_axes, _, _ = self.params
+        row_axes, index_axes, _, _, classes = self.params
         view = self.args[0]
         table = view.node.table
+        if classes:
+            return self._by_class(table)
         mean, same, other = table.mean, table.second, table.second
         for k in sorted(row_axes, reverse=True):
             axis = table.axes[k]
@@ -81,9 +85,60 @@ class Gather(Node):
         mean = np.broadcast_to(mean.transpose(order).reshape(mean_shape), [a.classes for a in self.axes])
         return Table(self.axes, np.array(mean), np.array(np.broadcast_to(second, [a.types for a in self.axes])))
 
+    def _by_class(self, table: Table) -> Table:
+        """Two indices give one row at the rate they repeat, which only indices of one class do."""
+        (row,), (index,), _, _, classes = self.params
+        axis, own = table.axes[row], self.axes[index]
+        picked = np.array(classes)
+        same = np.concatenate([picked, picked[own.first[own.classes :]]])
+        other = axis.classes + picked[own.first] * axis.classes + picked[own.second]
+        alike = own.first == own.second
+        share = own.pairs[own.classes :].sum() / max(own.pairs[own.classes :][alike[own.classes :]].sum(), 1.0)
+        rate = np.where(alike, np.minimum(self.rates()[1] * share, 1.0), 0.0)
+        rate[: own.classes] = 1.0
+        shape = [1] * table.second.ndim
+        shape[row] = -1
+        rate = rate.reshape(shape)
+        second = rate * np.take(table.second, same, axis=row) + (1 - rate) * np.take(table.second, other, axis=row)
+        mean = np.take(table.mean, picked, axis=row)
+        # The row axis becomes the index axis; the others keep their places.
+        places = [index if k == row else b for k, b in enumerate(self.args[0].bind)]
+        order = np.argsort(places)
+        return Table(self.axes, mean.transpose(order), second.transpose(order))
+
+    def cross_with(self, a: View, b: View, frame: Sequence[Axis]) -> np.ndarray | None:
+        """Two lookups along one axis, of tables with the same rows: they agree as often as their indices do."""
+        from varscale.theory.cross import cross
+        from varscale.theory.moments import lift
+        from varscale.theory.rules.linear import weight_of
+
+        weights = weight_of(self), weight_of(b.node)
+        if None not in weights and weights[0] is not weights[1]:
+            return np.zeros((1,) * len(frame))
+        other = b.node
+        ids = [self.graph.memo.get(("looked up", n.id)) for n in (self, other)]
+        if not isinstance(other, Gather) or any(i is None for i in ids) or a.bind != b.bind:
+            return None
+        x, y = self.args[0].node, other.args[0].node
+        if x.axes != y.axes or self.args[0].bind != other.args[0].bind or len(ids[0]) != len(ids[1]):
+            return None
+        (row,), (index,) = self.params[0], self.params[1]
+        axis = x.axes[row]
+        own = tuple(range(len(x.axes)))
+        table = np.broadcast_to(cross(View(x, own), View(y, own), x.axes), x.frame_types)
+        same, apart = contract_axis(table, row, axis.same), contract_axis(table, row, axis.different)
+        n = len(ids[0])
+        here = float(np.mean(ids[0] == ids[1]))
+        counts = [np.bincount(i, minlength=axis.size).astype(float) for i in ids]
+        there = float((counts[0] @ counts[1] - n * here) / (n * (n - 1)))
+        rate = np.where(np.arange(self.axes[index].types) < self.axes[index].classes, here, there)
+        second = np.moveaxis(np.multiply.outer(rate, same) + np.multiply.outer(1 - rate, apart), 0, row)
+        bind = [index if k == row else b for k, b in enumerate(self.args[0].bind)]
+        return lift(second, [self.axes[k] for k in bind], [a.bind[k] for k in bind], frame, pairs=True)
+
     def pullback(self, cotangent: np.ndarray) -> list[np.ndarray | None]:
         """Cotangents add up in the rows they came from: n indices spread over the rows."""
-        row_axes, index_axes, _, rows = self.params
+        row_axes, index_axes, _, rows, _ = self.params
         view = self.args[0]
         out = cotangent
         count = math.prod(self.axes[k].size for k in index_axes)
@@ -135,6 +190,8 @@ def gather(interpreter: Interpreter, eqn: Any, x: Value, ids: Value) -> Any:
     rates, index_atoms = _index_axes(interpreter, ids, known, [shape[k] for k in batch], rows)
     axes: list[Axis] = []
     dims: list[tuple[Atom, ...]] = [()] * len(shape)
+    line = known.ravel().astype(int) if known is not None and known.size == max(known.shape) and len(picked) == 1 else None
+    labels = _row_labels(x, picked[0], line) if line is not None else None
     for k, atoms in zip(batch, index_atoms, strict=True):
         placed = []
         for atom in atoms:
@@ -142,7 +199,7 @@ def gather(interpreter: Interpreter, eqn: Any, x: Value, ids: Value) -> Any:
                 placed.append(atom)
             else:
                 placed.append(Atom(atom.size, len(axes)))
-                axes.append(Axis(atom.size))
+                axes.append(Axis(atom.size) if labels is None else labelled(labels))
         dims[k] = tuple(placed)
     index_axes = tuple(range(len(axes)))
     bind: dict[int, int] = {}
@@ -161,8 +218,22 @@ def gather(interpreter: Interpreter, eqn: Any, x: Value, ids: Value) -> Any:
             bind[axis] = -1
     view = View(x.node, tuple(bind[k] for k in range(len(x.node.axes))))
     frozen = None if rates is None else tuple(np.round(rates, 12).ravel())
-    node = interpreter.graph.make(Gather, axes, [view], (tuple(row_axes), index_axes, frozen, rows))
+    classes: tuple[int, ...] = ()
+    if labels is not None and index_axes and row_axes:
+        own = axes[0].label_array
+        classes = tuple(int(labels[np.argmax(own == c)]) for c in range(axes[0].classes))
+    node = interpreter.graph.make(Gather, axes, [view], (tuple(row_axes), index_axes, frozen, rows, classes))
+    if line is not None:
+        interpreter.graph.memo["looked up", node.id] = line
     return Value(node, tuple(dims))
+
+
+def _row_labels(x: Value, d: int, ids: np.ndarray) -> np.ndarray | None:
+    """The class of the row that each index looks up."""
+    axis = x.node.axes[x.dims[d][0].axis] if x.dims[d] and x.dims[d][0].axis is not None else None
+    if axis is None or axis.classes == 1:
+        return None
+    return axis.label_array[np.clip(ids, 0, axis.size - 1)]
 
 
 def _index_axes(
@@ -181,11 +252,8 @@ def _index_axes(
     return repeat_rates(codes), atoms
 
 
-@rule("scatter-add", "scatter")
-def scatter_add(interpreter: Interpreter, eqn: Any, x: Value, ids: Value, updates: Value) -> Any:
+@rule("scatter")
+def scatter(interpreter: Interpreter, eqn: Any, x: Value, ids: Value, updates: Value) -> Any:
     from varscale.theory.rules.sampled import sampled
 
     return sampled(interpreter, eqn, x, ids, updates)
-
-
-elementwise_or_layout("gather")

@@ -153,7 +153,9 @@ class Contract(Node):
 
 
 def weight_of(node: Node) -> Leaf | None:
-    """The random weight that a linear node applies, if it applies one."""
+    """The random weight that a linear node applies, if it applies one; looking up, adding up and cutting are linear too."""
+    while len(node.args) >= 1 and type(node).__name__ in ("Split", "Merge", "Permute", "Take", "Gather", "SegmentSum"):
+        node = node.args[0].node
     if not hasattr(node, "width"):
         return None
     for source, _ in node.args:

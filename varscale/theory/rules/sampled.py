@@ -135,7 +135,9 @@ def _run(graph: Any, eqn: Any, values: Sequence[Value], params: Any) -> list[np.
                     out = eqn.primitive.bind(*[jnp.asarray(d[r]) for d in draws], **eqn.params)
                 except Exception as error:
                     raise PredictionError(_no_rule(eqn, "it cannot be run to sample it")) from error
-                rows.append([np.asarray(o, float) for o in (out if eqn.primitive.multiple_results else [out])])
+                outs = out if eqn.primitive.multiple_results else [out]
+                # An empty maximum is infinite; what comes after never reads it.
+                rows.append([np.nan_to_num(np.asarray(o, float), posinf=0.0, neginf=0.0) for o in outs])
         graph.memo[key] = [np.stack([row[i] for row in rows]) for i in range(len(rows[0]))]
     return graph.memo[key]
 

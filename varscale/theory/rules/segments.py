@@ -1,0 +1,235 @@
+"""Sums by segment: each position of an axis adds to the output that a known index names (messages of a graph to its nodes).
+
+With S_iκ = Σ w_e and Q_iκ = Σ w_e² over the positions e of class κ that add to output i,
+
+    E[y_i²]   = Σ_κ Q_iκ M(κ) + Σ_κκ' (S_iκ S_iκ' − δ Q_iκ) M(κ, κ'),      E[y_i y_j] = Σ_κκ' S_iκ S_jκ' M(κ, κ'),
+
+exact given the moments M of the summands; outputs that see alike are one class (the degrees of a graph).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from varscale.theory.axes import MOST_CLASSES, Axis, apply_axis, grouped
+from varscale.theory.elementwise import Apply, apply, roots
+from varscale.theory.graph import Array, Node, View, number
+from varscale.theory.interpreter import Interpreter, rule
+from varscale.theory.layout import Atom, Value, materialize, merged
+from varscale.theory.moments import Table
+from varscale.theory.quadrature import factors
+
+
+def sums(ids: np.ndarray, weights: np.ndarray, size: int, axis: Axis) -> tuple[np.ndarray, np.ndarray]:
+    """Sums of the weights and of their squares, by output and by class of the summed axis, (size, classes) each."""
+    first, second = np.zeros((size, axis.classes)), np.zeros((size, axis.classes))
+    kept = (ids >= 0) & (ids < size)
+    place = (ids[kept], axis.label_array[kept])
+    np.add.at(first, place, weights[kept])
+    np.add.at(second, place, weights[kept] ** 2)
+    return first, second
+
+
+def pair_counts(first: np.ndarray, second: np.ndarray, out: Axis, axis: Axis) -> np.ndarray:
+    """Weight of the pairs of each type of the summed axis in a pair of outputs of each type, (types out, types in)."""
+    members = np.eye(out.classes)[out.label_array].T
+    matrix = np.zeros((out.types, axis.types))
+    c, k = out.classes, axis.classes
+    within = np.einsum("ci,ik,il->ckl", members, first, first)
+    own = members @ second
+    matrix[:c, :k] = own
+    matrix[:c, k:] = (within - np.einsum("ck,kl->ckl", own, np.eye(k))).reshape(c, k * k)
+    total = members @ first
+    apart = np.einsum("ck,dl->cdkl", total, total)
+    apart[np.arange(c), np.arange(c)] -= within
+    matrix[c:, k:] = apart.reshape(c * c, k * k)
+    return matrix / np.maximum(out.pairs, 1.0)[:, None]
+
+
+class SegmentSum(Node):
+    """Sums by segment over axis 0 of its argument; `params` is the key of (ids, weights, size) in the graph's store.
+
+    A second argument is the summands as pairs within a segment see them: lookups that agree there agree more often.
+    """
+
+    def prepare(self) -> None:
+        self.odd, self.positive = self.args[0].node.odd, self.args[0].node.positive
+
+    @property
+    def maps(self) -> tuple[np.ndarray, np.ndarray]:
+        """The weight of each class of summands in an output's mean, and of each type of pair in its second moments."""
+        ids, weights, size = self.graph.memo["segments", self.params]
+        axis, out = self.args[0].node.axes[0], self.axes[0]
+        first, second = sums(ids, weights, size, axis)
+        members = np.eye(out.classes)[out.label_array].T / out.counts[:, None]
+        return members @ first, pair_counts(first, second, out, axis)
+
+    def compute(self) -> Table:
+        table, inside = (view.node.table for view in self.args)
+        means, pairs = self.maps
+        second = apply_axis(table.second, 0, pairs)
+        c = self.axes[0].classes
+        second[:c] = apply_axis(inside.second, 0, pairs[:c])
+        return Table(self.axes, apply_axis(table.mean, 0, means), second)
+
+    def pullback(self, cotangent: np.ndarray) -> list[np.ndarray | None]:
+        axis, out = self.args[0].node.axes[0], self.axes[0]
+        back = (self.maps[1] * out.pairs[:, None]).T / np.maximum(axis.pairs, 1.0)[:, None]
+        return [apply_axis(cotangent, 0, back), None]
+
+    def cross_with(self, a: View, b: View, frame: Sequence[Axis]) -> np.ndarray | None:
+        """Sums of rows looked up against anything over the same rows: which row meets which is known."""
+        from varscale.theory.cross import cross
+        from varscale.theory.moments import lift
+        from varscale.theory.rules.gather import Gather
+        from varscale.theory.rules.linear import weight_of
+
+        weights_of = weight_of(self), weight_of(b.node)
+        if None not in weights_of and weights_of[0] is not weights_of[1]:
+            return np.zeros((1,) * len(frame))
+        looked, bind = self.args[0].node, b.bind
+        known = self.graph.memo.get(("looked up", looked.id))
+        if not isinstance(looked, Gather) or known is None or sorted(bind) != sorted(a.bind):
+            return None
+        (row,), source = looked.params[0], looked.args[0]
+        rows, out = source.node.axes[row], self.axes[0]
+        if rows.size != out.size:
+            return None
+        # Rows and outputs are the same things: read both over the outputs' frame.
+        place = [a.bind[k] for k in source.bind]
+        table = np.broadcast_to(cross(View(source.node, tuple(place)), b, frame), [x.types for x in frame])
+        at, axis = a.bind[0], frame[a.bind[0]]
+        matrix = _meetings(*self.graph.memo["segments", self.params], known, axis)
+        return lift(apply_axis(table, at, matrix), frame, range(len(frame)), frame, pairs=True)
+
+
+def _meetings(segments: np.ndarray, weights: np.ndarray, size: int, known: np.ndarray, axis: Axis) -> np.ndarray:
+    """Weight of the pairs (row added to i, j) of each type, for each type of (i, j)."""
+    label, c = axis.label_array, axis.classes
+    matrix = np.zeros((axis.types, axis.types))
+    kind = np.where(known == segments, label[known], c + label[known] * c + label[segments])
+    np.add.at(matrix, (label[segments], kind), weights)  # j is the output itself
+    # Every other j: that which is the row itself, and the rest by class.
+    apart = known != segments
+    np.add.at(matrix, (c + label[segments[apart]] * c + label[known[apart]], label[known[apart]]), weights[apart])
+    for cls in range(c):
+        others = axis.counts[cls] - (label[segments] == cls) - (apart & (label[known] == cls))
+        np.add.at(matrix, (c + label[segments] * c + cls, c + label[known] * c + cls), weights * others)
+    return matrix / np.maximum(axis.pairs, 1.0)[:, None]
+
+
+def substitute(node: Node, swap: dict[int, Node], done: dict[int, Node]) -> Node:
+    """The same expression with some of its nodes replaced."""
+    if node.id in swap:
+        return swap[node.id]
+    if node.id not in done:
+        args = [View(substitute(v.node, swap, done), v.bind) for v in node.args]
+        same = all(a.node is b.node for a, b in zip(args, node.args, strict=True))
+        done[node.id] = node if same else node.graph.make(type(node), node.axes, args, node.params)
+    return done[node.id]
+
+
+def as_seen_within(node: Node, ids: np.ndarray) -> Node:
+    """The summands with each lookup along axis 0 agreeing as often as it does for two positions of one segment."""
+    from varscale.theory.rules.gather import Gather
+
+    swap: dict[int, Node] = {}
+    for view in roots(node):
+        looked = view.node
+        known = node.graph.memo.get(("looked up", looked.id))
+        if not isinstance(looked, Gather) or known is None or view.bind[:1] != (0,) or len(known) != len(ids):
+            continue
+        order = np.lexsort((known, ids))
+        pair = np.stack([ids[order], known[order]])
+        runs = lambda x: np.unique(x, axis=-1, return_counts=True)[1].astype(float)  # noqa: E731
+        together, segments = runs(pair), runs(ids)
+        rate = float(np.sum(together * (together - 1)) / max(np.sum(segments * (segments - 1)), 1.0))
+        rows, index, _, count, classes = looked.params
+        params = (rows, index, (1.0, round(rate, 12)), count, classes)
+        swap[looked.id] = node.graph.make(Gather, looked.axes, looked.args, params)
+    return substitute(node, swap, {}) if swap else node
+
+
+def known_factors(x: Value, size: int) -> tuple[Node, np.ndarray]:
+    """The random part of a product over axis 0, and the known numbers that multiply it there."""
+    c, parts = factors(View(x.node, tuple(range(len(x.node.axes)))))
+    weights = np.full(size, c)
+    left = []
+    for part in parts:
+        if part.bind == (0,) and all(isinstance(r.node, Array) for r in roots(part.node)):
+            values = _evaluated(part.node)
+            if values is not None:
+                weights = weights * values
+                continue
+        left.append(part)
+    if len(left) == len(parts):
+        return x.node, np.ones(size)
+    whole = tuple(range(len(x.node.axes)))
+    node: Node = number(x.node.graph, 1.0)
+    for part in left:
+        views = [View(node, whole if node.axes else ()), part]
+        node = apply(x.node.graph, "mul", (), x.node.axes, views)
+    return node, weights
+
+
+def _evaluated(node: Node) -> np.ndarray | None:
+    """The numbers of a known one-dimensional expression."""
+    from varscale.theory.functions import function
+
+    if isinstance(node, Array):
+        return np.asarray(node.values, float)
+    if not isinstance(node, Apply):
+        return None
+    values = [v.node.params if not v.node.axes and not v.node.args else _evaluated(v.node) for v in node.args]
+    return None if any(v is None for v in values) else np.asarray(function(*node.params)(*values), float)
+
+
+@rule("scatter-add")
+def scatter_add(interpreter: Interpreter, eqn: Any, x: Value, ids: Value, updates: Value) -> Any:
+    """Sums by segment where the segments are known; otherwise sampled."""
+    from varscale.theory.rules.sampled import sampled
+
+    d = eqn.params["dimension_numbers"]
+    known = interpreter.concrete(ids)
+    rank = len(updates.dims)
+    plain = (
+        known is not None
+        and known.ndim == 2
+        and known.shape[1] == 1
+        and tuple(d.inserted_window_dims) == tuple(d.scatter_dims_to_operand_dims) == (0,)
+        and tuple(d.update_window_dims) == tuple(range(1, rank))
+        and not getattr(d, "operand_batching_dims", ())
+        and len(known) > 1
+        and x.shape[0] > 1
+    )
+    if not plain or known is None:
+        return sampled(interpreter, eqn, x, ids, updates)
+    segments = known[:, 0].astype(int)
+    updates = merged(materialize(updates, [0]), 0)
+    (atom,) = updates.dims[0]
+    first = atom.axis
+    assert first is not None
+    from varscale.theory.graph import permute
+
+    order = [first, *(k for k in range(len(updates.node.axes)) if k != first)]
+    place = {k: i for i, k in enumerate(order)}
+    dims = [tuple(a if a.axis is None else Atom(a.size, place[a.axis]) for a in dim) for dim in updates.dims]
+    summands = Value(permute(updates.node, order), tuple(dims))
+    node, weights = known_factors(summands, len(segments))
+    if not node.axes or node.axes[0].size != len(segments):
+        node, weights = summands.node, np.ones(len(segments))
+    size, axis = x.shape[0], node.axes[0]
+    s, q = sums(segments, weights, size, axis)
+    out = grouped(np.stack([s.sum(axis=1), q.sum(axis=1)], axis=1), 2 * MOST_CLASSES)
+    key = hashlib.sha1(segments.tobytes() + weights.tobytes()).hexdigest()
+    interpreter.graph.memo["segments", (key, size)] = (segments, weights, size)
+    identity = tuple(range(len(node.axes)))
+    args = [View(node, identity), View(as_seen_within(node, segments), identity)]
+    total = interpreter.graph.make(SegmentSum, (out, *node.axes[1:]), args, (key, size))
+    dims[0] = (Atom(size, 0),)
+    result = Value(total, tuple(dims))
+    return result if x.constant == 0 else interpreter.elementwise("add", x, result)
