@@ -85,6 +85,11 @@ def _guard(f: Callable[..., Any]) -> Callable[..., Any]:
     return lambda *xs: np.nan_to_num(f(*xs), nan=0.0, posinf=1e150, neginf=-1e150)
 
 
+def _finite(x: Any) -> Any:
+    """Infinities stand for places that are masked: numbers large enough to do so, and small enough to be squared."""
+    return np.clip(x, -1e30, 1e30)
+
+
 FUNCTIONS: dict[str, Callable[..., Any]] = {
     "add": np.add,
     "sub": np.subtract,
@@ -129,7 +134,9 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "rem": _guard(np.fmod),
     "nextafter": np.nextafter,
     "clamp": lambda low, x, high: np.minimum(np.maximum(x, low), high),
-    "select_n": lambda which, *cases: np.select([np.asarray(which) == i for i in range(len(cases))], cases),
+    "select_n": lambda which, *cases: np.select(
+        [np.asarray(which) == i for i in range(len(cases))], [_finite(c) for c in cases]
+    ),
     "gt": _compare(np.greater),
     "lt": _compare(np.less),
     "ge": _compare(np.greater_equal),

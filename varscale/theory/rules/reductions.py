@@ -183,7 +183,8 @@ class Extreme(Node):
     def compute(self) -> Table:
         from varscale.theory.rules.sampled import sample_map
 
-        axes, sign, _ = self.params
+        axes, sign, count = self.params
+        self.graph.flag("sampled", 0.05 * math.log(count))  # the larger the set, the more the tail decides
 
         def reduce(x: np.ndarray) -> np.ndarray:
             return (sign * x).max(axis=tuple(k + 1 for k in axes)) * sign

@@ -11,17 +11,18 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from scipy import special
 
-from varscale.theory.axes import MOST_CLASSES, Axis, apply_axis, grouped
+from varscale.theory.axes import MOST_CLASSES, Axis, apply_axis, contract_axis, grouped
 from varscale.theory.elementwise import Apply, apply, roots
-from varscale.theory.graph import Array, Node, View, number
+from varscale.theory.graph import Array, Node, View, number, permute
 from varscale.theory.interpreter import Interpreter, rule
 from varscale.theory.layout import Atom, Value, materialize, merged
 from varscale.theory.moments import Table
-from varscale.theory.quadrature import factors
+from varscale.theory.quadrature import Z, factors
 
 
 def sums(ids: np.ndarray, weights: np.ndarray, size: int, axis: Axis) -> tuple[np.ndarray, np.ndarray]:
@@ -136,10 +137,15 @@ def substitute(node: Node, swap: dict[int, Node], done: dict[int, Node]) -> Node
 def as_seen_within(node: Node, ids: np.ndarray) -> Node:
     """The summands with each lookup along axis 0 agreeing as often as it does for two positions of one segment."""
     from varscale.theory.rules.gather import Gather
+    from varscale.theory.rules.segment_softmax import SegmentSoftmax
 
     swap: dict[int, Node] = {}
     for view in roots(node):
         looked = view.node
+        if isinstance(looked, SegmentSoftmax):
+            params = (looked.params[0], True)
+            swap[looked.id] = node.graph.make(SegmentSoftmax, looked.axes, looked.args, params)
+            continue
         known = node.graph.memo.get(("looked up", looked.id))
         if not isinstance(looked, Gather) or known is None or view.bind[:1] != (0,) or len(known) != len(ids):
             continue
@@ -172,7 +178,7 @@ def known_factors(x: Value, size: int) -> tuple[Node, np.ndarray]:
     node: Node = number(x.node.graph, 1.0)
     for part in left:
         views = [View(node, whole if node.axes else ()), part]
-        node = apply(x.node.graph, "mul", (), x.node.axes, views)
+        node = apply(x.node.graph, "mul", (), tuple(x.node.axes), views)
     return node, weights
 
 
@@ -188,48 +194,118 @@ def _evaluated(node: Node) -> np.ndarray | None:
     return None if any(v is None for v in values) else np.asarray(function(*node.params)(*values), float)
 
 
+class SegmentMax(Node):
+    """Maxima by segment over axis 0, 0 where a segment is empty; `params` is (key of (ids, size) in the store, sign).
+
+    Entries of one segment are taken as independent; what two maxima share is what two entries share.
+    """
+
+    how = "sampled"
+    gradient_doubt = 1.0
+
+    def compute(self) -> Table:
+        ids, size = self.graph.memo["segments", self.params[0]]
+        sign = self.params[1]
+        view = self.args[0]
+        table = view.node.table
+        degrees = np.bincount(ids, minlength=size)[:size]
+        out, share = self.axes[0], special.ndtr(Z)
+        # The entries' law is that of the class with the least numbers: masked places are in another.
+        cell = np.unravel_index(int(np.argmin(table.diagonal)), table.diagonal.shape)
+        centre, variance = float(table.mean[cell]), float(max(table.diagonal[cell] - table.mean[cell] ** 2, 0.0))
+        line = np.sort(sign * centre + np.sqrt(variance) * Z)
+        laws = {}
+        for d in np.unique(degrees[degrees > 0]):
+            weights = np.diff(np.concatenate([[0.0], share])) * d * share ** (d - 1)
+            weights /= weights.sum()
+            laws[int(d)] = (sign * float(weights @ line), float(weights @ line**2))
+        first, square = (np.array([laws.get(int(d), (0.0, 0.0))[k] for d in degrees]) for k in (0, 1))
+        members = np.eye(out.classes)[out.label_array].T / out.counts[:, None]
+        mean, second = members @ first, members @ square
+        self.graph.flag("sampled", 0.1)
+        rest = self.axes[1:]
+        types = view.node.axes[0].classes
+        correlation = np.clip(table.covariance / max(variance, 1e-300), -1.0, 1.0)
+        own = correlation[cell[0]], correlation[types + int(cell[0]) * (types + 1)]
+        spread = np.sqrt(np.maximum(second - mean**2, 0.0))
+        same = np.arange(out.types) < out.classes
+        by = lambda v: v[out.first] * v[out.second]  # noqa: E731
+        shape = (-1, *[1] * len(rest))
+        both = np.where(same.reshape(shape), own[0][None], own[1][None]) * by(spread).reshape(shape)
+        diagonal = by(mean).reshape(shape)
+        means = np.broadcast_to(mean.reshape(-1, *[1] * len(rest)), [a.classes for a in self.axes])
+        return Table(self.axes, np.array(means), np.array(np.broadcast_to(both + diagonal, self.frame_types)))
+
+    def pullback(self, cotangent: np.ndarray) -> list[np.ndarray | None]:
+        """A cotangent goes to the entry that was the maximum."""
+        axis, out = self.args[0].node.axes[0], self.axes[0]
+        total = contract_axis(cotangent, 0, out.same) * out.size / axis.size
+        same = (np.arange(axis.types) < axis.classes).astype(float)
+        return [np.multiply.outer(same, total)]
+
+
+class Segmented(NamedTuple):
+    """Updates with the segmented axis first, its layout, and the segment of each position."""
+
+    summands: Value
+    segments: np.ndarray
+
+
+def segmented(interpreter: Interpreter, eqn: Any, x: Value, ids: Value, updates: Value) -> Segmented | None:
+    """A scatter of whole rows to known places; None where it is anything else."""
+    d = eqn.params["dimension_numbers"]
+    known = interpreter.concrete(ids)
+    rows = tuple(d.inserted_window_dims) == tuple(d.scatter_dims_to_operand_dims) == (0,)
+    plain = rows and tuple(d.update_window_dims) == tuple(range(1, len(updates.dims))) and not d.operand_batching_dims
+    if known is None or not plain or known.ndim != 2 or known.shape[1] != 1 or len(known) < 2 or x.shape[0] < 2:
+        return None
+    updates = merged(materialize(updates, [0]), 0)
+    first = updates.dims[0][0].axis
+    assert first is not None
+    order = [first, *(k for k in range(len(updates.node.axes)) if k != first)]
+    place = {k: i for i, k in enumerate(order)}
+    dims = [tuple(a if a.axis is None else Atom(a.size, place[a.axis]) for a in dim) for dim in updates.dims]
+    return Segmented(Value(permute(updates.node, order), tuple(dims)), known[:, 0].astype(int))
+
+
 @rule("scatter-add")
 def scatter_add(interpreter: Interpreter, eqn: Any, x: Value, ids: Value, updates: Value) -> Any:
     """Sums by segment where the segments are known; otherwise sampled."""
     from varscale.theory.rules.sampled import sampled
 
-    d = eqn.params["dimension_numbers"]
-    known = interpreter.concrete(ids)
-    rank = len(updates.dims)
-    plain = (
-        known is not None
-        and known.ndim == 2
-        and known.shape[1] == 1
-        and tuple(d.inserted_window_dims) == tuple(d.scatter_dims_to_operand_dims) == (0,)
-        and tuple(d.update_window_dims) == tuple(range(1, rank))
-        and not getattr(d, "operand_batching_dims", ())
-        and len(known) > 1
-        and x.shape[0] > 1
-    )
-    if not plain or known is None:
+    found = segmented(interpreter, eqn, x, ids, updates)
+    if found is None:
         return sampled(interpreter, eqn, x, ids, updates)
-    segments = known[:, 0].astype(int)
-    updates = merged(materialize(updates, [0]), 0)
-    (atom,) = updates.dims[0]
-    first = atom.axis
-    assert first is not None
-    from varscale.theory.graph import permute
-
-    order = [first, *(k for k in range(len(updates.node.axes)) if k != first)]
-    place = {k: i for i, k in enumerate(order)}
-    dims = [tuple(a if a.axis is None else Atom(a.size, place[a.axis]) for a in dim) for dim in updates.dims]
-    summands = Value(permute(updates.node, order), tuple(dims))
+    summands, segments = found
     node, weights = known_factors(summands, len(segments))
     if not node.axes or node.axes[0].size != len(segments):
         node, weights = summands.node, np.ones(len(segments))
     size, axis = x.shape[0], node.axes[0]
     s, q = sums(segments, weights, size, axis)
     out = grouped(np.stack([s.sum(axis=1), q.sum(axis=1)], axis=1), 2 * MOST_CLASSES)
-    key = hashlib.sha1(segments.tobytes() + weights.tobytes()).hexdigest()
-    interpreter.graph.memo["segments", (key, size)] = (segments, weights, size)
+    key = (hashlib.sha1(segments.tobytes() + weights.tobytes()).hexdigest(), size)
+    interpreter.graph.memo["segments", key] = (segments, weights, size)
     identity = tuple(range(len(node.axes)))
     args = [View(node, identity), View(as_seen_within(node, segments), identity)]
-    total = interpreter.graph.make(SegmentSum, (out, *node.axes[1:]), args, (key, size))
-    dims[0] = (Atom(size, 0),)
-    result = Value(total, tuple(dims))
+    total = interpreter.graph.make(SegmentSum, (out, *node.axes[1:]), args, key)
+    result = Value(total, ((Atom(size, 0),), *summands.dims[1:]))
     return result if x.constant == 0 else interpreter.elementwise("add", x, result)
+
+
+@rule("scatter-max", "scatter-min")
+def scatter_max(interpreter: Interpreter, eqn: Any, x: Value, ids: Value, updates: Value) -> Any:
+    """Maxima by segment where the segments are known; otherwise sampled."""
+    from varscale.theory.rules.sampled import sampled
+
+    found = segmented(interpreter, eqn, x, ids, updates)
+    if found is None or x.constant is None:
+        return sampled(interpreter, eqn, x, ids, updates)
+    summands, segments = found
+    node, size = summands.node, x.shape[0]
+    out = grouped(np.bincount(segments, minlength=size)[:size, None].astype(float), 2 * MOST_CLASSES)
+    key = (hashlib.sha1(segments.tobytes()).hexdigest(), size)
+    interpreter.graph.memo["segments", key] = (segments, size)
+    view = View(node, tuple(range(len(node.axes))))
+    sign = 1.0 if eqn.primitive.name == "scatter-max" else -1.0
+    total = interpreter.graph.make(SegmentMax, (out, *node.axes[1:]), [view], (key, sign))
+    return Value(total, ((Atom(size, 0),), *summands.dims[1:]))

@@ -1,0 +1,158 @@
+"""Softmax by segment, as graph attention has it: exp(l − max[i]) / Σ exp(l − max[i]), recognised at the division.
+
+The weights of a segment of n edges have the moments of a softmax over n independent Gaussian logits (see `units`), in which
+what the edges of a segment share cancels; weights of two segments are independent.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from typing import Any
+
+import numpy as np
+
+from varscale.theory.axes import MOST_CLASSES, Axis, contract_axis, grouped
+from varscale.theory.elementwise import Apply, Sum, roots
+from varscale.theory.graph import Array, Constant, Node, View
+from varscale.theory.layout import Value
+from varscale.theory.moments import Table
+from varscale.theory.rules.gather import Gather
+from varscale.theory.rules.segments import SegmentMax, SegmentSum, as_seen_within
+from varscale.theory.rules.units import WeightMoments, weight_moments
+
+
+class SegmentSoftmax(Node):
+    """Weights over axis 0; `params` is (key of the segments in the store, whether pairs are those within a segment)."""
+
+    how = "quadrature"
+    gradient_doubt = 1.0
+
+    def prepare(self) -> None:
+        self.positive = True
+
+    @functools.cached_property
+    def moments(self) -> list[tuple[float, WeightMoments]]:
+        """For each class of edges: the size of their segments, and the moments of their weights."""
+        ids = self.graph.memo["segments", self.params[0]][0]
+        logits = self.args[0].node
+        inside = as_seen_within(logits, ids).table.second
+        same = inside
+        for axis in reversed(logits.axes):
+            same = contract_axis(same, same.ndim - 1, axis.same)
+        pair = inside
+        for axis in reversed(logits.axes[1:]):
+            pair = contract_axis(pair, pair.ndim - 1, axis.same)
+        shared = contract_axis(pair, 0, logits.axes[0].different)
+        variance = float(max(same - shared, 1e-12))
+        sizes = segment_sizes(ids)
+        own = self.axes[0]
+        out = []
+        for c in range(own.classes):
+            mine = sizes[own.label_array == c]
+            n = float(1 / np.mean(1 / np.maximum(mine, 1.0))) if mine.min() > 0 else 0.0
+            out.append((n, weight_moments((max(n, 1.0),), (variance,))))
+        return out
+
+    def compute(self) -> Table:
+        ids = self.graph.memo["segments", self.params[0]][0]
+        # What weights and values share (both are projections of one node) is not counted, nor how masked edges are placed.
+        self.graph.flag("assumed", 0.6 if ids.min() >= 0 else 2.0)
+        sizes = np.array([n for n, _ in self.moments])
+        live = sizes > 0
+        square = np.array([m.square[0] for _, m in self.moments]) * live
+        pair = np.array([m.pair[0, 0] for _, m in self.moments]) * live
+        mean = live / np.maximum(sizes, 1.0)
+        apart = np.multiply.outer(mean, mean)
+        if self.params[1]:
+            np.fill_diagonal(apart, np.where(sizes > 1, (1 - sizes * square) / np.maximum(sizes * (sizes - 1), 1e-9), pair))
+        types = np.concatenate([square, apart.ravel()])
+        rest = self.axes[1:]
+        # Weights of two heads are independent given the segment.
+        second = np.empty(self.frame_types)
+        second[...] = np.concatenate([mean**2, np.multiply.outer(mean, mean).ravel()]).reshape(-1, *[1] * len(rest))
+        second[(slice(None), *(slice(0, a.classes) for a in rest))] = types.reshape(-1, *[1] * len(rest))
+        means = np.broadcast_to(mean.reshape(-1, *[1] * len(rest)), [a.classes for a in self.axes])
+        return Table(self.axes, np.array(means), second)
+
+    def pullback(self, cotangent: np.ndarray) -> list[np.ndarray | None]:
+        """∂p/∂l = p(δ − p): to first order in the size of the logits the weights are 1/n each."""
+        own = self.axes[0]
+        square = np.array([m.square[0] * (1 - 1 / max(n, 1.0)) for n, m in self.moments])
+        back = np.zeros(self.frame_types)
+        same = (np.arange(own.types) < own.classes).astype(float)
+        weights = same * square[own.first]
+        back[...] = cotangent * weights.reshape(-1, *[1] * (cotangent.ndim - 1))
+        from varscale.theory.backward import sum_out
+
+        return [sum_out(back, self.axes, self.args[0])]
+
+
+def _segment_sum(node: Node) -> SegmentSum | None:
+    """The sums by segment that a denominator reads, if that is all it reads."""
+    while not isinstance(node, SegmentSum):
+        own = roots(node)
+        if isinstance(node, Gather):
+            node = node.args[0].node
+        elif len(own) == 1 and own[0].node is not node:
+            node = own[0].node
+        else:
+            return None
+    return node
+
+
+def _is_maximum(view: View) -> bool:
+    source = view.node
+    while isinstance(source, Gather | Apply) and len(roots(source)) == 1:
+        inner = source.args[0].node if isinstance(source, Gather) else roots(source)[0].node
+        if inner is source:
+            break
+        source = inner
+    return isinstance(source, SegmentMax)
+
+
+def segment_softmax_of(interpreter: Any, top: Value, bottom: Value) -> Value | None:
+    """exp(l − max[i]) / (Σ exp(l − max[i]))[i], if that is what this division is."""
+    weights = top.node
+    if not (isinstance(weights, Apply) and weights.params[0] == "exp" and weights.axes):
+        return None
+    total = _segment_sum(bottom.node)
+    if total is None or total.args[0].node is not weights:
+        return None
+    ids, _, size = interpreter.graph.memo["segments", total.params]
+    view = weights.args[0]
+    if isinstance(view.node, Sum):
+        terms = [v for c, v in zip(view.node.params, view.node.args, strict=True) if not _is_maximum(v)]
+        if len(terms) == 1:
+            view = terms[0].within(view.bind)
+    view, allowed = _unmasked(view, len(ids))
+    if view.bind != tuple(range(len(weights.axes))):
+        return None
+    ids = np.where(allowed, ids, -1)
+    key = (*total.params, hashlib.sha1(ids.tobytes()).hexdigest())
+    interpreter.graph.memo["segments", key] = (ids, np.ones(len(ids)), size)
+    own = grouped(segment_sizes(ids)[:, None], 2 * MOST_CLASSES)
+    axes: tuple[Axis, ...] = (own, *weights.axes[1:])
+    node = interpreter.graph.make(SegmentSoftmax, axes, [view], (key, False))
+    return Value(node, top.dims)
+
+
+def segment_sizes(ids: np.ndarray) -> np.ndarray:
+    """How many share each position's segment; 0 for a position that is masked (index −1)."""
+    kept = ids >= 0
+    counts = np.bincount(ids[kept])
+    return np.where(kept, counts[np.where(kept, ids, ids.max())], 0).astype(float)
+
+
+def _unmasked(view: View, size: int) -> tuple[View, np.ndarray]:
+    """The logits behind a choice between them and minus infinity, and where they are chosen."""
+    node, bind = view
+    allowed = np.ones(size, bool)
+    while isinstance(node, Apply) and node.params[0] == "select_n" and len(node.args) == 3:
+        mask, *cases = node.args
+        dropped = [i for i, c in enumerate(cases) if isinstance(c.node, Constant) and c.node.params < -1e4]
+        if not isinstance(mask.node, Array) or mask.bind != (0,) or len(dropped) != 1:
+            break
+        allowed &= np.asarray(mask.node.values).astype(int) != dropped[0]
+        node, bind = cases[1 - dropped[0]].within(bind)
+    return View(node, bind), allowed
