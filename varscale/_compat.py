@@ -17,6 +17,11 @@ def is_literal(atom: Any) -> bool:
     return isinstance(atom, jax.extend.core.Literal)
 
 
+def name_stack(eqn: Any) -> str:
+    """The modules and scopes an equation was made in, joined with "/"."""
+    return str(getattr(eqn.source_info, "name_stack", ""))
+
+
 def source_line(eqn: Any) -> str:
     """File, line and module path of an equation, as far as jax recorded them."""
     info = eqn.source_info
@@ -29,7 +34,7 @@ def source_line(eqn: Any) -> str:
         ):
             where = f"{name.rsplit('/', 1)[-1]}:{frame.line_num}"
             break
-    stack = str(getattr(info, "name_stack", ""))
+    stack = name_stack(eqn)
     return " ".join(filter(None, [where or "an unknown line", f"({stack})" if stack else ""]))
 
 

@@ -68,6 +68,9 @@ def _expand(a: View, b: View, frame: tuple[Axis, ...]) -> np.ndarray:
     from varscale.theory.products import product_second
     from varscale.theory.rules.reductions import Mean
 
+    if isinstance(a.node, Permute) or isinstance(b.node, Permute):
+        x, y = (v.node.args[0].within(v.bind) if isinstance(v.node, Permute) else v for v in (a, b))
+        return cross(x, y, frame)
     if a.node is b.node:
         return _same_node(a, b, frame)
     for x, y, turn in ((a, b, False), (b, a, True)):
@@ -141,9 +144,6 @@ def _structure(x: View, y: View, frame: tuple[Axis, ...]) -> np.ndarray | None:
             cross(View(source, inner), View(y.node.args[0].node, inner), source.axes), [a.types for a in source.axes]
         )
         return lift(x.node.reindex(table), x.node.axes, x.bind, frame, pairs=True)
-    if isinstance(x.node, Permute):
-        (p, pb), (q, qb) = x.node.args[0], y.node.args[0]
-        return cross(View(p, pb).within(x.bind), View(q, qb).within(y.bind), frame)
     if isinstance(x.node, Leaf):
         return None
     return None

@@ -60,6 +60,8 @@ def _bitcast(x: np.ndarray, dtype: str) -> np.ndarray:
     x = np.asarray(x)
     if x.dtype.kind == "f":
         raise NotImplementedError(f"bitcast of floating-point values to {dtype}")
+    if x.dtype.itemsize != target.itemsize:  # bits that were averaged over classes come as wider integers
+        x = x.astype(f"u{target.itemsize}")
     out = np.ascontiguousarray(x).view(target) if x.ndim else np.asarray(x).reshape(1).view(target)[0]
     return np.asarray(out).astype(float) if target.kind not in "iu" else np.asarray(out)
 

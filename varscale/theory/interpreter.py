@@ -77,17 +77,23 @@ class Interpreter:
 
     Attributes:
         graph: the nodes built so far.
-        rows: what control-flow rules found out about modules inside their bodies: (path, value).
+        rows: outputs of modules inside loops, by path and step: `layers/Dense_0[3]`.
     """
 
     def __init__(self, graph: Graph | None = None):
         _load_rules()
         self.graph = graph or Graph()
-        self.trace: list[tuple[Any, list[Any], list[Any]]] = []
-        self.keep_trace = False
+        self.rows: dict[str, Value] = {}
+        self.steps: list[int] = []
 
-    def run(self, jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
-        """The outputs of a jaxpr, given values of its constants and inputs."""
+    def run(self, jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], step: int | None = None) -> list[Any]:
+        """The outputs of a jaxpr, given values of its constants and inputs; `step` says which of a loop's it is."""
+        if step is not None:
+            self.steps.append(step)
+            try:
+                return self.run(jaxpr, consts, args)
+            finally:
+                self.steps.pop()
         env: dict[Any, Any] = {}
         for var, const in zip(jaxpr.constvars, consts, strict=True):
             env[var] = self.known(const)
@@ -98,6 +104,8 @@ class Interpreter:
             outs = self.equation(eqn, ins)
             for var, out in zip(eqn.outvars, outs, strict=True):
                 env[var] = out
+            if self.steps:
+                self._record(eqn, outs)
         return [self.known(v.val) if _compat.is_literal(v) else env[v] for v in jaxpr.outvars]
 
     def equation(self, eqn: Any, ins: list[Any]) -> list[Any]:
@@ -121,10 +129,18 @@ class Interpreter:
             raise
         except Exception as error:
             raise PredictionError(f"primitive {name!r} at {source(eqn)}: {type(error).__name__}: {error}") from error
-        outs = list(outs) if isinstance(outs, list | tuple) else [outs]
-        if self.keep_trace:
-            self.trace.append((eqn, ins, outs))
-        return outs
+        return list(outs) if isinstance(outs, list | tuple) else [outs]
+
+    def _record(self, eqn: Any, outs: Sequence[Any]) -> None:
+        """What a module inside a loop has put out so far: flax names its equations, and the last of them is its output."""
+        found = next((x for x in outs if isinstance(x, Value)), None)
+        names = [part for part in _compat.name_stack(eqn).split("/") if part and "(" not in part]
+        at = "".join(f"[{step}]" for step in self.steps)
+        for k in range(1, len(names) + 1):
+            path = "/".join(names[:k]) + at
+            if found is not None:
+                self.rows.pop(path, None)  # what ends last comes last
+                self.rows[path] = found
 
     def known(self, const: Any) -> Any:
         """The value of a known array."""

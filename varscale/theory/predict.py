@@ -15,7 +15,7 @@ from varscale.programs import Inputs, Program
 from varscale.report import Report
 from varscale.theory.axes import Axis
 from varscale.theory.interpreter import Interpreter, Opaque, PredictionError
-from varscale.theory.layout import full
+from varscale.theory.layout import Value, full
 from varscale.theory.moments import Moments, Table, estimate, independent
 
 _KEY = 0  # laws do not depend on the seed
@@ -68,7 +68,20 @@ def predict(
     from varscale.theory.summary import summarize
 
     named = [(path_string(p), v) for (p, _), v in zip(jax.tree_util.tree_flatten_with_path(abstract)[0], weights, strict=True)]
-    return summarize(interpreter, program, {path: outputs[path] for path in order}, named, backward=backward)
+    rows = _with_steps({path: outputs[path] for path in order}, interpreter.rows, program)
+    return summarize(interpreter, program, rows, named, backward=backward)
+
+
+def _with_steps(outputs: dict[str, Any], steps: dict[str, Value], program: Program) -> dict[str, Any]:
+    """The captured outputs, and before what follows them those of modules that a scan ran, which captures do not show."""
+    inner = {path: x for path, x in steps.items() if (module := path.split("[")[0]) in program.kinds and module not in outputs}
+    out: dict[str, Any] = {}
+    for path, x in outputs.items():
+        last = path == "" or path.startswith("[") or not isinstance(x, Value)
+        for row in [r for r, y in inner.items() if last or y.node.id < x.node.id]:
+            out[row] = inner.pop(row)
+        out[path] = x
+    return out
 
 
 def _traced(f: Callable[..., Any], *args: Any) -> tuple[Any, dict[str, Any]]:

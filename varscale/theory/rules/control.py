@@ -53,10 +53,11 @@ def scan(interpreter: Interpreter, eqn: Any, *xs: Any) -> list[Any]:
     jaxpr, literals = _compat.sub_jaxpr(p["jaxpr"])
     fixed, carry, streams = _compat.scan_operands(p, xs)
     carries = len(carry)
+    layers = any(isinstance(x, Value) and isinstance(x.node, Leaf) and x.node.name[0] != "input" for x in streams)
     outputs: list[list[Any]] = []
     for step in reversed(range(length)) if p["reverse"] else range(length):
         now = [index(interpreter, x, step, length) for x in streams]
-        out = interpreter.run(jaxpr, literals, [*fixed, *carry, *now])
+        out = interpreter.run(jaxpr, literals, [*fixed, *carry, *now], step if layers else None)
         carry = out[:carries]
         outputs.append(out[carries:])
     if p["reverse"]:

@@ -116,8 +116,8 @@ class Gather(Node):
         if None not in weights and weights[0] is not weights[1]:
             return np.zeros((1,) * len(frame))
         other = b.node
-        ids = [self.graph.memo.get(("looked up", n.id)) for n in (self, other)]
-        if not isinstance(other, Gather) or any(i is None for i in ids) or a.bind != b.bind:
+        ids = [i for n in (self, other) if (i := self.graph.memo.get(("looked up", n.id))) is not None]
+        if not isinstance(other, Gather) or len(ids) < 2 or a.bind != b.bind:
             return None
         x, y = self.args[0].node, other.args[0].node
         if x.axes != y.axes or self.args[0].bind != other.args[0].bind or len(ids[0]) != len(ids[1]):
@@ -230,7 +230,8 @@ def gather(interpreter: Interpreter, eqn: Any, x: Value, ids: Value) -> Any:
 
 def _row_labels(x: Value, d: int, ids: np.ndarray) -> np.ndarray | None:
     """The class of the row that each index looks up."""
-    axis = x.node.axes[x.dims[d][0].axis] if x.dims[d] and x.dims[d][0].axis is not None else None
+    place = x.dims[d][0].axis if x.dims[d] else None
+    axis = None if place is None else x.node.axes[place]
     if axis is None or axis.classes == 1:
         return None
     return axis.label_array[np.clip(ids, 0, axis.size - 1)]

@@ -197,8 +197,12 @@ def concatenate(graph: Any, xs: Sequence[Value], d: int, classes: bool = True) -
 
 
 @rule("concatenate")
-def concatenate_rule(interpreter: Interpreter, eqn: Any, *xs: Value, d: int | None = None) -> Value:
-    d = eqn.params["dimension"] if d is None else d
+def concatenate_rule(interpreter: Interpreter, eqn: Any, *xs: Value) -> Value:
+    return joined(interpreter, xs, eqn.params["dimension"])
+
+
+def joined(interpreter: Interpreter, xs: Sequence[Value], d: int) -> Value:
+    """One after another along dimension d; empty parts left out."""
     live = [x for x in xs if x.shape[d] > 0]
     return live[0] if len(live) == 1 else concatenate(interpreter.graph, live, d)
 
@@ -208,7 +212,7 @@ def stack(interpreter: Interpreter, eqn: Any, *xs: Value) -> Value:
     """A concatenation along a new axis."""
     d = eqn.params["axis"]
     shape = (*xs[0].shape[:d], 1, *xs[0].shape[d:])
-    return concatenate_rule(interpreter, eqn, *(layout.reshape(x, shape) for x in xs), d=d)
+    return joined(interpreter, [layout.reshape(x, shape) for x in xs], d)
 
 
 @rule("unstack")

@@ -14,7 +14,7 @@ from varscale.theory.axes import Axis
 from varscale.theory.elementwise import Apply
 from varscale.theory.graph import Array, Constant, Leaf, Node
 from varscale.theory.interpreter import Interpreter, Opaque, elementwise_or_layout, rule
-from varscale.theory.layout import Value, full, value
+from varscale.theory.layout import Atom, Value, full, value
 from varscale.theory.quadrature import WEIGHTS, Z, evaluate
 
 
@@ -87,6 +87,12 @@ def _chain(node: Node) -> Hashable:
 
 def as_weight(interpreter: Interpreter, x: Value, path: str) -> Value:
     """A parameter drawn by a chain on random bits, as a leaf with the law of that chain."""
+    stacked: list[Value] | None = interpreter.graph.memo.get(("stack", x.node.id, x.dims))
+    if stacked is not None and len({law(step.node) for step in stacked}) == 1:
+        # Drawn by a scan, a slice a step, from one law.
+        one = as_weight(interpreter, stacked[0], path)
+        if isinstance(one.node, Leaf):
+            return _stacked_weight(interpreter, one, x, path)
     found = law(x.node)
     if found is None or isinstance(x.node, Constant | Array):
         return x
@@ -97,6 +103,20 @@ def as_weight(interpreter: Interpreter, x: Value, path: str) -> Value:
     weight.settle(independent(mean, square, weight.axes), odd=mean == 0, kurtosis=kurtosis)
     interpreter.graph.memo.setdefault("named", {}).setdefault(weight.id, path)
     return Value(weight, x.dims)
+
+
+def _stacked_weight(interpreter: Interpreter, one: Value, x: Value, path: str) -> Value:
+    """Independent copies of a weight along a first dimension."""
+    from varscale.theory.moments import independent
+
+    assert isinstance(one.node, Leaf)
+    axes = (Axis(x.shape[0]), *one.node.axes)
+    weight = interpreter.graph.make(Leaf, axes, (), ("weight", x.node.id))
+    table = independent(one.node.table.total_mean, one.node.table.mean_square, axes)
+    weight.settle(table, odd=bool(one.node.odd), kurtosis=one.node.kurtosis)
+    interpreter.graph.memo.setdefault("named", {}).setdefault(weight.id, path)
+    shifted = tuple(tuple(a if a.axis is None else a._replace(axis=a.axis + 1) for a in dim) for dim in one.dims)
+    return Value(weight, ((Atom(x.shape[0], 0),), *shifted))
 
 
 @rule("qr", "householder_product")

@@ -138,7 +138,7 @@ def mean_node(node: Node, axes: Sequence[int]) -> Node:
         x, y = node.args
         # A factor that is constant along the axes comes out.
         if not any(b in axes for b in y.bind) or (node.params[0] == "mul" and not any(b in axes for b in x.bind)):
-            return apply(graph, *node.params, left, [inside(x), inside(y)])
+            return apply(graph, node.params[0], node.params[1], left, [inside(x), inside(y)])
     if isinstance(node, Mean):
         places = [k for k in range(len(node.args[0].node.axes)) if k not in node.params]
         return mean_node(node.args[0].node, [*node.params, *(places[k] for k in axes)])

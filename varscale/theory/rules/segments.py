@@ -191,7 +191,7 @@ def _evaluated(node: Node) -> np.ndarray | None:
     if not isinstance(node, Apply):
         return None
     values = [v.node.params if not v.node.axes and not v.node.args else _evaluated(v.node) for v in node.args]
-    return None if any(v is None for v in values) else np.asarray(function(*node.params)(*values), float)
+    return None if any(v is None for v in values) else np.asarray(function(node.params[0], node.params[1])(*values), float)
 
 
 class SegmentMax(Node):
