@@ -238,7 +238,7 @@ def _slope_doubt(node: Apply, root: View, held: Sequence[View]) -> float:
         if own.id in scales:
             continue
         spread = inherited(own)
-        out += abs(ratio) * spread.bend + abs(curvature) * spread.point / 2
+        out += 2 * abs(ratio) * spread.bend + abs(curvature) * spread.point / 2
     return out
 
 

@@ -56,7 +56,7 @@ class Node:
     """
 
     how: ClassVar[str] = "exact"
-    gradient_doubt: ClassVar[float] = 0.0
+    gradient_doubt: float = 0.0
 
     def __init__(self, graph: Graph, id_: int, axes: tuple[Axis, ...], args: tuple[View, ...], params: Any):
         self.graph, self.id, self.axes, self.args, self.params = graph, id_, axes, args, params

@@ -85,12 +85,19 @@ def _kernel(node: Node) -> Spread:
         for view in node.args:
             summed = [k for k, b in enumerate(view.bind) if b >= len(node.axes)]
             parts.append((1.0, _averaged(view.node, summed)))
-        return combine(parts)
+        spread = combine(parts)
+        for mine, other in (node.args, node.args[::-1]):
+            units = math.prod(axis.size for k, axis in enumerate(node.axes) if k in mine.bind and k not in other.bind)
+            spread = _with_own_weights(spread, node, mine, node.width, units)
+        return spread
     if isinstance(node, Conv):
         x = node.args[0].node
         _, windows, xd, _, _ = node.params
         taps = math.prod(w.taps for w in windows)
-        return combine([(1.0, _averaged(x, [k for k in xd[1:2] if k is not None], taps))])
+        channels = 1 if xd[1] is None else x.axes[xd[1]].size
+        spread = combine([(1.0, _averaged(x, [k for k in xd[1:2] if k is not None], taps))])
+        units = 1 if node.params[4][1] is None else node.axes[node.params[4][1]].size
+        return _with_own_weights(spread, node, node.args[1], taps * channels / node.params[0], units)
     if isinstance(node, Sum):
         if node.positive:
             return combine([(1.0, kernel(node.args[int(np.argmax(node.params))].node))])
@@ -98,7 +105,7 @@ def _kernel(node: Node) -> Spread:
         whole = sum(shares)
         # A centred array is its own scale; independent terms share the variance.
         main = int(np.argmax(shares))
-        if any(isinstance(v.node, Mean) for v in node.args):
+        if _is_centred(node):
             return inherited(node.args[main].node)
         return combine([(s / max(whole, 1e-300), inherited(v.node)) for s, v in zip(shares, node.args, strict=True)])
     if isinstance(node, Mean):
@@ -107,6 +114,17 @@ def _kernel(node: Node) -> Spread:
             return combine([(2.0, full(inner.args[0].node))])
         return inherited(inner)
     return inherited(node.args[0].node)
+
+
+def _with_own_weights(spread: Spread, node: Node, view: View, terms: float, units: int) -> Spread:
+    """A unit's weights have a squared norm that varies by (κ − 1)/terms from unit to unit, and is one for all samples."""
+    weight = view.node
+    while weight.args and len(weight.args) == 1:
+        weight = weight.args[0].node
+    if not isinstance(weight, Leaf) or weight.name[0] == "input" or not weight.random:
+        return spread
+    noise = math.sqrt(max(weight.kurtosis - 1, 0.0) / terms / units)
+    return dataclasses.replace(spread, sources={**spread.sources, ~node.id: noise})
 
 
 def _averaged(node: Node, axes: Sequence[int], taps: int = 1) -> Spread:
@@ -156,20 +174,25 @@ def full(node: Node) -> Spread:
 
 def _origin(node: Node) -> int:
     """The root whose sampled units a node's are: a function of a root, or a centred copy, fluctuates with it."""
-    from varscale.theory.rules.reductions import Mean
-
     while True:
         if isinstance(node, Apply):
             own = [r.node for r in roots(node) if not concentrated(r.node)]
             if len(own) != 1:
                 return node.id
             node = own[0]
-        elif isinstance(node, Sum) and any(isinstance(v.node, Mean) for v in node.args):
+        elif _is_centred(node):
             node = max(zip(node.params, node.args, strict=True), key=lambda t: t[0] ** 2 * t[1].node.table.mean_square)[1].node
         elif isinstance(node, Split | Merge | Permute):
             node = node.args[0].node
         else:
             return node.id
+
+
+def _is_centred(node: Node) -> bool:
+    """Whether a node is an array less its own mean."""
+    from varscale.theory.rules.reductions import Mean
+
+    return isinstance(node, Sum) and any(isinstance(v.node, Mean) for v in node.args)
 
 
 def companions(node: Node) -> dict[tuple[int, tuple[int, ...]], list[View]]:
@@ -272,9 +295,10 @@ def _fresh(node: Node, axes: set[int]) -> float:
             continue
         whole = float(line**2 @ WEIGHTS)
         if root.node.id in scales:
-            # Normalised: neither the mean nor the mean square of the root can fluctuate.
-            whole -= float(a[1] ** 2 + a[2] ** 2)
-            a[1:3] = 0.0
+            # Normalised: the mean square of the root cannot fluctuate; nor can its mean, where that was taken away.
+            gone = slice(1, 3) if _is_centred(root.node) else slice(2, 3)
+            whole -= float(np.sum(a[gone] ** 2))
+            a[gone] = 0.0
         rho = _pooled(root)
         series = power_series(a**2, rho)
         series = np.where(rho >= 1 - 1e-9, whole, series)

@@ -16,6 +16,7 @@ from varscale.theory.moments import Table
 from varscale.theory.rules.structure import take, take_node
 
 _MOST_CUTS = 400  # joined arrays cut open for cross-moments, in one prediction: a recurrence unrolled by hand has T² of them
+_MANY = 6  # parts up to which every pair is computed
 
 
 class Concat(Node):
@@ -71,6 +72,7 @@ class Concat(Node):
         k, sizes = self.params
         whole = self.axes[k]
         second = np.zeros([a.types for a in self.axes])
+        between: dict[tuple[int, int], np.ndarray] = {}
         for i, (view, mine, shares) in enumerate(self.parts()):
             for j, (that, theirs, other_shares) in enumerate(other.parts()):
                 if i == j and mine[k] == theirs[k]:
@@ -83,7 +85,11 @@ class Concat(Node):
                     )
                     second += apply_axis(np.broadcast_to(table, [a.types for a in mine]), k, matrix)
                 else:
-                    table = self._between(view, that, mine, theirs, cross)
+                    far = self._stand_in(i, j) if mine == theirs else (i, j)
+                    if far not in between:
+                        pair = self.parts()[far[0]], other.parts()[far[1]]
+                        between[far] = self._between(pair[0][0], pair[1][0], pair[0][1], pair[1][1], cross)
+                    table = between[far]
                     matrix = _pair_shares(shares, other_shares, whole, None)
                     second[(slice(None),) * k + (slice(whole.classes, None),)] += apply_axis(table, k, matrix)
         return second
@@ -109,6 +115,13 @@ class Concat(Node):
         graph, axes = self.graph, tuple(frame)
         mine = graph.make(Concat, axes, [v.within(a.bind) for v in self.args], (place, sizes))
         return mine.pairs_with(graph.make(Concat, axes, pieces, (place, sizes)))
+
+    def _stand_in(self, i: int, j: int) -> tuple[int, int]:
+        """Of many parts (the steps of a recurrence), those a power of two apart stand for those up to the next one."""
+        if len(self.params[1]) <= _MANY:
+            return i, j
+        lag = 1 << (abs(i - j).bit_length() - 1)
+        return (i, i - lag) if i > j else (j - lag, j)
 
     def _between(self, a: View, b: View, fa: tuple[Axis, ...], fb: tuple[Axis, ...], cross: Any) -> np.ndarray:
         """E[a_i b_j] over types of the other axes and class pairs of the two parts along this one."""

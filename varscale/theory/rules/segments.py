@@ -104,11 +104,12 @@ class SegmentSum(Node):
         place = [a.bind[k] for k in source.bind]
         table = np.broadcast_to(cross(View(source.node, tuple(place)), b, frame), [x.types for x in frame])
         at, axis = a.bind[0], frame[a.bind[0]]
-        matrix = _meetings(*self.graph.memo["segments", self.params], known, axis)
+        segments, weights, _ = self.graph.memo["segments", self.params]
+        matrix = _meetings(segments, weights, known, axis)
         return lift(apply_axis(table, at, matrix), frame, range(len(frame)), frame, pairs=True)
 
 
-def _meetings(segments: np.ndarray, weights: np.ndarray, size: int, known: np.ndarray, axis: Axis) -> np.ndarray:
+def _meetings(segments: np.ndarray, weights: np.ndarray, known: np.ndarray, axis: Axis) -> np.ndarray:
     """Weight of the pairs (row added to i, j) of each type, for each type of (i, j)."""
     label, c = axis.label_array, axis.classes
     matrix = np.zeros((axis.types, axis.types))
