@@ -133,7 +133,9 @@ def _linen(model: Any, method: str) -> Program:
                 method=method,
                 rngs={"params": jax.random.key(_KEY_SEED)},
                 mutable=mutable,
-                capture_intermediates=lambda _, name: not name.startswith("_") or name == "__call__",
+                capture_intermediates=lambda module, name: (
+                    module.scope is not None and (not name.startswith("_") or name == "__call__")
+                ),
                 **x.kwargs,
             )
         return output, _captures(state.get("intermediates", {}), method)

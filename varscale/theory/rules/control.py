@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from varscale import _compat
 from varscale.theory import layout
-from varscale.theory.axes import Axis
-from varscale.theory.cross import cross
-from varscale.theory.elementwise import Apply, roots
-from varscale.theory.graph import Leaf, Node, View
+from varscale.theory.graph import Leaf
 from varscale.theory.interpreter import Interpreter, Opaque, rule
 from varscale.theory.layout import Value
-from varscale.theory.moments import Table
 from varscale.theory.rules.joining import concatenate
 from varscale.theory.rules.structure import take
 
@@ -50,36 +45,6 @@ def call(interpreter: Interpreter, eqn: Any, *xs: Any) -> list[Any]:
     return interpreter.run(jaxpr, consts, xs)
 
 
-class State(Node):
-    """The state of a recurrence between two steps: a root with its own moments, so that a step is a function of the last one.
-
-    Gaussian: it is a sum over gated steps, or is only read by a contraction.
-    """
-
-    how = "quadrature"
-
-    def prepare(self) -> None:
-        self.odd, self.positive = self.args[0].node.odd, self.args[0].node.positive
-
-    def compute(self) -> Table:
-        table = self.args[0].node.table
-        return Table(self.axes, table.mean, table.second)
-
-    def pullback(self, cotangent: np.ndarray) -> list[np.ndarray | None]:
-        return [cotangent]
-
-    def cross_with(self, a: View, b: View, frame: Sequence[Axis]) -> np.ndarray | None:
-        return cross(self.args[0].within(a.bind), b, frame)
-
-
-def state(x: Any) -> Any:
-    """A state that is a function of more than two roots, as one of its own."""
-    if not isinstance(x, Value) or not isinstance(x.node, Apply) or len(roots(x.node)) <= 2:
-        return x
-    node = x.node.graph.make(State, x.node.axes, [View(x.node, tuple(range(len(x.node.axes))))])
-    return Value(node, x.dims)
-
-
 @rule("scan")
 def scan(interpreter: Interpreter, eqn: Any, *xs: Any) -> list[Any]:
     """Every step in turn; stacked weights are one fresh weight a step."""
@@ -93,7 +58,7 @@ def scan(interpreter: Interpreter, eqn: Any, *xs: Any) -> list[Any]:
     for step in reversed(range(length)) if p["reverse"] else range(length):
         now = [index(interpreter, x, step, length) for x in streams]
         out = interpreter.run(jaxpr, literals, [*fixed, *carry, *now], step if layers else None)
-        carry = out[:carries] if layers else [state(x) for x in out[:carries]]
+        carry = out[:carries]
         outputs.append(out[carries:])
     if p["reverse"]:
         outputs.reverse()
