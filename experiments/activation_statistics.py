@@ -191,7 +191,7 @@ def run(run: Run, shapes: Sequence[Shape] = (NARROW, WIDE), sizes: Sizes = SIZES
     small, large = shapes
     narrow = shape_part(run, small, run.seeds(quick=30, full=60))
     uniform = shape_part(run, small, run.seeds(quick=12, full=60), uniform=True)
-    wide = shape_part(run, large, run.seeds(quick=8, full=20))
+    wide = shape_part(run, large, run.seeds(quick=12, full=20))
     laws = law_parts(run, sizes)
     claims = [
         *published_claims(small, narrow),

@@ -109,8 +109,9 @@ class Comparison:
     def __str__(self) -> str:
         return (
             f"{self.path:60s} typical {self.forward:+.1%} ± {self.forward_error:.1%}  mean {self.mean:+.1%}  "
-            f"confidence {self.confidence:.1%}  band {self.coverage:.0%}  gradient {self.backward:+.1%} ± {self.backward_error:.1%}"
-            f"  confidence {self.gradient_confidence or math.nan:.1%}  {self.how}"
+            f"confidence {self.confidence:.1%}  band {self.coverage:.0%}  "
+            f"gradient {self.backward:+.1%} ± {self.backward_error:.1%}  "
+            f"confidence {self.gradient_confidence or math.nan:.1%}  {self.how}"
         )
 
     @property

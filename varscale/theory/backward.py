@@ -125,7 +125,7 @@ class Cotangent:
     Attributes:
         second: second moments by type.
         doubt: bound on their relative error.
-        mask: the derivative it was multiplied by last, where nothing random has come between: a stream's next one is correlated.
+        mask: the derivative it was multiplied by last, where nothing random came between: a stream's next one is correlated.
     """
 
     second: np.ndarray
@@ -176,11 +176,13 @@ def cotangents(outputs: Iterable[tuple[Node, np.ndarray]], watched: Sequence[Nod
     for node, second in outputs:
         pending.add(node, Cotangent(second))
     asked = {n.id: n for n in watched}
+    for node in list(asked.values()):
+        _follow(node, asked)
     lowest = min(asked, default=0)
     while pending.parts:
         node, parts = pending.pop()
         for part in parts:
-            if node.id in asked or (isinstance(node, Apply) is False):
+            if node.id in asked or not isinstance(node, Apply):
                 done.add(node, dataclasses.replace(part, mask=None))
             if node.id < lowest or isinstance(node, Leaf):
                 continue
@@ -193,7 +195,7 @@ def cotangents(outputs: Iterable[tuple[Node, np.ndarray]], watched: Sequence[Nod
                     pending.add(view.node, Cotangent(back, part.doubt + node.gradient_doubt, mask))
     out: dict[int, tuple[float, float]] = {}
     for n in watched:
-        found = [c for store in (done, inside) for c in store.parts.get(n.id, {}).values()]
+        found = _found(n, (done, inside))
         if found:
             whole = _added(found, n.axes)
             out[n.id] = float(mean_square(whole.second, n.axes)), whole.doubt
@@ -203,6 +205,22 @@ def cotangents(outputs: Iterable[tuple[Node, np.ndarray]], watched: Sequence[Nod
             if len(inner.axes) == len(n.axes):
                 out[n.id] = float(mean_square(whole.second, inner.axes)) / n.params[1][0] ** 2, whole.doubt
     return out
+
+
+def _follow(node: Node, asked: dict[int, Node]) -> None:
+    """Ask for what was rebuilt from the roots of a node, too."""
+    for other, _ in node.graph.derived.get(node.id, ()):
+        if other.id not in asked:
+            asked[other.id] = other
+            _follow(other, asked)
+
+
+def _found(node: Node, stores: Sequence[Cotangents]) -> list[Cotangent]:
+    """The cotangents of a node: its own, and those of what was rebuilt from its roots, carried back."""
+    own = [c for store in stores for c in store.parts.get(node.id, {}).values()]
+    for other, back in node.graph.derived.get(node.id, ()):
+        own += [dataclasses.replace(c, second=back(np.asarray(c.second))) for c in _found(other, stores)]
+    return own
 
 
 def _elementwise(node: Apply, part: Cotangent, asked: dict[int, Node], pending: Cotangents, inside: Cotangents) -> None:

@@ -18,6 +18,7 @@ from varscale.theory.moments import Table, constant, estimate, independent, lift
 if TYPE_CHECKING:
     from varscale.theory.spread import Spread
 
+Pullback = Callable[[np.ndarray], np.ndarray]
 HOWS = ("exact", "quadrature", "sampled", "assumed")
 
 
@@ -112,6 +113,14 @@ class Graph:
         self.computing: list[Node] = []
         self.pairs: dict[Hashable, np.ndarray] = {}
         self.memo: dict[Hashable, Any] = {}
+        self.derived: dict[int, list[tuple[Node, Pullback]]] = {}
+
+    def derive(self, source: Node, node: Node, back: Pullback) -> Node:
+        """Note that `node` was rebuilt from the roots of `source` (a part of it, its mean): its cotangents are the source's too."""
+        known = self.derived.setdefault(source.id, [])
+        if node is not source and all(other is not node for other, _ in known):
+            known.append((node, back))
+        return node
 
     def make(self, kind: type[N], axes: Sequence[Axis], args: Sequence[View] = (), params: Hashable = ()) -> N:
         """The node of this kind, arguments and parameters; the same one if it exists already."""
@@ -324,7 +333,8 @@ def split(node: Node, k: int, sizes: tuple[int, ...]) -> Node:
             else:
                 keep = range(0)
             args.append(View(child, tuple(b if i in keep or b < k else b + shift for i, b in enumerate(bind))))
-        return REBUILD[type(node)](node, axes, args)
+        whole = node.axes[k]
+        return graph.derive(node, REBUILD[type(node)](node, axes, args), lambda g: merge_types(g, k, factors, whole))
     if isinstance(node, Merge) and node.params[0] == k:
         source = node.args[0].node
         if tuple(a.size for a in source.axes[k : k + node.params[1]]) == sizes:

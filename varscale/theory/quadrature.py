@@ -21,7 +21,7 @@ from varscale.theory.axes import Axis, apply_axis, class_shares
 from varscale.theory.elementwise import Apply, Sum, roots
 from varscale.theory.functions import function
 from varscale.theory.graph import Array, Constant, Leaf, Merge, Node, Permute, Split, View
-from varscale.theory.moments import Table, lift
+from varscale.theory.moments import Table
 
 # The trapezoidal rule on a Gaussian converges like exp(-2π²/h²): exact to rounding for smooth functions, to h²/12 at a corner.
 # An even number of points keeps 0, where corners lie, in the middle of a cell.

@@ -33,14 +33,18 @@ class Mean(Node):
         return Table(self.axes, mean, second)
 
     def pullback(self, cotangent: np.ndarray) -> list[np.ndarray | None]:
-        axes = self.args[0].node.axes
-        for k in self.params:
-            cotangent = np.repeat(np.expand_dims(cotangent, k), axes[k].types, axis=k) / axes[k].size ** 2
-        return [cotangent]
+        return [mean_pullback(cotangent, self.params, self.args[0].node.axes)]
 
     def cross_with(self, a: View, b: View, frame: Sequence[Axis]) -> np.ndarray | None:
         """E[mean(x) y]: where y does not run over the averaged axes, averaging x there changes nothing (projection)."""
         return _cross_mean(a, b, frame)
+
+
+def mean_pullback(cotangent: np.ndarray, reduced: Sequence[int], axes: Sequence[Axis]) -> np.ndarray:
+    """The same cotangent at every position, over their number."""
+    for k in sorted(reduced):
+        cotangent = np.repeat(np.expand_dims(cotangent, k), axes[k].types, axis=k) / axes[k].size ** 2
+    return cotangent
 
 
 def _cross_mean(a: View, b: View, frame: Sequence[Axis]) -> np.ndarray | None:
@@ -124,8 +128,11 @@ def mean_node(node: Node, axes: Sequence[int]) -> Node:
         averaged = mean_node(view.node, [j for j, b in enumerate(view.bind) if b in axes])
         return View(averaged, () if isinstance(averaged, Constant) else tuple(new[b] for b in view.bind if b not in axes))
 
+    def spread(cotangent: np.ndarray) -> np.ndarray:
+        return mean_pullback(cotangent, axes, node.axes)
+
     if isinstance(node, Sum):
-        return total(graph, node.params, left, [inside(v) for v in node.args])
+        return graph.derive(node, total(graph, node.params, left, [inside(v) for v in node.args]), spread)
     if isinstance(node, Apply) and node.params[0] == "affine":
         c, d = node.params[1]
         view = inside(node.args[0])

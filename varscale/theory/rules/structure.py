@@ -38,7 +38,7 @@ def transpose(interpreter: Interpreter, eqn: Any, x: Value) -> Value:
 
 @rule("rev")
 def rev(interpreter: Interpreter, eqn: Any, x: Value) -> Value:
-    """Reversal renumbers positions: the same random array unless its positions have classes."""
+    """Reversal renumbers positions: each meets another one of the array it was made from."""
     for d in eqn.params["dimensions"]:
         x = take(x, d, x.shape[d] - 1, -1, -1)
     return x
@@ -64,37 +64,31 @@ class Take(Node):
 
     def pullback(self, cotangent: np.ndarray) -> list[np.ndarray | None]:
         k, *span = self.params
-        old = self.args[0].node.axes[k]
-        new, classes = sliced(old, *span)
-        share = np.zeros(old.classes)
-        if new is None:
-            share[classes[0].argmax()] = 1.0 / old.counts[classes[0].argmax()]
-            matrix = np.concatenate([share, np.zeros(old.classes**2)])[:, None]
-            return [apply_axis(np.expand_dims(cotangent, k), k, matrix)]
-        counts = np.array([new.counts @ classes[:, c] for c in range(old.classes)])
-        back = (classes * new.counts[:, None]).T / np.maximum(old.counts, 1e-300)[:, None]
-        del counts
-        return [apply_axis(cotangent, k, _spread_map(back, new, old))]
+        return [part_pullback(cotangent, k, self.args[0].node.axes[k], span)]
 
     def cross_with(self, a: View, b: View, frame: Sequence[Axis]) -> np.ndarray | None:
-        """Two slices of things over one axis: positions that differ always differ; those that agree are their shift apart."""
+        """Two slices of things over one axis (or a whole one): positions that differ always differ; equal ones are shifted."""
         from varscale.theory.cross import cross
 
         other = b.node
-        if not isinstance(other, Take) or other.params[0] != self.params[0] or a.bind != b.bind:
-            return None
         k, *span = self.params
-        x, y = a.node.args[0].node, other.args[0].node
+        x = a.node.args[0].node
+        if isinstance(other, Take) and other.params[0] == k:
+            y, theirs = other.args[0].node, list(other.params[1:])
+        else:
+            y, theirs = other, [0, x.axes[k].size, 1]
+        if a.bind != b.bind:
+            return None
         if x.axes != y.axes:
             return None
         identity = tuple(range(len(x.axes)))
         table = np.broadcast_to(cross(View(x, identity), View(y, identity), x.axes), [ax.types for ax in x.axes])
         old = x.axes[k]
-        i = old.label_array[slice(*_slice(span))]
-        j = old.label_array[slice(*_slice(other.params[1:]))]
+        i = old.label_array[slice(*span)]
+        j = old.label_array[slice(*theirs)]
         if len(i) != len(j):
             return None
-        same_place = span == list(other.params[1:])
+        same_place = span == theirs
         c = old.classes
         if len(i) == 1:
             row = np.zeros((1, old.types))
@@ -110,6 +104,18 @@ class Take(Node):
         matrix[new.classes :, c:] = np.einsum("ac,bd->abcd", share_i, share_j).reshape(new.classes**2, c * c)
         matrix /= np.maximum(matrix.sum(axis=1, keepdims=True), 1e-300)
         return lift(apply_axis(table, k, matrix), self.axes, a.bind, frame, pairs=True)
+
+
+def part_pullback(cotangent: np.ndarray, k: int, old: Axis, span: Sequence[int]) -> np.ndarray:
+    """Cotangents of a slice of axis k read over the whole axis, averaged over each class."""
+    new, classes = sliced(old, *span)
+    if new is None:
+        share = np.zeros(old.classes)
+        share[classes[0].argmax()] = 1.0 / old.counts[classes[0].argmax()]
+        matrix = np.concatenate([share, np.zeros(old.classes**2)])[:, None]
+        return apply_axis(np.expand_dims(cotangent, k), k, matrix)
+    back = (classes * new.counts[:, None]).T / np.maximum(old.counts, 1e-300)[:, None]
+    return apply_axis(cotangent, k, _spread_map(back, new, old))
 
 
 def _slice(span: Sequence[int]) -> tuple[int, int | None, int]:
@@ -182,8 +188,6 @@ def take_node(node: Node, k: int, start: int, stop: int, step: int) -> Node:
         index[k] = slice(*_slice((start, stop, step)))
         numbers = node.values[tuple(index)]
         return array(graph, numbers.squeeze(k) if new is None else numbers, axes)
-    if new is not None and new.size == old.size and old.labels is None:
-        return node  # a permutation of interchangeable positions
     if type(node) in REBUILD and isinstance(node, Apply | Sum):
         args = []
         for child, bind in node.args:
@@ -194,7 +198,8 @@ def take_node(node: Node, k: int, start: int, stop: int, step: int) -> Node:
                     bind = (*bind[:j], *bind[j + 1 :])
                 bind = () if isinstance(child, Constant) else bind
             args.append(View(child, tuple(b - (new is None and b > k) for b in bind)))
-        return REBUILD[type(node)](node, axes, args)
+        span = _slice((start, stop, step))
+        return graph.derive(node, REBUILD[type(node)](node, axes, args), lambda g: part_pullback(g, k, old, span))
     if step == 1 and hasattr(node, "part") and (part := node.part(k, start, stop)) is not None:  # pyright: ignore[reportAttributeAccessIssue]
         return part
     return graph.make(Take, axes, [View(node, tuple(range(len(node.axes))))], (k, *_slice((start, stop, step))))
