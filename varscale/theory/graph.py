@@ -116,7 +116,7 @@ class Graph:
         self.derived: dict[int, list[tuple[Node, Pullback]]] = {}
 
     def derive(self, source: Node, node: Node, back: Pullback) -> Node:
-        """Note that `node` was rebuilt from the roots of `source` (a part of it, its mean): its cotangents are the source's too."""
+        """Note that `node` was rebuilt from the roots of `source` (a part, a mean): its cotangents are the source's too."""
         known = self.derived.setdefault(source.id, [])
         if node is not source and all(other is not node for other, _ in known):
             known.append((node, back))
@@ -130,6 +130,12 @@ class Graph:
             node = self.nodes[key] = kind(self, self.count, tuple(axes), tuple(args), params)
             self.count += 1
         return node  # pyright: ignore[reportReturnType]
+
+    def once(self, key: Hashable, make: Callable[[], N]) -> N:
+        """A node made from known numbers, which every layer makes again."""
+        if key not in self.memo:
+            self.memo[key] = make()
+        return self.memo[key]
 
     def fresh_leaf(self) -> int:
         """The bit of a new random leaf."""
@@ -340,7 +346,7 @@ def split(node: Node, k: int, sizes: tuple[int, ...]) -> Node:
         if tuple(a.size for a in source.axes[k : k + node.params[1]]) == sizes:
             return source
     if isinstance(node, Array):
-        return array(graph, node.values.reshape([a.size for a in axes]), axes)
+        return graph.once(("split", node.id, axes), lambda: array(graph, node.values.reshape([a.size for a in axes]), axes))
     return graph.make(Split, axes, [View(node, tuple(range(len(node.axes))))], (k, sizes))
 
 
@@ -355,7 +361,7 @@ def merge(node: Node, k: int, count: int) -> Node:
     whole = Axis(size)
     axes = (*node.axes[:k], whole, *node.axes[k + count :])
     if isinstance(node, Array):
-        return array(graph, node.values.reshape([a.size for a in axes]), axes)
+        return graph.once(("merge", node.id, axes), lambda: array(graph, node.values.reshape([a.size for a in axes]), axes))
     return graph.make(Merge, axes, [View(node, tuple(range(len(node.axes))))], (k, count))
 
 
@@ -366,7 +372,9 @@ def permute(node: Node, order: Sequence[int]) -> Node:
     inverse = tuple(int(i) for i in np.argsort(order))
     axes = tuple(node.axes[k] for k in order)
     if isinstance(node, Array):
-        return array(node.graph, node.values.transpose(order), axes)
+        return node.graph.once(
+            ("permute", node.id, tuple(order)), lambda: array(node.graph, node.values.transpose(order), axes)
+        )
     if isinstance(node, Permute):
         source, bind = node.args[0]
         return permute(source, [bind.index(k) for k in order])

@@ -201,7 +201,8 @@ class Interpreter:
         """An elementwise primitive of values of one shape (sizes of 1 broadcast)."""
         _, frame, views, layout = align(xs)
         if all(isinstance(v.node, Constant | Array) for v in views):
-            folded = self._fold_elementwise(name, extra, frame, views)
+            key = ("fold", name, extra, frame, tuple((v.node.id, v.bind) for v in views))
+            folded = self.graph.once(key, lambda: self._fold_elementwise(name, extra, frame, views))
             if folded is not None:
                 return Value(folded, layout) if folded.axes else full(self.graph, folded.params, Value(folded, layout).shape)
         node = apply(self.graph, name, extra, frame, views)

@@ -208,7 +208,7 @@ def _classed(x: Value) -> Value:
 def _refined(node: Node, axes: Sequence[Axis]) -> Node:
     """Known numbers with the classes of the frame they are read over, so that what they say of each is kept."""
     if isinstance(node, Array) and tuple(axes) != node.axes:
-        return array(node.graph, node.values, axes)
+        return node.graph.make(Array, axes, (), node.params)
     return node
 
 

@@ -106,7 +106,7 @@ class Take(Node):
         return lift(apply_axis(table, k, matrix), self.axes, a.bind, frame, pairs=True)
 
 
-def part_pullback(cotangent: np.ndarray, k: int, old: Axis, span: Sequence[int]) -> np.ndarray:
+def part_pullback(cotangent: np.ndarray, k: int, old: Axis, span: Sequence[Any]) -> np.ndarray:
     """Cotangents of a slice of axis k read over the whole axis, averaged over each class."""
     new, classes = sliced(old, *span)
     if new is None:

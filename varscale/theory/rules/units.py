@@ -365,13 +365,18 @@ def _logits(view: View, axes: Sequence[Axis]) -> tuple[View | None, View | None]
     if not masks:
         return random, None
     frame = sorted({b for m in masks for b in m.bind})
-    out = np.ones([axes[b].size for b in frame])
-    for m in masks:
-        assert isinstance(m.node, Array)
-        order = sorted(range(len(m.bind)), key=lambda k, b=m.bind: b[k])
-        shape = [axes[b].size if b in m.bind else 1 for b in frame]
-        out = out * m.node.values.transpose(order).reshape(shape)
-    mask = array(graph, out)
+
+    def product() -> Node:
+        out = np.ones([axes[b].size for b in frame])
+        for m in masks:
+            assert isinstance(m.node, Array)
+            order = sorted(range(len(m.bind)), key=lambda k, b=m.bind: b[k])
+            shape = [axes[b].size if b in m.bind else 1 for b in frame]
+            out = out * m.node.values.transpose(order).reshape(shape)
+        return array(graph, out)
+
+    sizes = tuple(axes[b].size for b in frame)
+    mask = graph.once(("mask", tuple((m.node.id, m.bind) for m in masks), sizes), product)
     return random, (None if isinstance(mask, Constant) else View(mask, tuple(frame)))
 
 
@@ -390,14 +395,18 @@ def _terms(view: View, masks: list[View]) -> list[tuple[float, View]]:
         and isinstance(node.args[0].node, Array)
         and len(node.args) == 3
     ):
+        which, where = node.args[0]
+        assert isinstance(which, Array)
         for keep, drop in ((1, 2), (2, 1)):
             other = node.args[drop].node
             if isinstance(other, Constant) and other.params < _MASKED:
-                values = (node.args[0].node.values == keep - 1).astype(float)
-                masks.append(View(array(graph, values, node.args[0].node.axes), tuple(bind[b] for b in node.args[0].bind)))
+                allowed = graph.once(
+                    ("kept", which.id, keep), lambda k=keep: array(graph, (which.values == k - 1).astype(float), which.axes)
+                )
+                masks.append(View(allowed, tuple(bind[b] for b in where)))
                 return _terms(node.args[keep].within(bind), masks)
     if isinstance(node, Array) and node.values.min() < _MASKED:
-        allowed = array(graph, (node.values > _MASKED).astype(float), node.axes)
+        allowed = graph.once(("above", node.id), lambda: array(graph, (node.values > _MASKED).astype(float), node.axes))
         if isinstance(allowed, Array):
             masks.append(View(allowed, bind))
         return []
