@@ -17,7 +17,7 @@ from varscale.theory.functions import FUNCTIONS as FUNCTION_TABLE
 from varscale.theory.moments import estimate, independent, sample
 from varscale.theory.rules.convolution import Window, hits, output_axis, tap_pairs
 from varscale.theory.rules.gather import repeat_rates
-from varscale.theory.rules.units import weight_moments
+from varscale.theory.softmax_weights import weight_moments
 
 
 @given(st.lists(st.integers(0, 2), min_size=2, max_size=6), st.lists(st.integers(0, 1), min_size=2, max_size=5))

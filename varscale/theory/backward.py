@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import numpy as np
 
 from varscale.theory.axes import Axis, apply_axis, contract_axis, lift_types
+from varscale.theory.derivatives import derivative
 from varscale.theory.elementwise import Apply, Sum, affine, apply, roots
-from varscale.theory.graph import Array, Constant, Leaf, Node, View, number
+from varscale.theory.graph import Array, Constant, Leaf, Node, View
 from varscale.theory.moments import full_types, means_by_type
 from varscale.theory.products import product_second
 from varscale.theory.quadrature import by_type, concentrated, evaluate
@@ -46,76 +46,6 @@ def coarsen(fine: Axis, coarse: Axis) -> np.ndarray:
     out = np.zeros((coarse.types, fine.types))
     out[index, np.arange(fine.types)] = np.maximum(fine.pairs, 1e-12)
     return out / np.maximum(out.sum(axis=1, keepdims=True), 1e-300)
-
-
-def derivative(node: Node, target: View) -> View | None:
-    """∂node/∂target over the node's frame, by the chain rule through its tree; None where it does not depend on it."""
-    graph = node.graph
-    if node is target.node:
-        return View(number(graph, 1.0), ()) if target.bind == tuple(range(len(node.axes))) else None
-    if not isinstance(node, Apply):
-        return None
-    key = ("derivative", node.id, target.node.id, target.bind)
-    if key not in graph.memo:
-        graph.memo[key] = _chain(node, target)
-    return graph.memo[key]
-
-
-def _chain(node: Apply, target: View) -> View | None:
-    graph, axes = node.graph, node.axes
-    whole = tuple(range(len(axes)))
-    name, extra = node.params
-
-    def build(op: str, *views: View, extra: tuple[Any, ...] = ()) -> View:
-        out = apply(graph, op, extra, axes, views)
-        return View(out, () if isinstance(out, Constant) else whole)
-
-    total: View | None = None
-    for k, arg in enumerate(node.args):
-        places = {b: i for i, b in enumerate(arg.bind)}
-        if not all(b in places for b in target.bind):
-            continue
-        inner = derivative(arg.node, View(target.node, tuple(places[b] for b in target.bind)))
-        if inner is None:
-            continue
-        inner = inner.within(arg.bind)
-        outer = _partial(name, extra, k, node.args, build)
-        if outer is None:
-            continue
-        term = build("mul", outer, inner)
-        total = term if total is None else build("add", total, term)
-    return total
-
-
-def _partial(name: str, extra: tuple[Any, ...], k: int, args: Sequence[View], build: Any) -> View | None:
-    """∂(primitive)/∂(argument k): in closed form where that keeps products apart, by a central difference otherwise."""
-    graph = args[k].node.graph
-    one = View(number(graph, 1.0), ())
-    match name:
-        case "add":
-            return one
-        case "sub":
-            return one if k == 0 else View(number(graph, -1.0), ())
-        case "affine":
-            return View(number(graph, extra[0]), ())
-        case "mul":
-            return args[1 - k]
-        case "div" if k == 0:
-            return build("div", one, args[1])
-        case "select_n":
-            if k == 0:
-                return None
-            picks = [View(number(graph, float(i == k)), ()) for i in range(1, len(args))]
-            return build("select_n", args[0], *picks)
-        case "integer_pow":
-            y = extra[0]
-            return build("mul", View(number(graph, float(y)), ()), build("integer_pow", args[0], extra=(y - 1,)))
-        case "exp":
-            return build("exp", args[0])
-        case "gt" | "lt" | "ge" | "le" | "eq" | "ne" | "sign" | "floor" | "ceil" | "round" | "is_finite" | "convert":
-            return None
-        case _:
-            return build(f"∂{k}{name}", *args, extra=extra)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

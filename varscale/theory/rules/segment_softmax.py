@@ -19,7 +19,7 @@ from varscale.theory.layout import Value
 from varscale.theory.moments import Table
 from varscale.theory.rules.gather import Gather
 from varscale.theory.rules.segments import SegmentMax, SegmentSum, as_seen_within
-from varscale.theory.rules.units import WeightMoments, weight_moments
+from varscale.theory.softmax_weights import WeightMoments, weight_moments
 
 
 class SegmentSoftmax(Node):
