@@ -101,6 +101,7 @@ class Node:
 
 
 N = TypeVar("N", bound=Node)
+T = TypeVar("T")
 
 
 class Graph:
@@ -131,8 +132,8 @@ class Graph:
             self.count += 1
         return node  # pyright: ignore[reportReturnType]
 
-    def once(self, key: Hashable, make: Callable[[], N]) -> N:
-        """A node made from known numbers, which every layer makes again."""
+    def once(self, key: Hashable, make: Callable[[], T]) -> T:
+        """What is made from known numbers, which every layer makes again."""
         if key not in self.memo:
             self.memo[key] = make()
         return self.memo[key]
