@@ -17,6 +17,7 @@ from varscale.theory.elementwise import Apply, Sum, affine, apply, roots
 from varscale.theory.graph import Array, Constant, Leaf, Node, View
 from varscale.theory.moments import full_types, means_by_type
 from varscale.theory.products import product_second
+from varscale.theory.provenance import doubt_of
 from varscale.theory.quadrature import by_type, concentrated, evaluate
 from varscale.theory.spread import companions, inherited, responses
 
@@ -179,9 +180,12 @@ def _elementwise(node: Apply, part: Cotangent, asked: dict[int, Node], pending: 
 def _slope_doubt(node: Apply, root: View, held: Sequence[View]) -> float:
     """What a derivative's second moment is off by where its argument's is, and where that fluctuates; norms' scales apart."""
     slope = derivative(node, root)
-    if slope is None or not isinstance(slope.node, Apply):
+    if slope is None:
         return 0.0
-    out, scales = 0.0, {view.node.id for view in held}
+    scales = {view.node.id for view in held}
+    out = max((2 * doubt_of(r.node) for r in roots(slope.node) if r.node.id not in scales), default=0.0)
+    if not isinstance(slope.node, Apply):
+        return out
     for own, (ratio, curvature) in responses(slope.node).items():
         if own.id in scales:
             continue

@@ -54,10 +54,12 @@ class Node:
         odd: bits of the zero-mean leaves it is linear in: a product with anything free of one of them has mean zero.
         positive: whether it cannot be negative.
         gradient_doubt: relative error that its pullback may add.
+        drawn: its values on the normal grid, where it was drawn and is not to be taken for Gaussian.
     """
 
     how: ClassVar[str] = "exact"
     gradient_doubt: float = 0.0
+    drawn: np.ndarray | None = None
 
     def __init__(self, graph: Graph, id_: int, axes: tuple[Axis, ...], args: tuple[View, ...], params: Any):
         self.graph, self.id, self.axes, self.args, self.params = graph, id_, axes, args, params

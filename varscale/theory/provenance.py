@@ -23,6 +23,11 @@ def provenance(node: Node) -> tuple[str, float]:
     return how, _BASE + doubt + _NEXT_ORDER * spread.bend + _SCATTER * spread.variance
 
 
+def doubt_of(node: Node) -> float:
+    """The relative error of the second moment that the steps leading to it may have added."""
+    return _steps(node)[1]
+
+
 def _steps(node: Node) -> tuple[str, float]:
     key = ("provenance", node.id)
     memo = node.graph.memo
@@ -43,6 +48,8 @@ def _trace(node: Node) -> tuple[str, float]:
         net = abs(sum(s for s, _ in slopes.values()))
         inner = [_steps(root) for root in slopes]
         worst = max((d for _, d in inner), default=0.0)
+        # Of something drawn it is the law that is in doubt, not the scale.
+        doubt += max((root.doubt for root in slopes if root.drawn is not None), default=0.0)
         passed = [h for h, d in inner if h not in ("sampled", "assumed") or d * net > 1e-3]
         return max([how, *passed], key=HOWS.index), doubt + net * worst
     inner = [_steps(v.node) for v in node.args]

@@ -95,6 +95,8 @@ def quantiles(root: Node, table: Table, deviation: np.ndarray) -> np.ndarray | N
     """Values of a root that is not Gaussian on the normal grid, (classes..., points); None where it is."""
     if isinstance(root, Leaf):
         return None if root.transport is None else np.broadcast_to(root.transport, (*table.mean.shape, POINTS))
+    if root.drawn is not None:
+        return np.broadcast_to(root.drawn, (*table.mean.shape, POINTS))
     if isinstance(root, Array):
         return _array_quantiles(root)
     if isinstance(root, Split | Merge | Permute) or type(root).__name__ == "Take":

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+from scipy import special
 
 from varscale.theory.axes import Axis
 from varscale.theory.elementwise import roots
@@ -100,14 +101,39 @@ class Sampled(Node):
 
     how = "sampled"
 
+    gradient_doubt = 1.0
+
     def compute(self) -> Table:
         eqn, values, which = self.graph.memo["sampled", self.params]
-        self.graph.flag("sampled", 0.15)
         outs = _run(self.graph, eqn, values, self.params)
+        if self._is_position():
+            # What is done with a position depends on which it is: its own values, not a normal's.
+            self.graph.flag("assumed", 0.5)
+            line = np.sort(outs[which].ravel())
+            self.drawn = line[np.minimum((special.ndtr(Z) * len(line)).astype(int), len(line) - 1)]
+        else:
+            self.graph.flag("sampled", 0.15)
         return pooled_estimate(outs[which].reshape(len(outs[which]), *[a.size for a in self.axes]), self.axes)
 
+    def _is_position(self) -> bool:
+        eqn, _, which = self.graph.memo["sampled", self.params]
+        return eqn.outvars[which].aval.dtype.kind in "iu"
+
     def pullback(self, cotangent: np.ndarray) -> list[np.ndarray | None]:
-        return [None] * len(self.args)
+        """As if every entry that comes out were one of those that went in (a sort): more is not known, and it is flagged."""
+        from varscale.theory.backward import mean_square
+
+        if self._is_position():
+            return [None] * len(self.args)
+        whole = float(mean_square(np.broadcast_to(cotangent, self.frame_types), self.axes)) * math.prod(
+            a.size for a in self.axes
+        )
+        out: list[np.ndarray | None] = []
+        for (node, _), var in zip(self.args, self.graph.memo["sampled", self.params][0].invars, strict=True):
+            back = np.zeros(node.frame_types)
+            back[tuple(slice(0, a.classes) for a in node.axes)] = whole / math.prod(a.size for a in node.axes)
+            out.append(None if var.aval.dtype.kind in "iub" else back)
+        return out
 
 
 def _run(graph: Any, eqn: Any, values: Sequence[Value], params: Any) -> list[np.ndarray]:
