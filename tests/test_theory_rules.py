@@ -13,8 +13,9 @@ from scipy import special
 import varscale as vs
 from varscale.theory import Moments, predict
 from varscale.theory.axes import Axis, labelled, split_axis
+from varscale.theory.draws import gaussian
 from varscale.theory.functions import FUNCTIONS as FUNCTION_TABLE
-from varscale.theory.moments import estimate, independent, sample
+from varscale.theory.moments import estimate, independent
 from varscale.theory.rules.convolution import Window, hits, output_axis, tap_pairs
 from varscale.theory.rules.gather import repeat_rates
 from varscale.theory.softmax_weights import weight_moments
@@ -39,15 +40,18 @@ def test_estimate_enumerates_every_pair(rows, columns):
     assert table.square_of_mean == pytest.approx(np.mean(x) ** 2, abs=1e-12)
 
 
-def test_sample_and_estimate_invert_each_other():
-    """40000 replicates: standard error below .02 for each entry; a wrong inversion is off by 1."""
-    table = Moments(0.5, 2.0, (3, 4), sample_correlation=0.6).second()
-    from varscale.theory.moments import Table
-
-    truth = Table((Axis(3), Axis(4)), np.full((1, 1), 0.5), table)
-    x = sample(truth, (3, 4), 40_000, np.random.default_rng(1))
-    found = np.mean([estimate(draw, truth.axes).second for draw in x], axis=0)
-    np.testing.assert_allclose(found, table, atol=0.08)
+def test_gaussian_draws_and_estimates_invert_each_other():
+    """40000 replicates of entries of at most 13: standard errors below .06, atol is four; a wrong inversion is off by 1."""
+    axes = (labelled([0, 0, 1]), Axis(4))
+    rng = np.random.default_rng(0)
+    both, rows, columns = (rng.standard_normal((*shape, 500)) for shape in ((3, 4), (3, 1), (1, 4)))
+    shared = rng.standard_normal(500)
+    made = (both + rows + shared) * np.array([1.0, 1.0, 2.0])[:, None, None] + columns
+    truth = np.mean([estimate(x, axes).second for x in np.moveaxis(made, -1, 0)], axis=0)
+    # Any average of outer products is a covariance, and so is what is left when its classes are pooled.
+    x = gaussian(truth, axes, 40_000, np.random.default_rng(1))
+    found = estimate(x, [Axis(len(x)), *axes]).second[0]
+    np.testing.assert_allclose(found, truth, atol=0.25)
 
 
 @given(st.integers(2, 4), st.integers(2, 4))
@@ -177,7 +181,8 @@ def quantiles(law, n):
 
 
 def test_every_elementwise_primitive_is_tried():
-    assert set(FUNCTION_TABLE) == {*UNARY, *BINARY, *ELSEWHERE, *ON_BITS}
+    own = {name for name in FUNCTION_TABLE if name != "hypot" and not name.startswith(("real ", "imaginary "))}
+    assert own == {*UNARY, *BINARY, *ELSEWHERE, *ON_BITS}  # those of complex numbers: tests/test_theory_sequences.py
 
 
 @pytest.mark.parametrize("name", UNARY)

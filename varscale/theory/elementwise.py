@@ -6,6 +6,7 @@ primitives themselves; no table of activations is needed, and no intermediate st
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -59,9 +60,10 @@ class Sum(Node):
         for view in self.args:
             odd &= view.node.odd
         self.odd = odd
-        self.positive = (all(c >= 0 for c in self.params) and all(v.node.positive for v in self.args)) or self._is_variance()
+        self.positive = (all(c >= 0 for c in self.params) and all(v.node.positive for v in self.args)) or self.is_variance
 
-    def _is_variance(self) -> bool:
+    @functools.cached_property
+    def is_variance(self) -> bool:
         """mean(x²) − mean(x)², which no rounding makes negative here."""
         if len(self.args) != 2 or sum(self.params) != 0:
             return False

@@ -14,6 +14,7 @@ To teach it a primitive, register a rule: a function of the interpreter, the equ
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
@@ -27,6 +28,7 @@ from varscale.theory.axes import Axis
 from varscale.theory.elementwise import apply
 from varscale.theory.graph import Array, Constant, Graph, Leaf, Node, View, array, leaf
 from varscale.theory.layout import Value, align, full, value
+from varscale.theory.prefix_scans import gathered
 
 Rule = Callable[..., Any]
 RULES: dict[str, Rule] = {}
@@ -42,6 +44,28 @@ class Opaque:
     @property
     def shape(self) -> tuple[int, ...]:
         return tuple(self.key.shape)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Complex:
+    """A complex value: its real and imaginary parts, of one shape."""
+
+    re: Value
+    im: Value
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.re.shape
+
+
+def parts(x: Value | Complex) -> tuple[Value, ...]:
+    """The real arrays that a value consists of."""
+    return (x.re, x.im) if isinstance(x, Complex) else (x,)
+
+
+def map_parts(f: Callable[[Any], Any], x: Any) -> Any:
+    """f of a real value or of each part of a complex one."""
+    return Complex(f(x.re), f(x.im)) if isinstance(x, Complex) else f(x)
 
 
 class PredictionError(ValueError):
@@ -119,17 +143,23 @@ class Interpreter:
                 if name not in _ELEMENTWISE_OR_LAYOUT:
                     outs = self.fold(eqn, ins)
                 if outs is None:
-                    handler = RULES.get(name)
-                    if handler is None:
-                        from varscale.theory.rules.sampled import sampled
-
-                        handler = sampled
-                    outs = handler(self, eqn, *ins)
+                    outs = self._handler(eqn, ins)(self, eqn, *ins)
         except (PredictionError, jax.errors.JAXTypeError):
             raise
         except Exception as error:
             raise PredictionError(f"primitive {name!r} at {source(eqn)}: {type(error).__name__}: {error}") from error
         return list(outs) if isinstance(outs, list | tuple) else [outs]
+
+    def _handler(self, eqn: Any, ins: Sequence[Any]) -> Rule:
+        """The rule of an equation; of one with complex operands, the one for parts; where there is none, sampling."""
+        name = eqn.primitive.name
+        if name not in _WHOLE and (any(isinstance(x, Complex) for x in ins) or (name in RULES and _is_complex(eqn))):
+            return RULES["complex operands"]
+        if name in RULES:
+            return RULES[name]
+        from varscale.theory.rules.sampled import sampled
+
+        return sampled
 
     def _record(self, eqn: Any, outs: Sequence[Any]) -> None:
         """What a module inside a loop has put out so far: flax names its equations, and the last of them is its output."""
@@ -147,6 +177,8 @@ class Interpreter:
         if hasattr(const, "dtype") and jax.numpy.issubdtype(const.dtype, jax.dtypes.prng_key):
             return Opaque(const)
         numbers = np.asarray(const)
+        if numbers.dtype.kind == "c":
+            return Complex(self.known(numbers.real), self.known(numbers.imag))
         if numbers.dtype.kind not in "biuf":
             numbers = numbers.astype(np.float64)
         # A scalar NaN is a literal of the code (jnp.var has one, in a branch not taken).
@@ -159,6 +191,9 @@ class Interpreter:
 
     def concrete(self, x: Any, dtype: Any = None) -> np.ndarray | None:
         """The numbers of a known value; None where it is random or too large."""
+        if isinstance(x, Complex):
+            re, im = self.concrete(x.re), self.concrete(x.im)
+            return None if re is None or im is None else (re + 1j * im).astype(dtype or complex)
         if not isinstance(x, Value) or math.prod(x.shape) > MOST_FOLDED:
             return None
         if isinstance(x.node, Constant):
@@ -174,7 +209,7 @@ class Interpreter:
 
     def fold(self, eqn: Any, ins: Sequence[Any]) -> list[Any] | None:
         """Evaluate an equation whose inputs are all known; None where one is not."""
-        if eqn.primitive.name in _NEVER_FOLDED or not all(isinstance(x, Opaque | Value) for x in ins):
+        if eqn.primitive.name in _NEVER_FOLDED or not all(isinstance(x, Opaque | Value | Complex) for x in ins):
             return None
         if sum(math.prod(v.aval.shape) for v in eqn.outvars) > 1 << 22:
             return None
@@ -252,7 +287,24 @@ _KEYED = {
     "closed_call",
     "checkpoint",
 }
-_NEVER_FOLDED = _KEYED | {"rng_bit_generator"}
+_NEVER_FOLDED = _KEYED | {"rng_bit_generator", "associative_scan"}
+# Complex numbers pass through these as they are.
+_WHOLE = (_KEYED - {"random_bits"}) | {
+    "associative_scan",
+    "complex",
+    "real",
+    "imag",
+    "fft",
+    "stop_gradient",
+    "copy",
+    "copy_p",
+    "device_put",
+}
+
+
+def _is_complex(eqn: Any) -> bool:
+    """Whether a real value becomes a complex one."""
+    return any(getattr(v.aval, "dtype", None) is not None and v.aval.dtype.kind == "c" for v in eqn.outvars)
 
 
 _ELEMENTWISE_OR_LAYOUT: set[str] = set()
@@ -265,10 +317,10 @@ def elementwise_or_layout(*names: str) -> None:
 
 @functools.lru_cache(maxsize=256)
 def live_equations(jaxpr: Any) -> list[Any]:
-    """The equations that the outputs depend on: an init's forward pass is not one of them."""
+    """The equations that the outputs depend on (an init's forward pass is not one), associative scans put together again."""
     needed = {v for v in jaxpr.outvars if not _compat.is_literal(v)}
     live = []
-    for eqn in reversed(jaxpr.eqns):
+    for eqn in reversed(gathered(jaxpr.eqns)):
         if needed.intersection(eqn.outvars):
             live.append(eqn)
             needed.update(v for v in eqn.invars if not _compat.is_literal(v))

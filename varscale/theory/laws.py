@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import collections
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
 from varscale.theory.axes import Axis
+from varscale.theory.elementwise import roots
 from varscale.theory.graph import Leaf
-from varscale.theory.interpreter import Interpreter, Opaque
+from varscale.theory.interpreter import Complex, Interpreter, Opaque, map_parts, parts
 from varscale.theory.layout import Value, full, value
 from varscale.theory.moments import Moments, Table, estimate, independent
 from varscale.theory.rules.random import as_weight
@@ -33,7 +35,22 @@ def init_laws(interpreter: Interpreter, init: Callable[[Any, Any], Any], split: 
     jaxpr, shapes = _traced(lambda dynamic: init(key, dynamic), split.structs)
     outs = interpreter.run(jaxpr.jaxpr, jaxpr.consts, split.values(interpreter))
     paths = [path_string(p) for p, _ in jax.tree_util.tree_flatten_with_path(shapes)[0]]
-    return shapes, [x if isinstance(x, Opaque) else as_weight(interpreter, x, p) for p, x in zip(paths, outs, strict=True)]
+    shared = _shared(outs)
+    return shapes, [map_parts(lambda v, p=p: _drawn(interpreter, v, p, shared), x) for p, x in zip(paths, outs, strict=True)]
+
+
+def _drawn(interpreter: Interpreter, x: Any, path: str, shared: set[int]) -> Any:
+    """One parameter: a weight of its own, unless other parameters are made from the same draws."""
+    if isinstance(x, Opaque) or shared.intersection(r.node.id for r in roots(x.node)):
+        return x
+    return as_weight(interpreter, x, path)
+
+
+def _shared(outs: Sequence[Any]) -> set[int]:
+    """Random leaves that several different parameters are functions of."""
+    nodes = {part.node.id: part.node for x in outs if not isinstance(x, Opaque) for part in parts(x)}
+    count = collections.Counter(id_ for node in nodes.values() for id_ in {r.node.id for r in roots(node)})
+    return {id_ for id_, n in count.items() if n > 1}
 
 
 def given_parameters(interpreter: Interpreter, params: Any, shapes: Any, declared: list[Any] | None) -> tuple[Any, list[Any]]:
@@ -102,6 +119,10 @@ def _given(interpreter: Interpreter, x: Any, path: str, struct: Any) -> Any:
     numbers = np.asarray(x)
     if numbers.shape != shape:
         raise ValueError(f"params[{path!r}] must have shape {shape}, not {numbers.shape}")
+    if numbers.dtype.kind == "c":
+        real = jax.ShapeDtypeStruct(shape, numbers.real.dtype)
+        pair = {"real": numbers.real, "imag": numbers.imag}
+        return Complex(*(_given(interpreter, part, f"{path}.{name}", real) for name, part in pair.items()))
     if numbers.dtype.kind in "iub":
         return interpreter.known(numbers)
     numbers = numbers.astype(np.float64)

@@ -214,23 +214,3 @@ def estimate(values: Float[np.ndarray, "..."], axes: Sequence[Axis]) -> Table:
     for k, axis in enumerate(axes):
         mean = apply_axis(mean, k, onehots[k] / axis.counts[:, None])
     return Table(tuple(axes), mean, second)
-
-
-def sample(table: Table, sizes: Sequence[int], replicates: int, rng: np.random.Generator) -> Float[np.ndarray, "..."]:
-    """Gaussian arrays with a table whose axes have one class each, at other sizes.
-
-    The table is that of a crossed random-effects model: its Möbius inversion gives the variance of each component.
-
-    Returns:
-        Array of shape (replicates, *sizes).
-    """
-    components = table.second - table.outer
-    for k in range(components.ndim):
-        c = np.moveaxis(components, k, 0)
-        components = np.moveaxis(np.stack([c[0] - c[1], c[1]]), 0, k)
-    out = np.full((replicates, *sizes), table.mean.reshape(()))
-    for index in np.ndindex(components.shape):
-        if components[index] > 1e-14 * max(table.mean_square, 1e-300):
-            shape = [n if own == 0 else 1 for n, own in zip(sizes, index, strict=True)]
-            out += math.sqrt(components[index]) * rng.standard_normal((replicates, *shape))
-    return out

@@ -14,7 +14,7 @@ from varscale import programs
 from varscale.programs import Inputs, Program
 from varscale.report import Report
 from varscale.theory.axes import Axis
-from varscale.theory.interpreter import Interpreter, Opaque, PredictionError
+from varscale.theory.interpreter import Complex, Interpreter, Opaque, PredictionError
 from varscale.theory.layout import Value, full
 from varscale.theory.moments import Moments, Table, estimate, independent
 
@@ -61,7 +61,11 @@ def predict(
     jaxpr, shapes = _traced(forward, abstract, split.structs)
     if not shapes:
         raise ValueError(f"model {program.kind} returns no array: there is nothing to predict")
+    from varscale.theory.rules.complex_numbers import modulus
+
     values = interpreter.run(jaxpr.jaxpr, jaxpr.consts, [*weights, *split.values(interpreter)])
+    # Of complex numbers it is the modulus that is measured and predicted.
+    values = [modulus(interpreter, v) if isinstance(v, Complex) else v for v in values]
     outputs = dict(zip(shapes, values, strict=True))
     order = _execution_order(jaxpr.jaxpr, list(shapes))
     from varscale.theory.laws import path_string
@@ -131,7 +135,6 @@ def input_value(interpreter: Interpreter, x: Any, name: str) -> Any:
 
     Raises:
         ValueError: it contains NaN or infinities.
-        TypeError: its dtype is complex.
     """
     from varscale.theory.rules.random import input_leaf
 
@@ -151,7 +154,7 @@ def input_value(interpreter: Interpreter, x: Any, name: str) -> Any:
         )
     kind = np.dtype(x.dtype).kind if np.dtype(x.dtype).kind != "V" else "f"
     if kind == "c":
-        raise TypeError(f"{name} is complex; real and imaginary parts have separate moments: pass them as real arrays")
+        return Complex(*(input_value(interpreter, part, f"{name} ({which} part)") for which, part in _parts(x)))
     if isinstance(x, jax.ShapeDtypeStruct):
         if kind == "b":
             return full(graph, 1.0, shape)
@@ -168,6 +171,13 @@ def input_value(interpreter: Interpreter, x: Any, name: str) -> Any:
         return full(graph, float(numbers.flat[0]), shape)
     table = estimate(numbers.reshape([a.size for a in axes]), axes)
     return input_leaf(interpreter, name, shape, table, odd=False)
+
+
+def _parts(x: Any) -> list[tuple[str, Any]]:
+    """The parts of a complex input; of one that is only described, two that have E|x|² = 1 between them."""
+    if not isinstance(x, jax.ShapeDtypeStruct):
+        return [("real", np.real(x)), ("imaginary", np.imag(x))]
+    return [(which, Moments(0.0, 0.5, shape=x.shape)) for which in ("real", "imaginary")]
 
 
 def _parameters(interpreter: Interpreter, program: Program, params: Any, split: _Split) -> tuple[Any, list[Any]]:

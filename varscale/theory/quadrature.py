@@ -30,7 +30,7 @@ Z = np.linspace(-8.5, 8.5, POINTS)
 WEIGHTS = np.exp(-(Z**2) / 2)
 WEIGHTS /= WEIGHTS.sum()
 DEGREE = 40
-CONCENTRATED = 0.15  # variance over squared mean below which a factor counts as a number: the error is a fraction of it
+CONCENTRATED = 1e-3  # variance over squared mean below which any factor counts as a number: the error is a fraction of it
 
 
 def _hermite() -> Float[np.ndarray, "degree points"]:
@@ -104,11 +104,13 @@ def quantiles(root: Node, table: Table, deviation: np.ndarray) -> np.ndarray | N
         if all(a.classes == 1 for a in source.axes) and isinstance(source, Leaf | Split | Merge | Permute | Array):
             inner = quantiles(source, source.table, marginal(source).deviation)
             return None if inner is None else np.broadcast_to(inner.reshape(-1, POINTS)[0], (*table.mean.shape, POINTS))
+    if isinstance(root, Sum) and not root.is_variance:
+        shape = _sum_quantiles(root, table, deviation)
+        if shape is not None or not root.positive:
+            return np.maximum(shape, 0.0) if root.positive else shape
     if root.positive and np.all(table.mean > 0):
         spread = np.sqrt(np.log1p(np.square(deviation / table.mean)))[..., None]
         return table.mean[..., None] * np.exp(spread * Z - spread**2 / 2)
-    if isinstance(root, Sum):
-        return _sum_quantiles(root, table, deviation)
     return None
 
 
@@ -123,7 +125,18 @@ def _array_quantiles(root: Array) -> np.ndarray:
 
 
 _MOST_CELLS = 9
-_COARSE = (np.arange(96) + 0.5) / 96
+
+
+def _convolved(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Quantiles, on the normal grid, of the sum of two independent variables given so, tails included."""
+    coarse = slice(None, None, 5)
+    weights = np.multiply.outer(WEIGHTS[coarse], WEIGHTS[coarse]).ravel()
+    sums = np.add.outer(a[coarse], b[coarse]).ravel()
+    order = np.argsort(sums)
+    mass = weights[order] / weights.sum()
+    below, above = np.cumsum(mass) - mass / 2, np.cumsum(mass[::-1])[::-1] - mass / 2
+    scores = np.where(below < 0.5, special.ndtri(np.maximum(below, 1e-300)), -special.ndtri(np.maximum(above, 1e-300)))
+    return np.interp(Z, scores, sums[order])
 
 
 def _sum_quantiles(root: Sum, table: Table, deviation: np.ndarray) -> np.ndarray | None:
@@ -149,23 +162,14 @@ def _sum_quantiles(root: Sum, table: Table, deviation: np.ndarray) -> np.ndarray
         cells = [tuple(int(np.argmax(a.counts)) for a in root.axes)]
     shapes = np.empty((*shape, POINTS))
     for cell in cells:
-        cloud = np.zeros(1)
+        line = np.zeros(POINTS)
         for c, view, own in parts:
-            values = evaluate(View(view.node, view.bind), root.axes, {}) if own else None
-            if values is None:
-                m, v = view.node.table.total_mean, view.node.table.variance
-                chosen = m + math.sqrt(v) * special.ndtri(_COARSE)
+            if own:
+                values = evaluate(View(view.node, view.bind), root.axes, {})
+                part = np.broadcast_to(values, (*shape, POINTS))[cell]
             else:
-                line = np.broadcast_to(values, (*shape, POINTS))[cell]
-                order = np.argsort(line)
-                chosen = np.interp(_COARSE, np.cumsum(WEIGHTS[order]) - WEIGHTS[order] / 2, line[order])
-                mean, std = WEIGHTS @ line, math.sqrt(max(WEIGHTS @ line**2 - (WEIGHTS @ line) ** 2, 0.0))
-                chosen = mean + (chosen - chosen.mean()) * (std / max(chosen.std(), 1e-300))
-            cloud = (cloud[:, None] + c * chosen[None]).ravel()
-            if len(cloud) > 96:
-                cloud = np.quantile(cloud, (np.arange(768) + 0.5) / 768) if view is not parts[-1][1] else np.sort(cloud)
-        cloud = np.sort(cloud)
-        line = np.interp(special.ndtr(Z), (np.arange(len(cloud)) + 0.5) / len(cloud), cloud)
+                part = view.node.table.total_mean + math.sqrt(view.node.table.variance) * Z
+            line = _convolved(line, c * part)
         mean = WEIGHTS @ line
         std = math.sqrt(max(WEIGHTS @ line**2 - mean**2, 1e-300))
         shapes[cell if len(cells) > 1 else ...] = (line - mean) / std

@@ -16,6 +16,8 @@ FAMILIES = (
     "segments",
     "random",
     "units",
+    "complex_numbers",
+    "running",
     "control",
 )
 _loaded: list[str] = []

@@ -9,7 +9,7 @@ import numpy as np
 from varscale import _compat
 from varscale.theory import layout
 from varscale.theory.graph import Leaf
-from varscale.theory.interpreter import Interpreter, Opaque, rule
+from varscale.theory.interpreter import Complex, Interpreter, Opaque, map_parts, rule
 from varscale.theory.layout import Value
 from varscale.theory.rules.joining import concatenate
 from varscale.theory.rules.structure import take
@@ -70,6 +70,8 @@ def index(interpreter: Interpreter, x: Any, step: int, length: int) -> Any:
     """x[step] of a stacked value."""
     if isinstance(x, Opaque):
         return Opaque(x.key[step])
+    if isinstance(x, Complex):
+        return map_parts(lambda part: index(interpreter, part, step, length), x)
     steps: list[Any] | None = interpreter.graph.memo.get(("stack", x.node.id, x.dims))
     if steps is not None:
         return steps[step]
@@ -84,7 +86,7 @@ def index(interpreter: Interpreter, x: Any, step: int, length: int) -> Any:
             from varscale.theory.moments import Table
 
             table = Table(part.axes, np.take(source.table.mean, 0, axis=axis), second)
-            part.settle(table, odd=True, kurtosis=source.kurtosis)
+            part.settle(table, odd=True, kurtosis=source.kurtosis, transport=source.transport)
             named = interpreter.graph.memo.setdefault("named", {})
             if source.id in named:
                 named[part.id] = named[source.id]
@@ -101,6 +103,8 @@ def stack(interpreter: Interpreter, steps: list[Any]) -> Any:
         import jax.numpy as jnp
 
         return Opaque(jnp.stack([s.key for s in steps]))
+    if isinstance(steps[0], Complex):
+        return Complex(stack(interpreter, [s.re for s in steps]), stack(interpreter, [s.im for s in steps]))
     rows = [layout.broadcast_in_dim(s, (1, *s.shape), tuple(range(1, len(s.shape) + 1))) for s in steps]
     if len(rows) == 1:
         return rows[0]

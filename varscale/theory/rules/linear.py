@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from varscale.theory.axes import Axis, contract_axis
-from varscale.theory.elementwise import Apply, Sum, affine
+from varscale.theory.elementwise import Apply, Sum, affine, roots
 from varscale.theory.graph import Array, Leaf, Merge, Node, Permute, Split, View
 from varscale.theory.interpreter import Interpreter, rule
-from varscale.theory.layout import Atom, Value, align
+from varscale.theory.layout import Atom, Value, align, full
 from varscale.theory.moments import Table
 
 
@@ -196,6 +196,28 @@ def strip(x: Value) -> tuple[float, Value]:
     return 1.0, x
 
 
+def loosened(x: Value, contracted: Sequence[int]) -> tuple[Value, Value] | None:
+    """A value as a factor drawn with the parameters, constant along the contracted dimensions, and the rest; None without one.
+
+    Left inside a sum such a factor would be averaged, and what else depends on it (a rate of decay, say) could not know it.
+    """
+    node = x.node
+    if not isinstance(node, Apply) or node.params[0] != "mul":
+        return None
+    summed = {a.axis for d in contracted for a in x.dims[d] if a.axis is not None}
+    for factor, rest in (node.args, node.args[::-1]):
+        own = [r.node for r in roots(factor.node)]
+        if own and not summed.intersection(factor.bind) and all(isinstance(n, Leaf) and n.name[0] != "input" for n in own):
+            return _seen_through(x, factor), _seen_through(x, rest)
+    return None
+
+
+def _seen_through(x: Value, view: View) -> Value:
+    """An argument of an elementwise node, with the dimensions of the node's value."""
+    place = {b: k for k, b in enumerate(view.bind)}
+    return Value(view.node, tuple(tuple(a._replace(axis=place.get(a.axis)) for a in dim) for dim in x.dims))  # pyright: ignore[reportArgumentType]
+
+
 def contract(
     interpreter: Interpreter, x: Value, y: Value, contracted: tuple[Sequence[int], ...], batch: tuple[Sequence[int], ...]
 ) -> Value:
@@ -203,8 +225,23 @@ def contract(
     (cx, cy), (bx, by) = contracted, batch
     fx = [d for d in range(len(x.dims)) if d not in (*cx, *bx)]
     fy = [d for d in range(len(y.dims)) if d not in (*cy, *by)]
+    if x.constant == 0 or y.constant == 0:
+        sizes = [x.shape[k] for k in (*bx, *fx)] + [y.shape[k] for k in fy]
+        return full(x.node.graph, 0.0, sizes)
     c, x = strip(x)
     d, y = strip(y)
+    for mine, summed, placed in (
+        (x, cx, lambda f: (*(f.dims[k] for k in bx), *(f.dims[k] for k in fx), *[()] * len(fy))),
+        (y, cy, lambda f: (*(f.dims[k] for k in by), *[()] * len(fx), *(f.dims[k] for k in fy))),
+    ):
+        apart = loosened(mine, summed)
+        if apart is not None:
+            factor, rest = apart
+            pair = (rest, y) if mine is x else (x, rest)
+            out = interpreter.elementwise(
+                "mul", contract(interpreter, *pair, contracted, batch), Value(factor.node, placed(factor))
+            )
+            return Value(affine(out.node, c * d, 0.0), out.dims)
     # One frame: batch, x's free, y's free, contracted; each operand has size 1 where the other's free dimensions are.
     xs = Value(x.node, (*(x.dims[k] for k in bx), *(x.dims[k] for k in fx), *[()] * len(fy), *(x.dims[k] for k in cx)))
     ys = Value(y.node, (*(y.dims[k] for k in by), *[()] * len(fx), *(y.dims[k] for k in fy), *(y.dims[k] for k in cy)))

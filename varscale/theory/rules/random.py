@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -23,6 +23,9 @@ def _uniform_bits(width: int) -> np.ndarray:
     bits = min(width, 32)
     numbers = np.minimum(np.floor(special.ndtr(Z) * 2.0**bits), 2.0**bits - 1).astype(np.uint64)
     return numbers.astype({8: np.uint8, 16: np.uint16}.get(bits, np.uint32))
+
+
+_NORMAL = 0.02  # from 3: what the grid leaves of a normal's kurtosis
 
 
 @rule("random_bits")
@@ -49,8 +52,17 @@ def rng_uniform(interpreter: Interpreter, eqn: Any, low: Value, high: Value) -> 
     raise NotImplementedError("rng_uniform: use jax.random")
 
 
-def law(node: Node) -> tuple[float, float, float] | None:
-    """Mean, second moment and kurtosis E[w⁴]/E[w²]² of an elementwise function of one random leaf; None for anything else."""
+class Law(NamedTuple):
+    """A parameter's mean, second moment and kurtosis E[w⁴]/E[w²]², and its values on the normal grid where it is not normal."""
+
+    mean: float
+    second_moment: float
+    kurtosis: float
+    values: bytes | None
+
+
+def law(node: Node) -> Law | None:
+    """The law of an elementwise function of one random leaf; None for anything else."""
     from varscale.theory.elementwise import roots
 
     own = roots(node)
@@ -74,7 +86,9 @@ def law(node: Node) -> tuple[float, float, float] | None:
         mean, square, fourth = (float(WEIGHTS @ values**k) for k in (1, 2, 4))
         if abs(mean) < 1e-6 * math.sqrt(max(square, 1e-300)):
             mean = 0.0
-        memo[key] = mean, square, fourth / max(square**2, 1e-300)
+        kurtosis = fourth / max(square**2, 1e-300)
+        normal = mean == 0 and abs(kurtosis - 3) < _NORMAL
+        memo[key] = Law(mean, square, kurtosis, None if normal else values.tobytes())
     return memo[key]
 
 
@@ -96,13 +110,17 @@ def as_weight(interpreter: Interpreter, x: Value, path: str) -> Value:
     found = law(x.node)
     if found is None or isinstance(x.node, Constant | Array):
         return x
-    mean, square, kurtosis = found
+    mean, square, kurtosis, values = found
     weight = interpreter.graph.make(Leaf, x.node.axes, (), ("weight", x.node.id))
     from varscale.theory.moments import independent
 
-    weight.settle(independent(mean, square, weight.axes), odd=mean == 0, kurtosis=kurtosis)
+    weight.settle(independent(mean, square, weight.axes), odd=mean == 0, kurtosis=kurtosis, transport=_quantiles(values))
     interpreter.graph.memo.setdefault("named", {}).setdefault(weight.id, path)
     return Value(weight, x.dims)
+
+
+def _quantiles(values: bytes | None) -> np.ndarray | None:
+    return None if values is None else np.frombuffer(values)
 
 
 def _stacked_weight(interpreter: Interpreter, one: Value, x: Value, path: str) -> Value:
@@ -113,7 +131,7 @@ def _stacked_weight(interpreter: Interpreter, one: Value, x: Value, path: str) -
     axes = (Axis(x.shape[0]), *one.node.axes)
     weight = interpreter.graph.make(Leaf, axes, (), ("weight", x.node.id))
     table = independent(one.node.table.total_mean, one.node.table.mean_square, axes)
-    weight.settle(table, odd=bool(one.node.odd), kurtosis=one.node.kurtosis)
+    weight.settle(table, odd=bool(one.node.odd), kurtosis=one.node.kurtosis, transport=one.node.transport)
     interpreter.graph.memo.setdefault("named", {}).setdefault(weight.id, path)
     shifted = tuple(tuple(a if a.axis is None else a._replace(axis=a.axis + 1) for a in dim) for dim in one.dims)
     return Value(weight, ((Atom(x.shape[0], 0),), *shifted))

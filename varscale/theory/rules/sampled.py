@@ -10,12 +10,12 @@ import numpy as np
 from scipy import special
 
 from varscale.theory.axes import Axis
+from varscale.theory.draws import gaussian
 from varscale.theory.elementwise import roots
 from varscale.theory.graph import Array, Node, View
 from varscale.theory.interpreter import Interpreter, PredictionError, source
 from varscale.theory.layout import Value, value
 from varscale.theory.moments import Table, estimate
-from varscale.theory.moments import sample as sample_table
 from varscale.theory.quadrature import Z, evaluate, marginal
 
 _BUDGET = 2_000_000  # elements drawn for one node
@@ -33,7 +33,7 @@ def draw(node: Node, sizes: Sequence[int], replicates: int, rng: np.random.Gener
         else:
             law = marginal(root.node)
             pooled = _pooled(root.node, law.correlation)
-            latents = sample_table(pooled, own, replicates, rng)
+            latents = gaussian(pooled.second, [Axis(n) for n in own], replicates, rng)
             line = np.asarray(law.values, float)
             for axis in root.node.axes:
                 line = np.tensordot(axis.counts / axis.size, line, axes=(0, 0))

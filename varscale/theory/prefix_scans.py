@@ -1,0 +1,217 @@
+"""`jax.lax.associative_scan` put together again: jax writes it out as log₂ T levels of slices, combinations and interleavings.
+
+What it computes does not depend on how it is cut up, so it is taken for one equation: the running combination of its
+elements along an axis.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from varscale import _compat
+
+# What depends on shapes, and so cannot be evaluated at a few positions only.
+_MOVES = (
+    "slice",
+    "reshape",
+    "squeeze",
+    "transpose",
+    "concatenate",
+    "pad",
+    "dot_general",
+    "gather",
+    "iota",
+    "rev",
+    "dynamic_slice",
+)
+
+
+class _Primitive:
+    name = "associative_scan"
+    multiple_results = True
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PrefixScan:
+    """An associative scan as an equation.
+
+    `params`: which axes of the largest array each array's are (`places`), which of those it runs along (`axis`), and how two
+    elements are combined (`combine`), given arrays of one rank.
+    """
+
+    invars: list[Any]
+    outvars: list[Any]
+    params: dict[str, Any]
+    source_info: Any
+    primitive = _Primitive()
+
+
+def gathered(eqns: Sequence[Any]) -> list[Any]:
+    """The equations with every associative scan among them as one."""
+    out: list[Any] = []
+    i = 0
+    while i < len(eqns):
+        found = _scan_at(eqns, i)
+        if found is None:
+            out.append(eqns[i])
+            i += 1
+        else:
+            scan, i = found
+            out.append(scan)
+    return out
+
+
+@dataclasses.dataclass(frozen=True)
+class _Level:
+    """Where a scan is cut in halves: its arrays, the axis of each, and how many equations cut them."""
+
+    arrays: list[Any]
+    axes: list[int]
+
+    @property
+    def length(self) -> int:
+        return self.arrays[0].aval.shape[self.axes[0]]
+
+
+def _halves(eqn: Any) -> tuple[int, int] | None:
+    """Axis and offset of a slice that takes every other position along one axis and all along the rest."""
+    if eqn.primitive.name != "slice" or eqn.params["strides"] is None:
+        return None
+    starts, strides = eqn.params["start_indices"], eqn.params["strides"]
+    axes = [k for k, step in enumerate(strides) if step != 1]
+    if len(axes) != 1 or strides[axes[0]] != 2 or any(s for k, s in enumerate(starts) if k != axes[0]):
+        return None
+    return axes[0], starts[axes[0]]
+
+
+def _level(eqns: Sequence[Any], i: int) -> _Level | None:
+    """The level that starts here: the slices from 0 of k arrays, then those from 1 of the same."""
+    first = []
+    while i + len(first) < len(eqns) and (half := _halves(eqns[i + len(first)])) is not None and half[1] == 0:
+        first.append(eqns[i + len(first)])
+    others = eqns[i + len(first) : i + 2 * len(first)]
+    arrays, axes = [eqn.invars[0] for eqn in first], [half[0] for half in map(_halves, first) if half]
+    if not first or any(_compat.is_literal(v) for v in arrays) or [eqn.invars[0] for eqn in others] != arrays:
+        return None
+    if [_halves(eqn) for eqn in others] != [(axis, 1) for axis in axes]:
+        return None
+    return _Level(arrays, axes) if len({v.aval.shape[k] for v, k in zip(arrays, axes, strict=True)}) == 1 else None
+
+
+def _scan_at(eqns: Sequence[Any], i: int) -> tuple[PrefixScan, int] | None:
+    """The scan whose first equation this is, and the place after its last."""
+    level = _level(eqns, i)
+    if level is None:
+        return None
+    count, length = len(level.arrays), level.length
+    start = i + 2 * count
+    inner = next((j for j in range(start, len(eqns)) if _level(eqns, j) is not None), None)
+    combined = None if inner is None else _level(eqns, inner)
+    if inner is None or combined is None or combined.axes != level.axes or combined.length != length // 2:
+        return None
+    body = eqns[start:inner]
+    halves = [eqn.outvars[0] for eqn in eqns[i:start]]
+    made = {v for eqn in body for v in eqn.outvars}
+    free = {v for eqn in body for v in eqn.invars if not _compat.is_literal(v)} - made - set(halves)
+    places = _places(level, body)
+    if free or not made.issuperset(combined.arrays) or places is None:
+        return None
+    shapes = [(axis, v.aval.shape) for v, axis in zip(level.arrays, level.axes, strict=True)]
+    ends: list[int] = []
+    for j in range(inner, len(eqns)):
+        if len(ends) < count and _interleaves(eqns, j, *shapes[len(ends)]):
+            ends.append(j)
+    if len(ends) < count:
+        return None
+    combine = functools.partial(_combined, tuple(body), tuple(halves), tuple(combined.arrays))
+    params = {"axis": places[0][level.axes[0]], "places": places, "combine": combine}
+    outs = [eqns[j].outvars[0] for j in ends]
+    return PrefixScan(level.arrays, outs, params, eqns[i].source_info), ends[-1] + 1
+
+
+def _places(level: _Level, body: Sequence[Any]) -> list[tuple[int, ...]] | None:
+    """Which axes of the largest array each array's axes are, where combining does nothing but arithmetic on them."""
+    rank = max(v.aval.ndim for v in level.arrays)
+    small = {v.aval.ndim for v in level.arrays} - {rank}
+    widened = {tuple(map(int, e.params["broadcast_dimensions"])) for e in body if _widens(e)} - {()}
+    if len(small) > 1 or len(widened) > 1 or not all(_widens(eqn) or _is_elementwise(eqn) for eqn in body):
+        return None
+    places = {rank: tuple(range(rank)), **({n: next(iter(widened), ()) for n in small})}
+    if any(len(place) != n for n, place in places.items()):
+        return None
+    out = [places[v.aval.ndim] for v in level.arrays]
+    return out if len({place[axis] for place, axis in zip(out, level.axes, strict=True)}) == 1 else None
+
+
+def _interleaves(eqns: Sequence[Any], j: int, axis: int, shape: tuple[int, ...]) -> bool:
+    """Whether an equation adds two dilated arrays up to one of this shape."""
+    eqn = eqns[j]
+    if eqn.primitive.name not in ("add", "or", "bitwise_or") or eqn.outvars[0].aval.shape != shape:
+        return False
+    last = [e for e in eqns[max(j - 2, 0) : j] if e.primitive.name == "pad" and e.params["padding_config"][axis][2] == 1]
+    return len(last) == 2 and {e.outvars[0] for e in last} == set(eqn.invars)
+
+
+def _widens(eqn: Any) -> bool:
+    return eqn.primitive.name == "broadcast_in_dim"
+
+
+def _is_elementwise(eqn: Any) -> bool:
+    """Whether an equation can be evaluated on arrays of any shape."""
+    inner = _inner(eqn)
+    if inner is not None:
+        return all(_is_elementwise(e) for e in _compat.sub_jaxpr(inner)[0].eqns)
+    ranks = {v.aval.ndim for v in (*eqn.invars, *eqn.outvars) if v.aval.ndim}
+    name = eqn.primitive.name
+    return len(ranks) <= 1 and name not in _MOVES and not name.startswith(("cum", "reduce", "scatter", "arg", "sort", "conv_"))
+
+
+def _inner(eqn: Any) -> Any:
+    """The jaxpr of a call; None for anything else."""
+    return next((p for p in eqn.params.values() if hasattr(p, "eqns") or hasattr(p, "jaxpr")), None)
+
+
+def _combined(
+    body: Sequence[Any], halves: Sequence[Any], outs: Sequence[Any], first: Sequence[jax.Array], second: Sequence[jax.Array]
+) -> list[jax.Array]:
+    """Two elements combined, of whatever shape."""
+    env = dict(zip(halves, (*first, *second), strict=True))
+    _run(body, env)
+    return [env[v] for v in outs]
+
+
+def _run(eqns: Sequence[Any], env: dict[Any, Any]) -> None:
+    for eqn in eqns:
+        ins = [v.val if _compat.is_literal(v) else env[v] for v in eqn.invars]
+        inner = _inner(eqn)
+        if _widens(eqn):
+            made = ins[:1]  # arrays of one rank already
+        elif inner is None:
+            made = eqn.primitive.bind(*ins, **eqn.params)
+            made = made if eqn.primitive.multiple_results else [made]
+        else:
+            jaxpr, consts = _compat.sub_jaxpr(inner)
+            own = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *ins), strict=True))
+            _run(jaxpr.eqns, own)
+            made = [v.val if _compat.is_literal(v) else own[v] for v in jaxpr.outvars]
+        env.update(zip(eqn.outvars, made, strict=True))
+
+
+def running(combine: Callable[..., list[jax.Array]], elements: Sequence[jax.Array], axis: int) -> list[jax.Array]:
+    """The running combination of elements along an axis, one position after another."""
+    rows = [jnp.moveaxis(x, axis, 0) for x in elements]
+
+    def step(so_far: list[jax.Array], now: list[jax.Array]) -> tuple[list[jax.Array], list[jax.Array]]:
+        out = combine(so_far, now)
+        return out, out
+
+    first = [x[0] for x in rows]
+    _, rest = lax.scan(step, first, [x[1:] for x in rows])
+    return [jnp.moveaxis(jnp.concatenate([x[None], y]), 0, axis) for x, y in zip(first, rest, strict=True)]

@@ -1,0 +1,247 @@
+"""Recurrences along an axis (associative scans): drawn at every position of that axis and a few of each other, then pooled.
+
+No formula covers all of them: elements that decay at random rates, rates that depend on the input, maxima, log-sums.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from varscale.theory.axes import Axis, grouped
+from varscale.theory.draws import chosen, gaussian, joint, reduced
+from varscale.theory.elementwise import roots
+from varscale.theory.graph import Array, Node, View
+from varscale.theory.interpreter import Complex, Interpreter, parts, rule
+from varscale.theory.layout import Value, align, broadcast_in_dim, materialize, merged
+from varscale.theory.moments import Table, estimate, lift
+from varscale.theory.prefix_scans import running
+
+_BUDGET = 1_000_000  # numbers drawn for one array
+_MOST_REPLICATES = 2048
+_KNOWN = 48  # positions drawn of an axis along which something is known number by number
+_LEVEL = 0.02  # positions whose second moments differ by less are one class
+_SCORES = 4.0  # standard errors within which a mean is taken for zero
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Recurrence:
+    """An associative scan over views.
+
+    Attributes:
+        views: real arrays over the frame, the parts of complex ones in succession.
+        frame: its axes, those of the outputs but for the classes along `axis`.
+        axis: which of them it runs along.
+        complex_: which of its elements are complex.
+        combine: how two elements are combined.
+    """
+
+    views: tuple[View, ...]
+    frame: tuple[Axis, ...]
+    axis: int
+    complex_: tuple[bool, ...]
+    combine: Callable[..., list[jax.Array]]
+
+    @functools.cached_property
+    def positions(self) -> list[np.ndarray]:
+        known = {b for v in self.views for r in roots(v.node) if isinstance(r.node, Array) for b in r.within(v.bind).bind}
+        return [
+            np.arange(axis.size) if k == self.axis else chosen(axis, _KNOWN if k in known else 2)
+            for k, axis in enumerate(self.frame)
+        ]
+
+    @property
+    def drawn_axes(self) -> list[Axis]:
+        return [reduced(axis, kept) for axis, kept in zip(self.frame, self.positions, strict=True)]
+
+    @property
+    def replicates(self) -> int:
+        return int(np.clip(_BUDGET / math.prod(len(p) for p in self.positions), 8, _MOST_REPLICATES))
+
+    def draw(self, views: Sequence[View], replicates: int) -> list[np.ndarray]:
+        """Views over the frame, drawn together, (positions..., replicates)."""
+        shape = [*(len(p) for p in self.positions), replicates]
+        drawn = joint(views, self.frame, self.positions, replicates, np.random.default_rng(0))
+        return [np.broadcast_to(x, shape).astype(np.float32) for x in drawn]
+
+    @functools.cached_property
+    def run(self) -> Callable[..., list[jax.Array]]:
+        """The parts of its outputs, of the parts of its elements."""
+
+        def run(*flat: jax.Array) -> list[jax.Array]:
+            rest, elements = list(flat), []
+            for is_complex in self.complex_:
+                elements.append(rest.pop(0) + 1j * rest.pop(0) if is_complex else rest.pop(0))
+            outs = running(self.combine, elements, self.axis)
+            return [part for x in outs for part in ((x.real, x.imag) if jnp.iscomplexobj(x) else (x,))]
+
+        return jax.jit(run)
+
+    @functools.cached_property
+    def outputs(self) -> list[np.ndarray]:
+        """Its outputs on draws of its elements, (positions..., replicates)."""
+        return [np.asarray(x, float) for x in self.run(*self.draw(self.views, self.replicates))]
+
+    def back(self, which: int, cotangent: np.ndarray, axes: Sequence[Axis], kept: Sequence[int]) -> list[np.ndarray]:
+        """Cotangents of its elements, (positions..., replicates), for Gaussian ones of an output with these moments by type.
+
+        Args:
+            which: the part of the output.
+            cotangent: its cotangent's second moments, by type.
+            axes: the output's axes.
+            kept: where they are in the frame; along the other axes of the frame only the first position is given any.
+        """
+        replicates = min(self.replicates, 256)
+        own = [reduced(axis, self.positions[k]) for axis, k in zip(axes, kept, strict=True)]
+        drawn = np.moveaxis(gaussian(cotangent, own, replicates, np.random.default_rng(1)), 0, -1)
+        seed = np.zeros([*map(len, self.positions), replicates], np.float32)
+        seed[tuple(slice(None) if k in kept else 0 for k in range(len(self.frame)))] = drawn
+        return [np.asarray(x, float) for x in self._vjp(which, self.draw(self.views, replicates), seed)]
+
+    @functools.cached_property
+    def _vjp(self) -> Callable[..., Any]:
+        def back(which: int, flat: list[jax.Array], seed: jax.Array) -> Any:
+            return jax.vjp(lambda *xs: self.run(*xs)[which], *flat)[1](seed)
+
+        return jax.jit(back, static_argnums=0)
+
+    def odd(self, which: int) -> int:
+        """Bits of the leaves that an output changes sign with."""
+        nodes = [v.node for v in self.views]
+        found, whole = 0, functools.reduce(lambda bits, node: bits | node.odd, nodes, 0)
+        groups: dict[tuple[bool, ...], int] = {}
+        while whole:
+            bit = whole & -whole
+            whole ^= bit
+            turned = tuple(bool(node.odd & bit) for node in nodes)
+            if not any(node.deps & bit and not turn for node, turn in zip(nodes, turned, strict=True)):
+                groups[turned] = groups.get(turned, 0) | bit
+        flat = self.draw(self.views, 2)
+        for turned, bits in groups.items():
+            other = self.run(*[-x if turn else x for x, turn in zip(flat, turned, strict=True)])[which]
+            if np.allclose(other, -self.run(*flat)[which], rtol=1e-4, atol=1e-6):
+                found |= bits
+        return found
+
+
+class Running(Node):
+    """An output of an associative scan; `params` is (key of the recurrence, which part, which axes of its frame it has)."""
+
+    how = "sampled"
+    gradient_doubt = 0.1
+
+    @property
+    def recurrence(self) -> Recurrence:
+        return self.graph.memo["recurrence", self.params[0]]
+
+    def prepare(self) -> None:
+        self.odd = self.recurrence.odd(self.params[1])
+
+    def compute(self) -> Table:
+        numbers = self._own(self.recurrence.outputs[self.params[1]])
+        table = self._pooled(numbers)
+        each = np.mean(numbers**2, axis=tuple(range(numbers.ndim - 1)))
+        error = float(each.std() / max(each.mean(), 1e-300)) / math.sqrt(len(each))
+        self.graph.flag("sampled", _SCORES * error)
+        means = numbers.mean(axis=tuple(range(numbers.ndim - 1)))
+        if self.odd or abs(means.mean()) < _SCORES * means.std() / math.sqrt(len(means)):
+            return Table(table.axes, np.zeros_like(table.mean), table.second)
+        return table
+
+    def _own(self, numbers: np.ndarray) -> np.ndarray:
+        """Of numbers over the recurrence's frame, those over this output's axes: along the others it is constant."""
+        kept = self.params[2]
+        return numbers[tuple(slice(None) if k in kept else 0 for k in range(numbers.ndim - 1))]
+
+    def _pooled(self, numbers: np.ndarray) -> Table:
+        """Moments by class and type, from the drawn positions."""
+        positions = [self.recurrence.positions[k] for k in self.params[2]]
+        kept = [reduced(axis, p) for axis, p in zip(self.axes, positions, strict=True)]
+        whole = estimate(np.moveaxis(numbers, -1, 0), [Axis(numbers.shape[-1]), *kept])
+        return Table(self.axes, whole.mean.reshape(whole.mean.shape[1:]), whole.second[0])
+
+    def pullback(self, cotangent: np.ndarray) -> list[np.ndarray | None]:
+        from varscale.theory.backward import sum_out
+
+        _, which, kept = self.params
+        frame = list(self.recurrence.frame)
+        passed = self.recurrence.back(which, np.broadcast_to(cotangent, self.frame_types), self.axes, kept)
+        out: list[np.ndarray | None] = []
+        for numbers, view in zip(passed, self.args, strict=True):
+            second = self._pooled(self._own(numbers)).second
+            for place, k in enumerate(kept):
+                frame[k] = self.axes[place]
+            for k in set(range(len(frame))) - set(kept):  # all that flows back along it was put in at one position
+                types = (np.arange(frame[k].types) < frame[k].classes) / frame[k].size
+                second = np.moveaxis(np.multiply.outer(types, second), 0, k)
+            out.append(sum_out(second, frame, view))
+        return out
+
+    def cross_with(self, a: View, b: View, frame: Sequence[Axis]) -> np.ndarray | None:
+        """Against another output of the same recurrence, or anything over its axes: both are drawn together."""
+        place = dict(zip(a.bind, self.params[2], strict=True))
+        if any(outer not in place for outer in b.bind):
+            return None
+        mine, other = self.recurrence.outputs[self.params[1]], b.node
+        if isinstance(other, Running) and other.params[0] == self.params[0]:
+            theirs = self.recurrence.outputs[other.params[1]]
+        elif isinstance(other, Running):
+            return None
+        else:
+            own = View(other, tuple(place[outer] for outer in b.bind))
+            *flat, theirs = self.recurrence.draw([*self.recurrence.views, own], self.recurrence.replicates)
+            mine = np.asarray(self.recurrence.run(*flat)[self.params[1]], float)
+        mine, theirs = self._own(mine), self._own(np.asarray(theirs, float))
+        both, first, second = (self._pooled(x).second for x in (mine + theirs, mine, theirs))
+        return lift((both - first - second) / 2, self.axes, a.bind, frame, pairs=True)
+
+
+@rule("associative_scan")
+def associative_scan(interpreter: Interpreter, eqn: Any, *xs: Value | Complex) -> list[Value | Complex]:
+    d, places, graph = eqn.params["axis"], eqn.params["places"], interpreter.graph
+    rank = max(map(len, places))
+    flat = []
+    for x, place in zip(xs, places, strict=True):
+        for part in parts(x):
+            sizes = [part.shape[place.index(k)] if k in place else 1 for k in range(rank)]
+            flat.append(merged(materialize(broadcast_in_dim(part, sizes, place), [d]), d))
+    _, frame, views, layout = align(flat)
+    axis = layout[d][0].axis
+    assert axis is not None  # materialized
+    mark = ("recurrence", tuple((v.node.id, v.bind) for v in views), id(eqn))
+    complex_ = tuple(isinstance(x, Complex) for x in xs)
+    recurrence = graph.once(mark, lambda: Recurrence(tuple(views), tuple(frame), axis, complex_, eqn.params["combine"]))
+    graph.memo["recurrence", mark] = recurrence
+    axes = _classed(recurrence)
+    values: list[Value | Complex] = []
+    which = 0
+    for x, place in zip(xs, places, strict=True):
+        made = []
+        for _ in parts(x):
+            dims = [layout[k] for k in place]
+            kept = tuple(a.axis for dim in dims for a in dim if a.axis is not None)
+            node = graph.make(Running, [axes[k] for k in sorted(kept)], views, (mark, which, tuple(sorted(kept))))
+            order = {k: i for i, k in enumerate(sorted(kept))}
+            made.append(
+                Value(node, tuple(tuple(a if a.axis is None else a._replace(axis=order[a.axis]) for a in dim) for dim in dims))
+            )
+            which += 1
+        values.append(Complex(*made) if len(made) == 2 else made[0])
+    return values
+
+
+def _classed(recurrence: Recurrence) -> tuple[Axis, ...]:
+    """The frame, the positions along the recurrence classed by their second moments."""
+    k = recurrence.axis
+    others = tuple(i for i in range(len(recurrence.frame) + 1) if i != k)
+    squares = np.stack([np.mean(x**2, axis=others) for x in recurrence.outputs], axis=1)
+    levels = np.log(np.maximum(squares, 1e-30) / np.maximum(squares.max(axis=0), 1e-30) + 1e-3)
+    own = grouped(np.round(levels / _LEVEL) * _LEVEL)
+    return tuple(own if i == k else a for i, a in enumerate(recurrence.frame))
