@@ -138,6 +138,6 @@ def _root(node: Node, positions: Positions, replicates: int, rng: np.random.Gene
     values = np.broadcast_to(law.values, (*[axis.classes for axis in node.axes], len(Z)))
     out = np.empty_like(latents)
     for cell in np.ndindex(*values.shape[:-1]):
-        index = np.ix_(range(replicates), *[np.flatnonzero(a.label_array == c) for a, c in zip(axes, cell, strict=True)])
+        index = np.ix_(np.arange(replicates), *[np.flatnonzero(a.label_array == c) for a, c in zip(axes, cell, strict=True)])
         out[index] = np.interp(latents[index], Z, values[cell])
     return out

@@ -178,7 +178,7 @@ class Interpreter:
             return Opaque(const)
         numbers = np.asarray(const)
         if numbers.dtype.kind == "c":
-            return Complex(self.known(numbers.real), self.known(numbers.imag))
+            return Complex(self.known(np.real(numbers)), self.known(np.imag(numbers)))
         if numbers.dtype.kind not in "biuf":
             numbers = numbers.astype(np.float64)
         # A scalar NaN is a literal of the code (jnp.var has one, in a branch not taken).

@@ -120,8 +120,8 @@ def _given(interpreter: Interpreter, x: Any, path: str, struct: Any) -> Any:
     if numbers.shape != shape:
         raise ValueError(f"params[{path!r}] must have shape {shape}, not {numbers.shape}")
     if numbers.dtype.kind == "c":
-        real = jax.ShapeDtypeStruct(shape, numbers.real.dtype)
-        pair = {"real": numbers.real, "imag": numbers.imag}
+        real = jax.ShapeDtypeStruct(shape, np.real(numbers).dtype)
+        pair = {"real": np.real(numbers), "imag": np.imag(numbers)}
         return Complex(*(_given(interpreter, part, f"{path}.{name}", real) for name, part in pair.items()))
     if numbers.dtype.kind in "iub":
         return interpreter.known(numbers)

@@ -106,7 +106,7 @@ def quantiles(root: Node, table: Table, deviation: np.ndarray) -> np.ndarray | N
             return None if inner is None else np.broadcast_to(inner.reshape(-1, POINTS)[0], (*table.mean.shape, POINTS))
     if isinstance(root, Sum) and not root.is_variance:
         shape = _sum_quantiles(root, table, deviation)
-        if shape is not None or not root.positive:
+        if shape is not None:
             return np.maximum(shape, 0.0) if root.positive else shape
     if root.positive and np.all(table.mean > 0):
         spread = np.sqrt(np.log1p(np.square(deviation / table.mean)))[..., None]

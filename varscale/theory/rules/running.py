@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from varscale.theory.axes import Axis, grouped
+from varscale.theory.derivatives import derivative
 from varscale.theory.draws import chosen, gaussian, joint, reduced
 from varscale.theory.elementwise import roots
 from varscale.theory.graph import Array, Node, View
@@ -90,7 +92,9 @@ class Recurrence:
         return [np.asarray(x, float) for x in self.run(*self.draw(self.views, self.replicates))]
 
     def back(self, which: int, cotangent: np.ndarray, axes: Sequence[Axis], kept: Sequence[int]) -> list[np.ndarray]:
-        """Cotangents of its elements, (positions..., replicates), for Gaussian ones of an output with these moments by type.
+        """Cotangents of its roots, (positions..., replicates), for Gaussian ones of an output with these moments by type.
+
+        The rates that a cotangent flowed back at are its own root's: what arrives at a root is multiplied draw by draw.
 
         Args:
             which: the part of the output.
@@ -103,7 +107,30 @@ class Recurrence:
         drawn = np.moveaxis(gaussian(cotangent, own, replicates, np.random.default_rng(1)), 0, -1)
         seed = np.zeros([*map(len, self.positions), replicates], np.float32)
         seed[tuple(slice(None) if k in kept else 0 for k in range(len(self.frame)))] = drawn
-        return [np.asarray(x, float) for x in self._vjp(which, self.draw(self.views, replicates), seed)]
+        drawn = self.draw([*self.views, *(slope for _, _, slope in self._slopes)], replicates)
+        elements, slopes = drawn[: len(self.views)], drawn[len(self.views) :]
+        passed = [np.asarray(x, float) for x in self._vjp(which, elements, seed)]
+        out = [np.zeros(seed.shape) for _ in self.roots]
+        for (i, j, _), slope in zip(self._slopes, slopes, strict=True):
+            out[j] += passed[i] * slope
+        return out
+
+    @functools.cached_property
+    def roots(self) -> tuple[View, ...]:
+        """The random arrays that its elements are functions of, over the frame."""
+        found = (root.within(view.bind) for view in self.views for root in roots(view.node))
+        return tuple(dict.fromkeys(view for view in found if not isinstance(view.node, Array)))
+
+    @functools.cached_property
+    def _slopes(self) -> list[tuple[int, int, View]]:
+        """Which element depends on which root, and the derivative, over the frame."""
+        out = []
+        for i, view in enumerate(self.views):
+            for root in roots(view.node):
+                slope = None if isinstance(root.node, Array) else derivative(view.node, root)
+                if slope is not None:
+                    out.append((i, self.roots.index(root.within(view.bind)), slope.within(view.bind)))
+        return out
 
     @functools.cached_property
     def _vjp(self) -> Callable[..., Any]:
@@ -135,7 +162,6 @@ class Running(Node):
     """An output of an associative scan; `params` is (key of the recurrence, which part, which axes of its frame it has)."""
 
     how = "sampled"
-    gradient_doubt = 0.1
 
     @property
     def recurrence(self) -> Recurrence:
@@ -143,6 +169,10 @@ class Running(Node):
 
     def prepare(self) -> None:
         self.odd = self.recurrence.odd(self.params[1])
+        deps = [view.node.deps for view in self.args]
+        shared = any(a & b for a, b in itertools.combinations(deps, 2))
+        # Where rates follow the input, what flows back is a product of several things that grow together.
+        self.gradient_doubt = 0.3 if shared else 0.1
 
     def compute(self) -> Table:
         numbers = self._own(self.recurrence.outputs[self.params[1]])
@@ -227,7 +257,7 @@ def associative_scan(interpreter: Interpreter, eqn: Any, *xs: Value | Complex) -
         for _ in parts(x):
             dims = [layout[k] for k in place]
             kept = tuple(a.axis for dim in dims for a in dim if a.axis is not None)
-            node = graph.make(Running, [axes[k] for k in sorted(kept)], views, (mark, which, tuple(sorted(kept))))
+            node = graph.make(Running, [axes[k] for k in sorted(kept)], recurrence.roots, (mark, which, tuple(sorted(kept))))
             order = {k: i for i, k in enumerate(sorted(kept))}
             made.append(
                 Value(node, tuple(tuple(a if a.axis is None else a._replace(axis=order[a.axis]) for a in dim) for dim in dims))
