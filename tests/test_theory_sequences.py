@@ -231,4 +231,5 @@ def test_gradients_pass_back_through_time():
     rows, _, _ = accuracy.compare(accuracy.Case("", "recurrent", Recurrent(), SERIES.shape), 50)
     assert [row.path for row in rows if row.gradient_outside or row.outside] == []
     (before,) = (row for row in rows if row.path == "before")
-    assert before.gradient_confidence is not None and before.gradient_confidence < 0.25
+    assert before.gradient_confidence is not None
+    assert before.gradient_confidence < 0.25

@@ -158,8 +158,8 @@ def _elementwise(node: Apply, part: Cotangent, asked: dict[int, Node], pending: 
     """Pass a cotangent through an elementwise tree to its roots, and to the watched nodes inside it."""
     scales = companions(node)
     for root in roots(node):
-        if isinstance(root.node, Leaf) and root.node.name[0] == "bits":
-            continue  # random bits have no gradient
+        if isinstance(root.node, Leaf) and root.node.is_bits:
+            continue
         group = scales.get((root.node.id, root.bind))
         if group is None and any(root in g[1:] for g in scales.values()):
             continue  # a norm's own scale: its part is the projection below

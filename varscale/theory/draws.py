@@ -10,8 +10,9 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from varscale.theory.axes import Axis
-from varscale.theory.elementwise import Sum, roots
-from varscale.theory.graph import Array, Node, View
+from varscale.theory.cross import cross, mean_product
+from varscale.theory.elementwise import Apply, Sum, roots
+from varscale.theory.graph import Array, Constant, Leaf, Node, View
 from varscale.theory.quadrature import Environment, Z, evaluate, marginal
 
 Positions = Sequence[Int[np.ndarray, " kept"]]
@@ -113,10 +114,25 @@ def joint(
     return [evaluate(view, frame, env) for view in views]
 
 
+_RELATED = 0.1  # of the smaller term's mean square: a correlation that may be lost when terms are drawn one by one
+
+
 def _unrelated(node: Sum) -> bool:
-    """Whether no two terms are correlated, so that they can be drawn one by one."""
-    pairs = itertools.combinations([view.node for view in node.args], 2)
-    return all(x.odd & ~y.deps or y.odd & ~x.deps for x, y in pairs)
+    """Whether terms can be drawn one by one: none correlated with another, but for what is drawn jointly in any case."""
+    for x, y in itertools.combinations(node.args, 2):
+        if _of_leaves(x.node) and _of_leaves(y.node):
+            continue
+        shared = np.max(np.abs(cross(x, y, node.axes) - mean_product(x, y, node.axes)))
+        if shared > _RELATED * min(x.node.table.mean_square, y.node.table.mean_square):
+            return False
+    return True
+
+
+def _of_leaves(node: Node) -> bool:
+    """Whether a node is a function of random leaves and known numbers alone, position by position."""
+    if isinstance(node, Apply | Sum):
+        return all(_of_leaves(view.node) for view in node.args)
+    return isinstance(node, Leaf | Array | Constant)
 
 
 def _placed(numbers: np.ndarray, bind: Sequence[int], rank: int) -> np.ndarray:

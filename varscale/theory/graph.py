@@ -171,6 +171,11 @@ class Leaf(Node):
     def name(self) -> tuple[Any, ...]:
         return self.params if isinstance(self.params, tuple) else (self.params,)
 
+    @property
+    def is_bits(self) -> bool:
+        """Whether it is random bits, which have no gradient."""
+        return self.name[0] == "bits"
+
     def settle(
         self, table: Table, *, odd: bool, kurtosis: float = 3.0, transport: np.ndarray | None = None, random: bool = True
     ) -> Leaf:

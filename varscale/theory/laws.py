@@ -34,16 +34,15 @@ def init_laws(interpreter: Interpreter, init: Callable[[Any, Any], Any], split: 
     key = jax.random.key(_KEY)
     jaxpr, shapes = _traced(lambda dynamic: init(key, dynamic), split.structs)
     outs = interpreter.run(jaxpr.jaxpr, jaxpr.consts, split.values(interpreter))
-    paths = [path_string(p) for p, _ in jax.tree_util.tree_flatten_with_path(shapes)[0]]
     shared = _shared(outs)
-    return shapes, [map_parts(lambda v, p=p: _drawn(interpreter, v, p, shared), x) for p, x in zip(paths, outs, strict=True)]
+    return shapes, [map_parts(lambda part: _drawn(interpreter, part, shared), x) for x in outs]
 
 
-def _drawn(interpreter: Interpreter, x: Any, path: str, shared: set[int]) -> Any:
+def _drawn(interpreter: Interpreter, x: Any, shared: set[int]) -> Any:
     """One parameter: a weight of its own, unless other parameters are made from the same draws."""
     if isinstance(x, Opaque) or shared.intersection(r.node.id for r in roots(x.node)):
         return x
-    return as_weight(interpreter, x, path)
+    return as_weight(interpreter, x)
 
 
 def _shared(outs: Sequence[Any]) -> set[int]:
@@ -111,7 +110,7 @@ def _given(interpreter: Interpreter, x: Any, path: str, struct: Any) -> Any:
     if callable(x):
         jaxpr = jax.make_jaxpr(lambda: x(jax.random.key(_KEY), shape, struct.dtype))()
         (out,) = interpreter.run(jaxpr.jaxpr, jaxpr.consts, [])
-        return as_weight(interpreter, out, path)
+        return as_weight(interpreter, out)
     if isinstance(x, int | float) and not isinstance(x, bool):
         if not np.isfinite(x) or x < 0:
             raise ValueError(f"params[{path!r}] as a variance must be finite and not negative, not {x!r}")
@@ -154,5 +153,4 @@ def named(interpreter: Interpreter, path: str, shape: tuple[int, ...], table: Ta
     """A weight leaf with a table."""
     node = interpreter.graph.make(Leaf, table.axes, (), ("given", path))
     node.settle(table, odd=bool(np.all(table.mean == 0) and np.count_nonzero(table.second) <= 1))
-    interpreter.graph.memo.setdefault("named", {})[node.id] = path
     return value(node, shape)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from varscale.theory.axes import Axis
 from varscale.theory.cross import cross, dependent
 from varscale.theory.elementwise import roots
-from varscale.theory.graph import View
+from varscale.theory.graph import Array, Node, View
 from varscale.theory.moments import lift
 from varscale.theory.quadrature import (
     DEGREE,
@@ -21,8 +22,10 @@ from varscale.theory.quadrature import (
     concentrated,
     evaluate,
     factors,
+    followed,
     grid,
     marginal,
+    placed,
     power_series,
     sobol,
 )
@@ -33,10 +36,34 @@ _INDEPENDENT = 1e-3  # correlation below which two roots are taken for independe
 
 
 class _Group:
-    """Factors of f (read at i) and of g (read at j) that share roots, and those roots."""
+    """Factors of f (read at i) and of g (read at j) that share roots; those roots; known arrays that go with one of them."""
 
-    def __init__(self, f: list[View], g: list[View], variables: list[View]):
-        self.f, self.g, self.variables = f, g, variables
+    def __init__(self, f: list[View], g: list[View], variables: list[View], followers: dict[Variable, _Follower]):
+        self.f, self.g, self.variables, self.followers = f, g, variables, followers
+
+    def known(self, fixed: Environment) -> Environment:
+        """What is fixed, and the followers on the grid of what they follow."""
+        return {**fixed, **{k: follower.grid for k, follower in self.followers.items()}}
+
+
+class _Follower(NamedTuple):
+    """Known numbers over the axes of other known numbers: one position tells both."""
+
+    leader: Variable
+    grid: np.ndarray
+
+
+def _followers(variables: dict[Variable, View], frame: Sequence[Axis]) -> dict[Variable, _Follower]:
+    """Known arrays over axes that an earlier one is over, too."""
+    leaders: dict[tuple[int, ...], View] = {}
+    out = {}
+    for key, view in variables.items():
+        if isinstance(view.node, Array):
+            leader = leaders.setdefault(view.bind, view)
+            if leader is not view and isinstance(leader.node, Array) and leader.node.axes == view.node.axes:
+                values = placed(followed(view.node, leader.node), view, frame)
+                out[key] = _Follower((leader.node.id, leader.bind), values)
+    return out
 
 
 def _variables(views: Sequence[View]) -> dict[Variable, View]:
@@ -63,6 +90,15 @@ def _groups(f: list[View], g: list[View], frame: Sequence[Axis]) -> tuple[list[_
                 # A norm's own scale: mean(x²)·s(v)² at v = mean(x²) is an identity, so the mean is the right number, not E[s²].
                 fixed[k] = v.mean(frame)[..., None]
                 del variables[k]
+    followers = _followers(variables, frame)
+    for k in followers:
+        del variables[k]
+
+    def own(x: View) -> list[Variable]:
+        """The variables of a factor."""
+        found = (followers[k].leader if k in followers else k for k in _variables([x]))
+        return [k for k in dict.fromkeys(found) if k in variables]
+
     keys = list(variables)
     parent = {k: k for k in keys}
 
@@ -72,7 +108,7 @@ def _groups(f: list[View], g: list[View], frame: Sequence[Axis]) -> tuple[list[_
         return k
 
     for x in (*f, *g):
-        mine = [k for k in _variables([x]) if k in variables]
+        mine = own(x)
         for k in mine[1:]:
             parent[find(k)] = find(mine[0])
     for i, a in enumerate(keys):
@@ -82,10 +118,12 @@ def _groups(f: list[View], g: list[View], frame: Sequence[Axis]) -> tuple[list[_
     groups: dict[Variable | None, _Group] = {}
     for side, xs in enumerate((f, g)):
         for x in xs:
-            mine = [k for k in _variables([x]) if k in variables]
+            mine = own(x)
             home = find(mine[0]) if mine else None
             if home not in groups:
-                groups[home] = _Group([], [], [v for k, v in variables.items() if home is not None and find(k) == home])
+                members = {k: v for k, v in variables.items() if home is not None and find(k) == home}
+                with_them = {k: follower for k, follower in followers.items() if follower.leader in members}
+                groups[home] = _Group([], [], list(members.values()), with_them)
             (groups[home].g if side else groups[home].f).append(x)
     return list(groups.values()), fixed
 
@@ -122,7 +160,7 @@ def product_mean(view: View, frame: Sequence[Axis]) -> np.ndarray:
 
 def _group_mean(group: _Group, frame: Sequence[Axis], fixed: Environment) -> np.ndarray:
     if len(group.variables) <= 1:
-        values = _product(group.f, frame, dict(fixed))
+        values = _product(group.f, frame, group.known(fixed))
         return values @ WEIGHTS if values.shape[-1] > 1 else values[..., 0]
     mean, _ = _cubature(group, frame, fixed)
     return mean
@@ -147,7 +185,7 @@ def product_second(f_view: View, g_view: View, frame: Sequence[Axis]) -> np.ndar
 def _mehler(group: _Group, frame: Sequence[Axis], fixed: Environment) -> np.ndarray:
     """One root: exact where i and j are the same, Σ a_k b_k ρ^k elsewhere, what lies beyond the degree carried at its power."""
     (x,) = group.variables
-    fi, gj = _product(group.f, frame, dict(fixed)), _product(group.g, frame, dict(fixed))
+    fi, gj = _product(group.f, frame, group.known(fixed)), _product(group.g, frame, group.known(fixed))
     if fi.shape[-1] == 1:
         fi = np.broadcast_to(fi, (*fi.shape[:-1], len(Z)))
     if gj.shape[-1] == 1:
@@ -196,17 +234,28 @@ def _pairwise(group: _Group, frame: Sequence[Axis], fixed: Environment) -> np.nd
     fv, gv = _variables(group.f), _variables(group.g)
     fv = {k: v for k, v in fv.items() if k not in fixed}
     gv = {k: v for k, v in gv.items() if k not in fixed}
-    if len(fv) == 1 and len(gv) == 1 and len(group.f) == 1 and len(group.g) == 1:
+    if not group.followers and len(fv) == 1 and len(gv) == 1 and len(group.f) == 1 and len(group.g) == 1:
         (a,), (b,) = fv.values(), gv.values()
         return two_roots(group.f[0], a, group.g[0], b, frame, fixed)
     _, second = _cubature(group, frame, fixed)
     return second
 
 
+def _nearest(latents: np.ndarray) -> np.ndarray:
+    """The places on the normal grid."""
+    return np.clip(np.round((latents - Z[0]) / (Z[1] - Z[0])).astype(int), 0, len(Z) - 1)
+
+
+def _read(node: Node, latents: np.ndarray, line: np.ndarray) -> np.ndarray:
+    """A root's values at normal scores; between the numbers of a known array there are none."""
+    return line[_nearest(latents)] if isinstance(node, Array) else np.interp(latents, Z, line)
+
+
 def _cubature(group: _Group, frame: Sequence[Axis], fixed: Environment) -> tuple[np.ndarray, np.ndarray]:
     """Means of Πf by class and second moments of Πf·Πg by type, over the joint normal of all their roots."""
-    keys = [k for k in _variables([*group.f, *group.g]) if k not in fixed]
-    views = [v for k, v in _variables([*group.f, *group.g]).items() if k not in fixed]
+    variables = _variables([*group.f, *group.g])
+    keys = [k for k in variables if k not in fixed and k not in group.followers]
+    views = [variables[k] for k in keys]
     graph = views[0].node.graph
     if len(keys) > MOST_VARIABLES:
         graph.flag("assumed", 0.3)
@@ -229,8 +278,12 @@ def _cubature(group: _Group, frame: Sequence[Axis], fixed: Environment) -> tuple
 
     def tree(xs: list[View], cell: tuple[int, ...], latents: np.ndarray) -> np.ndarray:
         env: Environment = {
-            key: np.interp(latents[:, n], Z, grids[n][cell]).reshape((1,) * len(frame) + (-1,)) for n, key in enumerate(keys)
+            key: _read(views[n].node, latents[:, n], grids[n][cell]).reshape((1,) * len(frame) + (-1,))
+            for n, key in enumerate(keys)
         }
+        for key, (leader, values) in group.followers.items():
+            line = np.broadcast_to(values, (*classes, len(Z)))[cell]
+            env[key] = line[_nearest(latents[:, keys.index(leader)])].reshape((1,) * len(frame) + (-1,))
         for key, value in fixed.items():
             at = tuple(c if value.shape[d] > 1 else 0 for d, c in enumerate(cell))
             env[key] = value[at].reshape((1,) * len(frame) + (-1,))

@@ -115,11 +115,17 @@ def quantiles(root: Node, table: Table, deviation: np.ndarray) -> np.ndarray | N
 
 
 def _array_quantiles(root: Array) -> np.ndarray:
-    out = np.empty((*[a.classes for a in root.axes], POINTS))
+    return followed(root, root)
+
+
+def followed(array: Array, leader: Array) -> np.ndarray:
+    """Known numbers on the normal grid, in the order of others over the same axes. (classes..., points)."""
+    out = np.empty((*[a.classes for a in leader.axes], POINTS))
     u = special.ndtr(Z)
     for cell in np.ndindex(*out.shape[:-1]):
-        index = np.ix_(*[np.flatnonzero(a.label_array == c) for a, c in zip(root.axes, cell, strict=True)])
-        chosen = np.sort(np.asarray(root.values, float)[index].ravel())
+        index = np.ix_(*[np.flatnonzero(a.label_array == c) for a, c in zip(leader.axes, cell, strict=True)])
+        order = np.argsort(np.asarray(leader.values, float)[index].ravel(), kind="stable")
+        chosen = np.asarray(array.values, float)[index].ravel()[order]
         out[cell] = chosen[np.minimum((u * len(chosen)).astype(int), len(chosen) - 1)]
     return out
 
@@ -220,7 +226,11 @@ Environment = dict[tuple[int, tuple[int, ...]], np.ndarray]
 
 def grid(view: View, frame: Sequence[Axis]) -> np.ndarray:
     """A root's values over the frame's classes and the normal grid, (classes or 1..., points)."""
-    values = marginal(view.node).values
+    return placed(marginal(view.node).values, view, frame)
+
+
+def placed(values: np.ndarray, view: View, frame: Sequence[Axis]) -> np.ndarray:
+    """Values over a view's classes and the grid, over the frame's."""
     for k, (axis, place) in enumerate(zip(view.node.axes, view.bind, strict=True)):
         if axis.labels != frame[place].labels:
             values = apply_axis(values, k, class_shares(frame[place], axis))

@@ -87,9 +87,6 @@ def index(interpreter: Interpreter, x: Any, step: int, length: int) -> Any:
 
             table = Table(part.axes, np.take(source.table.mean, 0, axis=axis), second)
             part.settle(table, odd=True, kurtosis=source.kurtosis, transport=source.transport)
-            named = interpreter.graph.memo.setdefault("named", {})
-            if source.id in named:
-                named[part.id] = named[source.id]
             place = {k: i for i, k in enumerate(kept)}
             dims = [tuple(a if a.axis is None else a._replace(axis=place[a.axis]) for a in dim) for dim in x.dims[1:]]
             return Value(part, tuple(dims))

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from varscale.theory.axes import Axis, contract_axis
-from varscale.theory.elementwise import Apply, Sum, affine, roots
-from varscale.theory.graph import Array, Leaf, Merge, Node, Permute, Split, View
+from varscale.theory.elementwise import Apply, Sum, affine
+from varscale.theory.graph import Array, Constant, Leaf, Merge, Node, Permute, Split, View
 from varscale.theory.interpreter import Interpreter, rule
 from varscale.theory.layout import Atom, Value, align, full
 from varscale.theory.moments import Table
@@ -196,20 +196,47 @@ def strip(x: Value) -> tuple[float, Value]:
     return 1.0, x
 
 
-def loosened(x: Value, contracted: Sequence[int]) -> tuple[Value, Value] | None:
-    """A value as a factor drawn with the parameters, constant along the contracted dimensions, and the rest; None without one.
+Term = tuple[float, "Value | None", Value]
 
-    Left inside a sum such a factor would be averaged, and what else depends on it (a rate of decay, say) could not know it.
+
+def loosened(x: Value, contracted: Sequence[int]) -> list[Term]:
+    """A value as a sum of terms: a number, a factor that is constant along the contracted dimensions, and the rest.
+
+    The factors are known or drawn with the parameters. Left inside the sum such a factor would be averaged, and what else
+    depends on it (a rate of decay, say) could not know it. Empty where no term has one.
     """
-    node = x.node
-    if not isinstance(node, Apply) or node.params[0] != "mul":
-        return None
     summed = {a.axis for d in contracted for a in x.dims[d] if a.axis is not None}
-    for factor, rest in (node.args, node.args[::-1]):
-        own = [r.node for r in roots(factor.node)]
-        if own and not summed.intersection(factor.bind) and all(isinstance(n, Leaf) and n.name[0] != "input" for n in own):
-            return _seen_through(x, factor), _seen_through(x, rest)
-    return None
+    whole = View(x.node, tuple(range(len(x.node.axes))))
+    terms = list(zip(x.node.params, x.node.args, strict=True)) if isinstance(x.node, Sum) else [(1.0, whole)]
+    found = [(c, _factored(view, summed)) for c, view in terms]
+    if all(factor is None for _, (factor, _) in found):
+        return []
+    return [(c, None if f is None else _seen_through(x, f), _seen_through(x, rest)) for c, (f, rest) in found]
+
+
+def _factored(view: View, summed: set[int]) -> tuple[View | None, View]:
+    """A factor without the summed axes, and the rest, as views over one frame."""
+    if isinstance(view.node, Apply) and view.node.params[0] == "mul":
+        for factor, rest in (view.node.args, view.node.args[::-1]):
+            factor, rest = factor.within(view.bind), rest.within(view.bind)
+            if not summed.intersection(factor.bind) and _is_given(factor.node):
+                return factor, rest
+    return None, view
+
+
+def _is_given(node: Node) -> bool:
+    """Whether it is known or drawn with the parameters."""
+    if isinstance(node, Apply | Sum):
+        return all(_is_given(view.node) for view in node.args)
+    return isinstance(node, Array | Constant) or (isinstance(node, Leaf) and node.name[0] != "input")
+
+
+def drawn(interpreter: Interpreter, x: Value) -> Value:
+    """What an init draws and goes on to multiply, as the weight it is."""
+    from varscale.theory.rules.random import as_weight, law
+
+    found = law(x.node) if isinstance(x.node, Apply) else None
+    return as_weight(interpreter, x) if found is not None and found.mean == 0 else x
 
 
 def _seen_through(x: Value, view: View) -> Value:
@@ -230,18 +257,20 @@ def contract(
         return full(x.node.graph, 0.0, sizes)
     c, x = strip(x)
     d, y = strip(y)
+    x, y = (drawn(interpreter, v) for v in (x, y))
     for mine, summed, placed in (
         (x, cx, lambda f: (*(f.dims[k] for k in bx), *(f.dims[k] for k in fx), *[()] * len(fy))),
         (y, cy, lambda f: (*(f.dims[k] for k in by), *[()] * len(fx), *(f.dims[k] for k in fy))),
     ):
-        apart = loosened(mine, summed)
-        if apart is not None:
-            factor, rest = apart
+        outs = []
+        for c_term, factor, rest in loosened(mine, summed):
             pair = (rest, y) if mine is x else (x, rest)
-            out = interpreter.elementwise(
-                "mul", contract(interpreter, *pair, contracted, batch), Value(factor.node, placed(factor))
-            )
-            return Value(affine(out.node, c * d, 0.0), out.dims)
+            out = contract(interpreter, *pair, contracted, batch)
+            if factor is not None:
+                out = interpreter.elementwise("mul", out, Value(factor.node, placed(factor)))
+            outs.append(Value(affine(out.node, c * d * c_term, 0.0), out.dims))
+        if outs:
+            return functools.reduce(lambda a, b: interpreter.elementwise("add", a, b), outs)
     # One frame: batch, x's free, y's free, contracted; each operand has size 1 where the other's free dimensions are.
     xs = Value(x.node, (*(x.dims[k] for k in bx), *(x.dims[k] for k in fx), *[()] * len(fy), *(x.dims[k] for k in cx)))
     ys = Value(y.node, (*(y.dims[k] for k in by), *[()] * len(fx), *(y.dims[k] for k in fy), *(y.dims[k] for k in cy)))

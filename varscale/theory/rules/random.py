@@ -99,14 +99,14 @@ def _chain(node: Node) -> Hashable:
     return node.params if isinstance(node, Constant) else "leaf"
 
 
-def as_weight(interpreter: Interpreter, x: Value, path: str) -> Value:
+def as_weight(interpreter: Interpreter, x: Value) -> Value:
     """A parameter drawn by a chain on random bits, as a leaf with the law of that chain."""
     stacked: list[Value] | None = interpreter.graph.memo.get(("stack", x.node.id, x.dims))
     if stacked is not None and len({law(step.node) for step in stacked}) == 1:
         # Drawn by a scan, a slice a step, from one law.
-        one = as_weight(interpreter, stacked[0], path)
+        one = as_weight(interpreter, stacked[0])
         if isinstance(one.node, Leaf):
-            return _stacked_weight(interpreter, one, x, path)
+            return _stacked_weight(interpreter, one, x)
     found = law(x.node)
     if found is None or isinstance(x.node, Constant | Array):
         return x
@@ -115,7 +115,6 @@ def as_weight(interpreter: Interpreter, x: Value, path: str) -> Value:
     from varscale.theory.moments import independent
 
     weight.settle(independent(mean, square, weight.axes), odd=mean == 0, kurtosis=kurtosis, transport=_quantiles(values))
-    interpreter.graph.memo.setdefault("named", {}).setdefault(weight.id, path)
     return Value(weight, x.dims)
 
 
@@ -123,7 +122,7 @@ def _quantiles(values: bytes | None) -> np.ndarray | None:
     return None if values is None else np.frombuffer(values)
 
 
-def _stacked_weight(interpreter: Interpreter, one: Value, x: Value, path: str) -> Value:
+def _stacked_weight(interpreter: Interpreter, one: Value, x: Value) -> Value:
     """Independent copies of a weight along a first dimension."""
     from varscale.theory.moments import independent
 
@@ -132,7 +131,6 @@ def _stacked_weight(interpreter: Interpreter, one: Value, x: Value, path: str) -
     weight = interpreter.graph.make(Leaf, axes, (), ("weight", x.node.id))
     table = independent(one.node.table.total_mean, one.node.table.mean_square, axes)
     weight.settle(table, odd=bool(one.node.odd), kurtosis=one.node.kurtosis, transport=one.node.transport)
-    interpreter.graph.memo.setdefault("named", {}).setdefault(weight.id, path)
     shifted = tuple(tuple(a if a.axis is None else a._replace(axis=a.axis + 1) for a in dim) for dim in one.dims)
     return Value(weight, ((Atom(x.shape[0], 0),), *shifted))
 

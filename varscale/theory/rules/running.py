@@ -20,7 +20,7 @@ from varscale.theory.axes import Axis, grouped
 from varscale.theory.derivatives import derivative
 from varscale.theory.draws import chosen, gaussian, joint, reduced
 from varscale.theory.elementwise import roots
-from varscale.theory.graph import Array, Node, View
+from varscale.theory.graph import Array, Leaf, Node, View
 from varscale.theory.interpreter import Complex, Interpreter, parts, rule
 from varscale.theory.layout import Value, align, broadcast_in_dim, materialize, merged
 from varscale.theory.moments import Table, estimate, lift
@@ -119,7 +119,7 @@ class Recurrence:
     def roots(self) -> tuple[View, ...]:
         """The random arrays that its elements are functions of, over the frame."""
         found = (root.within(view.bind) for view in self.views for root in roots(view.node))
-        return tuple(dict.fromkeys(view for view in found if not isinstance(view.node, Array)))
+        return tuple(dict.fromkeys(view for view in found if _flows(view.node)))
 
     @functools.cached_property
     def _slopes(self) -> list[tuple[int, int, View]]:
@@ -127,7 +127,7 @@ class Recurrence:
         out = []
         for i, view in enumerate(self.views):
             for root in roots(view.node):
-                slope = None if isinstance(root.node, Array) else derivative(view.node, root)
+                slope = derivative(view.node, root) if _flows(root.node) else None
                 if slope is not None:
                     out.append((i, self.roots.index(root.within(view.bind)), slope.within(view.bind)))
         return out
@@ -156,6 +156,11 @@ class Recurrence:
             if np.allclose(other, -self.run(*flat)[which], rtol=1e-4, atol=1e-6):
                 found |= bits
         return found
+
+
+def _flows(node: Node) -> bool:
+    """Whether gradients flow into a root."""
+    return not isinstance(node, Array) and not (isinstance(node, Leaf) and node.is_bits)
 
 
 class Running(Node):
