@@ -49,7 +49,7 @@ def test_gaussian_draws_and_estimates_invert_each_other():
     made = (both + rows + shared) * np.array([1.0, 1.0, 2.0])[:, None, None] + columns
     truth = np.mean([estimate(x, axes).second for x in np.moveaxis(made, -1, 0)], axis=0)
     # Any average of outer products is a covariance, and so is what is left when its classes are pooled.
-    x = gaussian(truth, axes, 40_000, np.random.default_rng(1))
+    x = gaussian(truth, axes, [np.arange(3), np.arange(4)], 40_000, np.random.default_rng(1))
     found = estimate(x, [Axis(len(x)), *axes]).second[0]
     np.testing.assert_allclose(found, truth, atol=0.25)
 

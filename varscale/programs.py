@@ -218,11 +218,21 @@ def is_dynamic(leaf: Any) -> bool:
     )
 
 
+def _is_live(leaf: Any) -> bool:
+    """Whether a captured array can be used here: that of a method which ran inside a plain `jax.vmap` cannot."""
+    if isinstance(leaf, jax.core.Tracer):
+        try:
+            jnp.copy(leaf)
+        except jax.errors.UnexpectedTracerError:
+            return False
+    return True
+
+
 def rename(captures: Mapping[str, Any], output: Any) -> dict[str, Any]:
     """Every array of the captures and of the model's own output, by row path, the output last."""
     rows: dict[str, Any] = {}
     for path, value in captures.items():
         if path != "":
-            rows.update(leaf_paths(path, value))
+            rows.update((row, leaf) for row, leaf in leaf_paths(path, value) if _is_live(leaf))
     rows.update(leaf_paths("", output))
     return rows

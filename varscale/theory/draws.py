@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -14,6 +14,7 @@ from varscale.theory.cross import cross, mean_product
 from varscale.theory.elementwise import Apply, Sum, roots
 from varscale.theory.graph import Array, Constant, Leaf, Node, View
 from varscale.theory.quadrature import Environment, Z, evaluate, marginal
+from varscale.theory.rules.joining import Concat
 
 Positions = Sequence[Int[np.ndarray, " kept"]]
 
@@ -34,34 +35,40 @@ def reduced(axis: Axis, positions: Int[np.ndarray, " kept"]) -> Axis:
 
 
 def gaussian(
-    covariance: Float[np.ndarray, "..."], axes: Sequence[Axis], replicates: int, rng: np.random.Generator
+    covariance: Float[np.ndarray, "..."],
+    axes: Sequence[Axis],
+    positions: Positions,
+    replicates: int,
+    rng: np.random.Generator,
 ) -> Float[np.ndarray, "replicates ..."]:
-    """Zero-mean Gaussian arrays over axes of a given covariance by type.
+    """Zero-mean Gaussian arrays of a given covariance by type, at some positions of its axes.
 
     The law is that of a crossed random-effects model: for every set of axes, an effect that is drawn anew at each of their
     positions and shared along the others, there with one value a class.
     """
-    rank = len(axes)
+    labels = [axis.label_array[kept] for axis, kept in zip(axes, positions, strict=True)]
     blocks = covariance.reshape([axis.types for axis in axes])
-    out = np.zeros((replicates, *[axis.size for axis in axes]))
-    for own in itertools.product((True, False), repeat=rank):
+    out = np.zeros((replicates, *map(len, positions)))
+    for own in itertools.product((True, False), repeat=len(axes)):
         part = blocks
         for k, (axis, anew) in enumerate(zip(axes, own, strict=True)):
             c = axis.classes
             same, different = np.split(part, [c], axis=k)
             part = same - np.take(different, np.arange(c) * (c + 1), axis=k) if anew else different
-        drawn = _effect(part, axes, own, replicates, rng)
-        if drawn is not None:
-            out += drawn
+        if np.max(np.abs(part)) > 1e-14:
+            out += _effect(part, axes, labels, own, replicates, rng)
     return out
 
 
 def _effect(
-    part: np.ndarray, axes: Sequence[Axis], own: Sequence[bool], replicates: int, rng: np.random.Generator
-) -> np.ndarray | None:
+    part: np.ndarray,
+    axes: Sequence[Axis],
+    labels: Sequence[np.ndarray],
+    own: Sequence[bool],
+    replicates: int,
+    rng: np.random.Generator,
+) -> np.ndarray:
     """One effect: independent along the axes in `own`, correlated between the classes of the others."""
-    if np.max(np.abs(part)) < 1e-14:
-        return None
     mine = [k for k, anew in enumerate(own) if anew]
     others = [k for k, anew in enumerate(own) if not anew]
     classes = [axes[k].classes for k in others]
@@ -73,45 +80,60 @@ def _effect(
     values, vectors = np.linalg.eigh((matrix + np.swapaxes(matrix, -1, -2)) / 2)
     factor = vectors * np.sqrt(np.maximum(values, 0.0))[..., None, :]
     for place, k in enumerate(mine):
-        factor = np.take(factor, axes[k].label_array, axis=place)
-    noise = rng.standard_normal((replicates, *[axes[k].size for k in mine], total))
-    effect = (factor @ noise[..., None])[..., 0].reshape([replicates, *[axes[k].size for k in mine], *classes])
+        factor = np.take(factor, labels[k], axis=place)
+    sizes = [len(labels[k]) for k in mine]
+    noise = rng.standard_normal((replicates, *sizes, total))
+    effect = (factor @ noise[..., None])[..., 0].reshape([replicates, *sizes, *classes])
     for place, k in enumerate(others):
-        effect = np.take(effect, axes[k].label_array, axis=1 + at + place)
+        effect = np.take(effect, labels[k], axis=1 + at + place)
     return effect.transpose([0, *(1 + i for i in np.argsort([*mine, *others]))])
 
 
-def joint(
-    views: Sequence[View], frame: Sequence[Axis], positions: Positions, replicates: int, rng: np.random.Generator
-) -> list[Float[np.ndarray, "..."]]:
-    """Several views over one frame, drawn together: what they have in common is the same in all.
+class Drawing:
+    """Views over one frame drawn together: what they have in common is the same in all."""
 
-    Returns:
-        A view an array, (positions or 1 ..., replicates): 1 where it does not have an axis.
-    """
-    env: Environment = {}
-    drawn: dict[int, np.ndarray] = {}
+    def __init__(self, frame: Sequence[Axis], replicates: int, rng: np.random.Generator):
+        self.frame, self.replicates, self.rng = frame, replicates, rng
+        self.drawn: dict[Hashable, np.ndarray] = {}
 
-    def fill(view: View) -> None:
+    def values(self, view: View, positions: Positions) -> Float[np.ndarray, "..."]:
+        """A view at some positions of the frame, (positions or 1 ..., replicates or 1): 1 where it does not have an axis."""
+        env: Environment = {}
         for root in roots(view.node):
-            node, bind = placed = root.within(view.bind)
-            if (node.id, bind) in env:
-                continue
-            if isinstance(node, Sum) and _unrelated(node):
-                terms = [term.within(bind) for term in node.args]
-                for term in terms:
-                    fill(term)
-                env[placed.node.id, bind] = sum(
-                    (c * evaluate(term, frame, env) for c, term in zip(node.params, terms, strict=True)), np.zeros(1)
-                )
-                continue
-            if node.id not in drawn:
-                drawn[node.id] = _root(node, [positions[b] for b in bind], replicates, rng)
-            env[node.id, bind] = _placed(drawn[node.id], bind, len(frame))
+            own = root.within(view.bind)
+            env[own.node.id, own.bind] = self._root(own, positions)
+        return evaluate(view, self.frame, env)
 
-    for view in views:
-        fill(view)
-    return [evaluate(view, frame, env) for view in views]
+    def _root(self, view: View, positions: Positions) -> np.ndarray:
+        node, bind = view
+        if isinstance(node, Sum) and _unrelated(node):
+            terms = [c * self.values(term.within(bind), positions) for c, term in zip(node.params, node.args, strict=True)]
+            return sum(terms, np.zeros(1))
+        if isinstance(node, Concat):
+            return self._joined(node, bind, positions)
+        own = [positions[place] for place in bind]
+        key = node.id, tuple(kept.tobytes() for kept in own)
+        if key not in self.drawn:
+            self.drawn[key] = _drawn(node, own, self.replicates, self.rng)
+        return _placed(self.drawn[key], bind, len(self.frame))
+
+    def _joined(self, node: Concat, bind: tuple[int, ...], positions: Positions) -> np.ndarray:
+        """The parts, each at those of the positions that lie in it."""
+        along, sizes = node.params
+        place, start, found = bind[along], 0, []
+        for size, part in zip(sizes, node.args, strict=True):
+            inside = positions[place][(positions[place] >= start) & (positions[place] < start + size)] - start
+            start += size
+            if len(inside):
+                there = [inside if k == place else kept for k, kept in enumerate(positions)]
+                values = self.values(part.within(bind), there)
+                found.append(np.moveaxis(np.broadcast_to(values, _with(values.shape, place, len(inside))), place, 0))
+        wide = np.broadcast_shapes(*(x.shape[1:] for x in found))
+        return np.moveaxis(np.concatenate([np.broadcast_to(x, (len(x), *wide)) for x in found]), 0, place)
+
+
+def _with(shape: tuple[int, ...], place: int, size: int) -> tuple[int, ...]:
+    return (*shape[:place], size, *shape[place + 1 :])
 
 
 _RELATED = 0.1  # of the smaller term's mean square: a correlation that may be lost when terms are drawn one by one
@@ -144,16 +166,16 @@ def _placed(numbers: np.ndarray, bind: Sequence[int], rank: int) -> np.ndarray:
     return np.moveaxis(numbers.transpose([0, *(1 + k for k in order)]).reshape(-1, *shape), 0, -1)
 
 
-def _root(node: Node, positions: Positions, replicates: int, rng: np.random.Generator) -> np.ndarray:
+def _drawn(node: Node, positions: Positions, replicates: int, rng: np.random.Generator) -> np.ndarray:
     """A root's values at these positions, (replicates or 1, ...)."""
     if isinstance(node, Array):
         return np.asarray(node.values, float)[np.ix_(*positions)][None]
     law = marginal(node)
-    axes = [reduced(axis, kept) for axis, kept in zip(node.axes, positions, strict=True)]
-    latents = gaussian(law.correlation, axes, replicates, rng)
+    latents = gaussian(law.correlation, node.axes, positions, replicates, rng)
     values = np.broadcast_to(law.values, (*[axis.classes for axis in node.axes], len(Z)))
+    labels = [axis.label_array[kept] for axis, kept in zip(node.axes, positions, strict=True)]
     out = np.empty_like(latents)
     for cell in np.ndindex(*values.shape[:-1]):
-        index = np.ix_(np.arange(replicates), *[np.flatnonzero(a.label_array == c) for a, c in zip(axes, cell, strict=True)])
+        index = np.ix_(np.arange(replicates), *[np.flatnonzero(own == c) for own, c in zip(labels, cell, strict=True)])
         out[index] = np.interp(latents[index], Z, values[cell])
     return out

@@ -18,7 +18,7 @@ import numpy as np
 
 from varscale.theory.axes import Axis, grouped
 from varscale.theory.derivatives import derivative
-from varscale.theory.draws import chosen, gaussian, joint, reduced
+from varscale.theory.draws import Drawing, chosen, gaussian, reduced
 from varscale.theory.elementwise import roots
 from varscale.theory.graph import Array, Leaf, Node, View
 from varscale.theory.interpreter import Complex, Interpreter, parts, rule
@@ -70,8 +70,8 @@ class Recurrence:
     def draw(self, views: Sequence[View], replicates: int) -> list[np.ndarray]:
         """Views over the frame, drawn together, (positions..., replicates)."""
         shape = [*(len(p) for p in self.positions), replicates]
-        drawn = joint(views, self.frame, self.positions, replicates, np.random.default_rng(0))
-        return [np.broadcast_to(x, shape).astype(np.float32) for x in drawn]
+        drawing = Drawing(self.frame, replicates, np.random.default_rng(0))
+        return [np.broadcast_to(drawing.values(view, self.positions), shape).astype(np.float32) for view in views]
 
     @functools.cached_property
     def run(self) -> Callable[..., list[jax.Array]]:
@@ -89,7 +89,9 @@ class Recurrence:
     @functools.cached_property
     def outputs(self) -> list[np.ndarray]:
         """Its outputs on draws of its elements, (positions..., replicates)."""
-        return [np.asarray(x, float) for x in self.run(*self.draw(self.views, self.replicates))]
+        # A maximum or a log-sum of nothing is infinite; what comes after never reads it.
+        drawn = self.run(*self.draw(self.views, self.replicates))
+        return [np.nan_to_num(np.asarray(x, float), nan=0.0, posinf=0.0, neginf=0.0) for x in drawn]
 
     def back(self, which: int, cotangent: np.ndarray, axes: Sequence[Axis], kept: Sequence[int]) -> list[np.ndarray]:
         """Cotangents of its roots, (positions..., replicates), for Gaussian ones of an output with these moments by type.
@@ -103,8 +105,8 @@ class Recurrence:
             kept: where they are in the frame; along the other axes of the frame only the first position is given any.
         """
         replicates = min(self.replicates, 256)
-        own = [reduced(axis, self.positions[k]) for axis, k in zip(axes, kept, strict=True)]
-        drawn = np.moveaxis(gaussian(cotangent, own, replicates, np.random.default_rng(1)), 0, -1)
+        positions = [self.positions[k] for k in kept]
+        drawn = np.moveaxis(gaussian(cotangent, axes, positions, replicates, np.random.default_rng(1)), 0, -1)
         seed = np.zeros([*map(len, self.positions), replicates], np.float32)
         seed[tuple(slice(None) if k in kept else 0 for k in range(len(self.frame)))] = drawn
         drawn = self.draw([*self.views, *(slope for _, _, slope in self._slopes)], replicates)

@@ -33,7 +33,7 @@ def draw(node: Node, sizes: Sequence[int], replicates: int, rng: np.random.Gener
         else:
             law = marginal(root.node)
             pooled = _pooled(root.node, law.correlation)
-            latents = gaussian(pooled.second, [Axis(n) for n in own], replicates, rng)
+            latents = gaussian(pooled.second, pooled.axes, [np.arange(n) for n in own], replicates, rng)
             line = np.asarray(law.values, float)
             for axis in root.node.axes:
                 line = np.tensordot(axis.counts / axis.size, line, axes=(0, 0))
