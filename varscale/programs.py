@@ -207,8 +207,14 @@ def leaf_paths(path: str, output: Any) -> Iterable[tuple[str, Any]]:
     """
     for keys, leaf in jax.tree_util.tree_flatten_with_path(output)[0]:
         if hasattr(leaf, "shape") and hasattr(leaf, "dtype") and not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            fields = [jax.tree_util.DictKey(k.name) if isinstance(k, jax.tree_util.GetAttrKey) else k for k in keys]
-            yield path + jax.tree_util.keystr(tuple(fields)), leaf
+            yield path + jax.tree_util.keystr(tuple(_plain(key) for key in keys)), leaf
+
+
+def _plain(key: Any) -> Any:
+    """A field of a dataclass as its name, a place in some other container as its number."""
+    if isinstance(key, jax.tree_util.GetAttrKey):
+        return jax.tree_util.DictKey(key.name)
+    return jax.tree_util.SequenceKey(key.key) if isinstance(key, jax.tree_util.FlattenedIndexKey) else key
 
 
 def is_dynamic(leaf: Any) -> bool:

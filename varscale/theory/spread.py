@@ -76,6 +76,7 @@ def _kernel(node: Node) -> Spread:
     from varscale.theory.rules.convolution import Conv
     from varscale.theory.rules.linear import Contract
     from varscale.theory.rules.reductions import Mean
+    from varscale.theory.rules.running import Running
     from varscale.theory.rules.units import Softmax
 
     if isinstance(node, Leaf | Array | Constant | Softmax) or not node.args:
@@ -113,6 +114,10 @@ def _kernel(node: Node) -> Spread:
         if isinstance(inner, Apply) and inner.params == ("integer_pow", (2,)):
             return combine([(2.0, full(inner.args[0].node))])
         return inherited(inner)
+    if isinstance(node, Running):
+        linear_in = next((view.node for view in node.args if view.node.odd & node.odd), None)
+        spread = NONE if linear_in is None else inherited(linear_in)
+        return dataclasses.replace(spread, sources={**spread.sources, ~node.id: math.sqrt(node.fluctuation)})
     return inherited(node.args[0].node)
 
 
@@ -154,8 +159,23 @@ def inherited(node: Node) -> Spread:
             curved += curvature * spread.point / 2
             bent += abs(curvature) * spread.point / 2
         out = combine(terms)
+        out = dataclasses.replace(out, sources={**out.sources, **_scalings(node)})
         memo[key] = dataclasses.replace(out, shift=out.shift + float(np.clip(curved, -0.5, 0.5)), bend=out.bend + bent)
     return memo[key]
+
+
+def _scalings(node: Apply) -> dict[int, float]:
+    """Sources of a product's random scales: the mean square of n drawn numbers varies by (E[f⁴]/E[f²]² − 1)/n."""
+    found = {}
+    for factor in factors(View(node, tuple(range(len(node.axes)))))[1]:
+        own = roots(factor.node)
+        if len(own) == 1 and isinstance(own[0].node, Leaf) and own[0].node.name[0] != "input" and own[0].node.random:
+            squares = np.asarray(evaluate(factor, node.axes, {}), float) ** 2
+            line = squares.reshape(-1, squares.shape[-1]).mean(axis=0)
+            units = math.prod(axis.size for axis in own[0].node.axes)
+            if line.size > 1 and line @ WEIGHTS > 0:
+                found[~own[0].node.id] = math.sqrt(max(line**2 @ WEIGHTS / (line @ WEIGHTS) ** 2 - 1, 0.0) / units)
+    return found
 
 
 def full(node: Node) -> Spread:

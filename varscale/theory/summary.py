@@ -21,6 +21,7 @@ from varscale.theory.spread import full
 from varscale.theory.uses import weights
 
 _BAND = 2.5758  # 99 % of a normal
+_WIDEST = 25.0  # of ln(mean square): beyond that a draw can be anything, and the row's confidence says so
 GRADIENT_BASE = 0.05  # gradient independence itself, at width 256
 _ROUNDING = 4e-3  # what second order and a norm's epsilon leave where first order finds no fluctuation at all
 
@@ -49,8 +50,9 @@ def _row(program: Program, path: str, x: Value, gradient: tuple[float, float] | 
     table = x.node.table
     spread = full(x.node)
     mean, second = table.total_mean, table.mean_square * (1 + spread.shift)
-    typical = second * math.exp(-spread.variance / 2)
-    reach = _BAND * math.sqrt(spread.variance) + _ROUNDING
+    variance = min(spread.variance, _WIDEST)
+    typical = second * math.exp(-variance / 2)
+    reach = _BAND * math.sqrt(variance) + _ROUNDING
     how, confidence = provenance(x.node)
     band = (typical * math.exp(-reach), typical * math.exp(reach))
     return Row(

@@ -192,6 +192,24 @@ class Running(Node):
             return Table(table.axes, np.zeros_like(table.mean), table.second)
         return table
 
+    @functools.cached_property
+    def fluctuation(self) -> float:
+        """Relative variance of the mean square over draws of the parameters that it reads: finitely many rates of decay.
+
+        Two samples of one draw share its parameters and nothing else, so the covariance of their mean squares is due to them.
+        """
+        frame = range(len(self.recurrence.frame))
+        drawn = {k for view in self.args if isinstance(view.node, Leaf) and view.node.name[0] != "input" for k in view.bind}
+        samples = next((k for k in frame if k not in drawn and k != self.recurrence.axis), None)
+        drawn -= {self.recurrence.axis}
+        if not drawn or samples is None:
+            return 0.0
+        squares = self.recurrence.outputs[self.params[1]] ** 2
+        each = squares.mean(axis=tuple(k for k in frame if k not in drawn and k != samples), keepdims=True)
+        one, other = np.take(each, 0, axis=samples), np.take(each, 1, axis=samples)
+        shared = float(np.mean(one * other) / max(np.mean(one) * np.mean(other), 1e-300)) - 1
+        return max(shared, 0.0) / math.prod(self.recurrence.frame[k].size for k in drawn)
+
     def _own(self, numbers: np.ndarray) -> np.ndarray:
         """Of numbers over the recurrence's frame, those over this output's axes: along the others it is constant."""
         kept = self.params[2]
