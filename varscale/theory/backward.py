@@ -171,7 +171,7 @@ def _elementwise(node: Apply, part: Cotangent, asked: dict[int, Node], pending: 
         if held:
             inverse = _inverse_scale(root, held[0])
             back = (back - _projection(node, root, held[0], part.second)) * inverse
-            doubt += _NORM_DOUBT * (inverse - 1)
+            doubt += _NORM_DOUBT * (inverse - 1) + doubt_of(root.node)  # 1/v is off by as much as v is
         pending.add(root.node, Cotangent(back, doubt, _mask(node, root)))
     for view in _within(node, asked):
         back = _through(node, view, part)
@@ -293,7 +293,22 @@ def _inverse_scale(root: View, scale: View) -> float:
     for k in reversed(range(len(table.axes))):
         axis = table.axes[k]
         rho = contract_axis(rho, k, axis.same if root.bind[k] in scale.bind else axis.any_pair)
-    return 1 / (1 - min(2 * float(rho), 0.9))
+    return 1 / (1 - min(2 * float(rho) * (1 - _normalised_before(root.node, scale)), 0.9))
+
+
+def _normalised_before(node: Node, scale: View) -> float:
+    """The part of a norm's variance that cannot fluctuate: Σ share² over the terms that a norm has just put out."""
+    while isinstance(node, Sum) and any(type(v.node).__name__ == "Mean" for v in node.args):  # centred
+        node = max(zip(node.params, node.args, strict=True), key=lambda t: t[0] ** 2 * t[1].node.table.mean_square)[1].node
+    if not isinstance(node, Sum):
+        return 0.0
+    whole = max(sum(c * c * v.node.table.mean_square for c, v in zip(node.params, node.args, strict=True)), 1e-300)
+    out = 0.0
+    for c, view in zip(node.params, node.args, strict=True):
+        groups = [g for g in companions(view.node).values() if len(g) == 2] if isinstance(view.node, Apply) else []
+        if len(groups) == 1 and len(groups[0][1].bind) == len(scale.bind) and set(roots(view.node)) == set(groups[0]):
+            out += (c * c * view.node.table.mean_square / whole) ** 2
+    return out
 
 
 def _within(node: Apply, asked: dict[int, Node]) -> list[View]:

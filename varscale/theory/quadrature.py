@@ -131,6 +131,7 @@ def followed(array: Array, leader: Array) -> np.ndarray:
 
 
 _MOST_CELLS = 9
+_STRAIGHT = 0.995  # share of a term's variance that is linear in a normal, above which the term is as good as Gaussian
 
 
 def _convolved(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -153,13 +154,9 @@ def _sum_quantiles(root: Sum, table: Table, deviation: np.ndarray) -> np.ndarray
     for c, view in zip(root.params, root.args, strict=True):
         if isinstance(view.node, Constant):
             return None
-        own = roots(view.node)
-        variance = c * c * view.node.table.variance
-        single = len(own) == 1 and not (isinstance(view.node, Apply) and view.node.table.variance == 0)
-        shares.append(
-            0.0 if single and own[0].node is view.node and marginal(view.node).gaussian else variance if single else 0.0
-        )
-        parts.append((c, view, own if single else ()))
+        live = _shaping(view, root.axes)
+        shares.append(c * c * view.node.table.variance if live else 0.0)
+        parts.append((c, view, live))
     # A tenth of the variance moves a fourth moment by a hundredth: below that the sum is as good as Gaussian.
     if sum(shares) < 0.1 * max(table.variance, 1e-300):
         return None
@@ -169,10 +166,9 @@ def _sum_quantiles(root: Sum, table: Table, deviation: np.ndarray) -> np.ndarray
     shapes = np.empty((*shape, POINTS))
     for cell in cells:
         line = np.zeros(POINTS)
-        for c, view, own in parts:
-            if own:
-                values = evaluate(View(view.node, view.bind), root.axes, {})
-                part = np.broadcast_to(values, (*shape, POINTS))[cell]
+        for c, view, live in parts:
+            if live:
+                part = np.broadcast_to(_line(view, live, root.axes), (*shape, POINTS))[cell]
             else:
                 part = view.node.table.total_mean + math.sqrt(view.node.table.variance) * Z
             line = _convolved(line, c * part)
@@ -180,6 +176,29 @@ def _sum_quantiles(root: Sum, table: Table, deviation: np.ndarray) -> np.ndarray
         std = math.sqrt(max(WEIGHTS @ line**2 - mean**2, 1e-300))
         shapes[cell if len(cells) > 1 else ...] = (line - mean) / std
     return table.mean[..., None] + deviation[..., None] * shapes
+
+
+def _shaping(view: View, axes: Sequence[Axis]) -> tuple[View, ...]:
+    """The one root of a term, over these axes, that gives it its shape; none where there is no such root, or it is Gaussian."""
+    node = view.node
+    own = [r.within(view.bind) for r in roots(node)]
+    if len(own) == 1:
+        plain = (isinstance(node, Apply) and node.table.variance == 0) or (own[0].node is node and marginal(node).gaussian)
+        return () if plain else tuple(own)
+    live = [r for r in own if not concentrated(r.node)]  # the scale of a norm is as good as a number
+    if len(live) != 1:
+        return ()
+    line = _line(view, live, axes)
+    variance = line**2 @ WEIGHTS - (line @ WEIGHTS) ** 2
+    straight = np.all((line * Z @ WEIGHTS) ** 2 >= _STRAIGHT * variance)
+    return () if straight else tuple(live)
+
+
+def _line(view: View, live: Sequence[View], axes: Sequence[Axis]) -> np.ndarray:
+    """A term on the normal grid of its one live root, the other roots held at their means, (classes or 1..., points)."""
+    held = [r for r in (x.within(view.bind) for x in roots(view.node)) if r not in live]
+    env: Environment = {(r.node.id, r.bind): r.mean(axes)[..., None] for r in held}
+    return evaluate(view, axes, env)
 
 
 def by_type(x: np.ndarray, axes: Sequence[Axis], *, second: bool) -> np.ndarray:
@@ -294,7 +313,7 @@ def _reciprocal(node: Node) -> Node:
 
 def concentrated(root: Node) -> bool:
     """Whether a root is nearly a number: a positive average, or one with little variance."""
-    if isinstance(root, Array | Leaf):
+    if isinstance(root, Array | Leaf) or root.weights:
         return False
     mean, variance = root.table.total_mean, root.table.variance
     return mean != 0 and (root.positive or variance < CONCENTRATED * mean**2)

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
 import numpy as np
+from scipy import special
 
 from varscale.programs import Program
 from varscale.report import How, Report, Row
@@ -55,6 +56,8 @@ def _row(program: Program, path: str, x: Value, gradient: tuple[float, float] | 
     reach = _BAND * math.sqrt(variance) + _ROUNDING
     how, confidence = provenance(x.node)
     band = (typical * math.exp(-reach), typical * math.exp(reach))
+    if gradient is not None:
+        gradient = _of_one_copy(x, *gradient)
     return Row(
         path=path,
         kind=_kind(program, path),
@@ -71,6 +74,15 @@ def _row(program: Program, path: str, x: Value, gradient: tuple[float, float] | 
         confidence=confidence,
         gradient_confidence=None if gradient is None else GRADIENT_BASE + gradient[1],
     )
+
+
+def _of_one_copy(x: Value, gradient: float, doubt: float) -> tuple[float, float]:
+    """The gradient at one place of a value that repeats: copies share the node's evenly, if theirs are independent.
+
+    If all n are one and the same, each has 1/n² of it rather than 1/n.
+    """
+    copies = math.prod(a.size for dim in x.dims for a in dim if a.axis is None)
+    return gradient / copies, doubt + (copies - 1)
 
 
 def correlation(x: Value, dims: list[int]) -> float | None:
@@ -94,6 +106,7 @@ def correlation(x: Value, dims: list[int]) -> float | None:
 def _gradients(values: Mapping[str, Value]) -> dict[int, tuple[float, float]]:
     paths = [p for p in values if p == "" or p.startswith("[")] or list(values)[-1:]
     seeds = []
+    aliases: dict[int, set[Any]] = {}
     for path in paths:
         x = values[path]
         node = x.node
@@ -101,4 +114,13 @@ def _gradients(values: Mapping[str, Value]) -> dict[int, tuple[float, float]]:
         repeat = math.prod(a.size for dim in x.dims for a in dim if a.axis is None)
         second[tuple(slice(0, a.classes) for a in node.axes)] = float(repeat)
         seeds.append((node, second))
-    return cotangents(seeds, [x.node for x in values.values()])
+        aliases.setdefault(node.id, set()).add(x.dims)
+    found = cotangents(seeds, [x.node for x in values.values()])
+    few = _few_outputs(min(math.prod(values[p].shape) for p in paths))
+    # Of several outputs that are one array in other shapes, a change of one is no change of the others.
+    return {i: (g, doubt + few + len(aliases.get(i, {None})) - 1) for i, (g, doubt) in found.items()}
+
+
+def _few_outputs(n: int) -> float:
+    """How far the typical gradient lies below the mean one where only n numbers flow back: E ln χ²ₙ/n = ψ(n/2) − ln(n/2)."""
+    return math.expm1(math.log(n / 2) - float(special.digamma(n / 2)))

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from varscale.theory.axes import Axis, contract_axis
 from varscale.theory.elementwise import Apply, Sum, roots
 from varscale.theory.graph import Node
 from varscale.theory.moments import lift
@@ -20,26 +23,38 @@ def tilted(node: Any) -> np.ndarray | float:
     the second moment gains (q_v − C_v) (E[(Σ p l)²]/s² − Σ p²) / D: O(1/D), against O(1/T) for the rest.
     """
     for p, v in (node.args, node.args[::-1]):
-        if not isinstance(p.node, Softmax) or len(p.node.params) != 1:
+        if not isinstance(p.node, Softmax):
             continue
-        key = p.bind[p.node.params[0]]
+        keys = [p.bind[k] for k in p.node.params]
         width = _token_width(v.node)
-        if key not in v.bind or width is None:
+        if not set(keys) <= set(v.bind) or width is None:
             return 0.0
         frame = node.frame
         values = np.broadcast_to(v.second(frame), [n if (k in v.bind) else 1 for k, n in enumerate(a.types for a in frame)])
-        axis = frame[key]
-        c = axis.classes
-        diagonal = [c + i * (c + 1) for i in range(c)]
-        deviation = np.maximum(np.take(values, range(c), axis=key) - np.take(values, diagonal, axis=key), 0.0)
-        shares = (axis.counts / axis.size).reshape([c if k == key else 1 for k in range(len(frame))])
-        deviation = (deviation * shares).sum(axis=key)
+        deviation = np.maximum(_deviation(values, keys, frame), 0.0)
         rows = p.node.rows()
-        gain = lift(p.node.tilt, [p.node.axes[k] for k in rows], [p.bind[k] for k in rows], frame, pairs=True).squeeze(key)
+        gain = lift(p.node.tilt, [p.node.axes[k] for k in rows], [p.bind[k] for k in rows], frame, pairs=True)
+        gain = gain.squeeze(tuple(keys))
         # Of the correlation between a logit and a value only the first power is here.
         node.graph.flag("quadrature", 0.05)
         return np.broadcast_to(deviation * gain / width, node.frame_types)
     return 0.0
+
+
+def _deviation(values: np.ndarray, keys: Sequence[int], frame: Sequence[Axis]) -> np.ndarray:
+    """What a value varies by along the keys, those of one class compared with each other; several axes are one of one class."""
+    if len(keys) == 1:
+        axis = frame[keys[0]]
+        c = axis.classes
+        diagonal = [c + i * (c + 1) for i in range(c)]
+        apart = np.take(values, range(c), axis=keys[0]) - np.take(values, diagonal, axis=keys[0])
+        shares = (axis.counts / axis.size).reshape([c if k == keys[0] else 1 for k in range(len(frame))])
+        return np.maximum(apart * shares, 0.0).sum(axis=keys[0])
+    same, mean = values, values
+    for k in sorted(keys, reverse=True):
+        same, mean = contract_axis(same, k, frame[k].same), contract_axis(mean, k, frame[k].any_pair)
+    n = math.prod(frame[k].size for k in keys)
+    return (same - mean) * n / (n - 1)
 
 
 def _token_width(node: Node) -> float | None:

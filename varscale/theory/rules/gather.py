@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import itertools
 import math
 from collections.abc import Sequence
@@ -12,7 +14,7 @@ import numpy as np
 from varscale.theory import layout
 from varscale.theory.axes import Axis, contract_axis, labelled
 from varscale.theory.elementwise import roots
-from varscale.theory.graph import Array, Leaf, Node, View
+from varscale.theory.graph import Array, Graph, Leaf, Node, View
 from varscale.theory.interpreter import Interpreter, rule
 from varscale.theory.layout import Atom, Value
 from varscale.theory.moments import Table
@@ -39,9 +41,10 @@ def repeat_rates(ids: np.ndarray) -> np.ndarray:
 
 
 class Gather(Node):
-    """Rows of a table by index; `params` is (row axes of the table, out axes that are indices, repeat rates, rows, classes).
+    """Rows of a table by index; `params` is (row axes of the table, index axes of the output, repeat rates, rows, classes, ids).
 
     Where the rows have classes and the indices are one known axis, `classes` are those of the rows behind its own classes.
+    `ids` tells one array of indices from another: the key of known ones in the graph's store, or the node of unknown ones.
 
     The frame of its view is this node's axes and then the rows' own.
     """
@@ -49,9 +52,19 @@ class Gather(Node):
     def prepare(self) -> None:
         self.odd, self.positive = self.args[0].node.odd, self.args[0].node.positive
 
+    @property
+    def known(self) -> np.ndarray | None:
+        """The indices, flat, where they are known."""
+        return self.graph.memo.get(("indices", self.params[5]))
+
+    @property
+    def line(self) -> np.ndarray | None:
+        """The known indices where they run over one axis and pick along one."""
+        return self.known if len(self.params[0]) == len(self.params[1]) == 1 else None
+
     def rates(self) -> np.ndarray:
         """P(same row) over the types of the index axes."""
-        _, index_axes, rates, rows, _ = self.params
+        _, index_axes, rates, rows = self.params[:4]
         if rates is None:
             out = np.full((2,) * len(index_axes), 1.0 / rows)
             out[(0,) * len(index_axes)] = 1.0
@@ -59,7 +72,7 @@ class Gather(Node):
         return np.array(rates).reshape((2,) * len(index_axes))
 
     def compute(self) -> Table:
-        row_axes, index_axes, _, _, classes = self.params
+        row_axes, index_axes, _, _, classes, _ = self.params
         view = self.args[0]
         table = view.node.table
         if classes:
@@ -87,7 +100,7 @@ class Gather(Node):
 
     def _by_class(self, table: Table) -> Table:
         """Two indices give one row at the rate they repeat, which only indices of one class do."""
-        (row,), (index,), _, _, classes = self.params
+        (row,), (index,), _, _, classes, _ = self.params
         axis, own = table.axes[row], self.axes[index]
         picked = np.array(classes)
         same = np.concatenate([picked, picked[own.first[own.classes :]]])
@@ -116,12 +129,13 @@ class Gather(Node):
         if None not in weights and weights[0] is not weights[1]:
             return np.zeros((1,) * len(frame))
         other = b.node
-        ids = [i for n in (self, other) if (i := self.graph.memo.get(("looked up", n.id))) is not None]
-        if not isinstance(other, Gather) or len(ids) < 2 or a.bind != b.bind:
+        if not isinstance(other, Gather) or self.args[0].node.axes != other.args[0].node.axes:
             return None
         x, y = self.args[0].node, other.args[0].node
-        if x.axes != y.axes or self.args[0].bind != other.args[0].bind or len(ids[0]) != len(ids[1]):
-            return None
+        ids = [i for n in (self, other) if (i := n.line) is not None]
+        same_places = a.bind == b.bind and self.args[0].bind == other.args[0].bind
+        if not same_places or len(ids) < 2 or len(ids[0]) != len(ids[1]):
+            return self._unrelated(other, a, b, frame)
         (row,), (index,) = self.params[0], self.params[1]
         axis = x.axes[row]
         own = tuple(range(len(x.axes)))
@@ -136,18 +150,93 @@ class Gather(Node):
         bind = [index if k == row else b for k, b in enumerate(self.args[0].bind)]
         return lift(second, [self.axes[k] for k in bind], [a.bind[k] for k in bind], frame, pairs=True)
 
+    def _unrelated(self, other: Gather, a: View, b: View, frame: Sequence[Axis]) -> np.ndarray | None:
+        """Two lookups at positions that have nothing to do with each other: any index of one meets any of the other."""
+        from varscale.theory.cross import cross
+        from varscale.theory.moments import lift
+
+        x, y = self.args[0].node, other.args[0].node
+        row_axes, rows = self.params[0], self.params[3]
+        kept = [k for k in range(len(x.axes)) if k not in row_axes]
+        places = [[view.bind[n.args[0].bind[k]] for k in kept] for n, view in ((self, a), (other, b))]
+        if row_axes != other.params[0] or places[0] != places[1]:
+            return None
+        own = tuple(range(len(x.axes)))
+        table = np.broadcast_to(cross(View(x, own), View(y, own), x.axes), x.frame_types)
+        same, mean = table, table
+        for k in sorted(row_axes, reverse=True):
+            same, mean = contract_axis(same, k, x.axes[k].same), contract_axis(mean, k, x.axes[k].any_pair)
+        rate = 1 / rows
+        if self.known is not None and other.known is not None:
+            one, two = (np.bincount(i, minlength=rows) / len(i) for i in (self.known, other.known))
+            rate = float(one[:rows] @ two[:rows])
+        different = (rows * mean - same) / max(rows - 1, 1)
+        second = rate * same + (1 - rate) * different
+        return lift(second, [x.axes[k] for k in kept], places[0], frame, pairs=True)
+
     def pullback(self, cotangent: np.ndarray) -> list[np.ndarray | None]:
-        """Cotangents add up in the rows they came from: n indices spread over the rows."""
-        row_axes, index_axes, _, rows, _ = self.params
-        view = self.args[0]
-        out = cotangent
-        count = math.prod(self.axes[k].size for k in index_axes)
-        for k in sorted(index_axes, reverse=True):
-            out = contract_axis(out, k, self.axes[k].same)
-        for k in sorted(row_axes):
-            axis = view.node.axes[k]
-            out = np.moveaxis(np.multiply.outer((np.arange(axis.types) < axis.classes).astype(float), out), 0, k)
-        return [out * count / rows]
+        """Cotangents add up in the rows they came from: a row gets as many pairs of them as there are indices that agree."""
+        row_axes, index_axes, _, rows = self.params[:4]
+        source, bind = self.args[0].node.axes, self.args[0].bind
+        known = self.line
+        if known is not None:
+            out = self._to_known_rows(cotangent, known)
+        else:
+            axes = [self.axes[k] for k in index_axes]
+            pairs = functools.reduce(np.multiply.outer, [a.pairs for a in axes], np.array(1.0))
+            rate = self.rates()[np.ix_(*[(np.arange(a.types) >= a.classes).astype(int) for a in axes])]
+            same, other = (
+                np.tensordot(w, cotangent, axes=(range(len(axes)), index_axes))
+                for w in (pairs * rate / rows, pairs * (1 - rate) / max(rows * (rows - 1), 1))
+            )
+            own = functools.reduce(
+                np.logical_and.outer, [np.arange(source[k].types) < source[k].classes for k in sorted(row_axes)], np.array(True)
+            )
+            out = np.multiply.outer(own, same) + np.multiply.outer(~own, other)
+        # Row axes come first here, then the others in the order of this node's axes; they go where the table has them.
+        kept = [k for k in range(len(source)) if k not in row_axes]
+        order = [*sorted(row_axes), *sorted(kept, key=lambda k: bind[k])]
+        return [out.transpose(np.argsort(order))]
+
+    def _to_known_rows(self, cotangent: np.ndarray, known: np.ndarray) -> np.ndarray:
+        """The same by class of the rows, where it is known how often each is looked up; the row axis first."""
+        (row,), (index,) = self.params[0], self.params[1]
+        axis, own = self.args[0].node.axes[row], self.axes[index]
+        counts = np.bincount(np.clip(known, 0, axis.size - 1), minlength=axis.size).astype(float)
+        alone, differ = contract_axis(cotangent, index, own.same), contract_axis(cotangent, index, own.different)
+        within, between = self._pairs_of_rows(known, alone, differ)
+        members = np.eye(axis.classes)[axis.label_array].T
+        number, squares = members @ counts, members @ counts**2
+        pairs = (np.outer(number, number) - np.diag(squares)).ravel() / np.maximum(axis.pairs[axis.classes :], 1.0)
+        one = np.multiply.outer(number / axis.counts, alone) + np.multiply.outer((squares - number) / axis.counts, within)
+        return np.concatenate([one, np.multiply.outer(pairs, between)])
+
+    def _pairs_of_rows(self, known: np.ndarray, alone: np.ndarray, differ: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """What two cotangents share on average within a row, and between rows: positions of one segment share theirs.
+
+        A sum by segment hands every position of it the same cotangent, and lookups that share a row seldom share a segment:
+        of the pairs that differ, those of one segment are taken out, as far as they go.
+        """
+        segments = self.graph.memo.get(("segmented", len(known)))
+        if segments is None:
+            return differ, differ
+        runs = lambda *x: np.unique(np.stack(x), axis=-1, return_counts=True)[1].astype(float)  # noqa: E731
+        pairs = lambda n: float(np.sum(n * (n - 1)))  # noqa: E731
+        total, rows, both, shared = (
+            pairs(np.array([float(len(known))])),
+            *map(pairs, (runs(known), runs(known, segments), runs(segments))),
+        )
+        # Pairs of one segment are as much alike as a position and itself, as far as that goes; what a softmax by segment took
+        # out (pairs are opposed) it took out within segments.
+        inside = np.where(
+            differ * alone > 0,
+            np.sign(alone) * np.minimum(np.abs(alone), np.abs(differ) * total / max(shared, 1.0)),
+            differ * total / max(shared, 1.0),
+        )
+        apart = (differ * total - inside * shared) / max(total - shared, 1.0)
+        within = (both * inside + (rows - both) * apart) / max(rows, 1.0)
+        between = ((shared - both) * inside + (total - rows - shared + both) * apart) / max(total - rows, 1.0)
+        return within, between
 
 
 def base_ids(node: Node) -> Node:
@@ -222,10 +311,18 @@ def gather(interpreter: Interpreter, eqn: Any, x: Value, ids: Value) -> Any:
     if labels is not None and index_axes and row_axes:
         own = axes[0].label_array
         classes = tuple(int(labels[np.argmax(own == c)]) for c in range(axes[0].classes))
-    node = interpreter.graph.make(Gather, axes, [view], (tuple(row_axes), index_axes, frozen, rows, classes))
-    if line is not None:
-        interpreter.graph.memo["looked up", node.id] = line
+    which = base_ids(ids.node).id if known is None else _stored(interpreter.graph, known, [x.shape[k] for k in picked])
+    node = interpreter.graph.make(Gather, axes, [view], (tuple(row_axes), index_axes, frozen, rows, classes, which))
     return Value(node, tuple(dims))
+
+
+def _stored(graph: Graph, known: np.ndarray, sizes: Sequence[int]) -> str:
+    """The key of known indices, flat and as numbers of whole rows, in the graph's store."""
+    flat = known.reshape(-1, known.shape[-1]).astype(int)
+    codes = np.ravel_multi_index(tuple(flat.T), tuple(sizes), mode="clip")
+    key = hashlib.sha1(codes.tobytes()).hexdigest()
+    graph.memo["indices", key] = codes
+    return key
 
 
 def _row_labels(x: Value, d: int, ids: np.ndarray) -> np.ndarray | None:

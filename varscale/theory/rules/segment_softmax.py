@@ -26,6 +26,7 @@ class SegmentSoftmax(Node):
     """Weights over axis 0; `params` is (key of the segments in the store, whether pairs are those within a segment)."""
 
     how = "quadrature"
+    weights = True
     gradient_doubt = 1.0
 
     def prepare(self) -> None:
@@ -57,7 +58,7 @@ class SegmentSoftmax(Node):
     def compute(self) -> Table:
         ids = self.graph.memo["segments", self.params[0]][0]
         # What weights and values share (both are projections of one node) is not counted, nor how masked edges are placed.
-        self.graph.flag("assumed", 0.6 if ids.min() >= 0 else 2.0)
+        self.graph.flag("assumed", 0.6 if ids.min() >= 0 else 0.8)
         sizes = np.array([n for n, _ in self.moments])
         live = sizes > 0
         square = np.array([m.square[0] for _, m in self.moments]) * live
@@ -76,15 +77,18 @@ class SegmentSoftmax(Node):
         return Table(self.axes, np.array(means), second)
 
     def pullback(self, cotangent: np.ndarray) -> list[np.ndarray | None]:
-        """∂p/∂l = p(δ − p): to first order in the size of the logits the weights are 1/n each."""
-        own = self.axes[0]
-        square = np.array([m.square[0] * (1 - 1 / max(n, 1.0)) for n, m in self.moments])
-        back = np.zeros(self.frame_types)
-        same = (np.arange(own.types) < own.classes).astype(float)
-        weights = same * square[own.first]
-        back[...] = cotangent * weights.reshape(-1, *[1] * (cotangent.ndim - 1))
+        """∂p/∂l = p(δ − p): to first order in the size of the logits the weights are 1/n each, and a segment sums to zero."""
         from varscale.theory.backward import sum_out
 
+        own = self.axes[0]
+        c = own.classes
+        square = np.array([m.square[0] * (1 - 1 / max(n, 1.0)) for n, m in self.moments])
+        weights = np.zeros(own.types)
+        weights[:c] = square
+        diagonal = [c + i * (c + 1) for i in range(c)]
+        weights[diagonal] = -square * own.counts / np.maximum(own.pairs[diagonal], 1.0)
+        own_cotangent = np.broadcast_to(cotangent, self.frame_types)[own.first]
+        back = own_cotangent * weights.reshape(-1, *[1] * (cotangent.ndim - 1))
         return [sum_out(back, self.axes, self.args[0])]
 
 

@@ -93,7 +93,7 @@ class SegmentSum(Node):
         if None not in weights_of and weights_of[0] is not weights_of[1]:
             return np.zeros((1,) * len(frame))
         looked, bind = self.args[0].node, b.bind
-        known = self.graph.memo.get(("looked up", looked.id))
+        known = looked.line if isinstance(looked, Gather) else None
         if not isinstance(looked, Gather) or known is None or sorted(bind) != sorted(a.bind):
             return None
         (row,), source = looked.params[0], looked.args[0]
@@ -147,7 +147,7 @@ def as_seen_within(node: Node, ids: np.ndarray) -> Node:
             params = (looked.params[0], True)
             swap[looked.id] = node.graph.make(SegmentSoftmax, looked.axes, looked.args, params)
             continue
-        known = node.graph.memo.get(("looked up", looked.id))
+        known = looked.line if isinstance(looked, Gather) else None
         if not isinstance(looked, Gather) or known is None or view.bind[:1] != (0,) or len(known) != len(ids):
             continue
         order = np.lexsort((known, ids))
@@ -155,8 +155,8 @@ def as_seen_within(node: Node, ids: np.ndarray) -> Node:
         runs = lambda x: np.unique(x, axis=-1, return_counts=True)[1].astype(float)  # noqa: E731
         together, segments = runs(pair), runs(ids)
         rate = float(np.sum(together * (together - 1)) / max(np.sum(segments * (segments - 1)), 1.0))
-        rows, index, _, count, classes = looked.params
-        params = (rows, index, (1.0, round(rate, 12)), count, classes)
+        rows, index, _, count, classes, _ = looked.params
+        params = (rows, index, (1.0, round(rate, 12)), count, classes, None)
         swap[looked.id] = node.graph.make(Gather, looked.axes, looked.args, params)
     return substitute(node, swap, {}) if swap else node
 
@@ -286,6 +286,7 @@ def scatter_add(interpreter: Interpreter, eqn: Any, x: Value, ids: Value, update
     out = grouped(np.stack([s.sum(axis=1), q.sum(axis=1)], axis=1), 2 * MOST_CLASSES)
     key = (hashlib.sha1(segments.tobytes() + weights.tobytes()).hexdigest(), size)
     interpreter.graph.memo["segments", key] = (segments, weights, size)
+    interpreter.graph.memo["segmented", len(segments)] = segments
     identity = tuple(range(len(node.axes)))
     args = [View(node, identity), View(as_seen_within(node, segments), identity)]
     total = interpreter.graph.make(SegmentSum, (out, *node.axes[1:]), args, key)

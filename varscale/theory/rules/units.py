@@ -23,16 +23,25 @@ from varscale.theory.softmax_weights import WeightMoments, weight_moments
 
 _MASKED = -1e4  # a logit below this is a mask, not a number
 ROW_CLASSES = 6
+_SHARED_DOUBT, _PLACED_DOUBT = 0.5, 1.5
 
 
 class Softmax(Node):
     """Softmax over some axes of its logits; `params` is (axes, digest of the mask or None). Args: logits[, mask]."""
 
     how = "quadrature"
-    gradient_doubt = 0.5  # cotangents of the weights are correlated with the logits through what the values share with the keys
+    weights = True
 
     def prepare(self) -> None:
         self.positive = True
+
+    @property
+    def gradient_doubt(self) -> float:
+        """Cotangents of the weights are correlated with the logits through what the values share with the keys.
+
+        Where tokens differ in known positions added to them, they share those too, and which are near each other.
+        """
+        return _PLACED_DOUBT if _placed(self.args[0].node, {self.axes[k].size for k in self.params}) else _SHARED_DOUBT
 
     def rows(self) -> list[int]:
         return [k for k in range(len(self.axes)) if k not in self.params]
@@ -208,13 +217,10 @@ class Softmax(Node):
         """∂p_k/∂l_j = p_k(δ − p_j): a cotangent's part common to the keys is lost, the rest is weighted by p."""
         from varscale.theory.backward import sum_out
 
-        if len(self.params) != 1:
-            raise NotImplementedError("the gradient of a softmax over several axes")
-        (key,) = self.params
-        axis = self.axes[key]
+        keys = [self.axes[k] for k in self.params]
+        axis = keys[0] if len(keys) == 1 else Axis(math.prod(a.size for a in keys))
         c = axis.classes
-        g = np.moveaxis(np.broadcast_to(cotangent, [a.types for a in self.axes]), key, -1)
-        p = np.moveaxis(self.table.second, key, -1)
+        g, p = (self._by_key(x) for x in (np.broadcast_to(cotangent, self.frame_types), self.table.second))
         diagonal = [c + i * (c + 1) for i in range(c)]
         deviation = np.maximum(g[..., :c] - g[..., diagonal], 0.0)
         square = self.moments("square")
@@ -223,16 +229,51 @@ class Softmax(Node):
         # The rows of the Jacobian sum to zero: what one key gains the others lose.
         rest = -same[..., :, None] * axis.counts / max(axis.size * (axis.size - 1), 1)
         out = np.concatenate([same, rest.reshape(*same.shape[:-1], c * c)], axis=-1)
-        back = sum_out(np.moveaxis(out, -1, key), self.axes, self.args[0])
+        if len(keys) > 1:
+            out = out[..., _joint_types(keys)]
+        back = sum_out(out.transpose(np.argsort([*self.rows(), *self.params])), self.axes, self.args[0])
         return [back, *[None] * (len(self.args) - 1)]
+
+    def _by_key(self, second: np.ndarray) -> np.ndarray:
+        """A type array with the keys' axis last; several are one, of which a pair is the same or is not."""
+        keys = [self.axes[k] for k in self.params]
+        out = second.transpose([*self.rows(), *self.params])
+        if len(keys) == 1:
+            return out
+        pairs = functools.reduce(np.multiply.outer, [a.pairs for a in keys])
+        pairs = pairs * (_joint_types(keys) == 1)
+        same = out[(..., *[0] * len(keys))]
+        different = np.tensordot(out, pairs / pairs.sum(), axes=len(keys))
+        return np.stack([same, different], axis=-1)
+
+
+def _joint_types(keys: Sequence[Axis]) -> np.ndarray:
+    """Of several axes of one class each, which types are the same on all of them (0) and which are not (1)."""
+    types = np.ones([a.types for a in keys], int)
+    types[(0,) * len(keys)] = 0
+    return types
+
+
+def _placed(node: Node, sizes: set[int]) -> bool:
+    """Whether known numbers that vary along an axis of one of these sizes were added to what a node was made from."""
+    seen: set[int] = set()
+    pending = [node]
+    while pending:
+        node = pending.pop()
+        if node.id in seen:
+            continue
+        seen.add(node.id)
+        if isinstance(node, Sum | Apply) and any(
+            isinstance(v.node, Array) and len(v.bind) > 1 and sizes & {a.size for a in v.node.axes} for v in node.args
+        ):
+            return True
+        pending += [v.node for v in node.args]
+    return False
 
 
 def _unflatten(mean: np.ndarray, second: np.ndarray, keys: Sequence[Axis], rank: int) -> tuple[np.ndarray, np.ndarray]:
     """Several key axes computed as one: their joint types read on each axis (classes one each)."""
-    shape = [a.types for a in keys]
-    types = np.ones(shape, int)
-    types[(0,) * len(keys)] = 0
-    return mean.reshape(*mean.shape[:rank], *[1] * len(keys)), second[..., types]
+    return mean.reshape(*mean.shape[:rank], *[1] * len(keys)), second[..., _joint_types(keys)]
 
 
 def softmax_of(interpreter: Interpreter, top: Value, bottom: Value) -> Value | None:
@@ -247,9 +288,10 @@ def softmax_of(interpreter: Interpreter, top: Value, bottom: Value) -> Value | N
     if abs(den.params[1][0] - math.prod(num.axes[k].size for k in axes)) > 1e-6:
         return None
     random, allowed = _logits(num.args[0], num.axes)
-    if random is None or (len(axes) > 1 and any(num.axes[k].classes > 1 for k in axes)):
+    if random is None:
         return None
-    frame = list(num.axes)
+    # Keys over several axes have one class.
+    frame = [Axis(a.size) if len(axes) > 1 and k in axes else a for k, a in enumerate(num.axes)]
     args = [random]
     if allowed is not None:
         frame = _row_classes(frame, allowed, axes)
