@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from scipy import special
 
 from varscale.theory import layout
 from varscale.theory.axes import Axis, apply_axis, contract_axis
@@ -16,6 +17,7 @@ from varscale.theory.graph import Array, Constant, Node, View, array
 from varscale.theory.interpreter import Interpreter, rule
 from varscale.theory.layout import Atom, Value
 from varscale.theory.moments import Table
+from varscale.theory.quadrature import Z
 
 
 class Mean(Node):
@@ -191,7 +193,8 @@ class Extreme(Node):
         from varscale.theory.rules.sampled import sample_map
 
         axes, sign, count = self.params
-        self.graph.flag("sampled", 0.05 * math.log(count))  # the larger the set, the more the tail decides
+        # The larger the set, the more the tail decides; and of what a few numbers decide there is no Gaussian tail.
+        self.graph.flag("sampled", 0.05 * math.log(count) + bounded(count, narrowest(self.args[0].node)))
 
         def reduce(x: np.ndarray) -> np.ndarray:
             return (sign * x).max(axis=tuple(k + 1 for k in axes)) * sign
@@ -209,6 +212,35 @@ class Extreme(Node):
             types[: source[k].classes] = 1 / n
             out = np.moveaxis(np.multiply.outer(types, out), 0, k)
         return [out]
+
+
+def narrowest(node: Node) -> float:
+    """The fewest numbers that a position was made from by weights, anywhere on the way."""
+    from varscale.theory.rules.linear import weight_of
+
+    width, seen, pending = math.inf, {node.id}, [node]
+    while pending:
+        node = pending.pop()
+        if weight_of(node) is not None:
+            width = min(width, float(getattr(node, "width", math.inf)))
+        before = {v.node.id: v.node for v in node.args if v.node.id not in seen}
+        seen.update(before)
+        pending += before.values()
+    return width
+
+
+@functools.cache
+def bounded(count: int, width: float) -> float:
+    """By how much the largest square of `count` Gaussians exceeds that of one coordinate of points on a sphere.
+
+    What a norm makes of points of few dimensions lies on such a sphere, and its features are bounded there.
+    """
+    if width == math.inf:
+        return 0.0
+    share = special.ndtr(Z)
+    weights = np.diff(share**count, prepend=0.0)
+    coordinate = width * special.betaincinv(0.5, max(width - 1, 1e-3) / 2, np.abs(2 * share - 1))
+    return float(max((weights @ Z**2) / (weights @ coordinate) - 1, 0.0))
 
 
 Steps = list[tuple[str, float, float]]

@@ -23,6 +23,7 @@ from varscale.theory.interpreter import Interpreter, rule
 from varscale.theory.layout import Atom, Value, materialize, merged
 from varscale.theory.moments import Table
 from varscale.theory.quadrature import Z, factors
+from varscale.theory.rules.reductions import bounded, narrowest
 
 
 def sums(ids: np.ndarray, weights: np.ndarray, size: int, axis: Axis) -> tuple[np.ndarray, np.ndarray]:
@@ -135,20 +136,36 @@ def substitute(node: Node, swap: dict[int, Node], done: dict[int, Node]) -> Node
     return done[node.id]
 
 
+def _per_position(node: Node) -> list[Node]:
+    """What the summands read at their own positions: lookups and weights by segment, however many layers were put on them."""
+    from varscale.theory.rules.gather import Gather
+
+    found: dict[int, Node] = {}
+    seen, pending = {node.id}, [node]
+    while pending:
+        node = pending.pop()
+        if isinstance(node, Gather | SegmentSum) or node.weights:
+            found[node.id] = node
+            continue
+        before = {v.node.id: v.node for v in node.args if v.node.id not in seen}
+        seen.update(before)
+        pending += before.values()
+    return list(found.values())
+
+
 def as_seen_within(node: Node, ids: np.ndarray) -> Node:
     """The summands with each lookup along axis 0 agreeing as often as it does for two positions of one segment."""
     from varscale.theory.rules.gather import Gather
     from varscale.theory.rules.segment_softmax import SegmentSoftmax
 
     swap: dict[int, Node] = {}
-    for view in roots(node):
-        looked = view.node
+    for looked in _per_position(node):
         if isinstance(looked, SegmentSoftmax):
             params = (looked.params[0], True)
             swap[looked.id] = node.graph.make(SegmentSoftmax, looked.axes, looked.args, params)
             continue
         known = looked.line if isinstance(looked, Gather) else None
-        if not isinstance(looked, Gather) or known is None or view.bind[:1] != (0,) or len(known) != len(ids):
+        if not isinstance(looked, Gather) or known is None or len(known) != len(ids):
             continue
         order = np.lexsort((known, ids))
         pair = np.stack([ids[order], known[order]])
@@ -223,7 +240,7 @@ class SegmentMax(Node):
         first, square = (np.array([laws.get(int(d), (0.0, 0.0))[k] for d in degrees]) for k in (0, 1))
         members = np.eye(out.classes)[out.label_array].T / out.counts[:, None]
         mean, second = members @ first, members @ square
-        self.graph.flag("sampled", 0.1)
+        self.graph.flag("sampled", 0.1 + bounded(int(max(degrees.max(), 1)), narrowest(view.node)))
         rest = self.axes[1:]
         types = view.node.axes[0].classes
         correlation = np.clip(table.covariance / max(variance, 1e-300), -1.0, 1.0)
