@@ -7,9 +7,11 @@ except through the function it passes (its derivative is a function of the same 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Sequence
 
 import numpy as np
+from scipy import special
 
 from varscale.theory.axes import Axis, apply_axis, contract_axis, lift_types
 from varscale.theory.derivatives import derivative
@@ -57,11 +59,13 @@ class Cotangent:
         second: second moments by type.
         doubt: bound on their relative error.
         mask: the derivative it was multiplied by last, where nothing random came between: a stream's next one is correlated.
+        few: the fewest numbers that it passed through.
     """
 
     second: np.ndarray
     doubt: float = 0.0
     mask: View | None = None
+    few: float = math.inf
 
 
 class Cotangents:
@@ -89,8 +93,10 @@ class Cotangents:
 def _added(parts: Sequence[Cotangent], axes: Sequence[Axis]) -> Cotangent:
     """Independent cotangents of one node, their doubts weighted by what they bring."""
     weights = np.array([abs(float(mean_square(p.second, axes))) for p in parts])
-    doubt = float(weights @ [p.doubt for p in parts]) / max(float(weights.sum()), 1e-300)
-    return Cotangent(np.sum([p.second for p in parts], axis=0), doubt, parts[0].mask)
+    whole = max(float(weights.sum()), 1e-300)
+    doubt = float(weights @ [p.doubt for p in parts]) / whole
+    few = whole / max(float(weights @ [1 / p.few for p in parts]), 1e-300)
+    return Cotangent(np.sum([p.second for p in parts], axis=0), doubt, parts[0].mask, few)
 
 
 def cotangents(outputs: Iterable[tuple[Node, np.ndarray]], watched: Sequence[Node]) -> dict[int, tuple[float, float]]:
@@ -105,7 +111,7 @@ def cotangents(outputs: Iterable[tuple[Node, np.ndarray]], watched: Sequence[Nod
     """
     pending, done, inside = Cotangents(), Cotangents(), Cotangents()
     for node, second in outputs:
-        pending.add(node, Cotangent(second))
+        pending.add(node, Cotangent(second, few=math.prod(a.size for a in node.axes)))
     asked = {n.id: n for n in watched}
     for node in list(asked.values()):
         _follow(node, asked)
@@ -120,22 +126,37 @@ def cotangents(outputs: Iterable[tuple[Node, np.ndarray]], watched: Sequence[Nod
             if isinstance(node, Apply):
                 _elementwise(node, part, asked, pending, inside)
                 continue
+            few = min(part.few, math.prod(a.size for a in node.axes))
             for i, (view, back) in enumerate(zip(node.args, node.pullback(part.second), strict=True)):
                 if back is not None:
                     mask = _mask_of_term(node, i, part.mask) if isinstance(node, Sum) else None
-                    pending.add(view.node, Cotangent(back, part.doubt + node.gradient_doubt, mask))
+                    pending.add(view.node, Cotangent(back, part.doubt + node.gradient_doubt, mask, few))
     out: dict[int, tuple[float, float]] = {}
+    rows = {n.id for n in watched}
     for n in watched:
-        found = _found(n, (done, inside))
+        inner, scale = _copied(n)
+        # Sums take the array behind a scaled copy, so that what flows into the copy arrives there.
+        whole_of = n if inner.id in rows and inner is not n and (scale != 1 or n.params[1][1] != 0) else inner
+        found = _found(whole_of, (done, inside))
         if found:
-            whole = _added(found, n.axes)
-            out[n.id] = float(mean_square(whole.second, n.axes)), whole.doubt
-        elif isinstance(n, Apply) and n.params[0] == "affine" and n.args[0].node.id in done.parts:
-            inner = n.args[0].node
-            (whole,) = done.parts[inner.id].values()
-            if len(inner.axes) == len(n.axes):
-                out[n.id] = float(mean_square(whole.second, inner.axes)) / n.params[1][0] ** 2, whole.doubt
+            whole = _added(found, whole_of.axes)
+            factor = scale**2 if whole_of is inner else 1.0
+            out[n.id] = float(mean_square(whole.second, whole_of.axes)) / factor, whole.doubt + _few_numbers(whole.few)
     return out
+
+
+def _few_numbers(n: float) -> float:
+    """How far the typical gradient lies below the mean one where n numbers flow back: E ln χ²ₙ/n = ψ(n/2) − ln(n/2)."""
+    return 0.0 if n == math.inf else math.expm1(math.log(n / 2) - float(special.digamma(n / 2)))
+
+
+def _copied(node: Node) -> tuple[Node, float]:
+    """The array that a node is a scaled and shifted copy of, over as many axes, and the scale."""
+    if isinstance(node, Apply) and node.params[0] == "affine":
+        inner = node.args[0].node
+        if len(inner.axes) == len(node.axes) and not isinstance(inner, Apply):
+            return inner, node.params[1][0]
+    return node, 1.0
 
 
 def _follow(node: Node, asked: dict[int, Node]) -> None:
@@ -172,11 +193,11 @@ def _elementwise(node: Apply, part: Cotangent, asked: dict[int, Node], pending: 
             inverse = _inverse_scale(root, held[0])
             back = (back - _projection(node, root, held[0], part.second)) * inverse
             doubt += _NORM_DOUBT * (inverse - 1) + doubt_of(root.node)  # 1/v is off by as much as v is
-        pending.add(root.node, Cotangent(back, doubt, _mask(node, root)))
+        pending.add(root.node, Cotangent(back, doubt, _mask(node, root), part.few))
     for view in _within(node, asked):
         back = _through(node, view, part)
         if back is not None:
-            inside.add(view.node, Cotangent(back, part.doubt))
+            inside.add(view.node, Cotangent(back, part.doubt, few=part.few))
 
 
 def _slope_doubt(node: Apply, root: View, held: Sequence[View]) -> float:
@@ -271,7 +292,7 @@ def _projection(node: Apply, root: View, scale: View, second: np.ndarray) -> np.
     slope = derivative(node, root)
     assert slope is not None
     along = apply(node.graph, "mul", (), node.axes, [slope, root])
-    whole = View(along, () if isinstance(along, Constant) else tuple(range(len(node.axes))))
+    whole = View(along, tuple(range(len(along.axes))))
     out = sum_out(second * whole.second(node.axes), node.axes, root) / max(root.node.table.mean_square, 1e-300)
     for k, place in enumerate(root.bind):
         if place not in scale.bind:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from varscale.theory.elementwise import Apply, apply
-from varscale.theory.graph import Constant, Node, View, number
+from varscale.theory.graph import Node, View, number
 
 
 def derivative(node: Node, target: View) -> View | None:
@@ -29,7 +29,7 @@ def _chain(node: Apply, target: View) -> View | None:
 
     def build(op: str, *views: View, extra: tuple[Any, ...] = ()) -> View:
         out = apply(graph, op, extra, axes, views)
-        return View(out, () if isinstance(out, Constant) else whole)
+        return View(out, whole if out.axes else ())
 
     total: View | None = None
     for k, arg in enumerate(node.args):
@@ -74,6 +74,8 @@ def _partial(name: str, extra: tuple[Any, ...], k: int, args: Sequence[View], bu
         case "exp":
             return build("exp", args[0])
         case "gt" | "lt" | "ge" | "le" | "eq" | "ne" | "sign" | "floor" | "ceil" | "round" | "is_finite" | "convert":
+            return None
+        case "bitcast" | "and" | "or" | "xor" | "not" | "shift_left" | "shift_right_logical" | "shift_right_arithmetic":
             return None
         case _:
             return build(f"∂{k}{name}", *args, extra=extra)

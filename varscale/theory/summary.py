@@ -8,7 +8,6 @@ from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
 import numpy as np
-from scipy import special
 
 from varscale.programs import Program
 from varscale.report import How, Report, Row
@@ -116,11 +115,5 @@ def _gradients(values: Mapping[str, Value]) -> dict[int, tuple[float, float]]:
         seeds.append((node, second))
         aliases.setdefault(node.id, set()).add(x.dims)
     found = cotangents(seeds, [x.node for x in values.values()])
-    few = _few_outputs(min(math.prod(values[p].shape) for p in paths))
     # Of several outputs that are one array in other shapes, a change of one is no change of the others.
-    return {i: (g, doubt + few + len(aliases.get(i, {None})) - 1) for i, (g, doubt) in found.items()}
-
-
-def _few_outputs(n: int) -> float:
-    """How far the typical gradient lies below the mean one where only n numbers flow back: E ln χ²ₙ/n = ψ(n/2) − ln(n/2)."""
-    return math.expm1(math.log(n / 2) - float(special.digamma(n / 2)))
+    return {i: (g, doubt + len(aliases.get(i, {None})) - 1) for i, (g, doubt) in found.items()}

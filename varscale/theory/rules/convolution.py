@@ -223,6 +223,8 @@ class Conv(Node):
     def pullback(self, cotangent: np.ndarray) -> list[np.ndarray | None]:
         _groups, _windows, xd, wd, od = self.params
         back = self.carry(self._logical(cotangent, od), self._logical(self.args[1].node.table.second, wd), transposed=True)
+        if back.ndim == 0:  # a kernel of zeros
+            return [np.zeros(self.args[0].node.frame_types), None]
         own = self._own_of(back, xd, self.args[0].node)
         return [own, None]
 

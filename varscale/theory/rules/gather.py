@@ -41,7 +41,7 @@ def repeat_rates(ids: np.ndarray) -> np.ndarray:
 
 
 class Gather(Node):
-    """Rows of a table by index; `params` is (row axes of the table, index axes of the output, repeat rates, rows, classes, ids).
+    """Rows of a table by index; `params` is (its row axes, index axes of the output, repeat rates, rows, classes, ids).
 
     Where the rows have classes and the indices are one known axis, `classes` are those of the rows behind its own classes.
     `ids` tells one array of indices from another: the key of known ones in the graph's store, or the node of unknown ones.

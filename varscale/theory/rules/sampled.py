@@ -19,6 +19,8 @@ from varscale.theory.moments import Table, estimate
 from varscale.theory.quadrature import Z, evaluate, marginal
 
 _BUDGET = 2_000_000  # elements drawn for one node
+_KEEPS_SIGNS = {"sort", "top_k", "cumsum", "cumprod", "cummax", "cummin", "gather", "reduce_prod"}
+_UNDEFINED = 9.0  # doubt where Gaussian draws are none of what a primitive is defined on (a factorization of a Gram matrix)
 
 
 def draw(node: Node, sizes: Sequence[int], replicates: int, rng: np.random.Generator) -> np.ndarray:
@@ -103,6 +105,10 @@ class Sampled(Node):
 
     gradient_doubt = 1.0
 
+    def prepare(self) -> None:
+        """What is picked from positive numbers, put in order or added up is positive."""
+        self.positive = self.params[0] in _KEEPS_SIGNS and all(v.node.positive for v in self.args)
+
     def compute(self) -> Table:
         eqn, values, which = self.graph.memo["sampled", self.params]
         outs = _run(self.graph, eqn, values, self.params)
@@ -113,6 +119,8 @@ class Sampled(Node):
             self.drawn = line[np.minimum((special.ndtr(Z) * len(line)).astype(int), len(line) - 1)]
         else:
             self.graph.flag("sampled", 0.15)
+        if self.graph.memo[_undefined(self.params)] > 0:
+            self.graph.flag("assumed", _UNDEFINED)
         return pooled_estimate(outs[which].reshape(len(outs[which]), *[a.size for a in self.axes]), self.axes)
 
     def _is_position(self) -> bool:
@@ -163,9 +171,18 @@ def _run(graph: Any, eqn: Any, values: Sequence[Value], params: Any) -> list[np.
                     raise PredictionError(_no_rule(eqn, "it cannot be run to sample it")) from error
                 outs = out if eqn.primitive.multiple_results else [out]
                 # An empty maximum is infinite; what comes after never reads it.
-                rows.append([np.nan_to_num(np.asarray(o, float), posinf=0.0, neginf=0.0) for o in outs])
-        graph.memo[key] = [np.stack([row[i] for row in rows]) for i in range(len(rows[0]))]
+                rows.append([np.nan_to_num(np.asarray(o, float), nan=np.nan, posinf=0.0, neginf=0.0) for o in outs])
+        stacked = [np.stack([row[i] for row in rows]) for i in range(len(rows[0]))]
+        graph.memo[_undefined(params)] = max(float(np.mean(np.isnan(o))) for o in stacked)
+        # Where nothing is known of a number, it is as large as what went in.
+        scale = max((v.node.table.mean_square for v in values), default=1.0) ** 0.5
+        graph.memo[key] = [np.where(np.isnan(o), scale, o) for o in stacked]
     return graph.memo[key]
+
+
+def _undefined(params: Any) -> Any:
+    """Where the graph's store has the share of a sampled primitive's draws that gave no number."""
+    return ("undefined", params[0], params[2])
 
 
 def _no_rule(eqn: Any, why: str) -> str:

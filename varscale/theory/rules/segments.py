@@ -102,7 +102,7 @@ class SegmentSum(Node):
         if rows.size != out.size:
             return None
         # Rows and outputs are the same things: read both over the outputs' frame.
-        place = [a.bind[k] for k in source.bind]
+        place = [a.bind[0] if k == row else a.bind[b] for k, b in enumerate(source.bind)]
         table = np.broadcast_to(cross(View(source.node, tuple(place)), b, frame), [x.types for x in frame])
         at, axis = a.bind[0], frame[a.bind[0]]
         segments, weights, _ = self.graph.memo["segments", self.params]
