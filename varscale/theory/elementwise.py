@@ -106,7 +106,11 @@ class Sum(Node):
         found = {}
         for j, (d, mean) in enumerate(zip(self.params, self.args, strict=True)):
             for i, (c, view) in enumerate(zip(self.params, self.args, strict=True)):
-                if type(mean.node).__name__ == "Mean" and mean.node.args[0].node is view.node and d == -c:
+                if type(mean.node).__name__ != "Mean" or d != -c:
+                    continue
+                # A mean less the mean over more axes is centred too.
+                wider = type(view.node) is type(mean.node) and set(view.node.params) < set(mean.node.params)
+                if mean.node.args[0].node is (view.node.args[0].node if wider else view.node):
                     found[i] = j
         return found
 

@@ -78,7 +78,7 @@ def _cross_mean(a: View, b: View, frame: Sequence[Axis]) -> np.ndarray | None:
             table = np.broadcast_to(table, [*table.shape[:d], frame[d].types, *table.shape[d + 1 :]])
             table = apply_axis(table, d, _over_first(frame[d]))
         return table
-    if spare and all(x.axes[k].labels is None for k in reduced):
+    if spare and all(b.node.axes[k].labels is None for k in spare):
         averaged = mean_node(b.node, spare)
         if isinstance(averaged, Constant):
             return None
