@@ -77,6 +77,8 @@ class Table:
     @functools.cached_property
     def total_mean(self) -> float:
         """E[x] over all elements."""
+        if self.mean.size == 1:
+            return float(self.mean.flat[0])
         out = self.mean
         for axis in self.axes:
             out = contract_axis(out, 0, axis.counts / axis.size)
@@ -85,12 +87,14 @@ class Table:
     @functools.cached_property
     def mean_square(self) -> float:
         """E[x²] over all elements."""
+        if self.mean.size == 1:
+            return float(self.second.flat[0])
         out = self.second
         for axis in self.axes:
             out = contract_axis(out, 0, axis.same)
         return float(out)
 
-    @property
+    @functools.cached_property
     def variance(self) -> float:
         """E[x²] − E[x]² over all elements."""
         return max(self.mean_square - self.total_mean**2, 0.0)

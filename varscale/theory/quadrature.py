@@ -46,11 +46,10 @@ _RHO_POWERS = _RHO[:, None] ** np.arange(DEGREE)
 
 
 def power_series(coefficients: np.ndarray, rho: np.ndarray) -> np.ndarray:
-    """Σ c_k ρ^k by Horner's rule, coefficients along the last axis (shapes otherwise broadcast)."""
-    out = coefficients[..., -1]
-    for k in range(coefficients.shape[-1] - 2, -1, -1):
-        out = out * rho + coefficients[..., k]
-    return out
+    """Σ c_k ρ^k, coefficients along the last axis (shapes otherwise broadcast)."""
+    powers = np.empty((coefficients.shape[-1], *np.shape(rho)))
+    powers[0], powers[1:] = 1.0, rho
+    return np.einsum("...k,k...->...", coefficients, np.multiply.accumulate(powers, axis=0))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -302,7 +301,7 @@ def concentrated(root: Node) -> bool:
 
 def elementwise_table(node: Apply) -> Table:
     """Mean and second moments of an elementwise node."""
-    from varscale.theory.products import product_mean, product_second
+    from varscale.theory.products import product_moments
 
     view = View(node, tuple(range(len(node.axes))))
     name, extra = node.params
@@ -317,8 +316,7 @@ def elementwise_table(node: Apply) -> Table:
         else:
             second = c * c * second
         return Table(node.axes, c * mean + d, np.array(np.broadcast_to(second, node.frame_types)))
-    mean = product_mean(view, node.axes)
-    second = product_second(view, view, node.axes)
+    mean, second = product_moments(view, node.axes)
     classes = [a.classes for a in node.axes]
     return Table(node.axes, np.array(np.broadcast_to(mean, classes)), np.array(np.broadcast_to(second, node.frame_types)))
 

@@ -16,11 +16,9 @@ import math
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Float
 
 from varscale.theory.quadrature import WEIGHTS, Z
-
-_L = Z[::12]
-_LW = WEIGHTS[::12] / WEIGHTS[::12].sum()
 
 
 class WeightMoments(NamedTuple):
@@ -35,17 +33,7 @@ class WeightMoments(NamedTuple):
 
 _STEP = 0.4  # in ln u: the integrands are analytic and fall off on both sides, so that the trapezoidal rule is exact to 1e-12
 _MOST_KEYS = 1e8
-
-
-class _Laplace(NamedTuple):
-    """Of one key, over a grid of u: ln φ(u), and over φ E[f e^{−u e^l}] for f = e^l, e^{2l}, e^{3l}, l e^l and (l e^l)²."""
-
-    log_phi: np.ndarray
-    first: np.ndarray
-    second: np.ndarray
-    third: np.ndarray
-    pull: np.ndarray
-    pull_square: np.ndarray
+_FINEST, _COARSEST = 4, 24  # strides over the normal grid
 
 
 def _log_u(variance: float) -> tuple[int, int]:
@@ -56,17 +44,21 @@ def _log_u(variance: float) -> tuple[int, int]:
 
 
 @functools.lru_cache(maxsize=1024)
-def _laplace(variance: float, low: int, high: int) -> _Laplace:
+def _laplace(variance: float, low: int, high: int) -> Float[np.ndarray, "moments u"]:
+    """Of one key, over a grid of u: ln φ(u), and over φ E[f e^{−u e^l}] for f = e^l, e^{2l}, e^{3l}, l e^l and (l e^l)²."""
     u = np.exp(np.arange(low, high) * _STEP)
-    logits = math.sqrt(variance) * _L
+    deviation = math.sqrt(variance)
+    # e^{−u e^l} grows again beyond |Im l| = π/2: a step h costs exp(−π²/(s h)), 1e-9 at s h = 0.48.
+    stride = min(max(int(_COARSEST / max(deviation, 1e-3)), _FINEST), _COARSEST)
+    weights = WEIGHTS[::stride] / WEIGHTS[::stride].sum()
+    logits = deviation * Z[::stride]
     e = np.exp(logits)
-    exponent = -u[:, None] * e
-    decay = np.exp(exponent)
-    log_phi = np.log1p(np.clip(np.expm1(exponent) @ _LW, -1 + 1e-15, 0))
+    lost = np.expm1(-u[:, None] * e)
+    log_phi = np.log1p(np.clip(lost @ weights, -1 + 1e-15, 0))
     # One column a moment.
-    columns = np.stack([e, e**2, e**3, e * logits, (e * logits) ** 2], axis=-1) * _LW[:, None]
-    moments = decay @ columns / np.maximum(np.exp(log_phi), 1e-300)[:, None]
-    return _Laplace(log_phi, *moments.T)
+    columns = np.stack([e, e**2, e**3, e * logits, (e * logits) ** 2], axis=-1) * weights[:, None]
+    moments = (1 + lost) @ columns / np.maximum(np.exp(log_phi), 1e-300)[:, None]
+    return np.stack([log_phi, *moments.T])
 
 
 @functools.lru_cache(maxsize=4096)
@@ -80,12 +72,11 @@ def weight_moments(counts: tuple[float, ...], variances: tuple[float, ...]) -> W
     n = np.array(counts)
     ends = [_log_u(v) for v in variances]
     low, high = min(a for a, _ in ends), max(b for _, b in ends)
-    keys = [_laplace(v, low, high) for v in variances]
+    log_phi, first, second, third, pull, pull_square = np.stack([_laplace(v, low, high) for v in variances], axis=-1)
     u = np.exp(np.arange(low, high) * _STEP)
-    whole = np.exp(np.stack([k.log_phi for k in keys], -1) @ n) * _STEP
-    one = lambda power, name: (whole * u**power) @ np.stack([getattr(k, name) for k in keys], -1)  # noqa: E731
-    measure = (whole * u**2)[:, None]
-    ratio, pulls = np.stack([k.first for k in keys], -1), np.stack([k.pull for k in keys], -1)
-    cross = pulls.T @ (measure * pulls)
-    pull = float(n @ one(2, "pull_square")) + float(n @ cross @ n) - float(n @ np.diag(cross))
-    return WeightMoments(one(1, "first"), one(2, "second"), one(3, "third") / 2, ratio.T @ (measure * ratio), pull)
+    whole = np.exp(log_phi @ n) * _STEP
+    by_first, by_second = whole * u, whole * u**2
+    pair = first.T @ (by_second[:, None] * first)
+    pulls = pull.T @ (by_second[:, None] * pull)
+    pulled = float(n @ (by_second @ pull_square)) + float(n @ pulls @ n) - float(n @ np.diag(pulls))
+    return WeightMoments(by_first @ first, by_second @ second, (by_second * u) @ third / 2, pair, pulled)

@@ -57,12 +57,16 @@ class Softmax(Node):
         assert isinstance(view.node, Array)
         return view.node.table_over([self.axes[b] for b in view.bind])
 
-    @functools.cached_property
+    @property
     def counts(self) -> tuple[np.ndarray, np.ndarray, list[Axis]]:
         """Keys a row can see, by class of the rows and of the keys; keys two rows share, by types of the rows; the key axes.
 
         The number of keys enters as 1/n, so that is what is averaged within a class.
         """
+        masks = tuple((view.node.id, view.bind) for view in self.args[1:])
+        return self.graph.once(("keys", masks, self.axes, self.params), self._counts)
+
+    def _counts(self) -> tuple[np.ndarray, np.ndarray, list[Axis]]:
         keys = [self.axes[k] for k in self.params]
         number = np.ones([1] * len(self.rows()) + [a.classes for a in keys])
         for i, axis in enumerate(keys):
@@ -260,17 +264,26 @@ def softmax_of(interpreter: Interpreter, top: Value, bottom: Value) -> Value | N
 
 def _row_classes(frame: list[Axis], allowed: View, axes: Sequence[int]) -> list[Axis]:
     """Rows that see different numbers of keys belong to different classes, evenly in the logarithm of that number."""
-    assert isinstance(allowed.node, Array)
-    keys = tuple(k for k, b in enumerate(allowed.bind) if b in axes)
-    seen = np.maximum(allowed.node.values.sum(axis=keys), 1.0)
-    left = [b for b in allowed.bind if b not in axes]
-    for i, b in enumerate(left):
-        level = np.log(seen).mean(axis=tuple(j for j in range(len(left)) if j != i))
-        low, high = level.min(), level.max()
-        if high - low > 0.01:
-            bins = np.minimum((ROW_CLASSES * (level - low) / (high - low)).astype(int), ROW_CLASSES - 1)
-            frame[b] = join(labelled(bins), frame[b])
+    mask, bind = allowed
+    keys = tuple(k for k, b in enumerate(bind) if b in axes)
+    classed = mask.graph.once(("row classes", mask.id, keys), lambda: _classes_by_keys(mask, keys))
+    left = [b for b in bind if b not in axes]
+    for b, axis in zip(left, classed, strict=True):
+        frame[b] = join(axis, frame[b])
     return frame
+
+
+def _classes_by_keys(mask: Node, keys: tuple[int, ...]) -> list[Axis]:
+    """The axes of a mask besides those of the keys, classed by how many keys a position sees."""
+    assert isinstance(mask, Array)
+    level = np.log(np.maximum(mask.values.sum(axis=keys), 1.0))
+    out = []
+    for i, size in enumerate(level.shape):
+        mean = level.mean(axis=tuple(j for j in range(level.ndim) if j != i))
+        low, reach = mean.min(), float(np.ptp(mean))
+        bins = (ROW_CLASSES * (mean - low) / max(reach, 0.01)).astype(int)
+        out.append(labelled(np.minimum(bins, ROW_CLASSES - 1)) if reach > 0.01 else Axis(size))
+    return out
 
 
 def _logits(view: View, axes: Sequence[Axis]) -> tuple[View | None, View | None]:
@@ -300,6 +313,8 @@ def _logits(view: View, axes: Sequence[Axis]) -> tuple[View | None, View | None]
         return array(graph, out)
 
     sizes = tuple(axes[b].size for b in frame)
+    if len(masks) == 1 and masks[0].bind == tuple(frame):
+        return random, masks[0]
     mask = graph.once(("mask", tuple((m.node.id, m.bind) for m in masks), sizes), product)
     return random, (None if isinstance(mask, Constant) else View(mask, tuple(frame)))
 
@@ -324,13 +339,11 @@ def _terms(view: View, masks: list[View]) -> list[tuple[float, View]]:
         for keep, drop in ((1, 2), (2, 1)):
             other = node.args[drop].node
             if isinstance(other, Constant) and other.params < _MASKED:
-                allowed = graph.once(
-                    ("kept", which.id, keep), lambda k=keep: array(graph, (which.values == k - 1).astype(float), which.axes)
-                )
+                allowed = graph.once(("kept", which.params, keep), lambda k=keep: array(graph, which.values == k - 1))
                 masks.append(View(allowed, tuple(bind[b] for b in where)))
                 return _terms(node.args[keep].within(bind), masks)
     if isinstance(node, Array) and node.values.min() < _MASKED:
-        allowed = graph.once(("above", node.id), lambda: array(graph, (node.values > _MASKED).astype(float), node.axes))
+        allowed = graph.once(("above", node.params), lambda: array(graph, node.values > _MASKED))
         if isinstance(allowed, Array):
             masks.append(View(allowed, bind))
         return []
