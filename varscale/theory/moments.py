@@ -124,10 +124,11 @@ class Table:
 
 
 def means_by_type(mean: np.ndarray, axes: Sequence[Axis], other: np.ndarray | None = None) -> np.ndarray:
-    """E[x_i] E[y_j] by type, y = x by default."""
+    """E[x_i] E[y_j] by type (1 long where there is one class), y = x by default."""
     first, second = mean, mean if other is None else other
     for k, axis in enumerate(axes):
-        first, second = np.take(first, axis.first, axis=k), np.take(second, axis.second, axis=k)
+        if axis.classes > 1:
+            first, second = np.take(first, axis.first, axis=k), np.take(second, axis.second, axis=k)
     return first * second
 
 
@@ -157,13 +158,12 @@ def lift(array: np.ndarray, axes: Sequence[Axis], bind: Sequence[int], frame: Se
         pairs: whether `array` runs over types rather than classes.
     """
     order = sorted(range(len(axes)), key=lambda k: bind[k])
-    out = array.transpose(order) if array.ndim else array
+    out = array.transpose(order)
+    shape = [1] * len(frame)
     for k, source in enumerate(order):
         old, new = axes[source], frame[bind[source]]
         if old.labels != new.labels:
             out = apply_axis(out, k, lift_types(new, old) if pairs else class_shares(new, old))
-    shape = [1] * len(frame)
-    for k, source in enumerate(order):
         shape[bind[source]] = out.shape[k]
     return out.reshape(shape)
 

@@ -11,6 +11,7 @@ second moment q; where f's second moment curves in q, the mean itself shifts, by
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 
@@ -40,7 +41,7 @@ class Spread:
     bend: float = 0.0
     point: float = 0.0
 
-    @property
+    @functools.cached_property
     def variance(self) -> float:
         """Variance of ln(mean square) over draws."""
         return sum(c * c for c in self.sources.values())
@@ -328,14 +329,10 @@ def _square_pairs(node: Node) -> np.ndarray:
         if concentrated(root.node) and len(parts) > 1:
             continue  # a norm's scale: its fluctuations are those of what it normalises
         fixed: Environment = {(r.node.id, r.bind): r.mean(frame)[..., None] for r in own if r != root}
-        squares = np.asarray(evaluate(factor, frame, fixed), float) ** 2
-        line = squares.reshape(-1, squares.shape[-1]).mean(axis=0)
-        if line.size == 1:
+        found = _square_coefficients(factor, frame, fixed)
+        if found is None:
             continue
-        a = line @ HERMITE
-        if a[0] <= 0:
-            continue
-        whole = float(line**2 @ WEIGHTS)
+        a, whole = found
         if root.node.id in scales:
             # Normalised: the mean square of the root cannot fluctuate; nor can its mean, where that was taken away.
             gone = slice(1, 3) if _is_centred(root.node) else slice(2, 3)
@@ -349,6 +346,21 @@ def _square_pairs(node: Node) -> np.ndarray:
             shape[root.bind[k]] = 2
         ratio = ratio * (series.transpose(order).reshape(shape) / a[0] ** 2)
     return ratio
+
+
+def _square_coefficients(f: View, frame: Sequence[Axis], fixed: Environment) -> tuple[np.ndarray, float] | None:
+    """Hermite coefficients of f², classes pooled, and E[f⁴]; None where f does not vary or is zero."""
+    own = marginal(f.node) if not isinstance(f.node, Apply | Constant) else None
+    if own is not None and own.gaussian:
+        m, s = own.mean, own.deviation
+        a = np.array([np.mean(m * m + s * s), np.mean(2 * m * s), math.sqrt(2) * np.mean(s * s)])
+        return (a, float(a @ a)) if a[0] > 0 else None
+    squares = np.asarray(evaluate(f, frame, fixed), float) ** 2
+    line = squares.reshape(-1, squares.shape[-1]).mean(axis=0)
+    if line.size == 1:
+        return None
+    a = line @ HERMITE
+    return (a, float(line**2 @ WEIGHTS)) if a[0] > 0 else None
 
 
 def _rearranged(node: Node, axes: set[int]) -> tuple[Node, tuple[int, ...]] | None:
