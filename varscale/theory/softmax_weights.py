@@ -11,7 +11,6 @@ exact for any n and any logit variance (the usual e^{s²}/n fails beyond s = 2).
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import NamedTuple
 
@@ -24,59 +23,56 @@ from varscale.theory.quadrature import WEIGHTS, Z
 class WeightMoments(NamedTuple):
     """Moments of softmax weights of keys in classes d with n_d members: E[p], E[p²], E[p³], E[p p'] and E[(Σ p l)²]."""
 
-    first: np.ndarray
-    square: np.ndarray
-    cube: np.ndarray
-    pair: np.ndarray
-    pull: float
+    first: Float[np.ndarray, "*rows classes"]
+    square: Float[np.ndarray, "*rows classes"]
+    cube: Float[np.ndarray, "*rows classes"]
+    pair: Float[np.ndarray, "*rows classes classes"]
+    pull: Float[np.ndarray, "*rows"]
 
 
 _STEP = 0.4  # in ln u: the integrands are analytic and fall off on both sides, so that the trapezoidal rule is exact to 1e-12
-_MOST_KEYS = 1e8
-_FINEST, _COARSEST = 4, 24  # strides over the normal grid
+_FINEST, _COARSEST = 4, 40  # strides over the normal grid
 
 
-def _log_u(variance: float) -> tuple[int, int]:
-    """The grid of ln u, in steps, that holds the mass for any number of keys."""
-    s = math.sqrt(variance)
-    low, high = -variance / 2 - math.log(_MOST_KEYS) - 14 - 5 * s, -variance / 2 + 14 + 5 * s
-    return math.floor(low / _STEP), math.ceil(high / _STEP)
+def _grid(variances: np.ndarray, keys: float) -> np.ndarray:
+    """ln u where there is mass, for up to this many keys."""
+    low, high = float(np.min(variances)), float(np.max(variances))
+    first = -high / 2 - math.log(keys) - 18 - 5 * math.sqrt(high)
+    last = max(5 * math.sqrt(v) - v / 2 for v in (low, high, min(max(low, 25.0), high))) + 14
+    return np.arange(math.floor(first / _STEP), math.ceil(last / _STEP)) * _STEP
 
 
-@functools.lru_cache(maxsize=1024)
-def _laplace(variance: float, low: int, high: int) -> Float[np.ndarray, "moments u"]:
-    """Of one key, over a grid of u: ln φ(u), and over φ E[f e^{−u e^l}] for f = e^l, e^{2l}, e^{3l}, l e^l and (l e^l)²."""
-    u = np.exp(np.arange(low, high) * _STEP)
-    deviation = math.sqrt(variance)
+def _laplace(variances: Float[np.ndarray, " keys"], u: Float[np.ndarray, " u"]) -> Float[np.ndarray, "moments keys u"]:
+    """Of keys with these variances: ln φ(u), and over φ E[f e^{−u e^l}] for f = e^l, e^{2l}, e^{3l}, l e^l and (l e^l)²."""
+    deviations = np.sqrt(variances)
     # e^{−u e^l} grows again beyond |Im l| = π/2: a step h costs exp(−π²/(s h)), 1e-9 at s h = 0.48.
-    stride = min(max(int(_COARSEST / max(deviation, 1e-3)), _FINEST), _COARSEST)
+    stride = min(max(int(24 / max(float(deviations.max()), 1e-3)), _FINEST), _COARSEST)
     weights = WEIGHTS[::stride] / WEIGHTS[::stride].sum()
-    logits = deviation * Z[::stride]
+    logits = deviations[:, None] * Z[::stride]
     e = np.exp(logits)
-    lost = np.expm1(-u[:, None] * e)
+    lost = np.expm1(-u[:, None] * e[:, None])
     log_phi = np.log1p(np.clip(lost @ weights, -1 + 1e-15, 0))
     # One column a moment.
     columns = np.stack([e, e**2, e**3, e * logits, (e * logits) ** 2], axis=-1) * weights[:, None]
-    moments = (1 + lost) @ columns / np.maximum(np.exp(log_phi), 1e-300)[:, None]
-    return np.stack([log_phi, *moments.T])
+    moments = (1 + lost) @ columns / np.maximum(np.exp(log_phi), 1e-300)[..., None]
+    return np.concatenate([log_phi[None], np.moveaxis(moments, -1, 0)])
 
 
-@functools.lru_cache(maxsize=4096)
-def weight_moments(counts: tuple[float, ...], variances: tuple[float, ...]) -> WeightMoments:
+def weight_moments(counts: Float[np.ndarray, "*rows classes"], variances: Float[np.ndarray, "*rows classes"]) -> WeightMoments:
     """Exact moments of softmax weights over independent Gaussian logits.
 
     Args:
         counts: keys in each class.
         variances: variance of their logits.
     """
-    n = np.array(counts)
-    ends = [_log_u(v) for v in variances]
-    low, high = min(a for a, _ in ends), max(b for _, b in ends)
-    log_phi, first, second, third, pull, pull_square = np.stack([_laplace(v, low, high) for v in variances], axis=-1)
-    u = np.exp(np.arange(low, high) * _STEP)
-    whole = np.exp(log_phi @ n) * _STEP
-    by_first, by_second = whole * u, whole * u**2
-    pair = first.T @ (by_second[:, None] * first)
-    pulls = pull.T @ (by_second[:, None] * pull)
-    pulled = float(n @ (by_second @ pull_square)) + float(n @ pulls @ n) - float(n @ np.diag(pulls))
-    return WeightMoments(by_first @ first, by_second @ second, (by_second * u) @ third / 2, pair, pulled)
+    distinct, place = np.unique(variances, return_inverse=True)
+    log_u = _grid(distinct, float(np.max(np.sum(counts, axis=-1))))
+    u = np.exp(log_u)
+    log_phi, first, second, third, pull, pull_square = _laplace(distinct, u)[:, place.reshape(variances.shape)]
+    measure = np.exp(np.einsum("...c,...cu->...u", counts, log_phi)) * _STEP * u
+    one = lambda power, f: np.einsum("...u,...cu->...c", measure * u**power, f)  # noqa: E731
+    pairs = lambda f: (f * (measure * u)[..., None, :]) @ np.swapaxes(f, -1, -2)  # noqa: E731
+    pulls = pairs(pull)
+    others = counts[..., :, None] * counts[..., None, :] - np.eye(counts.shape[-1]) * counts[..., None]
+    pulled = np.sum(counts * one(1, pull_square), -1) + np.sum(others * pulls, (-1, -2))
+    return WeightMoments(one(0, first), one(1, second), one(2, third) / 2, pairs(first), pulled)

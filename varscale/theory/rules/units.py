@@ -109,25 +109,18 @@ class Softmax(Node):
         return inverse.transpose(np.argsort(np.argsort(left)) if inverse.ndim else ()).reshape(shape)
 
     @functools.cached_property
-    def cells(self) -> dict[tuple[int, ...], WeightMoments]:
+    def weights(self) -> WeightMoments:
         """Weight moments for each class of row, logit variances averaged over what the queries' norms do."""
         seen, _, _ = self.counts
-        deviation = self.deviation
         rows = self.rows()
-        order = [*rows, *self.params]
-        deviation = deviation.transpose(order)
-        out: dict[tuple[int, ...], WeightMoments] = {}
+        classes = [self.axes[k].classes for k in rows]
+        own = self.deviation.transpose([*rows, *self.params])[tuple(slice(0, c) for c in classes)]
+        variances = np.maximum(own.reshape(*classes, -1), 1e-12)
+        counts = np.broadcast_to(seen.reshape(*seen.shape[: len(rows)], -1), variances.shape)
         spread = self._query_spread()
-        shape = [self.axes[k].classes for k in rows]
-        for cell in np.ndindex(*shape):
-            n = seen[tuple(c if seen.shape[i] > 1 else 0 for i, c in enumerate(cell))].ravel()
-            v = np.maximum(deviation[cell].ravel(), 1e-12)
-            parts = []
-            for factor, weight in ((1.0, 2 / 3), (1 + spread, 1 / 6), (max(1 - spread, 0.05), 1 / 6)):
-                m = weight_moments(tuple(float(f"{x:.5g}") for x in n), tuple(float(f"{x:.3g}") for x in v * factor))
-                parts.append((weight, m))
-            out[cell] = WeightMoments(*(sum(w * m[i] for w, m in parts) for i in range(5)))  # pyright: ignore[reportArgumentType]
-        return out
+        nodes = np.array([1.0, 1 + spread, max(1 - spread, 0.05)]).reshape(3, *[1] * variances.ndim)
+        found = weight_moments(np.broadcast_to(counts, (3, *counts.shape)), nodes * variances)
+        return WeightMoments(*(np.tensordot([2 / 3, 1 / 6, 1 / 6], x, axes=1) for x in found))
 
     def _query_spread(self) -> float:
         """√3 times the relative deviation of the logit variance between queries: their squared norm varies by 2/width."""
@@ -136,12 +129,6 @@ class Softmax(Node):
             if width:
                 return min(math.sqrt(6.0 / width), 0.95)
         return 0.0
-
-    def moments(self, name: str) -> np.ndarray:
-        """One of the weights' moments, by class of the rows and then as it is."""
-        classes = [self.axes[k].classes for k in self.rows()]
-        values = [np.asarray(getattr(self.cells[cell], name)) for cell in np.ndindex(*classes)]
-        return np.stack(values).reshape(*classes, *values[0].shape)
 
     def read(self, by_class: np.ndarray, *, second: bool = False) -> np.ndarray:
         """An array by class of the rows (then anything), read at i (or j) of every type of the rows."""
@@ -172,12 +159,12 @@ class Softmax(Node):
         keys = self.counts[2]
         c = seen.shape[-1]
         sizes = functools.reduce(np.multiply.outer, [a.counts for a in keys]).ravel()
-        share = seen * self.moments("first")  # Σ of E[p] over a class of keys
+        share = seen * self.weights.first  # Σ of E[p] over a class of keys
         share = share / share.sum(-1, keepdims=True)
         mean = share / sizes
         # A row with itself.
         n, diagonal = self.read(seen), np.eye(c, dtype=bool)
-        square, pair = self.read(self.moments("square")), self.read(self.moments("pair"))
+        square, pair = self.read(self.weights.square), self.read(self.weights.pair)
         same = n * square
         other = (n[..., :, None] * n[..., None, :] - diagonal * n[..., None]) * pair
         other *= ((1 - same.sum(-1)) / np.maximum(other.sum((-1, -2)), 1e-300))[..., None, None]
@@ -205,7 +192,7 @@ class Softmax(Node):
         seen, _, deviation = self.visible
         by_rows = deviation.mean(-1)
         variance = np.maximum(by_rows[tuple(slice(0, self.axes[k].classes) for k in self.rows())], 1e-12)
-        gain = np.maximum(self.moments("pull") / variance - (seen * self.moments("square")).sum(-1), 0.0)
+        gain = np.maximum(self.weights.pull / variance - (seen * self.weights.square).sum(-1), 0.0)
         return self.read(gain) * np.clip(by_rows / self.read(variance), -1, 1)
 
     def pullback(self, cotangent: np.ndarray) -> list[np.ndarray | None]:
@@ -221,8 +208,8 @@ class Softmax(Node):
         p = np.moveaxis(self.table.second, key, -1)
         diagonal = [c + i * (c + 1) for i in range(c)]
         deviation = np.maximum(g[..., :c] - g[..., diagonal], 0.0)
-        square = self.moments("square")
-        keep = 1 - 2 * self.moments("cube") / np.maximum(square, 1e-300) + (self.visible[0] * square).sum(-1, keepdims=True)
+        square = self.weights.square
+        keep = 1 - 2 * self.weights.cube / np.maximum(square, 1e-300) + (self.visible[0] * square).sum(-1, keepdims=True)
         same = deviation * p[..., :c] * np.where(self.own[..., None], np.clip(self.read(keep), 0, 1), 1.0)
         # The rows of the Jacobian sum to zero: what one key gains the others lose.
         rest = -same[..., :, None] * axis.counts / max(axis.size * (axis.size - 1), 1)
