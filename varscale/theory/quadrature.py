@@ -94,9 +94,10 @@ def _marginal(root: Node) -> Marginal:
 
 
 def _is_lognormal(root: Node, table: Table) -> bool:
-    """Whether a root that is positive is an average or a variance of the model's, known by its first two moments alone."""
+    """Whether a root is positive and nothing but its first two moments says what law it has (`quantiles`)."""
     known = isinstance(root, Leaf | Array | Split | Merge | Permute) or type(root).__name__ == "Take" or root.drawn is not None
-    return root.positive and not known and bool(np.all(table.mean > 0))
+    summed = isinstance(root, Sum) and not root.is_variance
+    return root.positive and not known and not summed and bool(np.all(table.mean > 0))
 
 
 def quantiles(root: Node, table: Table, deviation: np.ndarray) -> np.ndarray | None:
