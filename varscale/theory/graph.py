@@ -313,7 +313,7 @@ def array(graph: Graph, values: np.ndarray, axes: Sequence[Axis] | None = None) 
     if values.size == 1 or (values.size and (values == values.flat[0]).all()):
         return number(graph, float(values.flat[0]))
     values = np.ascontiguousarray(values)
-    key = (hashlib.sha1(values.data).hexdigest(), values.shape, str(values.dtype))
+    key = (hashlib.sha1(values.tobytes()).hexdigest(), values.shape, str(values.dtype))
     graph.memo["array", key] = values
     return graph.make(Array, tuple(axes or (Axis(n) for n in values.shape)), (), key)
 
