@@ -203,7 +203,8 @@ def latent(table: Table, deviation: np.ndarray, values: np.ndarray | None, *, lo
     """The correlation of the underlying normals that gives each type its covariance (Nataf); 1 where i = j."""
     axes, covariance = table.axes, table.covariance
     if lognormal:
-        scale, covariance = np.sqrt(np.log1p(np.square(deviation / table.mean))), np.log1p(covariance / table.outer)
+        scale = np.sqrt(np.log1p(np.square(deviation / table.mean)))
+        covariance = np.log1p(np.maximum(covariance / table.outer, -1 + 1e-15))
     else:
         scale = deviation
     pairs = by_type(scale, axes, second=False) * by_type(scale, axes, second=True)
