@@ -66,9 +66,8 @@ def weight_moments(counts: Float[np.ndarray, "*rows classes"], variances: Float[
         variances: variance of their logits.
     """
     n, rows = counts.reshape(-1, counts.shape[-1]), np.arange(counts[..., 0].size)[:, None]
-    # Rows see the same keys, whose variances all but agree: what is within a millionth is computed once.
-    logarithms, place = np.unique(np.round(np.log(variances), 6), return_inverse=True)
-    distinct, place = np.exp(logarithms), place.reshape(n.shape)
+    distinct, place = np.unique(variances, return_inverse=True)
+    place = place.reshape(n.shape)
     u = np.exp(_grid(distinct, float(n.sum(-1).max())))
     log_phi, first, second, third, pull, pull_square = _laplace(distinct, u)
     members = np.zeros((len(n), len(distinct)))

@@ -119,7 +119,8 @@ class Softmax(Node):
         counts = np.broadcast_to(seen.reshape(*seen.shape[: len(rows)], -1), variances.shape)
         spread = self._query_spread()
         nodes = np.array([1.0, 1 + spread, max(1 - spread, 0.05)]).reshape(3, *[1] * variances.ndim)
-        found = weight_moments(np.broadcast_to(counts, (3, *counts.shape)), nodes * variances)
+        # Rows see the same keys: where their variances agree to three digits, one quadrature serves them all.
+        found = weight_moments(np.broadcast_to(_rounded(counts, 5), (3, *counts.shape)), _rounded(nodes * variances, 3))
         return WeightMoments(*(np.tensordot([2 / 3, 1 / 6, 1 / 6], x, axes=1) for x in found))
 
     def _query_spread(self) -> float:
@@ -216,6 +217,12 @@ class Softmax(Node):
         out = np.concatenate([same, rest.reshape(*same.shape[:-1], c * c)], axis=-1)
         back = sum_out(np.moveaxis(out, -1, key), self.axes, self.args[0])
         return [back, *[None] * (len(self.args) - 1)]
+
+
+def _rounded(x: np.ndarray, digits: int) -> np.ndarray:
+    """To so many significant digits."""
+    unit = 10.0 ** (np.floor(np.log10(np.maximum(x, 1e-300))) + 1 - digits)
+    return np.round(x / unit) * unit
 
 
 def _unflatten(mean: np.ndarray, second: np.ndarray, keys: Sequence[Axis], rank: int) -> tuple[np.ndarray, np.ndarray]:
