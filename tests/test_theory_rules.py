@@ -101,7 +101,7 @@ def test_softmax_moments_against_sampling(n, variance):
     logits = np.random.default_rng(0).standard_normal((200_000 // n * 16, n)) * np.sqrt(variance)
     p = np.exp(logits - logits.max(1, keepdims=True))
     p /= p.sum(1, keepdims=True)
-    found = weight_moments((float(n),), (variance,))
+    found = weight_moments(np.array([float(n)]), np.array([variance]))
     assert found.first[0] == pytest.approx(1 / n, rel=1e-3)
     assert found.square[0] == pytest.approx(np.mean(p**2), rel=0.03)
     assert found.pull == pytest.approx(np.mean(np.sum(p * logits, 1) ** 2), rel=0.03)

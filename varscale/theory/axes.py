@@ -177,7 +177,8 @@ def apply_axis(array: np.ndarray, axis: int, matrix: np.ndarray) -> np.ndarray:
 
 def contract_axis(array: np.ndarray, axis: int, weights: np.ndarray) -> np.ndarray:
     """Sum one axis away under `weights`."""
-    return np.moveaxis(array, axis, -1) @ weights
+    before, after = array.shape[:axis], array.shape[axis:][1:]
+    return (weights @ array.reshape(math.prod(before), len(weights), math.prod(after))).reshape(before + after)
 
 
 @functools.cache

@@ -26,6 +26,7 @@ import numpy as np
 from varscale import _compat
 from varscale.theory.axes import Axis
 from varscale.theory.elementwise import apply
+from varscale.theory.functions import of_known
 from varscale.theory.graph import Array, Constant, Graph, Leaf, Node, View, array, leaf
 from varscale.theory.layout import Value, align, full, value
 from varscale.theory.prefix_scans import gathered
@@ -246,8 +247,6 @@ class Interpreter:
         return Value(node, layout)
 
     def _fold_elementwise(self, name: str, extra: Any, frame: Sequence[Axis], views: Sequence[View]) -> Node | None:
-        from varscale.theory.functions import function
-
         if math.prod(a.size for a in frame) > MOST_FOLDED:
             return None
         numbers = []
@@ -261,11 +260,9 @@ class Interpreter:
                 shape[bind[k]] = node.axes[k].size
             numbers.append(node.values.transpose(order).reshape(shape))  # pyright: ignore[reportAttributeAccessIssue]
         with np.errstate(all="ignore"):
-            out = (
-                np.asarray(function("add" if name == "add_any" else name, extra)(*numbers))
-                if name != "square"
-                else numbers[0] ** 2
-            )
+            if name == "square":
+                name, numbers = "mul", numbers * 2
+            out = of_known("add" if name == "add_any" else name, extra, numbers)
         return array(self.graph, np.broadcast_to(out, [a.size for a in frame]), frame)
 
     def leaf(self, name: Any, shape: Sequence[int], mean: float, second_moment: float, *, odd: bool, **law: Any) -> Value:

@@ -15,7 +15,8 @@ from varscale.theory.graph import Leaf
 from varscale.theory.interpreter import Complex, Interpreter, Opaque, map_parts, parts
 from varscale.theory.layout import Value, full, value
 from varscale.theory.moments import Moments, Table, estimate, independent
-from varscale.theory.rules.random import as_weight
+from varscale.theory.repeats import first_alike, output_recipes
+from varscale.theory.rules.random import another, as_weight, is_weight
 
 _KEY = 0
 
@@ -33,9 +34,22 @@ def init_laws(interpreter: Interpreter, init: Callable[[Any, Any], Any], split: 
 
     key = jax.random.key(_KEY)
     jaxpr, shapes = _traced(lambda dynamic: init(key, dynamic), split.structs)
-    outs = interpreter.run(jaxpr.jaxpr, jaxpr.consts, split.values(interpreter))
-    shared = _shared(outs)
-    return shapes, [map_parts(lambda part: _drawn(interpreter, part, shared), x) for x in outs]
+    outputs, inputs = jaxpr.jaxpr.outvars, split.values(interpreter)
+
+    def interpreted(which: Sequence[int]) -> dict[int, Any]:
+        part = jaxpr.jaxpr.replace(outvars=[outputs[i] for i in which])
+        outs = interpreter.run(part, jaxpr.consts, inputs)
+        shared = _shared(outs)
+        return {i: map_parts(lambda part: _drawn(interpreter, part, shared), x) for i, x in zip(which, outs, strict=True)}
+
+    recipes = output_recipes(jaxpr.jaxpr)
+    first = first_alike(recipes)
+    values = interpreted(sorted(set(first)))
+    values |= interpreted([i for i, j in enumerate(first) if i != j and recipes[i].keys and not is_weight(values[j])])
+    for i, j in enumerate(first):
+        if i not in values:
+            values[i] = another(interpreter, values[j], i) if recipes[i].keys else values[j]
+    return shapes, [values[i] for i in range(len(outputs))]
 
 
 def _drawn(interpreter: Interpreter, x: Any, shared: set[int]) -> Any:

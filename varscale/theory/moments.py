@@ -77,6 +77,8 @@ class Table:
     @functools.cached_property
     def total_mean(self) -> float:
         """E[x] over all elements."""
+        if self.mean.size == 1:
+            return float(self.mean.flat[0])
         out = self.mean
         for axis in self.axes:
             out = contract_axis(out, 0, axis.counts / axis.size)
@@ -85,12 +87,14 @@ class Table:
     @functools.cached_property
     def mean_square(self) -> float:
         """E[x²] over all elements."""
+        if self.mean.size == 1:
+            return float(self.second.flat[0])
         out = self.second
         for axis in self.axes:
             out = contract_axis(out, 0, axis.same)
         return float(out)
 
-    @property
+    @functools.cached_property
     def variance(self) -> float:
         """E[x²] − E[x]² over all elements."""
         return max(self.mean_square - self.total_mean**2, 0.0)
@@ -120,10 +124,11 @@ class Table:
 
 
 def means_by_type(mean: np.ndarray, axes: Sequence[Axis], other: np.ndarray | None = None) -> np.ndarray:
-    """E[x_i] E[y_j] by type, y = x by default."""
+    """E[x_i] E[y_j] by type (1 long where there is one class), y = x by default."""
     first, second = mean, mean if other is None else other
     for k, axis in enumerate(axes):
-        first, second = np.take(first, axis.first, axis=k), np.take(second, axis.second, axis=k)
+        if axis.classes > 1:
+            first, second = np.take(first, axis.first, axis=k), np.take(second, axis.second, axis=k)
     return first * second
 
 
@@ -153,13 +158,12 @@ def lift(array: np.ndarray, axes: Sequence[Axis], bind: Sequence[int], frame: Se
         pairs: whether `array` runs over types rather than classes.
     """
     order = sorted(range(len(axes)), key=lambda k: bind[k])
-    out = array.transpose(order) if array.ndim else array
+    out = array.transpose(order)
+    shape = [1] * len(frame)
     for k, source in enumerate(order):
         old, new = axes[source], frame[bind[source]]
         if old.labels != new.labels:
             out = apply_axis(out, k, lift_types(new, old) if pairs else class_shares(new, old))
-    shape = [1] * len(frame)
-    for k, source in enumerate(order):
         shape[bind[source]] = out.shape[k]
     return out.reshape(shape)
 

@@ -208,4 +208,4 @@ def _execution_order(jaxpr: Any, paths: list[str]) -> list[str]:
         path: made.get(var, (-1, 0)) if hasattr(var, "count") or not hasattr(var, "val") else (-1, 0)
         for path, var in zip(paths, jaxpr.outvars, strict=True)
     }
-    return sorted(paths, key=lambda p: (p == "" or p.startswith("["), where[p], -p.count("/"), paths.index(p)))
+    return sorted(paths, key=lambda p: (p == "" or p.startswith("["), where[p], -p.count("/")))

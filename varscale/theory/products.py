@@ -148,22 +148,20 @@ def _product(xs: list[View], frame: Sequence[Axis], env: Environment) -> np.ndar
     return out
 
 
-def product_mean(view: View, frame: Sequence[Axis]) -> np.ndarray:
-    """E[f_i] by class, (classes or 1...)."""
+def product_moments(view: View, frame: Sequence[Axis]) -> tuple[np.ndarray, np.ndarray]:
+    """E[f_i] by class and E[f_i f_j] by type, (classes or 1...) and (types or 1...)."""
     c, f = factors(view)
-    groups, fixed = _groups(f, [], frame)
-    out = np.full((1,) * len(frame), c)
+    groups, fixed = _groups(f, f, frame)
+    mean, second = np.full((1,) * len(frame), c), np.full((1,) * len(frame), c * c)
     for group in groups:
-        out = out * _group_mean(group, frame, fixed)
-    return out
-
-
-def _group_mean(group: _Group, frame: Sequence[Axis], fixed: Environment) -> np.ndarray:
-    if len(group.variables) <= 1:
-        values = _product(group.f, frame, group.known(fixed))
-        return values @ WEIGHTS if values.shape[-1] > 1 else values[..., 0]
-    mean, _ = _cubature(group, frame, fixed)
-    return mean
+        if len(group.variables) > 1:
+            own, pairs = _cubature(group, frame, fixed)
+        else:
+            values = _product(group.f, frame, group.known(fixed))
+            own = values @ WEIGHTS if values.shape[-1] > 1 else values[..., 0]
+            pairs = _mehler(group.variables, values, values, frame)
+        mean, second = mean * own, second * pairs
+    return mean, second
 
 
 def product_second(f_view: View, g_view: View, frame: Sequence[Axis]) -> np.ndarray:
@@ -172,32 +170,34 @@ def product_second(f_view: View, g_view: View, frame: Sequence[Axis]) -> np.ndar
     groups, fixed = _groups(f, g, frame)
     out = np.full((1,) * len(frame), c * d)
     for group in groups:
-        if len(group.variables) == 0:
-            value = _product(group.f, frame, dict(fixed))[..., 0], _product(group.g, frame, dict(fixed))[..., 0]
-            out = out * by_type(value[0], frame, second=False) * by_type(value[1], frame, second=True)
-        elif len(group.variables) == 1:
-            out = out * _mehler(group, frame, fixed)
-        else:
+        if len(group.variables) > 1:
             out = out * _pairwise(group, frame, fixed)
+        else:
+            fi, gj = (_product(side, frame, group.known(fixed)) for side in (group.f, group.g))
+            out = out * _mehler(group.variables, fi, gj, frame)
     return out
 
 
-def _mehler(group: _Group, frame: Sequence[Axis], fixed: Environment) -> np.ndarray:
-    """One root: exact where i and j are the same, Σ a_k b_k ρ^k elsewhere, what lies beyond the degree carried at its power."""
-    (x,) = group.variables
-    fi, gj = _product(group.f, frame, group.known(fixed)), _product(group.g, frame, group.known(fixed))
-    if fi.shape[-1] == 1:
-        fi = np.broadcast_to(fi, (*fi.shape[:-1], len(Z)))
-    if gj.shape[-1] == 1:
-        gj = np.broadcast_to(gj, (*gj.shape[:-1], len(Z)))
+def _mehler(variables: Sequence[View], fi: np.ndarray, gj: np.ndarray, frame: Sequence[Axis]) -> np.ndarray:
+    """One root at most: exact for i and j the same, Σ a_k b_k ρ^k elsewhere, what is beyond the degree carried at its power."""
+    if not variables:
+        return by_type(fi[..., 0], frame, second=False) * by_type(gj[..., 0], frame, second=True)
+    (x,) = variables
     rho = lift(marginal(x.node).correlation, x.node.axes, x.bind, frame, pairs=True)
-    return _series(fi, gj, rho, frame)
+    return _series(_on_grid(fi), _on_grid(gj), rho, frame)
+
+
+def _on_grid(values: np.ndarray) -> np.ndarray:
+    """Values at every point, where they are given for one alone."""
+    return values if values.shape[-1] == len(Z) else np.broadcast_to(values, (*values.shape[:-1], len(Z)))
 
 
 def _series(fi: np.ndarray, gj: np.ndarray, rho: np.ndarray, frame: Sequence[Axis]) -> np.ndarray:
     """Σ a_k b_k ρ^k by type, for functions given on the grid by class, (classes or 1..., points)."""
     both = _read_pairs(_class_pairs(fi, gj, WEIGHTS), fi, gj, frame)
-    a, b = by_type(fi @ HERMITE, frame, second=False), by_type(gj @ HERMITE, frame, second=True)
+    ai = fi @ HERMITE
+    bj = ai if gj is fi else gj @ HERMITE
+    a, b = by_type(ai, frame, second=False), by_type(bj, frame, second=True)
     product = a * b
     inner, whole = power_series(product, rho), product.sum(-1)
     beyond = (both - whole) * np.where(rho > 0, np.abs(rho) ** DEGREE, 0.0)
@@ -226,8 +226,7 @@ def two_roots(f: View, a: View, g: View, b: View, frame: Sequence[Axis], fixed: 
     sb = lift(marginal(b.node).deviation, b.node.axes, b.bind, frame, pairs=False)
     scale = by_type(sa, frame, second=False) * by_type(sb, frame, second=True)
     rho = np.clip(covariance / np.maximum(scale, 1e-300), -1.0, 1.0)
-    fi, gj = np.broadcast_to(fi, (*fi.shape[:-1], len(Z))), np.broadcast_to(gj, (*gj.shape[:-1], len(Z)))
-    return _series(fi, gj, rho, frame)
+    return _series(_on_grid(fi), _on_grid(gj), rho, frame)
 
 
 def _pairwise(group: _Group, frame: Sequence[Axis], fixed: Environment) -> np.ndarray:

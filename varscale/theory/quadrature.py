@@ -46,11 +46,10 @@ _RHO_POWERS = _RHO[:, None] ** np.arange(DEGREE)
 
 
 def power_series(coefficients: np.ndarray, rho: np.ndarray) -> np.ndarray:
-    """Σ c_k ρ^k by Horner's rule, coefficients along the last axis (shapes otherwise broadcast)."""
-    out = coefficients[..., -1]
-    for k in range(coefficients.shape[-1] - 2, -1, -1):
-        out = out * rho + coefficients[..., k]
-    return out
+    """Σ c_k ρ^k, coefficients along the last axis (shapes otherwise broadcast)."""
+    powers = np.empty((coefficients.shape[-1], *np.shape(rho)))
+    powers[0], powers[1:] = 1.0, rho
+    return np.einsum("...k,k...->...", coefficients, np.multiply.accumulate(powers, axis=0))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -58,16 +57,25 @@ class Marginal:
     """A root as a function of a standard normal.
 
     Attributes:
-        values: on the normal grid, (classes..., points).
+        mean: means by class.
         deviation: standard deviations by class.
         correlation: latent correlations by type.
-        gaussian: whether the function is affine.
+        quantiles: values on the normal grid where it is not Gaussian, (classes..., points).
     """
 
-    values: np.ndarray
+    mean: np.ndarray
     deviation: np.ndarray
     correlation: np.ndarray
-    gaussian: bool
+    quantiles: np.ndarray | None
+
+    @property
+    def gaussian(self) -> bool:
+        return self.quantiles is None
+
+    @functools.cached_property
+    def values(self) -> np.ndarray:
+        """On the normal grid, (classes..., points)."""
+        return self.mean[..., None] + self.deviation[..., None] * Z if self.quantiles is None else self.quantiles
 
 
 def marginal(root: Node) -> Marginal:
@@ -80,15 +88,16 @@ def marginal(root: Node) -> Marginal:
 
 def _marginal(root: Node) -> Marginal:
     table = root.table
-    covariance = table.covariance
-    variance = np.maximum(covariance[tuple(slice(0, a.classes) for a in root.axes)], 0.0)
-    deviation = np.sqrt(variance)
+    deviation = np.sqrt(np.maximum(table.diagonal - table.mean**2, 0.0))
     values = quantiles(root, table, deviation)
-    gaussian = values is None
-    if values is None:
-        values = table.mean[..., None] + deviation[..., None] * Z
-    correlation = latent(covariance, root.axes, values, deviation, gaussian)
-    return Marginal(values, deviation, correlation, gaussian)
+    return Marginal(table.mean, deviation, latent(table, deviation, values, lognormal=_is_lognormal(root, table)), values)
+
+
+def _is_lognormal(root: Node, table: Table) -> bool:
+    """Whether a root is positive and nothing but its first two moments says what law it has (`quantiles`)."""
+    known = isinstance(root, Leaf | Array | Split | Merge | Permute) or type(root).__name__ == "Take" or root.drawn is not None
+    summed = isinstance(root, Sum) and not root.is_variance
+    return root.positive and not known and not summed and bool(np.all(table.mean > 0))
 
 
 def quantiles(root: Node, table: Table, deviation: np.ndarray) -> np.ndarray | None:
@@ -209,13 +218,17 @@ def by_type(x: np.ndarray, axes: Sequence[Axis], *, second: bool) -> np.ndarray:
     return x
 
 
-def latent(
-    covariance: np.ndarray, axes: Sequence[Axis], values: np.ndarray, deviation: np.ndarray, gaussian: bool
-) -> np.ndarray:
+def latent(table: Table, deviation: np.ndarray, values: np.ndarray | None, *, lognormal: bool) -> np.ndarray:
     """The correlation of the underlying normals that gives each type its covariance (Nataf); 1 where i = j."""
-    scale = by_type(deviation, axes, second=False) * by_type(deviation, axes, second=True)
-    rho = np.clip(covariance / np.maximum(scale, 1e-300), -1.0, 1.0)
-    if not gaussian:
+    axes, covariance = table.axes, table.covariance
+    if lognormal:
+        scale = np.sqrt(np.log1p(np.square(deviation / table.mean)))
+        covariance = np.log1p(np.maximum(covariance / table.outer, -1 + 1e-15))
+    else:
+        scale = deviation
+    pairs = by_type(scale, axes, second=False) * by_type(scale, axes, second=True)
+    rho = np.clip(covariance / np.maximum(pairs, 1e-300), -1.0, 1.0)
+    if values is not None and not lognormal:
         a = values @ HERMITE
         a[..., 0] = 0
         ai, aj = by_type(a, axes, second=False), by_type(a, axes, second=True)
@@ -232,7 +245,10 @@ def _solved(coefficients: np.ndarray, target: np.ndarray) -> np.ndarray:
     coefficients = np.broadcast_to(coefficients, (*target.shape, coefficients.shape[-1]))
     flat, goals = coefficients.reshape(-1, coefficients.shape[-1]), target.ravel()
     tables = np.maximum.accumulate(flat @ _RHO_POWERS.T, axis=-1)
-    rho = np.array([np.interp(goal, table, _RHO) for goal, table in zip(goals, tables, strict=True)])
+    place = np.clip(np.sum(tables <= goals[:, None], axis=-1) - 1, 0, len(_RHO) - 2)
+    low, high = tables[np.arange(len(place)), place], tables[np.arange(len(place)), place + 1]
+    share = np.clip((goals - low) / np.maximum(high - low, 1e-300), 0.0, 1.0)
+    rho = _RHO[place] + share * (_RHO[place + 1] - _RHO[place])
     slopes = flat[:, 1:] * np.arange(1, flat.shape[-1])
     for _ in range(2):
         slope = np.maximum(power_series(slopes, rho), 1e-3)
@@ -250,6 +266,8 @@ def grid(view: View, frame: Sequence[Axis]) -> np.ndarray:
 
 def placed(values: np.ndarray, view: View, frame: Sequence[Axis]) -> np.ndarray:
     """Values over a view's classes and the grid, over the frame's."""
+    if view.node.axes == tuple(frame) and view.bind == tuple(range(len(frame))):
+        return values
     for k, (axis, place) in enumerate(zip(view.node.axes, view.bind, strict=True)):
         if axis.labels != frame[place].labels:
             values = apply_axis(values, k, class_shares(frame[place], axis))
@@ -321,7 +339,7 @@ def concentrated(root: Node) -> bool:
 
 def elementwise_table(node: Apply) -> Table:
     """Mean and second moments of an elementwise node."""
-    from varscale.theory.products import product_mean, product_second
+    from varscale.theory.products import product_moments
 
     view = View(node, tuple(range(len(node.axes))))
     name, extra = node.params
@@ -336,8 +354,7 @@ def elementwise_table(node: Apply) -> Table:
         else:
             second = c * c * second
         return Table(node.axes, c * mean + d, np.array(np.broadcast_to(second, node.frame_types)))
-    mean = product_mean(view, node.axes)
-    second = product_second(view, view, node.axes)
+    mean, second = product_moments(view, node.axes)
     classes = [a.classes for a in node.axes]
     return Table(node.axes, np.array(np.broadcast_to(mean, classes)), np.array(np.broadcast_to(second, node.frame_types)))
 

@@ -11,81 +11,76 @@ exact for any n and any logit variance (the usual e^{s²}/n fails beyond s = 2).
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Float
 
 from varscale.theory.quadrature import WEIGHTS, Z
-
-_L = Z[::12]
-_LW = WEIGHTS[::12] / WEIGHTS[::12].sum()
 
 
 class WeightMoments(NamedTuple):
     """Moments of softmax weights of keys in classes d with n_d members: E[p], E[p²], E[p³], E[p p'] and E[(Σ p l)²]."""
 
-    first: np.ndarray
-    square: np.ndarray
-    cube: np.ndarray
-    pair: np.ndarray
-    pull: float
+    first: Float[np.ndarray, "*rows classes"]
+    square: Float[np.ndarray, "*rows classes"]
+    cube: Float[np.ndarray, "*rows classes"]
+    pair: Float[np.ndarray, "*rows classes classes"]
+    pull: Float[np.ndarray, "*rows"]
 
 
-_STEP = 0.4  # in ln u: the integrands are analytic and fall off on both sides, so that the trapezoidal rule is exact to 1e-12
-_MOST_KEYS = 1e8
+_STEP = 0.4  # in ln u: the integrands are analytic and fall off on both sides, so that the trapezoidal rule is exact to 1e-9
+_FINEST, _COARSEST = 4, 40  # strides over the normal grid
 
 
-class _Laplace(NamedTuple):
-    """Of one key, over a grid of u: ln φ(u), and over φ E[f e^{−u e^l}] for f = e^l, e^{2l}, e^{3l}, l e^l and (l e^l)²."""
-
-    log_phi: np.ndarray
-    first: np.ndarray
-    second: np.ndarray
-    third: np.ndarray
-    pull: np.ndarray
-    pull_square: np.ndarray
+def _grid(variances: np.ndarray, keys: float) -> np.ndarray:
+    """ln u where there is mass, for up to this many keys."""
+    low, high = float(np.min(variances)), float(np.max(variances))
+    first = -high / 2 - math.log(keys) - 18 - 5 * math.sqrt(high)
+    last = max(5 * math.sqrt(v) - v / 2 for v in (low, high, min(max(low, 25.0), high))) + 14
+    return np.arange(math.floor(first / _STEP), math.ceil(last / _STEP)) * _STEP
 
 
-def _log_u(variance: float) -> tuple[int, int]:
-    """The grid of ln u, in steps, that holds the mass for any number of keys."""
-    s = math.sqrt(variance)
-    low, high = -variance / 2 - math.log(_MOST_KEYS) - 14 - 5 * s, -variance / 2 + 14 + 5 * s
-    return math.floor(low / _STEP), math.ceil(high / _STEP)
-
-
-@functools.lru_cache(maxsize=1024)
-def _laplace(variance: float, low: int, high: int) -> _Laplace:
-    u = np.exp(np.arange(low, high) * _STEP)
-    logits = math.sqrt(variance) * _L
+def _laplace(variances: Float[np.ndarray, " keys"], u: Float[np.ndarray, " u"]) -> Float[np.ndarray, "moments keys u"]:
+    """Of keys with these variances: ln φ(u), and over φ E[f e^{−u e^l}] for f = e^l, e^{2l}, e^{3l}, l e^l and (l e^l)²."""
+    deviations = np.sqrt(variances)
+    # e^{−u e^l} grows again beyond |Im l| = π/2: a step h costs exp(−π²/(s h)), 1e-9 at s h = 0.48.
+    stride = min(max(int(24 / max(float(deviations.max()), 1e-3)), _FINEST), _COARSEST)
+    weights = WEIGHTS[::stride] / WEIGHTS[::stride].sum()
+    logits = deviations[:, None] * Z[::stride]
     e = np.exp(logits)
-    exponent = -u[:, None] * e
-    decay = np.exp(exponent)
-    log_phi = np.log1p(np.clip(np.expm1(exponent) @ _LW, -1 + 1e-15, 0))
+    lost = np.expm1(-u[:, None] * e[:, None])
+    log_phi = np.log1p(np.clip(lost @ weights, -1 + 1e-15, 0))
     # One column a moment.
-    columns = np.stack([e, e**2, e**3, e * logits, (e * logits) ** 2], axis=-1) * _LW[:, None]
-    moments = decay @ columns / np.maximum(np.exp(log_phi), 1e-300)[:, None]
-    return _Laplace(log_phi, *moments.T)
+    columns = np.stack([e, e**2, e**3, e * logits, (e * logits) ** 2], axis=-1) * weights[:, None]
+    moments = (1 + lost) @ columns / np.maximum(np.exp(log_phi), 1e-300)[..., None]
+    return np.concatenate([log_phi[None], np.moveaxis(moments, -1, 0)])
 
 
-@functools.lru_cache(maxsize=4096)
-def weight_moments(counts: tuple[float, ...], variances: tuple[float, ...]) -> WeightMoments:
+def weight_moments(counts: Float[np.ndarray, "*rows classes"], variances: Float[np.ndarray, "*rows classes"]) -> WeightMoments:
     """Exact moments of softmax weights over independent Gaussian logits.
 
     Args:
         counts: keys in each class.
         variances: variance of their logits.
     """
-    n = np.array(counts)
-    ends = [_log_u(v) for v in variances]
-    low, high = min(a for a, _ in ends), max(b for _, b in ends)
-    keys = [_laplace(v, low, high) for v in variances]
-    u = np.exp(np.arange(low, high) * _STEP)
-    whole = np.exp(np.stack([k.log_phi for k in keys], -1) @ n) * _STEP
-    one = lambda power, name: (whole * u**power) @ np.stack([getattr(k, name) for k in keys], -1)  # noqa: E731
-    measure = (whole * u**2)[:, None]
-    ratio, pulls = np.stack([k.first for k in keys], -1), np.stack([k.pull for k in keys], -1)
-    cross = pulls.T @ (measure * pulls)
-    pull = float(n @ one(2, "pull_square")) + float(n @ cross @ n) - float(n @ np.diag(cross))
-    return WeightMoments(one(1, "first"), one(2, "second"), one(3, "third") / 2, ratio.T @ (measure * ratio), pull)
+    n, rows = counts.reshape(-1, counts.shape[-1]), np.arange(counts[..., 0].size)[:, None]
+    distinct, place = np.unique(variances, return_inverse=True)
+    place = place.reshape(n.shape)
+    u = np.exp(_grid(distinct, float(n.sum(-1).max())))
+    log_phi, first, second, third, pull, pull_square = _laplace(distinct, u)
+    members = np.zeros((len(n), len(distinct)))
+    np.add.at(members, (rows, place), n)
+    measure = np.exp(members @ log_phi) * _STEP * u
+
+    def one(power: int, f: np.ndarray) -> np.ndarray:
+        return ((measure * u**power) @ f.T)[rows, place]
+
+    def two(f: np.ndarray) -> np.ndarray:
+        return ((f * (measure * u)[:, None]) @ f.T)[rows[..., None], place[:, :, None], place[:, None, :]]
+
+    others = n[:, :, None] * n[:, None, :] - np.eye(n.shape[-1]) * n[:, None]
+    pulled = np.sum(n * one(1, pull_square), -1) + np.sum(others * two(pull), (-1, -2))
+    found = WeightMoments(one(0, first), one(1, second), one(2, third) / 2, two(first), pulled)
+    return WeightMoments(*(x.reshape((*counts.shape[:-1], *x.shape[1:])) for x in found))

@@ -11,12 +11,13 @@ second moment q; where f's second moment curves in q, the mean itself shifts, by
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 
 import numpy as np
 
-from varscale.theory.axes import contract_axis
+from varscale.theory.axes import Axis, apply_axis, contract_axis
 from varscale.theory.elementwise import Apply, Sum, roots
 from varscale.theory.graph import Array, Constant, Leaf, Merge, Node, Permute, Split, View
 from varscale.theory.quadrature import HERMITE, WEIGHTS, Environment, concentrated, evaluate, factors, marginal, power_series
@@ -40,7 +41,7 @@ class Spread:
     bend: float = 0.0
     point: float = 0.0
 
-    @property
+    @functools.cached_property
     def variance(self) -> float:
         """Variance of ln(mean square) over draws."""
         return sum(c * c for c in self.sources.values())
@@ -217,6 +218,10 @@ def _is_centred(node: Node) -> bool:
 
 def companions(node: Node) -> dict[tuple[int, tuple[int, ...]], list[View]]:
     """The roots of a tree that fluctuate, each with the concentrated ones that are its own scale (a norm's variance)."""
+    return node.graph.once(("companions", node.id), lambda: _companions(node))
+
+
+def _companions(node: Node) -> dict[tuple[int, tuple[int, ...]], list[View]]:
     own = [
         r for r in roots(node) if not isinstance(r.node, Array) and not (isinstance(r.node, Leaf) and r.node.name[0] != "input")
     ]
@@ -248,34 +253,38 @@ def responses(node: Node) -> dict[Node, tuple[float, float]]:
 
 def _responses(node: Node) -> dict[Node, tuple[float, float]]:
     view = View(node, tuple(range(len(node.axes))))
-    parts = factors(view)[1]
+    parts = [(factor, [r.within(factor.bind) for r in roots(factor.node)]) for factor in factors(view)[1]]
     out: dict[Node, tuple[float, float]] = {}
     for group in companions(node).values():
-        moments = []
-        for step in (-_STEP, 0.0, _STEP):
-            product = 1.0
-            for factor in parts:
-                own = [r.within(factor.bind) for r in roots(factor.node)]
-                mine = [r for r in own if r in group]
-                if not mine:
-                    continue
-                env: Environment = {}
-                main = next((r for r in mine if r == group[0]), mine[0])
-                for r in own:
-                    power = 0.0 if r not in group else 0.5 if r == group[0] else 1.0
-                    if r == main:
-                        env[r.node.id, r.bind] = evaluate(r, node.axes, {}) * (1 + step) ** power
-                    else:
-                        env[r.node.id, r.bind] = r.mean(node.axes)[..., None] * (1 + step) ** power
-                values = np.asarray(evaluate(factor, node.axes, env), float)
-                line = np.mean(values.reshape(-1, values.shape[-1]) ** 2, axis=0)
-                product *= float(line @ WEIGHTS) if line.size > 1 else float(line[0])
-            moments.append(max(product, 1e-300))
-        low, middle, high = moments
+        moments = np.ones(3)
+        for factor, own in parts:
+            mine = [r for r in own if r in group]
+            if mine:
+                moments *= _varied_square(factor, node.axes, own, mine, group)
+        low, middle, high = np.maximum(moments, 1e-300)
         slope = math.log(high / low) / math.log((1 + _STEP) / (1 - _STEP))
         curvature = (high - 2 * middle + low) / _STEP**2 / middle
         s, c = out.get(group[0].node, (0.0, 0.0))
         out[group[0].node] = (s + float(np.clip(slope, -4, 4)), c + float(np.clip(curvature, -4, 4)))
+    return out
+
+
+def _varied_square(
+    factor: View, frame: Sequence[Axis], own: Sequence[View], mine: Sequence[View], group: Sequence[View]
+) -> list[float]:
+    """E[f²] of a factor where the second moment of a group's first root is (1 − step, 1, 1 + step) times its own.
+
+    The others of the group, which are mean squares, vary in the same proportion; what is not varied is held at its mean.
+    """
+    main = group[0] if group[0] in mine else mine[0]
+    values = {r: evaluate(r, frame, {}) if r == main else r.mean(frame)[..., None] for r in own}
+    powers = {r: 0.0 if r not in group else 0.5 if r == group[0] else 1.0 for r in own}
+    out = []
+    for step in (-_STEP, 0.0, _STEP):
+        env: Environment = {(r.node.id, r.bind): values[r] * (1 + step) ** powers[r] for r in own}
+        squares = np.square(np.asarray(evaluate(factor, frame, env), float))
+        line = squares.reshape(-1, squares.shape[-1]).mean(axis=0)
+        out.append(float(line @ WEIGHTS) if line.size > 1 else float(line[0]))
     return out
 
 
@@ -292,49 +301,66 @@ def _fresh(node: Node, axes: set[int]) -> float:
     source = _rearranged(node, axes)
     if source is not None:
         return fresh(*source)
-    view = View(node, tuple(range(len(node.axes))))
-    frame = node.axes
-    ratio = np.ones([1] * len(frame))
-    scales = [g[0].node.id for g in companions(node).values() if len(g) > 1]
-    for factor in factors(view)[1]:
-        own = [r.within(factor.bind) for r in roots(factor.node)]
-        own = [r for r in own if not isinstance(r.node, Array)]
-        live = [r for r in own if len(own) == 1 or not concentrated(r.node)]
-        if len(live) != 1:
-            continue
-        (root,) = live
-        if concentrated(root.node) and len(factors(view)[1]) > 1:
-            continue  # a norm's scale: its fluctuations are those of what it normalises
-        fixed: Environment = {(r.node.id, r.bind): r.mean(frame)[..., None] for r in own if r != root}
-        squares = np.asarray(evaluate(factor, frame, fixed), float) ** 2
-        line = squares.reshape(-1, squares.shape[-1]).mean(axis=0)
-        if line.size == 1:
-            continue
-        a = line @ HERMITE
-        if a[0] <= 0:
-            continue
-        whole = float(line**2 @ WEIGHTS)
-        if root.node.id in scales:
-            # Normalised: the mean square of the root cannot fluctuate; nor can its mean, where that was taken away.
-            gone = slice(1, 3) if _is_centred(root.node) else slice(2, 3)
-            whole -= float(np.sum(a[gone] ** 2))
-            a[gone] = 0.0
-        rho = _pooled(root)
-        series = power_series(a**2, rho)
-        series = np.where(rho >= 1 - 1e-9, whole, series)
-        shape = [1] * len(frame)
-        order = sorted(range(len(root.bind)), key=lambda k: root.bind[k])
-        for k in order:
-            shape[root.bind[k]] = 2
-        ratio = ratio * (series.transpose(order).reshape(shape) / a[0] ** 2)
-    for k in reversed(range(len(frame))):
-        n = frame[k].size
+    ratio = node.graph.once(("square pairs", node.id), lambda: _square_pairs(node))
+    for k in reversed(range(len(node.axes))):
+        n = node.axes[k].size
         if ratio.shape[k] == 1:
             ratio = ratio.squeeze(k)
         else:
             weights = np.array([1 / n, 1 - 1 / n]) if k in axes else np.array([1.0, 0.0])
             ratio = contract_axis(ratio, k, weights)
     return max(float(ratio) - 1.0, 0.0)
+
+
+def _square_pairs(node: Node) -> np.ndarray:
+    """E[x_i² x_j²] / E[x²]² of an elementwise tree by which axes agree, 1 or 2 long, "same" first; classes pooled."""
+    view = View(node, tuple(range(len(node.axes))))
+    frame = node.axes
+    ratio = np.ones([1] * len(frame))
+    scales = [g[0].node.id for g in companions(node).values() if len(g) > 1]
+    parts = factors(view)[1]
+    for factor in parts:
+        own = [r.within(factor.bind) for r in roots(factor.node)]
+        own = [r for r in own if not isinstance(r.node, Array)]
+        live = [r for r in own if len(own) == 1 or not concentrated(r.node)]
+        if len(live) != 1:
+            continue
+        (root,) = live
+        if concentrated(root.node) and len(parts) > 1:
+            continue  # a norm's scale: its fluctuations are those of what it normalises
+        fixed: Environment = {(r.node.id, r.bind): r.mean(frame)[..., None] for r in own if r != root}
+        found = _square_coefficients(factor, frame, fixed)
+        if found is None:
+            continue
+        a, whole = found
+        if root.node.id in scales:
+            # Normalised: the mean square of the root cannot fluctuate; nor can its mean, where that was taken away.
+            gone = slice(1, 3) if _is_centred(root.node) else slice(2, 3)
+            whole -= float(np.sum(a[gone] ** 2))
+            a[gone] = 0.0
+        rho = _pooled(root.node)
+        series = np.where(rho >= 1 - 1e-9, whole, power_series(a**2, rho))
+        shape = [1] * len(frame)
+        order = sorted(range(len(root.bind)), key=lambda k: root.bind[k])
+        for k in order:
+            shape[root.bind[k]] = 2
+        ratio = ratio * (series.transpose(order).reshape(shape) / a[0] ** 2)
+    return ratio
+
+
+def _square_coefficients(f: View, frame: Sequence[Axis], fixed: Environment) -> tuple[np.ndarray, float] | None:
+    """Hermite coefficients of f², classes pooled, and E[f⁴]; None where f does not vary or is zero."""
+    own = marginal(f.node) if not isinstance(f.node, Apply | Constant) else None
+    if own is not None and own.gaussian:
+        m, s = own.mean, own.deviation
+        a = np.array([np.mean(m * m + s * s), np.mean(2 * m * s), math.sqrt(2) * np.mean(s * s)])
+        return (a, float(a @ a)) if a[0] > 0 else None
+    squares = np.asarray(evaluate(f, frame, fixed), float) ** 2
+    line = squares.reshape(-1, squares.shape[-1]).mean(axis=0)
+    if line.size == 1:
+        return None
+    a = line @ HERMITE
+    return (a, float(line**2 @ WEIGHTS)) if a[0] > 0 else None
 
 
 def _rearranged(node: Node, axes: set[int]) -> tuple[Node, tuple[int, ...]] | None:
@@ -355,9 +381,10 @@ def _rearranged(node: Node, axes: set[int]) -> tuple[Node, tuple[int, ...]] | No
     return inner, tuple(sorted({k if k < first else k - extra for k in axes - within} | ({first} if within else set())))
 
 
-def _pooled(root: View) -> np.ndarray:
+def _pooled(root: Node) -> np.ndarray:
     """A root's latent correlations, classes pooled: (2,) * rank, "same" first."""
-    rho = marginal(root.node).correlation
-    for k, axis in enumerate(root.node.axes):
-        rho = np.moveaxis(np.tensordot(np.stack([axis.same, axis.different]), rho, axes=(1, k)), 0, k)
+    rho = marginal(root).correlation
+    for k, axis in enumerate(root.axes):
+        if axis.classes > 1:
+            rho = apply_axis(rho, k, np.stack([axis.same, axis.different]))
     return rho

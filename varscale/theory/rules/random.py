@@ -135,6 +135,20 @@ def _stacked_weight(interpreter: Interpreter, one: Value, x: Value) -> Value:
     return Value(weight, ((Atom(x.shape[0], 0),), *shifted))
 
 
+def is_weight(x: Any) -> bool:
+    """Whether a parameter is a random leaf that stands for itself alone."""
+    return isinstance(x, Value) and isinstance(x.node, Leaf) and x.node.name[0] == "weight"
+
+
+def another(interpreter: Interpreter, x: Value, number: int) -> Value:
+    """An independent weight of the same law; `number` tells it from others."""
+    source = x.node
+    assert isinstance(source, Leaf)
+    weight = interpreter.graph.make(Leaf, source.axes, (), ("weight", source.id, number))
+    weight.settle(source.table, odd=bool(source.odd), kurtosis=source.kurtosis, transport=source.transport)
+    return Value(weight, x.dims)
+
+
 @rule("qr", "householder_product")
 def qr(interpreter: Interpreter, eqn: Any, *xs: Value) -> list[Value]:
     """Haar: E[q²] = 1/m for an m × n factor. The triangle only lends its signs, which Haar measure does not feel: ones."""

@@ -117,14 +117,18 @@ def _wide_bind(view: View, source: Node, extra: Sequence[int]) -> tuple[int, ...
 
 def mean_node(node: Node, axes: Sequence[int]) -> Node:
     """The mean of a node over some of its axes, in normal form."""
-    axes = sorted(axes)
-    if not axes or isinstance(node, Constant):
+    places = tuple(sorted(axes))
+    if not places or isinstance(node, Constant):
         return node
+    return node.graph.once(("mean", node.id, places), lambda: _mean_node(node, places))
+
+
+def _mean_node(node: Node, axes: tuple[int, ...]) -> Node:
     graph = node.graph
     left = tuple(a for k, a in enumerate(node.axes) if k not in axes)
     new = {k: i for i, k in enumerate(k for k in range(len(node.axes)) if k not in axes)}
     if isinstance(node, Array):
-        return array(graph, node.values.mean(axis=tuple(axes)), left)
+        return array(graph, node.values.mean(axis=axes), left)
 
     def inside(view: View) -> View:
         averaged = mean_node(view.node, [j for j, b in enumerate(view.bind) if b in axes])
@@ -151,7 +155,7 @@ def mean_node(node: Node, axes: Sequence[int]) -> Node:
     if isinstance(node, Mean):
         places = [k for k in range(len(node.args[0].node.axes)) if k not in node.params]
         return mean_node(node.args[0].node, [*node.params, *(places[k] for k in axes)])
-    return graph.make(Mean, left, [View(node, tuple(range(len(node.axes))))], tuple(axes))
+    return graph.make(Mean, left, [View(node, tuple(range(len(node.axes))))], axes)
 
 
 def over(x: Value, dims: Sequence[int]) -> tuple[list[int], Value]:

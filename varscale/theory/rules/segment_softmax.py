@@ -52,7 +52,7 @@ class SegmentSoftmax(Node):
         for c in range(own.classes):
             mine = sizes[own.label_array == c]
             n = float(1 / np.mean(1 / np.maximum(mine, 1.0))) if mine.min() > 0 else 0.0
-            out.append((n, weight_moments((max(n, 1.0),), (variance,))))
+            out.append((n, weight_moments(np.array([max(n, 1.0)]), np.array([variance]))))
         return out
 
     def compute(self) -> Table:

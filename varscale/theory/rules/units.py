@@ -66,12 +66,16 @@ class Softmax(Node):
         assert isinstance(view.node, Array)
         return view.node.table_over([self.axes[b] for b in view.bind])
 
-    @functools.cached_property
+    @property
     def counts(self) -> tuple[np.ndarray, np.ndarray, list[Axis]]:
         """Keys a row can see, by class of the rows and of the keys; keys two rows share, by types of the rows; the key axes.
 
         The number of keys enters as 1/n, so that is what is averaged within a class.
         """
+        masks = tuple((view.node.id, view.bind) for view in self.args[1:])
+        return self.graph.once(("keys", masks, self.axes, self.params), self._counts)
+
+    def _counts(self) -> tuple[np.ndarray, np.ndarray, list[Axis]]:
         keys = [self.axes[k] for k in self.params]
         number = np.ones([1] * len(self.rows()) + [a.classes for a in keys])
         for i, axis in enumerate(keys):
@@ -114,25 +118,19 @@ class Softmax(Node):
         return inverse.transpose(np.argsort(np.argsort(left)) if inverse.ndim else ()).reshape(shape)
 
     @functools.cached_property
-    def cells(self) -> dict[tuple[int, ...], WeightMoments]:
+    def weights(self) -> WeightMoments:
         """Weight moments for each class of row, logit variances averaged over what the queries' norms do."""
         seen, _, _ = self.counts
-        deviation = self.deviation
         rows = self.rows()
-        order = [*rows, *self.params]
-        deviation = deviation.transpose(order)
-        out: dict[tuple[int, ...], WeightMoments] = {}
+        classes = [self.axes[k].classes for k in rows]
+        own = self.deviation.transpose([*rows, *self.params])[tuple(slice(0, c) for c in classes)]
+        variances = np.maximum(own.reshape(*classes, -1), 1e-12)
+        counts = np.broadcast_to(seen.reshape(*seen.shape[: len(rows)], -1), variances.shape)
         spread = self._query_spread()
-        shape = [self.axes[k].classes for k in rows]
-        for cell in np.ndindex(*shape):
-            n = seen[tuple(c if seen.shape[i] > 1 else 0 for i, c in enumerate(cell))].ravel()
-            v = np.maximum(deviation[cell].ravel(), 1e-12)
-            parts = []
-            for factor, weight in ((1.0, 2 / 3), (1 + spread, 1 / 6), (max(1 - spread, 0.05), 1 / 6)):
-                m = weight_moments(tuple(float(f"{x:.5g}") for x in n), tuple(float(f"{x:.3g}") for x in v * factor))
-                parts.append((weight, m))
-            out[cell] = WeightMoments(*(sum(w * m[i] for w, m in parts) for i in range(5)))  # pyright: ignore[reportArgumentType]
-        return out
+        nodes = np.array([1.0, 1 + spread, max(1 - spread, 0.05)]).reshape(3, *[1] * variances.ndim)
+        # Rows see the same keys: where their variances agree to three digits, one quadrature serves them all.
+        found = weight_moments(np.broadcast_to(_rounded(counts, 5), (3, *counts.shape)), _rounded(nodes * variances, 3))
+        return WeightMoments(*(np.tensordot([2 / 3, 1 / 6, 1 / 6], x, axes=1) for x in found))
 
     def _query_spread(self) -> float:
         """√3 times the relative deviation of the logit variance between queries: their squared norm varies by 2/width."""
@@ -141,12 +139,6 @@ class Softmax(Node):
             if width:
                 return min(math.sqrt(6.0 / width), 0.95)
         return 0.0
-
-    def moments(self, name: str) -> np.ndarray:
-        """One of the weights' moments, by class of the rows and then as it is."""
-        classes = [self.axes[k].classes for k in self.rows()]
-        values = [np.asarray(getattr(self.cells[cell], name)) for cell in np.ndindex(*classes)]
-        return np.stack(values).reshape(*classes, *values[0].shape)
 
     def read(self, by_class: np.ndarray, *, second: bool = False) -> np.ndarray:
         """An array by class of the rows (then anything), read at i (or j) of every type of the rows."""
@@ -177,12 +169,12 @@ class Softmax(Node):
         keys = self.counts[2]
         c = seen.shape[-1]
         sizes = functools.reduce(np.multiply.outer, [a.counts for a in keys]).ravel()
-        share = seen * self.moments("first")  # Σ of E[p] over a class of keys
+        share = seen * self.weights.first  # Σ of E[p] over a class of keys
         share = share / share.sum(-1, keepdims=True)
         mean = share / sizes
         # A row with itself.
         n, diagonal = self.read(seen), np.eye(c, dtype=bool)
-        square, pair = self.read(self.moments("square")), self.read(self.moments("pair"))
+        square, pair = self.read(self.weights.square), self.read(self.weights.pair)
         same = n * square
         other = (n[..., :, None] * n[..., None, :] - diagonal * n[..., None]) * pair
         other *= ((1 - same.sum(-1)) / np.maximum(other.sum((-1, -2)), 1e-300))[..., None, None]
@@ -210,7 +202,7 @@ class Softmax(Node):
         seen, _, deviation = self.visible
         by_rows = deviation.mean(-1)
         variance = np.maximum(by_rows[tuple(slice(0, self.axes[k].classes) for k in self.rows())], 1e-12)
-        gain = np.maximum(self.moments("pull") / variance - (seen * self.moments("square")).sum(-1), 0.0)
+        gain = np.maximum(self.weights.pull / variance - (seen * self.weights.square).sum(-1), 0.0)
         return self.read(gain) * np.clip(by_rows / self.read(variance), -1, 1)
 
     def pullback(self, cotangent: np.ndarray) -> list[np.ndarray | None]:
@@ -223,8 +215,8 @@ class Softmax(Node):
         g, p = (self._by_key(x) for x in (np.broadcast_to(cotangent, self.frame_types), self.table.second))
         diagonal = [c + i * (c + 1) for i in range(c)]
         deviation = np.maximum(g[..., :c] - g[..., diagonal], 0.0)
-        square = self.moments("square")
-        keep = 1 - 2 * self.moments("cube") / np.maximum(square, 1e-300) + (self.visible[0] * square).sum(-1, keepdims=True)
+        square = self.weights.square
+        keep = 1 - 2 * self.weights.cube / np.maximum(square, 1e-300) + (self.visible[0] * square).sum(-1, keepdims=True)
         same = deviation * p[..., :c] * np.where(self.own[..., None], np.clip(self.read(keep), 0, 1), 1.0)
         # The rows of the Jacobian sum to zero: what one key gains the others lose.
         rest = -same[..., :, None] * axis.counts / max(axis.size * (axis.size - 1), 1)
@@ -271,6 +263,12 @@ def _placed(node: Node, sizes: set[int]) -> bool:
     return False
 
 
+def _rounded(x: np.ndarray, digits: int) -> np.ndarray:
+    """To so many significant digits."""
+    unit = 10.0 ** (np.floor(np.log10(np.maximum(x, 1e-300))) + 1 - digits)
+    return np.round(x / unit) * unit
+
+
 def _unflatten(mean: np.ndarray, second: np.ndarray, keys: Sequence[Axis], rank: int) -> tuple[np.ndarray, np.ndarray]:
     """Several key axes computed as one: their joint types read on each axis (classes one each)."""
     return mean.reshape(*mean.shape[:rank], *[1] * len(keys)), second[..., _joint_types(keys)]
@@ -302,17 +300,26 @@ def softmax_of(interpreter: Interpreter, top: Value, bottom: Value) -> Value | N
 
 def _row_classes(frame: list[Axis], allowed: View, axes: Sequence[int]) -> list[Axis]:
     """Rows that see different numbers of keys belong to different classes, evenly in the logarithm of that number."""
-    assert isinstance(allowed.node, Array)
-    keys = tuple(k for k, b in enumerate(allowed.bind) if b in axes)
-    seen = np.maximum(allowed.node.values.sum(axis=keys), 1.0)
-    left = [b for b in allowed.bind if b not in axes]
-    for i, b in enumerate(left):
-        level = np.log(seen).mean(axis=tuple(j for j in range(len(left)) if j != i))
-        low, high = level.min(), level.max()
-        if high - low > 0.01:
-            bins = np.minimum((ROW_CLASSES * (level - low) / (high - low)).astype(int), ROW_CLASSES - 1)
-            frame[b] = join(labelled(bins), frame[b])
+    mask, bind = allowed
+    keys = tuple(k for k, b in enumerate(bind) if b in axes)
+    classed = mask.graph.once(("row classes", mask.id, keys), lambda: _classes_by_keys(mask, keys))
+    left = [b for b in bind if b not in axes]
+    for b, axis in zip(left, classed, strict=True):
+        frame[b] = join(axis, frame[b])
     return frame
+
+
+def _classes_by_keys(mask: Node, keys: tuple[int, ...]) -> list[Axis]:
+    """The axes of a mask besides those of the keys, classed by how many keys a position sees."""
+    assert isinstance(mask, Array)
+    level = np.log(np.maximum(mask.values.sum(axis=keys), 1.0))
+    out = []
+    for i, size in enumerate(level.shape):
+        mean = level.mean(axis=tuple(j for j in range(level.ndim) if j != i))
+        low, reach = mean.min(), float(np.ptp(mean))
+        bins = (ROW_CLASSES * (mean - low) / max(reach, 0.01)).astype(int)
+        out.append(labelled(np.minimum(bins, ROW_CLASSES - 1)) if reach > 0.01 else Axis(size))
+    return out
 
 
 def _logits(view: View, axes: Sequence[Axis]) -> tuple[View | None, View | None]:
@@ -342,6 +349,8 @@ def _logits(view: View, axes: Sequence[Axis]) -> tuple[View | None, View | None]
         return array(graph, out)
 
     sizes = tuple(axes[b].size for b in frame)
+    if len(masks) == 1 and masks[0].bind == tuple(frame):
+        return random, masks[0]
     mask = graph.once(("mask", tuple((m.node.id, m.bind) for m in masks), sizes), product)
     return random, (None if isinstance(mask, Constant) else View(mask, tuple(frame)))
 
@@ -366,13 +375,11 @@ def _terms(view: View, masks: list[View]) -> list[tuple[float, View]]:
         for keep, drop in ((1, 2), (2, 1)):
             other = node.args[drop].node
             if isinstance(other, Constant) and other.params < _MASKED:
-                allowed = graph.once(
-                    ("kept", which.id, keep), lambda k=keep: array(graph, (which.values == k - 1).astype(float), which.axes)
-                )
+                allowed = graph.once(("kept", which.params, keep), lambda k=keep: array(graph, which.values == k - 1))
                 masks.append(View(allowed, tuple(bind[b] for b in where)))
                 return _terms(node.args[keep].within(bind), masks)
     if isinstance(node, Array) and node.values.min() < _MASKED:
-        allowed = graph.once(("above", node.id), lambda: array(graph, (node.values > _MASKED).astype(float), node.axes))
+        allowed = graph.once(("above", node.params), lambda: array(graph, node.values > _MASKED))
         if isinstance(allowed, Array):
             masks.append(View(allowed, bind))
         return []
