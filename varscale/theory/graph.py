@@ -53,13 +53,13 @@ class Node:
         deps: bits of the random leaves it depends on.
         odd: bits of the zero-mean leaves it is linear in: a product with anything free of one of them has mean zero.
         positive: whether it cannot be negative.
-        weights: whether it is weights that add up to 1, positive but no norm's scale.
+        shares: whether it is shares that add up to 1, positive but no norm's scale.
         gradient_doubt: relative error that its pullback may add.
         drawn: its values on the normal grid, where it was drawn and is not to be taken for Gaussian.
     """
 
     how: ClassVar[str] = "exact"
-    weights: ClassVar[bool] = False
+    shares: ClassVar[bool] = False
     gradient_doubt: float = 0.0
     drawn: np.ndarray | None = None
 

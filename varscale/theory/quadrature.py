@@ -331,7 +331,7 @@ def _reciprocal(node: Node) -> Node:
 
 def concentrated(root: Node) -> bool:
     """Whether a root is nearly a number: a positive average, or one with little variance."""
-    if isinstance(root, Array | Leaf) or root.weights:
+    if isinstance(root, Array | Leaf) or root.shares:
         return False
     mean, variance = root.table.total_mean, root.table.variance
     return mean != 0 and (root.positive or variance < CONCENTRATED * mean**2)

@@ -26,7 +26,7 @@ class SegmentSoftmax(Node):
     """Weights over axis 0; `params` is (key of the segments in the store, whether pairs are those within a segment)."""
 
     how = "quadrature"
-    weights = True
+    shares = True
     gradient_doubt = 1.0
 
     def prepare(self) -> None:

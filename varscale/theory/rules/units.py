@@ -30,7 +30,7 @@ class Softmax(Node):
     """Softmax over some axes of its logits; `params` is (axes, digest of the mask or None). Args: logits[, mask]."""
 
     how = "quadrature"
-    weights = True
+    shares = True
 
     def prepare(self) -> None:
         self.positive = True
