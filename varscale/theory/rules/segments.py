@@ -144,7 +144,7 @@ def _per_position(node: Node) -> list[Node]:
     seen, pending = {node.id}, [node]
     while pending:
         node = pending.pop()
-        if isinstance(node, Gather | SegmentSum) or node.weights:
+        if isinstance(node, Gather | SegmentSum) or node.shares:
             found[node.id] = node
             continue
         before = {v.node.id: v.node for v in node.args if v.node.id not in seen}
