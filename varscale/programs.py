@@ -9,7 +9,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 
 Tree = Any
 _KEY_SEED = 0  # dropout and the like: the law of the output does not depend on it
@@ -227,11 +226,10 @@ def is_dynamic(leaf: Any) -> bool:
 
 def _is_live(leaf: Any) -> bool:
     """Whether a captured array can be used here: that of a method which ran inside a plain `jax.vmap` cannot."""
-    if isinstance(leaf, Tracer):
-        try:
-            jnp.copy(leaf)
-        except jax.errors.UnexpectedTracerError:
-            return False
+    try:
+        jnp.ravel(leaf)[:0]  # nothing is computed, but whoever left its transformation is found out
+    except jax.errors.UnexpectedTracerError:
+        return False
     return True
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 
 import numpy as np
 
-from varscale.theory.axes import Axis, contract_axis, split_axis
+from varscale.theory.axes import Axis, contract_axis, merge_types, split_axis
 from varscale.theory.moments import Table, constant, estimate, independent, lift
 
 if TYPE_CHECKING:
@@ -276,31 +276,6 @@ class Merge(Node):
             if factor.classes > 1:
                 out = np.take(out, np.where(np.arange(factor.types) < factor.classes, 0, 1), axis=k + i)
         return [out]
-
-
-def merge_types(second: np.ndarray, k: int, factors: Sequence[Axis], whole: Axis) -> np.ndarray:
-    """A type array over factors, averaged into the types of their product (which has one class, or the factors' own)."""
-    if whole.classes > 1:
-        built, types = split_axis(whole, tuple(f.size for f in factors))
-        if all(b == f for b, f in zip(built, factors, strict=True)):
-            weights = functools.reduce(np.multiply.outer, [f.pairs for f in factors])
-            matrix = np.zeros((whole.types, types.size))
-            np.add.at(matrix, (types.ravel(), np.arange(types.size)), weights.ravel())
-            matrix /= np.maximum(matrix.sum(axis=1, keepdims=True), 1e-300)
-            return _onto(second, k, len(factors), matrix)
-    pairs = functools.reduce(np.multiply.outer, [f.pairs for f in factors])
-    same = functools.reduce(np.multiply.outer, [f.pairs * (np.arange(f.types) < f.classes) for f in factors])
-    different = pairs - same
-    matrix = np.stack([(w / w.sum()).ravel() for w in (same, different)])
-    if whole.classes > 1:
-        matrix = np.concatenate([np.repeat(matrix[:1], whole.classes, 0), np.repeat(matrix[1:], whole.classes**2, 0)])
-    return _onto(second, k, len(factors), matrix)
-
-
-def _onto(second: np.ndarray, k: int, count: int, matrix: np.ndarray) -> np.ndarray:
-    shape = second.shape
-    flat = second.reshape(*shape[:k], -1, *shape[k + count :])
-    return np.moveaxis(np.tensordot(matrix, flat, axes=(1, k)), 0, k)
 
 
 def number(graph: Graph, value: float) -> Node:
