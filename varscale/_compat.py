@@ -17,25 +17,22 @@ def is_literal(atom: Any) -> bool:
     return isinstance(atom, jax.extend.core.Literal)
 
 
-def name_stack(eqn: Any) -> str:
-    """The modules and scopes an equation was made in, joined with "/"."""
-    return str(getattr(eqn.source_info, "name_stack", ""))
+def scopes(eqn: Any) -> list[tuple[str, int]]:
+    """The named scopes an equation was made in, from the outermost in, each with a number that tells its calls apart."""
+    stack = getattr(getattr(eqn.source_info, "name_stack", None), "stack", ())
+    return [(part.name, id(part)) for part in stack if type(part).__name__ == "Scope"]
 
 
 def source_line(eqn: Any) -> str:
-    """File, line and module path of an equation, as far as jax recorded them."""
-    info = eqn.source_info
-    where = ""
-    frames = list(getattr(getattr(info, "traceback", None), "frames", []) or [])
+    """File and line of an equation, as far as jax recorded them."""
+    frames = list(getattr(getattr(eqn.source_info, "traceback", None), "frames", []) or [])
     for frame in frames:
         name = frame.file_name
         if not any(
             part in name for part in ("/jax/", "/flax/", "/varscale/theory/", "/varscale/programs", "<frozen", "/contextlib")
         ):
-            where = f"{name.rsplit('/', 1)[-1]}:{frame.line_num}"
-            break
-    stack = name_stack(eqn)
-    return " ".join(filter(None, [where or "an unknown line", f"({stack})" if stack else ""]))
+            return f"{name.rsplit('/', 1)[-1]}:{frame.line_num}"
+    return "an unknown line"
 
 
 def sub_jaxpr(jaxpr: Any) -> tuple[Any, list[Any]]:

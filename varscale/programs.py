@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 Tree = Any
+MODULE = "module:"  # opens the name of a scope, or of an output, that says its module's whole path, whoever calls it
+FIELD = "|"  # separates that path, which array of the output it is, and how many there are
+_PATH = "_varscale_path"  # the attribute that tells an nnx module its own
 _KEY_SEED = 0  # dropout and the like: the law of the output does not depend on it
 
 
@@ -99,8 +106,6 @@ def program(model: Any, *, method: str | None = None) -> Program:
 
 def _takes_rngs(model: Callable[..., Any]) -> bool:
     """An nnx factory has one parameter without a default, called `rngs` (`_` and `r` are seen too)."""
-    import inspect
-
     try:
         parameters = inspect.signature(model).parameters.values()
     except (TypeError, ValueError):
@@ -115,9 +120,11 @@ def _linen(model: Any, method: str) -> Program:
     kinds: dict[str, str] = {"": type(model).__name__}
 
     def record(next_fun: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
-        if context.module.scope is not None:  # a module without parameters may be called unbound
-            kinds.setdefault("/".join(context.module.path), type(context.module).__name__)
-        return next_fun(*args, **kwargs)
+        if context.module.scope is None:  # a module without parameters may be called unbound
+            return next_fun(*args, **kwargs)
+        path = "/".join(context.module.path)
+        kinds.setdefault(path, type(context.module).__name__)
+        return named(path, context.method_name, method, lambda: next_fun(*args, **kwargs))
 
     def init(key: Any, x: Inputs) -> Tree:
         variables = dict(model.init({"params": key}, *x.args, method=method, **x.kwargs))
@@ -133,9 +140,7 @@ def _linen(model: Any, method: str) -> Program:
                 method=method,
                 rngs={"params": jax.random.key(_KEY_SEED)},
                 mutable=mutable,
-                capture_intermediates=lambda module, name: (
-                    module.scope is not None and (not name.startswith("_") or name == "__call__")
-                ),
+                capture_intermediates=lambda module, name: module.scope is not None and _is_open(name),
                 **x.kwargs,
             )
         return output, _captures(state.get("intermediates", {}), method)
@@ -149,18 +154,59 @@ def _nnx(kind: str, method: str, graph: Any, parameters: Tree, init: Any = None)
     kinds: dict[str, str] = {}
 
     def apply(state: Tree, x: Inputs) -> tuple[Any, dict[str, Any]]:
-        model = nnx.merge(graph, state)
-        for path, module in nnx.iter_modules(model):
+        for path, module in nnx.iter_modules(nnx.merge(graph, state)):
             kinds.setdefault("/".join(map(str, path)), type(module).__name__)
-        run = nnx.capture(getattr(model, method), nnx.Intermediate, method_outputs=nnx.Intermediate)
-        try:
-            output, captured = run(*x.args, **x.kwargs)
-        except Exception:
-            # Captures inside a scan change the structure of its carry: then the output alone, or the model's own error.
-            return getattr(nnx.merge(graph, state), method)(*x.args, **x.kwargs), {}
-        return output, _captures(nnx.to_pure_dict(captured), method)
+        # Captures change the structure of a scan's carry, and names that of blocks that are stacked: then one of the two,
+        # or neither, or the model's own error.
+        for named, captured in ((True, True), (True, False), (False, True)):
+            model = nnx.merge(graph, state)
+            run = getattr(model, method)
+            try:
+                with _nnx_scopes(model, method) if named else contextlib.nullcontext():
+                    if not captured:
+                        return run(*x.args, **x.kwargs), {}
+                    output, found = nnx.capture(run, nnx.Intermediate, method_outputs=nnx.Intermediate)(*x.args, **x.kwargs)
+                    return output, _captures(nnx.to_pure_dict(found), method)
+            except Exception:
+                continue
+        return getattr(nnx.merge(graph, state), method)(*x.args, **x.kwargs), {}
 
     return Program(kind, init, apply, parameters, kinds)
+
+
+@contextlib.contextmanager
+def _nnx_scopes(model: Any, method: str) -> Iterator[None]:
+    """While it lasts the methods of a model's modules run in scopes that name their paths.
+
+    The path is a static attribute, which transformations hand on with the rest of the graph.
+    """
+    from flax import nnx
+
+    def wrapped(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(call)
+        def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+            path = getattr(self, _PATH, None)
+            if path is None:  # made by another module's call
+                return call(self, *args, **kwargs)
+            return named(path, name, method, lambda: call(self, *args, **kwargs))
+
+        return run
+
+    methods: dict[tuple[type, str], Callable[..., Any]] = {}
+    for path, module in nnx.iter_modules(model):
+        setattr(module, _PATH, "/".join(map(str, path)))
+        own = [c for c in type(module).__mro__ if issubclass(c, nnx.Module) and c is not nnx.Module]
+        for name in {name for c in own for name in vars(c) if _is_open(name)}:
+            c = next(c for c in own if name in vars(c))
+            if inspect.isfunction(vars(c)[name]):
+                methods[c, name] = vars(c)[name]
+    try:
+        for (c, name), call in methods.items():
+            setattr(c, name, wrapped(name, call))
+        yield
+    finally:
+        for (c, name), call in methods.items():
+            setattr(c, name, call)
 
 
 def _nnx_factory(factory: Callable[..., Any], method: str) -> Program:
@@ -181,20 +227,46 @@ def _nnx_factory(factory: Callable[..., Any], method: str) -> Program:
     return _nnx(kind, method, graph, None, init=lambda key, x: split(key))
 
 
-def _captures(tree: Any, method: str, prefix: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Flax's nested capture as {path: output}, named as the report names its rows.
+def _is_open(method: str) -> bool:
+    """Whether a method has a row."""
+    return not method.startswith("_") or method == "__call__"
 
-    A module called again is "path#1", another method than `__call__` "path.encode"; the method that was
-    asked for is the model itself.
+
+def _call_path(path: str, name: str, method: str) -> str:
+    """The path of a call of the method `name`: that of its module, "path.encode" where it is another than `__call__`.
+
+    The method that was asked for is the model itself.
     """
+    return path if name == "__call__" or not _is_open(name) or (path == "" and name == method) else f"{path}.{name}"
+
+
+def named(path: str, name: str, method: str, call: Callable[[], Any]) -> Any:
+    """The output of a method of the module at `path`, the jaxpr telling where it was made and which arrays it is."""
+    where = MODULE + _call_path(path, name, method)
+    with jax.named_scope(where):
+        output = call()
+    if not _is_open(name):
+        return output
+    from flax import nnx
+
+    # A module that a method hands out stays the one it is.
+    leaves, tree = jax.tree_util.tree_flatten_with_path(output, is_leaf=lambda x: isinstance(x, nnx.Module | nnx.Variable))
+    is_array = [isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jnp.inexact) for _, leaf in leaves]
+    marked = [
+        checkpoint_name(leaf, FIELD.join((where, _field(keys), str(sum(is_array))))) if array else leaf
+        for (keys, leaf), array in zip(leaves, is_array, strict=True)
+    ]
+    return jax.tree_util.tree_unflatten(tree, marked)
+
+
+def _captures(tree: Any, method: str, prefix: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Flax's nested capture as {path: output}, named as the report names its rows; a module called again is "path#1"."""
     found: dict[str, Any] = {}
     for name, value in tree.items():
         if isinstance(value, Mapping):
             found |= _captures(value, method, (*prefix, str(name)))
             continue
-        path = "/".join(prefix)
-        if str(name) != "__call__" and not (prefix == () and name == method):
-            path += f".{name}"
+        path = _call_path("/".join(prefix), str(name), method)
         for i, output in enumerate(value if isinstance(value, tuple) else (value,)):
             found[path + (f"#{i}" if i else "")] = output
     return found
@@ -207,7 +279,12 @@ def leaf_paths(path: str, output: Any) -> Iterable[tuple[str, Any]]:
     """
     for keys, leaf in jax.tree_util.tree_flatten_with_path(output)[0]:
         if hasattr(leaf, "shape") and hasattr(leaf, "dtype") and not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            yield path + jax.tree_util.keystr(tuple(_plain(key) for key in keys)), leaf
+            yield path + _field(keys), leaf
+
+
+def _field(keys: Any) -> str:
+    """Where in an output an array is: "" for the output itself, "[0]", "['k']"."""
+    return jax.tree_util.keystr(tuple(_plain(key) for key in keys))
 
 
 def _plain(key: Any) -> Any:
@@ -233,11 +310,13 @@ def _is_live(leaf: Any) -> bool:
     return True
 
 
+def grouped(captures: Mapping[str, Any], output: Any) -> dict[str, dict[str, Any]]:
+    """Every array of the captures and of the model's own output: call -> {row path: array}, the output last."""
+    calls = {call: dict(leaf_paths(call, value)) for call, value in captures.items() if call != ""}
+    live = {call: {row: leaf for row, leaf in rows.items() if _is_live(leaf)} for call, rows in calls.items()}
+    return {**live, "": dict(leaf_paths("", output))}
+
+
 def rename(captures: Mapping[str, Any], output: Any) -> dict[str, Any]:
     """Every array of the captures and of the model's own output, by row path, the output last."""
-    rows: dict[str, Any] = {}
-    for path, value in captures.items():
-        if path != "":
-            rows.update((row, leaf) for row, leaf in leaf_paths(path, value) if _is_live(leaf))
-    rows.update(leaf_paths("", output))
-    return rows
+    return {row: leaf for rows in grouped(captures, output).values() for row, leaf in rows.items()}

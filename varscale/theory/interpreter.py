@@ -30,6 +30,7 @@ from varscale.theory.functions import of_known
 from varscale.theory.graph import Array, Constant, Graph, Leaf, Node, View, array, leaf
 from varscale.theory.layout import Value, align, full, value
 from varscale.theory.prefix_scans import gathered
+from varscale.theory.rows import Place, opened
 
 Rule = Callable[..., Any]
 RULES: dict[str, Rule] = {}
@@ -102,13 +103,14 @@ class Interpreter:
 
     Attributes:
         graph: the nodes built so far.
-        rows: outputs of modules inside loops, by path and step: `layers/Dense_0[3]`.
+        place: where the walk is and where it keeps rows; None where it keeps none.
+        steps: which steps of loops over layers it is in.
     """
 
     def __init__(self, graph: Graph | None = None):
         _load_rules()
         self.graph = graph or Graph()
-        self.rows: dict[str, Value] = {}
+        self.place: Place | None = None
         self.steps: list[int] = []
 
     def run(self, jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], step: int | None = None) -> list[Any]:
@@ -124,14 +126,33 @@ class Interpreter:
             env[var] = self.known(const)
         for var, arg in zip(jaxpr.invars, args, strict=True):
             env[var] = arg
-        for eqn in live_equations(jaxpr):
-            ins = [self.known(v.val) if _compat.is_literal(v) else env[v] for v in eqn.invars]
-            outs = self.equation(eqn, ins)
-            for var, out in zip(eqn.outvars, outs, strict=True):
-                env[var] = out
-            if self.steps:
-                self._record(eqn, outs)
+        if self.place is not None:
+            self._watched(live_equations(jaxpr), jaxpr.outvars, env)
+        else:
+            for eqn in live_equations(jaxpr):
+                self._step(eqn, env)
         return [self.known(v.val) if _compat.is_literal(v) else env[v] for v in jaxpr.outvars]
+
+    def _step(self, eqn: Any, env: dict[Any, Any]) -> None:
+        ins = [self.known(v.val) if _compat.is_literal(v) else env[v] for v in eqn.invars]
+        env.update(zip(eqn.outvars, self.equation(eqn, ins), strict=True))
+
+    def _watched(self, eqns: Sequence[Any], outputs: Sequence[Any], env: dict[Any, Any]) -> None:
+        """The equations in turn, keeping rows of what they make, except inside a loop that is not over layers."""
+        place = self.place
+        assert place is not None
+        silent = place.loops != len(self.steps)
+        place.rows.entered += not silent
+        ends = {} if silent else place.ends(eqns, outputs)
+        for i, eqn in enumerate(eqns):
+            entered = place.rows.entered
+            self.place = None if silent else place.within(eqn)
+            self._step(eqn, env)
+            if not silent and entered == place.rows.entered:
+                place.note(eqn, env, self.steps)
+            for scope, var in ends.get(i, ()):
+                place.rows.add(scope.path, self.steps, "scope", env[var])
+        self.place = place
 
     def equation(self, eqn: Any, ins: list[Any]) -> list[Any]:
         """The outputs of one equation."""
@@ -161,17 +182,6 @@ class Interpreter:
         from varscale.theory.rules.sampled import sampled
 
         return sampled
-
-    def _record(self, eqn: Any, outs: Sequence[Any]) -> None:
-        """What a module inside a loop has put out so far: flax names its equations, and the last of them is its output."""
-        found = next((x for x in outs if isinstance(x, Value)), None)
-        names = [part for part in _compat.name_stack(eqn).split("/") if part and "(" not in part]
-        at = "".join(f"[{step}]" for step in self.steps)
-        for k in range(1, len(names) + 1):
-            path = "/".join(names[:k]) + at
-            if found is not None:
-                self.rows.pop(path, None)  # what ends last comes last
-                self.rows[path] = found
 
     def known(self, const: Any) -> Any:
         """The value of a known array."""
@@ -326,7 +336,8 @@ def live_equations(jaxpr: Any) -> list[Any]:
 
 def source(eqn: Any) -> str:
     """Where an equation was written: "model.py:12 (Block)"."""
-    return _compat.source_line(eqn)
+    _, path = opened(eqn)
+    return _compat.source_line(eqn) + (f" ({path})" if path else "")
 
 
 def is_leaf(x: Any) -> bool:

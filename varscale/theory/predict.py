@@ -10,16 +10,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from varscale import programs
+from varscale import _compat, programs
 from varscale.programs import Inputs, Program
 from varscale.report import Report
 from varscale.theory.axes import Axis
 from varscale.theory.interpreter import Complex, Interpreter, Opaque, PredictionError
-from varscale.theory.layout import Value, full
+from varscale.theory.layout import full
 from varscale.theory.moments import Moments, Table, estimate, independent
+from varscale.theory.rows import Place, Rows, joined
 
+_DETAILS = ("modules", "equations")
 _KEY = 0  # laws do not depend on the seed
-_BAND = 2.5758  # 99 % of a normal
 
 
 def predict(
@@ -35,7 +36,8 @@ def predict(
         params: None: the laws that the model's own init draws from. A tree of arrays: their moments are measured. A tree of
             initializers or of variances: those. For a plain function also a traceable function of a key that returns the tree.
         backward: whether to predict the gradients too.
-        detail: "modules": a row a module.
+        detail: "modules": a row a module, or, of a plain function, a row a `jax.named_scope` block; "equations": besides one
+            for every equation that computes floating-point numbers, "Dense_0/dot_general".
         method: the method to run in place of `__call__`.
 
     Returns:
@@ -46,8 +48,8 @@ def predict(
         ValueError: the model does not trace on these shapes, has no outputs, holds NaN, or uses a primitive that has no
             rule and cannot be sampled.
     """
-    if detail != "modules":
-        raise ValueError(f'detail must be "modules", not {detail!r}')
+    if detail not in _DETAILS:
+        raise ValueError(f"detail must be one of {', '.join(map(repr, _DETAILS))}, not {detail!r}")
     program = programs.program(model, method=method)
     given = programs.as_inputs(x)
     interpreter = Interpreter()
@@ -56,36 +58,23 @@ def predict(
 
     def forward(parameters: Any, dynamic: list[Any]) -> Any:
         output, captures = program.apply(parameters, split.join(dynamic))
-        return programs.rename(captures, output)
+        return programs.grouped(captures, output)
 
     jaxpr, shapes = _traced(forward, abstract, split.structs)
-    if not shapes:
+    if not shapes[""]:
         raise ValueError(f"model {program.kind} returns no array: there is nothing to predict")
-    from varscale.theory.rules.complex_numbers import modulus
-
-    values = interpreter.run(jaxpr.jaxpr, jaxpr.consts, [*weights, *split.values(interpreter)])
-    # Of complex numbers it is the modulus that is measured and predicted.
-    values = [modulus(interpreter, v) if isinstance(v, Complex) else v for v in values]
-    outputs = dict(zip(shapes, values, strict=True))
-    order = _execution_order(jaxpr.jaxpr, list(shapes))
     from varscale.theory.laws import path_string
     from varscale.theory.summary import summarize
 
+    rows = Rows(equations=detail == "equations")
+    interpreter.place = Place(rows)
+    values = interpreter.run(jaxpr.jaxpr, jaxpr.consts, [*weights, *split.values(interpreter)])
+    interpreter.place = None
+    outputs = jax.tree_util.tree_unflatten(jax.tree_util.tree_structure(shapes), values)
+    captured = {call: outputs[call] for call in _execution_order(jaxpr.jaxpr, shapes)}
     named = [(path_string(p), v) for (p, _), v in zip(jax.tree_util.tree_flatten_with_path(abstract)[0], weights, strict=True)]
-    rows = _with_steps({path: outputs[path] for path in order}, interpreter.rows, program)
-    return summarize(interpreter, program, rows, named, backward=backward)
-
-
-def _with_steps(outputs: dict[str, Any], steps: dict[str, Value], program: Program) -> dict[str, Any]:
-    """The captured outputs, and before what follows them those of modules that a scan ran, which captures do not show."""
-    inner = {path: x for path, x in steps.items() if (module := path.split("[")[0]) in program.kinds and module not in outputs}
-    out: dict[str, Any] = {}
-    for path, x in outputs.items():
-        last = path == "" or path.startswith("[") or not isinstance(x, Value)
-        for row in [r for r, y in inner.items() if last or y.node.id < x.node.id]:
-            out[row] = inner.pop(row)
-        out[path] = x
-    return out
+    kind = "scope" if program.init is None and program.parameters is None else "module"
+    return summarize(interpreter, program, joined(rows.made, captured, kind), named, backward=backward)
 
 
 def _traced(f: Callable[..., Any], *args: Any) -> tuple[Any, dict[str, Any]]:
@@ -198,14 +187,12 @@ def _parameters(interpreter: Interpreter, program: Program, params: Any, split: 
     return given_parameters(interpreter, params, None, None)
 
 
-def _execution_order(jaxpr: Any, paths: list[str]) -> list[str]:
-    """Row paths by the equation that makes them; modules that end together from the innermost out; the model itself last."""
-    made: dict[Any, tuple[int, int]] = {}
-    for i, eqn in enumerate(jaxpr.eqns):
-        for j, var in enumerate(eqn.outvars):
-            made[var] = (i, j)
-    where = {
-        path: made.get(var, (-1, 0)) if hasattr(var, "count") or not hasattr(var, "val") else (-1, 0)
-        for path, var in zip(paths, jaxpr.outvars, strict=True)
-    }
-    return sorted(paths, key=lambda p: (p == "" or p.startswith("["), where[p], -p.count("/")))
+def _execution_order(jaxpr: Any, shapes: dict[str, dict[str, Any]]) -> list[str]:
+    """Calls by the equation that makes the first of what they put out; those that end together from the innermost out.
+
+    The model itself is the last.
+    """
+    made = {var: (i, j) for i, eqn in enumerate(jaxpr.eqns) for j, var in enumerate(eqn.outvars)}
+    at = iter([(-1, 0) if _compat.is_literal(var) else made.get(var, (-1, 0)) for var in jaxpr.outvars])
+    where = {call: [next(at) for _ in shapes[call]] for call in shapes}
+    return sorted(shapes, key=lambda call: (call == "", where[call][:1], -call.count("/")))

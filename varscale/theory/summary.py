@@ -13,7 +13,7 @@ from varscale.programs import Program
 from varscale.report import How, Report, Row
 from varscale.theory.axes import contract_axis
 from varscale.theory.backward import cotangents
-from varscale.theory.interpreter import Interpreter
+from varscale.theory.interpreter import Complex, Interpreter
 from varscale.theory.layout import Value
 from varscale.theory.moments import Table
 from varscale.theory.provenance import provenance
@@ -23,22 +23,32 @@ from varscale.theory.uses import weights
 _BAND = 2.5758  # 99 % of a normal
 _WIDEST = 25.0  # of ln(mean square): beyond that a draw can be anything, and the row's confidence says so
 GRADIENT_BASE = 0.05  # gradient independence itself, at width 256
+_UNBOUNDED = 1e50  # a mean square that only the large numbers which stand for infinities have
 _ROUNDING = 4e-3  # what second order and a norm's epsilon leave where first order finds no fluctuation at all
 
 
 def summarize(
     interpreter: Interpreter,
     program: Program,
-    outputs: Mapping[str, Any],
+    outputs: Iterable[tuple[str, str | None, Any]],
     parameters: Iterable[tuple[str, Any]],
     *,
     backward: bool,
 ) -> Report:
-    """The report of a walk."""
-    values = {path: x for path, x in outputs.items() if isinstance(x, Value) and math.prod(x.shape) > 0}
+    """The report of a walk: `outputs` as (path, kind where it is no module's, value)."""
+    found = [(path, kind, _real(interpreter, x)) for path, kind, x in outputs]
+    kinds = {path: kind or _kind(program, path) for path, kind, _ in found}
+    values = {path: x for path, _, x in found if isinstance(x, Value) and math.prod(x.shape) > 0}
     gradients = _gradients(values) if backward else {}
-    rows = tuple(_row(program, path, x, gradients.get(x.node.id)) for path, x in values.items())
+    rows = tuple(_row(path, kinds[path], x, gradients.get(x.node.id)) for path, x in values.items())
     return Report(rows, weights(interpreter, parameters))
+
+
+def _real(interpreter: Interpreter, x: Any) -> Any:
+    """Of complex numbers it is the modulus that is measured and predicted."""
+    from varscale.theory.rules.complex_numbers import modulus
+
+    return modulus(interpreter, x) if isinstance(x, Complex) else x
 
 
 def _kind(program: Program, path: str) -> str:
@@ -46,8 +56,26 @@ def _kind(program: Program, path: str) -> str:
     return program.kinds.get(module, program.kind if module == "" else "array")
 
 
-def _row(program: Program, path: str, x: Value, gradient: tuple[float, float] | None) -> Row:
+def _unbounded(path: str, kind: str, x: Value) -> Row:
+    """The row of an equation among whose numbers are infinities, which masks put there and a softmax takes away."""
+    return Row(
+        path,
+        kind,
+        x.shape,
+        x.node.table.total_mean,
+        math.inf,
+        math.inf,
+        math.inf,
+        (0.0, math.inf),
+        how="assumed",
+        confidence=math.inf,
+    )
+
+
+def _row(path: str, kind: str, x: Value, gradient: tuple[float, float] | None) -> Row:
     table = x.node.table
+    if not table.mean_square < _UNBOUNDED:
+        return _unbounded(path, kind, x)
     spread = full(x.node)
     mean, second = table.total_mean, table.mean_square * (1 + spread.shift)
     variance = min(spread.variance, _WIDEST)
@@ -59,7 +87,7 @@ def _row(program: Program, path: str, x: Value, gradient: tuple[float, float] | 
         gradient = _of_one_copy(x, *gradient)
     return Row(
         path=path,
-        kind=_kind(program, path),
+        kind=kind,
         shape=x.shape,
         mean=mean,
         second_moment=second,

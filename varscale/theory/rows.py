@@ -1,0 +1,176 @@
+"""Rows as the walk meets them: what modules and `jax.named_scope` blocks put out, and every equation where that is asked for.
+
+What a module puts out carries a mark (`programs.named`). A scope is read from the name stacks of its equations and puts out
+what is used after it: the largest such array, the last of equals. Calls are entered, and so are loops over layers, whose rows
+end in "[step]"; loops over time are not.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+
+from varscale import _compat
+from varscale.programs import FIELD, MODULE
+
+_LOOPS = {"scan", "while", "associative_scan"}
+
+
+class Made(NamedTuple):
+    """Something that the walk made.
+
+    Attributes:
+        call: scope and, from the second time on, which call of it: "Dense_0#1".
+        path: the row's path: the call, and which steps of the loops around it.
+        kind: "module", "scope", or the primitive of an equation.
+        stepped: whether that was in a loop over layers.
+        value: what was made.
+    """
+
+    call: str
+    path: str
+    kind: str
+    stepped: bool
+    value: Any
+
+
+class _Scope(NamedTuple):
+    """A scope an equation was made in: its full path, and which call of it."""
+
+    path: str
+    call: int
+
+
+def opened(eqn: Any, path: str = "") -> tuple[list[_Scope], str]:
+    """The blocks that an equation is in, from the outermost in, and its path. A module's scope says its whole path."""
+    found: list[_Scope] = []
+    for name, call in _compat.scopes(eqn):
+        if name.startswith(MODULE):
+            path = name.removeprefix(MODULE)
+        elif "->" not in name:  # `jnp.einsum` opens a scope of its own
+            path = "/".join(filter(None, [path, name]))
+            found.append(_Scope(path, call))
+    return found, path
+
+
+@dataclasses.dataclass
+class Rows:
+    """What was made so far, in order.
+
+    Attributes:
+        equations: whether equations have rows of their own.
+        made: the rows.
+        counts: how often each kind of row was met at each path, step by step.
+        entered: how many jaxprs were entered.
+    """
+
+    equations: bool
+    made: list[Made] = dataclasses.field(default_factory=list)
+    counts: collections.Counter[tuple[str, str]] = dataclasses.field(default_factory=collections.Counter)
+    entered: int = 0
+
+    def add(self, path: str, steps: Sequence[int], kind: str, value: Any, field: str = "") -> None:
+        at = "".join(f"[{step}]" for step in steps)
+        count = self.counts[kind, path + field + at]
+        self.counts[kind, path + field + at] += 1
+        call = path + (f"#{count}" if count else "")
+        self.made.append(Made(call, call + at + field, kind, bool(steps), value))
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where the walk is.
+
+    Attributes:
+        rows: where rows are kept.
+        path: the scopes that the calls around it were made in.
+        loops: how many loops are around it.
+    """
+
+    rows: Rows
+    path: str = ""
+    loops: int = 0
+
+    def within(self, eqn: Any) -> Place:
+        """The place inside an equation."""
+        return Place(self.rows, opened(eqn, self.path)[1], self.loops + (eqn.primitive.name in _LOOPS))
+
+    def ends(self, eqns: Sequence[Any], outputs: Sequence[Any]) -> dict[int, list[tuple[_Scope, Any]]]:
+        """The scopes that end with each equation, the innermost first, and what each puts out."""
+        scopes = [opened(eqn, self.path)[0] for eqn in eqns]
+        users: dict[Any, list[int]] = collections.defaultdict(list)
+        for i, eqn in enumerate(eqns):
+            for var in eqn.invars:
+                if not _compat.is_literal(var):
+                    users[var].append(i)
+        for var in outputs:
+            if not _compat.is_literal(var):
+                users[var].append(-1)
+        inside: dict[_Scope, list[int]] = collections.defaultdict(list)
+        for i, around in enumerate(scopes):
+            for scope in around:
+                inside[scope].append(i)
+        found: dict[int, list[tuple[_Scope, Any]]] = collections.defaultdict(list)
+        for scope, mine in inside.items():
+            own = set(mine)
+            out = [v for i in mine for v in eqns[i].outvars if _is_floating(v) and not own.issuperset(users[v])]
+            if out:
+                largest = max(math.prod(v.aval.shape) for v in out)
+                found[mine[-1]].append((scope, [v for v in out if math.prod(v.aval.shape) == largest][-1]))
+        for i, ended in found.items():
+            ended.sort(key=lambda end, order=scopes[i]: -order.index(end[0]))
+        return found
+
+    def note(self, eqn: Any, env: Mapping[Any, Any], steps: Sequence[int]) -> None:
+        """A row for what a module puts out; where equations are asked for, one for each array that another computes."""
+        mark = eqn.params.get("name") if eqn.primitive.name == "name" else None
+        if mark is not None and mark.startswith(MODULE):
+            path, field, arrays = mark.removeprefix(MODULE).split(FIELD)
+            # The body of a scan returns (x, None): "path[step]" where there is one array, else "path[step][0]".
+            self.rows.add(path, steps, "module", env[eqn.outvars[0]], "" if steps and arrays == "1" else field)
+            return
+        if not self.rows.equations:
+            return
+        path = "/".join(filter(None, [opened(eqn, self.path)[1], eqn.primitive.name]))
+        for j, var in enumerate(eqn.outvars):
+            if _is_floating(var):
+                self.rows.add(path, steps, eqn.primitive.name, env[var], f"[{j}]" if len(eqn.outvars) > 1 else "")
+
+
+def _is_floating(var: Any) -> bool:
+    return jnp.issubdtype(getattr(var.aval, "dtype", jnp.int32), jnp.inexact)
+
+
+def joined(made: Sequence[Made], captured: Mapping[str, Mapping[str, Any]], kind: str) -> Iterator[tuple[str, str | None, Any]]:
+    """Rows in execution order, as (path, kind where it is no module's, value).
+
+    Args:
+        made: what the walk made.
+        captured: what flax captured, in execution order: call -> {row path: array}. It is believed where both have a row,
+            but not where a loop over layers stacked it.
+        kind: "module" or "scope": which of the two has rows.
+    """
+    modules = {m.call for m in made if m.kind == "module" and not m.stepped}
+    stacked = {m.call for m in made if m.kind == "module" and m.stepped} - modules
+    left = {call: dict(rows) for call, rows in captured.items() if call not in stacked}
+    calls = list(left)
+
+    def upto(call: str) -> Iterator[tuple[str, str | None, Any]]:
+        for earlier in calls[: calls.index(call) + 1]:
+            if earlier == call or earlier not in modules:  # one that the walk did not meet
+                for path, value in left.pop(earlier, {}).items():
+                    yield path, None, value
+
+    for m in made:
+        if m.kind == "module" and captured.get(m.call) and m.call not in stacked:
+            yield from upto(m.call)
+        elif m.kind in (kind, "module") or m.kind not in ("module", "scope"):
+            yield m.path, None if m.kind == "module" else m.kind, m.value
+    for rows in left.values():
+        for path, value in rows.items():
+            yield path, None, value
