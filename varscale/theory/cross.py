@@ -99,6 +99,11 @@ def _expand(a: View, b: View, frame: tuple[Axis, ...]) -> np.ndarray:
             return _swap(out, frame) if turn else out
     if a.bind != b.bind and a.node.axes == b.node.axes:
         return _elsewhere(a, b, frame)
+    from varscale.theory.ordered import crossed
+
+    drawn = crossed(a, b, frame)
+    if drawn is not None:
+        return drawn
     a.node.graph.flag("assumed", 0.1)
     return mean_product(a, b, frame)
 

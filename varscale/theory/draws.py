@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Hashable, Sequence
+from typing import TYPE_CHECKING, TypeGuard
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -12,9 +13,13 @@ from jaxtyping import Float, Int
 from varscale.theory.axes import Axis
 from varscale.theory.cross import cross, mean_product
 from varscale.theory.elementwise import Apply, Sum, roots
-from varscale.theory.graph import Array, Constant, Leaf, Node, View
+from varscale.theory.graph import Array, Constant, Leaf, Node, Permute, View
 from varscale.theory.quadrature import Environment, Z, evaluate, marginal
 from varscale.theory.rules.joining import Concat
+from varscale.theory.rules.structure import Take
+
+if TYPE_CHECKING:
+    from varscale.theory.rules.linear import Contract
 
 Positions = Sequence[Int[np.ndarray, " kept"]]
 
@@ -96,6 +101,12 @@ class Drawing:
         self.frame, self.replicates, self.rng = frame, replicates, rng
         self.drawn: dict[Hashable, np.ndarray] = {}
 
+    def over(self, frame: Sequence[Axis]) -> Drawing:
+        """The same draws, for views over another frame."""
+        other = Drawing(frame, self.replicates, self.rng)
+        other.drawn = self.drawn
+        return other
+
     def values(self, view: View, positions: Positions) -> Float[np.ndarray, "..."]:
         """A view at some positions of the frame, (positions or 1 ..., replicates or 1): 1 where it does not have an axis."""
         env: Environment = {}
@@ -114,8 +125,50 @@ class Drawing:
         own = [positions[place] for place in bind]
         key = node.id, tuple(kept.tobytes() for kept in own)
         if key not in self.drawn:
-            self.drawn[key] = _drawn(node, own, self.replicates, self.rng)
+            self.drawn[key] = self._fresh(node, own)
         return _placed(self.drawn[key], bind, len(self.frame))
+
+    def _fresh(self, node: Node, positions: Positions) -> np.ndarray:
+        """A root at these positions, (replicates or 1, ...)."""
+        if in_order(node):
+            known = node.draws()
+            if known is not None:
+                return picked(known, node.axes, positions, self.replicates)
+            if isinstance(node, Take | Permute):
+                return self._rearranged(node, positions)
+        if applies_weights(node) and (in_order(node) or node.width <= TERMS):
+            return self._multiplied(node, positions)
+        return _drawn(node, positions, self.replicates, self.rng)
+
+    def _rearranged(self, node: Take | Permute, positions: Positions) -> np.ndarray:
+        """What was made from an array that has an order in time, by looking there."""
+        source = node.args[0].node
+        if isinstance(node, Permute):
+            there = [positions[node.params.index(k)] for k in range(len(source.axes))]
+            values = self.over(source.axes).values(View(source, tuple(range(len(there)))), there)
+            return np.moveaxis(values, -1, 0).transpose([0, *(1 + k for k in node.params)])
+        k, start, _, step = node.params
+        dropped = len(source.axes) > len(node.axes)
+        there = list(positions)
+        there[k : k + (not dropped)] = [np.array([start]) if dropped else start + step * positions[k]]
+        values = np.moveaxis(self.over(source.axes).values(View(source, tuple(range(len(there)))), there), -1, 0)
+        return values.squeeze(1 + k) if dropped else values
+
+    def _multiplied(self, node: Contract, positions: Positions) -> np.ndarray:
+        """A product with weights, multiplied out with drawn ones; some of the terms for all.
+
+        Its moments by type say neither what order in time its argument has, nor that products of one narrow argument share its
+        norm.
+        """
+        weights, x = operands(node)
+        terms = [evenly(a.size, TERMS) for a in node.params]
+        ratio = math.prod(a.size / len(kept) for a, kept in zip(node.params, terms, strict=True))
+        whole = [*positions, *terms]
+        values = self.over(node.frame).values(x, whole)
+        values = np.broadcast_to(values, (*values.shape[:-1], self.replicates))
+        shape = [len(whole[k]) if k in weights.bind else 1 for k in range(len(whole))]
+        drawn = self.rng.standard_normal((*shape, self.replicates)) * math.sqrt(ratio * weights.node.table.mean_square)
+        return _summed(values, drawn, len(positions))
 
     def _joined(self, node: Concat, bind: tuple[int, ...], positions: Positions) -> np.ndarray:
         """The parts, each at those of the positions that lie in it."""
@@ -130,6 +183,74 @@ class Drawing:
                 found.append(np.moveaxis(np.broadcast_to(values, _with(values.shape, place, len(inside))), place, 0))
         wide = np.broadcast_shapes(*(x.shape[1:] for x in found))
         return np.moveaxis(np.concatenate([np.broadcast_to(x, (len(x), *wide)) for x in found]), 0, place)
+
+
+def applies_weights(node: Node) -> TypeGuard[Contract]:
+    from varscale.theory.rules.linear import Contract, weight_of
+
+    return isinstance(node, Contract) and weight_of(node) is not None
+
+
+TERMS = 32  # terms of a sum that stand for all
+
+
+def evenly(size: int, most: int) -> Int[np.ndarray, " kept"]:
+    """Positions evenly spread along an axis of this size, all of them where they are no more."""
+    return np.linspace(0, size - 1, min(size, most)).round().astype(int)
+
+
+def operands(node: Contract) -> tuple[View, View]:
+    """The weights of a product, and what they multiply."""
+    from varscale.theory.rules.linear import weight_of
+
+    x, y = node.args
+    return (x, y) if weight_of(node) in (x.node, *_sources(x.node)) else (y, x)
+
+
+def _sources(node: Node) -> list[Node]:
+    """What a rearranged array is rearranged from."""
+    out = []
+    while len(node.args) == 1:
+        node = node.args[0].node
+        out.append(node)
+    return out
+
+
+def _summed(x: np.ndarray, y: np.ndarray, kept: int) -> np.ndarray:
+    """Σ x·y over the axes after the first `kept`, of arrays (positions or 1..., replicates): (replicates, positions...)."""
+    letters = "abcdefghijklmnopqrstuvw"[: x.ndim - 1]
+    shape = np.broadcast_shapes(x.shape, y.shape)
+    own = [("".join(c for c, n in zip(letters, a.shape[:-1], strict=True) if n > 1) + "z", a) for a in (x, y)]
+    out = "z" + "".join(c for c, n in zip(letters[:kept], shape, strict=False) if n > 1)
+    squeezed = [a.reshape([n for n in a.shape[:-1] if n > 1] + [a.shape[-1]]) for _, a in own]
+    return np.einsum(f"{own[0][0]},{own[1][0]}->{out}", *squeezed, optimize=True).reshape(shape[-1], *shape[:kept])
+
+
+def in_order(node: Node) -> bool:
+    """Whether a node depends on what is known by its draws, whose order in time its moments by type do not hold."""
+    key = ("in order", node.id)
+    memo = node.graph.memo
+    if key not in memo:
+        memo[key] = type(node).draws is not Node.draws or any(in_order(view.node) for view in node.args)
+    return memo[key]
+
+
+def picked(known: np.ndarray, axes: Sequence[Axis], positions: Positions, replicates: int) -> np.ndarray:
+    """Known draws at some positions. Where more are asked for than there are, those of other draws stand in.
+
+    Positions told apart, and all of an axis where all are known, are found by where they are; of others any will do.
+    """
+    index, shift = [], np.zeros([1] * (len(axes) + 1), int)
+    for k, (axis, asked, n) in enumerate(zip(axes, positions, known.shape[1:], strict=True)):
+        if n == axis.size:
+            at, turn = asked, np.zeros(len(asked), int)
+        else:
+            at, turn = np.arange(len(asked)) % n, np.arange(len(asked)) // n
+        shape = [-1 if i == k else 1 for i in range(len(axes))]
+        index.append(at.reshape(1, *shape))
+        shift = shift + turn.reshape(1, *shape)
+    draw = (np.arange(replicates).reshape(-1, *[1] * len(axes)) + shift) % len(known)
+    return known[(draw, *index)]
 
 
 def _with(shape: tuple[int, ...], place: int, size: int) -> tuple[int, ...]:

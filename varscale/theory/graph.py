@@ -86,6 +86,10 @@ class Node:
         """Second moments, by type, of the cotangents of the arguments, given those of this node's."""
         raise NotImplementedError(type(self).__name__)
 
+    def draws(self) -> np.ndarray | None:
+        """Where it is known by draws, and so with an order in time: those, (replicates, positions evenly spread...)."""
+        return None
+
     @property
     def table(self) -> Table:
         if self._table is None:

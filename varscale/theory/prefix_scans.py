@@ -141,7 +141,7 @@ def _places(level: _Level, body: Sequence[Any]) -> list[tuple[int, ...]] | None:
     rank = max(v.aval.ndim for v in level.arrays)
     small = {v.aval.ndim for v in level.arrays} - {rank}
     widened = {tuple(map(int, e.params["broadcast_dimensions"])) for e in body if _widens(e)} - {()}
-    if len(small) > 1 or len(widened) > 1 or not all(_widens(eqn) or _is_elementwise(eqn) for eqn in body):
+    if len(small) > 1 or len(widened) > 1 or not all(_widens(eqn) or is_elementwise(eqn) for eqn in body):
         return None
     places = {rank: tuple(range(rank)), **({n: next(iter(widened), ()) for n in small})}
     if any(len(place) != n for n, place in places.items()):
@@ -163,17 +163,17 @@ def _widens(eqn: Any) -> bool:
     return eqn.primitive.name == "broadcast_in_dim"
 
 
-def _is_elementwise(eqn: Any) -> bool:
+def is_elementwise(eqn: Any) -> bool:
     """Whether an equation can be evaluated on arrays of any shape."""
-    inner = _inner(eqn)
+    inner = sub_jaxpr_of(eqn)
     if inner is not None:
-        return all(_is_elementwise(e) for e in _compat.sub_jaxpr(inner)[0].eqns)
+        return all(is_elementwise(e) for e in _compat.sub_jaxpr(inner)[0].eqns)
     ranks = {v.aval.ndim for v in (*eqn.invars, *eqn.outvars) if v.aval.ndim}
     name = eqn.primitive.name
     return len(ranks) <= 1 and name not in _MOVES and not name.startswith(("cum", "reduce", "scatter", "arg", "sort", "conv_"))
 
 
-def _inner(eqn: Any) -> Any:
+def sub_jaxpr_of(eqn: Any) -> Any:
     """The jaxpr of a call; None for anything else."""
     return next((p for p in eqn.params.values() if hasattr(p, "eqns") or hasattr(p, "jaxpr")), None)
 
@@ -190,7 +190,7 @@ def _combined(
 def _run(eqns: Sequence[Any], env: dict[Any, Any]) -> None:
     for eqn in eqns:
         ins = [v.val if _compat.is_literal(v) else env[v] for v in eqn.invars]
-        inner = _inner(eqn)
+        inner = sub_jaxpr_of(eqn)
         if _widens(eqn):
             made = ins[:1]  # arrays of one rank already
         elif inner is None:

@@ -76,6 +76,7 @@ def kernel(node: Node) -> Spread:
 def _kernel(node: Node) -> Spread:
     from varscale.theory.rules.convolution import Conv
     from varscale.theory.rules.linear import Contract
+    from varscale.theory.rules.over_time import Looped
     from varscale.theory.rules.reductions import Mean
     from varscale.theory.rules.running import Running
     from varscale.theory.rules.units import Softmax
@@ -119,6 +120,8 @@ def _kernel(node: Node) -> Spread:
         linear_in = next((view.node for view in node.args if view.node.odd & node.odd), None)
         spread = NONE if linear_in is None else inherited(linear_in)
         return dataclasses.replace(spread, sources={**spread.sources, ~node.id: math.sqrt(node.fluctuation)})
+    if isinstance(node, Looped):
+        return node.fluctuation
     return inherited(node.args[0].node)
 
 
@@ -383,6 +386,11 @@ def _rearranged(node: Node, axes: set[int]) -> tuple[Node, tuple[int, ...]] | No
 
 def _pooled(root: Node) -> np.ndarray:
     """A root's latent correlations, classes pooled: (2,) * rank, "same" first."""
+    from varscale.theory.ordered import order_correlation
+
+    ordered = order_correlation(root)
+    if ordered is not None:
+        return ordered
     rho = marginal(root).correlation
     for k, axis in enumerate(root.axes):
         if axis.classes > 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -68,19 +69,21 @@ def weights(interpreter: Interpreter, parameters: Iterable[tuple[str, Any]]) -> 
             for k, axis in enumerate(node.args[0].node.axes):
                 size *= 1 if k in node.params[0] else axis.size
             uses.setdefault(_source(node.args[0].node).id, []).append((1.0, size))
-    steps: dict[int, list[int]] = {}
+    stacked: dict[int, list[int]] = {}
     for node in list(graph.nodes.values()):
         if isinstance(node, Leaf) and node.name[0] == "step":
-            steps.setdefault(node.name[1], []).append(node.id)
+            stacked.setdefault(node.name[1], []).append(node.id)
     out: dict[str, Weight] = {}
     for path, value in parameters:
         if not isinstance(value, Value) or not isinstance(value.node, Leaf):
             continue
-        found = uses.get(value.node.id, []) + [u for s in steps.get(value.node.id, []) for u in uses.get(s, [])]
+        found = uses.get(value.node.id, []) + [u for s in stacked.get(value.node.id, []) for u in uses.get(s, [])]
         table = value.node.table
         fan_in, fan_out = found[0] if found else (None, None)
         variance = table.variance
         ratio = 1 / (fan_in * variance) if fan_in and variance > 0 else None
+        steps_taken, steps_in_all = graph.memo.get(("steps", value.node.id), (1, 1))
+        times = steps_in_all * math.ceil(len(found) / steps_taken)
         kurtosis = value.node.kurtosis
         name = (
             "normal"
@@ -92,5 +95,5 @@ def weights(interpreter: Interpreter, parameters: Iterable[tuple[str, Any]]) -> 
             else "random"
         )
         law = f"{name}(std={variance**0.5:.4g})"
-        out[path] = Weight(path, value.shape, law, table.total_mean, variance, fan_in, fan_out, len(found), ratio)
+        out[path] = Weight(path, value.shape, law, table.total_mean, variance, fan_in, fan_out, times, ratio)
     return out

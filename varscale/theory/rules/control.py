@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,9 @@ from varscale.theory import layout
 from varscale.theory.graph import Leaf
 from varscale.theory.interpreter import Complex, Interpreter, Opaque, map_parts, rule
 from varscale.theory.layout import Value
+from varscale.theory.loops import CannotDraw
 from varscale.theory.rules.joining import concatenate
+from varscale.theory.rules.over_time import over_time
 from varscale.theory.rules.structure import take
 
 _CALLS = {
@@ -45,25 +48,39 @@ def call(interpreter: Interpreter, eqn: Any, *xs: Any) -> list[Any]:
     return interpreter.run(jaxpr, consts, xs)
 
 
+_FEW_STEPS = 4  # of a loop over time that are taken one by one
+_OUTLINED = 2  # steps whose outputs say over which axes those of all are: the first may begin with a constant
+
+
 @rule("scan")
 def scan(interpreter: Interpreter, eqn: Any, *xs: Any) -> list[Any]:
-    """Every step in turn; stacked weights are one fresh weight a step."""
+    """Over layers, every step in turn; over time, where the same weights act at every step, as `loops` does it."""
     p = eqn.params
+    _, carry, streams = _compat.scan_operands(p, xs)
+    layers = any(isinstance(x, Value) and isinstance(x.node, Leaf) and x.node.name[0] != "input" for x in streams)
+    if not layers and carry and p["length"] > _FEW_STEPS:
+        try:
+            return over_time(interpreter, eqn, xs, _steps(interpreter, p, xs, _OUTLINED, named=False)[-1], _OUTLINED)
+        except CannotDraw:
+            pass
+    steps = _steps(interpreter, p, xs, p["length"], named=layers)
+    if p["reverse"]:
+        steps.reverse()
+    carry = steps[0 if p["reverse"] else -1][: len(carry)]
+    return [*carry, *(stack(interpreter, [step[k] for step in steps]) for k in range(len(carry), len(eqn.outvars)))]
+
+
+def _steps(interpreter: Interpreter, p: dict[str, Any], xs: Sequence[Any], count: int, *, named: bool) -> list[list[Any]]:
+    """Outputs of the first steps of a scan; stacked weights are one fresh weight a step."""
     length = p["length"]
     jaxpr, literals = _compat.sub_jaxpr(p["jaxpr"])
     fixed, carry, streams = _compat.scan_operands(p, xs)
-    carries = len(carry)
-    layers = any(isinstance(x, Value) and isinstance(x.node, Leaf) and x.node.name[0] != "input" for x in streams)
-    outputs: list[list[Any]] = []
-    for step in reversed(range(length)) if p["reverse"] else range(length):
+    out: list[list[Any]] = []
+    for step in list(reversed(range(length)) if p["reverse"] else range(length))[:count]:
         now = [index(interpreter, x, step, length) for x in streams]
-        out = interpreter.run(jaxpr, literals, [*fixed, *carry, *now], step if layers else None)
-        carry = out[:carries]
-        outputs.append(out[carries:])
-    if p["reverse"]:
-        outputs.reverse()
-    stacked = [stack(interpreter, [step[k] for step in outputs]) for k in range(len(eqn.outvars) - carries)]
-    return [*carry, *stacked]
+        out.append(interpreter.run(jaxpr, literals, [*fixed, *carry, *now], step if named else None))
+        carry = out[-1][: len(carry)]
+    return out
 
 
 def index(interpreter: Interpreter, x: Any, step: int, length: int) -> Any:

@@ -181,6 +181,11 @@ class Running(Node):
         # Where rates follow the input, what flows back is a product of several things that grow together.
         self.gradient_doubt = 0.3 if shared else 0.1
 
+    def draws(self) -> np.ndarray | None:
+        numbers = np.moveaxis(self._own(self.recurrence.outputs[self.params[1]]), -1, 0)
+        whole = all(a.classes == 1 or a.size == n for a, n in zip(self.axes, numbers.shape[1:], strict=True))
+        return numbers if whole else None
+
     def compute(self) -> Table:
         numbers = self._own(self.recurrence.outputs[self.params[1]])
         table = self._pooled(numbers)
