@@ -256,7 +256,8 @@ def test_work_counts_products():
 
 
 def test_a_loop_too_large_to_run_is_said_so():
-    from varscale.theory.loops import Operand, shrunk as sizes_of
+    from varscale.theory.loops import Operand
+    from varscale.theory.loops import shrunk as sizes_of
 
     struct = jax.ShapeDtypeStruct((1 << 13, 1 << 13), jnp.float32)
     jaxpr = jax.make_jaxpr(lambda x: lax.scan(lambda h, _: (h @ h, None), x, None, length=1000)[0])(struct)
