@@ -214,3 +214,32 @@ def test_independent_tables_have_no_covariance():
     table = independent(0.5, 1.0, (Axis(3), labelled([0, 0, 1])))
     assert table.variance == pytest.approx(0.75)
     np.testing.assert_allclose(table.second[1], 0.25)
+
+
+PARTS = {
+    "a token": lambda y: y[:, 0],
+    "other tokens": lambda y: y[:, 1:],
+    "every other token": lambda y: y[:, ::2],
+    "rolled": lambda y: jnp.roll(y, 3, 1),
+    "reversed": lambda y: y[:, ::-1],
+    "windows": lambda y: y.reshape(2, 4, 4, 16).transpose(0, 2, 1, 3).reshape(8, 4, 16),
+    "heads": lambda y: y.reshape(2, 16, 4, 4),
+    "a feature": lambda y: y[..., 3],
+    "some features": lambda y: y[..., :4],
+    "every fourth feature": lambda y: y[..., ::4],
+}
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_part_of_a_normalised_row_is_normalised(part):
+    """Where what a row has in common with its own mean is lost, it gains 2/16."""
+
+    def normalised(params, x):
+        x = x @ params["w"]
+        centred = x - x.mean(-1, keepdims=True)
+        return PARTS[part](centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True)))
+
+    report = vs.predict(
+        normalised, jax.ShapeDtypeStruct((2, 16, 8), jnp.float32), params={"w": vs.Moments(0.0, 1 / 8, (8, 16))}
+    )
+    assert report.output.second_moment == pytest.approx(1, rel=1e-3)

@@ -309,6 +309,8 @@ def leaf(
 
 # Structure that only elementwise nodes and sums let through: they register here how they are rebuilt over new arguments.
 REBUILD: dict[type[Node], Callable[[Node, Sequence[Axis], Sequence[View]], Node]] = {}
+# What else lets cuts of an axis through: the node, the axis and the cut, which its argument takes in its place.
+INSIDE: dict[type[Node], Callable[[Node, int, Callable[[Node, int], Node]], Node]] = {}
 
 
 def split(node: Node, k: int, sizes: tuple[int, ...]) -> Node:
@@ -330,6 +332,9 @@ def split(node: Node, k: int, sizes: tuple[int, ...]) -> Node:
             args.append(View(child, tuple(b if i in keep or b < k else b + shift for i, b in enumerate(bind))))
         whole = node.axes[k]
         return graph.derive(node, REBUILD[type(node)](node, axes, args), lambda g: merge_types(g, k, factors, whole))
+    if type(node) in INSIDE:
+        whole, inside = node.axes[k], INSIDE[type(node)](node, k, lambda x, j: split(x, j, sizes))
+        return graph.derive(node, inside, lambda g: merge_types(g, k, factors, whole))
     if isinstance(node, Merge) and node.params[0] == k:
         source = node.args[0].node
         if tuple(a.size for a in source.axes[k : k + node.params[1]]) == sizes:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from scipy import special
 from varscale.theory import layout
 from varscale.theory.axes import Axis, apply_axis, contract_axis
 from varscale.theory.elementwise import Apply, Sum, affine, apply, total
-from varscale.theory.graph import Array, Constant, Node, View, array
+from varscale.theory.graph import INSIDE, Array, Constant, Node, Split, View, array
 from varscale.theory.interpreter import Interpreter, rule
 from varscale.theory.layout import Atom, Value
 from varscale.theory.moments import Table
@@ -42,6 +42,17 @@ class Mean(Node):
         return _cross_mean(a, b, frame)
 
 
+def _inside_mean(node: Node, k: int, cut: Callable[[Node, int], Node]) -> Node:
+    """The mean of what was cut: a part of a normalised row is still known to be normalised by the row's own mean."""
+    inner = node.args[0].node
+    at = [j for j in range(len(inner.axes)) if j not in node.params][k]
+    part = cut(inner, at)
+    return mean_node(part, [j if j < at else j + len(part.axes) - len(inner.axes) for j in node.params])
+
+
+INSIDE[Mean] = _inside_mean
+
+
 def mean_pullback(cotangent: np.ndarray, reduced: Sequence[int], axes: Sequence[Axis]) -> np.ndarray:
     """The same cotangent at every position, over their number."""
     for k in sorted(reduced):
@@ -55,6 +66,9 @@ def _cross_mean(a: View, b: View, frame: Sequence[Axis]) -> np.ndarray | None:
     x, reduced = a.node.args[0].node, a.node.params
     # Axes of y that mean(x) does not run over: by exchangeability y may be averaged over them.
     spare = [k for k, place in enumerate(b.bind) if place not in a.bind]
+    part = _part_of_averaged(a.node, b, [b.bind[k] for k in spare])
+    if part is not None:
+        return cross(a, part, frame)
     if isinstance(b.node, Mean):
         y, theirs = b.node.args[0].node, b.node.params
         if [x.axes[k].size for k in reduced] == [y.axes[k].size for k in theirs]:
@@ -85,6 +99,31 @@ def _cross_mean(a: View, b: View, frame: Sequence[Axis]) -> np.ndarray | None:
         rest = tuple(place for k, place in enumerate(b.bind) if k not in spare)
         return cross(a, View(averaged, rest), frame)
     return None
+
+
+def _part_of_averaged(mean: Node, view: View, spare: Sequence[int]) -> View | None:
+    """A slice of the axis that is averaged: any other positions would do as well, and so does the mean of all."""
+    if type(view.node).__name__ != "Take":
+        return None
+    source, k = view.node.args[0].node, view.node.params[0]
+    one_left = len(view.node.axes) < len(source.axes)
+    bind: list[tuple[int, ...]] = [(place,) for place in view.bind]
+    if one_left:
+        bind.insert(k, ())
+    while isinstance(source, Split):  # every n-th position is one index of a factor
+        first, sizes = source.params
+        if not first <= k < first + len(sizes):
+            return None
+        together = tuple(place for places in bind[first : first + len(sizes)] for place in places)
+        bind[first : first + len(sizes)] = [together]
+        source, k = source.args[0].node, first
+    if mean.args[0].node.axes != source.axes or k not in mean.params or source.axes[k].labels is not None:
+        return None
+    if not set(bind[k]) <= set(spare):
+        return None
+    averaged = mean_node(source, [k])
+    rest = tuple(place for places in (*bind[:k], *bind[k + 1 :]) for place in places)
+    return None if isinstance(averaged, Constant) else View(averaged, rest)
 
 
 def _matched(sizes: Sequence[int], places: list[tuple[int, int]]) -> list[int] | None:
@@ -155,6 +194,12 @@ def _mean_node(node: Node, axes: tuple[int, ...]) -> Node:
     if isinstance(node, Mean):
         places = [k for k in range(len(node.args[0].node.axes)) if k not in node.params]
         return mean_node(node.args[0].node, [*node.params, *(places[k] for k in axes)])
+    if isinstance(node, Split):
+        k, sizes = node.params
+        factors = range(k, k + len(sizes))
+        if set(factors) <= set(axes):  # all factors of an axis are the axis
+            whole = [j if j < k else j - len(sizes) + 1 for j in axes if j not in factors]
+            return mean_node(node.args[0].node, [k, *whole])
     return graph.make(Mean, left, [View(node, tuple(range(len(node.axes))))], axes)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from varscale.theory import layout
 from varscale.theory.axes import Axis, apply_axis, pair_map, sliced
 from varscale.theory.elementwise import Apply, Sum
-from varscale.theory.graph import REBUILD, Array, Constant, Node, View, array
+from varscale.theory.graph import INSIDE, REBUILD, Array, Constant, Node, View, array
 from varscale.theory.interpreter import Interpreter, elementwise_or_layout, rule
 from varscale.theory.layout import Atom, Value
 from varscale.theory.moments import Table, lift
@@ -200,6 +200,9 @@ def take_node(node: Node, k: int, start: int, stop: int, step: int) -> Node:
             args.append(View(child, tuple(b - (new is None and b > k) for b in bind)))
         span = _slice((start, stop, step))
         return graph.derive(node, REBUILD[type(node)](node, axes, args), lambda g: part_pullback(g, k, old, span))
+    if type(node) in INSIDE:
+        inside, span = INSIDE[type(node)](node, k, lambda x, j: take_node(x, j, start, stop, step)), _slice((start, stop, step))
+        return graph.derive(node, inside, lambda g: part_pullback(g, k, old, span))
     if step == 1 and hasattr(node, "part") and (part := node.part(k, start, stop)) is not None:  # pyright: ignore[reportAttributeAccessIssue]
         return part
     return graph.make(Take, axes, [View(node, tuple(range(len(node.axes))))], (k, *_slice((start, stop, step))))
