@@ -23,6 +23,7 @@ from varscale.theory.interpreter import Interpreter, rule
 from varscale.theory.layout import Atom, Value, materialize, merged
 from varscale.theory.moments import Table
 from varscale.theory.quadrature import Z, factors
+from varscale.theory.rules.neighbours import unseen
 from varscale.theory.rules.reductions import bounded, narrowest
 
 
@@ -76,7 +77,12 @@ class SegmentSum(Node):
         second = apply_axis(table.second, 0, pairs)
         c = self.axes[0].classes
         second[:c] = apply_axis(inside.second, 0, pairs[:c])
-        return Table(self.axes, apply_axis(table.mean, 0, means), second)
+        out = Table(self.axes, apply_axis(table.mean, 0, means), second)
+        alike = unseen(self)
+        if alike > 1e-3:
+            self.graph.flag("quadrature", alike)
+            self.gradient_doubt = alike  # the same sums, read from their outputs
+        return out
 
     def pullback(self, cotangent: np.ndarray) -> list[np.ndarray | None]:
         axis, out = self.args[0].node.axes[0], self.axes[0]
@@ -136,7 +142,7 @@ def substitute(node: Node, swap: dict[int, Node], done: dict[int, Node]) -> Node
     return done[node.id]
 
 
-def _per_position(node: Node) -> list[Node]:
+def per_position(node: Node) -> list[Node]:
     """What the summands read at their own positions: lookups and weights by segment, however many layers were put on them."""
     from varscale.theory.rules.gather import Gather
 
@@ -159,7 +165,7 @@ def as_seen_within(node: Node, ids: np.ndarray) -> Node:
     from varscale.theory.rules.segment_softmax import SegmentSoftmax
 
     swap: dict[int, Node] = {}
-    for looked in _per_position(node):
+    for looked in per_position(node):
         if isinstance(looked, SegmentSoftmax):
             params = (looked.params[0], True)
             swap[looked.id] = node.graph.make(SegmentSoftmax, looked.axes, looked.args, params)

@@ -1,0 +1,111 @@
+"""Sums over neighbours, more than once: nodes that share neighbours are more alike than any two nodes of the graph.
+
+Moments by class of position know only how alike two positions are on average. How much more alike those are that meet in one
+sum follows, for linear layers, from the graph alone: with B the sums so far, rows of unit length, ρ_jk = Σ B_j B_k. Elementwise
+functions weaken correlations (a power series with positive coefficients lies below its chord), so that this is a bound.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from scipy import sparse
+
+from varscale.theory.axes import contract_axis
+from varscale.theory.elementwise import Apply, Sum, roots
+from varscale.theory.graph import Node
+
+
+def unseen(total: Any) -> float:
+    """Relative part of the mean square of a sum by segment that comes from its neighbours being alike.
+
+    Where layers add it to what the nodes were before (x + A x), what the two have in common is counted to the sum, too.
+    """
+    found = _neighbours(total)
+    if found is None:
+        return 0.0
+    adjacency, source, axis = found
+    size = adjacency.shape[0]
+    before = _sums_so_far(source, size)
+    norms = np.sqrt(np.asarray(before.multiply(before).sum(axis=1)).ravel())
+    rows = sparse.diags(1 / np.maximum(norms, 1e-300)) @ before
+    usual = (_square(rows.sum(axis=0)) - size) / max(size * (size - 1), 1)
+    same = different = source.table.second
+    for k in reversed(range(len(source.axes))):
+        same = contract_axis(same, k, source.axes[k].same)
+        different = contract_axis(different, k, source.axes[k].different if k == axis else source.axes[k].same)
+    chord = max(float(same - different), 0.0) / max(1 - usual, 1e-9)
+
+    def excess(weights: Any) -> float:
+        """What pairs that meet add to the sum of squares, over what they would as any two."""
+        own, met = weights.multiply(weights).sum(), weights @ rows
+        return float(met.multiply(met).sum() - own - usual * (_square(weights.sum(axis=1)) - own))
+
+    worst = 0.0
+    degrees = np.asarray(adjacency.sum(axis=1)).ravel()
+    shared = sparse.diags(1 / np.where(degrees > 0, degrees, 1.0)) @ adjacency
+    for mean, added in _uses(total, source):
+        weights = shared if mean else adjacency
+        own = weights.multiply(weights).sum()
+        base = own * float(same) + (_square(weights.sum(axis=1)) - own) * float(different)
+        whole = weights + sparse.identity(size) if added else weights
+        worst = max(worst, abs(excess(whole)) * chord / max(float(base), 1e-300))
+    return worst
+
+
+def _square(x: Any) -> float:
+    return float(np.square(np.asarray(x)).sum())
+
+
+def _uses(total: Any, source: Node) -> list[tuple[bool, bool]]:
+    """How a sum by segment is used: divided by something (a mean) or as it is, and whether it is added to its source."""
+    found = [(False, False)]
+    for node in list(total.graph.nodes.values()):
+        if isinstance(node, Sum) and any(v.node is source for v in node.args):
+            for view in node.args:
+                if any(root.node is total for root in roots(view.node)):
+                    found.append((isinstance(view.node, Apply), True))
+    return found
+
+
+def _neighbours(total: Any) -> tuple[Any, Node, int] | None:
+    """The weight of each row in each sum, the rows, and their axis, where rows and sums are the same things."""
+    from varscale.theory.rules.gather import Gather
+    from varscale.theory.rules.segments import per_position
+
+    ids, weights, size = total.graph.memo["segments", total.params]
+    for looked in per_position(total.args[0].node):
+        known = looked.line if isinstance(looked, Gather) else None
+        if known is None or len(known) != len(ids):
+            continue
+        source, axis = looked.args[0].node, looked.params[0][0]
+        kept = (ids >= 0) & (ids < size)
+        if source.axes[axis].size == size and np.all((known >= 0) & (known < size)):
+            return sparse.csr_matrix((weights[kept], (ids[kept], known[kept])), shape=(size, size)), source, axis
+    return None
+
+
+def _sums_so_far(node: Node, size: int) -> Any:
+    """What each row is made of, as a matrix over the rows that went in; those of the last sums, and of those before them."""
+    key = ("neighbours", node.id)
+    memo = node.graph.memo
+    if key in memo:
+        return memo[key]
+    memo[key] = sparse.identity(size, format="csr")
+    seen, pending, last = {node.id}, [node], []
+    while pending:
+        node_ = pending.pop()
+        found = _neighbours(node_) if type(node_).__name__ == "SegmentSum" else None
+        if found is not None and found[0].shape[0] == size:
+            last.append((node_.id, found))
+            continue
+        before = {v.node.id: v.node for v in node_.args if v.node.id not in seen}
+        seen.update(before)
+        pending += before.values()
+    if last:
+        adjacency, source, _ = max(last, key=lambda x: x[0])[1]
+        if source.id in seen:  # a residual way round it
+            adjacency = adjacency + sparse.identity(size)
+        memo[key] = adjacency @ _sums_so_far(source, size)
+    return memo[key]
