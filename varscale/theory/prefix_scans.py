@@ -107,7 +107,7 @@ def _level(eqns: Sequence[Any], i: int) -> _Level | None:
 
 def _scan_at(eqns: Sequence[Any], i: int) -> tuple[PrefixScan, int] | None:
     """The scan whose first equation this is, and the place after its last."""
-    level = _level(eqns, i)
+    level = _level(eqns, i) if _halves(eqns[i]) is not None else None
     if level is None:
         return None
     count, length = len(level.arrays), level.length

@@ -41,7 +41,7 @@ class Softmax(Node):
 
         Where tokens differ in known positions added to them, they share those too, and which are near each other.
         """
-        return _PLACED_DOUBT if _placed(self.args[0].node, {self.axes[k].size for k in self.params}) else _SHARED_DOUBT
+        return _PLACED_DOUBT if _placed(self.args[0].node, frozenset(self.axes[k].size for k in self.params)) else _SHARED_DOUBT
 
     def rows(self) -> list[int]:
         return [k for k in range(len(self.axes)) if k not in self.params]
@@ -246,21 +246,22 @@ def _joint_types(keys: Sequence[Axis]) -> np.ndarray:
     return types
 
 
-def _placed(node: Node, sizes: set[int]) -> bool:
+def _placed(node: Node, sizes: frozenset[int]) -> bool:
     """Whether known numbers that vary along an axis of one of these sizes were added to what a node was made from."""
-    seen: set[int] = set()
+    known: dict[int, bool] = node.graph.once(("placed", sizes), dict)
     pending = [node]
     while pending:
-        node = pending.pop()
-        if node.id in seen:
+        top = pending[-1]
+        before = [v.node for v in top.args if v.node.id not in known]
+        if before:
+            pending += before
             continue
-        seen.add(node.id)
-        if isinstance(node, Sum | Apply) and any(
-            isinstance(v.node, Array) and len(v.bind) > 1 and sizes & {a.size for a in v.node.axes} for v in node.args
-        ):
-            return True
-        pending += [v.node for v in node.args]
-    return False
+        pending.pop()
+        here = isinstance(top, Sum | Apply) and any(
+            isinstance(v.node, Array) and len(v.bind) > 1 and sizes & {a.size for a in v.node.axes} for v in top.args
+        )
+        known[top.id] = here or any(known[v.node.id] for v in top.args)
+    return known[node.id]
 
 
 def _rounded(x: np.ndarray, digits: int) -> np.ndarray:
