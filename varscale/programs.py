@@ -53,6 +53,8 @@ class Program:
         kind: class name of the model.
         init: key, inputs -> parameters (every collection of variables); None where the model is a plain function.
         apply: parameters, inputs -> (output, {path: output of the module called there}).
+        start: `init` and `apply` in one pass: key, inputs -> (parameters, output, outputs by path, whether `apply` of those
+            parameters would compute the same); None where `init` makes no forward pass.
         parameters: the parameters a model instance already holds, or None.
         kinds: path of a module -> its class name; complete once `apply` was traced.
     """
@@ -60,6 +62,7 @@ class Program:
     kind: str
     init: Callable[[Any, Inputs], Tree] | None
     apply: Callable[[Tree, Inputs], tuple[Any, dict[str, Any]]]
+    start: Callable[[Any, Inputs], tuple[Tree, Any, dict[str, Any], bool]] | None = None
     parameters: Tree | None = None
     kinds: dict[str, str] = dataclasses.field(default_factory=dict, compare=False)
 
@@ -126,6 +129,9 @@ def _linen(model: Any, method: str) -> Program:
         kinds.setdefault(path, type(context.module).__name__)
         return named(path, context.method_name, method, lambda: next_fun(*args, **kwargs))
 
+    def captured(module: Any, name: str) -> bool:
+        return module.scope is not None and _is_open(name)
+
     def init(key: Any, x: Inputs) -> Tree:
         variables = dict(model.init({"params": key}, *x.args, method=method, **x.kwargs))
         variables.pop("intermediates", None)
@@ -133,19 +139,47 @@ def _linen(model: Any, method: str) -> Program:
 
     def apply(variables: Tree, x: Inputs) -> tuple[Any, dict[str, Any]]:
         mutable = ["intermediates", *(name for name in variables if name != "params")]
+        rngs = {"params": jax.random.key(_KEY_SEED)}
         with nn.intercept_methods(record):
             output, state = model.apply(
-                variables,
-                *x.args,
-                method=method,
-                rngs={"params": jax.random.key(_KEY_SEED)},
-                mutable=mutable,
-                capture_intermediates=lambda module, name: module.scope is not None and _is_open(name),
-                **x.kwargs,
+                variables, *x.args, method=method, rngs=rngs, mutable=mutable, capture_intermediates=captured, **x.kwargs
             )
         return output, _captures(state.get("intermediates", {}), method)
 
-    return Program(type(model).__name__, init, apply, kinds=kinds)
+    def start(key: Any, x: Inputs) -> tuple[Tree, Any, dict[str, Any], bool]:
+        with nn.intercept_methods(record), _overheard() as asked:
+            output, variables = model.init_with_output(
+                {"params": key}, *x.args, method=method, capture_intermediates=captured, **x.kwargs
+            )
+        variables = dict(variables)
+        captures = _captures(variables.pop("intermediates", {}), method)
+        return variables, output, captures, not asked and variables.keys() <= {"params"}
+
+    return Program(type(model).__name__, init, apply, start, kinds=kinds)
+
+
+@contextlib.contextmanager
+def _overheard() -> Iterator[list[str]]:
+    """The questions by which a linen module can tell that it is being initialized, and so do something else, once asked."""
+    import flax.linen as nn
+
+    own = {name: getattr(nn.Module, name) for name in ("is_initializing", "is_mutable_collection", "has_variable")}
+    asked: list[str] = []
+
+    def heard(name: str) -> Callable[..., Any]:
+        def answer(*args: Any, **kwargs: Any) -> Any:
+            asked.append(name)
+            return own[name](*args, **kwargs)
+
+        return answer
+
+    try:
+        for name in own:
+            setattr(nn.Module, name, heard(name))
+        yield asked
+    finally:
+        for name, answer in own.items():
+            setattr(nn.Module, name, answer)
 
 
 def _nnx(kind: str, method: str, graph: Any, parameters: Tree, init: Any = None) -> Program:
@@ -171,7 +205,7 @@ def _nnx(kind: str, method: str, graph: Any, parameters: Tree, init: Any = None)
                 continue
         return getattr(nnx.merge(graph, state), method)(*x.args, **x.kwargs), {}
 
-    return Program(kind, init, apply, parameters, kinds)
+    return Program(kind, init, apply, parameters=parameters, kinds=kinds)
 
 
 @contextlib.contextmanager

@@ -325,12 +325,13 @@ def elementwise_or_layout(*names: str) -> None:
 @functools.lru_cache(maxsize=256)
 def live_equations(jaxpr: Any) -> list[Any]:
     """The equations that the outputs depend on (an init's forward pass is not one), associative scans put together again."""
-    needed = {v for v in jaxpr.outvars if not _compat.is_literal(v)}
+    given = set(jaxpr.invars)
+    needed = {v for v in jaxpr.outvars if not _compat.is_literal(v)} - given
     live = []
     for eqn in reversed(gathered(jaxpr.eqns)):
-        if needed.intersection(eqn.outvars):
+        if not needed.isdisjoint(eqn.outvars):
             live.append(eqn)
-            needed.update(v for v in eqn.invars if not _compat.is_literal(v))
+            needed.update(v for v in eqn.invars if not _compat.is_literal(v) and v not in given)
     return live[::-1]
 
 

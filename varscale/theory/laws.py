@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -17,6 +17,7 @@ from varscale.theory.layout import Value, full, value
 from varscale.theory.moments import Moments, Table, estimate, independent
 from varscale.theory.repeats import first_alike, output_recipes
 from varscale.theory.rules.random import another, as_weight, is_weight
+from varscale.theory.traces import Trace
 
 _KEY = 0
 
@@ -28,28 +29,24 @@ def path_string(path: Any) -> str:
     return "/".join(parts[1:] if parts and parts[0] == "params" else parts)
 
 
-def init_laws(interpreter: Interpreter, init: Callable[[Any, Any], Any], split: Any) -> tuple[Any, list[Any]]:
-    """The parameter tree's shapes and, leaf by leaf, values with the laws that `init` draws from; nothing is drawn."""
-    from varscale.theory.predict import _traced
-
-    key = jax.random.key(_KEY)
-    jaxpr, shapes = _traced(lambda dynamic: init(key, dynamic), split.structs)
-    outputs, inputs = jaxpr.jaxpr.outvars, split.values(interpreter)
+def init_laws(interpreter: Interpreter, drawing: Trace, inputs: Sequence[Any]) -> list[Any]:
+    """Leaf by leaf, values with the laws that parameters are drawn from; nothing is drawn."""
+    jaxpr, outputs = drawing.jaxpr, drawing.jaxpr.outvars
 
     def interpreted(which: Sequence[int]) -> dict[int, Any]:
-        part = jaxpr.jaxpr.replace(outvars=[outputs[i] for i in which])
-        outs = interpreter.run(part, jaxpr.consts, inputs)
+        part = jaxpr.replace(outvars=[outputs[i] for i in which])
+        outs = interpreter.run(part, drawing.constants, inputs)
         shared = _shared(outs)
         return {i: map_parts(lambda part: _drawn(interpreter, part, shared), x) for i, x in zip(which, outs, strict=True)}
 
-    recipes = output_recipes(jaxpr.jaxpr)
+    recipes = output_recipes(jaxpr)
     first = first_alike(recipes)
     values = interpreted(sorted(set(first)))
     values |= interpreted([i for i, j in enumerate(first) if i != j and recipes[i].keys and not is_weight(values[j])])
     for i, j in enumerate(first):
         if i not in values:
             values[i] = another(interpreter, values[j], i) if recipes[i].keys else values[j]
-    return shapes, [values[i] for i in range(len(outputs))]
+    return [values[i] for i in range(len(outputs))]
 
 
 def _drawn(interpreter: Interpreter, x: Any, shared: set[int]) -> Any:

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from varscale import _compat, programs
+from varscale import programs
 from varscale.programs import Inputs, Program
 from varscale.report import Report
 from varscale.theory.axes import Axis
-from varscale.theory.interpreter import Complex, Interpreter, Opaque, PredictionError
+from varscale.theory.interpreter import Complex, Interpreter, Opaque
 from varscale.theory.layout import full
 from varscale.theory.moments import Moments, Table, estimate, independent
 from varscale.theory.rows import Place, Rows, joined
+from varscale.theory.traces import Draws, Trace, drawing, execution_order, first_pass, traced
 
 _DETAILS = ("modules", "equations")
 _KEY = 0  # laws do not depend on the seed
@@ -54,39 +54,43 @@ def predict(
     given = programs.as_inputs(x)
     interpreter = Interpreter()
     split = _Split(given)
-    abstract, weights = _parameters(interpreter, program, params, split)
-
-    def forward(parameters: Any, dynamic: list[Any]) -> Any:
-        output, captures = program.apply(parameters, split.join(dynamic))
-        return programs.grouped(captures, output)
-
-    jaxpr, shapes = _traced(forward, abstract, split.structs)
-    if not shapes[""]:
+    parameters = _parameters(interpreter, program, params, split)
+    forward, taken = _forward(program, parameters, split)
+    if not forward.shapes[""]:
         raise ValueError(f"model {program.kind} returns no array: there is nothing to predict")
     from varscale.theory.laws import path_string
     from varscale.theory.summary import summarize
 
     rows = Rows(equations=detail == "equations")
     interpreter.place = Place(rows)
-    values = interpreter.run(jaxpr.jaxpr, jaxpr.consts, [*weights, *split.values(interpreter)])
+    values = interpreter.run(forward.jaxpr, forward.constants, [*taken, *split.values(interpreter)])
     interpreter.place = None
-    outputs = jax.tree_util.tree_unflatten(jax.tree_util.tree_structure(shapes), values)
-    captured = {call: outputs[call] for call in _execution_order(jaxpr.jaxpr, shapes)}
-    named = [(path_string(p), v) for (p, _), v in zip(jax.tree_util.tree_flatten_with_path(abstract)[0], weights, strict=True)]
+    outputs = jax.tree_util.tree_unflatten(jax.tree_util.tree_structure(forward.shapes), values)
+    captured = {call: outputs[call] for call in execution_order(forward.jaxpr, forward.shapes)}
+    paths = [path_string(p) for p, _ in jax.tree_util.tree_flatten_with_path(parameters.shapes)[0]]
+    named = zip(paths, parameters.values, strict=True)
     kind = "scope" if program.init is None and program.parameters is None else "module"
     return summarize(interpreter, program, joined(rows.made, captured, kind), named, backward=backward)
 
 
-def _traced(f: Callable[..., Any], *args: Any) -> tuple[Any, dict[str, Any]]:
-    try:
-        return jax.make_jaxpr(f, return_shape=True)(*args)
-    except PredictionError:
-        raise
-    except Exception as error:
-        message = str(error).strip().splitlines()
-        raise ValueError(
-            f"the model does not trace on these inputs: {type(error).__name__}: {message[0] if message else ''}"
-        ) from error
+class _Parameters(NamedTuple):
+    """A model's parameters: their shapes, as a tree; their values; how they are drawn, where its own init draws them."""
+
+    shapes: Any
+    values: list[Any]
+    draws: Draws | None = None
+
+
+def _forward(program: Program, parameters: _Parameters, split: _Split) -> tuple[Trace, list[Any]]:
+    """The forward pass from parameters and inputs to rows, and the parameters it takes."""
+    if parameters.draws is not None and parameters.draws.forward is not None:
+        return parameters.draws.forward, [parameters.values[i] for i in parameters.draws.used]
+
+    def forward(variables: Any, dynamic: list[Any]) -> Any:
+        output, captures = program.apply(variables, split.join(dynamic))
+        return programs.grouped(captures, output)
+
+    return traced(forward, parameters.shapes, split.structs), parameters.values
 
 
 class _Split:
@@ -169,30 +173,25 @@ def _parts(x: Any) -> list[tuple[str, Any]]:
     return [(which, Moments(0.0, 0.5, shape=x.shape)) for which in ("real", "imaginary")]
 
 
-def _parameters(interpreter: Interpreter, program: Program, params: Any, split: _Split) -> tuple[Any, list[Any]]:
-    """The parameters' shapes, and their values as laws."""
+def _parameters(interpreter: Interpreter, program: Program, params: Any, split: _Split) -> _Parameters:
     from varscale.theory.laws import given_parameters, init_laws
 
     if params is None:
         params = program.parameters
-    if params is None or program.init is not None:
-        if program.init is None:
-            raise ValueError("params must be given for a plain function: arrays, or a function of a key that returns them")
-        shapes, values = init_laws(interpreter, lambda key, dynamic: program.init(key, split.join(dynamic)), split)  # pyright: ignore[reportOptionalCall]
-        if params is None:
-            return shapes, values
-        return given_parameters(interpreter, params, shapes, values)
-    if callable(params):
-        return init_laws(interpreter, lambda key, dynamic: params(key), split)
-    return given_parameters(interpreter, params, None, None)
-
-
-def _execution_order(jaxpr: Any, shapes: dict[str, dict[str, Any]]) -> list[str]:
-    """Calls by the equation that makes the first of what they put out; those that end together from the innermost out.
-
-    The model itself is the last.
-    """
-    made = {var: (i, j) for i, eqn in enumerate(jaxpr.eqns) for j, var in enumerate(eqn.outvars)}
-    at = iter([(-1, 0) if _compat.is_literal(var) else made.get(var, (-1, 0)) for var in jaxpr.outvars])
-    where = {call: [next(at) for _ in shapes[call]] for call in shapes}
-    return sorted(shapes, key=lambda call: (call == "", where[call][:1], -call.count("/")))
+    inputs = split.values(interpreter)
+    if params is None and program.start is not None:
+        drawn = first_pass(program, split)
+        return _Parameters(drawn.drawing.shapes, init_laws(interpreter, drawn.drawing, inputs), drawn)
+    if params is not None and program.init is None and not callable(params):
+        return _Parameters(*given_parameters(interpreter, params, None, None))
+    if program.init is not None:
+        init = program.init
+        trace = drawing(lambda key, dynamic: init(key, split.join(dynamic)), split)
+    elif params is None:
+        raise ValueError("params must be given for a plain function: arrays, or a function of a key that returns them")
+    else:
+        trace, params = drawing(lambda key, _: params(key), split), None
+    values = init_laws(interpreter, trace, inputs)
+    if params is None:
+        return _Parameters(trace.shapes, values)
+    return _Parameters(*given_parameters(interpreter, params, trace.shapes, values))
