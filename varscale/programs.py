@@ -335,10 +335,10 @@ def is_dynamic(leaf: Any) -> bool:
     )
 
 
-def _is_live(leaf: Any) -> bool:
-    """Whether a captured array can be used here: that of a method which ran inside a plain `jax.vmap` cannot."""
+def _is_live(*leaves: Any) -> bool:
+    """Whether captured arrays can be used here: that of a method which ran inside a plain `jax.vmap` cannot."""
     try:
-        jnp.ravel(leaf)[:0]  # nothing is computed, but whoever left its transformation is found out
+        jax.lax.optimization_barrier(leaves)  # nothing is computed, but whoever left its transformation is found out
     except jax.errors.UnexpectedTracerError:
         return False
     return True
@@ -347,8 +347,9 @@ def _is_live(leaf: Any) -> bool:
 def grouped(captures: Mapping[str, Any], output: Any) -> dict[str, dict[str, Any]]:
     """Every array of the captures and of the model's own output: call -> {row path: array}, the output last."""
     calls = {call: dict(leaf_paths(call, value)) for call, value in captures.items() if call != ""}
-    live = {call: {row: leaf for row, leaf in rows.items() if _is_live(leaf)} for call, rows in calls.items()}
-    return {**live, "": dict(leaf_paths("", output))}
+    if not _is_live(*(leaf for rows in calls.values() for leaf in rows.values())):
+        calls = {call: {row: leaf for row, leaf in rows.items() if _is_live(leaf)} for call, rows in calls.items()}
+    return {**calls, "": dict(leaf_paths("", output))}
 
 
 def rename(captures: Mapping[str, Any], output: Any) -> dict[str, Any]:
