@@ -9,9 +9,9 @@ import numpy as np
 
 from varscale.theory.axes import Axis
 from varscale.theory.cross import cross, dependent
-from varscale.theory.elementwise import roots
+from varscale.theory.elementwise import Apply, roots
 from varscale.theory.graph import Array, Node, View
-from varscale.theory.moments import lift
+from varscale.theory.moments import lift, means_by_type
 from varscale.theory.quadrature import (
     DEGREE,
     HERMITE,
@@ -156,12 +156,30 @@ def product_moments(view: View, frame: Sequence[Axis]) -> tuple[np.ndarray, np.n
     for group in groups:
         if len(group.variables) > 1:
             own, pairs = _cubature(group, frame, fixed)
+        elif group.variables and (known := _in_closed_form(group.f, group.variables[0], frame)) is not None:
+            own, pairs = known
         else:
             values = _product(group.f, frame, group.known(fixed))
             own = values @ WEIGHTS if values.shape[-1] > 1 else values[..., 0]
             pairs = _mehler(group.variables, values, values, frame)
         mean, second = mean * own, second * pairs
     return mean, second
+
+
+def _in_closed_form(factors: Sequence[View], root: View, frame: Sequence[Axis]) -> tuple[np.ndarray, np.ndarray] | None:
+    """Moments of a root itself, and of the square of a Gaussian one (Isserlis); None of anything else."""
+    if list(factors) == [root]:
+        return root.mean(frame), root.second(frame)
+    (node, bind), *others = factors
+    if others or not isinstance(node, Apply) or node.params != ("integer_pow", (2,)) or node.args[0].within(bind) != root:
+        return None
+    if not marginal(root.node).gaussian:
+        return None
+    table = root.node.table
+    square = table.diagonal
+    pairs = means_by_type(square, table.axes) + 2 * table.covariance * (table.second + table.outer)
+    lifted = [lift(x, table.axes, root.bind, frame, pairs=by) for x, by in ((square, False), (pairs, True))]
+    return lifted[0], lifted[1]
 
 
 def product_second(f_view: View, g_view: View, frame: Sequence[Axis]) -> np.ndarray:

@@ -54,23 +54,32 @@ def power_series(coefficients: np.ndarray, rho: np.ndarray) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Marginal:
-    """A root as a function of a standard normal.
+    """A root as a function of a standard normal; what is not asked for is not worked out.
 
     Attributes:
+        root: the root.
         mean: means by class.
         deviation: standard deviations by class.
-        correlation: latent correlations by type.
-        quantiles: values on the normal grid where it is not Gaussian, (classes..., points).
     """
 
+    root: Node
     mean: np.ndarray
     deviation: np.ndarray
-    correlation: np.ndarray
-    quantiles: np.ndarray | None
+
+    @functools.cached_property
+    def quantiles(self) -> np.ndarray | None:
+        """Values on the normal grid where it is not Gaussian, (classes..., points)."""
+        return quantiles(self.root, self.root.table, self.deviation)
 
     @property
     def gaussian(self) -> bool:
         return self.quantiles is None
+
+    @functools.cached_property
+    def correlation(self) -> np.ndarray:
+        """Latent correlations by type."""
+        table = self.root.table
+        return latent(table, self.deviation, self.quantiles, lognormal=_is_lognormal(self.root, table))
 
     @functools.cached_property
     def values(self) -> np.ndarray:
@@ -82,15 +91,9 @@ def marginal(root: Node) -> Marginal:
     """The marginal of a root, computed once."""
     key = ("marginal", root.id)
     if key not in root.graph.memo:
-        root.graph.memo[key] = _marginal(root)
+        table = root.table
+        root.graph.memo[key] = Marginal(root, table.mean, np.sqrt(np.maximum(table.diagonal - table.mean**2, 0.0)))
     return root.graph.memo[key]
-
-
-def _marginal(root: Node) -> Marginal:
-    table = root.table
-    deviation = np.sqrt(np.maximum(table.diagonal - table.mean**2, 0.0))
-    values = quantiles(root, table, deviation)
-    return Marginal(table.mean, deviation, latent(table, deviation, values, lognormal=_is_lognormal(root, table)), values)
 
 
 def _is_lognormal(root: Node, table: Table) -> bool:
