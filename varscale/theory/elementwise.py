@@ -7,7 +7,7 @@ primitives themselves; no table of activations is needed, and no intermediate st
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import numpy as np
@@ -137,6 +137,21 @@ def roots(node: Node) -> tuple[View, ...]:
                 view = root.within(bind)
                 found[view.node.id, view.bind] = view
         node.graph.memo[key] = tuple(found[k] for k in sorted(found))
+    return node.graph.memo[key]
+
+
+def form(node: Node) -> int:
+    """A number that is equal for trees which are one function of their roots, these taken in the order of `roots`."""
+    key = ("form", node.id)
+    if key not in node.graph.memo:
+        own = {(r.node.id, r.bind): i for i, r in enumerate(roots(node))}
+        parts: list[Hashable] = []
+        for child, bind in node.args if isinstance(node, Apply) else ():
+            places = tuple(own[r.node.id, r.within(bind).bind] for r in roots(child))
+            parts.append(child.params if isinstance(child, Constant) else (form(child), bind, places))
+        known: dict[Hashable, int] = node.graph.once("forms", dict)
+        content = (node.params if isinstance(node, Apply) else None, node.axes, tuple(parts))
+        node.graph.memo[key] = known.setdefault(content, len(known))
     return node.graph.memo[key]
 
 

@@ -24,6 +24,7 @@ from varscale.theory.quadrature import (
     factors,
     followed,
     grid,
+    likeness,
     marginal,
     placed,
     power_series,
@@ -159,11 +160,29 @@ def product_moments(view: View, frame: Sequence[Axis]) -> tuple[np.ndarray, np.n
         elif group.variables and (known := _in_closed_form(group.f, group.variables[0], frame)) is not None:
             own, pairs = known
         else:
-            values = _product(group.f, frame, group.known(fixed))
-            own = values @ WEIGHTS if values.shape[-1] > 1 else values[..., 0]
-            pairs = _mehler(group.variables, values, values, frame)
+            own, pairs = _of_one_root(group, frame, fixed)
         mean, second = mean * own, second * pairs
     return mean, second
+
+
+def _of_one_root(group: _Group, frame: Sequence[Axis], fixed: Environment) -> tuple[np.ndarray, np.ndarray]:
+    """Mean by class and second moments by type of a group with one root at most."""
+
+    def integrated() -> tuple[np.ndarray, _Series]:
+        values = _product(group.f, frame, group.known(fixed))
+        return values @ WEIGHTS if values.shape[-1] > 1 else values[..., 0], _series(_on_grid(values), _on_grid(values), frame)
+
+    if not group.variables:
+        values = _product(group.f, frame, group.known(fixed))[..., 0]
+        return values, by_type(values, frame, second=False) * by_type(values, frame, second=True)
+    (root,) = group.variables
+    alone = all(list(_variables([x])) == [(root.node.id, root.bind)] for x in group.f)
+    marks = [likeness(x) for x in group.f] if alone else [None]
+    if None in marks:
+        mean, series = integrated()
+    else:
+        mean, series = root.node.graph.once(("integrated", tuple(marks), tuple(frame)), integrated)
+    return mean, series.at(lift(marginal(root.node).correlation, root.node.axes, root.bind, frame, pairs=True))
 
 
 def _in_closed_form(factors: Sequence[View], root: View, frame: Sequence[Axis]) -> tuple[np.ndarray, np.ndarray] | None:
@@ -197,12 +216,12 @@ def product_second(f_view: View, g_view: View, frame: Sequence[Axis]) -> np.ndar
 
 
 def _mehler(variables: Sequence[View], fi: np.ndarray, gj: np.ndarray, frame: Sequence[Axis]) -> np.ndarray:
-    """One root at most: exact for i and j the same, Σ a_k b_k ρ^k elsewhere, what is beyond the degree carried at its power."""
+    """E[f_i g_j] by type of two functions of one root at most."""
     if not variables:
         return by_type(fi[..., 0], frame, second=False) * by_type(gj[..., 0], frame, second=True)
     (x,) = variables
     rho = lift(marginal(x.node).correlation, x.node.axes, x.bind, frame, pairs=True)
-    return _series(_on_grid(fi), _on_grid(gj), rho, frame)
+    return _series(_on_grid(fi), _on_grid(gj), frame).at(rho)
 
 
 def _on_grid(values: np.ndarray) -> np.ndarray:
@@ -210,16 +229,27 @@ def _on_grid(values: np.ndarray) -> np.ndarray:
     return values if values.shape[-1] == len(Z) else np.broadcast_to(values, (*values.shape[:-1], len(Z)))
 
 
-def _series(fi: np.ndarray, gj: np.ndarray, rho: np.ndarray, frame: Sequence[Axis]) -> np.ndarray:
-    """Σ a_k b_k ρ^k by type, for functions given on the grid by class, (classes or 1..., points)."""
-    both = _read_pairs(_class_pairs(fi, gj, WEIGHTS), fi, gj, frame)
+class _Series(NamedTuple):
+    """E[f(z_i) g(z_j)] of two functions of normals as a function of their correlation, by type.
+
+    Exact for i and j the same, Σ a_k b_k ρ^k elsewhere, what is beyond the degree carried at its power.
+    """
+
+    both: np.ndarray
+    coefficients: np.ndarray
+
+    def at(self, rho: np.ndarray) -> np.ndarray:
+        inner, whole = power_series(self.coefficients, rho), self.coefficients.sum(-1)
+        beyond = (self.both - whole) * np.where(rho > 0, np.abs(rho) ** DEGREE, 0.0)
+        return np.where(rho >= 1 - 1e-9, self.both, inner + beyond)
+
+
+def _series(fi: np.ndarray, gj: np.ndarray, frame: Sequence[Axis]) -> _Series:
+    """For functions given on the grid by class, (classes or 1..., points)."""
     ai = fi @ HERMITE
     bj = ai if gj is fi else gj @ HERMITE
-    a, b = by_type(ai, frame, second=False), by_type(bj, frame, second=True)
-    product = a * b
-    inner, whole = power_series(product, rho), product.sum(-1)
-    beyond = (both - whole) * np.where(rho > 0, np.abs(rho) ** DEGREE, 0.0)
-    return np.where(rho >= 1 - 1e-9, both, inner + beyond)
+    both = _read_pairs(_class_pairs(fi, gj, WEIGHTS), fi, gj, frame)
+    return _Series(both, by_type(ai, frame, second=False) * by_type(bj, frame, second=True))
 
 
 def _class_pairs(fi: np.ndarray, gj: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -244,7 +274,7 @@ def two_roots(f: View, a: View, g: View, b: View, frame: Sequence[Axis], fixed: 
     sb = lift(marginal(b.node).deviation, b.node.axes, b.bind, frame, pairs=False)
     scale = by_type(sa, frame, second=False) * by_type(sb, frame, second=True)
     rho = np.clip(covariance / np.maximum(scale, 1e-300), -1.0, 1.0)
-    return _series(_on_grid(fi), _on_grid(gj), rho, frame)
+    return _series(_on_grid(fi), _on_grid(gj), frame).at(rho)
 
 
 def _pairwise(group: _Group, frame: Sequence[Axis], fixed: Environment) -> np.ndarray:

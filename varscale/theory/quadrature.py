@@ -11,14 +11,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import numpy as np
 from jaxtyping import Float
 from scipy import special
 
 from varscale.theory.axes import Axis, apply_axis, class_shares
-from varscale.theory.elementwise import Apply, Sum, roots
+from varscale.theory.elementwise import Apply, Sum, form, roots
 from varscale.theory.functions import function
 from varscale.theory.graph import Array, Constant, Leaf, Merge, Node, Permute, Split, View
 from varscale.theory.moments import Table
@@ -80,6 +80,12 @@ class Marginal:
         """Latent correlations by type."""
         table = self.root.table
         return latent(table, self.deviation, self.quantiles, lognormal=_is_lognormal(self.root, table))
+
+    @functools.cached_property
+    def rounded(self) -> bytes:
+        """Mean and deviation to one part in 2¹⁸."""
+        fractions, exponents = np.frexp([self.mean, self.deviation])
+        return np.ldexp(np.rint(fractions * 2**18) + 0.0, exponents).tobytes()
 
     @functools.cached_property
     def values(self) -> np.ndarray:
@@ -302,6 +308,14 @@ def evaluate(view: View, frame: Sequence[Axis], env: Environment) -> np.ndarray:
         out = function(name, extra)(*xs)
     env[key] = out
     return out
+
+
+def likeness(view: View) -> Hashable | None:
+    """Equal for one function of Gaussian roots whose marginals agree, so that it is integrated once; None where they are not."""
+    own = [marginal(root.node) for root in roots(view.node)]
+    if not all(m.gaussian for m in own):
+        return None
+    return form(view.node), view.bind, tuple(m.rounded for m in own)
 
 
 def factors(view: View) -> tuple[float, list[View]]:

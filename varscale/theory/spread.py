@@ -20,7 +20,17 @@ import numpy as np
 from varscale.theory.axes import Axis, apply_axis, contract_axis
 from varscale.theory.elementwise import Apply, Sum, roots
 from varscale.theory.graph import Array, Constant, Leaf, Merge, Node, Permute, Split, View
-from varscale.theory.quadrature import HERMITE, WEIGHTS, Environment, concentrated, evaluate, factors, marginal, power_series
+from varscale.theory.quadrature import (
+    HERMITE,
+    WEIGHTS,
+    Environment,
+    concentrated,
+    evaluate,
+    factors,
+    likeness,
+    marginal,
+    power_series,
+)
 
 _STEP = 0.1  # relative step in q for the ratio and the curvature
 
@@ -280,15 +290,25 @@ def _varied_square(
     The others of the group, which are mean squares, vary in the same proportion; what is not varied is held at its mean.
     """
     main = group[0] if group[0] in mine else mine[0]
-    values = {r: evaluate(r, frame, {}) if r == main else r.mean(frame)[..., None] for r in own}
-    powers = {r: 0.0 if r not in group else 0.5 if r == group[0] else 1.0 for r in own}
-    out = []
-    for step in (-_STEP, 0.0, _STEP):
-        env: Environment = {(r.node.id, r.bind): values[r] * (1 + step) ** powers[r] for r in own}
-        squares = np.square(np.asarray(evaluate(factor, frame, env), float))
-        line = squares.reshape(-1, squares.shape[-1]).mean(axis=0)
-        out.append(float(line @ WEIGHTS) if line.size > 1 else float(line[0]))
-    return out
+    powers = [0.0 if r not in group else 0.5 if r == group[0] else 1.0 for r in own]
+    if not isinstance(factor.node, Apply):
+        return [(1 + step) ** (2 * powers[0]) if main.node.table.mean_square > 0 else 0.0 for step in (-_STEP, 0.0, _STEP)]
+
+    def varied() -> list[float]:
+        values = [evaluate(r, frame, {}) if r == main else r.mean(frame)[..., None] for r in own]
+        out = []
+        for step in (-_STEP, 0.0, _STEP):
+            scaled = [x * (1 + step) ** power for x, power in zip(values, powers, strict=True)]
+            env: Environment = {(r.node.id, r.bind): x for r, x in zip(own, scaled, strict=True)}
+            squares = np.square(np.asarray(evaluate(factor, frame, env), float))
+            line = squares.reshape(-1, squares.shape[-1]).mean(axis=0)
+            out.append(float(line @ WEIGHTS) if line.size > 1 else float(line[0]))
+        return out
+
+    mark = likeness(factor)
+    if mark is None:
+        return varied()
+    return main.node.graph.once(("varied", mark, tuple(frame), own.index(main), tuple(powers)), varied)
 
 
 def fresh(node: Node, axes: Sequence[int]) -> float:
@@ -335,7 +355,7 @@ def _square_pairs(node: Node) -> np.ndarray:
         found = _square_coefficients(factor, frame, fixed)
         if found is None:
             continue
-        a, whole = found
+        a, whole = found[0].copy(), found[1]
         if root.node.id in scales:
             # Normalised: the mean square of the root cannot fluctuate; nor can its mean, where that was taken away.
             gone = slice(1, 3) if _is_centred(root.node) else slice(2, 3)
@@ -358,12 +378,17 @@ def _square_coefficients(f: View, frame: Sequence[Axis], fixed: Environment) -> 
         m, s = own.mean, own.deviation
         a = np.array([np.mean(m * m + s * s), np.mean(2 * m * s), math.sqrt(2) * np.mean(s * s)])
         return (a, float(a @ a)) if a[0] > 0 else None
-    squares = np.asarray(evaluate(f, frame, fixed), float) ** 2
-    line = squares.reshape(-1, squares.shape[-1]).mean(axis=0)
-    if line.size == 1:
-        return None
-    a = line @ HERMITE
-    return (a, float(line**2 @ WEIGHTS)) if a[0] > 0 else None
+
+    def integrated() -> tuple[np.ndarray, float] | None:
+        squares = np.asarray(evaluate(f, frame, fixed), float) ** 2
+        line = squares.reshape(-1, squares.shape[-1]).mean(axis=0)
+        if line.size == 1:
+            return None
+        a = line @ HERMITE
+        return (a, float(line**2 @ WEIGHTS)) if a[0] > 0 else None
+
+    mark = None if fixed else likeness(f)
+    return integrated() if mark is None else f.node.graph.once(("squared", mark, tuple(frame)), integrated)
 
 
 def _rearranged(node: Node, axes: set[int]) -> tuple[Node, tuple[int, ...]] | None:

@@ -128,7 +128,7 @@ class Softmax(Node):
         counts = np.broadcast_to(seen.reshape(*seen.shape[: len(rows)], -1), variances.shape)
         spread = self._query_spread()
         nodes = np.array([1.0, 1 + spread, max(1 - spread, 0.05)]).reshape(3, *[1] * variances.ndim)
-        # Rows see the same keys: where their variances agree to three digits, one quadrature serves them all, and the next layer's.
+        # Rows see the same keys: where variances agree to three digits, one quadrature serves them all, and other layers too.
         members, variances = np.broadcast_to(_rounded(counts, 5), (3, *counts.shape)), _rounded(nodes * variances, 3)
         key = ("weights", members.shape, members.tobytes(), variances.tobytes())
         found = self.graph.once(key, lambda: weight_moments(members, variances))
