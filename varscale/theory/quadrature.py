@@ -311,7 +311,7 @@ def evaluate(view: View, frame: Sequence[Axis], env: Environment) -> np.ndarray:
 
 
 def likeness(view: View) -> Hashable | None:
-    """Equal for one function of Gaussian roots whose marginals agree, so that it is integrated once; None where they are not."""
+    """Equal for one function of Gaussian roots whose marginals agree, which is integrated once; None where they are not."""
     own = [marginal(root.node) for root in roots(view.node)]
     if not all(m.gaussian for m in own):
         return None
