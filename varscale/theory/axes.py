@@ -84,6 +84,11 @@ class Axis:
         return weights / (self.size * (self.size - 1))
 
     @functools.cached_property
+    def pooling(self) -> Float[np.ndarray, "2 types"]:
+        """`same` and `different`."""
+        return np.stack([self.same, self.different])
+
+    @functools.cached_property
     def any_pair(self) -> Float[np.ndarray, " types"]:
         """Weights that average over all pairs: the second moment of a mean."""
         return self.pairs / self.size**2
@@ -172,13 +177,21 @@ def apply_axis(array: np.ndarray, axis: int, matrix: np.ndarray) -> np.ndarray:
     """Multiply `matrix` (new, old) onto one axis of `array`; an integer vector indexes instead."""
     if matrix.ndim == 1 and matrix.dtype.kind == "i":
         return np.take(array, matrix, axis=axis)
-    return np.moveaxis(np.moveaxis(array, axis, -1) @ matrix.T, -1, axis)
+    before, after = array.shape[:axis], array.shape[axis + 1 :]
+    flat = array.reshape(math.prod(before), array.shape[axis], math.prod(after))
+    return (matrix @ flat).reshape(*before, len(matrix), *after)
 
 
 def contract_axis(array: np.ndarray, axis: int, weights: np.ndarray) -> np.ndarray:
     """Sum one axis away under `weights`."""
     before, after = array.shape[:axis], array.shape[axis:][1:]
     return (weights @ array.reshape(math.prod(before), len(weights), math.prod(after))).reshape(before + after)
+
+
+@functools.cache
+def shares(axes: tuple[Axis, ...]) -> Float[np.ndarray, " cells"]:
+    """The share of an array's elements in each combination of classes, row-major."""
+    return functools.reduce(np.multiply.outer, [axis.counts / axis.size for axis in axes], np.array(1.0)).ravel()
 
 
 @functools.cache

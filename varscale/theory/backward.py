@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from scipy import special
 
-from varscale.theory.axes import Axis, apply_axis, contract_axis, lift_types
+from varscale.theory.axes import Axis, apply_axis, contract_axis, lift_types, shares
 from varscale.theory.derivatives import derivative
 from varscale.theory.elementwise import Apply, Sum, affine, apply, roots
 from varscale.theory.graph import Array, Constant, Leaf, Node, View
@@ -81,7 +81,7 @@ class Cotangents:
         self.nodes[node.id] = node
         parts = self.parts.setdefault(node.id, {})
         key = part.mask and (part.mask.node.id, part.mask.bind)
-        part = dataclasses.replace(part, second=np.broadcast_to(part.second, node.frame_types))
+        part = Cotangent(full_types(part.second, node.axes), part.doubt, part.mask, part.few)
         parts[key] = _added([parts[key], part], node.axes) if key in parts else part
 
     def pop(self) -> tuple[Node, list[Cotangent]]:
@@ -90,9 +90,11 @@ class Cotangents:
         return self.nodes[top], list(self.parts.pop(top).values())
 
 
-def _added(parts: Sequence[Cotangent], axes: Sequence[Axis]) -> Cotangent:
+def _added(parts: Sequence[Cotangent], axes: tuple[Axis, ...]) -> Cotangent:
     """Independent cotangents of one node, their doubts weighted by what they bring."""
-    weights = np.array([abs(float(mean_square(p.second, axes))) for p in parts])
+    if len(parts) == 1:
+        return parts[0]
+    weights = np.array([abs(mean_square(p.second, axes)) for p in parts])
     whole = max(float(weights.sum()), 1e-300)
     doubt = float(weights @ [p.doubt for p in parts]) / whole
     few = whole / max(float(weights @ [1 / p.few for p in parts]), 1e-300)
@@ -120,7 +122,7 @@ def cotangents(outputs: Iterable[tuple[Node, np.ndarray]], watched: Sequence[Nod
         node, parts = pending.pop()
         for part in parts:
             if node.id in asked or not isinstance(node, Apply):
-                done.add(node, dataclasses.replace(part, mask=None))
+                done.add(node, Cotangent(part.second, part.doubt, None, part.few))
             if node.id < lowest or isinstance(node, Leaf):
                 continue
             if isinstance(node, Apply):
@@ -141,7 +143,7 @@ def cotangents(outputs: Iterable[tuple[Node, np.ndarray]], watched: Sequence[Nod
         if found:
             whole = _added(found, whole_of.axes)
             factor = scale**2 if whole_of is inner else 1.0
-            out[n.id] = float(mean_square(whole.second, whole_of.axes)) / factor, whole.doubt + _few_numbers(whole.few)
+            out[n.id] = mean_square(whole.second, whole_of.axes) / factor, whole.doubt + _few_numbers(whole.few)
     return out
 
 
@@ -348,11 +350,9 @@ def _within(node: Apply, asked: dict[int, Node]) -> list[View]:
     return memo[key]
 
 
-def mean_square(second: np.ndarray, axes: Sequence[Axis]) -> np.ndarray:
+def mean_square(second: np.ndarray, axes: tuple[Axis, ...]) -> float:
     """The average over elements of a type array."""
-    for axis in axes:
-        second = contract_axis(second, 0, axis.same)
-    return second
+    return float(shares(axes) @ second[tuple(slice(0, axis.classes) for axis in axes)].ravel())
 
 
 def centred(second: np.ndarray, axes: Sequence[int], frame: Sequence[Axis]) -> np.ndarray:

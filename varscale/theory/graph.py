@@ -30,7 +30,7 @@ class View(NamedTuple):
 
     def within(self, outer: Sequence[int]) -> View:
         """The same view, its frame's axes being placed at `outer` in a wider frame."""
-        return View(self.node, tuple(outer[k] for k in self.bind))
+        return View(self.node, tuple(map(outer.__getitem__, self.bind)))
 
     def second(self, frame: Sequence[Axis]) -> np.ndarray:
         table = self.node.table

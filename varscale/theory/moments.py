@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from varscale.theory.axes import Axis, apply_axis, class_shares, contract_axis, lift_types
+from varscale.theory.axes import Axis, apply_axis, class_shares, contract_axis, lift_types, shares
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,22 +77,12 @@ class Table:
     @functools.cached_property
     def total_mean(self) -> float:
         """E[x] over all elements."""
-        if self.mean.size == 1:
-            return float(self.mean.flat[0])
-        out = self.mean
-        for axis in self.axes:
-            out = contract_axis(out, 0, axis.counts / axis.size)
-        return float(out)
+        return float(shares(self.axes) @ self.mean.ravel())
 
     @functools.cached_property
     def mean_square(self) -> float:
         """E[x²] over all elements."""
-        if self.mean.size == 1:
-            return float(self.second.flat[0])
-        out = self.second
-        for axis in self.axes:
-            out = contract_axis(out, 0, axis.same)
-        return float(out)
+        return float(shares(self.axes) @ self.diagonal.ravel())
 
     @functools.cached_property
     def variance(self) -> float:
@@ -170,7 +160,8 @@ def lift(array: np.ndarray, axes: Sequence[Axis], bind: Sequence[int], frame: Se
 
 def full_types(array: np.ndarray, frame: Sequence[Axis]) -> np.ndarray:
     """Broadcast to every type of the frame."""
-    return np.broadcast_to(array, [axis.types for axis in frame])
+    types = tuple(axis.types for axis in frame)
+    return array if array.shape == types else np.broadcast_to(array, types)
 
 
 def estimate(values: Float[np.ndarray, "..."], axes: Sequence[Axis]) -> Table:

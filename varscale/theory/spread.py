@@ -32,6 +32,7 @@ from varscale.theory.quadrature import (
     power_series,
 )
 
+_FORGOTTEN = 1e-5  # a ratio below which what fluctuates is not handed on: a norm's, but for its epsilon
 _STEP = 0.1  # relative step in q for the ratio and the curvature
 
 
@@ -64,7 +65,7 @@ def combine(terms: Sequence[tuple[float, Spread]]) -> Spread:
     """A weighted sum of logarithms."""
     sources: dict[int, float] = {}
     for weight, spread in terms:
-        for key, c in spread.sources.items():
+        for key, c in spread.sources.items() if abs(weight) > _FORGOTTEN else ():
             sources[key] = sources.get(key, 0.0) + weight * c
     return Spread(
         sources,
@@ -419,5 +420,5 @@ def _pooled(root: Node) -> np.ndarray:
     rho = marginal(root).correlation
     for k, axis in enumerate(root.axes):
         if axis.classes > 1:
-            rho = apply_axis(rho, k, np.stack([axis.same, axis.different]))
+            rho = apply_axis(rho, k, axis.pooling)
     return rho

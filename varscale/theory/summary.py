@@ -120,14 +120,15 @@ def correlation(x: Value, dims: list[int]) -> float | None:
     axes = [a.axis for d in dims for a in x.dims[d] if a.axis is not None]
     if not axes:
         return 1.0
-    free, agree, size = table.second, table.second, 1
+    free, size = table.second, 1
     for k in reversed(range(len(table.axes))):
         axis = table.axes[k]
-        free = contract_axis(free, k, axis.any_pair if k in axes else axis.same)
-        agree = contract_axis(agree, k, axis.same)
-        size *= axis.size if k in axes else 1
+        if k in axes:
+            free, size = contract_axis(free, k, axis.any_pair), size * axis.size
+        else:
+            free = contract_axis(free[(slice(None),) * k + (slice(0, axis.classes),)], k, axis.counts / axis.size)
     # All pairs of positions, less those that agree.
-    return float((size * free - agree) / (size - 1) / table.mean_square)
+    return float((size * free / table.mean_square - 1) / (size - 1))
 
 
 def _gradients(values: Mapping[str, Value]) -> dict[int, tuple[float, float]]:
