@@ -195,6 +195,13 @@ def shares(axes: tuple[Axis, ...]) -> Float[np.ndarray, " cells"]:
 
 
 @functools.cache
+def averaging(axes: tuple[Axis, ...], free: frozenset[int]) -> Float[np.ndarray, " types"]:
+    """Weights of a type array, row-major, that average over pairs which run freely along some axes and agree along the rest."""
+    weights = [axis.any_pair if k in free else axis.same for k, axis in enumerate(axes)]
+    return functools.reduce(np.multiply.outer, weights, np.array(1.0)).ravel()
+
+
+@functools.cache
 def split_axis(axis: Axis, sizes: tuple[int, ...]) -> tuple[tuple[Axis, ...], Int[np.ndarray, " types"]]:
     """Row-major factors of an axis, and the type of the whole for each combination of the factors' types.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -170,30 +171,36 @@ def align(values: Sequence[Value]) -> tuple[list[Value], tuple[Axis, ...], list[
     xs = [x if len(x.dims) == rank else Value(x.node, ((),) * (rank - len(x.dims)) + x.dims) for x in values]
     for d in range(rank):
         xs = _factor_alike(xs, d)
+    frame, binds, layout = _framed(tuple((x.dims, x.node.axes) for x in xs))
+    views = [View(_refined(x.node, [frame[k] for k in bind]), bind) for x, bind in zip(xs, binds, strict=True)]
+    return xs, frame, views, layout
+
+
+@functools.lru_cache(maxsize=4096)
+def _framed(
+    operands: tuple[tuple[tuple[Dim, ...], tuple[Axis, ...]], ...],
+) -> tuple[tuple[Axis, ...], tuple[tuple[int, ...], ...], tuple[Dim, ...]]:
+    """The frame of tensors whose dimensions are factored alike, the place in it of each one's axes, and its layout."""
     frame: list[Axis] = []
-    binds: list[dict[int, int]] = [{} for _ in xs]
+    binds: list[dict[int, int]] = [{} for _ in operands]
     layout: list[Dim] = []
-    for d in range(rank):
-        longest = max((x.dims[d] for x in xs), key=len)
+    for d in range(len(operands[0][0])):
+        longest = max((dims[d] for dims, _ in operands), key=len)
         atoms: list[Atom] = []
         for place, atom in enumerate(longest):
             axis: Axis | None = None
-            for i, x in enumerate(xs):
-                mine = x.dims[d][place].axis if x.dims[d] else None
+            for bind, (dims, axes) in zip(binds, operands, strict=True):
+                mine = dims[d][place].axis if dims[d] else None
                 if mine is not None:
-                    axis = x.node.axes[mine] if axis is None else join(axis, x.node.axes[mine])
-                    binds[i][mine] = len(frame)
+                    axis = axes[mine] if axis is None else join(axis, axes[mine])
+                    bind[mine] = len(frame)
             if axis is None:
                 atoms.append(Atom(atom.size, None))
             else:
                 atoms.append(Atom(atom.size, len(frame)))
                 frame.append(axis)
         layout.append(tuple(atoms))
-    views = [
-        View(_refined(x.node, [frame[bind[k]] for k in range(len(bind))]), tuple(bind[k] for k in range(len(bind))))
-        for x, bind in zip(xs, binds, strict=True)
-    ]
-    return xs, tuple(frame), views, tuple(layout)
+    return tuple(frame), tuple(tuple(bind[k] for k in range(len(bind))) for bind in binds), tuple(layout)
 
 
 def _classed(x: Value) -> Value:
@@ -212,12 +219,16 @@ def _refined(node: Node, axes: Sequence[Axis]) -> Node:
     return node
 
 
+def _sizes(dim: Dim) -> list[int]:
+    return [atom.size for atom in dim]
+
+
 def _factor_alike(xs: list[Value], d: int) -> list[Value]:
     """Split the atoms of dimension d until all tensors that are not of size 1 there have the same sizes."""
     place = 0
     while True:
         live = [i for i, x in enumerate(xs) if x.dims[d]]
-        if len({tuple(a.size for a in xs[i].dims[d]) for i in live}) <= 1:
+        if all(_sizes(xs[i].dims[d]) == _sizes(xs[live[0]].dims[d]) for i in live[1:]):
             return xs
         sizes = [xs[i].dims[d][place].size for i in live]
         step = math.gcd(*sizes)

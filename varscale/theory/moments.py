@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from varscale.theory.axes import Axis, apply_axis, class_shares, contract_axis, lift_types, shares
+from varscale.theory.axes import Axis, apply_axis, averaging, class_shares, lift_types, shares
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,10 +92,7 @@ class Table:
     @functools.cached_property
     def square_of_mean(self) -> float:
         """E[(mean of all elements)²]."""
-        out = self.second
-        for axis in self.axes:
-            out = contract_axis(out, 0, axis.any_pair)
-        return float(out)
+        return float(averaging(self.axes, frozenset(range(len(self.axes)))) @ self.second.ravel())
 
     @functools.cached_property
     def diagonal(self) -> Float[np.ndarray, "..."]:

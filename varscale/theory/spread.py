@@ -17,10 +17,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from varscale.theory.axes import Axis, apply_axis, contract_axis
+from varscale.theory.axes import Axis, apply_axis
 from varscale.theory.elementwise import Apply, Sum, roots
 from varscale.theory.graph import Array, Constant, Leaf, Merge, Node, Permute, Split, View
 from varscale.theory.quadrature import (
+    CONCENTRATED,
     HERMITE,
     WEIGHTS,
     Environment,
@@ -296,7 +297,9 @@ def _varied_square(
         return [(1 + step) ** (2 * powers[0]) if main.node.table.mean_square > 0 else 0.0 for step in (-_STEP, 0.0, _STEP)]
 
     def varied() -> list[float]:
-        values = [evaluate(r, frame, {}) if r == main else r.mean(frame)[..., None] for r in own]
+        table = main.node.table
+        number = table.variance < CONCENTRATED * table.total_mean**2
+        values = [evaluate(r, frame, {}) if r == main and not number else r.mean(frame)[..., None] for r in own]
         out = []
         for step in (-_STEP, 0.0, _STEP):
             scaled = [x * (1 + step) ** power for x, power in zip(values, powers, strict=True)]
@@ -326,14 +329,15 @@ def _fresh(node: Node, axes: set[int]) -> float:
     if source is not None:
         return fresh(*source)
     ratio = node.graph.once(("square pairs", node.id), lambda: _square_pairs(node))
-    for k in reversed(range(len(node.axes))):
-        n = node.axes[k].size
-        if ratio.shape[k] == 1:
-            ratio = ratio.squeeze(k)
-        else:
-            weights = np.array([1 / n, 1 - 1 / n]) if k in axes else np.array([1.0, 0.0])
-            ratio = contract_axis(ratio, k, weights)
-    return max(float(ratio) - 1.0, 0.0)
+    sizes = tuple(1 if n == 1 else axis.size for n, axis in zip(ratio.shape, node.axes, strict=True))
+    return max(float(_mean_pair(sizes, frozenset(axes)) @ ratio.ravel()) - 1.0, 0.0)
+
+
+@functools.cache
+def _mean_pair(sizes: tuple[int, ...], averaged: frozenset[int]) -> np.ndarray:
+    """Weights of "same" and "different", row-major, for pairs that run freely along the averaged axes; 1 long where n = 1."""
+    weights = [[1.0] if n == 1 else [1 / n, 1 - 1 / n] if k in averaged else [1.0, 0.0] for k, n in enumerate(sizes)]
+    return functools.reduce(np.multiply.outer, weights, np.array(1.0)).ravel()
 
 
 def _square_pairs(node: Node) -> np.ndarray:

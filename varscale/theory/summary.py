@@ -11,7 +11,7 @@ import numpy as np
 
 from varscale.programs import Program
 from varscale.report import How, Report, Row
-from varscale.theory.axes import contract_axis
+from varscale.theory.axes import averaging
 from varscale.theory.backward import cotangents
 from varscale.theory.interpreter import Complex, Interpreter
 from varscale.theory.layout import Value
@@ -120,15 +120,10 @@ def correlation(x: Value, dims: list[int]) -> float | None:
     axes = [a.axis for d in dims for a in x.dims[d] if a.axis is not None]
     if not axes:
         return 1.0
-    free, size = table.second, 1
-    for k in reversed(range(len(table.axes))):
-        axis = table.axes[k]
-        if k in axes:
-            free, size = contract_axis(free, k, axis.any_pair), size * axis.size
-        else:
-            free = contract_axis(free[(slice(None),) * k + (slice(0, axis.classes),)], k, axis.counts / axis.size)
+    free = float(averaging(table.axes, frozenset(axes)) @ table.second.ravel())
+    size = math.prod(table.axes[k].size for k in axes)
     # All pairs of positions, less those that agree.
-    return float((size * free / table.mean_square - 1) / (size - 1))
+    return (size * free / table.mean_square - 1) / (size - 1)
 
 
 def _gradients(values: Mapping[str, Value]) -> dict[int, tuple[float, float]]:
