@@ -21,7 +21,8 @@ from varscale.theory.moments import full_types, means_by_type
 from varscale.theory.products import product_second
 from varscale.theory.provenance import doubt_of
 from varscale.theory.quadrature import by_type, concentrated, evaluate
-from varscale.theory.spread import companions, inherited, responses
+from varscale.theory.responses import companions, responses
+from varscale.theory.spread import inherited
 
 _MASK_DOUBT = 0.03  # a step of a stream, whose derivatives are a Markov chain only in the main
 _NORM_DOUBT = 0.25  # of 1/(1 − r) − 1: positions that share a norm are not exactly Gaussian given its scale

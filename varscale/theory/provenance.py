@@ -6,7 +6,8 @@ import numpy as np
 
 from varscale.theory.elementwise import Apply, Sum
 from varscale.theory.graph import HOWS, Array, Constant, Leaf, Node
-from varscale.theory.spread import full, responses
+from varscale.theory.responses import responses
+from varscale.theory.spread import full
 
 # Where every rule is exact, rounding of a kink's cell, finitely many units of second order, and a norm's epsilon are left.
 _BASE = 0.02

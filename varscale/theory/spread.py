@@ -21,7 +21,6 @@ from varscale.theory.axes import Axis, apply_axis
 from varscale.theory.elementwise import Apply, Sum, roots
 from varscale.theory.graph import Array, Constant, Leaf, Merge, Node, Permute, Split, View
 from varscale.theory.quadrature import (
-    CONCENTRATED,
     HERMITE,
     WEIGHTS,
     Environment,
@@ -32,9 +31,9 @@ from varscale.theory.quadrature import (
     marginal,
     power_series,
 )
+from varscale.theory.responses import companions, responses
 
 _FORGOTTEN = 1e-5  # a ratio below which what fluctuates is not handed on: a norm's, but for its epsilon
-_STEP = 0.1  # relative step in q for the ratio and the curvature
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,90 +228,6 @@ def _is_centred(node: Node) -> bool:
     from varscale.theory.rules.reductions import Mean
 
     return isinstance(node, Sum) and any(isinstance(v.node, Mean) for v in node.args)
-
-
-def companions(node: Node) -> dict[tuple[int, tuple[int, ...]], list[View]]:
-    """The roots of a tree that fluctuate, each with the concentrated ones that are its own scale (a norm's variance)."""
-    return node.graph.once(("companions", node.id), lambda: _companions(node))
-
-
-def _companions(node: Node) -> dict[tuple[int, tuple[int, ...]], list[View]]:
-    own = [
-        r for r in roots(node) if not isinstance(r.node, Array) and not (isinstance(r.node, Leaf) and r.node.name[0] != "input")
-    ]
-    live = [r for r in own if not concentrated(r.node)] or own
-    out: dict[tuple[int, tuple[int, ...]], list[View]] = {(r.node.id, r.bind): [r] for r in live}
-    for scale in own:
-        if scale in live:
-            continue
-        partners = [r for r in live if r.node.deps & scale.node.deps]
-        if partners:
-            main = max(partners, key=lambda r: (r.node.deps & scale.node.deps).bit_count())
-            out[main.node.id, main.bind].append(scale)
-        else:
-            out[scale.node.id, scale.bind] = [scale]
-    return out
-
-
-def responses(node: Node) -> dict[Node, tuple[float, float]]:
-    """For each root: the ratio d ln E[f²]/d ln q, and the curvature q² (E f²)″/E f², in its own second moment q.
-
-    A norm's variance moves with the array it normalises, so that a normalised array has ratio 0: the two are varied together.
-    """
-    key = ("responses", node.id)
-    memo = node.graph.memo
-    if key not in memo:
-        memo[key] = _responses(node)
-    return memo[key]
-
-
-def _responses(node: Node) -> dict[Node, tuple[float, float]]:
-    view = View(node, tuple(range(len(node.axes))))
-    parts = [(factor, [r.within(factor.bind) for r in roots(factor.node)]) for factor in factors(view)[1]]
-    out: dict[Node, tuple[float, float]] = {}
-    for group in companions(node).values():
-        moments = np.ones(3)
-        for factor, own in parts:
-            mine = [r for r in own if r in group]
-            if mine:
-                moments *= _varied_square(factor, node.axes, own, mine, group)
-        low, middle, high = np.maximum(moments, 1e-300)
-        slope = math.log(high / low) / math.log((1 + _STEP) / (1 - _STEP))
-        curvature = (high - 2 * middle + low) / _STEP**2 / middle
-        s, c = out.get(group[0].node, (0.0, 0.0))
-        out[group[0].node] = (s + float(np.clip(slope, -4, 4)), c + float(np.clip(curvature, -4, 4)))
-    return out
-
-
-def _varied_square(
-    factor: View, frame: Sequence[Axis], own: Sequence[View], mine: Sequence[View], group: Sequence[View]
-) -> list[float]:
-    """E[f²] of a factor where the second moment of a group's first root is (1 − step, 1, 1 + step) times its own.
-
-    The others of the group, which are mean squares, vary in the same proportion; what is not varied is held at its mean.
-    """
-    main = group[0] if group[0] in mine else mine[0]
-    powers = [0.0 if r not in group else 0.5 if r == group[0] else 1.0 for r in own]
-    if not isinstance(factor.node, Apply):
-        return [(1 + step) ** (2 * powers[0]) if main.node.table.mean_square > 0 else 0.0 for step in (-_STEP, 0.0, _STEP)]
-
-    def varied() -> list[float]:
-        table = main.node.table
-        number = table.variance < CONCENTRATED * table.total_mean**2
-        values = [evaluate(r, frame, {}) if r == main and not number else r.mean(frame)[..., None] for r in own]
-        out = []
-        for step in (-_STEP, 0.0, _STEP):
-            scaled = [x * (1 + step) ** power for x, power in zip(values, powers, strict=True)]
-            env: Environment = {(r.node.id, r.bind): x for r, x in zip(own, scaled, strict=True)}
-            squares = np.square(np.asarray(evaluate(factor, frame, env), float))
-            line = squares.reshape(-1, squares.shape[-1]).mean(axis=0)
-            out.append(float(line @ WEIGHTS) if line.size > 1 else float(line[0]))
-        return out
-
-    mark = likeness(factor)
-    if mark is None:
-        return varied()
-    return main.node.graph.once(("varied", mark, tuple(frame), own.index(main), tuple(powers)), varied)
 
 
 def fresh(node: Node, axes: Sequence[int]) -> float:

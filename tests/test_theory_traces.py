@@ -1,0 +1,167 @@
+"""One trace gives a linen model's parameters and its forward pass, where one pass does both; and work is shared by layers."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from varscale import programs
+from varscale.theory import predict
+from varscale.theory.elementwise import form
+from varscale.theory.graph import View
+from varscale.theory.interpreter import Interpreter
+from varscale.theory.quadrature import likeness
+from varscale.theory.traces import first_pass
+
+X = jax.ShapeDtypeStruct((8, 64), jnp.float32)
+KERNEL = nn.initializers.normal(1 / 8)  # width 64: keeps the scale
+
+
+class _Split:
+    """The inputs of a model that takes one array."""
+
+    structs = (X,)
+
+    def join(self, dynamic):
+        return programs.as_inputs(dynamic[0])
+
+
+class Block(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(64, kernel_init=KERNEL)(jnp.tanh(x))
+
+
+class Plain(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return Block()(Block()(x))
+
+
+class Rematerialized(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        block = nn.remat(Block)
+        return block(name="Block_1")(block(name="Block_0")(x))
+
+
+class Looped(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        body = lambda block, x, _: (block(x), None)  # noqa: E731
+        loop = nn.scan(body, variable_axes={"params": 0}, split_rngs={"params": True}, length=2)
+        return loop(Block(), x, None)[0]
+
+
+class Normalized(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.BatchNorm(use_running_average=False)(Block()(x))
+
+
+class Dropped(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dropout(0.5, deterministic=False)(Block()(x), rng=self.make_rng("params"))
+
+
+class Asking(nn.Module):
+    """Another function once its parameters are there; `question` is how it finds out."""
+
+    question: str
+
+    @nn.compact
+    def __call__(self, x):
+        match self.question:
+            case "is_initializing":
+                new = self.is_initializing()
+            case "is_mutable_collection":
+                new = self.is_mutable_collection("params")
+            case _:
+                new = not self.has_variable("params", "Block_0")
+        y = Block()(x)
+        return y if new else 3 * y
+
+
+def _passes(model):
+    return first_pass(programs.program(model), _Split())
+
+
+def test_a_pass_that_initializes_is_the_forward_pass():
+    found = _passes(Plain())
+    assert found.forward is not None
+    assert len(found.used) == 4 and len(found.forward.jaxpr.invars) == 5
+
+
+@pytest.mark.parametrize("model", [Rematerialized(), Looped(), Normalized(), Dropped(), Asking("is_initializing")], ids=str)
+def test_what_an_init_computes_with_must_be_what_it_returns(model):
+    assert _passes(model).forward is None
+
+
+@pytest.mark.parametrize("model", [Rematerialized(), Looped()], ids=str)
+def test_one_trace_or_two_predict_the_same(model):
+    one, two = predict(Plain(), X).rows[-1], predict(model, X).rows[-1]
+    for name in ("mean", "second_moment", "typical", "gradient", "confidence"):
+        np.testing.assert_allclose(getattr(two, name), getattr(one, name), rtol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("question", ["is_initializing", "is_mutable_collection", "has_variable"])
+def test_what_is_predicted_is_what_apply_computes(question):
+    plain = predict(Block(), X)[""].second_moment
+    np.testing.assert_allclose(predict(Asking(question), X)[""].second_moment, 9 * plain, rtol=1e-6)
+
+
+def test_asking_leaves_flax_as_it_was():
+    before = nn.Module.is_initializing
+    _passes(Asking("is_initializing"))
+    assert nn.Module.is_initializing is before
+
+
+def test_given_parameters_take_the_place_of_those_an_init_draws():
+    params = jax.tree.map(lambda x: 2 * x, Block().init(jax.random.key(0), jnp.ones((8, 64))))
+    drawn, given = predict(Block(), X)[""].second_moment, predict(Block(), X, params=params)[""].second_moment
+    # The mean square of 4096 weights is within 10 % of its own mean but once in 10⁵ draws, and the key is fixed.
+    np.testing.assert_allclose(given, 4 * drawn, rtol=0.1)
+
+
+def test_what_ran_inside_a_vmap_has_no_row():
+    class Mapped(nn.Module):
+        def setup(self):
+            self.dense = nn.Dense(16)
+
+        def one(self, x):
+            return self.dense(x)
+
+        def __call__(self, x):
+            return jax.vmap(self.one)(x) + self.dense(x)
+
+    assert "one" not in " ".join(row.path for row in predict(Mapped(), X).rows)
+
+
+def _activations(*scales):
+    """tanh of a Gaussian leaf of each scale."""
+    interpreter = Interpreter()
+    leaves = [interpreter.leaf(("input", i), (8, 64), 0.0, scale**2, odd=True) for i, scale in enumerate(scales)]
+    return [interpreter.elementwise("tanh", x).node for x in leaves]
+
+
+def _likeness(node):
+    return likeness(View(node, tuple(range(len(node.axes)))))
+
+
+def test_functions_of_like_roots_are_integrated_once():
+    a, b, c = _activations(1.0, 1.0 + 1e-8, 1.01)
+    assert form(a) == form(b) == form(c)
+    assert _likeness(a) == _likeness(b) != _likeness(c)
+    _ = a.table, b.table, c.table
+    assert sum(key[0] == "integrated" for key in a.graph.memo if isinstance(key, tuple)) == 2
+    np.testing.assert_allclose(b.table.second, a.table.second, rtol=1e-6)
+    assert c.table.mean_square > a.table.mean_square * 1.001
+
+
+def test_the_form_tells_one_root_from_two():
+    interpreter = Interpreter()
+    x, y = (interpreter.leaf(("input", i), (8, 64), 0.0, 1.0, odd=True) for i in range(2))
+    both = [interpreter.elementwise("max", interpreter.elementwise("tanh", a), b).node for a, b in ((x, x), (x, y), (y, x))]
+    assert form(both[0]) not in (form(both[1]), form(both[2]))
