@@ -91,7 +91,8 @@ def _passes(model):
 def test_a_pass_that_initializes_is_the_forward_pass():
     found = _passes(Plain())
     assert found.forward is not None
-    assert len(found.used) == 4 and len(found.forward.jaxpr.invars) == 5
+    assert len(found.used) == 4
+    assert len(found.forward.jaxpr.invars) == 5
 
 
 @pytest.mark.parametrize("model", [Rematerialized(), Looped(), Normalized(), Dropped(), Asking("is_initializing")], ids=str)
