@@ -126,7 +126,7 @@ def test_given_parameters_take_the_place_of_those_an_init_draws():
     np.testing.assert_allclose(given, 4 * drawn, rtol=0.1)
 
 
-def test_what_ran_inside_a_vmap_has_no_row():
+def test_what_flax_captured_inside_a_vmap_is_left_out():
     class Mapped(nn.Module):
         def setup(self):
             self.dense = nn.Dense(16)
@@ -137,7 +137,8 @@ def test_what_ran_inside_a_vmap_has_no_row():
         def __call__(self, x):
             return jax.vmap(self.one)(x) + self.dense(x)
 
-    assert "one" not in " ".join(row.path for row in predict(Mapped(), X).rows)
+    # The row is that of the mark in the jaxpr, which knows the mapped axis; the captured array has left its transformation.
+    assert predict(Mapped(), X)[".one"].shape == (8, 16)
 
 
 def _activations(*scales):
