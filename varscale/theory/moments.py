@@ -144,6 +144,8 @@ def lift(array: np.ndarray, axes: Sequence[Axis], bind: Sequence[int], frame: Se
         frame: axes to read it over; where it has none of them it is constant, and the result has length 1 there.
         pairs: whether `array` runs over types rather than classes.
     """
+    if tuple(bind) == tuple(range(len(frame))) and tuple(axes) == tuple(frame):
+        return array
     order = sorted(range(len(axes)), key=lambda k: bind[k])
     out = array.transpose(order)
     shape = [1] * len(frame)

@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from varscale import _compat, programs
 from varscale.programs import Program
@@ -89,8 +91,11 @@ def first_pass(program: Program, split: Any) -> Draws:
 
 def _draws(eqn: Any) -> bool:
     """Whether an equation takes or makes random keys."""
-    dtypes = [getattr(v.aval, "dtype", None) for v in (*eqn.invars, *eqn.outvars)]
-    return any(dtype is not None and jax.numpy.issubdtype(dtype, jax.dtypes.prng_key) for dtype in dtypes)
+    return any(_is_key(getattr(v.aval, "dtype", np.dtype(bool))) for v in (*eqn.invars, *eqn.outvars))
+
+
+def _is_key(dtype: Any) -> bool:
+    return not isinstance(dtype, np.dtype) and jnp.issubdtype(dtype, jax.dtypes.prng_key)
 
 
 def execution_order(jaxpr: Any, shapes: Mapping[str, Mapping[str, Any]]) -> list[str]:

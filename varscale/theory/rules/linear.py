@@ -14,7 +14,7 @@ from varscale.theory.elementwise import Apply, Sum, affine
 from varscale.theory.graph import Array, Constant, Leaf, Merge, Node, Permute, Split, View
 from varscale.theory.interpreter import Interpreter, rule
 from varscale.theory.layout import Atom, Value, align, full
-from varscale.theory.moments import Table
+from varscale.theory.moments import Table, full_types
 
 
 class Contract(Node):
@@ -64,7 +64,7 @@ class Contract(Node):
     def contract(self, second: np.ndarray) -> np.ndarray:
         """Sum a type array of the frame over the contracted axes."""
         frame = self.frame
-        second = np.broadcast_to(second, [a.types for a in frame])
+        second = full_types(second, frame)
         for k in reversed(range(len(self.axes), len(frame))):
             second = contract_axis(second, k, frame[k].pairs)
         return second
