@@ -152,3 +152,21 @@ class Transformer(nn.Module):
         for i in range(self.depth):
             x = Block(self.heads, self.feedforward, name=f"block_{i}")(x, mask)
         return nn.Dense(self.vocabulary, use_bias=False)(nn.LayerNorm()(x))
+
+
+class Recurrent(nn.Module):
+    """Layers of recurrent cells, as they are or as normalised branches of a stream, and a readout of every step."""
+
+    cell: str
+    width: int
+    depth: int = 2
+    residual: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        cells = {"LSTM": nn.OptimizedLSTMCell, "GRU": nn.GRUCell, "tanh": nn.SimpleCell}
+        x = nn.Dense(self.width, name="in")(x)
+        for k in range(self.depth):
+            layer: Any = nn.RNN(cells[self.cell](self.width, recurrent_kernel_init=kernel(1.0)), name=f"layer_{k}")
+            x = x + layer(nn.LayerNorm()(x)) if self.residual else layer(x)
+        return nn.Dense(10)(x)

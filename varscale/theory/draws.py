@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import TYPE_CHECKING, TypeGuard
 
 import numpy as np
@@ -16,6 +16,7 @@ from varscale.theory.elementwise import Apply, Sum, roots
 from varscale.theory.graph import Array, Constant, Leaf, Node, Permute, View
 from varscale.theory.quadrature import Environment, Z, evaluate, marginal
 from varscale.theory.rules.joining import Concat
+from varscale.theory.rules.reductions import Mean
 from varscale.theory.rules.structure import Take
 
 if TYPE_CHECKING:
@@ -95,15 +96,25 @@ def _effect(
 
 
 class Drawing:
-    """Views over one frame drawn together: what they have in common is the same in all."""
+    """Views over one frame drawn together: what they have in common is the same in all.
 
-    def __init__(self, frame: Sequence[Axis], replicates: int, rng: np.random.Generator):
-        self.frame, self.replicates, self.rng = frame, replicates, rng
+    Attributes:
+        frame: the axes that views are read over.
+        replicates: how many draws.
+        rng: where they come from.
+        terms: how many positions stand for all in a sum over an axis of a given size. Where it is given, the views are asked
+            for at just as many, and so means are those of what is drawn.
+    """
+
+    def __init__(
+        self, frame: Sequence[Axis], replicates: int, rng: np.random.Generator, terms: Callable[[int], int] | None = None
+    ):
+        self.frame, self.replicates, self.rng, self.terms = frame, replicates, rng, terms
         self.drawn: dict[Hashable, np.ndarray] = {}
 
     def over(self, frame: Sequence[Axis]) -> Drawing:
         """The same draws, for views over another frame."""
-        other = Drawing(frame, self.replicates, self.rng)
+        other = Drawing(frame, self.replicates, self.rng, self.terms)
         other.drawn = self.drawn
         return other
 
@@ -117,7 +128,7 @@ class Drawing:
 
     def _root(self, view: View, positions: Positions) -> np.ndarray:
         node, bind = view
-        if isinstance(node, Sum) and _unrelated(node):
+        if isinstance(node, Sum) and (self._is_drawn_whole(node) or _unrelated(node)):
             terms = [c * self.values(term.within(bind), positions) for c, term in zip(node.params, node.args, strict=True)]
             return sum(terms, np.zeros(1))
         if isinstance(node, Concat):
@@ -136,6 +147,8 @@ class Drawing:
                 return picked(known, node.axes, positions, self.replicates)
             if isinstance(node, Take | Permute):
                 return self._rearranged(node, positions)
+        if isinstance(node, Mean) and self._is_drawn_whole(node):
+            return self._averaged(node, positions)
         if applies_weights(node) and (in_order(node) or node.width <= TERMS):
             return self._multiplied(node, positions)
         return _drawn(node, positions, self.replicates, self.rng)
@@ -154,6 +167,26 @@ class Drawing:
         values = np.moveaxis(self.over(source.axes).values(View(source, tuple(range(len(there)))), there), -1, 0)
         return values.squeeze(1 + k) if dropped else values
 
+    def _is_drawn_whole(self, node: Node) -> bool:
+        """Whether a mean, or the means among a sum's terms, are over so many drawn positions that they are as good as all."""
+        if self.terms is None:
+            return False
+        if isinstance(node, Sum):
+            return all(self._is_drawn_whole(view.node) for view in node.args if isinstance(view.node, Mean))
+        averaged = [node.args[0].node.axes[k].size for k in node.params]
+        return math.prod(map(self.terms, averaged)) >= min(math.prod(averaged), TERMS)
+
+    def _averaged(self, node: Mean, positions: Positions) -> np.ndarray:
+        """The mean of what is drawn."""
+        source, own = node.args[0].node, iter(positions)
+        there = [self._some(a) if k in node.params else next(own) for k, a in enumerate(source.axes)]
+        values = self.over(source.axes).values(View(source, tuple(range(len(there)))), there)
+        return np.moveaxis(values.mean(axis=tuple(node.params)), -1, 0)
+
+    def _some(self, axis: Axis) -> Int[np.ndarray, " kept"]:
+        """The positions that stand for all in a sum."""
+        return evenly(axis.size, TERMS if self.terms is None else self.terms(axis.size))
+
     def _multiplied(self, node: Contract, positions: Positions) -> np.ndarray:
         """A product with weights, multiplied out with drawn ones; some of the terms for all.
 
@@ -161,7 +194,7 @@ class Drawing:
         norm.
         """
         weights, x = operands(node)
-        terms = [evenly(a.size, TERMS) for a in node.params]
+        terms = [self._some(a) for a in node.params]
         ratio = math.prod(a.size / len(kept) for a, kept in zip(node.params, terms, strict=True))
         whole = [*positions, *terms]
         values = self.over(node.frame).values(x, whole)

@@ -91,16 +91,18 @@ class Loop:
         operands: its constants, its carry and its streams.
         sizes: at which sizes it is run.
         replicates: how many draws of all its operands it is run on.
+        seed: where these come from; another one for every loop, whose weights would otherwise be the same.
     """
 
     params: dict[str, Any]
     operands: tuple[Operand, ...]
     sizes: Sizes
     replicates: int
+    seed: int
 
     @functools.cached_property
     def drawing(self) -> Drawing:
-        return Drawing((), self.replicates, np.random.default_rng(0))
+        return Drawing((), self.replicates, np.random.default_rng(self.seed), lambda n: self.sizes.shape([n])[0])
 
     def positions(self, x: Value, *, stacked: bool) -> list[np.ndarray]:
         """Which positions of a value's node are drawn, axis by axis."""

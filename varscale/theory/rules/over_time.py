@@ -138,7 +138,7 @@ class Looped(Node):
             x for x in self.graph.memo.get("pulled back", []) if x.deps & self.deps == self.deps and x.loop is not self.loop
         ]
         self.gradient_doubt = _LOOSE if len(readers) > len(sent) else Looped.gradient_doubt
-        return drawn + gaussian(rest, self.axes, positions, replicates, np.random.default_rng(1))
+        return drawn + gaussian(rest, self.axes, positions, replicates, np.random.default_rng(self.id))
 
     def _carried_back(self, x: Operand, value: Value, passed: np.ndarray) -> np.ndarray:
         """Second moments of a node's cotangents by type, from cotangents of the operand that it is."""
@@ -204,7 +204,7 @@ def over_time(interpreter: Interpreter, eqn: Any, xs: Sequence[Any], outline: Se
     operands = [operand(x, v.aval, stacked=False) for x, v in (*fixed, *carry)]
     operands += [operand(x, v.aval, stacked=True) for x, v in streams]
     sizes, replicates = shrunk(p, operands)
-    loop = Loop(p, tuple(operands), sizes, replicates)
+    loop = Loop(p, tuple(operands), sizes, replicates, graph.count)
     mark = ("loop", graph.count)
     graph.memo["loop", mark] = loop
     views, place = [], 0

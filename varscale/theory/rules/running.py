@@ -67,10 +67,15 @@ class Recurrence:
     def replicates(self) -> int:
         return int(np.clip(_BUDGET / math.prod(len(p) for p in self.positions), 8, _MOST_REPLICATES))
 
+    @property
+    def seed(self) -> int:
+        """Where its draws come from: another one for every recurrence, whose rates would otherwise be the same."""
+        return max(view.node.id for view in self.views)
+
     def draw(self, views: Sequence[View], replicates: int) -> list[np.ndarray]:
         """Views over the frame, drawn together, (positions..., replicates)."""
         shape = [*(len(p) for p in self.positions), replicates]
-        drawing = Drawing(self.frame, replicates, np.random.default_rng(0))
+        drawing = Drawing(self.frame, replicates, np.random.default_rng(self.seed))
         return [np.broadcast_to(drawing.values(view, self.positions), shape).astype(np.float32) for view in views]
 
     @functools.cached_property
