@@ -98,9 +98,9 @@ def _level(eqns: Sequence[Any], i: int) -> _Level | None:
         first.append(eqns[i + len(first)])
     others = eqns[i + len(first) : i + 2 * len(first)]
     arrays, axes = [eqn.invars[0] for eqn in first], [half[0] for half in map(_halves, first) if half]
-    if not first or any(_compat.is_literal(v) for v in arrays) or [eqn.invars[0] for eqn in others] != arrays:
+    if not first or [_halves(eqn) for eqn in others] != [(axis, 1) for axis in axes]:
         return None
-    if [_halves(eqn) for eqn in others] != [(axis, 1) for axis in axes]:
+    if any(_compat.is_literal(v) for v in arrays) or [eqn.invars[0] for eqn in others] != arrays:
         return None
     return _Level(arrays, axes) if len({v.aval.shape[k] for v, k in zip(arrays, axes, strict=True)}) == 1 else None
 
