@@ -192,6 +192,55 @@ def test_random_ids_in_a_loop_are_taken_step_by_step():
     assert 0.4 < row.second_moment < 1.0
 
 
+def rotating(w, x):
+    """Complex states that decay and turn."""
+    rates = jnp.exp(-0.2 * jnp.abs(w[0]) + 3j * w[1])
+
+    def step(state, row):
+        state = rates * state + row @ (w + 0j)
+        return state, state.real
+
+    return lax.scan(step, jnp.zeros(x.shape[1:], jnp.complex64), x)[1]
+
+
+def dropping(w, x):
+    """A new mask at every step, from a key in the carry."""
+
+    def step(carry, row):
+        key, state = carry
+        key, own = jax.random.split(key)
+        state = jnp.tanh(jnp.where(jax.random.bernoulli(own, 0.5, state.shape), 2 * state, 0.0) @ w + row)
+        return (key, state), state
+
+    return lax.scan(step, (jax.random.key(0), jnp.zeros(x.shape[1:])), x)[1]
+
+
+def backwards_and_nested(w, x):
+    """From the last step to the first, three inner steps at each, every other one skipped."""
+
+    def step(carry, row):
+        i, state = carry
+        inner = lambda state: lax.scan(lambda s, _: (jnp.tanh(s @ w + row), None), state, None, length=3)[0]  # noqa: E731
+        state = lax.cond(i % 2 == 0, inner, lambda state: state, state)
+        return (i + 1, state), state
+
+    return lax.scan(step, (0, jnp.zeros(x.shape[1:])), x, reverse=True)[1]
+
+
+@pytest.mark.parametrize("program", [rotating, dropping, backwards_and_nested])
+def test_programs_with_loops(program):
+    """200 draws: standard errors of 1 % at most, so that 10 % off is found out."""
+    x = jax.ShapeDtypeStruct((STEPS, 4, WIDTH), jnp.float32)
+    weights = lambda key: jax.random.normal(key, (WIDTH, WIDTH)) / np.sqrt(WIDTH)  # noqa: E731
+    row = predict(program, x, params=weights, backward=False).output
+    draw = jax.jit(jax.vmap(lambda w, x: jnp.mean(program(weights(w), jax.random.normal(x, (STEPS, 4, WIDTH))) ** 2)))
+    found = np.asarray(draw(*jax.random.split(jax.random.key(1), (2, 200))))
+    error = found.std() / found.mean() / np.sqrt(200)
+    assert row.how == "sampled"
+    assert error < 0.01, "the test has lost its power"
+    assert abs(row.second_moment / found.mean() - 1) <= row.confidence + 4 * error
+
+
 # Smaller sizes
 
 

@@ -150,7 +150,7 @@ class Loop:
             return out[: len(now)], out[len(now) :]
 
         last, rows = jax.lax.scan(step, carry, streams, length=self.params["length"], reverse=self.params["reverse"])
-        return [part for x in (*last, *rows) for part in ((x.real, x.imag) if jnp.iscomplexobj(x) else (x,))]
+        return [part for x in (*last, *rows) for part in _parts(x)]
 
     @functools.cached_property
     def _runs(self) -> Any:
@@ -214,6 +214,13 @@ class Loop:
             return jax.vmap(lambda xs, g: one(which, floating, xs, g))(operands, seed)
 
         return jax.jit(back, static_argnums=(0, 1))
+
+
+def _parts(x: jax.Array) -> tuple[jax.Array, ...]:
+    """An output as real arrays; of a random key nothing is told."""
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        return (jnp.zeros(()),)
+    return (x.real, x.imag) if jnp.iscomplexobj(x) else (x,)
 
 
 def _numbers(x: Any) -> np.ndarray:

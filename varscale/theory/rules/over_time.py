@@ -16,7 +16,7 @@ from varscale import _compat
 from varscale.theory.axes import Axis, grouped
 from varscale.theory.draws import evenly, gaussian, picked
 from varscale.theory.graph import Node, View
-from varscale.theory.interpreter import Complex, Interpreter, parts
+from varscale.theory.interpreter import Complex, Interpreter, Opaque, parts
 from varscale.theory.layout import Atom, Value, materialize, merged
 from varscale.theory.loops import CannotDraw, Loop, Operand, operand, shrunk
 from varscale.theory.moments import Table, lift
@@ -219,6 +219,12 @@ def over_time(interpreter: Interpreter, eqn: Any, xs: Sequence[Any], outline: Se
     out: list[Any] = []
     for k, (shape, var) in enumerate(zip(outline, eqn.outvars, strict=True)):
         stacked = k >= len(carry)
+        if isinstance(shape, Opaque):
+            if stacked:
+                raise CannotDraw
+            out.append(shape)  # as random as any other
+            which += 1
+            continue
         if not jnp.issubdtype(var.aval.dtype, jnp.inexact):
             out.append(interpreter.known(_agreed(loop.outputs[which], var.aval)))
             which += 1
