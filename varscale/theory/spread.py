@@ -20,6 +20,7 @@ import numpy as np
 from varscale.theory.axes import Axis, apply_axis
 from varscale.theory.elementwise import Apply, Sum, roots
 from varscale.theory.graph import Array, Constant, Leaf, Merge, Node, Permute, Split, View
+from varscale.theory.narrow import shape_shift
 from varscale.theory.quadrature import (
     HERMITE,
     WEIGHTS,
@@ -173,6 +174,8 @@ def inherited(node: Node) -> Spread:
             terms.append((slope, spread))
             curved += curvature * spread.point / 2
             bent += abs(curvature) * spread.point / 2
+        shape = shape_shift(node)
+        curved, bent = curved + shape, bent + abs(shape) / 2
         out = combine(terms)
         out = dataclasses.replace(out, sources={**out.sources, **_scalings(node)})
         memo[key] = dataclasses.replace(out, shift=out.shift + float(np.clip(curved, -0.5, 0.5)), bend=out.bend + bent)
