@@ -25,15 +25,32 @@ from varscale.theory.responses import companions
 _FEW = 64  # terms; the excess of more is below a twentieth of theirs
 
 
-def shape_shift(node: Apply) -> float:
-    """Relative shift of the second moment of a function of normalised narrow sums: it is predicted as if they were Gaussian."""
-    out = 0.0
+def shape_shift(node: Apply) -> tuple[float, float]:
+    """How a function of normalised narrow sums differs from that of Gaussian ones, for which they are taken.
+
+    Returns:
+        The relative shift of its second moment, and what is in doubt: half as much again; all of it behind a norm over units
+        that read different inputs (a layer norm of depthwise sums), where one order of the expansion is not enough.
+    """
+    shift, doubt = 0.0, 0.0
     for main, *scales in companions(node).values():
         narrow = _centred_of(main)
         units = _own_units(narrow)
-        if scales and units and all(units <= set(scale.bind) for scale in scales):
-            out += _excess(narrow.node) * _response(node, main)
-    return out
+        if not scales or not units:
+            continue
+        if all(units <= set(scale.bind) for scale in scales):
+            found = _excess(narrow.node) * _response(node, main)
+            shift, doubt = shift + found, doubt + abs(found) / 2
+        elif _reads_apart(narrow.node):
+            doubt += abs(_excess(narrow.node) * _response(node, main))
+    return shift, doubt
+
+
+def _reads_apart(node: Node) -> bool:
+    """Whether every unit has an input of its own."""
+    from varscale.theory.rules.convolution import Conv
+
+    return isinstance(node, Conv) and node.params[0] > 1
 
 
 def _centred_of(view: View) -> View:

@@ -174,8 +174,8 @@ def inherited(node: Node) -> Spread:
             terms.append((slope, spread))
             curved += curvature * spread.point / 2
             bent += abs(curvature) * spread.point / 2
-        shape = shape_shift(node)
-        curved, bent = curved + shape, bent + abs(shape) / 2
+        shape, doubted = shape_shift(node)
+        curved, bent = curved + shape, bent + doubted
         out = combine(terms)
         out = dataclasses.replace(out, sources={**out.sources, **_scalings(node)})
         memo[key] = dataclasses.replace(out, shift=out.shift + float(np.clip(curved, -0.5, 0.5)), bend=out.bend + bent)
