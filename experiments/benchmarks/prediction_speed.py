@@ -14,7 +14,7 @@ import time
 import jax
 import jax.numpy as jnp
 
-from experiments.benchmarks.architectures import Transformer
+from experiments.benchmarks.architectures import Recurrent, Transformer
 from varscale.theory import predict
 
 
@@ -32,6 +32,13 @@ def measure(depth: int, width: int, length: int) -> tuple[float, float, float, f
     return count, middle - start, seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
+def recurrent(steps: int, width: int) -> float:
+    """Seconds of prediction, gradients included, of an LSTM and its readout over this many steps."""
+    start = time.perf_counter()
+    predict(Recurrent("LSTM", width, depth=1), jax.ShapeDtypeStruct((8, steps, 32), jnp.float32))
+    return time.perf_counter() - start
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--full", action="store_true", help="up to 96 layers of width 12288")
@@ -45,6 +52,7 @@ def main() -> None:
             f"| {depth} | {width} | {length} | {count / 1e9:.2f} B | {tracing:.1f} s | {seconds:.1f} s | {memory:.2f} GiB |",
             flush=True,
         )
+    print(f"an LSTM of 128 units over 48 steps, with gradients: {recurrent(48, 128):.1f} s")
 
 
 if __name__ == "__main__":
