@@ -16,7 +16,8 @@ from flax import linen as nn
 from jax import lax
 
 from varscale.theory import predict
-from varscale.theory.loops import CannotDraw
+from varscale.theory.loops import CannotDraw, Operand
+from varscale.theory.loops import shrunk as sizes_of
 from varscale.theory.shrunken import CannotShrink, Sizes, run, work
 
 STEPS, WIDTH = 24, 32
@@ -140,7 +141,7 @@ def test_a_thousand_steps():
     """Time does not grow with the square of the steps, and the units of a wide layer stand for one another."""
     long = jax.ShapeDtypeStruct((8, 1000, WIDTH), jnp.float32)
     short = jax.ShapeDtypeStruct((8, 200, WIDTH), jnp.float32)
-    wide = Recurrent((nn.GRUCell,), 512)
+    wide = Recurrent((nn.OptimizedLSTMCell,), 512)
     one, other = (predict(wide, x, backward=False)["RNN_0"].second_moment for x in (long, short))
     assert one == pytest.approx(other, rel=0.05)
 
@@ -288,6 +289,16 @@ def test_sums_that_may_cancel_keep_their_size():
         shrunk(f, args, [False, False], {64: 16}, (4, 64), (4, 64))
 
 
+def test_kernels_side_by_side_are_kernels():
+    """Sums over a layer's units are scaled where its gates' kernels are joined before they are multiplied."""
+    w, x = jax.random.normal(jax.random.key(0), (2, 16, 16)), jax.random.normal(jax.random.key(1), (8, 16))
+    smaller, shapes = {64: 16, 128: 32}, ((64, 64), (64, 64), (8, 64))
+    out = shrunk(lambda a, b, x: x @ jnp.concatenate([a, b], 1), [*w, x], [True, True, False], smaller, *shapes)
+    np.testing.assert_allclose(out, 2 * x @ jnp.concatenate(w, 1), rtol=1e-6)
+    with pytest.raises(CannotShrink, match="64"):  # the same kernel twice is not two
+        shrunk(lambda a, b, x: x @ jnp.concatenate([a, a], 1), [*w, x], [True, True, False], smaller, *shapes)
+
+
 def test_means_are_taken_over_the_units_there_are():
     f = lambda x: jnp.mean(x, axis=-1)  # noqa: E731
     out = shrunk(f, [jnp.arange(16.0).reshape(1, 16)], [False], {64: 16}, (1, 64))
@@ -304,12 +315,18 @@ def test_work_counts_products():
     assert work(body(lambda w, x: x @ w, (64, 32), (8, 64)), Sizes({64: 16})) == 8 * 16 * 32
 
 
-def test_a_loop_too_large_to_run_is_said_so():
-    from varscale.theory.loops import Operand
-    from varscale.theory.loops import shrunk as sizes_of
-
-    struct = jax.ShapeDtypeStruct((1 << 13, 1 << 13), jnp.float32)
+def squared_on(width):
+    """A thousand steps of h @ h, whose sums may cancel, so that it does not shrink."""
+    struct = jax.ShapeDtypeStruct((width, width), jnp.float32)
     jaxpr = jax.make_jaxpr(lambda x: lax.scan(lambda h, _: (h @ h, None), x, None, length=1000)[0])(struct)
-    params = jaxpr.eqns[0].params
+    return jaxpr.eqns[0].params, [Operand((), None, struct, False, False)]
+
+
+def test_a_loop_that_does_not_shrink_is_drawn_less_often():
+    sizes, replicates = sizes_of(*squared_on(256))
+    assert (dict(sizes.smaller), replicates) == ({}, 4)
+
+
+def test_a_loop_too_large_to_run_is_said_so():
     with pytest.raises(CannotDraw):
-        sizes_of(params, [Operand((), None, struct, False, False)])
+        sizes_of(*squared_on(1 << 13))

@@ -21,11 +21,14 @@ from varscale.theory.draws import Drawing, evenly
 from varscale.theory.graph import Array, Constant, Leaf, View
 from varscale.theory.interpreter import Opaque, parts
 from varscale.theory.layout import Value, merged
+from varscale.theory.prefix_scans import sub_jaxpr_of
 from varscale.theory.shrunken import CannotShrink, Sizes, run, work
 
 _REPLICATES = 16
 _MOST_REPLICATES = 64
-_WORK = 2e10  # multiplications that a loop may take
+_FEWEST_REPLICATES = 4
+_WORK = 2e10  # multiplications that a loop should take
+_MOST_WORK = 1e12  # multiplications that one which does not shrink may take: steps taken one by one would take longer
 _FEWEST = 32  # units that are left of a layer: what n units differ by from infinitely many is of order 1/n
 _SAMPLES = 4  # samples drawn of a batch
 _STEP = 0.1  # relative step in the second moment of the inputs for the response to it
@@ -236,6 +239,8 @@ def shrunk(params: dict[str, Any], operands: Sequence[Operand]) -> tuple[Sizes, 
     jaxpr, _ = _compat.sub_jaxpr(params["jaxpr"])
     units = {n for x in operands if x.weight or (x.value and not x.stacked and len(x.shape) == 1) for n in x.shape}
     samples = {n for x in operands if x.value for n in x.shape} - units
+    # Kernels of several gates laid side by side are as many times as wide as a layer.
+    units |= {n for n in _all_sizes(jaxpr) - samples if any(n % unit == 0 for unit in units if unit >= _FEWEST)}
     told = {n for x in operands for v in x.value for n in _told_apart(v, stacked=x.stacked)}
     kept: set[int] = {n for n in units | samples if n < 2 * _SAMPLES} | told
     ratio = 1
@@ -252,9 +257,19 @@ def shrunk(params: dict[str, Any], operands: Sequence[Operand]) -> tuple[Sizes, 
         cost = 4 * params["length"] * work(jaxpr, sizes)
         if cost * _REPLICATES <= _WORK:
             return sizes, int(np.clip(_WORK / cost, _REPLICATES, _MOST_REPLICATES))
-        if not any(n // (2 * ratio) >= _FEWEST for n in units - kept):
+        if any(n // (2 * ratio) >= _FEWEST for n in units - kept):
+            ratio *= 2
+        elif cost * _FEWEST_REPLICATES <= _MOST_WORK:
+            return sizes, int(np.clip(_WORK / cost, _FEWEST_REPLICATES, _REPLICATES))
+        else:
             raise CannotDraw
-        ratio *= 2
+
+
+def _all_sizes(jaxpr: Any) -> set[int]:
+    """The sizes of all axes in a jaxpr."""
+    out = {n for eqn in jaxpr.eqns for v in eqn.outvars for n in getattr(v.aval, "shape", ())}
+    inner = [sub for eqn in jaxpr.eqns if (sub := sub_jaxpr_of(eqn)) is not None]
+    return out.union(*(_all_sizes(_compat.sub_jaxpr(sub)[0]) for sub in inner))
 
 
 def _told_apart(x: Value, *, stacked: bool) -> set[int]:

@@ -104,13 +104,26 @@ def _bound(eqn: Any, ins: Sequence[Any], params: Mapping[str, Any]) -> list[Any]
 
 
 _CALLS = {"jit", "pjit", "closed_call", "custom_jvp_call", "custom_vjp_call", "remat2", "checkpoint", "remat"}
-_REARRANGES = {"transpose", "reshape", "squeeze", "slice", "split", "convert_element_type", "copy", "stop_gradient", "neg"}
+_REARRANGES = {
+    "transpose",
+    "reshape",
+    "squeeze",
+    "slice",
+    "split",
+    "convert_element_type",
+    "copy",
+    "stop_gradient",
+    "neg",
+    "name",
+}
 
 
 def _keeps_law(eqn: Any, weights: Sequence[bool]) -> bool:
-    """Whether what was independent weights still is: rearranged, or multiplied by a number."""
+    """Whether what was independent weights still is: rearranged, multiplied by a number, or several of them joined."""
     others = [v for v, weight in zip(eqn.invars, weights, strict=True) if not weight]
     name = eqn.primitive.name
+    if name == "concatenate":
+        return not others and len(set(eqn.invars)) == len(eqn.invars)
     return name in _REARRANGES or (name in ("mul", "div") and all(v.aval.ndim == 0 for v in others))
 
 
