@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from varscale.theory.axes import Axis, contract_axis
-from varscale.theory.elementwise import Apply, Sum
+from varscale.theory.elementwise import Apply, Sum, roots
 from varscale.theory.graph import Array, Constant, Leaf, Merge, Node, Permute, Split, View
 from varscale.theory.moments import lift
 
@@ -80,9 +80,10 @@ def _expand(a: View, b: View, frame: tuple[Axis, ...]) -> np.ndarray:
             one = View(_one(x.node), ())
             out = c * cross(inner, y, frame) + (d * mean_product(one, y, frame) if d else 0.0)
             return _swap(out, frame) if turn else out
-    # A sum goes apart before an elementwise function of it does not: the later node is the one to open.
+    # The later node is the one to open, but a sum is not, against an elementwise function of it or of what is made of it.
     for x, y, turn in sorted(((a, b, False), (b, a, True)), key=lambda t: -t[0].node.id):
-        if isinstance(x.node, Sum) and not isinstance(y.node, Apply):
+        read = isinstance(y.node, Apply) and any(root.node.id >= x.node.id for root in roots(y.node))
+        if isinstance(x.node, Sum) and not read:
             out = sum(c * cross(term.within(x.bind), y, frame) for c, term in zip(x.node.params, x.node.args, strict=True))
             return _swap(np.asarray(out), frame) if turn else np.asarray(out)
     # An average of a function of x against a function of x: by projection, which needs no law of the average.

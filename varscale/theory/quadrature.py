@@ -347,11 +347,14 @@ def _reciprocal(node: Node) -> Node:
 
 
 def concentrated(root: Node) -> bool:
-    """Whether a root is nearly a number: a positive average, or one with little variance."""
+    """Whether a root is to be taken for a number: the scale of a norm, an average of positive terms, or little varied."""
+    from varscale.theory.rules.reductions import Mean
+
     if isinstance(root, Array | Leaf) or root.shares:
         return False
     mean, variance = root.table.total_mean, root.table.variance
-    return mean != 0 and (root.positive or variance < CONCENTRATED * mean**2)
+    scale = isinstance(root, Mean) or (isinstance(root, Sum) and root.is_variance)
+    return mean != 0 and ((root.positive and scale) or variance < CONCENTRATED * mean**2)
 
 
 def elementwise_table(node: Apply) -> Table:

@@ -31,31 +31,32 @@ class WeightMoments(NamedTuple):
 
 
 _STEP = 0.4  # in ln u: the integrands are analytic and fall off on both sides, so that the trapezoidal rule is exact to 1e-9
-_FINEST, _COARSEST = 4, 40  # strides over the normal grid
+# e^{−u e^l} grows again beyond |Im l| = π/2: on the normal grid a step h costs exp(−π²/(s h)), 1e-9 at s h = 0.48, which is the
+# whole grid's at s = 24; at s = 64 it costs 5e-4.
+_RESOLVED = 24
+_COARSEST = 40  # stride over the normal grid
+_GONE = 6.5  # ln x beyond which e^{−x} is nothing
 
 
-def _grid(variances: np.ndarray, keys: float) -> np.ndarray:
-    """ln u where there is mass, for up to this many keys."""
-    low, high = float(np.min(variances)), float(np.max(variances))
-    first = -high / 2 - math.log(keys) - 18 - 5 * math.sqrt(high)
-    last = max(5 * math.sqrt(v) - v / 2 for v in (low, high, min(max(low, 25.0), high))) + 14
+def _grid(variance: float, keys: float) -> np.ndarray:
+    """ln u where there is mass, for up to this many keys of up to this variance."""
+    reach = 5 * math.sqrt(variance)  # of a logit; the sum's is as far above it as there are keys
+    first, last = -reach - math.log(keys) - 18, reach + 14
     return np.arange(math.floor(first / _STEP), math.ceil(last / _STEP)) * _STEP
 
 
-def _laplace(variances: Float[np.ndarray, " keys"], u: Float[np.ndarray, " u"]) -> Float[np.ndarray, "moments keys u"]:
-    """Of keys with these variances: ln φ(u), and over φ E[f e^{−u e^l}] for f = e^l, e^{2l}, e^{3l}, l e^l and (l e^l)²."""
-    deviations = np.sqrt(variances)
-    # e^{−u e^l} grows again beyond |Im l| = π/2: a step h costs exp(−π²/(s h)), 1e-9 at s h = 0.48.
-    stride = min(max(int(24 / max(float(deviations.max()), 1e-3)), _FINEST), _COARSEST)
+def _laplace(variance: float, log_u: Float[np.ndarray, " u"]) -> Float[np.ndarray, "moments u"]:
+    """Of a key with this variance, x = u e^l: ln φ(u), and over φ E[f e^{−x}] for f = x, x², x³, l x and (l x)²."""
+    deviation = math.sqrt(variance)
+    stride = min(max(int(_RESOLVED / max(deviation, 1e-3)), 1), _COARSEST)
     weights = WEIGHTS[::stride] / WEIGHTS[::stride].sum()
-    logits = deviations[:, None] * Z[::stride]
-    e = np.exp(logits)
-    lost = np.expm1(-u[:, None] * e[:, None])
+    logits = deviation * Z[::stride]
+    x = np.exp(np.minimum(logits + log_u[:, None], _GONE))
+    lost = np.expm1(-x)
     log_phi = np.log1p(np.clip(lost @ weights, -1 + 1e-15, 0))
-    # One column a moment.
-    columns = np.stack([e, e**2, e**3, e * logits, (e * logits) ** 2], axis=-1) * weights[:, None]
-    moments = (1 + lost) @ columns / np.maximum(np.exp(log_phi), 1e-300)[..., None]
-    return np.concatenate([log_phi[None], np.moveaxis(moments, -1, 0)])
+    left = (1 + lost) * x
+    moments = [left, left * x, left * x * x, left * logits, left * x * logits**2]
+    return np.stack([log_phi, *(m @ weights / np.maximum(np.exp(log_phi), 1e-300) for m in moments)])
 
 
 def weight_moments(counts: Float[np.ndarray, "*rows classes"], variances: Float[np.ndarray, "*rows classes"]) -> WeightMoments:
@@ -68,19 +69,19 @@ def weight_moments(counts: Float[np.ndarray, "*rows classes"], variances: Float[
     n, rows = counts.reshape(-1, counts.shape[-1]), np.arange(counts[..., 0].size)[:, None]
     distinct, place = np.unique(variances, return_inverse=True)
     place = place.reshape(n.shape)
-    u = np.exp(_grid(distinct, float(n.sum(-1).max())))
-    log_phi, first, second, third, pull, pull_square = _laplace(distinct, u)
+    log_u = _grid(float(distinct.max()), float(n.sum(-1).max()))
+    log_phi, first, second, third, pull, pull_square = np.stack([_laplace(float(v), log_u) for v in distinct], axis=1)
     members = np.zeros((len(n), len(distinct)))
     np.add.at(members, (rows, place), n)
-    measure = np.exp(members @ log_phi) * _STEP * u
+    measure = np.exp(members @ log_phi) * _STEP  # the powers of u are in x: what is left of du is d ln u
 
-    def one(power: int, f: np.ndarray) -> np.ndarray:
-        return ((measure * u**power) @ f.T)[rows, place]
+    def one(f: np.ndarray) -> np.ndarray:
+        return (measure @ f.T)[rows, place]
 
     def two(f: np.ndarray) -> np.ndarray:
-        return ((f * (measure * u)[:, None]) @ f.T)[rows[..., None], place[:, :, None], place[:, None, :]]
+        return (f[place] * measure[:, None]) @ np.swapaxes(f[place], -1, -2)
 
     others = n[:, :, None] * n[:, None, :] - np.eye(n.shape[-1]) * n[:, None]
-    pulled = np.sum(n * one(1, pull_square), -1) + np.sum(others * two(pull), (-1, -2))
-    found = WeightMoments(one(0, first), one(1, second), one(2, third) / 2, two(first), pulled)
+    pulled = np.sum(n * one(pull_square), -1) + np.sum(others * two(pull), (-1, -2))
+    found = WeightMoments(one(first), one(second), one(third) / 2, two(first), pulled)
     return WeightMoments(*(x.reshape((*counts.shape[:-1], *x.shape[1:])) for x in found))

@@ -15,7 +15,6 @@ FAMILIES = (
     "gather",
     "segments",
     "random",
-    "units",
     "complex_numbers",
     "running",
     "control",

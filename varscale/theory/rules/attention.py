@@ -2,43 +2,222 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from varscale.theory.axes import Axis, contract_axis
-from varscale.theory.elementwise import Apply, Sum, roots
-from varscale.theory.graph import Node
+from varscale.theory.elementwise import Apply, Sum
+from varscale.theory.graph import View
 from varscale.theory.moments import lift
+from varscale.theory.overlaps import (
+    Amplitudes,
+    Rule,
+    Tokens,
+    apart,
+    overlap,
+    own_part,
+    projected,
+    square,
+    tokens_of,
+    weighted,
+    white,
+)
 from varscale.theory.rules.units import Softmax
+
+
+class Attention(NamedTuple):
+    """A contraction Σ p v of softmax weights with values.
+
+    Attributes:
+        node: the contraction.
+        weights: the softmax.
+        place: where the weights' axes are in its frame.
+        values: the values, over its frame.
+    """
+
+    node: Any
+    weights: Softmax
+    place: tuple[int, ...]
+    values: View
+
+    @property
+    def keys(self) -> list[int]:
+        """The frame's axes that keys are along."""
+        return [self.place[k] for k in self.weights.params]
+
+    def projections(self) -> Tokens:
+        """Values of one head, as tokens."""
+        features = [k for k in self.values.bind if k not in self.place]
+        return tokens_of(self.values, self.keys, features)
+
+    def queries(self) -> Tokens | None:
+        """Queries of one head, as tokens; None where the logits are no product of queries and keys."""
+        found = scores(self.weights)
+        return found and found.queries
+
+
+class Scores(NamedTuple):
+    """The product of queries and keys that logits are made of.
+
+    Attributes:
+        product: it, over the logits' frame.
+        slope: the square of what it is multiplied by.
+        queries: queries of one head, as tokens.
+        keys: keys of one head, as tokens.
+        place: which argument of the product the queries are.
+    """
+
+    product: View
+    slope: float
+    queries: Tokens
+    keys: Tokens
+    place: int
+
+
+def attention_of(node: Any) -> Attention | None:
+    """The attention that a contraction is; None where it is none."""
+    for p, v in (node.args, node.args[::-1]):
+        if isinstance(p.node, Softmax) and {p.bind[k] for k in p.node.params} <= set(v.bind):
+            return Attention(node, p.node, p.bind, v)
+    return None
+
+
+def scores(weights: Softmax) -> Scores | None:
+    """What the logits of softmax weights are, where they are a product of queries and keys, and what is added to it."""
+    found = _product(weights.args[0])
+    if found is None:
+        return None
+    slope, (node, bind) = found
+    along = {i for i, k in enumerate(bind) if k in weights.params}
+    place = next((i for i, v in enumerate(node.args) if not along & set(v.bind)), None)
+    if place is None:
+        return None
+    query, key = node.args[place], node.args[1 - place]
+    summed = range(len(node.axes), len(node.axes) + len(node.params))
+    # Heads and samples are along axes that both have.
+    queries, keys = tokens_of(query, set(query.bind) - set(key.bind), summed), tokens_of(key, along, summed)
+    return Scores(View(node, bind), slope, queries, keys, place) if queries.tokens and keys.tokens else None
+
+
+def _product(view: View) -> tuple[float, View] | None:
+    from varscale.theory.rules.linear import Contract, weight_of
+
+    node, bind = view
+    if isinstance(node, Contract):
+        return (1.0, view) if weight_of(node) is None else None
+    if isinstance(node, Apply) and node.params[0] == "affine":
+        terms = [(node.params[1][0], node.args[0])]
+    else:
+        terms = list(zip(node.params, node.args, strict=True)) if isinstance(node, Sum) else []
+    for c, term in terms:
+        found = _product(term.within(bind))
+        if found is not None:
+            return c * c * found[0], found[1]
+    return None
+
+
+def overlapping(weights: Softmax, passed: np.ndarray, kept: np.ndarray) -> float | None:
+    """Leave with the product of queries and keys what its queries' cotangents gain because keys and values see the same tokens.
+
+    A query's is C W_vᵀ g, C the covariance of the keys' tokens under p: E[tr C²] has besides Σ p² of each token with itself
+    (1 − Σ p²)² V of different ones, of what a cotangent of the weights has of each key's own.
+
+    Args:
+        weights: the softmax.
+        passed: by type of the rows, what a cotangent has of a key's own.
+        kept: by type of the rows, the mean square that the weights' Jacobian keeps of it.
+
+    Returns:
+        The part of the queries' cotangents that this is; none where it is not known.
+    """
+    from varscale.theory.backward import sum_out
+
+    found = scores(weights)
+    tokens = None if found is None else projected(found.keys)
+    if found is None or tokens is None:
+        return None
+    several = np.clip(1 - (weights.seen * weights.weights.square).sum(-1), 0, 1) ** 2
+    own = found.keys.node.table.mean_square
+    gain = overlap(tokens) * own_part(found.keys) / max(own, 1e-300) * passed * weights.read(several) * weights.own
+    axes = [weights.axes[k] for k in weights.rows()]
+    rows = functools.reduce(np.multiply.outer, [a.same for a in axes], np.array(1.0))
+    share = float((gain * rows).sum() / max(((gain + kept) * rows).sum(), 1e-300))
+    for k in weights.params:
+        axis = weights.axes[k]
+        same = (np.arange(axis.types) < axis.classes) / axis.size
+        gain = np.multiply.outer(gain, same)
+    gain = found.slope * gain.transpose(np.argsort([*weights.rows(), *weights.params]))
+    weights.graph.memo["overlapping", found.product.node.id] = found.place, sum_out(gain, weights.axes, found.product)
+    return share
 
 
 def tilted(node: Any) -> np.ndarray | float:
     """What Σ p v gains because weights and values see the same tokens: by type of the output of a contraction of p with v.
 
     Given a query, a key's logit and its value are two random directions of one token, jointly Gaussian over the tokens with
-    E[correlation²] = 1/D, D the width both are projected from. Σ p v moves along the logits' direction by what Σ p l does, so
-    the second moment gains (q_v − C_v) (E[(Σ p l)²]/s² − Σ p²) / D: O(1/D), against O(1/T) for the rest.
+    E[correlation²] = V, one over the directions that tokens differ in (`overlaps`). Σ p v moves along the logits' direction by
+    what Σ p l does, so the second moment gains (q_v − C_v) (E[(Σ p l)²]/s² − Σ p²) V: O(V), against O(1/T) for the rest.
     """
-    for p, v in (node.args, node.args[::-1]):
-        if not isinstance(p.node, Softmax):
-            continue
-        keys = [p.bind[k] for k in p.node.params]
-        width = _token_width(v.node)
-        if not set(keys) <= set(v.bind) or width is None:
-            return 0.0
-        frame = node.frame
-        values = np.broadcast_to(v.second(frame), [n if (k in v.bind) else 1 for k, n in enumerate(a.types for a in frame)])
-        deviation = np.maximum(_deviation(values, keys, frame), 0.0)
-        rows = p.node.rows()
-        gain = lift(p.node.tilt, [p.node.axes[k] for k in rows], [p.bind[k] for k in rows], frame, pairs=True)
-        gain = gain.squeeze(tuple(keys))
-        # Of the correlation between a logit and a value only the first power is here.
-        node.graph.flag("quadrature", 0.05)
-        return np.broadcast_to(deviation * gain / width, node.frame_types)
-    return 0.0
+    attention = attention_of(node)
+    if attention is None:
+        return 0.0
+    tokens = projected(attention.projections())
+    if tokens is None:
+        return 0.0
+    keys, v, p = attention.keys, attention.values, attention.weights
+    frame = node.frame
+    values = np.broadcast_to(v.second(frame), [n if (k in v.bind) else 1 for k, n in enumerate(a.types for a in frame)])
+    deviation = np.maximum(_deviation(values, keys, frame), 0.0)
+    rows = p.rows()
+    gain = lift(p.tilt, [p.axes[k] for k in rows], [attention.place[k] for k in rows], frame, pairs=True)
+    gain = gain.squeeze(tuple(keys))
+    # Of the correlation between a logit and a value only the first power is here.
+    node.graph.flag("quadrature", 0.05)
+    return np.broadcast_to(deviation * gain * overlap(tokens), node.frame_types)
+
+
+def mixed(x: Tokens, attention: Attention) -> tuple[list[Tokens], Rule]:
+    """Σ_j p_kj v_j of H heads: two outputs overlap where their queries do, where their weights do, and by other keys' values.
+
+    A part τ of what an output has of its own follows its query, as C q does with C the covariance of the keys' tokens; the rest
+    is the chance that weights have. Lognormal weights, of logits that differ by s² between queries, overlap b = s²/(e^{s²} − 1)
+    times what their queries do: o = (τ + (1 − τ) b) o_x. Besides, each head has its own, so that it is divided by H:
+    (1 − τ)² (1/T + V_v + b²/d) of sums over T keys of values, and of queries projected to d features; τ² (3/d + V(C²) − V_x)
+    of what follows the query, through three projections and C twice; and what either has of the other's direction.
+    """
+    values, queries = attention.projections(), attention.queries()
+    if queries is None or not (values.tokens and values.features and queries.tokens):
+        return [], lambda _: white(x)
+    source = projected(queries)
+    if source is None:
+        return [], lambda _: white(x)
+    heads = math.prod(x.node.axes[k].size for k in x.features if k in attention.place)
+    p = attention.weights
+    keys = float(p.seen.sum(-1).mean())
+    rows = [k for k, row in enumerate(p.rows()) if attention.place[row] in x.tokens]
+    variance = apart(p.deviation.mean(-1), [p.axes[k] for k in p.rows()], rows)
+    slope = variance / math.expm1(variance) if 0 < variance < 50 else float(variance <= 0)
+
+    def combined(parts: Sequence[Amplitudes]) -> Amplitudes:
+        gain = apart(np.asarray(tilted(x.node)), x.node.axes, x.tokens)
+        tilt = float(np.clip(gain / max(own_part(x), 1e-300), 0, 1))
+        v_values, v_tokens = square(parts[0]), square(parts[1])
+        noise = (1 - tilt) ** 2 * (1 / keys + v_values + slope**2 / queries.count)
+        noise += tilt**2 * (3 / queries.count + _squared(1 / v_tokens, keys) - v_tokens)
+        noise += 2 * tilt * (1 - tilt) / values.count
+        return weighted([(1 - tilt) * slope + tilt], parts[1:], x, noise / heads)
+
+    return [values, source], combined
+
+
+def _squared(directions: float, samples: float) -> float:
+    """V after the square of a sample covariance: Tr C⁴ / (Tr C²)² by Marchenko and Pastur, λ = directions / samples."""
+    ratio = directions / samples
+    return (1 + 6 * ratio + 6 * ratio**2 + ratio**3) / (1 + ratio) ** 2 / directions
 
 
 def _deviation(values: np.ndarray, keys: Sequence[int], frame: Sequence[Axis]) -> np.ndarray:
@@ -55,15 +234,3 @@ def _deviation(values: np.ndarray, keys: Sequence[int], frame: Sequence[Axis]) -
         same, mean = contract_axis(same, k, frame[k].same), contract_axis(mean, k, frame[k].any_pair)
     n = math.prod(frame[k].size for k in keys)
     return (same - mean) * n / (n - 1)
-
-
-def _token_width(node: Node) -> float | None:
-    """The width a value was projected from."""
-    while not hasattr(node, "width"):
-        own = roots(node) if isinstance(node, Apply) else [node.args[0]] if len(node.args) == 1 else []
-        if isinstance(node, Sum):
-            own = [v for v in node.args if hasattr(v.node, "width")] or []
-        if len(own) != 1 or own[0].node is node:
-            return None
-        node = own[0].node
-    return float(node.width)  # pyright: ignore[reportAttributeAccessIssue]

@@ -31,8 +31,8 @@ _IDENTITIES = (
 def elementwise(interpreter: Interpreter, eqn: Any, *xs: Value) -> Value:
     name = eqn.primitive.name
     if name == "div":
+        from varscale.theory.rules.logits import softmax_of
         from varscale.theory.rules.segment_softmax import segment_softmax_of
-        from varscale.theory.rules.units import softmax_of
 
         unit = softmax_of(interpreter, *xs) or segment_softmax_of(interpreter, *xs)
         if unit is not None:

@@ -120,10 +120,13 @@ class Contract(Node):
         frame = self.frame
         wide = cotangent.reshape(*cotangent.shape, *[1] * len(self.params))
         x, y = self.args
-        return [
-            None if isinstance(mine.node, Array) else sum_out(wide * theirs.second(frame), frame, mine)
-            for mine, theirs in ((x, y), (y, x))
-        ]
+        # What queries gain by overlaps of tokens comes with the cotangent that a softmax has sent back.
+        place, gain = self.graph.memo.pop(("overlapping", self.id), (None, 0.0))
+        out: list[np.ndarray | None] = []
+        for i, (mine, theirs) in enumerate(((x, y), (y, x))):
+            own = wide + np.reshape(gain, (*np.shape(gain), *[1] * len(self.params))) if i == place else wide
+            out.append(None if isinstance(mine.node, Array) else sum_out(own * theirs.second(frame), frame, mine))
+        return out
 
     def cross_with(self, a: View, b: View, frame: Sequence[Axis]) -> np.ndarray | None:
         """The same weights on two inputs: as one contraction, with the inputs' cross-moment in place of their second moment."""

@@ -18,6 +18,7 @@ from varscale.theory.graph import Array, Constant, Node, View
 from varscale.theory.layout import Value
 from varscale.theory.moments import Table
 from varscale.theory.rules.gather import Gather
+from varscale.theory.rules.logits import MASKED
 from varscale.theory.rules.segments import SegmentMax, SegmentSum, as_seen_within
 from varscale.theory.softmax_weights import WeightMoments, weight_moments
 
@@ -154,7 +155,7 @@ def _unmasked(view: View, size: int) -> tuple[View, np.ndarray]:
     allowed = np.ones(size, bool)
     while isinstance(node, Apply) and node.params[0] == "select_n" and len(node.args) == 3:
         mask, *cases = node.args
-        dropped = [i for i, c in enumerate(cases) if isinstance(c.node, Constant) and c.node.params < -1e4]
+        dropped = [i for i, c in enumerate(cases) if isinstance(c.node, Constant) and c.node.params < MASKED]
         if not isinstance(mask.node, Array) or mask.bind != (0,) or len(dropped) != 1:
             break
         allowed &= np.asarray(mask.node.values).astype(int) != dropped[0]

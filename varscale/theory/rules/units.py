@@ -1,7 +1,4 @@
-"""Softmax as a unit: its weights' moments (`softmax_weights`), its Jacobian diag(p) − ppᵀ backward.
-
-flax inlines softmax, so the division exp(x − max) / Σ exp(x − max) is recognised.
-"""
+"""Softmax as a unit: its weights' moments (`softmax_weights`), its Jacobian diag(p) − ppᵀ backward."""
 
 from __future__ import annotations
 
@@ -11,19 +8,16 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from varscale.theory.axes import Axis, apply_axis, join, labelled
-from varscale.theory.elementwise import Apply, Sum, roots, total
-from varscale.theory.graph import Array, Constant, Node, View, array
-from varscale.theory.interpreter import Interpreter
-from varscale.theory.layout import Value
+from varscale.theory.axes import Axis, apply_axis
+from varscale.theory.elementwise import Apply, Sum, roots
+from varscale.theory.graph import Array, Node
 from varscale.theory.moments import Table, lift
 from varscale.theory.quadrature import by_type
-from varscale.theory.rules.reductions import Extreme, Mean
 from varscale.theory.softmax_weights import WeightMoments, weight_moments
 
-_MASKED = -1e4  # a logit below this is a mask, not a number
-ROW_CLASSES = 6
-_SHARED_DOUBT, _PLACED_DOUBT = 0.5, 1.5
+_SHARED_DOUBT, _PLACED_DOUBT = 0.5, 1.5  # of cotangents where weights and values share tokens, whose overlaps are not known
+_OVERLAP_DOUBT = 0.5  # of what overlaps of tokens add, which is known to leading order
+_JACOBIAN_DOUBT, _CLASSED_DOUBT = 0.05, 0.15  # of the rest; where tokens of different places are told apart by class only
 
 
 class Softmax(Node):
@@ -35,27 +29,13 @@ class Softmax(Node):
     def prepare(self) -> None:
         self.positive = True
 
-    @property
-    def gradient_doubt(self) -> float:
-        """Cotangents of the weights are correlated with the logits through what the values share with the keys.
-
-        Where tokens differ in known positions added to them, they share those too, and which are near each other.
-        """
-        return _PLACED_DOUBT if _placed(self.args[0].node, frozenset(self.axes[k].size for k in self.params)) else _SHARED_DOUBT
-
     def rows(self) -> list[int]:
         return [k for k in range(len(self.axes)) if k not in self.params]
 
     @functools.cached_property
     def deviation(self) -> np.ndarray:
-        """Covariance of the logits' deviations along the keys: by type of the other axes, and by class of key."""
-        out = np.broadcast_to(self.args[0].second(self.axes), [a.types for a in self.axes])
-        for k in self.params:
-            c = self.axes[k].classes
-            same = np.take(out, range(c), axis=k)
-            diagonal = [c + i * (c + 1) for i in range(c)]
-            out = same - np.take(out, diagonal, axis=k)
-        return out
+        """Covariance of the logits' deviations along the keys: by type of the rows, and by class of key."""
+        return apart(self._by_key(np.broadcast_to(self.args[0].second(self.axes), self.frame_types)), self.shared)
 
     @functools.cached_property
     def mask(self) -> Table | None:
@@ -123,8 +103,7 @@ class Softmax(Node):
         seen, _, _ = self.counts
         rows = self.rows()
         classes = [self.axes[k].classes for k in rows]
-        own = self.deviation.transpose([*rows, *self.params])[tuple(slice(0, c) for c in classes)]
-        variances = np.maximum(own.reshape(*classes, -1), 1e-12)
+        variances = np.maximum(self.deviation[tuple(slice(0, c) for c in classes)], 1e-12)
         counts = np.broadcast_to(seen.reshape(*seen.shape[: len(rows)], -1), variances.shape)
         spread = self._query_spread()
         nodes = np.array([1.0, 1 + spread, max(1 - spread, 0.05)]).reshape(3, *[1] * variances.ndim)
@@ -132,6 +111,8 @@ class Softmax(Node):
         members, variances = np.broadcast_to(_rounded(counts, 5), (3, *counts.shape)), _rounded(nodes * variances, 3)
         key = ("weights", members.shape, members.tobytes(), variances.tobytes())
         found = self.graph.once(key, lambda: weight_moments(members, variances))
+        # Of E[(Σ p l)²] what is used is its ratio to the logits' variance, query by query.
+        found = found._replace(pull=found.pull / nodes[..., 0])
         return WeightMoments(*(np.tensordot([2 / 3, 1 / 6, 1 / 6], x, axes=1) for x in found))
 
     def _query_spread(self) -> float:
@@ -155,19 +136,24 @@ class Softmax(Node):
         return functools.reduce(np.logical_and.outer, [np.arange(a.types) < a.classes for a in axes], np.array(True))
 
     @functools.cached_property
-    def visible(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Keys a row sees, by its class; keys two rows share and the logits' deviation, by type; last axis: the key's class."""
-        rows = self.rows()
-        axes = [self.axes[k] for k in rows]
-        seen, shared, keys = self.counts
+    def seen(self) -> np.ndarray:
+        """Keys that a row sees: by its class, and by the class of key."""
+        seen, _, keys = self.counts
+        rows = [self.axes[k] for k in self.rows()]
         c = math.prod(a.classes for a in keys)
-        seen = np.broadcast_to(seen.reshape(*seen.shape[: len(rows)], c), (*[a.classes for a in axes], c))
-        shared = np.broadcast_to(shared.reshape(*shared.shape[: len(rows)], c), (*[a.types for a in axes], c))
-        return seen, shared, self.deviation.transpose([*rows, *self.params]).reshape(*[a.types for a in axes], c)
+        return np.broadcast_to(seen.reshape(*seen.shape[: len(rows)], c), (*[a.classes for a in rows], c))
+
+    @functools.cached_property
+    def shared(self) -> np.ndarray:
+        """Keys that two rows share: by their type, and by the class of key."""
+        _, shared, keys = self.counts
+        rows = [self.axes[k] for k in self.rows()]
+        c = math.prod(a.classes for a in keys)
+        return np.broadcast_to(shared.reshape(*shared.shape[: len(rows)], c), (*[a.types for a in rows], c))
 
     def compute(self) -> Table:
         rows = self.rows()
-        seen, shared, deviation = self.visible
+        seen, shared, deviation = self.seen, self.shared, self.deviation
         keys = self.counts[2]
         c = seen.shape[-1]
         sizes = functools.reduce(np.multiply.outer, [a.counts for a in keys]).ravel()
@@ -201,32 +187,53 @@ class Softmax(Node):
     @functools.cached_property
     def tilt(self) -> np.ndarray:
         """What the weights gain along the logits' direction, τ = E[(Σ p l)²]/s² − Σ p², times the rows' correlation."""
-        seen, _, deviation = self.visible
-        by_rows = deviation.mean(-1)
+        by_rows = self.deviation.mean(-1)
         variance = np.maximum(by_rows[tuple(slice(0, self.axes[k].classes) for k in self.rows())], 1e-12)
-        gain = np.maximum(self.weights.pull / variance - (seen * self.weights.square).sum(-1), 0.0)
+        gain = np.maximum(self.weights.pull / variance - (self.seen * self.weights.square).sum(-1), 0.0)
         return self.read(gain) * np.clip(by_rows / self.read(variance), -1, 1)
 
     def pullback(self, cotangent: np.ndarray) -> list[np.ndarray | None]:
         """∂p_k/∂l_j = p_k(δ − p_j): a cotangent's part common to the keys is lost, the rest is weighted by p."""
         from varscale.theory.backward import sum_out
+        from varscale.theory.rules.attention import overlapping
 
         keys = [self.axes[k] for k in self.params]
         axis = keys[0] if len(keys) == 1 else Axis(math.prod(a.size for a in keys))
         c = axis.classes
         g, p = (self._by_key(x) for x in (np.broadcast_to(cotangent, self.frame_types), self.table.second))
-        diagonal = [c + i * (c + 1) for i in range(c)]
-        deviation = np.maximum(g[..., :c] - g[..., diagonal], 0.0)
         square = self.weights.square
-        keep = 1 - 2 * self.weights.cube / np.maximum(square, 1e-300) + (self.visible[0] * square).sum(-1, keepdims=True)
-        same = deviation * p[..., :c] * np.where(self.own[..., None], np.clip(self.read(keep), 0, 1), 1.0)
-        # The rows of the Jacobian sum to zero: what one key gains the others lose.
-        rest = -same[..., :, None] * axis.counts / max(axis.size * (axis.size - 1), 1)
-        out = np.concatenate([same, rest.reshape(*same.shape[:-1], c * c)], axis=-1)
+        keep = 1 - 2 * self.weights.cube / np.maximum(square, 1e-300) + (self.seen * square).sum(-1, keepdims=True)
+        each = apart(g, self.shared)
+        passed = each * p[..., :c]
+        mean = self.table.mean.transpose([*self.rows(), *self.params])
+        mean = np.broadcast_to(mean.reshape(*mean.shape[: len(self.rows())], c), self.seen.shape)
+        ahead, behind = self.read(mean), self.read(mean, second=True)
+        whole = (passed * axis.counts).sum(-1)[..., None, None]
+        lost = whole * ahead[..., :, None] * behind[..., None, :]
+        lost = lost - passed[..., :, None] * behind[..., None, :] - ahead[..., :, None] * passed[..., None, :]
+        kept = passed + np.diagonal(lost, axis1=-2, axis2=-1)
+        exact = np.maximum(passed, 0.0) * np.clip(self.read(keep), 0, 1)
+        same = np.where(self.own[..., None], exact, kept)
+        share = overlapping(self, (each * ahead * axis.counts).sum(-1), (same * axis.counts).sum(-1))
+        self.gradient_doubt = self._doubt(share)
+        lost = lost + _balance(same, lost, ahead, axis) * self.own[..., None, None]
+        out = np.concatenate([same, lost.reshape(*same.shape[:-1], c * c)], axis=-1)
         if len(keys) > 1:
             out = out[..., _joint_types(keys)]
         back = sum_out(out.transpose(np.argsort([*self.rows(), *self.params])), self.axes, self.args[0])
         return [back, *[None] * (len(self.args) - 1)]
+
+    def _doubt(self, share: float | None) -> float:
+        """Doubt of the queries' and keys' cotangents, of which a part is due to overlaps, known to leading order.
+
+        Where tokens differ in known positions added to them, they share those too, and which are near each other.
+        """
+        if _placed(self.args[0].node, frozenset(self.axes[k].size for k in self.params)):
+            return _PLACED_DOUBT
+        if share is None:
+            return _SHARED_DOUBT
+        classed = any(axis.classes > 1 for axis in self.axes)
+        return _OVERLAP_DOUBT * share + (_CLASSED_DOUBT if classed else _JACOBIAN_DOUBT)
 
     def _by_key(self, second: np.ndarray) -> np.ndarray:
         """A type array with the keys' axis last; several are one, of which a pair is the same or is not."""
@@ -239,6 +246,36 @@ class Softmax(Node):
         same = out[(..., *[0] * len(keys))]
         different = np.tensordot(out, pairs / pairs.sum(), axes=len(keys))
         return np.stack([same, different], axis=-1)
+
+
+def apart(second: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """What is each key's own in second moments by type of the keys (last axis): by class, (..., classes).
+
+    S_a − 2 β_a + c, with β_a what a key shares with the others on average and c what any two share: of keys that share
+    u_a + u_b it leaves the independent part and the class's own.
+
+    Args:
+        second: second moments by type.
+        counts: keys of each class there are.
+    """
+    c = counts.shape[-1]
+    pairs = np.maximum(counts[..., :, None] - np.eye(c), 1e-9 * np.eye(c))  # of a key of class b, the others of class a
+    between = second[..., c:].reshape(*second.shape[:-1], c, c)
+    between = (between + np.swapaxes(between, -1, -2)) / 2
+    others = pairs.sum(-2)
+    common = (pairs * between).sum(-2) / others
+    every = counts * others
+    whole = (every * common).sum(-1, keepdims=True) / np.maximum(every.sum(-1, keepdims=True), 1e-300)
+    return second[..., :c] - 2 * common + whole
+
+
+def _balance(same: np.ndarray, lost: np.ndarray, mean: np.ndarray, axis: Axis) -> np.ndarray:
+    """u_a m_b + m_a u_b, with u such that added to `lost` it makes the rows of a row's cotangents sum to zero."""
+    others = axis.counts - np.eye(axis.classes)
+    missing = -same - (others * lost).sum(-1)
+    system = np.eye(axis.classes) * (others * mean[..., None, :]).sum(-1)[..., None] + mean[..., :, None] * others
+    u = (np.linalg.pinv(system, rcond=1e-6) @ missing[..., None])[..., 0]
+    return u[..., :, None] * mean[..., None, :] + mean[..., :, None] * u[..., None, :]
 
 
 def _joint_types(keys: Sequence[Axis]) -> np.ndarray:
@@ -275,115 +312,3 @@ def _rounded(x: np.ndarray, digits: int) -> np.ndarray:
 def _unflatten(mean: np.ndarray, second: np.ndarray, keys: Sequence[Axis], rank: int) -> tuple[np.ndarray, np.ndarray]:
     """Several key axes computed as one: their joint types read on each axis (classes one each)."""
     return mean.reshape(*mean.shape[:rank], *[1] * len(keys)), second[..., _joint_types(keys)]
-
-
-def softmax_of(interpreter: Interpreter, top: Value, bottom: Value) -> Value | None:
-    """exp(x − max) / Σ exp(x − max), if that is what this division is."""
-    num, den = top.node, bottom.node
-    if not (isinstance(num, Apply) and num.params[0] == "exp" and isinstance(den, Apply) and den.params[0] == "affine"):
-        return None
-    mean = den.args[0].node
-    if not (isinstance(mean, Mean) and mean.args[0].node is num):
-        return None
-    axes = mean.params
-    if abs(den.params[1][0] - math.prod(num.axes[k].size for k in axes)) > 1e-6:
-        return None
-    random, allowed = _logits(num.args[0], num.axes)
-    if random is None:
-        return None
-    # Keys over several axes have one class.
-    frame = [Axis(a.size) if len(axes) > 1 and k in axes else a for k, a in enumerate(num.axes)]
-    args = [random]
-    if allowed is not None:
-        frame = _row_classes(frame, allowed, axes)
-        args.append(allowed)
-    node = interpreter.graph.make(Softmax, frame, args, tuple(axes))
-    return Value(node, top.dims)
-
-
-def _row_classes(frame: list[Axis], allowed: View, axes: Sequence[int]) -> list[Axis]:
-    """Rows that see different numbers of keys belong to different classes, evenly in the logarithm of that number."""
-    mask, bind = allowed
-    keys = tuple(k for k, b in enumerate(bind) if b in axes)
-    classed = mask.graph.once(("row classes", mask.id, keys), lambda: _classes_by_keys(mask, keys))
-    left = [b for b in bind if b not in axes]
-    for b, axis in zip(left, classed, strict=True):
-        frame[b] = join(axis, frame[b])
-    return frame
-
-
-def _classes_by_keys(mask: Node, keys: tuple[int, ...]) -> list[Axis]:
-    """The axes of a mask besides those of the keys, classed by how many keys a position sees."""
-    assert isinstance(mask, Array)
-    level = np.log(np.maximum(mask.values.sum(axis=keys), 1.0))
-    out = []
-    for i, size in enumerate(level.shape):
-        mean = level.mean(axis=tuple(j for j in range(level.ndim) if j != i))
-        low, reach = mean.min(), float(np.ptp(mean))
-        bins = (ROW_CLASSES * (mean - low) / max(reach, 0.01)).astype(int)
-        out.append(labelled(np.minimum(bins, ROW_CLASSES - 1)) if reach > 0.01 else Axis(size))
-    return out
-
-
-def _logits(view: View, axes: Sequence[Axis]) -> tuple[View | None, View | None]:
-    """The random logits and the mask (1 where a key is allowed) of the argument of the exponential."""
-    masks: list[View] = []
-    terms = _terms(view, masks)
-    terms = [(c, v) for c, v in terms if not all(isinstance(r.node, Extreme) for r in roots(v.node)) and roots(v.node)]
-    if not terms:
-        return None, None
-    graph = view.node.graph
-    identity = tuple(range(len(axes)))
-    node = total(graph, [c for c, _ in terms], tuple(axes), [v for _, v in terms])
-    if isinstance(node, Constant):
-        return None, None
-    random = View(node, identity)
-    if not masks:
-        return random, None
-    frame = sorted({b for m in masks for b in m.bind})
-
-    def product() -> Node:
-        out = np.ones([axes[b].size for b in frame])
-        for m in masks:
-            assert isinstance(m.node, Array)
-            order = sorted(range(len(m.bind)), key=lambda k, b=m.bind: b[k])
-            shape = [axes[b].size if b in m.bind else 1 for b in frame]
-            out = out * m.node.values.transpose(order).reshape(shape)
-        return array(graph, out)
-
-    sizes = tuple(axes[b].size for b in frame)
-    if len(masks) == 1 and masks[0].bind == tuple(frame):
-        return random, masks[0]
-    mask = graph.once(("mask", tuple((m.node.id, m.bind) for m in masks), sizes), product)
-    return random, (None if isinstance(mask, Constant) else View(mask, tuple(frame)))
-
-
-def _terms(view: View, masks: list[View]) -> list[tuple[float, View]]:
-    node, bind = view
-    graph = node.graph
-    if isinstance(node, Sum):
-        return [
-            (c * d, t) for c, child in zip(node.params, node.args, strict=True) for d, t in _terms(child.within(bind), masks)
-        ]
-    if isinstance(node, Apply) and node.params[0] == "affine":
-        return [(node.params[1][0] * c, t) for c, t in _terms(node.args[0].within(bind), masks)]
-    if (
-        isinstance(node, Apply)
-        and node.params[0] == "select_n"
-        and isinstance(node.args[0].node, Array)
-        and len(node.args) == 3
-    ):
-        which, where = node.args[0]
-        assert isinstance(which, Array)
-        for keep, drop in ((1, 2), (2, 1)):
-            other = node.args[drop].node
-            if isinstance(other, Constant) and other.params < _MASKED:
-                allowed = graph.once(("kept", which.params, keep), lambda k=keep: array(graph, which.values == k - 1))
-                masks.append(View(allowed, tuple(bind[b] for b in where)))
-                return _terms(node.args[keep].within(bind), masks)
-    if isinstance(node, Array) and node.values.min() < _MASKED:
-        allowed = graph.once(("above", node.params), lambda: array(graph, node.values > _MASKED))
-        if isinstance(allowed, Array):
-            masks.append(View(allowed, bind))
-        return []
-    return [(1.0, view)]

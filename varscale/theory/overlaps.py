@@ -1,0 +1,164 @@
+"""How much the overlap of two tokens fluctuates: one over the number of directions that tokens differ in.
+
+The overlap o = mean over features of x_k·x_k' of two tokens, less what any two share, has mean zero; relative to what one token
+has of its own, V = E[o²]. For white tokens of D features V = 1/D. What an overlap hands on is known term by term, as amplitudes
+of independent sources: a layer that mixes features keeps them and adds 1/D of its own; an activation keeps the linear part
+(Price's theorem); branches of a stream, all functions of it, add up as o = Σ w o_i; attention adds most (`rules.attention`). To
+leading order in V, for Gaussian features and tokens alike.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from varscale.theory.axes import Axis, contract_axis
+from varscale.theory.derivatives import derivative
+from varscale.theory.elementwise import Apply, Sum, roots
+from varscale.theory.graph import Node, Permute, View
+
+Amplitudes = Mapping[object, float]
+Rule = Callable[[Sequence[Amplitudes]], Amplitudes]
+
+
+class Tokens(NamedTuple):
+    """A node, and along which of its axes tokens and their features are."""
+
+    node: Node
+    tokens: tuple[int, ...]
+    features: tuple[int, ...]
+
+    @property
+    def count(self) -> int:
+        """Features."""
+        return math.prod(self.node.axes[k].size for k in self.features)
+
+
+def tokens_of(view: View, tokens: Iterable[int], features: Iterable[int]) -> Tokens:
+    """Tokens of a view over a frame, by the frame's axes."""
+    place = {outer: k for k, outer in enumerate(view.bind)}
+    return Tokens(view.node, *(tuple(sorted(place[k] for k in axes if k in place)) for axes in (tokens, features)))
+
+
+def overlap(x: Tokens) -> float:
+    """V of these tokens."""
+    return float(np.clip(square(amplitudes(x)), 1 / x.count, 1.0))
+
+
+def square(parts: Amplitudes) -> float:
+    """The variance of a sum of independent sources."""
+    return sum(a * a for a in parts.values())
+
+
+def weighted(weights: Sequence[float], parts: Sequence[Amplitudes], own: object = None, variance: float = 0.0) -> Amplitudes:
+    """Σ w o, source by source, and a source of its own."""
+    out: dict[object, float] = {own: math.sqrt(max(variance, 0.0))} if variance > 0 else {}
+    for w, part in zip(weights, parts, strict=True):
+        for source, a in part.items():
+            out[source] = out.get(source, 0.0) + w * a
+    return out
+
+
+def amplitudes(x: Tokens) -> Amplitudes:
+    """What the overlap of these tokens fluctuates by: the amplitude of each source."""
+    memo = x.node.graph.memo
+    pending = [x]
+    while pending:  # not by recursion: a stream may be a thousand layers long
+        top = pending[-1]
+        sources, combined = top.node.graph.once(("overlaps", top), lambda top=top: _sources(top))
+        missing = [y for y in sources if ("overlap", y) not in memo]
+        pending += missing
+        if not missing:
+            memo["overlap", pending.pop()] = combined([memo["overlap", y] for y in sources])
+    return memo["overlap", x]
+
+
+def projected(x: Tokens) -> Tokens | None:
+    """What these are a projection of, with random weights; None where they are none."""
+    from varscale.theory.rules.linear import Contract, weight_of
+
+    while not (isinstance(x.node, Contract) and weight_of(x.node) is not None):
+        sources, _ = _sources(x)
+        if len(sources) != 1:
+            return None
+        x = sources[0]
+    sources, _ = _sources(x)
+    return sources[0] if sources else None
+
+
+def own_part(x: Tokens) -> float:
+    """What a token has of its own: its mean square, less what two different ones share."""
+    return apart(x.node.table.second, x.node.axes, x.tokens)
+
+
+def apart(second: np.ndarray, axes: Sequence[Axis], tokens: Sequence[int]) -> float:
+    """Second moments by type of one position of these axes, less those of two, averaged over all others."""
+    second = shared = np.broadcast_to(second, [a.types for a in axes])
+    for k in reversed(range(len(axes))):
+        second = contract_axis(second, k, axes[k].same)
+        shared = contract_axis(shared, k, axes[k].any_pair if k in tokens else axes[k].same)
+    n = math.prod(axes[k].size for k in tokens)
+    return float(second - shared) * n / max(n - 1, 1)
+
+
+def _sources(x: Tokens) -> tuple[list[Tokens], Rule]:
+    """Tokens that these are made of, and how their amplitudes are made of theirs."""
+    from varscale.theory.rules.attention import attention_of, mixed
+    from varscale.theory.rules.linear import Contract, weight_of
+
+    node = x.node
+    if isinstance(node, Permute):
+        inner = Tokens(node.args[0].node, *(tuple(sorted(node.params[k] for k in axes)) for axes in x[1:]))
+        return [inner], lambda parts: parts[0]
+    if isinstance(node, Sum):
+        return _added(x, node)
+    if isinstance(node, Apply):
+        return _applied(x, node)
+    if isinstance(node, Contract):
+        summed = range(len(node.axes), len(node.frame))
+        if weight_of(node) is not None:
+            inputs = [tokens_of(v, x.tokens, summed) for v in node.args]
+            inputs = [y for y in inputs if y.tokens and y.features]
+            if len(inputs) == 1:
+                return inputs, lambda parts: weighted([1.0], parts, x, 1 / x.count)
+        attention = attention_of(node)
+        if attention is not None:
+            return mixed(x, attention)
+    return [], lambda _: white(x)
+
+
+def white(x: Tokens) -> Amplitudes:
+    """Features that are independent of each other."""
+    return {x: math.sqrt(1 / x.count)}
+
+
+def _added(x: Tokens, node: Sum) -> tuple[list[Tokens], Rule]:
+    """Branches of a stream: o = Σ w o_i, and what one has of another's direction."""
+    terms = [(c * c, tokens_of(v, x.tokens, x.features)) for c, v in zip(node.params, node.args, strict=True)]
+    terms = [(scale, y) for scale, y in terms if y.tokens and y.features]
+    if not terms:
+        return [], lambda _: white(x)
+    shares = np.array([scale * max(own_part(y), 0.0) for scale, y in terms])
+    shares = shares / max(shares.sum(), 1e-300)
+    return [y for _, y in terms], lambda parts: weighted(list(shares), parts, x, (1 - float(shares @ shares)) / x.count)
+
+
+def _applied(x: Tokens, node: Apply) -> tuple[list[Tokens], Rule]:
+    """A function's overlap moves with its roots' by E[f' f'] of two tokens; what is not linear in them is as good as white."""
+    found = [(view, tokens_of(view, x.tokens, x.features)) for view in roots(node)]
+    found = [(view, y) for view, y in found if y.tokens and y.features]
+    if not found:
+        return [], lambda _: white(x)
+    own = max(own_part(x), 1e-300)
+    slopes = []
+    for view, y in found:
+        slope = derivative(node, view)
+        second = np.zeros(node.frame_types) if slope is None else np.broadcast_to(slope.second(node.axes), node.frame_types)
+        for k in reversed(range(len(node.axes))):
+            axis = node.axes[k]
+            second = contract_axis(second, k, axis.different if k in x.tokens else axis.same)
+        slopes.append(float(np.clip(float(second) * max(own_part(y), 0.0) / own, 0, 1)))
+    return [y for _, y in found], lambda parts: weighted(slopes, parts, x, (1 - min(sum(slopes), 1.0) ** 2) / x.count)

@@ -1,0 +1,131 @@
+"""Softmax recognised: flax inlines it, so that it is a division exp(x − max) / Σ exp(x − max); and its masks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from varscale.theory.axes import Axis, join, labelled
+from varscale.theory.elementwise import Apply, Sum, roots, total
+from varscale.theory.graph import Array, Constant, Node, View, array
+from varscale.theory.interpreter import Interpreter
+from varscale.theory.layout import Value
+from varscale.theory.rules.reductions import Extreme, Mean
+from varscale.theory.rules.units import Softmax
+
+MASKED = -1e4  # a logit below this is a mask, not a number
+_ROW_CLASSES = 6
+
+
+def softmax_of(interpreter: Interpreter, top: Value, bottom: Value) -> Value | None:
+    """exp(x − max) / Σ exp(x − max), if that is what this division is."""
+    num, den = top.node, bottom.node
+    if not (isinstance(num, Apply) and num.params[0] == "exp" and isinstance(den, Apply) and den.params[0] == "affine"):
+        return None
+    mean = den.args[0].node
+    if not (isinstance(mean, Mean) and mean.args[0].node is num):
+        return None
+    axes = mean.params
+    if abs(den.params[1][0] - math.prod(num.axes[k].size for k in axes)) > 1e-6:
+        return None
+    random, allowed = _logits(num.args[0], num.axes)
+    if random is None:
+        return None
+    # Keys over several axes have one class.
+    frame = [Axis(a.size) if len(axes) > 1 and k in axes else a for k, a in enumerate(num.axes)]
+    args = [random]
+    if allowed is not None:
+        frame = _row_classes(frame, allowed, axes)
+        args.append(allowed)
+    node = interpreter.graph.make(Softmax, frame, args, tuple(axes))
+    return Value(node, top.dims)
+
+
+def _row_classes(frame: list[Axis], allowed: View, axes: Sequence[int]) -> list[Axis]:
+    """Rows that see different numbers of keys belong to different classes, evenly in the logarithm of that number."""
+    mask, bind = allowed
+    keys = tuple(k for k, b in enumerate(bind) if b in axes)
+    classed = mask.graph.once(("row classes", mask.id, keys), lambda: _classes_by_keys(mask, keys))
+    left = [b for b in bind if b not in axes]
+    for b, axis in zip(left, classed, strict=True):
+        frame[b] = join(axis, frame[b])
+    return frame
+
+
+def _classes_by_keys(mask: Node, keys: tuple[int, ...]) -> list[Axis]:
+    """The axes of a mask besides those of the keys, classed by how many keys a position sees."""
+    assert isinstance(mask, Array)
+    level = np.log(np.maximum(mask.values.sum(axis=keys), 1.0))
+    out = []
+    for i, size in enumerate(level.shape):
+        mean = level.mean(axis=tuple(j for j in range(level.ndim) if j != i))
+        low, reach = mean.min(), float(np.ptp(mean))
+        bins = (_ROW_CLASSES * (mean - low) / max(reach, 0.01)).astype(int)
+        out.append(labelled(np.minimum(bins, _ROW_CLASSES - 1)) if reach > 0.01 else Axis(size))
+    return out
+
+
+def _logits(view: View, axes: Sequence[Axis]) -> tuple[View | None, View | None]:
+    """The random logits and the mask (1 where a key is allowed) of the argument of the exponential."""
+    masks: list[View] = []
+    terms = _terms(view, masks)
+    terms = [(c, v) for c, v in terms if not all(isinstance(r.node, Extreme) for r in roots(v.node)) and roots(v.node)]
+    if not terms:
+        return None, None
+    graph = view.node.graph
+    identity = tuple(range(len(axes)))
+    node = total(graph, [c for c, _ in terms], tuple(axes), [v for _, v in terms])
+    if isinstance(node, Constant):
+        return None, None
+    random = View(node, identity)
+    if not masks:
+        return random, None
+    frame = sorted({b for m in masks for b in m.bind})
+
+    def product() -> Node:
+        out = np.ones([axes[b].size for b in frame])
+        for m in masks:
+            assert isinstance(m.node, Array)
+            order = sorted(range(len(m.bind)), key=lambda k, b=m.bind: b[k])
+            shape = [axes[b].size if b in m.bind else 1 for b in frame]
+            out = out * m.node.values.transpose(order).reshape(shape)
+        return array(graph, out)
+
+    sizes = tuple(axes[b].size for b in frame)
+    if len(masks) == 1 and masks[0].bind == tuple(frame):
+        return random, masks[0]
+    mask = graph.once(("mask", tuple((m.node.id, m.bind) for m in masks), sizes), product)
+    return random, (None if isinstance(mask, Constant) else View(mask, tuple(frame)))
+
+
+def _terms(view: View, masks: list[View]) -> list[tuple[float, View]]:
+    node, bind = view
+    graph = node.graph
+    if isinstance(node, Sum):
+        return [
+            (c * d, t) for c, child in zip(node.params, node.args, strict=True) for d, t in _terms(child.within(bind), masks)
+        ]
+    if isinstance(node, Apply) and node.params[0] == "affine":
+        return [(node.params[1][0] * c, t) for c, t in _terms(node.args[0].within(bind), masks)]
+    if (
+        isinstance(node, Apply)
+        and node.params[0] == "select_n"
+        and isinstance(node.args[0].node, Array)
+        and len(node.args) == 3
+    ):
+        which, where = node.args[0]
+        assert isinstance(which, Array)
+        for keep, drop in ((1, 2), (2, 1)):
+            other = node.args[drop].node
+            if isinstance(other, Constant) and other.params < MASKED:
+                allowed = graph.once(("kept", which.params, keep), lambda k=keep: array(graph, which.values == k - 1))
+                masks.append(View(allowed, tuple(bind[b] for b in where)))
+                return _terms(node.args[keep].within(bind), masks)
+    if isinstance(node, Array) and node.values.min() < MASKED:
+        allowed = graph.once(("above", node.params), lambda: array(graph, node.values > MASKED))
+        if isinstance(allowed, Array):
+            masks.append(View(allowed, bind))
+        return []
+    return [(1.0, view)]
