@@ -139,3 +139,39 @@ def test_the_overlap_of_tokens_by_layer():
     with jax.numpy_rank_promotion("allow"):
         squares, own = jax.lax.map(jax.jit(measured), jax.random.split(jax.random.key(1), NETS))
     assert last == pytest.approx(float(squares.mean() / own.mean()), rel=0.25)
+
+
+class Biased(nn.Module):
+    """Attention with known logits that fall with distance."""
+
+    slope: float
+
+    @nn.compact
+    def __call__(self, x):
+        q, k, v = (nn.DenseGeneral((4, 16))(x) for _ in range(3))
+        where = np.arange(x.shape[1])
+        logits = jnp.einsum("bihd,bjhd->bhij", q, k) / 4 - self.slope * np.abs(where[:, None] - where)
+        return jnp.einsum("bhij,bjhd->bihd", jax.nn.softmax(logits), v)
+
+
+def test_known_logits_are_in_doubt():
+    """Logits that are known numbers are no Gaussian ones: the more they vary, the less is claimed."""
+    with jax.numpy_rank_promotion("allow"):
+        small, large = (vs.predict(Biased(slope), INPUT, backward=False).output for slope in (0.003, 0.5))
+    assert small.confidence < 0.15 < large.confidence
+    assert large.how == "assumed"
+
+
+@pytest.mark.parametrize("mean", [0.0, 1.0, 10.0])
+def test_a_norm_of_what_has_a_mean(mean):
+    """The scale of a norm fluctuates with what varies, not with what is the same everywhere: its gradient is 1/(1 + m²)."""
+
+    class Shifted(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = x + self.param("mean", nn.initializers.constant(mean), (256,))
+            return nn.RMSNorm()(nn.Dense(256, kernel_init=lambda key, shape, dtype: jnp.eye(256, dtype=dtype), name="in")(x))
+
+    with jax.numpy_rank_promotion("allow"):
+        row = vs.predict(Shifted(), jax.ShapeDtypeStruct((8, 256), jnp.float32))["in"]
+    assert row.gradient == pytest.approx(1 / (1 + mean**2), rel=0.02)

@@ -308,12 +308,14 @@ def _projection(node: Apply, root: View, scale: View, second: np.ndarray) -> np.
 def _inverse_scale(root: View, scale: View) -> float:
     """E[1/v] E[v] of a norm's variance v, the mean of squares of its root over n positions: 1/(1 − r), r = Var[v]/E[v]².
 
-    For jointly Gaussian positions r = 2 · mean of ρ_ij²; v is taken for a gamma variable, as it is for independent positions
-    (1/(1 − 2/n)). In the forward pass it drops out, since y is normalised by itself; in the gradient 1/v stands alone.
+    For jointly Gaussian positions Cov[x_i², x_j²] = 2 C_ij² + 4 m_i m_j C_ij = 2 (E[x_i x_j]² − m_i² m_j²), of which r is the
+    mean, relative; v is taken for a gamma variable, as it is for independent positions (1/(1 − 2/n)), whose E[1/v] is infinite
+    from r = 1 on: there the factor stops at 10, and is in doubt. In the forward pass it drops out, since y is normalised by
+    itself; in the gradient 1/v stands alone.
     """
     table = root.node.table
-    scales = np.sqrt(np.maximum(table.diagonal, 1e-300))
-    rho = np.clip(table.second / means_by_type(scales, table.axes), -1, 1) ** 2
+    scales = means_by_type(np.sqrt(np.maximum(table.diagonal, 1e-300)), table.axes)
+    rho = np.clip(table.second / scales, -1, 1) ** 2 - np.clip(table.outer / scales, -1, 1) ** 2
     for k in reversed(range(len(table.axes))):
         axis = table.axes[k]
         rho = contract_axis(rho, k, axis.same if root.bind[k] in scale.bind else axis.any_pair)

@@ -21,13 +21,14 @@ from varscale.theory.quadrature import WEIGHTS, Z
 
 
 class WeightMoments(NamedTuple):
-    """Moments of softmax weights of keys in classes d with n_d members: E[p], E[p²], E[p³], E[p p'] and E[(Σ p l)²]."""
+    """Moments of softmax weights of keys in classes with n members: E[p], E[p²], E[p³], E[p p'], E[(Σ p l)²] and E[Σ p² l²]."""
 
     first: Float[np.ndarray, "*rows classes"]
     square: Float[np.ndarray, "*rows classes"]
     cube: Float[np.ndarray, "*rows classes"]
     pair: Float[np.ndarray, "*rows classes classes"]
     pull: Float[np.ndarray, "*rows"]
+    own_pull: Float[np.ndarray, "*rows"]
 
 
 _STEP = 0.4  # in ln u: the integrands are analytic and fall off on both sides, so that the trapezoidal rule is exact to 1e-9
@@ -45,12 +46,18 @@ def _grid(variance: float, keys: float) -> np.ndarray:
     return np.arange(math.floor(first / _STEP), math.ceil(last / _STEP)) * _STEP
 
 
-def _laplace(variance: float, log_u: Float[np.ndarray, " u"]) -> Float[np.ndarray, "moments u"]:
+def _projected(directions: float) -> Float[np.ndarray, " points"]:
+    """One coordinate of a point on the sphere of radius √d in d directions, on the normal grid: (1 − z²/d)^{(d − 3)/2}."""
+    d = max(directions, 3.0)
+    return WEIGHTS if d == math.inf else np.maximum(1 - Z**2 / d, 0) ** ((d - 3) / 2)
+
+
+def _laplace(variance: float, log_u: Float[np.ndarray, " u"], density: np.ndarray) -> Float[np.ndarray, "moments u"]:
     """Of a key with this variance, x = u e^l: ln φ(u), and over φ E[f e^{−x}] for f = x, x², x³, l x and (l x)²."""
     deviation = math.sqrt(variance)
     stride = min(max(int(_RESOLVED / max(deviation, 1e-3)), 1), _COARSEST)
-    weights = WEIGHTS[::stride] / WEIGHTS[::stride].sum()
-    logits = deviation * Z[::stride]
+    z, weights = Z[::stride], density[::stride] / density[::stride].sum()
+    logits = deviation * z / math.sqrt(weights @ z**2)
     x = np.exp(np.minimum(logits + log_u[:, None], _GONE))
     lost = np.expm1(-x)
     log_phi = np.log1p(np.clip(lost @ weights, -1 + 1e-15, 0))
@@ -59,18 +66,22 @@ def _laplace(variance: float, log_u: Float[np.ndarray, " u"]) -> Float[np.ndarra
     return np.stack([log_phi, *(m @ weights / np.maximum(np.exp(log_phi), 1e-300) for m in moments)])
 
 
-def weight_moments(counts: Float[np.ndarray, "*rows classes"], variances: Float[np.ndarray, "*rows classes"]) -> WeightMoments:
-    """Exact moments of softmax weights over independent Gaussian logits.
+def weight_moments(
+    counts: Float[np.ndarray, "*rows classes"], variances: Float[np.ndarray, "*rows classes"], directions: float = math.inf
+) -> WeightMoments:
+    """Exact moments of softmax weights over independent logits, Gaussian or projections of points on a sphere.
 
     Args:
         counts: keys in each class.
         variances: variance of their logits.
+        directions: of the sphere that keys lie on, 3 at least; infinitely many where logits are Gaussian.
     """
     n, rows = counts.reshape(-1, counts.shape[-1]), np.arange(counts[..., 0].size)[:, None]
     distinct, place = np.unique(variances, return_inverse=True)
     place = place.reshape(n.shape)
+    density = _projected(directions)
     log_u = _grid(float(distinct.max()), float(n.sum(-1).max()))
-    log_phi, first, second, third, pull, pull_square = np.stack([_laplace(float(v), log_u) for v in distinct], axis=1)
+    log_phi, first, second, third, pull, pull_square = np.stack([_laplace(float(v), log_u, density) for v in distinct], axis=1)
     members = np.zeros((len(n), len(distinct)))
     np.add.at(members, (rows, place), n)
     measure = np.exp(members @ log_phi) * _STEP  # the powers of u are in x: what is left of du is d ln u
@@ -82,6 +93,7 @@ def weight_moments(counts: Float[np.ndarray, "*rows classes"], variances: Float[
         return (f[place] * measure[:, None]) @ np.swapaxes(f[place], -1, -2)
 
     others = n[:, :, None] * n[:, None, :] - np.eye(n.shape[-1]) * n[:, None]
-    pulled = np.sum(n * one(pull_square), -1) + np.sum(others * two(pull), (-1, -2))
-    found = WeightMoments(one(first), one(second), one(third) / 2, two(first), pulled)
+    own_pull = np.sum(n * one(pull_square), -1)
+    pulled = own_pull + np.sum(others * two(pull), (-1, -2))
+    found = WeightMoments(one(first), one(second), one(third) / 2, two(first), pulled, own_pull)
     return WeightMoments(*(x.reshape((*counts.shape[:-1], *x.shape[1:])) for x in found))

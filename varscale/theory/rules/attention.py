@@ -26,7 +26,12 @@ from varscale.theory.overlaps import (
     weighted,
     white,
 )
+from varscale.theory.responses import companions
 from varscale.theory.rules.units import Softmax
+
+# Set on the validation grid. Of what outputs gain by following their queries: overlaps are known to leading order, to a quarter
+# there. Of what tokens share, which moves by the curvature of what made them times the variance of their overlaps: 3 %.
+TILT_DOUBT, SHARED_DOUBT = 0.3, 0.03
 
 
 class Attention(NamedTuple):
@@ -155,6 +160,39 @@ def overlapping(weights: Softmax, passed: np.ndarray, kept: np.ndarray) -> float
     return share
 
 
+def sphere(weights: Softmax) -> float:
+    """Directions of the sphere on which a norm has put the tokens of the keys; infinite if they are as good as Gaussian.
+
+    Tokens' squared norms vary by 2 V if they are Gaussian. What a norm has left tokens m + x̃ is |m + x̃|²: that of x̃, which the
+    weights see, varies by 4 V |m|²/|x̃|². Kurtosis falls short of 3 by 3 (2 V − that), on a sphere of d directions by 6/(d + 2).
+    """
+    found = scores(weights)
+    tokens = None if found is None else projected(found.keys)
+    if tokens is None or not isinstance(tokens.node, Apply) or not any(len(g) > 1 for g in companions(tokens.node).values()):
+        return math.inf
+    own = own_part(tokens)
+    shared = tokens.node.table.mean_square - own
+    lack = 2 * overlap(tokens) - 4 * overlap(tokens) * max(shared, 0.0) / max(own, 1e-300)
+    return max(2 / lack - 2, 3.0) if lack > 0 else math.inf
+
+
+def scattered(weights: Softmax) -> float:
+    """Relative variance between queries of the logits' variance qᵀ A q: 2 tr (A B)² / (tr A B)², B theirs, A the keys'.
+
+    Projections of tokens to d features have V + 1/d each, and in a product of both d is counted once.
+    """
+    found = scores(weights)
+    if found is None:
+        return 0.0
+    out = 1 / found.keys.count
+    for side in (found.keys, found.queries):
+        tokens = projected(side)
+        if tokens is not None:
+            own = 1.0 if side is found.keys else own_part(tokens) / max(tokens.node.table.mean_square, 1e-300)
+            out += overlap(tokens) * own**2
+    return 2 * out
+
+
 def tilted(node: Any) -> np.ndarray | float:
     """What Σ p v gains because weights and values see the same tokens: by type of the output of a contraction of p with v.
 
@@ -175,8 +213,6 @@ def tilted(node: Any) -> np.ndarray | float:
     rows = p.rows()
     gain = lift(p.tilt, [p.axes[k] for k in rows], [attention.place[k] for k in rows], frame, pairs=True)
     gain = gain.squeeze(tuple(keys))
-    # Of the correlation between a logit and a value only the first power is here.
-    node.graph.flag("quadrature", 0.05)
     return np.broadcast_to(deviation * gain * overlap(tokens), node.frame_types)
 
 

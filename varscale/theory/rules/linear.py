@@ -42,7 +42,7 @@ class Contract(Node):
 
     def compute(self) -> Table:
         from varscale.theory.cross import dependent
-        from varscale.theory.rules.attention import tilted
+        from varscale.theory.rules.attention import SHARED_DOUBT, TILT_DOUBT, tilted
         from varscale.theory.rules.units import Softmax
 
         x, y = self.args
@@ -58,8 +58,11 @@ class Contract(Node):
             self.graph.flag("quadrature", 1 / self.width)
         elif dependent(x.node, y.node) and not any(isinstance(v.node, Softmax) for v in self.args):
             mean, second = self._dependent(mean, second)
-        second = second + tilted(self)
-        return Table(self.axes, np.array(mean), second)
+        table = Table(self.axes, np.array(mean), second + (tilt := tilted(self)))
+        if np.any(tilt):
+            gained = Table(self.axes, np.array(mean), np.broadcast_to(tilt, self.frame_types)).mean_square
+            self.graph.flag("quadrature", SHARED_DOUBT + TILT_DOUBT * gained / max(table.mean_square, 1e-300))
+        return table
 
     def contract(self, second: np.ndarray) -> np.ndarray:
         """Sum a type array of the frame over the contracted axes."""

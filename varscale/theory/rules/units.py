@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from varscale.theory.axes import Axis, apply_axis
-from varscale.theory.elementwise import Apply, Sum, roots
+from varscale.theory.elementwise import Apply, Sum
 from varscale.theory.graph import Array, Node
 from varscale.theory.moments import Table, lift
 from varscale.theory.quadrature import by_type
@@ -109,19 +109,25 @@ class Softmax(Node):
         nodes = np.array([1.0, 1 + spread, max(1 - spread, 0.05)]).reshape(3, *[1] * variances.ndim)
         # Rows see the same keys: where variances agree to three digits, one quadrature serves them all, and other layers too.
         members, variances = np.broadcast_to(_rounded(counts, 5), (3, *counts.shape)), _rounded(nodes * variances, 3)
-        key = ("weights", members.shape, members.tobytes(), variances.tobytes())
-        found = self.graph.once(key, lambda: weight_moments(members, variances))
-        # Of E[(Σ p l)²] what is used is its ratio to the logits' variance, query by query.
-        found = found._replace(pull=found.pull / nodes[..., 0])
+        directions = float(_rounded(np.array(self.directions), 2)) if self.directions < 1e4 else math.inf
+        key = ("weights", members.shape, members.tobytes(), variances.tobytes(), directions)
+        found = self.graph.once(key, lambda: weight_moments(members, variances, directions))
+        # Of what goes with the logits' variance only its ratio to that is used, query by query.
+        found = found._replace(pull=found.pull / nodes[..., 0], own_pull=found.own_pull / nodes[..., 0])
         return WeightMoments(*(np.tensordot([2 / 3, 1 / 6, 1 / 6], x, axes=1) for x in found))
 
+    @functools.cached_property
+    def directions(self) -> float:
+        """Of the sphere that the tokens lie on which keys are projections of; infinite where they are as good as Gaussian."""
+        from varscale.theory.rules.attention import sphere
+
+        return sphere(self)
+
     def _query_spread(self) -> float:
-        """√3 times the relative deviation of the logit variance between queries: their squared norm varies by 2/width."""
-        for root in roots(self.args[0].node):
-            width = getattr(root.node, "width", None)
-            if width:
-                return min(math.sqrt(6.0 / width), 0.95)
-        return 0.0
+        """√3 times the relative deviation of the logit variance between queries."""
+        from varscale.theory.rules.attention import scattered
+
+        return min(math.sqrt(3.0 * scattered(self)), 0.95)
 
     def read(self, by_class: np.ndarray, *, second: bool = False) -> np.ndarray:
         """An array by class of the rows (then anything), read at i (or j) of every type of the rows."""
@@ -152,6 +158,9 @@ class Softmax(Node):
         return np.broadcast_to(shared.reshape(*shared.shape[: len(rows)], c), (*[a.types for a in rows], c))
 
     def compute(self) -> Table:
+        known = self._known()
+        if known > 1e-4:  # taken for Gaussian as the rest: a lognormal's E[p²] goes by e^{s²}
+            self.graph.flag("assumed", math.expm1(min(known, 3.0)))
         rows = self.rows()
         seen, shared, deviation = self.seen, self.shared, self.deviation
         keys = self.counts[2]
@@ -186,10 +195,15 @@ class Softmax(Node):
 
     @functools.cached_property
     def tilt(self) -> np.ndarray:
-        """What the weights gain along the logits' direction, τ = E[(Σ p l)²]/s² − Σ p², times the rows' correlation."""
+        """What the weights gain along the logits' direction, τ = E[(Σ p l)²]/s² − Σ p², times the rows' correlation.
+
+        On a sphere what is left across a direction falls with what is along it: there Σ p² l²/s² is in place of Σ p².
+        """
         by_rows = self.deviation.mean(-1)
         variance = np.maximum(by_rows[tuple(slice(0, self.axes[k].classes) for k in self.rows())], 1e-12)
-        gain = np.maximum(self.weights.pull / variance - (self.seen * self.weights.square).sum(-1), 0.0)
+        square = (self.seen * self.weights.square).sum(-1)
+        across = square if self.directions == math.inf else self.weights.own_pull / variance
+        gain = np.maximum(self.weights.pull / variance - across, 0.0)
         return self.read(gain) * np.clip(by_rows / self.read(variance), -1, 1)
 
     def pullback(self, cotangent: np.ndarray) -> list[np.ndarray | None]:
@@ -222,6 +236,17 @@ class Softmax(Node):
             out = out[..., _joint_types(keys)]
         back = sum_out(out.transpose(np.argsort([*self.rows(), *self.params])), self.axes, self.args[0])
         return [back, *[None] * (len(self.args) - 1)]
+
+    def _known(self) -> float:
+        """What known numbers among the logits, a bias by position, add to their variance along the keys."""
+        own = self.args[0]
+        terms = zip(own.node.params, own.node.args, strict=True) if isinstance(own.node, Sum) else [(1.0, own)]
+        out = 0.0
+        for c, term in terms:
+            if isinstance(term.node, Array):
+                second = np.broadcast_to(term.within(own.bind).second(self.axes), self.frame_types)
+                out += c * c * float((apart(self._by_key(second), self.shared) * self.own[..., None]).max())
+        return out
 
     def _doubt(self, share: float | None) -> float:
         """Doubt of the queries' and keys' cotangents, of which a part is due to overlaps, known to leading order.
