@@ -194,7 +194,7 @@ def _elementwise(node: Apply, part: Cotangent, asked: dict[int, Node], pending: 
         doubt = part.doubt + _slope_doubt(node, root, held) + _MASK_DOUBT * (part.mask is not None)
         if held:
             inverse = _inverse_scale(root, held[0])
-            back = (back - _projection(node, root, held[0], part.second)) * inverse
+            back = (back - _projection(node, root, held[0], part)) * inverse
             doubt += _NORM_DOUBT * (inverse - 1) + doubt_of(root.node)  # 1/v is off by as much as v is
         pending.add(root.node, Cotangent(back, doubt, _mask(node, root), part.few))
     for view in _within(node, asked):
@@ -282,21 +282,33 @@ def _through(node: Apply, target: View, part: Cotangent, scales: Sequence[View] 
 def _following(node: Apply, slope: View, last: View) -> np.ndarray:
     """E[m_i m_j l_i l_j] / (E[m_i m_j] E[l_i l_j]) of a derivative m and the last one l, by type, classes pooled."""
     coarse = tuple(Axis(a.size) for a in node.axes)
-    both = View(apply(node.graph, "mul", (), node.axes, [slope, last]), tuple(range(len(node.axes))))
-    joint, own, before = (product_second(view, view, coarse) for view in (both, slope, last))
-    ratio = np.broadcast_to(joint / np.maximum(own * before, 1e-300), [a.types for a in coarse])
-    for k, axis in enumerate(node.axes):
-        ratio = np.take(ratio, (np.arange(axis.types) >= axis.classes).astype(int), axis=k)
-    return ratio
+    return _given(node, slope, last) / _refined(np.maximum(product_second(slope, slope, coarse), 1e-300), node.axes)
 
 
-def _projection(node: Apply, root: View, scale: View, second: np.ndarray) -> np.ndarray:
+def _given(node: Apply, x: View, last: View) -> np.ndarray:
+    """E[x_i x_j l_i l_j] / E[l_i l_j] by type, classes pooled: what x is where the last derivative l has let something through."""
+    coarse = tuple(Axis(a.size) for a in node.axes)
+    both = View(apply(node.graph, "mul", (), node.axes, [x, last]), tuple(range(len(node.axes))))
+    joint, before = (product_second(view, view, coarse) for view in (both, last))
+    return _refined(joint / np.maximum(before, 1e-300), node.axes)
+
+
+def _refined(pooled: np.ndarray, axes: Sequence[Axis]) -> np.ndarray:
+    """An array by "same" and "different", read by the types of axes with classes."""
+    out = np.broadcast_to(pooled, [2] * len(axes))
+    for k, axis in enumerate(axes):
+        out = np.take(out, (np.arange(axis.types) >= axis.classes).astype(int), axis=k)
+    return out
+
+
+def _projection(node: Apply, root: View, scale: View, part: Cotangent) -> np.ndarray:
     """What a norm takes out of the cotangent u along its own output y: y · mean(u y), whose mean square is E[mean(u y)²]."""
     slope = derivative(node, root)
     assert slope is not None
     along = apply(node.graph, "mul", (), node.axes, [slope, root])
     whole = View(along, tuple(range(len(along.axes))))
-    out = sum_out(second * whole.second(node.axes), node.axes, root) / max(root.node.table.mean_square, 1e-300)
+    squares = whole.second(node.axes) if part.mask is None else _given(node, whole, part.mask)
+    out = sum_out(part.second * squares, node.axes, root) / max(root.node.table.mean_square, 1e-300)
     for k, place in enumerate(root.bind):
         if place not in scale.bind:
             axis = root.node.axes[k]
