@@ -286,7 +286,7 @@ def _following(node: Apply, slope: View, last: View) -> np.ndarray:
 
 
 def _given(node: Apply, x: View, last: View) -> np.ndarray:
-    """E[x_i x_j l_i l_j] / E[l_i l_j] by type, classes pooled: what x is where the last derivative l has let something through."""
+    """E[x_i x_j l_i l_j] / E[l_i l_j] by type, classes pooled: what x is where the last derivative l lets something pass."""
     coarse = tuple(Axis(a.size) for a in node.axes)
     both = View(apply(node.graph, "mul", (), node.axes, [x, last]), tuple(range(len(node.axes))))
     joint, before = (product_second(view, view, coarse) for view in (both, last))
