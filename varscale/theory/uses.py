@@ -27,12 +27,12 @@ def _fans(node: Node, weight: int) -> tuple[float, float]:
         groups, _, xd, _, od = node.params
         x_axes = [1 if k is None else node.args[0].node.axes[k].size for k in xd]
         o_axes = [1 if k is None else node.axes[k].size for k in od]
-        coverage = _coverage(node)
-        fan_in = x_axes[1] / groups * coverage
+        taps = _taps_on_input(node)
+        fan_in = x_axes[1] / groups * taps
         outputs = 1.0
         for n_in, n_out in zip(x_axes[2:], o_axes[2:], strict=True):
             outputs *= n_out / n_in
-        return fan_in, o_axes[1] / groups * coverage * outputs
+        return fan_in, o_axes[1] / groups * taps * outputs
     assert isinstance(node, Contract)
     other = node.args[1 - weight]
     mine = node.args[weight]
@@ -43,7 +43,7 @@ def _fans(node: Node, weight: int) -> tuple[float, float]:
     return float(node.width), fan_out
 
 
-def _coverage(node: Conv) -> float:
+def _taps_on_input(node: Conv) -> float:
     """Taps on real input in the average output position."""
     from varscale.theory.rules.convolution import hits
 
@@ -79,7 +79,8 @@ def weights(interpreter: Interpreter, parameters: Iterable[tuple[str, Any]]) -> 
             continue
         found = uses.get(value.node.id, []) + [u for s in stacked.get(value.node.id, []) for u in uses.get(s, [])]
         table = value.node.table
-        fan_in, fan_out = found[0] if found else (None, None)
+        # A table that is looked up and read out by is a linear map where it is read out.
+        fan_in, fan_out = max(found) if found else (None, None)
         variance = table.variance
         ratio = 1 / (fan_in * variance) if fan_in and variance > 0 else None
         steps_taken, steps_in_all = graph.memo.get(("steps", value.node.id), (1, 1))
