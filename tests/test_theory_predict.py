@@ -239,3 +239,16 @@ def test_mean_field_reproduces_the_literature():
     assert (relu.q, relu.phase) == (pytest.approx(1.0), "critical")
     with pytest.raises(ValueError, match="no critical point"):
         critical(jax.nn.relu, 0.1)
+
+
+def test_a_tied_embedding_is_used_twice():
+    """Looked up, and read out by, where it is a linear map: the fans are those of the readout."""
+
+    class Tied(nn.Module):
+        @nn.compact
+        def __call__(self, ids):
+            table = nn.Embed(100, 32)
+            return table.attend(nn.Dense(32)(table(ids)))
+
+    weight = predict(Tied(), jax.ShapeDtypeStruct((4, 8), jnp.int32), backward=False).weights["Embed_0/embedding"]
+    assert (weight.fan_in, weight.fan_out, weight.uses) == (32, 100, 2)

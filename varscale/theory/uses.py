@@ -16,7 +16,8 @@ from varscale.theory.rules.linear import Contract
 
 
 def _source(node: Node) -> Node:
-    while node.args and len(node.args) == 1 and not isinstance(node, Leaf):
+    """The parameter that a node rearranges; rows looked up in one are no longer it."""
+    while len(node.args) == 1 and not isinstance(node, Leaf | Gather):
         node = node.args[0].node
     return node
 
