@@ -59,8 +59,8 @@ class Weight:
         law: the declared law in words, such as "normal(std=0.0625)".
         mean: E[w].
         variance: Var[w].
-        fan_in: inputs that meet in one output, as used: contraction, groups, stride and padding's coverage included; where there
-            are several uses, that with the most.
+        fan_in: inputs that meet in one output, as used: contraction, groups, stride and padding's coverage included; of several
+            uses that with the most.
         fan_out: outputs that one input reaches, in that use.
         uses: how many times the forward pass applies it.
         ratio: variance that would keep the second moment from the map's input to its output, 1/fan_in whatever activation comes
