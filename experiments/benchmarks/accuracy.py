@@ -31,7 +31,7 @@ WIDTH = 256
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """An architecture, how its inputs are described and drawn, its family in the table, and how many times as many nets it takes.
+    """An architecture, how inputs are described and drawn, its family in the table, and how many times as many nets it takes.
 
     Where nothing normalises, norms differ most from draw to draw, and it takes more of them to see an error of 1 %.
     """
