@@ -15,9 +15,10 @@ from scipy import special
 
 from varscale.theory.axes import Axis, apply_axis, contract_axis, lift_types, shares
 from varscale.theory.derivatives import derivative
-from varscale.theory.elementwise import Apply, Sum, affine, apply, roots
+from varscale.theory.elementwise import Apply, Sum, apply, roots
 from varscale.theory.graph import Array, Constant, Leaf, Node, View
 from varscale.theory.moments import full_types, means_by_type
+from varscale.theory.opening import opened, written_out
 from varscale.theory.products import product_second
 from varscale.theory.provenance import doubt_of
 from varscale.theory.quadrature import by_type, concentrated, evaluate
@@ -236,28 +237,9 @@ def _mask_of_term(node: Sum, i: int, mask: View | None) -> View | None:
     view = node.args[i]
     if mask is None or sorted(view.bind) != list(range(len(node.axes))):
         return None
-    opened = _opened(mask.node, node)
+    written = opened(mask.node, node, written_out)
     place = {b: k for k, b in enumerate(view.bind)}
-    return View(opened, tuple(place[b] for b in mask.bind))
-
-
-def _opened(node: Node, target: Sum) -> Node:
-    """An elementwise tree with one of its roots, a sum, in terms of what it sums."""
-    if node is target:
-        graph, axes = node.graph, node.axes
-        whole = tuple(range(len(axes)))
-        terms = []
-        for c, (inner, bind) in zip(target.params, target.args, strict=True):
-            scaled = affine(inner, c, 0.0)
-            terms.append(View(scaled, bind))
-        out = terms[0]
-        for term in terms[1:]:
-            out = View(graph.make(Apply, axes, [out, term], ("add", ())), whole)
-        return out.node
-    if not isinstance(node, Apply):
-        return node
-    args = [View(_opened(child, target), bind) for child, bind in node.args]
-    return node.graph.make(Apply, node.axes, args, node.params)
+    return View(written, tuple(place[b] for b in mask.bind))
 
 
 def _through(node: Apply, target: View, part: Cotangent, scales: Sequence[View] = ()) -> np.ndarray | None:

@@ -9,9 +9,10 @@ import numpy as np
 
 from varscale.theory.axes import Axis
 from varscale.theory.cross import cross, dependent
-from varscale.theory.elementwise import Apply, roots
+from varscale.theory.elementwise import Apply
 from varscale.theory.graph import Array, Node, View
 from varscale.theory.moments import lift, means_by_type
+from varscale.theory.opening import Variable, apart, roots_of
 from varscale.theory.quadrature import (
     DEGREE,
     HERMITE,
@@ -31,7 +32,6 @@ from varscale.theory.quadrature import (
     sobol,
 )
 
-Variable = tuple[int, tuple[int, ...]]
 MOST_VARIABLES = 5
 _INDEPENDENT = 1e-3  # correlation below which two roots are taken for independent
 
@@ -67,25 +67,17 @@ def _followers(variables: dict[Variable, View], frame: Sequence[Axis]) -> dict[V
     return out
 
 
-def _variables(views: Sequence[View]) -> dict[Variable, View]:
-    found: dict[Variable, View] = {}
-    for view in views:
-        for root in roots(view.node):
-            placed = root.within(view.bind)
-            found[placed.node.id, placed.bind] = placed
-    return found
-
-
 def _groups(f: list[View], g: list[View], frame: Sequence[Axis]) -> tuple[list[_Group], Environment]:
     """Sort factors into independent groups; concentrated roots that depend on the others become their means."""
-    variables = _variables([*f, *g])
+    f, g = apart([f, g])
+    variables = roots_of([*f, *g])
     fixed: Environment = {}
     if len(variables) > 1:
         close = {k: v for k, v in variables.items() if concentrated(v.node)}
         rest = {k: v for k, v in variables.items() if k not in close}
         for k, v in close.items():
             alone = not any(v.node.deps & r.node.deps for r in rest.values()) and all(
-                set(_variables([x])) == {k} for x in (*f, *g) if k in _variables([x])
+                set(roots_of([x])) == {k} for x in (*f, *g) if k in roots_of([x])
             )
             if not alone and rest:
                 # A norm's own scale: mean(x²)·s(v)² at v = mean(x²) is an identity, so the mean is the right number, not E[s²].
@@ -97,7 +89,7 @@ def _groups(f: list[View], g: list[View], frame: Sequence[Axis]) -> tuple[list[_
 
     def own(x: View) -> list[Variable]:
         """The variables of a factor."""
-        found = (followers[k].leader if k in followers else k for k in _variables([x]))
+        found = (followers[k].leader if k in followers else k for k in roots_of([x]))
         return [k for k in dict.fromkeys(found) if k in variables]
 
     keys = list(variables)
@@ -176,7 +168,7 @@ def _of_one_root(group: _Group, frame: Sequence[Axis], fixed: Environment) -> tu
         values = _product(group.f, frame, group.known(fixed))[..., 0]
         return values, by_type(values, frame, second=False) * by_type(values, frame, second=True)
     (root,) = group.variables
-    alone = all(list(_variables([x])) == [(root.node.id, root.bind)] for x in group.f)
+    alone = all(list(roots_of([x])) == [(root.node.id, root.bind)] for x in group.f)
     marks = [likeness(x) for x in group.f] if alone else [None]
     if None in marks:
         mean, series = integrated()
@@ -278,7 +270,7 @@ def two_roots(f: View, a: View, g: View, b: View, frame: Sequence[Axis], fixed: 
 
 
 def _pairwise(group: _Group, frame: Sequence[Axis], fixed: Environment) -> np.ndarray:
-    fv, gv = _variables(group.f), _variables(group.g)
+    fv, gv = roots_of(group.f), roots_of(group.g)
     fv = {k: v for k, v in fv.items() if k not in fixed}
     gv = {k: v for k, v in gv.items() if k not in fixed}
     if not group.followers and len(fv) == 1 and len(gv) == 1 and len(group.f) == 1 and len(group.g) == 1:
@@ -300,7 +292,7 @@ def _read(node: Node, latents: np.ndarray, line: np.ndarray) -> np.ndarray:
 
 def _cubature(group: _Group, frame: Sequence[Axis], fixed: Environment) -> tuple[np.ndarray, np.ndarray]:
     """Means of Πf by class and second moments of Πf·Πg by type, over the joint normal of all their roots."""
-    variables = _variables([*group.f, *group.g])
+    variables = roots_of([*group.f, *group.g])
     keys = [k for k in variables if k not in fixed and k not in group.followers]
     views = [variables[k] for k in keys]
     graph = views[0].node.graph
