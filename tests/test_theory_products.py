@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 import varscale as vs
+from varscale.theory.graph import Graph, Leaf
+from varscale.theory.quadrature import factored
 
 relu = jax.nn.relu
 
@@ -51,3 +53,26 @@ def test_sums_of_too_many_terms_stay_together_in_doubt():
     found = row(f, 8)
     assert found.how == "assumed"
     assert found.confidence > 0.2
+
+
+@pytest.mark.parametrize(
+    "f",
+    [
+        pytest.param(lambda a, b: jnp.square(relu(a) + relu(a + 0.05 * b)), id="nearly the same"),
+        pytest.param(lambda a, b: jnp.square(relu(a) + relu(0.5 * a + 0.86 * b)), id="half the same"),
+        pytest.param(lambda a, b: jnp.square(relu(a) + 0.5 * a + 0.86 * b), id="one of them Gaussian"),
+    ],
+)
+def test_sums_of_correlated_parts_have_the_law_of_correlated_parts(f):
+    """The points are good to 1 %; parts taken for independent are off by 8 to 20 %."""
+    assert row(f, 2).second_moment == pytest.approx(integral(f, 2, 300), rel=0.015)
+
+
+def test_correlations_that_cannot_be_are_mended_in_doubt():
+    """Three variables with correlations −.8 between any two: the least eigenvalue is −.6, and −.5 is as far as they can go."""
+    graph = Graph()
+    node = graph.make(Leaf, (), (), "x")
+    graph.computing.append(node)
+    root = factored(np.full((3, 3), -0.8) + 1.8 * np.eye(3), graph)
+    np.testing.assert_allclose(root @ root.T, 1.5 * np.eye(3) - 0.5, atol=1e-12)
+    assert (node.flagged, node.doubt) == ("assumed", pytest.approx(0.6))

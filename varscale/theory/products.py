@@ -22,9 +22,11 @@ from varscale.theory.quadrature import (
     by_type,
     concentrated,
     evaluate,
+    factored,
     factors,
     followed,
     grid,
+    latent_cross,
     likeness,
     marginal,
     placed,
@@ -261,11 +263,7 @@ def _read_pairs(pairs: np.ndarray, fi: np.ndarray, gj: np.ndarray, frame: Sequen
 def two_roots(f: View, a: View, g: View, b: View, frame: Sequence[Axis], fixed: Environment) -> np.ndarray:
     """E[f(a_i) g(b_j)] for two different roots, from their cross-moments."""
     fi, gj = evaluate(f, frame, dict(fixed)), evaluate(g, frame, dict(fixed))
-    covariance = cross(a, b, frame) - _means(a, b, frame)
-    sa = lift(marginal(a.node).deviation, a.node.axes, a.bind, frame, pairs=False)
-    sb = lift(marginal(b.node).deviation, b.node.axes, b.bind, frame, pairs=False)
-    scale = by_type(sa, frame, second=False) * by_type(sb, frame, second=True)
-    rho = np.clip(covariance / np.maximum(scale, 1e-300), -1.0, 1.0)
+    rho = latent_cross(a, b, frame)
     return _series(_on_grid(fi), _on_grid(gj), frame).at(rho)
 
 
@@ -300,15 +298,12 @@ def _cubature(group: _Group, frame: Sequence[Axis], fixed: Environment) -> tuple
         graph.flag("assumed", 0.3)
     k = len(keys)
     types, classes = [a.types for a in frame], [a.classes for a in frame]
-    deviations = [lift(marginal(v.node).deviation, v.node.axes, v.bind, frame, pairs=False) for v in views]
     rho = np.empty((*types, k, k))
     for i, a in enumerate(views):
+        rho[..., i, i] = lift(marginal(a.node).correlation, a.node.axes, a.bind, frame, pairs=True)
         for j, b in enumerate(views):
-            if i == j:
-                rho[..., i, j] = lift(marginal(a.node).correlation, a.node.axes, a.bind, frame, pairs=True)
-                continue
-            scale = by_type(deviations[i], frame, second=False) * by_type(deviations[j], frame, second=True)
-            rho[..., i, j] = np.clip((cross(a, b, frame) - _means(a, b, frame)) / np.maximum(scale, 1e-300), -1, 1)
+            if i != j:
+                rho[..., i, j] = latent_cross(a, b, frame)
     grids = [np.broadcast_to(grid(v, frame), (*classes, len(Z))) for v in views]
     mean, second = np.empty(classes), np.empty(types)
     first_class, second_class = ([getattr(a, w) for a in frame] for w in ("first", "second"))
@@ -335,8 +330,7 @@ def _cubature(group: _Group, frame: Sequence[Axis], fixed: Environment) -> tuple
 
     for cell in np.ndindex(*classes):
         within = rho[cell]  # the types (c = c) come first on every axis
-        values, vectors = np.linalg.eigh(within)
-        latents = (z[:, :k] * np.sqrt(np.clip(values, 0, None))) @ vectors.T
+        latents = z[:, :k] @ factored(within, graph).T
         mean[cell] = np.mean(tree(group.f, cell, latents))
     if not group.g:
         return mean, second
@@ -346,8 +340,7 @@ def _cubature(group: _Group, frame: Sequence[Axis], fixed: Environment) -> tuple
         key = (ci, cj, tuple(np.round(rho[index].ravel(), 4)))
         if key not in done:
             joint = np.block([[rho[ci], rho[index]], [rho[index].T, rho[cj]]])
-            values, vectors = np.linalg.eigh(joint)
-            latents = (z * np.sqrt(np.clip(values, 0, None))) @ vectors.T
+            latents = z @ factored(joint, graph).T
             done[key] = float(np.mean(tree(group.f, ci, latents[:, :k]) * tree(group.g, cj, latents[:, k:])))
         second[index] = done[key]
     return mean, second

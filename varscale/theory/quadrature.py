@@ -20,8 +20,8 @@ from scipy import special
 from varscale.theory.axes import Axis, apply_axis, class_shares
 from varscale.theory.elementwise import Apply, Sum, form, roots
 from varscale.theory.functions import function
-from varscale.theory.graph import Array, Constant, Leaf, Merge, Node, Permute, Split, View
-from varscale.theory.moments import Table
+from varscale.theory.graph import Array, Constant, Graph, Leaf, Merge, Node, Permute, Split, View
+from varscale.theory.moments import Table, lift
 
 # The trapezoidal rule on a Gaussian converges like exp(-2π²/h²): exact to rounding for smooth functions, to h²/12 at a corner.
 # An even number of points keeps 0, where corners lie, in the middle of a cell.
@@ -123,7 +123,9 @@ def quantiles(root: Node, table: Table, deviation: np.ndarray) -> np.ndarray | N
             inner = quantiles(source, source.table, marginal(source).deviation)
             return None if inner is None else np.broadcast_to(inner.reshape(-1, POINTS)[0], (*table.mean.shape, POINTS))
     if isinstance(root, Sum) and not root.is_variance:
-        shape = _sum_quantiles(root, table, deviation)
+        from varscale.theory.summed import sum_quantiles
+
+        shape = sum_quantiles(root, table, deviation)
         if shape is not None:
             return np.maximum(shape, 0.0) if root.positive else shape
     if root.positive and np.all(table.mean > 0):
@@ -146,77 +148,6 @@ def followed(array: Array, leader: Array) -> np.ndarray:
         chosen = np.asarray(array.values, float)[index].ravel()[order]
         out[cell] = chosen[np.minimum((u * len(chosen)).astype(int), len(chosen) - 1)]
     return out
-
-
-_MOST_CELLS = 9
-_STRAIGHT = 0.995  # share of a term's variance that is linear in a normal, above which the term is as good as Gaussian
-
-
-def _convolved(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Quantiles, on the normal grid, of the sum of two independent variables given so, tails included."""
-    coarse = slice(None, None, 5)
-    weights = np.multiply.outer(WEIGHTS[coarse], WEIGHTS[coarse]).ravel()
-    sums = np.add.outer(a[coarse], b[coarse]).ravel()
-    order = np.argsort(sums)
-    mass = weights[order] / weights.sum()
-    below, above = np.cumsum(mass) - mass / 2, np.cumsum(mass[::-1])[::-1] - mass / 2
-    scores = np.where(below < 0.5, special.ndtri(np.maximum(below, 1e-300)), -special.ndtri(np.maximum(above, 1e-300)))
-    return np.interp(Z, scores, sums[order])
-
-
-def _sum_quantiles(root: Sum, table: Table, deviation: np.ndarray) -> np.ndarray | None:
-    """The law of a sum of independent parts that are not all Gaussian: quantiles of the convolution, moments matched."""
-    parts = []
-    shape = tuple(a.classes for a in root.axes)
-    shares = []
-    for c, view in zip(root.params, root.args, strict=True):
-        if isinstance(view.node, Constant):
-            return None
-        live = _shaping(view, root.axes)
-        shares.append(c * c * view.node.table.variance if live else 0.0)
-        parts.append((c, view, live))
-    # A tenth of the variance moves a fourth moment by a hundredth: below that the sum is as good as Gaussian.
-    if sum(shares) < 0.1 * max(table.variance, 1e-300):
-        return None
-    cells = list(np.ndindex(*shape))
-    if len(cells) > _MOST_CELLS:  # one shape for all, that of the most common class: mean and deviation stay each class's own
-        cells = [tuple(int(np.argmax(a.counts)) for a in root.axes)]
-    shapes = np.empty((*shape, POINTS))
-    for cell in cells:
-        line = np.zeros(POINTS)
-        for c, view, live in parts:
-            if live:
-                part = np.broadcast_to(_line(view, live, root.axes), (*shape, POINTS))[cell]
-            else:
-                part = view.node.table.total_mean + math.sqrt(view.node.table.variance) * Z
-            line = _convolved(line, c * part)
-        mean = WEIGHTS @ line
-        std = math.sqrt(max(WEIGHTS @ line**2 - mean**2, 1e-300))
-        shapes[cell if len(cells) > 1 else ...] = (line - mean) / std
-    return table.mean[..., None] + deviation[..., None] * shapes
-
-
-def _shaping(view: View, axes: Sequence[Axis]) -> tuple[View, ...]:
-    """The one root of a term, over these axes, that gives it its shape; none where there is no such root, or it is Gaussian."""
-    node = view.node
-    own = [r.within(view.bind) for r in roots(node)]
-    if len(own) == 1:
-        plain = (isinstance(node, Apply) and node.table.variance == 0) or (own[0].node is node and marginal(node).gaussian)
-        return () if plain else tuple(own)
-    live = [r for r in own if not concentrated(r.node)]  # the scale of a norm is as good as a number
-    if len(live) != 1:
-        return ()
-    line = _line(view, live, axes)
-    variance = line**2 @ WEIGHTS - (line @ WEIGHTS) ** 2
-    straight = np.all((line * Z @ WEIGHTS) ** 2 >= _STRAIGHT * variance)
-    return () if straight else tuple(live)
-
-
-def _line(view: View, live: Sequence[View], axes: Sequence[Axis]) -> np.ndarray:
-    """A term on the normal grid of its one live root, the other roots held at their means, (classes or 1..., points)."""
-    held = [r for r in (x.within(view.bind) for x in roots(view.node)) if r not in live]
-    env: Environment = {(r.node.id, r.bind): r.mean(axes)[..., None] for r in held}
-    return evaluate(view, axes, env)
 
 
 def by_type(x: np.ndarray, axes: Sequence[Axis], *, second: bool) -> np.ndarray:
@@ -246,6 +177,40 @@ def latent(table: Table, deviation: np.ndarray, values: np.ndarray | None, *, lo
     rho = np.array(np.broadcast_to(rho, [a.types for a in axes]))
     rho[tuple(slice(0, a.classes) for a in axes)] = 1.0
     return rho
+
+
+def latent_cross(a: View, b: View, frame: Sequence[Axis]) -> np.ndarray:
+    """Likewise of the normals behind two different roots, from their cross-moments, by type of the frame."""
+    from varscale.theory.cross import cross, mean_product
+
+    covariance = cross(a, b, frame) - mean_product(a, b, frame)
+    lines, scales = [], []
+    for view, second in ((a, False), (b, True)):
+        own = marginal(view.node)
+        scales.append(by_type(lift(own.deviation, view.node.axes, view.bind, frame, pairs=False), frame, second=second))
+        line = None if isinstance(view.node, Apply) or own.gaussian else placed(own.values, view, frame) @ HERMITE
+        lines.append(_STRAIGHT_LINE if line is None else by_type(line, frame, second=second))
+    rho = np.clip(covariance / np.maximum(scales[0] * scales[1], 1e-300), -1.0, 1.0)
+    if all(line is _STRAIGHT_LINE for line in lines):
+        return rho
+    ai, bj = (np.where(np.arange(line.shape[-1]) > 0, line, 0.0) for line in lines)
+    whole = np.sqrt(np.sum(ai**2, -1) * np.sum(bj**2, -1))
+    return _solved(ai * bj / np.maximum(whole, 1e-300)[..., None], rho)
+
+
+_STRAIGHT_LINE = np.eye(DEGREE)[1]  # Hermite coefficients of a normal
+
+
+def factored(rho: np.ndarray, graph: Graph) -> np.ndarray:
+    """L with unit rows and L Lᵀ = ρ, or the nearest there is; what that changes is in doubt."""
+    values, vectors = np.linalg.eigh(rho)
+    root = vectors * np.sqrt(np.clip(values, 0, None))
+    if values[0] < -_INDEFINITE:
+        graph.flag("assumed", float(-values[0]))
+    return root / np.maximum(np.linalg.norm(root, axis=1, keepdims=True), 1e-300)
+
+
+_INDEFINITE = 0.05  # least eigenvalue of pairwise correlations that rounding and unlike marginals explain
 
 
 def _solved(coefficients: np.ndarray, target: np.ndarray) -> np.ndarray:
