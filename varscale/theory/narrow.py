@@ -127,13 +127,18 @@ def _(node: Apply) -> float:
 
 def _response(node: Apply, main: View) -> float:
     """a_4 / (√24 a_0) of the square of all factors that read a root, its norm's scale held."""
+    a = held_square(node, main, {}) @ HERMITE
+    return float(a[4] / (math.sqrt(24) * a[0])) if a[0] > 0 else 0.0
+
+
+def held_square(node: Apply, main: View, given: Environment) -> np.ndarray:
+    """The square of all factors that read a root on the normal grid, the other roots held, classes pooled."""
     product = np.ones(len(WEIGHTS))
     for factor in factors(View(node, tuple(range(len(node.axes)))))[1]:
         own = [r.within(factor.bind) for r in roots(factor.node)]
         if main not in own:
             continue
         env: Environment = {(r.node.id, r.bind): r.mean(node.axes)[..., None] for r in own if r != main}
-        values = np.square(np.asarray(evaluate(factor, node.axes, env), float))
+        values = np.square(np.asarray(evaluate(factor, node.axes, {**env, **given}), float))
         product = product * values.reshape(-1, values.shape[-1]).mean(axis=0)
-    a = product @ HERMITE
-    return float(a[4] / (math.sqrt(24) * a[0])) if a[0] > 0 else 0.0
+    return product

@@ -33,6 +33,7 @@ from varscale.theory.quadrature import (
     power_series,
 )
 from varscale.theory.responses import companions, responses
+from varscale.theory.spheres import sphere_shift
 
 _FORGOTTEN = 1e-5  # a ratio below which what fluctuates is not handed on: a norm's, but for its epsilon
 
@@ -174,11 +175,11 @@ def inherited(node: Node) -> Spread:
             terms.append((slope, spread))
             curved += curvature * spread.point / 2
             bent += abs(curvature) * spread.point / 2
-        shape, doubted = shape_shift(node)
-        curved, bent = curved + shape, bent + doubted
+        shapes = (shape_shift(node), sphere_shift(node))
+        shift, bent = sum(s for s, _ in shapes), bent + sum(d for _, d in shapes)
         out = combine(terms)
         out = dataclasses.replace(out, sources={**out.sources, **_scalings(node)})
-        memo[key] = dataclasses.replace(out, shift=out.shift + float(np.clip(curved, -0.5, 0.5)), bend=out.bend + bent)
+        memo[key] = dataclasses.replace(out, shift=out.shift + shift + float(np.clip(curved, -0.5, 0.5)), bend=out.bend + bent)
     return memo[key]
 
 

@@ -1,0 +1,78 @@
+r"""Norms over few units: what they put out lies on a sphere, and no coordinate of it is Gaussian.
+
+Of x with m independent normal coordinates, y = x/√(mean x²) is √m times a coordinate of a unit vector: y²/m is a Beta(1/2,
+(m − 1)/2) variable (±1 for m = 1, Gaussian for m = ∞; excess kurtosis −6/(m + 2)). Over n units m is n, or n − 1 where their
+mean is taken away; of correlated units it is 2/r, where r is the relative variance of mean x².
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from scipy import special
+
+from varscale.theory.axes import Axis, contract_axis
+from varscale.theory.elementwise import Apply, Sum
+from varscale.theory.graph import Node, View
+from varscale.theory.moments import means_by_type
+from varscale.theory.narrow import held_square
+from varscale.theory.quadrature import WEIGHTS, Z, marginal, placed
+from varscale.theory.responses import companions, responses
+
+_MANY = 2000  # units, from where on a shift is below a thousandth
+_FREE = 0.1  # ratio of responses up to which a function is one of a normalised array: its epsilon is left
+_OFF_CENTRE = 0.1  # share of a mean square that is the mean's, up to which the law is the symmetric one
+
+
+def sphere_shift(node: Apply) -> tuple[float, float]:
+    """How a function of what a norm puts out differs from that of Gaussian units, for which they are taken.
+
+    Returns:
+        The relative shift of its second moment, and what is in doubt: half as much again where units are correlated, as much
+        again where they are not centred, for which the law on the sphere is another.
+    """
+    shift, doubt = 0.0, 0.0
+    for main, *scales in companions(node).values():
+        scale = next((s for s in scales if _is_scale(s.node) and len(s.bind) < len(main.bind)), None)
+        if scale is None or not marginal(main.node).gaussian or abs(responses(node)[main.node][0]) > _FREE:
+            continue
+        dimension, independent = _dimension(main, scale)
+        if dimension > _MANY:
+            continue
+        own = marginal(main.node)
+        given = {(main.node.id, main.bind): _line(main, dimension, node.axes)}
+        plain, squared = held_square(node, main, {}), held_square(node, main, given)
+        found = float(squared @ WEIGHTS / (plain @ WEIGHTS)) - 1 if plain @ WEIGHTS > 0 else 0.0
+        if np.sum(own.mean**2) > _OFF_CENTRE * np.sum(own.mean**2 + own.deviation**2):
+            doubt += abs(found)
+            continue
+        shift, doubt = shift + found, doubt + (0.0 if independent else abs(found) / 2)
+    return shift, doubt
+
+
+def _is_scale(node: Node) -> bool:
+    return type(node).__name__ == "Mean" or (isinstance(node, Sum) and node.is_variance)
+
+
+def _dimension(main: View, scale: View) -> tuple[float, bool]:
+    """2/r, and whether that is what independent units have."""
+    table = main.node.table
+    rho = np.clip(table.covariance / means_by_type(np.sqrt(np.maximum(table.diagonal, 1e-300)), table.axes), -1, 1) ** 2
+    units = 1
+    for k in reversed(range(len(table.axes))):
+        axis, held = table.axes[k], main.bind[k] in scale.bind
+        rho = contract_axis(rho, k, axis.same if held else axis.any_pair)
+        units *= 1 if held else axis.size
+    dimension = max(1 / max(float(rho), 1e-12), 1.0)
+    return dimension, dimension > 0.9 * (units - 1)
+
+
+def _line(main: View, dimension: float, frame: Sequence[Axis]) -> np.ndarray:
+    """Values of a root whose normalised coordinates lie on a sphere, over its frame's classes and the normal grid."""
+    beta = special.betaincinv(0.5, (dimension - 1) / 2, np.abs(2 * special.ndtr(Z) - 1)) if dimension > 1 + 1e-6 else 1.0
+    coordinates = np.sign(Z) * np.sqrt(dimension * beta)
+    coordinates = coordinates / math.sqrt(float(coordinates**2 @ WEIGHTS))
+    own = marginal(main.node)
+    return placed(own.mean[..., None] + own.deviation[..., None] * coordinates, main, frame)
