@@ -103,3 +103,36 @@ def test_what_a_norm_over_few_units_puts_out_lies_on_a_sphere(norm, units):
         found = row(lambda x, f=f: f(module.apply({}, x, mutable=["batch_stats"])[0]), 1, shape)
         assert found.second_moment == pytest.approx(np.mean(np.asarray(f(y), float) ** 2), rel=0.012)
         assert found.confidence < 0.05
+
+
+@pytest.mark.parametrize(
+    "f",
+    [
+        pytest.param(jnp.log, id="logarithm of a normal"),
+        pytest.param(jnp.sqrt, id="root of a normal"),
+        pytest.param(lambda a: a / 0.0, id="division by zero"),
+        pytest.param(lambda a: 1 / a, id="reciprocal, whose square has no integral"),
+    ],
+)
+def test_what_has_no_value_is_in_infinite_doubt(f):
+    found = row(f, 1)
+    assert found.how == "assumed"
+    assert found.confidence == np.inf
+    report = vs.Report((found,))
+    assert "inf" in str(report)
+    assert '"confidence": null' in report.to_json()
+
+
+@pytest.mark.parametrize(
+    "f",
+    [
+        pytest.param(lambda a: jnp.where(a > 0.1, jnp.log(a), 0), id="logarithm where it is chosen"),
+        pytest.param(lambda a: jnp.where(a > 0.1, jnp.log(a), 1), id="or something else is"),
+        pytest.param(lambda a: jnp.sqrt(relu(a)), id="root of what is not negative"),
+        pytest.param(lambda a: jnp.tanh(1 / a), id="bounded function of a reciprocal"),
+        pytest.param(lambda a: jnp.where(a > 2, 1.0, 0.0), id="rare event"),
+    ],
+)
+def test_what_has_a_value_is_not_in_doubt(f):
+    assert row(f, 1).how == "quadrature"
+    assert row(f, 1).confidence < 0.2

@@ -225,8 +225,8 @@ def apply(graph: Graph, name: str, extra: tuple[Any, ...], axes: tuple[Axis, ...
             return _scaled(views[1], axes, constants[0], 0.0)
         if views[0] == views[1]:
             name, extra, views = "integer_pow", (2,), views[:1]
-    if name == "div" and constants[1] is not None:
-        return _scaled(views[0], axes, 1 / constants[1] if constants[1] else 0.0, 0.0)
+    if name == "div" and constants[1]:
+        return _scaled(views[0], axes, 1 / constants[1], 0.0)
     if name == "neg":
         return _scaled(views[0], axes, -1.0, 0.0)
     if name == "square":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from varscale.theory.elementwise import Apply, Sum
@@ -14,6 +16,7 @@ _BASE = 0.02
 # The mean over draws shifts by half the curvature of each layer's response times the variance of its input; the next order is
 # taken to be as large once more as the first, with every layer's curvature counted as if they all had one sign.
 _NEXT_ORDER = 2.0
+_NO_BOUND = 1e3  # a relative error above which there is no bound at all
 _SCATTER = 0.5  # of the variance of ln(mean square): what is not lognormal in it
 
 
@@ -21,6 +24,8 @@ def provenance(node: Node) -> tuple[str, float]:
     """The worst way in which a step that matters was taken, and a bound on the relative error of the second moment."""
     how, doubt = _steps(node)
     spread = full(node)
+    if doubt > _NO_BOUND:
+        doubt = math.inf
     return how, _BASE + doubt + _NEXT_ORDER * spread.bend + _SCATTER * spread.variance
 
 

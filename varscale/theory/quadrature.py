@@ -324,6 +324,7 @@ def concentrated(root: Node) -> bool:
 
 def elementwise_table(node: Apply) -> Table:
     """Mean and second moments of an elementwise node."""
+    from varscale.theory.domains import mark_undefined
     from varscale.theory.products import product_moments
 
     view = View(node, tuple(range(len(node.axes))))
@@ -339,6 +340,7 @@ def elementwise_table(node: Apply) -> Table:
         else:
             second = c * c * second
         return Table(node.axes, c * mean + d, np.array(np.broadcast_to(second, node.frame_types)))
+    mark_undefined(node)
     mean, second = product_moments(view, node.axes)
     classes = [a.classes for a in node.axes]
     return Table(node.axes, np.array(np.broadcast_to(mean, classes)), np.array(np.broadcast_to(second, node.frame_types)))

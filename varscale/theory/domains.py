@@ -1,0 +1,92 @@
+"""Where a function has no value, or its square no integral: what quadrature, which goes on with finite numbers, cannot see."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from varscale.theory.elementwise import Apply, roots
+from varscale.theory.graph import Array, Leaf, View
+from varscale.theory.quadrature import WEIGHTS, Environment, concentrated, evaluate, factors
+
+UNBOUNDED = 1e9  # a doubt that stands for an infinite one, and can be multiplied by nothing
+_NEGLIGIBLE = 1e-6  # weight of places without a value: beyond 4.9 standard deviations there may be some
+_RESOLVED, _LOST = 0.05, 0.3  # relative differences between a grid and each third of it
+
+_OUTSIDE: dict[str, Callable[..., Any]] = {
+    "log": lambda x: x <= 0,
+    "log1p": lambda x: x <= -1,
+    "sqrt": lambda x: x < 0,
+    "rsqrt": lambda x: x <= 0,
+    "div": lambda x, y: y == 0,
+    "asin": lambda x: np.abs(x) > 1,
+    "acos": lambda x: np.abs(x) > 1,
+    "atanh": lambda x: np.abs(x) >= 1,
+    "erf_inv": lambda x: np.abs(x) >= 1,
+    "acosh": lambda x: x < 1,
+}
+_ALWAYS_DEFINED = {"gt", "lt", "ge", "le", "eq", "ne", "is_finite"}
+
+
+def mark_undefined(node: Apply) -> None:
+    """Flag a node whose functions have no values where they are asked for, or no finite mean square."""
+    for own in _by_root(node).values():
+        env: Environment = {}
+        values, outside = np.ones(1), np.zeros(1, bool)
+        for factor, held in own:
+            env.update({(r.node.id, r.bind): r.mean(node.axes)[..., None] for r in held})
+            now = np.asarray(evaluate(factor, node.axes, env), float)
+            # Where a choice makes another factor zero, what it did not choose needs no value.
+            outside = (outside & (now != 0)) | (_undefined(factor, node, env) & (values != 0))
+            values = values * now
+        weight = float(np.max(np.broadcast_to(outside, (*outside.shape[:-1], len(WEIGHTS))) @ WEIGHTS))
+        doubt = UNBOUNDED if weight > _NEGLIGIBLE else _unresolved(values)
+        if doubt:
+            node.graph.flag("assumed" if doubt == UNBOUNDED else "quadrature", doubt)
+
+
+def _by_root(node: Apply) -> dict[View | None, list[tuple[View, list[View]]]]:
+    """Factors by the one root of theirs that fluctuates, each with those that do not."""
+    out: dict[View | None, list[tuple[View, list[View]]]] = {}
+    for factor in factors(View(node, tuple(range(len(node.axes)))))[1]:
+        own = [r.within(factor.bind) for r in roots(factor.node)]
+        live = [r for r in own if not concentrated(r.node)]
+        if len(live) > 1 or any(isinstance(r.node, Array) or (isinstance(r.node, Leaf) and r.node.is_bits) for r in own):
+            continue
+        out.setdefault(live[0] if live else None, []).append((factor, [r for r in own if r not in live]))
+    return out
+
+
+def _undefined(view: View, node: Apply, env: Environment) -> Any:
+    """Where a tree has no value: a choice has one where what is chosen has."""
+    inner, bind = view
+    if not isinstance(inner, Apply) or inner.params[0] in _ALWAYS_DEFINED or (inner.id, bind) not in env:
+        return np.zeros(1, bool)
+    name = inner.params[0]
+    args = [child.within(bind) for child in inner.args]
+    below = [_undefined(a, node, env) for a in args]
+    if name == "select_n":
+        which = np.asarray(evaluate(args[0], node.axes, env))
+        chosen = [np.logical_and(which == i, x) for i, x in enumerate(below[1:])]
+        return np.logical_or.reduce(np.broadcast_arrays(below[0], *chosen))
+    numbers = [np.asarray(evaluate(a, node.axes, env)) for a in args]
+    if name == "mul":
+        return (below[0] & (numbers[1] != 0)) | (below[1] & (numbers[0] != 0))
+    if name in _OUTSIDE:
+        below.append(_OUTSIDE[name](*numbers))
+    return np.logical_or.reduce(np.broadcast_arrays(*below))
+
+
+def _unresolved(values: np.ndarray) -> float:
+    """Doubt of a mean square for which the thirds of the grid differ: the error of a jump is a third of that, a pole's all."""
+    if values.shape[-1] != len(WEIGHTS):
+        return 0.0
+    terms = np.square(values).reshape(-1, len(WEIGHTS)).mean(axis=0) * WEIGHTS
+    thirds = [3 * float(terms[i::3].sum()) for i in range(3)]
+    apart = max(thirds) - min(thirds)
+    whole = float(terms.sum())
+    if apart <= 2 * _RESOLVED * whole:
+        return 0.0
+    return UNBOUNDED if apart > 2 * _LOST * whole else apart / 2 / 3 / whole
