@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import varscale as vs
+from varscale.theory.functions import function
 from varscale.theory.graph import Graph, Leaf
 from varscale.theory.quadrature import factored
 
@@ -110,6 +111,7 @@ def test_what_a_norm_over_few_units_puts_out_lies_on_a_sphere(norm, units):
     [
         pytest.param(jnp.log, id="logarithm of a normal"),
         pytest.param(jnp.sqrt, id="root of a normal"),
+        pytest.param(lambda a: a**1.5, id="fractional power of a normal"),
         pytest.param(lambda a: a / 0.0, id="division by zero"),
         pytest.param(lambda a: 1 / a, id="reciprocal, whose square has no integral"),
     ],
@@ -136,3 +138,9 @@ def test_what_has_no_value_is_in_infinite_doubt(f):
 def test_what_has_a_value_is_not_in_doubt(f):
     assert row(f, 1).how == "quadrature"
     assert row(f, 1).confidence < 0.2
+
+
+@pytest.mark.parametrize("x", [0.0, 1e-6, 1e-3, 0.1, 1.0, 5.0])
+def test_second_derivatives_are_right_near_zero(x):
+    y = 1 / (1 + np.exp(-x))
+    assert function("∂0∂0logistic", ())(np.array([x]))[0] == pytest.approx(y * (1 - y) * (1 - 2 * y), abs=1e-4)

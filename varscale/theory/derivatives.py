@@ -68,9 +68,9 @@ def _partial(name: str, extra: tuple[Any, ...], k: int, args: Sequence[View], bu
                 return None
             picks = [View(number(graph, float(i == k)), ()) for i in range(1, len(args))]
             return build("select_n", args[0], *picks)
-        case "integer_pow":
+        case "integer_pow" | "power":
             y = extra[0]
-            return build("mul", View(number(graph, float(y)), ()), build("integer_pow", args[0], extra=(y - 1,)))
+            return build("mul", View(number(graph, float(y)), ()), build(name, args[0], extra=(y - 1,)))
         case "exp":
             return build("exp", args[0])
         case "gt" | "lt" | "ge" | "le" | "eq" | "ne" | "sign" | "floor" | "ceil" | "round" | "is_finite" | "convert":

@@ -21,6 +21,7 @@ _OUTSIDE: dict[str, Callable[..., Any]] = {
     "sqrt": lambda x: x < 0,
     "rsqrt": lambda x: x <= 0,
     "div": lambda x, y: y == 0,
+    "power": lambda x: x < 0,
     "asin": lambda x: np.abs(x) > 1,
     "acos": lambda x: np.abs(x) > 1,
     "atanh": lambda x: np.abs(x) >= 1,

@@ -37,6 +37,8 @@ class Apply(Node):
             self.positive = nodes[0].positive and nodes[1].positive
         elif name == "integer_pow":
             self.positive = extra[0] % 2 == 0 or nodes[0].positive
+        elif name == "power":
+            self.positive = True  # a root: of what is negative there is none
         elif name == "max":
             self.positive = any(n.positive for n in nodes)
         elif name in ("add", "min", "select_n"):
@@ -232,7 +234,7 @@ def apply(graph: Graph, name: str, extra: tuple[Any, ...], axes: tuple[Axis, ...
     if name == "square":
         name, extra = "integer_pow", (2,)
     if name == "pow" and constants[1] is not None:
-        name, extra, views = "integer_pow", (constants[1],), views[:1]
+        name, extra, views = "integer_pow" if constants[1] % 1 == 0 else "power", (constants[1],), views[:1]
     if name == "integer_pow" and extra[0] == 1:
         return _whole(views[0], axes)
     if name == "select_n" and constants[0] is not None:

@@ -66,15 +66,22 @@ def _bitcast(x: np.ndarray, dtype: str) -> np.ndarray:
     return np.asarray(out).astype(float) if target.kind not in "iu" else np.asarray(out)
 
 
-# The derivative of a kinked or discrete function is that of its table on the grid: a cell wide, so that jumps are not missed.
-_STEP = 1e-5
+# A difference of differences divides their rounding, 1e-8 near 0, by its own step, which is therefore wider.
+_STEP, _SECOND_STEP = (1e-5, 1e-3), (1e-3, 1.0)
 
 
-def partial(f: Callable[..., np.ndarray], k: int) -> Callable[..., np.ndarray]:
-    """∂f/∂(argument k), by a central difference in float64 (relative error 1e-9 where f is smooth, exact beside a corner)."""
+def partial(f: Callable[..., np.ndarray], k: int, step: tuple[float, float] = _STEP) -> Callable[..., np.ndarray]:
+    """∂f/∂(argument k), by a central difference in float64 (relative error 1e-9 where f is smooth, exact beside a corner).
+
+    Args:
+        f: a function.
+        k: which argument.
+        step: its share of the argument, and the least argument it is a share of.
+    """
+    share, least = step
 
     def derivative(*xs: np.ndarray) -> np.ndarray:
-        step = _STEP * np.maximum(np.abs(xs[k]), 1e-3)
+        step = share * np.maximum(np.abs(xs[k]), least)
         up, down = list(xs), list(xs)
         up[k], down[k] = xs[k] + step, xs[k] - step
         return (f(*up) - f(*down)) / (2 * step)
@@ -174,6 +181,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "shift_left": _bitwise(np.left_shift),
     "affine": lambda x, c, d: c * x + d,
     "integer_pow": _guard(_integer_pow),
+    "power": _guard(lambda x, y: np.power(x, y)),
     "convert": _convert,
     "bitcast": _bitcast,
 }
@@ -203,7 +211,7 @@ POSITIVE = {
 def function(name: str, extra: tuple[Any, ...]) -> Callable[..., np.ndarray]:
     """The NumPy function of an elementwise node: a primitive with its static parameters, or "∂k name", its derivative."""
     if name.startswith("∂"):
-        return partial(function(name[2:], extra), int(name[1]))
+        return partial(function(name[2:], extra), int(name[1]), _SECOND_STEP if name[2:].startswith("∂") else _STEP)
     f = FUNCTIONS[name]
     return (lambda *xs: f(*xs, *extra)) if extra else f
 

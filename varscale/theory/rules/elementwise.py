@@ -8,7 +8,7 @@ from varscale.theory.functions import FUNCTIONS
 from varscale.theory.interpreter import Interpreter, elementwise_or_layout, rule
 from varscale.theory.layout import Value
 
-_OWN = {"affine", "convert", "bitcast", "integer_pow"}
+_OWN = {"affine", "convert", "bitcast", "integer_pow", "power"}
 _NAMES = [name for name in FUNCTIONS if name not in _OWN]
 _IDENTITIES = (
     "stop_gradient",
