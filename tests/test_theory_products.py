@@ -9,7 +9,8 @@ import pytest
 import varscale as vs
 from varscale.theory.functions import function
 from varscale.theory.graph import Graph, Leaf
-from varscale.theory.quadrature import factored
+from varscale.theory.products import _series
+from varscale.theory.quadrature import Z, factored
 
 relu = jax.nn.relu
 
@@ -144,3 +145,12 @@ def test_what_has_a_value_is_not_in_doubt(f):
 def test_second_derivatives_are_right_near_zero(x):
     y = 1 / (1 + np.exp(-x))
     assert function("∂0∂0logistic", ())(np.array([x]))[0] == pytest.approx(y * (1 - y) * (1 - 2 * y), abs=1e-4)
+
+
+def test_a_step_and_its_mirror_image_never_meet():
+    """P(z > 0, −z > 0) = 0; P(z > 0, z' > 0) = 1/4 + arcsin(ρ)/2π, of which the tail beyond the series' degree is ≤ .01."""
+    step = (Z > 0).astype(float)
+    rho = np.array([-1.0, -0.99, -0.9, -0.5, 0.0, 0.5, 0.9, 0.99, 1.0])
+    found = _series(step, step, ()).at(rho)
+    assert found[0] == pytest.approx(0, abs=1e-12)
+    np.testing.assert_allclose(found, 0.25 + np.arcsin(rho) / (2 * np.pi), atol=0.01)

@@ -226,24 +226,26 @@ def _on_grid(values: np.ndarray) -> np.ndarray:
 class _Series(NamedTuple):
     """E[f(z_i) g(z_j)] of two functions of normals as a function of their correlation, by type.
 
-    Exact for i and j the same, Σ a_k b_k ρ^k elsewhere, what is beyond the degree carried at its power.
+    Exact for i and j the same and for opposites, Σ a_k b_k ρ^k elsewhere, what is beyond the degree carried at its power.
     """
 
     both: np.ndarray
+    opposite: np.ndarray
     coefficients: np.ndarray
 
     def at(self, rho: np.ndarray) -> np.ndarray:
         inner, whole = power_series(self.coefficients, rho), self.coefficients.sum(-1)
-        beyond = (self.both - whole) * np.where(rho > 0, np.abs(rho) ** DEGREE, 0.0)
-        return np.where(rho >= 1 - 1e-9, self.both, inner + beyond)
+        alternating = self.coefficients[..., ::2].sum(-1) - self.coefficients[..., 1::2].sum(-1)
+        beyond = np.where(rho > 0, self.both - whole, self.opposite - alternating) * np.abs(rho) ** DEGREE
+        return np.where(rho >= 1 - 1e-9, self.both, np.where(rho <= -1 + 1e-9, self.opposite, inner + beyond))
 
 
 def _series(fi: np.ndarray, gj: np.ndarray, frame: Sequence[Axis]) -> _Series:
     """For functions given on the grid by class, (classes or 1..., points)."""
     ai = fi @ HERMITE
     bj = ai if gj is fi else gj @ HERMITE
-    both = _read_pairs(_class_pairs(fi, gj, WEIGHTS), fi, gj, frame)
-    return _Series(both, by_type(ai, frame, second=False) * by_type(bj, frame, second=True))
+    both, opposite = (_read_pairs(_class_pairs(fi, g, WEIGHTS), fi, gj, frame) for g in (gj, gj[..., ::-1]))
+    return _Series(both, opposite, by_type(ai, frame, second=False) * by_type(bj, frame, second=True))
 
 
 def _class_pairs(fi: np.ndarray, gj: np.ndarray, weights: np.ndarray) -> np.ndarray:
