@@ -26,7 +26,8 @@ class Moments:
         dtype: its dtype.
         sample_correlation: E[x x'] / E[x²] for one feature in two samples (first axis); by default independent,
             mean²/second_moment.
-        position_correlation: likewise for one feature at two positions (axes between the first and the last) of a sample.
+        position_correlation: likewise for one feature at two different positions (axes between the first and the last) of a
+            sample. Two positions of two samples have the product of both correlations about the mean.
     """
 
     mean: float = 0.0
@@ -42,21 +43,44 @@ class Moments:
         if self.second_moment < self.mean**2 * (1 - 1e-12):
             raise ValueError(f"second_moment must be at least mean² = {self.mean**2!r}, not {self.second_moment!r}")
         object.__setattr__(self, "shape", tuple(int(n) for n in self.shape))
-        for name in ("sample_correlation", "position_correlation"):
-            value = getattr(self, name)
-            if value is not None and not -1 <= value <= 1:
-                raise ValueError(f"{name} must lie in [-1, 1], not {value!r}")
+        for name, axes in self._shared().items():
+            self._check(name, math.prod(self.shape[k] for k in axes))
+
+    def _shared(self) -> dict[str, range]:
+        """The axes that each correlation is about."""
+        return {"sample_correlation": range(min(1, len(self.shape))), "position_correlation": range(1, len(self.shape) - 1)}
+
+    def _check(self, name: str, count: int) -> None:
+        """Numbers that share one correlation, `count` of them, can have none below −1/(count − 1) about their mean."""
+        value, square = getattr(self, name), self.mean**2
+        if value is None:
+            return
+        scale = max(self.second_moment, 1e-300)
+        least = max(-1.0, (square - (self.second_moment - square) / max(count - 1, 1)) / scale)
+        if not least - 1e-9 <= value <= 1 + 1e-9:
+            raise ValueError(
+                f"{name} of {count} entries with mean {self.mean!r} and second_moment {self.second_moment!r} must lie in "
+                f"[{least:.6g}, 1], not {value!r}: no random numbers have such moments"
+            )
 
     def second(self) -> Float[np.ndarray, "..."]:
         """E[x_i x_j] by which axes agree, shape (2,) * ndim, 0 for "same" and 1 for "different"."""
-        k = len(self.shape)
-        table = np.full((2,) * k, float(self.mean) ** 2)
+        k, square = len(self.shape), float(self.mean) ** 2
+        variance = float(self.second_moment) - square
+        table = np.full((2,) * k, square)
         table[(0,) * k] = self.second_moment
-        for correlation, axes in ((self.sample_correlation, range(1)), (self.position_correlation, range(1, k - 1))):
-            if correlation is None:
+        shared = self._shared()
+        given = {name: getattr(self, name) for name in shared}
+        about_mean = {  # correlations about the mean: none where none is given
+            name: 0.0 if value is None else (value * self.second_moment - square) / max(variance, 1e-300)
+            for name, value in given.items()
+        }
+        for index in itertools.product((0, 1), repeat=k):
+            apart = {a for a in range(k) if index[a] and self.shape[a] > 1}
+            if not apart or apart - {a for axes in shared.values() for a in axes}:
                 continue
-            for axis in axes:
-                table[tuple(int(a == axis) for a in range(k))] = correlation * self.second_moment
+            about = [c for name, c in about_mean.items() if apart.intersection(shared[name])]
+            table[index] = square + variance * math.prod(about)
         return table
 
 
@@ -128,9 +152,7 @@ def independent(mean: float, second_moment: float, axes: tuple[Axis, ...]) -> Ta
     """Independent entries with one mean and second moment."""
     mean = float(mean)
     second = np.full([a.types for a in axes], mean * mean)
-    second[tuple(slice(0, a.classes) for a in axes)] = np.nan
-    index = np.ix_(*[np.arange(a.classes) for a in axes])
-    second[index] = second_moment
+    second[tuple(slice(0, a.classes) for a in axes)] = second_moment
     return Table(axes, np.full([a.classes for a in axes], mean), second)
 
 
