@@ -289,6 +289,15 @@ def test_sums_that_may_cancel_keep_their_size():
         shrunk(f, args, [False, False], {64: 16}, (4, 64), (4, 64))
 
 
+def test_sums_over_a_root_of_their_size_are_no_means():
+    """Σ/√n of independent units has their variance; taken for a mean it had n/n' times that."""
+    args = [jnp.ones((4, 16))]
+    assert float(shrunk(lambda x: x.sum(-1) / 64.0, args, [False], {64: 16}, (4, 64))[0]) == pytest.approx(1)
+    for f in (lambda x: x.sum(-1) / 8.0, lambda x: (lambda s: s / 64.0 + s)(x.sum(-1))):
+        with pytest.raises(CannotShrink, match="64"):
+            shrunk(f, args, [False], {64: 16}, (4, 64))
+
+
 def test_kernels_side_by_side_are_kernels():
     """Sums over a layer's units are scaled where its gates' kernels are joined before they are multiplied."""
     w, x = jax.random.normal(jax.random.key(0), (2, 16, 16)), jax.random.normal(jax.random.key(1), (8, 16))

@@ -21,6 +21,9 @@ from varscale import _compat
 from varscale.theory.prefix_scans import is_elementwise, sub_jaxpr_of
 
 
+_ROUNDED = 2.0**-8  # how far a count may be off in bfloat16, and the n − 1 of a variance
+
+
 class CannotShrink(ValueError):
     """A primitive that depends on how many positions there are; `sizes` are those it has to keep."""
 
@@ -65,9 +68,8 @@ def run(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], weights: Sequenc
         raise CannotShrink(fixed)
     env = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *args), strict=True))
     known = {v for v, weight in zip(jaxpr.invars, weights, strict=True) if weight}
-    averaged = {eqn.invars[0] for eqn in jaxpr.eqns if eqn.primitive.name == "div" and _compat.is_literal(eqn.invars[1])}
     for eqn in jaxpr.eqns:
-        if eqn.primitive.name == "reduce_sum" and eqn.outvars[0] not in averaged:
+        if eqn.primitive.name == "reduce_sum" and not _is_averaged(eqn, jaxpr):
             _keep_size([eqn.invars[0].aval.shape[k] for k in eqn.params["axes"]], sizes)
         ins = [v.val if _compat.is_literal(v) else env[v] for v in eqn.invars]
         own = [not _compat.is_literal(v) and v in known for v in eqn.invars]
@@ -75,6 +77,20 @@ def run(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], weights: Sequenc
         if any(own) and _keeps_law(eqn, own):
             known.update(eqn.outvars)
     return [v.val if _compat.is_literal(v) else env[v] for v in jaxpr.outvars]
+
+
+def _is_averaged(eqn: Any, jaxpr: Any) -> bool:
+    """Whether a sum is only ever divided by how many terms it has."""
+    (total,) = eqn.outvars
+    uses = [other for other in jaxpr.eqns if total in [v for v in other.invars if not _compat.is_literal(v)]]
+    count = math.prod(eqn.invars[0].aval.shape[k] for k in eqn.params["axes"])
+    return total not in [v for v in jaxpr.outvars if not _compat.is_literal(v)] and all(
+        use.primitive.name == "div"
+        and use.invars[0] is total
+        and _compat.is_literal(use.invars[1])
+        and math.isclose(float(use.invars[1].val), count, rel_tol=_ROUNDED)
+        for use in uses
+    )
 
 
 def _keep_size(summed: Sequence[int], sizes: Sizes) -> None:
