@@ -20,7 +20,6 @@ from jax import lax
 from varscale import _compat
 from varscale.theory.prefix_scans import is_elementwise, sub_jaxpr_of
 
-
 _ROUNDED = 2.0**-8  # how far a count may be off in bfloat16, and the n − 1 of a variance
 
 
