@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 import pytest
 
@@ -43,3 +44,38 @@ def test_correlations_that_no_numbers_have_are_refused(name):
     least = vs.Moments(0.0, 1.0, shape, **{name: -1 / 3})
     summed = 0 if name == "sample_correlation" else (1, 2)
     assert output(lambda _, x: x.mean(axis=summed), least).second_moment == pytest.approx(0, abs=1e-9)
+
+
+WIDTH = 128
+X = jax.ShapeDtypeStruct((32, WIDTH), jnp.float32)
+
+
+def kernels(n):
+    """Independent square kernels of variance 1/width."""
+    return lambda key: tuple(jax.random.normal(k, (WIDTH, WIDTH)) / WIDTH**0.5 for k in jax.random.split(key, n))
+
+
+def ranked(p, x):
+    """Two independent projections in rising order: nearly equal, of which theory knows nothing."""
+    return tuple(jnp.sort(x @ w, -1) for w in p)
+
+
+def test_terms_that_may_be_equal_are_in_doubt():
+    """Equal ones have E[(u + v)²] = 4, E[(u − v)²] = 0 and E[u²v²] = 3 where 2, 2 and 1 are predicted of unrelated ones."""
+    for f, doubt in ((jnp.add, 1.0), (jnp.subtract, 1.0), (jnp.multiply, 2.0)):
+        row = output(lambda p, x, f=f: f(*ranked(p, x)), X, params=kernels(2))
+        assert row.how == "assumed"
+        assert doubt <= row.confidence < doubt + 0.5
+    slight = output(lambda p, x: 10 * ranked(p, x)[0] + 0.1 * ranked(p, x)[1], X, params=kernels(2))
+    alone = output(lambda p, x: ranked(p, x)[0], X, params=kernels(1))
+    assert slight.confidence == pytest.approx(alone.confidence + 0.02, abs=2e-3)  # 2 · 10 · .1 / 100
+
+
+def test_what_is_read_again_is_as_doubtful_as_the_first_time():
+    """Both of a sum and a difference rest on one cross-moment."""
+    both = lambda u, v, *more: [sum(more, u + v), sum(more, u - v)]  # noqa: E731
+    for f in (lambda p, x: both(*ranked(p, x)), lambda p, x: both(*ranked(p, x), x @ p[0])):
+        one, other = vs.predict(f, X, params=kernels(2), backward=False).rows[:2]
+        assert one.confidence == pytest.approx(other.confidence, rel=1e-3)
+        assert one.confidence > 0.5
+        assert one.how == other.how == "assumed"

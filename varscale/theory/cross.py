@@ -6,10 +6,19 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from varscale.theory.axes import Axis, contract_axis
+from varscale.theory.axes import Axis, averaging, contract_axis
 from varscale.theory.elementwise import Apply, Sum, roots
-from varscale.theory.graph import Array, Constant, Leaf, Merge, Node, Permute, Split, View
+from varscale.theory.graph import Array, Constant, Graph, Marked, Merge, Node, Permute, Split, View
 from varscale.theory.moments import lift
+
+_DEEPEST = 40  # cross-moments nested in one another
+
+
+class Pair(Marked):
+    """E[a_i b_j] by type; `doubt` is how far the covariance may be off, relative to √(Var a · Var b), the largest there is."""
+
+    def __init__(self, moment: np.ndarray, flagged: str | None = None, doubt: float = 0.0):
+        self.moment, self.flagged, self.doubt = moment, flagged, doubt
 
 
 def dependent(a: Node, b: Node) -> bool:
@@ -24,26 +33,57 @@ def dependent(a: Node, b: Node) -> bool:
 
 
 def cross(a: View, b: View, frame: Sequence[Axis]) -> np.ndarray:
-    """E[a_i b_j] by type, broadcastable to the frame's types."""
+    """E[a_i b_j] by type, broadcastable to the frame's types; what is being computed gets the flags of it."""
+    found = pair(a, b, frame)
+    if found.flagged:
+        unsure(a.node.graph, found.flagged, found.doubt)
+    return found.moment
+
+
+def pair(a: View, b: View, frame: Sequence[Axis]) -> Pair:
+    """The same with its flags, for those who know how much it matters to them."""
     na, nb = a.node, b.node
     if na.odd & ~nb.deps or nb.odd & ~na.deps:
-        return np.zeros((1,) * len(frame))
+        return Pair(np.zeros((1,) * len(frame)))
     if isinstance(na, Constant) or isinstance(nb, Constant) or not dependent(na, nb):
-        return mean_product(a, b, frame)
+        return Pair(mean_product(a, b, frame))
     if a == b:
-        return a.second(frame)
+        return Pair(a.second(frame))
     key = ("cross", na.id, a.bind, nb.id, b.bind, tuple(frame))
     graph = na.graph
     if key not in graph.pairs:
-        if len(graph.memo.setdefault("crossing", [])) > 40:
-            graph.flag("assumed", 0.2)
-            return mean_product(a, b, frame)
-        graph.memo["crossing"].append(key)
+        if sum(isinstance(marked, Pair) for marked in graph.computing) > _DEEPEST:
+            return Pair(mean_product(a, b, frame), "assumed", largest_correlation(a, b))
+        found = Pair(np.zeros(()))
+        graph.computing.append(found)
         try:
-            graph.pairs[key] = _expand(a, b, tuple(frame))
+            found.moment = _expand(a, b, tuple(frame))
         finally:
-            graph.memo["crossing"].pop()
+            graph.computing.pop()
+        graph.pairs[key] = found
     return graph.pairs[key]
+
+
+def unsure(graph: Graph, how: str, doubt: float) -> None:
+    """Mark what is being computed: a covariance in it is off by this share of the largest that there can be.
+
+    Of a product of two standard normals E[x²y²] = 1 + 2ρ², and other nodes are no more sensitive to it than that.
+    """
+    if doubt > 0:
+        graph.flag(how, doubt if any(isinstance(marked, Pair) for marked in graph.computing[-1:]) else 2 * doubt)
+
+
+def largest_correlation(a: View, b: View) -> float:
+    """A bound on |Cov(a, b)| / √(Var a · Var b): what one of them has along the other's axes alone, it only has by its mean."""
+    bound = 1.0
+    for mine, other in ((a, b), (b, a)):
+        table = mine.node.table
+        spare = frozenset(k for k, place in enumerate(mine.bind) if place not in other.bind)
+        if table.variance <= 0:
+            return 0.0
+        averaged = float(averaging(table.axes, spare) @ table.second.ravel()) - table.total_mean**2
+        bound *= min(max(averaged, 0.0) / table.variance, 1.0) ** 0.5
+    return bound
 
 
 def mean_product(a: View, b: View, frame: Sequence[Axis]) -> np.ndarray:
@@ -84,8 +124,8 @@ def _expand(a: View, b: View, frame: tuple[Axis, ...]) -> np.ndarray:
     for x, y, turn in sorted(((a, b, False), (b, a, True)), key=lambda t: -t[0].node.id):
         read = isinstance(y.node, Apply) and any(root.node.id >= x.node.id for root in roots(y.node))
         if isinstance(x.node, Sum) and not read:
-            out = sum(c * cross(term.within(x.bind), y, frame) for c, term in zip(x.node.params, x.node.args, strict=True))
-            return _swap(np.asarray(out), frame) if turn else np.asarray(out)
+            out = _of_terms(x, y, frame)
+            return _swap(out, frame) if turn else out
     # An average of a function of x against a function of x: by projection, which needs no law of the average.
     for x, y, turn in ((a, b, False), (b, a, True)):
         if isinstance(x.node, Mean) and isinstance(y.node, Apply) and (out := x.node.cross_with(x, y, frame)) is not None:
@@ -105,8 +145,20 @@ def _expand(a: View, b: View, frame: tuple[Axis, ...]) -> np.ndarray:
     drawn = crossed(a, b, frame)
     if drawn is not None:
         return drawn
-    a.node.graph.flag("assumed", 0.1)
+    unsure(a.node.graph, "assumed", largest_correlation(a, b))
     return mean_product(a, b, frame)
+
+
+def _of_terms(x: View, y: View, frame: tuple[Axis, ...]) -> np.ndarray:
+    """A sum against y, term by term; each one's doubt weighs what the term weighs in the sum."""
+    out, graph = np.zeros((1,) * len(frame)), x.node.graph
+    for c, term in zip(x.node.params, x.node.args, strict=True):
+        found = pair(term.within(x.bind), y, frame)
+        out = out + c * found.moment
+        if found.flagged:
+            share = abs(c) * (term.node.table.variance / max(x.node.table.variance, 1e-300)) ** 0.5
+            unsure(graph, found.flagged, min(share * found.doubt, 1.0))
+    return out
 
 
 def _one(node: Node) -> Node:
@@ -150,6 +202,4 @@ def _structure(x: View, y: View, frame: tuple[Axis, ...]) -> np.ndarray | None:
             cross(View(source, inner), View(y.node.args[0].node, inner), source.axes), [a.types for a in source.axes]
         )
         return lift(x.node.reindex(table), x.node.axes, x.bind, frame, pairs=True)
-    if isinstance(x.node, Leaf):
-        return None
     return None

@@ -17,6 +17,8 @@ from varscale.theory.functions import POSITIVE, function
 from varscale.theory.graph import REBUILD, Constant, Graph, Node, View, number
 from varscale.theory.moments import Table
 
+_UNKNOWN = 9.0  # doubt of what may be zero or several times as large
+
 
 class Apply(Node):
     """One elementwise primitive; `params` is (name, static parameters)."""
@@ -74,18 +76,25 @@ class Sum(Node):
         return bool(squares and plus.args and (minus.args[0].node.deps == plus.deps))
 
     def compute(self) -> Table:
-        from varscale.theory.cross import cross
+        from varscale.theory.cross import pair
 
-        mean = np.zeros([a.classes for a in self.axes])
+        mean, unsure = np.zeros([a.classes for a in self.axes]), []
         second = np.zeros([a.types for a in self.axes])
         for c, x in zip(self.params, self.args, strict=True):
             mean = mean + c * x.mean(self.axes)
             second = second + c * c * x.second(self.axes)
         for i, (c, x) in enumerate(zip(self.params, self.args, strict=True)):
             for d, y in zip(self.params[:i], self.args[:i], strict=True):
-                product = c * d * np.broadcast_to(cross(x, y, self.axes), second.shape)
+                found = pair(x, y, self.axes)
+                product = c * d * np.broadcast_to(found.moment, second.shape)
                 second = second + product + swapped(product, self.axes)
-        return Table(self.axes, mean, second)
+                if found.flagged:
+                    both = (x.node.table.variance * y.node.table.variance) ** 0.5
+                    unsure.append((found.flagged, 2 * abs(c * d) * both * found.doubt))
+        table = Table(self.axes, mean, second)
+        for how, error in unsure:
+            self.graph.flag(how, min(error / max(table.mean_square, 1e-300), _UNKNOWN))
+        return table
 
     def pullback(self, cotangent: np.ndarray) -> list[np.ndarray | None]:
         from varscale.theory.backward import centred, sum_out

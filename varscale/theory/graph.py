@@ -40,11 +40,18 @@ class View(NamedTuple):
         return lift(self.node.table.mean, self.node.axes, self.bind, frame, pairs=False)
 
 
-class Node:
+class Marked:
+    """What is worked out once: the worst way in which a step was taken, and how far off that may make it."""
+
+    flagged: str | None = None
+    doubt: float = 0.0
+
+
+class Node(Marked):
     """One random array.
 
     A kind of node says how its moments follow from its arguments' (`compute`), and may say how a cotangent passes back
-    (`pullback`) and which arguments' fluctuations between initializations it hands on (`kernel`).
+    (`pullback`). Which arguments' fluctuations between initializations it hands on is said in `spread.py`.
 
     Attributes:
         axes: its axes, each of size 2 or more.
@@ -70,8 +77,6 @@ class Node:
             self.deps |= view.node.deps
         self.odd = 0
         self.positive = False
-        self.doubt = 0.0
-        self.flagged: str | None = None
         self._table: Table | None = None
         self._spread: Spread | None = None
         self.prepare()
@@ -119,8 +124,8 @@ class Graph:
         self.nodes: dict[Hashable, Node] = {}
         self.count = 0
         self.leaves = 0
-        self.computing: list[Node] = []
-        self.pairs: dict[Hashable, np.ndarray] = {}
+        self.computing: list[Marked] = []
+        self.pairs: dict[Hashable, Any] = {}
         self.memo: dict[Hashable, Any] = {}
         self.derived: dict[int, list[tuple[Node, Pullback]]] = {}
 
@@ -152,7 +157,7 @@ class Graph:
         return 1 << self.leaves
 
     def flag(self, how: str, doubt: float) -> None:
-        """Mark the node that is being computed: its moments rest on `how`, with this relative error at most."""
+        """Mark the node or pair that is being computed: it rests on `how`, with this relative error at most."""
         for node in self.computing[-1:]:
             node.flagged = max(node.flagged or "exact", how, key=HOWS.index)
             node.doubt = max(node.doubt, doubt)
