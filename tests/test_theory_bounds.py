@@ -46,8 +46,8 @@ def test_correlations_that_no_numbers_have_are_refused(name):
     assert output(lambda _, x: x.mean(axis=summed), least).second_moment == pytest.approx(0, abs=1e-9)
 
 
-WIDTH = 128
-X = jax.ShapeDtypeStruct((32, WIDTH), jnp.float32)
+WIDTH = 64
+X = jax.ShapeDtypeStruct((8, WIDTH), jnp.float32)
 
 
 def kernels(n):
