@@ -64,6 +64,12 @@ def pair(a: View, b: View, frame: Sequence[Axis]) -> Pair:
     return graph.pairs[key]
 
 
+def mean_of_product(a: View, b: View, frame: tuple[Axis, ...]) -> float:
+    """E[a_i b_i] over all elements of the frame."""
+    moment = np.broadcast_to(pair(a, b, frame).moment, [axis.types for axis in frame])
+    return float(averaging(frame, frozenset()) @ moment.ravel())
+
+
 def unsure(graph: Graph, how: str, doubt: float) -> None:
     """Mark what is being computed: a covariance in it is off by this share of the largest that there can be.
 

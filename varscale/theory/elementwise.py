@@ -14,10 +14,8 @@ import numpy as np
 
 from varscale.theory.axes import Axis
 from varscale.theory.functions import POSITIVE, function
-from varscale.theory.graph import REBUILD, Constant, Graph, Node, View, number
+from varscale.theory.graph import REBUILD, UNKNOWN, Constant, Graph, Node, View, number
 from varscale.theory.moments import Table
-
-_UNKNOWN = 9.0  # doubt of what may be zero or several times as large
 
 
 class Apply(Node):
@@ -93,13 +91,13 @@ class Sum(Node):
                     unsure.append((found.flagged, 2 * abs(c * d) * both * found.doubt))
         table = Table(self.axes, mean, second)
         for how, error in unsure:
-            self.graph.flag(how, min(error / max(table.mean_square, 1e-300), _UNKNOWN))
+            self.graph.flag(how, min(error / max(table.mean_square, 1e-300), UNKNOWN))
         return table
 
     def pullback(self, cotangent: np.ndarray) -> list[np.ndarray | None]:
         from varscale.theory.backward import centred, sum_out
 
-        centred_by = self._centring()
+        centred_by = self.centring
         out: list[np.ndarray | None] = []
         for i, (c, view) in enumerate(zip(self.params, self.args, strict=True)):
             if i in centred_by.values():
@@ -112,7 +110,8 @@ class Sum(Node):
             out.append(c * c * sum_out(passed, self.axes, view))
         return out
 
-    def _centring(self) -> dict[int, int]:
+    @functools.cached_property
+    def centring(self) -> dict[int, int]:
         """Terms that another term takes the mean of away: index of the term to index of its mean."""
         found = {}
         for j, (d, mean) in enumerate(zip(self.params, self.args, strict=True)):

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 Pullback = Callable[[np.ndarray], np.ndarray]
 HOWS = ("exact", "quadrature", "sampled", "assumed")
+UNKNOWN = 9.0  # doubt of what may be many times as large
 
 
 class View(NamedTuple):

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
-
+from varscale.theory.cross import mean_of_product
 from varscale.theory.elementwise import Apply, Sum
-from varscale.theory.graph import HOWS, Array, Constant, Leaf, Node
+from varscale.theory.graph import HOWS, UNKNOWN, Array, Constant, Leaf, Node
+from varscale.theory.quadrature import concentrated
 from varscale.theory.responses import responses
 from varscale.theory.spread import full
 
@@ -51,17 +51,31 @@ def _trace(node: Node) -> tuple[str, float]:
     if isinstance(node, Apply):
         # A normalised function of a root forgets an error of its scale; an expansive one magnifies it.
         slopes = responses(node)
-        net = abs(sum(s for s, _ in slopes.values()))
-        inner = [_steps(root) for root in slopes]
-        worst = max((d for _, d in inner), default=0.0)
+        inner = {root: (_steps(root), abs(slope)) for root, (slope, _) in slopes.items()}
         # Of something drawn it is the law that is in doubt, not the scale.
         doubt += max((root.doubt for root in slopes if root.drawn is not None), default=0.0)
-        passed = [h for h, d in inner if h not in ("sampled", "assumed") or d * net > 1e-3]
-        return max([how, *passed], key=HOWS.index), doubt + net * worst
+        passed = [h for (h, d), slope in inner.values() if h not in ("sampled", "assumed") or d * slope > 1e-3]
+        # Roots that vary together are one here; the errors of others need not cancel.
+        return max([how, *passed], key=HOWS.index), doubt + sum(d * slope for (_, d), slope in inner.values())
     inner = [_steps(v.node) for v in node.args]
     how = max([how, *(h for h, _ in inner)], key=HOWS.index)
-    if isinstance(node, Sum):
-        shares = np.array([c * c * v.node.table.mean_square for c, v in zip(node.params, node.args, strict=True)])
-        weights = shares / max(shares.sum(), 1e-300)
-        return how, doubt + float(weights @ np.array([d for _, d in inner]))
-    return how, doubt + sum(d for _, d in inner)
+    doubts = [d for _, d in inner]
+    if isinstance(node, Sum) and any(doubts):
+        return how, min(doubt + sum(w * d for w, d in zip(_weights(node), doubts, strict=True)), UNKNOWN)
+    return how, doubt + sum(doubts)
+
+
+def _weights(node: Sum) -> list[float]:
+    """What the relative error of a term's second moment makes of the sum's: more than itself, where terms cancel.
+
+    A scale that is off by a factor enters with the term's product with the sum; a variance that is off alone, with the term's
+    own share. A number has no variance, and of an array less its own mean the two are off together.
+    """
+    taken = set(node.centring.values())
+    terms = list(zip(node.params, node.args, strict=True))
+    weights = []
+    for i, (c, view) in enumerate(terms):
+        own = c * c * view.node.table.mean_square
+        scaled = own + sum(c * d * mean_of_product(view, other, node.axes) for j, (d, other) in enumerate(terms) if j != i)
+        weights.append(0.0 if i in taken else abs(scaled) if concentrated(view.node) else max(own, abs(scaled)))
+    return [w / max(node.table.mean_square, 1e-300) for w in weights]

@@ -12,7 +12,7 @@ from scipy import special
 from varscale.theory.axes import Axis
 from varscale.theory.draws import gaussian
 from varscale.theory.elementwise import roots
-from varscale.theory.graph import Array, Node, View
+from varscale.theory.graph import UNKNOWN, Array, Node, View
 from varscale.theory.interpreter import Interpreter, PredictionError, source
 from varscale.theory.layout import Value, value
 from varscale.theory.moments import Table, estimate
@@ -20,7 +20,6 @@ from varscale.theory.quadrature import Z, evaluate, marginal
 
 _BUDGET = 2_000_000  # elements drawn for one node
 _KEEPS_SIGNS = {"sort", "top_k", "cumsum", "cumprod", "cummax", "cummin", "gather", "reduce_prod"}
-_UNDEFINED = 9.0  # doubt where Gaussian draws are none of what a primitive is defined on (a factorization of a Gram matrix)
 
 
 def draw(node: Node, sizes: Sequence[int], replicates: int, rng: np.random.Generator) -> np.ndarray:
@@ -120,7 +119,7 @@ class Sampled(Node):
         else:
             self.graph.flag("sampled", 0.15)
         if self.graph.memo[_undefined(self.params)] > 0:
-            self.graph.flag("assumed", _UNDEFINED)
+            self.graph.flag("assumed", UNKNOWN)  # Gaussian draws are none of what it is defined on (a factorization, say)
         return pooled_estimate(outs[which].reshape(len(outs[which]), *[a.size for a in self.axes]), self.axes)
 
     def _is_position(self) -> bool:
