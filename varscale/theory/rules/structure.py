@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from varscale.theory import layout
-from varscale.theory.axes import Axis, apply_axis, pair_map, sliced
-from varscale.theory.elementwise import Apply, Sum
-from varscale.theory.graph import INSIDE, REBUILD, Array, Constant, Node, View, array
+from varscale.theory.axes import Axis, apply_axis, pair_map, shares, sliced
+from varscale.theory.elementwise import Apply, Sum, roots
+from varscale.theory.graph import INSIDE, REBUILD, UNKNOWN, Array, Constant, Node, View, array
 from varscale.theory.interpreter import Interpreter, elementwise_or_layout, rule
 from varscale.theory.layout import Atom, Value
 from varscale.theory.moments import Table, lift
@@ -223,13 +223,81 @@ def split(interpreter: Interpreter, eqn: Any, x: Value) -> list[Value]:
     return [take(x, eqn.params["axis"], int(a), int(b), 1) for a, b in itertools.pairwise(edges)]
 
 
+class Window(Node):
+    """As many positions of an axis from a random place on, any as likely; `params` is (axis, size, id of the start)."""
+
+    def prepare(self) -> None:
+        self.odd, self.positive = self.args[0].node.odd, self.args[0].node.positive
+
+    def _pairs(self) -> np.ndarray:
+        """Pairs of each type of the whole axis at each place, (places, types)."""
+        k, size, _ = self.params
+        axis = self.args[0].node.axes[k]
+        members = np.concatenate([np.zeros((1, axis.classes)), np.cumsum(np.eye(axis.classes)[axis.label_array], axis=0)])
+        counts = members[size:] - members[:-size]
+        pairs = np.einsum("sa,sb->sab", counts, counts) - np.einsum("sa,ab->sab", counts, np.eye(axis.classes))
+        return np.concatenate([counts, pairs.reshape(len(counts), -1)], axis=1)
+
+    def compute(self) -> Table:
+        k, size, _ = self.params
+        table, pairs = self.args[0].node.table, self._pairs()
+        axis = table.axes[k]
+        classes = pairs[:, : axis.classes]
+        share = classes.mean(axis=0, keepdims=True) / size
+        rows = np.zeros((2, axis.types))
+        rows[0, : axis.classes] = share[0]
+        rows[1, axis.classes :] = pairs[:, axis.classes :].mean(axis=0) / max(size * (size - 1), 1)
+        mean, second = apply_axis(table.mean, k, share), apply_axis(table.second, k, rows[: 1 + (size > 1)])
+        if size == 1:
+            mean, second = mean.squeeze(k), second.squeeze(k)
+        # Where it starts may depend on what it holds: then it may hold the most or the least that there is at any place.
+        squares = (classes / size) @ _by_class(table, k)
+        off = np.abs(squares / max(float(squares.mean()), 1e-300) - 1)
+        self.graph.flag("assumed", min(float(off.max()), UNKNOWN))
+        return Table(self.axes, mean, second)
+
+    def pullback(self, cotangent: np.ndarray) -> list[np.ndarray | None]:
+        k, size, _ = self.params
+        axis = self.args[0].node.axes[k]
+        expected = self._pairs().mean(axis=0) / np.maximum(axis.pairs, 1e-300)
+        back = np.stack([np.where(np.arange(axis.types) < axis.classes, expected, 0.0), expected], axis=1)
+        back[: axis.classes, 1] = 0.0
+        wide = cotangent if size > 1 else np.expand_dims(cotangent, k)
+        return [apply_axis(wide, k, back[:, : 1 + (size > 1)])]
+
+
+def _by_class(table: Table, k: int) -> np.ndarray:
+    """E[x²] by class of axis k."""
+    squares = np.moveaxis(table.diagonal, k, 0)
+    others = (*table.axes[:k], *table.axes[k + 1 :])
+    return squares.reshape(len(squares), -1) @ shares(others)
+
+
+def _taken_at_random(x: Value, d: int, size: int, start: Value) -> Value:
+    """`size` positions of dimension d from a random start on: of positions that are all alike the first are as good as any."""
+    x = layout.merged(x, d)
+    (atom,) = x.dims[d] or (Atom(1, None),)
+    k = atom.axis
+    if k is None or size == atom.size:
+        return take(x, d, 0, size, 1)
+    known = [root for root in roots(x.node) if isinstance(root.node, Array) and k in root.bind]
+    if x.node.axes[k].classes == 1 and not known:
+        return take(x, d, 0, size, 1)
+    axes = (*x.node.axes[:k], *([Axis(size)] if size > 1 else []), *x.node.axes[k + 1 :])
+    whole = View(x.node, tuple(range(len(x.node.axes))))
+    return _resized(x, x.node.graph.make(Window, axes, [whole], (k, size, start.node.id)), d, k, size)
+
+
 @rule("dynamic_slice")
 def dynamic_slice(interpreter: Interpreter, eqn: Any, x: Value, *starts: Value) -> Value:
-    """A start that is known is a slice; a random one picks positions that are as good as any."""
-    for d, size in enumerate(eqn.params["slice_sizes"]):
-        known = interpreter.concrete(starts[d]) if d < len(starts) else np.zeros(())
-        start = 0 if known is None else int(np.clip(known, 0, x.shape[d] - size))
-        x = take(x, d, start, start + size, 1)
+    """A start that is known is a slice."""
+    for d, (size, start) in enumerate(zip(eqn.params["slice_sizes"], starts, strict=True)):
+        known = interpreter.concrete(start)
+        if known is None:
+            x = _taken_at_random(x, d, size, start)
+        else:
+            first = int(np.clip(known, 0, x.shape[d] - size))
+            x = take(x, d, first, first + size, 1)
     return x
 
 
