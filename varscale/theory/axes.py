@@ -101,11 +101,17 @@ class Axis:
 
 
 def labelled(labels: Sequence[int] | np.ndarray) -> Axis:
-    """The axis whose positions have these class labels (any hashable integers)."""
+    """The axis whose positions have these class labels (any integers).
+
+    Raises:
+        ValueError: there are more classes than a byte tells apart.
+    """
     labels = np.asarray(labels)
     _, first, inverse = np.unique(labels, return_index=True, return_inverse=True)
     if len(first) == 1:
         return Axis(len(labels))
+    if len(first) > 256:
+        raise ValueError(f"labels must name at most 256 classes of positions, not {len(first)}")
     rank = np.empty(len(first), int)
     rank[np.argsort(first)] = np.arange(len(first))
     return Axis(len(labels), rank[inverse.ravel()].astype(np.uint8).tobytes())
@@ -113,13 +119,15 @@ def labelled(labels: Sequence[int] | np.ndarray) -> Axis:
 
 @functools.cache
 def join(a: Axis, b: Axis) -> Axis:
-    """The common refinement of two classings of the same positions (the finer of the two alone where it is too fine)."""
+    """The common refinement of two classings of the same positions; where it is too fine, its closest classes merged."""
     if a == b or b.labels is None:
         return a
     if a.labels is None:
         return b
-    both = labelled(a.label_array * b.classes + b.label_array)
-    return both if both.classes <= 2 * MOST_CLASSES else max(a, b, key=lambda axis: axis.classes)
+    both = a.label_array * b.classes + b.label_array
+    if len(np.unique(both)) <= 2 * MOST_CLASSES:
+        return labelled(both)
+    return grouped(np.concatenate([np.eye(x.classes)[x.label_array] for x in (a, b)], axis=1), 2 * MOST_CLASSES)
 
 
 def grouped(signatures: Float[np.ndarray, "size features"], most: int = MOST_CLASSES) -> Axis:
@@ -209,16 +217,8 @@ def split_axis(axis: Axis, sizes: tuple[int, ...]) -> tuple[tuple[Axis, ...], In
         The factor axes; an index array of shape (types of factor 1, types of factor 2, ...).
     """
     grid = axis.label_array.reshape(sizes)
-    factors = tuple(
-        labelled(np.unique(np.moveaxis(grid, k, 0).reshape(n, -1), axis=0, return_inverse=True)[1].ravel())
-        for k, n in enumerate(sizes)
-    )
-    classes = np.zeros([f.classes for f in factors], int)
-    classes[np.ix_(*[f.label_array for f in factors])] = 0
-    for index in np.ndindex(*sizes):
-        if axis.labels is None:
-            break
-        classes[tuple(f.label_array[i] for f, i in zip(factors, index, strict=True))] = grid[index]
+    factors = tuple(_factor(np.moveaxis(grid, k, 0).reshape(n, -1), axis.classes) for k, n in enumerate(sizes))
+    classes = factor_classes(axis, factors)
     i = classes[np.ix_(*[f.first for f in factors])]
     j = classes[np.ix_(*[f.second for f in factors])]
     same = np.ones([f.types for f in factors], bool)
@@ -227,6 +227,23 @@ def split_axis(axis: Axis, sizes: tuple[int, ...]) -> tuple[tuple[Axis, ...], In
         shape[k] = f.types
         same &= (np.arange(f.types) < f.classes).reshape(shape)
     return factors, np.where(same, i, axis.classes + i * axis.classes + j)
+
+
+def _factor(rows: Int[np.ndarray, "size others"], classes: int) -> Axis:
+    """Positions of a factor classed by the classes they meet, by how many of each where there are too many kinds."""
+    kinds = np.unique(rows, axis=0, return_inverse=True)[1].ravel()
+    if kinds.max() < 2 * MOST_CLASSES:
+        return labelled(kinds)
+    return grouped(np.stack([(rows == c).mean(axis=1) for c in range(classes)], axis=1))
+
+
+def factor_classes(axis: Axis, factors: Sequence[Axis]) -> Int[np.ndarray, "..."]:
+    """The class of the whole for each combination of the factors' classes: the one that most of its positions have."""
+    cells = [f.label_array for f in factors]
+    counts = np.zeros([*(f.classes for f in factors), axis.classes], int)
+    grid = axis.label_array.reshape([f.size for f in factors])
+    np.add.at(counts, (*np.ix_(*cells), grid), 1)
+    return counts.argmax(axis=-1)
 
 
 def merge_types(second: np.ndarray, k: int, factors: Sequence[Axis], whole: Axis) -> np.ndarray:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 
 import numpy as np
 
-from varscale.theory.axes import Axis, contract_axis, merge_types, split_axis
+from varscale.theory.axes import Axis, contract_axis, factor_classes, merge_types, split_axis
 from varscale.theory.moments import Table, constant, estimate, independent, lift
 
 if TYPE_CHECKING:
@@ -249,10 +249,12 @@ class Split(Node):
     def compute(self) -> Table:
         k, factors, _ = self._factored()
         table = self.args[0].node.table
-        whole = table.axes[k]
-        classes = np.zeros([f.classes for f in factors], int)
-        grid = whole.label_array.reshape(self.params[1])
-        classes[np.ix_(*[f.label_array for f in factors])] = grid
+        whole, classes = table.axes[k], factor_classes(table.axes[k], factors)
+        read = classes[np.ix_(*[f.label_array for f in factors])].ravel()
+        strangers = float(np.mean(read != whole.label_array))
+        if strangers > 0:  # positions of other classes, which factors with few classes cannot tell apart
+            squares = table.diagonal
+            self.graph.flag("assumed", min(strangers * float(np.ptp(squares)) / max(table.mean_square, 1e-300), UNKNOWN))
         return Table(self.axes, np.take(table.mean, classes, axis=k), self.reindex(table.second))
 
     def pullback(self, cotangent: np.ndarray) -> list[np.ndarray | None]:

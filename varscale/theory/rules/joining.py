@@ -196,9 +196,7 @@ def concatenate(graph: Any, xs: Sequence[Value], d: int, classes: bool = True) -
         part = axis.label_array if axis is not None else np.zeros(n, int)
         labels += [offset + int(c) for c in part]
         offset += int(max(part)) + 1
-    whole = labelled(labels)
-    if whole.classes > 2 * MOST_CLASSES or not classes:
-        whole = Axis(sum(sizes))
+    whole = labelled(labels) if classes and len(set(labels)) <= 2 * MOST_CLASSES else Axis(sum(sizes))
     binds = [View(v.node, tuple(0 if b == own[i] else place[b] for b in v.bind)) for i, v in enumerate(views)]
     node = graph.make(Concat, (whole, *(frame[k] for k in others)), binds, (0, tuple(sizes)))
     out = [tuple(a if a.axis is None else Atom(a.size, place[a.axis]) for a in dim) for dim in dims[: len(xs[0].dims)]]
