@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import collections
+import itertools
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from scipy import special
 
 from varscale.theory.axes import Axis
 from varscale.theory.elementwise import roots
@@ -140,28 +143,35 @@ def _given(interpreter: Interpreter, x: Any, path: str, struct: Any) -> Any:
         raise ValueError(f"params[{path!r}] contains NaN or infinities")
     if numbers.size == 0 or np.all(numbers == numbers.flat[0]):
         return full(interpreter.graph, float(numbers.flat[0]) if numbers.size else 0.0, shape)
-    return named(interpreter, path, shape, measured_law(numbers.reshape([a.size for a in axes]), axes))
+    kurtosis = float(np.mean(numbers**4) / np.mean(numbers**2) ** 2)
+    return named(interpreter, path, shape, measured_law(numbers.reshape([a.size for a in axes]), axes), kurtosis)
+
+
+# Chances that a mean, and each correlation, of independent entries is taken for real: four and five deviations of a normal.
+_FALSE_MEAN, _FALSE_CORRELATION = 6e-5, 6e-7
 
 
 def measured_law(numbers: np.ndarray, axes: tuple[Axis, ...]) -> Table:
     """The table of a real weight array; correlations and a mean within their own sampling error are no news, and are zero."""
     table = estimate(numbers, axes)
-    variance = float(numbers.var())
-    error = np.sqrt(variance / numbers.size)
-    if abs(table.total_mean) < 4 * error:
-        clean = independent(0.0, table.mean_square, axes)
-        off = table.second.copy()
-        off[(0,) * off.ndim] = 0.0
-        pairs = 1.0
-        for axis in axes:
-            pairs = np.multiply.outer(pairs, axis.pairs)
-        if np.all(np.abs(off) < 5 * variance / np.sqrt(np.maximum(pairs, 1.0)) + 1e-300):
-            return clean
-    return table
+    square, error = table.mean_square, np.sqrt(numbers.var() / numbers.size)
+    if abs(table.total_mean) > special.ndtri(1 - _FALSE_MEAN / 2) * error:
+        return table
+    for differ in itertools.product((0, 1), repeat=len(axes)):
+        # The mean product over ordered pairs, each counted twice, has a standard error of q √(2/pairs). Sums over all positions
+        # that differ, squared, once for each of those that agree: χ² with that many degrees of freedom.
+        if any(differ):
+            agree = math.prod(axis.size for axis, apart in zip(axes, differ, strict=True) if not apart)
+            pairs = math.prod(axis.pairs[apart] for axis, apart in zip(axes, differ, strict=True))
+            limit = (special.chdtri(agree, _FALSE_CORRELATION) - agree) / math.sqrt(2 * agree)
+            if abs(table.second[differ]) > limit * square * math.sqrt(2 / pairs):
+                return table
+    return independent(0.0, square, axes)
 
 
-def named(interpreter: Interpreter, path: str, shape: tuple[int, ...], table: Table) -> Value:
+def named(interpreter: Interpreter, path: str, shape: tuple[int, ...], table: Table, kurtosis: float = 3.0) -> Value:
     """A weight leaf with a table."""
     node = interpreter.graph.make(Leaf, table.axes, (), ("given", path))
-    node.settle(table, odd=bool(np.all(table.mean == 0) and np.count_nonzero(table.second) <= 1))
+    odd = bool(np.all(table.mean == 0) and np.count_nonzero(table.second) <= 1)
+    node.settle(table, odd=odd, kurtosis=kurtosis)
     return value(node, shape)
