@@ -145,8 +145,25 @@ def _with_own_weights(spread: Spread, node: Node, view: View, terms: float, unit
         weight = weight.args[0].node
     if not isinstance(weight, Leaf) or weight.name[0] == "input" or not weight.random:
         return spread
-    noise = math.sqrt(max(weight.kurtosis - 1, 0.0) / terms / units)
+    noise = math.sqrt(max(weight.kurtosis - 1, 0.0) / terms / units * _left_to_chance(weight, terms, units))
     return dataclasses.replace(spread, sources={**spread.sources, ~node.id: noise})
+
+
+def _left_to_chance(weight: Leaf, terms: float, units: int) -> float:
+    """What of a product's mean square is up to the draw: nothing where it turns its input, some where it projects it."""
+    return max(1 - units / terms, 0.0) if weight.name[0] == "orthonormal" else 1.0
+
+
+def _kept_norm(node: Node) -> float:
+    """The share of its mean square's own fluctuations that a product lacks, since its input has fixed it."""
+    from varscale.theory.rules.linear import Contract, weight_of
+
+    weight = weight_of(node) if isinstance(node, Contract) else None
+    if weight is None or weight.name[0] != "orthonormal" or not isinstance(node, Contract):
+        return 0.0
+    inputs = [view.bind for view in node.args if not view.node.deps & weight.deps]
+    units = math.prod(axis.size for k, axis in enumerate(node.axes) if not any(k in bind for bind in inputs))
+    return 1 - _left_to_chance(weight, node.width, units)
 
 
 def _averaged(node: Node, axes: Sequence[int], taps: int = 1) -> Spread:
@@ -285,6 +302,9 @@ def _square_pairs(node: Node) -> np.ndarray:
             gone = slice(1, 3) if _is_centred(root.node) else slice(2, 3)
             whole -= float(np.sum(a[gone] ** 2))
             a[gone] = 0.0
+        elif kept := _kept_norm(root.node):
+            whole -= kept * float(a[2] ** 2)
+            a[2] *= math.sqrt(1 - kept)
         rho = _pooled(root.node)
         series = np.where(rho >= 1 - 1e-9, whole, power_series(a**2, rho))
         shape = [1] * len(frame)
