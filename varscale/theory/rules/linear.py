@@ -297,7 +297,6 @@ def contract(
     shape = [math.prod(a.size for a in source[k]) for source, k in free]
     layout = tuple(dim or ((Atom(n, None),) if n > 1 else ()) for dim, n in zip(layout, shape, strict=True))
     params = tuple(frame[k] for k in contracted_axes)
-    # An operand that is constant along a contracted axis only averages the other one there.
     node: Node = interpreter.graph.make(Contract, [frame[k] for k in kept], views, params)
     return Value(affine(node, scale, 0.0), layout)
 

@@ -104,7 +104,6 @@ class WindowMax(WindowSum):
         return pooled_estimate(x.transpose([0, *(int(i) + 1 for i in np.argsort(placed))]), self.axes)
 
     def pullback(self, cotangent: np.ndarray) -> list[np.ndarray | None]:
-        _, _xd, _od = self.params
         taps = math.prod(w.taps for w in self.params[0] if w is not None)
         (spread,) = super().pullback(cotangent)
         assert spread is not None
