@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import math
+
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import varscale as vs
+from varscale.theory.axes import MOST_CLASSES, Axis, class_shares, join, labelled, split_axis
+from varscale.theory.laws import measured_law
 
 NONE = {"w": jnp.zeros(1)}
 
@@ -96,3 +102,98 @@ def test_doubt_grows_where_terms_cancel():
     """Of numbers with mean 5 and variance 1 an error of 15 % in E[x²] = 26 may be one of 390 % in what is left of them."""
     row = output(lambda p, x: (lambda y: y - y.mean(-1, keepdims=True))(jnp.sort(x @ p[0] + 5, -1)), X, params=kernels(1))
     assert row.confidence > 3.5
+
+
+def test_data_against_their_own_crop_are_in_doubt():
+    """Of 64 windows of 32 the middle one is the crop itself: not 0 on average."""
+
+    def correlated(_, x):
+        return jax.lax.conv_general_dilated(x, x[:, :, :32], (1,), [(0, 0)], dimension_numbers=("NCH", "OIH", "NCH"))
+
+    row = output(correlated, jax.ShapeDtypeStruct((1, 8, 64), jnp.float32))
+    assert row.how == "assumed"
+    assert row.confidence > 8
+
+
+def padded(_, x):
+    """64 zeros, 256 standard normals, 64 zeros, from a place that depends on the data."""
+    start = jnp.argmax(x[0, :64]) * 5
+    return jax.lax.dynamic_slice(jnp.pad(x, ((0, 0), (64, 64))), (0, start), (x.shape[0], 64))
+
+
+def test_a_random_slice_is_a_mixture_of_its_places():
+    """Of 321 starts, s and 320 − s hold s normals for s < 64, the others 64."""
+    row = output(padded, jax.ShapeDtypeStruct((8, 256), jnp.float32))
+    expected = (2 * sum(range(64)) + (321 - 128) * 64) / 321 / 64
+    assert row.second_moment == pytest.approx(expected, rel=1e-6)
+    assert (row.how, row.confidence > 1 - 1e-6) == ("assumed", True)
+    plain = output(
+        lambda _, x: jax.lax.dynamic_slice(x, (0, jnp.argmax(x[0])), (8, 64)), jax.ShapeDtypeStruct((8, 256), jnp.float32)
+    )
+    assert plain.second_moment == pytest.approx(1)
+    assert plain.confidence < 0.1
+
+
+def test_a_random_slice_of_known_numbers_is_not_their_beginning():
+    table = jnp.arange(100.0)
+    f = lambda _, x: x[0, :1] * 0 + jax.lax.dynamic_slice(table, (jnp.argmax(x[0]),), (1,))  # noqa: E731
+    row = output(f, jax.ShapeDtypeStruct((8, 100), jnp.float32))
+    assert row.second_moment == pytest.approx(float(jnp.mean(table**2)), rel=1e-5)
+
+
+def test_classes_are_counted_before_they_are_written_down():
+    with pytest.raises(ValueError, match="at most 256 classes of positions, not 300"):
+        labelled(range(300))
+    mixed = labelled(np.random.default_rng(0).integers(0, 6, size=4096))
+    factors, types = split_axis(mixed, (512, 8))
+    assert [factor.size for factor in factors] == [512, 8]
+    assert max(factor.classes for factor in factors) <= 2 * MOST_CLASSES
+    assert types.shape == tuple(factor.types for factor in factors)
+    blocks = labelled(np.arange(4096) // 8 % 6)
+    factors, types = split_axis(blocks, (512, 8))
+    np.testing.assert_array_equal(types[:6, 0], np.arange(6))  # what factors can tell apart stays exact
+
+
+def test_classes_of_both_are_kept_where_there_are_too_many():
+    a, b = labelled(np.arange(60) // 12), labelled(np.arange(60) % 4)
+    both = join(a, b)
+    assert both.classes <= 2 * MOST_CLASSES
+    for one in (a, b):  # it tells something of each
+        assert class_shares(both, one).max(axis=1).mean() > 1.2 * max(one.counts) / one.size
+
+
+def test_a_law_measured_on_independent_numbers_has_no_correlations():
+    """2000 arrays, at 1 − (1 − 6e-5)(1 − 3 · 6e-7) each: more than two alarms with probability 3e-4. The seed is fixed."""
+    axes = (Axis(4), Axis(6))
+    laws = [measured_law(np.random.default_rng(seed).standard_normal((4, 6)), axes) for seed in range(2000)]
+    assert sum(np.count_nonzero(law.second) > 1 for law in laws) <= 2
+    shared = np.random.default_rng(0).standard_normal((64, 64)) + 0.5 * np.random.default_rng(1).standard_normal((1, 64))
+    assert np.count_nonzero(measured_law(shared - shared.mean(), (Axis(64), Axis(64))).second) > 1
+
+
+def test_a_measured_law_has_its_own_kurtosis():
+    """Of signs every row has the same norm: outputs of a layer fluctuate as their inputs do, and no more."""
+    signs = np.sign(np.random.default_rng(0).standard_normal((16, 16))) / 4
+    normal = np.random.default_rng(0).standard_normal((16, 16)) / 4
+    x = jax.ShapeDtypeStruct((512, 16), jnp.float32)
+    one, other = (output(lambda p, x: x @ p["w"], x, params={"w": w.astype(np.float32)}) for w in (signs, normal))
+    assert math.log(one.band[1] / one.band[0]) < 0.7 * math.log(other.band[1] / other.band[0])
+
+
+def test_orthogonal_layers_keep_the_norm_of_what_they_are_given():
+    """Thirty square ones hand on a mean square as it was; one that halves the width lets it fluctuate half as much."""
+
+    class Deep(nn.Module):
+        widths: tuple[int, ...]
+
+        @nn.compact
+        def __call__(self, x):
+            for width in self.widths:
+                x = nn.Dense(width, kernel_init=nn.initializers.orthogonal(), use_bias=False)(x)
+            return x
+
+    x = jax.ShapeDtypeStruct((16, 64), jnp.float32)
+    deep, single, narrow = (vs.predict(Deep(w), x, backward=False).output for w in ((64,) * 30, (64,), (32,)))
+    assert deep.typical == pytest.approx(single.typical, rel=1e-6)
+    assert deep.band == pytest.approx(single.band, rel=1e-6)
+    assert math.log(single.band[1] / single.band[0]) < math.log(narrow.band[1] / narrow.band[0])
