@@ -12,7 +12,11 @@ import pytest
 
 import varscale as vs
 from varscale.theory.axes import MOST_CLASSES, Axis, class_shares, join, labelled, split_axis
+from varscale.theory.elementwise import affine, apply
+from varscale.theory.graph import View, leaf
+from varscale.theory.interpreter import Interpreter
 from varscale.theory.laws import measured_law
+from varscale.theory.rules.reductions import mean_node
 
 NONE = {"w": jnp.zeros(1)}
 
@@ -178,6 +182,29 @@ def test_a_measured_law_has_its_own_kurtosis():
     x = jax.ShapeDtypeStruct((512, 16), jnp.float32)
     one, other = (output(lambda p, x: x @ p["w"], x, params={"w": w.astype(np.float32)}) for w in (signs, normal))
     assert math.log(one.band[1] / one.band[0]) < 0.7 * math.log(other.band[1] / other.band[0])
+
+
+def test_what_may_be_negative_is_no_variance():
+    """max(relu(h)) less the square of 16 mean(h) is negative half of the time."""
+
+    def less(p, x):
+        h = x @ p[0]
+        return jnp.max(jax.nn.relu(h), -1, keepdims=True) - jnp.square(16 * h.mean(-1, keepdims=True))
+
+    graph_of = Interpreter().graph
+    h = leaf(graph_of, "h", (Axis(8), Axis(4)), 0.0, 1.0, odd=True)
+    squares = lambda node: apply(graph_of, "square", (), node.axes, [View(node, tuple(range(len(node.axes))))])  # noqa: E731
+    mean = lambda node: mean_node(node, [1])  # noqa: E731
+    view = lambda node: View(node, (0,))  # noqa: E731
+    for plus, minus, positive in (
+        (mean(squares(h)), squares(mean(h)), True),
+        (mean(squares(affine(h, 2.0, 1.0))), squares(mean(affine(h, 2.0, 1.0))), True),
+        (mean(squares(h)), squares(affine(mean(h), 3.0, 0.0)), False),
+        (mean(squares(squares(h))), squares(mean(h)), False),
+    ):
+        difference = apply(graph_of, "sub", (), (Axis(8),), [view(plus), view(minus)])
+        assert difference.positive == positive
+    assert output(less, X, params=kernels(1)).second_moment > 0
 
 
 def test_orthogonal_layers_keep_the_norm_of_what_they_are_given():

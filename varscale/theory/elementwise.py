@@ -56,22 +56,14 @@ class Sum(Node):
     """A weighted sum of arrays with different roots; `params` are the weights. A root itself."""
 
     how = "exact"
+    is_variance: bool = False  # mean(x²) − mean(x)², which no rounding makes negative here
 
     def prepare(self) -> None:
         odd = -1
         for view in self.args:
             odd &= view.node.odd
         self.odd = odd
-        self.positive = (all(c >= 0 for c in self.params) and all(v.node.positive for v in self.args)) or self.is_variance
-
-    @functools.cached_property
-    def is_variance(self) -> bool:
-        """mean(x²) − mean(x)², which no rounding makes negative here."""
-        if len(self.args) != 2 or sum(self.params) != 0:
-            return False
-        plus, minus = (self.args[i].node for i in np.argsort(self.params)[::-1])
-        squares = isinstance(minus, Apply) and minus.params == ("integer_pow", (2,)) and plus.positive
-        return bool(squares and plus.args and (minus.args[0].node.deps == plus.deps))
+        self.positive = all(c >= 0 for c in self.params) and all(v.node.positive for v in self.args)
 
     def compute(self) -> Table:
         from varscale.theory.cross import pair
@@ -285,7 +277,29 @@ def total(graph: Graph, weights: Sequence[float], axes: tuple[Axis, ...], views:
         return _scaled(live[0][1], axes, live[0][0], offset)
     live.sort(key=lambda term: (term[1].node.id, term[1].bind))
     node = graph.make(Sum, axes, [v for _, v in live], tuple(c for c, _ in live))
+    if _is_variance(node):
+        node.is_variance = node.positive = True
     return affine(node, 1.0, offset)
+
+
+def _is_variance(node: Sum) -> bool:
+    """Whether it is the mean of squares less the square of the mean of the same over the same axes."""
+    from varscale.theory.rules.reductions import Mean, mean_node
+
+    if len(node.args) != 2 or sum(node.params) != 0:
+        return False
+    plus, minus = (node.args[i] for i in np.argsort(node.params)[::-1])
+    if not isinstance(plus.node, Mean):
+        return False
+    squares, reduced = plus.node.args[0].node, plus.node.params
+    if not all(isinstance(x, Apply) and x.params == ("integer_pow", (2,)) for x in (squares, minus.node)):
+        return False
+    x, mean = squares.args[0], minus.node.args[0].within(minus.bind)
+    if not set(reduced) <= set(x.bind):
+        return False
+    kept = [k for k in range(len(squares.axes)) if k not in reduced]
+    places = tuple(plus.bind[kept.index(b)] for b in x.bind if b not in reduced)
+    return View(mean_node(x.node, [k for k, b in enumerate(x.bind) if b in reduced]), places) == mean
 
 
 REBUILD[Apply] = lambda node, axes, args: node.graph.make(Apply, tuple(axes), list(args), node.params)
