@@ -108,6 +108,31 @@ def test_doubt_grows_where_terms_cancel():
     assert row.confidence > 3.5
 
 
+def test_an_array_given_twice_is_one_input():
+    x = np.random.default_rng(0).normal(0.5, 1.0, (64, WIDTH)).astype(np.float32)
+    for other in (x, x.copy()):
+        row = output(lambda _, a, b: a - b + 1, x, other)
+        assert row.second_moment == pytest.approx(1, rel=1e-6)
+        assert output(lambda p, a, b: (a + b) @ p[0], x, other, params=kernels(1)).second_moment == pytest.approx(
+            4 * np.mean(x**2), rel=1e-3
+        )
+    apart = jax.ShapeDtypeStruct(x.shape, x.dtype)  # two descriptions are two arrays
+    assert output(lambda _, a, b: a - b, apart, apart).second_moment == pytest.approx(2)
+
+
+def test_correlated_arrays_are_measured_together():
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((64, WIDTH)).astype(np.float32)
+    y = (x + 0.5 * rng.standard_normal((64, WIDTH)) + 0.25).astype(np.float32)
+    f = lambda _, a, b: a - b  # noqa: E731
+    assert output(f, x, y).second_moment == pytest.approx(np.mean((x - y) ** 2), rel=1e-4)
+    g = lambda p, a, b: a @ p[0] - b @ p[0]  # noqa: E731
+    assert output(g, x, y, params=kernels(1)).second_moment == pytest.approx(np.mean((x - y) ** 2), rel=1e-3)
+    z = rng.standard_normal((64, WIDTH)).astype(np.float32)
+    assert output(f, x, z).second_moment == pytest.approx(np.mean(x**2) + np.mean(z**2), rel=0.05)
+    assert output(lambda _, a, b: a * b, x, y).second_moment == pytest.approx(np.mean((x * y) ** 2), rel=0.1)
+
+
 def test_data_against_their_own_crop_are_in_doubt():
     """Of 64 windows of 32 the middle one is the crop itself: not 0 on average."""
 

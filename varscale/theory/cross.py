@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import numpy as np
 
@@ -195,8 +195,16 @@ def _placed(second: np.ndarray, a: View, b: View, frame: tuple[Axis, ...]) -> np
     return lift(second, axes, bind, frame, pairs=True)
 
 
+def together(a: Node, b: Node) -> Hashable:
+    """Where the graph's store has E[a_i b_j] by type of two leaves that were measured together."""
+    return ("measured together", *sorted((a.id, b.id)))
+
+
 def _structure(x: View, y: View, frame: tuple[Axis, ...]) -> np.ndarray | None:
-    """Views of the same structure over two sources."""
+    """Views of the same structure over two sources, and of leaves that were measured together."""
+    measured = x.node.graph.memo.get(together(x.node, y.node))
+    if measured is not None and x.bind == y.bind:
+        return lift(measured, x.node.axes, x.bind, frame, pairs=True)
     if type(x.node) is not type(y.node) or x.node.params != y.node.params or x.bind != y.bind:
         return None
     if isinstance(x.node, Split | Merge):

@@ -230,3 +230,10 @@ def estimate(values: Float[np.ndarray, "..."], axes: Sequence[Axis]) -> Table:
     for k, axis in enumerate(axes):
         mean = apply_axis(mean, k, onehots[k] / axis.counts[:, None])
     return Table(tuple(axes), mean, second)
+
+
+def is_correlated(second: np.ndarray, x: Table, y: Table) -> bool:
+    """Whether cross-moments of two arrays of numbers, each mean over its pairs, are more than four standard errors off."""
+    pairs = functools.reduce(np.multiply.outer, [axis.pairs for axis in x.axes], np.array(1.0))
+    off = np.abs(second - means_by_type(x.mean, x.axes, y.mean))
+    return bool(np.any(off > 4 * math.sqrt(x.variance * y.variance) / np.sqrt(np.maximum(pairs, 1.0))))

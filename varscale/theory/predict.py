@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,9 +15,11 @@ from varscale import programs
 from varscale.programs import Inputs, Program
 from varscale.report import Report
 from varscale.theory.axes import Axis
+from varscale.theory.cross import together
+from varscale.theory.graph import Graph, Leaf
 from varscale.theory.interpreter import Complex, Interpreter, Opaque
-from varscale.theory.layout import full
-from varscale.theory.moments import Moments, Table, estimate, independent
+from varscale.theory.layout import Value, full
+from varscale.theory.moments import Moments, Table, estimate, independent, is_correlated
 from varscale.theory.rows import Place, Rows, joined
 from varscale.theory.traces import Draws, Trace, drawing, execution_order, first_pass, traced
 
@@ -31,7 +35,8 @@ def predict(
     Args:
         model: a linen module, an nnx factory `lambda rngs: Net(..., rngs=rngs)`, an nnx instance, or a function
             f(params, *args).
-        x: one input, or `vs.inputs(*args, **kwargs)`. Arrays: their moments are estimated (of ids, how often they repeat);
+        x: one input, or `vs.inputs(*args, **kwargs)`. Arrays: their moments are estimated (of ids, how often they repeat),
+            those of several arrays of one shape together, and an array that is given twice is one input;
             `jax.ShapeDtypeStruct`: independent standard normals (ids: uniform; masks: all true); `vs.Moments`: as given.
         params: None: the laws that the model's own init draws from. A tree of arrays: their moments are measured. A tree of
             initializers or of variances: those. For a plain function also a traceable function of a key that returns the tree.
@@ -111,7 +116,41 @@ class _Split:
         return Inputs(args, kwargs)
 
     def values(self, interpreter: Interpreter) -> list[Any]:
-        return [input_value(interpreter, self.leaves[i], f"input {i}") for i in self.places]
+        made = [input_value(interpreter, self.leaves[i], self._name(i)) for i in self.places]
+        related(interpreter.graph, [(self.leaves[i], x) for i, x in zip(self.places, made, strict=True)])
+        return made
+
+    def _name(self, i: int) -> str:
+        """The place where its numbers are first given: an array that is given twice is one."""
+        x = self.leaves[i]
+        return f"input {next(j for j in self.places if j == i or _same_numbers(self.leaves[j], x))}"
+
+
+def _same_numbers(x: Any, y: Any) -> bool:
+    """Whether both are arrays of the same numbers, not descriptions of arrays or keys."""
+    if not (_is_measured(x) and _is_measured(y)):
+        return False
+    return x is y or (x.shape == y.shape and x.dtype == y.dtype and np.array_equal(x, y))
+
+
+def _is_measured(x: Any) -> bool:
+    """Whether it is an array of real floating-point numbers, whose moments are estimated."""
+    described = isinstance(x, Moments | jax.ShapeDtypeStruct)
+    return not described and jnp.issubdtype(x.dtype, jnp.floating)
+
+
+def related(graph: Graph, inputs: Sequence[tuple[Any, Any]]) -> None:
+    """Notes the cross-moments of given arrays of one shape, where they are more than chance would have them."""
+    leaves: dict[Leaf, np.ndarray] = {}
+    for x, made in inputs:
+        if _is_measured(x) and isinstance(made, Value) and isinstance(made.node, Leaf):
+            leaves[made.node] = np.asarray(x, np.float64).reshape([axis.size for axis in made.node.axes])
+    for (a, x), (b, y) in itertools.combinations(leaves.items(), 2):
+        if a.axes == b.axes and together(a, b) not in graph.memo:
+            whole, one, other = (estimate(z, a.axes) for z in (x + y, x, y))
+            second = graph.memo[together(a, b)] = (whole.second - one.second - other.second) / 2
+            if is_correlated(second, one, other):
+                a.deps = b.deps = a.deps | b.deps
 
 
 def _struct(x: Any) -> jax.ShapeDtypeStruct:
