@@ -172,7 +172,7 @@ BINARY |= dict.fromkeys(["div", "eq", "ne", "nextafter", "pow", "rem"], POSITIVE
 # With static parameters, of three arguments, and on the bits of integers (that is how weights are drawn: every initializer
 # whose law is read from the model's own init goes through them).
 ELSEWHERE = {"affine", "clamp", "convert", "integer_pow", "power", "select_n"}
-ON_BITS = {"and", "bitcast", "not", "or", "shift_left", "shift_right_logical", "xor"}
+ON_BITS = {"and", "bitcast", "not", "or", "shift_left", "shift_right_logical", "shift_right_arithmetic", "xor"}
 
 
 def quantiles(law, n):

@@ -22,6 +22,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 MOST_CLASSES = 6  # an axis keeps no more: classes closest in what they see are merged
+MOST_TYPES = 1 << 16  # types of index pairs over all axes of an array, above which classes are given up
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,6 +119,20 @@ def labelled(labels: Sequence[int] | np.ndarray) -> Axis:
 
 
 @functools.cache
+def affordable(axes: tuple[Axis, ...]) -> tuple[Axis, ...]:
+    """The axes of an array, of which the most finely classed lose their classes until there are few enough types in all.
+
+    Windows of a picture, with rows and columns of windows and of what is in each, have so many axes that a few classes on
+    every one of them would be millions of types.
+    """
+    kept = list(axes)
+    while math.prod(axis.types for axis in kept) > MOST_TYPES and any(axis.labels for axis in kept):
+        k = max(range(len(kept)), key=lambda k: kept[k].types)
+        kept[k] = Axis(kept[k].size)
+    return tuple(kept)
+
+
+@functools.cache
 def join(a: Axis, b: Axis) -> Axis:
     """The common refinement of two classings of the same positions; where it is too fine, its closest classes merged."""
     if a == b or b.labels is None:
@@ -170,12 +185,25 @@ def pair_map(classes: Float[np.ndarray, "new old"]) -> Float[np.ndarray, "newtyp
     return out
 
 
+def _pair_shares(new: Axis, old: Axis) -> Float[np.ndarray, "newtypes oldtypes"]:
+    """Share of the pairs of each type of one classing that are of each type of another."""
+    counts = class_shares(new, old) * new.counts[:, None]
+    out = pair_map(class_shares(new, old))
+    met = np.einsum("ac,bd->abcd", counts, counts)
+    met -= np.einsum("ab,cd,ac->abcd", np.eye(new.classes), np.eye(old.classes), counts)
+    pairs = met.reshape(new.classes**2, old.classes**2)
+    total = pairs.sum(axis=1, keepdims=True)
+    # A class of one position has no pair that differs.
+    out[new.classes :, old.classes :] = np.where(total > 0, pairs / np.maximum(total, 1.0), out[new.classes :, old.classes :])
+    return out
+
+
 @functools.cache
 def lift_types(fine: Axis, coarse: Axis) -> Int[np.ndarray, " finetypes"] | Float[np.ndarray, "finetypes coarsetypes"]:
     """How a table over `coarse` reads over `fine`: an index a type where `fine` refines `coarse`, else an averaging matrix."""
     shares = class_shares(fine, coarse)
     if not np.all((shares == 0) | (shares == 1)):
-        return pair_map(shares)
+        return _pair_shares(fine, coarse)
     to = shares.argmax(axis=1)
     c = coarse.classes
     return np.concatenate([to, (c + to[:, None] * c + to[None]).ravel()])

@@ -6,7 +6,7 @@ from collections.abc import Hashable, Sequence
 
 import numpy as np
 
-from varscale.theory.axes import Axis, averaging, contract_axis
+from varscale.theory.axes import Axis, averaging, contract_axis, split_axis
 from varscale.theory.elementwise import Apply, Sum, roots
 from varscale.theory.graph import Array, Constant, Graph, Marked, Merge, Node, Permute, Split, View
 from varscale.theory.moments import lift
@@ -200,11 +200,32 @@ def together(a: Node, b: Node) -> Hashable:
     return ("measured together", *sorted((a.id, b.id)))
 
 
+def _factor_places(view: View) -> tuple[int, ...]:
+    k, sizes = view.node.params
+    return view.bind[k : k + len(sizes)]
+
+
+def _put_together(x: View, y: View, frame: tuple[Axis, ...]) -> np.ndarray:
+    """The factors of an axis, read as the axis that they are of."""
+    (k, sizes), source = x.node.params, x.node.args[0].node
+    gone = _factor_places(x)
+    place = {p: i for i, p in enumerate(p for p in range(len(frame)) if p not in gone)}
+    last = len(place)
+    rest = [place[p] for p in x.bind if p not in gone]
+    whole = (*(frame[p] for p in place), source.axes[k])
+    table = cross(View(source, (*rest[:k], last, *rest[k:])), View(y.node, tuple(place[p] for p in y.bind)), whole)
+    factors, types = split_axis(source.axes[k], sizes)
+    table = np.take(np.broadcast_to(table, [a.types for a in whole]), types, axis=last)
+    return lift(table, (*whole[:-1], *factors), (*place, *gone), frame, pairs=True)
+
+
 def _structure(x: View, y: View, frame: tuple[Axis, ...]) -> np.ndarray | None:
-    """Views of the same structure over two sources, and of leaves that were measured together."""
+    """Views of the same structure over two sources, of leaves measured together, of an axis's factors and what has none."""
     measured = x.node.graph.memo.get(together(x.node, y.node))
     if measured is not None and x.bind == y.bind:
         return lift(measured, x.node.axes, x.bind, frame, pairs=True)
+    if isinstance(x.node, Split) and not set(_factor_places(x)) & set(y.bind):
+        return _put_together(x, y, frame)
     if type(x.node) is not type(y.node) or x.node.params != y.node.params or x.bind != y.bind:
         return None
     if isinstance(x.node, Split | Merge):

@@ -58,9 +58,9 @@ def _bitcast(x: np.ndarray, dtype: str) -> np.ndarray:
 
     target = np.dtype(getattr(ml_dtypes, dtype)) if hasattr(ml_dtypes, dtype) else np.dtype(dtype)
     x = np.asarray(x)
-    if x.dtype.kind == "f":
-        raise NotImplementedError(f"bitcast of floating-point values to {dtype}")
-    if x.dtype.itemsize != target.itemsize:  # bits that were averaged over classes come as wider integers
+    if x.dtype.kind == "f":  # its sign bit, say
+        x = x.astype(f"f{target.itemsize}")
+    elif x.dtype.itemsize != target.itemsize:  # bits that were averaged over classes come as wider integers
         x = x.astype(f"u{target.itemsize}")
     out = np.ascontiguousarray(x).view(target) if x.ndim else np.asarray(x).reshape(1).view(target)[0]
     return np.asarray(out).astype(float) if target.kind not in "iu" else np.asarray(out)
@@ -178,6 +178,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "not": lambda x: np.bitwise_not(x) if np.asarray(x).dtype.kind in "ui" else np.logical_not(x).astype(float),
     "is_finite": lambda x: np.isfinite(x).astype(float),
     "shift_right_logical": _bitwise(np.right_shift),
+    "shift_right_arithmetic": _bitwise(np.right_shift),
     "shift_left": _bitwise(np.left_shift),
     "affine": lambda x, c, d: c * x + d,
     "integer_pow": _guard(_integer_pow),

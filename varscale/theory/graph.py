@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 
 import numpy as np
 
-from varscale.theory.axes import Axis, contract_axis, factor_classes, merge_types, split_axis
-from varscale.theory.moments import Table, constant, estimate, independent, lift
+from varscale.theory.axes import Axis, affordable, contract_axis, factor_classes, merge_types, split_axis
+from varscale.theory.moments import Table, constant, estimate, independent, lift, put_together
 
 if TYPE_CHECKING:
     from varscale.theory.spread import Spread
@@ -232,7 +232,7 @@ class Array(Node):
 
 
 class Split(Node):
-    """One axis as row-major factors; `params` is (axis, sizes)."""
+    """One axis as row-major factors; `params` is (axis, sizes). Classes of the whole are theirs, if not too many."""
 
     def prepare(self) -> None:
         self.odd, self.positive = self.args[0].node.odd, self.args[0].node.positive
@@ -241,10 +241,16 @@ class Split(Node):
         k, sizes = self.params
         return (k, *split_axis(self.args[0].node.axes[k], sizes))
 
+    def _finest(self) -> tuple[Axis, ...]:
+        """Its axes with all classes of the whole."""
+        k, factors, _ = self._factored()
+        whole = self.args[0].node.axes
+        return (*whole[:k], *factors, *whole[k + 1 :])
+
     def reindex(self, second: np.ndarray) -> np.ndarray:
         """A type array of the whole, read over the factors."""
         k, _, types = self._factored()
-        return np.take(second, types, axis=k)
+        return lift(np.take(second, types, axis=k), self._finest(), range(len(self.axes)), self.axes, pairs=True)
 
     def compute(self) -> Table:
         k, factors, _ = self._factored()
@@ -255,10 +261,11 @@ class Split(Node):
         if strangers > 0:  # positions of other classes, which factors with few classes cannot tell apart
             squares = table.diagonal
             self.graph.flag("assumed", min(strangers * float(np.ptp(squares)) / max(table.mean_square, 1e-300), UNKNOWN))
-        return Table(self.axes, np.take(table.mean, classes, axis=k), self.reindex(table.second))
+        mean = lift(np.take(table.mean, classes, axis=k), self._finest(), range(len(self.axes)), self.axes, pairs=False)
+        return Table(self.axes, mean, self.reindex(table.second))
 
     def pullback(self, cotangent: np.ndarray) -> list[np.ndarray | None]:
-        return [merge_types(cotangent, self._factored()[0], self._factored()[1], self.args[0].node.axes[self.params[0]])]
+        return [put_together(cotangent, self.axes, self.args[0].node.axes, *self.params)]
 
 
 class Merge(Node):
@@ -325,7 +332,7 @@ def split(node: Node, k: int, sizes: tuple[int, ...]) -> Node:
     """`node` with axis k as row-major factors of these sizes (each ≥ 2)."""
     graph = node.graph
     factors, _ = split_axis(node.axes[k], sizes)
-    axes = (*node.axes[:k], *factors, *node.axes[k + 1 :])
+    axes = affordable((*node.axes[:k], *factors, *node.axes[k + 1 :]))
     if type(node) in REBUILD:
         shift = len(sizes) - 1
         args = []
@@ -338,11 +345,11 @@ def split(node: Node, k: int, sizes: tuple[int, ...]) -> Node:
             else:
                 keep = range(0)
             args.append(View(child, tuple(b if i in keep or b < k else b + shift for i, b in enumerate(bind))))
-        whole = node.axes[k]
-        return graph.derive(node, REBUILD[type(node)](node, axes, args), lambda g: merge_types(g, k, factors, whole))
+        rebuilt = REBUILD[type(node)](node, axes, args)
+        return graph.derive(node, rebuilt, lambda g: put_together(g, rebuilt.axes, node.axes, k, sizes))
     if type(node) in INSIDE:
-        whole, inside = node.axes[k], INSIDE[type(node)](node, k, lambda x, j: split(x, j, sizes))
-        return graph.derive(node, inside, lambda g: merge_types(g, k, factors, whole))
+        inside = INSIDE[type(node)](node, k, lambda x, j: split(x, j, sizes))
+        return graph.derive(node, inside, lambda g: put_together(g, inside.axes, node.axes, k, sizes))
     if isinstance(node, Merge) and node.params[0] == k:
         source = node.args[0].node
         if tuple(a.size for a in source.axes[k : k + node.params[1]]) == sizes:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from varscale.theory.axes import MOST_CLASSES, Axis, grouped, join
+from varscale.theory.axes import MOST_CLASSES, Axis, affordable, grouped, join
 from varscale.theory.graph import Array, Graph, Node, View, array, merge, number, permute, split
 
 
@@ -200,7 +200,7 @@ def _framed(
                 atoms.append(Atom(atom.size, len(frame)))
                 frame.append(axis)
         layout.append(tuple(atoms))
-    return tuple(frame), tuple(tuple(bind[k] for k in range(len(bind))) for bind in binds), tuple(layout)
+    return affordable(tuple(frame)), tuple(tuple(bind[k] for k in range(len(bind))) for bind in binds), tuple(layout)
 
 
 def _classed(x: Value) -> Value:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from varscale.theory.axes import Axis, apply_axis, averaging, class_shares, lift_types, shares
+from varscale.theory.axes import Axis, apply_axis, averaging, class_shares, lift_types, merge_types, shares, split_axis
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +98,14 @@ class Table:
     mean: Float[np.ndarray, "..."]
     second: Float[np.ndarray, "..."]
 
+    def over(self, axes: tuple[Axis, ...]) -> Table:
+        """The same array with other classes on its axes."""
+        if axes == self.axes:
+            return self
+        own = range(len(axes))
+        mean, second = (lift(x, self.axes, own, axes, pairs=pairs) for x, pairs in ((self.mean, False), (self.second, True)))
+        return Table(axes, mean, second)
+
     @functools.cached_property
     def total_mean(self) -> float:
         """E[x] over all elements."""
@@ -177,6 +185,14 @@ def lift(array: np.ndarray, axes: Sequence[Axis], bind: Sequence[int], frame: Se
             out = apply_axis(out, k, lift_types(new, old) if pairs else class_shares(new, old))
         shape[bind[source]] = out.shape[k]
     return out.reshape(shape)
+
+
+def put_together(second: np.ndarray, axes: Sequence[Axis], whole: Sequence[Axis], k: int, sizes: tuple[int, ...]) -> np.ndarray:
+    """A type array over `axes`, of which some are the row-major factors of axis k of `whole`, read over `whole`."""
+    factors, _ = split_axis(whole[k], sizes)
+    finest = (*whole[:k], *factors, *whole[k + 1 :])
+    fine = lift(np.array(full_types(second, axes)), axes, range(len(axes)), finest, pairs=True)
+    return merge_types(fine, k, factors, whole[k])
 
 
 def full_types(array: np.ndarray, frame: Sequence[Axis]) -> np.ndarray:

@@ -99,17 +99,17 @@ def _excess(node: Node) -> float:
     if found is None:
         return 0.0
     x, weights, terms = found
-    kurtosis = getattr(weights.node, "kurtosis", 3.0)
-    return (_kurtosis(x.node) - 3) * kurtosis / (terms + kurtosis - 1)
+    own = getattr(weights.node, "kurtosis", 3.0)
+    return (kurtosis(x.node) - 3) * own / (terms + own - 1)
 
 
 @functools.singledispatch
-def _kurtosis(node: Node) -> float:
+def kurtosis(node: Node) -> float:
     """E[(x − m)⁴] / Var[x]²; a sum's is Gaussian."""
     return 3.0
 
 
-@_kurtosis.register
+@kurtosis.register
 def _(node: Apply) -> float:
     view = View(node, tuple(range(len(node.axes))))
     own = roots(node)

@@ -33,6 +33,7 @@ from varscale.theory.quadrature import (
     power_series,
     sobol,
 )
+from varscale.theory.windows import scatter
 
 MOST_VARIABLES = 5
 _INDEPENDENT = 1e-3  # correlation below which two roots are taken for independent
@@ -176,7 +177,7 @@ def _of_one_root(group: _Group, frame: Sequence[Axis], fixed: Environment) -> tu
         mean, series = integrated()
     else:
         mean, series = root.node.graph.once(("integrated", tuple(marks), tuple(frame)), integrated)
-    return mean, series.at(lift(marginal(root.node).correlation, root.node.axes, root.bind, frame, pairs=True))
+    return mean, _read(series, root, frame)
 
 
 def _in_closed_form(factors: Sequence[View], root: View, frame: Sequence[Axis]) -> tuple[np.ndarray, np.ndarray] | None:
@@ -214,8 +215,18 @@ def _mehler(variables: Sequence[View], fi: np.ndarray, gj: np.ndarray, frame: Se
     if not variables:
         return by_type(fi[..., 0], frame, second=False) * by_type(gj[..., 0], frame, second=True)
     (x,) = variables
-    rho = lift(marginal(x.node).correlation, x.node.axes, x.bind, frame, pairs=True)
-    return _series(_on_grid(fi), _on_grid(gj), frame).at(rho)
+    return _read(_series(_on_grid(fi), _on_grid(gj), frame), x, frame)
+
+
+def _read(series: _Series, root: View, frame: Sequence[Axis]) -> np.ndarray:
+    """E[f g] by type at a root's correlations, and at what they are given the weights."""
+    axes = root.node.axes
+    out = series.at(lift(marginal(root.node).correlation, axes, root.bind, frame, pairs=True))
+    variance = scatter(root.node)
+    if variance is None:
+        return out
+    rho, variance = (lift(x, axes, root.bind, frame, pairs=True) for x in (marginal(root.node).correlation, variance))
+    return out + series.curvature(rho) * variance / 2
 
 
 def _on_grid(values: np.ndarray) -> np.ndarray:
@@ -238,6 +249,11 @@ class _Series(NamedTuple):
         alternating = self.coefficients[..., ::2].sum(-1) - self.coefficients[..., 1::2].sum(-1)
         beyond = np.where(rho > 0, self.both - whole, self.opposite - alternating) * np.abs(rho) ** DEGREE
         return np.where(rho >= 1 - 1e-9, self.both, np.where(rho <= -1 + 1e-9, self.opposite, inner + beyond))
+
+    def curvature(self, rho: np.ndarray) -> np.ndarray:
+        """The second derivative."""
+        k = np.arange(2, self.coefficients.shape[-1])
+        return power_series(self.coefficients[..., 2:] * k * (k - 1), rho)
 
 
 def _series(fi: np.ndarray, gj: np.ndarray, frame: Sequence[Axis]) -> _Series:
@@ -285,7 +301,7 @@ def _nearest(latents: np.ndarray) -> np.ndarray:
     return np.clip(np.round((latents - Z[0]) / (Z[1] - Z[0])).astype(int), 0, len(Z) - 1)
 
 
-def _read(node: Node, latents: np.ndarray, line: np.ndarray) -> np.ndarray:
+def _values(node: Node, latents: np.ndarray, line: np.ndarray) -> np.ndarray:
     """A root's values at normal scores; between the numbers of a known array there are none."""
     return line[_nearest(latents)] if isinstance(node, Array) else np.interp(latents, Z, line)
 
@@ -314,7 +330,7 @@ def _cubature(group: _Group, frame: Sequence[Axis], fixed: Environment) -> tuple
 
     def tree(xs: list[View], cell: tuple[int, ...], latents: np.ndarray) -> np.ndarray:
         env: Environment = {
-            key: _read(views[n].node, latents[:, n], grids[n][cell]).reshape((1,) * len(frame) + (-1,))
+            key: _values(views[n].node, latents[:, n], grids[n][cell]).reshape((1,) * len(frame) + (-1,))
             for n, key in enumerate(keys)
         }
         for key, (leader, values) in group.followers.items():

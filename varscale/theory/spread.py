@@ -47,12 +47,14 @@ class Spread:
         shift: relative shift of its mean from the infinite-width value.
         bend: the same with every layer's curvature taken as positive: how far first order is from being enough.
         point: relative variance, over draws, samples and positions, of the squared scale at one place.
+        shape: what a unit's own weights, where they are not Gaussian, add to that in the sum's fourth moment.
     """
 
     sources: dict[int, float]
     shift: float = 0.0
     bend: float = 0.0
     point: float = 0.0
+    shape: float = 0.0
 
     @functools.cached_property
     def variance(self) -> float:
@@ -111,7 +113,7 @@ def _kernel(node: Node) -> Spread:
         _, windows, xd, _, _ = node.params
         taps = math.prod(w.taps for w in windows)
         channels = 1 if xd[1] is None else x.axes[xd[1]].size
-        spread = combine([(1.0, _averaged(x, [k for k in xd[1:2] if k is not None], taps))])
+        spread = combine([(1.0, _averaged(x, [k for k in xd[1:2] if k is not None], taps, node.params[0]))])
         units = 1 if node.params[4][1] is None else node.axes[node.params[4][1]].size
         return _with_own_weights(spread, node, node.args[1], taps * channels / node.params[0], units)
     if isinstance(node, Sum):
@@ -139,14 +141,19 @@ def _kernel(node: Node) -> Spread:
 
 
 def _with_own_weights(spread: Spread, node: Node, view: View, terms: float, units: int) -> Spread:
-    """A unit's weights have a squared norm that varies by (κ − 1)/terms from unit to unit, and is one for all samples."""
+    """A unit's weights have a squared norm that varies by (κ − 1)/terms from unit to unit, and is one for all samples.
+
+    At one place the sum's fourth moment is 3 (1 + p) for Gaussian weights and inputs whose squares' mean varies by p; others,
+    of kurtosis κ, add (κ − 3)(p + 1/terms), the mean of the inputs' fourth powers over the terms.
+    """
     weight = view.node
     while weight.args and len(weight.args) == 1:
         weight = weight.args[0].node
     if not isinstance(weight, Leaf) or weight.name[0] == "input" or not weight.random:
         return spread
     noise = math.sqrt(max(weight.kurtosis - 1, 0.0) / terms / units * _left_to_chance(weight, terms, units))
-    return dataclasses.replace(spread, sources={**spread.sources, ~node.id: noise})
+    shape = max((weight.kurtosis - 3) / 3 * (spread.point + 1 / terms), -spread.point)
+    return dataclasses.replace(spread, sources={**spread.sources, ~node.id: noise}, shape=shape)
 
 
 def _left_to_chance(weight: Leaf, terms: float, units: int) -> float:
@@ -166,8 +173,8 @@ def _kept_norm(node: Node) -> float:
     return 1 - _left_to_chance(weight, node.width, units)
 
 
-def _averaged(node: Node, axes: Sequence[int], taps: int = 1) -> Spread:
-    """A node's fluctuations when it enters a contraction over these axes (at several taps): what one output sees."""
+def _averaged(node: Node, axes: Sequence[int], taps: int = 1, groups: int = 1) -> Spread:
+    """A node's fluctuations when it enters a contraction over these axes (at several taps, in groups): what one output sees."""
     from varscale.theory.rules.units import Softmax
 
     if isinstance(node, Leaf | Array | Constant) and (not isinstance(node, Leaf) or node.name[0] != "input"):
@@ -175,7 +182,11 @@ def _averaged(node: Node, axes: Sequence[int], taps: int = 1) -> Spread:
     if all(isinstance(r.node, Softmax) for r in roots(node)):
         return NONE  # attention weights are fixed by kernels over all units, which fluctuate less than one unit's outputs
     spread = full(node)
-    point = fresh(node, axes) / taps + inherited(node).point
+    mean = fresh(node, axes)
+    if groups > 1:  # of n units a mean of m has what one has, less what all have, times (1/m − 1/n) / (1 − 1/n), more
+        n = math.prod(node.axes[k].size for k in axes)
+        mean += max(fresh(node, ()) - mean, 0.0) * (groups - 1) / max(n - 1, 1)
+    point = mean / taps + inherited(node).point
     return dataclasses.replace(spread, point=point)
 
 
@@ -190,7 +201,7 @@ def inherited(node: Node) -> Spread:
         for root, (slope, curvature) in responses(node).items():
             spread = kernel(root)
             terms.append((slope, spread))
-            curved += curvature * spread.point / 2
+            curved += curvature * (spread.point + spread.shape) / 2
             bent += abs(curvature) * spread.point / 2
         shapes = (shape_shift(node), sphere_shift(node))
         shift, bent = sum(s for s, _ in shapes), bent + sum(d for _, d in shapes)

@@ -10,11 +10,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from varscale.theory import layout
-from varscale.theory.axes import Axis, apply_axis, grouped
-from varscale.theory.graph import UNKNOWN, Node, View
+from varscale.theory.axes import Axis, apply_axis, contract_axis, grouped
+from varscale.theory.graph import UNKNOWN, Leaf, Node, View
 from varscale.theory.interpreter import Interpreter, rule
 from varscale.theory.layout import Atom, Value
 from varscale.theory.moments import Table
+from varscale.theory.narrow import kurtosis
+from varscale.theory.windows import scatter_of
 
 ONE = Axis(1)  # a dimension of size 1: only the type "same"
 
@@ -258,6 +260,41 @@ class Conv(Node):
         table = np.broadcast_to(cross(View(x, identity), View(y, identity), x.axes), [ax.types for ax in x.axes])
         second = self.carry(self._logical(table, self.params[2]), self._logical(self.args[1].node.table.second, self.params[3]))
         return lift(self._own(second, self.params[4]), self.axes, a.bind, frame, pairs=True)
+
+
+def _own_part(x: Node, dims: Sequence[int | None]) -> float:
+    """The part of the mean square of a convolution's input that is not common to all places."""
+    common = x.table.second
+    places = [k for k in dims[2:] if k is not None]
+    for k in reversed(range(len(x.axes))):
+        common = contract_axis(common, k, x.axes[k].different if k in places else x.axes[k].same)
+    return float(np.clip(1 - float(common) / max(x.table.mean_square, 1e-300), 0.0, 1.0)) if places else 1.0
+
+
+@scatter_of.register
+def _(node: Conv) -> np.ndarray | None:
+    _, windows, xd, _, od = node.params
+    taps = math.prod(w.taps for w in windows)
+    weights = node.args[1].node
+    if taps == 1 or not isinstance(weights, Leaf) or not weights.odd:
+        return None
+    inputs = node._axes(node.args[0].node, xd)
+    meeting, same = np.ones([1] * len(node.axes)), np.ones([1] * len(node.axes), bool)
+    for dim, k in enumerate(od):
+        if k is None:
+            continue
+        axis = node.axes[k]
+        own = np.arange(axis.types) < axis.classes
+        line = own.astype(float)
+        if dim >= 2:  # of two places along a spatial axis, the pairs of taps that read one input
+            one_tap, two_taps = tap_pairs(windows[dim - 2], inputs[dim], axis)
+            line = (one_tap + two_taps)[:, : inputs[dim].classes].sum(axis=1)
+        shape = [1] * len(node.axes)
+        shape[k] = -1
+        meeting, same = meeting * line.reshape(shape), same & own.reshape(shape)
+    x = node.args[0].node
+    met = meeting * node.width / taps * (1 + (kurtosis(x) - 3) / 2) * _own_part(x, xd) ** 2
+    return np.where(same, 0.0, met / (node.width * (node.width + weights.kurtosis - 1)))
 
 
 def _block(axis: Axis, kind: int) -> slice:

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from varscale.theory import layout
-from varscale.theory.axes import MOST_CLASSES, Axis, apply_axis, labelled, pair_map
+from varscale.theory.axes import MOST_CLASSES, Axis, apply_axis, labelled, pair_map, sliced
+from varscale.theory.elementwise import broadcast
 from varscale.theory.graph import Constant, Node, View, permute
 from varscale.theory.interpreter import Interpreter, elementwise_or_layout, rule
 from varscale.theory.layout import Atom, Value
@@ -30,19 +31,43 @@ class Concat(Node):
         self.positive = all(v.node.positive for v in self.args)
 
     def part(self, k: int, start: int, stop: int) -> Node | None:
-        """The positions start, ..., stop − 1 of axis k, where one part holds them."""
+        """The positions start, ..., stop − 1 of axis k, where that is what the parts are joined along."""
         along, sizes = self.params
         edges = np.cumsum([0, *sizes])
         i = int(np.searchsorted(edges, start, side="right")) - 1
-        if k != along or stop > edges[i + 1]:
+        if k != along:
             return None
+        if stop > edges[i + 1]:
+            return self._across(start, stop)
         child, bind = self.args[i]
-        left = len(self.axes) - (stop - start == 1)
-        if len(bind) != len(self.axes) and not (len(bind) == left and k not in bind):
-            return None
-        own = permute(child, [int(m) for m in np.argsort(bind)])
+        if isinstance(child, Constant):
+            return child
         whole = k not in bind or stop - start == sizes[i]
+        missing = [j for j in range(len(self.axes)) if j not in bind and (j != k or stop - start > 1)]
+        if missing:  # along those axes it is constant
+            along_them = (Axis(stop - start) if j == k else self.axes[j] for j in missing)
+            child, bind = broadcast(child, (*child.axes, *along_them)), (*bind, *missing)
+        own = permute(child, [int(m) for m in np.argsort(bind)])
         return own if whole else take_node(own, k, start - int(edges[i]), stop - int(edges[i]), 1)
+
+    def _across(self, start: int, stop: int) -> Node:
+        """Positions that several parts hold: what is left of each, joined."""
+        k, sizes = self.params
+        left, views, at = [], [], 0
+        for (child, bind), n in zip(self.args, sizes, strict=True):
+            low, high = max(start - at, 0), min(stop - at, n)
+            at += n
+            if low >= high:
+                continue
+            if k in bind and high - low < n:
+                j = bind.index(k)
+                child = take_node(child, j, low, high, 1)
+                bind = () if isinstance(child, Constant) else bind if high - low > 1 else (*bind[:j], *bind[j + 1 :])
+            left.append(high - low)
+            views.append(View(child, bind))
+        whole, _ = sliced(self.axes[k], start, stop, 1)
+        assert whole is not None
+        return self.graph.make(Concat, (*self.axes[:k], whole, *self.axes[k + 1 :]), views, (k, tuple(left)))
 
     def parts(self) -> list[tuple[View, tuple[Axis, ...], np.ndarray]]:
         """Each argument, its frame, and the share of each class of the whole that its classes take (whole, own)."""

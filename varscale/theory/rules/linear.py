@@ -14,7 +14,10 @@ from varscale.theory.elementwise import Apply, Sum, affine
 from varscale.theory.graph import Array, Constant, Leaf, Merge, Node, Permute, Split, View
 from varscale.theory.interpreter import Interpreter, rule
 from varscale.theory.layout import Atom, Value, align, full
+from varscale.theory.locality import unseen_nearness
 from varscale.theory.moments import Table, full_types
+
+_NEAR = 1e-3  # of a mean square, what places share that is not worth a flag
 
 
 class Contract(Node):
@@ -62,7 +65,14 @@ class Contract(Node):
         if np.any(tilt):
             gained = Table(self.axes, np.array(mean), np.broadcast_to(tilt, self.frame_types)).mean_square
             self.graph.flag("quadrature", SHARED_DOUBT + TILT_DOUBT * gained / max(table.mean_square, 1e-300))
+        self._doubt_nearness(table.mean_square)
         return table
+
+    def _doubt_nearness(self, square: float) -> None:
+        """Of averages over tokens, their likeness in windows that were put together otherwise."""
+        for weights, averaged in (self.args, self.args[::-1]):
+            if weights.node.shares and (near := unseen_nearness(averaged.node)) > _NEAR:
+                self.graph.flag("quadrature", min(near * averaged.node.table.mean_square / max(square, 1e-300), 1.0))
 
     def contract(self, second: np.ndarray) -> np.ndarray:
         """Sum a type array of the frame over the contracted axes."""

@@ -16,6 +16,7 @@ from varscale.theory.rules.reductions import Extreme, Mean
 from varscale.theory.rules.units import Softmax
 
 MASKED = -1e4  # a logit below this is a mask, not a number
+_NOTHING_LEFT = 50.0  # a difference of logits that takes all of a key's weight, whatever else they add
 _ROW_CLASSES = 6
 
 
@@ -100,6 +101,17 @@ def _logits(view: View, axes: Sequence[Axis]) -> tuple[View | None, View | None]
     return random, (None if isinstance(mask, Constant) else View(mask, tuple(frame)))
 
 
+def _mask_level(known: Array) -> float | None:
+    """The number below which those that are added to logits are a mask; None where they are none.
+
+    So are numbers of two kinds, zeros for one, when the others leave a key nothing of its weight (windows that meet: −100).
+    """
+    low, high = float(known.values.min()), float(known.values.max())
+    if low >= MASKED and low < high - _NOTHING_LEFT and set(np.unique(known.values)) == {low, high}:
+        return (low + high) / 2
+    return MASKED if low < MASKED else None
+
+
 def _terms(view: View, masks: list[View]) -> list[tuple[float, View]]:
     node, bind = view
     graph = node.graph
@@ -123,8 +135,8 @@ def _terms(view: View, masks: list[View]) -> list[tuple[float, View]]:
                 allowed = graph.once(("kept", which.params, keep), lambda k=keep: array(graph, which.values == k - 1))
                 masks.append(View(allowed, tuple(bind[b] for b in where)))
                 return _terms(node.args[keep].within(bind), masks)
-    if isinstance(node, Array) and node.values.min() < MASKED:
-        allowed = graph.once(("above", node.params), lambda: array(graph, node.values > MASKED))
+    if isinstance(node, Array) and (level := _mask_level(node)) is not None:
+        allowed = graph.once(("above", node.params), lambda: array(graph, node.values > level))
         if isinstance(allowed, Array):
             masks.append(View(allowed, bind))
         return []

@@ -13,9 +13,10 @@ from varscale.theory.elementwise import affine
 from varscale.theory.graph import Node, View
 from varscale.theory.interpreter import Interpreter, rule
 from varscale.theory.layout import Atom, Value
+from varscale.theory.locality import unseen_nearness
 from varscale.theory.moments import Table
-from varscale.theory.rules.convolution import ONE, Window, output_axis, prepared, squeeze_types, tap_means, tap_pairs
-from varscale.theory.rules.reductions import outside, restored
+from varscale.theory.rules.convolution import ONE, Window, hits, output_axis, prepared, squeeze_types, tap_means, tap_pairs
+from varscale.theory.rules.reductions import bounded, narrowest, outside, restored
 
 
 class WindowSum(Node):
@@ -69,7 +70,10 @@ class WindowSum(Node):
 
 
 class WindowMax(WindowSum):
-    """Maxima over windows, of interior windows. Backward, a cotangent goes to one entry of its window, and entries add up."""
+    """Maxima over windows: of whole ones, with the mean and variance of the smaller ones at borders counted in.
+
+    Backward, a cotangent goes to one entry of its window, and entries add up.
+    """
 
     how = "sampled"
     gradient_doubt = 0.15
@@ -91,6 +95,10 @@ class WindowMax(WindowSum):
             cut.append((k, window))
         replicates = int(np.clip(3e6 / math.prod(sizes), 16, 20_000))
         x = draw(node, sizes, replicates, np.random.default_rng(0))
+        law = self._law(x)
+        # Of what a few numbers decide there is no Gaussian tail; what places share does not add to the largest.
+        taps = math.prod(w.taps for w in windows if w is not None)
+        self.graph.flag("sampled", bounded(taps, narrowest(node)) + unseen_nearness(node))
         for k, window in cut:
             if window is not None:
                 view = np.lib.stride_tricks.sliding_window_view(x, (window.taps - 1) * window.dilation + 1, axis=k + 1)
@@ -101,7 +109,23 @@ class WindowMax(WindowSum):
         live = [i for i, (k, o) in enumerate((k, o) for k, o in zip(xd, od, strict=True) if k is not None) if o is not None]
         x = x[(slice(None), *(slice(None) if i in live else 0 for i in range(len(order))))]
         placed = [o for k, o in zip(xd, od, strict=True) if k is not None and o is not None]
-        return pooled_estimate(x.transpose([0, *(int(i) + 1 for i in np.argsort(placed))]), self.axes)
+        return _with_law(pooled_estimate(x.transpose([0, *(int(i) + 1 for i in np.argsort(placed))]), self.axes), *law)
+
+    def _law(self, x: np.ndarray) -> tuple[float, float]:
+        """Mean and mean square over all windows, by how many of their places are in the array along each axis."""
+        windows, xd, _ = self.params
+        parts = [(1.0, x)]
+        for k, window in zip(xd, windows, strict=True):
+            if k is None or window is None:
+                continue
+            real = (hits(window, self.args[0].node.axes[k].size) >= 0).sum(axis=1)
+            many, counts = np.unique(real[real > 0], return_counts=True)
+            cuts = [
+                (c / counts.sum(), (slice(None),) * (k + 1) + (slice(0, m * window.dilation, window.dilation),))
+                for m, c in zip(many, counts, strict=True)
+            ]
+            parts = [(p * c, y[at].max(axis=k + 1, keepdims=True)) for p, y in parts for c, at in cuts]
+        return sum(p * float(y.mean()) for p, y in parts), sum(p * float((y**2).mean()) for p, y in parts)
 
     def pullback(self, cotangent: np.ndarray) -> list[np.ndarray | None]:
         taps = math.prod(w.taps for w in self.params[0] if w is not None)
@@ -124,6 +148,14 @@ class WindowMax(WindowSum):
             m = squeeze_types(same, o, a)
             maps.append((m * o.pairs[: m.shape[0], None]).T / np.maximum(a.pairs[: m.shape[1]], 1.0)[:, None])
         return self._carry(cotangent, maps, self.params[2], self.params[1])
+
+
+def _with_law(table: Table, mean: float, square: float) -> Table:
+    """A table of one class an axis with another mean and variance, correlations kept."""
+    old = float(table.mean.flat[0])
+    variance = max(table.mean_square - old**2, 1e-300)
+    second = mean**2 + (table.second - old**2) * max(square - mean**2, 0.0) / variance
+    return Table(table.axes, np.full_like(table.mean, mean), second)
 
 
 def _window_node(interpreter: Interpreter, eqn: Any, x: Value, kind: type[WindowSum]) -> Value:

@@ -20,9 +20,8 @@ from varscale.theory.quadrature import WEIGHTS, Z, evaluate
 
 def _uniform_bits(width: int) -> np.ndarray:
     """Quantiles of uniform bits on the normal grid."""
-    bits = min(width, 32)
-    numbers = np.minimum(np.floor(special.ndtr(Z) * 2.0**bits), 2.0**bits - 1).astype(np.uint64)
-    return numbers.astype({8: np.uint8, 16: np.uint16}.get(bits, np.uint32))
+    largest = np.nextafter(2.0**width, 0.0) if width > 52 else 2.0**width - 1
+    return np.minimum(np.floor(special.ndtr(Z) * 2.0**width), largest).astype(f"u{width // 8}")
 
 
 _NORMAL = 0.02  # from 3: what the grid leaves of a normal's kurtosis

@@ -24,7 +24,7 @@ from varscale.theory.layout import Atom, Value, materialize, merged
 from varscale.theory.moments import Table
 from varscale.theory.quadrature import Z, factors
 from varscale.theory.rules.neighbours import unseen
-from varscale.theory.rules.reductions import bounded, narrowest
+from varscale.theory.rules.reductions import bounded, narrowest, outside, restored
 
 
 def sums(ids: np.ndarray, weights: np.ndarray, size: int, axis: Axis) -> tuple[np.ndarray, np.ndarray]:
@@ -221,7 +221,8 @@ def _evaluated(node: Node) -> np.ndarray | None:
 class SegmentMax(Node):
     """Maxima by segment over axis 0, 0 where a segment is empty; `params` is (key of (ids, size) in the store, sign).
 
-    Entries of one segment are taken as independent; what two maxima share is what two entries share.
+    A second argument is the entries as those of one segment see them (`SegmentSum`): a part of variance r that they share moves
+    with their maximum, max_d(√r z₀ + √(1−r) z_e) = √r z₀ + √(1−r) max_d z_e. What two maxima share is what two entries share.
     """
 
     how = "sampled"
@@ -232,23 +233,27 @@ class SegmentMax(Node):
         sign = self.params[1]
         view = self.args[0]
         table = view.node.table
+        within = self.args[1].node.table
         degrees = np.bincount(ids, minlength=size)[:size]
         out, share = self.axes[0], special.ndtr(Z)
         # The entries' law is that of the class with the least numbers: masked places are in another.
         cell = np.unravel_index(int(np.argmin(table.diagonal)), table.diagonal.shape)
         centre, variance = float(table.mean[cell]), float(max(table.diagonal[cell] - table.mean[cell] ** 2, 0.0))
-        line = np.sort(sign * centre + np.sqrt(variance) * Z)
+        types = view.node.axes[0].classes
+        met = (types + int(cell[0]) * (types + 1), *cell[1:])  # two entries of a segment, the same on the other axes
+        share_of_all = float(np.clip((within.second[met] - centre**2) / max(variance, 1e-300), 0.0, 1.0))
+        common, own_part = share_of_all * variance, (1 - share_of_all) * variance
+        line = np.sort(sign * centre + np.sqrt(own_part) * Z)
         laws = {}
         for d in np.unique(degrees[degrees > 0]):
             weights = np.diff(np.concatenate([[0.0], share])) * d * share ** (d - 1)
             weights /= weights.sum()
-            laws[int(d)] = (sign * float(weights @ line), float(weights @ line**2))
+            laws[int(d)] = (sign * float(weights @ line), float(weights @ line**2) + common)
         first, square = (np.array([laws.get(int(d), (0.0, 0.0))[k] for d in degrees]) for k in (0, 1))
         members = np.eye(out.classes)[out.label_array].T / out.counts[:, None]
         mean, second = members @ first, members @ square
         self.graph.flag("sampled", 0.1 + bounded(int(max(degrees.max(), 1)), narrowest(view.node)))
         rest = self.axes[1:]
-        types = view.node.axes[0].classes
         correlation = np.clip(table.covariance / max(variance, 1e-300), -1.0, 1.0)
         own = correlation[cell[0]], correlation[types + int(cell[0]) * (types + 1)]
         spread = np.sqrt(np.maximum(second - mean**2, 0.0))
@@ -265,7 +270,7 @@ class SegmentMax(Node):
         axis, out = self.args[0].node.axes[0], self.axes[0]
         total = contract_axis(cotangent, 0, out.same) * out.size / axis.size
         same = (np.arange(axis.types) < axis.classes).astype(float)
-        return [np.multiply.outer(same, total)]
+        return [np.multiply.outer(same, total), None]
 
 
 class Segmented(NamedTuple):
@@ -322,7 +327,11 @@ def scatter_max(interpreter: Interpreter, eqn: Any, x: Value, ids: Value, update
     """Maxima by segment where the segments are known; otherwise sampled."""
     from varscale.theory.rules.sampled import sampled
 
-    found = segmented(interpreter, eqn, x, ids, updates)
+    sign = 1.0 if eqn.primitive.name == "scatter-max" else -1.0
+    inner, steps = outside(updates) if sign > 0 else (updates, [])
+    if not all(shift == 0 if name == "affine" else low <= 0 for name, low, shift in steps):
+        inner, steps = updates, []  # they would not leave the 0 of an empty segment as it is
+    found = segmented(interpreter, eqn, x, ids, inner)
     if found is None or x.constant is None:
         return sampled(interpreter, eqn, x, ids, updates)
     summands, segments = found
@@ -330,7 +339,6 @@ def scatter_max(interpreter: Interpreter, eqn: Any, x: Value, ids: Value, update
     out = grouped(np.bincount(segments, minlength=size)[:size, None].astype(float), 2 * MOST_CLASSES)
     key = (hashlib.sha1(segments.tobytes()).hexdigest(), size)
     interpreter.graph.memo["segments", key] = (segments, size)
-    view = View(node, tuple(range(len(node.axes))))
-    sign = 1.0 if eqn.primitive.name == "scatter-max" else -1.0
-    total = interpreter.graph.make(SegmentMax, (out, *node.axes[1:]), [view], (key, sign))
-    return Value(total, ((Atom(size, 0),), *summands.dims[1:]))
+    views = [View(x, tuple(range(len(node.axes)))) for x in (node, as_seen_within(node, segments))]
+    total = interpreter.graph.make(SegmentMax, (out, *node.axes[1:]), views, (key, sign))
+    return restored(interpreter, Value(total, ((Atom(size, 0),), *summands.dims[1:])), steps)

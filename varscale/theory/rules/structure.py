@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ import numpy as np
 from varscale.theory import layout
 from varscale.theory.axes import Axis, apply_axis, pair_map, shares, sliced
 from varscale.theory.elementwise import Apply, Sum, roots
-from varscale.theory.graph import INSIDE, REBUILD, UNKNOWN, Array, Constant, Node, View, array
+from varscale.theory.graph import INSIDE, REBUILD, UNKNOWN, Array, Constant, Node, Permute, View, array, permute
 from varscale.theory.interpreter import Interpreter, elementwise_or_layout, rule
 from varscale.theory.layout import Atom, Value
 from varscale.theory.moments import Table, lift
@@ -67,7 +68,7 @@ class Take(Node):
         return [part_pullback(cotangent, k, self.args[0].node.axes[k], span)]
 
     def cross_with(self, a: View, b: View, frame: Sequence[Axis]) -> np.ndarray | None:
-        """Two slices of things over one axis (or a whole one): positions that differ always differ; equal ones are shifted."""
+        """Two slices of things over one axis (or a whole one), which meet where one position is in both."""
         from varscale.theory.cross import cross
 
         other = b.node
@@ -77,10 +78,10 @@ class Take(Node):
             y, theirs = other.args[0].node, list(other.params[1:])
         else:
             y, theirs = other, [0, x.axes[k].size, 1]
-        if a.bind != b.bind:
-            return None
         if x.axes != y.axes:
             return None
+        if a.bind != b.bind:
+            return _apart(View(x, a.bind), View(y, b.bind), (k, span, theirs), frame)
         identity = tuple(range(len(x.axes)))
         table = np.broadcast_to(cross(View(x, identity), View(y, identity), x.axes), [ax.types for ax in x.axes])
         old = x.axes[k]
@@ -94,16 +95,71 @@ class Take(Node):
             row = np.zeros((1, old.types))
             row[0, i[0] if same_place else c + i[0] * c + j[0]] = 1
             return lift(apply_axis(table, k, row).squeeze(k), self.axes, a.bind, frame, pairs=True)
-        new = self.axes[k]
-        matrix = np.zeros((new.types, old.types))
-        labels = new.label_array
-        np.add.at(matrix, (labels, i if same_place else c + i * c + j), 1.0)
-        share_i, share_j = (np.zeros((new.classes, c)) for _ in range(2))
-        np.add.at(share_i, (labels, i), 1.0)
-        np.add.at(share_j, (labels, j), 1.0)
-        matrix[new.classes :, c:] = np.einsum("ac,bd->abcd", share_i, share_j).reshape(new.classes**2, c * c)
-        matrix /= np.maximum(matrix.sum(axis=1, keepdims=True), 1e-300)
+        matrix = _shifted(self.axes[k], old, tuple(span), tuple(theirs))
         return lift(apply_axis(table, k, matrix), self.axes, a.bind, frame, pairs=True)
+
+
+@functools.cache
+def _shifted(new: Axis, old: Axis, span: tuple[Any, ...], theirs: tuple[Any, ...]) -> np.ndarray:
+    """Which pairs of positions of the whole two slices of one length have, by type of pair of their own places."""
+    first, second = (np.arange(old.size)[slice(*s)] for s in (span, theirs))
+    c, labels = old.classes, new.label_array
+    i, j = old.label_array[first], old.label_array[second]
+    kind = np.where(first == second, i, c + i * c + j)
+    matrix = np.zeros((new.types, old.types))
+    np.add.at(matrix, (labels, kind), 1.0)
+    share_i, share_j = (np.zeros((new.classes, c)) for _ in range(2))
+    np.add.at(share_i, (labels, i), 1.0)
+    np.add.at(share_j, (labels, j), 1.0)
+    matrix[new.classes :, c:] = np.einsum("ac,bd->abcd", share_i, share_j).reshape(new.classes**2, c * c)
+    np.add.at(matrix, (new.classes + labels * new.classes + labels, c + i * c + j), -1.0)  # one place is no pair of places
+    at = np.full(old.size, -1)
+    at[second] = np.arange(len(second))
+    p = np.flatnonzero((at[first] >= 0) & (at[first] != np.arange(len(first))))
+    q = at[first[p]]  # another place of the second slice has the same position
+    row = new.classes + labels[p] * new.classes + labels[q]
+    np.add.at(matrix, (row, c + i[p] * c + j[q]), -1.0)
+    np.add.at(matrix, (row, i[p]), 1.0)
+    return matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1e-300)
+
+
+def _apart(a: View, b: View, cut: tuple[int, Sequence[int], Sequence[int]], frame: Sequence[Axis]) -> np.ndarray | None:
+    """Slices of one axis read at two places of the frame (or at none, where one position is left), the other axes at the same.
+
+    Args:
+        a: what the first is a slice of; its bind is the slice's own.
+        b: likewise.
+        cut: the axis, and the positions of it that each has.
+        frame: the frame.
+    """
+    from varscale.theory.cross import cross
+
+    k, *spans = cut
+    axes, old = a.node.axes, a.node.axes[k]
+    chosen = [np.arange(old.size)[slice(*span)] for span in spans]
+    gone = [len(v.bind) < len(axes) for v in (a, b)]
+    rest = [v.bind if g else (*v.bind[:k], *v.bind[k + 1 :]) for v, g in zip((a, b), gone, strict=True)]
+    if rest[0] != rest[1] or any(g != (len(i) == 1) for g, i in zip(gone, chosen, strict=True)):
+        return None
+    places = [None if g else v.bind[k] for v, g in zip((a, b), gone, strict=True)]
+    identity = tuple(range(len(axes)))
+    table = np.broadcast_to(cross(View(a.node, identity), View(b.node, identity), axes), [ax.types for ax in axes])
+    # By the classes of the two positions, in the whole, and of each in its own slice: pairs of positions, equal or not.
+    labels = [np.zeros(1, int) if p is None else frame[p].label_array for p in places]
+    sides = [1 if p is None else frame[p].classes for p in places]
+    shares = np.zeros((sides[0], sides[1], old.types))
+    first, second = np.meshgrid(chosen[0], chosen[1], indexing="ij")
+    kind = old.classes + old.label_array[first] * old.classes + old.label_array[second]
+    kind = np.where(first == second, old.label_array[first], kind)
+    np.add.at(shares, (labels[0][:, None], labels[1][None], kind), 1.0)
+    shares /= shares.sum(axis=-1, keepdims=True)
+    both = np.tensordot(shares, table, axes=(2, k))
+    for side, (p, reads) in enumerate(zip(places, ("first", "second"), strict=True)):
+        both = np.take(both, np.zeros(1, int) if p is None else getattr(frame[p], reads), axis=side)
+    kept = [k for k, p in enumerate(places) if p is not None]
+    both = both[tuple(slice(None) if p is not None else 0 for p in places)]
+    wide = [*(frame[places[side]] for side in kept), *axes[:k], *axes[k + 1 :]]  # pyright: ignore[reportCallIssue,reportArgumentType]
+    return lift(both, wide, [*(places[side] for side in kept), *rest[0]], frame, pairs=True)  # pyright: ignore[reportArgumentType]
 
 
 def part_pullback(cotangent: np.ndarray, k: int, old: Axis, span: Sequence[Any]) -> np.ndarray:
@@ -200,12 +256,30 @@ def take_node(node: Node, k: int, start: int, stop: int, step: int) -> Node:
             args.append(View(child, tuple(b - (new is None and b > k) for b in bind)))
         span = _slice((start, stop, step))
         return graph.derive(node, REBUILD[type(node)](node, axes, args), lambda g: part_pullback(g, k, old, span))
-    if type(node) in INSIDE:
-        inside, span = INSIDE[type(node)](node, k, lambda x, j: take_node(x, j, start, stop, step)), _slice((start, stop, step))
+    inside = _taken_inside(node, k, start, stop, step)
+    if inside is not None:
+        span = _slice((start, stop, step))
         return graph.derive(node, inside, lambda g: part_pullback(g, k, old, span))
     if step == 1 and hasattr(node, "part") and (part := node.part(k, start, stop)) is not None:  # pyright: ignore[reportAttributeAccessIssue]
         return part
     return graph.make(Take, axes, [View(node, tuple(range(len(node.axes))))], (k, *_slice((start, stop, step))))
+
+
+def _taken_inside(node: Node, k: int, start: int, stop: int, step: int) -> Node | None:
+    """The slice of what a node is made from, made into such a node again: of averages, of axes in another order, of slices."""
+    if type(node) in INSIDE:
+        return INSIDE[type(node)](node, k, lambda x, j: take_node(x, j, start, stop, step))
+    if isinstance(node, Permute):
+        source, at = node.args[0].node, node.params[k]
+        part = take_node(source, at, start, stop, step)
+        if len(part.axes) == len(source.axes):
+            return permute(part, node.params)
+        return permute(part, [j - (j > at) for j in node.params if j != at]) if part.axes else part
+    if isinstance(node, Take) and node.params[0] == k and len(node.axes) == len(node.args[0].node.axes):
+        source, span = node.args[0].node, node.params[1:]
+        left = range(source.axes[k].size)[slice(*span)][slice(*_slice((start, stop, step)))]
+        return take_node(source, k, left.start, left.stop, left.step)
+    return None
 
 
 @rule("slice")
