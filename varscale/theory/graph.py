@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from varscale.theory.spread import Spread
 
 Pullback = Callable[[np.ndarray], np.ndarray]
+_STRIDE = 16  # nodes, each of which may take a dozen calls
 HOWS = ("exact", "quadrature", "sampled", "assumed")
 
 
@@ -93,12 +94,29 @@ class Node:
     @property
     def table(self) -> Table:
         if self._table is None:
+            if not self.graph.computing:
+                for node in self.far_below():
+                    _ = node.table
             self.graph.computing.append(self)
             try:
                 self._table = self.compute()
             finally:
                 self.graph.computing.pop()
         return self._table
+
+    def far_below(self) -> list[Node]:
+        """What it is made from, every so many steps, from the bottom up to it, as far as it has no tables yet.
+
+        Moments are asked for from the top down, and Python's stack is not deep enough for a thousand layers.
+        """
+        chain: list[Node] = []
+        node = self
+        while node.args:
+            node = max((view.node for view in node.args), key=lambda n: n.id)
+            if node._table is not None:
+                break
+            chain.append(node)
+        return chain[::-1][::_STRIDE] if len(chain) > _STRIDE else []
 
     @functools.cached_property
     def frame_types(self) -> tuple[int, ...]:

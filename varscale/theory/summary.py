@@ -39,6 +39,9 @@ def summarize(
     found = [(path, kind, _real(interpreter, x)) for path, kind, x in outputs]
     kinds = {path: kind or _kind(program, path) for path, kind, _ in found}
     values = {path: x for path, _, x in found if isinstance(x, Value) and math.prod(x.shape) > 0}
+    for x in values.values():
+        for node in [*x.node.far_below(), x.node]:
+            provenance(node)  # in order, so that nothing below is left to be found out from the top down
     gradients = _gradients(values) if backward else {}
     rows = tuple(_row(path, kinds[path], x, gradients.get(x.node.id)) for path, x in values.items())
     return Report(rows, weights(interpreter, parameters))
