@@ -95,7 +95,7 @@ class Node:
     def table(self) -> Table:
         if self._table is None:
             if not self.graph.computing:
-                for node in self.far_below():
+                for node in far_below(self, lambda n: n._table is not None):
                     _ = node.table
             self.graph.computing.append(self)
             try:
@@ -104,26 +104,26 @@ class Node:
                 self.graph.computing.pop()
         return self._table
 
-    def far_below(self) -> list[Node]:
-        """What it is made from, every so many steps, from the bottom up to it, as far as it has no tables yet.
-
-        Moments are asked for from the top down, and Python's stack is not deep enough for a thousand layers.
-        """
-        chain: list[Node] = []
-        node = self
-        while node.args:
-            node = max((view.node for view in node.args), key=lambda n: n.id)
-            if node._table is not None:
-                break
-            chain.append(node)
-        return chain[::-1][::_STRIDE] if len(chain) > _STRIDE else []
-
     @functools.cached_property
     def frame_types(self) -> tuple[int, ...]:
         return tuple(axis.types for axis in self.axes)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.id} {[a.size for a in self.axes]}>"
+
+
+def far_below(node: Node, done: Callable[[Node], bool]) -> list[Node]:
+    """What a node is made from, every so many steps, from the bottom up, as far as it is not done.
+
+    All is asked for from the top down, and Python's stack is not deep enough for a thousand layers.
+    """
+    chain: list[Node] = []
+    while node.args:
+        node = max((view.node for view in node.args), key=lambda n: n.id)
+        if done(node):
+            break
+        chain.append(node)
+    return chain[::-1][::_STRIDE] if len(chain) > _STRIDE else []
 
 
 N = TypeVar("N", bound=Node)
