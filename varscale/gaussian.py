@@ -33,9 +33,12 @@ _TO_LEGENDRE = ((2 * np.arange(_ORDER) + 1) / 2)[:, None] * np.polynomial.legend
 _OFFSET = math.pi / 128
 _CUTS = np.concatenate([np.linspace(-38, -12, 9)[:-1], np.linspace(-12, 12, 49), np.linspace(12, 38, 9)[1:]]) + _OFFSET
 _BATCH = 64  # panels a call: one shape, so that jax compiles each primitive of the callable once
+_ROWS = 128  # conditional means a call, likewise
 _KINK_WIDTH = 2.0**-40
 _TOLERANCE = 1e-12
 _MOST_PANELS = 4096
+_SIDES = np.array([-1.0, 1.0])
+_STEPS = (1e-8, 1e-11)  # in standard deviations; a cut finds a jump to about a tenth of the shorter
 
 
 class Quadrature(NamedTuple):
@@ -192,6 +195,30 @@ def quadrature(f: Elementwise, mean: float = 0.0, variance: float = 1.0) -> Quad
     return _cached(f, mean, variance)
 
 
+def jumps(f: Elementwise, mean: float = 0.0, variance: float = 1.0) -> bool:
+    """Whether f jumps where N(mean, variance) has mass: E[f'(x)²] is infinite then, whatever automatic differentiation says.
+
+    Arguments and errors: `quadrature`.
+
+    >>> import jax.numpy as jnp
+    >>> jumps(jnp.sign), jumps(jnp.abs)
+    (True, False)
+    """
+    q = quadrature(f, mean, variance)
+    cuts = q.cuts[np.abs(q.cuts) < 8]
+    std = math.sqrt(variance)
+    # A step from one side of a cut to the other shrinks with its length, unless there is a jump between.
+    far, near = (np.abs(np.diff(_in_batches(f, mean + std * (cuts[:, None] + d * _SIDES)))[:, 0]) for d in _STEPS)
+    return bool(np.any((near > far / 2) & (near > 1e-5 * np.sqrt(q.weights @ q.values**2))))
+
+
+def _in_batches(f: Elementwise, x: Float[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]:
+    """f at every x, in arrays of the one shape that its primitives are compiled for."""
+    size = _BATCH * _ORDER
+    padded = np.resize(x, (-(-x.size // size), _BATCH, _ORDER))
+    return np.concatenate([_evaluate(f, part)[0].ravel() for part in padded])[: x.size].reshape(x.shape)
+
+
 def _integral(f: Elementwise, q: Quadrature, power: int) -> float:
     terms = q.weights * q.values**power
     slivers = np.repeat(np.diff(q.cuts) <= 2 * _KINK_WIDTH, _ORDER)
@@ -207,7 +234,11 @@ def derivative(f: Elementwise) -> Elementwise:
 
     def slope(x: jax.Array) -> jax.Array:
         x = jnp.asarray(x)
-        return jax.jvp(f, (x,), (jnp.ones_like(x),))[1]
+        try:
+            tangent = jax.jvp(f, (x,), (jnp.ones_like(x),))[1]
+        except jax.errors.ConcretizationTypeError as error:
+            raise TypeError(f"activation {f!r} must be made of jax functions of arrays to be differentiated") from error
+        return jnp.zeros(x.shape) if tangent.dtype == jax.dtypes.float0 else tangent  # of integers
 
     return slope
 
@@ -299,11 +330,12 @@ def pair(f: Elementwise, g: Elementwise, correlation: float, mean: float = 0.0, 
     left, right = left[keep], right[keep]
     z = _panel_nodes(left, right).ravel()
     weights = (_density(_panel_nodes(left, right)) * _WEIGHTS * ((right - left) / 2)[:, None]).ravel()
-    f_values, _ = _evaluate(f, mean + std * z)
+    f_values = _in_batches(f, mean + std * z)
     if width < _KINK_WIDTH:
-        inner, _ = _evaluate(g, mean + std * math.copysign(1.0, rho) * z)
+        inner = _in_batches(g, mean + std * math.copysign(1.0, rho) * z)
     else:
-        inner = np.concatenate([_conditional_mean(g, on_g.cuts, mean, std, rho, width, part) for part in np.array_split(z, 8)])
+        parts = np.resize(z, (-(-z.size // _ROWS), _ROWS))  # of one shape
+        inner = np.concatenate([_conditional_mean(g, on_g.cuts, mean, std, rho, width, part) for part in parts])[: z.size]
     return float(weights @ (f_values * inner))
 
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from varscale.theory.spread import Spread
 
 Pullback = Callable[[np.ndarray], np.ndarray]
+_STRIDE = 16  # nodes, each of which may take a dozen calls
 HOWS = ("exact", "quadrature", "sampled", "assumed")
 UNKNOWN = 9.0  # doubt of what may be many times as large
 
@@ -99,6 +100,9 @@ class Node(Marked):
     @property
     def table(self) -> Table:
         if self._table is None:
+            if not self.graph.computing:
+                for node in far_below(self, lambda n: n._table is not None):
+                    _ = node.table
             self.graph.computing.append(self)
             try:
                 self._table = self.compute()
@@ -112,6 +116,20 @@ class Node(Marked):
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.id} {[a.size for a in self.axes]}>"
+
+
+def far_below(node: Node, done: Callable[[Node], bool]) -> list[Node]:
+    """What a node is made from, every so many steps, from the bottom up, as far as it is not done.
+
+    All is asked for from the top down, and Python's stack is not deep enough for a thousand layers.
+    """
+    chain: list[Node] = []
+    while node.args:
+        node = max((view.node for view in node.args), key=lambda n: n.id)
+        if done(node):
+            break
+        chain.append(node)
+    return chain[::-1][::_STRIDE] if len(chain) > _STRIDE else []
 
 
 N = TypeVar("N", bound=Node)

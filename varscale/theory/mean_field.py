@@ -8,12 +8,21 @@ from collections.abc import Callable
 from typing import Literal
 
 import jax
+import numpy as np
+from jaxtyping import Float
+from scipy.optimize import brentq
 
 from varscale import gaussian
 
 Activation = Callable[[jax.Array], jax.Array]
-_STEPS = 2000
+_FOLLOWED = 16  # steps of the second moment's map that are taken; then its fixed point is bracketed where it was heading
+_LARGEST, _SMALLEST = 1e12, 1e-12  # second moments beyond which a signal counts as exploded or vanished
+_ZERO = 1e-24  # in place of a second moment of 0, where a slope is asked for
+_NOISE = 1e-9  # relative accuracy of an expectation
+_TERMS = 200  # of the Hermite series of the correlation map; where it has not converged, the pair is integrated
 _CRITICAL = 1e-3  # |χ − 1| below which the phase is called critical
+_LOG_Q = (-16, 12)  # natural logarithms of the second moments among which the edge of chaos is looked for
+_EDGE_NOISE = 1e-7  # relative accuracy of a difference of expectations there
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,8 +30,9 @@ class MeanField:
     """The infinite-depth behaviour of x → W φ(x) + b with Var[w] = weight_variance/width and Var[b] = bias_variance.
 
     Attributes:
-        q: fixed point of the second moment, q = σw² E[φ(√q z)²] + σb².
-        chi: σw² E[φ'(√q z)²]: factor by which a small difference, and a gradient, grows in mean square per layer.
+        q: fixed point of the second moment, q = σw² E[φ(√q z)²] + σb², to which 1 converges.
+        chi: σw² E[φ'(√q z)²]: factor by which a small difference, and a gradient, grows in mean square per layer. Infinite
+            where φ jumps: two inputs that straddle a jump are no longer close, however close they were.
         c: stable fixed point of the correlation of two inputs.
         depth_q: layers over which q converges by a factor e, −1/ln|slope|; infinite at slope 1.
         depth_c: likewise for the correlation.
@@ -41,31 +51,101 @@ def _depth(slope: float) -> float:
     slope = abs(slope)
     if slope < 1e-12:
         return 0.0
-    return math.inf if abs(slope - 1) < 1e-9 else abs(-1 / math.log(slope))
+    return math.inf if abs(slope - 1) < _NOISE else abs(-1 / math.log(slope))
 
 
-def _fixed_point(activation: Activation, weight_variance: float, bias_variance: float) -> float:
-    def step(q: float) -> float:
-        return weight_variance * gaussian.second_moment(activation, 0.0, q) + bias_variance
+@dataclasses.dataclass(frozen=True)
+class _Layer:
+    """One layer of an infinitely wide net, as maps of second moments and of correlations."""
 
-    q = 1.0
-    for _ in range(_STEPS):
-        new = step(q)
-        if not math.isfinite(new) or new > 1e12:
-            raise ValueError(
-                f"the second moment diverges: no fixed point at weight_variance={weight_variance!r}, "
-                f"bias_variance={bias_variance!r}"
-            )
-        if abs(new - q) <= 1e-13 * max(q, 1e-30):
-            return new
-        # Steffensen: quadratic convergence near the fixed point, where plain iteration is slow at criticality.
-        after = step(new)
-        bend = after - 2 * new + q
-        jump = q - (new - q) ** 2 / bend if abs(bend) > 1e-300 else after
-        q = jump if 0 < jump < 1e12 and abs(jump - after) < 10 * abs(after - new) + 1e-9 else after
-        if q < 1e-14:
+    activation: Activation
+    weight_variance: float
+    bias_variance: float
+
+    def second_moment(self, q: float) -> float:
+        return self.weight_variance * gaussian.second_moment(self.activation, 0.0, q) + self.bias_variance
+
+    def growth(self, q: float) -> float:
+        """By how much a second moment grows, relatively; 0 where that cannot be told from none."""
+        growth = self.second_moment(q) / q - 1
+        return growth if abs(growth) > _NOISE else 0.0
+
+    def slope(self, q: float) -> float:
+        """dq'/dq = σw²/(2q) E[φ(√q z)² (z² − 1)], which asks for no derivative of φ."""
+        nodes = gaussian.quadrature(self.activation, 0.0, q)
+        return self.weight_variance / (2 * q) * float(nodes.weights @ (nodes.values**2 * (nodes.z**2 - 1)))
+
+    def correlation(self, c: float, q: float) -> float:
+        squares = self._squares(q)
+        beyond = gaussian.second_moment(self.activation, 0.0, q) - squares.sum()
+        if beyond * c**_TERMS < _NOISE * q:
+            pair = float(squares @ c ** np.arange(_TERMS))
+        else:
+            pair = gaussian.pair(self.activation, self.activation, c, 0.0, q)
+        return (self.weight_variance * pair + self.bias_variance) / q
+
+    def correlation_slope(self, c: float, q: float) -> float:
+        """dc'/dc = σw² E[φ'(u) φ'(v)] (Price's theorem)."""
+        slopes = self._squares(q)[1:] * np.arange(1, _TERMS)
+        beyond = self.chi(q) - self.weight_variance / q * slopes.sum()
+        if c == 0 or beyond * c ** (_TERMS - 1) < _NOISE or math.isinf(beyond):
+            return self.weight_variance / q * float(slopes @ c ** np.arange(_TERMS - 1))
+        slope = gaussian.derivative(self.activation)
+        return self.weight_variance * gaussian.pair(slope, slope, c, 0.0, q)
+
+    def _squares(self, q: float) -> Float[np.ndarray, " terms"]:
+        """Squared Hermite coefficients: Σ a_k² c^k = E[φ(u) φ(v)]."""
+        return gaussian.hermite_coefficients(self.activation, _TERMS - 1, 0.0, q) ** 2
+
+    def chi(self, q: float) -> float:
+        if self.weight_variance == 0:
             return 0.0
+        return self.weight_variance * _slope_square(self.activation, q)
+
+
+def _slope_square(activation: Activation, q: float) -> float:
+    """E[φ'(√q z)²], infinite where φ jumps."""
+    if gaussian.jumps(activation, 0.0, q):
+        return math.inf
+    return gaussian.derivative_second_moment(activation, 0.0, q)
+
+
+def _fixed_point(layer: _Layer) -> float:
+    """The second moment to which 1 converges: the map itself for some steps, then the first fixed point where it is heading."""
+    variances = f"weight_variance={layer.weight_variance!r}, bias_variance={layer.bias_variance!r}"
+    diverges = f"the second moment diverges: no fixed point that 1 converges to at {variances}"
+    q, growth = 1.0, layer.growth(1.0)
+    for _ in range(_FOLLOWED):
+        if growth == 0 or q > _LARGEST:
+            break
+        q *= 1 + growth
+        if q == 0:
+            return 0.0
+        try:
+            growth = layer.growth(q) if q < _LARGEST else growth
+        except ValueError as error:  # the activation overflows
+            raise ValueError(diverges) from error
+    factor = 2.0 if growth > 0 else 0.5
+    while growth and _SMALLEST < q < _LARGEST:
+        after = layer.growth(factor * q)
+        if after * growth < 0:
+            q = float(brentq(lambda x: layer.second_moment(x) / x - 1, q, factor * q, xtol=1e-300, rtol=1e-13))  # pyright: ignore
+            break
+        q, growth = factor * q, after or growth
+    else:
+        if growth > 0:
+            raise ValueError(diverges)
+        if growth < 0:
+            return 0.0
+    if layer.slope(q) < -1:
+        raise ValueError(f"the second moment does not settle: it swings around the fixed point {q:g} at {variances}")
     return q
+
+
+def _checked(**variances: float) -> None:
+    for name, value in variances.items():
+        if not (math.isfinite(value) and value >= 0):
+            raise ValueError(f"{name} must be finite and not negative, not {value!r}")
 
 
 def mean_field(activation: Activation, weight_variance: float, bias_variance: float = 0.0) -> MeanField:
@@ -77,50 +157,36 @@ def mean_field(activation: Activation, weight_variance: float, bias_variance: fl
         bias_variance: σb², not negative.
 
     Returns:
-        MeanField. Where every second moment is a fixed point (ReLU at 2), the one at q = 1.
+        MeanField. Where there are several fixed points, at the one that a second moment of 1 converges to; where every
+        second moment is one (ReLU at 2), at 1.
 
     Raises:
         ValueError: a variance is negative or not finite, or the second moment diverges.
     """
-    for name, value in (("weight_variance", weight_variance), ("bias_variance", bias_variance)):
-        if not (math.isfinite(value) and value >= 0):
-            raise ValueError(f"{name} must be finite and not negative, not {value!r}")
-    q = _fixed_point(activation, weight_variance, bias_variance)
-    at = max(q, 1e-12)
-    chi = weight_variance * gaussian.derivative_second_moment(activation, 0.0, at)
-    step = 1e-4 * at
-    slope_q = (
-        weight_variance
-        * (gaussian.second_moment(activation, 0.0, at + step) - gaussian.second_moment(activation, 0.0, at - step))
-        / (2 * step)
-    )
-    c, slope_c = _correlation(activation, weight_variance, bias_variance, at, chi)
+    _checked(weight_variance=weight_variance, bias_variance=bias_variance)
+    layer = _Layer(activation, float(weight_variance), float(bias_variance))
+    q = _fixed_point(layer)
+    at = q or _ZERO
+    chi = layer.chi(at)
+    c, slope_c = _correlation(layer, at, chi)
     phase = "critical" if abs(chi - 1) < _CRITICAL else "ordered" if chi < 1 else "chaotic"
-    return MeanField(q, chi, c, _depth(slope_q), _depth(slope_c), phase)
+    return MeanField(q, chi, c, _depth(layer.slope(at)), _depth(slope_c), phase)
 
 
-def _correlation(
-    activation: Activation, weight_variance: float, bias_variance: float, q: float, chi: float
-) -> tuple[float, float]:
+def _correlation(layer: _Layer, q: float, chi: float) -> tuple[float, float]:
     """The stable fixed point of the correlation map and the map's slope there."""
-    a = gaussian.hermite_coefficients(activation, 60, 0.0, q)
-    squares = [float(x) ** 2 for x in a]
-    rest = max(gaussian.second_moment(activation, 0.0, q) - sum(squares), 0.0)
-    top = len(squares)
-
-    def step(c: float) -> float:
-        series = sum(s * c**k for k, s in enumerate(squares)) + rest * abs(c) ** top
-        return (weight_variance * series + bias_variance) / q
-
-    if chi <= 1 + 1e-9:
+    # The map is convex on [0, 1], not below the diagonal at 0, and 1 at 1, where its slope is χ.
+    if chi <= 1 + _NOISE:
         return 1.0, chi
-    low, high = 0.0, 1.0 - 1e-6
-    # The map is convex on [0, 1] and above the diagonal at 0: in the chaotic phase it crosses once below 1.
-    for _ in range(100):
-        middle = (low + high) / 2
-        low, high = (middle, high) if step(middle) > middle else (low, middle)
-    slope = weight_variance / q * sum(k * s * low ** (k - 1) for k, s in enumerate(squares) if k)
-    return low, slope
+    # So Newton's steps from 0 rise to where it crosses the diagonal, and never pass.
+    c = 0.0
+    for _ in range(_FOLLOWED):
+        slope = layer.correlation_slope(c, q)
+        gap = layer.correlation(c, q) - c
+        if gap <= _NOISE * (1 - c) or slope >= 1:
+            break
+        c = min(c + gap / (1 - slope), 1.0)
+    return c, layer.correlation_slope(c, q)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,10 +196,13 @@ class Critical:
     Attributes:
         weight_variance: σw² at which χ = 1.
         q: the fixed point of the second moment there.
+        stable: whether layers drive second moments near q towards it; where they do not (SiLU without biases), a signal that
+            starts elsewhere ends elsewhere, off the edge.
     """
 
     weight_variance: float
     q: float
+    stable: bool = True
 
 
 def critical(activation: Activation, bias_variance: float = 0.0) -> Critical:
@@ -143,39 +212,56 @@ def critical(activation: Activation, bias_variance: float = 0.0) -> Critical:
         activation: any elementwise callable on arrays.
         bias_variance: σb², not negative.
 
+    Returns:
+        Critical. Of several such points a stable one, of those the one of the smallest q; of a line of them (ReLU), that at
+        q = 1.
+
     Raises:
-        ValueError: there is no such point: the activation is affine-bounded below χ = 1 or above it at every q.
+        ValueError: there is no such point: wherever χ = 1, layers change the second moment.
     """
-    if not (math.isfinite(bias_variance) and bias_variance >= 0):
-        raise ValueError(f"bias_variance must be finite and not negative, not {bias_variance!r}")
+    _checked(bias_variance=bias_variance)
+    gaussian.second_moment(activation)  # says what is wrong with a callable that is no activation
 
     # At q the edge needs σw² = 1/E[φ'²]; what is left over is the bias variance that makes q a fixed point there.
-    def bias_at(log_q: float) -> float:
-        q = math.exp(log_q)
-        return q - gaussian.second_moment(activation, 0.0, q) / gaussian.derivative_second_moment(activation, 0.0, q)
+    def needed(q: float) -> float:
+        square = _slope_square(activation, q)
+        # Without a slope, or with an infinite one, no weight variance does.
+        return q - gaussian.second_moment(activation, 0.0, q) / square if 0 < square < math.inf else math.nan
 
-    grid = [-16.0 + k for k in range(24)]
-    values = []
-    for x in grid:
-        try:
-            values.append(bias_at(x) - bias_variance)
-        except (ValueError, ZeroDivisionError, OverflowError):
-            values.append(math.nan)
-    scale = [1e-7 * math.exp(x) for x in grid]
-    if bias_variance == 0 and all(abs(v) < s for v, s in zip(values, scale, strict=True) if math.isfinite(v)):
+    def excess(log_q: float) -> float:
+        return needed(math.exp(log_q)) - bias_variance
+
+    if bias_variance == 0 and all(abs(needed(q)) < _EDGE_NOISE * q for q in (1.0, 1e-6, 1e6)):
         # Homogeneous: every q is a fixed point at the edge, as for ReLU.
-        return Critical(1 / gaussian.derivative_second_moment(activation, 0.0, 1.0), 1.0)
+        return Critical(1 / _slope_square(activation, 1.0), 1.0)
+    points = []
+    vanishing = _slope_square(activation, _ZERO) if bias_variance == 0 else 0.0
+    if _EDGE_NOISE < vanishing < math.inf and gaussian.second_moment(activation, 0.0, _ZERO) < 2 * vanishing * _ZERO:
+        points.append((vanishing, 0.0))
+    grid = [float(x) for x in range(*_LOG_Q)]
+    values = [_or_nan(excess, x) for x in grid]
+    noise = [_EDGE_NOISE * (math.exp(x) + bias_variance) for x in grid]
     for i in range(len(grid) - 1):
-        a, b = values[i], values[i + 1]
-        if math.isfinite(a) and math.isfinite(b) and abs(a) > scale[i] and a * b < 0:
-            from scipy.optimize import brentq
+        # NaN compares as False; what is within the noise of 0 is no change of sign.
+        if values[i] * values[i + 1] < 0 and abs(values[i]) > noise[i] and abs(values[i + 1]) > noise[i + 1]:
+            q = math.exp(float(brentq(excess, grid[i], grid[i + 1], xtol=1e-12)))  # pyright: ignore
+            points.append((_slope_square(activation, q), q))
+    if not points:
+        raise ValueError(
+            f"no critical point: with bias_variance={bias_variance!r} activation {activation!r} has no fixed point q at which "
+            "χ = 1"
+        )
+    found = [Critical(1 / square, q, _is_stable(_Layer(activation, 1 / square, bias_variance), q)) for square, q in points]
+    return min(found, key=lambda point: (not point.stable, point.q))
 
-            q = math.exp(float(brentq(lambda x: bias_at(x) - bias_variance, grid[i], grid[i + 1], xtol=1e-12)))  # pyright: ignore
-            return Critical(1 / gaussian.derivative_second_moment(activation, 0.0, q), q)
-    if bias_variance == 0 and abs(gaussian.mean(activation, 0.0, 1e-16)) < 1e-7:
-        slope = gaussian.derivative_second_moment(activation, 0.0, 1e-12)
-        if slope > 0:
-            return Critical(1 / slope, 0.0)
-    raise ValueError(
-        f"no critical point: with bias_variance={bias_variance!r} this activation has no fixed point q at which χ = 1"
-    )
+
+def _is_stable(layer: _Layer, q: float) -> bool:
+    return layer.slope(q) <= 1 + _EDGE_NOISE if q else layer.growth(_EDGE_NOISE) <= 0
+
+
+def _or_nan(f: Callable[[float], float], x: float) -> float:
+    """f(x), or NaN where the activation overflows."""
+    try:
+        return f(x)
+    except ValueError:
+        return math.nan

@@ -32,10 +32,12 @@ from varscale.theory.quadrature import (
     placed,
     power_series,
     sobol,
+    tail,
 )
 from varscale.theory.windows import scatter
 
 MOST_VARIABLES = 5
+_NEGLIGIBLE = 1e-12  # what rounding leaves of a series that has converged
 _INDEPENDENT = 1e-3  # correlation below which two roots are taken for independent
 
 
@@ -237,7 +239,8 @@ def _on_grid(values: np.ndarray) -> np.ndarray:
 class _Series(NamedTuple):
     """E[f(z_i) g(z_j)] of two functions of normals as a function of their correlation, by type.
 
-    Exact for i and j the same and for opposites, Σ a_k b_k ρ^k elsewhere, what is beyond the degree carried at its power.
+    Exact for i and j the same and for opposites, Σ a_k b_k ρ^k elsewhere; what is beyond the degree (all of 1 − ρ behind deep
+    ReLUs) falls off with k as it began to.
     """
 
     both: np.ndarray
@@ -245,10 +248,16 @@ class _Series(NamedTuple):
     coefficients: np.ndarray
 
     def at(self, rho: np.ndarray) -> np.ndarray:
-        inner, whole = power_series(self.coefficients, rho), self.coefficients.sum(-1)
-        alternating = self.coefficients[..., ::2].sum(-1) - self.coefficients[..., 1::2].sum(-1)
-        beyond = np.where(rho > 0, self.both - whole, self.opposite - alternating) * np.abs(rho) ** DEGREE
-        return np.where(rho >= 1 - 1e-9, self.both, np.where(rho <= -1 + 1e-9, self.opposite, inner + beyond))
+        out = power_series(self.coefficients, rho)
+        for whole, sign in ((self.both, 1.0), (self.opposite, -1.0)):
+            signed = self.coefficients * sign ** np.arange(DEGREE)
+            rest = whole - signed.sum(-1)
+            if np.any(np.abs(rest) > _NEGLIGIBLE * np.abs(self.both)):
+                last = signed[..., DEGREE // 2 :].sum(-1)
+                fall = np.log2(1 + np.maximum(last / np.where(rest == 0, 1e-300, rest), 0.0))
+                out = out + rest * tail(sign * rho, fall)
+            out = np.where(sign * rho >= 1 - 1e-9, whole, out)
+        return out
 
     def curvature(self, rho: np.ndarray) -> np.ndarray:
         """The second derivative."""

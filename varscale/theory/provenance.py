@@ -6,7 +6,7 @@ import math
 
 from varscale.theory.cross import mean_of_product
 from varscale.theory.elementwise import Apply, Sum
-from varscale.theory.graph import HOWS, UNKNOWN, Array, Constant, Leaf, Node
+from varscale.theory.graph import HOWS, UNKNOWN, Array, Constant, Leaf, Node, far_below
 from varscale.theory.quadrature import concentrated
 from varscale.theory.responses import responses
 from varscale.theory.spread import full
@@ -27,6 +27,12 @@ def provenance(node: Node) -> tuple[str, float]:
     if doubt > _NO_BOUND:
         doubt = math.inf
     return how, _BASE + doubt + _NEXT_ORDER * spread.bend + _SCATTER * spread.variance
+
+
+def settle(node: Node) -> None:
+    """Find all this out from the bottom up, for nets of any depth, once moments are known."""
+    for below in [*far_below(node, lambda n: ("provenance", n.id) in n.graph.memo), node]:
+        provenance(below)
 
 
 def doubt_of(node: Node) -> float:

@@ -53,6 +53,25 @@ def power_series(coefficients: np.ndarray, rho: np.ndarray) -> np.ndarray:
     return np.einsum("...k,k...->...", coefficients, np.multiply.accumulate(powers, axis=0))
 
 
+_FALLS = (0.5, 1.5, 2.5)  # of a jump, of a kink, of a jump in the second derivative
+_TAIL_AT = np.concatenate([[0.0], np.geomspace(1e-7, 50, 500)])
+
+
+@functools.cache
+def _tail_table(fall: float) -> Float[np.ndarray, " points"]:
+    """fall ∫ x^{−fall − 1} e^{−yx} dx from 1 on, at x = t^{−1/fall}."""
+    t = (np.arange(4000) + 0.5) / 4000
+    return np.exp(-np.multiply.outer(_TAIL_AT, t ** (-1 / fall))).mean(axis=-1)
+
+
+def tail(rho: np.ndarray, fall: np.ndarray) -> np.ndarray:
+    """Σ c_k ρ^k / Σ c_k over k ≥ DEGREE of coefficients that fall like k^{−fall − 1}; 0 for ρ < 0."""
+    y = -(DEGREE - 0.5) * np.log(np.clip(rho, 1e-300, 1.0))
+    place = np.clip(fall, _FALLS[0], _FALLS[-1]) - _FALLS[0]
+    parts = [np.maximum(1 - np.abs(place - i), 0.0) * np.interp(y, _TAIL_AT, _tail_table(f)) for i, f in enumerate(_FALLS)]
+    return np.where(rho > 0, sum(parts), 0.0)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Marginal:
     """A root as a function of a standard normal; what is not asked for is not worked out.

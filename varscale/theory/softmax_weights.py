@@ -36,6 +36,7 @@ _STEP = 0.4  # in ln u: the integrands are analytic and fall off on both sides, 
 # whole grid's at s = 24; at s = 64 it costs 5e-4.
 _RESOLVED = 24
 _COARSEST = 40  # stride over the normal grid
+_CELLS = 1e7  # numbers of one array
 _GONE = 6.5  # ln x beyond which e^{−x} is nothing
 
 
@@ -52,12 +53,14 @@ def _projected(directions: float) -> Float[np.ndarray, " points"]:
     return WEIGHTS if d == math.inf else np.maximum(1 - Z**2 / d, 0) ** ((d - 3) / 2)
 
 
-def _laplace(variance: float, log_u: Float[np.ndarray, " u"], density: np.ndarray) -> Float[np.ndarray, "moments u"]:
-    """Of a key with this variance, x = u e^l: ln φ(u), and over φ E[f e^{−x}] for f = x, x², x³, l x and (l x)²."""
-    deviation = math.sqrt(variance)
-    stride = min(max(int(_RESOLVED / max(deviation, 1e-3)), 1), _COARSEST)
+def _laplace(
+    variances: Float[np.ndarray, " keys"], log_u: Float[np.ndarray, " u"], density: np.ndarray
+) -> Float[np.ndarray, "moments keys u"]:
+    """Of keys with these variances, x = u e^l: ln φ(u), and over φ E[f e^{−x}] for f = x, x², x³, l x and (l x)²."""
+    deviations = np.sqrt(variances)
+    stride = min(max(int(_RESOLVED / max(float(deviations.max()), 1e-3)), 1), _COARSEST)
     z, weights = Z[::stride], density[::stride] / density[::stride].sum()
-    logits = deviation * z / math.sqrt(weights @ z**2)
+    logits = (deviations[:, None] * z / math.sqrt(weights @ z**2))[:, None]
     x = np.exp(np.minimum(logits + log_u[:, None], _GONE))
     lost = np.expm1(-x)
     log_phi = np.log1p(np.clip(lost @ weights, -1 + 1e-15, 0))
@@ -81,7 +84,9 @@ def weight_moments(
     place = place.reshape(n.shape)
     density = _projected(directions)
     log_u = _grid(float(distinct.max()), float(n.sum(-1).max()))
-    log_phi, first, second, third, pull, pull_square = np.stack([_laplace(float(v), log_u, density) for v in distinct], axis=1)
+    some = max(int(_CELLS / (log_u.size * Z.size)), 1)  # at a time: of wide logits the grids are fine
+    parts = [_laplace(distinct[k : k + some], log_u, density) for k in range(0, len(distinct), some)]
+    log_phi, first, second, third, pull, pull_square = np.concatenate(parts, axis=1)
     members = np.zeros((len(n), len(distinct)))
     np.add.at(members, (rows, place), n)
     measure = np.exp(members @ log_phi) * _STEP  # the powers of u are in x: what is left of du is d ln u

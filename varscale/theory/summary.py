@@ -16,7 +16,7 @@ from varscale.theory.backward import cotangents
 from varscale.theory.interpreter import Complex, Interpreter
 from varscale.theory.layout import Value
 from varscale.theory.moments import Table
-from varscale.theory.provenance import provenance
+from varscale.theory.provenance import provenance, settle
 from varscale.theory.spread import full
 from varscale.theory.uses import weights
 
@@ -39,6 +39,10 @@ def summarize(
     found = [(path, kind, _real(interpreter, x)) for path, kind, x in outputs]
     kinds = {path: kind or _kind(program, path) for path, kind, _ in found}
     values = {path: x for path, _, x in found if isinstance(x, Value) and math.prod(x.shape) > 0}
+    for x in values.values():
+        _ = x.node.table
+    for x in values.values():
+        settle(x.node)
     gradients = _gradients(values) if backward else {}
     rows = tuple(_row(path, kinds[path], x, gradients.get(x.node.id)) for path, x in values.items())
     return Report(rows, weights(interpreter, parameters))
