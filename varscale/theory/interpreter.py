@@ -24,6 +24,7 @@ import jax
 import numpy as np
 
 from varscale import _compat
+from varscale.pieces import live
 from varscale.theory.axes import Axis
 from varscale.theory.elementwise import apply
 from varscale.theory.functions import of_known
@@ -325,14 +326,7 @@ def elementwise_or_layout(*names: str) -> None:
 @functools.lru_cache(maxsize=256)
 def live_equations(jaxpr: Any) -> list[Any]:
     """The equations that the outputs depend on (an init's forward pass is not one), associative scans put together again."""
-    given = set(jaxpr.invars)
-    needed = {v for v in jaxpr.outvars if not _compat.is_literal(v)} - given
-    live = []
-    for eqn in reversed(gathered(jaxpr.eqns)):
-        if not needed.isdisjoint(eqn.outvars):
-            live.append(eqn)
-            needed.update(v for v in eqn.invars if not _compat.is_literal(v) and v not in given)
-    return live[::-1]
+    return live(jaxpr, gathered(jaxpr.eqns))
 
 
 def source(eqn: Any) -> str:

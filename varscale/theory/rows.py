@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from varscale import _compat
-from varscale.programs import FIELD, MODULE
+from varscale.marks import FIELD, MODULE, WITHIN
+from varscale.pieces import PIECE
 
 _LOOPS = {"scan", "while", "associative_scan"}
 
@@ -46,16 +47,27 @@ class _Scope(NamedTuple):
     call: int
 
 
-def opened(eqn: Any, path: str = "") -> tuple[list[_Scope], str]:
-    """The blocks that an equation is in, from the outermost in, and its path. A module's scope says its whole path."""
+def opened(eqn: Any, path: str = "", piece: str = "") -> tuple[list[_Scope], str]:
+    """The blocks that an equation is in, from the outermost in, and its path.
+
+    A module's scope says its whole path, or that inside the piece which is called at the path `piece`.
+    """
     found: list[_Scope] = []
     for name, call in _compat.scopes(eqn):
-        if name.startswith(MODULE):
-            path = name.removeprefix(MODULE)
+        if name.startswith((MODULE, WITHIN)):
+            path = _whole(name, piece)
         elif "->" not in name:  # `jnp.einsum` opens a scope of its own
             path = "/".join(filter(None, [path, name]))
             found.append(_Scope(path, call))
     return found, path
+
+
+def _whole(mark: str, piece: str) -> str:
+    """The whole path that a mark tells."""
+    if mark.startswith(MODULE):
+        return mark.removeprefix(MODULE)
+    inside = mark.removeprefix(WITHIN)
+    return piece + inside if not inside or inside.startswith(".") else f"{piece}/{inside}"
 
 
 @dataclasses.dataclass
@@ -90,19 +102,23 @@ class Place:
         rows: where rows are kept.
         path: the scopes that the calls around it were made in.
         loops: how many loops are around it.
+        piece: the path at which the piece that it is in is called.
     """
 
     rows: Rows
     path: str = ""
     loops: int = 0
+    piece: str = ""
 
     def within(self, eqn: Any) -> Place:
         """The place inside an equation."""
-        return Place(self.rows, opened(eqn, self.path)[1], self.loops + (eqn.primitive.name in _LOOPS))
+        path = opened(eqn, self.path, self.piece)[1]
+        piece = path if eqn.params.get("name") == PIECE else self.piece
+        return Place(self.rows, path, self.loops + (eqn.primitive.name in _LOOPS), piece)
 
     def ends(self, eqns: Sequence[Any], outputs: Sequence[Any]) -> dict[int, list[tuple[_Scope, Any]]]:
         """The scopes that end with each equation, the innermost first, and what each puts out."""
-        scopes = [opened(eqn, self.path)[0] for eqn in eqns]
+        scopes = [opened(eqn, self.path, self.piece)[0] for eqn in eqns]
         users: dict[Any, list[int]] = collections.defaultdict(list)
         for i, eqn in enumerate(eqns):
             for var in eqn.invars:
@@ -129,14 +145,14 @@ class Place:
     def note(self, eqn: Any, env: Mapping[Any, Any], steps: Sequence[int]) -> None:
         """A row for what a module puts out; where equations are asked for, one for each array that another computes."""
         mark = eqn.params.get("name") if eqn.primitive.name == "name" else None
-        if mark is not None and mark.startswith(MODULE):
-            path, field, arrays = mark.removeprefix(MODULE).split(FIELD)
+        if mark is not None and mark.startswith((MODULE, WITHIN)):
+            path, field, arrays = _whole(mark, self.piece).split(FIELD)
             # The body of a scan returns (x, None): "path[step]" where there is one array, else "path[step][0]".
             self.rows.add(path, steps, "module", env[eqn.outvars[0]], "" if steps and arrays == "1" else field)
             return
         if not self.rows.equations:
             return
-        path = "/".join(filter(None, [opened(eqn, self.path)[1], eqn.primitive.name]))
+        path = "/".join(filter(None, [opened(eqn, self.path, self.piece)[1], eqn.primitive.name]))
         for j, var in enumerate(eqn.outvars):
             if _is_floating(var):
                 self.rows.add(path, steps, eqn.primitive.name, env[var], f"[{j}]" if len(eqn.outvars) > 1 else "")

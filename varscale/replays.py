@@ -1,0 +1,232 @@
+"""Calls of linen modules that do the same are traced once: a deep model's blocks differ in nothing but their parameters.
+
+What a module's `__call__` does follows from its attributes, its arguments, its variables and its keys, as `nn.jit` takes it
+to. The first calls of a kind are left alone. Then one is traced by itself, as two pieces: how its variables are drawn, and
+what it makes of them; it and every later one calls these. Whatever does not fit that picture is left alone too: modules that
+hold or share others, that are called again or in part, inside a lifted transformation, that ask for their name, their path
+or their parent, that close over arrays of the trace, or whose attributes or arguments cannot be compared.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+
+from varscale.content import Unknown, content
+from varscale.marks import WITHIN, is_open, named
+from varscale.pieces import Piece, piece
+
+_OWN = {"name", "parent", "scope", "_state", "_id"}  # what flax keeps on a module besides its attributes
+_CAPTURES = "intermediates"
+_PLAIN = 2  # calls of a kind that are left alone: to trace a piece costs that much
+
+
+class Replays:
+    """The calls of one model, in as many passes as there are.
+
+    Attributes:
+        kinds: path of a module -> its class name, of those that were not entered.
+        tracing: whether a piece is being traced.
+    """
+
+    def __init__(self, kinds: dict[str, str]):
+        self.kinds = kinds
+        self.tracing = False
+        self._seen: collections.Counter[Hashable] = collections.Counter()
+        self._pieces: dict[Hashable, tuple[Piece, dict[str, str]] | None] = {}
+        self._initializing = False
+        self._entered: set[tuple[str, ...]] = set()
+        self._root: Any = None
+
+    def start(self, *, initializing: bool) -> None:
+        """A new pass: one that draws the variables, or one that is given them."""
+        self._initializing, self._entered, self._root = initializing, set(), None
+
+    def call(self, module: Any, method: str, args: Any, kwargs: Any, run: Callable[..., Any]) -> Any:
+        """What `run(*args, **kwargs)`, a call of a method of a bound module, returns and does to its variables."""
+        path = module.scope.path
+        self._root = self._root or module.scope.root
+        first = path not in self._entered and method == "__call__"
+        if method != "setup":
+            self._entered.update(path[:i] for i in range(len(path) + 1))
+        if first and path and module.scope.root is self._root:
+            with contextlib.suppress(Unknown):
+                return self._replayed(_Call.of(module, args, kwargs))
+        return run(*args, **kwargs)
+
+    def _replayed(self, call: _Call) -> Any:
+        """The same from pieces.
+
+        Raises:
+            Unknown: there are none.
+        """
+        module = call.module
+        self._seen[call.content] += 1
+        variables = {name: dict(held) for name, held in module.variables.items() if held}
+        if self._seen[call.content] <= _PLAIN or _CAPTURES in variables or (variables and self._initializing):
+            raise Unknown("call")
+        drawn: dict[str, Any] = {}
+        if self._initializing:
+            drawing, _ = self._piece(("draw", call.content), call.draw, call.arrays)
+            variables = drawn = drawing(call.inputs(call.arrays))
+        leaves, tree = jax.tree_util.tree_flatten(variables)
+        if not all(isinstance(x, jax.core.Tracer) for x in leaves):
+            raise Unknown("variables")
+        flat = [*leaves, *call.arrays]
+        own = (_CAPTURES, *(name for name in variables if name != "params"))
+        mutable = own if self._initializing else tuple(module.scope.mutable)
+        kind = ("run", call.content, mutable, tree, tuple(map(jax.typeof, leaves)))
+        running, inside = self._piece(kind, lambda key, *flat: call.run(tree, mutable, key, flat), flat)
+        output, state = running(call.inputs(flat))
+        made = {**drawn, _CAPTURES: state[_CAPTURES]} if self._initializing else state
+        for collection, held in made.items():
+            for name, value in held.items():
+                module.put_variable(collection, name, value)
+        prefix = "/".join(module.scope.path)
+        for path, name in inside.items():
+            self.kinds.setdefault(f"{prefix}/{path}", name)
+        return output
+
+    def _piece(self, kind: Hashable, f: Callable[..., Any], flat: Sequence[Any]) -> tuple[Piece, dict[str, str]]:
+        """The piece of a function of a key and arrays, and the classes of the modules inside it."""
+        if kind not in self._pieces:
+            inside: dict[str, str] = {}
+            self.tracing = True
+            try:
+                with nn.intercept_methods(_recorded(inside)), _without_paths():
+                    self._pieces[kind] = piece(f, jax.eval_shape(jax.random.key, 0), *flat), inside
+            except Exception:  # of any kind: what does not run by itself is left alone, and says itself what is wrong with it
+                self._pieces[kind] = None
+            finally:
+                self.tracing = False
+        found = self._pieces[kind]
+        if found is None:
+            raise Unknown("piece")
+        return found
+
+
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """A call of a bound module's `__call__`.
+
+    Attributes:
+        module: the module.
+        arrays: the arrays among its arguments, each once.
+        places: of each argument, which array it is; None for another value.
+        arguments: all arguments, flat.
+        tree: their tree.
+    """
+
+    module: Any
+    arrays: Sequence[Any]
+    places: Sequence[int | None]
+    arguments: Sequence[Any]
+    tree: Any
+
+    @classmethod
+    def of(cls, module: Any, args: Any, kwargs: Any) -> _Call:
+        arguments, tree = jax.tree_util.tree_flatten((args, kwargs))
+        arrays = {id(x): x for x in arguments if isinstance(x, jax.core.Tracer)}
+        order = {address: i for i, address in enumerate(arrays)}
+        return cls(module, list(arrays.values()), [order.get(id(x)) for x in arguments], arguments, tree)
+
+    @functools.cached_property
+    def content(self) -> Hashable:
+        """What the call does, its variables and keys apart."""
+        own = {name: x for name, x in vars(self.module).items() if name not in _OWN}
+        fields = {field.name for field in dataclasses.fields(self.module)}
+        # What `setup` made of the attributes is no news: modules, which may be unlike in what flax keeps on them.
+        told = [(name, x) for name, x in own.items() if name in fields or not _all_modules(x)]
+        others = tuple(content(x) if i is None else i for i, x in zip(self.places, self.arguments, strict=True))
+        return type(self.module), content(told), self.tree, others, tuple(map(jax.typeof, self.arrays))
+
+    def inputs(self, flat: Sequence[Any]) -> Callable[[int], Any]:
+        """The inputs of a piece, by number: a key of the module's own, made where it is needed, and arrays."""
+        return lambda i: flat[i - 1] if i else self.module.make_rng("params")
+
+    def draw(self, key: Any, *arrays: Any) -> dict[str, Any]:
+        args, kwargs = self._joined(arrays)
+        variables = self._alone().init({"params": key}, *args, **kwargs)
+        return {name: held for name, held in variables.items() if name != _CAPTURES}
+
+    def run(self, tree: Any, mutable: Sequence[str], key: Any, flat: Sequence[Any]) -> tuple[Any, dict[str, Any]]:
+        variables = jax.tree_util.tree_unflatten(tree, flat[: tree.num_leaves])
+        args, kwargs = self._joined(flat[tree.num_leaves :])
+        output, state = self._alone().apply(
+            variables, *args, rngs={"params": key}, mutable=list(mutable), capture_intermediates=captured, **kwargs
+        )
+        state = dict(state)
+        captures = dict(state.pop(_CAPTURES))
+        captures["__call__"] = captures["__call__"][:-1]  # flax captures the call itself
+        return output, {**state, _CAPTURES: {name: x for name, x in captures.items() if x != ()}}
+
+    def _alone(self) -> Any:
+        return self.module.clone(parent=None, name=_Name())
+
+    def _joined(self, arrays: Sequence[Any]) -> tuple[Any, Any]:
+        flat = [x if i is None else arrays[i] for i, x in zip(self.places, self.arguments, strict=True)]
+        return jax.tree_util.tree_unflatten(self.tree, flat)
+
+
+def _all_modules(value: Any) -> bool:
+    return all(isinstance(x, nn.Module) for x in jax.tree_util.tree_leaves(value))
+
+
+def captured(module: Any, name: str) -> bool:
+    """Whether flax is to keep what a method returns."""
+    return module.scope is not None and is_open(name)
+
+
+def _recorded(kinds: dict[str, str]) -> Callable[..., Any]:
+    """An interceptor that marks what the methods of a piece's modules return with their paths inside it."""
+    entered: list[str] = []
+
+    def record(next_fun: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
+        module, name = context.module, context.method_name
+        if module.scope is None:
+            return next_fun(*args, **kwargs)
+        path = "/".join(module.scope.path)
+        if path == "" and name == "__call__" and not entered:  # what it returns is marked where the piece is called
+            entered.append(name)
+            with jax.named_scope(WITHIN):
+                return next_fun(*args, **kwargs)
+        if path:
+            kinds.setdefault(path, type(module).__name__)
+        return named(path, name, "__call__", lambda: next_fun(*args, **kwargs), mark=WITHIN)
+
+    return record
+
+
+class _Name:
+    """The name of a module that stands for others: it can be shown, and to ask what it is is an error."""
+
+    def __str__(self) -> str:
+        return "piece"
+
+    def __eq__(self, other: object) -> bool:
+        raise Unknown("name")
+
+    def __hash__(self) -> int:
+        raise Unknown("name")
+
+
+@contextlib.contextmanager
+def _without_paths() -> Iterator[None]:
+    """While it lasts, a module that asks for its path gets an error: it has another one wherever the piece is called."""
+
+    def path(_: nn.Module) -> tuple[str, ...]:
+        raise Unknown("path")
+
+    own = nn.Module.path
+    try:
+        setattr(nn.Module, "path", property(path))  # noqa: B010
+        yield
+    finally:
+        setattr(nn.Module, "path", own)  # noqa: B010
