@@ -105,6 +105,7 @@ class Interpreter:
     Attributes:
         graph: the nodes built so far.
         place: where the walk is and where it keeps rows; None where it keeps none.
+        entering: the equation that is being interpreted there.
         steps: which steps of loops over layers it is in.
     """
 
@@ -112,6 +113,7 @@ class Interpreter:
         _load_rules()
         self.graph = graph or Graph()
         self.place: Place | None = None
+        self.entering: Any = None
         self.steps: list[int] = []
 
     def run(self, jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], step: int | None = None) -> list[Any]:
@@ -140,20 +142,23 @@ class Interpreter:
 
     def _watched(self, eqns: Sequence[Any], outputs: Sequence[Any], env: dict[Any, Any]) -> None:
         """The equations in turn, keeping rows of what they make, except inside a loop that is not over layers."""
-        place = self.place
-        assert place is not None
+        outer, entered = self.place, self.entering
+        assert outer is not None
+        place = outer if entered is None else outer.within(entered)
         silent = place.loops != len(self.steps)
         place.rows.entered += not silent
         ends = {} if silent else place.ends(eqns, outputs)
-        for i, eqn in enumerate(eqns):
-            entered = place.rows.entered
-            self.place = None if silent else place.within(eqn)
-            self._step(eqn, env)
-            if not silent and entered == place.rows.entered:
-                place.note(eqn, env, self.steps)
-            for scope, var in ends.get(i, ()):
-                place.rows.add(scope.path, self.steps, "scope", env[var])
-        self.place = place
+        try:
+            for i, eqn in enumerate(eqns):
+                count = place.rows.entered
+                self.place, self.entering = None if silent else place, eqn
+                self._step(eqn, env)
+                if not silent and count == place.rows.entered:
+                    place.note(eqn, env, self.steps)
+                for scope, var in ends.get(i, ()):
+                    place.rows.add(scope.path, self.steps, "scope", env[var])
+        finally:
+            self.place, self.entering = outer, entered
 
     def equation(self, eqn: Any, ins: list[Any]) -> list[Any]:
         """The outputs of one equation."""

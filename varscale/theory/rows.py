@@ -75,12 +75,14 @@ class Rows:
     """What was made so far, in order.
 
     Attributes:
+        scopes: whether `jax.named_scope` blocks have rows.
         equations: whether equations have rows of their own.
         made: the rows.
         counts: how often each kind of row was met at each path, step by step.
         entered: how many jaxprs were entered.
     """
 
+    scopes: bool
     equations: bool
     made: list[Made] = dataclasses.field(default_factory=list)
     counts: collections.Counter[tuple[str, str]] = dataclasses.field(default_factory=collections.Counter)
@@ -117,7 +119,9 @@ class Place:
         return Place(self.rows, path, self.loops + (eqn.primitive.name in _LOOPS), piece)
 
     def ends(self, eqns: Sequence[Any], outputs: Sequence[Any]) -> dict[int, list[tuple[_Scope, Any]]]:
-        """The scopes that end with each equation, the innermost first, and what each puts out."""
+        """The scopes that end with each equation, the innermost first, and what each puts out, where they have rows."""
+        if not self.rows.scopes:
+            return {}
         scopes = [opened(eqn, self.path, self.piece)[0] for eqn in eqns]
         users: dict[Any, list[int]] = collections.defaultdict(list)
         for i, eqn in enumerate(eqns):
@@ -174,13 +178,15 @@ def joined(made: Sequence[Made], captured: Mapping[str, Mapping[str, Any]], kind
     modules = {m.call for m in made if m.kind == "module" and not m.stepped}
     stacked = {m.call for m in made if m.kind == "module" and m.stepped} - modules
     left = {call: dict(rows) for call, rows in captured.items() if call not in stacked}
-    calls = list(left)
+    waiting = collections.deque(call for call in left if call not in modules)  # those that the walk did not meet
+    order = {call: i for i, call in enumerate(left)}
 
     def upto(call: str) -> Iterator[tuple[str, str | None, Any]]:
-        for earlier in calls[: calls.index(call) + 1]:
-            if earlier == call or earlier not in modules:  # one that the walk did not meet
-                for path, value in left.pop(earlier, {}).items():
-                    yield path, None, value
+        while waiting and order[waiting[0]] < order[call]:
+            for path, value in left.pop(waiting.popleft()).items():
+                yield path, None, value
+        for path, value in left.pop(call, {}).items():
+            yield path, None, value
 
     for m in made:
         if m.kind == "module" and captured.get(m.call) and m.call not in stacked:
