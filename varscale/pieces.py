@@ -37,13 +37,32 @@ class Piece:
 
 
 def piece(f: Callable[..., Any], *args: Any) -> Piece:
-    """The piece of a function of such arguments.
+    """The piece of a function of arrays.
 
     Raises:
         Unknown: it closes over arrays of the trace around it, makes random keys out of nothing (so that all calls draw the
             same), has side effects, or returns something else than arrays.
     """
+    closed, shapes = _traced(f, args)
+    return _part(closed, closed.jaxpr.invars, closed.jaxpr.outvars, jax.tree_util.tree_structure(shapes))
 
+
+def two_pieces(f: Callable[..., tuple[Any, Any]], *args: Any) -> tuple[Piece, Piece]:
+    """Two pieces of a function of arrays: to the first of its two outputs, and from it and the arrays to the second.
+
+    Raises:
+        Unknown: as `piece` does.
+    """
+    closed, (first, second) = _traced(f, args)
+    out = jax.tree_util.tree_structure(first)
+    between, rest = closed.jaxpr.outvars[: out.num_leaves], closed.jaxpr.outvars[out.num_leaves :]
+    return (
+        _part(closed, closed.jaxpr.invars, between, out),
+        _part(closed, [*between, *closed.jaxpr.invars], rest, jax.tree_util.tree_structure(second)),
+    )
+
+
+def _traced(f: Callable[..., Any], args: Sequence[Any]) -> tuple[ClosedJaxpr, Any]:
     def arrays(*args: Any) -> Any:
         out = f(*args)
         if not all(isinstance(x, jax.Array) for x in jax.tree_util.tree_leaves(out)):
@@ -51,17 +70,23 @@ def piece(f: Callable[..., Any], *args: Any) -> Piece:
         return out
 
     closed, shapes = jax.make_jaxpr(arrays, return_shape=True)(*args)
-    if closed.effects or _seeds(closed.jaxpr) or any(isinstance(x, jax.core.Tracer) or is_key(x) for x in closed.consts):
+    if closed.effects or _seeds(closed.jaxpr) or any(_compat.is_tracer(x) or is_key(x) for x in closed.consts):
         raise Unknown("function")
-    eqns = live(closed.jaxpr, closed.jaxpr.eqns)
-    used = {v for v in (*closed.jaxpr.outvars, *(v for eqn in eqns for v in eqn.invars)) if not _compat.is_literal(v)}
-    taken = [i for i, v in enumerate(closed.jaxpr.invars) if v in used]
-    part = closed.jaxpr.replace(eqns=eqns, invars=[closed.jaxpr.invars[i] for i in taken])
+    return closed, shapes
 
-    def varscale_piece(*inputs: Any) -> Any:
-        return jaxpr_as_fun(ClosedJaxpr(part, closed.consts))(*inputs)
 
-    return Piece(jax.jit(varscale_piece), taken, jax.tree_util.tree_structure(shapes))
+def _part(closed: ClosedJaxpr, inputs: Sequence[Any], outputs: Sequence[Any], out: Any) -> Piece:
+    """The piece between variables of a jaxpr."""
+    place = {v: i for i, v in reversed(list(enumerate(inputs))) if not _compat.is_literal(v)}
+    part = closed.jaxpr.replace(invars=list(place), outvars=list(outputs))
+    part = part.replace(eqns=live(part, part.eqns))
+    used = {v for v in (*outputs, *(v for eqn in part.eqns for v in eqn.invars)) if not _compat.is_literal(v)}
+    part = part.replace(invars=[v for v in place if v in used])
+
+    def varscale_piece(*values: Any) -> Any:
+        return jaxpr_as_fun(ClosedJaxpr(part, closed.consts))(*values)
+
+    return Piece(jax.jit(varscale_piece), [place[v] for v in part.invars], out)
 
 
 def is_key(x: Any) -> bool:

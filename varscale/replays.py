@@ -19,11 +19,12 @@ from typing import Any
 import flax.linen as nn
 import jax
 
+from varscale import _compat
 from varscale.content import Unknown, content
 from varscale.marks import WITHIN, is_open, named
-from varscale.pieces import Piece, piece
+from varscale.pieces import Piece, piece, two_pieces
 
-_OWN = {"name", "parent", "scope", "_state", "_id"}  # what flax keeps on a module besides its attributes
+_OWN = {"name", "parent", "_parent_ref", "scope", "_state", "_id"}  # what flax keeps on a module besides its attributes
 _CAPTURES = "intermediates"
 _PLAIN = 2  # calls of a kind that are left alone: to trace a piece costs that much
 
@@ -40,7 +41,7 @@ class Replays:
         self.kinds = kinds
         self.tracing = False
         self._seen: collections.Counter[Hashable] = collections.Counter()
-        self._pieces: dict[Hashable, tuple[Piece, dict[str, str]] | None] = {}
+        self._pieces: dict[Hashable, tuple[Sequence[Piece], dict[str, str]] | None] = {}
         self._initializing = False
         self._entered: set[tuple[str, ...]] = set()
         self._root: Any = None
@@ -70,23 +71,22 @@ class Replays:
         module = call.module
         self._seen[call.content] += 1
         variables = {name: dict(held) for name, held in module.variables.items() if held}
-        if self._seen[call.content] <= _PLAIN or _CAPTURES in variables or (variables and self._initializing):
+        before = variables.pop(_CAPTURES, {}).keys() - {"setup"}
+        if self._seen[call.content] <= _PLAIN or before or (variables and self._initializing):
             raise Unknown("call")
-        drawn: dict[str, Any] = {}
         if self._initializing:
-            drawing, _ = self._piece(("draw", call.content), call.draw, call.arrays)
-            variables = drawn = drawing(call.inputs(call.arrays))
+            (drawing, running), inside = self._pieces_of(("start", call.content), functools.partial(_starting, call))
+            variables = drawing(lambda _: module.make_rng("params"))
         leaves, tree = jax.tree_util.tree_flatten(variables)
-        if not all(isinstance(x, jax.core.Tracer) for x in leaves):
+        if not all(map(_compat.is_tracer, leaves)):
             raise Unknown("variables")
-        flat = [*leaves, *call.arrays]
-        own = (_CAPTURES, *(name for name in variables if name != "params"))
-        mutable = own if self._initializing else tuple(module.scope.mutable)
-        kind = ("run", call.content, mutable, tree, tuple(map(jax.typeof, leaves)))
-        running, inside = self._piece(kind, lambda key, *flat: call.run(tree, mutable, key, flat), flat)
-        output, state = running(call.inputs(flat))
-        made = {**drawn, _CAPTURES: state[_CAPTURES]} if self._initializing else state
-        for collection, held in made.items():
+        if not self._initializing:
+            mutable = tuple(module.scope.mutable)
+            kind = ("run", call.content, mutable, tree, tuple(map(jax.typeof, leaves)))
+            (running,), inside = self._pieces_of(kind, functools.partial(_running, call, tree, mutable, leaves))
+        flat = [*leaves, None, *call.arrays]
+        output, state = running(lambda i: module.make_rng("params") if i == len(leaves) else flat[i])
+        for collection, held in {**(variables if self._initializing else {}), **state}.items():
             for name, value in held.items():
                 module.put_variable(collection, name, value)
         prefix = "/".join(module.scope.path)
@@ -94,22 +94,39 @@ class Replays:
             self.kinds.setdefault(f"{prefix}/{path}", name)
         return output
 
-    def _piece(self, kind: Hashable, f: Callable[..., Any], flat: Sequence[Any]) -> tuple[Piece, dict[str, str]]:
-        """The piece of a function of a key and arrays, and the classes of the modules inside it."""
+    def _pieces_of(self, kind: Hashable, trace: Callable[[], Sequence[Piece]]) -> tuple[Sequence[Piece], dict[str, str]]:
+        """The pieces of a kind, traced if they are not there yet, and the classes of the modules inside them, by path."""
         if kind not in self._pieces:
             inside: dict[str, str] = {}
             self.tracing = True
             try:
                 with nn.intercept_methods(_recorded(inside)), _without_paths():
-                    self._pieces[kind] = piece(f, jax.eval_shape(jax.random.key, 0), *flat), inside
+                    self._pieces[kind] = trace(), inside
             except Exception:  # of any kind: what does not run by itself is left alone, and says itself what is wrong with it
                 self._pieces[kind] = None
             finally:
                 self.tracing = False
         found = self._pieces[kind]
         if found is None:
-            raise Unknown("piece")
+            raise Unknown("pieces")
         return found
+
+
+def _starting(call: _Call) -> tuple[Piece, Piece]:
+    """The pieces of a call that initializes: to its variables; from variables, (a key) and arrays to the rest."""
+    drawing, running = two_pieces(call.start, _key(), *call.arrays)
+    if any(drawing.taken) or drawing.out.num_leaves in running.taken:
+        raise Unknown("init")  # which depends on data; or computes with other numbers than it returns
+    return drawing, running
+
+
+def _running(call: _Call, tree: Any, mutable: Sequence[str], variables: Sequence[Any]) -> tuple[Piece]:
+    """The piece of a call from variables, a key and arrays."""
+    return (piece(functools.partial(call.run, tree, mutable), *variables, _key(), *call.arrays),)
+
+
+def _key() -> jax.ShapeDtypeStruct:
+    return jax.eval_shape(jax.random.key, 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,7 +150,7 @@ class _Call:
     @classmethod
     def of(cls, module: Any, args: Any, kwargs: Any) -> _Call:
         arguments, tree = jax.tree_util.tree_flatten((args, kwargs))
-        arrays = {id(x): x for x in arguments if isinstance(x, jax.core.Tracer)}
+        arrays = {id(x): x for x in arguments if _compat.is_tracer(x)}
         order = {address: i for i, address in enumerate(arrays)}
         return cls(module, list(arrays.values()), [order.get(id(x)) for x in arguments], arguments, tree)
 
@@ -147,25 +164,25 @@ class _Call:
         others = tuple(content(x) if i is None else i for i, x in zip(self.places, self.arguments, strict=True))
         return type(self.module), content(told), self.tree, others, tuple(map(jax.typeof, self.arrays))
 
-    def inputs(self, flat: Sequence[Any]) -> Callable[[int], Any]:
-        """The inputs of a piece, by number: a key of the module's own, made where it is needed, and arrays."""
-        return lambda i: flat[i - 1] if i else self.module.make_rng("params")
-
-    def draw(self, key: Any, *arrays: Any) -> dict[str, Any]:
+    def start(self, key: Any, *arrays: Any) -> tuple[dict[str, Any], tuple[Any, dict[str, Any]]]:
+        """The call in a pass that initializes: the variables; the output and what was captured."""
         args, kwargs = self._joined(arrays)
-        variables = self._alone().init({"params": key}, *args, **kwargs)
-        return {name: held for name, held in variables.items() if name != _CAPTURES}
+        output, found = self._alone().init_with_output({"params": key}, *args, capture_intermediates=captured, **kwargs)
+        variables = dict(found)
+        return variables, (output, _without_own(variables.pop(_CAPTURES)))
 
-    def run(self, tree: Any, mutable: Sequence[str], key: Any, flat: Sequence[Any]) -> tuple[Any, dict[str, Any]]:
-        variables = jax.tree_util.tree_unflatten(tree, flat[: tree.num_leaves])
-        args, kwargs = self._joined(flat[tree.num_leaves :])
-        output, state = self._alone().apply(
-            variables, *args, rngs={"params": key}, mutable=list(mutable), capture_intermediates=captured, **kwargs
+    def run(self, tree: Any, mutable: Sequence[str], *flat: Any) -> tuple[Any, dict[str, Any]]:
+        """The call in any other pass: the output; the collections that may change, and what was captured."""
+        count = tree.num_leaves
+        variables = jax.tree_util.tree_unflatten(tree, flat[:count])
+        args, kwargs = self._joined(flat[count + 1 :])
+        keys = {"params": flat[count]}
+        output, found = self._alone().apply(
+            variables, *args, rngs=keys, mutable=list(mutable), capture_intermediates=captured, **kwargs
         )
-        state = dict(state)
-        captures = dict(state.pop(_CAPTURES))
-        captures["__call__"] = captures["__call__"][:-1]  # flax captures the call itself
-        return output, {**state, _CAPTURES: {name: x for name, x in captures.items() if x != ()}}
+        state = dict(found)
+        captures = state.pop(_CAPTURES)
+        return output, {**state, **_without_own(captures)}
 
     def _alone(self) -> Any:
         return self.module.clone(parent=None, name=_Name())
@@ -173,6 +190,12 @@ class _Call:
     def _joined(self, arrays: Sequence[Any]) -> tuple[Any, Any]:
         flat = [x if i is None else arrays[i] for i, x in zip(self.places, self.arguments, strict=True)]
         return jax.tree_util.tree_unflatten(self.tree, flat)
+
+
+def _without_own(captures: Any) -> dict[str, Any]:
+    """The captures without that of the call itself, which flax makes where the call is made."""
+    found = {**captures, "__call__": captures["__call__"][:-1]}
+    return {_CAPTURES: {name: x for name, x in found.items() if x != ()}}
 
 
 def _all_modules(value: Any) -> bool:

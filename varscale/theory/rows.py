@@ -150,7 +150,8 @@ class Place:
         """A row for what a module puts out; where equations are asked for, one for each array that another computes."""
         mark = eqn.params.get("name") if eqn.primitive.name == "name" else None
         if mark is not None and mark.startswith((MODULE, WITHIN)):
-            path, field, arrays = _whole(mark, self.piece).split(FIELD)
+            where, field, arrays = mark.split(FIELD)
+            path = _whole(where, self.piece)
             # The body of a scan returns (x, None): "path[step]" where there is one array, else "path[step][0]".
             self.rows.add(path, steps, "module", env[eqn.outvars[0]], "" if steps and arrays == "1" else field)
             return
