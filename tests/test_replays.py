@@ -36,6 +36,9 @@ class Block(nn.Module):
         return x + gain * dense(name="down")(jnp.tanh(dense()(nn.LayerNorm()(x))))
 
 
+REMATERIALIZED = nn.remat(Block)
+
+
 class Deep(nn.Module):
     """Some blocks after each other, made by `make(i)`."""
 
@@ -209,6 +212,31 @@ class Seeing(nn.Module):
         return dense()(x) + scale.value
 
 
+class Keeping(nn.Module):
+    """Sets an attribute, which its parent reads."""
+
+    @nn.compact
+    def __call__(self, x):
+        object.__setattr__(self, "last", jnp.tanh(dense()(x)))
+        return x
+
+
+class Setting(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        for _ in range(DEPTH):
+            block = Keeping()
+            x = block(x) + block.last
+        return x
+
+
+class Boxed(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        kernel = nn.with_partitioning(nn.initializers.lecun_normal(), ("in", "out"))
+        return x + nn.Dense(32, kernel_init=kernel)(x)
+
+
 class Twofold(nn.Module):
     """An inner block that calls its parent's method of the same name."""
 
@@ -241,9 +269,11 @@ MODELS = {
     "configs": (Deep(lambda i: Block(config=Config(2.0))), True),
     "initializers": (Deep(lambda i: dense(gain=1.0 + i % 2)), True),
     "activations": (Deep(lambda i: nn.Sequential([dense(), jnp.tanh])), True),
-    "rematerialized": (Deep(lambda _, block=nn.remat(Block): block()), False),
+    "rematerialized": (Deep(lambda _: REMATERIALIZED()), False),
     "inherited": (Deep(lambda _: Child()), True),
     "seeing": (Deep(lambda _: Seeing()), True),
+    "setting": (Setting(), True),
+    "boxed": (Deep(lambda _: Boxed()), True),
     "pairs": (Pairs(), True),
     "flags": (Flags(), True),
     "again": (Again(), True),

@@ -194,11 +194,11 @@ def _nnx(kind: str, method: str, graph: Any, parameters: Tree, init: Any = None)
             kinds.setdefault("/".join(map(str, path)), type(module).__name__)
         # Captures change the structure of a scan's carry, and names that of blocks that are stacked: then one of the two,
         # or neither, or the model's own error.
-        for named, captured in ((True, True), (True, False), (False, True)):
+        for scoped, captured in ((True, True), (True, False), (False, True)):
             model = nnx.merge(graph, state)
             run = getattr(model, method)
             try:
-                with _nnx_scopes(model, method) if named else contextlib.nullcontext():
+                with _nnx_scopes(model, method) if scoped else contextlib.nullcontext():
                     if not captured:
                         return run(*x.args, **x.kwargs), {}
                     output, found = nnx.capture(run, nnx.Intermediate, method_outputs=nnx.Intermediate)(*x.args, **x.kwargs)

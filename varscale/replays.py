@@ -4,7 +4,8 @@ What a module's `__call__` does follows from its attributes, its arguments, its 
 to. The first calls of a kind are left alone. Then one is traced by itself, as two pieces: how its variables are drawn, and
 what it makes of them; it and every later one calls these. Whatever does not fit that picture is left alone too: modules that
 hold or share others, that are called again or in part, inside a lifted transformation, that ask for their name, their path
-or their parent, that close over arrays of the trace, or whose attributes or arguments cannot be compared.
+or their parent, that set attributes, that close over arrays of the trace, or whose attributes or arguments cannot be
+compared.
 """
 
 from __future__ import annotations
@@ -162,7 +163,12 @@ class _Call:
         # What `setup` made of the attributes is no news: modules, which may be unlike in what flax keeps on them.
         told = [(name, x) for name, x in own.items() if name in fields or not _all_modules(x)]
         others = tuple(content(x) if i is None else i for i, x in zip(self.places, self.arguments, strict=True))
-        return type(self.module), content(told), self.tree, others, tuple(map(jax.typeof, self.arrays))
+        found = type(self.module), content(told), self.tree, others, tuple(map(jax.typeof, self.arrays))
+        try:
+            hash(found)
+        except TypeError:
+            raise Unknown("arguments") from None
+        return found
 
     def start(self, key: Any, *arrays: Any) -> tuple[dict[str, Any], tuple[Any, dict[str, Any]]]:
         """The call in a pass that initializes: the variables; the output and what was captured."""
@@ -211,18 +217,29 @@ def _recorded(kinds: dict[str, str]) -> Callable[..., Any]:
     """An interceptor that marks what the methods of a piece's modules return with their paths inside it."""
     entered: list[str] = []
 
+    def unchanged(module: nn.Module, call: Callable[[], Any]) -> Any:
+        before = dict(vars(module))
+        output = call()
+        after = vars(module)
+        if before.keys() != after.keys() or any(after[name] is not x for name, x in before.items() if name not in _OWN):
+            raise Unknown("attributes")  # which nobody sets when the piece is called
+        return output
+
     def record(next_fun: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
         module, name = context.module, context.method_name
         if module.scope is None:
             return next_fun(*args, **kwargs)
         path = "/".join(module.scope.path)
+        call = functools.partial(next_fun, *args, **kwargs)
+        if name != "setup":
+            call = functools.partial(unchanged, module, call)
         if path == "" and name == "__call__" and not entered:  # what it returns is marked where the piece is called
             entered.append(name)
             with jax.named_scope(WITHIN):
-                return next_fun(*args, **kwargs)
+                return call()
         if path:
             kinds.setdefault(path, type(module).__name__)
-        return named(path, name, "__call__", lambda: next_fun(*args, **kwargs), mark=WITHIN)
+        return named(path, name, "__call__", call, mark=WITHIN)
 
     return record
 

@@ -335,8 +335,8 @@ def live_equations(jaxpr: Any) -> list[Any]:
 
 
 def source(eqn: Any) -> str:
-    """Where an equation was written: "model.py:12 (Block)"."""
-    _, path = opened(eqn)
+    """Where an equation was written: "model.py:12 (Block)", inside a piece the path in that."""
+    path = opened(eqn)[1].removeprefix("/")
     return _compat.source_line(eqn) + (f" ({path})" if path else "")
 
 
