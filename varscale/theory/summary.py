@@ -40,7 +40,8 @@ def summarize(
     kinds = {path: kind or _kind(program, path) for path, kind, _ in found}
     values = {path: x for path, _, x in found if isinstance(x, Value) and math.prod(x.shape) > 0}
     for x in values.values():
-        full(x.node), provenance(x.node)  # in order: asked for at the end, a thousand layers would have to wait for each other
+        full(x.node)  # in order: asked for at the end, a thousand layers would have to wait for each other
+        provenance(x.node)
     gradients = _gradients(values) if backward else {}
     rows = tuple(_row(path, kinds[path], x, gradients.get(x.node.id)) for path, x in values.items())
     return Report(rows, weights(interpreter, parameters))
