@@ -17,6 +17,11 @@ def is_literal(atom: Any) -> bool:
     return isinstance(atom, jax.extend.core.Literal)
 
 
+def is_tracer(x: Any) -> bool:
+    """Whether an array stands for one of a function that is being traced."""
+    return isinstance(x, jax.core.Tracer)  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def scopes(eqn: Any) -> list[tuple[str, int]]:
     """The named scopes an equation was made in, from the outermost in, each with a number that tells its calls apart."""
     stack = getattr(getattr(eqn.source_info, "name_stack", None), "stack", ())

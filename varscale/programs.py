@@ -12,11 +12,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.ad_checkpoint import checkpoint_name
+
+from varscale.marks import call_path, field_path, is_open, named
 
 Tree = Any
-MODULE = "module:"  # opens the name of a scope, or of an output, that says its module's whole path, whoever calls it
-FIELD = "|"  # separates that path, which array of the output it is, and how many there are
 _PATH = "_varscale_path"  # the attribute that tells an nnx module its own
 _KEY_SEED = 0  # dropout and the like: the law of the output does not depend on it
 
@@ -120,17 +119,18 @@ def _takes_rngs(model: Callable[..., Any]) -> bool:
 def _linen(model: Any, method: str) -> Program:
     import flax.linen as nn
 
+    from varscale.replays import Replays, captured
+
     kinds: dict[str, str] = {"": type(model).__name__}
+    replays = Replays(kinds)
 
     def record(next_fun: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
-        if context.module.scope is None:  # a module without parameters may be called unbound
+        module, name = context.module, context.method_name
+        if module.scope is None or replays.tracing:  # a module without parameters may be called unbound
             return next_fun(*args, **kwargs)
-        path = "/".join(context.module.path)
-        kinds.setdefault(path, type(context.module).__name__)
-        return named(path, context.method_name, method, lambda: next_fun(*args, **kwargs))
-
-    def captured(module: Any, name: str) -> bool:
-        return module.scope is not None and _is_open(name)
+        path = "/".join(module.path)
+        kinds.setdefault(path, type(module).__name__)
+        return named(path, name, method, lambda: replays.call(module, name, args, kwargs, next_fun))
 
     def init(key: Any, x: Inputs) -> Tree:
         variables = dict(model.init({"params": key}, *x.args, method=method, **x.kwargs))
@@ -140,6 +140,7 @@ def _linen(model: Any, method: str) -> Program:
     def apply(variables: Tree, x: Inputs) -> tuple[Any, dict[str, Any]]:
         mutable = ["intermediates", *(name for name in variables if name != "params")]
         rngs = {"params": jax.random.key(_KEY_SEED)}
+        replays.start(initializing=False)
         with nn.intercept_methods(record):
             output, state = model.apply(
                 variables, *x.args, method=method, rngs=rngs, mutable=mutable, capture_intermediates=captured, **x.kwargs
@@ -147,6 +148,7 @@ def _linen(model: Any, method: str) -> Program:
         return output, _captures(state.get("intermediates", {}), method)
 
     def start(key: Any, x: Inputs) -> tuple[Tree, Any, dict[str, Any], bool]:
+        replays.start(initializing=True)
         with nn.intercept_methods(record), _overheard() as asked:
             output, variables = model.init_with_output(
                 {"params": key}, *x.args, method=method, capture_intermediates=captured, **x.kwargs
@@ -192,11 +194,11 @@ def _nnx(kind: str, method: str, graph: Any, parameters: Tree, init: Any = None)
             kinds.setdefault("/".join(map(str, path)), type(module).__name__)
         # Captures change the structure of a scan's carry, and names that of blocks that are stacked: then one of the two,
         # or neither, or the model's own error.
-        for named, captured in ((True, True), (True, False), (False, True)):
+        for scoped, captured in ((True, True), (True, False), (False, True)):
             model = nnx.merge(graph, state)
             run = getattr(model, method)
             try:
-                with _nnx_scopes(model, method) if named else contextlib.nullcontext():
+                with _nnx_scopes(model, method) if scoped else contextlib.nullcontext():
                     if not captured:
                         return run(*x.args, **x.kwargs), {}
                     output, found = nnx.capture(run, nnx.Intermediate, method_outputs=nnx.Intermediate)(*x.args, **x.kwargs)
@@ -230,7 +232,7 @@ def _nnx_scopes(model: Any, method: str) -> Iterator[None]:
     for path, module in nnx.iter_modules(model):
         setattr(module, _PATH, "/".join(map(str, path)))
         own = [c for c in type(module).__mro__ if issubclass(c, nnx.Module) and c is not nnx.Module]
-        for name in {name for c in own for name in vars(c) if _is_open(name)}:
+        for name in {name for c in own for name in vars(c) if is_open(name)}:
             c = next(c for c in own if name in vars(c))
             if inspect.isfunction(vars(c)[name]):
                 methods[c, name] = vars(c)[name]
@@ -261,38 +263,6 @@ def _nnx_factory(factory: Callable[..., Any], method: str) -> Program:
     return _nnx(kind, method, graph, None, init=lambda key, x: split(key))
 
 
-def _is_open(method: str) -> bool:
-    """Whether a method has a row."""
-    return not method.startswith("_") or method == "__call__"
-
-
-def _call_path(path: str, name: str, method: str) -> str:
-    """The path of a call of the method `name`: that of its module, "path.encode" where it is another than `__call__`.
-
-    The method that was asked for is the model itself.
-    """
-    return path if name == "__call__" or not _is_open(name) or (path == "" and name == method) else f"{path}.{name}"
-
-
-def named(path: str, name: str, method: str, call: Callable[[], Any]) -> Any:
-    """The output of a method of the module at `path`, the jaxpr telling where it was made and which arrays it is."""
-    where = MODULE + _call_path(path, name, method)
-    with jax.named_scope(where):
-        output = call()
-    if not _is_open(name):
-        return output
-    from flax import nnx
-
-    # A module that a method hands out stays the one it is.
-    leaves, tree = jax.tree_util.tree_flatten_with_path(output, is_leaf=lambda x: isinstance(x, nnx.Module | nnx.Variable))
-    is_array = [isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jnp.inexact) for _, leaf in leaves]
-    marked = [
-        checkpoint_name(leaf, FIELD.join((where, _field(keys), str(sum(is_array))))) if array else leaf
-        for (keys, leaf), array in zip(leaves, is_array, strict=True)
-    ]
-    return jax.tree_util.tree_unflatten(tree, marked)
-
-
 def _captures(tree: Any, method: str, prefix: tuple[str, ...] = ()) -> dict[str, Any]:
     """Flax's nested capture as {path: output}, named as the report names its rows; a module called again is "path#1"."""
     found: dict[str, Any] = {}
@@ -300,7 +270,7 @@ def _captures(tree: Any, method: str, prefix: tuple[str, ...] = ()) -> dict[str,
         if isinstance(value, Mapping):
             found |= _captures(value, method, (*prefix, str(name)))
             continue
-        path = _call_path("/".join(prefix), str(name), method)
+        path = call_path("/".join(prefix), str(name), method)
         for i, output in enumerate(value if isinstance(value, tuple) else (value,)):
             found[path + (f"#{i}" if i else "")] = output
     return found
@@ -313,19 +283,7 @@ def leaf_paths(path: str, output: Any) -> Iterable[tuple[str, Any]]:
     """
     for keys, leaf in jax.tree_util.tree_flatten_with_path(output)[0]:
         if hasattr(leaf, "shape") and hasattr(leaf, "dtype") and not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            yield path + _field(keys), leaf
-
-
-def _field(keys: Any) -> str:
-    """Where in an output an array is: "" for the output itself, "[0]", "['k']"."""
-    return jax.tree_util.keystr(tuple(_plain(key) for key in keys))
-
-
-def _plain(key: Any) -> Any:
-    """A field of a dataclass as its name, a place in some other container as its number."""
-    if isinstance(key, jax.tree_util.GetAttrKey):
-        return jax.tree_util.DictKey(key.name)
-    return jax.tree_util.SequenceKey(key.key) if isinstance(key, jax.tree_util.FlattenedIndexKey) else key
+            yield path + field_path(keys), leaf
 
 
 def is_dynamic(leaf: Any) -> bool:

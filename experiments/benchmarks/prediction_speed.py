@@ -2,7 +2,8 @@
 
     python -m experiments.benchmarks.prediction_speed [--full]
 
-Seconds in tracing alone and in all, and the peak memory of the process; nothing of the model is allocated.
+Seconds that flax takes to trace init and forward pass once each, seconds of the prediction in all (which traces blocks that do
+the same once, and so may take less), and the peak memory of the process; nothing of the model is allocated.
 """
 
 from __future__ import annotations

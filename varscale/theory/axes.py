@@ -214,6 +214,8 @@ def apply_axis(array: np.ndarray, axis: int, matrix: np.ndarray) -> np.ndarray:
     if matrix.ndim == 1 and matrix.dtype.kind == "i":
         return np.take(array, matrix, axis=axis)
     before, after = array.shape[:axis], array.shape[axis + 1 :]
+    if not after:
+        return array @ matrix.T
     flat = array.reshape(math.prod(before), array.shape[axis], math.prod(after))
     return (matrix @ flat).reshape(*before, len(matrix), *after)
 

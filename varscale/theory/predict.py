@@ -66,7 +66,8 @@ def predict(
     from varscale.theory.laws import path_string
     from varscale.theory.summary import summarize
 
-    rows = Rows(equations=detail == "equations")
+    kind = "scope" if program.init is None and program.parameters is None else "module"
+    rows = Rows(scopes=kind == "scope", equations=detail == "equations")
     interpreter.place = Place(rows)
     values = interpreter.run(forward.jaxpr, forward.constants, [*taken, *split.values(interpreter)])
     interpreter.place = None
@@ -74,7 +75,6 @@ def predict(
     captured = {call: outputs[call] for call in execution_order(forward.jaxpr, forward.shapes)}
     paths = [path_string(p) for p, _ in jax.tree_util.tree_flatten_with_path(parameters.shapes)[0]]
     named = zip(paths, parameters.values, strict=True)
-    kind = "scope" if program.init is None and program.parameters is None else "module"
     return summarize(interpreter, program, joined(rows.made, captured, kind), named, backward=backward)
 
 

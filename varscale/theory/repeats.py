@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from varscale import _compat
+from varscale.pieces import PIECE
 from varscale.theory.interpreter import live_equations
 
 
@@ -53,12 +54,21 @@ def output_recipes(jaxpr: Any) -> list[Recipe]:
             return known[atom]
         return Recipe(number(("literal", atom.aval, np.asarray(atom.val).tobytes())), ())
 
+    inside: dict[int, list[Recipe]] = {}
     for eqn in live_equations(jaxpr):
         operands = [recipe(atom) for atom in eqn.invars]
         keys = tuple(dict.fromkeys(key for operand in operands for key in operand.keys))
         drawn = tuple((operand.number, tuple(keys.index(key) for key in operand.keys)) for operand in operands)
         params = tuple((name, _identity(x)) for name, x in sorted(eqn.params.items()))
-        for place, var in enumerate(eqn.outvars):
+        own = [keys] * len(eqn.outvars)
+        if eqn.params.get("name") == PIECE:
+            # It may draw many parameters from one key. If it draws some of them from the same bits, that is found out when it
+            # is interpreted.
+            inner = eqn.params["jaxpr"]
+            if id(inner) not in inside:
+                inside[id(inner)] = output_recipes(inner.jaxpr)
+            own = [tuple(number((key, place)) for key in keys) if r.keys else () for place, r in enumerate(inside[id(inner)])]
+        for place, (var, keys) in enumerate(zip(eqn.outvars, own, strict=True)):
             content = (eqn.primitive, params, place, drawn)
             is_key = jax.numpy.issubdtype(var.aval.dtype, jax.dtypes.prng_key)
             known[var] = Recipe(0, (number((content, keys)),)) if is_key else Recipe(number(content), keys)

@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from varscale import _compat
-from varscale.programs import FIELD, MODULE
+from varscale.marks import FIELD, MODULE, WITHIN
+from varscale.pieces import PIECE
 
 _LOOPS = {"scan", "while", "associative_scan"}
 
@@ -46,16 +47,27 @@ class _Scope(NamedTuple):
     call: int
 
 
-def opened(eqn: Any, path: str = "") -> tuple[list[_Scope], str]:
-    """The blocks that an equation is in, from the outermost in, and its path. A module's scope says its whole path."""
+def opened(eqn: Any, path: str = "", piece: str = "") -> tuple[list[_Scope], str]:
+    """The blocks that an equation is in, from the outermost in, and its path.
+
+    A module's scope says its whole path, or that inside the piece which is called at the path `piece`.
+    """
     found: list[_Scope] = []
     for name, call in _compat.scopes(eqn):
-        if name.startswith(MODULE):
-            path = name.removeprefix(MODULE)
+        if name.startswith((MODULE, WITHIN)):
+            path = _whole(name, piece)
         elif "->" not in name:  # `jnp.einsum` opens a scope of its own
             path = "/".join(filter(None, [path, name]))
             found.append(_Scope(path, call))
     return found, path
+
+
+def _whole(mark: str, piece: str) -> str:
+    """The whole path that a mark tells."""
+    if mark.startswith(MODULE):
+        return mark.removeprefix(MODULE)
+    inside = mark.removeprefix(WITHIN)
+    return piece + inside if not inside or inside.startswith(".") else f"{piece}/{inside}"
 
 
 @dataclasses.dataclass
@@ -63,12 +75,14 @@ class Rows:
     """What was made so far, in order.
 
     Attributes:
+        scopes: whether `jax.named_scope` blocks have rows.
         equations: whether equations have rows of their own.
         made: the rows.
         counts: how often each kind of row was met at each path, step by step.
         entered: how many jaxprs were entered.
     """
 
+    scopes: bool
     equations: bool
     made: list[Made] = dataclasses.field(default_factory=list)
     counts: collections.Counter[tuple[str, str]] = dataclasses.field(default_factory=collections.Counter)
@@ -90,19 +104,25 @@ class Place:
         rows: where rows are kept.
         path: the scopes that the calls around it were made in.
         loops: how many loops are around it.
+        piece: the path at which the piece that it is in is called.
     """
 
     rows: Rows
     path: str = ""
     loops: int = 0
+    piece: str = ""
 
     def within(self, eqn: Any) -> Place:
         """The place inside an equation."""
-        return Place(self.rows, opened(eqn, self.path)[1], self.loops + (eqn.primitive.name in _LOOPS))
+        path = opened(eqn, self.path, self.piece)[1]
+        piece = path if eqn.params.get("name") == PIECE else self.piece
+        return Place(self.rows, path, self.loops + (eqn.primitive.name in _LOOPS), piece)
 
     def ends(self, eqns: Sequence[Any], outputs: Sequence[Any]) -> dict[int, list[tuple[_Scope, Any]]]:
-        """The scopes that end with each equation, the innermost first, and what each puts out."""
-        scopes = [opened(eqn, self.path)[0] for eqn in eqns]
+        """The scopes that end with each equation, the innermost first, and what each puts out, where they have rows."""
+        if not self.rows.scopes:
+            return {}
+        scopes = [opened(eqn, self.path, self.piece)[0] for eqn in eqns]
         users: dict[Any, list[int]] = collections.defaultdict(list)
         for i, eqn in enumerate(eqns):
             for var in eqn.invars:
@@ -129,14 +149,15 @@ class Place:
     def note(self, eqn: Any, env: Mapping[Any, Any], steps: Sequence[int]) -> None:
         """A row for what a module puts out; where equations are asked for, one for each array that another computes."""
         mark = eqn.params.get("name") if eqn.primitive.name == "name" else None
-        if mark is not None and mark.startswith(MODULE):
-            path, field, arrays = mark.removeprefix(MODULE).split(FIELD)
+        if mark is not None and mark.startswith((MODULE, WITHIN)):
+            where, field, arrays = mark.split(FIELD)
+            path = _whole(where, self.piece)
             # The body of a scan returns (x, None): "path[step]" where there is one array, else "path[step][0]".
             self.rows.add(path, steps, "module", env[eqn.outvars[0]], "" if steps and arrays == "1" else field)
             return
         if not self.rows.equations:
             return
-        path = "/".join(filter(None, [opened(eqn, self.path)[1], eqn.primitive.name]))
+        path = "/".join(filter(None, [opened(eqn, self.path, self.piece)[1], eqn.primitive.name]))
         for j, var in enumerate(eqn.outvars):
             if _is_floating(var):
                 self.rows.add(path, steps, eqn.primitive.name, env[var], f"[{j}]" if len(eqn.outvars) > 1 else "")
@@ -158,13 +179,15 @@ def joined(made: Sequence[Made], captured: Mapping[str, Mapping[str, Any]], kind
     modules = {m.call for m in made if m.kind == "module" and not m.stepped}
     stacked = {m.call for m in made if m.kind == "module" and m.stepped} - modules
     left = {call: dict(rows) for call, rows in captured.items() if call not in stacked}
-    calls = list(left)
+    waiting = collections.deque(call for call in left if call not in modules)  # those that the walk did not meet
+    order = {call: i for i, call in enumerate(left)}
 
     def upto(call: str) -> Iterator[tuple[str, str | None, Any]]:
-        for earlier in calls[: calls.index(call) + 1]:
-            if earlier == call or earlier not in modules:  # one that the walk did not meet
-                for path, value in left.pop(earlier, {}).items():
-                    yield path, None, value
+        while waiting and order[waiting[0]] < order[call]:
+            for path, value in left.pop(waiting.popleft()).items():
+                yield path, None, value
+        for path, value in left.pop(call, {}).items():
+            yield path, None, value
 
     for m in made:
         if m.kind == "module" and captured.get(m.call) and m.call not in stacked:

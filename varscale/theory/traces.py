@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from varscale import _compat, programs
+from varscale.pieces import PIECE
 from varscale.programs import Program
 from varscale.theory.interpreter import PredictionError, live_equations
 
@@ -103,8 +104,24 @@ def execution_order(jaxpr: Any, shapes: Mapping[str, Mapping[str, Any]]) -> list
 
     The model itself is the last.
     """
-    made = {var: (i, j) for i, eqn in enumerate(jaxpr.eqns) for j, var in enumerate(eqn.outvars)}
-    made |= dict.fromkeys(jaxpr.invars, (-1, 0))
-    at = iter([(-1, 0) if _compat.is_literal(var) else made.get(var, (-1, 0)) for var in jaxpr.outvars])
+    at = iter(_places(jaxpr))
     where = {call: [next(at) for _ in shapes[call]] for call in shapes}
     return sorted(shapes, key=lambda call: (call == "", where[call][:1], -call.count("/")))
+
+
+def _places(jaxpr: Any) -> list[tuple[int, ...]]:
+    """For each output, which equation makes it and which of its outputs it is; inside a piece also where in that."""
+    made = {var: (i, eqn, j) for i, eqn in enumerate(jaxpr.eqns) for j, var in enumerate(eqn.outvars)}
+    inner: dict[int, list[tuple[int, ...]]] = {}
+
+    def place(var: Any) -> tuple[int, ...]:
+        if _compat.is_literal(var) or var not in made:
+            return (-1, 0)
+        i, eqn, j = made[var]
+        if eqn.params.get("name") != PIECE:
+            return (i, j)
+        if i not in inner:
+            inner[i] = _places(eqn.params["jaxpr"].jaxpr)
+        return (i, *inner[i][j])
+
+    return [place(var) for var in jaxpr.outvars]

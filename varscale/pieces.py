@@ -1,0 +1,118 @@
+"""Functions traced once to be called from many places of one trace."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
+
+from varscale import _compat
+from varscale.content import Unknown
+
+# What a call of a piece is called in a jaxpr.
+PIECE = "varscale_piece"
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """A traced function, less what its outputs do not depend on.
+
+    Attributes:
+        call: takes some of the flat inputs, returns the flat outputs: one equation of the trace around it.
+        taken: which inputs those are.
+        out: the tree of the outputs.
+    """
+
+    call: Callable[..., Sequence[Any]]
+    taken: Sequence[int]
+    out: Any
+
+    def __call__(self, inputs: Callable[[int], Any]) -> Any:
+        """The outputs, given the inputs by number."""
+        return jax.tree_util.tree_unflatten(self.out, self.call(*map(inputs, self.taken)))
+
+
+def piece(f: Callable[..., Any], *args: Any) -> Piece:
+    """The piece of a function of arrays.
+
+    Raises:
+        Unknown: it closes over arrays of the trace around it, makes random keys out of nothing (so that all calls draw the
+            same), has side effects, or returns something else than arrays.
+    """
+    closed, shapes = _traced(f, args)
+    return _part(closed, closed.jaxpr.invars, closed.jaxpr.outvars, jax.tree_util.tree_structure(shapes))
+
+
+def two_pieces(f: Callable[..., tuple[Any, Any]], *args: Any) -> tuple[Piece, Piece]:
+    """Two pieces of a function of arrays: to the first of its two outputs, and from it and the arrays to the second.
+
+    Raises:
+        Unknown: as `piece` does.
+    """
+    closed, (first, second) = _traced(f, args)
+    out = jax.tree_util.tree_structure(first)
+    between, rest = closed.jaxpr.outvars[: out.num_leaves], closed.jaxpr.outvars[out.num_leaves :]
+    return (
+        _part(closed, closed.jaxpr.invars, between, out),
+        _part(closed, [*between, *closed.jaxpr.invars], rest, jax.tree_util.tree_structure(second)),
+    )
+
+
+def _traced(f: Callable[..., Any], args: Sequence[Any]) -> tuple[ClosedJaxpr, Any]:
+    def arrays(*args: Any) -> Any:
+        out = f(*args)
+        if not all(isinstance(x, jax.Array) for x in jax.tree_util.tree_leaves(out)):
+            raise Unknown("output")
+        return out
+
+    closed, shapes = jax.make_jaxpr(arrays, return_shape=True)(*args)
+    if closed.effects or _seeds(closed.jaxpr) or any(_compat.is_tracer(x) or is_key(x) for x in closed.consts):
+        raise Unknown("function")
+    return closed, shapes
+
+
+def _part(closed: ClosedJaxpr, inputs: Sequence[Any], outputs: Sequence[Any], out: Any) -> Piece:
+    """The piece between variables of a jaxpr."""
+    place = {v: i for i, v in reversed(list(enumerate(inputs))) if not _compat.is_literal(v)}
+    part = closed.jaxpr.replace(invars=list(place), outvars=list(outputs))
+    part = part.replace(eqns=live(part, part.eqns))
+    used = {v for v in (*outputs, *(v for eqn in part.eqns for v in eqn.invars)) if not _compat.is_literal(v)}
+    part = part.replace(invars=[v for v in place if v in used])
+
+    def varscale_piece(*values: Any) -> Any:
+        return jaxpr_as_fun(ClosedJaxpr(part, closed.consts))(*values)
+
+    return Piece(jax.jit(varscale_piece), [place[v] for v in part.invars], out)
+
+
+def is_key(x: Any) -> bool:
+    """Whether an array or a variable of a jaxpr is random keys."""
+    return jnp.issubdtype(getattr(x, "dtype", None) or x.aval.dtype, jax.dtypes.prng_key)
+
+
+def _seeds(jaxpr: Any) -> bool:
+    """Whether random keys are made from anything else than random keys."""
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name in ("random_seed", "random_wrap"):
+            return True
+        for value in eqn.params.values():
+            for part in value if isinstance(value, tuple | list) else (value,):
+                if hasattr(part, "eqns") and _seeds(getattr(part, "jaxpr", part)):
+                    return True
+    return False
+
+
+def live(jaxpr: Any, eqns: Sequence[Any]) -> list[Any]:
+    """The equations, of these, that the outputs of a jaxpr depend on."""
+    given = set(jaxpr.invars)
+    needed = {v for v in jaxpr.outvars if not _compat.is_literal(v)} - given
+    found = []
+    for eqn in reversed(eqns):
+        if not needed.isdisjoint(eqn.outvars):
+            found.append(eqn)
+            needed.update(v for v in eqn.invars if not _compat.is_literal(v) and v not in given)
+    return found[::-1]
