@@ -106,16 +106,18 @@ def _kernel(node: Node) -> Spread:
         spread = combine(parts)
         for mine, other in (node.args, node.args[::-1]):
             units = math.prod(axis.size for k, axis in enumerate(node.axes) if k in mine.bind and k not in other.bind)
-            spread = _with_own_weights(spread, node, mine, node.width, units)
+            spread = _with_own_weights(spread, node, mine, other.node, node.width, units)
         return spread
     if isinstance(node, Conv):
         x = node.args[0].node
         _, windows, xd, _, _ = node.params
         taps = math.prod(w.taps for w in windows)
         channels = 1 if xd[1] is None else x.axes[xd[1]].size
-        spread = combine([(1.0, _averaged(x, [k for k in xd[1:2] if k is not None], taps, node.params[0]))])
+        summed = [k for k in xd[1:2] if k is not None]
+        spread = combine([(1.0, _averaged(x, summed, taps))])
         units = 1 if node.params[4][1] is None else node.axes[node.params[4][1]].size
-        return _with_own_weights(spread, node, node.args[1], taps * channels / node.params[0], units)
+        out = _with_own_weights(spread, node, node.args[1], x, taps * channels / node.params[0], units)
+        return dataclasses.replace(out, shape=out.shape + _of_a_group(x, summed, node.params[0]) / taps)
     if isinstance(node, Sum):
         if node.positive:
             return combine([(1.0, kernel(node.args[int(np.argmax(node.params))].node))])
@@ -140,11 +142,11 @@ def _kernel(node: Node) -> Spread:
     return inherited(node.args[0].node)
 
 
-def _with_own_weights(spread: Spread, node: Node, view: View, terms: float, units: int) -> Spread:
+def _with_own_weights(spread: Spread, node: Node, view: View, x: Node, terms: float, units: int) -> Spread:
     """A unit's weights have a squared norm that varies by (κ − 1)/terms from unit to unit, and is one for all samples.
 
     At one place the sum's fourth moment is 3 (1 + p) for Gaussian weights and inputs whose squares' mean varies by p; others,
-    of kurtosis κ, add (κ − 3)(p + 1/terms), the mean of the inputs' fourth powers over the terms.
+    of kurtosis κ, add (κ − 3) E[x⁴]/(terms E[x²]²). Of p, what is sampled has this 1/terms in it; what all terms share has not.
     """
     weight = view.node
     while weight.args and len(weight.args) == 1:
@@ -152,7 +154,8 @@ def _with_own_weights(spread: Spread, node: Node, view: View, terms: float, unit
     if not isinstance(weight, Leaf) or weight.name[0] == "input" or not weight.random:
         return spread
     noise = math.sqrt(max(weight.kurtosis - 1, 0.0) / terms / units * _left_to_chance(weight, terms, units))
-    shape = max((weight.kurtosis - 3) / 3 * (spread.point + 1 / terms), -spread.point)
+    shared = min(inherited(x).point, spread.point)
+    shape = max((weight.kurtosis - 3) / 3 * (spread.point - shared + (1 + shared) / terms), -spread.point)
     return dataclasses.replace(spread, sources={**spread.sources, ~node.id: noise}, shape=shape)
 
 
@@ -173,8 +176,8 @@ def _kept_norm(node: Node) -> float:
     return 1 - _left_to_chance(weight, node.width, units)
 
 
-def _averaged(node: Node, axes: Sequence[int], taps: int = 1, groups: int = 1) -> Spread:
-    """A node's fluctuations when it enters a contraction over these axes (at several taps, in groups): what one output sees."""
+def _averaged(node: Node, axes: Sequence[int], taps: int = 1) -> Spread:
+    """A node's fluctuations when it enters a contraction over these axes (at several taps): what one output sees."""
     from varscale.theory.rules.units import Softmax
 
     if isinstance(node, Leaf | Array | Constant) and (not isinstance(node, Leaf) or node.name[0] != "input"):
@@ -182,12 +185,18 @@ def _averaged(node: Node, axes: Sequence[int], taps: int = 1, groups: int = 1) -
     if all(isinstance(r.node, Softmax) for r in roots(node)):
         return NONE  # attention weights are fixed by kernels over all units, which fluctuate less than one unit's outputs
     spread = full(node)
-    mean = fresh(node, axes)
-    if groups > 1:  # of n units a mean of m has what one has, less what all have, times (1/m − 1/n) / (1 − 1/n), more
-        n = math.prod(node.axes[k].size for k in axes)
-        mean += max(fresh(node, ()) - mean, 0.0) * (groups - 1) / max(n - 1, 1)
-    point = mean / taps + inherited(node).point
-    return dataclasses.replace(spread, point=point)
+    return dataclasses.replace(spread, point=fresh(node, axes) / taps + inherited(node).point)
+
+
+def _of_a_group(node: Node, axes: Sequence[int], groups: int) -> float:
+    """By how much more the mean of x² over a group varies than over all n units; the next layer averages over groups again.
+
+    A mean of m has what one has, less what all have, times (1/m − 1/n) / (1 − 1/n).
+    """
+    n = math.prod(node.axes[k].size for k in axes)
+    if groups == 1 or n == 1:
+        return 0.0
+    return max(fresh(node, ()) - fresh(node, axes), 0.0) * (groups - 1) / (n - 1)
 
 
 def inherited(node: Node) -> Spread:
