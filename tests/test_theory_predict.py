@@ -173,7 +173,7 @@ def test_drawn_architectures_agree_within_confidence(model, mean):
         shape, tokens = (2, 16), 100
     elif isinstance(model, Convolutions):
         shape = (4, 12, 12, 8)
-    case = Shifted("drawn", "", model, shape, jnp.int32 if tokens else jnp.float32, tokens, mean)
+    case = Shifted("drawn", "", model, shape, jnp.int32 if tokens else jnp.float32, tokens, mean=mean)
     rows, _, _ = compare(case, 24)
     for row in rows:
         assert abs(row.mean) <= row.confidence + 4.5 * row.forward_error, row
