@@ -175,3 +175,35 @@ def test_a_norm_of_what_has_a_mean(mean):
     with jax.numpy_rank_promotion("allow"):
         row = vs.predict(Shifted(), jax.ShapeDtypeStruct((8, 256), jnp.float32))["in"]
     assert row.gradient == pytest.approx(1 / (1 + mean**2), rel=0.02)
+
+
+class Patches(nn.Module):
+    """A class token of zeros before the patches of a picture, places added, one layer of attention, read out at the token."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Conv(WIDTH, (4, 4), strides=4, padding="VALID")(x).reshape(x.shape[0], -1, WIDTH)
+        token = self.param("token", nn.initializers.zeros, (1, 1, WIDTH))
+        x = jnp.concatenate([jnp.tile(token, (x.shape[0], 1, 1)), x], axis=1)
+        x = x + self.param("places", nn.initializers.normal(0.02), (1, x.shape[1], WIDTH))
+        h = nn.LayerNorm()(x)
+        x = x + nn.MultiHeadDotProductAttention(4, name="attention")(h, h)
+        return nn.Dense(10)(nn.LayerNorm()(x)[:, 0])
+
+
+def test_a_class_token_before_patches():
+    """A token that is nothing but its place is the same in every sample; patches of 48 numbers differ in fewer directions."""
+    struct = jax.ShapeDtypeStruct((4, 32, 32, 3), jnp.float32)
+
+    def one(key):
+        k_x, k_w = jax.random.split(key)
+        x = jax.random.normal(k_x, struct.shape)
+        found = Patches().apply(Patches().init(k_w, x), x, capture_intermediates=True, mutable=True)[1]
+        return jnp.mean(found["intermediates"]["attention"]["out"]["__call__"][0] ** 2)
+
+    with jax.numpy_rank_promotion("allow"):
+        row = vs.predict(Patches(), struct)["attention/out"]
+        squares = np.asarray(jax.lax.map(jax.jit(one), jax.random.split(jax.random.key(2), 60)), float)
+    error = squares.std() / squares.mean() / np.sqrt(59)
+    assert abs(row.second_moment / squares.mean() - 1) <= row.confidence + 4 * error
+    assert row.confidence < 0.2

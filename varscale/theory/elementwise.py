@@ -196,7 +196,7 @@ def _scaled(view: View, axes: Sequence[Axis], c: float, d: float) -> Node:
     if isinstance(node, Constant):
         return number(node.graph, c * node.params + d)
     scaled = affine(node, c, d)
-    return _whole(View(scaled, bind), axes) if scaled.axes else scaled
+    return scaled if isinstance(scaled, Constant) else _whole(View(scaled, bind), axes)
 
 
 def apply(graph: Graph, name: str, extra: tuple[Any, ...], axes: tuple[Axis, ...], views: Sequence[View]) -> Node:

@@ -18,7 +18,7 @@ import numpy as np
 from varscale.theory.axes import Axis, contract_axis
 from varscale.theory.derivatives import derivative
 from varscale.theory.elementwise import Apply, Sum, roots
-from varscale.theory.graph import Node, Permute, View
+from varscale.theory.graph import Merge, Node, Permute, Split, View
 
 Amplitudes = Mapping[object, float]
 Rule = Callable[[Sequence[Amplitudes]], Amplitudes]
@@ -107,12 +107,19 @@ def apart(second: np.ndarray, axes: Sequence[Axis], tokens: Sequence[int]) -> fl
 def _sources(x: Tokens) -> tuple[list[Tokens], Rule]:
     """Tokens that these are made of, and how their amplitudes are made of theirs."""
     from varscale.theory.rules.attention import attention_of, mixed
+    from varscale.theory.rules.convolution import Conv
+    from varscale.theory.rules.joining import Concat
     from varscale.theory.rules.linear import Contract, weight_of
 
     node = x.node
-    if isinstance(node, Permute):
-        inner = Tokens(node.args[0].node, *(tuple(sorted(node.params[k] for k in axes)) for axes in x[1:]))
-        return [inner], lambda parts: parts[0]
+    if isinstance(node, Permute | Merge | Split):
+        inner = _rearranged(x)
+        # Some of the factors of features have more of their own than all.
+        return [inner], lambda parts: weighted([1.0], parts, x, 1 / x.count - 1 / inner.count)
+    if isinstance(node, Concat) and node.params[0] in x.tokens:
+        return [tokens_of(node.args[int(np.argmax(node.params[1]))], x.tokens, x.features)], lambda parts: parts[0]
+    if isinstance(node, Conv) and weight_of(node) is not None:  # of patches that are as good as white
+        return [], lambda _: weighted([], [], x, 1 / x.count + 1 / node.width)
     if isinstance(node, Sum):
         return _added(x, node)
     if isinstance(node, Apply):
@@ -128,6 +135,22 @@ def _sources(x: Tokens) -> tuple[list[Tokens], Rule]:
         if attention is not None:
             return mixed(x, attention)
     return [], lambda _: white(x)
+
+
+def _rearranged(x: Tokens) -> Tokens:
+    """The same tokens before their axes were put in another order, together or apart."""
+    node, inner = x.node, x.node.args[0].node
+
+    def before(k: int) -> list[int]:
+        if isinstance(node, Permute):
+            return [node.params[k]]
+        if isinstance(node, Merge):
+            first, count = node.params
+            return list(range(first, first + count)) if k == first else [k if k < first else k + count - 1]
+        first, sizes = node.params
+        return [k if k < first else max(first, k - len(sizes) + 1)]
+
+    return Tokens(inner, *(tuple(sorted({j for k in axes for j in before(k)})) for axes in x[1:]))
 
 
 def white(x: Tokens) -> Amplitudes:
