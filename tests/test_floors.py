@@ -13,9 +13,12 @@ import varscale
 ROOT = pathlib.Path(varscale.__file__).parent
 # From the ground. A room's name is the first part of the module's path; `transfer` stands apart.
 FLOOR = {
-    "_compat": 0, "gaussian": 0, "programs": 0, "report": 0,
-    "initializers": 1, "probe": 1,
-    "theory": 2, "testing": 2,
+    "_compat": 0, "gaussian": 0, "report": 0, "content": 0, "marks": 0,
+    "pieces": 1,
+    "replays": 2,
+    "programs": 3,
+    "initializers": 4, "probe": 4,
+    "theory": 5, "testing": 5,
 }  # fmt: skip
 APART = {"transfer": {"initializers", "_compat"}}
 

@@ -151,18 +151,18 @@ def test_a_depthwise_sum_reads_one_channel():
     """The scale of one output varies with the numbers of its own channel alone, not with the mean over all."""
     from varscale.theory import spread as spreads
 
-    points = []
+    own = []
     for groups in (1, 8, 64):
         model = nn.Sequential([nn.Conv(64, (1, 1)), nn.relu, nn.Conv(64, (3, 3), feature_group_count=groups), nn.gelu])
         seen = []
-        original = spreads._averaged
-        spreads._averaged = lambda *a, f=original, s=seen: s.append(f(*a)) or s[-1]
+        original = spreads._of_a_group
+        spreads._of_a_group = lambda *a, f=original, s=seen: s.append(f(*a)) or s[-1]
         try:
             vs.predict(model, jax.ShapeDtypeStruct((4, 16, 16, 64), jnp.float32), backward=False)
         finally:
-            spreads._averaged = original
-        points.append(max(s.point for s in seen))
-    assert points[2] > 4 * points[1] > 4 * points[0]
+            spreads._of_a_group = original
+        own.append(max(seen))
+    assert own[2] > 4 * own[1] > own[0] == 0
 
 
 @pytest.mark.parametrize("init", ["lecun_normal", "normal", "uniform"])
