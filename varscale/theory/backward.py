@@ -318,7 +318,7 @@ def _inverse_scale(root: View, scale: View) -> float:
 
 def _normalised_before(node: Node, scale: View) -> float:
     """The part of a norm's variance that cannot fluctuate: Σ share² over the terms that a norm has just put out."""
-    while isinstance(node, Sum) and any(type(v.node).__name__ == "Mean" for v in node.args):  # centred
+    while isinstance(node, Sum) and node.is_centred:  # centred
         node = max(zip(node.params, node.args, strict=True), key=lambda t: t[0] ** 2 * t[1].node.table.mean_square)[1].node
     if not isinstance(node, Sum):
         return 0.0

@@ -8,8 +8,9 @@ import numpy as np
 
 from varscale.theory.axes import Axis, averaging, contract_axis, split_axis
 from varscale.theory.elementwise import Apply, Sum, roots
-from varscale.theory.graph import Array, Constant, Graph, Marked, Merge, Node, Permute, Split, View
+from varscale.theory.graph import Array, Constant, Graph, Marked, Node, View
 from varscale.theory.moments import lift
+from varscale.theory.rearranged import Merge, Permute, Split
 
 _DEEPEST = 40  # cross-moments nested in one another
 
@@ -140,8 +141,8 @@ def _expand(a: View, b: View, frame: tuple[Axis, ...]) -> np.ndarray:
         return product_second(a, b, frame)
     for x, y, turn in sorted(((a, b, False), (b, a, True)), key=lambda t: -t[0].node.id):
         out = _structure(x, y, frame)
-        if out is None and hasattr(x.node, "cross_with"):
-            out = x.node.cross_with(x, y, frame)  # pyright: ignore[reportAttributeAccessIssue]
+        if out is None:
+            out = x.node.cross_with(x, y, frame)
         if out is not None:
             return _swap(out, frame) if turn else out
     if a.bind != b.bind and a.node.axes == b.node.axes:

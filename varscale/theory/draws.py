@@ -13,8 +13,9 @@ from jaxtyping import Float, Int
 from varscale.theory.axes import Axis
 from varscale.theory.cross import cross, mean_product
 from varscale.theory.elementwise import Apply, Sum, roots
-from varscale.theory.graph import Array, Constant, Leaf, Node, Permute, View
+from varscale.theory.graph import Array, Constant, Leaf, Node, View
 from varscale.theory.quadrature import Environment, Z, evaluate, marginal
+from varscale.theory.rearranged import Permute
 from varscale.theory.rules.joining import Concat
 from varscale.theory.rules.reductions import Mean
 from varscale.theory.rules.structure import Take

@@ -14,7 +14,7 @@ import numpy as np
 
 from varscale.theory.axes import Axis
 from varscale.theory.functions import POSITIVE, function
-from varscale.theory.graph import REBUILD, UNKNOWN, Constant, Graph, Node, View, number
+from varscale.theory.graph import UNKNOWN, Constant, Graph, Node, View, number
 from varscale.theory.moments import Table
 
 
@@ -22,6 +22,7 @@ class Apply(Node):
     """One elementwise primitive; `params` is (name, static parameters)."""
 
     how = "quadrature"
+    entrywise = True
 
     def prepare(self) -> None:
         name, extra = self.params
@@ -51,11 +52,14 @@ class Apply(Node):
 
         return elementwise_table(self)
 
+    def rebuilt(self, axes: tuple[Axis, ...], args: Sequence[View]) -> Node:
+        return self.graph.make(Apply, axes, args, self.params)
+
 
 class Sum(Node):
     """A weighted sum of arrays with different roots; `params` are the weights. A root itself."""
 
-    how = "exact"
+    entrywise = True
     is_variance: bool = False  # mean(x²) − mean(x)², which no rounding makes negative here
 
     def prepare(self) -> None:
@@ -102,16 +106,24 @@ class Sum(Node):
             out.append(c * c * sum_out(passed, self.axes, view))
         return out
 
+    def rebuilt(self, axes: tuple[Axis, ...], args: Sequence[View]) -> Node:
+        return total(self.graph, self.params, axes, args)
+
+    @property
+    def is_centred(self) -> bool:
+        """Whether a mean is among its terms: it is an array less its own mean."""
+        return any(view.node.averages for view in self.args)
+
     @functools.cached_property
     def centring(self) -> dict[int, int]:
         """Terms that another term takes the mean of away: index of the term to index of its mean."""
         found = {}
         for j, (d, mean) in enumerate(zip(self.params, self.args, strict=True)):
             for i, (c, view) in enumerate(zip(self.params, self.args, strict=True)):
-                if type(mean.node).__name__ != "Mean" or d != -c:
+                if not mean.node.averages or d != -c:
                     continue
                 # A mean less the mean over more axes is centred too.
-                wider = type(view.node) is type(mean.node) and set(view.node.params) < set(mean.node.params)
+                wider = view.node.averages and set(view.node.params) < set(mean.node.params)
                 if mean.node.args[0].node is (view.node.args[0].node if wider else view.node):
                     found[i] = j
         return found
@@ -300,7 +312,3 @@ def _is_variance(node: Sum) -> bool:
     kept = [k for k in range(len(squares.axes)) if k not in reduced]
     places = tuple(plus.bind[kept.index(b)] for b in x.bind if b not in reduced)
     return View(mean_node(x.node, [k for k, b in enumerate(x.bind) if b in reduced]), places) == mean
-
-
-REBUILD[Apply] = lambda node, axes, args: node.graph.make(Apply, tuple(axes), list(args), node.params)
-REBUILD[Sum] = lambda node, axes, args: total(node.graph, node.params, tuple(axes), list(args))  # pyright: ignore[reportArgumentType]

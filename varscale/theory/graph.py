@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 
 import numpy as np
 
-from varscale.theory.axes import Axis, affordable, contract_axis, factor_classes, merge_types, split_axis
-from varscale.theory.moments import Table, constant, estimate, independent, lift, put_together
+from varscale.theory.axes import Axis
+from varscale.theory.moments import Table, constant, estimate, independent, lift
 
 if TYPE_CHECKING:
     from varscale.theory.spread import Spread
@@ -62,12 +62,18 @@ class Node(Marked):
         deps: bits of the random leaves it depends on.
         odd: bits of the zero-mean leaves it is linear in: a product with anything free of one of them has mean zero.
         positive: whether it cannot be negative.
+        entrywise: whether each entry is made of one entry of every argument, so that what moves entries moves the arguments'.
+        moves: whether its entries are entries of its one argument at other places, some of them perhaps left out.
+        averages: whether it is the mean of its one argument over the axes `params`.
         shares: whether it is shares that add up to 1, positive but no norm's scale.
         gradient_doubt: relative error that its pullback may add.
         drawn: its values on the normal grid, where it was drawn and is not to be taken for Gaussian.
     """
 
     how: ClassVar[str] = "exact"
+    entrywise: ClassVar[bool] = False
+    moves: ClassVar[bool] = False
+    averages: ClassVar[bool] = False
     shares: ClassVar[bool] = False
     gradient_doubt: float = 0.0
     drawn: np.ndarray | None = None
@@ -86,12 +92,33 @@ class Node(Marked):
     def prepare(self) -> None:
         """Set `odd` and `positive`."""
 
+    @property
+    def width(self) -> float | None:
+        """Terms in each of its sums, where it is one linear map of two arguments, the second often weights; else None."""
+        return None
+
     def compute(self) -> Table:
         raise NotImplementedError(type(self).__name__)
 
     def pullback(self, cotangent: np.ndarray) -> list[np.ndarray | None]:
         """Second moments, by type, of the cotangents of the arguments, given those of this node's."""
         raise NotImplementedError(type(self).__name__)
+
+    def rebuilt(self, axes: tuple[Axis, ...], args: Sequence[View]) -> Node:
+        """Of an `entrywise` node: the same over other axes and arguments, of which each entry is made as it is here."""
+        raise NotImplementedError(type(self).__name__)
+
+    def inside(self, k: int, cut: Callable[[Node, int], Node]) -> Node | None:
+        """The node of which its argument takes a cut of axis k in its place; None where it does not let cuts through."""
+        return None
+
+    def part(self, k: int, start: int, stop: int) -> Node | None:
+        """Positions start, ..., stop − 1 of axis k without a slice of the whole; None where there is no simpler way."""
+        return None
+
+    def cross_with(self, a: View, b: View, frame: Sequence[Axis]) -> np.ndarray | None:
+        """E[a_i b_j] by type over a frame, broadcastable to it, `a` a view of this node; None where it knows no better way."""
+        return None
 
     def draws(self) -> np.ndarray | None:
         """Where it is known by draws, and so with an order in time: those, (replicates, positions evenly spread...)."""
@@ -202,6 +229,11 @@ class Leaf(Node):
         return self.params if isinstance(self.params, tuple) else (self.params,)
 
     @property
+    def is_input(self) -> bool:
+        """Whether it is an input of the model: other leaves belong to one initialization."""
+        return self.name[0] == "input"
+
+    @property
     def is_bits(self) -> bool:
         """Whether it is random bits, which have no gradient."""
         return self.name[0] == "bits"
@@ -249,72 +281,6 @@ class Array(Node):
         return self.graph.memo[key]
 
 
-class Split(Node):
-    """One axis as row-major factors; `params` is (axis, sizes). Classes of the whole are theirs, if not too many."""
-
-    def prepare(self) -> None:
-        self.odd, self.positive = self.args[0].node.odd, self.args[0].node.positive
-
-    def _factored(self) -> tuple[int, tuple[Axis, ...], np.ndarray]:
-        k, sizes = self.params
-        return (k, *split_axis(self.args[0].node.axes[k], sizes))
-
-    def _finest(self) -> tuple[Axis, ...]:
-        """Its axes with all classes of the whole."""
-        k, factors, _ = self._factored()
-        whole = self.args[0].node.axes
-        return (*whole[:k], *factors, *whole[k + 1 :])
-
-    def reindex(self, second: np.ndarray) -> np.ndarray:
-        """A type array of the whole, read over the factors."""
-        k, _, types = self._factored()
-        return lift(np.take(second, types, axis=k), self._finest(), range(len(self.axes)), self.axes, pairs=True)
-
-    def compute(self) -> Table:
-        k, factors, _ = self._factored()
-        table = self.args[0].node.table
-        whole, classes = table.axes[k], factor_classes(table.axes[k], factors)
-        read = classes[np.ix_(*[f.label_array for f in factors])].ravel()
-        strangers = float(np.mean(read != whole.label_array))
-        if strangers > 0:  # positions of other classes, which factors with few classes cannot tell apart
-            squares = table.diagonal
-            self.graph.flag("assumed", min(strangers * float(np.ptp(squares)) / max(table.mean_square, 1e-300), UNKNOWN))
-        mean = lift(np.take(table.mean, classes, axis=k), self._finest(), range(len(self.axes)), self.axes, pairs=False)
-        return Table(self.axes, mean, self.reindex(table.second))
-
-    def pullback(self, cotangent: np.ndarray) -> list[np.ndarray | None]:
-        return [put_together(cotangent, self.axes, self.args[0].node.axes, *self.params)]
-
-
-class Merge(Node):
-    """Adjacent axes as one, row-major; `params` is (first axis, how many)."""
-
-    def prepare(self) -> None:
-        self.odd, self.positive = self.args[0].node.odd, self.args[0].node.positive
-
-    def reindex(self, second: np.ndarray) -> np.ndarray:
-        k, count = self.params
-        return merge_types(second, k, self.args[0].node.axes[k : k + count], self.axes[k])
-
-    def compute(self) -> Table:
-        k, count = self.params
-        table = self.args[0].node.table
-        mean = table.mean
-        for axis in table.axes[k : k + count]:
-            mean = contract_axis(mean, k, axis.counts / axis.size)
-        return Table(self.axes, np.expand_dims(mean, k), self.reindex(table.second))
-
-    def pullback(self, cotangent: np.ndarray) -> list[np.ndarray | None]:
-        k, count = self.params
-        factors = self.args[0].node.axes[k : k + count]
-        _, types = split_axis(self.axes[k], tuple(f.size for f in factors))
-        out = np.take(cotangent, types, axis=k)
-        for i, factor in enumerate(factors):
-            if factor.classes > 1:
-                out = np.take(out, np.where(np.arange(factor.types) < factor.classes, 0, 1), axis=k + i)
-        return [out]
-
-
 def number(graph: Graph, value: float) -> Node:
     """The constant node of a number."""
     return graph.make(Constant, (), (), float(value))
@@ -338,85 +304,3 @@ def leaf(
     """A leaf with independent entries."""
     node = graph.make(Leaf, axes, (), name)
     return node.settle(independent(mean, second_moment, tuple(axes)), odd=odd and mean == 0, **law)
-
-
-# Structure that only elementwise nodes and sums let through: they register here how they are rebuilt over new arguments.
-REBUILD: dict[type[Node], Callable[[Node, Sequence[Axis], Sequence[View]], Node]] = {}
-# What else lets cuts of an axis through: the node, the axis and the cut, which its argument takes in its place.
-INSIDE: dict[type[Node], Callable[[Node, int, Callable[[Node, int], Node]], Node]] = {}
-
-
-def split(node: Node, k: int, sizes: tuple[int, ...]) -> Node:
-    """`node` with axis k as row-major factors of these sizes (each ≥ 2)."""
-    graph = node.graph
-    factors, _ = split_axis(node.axes[k], sizes)
-    axes = affordable((*node.axes[:k], *factors, *node.axes[k + 1 :]))
-    if type(node) in REBUILD:
-        shift = len(sizes) - 1
-        args = []
-        for child, bind in node.args:
-            if k in bind:
-                j = bind.index(k)
-                child = split(child, j, sizes)
-                bind = (*bind[:j], *range(k, k + shift + 1), *bind[j + 1 :])
-                keep = range(j, j + shift + 1)
-            else:
-                keep = range(0)
-            args.append(View(child, tuple(b if i in keep or b < k else b + shift for i, b in enumerate(bind))))
-        rebuilt = REBUILD[type(node)](node, axes, args)
-        return graph.derive(node, rebuilt, lambda g: put_together(g, rebuilt.axes, node.axes, k, sizes))
-    if type(node) in INSIDE:
-        inside = INSIDE[type(node)](node, k, lambda x, j: split(x, j, sizes))
-        return graph.derive(node, inside, lambda g: put_together(g, inside.axes, node.axes, k, sizes))
-    if isinstance(node, Merge) and node.params[0] == k:
-        source = node.args[0].node
-        if tuple(a.size for a in source.axes[k : k + node.params[1]]) == sizes:
-            return source
-    if isinstance(node, Array):
-        return graph.once(("split", node.id, axes), lambda: array(graph, node.values.reshape([a.size for a in axes]), axes))
-    return graph.make(Split, axes, [View(node, tuple(range(len(node.axes))))], (k, sizes))
-
-
-def merge(node: Node, k: int, count: int) -> Node:
-    """`node` with axes k, ..., k + count − 1 as one."""
-    if count == 1:
-        return node
-    graph, factors = node.graph, node.axes[k : k + count]
-    if isinstance(node, Split) and node.params[0] == k and tuple(a.size for a in factors) == node.params[1]:
-        return node.args[0].node
-    size = int(np.prod([a.size for a in factors]))
-    whole = Axis(size)
-    axes = (*node.axes[:k], whole, *node.axes[k + count :])
-    if isinstance(node, Array):
-        return graph.once(("merge", node.id, axes), lambda: array(graph, node.values.reshape([a.size for a in axes]), axes))
-    return graph.make(Merge, axes, [View(node, tuple(range(len(node.axes))))], (k, count))
-
-
-def permute(node: Node, order: Sequence[int]) -> Node:
-    """`node` with its axes in another order, for the few rules that need a given one."""
-    if tuple(order) == tuple(range(len(order))):
-        return node
-    inverse = tuple(int(i) for i in np.argsort(order))
-    axes = tuple(node.axes[k] for k in order)
-    if isinstance(node, Array):
-        return node.graph.once(
-            ("permute", node.id, tuple(order)), lambda: array(node.graph, node.values.transpose(order), axes)
-        )
-    if isinstance(node, Permute):
-        source, bind = node.args[0]
-        return permute(source, [bind.index(k) for k in order])
-    return node.graph.make(Permute, axes, [View(node, inverse)], tuple(order))
-
-
-class Permute(Node):
-    """Axes in another order; `params` is the order."""
-
-    def prepare(self) -> None:
-        self.odd, self.positive = self.args[0].node.odd, self.args[0].node.positive
-
-    def compute(self) -> Table:
-        table = self.args[0].node.table
-        return Table(self.axes, table.mean.transpose(self.params), table.second.transpose(self.params))
-
-    def pullback(self, cotangent: np.ndarray) -> list[np.ndarray | None]:
-        return [cotangent.transpose(np.argsort(self.params))]

@@ -11,7 +11,8 @@ from typing import NamedTuple
 import numpy as np
 
 from varscale.theory.axes import MOST_CLASSES, Axis, affordable, grouped, join
-from varscale.theory.graph import Array, Graph, Node, View, array, merge, number, permute, split
+from varscale.theory.graph import Array, Graph, Node, View, array, number
+from varscale.theory.rearranged import merge, permute, split
 
 
 class Atom(NamedTuple):

@@ -11,8 +11,9 @@ import functools
 import numpy as np
 
 from varscale.theory.elementwise import Apply, Sum, roots
-from varscale.theory.graph import Array, Constant, Leaf, Merge, Node, Permute, Split
+from varscale.theory.graph import Array, Constant, Leaf, Node
 from varscale.theory.quadrature import concentrated
+from varscale.theory.rearranged import Merge
 
 
 def unseen_nearness(node: Node) -> float:
@@ -26,9 +27,8 @@ def nearness_of(node: Node) -> float:
     if isinstance(node, Leaf | Array | Constant):
         return 0.0
     given = [v.node for v in node.args if not isinstance(v.node, Leaf | Array | Constant)]
-    linear = hasattr(node, "width") and len(given) == 1
-    cut = isinstance(node, Split | Permute) or type(node).__name__ in ("Take", "Concat")
-    return max(map(unseen_nearness, given), default=0.0) if linear or cut else 0.0
+    linear = node.width is not None and len(given) == 1
+    return max(map(unseen_nearness, given), default=0.0) if linear or node.moves else 0.0
 
 
 @nearness_of.register
@@ -51,7 +51,7 @@ def _(node: Merge) -> float:
 
 @nearness_of.register
 def _(node: Sum) -> float:
-    terms = [(c, v.node) for c, v in zip(node.params, node.args, strict=True) if type(v.node).__name__ != "Mean"]
+    terms = [(c, v.node) for c, v in zip(node.params, node.args, strict=True) if not v.node.averages]
     whole = sum(c * c * x.table.mean_square for c, x in terms)
     return sum(c * c * x.table.mean_square / max(whole, 1e-300) * unseen_nearness(x) for c, x in terms)
 

@@ -81,7 +81,7 @@ def operand(x: Any, aval: Any, *, stacked: bool) -> Operand:
         for d in range(len(part.dims)):
             part = merged(part, d)
         flat.append(part)
-    weight = all(isinstance(p.node, Leaf) and p.node.odd and p.node.name[0] != "input" for p in flat) and not stacked
+    weight = all(isinstance(p.node, Leaf) and p.node.odd and not p.node.is_input for p in flat) and not stacked
     return Operand(tuple(flat), None, aval, stacked, weight and len(aval.shape) > 1)
 
 

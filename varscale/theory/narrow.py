@@ -56,7 +56,7 @@ def _reads_apart(node: Node) -> bool:
 def _centred_of(view: View) -> View:
     """What an array less its own mean is made from."""
     node = view.node
-    if isinstance(node, Sum) and any(type(term.node).__name__ == "Mean" for term in node.args):
+    if isinstance(node, Sum) and node.is_centred:
         shares = [c * c * term.node.table.mean_square for c, term in zip(node.params, node.args, strict=True)]
         return node.args[int(np.argmax(shares))].within(view.bind)
     return view
@@ -73,7 +73,7 @@ def _terms(node: Node) -> tuple[View, View, float] | None:
         (
             (x, w, float(node.width))
             for x, w in (node.args, node.args[::-1])
-            if isinstance(w.node, Leaf) and w.node.name[0] != "input"
+            if isinstance(w.node, Leaf) and not w.node.is_input
         ),
         None,
     )

@@ -18,7 +18,8 @@ import numpy as np
 from varscale.theory.axes import Axis, contract_axis
 from varscale.theory.derivatives import derivative
 from varscale.theory.elementwise import Apply, Sum, roots
-from varscale.theory.graph import Merge, Node, Permute, Split, View
+from varscale.theory.graph import Node, View
+from varscale.theory.rearranged import Merge, Permute, Rearranged
 
 Amplitudes = Mapping[object, float]
 Rule = Callable[[Sequence[Amplitudes]], Amplitudes]
@@ -112,7 +113,7 @@ def _sources(x: Tokens) -> tuple[list[Tokens], Rule]:
     from varscale.theory.rules.linear import Contract, weight_of
 
     node = x.node
-    if isinstance(node, Permute | Merge | Split):
+    if isinstance(node, Rearranged):
         inner = _rearranged(x)
         # Some of the factors of features have more of their own than all.
         return [inner], lambda parts: weighted([1.0], parts, x, 1 / x.count - 1 / inner.count)

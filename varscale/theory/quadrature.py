@@ -20,8 +20,9 @@ from scipy import special
 from varscale.theory.axes import Axis, apply_axis, class_shares
 from varscale.theory.elementwise import Apply, Sum, form, roots
 from varscale.theory.functions import function
-from varscale.theory.graph import Array, Constant, Graph, Leaf, Merge, Node, Permute, Split, View
+from varscale.theory.graph import Array, Constant, Graph, Leaf, Node, View
 from varscale.theory.moments import Table, lift
+from varscale.theory.rearranged import Rearranged
 
 # The trapezoidal rule on a Gaussian converges like exp(-2π²/h²): exact to rounding for smooth functions, to h²/12 at a corner.
 # A jump at t that falls inside a cell costs up to h φ(t)/2 of its height: .004 at most (`domains` asks whether that matters).
@@ -124,7 +125,7 @@ def marginal(root: Node) -> Marginal:
 
 def _is_lognormal(root: Node, table: Table) -> bool:
     """Whether a root is positive and nothing but its first two moments says what law it has (`quantiles`)."""
-    known = isinstance(root, Leaf | Array | Split | Merge | Permute) or type(root).__name__ == "Take" or root.drawn is not None
+    known = isinstance(root, Leaf | Array) or root.moves or root.drawn is not None
     summed = isinstance(root, Sum) and not root.is_variance
     return root.positive and not known and not summed and bool(np.all(table.mean > 0))
 
@@ -137,9 +138,9 @@ def quantiles(root: Node, table: Table, deviation: np.ndarray) -> np.ndarray | N
         return np.broadcast_to(root.drawn, (*table.mean.shape, POINTS))
     if isinstance(root, Array):
         return _array_quantiles(root)
-    if isinstance(root, Split | Merge | Permute) or type(root).__name__ == "Take":
+    if root.moves:
         source = root.args[0].node  # other places, the same law
-        if all(a.classes == 1 for a in source.axes) and isinstance(source, Leaf | Split | Merge | Permute | Array):
+        if all(a.classes == 1 for a in source.axes) and isinstance(source, Leaf | Array | Rearranged):
             inner = quantiles(source, source.table, marginal(source).deviation)
             return None if inner is None else np.broadcast_to(inner.reshape(-1, POINTS)[0], (*table.mean.shape, POINTS))
     if isinstance(root, Sum) and not root.is_variance:

@@ -21,9 +21,7 @@ def companions(node: Node) -> dict[tuple[int, tuple[int, ...]], list[View]]:
 
 
 def _companions(node: Node) -> dict[tuple[int, tuple[int, ...]], list[View]]:
-    own = [
-        r for r in roots(node) if not isinstance(r.node, Array) and not (isinstance(r.node, Leaf) and r.node.name[0] != "input")
-    ]
+    own = [r for r in roots(node) if not isinstance(r.node, Array) and not (isinstance(r.node, Leaf) and not r.node.is_input)]
     live = [r for r in own if not concentrated(r.node)] or own
     out: dict[tuple[int, tuple[int, ...]], list[View]] = {(r.node.id, r.bind): [r] for r in live}
     for scale in own:

@@ -53,7 +53,7 @@ def sphere_shift(node: Apply) -> tuple[float, float]:
 
 
 def _is_scale(node: Node) -> bool:
-    return type(node).__name__ == "Mean" or (isinstance(node, Sum) and node.is_variance)
+    return node.averages or (isinstance(node, Sum) and node.is_variance)
 
 
 def _dimension(main: View, scale: View) -> tuple[float, bool]:

@@ -19,7 +19,7 @@ import numpy as np
 
 from varscale.theory.axes import Axis, apply_axis
 from varscale.theory.elementwise import Apply, Sum, roots
-from varscale.theory.graph import Array, Constant, Leaf, Merge, Node, Permute, Split, View
+from varscale.theory.graph import Array, Constant, Leaf, Node, View
 from varscale.theory.narrow import shape_shift
 from varscale.theory.quadrature import (
     HERMITE,
@@ -32,6 +32,7 @@ from varscale.theory.quadrature import (
     marginal,
     power_series,
 )
+from varscale.theory.rearranged import Merge, Permute, Rearranged, Split
 from varscale.theory.responses import companions, responses
 from varscale.theory.spheres import sphere_shift
 
@@ -151,7 +152,7 @@ def _with_own_weights(spread: Spread, node: Node, view: View, x: Node, terms: fl
     weight = view.node
     while weight.args and len(weight.args) == 1:
         weight = weight.args[0].node
-    if not isinstance(weight, Leaf) or weight.name[0] == "input" or not weight.random:
+    if not isinstance(weight, Leaf) or weight.is_input or not weight.random:
         return spread
     noise = math.sqrt(max(weight.kurtosis - 1, 0.0) / terms / units * _left_to_chance(weight, terms, units))
     shared = min(inherited(x).point, spread.point)
@@ -180,7 +181,7 @@ def _averaged(node: Node, axes: Sequence[int], taps: int = 1) -> Spread:
     """A node's fluctuations when it enters a contraction over these axes (at several taps): what one output sees."""
     from varscale.theory.rules.units import Softmax
 
-    if isinstance(node, Leaf | Array | Constant) and (not isinstance(node, Leaf) or node.name[0] != "input"):
+    if isinstance(node, Leaf | Array | Constant) and not (isinstance(node, Leaf) and node.is_input):
         return NONE
     if all(isinstance(r.node, Softmax) for r in roots(node)):
         return NONE  # attention weights are fixed by kernels over all units, which fluctuate less than one unit's outputs
@@ -225,7 +226,7 @@ def _scalings(node: Apply) -> dict[int, float]:
     found = {}
     for factor in factors(View(node, tuple(range(len(node.axes)))))[1]:
         own = roots(factor.node)
-        if len(own) == 1 and isinstance(own[0].node, Leaf) and own[0].node.name[0] != "input" and own[0].node.random:
+        if len(own) == 1 and isinstance(own[0].node, Leaf) and not own[0].node.is_input and own[0].node.random:
             squares = np.asarray(evaluate(factor, node.axes, {}), float) ** 2
             line = squares.reshape(-1, squares.shape[-1]).mean(axis=0)
             units = math.prod(axis.size for axis in own[0].node.axes)
@@ -258,17 +259,14 @@ def _origin(node: Node) -> int:
             node = own[0]
         elif _is_centred(node):
             node = max(zip(node.params, node.args, strict=True), key=lambda t: t[0] ** 2 * t[1].node.table.mean_square)[1].node
-        elif isinstance(node, Split | Merge | Permute):
+        elif isinstance(node, Rearranged):
             node = node.args[0].node
         else:
             return node.id
 
 
 def _is_centred(node: Node) -> bool:
-    """Whether a node is an array less its own mean."""
-    from varscale.theory.rules.reductions import Mean
-
-    return isinstance(node, Sum) and any(isinstance(v.node, Mean) for v in node.args)
+    return isinstance(node, Sum) and node.is_centred
 
 
 def fresh(node: Node, axes: Sequence[int]) -> float:
@@ -357,7 +355,7 @@ def _square_coefficients(f: View, frame: Sequence[Axis], fixed: Environment) -> 
 
 def _rearranged(node: Node, axes: set[int]) -> tuple[Node, tuple[int, ...]] | None:
     """What a split, merged or permuted array was before, and which of its axes these are; None where some are parts of one."""
-    if not isinstance(node, Split | Merge | Permute):
+    if not isinstance(node, Rearranged):
         return None
     inner, bind = node.args[0]
     if isinstance(node, Permute):

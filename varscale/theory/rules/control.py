@@ -57,7 +57,7 @@ def scan(interpreter: Interpreter, eqn: Any, *xs: Any) -> list[Any]:
     """Over layers, every step in turn; over time, where the same weights act at every step, as `loops` does it."""
     p = eqn.params
     _, carry, streams = _compat.scan_operands(p, xs)
-    layers = any(isinstance(x, Value) and isinstance(x.node, Leaf) and x.node.name[0] != "input" for x in streams)
+    layers = any(isinstance(x, Value) and isinstance(x.node, Leaf) and not x.node.is_input for x in streams)
     if not layers and carry and p["length"] > _FEW_STEPS:
         try:
             return over_time(interpreter, eqn, xs, _steps(interpreter, p, xs, _OUTLINED, named=False)[-1], _OUTLINED)

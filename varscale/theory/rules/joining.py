@@ -10,10 +10,12 @@ import numpy as np
 from varscale.theory import layout
 from varscale.theory.axes import MOST_CLASSES, Axis, apply_axis, labelled, pair_map, sliced
 from varscale.theory.elementwise import broadcast
-from varscale.theory.graph import Constant, Node, View, permute
+from varscale.theory.graph import Constant, Node, View
 from varscale.theory.interpreter import Interpreter, elementwise_or_layout, rule
 from varscale.theory.layout import Atom, Value
+from varscale.theory.locality import nearness_of, unseen_nearness
 from varscale.theory.moments import Table
+from varscale.theory.rearranged import permute
 from varscale.theory.rules.structure import take, take_node
 
 _MOST_CUTS = 400  # joined arrays cut open for cross-moments, in one prediction: a recurrence unrolled by hand has T² of them
@@ -186,6 +188,11 @@ class Concat(Node):
             else:
                 out.append(sum_out(part, (*frame[:k], axis, *frame[k + 1 :]), view))
         return out
+
+
+@nearness_of.register
+def _(node: Concat) -> float:
+    return max(unseen_nearness(view.node) for view in node.args)
 
 
 def _pair_shares(a: np.ndarray, b: np.ndarray, whole: Axis, own: np.ndarray | None) -> np.ndarray:

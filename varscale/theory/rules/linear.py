@@ -11,11 +11,12 @@ import numpy as np
 
 from varscale.theory.axes import Axis, contract_axis
 from varscale.theory.elementwise import Apply, Sum, affine
-from varscale.theory.graph import Array, Constant, Leaf, Merge, Node, Permute, Split, View
+from varscale.theory.graph import Array, Constant, Leaf, Node, View
 from varscale.theory.interpreter import Interpreter, rule
 from varscale.theory.layout import Atom, Value, align, full
 from varscale.theory.locality import unseen_nearness
 from varscale.theory.moments import Table, full_types
+from varscale.theory.rearranged import Rearranged
 
 _NEAR = 1e-3  # of a mean square, what places share that is not worth a flag
 
@@ -170,14 +171,17 @@ class Contract(Node):
 
 def weight_of(node: Node) -> Leaf | None:
     """The random weight that a linear node applies, if it applies one; looking up, adding up and cutting are linear too."""
-    while len(node.args) >= 1 and type(node).__name__ in ("Split", "Merge", "Permute", "Take", "Gather", "SegmentSum"):
+    from varscale.theory.rules.gather import Gather
+    from varscale.theory.rules.segments import SegmentSum
+
+    while len(node.args) >= 1 and (node.moves or isinstance(node, Gather | SegmentSum)):
         node = node.args[0].node
-    if not hasattr(node, "width"):
+    if node.width is None:
         return None
     for source, _ in node.args:
-        while isinstance(source, Split | Merge | Permute):
+        while isinstance(source, Rearranged):
             source = source.args[0].node
-        if isinstance(source, Leaf) and source.odd and source.name[0] != "input":
+        if isinstance(source, Leaf) and source.odd and not source.is_input:
             return source
     return None
 
@@ -244,7 +248,7 @@ def _is_given(node: Node) -> bool:
     """Whether it is known or drawn with the parameters."""
     if isinstance(node, Apply | Sum):
         return all(_is_given(view.node) for view in node.args)
-    return isinstance(node, Array | Constant) or (isinstance(node, Leaf) and node.name[0] != "input")
+    return isinstance(node, Array | Constant) or (isinstance(node, Leaf) and not node.is_input)
 
 
 def drawn(interpreter: Interpreter, x: Value) -> Value:

@@ -88,6 +88,8 @@ def _neighbours(total: Any) -> tuple[Any, Node, int] | None:
 
 def _sums_so_far(node: Node, size: int) -> Any:
     """What each row is made of, as a matrix over the rows that went in; those of the last sums, and of those before them."""
+    from varscale.theory.rules.segments import SegmentSum
+
     key = ("neighbours", node.id)
     memo = node.graph.memo
     if key in memo:
@@ -96,7 +98,7 @@ def _sums_so_far(node: Node, size: int) -> Any:
     seen, pending, last = {node.id}, [node], []
     while pending:
         node_ = pending.pop()
-        found = _neighbours(node_) if type(node_).__name__ == "SegmentSum" else None
+        found = _neighbours(node_) if isinstance(node_, SegmentSum) else None
         if found is not None and found[0].shape[0] == size:
             last.append((node_.id, found))
             continue

@@ -70,7 +70,7 @@ def law(node: Node) -> Law | None:
     view, base = own[0], own[0].node
     while base.args and not isinstance(base, Apply) and len(base.args) == 1:
         base = base.args[0].node
-    if not isinstance(base, Leaf) or base.odd or base.name[0] != "bits":
+    if not isinstance(base, Leaf) or base.odd or not base.is_bits:
         return None
     if set(view.bind) != set(range(len(node.axes))):
         return None

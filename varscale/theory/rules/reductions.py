@@ -13,15 +13,18 @@ from scipy import special
 from varscale.theory import layout
 from varscale.theory.axes import Axis, apply_axis, contract_axis
 from varscale.theory.elementwise import Apply, Sum, affine, apply, total
-from varscale.theory.graph import INSIDE, Array, Constant, Node, Split, View, array
+from varscale.theory.graph import Array, Constant, Node, View, array
 from varscale.theory.interpreter import Interpreter, rule
 from varscale.theory.layout import Atom, Value
 from varscale.theory.moments import Table
 from varscale.theory.quadrature import Z
+from varscale.theory.rearranged import Split
 
 
 class Mean(Node):
     """The mean over some axes; `params` is those axes. Gaussian, unless what it averages is positive (then lognormal)."""
+
+    averages = True
 
     def prepare(self) -> None:
         self.odd, self.positive = self.args[0].node.odd, self.args[0].node.positive
@@ -37,20 +40,16 @@ class Mean(Node):
     def pullback(self, cotangent: np.ndarray) -> list[np.ndarray | None]:
         return [mean_pullback(cotangent, self.params, self.args[0].node.axes)]
 
+    def inside(self, k: int, cut: Callable[[Node, int], Node]) -> Node:
+        """The mean of what was cut: a part of a normalised row is still known to be normalised by the row's own mean."""
+        inner = self.args[0].node
+        at = [j for j in range(len(inner.axes)) if j not in self.params][k]
+        part = cut(inner, at)
+        return mean_node(part, [j if j < at else j + len(part.axes) - len(inner.axes) for j in self.params])
+
     def cross_with(self, a: View, b: View, frame: Sequence[Axis]) -> np.ndarray | None:
         """E[mean(x) y]: where y does not run over the averaged axes, averaging x there changes nothing (projection)."""
         return _cross_mean(a, b, frame)
-
-
-def _inside_mean(node: Node, k: int, cut: Callable[[Node, int], Node]) -> Node:
-    """The mean of what was cut: a part of a normalised row is still known to be normalised by the row's own mean."""
-    inner = node.args[0].node
-    at = [j for j in range(len(inner.axes)) if j not in node.params][k]
-    part = cut(inner, at)
-    return mean_node(part, [j if j < at else j + len(part.axes) - len(inner.axes) for j in node.params])
-
-
-INSIDE[Mean] = _inside_mean
 
 
 def mean_pullback(cotangent: np.ndarray, reduced: Sequence[int], axes: Sequence[Axis]) -> np.ndarray:
@@ -271,7 +270,7 @@ def narrowest(node: Node) -> float:
     while pending:
         node = pending.pop()
         if weight_of(node) is not None:
-            width = min(width, float(getattr(node, "width", math.inf)))
+            width = min(width, math.inf if node.width is None else float(node.width))
         before = {v.node.id: v.node for v in node.args if v.node.id not in seen}
         seen.update(before)
         pending += before.values()

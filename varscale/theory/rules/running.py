@@ -209,7 +209,7 @@ class Running(Node):
         Two samples of one draw share its parameters and nothing else, so the covariance of their mean squares is due to them.
         """
         frame = range(len(self.recurrence.frame))
-        drawn = {k for view in self.args if isinstance(view.node, Leaf) and view.node.name[0] != "input" for k in view.bind}
+        drawn = {k for view in self.args if isinstance(view.node, Leaf) and not view.node.is_input for k in view.bind}
         samples = next((k for k in frame if k not in drawn and k != self.recurrence.axis), None)
         drawn -= {self.recurrence.axis}
         if not drawn or samples is None:

@@ -18,11 +18,12 @@ from scipy import special
 
 from varscale.theory.axes import MOST_CLASSES, Axis, apply_axis, contract_axis, grouped
 from varscale.theory.elementwise import Apply, apply, roots
-from varscale.theory.graph import Array, Node, View, number, permute
+from varscale.theory.graph import Array, Node, View, number
 from varscale.theory.interpreter import Interpreter, rule
 from varscale.theory.layout import Atom, Value, materialize, merged
 from varscale.theory.moments import Table
 from varscale.theory.quadrature import Z, factors
+from varscale.theory.rearranged import permute
 from varscale.theory.rules.neighbours import unseen
 from varscale.theory.rules.reductions import bounded, narrowest, outside, restored
 

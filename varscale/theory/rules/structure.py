@@ -12,11 +12,12 @@ import numpy as np
 
 from varscale.theory import layout
 from varscale.theory.axes import Axis, apply_axis, pair_map, shares, sliced
-from varscale.theory.elementwise import Apply, Sum, roots
-from varscale.theory.graph import INSIDE, REBUILD, UNKNOWN, Array, Constant, Node, Permute, View, array, permute
+from varscale.theory.elementwise import roots
+from varscale.theory.graph import UNKNOWN, Array, Constant, Node, View, array
 from varscale.theory.interpreter import Interpreter, elementwise_or_layout, rule
 from varscale.theory.layout import Atom, Value
 from varscale.theory.moments import Table, lift
+from varscale.theory.rearranged import Permute, permute
 
 
 @rule("broadcast_in_dim")
@@ -47,6 +48,8 @@ def rev(interpreter: Interpreter, eqn: Any, x: Value) -> Value:
 
 class Take(Node):
     """A slice of one axis; `params` is (axis, start, stop, step). One position left drops the axis."""
+
+    moves = True
 
     def prepare(self) -> None:
         self.odd, self.positive = self.args[0].node.odd, self.args[0].node.positive
@@ -244,7 +247,7 @@ def take_node(node: Node, k: int, start: int, stop: int, step: int) -> Node:
         index[k] = slice(*_slice((start, stop, step)))
         numbers = node.values[tuple(index)]
         return array(graph, numbers.squeeze(k) if new is None else numbers, axes)
-    if type(node) in REBUILD and isinstance(node, Apply | Sum):
+    if node.entrywise:
         args = []
         for child, bind in node.args:
             if k in bind:
@@ -255,20 +258,21 @@ def take_node(node: Node, k: int, start: int, stop: int, step: int) -> Node:
                 bind = () if isinstance(child, Constant) else bind
             args.append(View(child, tuple(b - (new is None and b > k) for b in bind)))
         span = _slice((start, stop, step))
-        return graph.derive(node, REBUILD[type(node)](node, axes, args), lambda g: part_pullback(g, k, old, span))
+        return graph.derive(node, node.rebuilt(axes, args), lambda g: part_pullback(g, k, old, span))
     inside = _taken_inside(node, k, start, stop, step)
     if inside is not None:
         span = _slice((start, stop, step))
         return graph.derive(node, inside, lambda g: part_pullback(g, k, old, span))
-    if step == 1 and hasattr(node, "part") and (part := node.part(k, start, stop)) is not None:  # pyright: ignore[reportAttributeAccessIssue]
+    if step == 1 and (part := node.part(k, start, stop)) is not None:
         return part
     return graph.make(Take, axes, [View(node, tuple(range(len(node.axes))))], (k, *_slice((start, stop, step))))
 
 
 def _taken_inside(node: Node, k: int, start: int, stop: int, step: int) -> Node | None:
     """The slice of what a node is made from, made into such a node again: of averages, of axes in another order, of slices."""
-    if type(node) in INSIDE:
-        return INSIDE[type(node)](node, k, lambda x, j: take_node(x, j, start, stop, step))
+    inside = node.inside(k, lambda x, j: take_node(x, j, start, stop, step))
+    if inside is not None:
+        return inside
     if isinstance(node, Permute):
         source, at = node.args[0].node, node.params[k]
         part = take_node(source, at, start, stop, step)
