@@ -325,6 +325,22 @@ def factors(view: View) -> tuple[float, list[View]]:
     return 1.0, [view]
 
 
+def independent_factors(node: Node) -> list[View]:
+    """The factors of an elementwise tree over its own frame, those that read a common fluctuating root as one: x·Φ(x)."""
+    view = View(node, tuple(range(len(node.axes))))
+    found: list[tuple[set[View], list[View]]] = []
+    for factor in factors(view)[1]:
+        reads = {r for own in roots(factor.node) if not concentrated((r := own.within(factor.bind)).node)}
+        with_it = [group for group in found if group[0] & reads]
+        found = [group for group in found if group not in with_it]
+        found.append((reads.union(*(g[0] for g in with_it)), [f for g in with_it for f in g[1]] + [factor]))
+    whole = view.bind
+    return [
+        functools.reduce(lambda a, b: View(node.graph.make(Apply, node.axes, [a, b], ("mul", ())), whole), group)
+        for _, group in found
+    ]
+
+
 def _reciprocal(node: Node) -> Node:
     from varscale.theory.graph import number
 

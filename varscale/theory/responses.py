@@ -10,7 +10,7 @@ import numpy as np
 from varscale.theory.axes import Axis
 from varscale.theory.elementwise import Apply, roots
 from varscale.theory.graph import Array, Leaf, Node, View
-from varscale.theory.quadrature import CONCENTRATED, WEIGHTS, Environment, concentrated, evaluate, factors, likeness
+from varscale.theory.quadrature import CONCENTRATED, WEIGHTS, Environment, concentrated, evaluate, independent_factors, likeness
 
 _STEP = 0.1  # relative step in q for the ratio and the curvature
 
@@ -49,8 +49,7 @@ def responses(node: Node) -> dict[Node, tuple[float, float]]:
 
 
 def _responses(node: Node) -> dict[Node, tuple[float, float]]:
-    view = View(node, tuple(range(len(node.axes))))
-    parts = [(factor, [r.within(factor.bind) for r in roots(factor.node)]) for factor in factors(view)[1]]
+    parts = [(factor, [r.within(factor.bind) for r in roots(factor.node)]) for factor in independent_factors(node)]
     out: dict[Node, tuple[float, float]] = {}
     for group in companions(node).values():
         moments = np.ones(3)

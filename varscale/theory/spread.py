@@ -28,6 +28,7 @@ from varscale.theory.quadrature import (
     concentrated,
     evaluate,
     factors,
+    independent_factors,
     likeness,
     marginal,
     power_series,
@@ -296,11 +297,10 @@ def _mean_pair(sizes: tuple[int, ...], averaged: frozenset[int]) -> np.ndarray:
 
 def _square_pairs(node: Node) -> np.ndarray:
     """E[x_i² x_j²] / E[x²]² of an elementwise tree by which axes agree, 1 or 2 long, "same" first; classes pooled."""
-    view = View(node, tuple(range(len(node.axes))))
     frame = node.axes
     ratio = np.ones([1] * len(frame))
     scales = [g[0].node.id for g in companions(node).values() if len(g) > 1]
-    parts = factors(view)[1]
+    parts = independent_factors(node)
     for factor in parts:
         own = [r.within(factor.bind) for r in roots(factor.node)]
         own = [r for r in own if not isinstance(r.node, Array)]
