@@ -6,11 +6,13 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
+from jaxtyping import Float
 
 from varscale.theory.axes import Axis
 from varscale.theory.elementwise import Apply, roots
 from varscale.theory.graph import Array, Leaf, Node, View
 from varscale.theory.quadrature import CONCENTRATED, WEIGHTS, Environment, concentrated, evaluate, independent_factors, likeness
+from varscale.theory.scales import LOG_SCALES
 
 _STEP = 0.1  # relative step in q for the ratio and the curvature
 
@@ -41,23 +43,13 @@ def responses(node: Node) -> dict[Node, tuple[float, float]]:
 
     A norm's variance moves with the array it normalises, so that a normalised array has ratio 0: the two are varied together.
     """
-    key = ("responses", node.id)
-    memo = node.graph.memo
-    if key not in memo:
-        memo[key] = _responses(node)
-    return memo[key]
+    return node.graph.once(("responses", node.id), lambda: _responses(node))
 
 
 def _responses(node: Node) -> dict[Node, tuple[float, float]]:
-    parts = [(factor, [r.within(factor.bind) for r in roots(factor.node)]) for factor in independent_factors(node)]
     out: dict[Node, tuple[float, float]] = {}
     for group in companions(node).values():
-        moments = np.ones(3)
-        for factor, own in parts:
-            mine = [r for r in own if r in group]
-            if mine:
-                moments *= _varied_square(factor, node.axes, own, mine, group)
-        low, middle, high = np.maximum(moments, 1e-300)
+        low, middle, high = _levels(node, group, (1 - _STEP, 1.0, 1 + _STEP))
         slope = math.log(high / low) / math.log((1 + _STEP) / (1 - _STEP))
         curvature = (high - 2 * middle + low) / _STEP**2 / middle
         s, c = out.get(group[0].node, (0.0, 0.0))
@@ -65,25 +57,48 @@ def _responses(node: Node) -> dict[Node, tuple[float, float]]:
     return out
 
 
+def response_curve(node: Node, root: Node) -> Float[np.ndarray, " scales"]:
+    """ln E[f²] at LOG_SCALES of a root's second moment, less that at its own."""
+    groups = [group for group in companions(node).values() if group[0].node is root]
+    levels = [_levels(node, group, (1.0, *np.exp(LOG_SCALES))) for group in groups]
+    return np.sum([np.log(level[1:] / level[0]) for level in levels], axis=0)
+
+
+def _levels(node: Node, group: list[View], ratios: tuple[float, ...]) -> Float[np.ndarray, " ratios"]:
+    """E[f²], up to a factor, where the second moment of a group's first root is so many times its own."""
+    moments = np.ones(len(ratios))
+    for factor in independent_factors(node):
+        own = [r.within(factor.bind) for r in roots(factor.node)]
+        mine = [r for r in own if r in group]
+        if mine:
+            moments *= _varied_square(factor, node.axes, own, mine, group, ratios)
+    return np.maximum(moments, 1e-300)
+
+
 def _varied_square(
-    factor: View, frame: Sequence[Axis], own: Sequence[View], mine: Sequence[View], group: Sequence[View]
+    factor: View,
+    frame: Sequence[Axis],
+    own: Sequence[View],
+    mine: Sequence[View],
+    group: Sequence[View],
+    ratios: tuple[float, ...],
 ) -> list[float]:
-    """E[f²] of a factor where the second moment of a group's first root is (1 − step, 1, 1 + step) times its own.
+    """E[f²] of a factor where the second moment of a group's first root is so many times its own.
 
     The others of the group, which are mean squares, vary in the same proportion; what is not varied is held at its mean.
     """
     main = group[0] if group[0] in mine else mine[0]
     powers = [0.0 if r not in group else 0.5 if r == group[0] else 1.0 for r in own]
     if not isinstance(factor.node, Apply):
-        return [(1 + step) ** (2 * powers[0]) if main.node.table.mean_square > 0 else 0.0 for step in (-_STEP, 0.0, _STEP)]
+        return [ratio ** (2 * powers[0]) if main.node.table.mean_square > 0 else 0.0 for ratio in ratios]
 
     def varied() -> list[float]:
         table = main.node.table
         number = table.variance < CONCENTRATED * table.total_mean**2
         values = [evaluate(r, frame, {}) if r == main and not number else r.mean(frame)[..., None] for r in own]
         out = []
-        for step in (-_STEP, 0.0, _STEP):
-            scaled = [x * (1 + step) ** power for x, power in zip(values, powers, strict=True)]
+        for ratio in ratios:
+            scaled = [x * ratio**power for x, power in zip(values, powers, strict=True)]
             env: Environment = {(r.node.id, r.bind): x for r, x in zip(own, scaled, strict=True)}
             squares = np.square(np.asarray(evaluate(factor, frame, env), float))
             line = squares.reshape(-1, squares.shape[-1]).mean(axis=0)
@@ -93,4 +108,4 @@ def _varied_square(
     mark = likeness(factor)
     if mark is None:
         return varied()
-    return main.node.graph.once(("varied", mark, tuple(frame), own.index(main), tuple(powers)), varied)
+    return main.node.graph.once(("varied", mark, tuple(frame), own.index(main), tuple(powers), ratios), varied)

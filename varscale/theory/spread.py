@@ -34,7 +34,8 @@ from varscale.theory.quadrature import (
     power_series,
 )
 from varscale.theory.rearranged import Merge, Permute, Rearranged, Split
-from varscale.theory.responses import companions, responses
+from varscale.theory.responses import companions, response_curve, responses
+from varscale.theory.scales import Scale, answer
 from varscale.theory.spheres import sphere_shift
 
 _FORGOTTEN = 1e-5  # a ratio below which what fluctuates is not handed on: a norm's, but for its epsilon
@@ -47,7 +48,8 @@ class Spread:
     Attributes:
         sources: coefficient of ln(mean square) on each independent unit-variance source, by source.
         shift: relative shift of its mean from the infinite-width value.
-        bend: the same with every layer's curvature taken as positive: how far first order is from being enough.
+        bend: what of that is in doubt.
+        skew: third cumulant of ln(mean square).
         point: relative variance, over draws, samples and positions, of the squared scale at one place.
         shape: what a unit's own weights, where they are not Gaussian, add to that in the sum's fourth moment.
     """
@@ -55,6 +57,7 @@ class Spread:
     sources: dict[int, float]
     shift: float = 0.0
     bend: float = 0.0
+    skew: float = 0.0
     point: float = 0.0
     shape: float = 0.0
 
@@ -77,6 +80,7 @@ def combine(terms: Sequence[tuple[float, Spread]]) -> Spread:
         sources,
         shift=sum(w * s.shift for w, s in terms),
         bend=sum(abs(w) * s.bend for w, s in terms),
+        skew=sum(w * np.cbrt(s.skew) for w, s in terms) ** 3,  # terms fluctuate together, mostly
         point=sum(w * w * s.point for w, s in terms),
     )
 
@@ -187,7 +191,7 @@ def _averaged(node: Node, axes: Sequence[int], taps: int = 1) -> Spread:
     if all(isinstance(r.node, Softmax) for r in roots(node)):
         return NONE  # attention weights are fixed by kernels over all units, which fluctuate less than one unit's outputs
     spread = full(node)
-    return dataclasses.replace(spread, point=fresh(node, axes) / taps + inherited(node).point)
+    return dataclasses.replace(spread, point=(1 + fresh(node, axes) / taps) * (1 + inherited(node).point) - 1)
 
 
 def _of_a_group(node: Node, axes: Sequence[int], groups: int) -> float:
@@ -208,17 +212,25 @@ def inherited(node: Node) -> Spread:
     key = ("inherited", node.id)
     memo = node.graph.memo
     if key not in memo:
-        terms, curved, bent = [], 0.0, 0.0
+        terms, growth, bent, place, skew = [], 1.0, 0.0, 1.0, 0.0
         for root, (slope, curvature) in responses(node).items():
             spread = kernel(root)
-            terms.append((slope, spread))
-            curved += curvature * (spread.point + spread.shape) / 2
-            bent += abs(curvature) * spread.point / 2
+            scale = Scale(1 + spread.shift, spread.point, spread.variance, spread.skew)
+            found = answer(scale, slope, curvature, functools.partial(response_curve, node, root))
+            terms.append((found.slope, spread))
+            growth *= found.growth * (1 + float(np.clip(curvature * spread.shape / 2, -0.5, 0.5)))
+            place *= 1 + found.place
+            bent += abs(found.slope) * spread.bend + found.doubt
+            skew += np.cbrt(found.skew)
         shapes = (shape_shift(node), sphere_shift(node))
-        shift, bent = sum(s for s, _ in shapes), bent + sum(d for _, d in shapes)
-        out = combine(terms)
-        out = dataclasses.replace(out, sources={**out.sources, **_scalings(node)})
-        memo[key] = dataclasses.replace(out, shift=out.shift + shift + float(np.clip(curved, -0.5, 0.5)), bend=out.bend + bent)
+        memo[key] = dataclasses.replace(
+            combine(terms),
+            shift=growth - 1 + sum(s for s, _ in shapes),
+            bend=bent + sum(d for _, d in shapes),
+            point=place - 1,
+            skew=skew**3,
+        )
+        memo[key].sources.update(_scalings(node))
     return memo[key]
 
 

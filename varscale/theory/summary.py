@@ -83,10 +83,12 @@ def _row(path: str, kind: str, x: Value, gradient: tuple[float, float] | None) -
     spread = full(x.node)
     mean, second = table.total_mean, table.mean_square * (1 + spread.shift)
     variance = min(spread.variance, _WIDEST)
-    typical = second * math.exp(-variance / 2)
+    skew = float(np.clip(spread.skew, -(variance**1.5), variance**1.5))
+    typical = second * math.exp(-variance / 2 - skew / 6)
     reach = _BAND * math.sqrt(variance) + _ROUNDING
+    lean = (_BAND**2 - 1) * skew / 6 / max(variance, 1e-300)  # Cornish and Fisher
     how, confidence = provenance(x.node)
-    band = (typical * math.exp(-reach), typical * math.exp(reach))
+    band = (typical * math.exp(lean - reach), typical * math.exp(lean + reach))
     if gradient is not None:
         gradient = _of_one_copy(x, *gradient)
     return Row(

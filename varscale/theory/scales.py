@@ -1,0 +1,134 @@
+r"""What a function makes of a random scale.
+
+The second moment Q of a root differs from draw to draw, from sample to sample and from place to place. It is taken for
+lognormal, of relative variance P at one place; of ln Q a part of variance V and third cumulant κ is common to all places. Of
+F(Q) = E[f(√Q z)²], then,
+
+    mean              E[F(Q)]
+    P at one place    E[F(Q)²]/E[F(Q)]² − 1
+    in common         slope s and bend c: the means of F̃′ and F̃″, where F̃(t) = ln E[F] with the common part held at t
+                      V → s²V,   κ → s³κ + 3 s²c V²
+
+and no order of an expansion in P has to be enough. What the law of Q beyond its two moments is worth is asked of a gamma law,
+which has the same: its tails are on the other side.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import numpy as np
+from jaxtyping import Float
+from scipy.interpolate import CubicSpline
+from scipy.special import roots_genlaguerre
+
+LOG_SCALES = np.linspace(-3.0, 3.0, 25)  # of Q, where F is known; beyond, it is a power of Q
+_NODES, _SHARES = np.polynomial.hermite_e.hermegauss(7)
+_SHARES = _SHARES / _SHARES.sum()
+_STRAIGHT = 1e-3  # what a curve in ln F does to a mean, below which F is a power of Q
+_WIDEST = 4.0  # variance of a logarithm beyond which no law of it is known
+_NARROW = 1 / 150  # relative variance below which a gamma law and a lognormal one are the same
+
+
+@dataclasses.dataclass(frozen=True)
+class Scale:
+    """A random scale.
+
+    Attributes:
+        growth: its mean over the one of infinitely many units.
+        place: its relative variance at one place.
+        common: variance of what is common to all places, of the logarithm.
+        skew: third cumulant of that.
+    """
+
+    growth: float
+    place: float
+    common: float
+    skew: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """What a function makes of a scale.
+
+    Attributes:
+        growth: of its mean square, over that of infinitely many units.
+        place: relative variance at one place.
+        slope: ratio of the common part of logarithms.
+        skew: third cumulant of the common part.
+        doubt: of the growth, relative.
+    """
+
+    growth: float
+    place: float
+    slope: float
+    skew: float
+    doubt: float
+
+
+def answer(scale: Scale, slope: float, curvature: float, curve: Callable[[], Float[np.ndarray, " scales"]]) -> Answer:
+    """What a function F makes of a scale.
+
+    Args:
+        scale: the scale.
+        slope: d ln F/d ln Q at that of infinitely many units.
+        curvature: Q² F″/F there.
+        curve: gives ln F at LOG_SCALES; asked only where a power of Q is not enough.
+    """
+    bend = curvature - slope * (slope - 1)
+    common = min(scale.common, _WIDEST)
+    if abs(bend) * (scale.place + abs(scale.growth - 1)) < _STRAIGHT:
+        place = min(math.log1p(scale.place), _WIDEST)
+        return Answer(
+            growth=scale.growth**slope * math.exp(curvature * place / 2),
+            place=math.expm1(min(slope**2 * place, _WIDEST)),
+            slope=slope,
+            skew=slope**3 * scale.skew + 3 * slope**2 * bend * common**2,
+            doubt=0.0,
+        )
+    return _of_a_curve(scale, common, curve())
+
+
+def _of_a_curve(scale: Scale, common: float, line: np.ndarray) -> Answer:
+    log_f = _extended(line)
+    whole = max(min(math.log1p(scale.place), _WIDEST), common)
+    centre = math.log(max(scale.growth, 1e-3))
+    values = np.exp(log_f(centre - whole / 2 + math.sqrt(whole) * _NODES)[0])
+    growth = float(_SHARES @ values)
+    other = growth if scale.place < _NARROW else float(_gamma_mean(scale.place, centre, log_f))
+    # The common part, and what is different at every place about it.
+    t = centre - common / 2 + math.sqrt(common) * _NODES[:, None]
+    own = whole - common
+    level, slope, bend = log_f(t - own / 2 + math.sqrt(own) * _NODES[None, :])
+    weights = _SHARES * np.exp(level - level.max())
+    weights = weights / weights.sum(axis=1, keepdims=True)
+    first = np.sum(weights * slope, axis=1)
+    second = np.sum(weights * (bend + slope**2), axis=1) - first**2
+    s, c = float(_SHARES @ first), float(_SHARES @ second)
+    return Answer(
+        growth=growth,
+        place=max(float(_SHARES @ values**2) / growth**2 - 1, 0.0),
+        slope=s,
+        skew=s**3 * scale.skew + 3 * s**2 * c * common**2,
+        doubt=abs(growth - other) / growth,
+    )
+
+
+def _gamma_mean(place: float, centre: float, log_f: Callable[[np.ndarray], tuple[np.ndarray, ...]]) -> float:
+    nodes, weights = roots_genlaguerre(len(_NODES), 1 / place - 1)
+    return weights @ np.exp(log_f(centre + np.log(nodes * place))[0]) / weights.sum()
+
+
+def _extended(line: np.ndarray) -> Callable[[np.ndarray], tuple[np.ndarray, ...]]:
+    """ln F and its first two derivatives in ln Q: a spline through what is known of it, straight beyond."""
+    spline = CubicSpline(LOG_SCALES, line)
+    slopes, bends = spline.derivative(), spline.derivative(2)
+
+    def at(t: np.ndarray) -> tuple[np.ndarray, ...]:
+        inside = np.clip(t, LOG_SCALES[0], LOG_SCALES[-1])
+        slope = slopes(inside)
+        return spline(inside) + slope * (t - inside), slope, np.where(t == inside, bends(inside), 0.0)
+
+    return at
