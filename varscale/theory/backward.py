@@ -16,14 +16,14 @@ from scipy import special
 from varscale.theory.axes import Axis, apply_axis, contract_axis, lift_types, shares
 from varscale.theory.derivatives import derivative
 from varscale.theory.elementwise import Apply, Sum, apply, roots
+from varscale.theory.gradient_scales import gradient_scale, summed_scale
 from varscale.theory.graph import Array, Constant, Leaf, Node, View
 from varscale.theory.moments import full_types, means_by_type
 from varscale.theory.opening import opened, written_out
 from varscale.theory.products import product_second
 from varscale.theory.provenance import doubt_of
 from varscale.theory.quadrature import by_type, concentrated, evaluate
-from varscale.theory.responses import companions, responses
-from varscale.theory.spread import inherited
+from varscale.theory.responses import companions
 
 _MASK_DOUBT = 0.03  # a step of a stream, whose derivatives are a Markov chain only in the main
 _NORM_DOUBT = 0.25  # of 1/(1 − r) − 1: positions that share a norm are not exactly Gaussian given its scale
@@ -62,12 +62,20 @@ class Cotangent:
         doubt: bound on their relative error.
         mask: the derivative it was multiplied by last, where nothing random came between: a stream's next one is correlated.
         few: the fewest numbers that it passed through.
+        scale: d ln(mean square)/d ln Q, Q the second moment of the node's values at the same place, through later layers.
+        own: the same, through the last derivative it was multiplied by.
+        radial: its part along the node's values over that along any other direction, less one.
+        unit: what a unit's square, relative, adds to ln(mean square), for the unit's part in the sum that comes next.
     """
 
     second: np.ndarray
     doubt: float = 0.0
     mask: View | None = None
     few: float = math.inf
+    scale: float = 0.0
+    own: float = 0.0
+    radial: float = 0.0
+    unit: float = 0.0
 
 
 class Cotangents:
@@ -83,13 +91,17 @@ class Cotangents:
         self.nodes[node.id] = node
         parts = self.parts.setdefault(node.id, {})
         key = part.mask and (part.mask.node.id, part.mask.bind)
-        part = Cotangent(full_types(part.second, node.axes), part.doubt, part.mask, part.few)
+        part = dataclasses.replace(part, second=full_types(part.second, node.axes))
         parts[key] = _added([parts[key], part], node.axes) if key in parts else part
 
     def pop(self) -> tuple[Node, list[Cotangent]]:
-        """The latest node: all that flows into it has arrived."""
+        """The latest node: all that flows into it has arrived, and what depends on its scale is shared out."""
         top = max(self.parts)
-        return self.nodes[top], list(self.parts.pop(top).values())
+        node, parts = self.nodes[top], list(self.parts.pop(top).values())
+        weights = np.array([abs(mean_square(p.second, node.axes)) for p in parts])
+        weights = weights / max(float(weights.sum()), 1e-300)
+        whole = sum(p.scale for p in parts) + float(weights @ [p.own for p in parts])
+        return node, [dataclasses.replace(p, scale=whole * w, own=0.0) for p, w in zip(parts, weights, strict=True)]
 
 
 def _added(parts: Sequence[Cotangent], axes: tuple[Axis, ...]) -> Cotangent:
@@ -100,7 +112,10 @@ def _added(parts: Sequence[Cotangent], axes: tuple[Axis, ...]) -> Cotangent:
     whole = max(float(weights.sum()), 1e-300)
     doubt = float(weights @ [p.doubt for p in parts]) / whole
     few = whole / max(float(weights @ [1 / p.few for p in parts]), 1e-300)
-    return Cotangent(np.sum([p.second for p in parts], axis=0), doubt, parts[0].mask, few)
+    second, scale = np.sum([p.second for p in parts], axis=0), sum(p.scale for p in parts)
+    rest = zip(*((p.own, p.radial, p.unit) for p in parts), strict=True)
+    own, radial, unit = (float(weights @ line) / whole for line in rest)
+    return Cotangent(second, doubt, parts[0].mask, few, scale, own, radial, unit)
 
 
 def cotangents(outputs: Iterable[tuple[Node, np.ndarray]], watched: Sequence[Node]) -> dict[int, tuple[float, float]]:
@@ -124,7 +139,7 @@ def cotangents(outputs: Iterable[tuple[Node, np.ndarray]], watched: Sequence[Nod
         node, parts = pending.pop()
         for part in parts:
             if node.id in asked or not isinstance(node, Apply):
-                done.add(node, Cotangent(part.second, part.doubt, None, part.few))
+                done.add(node, dataclasses.replace(part, mask=None))
             if node.id < lowest or isinstance(node, Leaf):
                 continue
             if isinstance(node, Apply):
@@ -134,7 +149,10 @@ def cotangents(outputs: Iterable[tuple[Node, np.ndarray]], watched: Sequence[Nod
             for i, (view, back) in enumerate(zip(node.args, node.pullback(part.second), strict=True)):
                 if back is not None:
                     mask = _mask_of_term(node, i, part.mask) if isinstance(node, Sum) else None
-                    pending.add(view.node, Cotangent(back, part.doubt + node.gradient_doubt, mask, few))
+                    over = summed_scale(node, i, part.scale, part.radial, part.unit)
+                    doubt = part.doubt + node.gradient_doubt
+                    back = over.growth * back
+                    pending.add(view.node, Cotangent(back, doubt, mask, few, over.passed, 0.0, over.radial, over.unit))
     out: dict[int, tuple[float, float]] = {}
     rows = {n.id for n in watched}
     for n in watched:
@@ -192,33 +210,20 @@ def _elementwise(node: Apply, part: Cotangent, asked: dict[int, Node], pending: 
         back = _through(node, root, part, held)
         if back is None:
             continue
-        doubt = part.doubt + _slope_doubt(node, root, held) + _MASK_DOUBT * (part.mask is not None)
+        slope = derivative(node, root)
+        assert slope is not None
+        over = gradient_scale(node, root, slope, held, (part.scale, part.radial, part.unit))
+        back = back * over.growth
+        doubt = part.doubt + over.doubt + _MASK_DOUBT * (part.mask is not None)
         if held:
             inverse = _inverse_scale(root, held[0])
             back = (back - _projection(node, root, held[0], part)) * inverse
             doubt += _NORM_DOUBT * (inverse - 1) + doubt_of(root.node)  # 1/v is off by as much as v is
-        pending.add(root.node, Cotangent(back, doubt, _mask(node, root), part.few))
+        pending.add(root.node, Cotangent(back, doubt, _mask(node, root), part.few, over.passed, over.own, over.radial))
     for view in _within(node, asked):
         back = _through(node, view, part)
         if back is not None:
             inside.add(view.node, Cotangent(back, part.doubt, few=part.few))
-
-
-def _slope_doubt(node: Apply, root: View, held: Sequence[View]) -> float:
-    """What a derivative's second moment is off by where its argument's is, and where that fluctuates; norms' scales apart."""
-    slope = derivative(node, root)
-    if slope is None:
-        return 0.0
-    scales = {view.node.id for view in held}
-    out = max((2 * doubt_of(r.node) for r in roots(slope.node) if r.node.id not in scales), default=0.0)
-    if not isinstance(slope.node, Apply):
-        return out
-    for own, (ratio, curvature) in responses(slope.node).items():
-        if own.id in scales:
-            continue
-        spread = inherited(own)
-        out += 2 * abs(ratio) * spread.bend + abs(curvature) * spread.point / 2
-    return out
 
 
 def _mask(node: Apply, root: View) -> View | None:

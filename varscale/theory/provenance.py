@@ -15,9 +15,9 @@ from varscale.theory.spread import full
 _BASE = 0.02
 # The mean over draws shifts by half the curvature of each layer's response times the variance of its input; the next order is
 # taken to be as large once more as the first, with every layer's curvature counted as if they all had one sign.
-_NEXT_ORDER = 2.0
+_NEXT_ORDER = 1.0
 _NO_BOUND = 1e3  # a relative error above which there is no bound at all
-_SCATTER = 0.5  # of the variance of ln(mean square): what is not lognormal in it
+_SCATTER = 0.1  # of the variance of ln(mean square): what is not lognormal in it
 
 
 def provenance(node: Node) -> tuple[str, float]:

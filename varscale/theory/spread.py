@@ -35,7 +35,7 @@ from varscale.theory.quadrature import (
 )
 from varscale.theory.rearranged import Merge, Permute, Rearranged, Split
 from varscale.theory.responses import companions, response_curve, responses
-from varscale.theory.scales import Scale, answer
+from varscale.theory.scales import Answer, Scale, answer
 from varscale.theory.spheres import sphere_shift
 
 _FORGOTTEN = 1e-5  # a ratio below which what fluctuates is not handed on: a norm's, but for its epsilon
@@ -213,12 +213,10 @@ def inherited(node: Node) -> Spread:
     memo = node.graph.memo
     if key not in memo:
         terms, growth, bent, place, skew = [], 1.0, 0.0, 1.0, 0.0
-        for root, (slope, curvature) in responses(node).items():
+        for root, found in answers(node).items():
             spread = kernel(root)
-            scale = Scale(1 + spread.shift, spread.point, spread.variance, spread.skew)
-            found = answer(scale, slope, curvature, functools.partial(response_curve, node, root))
             terms.append((found.slope, spread))
-            growth *= found.growth * (1 + float(np.clip(curvature * spread.shape / 2, -0.5, 0.5)))
+            growth *= found.growth
             place *= 1 + found.place
             bent += abs(found.slope) * spread.bend + found.doubt
             skew += np.cbrt(found.skew)
@@ -231,6 +229,21 @@ def inherited(node: Node) -> Spread:
             skew=skew**3,
         )
         memo[key].sources.update(_scalings(node))
+    return memo[key]
+
+
+def answers(node: Apply) -> dict[Node, Answer]:
+    """What a tree makes of the random scale of each of its roots."""
+    key = ("answers", node.id)
+    memo = node.graph.memo
+    if key not in memo:
+        memo[key] = {}
+        for root, (slope, curvature) in responses(node).items():
+            spread = kernel(root)
+            scale = Scale(1 + spread.shift, spread.point, spread.variance, spread.skew)
+            found = answer(scale, slope, curvature, functools.partial(response_curve, node, root))
+            shape = 1 + float(np.clip(curvature * spread.shape / 2, -0.5, 0.5))
+            memo[key][root] = dataclasses.replace(found, growth=found.growth * shape)
     return memo[key]
 
 
