@@ -210,7 +210,7 @@ def grid() -> list[Case]:
         cases.append(Case(f"residual pre {norm}", "norm, pre-norm residual", zoo.Residual("pre", norm, WIDTH), (32, 64)))
         cases.append(Case(f"residual post {norm}", "post-activation", zoo.Residual("post", norm, WIDTH), (32, 64)))
     for act in ("relu", "gelu", "tanh"):
-        cases.append(Case(f"CNN SAME {act}", "CNN SAME, no norm", zoo.CNN(act), (8, 16, 16, 3)))
+        cases.append(Case(f"CNN SAME {act}", "CNN SAME, no norm", zoo.CNN(act), (8, 16, 16, 3), times=10))
     for norm in ("batch", "group"):
         cases.append(Case(f"ResNet {norm}", "ResNet, BN or GN", zoo.ResNet(norm), (8, 32, 32, 3)))
     for causal in (False, True):

@@ -119,8 +119,8 @@ def summed_scale(node: Node, i: int, later: float, radial: float, unit: float) -
         return SummedScale(1.0, later * share, radial * share, unit * share)
     weighted = any(isinstance(v.node, Leaf) and v.node.random and v.node.name[0] != "input" for v in node.args)
     radial = radial if weighted else 0.0
-    terms = getattr(node, "width", math.inf)
-    return SummedScale(1 + _limited(radial / terms), later * share, radial * share, (later + radial) * share * sampled)
+    growth = 1 + _limited(radial / (node.width or math.inf))
+    return SummedScale(growth, later * share, radial * share, (later + radial) * share * sampled)
 
 
 def _limited(x: float) -> float:

@@ -24,7 +24,11 @@ from jaxtyping import Float
 from scipy.interpolate import CubicSpline
 from scipy.special import roots_genlaguerre
 
-LOG_SCALES = np.linspace(-3.0, 3.0, 25)  # of Q, where F is known; beyond, it is a power of Q
+_STEP = 0.25
+LOG_SCALES = _STEP * np.arange(-12, 13)  # of Q, where F is known; beyond, it is a power of Q
+_NEAR = np.flatnonzero(np.abs(LOG_SCALES) <= 1.01)
+_ROUGH = 0.1  # third differences of ln F there, in steps of a quarter: a step has .03, exp .06, noise more
+_STEEP = 1.0  # a step of ln F from one scale to the next, the fourth power of Q
 _NODES, _SHARES = np.polynomial.hermite_e.hermegauss(7)
 _SHARES = _SHARES / _SHARES.sum()
 _STRAIGHT = 1e-3  # what a curve in ln F does to a mean, below which F is a power of Q
@@ -88,7 +92,16 @@ def answer(scale: Scale, slope: float, curvature: float, curve: Callable[[], Flo
             skew=slope**3 * scale.skew + 3 * slope**2 * bend * common**2,
             doubt=0.0,
         )
-    return _of_a_curve(scale, common, curve())
+    line = curve()
+    steps = line[_NEAR]
+    if np.max(np.abs(np.diff(steps, 3))) < _ROUGH and np.max(np.abs(np.diff(steps))) < _STEEP:
+        return _of_a_curve(scale, common, line)
+    # What has poles, or answers to what hardly ever happens, is not resolved: its curvature is noise.
+    slope, level = np.polyfit(LOG_SCALES[_NEAR], steps, 1)
+    apart = steps - slope * LOG_SCALES[_NEAR] - level
+    slope = float(np.clip(slope, -_STEEP / _STEP, _STEEP / _STEP))
+    found = answer(scale, slope, slope * (slope - 1), curve)
+    return dataclasses.replace(found, growth=scale.growth**slope, doubt=float(np.sqrt(np.mean(apart**2))))
 
 
 def _of_a_curve(scale: Scale, common: float, line: np.ndarray) -> Answer:
