@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -61,7 +62,7 @@ def test_gradients_through_unstable_layers(name, gain):
         k_params, k_x, k_out = jax.random.split(key, 3)
         x = jax.random.normal(k_x, INPUT.shape)
         params = model.init(k_params, x)
-        y, back = jax.vjp(lambda x: model.apply(params, x), x)
+        y, back = jax.vjp(lambda x: jnp.asarray(model.apply(params, x)), x)
         # Of the first layer's output the input's gradient is that times a matrix of independent weights.
         return jnp.mean(back(jax.random.normal(k_out, y.shape))[0] ** 2)
 
@@ -73,12 +74,35 @@ def test_gradients_through_unstable_layers(name, gain):
     assert gain * first == pytest.approx(drawn.mean(), rel=4 * error + 0.05)
 
 
+def test_gates_share_the_scale_of_what_they_gate():
+    """E[h² σ(g)²] is not the product of the two means: at the third layer it was 6 % less."""
+
+    class Gated(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            for i in range(3):
+                h, g = (nn.Dense(WIDTH, kernel_init=vs.he_normal(), name=f"{name}_{i}")(x) for name in "hg")
+                x = nn.Dense(WIDTH, kernel_init=vs.he_normal(), name=f"out_{i}")(h * nn.sigmoid(g))
+            return x
+
+    model, nets = Gated(), 4000
+
+    def draw(key):
+        k_params, k_x = jax.random.split(key)
+        x = jax.random.normal(k_x, INPUT.shape)
+        return jnp.mean(jnp.asarray(model.apply(model.init(k_params, x), x)) ** 2)
+
+    keys = jax.random.split(jax.random.key(2), nets)
+    drawn = np.asarray(jax.jit(lambda keys: jax.lax.map(draw, keys, batch_size=100))(keys), float)
+    error = drawn.std() / drawn.mean() / math.sqrt(nets)
+    assert vs.predict(model, INPUT, backward=False).output.second_moment == pytest.approx(drawn.mean(), rel=4 * error + 0.01)
+
+
 def test_of_a_power_of_a_lognormal_scale_all_is_known():
     scale = Scale(growth=1.1, place=0.3, common=0.2, skew=0.01)
     found = answer(scale, 2.0, 2.0, lambda: 2.0 * LOG_SCALES)
     assert found.growth == pytest.approx(1.1**2 * 1.3)
-    assert found.place == pytest.approx(1.3**4 - 1)
-    assert (found.slope, found.skew) == pytest.approx((2.0, 0.08))
+    assert (found.place, found.slope, found.skew) == pytest.approx((2.0, 2.0, 0.08))
 
 
 def test_of_a_curve_moments_are_those_of_the_law():
@@ -89,7 +113,7 @@ def test_of_a_curve_moments_are_those_of_the_law():
     assert found.doubt < 1e-3
     moments = [1.3 ** (k * (k - 1) / 2) for k in range(5)]
     square = (moments[2] + 2 * moments[3] + moments[4]) / 4
-    assert found.place == pytest.approx(square / found.growth**2 - 1, rel=1e-2)
+    assert 1.3**found.place**2 == pytest.approx(square / found.growth**2, rel=1e-2)
 
 
 def test_what_has_poles_is_in_doubt():

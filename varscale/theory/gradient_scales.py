@@ -28,12 +28,13 @@ from typing import NamedTuple
 import numpy as np
 
 from varscale.theory.elementwise import Apply, Sum, roots
-from varscale.theory.graph import Leaf, Node, View
+from varscale.theory.graph import Constant, Leaf, Node, View
 from varscale.theory.provenance import doubt_of
 from varscale.theory.quadrature import WEIGHTS, Environment, concentrated, evaluate
 from varscale.theory.responses import responses
-from varscale.theory.spread import answers, inherited, kernel
+from varscale.theory.spread import Spread, answers, inherited, kernel, shared
 
+_NEXT_ORDER = 0.25  # of the covariances, what their own fluctuations may add: set on the validation grid
 _WIDEST = 1.0  # sum of covariances at one layer beyond which first order says nothing
 
 
@@ -62,28 +63,31 @@ def gradient_scale(
     later, radial, unit = above
     scales = {view.node.id for view in held}
     doubt = max((2 * doubt_of(r.node) for r in roots(slope.node) if r.node.id not in scales), default=0.0)
-    forward = {other: found.slope for other, found in answers(node).items()}
-    passed = later * forward.get(root.node, 0.0)
-    if not isinstance(slope.node, Apply):
+    passed = later * answered(node).get(root.node, 0.0)
+    if isinstance(slope.node, Constant):
         return GradientScale(1.0, doubt, passed, 0.0, 0.0 if held else radial)
-    growth, own = 1.0 if held else 1 + _limited(unit * _with_slope(node, slope)), 0.0
-    for other, found in answers(slope.node).items():
-        if other.id in scales:
-            continue
-        spread = kernel(other)
-        if held:
-            ratio, curvature = responses(slope.node)[other]
-            doubt += 2 * abs(ratio) * spread.bend + abs(curvature) * spread.point / 2
-            continue
-        common = later * forward.get(other, 0.0) * found.slope * math.log1p(spread.point)
-        growth *= found.growth * math.exp(_limited(common))
-        doubt += abs(found.slope) * spread.bend + found.doubt
-        own += found.slope if other is root.node else 0.0
     if held:
-        return GradientScale(growth, doubt, passed, own, 0.0)
+        for other, (ratio, curvature) in responses(slope.node).items() if isinstance(slope.node, Apply) else ():
+            spread = kernel(other)
+            doubt += (2 * abs(ratio) * spread.bend + abs(curvature) * spread.point / 2) * (other.id not in scales)
+        return GradientScale(1.0, doubt, passed, 0.0, 0.0)
+    derivative, slopes, mine = inherited(slope.node), answered(slope.node), kernel(root.node)
+    together = later * shared(derivative.places, inherited(node).places) + unit * _with_slope(node, slope)
+    own = sum(d * (1.0 if other is root.node else _following(kernel(other), mine)) for other, d in slopes.items())
     flat = max(root.node.table.mean_square * slope.node.table.mean_square, 1e-300)
-    radial = radial * forward.get(root.node, 0.0) ** 2 * node.table.mean_square / flat + 2 * own
-    return GradientScale(growth, doubt, passed, own, radial)
+    stretched = answered(node).get(root.node, 0.0) ** 2 * node.table.mean_square / flat
+    return GradientScale(
+        growth=(1 + derivative.shift) * math.exp(_limited(together)),
+        doubt=doubt + derivative.bend + _NEXT_ORDER * abs(together),
+        passed=passed,
+        own=own,
+        radial=radial * stretched + 2 * slopes.get(root.node, 0.0),
+    )
+
+
+def answered(node: Node) -> dict[Node, float]:
+    """d ln E[f²]/d ln Q by root."""
+    return {root: found.slope for root, found in answers(node).items()} if isinstance(node, Apply) else {node: 1.0}
 
 
 def scale_share(node: Node, i: int) -> float:
@@ -121,6 +125,11 @@ def summed_scale(node: Node, i: int, later: float, radial: float, unit: float) -
     radial = radial if weighted else 0.0
     growth = 1 + _limited(radial / (node.width or math.inf))
     return SummedScale(growth, later * share, radial * share, (later + radial) * share * sampled)
+
+
+def _following(other: Spread, mine: Spread) -> float:
+    """What of one logarithm goes with another, at one place: a regression."""
+    return shared(other.places, mine.places) / max(shared(mine.places, mine.places), 1e-12)
 
 
 def _limited(x: float) -> float:

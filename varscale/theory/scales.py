@@ -5,7 +5,7 @@ lognormal, of relative variance P at one place; of ln Q a part of variance V and
 F(Q) = E[f(√Q z)²], then,
 
     mean              E[F(Q)]
-    P at one place    E[F(Q)²]/E[F(Q)]² − 1
+    at one place      1 + P → E[F(Q)²]/E[F(Q)]²
     in common         slope s and bend c: the means of F̃′ and F̃″, where F̃(t) = ln E[F] with the common part held at t
                       V → s²V,   κ → s³κ + 3 s²c V²
 
@@ -59,7 +59,7 @@ class Answer:
 
     Attributes:
         growth: of its mean square, over that of infinitely many units.
-        place: relative variance at one place.
+        place: ratio of logarithms at one place, by their variances.
         slope: ratio of the common part of logarithms.
         skew: third cumulant of the common part.
         doubt: of the growth, relative.
@@ -87,7 +87,7 @@ def answer(scale: Scale, slope: float, curvature: float, curve: Callable[[], Flo
         place = min(math.log1p(scale.place), _WIDEST)
         return Answer(
             growth=scale.growth**slope * math.exp(curvature * place / 2),
-            place=math.expm1(min(slope**2 * place, _WIDEST)),
+            place=slope,
             slope=slope,
             skew=slope**3 * scale.skew + 3 * slope**2 * bend * common**2,
             doubt=0.0,
@@ -122,7 +122,7 @@ def _of_a_curve(scale: Scale, common: float, line: np.ndarray) -> Answer:
     s, c = float(_SHARES @ first), float(_SHARES @ second)
     return Answer(
         growth=growth,
-        place=max(float(_SHARES @ values**2) / growth**2 - 1, 0.0),
+        place=math.copysign(math.sqrt(max(math.log(float(_SHARES @ values**2) / growth**2), 0.0) / max(whole, 1e-12)), s),
         slope=s,
         skew=s**3 * scale.skew + 3 * s**2 * c * common**2,
         doubt=abs(growth - other) / growth,

@@ -38,6 +38,7 @@ from varscale.theory.responses import companions, response_curve, responses
 from varscale.theory.scales import Answer, Scale, answer
 from varscale.theory.spheres import sphere_shift
 
+_WIDEST = 4.0  # variance of a logarithm beyond which nothing is known of the law
 _FORGOTTEN = 1e-5  # a ratio below which what fluctuates is not handed on: a norm's, but for its epsilon
 
 
@@ -50,7 +51,7 @@ class Spread:
         shift: relative shift of its mean from the infinite-width value.
         bend: what of that is in doubt.
         skew: third cumulant of ln(mean square).
-        point: relative variance, over draws, samples and positions, of the squared scale at one place.
+        places: coefficient of ln(squared scale at one place), over draws, samples and positions, on each source.
         shape: what a unit's own weights, where they are not Gaussian, add to that in the sum's fourth moment.
     """
 
@@ -58,7 +59,7 @@ class Spread:
     shift: float = 0.0
     bend: float = 0.0
     skew: float = 0.0
-    point: float = 0.0
+    places: dict[int, float] = dataclasses.field(default_factory=dict)
     shape: float = 0.0
 
     @functools.cached_property
@@ -66,23 +67,37 @@ class Spread:
         """Variance of ln(mean square) over draws."""
         return sum(c * c for c in self.sources.values())
 
+    @functools.cached_property
+    def point(self) -> float:
+        """Relative variance, over draws, samples and positions, of the squared scale at one place."""
+        return math.expm1(min(sum(c * c for c in self.places.values()), _WIDEST))
+
 
 NONE = Spread({})
 
 
 def combine(terms: Sequence[tuple[float, Spread]]) -> Spread:
     """A weighted sum of logarithms."""
-    sources: dict[int, float] = {}
-    for weight, spread in terms:
-        for key, c in spread.sources.items() if abs(weight) > _FORGOTTEN else ():
-            sources[key] = sources.get(key, 0.0) + weight * c
     return Spread(
-        sources,
+        _weighted([(w, s.sources) for w, s in terms]),
         shift=sum(w * s.shift for w, s in terms),
         bend=sum(abs(w) * s.bend for w, s in terms),
         skew=sum(w * np.cbrt(s.skew) for w, s in terms) ** 3,  # terms fluctuate together, mostly
-        point=sum(w * w * s.point for w, s in terms),
+        places=_weighted([(w, s.places) for w, s in terms]),
     )
+
+
+def _weighted(terms: Sequence[tuple[float, dict[int, float]]]) -> dict[int, float]:
+    out: dict[int, float] = {}
+    for weight, sources in terms:
+        for key, c in sources.items() if abs(weight) > _FORGOTTEN else ():
+            out[key] = out.get(key, 0.0) + weight * c
+    return out
+
+
+def shared(a: dict[int, float], b: dict[int, float]) -> float:
+    """Covariance of two logarithms."""
+    return sum(c * b[key] for key, c in a.items() if key in b)
 
 
 def kernel(node: Node) -> Spread:
@@ -160,8 +175,8 @@ def _with_own_weights(spread: Spread, node: Node, view: View, x: Node, terms: fl
     if not isinstance(weight, Leaf) or weight.is_input or not weight.random:
         return spread
     noise = math.sqrt(max(weight.kurtosis - 1, 0.0) / terms / units * _left_to_chance(weight, terms, units))
-    shared = min(inherited(x).point, spread.point)
-    shape = max((weight.kurtosis - 3) / 3 * (spread.point - shared + (1 + shared) / terms), -spread.point)
+    common = min(inherited(x).point, spread.point)
+    shape = max((weight.kurtosis - 3) / 3 * (spread.point - common + (1 + common) / terms), -spread.point)
     return dataclasses.replace(spread, sources={**spread.sources, ~node.id: noise}, shape=shape)
 
 
@@ -191,7 +206,8 @@ def _averaged(node: Node, axes: Sequence[int], taps: int = 1) -> Spread:
     if all(isinstance(r.node, Softmax) for r in roots(node)):
         return NONE  # attention weights are fixed by kernels over all units, which fluctuate less than one unit's outputs
     spread = full(node)
-    return dataclasses.replace(spread, point=(1 + fresh(node, axes) / taps) * (1 + inherited(node).point) - 1)
+    units = {_origin(node): math.sqrt(math.log1p(fresh(node, axes) / taps))}
+    return dataclasses.replace(spread, places=_weighted([(1.0, inherited(node).places), (1.0, units)]))
 
 
 def _of_a_group(node: Node, axes: Sequence[int], groups: int) -> float:
@@ -212,12 +228,14 @@ def inherited(node: Node) -> Spread:
     key = ("inherited", node.id)
     memo = node.graph.memo
     if key not in memo:
-        terms, growth, bent, place, skew = [], 1.0, 0.0, 1.0, 0.0
+        terms, places, growth, bent, skew = [], [], 1.0, 0.0, 0.0
         for root, found in answers(node).items():
             spread = kernel(root)
             terms.append((found.slope, spread))
-            growth *= found.growth
-            place *= 1 + found.place
+            own = _weighted([(found.place, spread.places)])
+            together = sum(shared(own, other) for other in places)  # E[F G] = E[F] E[G] exp(Cov[ln F, ln G])
+            growth *= found.growth * math.exp(float(np.clip(together, -1, 1)))
+            places.append(own)
             bent += abs(found.slope) * spread.bend + found.doubt
             skew += np.cbrt(found.skew)
         shapes = (shape_shift(node), sphere_shift(node))
@@ -225,7 +243,7 @@ def inherited(node: Node) -> Spread:
             combine(terms),
             shift=growth - 1 + sum(s for s, _ in shapes),
             bend=bent + sum(d for _, d in shapes),
-            point=place - 1,
+            places=_weighted([(1.0, own) for own in places]),
             skew=skew**3,
         )
         memo[key].sources.update(_scalings(node))
