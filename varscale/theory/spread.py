@@ -228,14 +228,19 @@ def inherited(node: Node) -> Spread:
     key = ("inherited", node.id)
     memo = node.graph.memo
     if key not in memo:
-        terms, places, growth, bent, skew = [], [], 1.0, 0.0, 0.0
+        terms, places, growth, bent, skew = [], {}, 1.0, 0.0, 0.0
         for root, found in answers(node).items():
             spread = kernel(root)
             terms.append((found.slope, spread))
             own = _weighted([(found.place, spread.places)])
-            together = sum(shared(own, other) for other in places)  # E[F G] = E[F] E[G] exp(Cov[ln F, ln G])
-            growth *= found.growth * math.exp(float(np.clip(together, -1, 1)))
-            places.append(own)
+            for other, theirs in places.items():
+                together = shared(own, theirs)  # E[F G] = E[F] E[G] exp(Cov[ln F, ln G]) of two factors
+                if _within_one_factor(node, root, other):
+                    bent += abs(together)
+                else:
+                    growth *= math.exp(float(np.clip(together, -1, 1)))
+            places[root] = own
+            growth *= found.growth
             bent += abs(found.slope) * spread.bend + found.doubt
             skew += np.cbrt(found.skew)
         shapes = (shape_shift(node), sphere_shift(node))
@@ -243,11 +248,16 @@ def inherited(node: Node) -> Spread:
             combine(terms),
             shift=growth - 1 + sum(s for s, _ in shapes),
             bend=bent + sum(d for _, d in shapes),
-            places=_weighted([(1.0, own) for own in places]),
+            places=_weighted([(1.0, own) for own in places.values()]),
             skew=skew**3,
         )
         memo[key].sources.update(_scalings(node))
     return memo[key]
+
+
+def _within_one_factor(node: Apply, a: Node, b: Node) -> bool:
+    """Whether a tree mixes two roots otherwise than as a product: a sum of squares has no covariance in its mean."""
+    return any({a, b} <= {r.node for r in roots(factor.node)} for factor in independent_factors(node))
 
 
 def answers(node: Apply) -> dict[Node, Answer]:
