@@ -113,7 +113,6 @@ def train_part(
 def claims_of_zeros(part: dict[str, np.ndarray], labels: np.ndarray) -> list[Claim]:
     """Zeros know nothing but how often each class comes."""
     balance = float(np.mean(labels))
-    count = len(part["cost"])
     zeros = [row for row, (law, _, _) in enumerate(rows(seeds_of(part))) if law == "zeros"]
     entropy = _entropy(balance)
     claims = [
@@ -125,7 +124,7 @@ def claims_of_zeros(part: dict[str, np.ndarray], labels: np.ndarray) -> list[Cla
         Claim(
             f"zeros: with one class {MINORITY:.0%} of the weight, the cost ends at the entropy, {_entropy(MINORITY):.4f}",
             near(_entropy(MINORITY), 1e-4, source="only the last bias learns: logistic regression on nothing"),
-            known(float(part["cost"][count - 2 :, -1].max())),
+            known(float(part["cost"][-2:, -1].max())),
         ),
     ]
     if balance == 0.5:
@@ -378,9 +377,8 @@ def _curves(part: dict[str, np.ndarray]):
             plots.band(panel, steps, _runs(part, "cost", law, column)[:, steps - 1], label=law, colour=COLOURS[law], log=True)
         panel.set(title=activation, xlabel="iteration", xscale="log")
         plots.reference(panel, math.log(2), "ln 2")
-    axes[0, 0].set_ylabel("cross-entropy")
+    axes[0, 0].set(ylabel="cross-entropy", ylim=(None, 1e5))
     axes[0, 0].legend(loc="upper right", ncols=2)
-    axes[0, 0].set_ylim(top=1e5)
     return figure
 
 

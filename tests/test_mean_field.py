@@ -47,30 +47,30 @@ def test_poole_depth_scales_are_the_rates_of_that_iteration(sigma):
 
 
 def test_schoenholz_depth_of_correlations_diverges_at_the_edge_and_that_of_lengths_does_not():
-    # Schoenholz et al. 2017, "Deep information propagation", section 3 and figure 5: σb² = .05 is critical at σw² = 1.76.
+    # Schoenholz et al. 2017, "Deep information propagation": at σb² = .05 the edge of chaos is at σw² = 1.76.
     edge = vs.critical(jnp.tanh, 0.05)
     assert edge.weight_variance == pytest.approx(1.76, abs=2e-3)
     at, below, above = (vs.mean_field(jnp.tanh, edge.weight_variance + d, 0.05) for d in (0.0, -0.1, 0.1))
     assert at.depth_c > 1e4 > 100 > max(below.depth_c, above.depth_c)
     assert at.depth_q < 3
-    # Ordered: ξ_c = −1/ln χ, which is the depth over which gradients vanish too (equation 19).
+    # Ordered: ξ_c = −1/ln χ, which is the depth over which gradients vanish too.
     assert below.depth_c == pytest.approx(-1 / np.log(below.chi))
 
 
 @pytest.mark.parametrize(
     ("activation", "bias", "weight", "q"),
     [
-        # Pennington et al. 2017, "Resurrecting the sigmoid", section 2.2: ReLU is critical at (√2, 0) alone, linear nets
-        # at (1, 0); hard tanh and tanh from (1, 0) on.
+        # Pennington et al. 2017, "Resurrecting the sigmoid": ReLU is critical at (σw, σb) = (√2, 0) alone, linear nets at
+        # (1, 0); hard tanh and tanh from (1, 0) on.
         (nn.relu, 0.0, 2.0, 1.0),
         (lambda x: x, 0.0, 1.0, 1.0),
         (nn.hard_tanh, 0.0, 1.0, 0.0),
         (jnp.tanh, 0.0, 1.0, 0.0),
-        # Xiao et al. 2018, "Dynamical isometry and a mean field theory of CNNs", section 3: 10,000 layers of tanh at σw² =
-        # 1.05, σb² = 2.01e-5.
+        # Xiao et al. 2018, "Dynamical isometry and a mean field theory of CNNs": 10,000 layers of tanh at σw² = 1.05,
+        # σb² = 2.01e-5.
         (jnp.tanh, 2.01e-5, 1.05, None),
-        # Hayou et al. 2019, "On the impact of the activation function on deep neural networks training", section 3: without
-        # biases at σw = 1/|φ'(0)|.
+        # Hayou et al. 2019, "On the impact of the activation function on deep neural networks training": without biases at
+        # σw = 1/|φ'(0)|.
         (nn.elu, 0.0, 1.0, 0.0),
         (nn.silu, 0.0, 4.0, 0.0),
         (nn.gelu, 0.0, 4.0, 0.0),
@@ -99,16 +99,16 @@ def test_half_stable_points_keep_small_changes_of_the_second_moment():
 
 
 def test_selu_has_the_fixed_point_it_was_made_for():
-    # Klambauer et al. 2017, "Self-normalizing neural networks", section 2: (mean, variance) = (0, 1) is a fixed point, and
-    # attracting; figure 2 and theorem 1: the variance's slope is .7826.
+    # Klambauer et al. 2017, "Self-normalizing neural networks": (mean, variance) = (0, 1) is a fixed point, and attracting; the
+    # Jacobian's spectral norm is .7877 = √(.7826² + .0888²), slopes of the new variance and the new mean in the variance.
     found = vs.mean_field(nn.selu, 1.0)
     assert found.q == pytest.approx(1.0, abs=1e-9)
     assert found.depth_q == pytest.approx(-1 / np.log(0.782648), rel=1e-3)
 
 
 def test_gains_of_scaled_activations():
-    # Brock et al. 2021, "Characterizing signal propagation in normalizer-free ResNets", section 3: γ = √(2/(1 − 1/π)) for ReLU;
-    # its released code has gelu 1.7015043, silu 1.7881293, tanh 1.5939117.
+    # Brock, De & Smith 2021, "Characterizing signal propagation to close the performance gap in unnormalized ResNets": for ReLU
+    # γ = √(2/(1 − 1/π)); the released code of NFNets has gelu 1.7015043, silu 1.7881293, tanh 1.5939117.
     def gamma(f):
         return 1 / np.sqrt(gaussian.second_moment(f) - gaussian.mean(f) ** 2)
 

@@ -78,8 +78,8 @@ def arc_cosine(c):
 
 
 def test_relu_correlations_approach_one_as_the_square_of_depth():
-    # Hayou et al. 2019, "On the impact of the activation function", proposition 1: 1 − c ~ 9π²/(2 l²) on the edge of chaos. It
-    # is 1/√(1 − c) that grows evenly, by √2/(3π) a layer.
+    # Hayou et al. 2019, "On the impact of the activation function on deep neural networks training": 1 − c ~ 9π²/(2 l²) on the
+    # edge of chaos. It is 1/√(1 − c) that grows evenly, by √2/(3π) a layer.
     rows = preactivations(predict(MLP(nn.relu, 160, WIDE, 2.0), batch(8, WIDE), backward=False))
     c, inverse = 0.0, []
     for row in rows:
@@ -90,7 +90,8 @@ def test_relu_correlations_approach_one_as_the_square_of_depth():
 
 
 def test_tanh_correlations_approach_one_as_depth():
-    # Hayou et al. 2019, proposition 3: 1 − c ~ β/l for a smooth activation on the edge, β = 2 E[φ'²] / (q E[φ''²]).
+    # Hayou et al. 2019, proposition 3: 1 − c ~ β/l for a smooth activation on the edge, where second order in 1 − c gives
+    # β = 2 E[φ'²] / (q E[φ''²]).
     edge = critical(jnp.tanh, 0.05)
     rows = preactivations(predict(MLP(jnp.tanh, 160, WIDE, edge.weight_variance, 0.05), batch(8, WIDE), backward=False))
     slope = gaussian.derivative(jnp.tanh)
@@ -102,7 +103,7 @@ def test_tanh_correlations_approach_one_as_depth():
 
 @pytest.mark.parametrize("sigma", [1.3, 2.5, 4.0])
 def test_tanh_nets_reach_the_fixed_points_of_poole(sigma):
-    # Poole et al. 2016, figures 1 and 2, σb = .3; Schoenholz et al. 2017, section 3: gradients grow by χ a layer.
+    # Poole et al. 2016, figures 1 and 2, σb = .3; Schoenholz et al. 2017: gradients grow by χ a layer.
     from varscale.theory import mean_field
 
     limit = mean_field(jnp.tanh, sigma**2, 0.09)
@@ -115,9 +116,9 @@ def test_tanh_nets_reach_the_fixed_points_of_poole(sigma):
 
 @pytest.mark.parametrize(("size", "within"), [(32, 2e-3), (128, 2e-4), (4096, 1e-4)])
 def test_batch_norm_makes_gradients_explode_as_the_paper_says(size, within):
-    # Yang et al. 2019, "A mean field theory of batch normalization", section 3.2: a factor (B − 2)/(B − 3) a layer for linear
-    # nets; for ReLU, with J the arc-cosine kernel, [(B − 1 + J'(−1/(B−1)))/(1 − J(−1/(B−1))) − 1]/(B − 3), π/(π − 1) at
-    # infinite batch. Samples decorrelate to −1/(B − 1).
+    # Yang et al. 2019, "A mean field theory of batch normalization": gradients explode whatever the activation. A factor
+    # (B − 2)/(B − 3) a layer for linear nets; for ReLU, with J the arc-cosine kernel, [(B − 1 + J'(c))/(1 − J(c)) − 1]/(B − 3)
+    # at c = −1/(B − 1), to which samples decorrelate; π/(π − 1) at infinite batch.
     c = -1 / (size - 1)
     relu = ((size - 1 + 1 - math.acos(c) / math.pi) / (1 - arc_cosine(c)) - 1) / (size - 3)
     for activation, rate in ((nn.relu, relu), (lambda x: x, (size - 2) / (size - 3))):
@@ -131,8 +132,8 @@ def test_batch_norm_makes_gradients_explode_as_the_paper_says(size, within):
 @pytest.mark.parametrize(("activation", "law"), [(nn.relu, 5), (lambda x: x, 2)])
 @pytest.mark.parametrize(("depth", "width"), [(20, 400), (200, 1000)])
 def test_one_draw_of_a_deep_net_is_lognormal(activation, law, depth, width):
-    # Hanin & Nica 2019, "Products of many large random matrices and gradients in deep neural networks", theorem 1: ln‖·‖² is
-    # N(−β/2, β), β = 5 L/n for ReLU, 2 L/n for linear nets.
+    # Hanin & Nica 2020, "Products of many large random matrices and gradients in deep neural networks", main theorem: ln‖·‖² is
+    # asymptotically N(−β/2, β). β is computed here: E[f⁴]/E[f²]² − 1 = 5 over n a layer for ReLU, 2 for linear nets.
     net = MLP(activation, depth, width, 2.0 if law == 5 else 1.0)
     row = preactivations(predict(net, batch(1, width), backward=False))[-1]
     deviation = math.log(row.band[1] / row.band[0]) / 2 / 2.5758
@@ -162,16 +163,16 @@ def _variances(depth):
 
 
 def test_residual_nets_grow_as_the_papers_say():
-    # Yang & Schoenholz 2017, "Mean field residual networks: on the edge of chaos", theorems 1 and 5: with tanh the second
-    # moment grows polynomially, evenly in the end; with ReLU by 1 + σw²/2 a layer.
+    # Yang & Schoenholz 2017, "Mean field residual networks: on the edge of chaos": with tanh the second moment grows
+    # polynomially, evenly in the end (tanh² is nearly 1 there); with ReLU by 1 + σw²/2 a layer.
     relu = [row.second_moment for row in predict(Residual(nn.relu, 20, 4096, 1.0), batch(4, 4096)).rows if "stream" in row.path]
     assert np.diff(np.log(relu)) == pytest.approx(np.full(19, math.log(1.5)), abs=1e-4)
     report = predict(Residual(jnp.tanh, 60, 4096, 1.0), batch(4, 4096))
     tanh = np.diff([row.second_moment for row in report.rows if "stream" in row.path])
     assert np.all(np.diff(tanh) > 0)
     assert 0.8 < tanh[-1] < 1
-    # De & Smith 2020, "Batch normalization biases residual blocks towards the identity function", section 3: the variance
-    # of the stream at block l is l, and what block l adds to its gradient falls as 1/l.
+    # De & Smith 2020, "Batch normalization biases residual blocks towards the identity function in deep networks": the
+    # variance of the stream at block l grows as l, and so what block l adds to its gradient falls as 1/l.
     net = Residual(nn.relu, 20, 1024, 2.0, batch_norm=True)
     streams = [row for row in predict(net, batch(512, 1024)).rows if "stream" in row.path]
     assert [row.second_moment for row in streams] == pytest.approx([i + 2 for i in range(20)], rel=5e-3)
@@ -181,8 +182,8 @@ def test_residual_nets_grow_as_the_papers_say():
 
 
 def test_attention_without_skips_collapses_to_rank_one():
-    # Dong et al. 2021, "Attention is not all you need", theorem 2.2: doubly exponentially with depth. Noci et al. 2022, "Signal
-    # propagation in transformers", theorem 3.2: then queries and keys get no gradient, and values get 1/T of it.
+    # Dong et al. 2021, "Attention is not all you need: pure attention loses rank doubly exponentially with depth". Noci et al.
+    # 2022, "Signal propagation in transformers": then queries and keys get no gradient. Computed here: values get 1/T of it.
     rows = predict(Attention(4), batch(2, 24, 128))
     left = [1 - rows[f"attention_{i}"].position_correlation for i in range(4)]
     assert left[0] > 0.4

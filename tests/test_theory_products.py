@@ -9,8 +9,9 @@ import pytest
 import varscale as vs
 from varscale.theory.functions import function
 from varscale.theory.graph import Graph, Leaf
+from varscale.theory.hermite import Z
 from varscale.theory.products import _series
-from varscale.theory.quadrature import Z, factored
+from varscale.theory.quadrature import factored
 
 relu = jax.nn.relu
 

@@ -194,6 +194,7 @@ def test_scopes_inside_loops_over_layers_have_steps_and_over_time_no_rows():
     assert [row.path for row in report.rows] == [f"stack/dense[{i}]" for i in range(3)] + ["stack", "rnn", ""]
 
 
+@pytest.mark.filterwarnings("error::RuntimeWarning")  # of what stands for infinities nothing is worked out
 def test_every_equation_has_a_row():
     class Net(nn.Module):
         @nn.compact

@@ -37,7 +37,7 @@ def gain(activation: gaussian.Elementwise, criterion: Criterion = "second_moment
     | criterion | E | what a layer with this gain keeps |
     |---|---|---|
     | "second_moment" | E[φ(z)²] | E[y²] forward (He et al. 2015, section 2.2, for any activation) |
-    | "variance" | E[φ(z)²] − E[φ(z)]² | Var forward, for centred streams (Brock et al. 2021, "NF-Nets", section 3) |
+    | "variance" | E[φ(z)²] − E[φ(z)]² | Var forward, for centred streams (Brock, De & Smith 2021, unnormalized ResNets) |
     | "derivative" | E[φ'(z)²] | gradients backward (Schoenholz et al. 2017, section 3: χ = 1) |
     | "slope" | φ'(0)² | small signals (Glorot & Bengio 2010, section 4.2.1) |
 

@@ -1,4 +1,27 @@
-"""The moment interpreter: `predict`, its rules, and mean-field theory."""
+"""The moment interpreter: `predict`, its rules, and mean-field theory.
+
+A model's jaxpr is walked once. Every tensor becomes a node of a graph: an array that is random over initializations and inputs,
+of which the first and second moments are kept, by the type of an index pair. To read it, in this order:
+
+    axes, moments                      exchangeable arrays: types of index pairs, and tables of moments by type
+    graph, rearranged, elementwise     nodes, which are computed when they are asked for, in a normal form
+    layout                             how a tensor's dimensions are made of its node's axes
+    hermite, functions, quadrature     functions of normals: Hermite series in a correlation
+    products, opening, summed          functions of several roots; the law of a sum
+    cross                              cross-moments of two nodes
+    interpreter, rules/                the walk, and what it does at each primitive, a family of them a file
+    softmax_weights, overlaps          attention: the weights; tokens that weights and values share
+    windows, locality                  what is near in a picture, which moments by type do not say
+    responses, spread                  finite width: how one initialization differs from the mean of all
+    narrow, spheres                    sums of few terms, norms over few units
+    derivatives, backward              gradients
+    draws, ordered, loops, shrunken    what is drawn, for want of a formula: recurrences over time
+    provenance, domains                how a number was obtained, and how far off it may be
+    traces, repeats, prefix_scans      from a model to jaxprs
+    laws, uses, rows, summary          parameters, their use, and the rows of the report
+    predict                            all of it
+    mean_field                         networks of infinite width, by themselves
+"""
 
 from varscale.theory.functions import FUNCTIONS
 from varscale.theory.interpreter import Interpreter, PredictionError, rule

@@ -2,7 +2,8 @@ r"""Axes with classes, and the algebra of index pairs on them.
 
 The entries of a network's tensors are random, and those along one axis are interchangeable, once positions that really
 differ (the border of an image, early and late tokens under a causal mask, the halves of a concatenation) are told apart
-by a CLASS. All that second moments can then depend on is, for each axis, the TYPE of an index pair (i, j):
+by a CLASS. Such an array is separately exchangeable (Aldous 1981; Hoover 1979): permuting positions of one class of an axis
+leaves its law as it is. All that second moments can then depend on is, for each axis, the TYPE of an index pair (i, j):
 
     type c          i = j, in class c                       (the first C types)
     type (c, c')    i ≠ j, i in class c and j in class c'   (the next C² types)
@@ -19,7 +20,7 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 MOST_CLASSES = 6  # an axis keeps no more: classes closest in what they see are merged
 MOST_TYPES = 1 << 16  # types of index pairs over all axes of an array, above which classes are given up
@@ -39,14 +40,17 @@ class Axis:
 
     @functools.cached_property
     def classes(self) -> int:
+        """How many classes there are, C."""
         return 1 if self.labels is None else max(self.labels) + 1
 
     @functools.cached_property
     def types(self) -> int:
+        """How many types of index pairs there are, C + C²: those of pairs i = j come first."""
         return self.classes + self.classes**2
 
     @functools.cached_property
     def label_array(self) -> Int[np.ndarray, " size"]:
+        """The class of each position."""
         return np.zeros(self.size, int) if self.labels is None else np.frombuffer(self.labels, np.uint8).astype(int)
 
     @functools.cached_property
@@ -65,6 +69,11 @@ class Axis:
         """Class of j in each type."""
         c = np.arange(self.classes)
         return np.concatenate([c, np.tile(c, self.classes)])
+
+    @functools.cached_property
+    def agrees(self) -> Bool[np.ndarray, " types"]:
+        """Which types are of pairs i = j."""
+        return np.arange(self.types) < self.classes
 
     @functools.cached_property
     def pairs(self) -> Float[np.ndarray, " types"]:
@@ -226,6 +235,22 @@ def contract_axis(array: np.ndarray, axis: int, weights: np.ndarray) -> np.ndarr
     return (weights @ array.reshape(math.prod(before), len(weights), math.prod(after))).reshape(before + after)
 
 
+def pool(second: np.ndarray, axes: Sequence[Axis]) -> Float[np.ndarray, "..."]:
+    """A type array with the classes of every axis pooled: "the same" and "different" along each, shape (2,) * rank."""
+    for k, axis in enumerate(axes):
+        if axis.classes > 1:
+            second = apply_axis(second, k, axis.pooling)
+    return second
+
+
+def refine(second: np.ndarray, axes: Sequence[Axis]) -> Float[np.ndarray, "..."]:
+    """An array by "the same" and "different" along each axis (1 long where that is one), read by type."""
+    out = np.broadcast_to(second, [2] * len(axes))
+    for k, axis in enumerate(axes):
+        out = np.take(out, (~axis.agrees).astype(int), axis=k)
+    return out
+
+
 @functools.cache
 def shares(axes: tuple[Axis, ...]) -> Float[np.ndarray, " cells"]:
     """The share of an array's elements in each combination of classes, row-major."""
@@ -255,7 +280,7 @@ def split_axis(axis: Axis, sizes: tuple[int, ...]) -> tuple[tuple[Axis, ...], In
     for k, f in enumerate(factors):
         shape = [1] * len(factors)
         shape[k] = f.types
-        same &= (np.arange(f.types) < f.classes).reshape(shape)
+        same &= f.agrees.reshape(shape)
     return factors, np.where(same, i, axis.classes + i * axis.classes + j)
 
 
@@ -287,7 +312,7 @@ def merge_types(second: np.ndarray, k: int, factors: Sequence[Axis], whole: Axis
             matrix /= np.maximum(matrix.sum(axis=1, keepdims=True), 1e-300)
             return _onto(second, k, len(factors), matrix)
     pairs = functools.reduce(np.multiply.outer, [f.pairs for f in factors])
-    same = functools.reduce(np.multiply.outer, [f.pairs * (np.arange(f.types) < f.classes) for f in factors])
+    same = functools.reduce(np.multiply.outer, [f.pairs * f.agrees for f in factors])
     different = pairs - same
     matrix = np.stack([(w / w.sum()).ravel() for w in (same, different)])
     if whole.classes > 1:

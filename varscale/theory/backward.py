@@ -1,7 +1,8 @@
 """Cotangents: their second moments by type, passed from the output back through every node.
 
-Gradient independence is the one assumption: a cotangent is independent of the forward values it is multiplied with,
-except through the function it passes (its derivative is a function of the same roots, and its moments are taken exactly).
+Gradient independence is the one assumption, that of mean-field theory (Schoenholz et al. 2017): a cotangent is independent of
+the forward values it is multiplied with, except through the function it passes. That one's derivative is a function of the
+same roots, and its moments are taken exactly.
 """
 
 from __future__ import annotations
@@ -13,18 +14,20 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from scipy import special
 
-from varscale.theory.axes import Axis, apply_axis, contract_axis, lift_types, shares
+from varscale.theory.axes import Axis, apply_axis, contract_axis, lift_types, refine, shares
 from varscale.theory.derivatives import derivative
 from varscale.theory.elementwise import Apply, Sum, apply, roots
 from varscale.theory.gradient_scales import gradient_scale, summed_scale
 from varscale.theory.graph import Array, Constant, Leaf, Node, View
-from varscale.theory.moments import full_types, means_by_type
+from varscale.theory.moments import full_types
 from varscale.theory.opening import opened, written_out
 from varscale.theory.products import product_second
 from varscale.theory.provenance import doubt_of
 from varscale.theory.quadrature import by_type, concentrated, evaluate
 from varscale.theory.responses import companions
+from varscale.theory.spheres import mean_squared_correlation
 
+# Set on the validation grid, not derived, both.
 _MASK_DOUBT = 0.03  # a step of a stream, whose derivatives are a Markov chain only in the main
 _NORM_DOUBT = 0.25  # of 1/(1 − r) − 1: positions that share a norm are not exactly Gaussian given its scale
 
@@ -269,7 +272,7 @@ def _through(node: Apply, target: View, part: Cotangent, scales: Sequence[View] 
 def _following(node: Apply, slope: View, last: View) -> np.ndarray:
     """E[m_i m_j l_i l_j] / (E[m_i m_j] E[l_i l_j]) of a derivative m and the last one l, by type, classes pooled."""
     coarse = tuple(Axis(a.size) for a in node.axes)
-    return _given(node, slope, last) / _refined(np.maximum(product_second(slope, slope, coarse), 1e-300), node.axes)
+    return _given(node, slope, last) / refine(np.maximum(product_second(slope, slope, coarse), 1e-300), node.axes)
 
 
 def _given(node: Apply, x: View, last: View) -> np.ndarray:
@@ -277,15 +280,7 @@ def _given(node: Apply, x: View, last: View) -> np.ndarray:
     coarse = tuple(Axis(a.size) for a in node.axes)
     both = View(apply(node.graph, "mul", (), node.axes, [x, last]), tuple(range(len(node.axes))))
     joint, before = (product_second(view, view, coarse) for view in (both, last))
-    return _refined(joint / np.maximum(before, 1e-300), node.axes)
-
-
-def _refined(pooled: np.ndarray, axes: Sequence[Axis]) -> np.ndarray:
-    """An array by "same" and "different", read by the types of axes with classes."""
-    out = np.broadcast_to(pooled, [2] * len(axes))
-    for k, axis in enumerate(axes):
-        out = np.take(out, (np.arange(axis.types) >= axis.classes).astype(int), axis=k)
-    return out
+    return refine(joint / np.maximum(before, 1e-300), node.axes)
 
 
 def _projection(node: Apply, root: View, scale: View, part: Cotangent) -> np.ndarray:
@@ -299,7 +294,7 @@ def _projection(node: Apply, root: View, scale: View, part: Cotangent) -> np.nda
     for k, place in enumerate(root.bind):
         if place not in scale.bind:
             axis = root.node.axes[k]
-            same = (np.arange(axis.types) < axis.classes).astype(float)
+            same = axis.agrees.astype(float)
             out = np.moveaxis(np.multiply.outer(same, contract_axis(out, k, axis.any_pair)), 0, k)
     return out
 
@@ -307,23 +302,18 @@ def _projection(node: Apply, root: View, scale: View, part: Cotangent) -> np.nda
 def _inverse_scale(root: View, scale: View) -> float:
     """E[1/v] E[v] of a norm's variance v, the mean of squares of its root over n positions: 1/(1 − r), r = Var[v]/E[v]².
 
-    For jointly Gaussian positions Cov[x_i², x_j²] = 2 C_ij² + 4 m_i m_j C_ij = 2 (E[x_i x_j]² − m_i² m_j²), of which r is the
-    mean, relative; v is taken for a gamma variable, as it is for independent positions (1/(1 − 2/n)), whose E[1/v] is infinite
-    from r = 1 on: there the factor stops at 10, and is in doubt. In the forward pass it drops out, since y is normalised by
-    itself; in the gradient 1/v stands alone.
+    r is that of jointly Gaussian positions (`mean_squared_correlation`), and v is taken for a gamma variable, as it is for
+    independent ones (1/(1 − 2/n)). Its E[1/v] is infinite from r = 1 on: there the factor stops at 10, and is in doubt. In the
+    forward pass it drops out, since y is normalised by itself; in the gradient 1/v stands alone.
     """
     table = root.node.table
-    scales = means_by_type(np.sqrt(np.maximum(table.diagonal, 1e-300)), table.axes)
-    rho = np.clip(table.second / scales, -1, 1) ** 2 - np.clip(table.outer / scales, -1, 1) ** 2
-    for k in reversed(range(len(table.axes))):
-        axis = table.axes[k]
-        rho = contract_axis(rho, k, axis.same if root.bind[k] in scale.bind else axis.any_pair)
-    return 1 / (1 - min(2 * float(rho) * (1 - _normalised_before(root.node, scale)), 0.9))
+    ratio = 2 * (mean_squared_correlation(table.second, root, scale) - mean_squared_correlation(table.outer, root, scale))
+    return 1 / (1 - min(ratio * (1 - _normalised_before(root.node, scale)), 0.9))
 
 
 def _normalised_before(node: Node, scale: View) -> float:
     """The part of a norm's variance that cannot fluctuate: Σ share² over the terms that a norm has just put out."""
-    while isinstance(node, Sum) and node.is_centred:  # centred
+    while node.is_centred:  # centred
         node = max(zip(node.params, node.args, strict=True), key=lambda t: t[0] ** 2 * t[1].node.table.mean_square)[1].node
     if not isinstance(node, Sum):
         return 0.0

@@ -9,7 +9,8 @@ import numpy as np
 
 from varscale.theory.elementwise import Apply, roots
 from varscale.theory.graph import Array, Leaf, View
-from varscale.theory.quadrature import WEIGHTS, Environment, concentrated, evaluate, factors
+from varscale.theory.hermite import WEIGHTS
+from varscale.theory.quadrature import Environment, concentrated, evaluate, factors
 
 UNBOUNDED = 1e9  # a doubt that stands for an infinite one, and can be multiplied by nothing
 _NEGLIGIBLE = 1e-6  # weight of places without a value: beyond 4.9 standard deviations there may be some

@@ -14,7 +14,8 @@ from varscale.theory.axes import Axis
 from varscale.theory.cross import cross, mean_product
 from varscale.theory.elementwise import Apply, Sum, roots
 from varscale.theory.graph import Array, Constant, Leaf, Node, View
-from varscale.theory.quadrature import Environment, Z, evaluate, marginal
+from varscale.theory.hermite import Z
+from varscale.theory.quadrature import Environment, evaluate, marginal
 from varscale.theory.rearranged import Permute
 from varscale.theory.rules.joining import Concat
 from varscale.theory.rules.reductions import Mean
@@ -265,7 +266,7 @@ def in_order(node: Node) -> bool:
     key = ("in order", node.id)
     memo = node.graph.memo
     if key not in memo:
-        memo[key] = type(node).draws is not Node.draws or any(in_order(view.node) for view in node.args)
+        memo[key] = node.timed or any(in_order(view.node) for view in node.args)
     return memo[key]
 
 

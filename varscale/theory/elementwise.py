@@ -111,7 +111,6 @@ class Sum(Node):
 
     @property
     def is_centred(self) -> bool:
-        """Whether a mean is among its terms: it is an array less its own mean."""
         return any(view.node.averages for view in self.args)
 
     @functools.cached_property

@@ -29,8 +29,9 @@ import numpy as np
 
 from varscale.theory.elementwise import Apply, Sum, roots
 from varscale.theory.graph import Constant, Leaf, Node, View
+from varscale.theory.hermite import WEIGHTS
 from varscale.theory.provenance import doubt_of
-from varscale.theory.quadrature import WEIGHTS, Environment, concentrated, evaluate
+from varscale.theory.quadrature import Environment, concentrated, evaluate
 from varscale.theory.responses import responses
 from varscale.theory.spread import Spread, answers, inherited, kernel, shared
 

@@ -1,7 +1,9 @@
 """Hash-consed lazy nodes: a model's tensors as random arrays that know what they depend on, and their moments when asked.
 
-A node is an array over its axes; an argument of a node is a VIEW, a node and the place in the frame of each of its axes
-(`bind`), so transposes, broadcasts and reshapes are no nodes at all. Two computations of the same thing are the same node.
+A node is an array over its axes. Its arguments are read over one FRAME, a list of axes: the node's own where it is elementwise
+or a sum, those and the contracted ones in a contraction, the argument's where entries are moved or averaged. An argument is a
+VIEW, a node and the place in the frame of each of its axes (`bind`); along the frame's other axes it is constant. So transposes
+and broadcasts are no nodes at all. Two computations of the same thing are the same node.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
 Pullback = Callable[[np.ndarray], np.ndarray]
 _STRIDE = 16  # nodes, each of which may take a dozen calls
 HOWS = ("exact", "quadrature", "sampled", "assumed")
-UNKNOWN = 9.0  # doubt of what may be many times as large
+UNKNOWN = 9.0  # by convention, the doubt of what may be many times as large
 
 
 class View(NamedTuple):
@@ -35,15 +37,22 @@ class View(NamedTuple):
         return View(self.node, tuple(map(outer.__getitem__, self.bind)))
 
     def second(self, frame: Sequence[Axis]) -> np.ndarray:
+        """E[x_i x_j] by type of a pair of places in the frame, (types or 1...)."""
         table = self.node.table
         return lift(table.second, self.node.axes, self.bind, frame, pairs=True)
 
     def mean(self, frame: Sequence[Axis]) -> np.ndarray:
+        """E[x_i] by class of a place in the frame, (classes or 1...)."""
         return lift(self.node.table.mean, self.node.axes, self.bind, frame, pairs=False)
 
 
 class Marked:
-    """What is worked out once: the worst way in which a step was taken, and how far off that may make it."""
+    """What is worked out once, and marked while it is (`Graph.flag`).
+
+    Attributes:
+        flagged: the worst way, in the order of `HOWS`, in which a step of the working was taken; None where none was marked.
+        doubt: a bound on the relative error that those steps may have made.
+    """
 
     flagged: str | None = None
     doubt: float = 0.0
@@ -59,13 +68,16 @@ class Node(Marked):
         axes: its axes, each of size 2 or more.
         args: views of its arguments over its own frame (for a contraction: over a wider one).
         params: what else identifies it.
-        deps: bits of the random leaves it depends on.
-        odd: bits of the zero-mean leaves it is linear in: a product with anything free of one of them has mean zero.
+        deps: the random leaves it depends on, one bit each.
+        odd: the zero-mean leaves it changes sign with, one bit each: a product with anything that does not depend on one of
+            them has mean zero.
         positive: whether it cannot be negative.
         entrywise: whether each entry is made of one entry of every argument, so that what moves entries moves the arguments'.
         moves: whether its entries are entries of its one argument at other places, some of them perhaps left out.
         averages: whether it is the mean of its one argument over the axes `params`.
+        timed: whether it is known by draws along time, which hold more than its moments by type (`draws`).
         shares: whether it is shares that add up to 1, positive but no norm's scale.
+        how: how good its rule is where nothing is marked, one of `HOWS`.
         gradient_doubt: relative error that its pullback may add.
         drawn: its values on the normal grid, where it was drawn and is not to be taken for Gaussian.
     """
@@ -74,6 +86,7 @@ class Node(Marked):
     entrywise: ClassVar[bool] = False
     moves: ClassVar[bool] = False
     averages: ClassVar[bool] = False
+    timed: ClassVar[bool] = False
     shares: ClassVar[bool] = False
     gradient_doubt: float = 0.0
     drawn: np.ndarray | None = None
@@ -104,6 +117,11 @@ class Node(Marked):
         """Second moments, by type, of the cotangents of the arguments, given those of this node's."""
         raise NotImplementedError(type(self).__name__)
 
+    @property
+    def is_centred(self) -> bool:
+        """Whether it is an array less its own mean over some axes: a sum, a mean among its terms."""
+        return False
+
     def rebuilt(self, axes: tuple[Axis, ...], args: Sequence[View]) -> Node:
         """Of an `entrywise` node: the same over other axes and arguments, of which each entry is made as it is here."""
         raise NotImplementedError(type(self).__name__)
@@ -126,6 +144,7 @@ class Node(Marked):
 
     @property
     def table(self) -> Table:
+        """Its moments, worked out when they are first asked for."""
         if self._table is None:
             if not self.graph.computing:
                 for node in far_below(self, lambda n: n._table is not None):
@@ -139,6 +158,7 @@ class Node(Marked):
 
     @functools.cached_property
     def frame_types(self) -> tuple[int, ...]:
+        """The shape of a type array over its axes."""
         return tuple(axis.types for axis in self.axes)
 
     def __repr__(self) -> str:
@@ -226,12 +246,18 @@ class Leaf(Node):
 
     @property
     def name(self) -> tuple[Any, ...]:
+        """What tells it from other leaves; the first entry says of which kind it is."""
         return self.params if isinstance(self.params, tuple) else (self.params,)
 
     @property
     def is_input(self) -> bool:
         """Whether it is an input of the model: other leaves belong to one initialization."""
         return self.name[0] == "input"
+
+    @property
+    def orthonormal(self) -> bool:
+        """Whether its rows or columns are an orthonormal basis, drawn evenly over all of them."""
+        return self.name[0] == "orthonormal"
 
     @property
     def is_bits(self) -> bool:
@@ -263,6 +289,7 @@ class Array(Node):
 
     @property
     def values(self) -> np.ndarray:
+        """The numbers, over its axes."""
         return self.graph.memo["array", self.params]
 
     def prepare(self) -> None:

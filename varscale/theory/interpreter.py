@@ -36,6 +36,7 @@ from varscale.theory.rows import Place, opened
 Rule = Callable[..., Any]
 RULES: dict[str, Rule] = {}
 MOST_FOLDED = 1 << 26  # elements up to which known numbers are computed with rather than described
+_MOST_EVALUATED = 1 << 22  # of which jax computes so many at a time
 
 
 class Opaque:
@@ -228,7 +229,7 @@ class Interpreter:
         """Evaluate an equation whose inputs are all known; None where one is not."""
         if eqn.primitive.name in _NEVER_FOLDED or not all(isinstance(x, Opaque | Value | Complex) for x in ins):
             return None
-        if sum(math.prod(v.aval.shape) for v in eqn.outvars) > 1 << 22:
+        if sum(math.prod(v.aval.shape) for v in eqn.outvars) > _MOST_EVALUATED:
             return None
         numbers = []
         for x, v in zip(ins, eqn.invars, strict=True):

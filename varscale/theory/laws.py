@@ -69,44 +69,62 @@ def _shared(outs: Sequence[Any]) -> set[int]:
 def given_parameters(interpreter: Interpreter, params: Any, shapes: Any, declared: list[Any] | None) -> tuple[Any, list[Any]]:
     """Parameters given as arrays, initializers, variances or `Moments`, in the structure of the model's own where it has one.
 
+    Args:
+        interpreter: what their nodes are made by.
+        params: a tree of them.
+        shapes: the shapes of the model's own parameters, as a tree; None for a plain function, which has none.
+        declared: the laws that its own init draws these from, leaf by leaf: those of a collection that is not given.
+
+    Returns:
+        The shapes, as a tree, and the values, leaf by leaf.
+
     Raises:
         ValueError: the structure or a shape differs, or an array contains NaN.
         TypeError: a leaf is of no known kind.
     """
-    leaf = lambda x: isinstance(x, Moments) or (callable(x) and not hasattr(x, "get_value"))  # noqa: E731
-    if shapes is not None:
-        names = set(shapes) if isinstance(shapes, dict) else set()
-        if "params" in names and not (hasattr(params, "keys") and "params" in set(params.keys())):
-            params = {"params": params}
-        missing = names - set(params.keys()) if names and hasattr(params, "keys") else set()
-        flat_shapes, tree = jax.tree_util.tree_flatten_with_path(shapes)
-        filled = {path_string(p) if p[0] != "params" else "": v for (p, _), v in zip(flat_shapes, declared or [], strict=True)}
-        given = {path_string(p): x for p, x in jax.tree_util.tree_flatten_with_path(params, is_leaf=leaf)[0]}
-        expected = [path_string(p) for p, _ in flat_shapes]
-        absent = [p for p in expected if p not in given and p.split("/")[0] not in missing]
-        extra = [p for p in given if p not in expected]
-        if absent or extra:
-            raise ValueError(f"params must have the model's structure: missing {absent[:4]}, unexpected {extra[:4]}")
-        values = [
-            _given(interpreter, given[path], path, struct) if path in given else filled[path]
-            for path, (_, struct) in zip(expected, flat_shapes, strict=True)
-        ]
-        return shapes, values
-    flat, tree = jax.tree_util.tree_flatten_with_path(params, is_leaf=leaf)
-    values, structs = [], []
-    for path, x in flat:
-        if isinstance(x, Moments):
-            struct = jax.ShapeDtypeStruct(x.shape, jax.numpy.dtype(x.dtype))
-        elif hasattr(x, "shape") and hasattr(x, "dtype"):
-            struct = jax.ShapeDtypeStruct(x.shape, x.dtype)
-        else:
-            raise TypeError(
-                f"params[{path_string(path)!r}] of a plain function must be an array or vs.Moments with a shape, not {x!r}; "
-                "or give params as a function of a key"
-            )
-        structs.append(struct)
-        values.append(_given(interpreter, x, path_string(path), struct))
-    return jax.tree_util.tree_unflatten(tree, structs), values
+    if shapes is None:
+        flat, tree = jax.tree_util.tree_flatten_with_path(params, is_leaf=_is_law)
+        structs = [_described(x, path_string(path)) for path, x in flat]
+        values = [_given(interpreter, x, path_string(path), struct) for (path, x), struct in zip(flat, structs, strict=True)]
+        return jax.tree_util.tree_unflatten(tree, structs), values
+    names = set(shapes) if isinstance(shapes, dict) else set()
+    if "params" in names and not (hasattr(params, "keys") and "params" in set(params.keys())):
+        params = {"params": params}
+    missing = names - set(params.keys()) if names and hasattr(params, "keys") else set()
+    flat_shapes, _ = jax.tree_util.tree_flatten_with_path(shapes)
+    filled = {path_string(p): v for (p, _), v in zip(flat_shapes, declared or [], strict=True)}
+    given = {path_string(p): x for p, x in jax.tree_util.tree_flatten_with_path(params, is_leaf=_is_law)[0]}
+    expected = [path_string(p) for p, _ in flat_shapes]
+    absent = [p for p in expected if p not in given and p.split("/")[0] not in missing]
+    extra = [p for p in given if p not in expected]
+    if absent or extra:
+        raise ValueError(f"params must have the model's structure: missing {absent[:4]}, unexpected {extra[:4]}")
+    values = [
+        _given(interpreter, given[path], path, struct) if path in given else filled[path]
+        for path, (_, struct) in zip(expected, flat_shapes, strict=True)
+    ]
+    return shapes, values
+
+
+def _is_law(x: Any) -> bool:
+    """Whether it is one leaf of a tree of parameters, though jax may not take it for one: `Moments`, an initializer."""
+    return isinstance(x, Moments) or (callable(x) and not hasattr(x, "get_value"))
+
+
+def _described(x: Any, path: str) -> jax.ShapeDtypeStruct:
+    """The shape of a plain function's parameter.
+
+    Raises:
+        TypeError: it does not tell.
+    """
+    if isinstance(x, Moments):
+        return jax.ShapeDtypeStruct(x.shape, jax.numpy.dtype(x.dtype))
+    if hasattr(x, "shape") and hasattr(x, "dtype"):
+        return jax.ShapeDtypeStruct(x.shape, x.dtype)
+    raise TypeError(
+        f"params[{path!r}] of a plain function must be an array or vs.Moments with a shape, not {x!r}; or give params as a "
+        "function of a key"
+    )
 
 
 def _given(interpreter: Interpreter, x: Any, path: str, struct: Any) -> Any:

@@ -34,6 +34,7 @@ class Value:
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """The tensor's shape."""
         return tuple(math.prod(atom.size for atom in dim) for dim in self.dims)
 
     @property

@@ -1,4 +1,7 @@
-"""Mean-field theory of wide fully connected networks: fixed points, phases, depth scales, and where the edge of chaos lies."""
+"""Mean-field theory of wide fully connected networks: fixed points, phases, depth scales, and where the edge of chaos lies.
+
+In the limit of infinite width (Poole et al. 2016; Schoenholz et al. 2017; on the edge itself Hayou et al. 2019).
+"""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
 r"""Sums of few terms whose variance a norm has fixed: a depthwise convolution behind a batch norm.
 
 Given its weights, such a sum y = Σ w_k x_k keeps some of the shape of its terms: its excess kurtosis is theirs times
-Σ w⁴/(Σ w²)², about κ_w/(n + κ_w − 1) over n terms. To first order in it (Gram and Charlier), with the Hermite coefficients a_k
-of f²,
+Σ w⁴/(Σ w²)², about κ_w/(n + κ_w − 1) over n terms of weights of kurtosis κ_w. That takes the terms x_k for independent of each
+other and of one law: neighbours of a picture are alike, and their sum keeps more of their shape. To first order in it (the
+Gram-Charlier series of type A), with the Hermite coefficients a_k of f²,
 
     E[f(y)²] = a_0 + excess · a_4 / √24.
 
@@ -17,9 +18,10 @@ import math
 
 import numpy as np
 
-from varscale.theory.elementwise import Apply, Sum, roots
+from varscale.theory.elementwise import Apply, roots
 from varscale.theory.graph import Leaf, Node, View
-from varscale.theory.quadrature import HERMITE, WEIGHTS, Environment, concentrated, evaluate, factors
+from varscale.theory.hermite import HERMITE, WEIGHTS
+from varscale.theory.quadrature import Environment, concentrated, evaluate, factors
 from varscale.theory.responses import companions
 
 _FEW = 64  # terms; the excess of more is below a twentieth of theirs
@@ -29,8 +31,9 @@ def shape_shift(node: Apply) -> tuple[float, float]:
     """How a function of normalised narrow sums differs from that of Gaussian ones, for which they are taken.
 
     Returns:
-        The relative shift of its second moment, and what is in doubt: half as much again; all of it behind a norm over units
-        that read different inputs (a layer norm of depthwise sums), where one order of the expansion is not enough.
+        The relative shift of its second moment, and what is in doubt. That is half as much again for the next
+        orders (set on the validation grid, not derived); all of it behind a norm over units that read different inputs (a layer
+        norm of depthwise sums), where one order of the expansion is not enough.
     """
     shift, doubt = 0.0, 0.0
     for main, *scales in companions(node).values():
@@ -56,7 +59,7 @@ def _reads_apart(node: Node) -> bool:
 def _centred_of(view: View) -> View:
     """What an array less its own mean is made from."""
     node = view.node
-    if isinstance(node, Sum) and node.is_centred:
+    if node.is_centred:
         shares = [c * c * term.node.table.mean_square for c, term in zip(node.params, node.args, strict=True)]
         return node.args[int(np.argmax(shares))].within(view.bind)
     return view

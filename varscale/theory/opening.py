@@ -13,7 +13,7 @@ from varscale.theory.quadrature import CONCENTRATED, marginal
 
 Variable = tuple[int, tuple[int, ...]]
 MOST_OPENED = 6  # variables, beyond which points in twice as many dimensions are too few: the sums stay closed, in doubt
-_CLOSED_DOUBT = 0.3  # of a sum of two rectified normals times one of them, taken as jointly Gaussian: a quarter
+_CLOSED_DOUBT = 0.3  # of (relu a + relu b)·a with its sum taken as jointly Gaussian with a: computed here, a quarter
 
 
 def roots_of(views: Iterable[View]) -> dict[Variable, View]:

@@ -1,4 +1,4 @@
-"""What has an order in time: moments by type are averages over pairs of steps; here are those that draws tell more closely."""
+"""What is known by draws, and so in its order in time: moments by type are averages over pairs of steps, draws tell more."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float
 
-from varscale.theory.axes import Axis
+from varscale.theory.axes import Axis, grouped
 from varscale.theory.draws import TERMS, Drawing, Positions, applies_weights, chosen, evenly, in_order, operands, reduced
 from varscale.theory.graph import Node, View
 from varscale.theory.moments import Table, estimate, lift
@@ -17,7 +17,8 @@ _POOLED = 2_000_000  # numbers that moments by type are estimated from
 _REPLICATES = 16  # draws that correlations are estimated from
 _MOST_PAIRED, _FEW_PAIRED = 256, 3  # positions of the longest axis, and of the others, that are paired
 _GROUPS = 8  # of draws, for the standard error of a cross-moment
-SCORES = 4.0  # standard errors within which a mean is taken for zero
+_SCORES = 4.0  # standard errors that a mean is trusted to; within them it is taken for zero
+_LEVEL = 0.02  # positions whose second moments differ by less, relatively, are one class
 
 
 def pooled(numbers: np.ndarray, axes: Sequence[Axis], positions: Sequence[np.ndarray]) -> Table:
@@ -32,6 +33,26 @@ def pooled(numbers: np.ndarray, axes: Sequence[Axis], positions: Sequence[np.nda
     return Table(tuple(axes), whole.mean.reshape(whole.mean.shape[1:]), whole.second[0])
 
 
+def table_of_draws(node: Node, numbers: np.ndarray, positions: Sequence[np.ndarray]) -> Table:
+    """The table of a node that was drawn, (replicates, positions...); it is flagged with the error of so many draws.
+
+    A mean that may be zero by its standard error is: a loop changes sign with its weights unless something breaks that.
+    """
+    table, within = pooled(numbers, node.axes, positions), tuple(range(1, numbers.ndim))
+    squares = np.mean(numbers.astype(float) ** 2, axis=within)
+    node.graph.flag("sampled", _SCORES * float(squares.std() / max(squares.mean(), 1e-300)) / math.sqrt(len(squares)))
+    means = numbers.mean(axis=within)
+    if abs(means.mean()) < _SCORES * means.std() / math.sqrt(len(means)):
+        return Table(table.axes, np.zeros_like(table.mean), table.second)
+    return table
+
+
+def by_level(squares: Float[np.ndarray, "size arrays"]) -> Axis:
+    """Positions classed by the second moments that some arrays have there, on a logarithmic scale down to a thousandth."""
+    levels = np.log(np.maximum(squares, 1e-30) / np.maximum(squares.max(axis=0), 1e-30) + 1e-3)
+    return grouped(np.round(levels / _LEVEL) * _LEVEL)
+
+
 def cross_moments(
     x: Float[np.ndarray, "..."], y: Float[np.ndarray, "..."], axes: Sequence[Axis], positions: Positions
 ) -> Float[np.ndarray, "..."]:
@@ -43,7 +64,7 @@ def cross_moments(
         found.append((both - first - second) / 2)
     mean, error = np.mean(found, axis=0), np.std(found, axis=0) / math.sqrt(_GROUPS)
     # Most loops change sign with weights that what else there is does not have.
-    return np.where(np.abs(mean) > SCORES * error, mean, 0.0)
+    return np.where(np.abs(mean) > _SCORES * error, mean, 0.0)
 
 
 def crossed(a: View, b: View, frame: Sequence[Axis]) -> Float[np.ndarray, "..."] | None:

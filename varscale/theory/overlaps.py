@@ -19,7 +19,7 @@ from varscale.theory.axes import Axis, contract_axis
 from varscale.theory.derivatives import derivative
 from varscale.theory.elementwise import Apply, Sum, roots
 from varscale.theory.graph import Node, View
-from varscale.theory.rearranged import Merge, Permute, Rearranged
+from varscale.theory.rearranged import Rearranged
 
 Amplitudes = Mapping[object, float]
 Rule = Callable[[Sequence[Amplitudes]], Amplitudes]
@@ -114,7 +114,7 @@ def _sources(x: Tokens) -> tuple[list[Tokens], Rule]:
 
     node = x.node
     if isinstance(node, Rearranged):
-        inner = _rearranged(x)
+        inner = _rearranged(x, node)
         # Some of the factors of features have more of their own than all.
         return [inner], lambda parts: weighted([1.0], parts, x, 1 / x.count - 1 / inner.count)
     if isinstance(node, Concat) and node.params[0] in x.tokens:
@@ -138,20 +138,9 @@ def _sources(x: Tokens) -> tuple[list[Tokens], Rule]:
     return [], lambda _: white(x)
 
 
-def _rearranged(x: Tokens) -> Tokens:
+def _rearranged(x: Tokens, node: Rearranged) -> Tokens:
     """The same tokens before their axes were put in another order, together or apart."""
-    node, inner = x.node, x.node.args[0].node
-
-    def before(k: int) -> list[int]:
-        if isinstance(node, Permute):
-            return [node.params[k]]
-        if isinstance(node, Merge):
-            first, count = node.params
-            return list(range(first, first + count)) if k == first else [k if k < first else k + count - 1]
-        first, sizes = node.params
-        return [k if k < first else max(first, k - len(sizes) + 1)]
-
-    return Tokens(inner, *(tuple(sorted({j for k in axes for j in before(k)})) for axes in x[1:]))
+    return Tokens(node.args[0].node, *(tuple(sorted({j for k in axes for j in node.before(k)})) for axes in x[1:]))
 
 
 def white(x: Tokens) -> Amplitudes:

@@ -8,17 +8,14 @@ from typing import NamedTuple
 import numpy as np
 
 from varscale.theory.axes import Axis
-from varscale.theory.cross import cross, dependent
+from varscale.theory.cross import cross, dependent, mean_product
 from varscale.theory.elementwise import Apply
 from varscale.theory.graph import Array, Node, View
+from varscale.theory.hermite import DEGREE, HERMITE, WEIGHTS, Z, power_series, sobol, tail
 from varscale.theory.moments import lift, means_by_type
 from varscale.theory.opening import Variable, apart, roots_of
 from varscale.theory.quadrature import (
-    DEGREE,
-    HERMITE,
-    WEIGHTS,
     Environment,
-    Z,
     by_type,
     concentrated,
     evaluate,
@@ -30,13 +27,12 @@ from varscale.theory.quadrature import (
     likeness,
     marginal,
     placed,
-    power_series,
-    sobol,
-    tail,
 )
 from varscale.theory.windows import scatter
 
-MOST_VARIABLES = 5
+MOST_VARIABLES = 5  # roots of one cubature: points in twice as many dimensions are too few for more
+# Set on the validation grid, not derived: of a cubature over more variables than that.
+_CROWDED_DOUBT = 0.3
 _NEGLIGIBLE = 1e-12  # what rounding leaves of a series that has converged
 _INDEPENDENT = 1e-3  # correlation below which two roots are taken for independent
 
@@ -127,19 +123,16 @@ def _groups(f: list[View], g: list[View], frame: Sequence[Axis]) -> tuple[list[_
 
 
 def _correlated(a: View, b: View, frame: Sequence[Axis]) -> bool:
+    """Whether two roots are correlated by more than is worth a cubature, anywhere in the frame."""
     if not dependent(a.node, b.node):
         return False
     sa, sb = marginal(a.node).deviation, marginal(b.node).deviation
-    covariance = cross(a, b, frame) - _means(a, b, frame)
+    covariance = cross(a, b, frame) - mean_product(a, b, frame)
     return bool(np.max(np.abs(covariance)) > _INDEPENDENT * sa.max() * sb.max() + 1e-300)
 
 
-def _means(a: View, b: View, frame: Sequence[Axis]) -> np.ndarray:
-    ma, mb = a.mean(frame), b.mean(frame)
-    return by_type(ma, frame, second=False) * by_type(mb, frame, second=True)
-
-
 def _product(xs: list[View], frame: Sequence[Axis], env: Environment) -> np.ndarray:
+    """The product of factors of one root at most, on its grid, (classes or 1..., points or 1)."""
     out = np.ones((1,) * (len(frame) + 1))
     for x in xs:
         out = out * evaluate(x, frame, env)
@@ -163,7 +156,7 @@ def product_moments(view: View, frame: Sequence[Axis]) -> tuple[np.ndarray, np.n
 
 
 def _of_one_root(group: _Group, frame: Sequence[Axis], fixed: Environment) -> tuple[np.ndarray, np.ndarray]:
-    """Mean by class and second moments by type of a group with one root at most."""
+    """Means by class, (classes or 1...), and second moments by type, (types or 1...), of a group with one root at most."""
 
     def integrated() -> tuple[np.ndarray, _Series]:
         values = _product(group.f, frame, group.known(fixed))
@@ -295,6 +288,7 @@ def two_roots(f: View, a: View, g: View, b: View, frame: Sequence[Axis], fixed: 
 
 
 def _pairwise(group: _Group, frame: Sequence[Axis], fixed: Environment) -> np.ndarray:
+    """E[f_i g_j] by type of a group of several roots: one series where f and g have one root each, else a cubature."""
     fv, gv = roots_of(group.f), roots_of(group.g)
     fv = {k: v for k, v in fv.items() if k not in fixed}
     gv = {k: v for k, v in gv.items() if k not in fixed}
@@ -322,7 +316,7 @@ def _cubature(group: _Group, frame: Sequence[Axis], fixed: Environment) -> tuple
     views = [variables[k] for k in keys]
     graph = views[0].node.graph
     if len(keys) > MOST_VARIABLES:
-        graph.flag("assumed", 0.3)
+        graph.flag("assumed", _CROWDED_DOUBT)
     k = len(keys)
     types, classes = [a.types for a in frame], [a.classes for a in frame]
     rho = np.empty((*types, k, k))

@@ -1,4 +1,10 @@
-"""How a node's second moment was obtained, and how far off it may be: the steps that led to it, and what they pass on."""
+"""How a node's second moment was obtained, and how far off it may be: the steps that led to it, and what they pass on.
+
+A doubt is a relative error of a second moment. Most are derived where they are flagged, as what the next term of an expansion
+would add, or as the error of so many draws. Those that are not are constants of which it is said, beside each: "Set on the
+validation grid, not derived". The grid is that of `experiments/benchmarks/accuracy.py`; they were chosen so that no row of it
+lies outside its confidence.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +17,13 @@ from varscale.theory.quadrature import concentrated
 from varscale.theory.responses import responses
 from varscale.theory.spread import full
 
-# Where every rule is exact, rounding of a kink's cell, finitely many units of second order, and a norm's epsilon are left.
+# Set on the validation grid, not derived, both: what is left where every rule is exact (the cell of a kink, second order
+# in 1/width, a norm's epsilon).
 _BASE = 0.02
-_NO_BOUND = 1e3  # a relative error above which there is no bound at all
-# Of the variance v of ln(mean square), as v (1 + v): what is not lognormal in it. Set on the validation grid and on nets of
-# width 64, beside what two laws of a layer's scale differ by (`scales`).
+# Of the variance v of ln(mean square), as v (1 + v): what is not lognormal in it, beside what two laws of a layer's scale
+# differ by (`scales`). Set on nets of width 64, too.
 _SCATTER = 0.1
+_NO_BOUND = 1e3  # a relative error above which there is no bound at all
 
 
 def provenance(node: Node) -> tuple[str, float]:

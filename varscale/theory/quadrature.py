@@ -3,74 +3,32 @@ r"""Moments of elementwise functions of jointly Gaussian (or Gaussian-copula) ro
 A root is a monotone function T of a standard normal: m + s·z where it is Gaussian, a quantile function where it is not
 (random bits, known numbers, positive averages, sums of few things). A function of one root needs its Hermite coefficients
 a_k in z once; then every type of index pair with latent correlation ρ costs one polynomial, E[f(x_i) g(x_j)] = Σ a_k b_k ρ^k
-(Mehler). Functions of several roots factor into independent groups; what does not factor is integrated by quasi-Monte Carlo.
+(`hermite`). Functions of several roots factor into independent groups; what does not factor is integrated by quasi-Monte Carlo.
+
+That the normals behind roots which are not Gaussian are JOINTLY normal, with the correlations that give the roots theirs, is
+an assumption: the Gaussian copula, as Nataf (1962) takes it. Two moments then say all; nothing is assumed of Gaussian roots.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Hashable, Sequence
 
 import numpy as np
-from jaxtyping import Float
 from scipy import special
 
 from varscale.theory.axes import Axis, apply_axis, class_shares
 from varscale.theory.elementwise import Apply, Sum, form, roots
 from varscale.theory.functions import function
 from varscale.theory.graph import Array, Constant, Graph, Leaf, Node, View
+from varscale.theory.hermite import DEGREE, HERMITE, POINTS, Z, solved
 from varscale.theory.moments import Table, lift
 from varscale.theory.rearranged import Rearranged
 
-# The trapezoidal rule on a Gaussian converges like exp(-2π²/h²): exact to rounding for smooth functions, to h²/12 at a corner.
-# A jump at t that falls inside a cell costs up to h φ(t)/2 of its height: .004 at most (`domains` asks whether that matters).
-# An even number of points keeps 0, where corners lie, in the middle of a cell.
-POINTS = 852
-Z = np.linspace(-8.5, 8.5, POINTS)
-WEIGHTS = np.exp(-(Z**2) / 2)
-WEIGHTS /= WEIGHTS.sum()
-DEGREE = 40
+# Set on the validation grid, not derived: how far below 0 rounding and unlike marginals take an eigenvalue of correlations.
+_INDEFINITE = 0.05
 CONCENTRATED = 1e-3  # variance over squared mean below which any factor counts as a number: the error is a fraction of it
-
-
-def _hermite() -> Float[np.ndarray, "degree points"]:
-    h = [np.ones_like(Z), Z]
-    for k in range(1, DEGREE - 1):
-        h.append((Z * h[k] - math.sqrt(k) * h[k - 1]) / math.sqrt(k + 1))
-    return np.stack(h)
-
-
-HERMITE = (_hermite() * WEIGHTS).T  # values on the grid -> orthonormal Hermite coefficients
-_RHO = np.sin(np.linspace(-np.pi / 2, np.pi / 2, 129))  # correlations, closer together where series turn steeply
-_RHO_POWERS = _RHO[:, None] ** np.arange(DEGREE)
-
-
-def power_series(coefficients: np.ndarray, rho: np.ndarray) -> np.ndarray:
-    """Σ c_k ρ^k, coefficients along the last axis (shapes otherwise broadcast)."""
-    powers = np.empty((coefficients.shape[-1], *np.shape(rho)))
-    powers[0], powers[1:] = 1.0, rho
-    return np.einsum("...k,k...->...", coefficients, np.multiply.accumulate(powers, axis=0))
-
-
-_FALLS = (0.5, 1.5, 2.5)  # of a jump, of a kink, of a jump in the second derivative
-_TAIL_AT = np.concatenate([[0.0], np.geomspace(1e-7, 50, 500)])
-
-
-@functools.cache
-def _tail_table(fall: float) -> Float[np.ndarray, " points"]:
-    """fall ∫ x^{−fall − 1} e^{−yx} dx from 1 on, at x = t^{−1/fall}."""
-    t = (np.arange(4000) + 0.5) / 4000
-    return np.exp(-np.multiply.outer(_TAIL_AT, t ** (-1 / fall))).mean(axis=-1)
-
-
-def tail(rho: np.ndarray, fall: np.ndarray) -> np.ndarray:
-    """Σ c_k ρ^k / Σ c_k over k ≥ DEGREE of coefficients that fall like k^{−fall − 1}; 0 for ρ < 0."""
-    y = -(DEGREE - 0.5) * np.log(np.clip(rho, 1e-300, 1.0))
-    place = np.clip(fall, _FALLS[0], _FALLS[-1]) - _FALLS[0]
-    parts = [np.maximum(1 - np.abs(place - i), 0.0) * np.interp(y, _TAIL_AT, _tail_table(f)) for i, f in enumerate(_FALLS)]
-    return np.where(rho > 0, sum(parts), 0.0)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -137,7 +95,7 @@ def quantiles(root: Node, table: Table, deviation: np.ndarray) -> np.ndarray | N
     if root.drawn is not None:
         return np.broadcast_to(root.drawn, (*table.mean.shape, POINTS))
     if isinstance(root, Array):
-        return _array_quantiles(root)
+        return followed(root, root)
     if root.moves:
         source = root.args[0].node  # other places, the same law
         if all(a.classes == 1 for a in source.axes) and isinstance(source, Leaf | Array | Rearranged):
@@ -153,10 +111,6 @@ def quantiles(root: Node, table: Table, deviation: np.ndarray) -> np.ndarray | N
         spread = np.sqrt(np.log1p(np.square(deviation / table.mean)))[..., None]
         return table.mean[..., None] * np.exp(spread * Z - spread**2 / 2)
     return None
-
-
-def _array_quantiles(root: Array) -> np.ndarray:
-    return followed(root, root)
 
 
 def followed(array: Array, leader: Array) -> np.ndarray:
@@ -180,7 +134,14 @@ def by_type(x: np.ndarray, axes: Sequence[Axis], *, second: bool) -> np.ndarray:
 
 
 def latent(table: Table, deviation: np.ndarray, values: np.ndarray | None, *, lognormal: bool) -> np.ndarray:
-    """The correlation of the underlying normals that gives each type its covariance (Nataf); 1 where i = j."""
+    """Correlations of the normals behind a root, by type: those that give it its covariance (Nataf 1962); 1 where i = j.
+
+    Args:
+        table: the root's moments.
+        deviation: its standard deviations by class.
+        values: its values on the normal grid, (classes..., points); None where it is Gaussian.
+        lognormal: whether it is lognormal, for which there is a closed form.
+    """
     axes, covariance = table.axes, table.covariance
     if lognormal:
         scale = np.sqrt(np.log1p(np.square(deviation / table.mean)))
@@ -194,14 +155,14 @@ def latent(table: Table, deviation: np.ndarray, values: np.ndarray | None, *, lo
         a[..., 0] = 0
         ai, aj = by_type(a, axes, second=False), by_type(a, axes, second=True)
         whole = np.sqrt(np.sum(ai**2, -1) * np.sum(aj**2, -1))
-        rho = _solved(ai * aj / np.maximum(whole, 1e-300)[..., None], rho)
+        rho = solved(ai * aj / np.maximum(whole, 1e-300)[..., None], rho)
     rho = np.array(np.broadcast_to(rho, [a.types for a in axes]))
     rho[tuple(slice(0, a.classes) for a in axes)] = 1.0
     return rho
 
 
 def latent_cross(a: View, b: View, frame: Sequence[Axis]) -> np.ndarray:
-    """Likewise of the normals behind two different roots, from their cross-moments, by type of the frame."""
+    """`latent` of two different roots, from their cross-moments: correlations by type of the frame, (types or 1...)."""
     from varscale.theory.cross import cross, mean_product
 
     covariance = cross(a, b, frame) - mean_product(a, b, frame)
@@ -216,7 +177,7 @@ def latent_cross(a: View, b: View, frame: Sequence[Axis]) -> np.ndarray:
         return rho
     ai, bj = (np.where(np.arange(line.shape[-1]) > 0, line, 0.0) for line in lines)
     whole = np.sqrt(np.sum(ai**2, -1) * np.sum(bj**2, -1))
-    return _solved(ai * bj / np.maximum(whole, 1e-300)[..., None], rho)
+    return solved(ai * bj / np.maximum(whole, 1e-300)[..., None], rho)
 
 
 _STRAIGHT_LINE = np.eye(DEGREE)[1]  # Hermite coefficients of a normal
@@ -229,26 +190,6 @@ def factored(rho: np.ndarray, graph: Graph) -> np.ndarray:
     if values[0] < -_INDEFINITE:
         graph.flag("assumed", float(-values[0]))
     return root / np.maximum(np.linalg.norm(root, axis=1, keepdims=True), 1e-300)
-
-
-_INDEFINITE = 0.05  # least eigenvalue of pairwise correlations that rounding and unlike marginals explain
-
-
-def _solved(coefficients: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """ρ with Σ c_k ρ^k = target, for series that rise with ρ: read off a table, then two Newton steps."""
-    target = np.broadcast_to(target, np.broadcast_shapes(target.shape, coefficients.shape[:-1]))
-    coefficients = np.broadcast_to(coefficients, (*target.shape, coefficients.shape[-1]))
-    flat, goals = coefficients.reshape(-1, coefficients.shape[-1]), target.ravel()
-    tables = np.maximum.accumulate(flat @ _RHO_POWERS.T, axis=-1)
-    place = np.clip(np.sum(tables <= goals[:, None], axis=-1) - 1, 0, len(_RHO) - 2)
-    low, high = tables[np.arange(len(place)), place], tables[np.arange(len(place)), place + 1]
-    share = np.clip((goals - low) / np.maximum(high - low, 1e-300), 0.0, 1.0)
-    rho = _RHO[place] + share * (_RHO[place + 1] - _RHO[place])
-    slopes = flat[:, 1:] * np.arange(1, flat.shape[-1])
-    for _ in range(2):
-        slope = np.maximum(power_series(slopes, rho), 1e-3)
-        rho = np.clip(rho - np.clip((power_series(flat, rho) - goals) / slope, -0.02, 0.02), -1.0, 1.0)
-    return rho.reshape(target.shape)
 
 
 Environment = dict[tuple[int, tuple[int, ...]], np.ndarray]
@@ -381,13 +322,3 @@ def elementwise_table(node: Apply) -> Table:
     mean, second = product_moments(view, node.axes)
     classes = [a.classes for a in node.axes]
     return Table(node.axes, np.array(np.broadcast_to(mean, classes)), np.array(np.broadcast_to(second, node.frame_types)))
-
-
-@functools.cache
-def sobol(dimension: int, size: int = 4096) -> Float[np.ndarray, "points dimension"]:
-    """Quasi-random standard normals, antithetic and whitened: linear and quadratic functions are exact."""
-    from scipy.stats import qmc
-
-    z = special.ndtri(np.clip(qmc.Sobol(dimension, scramble=True, rng=0).random(size), 1e-9, 1 - 1e-9))
-    z = np.concatenate([z, -z])
-    return z @ np.linalg.inv(np.linalg.cholesky(z.T @ z / len(z))).T

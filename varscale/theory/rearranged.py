@@ -23,9 +23,17 @@ class Rearranged(Node):
     def prepare(self) -> None:
         self.odd, self.positive = self.args[0].node.odd, self.args[0].node.positive
 
+    def before(self, k: int) -> tuple[int, ...]:
+        """The axes of its argument that axis k is, is made of, or is a factor of."""
+        raise NotImplementedError(type(self).__name__)
+
 
 class Split(Rearranged):
     """One axis as row-major factors; `params` is (axis, sizes). Classes of the whole are theirs, if not too many."""
+
+    def before(self, k: int) -> tuple[int, ...]:
+        first, sizes = self.params
+        return (k if k < first else max(first, k - len(sizes) + 1),)
 
     def _factored(self) -> tuple[int, tuple[Axis, ...], np.ndarray]:
         k, sizes = self.params
@@ -61,7 +69,12 @@ class Split(Rearranged):
 class Merge(Rearranged):
     """Adjacent axes as one, row-major; `params` is (first axis, how many)."""
 
+    def before(self, k: int) -> tuple[int, ...]:
+        first, count = self.params
+        return tuple(range(first, first + count)) if k == first else (k if k < first else k + count - 1,)
+
     def reindex(self, second: np.ndarray) -> np.ndarray:
+        """A type array of the factors, averaged over the pairs of each type of the whole."""
         k, count = self.params
         return merge_types(second, k, self.args[0].node.axes[k : k + count], self.axes[k])
 
@@ -80,12 +93,15 @@ class Merge(Rearranged):
         out = np.take(cotangent, types, axis=k)
         for i, factor in enumerate(factors):
             if factor.classes > 1:
-                out = np.take(out, np.where(np.arange(factor.types) < factor.classes, 0, 1), axis=k + i)
+                out = np.take(out, np.where(factor.agrees, 0, 1), axis=k + i)
         return [out]
 
 
 class Permute(Rearranged):
     """Axes in another order; `params` is the order."""
+
+    def before(self, k: int) -> tuple[int, ...]:
+        return (self.params[k],)
 
     def compute(self) -> Table:
         table = self.args[0].node.table

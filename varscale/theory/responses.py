@@ -11,10 +11,12 @@ from jaxtyping import Float
 from varscale.theory.axes import Axis
 from varscale.theory.elementwise import Apply, roots
 from varscale.theory.graph import Array, Leaf, Node, View
-from varscale.theory.quadrature import CONCENTRATED, WEIGHTS, Environment, concentrated, evaluate, independent_factors, likeness
+from varscale.theory.hermite import WEIGHTS
+from varscale.theory.quadrature import CONCENTRATED, Environment, concentrated, evaluate, independent_factors, likeness
 from varscale.theory.scales import LOG_SCALES
 
 _STEP = 0.1  # relative step in q for the ratio and the curvature
+_STEEPEST = 4.0  # a fourth power's ratio; beyond it E[f²] is next to nothing at q, and the ratio is rounding or an overflow's
 
 
 def companions(node: Node) -> dict[tuple[int, tuple[int, ...]], list[View]]:
@@ -53,7 +55,8 @@ def _responses(node: Node) -> dict[Node, tuple[float, float]]:
         slope = math.log(high / low) / math.log((1 + _STEP) / (1 - _STEP))
         curvature = (high - 2 * middle + low) / _STEP**2 / middle
         s, c = out.get(group[0].node, (0.0, 0.0))
-        out[group[0].node] = (s + float(np.clip(slope, -4, 4)), c + float(np.clip(curvature, -4, 4)))
+        slope, curvature = (float(np.clip(x, -_STEEPEST, _STEEPEST)) for x in (slope, curvature))
+        out[group[0].node] = s + slope, c + curvature
     return out
 
 

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from varscale.theory.quadrature import WEIGHTS, Z
+from varscale.theory.hermite import WEIGHTS, Z
 
 
 class WeightMoments(NamedTuple):

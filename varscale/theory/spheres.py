@@ -11,14 +11,14 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-from scipy import special
 
 from varscale.theory.axes import Axis, contract_axis
 from varscale.theory.elementwise import Apply, Sum
 from varscale.theory.graph import Node, View
-from varscale.theory.moments import means_by_type
+from varscale.theory.hermite import WEIGHTS, Z, sphere_squares
+from varscale.theory.moments import full_types, means_by_type
 from varscale.theory.narrow import held_square
-from varscale.theory.quadrature import WEIGHTS, Z, marginal, placed
+from varscale.theory.quadrature import marginal, placed
 from varscale.theory.responses import companions, responses
 
 _MANY = 2000  # units, from where on a shift is below a thousandth
@@ -30,8 +30,9 @@ def sphere_shift(node: Apply) -> tuple[float, float]:
     """How a function of what a norm puts out differs from that of Gaussian units, for which they are taken.
 
     Returns:
-        The relative shift of its second moment, and what is in doubt: half as much again where units are correlated, as much
-        again where they are not centred, for which the law on the sphere is another.
+        The relative shift of its second moment, and what is in doubt: half as much again where units are correlated (set
+        on the validation grid, not derived), and all of it, in place of the shift, where they are not centred: then the law on
+        the sphere is another.
     """
     shift, doubt = 0.0, 0.0
     for main, *scales in companions(node).values():
@@ -58,21 +59,36 @@ def _is_scale(node: Node) -> bool:
 
 def _dimension(main: View, scale: View) -> tuple[float, bool]:
     """2/r, and whether that is what independent units have."""
-    table = main.node.table
-    rho = np.clip(table.covariance / means_by_type(np.sqrt(np.maximum(table.diagonal, 1e-300)), table.axes), -1, 1) ** 2
-    units = 1
-    for k in reversed(range(len(table.axes))):
-        axis, held = table.axes[k], main.bind[k] in scale.bind
-        rho = contract_axis(rho, k, axis.same if held else axis.any_pair)
-        units *= 1 if held else axis.size
-    dimension = max(1 / max(float(rho), 1e-12), 1.0)
+    units = math.prod(axis.size for axis, place in zip(main.node.axes, main.bind, strict=True) if place not in scale.bind)
+    dimension = max(1 / max(mean_squared_correlation(main.node.table.covariance, main, scale), 1e-12), 1.0)
     return dimension, dimension > 0.9 * (units - 1)
+
+
+def mean_squared_correlation(second: np.ndarray, main: View, scale: View) -> float:
+    """The mean of M_ij² / (E[x_i²] E[x_j²]) over the pairs of positions that one norm averages over.
+
+    For jointly Gaussian x, Cov[x_i², x_j²] = 2 C_ij² + 4 m_i m_j C_ij = 2 (E[x_i x_j]² − m_i² m_j²). So a norm's variance v has
+    Var[v]/E[v]² = 2 (this of E[x_i x_j] − this of m_i m_j), and 2 (this of C) for x less its mean.
+
+    Args:
+        second: M by type of the root's pairs.
+        main: the root x that is normalised, over a frame.
+        scale: the norm's variance, over the same frame: along the axes that it lacks it is a mean.
+    """
+    table = main.node.table
+    out = (
+        np.clip(full_types(second, table.axes) / means_by_type(np.sqrt(np.maximum(table.diagonal, 1e-300)), table.axes), -1, 1)
+        ** 2
+    )
+    for k in reversed(range(len(table.axes))):
+        axis = table.axes[k]
+        out = contract_axis(out, k, axis.same if main.bind[k] in scale.bind else axis.any_pair)
+    return float(out)
 
 
 def _line(main: View, dimension: float, frame: Sequence[Axis]) -> np.ndarray:
     """Values of a root whose normalised coordinates lie on a sphere, over its frame's classes and the normal grid."""
-    beta = special.betaincinv(0.5, (dimension - 1) / 2, np.abs(2 * special.ndtr(Z) - 1)) if dimension > 1 + 1e-6 else 1.0
-    coordinates = np.sign(Z) * np.sqrt(dimension * beta)
+    coordinates = np.sign(Z) * np.sqrt(sphere_squares(dimension))
     coordinates = coordinates / math.sqrt(float(coordinates**2 @ WEIGHTS))
     own = marginal(main.node)
     return placed(own.mean[..., None] + own.deviation[..., None] * coordinates, main, frame)

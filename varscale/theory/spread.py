@@ -6,6 +6,9 @@ second moment q; where f's second moment curves in q, the mean itself shifts, by
 
     ReLU at width n: s = 1, fresh (E f⁴/E[f²]² − 1)/n = 5/n a layer: ln of the norm drifts by −5/(2n)
     a layer, though its mean is kept.
+
+That the logarithm is normal, with a variance that adds up layer by layer, is a theorem for products of random matrices and for
+gradients of ReLU nets (Hanin & Nica 2020); elsewhere it is assumed.
 """
 
 from __future__ import annotations
@@ -17,28 +20,19 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from varscale.theory.axes import Axis, apply_axis
+from varscale.theory.axes import Axis, pool
 from varscale.theory.elementwise import Apply, Sum, roots
 from varscale.theory.graph import Array, Constant, Leaf, Node, View
+from varscale.theory.hermite import HERMITE, WEIGHTS, power_series
 from varscale.theory.narrow import shape_shift
-from varscale.theory.quadrature import (
-    HERMITE,
-    WEIGHTS,
-    Environment,
-    concentrated,
-    evaluate,
-    factors,
-    independent_factors,
-    likeness,
-    marginal,
-    power_series,
-)
-from varscale.theory.rearranged import Merge, Permute, Rearranged, Split
+from varscale.theory.quadrature import Environment, concentrated, evaluate, factors, independent_factors, likeness, marginal
+from varscale.theory.rearranged import Rearranged
 from varscale.theory.responses import companions, response_curve, responses
 from varscale.theory.scales import Answer, Scale, answer
 from varscale.theory.spheres import sphere_shift
 
 _WIDEST = 4.0  # variance of a logarithm beyond which nothing is known of the law
+_FIRST_ORDER = 0.5  # a shift by more than this share of the mean is none of first order
 _FORGOTTEN = 1e-5  # a ratio below which what fluctuates is not handed on: a norm's, but for its epsilon
 
 
@@ -105,65 +99,34 @@ def kernel(node: Node) -> Spread:
     key = ("kernel", node.id)
     memo = node.graph.memo
     if key not in memo:
-        memo[key] = _kernel(node)
+        memo[key] = handed_on(node)
     return memo[key]
 
 
-def _kernel(node: Node) -> Spread:
-    from varscale.theory.rules.convolution import Conv
-    from varscale.theory.rules.linear import Contract
-    from varscale.theory.rules.over_time import Looped
-    from varscale.theory.rules.reductions import Mean
-    from varscale.theory.rules.running import Running
-    from varscale.theory.rules.units import Softmax
-
-    if isinstance(node, Leaf | Array | Constant | Softmax) or not node.args:
-        return NONE
-    if isinstance(node, Contract):
-        parts = []
-        for view in node.args:
-            summed = [k for k, b in enumerate(view.bind) if b >= len(node.axes)]
-            parts.append((1.0, _averaged(view.node, summed)))
-        spread = combine(parts)
-        for mine, other in (node.args, node.args[::-1]):
-            units = math.prod(axis.size for k, axis in enumerate(node.axes) if k in mine.bind and k not in other.bind)
-            spread = _with_own_weights(spread, node, mine, other.node, node.width, units)
-        return spread
-    if isinstance(node, Conv):
-        x = node.args[0].node
-        _, windows, xd, _, _ = node.params
-        taps = math.prod(w.taps for w in windows)
-        channels = 1 if xd[1] is None else x.axes[xd[1]].size
-        summed = [k for k in xd[1:2] if k is not None]
-        spread = combine([(1.0, _averaged(x, summed, taps))])
-        units = 1 if node.params[4][1] is None else node.axes[node.params[4][1]].size
-        out = _with_own_weights(spread, node, node.args[1], x, taps * channels / node.params[0], units)
-        return dataclasses.replace(out, shape=out.shape + _of_a_group(x, summed, node.params[0]) / taps)
-    if isinstance(node, Sum):
-        if node.positive:
-            return combine([(1.0, kernel(node.args[int(np.argmax(node.params))].node))])
-        shares = [c * c * v.node.table.mean_square for c, v in zip(node.params, node.args, strict=True)]
-        whole = sum(shares)
-        # A centred array is its own scale; independent terms share the variance.
-        main = int(np.argmax(shares))
-        if _is_centred(node):
-            return inherited(node.args[main].node)
-        return combine([(s / max(whole, 1e-300), inherited(v.node)) for s, v in zip(shares, node.args, strict=True)])
-    if isinstance(node, Mean):
-        inner = node.args[0].node
-        if isinstance(inner, Apply) and inner.params == ("integer_pow", (2,)):
-            return combine([(2.0, full(inner.args[0].node))])
-        return inherited(inner)
-    if isinstance(node, Running):
-        linear_in = next((view.node for view in node.args if view.node.odd & node.odd), None)
-        spread = NONE if linear_in is None else inherited(linear_in)
-        return dataclasses.replace(spread, sources={**spread.sources, ~node.id: math.sqrt(node.fluctuation)})
-    if isinstance(node, Looped):
-        return node.fluctuation
-    return inherited(node.args[0].node)
+@functools.singledispatch
+def handed_on(node: Node) -> Spread:
+    """`kernel` of a kind of node, worked out: of one that is linear in its one argument, what that argument's scale does."""
+    return inherited(node.args[0].node) if node.args else NONE
 
 
-def _with_own_weights(spread: Spread, node: Node, view: View, x: Node, terms: float, units: int) -> Spread:
+@handed_on.register(Leaf | Array | Constant)
+def _(node: Leaf | Array | Constant) -> Spread:
+    return NONE
+
+
+@handed_on.register
+def _(node: Sum) -> Spread:
+    """A centred array is its own scale; independent terms share the variance; a variance goes with the squares in it."""
+    if node.positive:
+        return combine([(1.0, kernel(node.args[int(np.argmax(node.params))].node))])
+    shares = [c * c * v.node.table.mean_square for c, v in zip(node.params, node.args, strict=True)]
+    if node.is_centred:
+        return inherited(node.args[int(np.argmax(shares))].node)
+    whole = max(sum(shares), 1e-300)
+    return combine([(s / whole, inherited(v.node)) for s, v in zip(shares, node.args, strict=True)])
+
+
+def with_own_weights(spread: Spread, node: Node, view: View, x: Node, terms: float, units: int) -> Spread:
     """A unit's weights have a squared norm that varies by (κ − 1)/terms from unit to unit, and is one for all samples.
 
     At one place the sum's fourth moment is 3 (1 + p) for Gaussian weights and inputs whose squares' mean varies by p; others,
@@ -182,7 +145,7 @@ def _with_own_weights(spread: Spread, node: Node, view: View, x: Node, terms: fl
 
 def _left_to_chance(weight: Leaf, terms: float, units: int) -> float:
     """What of a product's mean square is up to the draw: nothing where it turns its input, some where it projects it."""
-    return max(1 - units / terms, 0.0) if weight.name[0] == "orthonormal" else 1.0
+    return max(1 - units / terms, 0.0) if weight.orthonormal else 1.0
 
 
 def _kept_norm(node: Node) -> float:
@@ -190,14 +153,14 @@ def _kept_norm(node: Node) -> float:
     from varscale.theory.rules.linear import Contract, weight_of
 
     weight = weight_of(node) if isinstance(node, Contract) else None
-    if weight is None or weight.name[0] != "orthonormal" or not isinstance(node, Contract):
+    if weight is None or not weight.orthonormal or not isinstance(node, Contract):
         return 0.0
     inputs = [view.bind for view in node.args if not view.node.deps & weight.deps]
     units = math.prod(axis.size for k, axis in enumerate(node.axes) if not any(k in bind for bind in inputs))
     return 1 - _left_to_chance(weight, node.width, units)
 
 
-def _averaged(node: Node, axes: Sequence[int], taps: int = 1) -> Spread:
+def averaged(node: Node, axes: Sequence[int], taps: int = 1) -> Spread:
     """A node's fluctuations when it enters a contraction over these axes (at several taps): what one output sees."""
     from varscale.theory.rules.units import Softmax
 
@@ -210,7 +173,7 @@ def _averaged(node: Node, axes: Sequence[int], taps: int = 1) -> Spread:
     return dataclasses.replace(spread, places=_weighted([(1.0, inherited(node).places), (1.0, units)]))
 
 
-def _of_a_group(node: Node, axes: Sequence[int], groups: int) -> float:
+def of_a_group(node: Node, axes: Sequence[int], groups: int) -> float:
     """By how much more the mean of x² over a group varies than over all n units; the next layer averages over groups again.
 
     A mean of m has what one has, less what all have, times (1/m − 1/n) / (1 − 1/n).
@@ -270,7 +233,7 @@ def answers(node: Apply) -> dict[Node, Answer]:
             spread = kernel(root)
             scale = Scale(1 + spread.shift, spread.point, spread.variance, spread.skew)
             found = answer(scale, slope, curvature, functools.partial(response_curve, node, root))
-            shape = 1 + float(np.clip(curvature * spread.shape / 2, -0.5, 0.5))
+            shape = 1 + float(np.clip(curvature * spread.shape / 2, -_FIRST_ORDER, _FIRST_ORDER))
             memo[key][root] = dataclasses.replace(found, growth=found.growth * shape)
     return memo[key]
 
@@ -311,16 +274,12 @@ def _origin(node: Node) -> int:
             if len(own) != 1:
                 return node.id
             node = own[0]
-        elif _is_centred(node):
+        elif node.is_centred:
             node = max(zip(node.params, node.args, strict=True), key=lambda t: t[0] ** 2 * t[1].node.table.mean_square)[1].node
         elif isinstance(node, Rearranged):
             node = node.args[0].node
         else:
             return node.id
-
-
-def _is_centred(node: Node) -> bool:
-    return isinstance(node, Sum) and node.is_centred
 
 
 def fresh(node: Node, axes: Sequence[int]) -> float:
@@ -370,7 +329,7 @@ def _square_pairs(node: Node) -> np.ndarray:
         a, whole = found[0].copy(), found[1]
         if root.node.id in scales:
             # Normalised: the mean square of the root cannot fluctuate; nor can its mean, where that was taken away.
-            gone = slice(1, 3) if _is_centred(root.node) else slice(2, 3)
+            gone = slice(1, 3) if root.node.is_centred else slice(2, 3)
             whole -= float(np.sum(a[gone] ** 2))
             a[gone] = 0.0
         elif kept := _kept_norm(root.node):
@@ -410,18 +369,10 @@ def _rearranged(node: Node, axes: set[int]) -> tuple[Node, tuple[int, ...]] | No
     """What a split, merged or permuted array was before, and which of its axes these are; None where some are parts of one."""
     if not isinstance(node, Rearranged):
         return None
-    inner, bind = node.args[0]
-    if isinstance(node, Permute):
-        return inner, tuple(k for k, place in enumerate(bind) if place in axes)
-    first, many = (node.params[0], len(node.params[1])) if isinstance(node, Split) else node.params
-    factors, extra = range(first, first + many), many - 1
-    if isinstance(node, Merge):
-        before = {k if k < first else k + extra for k in axes if k != first} | (set(factors) if first in axes else set())
-        return inner, tuple(sorted(before))
-    within = axes.intersection(factors)
-    if len(within) not in (0, many):
+    before = {j for k in axes for j in node.before(k)}
+    if axes != {k for k in range(len(node.axes)) if before.issuperset(node.before(k))}:
         return None
-    return inner, tuple(sorted({k if k < first else k - extra for k in axes - within} | ({first} if within else set())))
+    return node.args[0].node, tuple(sorted(before))
 
 
 def _pooled(root: Node) -> np.ndarray:
@@ -431,8 +382,4 @@ def _pooled(root: Node) -> np.ndarray:
     ordered = order_correlation(root)
     if ordered is not None:
         return ordered
-    rho = marginal(root).correlation
-    for k, axis in enumerate(root.axes):
-        if axis.classes > 1:
-            rho = apply_axis(rho, k, axis.pooling)
-    return rho
+    return pool(marginal(root).correlation, root.axes)

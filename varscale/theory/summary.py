@@ -22,9 +22,10 @@ from varscale.theory.uses import weights
 
 _BAND = 2.5758  # 99 % of a normal
 _WIDEST = 25.0  # of ln(mean square): beyond that a draw can be anything, and the row's confidence says so
-GRADIENT_BASE = 0.05  # gradient independence itself, at width 256
+# Set on the validation grid, not derived, both: of gradient independence itself, at width 256; of a band where first order
+# finds no fluctuation at all, what second order and a norm's epsilon leave.
+GRADIENT_BASE, _ROUNDING = 0.05, 4e-3
 _UNBOUNDED = 1e50  # a mean square that only the large numbers which stand for infinities have
-_ROUNDING = 4e-3  # what second order and a norm's epsilon leave where first order finds no fluctuation at all
 
 
 def summarize(
@@ -42,7 +43,8 @@ def summarize(
     for x in values.values():
         _ = x.node.table
     for x in values.values():
-        settle(x.node)
+        if _is_bounded(x):
+            settle(x.node)
     gradients = _gradients(values) if backward else {}
     rows = tuple(_row(path, kinds[path], x, gradients.get(x.node.id)) for path, x in values.items())
     return Report(rows, weights(interpreter, parameters))
@@ -58,6 +60,11 @@ def _real(interpreter: Interpreter, x: Any) -> Any:
 def _kind(program: Program, path: str) -> str:
     module = re.sub(r"(#\d+|\[.*\]|\.\w+)+$", "", path)
     return program.kinds.get(module, program.kind if module == "" else "array")
+
+
+def _is_bounded(x: Value) -> bool:
+    """Whether its moments are those of numbers, and not of what stands for infinities: those have nothing that fluctuates."""
+    return x.node.table.mean_square < _UNBOUNDED
 
 
 def _unbounded(path: str, kind: str, x: Value) -> Row:
@@ -78,7 +85,7 @@ def _unbounded(path: str, kind: str, x: Value) -> Row:
 
 def _row(path: str, kind: str, x: Value, gradient: tuple[float, float] | None) -> Row:
     table = x.node.table
-    if not table.mean_square < _UNBOUNDED:
+    if not _is_bounded(x):
         return _unbounded(path, kind, x)
     spread = full(x.node)
     mean, second = table.total_mean, table.mean_square * (1 + spread.shift)

@@ -13,20 +13,9 @@ from varscale.theory.axes import Axis
 from varscale.theory.cross import cross, dependent, mean_product
 from varscale.theory.elementwise import Apply, Sum, roots
 from varscale.theory.graph import Constant, View
+from varscale.theory.hermite import POINTS, WEIGHTS, Z, sobol
 from varscale.theory.moments import Table, lift
-from varscale.theory.quadrature import (
-    POINTS,
-    WEIGHTS,
-    Environment,
-    Z,
-    by_type,
-    concentrated,
-    evaluate,
-    factored,
-    latent_cross,
-    marginal,
-    sobol,
-)
+from varscale.theory.quadrature import Environment, by_type, concentrated, evaluate, factored, latent_cross, marginal
 
 _MOST_CELLS = 9
 _STRAIGHT = 0.995  # share of a term's variance that is linear in a normal, above which the term is as good as Gaussian

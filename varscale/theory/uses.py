@@ -14,6 +14,9 @@ from varscale.theory.rules.convolution import Conv
 from varscale.theory.rules.gather import Gather
 from varscale.theory.rules.linear import Contract
 
+# E[w⁴]/E[w²]² of the laws that are told by name: a normal one, one truncated at ±2 deviations, a uniform one.
+_KURTOSIS = {"normal": 3.0, "truncated normal": 2.3655, "uniform": 1.8}
+
 
 def _source(node: Node) -> Node:
     """The parameter that a node rearranges; rows looked up in one are no longer it."""
@@ -87,15 +90,7 @@ def weights(interpreter: Interpreter, parameters: Iterable[tuple[str, Any]]) -> 
         steps_taken, steps_in_all = graph.memo.get(("steps", value.node.id), (1, 1))
         times = steps_in_all * math.ceil(len(found) / steps_taken)
         kurtosis = value.node.kurtosis
-        name = (
-            "normal"
-            if abs(kurtosis - 3) < 0.02
-            else "truncated normal"
-            if abs(kurtosis - 2.3655) < 0.02
-            else "uniform"
-            if abs(kurtosis - 1.8) < 0.02
-            else "random"
-        )
+        name = next((name for name, known in _KURTOSIS.items() if abs(kurtosis - known) < 0.02), "random")
         law = f"{name}(std={variance**0.5:.4g})"
         out[path] = Weight(path, value.shape, law, table.total_mean, variance, fan_in, fan_out, times, ratio)
     return out

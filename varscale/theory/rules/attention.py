@@ -29,8 +29,9 @@ from varscale.theory.overlaps import (
 from varscale.theory.responses import companions
 from varscale.theory.rules.units import Softmax
 
-# Set on the validation grid. Of what outputs gain by following their queries: overlaps are known to leading order, to a quarter
-# there. Of what tokens share, which moves by the curvature of what made them times the variance of their overlaps: 3 %.
+# Set on the validation grid, not derived, both. Of what outputs gain by following their queries: overlaps are known to leading
+# order, to a quarter there. Of what tokens share, which moves by the curvature of what made them times the variance of their
+# overlaps: 3 %.
 TILT_DOUBT, SHARED_DOUBT = 0.3, 0.03
 
 

@@ -13,6 +13,7 @@ from varscale.theory.graph import Leaf
 from varscale.theory.interpreter import Complex, Interpreter, Opaque, map_parts, rule
 from varscale.theory.layout import Value
 from varscale.theory.loops import CannotDraw
+from varscale.theory.moments import Table
 from varscale.theory.rules.joining import concatenate
 from varscale.theory.rules.over_time import over_time
 from varscale.theory.rules.structure import take
@@ -100,8 +101,6 @@ def index(interpreter: Interpreter, x: Any, step: int, length: int) -> Any:
             kept = [k for k in range(len(source.axes)) if k != axis]
             part = interpreter.graph.make(Leaf, [source.axes[k] for k in kept], (), ("step", source.id, step))
             second = np.take(source.table.second, 0, axis=axis)
-            from varscale.theory.moments import Table
-
             table = Table(part.axes, np.take(source.table.mean, 0, axis=axis), second)
             part.settle(table, odd=True, kurtosis=source.kurtosis, transport=source.transport)
             place = {k: i for i, k in enumerate(kept)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Sequence
@@ -16,9 +17,14 @@ from varscale.theory.interpreter import Interpreter, rule
 from varscale.theory.layout import Atom, Value
 from varscale.theory.moments import Table
 from varscale.theory.narrow import kurtosis
+from varscale.theory.spread import Spread, averaged, combine, handed_on, of_a_group, with_own_weights
 from varscale.theory.windows import scatter_of
 
 ONE = Axis(1)  # a dimension of size 1: only the type "same"
+
+
+# Set on the validation grid, not derived: of a gradient through sums of n terms, n times this.
+_FEW_TERMS = 1.5
 
 
 class Window(NamedTuple):
@@ -112,7 +118,7 @@ class Conv(Node):
         x, w = (v.node for v in self.args)
         self.odd = (x.odd & ~w.deps) | (w.odd & ~x.deps)
         # A sum of few terms (a depthwise one has nine) is not Gaussian, and its sign follows the channel it reads.
-        self.gradient_doubt = 1.5 / self.width
+        self.gradient_doubt = _FEW_TERMS / self.width
 
     def _axes(self, node: Node, dims: Sequence[int | None]) -> list[Axis]:
         return [ONE if k is None else node.axes[k] for k in dims]
@@ -269,6 +275,19 @@ def _own_part(x: Node, dims: Sequence[int | None]) -> float:
     for k in reversed(range(len(x.axes))):
         common = contract_axis(common, k, x.axes[k].different if k in places else x.axes[k].same)
     return float(np.clip(1 - float(common) / max(x.table.mean_square, 1e-300), 0.0, 1.0)) if places else 1.0
+
+
+@handed_on.register
+def _(node: Conv) -> Spread:
+    x = node.args[0].node
+    groups, windows, xd, _, od = node.params
+    taps = math.prod(w.taps for w in windows)
+    channels = 1 if xd[1] is None else x.axes[xd[1]].size
+    summed = [k for k in xd[1:2] if k is not None]
+    spread = combine([(1.0, averaged(x, summed, taps))])
+    units = 1 if od[1] is None else node.axes[od[1]].size
+    out = with_own_weights(spread, node, node.args[1], x, taps * channels / groups, units)
+    return dataclasses.replace(out, shape=out.shape + of_a_group(x, summed, groups) / taps)
 
 
 @scatter_of.register

@@ -145,7 +145,7 @@ class Gather(Node):
         here = float(np.mean(ids[0] == ids[1]))
         counts = [np.bincount(i, minlength=axis.size).astype(float) for i in ids]
         there = float((counts[0] @ counts[1] - n * here) / (n * (n - 1)))
-        rate = np.where(np.arange(self.axes[index].types) < self.axes[index].classes, here, there)
+        rate = np.where(self.axes[index].agrees, here, there)
         second = np.moveaxis(np.multiply.outer(rate, same) + np.multiply.outer(1 - rate, apart), 0, row)
         bind = [index if k == row else b for k, b in enumerate(self.args[0].bind)]
         return lift(second, [self.axes[k] for k in bind], [a.bind[k] for k in bind], frame, pairs=True)
@@ -184,14 +184,12 @@ class Gather(Node):
         else:
             axes = [self.axes[k] for k in index_axes]
             pairs = functools.reduce(np.multiply.outer, [a.pairs for a in axes], np.array(1.0))
-            rate = self.rates()[np.ix_(*[(np.arange(a.types) >= a.classes).astype(int) for a in axes])]
+            rate = self.rates()[np.ix_(*[(~a.agrees).astype(int) for a in axes])]
             same, other = (
                 np.tensordot(w, cotangent, axes=(range(len(axes)), index_axes))
                 for w in (pairs * rate / rows, pairs * (1 - rate) / max(rows * (rows - 1), 1))
             )
-            own = functools.reduce(
-                np.logical_and.outer, [np.arange(source[k].types) < source[k].classes for k in sorted(row_axes)], np.array(True)
-            )
+            own = functools.reduce(np.logical_and.outer, [source[k].agrees for k in sorted(row_axes)], np.array(True))
             out = np.multiply.outer(own, same) + np.multiply.outer(~own, other)
         # Row axes come first here, then the others in the order of this node's axes; they go where the table has them.
         kept = [k for k in range(len(source)) if k not in row_axes]
@@ -251,32 +249,35 @@ def base_ids(node: Node) -> Node:
 
 @rule("gather")
 def gather(interpreter: Interpreter, eqn: Any, x: Value, ids: Value) -> Any:
+    """One known index is a slice, rows by index are a lookup; what is picked otherwise is sampled."""
     p, shape = eqn.params, eqn.outvars[0].aval.shape
     d = p["dimension_numbers"]
     if x.constant is not None:
         return layout.full(interpreter.graph, x.constant, shape)
-    known = interpreter.concrete(ids)
-    sizes = p["slice_sizes"]
-    collapsed = set(d.collapsed_slice_dims)
+    known, sizes = interpreter.concrete(ids), p["slice_sizes"]
     if known is not None and known.reshape(-1, known.shape[-1]).shape[0] == 1:
         starts = dict(zip(d.start_index_map, known.ravel().astype(int), strict=True))
         for dim, size in enumerate(sizes):
             start = int(np.clip(starts.get(dim, 0), 0, x.shape[dim] - size))
             x = take(x, dim, start, start + size, 1)
         return layout.reshape(x, shape)
-    picked = tuple(d.start_index_map)
-    plain = set(picked) == collapsed and all(
-        s == n for k, (s, n) in enumerate(zip(sizes, x.shape, strict=True)) if k not in collapsed
-    )
-    if not plain or d.operand_batching_dims:
-        from varscale.theory.rules.sampled import sampled
+    collapsed = set(d.collapsed_slice_dims)
+    whole = all(s == n for k, (s, n) in enumerate(zip(sizes, x.shape, strict=True)) if k not in collapsed)
+    if set(d.start_index_map) == collapsed and whole and not d.operand_batching_dims:
+        return _looked_up(interpreter, d, shape, x, ids)
+    from varscale.theory.rules.sampled import sampled
 
-        return sampled(interpreter, eqn, x, ids)
+    return sampled(interpreter, eqn, x, ids)
+
+
+def _looked_up(interpreter: Interpreter, d: Any, shape: Sequence[int], x: Value, ids: Value) -> Value:
+    """Rows of a table, its axes `d.start_index_map`, by index."""
+    known, picked = interpreter.concrete(ids), tuple(d.start_index_map)
     for dim in range(len(x.dims)):
         x = layout.merged(layout.materialize(x, [dim]), dim)
     batch = [k for k in range(len(shape)) if k not in d.offset_dims]
     rows = math.prod(x.shape[k] for k in picked)
-    rates, index_atoms = _index_axes(interpreter, ids, known, [shape[k] for k in batch], rows)
+    rates, index_atoms = _index_axes(ids, known, [shape[k] for k in batch])
     axes: list[Axis] = []
     dims: list[tuple[Atom, ...]] = [()] * len(shape)
     line = known.ravel().astype(int) if known is not None and known.size == max(known.shape) and len(picked) == 1 else None
@@ -293,7 +294,7 @@ def gather(interpreter: Interpreter, eqn: Any, x: Value, ids: Value) -> Any:
     index_axes = tuple(range(len(axes)))
     bind: dict[int, int] = {}
     row_axes: list[int] = []
-    kept = [k for k in range(len(x.dims)) if k not in collapsed]
+    kept = [k for k in range(len(x.dims)) if k not in picked]
     for k, out in zip(kept, d.offset_dims, strict=True):
         if x.dims[k]:
             axis = x.dims[k][0].axis
@@ -334,19 +335,15 @@ def _row_labels(x: Value, d: int, ids: np.ndarray) -> np.ndarray | None:
     return axis.label_array[np.clip(ids, 0, axis.size - 1)]
 
 
-def _index_axes(
-    interpreter: Interpreter, ids: Value, known: np.ndarray | None, shape: Sequence[int], rows: int
-) -> tuple[np.ndarray | None, list[tuple[Atom, ...]]]:
+def _index_axes(ids: Value, known: np.ndarray | None, shape: Sequence[int]) -> tuple[np.ndarray | None, list[tuple[Atom, ...]]]:
     """Repeat rates of the indices (None: unknown, as good as uniform) and the atoms of the batch dimensions."""
     if known is None:
         # Unknown indices differ along the axes they run over, and repeat along those they are broadcast on.
         return None, [tuple(ids.dims[k]) for k in range(len(shape))]
-    del interpreter
     flat = known.reshape(*shape, known.shape[-1])
     _, codes = np.unique(flat.reshape(-1, flat.shape[-1]), axis=0, return_inverse=True)
     codes = codes.reshape([n for n in shape if n > 1])
     atoms: list[tuple[Atom, ...]] = [(Atom(n, 0),) if n > 1 else () for n in shape]
-    del rows
     return repeat_rates(codes), atoms
 
 

@@ -15,17 +15,24 @@ from varscale.theory.graph import Array, Constant, Leaf, Node, View
 from varscale.theory.interpreter import Interpreter, rule
 from varscale.theory.layout import Atom, Value, align, full
 from varscale.theory.locality import unseen_nearness
-from varscale.theory.moments import Table, full_types
+from varscale.theory.moments import Table, full_types, means_by_type
 from varscale.theory.rearranged import Rearranged
+from varscale.theory.spread import Spread, averaged, combine, handed_on, with_own_weights
 
+# Set on the validation grid, not derived, both: of what Wick's pairings add where factors share a root, and so are not jointly
+# Gaussian; the most of that.
+_PAIRED_DOUBT, _MOST_PAIRED = 0.3, 0.5
 _NEAR = 1e-3  # of a mean square, what places share that is not worth a flag
 
 
 class Contract(Node):
     """Σ x·y over the last `len(params)` axes of a frame; `params` is those axes (the frame is this node's axes and them).
 
-    For independent x and y the second moment of a sum of products is exact: over each pair of contracted indices,
-    agreeing or not, the product of both tables. Gaussian: a sum over many of them.
+    For independent x and y second moments are exact: over the types t of the pairs of contracted indices (agreeing or not),
+
+        E[(Σ_a x_ia y_aj) (Σ_b x_i'b y_bj')] = Σ_t (pairs of type t) M_x(i i', t) M_y(t, j j').
+
+    As a sum over many terms it is taken for Gaussian.
     """
 
     def prepare(self) -> None:
@@ -37,6 +44,7 @@ class Contract(Node):
 
     @property
     def frame(self) -> tuple[Axis, ...]:
+        """What its arguments are read over: its own axes, then the contracted ones."""
         return (*self.axes, *self.params)
 
     @property
@@ -71,9 +79,9 @@ class Contract(Node):
 
     def _doubt_nearness(self, square: float) -> None:
         """Of averages over tokens, their likeness in windows that were put together otherwise."""
-        for weights, averaged in (self.args, self.args[::-1]):
-            if weights.node.shares and (near := unseen_nearness(averaged.node)) > _NEAR:
-                self.graph.flag("quadrature", min(near * averaged.node.table.mean_square / max(square, 1e-300), 1.0))
+        for weights, tokens in (self.args, self.args[::-1]):
+            if weights.node.shares and (near := unseen_nearness(tokens.node)) > _NEAR:
+                self.graph.flag("quadrature", min(near * tokens.node.table.mean_square / max(square, 1e-300), 1.0))
 
     def contract(self, second: np.ndarray) -> np.ndarray:
         """Sum a type array of the frame over the contracted axes."""
@@ -96,19 +104,12 @@ class Contract(Node):
         shift = agree
         for axis in reversed(self.params):
             shift = contract_axis(shift, shift.ndim - 1, axis.counts)
-        old = mean
-        mean = mean + shift
-        first, other = old + shift, mean
-        for k, axis in enumerate(self.axes):
-            first, other = np.take(first, axis.first, axis=k), np.take(other, axis.second, axis=k)
-        base_i, base_j = old, old
-        for k, axis in enumerate(self.axes):
-            base_i, base_j = np.take(base_i, axis.first, axis=k), np.take(base_j, axis.second, axis=k)
-        paired = first * other - base_i * base_j + self.contract(both * swapped(both, frame))
+        after = mean + shift
+        paired = means_by_type(after, self.axes) - means_by_type(mean, self.axes) + self.contract(both * swapped(both, frame))
         share = float(np.max(np.abs(paired)) / max(np.max(np.abs(second)), 1e-300))
         if share > 1e-3:  # exact for Gaussian factors; a product of two that share a root is not quite
-            self.graph.flag("assumed", min(0.3 * share, 0.5))
-        return mean, second + paired
+            self.graph.flag("assumed", min(_PAIRED_DOUBT * share, _MOST_PAIRED))
+        return after, second + paired
 
     def _tied(self, x: View, rows: View, mean: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """A table of rows read by the rows it was looked up from: one output in V is the product of a row with itself.
@@ -124,7 +125,7 @@ class Contract(Node):
         table = next(v for v in self.args if v is not x)
         own = math.prod(axis.size for k, axis in enumerate(self.axes) if k in table.bind)
         shift = float(together) * self.width
-        same = [(np.arange(a.types) < a.classes).astype(float) for a in self.axes]
+        same = [a.agrees.astype(float) for a in self.axes]
         return mean + shift / own, second + shift**2 / own * functools.reduce(np.multiply.outer, same, np.array(1.0))
 
     def pullback(self, cotangent: np.ndarray) -> list[np.ndarray | None]:
@@ -167,6 +168,20 @@ class Contract(Node):
                         table = contract_axis(table, d, wide[d].pairs)
                     return table
         return None
+
+
+@handed_on.register
+def _(node: Contract) -> Spread:
+    """Both arguments' scales; and each, where it is weights, what they make of the other."""
+    parts = []
+    for view in node.args:
+        summed = [k for k, b in enumerate(view.bind) if b >= len(node.axes)]
+        parts.append((1.0, averaged(view.node, summed)))
+    spread = combine(parts)
+    for mine, other in (node.args, node.args[::-1]):
+        units = math.prod(axis.size for k, axis in enumerate(node.axes) if k in mine.bind and k not in other.bind)
+        spread = with_own_weights(spread, node, mine, other.node, node.width, units)
+    return spread
 
 
 def weight_of(node: Node) -> Leaf | None:

@@ -13,27 +13,29 @@ import numpy as np
 from scipy import special
 
 from varscale import _compat
-from varscale.theory.axes import Axis, grouped
+from varscale.theory.axes import Axis
 from varscale.theory.draws import evenly, gaussian, picked
 from varscale.theory.graph import Node, View
+from varscale.theory.hermite import POINTS, WEIGHTS, Z
 from varscale.theory.interpreter import Complex, Interpreter, Opaque, parts
 from varscale.theory.layout import Atom, Value, materialize, merged
 from varscale.theory.loops import CannotDraw, Loop, Operand, operand, shrunk
 from varscale.theory.moments import Table, lift
-from varscale.theory.ordered import SCORES, cross_moments, pooled
-from varscale.theory.quadrature import POINTS, WEIGHTS, Z
-from varscale.theory.spread import Spread, combine, full
+from varscale.theory.ordered import by_level, cross_moments, pooled, table_of_draws
+from varscale.theory.spread import Spread, combine, full, handed_on
 
 _MEMORY = 2**28  # bytes of the states that a backward pass keeps
-_LEVEL = 0.02  # steps whose second moments differ by less are one class
-_LOOSE = 0.5  # doubt of a gradient whose order in time is lost on its way from one loop to another
+# Set on the validation grid, not derived, both: of a gradient at sizes smaller than the whole; of one whose order in time is
+# lost on its way from one loop to another.
+_DOUBT, _LOOSE = 0.1, 0.5
 
 
 class Looped(Node):
     """An output of a loop; `params` is (key of the loop, which part, the places in the output of this node's axes)."""
 
     how = "sampled"
-    gradient_doubt = 0.1  # that at the smaller sizes gradients spread as at the whole ones
+    timed = True
+    gradient_doubt = _DOUBT
 
     @property
     def loop(self) -> Loop:
@@ -56,13 +58,7 @@ class Looped(Node):
 
     def compute(self) -> Table:
         positions, numbers = self._layout
-        table = pooled(numbers, self.axes, positions)
-        each = np.mean(numbers.astype(float) ** 2, axis=tuple(range(1, numbers.ndim)))
-        error = float(each.std() / max(each.mean(), 1e-300)) / math.sqrt(len(each))
-        self.graph.flag("sampled", SCORES * error)
-        means = numbers.mean(axis=tuple(range(1, numbers.ndim)))
-        if abs(means.mean()) < SCORES * means.std() / math.sqrt(len(means)):
-            table = Table(table.axes, np.zeros_like(table.mean), table.second)
+        table = table_of_draws(self, numbers, positions)
         self.drawn = self._quantiles()
         return table
 
@@ -173,6 +169,11 @@ class Looped(Node):
         return lift(cross_moments(mine, theirs, self.axes, positions), self.axes, a.bind, frame, pairs=True)
 
 
+@handed_on.register
+def _(node: Looped) -> Spread:
+    return node.fluctuation
+
+
 def _spread_out(numbers: np.ndarray, order: Sequence[int], rank: int) -> np.ndarray:
     """Axes at their places among `rank`, with 1 elsewhere."""
     moved = numbers.transpose(np.argsort(order))
@@ -254,7 +255,7 @@ def _output(graph: Any, loop: Loop, mark: Any, views: Sequence[View], which: int
         shape = merged(materialize(shape, [d]), d)
     lead = [] if length is None else [length]
     numbers = loop.outputs[which]
-    kinds: list[Axis | None] = [None if length == 1 else _time_classes(numbers) for _ in lead]
+    kinds: list[Axis | None] = [None if length == 1 else by_level(_squares_in_time(numbers)) for _ in lead]
     for dim in shape.dims:
         own = next((shape.node.axes[a.axis] for a in dim if a.axis is not None), None)
         kinds.append(own if own is None or loop.sizes.shape([own.size]) == (own.size,) else Axis(own.size))
@@ -265,8 +266,6 @@ def _output(graph: Any, loop: Loop, mark: Any, views: Sequence[View], which: int
     return Value(node, tuple(atoms))
 
 
-def _time_classes(numbers: np.ndarray) -> Axis:
-    """Steps classed by their second moments."""
-    squares = np.mean(numbers.astype(float) ** 2, axis=(0, *range(2, numbers.ndim)))
-    levels = np.log(np.maximum(squares, 1e-30) / max(squares.max(), 1e-30) + 1e-3)
-    return grouped(np.round(levels / _LEVEL)[:, None] * _LEVEL)
+def _squares_in_time(numbers: np.ndarray) -> np.ndarray:
+    """Mean squares step by step, (steps, 1)."""
+    return np.mean(numbers.astype(float) ** 2, axis=(0, *range(2, numbers.ndim)))[:, None]

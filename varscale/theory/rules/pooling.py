@@ -16,7 +16,7 @@ from varscale.theory.layout import Atom, Value
 from varscale.theory.locality import unseen_nearness
 from varscale.theory.moments import Table
 from varscale.theory.rules.convolution import ONE, Window, hits, output_axis, prepared, squeeze_types, tap_means, tap_pairs
-from varscale.theory.rules.reductions import bounded, narrowest, outside, restored
+from varscale.theory.rules.reductions import TIES, bounded, narrowest, outside, restored
 
 
 class WindowSum(Node):
@@ -76,7 +76,7 @@ class WindowMax(WindowSum):
     """
 
     how = "sampled"
-    gradient_doubt = 0.15
+    gradient_doubt = TIES
 
     def prepare(self) -> None:
         self.odd, self.positive = 0, self.args[0].node.positive

@@ -11,11 +11,13 @@ import numpy as np
 from scipy import special
 
 from varscale.theory.axes import Axis
-from varscale.theory.elementwise import Apply
-from varscale.theory.graph import Array, Constant, Leaf, Node
+from varscale.theory.elementwise import Apply, roots
+from varscale.theory.graph import Array, Constant, Leaf, Node, View
+from varscale.theory.hermite import WEIGHTS, Z
 from varscale.theory.interpreter import Interpreter, Opaque, elementwise_or_layout, rule
 from varscale.theory.layout import Atom, Value, full, value
-from varscale.theory.quadrature import WEIGHTS, Z, evaluate
+from varscale.theory.moments import independent
+from varscale.theory.quadrature import evaluate
 
 
 def _uniform_bits(width: int) -> np.ndarray:
@@ -62,8 +64,6 @@ class Law(NamedTuple):
 
 def law(node: Node) -> Law | None:
     """The law of an elementwise function of one random leaf; None for anything else."""
-    from varscale.theory.elementwise import roots
-
     own = roots(node)
     if len(own) != 1:
         return None
@@ -74,8 +74,6 @@ def law(node: Node) -> Law | None:
         return None
     if set(view.bind) != set(range(len(node.axes))):
         return None
-    from varscale.theory.graph import View
-
     # Kernels of one fan-in are drawn by one chain: its moments are taken once.
     key = ("law", _chain(node), base.params[-1])
     memo = node.graph.memo
@@ -111,8 +109,6 @@ def as_weight(interpreter: Interpreter, x: Value) -> Value:
         return x
     mean, square, kurtosis, values = found
     weight = interpreter.graph.make(Leaf, x.node.axes, (), ("weight", x.node.id))
-    from varscale.theory.moments import independent
-
     weight.settle(independent(mean, square, weight.axes), odd=mean == 0, kurtosis=kurtosis, transport=_quantiles(values))
     return Value(weight, x.dims)
 
@@ -123,8 +119,6 @@ def _quantiles(values: bytes | None) -> np.ndarray | None:
 
 def _stacked_weight(interpreter: Interpreter, one: Value, x: Value) -> Value:
     """Independent copies of a weight along a first dimension."""
-    from varscale.theory.moments import independent
-
     assert isinstance(one.node, Leaf)
     axes = (Axis(x.shape[0]), *one.node.axes)
     weight = interpreter.graph.make(Leaf, axes, (), ("weight", x.node.id))

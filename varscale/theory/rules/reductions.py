@@ -14,11 +14,17 @@ from varscale.theory import layout
 from varscale.theory.axes import Axis, apply_axis, contract_axis
 from varscale.theory.elementwise import Apply, Sum, affine, apply, total
 from varscale.theory.graph import Array, Constant, Node, View, array
+from varscale.theory.hermite import Z, sphere_squares
 from varscale.theory.interpreter import Interpreter, rule
 from varscale.theory.layout import Atom, Value
 from varscale.theory.moments import Table
-from varscale.theory.quadrature import Z
 from varscale.theory.rearranged import Split
+from varscale.theory.rules.structure import Take
+from varscale.theory.spread import Spread, combine, full, handed_on, inherited
+
+# Set on the validation grid, not derived, both: of the second moment of a maximum, a factor of e in how many it is over; of the
+# gradient through one, whose largest entry is not independent of what flows back.
+_TAIL, TIES = 0.05, 0.15
 
 
 class Mean(Node):
@@ -50,6 +56,14 @@ class Mean(Node):
     def cross_with(self, a: View, b: View, frame: Sequence[Axis]) -> np.ndarray | None:
         """E[mean(x) y]: where y does not run over the averaged axes, averaging x there changes nothing (projection)."""
         return _cross_mean(a, b, frame)
+
+
+@handed_on.register
+def _(node: Mean) -> Spread:
+    inner = node.args[0].node
+    if isinstance(inner, Apply) and inner.params == ("integer_pow", (2,)):
+        return combine([(2.0, full(inner.args[0].node))])
+    return inherited(inner)
 
 
 def mean_pullback(cotangent: np.ndarray, reduced: Sequence[int], axes: Sequence[Axis]) -> np.ndarray:
@@ -102,7 +116,7 @@ def _cross_mean(a: View, b: View, frame: Sequence[Axis]) -> np.ndarray | None:
 
 def _part_of_averaged(mean: Node, view: View, spare: Sequence[int]) -> View | None:
     """A slice of the axis that is averaged: any other positions would do as well, and so does the mean of all."""
-    if type(view.node).__name__ != "Take":
+    if not isinstance(view.node, Take):
         return None
     source, k = view.node.args[0].node, view.node.params[0]
     one_left = len(view.node.axes) < len(source.axes)
@@ -235,14 +249,14 @@ class Extreme(Node):
     """Maximum (or minimum) over axes; `params` is (axes, sign, count). Sampled: the reduced axes whole, the others two long."""
 
     how = "sampled"
-    gradient_doubt = 0.15
+    gradient_doubt = TIES
 
     def compute(self) -> Table:
         from varscale.theory.rules.sampled import sample_map
 
         axes, sign, count = self.params
         # The larger the set, the more the tail decides; and of what a few numbers decide there is no Gaussian tail.
-        self.graph.flag("sampled", 0.05 * math.log(count) + bounded(count, narrowest(self.args[0].node)))
+        self.graph.flag("sampled", _TAIL * math.log(count) + bounded(count, narrowest(self.args[0].node)))
 
         def reduce(x: np.ndarray) -> np.ndarray:
             return (sign * x).max(axis=tuple(k + 1 for k in axes)) * sign
@@ -287,8 +301,7 @@ def bounded(count: int, width: float) -> float:
         return 0.0
     share = special.ndtr(Z)
     weights = np.diff(share**count, prepend=0.0)
-    coordinate = width * special.betaincinv(0.5, max(width - 1, 1e-3) / 2, np.abs(2 * share - 1))
-    return float(max((weights @ Z**2) / (weights @ coordinate) - 1, 0.0))
+    return float(max((weights @ Z**2) / (weights @ sphere_squares(width)) - 1, 0.0))
 
 
 Steps = list[tuple[str, float, float]]

@@ -16,21 +16,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from varscale.theory.axes import Axis, grouped
+from varscale.theory.axes import Axis
 from varscale.theory.derivatives import derivative
-from varscale.theory.draws import Drawing, chosen, gaussian, reduced
+from varscale.theory.draws import Drawing, chosen, gaussian
 from varscale.theory.elementwise import roots
 from varscale.theory.graph import Array, Leaf, Node, View
 from varscale.theory.interpreter import Complex, Interpreter, parts, rule
 from varscale.theory.layout import Value, align, broadcast_in_dim, materialize, merged
-from varscale.theory.moments import Table, estimate, lift
+from varscale.theory.moments import Table, lift
+from varscale.theory.ordered import by_level, pooled, table_of_draws
 from varscale.theory.prefix_scans import running
+from varscale.theory.spread import NONE, Spread, handed_on, inherited
 
 _BUDGET = 1_000_000  # numbers drawn for one array
 _MOST_REPLICATES = 2048
+# Set on the validation grid, not derived, both: of a gradient through a recurrence; of one whose rates follow its own input.
+_DOUBT, _FOLLOWING_DOUBT = 0.1, 0.3
 _KNOWN = 48  # positions drawn of an axis along which something is known number by number
-_LEVEL = 0.02  # positions whose second moments differ by less are one class
-_SCORES = 4.0  # standard errors within which a mean is taken for zero
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -60,11 +62,8 @@ class Recurrence:
         ]
 
     @property
-    def drawn_axes(self) -> list[Axis]:
-        return [reduced(axis, kept) for axis, kept in zip(self.frame, self.positions, strict=True)]
-
-    @property
     def replicates(self) -> int:
+        """How many draws the budget is enough for."""
         return int(np.clip(_BUDGET / math.prod(len(p) for p in self.positions), 8, _MOST_REPLICATES))
 
     @property
@@ -174,9 +173,11 @@ class Running(Node):
     """An output of an associative scan; `params` is (key of the recurrence, which part, which axes of its frame it has)."""
 
     how = "sampled"
+    timed = True
 
     @property
     def recurrence(self) -> Recurrence:
+        """What it is an output of."""
         return self.graph.memo["recurrence", self.params[0]]
 
     def prepare(self) -> None:
@@ -184,7 +185,7 @@ class Running(Node):
         deps = [view.node.deps for view in self.args]
         shared = any(a & b for a, b in itertools.combinations(deps, 2))
         # Where rates follow the input, what flows back is a product of several things that grow together.
-        self.gradient_doubt = 0.3 if shared else 0.1
+        self.gradient_doubt = _FOLLOWING_DOUBT if shared else _DOUBT
 
     def draws(self) -> np.ndarray | None:
         numbers = np.moveaxis(self._own(self.recurrence.outputs[self.params[1]]), -1, 0)
@@ -193,14 +194,8 @@ class Running(Node):
 
     def compute(self) -> Table:
         numbers = self._own(self.recurrence.outputs[self.params[1]])
-        table = self._pooled(numbers)
-        each = np.mean(numbers**2, axis=tuple(range(numbers.ndim - 1)))
-        error = float(each.std() / max(each.mean(), 1e-300)) / math.sqrt(len(each))
-        self.graph.flag("sampled", _SCORES * error)
-        means = numbers.mean(axis=tuple(range(numbers.ndim - 1)))
-        if self.odd or abs(means.mean()) < _SCORES * means.std() / math.sqrt(len(means)):
-            return Table(table.axes, np.zeros_like(table.mean), table.second)
-        return table
+        table = table_of_draws(self, np.moveaxis(numbers, -1, 0), self._positions)
+        return Table(table.axes, np.zeros_like(table.mean), table.second) if self.odd else table
 
     @functools.cached_property
     def fluctuation(self) -> float:
@@ -225,12 +220,13 @@ class Running(Node):
         kept = self.params[2]
         return numbers[tuple(slice(None) if k in kept else 0 for k in range(numbers.ndim - 1))]
 
-    def _pooled(self, numbers: np.ndarray) -> Table:
-        """Moments by class and type, from the drawn positions."""
-        positions = [self.recurrence.positions[k] for k in self.params[2]]
-        kept = [reduced(axis, p) for axis, p in zip(self.axes, positions, strict=True)]
-        whole = estimate(np.moveaxis(numbers, -1, 0), [Axis(numbers.shape[-1]), *kept])
-        return Table(self.axes, whole.mean.reshape(whole.mean.shape[1:]), whole.second[0])
+    @property
+    def _positions(self) -> list[np.ndarray]:
+        return [self.recurrence.positions[k] for k in self.params[2]]
+
+    def _second(self, numbers: np.ndarray) -> np.ndarray:
+        """Second moments by type of numbers drawn like its own."""
+        return pooled(np.moveaxis(self._own(numbers), -1, 0), self.axes, self._positions).second
 
     def pullback(self, cotangent: np.ndarray) -> list[np.ndarray | None]:
         from varscale.theory.backward import sum_out
@@ -240,11 +236,11 @@ class Running(Node):
         passed = self.recurrence.back(which, np.broadcast_to(cotangent, self.frame_types), self.axes, kept)
         out: list[np.ndarray | None] = []
         for numbers, view in zip(passed, self.args, strict=True):
-            second = self._pooled(self._own(numbers)).second
+            second = self._second(numbers)
             for place, k in enumerate(kept):
                 frame[k] = self.axes[place]
             for k in set(range(len(frame))) - set(kept):  # all that flows back along it was put in at one position
-                types = (np.arange(frame[k].types) < frame[k].classes) / frame[k].size
+                types = frame[k].agrees / frame[k].size
                 second = np.moveaxis(np.multiply.outer(types, second), 0, k)
             out.append(sum_out(second, frame, view))
         return out
@@ -263,9 +259,16 @@ class Running(Node):
             own = View(other, tuple(place[outer] for outer in b.bind))
             *flat, theirs = self.recurrence.draw([*self.recurrence.views, own], self.recurrence.replicates)
             mine = np.asarray(self.recurrence.run(*flat)[self.params[1]], float)
-        mine, theirs = self._own(mine), self._own(np.asarray(theirs, float))
-        both, first, second = (self._pooled(x).second for x in (mine + theirs, mine, theirs))
+        theirs = np.asarray(theirs, float)
+        both, first, second = (self._second(x) for x in (mine + theirs, mine, theirs))
         return lift((both - first - second) / 2, self.axes, a.bind, frame, pairs=True)
+
+
+@handed_on.register
+def _(node: Running) -> Spread:
+    linear_in = next((view.node for view in node.args if view.node.odd & node.odd), None)
+    spread = NONE if linear_in is None else inherited(linear_in)
+    return dataclasses.replace(spread, sources={**spread.sources, ~node.id: math.sqrt(node.fluctuation)})
 
 
 @rule("associative_scan")
@@ -307,6 +310,5 @@ def _classed(recurrence: Recurrence) -> tuple[Axis, ...]:
     k = recurrence.axis
     others = tuple(i for i in range(len(recurrence.frame) + 1) if i != k)
     squares = np.stack([np.mean(x**2, axis=others) for x in recurrence.outputs], axis=1)
-    levels = np.log(np.maximum(squares, 1e-30) / np.maximum(squares.max(axis=0), 1e-30) + 1e-3)
-    own = grouped(np.round(levels / _LEVEL) * _LEVEL)
+    own = by_level(squares)
     return tuple(own if i == k else a for i, a in enumerate(recurrence.frame))

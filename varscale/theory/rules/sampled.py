@@ -9,14 +9,15 @@ from typing import Any
 import numpy as np
 from scipy import special
 
-from varscale.theory.axes import Axis
+from varscale.theory.axes import Axis, pool, refine
 from varscale.theory.draws import gaussian
 from varscale.theory.elementwise import roots
 from varscale.theory.graph import UNKNOWN, Array, Node, View
+from varscale.theory.hermite import Z
 from varscale.theory.interpreter import Interpreter, PredictionError, source
 from varscale.theory.layout import Value, value
 from varscale.theory.moments import Table, estimate
-from varscale.theory.quadrature import Z, evaluate, marginal
+from varscale.theory.quadrature import evaluate, marginal
 
 _BUDGET = 2_000_000  # elements drawn for one node
 _KEEPS_SIGNS = {"sort", "top_k", "cumsum", "cumprod", "cummax", "cummin", "gather", "reduce_prod"}
@@ -33,8 +34,9 @@ def draw(node: Node, sizes: Sequence[int], replicates: int, rng: np.random.Gener
             drawn = np.repeat(numbers[None], replicates, 0)
         else:
             law = marginal(root.node)
-            pooled = _pooled(root.node, law.correlation)
-            latents = gaussian(pooled.second, pooled.axes, [np.arange(n) for n in own], replicates, rng)
+            plain = [Axis(axis.size) for axis in root.node.axes]
+            rho = pool(law.correlation, root.node.axes)
+            latents = gaussian(rho, plain, [np.arange(n) for n in own], replicates, rng)
             line = np.asarray(law.values, float)
             for axis in root.node.axes:
                 line = np.tensordot(axis.counts / axis.size, line, axes=(0, 0))
@@ -47,15 +49,6 @@ def draw(node: Node, sizes: Sequence[int], replicates: int, rng: np.random.Gener
         env[root.node.id, root.bind] = np.moveaxis(drawn, 0, -1)
     out = evaluate(View(node, tuple(range(len(node.axes)))), node.axes, env)
     return np.moveaxis(np.broadcast_to(out, (*sizes, replicates)), -1, 0)
-
-
-def _pooled(root: Node, correlation: np.ndarray) -> Table:
-    """A root's latent correlations with its classes pooled."""
-    for k, axis in enumerate(root.axes):
-        weights = np.stack([axis.same, axis.different])
-        correlation = np.moveaxis(np.tensordot(weights, correlation, axes=(1, k)), 0, k)
-    plain = tuple(Axis(a.size) for a in root.axes)
-    return Table(plain, np.zeros([1] * len(plain)), correlation)
 
 
 def sample_map(
@@ -89,20 +82,19 @@ def pooled_estimate(samples: np.ndarray, axes: Sequence[Axis]) -> Table:
         if k not in keep:
             second = np.repeat(np.expand_dims(second, k), 2, axis=k)
             mean = np.expand_dims(mean, k)
-    classes = [a.classes for a in axes]
-    mean = np.broadcast_to(mean, classes)
-    for k, axis in enumerate(axes):
-        if axis.classes > 1:
-            second = np.take(second, (np.arange(axis.types) >= axis.classes).astype(int), axis=k)
-    return Table(tuple(axes), np.array(mean), second)
+    mean = np.broadcast_to(mean, [a.classes for a in axes])
+    return Table(tuple(axes), np.array(mean), refine(second, axes))
+
+
+# Set on the validation grid, not derived, both: of moments from Gaussian draws of operands; of positions, which may be read.
+_DOUBT, _POSITION_DOUBT = 0.15, 0.5
 
 
 class Sampled(Node):
     """One output of a primitive that has no rule; `params` is (name, which output, key into the graph's store)."""
 
     how = "sampled"
-
-    gradient_doubt = 1.0
+    gradient_doubt = 1.0  # nothing is known of it
 
     def prepare(self) -> None:
         """What is picked from positive numbers, put in order or added up is positive."""
@@ -113,11 +105,11 @@ class Sampled(Node):
         outs = _run(self.graph, eqn, values, self.params)
         if self._is_position():
             # What is done with a position depends on which it is: its own values, not a normal's.
-            self.graph.flag("assumed", 0.5)
+            self.graph.flag("assumed", _POSITION_DOUBT)
             line = np.sort(outs[which].ravel())
             self.drawn = line[np.minimum((special.ndtr(Z) * len(line)).astype(int), len(line) - 1)]
         else:
-            self.graph.flag("sampled", 0.15)
+            self.graph.flag("sampled", _DOUBT)
         if self.graph.memo[_undefined(self.params)] > 0:
             self.graph.flag("assumed", UNKNOWN)  # Gaussian draws are none of what it is defined on (a factorization, say)
         return pooled_estimate(outs[which].reshape(len(outs[which]), *[a.size for a in self.axes]), self.axes)

@@ -22,13 +22,16 @@ from varscale.theory.rules.logits import MASKED
 from varscale.theory.rules.segments import SegmentMax, SegmentSum, as_seen_within
 from varscale.theory.softmax_weights import WeightMoments, weight_moments
 
+# Set on the validation grid, not derived, both: weights and values are projections of one node; some edges are masked besides.
+_SHARED_DOUBT, _MASKED_DOUBT = 0.6, 0.8
+
 
 class SegmentSoftmax(Node):
     """Weights over axis 0; `params` is (key of the segments in the store, whether pairs are those within a segment)."""
 
     how = "quadrature"
     shares = True
-    gradient_doubt = 1.0
+    gradient_doubt = 1.0  # to first order in the logits alone, with no bound on the rest
 
     def prepare(self) -> None:
         self.positive = True
@@ -59,7 +62,7 @@ class SegmentSoftmax(Node):
     def compute(self) -> Table:
         ids = self.graph.memo["segments", self.params[0]][0]
         # What weights and values share (both are projections of one node) is not counted, nor how masked edges are placed.
-        self.graph.flag("assumed", 0.6 if ids.min() >= 0 else 0.8)
+        self.graph.flag("assumed", _SHARED_DOUBT if ids.min() >= 0 else _MASKED_DOUBT)
         sizes = np.array([n for n, _ in self.moments])
         live = sizes > 0
         square = np.array([m.square[0] for _, m in self.moments]) * live

@@ -19,10 +19,11 @@ from scipy import special
 from varscale.theory.axes import MOST_CLASSES, Axis, apply_axis, contract_axis, grouped
 from varscale.theory.elementwise import Apply, apply, roots
 from varscale.theory.graph import Array, Node, View, number
+from varscale.theory.hermite import Z
 from varscale.theory.interpreter import Interpreter, rule
 from varscale.theory.layout import Atom, Value, materialize, merged
 from varscale.theory.moments import Table
-from varscale.theory.quadrature import Z, factors
+from varscale.theory.quadrature import factors
 from varscale.theory.rearranged import permute
 from varscale.theory.rules.neighbours import unseen
 from varscale.theory.rules.reductions import bounded, narrowest, outside, restored
@@ -219,6 +220,10 @@ def _evaluated(node: Node) -> np.ndarray | None:
     return None if any(v is None for v in values) else np.asarray(function(node.params[0], node.params[1])(*values), float)
 
 
+# Set on the validation grid, not derived: of maxima over segments, whose entries are taken for Gaussian.
+_MAXIMUM_DOUBT = 0.1
+
+
 class SegmentMax(Node):
     """Maxima by segment over axis 0, 0 where a segment is empty; `params` is (key of (ids, size) in the store, sign).
 
@@ -227,7 +232,7 @@ class SegmentMax(Node):
     """
 
     how = "sampled"
-    gradient_doubt = 1.0
+    gradient_doubt = 1.0  # by which entry was the largest, nothing is known but that it was one
 
     def compute(self) -> Table:
         ids, size = self.graph.memo["segments", self.params[0]]
@@ -253,12 +258,12 @@ class SegmentMax(Node):
         first, square = (np.array([laws.get(int(d), (0.0, 0.0))[k] for d in degrees]) for k in (0, 1))
         members = np.eye(out.classes)[out.label_array].T / out.counts[:, None]
         mean, second = members @ first, members @ square
-        self.graph.flag("sampled", 0.1 + bounded(int(max(degrees.max(), 1)), narrowest(view.node)))
+        self.graph.flag("sampled", _MAXIMUM_DOUBT + bounded(int(max(degrees.max(), 1)), narrowest(view.node)))
         rest = self.axes[1:]
         correlation = np.clip(table.covariance / max(variance, 1e-300), -1.0, 1.0)
         own = correlation[cell[0]], correlation[types + int(cell[0]) * (types + 1)]
         spread = np.sqrt(np.maximum(second - mean**2, 0.0))
-        same = np.arange(out.types) < out.classes
+        same = out.agrees
         by = lambda v: v[out.first] * v[out.second]  # noqa: E731
         shape = (-1, *[1] * len(rest))
         both = np.where(same.reshape(shape), own[0][None], own[1][None]) * by(spread).reshape(shape)
@@ -270,7 +275,7 @@ class SegmentMax(Node):
         """A cotangent goes to the entry that was the maximum."""
         axis, out = self.args[0].node.axes[0], self.axes[0]
         total = contract_axis(cotangent, 0, out.same) * out.size / axis.size
-        same = (np.arange(axis.types) < axis.classes).astype(float)
+        same = axis.agrees.astype(float)
         return [np.multiply.outer(same, total), None]
 
 

@@ -1,4 +1,4 @@
-"""Structure: what changes places and sizes only. Slices, concatenations and paddings are maps on the classes of one axis."""
+"""Structure: what changes places and sizes only. A slice is a map on the classes of one axis."""
 
 from __future__ import annotations
 
@@ -64,6 +64,7 @@ class Take(Node):
         return Table(self.axes, mean, second)
 
     def types_map(self, new: Axis | None, classes: np.ndarray) -> np.ndarray:
+        """The map from types of the whole axis to those of the slice, (new, old); of one position "the same" alone."""
         return pair_map(classes) if new is not None else pair_map(classes)[:1]
 
     def pullback(self, cotangent: np.ndarray) -> list[np.ndarray | None]:
@@ -338,7 +339,7 @@ class Window(Node):
         k, size, _ = self.params
         axis = self.args[0].node.axes[k]
         expected = self._pairs().mean(axis=0) / np.maximum(axis.pairs, 1e-300)
-        back = np.stack([np.where(np.arange(axis.types) < axis.classes, expected, 0.0), expected], axis=1)
+        back = np.stack([np.where(axis.agrees, expected, 0.0), expected], axis=1)
         back[: axis.classes, 1] = 0.0
         wide = cotangent if size > 1 else np.expand_dims(cotangent, k)
         return [apply_axis(wide, k, back[:, : 1 + (size > 1)])]

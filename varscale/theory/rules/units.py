@@ -14,14 +14,16 @@ from varscale.theory.graph import Array, Node
 from varscale.theory.moments import Table, lift
 from varscale.theory.quadrature import by_type
 from varscale.theory.softmax_weights import WeightMoments, weight_moments
+from varscale.theory.spread import NONE, Spread, handed_on
 
+# Set on the validation grid, not derived, all of these.
 _SHARED_DOUBT, _PLACED_DOUBT = 0.5, 1.5  # of cotangents where weights and values share tokens, whose overlaps are not known
 _OVERLAP_DOUBT = 0.5  # of what overlaps of tokens add, which is known to leading order
 _JACOBIAN_DOUBT, _CLASSED_DOUBT = 0.05, 0.15  # of the rest; where tokens of different places are told apart by class only
 
 
 class Softmax(Node):
-    """Softmax over some axes of its logits; `params` is (axes, digest of the mask or None). Args: logits[, mask]."""
+    """Softmax over some axes of its logits; `params` is those axes. Args: logits[, mask]."""
 
     how = "quadrature"
     shares = True
@@ -30,6 +32,7 @@ class Softmax(Node):
         self.positive = True
 
     def rows(self) -> list[int]:
+        """Its axes but for the keys': samples, heads and queries."""
         return [k for k in range(len(self.axes)) if k not in self.params]
 
     @functools.cached_property
@@ -99,7 +102,10 @@ class Softmax(Node):
 
     @functools.cached_property
     def weights(self) -> WeightMoments:
-        """Weight moments for each class of row, logit variances averaged over what the queries' norms do."""
+        """Weight moments for each class of row, averaged over the variances that queries of different norms give the logits.
+
+        They are normal to leading order, and averages over them by the three-point Gauss-Hermite rule, weights 2/3, 1/6, 1/6.
+        """
         seen, _, _ = self.counts
         rows = self.rows()
         classes = [self.axes[k].classes for k in rows]
@@ -124,7 +130,7 @@ class Softmax(Node):
         return sphere(self)
 
     def _query_spread(self) -> float:
-        """√3 times the relative deviation of the logit variance between queries."""
+        """The step of Gauss and Hermite's three-point rule: √3 relative deviations of the logits' variance between queries."""
         from varscale.theory.rules.attention import scattered
 
         return min(math.sqrt(3.0 * scattered(self)), 0.95)
@@ -139,7 +145,7 @@ class Softmax(Node):
     def own(self) -> np.ndarray:
         """Which types of the rows are a row with itself."""
         axes = [self.axes[k] for k in self.rows()]
-        return functools.reduce(np.logical_and.outer, [np.arange(a.types) < a.classes for a in axes], np.array(True))
+        return functools.reduce(np.logical_and.outer, [a.agrees for a in axes], np.array(True))
 
     @functools.cached_property
     def seen(self) -> np.ndarray:
@@ -271,6 +277,12 @@ class Softmax(Node):
         same = out[(..., *[0] * len(keys))]
         different = np.tensordot(out, pairs / pairs.sum(), axes=len(keys))
         return np.stack([same, different], axis=-1)
+
+
+@handed_on.register
+def _(node: Softmax) -> Spread:
+    """Shares add up to 1 whatever the scale of the logits."""
+    return NONE
 
 
 def apart(second: np.ndarray, counts: np.ndarray) -> np.ndarray:
