@@ -252,3 +252,21 @@ def test_a_tied_embedding_is_used_twice():
 
     weight = predict(Tied(), jax.ShapeDtypeStruct((4, 8), jnp.int32), backward=False).weights["Embed_0/embedding"]
     assert (weight.fan_in, weight.fan_out, weight.uses) == (32, 100, 2)
+
+
+def test_a_stream_may_be_deeper_than_the_stack():
+    """Sums of sums, down to the table of rows that reads the last: their laws and scatters are found without recursion."""
+    draw = lambda key, shape: 0.1 * jax.random.normal(key, shape)  # noqa: E731
+
+    def net(params, ids):
+        x = params["rows"][ids]
+        for weight in params["weights"]:
+            x = x + x @ weight
+        return x / jnp.sqrt(jnp.mean(x**2, axis=-1, keepdims=True)) @ params["rows"].T
+
+    def params(key):
+        keys = jax.random.split(key, 401)
+        return {"rows": draw(keys[0], (50, 16)), "weights": [draw(k, (16, 16)) for k in keys[1:]]}
+
+    report = predict(net, jax.ShapeDtypeStruct((4, 8), jnp.int32), params=params, backward=False)
+    assert report.output.second_moment == pytest.approx(16 * 0.1**2, rel=0.01)  # 50 rows of which one is the stream's own

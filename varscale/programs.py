@@ -89,7 +89,7 @@ def program(model: Any, *, method: str | None = None) -> Program:
     if isinstance(model, nnx.Module):
         if not callable(getattr(model, name, None)):
             raise ValueError(f"method must name a method of {type(model).__name__}, not {method!r}")
-        return _nnx(type(model).__name__, name, *nnx.split(model))
+        return _nnx_instance(model, name)
     if not callable(model) or isinstance(model, type):
         raise TypeError(
             "model must be a linen module, an nnx factory `lambda rngs: Net(..., rngs=rngs)`, an nnx instance "
@@ -184,35 +184,34 @@ def _overheard() -> Iterator[list[str]]:
             setattr(nn.Module, name, answer)
 
 
-def _nnx(kind: str, method: str, graph: Any, parameters: Tree, init: Any = None) -> Program:
+def _nnx(graph: Callable[[], Any], method: str, kinds: dict[str, str]) -> Callable[[Tree, Inputs], tuple[Any, dict[str, Any]]]:
+    """`apply` of the nnx model with this graph, which writes down its modules' classes."""
     from flax import nnx
 
-    kinds: dict[str, str] = {}
+    from varscale.assignments import quick_assignments
 
     def apply(state: Tree, x: Inputs) -> tuple[Any, dict[str, Any]]:
-        for path, module in nnx.iter_modules(nnx.merge(graph, state)):
-            kinds.setdefault("/".join(map(str, path)), type(module).__name__)
         # Captures change the structure of a scan's carry, and names that of blocks that are stacked: then one of the two,
         # or neither, or the model's own error.
         for scoped, captured in ((True, True), (True, False), (False, True)):
-            model = nnx.merge(graph, state)
+            model = nnx.merge(graph(), state)
             run = getattr(model, method)
             try:
-                with _nnx_scopes(model, method) if scoped else contextlib.nullcontext():
+                with quick_assignments(), _nnx_scopes(model, method, kinds) if scoped else contextlib.nullcontext():
                     if not captured:
                         return run(*x.args, **x.kwargs), {}
                     output, found = nnx.capture(run, nnx.Intermediate, method_outputs=nnx.Intermediate)(*x.args, **x.kwargs)
                     return output, _captures(nnx.to_pure_dict(found), method)
             except Exception:
                 continue
-        return getattr(nnx.merge(graph, state), method)(*x.args, **x.kwargs), {}
+        return getattr(nnx.merge(graph(), state), method)(*x.args, **x.kwargs), {}
 
-    return Program(kind, init, apply, parameters=parameters, kinds=kinds)
+    return apply
 
 
 @contextlib.contextmanager
-def _nnx_scopes(model: Any, method: str) -> Iterator[None]:
-    """While it lasts the methods of a model's modules run in scopes that name their paths.
+def _nnx_scopes(model: Any, method: str, kinds: dict[str, str]) -> Iterator[None]:
+    """While it lasts the methods of a model's modules run in scopes that name their paths; their classes are written down.
 
     The path is a static attribute, which transformations hand on with the rest of the graph.
     """
@@ -231,6 +230,7 @@ def _nnx_scopes(model: Any, method: str) -> Iterator[None]:
     methods: dict[tuple[type, str], Callable[..., Any]] = {}
     for path, module in nnx.iter_modules(model):
         setattr(module, _PATH, "/".join(map(str, path)))
+        kinds.setdefault(getattr(module, _PATH), type(module).__name__)
         own = [c for c in type(module).__mro__ if issubclass(c, nnx.Module) and c is not nnx.Module]
         for name in {name for c in own for name in vars(c) if is_open(name)}:
             c = next(c for c in own if name in vars(c))
@@ -245,22 +245,43 @@ def _nnx_scopes(model: Any, method: str) -> Iterator[None]:
             setattr(c, name, call)
 
 
+def _nnx_instance(model: Any, method: str) -> Program:
+    from flax import nnx
+
+    graph, state = nnx.split(model)
+    kinds: dict[str, str] = {}
+    return Program(type(model).__name__, None, _nnx(lambda: graph, method, kinds), parameters=state, kinds=kinds)
+
+
 def _nnx_factory(factory: Callable[..., Any], method: str) -> Program:
     from flax import nnx
 
+    from varscale.assignments import quick_assignments
+
     built: list[Any] = []
 
-    def split(key: Any) -> Tree:
-        model = factory(nnx.Rngs(key))
+    def init(key: Any, _: Inputs | None) -> Tree:
+        with quick_assignments():
+            model = factory(nnx.Rngs(key))
         if not isinstance(model, nnx.Module):
             raise TypeError(f"an nnx factory must return an nnx.Module, not {model!r}")
         graph, state = nnx.split(model)
-        built[:] = [graph, type(model).__name__]
+        built[:] = [graph]
         return state
 
-    jax.eval_shape(split, jax.random.key(_KEY_SEED))
-    graph, kind = built
-    return _nnx(kind, method, graph, None, init=lambda key, x: split(key))
+    def graph() -> Any:
+        if not built:
+            jax.eval_shape(lambda key: init(key, None), jax.random.key(_KEY_SEED))
+        return built[0]
+
+    kinds: dict[str, str] = {}
+    apply = _nnx(graph, method, kinds)
+
+    def start(key: Any, x: Inputs) -> tuple[Tree, Any, dict[str, Any], bool]:
+        state = init(key, x)
+        return state, *apply(state, x), True
+
+    return Program("model", init, apply, start, kinds=kinds)
 
 
 def _captures(tree: Any, method: str, prefix: tuple[str, ...] = ()) -> dict[str, Any]:

@@ -62,7 +62,7 @@ def predict(
     parameters = _parameters(interpreter, program, params, split)
     forward, taken = _forward(program, parameters, split)
     if not forward.shapes[""]:
-        raise ValueError(f"model {program.kind} returns no array: there is nothing to predict")
+        raise ValueError(f"model {program.kinds.get('', program.kind)} returns no array: there is nothing to predict")
     from varscale.theory.laws import path_string
     from varscale.theory.summary import summarize
 

@@ -19,7 +19,7 @@ import numpy as np
 from scipy import special
 
 from varscale.theory.axes import Axis, apply_axis, class_shares
-from varscale.theory.elementwise import Apply, Sum, form, roots
+from varscale.theory.elementwise import Apply, Sum, form, roots, sums_below
 from varscale.theory.functions import function
 from varscale.theory.graph import Array, Constant, Graph, Leaf, Node, View
 from varscale.theory.hermite import DEGREE, HERMITE, POINTS, Z, solved
@@ -48,6 +48,8 @@ class Marginal:
     @functools.cached_property
     def quantiles(self) -> np.ndarray | None:
         """Values on the normal grid where it is not Gaussian, (classes..., points)."""
+        for node in sums_below(self.root, lambda n: "quantiles" in vars(marginal(n))):
+            _ = marginal(node).quantiles
         return quantiles(self.root, self.root.table, self.deviation)
 
     @property

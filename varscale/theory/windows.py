@@ -17,14 +17,17 @@ import functools
 
 import numpy as np
 
-from varscale.theory.elementwise import Sum
+from varscale.theory.elementwise import Sum, sums_below
 from varscale.theory.graph import Node
 from varscale.theory.moments import lift
 
 
 def scatter(root: Node) -> np.ndarray | None:
     """Variance over weights of the correlation of two entries, by type of pair; None where there is none."""
-    return root.graph.once(("scatter", root.id), lambda: scatter_of(root))
+    known = root.graph.memo
+    for node in [*sums_below(root, lambda n: ("scatter", n.id) in known), root]:
+        root.graph.once(("scatter", node.id), lambda node=node: scatter_of(node))
+    return known["scatter", root.id]
 
 
 @functools.singledispatch
