@@ -202,6 +202,15 @@ def test_recurrent_cells_are_interpreted(cell):
     assert 0.001 < second < 1
 
 
+def test_an_error_names_its_line_in_the_model():
+    class Net(nnx.Module):
+        def __init__(self, rngs):
+            self.rates = [x.item() for x in jnp.linspace(0, 0.1, 3)]
+
+    with pytest.raises(ValueError, match=r"does not trace.*NumPy.*at test_theory_predict.py:\d+"):
+        predict(lambda rngs: Net(rngs), X)
+
+
 def test_bad_input_gets_one_clear_error():
     with pytest.raises(ValueError, match="does not trace"):
         predict(nn.MultiHeadDotProductAttention(3), X)

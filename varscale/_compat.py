@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import traceback
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,13 +33,23 @@ def scopes(eqn: Any) -> list[tuple[str, int]]:
 def source_line(eqn: Any) -> str:
     """File and line of an equation, as far as jax recorded them."""
     frames = list(getattr(getattr(eqn.source_info, "traceback", None), "frames", []) or [])
-    for frame in frames:
-        name = frame.file_name
-        if not any(
-            part in name for part in ("/jax/", "/flax/", "/varscale/theory/", "/varscale/programs", "<frozen", "/contextlib")
-        ):
-            return f"{name.rsplit('/', 1)[-1]}:{frame.line_num}"
-    return "an unknown line"
+    found = (_line(frame.file_name, frame.line_num) for frame in frames if _is_of_a_model(frame.file_name))
+    return next(found, "an unknown line")
+
+
+def error_line(error: Exception) -> str | None:
+    """File and line of the model's code that an error came from; None where it came from elsewhere."""
+    frames = reversed(traceback.extract_tb(error.__traceback__))
+    return next((_line(frame.filename, frame.lineno) for frame in frames if _is_of_a_model(frame.filename)), None)
+
+
+def _line(file: str, number: int | None) -> str:
+    return f"{file.rsplit('/', 1)[-1]}:{number}"
+
+
+def _is_of_a_model(file: str) -> bool:
+    own = os.path.dirname(__file__)
+    return not file.startswith((own, "<frozen")) and not any(part in file for part in ("/jax/", "/flax/", "/contextlib"))
 
 
 def sub_jaxpr(jaxpr: Any) -> tuple[Any, list[Any]]:

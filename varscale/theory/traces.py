@@ -57,9 +57,12 @@ def traced(f: Callable[..., Any], *args: Any) -> Trace:
         raise
     except Exception as error:
         message = str(error).strip().splitlines()
-        raise ValueError(
-            f"the model does not trace on these inputs: {type(error).__name__}: {message[0] if message else ''}"
-        ) from error
+        told = f"{type(error).__name__}: {message[0] if message else ''}"
+        if isinstance(error, jax.errors.ConcretizationTypeError):
+            told += " (Python can read numbers that NumPy computes; those of jax.numpy are abstract in a trace)"
+        if line := _compat.error_line(error):
+            told += f", at {line}"
+        raise ValueError(f"the model does not trace on these inputs: {told}") from error
     return Trace(jaxpr.jaxpr, jaxpr.consts, shapes)
 
 
