@@ -207,3 +207,18 @@ def test_a_class_token_before_patches():
     error = squares.std() / squares.mean() / np.sqrt(59)
     assert abs(row.second_moment / squares.mean() - 1) <= row.confidence + 4 * error
     assert row.confidence < 0.2
+
+
+@pytest.mark.parametrize("broadcast", [False, True])
+def test_dropout_of_weights_leaves_what_outputs_gain_by_following_their_queries(broadcast):
+    """Of E[y²] = A/(1 − rate) + B it is A, each key's own, that dropout multiplies; B is there without it too."""
+
+    def second(rate):
+        model = nn.MultiHeadDotProductAttention(4, dropout_rate=rate, broadcast_dropout=broadcast, deterministic=False)
+        run = lambda params, x: model.apply(params, x, rngs={"dropout": jax.random.key(0)})  # noqa: E731
+        x = jax.ShapeDtypeStruct((4, 64, 64), jnp.float32)
+        init = lambda key: model.init({"params": key, "dropout": key}, jnp.zeros(x.shape))  # noqa: E731
+        return vs.predict(run, x, params=init, backward=False).output.second_moment
+
+    none, some, half = map(second, (0.0, 0.1, 0.5))
+    assert half - none == pytest.approx(9 * (some - none), rel=0.02)

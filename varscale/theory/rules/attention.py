@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from varscale.theory.axes import Axis, contract_axis
-from varscale.theory.elementwise import Apply, Sum
-from varscale.theory.graph import View
+from varscale.theory.elementwise import Apply, Sum, roots
+from varscale.theory.graph import Leaf, View
 from varscale.theory.moments import lift
 from varscale.theory.overlaps import (
     Amplitudes,
@@ -43,12 +43,14 @@ class Attention(NamedTuple):
         weights: the softmax.
         place: where the weights' axes are in its frame.
         values: the values, over its frame.
+        kept: the mean of what dropout multiplies weights by, squared.
     """
 
     node: Any
     weights: Softmax
     place: tuple[int, ...]
     values: View
+    kept: float = 1.0
 
     @property
     def keys(self) -> list[int]:
@@ -86,10 +88,22 @@ class Scores(NamedTuple):
 
 def attention_of(node: Any) -> Attention | None:
     """The attention that a contraction is; None where it is none."""
-    for p, v in (node.args, node.args[::-1]):
+    for weights, v in (node.args, node.args[::-1]):
+        p, kept = _before_dropout(weights)
         if isinstance(p.node, Softmax) and {p.bind[k] for k in p.node.params} <= set(v.bind):
-            return Attention(node, p.node, p.bind, v)
+            return Attention(node, p.node, p.bind, v, kept)
     return None
+
+
+def _before_dropout(weights: View) -> tuple[View, float]:
+    """Weights before each was multiplied by a random number of its own, and the square of the mean of those."""
+    node = weights.node
+    if isinstance(node, Apply) and node.params[0] == "mul":
+        for p, mask in (node.args, node.args[::-1]):
+            drawn = all(isinstance(root.node, Leaf) and root.node.is_bits for root in roots(mask.node))
+            if drawn and isinstance(p.node, Softmax) and {p.bind[k] for k in p.node.params} <= set(mask.bind):
+                return p.within(weights.bind), mask.node.table.total_mean**2
+    return weights, 1.0
 
 
 def scores(weights: Softmax) -> Scores | None:
@@ -214,7 +228,7 @@ def tilted(node: Any) -> np.ndarray | float:
     rows = p.rows()
     gain = lift(p.tilt, [p.axes[k] for k in rows], [attention.place[k] for k in rows], frame, pairs=True)
     gain = gain.squeeze(tuple(keys))
-    return np.broadcast_to(deviation * gain * overlap(tokens), node.frame_types)
+    return np.broadcast_to(deviation * gain * overlap(tokens) * attention.kept, node.frame_types)
 
 
 def mixed(x: Tokens, attention: Attention) -> tuple[list[Tokens], Rule]:
