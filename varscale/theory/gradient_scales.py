@@ -12,8 +12,9 @@ whose mean square answers to Q in the ratio s, and whose derivative's does in th
 where P is the relative variance of Q at one place.
 
 What is of order 1/n for sums over n units adds up over layers where it is amplified. Given h = W x, a gradient Wᵀ g is the
-radial x (h·g)/|x|² and one across x that does not depend on h (a Gaussian matrix, given what it makes of one vector). Let 1 + e be the radial energy over that of any other direction;
-with u = f²/E[f²] (a unit's part in the next scale), q = E[h²], F = E[f²] and D = E[f'²],
+radial x (h·g)/|x|² and one across x that does not depend on h (so is a Gaussian matrix, given what it makes of one vector).
+Let 1 + e be the radial energy over that of any other direction; with u = f²/E[f²] (a unit's part in the next scale),
+q = E[h²], F = E[f²] and D = E[f'²],
 
     at W    Σ gains e/n
     at f    Σ gains (a + e) (E[u f'²]/D − 1)/n,    e → e s²F/(q D) + 2 d.
