@@ -305,8 +305,9 @@ def merge_types(second: np.ndarray, k: int, factors: Sequence[Axis], whole: Axis
     """A type array over factors, averaged into the types of their product (which has one class, or the factors' own)."""
     if whole.classes > 1:
         built, types = split_axis(whole, tuple(f.size for f in factors))
-        if all(b == f for b, f in zip(built, factors, strict=True)):
+        if all(_refines(f, b) for b, f in zip(built, factors, strict=True)):
             weights = functools.reduce(np.multiply.outer, [f.pairs for f in factors])
+            types = types[np.ix_(*[lift_types(f, b) for b, f in zip(built, factors, strict=True)])]
             matrix = np.zeros((whole.types, types.size))
             np.add.at(matrix, (types.ravel(), np.arange(types.size)), weights.ravel())
             matrix /= np.maximum(matrix.sum(axis=1, keepdims=True), 1e-300)
@@ -318,6 +319,11 @@ def merge_types(second: np.ndarray, k: int, factors: Sequence[Axis], whole: Axis
     if whole.classes > 1:
         matrix = np.concatenate([np.repeat(matrix[:1], whole.classes, 0), np.repeat(matrix[1:], whole.classes**2, 0)])
     return _onto(second, k, len(factors), matrix)
+
+
+def _refines(fine: Axis, coarse: Axis) -> bool:
+    """Whether each class of one classing lies in one class of the other."""
+    return bool(np.isin(class_shares(fine, coarse), (0.0, 1.0)).all())
 
 
 def _onto(second: np.ndarray, k: int, count: int, matrix: np.ndarray) -> np.ndarray:

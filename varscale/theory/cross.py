@@ -6,11 +6,12 @@ from collections.abc import Hashable, Sequence
 
 import numpy as np
 
-from varscale.theory.axes import Axis, averaging, contract_axis, split_axis
+from varscale.theory.axes import Axis, averaging, contract_axis
 from varscale.theory.elementwise import Apply, Sum, roots
 from varscale.theory.graph import Array, Constant, Graph, Marked, Node, View
 from varscale.theory.moments import lift
-from varscale.theory.rearranged import Merge, Permute, Split
+from varscale.theory.rearranged import Permute
+from varscale.theory.regrouped import regrouped
 
 _DEEPEST = 40  # cross-moments nested in one another
 
@@ -28,7 +29,7 @@ def dependent(a: Node, b: Node) -> bool:
         return True
     if isinstance(a, Array) or isinstance(b, Array):
         return False
-    if a.odd & ~b.deps or b.odd & ~a.deps:
+    if a.odd & b.unseen or b.odd & a.unseen:
         return False
     return bool(a.deps & b.deps)
 
@@ -44,7 +45,7 @@ def cross(a: View, b: View, frame: Sequence[Axis]) -> np.ndarray:
 def pair(a: View, b: View, frame: Sequence[Axis]) -> Pair:
     """The same with its flags, for those who know how much it matters to them."""
     na, nb = a.node, b.node
-    if na.odd & ~nb.deps or nb.odd & ~na.deps:
+    if na.odd & nb.unseen or nb.odd & na.unseen:
         return Pair(np.zeros((1,) * len(frame)))
     if isinstance(na, Constant) or isinstance(nb, Constant) or not dependent(na, nb):
         return Pair(mean_product(a, b, frame))
@@ -201,41 +202,9 @@ def together(a: Node, b: Node) -> Hashable:
     return ("measured together", *sorted((a.id, b.id)))
 
 
-def _factor_places(view: View) -> tuple[int, ...]:
-    k, sizes = view.node.params
-    return view.bind[k : k + len(sizes)]
-
-
-def _put_together(x: View, y: View, frame: tuple[Axis, ...]) -> np.ndarray:
-    """The factors of an axis, read as the axis that they are of."""
-    (k, sizes), source = x.node.params, x.node.args[0].node
-    gone = _factor_places(x)
-    place = {p: i for i, p in enumerate(p for p in range(len(frame)) if p not in gone)}
-    last = len(place)
-    rest = [place[p] for p in x.bind if p not in gone]
-    whole = (*(frame[p] for p in place), source.axes[k])
-    table = cross(View(source, (*rest[:k], last, *rest[k:])), View(y.node, tuple(place[p] for p in y.bind)), whole)
-    factors, types = split_axis(source.axes[k], sizes)
-    table = np.take(np.broadcast_to(table, [a.types for a in whole]), types, axis=last)
-    return lift(table, (*whole[:-1], *factors), (*place, *gone), frame, pairs=True)
-
-
 def _structure(x: View, y: View, frame: tuple[Axis, ...]) -> np.ndarray | None:
-    """Views of the same structure over two sources, of leaves measured together, of an axis's factors and what has none."""
+    """Leaves measured together, or what is an array rearranged."""
     measured = x.node.graph.memo.get(together(x.node, y.node))
     if measured is not None and x.bind == y.bind:
         return lift(measured, x.node.axes, x.bind, frame, pairs=True)
-    if isinstance(x.node, Split) and not set(_factor_places(x)) & set(y.bind):
-        return _put_together(x, y, frame)
-    if type(x.node) is not type(y.node) or x.node.params != y.node.params or x.bind != y.bind:
-        return None
-    if isinstance(x.node, Split | Merge):
-        source = x.node.args[0].node
-        if source.axes != y.node.args[0].node.axes:
-            return None
-        inner = tuple(range(len(source.axes)))
-        table = np.broadcast_to(
-            cross(View(source, inner), View(y.node.args[0].node, inner), source.axes), [a.types for a in source.axes]
-        )
-        return lift(x.node.reindex(table), x.node.axes, x.bind, frame, pairs=True)
-    return None
+    return regrouped(x, y, frame)

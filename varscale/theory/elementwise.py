@@ -31,12 +31,15 @@ class Apply(Node):
             self.odd = nodes[0].odd if extra[1] == 0 else 0
             self.positive = nodes[0].positive and extra[0] >= 0 and extra[1] >= 0
         elif name == "mul":
-            self.odd = (nodes[0].odd & ~nodes[1].deps) | (nodes[1].odd & ~nodes[0].deps)
+            self.odd = (nodes[0].odd & nodes[1].unseen) | (nodes[1].odd & nodes[0].unseen)
+            self.even |= nodes[0].odd & nodes[1].odd & self.graph.symmetric
             self.positive = nodes[0].positive and nodes[1].positive
         elif name == "div":
-            self.odd = nodes[0].odd & ~nodes[1].deps
+            self.odd = nodes[0].odd & nodes[1].unseen
+            self.even |= nodes[0].odd & nodes[1].odd & self.graph.symmetric
             self.positive = nodes[0].positive and nodes[1].positive
         elif name == "integer_pow":
+            self.even |= 0 if extra[0] % 2 else nodes[0].odd & self.graph.symmetric
             self.positive = extra[0] % 2 == 0 or nodes[0].positive
         elif name == "power":
             self.positive = True  # a root: of what is negative there is none
@@ -45,6 +48,7 @@ class Apply(Node):
         elif name in ("add", "min", "select_n"):
             self.positive = all(n.positive for n in nodes)
         else:
+            self.even |= nodes[0].odd & self.graph.symmetric if name == "abs" else 0
             self.positive = name in POSITIVE
 
     def compute(self) -> Table:
@@ -297,6 +301,8 @@ def total(graph: Graph, weights: Sequence[float], axes: tuple[Axis, ...], views:
         key = (view.node.id, view.bind)
         terms[key] = (terms[key][0] + c if key in terms else c, view)
     live = [(c, v) for c, v in terms.values() if c != 0]
+    if (opened := _opened(live)) is not None:
+        return affine(total(graph, [c for c, _ in opened], axes, [v for _, v in opened]), 1.0, offset)
     if not live:
         return number(graph, offset)
     if len(live) == 1:
@@ -306,6 +312,26 @@ def total(graph: Graph, weights: Sequence[float], axes: tuple[Axis, ...], views:
     if _is_variance(node):
         node.is_variance = node.positive = True
     return affine(node, 1.0, offset)
+
+
+def _opened(terms: Sequence[tuple[float, View]]) -> list[tuple[float, View]] | None:
+    """A sum of sums of which parts cancel (what was taken from logits and given back), without those; None where none do."""
+    if len(terms) < 2 or not any(isinstance(v.node, Sum) for _, v in terms):
+        return None
+    parts = [
+        [(c * d, child.within(v.bind)) for d, child in zip(v.node.params, v.node.args, strict=True)]
+        if isinstance(v.node, Sum)
+        else [(c, v)]
+        for c, v in terms
+    ]
+    uses: dict[View, list[tuple[int, float]]] = {}
+    for i, part in enumerate(parts):
+        for c, view in part:
+            uses.setdefault(view, []).append((i, c))
+    gone = {i for found in uses.values() if len(found) > 1 and sum(c for _, c in found) == 0 for i, _ in found}
+    if not gone:
+        return None
+    return [t for i, (term, part) in enumerate(zip(terms, parts, strict=True)) for t in (part if i in gone else [term])]
 
 
 def _is_variance(node: Sum) -> bool:

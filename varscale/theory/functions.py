@@ -14,13 +14,10 @@ _TINY = 1e-300
 def _like(x: Any, y: Any) -> tuple[np.ndarray, np.ndarray]:
     """Two operands of a bitwise operation: the one that is a plain number takes the other's integer type."""
     x, y = np.asarray(x), np.asarray(y)
-    if x.dtype.kind == "f" and y.dtype.kind in "ui":
-        x = x.astype(np.int64).astype(y.dtype)
-    if y.dtype.kind == "f" and x.dtype.kind in "ui":
-        y = y.astype(np.int64).astype(x.dtype)
     if x.dtype.kind == "f":
-        x, y = x.astype(np.int64), y.astype(np.int64)
-    return x, y
+        x = x.astype(np.uint64 if np.max(x, initial=0.0) >= 2.0**63 else np.int64)  # the upper half of 64 random bits
+        x = x.astype(y.dtype) if y.dtype.kind in "ui" else x
+    return x, y.astype(x.dtype) if y.dtype.kind == "f" else y
 
 
 def _bitwise(ufunc: Any) -> Callable[..., np.ndarray]:

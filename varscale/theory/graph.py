@@ -68,9 +68,10 @@ class Node(Marked):
         axes: its axes, each of size 2 or more.
         args: views of its arguments over its own frame (for a contraction: over a wider one).
         params: what else identifies it.
-        deps: the random leaves it depends on, one bit each.
-        odd: the zero-mean leaves it changes sign with, one bit each: a product with anything that does not depend on one of
-            them has mean zero.
+        deps: bits of the random leaves it depends on.
+        odd: bits of the zero-mean leaves it is linear in, and of the symmetric ones that turn its sign with theirs: a product
+            with anything that does not see the sign of one of them has mean zero.
+        even: bits of the symmetric leaves whose sign it does not see, though it depends on them.
         positive: whether it cannot be negative.
         entrywise: whether each entry is made of one entry of every argument, so that what moves entries moves the arguments'.
         moves: whether its entries are entries of its one argument at other places, some of them perhaps left out.
@@ -93,9 +94,8 @@ class Node(Marked):
 
     def __init__(self, graph: Graph, id_: int, axes: tuple[Axis, ...], args: tuple[View, ...], params: Any):
         self.graph, self.id, self.axes, self.args, self.params = graph, id_, axes, args, params
-        self.deps = 0
-        for view in args:
-            self.deps |= view.node.deps
+        self.deps = functools.reduce(lambda bits, view: bits | view.node.deps, args, 0)
+        self.even = functools.reduce(lambda bits, view: bits & view.node.unseen, args, self.deps)
         self.odd = 0
         self.positive = False
         self._table: Table | None = None
@@ -104,6 +104,11 @@ class Node(Marked):
 
     def prepare(self) -> None:
         """Set `odd` and `positive`."""
+
+    @property
+    def unseen(self) -> int:
+        """Bits of the leaves whose sign it does not see."""
+        return self.even | ~self.deps
 
     @property
     def width(self) -> float | None:
@@ -184,12 +189,13 @@ T = TypeVar("T")
 
 
 class Graph:
-    """The nodes of one prediction."""
+    """The nodes of one prediction; `symmetric` has the bits of the leaves of which either sign is as likely."""
 
     def __init__(self) -> None:
         self.nodes: dict[Hashable, Node] = {}
         self.count = 0
         self.leaves = 0
+        self.symmetric = 0
         self.computing: list[Marked] = []
         self.pairs: dict[Hashable, Any] = {}
         self.memo: dict[Hashable, Any] = {}
@@ -280,6 +286,8 @@ class Leaf(Node):
             self._table = table
             self.deps = self.graph.fresh_leaf()
             self.odd = self.deps if odd else 0
+            if odd and (transport is None or np.allclose(transport, -transport[..., ::-1])):
+                self.graph.symmetric |= self.deps
             self.kurtosis, self.transport, self.random = kurtosis, transport, random
         return self
 

@@ -116,7 +116,7 @@ class Conv(Node):
 
     def prepare(self) -> None:
         x, w = (v.node for v in self.args)
-        self.odd = (x.odd & ~w.deps) | (w.odd & ~x.deps)
+        self.odd = (x.odd & w.unseen) | (w.odd & x.unseen)
         # A sum of few terms (a depthwise one has nine) is not Gaussian, and its sign follows the channel it reads.
         self.gradient_doubt = _FEW_TERMS / self.width
 

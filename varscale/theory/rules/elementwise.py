@@ -37,6 +37,12 @@ def elementwise(interpreter: Interpreter, eqn: Any, *xs: Value) -> Value:
         unit = softmax_of(interpreter, *xs) or segment_softmax_of(interpreter, *xs)
         if unit is not None:
             return unit
+    if name == "log":
+        from varscale.theory.rules.log_sum_exp import log_sum_exp_of
+
+        unit = log_sum_exp_of(interpreter.graph, xs[0])
+        if unit is not None:
+            return unit
     return interpreter.elementwise(name, *xs)
 
 

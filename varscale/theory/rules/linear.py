@@ -17,6 +17,7 @@ from varscale.theory.layout import Atom, Value, align, full
 from varscale.theory.locality import unseen_nearness
 from varscale.theory.moments import Table, full_types, means_by_type
 from varscale.theory.rearranged import Rearranged
+from varscale.theory.rules.masks import told_apart
 from varscale.theory.spread import Spread, averaged, combine, handed_on, with_own_weights
 
 # Set on the validation grid, not derived, both: of what Wick's pairings add where factors share a root, and so are not jointly
@@ -39,7 +40,7 @@ class Contract(Node):
         x, y = (v.node for v in self.args)
         own = weight_of(self)
         # A weight that was applied before is as good as fresh: what its earlier uses leave behind is of order 1/width.
-        self.odd = (x.odd & ~y.deps) | (y.odd & ~x.deps) | (own.odd if own else 0)
+        self.odd = (x.odd & y.unseen) | (y.odd & x.unseen) | (own.odd if own else 0)
         self.positive = x.positive and y.positive
 
     @property
@@ -292,7 +293,7 @@ def contract(
         return full(x.node.graph, 0.0, sizes)
     c, x = strip(x)
     d, y = strip(y)
-    x, y = (drawn(interpreter, v) for v in (x, y))
+    x, y = (told_apart(drawn(interpreter, v)) for v in (x, y))
     for mine, summed, placed in (
         (x, cx, lambda f: (*(f.dims[k] for k in bx), *(f.dims[k] for k in fx), *[()] * len(fy))),
         (y, cy, lambda f: (*(f.dims[k] for k in by), *[()] * len(fx), *(f.dims[k] for k in fy))),

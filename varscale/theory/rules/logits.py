@@ -31,7 +31,7 @@ def softmax_of(interpreter: Interpreter, top: Value, bottom: Value) -> Value | N
     axes = mean.params
     if abs(den.params[1][0] - math.prod(num.axes[k].size for k in axes)) > 1e-6:
         return None
-    random, allowed = _logits(num.args[0], num.axes)
+    random, allowed = logits(num.args[0], num.axes)
     if random is None:
         return None
     # Keys over several axes have one class.
@@ -68,7 +68,7 @@ def _classes_by_keys(mask: Node, keys: tuple[int, ...]) -> list[Axis]:
     return out
 
 
-def _logits(view: View, axes: Sequence[Axis]) -> tuple[View | None, View | None]:
+def logits(view: View, axes: Sequence[Axis]) -> tuple[View | None, View | None]:
     """The random logits and the mask (1 where a key is allowed) of the argument of the exponential."""
     masks: list[View] = []
     terms = _terms(view, masks)

@@ -11,7 +11,7 @@ import numpy as np
 from scipy import special
 
 from varscale.theory import layout
-from varscale.theory.axes import Axis, apply_axis, contract_axis
+from varscale.theory.axes import Axis, contract_axis
 from varscale.theory.elementwise import Apply, Sum, affine, apply, total
 from varscale.theory.graph import Array, Constant, Node, View, array
 from varscale.theory.hermite import Z, sphere_squares
@@ -19,7 +19,6 @@ from varscale.theory.interpreter import Interpreter, rule
 from varscale.theory.layout import Atom, Value
 from varscale.theory.moments import Table
 from varscale.theory.rearranged import Split
-from varscale.theory.rules.structure import Take
 from varscale.theory.spread import Spread, combine, full, handed_on, inherited
 
 # Set on the validation grid, not derived, both: of the second moment of a maximum, a factor of e in how many it is over; of the
@@ -55,7 +54,9 @@ class Mean(Node):
 
     def cross_with(self, a: View, b: View, frame: Sequence[Axis]) -> np.ndarray | None:
         """E[mean(x) y]: where y does not run over the averaged axes, averaging x there changes nothing (projection)."""
-        return _cross_mean(a, b, frame)
+        from varscale.theory.rules.averages import cross_mean
+
+        return cross_mean(a, b, frame)
 
 
 @handed_on.register
@@ -71,100 +72,6 @@ def mean_pullback(cotangent: np.ndarray, reduced: Sequence[int], axes: Sequence[
     for k in sorted(reduced):
         cotangent = np.repeat(np.expand_dims(cotangent, k), axes[k].types, axis=k) / axes[k].size ** 2
     return cotangent
-
-
-def _cross_mean(a: View, b: View, frame: Sequence[Axis]) -> np.ndarray | None:
-    from varscale.theory.cross import cross
-
-    x, reduced = a.node.args[0].node, a.node.params
-    # Axes of y that mean(x) does not run over: by exchangeability y may be averaged over them.
-    spare = [k for k, place in enumerate(b.bind) if place not in a.bind]
-    part = _part_of_averaged(a.node, b, [b.bind[k] for k in spare])
-    if part is not None:
-        return cross(a, part, frame)
-    if isinstance(b.node, Mean):
-        y, theirs = b.node.args[0].node, b.node.params
-        if [x.axes[k].size for k in reduced] == [y.axes[k].size for k in theirs]:
-            # Both averaged over axes of the same sizes: pair those up.
-            wide = (*frame, *(x.axes[k] for k in reduced))
-            extra = list(range(len(frame), len(wide)))
-            mine, other = _wide_bind(a, x, extra), _wide_bind(b, y, extra)
-            out = cross(View(x, mine), View(y, other), wide)
-            for d in reversed(extra):
-                out = contract_axis(
-                    np.broadcast_to(out, [*out.shape[:d], wide[d].types, *out.shape[d + 1 :]]), d, wide[d].any_pair
-                )
-            return out
-    partner = _matched([x.axes[k].size for k in reduced], [(b.bind[k], b.node.axes[k].size) for k in spare])
-    if partner is not None:
-        # y runs over what x is averaged over: pair index k' of x with index k of y, and average over k'.
-        own, new = iter(a.bind), iter(partner)
-        mine = tuple(next(new) if k in reduced else next(own) for k in range(len(x.axes)))
-        table = cross(View(x, mine), b, frame)
-        for d in partner:
-            table = np.broadcast_to(table, [*table.shape[:d], frame[d].types, *table.shape[d + 1 :]])
-            table = apply_axis(table, d, _over_first(frame[d]))
-        return table
-    if spare and all(b.node.axes[k].labels is None for k in spare):
-        averaged = mean_node(b.node, spare)
-        if isinstance(averaged, Constant):
-            return None
-        rest = tuple(place for k, place in enumerate(b.bind) if k not in spare)
-        return cross(a, View(averaged, rest), frame)
-    return None
-
-
-def _part_of_averaged(mean: Node, view: View, spare: Sequence[int]) -> View | None:
-    """A slice of the axis that is averaged: any other positions would do as well, and so does the mean of all."""
-    if not isinstance(view.node, Take):
-        return None
-    source, k = view.node.args[0].node, view.node.params[0]
-    one_left = len(view.node.axes) < len(source.axes)
-    bind: list[tuple[int, ...]] = [(place,) for place in view.bind]
-    if one_left:
-        bind.insert(k, ())
-    while isinstance(source, Split):  # every n-th position is one index of a factor
-        first, sizes = source.params
-        if not first <= k < first + len(sizes):
-            return None
-        together = tuple(place for places in bind[first : first + len(sizes)] for place in places)
-        bind[first : first + len(sizes)] = [together]
-        source, k = source.args[0].node, first
-    if mean.args[0].node.axes != source.axes or k not in mean.params or source.axes[k].labels is not None:
-        return None
-    if not set(bind[k]) <= set(spare):
-        return None
-    averaged = mean_node(source, [k])
-    rest = tuple(place for places in (*bind[:k], *bind[k + 1 :]) for place in places)
-    return None if isinstance(averaged, Constant) else View(averaged, rest)
-
-
-def _matched(sizes: Sequence[int], places: list[tuple[int, int]]) -> list[int] | None:
-    """Places of the given sizes, each taken once; None where one is missing."""
-    out: list[int] = []
-    for size in sizes:
-        found = next((place for place, n in places if n == size and place not in out), None)
-        if found is None:
-            return None
-        out.append(found)
-    return out
-
-
-@functools.cache
-def _over_first(axis: Axis) -> np.ndarray:
-    """E[mean over i of x_i · y_j] by the class of j, read at every type."""
-    weights = np.zeros((axis.classes, axis.types))
-    for c in range(axis.classes):
-        weights[c, c] = 1.0
-        for other in range(axis.classes):
-            weights[c, axis.classes + other * axis.classes + c] = axis.counts[other] - (other == c)
-    return (weights / axis.size)[axis.second]
-
-
-def _wide_bind(view: View, source: Node, extra: Sequence[int]) -> tuple[int, ...]:
-    reduced = view.node.params
-    own, new = iter(view.bind), iter(extra)
-    return tuple(next(new) if k in reduced else next(own) for k in range(len(source.axes)))
 
 
 def mean_node(node: Node, axes: Sequence[int]) -> Node:
@@ -245,23 +152,57 @@ def reduce_sum(interpreter: Interpreter, eqn: Any, x: Value) -> Value:
     return without_axes(out, affine(out.node, float(count), 0.0))
 
 
-class Extreme(Node):
-    """Maximum (or minimum) over axes; `params` is (axes, sign, count). Sampled: the reduced axes whole, the others two long."""
+class OneOfMany(Node):
+    """What one of many that are alike decides, any of them as likely: an extreme, and what is as smooth as that."""
+
+    @property
+    def reduced(self) -> tuple[int, ...]:
+        """The axes that the many are along."""
+        raise NotImplementedError(type(self).__name__)
+
+    def sampled(self, reduce: Callable[[np.ndarray, tuple[int, ...]], np.ndarray], count: int | None = None) -> Table:
+        """Its moments: the reduced axes whole, the others two long."""
+        from varscale.theory.rules.sampled import sample_map
+
+        axes, source = self.reduced, self.args[0].node
+        count = count or math.prod(source.axes[k].size for k in axes)
+        # The larger the set, the more the tail decides; and of what a few numbers decide there is no Gaussian tail.
+        self.graph.flag("sampled", _TAIL * math.log(count) + bounded(count, narrowest(source)))
+        return sample_map([source], [set(axes)], self.axes, lambda x: reduce(x, tuple(k + 1 for k in axes)))
+
+    def cross_with(self, a: View, b: View, frame: Sequence[Axis]) -> np.ndarray | None:
+        """Σ E[∂f/∂x_k] Cov(x_k, y) = Cov(mean x, y) for Gaussians that are alike (Stein): the slopes add up to 1."""
+        from varscale.theory.cross import cross, mean_product
+
+        x = self.args[0].node
+        if any(x.axes[k].labels is not None for k in self.reduced) or not (_is_gaussian(x) and _is_gaussian(b.node)):
+            return None
+        mean = View(mean_node(x, self.reduced), a.bind)
+        return mean_product(a, b, frame) + cross(mean, b, frame) - mean_product(mean, b, frame)
+
+
+def _is_gaussian(node: Node) -> bool:
+    """Whether a node may be taken for Gaussian: no function of others, and of no law of its own."""
+    from varscale.theory.quadrature import marginal
+
+    while isinstance(node, Apply) and node.params[0] == "affine":
+        node = node.args[0].node
+    return not isinstance(node, Apply | OneOfMany) and marginal(node).gaussian
+
+
+class Extreme(OneOfMany):
+    """Maximum (or minimum) over axes; `params` is (axes, sign, count). Sampled."""
 
     how = "sampled"
     gradient_doubt = TIES
 
+    @property
+    def reduced(self) -> tuple[int, ...]:
+        return self.params[0]
+
     def compute(self) -> Table:
-        from varscale.theory.rules.sampled import sample_map
-
-        axes, sign, count = self.params
-        # The larger the set, the more the tail decides; and of what a few numbers decide there is no Gaussian tail.
-        self.graph.flag("sampled", _TAIL * math.log(count) + bounded(count, narrowest(self.args[0].node)))
-
-        def reduce(x: np.ndarray) -> np.ndarray:
-            return (sign * x).max(axis=tuple(k + 1 for k in axes)) * sign
-
-        return sample_map([self.args[0].node], [set(axes)], self.axes, reduce)
+        _, sign, count = self.params
+        return self.sampled(lambda x, axes: (sign * x).max(axis=axes) * sign, count)
 
     def pullback(self, cotangent: np.ndarray) -> list[np.ndarray | None]:
         """Each cotangent goes to the one entry that was the extreme: one in `count`, and no two of a window share it."""

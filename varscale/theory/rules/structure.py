@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -16,8 +15,9 @@ from varscale.theory.elementwise import roots
 from varscale.theory.graph import UNKNOWN, Array, Constant, Node, View, array
 from varscale.theory.interpreter import Interpreter, elementwise_or_layout, rule
 from varscale.theory.layout import Atom, Value
-from varscale.theory.moments import Table, lift
+from varscale.theory.moments import Table
 from varscale.theory.rearranged import Permute, permute
+from varscale.theory.slices import crossed_slices
 
 
 @rule("broadcast_in_dim")
@@ -73,97 +73,7 @@ class Take(Node):
 
     def cross_with(self, a: View, b: View, frame: Sequence[Axis]) -> np.ndarray | None:
         """Two slices of things over one axis (or a whole one), which meet where one position is in both."""
-        from varscale.theory.cross import cross
-
-        other = b.node
-        k, *span = self.params
-        x = a.node.args[0].node
-        if isinstance(other, Take) and other.params[0] == k:
-            y, theirs = other.args[0].node, list(other.params[1:])
-        else:
-            y, theirs = other, [0, x.axes[k].size, 1]
-        if x.axes != y.axes:
-            return None
-        if a.bind != b.bind:
-            return _apart(View(x, a.bind), View(y, b.bind), (k, span, theirs), frame)
-        identity = tuple(range(len(x.axes)))
-        table = np.broadcast_to(cross(View(x, identity), View(y, identity), x.axes), [ax.types for ax in x.axes])
-        old = x.axes[k]
-        i = old.label_array[slice(*span)]
-        j = old.label_array[slice(*theirs)]
-        if len(i) != len(j):
-            return None
-        same_place = span == theirs
-        c = old.classes
-        if len(i) == 1:
-            row = np.zeros((1, old.types))
-            row[0, i[0] if same_place else c + i[0] * c + j[0]] = 1
-            return lift(apply_axis(table, k, row).squeeze(k), self.axes, a.bind, frame, pairs=True)
-        matrix = _shifted(self.axes[k], old, tuple(span), tuple(theirs))
-        return lift(apply_axis(table, k, matrix), self.axes, a.bind, frame, pairs=True)
-
-
-@functools.cache
-def _shifted(new: Axis, old: Axis, span: tuple[Any, ...], theirs: tuple[Any, ...]) -> np.ndarray:
-    """Which pairs of positions of the whole two slices of one length have, by type of pair of their own places."""
-    first, second = (np.arange(old.size)[slice(*s)] for s in (span, theirs))
-    c, labels = old.classes, new.label_array
-    i, j = old.label_array[first], old.label_array[second]
-    kind = np.where(first == second, i, c + i * c + j)
-    matrix = np.zeros((new.types, old.types))
-    np.add.at(matrix, (labels, kind), 1.0)
-    share_i, share_j = (np.zeros((new.classes, c)) for _ in range(2))
-    np.add.at(share_i, (labels, i), 1.0)
-    np.add.at(share_j, (labels, j), 1.0)
-    matrix[new.classes :, c:] = np.einsum("ac,bd->abcd", share_i, share_j).reshape(new.classes**2, c * c)
-    np.add.at(matrix, (new.classes + labels * new.classes + labels, c + i * c + j), -1.0)  # one place is no pair of places
-    at = np.full(old.size, -1)
-    at[second] = np.arange(len(second))
-    p = np.flatnonzero((at[first] >= 0) & (at[first] != np.arange(len(first))))
-    q = at[first[p]]  # another place of the second slice has the same position
-    row = new.classes + labels[p] * new.classes + labels[q]
-    np.add.at(matrix, (row, c + i[p] * c + j[q]), -1.0)
-    np.add.at(matrix, (row, i[p]), 1.0)
-    return matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1e-300)
-
-
-def _apart(a: View, b: View, cut: tuple[int, Sequence[int], Sequence[int]], frame: Sequence[Axis]) -> np.ndarray | None:
-    """Slices of one axis read at two places of the frame (or at none, where one position is left), the other axes at the same.
-
-    Args:
-        a: what the first is a slice of; its bind is the slice's own.
-        b: likewise.
-        cut: the axis, and the positions of it that each has.
-        frame: the frame.
-    """
-    from varscale.theory.cross import cross
-
-    k, *spans = cut
-    axes, old = a.node.axes, a.node.axes[k]
-    chosen = [np.arange(old.size)[slice(*span)] for span in spans]
-    gone = [len(v.bind) < len(axes) for v in (a, b)]
-    rest = [v.bind if g else (*v.bind[:k], *v.bind[k + 1 :]) for v, g in zip((a, b), gone, strict=True)]
-    if rest[0] != rest[1] or any(g != (len(i) == 1) for g, i in zip(gone, chosen, strict=True)):
-        return None
-    places = [None if g else v.bind[k] for v, g in zip((a, b), gone, strict=True)]
-    identity = tuple(range(len(axes)))
-    table = np.broadcast_to(cross(View(a.node, identity), View(b.node, identity), axes), [ax.types for ax in axes])
-    # By the classes of the two positions, in the whole, and of each in its own slice: pairs of positions, equal or not.
-    labels = [np.zeros(1, int) if p is None else frame[p].label_array for p in places]
-    sides = [1 if p is None else frame[p].classes for p in places]
-    shares = np.zeros((sides[0], sides[1], old.types))
-    first, second = np.meshgrid(chosen[0], chosen[1], indexing="ij")
-    kind = old.classes + old.label_array[first] * old.classes + old.label_array[second]
-    kind = np.where(first == second, old.label_array[first], kind)
-    np.add.at(shares, (labels[0][:, None], labels[1][None], kind), 1.0)
-    shares /= shares.sum(axis=-1, keepdims=True)
-    both = np.tensordot(shares, table, axes=(2, k))
-    for side, (p, reads) in enumerate(zip(places, ("first", "second"), strict=True)):
-        both = np.take(both, np.zeros(1, int) if p is None else getattr(frame[p], reads), axis=side)
-    kept = [k for k, p in enumerate(places) if p is not None]
-    both = both[tuple(slice(None) if p is not None else 0 for p in places)]
-    wide = [*(frame[places[side]] for side in kept), *axes[:k], *axes[k + 1 :]]  # pyright: ignore[reportCallIssue,reportArgumentType]
-    return lift(both, wide, [*(places[side] for side in kept), *rest[0]], frame, pairs=True)  # pyright: ignore[reportArgumentType]
+        return crossed_slices(a, b, frame)
 
 
 def part_pullback(cotangent: np.ndarray, k: int, old: Axis, span: Sequence[Any]) -> np.ndarray:

@@ -1,0 +1,91 @@
+"""log Σ exp recognised: what normalises logits, in a log-softmax, a loss, an autoregressive model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from scipy import special
+
+from varscale.theory.elementwise import Apply, Sum, affine, roots, total
+from varscale.theory.graph import Graph, Node, View
+from varscale.theory.layout import Value
+from varscale.theory.moments import Table
+from varscale.theory.rules.logits import logits
+from varscale.theory.rules.reductions import Extreme, Mean, OneOfMany
+from varscale.theory.rules.units import Softmax
+
+
+class LogSumExp(OneOfMany):
+    """log Σ exp over axes; `params` is those axes. Between the largest and that and ln n: sampled as the largest is."""
+
+    how = "sampled"
+    gradient_doubt = 0.15
+
+    @property
+    def reduced(self) -> tuple[int, ...]:
+        return self.params
+
+    def compute(self) -> Table:
+        return self.sampled(lambda x, axes: special.logsumexp(x, axis=axes))
+
+    def pullback(self, cotangent: np.ndarray) -> list[np.ndarray | None]:
+        """A logit gets its share of the cotangent."""
+        source = self.args[0].node
+        shares = self.graph.make(Softmax, source.axes, [View(source, tuple(range(len(source.axes))))], self.params)
+        return [np.expand_dims(cotangent, self.params) * shares.table.second]
+
+
+def log_sum_exp_of(graph: Graph, x: Value) -> Value | None:
+    """log x, if x is Σ exp of logits less their largest, as log Σ exp of the logits less their largest."""
+    inner, scale = _positive_multiple(x.node)
+    if not isinstance(inner, Mean) or tuple(inner.axes) != tuple(x.node.axes):
+        return None
+    powers, axes = inner.args[0].node, inner.params
+    if not (isinstance(powers, Apply) and powers.params[0] == "exp"):
+        return None
+    random, allowed = logits(powers.args[0], powers.axes)
+    if random is None or allowed is not None or tuple(random.node.axes) != tuple(powers.axes):
+        return None
+    terms, offset = _terms(powers.args[0])
+    taken = [(c, v) for c, v in terms if all(isinstance(r.node, Extreme) for r in roots(v.node))]
+    if any(b in axes for _, view in taken for b in view.bind):
+        return None
+    place = {k: i for i, k in enumerate(k for k in range(len(powers.axes)) if k not in axes)}
+    unit = graph.make(LogSumExp, inner.axes, [random], axes)
+    count = math.prod(powers.axes[k].size for k in axes)
+    views = [View(unit, tuple(range(len(inner.axes)))), *(View(v.node, tuple(place[b] for b in v.bind)) for _, v in taken)]
+    node = total(graph, [1.0, *(c for c, _ in taken)], inner.axes, views)
+    return Value(affine(node, 1.0, offset + math.log(scale / count)), x.dims)
+
+
+def _positive_multiple(node: Node) -> tuple[Node, float]:
+    """What a node is a positive number times; the absolute value of what is positive is itself."""
+    scale = 1.0
+    while isinstance(node, Apply) and node.args[0].bind == tuple(range(len(node.axes))):
+        name, extra = node.params
+        if name == "affine" and extra[0] > 0 and extra[1] == 0:
+            scale *= extra[0]
+        elif not (name == "abs" and node.args[0].node.positive):
+            break
+        node = node.args[0].node
+    return node, scale
+
+
+def _terms(view: View) -> tuple[list[tuple[float, View]], float]:
+    """A view as a weighted sum and a number."""
+    node, bind = view
+    parts: Sequence[tuple[float, View]]
+    if isinstance(node, Sum):
+        parts, offset = list(zip(node.params, node.args, strict=True)), 0.0
+    elif isinstance(node, Apply) and node.params[0] == "affine":
+        parts, offset = [(node.params[1][0], node.args[0])], node.params[1][1]
+    else:
+        return [(1.0, view)], 0.0
+    out: list[tuple[float, View]] = []
+    for c, child in parts:
+        inner, shift = _terms(child.within(bind))
+        out += [(c * d, v) for d, v in inner]
+        offset += c * shift
+    return out, offset

@@ -1,0 +1,56 @@
+"""Known numbers whose rows have more or less of them: masks on weights, the matrices of a transform.
+
+What a row adds up goes by its own energy, and what meets it along the other axes by theirs: a triangular mask on a weight (an
+autoregressive net's) hides much of the first inputs and little of the last. Positions of unlike energy are told apart by class.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from varscale.theory.axes import Axis, affordable, grouped, join
+from varscale.theory.elementwise import Apply, roots
+from varscale.theory.graph import Array, Leaf, Node, View
+from varscale.theory.layout import Value
+
+_UNLIKE = 1e-3  # relative difference of energies that is worth a class
+
+
+def told_apart(x: Value) -> Value:
+    """An operand of a product, known or a weight under a mask, with classes where its rows differ."""
+    node = x.node
+    own = roots(node)
+    arrays = [view for view in own if isinstance(view.node, Array) and len(view.node.axes) > 1]
+    weights = [view for view in own if isinstance(view.node, Leaf) and view.node.name[0] != "input"]
+    if not arrays or len([view for view in own if isinstance(view.node, Array)]) + len(weights) < len(own):
+        return x
+    axes = list(node.axes)
+    for view in arrays:
+        for k, place in enumerate(view.bind):
+            axes[place] = join(axes[place], by_energy(view.node, k))
+    finer = affordable(tuple(axes))
+    return x if finer == node.axes else Value(_refined(node, finer), x.dims)
+
+
+def by_energy(node: Array, k: int) -> Axis:
+    """Axis k of known numbers, its positions classed by the sum of squares and the square of the sum along the others."""
+
+    def classed() -> Axis:
+        rows = np.moveaxis(np.asarray(node.values, float), k, 0).reshape(node.axes[k].size, -1)
+        signatures = np.stack([np.mean(rows**2, axis=1), np.mean(rows, axis=1) ** 2], axis=1)
+        scale = max(float(signatures[:, 0].mean()), 1e-300)
+        return node.axes[k] if np.ptp(signatures, axis=0).max() < _UNLIKE * scale else grouped(signatures / scale)
+
+    return node.graph.once(("by energy", node.id, k), classed)
+
+
+def _refined(node: Node, axes: Sequence[Axis]) -> Node:
+    """The same elementwise tree over axes with finer classes."""
+    if isinstance(node, Array):
+        return node.graph.make(Array, axes, (), node.params)
+    if not isinstance(node, Apply):
+        return node
+    args = [View(_refined(view.node, [axes[b] for b in view.bind]), view.bind) for view in node.args]
+    return node.graph.make(Apply, axes, args, node.params)
