@@ -62,7 +62,7 @@ def _taken_apart(x: View, y: View, frame: Sequence[Axis]) -> np.ndarray:
 
     def widened(bind: Sequence[int], cut: int | None) -> tuple[int, ...]:
         """Places in the wider frame; the axis `cut`, if any, becomes the factors."""
-        own = [((p,) if p < at else (p + more,)) for p in bind]
+        own: list[tuple[int, ...]] = [((p,) if p < at else (p + more,)) for p in bind]
         if cut is not None:
             own[cut] = tuple(range(at, at + count))
         return tuple(p for places in own for p in places)

@@ -116,7 +116,7 @@ def _two_slices(
     ]
     table = np.broadcast_to(cross(*views, wide), [a.types for a in wide])
     if at[0] is not None and at[0] == at[1]:
-        table = apply_axis(table, last, _shifted(frame[at[0]], old, *spans))
+        table = apply_axis(table, last, _shifted(frame[at[0]], old, spans[0], spans[1]))
         return lift(table, (*wide[:-1], frame[at[0]]), (*kept, at[0]), frame, pairs=True)
     table = np.tensordot(_meeting(old, spans, at, tuple(frame)), table, axes=(2, last))
     places = [p for p in at if p is not None]

@@ -22,14 +22,14 @@ def told_apart(x: Value) -> Value:
     """An operand of a product, known or a weight under a mask, with classes where its rows differ."""
     node = x.node
     own = roots(node)
-    arrays = [view for view in own if isinstance(view.node, Array) and len(view.node.axes) > 1]
+    arrays = [(view.node, view.bind) for view in own if isinstance(view.node, Array) and len(view.node.axes) > 1]
     weights = [view for view in own if isinstance(view.node, Leaf) and view.node.name[0] != "input"]
     if not arrays or len([view for view in own if isinstance(view.node, Array)]) + len(weights) < len(own):
         return x
     axes = list(node.axes)
-    for view in arrays:
-        for k, place in enumerate(view.bind):
-            axes[place] = join(axes[place], by_energy(view.node, k))
+    for known, bind in arrays:
+        for k, place in enumerate(bind):
+            axes[place] = join(axes[place], by_energy(known, k))
     finer = affordable(tuple(axes))
     return x if finer == node.axes else Value(_refined(node, finer), x.dims)
 
