@@ -14,7 +14,7 @@ ROOT = pathlib.Path(varscale.__file__).parent
 # From the ground. A room's name is the first part of the module's path; `transfer` stands apart.
 FLOOR = {
     "_compat": 0, "gaussian": 0, "report": 0, "content": 0, "marks": 0,
-    "pieces": 1,
+    "assignments": 1, "pieces": 1,
     "replays": 2,
     "programs": 3,
     "initializers": 4, "probe": 4,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,6 +11,9 @@ import jax
 from flax import nnx
 
 from varscale import _compat
+
+
+_ONE_AT_A_TIME = threading.RLock()  # threads that restored each other's would leave one behind
 
 
 @contextlib.contextmanager
@@ -20,6 +24,11 @@ def quick_assignments() -> Iterator[None]:
     among all equations so far: the counts of a deep model's random keys alone, and the averages that its norms keep, take a
     time that grows as the square of its depth.
     """
+    with _ONE_AT_A_TIME:
+        yield from _quick()
+
+
+def _quick() -> Iterator[None]:
     own = nnx.Variable.__setitem__
 
     def assign(variable: Any, index: Any, x: Any) -> None:

@@ -114,7 +114,7 @@ def _two_slices(
         View(v.node, tuple(last if i == k else place[p] for i, p in enumerate(v.bind)))
         for v, k in zip((x, y), cut, strict=True)
     ]
-    table = np.broadcast_to(cross(*views, wide), [a.types for a in wide])
+    table = np.broadcast_to(cross(views[0], views[1], wide), [a.types for a in wide])
     if at[0] is not None and at[0] == at[1]:
         table = apply_axis(table, last, _shifted(frame[at[0]], old, spans[0], spans[1]))
         return lift(table, (*wide[:-1], frame[at[0]]), (*kept, at[0]), frame, pairs=True)

@@ -28,7 +28,7 @@ class LogSumExp(OneOfMany):
         return self.params
 
     def compute(self) -> Table:
-        return self.sampled(lambda x, axes: special.logsumexp(x, axis=axes))
+        return self.sampled(lambda x, axes: np.asarray(special.logsumexp(x, axis=axes)))
 
     def pullback(self, cotangent: np.ndarray) -> list[np.ndarray | None]:
         """A logit gets its share of the cotangent."""
