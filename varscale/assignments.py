@@ -12,7 +12,6 @@ from flax import nnx
 
 from varscale import _compat
 
-
 _ONE_AT_A_TIME = threading.RLock()  # threads that restored each other's would leave one behind
 
 
