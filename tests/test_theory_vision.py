@@ -176,3 +176,18 @@ def test_laws_of_weights_in_double_precision(init):
             found.append(vs.predict(model, jax.ShapeDtypeStruct((8, 32), dtype), backward=False).rows[-1])
     assert found[1].second_moment == pytest.approx(found[0].second_moment, rel=1e-5)
     assert found[0].second_moment > 0
+
+
+@pytest.mark.parametrize(("init", "expected"), [(nn.initializers.normal(1.0), 1.0), (nn.initializers.zeros, 16 / 17)])
+def test_a_norm_over_a_class_token_and_patches_makes_each_one(init, expected):
+    """Of 17 tokens; a token of zeros stays one. Joined arrays have their axes in another order than their norm's."""
+
+    class Tokens(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.Dense(64)(x)
+            token = self.param("token", init, (1, 1, 64))
+            return nn.LayerNorm()(jnp.concatenate([jnp.tile(token, (x.shape[0], 1, 1)), x], axis=1))
+
+    output = vs.predict(Tokens(), jax.ShapeDtypeStruct((4, 16, 32), jnp.float32), backward=False).output
+    assert output.second_moment == pytest.approx(expected, rel=1e-4)

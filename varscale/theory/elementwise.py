@@ -334,6 +334,13 @@ def _opened(terms: Sequence[tuple[float, View]]) -> list[tuple[float, View]] | N
     return [t for i, (term, part) in enumerate(zip(terms, parts, strict=True)) for t in (part if i in gone else [term])]
 
 
+def _bare(view: View) -> View:
+    """What a copy with its axes in another order is a copy of."""
+    while isinstance(view.node, Apply) and view.node.params == ("affine", (1.0, 0.0)):
+        view = view.node.args[0].within(view.bind)
+    return view
+
+
 def _is_variance(node: Sum) -> bool:
     """Whether it is the mean of squares less the square of the mean of the same over the same axes."""
     from varscale.theory.rules.reductions import Mean, mean_node
@@ -346,7 +353,7 @@ def _is_variance(node: Sum) -> bool:
     squares, reduced = plus.node.args[0].node, plus.node.params
     if not all(isinstance(x, Apply) and x.params == ("integer_pow", (2,)) for x in (squares, minus.node)):
         return False
-    x, mean = squares.args[0], minus.node.args[0].within(minus.bind)
+    x, mean = _bare(squares.args[0]), _bare(minus.node.args[0].within(minus.bind))
     if not set(reduced) <= set(x.bind):
         return False
     kept = [k for k in range(len(squares.axes)) if k not in reduced]
