@@ -21,7 +21,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from varscale.theory.axes import Axis, pool
-from varscale.theory.elementwise import Apply, Sum, roots
+from varscale.theory.elementwise import Apply, Sum, apply, roots
 from varscale.theory.graph import Array, Constant, Leaf, Node, View
 from varscale.theory.hermite import HERMITE, WEIGHTS, power_series
 from varscale.theory.narrow import shape_shift
@@ -33,6 +33,7 @@ from varscale.theory.spheres import sphere_shift
 
 _WIDEST = 4.0  # variance of a logarithm beyond which nothing is known of the law
 _FIRST_ORDER = 0.5  # a shift by more than this share of the mean is none of first order
+_FEW = 64  # numbers, from where on what a function of several roots leaves to chance is not asked for
 _FORGOTTEN = 1e-5  # a ratio below which what fluctuates is not handed on: a norm's, but for its epsilon
 
 
@@ -317,6 +318,8 @@ def _square_pairs(node: Node) -> np.ndarray:
         own = [r.within(factor.bind) for r in roots(factor.node)]
         own = [r for r in own if not isinstance(r.node, Array)]
         live = [r for r in own if len(own) == 1 or not concentrated(r.node)]
+        if len(live) > 1 and math.prod(axis.size for axis in frame) <= _FEW:
+            ratio = ratio * _joint_pairs(factor, frame)
         if len(live) != 1:
             continue
         (root,) = live
@@ -343,6 +346,16 @@ def _square_pairs(node: Node) -> np.ndarray:
             shape[root.bind[k]] = 2
         ratio = ratio * (series.transpose(order).reshape(shape) / a[0] ** 2)
     return ratio
+
+
+def _joint_pairs(factor: View, frame: tuple[Axis, ...]) -> np.ndarray:
+    """The same of a function of several roots, all that they share included."""
+    from varscale.theory.products import product_second
+
+    coarse = tuple(Axis(axis.size) for axis in frame)
+    square = View(apply(factor.node.graph, "integer_pow", (2,), frame, [factor]), tuple(range(len(frame))))
+    mean = product_second(factor, factor, coarse)[(0,) * len(frame)]
+    return product_second(square, square, coarse) / mean**2 if mean > 0 else np.ones([1] * len(frame))
 
 
 def _square_coefficients(f: View, frame: Sequence[Axis], fixed: Environment) -> tuple[np.ndarray, float] | None:
