@@ -8,13 +8,14 @@ of which the first and second moments are kept, by the type of an index pair. To
     layout                             how a tensor's dimensions are made of its node's axes
     hermite, functions, quadrature     functions of normals: Hermite series in a correlation
     products, opening, summed          functions of several roots; the law of a sum
-    cross                              cross-moments of two nodes
+    cross, regrouped, slices           cross-moments of two nodes, whatever became of their axes
     interpreter, rules/                the walk, and what it does at each primitive, a family of them a file
     softmax_weights, overlaps          attention: the weights; tokens that weights and values share
     windows, locality                  what is near in a picture, which moments by type do not say
-    responses, spread                  finite width: how one initialization differs from the mean of all
+    responses, scales, spread          finite width: how one initialization differs from the mean of all
     narrow, spheres                    sums of few terms, norms over few units
     derivatives, backward              gradients
+    gradient_scales                    finite width: what their factors share
     draws, ordered, loops, shrunken    what is drawn, for want of a formula: recurrences over time
     provenance, domains                how a number was obtained, and how far off it may be
     traces, repeats, prefix_scans      from a model to jaxprs

@@ -123,7 +123,7 @@ def summed_scale(node: Node, i: int, later: float, radial: float, unit: float) -
     sampled = max((1 + kernel(node).point) / (1 + inherited(node.args[i].node).point) - 1, 0.0)
     if not sampled:
         return SummedScale(1.0, later * share, radial * share, unit * share)
-    weighted = any(isinstance(v.node, Leaf) and v.node.random and v.node.name[0] != "input" for v in node.args)
+    weighted = any(isinstance(v.node, Leaf) and v.node.random and not v.node.is_input for v in node.args)
     radial = radial if weighted else 0.0
     growth = 1 + _limited(radial / (node.width or math.inf))
     return SummedScale(growth, later * share, radial * share, (later + radial) * share * sampled)

@@ -41,7 +41,7 @@ class Scale:
     """A random scale.
 
     Attributes:
-        growth: its mean over the one of infinitely many units.
+        growth: its mean over the one of infinitely many units; positive.
         place: its relative variance at one place.
         common: variance of what is common to all places, of the logarithm.
         skew: third cumulant of that.
@@ -107,7 +107,7 @@ def answer(scale: Scale, slope: float, curvature: float, curve: Callable[[], Flo
 def _of_a_curve(scale: Scale, common: float, line: np.ndarray) -> Answer:
     log_f = _extended(line)
     whole = max(min(math.log1p(scale.place), _WIDEST), common)
-    centre = math.log(max(scale.growth, 1e-3))
+    centre = math.log(scale.growth)
     values = np.exp(log_f(centre - whole / 2 + math.sqrt(whole) * _NODES)[0])
     growth = float(_SHARES @ values)
     other = growth if scale.place < _NARROW else float(_gamma_mean(scale.place, centre, log_f))

@@ -31,6 +31,7 @@ from varscale.theory.responses import companions, response_curve, responses
 from varscale.theory.scales import Answer, Scale, answer
 from varscale.theory.spheres import sphere_shift
 
+_LEAST = 1e-3  # of a mean, what a shift by more than all of it leaves
 _WIDEST = 4.0  # variance of a logarithm beyond which nothing is known of the law
 _FIRST_ORDER = 0.5  # a shift by more than this share of the mean is none of first order
 _FEW = 64  # numbers, from where on what a function of several roots leaves to chance is not asked for
@@ -232,7 +233,7 @@ def answers(node: Apply) -> dict[Node, Answer]:
         memo[key] = {}
         for root, (slope, curvature) in responses(node).items():
             spread = kernel(root)
-            scale = Scale(1 + spread.shift, spread.point, spread.variance, spread.skew)
+            scale = Scale(max(1 + spread.shift, _LEAST), spread.point, spread.variance, spread.skew)
             found = answer(scale, slope, curvature, functools.partial(response_curve, node, root))
             shape = 1 + float(np.clip(curvature * spread.shape / 2, -_FIRST_ORDER, _FIRST_ORDER))
             memo[key][root] = dataclasses.replace(found, growth=found.growth * shape)
