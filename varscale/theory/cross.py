@@ -7,7 +7,7 @@ from collections.abc import Hashable, Sequence
 import numpy as np
 
 from varscale.theory.axes import Axis, averaging, contract_axis
-from varscale.theory.elementwise import Apply, Sum, roots
+from varscale.theory.elementwise import Apply, Sum, roots, swapped
 from varscale.theory.graph import Array, Constant, Graph, Marked, Node, View
 from varscale.theory.moments import lift
 from varscale.theory.rearranged import Permute
@@ -51,6 +51,9 @@ def pair(a: View, b: View, frame: Sequence[Axis]) -> Pair:
         return Pair(mean_product(a, b, frame))
     if a == b:
         return Pair(a.second(frame))
+    read = sorted({*a.bind, *b.bind})
+    if len(read) < len(frame):
+        return _over_more(a, b, frame, read)
     key = ("cross", na.id, a.bind, nb.id, b.bind, tuple(frame))
     graph = na.graph
     if key not in graph.pairs:
@@ -64,6 +67,16 @@ def pair(a: View, b: View, frame: Sequence[Axis]) -> Pair:
             graph.computing.pop()
         graph.pairs[key] = found
     return graph.pairs[key]
+
+
+def _over_more(a: View, b: View, frame: Sequence[Axis], read: Sequence[int]) -> Pair:
+    """A frame of which some axes are read by neither."""
+    place = [read.index(p) if p in read else -1 for p in range(len(frame))]
+    found = pair(a.within(place), b.within(place), [frame[p] for p in read])
+    if found.moment.ndim == 0:
+        return found
+    own = iter(found.moment.shape)
+    return Pair(found.moment.reshape([next(own) if p in read else 1 for p in range(len(frame))]), found.flagged, found.doubt)
 
 
 def mean_of_product(a: View, b: View, frame: tuple[Axis, ...]) -> float:
@@ -105,15 +118,9 @@ def mean_product(a: View, b: View, frame: Sequence[Axis]) -> np.ndarray:
     return ma * mb
 
 
-def _swap(second: np.ndarray, frame: Sequence[Axis]) -> np.ndarray:
-    for k, axis in enumerate(frame):
-        if second.shape[k] > 1 and axis.classes > 1:
-            second = np.take(second, axis.swap, axis=k)
-    return second
-
-
 def _expand(a: View, b: View, frame: tuple[Axis, ...]) -> np.ndarray:
     from varscale.theory.products import product_second
+    from varscale.theory.rules.pooling import WindowSum
     from varscale.theory.rules.reductions import Mean
 
     if isinstance(a.node, Permute) or isinstance(b.node, Permute):
@@ -127,17 +134,23 @@ def _expand(a: View, b: View, frame: tuple[Axis, ...]) -> np.ndarray:
             inner = x.node.args[0].within(x.bind)
             one = View(_one(x.node), ())
             out = c * cross(inner, y, frame) + (d * mean_product(one, y, frame) if d else 0.0)
-            return _swap(out, frame) if turn else out
+            return swapped(out, frame) if turn else out
     # The later node is the one to open, but a sum is not, against an elementwise function of it or of what is made of it.
     for x, y, turn in sorted(((a, b, False), (b, a, True)), key=lambda t: -t[0].node.id):
         read = isinstance(y.node, Apply) and any(root.node.id >= x.node.id for root in roots(y.node))
         if isinstance(x.node, Sum) and not read:
             out = _of_terms(x, y, frame)
-            return _swap(out, frame) if turn else out
+            return swapped(out, frame) if turn else out
     # An average of a function of x against a function of x: by projection, which needs no law of the average.
     for x, y, turn in ((a, b, False), (b, a, True)):
-        if isinstance(x.node, Mean) and isinstance(y.node, Apply) and (out := x.node.cross_with(x, y, frame)) is not None:
-            return _swap(out, frame) if turn else out
+        if (
+            isinstance(x.node, Mean | WindowSum)
+            and isinstance(y.node, Apply)
+            and (out := x.node.cross_with(x, y, frame)) is not None
+        ):
+            return swapped(out, frame) if turn else out
+    if a.bind != b.bind and a.node.axes == b.node.axes and _apart(a, b):
+        return _elsewhere(a, b, frame)
     if isinstance(a.node, Apply) or isinstance(b.node, Apply):
         return product_second(a, b, frame)
     for x, y, turn in sorted(((a, b, False), (b, a, True)), key=lambda t: -t[0].node.id):
@@ -145,7 +158,7 @@ def _expand(a: View, b: View, frame: tuple[Axis, ...]) -> np.ndarray:
         if out is None:
             out = x.node.cross_with(x, y, frame)
         if out is not None:
-            return _swap(out, frame) if turn else out
+            return swapped(out, frame) if turn else out
     if a.bind != b.bind and a.node.axes == b.node.axes:
         return _elsewhere(a, b, frame)
     from varscale.theory.ordered import crossed
@@ -178,6 +191,11 @@ def _one(node: Node) -> Node:
 def _same_node(a: View, b: View, frame: tuple[Axis, ...]) -> np.ndarray:
     """One node read with its axes in two places."""
     return _placed(a.node.table.second, a, b, frame)
+
+
+def _apart(a: View, b: View) -> bool:
+    """Whether neither runs over a place where the other has a different axis of its own."""
+    return all(p == q or (p not in b.bind and q not in a.bind) for p, q in zip(a.bind, b.bind, strict=True))
 
 
 def _elsewhere(a: View, b: View, frame: tuple[Axis, ...]) -> np.ndarray:

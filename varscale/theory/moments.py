@@ -201,6 +201,11 @@ def full_types(array: np.ndarray, frame: Sequence[Axis]) -> np.ndarray:
     return array if array.shape == types else np.broadcast_to(array, types)
 
 
+def full_along(array: np.ndarray, k: int, axis: Axis) -> np.ndarray:
+    """Broadcast to every type of the axis at place k."""
+    return np.broadcast_to(array, (*array.shape[:k], axis.types, *array.shape[k + 1 :]))
+
+
 def estimate(values: Float[np.ndarray, "..."], axes: Sequence[Axis]) -> Table:
     """Moments of one real array, its entries pooled by class and by type.
 

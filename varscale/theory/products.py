@@ -9,7 +9,8 @@ import numpy as np
 
 from varscale.theory.axes import Axis
 from varscale.theory.cross import cross, dependent, mean_product
-from varscale.theory.elementwise import Apply
+from varscale.theory.depthwise import shared_scale
+from varscale.theory.elementwise import Apply, swapped
 from varscale.theory.graph import Array, Node, View
 from varscale.theory.hermite import DEGREE, HERMITE, WEIGHTS, Z, power_series, sobol, tail
 from varscale.theory.moments import lift, means_by_type
@@ -18,6 +19,7 @@ from varscale.theory.quadrature import (
     Environment,
     by_type,
     concentrated,
+    continued,
     evaluate,
     factored,
     factors,
@@ -202,6 +204,10 @@ def product_second(f_view: View, g_view: View, frame: Sequence[Axis]) -> np.ndar
         else:
             fi, gj = (_product(side, frame, group.known(fixed)) for side in (group.f, group.g))
             out = out * _mehler(group.variables, fi, gj, frame)
+    for one, other, turn in ((f_view, g_view, False), (g_view, f_view, True)):
+        gain = shared_scale(one, other, frame)
+        if gain is not None:
+            out = out + (swapped(gain, frame) if turn else gain)
     return out
 
 
@@ -306,6 +312,8 @@ def _nearest(latents: np.ndarray) -> np.ndarray:
 
 def _values(node: Node, latents: np.ndarray, line: np.ndarray) -> np.ndarray:
     """A root's values at normal scores; between the numbers of a known array there are none."""
+    if marginal(node).gaussian:
+        return line[0] + (latents - Z[0]) * ((line[-1] - line[0]) / (Z[-1] - Z[0]))
     return line[_nearest(latents)] if isinstance(node, Array) else np.interp(latents, Z, line)
 
 
@@ -349,10 +357,11 @@ def _cubature(group: _Group, frame: Sequence[Axis], fixed: Environment) -> tuple
             out = out * values[at]
         return out
 
+    inner, firsts = {}, {}
     for cell in np.ndindex(*classes):
-        within = rho[cell]  # the types (c = c) come first on every axis
-        latents = z[:, :k] @ factored(within, graph).T
-        mean[cell] = np.mean(tree(group.f, cell, latents))
+        inner[cell] = factored(rho[cell], graph)  # the types (c = c) come first on every axis
+        firsts[cell] = tree(group.f, cell, z[:, :k] @ inner[cell].T)
+        mean[cell] = np.mean(firsts[cell])
     if not group.g:
         return mean, second
     for index in np.ndindex(*types):
@@ -360,8 +369,7 @@ def _cubature(group: _Group, frame: Sequence[Axis], fixed: Environment) -> tuple
         cj = tuple(int(s[t]) for s, t in zip(second_class, index, strict=True))
         key = (ci, cj, tuple(np.round(rho[index].ravel(), 4)))
         if key not in done:
-            joint = np.block([[rho[ci], rho[index]], [rho[index].T, rho[cj]]])
-            latents = z @ factored(joint, graph).T
-            done[key] = float(np.mean(tree(group.f, ci, latents[:, :k]) * tree(group.g, cj, latents[:, k:])))
+            latents = z @ continued(inner[ci], rho[index], rho[cj], graph).T
+            done[key] = float(np.mean(firsts[ci] * tree(group.g, cj, latents)))
         second[index] = done[key]
     return mean, second

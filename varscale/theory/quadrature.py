@@ -187,11 +187,31 @@ _STRAIGHT_LINE = np.eye(DEGREE)[1]  # Hermite coefficients of a normal
 
 def factored(rho: np.ndarray, graph: Graph) -> np.ndarray:
     """L with unit rows and L Lᵀ = ρ, or the nearest there is; what that changes is in doubt."""
-    values, vectors = np.linalg.eigh(rho)
-    root = vectors * np.sqrt(np.clip(values, 0, None))
+    return _of_unit_length(_square_root(rho, graph))
+
+
+def continued(first: np.ndarray, between: np.ndarray, second: np.ndarray, graph: Graph) -> np.ndarray:
+    """The rows that continue a factor of some correlations to one of more: L = [[first, 0], [result]], (k, 2k).
+
+    Args:
+        first: the factor so far, (k, k).
+        between: the known ones' correlations with the further ones, (k, k).
+        second: the further ones', (k, k).
+        graph: what is marked where there is no such factor.
+    """
+    shared = np.linalg.lstsq(first, between, rcond=1e-9)[0].T
+    return _of_unit_length(np.concatenate([shared, _square_root(second - shared @ shared.T, graph)], axis=1))
+
+
+def _square_root(covariance: np.ndarray, graph: Graph) -> np.ndarray:
+    values, vectors = np.linalg.eigh(covariance)
     if values[0] < -_INDEFINITE:
         graph.flag("assumed", float(-values[0]))
-    return root / np.maximum(np.linalg.norm(root, axis=1, keepdims=True), 1e-300)
+    return vectors * np.sqrt(np.clip(values, 0, None))
+
+
+def _of_unit_length(rows: np.ndarray) -> np.ndarray:
+    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-300)
 
 
 Environment = dict[tuple[int, tuple[int, ...]], np.ndarray]

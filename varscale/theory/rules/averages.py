@@ -10,6 +10,7 @@ import numpy as np
 
 from varscale.theory.axes import Axis, apply_axis, contract_axis
 from varscale.theory.graph import Constant, Node, View
+from varscale.theory.moments import full_along
 from varscale.theory.rearranged import Split, split
 
 
@@ -36,9 +37,7 @@ def cross_mean(a: View, b: View, frame: Sequence[Axis]) -> np.ndarray | None:
             mine, other = _wide_bind(a, x, reduced, extra), _wide_bind(b, y, met, extra)
             out = cross(View(x, mine), View(y, other), wide)
             for d in reversed(extra):
-                out = contract_axis(
-                    np.broadcast_to(out, [*out.shape[:d], wide[d].types, *out.shape[d + 1 :]]), d, wide[d].any_pair
-                )
+                out = contract_axis(full_along(out, d, wide[d]), d, wide[d].any_pair)
             return out
     partner = _matched([x.axes[k].size for k in reduced], [(b.bind[k], b.node.axes[k].size) for k in spare])
     if partner is not None:
@@ -47,8 +46,7 @@ def cross_mean(a: View, b: View, frame: Sequence[Axis]) -> np.ndarray | None:
         mine = tuple(next(new) if k in reduced else next(own) for k in range(len(x.axes)))
         table = cross(View(x, mine), b, frame)
         for d in partner:
-            table = np.broadcast_to(table, [*table.shape[:d], frame[d].types, *table.shape[d + 1 :]])
-            table = apply_axis(table, d, _over_first(frame[d]))
+            table = apply_axis(full_along(table, d, frame[d]), d, _over_first(frame[d]))
         return table
     if spare and all(b.node.axes[k].labels is None for k in spare):
         averaged = mean_node(b.node, spare)
@@ -76,7 +74,7 @@ def _one_by_one(a: View, b: View, frame: Sequence[Axis]) -> np.ndarray | None:
     if out is None:
         return None
     for d in reversed(extra):
-        out = contract_axis(np.broadcast_to(out, [*out.shape[:d], wide[d].types, *out.shape[d + 1 :]]), d, wide[d].any_pair)
+        out = contract_axis(full_along(out, d, wide[d]), d, wide[d].any_pair)
     return out
 
 

@@ -103,6 +103,35 @@ def tap_pairs(window: Window, axis: Axis, out: Axis) -> tuple[np.ndarray, np.nda
     return same / pairs, other / pairs
 
 
+@functools.cache
+def tap_reads(window: Window, axis: Axis) -> np.ndarray:
+    """Mean number of taps for each type of pair (output, place) and of pair (what the tap reads, that place).
+
+    Args:
+        window: how it is read, as many outputs as inputs.
+        axis: the places.
+    """
+    n, classes = axis.counts, axis.classes
+    p, t = np.nonzero((at := hits(window, axis.size)) >= 0)
+    i = at[p, t]
+    c, d = axis.label_array[p], axis.label_array[i]
+    own, to_other = p == i, classes + d * classes + c
+    table = np.zeros((axis.types, axis.types))
+    # The place is the output's own: one tap may read it, the rest read others.
+    np.add.at(table, (c, np.where(own, d, to_other)), 1.0)
+    # The place is any other: a tap may read it, too.
+    rest = np.zeros((classes,) * 4)  # class of the output, of the place; of what is read, of the place
+    taps = np.zeros((classes, classes))
+    np.add.at(taps, (c, d), 1.0)
+    for e in range(classes):
+        rest[:, e, :, e] = taps * n[e]
+    np.subtract.at(rest, (c, c, d, c), 1.0)
+    np.subtract.at(rest, (c[~own], d[~own], d[~own], d[~own]), 1.0)
+    np.add.at(table, (classes + c[~own] * classes + d[~own], d[~own]), 1.0)
+    table[classes:, classes:] = rest.reshape(classes**2, classes**2)
+    return table / np.where(axis.pairs > 0, axis.pairs, 1.0)[:, None]
+
+
 def squeeze_types(matrix: np.ndarray, out: Axis, axis: Axis) -> np.ndarray:
     """Only the type "same" where an axis has one position."""
     return matrix[: 1 if out.size == 1 else None, : 1 if axis.size == 1 else None]

@@ -14,8 +14,18 @@ from varscale.theory.graph import Node, View
 from varscale.theory.interpreter import Interpreter, rule
 from varscale.theory.layout import Atom, Value
 from varscale.theory.locality import unseen_nearness
-from varscale.theory.moments import Table
-from varscale.theory.rules.convolution import ONE, Window, hits, output_axis, prepared, squeeze_types, tap_means, tap_pairs
+from varscale.theory.moments import Table, full_along
+from varscale.theory.rules.convolution import (
+    ONE,
+    Window,
+    hits,
+    output_axis,
+    prepared,
+    squeeze_types,
+    tap_means,
+    tap_pairs,
+    tap_reads,
+)
 from varscale.theory.rules.reductions import TIES, bounded, narrowest, outside, restored
 
 
@@ -68,6 +78,26 @@ class WindowSum(Node):
         ]
         return [self._carry(cotangent, maps, od, xd)]
 
+    def cross_with(self, a: View, b: View, frame: Sequence[Axis]) -> np.ndarray | None:
+        """Places of another array over the same grid, against the places that a window reads."""
+        from varscale.theory.cross import cross
+
+        windows, xd, od = self.params
+        x, read = self.args[0].node, {}
+        for window, k, o in zip(windows, xd, od, strict=True):
+            if k is None or o is None:
+                if k != o:
+                    return None  # the only place of an axis is no axis of the frame
+                continue
+            if window is not None and window.size_out != x.axes[k].size:
+                return None
+            read[k] = (a.bind[o], window)
+        out = cross(View(x, tuple(read[k][0] for k in range(len(x.axes)))), b, frame)
+        for place, window in read.values():
+            if window is not None:
+                out = apply_axis(full_along(out, place, frame[place]), place, tap_reads(window, frame[place]))
+        return out
+
 
 class WindowMax(WindowSum):
     """Maxima over windows: of whole ones, with the mean and variance of the smaller ones at borders counted in.
@@ -80,6 +110,9 @@ class WindowMax(WindowSum):
 
     def prepare(self) -> None:
         self.odd, self.positive = 0, self.args[0].node.positive
+
+    def cross_with(self, a: View, b: View, frame: Sequence[Axis]) -> np.ndarray | None:
+        return None  # which places are read depends on what is there
 
     def compute(self) -> Table:
         from varscale.theory.rules.sampled import draw, pooled_estimate
