@@ -78,6 +78,7 @@ class Node(Marked):
         averages: whether it is the mean of its one argument over the axes `params`.
         timed: whether it is known by draws along time, which hold more than its moments by type (`draws`).
         shares: whether it is shares that add up to 1, positive but no norm's scale.
+        local: whether places near one another along an axis may be more alike than others: known numbers are in it.
         how: how good its rule is where nothing is marked, one of `HOWS`.
         gradient_doubt: relative error that its pullback may add.
         drawn: its values on the normal grid, where it was drawn and is not to be taken for Gaussian.
@@ -98,6 +99,7 @@ class Node(Marked):
         self.even = functools.reduce(lambda bits, view: bits & view.node.unseen, args, self.deps)
         self.odd = 0
         self.positive = False
+        self.local = any(view.node.local for view in args)
         self._table: Table | None = None
         self._spread: Spread | None = None
         self.prepare()
@@ -302,6 +304,7 @@ class Array(Node):
 
     def prepare(self) -> None:
         self.positive = bool(self.values.size and np.min(self.values) >= 0)
+        self.local = True
 
     def compute(self) -> Table:
         return estimate(self.values, self.axes)

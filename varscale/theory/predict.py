@@ -20,6 +20,7 @@ from varscale.theory.graph import Graph, Leaf
 from varscale.theory.interpreter import Complex, Interpreter, Opaque
 from varscale.theory.layout import Value, full
 from varscale.theory.moments import Moments, Table, estimate, independent, is_correlated
+from varscale.theory.nearby import measured
 from varscale.theory.rows import Place, Rows, joined
 from varscale.theory.traces import Draws, Trace, drawing, execution_order, first_pass, traced
 
@@ -201,8 +202,10 @@ def input_value(interpreter: Interpreter, x: Any, name: str) -> Any:
         raise ValueError(f"{name} contains NaN or infinities")
     if np.all(numbers == numbers.flat[0]):
         return full(graph, float(numbers.flat[0]), shape)
-    table = estimate(numbers.reshape([a.size for a in axes]), axes)
-    return input_leaf(interpreter, name, shape, table, odd=False)
+    numbers = numbers.reshape([a.size for a in axes])
+    made = input_leaf(interpreter, name, shape, estimate(numbers, axes), odd=False)
+    measured(made.node, numbers)
+    return made
 
 
 def _parts(x: Any) -> list[tuple[str, Any]]:

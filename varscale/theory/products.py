@@ -12,7 +12,8 @@ from varscale.theory.cross import cross, dependent, mean_product
 from varscale.theory.depthwise import shared_scale
 from varscale.theory.elementwise import Apply, swapped
 from varscale.theory.graph import Array, Node, View
-from varscale.theory.hermite import DEGREE, HERMITE, WEIGHTS, Z, power_series, sobol, tail
+from varscale.theory.hermite import WEIGHTS, Z, sobol
+from varscale.theory.mehler import Series, mehler, on_grid
 from varscale.theory.moments import lift, means_by_type
 from varscale.theory.opening import Variable, apart, roots_of
 from varscale.theory.quadrature import (
@@ -35,7 +36,6 @@ from varscale.theory.windows import scatter
 MOST_VARIABLES = 5  # roots of one cubature: points in twice as many dimensions are too few for more
 # Set on the validation grid, not derived: of a cubature over more variables than that.
 _CROWDED_DOUBT = 0.3
-_NEGLIGIBLE = 1e-12  # what rounding leaves of a series that has converged
 _INDEPENDENT = 1e-3  # correlation below which two roots are taken for independent
 
 
@@ -160,9 +160,9 @@ def product_moments(view: View, frame: Sequence[Axis]) -> tuple[np.ndarray, np.n
 def _of_one_root(group: _Group, frame: Sequence[Axis], fixed: Environment) -> tuple[np.ndarray, np.ndarray]:
     """Means by class, (classes or 1...), and second moments by type, (types or 1...), of a group with one root at most."""
 
-    def integrated() -> tuple[np.ndarray, _Series]:
+    def integrated() -> tuple[np.ndarray, Series]:
         values = _product(group.f, frame, group.known(fixed))
-        return values @ WEIGHTS if values.shape[-1] > 1 else values[..., 0], _series(_on_grid(values), _on_grid(values), frame)
+        return values @ WEIGHTS if values.shape[-1] > 1 else values[..., 0], mehler(on_grid(values), on_grid(values), frame)
 
     if not group.variables:
         values = _product(group.f, frame, group.known(fixed))[..., 0]
@@ -216,10 +216,10 @@ def _mehler(variables: Sequence[View], fi: np.ndarray, gj: np.ndarray, frame: Se
     if not variables:
         return by_type(fi[..., 0], frame, second=False) * by_type(gj[..., 0], frame, second=True)
     (x,) = variables
-    return _read(_series(_on_grid(fi), _on_grid(gj), frame), x, frame)
+    return _read(mehler(on_grid(fi), on_grid(gj), frame), x, frame)
 
 
-def _read(series: _Series, root: View, frame: Sequence[Axis]) -> np.ndarray:
+def _read(series: Series, root: View, frame: Sequence[Axis]) -> np.ndarray:
     """E[f g] by type at a root's correlations, and at what they are given the weights."""
     axes = root.node.axes
     out = series.at(lift(marginal(root.node).correlation, axes, root.bind, frame, pairs=True))
@@ -230,67 +230,11 @@ def _read(series: _Series, root: View, frame: Sequence[Axis]) -> np.ndarray:
     return out + series.curvature(rho) * variance / 2
 
 
-def _on_grid(values: np.ndarray) -> np.ndarray:
-    """Values at every point, where they are given for one alone."""
-    return values if values.shape[-1] == len(Z) else np.broadcast_to(values, (*values.shape[:-1], len(Z)))
-
-
-class _Series(NamedTuple):
-    """E[f(z_i) g(z_j)] of two functions of normals as a function of their correlation, by type.
-
-    Exact for i and j the same and for opposites, Σ a_k b_k ρ^k elsewhere; what is beyond the degree (all of 1 − ρ behind deep
-    ReLUs) falls off with k as it began to.
-    """
-
-    both: np.ndarray
-    opposite: np.ndarray
-    coefficients: np.ndarray
-
-    def at(self, rho: np.ndarray) -> np.ndarray:
-        out = power_series(self.coefficients, rho)
-        for whole, sign in ((self.both, 1.0), (self.opposite, -1.0)):
-            signed = self.coefficients * sign ** np.arange(DEGREE)
-            rest = whole - signed.sum(-1)
-            if np.any(np.abs(rest) > _NEGLIGIBLE * np.abs(self.both)):
-                last = signed[..., DEGREE // 2 :].sum(-1)
-                fall = np.log2(1 + np.maximum(last / np.where(rest == 0, 1e-300, rest), 0.0))
-                out = out + rest * tail(sign * rho, fall)
-            out = np.where(sign * rho >= 1 - 1e-9, whole, out)
-        return out
-
-    def curvature(self, rho: np.ndarray) -> np.ndarray:
-        """The second derivative."""
-        k = np.arange(2, self.coefficients.shape[-1])
-        return power_series(self.coefficients[..., 2:] * k * (k - 1), rho)
-
-
-def _series(fi: np.ndarray, gj: np.ndarray, frame: Sequence[Axis]) -> _Series:
-    """For functions given on the grid by class, (classes or 1..., points)."""
-    ai = fi @ HERMITE
-    bj = ai if gj is fi else gj @ HERMITE
-    both, opposite = (_read_pairs(_class_pairs(fi, g, WEIGHTS), fi, gj, frame) for g in (gj, gj[..., ::-1]))
-    return _Series(both, opposite, by_type(ai, frame, second=False) * by_type(bj, frame, second=True))
-
-
-def _class_pairs(fi: np.ndarray, gj: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """E[f_c(z) g_c'(z)] for every class of f with every class of g, one matrix product."""
-    return (fi.reshape(-1, fi.shape[-1]) * weights) @ gj.reshape(-1, gj.shape[-1]).T
-
-
-def _read_pairs(pairs: np.ndarray, fi: np.ndarray, gj: np.ndarray, frame: Sequence[Axis]) -> np.ndarray:
-    """A (classes of f, classes of g) matrix read by type."""
-    index = [
-        by_type(np.arange(x[..., 0].size).reshape(x.shape[:-1]), frame, second=second)
-        for x, second in ((fi, False), (gj, True))
-    ]
-    return pairs[index[0], index[1]]
-
-
 def two_roots(f: View, a: View, g: View, b: View, frame: Sequence[Axis], fixed: Environment) -> np.ndarray:
     """E[f(a_i) g(b_j)] for two different roots, from their cross-moments."""
     fi, gj = evaluate(f, frame, dict(fixed)), evaluate(g, frame, dict(fixed))
     rho = latent_cross(a, b, frame)
-    return _series(_on_grid(fi), _on_grid(gj), frame).at(rho)
+    return mehler(on_grid(fi), on_grid(gj), frame).at(rho)
 
 
 def _pairwise(group: _Group, frame: Sequence[Axis], fixed: Environment) -> np.ndarray:

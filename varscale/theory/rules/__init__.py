@@ -12,6 +12,7 @@ FAMILIES = (
     "linear",
     "convolution",
     "pooling",
+    "nearness",
     "gather",
     "segments",
     "random",

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from varscale.theory.axes import Axis, apply_axis
+from varscale.theory.axes import Axis, apply_axis, refine
 from varscale.theory.elementwise import affine
 from varscale.theory.graph import Node, View
 from varscale.theory.interpreter import Interpreter, rule
 from varscale.theory.layout import Atom, Value
 from varscale.theory.locality import unseen_nearness
 from varscale.theory.moments import Table, full_along
+from varscale.theory.nearby import answered
+from varscale.theory.neighbourhoods import Grid, alike, another, latents, read, spans
 from varscale.theory.rules.convolution import (
     ONE,
     Window,
@@ -68,7 +70,35 @@ class WindowSum(Node):
         means = [
             None if w is None else tap_means(w, a, o) for w, a, o in zip(windows, self.axes_in(), self.axes_out(), strict=True)
         ]
-        return Table(self.axes, self._carry(table.mean, means, xd, od), self._carry(table.second, self.pair_maps(), xd, od))
+        second = self._carry(table.second, self.pair_maps(), xd, od)
+        if self.args[0].node.local:
+            second = second + refine(answered(self.sums({})) - answered(self.sums(None)), self.axes)
+        return Table(self.axes, self._carry(table.mean, means, xd, od), second)
+
+    def sums(self, distances: Mapping[int, int] | None) -> Grid:
+        """Second moments of sums over the windows, by "same" and "different" along its axes.
+
+        Args:
+            distances: along which of its axes "different" means so far apart; None: windows, too, are over places that are as
+                alike as any.
+        """
+        weights: dict[int, list[dict[int, float]]] = {}
+        x = self.args[0].node
+        for window, k, o in zip(*self.params, strict=True):
+            if k is None:
+                continue
+            n, apart = x.axes[k].size, None if o is None or distances is None else distances.get(o)
+            if window is not None:
+                lines = [spans(window, n, 0)]
+                if o is not None:
+                    lines.append(another(window, n) if apart is None else spans(window, n, apart))
+                weights[k] = lines if distances is not None else [alike(line) for line in lines]
+            elif apart is not None:
+                weights[k] = [{0: 1.0}, {apart: 1.0}]
+        out = yield from read(x, weights)
+        order = [(k, o) for k, o in zip(*self.params[1:], strict=True) if k is not None]
+        out = out.transpose([k for k, _ in order]).reshape([2 for _, o in order if o is not None])
+        return out.transpose(np.argsort([o for _, o in order if o is not None]))
 
     def pullback(self, cotangent: np.ndarray) -> list[np.ndarray | None]:
         _, xd, od = self.params
@@ -115,34 +145,45 @@ class WindowMax(WindowSum):
         return None  # which places are read depends on what is there
 
     def compute(self) -> Table:
-        from varscale.theory.rules.sampled import draw, pooled_estimate
+        from varscale.theory.rules.sampled import pooled_estimate
 
         windows, xd, od = self.params
         node = self.args[0].node
-        sizes, cut = [0] * len(node.axes), []
-        for k, window in zip(xd, windows, strict=True):
-            if k is None:
-                continue
-            n = node.axes[k].size
-            sizes[k] = min(n, 2) if window is None else min(n, 2 * window.stride + (window.taps - 1) * window.dilation + 1)
-            cut.append((k, window))
-        replicates = int(np.clip(3e6 / math.prod(sizes), 16, 20_000))
-        x = draw(node, sizes, replicates, np.random.default_rng(0))
-        law = self._law(x)
+        x, cut = self._drawn()
         # Of what a few numbers decide there is no Gaussian tail; what places share does not add to the largest.
         taps = math.prod(w.taps for w in windows if w is not None)
         self.graph.flag("sampled", bounded(taps, narrowest(node)) + unseen_nearness(node))
-        for k, window in cut:
-            if window is not None:
-                view = np.lib.stride_tricks.sliding_window_view(x, (window.taps - 1) * window.dilation + 1, axis=k + 1)
-                x = view[..., :: window.dilation].max(axis=-1)
-                x = np.moveaxis(np.moveaxis(x, k + 1, 0)[:: window.stride], 0, k + 1)
+        law = self._law(x)
+        for k, (span, step, dilation) in cut.items():
+            view = np.lib.stride_tricks.sliding_window_view(x, span, axis=k + 1)
+            x = view[..., ::dilation].max(axis=-1)
+            x = np.moveaxis(np.moveaxis(x, k + 1, 0)[::step], 0, k + 1)
         order = [k for k in xd if k is not None]
         x = x.transpose([0, *(k + 1 for k in order)])
         live = [i for i, (k, o) in enumerate((k, o) for k, o in zip(xd, od, strict=True) if k is not None) if o is not None]
         x = x[(slice(None), *(slice(None) if i in live else 0 for i in range(len(order))))]
         placed = [o for k, o in zip(xd, od, strict=True) if k is not None and o is not None]
         return _with_law(pooled_estimate(x.transpose([0, *(int(i) + 1 for i in np.argsort(placed))]), self.axes), *law)
+
+    def _drawn(self) -> tuple[np.ndarray, dict[int, tuple[int, int, int]]]:
+        """Draws of two windows along each axis, and how each is cut into them: span, step, dilation.
+
+        They are next to one another, or, where what is near is more alike, anywhere.
+        """
+        from varscale.theory.rules.sampled import draw
+
+        node = self.args[0].node
+        windows = {k: w for w, k in zip(*self.params[:2], strict=True) if k is not None and w is not None}
+        sizes, cut = [min(axis.size, 2) for axis in node.axes], {}
+        for k, w in windows.items():
+            span = min((w.taps - 1) * w.dilation + 1, node.axes[k].size)
+            step = span if node.local else w.stride
+            sizes[k] = 2 * span if node.local else min(node.axes[k].size, 2 * step + span)
+            cut[k] = (span, step, w.dilation)
+        replicates, rng = int(np.clip(3e6 / math.prod(sizes), 16, 20_000)), np.random.default_rng(0)
+        if not node.local:
+            return draw(node, sizes, replicates, rng), cut
+        return draw(node, sizes, replicates, rng, lambda root: latents(root, sizes, cut, replicates, rng)), cut
 
     def _law(self, x: np.ndarray) -> tuple[float, float]:
         """Mean and mean square over all windows, by how many of their places are in the array along each axis."""

@@ -23,8 +23,22 @@ _BUDGET = 2_000_000  # elements drawn for one node
 _KEEPS_SIGNS = {"sort", "top_k", "cumsum", "cumprod", "cummax", "cummin", "gather", "reduce_prod"}
 
 
-def draw(node: Node, sizes: Sequence[int], replicates: int, rng: np.random.Generator) -> np.ndarray:
-    """Arrays with a node's law at other sizes: its roots are drawn, its tree is evaluated. (replicates, *sizes)"""
+def draw(
+    node: Node,
+    sizes: Sequence[int],
+    replicates: int,
+    rng: np.random.Generator,
+    latents: Callable[[View], np.ndarray] | None = None,
+) -> np.ndarray:
+    """Arrays with a node's law at other sizes: its roots are drawn, its tree is evaluated. (replicates, *sizes)
+
+    Args:
+        node: the node.
+        sizes: how many positions of each of its axes.
+        replicates: how many arrays.
+        rng: where random numbers come from.
+        latents: draws the normals behind a root, (replicates, its sizes...); by default any two positions are alike.
+    """
     env: dict[Any, np.ndarray] = {}
     # Trees are evaluated over a frame with the replicates last, as quadrature points are.
     for root in roots(node):
@@ -34,13 +48,16 @@ def draw(node: Node, sizes: Sequence[int], replicates: int, rng: np.random.Gener
             drawn = np.repeat(numbers[None], replicates, 0)
         else:
             law = marginal(root.node)
-            plain = [Axis(axis.size) for axis in root.node.axes]
-            rho = pool(law.correlation, root.node.axes)
-            latents = gaussian(rho, plain, [np.arange(n) for n in own], replicates, rng)
+            if latents is None:
+                plain = [Axis(axis.size) for axis in root.node.axes]
+                rho = pool(law.correlation, root.node.axes)
+                normals = gaussian(rho, plain, [np.arange(n) for n in own], replicates, rng)
+            else:
+                normals = latents(root)
             line = np.asarray(law.values, float)
             for axis in root.node.axes:
                 line = np.tensordot(axis.counts / axis.size, line, axes=(0, 0))
-            drawn = np.interp(latents, Z, line)
+            drawn = np.interp(normals, Z, line)
         shape = [1] * len(sizes)
         for k, b in enumerate(root.bind):
             shape[b] = own[k]

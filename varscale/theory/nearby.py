@@ -1,0 +1,290 @@
+r"""Places near one another: how much more alike they are than any two of an axis, for the windows that pools read.
+
+Moments by type know two places of a picture as "different", and average over all of them. That is all a contraction, an
+average over the picture or a norm asks for; what a window adds up or compares are neighbours, and those of a photograph are
+alike. For a distance along one or more axes the EXCESS of a node is
+
+    E[x_i x_j | j at that distance from i] − E[x_i x_j | j anywhere else],
+
+by whether they agree along each axis (along those of the distance: "the same", or "that far"). It is measured on known arrays,
+and then follows from layer to layer by the rules of the second moments themselves, of which each is linear in them but one:
+a function of a normal, which reads both correlations off its series. A convolution over fresh weights sees its input a stride
+as far apart.
+
+Distances are taken at places within the array, borders being few; drift of the mean over a picture counts as likeness.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Generator, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+
+from varscale.theory.axes import Axis, pool
+from varscale.theory.elementwise import Apply, Sum, roots
+from varscale.theory.graph import Array, Leaf, Node, View
+from varscale.theory.hermite import HERMITE, POINTS, solved
+from varscale.theory.mehler import mehler
+from varscale.theory.quadrature import Marginal, concentrated, evaluate, factors, independent_factors, marginal
+from varscale.theory.rearranged import Merge, Permute, Split
+
+# Not derived: of what is made of several fluctuating roots, or passes a node of which nothing else is known.
+_INTERPOLATED, _UNKNOWN = 0.5, 0.3
+
+Offsets = tuple[tuple[int, int], ...]  # (axis, distance)
+T = TypeVar("T")
+
+
+class Near(NamedTuple):
+    """Excess by "same" and "different" along each axis, (2,) * rank; `doubt` is of it, relative to the node's mean square."""
+
+    excess: np.ndarray
+    doubt: float
+
+
+Steps = Generator[tuple[Node, Offsets], Near, Near]
+
+
+def answered(steps: Generator[tuple[Node, Offsets], Near, T]) -> T:
+    """Run what asks for excesses, and what that asks for, without Python's stack, which is not as deep as a model."""
+    answer: Any = None
+    waiting: list[tuple[Any, Generator[tuple[Node, Offsets], Any, Any]]] = [(None, steps)]
+    while True:
+        key, latest = waiting[-1]
+        try:
+            node, offsets = latest.send(answer)
+        except StopIteration as done:
+            answer = done.value
+            waiting.pop()
+            if not waiting:
+                return answer
+            key[0].graph.memo["nearby", key[0].id, key[1]] = answer
+            continue
+        answer = node.graph.memo.get(("nearby", node.id, offsets))
+        if answer is None:
+            waiting.append(((node, offsets), _steps(node, offsets)))
+
+
+def _steps(node: Node, offsets: Offsets) -> Steps:
+    if not node.local or not offsets:
+        return nothing(node)
+    return near_of(node, offsets)
+
+
+def nothing(node: Node, doubt: float = 0.0) -> Steps:
+    """No excess."""
+    yield from ()
+    return Near(np.zeros((2,) * len(node.axes)), doubt)
+
+
+@functools.singledispatch
+def near_of(node: Node, offsets: Offsets) -> Steps:
+    """The excess of a kind of node: asks for what it needs by yielding it. Of other kinds nothing is known."""
+    return nothing(node, _UNKNOWN)
+
+
+def of_view(view: View, offsets: Offsets, rank: int) -> Steps:
+    """The excess of an argument, over a frame of `rank` axes (1 long where it has none)."""
+    inner = tuple((j, distance) for k, distance in offsets for j, place in enumerate(view.bind) if place == k)
+    found = yield view.node, inner
+    return Near(over_frame(found.excess, view, rank), found.doubt)
+
+
+def over_frame(table: np.ndarray, view: View, rank: int) -> np.ndarray:
+    """A table by "same" and "different" along a view's own axes, over its frame's."""
+    order = sorted(range(len(view.bind)), key=lambda j: view.bind[j])
+    return table.transpose(order).reshape([2 if place in view.bind else 1 for place in range(rank)])
+
+
+def usual(node: Node) -> np.ndarray:
+    """E[x_i x_j] by "same" and "different" along each axis."""
+    return pool(node.table.second, node.axes)
+
+
+def summed(table: np.ndarray, k: int, size: float) -> np.ndarray:
+    """The sum over both indices of axis k."""
+    return size * table.take(0, k) + size * (size - 1) * table.take(1, k)
+
+
+def measured(node: Node, numbers: np.ndarray) -> None:
+    """Note that the moments of a leaf are those of known numbers, (sizes of its axes...)."""
+    node.local = True
+    node.graph.memo["measured", node.id] = numbers
+
+
+@near_of.register
+def _(node: Leaf, offsets: Offsets) -> Steps:
+    yield from ()
+    return _of_numbers(node, node.graph.memo["measured", node.id], offsets)
+
+
+@near_of.register
+def _(node: Array, offsets: Offsets) -> Steps:
+    yield from ()
+    return _of_numbers(node, np.asarray(node.values, float), offsets)
+
+
+def _of_numbers(node: Node, values: np.ndarray, offsets: Offsets) -> Near:
+    """Averages over all pairs at that distance: free along some of the other axes, from which those that differ follow."""
+    axes, distances = node.axes, dict(offsets)
+    out = np.zeros((2,) * len(axes))
+    if any(d >= axes[k].size for k, d in offsets):
+        return Near(out, _UNKNOWN)
+    others = [k for k in range(len(axes)) if k not in distances]
+    before = usual(node)
+    for index in np.ndindex(*(2 if k in distances else 1 for k in range(len(axes)))):
+        if not any(index):
+            continue
+        first, second = (
+            values[tuple(_shifted(distances.get(k, 0) * index[k], last) for k in range(len(axes)))] for last in (False, True)
+        )
+        found = np.empty([2 if k in others else 1 for k in range(len(axes))])
+        for free in np.ndindex(*found.shape):
+            run = tuple(k for k in others if free[k])
+            pair = first.mean(run, keepdims=True) * second.mean(run, keepdims=True)
+            found[free] = pair.mean()
+        for k in others:
+            same, anywhere, n = found.take([0], k), found.take([1], k), axes[k].size
+            found = np.concatenate([same, (n * anywhere - same) / (n - 1)], axis=k)
+        at = tuple(slice(None) if k in others else slice(i, i + 1) for k, i in enumerate(index))
+        out[at] = found - before[at]
+    return Near(out, 0.0)
+
+
+def _shifted(distance: int, last: bool) -> slice:
+    return slice(distance, None) if last else slice(0, -distance if distance else None)
+
+
+@near_of.register
+def _(node: Sum, offsets: Offsets) -> Steps:
+    rank, centring = len(node.axes), node.centring
+    out, doubt, whole = np.zeros((2,) * rank), 0.0, max(node.table.mean_square, 1e-300)
+    for i, (c, view) in enumerate(zip(node.params, node.args, strict=True)):
+        if i in centring.values():
+            continue
+        found = yield from of_view(view, offsets, rank)
+        excess = found.excess
+        if i in centring:
+            mean = node.args[centring[i]]
+            excess = _centred(excess, [k for k in view.bind if k not in mean.bind], node.axes, dict(offsets))
+        out = out + c * c * excess
+        doubt += c * c * found.doubt * view.node.table.mean_square / whole
+    return Near(out, doubt)
+
+
+def _centred(excess: np.ndarray, taken: Sequence[int], axes: Sequence[Axis], distances: dict[int, int]) -> np.ndarray:
+    """Less the mean over some axes; over those of the distance it has no part of the excess, which has mean zero there."""
+    mean = excess
+    for k in taken:
+        if k in distances:
+            return excess
+        if excess.shape[k] > 1:
+            mean = np.expand_dims(summed(mean, k, axes[k].size), k) / axes[k].size ** 2
+    return excess - mean if taken else excess
+
+
+@near_of.register
+def _(node: Apply, offsets: Offsets) -> Steps:
+    rank, (name, extra) = len(node.axes), node.params
+    if name == "affine":
+        found = yield from of_view(node.args[0], offsets, rank)
+        share = extra[0] ** 2 * node.args[0].node.table.mean_square / max(node.table.mean_square, 1e-300)
+        return Near(np.broadcast_to(extra[0] ** 2 * found.excess, (2,) * rank), share * found.doubt)
+    scale = factors(View(node, tuple(range(rank))))[0]
+    before = after = np.full((2,) * rank, scale**2)
+    doubt = 0.0
+    for factor in independent_factors(node):
+        live = [r for own in roots(factor.node) if (r := own.within(factor.bind)).node.local and not concentrated(r.node)]
+        known = over_frame(usual(factor.node), factor, rank)
+        gain = np.zeros((1,) * rank)
+        for root in live:
+            found = yield from of_view(root, offsets, rank)
+            if len(live) == 1:
+                gain = _gained(factor, root, found.excess, node.axes)
+            else:
+                share = _share(found.excess, root, rank, offsets)
+                other = known * share
+                gain = np.where(np.abs(other) > np.abs(gain), other, gain)
+                doubt = max(doubt, _INTERPOLATED * float(np.max(np.abs(share))))
+            doubt = max(doubt, found.doubt)
+        before, after = before * known, after * (known + gain)
+    return Near(after - before, doubt)
+
+
+def _gained(factor: View, root: View, excess: np.ndarray, frame: Sequence[Axis]) -> np.ndarray:
+    """E[f(x_i) f(x_j)] at the correlations that an excess gives its one root, less what it is at the usual ones."""
+    env = {
+        (r.node.id, r.bind): r.mean(frame)[..., None] for own in roots(factor.node) if (r := own.within(factor.bind)) != root
+    }
+    line = evaluate(factor, frame, env)
+    law, table = marginal(root.node), root.node.table
+    covariance = pool(table.covariance, table.axes)
+    variance = float(covariance.flat[0])
+    if line.shape[-1] != POINTS or variance <= 0:
+        return np.zeros((1,) * len(frame))
+    line = over_classes(line, frame)
+    covariance = over_frame(covariance, root, len(frame))
+    pairs = np.clip([covariance / variance, (covariance + excess) / variance], -1.0, 1.0)
+    if not law.gaussian:
+        pairs = latent(law, pairs)
+    before, after = mehler(line, line, ()).at(pairs)
+    return after - before
+
+
+def latent(law: Marginal, pairs: np.ndarray) -> np.ndarray:
+    """Correlations of the normals behind a root, from its own."""
+    squares = np.square(over_classes(law.values, law.root.axes) @ HERMITE)
+    squares[0] = 0.0
+    return solved(squares / squares.sum(), pairs)
+
+
+def over_classes(line: np.ndarray, axes: Sequence[Axis]) -> np.ndarray:
+    """Values on the normal grid, averaged over classes (1 long where there is one)."""
+    for axis in axes:
+        line = np.tensordot(axis.counts / axis.size, line, axes=(0, 0)) if line.shape[0] > 1 else line[0]
+    return line
+
+
+def _share(excess: np.ndarray, root: View, rank: int, offsets: Offsets) -> np.ndarray:
+    """The excess as a share of what two equal places have."""
+    before = over_frame(usual(root.node), root, rank)
+    equal = before
+    for k, _ in offsets:
+        if before.shape[k] > 1:
+            equal = np.broadcast_to(equal.take([0], k), before.shape)
+    return excess / np.maximum(np.abs(equal), 1e-300)
+
+
+@near_of.register
+def _(node: Permute, offsets: Offsets) -> Steps:
+    found = yield node.args[0].node, tuple(sorted((node.params[k], distance) for k, distance in offsets))
+    return Near(found.excess.transpose(node.params), found.doubt)
+
+
+@near_of.register
+def _(node: Split, offsets: Offsets) -> Steps:
+    first, sizes = node.params
+    parts = range(first, first + len(sizes))
+    if any(k in parts for k, _ in offsets):
+        return (yield from nothing(node, _UNKNOWN))
+    found = yield node.args[0].node, tuple((k if k < first else k - len(sizes) + 1, d) for k, d in offsets)
+    same, other = (np.expand_dims(found.excess.take([i], first), [*parts][1:]) for i in (0, 1))
+    out = np.array(np.broadcast_to(other, (2,) * len(node.axes)))
+    out[tuple(slice(0, 1) if k in parts else slice(None) for k in range(out.ndim))] = same
+    return Near(out, found.doubt)
+
+
+@near_of.register
+def _(node: Merge, offsets: Offsets) -> Steps:
+    first, count = node.params
+    if any(k == first for k, _ in offsets):
+        return (yield from nothing(node, _UNKNOWN))
+    source = node.args[0].node
+    found = yield source, tuple((k if k < first else k + count - 1, d) for k, d in offsets)
+    same = whole = found.excess
+    for k in reversed(range(first, first + count)):
+        same, whole = same.take(0, k), summed(whole, k, source.axes[k].size)
+    n = node.axes[first].size
+    return Near(np.stack([same, (whole - n * same) / (n * (n - 1))], axis=first), found.doubt)
