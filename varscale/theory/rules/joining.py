@@ -17,6 +17,7 @@ from varscale.theory.locality import nearness_of, unseen_nearness
 from varscale.theory.moments import Table
 from varscale.theory.rearranged import permute
 from varscale.theory.rules.structure import take, take_node
+from varscale.theory.spread import Spread, combine, handed_on, inherited
 
 _MOST_CUTS = 400  # joined arrays cut open for cross-moments, in one prediction: a recurrence unrolled by hand has T² of them
 _MANY = 6  # parts up to which every pair is computed
@@ -188,6 +189,14 @@ class Concat(Node):
             else:
                 out.append(sum_out(part, (*frame[:k], axis, *frame[k + 1 :]), view))
         return out
+
+
+@handed_on.register
+def _(node: Concat) -> Spread:
+    """Of a mean of the parts' mean squares, each logarithm counts by its part's share: a padding of zeros changes nothing."""
+    shares = [n * view.node.table.mean_square for view, n in zip(node.args, node.params[1], strict=True)]
+    whole = max(sum(shares), 1e-300)
+    return combine([(share / whole, inherited(view.node)) for share, view in zip(shares, node.args, strict=True)])
 
 
 @nearness_of.register

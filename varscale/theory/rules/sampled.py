@@ -17,7 +17,7 @@ from varscale.theory.hermite import Z
 from varscale.theory.interpreter import Interpreter, PredictionError, source
 from varscale.theory.layout import Value, value
 from varscale.theory.moments import Table, estimate
-from varscale.theory.quadrature import evaluate, marginal
+from varscale.theory.quadrature import concentrated, evaluate, marginal
 
 _BUDGET = 2_000_000  # elements drawn for one node
 _KEEPS_SIGNS = {"sort", "top_k", "cumsum", "cumprod", "cummax", "cummin", "gather", "reduce_prod"}
@@ -32,6 +32,9 @@ def draw(
 ) -> np.ndarray:
     """Arrays with a node's law at other sizes: its roots are drawn, its tree is evaluated. (replicates, *sizes)
 
+    The scale of a norm is a number here, as it is in quadrature: what it normalises is Gaussian given it, x = √v·z, so that
+    x/√v is z whatever v is, and x/√(E v) with x drawn alone has the law of z. E[1/v] of v drawn apart would be left over.
+
     Args:
         node: the node.
         sizes: how many positions of each of its axes.
@@ -40,10 +43,14 @@ def draw(
         latents: draws the normals behind a root, (replicates, its sizes...); by default any two positions are alike.
     """
     env: dict[Any, np.ndarray] = {}
+    every = roots(node)
+    held = {r for r in every if concentrated(r.node) and any(r.node.deps & o.node.deps for o in every if o != r)}
     # Trees are evaluated over a frame with the replicates last, as quadrature points are.
-    for root in roots(node):
+    for root in every:
         own = [sizes[b] for b in root.bind]
-        if isinstance(root.node, Array):
+        if root in held:
+            drawn = np.full((replicates, *own), root.node.table.total_mean)
+        elif isinstance(root.node, Array):
             numbers = np.asarray(root.node.values, float)[tuple(slice(0, n) for n in own)]
             drawn = np.repeat(numbers[None], replicates, 0)
         else:
