@@ -21,9 +21,9 @@ def measured(model, struct, draws):
     """Mean square of the output over nets and inputs, and its relative standard error."""
 
     def one(key):
-        k_w, k_x = jax.random.split(key)
+        k_w, k_x, k_n = jax.random.split(key, 3)
         x = jax.random.normal(k_x, struct.shape)
-        y, _ = model.apply(model.init(k_w, x), x, mutable=["batch_stats"])
+        y, _ = model.apply(model.init(k_w, x), x, mutable=["batch_stats"], rngs={"params": k_n})
         return jnp.mean(y**2)
 
     found = np.asarray(jax.jit(lambda keys: jax.lax.map(one, keys))(jax.random.split(jax.random.key(0), draws)), float)
@@ -50,6 +50,18 @@ class Causal(nn.Module):
         return jnp.tanh(f) * nn.sigmoid(g)
 
 
+class Sampled(nn.Module):
+    """The actor of a soft actor-critic: a normal whose scale is an exponential, through a tanh."""
+
+    @nn.compact
+    def __call__(self, x):
+        for _ in range(2):
+            x = nn.relu(nn.Dense(256)(x))
+        mean, log_scale = nn.Dense(4)(x), jnp.clip(nn.Dense(4)(x), -20, 2)
+        noise = jax.random.normal(self.make_rng("params"), mean.shape)
+        return jnp.tanh(mean + jnp.exp(log_scale) * noise)
+
+
 @pytest.mark.parametrize(
     ("model", "shape", "bound"),
     [
@@ -57,8 +69,10 @@ class Causal(nn.Module):
         (Pooled(), (4, 16, 16, 3), 0.02),
         # With no scale handed on through the padding, it is 20 % too large.
         (Causal(), (4, 64, 1), 0.05),
+        # With the sum taken for a normal of the same variance, it is 18 % too large.
+        (Sampled(), (64, 17), 0.05),
     ],
-    ids=["max-pool behind batch norm", "causal convolution of one channel"],
+    ids=["max-pool behind batch norm", "causal convolution of one channel", "sampled action"],
 )
 def test_output_of_an_architecture(model, shape, bound):
     struct = jax.ShapeDtypeStruct(shape, jnp.float32)

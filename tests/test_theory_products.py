@@ -8,9 +8,10 @@ import pytest
 
 import varscale as vs
 from varscale.theory.functions import function
-from varscale.theory.graph import Graph, Leaf
+from varscale.theory.graph import Graph, Leaf, View
 from varscale.theory.hermite import Z
-from varscale.theory.products import _series
+from varscale.theory.interpreter import Interpreter
+from varscale.theory.products import _series, product_second
 from varscale.theory.quadrature import factored
 
 relu = jax.nn.relu
@@ -155,3 +156,14 @@ def test_a_step_and_its_mirror_image_never_meet():
     found = _series(step, step, ()).at(rho)
     assert found[0] == pytest.approx(0, abs=1e-12)
     np.testing.assert_allclose(found, 0.25 + np.arcsin(rho) / (2 * np.pi), atol=0.01)
+
+
+def test_a_product_with_something_apart_is_one_of_means():
+    """E[f(x, b)_i g(y)_j] = E[f] E[g] of a function of two roots, of which none is in g."""
+    interpreter = Interpreter()
+    x, b, y = (interpreter.leaf(name, (64, 32), 0.0, 1.0, odd=True) for name in "xby")
+    f = interpreter.elementwise("exp", interpreter.elementwise("max", x, b))
+    g = interpreter.elementwise("exp", y)
+    views = [View(v.node, (0, 1)) for v in (f, g)]
+    found = product_second(*views, f.node.axes)
+    np.testing.assert_allclose(found, f.node.table.total_mean * g.node.table.total_mean, rtol=1e-3)

@@ -245,8 +245,8 @@ def _pairwise(group: _Group, frame: Sequence[Axis], fixed: Environment) -> np.nd
     if not group.followers and len(fv) == 1 and len(gv) == 1 and len(group.f) == 1 and len(group.g) == 1:
         (a,), (b,) = fv.values(), gv.values()
         return two_roots(group.f[0], a, group.g[0], b, frame, fixed)
-    _, second = _cubature(group, frame, fixed)
-    return second
+    mean, second = _cubature(group, frame, fixed)
+    return second if group.g else by_type(mean, frame, second=False)
 
 
 def _nearest(latents: np.ndarray) -> np.ndarray:

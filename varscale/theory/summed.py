@@ -15,15 +15,16 @@ from varscale.theory.elementwise import Apply, Sum, roots
 from varscale.theory.graph import Constant, View
 from varscale.theory.hermite import POINTS, WEIGHTS, Z, sobol
 from varscale.theory.moments import Table, lift
-from varscale.theory.quadrature import Environment, by_type, concentrated, evaluate, factored, latent_cross, marginal
+from varscale.theory.quadrature import Environment, by_type, concentrated, evaluate, factored, grid, latent_cross, marginal
 
 _MOST_CELLS = 9
 _STRAIGHT = 0.995  # share of a term's variance that is linear in a normal, above which the term is as good as Gaussian
+_MOST_ROOTS = 3  # live roots of one term: a normal, its scale, and a gate on both
 _CORRELATED = 0.1  # parts correlated by less: the square of it, times an excess kurtosis of a few, is lost of the fourth moment
 
 
 class _Part(NamedTuple):
-    """A term: its weight, its view, and the one root that gives it its shape (none where it is as good as Gaussian)."""
+    """A term: its weight, its view, and the roots that give it its shape (none where it is as good as Gaussian)."""
 
     weight: float
     view: View
@@ -31,8 +32,8 @@ class _Part(NamedTuple):
 
     @property
     def latent(self) -> View:
-        """What is a function of one normal."""
-        return self.live[0] if self.live else self.view
+        """What is a function of one normal; a function of several, a normal scaled by another, is taken for one of its own."""
+        return self.live[0] if len(self.live) == 1 else self.view
 
 
 def sum_quantiles(root: Sum, table: Table, deviation: np.ndarray) -> np.ndarray | None:
@@ -55,7 +56,7 @@ def sum_quantiles(root: Sum, table: Table, deviation: np.ndarray) -> np.ndarray 
         for group in together:
             own = [p.weight * _values(p, root.axes, cell) for p in group]
             if len(own) > 1:
-                own = [_drawn(own, factored(_correlations(group, root.axes, cell), root.graph))]
+                own = [_drawn(own, factored(_correlations([p.latent for p in group], root.axes, cell), root.graph))]
             line = _convolved(line, own[0])
         mean = WEIGHTS @ line
         std = math.sqrt(max(WEIGHTS @ line**2 - mean**2, 1e-300))
@@ -79,16 +80,20 @@ def _ordered(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
     return np.interp(Z, scores, values[order])
 
 
-def _drawn(lines: Sequence[np.ndarray], normals: np.ndarray) -> np.ndarray:
-    """Quantiles of a sum of functions of correlated normals, these given as rows over independent ones.
+def _points(normals: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Points of correlated normals, these given as rows over k independent ones, and the points' weights.
 
-    The points are spread by √(1 + 2/k), which reaches further into the tails at the cost of 1 − e^{−2/k} of them.
+    They are spread by √(1 + 2/k), which reaches further into the tails at the cost of 1 − e^{−2/k} of them.
     """
-    k = len(lines)
+    k = len(normals)
     wide = 1 + 2 / k
     points = sobol(k)
-    weights = np.exp(-np.sum(points**2, axis=1) * (wide - 1) / 2)
-    latents = points * math.sqrt(wide) @ normals.T
+    return points * math.sqrt(wide) @ normals.T, np.exp(-np.sum(points**2, axis=1) * (wide - 1) / 2)
+
+
+def _drawn(lines: Sequence[np.ndarray], normals: np.ndarray) -> np.ndarray:
+    """Quantiles of a sum of functions of correlated normals, these given as rows over independent ones."""
+    latents, weights = _points(normals)
     return _ordered(sum(np.interp(latents[:, i], Z, line) for i, line in enumerate(lines)), weights)  # pyright: ignore
 
 
@@ -121,14 +126,14 @@ def marginal_deviation(view: View) -> np.ndarray:
     return np.sqrt(np.maximum(table.diagonal - table.mean**2, 0.0))
 
 
-def _correlations(group: Sequence[_Part], axes: Sequence[Axis], cell: tuple[int, ...]) -> np.ndarray:
+def _correlations(latents: Sequence[View], axes: Sequence[Axis], cell: tuple[int, ...]) -> np.ndarray:
     """Correlations of the normals behind parts, in one class."""
     types = [a.types for a in axes]
-    rho = np.eye(len(group))
-    for i, a in enumerate(group):
-        for j, b in enumerate(group[:i]):
-            same = np.broadcast_to(latent_cross(a.latent, b.latent, axes), types)
-            rho[i, j] = rho[j, i] = same[cell]
+    rho = np.eye(len(latents))
+    for i, a in enumerate(latents):
+        for j, b in enumerate(latents[:i]):
+            if dependent(a.node, b.node):
+                rho[i, j] = rho[j, i] = np.broadcast_to(latent_cross(a, b, axes), types)[cell]
     return rho
 
 
@@ -140,14 +145,14 @@ def _values(part: _Part, axes: Sequence[Axis], cell: tuple[int, ...]) -> np.ndar
 
 
 def _shaping(view: View, axes: Sequence[Axis]) -> tuple[View, ...]:
-    """The one root of a term, over these axes, that gives it its shape; none where there is no such root, or it is Gaussian."""
+    """The few roots of a term, over these axes, that give it its shape; none where there are none, or it is Gaussian."""
     node = view.node
     own = [r.within(view.bind) for r in roots(node)]
     if len(own) == 1:
         plain = (isinstance(node, Apply) and node.table.variance == 0) or (own[0].node is node and marginal(node).gaussian)
         return () if plain else tuple(own)
     live = [r for r in own if not concentrated(r.node)]  # the scale of a norm is as good as a number
-    if len(live) != 1:
+    if not 0 < len(live) <= _MOST_ROOTS:
         return ()
     line = _line(view, live, axes)
     variance = line**2 @ WEIGHTS - (line @ WEIGHTS) ** 2
@@ -156,7 +161,24 @@ def _shaping(view: View, axes: Sequence[Axis]) -> tuple[View, ...]:
 
 
 def _line(view: View, live: Sequence[View], axes: Sequence[Axis]) -> np.ndarray:
-    """A term on the normal grid of its one live root, the other roots held at their means, (classes or 1..., points)."""
-    held = [r for r in (x.within(view.bind) for x in roots(view.node)) if r not in live]
-    env: Environment = {(r.node.id, r.bind): r.mean(axes)[..., None] for r in held}
-    return evaluate(view, axes, env)
+    """A term's quantiles on the normal grid, the roots that are not live held at their means, (classes or 1..., points).
+
+    Of one live root they are the term along its grid. A function of several is drawn, with the shape of the most common class:
+    what is sampled as μ + e^s·ε has the law of a normal whose scale is another's exponential, heavy-tailed, and not a normal's.
+    """
+    if len(live) == 1:
+        env: Environment = {(r.node.id, r.bind): r.mean(axes)[..., None] for r in _held(view, live)}
+        return evaluate(view, axes, env)
+    cell = tuple(int(np.argmax(a.counts)) for a in axes)
+    latents, weights = _points(factored(_correlations(live, axes, cell), view.node.graph))
+    env = {(r.node.id, r.bind): np.full((1,) * (len(axes) + 1), r.node.table.total_mean) for r in _held(view, live)}
+    for i, root in enumerate(live):
+        line = np.broadcast_to(grid(root, axes), (*[a.classes for a in axes], POINTS))[cell]
+        env[root.node.id, root.bind] = np.interp(latents[:, i], Z, line).reshape((1,) * len(axes) + (-1,))
+    drawn = np.broadcast_to(evaluate(view, axes, env).ravel(), weights.shape)
+    return _ordered(drawn, weights).reshape((1,) * len(axes) + (-1,))
+
+
+def _held(view: View, live: Sequence[View]) -> list[View]:
+    """The other roots of a term."""
+    return [r for r in (x.within(view.bind) for x in roots(view.node)) if r not in live]
