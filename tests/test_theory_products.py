@@ -11,7 +11,8 @@ from varscale.theory.functions import function
 from varscale.theory.graph import Graph, Leaf, View
 from varscale.theory.hermite import Z
 from varscale.theory.interpreter import Interpreter
-from varscale.theory.products import _series, product_second
+from varscale.theory.mehler import mehler
+from varscale.theory.products import product_second
 from varscale.theory.quadrature import factored
 
 relu = jax.nn.relu
@@ -153,7 +154,7 @@ def test_a_step_and_its_mirror_image_never_meet():
     """P(z > 0, −z > 0) = 0; P(z > 0, z' > 0) = 1/4 + arcsin(ρ)/2π, of which the tail beyond the series' degree is ≤ .01."""
     step = (Z > 0).astype(float)
     rho = np.array([-1.0, -0.99, -0.9, -0.5, 0.0, 0.5, 0.9, 0.99, 1.0])
-    found = _series(step, step, ()).at(rho)
+    found = mehler(step, step, ()).at(rho)
     assert found[0] == pytest.approx(0, abs=1e-12)
     np.testing.assert_allclose(found, 0.25 + np.arcsin(rho) / (2 * np.pi), atol=0.01)
 

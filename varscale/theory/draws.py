@@ -324,8 +324,12 @@ def _placed(numbers: np.ndarray, bind: Sequence[int], rank: int) -> np.ndarray:
 
 def _drawn(node: Node, positions: Positions, replicates: int, rng: np.random.Generator) -> np.ndarray:
     """A root's values at these positions, (replicates or 1, ...)."""
+    from varscale.theory.rules.gather import Gather
+
     if isinstance(node, Array):
         return np.asarray(node.values, float)[np.ix_(*positions)][None]
+    if isinstance(node, Gather) and isinstance(node.args[0].node, Array) and node.known is None:
+        return node.picked(positions, replicates, rng)
     law = marginal(node)
     latents = gaussian(law.correlation, node.axes, positions, replicates, rng)
     values = np.broadcast_to(law.values, (*[axis.classes for axis in node.axes], len(Z)))

@@ -38,7 +38,8 @@ def predict(
             f(params, *args).
         x: one input, or `vs.inputs(*args, **kwargs)`. Arrays: their moments are estimated (of ids, how often they repeat),
             those of several arrays of one shape together, and an array that is given twice is one input;
-            `jax.ShapeDtypeStruct`: independent standard normals (ids: uniform; masks: all true); `vs.Moments`: as given.
+            `jax.ShapeDtypeStruct`: independent standard normals (ids: uniform, none a padding; lengths: the whole; masks: all
+            true); `vs.Moments`: as given.
         params: None: the laws that the model's own init draws from. A tree of arrays: their moments are measured. A tree of
             initializers or of variances: those. For a plain function also a traceable function of a key that returns the tree.
         backward: whether to predict the gradients too.
@@ -170,6 +171,7 @@ def input_value(interpreter: Interpreter, x: Any, name: str) -> Any:
         ValueError: it contains NaN or infinities.
     """
     from varscale.theory.rules.random import input_leaf
+    from varscale.theory.rules.whole_numbers import unknown
 
     graph = interpreter.graph
     shape = tuple(x.shape)
@@ -192,7 +194,7 @@ def input_value(interpreter: Interpreter, x: Any, name: str) -> Any:
         if kind == "b":
             return full(graph, 1.0, shape)
         if kind in "iu":
-            return interpreter.leaf(("ids", name), shape, 0.0, 1.0, odd=False)
+            return unknown(interpreter, name, shape)
         return input_leaf(interpreter, name, shape, independent(0.0, 1.0, axes), odd=True)
     numbers = np.asarray(x)
     if kind in "iub":

@@ -7,6 +7,7 @@ from typing import Any
 from varscale.theory.functions import FUNCTIONS
 from varscale.theory.interpreter import Interpreter, elementwise_or_layout, rule
 from varscale.theory.layout import Value
+from varscale.theory.rules.whole_numbers import compared
 
 _OWN = {"affine", "convert", "bitcast", "integer_pow", "power"}
 _NAMES = [name for name in FUNCTIONS if name not in _OWN]
@@ -43,6 +44,8 @@ def elementwise(interpreter: Interpreter, eqn: Any, *xs: Value) -> Value:
         unit = log_sum_exp_of(interpreter.graph, xs[0])
         if unit is not None:
             return unit
+    if len(xs) == 2 and (known := compared(interpreter, name, eqn.outvars[0].aval.shape, *xs)) is not None:
+        return known
     return interpreter.elementwise(name, *xs)
 
 

@@ -98,6 +98,18 @@ class Gather(Node):
         mean = np.broadcast_to(mean.transpose(order).reshape(mean_shape), [a.classes for a in self.axes])
         return Table(self.axes, np.array(mean), np.array(np.broadcast_to(second, [a.types for a in self.axes])))
 
+    def picked(self, positions: Sequence[np.ndarray], replicates: int, rng: np.random.Generator) -> np.ndarray:
+        """Rows of known numbers by indices that are drawn, at these positions of its axes, (replicates, ...)."""
+        row_axes, index_axes = self.params[:2]
+        table, bind = self.args[0].node, self.args[0].bind
+        assert isinstance(table, Array)
+        kept = [k for k in range(len(table.axes)) if k not in row_axes]
+        rows = table.values.transpose([*row_axes, *kept]).reshape(-1, *[table.axes[k].size for k in kept])
+        rows = rows[np.ix_(np.arange(len(rows)), *[positions[bind[k]] for k in kept])]
+        out = rows[rng.integers(len(rows), size=(replicates, *[len(positions[k]) for k in index_axes]))]
+        order = np.argsort([*index_axes, *(bind[k] for k in kept)])
+        return out.transpose([0, *(1 + int(k) for k in order)])
+
     def _by_class(self, table: Table) -> Table:
         """Two indices give one row at the rate they repeat, which only indices of one class do."""
         (row,), (index,), _, _, classes, _ = self.params
@@ -264,13 +276,13 @@ def gather(interpreter: Interpreter, eqn: Any, x: Value, ids: Value) -> Any:
     collapsed = set(d.collapsed_slice_dims)
     whole = all(s == n for k, (s, n) in enumerate(zip(sizes, x.shape, strict=True)) if k not in collapsed)
     if set(d.start_index_map) == collapsed and whole and not d.operand_batching_dims:
-        return _looked_up(interpreter, d, shape, x, ids)
+        return looked_up(interpreter, d, shape, x, ids)
     from varscale.theory.rules.sampled import sampled
 
     return sampled(interpreter, eqn, x, ids)
 
 
-def _looked_up(interpreter: Interpreter, d: Any, shape: Sequence[int], x: Value, ids: Value) -> Value:
+def looked_up(interpreter: Interpreter, d: Any, shape: Sequence[int], x: Value, ids: Value) -> Value:
     """Rows of a table, its axes `d.start_index_map`, by index."""
     known, picked = interpreter.concrete(ids), tuple(d.start_index_map)
     for dim in range(len(x.dims)):
