@@ -98,7 +98,7 @@ POSITIONS = jnp.arange(32)[None]
         pytest.param(lambda ids, n: {"mask": jnp.pad(ids, ((0, 0), (1, 0)))[:, 1:] != 0}, id="shifted"),
         pytest.param(lambda ids, n: {"mask": n[:, None] > POSITIONS}, id="length"),
         pytest.param(lambda ids, n: {"mask": ~(n[:, None] <= POSITIONS)}, id="not beyond the length"),
-        pytest.param(lambda ids, n: {"mask": POSITIONS - n[:, None] < 0}, id="last position"),
+        pytest.param(lambda ids, n: {"mask": n[:, None] - 1 >= POSITIONS}, id="last position"),
     ],
 )
 def test_masks_made_from_ids_and_lengths_are_all_true(masked):
@@ -111,6 +111,17 @@ def test_masks_made_from_ids_and_lengths_are_all_true(masked):
     found = vs.predict(Model(), vs.inputs(IDS, LENGTHS)).output
     assert found.second_moment == pytest.approx(plain.second_moment, rel=1e-6)
     assert found.confidence == pytest.approx(plain.confidence, rel=1e-6)
+
+
+def test_a_mask_that_is_not_known_as_one_is_in_doubt():
+    """Logits of variance 10¹⁸ are no logits, and no reason to fail."""
+
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, ids, lengths):
+            return Encoder()(ids, mask=jnp.sin(lengths[:, None] - POSITIONS) < 0)
+
+    assert vs.predict(Model(), vs.inputs(IDS, LENGTHS)).output.confidence > 1
 
 
 def test_ids_taken_for_numbers_are_in_doubt():

@@ -10,12 +10,14 @@ import numpy as np
 
 from varscale.theory.axes import Axis, apply_axis
 from varscale.theory.elementwise import Apply, Sum
-from varscale.theory.graph import Array, Node
+from varscale.theory.graph import UNKNOWN, Array, Node
 from varscale.theory.moments import Table, lift
 from varscale.theory.quadrature import by_type
 from varscale.theory.softmax_weights import WeightMoments, weight_moments
 from varscale.theory.spread import NONE, Spread, handed_on
 
+_LARGEST = 1e4  # variance of logits from where on the largest of them has all the weight, but for the reciprocal of its root
+_NO_LOGITS = 1e8  # what numbers that hide keys (−10⁹) give them, where it is not known which they hide
 # Set on the validation grid, not derived, all of these.
 _SHARED_DOUBT, _PLACED_DOUBT = 0.5, 1.5  # of cotangents where weights and values share tokens, whose overlaps are not known
 _OVERLAP_DOUBT = 0.5  # of what overlaps of tokens add, which is known to leading order
@@ -109,7 +111,7 @@ class Softmax(Node):
         seen, _, _ = self.counts
         rows = self.rows()
         classes = [self.axes[k].classes for k in rows]
-        variances = np.maximum(self.deviation[tuple(slice(0, c) for c in classes)], 1e-12)
+        variances = np.clip(self.deviation[tuple(slice(0, c) for c in classes)], 1e-12, _LARGEST)
         counts = np.broadcast_to(seen.reshape(*seen.shape[: len(rows)], -1), variances.shape)
         spread = self._query_spread()
         nodes = np.array([1.0, 1 + spread, max(1 - spread, 0.05)]).reshape(3, *[1] * variances.ndim)
@@ -167,6 +169,8 @@ class Softmax(Node):
         known = self._known()
         if known > 1e-4:  # taken for Gaussian as the rest: a lognormal's E[p²] goes by e^{s²}
             self.graph.flag("assumed", math.expm1(min(known, 3.0)))
+        if self.deviation.max() > _NO_LOGITS:
+            self.graph.flag("assumed", UNKNOWN)
         rows = self.rows()
         seen, shared, deviation = self.seen, self.shared, self.deviation
         keys = self.counts[2]
