@@ -1,16 +1,16 @@
 """How much the overlap of two tokens fluctuates: one over the number of directions that tokens differ in.
 
 The overlap o = mean over features of x_k·x_k' of two tokens, less what any two share, has mean zero; relative to what one token
-has of its own, V = E[o²]. For white tokens of D features V = 1/D. What an overlap hands on is known term by term, as amplitudes
-of independent sources: a layer that mixes features keeps them and adds 1/D of its own; an activation keeps the linear part
-(Price's theorem); branches of a stream, all functions of it, add up as o = Σ w o_i; attention adds most (`rules.attention`). To
-leading order in V, for Gaussian features and tokens alike.
+has of its own, V = E[o²]. For white tokens of D features V = 1/D. An overlap is a weighted sum of others and what is its own,
+independent of them, so that what any two have in common is known: a layer that mixes features keeps it and adds 1/D of its own;
+an activation keeps the linear part (Price's theorem); branches of a stream, all functions of it, add up as o = Σ w o_i;
+attention adds most (`rules.attention`). To leading order in V, for Gaussian features and tokens alike.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -21,8 +21,15 @@ from varscale.theory.elementwise import Apply, Sum, roots
 from varscale.theory.graph import Node, View
 from varscale.theory.rearranged import Rearranged
 
-Amplitudes = Mapping[object, float]
-Rule = Callable[[Sequence[Amplitudes]], Amplitudes]
+
+class Mixture(NamedTuple):
+    """How an overlap is made of others: the weight of each, and the variance of what is its own."""
+
+    weights: tuple[float, ...]
+    variance: float = 0.0
+
+
+Rule = Callable[[Sequence[float]], Mixture]  # given V of each of the others
 
 
 class Tokens(NamedTuple):
@@ -46,35 +53,36 @@ def tokens_of(view: View, tokens: Iterable[int], features: Iterable[int]) -> Tok
 
 def overlap(x: Tokens) -> float:
     """V of these tokens."""
-    return float(np.clip(square(amplitudes(x)), 1 / x.count, 1.0))
+    return float(np.clip(_covariance(x, x), 1 / x.count, 1.0))
 
 
-def square(parts: Amplitudes) -> float:
-    """The variance of a sum of independent sources."""
-    return sum(a * a for a in parts.values())
+def _covariance(x: Tokens, y: Tokens) -> float:
+    """What two overlaps have in common.
 
-
-def weighted(weights: Sequence[float], parts: Sequence[Amplitudes], own: object = None, variance: float = 0.0) -> Amplitudes:
-    """Σ w o, source by source, and a source of its own."""
-    out: dict[object, float] = {own: math.sqrt(max(variance, 0.0))} if variance > 0 else {}
-    for w, part in zip(weights, parts, strict=True):
-        for source, a in part.items():
-            out[source] = out.get(source, 0.0) + w * a
-    return out
-
-
-def amplitudes(x: Tokens) -> Amplitudes:
-    """What the overlap of these tokens fluctuates by: the amplitude of each source."""
+    What is the later one's own the other cannot have: it is what the later one's sources have in common with the other. Not by
+    recursion: a stream may be a thousand layers long.
+    """
     memo = x.node.graph.memo
-    pending = [x]
-    while pending:  # not by recursion: a stream may be a thousand layers long
-        top = pending[-1]
-        sources, combined = top.node.graph.once(("overlaps", top), lambda top=top: _sources(top))
-        missing = [y for y in sources if ("overlap", y) not in memo]
-        pending += missing
+    pending = [_pair(x, y)]
+    while pending:
+        later, other = pending[-1]
+        sources, rule = sources_of(later)
+        missing = [(s, s) for s in sources if ("overlaps", (s, s)) not in memo]
         if not missing:
-            memo["overlap", pending.pop()] = combined([memo["overlap", y] for y in sources])
-    return memo["overlap", x]
+            known = [memo["overlaps", (s, s)] for s in sources]
+            mixture = x.node.graph.once(("mixture", later), lambda rule=rule, known=known: rule(known))
+            terms = [(w, _pair(other, s)) for w, s in zip(mixture.weights, sources, strict=True) if w]
+            missing = [pair for _, pair in terms if ("overlaps", pair) not in memo]
+            if not missing:
+                own = max(mixture.variance, 0.0) if later == other else 0.0
+                memo["overlaps", pending.pop()] = own + sum(w * memo["overlaps", pair] for w, pair in terms)
+        pending += missing
+    return memo["overlaps", _pair(x, y)]
+
+
+def _pair(x: Tokens, y: Tokens) -> tuple[Tokens, Tokens]:
+    """The later one first."""
+    return (x, y) if (x.node.id, x[1:]) >= (y.node.id, y[1:]) else (y, x)
 
 
 def projected(x: Tokens) -> Tokens | None:
@@ -82,11 +90,11 @@ def projected(x: Tokens) -> Tokens | None:
     from varscale.theory.rules.linear import Contract, weight_of
 
     while not (isinstance(x.node, Contract) and weight_of(x.node) is not None):
-        sources, _ = _sources(x)
+        sources, _ = sources_of(x)
         if len(sources) != 1:
             return None
         x = sources[0]
-    sources, _ = _sources(x)
+    sources, _ = sources_of(x)
     return sources[0] if sources else None
 
 
@@ -105,8 +113,12 @@ def apart(second: np.ndarray, axes: Sequence[Axis], tokens: Sequence[int]) -> fl
     return float(second - shared) * n / max(n - 1, 1)
 
 
+def sources_of(x: Tokens) -> tuple[list[Tokens], Rule]:
+    """Tokens that these are made of, and how their overlap is made of theirs."""
+    return x.node.graph.once(("overlap", x), lambda: _sources(x))
+
+
 def _sources(x: Tokens) -> tuple[list[Tokens], Rule]:
-    """Tokens that these are made of, and how their amplitudes are made of theirs."""
     from varscale.theory.rules.attention import attention_of, mixed
     from varscale.theory.rules.convolution import Conv
     from varscale.theory.rules.joining import Concat
@@ -116,11 +128,11 @@ def _sources(x: Tokens) -> tuple[list[Tokens], Rule]:
     if isinstance(node, Rearranged):
         inner = _rearranged(x, node)
         # Some of the factors of features have more of their own than all.
-        return [inner], lambda parts: weighted([1.0], parts, x, 1 / x.count - 1 / inner.count)
+        return [inner], lambda _: Mixture((1.0,), 1 / x.count - 1 / inner.count)
     if isinstance(node, Concat) and node.params[0] in x.tokens:
-        return [tokens_of(node.args[int(np.argmax(node.params[1]))], x.tokens, x.features)], lambda parts: parts[0]
+        return [tokens_of(node.args[int(np.argmax(node.params[1]))], x.tokens, x.features)], lambda _: Mixture((1.0,))
     if isinstance(node, Conv) and weight_of(node) is not None:  # of patches that are as good as white
-        return [], lambda _: weighted([], [], x, 1 / x.count + 1 / node.width)
+        return [], lambda _: Mixture((), 1 / x.count + 1 / node.width)
     if isinstance(node, Sum):
         return _added(x, node)
     if isinstance(node, Apply):
@@ -131,7 +143,7 @@ def _sources(x: Tokens) -> tuple[list[Tokens], Rule]:
             inputs = [tokens_of(v, x.tokens, summed) for v in node.args]
             inputs = [y for y in inputs if y.tokens and y.features]
             if len(inputs) == 1:
-                return inputs, lambda parts: weighted([1.0], parts, x, 1 / x.count)
+                return inputs, lambda _: Mixture((1.0,), 1 / x.count)
         attention = attention_of(node)
         if attention is not None:
             return mixed(x, attention)
@@ -143,9 +155,9 @@ def _rearranged(x: Tokens, node: Rearranged) -> Tokens:
     return Tokens(node.args[0].node, *(tuple(sorted({j for k in axes for j in node.before(k)})) for axes in x[1:]))
 
 
-def white(x: Tokens) -> Amplitudes:
+def white(x: Tokens) -> Mixture:
     """Features that are independent of each other."""
-    return {x: math.sqrt(1 / x.count)}
+    return Mixture((), 1 / x.count)
 
 
 def _added(x: Tokens, node: Sum) -> tuple[list[Tokens], Rule]:
@@ -156,7 +168,7 @@ def _added(x: Tokens, node: Sum) -> tuple[list[Tokens], Rule]:
         return [], lambda _: white(x)
     shares = np.array([scale * max(own_part(y), 0.0) for scale, y in terms])
     shares = shares / max(shares.sum(), 1e-300)
-    return [y for _, y in terms], lambda parts: weighted(list(shares), parts, x, (1 - float(shares @ shares)) / x.count)
+    return [y for _, y in terms], lambda _: Mixture(tuple(shares.tolist()), (1 - float(shares @ shares)) / x.count)
 
 
 def _applied(x: Tokens, node: Apply) -> tuple[list[Tokens], Rule]:
@@ -174,4 +186,4 @@ def _applied(x: Tokens, node: Apply) -> tuple[list[Tokens], Rule]:
             axis = node.axes[k]
             second = contract_axis(second, k, axis.different if k in x.tokens else axis.same)
         slopes.append(float(np.clip(float(second) * max(own_part(y), 0.0) / own, 0, 1)))
-    return [y for _, y in found], lambda parts: weighted(slopes, parts, x, (1 - min(sum(slopes), 1.0) ** 2) / x.count)
+    return [y for _, y in found], lambda _: Mixture(tuple(slopes), (1 - min(sum(slopes), 1.0) ** 2) / x.count)

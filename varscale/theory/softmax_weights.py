@@ -11,6 +11,7 @@ exact for any n and any logit variance (the usual e^{s²}/n fails beyond s = 2).
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -35,16 +36,18 @@ _STEP = 0.4  # in ln u: the integrands are analytic and fall off on both sides, 
 # e^{−u e^l} grows again beyond |Im l| = π/2: on the normal grid a step h costs exp(−π²/(s h)), 1e-9 at s h = 0.48, which is the
 # whole grid's at s = 24; at s = 64 it costs 5e-4.
 _RESOLVED = 24
-_COARSEST = 40  # stride over the normal grid
-_CELLS = 1e7  # numbers of one array
+_STRIDES = (1, 2, 3, 4, 6, 8, 12, 16, 20, 24, 28, 32, 36, 40)  # over the normal grid
 _GONE = 6.5  # ln x beyond which e^{−x} is nothing
+_LEAST = 1e-300
+_SPACING = 0.1  # of logarithms of variances at which integrals are taken
+_ROUND = 10  # steps of ln u to which a grid is rounded up, so that one serves many layers
 
 
-def _grid(variance: float, keys: float) -> np.ndarray:
-    """ln u where there is mass, for up to this many keys of up to this variance."""
+def _grid(variance: float, keys: float) -> tuple[int, int]:
+    """First and last step of ln u between which there is mass, for up to this many keys of up to this variance."""
     reach = 5 * math.sqrt(variance)  # of a logit; the sum's is as far above it as there are keys
     first, last = -reach - math.log(keys) - 18, reach + 14
-    return np.arange(math.floor(first / _STEP), math.ceil(last / _STEP)) * _STEP
+    return _ROUND * math.floor(first / _STEP / _ROUND), _ROUND * math.ceil(last / _STEP / _ROUND)
 
 
 def _projected(directions: float) -> Float[np.ndarray, " points"]:
@@ -53,20 +56,56 @@ def _projected(directions: float) -> Float[np.ndarray, " points"]:
     return WEIGHTS if d == math.inf else np.maximum(1 - Z**2 / d, 0) ** ((d - 3) / 2)
 
 
-def _laplace(
-    variances: Float[np.ndarray, " keys"], log_u: Float[np.ndarray, " u"], density: np.ndarray
-) -> Float[np.ndarray, "moments keys u"]:
-    """Of keys with these variances, x = u e^l: ln φ(u), and over φ E[f e^{−x}] for f = x, x², x³, l x and (l x)²."""
-    deviations = np.sqrt(variances)
-    stride = min(max(int(_RESOLVED / max(float(deviations.max()), 1e-3)), 1), _COARSEST)
+@functools.lru_cache(maxsize=1024)
+def _laplace(log_variance: float, first: int, last: int, stride: int, directions: float) -> Float[np.ndarray, "moments u"]:
+    """Of a key, x = u e^l: what `_between` reads off at other variances.
+
+    These are ln(−ln φ(u)) and, of E[f e^{−x}]/φ, the logarithms for f = x, x², x³ and (l x)² and the ratio of f = l x to f = x:
+    smooth in the logarithm of the variance, along which moments themselves grow like exponentials.
+    """
+    density = _projected(directions)
     z, weights = Z[::stride], density[::stride] / density[::stride].sum()
-    logits = (deviations[:, None] * z / math.sqrt(weights @ z**2))[:, None]
-    x = np.exp(np.minimum(logits + log_u[:, None], _GONE))
-    lost = np.expm1(-x)
-    log_phi = np.log1p(np.clip(lost @ weights, -1 + 1e-15, 0))
-    left = (1 + lost) * x
-    moments = [left, left * x, left * x * x, left * logits, left * x * logits**2]
-    return np.stack([log_phi, *(m @ weights / np.maximum(np.exp(log_phi), 1e-300) for m in moments)])
+    logits = math.exp(log_variance / 2) * z / math.sqrt(weights @ z**2)
+    x = np.exp(np.minimum(logits + _STEP * np.arange(first, last)[:, None], _GONE))
+    left = np.exp(-x)
+    phi = left @ weights
+    log_phi = np.where(phi > 0.5, np.log1p(np.maximum(np.expm1(-x) @ weights, -0.6)), np.log(phi))
+    left = left * x
+    moments = np.stack([left, left * x, left * x * x, left * x * logits**2, left * logits]) @ weights
+    logarithms = np.log(np.maximum(moments[:4] / phi, _LEAST))
+    return np.stack([np.log(np.maximum(-log_phi, _LEAST)), *logarithms, moments[4] / np.maximum(moments[0], _LEAST)])
+
+
+def _between(
+    variances: Float[np.ndarray, " keys"], first: int, last: int, directions: float
+) -> Float[np.ndarray, "moments keys u"]:
+    """Of keys with these variances: ln φ(u), and over φ E[f e^{−x}] for f = x, x², x³, l x and (l x)², x = u e^l.
+
+    Of many variances they are read off between those at e^{k/10}, which serve all layers and classes of keys, by polynomials of
+    degree five: exact to 1e-6 up to a variance of 4, to 1e-4 up to 100.
+    """
+    stride = max(k for k in _STRIDES if k <= max(_RESOLVED / math.sqrt(float(variances.max())), 1))
+    logarithms = np.log(variances)
+    places = logarithms / _SPACING
+    below = np.floor(places).astype(int)
+    nodes = range(int(below.min()) - 2, int(below.max()) + 4)
+    if len(variances) <= len(nodes):
+        found = np.stack([_laplace(float(x), first, last, stride, directions) for x in logarithms], axis=1)
+    else:
+        known = np.stack([_laplace(k * _SPACING, first, last, stride, directions) for k in nodes], axis=1)
+        found = _lagrange(places - nodes[0], len(nodes)) @ known
+    phi, x, x2, x3, lx2 = np.exp(found[:5])
+    return np.stack([-phi, x, x2, x3, found[5] * x, lx2])
+
+
+def _lagrange(places: Float[np.ndarray, " keys"], count: int) -> Float[np.ndarray, "keys nodes"]:
+    """Weights that read off between nodes 0, ..., count − 1, from the three on either side."""
+    below = np.floor(places).astype(int)
+    weights, at = np.zeros((len(places), count)), np.arange(-2, 4)
+    for i in at:
+        others = at[at != i]
+        weights[np.arange(len(places)), below + i] = np.prod((places - below)[:, None] - others, axis=1) / np.prod(i - others)
+    return weights
 
 
 def weight_moments(
@@ -82,11 +121,8 @@ def weight_moments(
     n, rows = counts.reshape(-1, counts.shape[-1]), np.arange(counts[..., 0].size)[:, None]
     distinct, place = np.unique(variances, return_inverse=True)
     place = place.reshape(n.shape)
-    density = _projected(directions)
-    log_u = _grid(float(distinct.max()), float(n.sum(-1).max()))
-    some = max(int(_CELLS / (log_u.size * Z.size)), 1)  # at a time: of wide logits the grids are fine
-    parts = [_laplace(distinct[k : k + some], log_u, density) for k in range(0, len(distinct), some)]
-    log_phi, first, second, third, pull, pull_square = np.concatenate(parts, axis=1)
+    first, last = _grid(float(distinct.max()), float(n.sum(-1).max()))
+    log_phi, first, second, third, pull, pull_square = _between(distinct, first, last, directions)
     members = np.zeros((len(n), len(distinct)))
     np.add.at(members, (rows, place), n)
     measure = np.exp(members @ log_phi) * _STEP  # the powers of u are in x: what is left of du is d ln u

@@ -14,16 +14,14 @@ from varscale.theory.elementwise import Apply, Sum, roots
 from varscale.theory.graph import Leaf, View
 from varscale.theory.moments import lift
 from varscale.theory.overlaps import (
-    Amplitudes,
+    Mixture,
     Rule,
     Tokens,
     apart,
     overlap,
     own_part,
     projected,
-    square,
     tokens_of,
-    weighted,
     white,
 )
 from varscale.theory.responses import companions
@@ -253,14 +251,14 @@ def mixed(x: Tokens, attention: Attention) -> tuple[list[Tokens], Rule]:
     variance = apart(p.deviation.mean(-1), [p.axes[k] for k in p.rows()], rows)
     slope = variance / math.expm1(variance) if 0 < variance < 50 else float(variance <= 0)
 
-    def combined(parts: Sequence[Amplitudes]) -> Amplitudes:
+    def combined(parts: Sequence[float]) -> Mixture:
         gain = apart(np.asarray(tilted(x.node)), x.node.axes, x.tokens)
         tilt = float(np.clip(gain / max(own_part(x), 1e-300), 0, 1))
-        v_values, v_tokens = square(parts[0]), square(parts[1])
+        v_values, v_tokens = parts
         noise = (1 - tilt) ** 2 * (1 / keys + v_values + slope**2 / queries.count)
         noise += tilt**2 * (3 / queries.count + _squared(1 / v_tokens, keys) - v_tokens)
         noise += 2 * tilt * (1 - tilt) / values.count
-        return weighted([(1 - tilt) * slope + tilt], parts[1:], x, noise / heads)
+        return Mixture((0.0, (1 - tilt) * slope + tilt), noise / heads)
 
     return [values, source], combined
 
