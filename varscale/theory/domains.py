@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from varscale.theory.elementwise import Apply, roots
-from varscale.theory.graph import Array, Leaf, View
+from varscale.theory.graph import Array, Leaf, Node, View
 from varscale.theory.hermite import WEIGHTS
 from varscale.theory.quadrature import Environment, concentrated, evaluate, factors
 
@@ -41,9 +42,14 @@ def mark_undefined(node: Apply) -> None:
             env.update({(r.node.id, r.bind): r.mean(node.axes)[..., None] for r in held})
             now = np.asarray(evaluate(factor, node.axes, env), float)
             # Where a choice makes another factor zero, what it did not choose needs no value.
-            outside = (outside & (now != 0)) | (_undefined(factor, node, env) & (values != 0))
+            if outside.any():
+                outside = outside & (now != 0)
+            if _is_partial(factor.node):
+                outside = outside | (_undefined(factor, node, env) & (values != 0))
             values = values * now
-        weight = float(np.max(np.broadcast_to(outside, (*outside.shape[:-1], len(WEIGHTS))) @ WEIGHTS))
+        weight = (
+            float(np.max(np.broadcast_to(outside, (*outside.shape[:-1], len(WEIGHTS))) @ WEIGHTS)) if outside.any() else 0.0
+        )
         doubt = UNBOUNDED if weight > _NEGLIGIBLE else _unresolved(values)
         if doubt:
             node.graph.flag("assumed" if doubt == UNBOUNDED else "quadrature", doubt)
@@ -61,10 +67,18 @@ def _by_root(node: Apply) -> dict[View | None, list[tuple[View, list[View]]]]:
     return out
 
 
+def _is_partial(node: Node) -> bool:
+    """Whether a tree has functions that lack values somewhere."""
+    if not isinstance(node, Apply) or node.params[0] in _ALWAYS_DEFINED:
+        return False
+    partial = lambda: node.params[0] in _OUTSIDE or any(_is_partial(child.node) for child in node.args)  # noqa: E731
+    return node.graph.once(("partial", node.id), partial)
+
+
 def _undefined(view: View, node: Apply, env: Environment) -> Any:
     """Where a tree has no value: a choice has one where what is chosen has."""
     inner, bind = view
-    if not isinstance(inner, Apply) or inner.params[0] in _ALWAYS_DEFINED or (inner.id, bind) not in env:
+    if not isinstance(inner, Apply) or not _is_partial(inner) or (inner.id, bind) not in env:
         return np.zeros(1, bool)
     name = inner.params[0]
     args = [child.within(bind) for child in inner.args]
@@ -78,7 +92,7 @@ def _undefined(view: View, node: Apply, env: Environment) -> Any:
         return (below[0] & (numbers[1] != 0)) | (below[1] & (numbers[0] != 0))
     if name in _OUTSIDE:
         below.append(_OUTSIDE[name](*numbers))
-    return np.logical_or.reduce(np.broadcast_arrays(*below))
+    return functools.reduce(np.logical_or, below)
 
 
 def _unresolved(values: np.ndarray) -> float:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 Pullback = Callable[[np.ndarray], np.ndarray]
 _STRIDE = 16  # nodes, each of which may take a dozen calls
 HOWS = ("exact", "quadrature", "sampled", "assumed")
+_IN_ORDER = tuple(range(64))
 UNKNOWN = 9.0  # by convention, the doubt of what may be many times as large
 
 
@@ -34,6 +35,8 @@ class View(NamedTuple):
 
     def within(self, outer: Sequence[int]) -> View:
         """The same view, its frame's axes being placed at `outer` in a wider frame."""
+        if outer == _IN_ORDER[: len(outer)]:
+            return self  # and so no copy for each node of an elementwise tree
         return View(self.node, tuple(map(outer.__getitem__, self.bind)))
 
     def second(self, frame: Sequence[Axis]) -> np.ndarray:

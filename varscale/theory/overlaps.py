@@ -9,16 +9,18 @@ attention adds most (`rules.attention`). To leading order in V, for Gaussian fea
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from varscale.theory.axes import Axis, contract_axis
+from varscale.theory.axes import Axis, averaging, contract_axis
 from varscale.theory.derivatives import derivative
 from varscale.theory.elementwise import Apply, Sum, roots
 from varscale.theory.graph import Node, View
+from varscale.theory.moments import full_types
 from varscale.theory.rearranged import Rearranged
 
 
@@ -105,12 +107,14 @@ def own_part(x: Tokens) -> float:
 
 def apart(second: np.ndarray, axes: Sequence[Axis], tokens: Sequence[int]) -> float:
     """Second moments by type of one position of these axes, less those of two, averaged over all others."""
-    second = shared = np.broadcast_to(second, [a.types for a in axes])
-    for k in reversed(range(len(axes))):
-        second = contract_axis(second, k, axes[k].same)
-        shared = contract_axis(shared, k, axes[k].any_pair if k in tokens else axes[k].same)
     n = math.prod(axes[k].size for k in tokens)
-    return float(second - shared) * n / max(n - 1, 1)
+    return float(_lacking(tuple(axes), frozenset(tokens)) @ full_types(second, axes).ravel()) * n / max(n - 1, 1)
+
+
+@functools.cache
+def _lacking(axes: tuple[Axis, ...], tokens: frozenset[int]) -> np.ndarray:
+    """Weights of a type array, row-major, that average over what is one with itself, less those over all pairs of tokens."""
+    return averaging(axes, frozenset()) - averaging(axes, tokens)
 
 
 def sources_of(x: Tokens) -> tuple[list[Tokens], Rule]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -89,23 +90,21 @@ def _between(
     places = logarithms / _SPACING
     below = np.floor(places).astype(int)
     nodes = range(int(below.min()) - 2, int(below.max()) + 4)
-    if len(variances) <= len(nodes):
-        found = np.stack([_laplace(float(x), first, last, stride, directions) for x in logarithms], axis=1)
-    else:
-        known = np.stack([_laplace(k * _SPACING, first, last, stride, directions) for k in nodes], axis=1)
-        found = _lagrange(places - nodes[0], len(nodes)) @ known
+    few = len(variances) <= len(nodes)
+    taken = [float(x) for x in logarithms] if few else [k * _SPACING for k in nodes]
+    found = np.stack([_laplace(x, first, last, stride, directions) for x in taken], axis=1)
+    if not few:
+        found = sum(weight[:, None] * found[:, below + i - nodes[0]] for i, weight in _lagrange(places - below))
     phi, x, x2, x3, lx2 = np.exp(found[:5])
     return np.stack([-phi, x, x2, x3, found[5] * x, lx2])
 
 
-def _lagrange(places: Float[np.ndarray, " keys"], count: int) -> Float[np.ndarray, "keys nodes"]:
-    """Weights that read off between nodes 0, ..., count − 1, from the three on either side."""
-    below = np.floor(places).astype(int)
-    weights, at = np.zeros((len(places), count)), np.arange(-2, 4)
-    for i in at:
-        others = at[at != i]
-        weights[np.arange(len(places)), below + i] = np.prod((places - below)[:, None] - others, axis=1) / np.prod(i - others)
-    return weights
+def _lagrange(places: Float[np.ndarray, " keys"]) -> Iterator[tuple[int, Float[np.ndarray, " keys"]]]:
+    """Weights that read off at places between 0 and 1, from three nodes on either side."""
+    nodes = np.arange(-2, 4)
+    for i in nodes:
+        others = nodes[nodes != i]
+        yield int(i), np.prod((places[:, None] - others) / (i - others), axis=1)
 
 
 def weight_moments(

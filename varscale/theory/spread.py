@@ -84,9 +84,10 @@ def combine(terms: Sequence[tuple[float, Spread]]) -> Spread:
 
 
 def _weighted(terms: Sequence[tuple[float, dict[int, float]]]) -> dict[int, float]:
-    out: dict[int, float] = {}
-    for weight, sources in terms:
-        for key, c in sources.items() if abs(weight) > _FORGOTTEN else ():
+    (weight, sources), *others = [(w, s) for w, s in terms if s and abs(w) > _FORGOTTEN] or [(1.0, {})]
+    out = sources.copy() if weight == 1 else {key: weight * c for key, c in sources.items()}
+    for weight, sources in others:
+        for key, c in sources.items():
             out[key] = out.get(key, 0.0) + weight * c
     return out
 
@@ -364,7 +365,7 @@ def _square_coefficients(f: View, frame: Sequence[Axis], fixed: Environment) -> 
     own = marginal(f.node) if not isinstance(f.node, Apply | Constant) else None
     if own is not None and own.gaussian:
         m, s = own.mean, own.deviation
-        a = np.array([np.mean(m * m + s * s), np.mean(2 * m * s), math.sqrt(2) * np.mean(s * s)])
+        a = np.array([(m * m + s * s).mean(), 2 * (m * s).mean(), math.sqrt(2) * (s * s).mean()])
         return (a, float(a @ a)) if a[0] > 0 else None
 
     def integrated() -> tuple[np.ndarray, float] | None:
