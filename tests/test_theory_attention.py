@@ -44,6 +44,18 @@ def test_keys_of_different_classes_share_what_they_sum_to():
     assert counts @ found.first == pytest.approx(1, abs=1e-8)
 
 
+@pytest.mark.parametrize("directions", [np.inf, 30.0])
+def test_weights_of_many_variances_are_those_of_each_alone(directions):
+    """Of many, integrals are read off between a few variances that serve all; of one they are worked out at its own."""
+    variances = 4 * np.exp(-0.043 * np.arange(60))
+    counts = np.linspace(1, 1000, len(variances))
+    together = weight_moments(counts[:, None], variances[:, None], directions)
+    for i in range(0, len(variances), 13):
+        alone = weight_moments(counts[i : i + 1], variances[i : i + 1], directions)
+        for found, expected in zip(together, alone, strict=True):
+            np.testing.assert_allclose(found[i], expected, rtol=1e-5)
+
+
 class Block(nn.Module):
     """Attention that is a branch of a stream, and a layer after it."""
 
@@ -105,6 +117,37 @@ def test_gradients_of_queries_keys_and_values(causal):
         assert abs(report[path].gradient / squares.mean() - 1) <= report[path].gradient_confidence + 4 * error, path
     last = drawn(causal)["attention_2/query"]
     assert report["attention_2/query"].gradient == pytest.approx(last.mean(), rel=0.25)
+
+
+def test_overlaps_are_sums_of_independent_parts():
+    """V by what any two overlaps have in common is Σ a² of the amplitudes a of all independent parts, written out."""
+    from varscale.theory import overlaps
+    from varscale.theory.rules import attention
+
+    tokens = []
+
+    def watched(x):
+        tokens.append(x)
+        return overlaps.overlap(x)
+
+    with pytest.MonkeyPatch.context() as patch, jax.numpy_rank_promotion("allow"):
+        patch.setattr(attention, "overlap", watched)
+        vs.predict(Block(causal=True), INPUT, backward=False)
+    memo = tokens[0].node.graph.memo
+
+    @functools.cache
+    def parts(x):
+        sources, _ = overlaps.sources_of(x)
+        mixture = memo["mixture", x]
+        out = {x: np.sqrt(max(mixture.variance, 0.0))}
+        for weight, source in zip(mixture.weights, sources, strict=True):
+            for part, amplitude in parts(source).items():
+                out[part] = out.get(part, 0.0) + weight * amplitude
+        return out
+
+    assert max(len(parts(x)) for x in tokens) > 20
+    for x in dict.fromkeys(tokens):
+        assert overlaps.overlap(x) == pytest.approx(np.clip(sum(a * a for a in parts(x).values()), 1 / x.count, 1), rel=1e-9)
 
 
 def test_the_overlap_of_tokens_by_layer():
