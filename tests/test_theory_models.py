@@ -352,3 +352,19 @@ def test_pooling_what_was_centred_over_the_batch_leaves_what_samples_differ_by()
     row = predict(model, jax.ShapeDtypeStruct(shape, jnp.float32))[""]
     error = float(jnp.std(drawn) / jnp.mean(drawn)) / math.sqrt(NETS)
     assert abs(row.second_moment / float(drawn.mean()) - 1) < row.confidence + 4 * error  # missed once in 1e4
+
+
+@pytest.mark.parametrize("batch", [1, 8, 15])
+@pytest.mark.parametrize("size", [5, 7, 11, 14])
+def test_norms_over_any_number_of_places(batch, size):
+    """n times 1/n is not 1 in floating point for 49, 98, 103 and many others: a variance is recognised all the same."""
+
+    class Normed(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = jax.lax.reduce_window(nn.relu(nn.Conv(32, (3, 3))(x)), 0.0, jax.lax.add, (1, 2, 2, 1), (1, 1, 1, 1), "VALID")
+            x = nn.BatchNorm(use_running_average=False)(nn.Conv(49, (1, 1))(x) / 3)
+            return x, nn.LayerNorm()(x * 0.7)
+
+    rows = vs.predict(Normed(), jax.ShapeDtypeStruct((batch, size, size, 3), jnp.float32), backward=False)
+    assert [rows[path].second_moment for path in ("BatchNorm_0", "LayerNorm_0")] == pytest.approx([1.0, 1.0], abs=0.01)

@@ -7,6 +7,7 @@ primitives themselves; no table of activations is needed, and no intermediate st
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
@@ -123,7 +124,7 @@ class Sum(Node):
         found = {}
         for j, (d, mean) in enumerate(zip(self.params, self.args, strict=True)):
             for i, (c, view) in enumerate(zip(self.params, self.args, strict=True)):
-                if not mean.node.averages or d != -c:
+                if not mean.node.averages or not alike(d, -c):
                     continue
                 # A mean less the mean over more axes is centred too.
                 wider = view.node.averages and set(view.node.params) < set(mean.node.params)
@@ -187,8 +188,19 @@ def form(node: Node) -> int:
     return node.graph.memo[key]
 
 
+def _unrounded(c: float) -> float:
+    """A factor without what rounding left where it is a whole number: n times 1/n is 1."""
+    return float(round(c)) if math.isfinite(c) and 0.5 < abs(c) < 2**40 and alike(c, round(c)) else c
+
+
+def alike(c: float, d: float) -> bool:
+    """Whether two factors are one, but for rounding."""
+    return math.isclose(c, d, rel_tol=1e-13)
+
+
 def affine(node: Node, c: float, d: float) -> Node:
     """c·node + d."""
+    c = _unrounded(c)
     if c == 1 and d == 0:
         return node
     if isinstance(node, Constant):
@@ -291,15 +303,14 @@ def total(graph: Graph, weights: Sequence[float], axes: tuple[Axis, ...], views:
     terms: dict[tuple[int, tuple[int, ...]], tuple[float, View]] = {}
     offset = 0.0
     for c, view in zip(weights, views, strict=True):
-        node, bind = view
-        if isinstance(node, Constant):
-            offset += c * node.params
+        if isinstance(view.node, Constant):
+            offset += c * view.node.params
             continue
-        if isinstance(node, Apply) and node.params[0] == "affine":
-            (scale, shift), inner = node.params[1], node.args[0]
-            c, offset, view = c * scale, offset + c * shift, inner.within(bind)
+        scale, shift, view = _bare(view)
+        c, offset = c * scale, offset + c * shift
         key = (view.node.id, view.bind)
-        terms[key] = (terms[key][0] + c if key in terms else c, view)
+        known = terms[key][0] if key in terms else 0.0
+        terms[key] = (0.0 if alike(known, -c) else _unrounded(known + c), view)
     live = [(c, v) for c, v in terms.values() if c != 0]
     if (opened := _opened(live)) is not None:
         return affine(total(graph, [c for c, _ in opened], axes, [v for _, v in opened]), 1.0, offset)
@@ -334,18 +345,20 @@ def _opened(terms: Sequence[tuple[float, View]]) -> list[tuple[float, View]] | N
     return [t for i, (term, part) in enumerate(zip(terms, parts, strict=True)) for t in (part if i in gone else [term])]
 
 
-def _bare(view: View) -> View:
-    """What a copy with its axes in another order is a copy of."""
-    while isinstance(view.node, Apply) and view.node.params == ("affine", (1.0, 0.0)):
-        view = view.node.args[0].within(view.bind)
-    return view
+def _bare(view: View) -> tuple[float, float, View]:
+    """What a view is c· + d of, in whatever order of axes: c, d, and that."""
+    c, d = 1.0, 0.0
+    while isinstance(view.node, Apply) and view.node.params[0] == "affine":
+        scale, shift = view.node.params[1]
+        c, d, view = c * scale, d + c * shift, view.node.args[0].within(view.bind)
+    return c, d, view
 
 
 def _is_variance(node: Sum) -> bool:
     """Whether it is the mean of squares less the square of the mean of the same over the same axes."""
     from varscale.theory.rules.reductions import Mean, mean_node
 
-    if len(node.args) != 2 or sum(node.params) != 0:
+    if len(node.args) != 2 or not alike(node.params[0], -node.params[1]):
         return False
     plus, minus = (node.args[i] for i in np.argsort(node.params)[::-1])
     if not isinstance(plus.node, Mean):
@@ -353,9 +366,10 @@ def _is_variance(node: Sum) -> bool:
     squares, reduced = plus.node.args[0].node, plus.node.params
     if not all(isinstance(x, Apply) and x.params == ("integer_pow", (2,)) for x in (squares, minus.node)):
         return False
-    x, mean = _bare(squares.args[0]), _bare(minus.node.args[0].within(minus.bind))
+    (c, d, x), (scale, shift, mean) = _bare(squares.args[0]), _bare(minus.node.args[0].within(minus.bind))
     if not set(reduced) <= set(x.bind):
         return False
     kept = [k for k in range(len(squares.axes)) if k not in reduced]
     places = tuple(plus.bind[kept.index(b)] for b in x.bind if b not in reduced)
-    return View(mean_node(x.node, [k for k, b in enumerate(x.bind) if b in reduced]), places) == mean
+    inner, more, own = _bare(View(mean_node(x.node, [k for k, b in enumerate(x.bind) if b in reduced]), places))
+    return own == mean and alike(c * inner, scale) and alike(c * more + d, shift)

@@ -17,17 +17,19 @@ Distances are taken at places within the array, borders being few; drift of the 
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Generator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
 from varscale.theory.axes import Axis, pool
+from varscale.theory.cross import dependent
 from varscale.theory.elementwise import Apply, Sum, roots
 from varscale.theory.graph import Array, Leaf, Node, View
 from varscale.theory.hermite import HERMITE, POINTS, solved
 from varscale.theory.mehler import mehler
-from varscale.theory.quadrature import Marginal, concentrated, evaluate, factors, independent_factors, marginal
+from varscale.theory.quadrature import Marginal, concentrated, evaluate, independent_factors, marginal
 from varscale.theory.rearranged import Merge, Permute, Split
 
 # Not derived: of what is made of several fluctuating roots, or passes a node of which nothing else is known.
@@ -65,6 +67,15 @@ def answered(steps: Generator[tuple[Node, Offsets], Near, T]) -> T:
         answer = node.graph.memo.get(("nearby", node.id, offsets))
         if answer is None:
             waiting.append(((node, offsets), _steps(node, offsets)))
+
+
+def nearby(node: Node, offsets: Offsets) -> Near:
+    """The excess of a node at some distances."""
+
+    def steps() -> Steps:
+        return (yield node, offsets)
+
+    return answered(steps())
 
 
 def _steps(node: Node, offsets: Offsets) -> Steps:
@@ -171,7 +182,35 @@ def _(node: Sum, offsets: Offsets) -> Steps:
             excess = _centred(excess, [k for k in view.bind if k not in mean.bind], node.axes, dict(offsets))
         out = out + c * c * excess
         doubt += c * c * found.doubt * view.node.table.mean_square / whole
+    for (c, x), (d, y) in itertools.permutations(zip(node.params, node.args, strict=True), 2):
+        if x.bind == y.bind:
+            inner = tuple((x.bind.index(k), distance) for k, distance in offsets if k in x.bind)
+            found = yield from between(x.node, y.node, inner)
+            out = out + c * d * over_frame(found.excess, x, rank)
+            doubt += abs(c * d) * found.doubt * (x.node.table.mean_square * y.node.table.mean_square) ** 0.5 / whole
     return Near(out, doubt)
+
+
+@functools.singledispatch
+def between(x: Node, y: Node, offsets: Offsets) -> Steps:
+    """The excess of E[x_i y_j] of two arrays over the same axes: asks for what it needs, as `near_of` does."""
+    return of_functions(x, y, offsets)
+
+
+def of_functions(x: Node, y: Node, offsets: Offsets) -> Steps:
+    """Of two functions of one root; what others have in common is taken for as much as anywhere, and is in doubt."""
+    if x is y:
+        return (yield x, offsets)
+    rank, whole = len(x.axes), tuple(range(len(x.axes)))
+    live = [{r for r in roots(node) if r.node.local and not concentrated(r.node)} for node in (x, y)]
+    if not (live[0] and live[1] and dependent(x, y)):
+        return (yield from nothing(x))
+    if len(live[0]) > 1 or live[0] != live[1]:
+        return (yield from nothing(x, _UNKNOWN))
+    (root,) = live[0]
+    found = yield from of_view(root, offsets, rank)
+    before, after = _at_both(View(x, whole), View(y, whole), root, found.excess, x.axes)
+    return Near(np.broadcast_to(after - before, (2,) * rank), found.doubt)
 
 
 def _centred(excess: np.ndarray, taken: Sequence[int], axes: Sequence[Axis], distances: dict[int, int]) -> np.ndarray:
@@ -192,45 +231,52 @@ def _(node: Apply, offsets: Offsets) -> Steps:
         found = yield from of_view(node.args[0], offsets, rank)
         share = extra[0] ** 2 * node.args[0].node.table.mean_square / max(node.table.mean_square, 1e-300)
         return Near(np.broadcast_to(extra[0] ** 2 * found.excess, (2,) * rank), share * found.doubt)
-    scale = factors(View(node, tuple(range(rank))))[0]
-    before = after = np.full((2,) * rank, scale**2)
+    before = after = np.ones((2,) * rank)
     doubt = 0.0
     for factor in independent_factors(node):
         live = [r for own in roots(factor.node) if (r := own.within(factor.bind)).node.local and not concentrated(r.node)]
-        known = over_frame(usual(factor.node), factor, rank)
-        gain = np.zeros((1,) * rank)
+        if not live:
+            continue
+        known = changed = over_frame(usual(factor.node), factor, rank)
         for root in live:
             found = yield from of_view(root, offsets, rank)
             if len(live) == 1:
-                gain = _gained(factor, root, found.excess, node.axes)
+                known, changed = _at_both(factor, factor, root, found.excess, node.axes)
             else:
                 share = _share(found.excess, root, rank, offsets)
-                other = known * share
-                gain = np.where(np.abs(other) > np.abs(gain), other, gain)
+                other = known * (1 + share)
+                changed = np.where(np.abs(other - known) > np.abs(changed - known), other, changed)
                 doubt = max(doubt, _INTERPOLATED * float(np.max(np.abs(share))))
             doubt = max(doubt, found.doubt)
-        before, after = before * known, after * (known + gain)
-    return Near(after - before, doubt)
+        before, after = before * known, after * changed
+    # Factors that read a norm's scale were taken at its mean, which the moments of the whole need not be.
+    gain = (after - before) * (node.table.mean_square / max(float(before.flat[0]), 1e-300))
+    if any(k in root.bind and concentrated(root.node) for root in roots(node) for k, _ in offsets):
+        # Norms place by place: near places are more alike for their scales being alike, which are taken for one number here.
+        doubt = max(doubt, _INTERPOLATED * float(np.max(np.abs(gain))) / max(node.table.mean_square, 1e-300))
+    return Near(gain, doubt)
 
 
-def _gained(factor: View, root: View, excess: np.ndarray, frame: Sequence[Axis]) -> np.ndarray:
-    """E[f(x_i) f(x_j)] at the correlations that an excess gives its one root, less what it is at the usual ones."""
-    env = {
-        (r.node.id, r.bind): r.mean(frame)[..., None] for own in roots(factor.node) if (r := own.within(factor.bind)) != root
-    }
-    line = evaluate(factor, frame, env)
+def _at_both(f: View, g: View, root: View, excess: np.ndarray, frame: Sequence[Axis]) -> tuple[np.ndarray, np.ndarray]:
+    """E[f(x_i) g(x_j)] at the usual correlations of their one root, and at those that an excess gives it."""
+    first, second = _line(f, root, frame), _line(g, root, frame)
     law, table = marginal(root.node), root.node.table
     covariance = pool(table.covariance, table.axes)
     variance = float(covariance.flat[0])
-    if line.shape[-1] != POINTS or variance <= 0:
-        return np.zeros((1,) * len(frame))
-    line = over_classes(line, frame)
+    if min(len(first), len(second)) < POINTS or variance <= 0:
+        same = np.full((1,) * len(frame), first.mean() * second.mean())
+        return same, same
     covariance = over_frame(covariance, root, len(frame))
     pairs = np.clip([covariance / variance, (covariance + excess) / variance], -1.0, 1.0)
-    if not law.gaussian:
-        pairs = latent(law, pairs)
-    before, after = mehler(line, line, ()).at(pairs)
-    return after - before
+    before, after = mehler(first, second, ()).at(pairs if law.gaussian else latent(law, pairs))
+    return before, after
+
+
+def _line(f: View, root: View, frame: Sequence[Axis]) -> np.ndarray:
+    """A function on the normal grid of one of its roots, the others held, averaged over classes; 1 long if constant."""
+    own = [r.within(f.bind) for r in roots(f.node)]
+    env = {(r.node.id, r.bind): r.mean(frame)[..., None] for r in own if r != root}
+    return over_classes(evaluate(f, frame, env), frame)
 
 
 def latent(law: Marginal, pairs: np.ndarray) -> np.ndarray:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Collection, Generator, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
-from varscale.theory.axes import Axis, labelled
+from varscale.theory.axes import Axis, labelled, pool
+from varscale.theory.cross import cross
 from varscale.theory.draws import gaussian
 from varscale.theory.graph import Node, View
-from varscale.theory.nearby import Near, Offsets, answered, latent, usual
+from varscale.theory.moments import full_types
+from varscale.theory.nearby import Near, Offsets, answered, between, latent, usual
 from varscale.theory.quadrature import marginal
 from varscale.theory.rules.convolution import Window, hits
 
@@ -20,16 +23,56 @@ _PAIRS = 2_000_000  # of taps, counted to know how far apart they are
 Grid = Generator[tuple[Node, Offsets], Near, np.ndarray]
 
 
+class Reader(NamedTuple):
+    """What meets at two places along an axis, as weights by distance; of two windows, or of a window and a single place."""
+
+    window: Window
+    size: int
+    other: Window
+
+    def apart(self, distance: int) -> dict[int, float]:
+        """At places so far apart."""
+        return _apart(self, distance)
+
+    def elsewhere(self) -> dict[int, float]:
+        """At any two places that differ."""
+        n = self.window.size_out
+        out = {d: n * c for d, c in _anywhere(self).items()}
+        for d, c in self.apart(0).items():
+            out[d] = out.get(d, 0.0) - c
+        return {d: c / (n - 1) for d, c in out.items()}
+
+
+def of_windows(window: Window, size: int) -> Reader:
+    """Of two windows over an axis of this size."""
+    return Reader(window, size, window)
+
+
+def of_places(window: Window, size: int) -> Reader:
+    """Of a window and a place of the axis itself, which has as many as there are windows."""
+    return Reader(window, size, Window(size, 1, 1, 0, 1, 1))
+
+
 @functools.cache
-def spans(window: Window, size: int, apart: int) -> dict[int, float]:
-    """Mean number of pairs of taps by the distance of what they read, of two outputs so many places apart."""
-    at = hits(window, size)
-    first, second = at[: len(at) - apart], at[apart:]
-    step = -(-len(first) * window.taps**2 // _PAIRS)
-    first, second = first[::step, :, None], second[::step, None, :]
-    real = (first >= 0) & (second >= 0)
-    found, counts = np.unique(_rounded(np.abs(first - second)[real]), return_counts=True)
-    return {int(d): float(c) / len(first) for d, c in zip(found, counts, strict=True)}
+def _apart(reader: Reader, distance: int) -> dict[int, float]:
+    first, second = (hits(window, reader.size) for window in (reader.window, reader.other))
+    n = len(first) - distance
+    step = -(-n * first.shape[1] * second.shape[1] // _PAIRS)
+    out: dict[int, float] = {}
+    for one, two in ((first[:n], second[distance:]), (first[distance:], second[:n])):
+        one, two = one[::step, :, None], two[::step, None, :]
+        found, counts = np.unique(_rounded(np.abs(one - two)[(one >= 0) & (two >= 0)]), return_counts=True)
+        for d, c in zip(found, counts, strict=True):
+            out[int(d)] = out.get(int(d), 0.0) + float(c) / (2 * len(one))
+    return out
+
+
+@functools.cache
+def _anywhere(reader: Reader) -> dict[int, float]:
+    first, second = (hits(window, reader.size) for window in (reader.window, reader.other))
+    one, two = (np.bincount(at[at >= 0], minlength=reader.size) / len(at) for at in (first, second))
+    met = float(one @ two)
+    return {0: met, FAR: float(one.sum() * two.sum()) - met}
 
 
 def _rounded(distances: np.ndarray) -> np.ndarray:
@@ -38,38 +81,24 @@ def _rounded(distances: np.ndarray) -> np.ndarray:
     return np.where(distances <= 4, distances, powers)
 
 
-@functools.cache
-def anywhere(window: Window, size: int) -> dict[int, float]:
-    """The same of any two outputs, or one twice: a place read by both, and two places."""
-    at = hits(window, size)
-    reads = np.bincount(at[at >= 0], minlength=size).astype(float)
-    met = float(np.sum(reads**2)) / len(at) ** 2
-    return {0: met, FAR: (reads.sum() / len(at)) ** 2 - met}
-
-
-def another(window: Window, size: int) -> dict[int, float]:
-    """The same of two different outputs, any two."""
-    n = window.size_out
-    out = {d: n * c for d, c in anywhere(window, size).items()}
-    for d, c in spans(window, size, 0).items():
-        out[d] = out.get(d, 0.0) - c
-    return {d: c / (n - 1) for d, c in out.items()}
-
-
 def alike(weights: Mapping[int, float]) -> dict[int, float]:
     """The same where all distances are one."""
     return {0: weights.get(0, 0.0), FAR: sum(c for d, c in weights.items() if d != 0)}
 
 
-def by_distance(node: Node, keys: Mapping[int, Sequence[int]]) -> Grid:
-    """E[x_i x_j] at all combinations of distances along some axes, by "same" and "different" along the others."""
-    before, rank = usual(node), len(node.axes)
+def by_distance(x: Node, y: Node, keys: Mapping[int, Sequence[int]]) -> Grid:
+    """E[x_i y_j] at all combinations of distances along some axes, by "same" and "different" along the others."""
+    rank = len(x.axes)
+    whole = tuple(range(rank))
+    before = usual(x) if x is y else pool(full_types(cross(View(x, whole), View(y, whole), x.axes), x.axes), x.axes)
     out = np.empty([len(keys[k]) if k in keys else 2 for k in range(rank)])
     for index in np.ndindex(*(len(keys[k]) if k in keys else 1 for k in range(rank))):
         distances = {k: keys[k][index[k]] for k in keys}
         offsets = tuple((k, d) for k, d in sorted(distances.items()) if d > 0)
-        found = (yield node, offsets) if offsets else None
+        found = (yield from between(x, y, offsets)) if offsets else None
         table = before if found is None else before + found.excess
+        if found is not None and found.doubt > 0:
+            x.graph.flag("quadrature", found.doubt)
         at = tuple(slice(index[k], index[k] + 1) if k in keys else slice(None) for k in range(rank))
         out[at] = table[tuple(_one(distances[k]) if k in keys else slice(None) for k in range(rank))]
     return out
@@ -79,10 +108,10 @@ def _one(distance: int) -> slice:
     return slice(0, 1) if distance == 0 else slice(1, 2)
 
 
-def read(node: Node, weights: Mapping[int, Sequence[Mapping[int, float]]]) -> Grid:
-    """Sums over pairs of places along some axes, of each several: weights by distance."""
+def read(x: Node, y: Node, weights: Mapping[int, Sequence[Mapping[int, float]]]) -> Grid:
+    """Sums of E[x_i y_j] over pairs of places along some axes, of each several: weights by distance."""
     keys = {k: sorted({d for line in lines for d in line}) for k, lines in weights.items()}
-    out = yield from by_distance(node, keys)
+    out = yield from by_distance(x, y, keys)
     for k, lines in weights.items():
         matrix = np.array([[line.get(d, 0.0) for d in keys[k]] for line in lines])
         out = np.moveaxis(np.tensordot(matrix, out, axes=(1, k)), 0, k)
@@ -95,7 +124,7 @@ def latents(
     """Normals behind a root: along `windowed` axes of its frame, those of two windows far apart. (replicates, *sizes)"""
     node, axes = root.node, []
     halves = {j: sizes[place] // 2 for j, place in enumerate(root.bind) if place in windowed}
-    rho = answered(by_distance(node, {j: [FAR, *range(half)] for j, half in halves.items()}))
+    rho = answered(by_distance(node, node, {j: [FAR, *range(half)] for j, half in halves.items()}))
     table = node.table
     rho = np.clip((rho - table.total_mean**2) / max(table.variance, 1e-300), -1.0, 1.0)
     law = marginal(node)

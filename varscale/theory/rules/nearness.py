@@ -7,8 +7,20 @@ import math
 import numpy as np
 
 from varscale.theory.axes import pool
-from varscale.theory.graph import Constant, Leaf
-from varscale.theory.nearby import Near, Offsets, Steps, near_of, nothing, of_view, over_frame, summed, usual
+from varscale.theory.graph import Constant, Leaf, Node
+from varscale.theory.nearby import (
+    Near,
+    Offsets,
+    Steps,
+    between,
+    near_of,
+    nothing,
+    of_functions,
+    of_view,
+    over_frame,
+    summed,
+    usual,
+)
 from varscale.theory.rules.convolution import Conv, hits
 from varscale.theory.rules.joining import Concat
 from varscale.theory.rules.linear import Contract
@@ -77,6 +89,15 @@ def _(node: Conv, offsets: Offsets) -> Steps:
 @near_of.register
 def _(node: WindowSum, offsets: Offsets) -> Steps:
     far, near = (yield from node.sums({})), (yield from node.sums(dict(offsets)))
+    return Near(near - far, 0.0)
+
+
+@between.register
+def _(x: WindowSum, y: Node, offsets: Offsets) -> Steps:
+    """Sums over windows against places of what they are over, or of another function of it."""
+    if x is y or y.axes != x.axes or y.axes != x.args[0].node.axes:
+        return (yield from of_functions(x, y, offsets))
+    far, near = (yield from x.against(y, {})), (yield from x.against(y, dict(offsets)))
     return Near(near - far, 0.0)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,9 +14,9 @@ from varscale.theory.graph import Node, View
 from varscale.theory.interpreter import Interpreter, rule
 from varscale.theory.layout import Atom, Value
 from varscale.theory.locality import unseen_nearness
-from varscale.theory.moments import Table, full_along
-from varscale.theory.nearby import answered
-from varscale.theory.neighbourhoods import Grid, alike, another, latents, read, spans
+from varscale.theory.moments import Table, full_along, lift
+from varscale.theory.nearby import answered, nearby
+from varscale.theory.neighbourhoods import Grid, Reader, alike, latents, of_places, of_windows, read
 from varscale.theory.rules.convolution import (
     ONE,
     Window,
@@ -36,6 +36,8 @@ class WindowSum(Node):
 
     def prepare(self) -> None:
         self.odd, self.positive = self.args[0].node.odd, self.args[0].node.positive
+        # Windows that overlap have places in common with the next ones.
+        self.local |= any(w is not None and (w.taps - 1) * w.dilation >= w.stride for w in self.params[0])
 
     def axes_in(self) -> list[Axis]:
         return [ONE if k is None else self.args[0].node.axes[k] for k in self.params[1]]
@@ -82,20 +84,28 @@ class WindowSum(Node):
             distances: along which of its axes "different" means so far apart; None: windows, too, are over places that are as
                 alike as any.
         """
+        return self._met(self.args[0].node, distances, of_windows)
+
+    def against(self, y: Node, distances: Mapping[int, int] | None) -> Grid:
+        """The same of sums and places of an array over the axes of what is summed."""
+        return self._met(y, distances, of_places)
+
+    def _met(self, y: Node, distances: Mapping[int, int] | None, reader: Callable[[Window, int], Reader]) -> Grid:
         weights: dict[int, list[dict[int, float]]] = {}
         x = self.args[0].node
         for window, k, o in zip(*self.params, strict=True):
             if k is None:
                 continue
-            n, apart = x.axes[k].size, None if o is None or distances is None else distances.get(o)
+            apart = None if o is None or distances is None else distances.get(o)
             if window is not None:
-                lines = [spans(window, n, 0)]
+                met = reader(window, x.axes[k].size)
+                lines = [met.apart(0)]
                 if o is not None:
-                    lines.append(another(window, n) if apart is None else spans(window, n, apart))
+                    lines.append(met.elsewhere() if apart is None else met.apart(apart))
                 weights[k] = lines if distances is not None else [alike(line) for line in lines]
             elif apart is not None:
                 weights[k] = [{0: 1.0}, {apart: 1.0}]
-        out = yield from read(x, weights)
+        out = yield from read(x, y, weights)
         order = [(k, o) for k, o in zip(*self.params[1:], strict=True) if k is not None]
         out = out.transpose([k for k, _ in order]).reshape([2 for _, o in order if o is not None])
         return out.transpose(np.argsort([o for _, o in order if o is not None]))
@@ -126,6 +136,9 @@ class WindowSum(Node):
         for place, window in read.values():
             if window is not None:
                 out = apply_axis(full_along(out, place, frame[place]), place, tap_reads(window, frame[place]))
+        if x.local and x.axes == b.node.axes and [read[k][0] for k in range(len(x.axes))] == list(b.bind):
+            gain = answered(self.against(b.node, {})) - answered(self.against(b.node, None))
+            out = out + lift(refine(gain, self.axes), self.axes, a.bind, frame, pairs=True)
         return out
 
 
@@ -139,7 +152,8 @@ class WindowMax(WindowSum):
     gradient_doubt = TIES
 
     def prepare(self) -> None:
-        self.odd, self.positive = 0, self.args[0].node.positive
+        super().prepare()
+        self.odd = 0
 
     def cross_with(self, a: View, b: View, frame: Sequence[Axis]) -> np.ndarray | None:
         return None  # which places are read depends on what is there
@@ -153,6 +167,8 @@ class WindowMax(WindowSum):
         # Of what a few numbers decide there is no Gaussian tail; what places share does not add to the largest.
         taps = math.prod(w.taps for w in windows if w is not None)
         self.graph.flag("sampled", bounded(taps, narrowest(node)) + unseen_nearness(node))
+        if node.local:
+            self.graph.flag("sampled", nearby(node, tuple((k, 1) for k in sorted(cut))).doubt)
         law = self._law(x)
         for k, (span, step, dilation) in cut.items():
             view = np.lib.stride_tricks.sliding_window_view(x, span, axis=k + 1)
