@@ -182,12 +182,13 @@ def _(node: Sum, offsets: Offsets) -> Steps:
             excess = _centred(excess, [k for k in view.bind if k not in mean.bind], node.axes, dict(offsets))
         out = out + c * c * excess
         doubt += c * c * found.doubt * view.node.table.mean_square / whole
-    for (c, x), (d, y) in itertools.permutations(zip(node.params, node.args, strict=True), 2):
+    for (c, x), (d, y) in itertools.combinations(zip(node.params, node.args, strict=True), 2):
         if x.bind == y.bind:
+            first, second = sorted((x.node, y.node), key=lambda n: -n.id)  # the later one is made from the other, if any is
             inner = tuple((x.bind.index(k), distance) for k, distance in offsets if k in x.bind)
-            found = yield from between(x.node, y.node, inner)
-            out = out + c * d * over_frame(found.excess, x, rank)
-            doubt += abs(c * d) * found.doubt * (x.node.table.mean_square * y.node.table.mean_square) ** 0.5 / whole
+            found = yield from between(first, second, inner)
+            out = out + 2 * c * d * over_frame(found.excess, x, rank)
+            doubt += 2 * abs(c * d) * found.doubt * (first.table.mean_square * second.table.mean_square) ** 0.5 / whole
     return Near(out, doubt)
 
 

@@ -95,7 +95,8 @@ def _(node: WindowSum, offsets: Offsets) -> Steps:
 @between.register
 def _(x: WindowSum, y: Node, offsets: Offsets) -> Steps:
     """Sums over windows against places of what they are over, or of another function of it."""
-    if x is y or y.axes != x.axes or y.axes != x.args[0].node.axes:
+    over = x.args[0].node
+    if x is y or y.axes != over.axes or [a.size for a in x.axes] != [a.size for a in over.axes]:
         return (yield from of_functions(x, y, offsets))
     far, near = (yield from x.against(y, {})), (yield from x.against(y, dict(offsets)))
     return Near(near - far, 0.0)
