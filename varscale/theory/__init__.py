@@ -7,11 +7,14 @@ of which the first and second moments are kept, by the type of an index pair. To
     graph, rearranged, elementwise     nodes, which are computed when they are asked for, in a normal form
     layout                             how a tensor's dimensions are made of its node's axes
     hermite, functions, quadrature     functions of normals: Hermite series in a correlation
+    mehler                             two of them at once
     products, opening, summed          functions of several roots; the law of a sum
     cross, regrouped, slices           cross-moments of two nodes, whatever became of their axes
     interpreter, rules/                the walk, and what it does at each primitive, a family of them a file
     softmax_weights, overlaps          attention: the weights; tokens that weights and values share
     windows, locality                  what is near in a picture, which moments by type do not say
+    nearby, neighbourhoods             how much more alike near places are, and windows over them
+    depthwise                          sums over one channel, whose scale follows what they read
     responses, scales, spread          finite width: how one initialization differs from the mean of all
     narrow, spheres                    sums of few terms, norms over few units
     derivatives, backward              gradients

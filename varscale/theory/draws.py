@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from varscale.theory.axes import Axis
 from varscale.theory.cross import cross, mean_product
 from varscale.theory.elementwise import Apply, Sum, roots
-from varscale.theory.graph import Array, Constant, Leaf, Node, View
+from varscale.theory.graph import UNKNOWN, Array, Constant, Leaf, Node, View
 from varscale.theory.hermite import Z
 from varscale.theory.quadrature import Environment, evaluate, marginal
 from varscale.theory.rearranged import Permute
@@ -203,7 +203,13 @@ class Drawing:
         values = np.broadcast_to(values, (*values.shape[:-1], self.replicates))
         shape = [len(whole[k]) if k in weights.bind else 1 for k in range(len(whole))]
         drawn = self.rng.standard_normal((*shape, self.replicates)) * math.sqrt(ratio * weights.node.table.mean_square)
-        return _summed(values, drawn, len(positions))
+        out = _summed(values, drawn, len(positions))
+        # A norm's scale that was drawn apart from what it divides leaves too much: its mean square is known.
+        excess = float(np.mean(np.square(out))) / max(node.table.mean_square, 1e-300)
+        if excess > _TOO_MUCH:
+            node.graph.flag("assumed", UNKNOWN)
+            out = out / math.sqrt(excess)
+        return out
 
     def _joined(self, node: Concat, bind: tuple[int, ...], positions: Positions) -> np.ndarray:
         """The parts, each at those of the positions that lie in it."""
@@ -226,6 +232,7 @@ def applies_weights(node: Node) -> TypeGuard[Contract]:
     return isinstance(node, Contract) and weight_of(node) is not None
 
 
+_TOO_MUCH = 2.0  # of a mean square over draws, in units of what it is known to be: more than chance makes of it
 TERMS = 32  # terms of a sum that stand for all
 
 
