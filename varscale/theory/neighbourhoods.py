@@ -10,7 +10,7 @@ import numpy as np
 
 from varscale.theory.axes import Axis, labelled, pool
 from varscale.theory.cross import cross
-from varscale.theory.draws import gaussian
+from varscale.theory.draws import evenly, gaussian
 from varscale.theory.graph import Node, View
 from varscale.theory.moments import full_types
 from varscale.theory.nearby import Near, Offsets, answered, between, latent, usual
@@ -18,7 +18,7 @@ from varscale.theory.quadrature import marginal
 from varscale.theory.rules.convolution import Window, hits
 
 FAR = -1  # no distance in particular: anywhere else
-_PAIRS = 2_000_000  # of taps, counted to know how far apart they are
+_ROWS = 64  # windows whose taps are counted, to know how far apart they are
 
 Grid = Generator[tuple[Node, Offsets], Near, np.ndarray]
 
@@ -55,15 +55,28 @@ def of_places(window: Window, size: int) -> Reader:
 
 @functools.cache
 def _apart(reader: Reader, distance: int) -> dict[int, float]:
+    from scipy import signal
+
     first, second = (hits(window, reader.size) for window in (reader.window, reader.other))
     n = len(first) - distance
-    step = -(-n * first.shape[1] * second.shape[1] // _PAIRS)
-    out: dict[int, float] = {}
-    for one, two in ((first[:n], second[distance:]), (first[distance:], second[:n])):
-        one, two = one[::step, :, None], two[::step, None, :]
-        found, counts = np.unique(_rounded(np.abs(one - two)[(one >= 0) & (two >= 0)]), return_counts=True)
-        for d, c in zip(found, counts, strict=True):
-            out[int(d)] = out.get(int(d), 0.0) + float(c) / (2 * len(one))
+    if n < 1:
+        return reader.elsewhere()
+    if distance == 0 and all(np.array_equal(np.sort(at, axis=1), [range(reader.size)] * len(at)) for at in (first, second)):
+        return _anywhere(reader)  # each reads all there is, of which the mean over all pairs is known
+    rows = evenly(n, _ROWS)
+    counts = np.zeros(2 * reader.size - 1)
+    for one, two in ((first[rows], second[rows + distance]), (first[rows + distance], second[rows])):
+        counts += signal.fftconvolve(_read(one, reader.size), _read(two, reader.size)[:, ::-1], axes=1).sum(axis=0)
+    met = np.flatnonzero(counts > 0.5)
+    apart = _rounded(np.abs(met - (reader.size - 1)))
+    return {int(d): float(counts[met[apart == d]].sum()) / (2 * len(rows)) for d in np.unique(apart)}
+
+
+def _read(at: np.ndarray, size: int) -> np.ndarray:
+    """How many taps of each window read each place, (windows, size)."""
+    out = np.zeros((len(at), size))
+    p, t = np.nonzero(at >= 0)
+    np.add.at(out, (p, at[p, t]), 1.0)
     return out
 
 
@@ -76,8 +89,8 @@ def _anywhere(reader: Reader) -> dict[int, float]:
 
 
 def _rounded(distances: np.ndarray) -> np.ndarray:
-    """Distances that are told apart: powers of √2 beyond 4."""
-    powers = np.rint(2 ** (np.rint(2 * np.log2(np.maximum(distances, 1))) / 2)).astype(int)
+    """Distances that are told apart: powers of √2 beyond 4, the next lower one."""
+    powers = np.floor(2 ** (np.floor(2 * np.log2(np.maximum(distances, 1)) + 1e-9) / 2) + 1e-9).astype(int)
     return np.where(distances <= 4, distances, powers)
 
 
