@@ -233,3 +233,26 @@ def test_gradients_pass_back_through_time():
     (before,) = (row for row in rows if row.path == "before")
     assert before.gradient_confidence is not None
     assert before.gradient_confidence < 0.25
+
+
+class Unit(nn.Module):
+    """A linear recurrence with rates up to 1 behind a layer norm (Orvieto et al. 2023): its input is scaled by √(1 − |λ|²)."""
+
+    @nn.compact
+    def __call__(self, x):
+        n = x.shape[-1]
+        nu = self.param("nu", lambda key: -0.5 * jnp.log(jax.random.uniform(key, (n,))))
+        theta = self.param("theta", lambda key: 6.28 * jax.random.uniform(key, (n,)))
+        gain = self.param("gain", lambda _: jnp.sqrt(1 - jnp.exp(-2 * nu)))
+        init = nn.initializers.variance_scaling(0.5, "fan_in", "normal")
+        weights = (self.param("re", init, (n, n)) + 1j * self.param("im", init, (n, n))) * gain[None]
+        return scanned(jnp.exp(-nu + 1j * theta), nn.LayerNorm()(x) @ weights).real
+
+
+def test_a_norm_between_recurrences_leaves_what_is_known():
+    """Both layers have E[y²] = 1/2 but for the start; a scale drawn apart from what it divides made the second 34."""
+    with jax.numpy_dtype_promotion("standard"):
+        report = predict(nn.Sequential([Unit(), Unit()]), jax.ShapeDtypeStruct((4, 32, 32), jnp.float32), backward=False)
+    assert 0.4 < report["layers_0"].second_moment < 0.6
+    assert 0.4 < report["layers_1"].second_moment < 0.6
+    assert report["layers_1"].confidence > 0.15, "it is drawn, and not to be relied on"
