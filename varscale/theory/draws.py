@@ -232,7 +232,8 @@ def applies_weights(node: Node) -> TypeGuard[Contract]:
     return isinstance(node, Contract) and weight_of(node) is not None
 
 
-_TOO_MUCH = 2.0  # of a mean square over draws, in units of what it is known to be: more than chance makes of it
+# Chosen, not derived: of a mean square over draws, in units of what it is known to be, more than chance makes of it.
+_TOO_MUCH = 2.0
 TERMS = 32  # terms of a sum that stand for all
 
 
