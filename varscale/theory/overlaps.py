@@ -125,14 +125,18 @@ def sources_of(x: Tokens) -> tuple[list[Tokens], Rule]:
 def _sources(x: Tokens) -> tuple[list[Tokens], Rule]:
     from varscale.theory.rules.attention import attention_of, mixed
     from varscale.theory.rules.convolution import Conv
+    from varscale.theory.rules.gather import Gather
     from varscale.theory.rules.joining import Concat
     from varscale.theory.rules.linear import Contract, weight_of
+    from varscale.theory.rules.structure import Take
 
     node = x.node
-    if isinstance(node, Rearranged):
-        inner = _rearranged(x, node)
-        # Some of the factors of features have more of their own than all.
+    if isinstance(node, Rearranged | Take):
+        inner = _rearranged(x, node) if isinstance(node, Rearranged) else _taken(x, node)
+        # Some of the features, or of their factors, have more of their own than all.
         return [inner], lambda _: Mixture((1.0,), 1 / x.count - 1 / inner.count)
+    if isinstance(node, Gather) and len(node.params[0]) == 1:
+        return [], lambda _: _repeated(x, node)
     if isinstance(node, Concat) and node.params[0] in x.tokens:
         return [tokens_of(node.args[int(np.argmax(node.params[1]))], x.tokens, x.features)], lambda _: Mixture((1.0,))
     if isinstance(node, Conv) and weight_of(node) is not None:  # of patches that are as good as white
@@ -157,6 +161,21 @@ def _sources(x: Tokens) -> tuple[list[Tokens], Rule]:
 def _rearranged(x: Tokens, node: Rearranged) -> Tokens:
     """The same tokens before their axes were put in another order, together or apart."""
     return Tokens(node.args[0].node, *(tuple(sorted({j for k in axes for j in node.before(k)})) for axes in x[1:]))
+
+
+def _taken(x: Tokens, node: Node) -> Tokens:
+    """The tokens of which a slice of one axis is some, or has some of the features."""
+    whole, (k, *_) = node.args[0].node, node.params
+    dropped = len(whole.axes) > len(node.axes)
+    return Tokens(whole, *(tuple(j + (dropped and j >= k) for j in axes) for axes in x[1:]))
+
+
+def _repeated(x: Tokens, node: Node) -> Mixture:
+    """Rows of a table: two tokens are the same row with the chance that is missing from what each has of its own."""
+    view = node.args[0]
+    rows = own_part(Tokens(view.node, node.params[0], ()))
+    again = float(np.clip(1 - own_part(x) / max(rows, 1e-300), 0, 1))
+    return Mixture((), again * (1 - again) + (1 - again) / x.count)
 
 
 def white(x: Tokens) -> Mixture:

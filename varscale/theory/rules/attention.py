@@ -237,6 +237,9 @@ def mixed(x: Tokens, attention: Attention) -> tuple[list[Tokens], Rule]:
     times what their queries do: o = (τ + (1 − τ) b) o_x. Besides, each head has its own, so that it is divided by H:
     (1 − τ)² (1/T + V_v + b²/d) of sums over T keys of values, and of queries projected to d features; τ² (3/d + V(C²) − V_x)
     of what follows the query, through three projections and C twice; and what either has of the other's direction.
+
+    Where rows see different keys that is no chance: of the weights' own a part 1 − c is the mask's, and of b and 1/T the part c
+    is left, or its square.
     """
     values, queries = attention.projections(), attention.queries()
     if queries is None or not (values.tokens and values.features and queries.tokens):
@@ -249,18 +252,34 @@ def mixed(x: Tokens, attention: Attention) -> tuple[list[Tokens], Rule]:
     keys = float(p.seen.sum(-1).mean())
     rows = [k for k, row in enumerate(p.rows()) if attention.place[row] in x.tokens]
     variance = apart(p.deviation.mean(-1), [p.axes[k] for k in p.rows()], rows)
-    slope = variance / math.expm1(variance) if 0 < variance < 50 else float(variance <= 0)
+    chance = _by_chance(p, rows)
+    slope = chance * (variance / math.expm1(variance) if 0 < variance < 50 else float(variance <= 0))
 
     def combined(parts: Sequence[float]) -> Mixture:
         gain = apart(np.asarray(tilted(x.node)), x.node.axes, x.tokens)
         tilt = float(np.clip(gain / max(own_part(x), 1e-300), 0, 1))
         v_values, v_tokens = parts
-        noise = (1 - tilt) ** 2 * (1 / keys + v_values + slope**2 / queries.count)
+        noise = (1 - tilt) ** 2 * (chance**2 / keys + v_values + slope**2 / queries.count)
         noise += tilt**2 * (3 / queries.count + _squared(1 / v_tokens, keys) - v_tokens)
         noise += 2 * tilt * (1 - tilt) / values.count
         return Mixture((0.0, (1 - tilt) * slope + tilt), noise / heads)
 
     return [values, source], combined
+
+
+def _by_chance(p: Softmax, rows: Sequence[int]) -> float:
+    """What part of what a row of weights has of its own is due to the logits, the rest being that of the keys that it sees."""
+    classes = [p.axes[k] for k in p.rows()]
+    seen, shares = p.seen, p.seen * p.weights.first
+    whole = shares.sum(-1, keepdims=True)
+    drawn = (seen * p.weights.square - (shares / whole) ** 2 / np.maximum(seen, 1e-300)).sum(-1)
+    weights = functools.reduce(np.multiply.outer, [a.counts / a.size for a in classes], np.array(1.0))
+    order = [*p.rows(), *p.params]
+    squares = p.table.second.transpose(order)
+    for k in reversed(p.params):
+        squares = contract_axis(squares, order.index(k), p.axes[k].same) * p.axes[k].size
+    own = apart(squares, classes, rows)
+    return float(np.clip((drawn * weights).sum() / max(own, 1e-300), 0, 1))
 
 
 def _squared(directions: float, samples: float) -> float:

@@ -17,7 +17,7 @@ from varscale.theory.rules.units import Softmax
 
 MASKED = -1e4  # a logit below this is a mask, not a number
 _NOTHING_LEFT = 50.0  # a difference of logits that takes all of a key's weight, whatever else they add
-_ROW_CLASSES = 6
+_ROW_CLASSES = 8
 
 
 def softmax_of(interpreter: Interpreter, top: Value, bottom: Value) -> Value | None:

@@ -228,16 +228,19 @@ class Softmax(Node):
         square = self.weights.square
         keep = 1 - 2 * self.weights.cube / np.maximum(square, 1e-300) + (self.seen * square).sum(-1, keepdims=True)
         each = apart(g, self.shared)
-        passed = each * p[..., :c]
         mean = self.table.mean.transpose([*self.rows(), *self.params])
         mean = np.broadcast_to(mean.reshape(*mean.shape[: len(self.rows())], c), self.seen.shape)
         ahead, behind = self.read(mean), self.read(mean, second=True)
+        common = _in_common(g, ahead * axis.counts, behind * axis.counts)
+        within = np.clip(np.diagonal(common, axis1=-2, axis2=-1) * (axis.counts > 1), 0, np.maximum(each, 0))
+        passed = (each - within) * p[..., :c]
         whole = (passed * axis.counts).sum(-1)[..., None, None]
         lost = whole * ahead[..., :, None] * behind[..., None, :]
         lost = lost - passed[..., :, None] * behind[..., None, :] - ahead[..., :, None] * passed[..., None, :]
         kept = passed + np.diagonal(lost, axis1=-2, axis2=-1)
         exact = np.maximum(passed, 0.0) * np.clip(self.read(keep), 0, 1)
-        same = np.where(self.own[..., None], exact, kept)
+        same = np.where(self.own[..., None], exact, kept) + within * p[..., :c]
+        lost = lost + common * p[..., c:].reshape(common.shape)
         share = overlapping(self, (each * ahead * axis.counts).sum(-1), (same * axis.counts).sum(-1))
         self.gradient_doubt = self._doubt(share)
         lost = lost + _balance(same, lost, ahead, axis) * self.own[..., None, None]
@@ -308,6 +311,20 @@ def apart(second: np.ndarray, counts: np.ndarray) -> np.ndarray:
     every = counts * others
     whole = (every * common).sum(-1, keepdims=True) / np.maximum(every.sum(-1, keepdims=True), 1e-300)
     return second[..., :c] - 2 * common + whole
+
+
+def _in_common(second: np.ndarray, ahead: np.ndarray, behind: np.ndarray) -> np.ndarray:
+    """What cotangents of keys of two classes share, less what those of all keys do: each centred by its row's weights.
+
+    Args:
+        second: second moments by type of the keys (last axis).
+        ahead: what weight the keys of a class have in the first row.
+        behind: the same in the second row.
+    """
+    c = ahead.shape[-1]
+    between = second[..., c:].reshape(*second.shape[:-1], c, c)
+    between = between - np.einsum("...a,...ab->...b", ahead, between)[..., None, :]
+    return between - np.einsum("...ab,...b->...a", between, behind)[..., :, None]
 
 
 def _balance(same: np.ndarray, lost: np.ndarray, mean: np.ndarray, axis: Axis) -> np.ndarray:
