@@ -58,6 +58,21 @@ def overlap(x: Tokens) -> float:
     return float(np.clip(_covariance(x, x), 1 / x.count, 1.0))
 
 
+def shared_overlap(x: Tokens, y: Tokens) -> float:
+    """E[o_x o_y], relative to what one token of each has of its own: V of what both were made of."""
+    return overlap(x) if x == y else float(np.clip(_covariance(x, y), 0.0, 1.0))
+
+
+def overlap_before(x: Tokens, y: Tokens) -> float:
+    """The same of features of their own: given what both were made of, no feature of one is one of the other."""
+    if x != y:
+        return shared_overlap(x, y)
+    sources, rule = sources_of(x)
+    weights = rule([overlap(s) for s in sources]).weights
+    pairs = [(v * w, s, t) for v, s in zip(weights, sources, strict=True) for w, t in zip(weights, sources, strict=True)]
+    return float(np.clip(sum(w * _covariance(s, t) for w, s, t in pairs if w), 0.0, 1.0))
+
+
 def _covariance(x: Tokens, y: Tokens) -> float:
     """What two overlaps have in common.
 
@@ -155,6 +170,10 @@ def _sources(x: Tokens) -> tuple[list[Tokens], Rule]:
         attention = attention_of(node)
         if attention is not None:
             return mixed(x, attention)
+        sides = [tokens_of(v, x.tokens, summed) for v in node.args]
+        with_tokens = [y for y in sides if y.tokens]
+        if len(with_tokens) == 1 and with_tokens[0].features:  # what the tokens are multiplied with is none of theirs
+            return with_tokens, lambda _: Mixture((1.0,), 1 / x.count)
     return [], lambda _: white(x)
 
 

@@ -21,6 +21,7 @@ from varscale.theory.overlaps import (
     overlap,
     own_part,
     projected,
+    shared_overlap,
     tokens_of,
     white,
 )
@@ -154,13 +155,13 @@ def overlapping(weights: Softmax, passed: np.ndarray, kept: np.ndarray) -> float
     """
     from varscale.theory.backward import sum_out
 
-    found = scores(weights)
+    found, values = scores(weights), weights.graph.memo.get(("values", weights.id))
     tokens = None if found is None else projected(found.keys)
-    if found is None or tokens is None:
+    if found is None or tokens is None or values is None:
         return None
     several = np.clip(1 - (weights.seen * weights.weights.square).sum(-1), 0, 1) ** 2
     own = found.keys.node.table.mean_square
-    gain = overlap(tokens) * own_part(found.keys) / max(own, 1e-300) * passed * weights.read(several) * weights.own
+    gain = shared_overlap(tokens, values) * own_part(found.keys) / max(own, 1e-300) * passed * weights.read(several) * weights.own
     axes = [weights.axes[k] for k in weights.rows()]
     rows = functools.reduce(np.multiply.outer, [a.same for a in axes], np.array(1.0))
     share = float((gain * rows).sum() / max(((gain + kept) * rows).sum(), 1e-300))
@@ -216,8 +217,8 @@ def tilted(node: Any) -> np.ndarray | float:
     attention = attention_of(node)
     if attention is None:
         return 0.0
-    tokens = projected(attention.projections())
-    if tokens is None:
+    seen_by_both = _same_tokens(attention)
+    if not seen_by_both:
         return 0.0
     keys, v, p = attention.keys, attention.values, attention.weights
     frame = node.frame
@@ -226,7 +227,20 @@ def tilted(node: Any) -> np.ndarray | float:
     rows = p.rows()
     gain = lift(p.tilt, [p.axes[k] for k in rows], [attention.place[k] for k in rows], frame, pairs=True)
     gain = gain.squeeze(tuple(keys))
-    return np.broadcast_to(deviation * gain * overlap(tokens) * attention.kept, node.frame_types)
+    return np.broadcast_to(deviation * gain * seen_by_both * attention.kept, node.frame_types)
+
+
+def _same_tokens(attention: Attention) -> float:
+    """V of the tokens that weights and values have in common; none of tokens of which the weights do not depend on any."""
+    values, found = projected(attention.projections()), scores(attention.weights)
+    if values is None:
+        return 0.0
+    weights = attention.weights
+    weights.graph.memo["values", weights.id] = values
+    if not weights.deps & values.node.deps:
+        return 0.0
+    keys = None if found is None else projected(found.keys)
+    return overlap(values) if keys is None else shared_overlap(keys, values)
 
 
 def mixed(x: Tokens, attention: Attention) -> tuple[list[Tokens], Rule]:

@@ -69,8 +69,10 @@ class Contract(Node):
             mean, second = self._tied(*found, np.array(mean), second)
         elif dependent(x.node, y.node) and weight_of(self) is not None:
             self.graph.flag("quadrature", 1 / self.width)
-        elif dependent(x.node, y.node) and not any(isinstance(v.node, Softmax) for v in self.args):
-            mean, second = self._dependent(mean, second)
+        elif not any(isinstance(v.node, Softmax) for v in self.args):
+            if dependent(x.node, y.node):
+                mean, second = self._dependent(mean, second)
+            second = self._of_shared_tokens(second)
         table = Table(self.axes, np.array(mean), second + (tilt := tilted(self)))
         if np.any(tilt):
             gained = Table(self.axes, np.array(mean), np.broadcast_to(tilt, self.frame_types)).mean_square
@@ -111,6 +113,20 @@ class Contract(Node):
         if share > 1e-3:  # exact for Gaussian factors; a product of two that share a root is not quite
             self.graph.flag("assumed", min(_PAIRED_DOUBT * share, _MOST_PAIRED))
         return after, second + paired
+
+    def _of_shared_tokens(self, second: np.ndarray) -> np.ndarray:
+        """What two activations made of the same tokens, or by the same weights, gain besides."""
+        from varscale.theory.rules.shared_tokens import shared_tokens
+
+        found = shared_tokens(self)
+        if not np.any(found.second):
+            return second
+        whole, gained = (
+            Table(self.axes, np.zeros(()), np.broadcast_to(x, self.frame_types)).mean_square for x in (second, found.second)
+        )
+        share = gained / max(whole + gained, 1e-300)
+        self.graph.flag("quadrature", found.doubt * share + found.left_out * (1 - share))
+        return second + found.second
 
     def _tied(self, x: View, rows: View, mean: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """A table of rows read by the rows it was looked up from: one output in V is the product of a row with itself.
