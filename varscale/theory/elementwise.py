@@ -54,8 +54,14 @@ class Apply(Node):
 
     def compute(self) -> Table:
         from varscale.theory.quadrature import elementwise_table
+        from varscale.theory.rules.shared_tokens import in_common
 
-        return elementwise_table(self)
+        table = elementwise_table(self)
+        gain = in_common(self) if self.params[0] == "mul" else 0.0
+        if not np.any(gain):
+            return table
+        self.graph.memo["in common", self.id] = gain
+        return Table(table.axes, table.mean, table.second + gain)
 
     def rebuilt(self, axes: tuple[Axis, ...], args: Sequence[View]) -> Node:
         return self.graph.make(Apply, axes, args, self.params)

@@ -161,7 +161,9 @@ def overlapping(weights: Softmax, passed: np.ndarray, kept: np.ndarray) -> float
         return None
     several = np.clip(1 - (weights.seen * weights.weights.square).sum(-1), 0, 1) ** 2
     own = found.keys.node.table.mean_square
-    gain = shared_overlap(tokens, values) * own_part(found.keys) / max(own, 1e-300) * passed * weights.read(several) * weights.own
+    gain = (
+        shared_overlap(tokens, values) * own_part(found.keys) / max(own, 1e-300) * passed * weights.read(several) * weights.own
+    )
     axes = [weights.axes[k] for k in weights.rows()]
     rows = functools.reduce(np.multiply.outer, [a.same for a in axes], np.array(1.0))
     share = float((gain * rows).sum() / max(((gain + kept) * rows).sum(), 1e-300))

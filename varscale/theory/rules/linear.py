@@ -18,6 +18,7 @@ from varscale.theory.locality import unseen_nearness
 from varscale.theory.moments import Table, full_types, means_by_type
 from varscale.theory.rearranged import Rearranged
 from varscale.theory.rules.masks import told_apart
+from varscale.theory.rules.transposed import applied_back
 from varscale.theory.spread import Spread, averaged, combine, handed_on, with_own_weights
 
 # Set on the validation grid, not derived, both: of what Wick's pairings add where factors share a root, and so are not jointly
@@ -67,8 +68,9 @@ class Contract(Node):
         found = next((t for a, b in ((x, y), (y, x)) if (t := tied(a, b)) is not None), None)
         if found is not None:
             mean, second = self._tied(*found, np.array(mean), second)
-        elif dependent(x.node, y.node) and weight_of(self) is not None:
-            self.graph.flag("quadrature", 1 / self.width)
+        elif (weight := weight_of(self)) is not None:
+            if any(v.node.deps & weight.deps for v in self.args if v.node is not weight):  # as good as fresh, to this order
+                self.graph.flag("quadrature", 1 / self.width)
         elif not any(isinstance(v.node, Softmax) for v in self.args):
             if dependent(x.node, y.node):
                 mean, second = self._dependent(mean, second)
@@ -343,7 +345,8 @@ def contract(
     shape = [math.prod(a.size for a in source[k]) for source, k in free]
     layout = tuple(dim or ((Atom(n, None),) if n > 1 else ()) for dim, n in zip(layout, shape, strict=True))
     params = tuple(frame[k] for k in contracted_axes)
-    node: Node = interpreter.graph.make(Contract, [frame[k] for k in kept], views, params)
+    axes = [frame[k] for k in kept]
+    node = applied_back(interpreter.graph, axes, params, views) or interpreter.graph.make(Contract, axes, views, params)
     return Value(affine(node, scale, 0.0), layout)
 
 

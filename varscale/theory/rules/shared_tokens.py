@@ -5,12 +5,15 @@ and so do those of y: E[x_a x_b | S] = E[x_a x_b] + (own part of x) o_ab, with o
 
     E[(Σ_a x_a y_a)²] = Σ_ab E[x_a x_b] E[y_a y_b] + Σ_{a≠b} V (own part of x) (own part of y),    V = E[o²].
 
+Of a product entry by entry it is what two tokens' have in common, E[x_a y_a x_b y_b]: a gated unit's, or a term of the sum.
+
 That is kᵀv of linear attention, where S is the sequence and V one over its features, and (x W)(y W)ᵀ, where S is W and tokens
 are its columns. It is of order n²V against n for the rest. What a token's own squared norm varies by, 2V, is left out.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -18,9 +21,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from varscale.theory.axes import Axis, contract_axis
-from varscale.theory.graph import View
+from varscale.theory.elementwise import Apply, roots
+from varscale.theory.graph import Array, View
 from varscale.theory.moments import full_types
 from varscale.theory.overlaps import Tokens, overlap_before, sources_of, tokens_of
+from varscale.theory.quadrature import concentrated, independent_factors
 
 # Set on models, not derived: overlaps are known to leading order in V, behind functions and attention to a quarter.
 _OVERLAP_DOUBT = 0.15
@@ -47,7 +52,7 @@ def shared_tokens(node: Any) -> Gain:
     if overlap <= 0:
         return Gain(0.0)
     frame, n = node.frame, node.width
-    together = [k for k in x.bind if k in y.bind and k not in summed] if all(map(_by_sample, sides)) else []
+    together = [k for k in x.bind if k in y.bind and k not in summed] if all(_others(side) > 0 for side in sides) else []
     own = [_own_part(v, frame, summed, together) for v in (x, y)]
     gain = np.full([a.types for a in node.axes], n * n * overlap) * own[0] * own[1]
     agree = [a.agrees if k in together else np.ones(a.types, bool) for k, a in enumerate(node.axes)]
@@ -55,17 +60,58 @@ def shared_tokens(node: Any) -> Gain:
     return Gain(gain, _OVERLAP_DOUBT, 2 * overlap)
 
 
-def _by_sample(side: Tokens) -> bool:
-    """Whether what the tokens were made of has axes beside theirs and its features': there are others in every sample."""
+def in_common(node: Apply) -> np.ndarray | float:
+    """What a product of factors without a common root gains, by type: nothing where a token meets itself."""
+    parts = independent_factors(node)
+    gain: np.ndarray | float = 0.0
+    for i, j in itertools.combinations(range(len(parts)), 2):
+        f, g = parts[i], parts[j]
+        varied = f.node.deps & g.node.deps and _varies(f) and _varies(g)
+        overlaps = {k: _along(f, g, k) for k in set(f.bind) & set(g.bind)} if varied else {}
+        tokens = [k for k, v in overlaps.items() if v > 0]
+        if tokens:
+            term = max(overlaps.values()) * np.asarray(_apart(f, node.axes, tokens)) * _apart(g, node.axes, tokens)
+            for other in (h for h in parts if h not in (f, g)):
+                term = term * other.second(node.axes)
+            gain = gain + term
+    return gain
+
+
+def _varies(factor: View) -> bool:
+    """Whether it is a function of what varies from token to token, and not of a norm's scale or of known numbers alone."""
+    return not all(isinstance(r.node, Array) or concentrated(r.node) for r in roots(factor.node))
+
+
+def _along(f: View, g: View, k: int) -> float:
+    """V of what both were made of, for tokens along one axis of theirs; none where it has others that they have not in common."""
+    both = set(f.bind) & set(g.bind)
+    sides = [tokens_of(v, {k}, set(v.bind) - {k}) for v in (f, g)]
+    if not all(side.features for side in sides):
+        return 0.0
+    overlap = overlap_before(*sides)
+    return overlap if overlap > 0 and all(_others(side) < len(both) for side in sides) else 0.0
+
+
+def _apart(view: View, frame: Sequence[Axis], tokens: Sequence[int]) -> np.ndarray:
+    """By type, what a token has in common with itself that it has not with the other."""
+    second = full_types(view.second(frame), frame)
+    same = second
+    for k in sorted(tokens, reverse=True):
+        same = contract_axis(same, k, frame[k].same)
+    return np.maximum(np.expand_dims(same, tuple(sorted(tokens))) - second, 0.0)
+
+
+def _others(side: Tokens) -> int:
+    """Axes of what the tokens were made of, beside theirs and its features': there are others along them."""
     from varscale.theory.rules.linear import Contract
 
     while True:
         sources, _ = sources_of(side)
         if len(sources) != 1:
-            return False
+            return 0
         last, side = side, sources[0]
         if isinstance(last.node, Contract):
-            return len(side.node.axes) > len(side.tokens) + len(side.features)
+            return len(side.node.axes) - len(side.tokens) - len(side.features)
 
 
 def _own_part(view: View, frame: Sequence[Axis], summed: Sequence[int], together: Sequence[int]) -> np.ndarray:
