@@ -1,6 +1,6 @@
 """Products of arrays that are uncorrelated and yet not independent: made of the same tokens, by the same weights, or tied.
 
-Each z-test at an error rate of 1e-6 beside the stated confidence, on 400 nets; taken for independent, these predictions would be
+Each a z-test at an error rate of 1e-6 beside the stated confidence, on 400 nets; taken for independent they would be
 off by 25 % (sigmoid attention) to a factor of 9 (linear attention), the stated confidence is below 20 %.
 """
 

@@ -83,7 +83,7 @@ def _varies(factor: View) -> bool:
 
 
 def _along(f: View, g: View, k: int) -> float:
-    """V of what both were made of, for tokens along one axis of theirs; none where it has others that they have not in common."""
+    """V of what both were made of, for tokens along one axis; none where that has axes which they have not in common."""
     both = set(f.bind) & set(g.bind)
     sides = [tokens_of(v, {k}, set(v.bind) - {k}) for v in (f, g)]
     if not all(side.features for side in sides):
