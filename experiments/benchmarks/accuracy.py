@@ -56,7 +56,8 @@ class Case:
 def measure(case: Case, nets: int, paths: set[str], *, backward: bool = True, batch: int = 4) -> dict[str, np.ndarray]:
     """Mean, mean square and mean squared gradient of modules' outputs, for each of `nets` drawn networks and inputs.
 
-    Gradients are those of zero perturbations added to the outputs, under a cotangent of independent standard normals.
+    Gradients are those of zero perturbations added to the outputs, under a cotangent of independent normals, scaled to a mean
+    square of exactly 1: what it varies by itself is none of the net's.
     """
 
     def outputs(variables: Any, x: jax.Array, nudges: dict[str, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -90,7 +91,8 @@ def measure(case: Case, nets: int, paths: set[str], *, backward: bool = True, ba
         shapes = jax.eval_shape(lambda: outputs(variables, x, {})[1])
         zeros = {p: jnp.zeros(s.shape, s.dtype) for p, s in shapes.items()}
         y, vjp, seen = jax.vjp(lambda n: outputs(variables, x, n), zeros, has_aux=True)
-        (grads,) = vjp(jax.random.normal(k_out, y.shape, y.dtype))
+        cotangent = jax.random.normal(k_out, y.shape, y.dtype)
+        (grads,) = vjp(cotangent / jnp.sqrt(jnp.mean(cotangent**2)))
         return {p: jnp.stack([v.mean(), (v**2).mean(), (grads[p] ** 2).mean()]) for p, v in seen.items()}
 
     run = jax.jit(lambda keys: jax.lax.map(one, keys, batch_size=batch))

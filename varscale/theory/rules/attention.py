@@ -1,4 +1,31 @@
-"""Attention: weights and values are projections of the same tokens, and so are not independent."""
+r"""Attention: weights and values are projections of the same tokens, and so are not independent.
+
+Let x_k be tokens, x̃_k what each has of its own, C = Σ p_k x̃_k x̃_kᵀ its covariance under the weights p of a query q (of unit
+trace), s² the variance of the logits over keys, and V the relative variance of the overlap of two tokens: tr C²/(tr C)² for
+equal weights, one over the number of directions that tokens differ in (`overlaps`). Keys and values have d features a head.
+
+1.  What outputs gain by following their queries (`tilted`). Given q, the logit l_k and an entry v_k of the value are two
+    projections of one token, Gaussian over the tokens, with E[correlation²] = V. Regression of v on l leaves what does not
+    depend on the weights, and E[(Σ p v)²] gains Var[v] · V · (E[(Σ p l)²]/s² − Σ p²): what moves along the logits, less what is
+    counted without it.
+
+2.  What queries' cotangents gain (`overlapping`). A query's cotangent is W_k C W_vᵀ g, of mean square E[tr C²]. A token with
+    itself adds Σ p² to it, the part that independence gives; two different ones add (1 − Σ p²)² V.
+
+3.  How the logits' variance differs from query to query (`scattered`). It is qᵀ A q with A the keys' covariance; for Gaussian q
+    of covariance B its relative variance is 2 tr (A B)²/(tr A B)², of which each projection to d features adds 1/d.
+
+4.  How alike two outputs are (`mixed`). A part τ of an output's own, that of 1., is C q: it overlaps with another's as the
+    queries do. Of the rest, lognormal weights of logits that differ by s² between queries make b = s²/(e^{s²} − 1) of what the
+    queries do: o = (τ + (1 − τ) b) o_x. Each of H heads adds overlaps of its own, so that these are divided by H:
+        (1 − τ)² (1/T + V_v + b²/d)     sums over T keys, of values, by queries of d features;
+        τ² (3/d + V(C²) − V_x)          three projections, and C twice;
+        2 τ (1 − τ)/d                   what either has of the other's direction.
+    Where rows see different keys that is no chance: of the weights' own a part 1 − c is the mask's, and of b and 1/T only the
+    part c, or its square, is left.
+
+5.  Normalised tokens lie on a sphere (`sphere`), so that logits have less than a Gaussian's tails.
+"""
 
 from __future__ import annotations
 
@@ -140,10 +167,9 @@ def _product(view: View) -> tuple[float, View] | None:
 
 
 def overlapping(weights: Softmax, passed: np.ndarray, kept: np.ndarray) -> float | None:
-    """Leave with the product of queries and keys what its queries' cotangents gain because keys and values see the same tokens.
+    """Second moment that queries' cotangents gain because keys and values see the same tokens (2.).
 
-    A query's is C W_vᵀ g, C the covariance of the keys' tokens under p: E[tr C²] has besides Σ p² of each token with itself
-    (1 − Σ p²)² V of different ones, of what a cotangent of the weights has of each key's own.
+    It is left with the product of queries and keys, whose pullback adds it to what comes back from the softmax.
 
     Args:
         weights: the softmax.
@@ -193,10 +219,7 @@ def sphere(weights: Softmax) -> float:
 
 
 def scattered(weights: Softmax) -> float:
-    """Relative variance between queries of the logits' variance qᵀ A q: 2 tr (A B)² / (tr A B)², B theirs, A the keys'.
-
-    Projections of tokens to d features have V + 1/d each, and in a product of both d is counted once.
-    """
+    """Relative variance, between queries, of the logits' variance (3.); in a product of both d is counted once."""
     found = scores(weights)
     if found is None:
         return 0.0
@@ -210,12 +233,7 @@ def scattered(weights: Softmax) -> float:
 
 
 def tilted(node: Any) -> np.ndarray | float:
-    """What Σ p v gains because weights and values see the same tokens: by type of the output of a contraction of p with v.
-
-    Given a query, a key's logit and its value are two random directions of one token, jointly Gaussian over the tokens with
-    E[correlation²] = V, one over the directions that tokens differ in (`overlaps`). Σ p v moves along the logits' direction by
-    what Σ p l does, so the second moment gains (q_v − C_v) (E[(Σ p l)²]/s² − Σ p²) V: O(V), against O(1/T) for the rest.
-    """
+    """What Σ p v gains because weights and values see the same tokens (1.), by type of the output of a contraction."""
     attention = attention_of(node)
     if attention is None:
         return 0.0
@@ -246,17 +264,7 @@ def _same_tokens(attention: Attention) -> float:
 
 
 def mixed(x: Tokens, attention: Attention) -> tuple[list[Tokens], Rule]:
-    """Σ_j p_kj v_j of H heads: two outputs overlap where their queries do, where their weights do, and by other keys' values.
-
-    A part τ of what an output has of its own follows its query, as C q does with C the covariance of the keys' tokens; the rest
-    is the chance that weights have. Lognormal weights, of logits that differ by s² between queries, overlap b = s²/(e^{s²} − 1)
-    times what their queries do: o = (τ + (1 − τ) b) o_x. Besides, each head has its own, so that it is divided by H:
-    (1 − τ)² (1/T + V_v + b²/d) of sums over T keys of values, and of queries projected to d features; τ² (3/d + V(C²) − V_x)
-    of what follows the query, through three projections and C twice; and what either has of the other's direction.
-
-    Where rows see different keys that is no chance: of the weights' own a part 1 − c is the mask's, and of b and 1/T the part c
-    is left, or its square.
-    """
+    """How the overlap of two outputs Σ p v is made of that of two values and of two queries (4.)."""
     values, queries = attention.projections(), attention.queries()
     if queries is None or not (values.tokens and values.features and queries.tokens):
         return [], lambda _: white(x)
