@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,6 +23,9 @@ from varscale.theory.spread import Spread, combine, handed_on, inherited
 
 _MOST_CUTS = 400  # joined arrays cut open for cross-moments, in one prediction: a recurrence unrolled by hand has T² of them
 _MANY = 6  # parts up to which every pair is computed
+_MANY_UNLIKE = 24  # the same where distance does not tell how alike two parts are
+_CHECKED = 12  # pairs of many parts that are computed to see whether it does
+_UNLIKE = 0.05  # correlations by which it may be wrong: as much as they change from a power of two to the next
 
 
 class Concat(Node):
@@ -100,9 +105,17 @@ class Concat(Node):
         k, sizes = self.params
         whole = self.axes[k]
         second = np.zeros([a.types for a in self.axes])
-        between: dict[tuple[int, int], np.ndarray] = {}
-        for i, (view, mine, shares) in enumerate(self.parts()):
-            for j, (that, theirs, other_shares) in enumerate(other.parts()):
+        ours, others = self.parts(), other.parts()
+        memo: dict[tuple[int, int], np.ndarray] = {}
+
+        def between(i: int, j: int) -> np.ndarray:
+            if (i, j) not in memo:
+                memo[i, j] = self._between(ours[i][0], others[j][0], ours[i][1], others[j][1], cross)
+            return memo[i, j]
+
+        stands = len(sizes) > _MANY and self._alike_by_distance(other, between)
+        for i, (view, mine, shares) in enumerate(ours):
+            for j, (that, theirs, other_shares) in enumerate(others):
                 if i == j and mine[k] == theirs[k]:
                     table = cross(view, that, mine) if other is not self else view.second(mine)
                     matrix = np.zeros((whole.types, mine[k].types))
@@ -113,14 +126,29 @@ class Concat(Node):
                     )
                     second += apply_axis(np.broadcast_to(table, [a.types for a in mine]), k, matrix)
                 else:
-                    far = self._stand_in(i, j) if mine == theirs else (i, j)
-                    if far not in between:
-                        pair = self.parts()[far[0]], other.parts()[far[1]]
-                        between[far] = self._between(pair[0][0], pair[1][0], pair[0][1], pair[1][1], cross)
-                    table = between[far]
+                    table = between(*(_stand_in(i, j) if stands and mine == theirs and view != that else (i, j)))
                     matrix = _pair_shares(shares, other_shares, whole, None)
                     second[(slice(None),) * k + (slice(whole.classes, None),)] += apply_axis(table, k, matrix)
         return second
+
+    def _alike_by_distance(self, other: Concat, between: Callable[[int, int], np.ndarray]) -> bool:
+        """Whether pairs of parts are to be taken for those a power of two apart; as some are not, all of them are in doubt."""
+        from varscale.theory.cross import cross
+
+        n, off = len(self.params[1]), 0.0
+        ours, others = self.parts(), other.parts()
+        apart = [(i, j) for i in range(n) for j in range(n) if i != j and _stand_in(i, j) != (i, j)]
+        for i, j in apart[:: max(len(apart) // _CHECKED, 1)]:
+            if ours[i][1] != others[j][1]:
+                continue
+            a, b = (part[0] for part in (ours[i], others[j]))
+            most = [float(np.abs(self._between(v, v, ours[i][1], ours[i][1], cross)).max()) for v in (a, b)]
+            error = float(np.abs(between(i, j) - between(*_stand_in(i, j))).max())
+            off = max(off, error / max(math.sqrt(most[0] * most[1]), 1e-300))
+        if off > _UNLIKE and n <= _MANY_UNLIKE:
+            return False
+        self.graph.flag("assumed", off) if off > _UNLIKE else None
+        return True
 
     def cross_with(self, a: View, b: View, frame: Sequence[Axis]) -> np.ndarray | None:
         """Against anything that runs over the same axis: cut that where the parts meet."""
@@ -144,13 +172,6 @@ class Concat(Node):
         mine = graph.make(Concat, axes, [v.within(a.bind) for v in self.args], (place, sizes))
         return mine.pairs_with(graph.make(Concat, axes, pieces, (place, sizes)))
 
-    def _stand_in(self, i: int, j: int) -> tuple[int, int]:
-        """Of many parts (the steps of a recurrence), those a power of two apart stand for those up to the next one."""
-        if len(self.params[1]) <= _MANY:
-            return i, j
-        lag = 1 << (abs(i - j).bit_length() - 1)
-        return (i, i - lag) if i > j else (j - lag, j)
-
     def _between(self, a: View, b: View, fa: tuple[Axis, ...], fb: tuple[Axis, ...], cross: Any) -> np.ndarray:
         """E[a_i b_j] over types of the other axes and class pairs of the two parts along this one."""
         k = self.params[0]
@@ -158,7 +179,7 @@ class Concat(Node):
         rest = [ax.types for ax in self.axes]
         if fa[k] == fb[k]:
             table = np.broadcast_to(cross(a, b, fa), [*rest[:k], fa[k].types, *rest[k + 1 :]])
-            return np.take(table, range(ca, fa[k].types), axis=k)
+            return apply_axis(table, k, _any_places(fa[k]))
         # Parts of different sizes: their positions never agree, so the product of class means on this axis and types elsewhere.
         frame = (*self.axes[:k], *self.axes[k + 1 :], fa[k], fb[k])
         last = len(frame) - 2
@@ -191,6 +212,12 @@ class Concat(Node):
         return out
 
 
+def _stand_in(i: int, j: int) -> tuple[int, int]:
+    """Of many parts (the steps of a recurrence), those a power of two apart stand for those up to the next one."""
+    lag = 1 << (abs(i - j).bit_length() - 1)
+    return (i, i - lag) if i > j else (j - lag, j)
+
+
 @handed_on.register
 def _(node: Concat) -> Spread:
     """Of a mean of the parts' mean squares, each logarithm counts by its part's share: a padding of zeros changes nothing."""
@@ -202,6 +229,21 @@ def _(node: Concat) -> Spread:
 @nearness_of.register
 def _(node: Concat) -> float:
     return max(unseen_nearness(view.node) for view in node.args)
+
+
+@functools.cache
+def _any_places(axis: Axis) -> np.ndarray:
+    """The average over all pairs of positions of two classes, the equal ones too, (C², types).
+
+    Position i of one part is not position i of another, but what is there may well have to do with it.
+    """
+    classes = np.arange(axis.classes)
+    out = np.zeros((axis.classes**2, axis.types))
+    out[:, axis.classes :] = np.eye(axis.classes**2)
+    alike = classes * (axis.classes + 1)
+    out[alike, axis.classes + alike] -= 1 / axis.counts
+    out[alike, classes] = 1 / axis.counts
+    return out
 
 
 def _pair_shares(a: np.ndarray, b: np.ndarray, whole: Axis, own: np.ndarray | None) -> np.ndarray:
