@@ -77,12 +77,10 @@ class Gather(Node):
         table = view.node.table
         if classes:
             return self._by_class(table)
-        mean, same, other = table.mean, table.second, table.second
+        mean = table.mean
         for k in sorted(row_axes, reverse=True):
-            axis = table.axes[k]
-            mean = contract_axis(mean, k, axis.counts / axis.size)
-            same = contract_axis(same, k, axis.same)
-            other = contract_axis(other, k, axis.any_pair) if len(row_axes) > 1 else contract_axis(other, k, axis.different)
+            mean = contract_axis(mean, k, table.axes[k].counts / table.axes[k].size)
+        same, other = _same_and_different(table.second, table.axes, row_axes, self.params[3])
         kept = [self.args[0].bind[k] for k in range(len(table.axes)) if k not in row_axes]
         order = np.argsort(kept)
         shape = [1] * len(self.axes)
@@ -175,14 +173,11 @@ class Gather(Node):
             return None
         own = tuple(range(len(x.axes)))
         table = np.broadcast_to(cross(View(x, own), View(y, own), x.axes), x.frame_types)
-        same, mean = table, table
-        for k in sorted(row_axes, reverse=True):
-            same, mean = contract_axis(same, k, x.axes[k].same), contract_axis(mean, k, x.axes[k].any_pair)
+        same, different = _same_and_different(table, x.axes, row_axes, rows)
         rate = 1 / rows
         if self.known is not None and other.known is not None:
             one, two = (np.bincount(i, minlength=rows) / len(i) for i in (self.known, other.known))
             rate = float(one[:rows] @ two[:rows])
-        different = (rows * mean - same) / max(rows - 1, 1)
         second = rate * same + (1 - rate) * different
         return lift(second, [x.axes[k] for k in kept], places[0], frame, pairs=True)
 
@@ -247,6 +242,16 @@ class Gather(Node):
         within = (both * inside + (rows - both) * apart) / max(rows, 1.0)
         between = ((shared - both) * inside + (total - rows - shared + both) * apart) / max(total - rows, 1.0)
         return within, between
+
+
+def _same_and_different(
+    second: np.ndarray, axes: Sequence[Axis], row_axes: Sequence[int], rows: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Means over pairs of a row and itself, and of two of the `rows`, which may agree along some axes but not along all."""
+    same, any_two = second, second
+    for k in sorted(row_axes, reverse=True):
+        same, any_two = contract_axis(same, k, axes[k].same), contract_axis(any_two, k, axes[k].any_pair)
+    return same, (rows * any_two - same) / max(rows - 1, 1)
 
 
 def base_ids(node: Node) -> Node:
