@@ -12,7 +12,7 @@ from varscale.theory.axes import Axis, apply_axis, refine
 from varscale.theory.elementwise import affine
 from varscale.theory.graph import Node, View
 from varscale.theory.interpreter import Interpreter, rule
-from varscale.theory.layout import Atom, Value
+from varscale.theory.layout import Atom, Value, full
 from varscale.theory.locality import unseen_nearness
 from varscale.theory.moments import Table, full_along, lift
 from varscale.theory.nearby import answered, nearby
@@ -28,7 +28,7 @@ from varscale.theory.rules.convolution import (
     tap_pairs,
     tap_reads,
 )
-from varscale.theory.rules.reductions import TIES, bounded, narrowest, outside, restored
+from varscale.theory.rules.reductions import TIES, bounded, is_identity, narrowest, outside, restored
 
 
 class WindowSum(Node):
@@ -297,12 +297,17 @@ def reduce_window_min(interpreter: Interpreter, eqn: Any, x: Value, *_: Value) -
 
 
 @rule("reduce_window")
-def reduce_window(interpreter: Interpreter, eqn: Any, x: Value, *rest: Value) -> Any:
-    """The general form, whose body is max or add."""
+def reduce_window(interpreter: Interpreter, eqn: Any, x: Value, initial: Value) -> Any:
+    """The general form, whose body is max, min or add; every window has the initial value in it, once."""
     jaxpr = eqn.params["jaxpr"]
     names = [e.primitive.name for e in getattr(jaxpr, "jaxpr", jaxpr).eqns]
-    if names == ["max"]:
-        return reduce_window_max(interpreter, eqn, x)
+    start = initial.constant
+    if names not in (["max"], ["min"], ["add"]) or start is None:
+        raise NotImplementedError(f"a window reduction by {names} from {'what is random' if start is None else start}")
     if names == ["add"]:
-        return _window_node(interpreter, eqn, x, WindowSum)
-    raise NotImplementedError(f"a window reduction by {names}")
+        out = _window_node(interpreter, eqn, x, WindowSum)
+        return Value(affine(out.node, 1.0, start), out.dims)
+    out = (reduce_window_max if names == ["max"] else reduce_window_min)(interpreter, eqn, x)
+    if is_identity(start, names[0]):
+        return out
+    return interpreter.elementwise(names[0], out, full(interpreter.graph, start, out.shape))

@@ -24,6 +24,7 @@ from varscale.theory.spread import Spread, combine, full, handed_on, inherited
 # Set on the validation grid, not derived, both: of the second moment of a maximum, a factor of e in how many it is over; of the
 # gradient through one, whose largest entry is not independent of what flows back.
 _TAIL, TIES = 0.05, 0.15
+_IMMENSE = 1e9  # as far from 0 as what stands for infinity is, at least
 
 
 class Mean(Node):
@@ -243,6 +244,11 @@ def bounded(count: int, width: float) -> float:
     share = special.ndtr(Z)
     weights = np.diff(share**count, prepend=0.0)
     return float(max((weights @ Z**2) / (weights @ sphere_squares(width)) - 1, 0.0))
+
+
+def is_identity(start: float, name: str) -> bool:
+    """Whether a maximum or minimum is nothing else for having started with this: the least number there is, or as good as."""
+    return (start if name == "max" else -start) <= -_IMMENSE
 
 
 Steps = list[tuple[str, float, float]]

@@ -17,16 +17,16 @@ import numpy as np
 from scipy import special
 
 from varscale.theory.axes import MOST_CLASSES, Axis, apply_axis, contract_axis, grouped
-from varscale.theory.elementwise import Apply, apply, roots
+from varscale.theory.elementwise import Apply, affine, apply, roots
 from varscale.theory.graph import Array, Node, View, number
 from varscale.theory.hermite import Z
 from varscale.theory.interpreter import Interpreter, rule
-from varscale.theory.layout import Atom, Value, materialize, merged
+from varscale.theory.layout import Atom, Value, full, materialize, merged
 from varscale.theory.moments import Table
 from varscale.theory.quadrature import factors
 from varscale.theory.rearranged import permute
 from varscale.theory.rules.neighbours import unseen
-from varscale.theory.rules.reductions import bounded, narrowest, outside, restored
+from varscale.theory.rules.reductions import bounded, is_identity, narrowest, outside, restored
 
 
 def sums(ids: np.ndarray, weights: np.ndarray, size: int, axis: Axis) -> tuple[np.ndarray, np.ndarray]:
@@ -333,13 +333,30 @@ def scatter_max(interpreter: Interpreter, eqn: Any, x: Value, ids: Value, update
     """Maxima by segment where the segments are known; otherwise sampled."""
     from varscale.theory.rules.sampled import sampled
 
-    sign = 1.0 if eqn.primitive.name == "scatter-max" else -1.0
+    name = "max" if eqn.primitive.name == "scatter-max" else "min"
+    sign, start = 1.0 if name == "max" else -1.0, x.constant
+    if start is None:
+        return sampled(interpreter, eqn, x, ids, updates)
+    # Empty segments are 0: so the maximum with c is that of what is above c, with 0, and c.
+    shift = 0.0 if is_identity(start, name) else start
+    above = Value(affine(updates.node, 1.0, -shift), updates.dims)
+    out = _extremes(interpreter, eqn, x, ids, above, sign)
+    if out is None:
+        return sampled(interpreter, eqn, x, ids, updates)
+    if is_identity(start, name) or (start == 0 and sign > 0 and updates.node.positive):
+        return out
+    out = interpreter.elementwise(name, out, full(interpreter.graph, 0.0, out.shape))
+    return Value(affine(out.node, 1.0, start), out.dims)
+
+
+def _extremes(interpreter: Interpreter, eqn: Any, x: Value, ids: Value, updates: Value, sign: float) -> Value | None:
+    """Extremes by segment, 0 where one is empty; None where the segments are not known."""
     inner, steps = outside(updates) if sign > 0 else (updates, [])
     if not all(shift == 0 if name == "affine" else low <= 0 for name, low, shift in steps):
         inner, steps = updates, []  # they would not leave the 0 of an empty segment as it is
     found = segmented(interpreter, eqn, x, ids, inner)
-    if found is None or x.constant is None:
-        return sampled(interpreter, eqn, x, ids, updates)
+    if found is None:
+        return None
     summands, segments = found
     node, size = summands.node, x.shape[0]
     out = grouped(np.bincount(segments, minlength=size)[:size, None].astype(float), 2 * MOST_CLASSES)
