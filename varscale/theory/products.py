@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from varscale.theory.axes import Axis
+from varscale.theory.common_scale import varied
 from varscale.theory.cross import cross, dependent, mean_product
 from varscale.theory.depthwise import shared_scale
 from varscale.theory.elementwise import Apply, swapped
@@ -144,7 +145,8 @@ def _product(xs: list[View], frame: Sequence[Axis], env: Environment) -> np.ndar
 def product_moments(view: View, frame: Sequence[Axis]) -> tuple[np.ndarray, np.ndarray]:
     """E[f_i] by class and E[f_i f_j] by type, (classes or 1...) and (types or 1...)."""
     c, f = factors(view)
-    groups, fixed = _groups(f, f, frame)
+    opened = apart([f])[0]
+    groups, fixed = _groups(opened, opened, frame)
     mean, second = np.full((1,) * len(frame), c), np.full((1,) * len(frame), c * c)
     for group in groups:
         if len(group.variables) > 1:
@@ -154,6 +156,8 @@ def product_moments(view: View, frame: Sequence[Axis]) -> tuple[np.ndarray, np.n
         else:
             own, pairs = _of_one_root(group, frame, fixed)
         mean, second = mean * own, second * pairs
+    for key in fixed:
+        mean, second = varied(opened, roots_of(opened)[key], frame, mean, second)
     return mean, second
 
 
