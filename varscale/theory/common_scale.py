@@ -20,7 +20,7 @@ from varscale.theory.axes import Axis
 from varscale.theory.cross import cross, mean_product
 from varscale.theory.elementwise import Apply, Sum, apply, swapped
 from varscale.theory.graph import UNKNOWN, Node, View
-from varscale.theory.moments import full_types
+from varscale.theory.moments import full_types, lift
 from varscale.theory.opening import Variable, roots_of
 from varscale.theory.quadrature import CONCENTRATED, by_type, evaluate
 
@@ -42,9 +42,12 @@ def varied(f: Sequence[View], scale: View, frame: Sequence[Axis], mean: np.ndarr
         if not _of_squares(scale.node):
             scale.node.graph.flag("assumed", min(table.variance / table.total_mean**2, UNKNOWN))
         return mean, second
-    s, slope, bend = _derivatives(of_scale, key, scale.mean(frame), frame)
-    centre = np.abs(scale.mean(frame))
-    if _of_squares(scale.node) and np.all(np.abs(2 * slope * centre / s + 1) < _NORM):
+    centre = scale.mean(frame)
+    variance = lift(table.diagonal - table.mean**2, table.axes, scale.bind, frame, pairs=False)
+    varies = variance > CONCENTRATED * centre**2
+    s, slope, bend = _derivatives(of_scale, key, centre, frame)
+    slope, bend = np.where(varies, slope, 0.0), np.where(varies, bend, 0.0)
+    if _of_squares(scale.node) and np.all(np.abs(2 * slope * centre / s + 1)[varies] < _NORM):
         return mean, second
     return _first_order([x for x in f if x not in of_scale], scale, (s, slope, bend), frame, mean, second)
 
@@ -70,7 +73,7 @@ def _derivatives(
             out = out * evaluate(x, frame, {key: value[..., None]})[..., 0]
         return out
 
-    step = _STEP * np.abs(mean)
+    step = _STEP * np.where(mean == 0, 1.0, np.abs(mean))
     low, here, high = at(mean - step), at(mean), at(mean + step)
     return here, (high - low) / (2 * step), (high - 2 * here + low) / step**2
 
