@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
+from varscale.theory.axes import Axis
 from varscale.theory.elementwise import Apply, roots
 from varscale.theory.graph import Array, Leaf, Node, View
 from varscale.theory.hermite import WEIGHTS
-from varscale.theory.quadrature import Environment, concentrated, evaluate, factors
+from varscale.theory.quadrature import Environment, concentrated, evaluate, factors, over_classes
 
 UNBOUNDED = 1e9  # a doubt that stands for an infinite one, and can be multiplied by nothing
 _NEGLIGIBLE = 1e-6  # weight of places without a value: beyond 4.9 standard deviations there may be some
@@ -50,7 +51,7 @@ def mark_undefined(node: Apply) -> None:
         weight = (
             float(np.max(np.broadcast_to(outside, (*outside.shape[:-1], len(WEIGHTS))) @ WEIGHTS)) if outside.any() else 0.0
         )
-        doubt = UNBOUNDED if weight > _NEGLIGIBLE else _unresolved(values)
+        doubt = UNBOUNDED if weight > _NEGLIGIBLE else _unresolved(values, node.axes)
         if doubt:
             node.graph.flag("assumed" if doubt == UNBOUNDED else "quadrature", doubt)
 
@@ -95,11 +96,11 @@ def _undefined(view: View, node: Apply, env: Environment) -> Any:
     return functools.reduce(np.logical_or, below)
 
 
-def _unresolved(values: np.ndarray) -> float:
+def _unresolved(values: np.ndarray, axes: Sequence[Axis]) -> float:
     """Doubt of a mean square for which the thirds of the grid differ: the error of a jump is a third of that, a pole's all."""
     if values.shape[-1] != len(WEIGHTS):
         return 0.0
-    terms = np.square(values).reshape(-1, len(WEIGHTS)).mean(axis=0) * WEIGHTS
+    terms = over_classes(np.square(values), axes) * WEIGHTS
     thirds = [3 * float(terms[i::3].sum()) for i in range(3)]
     apart = max(thirds) - min(thirds)
     whole = float(terms.sum())

@@ -32,7 +32,7 @@ from varscale.theory.elementwise import Apply, Sum, roots
 from varscale.theory.graph import Constant, Leaf, Node, View
 from varscale.theory.hermite import WEIGHTS
 from varscale.theory.provenance import doubt_of
-from varscale.theory.quadrature import Environment, concentrated, evaluate
+from varscale.theory.quadrature import Environment, concentrated, evaluate, over_classes
 from varscale.theory.responses import responses
 from varscale.theory.spread import Spread, answers, inherited, kernel, shared
 
@@ -148,7 +148,7 @@ def _with_slope(node: Apply, slope: View) -> float:
     lines = []
     for x in (view, slope):
         squares = np.square(np.asarray(evaluate(x, node.axes, dict(env)), float))
-        lines.append(squares.reshape(-1, squares.shape[-1]).mean(axis=0))
+        lines.append(over_classes(squares, node.axes))
     if any(line.shape != WEIGHTS.shape for line in lines):
         return 0.0
     f, d = (line / max(float(line @ WEIGHTS), 1e-300) for line in lines)

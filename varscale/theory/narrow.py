@@ -21,7 +21,7 @@ import numpy as np
 from varscale.theory.elementwise import Apply, roots
 from varscale.theory.graph import Leaf, Node, View
 from varscale.theory.hermite import HERMITE, WEIGHTS
-from varscale.theory.quadrature import Environment, concentrated, evaluate, factors
+from varscale.theory.quadrature import Environment, concentrated, evaluate, factors, over_classes
 from varscale.theory.responses import companions
 
 _FEW = 64  # terms; the excess of more is below a twentieth of theirs
@@ -121,11 +121,11 @@ def _(node: Apply) -> float:
         return 3.0
     env: Environment = {(r.node.id, r.bind): r.mean(node.axes)[..., None] for r in own if r not in live}
     values = np.asarray(evaluate(view, node.axes, env), float)
-    line = values.reshape(-1, values.shape[-1])
-    if line.shape[-1] != len(WEIGHTS):
+    if values.shape[-1] != len(WEIGHTS):
         return 3.0
-    line = line - (line @ WEIGHTS)[:, None]
-    return float(np.mean(line**4 @ WEIGHTS) / max(np.mean(line**2 @ WEIGHTS), 1e-300) ** 2)
+    values = values - (values @ WEIGHTS)[..., None]
+    fourth, square = (float(over_classes(values**k, node.axes) @ WEIGHTS) for k in (4, 2))
+    return fourth / max(square, 1e-300) ** 2
 
 
 def _response(node: Apply, main: View) -> float:
@@ -143,5 +143,5 @@ def held_square(node: Apply, main: View, given: Environment) -> np.ndarray:
             continue
         env: Environment = {(r.node.id, r.bind): r.mean(node.axes)[..., None] for r in own if r != main}
         values = np.square(np.asarray(evaluate(factor, node.axes, {**env, **given}), float))
-        product = product * values.reshape(-1, values.shape[-1]).mean(axis=0)
+        product = product * over_classes(values, node.axes)
     return product

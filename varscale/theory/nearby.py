@@ -29,7 +29,7 @@ from varscale.theory.elementwise import Apply, Sum, roots
 from varscale.theory.graph import Array, Leaf, Node, View
 from varscale.theory.hermite import HERMITE, POINTS, solved
 from varscale.theory.mehler import mehler
-from varscale.theory.quadrature import Marginal, concentrated, evaluate, independent_factors, marginal
+from varscale.theory.quadrature import Marginal, concentrated, evaluate, independent_factors, marginal, over_classes
 from varscale.theory.rearranged import Merge, Permute, Split
 
 # Not derived: of what is made of several fluctuating roots, or passes a node of which nothing else is known.
@@ -285,13 +285,6 @@ def latent(law: Marginal, pairs: np.ndarray) -> np.ndarray:
     squares = np.square(over_classes(law.values, law.root.axes) @ HERMITE)
     squares[0] = 0.0
     return solved(squares / squares.sum(), pairs)
-
-
-def over_classes(line: np.ndarray, axes: Sequence[Axis]) -> np.ndarray:
-    """Values on the normal grid, averaged over classes (1 long where there is one)."""
-    for axis in axes:
-        line = np.tensordot(axis.counts / axis.size, line, axes=(0, 0)) if line.shape[0] > 1 else line[0]
-    return line
 
 
 def _share(excess: np.ndarray, root: View, rank: int, offsets: Offsets) -> np.ndarray:

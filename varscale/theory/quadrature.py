@@ -259,6 +259,13 @@ def evaluate(view: View, frame: Sequence[Axis], env: Environment) -> np.ndarray:
     return out
 
 
+def over_classes(line: np.ndarray, axes: Sequence[Axis]) -> np.ndarray:
+    """Values on the normal grid, (classes or 1..., points), averaged over all places: each class counts by its own."""
+    for axis in axes:
+        line = np.tensordot(axis.counts / axis.size, line, axes=(0, 0)) if line.shape[0] > 1 else line[0]
+    return line
+
+
 def likeness(view: View) -> Hashable | None:
     """Equal for one function of Gaussian roots whose marginals agree, which is integrated once; None where they are not."""
     own = [marginal(root.node) for root in roots(view.node)]

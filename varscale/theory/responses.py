@@ -12,7 +12,15 @@ from varscale.theory.axes import Axis
 from varscale.theory.elementwise import Apply, roots
 from varscale.theory.graph import Array, Leaf, Node, View
 from varscale.theory.hermite import WEIGHTS
-from varscale.theory.quadrature import CONCENTRATED, Environment, concentrated, evaluate, independent_factors, likeness
+from varscale.theory.quadrature import (
+    CONCENTRATED,
+    Environment,
+    concentrated,
+    evaluate,
+    independent_factors,
+    likeness,
+    over_classes,
+)
 from varscale.theory.scales import LOG_SCALES
 
 _STEP = 0.1  # relative step in q for the ratio and the curvature
@@ -104,7 +112,7 @@ def _varied_square(
             scaled = [x * ratio**power for x, power in zip(values, powers, strict=True)]
             env: Environment = {(r.node.id, r.bind): x for r, x in zip(own, scaled, strict=True)}
             squares = np.square(np.asarray(evaluate(factor, frame, env), float))
-            line = squares.reshape(-1, squares.shape[-1]).mean(axis=0)
+            line = over_classes(squares, frame)
             out.append(float(line @ WEIGHTS) if line.size > 1 else float(line[0]))
         return out
 

@@ -20,21 +20,27 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from varscale.theory.axes import Axis, pool
-from varscale.theory.elementwise import Apply, Sum, apply, roots
+from varscale.theory.axes import contract_axis
+from varscale.theory.elementwise import Apply, Sum, roots
 from varscale.theory.graph import Array, Constant, Leaf, Node, View
-from varscale.theory.hermite import HERMITE, WEIGHTS, power_series
+from varscale.theory.hermite import WEIGHTS
 from varscale.theory.narrow import shape_shift
-from varscale.theory.quadrature import Environment, concentrated, evaluate, factors, independent_factors, likeness, marginal
+from varscale.theory.quadrature import (
+    concentrated,
+    evaluate,
+    factors,
+    independent_factors,
+    over_classes,
+)
 from varscale.theory.rearranged import Rearranged
-from varscale.theory.responses import companions, response_curve, responses
+from varscale.theory.responses import response_curve, responses
 from varscale.theory.scales import Answer, Scale, answer
 from varscale.theory.spheres import sphere_shift
+from varscale.theory.square_pairs import left_to_chance, square_pairs
 
 _LEAST = 1e-3  # of a mean, what a shift by more than all of it leaves
 _WIDEST = 4.0  # variance of a logarithm beyond which nothing is known of the law
 _FIRST_ORDER = 0.5  # a shift by more than this share of the mean is none of first order
-_FEW = 64  # numbers, from where on what a function of several roots leaves to chance is not asked for
 _FORGOTTEN = 1e-5  # a ratio below which what fluctuates is not handed on: a norm's, but for its epsilon
 
 
@@ -140,27 +146,10 @@ def with_own_weights(spread: Spread, node: Node, view: View, x: Node, terms: flo
         weight = weight.args[0].node
     if not isinstance(weight, Leaf) or weight.is_input or not weight.random:
         return spread
-    noise = math.sqrt(max(weight.kurtosis - 1, 0.0) / terms / units * _left_to_chance(weight, terms, units))
+    noise = math.sqrt(max(weight.kurtosis - 1, 0.0) / terms / units * left_to_chance(weight, terms, units))
     common = min(inherited(x).point, spread.point)
     shape = max((weight.kurtosis - 3) / 3 * (spread.point - common + (1 + common) / terms), -spread.point)
     return dataclasses.replace(spread, sources={**spread.sources, ~node.id: noise}, shape=shape)
-
-
-def _left_to_chance(weight: Leaf, terms: float, units: int) -> float:
-    """What of a product's mean square is up to the draw: nothing where it turns its input, some where it projects it."""
-    return max(1 - units / terms, 0.0) if weight.orthonormal else 1.0
-
-
-def _kept_norm(node: Node) -> float:
-    """The share of its mean square's own fluctuations that a product lacks, since its input has fixed it."""
-    from varscale.theory.rules.linear import Contract, weight_of
-
-    weight = weight_of(node) if isinstance(node, Contract) else None
-    if weight is None or not weight.orthonormal or not isinstance(node, Contract):
-        return 0.0
-    inputs = [view.bind for view in node.args if not view.node.deps & weight.deps]
-    units = math.prod(axis.size for k, axis in enumerate(node.axes) if not any(k in bind for bind in inputs))
-    return 1 - _left_to_chance(weight, node.width, units)
 
 
 def averaged(node: Node, axes: Sequence[int], taps: int = 1) -> Spread:
@@ -248,7 +237,7 @@ def _scalings(node: Apply) -> dict[int, float]:
         own = roots(factor.node)
         if len(own) == 1 and isinstance(own[0].node, Leaf) and not own[0].node.is_input and own[0].node.random:
             squares = np.asarray(evaluate(factor, node.axes, {}), float) ** 2
-            line = squares.reshape(-1, squares.shape[-1]).mean(axis=0)
+            line = over_classes(squares, node.axes)
             units = math.prod(axis.size for axis in own[0].node.axes)
             if line.size > 1 and line @ WEIGHTS > 0:
                 found[~own[0].node.id] = math.sqrt(max(line**2 @ WEIGHTS / (line @ WEIGHTS) ** 2 - 1, 0.0) / units)
@@ -298,86 +287,18 @@ def _fresh(node: Node, axes: set[int]) -> float:
     source = _rearranged(node, axes)
     if source is not None:
         return fresh(*source)
-    ratio = node.graph.once(("square pairs", node.id), lambda: _square_pairs(node))
-    sizes = tuple(1 if n == 1 else axis.size for n, axis in zip(ratio.shape, node.axes, strict=True))
-    return max(float(_mean_pair(sizes, frozenset(axes)) @ ratio.ravel()) - 1.0, 0.0)
-
-
-@functools.cache
-def _mean_pair(sizes: tuple[int, ...], averaged: frozenset[int]) -> np.ndarray:
-    """Weights of "same" and "different", row-major, for pairs that run freely along the averaged axes; 1 long where n = 1."""
-    weights = [[1.0] if n == 1 else [1 / n, 1 - 1 / n] if k in averaged else [1.0, 0.0] for k, n in enumerate(sizes)]
-    return functools.reduce(np.multiply.outer, weights, np.array(1.0)).ravel()
-
-
-def _square_pairs(node: Node) -> np.ndarray:
-    """E[x_i² x_j²] / E[x²]² of an elementwise tree by which axes agree, 1 or 2 long, "same" first; classes pooled."""
-    frame = node.axes
-    ratio = np.ones([1] * len(frame))
-    scales = [g[0].node.id for g in companions(node).values() if len(g) > 1]
-    parts = independent_factors(node)
-    for factor in parts:
-        own = [r.within(factor.bind) for r in roots(factor.node)]
-        own = [r for r in own if not isinstance(r.node, Array)]
-        live = [r for r in own if len(own) == 1 or not concentrated(r.node)]
-        if len(live) > 1 and math.prod(axis.size for axis in frame) <= _FEW:
-            ratio = ratio * _joint_pairs(factor, frame)
-        if len(live) != 1:
+    pairs, squares = node.graph.once(("square pairs", node.id), lambda: square_pairs(node))
+    for k in reversed(range(len(node.axes))):
+        axis = node.axes[k]
+        if k not in axes:
+            pairs = pairs.take(range(axis.classes), axis=k) if pairs.shape[k] > 1 else pairs
             continue
-        (root,) = live
-        if concentrated(root.node) and len(parts) > 1:
-            continue  # a norm's scale: its fluctuations are those of what it normalises
-        fixed: Environment = {(r.node.id, r.bind): r.mean(frame)[..., None] for r in own if r != root}
-        found = _square_coefficients(factor, frame, fixed)
-        if found is None:
-            continue
-        a, whole = found[0].copy(), found[1]
-        if root.node.id in scales:
-            # Normalised: the mean square of the root cannot fluctuate; nor can its mean, where that was taken away.
-            gone = slice(1, 3) if root.node.is_centred else slice(2, 3)
-            whole -= float(np.sum(a[gone] ** 2))
-            a[gone] = 0.0
-        elif kept := _kept_norm(root.node):
-            whole -= kept * float(a[2] ** 2)
-            a[2] *= math.sqrt(1 - kept)
-        rho = _pooled(root.node)
-        series = np.where(rho >= 1 - 1e-9, whole, power_series(a**2, rho))
-        shape = [1] * len(frame)
-        order = sorted(range(len(root.bind)), key=lambda k: root.bind[k])
-        for k in order:
-            shape[root.bind[k]] = 2
-        ratio = ratio * (series.transpose(order).reshape(shape) / a[0] ** 2)
-    return ratio
-
-
-def _joint_pairs(factor: View, frame: tuple[Axis, ...]) -> np.ndarray:
-    """The same of a function of several roots, all that they share included."""
-    from varscale.theory.products import product_second
-
-    coarse = tuple(Axis(axis.size) for axis in frame)
-    square = View(apply(factor.node.graph, "integer_pow", (2,), frame, [factor]), tuple(range(len(frame))))
-    mean = product_second(factor, factor, coarse)[(0,) * len(frame)]
-    return product_second(square, square, coarse) / mean**2 if mean > 0 else np.ones([1] * len(frame))
-
-
-def _square_coefficients(f: View, frame: Sequence[Axis], fixed: Environment) -> tuple[np.ndarray, float] | None:
-    """Hermite coefficients of f², classes pooled, and E[f⁴]; None where f does not vary or is zero."""
-    own = marginal(f.node) if not isinstance(f.node, Apply | Constant) else None
-    if own is not None and own.gaussian:
-        m, s = own.mean, own.deviation
-        a = np.array([(m * m + s * s).mean(), 2 * (m * s).mean(), math.sqrt(2) * (s * s).mean()])
-        return (a, float(a @ a)) if a[0] > 0 else None
-
-    def integrated() -> tuple[np.ndarray, float] | None:
-        squares = np.asarray(evaluate(f, frame, fixed), float) ** 2
-        line = squares.reshape(-1, squares.shape[-1]).mean(axis=0)
-        if line.size == 1:
-            return None
-        a = line @ HERMITE
-        return (a, float(line**2 @ WEIGHTS)) if a[0] > 0 else None
-
-    mark = None if fixed else likeness(f)
-    return integrated() if mark is None else f.node.graph.once(("squared", mark, tuple(frame)), integrated)
+        pairs = contract_axis(pairs, k, axis.any_pair) if pairs.shape[k] > 1 else pairs.take(0, axis=k)
+        squares = contract_axis(squares, k, axis.counts / axis.size) if squares.shape[k] > 1 else squares.take(0, axis=k)
+    # Places that are held are what they are: that some are larger than others is no chance.
+    varied = np.where(squares > 0, pairs / np.maximum(squares, 1e-300) ** 2, 1.0)
+    held = [axis for k, axis in enumerate(node.axes) if k not in axes]
+    return max(float(over_classes(varied, held)) - 1.0, 0.0)
 
 
 def _rearranged(node: Node, axes: set[int]) -> tuple[Node, tuple[int, ...]] | None:
@@ -388,13 +309,3 @@ def _rearranged(node: Node, axes: set[int]) -> tuple[Node, tuple[int, ...]] | No
     if axes != {k for k in range(len(node.axes)) if before.issuperset(node.before(k))}:
         return None
     return node.args[0].node, tuple(sorted(before))
-
-
-def _pooled(root: Node) -> np.ndarray:
-    """A root's latent correlations, classes pooled: (2,) * rank, "same" first."""
-    from varscale.theory.ordered import order_correlation
-
-    ordered = order_correlation(root)
-    if ordered is not None:
-        return ordered
-    return pool(marginal(root).correlation, root.axes)
