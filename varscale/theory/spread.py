@@ -296,7 +296,7 @@ def _fresh(node: Node, axes: set[int]) -> float:
         pairs = contract_axis(pairs, k, axis.any_pair) if pairs.shape[k] > 1 else pairs.take(0, axis=k)
         squares = contract_axis(squares, k, axis.counts / axis.size) if squares.shape[k] > 1 else squares.take(0, axis=k)
     # Places that are held are what they are: that some are larger than others is no chance.
-    varied = np.where(squares > 0, pairs / np.maximum(squares, 1e-300) ** 2, 1.0)
+    varied = np.where(squares > 0, pairs / np.maximum(squares, 1e-150) ** 2, 1.0)
     held = [axis for k, axis in enumerate(node.axes) if k not in axes]
     return max(float(over_classes(varied, held)) - 1.0, 0.0)
 
