@@ -265,3 +265,41 @@ def test_dropout_of_weights_leaves_what_outputs_gain_by_following_their_queries(
 
     none, some, half = map(second, (0.0, 0.1, 0.5))
     assert half - none == pytest.approx(9 * (some - none), rel=0.02)
+
+
+class Padded(nn.Module):
+    """Attention over samples of unlike lengths, paddings that ask hidden from as well as paddings that are asked."""
+
+    added: bool
+
+    @nn.compact
+    def __call__(self, x, there):
+        sharp = nn.initializers.variance_scaling(4.0, "fan_in", "normal")
+        x = nn.LayerNorm()(x)
+        if not self.added:
+            return nn.MultiHeadDotProductAttention(4, kernel_init=sharp)(x, mask=nn.make_attention_mask(there, there))
+        q, k, v = (nn.DenseGeneral((4, 16), kernel_init=sharp)(x) for _ in range(3))
+        logits = jnp.einsum("bqhd,bkhd->bhqk", q, k) / 4
+        logits = logits + jnp.where(nn.make_attention_mask(there, there) > 0, 0.0, -1e9)
+        out = jnp.einsum("bhqk,bkhd->bqhd", nn.softmax(logits), v)
+        return nn.DenseGeneral(WIDTH, (-2, -1), kernel_init=sharp)(out)
+
+
+@pytest.mark.parametrize("lengths", [(24, 18, 12, 6), (12, 12, 12, 12)], ids=["unlike", "alike"])
+@pytest.mark.parametrize("added", [False, True], ids=["chosen", "added"])
+def test_who_may_see_no_key_sees_all_alike(added, lengths):
+    """Logits that are all masked are equal: sharp weights of paddings would add a third to the mean square."""
+    there = jnp.arange(TOKENS)[None] < jnp.asarray(lengths)[:, None]
+    struct, model = jax.ShapeDtypeStruct((4, TOKENS, WIDTH), jnp.float32), Padded(added)
+
+    def one(key):
+        k_w, k_x = jax.random.split(key)
+        x = jax.random.normal(k_x, struct.shape)
+        return jnp.mean(model.apply(model.init(k_w, x, there), x, there) ** 2)
+
+    with jax.numpy_rank_promotion("allow"):
+        row = vs.predict(model, vs.inputs(struct, there), backward=False).output
+        squares = np.asarray(jax.lax.map(jax.jit(one), jax.random.split(jax.random.key(0), 60)), float)
+    error = squares.std() / squares.mean() / np.sqrt(59)
+    assert error < 0.02, "the test has lost its power"
+    assert abs(row.second_moment / squares.mean() - 1) <= 0.06 + 4 * error

@@ -116,7 +116,9 @@ def attention_of(node: Any) -> Attention | None:
     """The attention that a contraction is; None where it is none."""
     for weights, v in (node.args, node.args[::-1]):
         p, kept = _before_dropout(weights)
-        if isinstance(p.node, Softmax) and {p.bind[k] for k in p.node.params} <= set(v.bind):
+        keys = {p.bind[k] for k in p.node.params} if isinstance(p.node, Softmax) else set()
+        # Shares of something else than what is added up, a capsule's of those above it, are no weights of an average.
+        if isinstance(p.node, Softmax) and keys <= set(v.bind) and min(keys) >= len(node.axes):
             return Attention(node, p.node, p.bind, v, kept)
     return None
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from varscale.theory.axes import Axis, join, labelled
-from varscale.theory.elementwise import Apply, Sum, roots, total
+from varscale.theory.elementwise import Apply, Sum, apply, roots, total
 from varscale.theory.graph import Array, Constant, Node, View, array
 from varscale.theory.interpreter import Interpreter
 from varscale.theory.layout import Value
@@ -39,9 +39,26 @@ def softmax_of(interpreter: Interpreter, top: Value, bottom: Value) -> Value | N
     args = [random]
     if allowed is not None:
         frame = _row_classes(frame, allowed, axes)
-        args.append(allowed)
+        args += _rows_filled(allowed, axes)
+        if isinstance(args[1].node, Constant):  # rows see every key or none
+            args = [View(apply(interpreter.graph, "mul", (), tuple(frame), [random, args[2]]), random.bind)]
     node = interpreter.graph.make(Softmax, frame, args, tuple(axes))
     return Value(node, top.dims)
+
+
+def _rows_filled(allowed: View, axes: Sequence[int]) -> list[View]:
+    """The mask, and, where some rows see no key (of paddings that ask), which do; the others then see all, all alike."""
+    mask, bind = allowed
+    assert isinstance(mask, Array)
+    keys = tuple(k for k, b in enumerate(bind) if b in axes)
+    some = np.sum(mask.values != 0, axis=keys, keepdims=True) > 0
+    if some.all():
+        return [allowed]
+    graph = mask.graph
+    left = tuple(b for b in bind if b not in axes)
+    filled = graph.once(("filled", mask.id, keys), lambda: array(graph, mask.values | ~some))
+    rows = graph.once(("seeing", mask.id, keys), lambda: array(graph, np.any(mask.values, axis=keys)))
+    return [View(x, bound if x.axes else ()) for x, bound in ((filled, bind), (rows, left))]
 
 
 def _row_classes(frame: list[Axis], allowed: View, axes: Sequence[int]) -> list[Axis]:
@@ -58,7 +75,8 @@ def _row_classes(frame: list[Axis], allowed: View, axes: Sequence[int]) -> list[
 def _classes_by_keys(mask: Node, keys: tuple[int, ...]) -> list[Axis]:
     """The axes of a mask besides those of the keys, classed by how many keys a position sees."""
     assert isinstance(mask, Array)
-    level = np.log(np.maximum(mask.values.sum(axis=keys), 1.0))
+    seen = mask.values.sum(axis=keys)
+    level = np.where(seen > 0, np.log(np.maximum(seen, 1.0)), -1.0)  # who sees none is in no class with others
     out = []
     for i, size in enumerate(level.shape):
         mean = level.mean(axis=tuple(j for j in range(level.ndim) if j != i))

@@ -107,6 +107,8 @@ def _mean_node(node: Node, axes: tuple[int, ...]) -> Node:
         if isinstance(view.node, Constant):
             return affine(view.node, c, d)
         return graph.make(Apply, left, [view], ("affine", (c, d)))
+    if isinstance(node, Apply) and node.params[0] == "integer_pow":
+        node = _powers_apart(node, axes)
     if isinstance(node, Apply) and node.params[0] in ("mul", "div"):
         x, y = node.args
         # A factor that is constant along the axes comes out.
@@ -122,6 +124,21 @@ def _mean_node(node: Node, axes: tuple[int, ...]) -> Node:
             whole = [j if j < k else j - len(sizes) + 1 for j in axes if j not in factors]
             return mean_node(node.args[0].node, [k, *whole])
     return graph.make(Mean, left, [View(node, tuple(range(len(node.axes))))], axes)
+
+
+def _powers_apart(node: Apply, axes: Sequence[int]) -> Node:
+    """(x y)ⁿ as xⁿ yⁿ, where one factor is constant along the axes: the scale of a norm comes out of the next norm's mean."""
+    (inner, bind), graph = node.args[0], node.graph
+    if not isinstance(inner, Apply) or inner.params[0] not in ("mul", "div"):
+        return node
+    parts = [view.within(bind) for view in inner.args]
+    if all(any(b in axes for b in view.bind) for view in parts):
+        return node
+    whole = [View(x, tuple(range(len(x.axes)))) for x, _ in parts]
+    name, extra = node.params
+    powers = [apply(graph, name, extra, view.node.axes, [view]) for view in whole]
+    views = [View(x, view.bind if x.axes else ()) for x, view in zip(powers, parts, strict=True)]
+    return apply(graph, inner.params[0], (), node.axes, views)
 
 
 def over(x: Value, dims: Sequence[int]) -> tuple[list[int], Value]:

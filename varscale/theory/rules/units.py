@@ -25,7 +25,10 @@ _JACOBIAN_DOUBT, _CLASSED_DOUBT = 0.05, 0.15  # of the rest; where tokens of dif
 
 
 class Softmax(Node):
-    """Softmax over some axes of its logits; `params` is those axes. Args: logits[, mask]."""
+    """Softmax over some axes of its logits; `params` is those axes. Args: logits[, mask[, rows]].
+
+    Rows that the last is 0 for have equal logits: a mask has hidden all of them.
+    """
 
     how = "quadrature"
     shares = True
@@ -40,7 +43,12 @@ class Softmax(Node):
     @functools.cached_property
     def deviation(self) -> np.ndarray:
         """Covariance of the logits' deviations along the keys: by type of the rows, and by class of key."""
-        return apart(self._by_key(np.broadcast_to(self.args[0].second(self.axes), self.frame_types)), self.shared)
+        second = self.args[0].second(self.axes)
+        for node, bind in self.args[2:]:
+            assert isinstance(node, Array)
+            seeing = node.table_over([self.axes[b] for b in bind])
+            second = second * lift(seeing.second, seeing.axes, bind, self.axes, pairs=True)
+        return apart(self._by_key(np.broadcast_to(second, self.frame_types)), self.shared)
 
     @functools.cached_property
     def mask(self) -> Table | None:
