@@ -53,14 +53,14 @@ def own_scale_shift(node: Apply) -> tuple[float, float]:
 
 
 def is_direct(scale: Node, main: Node) -> bool:
-    """Whether a scale is the mean square of a root itself, or its variance."""
+    """Whether a scale is the mean square of a root itself, or the variance of what the root is less its mean."""
     squares = averaged_by(scale)
     if not isinstance(squares, Apply) or squares.params != ("integer_pow", (2,)):
         return False
     inner = squares.args[0].node
     while isinstance(inner, Apply) and inner.params[0] == "affine":
         inner = inner.args[0].node
-    return inner is main
+    return inner is main or (main.is_centred and any(inner is view.node for view in main.args))
 
 
 def _own(scale: View, main: View) -> OwnScale | None:

@@ -310,9 +310,22 @@ def _cubature(group: _Group, frame: Sequence[Axis], fixed: Environment) -> tuple
         inner[cell] = factored(rho[cell], graph)  # the types (c = c) come first on every axis
         firsts[cell] = tree(group.f, cell, z[:, :k] @ inner[cell].T)
         mean[cell] = np.mean(firsts[cell])
+    twins = _twins(views)
+    for cell in np.ndindex(*classes) if twins else ():
+        i, j, share, elsewhere = twins
+        mean[cell], second[cell] = 0.0, 0.0
+        for weight, correlation in ((share, 1.0), (1 - share, elsewhere)):
+            met = rho[cell].copy()
+            met[i, j] = met[j, i] = correlation
+            latents = z[:, :k] @ factored(met, graph).T
+            first = tree(group.f, cell, latents)
+            mean[cell] += weight * np.mean(first)
+            second[cell] += weight * np.mean(first * tree(group.g, cell, latents))
     if not group.g:
         return mean, second
     for index in np.ndindex(*types):
+        if twins and all(t < c for t, c in zip(index, classes, strict=True)):
+            continue
         ci = tuple(int(f[t]) for f, t in zip(first_class, index, strict=True))
         cj = tuple(int(s[t]) for s, t in zip(second_class, index, strict=True))
         key = (ci, cj, tuple(np.round(rho[index].ravel(), 4)))
@@ -321,3 +334,21 @@ def _cubature(group: _Group, frame: Sequence[Axis], fixed: Environment) -> tuple
             done[key] = float(np.mean(firsts[ci] * tree(group.g, cj, latents)))
         second[index] = done[key]
     return mean, second
+
+
+def _twins(views: Sequence[View]) -> tuple[int, int, float, float] | None:
+    """Two of the roots that are one array read at two places of one axis (an outer product); None where no two are, or more.
+
+    Returns:
+        Which two, how often the places are one (one time in n: the diagonal), and the latent correlation where they are not.
+    """
+    pairs = [(i, j) for i in range(len(views)) for j in range(i) if views[i].node is views[j].node]
+    if len(pairs) != 1:
+        return None
+    ((i, j),) = pairs
+    node = views[i].node
+    moved = [k for k, (p, q) in enumerate(zip(views[i].bind, views[j].bind, strict=True)) if p != q]
+    if len(moved) != 1 or any(axis.classes > 1 for axis in node.axes):
+        return None
+    different = tuple(int(k == moved[0]) for k in range(len(node.axes)))
+    return i, j, 1 / node.axes[moved[0]].size, float(marginal(node).correlation[different])
