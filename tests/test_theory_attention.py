@@ -15,7 +15,8 @@ import pytest
 from flax import linen as nn
 
 import varscale as vs
-from varscale.theory.softmax_weights import weight_moments
+from varscale.theory.hermite import Z
+from varscale.theory.softmax_weights import sum_of_squares, weight_moments
 
 NETS, TOKENS, WIDTH = 100, 24, 64
 
@@ -303,3 +304,31 @@ def test_who_may_see_no_key_sees_all_alike(added, lengths):
     error = squares.std() / squares.mean() / np.sqrt(59)
     assert error < 0.02, "the test has lost its power"
     assert abs(row.second_moment / squares.mean() - 1) <= 0.06 + 4 * error
+
+
+@pytest.mark.parametrize("keys", [2, 8, 64])
+def test_weights_of_logits_that_are_not_normal(keys):
+    """Exponential numbers over their sum are uniform on the simplex: E[Σ p²] = 2/(n + 1)."""
+    from scipy.special import log_ndtr
+
+    logits = np.log(-log_ndtr(-Z))
+    assert sum_of_squares(logits, keys) == pytest.approx(2 / (keys + 1), rel=0.01)
+    normal = weight_moments(np.array([[float(keys)]]), np.array([[4.0]])).square[0, 0] * keys
+    assert sum_of_squares(2 * Z, keys) == pytest.approx(normal, rel=1e-3)
+
+
+@pytest.mark.parametrize(("noise", "doubted"), [(jax.random.gumbel, True), (jax.random.normal, False)])
+def test_noise_on_logits_that_is_not_normal_is_in_doubt(noise, doubted):
+    """Gumbel noise at a temperature of a half makes the largest weight larger than a normal of its variance would."""
+
+    def f(params, x, key):
+        logits = x @ params["w"]
+        return nn.softmax((logits + noise(key, logits.shape)) / 0.5)
+
+    given = vs.inputs(jax.ShapeDtypeStruct((256, WIDTH), jnp.float32), jax.random.key(0))
+    weights = lambda key: {"w": jax.random.normal(key, (WIDTH, 16)) / WIDTH**0.5}  # noqa: E731
+    row = vs.predict(f, given, params=weights, backward=False).output
+    assert (row.confidence > 0.17) == doubted  # how much a sample's own weights vary is .13
+    x = jax.random.normal(jax.random.key(1), (1 << 16, 16))
+    drawn = jnp.mean(nn.softmax((x + noise(jax.random.key(2), x.shape)) / 0.5) ** 2)  # to .3 %
+    assert abs(row.second_moment / drawn - 1) < row.confidence + 0.02

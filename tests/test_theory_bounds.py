@@ -249,3 +249,19 @@ def test_orthogonal_layers_keep_the_norm_of_what_they_are_given():
     assert deep.typical == pytest.approx(single.typical, rel=1e-6)
     assert deep.band == pytest.approx(single.band, rel=1e-6)
     assert math.log(single.band[1] / single.band[0]) < math.log(narrow.band[1] / narrow.band[0])
+
+
+@pytest.mark.parametrize("nearest", [True, False])
+def test_the_nearest_row_is_no_row_like_others(nearest):
+    """A code book: the row nearest to x is near it, which is in doubt; one that something else picks is not."""
+
+    def f(params, x, y):
+        book = params["book"]
+        by = x if nearest else y
+        index = jnp.argmin(jnp.sum(by**2, -1, keepdims=True) - 2 * by @ book.T + jnp.sum(book**2, -1)[None], axis=-1)
+        return book[index] - x
+
+    given = vs.inputs(jax.ShapeDtypeStruct((64, 8), jnp.float32), jax.ShapeDtypeStruct((64, 8), jnp.float32))
+    row = vs.predict(f, given, params=lambda key: {"book": jax.random.normal(key, (32, 8))}, backward=False).output
+    assert row.second_moment == pytest.approx(2.0, rel=0.01)  # were it any row
+    assert (row.confidence > 0.3) == nearest

@@ -311,16 +311,17 @@ def _cubature(group: _Group, frame: Sequence[Axis], fixed: Environment) -> tuple
         firsts[cell] = tree(group.f, cell, z[:, :k] @ inner[cell].T)
         mean[cell] = np.mean(firsts[cell])
     twins = _twins(views)
-    for cell in np.ndindex(*classes) if twins else ():
+    if twins is not None:
         i, j, share, elsewhere = twins
-        mean[cell], second[cell] = 0.0, 0.0
-        for weight, correlation in ((share, 1.0), (1 - share, elsewhere)):
-            met = rho[cell].copy()
-            met[i, j] = met[j, i] = correlation
-            latents = z[:, :k] @ factored(met, graph).T
-            first = tree(group.f, cell, latents)
-            mean[cell] += weight * np.mean(first)
-            second[cell] += weight * np.mean(first * tree(group.g, cell, latents))
+        for cell in np.ndindex(*classes):
+            mean[cell], second[cell] = 0.0, 0.0
+            for weight, correlation in ((share, 1.0), (1 - share, elsewhere)):
+                met = rho[cell].copy()
+                met[i, j] = met[j, i] = correlation
+                latents = z[:, :k] @ factored(met, graph).T
+                first = tree(group.f, cell, latents)
+                mean[cell] += weight * np.mean(first)
+                second[cell] += weight * np.mean(first * tree(group.g, cell, latents))
     if not group.g:
         return mean, second
     for index in np.ndindex(*types):

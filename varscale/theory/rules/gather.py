@@ -50,7 +50,13 @@ class Gather(Node):
     """
 
     def prepare(self) -> None:
+        """What indices are computed from decides, too: the nearest row is no row like others, and may turn with the table."""
         self.odd, self.positive = self.args[0].node.odd, self.args[0].node.positive
+        picker = self.graph.memo.get(("picker", self.params[5]))
+        if picker is not None:
+            self.deps |= picker.deps
+            self.odd &= picker.unseen
+            self.even &= picker.unseen
 
     @property
     def known(self) -> np.ndarray | None:
@@ -329,7 +335,11 @@ def looked_up(interpreter: Interpreter, d: Any, shape: Sequence[int], x: Value, 
     if labels is not None and index_axes and row_axes:
         own = axes[0].label_array
         classes = tuple(int(labels[np.argmax(own == c)]) for c in range(axes[0].classes))
-    which = base_ids(ids.node).id if known is None else _stored(interpreter.graph, known, [x.shape[k] for k in picked])
+    if known is None:
+        picker = base_ids(ids.node)
+        which, interpreter.graph.memo["picker", picker.id] = picker.id, picker
+    else:
+        which = _stored(interpreter.graph, known, [x.shape[k] for k in picked])
     node = interpreter.graph.make(Gather, axes, [view], (tuple(row_axes), index_axes, frozen, rows, classes, which))
     return Value(node, tuple(dims))
 

@@ -11,12 +11,14 @@ import numpy as np
 from varscale.theory.axes import Axis, apply_axis
 from varscale.theory.elementwise import Apply, Sum
 from varscale.theory.graph import UNKNOWN, Array, Node
+from varscale.theory.hermite import POINTS, WEIGHTS, Z
 from varscale.theory.moments import Table, lift
-from varscale.theory.quadrature import by_type
-from varscale.theory.softmax_weights import WeightMoments, weight_moments
+from varscale.theory.quadrature import by_type, marginal
+from varscale.theory.softmax_weights import WeightMoments, sum_of_squares, weight_moments
 from varscale.theory.spread import NONE, Spread, handed_on
 
 _LARGEST = 1e4  # variance of logits from where on the largest of them has all the weight, but for the reciprocal of its root
+_UNLIKE = 0.01  # relative difference of Σ p² from that of normal logits that is worth a flag
 _NO_LOGITS = 1e8  # what numbers that hide keys (−10⁹) give them, where it is not known which they hide
 # Set on the validation grid, not derived, all of these.
 _SHARED_DOUBT, _PLACED_DOUBT = 0.5, 1.5  # of cotangents where weights and values share tokens, whose overlaps are not known
@@ -179,6 +181,8 @@ class Softmax(Node):
             self.graph.flag("assumed", math.expm1(min(known, 3.0)))
         if self.deviation.max() > _NO_LOGITS:
             self.graph.flag("assumed", UNKNOWN)
+        if (skewed := self._unlike_normal()) > _UNLIKE:
+            self.graph.flag("quadrature", skewed)
         rows = self.rows()
         seen, shared, deviation = self.seen, self.shared, self.deviation
         keys = self.counts[2]
@@ -268,6 +272,19 @@ class Softmax(Node):
                 second = np.broadcast_to(term.within(own.bind).second(self.axes), self.frame_types)
                 out += c * c * float((apart(self._by_key(second), self.shared) * self.own[..., None]).max())
         return out
+
+    def _unlike_normal(self) -> float:
+        """By how much Σ p² differs from that of normal logits of the same variance: sums with noise that is not normal."""
+        node = self.args[0].node
+        while isinstance(node, Apply) and node.params[0] == "affine":
+            node = node.args[0].node
+        if not isinstance(node, Sum) or marginal(node).gaussian:
+            return 0.0
+        scale = math.sqrt(self.args[0].node.table.variance / max(node.table.variance, 1e-300))
+        values = marginal(node).values.reshape(-1, POINTS)[0] * scale
+        keys = max(float(self.seen.sum(-1).mean()), 1.0)
+        normal = math.sqrt(float(values**2 @ WEIGHTS - (values @ WEIGHTS) ** 2)) * Z
+        return abs(sum_of_squares(values, keys) / sum_of_squares(normal, keys) - 1)
 
     def _doubt(self, share: float | None) -> float:
         """Doubt of the queries' and keys' cotangents, of which a part is due to overlaps, known to leading order.
