@@ -135,11 +135,11 @@ def _response(node: Apply, main: View) -> float:
 
 
 def held_square(node: Apply, main: View, given: Environment) -> np.ndarray:
-    """The square of all factors that read a root, or one that is given, on its normal grid, others held, classes pooled."""
+    """The square of all factors that read a root on the normal grid, the other roots held, classes pooled."""
     product = np.ones(len(WEIGHTS))
     for factor in factors(View(node, tuple(range(len(node.axes)))))[1]:
         own = [r.within(factor.bind) for r in roots(factor.node)]
-        if main not in own and not any((r.node.id, r.bind) in given for r in own):
+        if main not in own:
             continue
         env: Environment = {(r.node.id, r.bind): r.mean(node.axes)[..., None] for r in own if r != main}
         values = np.square(np.asarray(evaluate(factor, node.axes, {**env, **given}), float))

@@ -96,10 +96,10 @@ def _varied_square(
 ) -> list[float]:
     """E[f²] of a factor where the second moment of a group's first root is so many times its own.
 
-    The others of the group, mean squares mostly, vary as `power_of` says; what is not varied is held at its mean.
+    The others of the group, mean squares mostly, vary as `_power` says; what is not varied is held at its mean.
     """
     main = group[0] if group[0] in mine else mine[0]
-    powers = [0.0 if r not in group else 0.5 if r == group[0] else power_of(r.node, group[0].node) for r in own]
+    powers = [0.0 if r not in group else 0.5 if r == group[0] else _power(r.node, group[0].node) for r in own]
     if not isinstance(factor.node, Apply):
         return [ratio ** (2 * powers[0]) if main.node.table.mean_square > 0 else 0.0 for ratio in ratios]
 
@@ -122,13 +122,13 @@ def _varied_square(
     return main.node.graph.once(("varied", mark, tuple(frame), own.index(main), tuple(powers), ratios), varied)
 
 
-def power_of(scale: Node, main: Node) -> float:
+def _power(scale: Node, main: Node) -> float:
     """The power of a root's mean square that a norm's scale goes by: 1; of a mean of |x| it is 1/2, behind another norm 0."""
-    inner = averaged_by(scale)
+    inner = _averaged_by(scale)
     return responses(inner)[main][0] / 2 if isinstance(inner, Apply) and main in responses(inner) else 1.0
 
 
-def averaged_by(scale: Node) -> Node | None:
+def _averaged_by(scale: Node) -> Node | None:
     """What a norm's scale is the mean of; of a variance, the squares."""
     terms = [view.node for view in scale.args] if isinstance(scale, Sum) and scale.is_variance else [scale]
     return next((term.args[0].node for term in terms if term.averages), None)

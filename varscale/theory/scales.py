@@ -134,17 +134,6 @@ def _gamma_mean(place: float, centre: float, log_f: Callable[[np.ndarray], tuple
     return weights @ np.exp(log_f(centre + np.log(nodes * place))[0]) / weights.sum()
 
 
-def mean_squares(
-    variance: float, *, lognormal: bool = False
-) -> tuple[Float[np.ndarray, " nodes"], Float[np.ndarray, " nodes"]]:
-    """Nodes and weights over a mean square of mean 1 and this variance: as of a few normals (gamma), or lognormal."""
-    if lognormal or variance < _NARROW:
-        width = math.log1p(variance)
-        return np.exp(math.sqrt(width) * _NODES - width / 2), _SHARES
-    nodes, weights = roots_genlaguerre(len(_NODES), 1 / variance - 1)
-    return nodes * variance, weights / weights.sum()
-
-
 def _extended(line: np.ndarray) -> Callable[[np.ndarray], tuple[np.ndarray, ...]]:
     """ln F and its first two derivatives in ln Q: a spline through what is known of it, straight beyond."""
     spline = CubicSpline(LOG_SCALES, line)

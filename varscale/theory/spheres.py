@@ -3,9 +3,6 @@ r"""Norms over few units: what they put out lies on a sphere, and no coordinate 
 Of x with m independent normal coordinates, y = x/√(mean x²) is √m times a coordinate of a unit vector: y²/m is a Beta(1/2,
 (m − 1)/2) variable (±1 for m = 1, Gaussian for m = ∞; excess kurtosis −6/(m + 2)). Over n units m is n, or n − 1 where their
 mean is taken away; of correlated units it is 2/r, where r is the relative variance of mean x².
-
-The norm itself is independent of y, and mean x² a gamma variable of shape m/2. What does not divide by its norm but goes by it
-otherwise, x·|x| (a capsule's squash), is a function of both.
 """
 
 from __future__ import annotations
@@ -16,18 +13,16 @@ from collections.abc import Sequence
 import numpy as np
 
 from varscale.theory.axes import Axis, contract_axis
-from varscale.theory.elementwise import Apply
-from varscale.theory.graph import View
+from varscale.theory.elementwise import Apply, Sum
+from varscale.theory.graph import Node, View
 from varscale.theory.hermite import WEIGHTS, Z, sphere_squares
 from varscale.theory.moments import full_types, means_by_type
 from varscale.theory.narrow import held_square
-from varscale.theory.own_scales import is_direct
-from varscale.theory.quadrature import Environment, marginal, placed
-from varscale.theory.responses import companions, power_of, responses
-from varscale.theory.scales import mean_squares
+from varscale.theory.quadrature import marginal, placed
+from varscale.theory.responses import companions, responses
 
 _MANY = 2000  # units, from where on a shift is below a thousandth
-_FREE = 0.1  # ratio of responses up to which a function is one of a normalised array, whatever its norm: its epsilon is left
+_FREE = 0.1  # ratio of responses up to which a function is one of a normalised array: its epsilon is left
 _OFF_CENTRE = 0.1  # share of a mean square that is the mean's, up to which the law is the symmetric one
 
 
@@ -41,26 +36,25 @@ def sphere_shift(node: Apply) -> tuple[float, float]:
     """
     shift, doubt = 0.0, 0.0
     for main, *scales in companions(node).values():
-        scale = next((s for s in scales if len(s.bind) < len(main.bind) and is_direct(s.node, main.node)), None)
-        if scale is None or not marginal(main.node).gaussian:
+        scale = next((s for s in scales if _is_scale(s.node) and len(s.bind) < len(main.bind)), None)
+        if scale is None or not marginal(main.node).gaussian or abs(responses(node)[main.node][0]) > _FREE:
             continue
         dimension, independent = _dimension(main, scale)
         if dimension > _MANY:
             continue
         own = marginal(main.node)
-        together = [s for s in scales if s.bind == scale.bind]
-        plain = held_square(node, main, {(s.node.id, s.bind): s.mean(node.axes)[..., None] for s in together})
-        ratios, shares = ([1.0], [1.0]) if abs(responses(node)[main.node][0]) <= _FREE else mean_squares(2 / dimension)
-        squared = sum(
-            share * held_square(node, main, _of_norm(main, together, dimension, ratio, node.axes))
-            for ratio, share in zip(ratios, shares, strict=True)
-        )
+        given = {(main.node.id, main.bind): _line(main, dimension, node.axes)}
+        plain, squared = held_square(node, main, {}), held_square(node, main, given)
         found = float(squared @ WEIGHTS / (plain @ WEIGHTS)) - 1 if plain @ WEIGHTS > 0 else 0.0
         if np.sum(own.mean**2) > _OFF_CENTRE * np.sum(own.mean**2 + own.deviation**2):
             doubt += abs(found)
             continue
         shift, doubt = shift + found, doubt + (0.0 if independent else abs(found) / 2)
     return shift, doubt
+
+
+def _is_scale(node: Node) -> bool:
+    return node.averages or (isinstance(node, Sum) and node.is_variance)
 
 
 def _dimension(main: View, scale: View) -> tuple[float, bool]:
@@ -92,11 +86,9 @@ def mean_squared_correlation(second: np.ndarray, main: View, scale: View) -> flo
     return float(out)
 
 
-def _of_norm(main: View, scales: Sequence[View], dimension: float, ratio: float, frame: Sequence[Axis]) -> Environment:
-    """Values of a root on a sphere, on the normal grid, and of its scales, where its mean square is so many times its own."""
+def _line(main: View, dimension: float, frame: Sequence[Axis]) -> np.ndarray:
+    """Values of a root whose normalised coordinates lie on a sphere, over its frame's classes and the normal grid."""
     coordinates = np.sign(Z) * np.sqrt(sphere_squares(dimension))
-    coordinates = coordinates * math.sqrt(ratio / float(coordinates**2 @ WEIGHTS))
+    coordinates = coordinates / math.sqrt(float(coordinates**2 @ WEIGHTS))
     own = marginal(main.node)
-    line = placed(own.mean[..., None] + own.deviation[..., None] * coordinates, main, frame)
-    varied = {(s.node.id, s.bind): s.mean(frame)[..., None] * ratio ** power_of(s.node, main.node) for s in scales}
-    return {(main.node.id, main.bind): line, **varied}
+    return placed(own.mean[..., None] + own.deviation[..., None] * coordinates, main, frame)
