@@ -265,3 +265,22 @@ def test_dropout_of_weights_leaves_what_outputs_gain_by_following_their_queries(
 
     none, some, half = map(second, (0.0, 0.1, 0.5))
     assert half - none == pytest.approx(9 * (some - none), rel=0.02)
+
+
+@pytest.mark.parametrize(
+    "f",
+    [
+        pytest.param(lambda z: 3 * jax.nn.relu(z), id="relu"),
+        pytest.param(lambda z: -2 * jnp.square(z), id="distances"),
+        pytest.param(lambda z: 2 * z * jnp.roll(z, 1, 0), id="products"),
+    ],
+)
+def test_softmax_of_logits_that_are_not_gaussian(f):
+    """20000 rows of 16 with a fixed key, within four standard errors and 1 %; Gaussian logits are off by 34 to 61 %."""
+    struct = jax.ShapeDtypeStruct((20_000, 16), jnp.float32)
+    softmax = lambda z: jax.nn.softmax(f(z), axis=-1)  # noqa: E731
+    row = vs.predict(lambda _, z: softmax(z), struct, params={}, backward=False).output
+    squares = np.asarray(jnp.mean(jnp.square(softmax(jax.random.normal(jax.random.key(0), struct.shape))), axis=1))
+    error = squares.std() / squares.mean() / len(squares) ** 0.5
+    assert abs(row.second_moment / squares.mean() - 1) <= 0.01 + 4 * error
+    assert row.confidence <= 0.1
