@@ -249,3 +249,11 @@ def test_orthogonal_layers_keep_the_norm_of_what_they_are_given():
     assert deep.typical == pytest.approx(single.typical, rel=1e-6)
     assert deep.band == pytest.approx(single.band, rel=1e-6)
     assert math.log(single.band[1] / single.band[0]) < math.log(narrow.band[1] / narrow.band[0])
+
+
+def test_correlations_that_there_is_no_place_for_are_errors():
+    with pytest.raises(ValueError, match=r"position_correlation=0\.5 is about axes between the first and the last"):
+        vs.Moments(shape=(8, 4), position_correlation=0.5)
+    given = {"w": vs.Moments(shape=(4, 4), sample_correlation=0.5)}
+    with pytest.raises(ValueError, match="independent entries"):
+        vs.predict(lambda p, x: x @ p["w"], jax.ShapeDtypeStruct((8, 4), jnp.float32), params=given)
