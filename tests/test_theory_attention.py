@@ -15,8 +15,7 @@ import pytest
 from flax import linen as nn
 
 import varscale as vs
-from varscale.theory.hermite import Z
-from varscale.theory.softmax_weights import sum_of_squares, weight_moments
+from varscale.theory.softmax_weights import weight_moments
 
 NETS, TOKENS, WIDTH = 100, 24, 64
 
@@ -306,17 +305,6 @@ def test_who_may_see_no_key_sees_all_alike(added, lengths):
     assert abs(row.second_moment / squares.mean() - 1) <= 0.06 + 4 * error
 
 
-@pytest.mark.parametrize("keys", [2, 8, 64])
-def test_weights_of_logits_that_are_not_normal(keys):
-    """Exponential numbers over their sum are uniform on the simplex: E[Σ p²] = 2/(n + 1)."""
-    from scipy.special import log_ndtr
-
-    logits = np.log(-log_ndtr(-Z))
-    assert sum_of_squares(logits, keys) == pytest.approx(2 / (keys + 1), rel=0.01)
-    normal = weight_moments(np.array([[float(keys)]]), np.array([[4.0]])).square[0, 0] * keys
-    assert sum_of_squares(2 * Z, keys) == pytest.approx(normal, rel=1e-3)
-
-
 @pytest.mark.parametrize(("noise", "doubted"), [(jax.random.gumbel, True), (jax.random.normal, False)])
 def test_noise_on_logits_that_is_not_normal_is_in_doubt(noise, doubted):
     """Gumbel noise at a temperature of a half makes the largest weight larger than a normal of its variance would."""
@@ -332,3 +320,22 @@ def test_noise_on_logits_that_is_not_normal_is_in_doubt(noise, doubted):
     x = jax.random.normal(jax.random.key(1), (1 << 16, 16))
     drawn = jnp.mean(nn.softmax((x + noise(jax.random.key(2), x.shape)) / 0.5) ** 2)  # to .3 %
     assert abs(row.second_moment / drawn - 1) < row.confidence + 0.02
+
+
+@pytest.mark.parametrize(
+    "f",
+    [
+        pytest.param(lambda z: 3 * jax.nn.relu(z), id="relu"),
+        pytest.param(lambda z: -2 * jnp.square(z), id="distances"),
+        pytest.param(lambda z: 2 * z * jnp.roll(z, 1, 0), id="products"),
+    ],
+)
+def test_softmax_of_logits_that_are_not_gaussian(f):
+    """20000 rows of 16 with a fixed key, within four standard errors and 1 %; Gaussian logits are off by 34 to 61 %."""
+    struct = jax.ShapeDtypeStruct((20_000, 16), jnp.float32)
+    softmax = lambda z: jax.nn.softmax(f(z), axis=-1)  # noqa: E731
+    row = vs.predict(lambda _, z: softmax(z), struct, params={}, backward=False).output
+    squares = np.asarray(jnp.mean(jnp.square(softmax(jax.random.normal(jax.random.key(0), struct.shape))), axis=1))
+    error = squares.std() / squares.mean() / len(squares) ** 0.5
+    assert abs(row.second_moment / squares.mean() - 1) <= 0.01 + 4 * error
+    assert row.confidence <= 0.1

@@ -265,3 +265,11 @@ def test_the_nearest_row_is_no_row_like_others(nearest):
     row = vs.predict(f, given, params=lambda key: {"book": jax.random.normal(key, (32, 8))}, backward=False).output
     assert row.second_moment == pytest.approx(2.0, rel=0.01)  # were it any row
     assert (row.confidence > 0.3) == nearest
+
+
+def test_correlations_that_there_is_no_place_for_are_errors():
+    with pytest.raises(ValueError, match=r"position_correlation=0\.5 is about axes between the first and the last"):
+        vs.Moments(shape=(8, 4), position_correlation=0.5)
+    given = {"w": vs.Moments(shape=(4, 4), sample_correlation=0.5)}
+    with pytest.raises(ValueError, match="independent entries"):
+        vs.predict(lambda p, x: x @ p["w"], jax.ShapeDtypeStruct((8, 4), jnp.float32), params=given)

@@ -18,7 +18,7 @@ from varscale.theory.axes import Axis, apply_axis, contract_axis, lift_types, re
 from varscale.theory.derivatives import derivative
 from varscale.theory.elementwise import Apply, Sum, apply, roots
 from varscale.theory.gradient_scales import gradient_scale, summed_scale
-from varscale.theory.graph import Array, Constant, Leaf, Node, View
+from varscale.theory.graph import UNKNOWN, Array, Constant, Leaf, Node, View
 from varscale.theory.moments import full_types
 from varscale.theory.opening import opened, written_out
 from varscale.theory.products import product_second
@@ -217,7 +217,7 @@ def _elementwise(node: Apply, part: Cotangent, asked: dict[int, Node], pending: 
         assert slope is not None
         over = gradient_scale(node, root, slope, held, (part.scale, part.radial, part.unit))
         back = back * over.growth
-        doubt = part.doubt + over.doubt + _MASK_DOUBT * (part.mask is not None)
+        doubt = part.doubt + over.doubt + _MASK_DOUBT * (part.mask is not None) + own_gradients(node)
         if held:
             inverse = _inverse_scale(root, held[0])
             back = (back - _projection(node, root, held[0], part)) * inverse
@@ -227,6 +227,14 @@ def _elementwise(node: Apply, part: Cotangent, asked: dict[int, Node], pending: 
         back = _through(node, view, part)
         if back is not None:
             inside.add(view.node, Cotangent(back, part.doubt, few=part.few))
+
+
+def own_gradients(node: Node) -> float:
+    """The doubt of cotangents through functions in a tree that say themselves what comes back, and not their derivatives."""
+    if not isinstance(node, Apply):
+        return 0.0
+    found = lambda: UNKNOWN if node.params[0] == "own_gradient" else max(own_gradients(v.node) for v in node.args)  # noqa: E731
+    return node.graph.once(("own gradients", node.id), found)
 
 
 def _mask(node: Apply, root: View) -> View | None:

@@ -7,7 +7,7 @@ from collections.abc import Hashable, Sequence
 import numpy as np
 
 from varscale.theory.axes import Axis, averaging, contract_axis
-from varscale.theory.elementwise import Apply, Sum, roots, swapped
+from varscale.theory.elementwise import IDENTITIES, Apply, Sum, roots, swapped
 from varscale.theory.graph import Array, Constant, Graph, Marked, Node, View
 from varscale.theory.moments import lift
 from varscale.theory.rearranged import Permute
@@ -129,8 +129,8 @@ def _expand(a: View, b: View, frame: tuple[Axis, ...]) -> np.ndarray:
     if a.node is b.node:
         return _same_node(a, b, frame)
     for x, y, turn in ((a, b, False), (b, a, True)):
-        if isinstance(x.node, Apply) and x.node.params[0] == "affine":
-            c, d = x.node.params[1]
+        if isinstance(x.node, Apply) and x.node.params[0] in ("affine", *IDENTITIES):
+            c, d = x.node.params[1] or (1.0, 0.0)
             inner = x.node.args[0].within(x.bind)
             one = View(_one(x.node), ())
             out = c * cross(inner, y, frame) + (d * mean_product(one, y, frame) if d else 0.0)

@@ -53,7 +53,9 @@ def _partial(name: str, extra: tuple[Any, ...], k: int, args: Sequence[View], bu
     graph = args[k].node.graph
     one = View(number(graph, 1.0), ())
     match name:
-        case "add":
+        case "stop_gradient":
+            return None
+        case "add" | "own_gradient":
             return one
         case "sub":
             return one if k == 0 else View(number(graph, -1.0), ())

@@ -18,6 +18,8 @@ from varscale.theory.functions import POSITIVE, function
 from varscale.theory.graph import UNKNOWN, Constant, Graph, Node, View, number
 from varscale.theory.moments import Table
 
+IDENTITIES = ("stop_gradient", "own_gradient")  # forward; backward, nothing comes through one, and what it likes the other
+
 
 class Apply(Node):
     """One elementwise primitive; `params` is (name, static parameters)."""
@@ -31,6 +33,8 @@ class Apply(Node):
         if name == "affine":
             self.odd = nodes[0].odd if extra[1] == 0 else 0
             self.positive = nodes[0].positive and extra[0] >= 0 and extra[1] >= 0
+        elif name in IDENTITIES:
+            self.odd, self.positive = nodes[0].odd, nodes[0].positive
         elif name == "mul":
             self.odd = (nodes[0].odd & nodes[1].unseen) | (nodes[1].odd & nodes[0].unseen)
             self.even |= nodes[0].odd & nodes[1].odd & self.graph.symmetric

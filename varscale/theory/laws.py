@@ -134,6 +134,8 @@ def _given(interpreter: Interpreter, x: Any, path: str, struct: Any) -> Any:
     if jax.numpy.issubdtype(struct.dtype, jax.dtypes.prng_key):
         return Opaque(x if isinstance(x, jax.Array) else jax.random.key(_KEY))
     if isinstance(x, Moments):
+        if (x.sample_correlation, x.position_correlation) != (None, None):
+            raise ValueError(f"params[{path!r}] must have independent entries: correlations are an input's, not {x!r}'s")
         return named(interpreter, path, shape, independent(x.mean, x.second_moment, axes))
     if isinstance(x, jax.ShapeDtypeStruct):
         raise TypeError(

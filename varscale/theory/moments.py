@@ -43,6 +43,11 @@ class Moments:
         if self.second_moment < self.mean**2 * (1 - 1e-12):
             raise ValueError(f"second_moment must be at least mean² = {self.mean**2!r}, not {self.second_moment!r}")
         object.__setattr__(self, "shape", tuple(int(n) for n in self.shape))
+        if self.position_correlation is not None and self.shape and len(self.shape) < 3:
+            raise ValueError(
+                f"position_correlation={self.position_correlation!r} is about axes between the first and the last: shape must "
+                f"have 3 or more, not {self.shape}"
+            )
         for name, axes in self._shared().items():
             self._check(name, math.prod(self.shape[k] for k in axes))
 

@@ -19,7 +19,7 @@ import numpy as np
 from scipy import special
 
 from varscale.theory.axes import Axis, apply_axis, class_shares
-from varscale.theory.elementwise import Apply, Sum, form, roots, sums_below
+from varscale.theory.elementwise import IDENTITIES, Apply, Sum, form, roots, sums_below
 from varscale.theory.functions import function
 from varscale.theory.graph import Array, Constant, Graph, Leaf, Node, View
 from varscale.theory.hermite import DEGREE, HERMITE, POINTS, Z, solved
@@ -288,6 +288,8 @@ def factors(view: View) -> tuple[float, list[View]]:
         if name == "affine" and extra[1] == 0:
             c, f = factors(args[0])
             return c * extra[0], f
+        if name in IDENTITIES:
+            return factors(args[0])
         if name == "div":
             c, f = factors(args[0])
             one = View(_reciprocal(args[1].node), args[1].bind)
@@ -336,8 +338,8 @@ def elementwise_table(node: Apply) -> Table:
 
     view = View(node, tuple(range(len(node.axes))))
     name, extra = node.params
-    if name == "affine":
-        c, d = extra
+    if name == "affine" or name in IDENTITIES:
+        c, d = extra or (1.0, 0.0)
         x = node.args[0]
         mean, second = x.mean(node.axes), x.second(node.axes)
         mean = np.array(np.broadcast_to(mean, [a.classes for a in node.axes]))

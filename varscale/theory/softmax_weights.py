@@ -44,10 +44,14 @@ _SPACING = 0.1  # of logarithms of variances at which integrals are taken
 _ROUND = 10  # steps of ln u to which a grid is rounded up, so that one serves many layers
 
 
-def _grid(variance: float, keys: float) -> tuple[int, int]:
+Law = tuple[float, ...] | None  # standardized values on the normal grid, where logits are not Gaussian
+
+
+def _grid(variance: float, keys: float, law: Law = None) -> tuple[int, int]:
     """First and last step of ln u between which there is mass, for up to this many keys of up to this variance."""
-    reach = 5 * math.sqrt(variance)  # of a logit; the sum's is as far above it as there are keys
-    first, last = -reach - math.log(keys) - 18, reach + 14
+    low, high = (-5.0, 5.0) if law is None else (min(law), max(law))
+    # of a logit; the sum's is as far above it as there are keys
+    first, last = -high * math.sqrt(variance) - math.log(keys) - 18, -low * math.sqrt(variance) + 14
     return _ROUND * math.floor(first / _STEP / _ROUND), _ROUND * math.ceil(last / _STEP / _ROUND)
 
 
@@ -58,14 +62,16 @@ def _projected(directions: float) -> Float[np.ndarray, " points"]:
 
 
 @functools.lru_cache(maxsize=1024)
-def _laplace(log_variance: float, first: int, last: int, stride: int, directions: float) -> Float[np.ndarray, "moments u"]:
+def _laplace(
+    log_variance: float, first: int, last: int, stride: int, directions: float, law: Law
+) -> Float[np.ndarray, "moments u"]:
     """Of a key, x = u e^l: what `_between` reads off at other variances.
 
     These are ln(−ln φ(u)) and, of E[f e^{−x}]/φ, the logarithms for f = x, x², x³ and (l x)² and the ratio of f = l x to f = x:
     smooth in the logarithm of the variance, along which moments themselves grow like exponentials.
     """
     density = _projected(directions)
-    z, weights = Z[::stride], density[::stride] / density[::stride].sum()
+    z, weights = (Z if law is None else np.array(law))[::stride], density[::stride] / density[::stride].sum()
     logits = math.exp(log_variance / 2) * z / math.sqrt(weights @ z**2)
     x = np.exp(np.minimum(logits + _STEP * np.arange(first, last)[:, None], _GONE))
     left = np.exp(-x)
@@ -78,21 +84,22 @@ def _laplace(log_variance: float, first: int, last: int, stride: int, directions
 
 
 def _between(
-    variances: Float[np.ndarray, " keys"], first: int, last: int, directions: float
+    variances: Float[np.ndarray, " keys"], first: int, last: int, directions: float, law: Law
 ) -> Float[np.ndarray, "moments keys u"]:
     """Of keys with these variances: ln φ(u), and over φ E[f e^{−x}] for f = x, x², x³, l x and (l x)², x = u e^l.
 
     Of many variances they are read off between those at e^{k/10}, which serve all layers and classes of keys, by polynomials of
     degree five: exact to 1e-6 up to a variance of 4, to 1e-4 up to 100.
     """
-    stride = max(k for k in _STRIDES if k <= max(_RESOLVED / math.sqrt(float(variances.max())), 1))
+    reach = _RESOLVED / math.sqrt(float(variances.max())) if law is None else 1.0
+    stride = max(k for k in _STRIDES if k <= max(reach, 1))
     logarithms = np.log(variances)
     places = logarithms / _SPACING
     below = np.floor(places).astype(int)
     nodes = range(int(below.min()) - 2, int(below.max()) + 4)
     few = len(variances) <= len(nodes)
     taken = [float(x) for x in logarithms] if few else [k * _SPACING for k in nodes]
-    found = np.stack([_laplace(x, first, last, stride, directions) for x in taken], axis=1)
+    found = np.stack([_laplace(x, first, last, stride, directions, law) for x in taken], axis=1)
     if not few:
         parts = [weight[:, None] * found[:, below + i - nodes[0]] for i, weight in _lagrange(places - below)]
         found = np.sum(parts, axis=0)
@@ -109,20 +116,24 @@ def _lagrange(places: Float[np.ndarray, " keys"]) -> Iterator[tuple[int, Float[n
 
 
 def weight_moments(
-    counts: Float[np.ndarray, "*rows classes"], variances: Float[np.ndarray, "*rows classes"], directions: float = math.inf
+    counts: Float[np.ndarray, "*rows classes"],
+    variances: Float[np.ndarray, "*rows classes"],
+    directions: float = math.inf,
+    law: Law = None,
 ) -> WeightMoments:
-    """Exact moments of softmax weights over independent logits, Gaussian or projections of points on a sphere.
+    """Exact moments of softmax weights over independent logits, Gaussian, projections of points on a sphere, or of any law.
 
     Args:
         counts: keys in each class.
         variances: variance of their logits.
         directions: of the sphere that keys lie on, 3 at least; infinitely many where logits are Gaussian.
+        law: of logits that are not, their values on the normal grid, with mean 0 and variance 1.
     """
     n, rows = counts.reshape(-1, counts.shape[-1]), np.arange(counts[..., 0].size)[:, None]
     distinct, place = np.unique(variances, return_inverse=True)
     place = place.reshape(n.shape)
-    first, last = _grid(float(distinct.max()), float(n.sum(-1).max()))
-    log_phi, first, second, third, pull, pull_square = _between(distinct, first, last, directions)
+    first, last = _grid(float(distinct.max()), float(n.sum(-1).max()), law)
+    log_phi, first, second, third, pull, pull_square = _between(distinct, first, last, directions, law)
     members = np.zeros((len(n), len(distinct)))
     np.add.at(members, (rows, place), n)
     measure = np.exp(members @ log_phi) * _STEP  # the powers of u are in x: what is left of du is d ln u
@@ -138,14 +149,3 @@ def weight_moments(
     pulled = own_pull + np.sum(others * two(pull), (-1, -2))
     found = WeightMoments(one(first), one(second), one(third) / 2, two(first), pulled, own_pull)
     return WeightMoments(*(x.reshape((*counts.shape[:-1], *x.shape[1:])) for x in found))
-
-
-def sum_of_squares(logits: Float[np.ndarray, " points"], keys: float) -> float:
-    """E[Σ p²] of so many independent keys whose logits have these values on the normal grid, whatever their law.
-
-    n ∫ u E[x² e^{−ux}] E[e^{−ux}]^{n − 1} du for x = e^l, over ln u by the trapezoidal rule.
-    """
-    x = np.exp(logits - np.max(logits))
-    u = np.exp(np.arange(-math.log(keys) - 18, math.log(keys) - math.log(np.min(x) + 1e-30) + 6, 0.2))[:, None]
-    left = np.exp(-u * x)
-    return float(keys * 0.2 * np.sum(u[:, 0] ** 2 * (left @ (x**2 * WEIGHTS)) * (left @ WEIGHTS) ** (keys - 1)))

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
+import jax
+import jax.extend.core
+import jax.numpy as jnp
 import numpy as np
 
 from varscale import _compat
@@ -46,9 +50,38 @@ def call(interpreter: Interpreter, eqn: Any, *xs: Any) -> list[Any]:
     name = _CALLS[eqn.primitive.name]
     inner = eqn.params[name] if name in eqn.params else eqn.params["jaxpr" if "jaxpr" in eqn.params else "call_jaxpr"]
     jaxpr, consts = _compat.sub_jaxpr(inner)
-    return interpreter.run(jaxpr, consts, xs)
+    out = interpreter.run(jaxpr, consts, xs)
+    if eqn.primitive.name.startswith("custom_vjp_call") and not _goes_by_derivatives(eqn):
+        return [interpreter.elementwise("own_gradient", y) if isinstance(y, Value) and y.node.axes else y for y in out]
+    return out
 
 
+def _goes_by_derivatives(eqn: Any) -> bool:
+    """Whether the backward rule that a function brings with it gives its derivatives, by what both give for normal numbers."""
+    if any(_compat.is_literal(v) for v in eqn.invars) or len(set(eqn.invars)) < len(eqn.invars):
+        return False
+    shapes = [v.aval for v in eqn.invars]
+    jaxpr = next((eqn.params[k] for k in ("call_jaxpr", "fun_jaxpr") if k in eqn.params), None)
+    if sum(math.prod(a.shape) for a in shapes) > _MOST_TRIED or not isinstance(jaxpr, jax.extend.core.ClosedJaxpr):
+        return False
+    rng = np.random.default_rng(0)
+    numbers = [jnp.asarray(rng.standard_normal(a.shape), a.dtype) for a in shapes if a.dtype.kind == "f"]
+    if len(numbers) < len(shapes):
+        return False
+    own = jax.extend.core.ClosedJaxpr(jaxpr.jaxpr.replace(constvars=[], invars=eqn.invars, outvars=eqn.outvars, eqns=[eqn]), [])
+    with jax.ensure_compile_time_eval():
+        try:
+            gradients = []
+            for way in (own, jaxpr):
+                out, back = jax.vjp(jax.extend.core.jaxpr_as_fun(way), *numbers)
+                gradients.append(back([jnp.ones_like(y) for y in out]))
+        except Exception:  # whatever a function may raise that is tried out of its place
+            return False
+    return all(np.allclose(a, b, rtol=_ALIKE, atol=_ALIKE) for a, b in zip(*gradients, strict=True))
+
+
+_MOST_TRIED = 1 << 22  # numbers of which a function is tried
+_ALIKE = 1e-2
 _FEW_STEPS = 4  # of a loop over time that are taken one by one
 _OUTLINED = 2  # steps whose outputs say over which axes those of all are: the first may begin with a constant
 

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
+from varscale.theory.elementwise import IDENTITIES, roots
 from varscale.theory.functions import FUNCTIONS
-from varscale.theory.interpreter import Interpreter, elementwise_or_layout, rule
+from varscale.theory.graph import Array, Leaf
+from varscale.theory.interpreter import Complex, Interpreter, elementwise_or_layout, map_parts, rule
 from varscale.theory.layout import Value
+from varscale.theory.rules.reductions import OneOfMany
+from varscale.theory.rules.segments import SegmentMax
 from varscale.theory.rules.whole_numbers import compared
 
-_OWN = {"affine", "convert", "bitcast", "integer_pow", "power"}
+_OWN = {"affine", "convert", "bitcast", "integer_pow", "power", *IDENTITIES}
 _NAMES = [name for name in FUNCTIONS if name not in _OWN]
 _IDENTITIES = (
-    "stop_gradient",
     "copy",
     "copy_p",
     "reduce_precision",
@@ -76,4 +79,17 @@ def identity(interpreter: Interpreter, eqn: Any, *xs: Value) -> list[Value]:
     return list(xs)
 
 
-elementwise_or_layout(*_NAMES, "add_any", "square", "integer_pow", "convert_element_type", "bitcast_convert_type", *_IDENTITIES)
+@rule("stop_gradient")
+def stop_gradient(interpreter: Interpreter, eqn: Any, x: Any) -> Any:
+    """The same forward. A maximum that softmax takes from its logits has no gradient anyway; weights are left as they are."""
+    return map_parts(lambda part: stopped(interpreter, part), x) if isinstance(x, Complex | Value) else x
+
+
+def stopped(interpreter: Interpreter, x: Value) -> Value:
+    if isinstance(x.node, Leaf | Array) or all(isinstance(r.node, OneOfMany | SegmentMax) for r in roots(x.node)):
+        return x
+    return interpreter.elementwise("stop_gradient", x)
+
+
+_OTHERS = ("stop_gradient", "add_any", "square", "integer_pow", "convert_element_type", "bitcast_convert_type")
+elementwise_or_layout(*_NAMES, *_OTHERS, *_IDENTITIES)

@@ -11,14 +11,13 @@ import numpy as np
 from varscale.theory.axes import Axis, apply_axis
 from varscale.theory.elementwise import Apply, Sum
 from varscale.theory.graph import UNKNOWN, Array, Node
-from varscale.theory.hermite import POINTS, WEIGHTS, Z
 from varscale.theory.moments import Table, lift
-from varscale.theory.quadrature import by_type, marginal
-from varscale.theory.softmax_weights import WeightMoments, sum_of_squares, weight_moments
+from varscale.theory.quadrature import by_type
+from varscale.theory.rules.logit_laws import standard_law
+from varscale.theory.softmax_weights import WeightMoments, weight_moments
 from varscale.theory.spread import NONE, Spread, handed_on
 
 _LARGEST = 1e4  # variance of logits from where on the largest of them has all the weight, but for the reciprocal of its root
-_UNLIKE = 0.01  # relative difference of Σ p² from that of normal logits that is worth a flag
 _NO_LOGITS = 1e8  # what numbers that hide keys (−10⁹) give them, where it is not known which they hide
 # Set on the validation grid, not derived, all of these.
 _SHARED_DOUBT, _PLACED_DOUBT = 0.5, 1.5  # of cotangents where weights and values share tokens, whose overlaps are not known
@@ -128,8 +127,9 @@ class Softmax(Node):
         # Rows see the same keys: where variances agree to three digits, one quadrature serves them all, and other layers too.
         members, variances = np.broadcast_to(_rounded(counts, 5), (3, *counts.shape)), _rounded(nodes * variances, 3)
         directions = float(_rounded(np.array(self.directions), 2)) if self.directions < 1e4 else math.inf
-        key = ("weights", members.shape, members.tobytes(), variances.tobytes(), directions)
-        found = self.graph.once(key, lambda: weight_moments(members, variances, directions))
+        law = standard_law(self.args[0].node)
+        key = ("weights", members.shape, members.tobytes(), variances.tobytes(), directions, law)
+        found = self.graph.once(key, lambda: weight_moments(members, variances, directions, law))
         # Of what goes with the logits' variance only its ratio to that is used, query by query.
         found = found._replace(pull=found.pull / nodes[..., 0], own_pull=found.own_pull / nodes[..., 0])
         return WeightMoments(*(np.tensordot([2 / 3, 1 / 6, 1 / 6], x, axes=1) for x in found))
@@ -181,8 +181,8 @@ class Softmax(Node):
             self.graph.flag("assumed", math.expm1(min(known, 3.0)))
         if self.deviation.max() > _NO_LOGITS:
             self.graph.flag("assumed", UNKNOWN)
-        if (skewed := self._unlike_normal()) > _UNLIKE:
-            self.graph.flag("quadrature", skewed)
+        if (doubt := self._law_doubt()) > 0:
+            self.graph.flag("assumed", doubt)
         rows = self.rows()
         seen, shared, deviation = self.seen, self.shared, self.deviation
         keys = self.counts[2]
@@ -262,6 +262,19 @@ class Softmax(Node):
         back = sum_out(out.transpose(np.argsort([*self.rows(), *self.params])), self.axes, self.args[0])
         return [back, *[None] * (len(self.args) - 1)]
 
+    def _law_doubt(self) -> float:
+        """Of logits that are not Gaussian, what the keys of a row share need not leave the law of the rest as it was.
+
+        That is what the law makes of equal keys, of which as large a part is in doubt as is shared.
+        """
+        law, variance = standard_law(self.args[0].node), self.args[0].node.table.variance
+        if law is None or variance <= 0:
+            return 0.0
+        own = float(np.mean(self.deviation[(0,) * len(self.rows())]))
+        keys, own = np.array([float(self.seen.sum(-1).max())]), min(own, variance)
+        found, plain = (weight_moments(keys, np.array([max(own, 1e-12)]), law=x).square[0] for x in (law, None))
+        return float((1 - own / variance) * abs(found / plain - 1))
+
     def _known(self) -> float:
         """What known numbers among the logits, a bias by position, add to their variance along the keys."""
         own = self.args[0]
@@ -272,19 +285,6 @@ class Softmax(Node):
                 second = np.broadcast_to(term.within(own.bind).second(self.axes), self.frame_types)
                 out += c * c * float((apart(self._by_key(second), self.shared) * self.own[..., None]).max())
         return out
-
-    def _unlike_normal(self) -> float:
-        """By how much Σ p² differs from that of normal logits of the same variance: sums with noise that is not normal."""
-        node = self.args[0].node
-        while isinstance(node, Apply) and node.params[0] == "affine":
-            node = node.args[0].node
-        if not isinstance(node, Sum) or marginal(node).gaussian:
-            return 0.0
-        scale = math.sqrt(self.args[0].node.table.variance / max(node.table.variance, 1e-300))
-        values = marginal(node).values.reshape(-1, POINTS)[0] * scale
-        keys = max(float(self.seen.sum(-1).mean()), 1.0)
-        normal = math.sqrt(float(values**2 @ WEIGHTS - (values @ WEIGHTS) ** 2)) * Z
-        return abs(sum_of_squares(values, keys) / sum_of_squares(normal, keys) - 1)
 
     def _doubt(self, share: float | None) -> float:
         """Doubt of the queries' and keys' cotangents, of which a part is due to overlaps, known to leading order.
