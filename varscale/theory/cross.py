@@ -119,6 +119,7 @@ def mean_product(a: View, b: View, frame: Sequence[Axis]) -> np.ndarray:
 
 
 def _expand(a: View, b: View, frame: tuple[Axis, ...]) -> np.ndarray:
+    from varscale.theory.ordered import crossed, of_draws
     from varscale.theory.products import product_second
     from varscale.theory.rules.pooling import WindowSum
     from varscale.theory.rules.reductions import Mean
@@ -152,7 +153,8 @@ def _expand(a: View, b: View, frame: tuple[Axis, ...]) -> np.ndarray:
     if a.bind != b.bind and a.node.axes == b.node.axes and _apart(a, b):
         return _elsewhere(a, b, frame)
     if isinstance(a.node, Apply) or isinstance(b.node, Apply):
-        return product_second(a, b, frame)
+        drawn = of_draws(a, b, frame)
+        return product_second(a, b, frame) if drawn is None else drawn
     for x, y, turn in sorted(((a, b, False), (b, a, True)), key=lambda t: -t[0].node.id):
         out = _structure(x, y, frame)
         if out is None:
@@ -161,8 +163,6 @@ def _expand(a: View, b: View, frame: tuple[Axis, ...]) -> np.ndarray:
             return swapped(out, frame) if turn else out
     if a.bind != b.bind and a.node.axes == b.node.axes:
         return _elsewhere(a, b, frame)
-    from varscale.theory.ordered import crossed
-
     drawn = crossed(a, b, frame)
     if drawn is not None:
         return drawn

@@ -80,6 +80,7 @@ class Node(Marked):
         moves: whether its entries are entries of its one argument at other places, some of them perhaps left out.
         averages: whether it is the mean of its one argument over the axes `params`.
         timed: whether it is known by draws along time, which hold more than its moments by type (`draws`).
+        joint: of what is known by draws, whether those are of all else at once (`ensemble`).
         shares: whether it is shares that add up to 1, positive but no norm's scale.
         local: whether places near one another along an axis may be more alike than others: known numbers are in it.
         how: how good its rule is where nothing is marked, one of `HOWS`.
@@ -92,6 +93,7 @@ class Node(Marked):
     moves: ClassVar[bool] = False
     averages: ClassVar[bool] = False
     timed: ClassVar[bool] = False
+    joint: ClassVar[bool] = False
     shares: ClassVar[bool] = False
     gradient_doubt: float = 0.0
     drawn: np.ndarray | None = None

@@ -105,7 +105,7 @@ class Loop:
 
     @functools.cached_property
     def drawing(self) -> Drawing:
-        return Drawing((), self.replicates, np.random.default_rng(self.seed), lambda n: self.sizes.shape([n])[0])
+        return Drawing((), self.replicates, self.seed, lambda axis: evenly(axis.size, self.sizes.shape([axis.size])[0]))
 
     def positions(self, x: Value, *, stacked: bool) -> list[np.ndarray]:
         """Which positions of a value's node are drawn, axis by axis."""

@@ -212,50 +212,59 @@ def full_along(array: np.ndarray, k: int, axis: Axis) -> np.ndarray:
 
 
 def estimate(values: Float[np.ndarray, "..."], axes: Sequence[Axis]) -> Table:
-    """Moments of one real array, its entries pooled by class and by type.
+    """Moments of one real array, its entries pooled by class and by type."""
+    x = np.asarray(values, float).reshape([1, *(axis.size for axis in axes)])
+    mean = x[0]
+    for k, axis in enumerate(axes):
+        mean = apply_axis(mean, k, _members(axis) / axis.counts[:, None])
+    return Table(tuple(axes), mean, estimated_products(x, x, axes)[0])
+
+
+@functools.cache
+def _members(axis: Axis) -> np.ndarray:
+    """Which positions are of each class, (classes, size)."""
+    return np.eye(axis.classes)[axis.label_array].T
+
+
+def estimated_products(
+    x: Float[np.ndarray, "draws ..."], y: Float[np.ndarray, "draws ..."], axes: Sequence[Axis]
+) -> Float[np.ndarray, "draws ..."]:
+    """E[x_i y_j] by type, pooled over the pairs of positions of each, draw by draw.
 
     The pairs that differ along an axis come from sums over classes, less the pairs that agree: linear, axis by axis.
     """
-    x = np.asarray(values, float)
-    x = x.reshape([axis.size for axis in axes])
-    second = np.zeros([axis.types for axis in axes])
-    onehots = [np.eye(a.classes)[a.label_array].T for a in axes]  # (classes, size)
+    second = np.zeros([len(x), *(axis.types for axis in axes)])
     for agree in itertools.product((True, False), repeat=len(axes)):
-        # Sums of x_i x_j over pairs that agree on some axes and run freely over the others.
-        y = x
+        # Sums of x_i y_j over pairs that agree on some axes and run freely over the others.
+        summed = [x] if x is y else [x, y]
         for k in reversed(range(len(axes))):
             if not agree[k]:
-                y = apply_axis(y, k, onehots[k])
-        letters = iter("abcdefghijklmnopqrstuvwxyz")
-        left, right, out = "", "", ""
+                summed = [apply_axis(z, 1 + k, _members(axes[k])) for z in summed]
+        letters = iter("abcdefghijklmnopqrstuvwxy")
+        left, right, out = "z", "z", "z"
         for k in range(len(axes)):
             i = next(letters)
             j = i if agree[k] else next(letters)
             left, right, out = left + i, right + j, out + (i if agree[k] else i + j)
-        product = y * y if left == right else np.einsum(f"{left},{right}->{out}", y, y)  # ten times as fast
-        place = 0
+        first, other = summed[0], summed[-1]
+        product = first * other if left == right else np.einsum(f"{left},{right}->{out}", first, other)  # ten times as fast
         for k in range(len(axes)):
             if agree[k]:
-                product = apply_axis(product, place, onehots[k])
-                place += 1
+                product = apply_axis(product, 1 + k, _members(axes[k]))
             else:
                 shape = product.shape
-                product = product.reshape(*shape[:place], -1, *shape[place + 2 :])
-                place += 1
+                product = product.reshape(*shape[: 1 + k], -1, *shape[3 + k :])
         block = tuple(slice(0, a.classes) if g else slice(a.classes, None) for a, g in zip(axes, agree, strict=True))
-        second[block] = product
+        second[:, *block] = product
     for k, axis in enumerate(axes):
-        s = np.moveaxis(second, k, 0)
+        s = np.moveaxis(second, 1 + k, 0)
         c = axis.classes
         s[c + np.arange(c) * (c + 1)] -= s[:c]
-        pairs = axis.pairs.reshape(-1, *[1] * (len(axes) - 1))
+        pairs = axis.pairs.reshape(-1, *[1] * len(axes))
         s /= np.where(pairs > 0, pairs, 1.0)
         alone = np.flatnonzero(axis.pairs == 0)  # a class of one position has no pair that differs
         s[alone] = s[(alone - c) // (c + 1)]
-    mean = x
-    for k, axis in enumerate(axes):
-        mean = apply_axis(mean, k, onehots[k] / axis.counts[:, None])
-    return Table(tuple(axes), mean, second)
+    return second
 
 
 def is_correlated(second: np.ndarray, x: Table, y: Table) -> bool:

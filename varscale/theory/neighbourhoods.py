@@ -10,7 +10,8 @@ import numpy as np
 
 from varscale.theory.axes import Axis, labelled, pool
 from varscale.theory.cross import cross
-from varscale.theory.draws import evenly, gaussian
+from varscale.theory.draws import evenly
+from varscale.theory.effects import gaussian
 from varscale.theory.graph import Node, View
 from varscale.theory.moments import full_types
 from varscale.theory.nearby import Near, Offsets, answered, between, latent, usual

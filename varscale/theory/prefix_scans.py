@@ -123,17 +123,24 @@ def _scan_at(eqns: Sequence[Any], i: int) -> tuple[PrefixScan, int] | None:
     places = _places(level, body)
     if free or not made.issuperset(combined.arrays) or places is None:
         return None
-    shapes = [(axis, v.aval.shape) for v, axis in zip(level.arrays, level.axes, strict=True)]
-    ends: list[int] = []
+    ends: dict[int, int] = {}
     for j in range(inner, len(eqns)):
-        if len(ends) < count and _interleaves(eqns, j, *shapes[len(ends)]):
-            ends.append(j)
-    if len(ends) < count:
+        which = _interleaves(eqns, j, level) if len(ends) < count else None
+        if which is not None and which not in ends:
+            ends[which] = j
+    if not ends:
         return None
     combine = functools.partial(_combined, tuple(body), tuple(halves), tuple(combined.arrays))
     params = {"axis": places[0][level.axes[0]], "places": places, "combine": combine}
-    outs = [eqns[j].outvars[0] for j in ends]
-    return PrefixScan(level.arrays, outs, params, eqns[i].source_info), ends[-1] + 1
+    outs = [eqns[ends[k]].outvars[0] if k in ends else Unread(v.aval) for k, v in enumerate(level.arrays)]
+    return PrefixScan(level.arrays, outs, params, eqns[i].source_info), max(ends.values()) + 1
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Unread:
+    """An output that nothing reads, and that a tracer may have left out: mostly the running product of the rates."""
+
+    aval: Any
 
 
 def _places(level: _Level, body: Sequence[Any]) -> list[tuple[int, ...]] | None:
@@ -150,13 +157,26 @@ def _places(level: _Level, body: Sequence[Any]) -> list[tuple[int, ...]] | None:
     return out if len({place[axis] for place, axis in zip(out, level.axes, strict=True)}) == 1 else None
 
 
-def _interleaves(eqns: Sequence[Any], j: int, axis: int, shape: tuple[int, ...]) -> bool:
-    """Whether an equation adds two dilated arrays up to one of this shape."""
+def _interleaves(eqns: Sequence[Any], j: int, level: _Level) -> int | None:
+    """Whether an equation adds two dilated arrays up to a level's running combination: of which of its arrays, by the first."""
     eqn = eqns[j]
-    if eqn.primitive.name not in ("add", "or", "bitwise_or") or eqn.outvars[0].aval.shape != shape:
-        return False
-    last = [e for e in eqns[max(j - 2, 0) : j] if e.primitive.name == "pad" and e.params["padding_config"][axis][2] == 1]
-    return len(last) == 2 and {e.outvars[0] for e in last} == set(eqn.invars)
+    if eqn.primitive.name not in ("add", "or", "bitwise_or"):
+        return None
+    made = {v: e for e in eqns[max(j - 8, 0) : j] for v in e.outvars}
+    halves = [made.get(v) for v in eqn.invars if not _compat.is_literal(v)]
+    pads = [e for e in halves if e is not None and e.primitive.name == "pad"]
+    if len(pads) != 2:
+        return None
+    made |= {v: e for e in eqns[:j] for v in e.outvars if e.primitive.name in ("concatenate", "slice")}
+    for k, (array, axis) in enumerate(zip(level.arrays, level.axes, strict=True)):
+        if eqn.outvars[0].aval.shape != array.aval.shape:
+            continue
+        for pad in pads:
+            joined = made.get(pad.invars[0])
+            first = made.get(joined.invars[0]) if joined is not None and joined.primitive.name == "concatenate" else None
+            if first is not None and first.invars[0] is array and pad.params["padding_config"][axis][2] == 1:
+                return k
+    return None
 
 
 def _widens(eqn: Any) -> bool:
@@ -202,6 +222,45 @@ def _run(eqns: Sequence[Any], env: dict[Any, Any]) -> None:
             _run(jaxpr.eqns, own)
             made = [v.val if _compat.is_literal(v) else own[v] for v in jaxpr.outvars]
         env.update(zip(eqn.outvars, made, strict=True))
+
+
+@dataclasses.dataclass(frozen=True)
+class Combination:
+    """How two elements are combined; equal where the same equations do it, so that repeated layers are compiled once.
+
+    Attributes:
+        combine: the function.
+        written: its equations, for elements as they are.
+        axis: along which it runs.
+        complex_: which of the elements are complex.
+    """
+
+    combine: Callable[..., list[jax.Array]] = dataclasses.field(compare=False)
+    written: str
+    axis: int
+    complex_: tuple[bool, ...]
+
+
+def combination(combine: Callable[..., list[jax.Array]], rank: int, axis: int, complex_: tuple[bool, ...]) -> Combination:
+    """How elements of this rank are combined along an axis."""
+    elements = [jax.ShapeDtypeStruct((1,) * rank, jnp.complex64 if c else jnp.float32) for c in complex_]
+    return Combination(combine, str(jax.make_jaxpr(combine)(elements, elements)), axis, complex_)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def run_parts(how: Combination, flat: list[jax.Array]) -> list[jax.Array]:
+    """The parts of the running combinations of elements, of the parts of these."""
+    rest, elements = list(flat), []
+    for is_complex in how.complex_:
+        elements.append(rest.pop(0) + 1j * rest.pop(0) if is_complex else rest.pop(0))
+    outs = running(how.combine, elements, how.axis)
+    return [part for x in outs for part in ((x.real, x.imag) if jnp.iscomplexobj(x) else (x,))]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def run_back(how: Combination, which: int, flat: list[jax.Array], seed: jax.Array) -> list[jax.Array]:
+    """Cotangents of the parts of the elements, given that of one part of the outputs."""
+    return jax.vjp(lambda xs: run_parts(how, xs)[which], flat)[1](seed)[0]
 
 
 def running(combine: Callable[..., list[jax.Array]], elements: Sequence[jax.Array], axis: int) -> list[jax.Array]:

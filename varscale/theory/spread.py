@@ -246,11 +246,13 @@ def _scalings(node: Apply) -> dict[int, float]:
 
 def full(node: Node) -> Spread:
     """Fluctuations of a node's mean square: inherited, and from sampling finitely many units."""
+    from varscale.theory.ordered import drawn_scatter
+
     key = ("full", node.id)
     memo = node.graph.memo
     if key not in memo:
         base = inherited(node)
-        own = math.sqrt(max(fresh(node, range(len(node.axes))), 0.0))
+        own = math.sqrt(max(fresh(node, range(len(node.axes))), drawn_scatter(node) - base.variance, 0.0))
         sources = dict(base.sources)
         source = _origin(node)
         sources[source] = sources.get(source, 0.0) + own

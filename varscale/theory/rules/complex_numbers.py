@@ -75,6 +75,9 @@ def _divided(interpreter: Interpreter, x: Complex, y: Complex) -> Complex:
     part = interpreter.elementwise
     if y.im.constant == 0:
         return map_parts(lambda v: part("div", v, y.re), x)
+    known = interpreter.concrete(y)
+    if known is not None and np.all(known != 0):  # what is divided may have been multiplied by the same numbers
+        return _multiplied(interpreter, x, interpreter.known(1 / known))
     size = part("add", part("square", y.re), part("square", y.im))
     above = _multiplied(interpreter, x, Complex(y.re, part("neg", y.im)))
     return map_parts(lambda v: part("div", v, size), above)

@@ -14,7 +14,9 @@ from scipy import special
 
 from varscale import _compat
 from varscale.theory.axes import Axis
-from varscale.theory.draws import evenly, gaussian, picked
+from varscale.theory.draws import evenly, picked
+from varscale.theory.effects import gaussian
+from varscale.theory.ensemble import steps
 from varscale.theory.graph import Node, View
 from varscale.theory.hermite import POINTS, WEIGHTS, Z
 from varscale.theory.interpreter import Complex, Interpreter, Opaque, parts
@@ -208,6 +210,7 @@ def over_time(interpreter: Interpreter, eqn: Any, xs: Sequence[Any], outline: Se
     loop = Loop(p, tuple(operands), sizes, replicates, graph.count)
     mark = ("loop", graph.count)
     graph.memo["loop", mark] = loop
+    steps(graph).add(p["length"])
     views, place = [], 0
     for x in operands:
         for part in x.value if x.weight else ():

@@ -9,30 +9,26 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from varscale.theory.axes import Axis
 from varscale.theory.derivatives import derivative
-from varscale.theory.draws import Drawing, chosen, gaussian
+from varscale.theory.effects import gaussian
 from varscale.theory.elementwise import roots
+from varscale.theory.ensemble import Ensemble, ensemble, steps
 from varscale.theory.graph import Array, Leaf, Node, View
 from varscale.theory.interpreter import Complex, Interpreter, parts, rule
 from varscale.theory.layout import Value, align, broadcast_in_dim, materialize, merged
 from varscale.theory.moments import Table, lift
-from varscale.theory.ordered import by_level, pooled, table_of_draws
-from varscale.theory.prefix_scans import running
+from varscale.theory.ordered import by_level, cross_moments, pooled, table_of_draws
+from varscale.theory.prefix_scans import Combination, combination, run_back, run_parts
 from varscale.theory.spread import NONE, Spread, handed_on, inherited
 
-_BUDGET = 1_000_000  # numbers drawn for one array
-_MOST_REPLICATES = 2048
 # Set on the validation grid, not derived, both: of a gradient through a recurrence; of one whose rates follow its own input.
 _DOUBT, _FOLLOWING_DOUBT = 0.1, 0.3
-_KNOWN = 48  # positions drawn of an axis along which something is known number by number
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -43,59 +39,30 @@ class Recurrence:
         views: real arrays over the frame, the parts of complex ones in succession.
         frame: its axes, those of the outputs but for the classes along `axis`.
         axis: which of them it runs along.
-        complex_: which of its elements are complex.
-        combine: how two elements are combined.
+        how: how its elements are combined.
+        ensemble: the draws that it is run on.
     """
 
     views: tuple[View, ...]
     frame: tuple[Axis, ...]
     axis: int
-    complex_: tuple[bool, ...]
-    combine: Callable[..., list[jax.Array]]
+    how: Combination
+    ensemble: Ensemble
 
     @functools.cached_property
     def positions(self) -> list[np.ndarray]:
-        known = {b for v in self.views for r in roots(v.node) if isinstance(r.node, Array) for b in r.within(v.bind).bind}
-        return [
-            np.arange(axis.size) if k == self.axis else chosen(axis, _KNOWN if k in known else 2)
-            for k, axis in enumerate(self.frame)
-        ]
+        return [self.ensemble.positions(axis) for axis in self.frame]
 
-    @property
-    def replicates(self) -> int:
-        """How many draws the budget is enough for."""
-        return int(np.clip(_BUDGET / math.prod(len(p) for p in self.positions), 8, _MOST_REPLICATES))
-
-    @property
-    def seed(self) -> int:
-        """Where its draws come from: another one for every recurrence, whose rates would otherwise be the same."""
-        return max(view.node.id for view in self.views)
-
-    def draw(self, views: Sequence[View], replicates: int) -> list[np.ndarray]:
+    def draw(self, views: Sequence[View]) -> list[np.ndarray]:
         """Views over the frame, drawn together, (positions..., replicates)."""
-        shape = [*(len(p) for p in self.positions), replicates]
-        drawing = Drawing(self.frame, replicates, np.random.default_rng(self.seed))
-        return [np.broadcast_to(drawing.values(view, self.positions), shape).astype(np.float32) for view in views]
-
-    @functools.cached_property
-    def run(self) -> Callable[..., list[jax.Array]]:
-        """The parts of its outputs, of the parts of its elements."""
-
-        def run(*flat: jax.Array) -> list[jax.Array]:
-            rest, elements = list(flat), []
-            for is_complex in self.complex_:
-                elements.append(rest.pop(0) + 1j * rest.pop(0) if is_complex else rest.pop(0))
-            outs = running(self.combine, elements, self.axis)
-            return [part for x in outs for part in ((x.real, x.imag) if jnp.iscomplexobj(x) else (x,))]
-
-        return jax.jit(run)
+        return [self.ensemble.values(view, self.frame).astype(np.float32) for view in views]
 
     @functools.cached_property
     def outputs(self) -> list[np.ndarray]:
         """Its outputs on draws of its elements, (positions..., replicates)."""
         # A maximum or a log-sum of nothing is infinite; what comes after never reads it.
-        drawn = self.run(*self.draw(self.views, self.replicates))
-        return [np.nan_to_num(np.asarray(x, float), nan=0.0, posinf=0.0, neginf=0.0) for x in drawn]
+        drawn = run_parts(self.how, self.draw(self.views))
+        return [np.nan_to_num(np.asarray(x), nan=0.0, posinf=0.0, neginf=0.0) for x in drawn]
 
     def back(self, which: int, cotangent: np.ndarray, axes: Sequence[Axis], kept: Sequence[int]) -> list[np.ndarray]:
         """Cotangents of its roots, (positions..., replicates), for Gaussian ones of an output with these moments by type.
@@ -108,14 +75,14 @@ class Recurrence:
             axes: the output's axes.
             kept: where they are in the frame; along the other axes of the frame only the first position is given any.
         """
-        replicates = min(self.replicates, 256)
+        replicates = self.ensemble.replicates
         positions = [self.positions[k] for k in kept]
         drawn = np.moveaxis(gaussian(cotangent, axes, positions, replicates, np.random.default_rng(1)), 0, -1)
         seed = np.zeros([*map(len, self.positions), replicates], np.float32)
         seed[tuple(slice(None) if k in kept else 0 for k in range(len(self.frame)))] = drawn
-        drawn = self.draw([*self.views, *(slope for _, _, slope in self._slopes)], replicates)
+        drawn = self.draw([*self.views, *(slope for _, _, slope in self._slopes)])
         elements, slopes = drawn[: len(self.views)], drawn[len(self.views) :]
-        passed = [np.asarray(x, float) for x in self._vjp(which, elements, seed)]
+        passed = [np.asarray(x, float) for x in run_back(self.how, which, elements, seed)]
         out = [np.zeros(seed.shape) for _ in self.roots]
         for (i, j, _), slope in zip(self._slopes, slopes, strict=True):
             out[j] += passed[i] * slope
@@ -138,13 +105,6 @@ class Recurrence:
                     out.append((i, self.roots.index(root.within(view.bind)), slope.within(view.bind)))
         return out
 
-    @functools.cached_property
-    def _vjp(self) -> Callable[..., Any]:
-        def back(which: int, flat: list[jax.Array], seed: jax.Array) -> Any:
-            return jax.vjp(lambda *xs: self.run(*xs)[which], *flat)[1](seed)
-
-        return jax.jit(back, static_argnums=0)
-
     def odd(self, which: int) -> int:
         """Bits of the leaves that an output changes sign with."""
         nodes = [v.node for v in self.views]
@@ -156,10 +116,10 @@ class Recurrence:
             turned = tuple(bool(node.odd & bit) for node in nodes)
             if not any(node.deps & bit and not turn for node, turn in zip(nodes, turned, strict=True)):
                 groups[turned] = groups.get(turned, 0) | bit
-        flat = self.draw(self.views, 2)
+        flat = self.draw(self.views)
         for turned, bits in groups.items():
-            other = self.run(*[-x if turn else x for x, turn in zip(flat, turned, strict=True)])[which]
-            if np.allclose(other, -self.run(*flat)[which], rtol=1e-4, atol=1e-6):
+            other = run_parts(self.how, [-x if turn else x for x, turn in zip(flat, turned, strict=True)])[which]
+            if np.allclose(other, -self.outputs[which], rtol=1e-4, atol=1e-6):
                 found |= bits
         return found
 
@@ -174,6 +134,7 @@ class Running(Node):
 
     how = "sampled"
     timed = True
+    joint = True
 
     @property
     def recurrence(self) -> Recurrence:
@@ -250,18 +211,11 @@ class Running(Node):
         place = dict(zip(a.bind, self.params[2], strict=True))
         if any(outer not in place for outer in b.bind):
             return None
-        mine, other = self.recurrence.outputs[self.params[1]], b.node
-        if isinstance(other, Running) and other.params[0] == self.params[0]:
-            theirs = self.recurrence.outputs[other.params[1]]
-        elif isinstance(other, Running):
-            return None
-        else:
-            own = View(other, tuple(place[outer] for outer in b.bind))
-            *flat, theirs = self.recurrence.draw([*self.recurrence.views, own], self.recurrence.replicates)
-            mine = np.asarray(self.recurrence.run(*flat)[self.params[1]], float)
-        theirs = np.asarray(theirs, float)
-        both, first, second = (self._second(x) for x in (mine + theirs, mine, theirs))
-        return lift((both - first - second) / 2, self.axes, a.bind, frame, pairs=True)
+        draws, own = self.recurrence.ensemble, tuple(place[outer] for outer in b.bind)
+        frame_ = list(self.recurrence.frame)
+        theirs = draws.values(View(b.node, own), frame_)
+        numbers = [np.moveaxis(self._own(z), -1, 0) for z in (self.recurrence.outputs[self.params[1]], theirs)]
+        return lift(cross_moments(numbers[0], numbers[1], self.axes, self._positions), self.axes, a.bind, frame, pairs=True)
 
 
 @handed_on.register
@@ -284,8 +238,9 @@ def associative_scan(interpreter: Interpreter, eqn: Any, *xs: Value | Complex) -
     axis = layout[d][0].axis
     assert axis is not None  # materialized
     mark = ("recurrence", tuple((v.node.id, v.bind) for v in views), id(eqn))
-    complex_ = tuple(isinstance(x, Complex) for x in xs)
-    recurrence = graph.once(mark, lambda: Recurrence(tuple(views), tuple(frame), axis, complex_, eqn.params["combine"]))
+    steps(graph).add(frame[axis].size)
+    how = combination(eqn.params["combine"], len(frame) + 1, axis, tuple(isinstance(x, Complex) for x in xs))
+    recurrence = graph.once(mark, lambda: Recurrence(tuple(views), tuple(frame), axis, how, ensemble(graph, frame)))
     graph.memo["recurrence", mark] = recurrence
     axes = _classed(recurrence)
     values: list[Value | Complex] = []

@@ -10,7 +10,7 @@ import numpy as np
 from scipy import special
 
 from varscale.theory.axes import Axis, pool, refine
-from varscale.theory.draws import gaussian
+from varscale.theory.effects import gaussian
 from varscale.theory.elementwise import roots
 from varscale.theory.graph import UNKNOWN, Array, Node, View
 from varscale.theory.hermite import Z
