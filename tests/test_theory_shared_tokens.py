@@ -20,7 +20,10 @@ def normal(key, *shape):
 
 
 def weights(key):
-    return {name: normal(k, WIDTH, WIDTH) for name, k in zip("qkvw", jax.random.split(key, 4), strict=True)}
+    *keys, last = jax.random.split(key, 5)
+    return {name: normal(k, WIDTH, WIDTH) for name, k in zip("qkvw", keys, strict=True)} | {
+        "qkv": normal(last, WIDTH, 3 * WIDTH)
+    }
 
 
 def _sigmoid_attention(p, x, y):
@@ -30,6 +33,22 @@ def _sigmoid_attention(p, x, y):
 def _attention(p, queries, keys, values):
     logits = (queries @ p["q"]) @ jnp.swapaxes(keys @ p["k"], -1, -2) / WIDTH**0.5
     return jax.nn.softmax(logits) @ (values @ p["v"])
+
+
+def _attention_packed(p, x, y):
+    """Two heads, along an axis of the joined weights."""
+    q, k, v = (x @ p["qkv"]).reshape(2, 64, 3, 2, WIDTH // 2).transpose(2, 0, 3, 1, 4)
+    return jax.nn.softmax(2 * q @ jnp.swapaxes(k, -1, -2) / WIDTH**0.5) @ v
+
+
+def _attention_split(p, x, y):
+    q, k, v = jnp.split(x @ p["qkv"], 3, axis=-1)
+    return jax.nn.softmax(q @ jnp.swapaxes(k, -1, -2) / WIDTH**0.5) @ v
+
+
+def _split_gates(p, x, y):
+    _, gates, units = jnp.split(x @ p["qkv"], 3, axis=-1)
+    return (jax.nn.silu(gates) * units).mean(1)
 
 
 def _outer(p, x):
@@ -53,6 +72,9 @@ PROGRAMS = {
     "one weight twice": lambda p, x, y: (x @ p["w"]) @ jnp.swapaxes(y @ p["w"], -1, -2),
     "sigmoid attention": _sigmoid_attention,
     "attention": lambda p, x, y: _attention(p, x, x, x),
+    "packed attention": _attention_packed,
+    "attention of a split": _attention_split,
+    "gates of a split": _split_gates,
     "attention to values of their own": lambda p, x, y: _attention(p, x, x, y),
     "learned attention": lambda p, x, y: jax.nn.softmax(10 * p["w"]) @ (x[:, :WIDTH] @ p["v"]),
     "a weight and its transpose": lambda p, x, y: (x @ p["w"]) @ p["w"].T,

@@ -105,8 +105,12 @@ def _pair(x: Tokens, y: Tokens) -> tuple[Tokens, Tokens]:
 def projected(x: Tokens) -> Tokens | None:
     """What these are a projection of, with random weights; None where they are none."""
     from varscale.theory.rules.linear import Contract, weight_of
+    from varscale.theory.rules.structure import Take
 
     while not (isinstance(x.node, Contract) and weight_of(x.node) is not None):
+        if isinstance(x.node, Take):
+            x = _whole(x, x.node)
+            continue
         sources, _ = sources_of(x)
         if len(sources) != 1:
             return None
@@ -146,10 +150,12 @@ def _sources(x: Tokens) -> tuple[list[Tokens], Rule]:
     from varscale.theory.rules.structure import Take
 
     node = x.node
-    if isinstance(node, Rearranged | Take):
-        inner = _rearranged(x, node) if isinstance(node, Rearranged) else _taken(x, node)
-        # Some of the features, or of their factors, have more of their own than all.
+    # Some of the features, or of their factors, have more of their own than all.
+    if isinstance(node, Rearranged):
+        inner = _rearranged(x, node)
         return [inner], lambda _: Mixture((1.0,), 1 / x.count - 1 / inner.count)
+    if isinstance(node, Take):
+        return _taken(x, node)
     if isinstance(node, Gather) and len(node.params[0]) == 1:
         return [], lambda _: _repeated(x, node)
     if isinstance(node, Concat) and node.params[0] in x.tokens:
@@ -182,11 +188,34 @@ def _rearranged(x: Tokens, node: Rearranged) -> Tokens:
     return Tokens(node.args[0].node, *(tuple(sorted({j for k in axes for j in node.before(k)})) for axes in x[1:]))
 
 
-def _taken(x: Tokens, node: Node) -> Tokens:
-    """The tokens of which a slice of one axis is some, or has some of the features."""
-    whole, (k, *_) = node.args[0].node, node.params
-    dropped = len(whole.axes) > len(node.axes)
-    return Tokens(whole, *(tuple(j + (dropped and j >= k) for j in axes) for axes in x[1:]))
+def _taken(x: Tokens, node: Node) -> tuple[list[Tokens], Rule]:
+    """A slice of one axis: of features the same tokens; of what tokens are made along, others, which overlap as much."""
+    inner, k = _whole(x, node), node.params[0]
+    fewer = 1 / x.count - 1 / inner.count
+    if k in inner.tokens or (len(inner.node.axes) > len(node.axes) and _made_along(inner, k)):
+        return [inner], lambda parts: Mixture((0.0,), parts[0] + fewer)
+    while isinstance(inner.node, Rearranged):
+        inner = _rearranged(inner, inner.node)
+    sources, rule = sources_of(inner)  # what all features have of their own, other slices do not share
+    return sources, lambda parts: _with_more(rule(parts), fewer)
+
+
+def _with_more(mixture: Mixture, variance: float) -> Mixture:
+    return mixture._replace(variance=mixture.variance + variance)
+
+
+def _whole(x: Tokens, node: Node) -> Tokens:
+    """The tokens before a slice of one axis was taken, which one position of it drops."""
+    before, k = node.args[0].node, node.params[0]
+    dropped = len(before.axes) > len(node.axes)
+    return Tokens(before, *(tuple(j + (dropped and j >= k) for j in axes) for axes in x[1:]))
+
+
+def _made_along(x: Tokens, k: int) -> bool:
+    """Whether what tokens are a projection of has this axis, too: joined queries and keys are so by their weights alone."""
+    before = projected(x)
+    along = projected(Tokens(x.node, (k,), tuple(j for j in range(len(x.node.axes)) if j != k)))
+    return before is None or (along is not None and along.node is before.node)
 
 
 def _repeated(x: Tokens, node: Node) -> Mixture:
