@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, TypeGuard
 
 import numpy as np
 
 from varscale.theory.effects import Positions
 from varscale.theory.elementwise import Sum, roots
-from varscale.theory.graph import UNKNOWN, Node, View
+from varscale.theory.graph import UNKNOWN, Node, View, far_below
 from varscale.theory.rearranged import Merge, Permute, Split
 from varscale.theory.rules.convolution import Conv, Window, hits
 from varscale.theory.rules.joining import Concat
@@ -29,19 +29,27 @@ _TOO_MUCH = 2.0
 
 def in_order(node: Node) -> bool:
     """Whether a node depends on what is known by its draws, whose order in time its moments by type do not hold."""
-    key = ("in order", node.id)
-    memo = node.graph.memo
-    if key not in memo:
-        memo[key] = node.timed or any(in_order(view.node) for view in node.args)
-    return memo[key]
+    return _anywhere("in order", lambda n: n.timed, node)
 
 
 def of_loops(node: Node) -> bool:
     """Whether a loop over time is below, which has draws of its own."""
-    return node.graph.once(
-        ("of loops", node.id),
-        lambda: (node.timed and not node.joint) or any(of_loops(view.node) for view in node.args),
-    )
+    return _anywhere("of loops", lambda n: n.timed and not n.joint, node)
+
+
+def _anywhere(name: str, true_of: Callable[[Node], bool], node: Node) -> bool:
+    """Whether this is true of a node or of anything that it was made from, however far below."""
+    memo = node.graph.memo
+
+    def found(node: Node) -> bool:
+        key = (name, node.id)
+        if key not in memo:
+            memo[key] = true_of(node) or any(found(view.node) for view in node.args)
+        return memo[key]
+
+    for below in far_below(node, lambda n: (name, n.id) in memo):
+        found(below)
+    return found(node)
 
 
 @functools.singledispatch

@@ -271,7 +271,7 @@ class Softmax(Node):
         if law is None or variance <= 0:
             return 0.0
         own = float(np.mean(self.deviation[(0,) * len(self.rows())]))
-        keys, own = np.array([float(self.seen.sum(-1).max())]), min(own, variance)
+        keys, own = np.array([float(self.seen.sum(-1).max())]), min(own, variance, _LARGEST)
         found, plain = (weight_moments(keys, np.array([max(own, 1e-12)]), law=x).square[0] for x in (law, None))
         return float((1 - own / variance) * abs(found / plain - 1))
 
