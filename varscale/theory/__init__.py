@@ -11,15 +11,18 @@ of which the first and second moments are kept, by the type of an index pair. To
     products, opening, summed          functions of several roots; the law of a sum
     cross, regrouped, slices           cross-moments of two nodes, whatever became of their axes
     interpreter, rules/                the walk, and what it does at each primitive, a family of them a file
-    softmax_weights, overlaps          attention: the weights; tokens that weights and values share
+    softmax_weights, overlaps          attention: the weights; tokens that weights and values share (so may any two arrays:
+                                       rules/shared_tokens, and one weight twice: rules/transposed)
     windows, locality                  what is near in a picture, which moments by type do not say
     nearby, neighbourhoods             how much more alike near places are, and windows over them
     depthwise                          sums over one channel, whose scale follows what they read
     responses, scales, spread          finite width: how one initialization differs from the mean of all
-    narrow, spheres                    sums of few terms, norms over few units
+    square_pairs                       what is left to chance in a mean of squares
+    narrow, spheres, common_scale      sums of few terms; norms over few units; averages of few numbers
     derivatives, backward              gradients
     gradient_scales                    finite width: what their factors share
-    draws, ordered, loops, shrunken    what is drawn, for want of a formula: recurrences over time
+    draws, made, effects               what is drawn, for want of a formula, from what it is made of
+    ensemble, ordered, loops, shrunken recurrences over time, drawn together
     provenance, domains                how a number was obtained, and how far off it may be
     traces, repeats, prefix_scans      from a model to jaxprs
     laws, uses, rows, summary          parameters, their use, and the rows of the report
