@@ -62,10 +62,7 @@ class Apply(Node):
 
         table = elementwise_table(self)
         gain = in_common(self) if self.params[0] == "mul" else 0.0
-        if not np.any(gain):
-            return table
-        self.graph.memo["in common", self.id] = gain
-        return Table(table.axes, table.mean, table.second + gain)
+        return Table(table.axes, table.mean, table.second + gain) if np.any(gain) else table
 
     def rebuilt(self, axes: tuple[Axis, ...], args: Sequence[View]) -> Node:
         return self.graph.make(Apply, axes, args, self.params)

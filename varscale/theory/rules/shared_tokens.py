@@ -5,7 +5,7 @@ and so do those of y: E[x_a x_b | S] = E[x_a x_b] + (own part of x) o_ab, with o
 
     E[(Σ_a x_a y_a)²] = Σ_ab E[x_a x_b] E[y_a y_b] + Σ_{a≠b} V (own part of x) (own part of y),    V = E[o²].
 
-Of a product entry by entry it is what two tokens' have in common, E[x_a y_a x_b y_b]: a gated unit's, or a term of the sum.
+Entry by entry the same is added to what the products of two tokens have in common, E[x_a y_a x_b y_b]: gated units, say.
 
 That is kᵀv of linear attention, where S is the sequence and V one over its features, and (x W)(y W)ᵀ, where S is W and tokens
 are its columns. It is of order n²V against n for the rest. What a token's own squared norm varies by, 2V, is left out.
