@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import numpy as np
 
@@ -57,11 +57,11 @@ class Spread:
         shape: what a unit's own weights, where they are not Gaussian, add to that in the sum's fourth moment.
     """
 
-    sources: dict[int, float]
+    sources: dict[Hashable, float]
     shift: float = 0.0
     bend: float = 0.0
     skew: float = 0.0
-    places: dict[int, float] = dataclasses.field(default_factory=dict)
+    places: dict[Hashable, float] = dataclasses.field(default_factory=dict)
     shape: float = 0.0
 
     @functools.cached_property
@@ -81,15 +81,16 @@ NONE = Spread({})
 def combine(terms: Sequence[tuple[float, Spread]]) -> Spread:
     """A weighted sum of logarithms."""
     return Spread(
-        _weighted([(w, s.sources) for w, s in terms]),
+        weighted([(w, s.sources) for w, s in terms]),
         shift=sum(w * s.shift for w, s in terms),
         bend=sum(abs(w) * s.bend for w, s in terms),
         skew=sum(w * np.cbrt(s.skew) for w, s in terms) ** 3,  # terms fluctuate together, mostly
-        places=_weighted([(w, s.places) for w, s in terms]),
+        places=weighted([(w, s.places) for w, s in terms]),
     )
 
 
-def _weighted(terms: Sequence[tuple[float, dict[int, float]]]) -> dict[int, float]:
+def weighted(terms: Sequence[tuple[float, dict[Hashable, float]]]) -> dict[Hashable, float]:
+    """A weighted sum of coefficients, source by source."""
     (weight, sources), *others = [(w, s) for w, s in terms if s and abs(w) > _FORGOTTEN] or [(1.0, {})]
     out = sources.copy() if weight == 1 else {key: weight * c for key, c in sources.items()}
     for weight, sources in others:
@@ -98,7 +99,7 @@ def _weighted(terms: Sequence[tuple[float, dict[int, float]]]) -> dict[int, floa
     return out
 
 
-def shared(a: dict[int, float], b: dict[int, float]) -> float:
+def shared(a: dict[Hashable, float], b: dict[Hashable, float]) -> float:
     """Covariance of two logarithms."""
     return sum(c * b[key] for key, c in a.items() if key in b)
 
@@ -161,8 +162,8 @@ def averaged(node: Node, axes: Sequence[int], taps: int = 1) -> Spread:
     if all(isinstance(r.node, Softmax) for r in roots(node)):
         return NONE  # attention weights are fixed by kernels over all units, which fluctuate less than one unit's outputs
     spread = full(node)
-    units = {_origin(node): math.sqrt(math.log1p(fresh(node, axes) / taps))}
-    return dataclasses.replace(spread, places=_weighted([(1.0, inherited(node).places), (1.0, units)]))
+    units: dict[Hashable, float] = {origin(node): math.sqrt(math.log1p(fresh(node, axes) / taps))}
+    return dataclasses.replace(spread, places=weighted([(1.0, inherited(node).places), (1.0, units)]))
 
 
 def of_a_group(node: Node, axes: Sequence[int], groups: int) -> float:
@@ -187,7 +188,7 @@ def inherited(node: Node) -> Spread:
         for root, found in answers(node).items():
             spread = kernel(root)
             terms.append((found.slope, spread))
-            own = _weighted([(found.place, spread.places)])
+            own = weighted([(found.place, spread.places)])
             for other, theirs in places.items():
                 together = shared(own, theirs)  # E[F G] = E[F] E[G] exp(Cov[ln F, ln G]) of two factors
                 if _within_one_factor(node, root, other):
@@ -203,7 +204,7 @@ def inherited(node: Node) -> Spread:
             combine(terms),
             shift=growth - 1 + sum(s for s, _ in shapes),
             bend=bent + sum(d for _, d in shapes),
-            places=_weighted([(1.0, own) for own in places.values()]),
+            places=weighted([(1.0, own) for own in places.values()]),
             skew=skew**3,
         )
         memo[key].sources.update(_scalings(node))
@@ -230,7 +231,7 @@ def answers(node: Apply) -> dict[Node, Answer]:
     return memo[key]
 
 
-def _scalings(node: Apply) -> dict[int, float]:
+def _scalings(node: Apply) -> dict[Hashable, float]:
     """Sources of a product's random scales: the mean square of n drawn numbers varies by (E[f⁴]/E[f²]² − 1)/n."""
     found = {}
     for factor in factors(View(node, tuple(range(len(node.axes)))))[1]:
@@ -246,21 +247,24 @@ def _scalings(node: Apply) -> dict[int, float]:
 
 def full(node: Node) -> Spread:
     """Fluctuations of a node's mean square: inherited, and from sampling finitely many units."""
+    from varscale.theory.common_part import channel_scatter
     from varscale.theory.ordered import drawn_scatter
 
     key = ("full", node.id)
     memo = node.graph.memo
     if key not in memo:
         base = inherited(node)
-        own = math.sqrt(max(fresh(node, range(len(node.axes))), drawn_scatter(node) - base.variance, 0.0))
+        scatter = channel_scatter(node)
+        chance = fresh(node, range(len(node.axes))) if scatter is None else scatter
+        own = math.sqrt(max(chance, drawn_scatter(node) - base.variance, 0.0))
         sources = dict(base.sources)
-        source = _origin(node)
+        source = origin(node)
         sources[source] = sources.get(source, 0.0) + own
         memo[key] = dataclasses.replace(base, sources=sources)
     return memo[key]
 
 
-def _origin(node: Node) -> int:
+def origin(node: Node) -> int:
     """The root whose sampled units a node's are: a function of a root, or a centred copy, fluctuates with it."""
     while True:
         if isinstance(node, Apply):

@@ -12,6 +12,7 @@ import numpy as np
 
 from varscale.theory import layout
 from varscale.theory.axes import Axis, apply_axis, contract_axis, grouped
+from varscale.theory.common_part import of_few
 from varscale.theory.graph import UNKNOWN, Leaf, Node, View
 from varscale.theory.interpreter import Interpreter, rule
 from varscale.theory.layout import Atom, Value
@@ -21,8 +22,6 @@ from varscale.theory.spread import Spread, averaged, combine, handed_on, of_a_gr
 from varscale.theory.windows import scatter_of
 
 ONE = Axis(1)  # a dimension of size 1: only the type "same"
-
-
 # Set on the validation grid, not derived: of a gradient through sums of n terms, n times this.
 _FEW_TERMS = 1.5
 
@@ -316,6 +315,8 @@ def _(node: Conv) -> Spread:
     spread = combine([(1.0, averaged(x, summed, taps))])
     units = 1 if od[1] is None else node.axes[od[1]].size
     out = with_own_weights(spread, node, node.args[1], x, taps * channels / groups, units)
+    if (varied := of_few(node)) is not None:  # what weights of its own add is in the law of its channels
+        out = dataclasses.replace(out, sources=spread.sources, shape=out.shape + (1 - 1 / taps) * varied)
     return dataclasses.replace(out, shape=out.shape + of_a_group(x, summed, groups) / taps)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from varscale.theory.axes import Axis, apply_axis, refine
+from varscale.theory.common_part import of_an_average
 from varscale.theory.elementwise import affine
 from varscale.theory.graph import Node, View
 from varscale.theory.interpreter import Interpreter, rule
@@ -29,6 +30,7 @@ from varscale.theory.rules.convolution import (
     tap_reads,
 )
 from varscale.theory.rules.reductions import TIES, bounded, is_identity, narrowest, outside, restored
+from varscale.theory.spread import Spread, handed_on, inherited
 
 
 class WindowSum(Node):
@@ -140,6 +142,11 @@ class WindowSum(Node):
             gain = answered(self.against(b.node, {})) - answered(self.against(b.node, None))
             out = out + lift(refine(gain, self.axes), self.axes, a.bind, frame, pairs=True)
         return out
+
+
+@handed_on.register
+def _(node: WindowSum) -> Spread:
+    return of_an_average(node, inherited(node.args[0].node))
 
 
 class WindowMax(WindowSum):

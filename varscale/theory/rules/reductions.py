@@ -12,6 +12,7 @@ from scipy import special
 
 from varscale.theory import layout
 from varscale.theory.axes import Axis, contract_axis
+from varscale.theory.common_part import of_an_average
 from varscale.theory.elementwise import Apply, Sum, affine, apply, total
 from varscale.theory.graph import Array, Constant, Node, View, array
 from varscale.theory.hermite import Z, sphere_squares
@@ -65,7 +66,7 @@ def _(node: Mean) -> Spread:
     inner = node.args[0].node
     if isinstance(inner, Apply) and inner.params == ("integer_pow", (2,)):
         return combine([(2.0, full(inner.args[0].node))])
-    return inherited(inner)
+    return of_an_average(node, inherited(inner))
 
 
 def mean_pullback(cotangent: np.ndarray, reduced: Sequence[int], axes: Sequence[Axis]) -> np.ndarray:
