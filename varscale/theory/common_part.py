@@ -170,10 +170,14 @@ def _group(node: Conv) -> int:
     return 1 if channels is None else node.args[0].node.axes[channels].size // node.params[0]
 
 
-def _outputs(node: Conv) -> int:
-    """How many channels it has."""
-    channels = node.params[4][1]
-    return 1 if channels is None else node.axes[channels].size
+def _units(root: Node, x: Node) -> list[int]:
+    """The axes along which a product with weights has weights of its own."""
+    from varscale.theory.rules.convolution import Conv
+
+    if isinstance(root, Conv):
+        return [k for k in root.params[4][1:2] if k is not None]
+    shared = {k for view in root.args if view.node is x for k in view.bind}
+    return [k for k in range(len(root.axes)) if k not in shared]
 
 
 def _places(root: Node) -> frozenset[int]:
@@ -248,9 +252,10 @@ def _common_part(node: Node, places: frozenset[int]) -> Shared:
         own: Sources = {origin(node): math.sqrt(fresh(node, range(len(node.axes))))}
         return Shared(base.sources, weighted([(1.0, base.sources), (1.0, own)]), base.shift)
     read, scale, averages = common_part(*below), kernel(root), _averaged(root) is not None
+    few = _few(root) and read.channels is not None
     made, jacobian, hessian = _answer(node, root, channels)
     levels = [scale.sources, read.inherited if averages else read.sources]
-    handed = weighted([(j, x) for j, x in zip(jacobian[1], levels, strict=True)])
+    handed = weighted(list(zip(jacobian[1], levels, strict=True)))
     passed = jacobian @ channels.read @ jacobian.T
     scatter = (made.scatter() - passed) / channels.units
     whole, common = (math.log1p(max(float(scatter[k, k]), 0.0)) for k in (0, 1))
@@ -258,10 +263,17 @@ def _common_part(node: Node, places: frozenset[int]) -> Shared:
     own = {origin(node): along, ("common part", node.id): math.sqrt(max(common - along**2, 0.0))}
     together = np.array([[shared(x, y) for y in levels] for x in levels])
     shift = float(jacobian[1] @ [scale.shift, read.shift] + np.sum(hessian * together) / 2)
-    if _few(root):  # of which moments by type know the second ones
-        shift = (1 + shift) * math.exp(made.levels()[1]) / max(_levels(node, places)[1], 1e-300) - 1
-    sources = weighted([(1.0, handed), (1.0, own)])
-    return Shared(handed, sources, shift, whole if averages or _few(root) else None, made, channels.units, passed)
+    if few:  # of which moments by type know the second ones alone
+        shift = (1 + shift) * math.exp(made.levels()[1]) / max(_common(node, places), 1e-300) - 1
+    return Shared(
+        inherited=handed,
+        sources=weighted([(1.0, handed), (1.0, own)]),
+        shift=shift,
+        scatter=whole if averages or few else None,
+        channels=made,
+        units=channels.units,
+        passed=passed,
+    )
 
 
 def _few(root: Node) -> TypeGuard[Conv]:
@@ -273,38 +285,32 @@ def _few(root: Node) -> TypeGuard[Conv]:
 
 def _channels(root: Node, places: frozenset[int], x: Node, x_places: frozenset[int]) -> Channels | None:
     """The law of a root's channels, which has its K and its C."""
-    from varscale.theory.rules.linear import Contract
-
-    read = common_part(x, x_places)
-    whole, common, other = _levels(root, places)
+    read, whole, common = common_part(x, x_places), root.table.mean_square, _common(root, places)
     if _averaged(root) is not None:
         if read.channels is None:
             return None
         alone, together = _shares(root, x, x_places)
         mean, square = read.channels
-        rest = np.maximum(square - mean**2, 0.0)
         row = np.array([[alone, together], [0.0, 1.0]])
-        found = Channels(mean, rest, read.units, row @ read.passed @ row.T)
+        found = Channels(mean, np.maximum(square - mean**2, 0.0), read.units, row @ read.passed @ row.T)
         return found.of(whole, common if places else whole * (1 - alone))
     if np.any(root.table.mean):
         return None
-    if _few(root):
-        return _of_few(root, read).of(whole, common) if read.channels is not None else None
-    samples = 1 if other >= _ALIKE * common else _SAMPLES
-    between = min(max(other, 0.0) / max(common, 1e-300), 1.0)
-    drawn = _normals(samples + 1)
-    means = math.sqrt(between) * drawn[:, :1] + math.sqrt(1 - between) * drawn[:, 1:]
-    if isinstance(root, Contract):
-        units = math.prod(
-            axis.size for k, axis in enumerate(root.axes) if not any(k in v.bind for v in root.args if v.node is x)
-        )
-    else:
-        units = 1 if root.params[4][1] is None else root.axes[root.params[4][1]].size
-    found = Channels(means, np.ones_like(means), units, np.zeros((2, 2)))
-    return found.of(whole, max(common, 0.0))
+    own = _units(root, x)
+    units = math.prod(root.axes[k].size for k in own)
+    if _few(root) and read.channels is not None:
+        return _of_few(root, read, units).of(whole, common)
+    others = frozenset(range(len(root.axes))) - set(own)
+    between = float(np.clip(_common(root, others) / max(common, 1e-300), 0.0, 1.0))
+    drawn = _normals((1 if between > _ALIKE else _SAMPLES) + 2)
+    means = math.sqrt(between) * drawn[:, 1:2] + math.sqrt(1 - between) * drawn[:, 2:]
+    weights = next(view.node for view in root.args if view.node is not x)
+    excess = max(getattr(weights, "kurtosis", 3.0) - 1, 0.0) / max(root.width or 1, 1)  # of a unit's squared weights
+    spread = math.sqrt(math.log1p(excess)) * drawn[:, :1]
+    return Channels(means, np.broadcast_to(np.exp(spread), means.shape), units, np.zeros((2, 2))).of(whole, max(common, 0.0))
 
 
-def _of_few(root: Conv, read: Shared) -> Channels:
+def _of_few(root: Conv, read: Shared, units: int) -> Channels:
     """Sums over a few channels, of one weight a tap and channel."""
     assert read.channels is not None
     mean, square = read.channels
@@ -320,7 +326,7 @@ def _of_few(root: Conv, read: Shared) -> Channels:
         common += weights.sum(axis=1, keepdims=True) * mean[at]
         own += np.sum(weights**2, axis=1, keepdims=True) * rest[at]
     common, own = np.concatenate([common, -common]), np.concatenate([own, own])  # weights of either sign are as likely
-    return Channels(common, own, _outputs(root), read.channels.scatter() / group)
+    return Channels(common, own, units, read.channels.scatter() / group)
 
 
 def _normals(columns: int) -> Float[np.ndarray, "channels columns"]:
@@ -330,18 +336,12 @@ def _normals(columns: int) -> Float[np.ndarray, "channels columns"]:
     return np.stack([rng.permutation(even) for _ in range(columns)], axis=1)
 
 
-def _levels(root: Node, places: frozenset[int]) -> tuple[float, float, float]:
-    """K, C, and what two places of two samples have in common."""
-    from varscale.theory.rules.convolution import Conv
-
-    second = root.table.second
-    units = {root.params[4][1]} if isinstance(root, Conv) else set()
-    common = other = second
-    for k in reversed(range(len(root.axes))):
-        axis = root.axes[k]
-        common = contract_axis(common, k, axis.different if k in places else axis.same)
-        other = contract_axis(other, k, axis.same if k in units else axis.different)
-    return root.table.mean_square, float(common), float(other)
+def _common(node: Node, places: frozenset[int]) -> float:
+    """C of a node, along these axes."""
+    common = node.table.second
+    for k in reversed(range(len(node.axes))):
+        common = contract_axis(common, k, node.axes[k].different if k in places else node.axes[k].same)
+    return float(common)
 
 
 def _made(node: Node, root: Node, channels: Channels) -> Made:
