@@ -180,6 +180,20 @@ def roots(node: Node) -> tuple[View, ...]:
     return node.graph.memo[key]
 
 
+def forward(node: Node) -> Node:
+    """An elementwise tree as it computes, whatever it does to gradients."""
+    if not isinstance(node, Apply):
+        return node
+
+    def rebuilt() -> Node:
+        args = [View(forward(child), bind) for child, bind in node.args]
+        if node.params[0] in IDENTITIES:
+            return _whole(args[0], node.axes)
+        return node.graph.make(Apply, node.axes, args, node.params) if args != list(node.args) else node
+
+    return node.graph.once(("forward", node.id), rebuilt)
+
+
 def form(node: Node) -> int:
     """A number that is equal for trees which are one function of their roots, these taken in the order of `roots`."""
     key = ("form", node.id)

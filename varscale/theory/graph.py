@@ -196,13 +196,18 @@ T = TypeVar("T")
 
 
 class Graph:
-    """The nodes of one prediction; `symmetric` has the bits of the leaves of which either sign is as likely."""
+    """The nodes of one prediction.
+
+    Attributes:
+        symmetric: bits of the leaves of which either sign is as likely.
+        inputs: bits of the leaves that are inputs of the model.
+    """
 
     def __init__(self) -> None:
         self.nodes: dict[Hashable, Node] = {}
         self.count = 0
         self.leaves = 0
-        self.symmetric = 0
+        self.symmetric = self.inputs = 0
         self.computing: list[Marked] = []
         self.pairs: dict[Hashable, Any] = {}
         self.memo: dict[Hashable, Any] = {}
@@ -293,6 +298,7 @@ class Leaf(Node):
             self._table = table
             self.deps = self.graph.fresh_leaf()
             self.odd = self.deps if odd else 0
+            self.graph.inputs |= self.deps if self.is_input else 0
             if odd and (transport is None or np.allclose(transport, -transport[..., ::-1])):
                 self.graph.symmetric |= self.deps
             self.kurtosis, self.transport, self.random = kurtosis, transport, random

@@ -223,8 +223,7 @@ def _parameters(interpreter: Interpreter, program: Program, params: Any, split: 
     if params is None:
         params = program.parameters
     inputs = split.values(interpreter)
-    if params is None and program.start is not None:
-        drawn = first_pass(program, split)
+    if params is None and program.start is not None and (drawn := first_pass(program, split)) is not None:
         return _Parameters(drawn.drawing.shapes, init_laws(interpreter, drawn.drawing, inputs), drawn)
     if params is not None and program.init is None and not callable(params):
         return _Parameters(*given_parameters(interpreter, params, None, None))

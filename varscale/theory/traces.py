@@ -71,8 +71,11 @@ def drawing(init: Callable[[Any, Any], Any], split: Any) -> Trace:
     return traced(lambda dynamic: init(jax.random.key(_KEY), dynamic), split.structs)
 
 
-def first_pass(program: Program, split: Any) -> Draws:
-    """How a model draws its parameters, and the forward pass that it does on the way if it is the one it does ever after."""
+def first_pass(program: Program, split: Any) -> Draws | None:
+    """How a model draws its parameters, and the forward pass that it does on the way if it is the one it does ever after.
+
+    None where it does not trace: modules that transform all variables of another (a spectral norm) take captures for some.
+    """
     alike: list[bool] = []
 
     def both(dynamic: Any) -> Any:
@@ -80,7 +83,10 @@ def first_pass(program: Program, split: Any) -> Draws:
         alike.append(same)
         return variables, programs.grouped(captures, output)
 
-    jaxpr, constants, (variables, rows) = traced(both, split.structs)
+    try:
+        jaxpr, constants, (variables, rows) = traced(both, split.structs)
+    except ValueError:
+        return None
     count = len(jax.tree_util.tree_leaves(variables))
     drawn, outputs = jaxpr.outvars[:count], jaxpr.outvars[count:]
     drawing = Trace(jaxpr.replace(outvars=drawn), constants, variables)

@@ -81,12 +81,20 @@ def identity(interpreter: Interpreter, eqn: Any, *xs: Value) -> list[Value]:
 
 @rule("stop_gradient")
 def stop_gradient(interpreter: Interpreter, eqn: Any, x: Any) -> Any:
-    """The same forward. A maximum that softmax takes from its logits has no gradient anyway; weights are left as they are."""
+    """The same forward.
+
+    A maximum that softmax takes from its logits has no gradient anyway; what is made of weights alone is left as it is, since
+    no row asks for the gradients of weights: a spectral norm is |Wᵀv|, whether it stops at v or not.
+    """
     return map_parts(lambda part: stopped(interpreter, part), x) if isinstance(x, Complex | Value) else x
 
 
 def stopped(interpreter: Interpreter, x: Value) -> Value:
-    if isinstance(x.node, Leaf | Array) or all(isinstance(r.node, OneOfMany | SegmentMax) for r in roots(x.node)):
+    if (
+        isinstance(x.node, Leaf | Array)
+        or not x.node.deps & x.node.graph.inputs
+        or all(isinstance(r.node, OneOfMany | SegmentMax) for r in roots(x.node))
+    ):
         return x
     return interpreter.elementwise("stop_gradient", x)
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from varscale.theory.axes import Axis, contract_axis
-from varscale.theory.elementwise import Apply, Sum, affine
+from varscale.theory.elementwise import Apply, Sum, affine, roots
 from varscale.theory.graph import Array, Constant, Leaf, Node, View
 from varscale.theory.interpreter import Interpreter, rule
 from varscale.theory.layout import Atom, Value, align, full
@@ -309,6 +309,9 @@ def contract(
     if x.constant == 0 or y.constant == 0:
         sizes = [x.shape[k] for k in (*bx, *fx)] + [y.shape[k] for k in fy]
         return full(x.node.graph, 0.0, sizes)
+    is_inner = all(x.shape[k] == 1 for k in fx) and all(y.shape[k] == 1 for k in fy)
+    if is_inner and {r.node for r in roots(x.node)} & {r.node for r in roots(y.node)}:
+        return _with_itself(interpreter, x, y, (cx, cy), (bx, by))
     c, x = strip(x)
     d, y = strip(y)
     x, y = (told_apart(drawn(interpreter, v)) for v in (x, y))
@@ -348,6 +351,19 @@ def contract(
     axes = [frame[k] for k in kept]
     node = applied_back(interpreter.graph, axes, params, views) or interpreter.graph.make(Contract, axes, views, params)
     return Value(affine(node, scale, 0.0), layout)
+
+
+def _with_itself(
+    interpreter: Interpreter, x: Value, y: Value, contracted: tuple[Sequence[int], ...], batch: tuple[Sequence[int], ...]
+) -> Value:
+    """An inner product of two functions of one root: the sum of one function, a norm's x · x/|x|."""
+    from varscale.theory.rules.reductions import mean
+
+    (cx, cy), (bx, by) = contracted, batch
+    one = [Value(v.node, tuple(v.dims[k] for k in (*b, *c))) for v, b, c in ((x, bx, cx), (y, by, cy))]
+    out = mean(interpreter.elementwise("mul", *one), range(len(bx), len(bx) + len(cx)))
+    out = Value(affine(out.node, math.prod(x.shape[k] for k in cx), 0.0), out.dims)
+    return Value(out.node, (*out.dims, *[()] * (len(x.dims) + len(y.dims) - len(bx) * 2 - len(cx) * 2)))
 
 
 @rule("dot_general")

@@ -17,7 +17,7 @@ from varscale.theory.hermite import WEIGHTS, Z
 from varscale.theory.interpreter import Interpreter, Opaque, elementwise_or_layout, rule
 from varscale.theory.layout import Atom, Value, full, value
 from varscale.theory.moments import independent
-from varscale.theory.quadrature import evaluate
+from varscale.theory.quadrature import evaluate, factors
 
 
 def _uniform_bits(width: int) -> np.ndarray:
@@ -89,6 +89,19 @@ def law(node: Node) -> Law | None:
     return memo[key]
 
 
+def _scaled_law(node: Node) -> Law | None:
+    """The law of a weight over positive numbers made of it, which many entries make (a spectral norm): taken for constants."""
+    parts = factors(View(node, tuple(range(len(node.axes)))))[1]
+    drawn = [found for view in parts if len(view.bind) == len(node.axes) and (found := law(view.node)) is not None]
+    scales = [view for view in parts if not view.bind and view.node.positive]
+    if len(drawn) != 1 or len(scales) != len(parts) - 1:
+        return None
+    (own,), square = drawn, node.table.mean_square
+    ratio = math.sqrt(square / max(own.second_moment, 1e-300))
+    values = None if own.values is None else (ratio * np.frombuffer(own.values)).tobytes()
+    return Law(ratio * own.mean, square, own.kurtosis, values)
+
+
 def _chain(node: Node) -> Hashable:
     """What an elementwise function of one leaf does, whatever the leaf."""
     if isinstance(node, Apply):
@@ -104,7 +117,7 @@ def as_weight(interpreter: Interpreter, x: Value) -> Value:
         one = as_weight(interpreter, stacked[0])
         if isinstance(one.node, Leaf):
             return _stacked_weight(interpreter, one, x)
-    found = law(x.node)
+    found = law(x.node) or _scaled_law(x.node)
     if found is None or isinstance(x.node, Constant | Array):
         return x
     mean, square, kurtosis, values = found

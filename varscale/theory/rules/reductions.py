@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -115,6 +116,8 @@ def _mean_node(node: Node, axes: tuple[int, ...]) -> Node:
         # A factor that is constant along the axes comes out.
         if not any(b in axes for b in y.bind) or (node.params[0] == "mul" and not any(b in axes for b in x.bind)):
             return apply(graph, node.params[0], node.params[1], left, [inside(x), inside(y)])
+        if (product := _factors_apart(node, axes)) is not None:
+            return mean_node(product, axes)
     if isinstance(node, Mean):
         places = [k for k in range(len(node.args[0].node.axes)) if k not in node.params]
         return mean_node(node.args[0].node, [*node.params, *(places[k] for k in axes)])
@@ -125,6 +128,22 @@ def _mean_node(node: Node, axes: tuple[int, ...]) -> Node:
             whole = [j if j < k else j - len(sizes) + 1 for j in axes if j not in factors]
             return mean_node(node.args[0].node, [k, *whole])
     return graph.make(Mean, left, [View(node, tuple(range(len(node.axes))))], axes)
+
+
+def _factors_apart(node: Apply, axes: Sequence[int]) -> Node | None:
+    """x (x y) as x² y, where y is constant along the axes; None where no factor is."""
+    from varscale.theory.quadrature import factors
+
+    graph, whole = node.graph, tuple(range(len(node.axes)))
+    number, parts = factors(View(node, whole))
+    constant = [view for view in parts if not any(b in axes for b in view.bind)]
+    if not constant or len(constant) == len(parts):
+        return None
+    varied = dict.fromkeys(view for view in parts if view not in constant)
+    powers = [View(apply(graph, "integer_pow", (parts.count(x),), node.axes, [x]), whole) for x in varied]
+    *_, product = itertools.accumulate(powers, lambda x, y: View(apply(graph, "mul", (), node.axes, [x, y]), whole))
+    *_, outer = itertools.accumulate(constant, lambda x, y: View(apply(graph, "mul", (), node.axes, [x, y]), whole))
+    return affine(apply(graph, "mul", (), node.axes, [product, outer]), number, 0.0)
 
 
 def _powers_apart(node: Apply, axes: Sequence[int]) -> Node:

@@ -19,7 +19,7 @@ import numpy as np
 
 from varscale.theory.axes import Axis, shares
 from varscale.theory.derivatives import derivative
-from varscale.theory.elementwise import Apply, Sum, roots, total
+from varscale.theory.elementwise import Apply, Sum, forward, roots, total
 from varscale.theory.graph import Graph, Leaf, Node, View
 from varscale.theory.rules.units import Softmax
 
@@ -74,7 +74,7 @@ def _uses(view: View, leaf: Leaf) -> Iterator[tuple[float, View]]:
             pending.append(((node.table.total_mean - node.table.mean_square) * slope, node.args[0].within(bind)))
         elif isinstance(node, Apply):
             for root in roots(node):
-                found = derivative(node, root) if leaf.deps & root.node.deps else None
+                found = derivative(forward(node), root) if leaf.deps & root.node.deps else None
                 if found is not None:
                     mean = np.broadcast_to(found.mean(node.axes), [a.classes for a in node.axes])
                     pending.append((float(shares(node.axes) @ mean.ravel()) * slope, root.within(bind)))
