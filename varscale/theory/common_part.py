@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 _CHANNELS, _SAMPLES = 2048, 4  # of a population
 _OF_FEW = 8192  # channels where they are far from normal, and those with the other sign
-_MANY = 16  # channels that are read together, from where on what they make is normal
+_MANY = 8  # channels that are read together, from where on what they make is normal
 _STEP = 0.05  # relative step of K and C in a derivative
 _ALIKE = 0.98  # share of what places have in common that samples share, too, from where on they are as one
 _POINTS, _SHARES = np.polynomial.hermite_e.hermegauss(16)
@@ -99,6 +99,7 @@ class Shared:
         inherited: coefficient of ln C on each source, of what its inputs hand on.
         sources: with what its own channels add.
         shift: of C, relative to its value for infinitely many units.
+        bend: what of that is in doubt.
         scatter: relative variance of K that its own channels add; None where they are normal, or not known.
         channels: what it makes of them; None where their law is not known.
         units: how many there are.
@@ -108,6 +109,7 @@ class Shared:
     inherited: Sources
     sources: Sources
     shift: float
+    bend: float
     scatter: float | None = None
     channels: Made | None = None
     units: int = 1
@@ -142,7 +144,8 @@ def of_an_average(node: Node, whole: Spread) -> Spread:
 
     alone, together = _shares(node, x, places)
     sources = weighted([(alone, whole.sources), (together, shared.inherited)])
-    return dataclasses.replace(whole, sources=sources, shift=alone * whole.shift + together * shared.shift)
+    shift, bend = (alone * getattr(whole, name) + together * getattr(shared, name) for name in ("shift", "bend"))
+    return dataclasses.replace(whole, sources=sources, shift=shift, bend=bend)
 
 
 def channel_scatter(node: Node) -> float | None:
@@ -250,7 +253,7 @@ def _common_part(node: Node, places: frozenset[int]) -> Shared:
     if below is None or channels is None:
         base = inherited(node)
         own: Sources = {origin(node): math.sqrt(fresh(node, range(len(node.axes))))}
-        return Shared(base.sources, weighted([(1.0, base.sources), (1.0, own)]), base.shift)
+        return Shared(base.sources, weighted([(1.0, base.sources), (1.0, own)]), base.shift, base.bend)
     read, scale, averages = common_part(*below), kernel(root), _averaged(root) is not None
     few = _few(root) and read.channels is not None
     made, jacobian, hessian = _answer(node, root, channels)
@@ -263,12 +266,15 @@ def _common_part(node: Node, places: frozenset[int]) -> Shared:
     own = {origin(node): along, ("common part", node.id): math.sqrt(max(common - along**2, 0.0))}
     together = np.array([[shared(x, y) for y in levels] for x in levels])
     shift = float(jacobian[1] @ [scale.shift, read.shift] + np.sum(hessian * together) / 2)
+    bend = float(np.abs(jacobian[1]) @ [scale.bend, read.bend])
     if few:  # of which moments by type know the second ones alone
+        bend += math.sqrt(made.scatter()[1, 1] / len(made.mean))  # a population's own error
         shift = (1 + shift) * math.exp(made.levels()[1]) / max(_common(node, places), 1e-300) - 1
     return Shared(
         inherited=handed,
         sources=weighted([(1.0, handed), (1.0, own)]),
         shift=shift,
+        bend=bend,
         scatter=whole if averages or few else None,
         channels=made,
         units=channels.units,
