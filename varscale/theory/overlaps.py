@@ -219,11 +219,20 @@ def _made_along(x: Tokens, k: int) -> bool:
 
 
 def _repeated(x: Tokens, node: Node) -> Mixture:
-    """Rows of a table: two tokens are the same row with the chance that is missing from what each has of its own."""
-    view = node.args[0]
-    rows = own_part(Tokens(view.node, node.params[0], ()))
-    again = float(np.clip(1 - own_part(x) / max(rows, 1e-300), 0, 1))
-    return Mixture((), again * (1 - again) + (1 - again) / x.count)
+    """Rows of a table: two tokens are the same row at the rate at which indices of their classes repeat.
+
+    Tokens of a class count by what each has of its own that the others of its class have not: paddings have nothing.
+    """
+    places = node.params[1]
+    axes = [node.axes[k] for k in places]
+    met = [axis.different if k in x.tokens else axis.same for k, axis in zip(places, axes, strict=True)]
+    weights = functools.reduce(np.multiply.outer, met, np.array(1.0))
+    rates = node.rates()
+    other = np.ix_(*[a.classes + np.arange(a.classes) * (a.classes + 1) if k in x.tokens else np.arange(a.classes) for k, a in zip(places, axes, strict=True)])
+    own = 1 - rates[other]
+    weights = weights * own[np.ix_(*[a.first for a in axes])] * own[np.ix_(*[a.second for a in axes])]
+    weights = weights / max(weights.sum(), 1e-300)
+    return Mixture((), float((weights * (rates * (1 - rates) + (1 - rates) / x.count)).sum()))
 
 
 def white(x: Tokens) -> Mixture:

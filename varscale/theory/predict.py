@@ -21,6 +21,7 @@ from varscale.theory.interpreter import Complex, Interpreter, Opaque
 from varscale.theory.layout import Value, full
 from varscale.theory.moments import Moments, Table, estimate, independent, is_correlated
 from varscale.theory.nearby import measured
+from varscale.theory.paddings import evened
 from varscale.theory.rows import Place, Rows, joined
 from varscale.theory.traces import Draws, Trace, drawing, execution_order, first_pass, traced
 
@@ -106,9 +107,9 @@ class _Split:
     def __init__(self, given: Inputs):
         leaf = lambda x: isinstance(x, Moments)  # noqa: E731
         flat, self.tree = jax.tree_util.tree_flatten((given.args, dict(given.kwargs)), is_leaf=leaf)
-        self.leaves = flat
-        self.places = [i for i, x in enumerate(flat) if isinstance(x, Moments) or programs.is_dynamic(x)]
-        self.structs = [_struct(flat[i]) for i in self.places]
+        self.leaves, self.padded = evened(flat)
+        self.places = [i for i, x in enumerate(self.leaves) if isinstance(x, Moments) or programs.is_dynamic(x)]
+        self.structs = [_struct(self.leaves[i]) for i in self.places]
 
     def join(self, dynamic: list[Any]) -> Inputs:
         flat = list(self.leaves)
@@ -118,6 +119,7 @@ class _Split:
         return Inputs(args, kwargs)
 
     def values(self, interpreter: Interpreter) -> list[Any]:
+        interpreter.graph.memo["padded"] = self.padded
         made = [input_value(interpreter, self.leaves[i], self._name(i)) for i in self.places]
         related(interpreter.graph, [(self.leaves[i], x) for i, x in zip(self.places, made, strict=True)])
         return made

@@ -1,0 +1,184 @@
+"""Ids that fill up rows to one length: which are paddings, and how often ids repeat by the classes that tell them apart.
+
+Whether a place is padding depends on its row and its position together. Rows of one length are a class, and so are positions
+between two lengths: in each pair of a class of rows and a class of positions there are then only ids, or only paddings. Of
+more lengths than a few, those nearest by ratio are taken as long as they are on average (`evened`).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+from scipy.cluster import hierarchy
+
+from varscale.theory.axes import Axis, grouped
+from varscale.theory.graph import Graph
+from varscale.theory.moments import per_pair
+
+MOST_LENGTHS = 4  # that rows, and so positions, are told apart by
+_CHANCE = 4.0  # standard deviations by which rows have to end in one value more often than by chance
+_ALIKE = 1.0  # positions of a row by which two arrays may differ that are filled up alike
+
+
+class Padded(NamedTuple):
+    """What is known of given arrays that are filled up.
+
+    Attributes:
+        shapes: of those arrays, (rows, positions).
+        doubt: relative error of one over a row's length, on average over rows, where lengths were made alike.
+    """
+
+    shapes: frozenset[tuple[int, ...]] = frozenset()
+    doubt: float = 0.0
+
+
+def filled_up(ids: Int[np.ndarray, "rows positions"]) -> Bool[np.ndarray, "rows positions"] | None:
+    """Where rows are filled up, behind or in front, by one value; None where they are not.
+
+    Where a share q of the other ids is of that value, rows end by chance in runs of it of mean length q/(1 − q) and variance
+    q/(1 − q)².
+    """
+    for step in (1, -1):
+        turned = ids[:, ::step]
+        runs = np.logical_and.accumulate((turned == turned[:, -1:])[:, ::-1], axis=1)[:, ::-1]
+        values, last = np.unique(turned[:, -1], return_inverse=True)
+        most = int(np.argmax(np.bincount(last.ravel(), weights=runs.sum(axis=1))))
+        runs &= (last.ravel() == most)[:, None]
+        others = turned[~runs]
+        if runs.sum(axis=1).max() < 2 or len(np.unique(others)) < 2:  # a mask is no array of ids
+            continue
+        q = max(float(np.mean(others == values[most])), 1 / len(np.unique(ids)))
+        mean, variance = q / (1 - q), q / (1 - q) ** 2
+        if runs.sum() > len(ids) * mean + _CHANCE * math.sqrt(len(ids) * variance) + 1:
+            return runs[:, ::step]
+    return None
+
+
+def evened(given: Sequence[Any]) -> tuple[list[Any], Padded]:
+    """Given arrays with a few lengths of rows at most: each row as long as those most like it are on average.
+
+    One that is too long loses what is in its middle, one that is too short gets there what the longest like it has; so do all
+    arrays of these rows and positions, a mask for one. An array of lengths follows.
+
+    Returns:
+        The arrays, and what is known of them.
+    """
+    arrays = {i: _as_rows(x) for i, x in enumerate(given) if hasattr(x, "__array__") and np.size(x) > 1}
+    fields: dict[tuple[int, ...], np.ndarray] = {}
+    for rows in arrays.values():
+        if rows.dtype.kind in "iu" and rows.shape not in fields and (field := filled_up(rows)) is not None:
+            fields[rows.shape] = field
+    found = Padded(frozenset(fields))
+    by_pair = any(np.shape(given[i])[-2:] == (shape[1],) * 2 for i in arrays for shape in fields)  # no row of these is a row
+    if by_pair or len({count for count, _ in fields}) != 1:
+        return list(given), found
+    lengths = np.stack([(~field).sum(axis=1) for field in fields.values()], axis=1)
+    kinds = _kinds(lengths)
+    if kinds is None:
+        return list(given), found
+    means = np.stack([np.rint(lengths[kinds == k].mean(axis=0)) for k in np.unique(kinds)]).astype(int)
+    alike = means[np.unique(kinds, return_inverse=True)[1].ravel()]
+    out = list(given)
+    for (shape, field), before, after in zip(fields.items(), lengths.T, alike.T, strict=True):
+        source, place = _sources(before, after, kinds, shape[1])
+        if field[:, 0].any():  # filled up in front: as the mirror image is behind
+            source, place = source[:, ::-1], shape[1] - 1 - place[:, ::-1]
+        for i, rows in arrays.items():
+            if rows.shape == shape:
+                out[i] = rows[source, place].reshape(np.shape(given[i]))
+            elif rows.size == shape[0] and rows.dtype.kind in "iu" and len(np.unique(rows.ravel() - before)) == 1:
+                out[i] = np.reshape(rows.ravel() - before + after, np.shape(given[i])).astype(rows.dtype)
+    short, long = (np.mean(1 / np.maximum(x, 1), axis=0) for x in (lengths, alike))
+    return out, found._replace(doubt=float(np.max(np.abs(short / long - 1))))
+
+
+def _as_rows(x: Any) -> np.ndarray:
+    return np.asarray(x).reshape(-1, np.shape(x)[-1])
+
+
+def _kinds(lengths: Int[np.ndarray, "rows arrays"]) -> Int[np.ndarray, " rows"] | None:
+    """Which rows are to be of one length; None where there are few enough lengths as it is."""
+    distinct, which = np.unique(lengths, axis=0, return_inverse=True)
+    if len(distinct) <= MOST_LENGTHS:
+        return None
+    tree = hierarchy.linkage(np.log(np.maximum(distinct, 0.1)), "ward")
+    return hierarchy.fcluster(tree, MOST_LENGTHS, "maxclust")[which.ravel()]
+
+
+def _sources(before: np.ndarray, after: np.ndarray, kinds: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """For rows of other lengths, filled up behind: the row and the place that each entry comes from."""
+    source, place = np.indices((len(before), size))
+    for b, (old, new) in enumerate(zip(before, after, strict=True)):
+        alike = np.flatnonzero(kinds == kinds[b])
+        middle = min(old, new) // 2
+        if new < old:
+            place[b, middle:new] += old - new
+            source[b, new:] = alike[np.argmin(before[alike])]
+        elif new > old:
+            source[b, middle : middle + new - old] = alike[np.argmax(before[alike])]
+            place[b, middle + new - old : new] -= new - old
+    return source, place
+
+
+def classed_axes(graph: Graph, ids: Int[np.ndarray, "..."]) -> list[Axis]:
+    """Axes of an array of ids, classed where given ids are filled up and these are, too."""
+    plain = [Axis(n) for n in ids.shape]
+    if not ids.ndim or _as_rows(ids).shape not in padded(graph).shapes:
+        return plain
+    field = filled_up(_as_rows(ids))
+    if field is None:
+        return plain
+    seen = graph.once(("filled up", ids.shape), list)
+    for other, axes in seen:
+        if np.mean(other != field) * ids.shape[-1] <= _ALIKE:
+            return axes
+    marks = field.reshape(ids.shape).astype(float)
+    axes = [grouped(np.moveaxis(marks, k, 0).reshape(n, -1), MOST_LENGTHS) for k, n in enumerate(ids.shape)]
+    seen.append((field, axes))
+    return axes
+
+
+def padded(graph: Graph) -> Padded:
+    """What is known of the model's inputs that are filled up."""
+    return graph.memo.get("padded", Padded())
+
+
+def repeat_rates(ids: Int[np.ndarray, "..."], axes: Sequence[Axis]) -> Float[np.ndarray, "..."]:
+    """P(ids_i = ids_j) by type of pair: counts of equal pairs, axis by axis.
+
+    Pairs that agree on some axes and are of one value are Σ n_c n_c', with n_c of that value there in class c of the others.
+    """
+    codes = np.unique(ids, return_inverse=True)[1].reshape(ids.shape)
+    cells = [axis.classes for axis in axes]
+    out = np.zeros([axis.types for axis in axes])
+    for agree in itertools.product((True, False), repeat=ids.ndim):
+        fixed = [k for k in range(ids.ndim) if agree[k]]
+        free = [k for k in range(ids.ndim) if not agree[k]]
+        place = _numbered(fixed, [np.arange(n) for n in ids.shape], ids.shape)
+        groups, group = np.unique(place * (codes.max() + 1) + codes, return_inverse=True)
+        counts = np.zeros((len(groups), math.prod(cells[k] for k in free)))
+        cell = np.zeros(len(groups), int)
+        np.add.at(counts, (group.ravel(), _numbered(free, [a.label_array for a in axes], cells).ravel()), 1.0)
+        cell[group.ravel()] = _numbered(fixed, [a.label_array for a in axes], cells).ravel()
+        pairs = np.stack([counts[cell == c].T @ counts[cell == c] for c in range(math.prod(cells[k] for k in fixed))])
+        # From (classes that agree, classes of i, classes of j) to classes, or pairs of them, of each axis in turn.
+        pairs = pairs.reshape([cells[k] for k in (*fixed, *free, *free)])
+        ahead, behind = ([*fixed, *free].index, [*free].index)
+        order = [p for k in range(ids.ndim) for p in ([ahead(k)] if agree[k] else [ahead(k), ids.ndim + behind(k)])]
+        block = tuple(slice(0, c) if same else slice(c, None) for c, same in zip(cells, agree, strict=True))
+        out[block] = pairs.transpose(order).reshape([c if same else c * c for c, same in zip(cells, agree, strict=True)])
+    return per_pair(out, axes)
+
+
+def _numbered(dims: Sequence[int], numbers: Sequence[np.ndarray], sizes: Sequence[int]) -> np.ndarray:
+    """For every place of an array, what it has along some dimensions as one number, row-major."""
+    grid = np.ix_(*numbers)
+    out = np.zeros([len(x) for x in numbers], int)
+    for k in dims:
+        out = out * sizes[k] + grid[k]
+    return out
