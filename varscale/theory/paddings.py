@@ -2,7 +2,7 @@
 
 Whether a place is padding depends on its row and its position together. Rows of one length are a class, and so are positions
 between two lengths: in each pair of a class of rows and a class of positions there are then only ids, or only paddings. Of
-more lengths than a few, those nearest by ratio are taken as long as they are on average (`evened`).
+more lengths than a few, those nearest by ratio are taken as long as they are on (harmonic) average (`evened`).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from varscale.theory.axes import Axis, grouped
 from varscale.theory.graph import Graph
 from varscale.theory.moments import per_pair
 
-MOST_LENGTHS = 4  # that rows, and so positions, are told apart by
+MOST_LENGTHS = 3  # that rows are told apart by, and so positions into one class more
 _CHANCE = 4.0  # standard deviations by which rows have to end in one value more often than by chance
 _ALIKE = 1.0  # positions of a row by which two arrays may differ that are filled up alike
 
@@ -30,7 +30,7 @@ class Padded(NamedTuple):
 
     Attributes:
         shapes: of those arrays, (rows, positions).
-        doubt: relative error of one over a row's length, on average over rows, where lengths were made alike.
+        doubt: relative error of the mean length of rows, and of the mean of one over it, where lengths were made alike.
     """
 
     shapes: frozenset[tuple[int, ...]] = frozenset()
@@ -81,8 +81,7 @@ def evened(given: Sequence[Any]) -> tuple[list[Any], Padded]:
     kinds = _kinds(lengths)
     if kinds is None:
         return list(given), found
-    means = np.stack([np.rint(lengths[kinds == k].mean(axis=0)) for k in np.unique(kinds)]).astype(int)
-    alike = means[np.unique(kinds, return_inverse=True)[1].ravel()]
+    alike = np.stack([_harmonic(lengths[kinds == k]) for k in range(kinds.max() + 1)])[kinds]
     out = list(given)
     for (shape, field), before, after in zip(fields.items(), lengths.T, alike.T, strict=True):
         source, place = _sources(before, after, kinds, shape[1])
@@ -93,8 +92,8 @@ def evened(given: Sequence[Any]) -> tuple[list[Any], Padded]:
                 out[i] = rows[source, place].reshape(np.shape(given[i]))
             elif rows.size == shape[0] and rows.dtype.kind in "iu" and len(np.unique(rows.ravel() - before)) == 1:
                 out[i] = np.reshape(rows.ravel() - before + after, np.shape(given[i])).astype(rows.dtype)
-    short, long = (np.mean(1 / np.maximum(x, 1), axis=0) for x in (lengths, alike))
-    return out, found._replace(doubt=float(np.max(np.abs(short / long - 1))))
+    moved = [f(alike) / f(lengths) - 1 for f in (lambda n: n.mean(axis=0), lambda n: (1 / np.maximum(n, 1)).mean(axis=0))]
+    return out, found._replace(doubt=float(np.max(np.abs(moved))))
 
 
 def _as_rows(x: Any) -> np.ndarray:
@@ -107,7 +106,12 @@ def _kinds(lengths: Int[np.ndarray, "rows arrays"]) -> Int[np.ndarray, " rows"] 
     if len(distinct) <= MOST_LENGTHS:
         return None
     tree = hierarchy.linkage(np.log(np.maximum(distinct, 0.1)), "ward")
-    return hierarchy.fcluster(tree, MOST_LENGTHS, "maxclust")[which.ravel()]
+    return hierarchy.fcluster(tree, MOST_LENGTHS, "maxclust")[which.ravel()] - 1
+
+
+def _harmonic(lengths: Int[np.ndarray, "rows arrays"]) -> Int[np.ndarray, " arrays"]:
+    """The length whose inverse is the mean of theirs: what attention and means leave of tokens goes by that."""
+    return np.rint(1 / np.mean(1 / np.maximum(lengths, 1e-9), axis=0)).astype(int)
 
 
 def _sources(before: np.ndarray, after: np.ndarray, kinds: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -138,7 +142,7 @@ def classed_axes(graph: Graph, ids: Int[np.ndarray, "..."]) -> list[Axis]:
         if np.mean(other != field) * ids.shape[-1] <= _ALIKE:
             return axes
     marks = field.reshape(ids.shape).astype(float)
-    axes = [grouped(np.moveaxis(marks, k, 0).reshape(n, -1), MOST_LENGTHS) for k, n in enumerate(ids.shape)]
+    axes = [grouped(np.moveaxis(marks, k, 0).reshape(n, -1), MOST_LENGTHS + 1) for k, n in enumerate(ids.shape)]
     seen.append((field, axes))
     return axes
 

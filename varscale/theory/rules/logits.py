@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from varscale.theory.axes import Axis, join, labelled
+from varscale.theory.axes import Axis, affordable, join, labelled
 from varscale.theory.elementwise import Apply, Sum, apply, roots, total
 from varscale.theory.graph import Array, Constant, Node, View, array
 from varscale.theory.interpreter import Interpreter
@@ -62,17 +62,26 @@ def _rows_filled(allowed: View, axes: Sequence[int]) -> list[View]:
 
 
 def _row_classes(frame: list[Axis], allowed: View, axes: Sequence[int]) -> list[Axis]:
-    """Rows that see different numbers of keys belong to different classes, evenly in the logarithm of that number."""
+    """Rows that see different numbers of keys belong to different classes, evenly in the logarithm of that number.
+
+    Where other axes have classes, too, there are as many as leave room for those of keys that rows will be keys of.
+    """
     mask, bind = allowed
     keys = tuple(k for k, b in enumerate(bind) if b in axes)
-    classed = mask.graph.once(("row classes", mask.id, keys), lambda: _classes_by_keys(mask, keys))
     left = [b for b in bind if b not in axes]
-    for b, axis in zip(left, classed, strict=True):
-        frame[b] = join(axis, frame[b])
+    for most in range(_ROW_CLASSES, 0, -1):
+        classed = mask.graph.once(("row classes", mask.id, keys, most), lambda most=most: _classes_by_keys(mask, keys, most))
+        found = list(frame)
+        for b, axis in zip(left, classed, strict=True):
+            found[b] = join(axis, frame[b])
+        rows = {axis.size: axis for k, axis in enumerate(found) if k not in axes}
+        later = (*(rows.get(axis.size, axis) if k in axes else axis for k, axis in enumerate(found)), Axis(2))
+        if affordable(later) == later:
+            return found
     return frame
 
 
-def _classes_by_keys(mask: Node, keys: tuple[int, ...]) -> list[Axis]:
+def _classes_by_keys(mask: Node, keys: tuple[int, ...], most: int) -> list[Axis]:
     """The axes of a mask besides those of the keys, classed by how many keys a position sees."""
     assert isinstance(mask, Array)
     seen = mask.values.sum(axis=keys)
@@ -81,8 +90,8 @@ def _classes_by_keys(mask: Node, keys: tuple[int, ...]) -> list[Axis]:
     for i, size in enumerate(level.shape):
         mean = level.mean(axis=tuple(j for j in range(level.ndim) if j != i))
         low, reach = mean.min(), float(np.ptp(mean))
-        bins = (_ROW_CLASSES * (mean - low) / max(reach, 0.01)).astype(int)
-        out.append(labelled(np.minimum(bins, _ROW_CLASSES - 1)) if reach > 0.01 else Axis(size))
+        bins = (most * (mean - low) / max(reach, 0.01)).astype(int)
+        out.append(labelled(np.minimum(bins, most - 1)) if reach > 0.01 else Axis(size))
     return out
 
 
