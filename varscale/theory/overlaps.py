@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -20,8 +20,11 @@ from varscale.theory.axes import Axis, averaging, contract_axis
 from varscale.theory.derivatives import derivative
 from varscale.theory.elementwise import Apply, Sum, roots
 from varscale.theory.graph import Node, View
-from varscale.theory.moments import full_types
+from varscale.theory.moments import full_types, means_by_type
 from varscale.theory.rearranged import Rearranged
+
+if TYPE_CHECKING:
+    from varscale.theory.rules.gather import Gather
 
 
 class Mixture(NamedTuple):
@@ -218,21 +221,25 @@ def _made_along(x: Tokens, k: int) -> bool:
     return before is None or (along is not None and along.node is before.node)
 
 
-def _repeated(x: Tokens, node: Node) -> Mixture:
+def _repeated(x: Tokens, node: Gather) -> Mixture:
     """Rows of a table: two tokens are the same row at the rate at which indices of their classes repeat.
 
-    Tokens of a class count by what each has of its own that the others of its class have not: paddings have nothing.
+    Tokens count by what each has of its own that others of its class have not: paddings have nothing.
     """
-    places = node.params[1]
-    axes = [node.axes[k] for k in places]
-    met = [axis.different if k in x.tokens else axis.same for k, axis in zip(places, axes, strict=True)]
-    weights = functools.reduce(np.multiply.outer, met, np.array(1.0))
-    rates = node.rates()
-    other = np.ix_(*[a.classes + np.arange(a.classes) * (a.classes + 1) if k in x.tokens else np.arange(a.classes) for k, a in zip(places, axes, strict=True)])
-    own = 1 - rates[other]
-    weights = weights * own[np.ix_(*[a.first for a in axes])] * own[np.ix_(*[a.second for a in axes])]
-    weights = weights / max(weights.sum(), 1e-300)
-    return Mixture((), float((weights * (rates * (1 - rates) + (1 - rates) / x.count)).sum()))
+    along = [k in x.tokens for k in node.params[1]]
+    if not any(along):
+        return white(x)
+    axes, rates = node.indexed, node.rates()
+    met = [axis.different if mine else axis.same for axis, mine in zip(axes, along, strict=True)]
+    alike = [  # two of one class
+        a.classes + np.arange(a.classes) * (a.classes + 1) if mine else np.arange(a.classes)
+        for a, mine in zip(axes, along, strict=True)
+    ]
+    own = 1 - rates[np.ix_(*alike)]
+    weights = functools.reduce(np.multiply.outer, met) * means_by_type(own, axes)
+    rates = np.clip(rates, 0, 1)
+    whole = float((weights * (rates * (1 - rates) + (1 - rates) / x.count)).sum())
+    return Mixture((), whole / max(float(weights.sum()), 1e-300))
 
 
 def white(x: Tokens) -> Mixture:

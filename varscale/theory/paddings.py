@@ -12,6 +12,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from jaxtyping import Bool, Float, Int
 from scipy.cluster import hierarchy
@@ -68,10 +69,15 @@ def evened(given: Sequence[Any]) -> tuple[list[Any], Padded]:
     Returns:
         The arrays, and what is known of them.
     """
-    arrays = {i: _as_rows(x) for i, x in enumerate(given) if hasattr(x, "__array__") and np.size(x) > 1}
+    arrays = {i: _as_rows(x) for i, x in enumerate(given) if _is_given(x) and np.size(x) > 1}
     fields: dict[tuple[int, ...], np.ndarray] = {}
-    for rows in arrays.values():
-        if rows.dtype.kind in "iu" and rows.shape not in fields and (field := filled_up(rows)) is not None:
+    for i, rows in arrays.items():
+        if (
+            rows.dtype.kind in "iu"
+            and rows.shape not in fields
+            and np.ndim(given[i]) > 1
+            and (field := filled_up(rows)) is not None
+        ):
             fields[rows.shape] = field
     found = Padded(frozenset(fields))
     by_pair = any(np.shape(given[i])[-2:] == (shape[1],) * 2 for i in arrays for shape in fields)  # no row of these is a row
@@ -94,6 +100,11 @@ def evened(given: Sequence[Any]) -> tuple[list[Any], Padded]:
                 out[i] = np.reshape(rows.ravel() - before + after, np.shape(given[i])).astype(rows.dtype)
     moved = [f(alike) / f(lengths) - 1 for f in (lambda n: n.mean(axis=0), lambda n: (1 / np.maximum(n, 1)).mean(axis=0))]
     return out, found._replace(doubt=float(np.max(np.abs(moved))))
+
+
+def _is_given(x: Any) -> bool:
+    """Whether it is an array of numbers, not a description of one, and no random key."""
+    return isinstance(x, np.ndarray | jax.Array) and not jax.numpy.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
 def _as_rows(x: Any) -> np.ndarray:
@@ -130,21 +141,19 @@ def _sources(before: np.ndarray, after: np.ndarray, kinds: np.ndarray, size: int
 
 
 def classed_axes(graph: Graph, ids: Int[np.ndarray, "..."]) -> list[Axis]:
-    """Axes of an array of ids, classed where given ids are filled up and these are, too."""
-    plain = [Axis(n) for n in ids.shape]
-    if not ids.ndim or _as_rows(ids).shape not in padded(graph).shapes:
-        return plain
-    field = filled_up(_as_rows(ids))
+    """Axes of an array of ids, classed where given ids are filled up and these are, too; of others, by the same axes."""
+    seen: list[tuple[np.ndarray, list[Axis]]] = graph.once(("filled up",), list)
+    field = filled_up(_as_rows(ids)) if ids.ndim and _as_rows(ids).shape in padded(graph).shapes else None
     if field is None:
-        return plain
-    seen = graph.once(("filled up", ids.shape), list)
+        known = [{axis for _, axes in seen for axis in axes if axis.size == n and axis.labels is not None} for n in ids.shape]
+        return [axes.pop() if len(axes) == 1 else Axis(n) for axes, n in zip(known, ids.shape, strict=True)]
+    marks = field.reshape(ids.shape)
     for other, axes in seen:
-        if np.mean(other != field) * ids.shape[-1] <= _ALIKE:
+        if other.shape == marks.shape and np.mean(other != marks) * ids.shape[-1] <= _ALIKE:
             return axes
-    marks = field.reshape(ids.shape).astype(float)
-    axes = [grouped(np.moveaxis(marks, k, 0).reshape(n, -1), MOST_LENGTHS + 1) for k, n in enumerate(ids.shape)]
-    seen.append((field, axes))
-    return axes
+    views = [np.moveaxis(marks, k, 0).reshape(n, -1).astype(float) for k, n in enumerate(ids.shape)]
+    seen.append((marks, [grouped(view, MOST_LENGTHS + 1) for view in views]))
+    return seen[-1][1]
 
 
 def padded(graph: Graph) -> Padded:
@@ -153,26 +162,30 @@ def padded(graph: Graph) -> Padded:
 
 
 def repeat_rates(ids: Int[np.ndarray, "..."], axes: Sequence[Axis]) -> Float[np.ndarray, "..."]:
-    """P(ids_i = ids_j) by type of pair: counts of equal pairs, axis by axis.
+    """P(ids_i = ids_j) by type of pair, of ids that are not negative: counts of equal pairs, axis by axis.
 
     Pairs that agree on some axes and are of one value are Σ n_c n_c', with n_c of that value there in class c of the others.
     """
-    codes = np.unique(ids, return_inverse=True)[1].reshape(ids.shape)
-    cells = [axis.classes for axis in axes]
+    cells, labels = [axis.classes for axis in axes], [axis.label_array for axis in axes]
     out = np.zeros([axis.types for axis in axes])
+    span = int(ids.max()) + 1
     for agree in itertools.product((True, False), repeat=ids.ndim):
         fixed = [k for k in range(ids.ndim) if agree[k]]
         free = [k for k in range(ids.ndim) if not agree[k]]
-        place = _numbered(fixed, [np.arange(n) for n in ids.shape], ids.shape)
-        groups, group = np.unique(place * (codes.max() + 1) + codes, return_inverse=True)
-        counts = np.zeros((len(groups), math.prod(cells[k] for k in free)))
-        cell = np.zeros(len(groups), int)
-        np.add.at(counts, (group.ravel(), _numbered(free, [a.label_array for a in axes], cells).ravel()), 1.0)
-        cell[group.ravel()] = _numbered(fixed, [a.label_array for a in axes], cells).ravel()
-        pairs = np.stack([counts[cell == c].T @ counts[cell == c] for c in range(math.prod(cells[k] for k in fixed))])
+        inside = math.prod(cells[k] for k in free)
+        values = _numbered(fixed, [np.arange(n) for n in ids.shape], ids.shape) * span + ids
+        keys, counts = np.unique(values * inside + _numbered(free, labels, cells), return_counts=True)
+        value, cell = np.divmod(keys, inside)
+        group = np.cumsum(np.diff(value, prepend=-1) > 0) - 1
+        table, outside = np.zeros((group[-1] + 1, inside)), np.zeros(group[-1] + 1, int)
+        table[group, cell] = counts
+        outside[group] = _numbered(range(len(fixed)), [labels[k] for k in fixed], [cells[k] for k in fixed]).ravel()[
+            value // span
+        ]
+        rows = [table[outside == c] for c in range(math.prod(cells[k] for k in fixed))]
+        pairs = np.stack([n.T @ n for n in rows]).reshape([cells[k] for k in (*fixed, *free, *free)])
         # From (classes that agree, classes of i, classes of j) to classes, or pairs of them, of each axis in turn.
-        pairs = pairs.reshape([cells[k] for k in (*fixed, *free, *free)])
-        ahead, behind = ([*fixed, *free].index, [*free].index)
+        ahead, behind = [*fixed, *free].index, free.index
         order = [p for k in range(ids.ndim) for p in ([ahead(k)] if agree[k] else [ahead(k), ids.ndim + behind(k)])]
         block = tuple(slice(0, c) if same else slice(c, None) for c, same in zip(cells, agree, strict=True))
         out[block] = pairs.transpose(order).reshape([c if same else c * c for c, same in zip(cells, agree, strict=True)])
@@ -181,8 +194,7 @@ def repeat_rates(ids: Int[np.ndarray, "..."], axes: Sequence[Axis]) -> Float[np.
 
 def _numbered(dims: Sequence[int], numbers: Sequence[np.ndarray], sizes: Sequence[int]) -> np.ndarray:
     """For every place of an array, what it has along some dimensions as one number, row-major."""
-    grid = np.ix_(*numbers)
     out = np.zeros([len(x) for x in numbers], int)
     for k in dims:
-        out = out * sizes[k] + grid[k]
+        out = out * sizes[k] + numbers[k].reshape([-1 if d == k else 1 for d in range(len(numbers))])
     return out

@@ -49,13 +49,17 @@ class Gather(Node):
         """The known indices where they run over one axis and pick along one."""
         return self.known if len(self.params[0]) == len(self.params[1]) == 1 else None
 
+    @property
+    def indexed(self) -> list[Axis]:
+        """The axes of the indices; without their classes where those are the rows'."""
+        return [Axis(self.axes[k].size) if self.params[4] else self.axes[k] for k in self.params[1]]
+
     def rates(self) -> np.ndarray:
-        """P(same row) over the types of the index axes."""
-        _, places, rates, rows = self.params[:4]
-        axes = [self.axes[k] for k in places]
+        """P(same row) over the types of the indices."""
+        rates, rows = self.params[2:4]
         if rates is not None:
-            return np.array(rates).reshape([axis.types for axis in axes])
-        same = functools.reduce(np.logical_and.outer, [axis.agrees for axis in axes], np.array(True))
+            return np.array(rates).reshape([axis.types for axis in self.indexed])
+        same = functools.reduce(np.logical_and.outer, [axis.agrees for axis in self.indexed], np.array(True))
         return np.where(same, 1.0, 1.0 / rows)
 
     def compute(self) -> Table:
@@ -104,7 +108,10 @@ class Gather(Node):
         picked = np.array(classes)
         same = np.concatenate([picked, picked[own.first[own.classes :]]])
         other = axis.classes + picked[own.first] * axis.classes + picked[own.second]
-        rate = self.rates()
+        alike = own.first == own.second
+        share = own.pairs[own.classes :].sum() / max(own.pairs[own.classes :][alike[own.classes :]].sum(), 1.0)
+        rate = np.where(alike, np.minimum(self.rates()[1] * share, 1.0), 0.0)
+        rate[: own.classes] = 1.0
         shape = [1] * table.second.ndim
         shape[row] = -1
         rate = rate.reshape(shape)
@@ -352,7 +359,9 @@ def _index_axes(
         return [Axis(a.size) for dim in atoms for a in dim if a.axis is not None], None, atoms
     _, codes = np.unique(known.reshape(-1, known.shape[-1]), axis=0, return_inverse=True)
     codes = codes.reshape([n for n in shape if n > 1])
-    axes = classed_axes(graph, codes) if labels is None else [labelled(labels)]
+    if labels is not None:
+        return [labelled(labels)], repeat_rates(codes, [Axis(len(labels))]), atoms
+    axes = classed_axes(graph, codes)
     return axes, repeat_rates(codes, axes), atoms
 
 
