@@ -49,7 +49,10 @@ def filled_up(ids: Int[np.ndarray, "rows positions"]) -> Bool[np.ndarray, "rows 
         runs = np.logical_and.accumulate((turned == turned[:, -1:])[:, ::-1], axis=1)[:, ::-1]
         values, last = np.unique(turned[:, -1], return_inverse=True)
         most = int(np.argmax(np.bincount(last.ravel(), weights=runs.sum(axis=1))))
+        repeated = runs.sum(axis=1)
         runs &= (last.ravel() == most)[:, None]
+        if 2 * runs.sum() < repeated[repeated > 1].sum():  # each row by its own: positions that stand still
+            continue
         others = turned[~runs]
         if runs.sum(axis=1).max() < 2 or len(np.unique(others)) < 2:  # a mask is no array of ids
             continue
@@ -142,7 +145,7 @@ def _sources(before: np.ndarray, after: np.ndarray, kinds: np.ndarray, size: int
 
 def classed_axes(graph: Graph, ids: Int[np.ndarray, "..."]) -> list[Axis]:
     """Axes of an array of ids, classed where given ids are filled up and these are, too; of others, by the same axes."""
-    seen: list[tuple[np.ndarray, list[Axis]]] = graph.once(("filled up",), list)
+    seen: list[tuple[np.ndarray, tuple[Axis, ...]]] = graph.once(("filled up",), list)
     field = filled_up(_as_rows(ids)) if ids.ndim and _as_rows(ids).shape in padded(graph).shapes else None
     if field is None:
         known = [{axis for _, axes in seen for axis in axes if axis.size == n and axis.labels is not None} for n in ids.shape]
@@ -150,10 +153,42 @@ def classed_axes(graph: Graph, ids: Int[np.ndarray, "..."]) -> list[Axis]:
     marks = field.reshape(ids.shape)
     for other, axes in seen:
         if other.shape == marks.shape and np.mean(other != marks) * ids.shape[-1] <= _ALIKE:
-            return axes
+            return list(axes)
     views = [np.moveaxis(marks, k, 0).reshape(n, -1).astype(float) for k, n in enumerate(ids.shape)]
-    seen.append((marks, [grouped(view, MOST_LENGTHS + 1) for view in views]))
-    return seen[-1][1]
+    axes = [grouped(view, MOST_LENGTHS + 1) for view in views]
+    seen.append((marks, tuple(axes)))
+    return axes
+
+
+def unresolved(ids: Int[np.ndarray, "..."], axes: Sequence[Axis], rates: Float[np.ndarray, "..."]) -> float:
+    """Relative error of E[(mean of a row's rows of a table that are no paddings)²], by rates of its classes: 0 where exact.
+
+    Of n ids of which n_v are of one value it is Σ n_v²/n²; by classes, of which a share m of N positions is no padding,
+    1/n + Σ_pq (m_p N_p m_q N_q − δ m_p N_p) r_pq/n², for rows of each class.
+    """
+    rows = _as_rows(ids)
+    field = filled_up(rows) if len(axes) <= 2 and any(axis.labels for axis in axes) else None
+    if field is None:
+        return 0.0
+    before, along = axes[0] if len(axes) == 2 else None, axes[-1]
+    known = np.maximum((~field).sum(axis=1), 1)
+    true, by_class = np.zeros(len(rows)), np.zeros(len(rows))
+    members = np.eye(along.classes)[along.label_array]
+    within = rates[:, along.classes :] if before else rates[None, along.classes :]
+    for b, (row, pads) in enumerate(zip(rows, field, strict=True)):
+        true[b] = np.sum(np.unique(row[~pads], return_counts=True)[1].astype(float) ** 2) / known[b] ** 2
+    labels = before.label_array if before else np.zeros(len(rows), int)
+    for c in range(labels.max() + 1):
+        alike = labels == c
+        number = (~field[alike]).mean(axis=0) @ members
+        pairs = (np.outer(number, number) - np.diag(number)).ravel()
+        by_class[alike] = 1 / known[alike] + pairs @ within[c] / known[alike] ** 2
+    return abs(float(by_class.mean() / max(true.mean(), 1e-300)) - 1)
+
+
+def is_mask(graph: Graph, numbers: Float[np.ndarray, "..."]) -> bool:
+    """Whether a given array is of two numbers, one of them perhaps for the paddings of another: it is known as it is."""
+    return bool(numbers.ndim) and _as_rows(numbers).shape in padded(graph).shapes and len(np.unique(numbers)) == 2
 
 
 def padded(graph: Graph) -> Padded:

@@ -21,7 +21,7 @@ from varscale.theory.interpreter import Complex, Interpreter, Opaque
 from varscale.theory.layout import Value, full
 from varscale.theory.moments import Moments, Table, estimate, independent, is_correlated
 from varscale.theory.nearby import measured
-from varscale.theory.paddings import evened
+from varscale.theory.paddings import evened, is_mask
 from varscale.theory.rows import Place, Rows, joined
 from varscale.theory.traces import Draws, Trace, drawing, execution_order, first_pass, traced
 
@@ -206,6 +206,8 @@ def input_value(interpreter: Interpreter, x: Any, name: str) -> Any:
         raise ValueError(f"{name} contains NaN or infinities")
     if np.all(numbers == numbers.flat[0]):
         return full(graph, float(numbers.flat[0]), shape)
+    if is_mask(graph, numbers):
+        return interpreter.known(numbers)
     numbers = numbers.reshape([a.size for a in axes])
     made = input_leaf(interpreter, name, shape, estimate(numbers, axes), odd=False)
     measured(made.node, numbers)

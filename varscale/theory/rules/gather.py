@@ -17,8 +17,10 @@ from varscale.theory.graph import Array, Graph, Leaf, Node, View
 from varscale.theory.interpreter import Interpreter, rule
 from varscale.theory.layout import Atom, Value
 from varscale.theory.moments import Table
-from varscale.theory.paddings import classed_axes, padded, repeat_rates
+from varscale.theory.paddings import classed_axes, padded, repeat_rates, unresolved
 from varscale.theory.rules.structure import take
+
+_RESOLVED = 1e-3  # of a mean over rows that are looked up, what classes may miss
 
 
 class Gather(Node):
@@ -68,8 +70,9 @@ class Gather(Node):
         table = view.node.table
         if classes:
             return self._by_class(table)
-        if any(self.axes[k].labels for k in places):
-            self.graph.flag("quadrature", padded(self.graph).doubt)
+        if self.known is not None and any(axis.labels for axis in self.indexed):
+            doubt = unresolved(self.known.reshape([axis.size for axis in self.indexed]), self.indexed, self.rates())
+            self.graph.flag("assumed" if doubt > _RESOLVED else "quadrature", doubt + padded(self.graph).doubt)
         mean = table.mean
         for k in sorted(row_axes, reverse=True):
             mean = contract_axis(mean, k, table.axes[k].counts / table.axes[k].size)
