@@ -68,11 +68,11 @@ def _keys(real):
 
 
 def _causal(real):
-    return _keys(real) & jnp.tril(jnp.ones((ROWS, ROWS), bool))
+    return _keys(real) & jnp.tril(jnp.ones((ROWS, ROWS), bool))[None, None]
 
 
 def _mean(x, real):
-    return jnp.where(real[..., None], x, 0.0).sum(1) / real.sum(1, keepdims=True)
+    return jnp.where(real[..., None], x, 0.0).sum(1) / real.sum(1, keepdims=True).astype(x.dtype)
 
 
 def encoder(p, ids):
@@ -80,13 +80,13 @@ def encoder(p, ids):
 
 
 def placed(p, ids):
-    return stream(p, p["table"][ids] + p["places"], _keys(ids != 0), post=True)[1]
+    return stream(p, p["table"][ids] + p["places"][None], _keys(ids != 0), post=True)[1]
 
 
 def near(p, ids):
     """A bias for each distance, up to some."""
-    apart = jnp.clip(jnp.arange(ROWS)[:, None] - jnp.arange(ROWS), -4, 4) + 4
-    return stream(p, p["table"][ids], _keys(ids != 0), p["near"][apart].transpose(2, 0, 1))[1]
+    apart = jnp.clip(jnp.arange(ROWS)[:, None] - jnp.arange(ROWS)[None], -4, 4) + 4
+    return stream(p, p["table"][ids], _keys(ids != 0), p["near"][apart].transpose(2, 0, 1)[None])[1]
 
 
 def causal(p, ids):
@@ -94,7 +94,7 @@ def causal(p, ids):
 
 
 def masked_mean(p, ids):
-    x, _ = stream(p, p["table"][ids] + p["places"], _keys(ids != 0), post=True)
+    x, _ = stream(p, p["table"][ids] + p["places"][None], _keys(ids != 0), post=True)
     return [_mean(p["table"][ids], ids != 0), _mean(x, ids != 0)]
 
 
@@ -109,7 +109,7 @@ def counted(p, ids, mask):
 
 
 def of_lengths(p, ids, lengths):
-    real = jnp.arange(ROWS) < lengths[:, None]
+    real = jnp.arange(ROWS)[None] < lengths[:, None]
     return [*stream(p, p["table"][ids], _keys(real))[1], _mean(p["table"][ids], real)]
 
 
@@ -168,8 +168,10 @@ def _output(program, k, p, *given):
 
 
 def test_gradients_of_ids_with_paddings_are_finite():
-    report = vs.predict(encoder, vs.inputs(sentences(MANY)), params=weights)
-    assert np.isfinite([row.gradient_second_moment for row in report]).all()
+    report = vs.predict(encoder, vs.inputs(sentences(MANY)), params=weights, detail="equations")
+    gradients = np.array([row.gradient for row in report.rows if row.gradient is not None])
+    assert len(gradients) > 20
+    assert np.isfinite(gradients).all()
 
 
 @pytest.mark.parametrize(
@@ -201,7 +203,6 @@ def test_rows_of_like_lengths_are_made_alike(in_front):
     assert np.array_equal(other, np.ones((3, 5)))
     ends = slice(-1, None) if in_front else slice(0, 1)
     assert np.array_equal(rows[:, ends], ids[:, ends])  # what begins or ends a row is kept
-    assert all(len(np.unique(row[row != 0])) == np.sum(row != 0) for row in rows if len(np.unique(row)) > 4) or True
 
 
 def test_few_lengths_and_full_rows_are_left_as_they_are():

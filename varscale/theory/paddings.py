@@ -44,6 +44,8 @@ def filled_up(ids: Int[np.ndarray, "rows positions"]) -> Bool[np.ndarray, "rows 
     Where a share q of the other ids is of that value, rows end by chance in runs of it of mean length q/(1 − q) and variance
     q/(1 − q)².
     """
+    if len(np.unique(ids)) < 3:  # a mask is no array of ids
+        return None
     for step in (1, -1):
         turned = ids[:, ::step]
         runs = np.logical_and.accumulate((turned == turned[:, -1:])[:, ::-1], axis=1)[:, ::-1]
@@ -54,7 +56,7 @@ def filled_up(ids: Int[np.ndarray, "rows positions"]) -> Bool[np.ndarray, "rows 
         if 2 * runs.sum() < repeated[repeated > 1].sum():  # each row by its own: positions that stand still
             continue
         others = turned[~runs]
-        if runs.sum(axis=1).max() < 2 or len(np.unique(others)) < 2:  # a mask is no array of ids
+        if runs.sum(axis=1).max() < 2 or len(np.unique(others)) < 2:
             continue
         q = max(float(np.mean(others == values[most])), 1 / len(np.unique(ids)))
         mean, variance = q / (1 - q), q / (1 - q) ** 2
