@@ -12,6 +12,7 @@ from varscale.theory.elementwise import Apply, Sum, apply, roots, total
 from varscale.theory.graph import Array, Constant, Node, View, array
 from varscale.theory.interpreter import Interpreter
 from varscale.theory.layout import Value
+from varscale.theory.paddings import padded
 from varscale.theory.rules.reductions import Extreme, Mean
 from varscale.theory.rules.units import Softmax
 
@@ -38,12 +39,24 @@ def softmax_of(interpreter: Interpreter, top: Value, bottom: Value) -> Value | N
     frame = [Axis(a.size) if len(axes) > 1 and k in axes else a for k, a in enumerate(num.axes)]
     args = [random]
     if allowed is not None:
-        frame = _row_classes(frame, allowed, axes)
+        frame = _row_classes(frame, random, allowed, axes)
         args += _rows_filled(allowed, axes)
         if isinstance(args[1].node, Constant):  # rows see every key or none
             args = [View(apply(interpreter.graph, "mul", (), tuple(frame), [random, args[2]]), random.bind)]
     node = interpreter.graph.make(Softmax, frame, args, tuple(axes))
+    if allowed is not None and _takes_paddings_for_tokens(frame, allowed, axes):
+        node.flagged, node.doubt = "assumed", 1.0
     return Value(node, top.dims)
+
+
+def _takes_paddings_for_tokens(frame: Sequence[Axis], allowed: View, axes: Sequence[int]) -> bool:
+    """Whether keys that may be paddings are not told apart, of which a mask by sample hides some.
+
+    Weights of a row are then spread over paddings, all alike, where it sees words: of outputs that can be as much again.
+    """
+    sizes = {size for _, size in padded(allowed.node.graph).shapes}
+    unclassed = any(k in allowed.bind and frame[k].size in sizes and frame[k].labels is None for k in axes)
+    return unclassed and len(allowed.bind) > len(axes)
 
 
 def _rows_filled(allowed: View, axes: Sequence[int]) -> list[View]:
@@ -61,24 +74,36 @@ def _rows_filled(allowed: View, axes: Sequence[int]) -> list[View]:
     return [View(x, bound if x.axes else ()) for x, bound in ((filled, bind), (rows, left))]
 
 
-def _row_classes(frame: list[Axis], allowed: View, axes: Sequence[int]) -> list[Axis]:
+def _row_classes(frame: list[Axis], random: View, allowed: View, axes: Sequence[int]) -> list[Axis]:
     """Rows that see different numbers of keys belong to different classes, evenly in the logarithm of that number.
 
-    Where other axes have classes, too, there are as many as leave room for those of keys that rows will be keys of.
+    Where other axes have classes, too, there are as many as leave room for the product of queries and keys of the next layer.
     """
     mask, bind = allowed
     keys = tuple(k for k, b in enumerate(bind) if b in axes)
     left = [b for b in bind if b not in axes]
+    features = _features(random)
     for most in range(_ROW_CLASSES, 0, -1):
         classed = mask.graph.once(("row classes", mask.id, keys, most), lambda most=most: _classes_by_keys(mask, keys, most))
         found = list(frame)
         for b, axis in zip(left, classed, strict=True):
             found[b] = join(axis, frame[b])
         rows = {axis.size: axis for k, axis in enumerate(found) if k not in axes}
-        later = (*(rows.get(axis.size, axis) if k in axes else axis for k, axis in enumerate(found)), Axis(2))
+        later = (*(rows.get(axis.size, axis) if k in axes else axis for k, axis in enumerate(found)), *features)
         if affordable(later) == later:
             return found
     return frame
+
+
+def _features(view: View) -> tuple[Axis, ...]:
+    """The axes that a product of queries and keys sums over."""
+    from varscale.theory.rules.linear import Contract
+
+    node = view.node
+    if isinstance(node, Contract):
+        return node.params
+    inside = [_features(child) for child in node.args] if isinstance(node, Apply | Sum) else []
+    return max(inside, key=lambda found: math.prod(axis.types for axis in found), default=())
 
 
 def _classes_by_keys(mask: Node, keys: tuple[int, ...], most: int) -> list[Axis]:
