@@ -188,8 +188,11 @@ def test_gradients_of_ids_with_paddings_are_finite():
 )
 def test_what_is_filled_up(ids, filled):
     found = filled_up(ids)
-    assert (found is None) == (filled is None)
-    assert filled is None or np.array_equal(found, filled)
+    if filled is None:
+        assert found is None
+    else:
+        assert found is not None
+        assert np.array_equal(found, filled)
 
 
 @pytest.mark.parametrize("in_front", [False, True])
@@ -203,6 +206,16 @@ def test_rows_of_like_lengths_are_made_alike(in_front):
     assert np.array_equal(other, np.ones((3, 5)))
     ends = slice(-1, None) if in_front else slice(0, 1)
     assert np.array_equal(rows[:, ends], ids[:, ends])  # what begins or ends a row is kept
+
+
+def test_each_array_goes_by_its_own_lengths():
+    ids, others = sentences(MANY), sentences((7, 24, 20, 9, 18, 12, 6, 24))
+    (rows, mask, more, hidden), _ = evened([ids, (ids != 0).astype(np.int32), others, others != 0])
+    assert np.array_equal(rows != 0, mask)
+    assert np.array_equal(more != 0, hidden)
+    assert len({(np.sum(a != 0), np.sum(b != 0)) for a, b in zip(rows, more, strict=True)}) == MOST_LENGTHS
+    for filled in (rows, more):
+        assert all(np.all(np.diff((row != 0).astype(int)) <= 0) for row in filled)
 
 
 def test_few_lengths_and_full_rows_are_left_as_they_are():

@@ -75,36 +75,50 @@ def evened(given: Sequence[Any]) -> tuple[list[Any], Padded]:
         The arrays, and what is known of them.
     """
     arrays = {i: _as_rows(x) for i, x in enumerate(given) if _is_given(x) and np.size(x) > 1}
-    fields: dict[tuple[int, ...], np.ndarray] = {}
+    fields: list[np.ndarray] = []
     for i, rows in arrays.items():
-        if (
-            rows.dtype.kind in "iu"
-            and rows.shape not in fields
-            and np.ndim(given[i]) > 1
-            and (field := filled_up(rows)) is not None
-        ):
-            fields[rows.shape] = field
-    found = Padded(frozenset(fields))
-    by_pair = any(np.shape(given[i])[-2:] == (shape[1],) * 2 for i in arrays for shape in fields)  # no row of these is a row
-    if by_pair or len({count for count, _ in fields}) != 1:
+        field = filled_up(rows) if rows.dtype.kind in "iu" and np.ndim(given[i]) > 1 else None
+        if field is not None and not any(_near(field, other) for other in fields):
+            fields.append(field)
+    found = Padded(frozenset(field.shape for field in fields))
+    sides = {field.shape[1] for field in fields}
+    by_pair = any(np.ndim(x) > 2 and np.shape(x)[-2:] in {(n, n) for n in sides} for x in given)  # whose rows are no rows
+    if by_pair or len({len(field) for field in fields}) != 1:
         return list(given), found
-    lengths = np.stack([(~field).sum(axis=1) for field in fields.values()], axis=1)
+    lengths = np.stack([(~field).sum(axis=1) for field in fields], axis=1)
     kinds = _kinds(lengths)
     if kinds is None:
         return list(given), found
     alike = np.stack([_harmonic(lengths[kinds == k]) for k in range(kinds.max() + 1)])[kinds]
     out = list(given)
-    for (shape, field), before, after in zip(fields.items(), lengths.T, alike.T, strict=True):
-        source, place = _sources(before, after, kinds, shape[1])
+    goes_by = {i: _most_like(rows, fields) for i, rows in arrays.items()}
+    for k, (field, before, after) in enumerate(zip(fields, lengths.T, alike.T, strict=True)):
+        source, place = _sources(before, after, kinds, field.shape[1])
         if field[:, 0].any():  # filled up in front: as the mirror image is behind
-            source, place = source[:, ::-1], shape[1] - 1 - place[:, ::-1]
+            source, place = source[:, ::-1], field.shape[1] - 1 - place[:, ::-1]
         for i, rows in arrays.items():
-            if rows.shape == shape:
+            if goes_by[i] == k:
                 out[i] = rows[source, place].reshape(np.shape(given[i]))
-            elif rows.size == shape[0] and rows.dtype.kind in "iu" and len(np.unique(rows.ravel() - before)) == 1:
+            elif rows.size == len(field) and rows.dtype.kind in "iu" and len(np.unique(rows.ravel() - before)) == 1:
                 out[i] = np.reshape(rows.ravel() - before + after, np.shape(given[i])).astype(rows.dtype)
     moved = [f(alike) / f(lengths) - 1 for f in (lambda n: n.mean(axis=0), lambda n: (1 / np.maximum(n, 1)).mean(axis=0))]
     return out, found._replace(doubt=float(np.max(np.abs(moved))))
+
+
+def _near(field: np.ndarray, other: np.ndarray) -> bool:
+    """Whether two arrays are filled up alike."""
+    return field.shape == other.shape and bool(np.mean(field != other) * field.shape[-1] <= _ALIKE)
+
+
+def _most_like(rows: np.ndarray, fields: Sequence[np.ndarray]) -> int | None:
+    """Which paddings an array of these rows and positions goes by: those that it is correlated with the most."""
+    if rows.shape not in {field.shape for field in fields}:
+        return None
+    own = filled_up(rows) if rows.dtype.kind in "iu" else None
+    marks = np.asarray(rows if own is None else own, float)
+    marks = marks - marks.mean()
+    alike = {k: abs(float(np.sum(marks * (f - f.mean())))) / f.std() for k, f in enumerate(fields) if f.shape == rows.shape}
+    return max(alike, key=alike.__getitem__)
 
 
 def _is_given(x: Any) -> bool:
@@ -154,7 +168,7 @@ def classed_axes(graph: Graph, ids: Int[np.ndarray, "..."]) -> list[Axis]:
         return [axes.pop() if len(axes) == 1 else Axis(n) for axes, n in zip(known, ids.shape, strict=True)]
     marks = field.reshape(ids.shape)
     for other, axes in seen:
-        if other.shape == marks.shape and np.mean(other != marks) * ids.shape[-1] <= _ALIKE:
+        if _near(other, marks):
             return list(axes)
     views = [np.moveaxis(marks, k, 0).reshape(n, -1).astype(float) for k, n in enumerate(ids.shape)]
     axes = [grouped(view, MOST_LENGTHS + 1) for view in views]

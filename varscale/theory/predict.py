@@ -37,8 +37,9 @@ def predict(
     Args:
         model: a linen module, an nnx factory `lambda rngs: Net(..., rngs=rngs)`, an nnx instance, or a function
             f(params, *args).
-        x: one input, or `vs.inputs(*args, **kwargs)`. Arrays: their moments are estimated (of ids, how often they repeat),
-            those of several arrays of one shape together, and an array that is given twice is one input;
+        x: one input, or `vs.inputs(*args, **kwargs)`. Arrays: their moments are estimated (of ids, how often they repeat, and
+            which are paddings: rows that one value fills up are taken as being of three lengths at most), those of several
+            arrays of one shape together, and an array that is given twice is one input;
             `jax.ShapeDtypeStruct`: independent standard normals (ids: uniform, none a padding; lengths: the whole; masks: all
             true); `vs.Moments`: as given.
         params: None: the laws that the model's own init draws from. A tree of arrays: their moments are measured. A tree of
