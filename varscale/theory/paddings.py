@@ -176,14 +176,14 @@ def classed_axes(graph: Graph, ids: Int[np.ndarray, "..."]) -> list[Axis]:
     return axes
 
 
-def unresolved(ids: Int[np.ndarray, "..."], axes: Sequence[Axis], rates: Float[np.ndarray, "..."]) -> float:
+def unresolved(graph: Graph, ids: Int[np.ndarray, "..."], axes: Sequence[Axis], rates: Float[np.ndarray, "..."]) -> float:
     """Relative error of E[(mean of a row's rows of a table that are no paddings)²], by rates of its classes: 0 where exact.
 
     Of n ids of which n_v are of one value it is Σ n_v²/n²; by classes, of which a share m of N positions is no padding,
     1/n + Σ_pq (m_p N_p m_q N_q − δ m_p N_p) r_pq/n², for rows of each class.
     """
     rows = _as_rows(ids)
-    field = filled_up(rows) if len(axes) <= 2 and any(axis.labels for axis in axes) else None
+    field = filled_up(rows) if len(axes) <= 2 and rows.shape in padded(graph).shapes else None
     if field is None:
         return 0.0
     before, along = axes[0] if len(axes) == 2 else None, axes[-1]

@@ -71,7 +71,8 @@ class Gather(Node):
         if classes:
             return self._by_class(table)
         if self.known is not None and any(axis.labels for axis in self.indexed):
-            doubt = unresolved(self.known.reshape([axis.size for axis in self.indexed]), self.indexed, self.rates())
+            ids = self.known.reshape([axis.size for axis in self.indexed])
+            doubt = unresolved(self.graph, ids, self.indexed, self.rates())
             self.graph.flag("assumed" if doubt > _RESOLVED else "quadrature", doubt + padded(self.graph).doubt)
         mean = table.mean
         for k in sorted(row_axes, reverse=True):
