@@ -16,8 +16,8 @@ from varscale.theory.axes import Axis, labelled, split_axis
 from varscale.theory.draws import gaussian
 from varscale.theory.functions import FUNCTIONS as FUNCTION_TABLE
 from varscale.theory.moments import estimate, independent
+from varscale.theory.paddings import repeat_rates
 from varscale.theory.rules.convolution import Window, hits, output_axis, tap_pairs
-from varscale.theory.rules.gather import repeat_rates
 from varscale.theory.softmax_weights import weight_moments
 
 
@@ -88,7 +88,7 @@ def test_tap_pairs_count_what_enumeration_counts(size, taps, stride, low, dilati
 
 def test_repeat_rates_enumerate():
     ids = np.array([[0, 1, 1], [0, 0, 2]])
-    rates = repeat_rates(ids)
+    rates = repeat_rates(ids, [Axis(2), Axis(3)])
     assert rates[0, 0] == 1
     assert rates[0, 1] == pytest.approx(4 / 12)
     assert rates[1, 0] == pytest.approx(2 / 6)

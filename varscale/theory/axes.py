@@ -23,7 +23,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 MOST_CLASSES = 6  # an axis keeps no more: classes closest in what they see are merged
-MOST_TYPES = 1 << 16  # types of index pairs over all axes of an array, above which classes are given up
+MOST_TYPES = 1 << 18  # types of index pairs over all axes of an array, above which classes are given up
 
 
 @dataclasses.dataclass(frozen=True)

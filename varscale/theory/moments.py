@@ -256,15 +256,21 @@ def estimated_products(
                 product = product.reshape(*shape[: 1 + k], -1, *shape[3 + k :])
         block = tuple(slice(0, a.classes) if g else slice(a.classes, None) for a, g in zip(axes, agree, strict=True))
         second[:, *block] = product
+    return per_pair(second, axes)
+
+
+def per_pair(sums: np.ndarray, axes: Sequence[Axis]) -> np.ndarray:
+    """Means by type (of the last axes) from sums over pairs of positions, those that differ counted with those that agree."""
+    before = sums.ndim - len(axes)
     for k, axis in enumerate(axes):
-        s = np.moveaxis(second, 1 + k, 0)
+        s = np.moveaxis(sums, before + k, 0)
         c = axis.classes
         s[c + np.arange(c) * (c + 1)] -= s[:c]
-        pairs = axis.pairs.reshape(-1, *[1] * len(axes))
+        pairs = axis.pairs.reshape(-1, *[1] * (sums.ndim - 1))
         s /= np.where(pairs > 0, pairs, 1.0)
         alone = np.flatnonzero(axis.pairs == 0)  # a class of one position has no pair that differs
         s[alone] = s[(alone - c) // (c + 1)]
-    return second
+    return sums
 
 
 def is_correlated(second: np.ndarray, x: Table, y: Table) -> bool:

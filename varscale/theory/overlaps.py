@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -20,8 +20,11 @@ from varscale.theory.axes import Axis, averaging, contract_axis
 from varscale.theory.derivatives import derivative
 from varscale.theory.elementwise import Apply, Sum, roots
 from varscale.theory.graph import Node, View
-from varscale.theory.moments import full_types
+from varscale.theory.moments import full_types, means_by_type
 from varscale.theory.rearranged import Rearranged
+
+if TYPE_CHECKING:
+    from varscale.theory.rules.gather import Gather
 
 
 class Mixture(NamedTuple):
@@ -218,12 +221,25 @@ def _made_along(x: Tokens, k: int) -> bool:
     return before is None or (along is not None and along.node is before.node)
 
 
-def _repeated(x: Tokens, node: Node) -> Mixture:
-    """Rows of a table: two tokens are the same row with the chance that is missing from what each has of its own."""
-    view = node.args[0]
-    rows = own_part(Tokens(view.node, node.params[0], ()))
-    again = float(np.clip(1 - own_part(x) / max(rows, 1e-300), 0, 1))
-    return Mixture((), again * (1 - again) + (1 - again) / x.count)
+def _repeated(x: Tokens, node: Gather) -> Mixture:
+    """Rows of a table: two tokens are the same row at the rate at which indices of their classes repeat.
+
+    Tokens count by what each has of its own that others of its class have not: paddings have nothing.
+    """
+    along = [k in x.tokens for k in node.params[1]]
+    if not any(along):
+        return white(x)
+    axes, rates = node.indexed, node.rates()
+    met = [axis.different if mine else axis.same for axis, mine in zip(axes, along, strict=True)]
+    alike = [  # two of one class
+        a.classes + np.arange(a.classes) * (a.classes + 1) if mine else np.arange(a.classes)
+        for a, mine in zip(axes, along, strict=True)
+    ]
+    own = 1 - rates[np.ix_(*alike)]
+    weights = functools.reduce(np.multiply.outer, met) * means_by_type(own, axes)
+    rates = np.clip(rates, 0, 1)
+    whole = float((weights * (rates * (1 - rates) + (1 - rates) / x.count)).sum())
+    return Mixture((), whole / max(float(weights.sum()), 1e-300))
 
 
 def white(x: Tokens) -> Mixture:

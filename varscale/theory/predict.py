@@ -21,6 +21,7 @@ from varscale.theory.interpreter import Complex, Interpreter, Opaque
 from varscale.theory.layout import Value, full
 from varscale.theory.moments import Moments, Table, estimate, independent, is_correlated
 from varscale.theory.nearby import measured
+from varscale.theory.paddings import evened, is_mask
 from varscale.theory.rows import Place, Rows, joined
 from varscale.theory.traces import Draws, Trace, drawing, execution_order, first_pass, traced
 
@@ -36,8 +37,9 @@ def predict(
     Args:
         model: a linen module, an nnx factory `lambda rngs: Net(..., rngs=rngs)`, an nnx instance, or a function
             f(params, *args).
-        x: one input, or `vs.inputs(*args, **kwargs)`. Arrays: their moments are estimated (of ids, how often they repeat),
-            those of several arrays of one shape together, and an array that is given twice is one input;
+        x: one input, or `vs.inputs(*args, **kwargs)`. Arrays: their moments are estimated (of ids, how often they repeat, and
+            which are paddings: rows that one value fills up are taken as being of three lengths at most), those of several
+            arrays of one shape together, and an array that is given twice is one input;
             `jax.ShapeDtypeStruct`: independent standard normals (ids: uniform, none a padding; lengths: the whole; masks: all
             true); `vs.Moments`: as given.
         params: None: the laws that the model's own init draws from. A tree of arrays: their moments are measured. A tree of
@@ -106,9 +108,9 @@ class _Split:
     def __init__(self, given: Inputs):
         leaf = lambda x: isinstance(x, Moments)  # noqa: E731
         flat, self.tree = jax.tree_util.tree_flatten((given.args, dict(given.kwargs)), is_leaf=leaf)
-        self.leaves = flat
-        self.places = [i for i, x in enumerate(flat) if isinstance(x, Moments) or programs.is_dynamic(x)]
-        self.structs = [_struct(flat[i]) for i in self.places]
+        self.leaves, self.padded = evened(flat)
+        self.places = [i for i, x in enumerate(self.leaves) if isinstance(x, Moments) or programs.is_dynamic(x)]
+        self.structs = [_struct(self.leaves[i]) for i in self.places]
 
     def join(self, dynamic: list[Any]) -> Inputs:
         flat = list(self.leaves)
@@ -118,6 +120,7 @@ class _Split:
         return Inputs(args, kwargs)
 
     def values(self, interpreter: Interpreter) -> list[Any]:
+        interpreter.graph.memo["padded"] = self.padded
         made = [input_value(interpreter, self.leaves[i], self._name(i)) for i in self.places]
         related(interpreter.graph, [(self.leaves[i], x) for i, x in zip(self.places, made, strict=True)])
         return made
@@ -204,6 +207,8 @@ def input_value(interpreter: Interpreter, x: Any, name: str) -> Any:
         raise ValueError(f"{name} contains NaN or infinities")
     if np.all(numbers == numbers.flat[0]):
         return full(graph, float(numbers.flat[0]), shape)
+    if is_mask(graph, numbers):
+        return interpreter.known(numbers)
     numbers = numbers.reshape([a.size for a in axes])
     made = input_leaf(interpreter, name, shape, estimate(numbers, axes), odd=False)
     measured(made.node, numbers)

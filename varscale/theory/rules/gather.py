@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -18,26 +17,10 @@ from varscale.theory.graph import Array, Graph, Leaf, Node, View
 from varscale.theory.interpreter import Interpreter, rule
 from varscale.theory.layout import Atom, Value
 from varscale.theory.moments import Table
+from varscale.theory.paddings import classed_axes, padded, repeat_rates, unresolved
 from varscale.theory.rules.structure import take
 
-
-def repeat_rates(ids: np.ndarray) -> np.ndarray:
-    """P(ids_i = ids_j) by which axes agree, shape (2,) * ndim, 0 for "same": counts of equal pairs, axis by axis."""
-    k = ids.ndim
-    out = np.zeros((2,) * k)
-    for agree in itertools.product((True, False), repeat=k):
-        fixed = [d for d in range(k) if agree[d]]
-        free = [d for d in range(k) if not agree[d]]
-        groups = np.sort(ids.transpose(fixed + free).reshape(math.prod(ids.shape[d] for d in fixed), -1), axis=1)
-        new = np.concatenate([np.ones((len(groups), 1), bool), groups[:, 1:] != groups[:, :-1]], axis=1)
-        runs = np.diff(np.append(np.flatnonzero(new.ravel()), groups.size))
-        out[tuple(int(not a) for a in agree)] = float(np.sum(runs.astype(float) ** 2))
-    for d, n in enumerate(ids.shape):
-        o = np.moveaxis(out, d, 0)
-        o[1] -= o[0]
-        o[0] /= n
-        o[1] /= max(n * (n - 1), 1)
-    return out
+_RESOLVED = 1e-3  # of a mean over rows that are looked up, what classes may miss
 
 
 class Gather(Node):
@@ -68,21 +51,29 @@ class Gather(Node):
         """The known indices where they run over one axis and pick along one."""
         return self.known if len(self.params[0]) == len(self.params[1]) == 1 else None
 
+    @property
+    def indexed(self) -> list[Axis]:
+        """The axes of the indices; without their classes where those are the rows'."""
+        return [Axis(self.axes[k].size) if self.params[4] else self.axes[k] for k in self.params[1]]
+
     def rates(self) -> np.ndarray:
-        """P(same row) over the types of the index axes."""
-        _, index_axes, rates, rows = self.params[:4]
-        if rates is None:
-            out = np.full((2,) * len(index_axes), 1.0 / rows)
-            out[(0,) * len(index_axes)] = 1.0
-            return out
-        return np.array(rates).reshape((2,) * len(index_axes))
+        """P(same row) over the types of the indices."""
+        rates, rows = self.params[2:4]
+        if rates is not None:
+            return np.array(rates).reshape([axis.types for axis in self.indexed])
+        same = functools.reduce(np.logical_and.outer, [axis.agrees for axis in self.indexed], np.array(True))
+        return np.where(same, 1.0, 1.0 / rows)
 
     def compute(self) -> Table:
-        row_axes, index_axes, _, _, classes, _ = self.params
+        row_axes, places, _, _, classes, _ = self.params
         view = self.args[0]
         table = view.node.table
         if classes:
             return self._by_class(table)
+        if self.known is not None and any(axis.labels for axis in self.indexed):
+            ids = self.known.reshape([axis.size for axis in self.indexed])
+            doubt = unresolved(self.graph, ids, self.indexed, self.rates())
+            self.graph.flag("assumed" if doubt > _RESOLVED else "quadrature", doubt + padded(self.graph).doubt)
         mean = table.mean
         for k in sorted(row_axes, reverse=True):
             mean = contract_axis(mean, k, table.axes[k].counts / table.axes[k].size)
@@ -93,7 +84,7 @@ class Gather(Node):
         for k in kept:
             shape[k] = self.axes[k].types
         same, other = same.transpose(order).reshape(shape), other.transpose(order).reshape(shape)
-        rate_shape = [2 if k in index_axes else 1 for k in range(len(self.axes))]
+        rate_shape = [axis.types if k in places else 1 for k, axis in enumerate(self.axes)]
         rate = self.rates().reshape(rate_shape)
         second = rate * same + (1 - rate) * other
         mean_shape = [1] * len(self.axes)
@@ -197,7 +188,7 @@ class Gather(Node):
         else:
             axes = [self.axes[k] for k in index_axes]
             pairs = functools.reduce(np.multiply.outer, [a.pairs for a in axes], np.array(1.0))
-            rate = self.rates()[np.ix_(*[(~a.agrees).astype(int) for a in axes])]
+            rate = self.rates()
             same, other = (
                 np.tensordot(w, cotangent, axes=(range(len(axes)), index_axes))
                 for w in (pairs * rate / rows, pairs * (1 - rate) / max(rows * (rows - 1), 1))
@@ -300,20 +291,12 @@ def looked_up(interpreter: Interpreter, d: Any, shape: Sequence[int], x: Value, 
         x = layout.merged(layout.materialize(x, [dim]), dim)
     batch = [k for k in range(len(shape)) if k not in d.offset_dims]
     rows = math.prod(x.shape[k] for k in picked)
-    rates, index_atoms = _index_axes(ids, known, [shape[k] for k in batch])
-    axes: list[Axis] = []
-    dims: list[tuple[Atom, ...]] = [()] * len(shape)
     line = known.ravel().astype(int) if known is not None and known.size == max(known.shape) and len(picked) == 1 else None
     labels = _row_labels(x, picked[0], line) if line is not None else None
+    axes, rates, index_atoms = _index_axes(interpreter.graph, ids, known, [shape[k] for k in batch], labels)
+    dims: list[tuple[Atom, ...]] = [()] * len(shape)
     for k, atoms in zip(batch, index_atoms, strict=True):
-        placed = []
-        for atom in atoms:
-            if atom.axis is None:
-                placed.append(atom)
-            else:
-                placed.append(Atom(atom.size, len(axes)))
-                axes.append(Axis(atom.size) if labels is None else labelled(labels))
-        dims[k] = tuple(placed)
+        dims[k] = atoms
     index_axes = tuple(range(len(axes)))
     bind: dict[int, int] = {}
     row_axes: list[int] = []
@@ -362,16 +345,28 @@ def _row_labels(x: Value, d: int, ids: np.ndarray) -> np.ndarray | None:
     return axis.label_array[np.clip(ids, 0, axis.size - 1)]
 
 
-def _index_axes(ids: Value, known: np.ndarray | None, shape: Sequence[int]) -> tuple[np.ndarray | None, list[tuple[Atom, ...]]]:
-    """Repeat rates of the indices (None: unknown, as good as uniform) and the atoms of the batch dimensions."""
-    if known is None:
+def _index_axes(
+    graph: Graph, ids: Value, known: np.ndarray | None, shape: Sequence[int], labels: np.ndarray | None
+) -> tuple[list[Axis], np.ndarray | None, list[tuple[Atom, ...]]]:
+    """Axes of the indices, their repeat rates (None: unknown, as good as uniform) and the atoms of the batch dimensions.
+
+    A line of known indices has the classes of the rows that they look up, others have those that tell paddings apart.
+    """
+    atoms: list[tuple[Atom, ...]] = []
+    count = 0
+    for k, n in enumerate(shape):
         # Unknown indices differ along the axes they run over, and repeat along those they are broadcast on.
-        return None, [tuple(ids.dims[k]) for k in range(len(shape))]
-    flat = known.reshape(*shape, known.shape[-1])
-    _, codes = np.unique(flat.reshape(-1, flat.shape[-1]), axis=0, return_inverse=True)
+        mine = ids.dims[k] if known is None else (Atom(n, 0),) if n > 1 else ()
+        atoms.append(tuple(atom if atom.axis is None else Atom(atom.size, count + i) for i, atom in enumerate(mine)))
+        count += sum(atom.axis is not None for atom in mine)
+    if known is None:
+        return [Axis(a.size) for dim in atoms for a in dim if a.axis is not None], None, atoms
+    _, codes = np.unique(known.reshape(-1, known.shape[-1]), axis=0, return_inverse=True)
     codes = codes.reshape([n for n in shape if n > 1])
-    atoms: list[tuple[Atom, ...]] = [(Atom(n, 0),) if n > 1 else () for n in shape]
-    return repeat_rates(codes), atoms
+    if labels is not None:
+        return [labelled(labels)], repeat_rates(codes, [Axis(len(labels))]), atoms
+    axes = classed_axes(graph, codes)
+    return axes, repeat_rates(codes, axes), atoms
 
 
 @rule("scatter")

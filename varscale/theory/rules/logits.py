@@ -7,11 +7,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from varscale.theory.axes import Axis, join, labelled
+from varscale.theory.axes import Axis, affordable, join, labelled
 from varscale.theory.elementwise import Apply, Sum, apply, roots, total
 from varscale.theory.graph import Array, Constant, Node, View, array
 from varscale.theory.interpreter import Interpreter
 from varscale.theory.layout import Value
+from varscale.theory.paddings import padded
 from varscale.theory.rules.reductions import Extreme, Mean
 from varscale.theory.rules.units import Softmax
 
@@ -38,12 +39,24 @@ def softmax_of(interpreter: Interpreter, top: Value, bottom: Value) -> Value | N
     frame = [Axis(a.size) if len(axes) > 1 and k in axes else a for k, a in enumerate(num.axes)]
     args = [random]
     if allowed is not None:
-        frame = _row_classes(frame, allowed, axes)
+        frame = _row_classes(frame, random, allowed, axes)
         args += _rows_filled(allowed, axes)
         if isinstance(args[1].node, Constant):  # rows see every key or none
             args = [View(apply(interpreter.graph, "mul", (), tuple(frame), [random, args[2]]), random.bind)]
     node = interpreter.graph.make(Softmax, frame, args, tuple(axes))
+    if allowed is not None and _takes_paddings_for_tokens(frame, allowed, axes):
+        node.flagged, node.doubt = "assumed", 1.0
     return Value(node, top.dims)
+
+
+def _takes_paddings_for_tokens(frame: Sequence[Axis], allowed: View, axes: Sequence[int]) -> bool:
+    """Whether keys that may be paddings are not told apart, of which a mask by sample hides some.
+
+    Weights of a row are then spread over paddings, all alike, where it sees words: of outputs that can be as much again.
+    """
+    sizes = {size for _, size in padded(allowed.node.graph).shapes}
+    unclassed = any(k in allowed.bind and frame[k].size in sizes and frame[k].labels is None for k in axes)
+    return unclassed and len(allowed.bind) > len(axes)
 
 
 def _rows_filled(allowed: View, axes: Sequence[int]) -> list[View]:
@@ -61,18 +74,39 @@ def _rows_filled(allowed: View, axes: Sequence[int]) -> list[View]:
     return [View(x, bound if x.axes else ()) for x, bound in ((filled, bind), (rows, left))]
 
 
-def _row_classes(frame: list[Axis], allowed: View, axes: Sequence[int]) -> list[Axis]:
-    """Rows that see different numbers of keys belong to different classes, evenly in the logarithm of that number."""
+def _row_classes(frame: list[Axis], random: View, allowed: View, axes: Sequence[int]) -> list[Axis]:
+    """Rows that see different numbers of keys belong to different classes, evenly in the logarithm of that number.
+
+    Where other axes have classes, too, there are as many as leave room for the product of queries and keys of the next layer.
+    """
     mask, bind = allowed
     keys = tuple(k for k, b in enumerate(bind) if b in axes)
-    classed = mask.graph.once(("row classes", mask.id, keys), lambda: _classes_by_keys(mask, keys))
     left = [b for b in bind if b not in axes]
-    for b, axis in zip(left, classed, strict=True):
-        frame[b] = join(axis, frame[b])
+    features = _features(random)
+    for most in range(_ROW_CLASSES, 0, -1):
+        classed = mask.graph.once(("row classes", mask.id, keys, most), lambda most=most: _classes_by_keys(mask, keys, most))
+        found = list(frame)
+        for b, axis in zip(left, classed, strict=True):
+            found[b] = join(axis, frame[b])
+        rows = {axis.size: axis for k, axis in enumerate(found) if k not in axes}
+        later = (*(rows.get(axis.size, axis) if k in axes else axis for k, axis in enumerate(found)), *features)
+        if affordable(later) == later:
+            return found
     return frame
 
 
-def _classes_by_keys(mask: Node, keys: tuple[int, ...]) -> list[Axis]:
+def _features(view: View) -> tuple[Axis, ...]:
+    """The axes that a product of queries and keys sums over."""
+    from varscale.theory.rules.linear import Contract
+
+    node = view.node
+    if isinstance(node, Contract):
+        return node.params
+    inside = [_features(child) for child in node.args] if isinstance(node, Apply | Sum) else []
+    return max(inside, key=lambda found: math.prod(axis.types for axis in found), default=())
+
+
+def _classes_by_keys(mask: Node, keys: tuple[int, ...], most: int) -> list[Axis]:
     """The axes of a mask besides those of the keys, classed by how many keys a position sees."""
     assert isinstance(mask, Array)
     seen = mask.values.sum(axis=keys)
@@ -81,8 +115,8 @@ def _classes_by_keys(mask: Node, keys: tuple[int, ...]) -> list[Axis]:
     for i, size in enumerate(level.shape):
         mean = level.mean(axis=tuple(j for j in range(level.ndim) if j != i))
         low, reach = mean.min(), float(np.ptp(mean))
-        bins = (_ROW_CLASSES * (mean - low) / max(reach, 0.01)).astype(int)
-        out.append(labelled(np.minimum(bins, _ROW_CLASSES - 1)) if reach > 0.01 else Axis(size))
+        bins = (most * (mean - low) / max(reach, 0.01)).astype(int)
+        out.append(labelled(np.minimum(bins, most - 1)) if reach > 0.01 else Axis(size))
     return out
 
 

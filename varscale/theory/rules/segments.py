@@ -181,7 +181,8 @@ def as_seen_within(node: Node, ids: np.ndarray) -> Node:
         together, segments = runs(pair), runs(ids)
         rate = float(np.sum(together * (together - 1)) / max(np.sum(segments * (segments - 1)), 1.0))
         rows, index, _, count, classes, _ = looked.params
-        params = (rows, index, (1.0, round(rate, 12)), count, classes, None)
+        rates = np.where(looked.indexed[0].agrees, 1.0, round(rate, 12))
+        params = (rows, index, tuple(rates), count, classes, None)
         swap[looked.id] = node.graph.make(Gather, looked.axes, looked.args, params)
     return substitute(node, swap, {}) if swap else node
 

@@ -201,7 +201,7 @@ class Softmax(Node):
         share_i, share_j = self.read(share), self.read(share, second=True)
         per_i, per_j = (s / np.maximum(m, 1e-300) for s, m in ((share_i, n), (share_j, self.read(seen, second=True))))
         variance = np.maximum(self.read(deviation[tuple(slice(0, self.axes[k].classes) for k in rows)]), 1e-12)
-        whole = square / np.maximum(per_i**2, 1e-300) - 1
+        whole = np.where(n > 0, square / np.maximum(per_i**2, 1e-300) - 1, 0.0)
         excess = whole * np.expm1(np.clip(deviation, -variance, np.minimum(variance, 50))) / np.expm1(np.minimum(variance, 50))
         both = shared * per_i * per_j * (1 + excess)
         both = both * np.minimum(1.0, 1.0 / np.maximum(both.sum(-1, keepdims=True), 1e-300))
