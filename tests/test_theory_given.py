@@ -24,10 +24,13 @@ MEET = np.where(~np.eye(ROWS, dtype=bool))
 
 
 def weights(key):
-    k, v, w, z = jax.random.split(key, 4)
+    k, v, w, z, w2, one, two = jax.random.split(key, 7)
     return {n: jax.random.normal(s, (WIDTH, 32)) / 8 for n, s in (("k", k), ("v", v))} | {
         "w": jax.random.normal(w, (32, 32)) / 32**0.5,
+        "w2": jax.random.normal(w2, (32, 32)) / 32**0.5,
         "z": jax.random.normal(z, (1, 8)),
+        "one": jax.random.normal(one, (8, 8, 16)) / 8,
+        "two": jax.random.normal(two, (16, 8, 16)) / 128**0.5,
     }
 
 
@@ -50,6 +53,22 @@ def contrast(p, x, y):
     return z @ z.T
 
 
+def cross_layers(p, x):
+    """Deep and cross: x₀ ∘ W x + x, with the same x₀ in each layer."""
+    out = x
+    for name in ("w", "w2"):
+        out = x * (out @ p[name]) + out
+    return out
+
+
+def interactions(p, x):
+    """Compressed interactions: all products of two features, added up by weights, twice."""
+    x = first = x.reshape(ROWS, 8, 8)
+    for name in ("one", "two"):
+        x = jnp.einsum("bhd,bmd,hmk->bkd", x, first, p[name])
+    return x
+
+
 PROGRAMS = {
     "kᵀv of near rows": (lambda p, x, y: (x @ p["k"]).T @ (y @ p["v"]), (FIRST, NEAR)),
     "kᵀk of near rows": (lambda p, x, y: (x @ p["k"]).T @ (y @ p["k"]), (FIRST, NEAR)),
@@ -63,6 +82,9 @@ PROGRAMS = {
     "rows with rows": (lambda p, x: (x @ p["k"]) @ (x @ p["k"]).T, (FIRST,)),
     "rows with rows of another": (lambda p, x, y: (x @ p["k"]) @ (y @ p["k"]).T, (FIRST, NEAR)),
     "unit rows": (lambda p, x: unit(x @ p["k"]) @ unit(x @ p["k"]).T, (FIRST,)),
+    "cross layers": (cross_layers, (FIRST[:, :32],)),
+    "cross layers of a projection": (lambda p, x: cross_layers(p, x @ p["k"]), (FIRST,)),
+    "interactions": (interactions, (FIRST,)),
     "contrast": (contrast, (FIRST, NEAR)),
 }
 
@@ -104,6 +126,18 @@ def test_own_keys_are_in_doubt():
 
     row = vs.predict(program, FIRST, params=weights, backward=False).output
     assert row.confidence > max(0.2, abs(row.second_moment / squares(program, (FIRST,)).mean() - 1))
+
+
+def test_how_large_both_are_is_in_doubt():
+    """A difference of positions times a function of its length, as equivariant layers have it."""
+
+    def program(p, x):
+        apart = x[:, None] - x[None]
+        message = jax.nn.silu(jnp.sum(apart**2, -1, keepdims=True) @ p["z"])
+        return apart * (message @ p["one"][0])[..., :3]
+
+    row = vs.predict(program, PLACES, params=weights, backward=False).output
+    assert row.confidence > max(0.2, abs(row.second_moment / squares(program, (PLACES,)).mean() - 1))
 
 
 def test_what_is_computed_is_one_with_what_it_was_computed_from():

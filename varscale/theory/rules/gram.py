@@ -24,6 +24,8 @@ from varscale.theory.elementwise import roots, swapped
 from varscale.theory.graph import UNKNOWN, Node, View
 from varscale.theory.moments import full_types, means_by_type
 
+_DIAGONAL = 1e-3  # of the second moments, a part that is not worth a flag
+
 
 def own_products(node: Any, second: np.ndarray) -> np.ndarray:
     """What a contraction gains where free axes of its arguments may be one axis, read twice.
@@ -34,11 +36,12 @@ def own_products(node: Any, second: np.ndarray) -> np.ndarray:
     """
     diagonal, exchanged = _gains(node)
     gain = diagonal + exchanged
-    if np.any(gain):
-        most = max(float(np.max(np.abs(second + gain))), 1e-300)
+    most = max(float(np.max(np.abs(second + gain))), 1e-300)
+    share = float(np.max(np.abs(gain))) / most
+    if share > _DIAGONAL:
         # Rows of one length have no exchange on the diagonal; others are of any length to order 1/width.
-        node.graph.flag("assumed", max(2 * float(np.max(np.abs(exchanged))) / most, 1 / node.width))
-        node.graph.memo["diagonal", node.id] = float(np.max(np.abs(gain))) / most
+        node.graph.flag("assumed", max(2 * float(np.max(np.abs(exchanged))) / most, share / node.width))
+        node.graph.memo["diagonal", node.id] = share
     return second + gain
 
 
