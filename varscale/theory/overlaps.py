@@ -21,7 +21,7 @@ from varscale.theory.derivatives import derivative
 from varscale.theory.draws import evenly
 from varscale.theory.elementwise import Apply, Sum, roots
 from varscale.theory.given import is_given, numbers
-from varscale.theory.graph import Node, View
+from varscale.theory.graph import Constant, Node, View
 from varscale.theory.moments import full_types
 from varscale.theory.rearranged import Rearranged
 
@@ -183,8 +183,10 @@ def _sources(x: Tokens) -> tuple[list[Tokens], Rule]:
         return _taken(x, node)
     if isinstance(node, Gather) and len(node.params[0]) == 1:
         return [], lambda _: _repeated(x, node)
-    if isinstance(node, Concat) and node.params[0] in x.tokens:
-        return [tokens_of(node.args[int(np.argmax(node.params[1]))], x.tokens, x.features)], lambda _: Mixture((1.0,))
+    if isinstance(node, Concat) and node.params[0] not in x.features:  # the largest part that is no padding tells for all
+        parts = [(n, v) for v, n in zip(node.args, node.params[1], strict=True) if not isinstance(v.node, Constant)]
+        if parts:
+            return [tokens_of(max(parts, key=lambda part: part[0])[1], x.tokens, x.features)], lambda _: Mixture((1.0,))
     if isinstance(node, Conv) and weight_of(node) is not None:  # of patches that are as good as white
         return [], lambda _: Mixture((), 1 / x.count + 1 / node.width)
     if isinstance(node, Sum):

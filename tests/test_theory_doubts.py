@@ -1,0 +1,45 @@
+"""Programs that were off by more than their confidence: attention over blocks of keys put together from shifted ones."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+
+import varscale as vs
+
+TOKENS, WIDTH = 32, 64
+
+
+def weights(key):
+    return {n: jax.random.normal(k, (WIDTH, WIDTH)) / 8 for n, k in zip("qkv", jax.random.split(key, 3), strict=True)}
+
+
+def padded(x):
+    return jnp.pad(x, ((0, 0), (1, 0), (0, 0), (0, 0), (0, 0)))[:, :-1]
+
+
+def rolled(x):
+    return jnp.roll(x, 1, axis=1)
+
+
+@pytest.mark.parametrize("size", [4, 8])
+@pytest.mark.parametrize("shifted", [padded, rolled])
+def test_block_local_attention(shifted, size):
+    """Keys and values of a block and of the one before: a z-test at 1e-6 beside the confidence, on 300 nets.
+
+    Power: outputs that did not follow their queries were 4 to 9 % too small, at a confidence of 2 %.
+    """
+    x = np.random.default_rng(0).normal(size=(2, TOKENS, WIDTH)).astype(np.float32)
+
+    def program(p, x):
+        q, k, v = ((x @ p[n]).reshape(2, TOKENS // size, size, 4, WIDTH // 4) for n in "qkv")
+        k, v = (jnp.concatenate([shifted(y), y], axis=2) for y in (k, v))
+        shares = jax.nn.softmax(jnp.einsum("bnqhd,bnkhd->bnhqk", q, k) / (WIDTH // 4) ** 0.5)
+        return jnp.einsum("bnhqk,bnkhd->bnqhd", shares, v)
+
+    row = vs.predict(program, x, params=weights, backward=False).output
+    drawn = jax.lax.map(lambda key: jnp.mean(program(weights(key), x) ** 2), jax.random.split(jax.random.key(0), 300))
+    assert row.confidence < 0.12
+    margin = row.confidence * drawn.mean() + stats.norm.isf(5e-7) * drawn.std() / len(drawn) ** 0.5
+    assert abs(row.second_moment - drawn.mean()) < margin, (row.second_moment, drawn.mean(), margin)
