@@ -43,3 +43,26 @@ def test_block_local_attention(shifted, size):
     assert row.confidence < 0.12
     margin = row.confidence * drawn.mean() + stats.norm.isf(5e-7) * drawn.std() / len(drawn) ** 0.5
     assert abs(row.second_moment - drawn.mean()) < margin, (row.second_moment, drawn.mean(), margin)
+
+
+def test_sums_of_functions_of_near_distances_are_in_doubt():
+    """Filters of radial functions of distances, added up by node: those of one node are alike, and the confidence says so."""
+    rng = np.random.default_rng(0)
+    places, (source, target) = 2 * rng.normal(size=(24, 3)), rng.integers(0, 24, size=(2, 96))
+    distances = np.linalg.norm(places[source] - places[target] + 0.1, axis=-1).astype(np.float32)
+
+    def maps(key):
+        first, second = jax.random.split(key)
+        return {"w": jax.random.normal(first, (20, 32)) / 20**0.5, "v": jax.random.normal(second, (32, 32)) / 32**0.5}
+
+    def shifted_softplus(x):
+        return jax.nn.softplus(x) - np.log(2)
+
+    def program(p, d):
+        radial = jnp.exp(-10 * (d[:, None] - jnp.linspace(0, 6, 20)[None]) ** 2)
+        filters = shifted_softplus(shifted_softplus(radial @ p["w"]) @ p["v"])
+        return jax.ops.segment_sum(filters, target, 24)
+
+    row = vs.predict(program, distances, params=maps, backward=False).output
+    drawn = jax.lax.map(lambda key: jnp.mean(program(maps(key), distances) ** 2), jax.random.split(jax.random.key(0), 300))
+    assert row.confidence > abs(row.second_moment / drawn.mean() - 1) > 0.02
