@@ -1,4 +1,4 @@
-"""Programs that were off by more than their confidence: attention over blocks of keys put together from shifted ones."""
+"""Programs that were off by more than their confidence: blocks of keys, mask tokens, sums over near neighbours."""
 
 import jax
 import jax.numpy as jnp
@@ -66,3 +66,27 @@ def test_sums_of_functions_of_near_distances_are_in_doubt():
     row = vs.predict(program, distances, params=maps, backward=False).output
     drawn = jax.lax.map(lambda key: jnp.mean(program(maps(key), distances) ** 2), jax.random.split(jax.random.key(0), 300))
     assert row.confidence > abs(row.second_moment / drawn.mean() - 1) > 0.02
+
+
+def test_mask_tokens_are_alike():
+    """A decoder's tokens, half of them one row repeated: a z-test at 1e-6 beside the confidence, on 300 nets.
+
+    Power: the outputs are 14 % larger than independent logits have them, which 9 % of confidence did not cover.
+    """
+    x = np.random.default_rng(1).normal(size=(4, 16, WIDTH)).astype(np.float32)
+
+    def drawn_weights(key):
+        first, second = jax.random.split(key)
+        return weights(first) | {"mask": jax.random.normal(second, (WIDTH,))}
+
+    def program(p, x):
+        tokens = jnp.concatenate([x, jnp.broadcast_to(p["mask"], x.shape)], axis=1)
+        q, k, v = ((tokens @ p[n]).reshape(4, 32, 4, WIDTH // 4) for n in "qkv")
+        shares = jax.nn.softmax(jnp.einsum("bqhd,bkhd->bhqk", q, k) / (WIDTH // 4) ** 0.5)
+        return jnp.einsum("bhqk,bkhd->bqhd", shares, v)
+
+    row = vs.predict(program, x, params=drawn_weights, backward=False).output
+    drawn = jax.lax.map(lambda key: jnp.mean(program(drawn_weights(key), x) ** 2), jax.random.split(jax.random.key(0), 300))
+    margin = row.confidence * drawn.mean() + stats.norm.isf(5e-7) * drawn.std() / len(drawn) ** 0.5
+    assert row.confidence < 0.3
+    assert abs(row.second_moment - drawn.mean()) < margin, (row.second_moment, drawn.mean(), margin)

@@ -24,6 +24,7 @@ from varscale.theory.elementwise import roots, swapped
 from varscale.theory.graph import UNKNOWN, Node, View
 from varscale.theory.moments import full_types, means_by_type
 
+_ALIKE = 1e-2  # of a weight's mean square, a doubt that is not worth a flag
 _DIAGONAL = 1e-3  # of the second moments, a part that is not worth a flag
 
 
@@ -49,6 +50,27 @@ def of_own_keys(logits: Node) -> float:
     """The doubt of a softmax over logits some of which are larger than all others: those of a row with itself."""
     share = max((logits.graph.memo.get(("diagonal", r.node.id), 0.0) for r in roots(logits)), default=0.0)
     return min(share / max(1 - share, 1e-9), UNKNOWN)
+
+
+def of_alike_keys(weights: Any) -> float:
+    """The doubt of taking keys of one class for independent where they are alike: mask tokens, say, which are one row repeated.
+
+    With κ what the logits of two keys of a class have in common beyond any two, the weight of a class with the share f of keys
+    varies by f² (1 − f)² κ to leading order, of which independent logits have nothing.
+    """
+    counts, c = weights.axes[weights.params[0]].counts, weights.axes[weights.params[0]].classes
+    if len(weights.params) > 1 or c == 1:
+        return 0.0
+    second = weights.by_key(np.broadcast_to(weights.args[0].second(weights.axes), weights.frame_types))
+    between = second[(0,) * len(weights.rows())][c:].reshape(c, c)
+    between = (between + between.T) / 2
+    pairs = np.maximum(counts[:, None] - np.eye(c), 0.0)
+    common = (pairs * between).sum(0) / pairs.sum(0)
+    whole = float(counts * pairs.sum(0) @ common) / float(counts @ pairs.sum(0))
+    alike = np.where(counts > 1, np.maximum(np.diagonal(between) - 2 * common + whole, 0.0), 0.0)
+    shares = counts / counts.sum()
+    doubt = float((shares**2 * (1 - shares) ** 2) @ alike) / float(shares @ shares)
+    return min(doubt, 1.0) if doubt > _ALIKE else 0.0
 
 
 def _gains(node: Any) -> tuple[np.ndarray | float, np.ndarray | float]:
