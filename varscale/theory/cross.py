@@ -119,11 +119,14 @@ def mean_product(a: View, b: View, frame: Sequence[Axis]) -> np.ndarray:
 
 
 def _expand(a: View, b: View, frame: tuple[Axis, ...]) -> np.ndarray:
+    from varscale.theory import given
     from varscale.theory.ordered import crossed, of_draws
     from varscale.theory.products import product_second
     from varscale.theory.rules.pooling import WindowSum
     from varscale.theory.rules.reductions import Mean
 
+    if (known := given.crossed(a, b, frame)) is not None:
+        return known
     if isinstance(a.node, Permute) or isinstance(b.node, Permute):
         x, y = (v.node.args[0].within(v.bind) if isinstance(v.node, Permute) else v for v in (a, b))
         return cross(x, y, frame)

@@ -61,7 +61,7 @@ class Apply(Node):
         from varscale.theory.rules.shared_tokens import in_common
 
         table = elementwise_table(self)
-        gain = in_common(self) if self.params[0] == "mul" else 0.0
+        gain = in_common(self) if self.params[0] in ("mul", "add", "sub") else 0.0
         return Table(table.axes, table.mean, table.second + gain) if np.any(gain) else table
 
     def rebuilt(self, axes: tuple[Axis, ...], args: Sequence[View]) -> Node:

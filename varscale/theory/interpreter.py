@@ -28,6 +28,7 @@ from varscale.pieces import live
 from varscale.theory.axes import Axis
 from varscale.theory.elementwise import apply
 from varscale.theory.functions import of_known
+from varscale.theory.given import all_given, computed, entries, is_given, note, numbers
 from varscale.theory.graph import Array, Constant, Graph, Leaf, Node, View, array, leaf
 from varscale.theory.layout import Value, align, full, value
 from varscale.theory.prefix_scans import gathered
@@ -173,6 +174,8 @@ class Interpreter:
                     outs = self.fold(eqn, ins)
                 if outs is None:
                     outs = self._handler(eqn, ins)(self, eqn, *ins)
+                    if name in _MOVES:
+                        self._note_given(eqn, ins, outs)
         except (PredictionError, jax.errors.JAXTypeError):
             raise
         except Exception as error:
@@ -194,17 +197,17 @@ class Interpreter:
         """The value of a known array."""
         if hasattr(const, "dtype") and jax.numpy.issubdtype(const.dtype, jax.dtypes.prng_key):
             return Opaque(const)
-        numbers = np.asarray(const)
-        if numbers.dtype.kind == "c":
-            return Complex(self.known(np.real(numbers)), self.known(np.imag(numbers)))
-        if numbers.dtype.kind not in "biuf":
-            numbers = numbers.astype(np.float64)
+        values = np.asarray(const)
+        if values.dtype.kind == "c":
+            return Complex(self.known(np.real(values)), self.known(np.imag(values)))
+        if values.dtype.kind not in "biuf":
+            values = values.astype(np.float64)
         # A scalar NaN is a literal of the code (jnp.var has one, in a branch not taken).
-        if numbers.ndim and numbers.dtype.kind == "f" and np.isnan(numbers).any():
+        if values.ndim and values.dtype.kind == "f" and np.isnan(values).any():
             raise PredictionError("an array of the model contains NaN")
-        numbers = numbers.astype(np.float64) if numbers.dtype.kind == "f" else numbers
-        shape = numbers.shape
-        node = array(self.graph, numbers.reshape([n for n in shape if n != 1]))
+        values = values.astype(np.float64) if values.dtype.kind == "f" else values
+        shape = values.shape
+        node = array(self.graph, values.reshape([n for n in shape if n != 1]))
         return full(self.graph, node.params, shape) if isinstance(node, Constant) else value(node, shape)
 
     def concrete(self, x: Any, dtype: Any = None) -> np.ndarray | None:
@@ -218,12 +221,8 @@ class Interpreter:
             return np.full(x.shape, x.node.params).astype(dtype or float)
         if not isinstance(x.node, Array):
             return None
-        atoms = [a for dim in x.dims for a in dim]
-        order = [a.axis for a in atoms if a.axis is not None]
-        numbers = x.node.values.transpose(order) if order else x.node.values
-        numbers = numbers.reshape([a.size if a.axis is not None else 1 for a in atoms])
-        numbers = np.broadcast_to(numbers, [a.size for a in atoms]).reshape(x.shape)
-        return numbers.astype(dtype) if dtype is not None else numbers
+        found = entries(x)
+        return found.astype(dtype) if found is not None and dtype is not None else found
 
     def fold(self, eqn: Any, ins: Sequence[Any]) -> list[Any] | None:
         """Evaluate an equation whose inputs are all known; None where one is not."""
@@ -231,17 +230,38 @@ class Interpreter:
             return None
         if sum(math.prod(v.aval.shape) for v in eqn.outvars) > _MOST_EVALUATED:
             return None
-        numbers = []
+        known: list[Any] = []
         for x, v in zip(ins, eqn.invars, strict=True):
-            known = x.key if isinstance(x, Opaque) else self.concrete(x, v.aval.dtype)
-            if known is None:
-                return [self.unknown_key(eqn)] if any(isinstance(y, Opaque) for y in ins) else None
-            numbers.append(known)
+            known.append(x.key if isinstance(x, Opaque) else self.concrete(x, v.aval.dtype))
+            if known[-1] is None:
+                return [self.unknown_key(eqn)] if any(isinstance(y, Opaque) for y in ins) else self._fold_given(eqn, ins)
         if not ins and eqn.primitive.name not in ("iota", "random_seed"):
             return None
-        with jax.ensure_compile_time_eval(), jax.numpy_dtype_promotion("standard"):
-            out = eqn.primitive.bind(*[x if hasattr(x, "_base_array") else jax.numpy.asarray(x) for x in numbers], **eqn.params)
-        return [self.known(o) for o in (out if eqn.primitive.multiple_results else [out])]
+        return [self.known(o) for o in _evaluated(eqn, known)]
+
+    def _fold_given(self, eqn: Any, ins: Sequence[Any]) -> list[Any] | None:
+        """Compute an equation all of whose inputs are given arrays; None where one is not, or where entries are only moved."""
+        if eqn.primitive.name in _MOVES or not all_given(ins):
+            return None
+        with np.errstate(all="ignore"):
+            outs = _evaluated(eqn, [entries(x) for x in ins])
+        return [self._computed(np.asarray(o), [x.node for x in ins]) for o in outs]
+
+    def _computed(self, out: np.ndarray, sources: Sequence[Node]) -> Value:
+        """The value of what was computed from given arrays: whole numbers are as good as literals."""
+        if out.dtype.kind in "biu" or not np.isfinite(out).all():
+            return self.known(out)
+        axes = [Axis(n) for n in out.shape if n != 1]
+        node = computed(self.graph, out.reshape([a.size for a in axes]), axes, sources)
+        return full(self.graph, node.params, out.shape) if isinstance(node, Constant) else value(node, out.shape)
+
+    def _note_given(self, eqn: Any, ins: Sequence[Any], outs: Any) -> None:
+        """Of an equation that moves entries of given arrays, how the numbers that it makes are worked out."""
+        sizes = [math.prod(v.aval.shape) for v in eqn.outvars]
+        if max(sizes) > _MOST_EVALUATED or min(sizes) == 0 or not all_given(ins):
+            return
+        for i, out in enumerate(outs if isinstance(outs, list | tuple) else [outs]):
+            note(out, lambda i=i: np.asarray(_evaluated(eqn, [entries(x) for x in ins])[i], float))
 
     def unknown_key(self, eqn: Any) -> Opaque:
         """A key that nothing else has, for one derived from something random."""
@@ -253,7 +273,7 @@ class Interpreter:
     def elementwise(self, name: str, *xs: Value, extra: tuple[Any, ...] = ()) -> Value:
         """An elementwise primitive of values of one shape (sizes of 1 broadcast)."""
         _, frame, views, layout = align(xs)
-        if all(isinstance(v.node, Constant | Array) for v in views):
+        if all(is_given(v.node) for v in views):
             key = ("fold", name, extra, frame, tuple((v.node.id, v.bind) for v in views))
             folded = self.graph.once(key, lambda: self._fold_elementwise(name, extra, frame, views))
             if folded is not None:
@@ -264,23 +284,26 @@ class Interpreter:
         return Value(node, layout)
 
     def _fold_elementwise(self, name: str, extra: Any, frame: Sequence[Axis], views: Sequence[View]) -> Node | None:
-        if math.prod(a.size for a in frame) > MOST_FOLDED:
+        literal = all(isinstance(v.node, Constant | Array) for v in views)
+        if math.prod(a.size for a in frame) > (MOST_FOLDED if literal else _MOST_EVALUATED):
             return None
-        numbers = []
+        known = []
         for node, bind in views:
             if isinstance(node, Constant):
-                numbers.append(np.float64(node.params))
+                known.append(np.float64(node.params))
                 continue
             order = sorted(range(len(bind)), key=lambda k, b=bind: b[k])
             shape = [1] * len(frame)
             for k in order:
                 shape[bind[k]] = node.axes[k].size
-            numbers.append(node.values.transpose(order).reshape(shape))  # pyright: ignore[reportAttributeAccessIssue]
+            known.append(numbers(node).transpose(order).reshape(shape))  # pyright: ignore[reportOptionalMemberAccess]
         with np.errstate(all="ignore"):
             if name == "square":
-                name, numbers = "mul", numbers * 2
-            out = of_known("add" if name == "add_any" else name, extra, numbers)
-        return array(self.graph, np.broadcast_to(out, [a.size for a in frame]), frame)
+                name, known = "mul", known * 2
+            out = np.broadcast_to(of_known("add" if name == "add_any" else name, extra, known), [a.size for a in frame])
+        if literal or out.dtype.kind in "biu":
+            return array(self.graph, out, frame)
+        return computed(self.graph, out, frame, [v.node for v in views]) if np.isfinite(out).all() else None
 
     def leaf(self, name: Any, shape: Sequence[int], mean: float, second_moment: float, *, odd: bool, **law: Any) -> Value:
         """A new random tensor with independent entries."""
@@ -321,6 +344,22 @@ def _is_complex(eqn: Any) -> bool:
     return any(getattr(v.aval, "dtype", None) is not None and v.aval.dtype.kind == "c" for v in eqn.outvars)
 
 
+# Entries are moved, repeated or left out, of which classes and blocks tell more than one class for all would.
+_MOVES = {
+    "broadcast_in_dim",
+    "concatenate",
+    "dynamic_slice",
+    "expand_dims",
+    "gather",
+    "pad",
+    "reshape",
+    "rev",
+    "slice",
+    "split",
+    "squeeze",
+    "tile",
+    "transpose",
+}
 _ELEMENTWISE_OR_LAYOUT: set[str] = set()
 
 
@@ -339,6 +378,16 @@ def source(eqn: Any) -> str:
     """Where an equation was written: "model.py:12 (Block)", inside a piece the path in that."""
     path = opened(eqn)[1].removeprefix("/")
     return _compat.source_line(eqn) + (f" ({path})" if path else "")
+
+
+def _evaluated(eqn: Any, known: Sequence[Any]) -> list[Any]:
+    """What an equation makes of numbers or keys."""
+    args = [
+        x if hasattr(x, "_base_array") else jax.numpy.asarray(x, v.aval.dtype) for x, v in zip(known, eqn.invars, strict=True)
+    ]
+    with jax.ensure_compile_time_eval(), jax.numpy_dtype_promotion("standard"):
+        out = eqn.primitive.bind(*args, **eqn.params)
+    return list(out) if eqn.primitive.multiple_results else [out]
 
 
 def is_leaf(x: Any) -> bool:

@@ -271,10 +271,3 @@ def per_pair(sums: np.ndarray, axes: Sequence[Axis]) -> np.ndarray:
         alone = np.flatnonzero(axis.pairs == 0)  # a class of one position has no pair that differs
         s[alone] = s[(alone - c) // (c + 1)]
     return sums
-
-
-def is_correlated(second: np.ndarray, x: Table, y: Table) -> bool:
-    """Whether cross-moments of two arrays of numbers, each mean over its pairs, are more than four standard errors off."""
-    pairs = functools.reduce(np.multiply.outer, [axis.pairs for axis in x.axes], np.array(1.0))
-    off = np.abs(second - means_by_type(x.mean, x.axes, y.mean))
-    return bool(np.any(off > 4 * math.sqrt(x.variance * y.variance) / np.sqrt(np.maximum(pairs, 1.0))))

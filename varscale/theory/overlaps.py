@@ -18,13 +18,17 @@ import numpy as np
 
 from varscale.theory.axes import Axis, averaging, contract_axis
 from varscale.theory.derivatives import derivative
+from varscale.theory.draws import evenly
 from varscale.theory.elementwise import Apply, Sum, roots
-from varscale.theory.graph import Node, View
+from varscale.theory.given import is_given, numbers
+from varscale.theory.graph import Constant, Node, View
 from varscale.theory.moments import full_types, means_by_type
 from varscale.theory.rearranged import Rearranged
 
 if TYPE_CHECKING:
     from varscale.theory.rules.gather import Gather
+
+_MOST_TOKENS, _MOST_OTHERS = 128, 16  # given tokens that are compared with each other; how many times that is done
 
 
 class Mixture(NamedTuple):
@@ -67,13 +71,8 @@ def shared_overlap(x: Tokens, y: Tokens) -> float:
 
 
 def overlap_before(x: Tokens, y: Tokens) -> float:
-    """The same of features of their own: given what both were made of, no feature of one is one of the other."""
-    if x != y:
-        return shared_overlap(x, y)
-    sources, rule = sources_of(x)
-    weights = rule([overlap(s) for s in sources]).weights
-    pairs = [(v * w, s, t) for v, s in zip(weights, sources, strict=True) for w, t in zip(weights, sources, strict=True)]
-    return float(np.clip(sum(w * _covariance(s, t) for w, s, t in pairs if w), 0.0, 1.0))
+    """The same of features of their own: of one array with itself, less what its features overlap by as if they were white."""
+    return shared_overlap(x, y) if x != y else max(overlap(x) - 1 / x.count, 0.0)
 
 
 def _covariance(x: Tokens, y: Tokens) -> float:
@@ -94,15 +93,39 @@ def _covariance(x: Tokens, y: Tokens) -> float:
             terms = [(w, _pair(other, s)) for w, s in zip(mixture.weights, sources, strict=True) if w]
             missing = [pair for _, pair in terms if ("overlaps", pair) not in memo]
             if not missing:
-                own = max(mixture.variance, 0.0) if later == other else 0.0
+                own = max(mixture.variance, 0.0) if later == other else _of_given(later, other)
                 memo["overlaps", pending.pop()] = own + sum(w * memo["overlaps", pair] for w, pair in terms)
         pending += missing
     return memo["overlaps", _pair(x, y)]
 
 
 def _pair(x: Tokens, y: Tokens) -> tuple[Tokens, Tokens]:
-    """The later one first."""
-    return (x, y) if (x.node.id, x[1:]) >= (y.node.id, y[1:]) else (y, x)
+    """The later one first; given numbers were there before all else."""
+    first, second = ((not is_given(z.node), z.node.id, z[1:]) for z in (x, y))
+    return (x, y) if first >= second else (y, x)
+
+
+def _of_given(x: Tokens, y: Tokens) -> float:
+    """What the overlaps of given tokens have in common, measured over pairs of tokens; 0 of what is not given."""
+    if not (is_given(x.node) and is_given(y.node)):
+        return 0.0
+    first, second = _measured(x), _measured(y)
+    return float(np.mean(first * second)) if first.shape == second.shape else 0.0
+
+
+def _measured(x: Tokens) -> np.ndarray:
+    """The overlaps of each two given tokens, less what any two share, relative to what one has of its own."""
+    found = numbers(x.node)
+    assert found is not None
+    others = [k for k in range(len(x.node.axes)) if k not in (*x.tokens, *x.features)]
+    sizes = [math.prod(x.node.axes[k].size for k in axes) for axes in (others, *x[1:])]
+    found = found.transpose([*others, *x.tokens, *x.features]).reshape(sizes).astype(float)
+    found = found[evenly(sizes[0], _MOST_OTHERS)][:, evenly(sizes[1], _MOST_TOKENS)]
+    pairs = found @ found.transpose(0, 2, 1)
+    apart = ~np.eye(found.shape[1], dtype=bool)
+    between = pairs[:, apart]
+    own = np.mean(pairs[:, ~apart]) - between.mean()
+    return (between - between.mean()) / own if own > 1e-9 * np.abs(pairs).max() else np.zeros_like(between)
 
 
 def projected(x: Tokens) -> Tokens | None:
@@ -153,6 +176,8 @@ def _sources(x: Tokens) -> tuple[list[Tokens], Rule]:
     from varscale.theory.rules.structure import Take
 
     node = x.node
+    if is_given(node):
+        return [], lambda _: Mixture((), _of_given(x, x))
     # Some of the features, or of their factors, have more of their own than all.
     if isinstance(node, Rearranged):
         inner = _rearranged(x, node)
@@ -161,8 +186,10 @@ def _sources(x: Tokens) -> tuple[list[Tokens], Rule]:
         return _taken(x, node)
     if isinstance(node, Gather) and len(node.params[0]) == 1:
         return [], lambda _: _repeated(x, node)
-    if isinstance(node, Concat) and node.params[0] in x.tokens:
-        return [tokens_of(node.args[int(np.argmax(node.params[1]))], x.tokens, x.features)], lambda _: Mixture((1.0,))
+    if isinstance(node, Concat) and node.params[0] not in x.features:  # the largest part that is no padding tells for all
+        parts = [(n, v) for v, n in zip(node.args, node.params[1], strict=True) if not isinstance(v.node, Constant)]
+        if parts:
+            return [tokens_of(max(parts, key=lambda part: part[0])[1], x.tokens, x.features)], lambda _: Mixture((1.0,))
     if isinstance(node, Conv) and weight_of(node) is not None:  # of patches that are as good as white
         return [], lambda _: Mixture((), 1 / x.count + 1 / node.width)
     if isinstance(node, Sum):
@@ -173,7 +200,10 @@ def _sources(x: Tokens) -> tuple[list[Tokens], Rule]:
         summed = range(len(node.axes), len(node.frame))
         if weight_of(node) is not None:
             inputs = [tokens_of(v, x.tokens, summed) for v in node.args]
+            rows = [tokens_of(v, x.features, summed) for v, y in zip(node.args, inputs, strict=True) if not y.tokens]
             inputs = [y for y in inputs if y.tokens and y.features]
+            if len(inputs) == 1 and inputs[0].node.args == () and len(rows) == 1 and rows[0].tokens and rows[0].features:
+                return [*inputs, *rows], lambda parts: _of_columns(x, rows[0], *parts)
             if len(inputs) == 1:
                 return inputs, lambda _: Mixture((1.0,), 1 / x.count)
         attention = attention_of(node)
@@ -184,6 +214,17 @@ def _sources(x: Tokens) -> tuple[list[Tokens], Rule]:
         if len(with_tokens) == 1 and with_tokens[0].features:  # what the tokens are multiplied with is none of theirs
             return with_tokens, lambda _: Mixture((1.0,), 1 / x.count)
     return [], lambda _: white(x)
+
+
+def _of_columns(x: Tokens, rows: Tokens, weights: float, likeness: float) -> Mixture:
+    """Columns of a product X W are as many as weights have: two overlap by w C w', C = XᵀX, and V = tr C²/(tr C)².
+
+    That is the mean over all pairs of rows of the square of their product: each is one with itself, and others overlap by V of
+    the rows. What all rows share is a cross-moment of any two, and no chance. With other products of the same weights they have
+    V of those in common.
+    """
+    own = min(own_part(rows) / max(rows.node.table.mean_square, 1e-300), 1.0)
+    return Mixture((1.0, 0.0), 1 / x.count + (1 - 1 / x.count) * own**2 * likeness - weights)
 
 
 def _rearranged(x: Tokens, node: Rearranged) -> Tokens:

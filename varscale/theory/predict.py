@@ -16,10 +16,11 @@ from varscale.programs import Inputs, Program
 from varscale.report import Report
 from varscale.theory.axes import Axis
 from varscale.theory.cross import together
+from varscale.theory.given import MOST_COMPUTED
 from varscale.theory.graph import Graph, Leaf
 from varscale.theory.interpreter import Complex, Interpreter, Opaque
 from varscale.theory.layout import Value, full
-from varscale.theory.moments import Moments, Table, estimate, independent, is_correlated
+from varscale.theory.moments import Moments, Table, estimate, independent
 from varscale.theory.nearby import measured
 from varscale.theory.paddings import evened, is_mask
 from varscale.theory.rows import Place, Rows, joined
@@ -145,17 +146,16 @@ def _is_measured(x: Any) -> bool:
 
 
 def related(graph: Graph, inputs: Sequence[tuple[Any, Any]]) -> None:
-    """Notes the cross-moments of given arrays of one shape, where they are more than chance would have them."""
+    """Notes that given arrays may go together, and of those too large to be multiplied each time the cross-moments."""
     leaves: dict[Leaf, np.ndarray] = {}
     for x, made in inputs:
         if _is_measured(x) and isinstance(made, Value) and isinstance(made.node, Leaf):
             leaves[made.node] = np.asarray(x, np.float64).reshape([axis.size for axis in made.node.axes])
     for (a, x), (b, y) in itertools.combinations(leaves.items(), 2):
-        if a.axes == b.axes and together(a, b) not in graph.memo:
+        a.deps = b.deps = a.deps | b.deps
+        if a.axes == b.axes and x.size > MOST_COMPUTED and together(a, b) not in graph.memo:
             whole, one, other = (estimate(z, a.axes) for z in (x + y, x, y))
-            second = graph.memo[together(a, b)] = (whole.second - one.second - other.second) / 2
-            if is_correlated(second, one, other):
-                a.deps = b.deps = a.deps | b.deps
+            graph.memo[together(a, b)] = (whole.second - one.second - other.second) / 2
 
 
 def _struct(x: Any) -> jax.ShapeDtypeStruct:

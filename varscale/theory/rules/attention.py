@@ -115,12 +115,32 @@ class Scores(NamedTuple):
 def attention_of(node: Any) -> Attention | None:
     """The attention that a contraction is; None where it is none."""
     for weights, v in (node.args, node.args[::-1]):
-        p, kept = _before_dropout(weights)
+        p, mixed_by = _before_mixing(weights)
+        p, kept = _before_dropout(p)
         keys = {p.bind[k] for k in p.node.params} if isinstance(p.node, Softmax) else set()
         # Shares of something else than what is added up, a capsule's of those above it, are no weights of an average.
         if isinstance(p.node, Softmax) and keys <= set(v.bind) and min(keys) >= len(node.axes):
-            return Attention(node, p.node, p.bind, v, kept)
+            return Attention(node, p.node, p.bind, v, kept * mixed_by)
     return None
+
+
+def _before_mixing(weights: View) -> tuple[View, float]:
+    """Weights before heads were mixed, Σ_h b_gh p_h, and the mean square n E[b²] that this leaves of them.
+
+    Heads are alike, and those of one mixture are of independent b: it follows the queries as one of them does.
+    """
+    from varscale.theory.rules.linear import Contract, weight_of
+
+    node = weights.node
+    if not isinstance(node, Contract) or len(node.params) != 1 or (mixing := weight_of(node)) is None:
+        return weights, 1.0
+    heads = len(node.axes)
+    b, p = sorted(node.args, key=lambda v: v.node is not mixing)
+    into = [k for k in b.bind if k != heads]
+    if b.node is not mixing or len(b.bind) != 2 or len(into) != 1 or into[0] in p.bind or heads not in p.bind:
+        return weights, 1.0
+    place = [*range(heads), into[0]]
+    return p.within(place).within(weights.bind), node.width * mixing.table.mean_square
 
 
 def _before_dropout(weights: View) -> tuple[View, float]:
@@ -166,6 +186,22 @@ def _product(view: View) -> tuple[float, View] | None:
         if found is not None:
             return c * c * found[0], found[1]
     return None
+
+
+def _weighted(view: View, along: Sequence[int]) -> Tokens | None:
+    """Of logits that weights make, what they make them of: tokens along some axes of the frame; None where they make none."""
+    from varscale.theory.rules.linear import Contract, weight_of
+
+    node, bind = view
+    if isinstance(node, Sum) or (isinstance(node, Apply) and node.params[0] == "affine"):
+        return next((t for term in node.args if (t := _weighted(term.within(bind), along)) is not None), None)
+    weight = weight_of(node) if isinstance(node, Contract) else None
+    if weight is None:
+        return None
+    summed = range(len(node.axes), len(node.axes) + len(node.params))
+    keys = {i for i, k in enumerate(bind) if k in along}
+    found = [tokens_of(v, keys, summed) for v in node.args if v.node is not weight]
+    return next((t for t in found if t.tokens and t.features), None)
 
 
 def overlapping(weights: Softmax, passed: np.ndarray, kept: np.ndarray) -> float | None:
@@ -221,10 +257,14 @@ def sphere(weights: Softmax) -> float:
 
 
 def scattered(weights: Softmax) -> float:
-    """Relative variance, between queries, of the logits' variance (3.); in a product of both d is counted once."""
+    """Relative variance, between queries, of the logits' variance (3.); in a product of both d is counted once.
+
+    Of logits w x_k that weights w make of anything else (of one key, or of all heads' logits for it) it is 2 V of that.
+    """
     found = scores(weights)
     if found is None:
-        return 0.0
+        keys = _weighted(weights.args[0], weights.params)
+        return 0.0 if keys is None else 2 * overlap(keys)
     out = 1 / found.keys.count
     for side in (found.keys, found.queries):
         tokens = projected(side)

@@ -17,6 +17,7 @@ from varscale.theory.layout import Atom, Value, align, full
 from varscale.theory.locality import unseen_nearness
 from varscale.theory.moments import Table, full_types, means_by_type
 from varscale.theory.rearranged import Rearranged
+from varscale.theory.rules.gram import own_products
 from varscale.theory.rules.masks import told_apart
 from varscale.theory.rules.transposed import applied_back
 from varscale.theory.spread import Spread, averaged, combine, handed_on, with_own_weights
@@ -114,7 +115,7 @@ class Contract(Node):
         share = float(np.max(np.abs(paired)) / max(np.max(np.abs(second)), 1e-300))
         if share > 1e-3:  # exact for Gaussian factors; a product of two that share a root is not quite
             self.graph.flag("assumed", min(_PAIRED_DOUBT * share, _MOST_PAIRED))
-        return after, second + paired
+        return after, own_products(self, second + paired)
 
     def _of_shared_tokens(self, second: np.ndarray) -> np.ndarray:
         """What two activations made of the same tokens, or by the same weights, gain besides."""

@@ -14,6 +14,7 @@ from scipy import sparse
 
 from varscale.theory.axes import contract_axis
 from varscale.theory.elementwise import Apply, Sum, roots
+from varscale.theory.given import is_given, numbers
 from varscale.theory.graph import Node
 
 
@@ -52,6 +53,57 @@ def unseen(total: Any) -> float:
         whole = weights + sparse.identity(size) if added else weights
         worst = max(worst, abs(excess(whole)) * chord / max(float(base), 1e-300))
     return worst
+
+
+def unseen_in_given(total: Any) -> float:
+    """The same of what given numbers make alike: the summands of one segment (near distances) more than any two.
+
+    A projection of given rows by fresh weights has their products for covariances, and functions of it no more than those. Of
+    several rows that a summand is made of, those that matter most tell. What is one row is known to be, and left out.
+    """
+    from varscale.theory.rules.gather import Gather
+    from varscale.theory.rules.linear import Contract
+
+    ids, weights, _ = total.graph.memo["segments", total.params]
+    worst, seen = 0.0, set()
+    pending = [(total.args[0].node, 0, np.arange(len(ids)))]
+    while pending:
+        node, k, rows = pending.pop()
+        if (node.id, k) in seen:
+            continue
+        seen.add((node.id, k))
+        if is_given(node) and node.axes and node.axes[k].size > rows.max():
+            found = numbers(node)
+            assert found is not None
+            values = np.moveaxis(found.astype(float), k, 0).reshape(node.axes[k].size, -1)[rows]
+            worst = max(worst, _excess(values, rows, ids, weights))
+        elif isinstance(node, Gather) and k == 0 and node.line is not None and len(node.line) > rows.max():
+            pending.append((node.args[0].node, node.params[0][0], np.asarray(node.line)[rows]))
+        elif isinstance(node, Apply | Sum | Contract):
+            pending += [(v.node, v.bind.index(k), rows) for v in node.args if k in v.bind]
+    return worst
+
+
+def _excess(values: np.ndarray, rows: np.ndarray, ids: np.ndarray, weights: np.ndarray) -> float:
+    """By how much more the sums by segment of given rows are, in mean square, than if pairs in one segment were any two."""
+    ones = np.ones_like(values[:, :1])
+
+    def pairs(x: np.ndarray, keys: np.ndarray) -> float:
+        """Σ of x_e x_f over pairs e ≠ f of one key."""
+        _, places = np.unique(keys, axis=0, return_inverse=True)
+        sums = np.zeros((places.max() + 1, x.shape[1]))
+        np.add.at(sums, places.ravel(), x)
+        return float(np.square(sums).sum() - np.square(x).sum())
+
+    def of_different(x: np.ndarray, keys: np.ndarray) -> float:
+        return pairs(x, keys) - pairs(x, np.stack([keys, rows], axis=1))
+
+    everywhere = np.zeros(len(rows), int)
+    usual = of_different(values, everywhere) / max(of_different(ones, everywhere), 1.0)
+    w = weights[:, None]
+    met, count = of_different(w * values, ids), of_different(w * ones, ids)
+    base = float(np.square(w * values).sum()) + pairs(w * values, np.stack([ids, rows], axis=1)) + count * usual
+    return abs(met - count * usual) / max(base, 1e-300)
 
 
 def _square(x: Any) -> float:

@@ -25,7 +25,7 @@ from varscale.theory.layout import Atom, Value, full, materialize, merged
 from varscale.theory.moments import Table
 from varscale.theory.quadrature import factors
 from varscale.theory.rearranged import permute
-from varscale.theory.rules.neighbours import unseen
+from varscale.theory.rules.neighbours import unseen, unseen_in_given
 from varscale.theory.rules.reductions import bounded, is_identity, narrowest, outside, restored
 
 
@@ -80,7 +80,7 @@ class SegmentSum(Node):
         c = self.axes[0].classes
         second[:c] = apply_axis(inside.second, 0, pairs[:c])
         out = Table(self.axes, apply_axis(table.mean, 0, means), second)
-        alike = unseen(self)
+        alike = max(unseen(self), unseen_in_given(self))
         if alike > 1e-3:
             self.graph.flag("quadrature", alike)
             self.gradient_doubt = alike  # the same sums, read from their outputs

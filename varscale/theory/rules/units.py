@@ -13,6 +13,7 @@ from varscale.theory.elementwise import Apply, Sum
 from varscale.theory.graph import UNKNOWN, Array, Node
 from varscale.theory.moments import Table, lift
 from varscale.theory.quadrature import by_type
+from varscale.theory.rules.gram import of_alike_keys, of_own_keys
 from varscale.theory.rules.logit_laws import standard_law
 from varscale.theory.softmax_weights import WeightMoments, weight_moments
 from varscale.theory.spread import NONE, Spread, handed_on
@@ -49,7 +50,7 @@ class Softmax(Node):
             assert isinstance(node, Array)
             seeing = node.table_over([self.axes[b] for b in bind])
             second = second * lift(seeing.second, seeing.axes, bind, self.axes, pairs=True)
-        return apart(self._by_key(np.broadcast_to(second, self.frame_types)), self.shared)
+        return apart(self.by_key(np.broadcast_to(second, self.frame_types)), self.shared)
 
     @functools.cached_property
     def mask(self) -> Table | None:
@@ -181,7 +182,7 @@ class Softmax(Node):
             self.graph.flag("assumed", math.expm1(min(known, 3.0)))
         if self.deviation.max() > _NO_LOGITS:
             self.graph.flag("assumed", UNKNOWN)
-        if (doubt := self._law_doubt()) > 0:
+        if (doubt := max(self._law_doubt(), of_own_keys(self.args[0].node), of_alike_keys(self))) > 0:
             self.graph.flag("assumed", doubt)
         rows = self.rows()
         seen, shared, deviation = self.seen, self.shared, self.deviation
@@ -236,7 +237,7 @@ class Softmax(Node):
         keys = [self.axes[k] for k in self.params]
         axis = keys[0] if len(keys) == 1 else Axis(math.prod(a.size for a in keys))
         c = axis.classes
-        g, p = (self._by_key(x) for x in (np.broadcast_to(cotangent, self.frame_types), self.table.second))
+        g, p = (self.by_key(x) for x in (np.broadcast_to(cotangent, self.frame_types), self.table.second))
         square = self.weights.square
         keep = 1 - 2 * self.weights.cube / np.maximum(square, 1e-300) + (self.seen * square).sum(-1, keepdims=True)
         each = apart(g, self.shared)
@@ -283,7 +284,7 @@ class Softmax(Node):
         for c, term in terms:
             if isinstance(term.node, Array):
                 second = np.broadcast_to(term.within(own.bind).second(self.axes), self.frame_types)
-                out += c * c * float((apart(self._by_key(second), self.shared) * self.own[..., None]).max())
+                out += c * c * float((apart(self.by_key(second), self.shared) * self.own[..., None]).max())
         return out
 
     def _doubt(self, share: float | None) -> float:
@@ -298,7 +299,7 @@ class Softmax(Node):
         classed = any(axis.classes > 1 for axis in self.axes)
         return _OVERLAP_DOUBT * share + (_CLASSED_DOUBT if classed else _JACOBIAN_DOUBT)
 
-    def _by_key(self, second: np.ndarray) -> np.ndarray:
+    def by_key(self, second: np.ndarray) -> np.ndarray:
         """A type array with the keys' axis last; several are one, of which a pair is the same or is not."""
         keys = [self.axes[k] for k in self.params]
         out = second.transpose([*self.rows(), *self.params])
