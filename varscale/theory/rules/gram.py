@@ -13,6 +13,7 @@ are not told apart in it. Rows along several axes are alike or not along each.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Sequence
 from typing import Any
@@ -58,18 +59,24 @@ def of_alike_keys(weights: Any) -> float:
     With κ what the logits of two keys of a class have in common beyond any two, the weight of a class with the share f of keys
     varies by f² (1 − f)² κ to leading order, of which independent logits have nothing.
     """
-    counts, c = weights.axes[weights.params[0]].counts, weights.axes[weights.params[0]].classes
-    if len(weights.params) > 1 or c == 1:
+    if len(weights.params) > 1 or (c := weights.axes[weights.params[0]].classes) == 1:
         return 0.0
+    rows = [weights.axes[k] for k in weights.rows()]
     second = weights.by_key(np.broadcast_to(weights.args[0].second(weights.axes), weights.frame_types))
-    between = second[(0,) * len(weights.rows())][c:].reshape(c, c)
-    between = (between + between.T) / 2
-    pairs = np.maximum(counts[:, None] - np.eye(c), 0.0)
-    common = (pairs * between).sum(0) / pairs.sum(0)
-    whole = float(counts * pairs.sum(0) @ common) / float(counts @ pairs.sum(0))
-    alike = np.where(counts > 1, np.maximum(np.diagonal(between) - 2 * common + whole, 0.0), 0.0)
-    shares = counts / counts.sum()
-    doubt = float((shares**2 * (1 - shares) ** 2) @ alike) / float(shares @ shares)
+    between = second[(*(slice(axis.classes) for axis in rows), slice(c, None))]
+    between = between.reshape(*between.shape[:-1], c, c)
+    between = (between + np.swapaxes(between, -1, -2)) / 2
+    seen = weights.seen
+    pairs = np.maximum(seen[..., :, None] - np.eye(c), 0.0)
+    met = np.maximum(pairs.sum(-2), 1e-300)
+    common = (pairs * between).sum(-2) / met
+    whole = (seen * met * common).sum(-1) / np.maximum((seen * met).sum(-1), 1e-300)
+    own = np.diagonal(between, axis1=-2, axis2=-1) - 2 * common + whole[..., None]
+    alike = np.where(seen > 1, np.maximum(own, 0.0), 0.0)
+    shares = seen / np.maximum(seen.sum(-1, keepdims=True), 1e-300)
+    of_rows = functools.reduce(np.multiply.outer, [axis.counts / axis.size for axis in rows], np.array(1.0))
+    doubt = float(np.sum(of_rows * (shares**2 * (1 - shares) ** 2 * alike).sum(-1)))
+    doubt /= max(float(np.sum(of_rows * (shares**2).sum(-1))), 1e-300)
     return min(doubt, 1.0) if doubt > _ALIKE else 0.0
 
 
