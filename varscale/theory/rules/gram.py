@@ -13,19 +13,17 @@ are not told apart in it. Rows along several axes are alike or not along each.
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from varscale.theory.axes import Axis, apply_axis, contract_axis
+from varscale.theory.axes import Axis, apply_axis, contract_axis, lift_types
 from varscale.theory.elementwise import roots, swapped
 from varscale.theory.graph import UNKNOWN, Node, View
 from varscale.theory.moments import full_types, means_by_type
 
-_ALIKE = 1e-2  # of a weight's mean square, a doubt that is not worth a flag
 _DIAGONAL = 1e-3  # of the second moments, a part that is not worth a flag
 
 
@@ -53,31 +51,49 @@ def of_own_keys(logits: Node) -> float:
     return min(share / max(1 - share, 1e-9), UNKNOWN)
 
 
-def of_alike_keys(weights: Any) -> float:
+def of_alike_keys(weights: View, values: View, node: Any, square: float) -> float:
     """The doubt of taking keys of one class for independent where they are alike: mask tokens, say, which are one row repeated.
 
     With κ what the logits of two keys of a class have in common beyond any two, the weight of a class with the share f of keys
-    varies by f² (1 − f)² κ to leading order, of which independent logits have nothing.
+    varies by f² (1 − f)² κ to leading order, of which independent logits have nothing. The sum over the keys varies by that
+    times the mean square by which the class's mean value differs from that of all.
+
+    Args:
+        weights: softmax weights, over the frame of the contraction.
+        values: what they add up.
+        node: the contraction.
+        square: its mean square.
     """
-    if len(weights.params) > 1 or (c := weights.axes[weights.params[0]].classes) == 1:
+    p: Any = weights.node
+    if len(p.params) > 1 or (c := p.axes[p.params[0]].classes) == 1:
         return 0.0
-    rows = [weights.axes[k] for k in weights.rows()]
-    second = weights.by_key(np.broadcast_to(weights.args[0].second(weights.axes), weights.frame_types))
-    between = second[(*(slice(axis.classes) for axis in rows), slice(c, None))]
-    between = between.reshape(*between.shape[:-1], c, c)
+    rows, axis = [p.axes[k] for k in p.rows()], p.axes[p.params[0]]
+    seen = p.seen
+    second = p.by_key(np.broadcast_to(p.args[0].second(p.axes), p.frame_types))
+    logits = second[(*(slice(a.classes) for a in rows), slice(c, None))].reshape(*seen.shape, c)
+    alike = np.where(seen > 1, np.maximum(_beyond_any_two(logits, seen), 0.0), 0.0)
+    shares = seen / np.maximum(seen.sum(-1, keepdims=True), 1e-300)
+    varied = shares**2 * (1 - shares) ** 2 * alike
+    for a in reversed(rows):
+        varied = np.tensordot(a.counts / a.size, varied, axes=(0, varied.ndim - 2))
+    table, place = values.node.table.second, weights.bind[p.params[0]]
+    if place not in values.bind or node.frame[place] != axis:
+        return 0.0
+    for k in reversed(range(len(values.bind))):
+        own = values.node.axes[k]
+        table = apply_axis(table, k, lift_types(axis, own)) if values.bind[k] == place else contract_axis(table, k, own.same)
+    apart = np.maximum(_beyond_any_two(table[c:].reshape(c, c), axis.counts), 0.0)
+    return min(float(varied @ apart) / max(square, 1e-300), 1.0)
+
+
+def _beyond_any_two(between: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """What two different keys of a class have in common, less what each has with any other, by class (..., classes)."""
     between = (between + np.swapaxes(between, -1, -2)) / 2
-    seen = weights.seen
-    pairs = np.maximum(seen[..., :, None] - np.eye(c), 0.0)
+    pairs = np.maximum(counts[..., :, None] - np.eye(counts.shape[-1]), 0.0)
     met = np.maximum(pairs.sum(-2), 1e-300)
     common = (pairs * between).sum(-2) / met
-    whole = (seen * met * common).sum(-1) / np.maximum((seen * met).sum(-1), 1e-300)
-    own = np.diagonal(between, axis1=-2, axis2=-1) - 2 * common + whole[..., None]
-    alike = np.where(seen > 1, np.maximum(own, 0.0), 0.0)
-    shares = seen / np.maximum(seen.sum(-1, keepdims=True), 1e-300)
-    of_rows = functools.reduce(np.multiply.outer, [axis.counts / axis.size for axis in rows], np.array(1.0))
-    doubt = float(np.sum(of_rows * (shares**2 * (1 - shares) ** 2 * alike).sum(-1)))
-    doubt /= max(float(np.sum(of_rows * (shares**2).sum(-1))), 1e-300)
-    return min(doubt, 1.0) if doubt > _ALIKE else 0.0
+    whole = (counts * met * common).sum(-1, keepdims=True) / np.maximum((counts * met).sum(-1, keepdims=True), 1e-300)
+    return np.diagonal(between, axis1=-2, axis2=-1) - 2 * common + whole
 
 
 def _gains(node: Any) -> tuple[np.ndarray | float, np.ndarray | float]:

@@ -26,6 +26,7 @@ from varscale.theory.spread import Spread, averaged, combine, handed_on, with_ow
 # Gaussian; the most of that.
 _PAIRED_DOUBT, _MOST_PAIRED = 0.3, 0.5
 _NEAR = 1e-3  # of a mean square, what places share that is not worth a flag
+_LIKENESS = 1e-2  # of a mean square, what keys that are alike add to it that is not
 
 
 class Contract(Node):
@@ -80,12 +81,17 @@ class Contract(Node):
         if np.any(tilt):
             gained = Table(self.axes, np.array(mean), np.broadcast_to(tilt, self.frame_types)).mean_square
             self.graph.flag("quadrature", SHARED_DOUBT + TILT_DOUBT * gained / max(table.mean_square, 1e-300))
-        self._doubt_nearness(table.mean_square)
+        self._doubt_averages(table.mean_square)
         return table
 
-    def _doubt_nearness(self, square: float) -> None:
-        """Of averages over tokens, their likeness in windows that were put together otherwise."""
+    def _doubt_averages(self, square: float) -> None:
+        """Of averages over tokens: keys that are alike; likeness in windows that were put together otherwise."""
+        from varscale.theory.rules.gram import of_alike_keys
+        from varscale.theory.rules.units import Softmax
+
         for weights, tokens in (self.args, self.args[::-1]):
+            if isinstance(weights.node, Softmax) and (doubt := of_alike_keys(weights, tokens, self, square)) > _LIKENESS:
+                self.graph.flag("assumed", doubt)
             if weights.node.shares and (near := unseen_nearness(tokens.node)) > _NEAR:
                 self.graph.flag("quadrature", min(near * tokens.node.table.mean_square / max(square, 1e-300), 1.0))
 

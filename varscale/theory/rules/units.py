@@ -13,7 +13,7 @@ from varscale.theory.elementwise import Apply, Sum
 from varscale.theory.graph import UNKNOWN, Array, Node
 from varscale.theory.moments import Table, lift
 from varscale.theory.quadrature import by_type
-from varscale.theory.rules.gram import of_alike_keys, of_own_keys
+from varscale.theory.rules.gram import of_own_keys
 from varscale.theory.rules.logit_laws import standard_law
 from varscale.theory.softmax_weights import WeightMoments, weight_moments
 from varscale.theory.spread import NONE, Spread, handed_on
@@ -182,7 +182,7 @@ class Softmax(Node):
             self.graph.flag("assumed", math.expm1(min(known, 3.0)))
         if self.deviation.max() > _NO_LOGITS:
             self.graph.flag("assumed", UNKNOWN)
-        if (doubt := max(self._law_doubt(), of_own_keys(self.args[0].node), of_alike_keys(self))) > 0:
+        if (doubt := max(self._law_doubt(), of_own_keys(self.args[0].node))) > 0:
             self.graph.flag("assumed", doubt)
         rows = self.rows()
         seen, shared, deviation = self.seen, self.shared, self.deviation
