@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -47,6 +47,13 @@ class Computed(Leaf):
 
     def compute(self) -> Table:
         return estimate(self.values, self.axes)
+
+
+def scatter(node: Computed, axes: Collection[int]) -> float:
+    """Relative variance of the mean of x² over some axes: between places of the others, or that of a mean over all samples."""
+    held = [k for k in range(len(node.axes)) if k not in axes]
+    means = np.square(node.values).mean(axis=tuple(axes if held else range(1, len(node.axes))))
+    return float(means.var() / max(means.mean(), 1e-300) ** 2) / (1 if held else len(means))
 
 
 def numbers(node: Node) -> np.ndarray | None:

@@ -22,6 +22,7 @@ import numpy as np
 
 from varscale.theory.axes import contract_axis
 from varscale.theory.elementwise import Apply, Sum, roots
+from varscale.theory.given import Computed, scatter
 from varscale.theory.graph import Array, Constant, Leaf, Node, View
 from varscale.theory.hermite import WEIGHTS
 from varscale.theory.narrow import shape_shift
@@ -290,6 +291,8 @@ def fresh(node: Node, axes: Sequence[int]) -> float:
 
 
 def _fresh(node: Node, axes: set[int]) -> float:
+    if isinstance(node, Computed):
+        return scatter(node, axes)
     source = _rearranged(node, axes)
     if source is not None:
         return fresh(*source)
