@@ -11,13 +11,16 @@ of which the first and second moments are kept, by the type of an index pair. To
     products, opening, summed          functions of several roots; the law of a sum
     cross, regrouped, slices           cross-moments of two nodes, whatever became of their axes
     interpreter, rules/                the walk, and what it does at each primitive, a family of them a file
-    softmax_weights, overlaps          attention: the weights; tokens that weights and values share (so may any two arrays:
-                                       rules/shared_tokens, and one weight twice: rules/transposed)
+    softmax_weights, softmax_jacobian  attention: the weights, and cotangents behind them
+    overlaps                           tokens that weights and values share (so may any two arrays: rules/shared_tokens; one
+                                       weight twice: rules/transposed; rows with themselves: rules/gram)
+    given, paddings                    known arrays as inputs, and what is computed from them; ids that fill up rows
     windows, locality                  what is near in a picture, which moments by type do not say
     nearby, neighbourhoods             how much more alike near places are, and windows over them
     depthwise                          sums over one channel, whose scale follows what they read
     responses, scales, spread          finite width: how one initialization differs from the mean of all
     square_pairs                       what is left to chance in a mean of squares
+    common_part                        what places have in common, which fluctuates by itself
     narrow, spheres, common_scale      sums of few terms; norms over few units; averages of few numbers
     derivatives, backward              gradients
     gradient_scales                    finite width: what their factors share

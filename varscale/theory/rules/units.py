@@ -15,6 +15,7 @@ from varscale.theory.moments import Table, lift
 from varscale.theory.quadrature import by_type
 from varscale.theory.rules.gram import of_own_keys
 from varscale.theory.rules.logit_laws import standard_law
+from varscale.theory.softmax_jacobian import apart, balance, between, in_common, where_weighed
 from varscale.theory.softmax_weights import WeightMoments, weight_moments
 from varscale.theory.spread import NONE, Spread, handed_on
 
@@ -240,28 +241,35 @@ class Softmax(Node):
         g, p = (self.by_key(x) for x in (np.broadcast_to(cotangent, self.frame_types), self.table.second))
         square = self.weights.square
         keep = 1 - 2 * self.weights.cube / np.maximum(square, 1e-300) + (self.seen * square).sum(-1, keepdims=True)
+        overlap = (p[..., :c] * axis.counts).sum(-1, keepdims=True)
         each = apart(g, self.shared)
         mean = self.table.mean.transpose([*self.rows(), *self.params])
         mean = np.broadcast_to(mean.reshape(*mean.shape[: len(self.rows())], c), self.seen.shape)
         ahead, behind = self.read(mean), self.read(mean, second=True)
-        common = _in_common(g, ahead * axis.counts, behind * axis.counts)
+        common = in_common(g, ahead * axis.counts, behind * axis.counts)
         within = np.clip(np.diagonal(common, axis1=-2, axis2=-1) * (axis.counts > 1), 0, np.maximum(each, 0))
         passed = (each - within) * p[..., :c]
         whole = (passed * axis.counts).sum(-1)[..., None, None]
         lost = whole * ahead[..., :, None] * behind[..., None, :]
         lost = lost - passed[..., :, None] * behind[..., None, :] - ahead[..., :, None] * passed[..., None, :]
-        kept = passed + np.diagonal(lost, axis1=-2, axis2=-1)
-        exact = np.maximum(passed, 0.0) * np.clip(self.read(keep), 0, 1)
-        same = np.where(self.own[..., None], exact, kept) + within * p[..., :c]
+        keep = np.where(self.own[..., None], self.read(keep), 1 - self._weighed().sum(0) + overlap)
+        same = np.where(self.own[..., None], np.maximum(passed, 0.0), passed) * np.clip(keep, 0, 1) + within * p[..., :c]
         lost = lost + common * p[..., c:].reshape(common.shape)
         share = overlapping(self, (each * ahead * axis.counts).sum(-1), (same * axis.counts).sum(-1))
         self.gradient_doubt = self._doubt(share)
-        lost = lost + _balance(same, lost, ahead, axis) * self.own[..., None, None]
+        lost = lost + balance(same, lost, ahead, axis)
         out = np.concatenate([same, lost.reshape(*same.shape[:-1], c * c)], axis=-1)
         if len(keys) > 1:
             out = out[..., _joint_types(keys)]
         back = sum_out(out.transpose(np.argsort([*self.rows(), *self.params])), self.axes, self.args[0])
         return [back, *[None] * (len(self.args) - 1)]
+
+    def _weighed(self) -> np.ndarray:
+        """E[p_ik² p_jk]/E[p_ik p_jk] by type of the rows and class of key, and the same of the other row."""
+        variance = self.read(self.deviation[tuple(slice(0, self.axes[k].classes) for k in self.rows())])
+        correlation = self.deviation / np.maximum(variance, 1e-12)
+        other, one = where_weighed(self.weights)
+        return np.stack([between(self.read(other, second=j), self.read(one, second=j), correlation) for j in (False, True)])
 
     def _law_doubt(self) -> float:
         """Of logits that are not Gaussian, what the keys of a row share need not leave the law of the rest as it was.
@@ -316,50 +324,6 @@ class Softmax(Node):
 def _(node: Softmax) -> Spread:
     """Shares add up to 1 whatever the scale of the logits."""
     return NONE
-
-
-def apart(second: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """What is each key's own in second moments by type of the keys (last axis): by class, (..., classes).
-
-    S_a − 2 β_a + c, with β_a what a key shares with the others on average and c what any two share: of keys that share
-    u_a + u_b it leaves the independent part and the class's own.
-
-    Args:
-        second: second moments by type.
-        counts: keys of each class there are.
-    """
-    c = counts.shape[-1]
-    pairs = np.maximum(counts[..., :, None] - np.eye(c), 1e-9 * np.eye(c))  # of a key of class b, the others of class a
-    between = second[..., c:].reshape(*second.shape[:-1], c, c)
-    between = (between + np.swapaxes(between, -1, -2)) / 2
-    others = pairs.sum(-2)
-    common = (pairs * between).sum(-2) / others
-    every = counts * others
-    whole = (every * common).sum(-1, keepdims=True) / np.maximum(every.sum(-1, keepdims=True), 1e-300)
-    return second[..., :c] - 2 * common + whole
-
-
-def _in_common(second: np.ndarray, ahead: np.ndarray, behind: np.ndarray) -> np.ndarray:
-    """What cotangents of keys of two classes share, less what those of all keys do: each centred by its row's weights.
-
-    Args:
-        second: second moments by type of the keys (last axis).
-        ahead: what weight the keys of a class have in the first row.
-        behind: the same in the second row.
-    """
-    c = ahead.shape[-1]
-    between = second[..., c:].reshape(*second.shape[:-1], c, c)
-    between = between - np.einsum("...a,...ab->...b", ahead, between)[..., None, :]
-    return between - np.einsum("...ab,...b->...a", between, behind)[..., :, None]
-
-
-def _balance(same: np.ndarray, lost: np.ndarray, mean: np.ndarray, axis: Axis) -> np.ndarray:
-    """u_a m_b + m_a u_b, with u such that added to `lost` it makes the rows of a row's cotangents sum to zero."""
-    others = axis.counts - np.eye(axis.classes)
-    missing = -same - (others * lost).sum(-1)
-    system = np.eye(axis.classes) * (others * mean[..., None, :]).sum(-1)[..., None] + mean[..., :, None] * others
-    u = (np.linalg.pinv(system, rcond=1e-6) @ missing[..., None])[..., 0]
-    return u[..., :, None] * mean[..., None, :] + mean[..., :, None] * u[..., None, :]
 
 
 def _joint_types(keys: Sequence[Axis]) -> np.ndarray:
