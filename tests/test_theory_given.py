@@ -164,3 +164,9 @@ def test_what_a_norm_has_made_of_given_rows_does_not_scatter():
     # Relative variance 2/64 (E cos² over pairs of rows, 1/32 + 31/32 · 1/16) + 2/(16 · 64): 2.6 deviations are .18.
     assert 0.8 < low < 0.9
     assert 1.1 < high < 1.25
+
+
+@pytest.mark.parametrize("function", [jnp.log, lambda x: jnp.sqrt(-x), lambda x: jnp.arcsin(x)])
+def test_given_numbers_at_which_a_function_has_no_value_are_flagged(function):
+    row = vs.predict(lambda p, x: function(x) * p, 2 * FIRST, params=jax.random.normal, backward=False).output
+    assert row.confidence > 1

@@ -34,6 +34,12 @@ _OUTSIDE: dict[str, Callable[..., Any]] = {
 _ALWAYS_DEFINED = {"gt", "lt", "ge", "le", "eq", "ne", "is_finite"}
 
 
+def has_values(name: str, numbers: Sequence[np.ndarray]) -> bool:
+    """Whether a function has a value at all of these."""
+    outside = _OUTSIDE.get(name)
+    return outside is None or not np.any(outside(*numbers))
+
+
 def mark_undefined(node: Apply) -> None:
     """Flag a node whose functions have no values where they are asked for, or no finite mean square."""
     for own in _by_root(node).values():

@@ -284,6 +284,8 @@ class Interpreter:
         return Value(node, layout)
 
     def _fold_elementwise(self, name: str, extra: Any, frame: Sequence[Axis], views: Sequence[View]) -> Node | None:
+        from varscale.theory.domains import has_values
+
         literal = all(isinstance(v.node, Constant | Array) for v in views)
         if math.prod(a.size for a in frame) > (MOST_FOLDED if literal else _MOST_EVALUATED):
             return None
@@ -297,6 +299,8 @@ class Interpreter:
             for k in order:
                 shape[bind[k]] = node.axes[k].size
             known.append(numbers(node).transpose(order).reshape(shape))  # pyright: ignore[reportOptionalMemberAccess]
+        if not literal and not has_values(name, known):
+            return None  # a rule says so
         with np.errstate(all="ignore"):
             if name == "square":
                 name, known = "mul", known * 2
