@@ -48,10 +48,11 @@ def hits(window: Window, size_in: int) -> np.ndarray:
 
 @functools.cache
 def output_axis(window: Window, axis: Axis) -> Axis:
-    """Output positions classed by how many taps they have in each class of the input: borders show themselves."""
+    """Output positions classed by their taps in each class of the input; of too many kinds, those with as many merge first."""
     at = hits(window, axis.size)
     seen = np.stack([((at >= 0) & (axis.label_array[at] == c)).sum(axis=1) for c in range(axis.classes)], axis=1)
-    return ONE if window.size_out == 1 else grouped(seen.astype(float))
+    taps = 2 * window.taps * axis.size * seen.sum(axis=1, keepdims=True)
+    return ONE if window.size_out == 1 else grouped(np.concatenate([seen, taps], axis=1).astype(float))
 
 
 @functools.cache
