@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 _CHANNELS, _SAMPLES = 2048, 4  # of a population
 _OF_FEW = 8192  # channels where they are far from normal, and those with the other sign
-_MANY = 8  # channels that are read together, from where on what they make is normal
+_MANY = 8  # channels that are read together, from where on what they make is taken for normal: not derived, a matter of time
 _STEP = 0.05  # relative step of K and C in a derivative
 _ALIKE = 0.98  # share of what places have in common that samples share, too, from where on they are as one
 _POINTS, _SHARES = np.polynomial.hermite_e.hermegauss(16)
