@@ -20,7 +20,7 @@ from experiments.experiment import Figure, Result, Run, Table
 from experiments.models import Stack, activations, rescale
 from experiments.published import CS231N, LIMIT, NARROW, WIDE, Shape, agreement
 from varscale import gaussian
-from varscale.probe import LayerStatistics, measure
+from varscale.measuring.statistics import LayerStatistics, measure
 
 REQUIRES = ("matplotlib",)
 ORDER = 1

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from varscale.assignments import quick_assignments
-from varscale.programs import as_inputs, program
+from varscale.programs.assignments import quick_assignments
+from varscale.programs.faces import as_inputs, program
 
 X = jax.ShapeDtypeStruct((8, 16), jnp.float32)
 

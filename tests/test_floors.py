@@ -13,14 +13,16 @@ import varscale
 ROOT = pathlib.Path(varscale.__file__).parent
 # From the ground. A room's name is the first part of the module's path; `transfer` stands apart.
 FLOOR = {
-    "_compat": 0, "gaussian": 0, "report": 0, "content": 0, "marks": 0,
-    "assignments": 1, "pieces": 1,
-    "replays": 2,
-    "programs": 3,
-    "initializers": 4, "probe": 4,
-    "theory": 5, "testing": 5,
+    "_compat": 0, "gaussian": 0, "programs": 0,
+    "report": 1,
+    "initializers": 2, "measuring": 2,
+    "initialization": 3,
+    "theory": 4, "testing": 4,
+    "schemes": 5,
+    "auditing": 6,
+    "cli": 7,
 }  # fmt: skip
-APART = {"transfer": {"initializers", "_compat"}}
+APART = {"transfer": {"initializers", "programs", "_compat"}}
 
 
 def imports(path):

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from varscale.probe import LayerStatistics, measure
+from varscale.measuring.statistics import LayerStatistics, measure
 
 jitted = jax.jit(measure, static_argnames="bins")
 SHAPE = (3, 8)  # one shape for all drawn arrays: one compilation

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from varscale.programs import as_inputs, inputs, leaf_paths, program, rename
+from varscale.programs.faces import as_inputs, inputs, leaf_paths, program, rename
 
 
 class Twice(nn.Module):

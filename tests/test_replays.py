@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from experiments.benchmarks.architectures import MLP, Recurrent, Residual, Transformer
-from varscale import programs, replays
-from varscale.pieces import PIECE
+from varscale.programs import faces, replays
+from varscale.programs.pieces import PIECE
 from varscale.theory import predict
 from varscale.theory.traces import first_pass
 
@@ -306,11 +306,11 @@ def pieces(model, x):
         structs = (x,)
 
         def join(self, dynamic):
-            return programs.as_inputs(dynamic[0])
+            return faces.as_inputs(dynamic[0])
 
-    program = programs.program(model)
+    program = faces.program(model)
     found = first_pass(program, Split())
-    jaxpr = jax.make_jaxpr(lambda v, x: program.apply(v, programs.as_inputs(x))[0])(found.drawing.shapes, x).jaxpr
+    jaxpr = jax.make_jaxpr(lambda v, x: program.apply(v, faces.as_inputs(x))[0])(found.drawing.shapes, x).jaxpr
     return [sum(eqn.params.get("name") == PIECE for eqn in part.eqns) for part in (found.drawing.jaxpr, jaxpr)]
 
 
@@ -327,7 +327,7 @@ def test_the_report_is_that_of_the_plain_trace(name, monkeypatch):
         (row.path, row.kind, row.shape, row.how) for row in plain.rows
     ]
     for a, b in zip(found.rows, plain.rows, strict=True):
-        for field in ("mean", "second_moment", "typical", "band", "gradient", "confidence", "sample_correlation"):
+        for field in ("mean", "second_moment", "typical", "band", "gradient", "error_bound", "sample_correlation"):
             mine, theirs = getattr(a, field), getattr(b, field)
             if theirs is not None:
                 np.testing.assert_allclose(mine, theirs, rtol=1e-8, atol=1e-12, err_msg=f"{a.path} {field}")

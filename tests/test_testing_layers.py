@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 import varscale as vs
-from varscale import programs
+from varscale.programs import faces
 from varscale.testing import Underpowered, assert_output_variance, strategies
 from varscale.testing.quadratic import quadratic_form
 
@@ -130,8 +130,8 @@ def test_layers_have_readable_hashable_cases_and_the_fans_of_their_kernels(case)
         kernel_shape.append(tuple(shape))
         return jnp.zeros(shape, dtype)
 
-    face = programs.program(case.build(init))
-    x = programs.as_inputs(jnp.ones(case.input_shape))
+    face = faces.program(case.build(init))
+    x = faces.as_inputs(jnp.ones(case.input_shape))
     jax.eval_shape(lambda key: face.apply(face.init(key, x), x)[0], jax.random.key(0))
     assert eval(repr(case), {"LayerCase": type(case)}) == case
     assert hash(case) == hash(eval(repr(case), {"LayerCase": type(case)}))

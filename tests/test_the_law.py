@@ -21,7 +21,7 @@ from hypothesis import event, given, note, settings
 from hypothesis import strategies as st
 
 import varscale as vs
-from varscale import programs
+from varscale.programs import faces
 from varscale.testing import strategies
 from varscale.testing.draws import key_of, map_keys
 from varscale.testing.energies import LEAST, check_energies
@@ -76,7 +76,7 @@ def _flat(sample, key, shape):
 
 def _forward_and_backward(case: Case):
     """`key -> (mean y², mean of the squared gradient)`, each divided by what the law claims of it."""
-    face = programs.program(case.layer.build(case.initializer()))
+    face = faces.program(case.layer.build(case.initializer()))
     sample, second_moment, _ = INPUTS[case.inputs]
     depth, fans, shape = case.layer.depth, case.layer.fans, case.layer.input_shape
     # Attention is given equal tokens: one draw, repeated; the gradients of the tokens add up in it.
@@ -86,8 +86,8 @@ def _forward_and_backward(case: Case):
     def replicate(key):
         key_w, key_x, key_g = jax.random.split(key, 3)
         x = _flat(sample, key_x, drawn)
-        parameters = face.init(key_w, programs.as_inputs(jnp.broadcast_to(x, shape)))
-        y, pullback = jax.vjp(lambda x: face.apply(parameters, programs.as_inputs(jnp.broadcast_to(x, shape)))[0], x)
+        parameters = face.init(key_w, faces.as_inputs(jnp.broadcast_to(x, shape)))
+        y, pullback = jax.vjp(lambda x: face.apply(parameters, faces.as_inputs(jnp.broadcast_to(x, shape)))[0], x)
         (gradient,) = pullback(_flat(jax.random.normal, key_g, y.shape))
         forward = _mean_square(y) / (second_moment * (fans.fan_in * case.variance) ** depth)
         return forward, _mean_square(gradient) / (repeats * (fans.fan_out * case.variance) ** depth)

@@ -115,7 +115,7 @@ def test_gradients_of_queries_keys_and_values(causal):
         report = vs.predict(Block(causal), INPUT)
     for path, squares in drawn(causal).items():
         error = squares.std() / squares.mean() / np.sqrt(NETS - 1)
-        assert abs(report[path].gradient / squares.mean() - 1) <= report[path].gradient_confidence + 4 * error, path
+        assert abs(report[path].gradient / squares.mean() - 1) <= report[path].gradient_error_bound + 4 * error, path
     last = drawn(causal)["attention_2/query"]
     assert report["attention_2/query"].gradient == pytest.approx(last.mean(), rel=0.25)
 
@@ -202,7 +202,7 @@ def test_known_logits_are_in_doubt():
     """Logits that are known numbers are no Gaussian ones: the more they vary, the less is claimed."""
     with jax.numpy_rank_promotion("allow"):
         small, large = (vs.predict(Biased(slope), INPUT, backward=False).output for slope in (0.003, 0.5))
-    assert small.confidence < 0.15 < large.confidence
+    assert small.error_bound < 0.15 < large.error_bound
     assert large.how == "assumed"
 
 
@@ -249,8 +249,8 @@ def test_a_class_token_before_patches():
         row = vs.predict(Patches(), struct)["attention/out"]
         squares = np.asarray(jax.lax.map(jax.jit(one), jax.random.split(jax.random.key(2), 60)), float)
     error = squares.std() / squares.mean() / np.sqrt(59)
-    assert abs(row.second_moment / squares.mean() - 1) <= row.confidence + 4 * error
-    assert row.confidence < 0.2
+    assert abs(row.second_moment / squares.mean() - 1) <= row.error_bound + 4 * error
+    assert row.error_bound < 0.2
 
 
 @pytest.mark.parametrize("broadcast", [False, True])
@@ -317,10 +317,10 @@ def test_noise_on_logits_that_is_not_normal_is_in_doubt(noise, doubted):
     given = vs.inputs(jax.ShapeDtypeStruct((256, WIDTH), jnp.float32), jax.random.key(0))
     weights = lambda key: {"w": jax.random.normal(key, (WIDTH, 16)) / WIDTH**0.5}  # noqa: E731
     row = vs.predict(f, given, params=weights, backward=False).output
-    assert (row.confidence > 0.17) == doubted  # how much a sample's own weights vary is .13
+    assert (row.error_bound > 0.17) == doubted  # how much a sample's own weights vary is .13
     x = jax.random.normal(jax.random.key(1), (1 << 16, 16))
     drawn = jnp.mean(nn.softmax((x + noise(jax.random.key(2), x.shape)) / 0.5) ** 2)  # to .3 %
-    assert abs(row.second_moment / drawn - 1) < row.confidence + 0.02
+    assert abs(row.second_moment / drawn - 1) < row.error_bound + 0.02
 
 
 @pytest.mark.parametrize(
@@ -339,13 +339,13 @@ def test_softmax_of_logits_that_are_not_gaussian(f):
     squares = np.asarray(jnp.mean(jnp.square(softmax(jax.random.normal(jax.random.key(0), struct.shape))), axis=1))
     error = squares.std() / squares.mean() / len(squares) ** 0.5
     assert abs(row.second_moment / squares.mean() - 1) <= 0.01 + 4 * error
-    assert row.confidence <= 0.1
+    assert row.error_bound <= 0.1
 
 
 @pytest.mark.parametrize("scale", [1.0, 8**0.5])
 @pytest.mark.parametrize("mixed", ["logits", "weights", "both"])
 def test_talking_heads(mixed, scale):
-    """Heads mixed before and after the softmax follow their queries as one head does; z-test at 1e-6 beside the confidence.
+    """Heads mixed before and after the softmax follow their queries as one head does; z-test at 1e-6 beside the error bound.
 
     Power: weights that did not follow were off by 10 %, logits of one variance for every mixture by 8 %.
     """
@@ -370,6 +370,6 @@ def test_talking_heads(mixed, scale):
     x = np.random.default_rng(1).normal(size=(2, 32, width)).astype(np.float32)
     row = vs.predict(program, x, params=weights, backward=False).output
     drawn = jax.lax.map(lambda key: jnp.mean(program(weights(key), x) ** 2), jax.random.split(jax.random.key(0), 300))
-    assert row.confidence < 0.12
-    margin = row.confidence * drawn.mean() + stats.norm.isf(5e-7) * drawn.std() / len(drawn) ** 0.5
+    assert row.error_bound < 0.12
+    margin = row.error_bound * drawn.mean() + stats.norm.isf(5e-7) * drawn.std() / len(drawn) ** 0.5
     assert abs(row.second_moment - drawn.mean()) < margin, (row.second_moment, drawn.mean(), margin)

@@ -75,10 +75,10 @@ def test_terms_that_may_be_equal_are_in_doubt():
     for f, doubt in ((jnp.add, 1.0), (jnp.subtract, 1.0), (jnp.multiply, 2.0)):
         row = output(lambda p, x, f=f: f(*ranked(p, x)), X, params=kernels(2))
         assert row.how == "assumed"
-        assert doubt <= row.confidence < doubt + 0.5
+        assert doubt <= row.error_bound < doubt + 0.5
     slight = output(lambda p, x: 10 * ranked(p, x)[0] + 0.1 * ranked(p, x)[1], X, params=kernels(2))
     alone = output(lambda p, x: ranked(p, x)[0], X, params=kernels(1))
-    assert slight.confidence == pytest.approx(alone.confidence + 0.02, abs=2e-3)  # 2 · 10 · .1 / 100
+    assert slight.error_bound == pytest.approx(alone.error_bound + 0.02, abs=2e-3)  # 2 · 10 · .1 / 100
 
 
 def test_what_is_read_again_is_as_doubtful_as_the_first_time():
@@ -86,8 +86,8 @@ def test_what_is_read_again_is_as_doubtful_as_the_first_time():
     both = lambda u, v, *more: [sum(more, u + v), sum(more, u - v)]  # noqa: E731
     for f in (lambda p, x: both(*ranked(p, x)), lambda p, x: both(*ranked(p, x), x @ p[0])):
         one, other = vs.predict(f, X, params=kernels(2), backward=False).rows[:2]
-        assert one.confidence == pytest.approx(other.confidence, rel=1e-3)
-        assert one.confidence > 0.5
+        assert one.error_bound == pytest.approx(other.error_bound, rel=1e-3)
+        assert one.error_bound > 0.5
         assert one.how == other.how == "assumed"
 
 
@@ -98,14 +98,14 @@ def test_doubts_of_unrelated_roots_do_not_cancel():
         return jnp.sort(x @ p[0], -1) * jax.lax.rsqrt(jnp.sort(y @ p[1], -1) ** 2 + 1)
 
     alone = output(lambda p, x: jnp.sort(x @ p[0], -1), X, params=kernels(1))
-    assert alone.confidence > 0.15
-    assert output(quotient, X, X, params=kernels(2)).confidence > 1.2 * alone.confidence
+    assert alone.error_bound > 0.15
+    assert output(quotient, X, X, params=kernels(2)).error_bound > 1.2 * alone.error_bound
 
 
 def test_doubt_grows_where_terms_cancel():
     """Of numbers with mean 5 and variance 1 an error of 15 % in E[x²] = 26 may be one of 390 % in what is left of them."""
     row = output(lambda p, x: (lambda y: y - y.mean(-1, keepdims=True))(jnp.sort(x @ p[0] + 5, -1)), X, params=kernels(1))
-    assert row.confidence > 3.5
+    assert row.error_bound > 3.5
 
 
 def test_an_array_given_twice_is_one_input():
@@ -141,7 +141,7 @@ def test_data_against_their_own_crop_are_in_doubt():
 
     row = output(correlated, jax.ShapeDtypeStruct((1, 8, 64), jnp.float32))
     assert row.how == "assumed"
-    assert row.confidence > 8
+    assert row.error_bound > 8
 
 
 def padded(_, x):
@@ -155,12 +155,12 @@ def test_a_random_slice_is_a_mixture_of_its_places():
     row = output(padded, jax.ShapeDtypeStruct((8, 256), jnp.float32))
     expected = (2 * sum(range(64)) + (321 - 128) * 64) / 321 / 64
     assert row.second_moment == pytest.approx(expected, rel=1e-6)
-    assert (row.how, row.confidence > 1 - 1e-6) == ("assumed", True)
+    assert (row.how, row.error_bound > 1 - 1e-6) == ("assumed", True)
     plain = output(
         lambda _, x: jax.lax.dynamic_slice(x, (0, jnp.argmax(x[0])), (8, 64)), jax.ShapeDtypeStruct((8, 256), jnp.float32)
     )
     assert plain.second_moment == pytest.approx(1)
-    assert plain.confidence < 0.1
+    assert plain.error_bound < 0.1
 
 
 def test_a_random_slice_of_known_numbers_is_not_their_beginning():
@@ -264,7 +264,7 @@ def test_the_nearest_row_is_no_row_like_others(nearest):
     given = vs.inputs(jax.ShapeDtypeStruct((64, 8), jnp.float32), jax.ShapeDtypeStruct((64, 8), jnp.float32))
     row = vs.predict(f, given, params=lambda key: {"book": jax.random.normal(key, (32, 8))}, backward=False).output
     assert row.second_moment == pytest.approx(2.0, rel=0.01)  # were it any row
-    assert (row.confidence > 0.3) == nearest
+    assert (row.error_bound > 0.3) == nearest
 
 
 def test_correlations_that_there_is_no_place_for_are_errors():

@@ -1,6 +1,6 @@
 """What places have in common fluctuates by itself: nets that average over places, and convolutions that read few channels.
 
-For 400 drawn nets, the typical mean square of every layer lies within its stated confidence and four standard errors of the
+For 400 drawn nets, the typical mean square of every layer lies within its stated error bound and four standard errors of the
 measured one (error rate below 1e-4 a row), and the 99 % band holds at least 97 % of draws (four binomial deviations; 3e-5 a
 row, were the law known). That it has power: with all of a mean square moving as one, heads were typically 30 % (depthwise), 5 %
 (a mean over tokens) and −74 % (a pool of eight channels, its law taken for lognormal) off, and bands held 92 %.
@@ -80,7 +80,7 @@ def test_typical_sizes_and_bands_of_averages(model: nn.Module, shape: tuple[int,
     for name, squares in measured.items():
         row, logs = report[name], np.log(squares)
         off = np.log(row.typical) - logs.mean()
-        assert abs(off) < np.log1p(row.confidence) + 4 * logs.std() / np.sqrt(DRAWS), name
+        assert abs(off) < np.log1p(row.error_bound) + 4 * logs.std() / np.sqrt(DRAWS), name
         assert np.mean((squares >= row.band[0]) & (squares <= row.band[1])) >= 0.97, name
 
 

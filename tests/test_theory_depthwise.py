@@ -57,4 +57,4 @@ def test_the_mean_over_a_picture_of_a_stream_around_a_depthwise_convolution():
 
     drawn = np.asarray(jax.jit(lambda keys: jax.lax.map(square, keys))(jax.random.split(jax.random.key(0), nets)), float)
     error = drawn.std(ddof=1) / np.sqrt(nets)
-    assert abs(row.second_moment - drawn.mean()) < row.confidence * drawn.mean() + stats.norm.isf(5e-7) * error
+    assert abs(row.second_moment - drawn.mean()) < row.error_bound * drawn.mean() + stats.norm.isf(5e-7) * error

@@ -1,4 +1,4 @@
-"""Programs that were off by more than their confidence: blocks of keys, mask tokens, sums over near neighbours."""
+"""Programs that were off by more than their error bound: blocks of keys, mask tokens, sums over near neighbours."""
 
 import jax
 import jax.numpy as jnp
@@ -26,9 +26,9 @@ def rolled(x):
 @pytest.mark.parametrize("size", [4, 8])
 @pytest.mark.parametrize("shifted", [padded, rolled])
 def test_block_local_attention(shifted, size):
-    """Keys and values of a block and of the one before: a z-test at 1e-6 beside the confidence, on 300 nets.
+    """Keys and values of a block and of the one before: a z-test at 1e-6 beside the error bound, on 300 nets.
 
-    Power: outputs that did not follow their queries were 4 to 9 % too small, at a confidence of 2 %.
+    Power: outputs that did not follow their queries were 4 to 9 % too small, at an error bound of 2 %.
     """
     x = np.random.default_rng(0).normal(size=(2, TOKENS, WIDTH)).astype(np.float32)
 
@@ -40,13 +40,13 @@ def test_block_local_attention(shifted, size):
 
     row = vs.predict(program, x, params=weights, backward=False).output
     drawn = jax.lax.map(lambda key: jnp.mean(program(weights(key), x) ** 2), jax.random.split(jax.random.key(0), 300))
-    assert row.confidence < 0.12
-    margin = row.confidence * drawn.mean() + stats.norm.isf(5e-7) * drawn.std() / len(drawn) ** 0.5
+    assert row.error_bound < 0.12
+    margin = row.error_bound * drawn.mean() + stats.norm.isf(5e-7) * drawn.std() / len(drawn) ** 0.5
     assert abs(row.second_moment - drawn.mean()) < margin, (row.second_moment, drawn.mean(), margin)
 
 
 def test_sums_of_functions_of_near_distances_are_in_doubt():
-    """Filters of radial functions of distances, added up by node: those of one node are alike, and the confidence says so."""
+    """Filters of radial functions of distances, added up by node: those of one node are alike, and the error bound says so."""
     rng = np.random.default_rng(0)
     places, (source, target) = 2 * rng.normal(size=(24, 3)), rng.integers(0, 24, size=(2, 96))
     distances = np.linalg.norm(places[source] - places[target] + 0.1, axis=-1).astype(np.float32)
@@ -65,13 +65,13 @@ def test_sums_of_functions_of_near_distances_are_in_doubt():
 
     row = vs.predict(program, distances, params=maps, backward=False).output
     drawn = jax.lax.map(lambda key: jnp.mean(program(maps(key), distances) ** 2), jax.random.split(jax.random.key(0), 300))
-    assert row.confidence > abs(row.second_moment / drawn.mean() - 1) > 0.02
+    assert row.error_bound > abs(row.second_moment / drawn.mean() - 1) > 0.02
 
 
 def test_mask_tokens_are_alike():
-    """A decoder's tokens, half of them one row repeated: a z-test at 1e-6 beside the confidence, on 300 nets.
+    """A decoder's tokens, half of them one row repeated: a z-test at 1e-6 beside the error bound, on 300 nets.
 
-    Power: the outputs are 14 % larger than independent logits have them, which 9 % of confidence did not cover.
+    Power: the outputs are 14 % larger than independent logits have them, which 9 % of error bound did not cover.
     """
     x = np.random.default_rng(1).normal(size=(4, 16, WIDTH)).astype(np.float32)
 
@@ -87,6 +87,6 @@ def test_mask_tokens_are_alike():
 
     row = vs.predict(program, x, params=drawn_weights, backward=False).output
     drawn = jax.lax.map(lambda key: jnp.mean(program(drawn_weights(key), x) ** 2), jax.random.split(jax.random.key(0), 300))
-    margin = row.confidence * drawn.mean() + stats.norm.isf(5e-7) * drawn.std() / len(drawn) ** 0.5
-    assert row.confidence < 0.3
+    margin = row.error_bound * drawn.mean() + stats.norm.isf(5e-7) * drawn.std() / len(drawn) ** 0.5
+    assert row.error_bound < 0.3
     assert abs(row.second_moment - drawn.mean()) < margin, (row.second_moment, drawn.mean(), margin)

@@ -1,7 +1,7 @@
 """Given arrays: what is computed from them alone is computed, and what two of them have in common is measured.
 
-Each a z-test at an error rate of 1e-6 beside the stated confidence, which has to be below 20 %, on 400 nets. That it has power:
-with moments by class in place of the numbers each of these was off by twice its confidence or more, second differences of a
+Each a z-test at an error rate of 1e-6 beside the stated error bound, which has to be below 20 %, on 400 nets. That it has power:
+with moments by class in place of the numbers each of these was off by twice its error bound or more, second differences of a
 sine by a factor of 10⁵.
 """
 
@@ -97,8 +97,8 @@ def squares(program, given):
 def check(program, given):
     row = vs.predict(program, vs.inputs(*given), params=weights, backward=False).output
     drawn = squares(program, given)
-    margin = row.confidence * drawn.mean() + stats.norm.isf(5e-7) * drawn.std() / len(drawn) ** 0.5
-    assert row.confidence < 0.2
+    margin = row.error_bound * drawn.mean() + stats.norm.isf(5e-7) * drawn.std() / len(drawn) ** 0.5
+    assert row.error_bound < 0.2
     assert abs(row.second_moment - drawn.mean()) < margin, (row.second_moment, drawn.mean(), margin)
 
 
@@ -125,7 +125,7 @@ def test_own_keys_are_in_doubt():
         return jax.nn.softmax(k @ k.T / 32**0.5) @ (x @ p["v"])
 
     row = vs.predict(program, FIRST, params=weights, backward=False).output
-    assert row.confidence > max(0.2, abs(row.second_moment / squares(program, (FIRST,)).mean() - 1))
+    assert row.error_bound > max(0.2, abs(row.second_moment / squares(program, (FIRST,)).mean() - 1))
 
 
 def test_how_large_both_are_is_in_doubt():
@@ -137,7 +137,7 @@ def test_how_large_both_are_is_in_doubt():
         return apart * (message @ p["one"][0])[..., :3]
 
     row = vs.predict(program, PLACES, params=weights, backward=False).output
-    assert row.confidence > max(0.2, abs(row.second_moment / squares(program, (PLACES,)).mean() - 1))
+    assert row.error_bound > max(0.2, abs(row.second_moment / squares(program, (PLACES,)).mean() - 1))
 
 
 def test_what_is_computed_is_one_with_what_it_was_computed_from():
@@ -169,4 +169,4 @@ def test_what_a_norm_has_made_of_given_rows_does_not_scatter():
 @pytest.mark.parametrize("function", [jnp.log, lambda x: jnp.sqrt(-x), lambda x: jnp.arcsin(x)])
 def test_given_numbers_at_which_a_function_has_no_value_are_flagged(function):
     row = vs.predict(lambda p, x: function(x) * p, 2 * FIRST, params=jax.random.normal, backward=False).output
-    assert row.confidence > 1
+    assert row.error_bound > 1

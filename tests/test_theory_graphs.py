@@ -61,5 +61,5 @@ def test_neighbours_that_are_alike_are_within_the_confidence(added, mean):
     for path, drawn in squares.items():
         x = np.asarray(drawn, float)
         row = report[path]
-        assert abs(row.second_moment / x.mean() - 1) <= row.confidence + 4 * x.std() / x.mean() / math.sqrt(47), row
-    assert (report["layer_2"].confidence > 0.15) == added  # a layer that does not add has nothing in common with itself
+        assert abs(row.second_moment / x.mean() - 1) <= row.error_bound + 4 * x.std() / x.mean() / math.sqrt(47), row
+    assert (report["layer_2"].error_bound > 0.15) == added  # a layer that does not add has nothing in common with itself

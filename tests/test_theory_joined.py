@@ -39,4 +39,4 @@ def test_so_many_parts_that_not_every_pair_is_computed_are_in_doubt_where_distan
     """Of 30 parts those a power of two apart stand for others: here for their opposites, and the truth is 0."""
     found = output(lambda h, g: jnp.concatenate([h, -h] * 15, 1).sum(1))
     assert found.how == "assumed"
-    assert found.confidence >= 1
+    assert found.error_bound >= 1

@@ -1,6 +1,6 @@
 """Loops over time, against draws of the same networks and against themselves at other sizes.
 
-Error rates: agreement is asked for to within the report's confidence and four standard errors of the measurement, so a sound
+Error rates: agreement is asked for to within the report's error_bound and four standard errors of the measurement, so a sound
 prediction fails 6 times in 100000; every draw has a fixed key, so that none of this flakes.
 """
 
@@ -133,8 +133,8 @@ def test_loops_are_predicted(name):
     row, first = report.output, report["input"]
     assert row.how == "sampled"
     assert error < 0.03, "the test has lost its power"
-    assert abs(row.second_moment / forward - 1) <= row.confidence + 4 * error, (row.second_moment, forward, error)
-    assert abs(first.gradient / gradient - 1) <= first.gradient_confidence + 4 * its_error, (first.gradient, gradient)
+    assert abs(row.second_moment / forward - 1) <= row.error_bound + 4 * error, (row.second_moment, forward, error)
+    assert abs(first.gradient / gradient - 1) <= first.gradient_error_bound + 4 * its_error, (first.gradient, gradient)
 
 
 def test_a_thousand_steps():
@@ -239,7 +239,7 @@ def test_programs_with_loops(program):
     error = found.std() / found.mean() / np.sqrt(200)
     assert row.how == "sampled"
     assert error < 0.01, "the test has lost its power"
-    assert abs(row.second_moment / found.mean() - 1) <= row.confidence + 4 * error
+    assert abs(row.second_moment / found.mean() - 1) <= row.error_bound + 4 * error
 
 
 # Smaller sizes

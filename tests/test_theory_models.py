@@ -1,7 +1,7 @@
 """Models as other people write them, small: prediction against freshly drawn networks, output by output.
 
 Every case draws 24 networks with their inputs in one compiled function. A row fails when both its mean and its typical value
-are off by more than the confidence and 4 standard errors: below 1e-4 a row for errors that are normal; the seeds are fixed.
+are off by more than the error bound and 4 standard errors: below 1e-4 a row for errors that are normal; the seeds are fixed.
 """
 
 import math
@@ -14,7 +14,7 @@ import pytest
 from flax import nnx
 
 import varscale as vs
-from varscale import programs
+from varscale.programs import faces
 from varscale.theory import predict
 
 NETS = 24
@@ -139,7 +139,7 @@ def test_models_agree_with_drawn_networks_within_confidence(name):
     """24 networks; below 1e-4 a row; an error of 10 % in an unflagged row of standard error 2 % is found in 19 of 20 runs."""
     model, given, ids = CASES[name]
     report = predict(model, given)
-    program = programs.program(model)
+    program = faces.program(model)
     assert program.init is not None
     init = program.init
 
@@ -147,14 +147,14 @@ def test_models_agree_with_drawn_networks_within_confidence(name):
         k_params, k_input = jax.random.split(key)
         x = _drawn(given, k_input, ids)
         output, captures = program.apply(init(k_params, x), x)
-        return {path: jnp.mean(value**2) for path, value in programs.rename(captures, output).items()}
+        return {path: jnp.mean(value**2) for path, value in faces.rename(captures, output).items()}
 
     squares = jax.jit(lambda keys: jax.lax.map(one, keys))(jax.random.split(jax.random.key(3), NETS))
     compared = [row for row in report.rows if row.path in squares]
     assert len(compared) >= 2
     for row in compared:
         x = np.asarray(squares[row.path], float)
-        reach = row.confidence + 4 * np.std(np.log(x)) / math.sqrt(NETS - 1)
+        reach = row.error_bound + 4 * np.std(np.log(x)) / math.sqrt(NETS - 1)
         errors = row.second_moment / x.mean() - 1, row.typical / np.exp(np.mean(np.log(x))) - 1
         assert min(map(abs, errors)) <= reach, (row, errors, reach)
     assert np.mean([row.how == "assumed" for row in report.rows]) <= 0.05
@@ -262,7 +262,7 @@ def test_the_gradient_at_a_repeated_output_is_that_of_one_copy():
     report = predict(_model(lambda x: x + Repeated()(x)), jax.ShapeDtypeStruct((4, 8), jnp.float32))
     row = report["Repeated_0"]
     assert row.gradient == pytest.approx(1.0)
-    assert row.gradient_confidence > 3  # copies could be fed the same, and then it is a fourth
+    assert row.gradient_error_bound > 3  # copies could be fed the same, and then it is a fourth
 
 
 def test_a_stream_under_small_branches_hands_its_gradient_on():
@@ -305,7 +305,7 @@ def test_what_gaussian_draws_cannot_say_is_in_doubt():
         h = nn.Dense(8)(x)
         return jnp.linalg.cholesky(h.T @ h + jnp.eye(8))
 
-    assert predict(_model(factor), jax.ShapeDtypeStruct((4, 8), jnp.float32))[""].confidence > 1
+    assert predict(_model(factor), jax.ShapeDtypeStruct((4, 8), jnp.float32))[""].error_bound > 1
 
 
 def test_a_maximum_over_points_of_three_dimensions_is_in_doubt():
@@ -315,7 +315,7 @@ def test_a_maximum_over_points_of_three_dimensions_is_in_doubt():
         return nn.LayerNorm()(nn.Dense(64)(x)).max(1)
 
     few, many = (predict(_model(points), jax.ShapeDtypeStruct((4, 128, d), jnp.float32)) for d in (3, 256))
-    assert few[""].confidence > 1 > 0.5 > many[""].confidence
+    assert few[""].error_bound > 1 > 0.5 > many[""].error_bound
 
 
 def test_the_shape_of_a_normed_and_rectified_stream_is_kept():
@@ -330,7 +330,7 @@ def test_the_shape_of_a_normed_and_rectified_stream_is_kept():
     drawn = jax.vmap(lambda k: (model.apply(model.init(k, x), x) ** 2).mean())(jax.random.split(jax.random.key(0), NETS))
     row = predict(model, jax.ShapeDtypeStruct(shape, jnp.float32))[""]
     error = float(jnp.std(drawn) / jnp.mean(drawn)) / math.sqrt(NETS)
-    assert abs(row.second_moment / float(drawn.mean()) - 1) < row.confidence + 4 * error  # missed once in 1e4
+    assert abs(row.second_moment / float(drawn.mean()) - 1) < row.error_bound + 4 * error  # missed once in 1e4
     assert row.second_moment > 0.53
 
 
@@ -351,7 +351,7 @@ def test_pooling_what_was_centred_over_the_batch_leaves_what_samples_differ_by()
     drawn = jax.jit(jax.vmap(square))(jax.random.split(jax.random.key(0), NETS))
     row = predict(model, jax.ShapeDtypeStruct(shape, jnp.float32))[""]
     error = float(jnp.std(drawn) / jnp.mean(drawn)) / math.sqrt(NETS)
-    assert abs(row.second_moment / float(drawn.mean()) - 1) < row.confidence + 4 * error  # missed once in 1e4
+    assert abs(row.second_moment / float(drawn.mean()) - 1) < row.error_bound + 4 * error  # missed once in 1e4
 
 
 @pytest.mark.parametrize("batch", [1, 8, 15])

@@ -1,6 +1,6 @@
 """Sums of few terms behind norms: their law's shape, which second moments do not hold.
 
-Error rates: agreement is asked for to within the report's confidence and four standard errors of the measurement, so a sound
+Error rates: agreement is asked for to within the report's error_bound and four standard errors of the measurement, so a sound
 prediction fails 6 times in 100000; the draws have fixed keys.
 """
 
@@ -55,5 +55,5 @@ def test_what_a_layer_norm_leaves_of_it_is_in_doubt():
     model = Depthwise(nn.LayerNorm)
     row = predict(model, IMAGES, backward=False).output
     mean, error = measured(model, 100)
-    assert row.confidence < 0.2
-    assert abs(row.second_moment / mean - 1) <= row.confidence + 4 * error, (row.second_moment, mean, error, row)
+    assert row.error_bound < 0.2
+    assert abs(row.second_moment / mean - 1) <= row.error_bound + 4 * error, (row.second_moment, mean, error, row)

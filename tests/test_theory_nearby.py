@@ -74,7 +74,7 @@ class Pooled(nn.Module):
 def test_pools_of_pictures(pool):
     """The mean square after pools of a smooth picture, and what it would be were any two places equally alike.
 
-    A z-test at an error rate of 1e-6 each, beside the stated confidence; with 500 nets the standard error is below 2 %. That it
+    A z-test at an error rate of 1e-6 each, beside the stated error bound; with 500 nets the standard error is below 2 %. That it
     has power: with the places shuffled, which leaves all moments but the likeness of neighbours, the prediction fails it.
     """
     x, model = photographs(16, 12, 12, 3), Pooled(pool)
@@ -88,7 +88,7 @@ def test_pools_of_pictures(pool):
 
     drawn = np.asarray(jax.jit(lambda keys: jax.lax.map(square, keys))(jax.random.split(jax.random.key(0), 500)), float)
     error = drawn.std(ddof=1) / 500**0.5 / drawn.mean()
-    allowed = row.confidence + stats.norm.isf(5e-7) * error
+    allowed = row.error_bound + stats.norm.isf(5e-7) * error
     assert error < 0.02
-    assert row.confidence < 0.15
+    assert row.error_bound < 0.15
     assert abs(row.second_moment / drawn.mean() - 1) < allowed < abs(shuffled.second_moment / drawn.mean() - 1)

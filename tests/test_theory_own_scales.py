@@ -81,7 +81,7 @@ class Capsules(nn.Module):
 
 
 def test_routing_by_agreement_is_no_attention():
-    """Shares of each capsule's votes, added up over capsules: within its confidence of 100 nets and four standard errors."""
+    """Shares of each capsule's votes, added up over capsules: within its error bound of 100 nets and four standard errors."""
     struct, model = jax.ShapeDtypeStruct((8, 12, 16), jnp.float32), Capsules()
 
     def one(key):
@@ -92,8 +92,8 @@ def test_routing_by_agreement_is_no_attention():
     drawn = jax.lax.map(jax.jit(one), jax.random.split(jax.random.key(0), 100))
     error = float(drawn.std() / drawn.mean()) / 99**0.5
     assert error < 0.05, "the test has lost its power"
-    assert abs(row.second_moment / float(drawn.mean()) - 1) <= row.confidence + 4 * error
-    assert row.confidence < 1
+    assert abs(row.second_moment / float(drawn.mean()) - 1) <= row.error_bound + 4 * error
+    assert row.error_bound < 1
 
 
 @pytest.mark.parametrize(("few", "f"), [(4, lambda x: x), (8, lambda x: x), (8, nn.relu)], ids=["4", "8", "rectified"])

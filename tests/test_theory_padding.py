@@ -1,6 +1,6 @@
 """Real ids with paddings, whose keys are masked: rows of unlike lengths, filled up behind or in front.
 
-Each a z-test at an error rate of 1e-6 beside the stated confidence, which has to be below 15 %, on 100 nets for the given ids.
+Each a z-test at an error rate of 1e-6 beside the stated error bound, which has to be below 15 %, on 100 nets for the given ids.
 That it has power: with paddings taken for tokens like others, outputs of attention would be twice as large as they are, and a
 mean over a row's ids by a third.
 """
@@ -159,8 +159,8 @@ def test_masked_paddings_are_no_tokens(name):
         row = vs.predict(one, vs.inputs(*given), params=weights, backward=False).output
         found = np.asarray(drawn[:, k])
         error = found.std(ddof=1) / NETS**0.5 / found.mean()
-        assert row.confidence < 0.15
-        assert abs(row.second_moment / found.mean() - 1) < row.confidence + stats.norm.isf(5e-7) * error
+        assert row.error_bound < 0.15
+        assert abs(row.second_moment / found.mean() - 1) < row.error_bound + stats.norm.isf(5e-7) * error
 
 
 def _output(program, k, p, *given):

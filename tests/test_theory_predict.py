@@ -165,7 +165,7 @@ class Shifted(Case):
 def test_drawn_architectures_agree_within_confidence(model, mean):
     """24 nets a case, forward and backward.
 
-    A row beyond its confidence by 4.5 standard errors has probability below 1e-5, and fails; being 10 % off where 2 % is
+    A row beyond its error bound by 4.5 standard errors has probability below 1e-5, and fails; being 10 % off where 2 % is
     promised shows in every row whose standard error is below 1.7 %.
     """
     shape, tokens = ((16, 64), 0)
@@ -176,9 +176,9 @@ def test_drawn_architectures_agree_within_confidence(model, mean):
     case = Shifted("drawn", "", model, shape, jnp.int32 if tokens else jnp.float32, tokens, mean=mean)
     rows, _, _ = compare(case, 24)
     for row in rows:
-        assert abs(row.mean) <= row.confidence + 4.5 * row.forward_error, row
-        if row.gradient_confidence is not None and np.isfinite(row.backward):
-            assert abs(row.backward) <= row.gradient_confidence + 4.5 * row.backward_error, row
+        assert abs(row.mean) <= row.error_bound + 4.5 * row.forward_error, row
+        if row.gradient_error_bound is not None and np.isfinite(row.backward):
+            assert abs(row.backward) <= row.gradient_error_bound + 4.5 * row.backward_error, row
 
 
 def test_unrolled_scan_and_remat():

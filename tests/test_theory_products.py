@@ -58,7 +58,7 @@ def test_sums_of_too_many_terms_stay_together_in_doubt():
 
     found = row(f, 8)
     assert found.how == "assumed"
-    assert found.confidence > 0.2
+    assert found.error_bound > 0.2
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,7 @@ def test_what_a_norm_over_few_units_puts_out_lies_on_a_sphere(norm, units):
     for f in (jnp.tanh, lambda x: jnp.square(relu(x))):
         found = row(lambda x, f=f: f(module.apply({}, x, mutable=["batch_stats"])[0]), 1, shape)
         assert found.second_moment == pytest.approx(np.mean(np.asarray(f(y), float) ** 2), rel=0.012)
-        assert found.confidence < 0.05
+        assert found.error_bound < 0.05
 
 
 @pytest.mark.parametrize(
@@ -123,10 +123,10 @@ def test_what_a_norm_over_few_units_puts_out_lies_on_a_sphere(norm, units):
 def test_what_has_no_value_is_in_infinite_doubt(f):
     found = row(f, 1)
     assert found.how == "assumed"
-    assert found.confidence == np.inf
+    assert found.error_bound == np.inf
     report = vs.Report((found,))
     assert "inf" in str(report)
-    assert '"confidence": null' in report.to_json()
+    assert '"error_bound": null' in report.to_json()
 
 
 @pytest.mark.parametrize(
@@ -141,7 +141,7 @@ def test_what_has_no_value_is_in_infinite_doubt(f):
 )
 def test_what_has_a_value_is_not_in_doubt(f):
     assert row(f, 1).how == "quadrature"
-    assert row(f, 1).confidence < 0.2
+    assert row(f, 1).error_bound < 0.2
 
 
 @pytest.mark.parametrize("x", [0.0, 1e-6, 1e-3, 0.1, 1.0, 5.0])
@@ -187,5 +187,5 @@ def test_an_average_of_few_numbers_is_no_number(f, truth, units):
     """Taken for its mean, it is off by 33 to 67 % at 4 units."""
     found = row(lambda x: f(x, lambda y: jnp.mean(y, axis=1, keepdims=True)), 1, (64, units))
     error = abs(found.second_moment / truth(units) - 1)
-    assert error <= found.confidence
+    assert error <= found.error_bound
     assert error <= 4 / units**2 + 0.01

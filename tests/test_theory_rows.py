@@ -211,7 +211,7 @@ def test_every_equation_has_a_row():
     assert not {"jit", "pjit", "custom_jvp_call"} & set(kinds.values())
     assert report["scores/dot_general"].shape == (16, 16)
     # Half of it is masked: no number can be put on that, and none is.
-    assert report["select_n"].second_moment == np.inf == report["select_n"].confidence
+    assert report["select_n"].second_moment == np.inf == report["select_n"].error_bound
     rest = vs.predict(Net(), X)
     assert [report[row.path] for row in rest.rows] == list(rest.rows)
 

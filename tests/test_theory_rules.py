@@ -156,7 +156,7 @@ def test_rules_against_sampling(name):
     row = predict(lambda params, x: f(x), Moments(0.3, 1.09, (4, 6)), params={"w": jnp.ones(1)}, backward=False).output
     x = 0.3 + jax.random.normal(jax.random.key(0), (20_000, 4, 6))
     y = np.asarray(jax.jit(jax.vmap(f))(x), float)
-    limit = 0.05 + (row.confidence if row.how in ("sampled", "assumed") or "norm" in name or name == "mean of relu" else 0)
+    limit = 0.05 + (row.error_bound if row.how in ("sampled", "assumed") or "norm" in name or name == "mean of relu" else 0)
     assert row.second_moment == pytest.approx(np.mean(y**2), rel=limit)
     assert row.shape == y.shape[1:]
 

@@ -1,7 +1,7 @@
 """Complex numbers, Fourier transforms and recurrences, each against draws of the same program.
 
 Error rates: a draw's mean square has a standard error of its own (each test's comment says how many draws); agreement is
-asked for to within the report's confidence and four of those errors, so a sound prediction fails 6 times in 100000.
+asked for to within the report's error_bound and four of those errors, so a sound prediction fails 6 times in 100000.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def agrees(f, found, params=weights, struct=INPUT, extra=2 / WIDTH):
     """Whether prediction and measurement agree; `extra` is what a finite width adds to a fourth moment."""
     row = predict(f, struct, params=params, backward=False).output
     mean, error = found
-    assert abs(row.second_moment - mean) <= mean * (row.confidence + 4 * error + extra), (row.second_moment, mean, error, row)
+    assert abs(row.second_moment - mean) <= mean * (row.error_bound + 4 * error + extra), (row.second_moment, mean, error, row)
 
 
 def z(w, x):
@@ -225,14 +225,14 @@ class Recurrent(nn.Module):
 
 
 def test_gradients_pass_back_through_time():
-    """50 draws: the gradient at a recurrence's input is Σ a^2k of what comes in, within confidence and four standard errors."""
+    """50 draws: the gradient at a recurrence's input is Σ a^2k of what comes in, within error bound and four standard errors."""
     from experiments.benchmarks import accuracy
 
     rows, _, _ = accuracy.compare(accuracy.Case("", "recurrent", Recurrent(), SERIES.shape), 50)
     assert [row.path for row in rows if row.gradient_outside or row.outside] == []
     (before,) = (row for row in rows if row.path == "before")
-    assert before.gradient_confidence is not None
-    assert before.gradient_confidence < 0.25
+    assert before.gradient_error_bound is not None
+    assert before.gradient_error_bound < 0.25
 
 
 class Unit(nn.Module):
@@ -271,14 +271,14 @@ def test_layers_are_drawn_together(model):
 
     with jax.numpy_dtype_promotion("standard"):
         rows, _, _ = accuracy.compare(accuracy.Case("", "recurrent", model, (4, 32, 32)), 40, backward=False)
-    assert [row for row in rows if abs(row.mean) > row.confidence + 4 * row.forward_error] == []
-    assert max(row.confidence for row in rows) < 0.15
+    assert [row for row in rows if abs(row.mean) > row.error_bound + 4 * row.forward_error] == []
+    assert max(row.error_bound for row in rows) < 0.15
     assert np.mean([row.coverage for row in rows]) > 0.9
 
 
 def test_a_scan_whose_rates_nothing_reads_is_a_scan():
     """A tracer leaves out what is not read: the running product of the rates, put together from halves like the rest."""
-    from varscale.pieces import live
+    from varscale.programs.pieces import live
     from varscale.theory.prefix_scans import combination, gathered
 
     x = jnp.ones((16, 3))

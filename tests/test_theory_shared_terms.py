@@ -1,6 +1,6 @@
 """Products and sums of what shares its terms, against Monte Carlo of the function itself.
 
-Error rates: 2²⁰ draws with a fixed key; second moments are asked for within the stated confidence and four standard errors.
+Error rates: 2²⁰ draws with a fixed key; second moments are asked for within the stated error bound and four standard errors.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ def test_second_moments(f):
     row = vs.predict(lambda params, a, b: f(a, b), vs.inputs(struct, struct), params={}, backward=False).output
     squares = np.asarray(f(*jax.random.normal(jax.random.key(0), (2, 1 << 20)))) ** 2
     error = squares.std() / squares.mean() / 1024
-    assert abs(row.second_moment / squares.mean() - 1) <= row.confidence + 4 * error
-    assert row.confidence <= 0.1
+    assert abs(row.second_moment / squares.mean() - 1) <= row.error_bound + 4 * error
+    assert row.error_bound <= 0.1
 
 
 def test_a_gate_of_few_terms_varies():
@@ -53,4 +53,4 @@ def test_a_gate_of_few_terms_varies():
 
     squares = np.asarray(jax.lax.map(one, jax.random.split(jax.random.key(0), 50)))
     error = squares.std() / squares.mean() / 7
-    assert abs(row.second_moment / squares.mean() - 1) <= row.confidence + 4 * error
+    assert abs(row.second_moment / squares.mean() - 1) <= row.error_bound + 4 * error

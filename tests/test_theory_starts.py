@@ -1,6 +1,6 @@
 """Reductions that start from a number of their own, and lookups by several indices, against draws and enumeration.
 
-Error rates: 20000 rows of independent normals with a fixed key; second moments are asked for within the stated confidence and
+Error rates: 20000 rows of independent normals with a fixed key; second moments are asked for within the stated error bound and
 four standard errors.
 """
 
@@ -29,7 +29,7 @@ def of_normals(f, shape):
 def test_extremes_by_segment_start_from_what_is_there(kind, start):
     """Without the start they are off by 11 to 28 %."""
     row, truth, error = of_normals(lambda x: getattr(jnp.full((6, 20_000), start).at[SEGMENTS], kind)(x), (8, 20_000))
-    assert abs(row.second_moment / truth - 1) <= row.confidence + 4 * error / truth
+    assert abs(row.second_moment / truth - 1) <= row.error_bound + 4 * error / truth
     assert row.second_moment == pytest.approx(truth, rel=0.03)
 
 
@@ -41,7 +41,7 @@ def test_windows_start_from_what_is_there(combine, start, padding):
     """Without the start they are off by 20 to 50 %; it is there once, whatever is padded."""
     window = lambda x: jax.lax.reduce_window(x, start, combine, (2, 1), (2, 1), padding)  # noqa: E731
     row, truth, error = of_normals(window, (5, 20_000))
-    assert abs(row.second_moment / truth - 1) <= row.confidence + 4 * error / truth
+    assert abs(row.second_moment / truth - 1) <= row.error_bound + 4 * error / truth
     assert row.second_moment == pytest.approx(truth, rel=0.03)
 
 

@@ -62,5 +62,5 @@ def scaled_tanh(factor):
 
 def test_backward_rules_that_are_no_derivatives_are_in_doubt():
     plain, same, other = (rows(f)[0] for f in (jnp.tanh, scaled_tanh(1.0), scaled_tanh(-3.0)))
-    assert (same.gradient, same.gradient_confidence) == (plain.gradient, plain.gradient_confidence)
-    assert abs(9 * plain.gradient / other.gradient - 1) <= other.gradient_confidence
+    assert (same.gradient, same.gradient_error_bound) == (plain.gradient, plain.gradient_error_bound)
+    assert abs(9 * plain.gradient / other.gradient - 1) <= other.gradient_error_bound

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from varscale import programs
+from varscale.programs import faces
 from varscale.theory import predict
 from varscale.theory.elementwise import form
 from varscale.theory.graph import View
@@ -24,7 +24,7 @@ class _Split:
     structs = (X,)
 
     def join(self, dynamic):
-        return programs.as_inputs(dynamic[0])
+        return faces.as_inputs(dynamic[0])
 
 
 class Block(nn.Module):
@@ -85,7 +85,7 @@ class Asking(nn.Module):
 
 
 def _passes(model):
-    return first_pass(programs.program(model), _Split())
+    return first_pass(faces.program(model), _Split())
 
 
 def test_a_pass_that_initializes_is_the_forward_pass():
@@ -103,7 +103,7 @@ def test_what_an_init_computes_with_must_be_what_it_returns(model):
 @pytest.mark.parametrize("model", [Rematerialized(), Looped()], ids=str)
 def test_one_trace_or_two_predict_the_same(model):
     one, two = predict(Plain(), X).rows[-1], predict(model, X).rows[-1]
-    for name in ("mean", "second_moment", "typical", "gradient", "confidence"):
+    for name in ("mean", "second_moment", "typical", "gradient", "error_bound"):
         np.testing.assert_allclose(getattr(two, name), getattr(one, name), rtol=1e-6, err_msg=name)
 
 

@@ -1,6 +1,6 @@
 """Layers that transform the weights of another: their norms are inner products of what was made with one weight.
 
-The mean square over 200 drawn nets has a relative standard error of 1 to 2 %; it must lie within the stated confidence and four
+The mean square over 200 drawn nets has a relative standard error of 1 to 2 %; it must lie within the stated error bound and four
 of those (error rate below 1e-4 a comparison); that a spectral norm's vector was turned by the weight itself, which the rules
 must see, is a factor of 1.5 or more.
 """
@@ -44,14 +44,14 @@ def test_normalised_weights_have_the_measured_scale(kind: str) -> None:
     squares = _measured(Normed(kind))
     error = squares.std() / squares.mean() / np.sqrt(DRAWS)
     off = report.output.second_moment / squares.mean() - 1
-    assert abs(off) < report.output.confidence + 4 * error
-    assert report.output.confidence < 0.1
+    assert abs(off) < report.output.error_bound + 4 * error
+    assert report.output.error_bound < 0.1
 
 
 def test_a_spectral_norm_that_goes_on_is_flagged() -> None:
     """Its vector is one of the weight's own making, and so is nearer its largest singular value than any known here."""
     report = vs.predict(Normed("updated"), jax.ShapeDtypeStruct((16, WIDTH), jnp.float32))
-    assert report.output.confidence > 0.15
+    assert report.output.error_bound > 0.15
 
 
 @pytest.mark.parametrize("stops", [False, True])
@@ -75,6 +75,6 @@ def test_an_inner_product_with_its_own_direction_is_a_norm(stops: bool) -> None:
 
     row = vs.predict(sigma, vs.inputs(), params=drawn, backward=False).output
     values = np.asarray(jax.vmap(lambda key: sigma(drawn(key)))(jax.random.split(jax.random.key(0), 400)), float)
-    assert abs(row.second_moment / np.mean(values**2) - 1) < row.confidence + 4 * np.std(values**2) / np.mean(values**2) / 20
-    assert abs(row.mean / values.mean() - 1) < row.confidence + 4 * values.std() / values.mean() / 20
-    assert row.confidence < 0.1
+    assert abs(row.second_moment / np.mean(values**2) - 1) < row.error_bound + 4 * np.std(values**2) / np.mean(values**2) / 20
+    assert abs(row.mean / values.mean() - 1) < row.error_bound + 4 * values.std() / values.mean() / 20
+    assert row.error_bound < 0.1

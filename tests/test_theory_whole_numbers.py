@@ -50,7 +50,7 @@ def test_a_dense_layer_of_one_hot_rows_is_as_sure_as_an_embedding():
     one, other = (vs.predict(model, IDS, backward=False).output for model in (Looked(), Embedded()))
     assert one.second_moment == pytest.approx(other.second_moment, rel=0.03)
     assert one.typical == pytest.approx(other.typical, rel=0.03)
-    assert one.confidence < 0.05
+    assert one.error_bound < 0.05
 
 
 def test_one_hot_rows_are_drawn_as_rows():
@@ -110,7 +110,7 @@ def test_masks_made_from_ids_and_lengths_are_all_true(masked):
     plain = vs.predict(Encoder(), IDS).output
     found = vs.predict(Model(), vs.inputs(IDS, LENGTHS)).output
     assert found.second_moment == pytest.approx(plain.second_moment, rel=1e-6)
-    assert found.confidence == pytest.approx(plain.confidence, rel=1e-6)
+    assert found.error_bound == pytest.approx(plain.error_bound, rel=1e-6)
 
 
 def test_a_mask_that_is_not_known_as_one_is_in_doubt():
@@ -121,7 +121,7 @@ def test_a_mask_that_is_not_known_as_one_is_in_doubt():
         def __call__(self, ids, lengths):
             return Encoder()(ids, mask=jnp.sin(lengths[:, None] - POSITIONS) < 0)
 
-    assert vs.predict(Model(), vs.inputs(IDS, LENGTHS)).output.confidence > 1
+    assert vs.predict(Model(), vs.inputs(IDS, LENGTHS)).output.error_bound > 1
 
 
 def test_ids_taken_for_numbers_are_in_doubt():
@@ -129,4 +129,4 @@ def test_ids_taken_for_numbers_are_in_doubt():
     model = nn.Sequential([lambda ids: ids.astype(jnp.float32) / 255, nn.Dense(16), nn.relu, nn.Dense(4)])
     row = vs.predict(model, IDS, backward=False).output
     assert row.how == "assumed"
-    assert row.confidence > 1
+    assert row.error_bound > 1

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from varscale import transfer
-from varscale.transfer.patterns import canonical, matches, substitute
+from varscale.programs.patterns import canonical, matches, substitute
 
 
 def pieces(**arrays) -> list[transfer.Piece]:

@@ -19,7 +19,7 @@ if _TYPE_CHECKING:
     from varscale import testing as testing
     from varscale import theory as theory
     from varscale import transfer as transfer
-    from varscale.programs import inputs as inputs
+    from varscale.programs.faces import inputs as inputs
     from varscale.report import Report as Report
     from varscale.theory import Moments as Moments
     from varscale.theory import critical as critical
@@ -30,7 +30,7 @@ if _TYPE_CHECKING:
 _LATER = {
     **dict.fromkeys(("testing", "theory", "transfer"), None),
     **dict.fromkeys(("Moments", "critical", "mean_field", "predict"), "varscale.theory"),
-    "inputs": "varscale.programs",
+    "inputs": "varscale.programs.faces",
     "Report": "varscale.report",
 }
 

@@ -29,8 +29,8 @@ class Row:
         position_correlation: likewise for two positions of one sample (axes between the first and the last).
         gradient: second moment of the loss gradient at this output, for a cotangent of unit variance at the model's output.
         how: how second_moment was obtained; the worst of the steps that led to it.
-        confidence: bound on the relative error of second_moment.
-        gradient_confidence: bound on the relative error of gradient.
+        error_bound: bound on the relative error of second_moment.
+        gradient_error_bound: bound on the relative error of gradient.
     """
 
     path: str
@@ -45,8 +45,8 @@ class Row:
     position_correlation: float | None = None
     gradient: float | None = None
     how: How = "measured"
-    confidence: float = 0.0
-    gradient_confidence: float | None = None
+    error_bound: float = 0.0
+    gradient_error_bound: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +89,7 @@ _COLUMNS = (
     "sample_correlation",
     "gradient",
     "how",
-    "confidence",
+    "error_bound",
 )
 
 

@@ -3,9 +3,9 @@
     python -m experiments.benchmarks.accuracy [--nets 100] [--only transformer] [--rows]
 
 For every architecture of the grid: relative error of the typical mean square (exp of the mean log) over all outputs, median
-and worst, forward and backward; how many rows are flagged (their stated confidence is worse than 15 %), how many errors lie
-beyond their own confidence by more than three standard errors of the measurement, and how many draws lie in the band. An
-unflagged row beyond its confidence, forward or backward, fails the run.
+and worst, forward and backward; how many rows are flagged (their stated error bound is worse than 15 %), how many errors lie
+beyond their own error bound by more than three standard errors of the measurement, and how many draws lie in the band. An
+unflagged row beyond its error bound, forward or backward, fails the run.
 """
 
 from __future__ import annotations
@@ -109,34 +109,34 @@ class Comparison:
     mean: float
     backward: float
     backward_error: float
-    confidence: float
-    gradient_confidence: float | None
+    error_bound: float
+    gradient_error_bound: float | None
     coverage: float
     how: str
 
     def __str__(self) -> str:
         return (
             f"{self.path:60s} typical {self.forward:+.1%} ± {self.forward_error:.1%}  mean {self.mean:+.1%}  "
-            f"confidence {self.confidence:.1%}  band {self.coverage:.0%}  "
+            f"error_bound {self.error_bound:.1%}  band {self.coverage:.0%}  "
             f"gradient {self.backward:+.1%} ± {self.backward_error:.1%}  "
-            f"confidence {self.gradient_confidence or math.nan:.1%}  {self.how}"
+            f"error_bound {self.gradient_error_bound or math.nan:.1%}  {self.how}"
         )
 
     @property
     def outside(self) -> bool:
         """Whether the second moment is further off than promised, three standard errors granted."""
-        return abs(self.mean) > self.confidence + 3 * self.forward_error
+        return abs(self.mean) > self.error_bound + 3 * self.forward_error
 
     @property
     def gradient_flagged(self) -> bool:
-        return self.gradient_confidence is not None and self.gradient_confidence > FLAGGED
+        return self.gradient_error_bound is not None and self.gradient_error_bound > FLAGGED
 
     @property
     def gradient_outside(self) -> bool:
         """Whether the gradient is further off than promised, three standard errors granted."""
-        if self.gradient_confidence is None or not math.isfinite(self.backward):
+        if self.gradient_error_bound is None or not math.isfinite(self.backward):
             return False
-        return abs(self.backward) > self.gradient_confidence + 3 * self.backward_error
+        return abs(self.backward) > self.gradient_error_bound + 3 * self.backward_error
 
 
 def line(rows: list[Comparison]) -> str:
@@ -146,7 +146,7 @@ def line(rows: list[Comparison]) -> str:
         f"{np.median([abs(r.forward) for r in rows]):.1%}",
         f"{worst.forward:+.1%} ({worst.forward_error:.1%})",
         f"{np.median([abs(r.mean) for r in rows]):.1%}",
-        f"{np.mean([r.confidence > FLAGGED for r in rows]):.0%}",
+        f"{np.mean([r.error_bound > FLAGGED for r in rows]):.0%}",
         f"{sum(r.outside for r in rows)}",
         f"{np.mean([r.coverage for r in rows]):.0%}",
     ]
@@ -190,8 +190,8 @@ def compare(case: Case, nets: int, *, backward: bool = True) -> tuple[list[Compa
                 row.second_moment / square.mean() - 1,
                 gradient,
                 float(np.std(np.log(np.maximum(grad, 1e-300))) / np.sqrt(nets)),
-                row.confidence,
-                row.gradient_confidence,
+                row.error_bound,
+                row.gradient_error_bound,
                 float(inside),
                 row.how,
             )
@@ -245,7 +245,7 @@ def main() -> None:
             continue
         rows, seconds, _ = compare(case, options.nets, backward=not options.forward)
         every += rows
-        broken += [(case.name, r.path, "forward") for r in rows if r.outside and r.confidence <= FLAGGED]
+        broken += [(case.name, r.path, "forward") for r in rows if r.outside and r.error_bound <= FLAGGED]
         broken += [(case.name, r.path, "gradient") for r in rows if r.gradient_outside and not r.gradient_flagged]
         print(f"| {case.name} | {len(rows)} | {line(rows)} | {seconds:.1f} s |", flush=True)
         if options.rows:
@@ -253,7 +253,7 @@ def main() -> None:
                 print(f"    {r}")
     print(f"| all | {len(every)} | {line(every)} | |")
     if broken:
-        raise SystemExit(f"{len(broken)} unflagged rows lie outside their own confidence: {broken[:8]}")
+        raise SystemExit(f"{len(broken)} unflagged rows lie outside their own error bound: {broken[:8]}")
 
 
 if __name__ == "__main__":

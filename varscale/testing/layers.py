@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Inexact, Key, PyTree
 
-from varscale.programs import Inputs, as_inputs, program
+from varscale.programs.faces import Inputs, as_inputs, program
 from varscale.testing.claims import ALPHA, BETA, DETECTABLE_RATIO
 from varscale.testing.draws import key_of, map_keys
 from varscale.testing.energies import LEAST, Outcome, mean_is_one

@@ -24,7 +24,7 @@ import jax
 import numpy as np
 
 from varscale import _compat
-from varscale.pieces import live
+from varscale.programs.pieces import live
 from varscale.theory.axes import Axis
 from varscale.theory.elementwise import apply
 from varscale.theory.functions import of_known

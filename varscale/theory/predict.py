@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from varscale import programs
-from varscale.programs import Inputs, Program
+from varscale.programs import faces
+from varscale.programs.faces import Inputs, Program
 from varscale.report import Report
 from varscale.theory.axes import Axis
 from varscale.theory.cross import together
@@ -60,8 +60,8 @@ def predict(
     """
     if detail not in _DETAILS:
         raise ValueError(f"detail must be one of {', '.join(map(repr, _DETAILS))}, not {detail!r}")
-    program = programs.program(model, method=method)
-    given = programs.as_inputs(x)
+    program = faces.program(model, method=method)
+    given = faces.as_inputs(x)
     interpreter = Interpreter()
     split = _Split(given)
     parameters = _parameters(interpreter, program, params, split)
@@ -98,7 +98,7 @@ def _forward(program: Program, parameters: _Parameters, split: _Split) -> tuple[
 
     def forward(variables: Any, dynamic: list[Any]) -> Any:
         output, captures = program.apply(variables, split.join(dynamic))
-        return programs.grouped(captures, output)
+        return faces.grouped(captures, output)
 
     return traced(forward, parameters.shapes, split.structs), parameters.values
 
@@ -110,7 +110,7 @@ class _Split:
         leaf = lambda x: isinstance(x, Moments)  # noqa: E731
         flat, self.tree = jax.tree_util.tree_flatten((given.args, dict(given.kwargs)), is_leaf=leaf)
         self.leaves, self.padded = evened(flat)
-        self.places = [i for i, x in enumerate(self.leaves) if isinstance(x, Moments) or programs.is_dynamic(x)]
+        self.places = [i for i, x in enumerate(self.leaves) if isinstance(x, Moments) or faces.is_dynamic(x)]
         self.structs = [_struct(self.leaves[i]) for i in self.places]
 
     def join(self, dynamic: list[Any]) -> Inputs:

@@ -3,7 +3,7 @@
 A doubt is a relative error of a second moment. Most are derived where they are flagged, as what the next term of an expansion
 would add, or as the error of so many draws. Those that are not are constants of which it is said, beside each: "Set on the
 validation grid, not derived". The grid is that of `experiments/benchmarks/accuracy.py`; they were chosen so that no row of it
-lies outside its confidence.
+lies outside its error bound.
 """
 
 from __future__ import annotations

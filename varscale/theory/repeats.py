@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from varscale import _compat
-from varscale.pieces import PIECE
+from varscale.programs.pieces import PIECE
 from varscale.theory.interpreter import live_equations
 
 

@@ -1,6 +1,6 @@
 """Rows as the walk meets them: what modules and `jax.named_scope` blocks put out, and every equation where that is asked for.
 
-What a module puts out carries a mark (`programs.named`). A scope is read from the name stacks of its equations and puts out
+What a module puts out carries a mark (`faces.named`). A scope is read from the name stacks of its equations and puts out
 what is used after it: the largest such array, the last of equals. Calls are entered, and so are loops over layers, whose rows
 end in "[step]"; loops over time are not.
 """
@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from varscale import _compat
-from varscale.marks import FIELD, MODULE, WITHIN
-from varscale.pieces import PIECE
+from varscale.programs.marks import FIELD, MODULE, WITHIN
+from varscale.programs.pieces import PIECE
 
 _LOOPS = {"scan", "while", "associative_scan"}
 

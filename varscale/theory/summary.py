@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from varscale.programs import Program
+from varscale.programs.faces import Program
 from varscale.report import How, Report, Row
 from varscale.theory.axes import averaging
 from varscale.theory.backward import cotangents
@@ -21,7 +21,7 @@ from varscale.theory.spread import full
 from varscale.theory.uses import weights
 
 _BAND = 2.5758  # 99 % of a normal
-_WIDEST = 25.0  # of ln(mean square): beyond that a draw can be anything, and the row's confidence says so
+_WIDEST = 25.0  # of ln(mean square): beyond that a draw can be anything, and the row's error_bound says so
 # Set on the validation grid, not derived, both: of gradient independence itself, at width 256; of a band where first order
 # finds no fluctuation at all, what second order and a norm's epsilon leave.
 GRADIENT_BASE, _ROUNDING = 0.05, 4e-3
@@ -79,7 +79,7 @@ def _unbounded(path: str, kind: str, x: Value) -> Row:
         math.inf,
         (0.0, math.inf),
         how="assumed",
-        confidence=math.inf,
+        error_bound=math.inf,
     )
 
 
@@ -94,7 +94,7 @@ def _row(path: str, kind: str, x: Value, gradient: tuple[float, float] | None) -
     typical = second * math.exp(-variance / 2 - skew / 6)
     reach = _BAND * math.sqrt(variance) + _ROUNDING
     lean = (_BAND**2 - 1) * skew / 6 / max(variance, 1e-300)  # Cornish and Fisher
-    how, confidence = provenance(x.node)
+    how, error_bound = provenance(x.node)
     band = (typical * math.exp(lean - reach), typical * math.exp(lean + reach))
     if gradient is not None:
         gradient = _of_one_copy(x, *gradient)
@@ -111,8 +111,8 @@ def _row(path: str, kind: str, x: Value, gradient: tuple[float, float] | None) -
         position_correlation=correlation(x, list(range(1, len(x.shape) - 1))) if math.prod(x.shape[1:-1]) > 1 else None,
         gradient=None if gradient is None else gradient[0],
         how=cast(How, how),
-        confidence=confidence,
-        gradient_confidence=None if gradient is None else GRADIENT_BASE + gradient[1],
+        error_bound=error_bound,
+        gradient_error_bound=None if gradient is None else GRADIENT_BASE + gradient[1],
     )
 
 

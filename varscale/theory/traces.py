@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from varscale import _compat, programs
-from varscale.pieces import PIECE
-from varscale.programs import Program
+from varscale import _compat
+from varscale.programs import faces
+from varscale.programs.faces import Program
+from varscale.programs.pieces import PIECE
 from varscale.theory.interpreter import PredictionError, live_equations
 
 _KEY = 0  # laws do not depend on the seed
@@ -81,7 +82,7 @@ def first_pass(program: Program, split: Any) -> Draws | None:
     def both(dynamic: Any) -> Any:
         variables, output, captures, same = program.start(jax.random.key(_KEY), split.join(dynamic))  # pyright: ignore[reportOptionalCall]
         alike.append(same)
-        return variables, programs.grouped(captures, output)
+        return variables, faces.grouped(captures, output)
 
     try:
         jaxpr, constants, (variables, rows) = traced(both, split.structs)

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from varscale.programs.trees import open_tree
 from varscale.transfer import orbax_folder, safetensors_file
 from varscale.transfer.structure import leaves_of, not_finite
-from varscale.transfer.trees import open_tree
 
 PICKLES = "a pickle runs whatever code it holds when it is read. Convert it once, where you trust it, to safetensors"
 _FORMATS = "give NAME.safetensors for one file, or a name without suffix (or .orbax) for the folder of an Orbax checkpoint"

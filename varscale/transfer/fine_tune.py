@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from varscale.transfer.patterns import Pattern
+from varscale.programs.patterns import Pattern
+from varscale.programs.trees import open_tree
 from varscale.transfer.rules import Rule, Rules, assign, checked, rule_of
-from varscale.transfer.trees import open_tree
 
 if TYPE_CHECKING:
     import optax

@@ -8,14 +8,14 @@ from typing import Any, Literal, TypeVar
 import jax.numpy as jnp
 import numpy as np
 
+from varscale.programs.patterns import Pattern, first_match, idle, matches, text
+from varscale.programs.trees import Leaf, Tree, is_abstract, is_collections, like, open_tree, to_numpy
 from varscale.transfer.account import Account, Entry, GraftError
 from varscale.transfer.layouts import LAYOUTS, Declared, Layout, declared
-from varscale.transfer.patterns import Pattern, first_match, idle, matches, text
 from varscale.transfer.rearrange import Operation, Piece
 from varscale.transfer.rename import Rename, Renaming
 from varscale.transfer.resize import Resize
 from varscale.transfer.tables import shape_text
-from varscale.transfer.trees import Leaf, Tree, is_abstract, is_collections, like, open_tree, to_numpy
 
 P = TypeVar("P")
 
@@ -46,7 +46,7 @@ def graft(
       pretrained: the weights: any such tree, or a state dict with keys joined by "." or "/", of PyTorch's own tensors too.
       rename: from the checkpoint's paths to the model's: a mapping from pattern to path, of which the first that matches counts
         (None drops the leaf, a tuple copies it to several places); a function of a path; `Renumber`; or a sequence of these,
-        applied in order. Leaf names that the layout knows ("weight") need no rule. For globs see `varscale.transfer.patterns`.
+        applied in order. Leaf names that the layout knows ("weight") need no rule. For globs see `varscale.programs.patterns`.
       layout: the layout of the checkpoint ("pytorch", "keras", ...; see `LAYOUTS`), or a mapping from the checkpoint's paths to
         layouts. By default flax's, and a kernel whose leaf had to be renamed and which would fit transposed too is not moved.
       rearrange: operations on the checkpoint, in order: `Split`, `Join`, `Add`, `Stack`, `Unstack`, `Permute`, `Transpose`,

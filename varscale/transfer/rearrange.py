@@ -13,7 +13,7 @@ from typing import Protocol
 
 import numpy as np
 
-from varscale.transfer.patterns import caught, matches, substitute
+from varscale.programs.patterns import caught, matches, substitute
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from varscale.transfer.patterns import Pattern, canonical, caught, first_match, substitute, text
+from varscale.programs.patterns import Pattern, canonical, caught, first_match, substitute, text
 
 Places = str | None | tuple[str, ...]
 Stage = Mapping[Pattern, Places] | Callable[[str], Places]

@@ -9,7 +9,7 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from varscale.transfer.trees import is_box, is_key, nnx_if_imported
+from varscale.programs.trees import is_box, is_key, nnx_if_imported
 
 Skeleton = dict[str, Any] | None
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from varscale.marks import call_path, field_path, is_open, named
+from varscale.programs.marks import call_path, field_path, is_open, named
 
 Tree = Any
 _PATH = "_varscale_path"  # the attribute that tells an nnx module its own
@@ -119,7 +119,7 @@ def _takes_rngs(model: Callable[..., Any]) -> bool:
 def _linen(model: Any, method: str) -> Program:
     import flax.linen as nn
 
-    from varscale.replays import Replays, captured
+    from varscale.programs.replays import Replays, captured
 
     kinds: dict[str, str] = {"": type(model).__name__}
     replays = Replays(kinds)
@@ -188,7 +188,7 @@ def _nnx(graph: Callable[[], Any], method: str, kinds: dict[str, str]) -> Callab
     """`apply` of the nnx model with this graph, which writes down its modules' classes."""
     from flax import nnx
 
-    from varscale.assignments import quick_assignments
+    from varscale.programs.assignments import quick_assignments
 
     def apply(state: Tree, x: Inputs) -> tuple[Any, dict[str, Any]]:
         # Captures change the structure of a scan's carry, and names that of blocks that are stacked: then one of the two,
@@ -256,7 +256,7 @@ def _nnx_instance(model: Any, method: str) -> Program:
 def _nnx_factory(factory: Callable[..., Any], method: str) -> Program:
     from flax import nnx
 
-    from varscale.assignments import quick_assignments
+    from varscale.programs.assignments import quick_assignments
 
     built: list[Any] = []
 

@@ -21,9 +21,9 @@ import flax.linen as nn
 import jax
 
 from varscale import _compat
-from varscale.content import Unknown, content
-from varscale.marks import WITHIN, is_open, named
-from varscale.pieces import Piece, piece, two_pieces
+from varscale.programs.content import Unknown, content
+from varscale.programs.marks import WITHIN, is_open, named
+from varscale.programs.pieces import Piece, piece, two_pieces
 
 _OWN = {"name", "parent", "_parent_ref", "scope", "_state", "_id"}  # what flax keeps on a module besides its attributes
 _CAPTURES = "intermediates"

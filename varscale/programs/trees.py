@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from varscale.transfer.patterns import canonical
+from varscale.programs.patterns import canonical
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 
 from varscale import _compat
-from varscale.content import Unknown
+from varscale.programs.content import Unknown
 
 # What a call of a piece is called in a jaxpr.
 PIECE = "varscale_piece"

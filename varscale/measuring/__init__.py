@@ -1,0 +1,1 @@
+"""The statistics of what layers put out, reduced inside jit."""
