@@ -1,6 +1,6 @@
 """Given arrays: what is computed from them alone is computed, and what two of them have in common is measured.
 
-Each a z-test at an error rate of 1e-6 beside the stated error bound, which has to be below 20 %, on 400 nets. That it has power:
+Each a z-test at an error rate of 1e-6 beside the stated error bound, which has to be below 20 %, on 400 nets. Power:
 with moments by class in place of the numbers each of these was off by twice its error bound or more, second differences of a
 sine by a factor of 10⁵.
 """

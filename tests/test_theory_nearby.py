@@ -74,7 +74,7 @@ class Pooled(nn.Module):
 def test_pools_of_pictures(pool):
     """The mean square after pools of a smooth picture, and what it would be were any two places equally alike.
 
-    A z-test at an error rate of 1e-6 each, beside the stated error bound; with 500 nets the standard error is below 2 %. That it
+    A z-test at an error rate of 1e-6 each, beside the stated error bound; with 500 nets the standard error is below 2 %. It
     has power: with the places shuffled, which leaves all moments but the likeness of neighbours, the prediction fails it.
     """
     x, model = photographs(16, 12, 12, 3), Pooled(pool)

@@ -225,7 +225,7 @@ class Recurrent(nn.Module):
 
 
 def test_gradients_pass_back_through_time():
-    """50 draws: the gradient at a recurrence's input is Σ a^2k of what comes in, within error bound and four standard errors."""
+    """50 draws: the gradient at a recurrence's input is Σ a^2k of what comes in, within the bound and 4 standard errors."""
     from experiments.benchmarks import accuracy
 
     rows, _, _ = accuracy.compare(accuracy.Case("", "recurrent", Recurrent(), SERIES.shape), 50)

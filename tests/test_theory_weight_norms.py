@@ -1,6 +1,6 @@
 """Layers that transform the weights of another: their norms are inner products of what was made with one weight.
 
-The mean square over 200 drawn nets has a relative standard error of 1 to 2 %; it must lie within the stated error bound and four
+The mean square over 200 drawn nets has a relative standard error of 1 to 2 %; it must lie within the error bound and four
 of those (error rate below 1e-4 a comparison); that a spectral norm's vector was turned by the weight itself, which the rules
 must see, is a factor of 1.5 or more.
 """
