@@ -6,77 +6,11 @@ import dataclasses
 import json
 import math
 from collections import Counter
-from typing import Any, Literal
+from typing import Any
 
-How = Literal["exact", "quadrature", "sampled", "assumed", "measured"]
+from varscale.reporting.rows import Histogram, How, Row, Weight
 
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """What is known of one module's output, over all its elements and, where weights are random, over initializations.
-
-    Attributes:
-        path: module path joined with "/" as flax's capture gives it; the model itself is "".
-        kind: class name of the module, or of the operation.
-        shape: shape of the output.
-        mean: E[x].
-        second_moment: E[x²].
-        variance: E[x²] − E[x]².
-        typical: exp E[ln mean x²]: the mean square that a typical single initialization shows.
-        band: interval that holds the mean square of one initialization in 99 of 100 draws.
-        sample_correlation: E[x x'] / E[x²] for the same unit in two different samples (first axis); None where there is one
-            sample.
-        position_correlation: likewise for two positions of one sample (axes between the first and the last).
-        gradient: second moment of the loss gradient at this output, for a cotangent of unit variance at the model's output.
-        how: how second_moment was obtained; the worst of the steps that led to it.
-        error_bound: bound on the relative error of second_moment.
-        gradient_error_bound: bound on the relative error of gradient.
-    """
-
-    path: str
-    kind: str
-    shape: tuple[int, ...]
-    mean: float
-    second_moment: float
-    variance: float
-    typical: float
-    band: tuple[float, float]
-    sample_correlation: float | None = None
-    position_correlation: float | None = None
-    gradient: float | None = None
-    how: How = "measured"
-    error_bound: float = 0.0
-    gradient_error_bound: float | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Weight:
-    """The law of one parameter and the law its use asks for.
-
-    Attributes:
-        path: parameter path joined with "/".
-        shape: its shape.
-        law: the declared law in words, such as "normal(std=0.0625)".
-        mean: E[w].
-        variance: Var[w].
-        fan_in: inputs that meet in one output, as used: contraction, groups, stride and padding's coverage included; of several
-            uses that with the most.
-        fan_out: outputs that one input reaches, in that use.
-        uses: how many times the forward pass applies it.
-        ratio: variance that would keep the second moment from the map's input to its output, 1/fan_in whatever activation comes
-            after, over the variance it has; None where it has none or is not applied as a linear map.
-    """
-
-    path: str
-    shape: tuple[int, ...]
-    law: str
-    mean: float
-    variance: float
-    fan_in: float | None = None
-    fan_out: float | None = None
-    uses: int = 0
-    ratio: float | None = None
-
+__all__ = ["Histogram", "How", "Report", "Row", "Weight"]
 
 _COLUMNS = (
     "path",
@@ -110,10 +44,12 @@ class Report:
     Attributes:
         rows: one a module output.
         weights: parameter path to `Weight`.
+        notes: what a reader must know beside the rows, such as why there are no gradients; one sentence each.
     """
 
     rows: tuple[Row, ...]
     weights: dict[str, Weight] = dataclasses.field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     def __getitem__(self, path: str) -> Row:
         """The row at `path`.

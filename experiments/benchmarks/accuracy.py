@@ -178,6 +178,8 @@ def compare(case: Case, nets: int, *, backward: bool = True) -> tuple[list[Compa
         if square.mean() < 1e-20:
             continue
         typical, spread = np.exp(np.mean(np.log(square))), np.std(np.log(square))
+        assert row.band is not None
+        assert row.typical is not None
         inside = np.mean((square >= row.band[0]) & (square <= row.band[1]))
         gradient = np.nan
         if row.gradient is not None and np.all(grad > 0):

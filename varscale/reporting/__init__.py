@@ -1,0 +1,1 @@
+"""How a report is written down, printed and drawn; `varscale/report.py` joins the pieces."""
