@@ -2,9 +2,9 @@
 
 A path is the keys of a leaf joined with "/" ("blocks/0/attn/kernel"). In a glob "*" stands for any part of one key, "?" for one
 character, "[0-5]" for one of a set, "{a,b}" for one of a list, and "**" for any number of keys, none included. A glob that
-names
-an inner node catches all that lies below it: "blocks/0" catches "blocks/0/attn/kernel". A dot separates keys just as "/" does,
-so that the names of other frameworks can be written as they are. A compiled `re.Pattern` is searched for in the path instead.
+names an inner node catches all that lies below it: "blocks/0" catches "blocks/0/attn/kernel". A dot separates keys just as "/"
+does, so that the names of other frameworks can be written as they are. A compiled `re.Pattern` is searched for in the path
+instead.
 """
 
 import functools
@@ -62,6 +62,50 @@ def first_match(rules: Iterable[tuple[Pattern, V]], path: str) -> tuple[int, V] 
     return next(((place, value) for place, (pattern, value) in enumerate(rules) if matches(pattern, path)), None)
 
 
+def matches_row(pattern: Pattern, path: str) -> bool:
+    """Whether the pattern catches the row of a report at `path`, or a row that it belongs to.
+
+    The globs are those of parameters, but "[" and "]" are literal, since they are part of row paths. What follows "[", "#", "@"
+    or "." in a row's path lies below the module: "blocks/0" catches "blocks/0/attn", "blocks/0[1]", "blocks/0#1", "blocks/0@3"
+    and "blocks/0.encode". A compiled `re.Pattern` is searched for in the path: `re.compile("^$")` catches the model's own
+    output, path "", and nothing else.
+
+    >>> [matches_row("blocks/*", path) for path in ("blocks/0", "blocks/0/attn", "blocks/0[1]", "head")]
+    [True, True, True, False]
+    >>> matches_row("blocks/*[1]", "blocks/0[1]"), matches_row("blocks/*[1]", "blocks/0[0]")
+    (True, False)
+    """
+    if isinstance(pattern, str):
+        return matches(_row_keys(pattern).replace("[", "[[]"), _row_keys(path))
+    return matches(pattern, path)
+
+
+def rows_caught(patterns: Pattern | Sequence[Pattern], paths: Iterable[str], name: str) -> tuple[str, ...]:
+    """The row paths that at least one pattern catches, in their own order.
+
+    Args:
+      patterns: one or several.
+      paths: paths of rows.
+      name: what to call the patterns in errors.
+
+    Raises:
+      TypeError: a pattern is neither a glob nor a compiled `re.Pattern`.
+      ValueError: there is no pattern, or one that catches none of the paths.
+    """
+    several = [patterns] if isinstance(patterns, str | re.Pattern) else patterns
+    if not isinstance(several, Sequence):
+        raise TypeError(f"{name} must be a pattern or a sequence of patterns, not {patterns!r}")
+    if not several:
+        raise ValueError(f"{name} must hold at least one pattern, not {patterns!r}")
+    known = list(paths)
+    caught = [{path for path in known if matches_row(pattern, path)} for pattern in several]
+    for pattern, found in zip(several, caught, strict=True):
+        if not found:
+            some = ", ".join(map(repr, known[:4])) + (", ..." if len(known) > 4 else "")
+            raise ValueError(f"{name}={text(pattern)!r} matches none of the {len(known)} rows: {some}")
+    return tuple(path for path in known if any(path in found for found in caught))
+
+
 def idle(patterns: Sequence[Pattern], paths: Iterable[str]) -> list[Pattern]:
     """The patterns that catch none of the paths, taken one by one (not first match)."""
     known = list(paths)
@@ -71,6 +115,10 @@ def idle(patterns: Sequence[Pattern], paths: Iterable[str]) -> list[Pattern]:
 def text(pattern: Pattern) -> str:
     """The pattern as the user wrote it."""
     return f"/{pattern.pattern}/" if isinstance(pattern, re.Pattern) else pattern
+
+
+def _row_keys(path: str) -> str:
+    return canonical(re.sub(r"(?=[\[#@])", "/", path)).replace("//", "/")
 
 
 def _search(pattern: Pattern, path: str) -> re.Match[str] | None:
@@ -114,6 +162,7 @@ def _key(key: str, glob: str) -> str:
                 raise ValueError(f"the glob {glob!r} opens {character!r} and never closes it")
             inside = key[place + 1 : end]
             if character == "[":
+                inside = inside.replace("[", r"\[")
                 expression += f"[{'^' + inside[1:] if inside.startswith('!') else inside}]"
             else:
                 expression += "(?:" + "|".join(_uncaught(option) for option in inside.split(",")) + ")"
