@@ -11,11 +11,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from experiments import registry
-from experiments.experiment import ExperimentError, Settings
+from experiments.lab import registry
+from experiments.lab.experiment import ExperimentError, Settings
 
 if TYPE_CHECKING:
-    from experiments.registry import Entry
+    from experiments.lab.registry import Entry
 
 PROGRAM = "python -m experiments"
 
@@ -67,7 +67,7 @@ def _parse(name: str, description: str, settings: type[Settings], options: list[
 
 
 def _run_one(console: Console, entry: "Entry", settings: Settings) -> int:
-    from experiments import progress, report, runner
+    from experiments.lab import progress, report, runner
 
     with progress.bars(console) as bars:
         record = runner.run_one(entry, settings, bars)
@@ -76,7 +76,7 @@ def _run_one(console: Console, entry: "Entry", settings: Settings) -> int:
 
 
 def _run_all(console: Console, settings: Settings) -> int:
-    from experiments import progress, report, runner
+    from experiments.lab import progress, report, runner
 
     with progress.bars(console) as bars:
         records = runner.run_all(registry.entries(), settings, bars)

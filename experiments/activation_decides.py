@@ -9,8 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 
 import varscale as vs
-from experiments import data, plots
-from experiments.activation_nets import (
+from experiments.lab import data, plots
+from experiments.lab.claims import Claim, Refuted, at_least, at_most, every, known, near, over_seeds
+from experiments.lab.experiment import Figure, Result, Run, Table
+from experiments.lab.mean_field import propagate
+from experiments.nets.activation_nets import (
     ACTIVATIONS,
     EXACT_GAINS,
     GUESS,
@@ -23,9 +26,6 @@ from experiments.activation_nets import (
     signals,
     train,
 )
-from experiments.claims import Claim, Refuted, at_least, at_most, every, known, near, over_seeds
-from experiments.experiment import Figure, Result, Run, Table
-from experiments.mean_field import propagate
 
 REQUIRES = ("matplotlib", "sklearn")
 ORDER = 5

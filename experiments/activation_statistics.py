@@ -13,12 +13,12 @@ import numpy as np
 from scipy import stats
 
 import varscale as vs
-from experiments import plots
-from experiments.activation_laws import SIZES, Sizes, law_claims, law_figures, law_parts
-from experiments.claims import Claim, Expected, Measured, at_least, at_most, every, near, over_seeds
-from experiments.experiment import Figure, Result, Run, Table
-from experiments.models import Stack, activations, rescale
-from experiments.published import CS231N, LIMIT, NARROW, WIDE, Shape, agreement
+from experiments.lab import plots
+from experiments.lab.claims import Claim, Expected, Measured, at_least, at_most, every, near, over_seeds
+from experiments.lab.experiment import Figure, Result, Run, Table
+from experiments.lab.published import CS231N, LIMIT, NARROW, WIDE, Shape, agreement
+from experiments.nets.activation_laws import SIZES, Sizes, law_claims, law_figures, law_parts
+from experiments.nets.stacks import Stack, activations, rescale
 from varscale import gaussian
 from varscale.measuring.statistics import LayerStatistics, measure
 

@@ -15,11 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 
 import varscale as vs
-from experiments import experiment, graphs, plots
-from experiments.claims import Claim, Refuted, at_least, at_most, every, near, over_seeds
-from experiments.experiment import Figure, Result, Run, Table
-from experiments.graph_net import DEEPEST, EPOCHS, RATE, Nodes, draw, moments, train
-from experiments.graphs import Graph
+from experiments.lab import experiment, graphs, plots
+from experiments.lab.claims import Claim, Refuted, at_least, at_most, every, near, over_seeds
+from experiments.lab.experiment import Figure, Result, Run, Table
+from experiments.lab.graphs import Graph
+from experiments.nets.graph_net import DEEPEST, EPOCHS, RATE, Nodes, draw, moments, train
 
 REQUIRES = ("matplotlib", "sklearn", "networkx")
 ORDER = 7

@@ -12,11 +12,11 @@ import optax
 from jaxtyping import Array, Float
 
 import varscale as vs
-from experiments import data, plots
-from experiments.claims import Claim, at_least, at_most, between, every, known, near, over_seeds
-from experiments.experiment import Figure, Result, Run, Table
-from experiments.models import Classifier, Stack, activations
-from experiments.training import cross_entropy, fit, minibatches
+from experiments.lab import data, plots
+from experiments.lab.claims import Claim, at_least, at_most, between, every, known, near, over_seeds
+from experiments.lab.experiment import Figure, Result, Run, Table
+from experiments.lab.training import cross_entropy, fit, minibatches
+from experiments.nets.stacks import Classifier, Stack, activations
 
 REQUIRES = ("matplotlib", "sklearn")
 ORDER = 8

@@ -14,12 +14,12 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 import varscale as vs
-from experiments import data, plots
-from experiments.claims import Claim, Refuted, at_least, at_most, every, known, near, over_seeds
-from experiments.experiment import Figure, Result, Run, Table
-from experiments.models import Classifier, Tower, rescale
-from experiments.normalization_formulas import CASES, formula_errors
-from experiments.training import cross_entropy, fit, minibatches
+from experiments.lab import data, plots
+from experiments.lab.claims import Claim, Refuted, at_least, at_most, every, known, near, over_seeds
+from experiments.lab.experiment import Figure, Result, Run, Table
+from experiments.lab.training import cross_entropy, fit, minibatches
+from experiments.nets.normalization_formulas import CASES, formula_errors
+from experiments.nets.stacks import Classifier, Tower, rescale
 
 REQUIRES = ("matplotlib", "sklearn")
 ORDER = 6

@@ -15,11 +15,11 @@ from jaxtyping import Array, Float
 from scipy import special
 
 import varscale as vs
-from experiments import plots
-from experiments.claims import Claim, Refuted, at_least, at_most, every, known, near, over_seeds
-from experiments.experiment import Figure, Result, Run, Table
-from experiments.mean_field import propagate
-from experiments.models import Tower, rescale
+from experiments.lab import plots
+from experiments.lab.claims import Claim, Refuted, at_least, at_most, every, known, near, over_seeds
+from experiments.lab.experiment import Figure, Result, Run, Table
+from experiments.lab.mean_field import propagate
+from experiments.nets.stacks import Tower, rescale
 
 REQUIRES = ("matplotlib",)
 ORDER = 2

@@ -1,8 +1,8 @@
 """Real weights as a start: R-Net of MTCNN, grafted into flax, tells faces from the rest with a handful of labels.
 
-The weights are those its authors trained (`experiments.rnet`), the photographs scikit-image's. First the grafted network must
-put out what the original does; then it is fine-tuned, with a fresh head, on a few labelled photographs, and so is a random
-start.
+The weights are those its authors trained (`experiments.nets.rnet`), the photographs scikit-image's. First the grafted network
+must put out what the original does. Then it is fine-tuned with a fresh head on a few labelled photographs, and compared with
+the same training from a random start.
 """
 
 from collections.abc import Callable
@@ -15,12 +15,12 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from experiments import data, plots
-from experiments.claims import Claim, at_least, at_most, every, exactly, known, over_seeds
-from experiments.experiment import Figure, Result, Run, Table
-from experiments.objectives import supervised
-from experiments.rnet import OUTPUTS, RNet, patterns, prepared, pretrained, probabilities
-from experiments.training import fit
+from experiments.lab import data, plots
+from experiments.lab.claims import Claim, at_least, at_most, every, exactly, known, over_seeds
+from experiments.lab.experiment import Figure, Result, Run, Table
+from experiments.lab.objectives import supervised
+from experiments.lab.training import fit
+from experiments.nets.rnet import OUTPUTS, RNet, patterns, prepared, pretrained, probabilities
 from varscale import transfer
 
 REQUIRES = ("matplotlib", "skimage")

@@ -13,9 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import data, plots
-from experiments.claims import Claim, Measured, Refuted, at_least, at_most, between, every, over_seeds
-from experiments.digit_transfer import (
+from experiments.lab import data, plots
+from experiments.lab.claims import Claim, Measured, Refuted, at_least, at_most, between, every, over_seeds
+from experiments.lab.experiment import Figure, Result, Run, Table
+from experiments.lab.objectives import placed
+from experiments.lab.training import minibatches
+from experiments.nets.digit_transfer import (
     BATCH,
     CANVAS,
     CLASSES,
@@ -28,9 +31,6 @@ from experiments.digit_transfer import (
     split,
     started,
 )
-from experiments.experiment import Figure, Result, Run, Table
-from experiments.objectives import placed
-from experiments.training import minibatches
 
 REQUIRES = ("matplotlib", "sklearn")
 ORDER = 9

@@ -13,11 +13,11 @@ import numpy as np
 import optax
 
 import varscale as vs
-from experiments import data, plots
-from experiments.claims import Claim, Refuted, at_least, at_most, every, exactly, known, over_seeds
-from experiments.experiment import Figure, Result, Run, Table
-from experiments.tied_units import ACTIVATIONS, OPTIMIZERS, Setting, nearly_constant, start, test, train
-from experiments.training import cross_entropy, minibatches
+from experiments.lab import data, plots
+from experiments.lab.claims import Claim, Refuted, at_least, at_most, every, exactly, known, over_seeds
+from experiments.lab.experiment import Figure, Result, Run, Table
+from experiments.lab.training import cross_entropy, minibatches
+from experiments.nets.tied_units import ACTIVATIONS, OPTIMIZERS, Setting, nearly_constant, start, test, train
 
 REQUIRES = ("matplotlib", "sklearn")
 ORDER = 3

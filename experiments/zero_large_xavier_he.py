@@ -15,10 +15,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import data, experiment, plots
-from experiments.claims import Claim, Refuted, at_least, at_most, between, every, exactly, known, near, over_seeds, share
-from experiments.experiment import ExperimentError, Figure, Result, Run, Table
-from experiments.photograph_net import ACTIVATIONS, ITERATIONS, LAWS, WIDTHS, Span, draw_all, errors, predicted, start, train
+from experiments.lab import data, experiment, plots
+from experiments.lab.claims import Claim, Refuted, at_least, at_most, between, every, exactly, known, near, over_seeds, share
+from experiments.lab.experiment import ExperimentError, Figure, Result, Run, Table
+from experiments.nets.photograph_net import (
+    ACTIVATIONS,
+    ITERATIONS,
+    LAWS,
+    WIDTHS,
+    Span,
+    draw_all,
+    errors,
+    predicted,
+    start,
+    train,
+)
 from varscale import gaussian
 
 REQUIRES = ("matplotlib", "skimage")

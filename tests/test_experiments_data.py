@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments import data, graphs
-from experiments.experiment import ExperimentError
+from experiments.lab import data, graphs
+from experiments.lab.experiment import ExperimentError
 
 
 def test_digits_are_all_there():

@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from experiments import plots, registry, report, runner, storage
 from experiments.__main__ import main
-from experiments.claims import (
+from experiments.lab import plots, registry, report, runner, storage
+from experiments.lab.claims import (
     Claim,
     Measured,
     Refuted,
@@ -30,7 +30,7 @@ from experiments.claims import (
     over_seeds,
     share,
 )
-from experiments.experiment import ExperimentError, Figure, Quiet, Result, Run, Settings, Table
+from experiments.lab.experiment import ExperimentError, Figure, Quiet, Result, Run, Settings, Table
 
 
 class TestClaims:
@@ -113,7 +113,7 @@ class Fake(registry.Entry):
 
 
 def fake(**options) -> Fake:
-    path = Path(__file__).parents[1] / "experiments" / "claims.py"
+    path = Path(__file__).parents[1] / "experiments" / "lab" / "claims.py"
     return Fake("fake-one", "A title", 1, (), path, computed=[], **options)
 
 
@@ -214,8 +214,23 @@ class TestRegistry:
 
     def test_results_depend_on_what_is_imported(self):
         names = {path.name for path in registry.sources(registry.find("activation-statistics").path)}
-        assert {"activation_statistics.py", "activation_laws.py", "models.py", "published.py", "claims.py"} <= names
+        assert {"activation_statistics.py", "activation_laws.py", "stacks.py", "published.py", "claims.py"} <= names
         assert "normalization.py" not in names
+
+    def test_experiments_import_from_lab_and_nets_and_not_from_each_other(self):
+        allowed = {"experiment": ("lab", "nets"), "nets": ("lab", "nets"), "lab": ("lab",)}
+        names = {entry.path.stem for entry in registry.entries()}
+        modules = [path for path in registry.FOLDER.rglob("*.py") if path.parent.name != "benchmarks"]
+        assert {path.stem for path in modules if path.parent == registry.FOLDER} == names | {"__init__", "__main__"}
+        for path in modules:
+            if path.stem in ("__init__", "__main__"):
+                continue
+            home = "experiment" if path.parent == registry.FOLDER else path.parent.name
+            assert {name.split(".")[1] for name in registry.imports(path)} <= set(allowed[home]), path
+
+    def test_what_stands_in_the_folder(self):
+        folders = {path.name for path in registry.FOLDER.iterdir() if path.is_dir() and path.name != "__pycache__"}
+        assert folders == {"benchmarks", "lab", "nets", "pictures", "weights"}
 
     def test_listing_imports_no_jax(self):
         code = (

@@ -8,7 +8,8 @@ from scipy import sparse
 
 import varscale as vs
 from experiments import graph_convolution as experiment
-from experiments import graph_net, graphs
+from experiments.lab import graphs
+from experiments.nets import graph_net
 
 GRAPH = graphs.synthetic()
 

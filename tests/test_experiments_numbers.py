@@ -8,15 +8,16 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from experiments import activation_laws, low_precision, normalization, numerical_stability
-from experiments.activation_nets import ACTIVATIONS, EXACT_GAINS, GUESS, Outcome
+from experiments import low_precision, normalization, numerical_stability
 from experiments.activation_statistics import layer_statistics
-from experiments.claims import LEVEL
-from experiments.experiment import Run, Settings
-from experiments.mean_field import propagate
-from experiments.normalization_formulas import formula_errors
-from experiments.published import NARROW, WIDE, agreement
-from experiments.training import fit, minibatches
+from experiments.lab.claims import LEVEL
+from experiments.lab.experiment import Run, Settings
+from experiments.lab.mean_field import propagate
+from experiments.lab.published import NARROW, WIDE, agreement
+from experiments.lab.training import fit, minibatches
+from experiments.nets import activation_laws
+from experiments.nets.activation_nets import ACTIVATIONS, EXACT_GAINS, GUESS, Outcome
+from experiments.nets.normalization_formulas import formula_errors
 from varscale import gaussian
 
 

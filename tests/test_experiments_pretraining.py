@@ -8,8 +8,9 @@ from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
 
-from experiments import data, objectives, rnet
-from experiments.digit_transfer import CANVAS, CLASSES, NETS, SIDE, WAYS, random_start, split, started
+from experiments.lab import data, objectives
+from experiments.nets import rnet
+from experiments.nets.digit_transfer import CANVAS, CLASSES, NETS, SIDE, WAYS, random_start, split, started
 from varscale import transfer
 
 

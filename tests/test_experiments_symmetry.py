@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 
 import varscale as vs
-from experiments import data, symmetry
-from experiments.tied_units import OPTIMIZERS, Setting, distance, in_order, spread, start, train
+from experiments import symmetry
+from experiments.lab import data
+from experiments.nets.tied_units import OPTIMIZERS, Setting, distance, in_order, spread, start, train
 
 SAMPLES = data.synthetic(samples=64, shape=(4, 4), classes=3)
 X, LABELS = jnp.asarray(SAMPLES.features), jnp.asarray(SAMPLES.labels)

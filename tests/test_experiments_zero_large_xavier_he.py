@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import data
 from experiments import zero_large_xavier_he as experiment
-from experiments.experiment import ExperimentError
-from experiments.photograph_net import LAWS, Span, draw, errors, predicted, start, train
+from experiments.lab import data
+from experiments.lab.experiment import ExperimentError
+from experiments.nets.photograph_net import LAWS, Span, draw, errors, predicted, start, train
 
 SAMPLES = data.synthetic(samples=12, shape=(8, 8))
 X, LABELS = SAMPLES.features.T, SAMPLES.labels.astype(np.float32)

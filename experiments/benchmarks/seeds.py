@@ -23,10 +23,10 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from experiments import data
 from experiments.activation_statistics import BINS, layer_statistics
-from experiments.photograph_net import LAWS, Span, draw, train
-from experiments.published import NARROW
+from experiments.lab import data
+from experiments.lab.published import NARROW
+from experiments.nets.photograph_net import LAWS, Span, draw, train
 
 RATE = 0.01
 NETS = [

@@ -11,7 +11,7 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
 import varscale as vs
-from experiments.graphs import Graph
+from experiments.lab.graphs import Graph
 
 DEEPEST = 16
 # Kipf and Welling 2017, section 5.2, without the dropout; their code has no biases either.

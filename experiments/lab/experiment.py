@@ -1,6 +1,6 @@
 """What an experiment is, what it is given and what it gives back.
 
-To add an experiment, write one module in this folder, named after what it shows:
+To add an experiment, write one module in `experiments/`, named after what it shows:
 
     '''Too small a scale vanishes, too large a one saturates.'''      # the first line is its title
 
@@ -34,13 +34,13 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 
-from experiments.storage import replaced
+from experiments.lab.storage import replaced
 
 if TYPE_CHECKING:
     import jax
     import matplotlib.figure
 
-    from experiments.claims import Claim
+    from experiments.lab.claims import Claim
 
 T = TypeVar("T")
 
@@ -116,7 +116,7 @@ class Experiment(Protocol):
 
 
 class Progress(Protocol):
-    """Where a run says how far it is; `experiments.progress` shows it as bars with the time left."""
+    """Where a run says how far it is; `experiments.lab.progress` shows it as bars with the time left."""
 
     def track(self, values: Iterable[T], label: str, total: int | None = None) -> Iterator[T]: ...
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Bool, Float32, Int, Int32
 
-from experiments.data import digits
-from experiments.experiment import ExperimentError
+from experiments.lab.data import digits
+from experiments.lab.experiment import ExperimentError
 
 CORA_CLASSES = (351, 217, 418, 818, 426, 298, 180)  # papers a class, 2708 in all (Sen et al. 2008)
 CORA_LINKS, CORA_HOMOPHILY = 5278, 0.81  # undirected; the share of them that join two papers of a class (Pei et al. 2020)

@@ -11,10 +11,10 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 import varscale as vs
-from experiments import objectives
-from experiments.data import Samples
-from experiments.models import Stack
-from experiments.training import fit, minibatches
+from experiments.lab import objectives
+from experiments.lab.data import Samples
+from experiments.lab.training import fit, minibatches
+from experiments.nets.stacks import Stack
 from varscale import transfer
 from varscale.transfer.rules import Rules
 

@@ -1,7 +1,6 @@
 """Three ways to pretrain, each a loss over a batch: with labels, from what is masked, and from two views of one picture.
 
-Each is a function of the network's outputs, so that the training step around it (`experiments.training.fit`) is the same for
-all.
+Each is a function of the network's outputs, so that all share one training step (`experiments.lab.training.fit`).
 """
 
 import jax

@@ -12,7 +12,7 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from experiments.claims import LEVEL, number
+from experiments.lab.claims import LEVEL, number
 
 Record = dict[str, Any]
 SIGNS = {"holds": "✓", "does not hold": "✗", "inconclusive": "?"}

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
-from experiments.experiment import ExperimentError
+from experiments.lab.experiment import ExperimentError
 
-FOLDER = Path(__file__).parent
+FOLDER = Path(__file__).parents[1]  # of the experiments
+PACKAGE = FOLDER.name
 PACKAGES = {"sklearn": "scikit-learn", "skimage": "scikit-image"}  # import names that pip knows by another
 
 
@@ -37,25 +38,31 @@ class Entry:
         """
         if self.missing:
             raise ExperimentError(f"{self.name} needs {', '.join(self.missing)}: pip install 'varscale[experiments]'")
-        return importlib.import_module(f"{__package__}.{self.path.stem}")
+        return importlib.import_module(f"{PACKAGE}.{self.path.stem}")
 
 
 def sources(path: Path) -> tuple[Path, ...]:
-    """The module and every module of its package that it imports, directly or not: what its results depend on."""
-    found: dict[Path, None] = {}
+    """The module and every module of `experiments` that it imports, directly or not: what its results depend on."""
+    found: set[Path] = set()
     waiting = [path]
     while waiting:
         module = waiting.pop()
         if module in found or not module.exists():
             continue
-        found[module] = None
-        for node in ast.walk(ast.parse(module.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == __package__:
-                names = (
-                    [alias.name for alias in node.names] if node.module == __package__ else [(node.module or "").split(".")[1]]
-                )
-                waiting += [module.parent / f"{name}.py" for name in names]
+        found.add(module)
+        waiting += [FOLDER.joinpath(*name.split(".")[1:]).with_suffix(".py") for name in imports(module)]
     return tuple(sorted(found))
+
+
+def imports(path: Path) -> set[str]:
+    """The dotted names below `experiments` that a file imports: of modules, and of what it takes from them."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return {name for name in names if name.startswith(f"{PACKAGE}.")}
 
 
 def entries(folder: Path = FOLDER) -> tuple[Entry, ...]:

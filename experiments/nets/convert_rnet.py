@@ -1,9 +1,8 @@
-"""Convert mtcnn's R-Net, a pickle, to safetensors: `pip install --no-deps mtcnn==1.0.0; pip install joblib lz4`, and run this
-once.
+"""Convert mtcnn's R-Net from a pickle to safetensors (needed once; the result is in `weights/`).
 
-`python -m experiments.convert_rnet` writes `weights/rnet.safetensors`. The package itself (which needs TensorFlow) is not
-imported, and
-its pickle is read only if it is the very file this was written for: reading a pickle runs what it holds.
+`pip install --no-deps mtcnn==1.0.0; pip install joblib lz4`, then `python -m experiments.nets.convert_rnet` writes
+`weights/rnet.safetensors`. The package itself needs TensorFlow and is not imported. Its pickle is read only where its hash is
+the one below, because reading a pickle runs what it holds.
 """
 
 import hashlib
@@ -12,7 +11,7 @@ import io
 import sys
 from pathlib import Path
 
-from experiments.rnet import WEIGHTS
+from experiments.nets.rnet import WEIGHTS
 from varscale import transfer
 
 SHA256 = "cb00e6460f3c98b0bfafaba3c0a0ded4bdf6e62cee7174d969e8670d7e757fee"

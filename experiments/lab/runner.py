@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from experiments import report
-from experiments.experiment import ExperimentError, Progress, Result, Run, Settings
-from experiments.registry import Entry, sources
-from experiments.storage import MARK, files_of, recover, replaced, replaced_folder
+from experiments.lab import report
+from experiments.lab.experiment import ExperimentError, Progress, Result, Run, Settings
+from experiments.lab.registry import Entry, sources
+from experiments.lab.storage import MARK, files_of, recover, replaced, replaced_folder
 
 Record = dict[str, Any]  # what results.json holds
 
@@ -103,7 +103,7 @@ def _stored(folder: Path, fingerprint: str) -> Record | None:
 
 
 def _write(folder: Path, entry: Entry, settings: Settings, fingerprint: str, result: Result, seconds: float) -> Record:
-    from experiments import plots  # matplotlib takes its time, and a list needs none of it
+    from experiments.lab import plots  # matplotlib takes its time, and a list needs none of it
 
     record: Record = {
         "name": entry.name,

@@ -1,7 +1,7 @@
 """R-Net of MTCNN, a small network that tells faces from the rest, with the weights its authors trained.
 
 K. Zhang et al. 2016, "Joint face detection and alignment using multitask cascaded convolutional networks". The weights are
-those of the package mtcnn 1.0.0 (MIT licence; `weights/README.md`), converted once by `python -m experiments.convert_rnet`.
+those of the package mtcnn 1.0.0 (MIT licence; `weights/README.md`), converted once by `experiments.nets.convert_rnet`.
 """
 
 from pathlib import Path
@@ -15,8 +15,9 @@ from jaxtyping import Array, ArrayLike, Float
 import varscale as vs
 from varscale import transfer
 
-WEIGHTS = Path(__file__).parent / "weights" / "rnet.safetensors"
-OUTPUTS = Path(__file__).parent / "weights" / "rnet_outputs.safetensors"
+FOLDER = Path(__file__).parents[1] / "weights"
+WEIGHTS = FOLDER / "rnet.safetensors"
+OUTPUTS = FOLDER / "rnet_outputs.safetensors"
 
 
 class PReLU(nnx.Module):

@@ -16,10 +16,10 @@ from jaxtyping import Array, Float
 from scipy import special
 
 import varscale as vs
-from experiments import plots
-from experiments.claims import Claim, Refuted, at_least, at_most, every, near, over_seeds
-from experiments.experiment import Figure, Run
-from experiments.models import Stack, rescale
+from experiments.lab import plots
+from experiments.lab.claims import Claim, Refuted, at_least, at_most, every, near, over_seeds
+from experiments.lab.experiment import Figure, Run
+from experiments.nets.stacks import Stack, rescale
 
 GLOROT = "Glorot and Bengio 2010"
 LAW = "the law, E[y²] = n·Var[w]·E[x²]"

@@ -14,7 +14,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 import varscale as vs
-from experiments.training import fit
+from experiments.lab.training import fit
 from varscale import gaussian
 
 WIDTHS = (5, 5, 1)

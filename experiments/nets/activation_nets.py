@@ -11,8 +11,8 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float
 
-from experiments.models import Classifier, Tower, leaky_relu, rescale
-from experiments.training import cross_entropy, fit, minibatches
+from experiments.lab.training import cross_entropy, fit, minibatches
+from experiments.nets.stacks import Classifier, Tower, leaky_relu, rescale
 
 ACTIVATIONS = {
     "relu": jax.nn.relu,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-from experiments.claims import LEVEL, Measured
+from experiments.lab.claims import LEVEL, Measured
 
 CS231N = "CS231n 2017, lecture 6"
 EECS498 = "EECS 498, lecture 10"

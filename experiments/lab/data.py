@@ -1,6 +1,6 @@
 """Real data that installed packages ship, folders of the user's images, and stand-ins that need no package at all.
 
-Nothing is ever downloaded. Graphs are in `experiments.graphs`.
+Nothing is ever downloaded. Graphs are in `experiments.lab.graphs`.
 """
 
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Bool, Float32, Int32
 
-from experiments.experiment import ExperimentError
+from experiments.lab.experiment import ExperimentError
 
 PHOTOGRAPH = (150, 150, 3)  # what the images of a folder are resized to: 67,500 features
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")

@@ -10,7 +10,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 import varscale as vs
-from experiments.training import accuracy, cross_entropy
+from experiments.lab.training import accuracy, cross_entropy
 
 WIDTH, CLASSES, DROPOUT = 10, 10, 0.2
 ACTIVATIONS = (jnp.tanh, jax.nn.relu, jax.nn.sigmoid)
