@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 import varscale as vs
-from varscale.theory.axes import MOST_CLASSES, Axis, class_shares, join, labelled, split_axis
-from varscale.theory.elementwise import affine, apply
-from varscale.theory.graph import View, leaf
-from varscale.theory.interpreter import Interpreter
-from varscale.theory.laws import measured_law
+from varscale.theory.domain.axes import MOST_CLASSES, Axis, class_shares, join, labelled, split_axis
+from varscale.theory.graph.expressions import affine, apply
+from varscale.theory.graph.nodes import View, leaf
+from varscale.theory.interpreter.interpreter import Interpreter
+from varscale.theory.interpreter.parameters import measured_law
 from varscale.theory.rules.reductions import mean_node
 
 NONE = {"w": jnp.zeros(1)}

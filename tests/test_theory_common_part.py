@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 import varscale as vs
-from varscale.theory import common_part
+from varscale.theory.propagation import shared_component as common_part
 
 DRAWS = 400
 he = nn.initializers.variance_scaling(2.0, "fan_in", "truncated_normal")

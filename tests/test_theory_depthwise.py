@@ -8,7 +8,7 @@ import pytest
 from scipy import stats
 
 import varscale as vs
-from varscale.theory.axes import Axis, labelled
+from varscale.theory.domain.axes import Axis, labelled
 from varscale.theory.rules.convolution import Window, tap_reads
 
 

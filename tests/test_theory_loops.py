@@ -16,9 +16,9 @@ from flax import linen as nn
 from jax import lax
 
 from varscale.theory import predict
-from varscale.theory.loops import CannotDraw, Operand
-from varscale.theory.loops import shrunk as sizes_of
-from varscale.theory.shrunken import CannotShrink, Sizes, run, work
+from varscale.theory.rules.region_sizes import CannotShrink, Sizes, run, work
+from varscale.theory.rules.sampled_loop import CannotDraw, Operand
+from varscale.theory.rules.sampled_loop import shrunk as sizes_of
 
 STEPS, WIDTH = 24, 32
 INPUT = jax.ShapeDtypeStruct((4, STEPS, WIDTH), jnp.float32)

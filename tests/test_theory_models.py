@@ -131,7 +131,7 @@ def _drawn(given, key, ids):
         for x, k in zip(leaves, keys, strict=True)
     ]
     args, kwargs = jax.tree.unflatten(tree, values)
-    return programs.Inputs(args, kwargs)
+    return faces.Inputs(args, kwargs)
 
 
 @pytest.mark.parametrize("name", CASES)

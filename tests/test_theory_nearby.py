@@ -8,10 +8,10 @@ import pytest
 from scipy import ndimage, stats
 
 import varscale as vs
-from varscale.theory.axes import Axis
-from varscale.theory.graph import Graph, array
-from varscale.theory.nearby import nearby
-from varscale.theory.neighbourhoods import FAR, of_places, of_windows
+from varscale.theory.domain.axes import Axis
+from varscale.theory.graph.nodes import Graph, array
+from varscale.theory.propagation.spatial_correlation import nearby
+from varscale.theory.propagation.spatial_windows import FAR, of_places, of_windows
 from varscale.theory.rules.convolution import Window, hits
 
 

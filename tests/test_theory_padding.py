@@ -15,9 +15,9 @@ import pytest
 from scipy import stats
 
 import varscale as vs
-from varscale.theory.axes import Axis, labelled
-from varscale.theory.graph import Graph
-from varscale.theory.paddings import MOST_LENGTHS, classed_axes, evened, filled_up, repeat_rates
+from varscale.theory.domain.axes import Axis, labelled
+from varscale.theory.graph.nodes import Graph
+from varscale.theory.rules.padding import MOST_LENGTHS, classed_axes, evened, filled_up, repeat_rates
 
 ROWS, WORDS, WIDTH, HEADS, NETS = 24, 300, 64, 2, 100
 FEW, MANY = (24, 24, 9, 5), (24, 21, 19, 16, 13, 10, 8, 5)

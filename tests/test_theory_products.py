@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 
 import varscale as vs
-from varscale.theory.functions import function
-from varscale.theory.graph import Graph, Leaf, View
-from varscale.theory.hermite import Z
-from varscale.theory.interpreter import Interpreter
-from varscale.theory.mehler import mehler
-from varscale.theory.products import product_second
-from varscale.theory.quadrature import factored
+from varscale.theory.graph.nodes import Graph, Leaf, View
+from varscale.theory.integrals.hermite_series import Z
+from varscale.theory.integrals.mehler import mehler
+from varscale.theory.integrals.primitives import function
+from varscale.theory.interpreter.interpreter import Interpreter
+from varscale.theory.propagation.expectations import factored
+from varscale.theory.propagation.products import product_second
 
 relu = jax.nn.relu
 

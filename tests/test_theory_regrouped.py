@@ -8,7 +8,7 @@ from flax import linen as nn
 from scipy import special
 
 from varscale.theory import predict
-from varscale.theory.functions import FUNCTIONS
+from varscale.theory.integrals.primitives import FUNCTIONS
 
 
 def _turned_pairs(x):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import varscale as vs
-from varscale.theory.repeats import first_alike, output_recipes
+from varscale.theory.interpreter.repeats import first_alike, output_recipes
 
 
 def alike(f):

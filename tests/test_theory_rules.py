@@ -12,13 +12,13 @@ from scipy import special
 
 import varscale as vs
 from varscale.theory import Moments, predict
-from varscale.theory.axes import Axis, labelled, split_axis
-from varscale.theory.draws import gaussian
-from varscale.theory.functions import FUNCTIONS as FUNCTION_TABLE
-from varscale.theory.moments import estimate, independent
-from varscale.theory.paddings import repeat_rates
+from varscale.theory.domain.axes import Axis, labelled, split_axis
+from varscale.theory.domain.tables import estimate, independent
+from varscale.theory.integrals.primitives import FUNCTIONS as FUNCTION_TABLE
+from varscale.theory.integrals.softmax import weight_moments
+from varscale.theory.propagation.sampler import gaussian
 from varscale.theory.rules.convolution import Window, hits, output_axis, tap_pairs
-from varscale.theory.softmax_weights import weight_moments
+from varscale.theory.rules.padding import repeat_rates
 
 
 @given(st.lists(st.integers(0, 2), min_size=2, max_size=6), st.lists(st.integers(0, 1), min_size=2, max_size=5))

@@ -13,8 +13,8 @@ import pytest
 from flax import linen as nn
 
 from varscale.theory import predict
-from varscale.theory.interpreter import live_equations
-from varscale.theory.prefix_scans import PrefixScan
+from varscale.theory.interpreter.interpreter import live_equations
+from varscale.theory.rules.prefix_scans import PrefixScan
 
 
 @pytest.fixture(autouse=True)
@@ -159,7 +159,7 @@ def test_scans_are_put_together_again(length, reverse):
     """Whatever the length; and what is put together computes the same."""
     x = jnp.arange(1.0, 1 + 3 * length).reshape(length, 3) / 10
     (scan,) = scans_in(lambda a, b: jax.lax.associative_scan(linear, (a, b), reverse=reverse)[1], x, x)
-    from varscale.theory.prefix_scans import running
+    from varscale.theory.rules.prefix_scans import running
 
     assert scan.params["axis"] == 0
     found = running(scan.params["combine"], [jnp.cos(x), x], 0)
@@ -279,7 +279,7 @@ def test_layers_are_drawn_together(model):
 def test_a_scan_whose_rates_nothing_reads_is_a_scan():
     """A tracer leaves out what is not read: the running product of the rates, put together from halves like the rest."""
     from varscale.programs.pieces import live
-    from varscale.theory.prefix_scans import combination, gathered
+    from varscale.theory.rules.prefix_scans import combination, gathered
 
     x = jnp.ones((16, 3))
     jaxpr = jax.make_jaxpr(lambda a, b: jax.lax.associative_scan(linear, (a, b))[1])(x, x).jaxpr

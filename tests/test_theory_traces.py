@@ -8,11 +8,11 @@ import pytest
 
 from varscale.programs import faces
 from varscale.theory import predict
-from varscale.theory.elementwise import form
-from varscale.theory.graph import View
-from varscale.theory.interpreter import Interpreter
-from varscale.theory.quadrature import likeness
-from varscale.theory.traces import first_pass
+from varscale.theory.graph.expressions import form
+from varscale.theory.graph.nodes import View
+from varscale.theory.interpreter.interpreter import Interpreter
+from varscale.theory.interpreter.tracing import first_pass
+from varscale.theory.propagation.expectations import likeness
 
 X = jax.ShapeDtypeStruct((8, 64), jnp.float32)
 KERNEL = nn.initializers.normal(1 / 8)  # width 64: keeps the scale

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 import varscale as vs
-from varscale.theory.axes import MOST_TYPES, Axis, affordable, labelled
-from varscale.theory.moments import estimate
+from varscale.theory.domain.axes import MOST_TYPES, Axis, affordable, labelled
+from varscale.theory.domain.tables import estimate
 
 PICTURE = jax.ShapeDtypeStruct((8, 16, 16), jnp.float32)
 

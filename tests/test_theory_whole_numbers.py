@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 import varscale as vs
-from varscale.theory.draws import Drawing
-from varscale.theory.graph import View
-from varscale.theory.interpreter import Interpreter
-from varscale.theory.rules.whole_numbers import compared, unknown
+from varscale.theory.graph.nodes import View
+from varscale.theory.interpreter.interpreter import Interpreter
+from varscale.theory.propagation.sampler import Drawing
+from varscale.theory.rules.integer_inputs import compared, unknown
 
 IDS = jax.ShapeDtypeStruct((8, 32), jnp.int32)
 LENGTHS = jax.ShapeDtypeStruct((8,), jnp.int32)

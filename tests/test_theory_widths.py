@@ -17,7 +17,7 @@ import pytest
 
 import varscale as vs
 from experiments.benchmarks.architectures import MLP
-from varscale.theory.scales import LOG_SCALES, Scale, answer
+from varscale.theory.integrals.lognormal import LOG_SCALES, Scale, answer
 
 WIDTH, DEPTH, DRAWS = 64, 6, 20000
 ACTIVATIONS = {"gelu": jax.nn.gelu, "silu": jax.nn.silu, "relu": jax.nn.relu, "tanh": jnp.tanh}

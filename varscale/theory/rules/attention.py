@@ -36,11 +36,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from varscale.theory.axes import Axis, contract_axis
-from varscale.theory.elementwise import Apply, Sum, roots
-from varscale.theory.graph import Leaf, View
-from varscale.theory.moments import lift
-from varscale.theory.overlaps import (
+from varscale.theory.domain.axes import Axis, contract_axis
+from varscale.theory.domain.tables import lift
+from varscale.theory.graph.expressions import Apply, Sum, roots
+from varscale.theory.graph.nodes import Leaf, View
+from varscale.theory.propagation.scale_responses import companions
+from varscale.theory.rules.softmax import Softmax
+from varscale.theory.rules.token_gram import (
     Mixture,
     Rule,
     Tokens,
@@ -52,8 +54,6 @@ from varscale.theory.overlaps import (
     tokens_of,
     white,
 )
-from varscale.theory.responses import companions
-from varscale.theory.rules.units import Softmax
 
 # Set on the validation grid, not derived, both. Of what outputs gain by following their queries: overlaps are known to leading
 # order, to a quarter there. Of what tokens share, which moves by the curvature of what made them times the variance of their
@@ -217,7 +217,7 @@ def overlapping(weights: Softmax, passed: np.ndarray, kept: np.ndarray) -> float
     Returns:
         The part of the queries' cotangents that this is; none where it is not known.
     """
-    from varscale.theory.backward import sum_out
+    from varscale.theory.propagation.cotangents import sum_out
 
     found, values = scores(weights), weights.graph.memo.get(("values", weights.id))
     tokens = None if found is None else projected(found.keys)

@@ -12,15 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from varscale import _compat
-from varscale.theory import layout
-from varscale.theory.graph import Leaf
-from varscale.theory.interpreter import Complex, Interpreter, Opaque, map_parts, rule
-from varscale.theory.layout import Value
-from varscale.theory.loops import CannotDraw
-from varscale.theory.moments import Table
-from varscale.theory.rules.joining import concatenate
-from varscale.theory.rules.over_time import over_time
-from varscale.theory.rules.structure import take
+from varscale.theory.domain.tables import Table
+from varscale.theory.graph import layout
+from varscale.theory.graph.layout import Value
+from varscale.theory.graph.nodes import Leaf
+from varscale.theory.interpreter.interpreter import Complex, Interpreter, Opaque, map_parts, rule
+from varscale.theory.rules.axis import take
+from varscale.theory.rules.concatenation import concatenate
+from varscale.theory.rules.sampled_loop import CannotDraw
+from varscale.theory.rules.sampled_loop_nodes import over_time
 
 _CALLS = {
     "jit": "jaxpr",

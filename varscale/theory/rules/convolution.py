@@ -10,16 +10,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from varscale.theory import layout
-from varscale.theory.axes import Axis, apply_axis, contract_axis, grouped
-from varscale.theory.common_part import of_few
-from varscale.theory.graph import UNKNOWN, Leaf, Node, View
-from varscale.theory.interpreter import Interpreter, rule
-from varscale.theory.layout import Atom, Value
-from varscale.theory.moments import Table
-from varscale.theory.narrow import kurtosis
-from varscale.theory.spread import Spread, averaged, combine, handed_on, of_a_group, with_own_weights
-from varscale.theory.windows import scatter_of
+from varscale.theory.domain.axes import Axis, apply_axis, contract_axis, grouped
+from varscale.theory.domain.tables import Table
+from varscale.theory.graph import layout
+from varscale.theory.graph.layout import Atom, Value
+from varscale.theory.graph.nodes import UNKNOWN, Leaf, Node, View
+from varscale.theory.interpreter.interpreter import Interpreter, rule
+from varscale.theory.propagation.few_terms import kurtosis
+from varscale.theory.propagation.fluctuations import Spread, averaged, combine, handed_on, of_a_group, with_own_weights
+from varscale.theory.propagation.shared_component import of_few
+from varscale.theory.propagation.window_overlaps import scatter_of
 
 ONE = Axis(1)  # a dimension of size 1: only the type "same"
 # Set on the validation grid, not derived: of a gradient through sums of n terms, n times this.
@@ -237,7 +237,7 @@ class Conv(Node):
         return np.asarray(result)
 
     def compute(self) -> Table:
-        from varscale.theory.cross import dependent
+        from varscale.theory.propagation.cross_moments import dependent
         from varscale.theory.rules.linear import weight_of
 
         groups, windows, xd, wd, od = self.params
@@ -278,8 +278,8 @@ class Conv(Node):
 
     def cross_with(self, a: View, b: View, frame: Sequence[Axis]) -> np.ndarray | None:
         """One kernel on two inputs."""
-        from varscale.theory.cross import cross
-        from varscale.theory.moments import lift
+        from varscale.theory.domain.tables import lift
+        from varscale.theory.propagation.cross_moments import cross
         from varscale.theory.rules.linear import weight_of
 
         other = b.node
@@ -395,6 +395,6 @@ def conv(interpreter: Interpreter, eqn: Any, x: Value, w: Value) -> Value:
     for k, d in enumerate(dims.out_spec):
         place = od[k]
         out[d] = (Atom(shape[d], place),) if place is not None else ()
-    from varscale.theory.elementwise import affine
+    from varscale.theory.graph.expressions import affine
 
     return Value(affine(node, cx * cw, 0.0), tuple(out))

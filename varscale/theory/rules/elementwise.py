@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from varscale.theory.elementwise import IDENTITIES, roots
-from varscale.theory.functions import FUNCTIONS
-from varscale.theory.graph import Array, Leaf
-from varscale.theory.interpreter import Complex, Interpreter, elementwise_or_layout, map_parts, rule
-from varscale.theory.layout import Value
+from varscale.theory.graph.expressions import IDENTITIES, roots
+from varscale.theory.graph.layout import Value
+from varscale.theory.graph.nodes import Array, Leaf
+from varscale.theory.integrals.primitives import FUNCTIONS
+from varscale.theory.interpreter.interpreter import Complex, Interpreter, elementwise_or_layout, map_parts, rule
+from varscale.theory.rules.integer_inputs import compared
 from varscale.theory.rules.reductions import OneOfMany
 from varscale.theory.rules.segments import SegmentMax
-from varscale.theory.rules.whole_numbers import compared
 
 _OWN = {"affine", "convert", "bitcast", "integer_pow", "power", *IDENTITIES}
 _NAMES = [name for name in FUNCTIONS if name not in _OWN]
@@ -35,8 +35,8 @@ _IDENTITIES = (
 def elementwise(interpreter: Interpreter, eqn: Any, *xs: Value) -> Value:
     name = eqn.primitive.name
     if name == "div":
-        from varscale.theory.rules.logits import softmax_of
         from varscale.theory.rules.segment_softmax import segment_softmax_of
+        from varscale.theory.rules.softmax_recognition import softmax_of
 
         unit = softmax_of(interpreter, *xs) or segment_softmax_of(interpreter, *xs)
         if unit is not None:

@@ -9,18 +9,18 @@ from typing import Any
 
 import numpy as np
 
-from varscale.theory.axes import Axis, contract_axis
-from varscale.theory.elementwise import Apply, Sum, affine, roots
-from varscale.theory.graph import Array, Constant, Leaf, Node, View
-from varscale.theory.interpreter import Interpreter, rule
-from varscale.theory.layout import Atom, Value, align, full
-from varscale.theory.locality import unseen_nearness
-from varscale.theory.moments import Table, full_types, means_by_type
-from varscale.theory.rearranged import Rearranged
-from varscale.theory.rules.gram import own_products
+from varscale.theory.domain.axes import Axis, contract_axis
+from varscale.theory.domain.tables import Table, full_types, means_by_type
+from varscale.theory.graph.expressions import Apply, Sum, affine, roots
+from varscale.theory.graph.layout import Atom, Value, align, full
+from varscale.theory.graph.nodes import Array, Constant, Leaf, Node, View
+from varscale.theory.graph.reshapes import Rearranged
+from varscale.theory.interpreter.interpreter import Interpreter, rule
+from varscale.theory.propagation.fluctuations import Spread, averaged, combine, handed_on, with_own_weights
+from varscale.theory.propagation.locality import unseen_nearness
 from varscale.theory.rules.masks import told_apart
+from varscale.theory.rules.row_gram import own_products
 from varscale.theory.rules.transposed import applied_back
-from varscale.theory.spread import Spread, averaged, combine, handed_on, with_own_weights
 
 # Set on the validation grid, not derived, both: of what Wick's pairings add where factors share a root, and so are not jointly
 # Gaussian; the most of that.
@@ -57,9 +57,9 @@ class Contract(Node):
         return math.prod(a.size for a in self.params)
 
     def compute(self) -> Table:
-        from varscale.theory.cross import dependent
+        from varscale.theory.propagation.cross_moments import dependent
         from varscale.theory.rules.attention import SHARED_DOUBT, TILT_DOUBT, tilted
-        from varscale.theory.rules.units import Softmax
+        from varscale.theory.rules.softmax import Softmax
 
         x, y = self.args
         frame = self.frame
@@ -86,8 +86,8 @@ class Contract(Node):
 
     def _doubt_averages(self, square: float) -> None:
         """Of averages over tokens: keys that are alike; likeness in windows that were put together otherwise."""
-        from varscale.theory.rules.gram import of_alike_keys
-        from varscale.theory.rules.units import Softmax
+        from varscale.theory.rules.row_gram import of_alike_keys
+        from varscale.theory.rules.softmax import Softmax
 
         for weights, tokens in (self.args, self.args[::-1]):
             if isinstance(weights.node, Softmax) and (doubt := of_alike_keys(weights, tokens, self, square)) > _LIKENESS:
@@ -105,8 +105,8 @@ class Contract(Node):
 
     def _dependent(self, mean: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Wick's pairings for jointly Gaussian x and y: E[x y]² and the exchange term besides the independent one."""
-        from varscale.theory.cross import cross, mean_product
-        from varscale.theory.elementwise import swapped
+        from varscale.theory.graph.expressions import swapped
+        from varscale.theory.propagation.cross_moments import cross, mean_product
 
         x, y = self.args
         frame = self.frame
@@ -142,7 +142,7 @@ class Contract(Node):
 
         E[y_v²] gains (Σ_d E[x_d w_{v,d}])² where v is the row that x was looked up from, with probability 1/V.
         """
-        from varscale.theory.cross import cross
+        from varscale.theory.propagation.cross_moments import cross
 
         axes = x.node.axes
         together = np.broadcast_to(cross(View(x.node, tuple(range(len(axes)))), rows, axes), x.node.frame_types)
@@ -156,7 +156,7 @@ class Contract(Node):
 
     def pullback(self, cotangent: np.ndarray) -> list[np.ndarray | None]:
         """Under gradient independence a cotangent passes through the transposed product with fresh weights."""
-        from varscale.theory.backward import sum_out
+        from varscale.theory.propagation.cotangents import sum_out
 
         frame = self.frame
         wide = cotangent.reshape(*cotangent.shape, *[1] * len(self.params))
@@ -171,7 +171,7 @@ class Contract(Node):
 
     def cross_with(self, a: View, b: View, frame: Sequence[Axis]) -> np.ndarray | None:
         """The same weights on two inputs: as one contraction, with the inputs' cross-moment in place of their second moment."""
-        from varscale.theory.cross import cross
+        from varscale.theory.propagation.cross_moments import cross
 
         other = b.node
         weights = weight_of(self), weight_of(other)
@@ -212,7 +212,7 @@ def _(node: Contract) -> Spread:
 
 def weight_of(node: Node) -> Leaf | None:
     """The random weight that a linear node applies, if it applies one; looking up, adding up and cutting are linear too."""
-    from varscale.theory.rules.gather import Gather
+    from varscale.theory.rules.lookup import Gather
     from varscale.theory.rules.segments import SegmentSum
 
     while len(node.args) >= 1 and (node.moves or isinstance(node, Gather | SegmentSum)):
@@ -229,7 +229,7 @@ def weight_of(node: Node) -> Leaf | None:
 
 def tied(x: View, y: View) -> tuple[View, View] | None:
     """The argument x and, over its axes, the rows of the weight y that it adds up; None where it has none."""
-    from varscale.theory.rules.gather import Gather
+    from varscale.theory.rules.lookup import Gather
 
     if not isinstance(y.node, Leaf) or not y.node.odd & x.node.deps:
         return None

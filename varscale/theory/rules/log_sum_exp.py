@@ -8,13 +8,13 @@ from collections.abc import Sequence
 import numpy as np
 from scipy import special
 
-from varscale.theory.elementwise import Apply, Sum, affine, roots, total
-from varscale.theory.graph import Graph, Node, View
-from varscale.theory.layout import Value
-from varscale.theory.moments import Table
-from varscale.theory.rules.logits import logits
+from varscale.theory.domain.tables import Table
+from varscale.theory.graph.expressions import Apply, Sum, affine, roots, total
+from varscale.theory.graph.layout import Value
+from varscale.theory.graph.nodes import Graph, Node, View
 from varscale.theory.rules.reductions import Extreme, Mean, OneOfMany
-from varscale.theory.rules.units import Softmax
+from varscale.theory.rules.softmax import Softmax
+from varscale.theory.rules.softmax_recognition import logits
 
 
 class LogSumExp(OneOfMany):

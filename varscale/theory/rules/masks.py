@@ -10,10 +10,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from varscale.theory.axes import Axis, affordable, grouped, join
-from varscale.theory.elementwise import Apply, roots
-from varscale.theory.graph import Array, Leaf, Node, View
-from varscale.theory.layout import Value
+from varscale.theory.domain.axes import Axis, affordable, grouped, join
+from varscale.theory.graph.expressions import Apply, roots
+from varscale.theory.graph.layout import Value
+from varscale.theory.graph.nodes import Array, Leaf, Node, View
 
 _UNLIKE = 1e-3  # relative difference of energies that is worth a class
 

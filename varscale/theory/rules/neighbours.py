@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 from scipy import sparse
 
-from varscale.theory.axes import contract_axis
-from varscale.theory.elementwise import Apply, Sum, roots
-from varscale.theory.given import is_given, numbers
-from varscale.theory.graph import Node
+from varscale.theory.domain.axes import contract_axis
+from varscale.theory.graph.expressions import Apply, Sum, roots
+from varscale.theory.graph.known_arrays import is_given, numbers
+from varscale.theory.graph.nodes import Node
 
 
 def unseen(total: Any) -> float:
@@ -61,8 +61,8 @@ def unseen_in_given(total: Any) -> float:
     A projection of given rows by fresh weights has their products for covariances, and functions of it no more than those. Of
     several rows that a summand is made of, those that matter most tell. What is one row is known to be, and left out.
     """
-    from varscale.theory.rules.gather import Gather
     from varscale.theory.rules.linear import Contract
+    from varscale.theory.rules.lookup import Gather
 
     ids, weights, _ = total.graph.memo["segments", total.params]
     worst, seen = 0.0, set()
@@ -123,7 +123,7 @@ def _uses(total: Any, source: Node) -> list[tuple[bool, bool]]:
 
 def _neighbours(total: Any) -> tuple[Any, Node, int] | None:
     """The weight of each row in each sum, the rows, and their axis, where rows and sums are the same things."""
-    from varscale.theory.rules.gather import Gather
+    from varscale.theory.rules.lookup import Gather
     from varscale.theory.rules.segments import per_position
 
     ids, weights, size = total.graph.memo["segments", total.params]

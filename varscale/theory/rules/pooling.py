@@ -8,16 +8,17 @@ from typing import Any
 
 import numpy as np
 
-from varscale.theory.axes import Axis, apply_axis, refine
-from varscale.theory.common_part import of_an_average
-from varscale.theory.elementwise import affine
-from varscale.theory.graph import Node, View
-from varscale.theory.interpreter import Interpreter, rule
-from varscale.theory.layout import Atom, Value, full
-from varscale.theory.locality import unseen_nearness
-from varscale.theory.moments import Table, full_along, lift
-from varscale.theory.nearby import answered, nearby
-from varscale.theory.neighbourhoods import Grid, Reader, alike, latents, of_places, of_windows, read
+from varscale.theory.domain.axes import Axis, apply_axis, refine
+from varscale.theory.domain.tables import Table, full_along, lift
+from varscale.theory.graph.expressions import affine
+from varscale.theory.graph.layout import Atom, Value, full
+from varscale.theory.graph.nodes import Node, View
+from varscale.theory.interpreter.interpreter import Interpreter, rule
+from varscale.theory.propagation.fluctuations import Spread, handed_on, inherited
+from varscale.theory.propagation.locality import unseen_nearness
+from varscale.theory.propagation.shared_component import of_an_average
+from varscale.theory.propagation.spatial_correlation import answered, nearby
+from varscale.theory.propagation.spatial_windows import Grid, Reader, alike, latents, of_places, of_windows, read
 from varscale.theory.rules.convolution import (
     ONE,
     Window,
@@ -30,7 +31,6 @@ from varscale.theory.rules.convolution import (
     tap_reads,
 )
 from varscale.theory.rules.reductions import TIES, bounded, is_identity, narrowest, outside, restored
-from varscale.theory.spread import Spread, handed_on, inherited
 
 
 class WindowSum(Node):
@@ -122,7 +122,7 @@ class WindowSum(Node):
 
     def cross_with(self, a: View, b: View, frame: Sequence[Axis]) -> np.ndarray | None:
         """Places of another array over the same grid, against the places that a window reads."""
-        from varscale.theory.cross import cross
+        from varscale.theory.propagation.cross_moments import cross
 
         windows, xd, od = self.params
         x, read = self.args[0].node, {}
@@ -166,7 +166,7 @@ class WindowMax(WindowSum):
         return None  # which places are read depends on what is there
 
     def compute(self) -> Table:
-        from varscale.theory.rules.sampled import pooled_estimate
+        from varscale.theory.rules.sampled_primitive import pooled_estimate
 
         windows, xd, od = self.params
         node = self.args[0].node
@@ -193,7 +193,7 @@ class WindowMax(WindowSum):
 
         They are next to one another, or, where what is near is more alike, anywhere.
         """
-        from varscale.theory.rules.sampled import draw
+        from varscale.theory.rules.sampled_primitive import draw
 
         node = self.args[0].node
         windows = {k: w for w, k in zip(*self.params[:2], strict=True) if k is not None and w is not None}

@@ -10,14 +10,14 @@ import jax
 import numpy as np
 from scipy import special
 
-from varscale.theory.axes import Axis
-from varscale.theory.elementwise import Apply, roots
-from varscale.theory.graph import Array, Constant, Leaf, Node, View
-from varscale.theory.hermite import WEIGHTS, Z
-from varscale.theory.interpreter import Interpreter, Opaque, elementwise_or_layout, rule
-from varscale.theory.layout import Atom, Value, full, value
-from varscale.theory.moments import independent
-from varscale.theory.quadrature import evaluate, factors
+from varscale.theory.domain.axes import Axis
+from varscale.theory.domain.tables import independent
+from varscale.theory.graph.expressions import Apply, roots
+from varscale.theory.graph.layout import Atom, Value, full, value
+from varscale.theory.graph.nodes import Array, Constant, Leaf, Node, View
+from varscale.theory.integrals.hermite_series import WEIGHTS, Z
+from varscale.theory.interpreter.interpreter import Interpreter, Opaque, elementwise_or_layout, rule
+from varscale.theory.propagation.expectations import evaluate, factors
 
 
 def _uniform_bits(width: int) -> np.ndarray:

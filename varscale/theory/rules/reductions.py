@@ -11,17 +11,17 @@ from typing import Any
 import numpy as np
 from scipy import special
 
-from varscale.theory import layout
-from varscale.theory.axes import Axis, contract_axis
-from varscale.theory.common_part import of_an_average
-from varscale.theory.elementwise import Apply, Sum, affine, apply, total
-from varscale.theory.graph import Array, Constant, Node, View, array
-from varscale.theory.hermite import Z, sphere_squares
-from varscale.theory.interpreter import Interpreter, rule
-from varscale.theory.layout import Atom, Value
-from varscale.theory.moments import Table
-from varscale.theory.rearranged import Split
-from varscale.theory.spread import Spread, combine, full, handed_on, inherited
+from varscale.theory.domain.axes import Axis, contract_axis
+from varscale.theory.domain.tables import Table
+from varscale.theory.graph import layout
+from varscale.theory.graph.expressions import Apply, Sum, affine, apply, total
+from varscale.theory.graph.layout import Atom, Value
+from varscale.theory.graph.nodes import Array, Constant, Node, View, array
+from varscale.theory.graph.reshapes import Split
+from varscale.theory.integrals.hermite_series import Z, sphere_squares
+from varscale.theory.interpreter.interpreter import Interpreter, rule
+from varscale.theory.propagation.fluctuations import Spread, combine, full, handed_on, inherited
+from varscale.theory.propagation.shared_component import of_an_average
 
 # Set on the validation grid, not derived, both: of the second moment of a maximum, a factor of e in how many it is over; of the
 # gradient through one, whose largest entry is not independent of what flows back.
@@ -57,7 +57,7 @@ class Mean(Node):
 
     def cross_with(self, a: View, b: View, frame: Sequence[Axis]) -> np.ndarray | None:
         """E[mean(x) y]: where y does not run over the averaged axes, averaging x there changes nothing (projection)."""
-        from varscale.theory.rules.averages import cross_mean
+        from varscale.theory.propagation.cross_means import cross_mean
 
         return cross_mean(a, b, frame)
 
@@ -132,7 +132,7 @@ def _mean_node(node: Node, axes: tuple[int, ...]) -> Node:
 
 def _factors_apart(node: Apply, axes: Sequence[int]) -> Node | None:
     """x (x y) as x² y, where y is constant along the axes; None where no factor is."""
-    from varscale.theory.quadrature import factors
+    from varscale.theory.propagation.expectations import factors
 
     graph, whole = node.graph, tuple(range(len(node.axes)))
     number, parts = factors(View(node, whole))
@@ -200,7 +200,7 @@ class OneOfMany(Node):
 
     def sampled(self, reduce: Callable[[np.ndarray, tuple[int, ...]], np.ndarray], count: int | None = None) -> Table:
         """Its moments: the reduced axes whole, the others two long."""
-        from varscale.theory.rules.sampled import sample_map
+        from varscale.theory.rules.sampled_primitive import sample_map
 
         axes, source = self.reduced, self.args[0].node
         count = count or math.prod(source.axes[k].size for k in axes)
@@ -210,7 +210,7 @@ class OneOfMany(Node):
 
     def cross_with(self, a: View, b: View, frame: Sequence[Axis]) -> np.ndarray | None:
         """Σ E[∂f/∂x_k] Cov(x_k, y) = Cov(mean x, y) for Gaussians that are alike (Stein): the slopes add up to 1."""
-        from varscale.theory.cross import cross, mean_product
+        from varscale.theory.propagation.cross_moments import cross, mean_product
 
         x = self.args[0].node
         if any(x.axes[k].labels is not None for k in self.reduced) or not (_is_gaussian(x) and _is_gaussian(b.node)):
@@ -221,7 +221,7 @@ class OneOfMany(Node):
 
 def _is_gaussian(node: Node) -> bool:
     """Whether a node may be taken for Gaussian: no function of others, and of no law of its own."""
-    from varscale.theory.quadrature import marginal
+    from varscale.theory.propagation.expectations import marginal
 
     while isinstance(node, Apply) and node.params[0] == "affine":
         node = node.args[0].node
@@ -340,6 +340,6 @@ def reduce_max(interpreter: Interpreter, eqn: Any, x: Value) -> Value:
 
 @rule("reduce_and", "reduce_or", "reduce_prod", "argmax", "argmin")
 def sampled_reduction(interpreter: Interpreter, eqn: Any, *xs: Value) -> Any:
-    from varscale.theory.rules.sampled import sampled
+    from varscale.theory.rules.sampled_primitive import sampled
 
     return sampled(interpreter, eqn, *xs)

@@ -12,15 +12,15 @@ from typing import Any
 
 import numpy as np
 
-from varscale.theory.axes import MOST_CLASSES, Axis, contract_axis, grouped
-from varscale.theory.elementwise import Apply, Sum, roots
-from varscale.theory.graph import Array, Constant, Node, View
-from varscale.theory.layout import Value
-from varscale.theory.moments import Table
-from varscale.theory.rules.gather import Gather
-from varscale.theory.rules.logits import MASKED
+from varscale.theory.domain.axes import MOST_CLASSES, Axis, contract_axis, grouped
+from varscale.theory.domain.tables import Table
+from varscale.theory.graph.expressions import Apply, Sum, roots
+from varscale.theory.graph.layout import Value
+from varscale.theory.graph.nodes import Array, Constant, Node, View
+from varscale.theory.integrals.softmax import WeightMoments, weight_moments
+from varscale.theory.rules.lookup import Gather
 from varscale.theory.rules.segments import SegmentMax, SegmentSum, as_seen_within
-from varscale.theory.softmax_weights import WeightMoments, weight_moments
+from varscale.theory.rules.softmax_recognition import MASKED
 
 # Set on the validation grid, not derived, both: weights and values are projections of one node; some edges are masked besides.
 _SHARED_DOUBT, _MASKED_DOUBT = 0.6, 0.8
@@ -82,7 +82,7 @@ class SegmentSoftmax(Node):
 
     def pullback(self, cotangent: np.ndarray) -> list[np.ndarray | None]:
         """∂p/∂l = p(δ − p): to first order in the size of the logits the weights are 1/n each, and a segment sums to zero."""
-        from varscale.theory.backward import sum_out
+        from varscale.theory.propagation.cotangents import sum_out
 
         own = self.axes[0]
         c = own.classes

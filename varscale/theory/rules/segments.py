@@ -16,15 +16,15 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import special
 
-from varscale.theory.axes import MOST_CLASSES, Axis, apply_axis, contract_axis, grouped
-from varscale.theory.elementwise import Apply, affine, apply, roots
-from varscale.theory.graph import Array, Node, View, number
-from varscale.theory.hermite import Z
-from varscale.theory.interpreter import Interpreter, rule
-from varscale.theory.layout import Atom, Value, full, materialize, merged
-from varscale.theory.moments import Table
-from varscale.theory.quadrature import factors
-from varscale.theory.rearranged import permute
+from varscale.theory.domain.axes import MOST_CLASSES, Axis, apply_axis, contract_axis, grouped
+from varscale.theory.domain.tables import Table
+from varscale.theory.graph.expressions import Apply, affine, apply, roots
+from varscale.theory.graph.layout import Atom, Value, full, materialize, merged
+from varscale.theory.graph.nodes import Array, Node, View, number
+from varscale.theory.graph.reshapes import permute
+from varscale.theory.integrals.hermite_series import Z
+from varscale.theory.interpreter.interpreter import Interpreter, rule
+from varscale.theory.propagation.expectations import factors
 from varscale.theory.rules.neighbours import unseen, unseen_in_given
 from varscale.theory.rules.reductions import bounded, is_identity, narrowest, outside, restored
 
@@ -93,10 +93,10 @@ class SegmentSum(Node):
 
     def cross_with(self, a: View, b: View, frame: Sequence[Axis]) -> np.ndarray | None:
         """Sums of rows looked up against anything over the same rows: which row meets which is known."""
-        from varscale.theory.cross import cross
-        from varscale.theory.moments import lift
-        from varscale.theory.rules.gather import Gather
+        from varscale.theory.domain.tables import lift
+        from varscale.theory.propagation.cross_moments import cross
         from varscale.theory.rules.linear import weight_of
+        from varscale.theory.rules.lookup import Gather
 
         weights_of = weight_of(self), weight_of(b.node)
         if None not in weights_of and weights_of[0] is not weights_of[1]:
@@ -146,7 +146,7 @@ def substitute(node: Node, swap: dict[int, Node], done: dict[int, Node]) -> Node
 
 def per_position(node: Node) -> list[Node]:
     """What the summands read at their own positions: lookups and weights by segment, however many layers were put on them."""
-    from varscale.theory.rules.gather import Gather
+    from varscale.theory.rules.lookup import Gather
 
     found: dict[int, Node] = {}
     seen, pending = {node.id}, [node]
@@ -163,7 +163,7 @@ def per_position(node: Node) -> list[Node]:
 
 def as_seen_within(node: Node, ids: np.ndarray) -> Node:
     """The summands with each lookup along axis 0 agreeing as often as it does for two positions of one segment."""
-    from varscale.theory.rules.gather import Gather
+    from varscale.theory.rules.lookup import Gather
     from varscale.theory.rules.segment_softmax import SegmentSoftmax
 
     swap: dict[int, Node] = {}
@@ -211,7 +211,7 @@ def known_factors(x: Value, size: int) -> tuple[Node, np.ndarray]:
 
 def _evaluated(node: Node) -> np.ndarray | None:
     """The numbers of a known one-dimensional expression."""
-    from varscale.theory.functions import function
+    from varscale.theory.integrals.primitives import function
 
     if isinstance(node, Array):
         return np.asarray(node.values, float)
@@ -307,7 +307,7 @@ def segmented(interpreter: Interpreter, eqn: Any, x: Value, ids: Value, updates:
 @rule("scatter-add")
 def scatter_add(interpreter: Interpreter, eqn: Any, x: Value, ids: Value, updates: Value) -> Any:
     """Sums by segment where the segments are known; otherwise sampled."""
-    from varscale.theory.rules.sampled import sampled
+    from varscale.theory.rules.sampled_primitive import sampled
 
     found = segmented(interpreter, eqn, x, ids, updates)
     if found is None:
@@ -332,7 +332,7 @@ def scatter_add(interpreter: Interpreter, eqn: Any, x: Value, ids: Value, update
 @rule("scatter-max", "scatter-min")
 def scatter_max(interpreter: Interpreter, eqn: Any, x: Value, ids: Value, updates: Value) -> Any:
     """Maxima by segment where the segments are known; otherwise sampled."""
-    from varscale.theory.rules.sampled import sampled
+    from varscale.theory.rules.sampled_primitive import sampled
 
     name = "max" if eqn.primitive.name == "scatter-max" else "min"
     sign, start = 1.0 if name == "max" else -1.0, x.constant

@@ -21,13 +21,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from varscale.theory.axes import Axis, contract_axis
-from varscale.theory.elementwise import Apply, Sum, roots
-from varscale.theory.given import is_given, numbers
-from varscale.theory.graph import Array, View
-from varscale.theory.moments import full_types, lift
-from varscale.theory.overlaps import Tokens, overlap_before, sources_of, tokens_of
-from varscale.theory.quadrature import concentrated, independent_factors
+from varscale.theory.domain.axes import Axis, contract_axis
+from varscale.theory.domain.tables import full_types, lift
+from varscale.theory.graph.expressions import Apply, Sum, roots
+from varscale.theory.graph.known_arrays import is_given, numbers
+from varscale.theory.graph.nodes import Array, View
+from varscale.theory.propagation.expectations import concentrated, independent_factors
+from varscale.theory.rules.token_gram import Tokens, overlap_before, sources_of, tokens_of
 
 # Set on models, not derived: overlaps are known to leading order in V, behind functions and attention to a quarter.
 _OVERLAP_DOUBT = 0.15

@@ -17,11 +17,11 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from varscale.theory.axes import Axis, shares
-from varscale.theory.derivatives import derivative
-from varscale.theory.elementwise import Apply, Sum, forward, roots, total
-from varscale.theory.graph import Graph, Leaf, Node, View
-from varscale.theory.rules.units import Softmax
+from varscale.theory.domain.axes import Axis, shares
+from varscale.theory.graph.derivatives import derivative
+from varscale.theory.graph.expressions import Apply, Sum, forward, roots, total
+from varscale.theory.graph.nodes import Graph, Leaf, Node, View
+from varscale.theory.rules.softmax import Softmax
 
 
 def applied_back(graph: Graph, axes: Sequence[Axis], params: Sequence[Axis], views: Sequence[View]) -> Node | None:

@@ -1,0 +1,273 @@
+"""The domain: means and second moments of a random array by the types of its index pairs; estimated from data, sampled from."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from varscale.theory.domain.axes import Axis, apply_axis, averaging, class_shares, lift_types, merge_types, shares, split_axis
+
+
+@dataclasses.dataclass(frozen=True)
+class Moments:
+    """Moments of an input, in place of an array.
+
+    Attributes:
+        mean: E[x].
+        second_moment: E[x²], at least mean².
+        shape: shape of the input.
+        dtype: its dtype.
+        sample_correlation: E[x x'] / E[x²] for one feature in two samples (first axis); by default independent,
+            mean²/second_moment.
+        position_correlation: likewise for one feature at two different positions (axes between the first and the last) of a
+            sample. Two positions of two samples have the product of both correlations about the mean.
+    """
+
+    mean: float = 0.0
+    second_moment: float = 1.0
+    shape: tuple[int, ...] = ()
+    dtype: Any = np.float32
+    sample_correlation: float | None = None
+    position_correlation: float | None = None
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.mean) and math.isfinite(self.second_moment)):
+            raise ValueError(f"mean and second_moment must be finite, not {self.mean!r} and {self.second_moment!r}")
+        if self.second_moment < self.mean**2 * (1 - 1e-12):
+            raise ValueError(f"second_moment must be at least mean² = {self.mean**2!r}, not {self.second_moment!r}")
+        object.__setattr__(self, "shape", tuple(int(n) for n in self.shape))
+        if self.position_correlation is not None and self.shape and len(self.shape) < 3:
+            raise ValueError(
+                f"position_correlation={self.position_correlation!r} is about axes between the first and the last: shape must "
+                f"have 3 or more, not {self.shape}"
+            )
+        for name, axes in self._shared().items():
+            self._check(name, math.prod(self.shape[k] for k in axes))
+
+    def _shared(self) -> dict[str, range]:
+        """The axes that each correlation is about."""
+        return {"sample_correlation": range(min(1, len(self.shape))), "position_correlation": range(1, len(self.shape) - 1)}
+
+    def _check(self, name: str, count: int) -> None:
+        """Numbers that share one correlation, `count` of them, can have none below −1/(count − 1) about their mean."""
+        value, square = getattr(self, name), self.mean**2
+        if value is None:
+            return
+        scale = max(self.second_moment, 1e-300)
+        least = max(-1.0, (square - (self.second_moment - square) / max(count - 1, 1)) / scale)
+        if not least - 1e-9 <= value <= 1 + 1e-9:
+            raise ValueError(
+                f"{name} of {count} entries with mean {self.mean!r} and second_moment {self.second_moment!r} must lie in "
+                f"[{least:.6g}, 1], not {value!r}: no random numbers have such moments"
+            )
+
+    def second(self) -> Float[np.ndarray, "..."]:
+        """E[x_i x_j] by which axes agree, shape (2,) * ndim, 0 for "same" and 1 for "different"."""
+        k, square = len(self.shape), float(self.mean) ** 2
+        variance = float(self.second_moment) - square
+        table = np.full((2,) * k, square)
+        table[(0,) * k] = self.second_moment
+        shared = self._shared()
+        given = {name: getattr(self, name) for name in shared}
+        about_mean = {  # correlations about the mean: none where none is given
+            name: 0.0 if value is None else (value * self.second_moment - square) / max(variance, 1e-300)
+            for name, value in given.items()
+        }
+        for index in itertools.product((0, 1), repeat=k):
+            apart = {a for a in range(k) if index[a] and self.shape[a] > 1}
+            if not apart or apart - {a for axes in shared.values() for a in axes}:
+                continue
+            about = [c for name, c in about_mean.items() if apart.intersection(shared[name])]
+            table[index] = square + variance * math.prod(about)
+        return table
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Table:
+    """Moments of an array over `axes`.
+
+    Attributes:
+        axes: its axes.
+        mean: E[x_i] by class, shape (C₁, ..., C_k).
+        second: E[x_i x_j] by type of index pair, shape (types₁, ..., types_k).
+    """
+
+    axes: tuple[Axis, ...]
+    mean: Float[np.ndarray, "..."]
+    second: Float[np.ndarray, "..."]
+
+    def over(self, axes: tuple[Axis, ...]) -> Table:
+        """The same array with other classes on its axes."""
+        if axes == self.axes:
+            return self
+        own = range(len(axes))
+        mean, second = (lift(x, self.axes, own, axes, pairs=pairs) for x, pairs in ((self.mean, False), (self.second, True)))
+        return Table(axes, mean, second)
+
+    @functools.cached_property
+    def total_mean(self) -> float:
+        """E[x] over all elements."""
+        return float(shares(self.axes) @ self.mean.ravel())
+
+    @functools.cached_property
+    def mean_square(self) -> float:
+        """E[x²] over all elements."""
+        return float(shares(self.axes) @ self.diagonal.ravel())
+
+    @functools.cached_property
+    def variance(self) -> float:
+        """E[x²] − E[x]² over all elements."""
+        return max(self.mean_square - self.total_mean**2, 0.0)
+
+    @functools.cached_property
+    def square_of_mean(self) -> float:
+        """E[(mean of all elements)²]."""
+        return float(averaging(self.axes, frozenset(range(len(self.axes)))) @ self.second.ravel())
+
+    @functools.cached_property
+    def diagonal(self) -> Float[np.ndarray, "..."]:
+        """E[x_i²] by class, shape (C₁, ..., C_k)."""
+        return self.second[tuple(slice(0, axis.classes) for axis in self.axes)]
+
+    @functools.cached_property
+    def outer(self) -> Float[np.ndarray, "..."]:
+        """E[x_i] E[x_j] by type."""
+        return means_by_type(self.mean, self.axes)
+
+    @functools.cached_property
+    def covariance(self) -> Float[np.ndarray, "..."]:
+        """E[x_i x_j] − E[x_i] E[x_j] by type."""
+        return self.second - self.outer
+
+
+def means_by_type(mean: np.ndarray, axes: Sequence[Axis], other: np.ndarray | None = None) -> np.ndarray:
+    """E[x_i] E[y_j] by type (1 long where there is one class), y = x by default."""
+    first, second = mean, mean if other is None else other
+    for k, axis in enumerate(axes):
+        if axis.classes > 1:
+            first, second = np.take(first, axis.first, axis=k), np.take(second, axis.second, axis=k)
+    return first * second
+
+
+def constant(value: float, axes: tuple[Axis, ...] = ()) -> Table:
+    """The table of a constant."""
+    return Table(axes, np.full([a.classes for a in axes], value), np.full([a.types for a in axes], value * value))
+
+
+def independent(mean: float, second_moment: float, axes: tuple[Axis, ...]) -> Table:
+    """Independent entries with one mean and second moment."""
+    mean = float(mean)
+    second = np.full([a.types for a in axes], mean * mean)
+    second[tuple(slice(0, a.classes) for a in axes)] = second_moment
+    return Table(axes, np.full([a.classes for a in axes], mean), second)
+
+
+def lift(array: np.ndarray, axes: Sequence[Axis], bind: Sequence[int], frame: Sequence[Axis], *, pairs: bool) -> np.ndarray:
+    """A class array (or, with `pairs`, a type array) read over a frame of axes.
+
+    Args:
+        array: over the classes (types) of `axes`.
+        axes: the axes it has.
+        bind: the place in the frame of each.
+        frame: axes to read it over; where it has none of them it is constant, and the result has length 1 there.
+        pairs: whether `array` runs over types rather than classes.
+    """
+    if tuple(bind) == tuple(range(len(frame))) and tuple(axes) == tuple(frame):
+        return array
+    order = sorted(range(len(axes)), key=lambda k: bind[k])
+    out = array.transpose(order)
+    shape = [1] * len(frame)
+    for k, source in enumerate(order):
+        old, new = axes[source], frame[bind[source]]
+        if old.labels != new.labels:
+            out = apply_axis(out, k, lift_types(new, old) if pairs else class_shares(new, old))
+        shape[bind[source]] = out.shape[k]
+    return out.reshape(shape)
+
+
+def put_together(second: np.ndarray, axes: Sequence[Axis], whole: Sequence[Axis], k: int, sizes: tuple[int, ...]) -> np.ndarray:
+    """A type array over `axes`, of which some are the row-major factors of axis k of `whole`, read over `whole`."""
+    factors, _ = split_axis(whole[k], sizes)
+    finest = (*whole[:k], *factors, *whole[k + 1 :])
+    fine = lift(np.array(full_types(second, axes)), axes, range(len(axes)), finest, pairs=True)
+    return merge_types(fine, k, factors, whole[k])
+
+
+def full_types(array: np.ndarray, frame: Sequence[Axis]) -> np.ndarray:
+    """Broadcast to every type of the frame."""
+    types = tuple(axis.types for axis in frame)
+    return array if array.shape == types else np.broadcast_to(array, types)
+
+
+def full_along(array: np.ndarray, k: int, axis: Axis) -> np.ndarray:
+    """Broadcast to every type of the axis at place k."""
+    return np.broadcast_to(array, (*array.shape[:k], axis.types, *array.shape[k + 1 :]))
+
+
+def estimate(values: Float[np.ndarray, "..."], axes: Sequence[Axis]) -> Table:
+    """Moments of one real array, its entries pooled by class and by type."""
+    x = np.asarray(values, float).reshape([1, *(axis.size for axis in axes)])
+    mean = x[0]
+    for k, axis in enumerate(axes):
+        mean = apply_axis(mean, k, _members(axis) / axis.counts[:, None])
+    return Table(tuple(axes), mean, estimated_products(x, x, axes)[0])
+
+
+@functools.cache
+def _members(axis: Axis) -> np.ndarray:
+    """Which positions are of each class, (classes, size)."""
+    return np.eye(axis.classes)[axis.label_array].T
+
+
+def estimated_products(
+    x: Float[np.ndarray, "draws ..."], y: Float[np.ndarray, "draws ..."], axes: Sequence[Axis]
+) -> Float[np.ndarray, "draws ..."]:
+    """E[x_i y_j] by type, pooled over the pairs of positions of each, draw by draw.
+
+    The pairs that differ along an axis come from sums over classes, less the pairs that agree: linear, axis by axis.
+    """
+    second = np.zeros([len(x), *(axis.types for axis in axes)])
+    for agree in itertools.product((True, False), repeat=len(axes)):
+        # Sums of x_i y_j over pairs that agree on some axes and run freely over the others.
+        summed = [x] if x is y else [x, y]
+        for k in reversed(range(len(axes))):
+            if not agree[k]:
+                summed = [apply_axis(z, 1 + k, _members(axes[k])) for z in summed]
+        letters = iter("abcdefghijklmnopqrstuvwxy")
+        left, right, out = "z", "z", "z"
+        for k in range(len(axes)):
+            i = next(letters)
+            j = i if agree[k] else next(letters)
+            left, right, out = left + i, right + j, out + (i if agree[k] else i + j)
+        first, other = summed[0], summed[-1]
+        product = first * other if left == right else np.einsum(f"{left},{right}->{out}", first, other)  # ten times as fast
+        for k in range(len(axes)):
+            if agree[k]:
+                product = apply_axis(product, 1 + k, _members(axes[k]))
+            else:
+                shape = product.shape
+                product = product.reshape(*shape[: 1 + k], -1, *shape[3 + k :])
+        block = tuple(slice(0, a.classes) if g else slice(a.classes, None) for a, g in zip(axes, agree, strict=True))
+        second[:, *block] = product
+    return per_pair(second, axes)
+
+
+def per_pair(sums: np.ndarray, axes: Sequence[Axis]) -> np.ndarray:
+    """Means by type (of the last axes) from sums over pairs of positions, those that differ counted with those that agree."""
+    before = sums.ndim - len(axes)
+    for k, axis in enumerate(axes):
+        s = np.moveaxis(sums, before + k, 0)
+        c = axis.classes
+        s[c + np.arange(c) * (c + 1)] -= s[:c]
+        pairs = axis.pairs.reshape(-1, *[1] * (sums.ndim - 1))
+        s /= np.where(pairs > 0, pairs, 1.0)
+        alone = np.flatnonzero(axis.pairs == 0)  # a class of one position has no pair that differs
+        s[alone] = s[(alone - c) // (c + 1)]
+    return sums

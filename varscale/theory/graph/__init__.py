@@ -1,0 +1,1 @@
+"""A model's tensors as nodes of a hash-consed graph in a normal form."""

@@ -1,0 +1,146 @@
+"""Numbers that are given: arrays as inputs, and what is computed from them alone.
+
+Moments by class know neither which places of an array are alike nor how one given array goes with another, entry by entry.
+Where all that an equation reads is given, so is what it makes: it is computed, and its moments are those of its own numbers.
+Equations that only move entries keep the structure that rules see (classes, blocks); numbers are worked out when asked for.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import math
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+import numpy as np
+from scipy import special
+
+from varscale.theory.domain.axes import Axis
+from varscale.theory.domain.tables import Table, estimate, estimated_products
+from varscale.theory.graph.layout import Value
+from varscale.theory.graph.nodes import Array, Constant, Graph, Leaf, Node, View, number
+from varscale.theory.graph.reshapes import Permute, Rearranged
+from varscale.theory.integrals.hermite_series import Z
+
+MOST_COMPUTED = 1 << 22  # entries up to which given numbers are computed with rather than described
+
+
+class Computed(Leaf):
+    """What is computed from given arrays; `params` is ("input", digest). It depends on all that they depend on."""
+
+    @property
+    def values(self) -> np.ndarray:
+        """The numbers, over its axes."""
+        return self.graph.memo["measured", self.params]
+
+    def prepare(self) -> None:
+        self.graph.memo["measured", self.id] = self.values
+        self.positive, self.local = bool(self.values.min() >= 0), True
+        self.kurtosis, self.random = 3.0, False
+
+    @functools.cached_property
+    def transport(self) -> np.ndarray:
+        """Its numbers in order, on the normal grid."""
+        values = np.sort(self.values, axis=None)
+        return values[np.minimum((special.ndtr(Z) * values.size).astype(int), values.size - 1)]
+
+    def compute(self) -> Table:
+        return estimate(self.values, self.axes)
+
+
+def scatter(node: Computed, axes: Collection[int]) -> float:
+    """Relative variance of the mean of x² over some axes: between places of the others, or that of a mean over all samples."""
+    held = [k for k in range(len(node.axes)) if k not in axes]
+    means = np.square(node.values).mean(axis=tuple(axes if held else range(1, len(node.axes))))
+    return float(means.var() / max(means.mean(), 1e-300) ** 2) / (1 if held else len(means))
+
+
+def numbers(node: Node) -> np.ndarray | None:
+    """The entries of a node over its axes, where they are given or computed from what is; else None."""
+    if isinstance(node, Array):
+        return node.values
+    if isinstance(node, Constant):
+        return np.full([a.size for a in node.axes], node.params)
+    memo: dict[Any, Any] = node.graph.memo
+    found = memo.get(("measured", node.id))
+    if found is None and isinstance(node, Rearranged):
+        found = numbers(node.args[0].node)
+        if found is not None:
+            found = found.transpose(node.params) if isinstance(node, Permute) else found.reshape([a.size for a in node.axes])
+    if found is not None and not isinstance(found, np.ndarray):
+        found = memo["measured", node.id] = found()
+    return found
+
+
+def is_given(node: Node) -> bool:
+    """Whether its entries are known numbers."""
+    while isinstance(node, Rearranged):
+        node = node.args[0].node
+    return isinstance(node, Array | Constant) or ("measured", node.id) in node.graph.memo
+
+
+def all_given(values: Sequence[Any]) -> bool:
+    """Whether what an equation reads is known numbers."""
+    return bool(values) and all(isinstance(x, Value) and is_given(x.node) for x in values)
+
+
+def entries(x: Value) -> np.ndarray | None:
+    """The numbers of a value, in its shape."""
+    found = numbers(x.node)
+    if found is None:
+        return None
+    atoms = [a for dim in x.dims for a in dim]
+    order = [a.axis for a in atoms if a.axis is not None]
+    found = (found.transpose(order) if order else found).reshape([a.size if a.axis is not None else 1 for a in atoms])
+    return np.broadcast_to(found, [a.size for a in atoms]).reshape(x.shape)
+
+
+def note(x: Value, found: Callable[[], np.ndarray]) -> None:
+    """Keep how the numbers of a value, in its shape, are worked out, for whoever asks for those of its node."""
+    atoms = [a for dim in x.dims for a in dim]
+
+    def over_axes() -> np.ndarray:
+        values = found().reshape([a.size for a in atoms])
+        values = values[tuple(0 if a.axis is None else slice(None) for a in atoms)]
+        return values.transpose(np.argsort([a.axis for a in atoms if a.axis is not None]))
+
+    if not is_given(x.node):
+        x.node.graph.memo["measured", x.node.id] = over_axes
+
+
+def computed(graph: Graph, values: np.ndarray, axes: Sequence[Axis], sources: Sequence[Node]) -> Node:
+    """The node of numbers that were computed from given arrays."""
+    values = np.ascontiguousarray(np.broadcast_to(values, [a.size for a in axes]), float)
+    if (values == values.flat[0]).all():
+        return number(graph, float(values.flat[0]))
+    for node in sources:
+        if tuple(a.size for a in node.axes) == values.shape and np.array_equal(_values(node), values):
+            return node
+    key = ("input", "computed", hashlib.sha1(values.tobytes()).hexdigest(), values.shape)
+    graph.memo["measured", key] = values
+    made = graph.make(Computed, axes, (), key)
+    made.deps |= functools.reduce(lambda bits, node: bits | node.deps, sources, 0)
+    return made
+
+
+def crossed(a: View, b: View, frame: Sequence[Axis]) -> np.ndarray | None:
+    """E[a_i b_j] by type of two given arrays, over pairs of places; None of what is not given, or is too large."""
+    if math.prod(axis.size for axis in frame) > MOST_COMPUTED or not (is_given(a.node) and is_given(b.node)):
+        return None
+    first, second = (_over(view, frame)[None] for view in (a, b))
+    return estimated_products(first, second, frame)[0]
+
+
+def _over(view: View, frame: Sequence[Axis]) -> np.ndarray:
+    order = np.argsort(view.bind)
+    shape = [1] * len(frame)
+    for k in order:
+        shape[view.bind[k]] = view.node.axes[k].size
+    return np.broadcast_to(_values(view.node).transpose(order).reshape(shape), [a.size for a in frame]).astype(float)
+
+
+def _values(node: Node) -> np.ndarray:
+    found = numbers(node)
+    assert found is not None
+    return found

@@ -1,0 +1,242 @@
+"""Values: a node and how a tensor's dimensions are made of its axes. Transposes, broadcasts and reshapes happen here alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from varscale.theory.domain.axes import MOST_CLASSES, Axis, affordable, grouped, join
+from varscale.theory.graph.nodes import Array, Graph, Node, View, array, number
+from varscale.theory.graph.reshapes import merge, permute, split
+
+
+class Atom(NamedTuple):
+    """A factor of a dimension: its size, and the node's axis it runs over (None where the value is constant along it)."""
+
+    size: int
+    axis: int | None
+
+
+Dim = tuple[Atom, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Value:
+    """A tensor: dimension d is the row-major product of the atoms dims[d]; every axis of the node is some atom's."""
+
+    node: Node
+    dims: tuple[Dim, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The tensor's shape."""
+        return tuple(math.prod(atom.size for atom in dim) for dim in self.dims)
+
+    @property
+    def constant(self) -> float | None:
+        """The number it equals everywhere, if it is one."""
+        from varscale.theory.graph.nodes import Constant
+
+        return self.node.params if isinstance(self.node, Constant) else None
+
+
+def value(node: Node, shape: Sequence[int]) -> Value:
+    """The tensor whose dimensions of size > 1 are the node's axes in order."""
+    axes = iter(range(len(node.axes)))
+    return Value(
+        node, tuple((Atom(n, next(axes)),) if n > 1 and node.axes else (Atom(n, None),) if n > 1 else () for n in shape)
+    )
+
+
+def full(graph: Graph, number_: float, shape: Sequence[int]) -> Value:
+    """A constant tensor."""
+    return Value(number(graph, number_), tuple((Atom(n, None),) if n != 1 else () for n in shape))
+
+
+def split_atom(x: Value, d: int, place: int, sizes: tuple[int, ...]) -> Value:
+    """Factor one atom of dimension d."""
+    atom = x.dims[d][place]
+    if atom.axis is None:
+        new, node, shift = tuple(Atom(n, None) for n in sizes), x.node, 0
+    else:
+        node, shift = split(x.node, atom.axis, sizes), len(sizes) - 1
+        new = tuple(Atom(n, atom.axis + i) for i, n in enumerate(sizes))
+
+    def moved(a: Atom) -> Atom:
+        return a if a.axis is None or atom.axis is None or a.axis <= atom.axis else Atom(a.size, a.axis + shift)
+
+    dims = [tuple(moved(a) for a in dim) for dim in x.dims]
+    dims[d] = (*dims[d][:place], *new, *dims[d][place + 1 :])
+    return Value(node, tuple(dims))
+
+
+def merged(x: Value, d: int) -> Value:
+    """`x` with dimension d made of one atom at most."""
+    dim = x.dims[d]
+    if len(dim) <= 1:
+        return x
+    size = math.prod(a.size for a in dim)
+    real = [a.axis for a in dim if a.axis is not None]
+    if not real:
+        return Value(x.node, (*x.dims[:d], (Atom(size, None),), *x.dims[d + 1 :]))
+    if len(real) < len(dim):
+        x = materialize(x, [d])
+        dim = x.dims[d]
+        real = [a.axis for a in dim if a.axis is not None]
+    others = [k for k in range(len(x.node.axes)) if k not in real]
+    order = others + real
+    node = merge(permute(x.node, order), len(others), len(real))
+    place = {k: i for i, k in enumerate(others)}
+    dims = [tuple(a if a.axis is None else Atom(a.size, place.get(a.axis, 0)) for a in other) for other in x.dims]
+    dims[d] = (Atom(size, len(others)),)
+    return Value(node, tuple(dims))
+
+
+def materialize(x: Value, dims: Sequence[int]) -> Value:
+    """Give the constant atoms of these dimensions axes of their own (a broadcast node)."""
+    from varscale.theory.graph.expressions import broadcast
+
+    axes, new = list(x.node.axes), list(x.dims)
+    for d in dims:
+        atoms = []
+        for atom in x.dims[d]:
+            if atom.axis is None:
+                axes.append(Axis(atom.size))
+                atom = Atom(atom.size, len(axes) - 1)
+            atoms.append(atom)
+        new[d] = tuple(atoms)
+    if len(axes) == len(x.node.axes):
+        return x
+    return Value(broadcast(x.node, tuple(axes)), tuple(new))
+
+
+def transpose(x: Value, order: Sequence[int]) -> Value:
+    """Dimensions in another order."""
+    return Value(x.node, tuple(x.dims[d] for d in order))
+
+
+def broadcast_in_dim(x: Value, shape: Sequence[int], places: Sequence[int]) -> Value:
+    """`lax.broadcast_in_dim`."""
+    dims: list[Dim] = [(Atom(n, None),) if n != 1 else () for n in shape]
+    for d, place in enumerate(places):
+        if x.shape[d] == shape[place]:
+            dims[place] = x.dims[d]
+    return Value(x.node, tuple(dims))
+
+
+def reshape(x: Value, shape: Sequence[int]) -> Value:
+    """Row-major reshape: regroup the atoms, splitting and where need be merging them."""
+    shape = tuple(shape)
+    if shape == x.shape:
+        return x
+    if x.constant is not None:
+        return full(x.node.graph, x.constant, shape)
+    flat = Value(x.node, (tuple(a for dim in x.dims for a in dim),))
+    dims: list[tuple[int, int]] = []
+    place = 0
+    for n in shape:
+        start, need = place, n
+        while need > 1:
+            size = flat.dims[0][place].size
+            if need % size == 0:
+                need //= size
+            elif size % need == 0:
+                flat = split_atom(flat, 0, place, (need, size // need))
+                need = 1
+            elif (common := math.gcd(need, size)) > 1 and len(flat.dims[0]) < 12:
+                flat = split_atom(flat, 0, place, (common, size // common))
+                continue
+            else:
+                return reshape(merged(materialize(flat, [0]), 0), shape) if len(flat.dims[0]) > 1 else _impossible(x, shape)
+            place += 1
+        dims.append((start, place))
+    return Value(flat.node, tuple(flat.dims[0][a:b] for a, b in dims))
+
+
+def _impossible(x: Value, shape: tuple[int, ...]) -> Value:
+    raise ValueError(f"cannot reshape {x.shape} to {shape}: an axis of size {x.shape} does not factor so")
+
+
+def align(values: Sequence[Value]) -> tuple[list[Value], tuple[Axis, ...], list[View], tuple[Dim, ...]]:
+    """Read tensors of one shape (dimensions of size 1 broadcast) over one frame.
+
+    Returns:
+        The values with their dimensions factored alike; the frame's axes; a view of each value over it; the frame's layout.
+    """
+    rank = max(len(x.dims) for x in values)
+    values = [_classed(x) for x in values]
+    xs = [x if len(x.dims) == rank else Value(x.node, ((),) * (rank - len(x.dims)) + x.dims) for x in values]
+    for d in range(rank):
+        xs = _factor_alike(xs, d)
+    frame, binds, layout = _framed(tuple((x.dims, x.node.axes) for x in xs))
+    views = [View(_refined(x.node, [frame[k] for k in bind]), bind) for x, bind in zip(xs, binds, strict=True)]
+    return xs, frame, views, layout
+
+
+@functools.lru_cache(maxsize=4096)
+def _framed(
+    operands: tuple[tuple[tuple[Dim, ...], tuple[Axis, ...]], ...],
+) -> tuple[tuple[Axis, ...], tuple[tuple[int, ...], ...], tuple[Dim, ...]]:
+    """The frame of tensors whose dimensions are factored alike, the place in it of each one's axes, and its layout."""
+    frame: list[Axis] = []
+    binds: list[dict[int, int]] = [{} for _ in operands]
+    layout: list[Dim] = []
+    for d in range(len(operands[0][0])):
+        longest = max((dims[d] for dims, _ in operands), key=len)
+        atoms: list[Atom] = []
+        for place, atom in enumerate(longest):
+            axis: Axis | None = None
+            for bind, (dims, axes) in zip(binds, operands, strict=True):
+                mine = dims[d][place].axis if dims[d] else None
+                if mine is not None:
+                    axis = axes[mine] if axis is None else join(axis, axes[mine])
+                    bind[mine] = len(frame)
+            if axis is None:
+                atoms.append(Atom(atom.size, None))
+            else:
+                atoms.append(Atom(atom.size, len(frame)))
+                frame.append(axis)
+        layout.append(tuple(atoms))
+    return affordable(tuple(frame)), tuple(tuple(bind[k] for k in range(len(bind))) for bind in binds), tuple(layout)
+
+
+def _classed(x: Value) -> Value:
+    """Known numbers along one axis tell its positions apart (the degrees of a graph): one class a number, where few."""
+    if isinstance(x.node, Array) and len(x.node.axes) == 1 and x.node.axes[0].labels is None:
+        numbers = x.node.values.astype(float)
+        if len(np.unique(numbers)) <= 2 * MOST_CLASSES < len(numbers):
+            return Value(array(x.node.graph, x.node.values, [grouped(numbers[:, None], 2 * MOST_CLASSES)]), x.dims)
+    return x
+
+
+def _refined(node: Node, axes: Sequence[Axis]) -> Node:
+    """Known numbers with the classes of the frame they are read over, so that what they say of each is kept."""
+    if isinstance(node, Array) and tuple(axes) != node.axes:
+        return node.graph.make(Array, axes, (), node.params)
+    return node
+
+
+def _sizes(dim: Dim) -> list[int]:
+    return [atom.size for atom in dim]
+
+
+def _factor_alike(xs: list[Value], d: int) -> list[Value]:
+    """Split the atoms of dimension d until all tensors that are not of size 1 there have the same sizes."""
+    place = 0
+    while True:
+        live = [i for i, x in enumerate(xs) if x.dims[d]]
+        if all(_sizes(xs[i].dims[d]) == _sizes(xs[live[0]].dims[d]) for i in live[1:]):
+            return xs
+        sizes = [xs[i].dims[d][place].size for i in live]
+        step = math.gcd(*sizes)
+        if step == 1:
+            return [merged(x, d) if x.dims[d] else x for x in xs]
+        for i, size in zip(live, sizes, strict=True):
+            if size != step:
+                xs[i] = split_atom(xs[i], d, place, (step, size // step))
+        place += 1

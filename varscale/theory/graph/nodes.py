@@ -1,0 +1,355 @@
+"""Hash-consed lazy nodes: a model's tensors as random arrays that know what they depend on, and their moments when asked.
+
+A node is an array over its axes. Its arguments are read over one FRAME, a list of axes: the node's own where it is elementwise
+or a sum, those and the contracted ones in a contraction, the argument's where entries are moved or averaged. An argument is a
+VIEW, a node and the place in the frame of each of its axes (`bind`); along the frame's other axes it is constant. So transposes
+and broadcasts are no nodes at all. Two computations of the same thing are the same node.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Hashable, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
+
+import numpy as np
+
+from varscale.theory.domain.axes import Axis
+from varscale.theory.domain.tables import Table, constant, estimate, independent, lift
+
+if TYPE_CHECKING:
+    from varscale.theory.propagation.fluctuations import Spread
+
+Pullback = Callable[[np.ndarray], np.ndarray]
+_STRIDE = 16  # nodes, each of which may take a dozen calls
+HOWS = ("exact", "quadrature", "sampled", "assumed")
+_IN_ORDER = tuple(range(64))
+UNKNOWN = 9.0  # by convention, the doubt of what may be many times as large
+
+
+class View(NamedTuple):
+    """A node read over a frame: axis k of the node is axis bind[k] of the frame."""
+
+    node: Node
+    bind: tuple[int, ...]
+
+    def within(self, outer: Sequence[int]) -> View:
+        """The same view, its frame's axes being placed at `outer` in a wider frame."""
+        if outer == _IN_ORDER[: len(outer)]:
+            return self  # and so no copy for each node of an elementwise tree
+        return View(self.node, tuple(map(outer.__getitem__, self.bind)))
+
+    def second(self, frame: Sequence[Axis]) -> np.ndarray:
+        """E[x_i x_j] by type of a pair of places in the frame, (types or 1...)."""
+        table = self.node.table
+        return lift(table.second, self.node.axes, self.bind, frame, pairs=True)
+
+    def mean(self, frame: Sequence[Axis]) -> np.ndarray:
+        """E[x_i] by class of a place in the frame, (classes or 1...)."""
+        return lift(self.node.table.mean, self.node.axes, self.bind, frame, pairs=False)
+
+
+class Marked:
+    """What is worked out once, and marked while it is (`Graph.flag`).
+
+    Attributes:
+        flagged: the worst way, in the order of `HOWS`, in which a step of the working was taken; None where none was marked.
+        doubt: a bound on the relative error that those steps may have made.
+    """
+
+    flagged: str | None = None
+    doubt: float = 0.0
+
+
+class Node(Marked):
+    """One random array.
+
+    A kind of node says how its moments follow from its arguments' (`compute`), and may say how a cotangent passes back
+    (`pullback`). Which arguments' fluctuations between initializations it hands on is said in `spread.py`.
+
+    Attributes:
+        axes: its axes, each of size 2 or more.
+        args: views of its arguments over its own frame (for a contraction: over a wider one).
+        params: what else identifies it.
+        deps: bits of the random leaves it depends on.
+        odd: bits of the zero-mean leaves it is linear in, and of the symmetric ones that turn its sign with theirs: a product
+            with anything that does not see the sign of one of them has mean zero.
+        even: bits of the symmetric leaves whose sign it does not see, though it depends on them.
+        positive: whether it cannot be negative.
+        entrywise: whether each entry is made of one entry of every argument, so that what moves entries moves the arguments'.
+        moves: whether its entries are entries of its one argument at other places, some of them perhaps left out.
+        averages: whether it is the mean of its one argument over the axes `params`.
+        timed: whether it is known by draws along time, which hold more than its moments by type (`draws`).
+        joint: of what is known by draws, whether those are of all else at once (`ensemble`).
+        shares: whether it is shares that add up to 1, positive but no norm's scale.
+        local: whether places near one another along an axis may be more alike than others: known numbers are in it.
+        how: how good its rule is where nothing is marked, one of `HOWS`.
+        gradient_doubt: relative error that its pullback may add.
+        drawn: its values on the normal grid, where it was drawn and is not to be taken for Gaussian.
+    """
+
+    how: ClassVar[str] = "exact"
+    entrywise: ClassVar[bool] = False
+    moves: ClassVar[bool] = False
+    averages: ClassVar[bool] = False
+    timed: ClassVar[bool] = False
+    joint: ClassVar[bool] = False
+    shares: ClassVar[bool] = False
+    gradient_doubt: float = 0.0
+    drawn: np.ndarray | None = None
+
+    def __init__(self, graph: Graph, id_: int, axes: tuple[Axis, ...], args: tuple[View, ...], params: Any):
+        self.graph, self.id, self.axes, self.args, self.params = graph, id_, axes, args, params
+        self.deps = functools.reduce(lambda bits, view: bits | view.node.deps, args, 0)
+        self.even = functools.reduce(lambda bits, view: bits & view.node.unseen, args, self.deps)
+        self.odd = 0
+        self.positive = False
+        self.local = any(view.node.local for view in args)
+        self._table: Table | None = None
+        self._spread: Spread | None = None
+        self.prepare()
+
+    def prepare(self) -> None:
+        """Set `odd` and `positive`."""
+
+    @property
+    def unseen(self) -> int:
+        """Bits of the leaves whose sign it does not see."""
+        return self.even | ~self.deps
+
+    @property
+    def width(self) -> float | None:
+        """Terms in each of its sums, where it is one linear map of two arguments, the second often weights; else None."""
+        return None
+
+    def compute(self) -> Table:
+        raise NotImplementedError(type(self).__name__)
+
+    def pullback(self, cotangent: np.ndarray) -> list[np.ndarray | None]:
+        """Second moments, by type, of the cotangents of the arguments, given those of this node's."""
+        raise NotImplementedError(type(self).__name__)
+
+    @property
+    def is_centred(self) -> bool:
+        """Whether it is an array less its own mean over some axes: a sum, a mean among its terms."""
+        return False
+
+    def rebuilt(self, axes: tuple[Axis, ...], args: Sequence[View]) -> Node:
+        """Of an `entrywise` node: the same over other axes and arguments, of which each entry is made as it is here."""
+        raise NotImplementedError(type(self).__name__)
+
+    def inside(self, k: int, cut: Callable[[Node, int], Node]) -> Node | None:
+        """The node of which its argument takes a cut of axis k in its place; None where it does not let cuts through."""
+        return None
+
+    def part(self, k: int, start: int, stop: int) -> Node | None:
+        """Positions start, ..., stop − 1 of axis k without a slice of the whole; None where there is no simpler way."""
+        return None
+
+    def cross_with(self, a: View, b: View, frame: Sequence[Axis]) -> np.ndarray | None:
+        """E[a_i b_j] by type over a frame, broadcastable to it, `a` a view of this node; None where it knows no better way."""
+        return None
+
+    def draws(self) -> np.ndarray | None:
+        """Where it is known by draws, and so with an order in time: those, (replicates, positions evenly spread...)."""
+        return None
+
+    @property
+    def table(self) -> Table:
+        """Its moments, worked out when they are first asked for."""
+        if self._table is None:
+            if not self.graph.computing:
+                for node in far_below(self, lambda n: n._table is not None):
+                    _ = node.table
+            self.graph.computing.append(self)
+            try:
+                self._table = self.compute()
+            finally:
+                self.graph.computing.pop()
+        return self._table
+
+    @functools.cached_property
+    def frame_types(self) -> tuple[int, ...]:
+        """The shape of a type array over its axes."""
+        return tuple(axis.types for axis in self.axes)
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.id} {[a.size for a in self.axes]}>"
+
+
+def far_below(node: Node, done: Callable[[Node], bool]) -> list[Node]:
+    """What a node is made from, every so many steps, from the bottom up, as far as it is not done.
+
+    All is asked for from the top down, and Python's stack is not deep enough for a thousand layers.
+    """
+    chain: list[Node] = []
+    while node.args:
+        node = max((view.node for view in node.args), key=lambda n: n.id)
+        if done(node):
+            break
+        chain.append(node)
+    return chain[::-1][::_STRIDE] if len(chain) > _STRIDE else []
+
+
+N = TypeVar("N", bound=Node)
+T = TypeVar("T")
+
+
+class Graph:
+    """The nodes of one prediction.
+
+    Attributes:
+        symmetric: bits of the leaves of which either sign is as likely.
+        inputs: bits of the leaves that are inputs of the model.
+    """
+
+    def __init__(self) -> None:
+        self.nodes: dict[Hashable, Node] = {}
+        self.count = 0
+        self.leaves = 0
+        self.symmetric = self.inputs = 0
+        self.computing: list[Marked] = []
+        self.pairs: dict[Hashable, Any] = {}
+        self.memo: dict[Hashable, Any] = {}
+        self.derived: dict[int, list[tuple[Node, Pullback]]] = {}
+
+    def derive(self, source: Node, node: Node, back: Pullback) -> Node:
+        """Note that `node` was rebuilt from the roots of `source` (a part, a mean): its cotangents are the source's too."""
+        known = self.derived.setdefault(source.id, [])
+        if node is not source and all(other is not node for other, _ in known):
+            known.append((node, back))
+        return node
+
+    def make(self, kind: type[N], axes: Sequence[Axis], args: Sequence[View] = (), params: Hashable = ()) -> N:
+        """The node of this kind, arguments and parameters; the same one if it exists already."""
+        key = (kind, tuple((v.node.id, v.bind) for v in args), params, tuple(axes))
+        node = self.nodes.get(key)
+        if node is None:
+            node = self.nodes[key] = kind(self, self.count, tuple(axes), tuple(args), params)
+            self.count += 1
+        return node  # pyright: ignore[reportReturnType]
+
+    def once(self, key: Hashable, make: Callable[[], T]) -> T:
+        """What is made from known numbers, which every layer makes again."""
+        if key not in self.memo:
+            self.memo[key] = make()
+        return self.memo[key]
+
+    def fresh_leaf(self) -> int:
+        """The bit of a new random leaf."""
+        self.leaves += 1
+        return 1 << self.leaves
+
+    def flag(self, how: str, doubt: float) -> None:
+        """Mark the node or pair that is being computed: it rests on `how`, with this relative error at most."""
+        for node in self.computing[-1:]:
+            node.flagged = max(node.flagged or "exact", how, key=HOWS.index)
+            node.doubt = max(node.doubt, doubt)
+
+
+class Constant(Node):
+    """One number everywhere."""
+
+    params: float
+
+    def prepare(self) -> None:
+        self.positive = self.params >= 0
+
+    def compute(self) -> Table:
+        return constant(self.params)
+
+
+class Leaf(Node):
+    """A random array with known moments: a weight, an input, random bits. `params` is its name."""
+
+    @property
+    def name(self) -> tuple[Any, ...]:
+        """What tells it from other leaves; the first entry says of which kind it is."""
+        return self.params if isinstance(self.params, tuple) else (self.params,)
+
+    @property
+    def is_input(self) -> bool:
+        """Whether it is an input of the model: other leaves belong to one initialization."""
+        return self.name[0] == "input"
+
+    @property
+    def orthonormal(self) -> bool:
+        """Whether its rows or columns are an orthonormal basis, drawn evenly over all of them."""
+        return self.name[0] == "orthonormal"
+
+    @property
+    def is_bits(self) -> bool:
+        """Whether it is random bits, which have no gradient."""
+        return self.name[0] == "bits"
+
+    def settle(
+        self, table: Table, *, odd: bool, kurtosis: float = 3.0, transport: np.ndarray | None = None, random: bool = True
+    ) -> Leaf:
+        """Give the leaf its law.
+
+        Args:
+            table: its moments.
+            odd: whether it is independent of everything else with mean zero (a weight is, real data are not).
+            kurtosis: E[w⁴] / E[w²]².
+            transport: its quantile function on the normal grid, where it is not Gaussian.
+            random: whether it varies between initializations.
+        """
+        if self._table is None:
+            self._table = table
+            self.deps = self.graph.fresh_leaf()
+            self.odd = self.deps if odd else 0
+            self.graph.inputs |= self.deps if self.is_input else 0
+            if odd and (transport is None or np.allclose(transport, -transport[..., ::-1])):
+                self.graph.symmetric |= self.deps
+            self.kurtosis, self.transport, self.random = kurtosis, transport, random
+        return self
+
+
+class Array(Node):
+    """Known numbers; `params` is (digest, index into the graph's store). Its table pools them by class."""
+
+    @property
+    def values(self) -> np.ndarray:
+        """The numbers, over its axes."""
+        return self.graph.memo["array", self.params]
+
+    def prepare(self) -> None:
+        self.positive = bool(self.values.size and np.min(self.values) >= 0)
+        self.local = True
+
+    def compute(self) -> Table:
+        return estimate(self.values, self.axes)
+
+    def table_over(self, axes: Sequence[Axis]) -> Table:
+        """Its table with finer classes."""
+        if tuple(axes) == self.axes:
+            return self.table
+        key = ("estimate", self.id, tuple(axes))
+        if key not in self.graph.memo:
+            self.graph.memo[key] = estimate(self.values, axes)
+        return self.graph.memo[key]
+
+
+def number(graph: Graph, value: float) -> Node:
+    """The constant node of a number."""
+    return graph.make(Constant, (), (), float(value))
+
+
+def array(graph: Graph, values: np.ndarray, axes: Sequence[Axis] | None = None) -> Node:
+    """The node of known numbers, its axes of size 1 already dropped; a constant if they are all equal."""
+    import hashlib
+
+    if values.size == 1 or (values.size and (values == values.flat[0]).all()):
+        return number(graph, float(values.flat[0]))
+    values = np.ascontiguousarray(values)
+    key = (hashlib.sha1(values.tobytes()).hexdigest(), values.shape, str(values.dtype))
+    graph.memo["array", key] = values
+    return graph.make(Array, tuple(axes or (Axis(n) for n in values.shape)), (), key)
+
+
+def leaf(
+    graph: Graph, name: Hashable, axes: Sequence[Axis], mean: float, second_moment: float, *, odd: bool, **law: Any
+) -> Leaf:
+    """A leaf with independent entries."""
+    node = graph.make(Leaf, axes, (), name)
+    return node.settle(independent(mean, second_moment, tuple(axes)), odd=odd and mean == 0, **law)

@@ -1,0 +1,173 @@
+"""Arrays whose entries are moved, none dropped or repeated: an axis cut into factors, axes merged, axes in another order.
+
+Elementwise nodes and sums let such a move through to what they are made of, and means let through what happens to the axes
+that they leave: the normal form in which equal things are equal nodes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from varscale.theory.domain.axes import Axis, affordable, contract_axis, factor_classes, merge_types, split_axis
+from varscale.theory.domain.tables import Table, lift, put_together
+from varscale.theory.graph.nodes import UNKNOWN, Array, Node, View, array
+
+
+class Rearranged(Node):
+    """The entries of one array, each once, at other places."""
+
+    moves = True
+
+    def prepare(self) -> None:
+        self.odd, self.positive = self.args[0].node.odd, self.args[0].node.positive
+
+    def before(self, k: int) -> tuple[int, ...]:
+        """The axes of its argument that axis k is, is made of, or is a factor of."""
+        raise NotImplementedError(type(self).__name__)
+
+
+class Split(Rearranged):
+    """One axis as row-major factors; `params` is (axis, sizes). Classes of the whole are theirs, if not too many."""
+
+    def before(self, k: int) -> tuple[int, ...]:
+        first, sizes = self.params
+        return (k if k < first else max(first, k - len(sizes) + 1),)
+
+    def _factored(self) -> tuple[int, tuple[Axis, ...], np.ndarray]:
+        k, sizes = self.params
+        return (k, *split_axis(self.args[0].node.axes[k], sizes))
+
+    def _finest(self) -> tuple[Axis, ...]:
+        """Its axes with all classes of the whole."""
+        k, factors, _ = self._factored()
+        whole = self.args[0].node.axes
+        return (*whole[:k], *factors, *whole[k + 1 :])
+
+    def reindex(self, second: np.ndarray) -> np.ndarray:
+        """A type array of the whole, read over the factors."""
+        k, _, types = self._factored()
+        return lift(np.take(second, types, axis=k), self._finest(), range(len(self.axes)), self.axes, pairs=True)
+
+    def compute(self) -> Table:
+        k, factors, _ = self._factored()
+        table = self.args[0].node.table
+        whole, classes = table.axes[k], factor_classes(table.axes[k], factors)
+        read = classes[np.ix_(*[f.label_array for f in factors])].ravel()
+        strangers = float(np.mean(read != whole.label_array))
+        if strangers > 0:  # positions of other classes, which factors with few classes cannot tell apart
+            squares = table.diagonal
+            self.graph.flag("assumed", min(strangers * float(np.ptp(squares)) / max(table.mean_square, 1e-300), UNKNOWN))
+        mean = lift(np.take(table.mean, classes, axis=k), self._finest(), range(len(self.axes)), self.axes, pairs=False)
+        return Table(self.axes, mean, self.reindex(table.second))
+
+    def pullback(self, cotangent: np.ndarray) -> list[np.ndarray | None]:
+        return [put_together(cotangent, self.axes, self.args[0].node.axes, *self.params)]
+
+
+class Merge(Rearranged):
+    """Adjacent axes as one, row-major; `params` is (first axis, how many)."""
+
+    def before(self, k: int) -> tuple[int, ...]:
+        first, count = self.params
+        return tuple(range(first, first + count)) if k == first else (k if k < first else k + count - 1,)
+
+    def reindex(self, second: np.ndarray) -> np.ndarray:
+        """A type array of the factors, averaged over the pairs of each type of the whole."""
+        k, count = self.params
+        return merge_types(second, k, self.args[0].node.axes[k : k + count], self.axes[k])
+
+    def compute(self) -> Table:
+        k, count = self.params
+        table = self.args[0].node.table
+        mean = table.mean
+        for axis in table.axes[k : k + count]:
+            mean = contract_axis(mean, k, axis.counts / axis.size)
+        return Table(self.axes, np.expand_dims(mean, k), self.reindex(table.second))
+
+    def pullback(self, cotangent: np.ndarray) -> list[np.ndarray | None]:
+        k, count = self.params
+        factors = self.args[0].node.axes[k : k + count]
+        _, types = split_axis(self.axes[k], tuple(f.size for f in factors))
+        out = np.take(cotangent, types, axis=k)
+        for i, factor in enumerate(factors):
+            if factor.classes > 1:
+                out = np.take(out, np.where(factor.agrees, 0, 1), axis=k + i)
+        return [out]
+
+
+class Permute(Rearranged):
+    """Axes in another order; `params` is the order."""
+
+    def before(self, k: int) -> tuple[int, ...]:
+        return (self.params[k],)
+
+    def compute(self) -> Table:
+        table = self.args[0].node.table
+        return Table(self.axes, table.mean.transpose(self.params), table.second.transpose(self.params))
+
+    def pullback(self, cotangent: np.ndarray) -> list[np.ndarray | None]:
+        return [cotangent.transpose(np.argsort(self.params))]
+
+
+def split(node: Node, k: int, sizes: tuple[int, ...]) -> Node:
+    """`node` with axis k as row-major factors of these sizes (each ≥ 2)."""
+    graph = node.graph
+    factors, _ = split_axis(node.axes[k], sizes)
+    axes = affordable((*node.axes[:k], *factors, *node.axes[k + 1 :]))
+    if node.entrywise:
+        shift = len(sizes) - 1
+        args = []
+        for child, bind in node.args:
+            if k in bind:
+                j = bind.index(k)
+                child = split(child, j, sizes)
+                bind = (*bind[:j], *range(k, k + shift + 1), *bind[j + 1 :])
+                keep = range(j, j + shift + 1)
+            else:
+                keep = range(0)
+            args.append(View(child, tuple(b if i in keep or b < k else b + shift for i, b in enumerate(bind))))
+        rebuilt = node.rebuilt(axes, args)
+        return graph.derive(node, rebuilt, lambda g: put_together(g, rebuilt.axes, node.axes, k, sizes))
+    inside = node.inside(k, lambda x, j: split(x, j, sizes))
+    if inside is not None:
+        return graph.derive(node, inside, lambda g: put_together(g, inside.axes, node.axes, k, sizes))
+    if isinstance(node, Merge) and node.params[0] == k:
+        source = node.args[0].node
+        if tuple(a.size for a in source.axes[k : k + node.params[1]]) == sizes:
+            return source
+    if isinstance(node, Array):
+        return graph.once(("split", node.id, axes), lambda: array(graph, node.values.reshape([a.size for a in axes]), axes))
+    return graph.make(Split, axes, [View(node, tuple(range(len(node.axes))))], (k, sizes))
+
+
+def merge(node: Node, k: int, count: int) -> Node:
+    """`node` with axes k, ..., k + count − 1 as one."""
+    if count == 1:
+        return node
+    graph, factors = node.graph, node.axes[k : k + count]
+    if isinstance(node, Split) and node.params[0] == k and tuple(a.size for a in factors) == node.params[1]:
+        return node.args[0].node
+    size = int(np.prod([a.size for a in factors]))
+    whole = Axis(size)
+    axes = (*node.axes[:k], whole, *node.axes[k + count :])
+    if isinstance(node, Array):
+        return graph.once(("merge", node.id, axes), lambda: array(graph, node.values.reshape([a.size for a in axes]), axes))
+    return graph.make(Merge, axes, [View(node, tuple(range(len(node.axes))))], (k, count))
+
+
+def permute(node: Node, order: Sequence[int]) -> Node:
+    """`node` with its axes in another order, for the few rules that need a given one."""
+    if tuple(order) == tuple(range(len(order))):
+        return node
+    inverse = tuple(int(i) for i in np.argsort(order))
+    axes = tuple(node.axes[k] for k in order)
+    if isinstance(node, Array):
+        return node.graph.once(
+            ("permute", node.id, tuple(order)), lambda: array(node.graph, node.values.transpose(order), axes)
+        )
+    if isinstance(node, Permute):
+        source, bind = node.args[0]
+        return permute(source, [bind.index(k) for k in order])
+    return node.graph.make(Permute, axes, [View(node, inverse)], tuple(order))

@@ -1,0 +1,1 @@
+"""Integrals against normal and lognormal laws, and the elementwise primitives in NumPy."""

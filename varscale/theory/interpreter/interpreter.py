@@ -1,0 +1,399 @@
+"""The walk over a jaxpr: an environment of values, a rule a primitive, errors that name the source line.
+
+To teach it a primitive, register a rule: a function of the interpreter, the equation and its input values.
+
+    import varscale as vs
+    import numpy as np
+
+    @vs.theory.rule("softsign")
+    def softsign(interpreter, eqn, x):
+        return interpreter.elementwise("softsign", x)
+
+    vs.theory.FUNCTIONS["softsign"] = lambda x: x / (1 + np.abs(x))
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from varscale import _compat
+from varscale.programs.pieces import live
+from varscale.theory.domain.axes import Axis
+from varscale.theory.graph.expressions import apply
+from varscale.theory.graph.known_arrays import all_given, computed, entries, is_given, note, numbers
+from varscale.theory.graph.layout import Value, align, full, value
+from varscale.theory.graph.nodes import Array, Constant, Graph, Leaf, Node, View, array, leaf
+from varscale.theory.integrals.primitives import of_known
+from varscale.theory.interpreter.rows import Place, opened
+from varscale.theory.rules.prefix_scans import gathered
+
+Rule = Callable[..., Any]
+RULES: dict[str, Rule] = {}
+MOST_FOLDED = 1 << 26  # elements up to which known numbers are computed with rather than described
+_MOST_EVALUATED = 1 << 22  # of which jax computes so many at a time
+
+
+class Opaque:
+    """A random key: known exactly, so that equal keys give equal bits."""
+
+    def __init__(self, key: Any):
+        self.key = key
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.key.shape)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Complex:
+    """A complex value: its real and imaginary parts, of one shape."""
+
+    re: Value
+    im: Value
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.re.shape
+
+
+def parts(x: Value | Complex) -> tuple[Value, ...]:
+    """The real arrays that a value consists of."""
+    return (x.re, x.im) if isinstance(x, Complex) else (x,)
+
+
+def map_parts(f: Callable[[Any], Any], x: Any) -> Any:
+    """f of a real value or of each part of a complex one."""
+    return Complex(f(x.re), f(x.im)) if isinstance(x, Complex) else f(x)
+
+
+class PredictionError(ValueError):
+    """A model that cannot be predicted; the message says why, where, and what to do."""
+
+
+def rule(*names: str) -> Callable[[Rule], Rule]:
+    """Register a rule for primitives of these names.
+
+    Args:
+        *names: primitive names as they appear in a jaxpr.
+
+    Returns:
+        A decorator; the rule it takes is called as rule(interpreter, eqn, *values) and returns a value, or a list of them.
+    """
+
+    def register(f: Rule) -> Rule:
+        for name in names:
+            RULES[name] = f
+        return f
+
+    return register
+
+
+def _load_rules() -> None:
+    from varscale.theory.rules.registry import load
+
+    load()
+
+
+class Interpreter:
+    """Interprets jaxprs over one graph.
+
+    Attributes:
+        graph: the nodes built so far.
+        place: where the walk is and where it keeps rows; None where it keeps none.
+        entering: the equation that is being interpreted there.
+        steps: which steps of loops over layers it is in.
+    """
+
+    def __init__(self, graph: Graph | None = None):
+        _load_rules()
+        self.graph = graph or Graph()
+        self.place: Place | None = None
+        self.entering: Any = None
+        self.steps: list[int] = []
+
+    def run(self, jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], step: int | None = None) -> list[Any]:
+        """The outputs of a jaxpr, given values of its constants and inputs; `step` says which of a loop's it is."""
+        if step is not None:
+            self.steps.append(step)
+            try:
+                return self.run(jaxpr, consts, args)
+            finally:
+                self.steps.pop()
+        env: dict[Any, Any] = {}
+        for var, const in zip(jaxpr.constvars, consts, strict=True):
+            env[var] = self.known(const)
+        for var, arg in zip(jaxpr.invars, args, strict=True):
+            env[var] = arg
+        if self.place is not None:
+            self._watched(live_equations(jaxpr), jaxpr.outvars, env)
+        else:
+            for eqn in live_equations(jaxpr):
+                self._step(eqn, env)
+        return [self.known(v.val) if _compat.is_literal(v) else env[v] for v in jaxpr.outvars]
+
+    def _step(self, eqn: Any, env: dict[Any, Any]) -> None:
+        ins = [self.known(v.val) if _compat.is_literal(v) else env[v] for v in eqn.invars]
+        env.update(zip(eqn.outvars, self.equation(eqn, ins), strict=True))
+
+    def _watched(self, eqns: Sequence[Any], outputs: Sequence[Any], env: dict[Any, Any]) -> None:
+        """The equations in turn, keeping rows of what they make, except inside a loop that is not over layers."""
+        outer, entered = self.place, self.entering
+        assert outer is not None
+        place = outer if entered is None else outer.within(entered)
+        silent = place.loops != len(self.steps)
+        place.rows.entered += not silent
+        ends = {} if silent else place.ends(eqns, outputs)
+        try:
+            for i, eqn in enumerate(eqns):
+                count = place.rows.entered
+                self.place, self.entering = None if silent else place, eqn
+                self._step(eqn, env)
+                if not silent and count == place.rows.entered:
+                    place.note(eqn, env, self.steps)
+                for scope, var in ends.get(i, ()):
+                    place.rows.add(scope.path, self.steps, "scope", env[var])
+        finally:
+            self.place, self.entering = outer, entered
+
+    def equation(self, eqn: Any, ins: list[Any]) -> list[Any]:
+        """The outputs of one equation."""
+        name = eqn.primitive.name
+        try:
+            if any(isinstance(x, Opaque) for x in ins) and name not in _KEYED:
+                outs = self.fold(eqn, ins)
+            else:
+                outs = None
+                if name not in _ELEMENTWISE_OR_LAYOUT:
+                    outs = self.fold(eqn, ins)
+                if outs is None:
+                    outs = self._handler(eqn, ins)(self, eqn, *ins)
+                    if name in _MOVES:
+                        self._note_given(eqn, ins, outs)
+        except (PredictionError, jax.errors.JAXTypeError):
+            raise
+        except Exception as error:
+            raise PredictionError(f"primitive {name!r} at {source(eqn)}: {type(error).__name__}: {error}") from error
+        return list(outs) if isinstance(outs, list | tuple) else [outs]
+
+    def _handler(self, eqn: Any, ins: Sequence[Any]) -> Rule:
+        """The rule of an equation; of one with complex operands, the one for parts; where there is none, sampling."""
+        name = eqn.primitive.name
+        if name not in _WHOLE and (any(isinstance(x, Complex) for x in ins) or (name in RULES and _is_complex(eqn))):
+            return RULES["complex operands"]
+        if name in RULES:
+            return RULES[name]
+        from varscale.theory.rules.sampled_primitive import sampled
+
+        return sampled
+
+    def known(self, const: Any) -> Any:
+        """The value of a known array."""
+        if hasattr(const, "dtype") and jax.numpy.issubdtype(const.dtype, jax.dtypes.prng_key):
+            return Opaque(const)
+        values = np.asarray(const)
+        if values.dtype.kind == "c":
+            return Complex(self.known(np.real(values)), self.known(np.imag(values)))
+        if values.dtype.kind not in "biuf":
+            values = values.astype(np.float64)
+        # A scalar NaN is a literal of the code (jnp.var has one, in a branch not taken).
+        if values.ndim and values.dtype.kind == "f" and np.isnan(values).any():
+            raise PredictionError("an array of the model contains NaN")
+        values = values.astype(np.float64) if values.dtype.kind == "f" else values
+        shape = values.shape
+        node = array(self.graph, values.reshape([n for n in shape if n != 1]))
+        return full(self.graph, node.params, shape) if isinstance(node, Constant) else value(node, shape)
+
+    def concrete(self, x: Any, dtype: Any = None) -> np.ndarray | None:
+        """The numbers of a known value; None where it is random or too large."""
+        if isinstance(x, Complex):
+            re, im = self.concrete(x.re), self.concrete(x.im)
+            return None if re is None or im is None else (re + 1j * im).astype(dtype or complex)
+        if not isinstance(x, Value) or math.prod(x.shape) > MOST_FOLDED:
+            return None
+        if isinstance(x.node, Constant):
+            return np.full(x.shape, x.node.params).astype(dtype or float)
+        if not isinstance(x.node, Array):
+            return None
+        found = entries(x)
+        return found.astype(dtype) if found is not None and dtype is not None else found
+
+    def fold(self, eqn: Any, ins: Sequence[Any]) -> list[Any] | None:
+        """Evaluate an equation whose inputs are all known; None where one is not."""
+        if eqn.primitive.name in _NEVER_FOLDED or not all(isinstance(x, Opaque | Value | Complex) for x in ins):
+            return None
+        if sum(math.prod(v.aval.shape) for v in eqn.outvars) > _MOST_EVALUATED:
+            return None
+        known: list[Any] = []
+        for x, v in zip(ins, eqn.invars, strict=True):
+            known.append(x.key if isinstance(x, Opaque) else self.concrete(x, v.aval.dtype))
+            if known[-1] is None:
+                return [self.unknown_key(eqn)] if any(isinstance(y, Opaque) for y in ins) else self._fold_given(eqn, ins)
+        if not ins and eqn.primitive.name not in ("iota", "random_seed"):
+            return None
+        return [self.known(o) for o in _evaluated(eqn, known)]
+
+    def _fold_given(self, eqn: Any, ins: Sequence[Any]) -> list[Any] | None:
+        """Compute an equation all of whose inputs are given arrays; None where one is not, or where entries are only moved."""
+        if eqn.primitive.name in _MOVES or not all_given(ins):
+            return None
+        with np.errstate(all="ignore"):
+            outs = _evaluated(eqn, [entries(x) for x in ins])
+        return [self._computed(np.asarray(o), [x.node for x in ins]) for o in outs]
+
+    def _computed(self, out: np.ndarray, sources: Sequence[Node]) -> Value:
+        """The value of what was computed from given arrays: whole numbers are as good as literals."""
+        if out.dtype.kind in "biu" or not np.isfinite(out).all():
+            return self.known(out)
+        axes = [Axis(n) for n in out.shape if n != 1]
+        node = computed(self.graph, out.reshape([a.size for a in axes]), axes, sources)
+        return full(self.graph, node.params, out.shape) if isinstance(node, Constant) else value(node, out.shape)
+
+    def _note_given(self, eqn: Any, ins: Sequence[Any], outs: Any) -> None:
+        """Of an equation that moves entries of given arrays, how the numbers that it makes are worked out."""
+        sizes = [math.prod(v.aval.shape) for v in eqn.outvars]
+        if max(sizes) > _MOST_EVALUATED or min(sizes) == 0 or not all_given(ins):
+            return
+        for i, out in enumerate(outs if isinstance(outs, list | tuple) else [outs]):
+            note(out, lambda i=i: np.asarray(_evaluated(eqn, [entries(x) for x in ins])[i], float))
+
+    def unknown_key(self, eqn: Any) -> Opaque:
+        """A key that nothing else has, for one derived from something random."""
+        self.graph.count += 1
+        keys = jax.random.key(0x5EED0000 + self.graph.count)
+        shape = eqn.outvars[0].aval.shape
+        return Opaque(jax.random.split(keys, shape) if shape else keys)
+
+    def elementwise(self, name: str, *xs: Value, extra: tuple[Any, ...] = ()) -> Value:
+        """An elementwise primitive of values of one shape (sizes of 1 broadcast)."""
+        _, frame, views, layout = align(xs)
+        if all(is_given(v.node) for v in views):
+            key = ("fold", name, extra, frame, tuple((v.node.id, v.bind) for v in views))
+            folded = self.graph.once(key, lambda: self._fold_elementwise(name, extra, frame, views))
+            if folded is not None:
+                return Value(folded, layout) if folded.axes else full(self.graph, folded.params, Value(folded, layout).shape)
+        node = apply(self.graph, name, extra, frame, views)
+        if not node.axes:
+            layout = tuple(tuple(a._replace(axis=None) for a in dim) for dim in layout)
+        return Value(node, layout)
+
+    def _fold_elementwise(self, name: str, extra: Any, frame: Sequence[Axis], views: Sequence[View]) -> Node | None:
+        from varscale.theory.propagation.function_domains import has_values
+
+        literal = all(isinstance(v.node, Constant | Array) for v in views)
+        if math.prod(a.size for a in frame) > (MOST_FOLDED if literal else _MOST_EVALUATED):
+            return None
+        known = []
+        for node, bind in views:
+            if isinstance(node, Constant):
+                known.append(np.float64(node.params))
+                continue
+            order = sorted(range(len(bind)), key=lambda k, b=bind: b[k])
+            shape = [1] * len(frame)
+            for k in order:
+                shape[bind[k]] = node.axes[k].size
+            known.append(numbers(node).transpose(order).reshape(shape))  # pyright: ignore[reportOptionalMemberAccess]
+        if not literal and not has_values(name, known):
+            return None  # a rule says so
+        with np.errstate(all="ignore"):
+            if name == "square":
+                name, known = "mul", known * 2
+            out = np.broadcast_to(of_known("add" if name == "add_any" else name, extra, known), [a.size for a in frame])
+        if literal or out.dtype.kind in "biu":
+            return array(self.graph, out, frame)
+        return computed(self.graph, out, frame, [v.node for v in views]) if np.isfinite(out).all() else None
+
+    def leaf(self, name: Any, shape: Sequence[int], mean: float, second_moment: float, *, odd: bool, **law: Any) -> Value:
+        """A new random tensor with independent entries."""
+        axes = [Axis(int(n)) for n in shape if n != 1]
+        return value(leaf(self.graph, name, axes, mean, second_moment, odd=odd, **law), shape)
+
+
+_KEYED = {
+    "random_bits",
+    "jit",
+    "pjit",
+    "scan",
+    "while",
+    "cond",
+    "custom_jvp_call",
+    "custom_vjp_call",
+    "remat2",
+    "closed_call",
+    "checkpoint",
+}
+_NEVER_FOLDED = _KEYED | {"rng_bit_generator", "associative_scan"}
+# Complex numbers pass through these as they are.
+_WHOLE = (_KEYED - {"random_bits"}) | {
+    "associative_scan",
+    "complex",
+    "real",
+    "imag",
+    "fft",
+    "stop_gradient",
+    "copy",
+    "copy_p",
+    "device_put",
+}
+
+
+def _is_complex(eqn: Any) -> bool:
+    """Whether a real value becomes a complex one."""
+    return any(getattr(v.aval, "dtype", None) is not None and v.aval.dtype.kind == "c" for v in eqn.outvars)
+
+
+# Entries are moved, repeated or left out, of which classes and blocks tell more than one class for all would.
+_MOVES = {
+    "broadcast_in_dim",
+    "concatenate",
+    "dynamic_slice",
+    "expand_dims",
+    "gather",
+    "pad",
+    "reshape",
+    "rev",
+    "slice",
+    "split",
+    "squeeze",
+    "tile",
+    "transpose",
+}
+_ELEMENTWISE_OR_LAYOUT: set[str] = set()
+
+
+def elementwise_or_layout(*names: str) -> None:
+    """Primitives whose rules handle known numbers themselves, without writing them out."""
+    _ELEMENTWISE_OR_LAYOUT.update(names)
+
+
+@functools.lru_cache(maxsize=256)
+def live_equations(jaxpr: Any) -> list[Any]:
+    """The equations that the outputs depend on (an init's forward pass is not one), associative scans put together again."""
+    return live(jaxpr, gathered(jaxpr.eqns))
+
+
+def source(eqn: Any) -> str:
+    """Where an equation was written: "model.py:12 (Block)", inside a piece the path in that."""
+    path = opened(eqn)[1].removeprefix("/")
+    return _compat.source_line(eqn) + (f" ({path})" if path else "")
+
+
+def _evaluated(eqn: Any, known: Sequence[Any]) -> list[Any]:
+    """What an equation makes of numbers or keys."""
+    args = [
+        x if hasattr(x, "_base_array") else jax.numpy.asarray(x, v.aval.dtype) for x, v in zip(known, eqn.invars, strict=True)
+    ]
+    with jax.ensure_compile_time_eval(), jax.numpy_dtype_promotion("standard"):
+        out = eqn.primitive.bind(*args, **eqn.params)
+    return list(out) if eqn.primitive.multiple_results else [out]
+
+
+def is_leaf(x: Any) -> bool:
+    """Whether a value is a random leaf itself."""
+    return isinstance(x, Value) and isinstance(x.node, Leaf)

@@ -1,0 +1,245 @@
+"""From a model to a Report: read its parameters' laws, walk its forward pass, ask for the moments of every module's output."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from varscale.programs import faces
+from varscale.programs.faces import Inputs, Program
+from varscale.report import Report
+from varscale.theory.domain.axes import Axis
+from varscale.theory.domain.tables import Moments, Table, estimate, independent
+from varscale.theory.graph.known_arrays import MOST_COMPUTED
+from varscale.theory.graph.layout import Value, full
+from varscale.theory.graph.nodes import Graph, Leaf
+from varscale.theory.interpreter.interpreter import Complex, Interpreter, Opaque
+from varscale.theory.interpreter.rows import Place, Rows, joined
+from varscale.theory.interpreter.tracing import Draws, Trace, drawing, execution_order, first_pass, traced
+from varscale.theory.propagation.cross_moments import together
+from varscale.theory.propagation.spatial_correlation import measured
+from varscale.theory.rules.padding import evened, is_mask
+
+_DETAILS = ("modules", "equations")
+_KEY = 0  # laws do not depend on the seed
+
+
+def predict(
+    model: Any, x: Any, *, params: Any = None, backward: bool = True, detail: str = "modules", method: str | None = None
+) -> Report:
+    r"""Predicts the moments of every module's output at initialization, forward and backward, with nothing run or allocated.
+
+    Args:
+        model: a linen module, an nnx factory `lambda rngs: Net(..., rngs=rngs)`, an nnx instance, or a function
+            f(params, *args).
+        x: one input, or `vs.inputs(*args, **kwargs)`. Arrays: their moments are estimated (of ids, how often they repeat, and
+            which are paddings: rows that one value fills up are taken as being of three lengths at most), those of several
+            arrays of one shape together, and an array that is given twice is one input;
+            `jax.ShapeDtypeStruct`: independent standard normals (ids: uniform, none a padding; lengths: the whole; masks: all
+            true); `vs.Moments`: as given.
+        params: None: the laws that the model's own init draws from. A tree of arrays: their moments are measured. A tree of
+            initializers or of variances: those. For a plain function also a traceable function of a key that returns the tree.
+        backward: whether to predict the gradients too.
+        detail: "modules": a row a module, or, of a plain function, a row a `jax.named_scope` block; "equations": besides one
+            for every equation that computes floating-point numbers, "Dense_0/dot_general".
+        method: the method to run in place of `__call__`.
+
+    Returns:
+        Report: rows in execution order, and the law of every parameter.
+
+    Raises:
+        TypeError: the model or an input is of no known kind.
+        ValueError: the model does not trace on these shapes, has no outputs, holds NaN, or uses a primitive that has no
+            rule and cannot be sampled.
+    """
+    if detail not in _DETAILS:
+        raise ValueError(f"detail must be one of {', '.join(map(repr, _DETAILS))}, not {detail!r}")
+    program = faces.program(model, method=method)
+    given = faces.as_inputs(x)
+    interpreter = Interpreter()
+    split = _Split(given)
+    parameters = _parameters(interpreter, program, params, split)
+    forward, taken = _forward(program, parameters, split)
+    if not forward.shapes[""]:
+        raise ValueError(f"model {program.kinds.get('', program.kind)} returns no array: there is nothing to predict")
+    from varscale.theory.interpreter.parameters import path_string
+    from varscale.theory.interpreter.summary import summarize
+
+    kind = "scope" if program.init is None and program.parameters is None else "module"
+    rows = Rows(scopes=kind == "scope", equations=detail == "equations")
+    interpreter.place = Place(rows)
+    values = interpreter.run(forward.jaxpr, forward.constants, [*taken, *split.values(interpreter)])
+    interpreter.place = None
+    outputs = jax.tree_util.tree_unflatten(jax.tree_util.tree_structure(forward.shapes), values)
+    captured = {call: outputs[call] for call in execution_order(forward.jaxpr, forward.shapes)}
+    paths = [path_string(p) for p, _ in jax.tree_util.tree_flatten_with_path(parameters.shapes)[0]]
+    named = zip(paths, parameters.values, strict=True)
+    return summarize(interpreter, program, joined(rows.made, captured, kind), named, backward=backward)
+
+
+class _Parameters(NamedTuple):
+    """A model's parameters: their shapes, as a tree; their values; how they are drawn, where its own init draws them."""
+
+    shapes: Any
+    values: list[Any]
+    draws: Draws | None = None
+
+
+def _forward(program: Program, parameters: _Parameters, split: _Split) -> tuple[Trace, list[Any]]:
+    """The forward pass from parameters and inputs to rows, and the parameters it takes."""
+    if parameters.draws is not None and parameters.draws.forward is not None:
+        return parameters.draws.forward, [parameters.values[i] for i in parameters.draws.used]
+
+    def forward(variables: Any, dynamic: list[Any]) -> Any:
+        output, captures = program.apply(variables, split.join(dynamic))
+        return faces.grouped(captures, output)
+
+    return traced(forward, parameters.shapes, split.structs), parameters.values
+
+
+class _Split:
+    """Inputs apart: arrays and descriptions of arrays, which are traced, and everything else, which is passed as it is."""
+
+    def __init__(self, given: Inputs):
+        leaf = lambda x: isinstance(x, Moments)  # noqa: E731
+        flat, self.tree = jax.tree_util.tree_flatten((given.args, dict(given.kwargs)), is_leaf=leaf)
+        self.leaves, self.padded = evened(flat)
+        self.places = [i for i, x in enumerate(self.leaves) if isinstance(x, Moments) or faces.is_dynamic(x)]
+        self.structs = [_struct(self.leaves[i]) for i in self.places]
+
+    def join(self, dynamic: list[Any]) -> Inputs:
+        flat = list(self.leaves)
+        for i, x in zip(self.places, dynamic, strict=True):
+            flat[i] = x
+        args, kwargs = jax.tree_util.tree_unflatten(self.tree, flat)
+        return Inputs(args, kwargs)
+
+    def values(self, interpreter: Interpreter) -> list[Any]:
+        interpreter.graph.memo["padded"] = self.padded
+        made = [input_value(interpreter, self.leaves[i], self._name(i)) for i in self.places]
+        related(interpreter.graph, [(self.leaves[i], x) for i, x in zip(self.places, made, strict=True)])
+        return made
+
+    def _name(self, i: int) -> str:
+        """The place where its numbers are first given: an array that is given twice is one."""
+        x = self.leaves[i]
+        return f"input {next(j for j in self.places if j == i or _same_numbers(self.leaves[j], x))}"
+
+
+def _same_numbers(x: Any, y: Any) -> bool:
+    """Whether both are arrays of the same numbers, not descriptions of arrays or keys."""
+    if not (_is_measured(x) and _is_measured(y)):
+        return False
+    return x is y or (x.shape == y.shape and x.dtype == y.dtype and np.array_equal(x, y))
+
+
+def _is_measured(x: Any) -> bool:
+    """Whether it is an array of real floating-point numbers, whose moments are estimated."""
+    described = isinstance(x, Moments | jax.ShapeDtypeStruct)
+    return not described and jnp.issubdtype(x.dtype, jnp.floating)
+
+
+def related(graph: Graph, inputs: Sequence[tuple[Any, Any]]) -> None:
+    """Notes that given arrays may go together, and of those too large to be multiplied each time the cross-moments."""
+    leaves: dict[Leaf, np.ndarray] = {}
+    for x, made in inputs:
+        if _is_measured(x) and isinstance(made, Value) and isinstance(made.node, Leaf):
+            leaves[made.node] = np.asarray(x, np.float64).reshape([axis.size for axis in made.node.axes])
+    for (a, x), (b, y) in itertools.combinations(leaves.items(), 2):
+        a.deps = b.deps = a.deps | b.deps
+        if a.axes == b.axes and x.size > MOST_COMPUTED and together(a, b) not in graph.memo:
+            whole, one, other = (estimate(z, a.axes) for z in (x + y, x, y))
+            graph.memo[together(a, b)] = (whole.second - one.second - other.second) / 2
+
+
+def _struct(x: Any) -> jax.ShapeDtypeStruct:
+    if isinstance(x, Moments):
+        return jax.ShapeDtypeStruct(x.shape, jnp.dtype(x.dtype))
+    dtype = x.dtype
+    if dtype in (np.float64, np.int64, np.uint64, np.complex128):
+        dtype = jnp.zeros((), dtype).dtype  # 32 bits, unless x64 is on
+    return jax.ShapeDtypeStruct(x.shape, dtype)
+
+
+def input_value(interpreter: Interpreter, x: Any, name: str) -> Any:
+    """An input as a value: known numbers, or a leaf with its law.
+
+    Raises:
+        ValueError: it contains NaN or infinities.
+    """
+    from varscale.theory.rules.integer_inputs import unknown
+    from varscale.theory.rules.random import input_leaf
+
+    graph = interpreter.graph
+    shape = tuple(x.shape)
+    axes = tuple(Axis(n) for n in shape if n != 1)
+    if math.prod(shape) == 0:
+        raise ValueError(f"{name} has shape {shape}: it is empty")
+    if isinstance(x, Moments):
+        second = x.second()
+        second = second[tuple(slice(None) if n != 1 else 0 for n in shape)]
+        table = Table(axes, np.full([1] * len(axes), float(x.mean)), second)
+        return input_leaf(interpreter, name, shape, table, odd=False)
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        return Opaque(
+            x if isinstance(x, jax.Array) else jax.random.split(jax.random.key(_KEY), shape) if shape else jax.random.key(_KEY)
+        )
+    kind = np.dtype(x.dtype).kind if np.dtype(x.dtype).kind != "V" else "f"
+    if kind == "c":
+        return Complex(*(input_value(interpreter, part, f"{name} ({which} part)") for which, part in _parts(x)))
+    if isinstance(x, jax.ShapeDtypeStruct):
+        if kind == "b":
+            return full(graph, 1.0, shape)
+        if kind in "iu":
+            return unknown(interpreter, name, shape)
+        return input_leaf(interpreter, name, shape, independent(0.0, 1.0, axes), odd=True)
+    numbers = np.asarray(x)
+    if kind in "iub":
+        return interpreter.known(numbers)
+    numbers = numbers.astype(np.float64)
+    if not np.all(np.isfinite(numbers)):
+        raise ValueError(f"{name} contains NaN or infinities")
+    if np.all(numbers == numbers.flat[0]):
+        return full(graph, float(numbers.flat[0]), shape)
+    if is_mask(graph, numbers):
+        return interpreter.known(numbers)
+    numbers = numbers.reshape([a.size for a in axes])
+    made = input_leaf(interpreter, name, shape, estimate(numbers, axes), odd=False)
+    measured(made.node, numbers)
+    return made
+
+
+def _parts(x: Any) -> list[tuple[str, Any]]:
+    """The parts of a complex input; of one that is only described, two that have E|x|² = 1 between them."""
+    if not isinstance(x, jax.ShapeDtypeStruct):
+        return [("real", np.real(x)), ("imaginary", np.imag(x))]
+    return [(which, Moments(0.0, 0.5, shape=x.shape)) for which in ("real", "imaginary")]
+
+
+def _parameters(interpreter: Interpreter, program: Program, params: Any, split: _Split) -> _Parameters:
+    from varscale.theory.interpreter.parameters import given_parameters, init_laws
+
+    if params is None:
+        params = program.parameters
+    inputs = split.values(interpreter)
+    if params is None and program.start is not None and (drawn := first_pass(program, split)) is not None:
+        return _Parameters(drawn.drawing.shapes, init_laws(interpreter, drawn.drawing, inputs), drawn)
+    if params is not None and program.init is None and not callable(params):
+        return _Parameters(*given_parameters(interpreter, params, None, None))
+    if program.init is not None:
+        init = program.init
+        trace = drawing(lambda key, dynamic: init(key, split.join(dynamic)), split)
+    elif params is None:
+        raise ValueError("params must be given for a plain function: arrays, or a function of a key that returns them")
+    else:
+        trace, params = drawing(lambda key, _: params(key), split), None
+    values = init_laws(interpreter, trace, inputs)
+    if params is None:
+        return _Parameters(trace.shapes, values)
+    return _Parameters(*given_parameters(interpreter, params, trace.shapes, values))

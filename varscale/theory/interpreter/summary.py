@@ -1,0 +1,156 @@
+"""Rows of a Report, from the values of every module's output."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, cast
+
+import numpy as np
+
+from varscale.programs.faces import Program
+from varscale.report import How, Report, Row
+from varscale.theory.domain.axes import averaging
+from varscale.theory.domain.tables import Table
+from varscale.theory.graph.layout import Value
+from varscale.theory.interpreter.interpreter import Complex, Interpreter
+from varscale.theory.interpreter.uses import weights
+from varscale.theory.propagation.cotangents import cotangents
+from varscale.theory.propagation.error_bounds import provenance, settle
+from varscale.theory.propagation.fluctuations import full
+
+_BAND = 2.5758  # 99 % of a normal
+_WIDEST = 25.0  # of ln(mean square): beyond that a draw can be anything, and the row's error_bound says so
+# Set on the validation grid, not derived, both: of gradient independence itself, at width 256; of a band where first order
+# finds no fluctuation at all, what second order and a norm's epsilon leave.
+GRADIENT_BASE, _ROUNDING = 0.05, 4e-3
+_UNBOUNDED = 1e50  # a mean square that only the large numbers which stand for infinities have
+
+
+def summarize(
+    interpreter: Interpreter,
+    program: Program,
+    outputs: Iterable[tuple[str, str | None, Any]],
+    parameters: Iterable[tuple[str, Any]],
+    *,
+    backward: bool,
+) -> Report:
+    """The report of a walk: `outputs` as (path, kind where it is no module's, value)."""
+    found = [(path, kind, _real(interpreter, x)) for path, kind, x in outputs]
+    kinds = {path: kind or _kind(program, path) for path, kind, _ in found}
+    values = {path: x for path, _, x in found if isinstance(x, Value) and math.prod(x.shape) > 0}
+    for x in values.values():
+        _ = x.node.table
+    for x in values.values():
+        if _is_bounded(x):
+            settle(x.node)
+    gradients = _gradients(values) if backward else {}
+    rows = tuple(_row(path, kinds[path], x, gradients.get(x.node.id)) for path, x in values.items())
+    return Report(rows, weights(interpreter, parameters))
+
+
+def _real(interpreter: Interpreter, x: Any) -> Any:
+    """Of complex numbers it is the modulus that is measured and predicted."""
+    from varscale.theory.rules.complex import modulus
+
+    return modulus(interpreter, x) if isinstance(x, Complex) else x
+
+
+def _kind(program: Program, path: str) -> str:
+    module = re.sub(r"(#\d+|\[.*\]|\.\w+)+$", "", path)
+    return program.kinds.get(module, program.kind if module == "" else "array")
+
+
+def _is_bounded(x: Value) -> bool:
+    """Whether its moments are those of numbers, and not of what stands for infinities: those have nothing that fluctuates."""
+    return x.node.table.mean_square < _UNBOUNDED
+
+
+def _unbounded(path: str, kind: str, x: Value) -> Row:
+    """The row of an equation among whose numbers are infinities, which masks put there and a softmax takes away."""
+    return Row(
+        path,
+        kind,
+        x.shape,
+        x.node.table.total_mean,
+        math.inf,
+        math.inf,
+        math.inf,
+        (0.0, math.inf),
+        how="assumed",
+        error_bound=math.inf,
+    )
+
+
+def _row(path: str, kind: str, x: Value, gradient: tuple[float, float] | None) -> Row:
+    table = x.node.table
+    if not _is_bounded(x):
+        return _unbounded(path, kind, x)
+    spread = full(x.node)
+    mean, second = table.total_mean, table.mean_square * (1 + spread.shift)
+    variance = min(spread.variance, _WIDEST)
+    skew = float(np.clip(spread.skew, -(variance**1.5), variance**1.5))
+    typical = second * math.exp(-variance / 2 - skew / 6)
+    reach = _BAND * math.sqrt(variance) + _ROUNDING
+    lean = (_BAND**2 - 1) * skew / 6 / max(variance, 1e-300)  # Cornish and Fisher
+    how, error_bound = provenance(x.node)
+    band = (typical * math.exp(lean - reach), typical * math.exp(lean + reach))
+    if gradient is not None:
+        gradient = _of_one_copy(x, *gradient)
+    return Row(
+        path=path,
+        kind=kind,
+        shape=x.shape,
+        mean=mean,
+        second_moment=second,
+        variance=max(second - mean**2, 0.0),
+        typical=typical,
+        band=band,
+        sample_correlation=correlation(x, [0]) if len(x.shape) > 1 and x.shape[0] > 1 else None,
+        position_correlation=correlation(x, list(range(1, len(x.shape) - 1))) if math.prod(x.shape[1:-1]) > 1 else None,
+        gradient=None if gradient is None else gradient[0],
+        how=cast(How, how),
+        error_bound=error_bound,
+        gradient_error_bound=None if gradient is None else GRADIENT_BASE + gradient[1],
+    )
+
+
+def _of_one_copy(x: Value, gradient: float, doubt: float) -> tuple[float, float]:
+    """The gradient at one place of a value that repeats: copies share the node's evenly, if theirs are independent.
+
+    If all n are one and the same, each has 1/n² of it rather than 1/n.
+    """
+    copies = math.prod(a.size for dim in x.dims for a in dim if a.axis is None)
+    return gradient / copies, doubt + (copies - 1)
+
+
+def correlation(x: Value, dims: list[int]) -> float | None:
+    """E[x x'] / E[x²] for pairs that differ in position along `dims` and agree elsewhere."""
+    table: Table = x.node.table
+    if table.mean_square == 0:
+        return None
+    axes = [a.axis for d in dims for a in x.dims[d] if a.axis is not None]
+    if not axes:
+        return 1.0
+    free = float(averaging(table.axes, frozenset(axes)) @ table.second.ravel())
+    size = math.prod(table.axes[k].size for k in axes)
+    # All pairs of positions, less those that agree.
+    return (size * free / table.mean_square - 1) / (size - 1)
+
+
+def _gradients(values: Mapping[str, Value]) -> dict[int, tuple[float, float]]:
+    paths = [p for p in values if p == "" or p.startswith("[")] or list(values)[-1:]
+    seeds = []
+    aliases: dict[int, set[Any]] = {}
+    for path in paths:
+        x = values[path]
+        node = x.node
+        second = np.zeros(node.frame_types)
+        repeat = math.prod(a.size for dim in x.dims for a in dim if a.axis is None)
+        second[tuple(slice(0, a.classes) for a in node.axes)] = float(repeat)
+        seeds.append((node, second))
+        aliases.setdefault(node.id, set()).add(x.dims)
+    found = cotangents(seeds, [x.node for x in values.values()])
+    # Of several outputs that are one array in other shapes, a change of one is no change of the others.
+    return {i: (g, doubt + len(aliases.get(i, {None})) - 1) for i, (g, doubt) in found.items()}

@@ -1,0 +1,137 @@
+"""From a model to jaxprs: how its parameters are drawn, and its forward pass. One trace gives both where one pass does both."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from varscale import _compat
+from varscale.programs import faces
+from varscale.programs.faces import Program
+from varscale.programs.pieces import PIECE
+from varscale.theory.interpreter.interpreter import PredictionError, live_equations
+
+_KEY = 0  # laws do not depend on the seed
+
+
+class Trace(NamedTuple):
+    """A traced function.
+
+    Attributes:
+        jaxpr: its jaxpr.
+        constants: values of the jaxpr's constants.
+        shapes: shapes of its outputs, as a tree.
+    """
+
+    jaxpr: Any
+    constants: Sequence[Any]
+    shapes: Any
+
+
+class Draws(NamedTuple):
+    """How a model draws its parameters.
+
+    Attributes:
+        drawing: inputs to parameters.
+        forward: parameters (those of `used`) and inputs to rows, where the pass that drew them is the forward pass too.
+        used: places of the parameters that `forward` takes.
+    """
+
+    drawing: Trace
+    forward: Trace | None
+    used: Sequence[int]
+
+
+def traced(f: Callable[..., Any], *args: Any) -> Trace:
+    """The trace of a function of these shapes.
+
+    Raises:
+        ValueError: it does not trace.
+    """
+    try:
+        jaxpr, shapes = jax.make_jaxpr(f, return_shape=True)(*args)
+    except PredictionError:
+        raise
+    except Exception as error:
+        message = str(error).strip().splitlines()
+        told = f"{type(error).__name__}: {message[0] if message else ''}"
+        if isinstance(error, jax.errors.ConcretizationTypeError):
+            told += " (Python can read numbers that NumPy computes; those of jax.numpy are abstract in a trace)"
+        if line := _compat.error_line(error):
+            told += f", at {line}"
+        raise ValueError(f"the model does not trace on these inputs: {told}") from error
+    return Trace(jaxpr.jaxpr, jaxpr.consts, shapes)
+
+
+def drawing(init: Callable[[Any, Any], Any], split: Any) -> Trace:
+    """How `init`, a function of a key and inputs, draws parameters."""
+    return traced(lambda dynamic: init(jax.random.key(_KEY), dynamic), split.structs)
+
+
+def first_pass(program: Program, split: Any) -> Draws | None:
+    """How a model draws its parameters, and the forward pass that it does on the way if it is the one it does ever after.
+
+    None where it does not trace: modules that transform all variables of another (a spectral norm) take captures for some.
+    """
+    alike: list[bool] = []
+
+    def both(dynamic: Any) -> Any:
+        variables, output, captures, same = program.start(jax.random.key(_KEY), split.join(dynamic))  # pyright: ignore[reportOptionalCall]
+        alike.append(same)
+        return variables, faces.grouped(captures, output)
+
+    try:
+        jaxpr, constants, (variables, rows) = traced(both, split.structs)
+    except ValueError:
+        return None
+    count = len(jax.tree_util.tree_leaves(variables))
+    drawn, outputs = jaxpr.outvars[:count], jaxpr.outvars[count:]
+    drawing = Trace(jaxpr.replace(outvars=drawn), constants, variables)
+    used = {v: i for i, v in reversed(list(enumerate(drawn))) if not _compat.is_literal(v)}
+    if not alike[-1] or not used.keys().isdisjoint(jaxpr.invars):
+        return Draws(drawing, None, ())
+    forward = jaxpr.replace(invars=[*used, *jaxpr.invars], outvars=outputs)
+    if any(map(_draws, live_equations(forward))):
+        return Draws(drawing, None, ())  # drawn inside a loop, say: what it computes with is not what it returns
+    return Draws(drawing, Trace(forward, constants, rows), tuple(used.values()))
+
+
+def _draws(eqn: Any) -> bool:
+    """Whether an equation takes or makes random keys."""
+    return any(_is_key(getattr(v.aval, "dtype", np.dtype(bool))) for v in (*eqn.invars, *eqn.outvars))
+
+
+def _is_key(dtype: Any) -> bool:
+    return not isinstance(dtype, np.dtype) and jnp.issubdtype(dtype, jax.dtypes.prng_key)
+
+
+def execution_order(jaxpr: Any, shapes: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Calls by the equation that makes the first of what they put out; those that end together from the innermost out.
+
+    The model itself is the last.
+    """
+    at = iter(_places(jaxpr))
+    where = {call: [next(at) for _ in shapes[call]] for call in shapes}
+    return sorted(shapes, key=lambda call: (call == "", where[call][:1], -call.count("/")))
+
+
+def _places(jaxpr: Any) -> list[tuple[int, ...]]:
+    """For each output, which equation makes it and which of its outputs it is; inside a piece also where in that."""
+    made = {var: (i, eqn, j) for i, eqn in enumerate(jaxpr.eqns) for j, var in enumerate(eqn.outvars)}
+    inner: dict[int, list[tuple[int, ...]]] = {}
+
+    def place(var: Any) -> tuple[int, ...]:
+        if _compat.is_literal(var) or var not in made:
+            return (-1, 0)
+        i, eqn, j = made[var]
+        if eqn.params.get("name") != PIECE:
+            return (i, j)
+        if i not in inner:
+            inner[i] = _places(eqn.params["jaxpr"].jaxpr)
+        return (i, *inner[i][j])
+
+    return [place(var) for var in jaxpr.outvars]

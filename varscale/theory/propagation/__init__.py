@@ -1,0 +1,1 @@
+"""Moments, cross-moments, cotangents and finite-width fluctuations, passed through the graph."""

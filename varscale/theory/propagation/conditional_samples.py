@@ -1,0 +1,271 @@
+"""How arrays drawn at some positions follow from what they are made of, drawn: products with weights, averages, moves."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, TypeGuard
+
+import numpy as np
+
+from varscale.theory.domain.random_arrays import Positions
+from varscale.theory.graph.expressions import Sum, roots
+from varscale.theory.graph.nodes import UNKNOWN, Node, View, far_below
+from varscale.theory.graph.reshapes import Merge, Permute, Split
+from varscale.theory.rules.axis import Take
+from varscale.theory.rules.concatenation import Concat
+from varscale.theory.rules.convolution import Conv, Window, hits
+from varscale.theory.rules.linear import Contract, weight_of
+from varscale.theory.rules.reductions import Mean
+
+if TYPE_CHECKING:
+    from varscale.theory.propagation.sampler import Drawing
+
+TERMS = 32  # terms of a sum that stand for all
+# Chosen, not derived: of a mean square over draws, in units of what it is known to be, more than chance makes of it.
+_TOO_MUCH = 2.0
+
+
+def in_order(node: Node) -> bool:
+    """Whether a node depends on what is known by its draws, whose order in time its moments by type do not hold."""
+    return _anywhere("in order", lambda n: n.timed, node)
+
+
+def of_loops(node: Node) -> bool:
+    """Whether a loop over time is below, which has draws of its own."""
+    return _anywhere("of loops", lambda n: n.timed and not n.joint, node)
+
+
+def _anywhere(name: str, true_of: Callable[[Node], bool], node: Node) -> bool:
+    """Whether this is true of a node or of anything that it was made from, however far below."""
+    memo = node.graph.memo
+
+    def found(node: Node) -> bool:
+        key = (name, node.id)
+        if key not in memo:
+            memo[key] = true_of(node) or any(found(view.node) for view in node.args)
+        return memo[key]
+
+    for below in far_below(node, lambda n: (name, n.id) in memo):
+        found(below)
+    return found(node)
+
+
+@functools.singledispatch
+def made_of(node: Node, drawing: Drawing, positions: Positions) -> np.ndarray | None:
+    """A node at some positions of its axes, (replicates or 1, ...); None where its law is all that is known of it."""
+    return None
+
+
+@made_of.register(Mean)
+def _(node: Mean, drawing: Drawing, positions: Positions) -> np.ndarray | None:
+    """The mean of what is drawn, where that is as good as all."""
+    if not drawing.is_drawn_whole(node):
+        return None
+    source, own = node.args[0].node, iter(positions)
+    there = [drawing.some(a) if k in node.params else next(own) for k, a in enumerate(source.axes)]
+    return drawing.whole(source, there).mean(axis=tuple(1 + k for k in node.params))
+
+
+@made_of.register(Permute)
+def _(node: Permute, drawing: Drawing, positions: Positions) -> np.ndarray | None:
+    if not in_order(node):
+        return None
+    source = node.args[0].node
+    values = drawing.whole(source, [positions[node.params.index(k)] for k in range(len(source.axes))])
+    return values.transpose([0, *(1 + k for k in node.params)])
+
+
+@made_of.register(Take)
+def _(node: Take, drawing: Drawing, positions: Positions) -> np.ndarray | None:
+    if not in_order(node):
+        return None
+    source, (k, start, _, step) = node.args[0].node, node.params
+    dropped = len(source.axes) > len(node.axes)
+    there = list(positions)
+    there[k : k + (not dropped)] = [np.array([start]) if dropped else start + step * positions[k]]
+    if step < 0 and not dropped:
+        there[k] = there[k][::-1]
+    values = drawing.whole(source, there)
+    values = np.flip(values, 1 + k) if step < 0 and not dropped else values
+    return values.squeeze(1 + k) if dropped else values
+
+
+@made_of.register(Split)
+def _(node: Split, drawing: Drawing, positions: Positions) -> np.ndarray | None:
+    """The positions of an axis that those of its factors are."""
+    if not in_order(node):
+        return None
+    k, sizes = node.params
+    factors = list(positions[k : k + len(sizes)])
+    at = np.ravel_multi_index(np.meshgrid(*factors, indexing="ij"), sizes).ravel()
+    values = drawing.whole(node.args[0].node, [*positions[:k], at, *positions[k + len(sizes) :]])
+    return values.reshape(*values.shape[: 1 + k], *map(len, factors), *values.shape[2 + k :])
+
+
+@made_of.register(Merge)
+def _(node: Merge, drawing: Drawing, positions: Positions) -> np.ndarray | None:
+    """The factors' positions that those of the whole are, each with each, and of those the ones that were asked for."""
+    if not in_order(node):
+        return None
+    k, count = node.params
+    source = node.args[0].node
+    places = np.unravel_index(positions[k], [a.size for a in source.axes[k : k + count]])
+    own = [np.unique(place, return_inverse=True) for place in places]
+    values = drawing.whole(source, [*positions[:k], *(kept for kept, _ in own), *positions[k + 1 :]])
+    return values[(*[slice(None)] * (1 + k), *(index for _, index in own))]
+
+
+@made_of.register(Concat)
+def _(node: Concat, drawing: Drawing, positions: Positions) -> np.ndarray:
+    """The parts, each at those of the positions that lie in it."""
+    along, sizes = node.params
+    start, found = 0, []
+    for size, part in zip(sizes, node.args, strict=True):
+        inside = positions[along][(positions[along] >= start) & (positions[along] < start + size)] - start
+        start += size
+        if len(inside):
+            there = [inside if k == along else kept for k, kept in enumerate(positions)]
+            values = drawing.over(node.axes).values(part, there)
+            found.append(np.broadcast_to(values, (*map(len, there), values.shape[-1])))
+    replicates = max(x.shape[-1] for x in found)
+    wide = [np.broadcast_to(x, (*x.shape[:-1], replicates)) for x in found]
+    return np.moveaxis(np.concatenate(wide, axis=along), -1, 0)
+
+
+@made_of.register(Contract)
+def _(node: Contract, drawing: Drawing, positions: Positions) -> np.ndarray | None:
+    if applies_weights(node):
+        return _weighed(node, drawing, positions) if in_order(node) or _is_narrow(node) else None
+    if not in_order(node) or any(len(drawing.some(a)) < a.size for a in node.params):
+        return None
+    there = [*positions, *(np.arange(a.size) for a in node.params)]
+    x, y = (drawing.over(node.frame).values(view, there) for view in node.args)
+    return summed(x, y, len(positions), drawing.replicates)
+
+
+def _is_narrow(node: Contract) -> bool:
+    """Whether it has few terms, or what it multiplies is made of few: then its units are not independent."""
+    inside = [root.node for root in roots(operands(node)[1].node)]
+    inside += [view.node for x in inside if isinstance(x, Sum) for view in x.args]
+    return any(applies_weights(x) and x.width <= TERMS for x in (node, *inside))
+
+
+def _weighed(node: Contract, drawing: Drawing, positions: Positions) -> np.ndarray:
+    """A product with weights, multiplied out with drawn ones; some of the terms for all.
+
+    Its moments by type say neither what order in time its argument has, nor that products of one narrow argument share its
+    norm.
+    """
+    weights, x = operands(node)
+    terms = [drawing.some(a) for a in node.params]
+    ratio = math.prod(a.size / len(kept) for a, kept in zip(node.params, terms, strict=True))
+    whole = [*positions, *terms]
+    values = drawing.over(node.frame).values(x, whole)
+    drawn = _weights(weights.node, drawing, [whole[k] for k in weights.bind]) * math.sqrt(ratio)
+    order = sorted(range(len(weights.bind)), key=weights.bind.__getitem__)
+    shape = [len(whole[k]) if k in weights.bind else 1 for k in range(len(whole))]
+    out = summed(values, drawn.transpose([1 + k for k in order] + [0]).reshape(*shape, -1), len(positions), drawing.replicates)
+    return _known_scale(node, out)
+
+
+def _weights(weights: Node, drawing: Drawing, positions: Positions) -> np.ndarray:
+    """Weights at some positions, (replicates, ...): the same wherever they are applied."""
+    rng = drawing.random(weights.id, *(int(kept.sum()) for kept in positions))
+    shape = (drawing.replicates, *map(len, positions))
+    return rng.standard_normal(shape, np.float32) * math.sqrt(weights.table.mean_square)
+
+
+def _known_scale(node: Node, out: np.ndarray) -> np.ndarray:
+    """What was drawn, scaled to the mean square that is known; far from it, what was drawn apart belongs together."""
+    excess = float(np.mean(np.square(out, dtype=float))) / max(node.table.mean_square, 1e-300)
+    if not 1 / _TOO_MUCH < excess < _TOO_MUCH:
+        node.graph.flag("assumed", UNKNOWN)
+    return out / math.sqrt(max(excess, 1e-300))
+
+
+@made_of.register(Conv)
+def _(node: Conv, drawing: Drawing, positions: Positions) -> np.ndarray | None:
+    """Taps along one axis that is drawn whole, of every channel alone or of all channels at once."""
+    groups, windows, xd, _, od = node.params[:5]
+    x, w = (view.node for view in node.args)
+    wide = [k for k, window in enumerate(windows) if window.taps > 1]
+    if weight_of(node) is None or len(wide) != 1 or any(xd[2 + k] is not None for k in range(len(windows)) if k not in wide):
+        return None
+    space, channel = xd[2 + wide[0]], xd[1]
+    if space is None or channel is None or od[1] is None or groups not in (1, x.axes[channel].size):
+        return None
+    if len(drawing.some(x.axes[space])) < x.axes[space].size or od[2 + wide[0]] is None:
+        return None
+    outs, places = positions[od[1]], positions[od[2 + wide[0]]]
+    channels = x.axes[channel].size
+    reads = drawing.some(x.axes[channel]) if groups == 1 else np.unique(outs * groups // node.axes[od[1]].size)
+    there = [np.arange(a.size) for a in x.axes]
+    there[channel] = reads
+    if xd[0] is not None:
+        there[xd[0]] = positions[od[0]]
+    values = drawing.whole(x, there)
+    values = np.moveaxis(values, [1 + channel, 1 + space], [-1, -2])  # (replicates, batch?, places, channels)
+    window: Window = windows[wide[0]]
+    at = hits(window, x.axes[space].size)[places]
+    scale = math.sqrt(w.table.mean_square * (channels / len(reads) if groups == 1 else 1))
+    shape = (drawing.replicates, window.taps, *((len(reads),) if groups == 1 else ()), len(outs))
+    taps = drawing.random(w.id, int(outs.sum())).standard_normal(shape, np.float32) * scale
+    found = 0.0
+    for tap in range(window.taps):
+        read = np.where((at[:, tap] >= 0)[:, None], values[..., at[:, tap], :], 0)
+        weight = taps[:, tap]
+        if groups == 1:
+            found = found + read @ (weight if read.ndim == 3 else weight[:, None])
+        else:
+            own = np.searchsorted(reads, outs * groups // node.axes[od[1]].size)
+            found = found + read[..., own] * weight.reshape(len(weight), *[1] * (read.ndim - 2), -1)
+    out = np.asarray(found)
+    dims = [*([] if xd[0] is None else [od[0]]), od[2 + wide[0]], od[1]]
+    return _known_scale(node, out.transpose([0, *(1 + dims.index(k) for k in range(len(dims)))]))
+
+
+def applies_weights(node: Node) -> TypeGuard[Contract]:
+    return isinstance(node, Contract) and weight_of(node) is not None
+
+
+def operands(node: Contract) -> tuple[View, View]:
+    """The weights of a product, and what they multiply."""
+    x, y = node.args
+    return (x, y) if weight_of(node) in (x.node, *_sources(x.node)) else (y, x)
+
+
+def _sources(node: Node) -> list[Node]:
+    """What a rearranged array is rearranged from."""
+    out = []
+    while len(node.args) == 1:
+        node = node.args[0].node
+        out.append(node)
+    return out
+
+
+def summed(x: np.ndarray, y: np.ndarray, kept: int, replicates: int) -> np.ndarray:
+    """Σ x·y over the axes after the first `kept`, of arrays (positions or 1..., draws or 1): (draws, positions...)."""
+    shape = np.broadcast_shapes(x.shape, y.shape)[:-1]
+    for k in range(kept, len(shape)):  # what is constant along an axis comes out of the sum over it
+        x, y = (z.sum(axis=k, keepdims=True) if z.shape[k] > 1 and other.shape[k] == 1 else z for z, other in ((x, y), (y, x)))
+    mine, theirs = ([k for k in range(len(shape)) if z.shape[k] > 1] for z in (x, y))
+    both = [k for k in range(kept) if k in mine and k in theirs]
+    over = [k for k in range(kept, len(shape)) if k in mine and k in theirs]
+    own, other = ([k for k in range(kept) if k in some and k not in both] for some in (mine, theirs))
+    left, right = _matrices(x, both, own, over, replicates), _matrices(y, both, over, other, replicates)
+    product = (left @ right).reshape(replicates, *(shape[k] for k in (*both, *own, *other)))
+    order = [*both, *own, *other]
+    return product.transpose([0, *(1 + order.index(k) for k in sorted(order))]).reshape(
+        replicates, *(shape[k] if k in order else 1 for k in range(kept))
+    )
+
+
+def _matrices(x: np.ndarray, both: Sequence[int], rows: Sequence[int], columns: Sequence[int], replicates: int) -> np.ndarray:
+    """An array (positions or 1..., replicates or 1) as (replicates, both, rows, columns)."""
+    whole = [*both, *rows, *columns]
+    rest = [k for k in range(x.ndim - 1) if k not in whole]
+    sizes = [math.prod(x.shape[k] for k in group) for group in (both, rows, columns)]
+    out = x.transpose([x.ndim - 1, *whole, *rest]).reshape(x.shape[-1], *sizes)
+    return np.broadcast_to(out, (replicates, *out.shape[1:]))

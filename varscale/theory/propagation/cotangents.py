@@ -1,0 +1,363 @@
+"""Cotangents: their second moments by type, passed from the output back through every node.
+
+Gradient independence is the one assumption, that of mean-field theory (Schoenholz et al. 2017): a cotangent is independent of
+the forward values it is multiplied with, except through the function it passes. That one's derivative is a function of the
+same roots, and its moments are taken exactly.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+from scipy import special
+
+from varscale.theory.domain.axes import Axis, apply_axis, contract_axis, lift_types, refine, shares
+from varscale.theory.domain.tables import full_types
+from varscale.theory.graph.derivatives import derivative
+from varscale.theory.graph.expressions import Apply, Sum, apply, roots
+from varscale.theory.graph.nodes import UNKNOWN, Array, Constant, Leaf, Node, View
+from varscale.theory.propagation.error_bounds import doubt_of
+from varscale.theory.propagation.expanded_sums import opened, written_out
+from varscale.theory.propagation.expectations import by_type, concentrated, evaluate
+from varscale.theory.propagation.gradient_fluctuations import gradient_scale, summed_scale
+from varscale.theory.propagation.products import product_second
+from varscale.theory.propagation.scale_responses import companions
+from varscale.theory.propagation.spherical_norms import mean_squared_correlation
+
+# Set on the validation grid, not derived, both.
+_MASK_DOUBT = 0.03  # a step of a stream, whose derivatives are a Markov chain only in the main
+_NORM_DOUBT = 0.25  # of 1/(1 − r) − 1: positions that share a norm are not exactly Gaussian given its scale
+
+
+def sum_out(second: np.ndarray, frame: Sequence[Axis], view: View) -> np.ndarray:
+    """A frame's cotangent moments, summed over the axes that the viewed node does not have, by the node's own types."""
+    out = np.array(full_types(second, frame))
+    for k in reversed(range(len(frame))):
+        if k not in view.bind:
+            out = contract_axis(out, k, frame[k].pairs)
+    kept = [k for k in range(len(frame)) if k in view.bind]
+    for place, k in enumerate(kept):
+        own = view.node.axes[view.bind.index(k)]
+        if own.labels != frame[k].labels:
+            out = apply_axis(out, place, coarsen(frame[k], own))
+    return out.transpose([kept.index(b) for b in view.bind]) if view.bind else out
+
+
+def coarsen(fine: Axis, coarse: Axis) -> np.ndarray:
+    """Averages of a type array over the pairs that a coarser classing pools, (coarse types, fine types)."""
+    index = lift_types(fine, coarse)
+    if index.ndim == 2:
+        return lift_types(coarse, fine) if lift_types(coarse, fine).ndim == 2 else np.eye(fine.types)[lift_types(coarse, fine)]
+    out = np.zeros((coarse.types, fine.types))
+    out[index, np.arange(fine.types)] = np.maximum(fine.pairs, 1e-12)
+    return out / np.maximum(out.sum(axis=1, keepdims=True), 1e-300)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Cotangent:
+    """What flows back into a node.
+
+    Attributes:
+        second: second moments by type.
+        doubt: bound on their relative error.
+        mask: the derivative it was multiplied by last, where nothing random came between: a stream's next one is correlated.
+        few: the fewest numbers that it passed through.
+        scale: d ln(mean square)/d ln Q, Q the second moment of the node's values at the same place, through later layers.
+        own: the same, through the last derivative it was multiplied by.
+        radial: its part along the node's values over that along any other direction, less one.
+        unit: what a unit's square, relative, adds to ln(mean square), for the unit's part in the sum that comes next.
+    """
+
+    second: np.ndarray
+    doubt: float = 0.0
+    mask: View | None = None
+    few: float = math.inf
+    scale: float = 0.0
+    own: float = 0.0
+    radial: float = 0.0
+    unit: float = 0.0
+
+
+class Cotangents:
+    """Cotangents by node, those under one mask added up."""
+
+    def __init__(self) -> None:
+        self.nodes: dict[int, Node] = {}
+        self.parts: dict[int, dict[tuple[int, tuple[int, ...]] | None, Cotangent]] = {}
+
+    def add(self, node: Node, part: Cotangent | None) -> None:
+        if part is None or isinstance(node, Array | Constant):
+            return
+        self.nodes[node.id] = node
+        parts = self.parts.setdefault(node.id, {})
+        key = part.mask and (part.mask.node.id, part.mask.bind)
+        part = dataclasses.replace(part, second=full_types(part.second, node.axes))
+        parts[key] = _added([parts[key], part], node.axes) if key in parts else part
+
+    def pop(self) -> tuple[Node, list[Cotangent]]:
+        """The latest node: all that flows into it has arrived, and what depends on its scale is shared out."""
+        top = max(self.parts)
+        node, parts = self.nodes[top], list(self.parts.pop(top).values())
+        weights = np.array([abs(mean_square(p.second, node.axes)) for p in parts])
+        weights = weights / max(float(weights.sum()), 1e-300)
+        whole = sum(p.scale for p in parts) + float(weights @ [p.own for p in parts])
+        return node, [dataclasses.replace(p, scale=whole * w, own=0.0) for p, w in zip(parts, weights, strict=True)]
+
+
+def _added(parts: Sequence[Cotangent], axes: tuple[Axis, ...]) -> Cotangent:
+    """Independent cotangents of one node, their doubts weighted by what they bring."""
+    if len(parts) == 1:
+        return parts[0]
+    weights = np.array([abs(mean_square(p.second, axes)) for p in parts])
+    whole = max(float(weights.sum()), 1e-300)
+    doubt = float(weights @ [p.doubt for p in parts]) / whole
+    few = whole / max(float(weights @ [1 / p.few for p in parts]), 1e-300)
+    second, scale = np.sum([p.second for p in parts], axis=0), sum(p.scale for p in parts)
+    rest = zip(*((p.own, p.radial, p.unit) for p in parts), strict=True)
+    own, radial, unit = (float(weights @ line) / whole for line in rest)
+    return Cotangent(second, doubt, parts[0].mask, few, scale, own, radial, unit)
+
+
+def cotangents(outputs: Iterable[tuple[Node, np.ndarray]], watched: Sequence[Node]) -> dict[int, tuple[float, float]]:
+    """Second moments of the cotangents at watched nodes, averaged over their elements, each with a bound on its relative error.
+
+    Args:
+        outputs: nodes with the second moments, by type, of the cotangents they are given.
+        watched: the nodes asked for.
+
+    Returns:
+        Node id to second moment and doubt; a watched node that no cotangent reaches is not in it.
+    """
+    pending, done, inside = Cotangents(), Cotangents(), Cotangents()
+    for node, second in outputs:
+        pending.add(node, Cotangent(second, few=math.prod(a.size for a in node.axes)))
+    asked = {n.id: n for n in watched}
+    for node in list(asked.values()):
+        _follow(node, asked)
+    lowest = min(asked, default=0)
+    while pending.parts:
+        node, parts = pending.pop()
+        for part in parts:
+            if node.id in asked or not isinstance(node, Apply):
+                done.add(node, dataclasses.replace(part, mask=None))
+            if node.id < lowest or isinstance(node, Leaf):
+                continue
+            if isinstance(node, Apply):
+                _elementwise(node, part, asked, pending, inside)
+                continue
+            few = min(part.few, math.prod(a.size for a in node.axes))
+            for i, (view, back) in enumerate(zip(node.args, node.pullback(part.second), strict=True)):
+                if back is not None:
+                    mask = _mask_of_term(node, i, part.mask) if isinstance(node, Sum) else None
+                    over = summed_scale(node, i, part.scale, part.radial, part.unit)
+                    doubt = part.doubt + node.gradient_doubt
+                    back = over.growth * back
+                    pending.add(view.node, Cotangent(back, doubt, mask, few, over.passed, 0.0, over.radial, over.unit))
+    out: dict[int, tuple[float, float]] = {}
+    rows = {n.id for n in watched}
+    for n in watched:
+        inner, scale = _copied(n)
+        # Sums take the array behind a scaled copy, so that what flows into the copy arrives there.
+        whole_of = n if inner.id in rows and inner is not n and (scale != 1 or n.params[1][1] != 0) else inner
+        found = _found(whole_of, (done, inside))
+        if found:
+            whole = _added(found, whole_of.axes)
+            factor = scale**2 if whole_of is inner else 1.0
+            out[n.id] = mean_square(whole.second, whole_of.axes) / factor, whole.doubt + _few_numbers(whole.few)
+    return out
+
+
+def _few_numbers(n: float) -> float:
+    """How far the typical gradient lies below the mean one where n numbers flow back: E ln χ²ₙ/n = ψ(n/2) − ln(n/2)."""
+    return 0.0 if n == math.inf else math.expm1(math.log(n / 2) - float(special.digamma(n / 2)))
+
+
+def _copied(node: Node) -> tuple[Node, float]:
+    """The array that a node is a scaled and shifted copy of, over as many axes, and the scale."""
+    if isinstance(node, Apply) and node.params[0] == "affine":
+        inner = node.args[0].node
+        if len(inner.axes) == len(node.axes) and not isinstance(inner, Apply):
+            return inner, node.params[1][0]
+    return node, 1.0
+
+
+def _follow(node: Node, asked: dict[int, Node]) -> None:
+    """Ask for what was rebuilt from the roots of a node, too."""
+    for other, _ in node.graph.derived.get(node.id, ()):
+        if other.id not in asked:
+            asked[other.id] = other
+            _follow(other, asked)
+
+
+def _found(node: Node, stores: Sequence[Cotangents]) -> list[Cotangent]:
+    """The cotangents of a node: its own, and those of what was rebuilt from its roots, carried back."""
+    own = [c for store in stores for c in store.parts.get(node.id, {}).values()]
+    for other, back in node.graph.derived.get(node.id, ()):
+        own += [dataclasses.replace(c, second=back(np.asarray(c.second))) for c in _found(other, stores)]
+    return own
+
+
+def _elementwise(node: Apply, part: Cotangent, asked: dict[int, Node], pending: Cotangents, inside: Cotangents) -> None:
+    """Pass a cotangent through an elementwise tree to its roots, and to the watched nodes inside it."""
+    scales = companions(node)
+    for root in roots(node):
+        if isinstance(root.node, Leaf) and root.node.is_bits:
+            continue
+        group = scales.get((root.node.id, root.bind))
+        if group is None and any(root in g[1:] for g in scales.values()):
+            continue  # a norm's own scale: its part is the projection below
+        held = group[1:] if group else []
+        back = _through(node, root, part, held)
+        if back is None:
+            continue
+        slope = derivative(node, root)
+        assert slope is not None
+        over = gradient_scale(node, root, slope, held, (part.scale, part.radial, part.unit))
+        back = back * over.growth
+        doubt = part.doubt + over.doubt + _MASK_DOUBT * (part.mask is not None) + own_gradients(node)
+        if held:
+            inverse = _inverse_scale(root, held[0])
+            back = (back - _projection(node, root, held[0], part)) * inverse
+            doubt += _NORM_DOUBT * (inverse - 1) + doubt_of(root.node)  # 1/v is off by as much as v is
+        pending.add(root.node, Cotangent(back, doubt, _mask(node, root), part.few, over.passed, over.own, over.radial))
+    for view in _within(node, asked):
+        back = _through(node, view, part)
+        if back is not None:
+            inside.add(view.node, Cotangent(back, part.doubt, few=part.few))
+
+
+def own_gradients(node: Node) -> float:
+    """The doubt of cotangents through functions in a tree that say themselves what comes back, and not their derivatives."""
+    if not isinstance(node, Apply):
+        return 0.0
+    found = lambda: UNKNOWN if node.params[0] == "own_gradient" else max(own_gradients(v.node) for v in node.args)  # noqa: E731
+    return node.graph.once(("own gradients", node.id), found)
+
+
+def _mask(node: Apply, root: View) -> View | None:
+    """The derivative towards a root as a view over that root's own axes; None where it does not fluctuate, or has others."""
+    slope = derivative(node, root)
+    if slope is None or sorted(root.bind) != list(range(len(node.axes))):
+        return None
+    if all(concentrated(r.node) for r in roots(slope.node)):
+        return None
+    place = {b: k for k, b in enumerate(root.bind)}
+    return View(slope.node, tuple(place[b] for b in slope.bind))
+
+
+def _mask_of_term(node: Sum, i: int, mask: View | None) -> View | None:
+    """A mask over a sum's axes as one over term i's, the sum in it written out: it depends on that term."""
+    view = node.args[i]
+    if mask is None or sorted(view.bind) != list(range(len(node.axes))):
+        return None
+    written = opened(mask.node, node, written_out)
+    place = {b: k for k, b in enumerate(view.bind)}
+    return View(written, tuple(place[b] for b in mask.bind))
+
+
+def _through(node: Apply, target: View, part: Cotangent, scales: Sequence[View] = ()) -> np.ndarray | None:
+    """A cotangent times the node's derivative; a norm's own scale is held at its mean (`_inverse_scale` does the rest).
+
+    Along a stream one derivative follows another of nearly the same argument: E[m² m'²] in place of E[m²] E[m'²], each given
+    the last (a Markov chain).
+    """
+    slope = derivative(node, target)
+    if slope is None:
+        return None
+    if scales and set(roots(slope.node)) <= set(scales):
+        held = evaluate(slope, node.axes, {(r.node.id, r.bind): r.mean(node.axes)[..., None] for r in scales})[..., 0]
+        squares = by_type(held, node.axes, second=False) * by_type(held, node.axes, second=True)
+    elif part.mask is not None and not isinstance(slope.node, Constant):
+        squares = slope.second(node.axes) * _following(node, slope, part.mask)
+    else:
+        squares = slope.second(node.axes)
+    return sum_out(part.second * squares, node.axes, target)
+
+
+def _following(node: Apply, slope: View, last: View) -> np.ndarray:
+    """E[m_i m_j l_i l_j] / (E[m_i m_j] E[l_i l_j]) of a derivative m and the last one l, by type, classes pooled."""
+    coarse = tuple(Axis(a.size) for a in node.axes)
+    return _given(node, slope, last) / refine(np.maximum(product_second(slope, slope, coarse), 1e-300), node.axes)
+
+
+def _given(node: Apply, x: View, last: View) -> np.ndarray:
+    """E[x_i x_j l_i l_j] / E[l_i l_j] by type, classes pooled: what x is where the last derivative l lets something pass."""
+    coarse = tuple(Axis(a.size) for a in node.axes)
+    both = View(apply(node.graph, "mul", (), node.axes, [x, last]), tuple(range(len(node.axes))))
+    joint, before = (product_second(view, view, coarse) for view in (both, last))
+    return refine(joint / np.maximum(before, 1e-300), node.axes)
+
+
+def _projection(node: Apply, root: View, scale: View, part: Cotangent) -> np.ndarray:
+    """What a norm takes out of the cotangent u along its own output y: y · mean(u y), whose mean square is E[mean(u y)²]."""
+    slope = derivative(node, root)
+    assert slope is not None
+    along = apply(node.graph, "mul", (), node.axes, [slope, root])
+    whole = View(along, tuple(range(len(along.axes))))
+    squares = whole.second(node.axes) if part.mask is None else _given(node, whole, part.mask)
+    out = sum_out(part.second * squares, node.axes, root) / max(root.node.table.mean_square, 1e-300)
+    for k, place in enumerate(root.bind):
+        if place not in scale.bind:
+            axis = root.node.axes[k]
+            same = axis.agrees.astype(float)
+            out = np.moveaxis(np.multiply.outer(same, contract_axis(out, k, axis.any_pair)), 0, k)
+    return out
+
+
+def _inverse_scale(root: View, scale: View) -> float:
+    """E[1/v] E[v] of a norm's variance v, the mean of squares of its root over n positions: 1/(1 − r), r = Var[v]/E[v]².
+
+    r is that of jointly Gaussian positions (`mean_squared_correlation`), and v is taken for a gamma variable, as it is for
+    independent ones (1/(1 − 2/n)). Its E[1/v] is infinite from r = 1 on: there the factor stops at 10, and is in doubt. In the
+    forward pass it drops out, since y is normalised by itself; in the gradient 1/v stands alone.
+    """
+    table = root.node.table
+    ratio = 2 * (mean_squared_correlation(table.second, root, scale) - mean_squared_correlation(table.outer, root, scale))
+    return 1 / (1 - min(ratio * (1 - _normalised_before(root.node, scale)), 0.9))
+
+
+def _normalised_before(node: Node, scale: View) -> float:
+    """The part of a norm's variance that cannot fluctuate: Σ share² over the terms that a norm has just put out."""
+    while node.is_centred:  # centred
+        node = max(zip(node.params, node.args, strict=True), key=lambda t: t[0] ** 2 * t[1].node.table.mean_square)[1].node
+    if not isinstance(node, Sum):
+        return 0.0
+    whole = max(sum(c * c * v.node.table.mean_square for c, v in zip(node.params, node.args, strict=True)), 1e-300)
+    out = 0.0
+    for c, view in zip(node.params, node.args, strict=True):
+        groups = [g for g in companions(view.node).values() if len(g) == 2] if isinstance(view.node, Apply) else []
+        if len(groups) == 1 and len(groups[0][1].bind) == len(scale.bind) and set(roots(view.node)) == set(groups[0]):
+            out += (c * c * view.node.table.mean_square / whole) ** 2
+    return out
+
+
+def _within(node: Apply, asked: dict[int, Node]) -> list[View]:
+    """The watched nodes inside an elementwise tree, as views over its frame."""
+    key = ("within", node.id)
+    memo = node.graph.memo
+    if key not in memo:
+        found: dict[tuple[int, tuple[int, ...]], View] = {}
+        for child, bind in node.args:
+            if isinstance(child, Apply):
+                for view in [View(child, tuple(range(len(child.axes)))), *_within(child, asked)]:
+                    if view.node.id in asked:
+                        placed = view.within(bind)
+                        found[placed.node.id, placed.bind] = placed
+        memo[key] = list(found.values())
+    return memo[key]
+
+
+def mean_square(second: np.ndarray, axes: tuple[Axis, ...]) -> float:
+    """The average over elements of a type array."""
+    return float(shares(axes) @ second[tuple(slice(0, axis.classes) for axis in axes)].ravel())
+
+
+def centred(second: np.ndarray, axes: Sequence[int], frame: Sequence[Axis]) -> np.ndarray:
+    """A cotangent less its mean over some axes: E[(g − ḡ)(g' − ḡ')] = E[g g'] − E[ḡ ḡ'] for exchangeable positions."""
+    mean = np.array(full_types(second, frame))
+    for k in axes:
+        mean = np.repeat(np.expand_dims(contract_axis(mean, k, frame[k].any_pair), k), frame[k].types, axis=k)
+    return second - mean

@@ -1,0 +1,231 @@
+"""Cross-moments E[a_i b_j] of two arrays over one frame: zero by a fresh weight, the product of means, or expanded."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+
+import numpy as np
+
+from varscale.theory.domain.axes import Axis, averaging, contract_axis
+from varscale.theory.domain.tables import lift
+from varscale.theory.graph.expressions import IDENTITIES, Apply, Sum, roots, swapped
+from varscale.theory.graph.nodes import Array, Constant, Graph, Marked, Node, View
+from varscale.theory.graph.reshapes import Permute
+from varscale.theory.propagation.cross_reshaped import regrouped
+
+_DEEPEST = 40  # cross-moments nested in one another
+
+
+class Pair(Marked):
+    """E[a_i b_j] by type; `doubt` is how far the covariance may be off, relative to √(Var a · Var b), the largest there is."""
+
+    def __init__(self, moment: np.ndarray, flagged: str | None = None, doubt: float = 0.0):
+        self.moment, self.flagged, self.doubt = moment, flagged, doubt
+
+
+def dependent(a: Node, b: Node) -> bool:
+    """Whether two nodes can be correlated at all."""
+    if a is b:
+        return True
+    if isinstance(a, Array) or isinstance(b, Array):
+        return False
+    if a.odd & b.unseen or b.odd & a.unseen:
+        return False
+    return bool(a.deps & b.deps)
+
+
+def cross(a: View, b: View, frame: Sequence[Axis]) -> np.ndarray:
+    """E[a_i b_j] by type, broadcastable to the frame's types; what is being computed gets the flags of it."""
+    found = pair(a, b, frame)
+    if found.flagged:
+        unsure(a.node.graph, found.flagged, found.doubt)
+    return found.moment
+
+
+def pair(a: View, b: View, frame: Sequence[Axis]) -> Pair:
+    """The same with its flags, for those who know how much it matters to them."""
+    na, nb = a.node, b.node
+    if na.odd & nb.unseen or nb.odd & na.unseen:
+        return Pair(np.zeros((1,) * len(frame)))
+    if isinstance(na, Constant) or isinstance(nb, Constant) or not dependent(na, nb):
+        return Pair(mean_product(a, b, frame))
+    if a == b:
+        return Pair(a.second(frame))
+    read = sorted({*a.bind, *b.bind})
+    if len(read) < len(frame):
+        return _over_more(a, b, frame, read)
+    key = ("cross", na.id, a.bind, nb.id, b.bind, tuple(frame))
+    graph = na.graph
+    if key not in graph.pairs:
+        if sum(isinstance(marked, Pair) for marked in graph.computing) > _DEEPEST:
+            return Pair(mean_product(a, b, frame), "assumed", largest_correlation(a, b))
+        found = Pair(np.zeros(()))
+        graph.computing.append(found)
+        try:
+            found.moment = _expand(a, b, tuple(frame))
+        finally:
+            graph.computing.pop()
+        graph.pairs[key] = found
+    return graph.pairs[key]
+
+
+def _over_more(a: View, b: View, frame: Sequence[Axis], read: Sequence[int]) -> Pair:
+    """A frame of which some axes are read by neither."""
+    place = [read.index(p) if p in read else -1 for p in range(len(frame))]
+    found = pair(a.within(place), b.within(place), [frame[p] for p in read])
+    if found.moment.ndim == 0:
+        return found
+    own = iter(found.moment.shape)
+    return Pair(found.moment.reshape([next(own) if p in read else 1 for p in range(len(frame))]), found.flagged, found.doubt)
+
+
+def mean_of_product(a: View, b: View, frame: tuple[Axis, ...]) -> float:
+    """E[a_i b_i] over all elements of the frame."""
+    moment = np.broadcast_to(pair(a, b, frame).moment, [axis.types for axis in frame])
+    return float(averaging(frame, frozenset()) @ moment.ravel())
+
+
+def unsure(graph: Graph, how: str, doubt: float) -> None:
+    """Mark what is being computed: a covariance in it is off by this share of the largest that there can be.
+
+    Of a product of two standard normals E[x²y²] = 1 + 2ρ², and other nodes are no more sensitive to it than that.
+    """
+    if doubt > 0:
+        graph.flag(how, doubt if any(isinstance(marked, Pair) for marked in graph.computing[-1:]) else 2 * doubt)
+
+
+def largest_correlation(a: View, b: View) -> float:
+    """A bound on |Cov(a, b)| / √(Var a · Var b): what one of them has along the other's axes alone, it only has by its mean."""
+    bound = 1.0
+    for mine, other in ((a, b), (b, a)):
+        table = mine.node.table
+        spare = frozenset(k for k, place in enumerate(mine.bind) if place not in other.bind)
+        if table.variance <= 0:
+            return 0.0
+        averaged = float(averaging(table.axes, spare) @ table.second.ravel()) - table.total_mean**2
+        bound *= min(max(averaged, 0.0) / table.variance, 1.0) ** 0.5
+    return bound
+
+
+def mean_product(a: View, b: View, frame: Sequence[Axis]) -> np.ndarray:
+    """E[a_i] E[b_j] by type."""
+    ma, mb = a.mean(frame), b.mean(frame)
+    for k, axis in enumerate(frame):
+        if ma.shape[k] > 1:
+            ma = np.take(ma, axis.first, axis=k)
+        if mb.shape[k] > 1:
+            mb = np.take(mb, axis.second, axis=k)
+    return ma * mb
+
+
+def _expand(a: View, b: View, frame: tuple[Axis, ...]) -> np.ndarray:
+    from varscale.theory.graph import known_arrays as given
+    from varscale.theory.propagation.products import product_second
+    from varscale.theory.propagation.sample_moments import crossed, of_draws
+    from varscale.theory.rules.pooling import WindowSum
+    from varscale.theory.rules.reductions import Mean
+
+    if (known := given.crossed(a, b, frame)) is not None:
+        return known
+    if isinstance(a.node, Permute) or isinstance(b.node, Permute):
+        x, y = (v.node.args[0].within(v.bind) if isinstance(v.node, Permute) else v for v in (a, b))
+        return cross(x, y, frame)
+    if a.node is b.node:
+        return _same_node(a, b, frame)
+    for x, y, turn in ((a, b, False), (b, a, True)):
+        if isinstance(x.node, Apply) and x.node.params[0] in ("affine", *IDENTITIES):
+            c, d = x.node.params[1] or (1.0, 0.0)
+            inner = x.node.args[0].within(x.bind)
+            one = View(_one(x.node), ())
+            out = c * cross(inner, y, frame) + (d * mean_product(one, y, frame) if d else 0.0)
+            return swapped(out, frame) if turn else out
+    # The later node is the one to open, but a sum is not, against an elementwise function of it or of what is made of it.
+    for x, y, turn in sorted(((a, b, False), (b, a, True)), key=lambda t: -t[0].node.id):
+        read = isinstance(y.node, Apply) and any(root.node.id >= x.node.id for root in roots(y.node))
+        if isinstance(x.node, Sum) and not read:
+            out = _of_terms(x, y, frame)
+            return swapped(out, frame) if turn else out
+    # An average of a function of x against a function of x: by projection, which needs no law of the average.
+    for x, y, turn in ((a, b, False), (b, a, True)):
+        if (
+            isinstance(x.node, Mean | WindowSum)
+            and isinstance(y.node, Apply)
+            and (out := x.node.cross_with(x, y, frame)) is not None
+        ):
+            return swapped(out, frame) if turn else out
+    if a.bind != b.bind and a.node.axes == b.node.axes and _apart(a, b):
+        return _elsewhere(a, b, frame)
+    if isinstance(a.node, Apply) or isinstance(b.node, Apply):
+        drawn = of_draws(a, b, frame)
+        return product_second(a, b, frame) if drawn is None else drawn
+    for x, y, turn in sorted(((a, b, False), (b, a, True)), key=lambda t: -t[0].node.id):
+        out = _structure(x, y, frame)
+        if out is None:
+            out = x.node.cross_with(x, y, frame)
+        if out is not None:
+            return swapped(out, frame) if turn else out
+    if a.bind != b.bind and a.node.axes == b.node.axes:
+        return _elsewhere(a, b, frame)
+    drawn = crossed(a, b, frame)
+    if drawn is not None:
+        return drawn
+    unsure(a.node.graph, "assumed", largest_correlation(a, b))
+    return mean_product(a, b, frame)
+
+
+def _of_terms(x: View, y: View, frame: tuple[Axis, ...]) -> np.ndarray:
+    """A sum against y, term by term; each one's doubt weighs what the term weighs in the sum."""
+    out, graph = np.zeros((1,) * len(frame)), x.node.graph
+    for c, term in zip(x.node.params, x.node.args, strict=True):
+        found = pair(term.within(x.bind), y, frame)
+        out = out + c * found.moment
+        if found.flagged:
+            share = abs(c) * (term.node.table.variance / max(x.node.table.variance, 1e-300)) ** 0.5
+            unsure(graph, found.flagged, min(share * found.doubt, 1.0))
+    return out
+
+
+def _one(node: Node) -> Node:
+    from varscale.theory.graph.nodes import number
+
+    return number(node.graph, 1.0)
+
+
+def _same_node(a: View, b: View, frame: tuple[Axis, ...]) -> np.ndarray:
+    """One node read with its axes in two places."""
+    return _placed(a.node.table.second, a, b, frame)
+
+
+def _apart(a: View, b: View) -> bool:
+    """Whether neither runs over a place where the other has a different axis of its own."""
+    return all(p == q or (p not in b.bind and q not in a.bind) for p, q in zip(a.bind, b.bind, strict=True))
+
+
+def _elsewhere(a: View, b: View, frame: tuple[Axis, ...]) -> np.ndarray:
+    """Two nodes over the same axes, read in different places."""
+    axes, own = a.node.axes, tuple(range(len(a.node.axes)))
+    second = np.broadcast_to(cross(View(a.node, own), View(b.node, own), axes), a.node.frame_types)
+    return _placed(second, a, b, frame)
+
+
+def _placed(second: np.ndarray, a: View, b: View, frame: tuple[Axis, ...]) -> np.ndarray:
+    """Where two places of an axis differ, its indices are unrelated (equal one time in n)."""
+    axes, bind = list(a.node.axes), list(a.bind)
+    for k in reversed(range(len(axes))):
+        if a.bind[k] != b.bind[k]:
+            second = contract_axis(second, k, axes[k].any_pair)
+            del axes[k], bind[k]
+    return lift(second, axes, bind, frame, pairs=True)
+
+
+def together(a: Node, b: Node) -> Hashable:
+    """Where the graph's store has E[a_i b_j] by type of two leaves that were measured together."""
+    return ("measured together", *sorted((a.id, b.id)))
+
+
+def _structure(x: View, y: View, frame: tuple[Axis, ...]) -> np.ndarray | None:
+    """Leaves measured together, or what is an array rearranged."""
+    measured = x.node.graph.memo.get(together(x.node, y.node))
+    if measured is not None and x.bind == y.bind:
+        return lift(measured, x.node.axes, x.bind, frame, pairs=True)
+    return regrouped(x, y, frame)

@@ -1,0 +1,93 @@
+"""How a node's second moment was obtained, and how far off it may be: the steps that led to it, and what they pass on.
+
+A doubt is a relative error of a second moment. Most are derived where they are flagged, as what the next term of an expansion
+would add, or as the error of so many draws. Those that are not are constants of which it is said, beside each: "Set on the
+validation grid, not derived". The grid is that of `experiments/benchmarks/accuracy.py`; they were chosen so that no row of it
+lies outside its error bound.
+"""
+
+from __future__ import annotations
+
+import math
+
+from varscale.theory.graph.expressions import Apply, Sum
+from varscale.theory.graph.nodes import HOWS, UNKNOWN, Array, Constant, Leaf, Node, far_below
+from varscale.theory.propagation.cross_moments import mean_of_product
+from varscale.theory.propagation.expectations import concentrated
+from varscale.theory.propagation.fluctuations import full
+from varscale.theory.propagation.scale_responses import responses
+
+# Set on the validation grid, not derived, both: what is left where every rule is exact (the cell of a kink, second order
+# in 1/width, a norm's epsilon).
+_BASE = 0.02
+# Of the variance v of ln(mean square), as v (1 + v): what is not lognormal in it, beside what two laws of a layer's scale
+# differ by (`scales`). Set on nets of width 64, too.
+_SCATTER = 0.1
+_NO_BOUND = 1e3  # a relative error above which there is no bound at all
+
+
+def provenance(node: Node) -> tuple[str, float]:
+    """The worst way in which a step that matters was taken, and a bound on the relative error of the second moment."""
+    how, doubt = _steps(node)
+    spread = full(node)
+    if doubt > _NO_BOUND:
+        doubt = math.inf
+    return how, _BASE + doubt + spread.bend + _SCATTER * spread.variance * (1 + spread.variance)
+
+
+def settle(node: Node) -> None:
+    """Find all this out from the bottom up, for nets of any depth, once moments are known."""
+    for below in [*far_below(node, lambda n: ("provenance", n.id) in n.graph.memo), node]:
+        provenance(below)
+
+
+def doubt_of(node: Node) -> float:
+    """The relative error of the second moment that the steps leading to it may have added."""
+    return _steps(node)[1]
+
+
+def _steps(node: Node) -> tuple[str, float]:
+    key = ("provenance", node.id)
+    memo = node.graph.memo
+    if key not in memo:
+        memo[key] = _trace(node)
+    return memo[key]
+
+
+def _trace(node: Node) -> tuple[str, float]:
+    how, doubt = type(node).how, node.doubt
+    if node.flagged:
+        how = max(how, node.flagged, key=HOWS.index)
+    if isinstance(node, Leaf | Array | Constant):
+        return how, doubt
+    if isinstance(node, Apply):
+        # A normalised function of a root forgets an error of its scale; an expansive one magnifies it.
+        slopes = responses(node)
+        inner = {root: (_steps(root), abs(slope)) for root, (slope, _) in slopes.items()}
+        # Of something drawn it is the law that is in doubt, not the scale.
+        doubt += max((root.doubt for root in slopes if root.drawn is not None), default=0.0)
+        passed = [h for (h, d), slope in inner.values() if h not in ("sampled", "assumed") or d * slope > 1e-3]
+        # Roots that vary together are one here; the errors of others need not cancel.
+        return max([how, *passed], key=HOWS.index), doubt + sum(d * slope for (_, d), slope in inner.values())
+    inner = [_steps(v.node) for v in node.args]
+    how = max([how, *(h for h, _ in inner)], key=HOWS.index)
+    doubts = [d for _, d in inner]
+    if isinstance(node, Sum) and any(doubts):
+        return how, min(doubt + sum(w * d for w, d in zip(_weights(node), doubts, strict=True)), UNKNOWN)
+    return how, doubt + sum(doubts)
+
+
+def _weights(node: Sum) -> list[float]:
+    """What the relative error of a term's second moment makes of the sum's: more than itself, where terms cancel.
+
+    A scale that is off by a factor enters with the term's product with the sum; a variance that is off alone, with the term's
+    own share. A number has no variance, and of an array less its own mean the two are off together.
+    """
+    taken = set(node.centring.values())
+    terms = list(zip(node.params, node.args, strict=True))
+    weights = []
+    for i, (c, view) in enumerate(terms):
+        own = c * c * view.node.table.mean_square
+        scaled = own + sum(c * d * mean_of_product(view, other, node.axes) for j, (d, other) in enumerate(terms) if j != i)
+        weights.append(0.0 if i in taken else abs(scaled) if concentrated(view.node) else max(own, abs(scaled)))
+    return [w / max(node.table.mean_square, 1e-300) for w in weights]

@@ -1,0 +1,355 @@
+r"""Moments of elementwise functions of jointly Gaussian (or Gaussian-copula) roots.
+
+A root is a monotone function T of a standard normal: m + s·z where it is Gaussian, a quantile function where it is not
+(random bits, known numbers, positive averages, sums of few things). A function of one root needs its Hermite coefficients
+a_k in z once; then every type of index pair with latent correlation ρ costs one polynomial, E[f(x_i) g(x_j)] = Σ a_k b_k ρ^k
+(`hermite`). Functions of several roots factor into independent groups; what does not factor is integrated by quasi-Monte Carlo.
+
+That the normals behind roots which are not Gaussian are JOINTLY normal, with the correlations that give the roots theirs, is
+an assumption: the Gaussian copula, as Nataf (1962) takes it. Two moments then say all; nothing is assumed of Gaussian roots.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Hashable, Sequence
+
+import numpy as np
+from scipy import special
+
+from varscale.theory.domain.axes import Axis, apply_axis, class_shares
+from varscale.theory.domain.tables import Table, lift
+from varscale.theory.graph.expressions import IDENTITIES, Apply, Sum, form, roots, sums_below
+from varscale.theory.graph.nodes import Array, Constant, Graph, Leaf, Node, View
+from varscale.theory.graph.reshapes import Rearranged
+from varscale.theory.integrals.hermite_series import DEGREE, HERMITE, POINTS, Z, solved
+from varscale.theory.integrals.primitives import function
+
+# Set on the validation grid, not derived: how far below 0 rounding and unlike marginals take an eigenvalue of correlations.
+_INDEFINITE = 0.05
+CONCENTRATED = 1e-3  # variance over squared mean below which any factor counts as a number: the error is a fraction of it
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Marginal:
+    """A root as a function of a standard normal; what is not asked for is not worked out.
+
+    Attributes:
+        root: the root.
+        mean: means by class.
+        deviation: standard deviations by class.
+    """
+
+    root: Node
+    mean: np.ndarray
+    deviation: np.ndarray
+
+    @functools.cached_property
+    def quantiles(self) -> np.ndarray | None:
+        """Values on the normal grid where it is not Gaussian, (classes..., points)."""
+        for node in sums_below(self.root, lambda n: "quantiles" in vars(marginal(n))):
+            _ = marginal(node).quantiles
+        return quantiles(self.root, self.root.table, self.deviation)
+
+    @property
+    def gaussian(self) -> bool:
+        return self.quantiles is None
+
+    @functools.cached_property
+    def correlation(self) -> np.ndarray:
+        """Latent correlations by type."""
+        table = self.root.table
+        return latent(table, self.deviation, self.quantiles, lognormal=_is_lognormal(self.root, table))
+
+    @functools.cached_property
+    def rounded(self) -> bytes:
+        """Mean and deviation to one part in 2¹⁸."""
+        fractions, exponents = np.frexp([self.mean, self.deviation])
+        return np.ldexp(np.rint(fractions * 2**18) + 0.0, exponents).tobytes()
+
+    @functools.cached_property
+    def values(self) -> np.ndarray:
+        """On the normal grid, (classes..., points)."""
+        return self.mean[..., None] + self.deviation[..., None] * Z if self.quantiles is None else self.quantiles
+
+
+def marginal(root: Node) -> Marginal:
+    """The marginal of a root, computed once."""
+    key = ("marginal", root.id)
+    if key not in root.graph.memo:
+        table = root.table
+        root.graph.memo[key] = Marginal(root, table.mean, np.sqrt(np.maximum(table.diagonal - table.mean**2, 0.0)))
+    return root.graph.memo[key]
+
+
+def _is_lognormal(root: Node, table: Table) -> bool:
+    """Whether a root is positive and nothing but its first two moments says what law it has (`quantiles`)."""
+    known = isinstance(root, Leaf | Array) or root.moves or root.drawn is not None
+    summed = isinstance(root, Sum) and not root.is_variance
+    return root.positive and not known and not summed and bool(np.all(table.mean > 0))
+
+
+def quantiles(root: Node, table: Table, deviation: np.ndarray) -> np.ndarray | None:
+    """Values of a root that is not Gaussian on the normal grid, (classes..., points); None where it is."""
+    if isinstance(root, Leaf):
+        return None if root.transport is None else np.broadcast_to(root.transport, (*table.mean.shape, POINTS))
+    if root.drawn is not None:
+        return np.broadcast_to(root.drawn, (*table.mean.shape, POINTS))
+    if isinstance(root, Array):
+        return followed(root, root)
+    if root.moves:
+        source = root.args[0].node  # other places, the same law
+        if all(a.classes == 1 for a in source.axes) and isinstance(source, Leaf | Array | Rearranged):
+            inner = quantiles(source, source.table, marginal(source).deviation)
+            return None if inner is None else np.broadcast_to(inner.reshape(-1, POINTS)[0], (*table.mean.shape, POINTS))
+    if isinstance(root, Sum) and not root.is_variance:
+        from varscale.theory.propagation.sums import sum_quantiles
+
+        shape = sum_quantiles(root, table, deviation)
+        if shape is not None:
+            return np.maximum(shape, 0.0) if root.positive else shape
+    if root.positive and np.all(table.mean > 0):
+        spread = np.sqrt(np.log1p(np.square(deviation / table.mean)))[..., None]
+        return table.mean[..., None] * np.exp(spread * Z - spread**2 / 2)
+    return None
+
+
+def followed(array: Array, leader: Array) -> np.ndarray:
+    """Known numbers on the normal grid, in the order of others over the same axes. (classes..., points)."""
+    out = np.empty((*[a.classes for a in leader.axes], POINTS))
+    u = special.ndtr(Z)
+    for cell in np.ndindex(*out.shape[:-1]):
+        index = np.ix_(*[np.flatnonzero(a.label_array == c) for a, c in zip(leader.axes, cell, strict=True)])
+        order = np.argsort(np.asarray(leader.values, float)[index].ravel(), kind="stable")
+        chosen = np.asarray(array.values, float)[index].ravel()[order]
+        out[cell] = chosen[np.minimum((u * len(chosen)).astype(int), len(chosen) - 1)]
+    return out
+
+
+def by_type(x: np.ndarray, axes: Sequence[Axis], *, second: bool) -> np.ndarray:
+    """A class array (classes..., rest) read at i (or, with `second`, at j) of each type."""
+    for k, axis in enumerate(axes):
+        if x.shape[k] > 1:
+            x = np.take(x, axis.second if second else axis.first, axis=k)
+    return x
+
+
+def latent(table: Table, deviation: np.ndarray, values: np.ndarray | None, *, lognormal: bool) -> np.ndarray:
+    """Correlations of the normals behind a root, by type: those that give it its covariance (Nataf 1962); 1 where i = j.
+
+    Args:
+        table: the root's moments.
+        deviation: its standard deviations by class.
+        values: its values on the normal grid, (classes..., points); None where it is Gaussian.
+        lognormal: whether it is lognormal, for which there is a closed form.
+    """
+    axes, covariance = table.axes, table.covariance
+    if lognormal:
+        scale = np.sqrt(np.log1p(np.square(deviation / table.mean)))
+        covariance = np.log1p(np.maximum(covariance / table.outer, -1 + 1e-15))
+    else:
+        scale = deviation
+    pairs = by_type(scale, axes, second=False) * by_type(scale, axes, second=True)
+    rho = np.clip(covariance / np.maximum(pairs, 1e-300), -1.0, 1.0)
+    if values is not None and not lognormal:
+        a = values @ HERMITE
+        a[..., 0] = 0
+        ai, aj = by_type(a, axes, second=False), by_type(a, axes, second=True)
+        whole = np.sqrt(np.sum(ai**2, -1) * np.sum(aj**2, -1))
+        rho = solved(ai * aj / np.maximum(whole, 1e-300)[..., None], rho)
+    rho = np.array(np.broadcast_to(rho, [a.types for a in axes]))
+    rho[tuple(slice(0, a.classes) for a in axes)] = 1.0
+    return rho
+
+
+def latent_cross(a: View, b: View, frame: Sequence[Axis]) -> np.ndarray:
+    """`latent` of two different roots, from their cross-moments: correlations by type of the frame, (types or 1...)."""
+    from varscale.theory.propagation.cross_moments import cross, mean_product
+
+    covariance = cross(a, b, frame) - mean_product(a, b, frame)
+    lines, scales = [], []
+    for view, second in ((a, False), (b, True)):
+        own = marginal(view.node)
+        scales.append(by_type(lift(own.deviation, view.node.axes, view.bind, frame, pairs=False), frame, second=second))
+        line = None if isinstance(view.node, Apply) or own.gaussian else placed(own.values, view, frame) @ HERMITE
+        lines.append(_STRAIGHT_LINE if line is None else by_type(line, frame, second=second))
+    rho = np.clip(covariance / np.maximum(scales[0] * scales[1], 1e-300), -1.0, 1.0)
+    if all(line is _STRAIGHT_LINE for line in lines):
+        return rho
+    ai, bj = (np.where(np.arange(line.shape[-1]) > 0, line, 0.0) for line in lines)
+    whole = np.sqrt(np.sum(ai**2, -1) * np.sum(bj**2, -1))
+    return solved(ai * bj / np.maximum(whole, 1e-300)[..., None], rho)
+
+
+_STRAIGHT_LINE = np.eye(DEGREE)[1]  # Hermite coefficients of a normal
+
+
+def factored(rho: np.ndarray, graph: Graph) -> np.ndarray:
+    """L with unit rows and L Lᵀ = ρ, or the nearest there is; what that changes is in doubt."""
+    return _of_unit_length(_square_root(rho, graph))
+
+
+def continued(first: np.ndarray, between: np.ndarray, second: np.ndarray, graph: Graph) -> np.ndarray:
+    """The rows that continue a factor of some correlations to one of more: L = [[first, 0], [result]], (k, 2k).
+
+    Args:
+        first: the factor so far, (k, k).
+        between: the known ones' correlations with the further ones, (k, k).
+        second: the further ones', (k, k).
+        graph: what is marked where there is no such factor.
+    """
+    shared = np.linalg.lstsq(first, between, rcond=1e-9)[0].T
+    return _of_unit_length(np.concatenate([shared, _square_root(second - shared @ shared.T, graph)], axis=1))
+
+
+def _square_root(covariance: np.ndarray, graph: Graph) -> np.ndarray:
+    values, vectors = np.linalg.eigh(covariance)
+    if values[0] < -_INDEFINITE:
+        graph.flag("assumed", float(-values[0]))
+    return vectors * np.sqrt(np.clip(values, 0, None))
+
+
+def _of_unit_length(rows: np.ndarray) -> np.ndarray:
+    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-300)
+
+
+Environment = dict[tuple[int, tuple[int, ...]], np.ndarray]
+
+
+def grid(view: View, frame: Sequence[Axis]) -> np.ndarray:
+    """A root's values over the frame's classes and the normal grid, (classes or 1..., points)."""
+    return placed(marginal(view.node).values, view, frame)
+
+
+def placed(values: np.ndarray, view: View, frame: Sequence[Axis]) -> np.ndarray:
+    """Values over a view's classes and the grid, over the frame's."""
+    if view.node.axes == tuple(frame) and view.bind == tuple(range(len(frame))):
+        return values
+    for k, (axis, place) in enumerate(zip(view.node.axes, view.bind, strict=True)):
+        if axis.labels != frame[place].labels:
+            values = apply_axis(values, k, class_shares(frame[place], axis))
+    return _place(values, view.bind, len(frame))
+
+
+def _place(values: np.ndarray, bind: Sequence[int], rank: int) -> np.ndarray:
+    order = sorted(range(len(bind)), key=lambda k: bind[k])
+    shape = [1] * rank
+    for k in order:
+        shape[bind[k]] = values.shape[k]
+    return values.transpose([*order, len(bind)]).reshape(*shape, values.shape[-1])
+
+
+def evaluate(view: View, frame: Sequence[Axis], env: Environment) -> np.ndarray:
+    """A tree's values where `env` gives its roots'; roots not in `env` take their own grid. (classes or 1..., points or 1)."""
+    key = (view.node.id, view.bind)
+    if key in env:
+        return env[key]
+    node, bind = view
+    if isinstance(node, Constant):
+        return np.full((1,) * (len(frame) + 1), node.params)
+    if not isinstance(node, Apply):
+        env[key] = grid(view, frame)
+        return env[key]
+    name, extra = node.params
+    xs = [evaluate(child.within(bind), frame, env) for child in node.args]
+    with np.errstate(all="ignore"):
+        out = function(name, extra)(*xs)
+    env[key] = out
+    return out
+
+
+def over_classes(line: np.ndarray, axes: Sequence[Axis]) -> np.ndarray:
+    """Values on the normal grid, (classes or 1..., points), averaged over all places: each class counts by its own."""
+    for axis in axes:
+        line = np.tensordot(axis.counts / axis.size, line, axes=(0, 0)) if line.shape[0] > 1 else line[0]
+    return line
+
+
+def likeness(view: View) -> Hashable | None:
+    """Equal for one function of Gaussian roots whose marginals agree, which is integrated once; None where they are not."""
+    own = [marginal(root.node) for root in roots(view.node)]
+    if not all(m.gaussian for m in own):
+        return None
+    return form(view.node), view.bind, tuple(m.rounded for m in own)
+
+
+def factors(view: View) -> tuple[float, list[View]]:
+    """A tree as a number times the factors of its products."""
+    node, bind = view
+    if isinstance(node, Constant):
+        return node.params, []
+    if isinstance(node, Apply):
+        name, extra = node.params
+        args = [child.within(bind) for child in node.args]
+        if name == "mul":
+            (c, f), (d, g) = (factors(a) for a in args)
+            return c * d, f + g
+        if name == "affine" and extra[1] == 0:
+            c, f = factors(args[0])
+            return c * extra[0], f
+        if name in IDENTITIES:
+            return factors(args[0])
+        if name == "div":
+            c, f = factors(args[0])
+            one = View(_reciprocal(args[1].node), args[1].bind)
+            return c, [*f, one]
+    return 1.0, [view]
+
+
+def independent_factors(node: Node) -> list[View]:
+    """The factors of an elementwise tree over its own frame, those that read a common fluctuating root as one: x·Φ(x)."""
+    view = View(node, tuple(range(len(node.axes))))
+    found: list[tuple[set[View], list[View]]] = []
+    for factor in factors(view)[1]:
+        reads = {r for own in roots(factor.node) if not concentrated((r := own.within(factor.bind)).node)}
+        with_it = [group for group in found if group[0] & reads]
+        found = [group for group in found if group not in with_it]
+        found.append((reads.union(*(g[0] for g in with_it)), [f for g in with_it for f in g[1]] + [factor]))
+    whole = view.bind
+    return [
+        functools.reduce(lambda a, b: View(node.graph.make(Apply, node.axes, [a, b], ("mul", ())), whole), group)
+        for _, group in found
+    ]
+
+
+def _reciprocal(node: Node) -> Node:
+    from varscale.theory.graph.nodes import number
+
+    identity = tuple(range(len(node.axes)))
+    return node.graph.make(Apply, node.axes, [View(number(node.graph, 1.0), ()), View(node, identity)], ("div", ()))
+
+
+def concentrated(root: Node) -> bool:
+    """Whether a root is to be taken for a number: the scale of a norm, an average of positive terms, or little varied."""
+    from varscale.theory.rules.reductions import Mean
+
+    if isinstance(root, Array | Leaf) or root.shares:
+        return False
+    mean, variance = root.table.total_mean, root.table.variance
+    scale = isinstance(root, Mean) or (isinstance(root, Sum) and root.is_variance)
+    return mean != 0 and ((root.positive and scale) or variance < CONCENTRATED * mean**2)
+
+
+def elementwise_table(node: Apply) -> Table:
+    """Mean and second moments of an elementwise node."""
+    from varscale.theory.propagation.function_domains import mark_undefined
+    from varscale.theory.propagation.products import product_moments
+
+    view = View(node, tuple(range(len(node.axes))))
+    name, extra = node.params
+    if name == "affine" or name in IDENTITIES:
+        c, d = extra or (1.0, 0.0)
+        x = node.args[0]
+        mean, second = x.mean(node.axes), x.second(node.axes)
+        mean = np.array(np.broadcast_to(mean, [a.classes for a in node.axes]))
+        if d:
+            both = by_type(mean, node.axes, second=False) + by_type(mean, node.axes, second=True)
+            second = c * c * second + c * d * both + d * d
+        else:
+            second = c * c * second
+        return Table(node.axes, c * mean + d, np.array(np.broadcast_to(second, node.frame_types)))
+    mark_undefined(node)
+    mean, second = product_moments(view, node.axes)
+    classes = [a.classes for a in node.axes]
+    return Table(node.axes, np.array(np.broadcast_to(mean, classes)), np.array(np.broadcast_to(second, node.frame_types)))

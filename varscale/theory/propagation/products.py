@@ -1,0 +1,355 @@
+"""Products of factors: independent groups of roots multiply; a group of one root is a Mehler sum, a larger one a cubature."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from varscale.theory.domain.axes import Axis
+from varscale.theory.domain.tables import lift, means_by_type
+from varscale.theory.graph.expressions import Apply, swapped
+from varscale.theory.graph.nodes import Array, Node, View
+from varscale.theory.integrals.hermite_series import WEIGHTS, Z, sobol
+from varscale.theory.integrals.mehler import Series, mehler, on_grid
+from varscale.theory.propagation.cross_moments import cross, dependent, mean_product
+from varscale.theory.propagation.depthwise import shared_scale
+from varscale.theory.propagation.expanded_sums import Variable, apart, roots_of
+from varscale.theory.propagation.expectations import (
+    Environment,
+    by_type,
+    concentrated,
+    continued,
+    evaluate,
+    factored,
+    factors,
+    followed,
+    grid,
+    latent_cross,
+    likeness,
+    marginal,
+    placed,
+)
+from varscale.theory.propagation.shared_scale import varied
+from varscale.theory.propagation.window_overlaps import scatter
+
+MOST_VARIABLES = 5  # roots of one cubature: points in twice as many dimensions are too few for more
+# Set on the validation grid, not derived: of a cubature over more variables than that.
+_CROWDED_DOUBT = 0.3
+_INDEPENDENT = 1e-3  # correlation below which two roots are taken for independent
+
+
+class _Group:
+    """Factors of f (read at i) and of g (read at j) that share roots; those roots; known arrays that go with one of them."""
+
+    def __init__(self, f: list[View], g: list[View], variables: list[View], followers: dict[Variable, _Follower]):
+        self.f, self.g, self.variables, self.followers = f, g, variables, followers
+
+    def known(self, fixed: Environment) -> Environment:
+        """What is fixed, and the followers on the grid of what they follow."""
+        return {**fixed, **{k: follower.grid for k, follower in self.followers.items()}}
+
+
+class _Follower(NamedTuple):
+    """Known numbers over the axes of other known numbers: one position tells both."""
+
+    leader: Variable
+    grid: np.ndarray
+
+
+def _followers(variables: dict[Variable, View], frame: Sequence[Axis]) -> dict[Variable, _Follower]:
+    """Known arrays over axes that an earlier one is over, too."""
+    leaders: dict[tuple[int, ...], View] = {}
+    out = {}
+    for key, view in variables.items():
+        if isinstance(view.node, Array):
+            leader = leaders.setdefault(view.bind, view)
+            if leader is not view and isinstance(leader.node, Array) and leader.node.axes == view.node.axes:
+                values = placed(followed(view.node, leader.node), view, frame)
+                out[key] = _Follower((leader.node.id, leader.bind), values)
+    return out
+
+
+def _groups(f: list[View], g: list[View], frame: Sequence[Axis]) -> tuple[list[_Group], Environment]:
+    """Sort factors into independent groups; concentrated roots that depend on the others become their means."""
+    f, g = apart([f, g])
+    variables = roots_of([*f, *g])
+    fixed: Environment = {}
+    if len(variables) > 1:
+        close = {k: v for k, v in variables.items() if concentrated(v.node)}
+        rest = {k: v for k, v in variables.items() if k not in close}
+        for k, v in close.items():
+            alone = not any(v.node.deps & r.node.deps for r in rest.values()) and all(
+                set(roots_of([x])) == {k} for x in (*f, *g) if k in roots_of([x])
+            )
+            if not alone and rest:
+                # A norm's own scale: mean(x²)·s(v)² at v = mean(x²) is an identity, so the mean is the right number, not E[s²].
+                fixed[k] = v.mean(frame)[..., None]
+                del variables[k]
+    followers = _followers(variables, frame)
+    for k in followers:
+        del variables[k]
+
+    def own(x: View) -> list[Variable]:
+        """The variables of a factor."""
+        found = (followers[k].leader if k in followers else k for k in roots_of([x]))
+        return [k for k in dict.fromkeys(found) if k in variables]
+
+    keys = list(variables)
+    parent = {k: k for k in keys}
+
+    def find(k: Variable) -> Variable:
+        while parent[k] != k:
+            k = parent[k]
+        return k
+
+    for x in (*f, *g):
+        mine = own(x)
+        for k in mine[1:]:
+            parent[find(k)] = find(mine[0])
+    for i, a in enumerate(keys):
+        for b in keys[:i]:
+            if find(a) != find(b) and _correlated(variables[a], variables[b], frame):
+                parent[find(a)] = find(b)
+    groups: dict[Variable | None, _Group] = {}
+    for side, xs in enumerate((f, g)):
+        for x in xs:
+            mine = own(x)
+            home = find(mine[0]) if mine else None
+            if home not in groups:
+                members = {k: v for k, v in variables.items() if home is not None and find(k) == home}
+                with_them = {k: follower for k, follower in followers.items() if follower.leader in members}
+                groups[home] = _Group([], [], list(members.values()), with_them)
+            (groups[home].g if side else groups[home].f).append(x)
+    return list(groups.values()), fixed
+
+
+def _correlated(a: View, b: View, frame: Sequence[Axis]) -> bool:
+    """Whether two roots are correlated by more than is worth a cubature, anywhere in the frame."""
+    if not dependent(a.node, b.node):
+        return False
+    sa, sb = marginal(a.node).deviation, marginal(b.node).deviation
+    covariance = cross(a, b, frame) - mean_product(a, b, frame)
+    return bool(np.max(np.abs(covariance)) > _INDEPENDENT * sa.max() * sb.max() + 1e-300)
+
+
+def _product(xs: list[View], frame: Sequence[Axis], env: Environment) -> np.ndarray:
+    """The product of factors of one root at most, on its grid, (classes or 1..., points or 1)."""
+    out = np.ones((1,) * (len(frame) + 1))
+    for x in xs:
+        out = out * evaluate(x, frame, env)
+    return out
+
+
+def product_moments(view: View, frame: Sequence[Axis]) -> tuple[np.ndarray, np.ndarray]:
+    """E[f_i] by class and E[f_i f_j] by type, (classes or 1...) and (types or 1...)."""
+    c, f = factors(view)
+    opened = apart([f])[0]
+    groups, fixed = _groups(opened, opened, frame)
+    mean, second = np.full((1,) * len(frame), c), np.full((1,) * len(frame), c * c)
+    for group in groups:
+        if len(group.variables) > 1:
+            own, pairs = _cubature(group, frame, fixed)
+        elif group.variables and (known := _in_closed_form(group.f, group.variables[0], frame)) is not None:
+            own, pairs = known
+        else:
+            own, pairs = _of_one_root(group, frame, fixed)
+        mean, second = mean * own, second * pairs
+    for key in fixed:
+        mean, second = varied(opened, roots_of(opened)[key], frame, mean, second)
+    return mean, second
+
+
+def _of_one_root(group: _Group, frame: Sequence[Axis], fixed: Environment) -> tuple[np.ndarray, np.ndarray]:
+    """Means by class, (classes or 1...), and second moments by type, (types or 1...), of a group with one root at most."""
+
+    def integrated() -> tuple[np.ndarray, Series]:
+        values = _product(group.f, frame, group.known(fixed))
+        return values @ WEIGHTS if values.shape[-1] > 1 else values[..., 0], mehler(on_grid(values), on_grid(values), frame)
+
+    if not group.variables:
+        values = _product(group.f, frame, group.known(fixed))[..., 0]
+        return values, by_type(values, frame, second=False) * by_type(values, frame, second=True)
+    (root,) = group.variables
+    alone = all(list(roots_of([x])) == [(root.node.id, root.bind)] for x in group.f)
+    marks = [likeness(x) for x in group.f] if alone else [None]
+    if None in marks:
+        mean, series = integrated()
+    else:
+        mean, series = root.node.graph.once(("integrated", tuple(marks), tuple(frame)), integrated)
+    return mean, _read(series, root, frame)
+
+
+def _in_closed_form(factors: Sequence[View], root: View, frame: Sequence[Axis]) -> tuple[np.ndarray, np.ndarray] | None:
+    """Moments of a root itself, and of the square of a Gaussian one (Isserlis); None of anything else."""
+    if list(factors) == [root]:
+        return root.mean(frame), root.second(frame)
+    (node, bind), *others = factors
+    if others or not isinstance(node, Apply) or node.params != ("integer_pow", (2,)) or node.args[0].within(bind) != root:
+        return None
+    if not marginal(root.node).gaussian:
+        return None
+    table = root.node.table
+    square = table.diagonal
+    pairs = means_by_type(square, table.axes) + 2 * table.covariance * (table.second + table.outer)
+    lifted = [lift(x, table.axes, root.bind, frame, pairs=by) for x, by in ((square, False), (pairs, True))]
+    return lifted[0], lifted[1]
+
+
+def product_second(f_view: View, g_view: View, frame: Sequence[Axis]) -> np.ndarray:
+    """E[f_i g_j] by type, (types or 1...)."""
+    (c, f), (d, g) = factors(f_view), factors(g_view)
+    groups, fixed = _groups(f, g, frame)
+    out = np.full((1,) * len(frame), c * d)
+    for group in groups:
+        if len(group.variables) > 1:
+            out = out * _pairwise(group, frame, fixed)
+        else:
+            fi, gj = (_product(side, frame, group.known(fixed)) for side in (group.f, group.g))
+            out = out * _mehler(group.variables, fi, gj, frame)
+    for one, other, turn in ((f_view, g_view, False), (g_view, f_view, True)):
+        gain = shared_scale(one, other, frame)
+        if gain is not None:
+            out = out + (swapped(gain, frame) if turn else gain)
+    return out
+
+
+def _mehler(variables: Sequence[View], fi: np.ndarray, gj: np.ndarray, frame: Sequence[Axis]) -> np.ndarray:
+    """E[f_i g_j] by type of two functions of one root at most."""
+    if not variables:
+        return by_type(fi[..., 0], frame, second=False) * by_type(gj[..., 0], frame, second=True)
+    (x,) = variables
+    return _read(mehler(on_grid(fi), on_grid(gj), frame), x, frame)
+
+
+def _read(series: Series, root: View, frame: Sequence[Axis]) -> np.ndarray:
+    """E[f g] by type at a root's correlations, and at what they are given the weights."""
+    axes = root.node.axes
+    out = series.at(lift(marginal(root.node).correlation, axes, root.bind, frame, pairs=True))
+    variance = scatter(root.node)
+    if variance is None:
+        return out
+    rho, variance = (lift(x, axes, root.bind, frame, pairs=True) for x in (marginal(root.node).correlation, variance))
+    return out + series.curvature(rho) * variance / 2
+
+
+def two_roots(f: View, a: View, g: View, b: View, frame: Sequence[Axis], fixed: Environment) -> np.ndarray:
+    """E[f(a_i) g(b_j)] for two different roots, from their cross-moments."""
+    fi, gj = evaluate(f, frame, dict(fixed)), evaluate(g, frame, dict(fixed))
+    rho = latent_cross(a, b, frame)
+    return mehler(on_grid(fi), on_grid(gj), frame).at(rho)
+
+
+def _pairwise(group: _Group, frame: Sequence[Axis], fixed: Environment) -> np.ndarray:
+    """E[f_i g_j] by type of a group of several roots: one series where f and g have one root each, else a cubature."""
+    fv, gv = roots_of(group.f), roots_of(group.g)
+    fv = {k: v for k, v in fv.items() if k not in fixed}
+    gv = {k: v for k, v in gv.items() if k not in fixed}
+    if not group.followers and len(fv) == 1 and len(gv) == 1 and len(group.f) == 1 and len(group.g) == 1:
+        (a,), (b,) = fv.values(), gv.values()
+        return two_roots(group.f[0], a, group.g[0], b, frame, fixed)
+    mean, second = _cubature(group, frame, fixed)
+    return second if group.g else by_type(mean, frame, second=False)
+
+
+def _nearest(latents: np.ndarray) -> np.ndarray:
+    """The places on the normal grid."""
+    return np.clip(np.round((latents - Z[0]) / (Z[1] - Z[0])).astype(int), 0, len(Z) - 1)
+
+
+def _values(node: Node, latents: np.ndarray, line: np.ndarray) -> np.ndarray:
+    """A root's values at normal scores; between the numbers of a known array there are none."""
+    if marginal(node).gaussian:
+        return line[0] + (latents - Z[0]) * ((line[-1] - line[0]) / (Z[-1] - Z[0]))
+    return line[_nearest(latents)] if isinstance(node, Array) else np.interp(latents, Z, line)
+
+
+def _cubature(group: _Group, frame: Sequence[Axis], fixed: Environment) -> tuple[np.ndarray, np.ndarray]:
+    """Means of Πf by class and second moments of Πf·Πg by type, over the joint normal of all their roots."""
+    variables = roots_of([*group.f, *group.g])
+    keys = [k for k in variables if k not in fixed and k not in group.followers]
+    views = [variables[k] for k in keys]
+    graph = views[0].node.graph
+    if len(keys) > MOST_VARIABLES:
+        graph.flag("assumed", _CROWDED_DOUBT)
+    k = len(keys)
+    types, classes = [a.types for a in frame], [a.classes for a in frame]
+    rho = np.empty((*types, k, k))
+    for i, a in enumerate(views):
+        rho[..., i, i] = lift(marginal(a.node).correlation, a.node.axes, a.bind, frame, pairs=True)
+        for j, b in enumerate(views):
+            if i != j:
+                rho[..., i, j] = latent_cross(a, b, frame)
+    grids = [np.broadcast_to(grid(v, frame), (*classes, len(Z))) for v in views]
+    mean, second = np.empty(classes), np.empty(types)
+    first_class, second_class = ([getattr(a, w) for a in frame] for w in ("first", "second"))
+    done: dict[tuple[object, ...], float] = {}
+    z = sobol(2 * k)
+
+    def tree(xs: list[View], cell: tuple[int, ...], latents: np.ndarray) -> np.ndarray:
+        env: Environment = {
+            key: _values(views[n].node, latents[:, n], grids[n][cell]).reshape((1,) * len(frame) + (-1,))
+            for n, key in enumerate(keys)
+        }
+        for key, (leader, values) in group.followers.items():
+            line = np.broadcast_to(values, (*classes, len(Z)))[cell]
+            env[key] = line[_nearest(latents[:, keys.index(leader)])].reshape((1,) * len(frame) + (-1,))
+        for key, value in fixed.items():
+            at = tuple(c if value.shape[d] > 1 else 0 for d, c in enumerate(cell))
+            env[key] = value[at].reshape((1,) * len(frame) + (-1,))
+        out = np.ones(1)
+        for x in xs:
+            values = evaluate(x, frame, env)
+            at = tuple(c if values.shape[d] > 1 else 0 for d, c in enumerate(cell))
+            out = out * values[at]
+        return out
+
+    inner, firsts = {}, {}
+    for cell in np.ndindex(*classes):
+        inner[cell] = factored(rho[cell], graph)  # the types (c = c) come first on every axis
+        firsts[cell] = tree(group.f, cell, z[:, :k] @ inner[cell].T)
+        mean[cell] = np.mean(firsts[cell])
+    twins = _twins(views)
+    if twins is not None:
+        i, j, share, elsewhere = twins
+        for cell in np.ndindex(*classes):
+            mean[cell], second[cell] = 0.0, 0.0
+            for weight, correlation in ((share, 1.0), (1 - share, elsewhere)):
+                met = rho[cell].copy()
+                met[i, j] = met[j, i] = correlation
+                latents = z[:, :k] @ factored(met, graph).T
+                first = tree(group.f, cell, latents)
+                mean[cell] += weight * np.mean(first)
+                second[cell] += weight * np.mean(first * tree(group.g, cell, latents))
+    if not group.g:
+        return mean, second
+    for index in np.ndindex(*types):
+        if twins and all(t < c for t, c in zip(index, classes, strict=True)):
+            continue
+        ci = tuple(int(f[t]) for f, t in zip(first_class, index, strict=True))
+        cj = tuple(int(s[t]) for s, t in zip(second_class, index, strict=True))
+        key = (ci, cj, tuple(np.round(rho[index].ravel(), 4)))
+        if key not in done:
+            latents = z @ continued(inner[ci], rho[index], rho[cj], graph).T
+            done[key] = float(np.mean(firsts[ci] * tree(group.g, cj, latents)))
+        second[index] = done[key]
+    return mean, second
+
+
+def _twins(views: Sequence[View]) -> tuple[int, int, float, float] | None:
+    """Two of the roots that are one array read at two places of one axis (an outer product); None where no two are, or more.
+
+    Returns:
+        Which two, how often the places are one (one time in n: the diagonal), and the latent correlation where they are not.
+    """
+    pairs = [(i, j) for i in range(len(views)) for j in range(i) if views[i].node is views[j].node]
+    if len(pairs) != 1:
+        return None
+    ((i, j),) = pairs
+    node = views[i].node
+    moved = [k for k, (p, q) in enumerate(zip(views[i].bind, views[j].bind, strict=True)) if p != q]
+    if len(moved) != 1 or any(axis.classes > 1 for axis in node.axes):
+        return None
+    different = tuple(int(k == moved[0]) for k in range(len(node.axes)))
+    return i, j, 1 / node.axes[moved[0]].size, float(marginal(node).correlation[different])

@@ -1,0 +1,177 @@
+"""What is known by draws, and so in its order in time: moments by type are averages over pairs of steps, draws tell more."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Float
+
+from varscale.theory.domain.axes import Axis, grouped
+from varscale.theory.domain.random_arrays import Positions
+from varscale.theory.domain.tables import Table, estimated_products, lift
+from varscale.theory.graph.expressions import Sum, roots
+from varscale.theory.graph.nodes import Node, View
+from varscale.theory.propagation.conditional_samples import applies_weights, in_order, of_loops, operands
+from varscale.theory.propagation.cross_moments import unsure
+from varscale.theory.propagation.joint_sample import ensemble
+from varscale.theory.propagation.sampler import evenly, reduced
+
+_POOLED = 2_000_000  # numbers that moments by type are estimated from
+_REPLICATES = 16  # draws that correlations are estimated from
+_MOST_PAIRED, _FEW_PAIRED = 256, 3  # positions of the longest axis, and of the others, that are paired
+_MOST_COMPARED = 64  # positions of an axis, in a cross-moment of two functions
+_SCORES = 4.0  # standard errors that a mean is trusted to; within them it is taken for zero
+_LEVEL = 0.02  # positions whose second moments differ by less, relatively, are one class
+
+
+def pooled(numbers: np.ndarray, axes: Sequence[Axis], positions: Positions) -> Table:
+    """Moments by class and type, from draws at some positions, (replicates, positions...)."""
+    (numbers,), small = _thinned([numbers], axes, positions)
+    mean = np.mean(numbers, axis=0, dtype=float)
+    for k, axis in enumerate(small):
+        mean = np.stack([mean.compress(axis.label_array == c, axis=k).mean(axis=k) for c in range(axis.classes)], axis=k)
+    return Table(tuple(axes), mean, estimated_products(numbers, numbers, small).mean(axis=0))
+
+
+def _thinned(drawn: Sequence[np.ndarray], axes: Sequence[Axis], positions: Positions) -> tuple[list[np.ndarray], list[Axis]]:
+    """Draws and the axes that they are over; of very many the first of the last axis."""
+    shape = drawn[0].shape
+    kept, last = [list(range(n)) for n in shape[1:]], len(shape) - 2
+    most = max(_POOLED // max(drawn[0].size // max(shape[-1], 1), 1), 4)
+    if kept and axes[last].classes == 1 and len(kept[last]) > most:
+        drawn, kept[last] = [x[..., :most] for x in drawn], kept[last][:most]
+    small = [reduced(a, p[own]) for a, p, own in zip(axes, positions, kept, strict=True)]
+    return [np.asarray(x, float) for x in drawn], small
+
+
+def table_of_draws(node: Node, numbers: np.ndarray, positions: Sequence[np.ndarray]) -> Table:
+    """The table of a node that was drawn, (replicates, positions...); it is flagged with the error of so many draws.
+
+    A mean that may be zero by its standard error is: a loop changes sign with its weights unless something breaks that.
+    """
+    table, within = pooled(numbers, node.axes, positions), tuple(range(1, numbers.ndim))
+    squares = np.mean(numbers.astype(float) ** 2, axis=within)
+    node.graph.flag("sampled", _SCORES * float(squares.std() / max(squares.mean(), 1e-300)) / math.sqrt(len(squares)))
+    means = numbers.mean(axis=within)
+    if abs(means.mean()) < _SCORES * means.std() / math.sqrt(len(means)):
+        return Table(table.axes, np.zeros_like(table.mean), table.second)
+    return table
+
+
+def by_level(squares: Float[np.ndarray, "size arrays"]) -> Axis:
+    """Positions classed by the second moments that some arrays have there, on a logarithmic scale down to a thousandth."""
+    levels = np.log(np.maximum(squares, 1e-30) / np.maximum(squares.max(axis=0), 1e-30) + 1e-3)
+    return grouped(np.round(levels / _LEVEL) * _LEVEL)
+
+
+def cross_moments(
+    x: Float[np.ndarray, "..."], y: Float[np.ndarray, "..."], axes: Sequence[Axis], positions: Positions
+) -> Float[np.ndarray, "..."]:
+    """E[x_i y_j] by type, from draws of both, (replicates, positions...); 0 where that may be all it is."""
+    mean, error = _drawn_products(x, y, axes, positions)
+    # Most loops change sign with weights that what else there is does not have.
+    return np.where(np.abs(mean) > _SCORES * error, mean, 0.0)
+
+
+def _drawn_products(
+    x: Float[np.ndarray, "..."], y: Float[np.ndarray, "..."], axes: Sequence[Axis], positions: Positions
+) -> tuple[Float[np.ndarray, "..."], Float[np.ndarray, "..."]]:
+    """E[x_i y_j] by type, and its standard error, from draws of both, (replicates, positions...)."""
+    (x, y), small = _thinned([x, y], axes, positions)
+    found = estimated_products(x, y, small)
+    return found.mean(axis=0), found.std(axis=0) / math.sqrt(len(found) - 1)
+
+
+def of_draws(a: View, b: View, frame: Sequence[Axis]) -> Float[np.ndarray, "..."] | None:
+    """E[a_i b_j] by type from draws of both, where these have drawn all that they depend on; else None.
+
+    What a layer adds to a stream follows it in more than second moments: where the stream is large, so is what it scales.
+    """
+    if not (in_order(a.node) or in_order(b.node)) or _is_partial(a.node) or _is_partial(b.node):
+        return None
+    kept = sorted({*a.bind, *b.bind})
+    axes = [frame[k] for k in kept]
+    draws = ensemble(a.node.graph, axes)
+    positions = [draws.thinned(axis, _MOST_COMPARED) for axis in axes]
+    views = [View(v.node, tuple(kept.index(k) for k in v.bind)) for v in (a, b)]
+    numbers: dict[View, np.ndarray] = {}
+    for view in sorted(views, key=lambda v: -v.node.id):  # the later one is made of what the other is
+        if numbers and not all(draws.has(root.node) for root in roots(view.node)):
+            return None
+        numbers[view] = draws.drawing.over(axes).values(view, positions)
+    shape = [draws.replicates, *map(len, positions)]
+    x, y = (np.broadcast_to(np.moveaxis(numbers[view], -1, 0), shape) for view in views)
+    mean, error = _drawn_products(x, y, axes, positions)
+    one_place = tuple(slice(axis.classes) for axis in axes)
+    off = _SCORES * float(error[one_place].mean())
+    unsure(a.node.graph, "sampled", off / max((a.node.table.variance * b.node.table.variance) ** 0.5, 1e-300))
+    return lift(mean, axes, kept, frame, pairs=True)
+
+
+def _is_partial(node: Node) -> bool:
+    """Whether it has a mean in it, of which the draws are over some of the terms, or what loops drew apart."""
+    return of_loops(node) or any(root.node.averages or root.node.is_centred for root in roots(node))
+
+
+def crossed(a: View, b: View, frame: Sequence[Axis]) -> Float[np.ndarray, "..."] | None:
+    """E[a_i b_j] by type, drawn together; None where neither has an order in time."""
+    if not in_order(a.node) and not in_order(b.node):
+        return None
+    kept = sorted({*a.bind, *b.bind})
+    axes = [frame[k] for k in kept]
+    draws = ensemble(a.node.graph, axes)
+    x, y = (np.moveaxis(draws.values(View(v.node, tuple(kept.index(k) for k in v.bind)), axes), -1, 0) for v in (a, b))
+    return lift(cross_moments(x, y, axes, [draws.positions(axis) for axis in axes]), axes, kept, frame, pairs=True)
+
+
+def order_correlation(node: Node) -> Float[np.ndarray, "..."] | None:
+    """Root mean square correlations of a product with weights, "the same" and "different" along every axis.
+
+    Its mean square fluctuates with their squares, which in an order in time are far from the square of their mean. None where
+    it has none.
+    """
+    if not applies_weights(node) or not in_order(node):
+        return None
+    _, x = operands(node)
+    frame = node.frame
+    longest = max((node.axes[k].size for k in range(len(node.axes)) if k in x.bind), default=0)
+    draws = ensemble(node.graph, frame)
+    positions = [draws.positions(axis) for axis in frame]
+    values = draws.drawing.over(frame).values(x, positions)[..., :_REPLICATES]
+    thin = [
+        evenly(n, _MOST_PAIRED if axis.size == longest else _FEW_PAIRED)
+        for axis, n in zip(node.axes, values.shape, strict=False)
+    ]
+    values = values[np.ix_(*thin, *map(np.arange, values.shape[len(thin) :]))]
+    own = values.shape[: len(thin)]
+    flat = np.moveaxis(values.reshape(math.prod(own), -1, values.shape[-1]), -1, 0)
+    lengths = np.sqrt(np.maximum(np.sum(np.square(flat, dtype=float), axis=-1), 1e-300))
+    unit = flat / lengths[..., None].astype(np.float32)
+    squares = np.mean(np.square(unit @ np.swapaxes(unit, 1, 2)), axis=0, dtype=float)
+    # The square of a correlation over n terms is 1/n where there is none: here over those drawn, there over one network's.
+    squares = np.clip(squares + (1 - squares) * (1 / node.width - 1 / flat.shape[-1]), 0.0, 1.0)
+    letters, out = "abcdefgh"[: len(own)], "ijklmnop"[: len(own)]
+    pairs = [np.stack([np.eye(n) / n, (1 - np.eye(n)) / max(n * (n - 1), 1)]) for n in own]
+    spec = [letters + letters.upper(), *(f"{o}{a}{a.upper()}" for o, a in zip(out, letters, strict=True))]
+    return np.sqrt(np.einsum(",".join(spec) + "->" + out, squares.reshape(*own, *own), *pairs, optimize=True))
+
+
+def drawn_scatter(node: Node) -> float:
+    """Relative variance of the mean square of one network that units, samples and steps have; 0 of what was not drawn.
+
+    A unit of a recurrence has a rate and a gain of its own at all steps, of all samples, which no correlation shows, and what
+    a layer adds to a stream goes with it in some networks and against it in others.
+    """
+    if not (node.timed or isinstance(node, Sum)) or node.is_centred or not in_order(node) or of_loops(node):
+        return 0.0
+    draws = ensemble(node.graph, node.axes)
+    squares = np.square(np.moveaxis(draws.values(View(node, tuple(range(len(node.axes)))), node.axes), -1, 0), dtype=float)
+    coarse = [Axis(axis.size) for axis in node.axes]
+    small = [Axis(len(draws.positions(axis))) for axis in node.axes]
+    second = estimated_products(squares, squares, small).mean(axis=0)
+    apart = second[(-1,) * second.ndim]
+    for axis in coarse:
+        second = np.array([1 / axis.size, 1 - 1 / axis.size]) @ second.reshape(2, -1)
+    return float(second.item() / apart) - 1 if apart > 0 else 0.0

@@ -1,0 +1,200 @@
+"""Arrays drawn with the laws of nodes, at some of their positions: for what no formula covers."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Hashable, Sequence
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from varscale.theory.domain.axes import Axis
+from varscale.theory.domain.random_arrays import Positions, gaussian
+from varscale.theory.graph.expressions import Apply, Sum, roots
+from varscale.theory.graph.nodes import Array, Constant, Leaf, Node, View
+from varscale.theory.integrals.hermite_series import Z
+from varscale.theory.propagation.conditional_samples import TERMS, in_order, made_of, of_loops
+from varscale.theory.propagation.cross_moments import cross, mean_product
+from varscale.theory.propagation.expectations import Environment, evaluate, marginal
+from varscale.theory.rules.reductions import Mean
+
+
+def chosen(axis: Axis, most: int) -> Int[np.ndarray, " kept"]:
+    """Positions of an axis to draw: up to `most` of each class, evenly spread, the first of each among them."""
+    labels = axis.label_array
+    kept = []
+    for c in range(axis.classes):
+        own = np.flatnonzero(labels == c)
+        kept.append(own[np.linspace(0, len(own) - 1, min(most, len(own))).round().astype(int)])
+    return np.sort(np.concatenate(kept))
+
+
+def reduced(axis: Axis, positions: Int[np.ndarray, " kept"]) -> Axis:
+    """The axis that these positions make, its classes numbered as the whole one's (each has one of them at least)."""
+    return Axis(len(positions), None if axis.labels is None else axis.label_array[positions].astype(np.uint8).tobytes())
+
+
+class Drawing:
+    """Views over one frame drawn together: what they have in common is the same in all.
+
+    Attributes:
+        frame: the axes that views are read over.
+        replicates: how many draws.
+        seed: where they come from.
+        some: the positions of an axis that stand for all of it, in sums and means and wherever views are asked for at them.
+    """
+
+    def __init__(self, frame: Sequence[Axis], replicates: int, seed: int, some: Callable[[Axis], Int[np.ndarray, " kept"]]):
+        self.frame, self.replicates, self.seed, self.some = frame, replicates, seed, some
+        self.drawn: dict[Hashable, np.ndarray] = {}
+
+    def over(self, frame: Sequence[Axis]) -> Drawing:
+        """The same draws, for views over another frame."""
+        other = Drawing(frame, self.replicates, self.seed, self.some)
+        other.drawn = self.drawn
+        return other
+
+    def random(self, *what: int) -> np.random.Generator:
+        """Where the numbers of one thing come from, whatever was drawn before it."""
+        return np.random.default_rng([self.seed, *what])
+
+    def values(self, view: View, positions: Positions) -> Float[np.ndarray, "..."]:
+        """A view at some positions of the frame, (positions or 1 ..., replicates or 1): 1 where it does not have an axis."""
+        env: Environment = {}
+        for root in roots(view.node):
+            own = root.within(view.bind)
+            env[own.node.id, own.bind] = self._root(own, positions)
+        return evaluate(view, self.frame, env)
+
+    def whole(self, node: Node, positions: Positions) -> Float[np.ndarray, "replicates ..."]:
+        """A node at some positions of its own axes."""
+        return np.moveaxis(self.over(node.axes).values(View(node, tuple(range(len(node.axes)))), positions), -1, 0)
+
+    def _root(self, view: View, positions: Positions) -> np.ndarray:
+        node, bind = view
+        own = [positions[place] for place in bind]
+        return _placed(self._at(node, own), bind, len(self.frame))
+
+    def _at(self, node: Node, positions: Positions) -> np.ndarray:
+        """A root at these positions, (replicates or 1, ...); where all stand for others, among what is drawn for those."""
+        usual = [self.some(axis) for axis in node.axes]
+        found = [_found(asked, among) for asked, among in zip(positions, usual, strict=True)]
+        places = [place for place in found if place is not None]
+        if len(places) < len(found):
+            return self._known(node, positions)
+        drawn = self._known(node, usual)
+        for k, (place, among) in enumerate(zip(places, usual, strict=True)):
+            drawn = drawn if len(place) == len(among) else np.take(drawn, place, axis=1 + k)
+        return drawn
+
+    def _known(self, node: Node, positions: Positions) -> np.ndarray:
+        key = node.id, tuple(kept.tobytes() for kept in positions)
+        if key not in self.drawn:
+            self.drawn[key] = self._fresh(node, positions).astype(np.float32)
+        return self.drawn[key]
+
+    def _fresh(self, node: Node, positions: Positions) -> np.ndarray:
+        """A root at these positions, (replicates or 1, ...)."""
+        if isinstance(node, Sum) and (self.is_drawn_whole(node) or _unrelated(node)):
+            return self._added(node, positions)
+        if in_order(node):
+            known = node.draws()
+            if known is not None:
+                return picked(known, node.axes, positions, self.replicates)
+        made = made_of(node, self, positions)
+        return _drawn(node, positions, self.replicates, self.random(node.id)) if made is None else made
+
+    def _added(self, node: Sum, positions: Positions) -> np.ndarray:
+        terms = self.over(node.axes)
+        found = [c * terms.values(term, positions) for c, term in zip(node.params, node.args, strict=True)]
+        shape = [len(kept) for kept in positions]
+        out = sum(found, np.zeros(1, np.float32))
+        return np.moveaxis(np.broadcast_to(out, (*shape, out.shape[-1])), -1, 0)
+
+    def is_drawn_whole(self, node: Node) -> bool:
+        """Whether a mean, or the means among a sum's terms, are over so many drawn positions that they are as good as all."""
+        if isinstance(node, Sum):
+            return all(self.is_drawn_whole(view.node) for view in node.args if isinstance(view.node, Mean))
+        averaged = [node.args[0].node.axes[k] for k in node.params]
+        sizes = math.prod(axis.size for axis in averaged)
+        return math.prod(len(self.some(axis)) for axis in averaged) >= min(sizes, TERMS)
+
+
+def evenly(size: int, most: int) -> Int[np.ndarray, " kept"]:
+    """Positions evenly spread along an axis of this size, all of them where they are no more."""
+    return np.linspace(0, size - 1, min(size, most)).round().astype(int)
+
+
+def _found(asked: Int[np.ndarray, " kept"], among: Int[np.ndarray, " some"]) -> Int[np.ndarray, " kept"] | None:
+    """Where positions are among others, both in ascending order; None where one is not."""
+    places = np.searchsorted(among, asked)
+    inside = places < len(among)
+    return places if inside.all() and np.array_equal(among[places], asked) else None
+
+
+def picked(known: np.ndarray, axes: Sequence[Axis], positions: Positions, replicates: int) -> np.ndarray:
+    """Known draws at some positions. Where more are asked for than there are, those of other draws stand in.
+
+    Positions told apart, and all of an axis where all are known, are found by where they are; of others any will do.
+    """
+    index, shift = [], np.zeros([1] * (len(axes) + 1), int)
+    for k, (axis, asked, n) in enumerate(zip(axes, positions, known.shape[1:], strict=True)):
+        if n == axis.size:
+            at, turn = asked, np.zeros(len(asked), int)
+        else:
+            at, turn = np.arange(len(asked)) % n, np.arange(len(asked)) // n
+        shape = [-1 if i == k else 1 for i in range(len(axes))]
+        index.append(at.reshape(1, *shape))
+        shift = shift + turn.reshape(1, *shape)
+    draw = (np.arange(replicates).reshape(-1, *[1] * len(axes)) + shift) % len(known)
+    return known[(draw, *index)]
+
+
+_RELATED = 0.1  # of the smaller term's mean square: a correlation that may be lost when terms are drawn one by one
+
+
+def _unrelated(node: Sum) -> bool:
+    """Whether terms can be drawn one by one: none correlated with another, but for what is drawn jointly in any case."""
+    for x, y in itertools.combinations(node.args, 2):
+        if (_of_leaves(x.node) and _of_leaves(y.node)) or (in_order(node) and not of_loops(node)):
+            continue
+        shared = np.max(np.abs(cross(x, y, node.axes) - mean_product(x, y, node.axes)))
+        if shared > _RELATED * min(x.node.table.mean_square, y.node.table.mean_square):
+            return False
+    return True
+
+
+def _of_leaves(node: Node) -> bool:
+    """Whether a node is a function of random leaves and known numbers alone, position by position."""
+    if isinstance(node, Apply | Sum):
+        return all(_of_leaves(view.node) for view in node.args)
+    return isinstance(node, Leaf | Array | Constant)
+
+
+def _placed(numbers: np.ndarray, bind: Sequence[int], rank: int) -> np.ndarray:
+    """(replicates, own axes...) over the frame, the replicates last."""
+    order = sorted(range(len(bind)), key=lambda k: bind[k])
+    shape = [1] * rank
+    for k in order:
+        shape[bind[k]] = numbers.shape[1 + k]
+    return np.moveaxis(numbers.transpose([0, *(1 + k for k in order)]).reshape(-1, *shape), 0, -1)
+
+
+def _drawn(node: Node, positions: Positions, replicates: int, rng: np.random.Generator) -> np.ndarray:
+    """A root's values at these positions, (replicates or 1, ...)."""
+    from varscale.theory.rules.lookup import Gather
+
+    if isinstance(node, Array):
+        return np.asarray(node.values, float)[np.ix_(*positions)][None]
+    if isinstance(node, Gather) and isinstance(node.args[0].node, Array) and node.known is None:
+        return node.picked(positions, replicates, rng)
+    law = marginal(node)
+    latents = gaussian(law.correlation, node.axes, positions, replicates, rng)
+    values = np.broadcast_to(law.values, (*[axis.classes for axis in node.axes], len(Z)))
+    labels = [axis.label_array[kept] for axis, kept in zip(node.axes, positions, strict=True)]
+    out = np.empty_like(latents)
+    for cell in np.ndindex(*values.shape[:-1]):
+        index = np.ix_(np.arange(replicates), *[np.flatnonzero(own == c) for own, c in zip(labels, cell, strict=True)])
+        out[index] = np.interp(latents[index], Z, values[cell])
+    return out

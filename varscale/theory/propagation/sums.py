@@ -1,0 +1,193 @@
+"""The law of a sum of parts that are not all Gaussian: independent parts are convolved, correlated ones drawn together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from scipy import special
+
+from varscale.theory.domain.axes import Axis
+from varscale.theory.domain.tables import Table, lift
+from varscale.theory.graph.expressions import Apply, Sum, roots
+from varscale.theory.graph.nodes import Constant, View
+from varscale.theory.integrals.hermite_series import POINTS, WEIGHTS, Z, sobol
+from varscale.theory.propagation.cross_moments import cross, dependent, mean_product
+from varscale.theory.propagation.expectations import (
+    Environment,
+    by_type,
+    concentrated,
+    evaluate,
+    factored,
+    grid,
+    latent_cross,
+    marginal,
+)
+
+_MOST_CELLS = 9
+_STRAIGHT = 0.995  # share of a term's variance that is linear in a normal, above which the term is as good as Gaussian
+_MOST_ROOTS = 3  # live roots of one term: a normal, its scale, and a gate on both
+_CORRELATED = 0.1  # parts correlated by less: the square of it, times an excess kurtosis of a few, is lost of the fourth moment
+
+
+class _Part(NamedTuple):
+    """A term: its weight, its view, and the roots that give it its shape (none where it is as good as Gaussian)."""
+
+    weight: float
+    view: View
+    live: tuple[View, ...]
+
+    @property
+    def latent(self) -> View:
+        """What is a function of one normal; a function of several, a normal scaled by another, is taken for one of its own."""
+        return self.live[0] if len(self.live) == 1 else self.view
+
+
+def sum_quantiles(root: Sum, table: Table, deviation: np.ndarray) -> np.ndarray | None:
+    """Quantiles of a sum on the normal grid, (classes..., points), moments matched; None where it is as good as Gaussian."""
+    if any(isinstance(view.node, Constant) for view in root.args):
+        return None
+    parts = [_Part(c, view, _shaping(view, root.axes)) for c, view in zip(root.params, root.args, strict=True)]
+    # A tenth of the variance moves a fourth moment by a hundredth: below that the sum is as good as Gaussian.
+    alive = sum(p.weight**2 * p.view.node.table.variance for p in parts if p.live)
+    if alive < 0.1 * max(table.variance, 1e-300):
+        return None
+    shape = tuple(a.classes for a in root.axes)
+    cells = list(np.ndindex(*shape))
+    if len(cells) > _MOST_CELLS:  # one shape for all, that of the most common class: mean and deviation stay each class's own
+        cells = [tuple(int(np.argmax(a.counts)) for a in root.axes)]
+    together = _together(parts, root.axes)
+    shapes = np.empty((*shape, POINTS))
+    for cell in cells:
+        line = np.zeros(POINTS)
+        for group in together:
+            own = [p.weight * _values(p, root.axes, cell) for p in group]
+            if len(own) > 1:
+                own = [_drawn(own, factored(_correlations([p.latent for p in group], root.axes, cell), root.graph))]
+            line = _convolved(line, own[0])
+        mean = WEIGHTS @ line
+        std = math.sqrt(max(WEIGHTS @ line**2 - mean**2, 1e-300))
+        shapes[cell if len(cells) > 1 else ...] = (line - mean) / std
+    return table.mean[..., None] + deviation[..., None] * shapes
+
+
+def _convolved(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Quantiles, on the normal grid, of the sum of two independent variables given so, tails included."""
+    coarse = slice(None, None, 5)
+    weights = np.multiply.outer(WEIGHTS[coarse], WEIGHTS[coarse]).ravel()
+    return _ordered(np.add.outer(a[coarse], b[coarse]).ravel(), weights)
+
+
+def _ordered(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Weighted values as quantiles on the normal grid."""
+    order = np.argsort(values)
+    mass = weights[order] / weights.sum()
+    below, above = np.cumsum(mass) - mass / 2, np.cumsum(mass[::-1])[::-1] - mass / 2
+    scores = np.where(below < 0.5, special.ndtri(np.maximum(below, 1e-300)), -special.ndtri(np.maximum(above, 1e-300)))
+    return np.interp(Z, scores, values[order])
+
+
+def _points(normals: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Points of correlated normals, these given as rows over k independent ones, and the points' weights.
+
+    They are spread by √(1 + 2/k), which reaches further into the tails at the cost of 1 − e^{−2/k} of them.
+    """
+    k = len(normals)
+    wide = 1 + 2 / k
+    points = sobol(k)
+    return points * math.sqrt(wide) @ normals.T, np.exp(-np.sum(points**2, axis=1) * (wide - 1) / 2)
+
+
+def _drawn(lines: Sequence[np.ndarray], normals: np.ndarray) -> np.ndarray:
+    """Quantiles of a sum of functions of correlated normals, these given as rows over independent ones."""
+    latents, weights = _points(normals)
+    return _ordered(sum(np.interp(latents[:, i], Z, line) for i, line in enumerate(lines)), weights)  # pyright: ignore
+
+
+def _together(parts: Sequence[_Part], axes: Sequence[Axis]) -> list[list[_Part]]:
+    """Parts in groups that are correlated."""
+    groups: list[list[_Part]] = []
+    for part in parts:
+        mine = [g for g in groups if any(_joined(part, other, axes) for other in g)]
+        groups = [g for g in groups if g not in mine] + [[*(p for g in mine for p in g), part]]
+    return groups
+
+
+def _joined(a: _Part, b: _Part, axes: Sequence[Axis]) -> bool:
+    if not (a.live or b.live) or not dependent(a.latent.node, b.latent.node):
+        return False
+    return bool(np.max(np.abs(_correlation(a.view, b.view, axes))) > _CORRELATED)
+
+
+def _correlation(a: View, b: View, axes: Sequence[Axis]) -> np.ndarray:
+    """Correlation of two terms at one place, by class."""
+    covariance = cross(a, b, axes) - mean_product(a, b, axes)
+    scales = [lift(marginal_deviation(v), v.node.axes, v.bind, axes, pairs=False) for v in (a, b)]
+    out = covariance / np.maximum(by_type(scales[0], axes, second=False) * by_type(scales[1], axes, second=True), 1e-300)
+    return out[tuple(slice(0, axis.classes) for axis in axes)]
+
+
+def marginal_deviation(view: View) -> np.ndarray:
+    """Standard deviations of a term by class."""
+    table = view.node.table
+    return np.sqrt(np.maximum(table.diagonal - table.mean**2, 0.0))
+
+
+def _correlations(latents: Sequence[View], axes: Sequence[Axis], cell: tuple[int, ...]) -> np.ndarray:
+    """Correlations of the normals behind parts, in one class."""
+    types = [a.types for a in axes]
+    rho = np.eye(len(latents))
+    for i, a in enumerate(latents):
+        for j, b in enumerate(latents[:i]):
+            if dependent(a.node, b.node):
+                rho[i, j] = rho[j, i] = np.broadcast_to(latent_cross(a, b, axes), types)[cell]
+    return rho
+
+
+def _values(part: _Part, axes: Sequence[Axis], cell: tuple[int, ...]) -> np.ndarray:
+    """A part on the normal grid, in one class."""
+    if part.live:
+        return np.broadcast_to(_line(part.view, part.live, axes), (*[a.classes for a in axes], POINTS))[cell]
+    return part.view.node.table.total_mean + math.sqrt(part.view.node.table.variance) * Z
+
+
+def _shaping(view: View, axes: Sequence[Axis]) -> tuple[View, ...]:
+    """The few roots of a term, over these axes, that give it its shape; none where there are none, or it is Gaussian."""
+    node = view.node
+    own = [r.within(view.bind) for r in roots(node)]
+    if len(own) == 1:
+        plain = (isinstance(node, Apply) and node.table.variance == 0) or (own[0].node is node and marginal(node).gaussian)
+        return () if plain else tuple(own)
+    live = [r for r in own if not concentrated(r.node)]  # the scale of a norm is as good as a number
+    if not 0 < len(live) <= _MOST_ROOTS:
+        return ()
+    line = _line(view, live, axes)
+    variance = line**2 @ WEIGHTS - (line @ WEIGHTS) ** 2
+    straight = np.all((line * Z @ WEIGHTS) ** 2 >= _STRAIGHT * variance)
+    return () if straight else tuple(live)
+
+
+def _line(view: View, live: Sequence[View], axes: Sequence[Axis]) -> np.ndarray:
+    """A term's quantiles on the normal grid, the roots that are not live held at their means, (classes or 1..., points).
+
+    Of one live root they are the term along its grid. A function of several is drawn, with the shape of the most common class:
+    what is sampled as μ + e^s·ε has the law of a normal whose scale is another's exponential, heavy-tailed, and not a normal's.
+    """
+    if len(live) == 1:
+        env: Environment = {(r.node.id, r.bind): r.mean(axes)[..., None] for r in _held(view, live)}
+        return evaluate(view, axes, env)
+    cell = tuple(int(np.argmax(a.counts)) for a in axes)
+    latents, weights = _points(factored(_correlations(live, axes, cell), view.node.graph))
+    env = {(r.node.id, r.bind): np.full((1,) * (len(axes) + 1), r.node.table.total_mean) for r in _held(view, live)}
+    for i, root in enumerate(live):
+        line = np.broadcast_to(grid(root, axes), (*[a.classes for a in axes], POINTS))[cell]
+        env[root.node.id, root.bind] = np.interp(latents[:, i], Z, line).reshape((1,) * len(axes) + (-1,))
+    drawn = np.broadcast_to(evaluate(view, axes, env).ravel(), weights.shape)
+    return _ordered(drawn, weights).reshape((1,) * len(axes) + (-1,))
+
+
+def _held(view: View, live: Sequence[View]) -> list[View]:
+    """The other roots of a term."""
+    return [r for r in (x.within(view.bind) for x in roots(view.node)) if r not in live]

@@ -1,0 +1,302 @@
+"""Structure: what changes places and sizes only. A slice is a map on the classes of one axis."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from varscale.theory.domain.axes import Axis, apply_axis, pair_map, shares, sliced
+from varscale.theory.domain.tables import Table
+from varscale.theory.graph import layout
+from varscale.theory.graph.expressions import roots
+from varscale.theory.graph.layout import Atom, Value
+from varscale.theory.graph.nodes import UNKNOWN, Array, Constant, Node, View, array
+from varscale.theory.graph.reshapes import Permute, permute
+from varscale.theory.interpreter.interpreter import Interpreter, elementwise_or_layout, rule
+from varscale.theory.propagation.cross_slices import crossed_slices
+
+
+@rule("broadcast_in_dim")
+def broadcast_in_dim(interpreter: Interpreter, eqn: Any, x: Value, *_: Value) -> Value:
+    return layout.broadcast_in_dim(x, eqn.params["shape"], eqn.params["broadcast_dimensions"])
+
+
+@rule("reshape", "squeeze", "expand_dims")
+def reshape(interpreter: Interpreter, eqn: Any, x: Value, *_: Value) -> Value:
+    if eqn.primitive.name == "squeeze":
+        kept = [d for d in range(len(x.dims)) if d not in {k % len(x.dims) for k in eqn.params["dimensions"]}]
+        return layout.transpose(x, kept)
+    return layout.reshape(x, eqn.outvars[0].aval.shape)
+
+
+@rule("transpose")
+def transpose(interpreter: Interpreter, eqn: Any, x: Value) -> Value:
+    return layout.transpose(x, eqn.params["permutation"])
+
+
+@rule("rev")
+def rev(interpreter: Interpreter, eqn: Any, x: Value) -> Value:
+    """Reversal renumbers positions: each meets another one of the array it was made from."""
+    for d in eqn.params["dimensions"]:
+        x = take(x, d, x.shape[d] - 1, -1, -1)
+    return x
+
+
+class Take(Node):
+    """A slice of one axis; `params` is (axis, start, stop, step). One position left drops the axis."""
+
+    moves = True
+
+    def prepare(self) -> None:
+        self.odd, self.positive = self.args[0].node.odd, self.args[0].node.positive
+
+    def compute(self) -> Table:
+        k, *span = self.params
+        table = self.args[0].node.table
+        new, classes = sliced(table.axes[k], *span)
+        mean, second = apply_axis(table.mean, k, classes), apply_axis(table.second, k, self.types_map(new, classes))
+        if new is None:
+            mean, second = mean.squeeze(k), second.squeeze(k)
+        return Table(self.axes, mean, second)
+
+    def types_map(self, new: Axis | None, classes: np.ndarray) -> np.ndarray:
+        """The map from types of the whole axis to those of the slice, (new, old); of one position "the same" alone."""
+        return pair_map(classes) if new is not None else pair_map(classes)[:1]
+
+    def pullback(self, cotangent: np.ndarray) -> list[np.ndarray | None]:
+        k, *span = self.params
+        return [part_pullback(cotangent, k, self.args[0].node.axes[k], span)]
+
+    def cross_with(self, a: View, b: View, frame: Sequence[Axis]) -> np.ndarray | None:
+        """Two slices of things over one axis (or a whole one), which meet where one position is in both."""
+        return crossed_slices(a, b, frame)
+
+
+def part_pullback(cotangent: np.ndarray, k: int, old: Axis, span: Sequence[Any]) -> np.ndarray:
+    """Cotangents of a slice of axis k read over the whole axis, averaged over each class."""
+    new, classes = sliced(old, *span)
+    if new is None:
+        share = np.zeros(old.classes)
+        share[classes[0].argmax()] = 1.0 / old.counts[classes[0].argmax()]
+        matrix = np.concatenate([share, np.zeros(old.classes**2)])[:, None]
+        return apply_axis(np.expand_dims(cotangent, k), k, matrix)
+    back = (classes * new.counts[:, None]).T / np.maximum(old.counts, 1e-300)[:, None]
+    return apply_axis(cotangent, k, _spread_map(back, new, old))
+
+
+def _slice(span: Sequence[int]) -> tuple[int, int | None, int]:
+    start, stop, step = span
+    return start, (None if step < 0 and stop < 0 else stop), step
+
+
+def _spread_map(back: np.ndarray, new: Axis, old: Axis) -> np.ndarray:
+    """How cotangents of a part read over the whole, zero elsewhere: by the share of pairs of each type that lie in the part."""
+    out = np.zeros((old.types, new.types))
+    out[: old.classes, : new.classes] = back
+    pairs = np.einsum("ac,bd->abcd", back * old.counts[:, None], back * old.counts[:, None])
+    for a in range(old.classes):
+        for c in range(new.classes):  # ordered pairs of one class leave out the diagonal
+            pairs[a, a, c, c] *= max(1 - 1 / max(new.counts[c], 1), 0.0)
+    total = old.pairs[old.classes :].reshape(old.classes, old.classes, 1, 1)
+    out[old.classes :, new.classes :] = (pairs / np.maximum(total, 1.0)).reshape(old.classes**2, new.classes**2)
+    return out
+
+
+def take(x: Value, d: int, start: int, stop: int, step: int) -> Value:
+    """x[start:stop:step] along dimension d (stop = −1 with a negative step means to the beginning)."""
+    n = x.shape[d]
+    positions = range(n)[slice(*_slice((start, stop, step)))]
+    if len(positions) == n and step == 1:
+        return x
+    if not positions:
+        return layout.full(x.node.graph, 0.0, [0 if k == d else m for k, m in enumerate(x.shape)])
+    if step > 1 and n % step == 0 and start < step and len(positions) == n // step:
+        # Every step-th position is one index of a factor of the axis.
+        cut = layout.reshape(x, (*x.shape[:d], n // step, step, *x.shape[d + 1 :]))
+        one = take(cut, d + 1, start, start + 1, 1)
+        return layout.transpose(one, [k for k in range(len(one.dims)) if k != d + 1])
+    dim = x.dims[d]
+    # A slice along the leading factor of a product, or of blocks of it, is a slice of that factor.
+    if len(dim) > 1 and step == 1 and dim:
+        inner = math.prod(a.size for a in dim[1:])
+        if start % inner == 0 and stop % inner == 0:
+            a, b = start // inner, stop // inner
+            lead = take(Value(x.node, (*x.dims[:d], dim[:1], dim[1:], *x.dims[d + 1 :])), d, a, b, 1)
+            return Value(lead.node, (*lead.dims[:d], (*lead.dims[d], *lead.dims[d + 1]), *lead.dims[d + 2 :]))
+    x = layout.merged(x, d)
+    (atom,) = x.dims[d] or (Atom(1, None),)
+    if atom.axis is None:
+        new: tuple[Atom, ...] = (Atom(len(positions), None),) if len(positions) > 1 else ()
+        return Value(x.node, (*x.dims[:d], new, *x.dims[d + 1 :]))
+    node = take_node(x.node, atom.axis, start, stop, step)
+    return _resized(x, node, d, atom.axis, len(positions))
+
+
+def _resized(x: Value, node: Node, d: int, k: int, size: int) -> Value:
+    """`x` over `node`, in which axis k (dimension d) has another size; an axis of size 1 is gone."""
+    if isinstance(node, Constant):
+        dims = [tuple(Atom(a.size, None) for a in dim) for dim in x.dims]
+        dims[d] = (Atom(size, None),) if size > 1 else ()
+        return Value(node, tuple(dims))
+    gone = size == 1
+    dims = [tuple(a if a.axis is None or a.axis < k or not gone else Atom(a.size, a.axis - 1) for a in dim) for dim in x.dims]
+    dims[d] = () if gone else (Atom(size, k),)
+    return Value(node, tuple(dims))
+
+
+def take_node(node: Node, k: int, start: int, stop: int, step: int) -> Node:
+    """A slice of axis k, pushed through elementwise nodes to their roots."""
+    graph, old = node.graph, node.axes[k]
+    new, _ = sliced(old, *_slice((start, stop, step)))
+    axes = (*node.axes[:k], *([new] if new is not None else []), *node.axes[k + 1 :])
+    if isinstance(node, Array):
+        index = [slice(None)] * len(node.axes)
+        index[k] = slice(*_slice((start, stop, step)))
+        numbers = node.values[tuple(index)]
+        return array(graph, numbers.squeeze(k) if new is None else numbers, axes)
+    if node.entrywise:
+        args = []
+        for child, bind in node.args:
+            if k in bind:
+                j = bind.index(k)
+                child = take_node(child, j, start, stop, step)
+                if new is None and not isinstance(child, Constant):
+                    bind = (*bind[:j], *bind[j + 1 :])
+                bind = () if isinstance(child, Constant) else bind
+            args.append(View(child, tuple(b - (new is None and b > k) for b in bind)))
+        span = _slice((start, stop, step))
+        return graph.derive(node, node.rebuilt(axes, args), lambda g: part_pullback(g, k, old, span))
+    inside = _taken_inside(node, k, start, stop, step)
+    if inside is not None:
+        span = _slice((start, stop, step))
+        return graph.derive(node, inside, lambda g: part_pullback(g, k, old, span))
+    if step == 1 and (part := node.part(k, start, stop)) is not None:
+        return part
+    return graph.make(Take, axes, [View(node, tuple(range(len(node.axes))))], (k, *_slice((start, stop, step))))
+
+
+def _taken_inside(node: Node, k: int, start: int, stop: int, step: int) -> Node | None:
+    """The slice of what a node is made from, made into such a node again: of averages, of axes in another order, of slices."""
+    inside = node.inside(k, lambda x, j: take_node(x, j, start, stop, step))
+    if inside is not None:
+        return inside
+    if isinstance(node, Permute):
+        source, at = node.args[0].node, node.params[k]
+        part = take_node(source, at, start, stop, step)
+        if len(part.axes) == len(source.axes):
+            return permute(part, node.params)
+        return permute(part, [j - (j > at) for j in node.params if j != at]) if part.axes else part
+    if isinstance(node, Take) and node.params[0] == k and len(node.axes) == len(node.args[0].node.axes):
+        source, span = node.args[0].node, node.params[1:]
+        left = range(source.axes[k].size)[slice(*span)][slice(*_slice((start, stop, step)))]
+        return take_node(source, k, left.start, left.stop, left.step)
+    return None
+
+
+@rule("slice")
+def slice_(interpreter: Interpreter, eqn: Any, x: Value) -> Value:
+    p = eqn.params
+    strides = p["strides"] or (1,) * len(x.dims)
+    for d, (start, stop, step) in enumerate(zip(p["start_indices"], p["limit_indices"], strides, strict=True)):
+        x = take(x, d, start, stop, step)
+    return x
+
+
+@rule("split")
+def split(interpreter: Interpreter, eqn: Any, x: Value) -> list[Value]:
+    edges = np.cumsum([0, *eqn.params["sizes"]])
+    return [take(x, eqn.params["axis"], int(a), int(b), 1) for a, b in itertools.pairwise(edges)]
+
+
+class Window(Node):
+    """As many positions of an axis from a random place on, any as likely; `params` is (axis, size, id of the start)."""
+
+    def prepare(self) -> None:
+        self.odd, self.positive = self.args[0].node.odd, self.args[0].node.positive
+
+    def _pairs(self) -> np.ndarray:
+        """Pairs of each type of the whole axis at each place, (places, types)."""
+        k, size, _ = self.params
+        axis = self.args[0].node.axes[k]
+        members = np.concatenate([np.zeros((1, axis.classes)), np.cumsum(np.eye(axis.classes)[axis.label_array], axis=0)])
+        counts = members[size:] - members[:-size]
+        pairs = np.einsum("sa,sb->sab", counts, counts) - np.einsum("sa,ab->sab", counts, np.eye(axis.classes))
+        return np.concatenate([counts, pairs.reshape(len(counts), -1)], axis=1)
+
+    def compute(self) -> Table:
+        k, size, _ = self.params
+        table, pairs = self.args[0].node.table, self._pairs()
+        axis = table.axes[k]
+        classes = pairs[:, : axis.classes]
+        share = classes.mean(axis=0, keepdims=True) / size
+        rows = np.zeros((2, axis.types))
+        rows[0, : axis.classes] = share[0]
+        rows[1, axis.classes :] = pairs[:, axis.classes :].mean(axis=0) / max(size * (size - 1), 1)
+        mean, second = apply_axis(table.mean, k, share), apply_axis(table.second, k, rows[: 1 + (size > 1)])
+        if size == 1:
+            mean, second = mean.squeeze(k), second.squeeze(k)
+        # Where it starts may depend on what it holds: then it may hold the most or the least that there is at any place.
+        squares = (classes / size) @ _by_class(table, k)
+        off = np.abs(squares / max(float(squares.mean()), 1e-300) - 1)
+        self.graph.flag("assumed", min(float(off.max()), UNKNOWN))
+        return Table(self.axes, mean, second)
+
+    def pullback(self, cotangent: np.ndarray) -> list[np.ndarray | None]:
+        k, size, _ = self.params
+        axis = self.args[0].node.axes[k]
+        expected = self._pairs().mean(axis=0) / np.maximum(axis.pairs, 1e-300)
+        back = np.stack([np.where(axis.agrees, expected, 0.0), expected], axis=1)
+        back[: axis.classes, 1] = 0.0
+        wide = cotangent if size > 1 else np.expand_dims(cotangent, k)
+        return [apply_axis(wide, k, back[:, : 1 + (size > 1)])]
+
+
+def _by_class(table: Table, k: int) -> np.ndarray:
+    """E[x²] by class of axis k."""
+    squares = np.moveaxis(table.diagonal, k, 0)
+    others = (*table.axes[:k], *table.axes[k + 1 :])
+    return squares.reshape(len(squares), -1) @ shares(others)
+
+
+def _taken_at_random(x: Value, d: int, size: int, start: Value) -> Value:
+    """`size` positions of dimension d from a random start on: of positions that are all alike the first are as good as any."""
+    x = layout.merged(x, d)
+    (atom,) = x.dims[d] or (Atom(1, None),)
+    k = atom.axis
+    if k is None or size == atom.size:
+        return take(x, d, 0, size, 1)
+    known = [root for root in roots(x.node) if isinstance(root.node, Array) and k in root.bind]
+    if x.node.axes[k].classes == 1 and not known:
+        return take(x, d, 0, size, 1)
+    axes = (*x.node.axes[:k], *([Axis(size)] if size > 1 else []), *x.node.axes[k + 1 :])
+    whole = View(x.node, tuple(range(len(x.node.axes))))
+    return _resized(x, x.node.graph.make(Window, axes, [whole], (k, size, start.node.id)), d, k, size)
+
+
+@rule("dynamic_slice")
+def dynamic_slice(interpreter: Interpreter, eqn: Any, x: Value, *starts: Value) -> Value:
+    """A start that is known is a slice."""
+    for d, (size, start) in enumerate(zip(eqn.params["slice_sizes"], starts, strict=True)):
+        known = interpreter.concrete(start)
+        if known is None:
+            x = _taken_at_random(x, d, size, start)
+        else:
+            first = int(np.clip(known, 0, x.shape[d] - size))
+            x = take(x, d, first, first + size, 1)
+    return x
+
+
+@rule("iota")
+def iota(interpreter: Interpreter, eqn: Any, *_: Value) -> Value:
+    p = eqn.params
+    numbers = interpreter.known(np.arange(p["shape"][p["dimension"]]))
+    return layout.broadcast_in_dim(numbers, p["shape"], (p["dimension"],))
+
+
+elementwise_or_layout(
+    "tile", "broadcast_in_dim", "reshape", "squeeze", "expand_dims", "transpose", "slice", "split", "iota", "rev"
+)

@@ -1,0 +1,53 @@
+"""The law of logits that are functions of others, or few, or positive: softmax takes what is Gaussian for Gaussian alone."""
+
+from __future__ import annotations
+
+import numpy as np
+from scipy import special
+
+from varscale.theory.graph.expressions import Apply, Sum, roots
+from varscale.theory.graph.nodes import Array, Node, View
+from varscale.theory.integrals.hermite_series import WEIGHTS, Z
+from varscale.theory.propagation.expectations import concentrated, evaluate, marginal, over_classes
+
+_STRAIGHT = 1e-3  # of a standard deviation, by which values on the normal grid are off a line where they count as Gaussian
+_DRAWS = 50_000
+_DIGITS = 3
+
+
+def standard_law(node: Node) -> tuple[float, ...] | None:
+    """Values on the normal grid with mean 0 and variance 1; None where they are a straight line."""
+    return node.graph.once(("standard law", node.id), lambda: _standard_law(node))
+
+
+def _standard_law(node: Node) -> tuple[float, ...] | None:
+    if isinstance(node, Sum) and any(isinstance(view.node, Array) for view in node.args):
+        return None  # known numbers have a doubt of their own
+    line = _line(node)
+    if line is None or len(line) != len(Z):
+        return None
+    line = line - line @ WEIGHTS
+    deviation = float(np.sqrt(line**2 @ WEIGHTS))
+    if deviation <= 0:
+        return None
+    line = line / deviation
+    if float((line - np.sign(line @ (WEIGHTS * Z)) * Z) ** 2 @ WEIGHTS) < _STRAIGHT**2:
+        return None
+    return tuple(np.round(line, _DIGITS).tolist())
+
+
+def _line(node: Node) -> np.ndarray | None:
+    """Values on the normal grid; None where they are Gaussian."""
+    if not isinstance(node, Apply):
+        law = marginal(node)
+        return None if law.gaussian else over_classes(law.values, node.axes)
+    own = roots(node)
+    live = [r for r in own if not concentrated(r.node)]
+    if len(live) == 1:
+        env = {(r.node.id, r.bind): r.mean(node.axes)[..., None] for r in own if r not in live}
+        values = evaluate(View(node, tuple(range(len(node.axes)))), node.axes, env)
+        return over_classes(np.asarray(values, float), node.axes)
+    from varscale.theory.rules.sampled_primitive import draw
+
+    drawn = draw(node, [1] * len(node.axes), _DRAWS, np.random.default_rng(0)).ravel()
+    return np.quantile(drawn, special.ndtr(Z))

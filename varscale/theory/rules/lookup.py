@@ -1,0 +1,376 @@
+"""Lookups: a row of a table for each index; two equal indices give the same row, so what counts is how often they repeat."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from varscale.theory.domain.axes import Axis, contract_axis, labelled
+from varscale.theory.domain.tables import Table
+from varscale.theory.graph import layout
+from varscale.theory.graph.expressions import roots
+from varscale.theory.graph.layout import Atom, Value
+from varscale.theory.graph.nodes import Array, Graph, Leaf, Node, View
+from varscale.theory.interpreter.interpreter import Interpreter, rule
+from varscale.theory.rules.axis import take
+from varscale.theory.rules.padding import classed_axes, padded, repeat_rates, unresolved
+
+_RESOLVED = 1e-3  # of a mean over rows that are looked up, what classes may miss
+
+
+class Gather(Node):
+    """Rows of a table by index; `params` is (its row axes, index axes of the output, repeat rates, rows, classes, ids).
+
+    Where the rows have classes and the indices are one known axis, `classes` are those of the rows behind its own classes.
+    `ids` tells one array of indices from another: the key of known ones in the graph's store, or the node of unknown ones.
+
+    The frame of its view is this node's axes and then the rows' own.
+    """
+
+    def prepare(self) -> None:
+        """What indices are computed from decides, too: the nearest row is no row like others, and may turn with the table."""
+        self.odd, self.positive = self.args[0].node.odd, self.args[0].node.positive
+        picker = self.graph.memo.get(("picker", self.params[5]))
+        if picker is not None:
+            self.deps |= picker.deps
+            self.odd &= picker.unseen
+            self.even &= picker.unseen
+
+    @property
+    def known(self) -> np.ndarray | None:
+        """The indices, flat, where they are known."""
+        return self.graph.memo.get(("indices", self.params[5]))
+
+    @property
+    def line(self) -> np.ndarray | None:
+        """The known indices where they run over one axis and pick along one."""
+        return self.known if len(self.params[0]) == len(self.params[1]) == 1 else None
+
+    @property
+    def indexed(self) -> list[Axis]:
+        """The axes of the indices; without their classes where those are the rows'."""
+        return [Axis(self.axes[k].size) if self.params[4] else self.axes[k] for k in self.params[1]]
+
+    def rates(self) -> np.ndarray:
+        """P(same row) over the types of the indices."""
+        rates, rows = self.params[2:4]
+        if rates is not None:
+            return np.array(rates).reshape([axis.types for axis in self.indexed])
+        same = functools.reduce(np.logical_and.outer, [axis.agrees for axis in self.indexed], np.array(True))
+        return np.where(same, 1.0, 1.0 / rows)
+
+    def compute(self) -> Table:
+        row_axes, places, _, _, classes, _ = self.params
+        view = self.args[0]
+        table = view.node.table
+        if classes:
+            return self._by_class(table)
+        if self.known is not None and any(axis.labels for axis in self.indexed):
+            ids = self.known.reshape([axis.size for axis in self.indexed])
+            doubt = unresolved(self.graph, ids, self.indexed, self.rates())
+            self.graph.flag("assumed" if doubt > _RESOLVED else "quadrature", doubt + padded(self.graph).doubt)
+        mean = table.mean
+        for k in sorted(row_axes, reverse=True):
+            mean = contract_axis(mean, k, table.axes[k].counts / table.axes[k].size)
+        same, other = _same_and_different(table.second, table.axes, row_axes, self.params[3])
+        kept = [self.args[0].bind[k] for k in range(len(table.axes)) if k not in row_axes]
+        order = np.argsort(kept)
+        shape = [1] * len(self.axes)
+        for k in kept:
+            shape[k] = self.axes[k].types
+        same, other = same.transpose(order).reshape(shape), other.transpose(order).reshape(shape)
+        rate_shape = [axis.types if k in places else 1 for k, axis in enumerate(self.axes)]
+        rate = self.rates().reshape(rate_shape)
+        second = rate * same + (1 - rate) * other
+        mean_shape = [1] * len(self.axes)
+        for k in kept:
+            mean_shape[k] = self.axes[k].classes
+        mean = np.broadcast_to(mean.transpose(order).reshape(mean_shape), [a.classes for a in self.axes])
+        return Table(self.axes, np.array(mean), np.array(np.broadcast_to(second, [a.types for a in self.axes])))
+
+    def picked(self, positions: Sequence[np.ndarray], replicates: int, rng: np.random.Generator) -> np.ndarray:
+        """Rows of known numbers by indices that are drawn, at these positions of its axes, (replicates, ...)."""
+        row_axes, index_axes = self.params[:2]
+        table, bind = self.args[0].node, self.args[0].bind
+        assert isinstance(table, Array)
+        kept = [k for k in range(len(table.axes)) if k not in row_axes]
+        rows = table.values.transpose([*row_axes, *kept]).reshape(-1, *[table.axes[k].size for k in kept])
+        rows = rows[np.ix_(np.arange(len(rows)), *[positions[bind[k]] for k in kept])]
+        out = rows[rng.integers(len(rows), size=(replicates, *[len(positions[k]) for k in index_axes]))]
+        order = np.argsort([*index_axes, *(bind[k] for k in kept)])
+        return out.transpose([0, *(1 + int(k) for k in order)])
+
+    def _by_class(self, table: Table) -> Table:
+        """Two indices give one row at the rate they repeat, which only indices of one class do."""
+        (row,), (index,), _, _, classes, _ = self.params
+        axis, own = table.axes[row], self.axes[index]
+        picked = np.array(classes)
+        same = np.concatenate([picked, picked[own.first[own.classes :]]])
+        other = axis.classes + picked[own.first] * axis.classes + picked[own.second]
+        alike = own.first == own.second
+        share = own.pairs[own.classes :].sum() / max(own.pairs[own.classes :][alike[own.classes :]].sum(), 1.0)
+        rate = np.where(alike, np.minimum(self.rates()[1] * share, 1.0), 0.0)
+        rate[: own.classes] = 1.0
+        shape = [1] * table.second.ndim
+        shape[row] = -1
+        rate = rate.reshape(shape)
+        second = rate * np.take(table.second, same, axis=row) + (1 - rate) * np.take(table.second, other, axis=row)
+        mean = np.take(table.mean, picked, axis=row)
+        # The row axis becomes the index axis; the others keep their places.
+        places = [index if k == row else b for k, b in enumerate(self.args[0].bind)]
+        order = np.argsort(places)
+        return Table(self.axes, mean.transpose(order), second.transpose(order))
+
+    def cross_with(self, a: View, b: View, frame: Sequence[Axis]) -> np.ndarray | None:
+        """Two lookups along one axis, of tables with the same rows: they agree as often as their indices do."""
+        from varscale.theory.domain.tables import lift
+        from varscale.theory.propagation.cross_moments import cross
+        from varscale.theory.rules.linear import weight_of
+
+        weights = weight_of(self), weight_of(b.node)
+        if None not in weights and weights[0] is not weights[1]:
+            return np.zeros((1,) * len(frame))
+        other = b.node
+        if not isinstance(other, Gather) or self.args[0].node.axes != other.args[0].node.axes:
+            return None
+        x, y = self.args[0].node, other.args[0].node
+        ids = [i for n in (self, other) if (i := n.line) is not None]
+        same_places = a.bind == b.bind and self.args[0].bind == other.args[0].bind
+        if not same_places or len(ids) < 2 or len(ids[0]) != len(ids[1]):
+            return self._unrelated(other, a, b, frame)
+        (row,), (index,) = self.params[0], self.params[1]
+        axis = x.axes[row]
+        own = tuple(range(len(x.axes)))
+        table = np.broadcast_to(cross(View(x, own), View(y, own), x.axes), x.frame_types)
+        same, apart = contract_axis(table, row, axis.same), contract_axis(table, row, axis.different)
+        n = len(ids[0])
+        here = float(np.mean(ids[0] == ids[1]))
+        counts = [np.bincount(i, minlength=axis.size).astype(float) for i in ids]
+        there = float((counts[0] @ counts[1] - n * here) / (n * (n - 1)))
+        rate = np.where(self.axes[index].agrees, here, there)
+        second = np.moveaxis(np.multiply.outer(rate, same) + np.multiply.outer(1 - rate, apart), 0, row)
+        bind = [index if k == row else b for k, b in enumerate(self.args[0].bind)]
+        return lift(second, [self.axes[k] for k in bind], [a.bind[k] for k in bind], frame, pairs=True)
+
+    def _unrelated(self, other: Gather, a: View, b: View, frame: Sequence[Axis]) -> np.ndarray | None:
+        """Two lookups at positions that have nothing to do with each other: any index of one meets any of the other."""
+        from varscale.theory.domain.tables import lift
+        from varscale.theory.propagation.cross_moments import cross
+
+        x, y = self.args[0].node, other.args[0].node
+        row_axes, rows = self.params[0], self.params[3]
+        kept = [k for k in range(len(x.axes)) if k not in row_axes]
+        places = [[view.bind[n.args[0].bind[k]] for k in kept] for n, view in ((self, a), (other, b))]
+        if row_axes != other.params[0] or places[0] != places[1]:
+            return None
+        own = tuple(range(len(x.axes)))
+        table = np.broadcast_to(cross(View(x, own), View(y, own), x.axes), x.frame_types)
+        same, different = _same_and_different(table, x.axes, row_axes, rows)
+        rate = 1 / rows
+        if self.known is not None and other.known is not None:
+            one, two = (np.bincount(i, minlength=rows) / len(i) for i in (self.known, other.known))
+            rate = float(one[:rows] @ two[:rows])
+        second = rate * same + (1 - rate) * different
+        return lift(second, [x.axes[k] for k in kept], places[0], frame, pairs=True)
+
+    def pullback(self, cotangent: np.ndarray) -> list[np.ndarray | None]:
+        """Cotangents add up in the rows they came from: a row gets as many pairs of them as there are indices that agree."""
+        row_axes, index_axes, _, rows = self.params[:4]
+        source, bind = self.args[0].node.axes, self.args[0].bind
+        known = self.line
+        if known is not None:
+            out = self._to_known_rows(cotangent, known)
+        else:
+            axes = [self.axes[k] for k in index_axes]
+            pairs = functools.reduce(np.multiply.outer, [a.pairs for a in axes], np.array(1.0))
+            rate = self.rates()
+            same, other = (
+                np.tensordot(w, cotangent, axes=(range(len(axes)), index_axes))
+                for w in (pairs * rate / rows, pairs * (1 - rate) / max(rows * (rows - 1), 1))
+            )
+            own = functools.reduce(np.logical_and.outer, [source[k].agrees for k in sorted(row_axes)], np.array(True))
+            out = np.multiply.outer(own, same) + np.multiply.outer(~own, other)
+        # Row axes come first here, then the others in the order of this node's axes; they go where the table has them.
+        kept = [k for k in range(len(source)) if k not in row_axes]
+        order = [*sorted(row_axes), *sorted(kept, key=lambda k: bind[k])]
+        return [out.transpose(np.argsort(order))]
+
+    def _to_known_rows(self, cotangent: np.ndarray, known: np.ndarray) -> np.ndarray:
+        """The same by class of the rows, where it is known how often each is looked up; the row axis first."""
+        (row,), (index,) = self.params[0], self.params[1]
+        axis, own = self.args[0].node.axes[row], self.axes[index]
+        counts = np.bincount(np.clip(known, 0, axis.size - 1), minlength=axis.size).astype(float)
+        alone, differ = contract_axis(cotangent, index, own.same), contract_axis(cotangent, index, own.different)
+        within, between = self._pairs_of_rows(known, alone, differ)
+        members = np.eye(axis.classes)[axis.label_array].T
+        number, squares = members @ counts, members @ counts**2
+        pairs = (np.outer(number, number) - np.diag(squares)).ravel() / np.maximum(axis.pairs[axis.classes :], 1.0)
+        one = np.multiply.outer(number / axis.counts, alone) + np.multiply.outer((squares - number) / axis.counts, within)
+        return np.concatenate([one, np.multiply.outer(pairs, between)])
+
+    def _pairs_of_rows(self, known: np.ndarray, alone: np.ndarray, differ: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """What two cotangents share on average within a row, and between rows: positions of one segment share theirs.
+
+        A sum by segment hands every position of it the same cotangent, and lookups that share a row seldom share a segment:
+        of the pairs that differ, those of one segment are taken out, as far as they go.
+        """
+        segments = self.graph.memo.get(("segmented", len(known)))
+        if segments is None:
+            return differ, differ
+        runs = lambda *x: np.unique(np.stack(x), axis=-1, return_counts=True)[1].astype(float)  # noqa: E731
+        pairs = lambda n: float(np.sum(n * (n - 1)))  # noqa: E731
+        total, rows, both, shared = (
+            pairs(np.array([float(len(known))])),
+            *map(pairs, (runs(known), runs(known, segments), runs(segments))),
+        )
+        # Pairs of one segment are as much alike as a position and itself, as far as that goes; what a softmax by segment took
+        # out (pairs are opposed) it took out within segments.
+        inside = np.where(
+            differ * alone > 0,
+            np.sign(alone) * np.minimum(np.abs(alone), np.abs(differ) * total / max(shared, 1.0)),
+            differ * total / max(shared, 1.0),
+        )
+        apart = (differ * total - inside * shared) / max(total - shared, 1.0)
+        within = (both * inside + (rows - both) * apart) / max(rows, 1.0)
+        between = ((shared - both) * inside + (total - rows - shared + both) * apart) / max(total - rows, 1.0)
+        return within, between
+
+
+def _same_and_different(
+    second: np.ndarray, axes: Sequence[Axis], row_axes: Sequence[int], rows: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Means over pairs of a row and itself, and of two of the `rows`, which may agree along some axes but not along all."""
+    same, any_two = second, second
+    for k in sorted(row_axes, reverse=True):
+        same, any_two = contract_axis(same, k, axes[k].same), contract_axis(any_two, k, axes[k].any_pair)
+    return same, (rows * any_two - same) / max(rows - 1, 1)
+
+
+def base_ids(node: Node) -> Node:
+    """The random or known index behind the wrap-around of negative ones."""
+    while not isinstance(node, Array | Leaf):
+        own = roots(node)
+        if len(own) != 1 or own[0].node is node:
+            return node
+        node = own[0].node
+    return node
+
+
+@rule("gather")
+def gather(interpreter: Interpreter, eqn: Any, x: Value, ids: Value) -> Any:
+    """One known index is a slice, rows by index are a lookup; what is picked otherwise is sampled."""
+    p, shape = eqn.params, eqn.outvars[0].aval.shape
+    d = p["dimension_numbers"]
+    if x.constant is not None:
+        return layout.full(interpreter.graph, x.constant, shape)
+    known, sizes = interpreter.concrete(ids), p["slice_sizes"]
+    if known is not None and known.reshape(-1, known.shape[-1]).shape[0] == 1:
+        starts = dict(zip(d.start_index_map, known.ravel().astype(int), strict=True))
+        for dim, size in enumerate(sizes):
+            start = int(np.clip(starts.get(dim, 0), 0, x.shape[dim] - size))
+            x = take(x, dim, start, start + size, 1)
+        return layout.reshape(x, shape)
+    collapsed = set(d.collapsed_slice_dims)
+    whole = all(s == n for k, (s, n) in enumerate(zip(sizes, x.shape, strict=True)) if k not in collapsed)
+    if set(d.start_index_map) == collapsed and whole and not d.operand_batching_dims:
+        return looked_up(interpreter, d, shape, x, ids)
+    from varscale.theory.rules.sampled_primitive import sampled
+
+    return sampled(interpreter, eqn, x, ids)
+
+
+def looked_up(interpreter: Interpreter, d: Any, shape: Sequence[int], x: Value, ids: Value) -> Value:
+    """Rows of a table, its axes `d.start_index_map`, by index."""
+    known, picked = interpreter.concrete(ids), tuple(d.start_index_map)
+    for dim in range(len(x.dims)):
+        x = layout.merged(layout.materialize(x, [dim]), dim)
+    batch = [k for k in range(len(shape)) if k not in d.offset_dims]
+    rows = math.prod(x.shape[k] for k in picked)
+    line = known.ravel().astype(int) if known is not None and known.size == max(known.shape) and len(picked) == 1 else None
+    labels = _row_labels(x, picked[0], line) if line is not None else None
+    axes, rates, index_atoms = _index_axes(interpreter.graph, ids, known, [shape[k] for k in batch], labels)
+    dims: list[tuple[Atom, ...]] = [()] * len(shape)
+    for k, atoms in zip(batch, index_atoms, strict=True):
+        dims[k] = atoms
+    index_axes = tuple(range(len(axes)))
+    bind: dict[int, int] = {}
+    row_axes: list[int] = []
+    kept = [k for k in range(len(x.dims)) if k not in picked]
+    for k, out in zip(kept, d.offset_dims, strict=True):
+        if x.dims[k]:
+            axis = x.dims[k][0].axis
+            assert axis is not None
+            bind[axis] = len(axes)
+            dims[out] = (Atom(x.shape[k], len(axes)),)
+            axes.append(x.node.axes[axis])
+    for k in picked:
+        if x.dims[k] and (axis := x.dims[k][0].axis) is not None:
+            row_axes.append(axis)
+            bind[axis] = -1
+    view = View(x.node, tuple(bind[k] for k in range(len(x.node.axes))))
+    frozen = None if rates is None else tuple(np.round(rates, 12).ravel())
+    classes: tuple[int, ...] = ()
+    if labels is not None and index_axes and row_axes:
+        own = axes[0].label_array
+        classes = tuple(int(labels[np.argmax(own == c)]) for c in range(axes[0].classes))
+    if known is None:
+        picker = base_ids(ids.node)
+        which, interpreter.graph.memo["picker", picker.id] = picker.id, picker
+    else:
+        which = _stored(interpreter.graph, known, [x.shape[k] for k in picked])
+    node = interpreter.graph.make(Gather, axes, [view], (tuple(row_axes), index_axes, frozen, rows, classes, which))
+    return Value(node, tuple(dims))
+
+
+def _stored(graph: Graph, known: np.ndarray, sizes: Sequence[int]) -> str:
+    """The key of known indices, flat and as numbers of whole rows, in the graph's store."""
+    flat = known.reshape(-1, known.shape[-1]).astype(int)
+    codes = np.ravel_multi_index(tuple(flat.T), tuple(sizes), mode="clip")
+    key = hashlib.sha1(codes.tobytes()).hexdigest()
+    graph.memo["indices", key] = codes
+    return key
+
+
+def _row_labels(x: Value, d: int, ids: np.ndarray) -> np.ndarray | None:
+    """The class of the row that each index looks up."""
+    place = x.dims[d][0].axis if x.dims[d] else None
+    axis = None if place is None else x.node.axes[place]
+    if axis is None or axis.classes == 1:
+        return None
+    return axis.label_array[np.clip(ids, 0, axis.size - 1)]
+
+
+def _index_axes(
+    graph: Graph, ids: Value, known: np.ndarray | None, shape: Sequence[int], labels: np.ndarray | None
+) -> tuple[list[Axis], np.ndarray | None, list[tuple[Atom, ...]]]:
+    """Axes of the indices, their repeat rates (None: unknown, as good as uniform) and the atoms of the batch dimensions.
+
+    A line of known indices has the classes of the rows that they look up, others have those that tell paddings apart.
+    """
+    atoms: list[tuple[Atom, ...]] = []
+    count = 0
+    for k, n in enumerate(shape):
+        # Unknown indices differ along the axes they run over, and repeat along those they are broadcast on.
+        mine = ids.dims[k] if known is None else (Atom(n, 0),) if n > 1 else ()
+        atoms.append(tuple(atom if atom.axis is None else Atom(atom.size, count + i) for i, atom in enumerate(mine)))
+        count += sum(atom.axis is not None for atom in mine)
+    if known is None:
+        return [Axis(a.size) for dim in atoms for a in dim if a.axis is not None], None, atoms
+    _, codes = np.unique(known.reshape(-1, known.shape[-1]), axis=0, return_inverse=True)
+    codes = codes.reshape([n for n in shape if n > 1])
+    if labels is not None:
+        return [labelled(labels)], repeat_rates(codes, [Axis(len(labels))]), atoms
+    axes = classed_axes(graph, codes)
+    return axes, repeat_rates(codes, axes), atoms
+
+
+@rule("scatter")
+def scatter(interpreter: Interpreter, eqn: Any, x: Value, ids: Value, updates: Value) -> Any:
+    from varscale.theory.rules.sampled_primitive import sampled
+
+    return sampled(interpreter, eqn, x, ids, updates)

@@ -1,0 +1,274 @@
+"""What a loop over time puts out: its moments, pooled from draws, and what flows back through it."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from scipy import special
+
+from varscale import _compat
+from varscale.theory.domain.axes import Axis
+from varscale.theory.domain.random_arrays import gaussian
+from varscale.theory.domain.tables import Table, lift
+from varscale.theory.graph.layout import Atom, Value, materialize, merged
+from varscale.theory.graph.nodes import Node, View
+from varscale.theory.integrals.hermite_series import POINTS, WEIGHTS, Z
+from varscale.theory.interpreter.interpreter import Complex, Interpreter, Opaque, parts
+from varscale.theory.propagation.fluctuations import Spread, combine, full, handed_on
+from varscale.theory.propagation.joint_sample import steps
+from varscale.theory.propagation.sample_moments import by_level, cross_moments, pooled, table_of_draws
+from varscale.theory.propagation.sampler import evenly, picked
+from varscale.theory.rules.sampled_loop import CannotDraw, Loop, Operand, operand, shrunk
+
+_MEMORY = 2**28  # bytes of the states that a backward pass keeps
+# Set on the validation grid, not derived, both: of a gradient at sizes smaller than the whole; of one whose order in time is
+# lost on its way from one loop to another.
+_DOUBT, _LOOSE = 0.1, 0.5
+
+
+class Looped(Node):
+    """An output of a loop; `params` is (key of the loop, which part, the places in the output of this node's axes)."""
+
+    how = "sampled"
+    timed = True
+    gradient_doubt = _DOUBT
+
+    @property
+    def loop(self) -> Loop:
+        return self.graph.memo["loop", self.params[0]]
+
+    @functools.cached_property
+    def _layout(self) -> tuple[list[np.ndarray], np.ndarray]:
+        """The positions drawn along its axes, and the numbers drawn there, (replicates, positions...)."""
+        numbers = self.loop.outputs[self.params[1]]
+        return _positions(self.axes, self._own(numbers).shape[1:]), self._own(numbers)
+
+    def draws(self) -> np.ndarray:
+        return self._layout[1]
+
+    def _own(self, numbers: np.ndarray) -> np.ndarray:
+        """Numbers of the output over this node's axes: along its other dimensions it is constant."""
+        dims = self.params[2]
+        index = [slice(None) if d in dims else 0 for d in range(numbers.ndim - 1)]
+        return numbers[(slice(None), *index)]
+
+    def compute(self) -> Table:
+        positions, numbers = self._layout
+        table = table_of_draws(self, numbers, positions)
+        self.drawn = self._quantiles()
+        return table
+
+    def _quantiles(self) -> np.ndarray:
+        """Its values on the normal grid, class by class."""
+        positions, numbers = self._layout
+        out = np.empty((*[a.classes for a in self.axes], POINTS))
+        labels = [a.label_array[p] for a, p in zip(self.axes, positions, strict=True)]
+        for cell in np.ndindex(*out.shape[:-1]):
+            own = numbers
+            for k, (label, c) in enumerate(zip(labels, cell, strict=True)):
+                own = np.compress(label == c, own, axis=1 + k)
+            line = np.sort(own, axis=None)
+            drawn = np.interp(special.ndtr(Z) * len(line) - 0.5, np.arange(len(line)), line)
+            # The grid ends where the draws do: what their tails lack is made up for by the rest.
+            scale = math.sqrt(max(WEIGHTS @ drawn**2, 1e-300) / max(float(np.mean(line.astype(float) ** 2)), 1e-300))
+            out[cell] = drawn / scale
+        return out
+
+    @functools.cached_property
+    def fluctuation(self) -> Spread:
+        """Of its mean square: what it hands on of its inputs', and what finitely many units and the weights' draw give it.
+
+        Two samples of one draw share its weights and nothing else, so the covariance of their mean squares is due to them.
+        """
+        loop, which = self.loop, self.params[1]
+        inputs = [v.node for x in loop.operands if x.random and not x.weight for v in x.value]
+        loudest = max(inputs, key=lambda node: math.prod(a.size for a in node.axes), default=None)
+        numbers = self._layout[1].astype(float) ** 2
+        steps = 1 if self._is_stacked else 0
+        each = numbers.mean(axis=tuple(k for k in range(1, numbers.ndim) if k != 1 + steps))
+        shared = 0.0
+        if each.ndim == 2 and each.shape[1] > 1:
+            n = each.shape[1]
+            pairs = (each.sum(axis=1) ** 2 - (each**2).sum(axis=1)) / (n * (n - 1))
+            shared = float(pairs.mean() / max(each.mean() ** 2, 1e-300)) - 1
+        own = {~self.id: math.sqrt(max(shared, 0.0) / loop.width_ratio)}
+        inherited = combine([(loop.response[which], full(loudest))] if loudest is not None else [])
+        return dataclasses.replace(inherited, sources={**inherited.sources, **own})
+
+    @property
+    def _is_stacked(self) -> bool:
+        return 0 in self.params[2] and self.params[3]
+
+    def pullback(self, cotangent: np.ndarray) -> list[np.ndarray | None]:
+        loop, which, dims = self.loop, self.params[1], self.params[2]
+        whole = loop.outputs[which].shape[1:]
+        replicates = int(np.clip(_MEMORY / max(loop.memory, 1), 2, loop.replicates))
+        seed = np.zeros((replicates, *whole), np.float32)
+        index = (slice(None), *(slice(None) if d in dims else 0 for d in range(len(whole))))
+        seed[index] = self._arriving(np.broadcast_to(cotangent, self.frame_types), replicates)
+        self.graph.memo.setdefault("pulled back", []).append(self)
+        out: list[np.ndarray | None] = []
+        for x, passed in zip(loop.operands, loop.back(which, seed), strict=True):
+            for part, value in enumerate(x.value):
+                if passed is None or not x.random:
+                    out.append(None)
+                    continue
+                # jax's cotangent of x + iy is ∂/∂x − i ∂/∂y
+                real = (np.real(passed) if part == 0 else -np.imag(passed)).astype(np.float32)
+                out.append(self._carried_back(x, value, real))
+        return out
+
+    def _arriving(self, cotangent: np.ndarray, replicates: int) -> np.ndarray:
+        """Draws of its cotangents: those that loops which read it have sent back, in their order in time, and Gaussian ones."""
+        positions, _ = self._layout
+        sent = self.graph.memo.get(("sent back", self.id), [])
+        drawn, rest = np.zeros((replicates, *map(len, positions))), cotangent
+        for numbers in sent:
+            drawn = drawn + picked(numbers, self.axes, positions, replicates)
+            rest = rest - pooled(numbers, self.axes, _positions(self.axes, numbers.shape[1:])).second
+        readers = [
+            x for x in self.graph.memo.get("pulled back", []) if x.deps & self.deps == self.deps and x.loop is not self.loop
+        ]
+        self.gradient_doubt = _LOOSE if len(readers) > len(sent) else Looped.gradient_doubt
+        return drawn + gaussian(rest, self.axes, positions, replicates, np.random.default_rng(self.id))
+
+    def _carried_back(self, x: Operand, value: Value, passed: np.ndarray) -> np.ndarray:
+        """Second moments of a node's cotangents by type, from cotangents of the operand that it is."""
+        copies = tuple(1 + d for d, dim in enumerate(value.dims) if all(a.axis is None for a in dim))
+        numbers = passed.sum(axis=copies)
+        axes = [a.axis for dim in value.dims for a in dim if a.axis is not None]
+        numbers = numbers.transpose([0, *(1 + axes.index(k) for k in range(len(axes)))])
+        if isinstance(value.node, Looped):
+            self.graph.memo.setdefault(("sent back", value.node.id), []).append(numbers)
+        return pooled(numbers, value.node.axes, self.loop.positions(value, stacked=x.stacked)).second
+
+    def cross_with(self, a: View, b: View, frame: Sequence[Axis]) -> np.ndarray | None:
+        """Against another output of the same loop, or what is read by it: both are drawn together."""
+        place = dict(zip(a.bind, range(len(self.axes)), strict=True))
+        other = b.node
+        if any(outer not in place for outer in b.bind):
+            return None
+        positions, mine = self._layout
+        own = tuple(place[outer] for outer in b.bind)
+        if isinstance(other, Looped) and other.params[0] == self.params[0]:
+            theirs = other._layout[1]
+            if other.axes != tuple(self.axes[k] for k in own):
+                return None
+        elif other.id > self.id:
+            return None
+        else:
+            drawn = self.loop.drawing.over(self.axes).values(View(other, own), positions)
+            theirs = np.broadcast_to(np.moveaxis(drawn, -1, 0), mine.shape)
+        if theirs.shape != mine.shape:
+            order = [0, *(1 + k for k in own)]
+            theirs = np.broadcast_to(_spread_out(theirs, order, mine.ndim), mine.shape)
+        return lift(cross_moments(mine, theirs, self.axes, positions), self.axes, a.bind, frame, pairs=True)
+
+
+@handed_on.register
+def _(node: Looped) -> Spread:
+    return node.fluctuation
+
+
+def _spread_out(numbers: np.ndarray, order: Sequence[int], rank: int) -> np.ndarray:
+    """Axes at their places among `rank`, with 1 elsewhere."""
+    moved = numbers.transpose(np.argsort(order))
+    shape = [1] * rank
+    for k, n in zip(sorted(order), moved.shape, strict=True):
+        shape[k] = n
+    return moved.reshape(shape)
+
+
+def _positions(axes: Sequence[Axis], lengths: Sequence[int]) -> list[np.ndarray]:
+    return [evenly(a.size, n) for a, n in zip(axes, lengths, strict=True)]
+
+
+def over_time(interpreter: Interpreter, eqn: Any, xs: Sequence[Any], outline: Sequence[Any], outlined: int) -> list[Any]:
+    """The outputs of a scan, drawn.
+
+    Args:
+        interpreter: the interpreter.
+        eqn: the scan.
+        xs: its operands' values.
+        outline: what the last of some steps puts out, as values: their axes.
+        outlined: how many steps these were.
+
+    Raises:
+        CannotDraw: it cannot be run.
+    """
+    graph, p = interpreter.graph, eqn.params
+    fixed, carry, streams = _compat.scan_operands(p, list(zip(xs, eqn.invars, strict=True)))
+    operands = [operand(x, v.aval, stacked=False) for x, v in (*fixed, *carry)]
+    operands += [operand(x, v.aval, stacked=True) for x, v in streams]
+    sizes, replicates = shrunk(p, operands)
+    loop = Loop(p, tuple(operands), sizes, replicates, graph.count)
+    mark = ("loop", graph.count)
+    graph.memo["loop", mark] = loop
+    steps(graph).add(p["length"])
+    views, place = [], 0
+    for x in operands:
+        for part in x.value if x.weight else ():
+            graph.memo["steps", part.node.id] = outlined, p["length"]
+        for part in x.value:
+            rank = len(part.node.axes)
+            views.append(View(part.node, tuple(range(place, place + rank))))
+            place += rank
+    which = 0
+    out: list[Any] = []
+    for k, (shape, var) in enumerate(zip(outline, eqn.outvars, strict=True)):
+        stacked = k >= len(carry)
+        if isinstance(shape, Opaque):
+            if stacked:
+                raise CannotDraw
+            out.append(shape)  # as random as any other
+            which += 1
+            continue
+        if not jnp.issubdtype(var.aval.dtype, jnp.inexact):
+            out.append(interpreter.known(_agreed(loop.outputs[which], var.aval)))
+            which += 1
+            continue
+        made = []
+        for part in parts(shape):
+            made.append(_output(graph, loop, mark, views, which, part, length=p["length"] if stacked else None))
+            which += 1
+        out.append(Complex(*made) if len(made) == 2 else made[0])
+    return out
+
+
+def _agreed(numbers: np.ndarray, aval: Any) -> np.ndarray:
+    """Whole numbers that are the same in all draws.
+
+    Raises:
+        CannotDraw: they are not, or stand for more than were drawn.
+    """
+    if numbers.shape[1:] != aval.shape or np.any(numbers != numbers[:1]):
+        raise CannotDraw
+    return numbers[0].astype(aval.dtype)
+
+
+def _output(graph: Any, loop: Loop, mark: Any, views: Sequence[View], which: int, shape: Value, *, length: int | None) -> Value:
+    """One output: the axes of the last step's, and before them that of time where it has a row a step."""
+    for d in range(len(shape.dims)):
+        shape = merged(materialize(shape, [d]), d)
+    lead = [] if length is None else [length]
+    numbers = loop.outputs[which]
+    kinds: list[Axis | None] = [None if length == 1 else by_level(_squares_in_time(numbers)) for _ in lead]
+    for dim in shape.dims:
+        own = next((shape.node.axes[a.axis] for a in dim if a.axis is not None), None)
+        kinds.append(own if own is None or loop.sizes.shape([own.size]) == (own.size,) else Axis(own.size))
+    dims = tuple(d for d, axis in enumerate(kinds) if axis is not None)
+    node = graph.make(Looped, [axis for axis in kinds if axis is not None], views, (mark, which, dims, length is not None))
+    place = {d: i for i, d in enumerate(dims)}
+    atoms = [(Atom(axis.size, place[d]),) if axis is not None else () for d, axis in enumerate(kinds)]
+    return Value(node, tuple(atoms))
+
+
+def _squares_in_time(numbers: np.ndarray) -> np.ndarray:
+    """Mean squares step by step, (steps, 1)."""
+    return np.mean(numbers.astype(float) ** 2, axis=(0, *range(2, numbers.ndim)))[:, None]

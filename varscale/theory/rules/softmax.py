@@ -1,0 +1,362 @@
+"""Softmax as a unit: its weights' moments (`softmax_weights`), its Jacobian diag(p) − ppᵀ backward."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from varscale.theory.domain.axes import Axis, apply_axis
+from varscale.theory.domain.tables import Table, lift
+from varscale.theory.graph.expressions import Apply, Sum
+from varscale.theory.graph.nodes import UNKNOWN, Array, Node
+from varscale.theory.integrals.softmax import WeightMoments, weight_moments
+from varscale.theory.integrals.softmax_jacobian import apart, balance, between, in_common, where_weighed
+from varscale.theory.propagation.expectations import by_type
+from varscale.theory.propagation.fluctuations import NONE, Spread, handed_on
+from varscale.theory.rules.logit_distributions import standard_law
+from varscale.theory.rules.row_gram import of_own_keys
+
+_LARGEST = 1e4  # variance of logits from where on the largest of them has all the weight, but for the reciprocal of its root
+_NO_LOGITS = 1e8  # what numbers that hide keys (−10⁹) give them, where it is not known which they hide
+# Set on the validation grid, not derived, all of these.
+_SHARED_DOUBT, _PLACED_DOUBT = 0.5, 1.5  # of cotangents where weights and values share tokens, whose overlaps are not known
+_OVERLAP_DOUBT = 0.5  # of what overlaps of tokens add, which is known to leading order
+_JACOBIAN_DOUBT, _CLASSED_DOUBT = 0.05, 0.15  # of the rest; where tokens of different places are told apart by class only
+
+
+class Softmax(Node):
+    """Softmax over some axes of its logits; `params` is those axes. Args: logits[, mask[, rows]].
+
+    Rows that the last is 0 for have equal logits: a mask has hidden all of them.
+    """
+
+    how = "quadrature"
+    shares = True
+
+    def prepare(self) -> None:
+        self.positive = True
+
+    def rows(self) -> list[int]:
+        """Its axes but for the keys': samples, heads and queries."""
+        return [k for k in range(len(self.axes)) if k not in self.params]
+
+    @functools.cached_property
+    def deviation(self) -> np.ndarray:
+        """Covariance of the logits' deviations along the keys: by type of the rows, and by class of key."""
+        second = self.args[0].second(self.axes)
+        for node, bind in self.args[2:]:
+            assert isinstance(node, Array)
+            seeing = node.table_over([self.axes[b] for b in bind])
+            second = second * lift(seeing.second, seeing.axes, bind, self.axes, pairs=True)
+        return apart(self.by_key(np.broadcast_to(second, self.frame_types)), self.shared)
+
+    @functools.cached_property
+    def mask(self) -> Table | None:
+        """Moments of the mask over this node's axes (those it runs over)."""
+        if len(self.args) < 2:
+            return None
+        view = self.args[1]
+        assert isinstance(view.node, Array)
+        return view.node.table_over([self.axes[b] for b in view.bind])
+
+    @property
+    def counts(self) -> tuple[np.ndarray, np.ndarray, list[Axis]]:
+        """Keys a row can see, by class of the rows and of the keys; keys two rows share, by types of the rows; the key axes.
+
+        The number of keys enters as 1/n, so that is what is averaged within a class.
+        """
+        masks = tuple((view.node.id, view.bind) for view in self.args[1:])
+        return self.graph.once(("keys", masks, self.axes, self.params), self._counts)
+
+    def _counts(self) -> tuple[np.ndarray, np.ndarray, list[Axis]]:
+        keys = [self.axes[k] for k in self.params]
+        number = np.ones([1] * len(self.rows()) + [a.classes for a in keys])
+        for i, axis in enumerate(keys):
+            shape = [1] * number.ndim
+            shape[len(self.rows()) + i] = axis.classes
+            number = number * axis.counts.reshape(shape)
+        if self.mask is None:
+            return number, number, keys
+        view = self.args[1]
+        frame = list(self.axes)
+        mean = lift(self.mask.mean, self.mask.axes, view.bind, frame, pairs=False)
+        second = lift(self.mask.second, self.mask.axes, view.bind, frame, pairs=True)
+        order = [*self.rows(), *self.params]
+        for k in self.params:
+            if second.shape[k] > 1:
+                second = np.take(second, range(frame[k].classes), axis=k)
+        seen, shared = mean.transpose(order) * number, second.transpose(order) * number
+        inverse = self._mean_inverse()
+        all_keys = tuple(range(len(self.rows()), seen.ndim))
+        scale = 1 / np.maximum(
+            inverse * np.broadcast_to(seen, np.broadcast_shapes(seen.shape, inverse.shape)).sum(all_keys, keepdims=True), 1e-300
+        )
+        return seen * scale, shared, keys
+
+    def _mean_inverse(self) -> np.ndarray:
+        """E[1/n] by class of the rows, shape (rows..., 1...)."""
+        node, bind = self.args[1]
+        assert isinstance(node, Array)
+        keys = tuple(k for k, b in enumerate(bind) if b in self.params)
+        missing = math.prod(self.axes[b].size for b in self.params if b not in bind)
+        inverse = 1 / np.maximum(node.values.sum(axis=keys) * missing, 1.0)
+        left = [b for b in bind if b not in self.params]
+        for i, b in enumerate(left):
+            onehot = np.eye(self.axes[b].classes)[self.axes[b].label_array].T / self.axes[b].counts[:, None]
+            inverse = apply_axis(inverse, i, onehot)
+        shape = [1] * len(self.axes)
+        for i, k in enumerate(self.rows()):
+            if k in left:
+                shape[i] = inverse.shape[sorted(left).index(k)]
+        return inverse.transpose(np.argsort(np.argsort(left)) if inverse.ndim else ()).reshape(shape)
+
+    @functools.cached_property
+    def weights(self) -> WeightMoments:
+        """Weight moments for each class of row, averaged over the variances that queries of different norms give the logits.
+
+        They are normal to leading order, and averages over them by the three-point Gauss-Hermite rule, weights 2/3, 1/6, 1/6.
+        """
+        seen, _, _ = self.counts
+        rows = self.rows()
+        classes = [self.axes[k].classes for k in rows]
+        variances = np.clip(self.deviation[tuple(slice(0, c) for c in classes)], 1e-12, _LARGEST)
+        counts = np.broadcast_to(seen.reshape(*seen.shape[: len(rows)], -1), variances.shape)
+        spread = self._query_spread()
+        nodes = np.array([1.0, 1 + spread, max(1 - spread, 0.05)]).reshape(3, *[1] * variances.ndim)
+        # Rows see the same keys: where variances agree to three digits, one quadrature serves them all, and other layers too.
+        members, variances = np.broadcast_to(_rounded(counts, 5), (3, *counts.shape)), _rounded(nodes * variances, 3)
+        directions = float(_rounded(np.array(self.directions), 2)) if self.directions < 1e4 else math.inf
+        law = standard_law(self.args[0].node)
+        key = ("weights", members.shape, members.tobytes(), variances.tobytes(), directions, law)
+        found = self.graph.once(key, lambda: weight_moments(members, variances, directions, law))
+        # Of what goes with the logits' variance only its ratio to that is used, query by query.
+        found = found._replace(pull=found.pull / nodes[..., 0], own_pull=found.own_pull / nodes[..., 0])
+        return WeightMoments(*(np.tensordot([2 / 3, 1 / 6, 1 / 6], x, axes=1) for x in found))
+
+    @functools.cached_property
+    def directions(self) -> float:
+        """Of the sphere that the tokens lie on which keys are projections of; infinite where they are as good as Gaussian."""
+        from varscale.theory.rules.attention import sphere
+
+        return sphere(self)
+
+    def _query_spread(self) -> float:
+        """The step of Gauss and Hermite's three-point rule: √3 relative deviations of the logits' variance between queries."""
+        from varscale.theory.rules.attention import scattered
+
+        return min(math.sqrt(3.0 * scattered(self)), 0.95)
+
+    def read(self, by_class: np.ndarray, *, second: bool = False) -> np.ndarray:
+        """An array by class of the rows (then anything), read at i (or j) of every type of the rows."""
+        axes = [self.axes[k] for k in self.rows()]
+        out = by_type(by_class, axes, second=second)
+        return np.broadcast_to(out, (*[a.types for a in axes], *out.shape[len(axes) :]))
+
+    @functools.cached_property
+    def own(self) -> np.ndarray:
+        """Which types of the rows are a row with itself."""
+        axes = [self.axes[k] for k in self.rows()]
+        return functools.reduce(np.logical_and.outer, [a.agrees for a in axes], np.array(True))
+
+    @functools.cached_property
+    def seen(self) -> np.ndarray:
+        """Keys that a row sees: by its class, and by the class of key."""
+        seen, _, keys = self.counts
+        rows = [self.axes[k] for k in self.rows()]
+        c = math.prod(a.classes for a in keys)
+        return np.broadcast_to(seen.reshape(*seen.shape[: len(rows)], c), (*[a.classes for a in rows], c))
+
+    @functools.cached_property
+    def shared(self) -> np.ndarray:
+        """Keys that two rows share: by their type, and by the class of key."""
+        _, shared, keys = self.counts
+        rows = [self.axes[k] for k in self.rows()]
+        c = math.prod(a.classes for a in keys)
+        return np.broadcast_to(shared.reshape(*shared.shape[: len(rows)], c), (*[a.types for a in rows], c))
+
+    def compute(self) -> Table:
+        known = self._known()
+        if known > 1e-4:  # taken for Gaussian as the rest: a lognormal's E[p²] goes by e^{s²}
+            self.graph.flag("assumed", math.expm1(min(known, 3.0)))
+        if self.deviation.max() > _NO_LOGITS:
+            self.graph.flag("assumed", UNKNOWN)
+        if (doubt := max(self._law_doubt(), of_own_keys(self.args[0].node))) > 0:
+            self.graph.flag("assumed", doubt)
+        rows = self.rows()
+        seen, shared, deviation = self.seen, self.shared, self.deviation
+        keys = self.counts[2]
+        c = seen.shape[-1]
+        sizes = functools.reduce(np.multiply.outer, [a.counts for a in keys]).ravel()
+        share = seen * self.weights.first  # Σ of E[p] over a class of keys
+        share = share / share.sum(-1, keepdims=True)
+        mean = share / sizes
+        # A row with itself.
+        n, diagonal = self.read(seen), np.eye(c, dtype=bool)
+        square, pair = self.read(self.weights.square), self.read(self.weights.pair)
+        same = n * square
+        other = (n[..., :, None] * n[..., None, :] - diagonal * n[..., None]) * pair
+        other *= ((1 - same.sum(-1)) / np.maximum(other.sum((-1, -2)), 1e-300))[..., None, None]
+        # Two rows. The excess of one key's weights in both: exact for equal logits, lognormal in their covariance between.
+        share_i, share_j = self.read(share), self.read(share, second=True)
+        per_i, per_j = (s / np.maximum(m, 1e-300) for s, m in ((share_i, n), (share_j, self.read(seen, second=True))))
+        variance = np.maximum(self.read(deviation[tuple(slice(0, self.axes[k].classes) for k in rows)]), 1e-12)
+        whole = np.where(n > 0, square / np.maximum(per_i**2, 1e-300) - 1, 0.0)
+        excess = whole * np.expm1(np.clip(deviation, -variance, np.minimum(variance, 50))) / np.expm1(np.minimum(variance, 50))
+        both = shared * per_i * per_j * (1 + excess)
+        both = both * np.minimum(1.0, 1.0 / np.maximum(both.sum(-1, keepdims=True), 1e-300))
+        apart = share_i[..., :, None] * share_j[..., None, :] - diagonal * both[..., None]
+        own = self.own[..., None]
+        same, other = np.where(own, same, both), np.where(own[..., None], other, apart)
+        pairs = np.concatenate([sizes, (np.outer(sizes, sizes) - np.diag(sizes)).ravel()])
+        second = np.concatenate([same, other.reshape(*other.shape[:-2], c * c)], axis=-1) / np.maximum(pairs, 1.0)
+        if len(keys) > 1:
+            mean, second = _unflatten(mean, second, keys, len(rows))
+        order = np.argsort([*rows, *self.params])
+        return Table(self.axes, mean.transpose(order), second.transpose(order))
+
+    @functools.cached_property
+    def tilt(self) -> np.ndarray:
+        """What the weights gain along the logits' direction, τ = E[(Σ p l)²]/s² − Σ p², times the rows' correlation.
+
+        On a sphere what is left across a direction falls with what is along it: there Σ p² l²/s² is in place of Σ p².
+        """
+        by_rows = self.deviation.mean(-1)
+        variance = np.maximum(by_rows[tuple(slice(0, self.axes[k].classes) for k in self.rows())], 1e-12)
+        square = (self.seen * self.weights.square).sum(-1)
+        across = square if self.directions == math.inf else self.weights.own_pull / variance
+        gain = np.maximum(self.weights.pull / variance - across, 0.0)
+        return self.read(gain) * np.clip(by_rows / self.read(variance), -1, 1)
+
+    def pullback(self, cotangent: np.ndarray) -> list[np.ndarray | None]:
+        """∂p_k/∂l_j = p_k(δ − p_j): a cotangent's part common to the keys is lost, the rest is weighted by p."""
+        from varscale.theory.propagation.cotangents import sum_out
+        from varscale.theory.rules.attention import overlapping
+
+        keys = [self.axes[k] for k in self.params]
+        axis = keys[0] if len(keys) == 1 else Axis(math.prod(a.size for a in keys))
+        c = axis.classes
+        g, p = (self.by_key(x) for x in (np.broadcast_to(cotangent, self.frame_types), self.table.second))
+        square = self.weights.square
+        keep = 1 - 2 * self.weights.cube / np.maximum(square, 1e-300) + (self.seen * square).sum(-1, keepdims=True)
+        overlap = (p[..., :c] * axis.counts).sum(-1, keepdims=True)
+        each = apart(g, self.shared)
+        mean = self.table.mean.transpose([*self.rows(), *self.params])
+        mean = np.broadcast_to(mean.reshape(*mean.shape[: len(self.rows())], c), self.seen.shape)
+        ahead, behind = self.read(mean), self.read(mean, second=True)
+        common = in_common(g, ahead * axis.counts, behind * axis.counts)
+        within = np.clip(np.diagonal(common, axis1=-2, axis2=-1) * (axis.counts > 1), 0, np.maximum(each, 0))
+        passed = (each - within) * p[..., :c]
+        whole = (passed * axis.counts).sum(-1)[..., None, None]
+        lost = whole * ahead[..., :, None] * behind[..., None, :]
+        lost = lost - passed[..., :, None] * behind[..., None, :] - ahead[..., :, None] * passed[..., None, :]
+        keep = np.where(self.own[..., None], self.read(keep), 1 - self._weighed().sum(0) + overlap)
+        same = np.where(self.own[..., None], np.maximum(passed, 0.0), passed) * np.clip(keep, 0, 1) + within * p[..., :c]
+        lost = lost + common * p[..., c:].reshape(common.shape)
+        share = overlapping(self, (each * ahead * axis.counts).sum(-1), (same * axis.counts).sum(-1))
+        self.gradient_doubt = self._doubt(share)
+        lost = lost + balance(same, lost, ahead, axis)
+        out = np.concatenate([same, lost.reshape(*same.shape[:-1], c * c)], axis=-1)
+        if len(keys) > 1:
+            out = out[..., _joint_types(keys)]
+        back = sum_out(out.transpose(np.argsort([*self.rows(), *self.params])), self.axes, self.args[0])
+        return [back, *[None] * (len(self.args) - 1)]
+
+    def _weighed(self) -> np.ndarray:
+        """E[p_ik² p_jk]/E[p_ik p_jk] by type of the rows and class of key, and the same of the other row."""
+        variance = self.read(self.deviation[tuple(slice(0, self.axes[k].classes) for k in self.rows())])
+        correlation = self.deviation / np.maximum(variance, 1e-12)
+        other, one = where_weighed(self.weights)
+        return np.stack([between(self.read(other, second=j), self.read(one, second=j), correlation) for j in (False, True)])
+
+    def _law_doubt(self) -> float:
+        """Of logits that are not Gaussian, what the keys of a row share need not leave the law of the rest as it was.
+
+        That is what the law makes of equal keys, of which as large a part is in doubt as is shared.
+        """
+        law, variance = standard_law(self.args[0].node), self.args[0].node.table.variance
+        if law is None or variance <= 0:
+            return 0.0
+        own = float(np.mean(self.deviation[(0,) * len(self.rows())]))
+        keys, own = np.array([float(self.seen.sum(-1).max())]), min(own, variance, _LARGEST)
+        found, plain = (weight_moments(keys, np.array([max(own, 1e-12)]), law=x).square[0] for x in (law, None))
+        return float((1 - own / variance) * abs(found / plain - 1))
+
+    def _known(self) -> float:
+        """What known numbers among the logits, a bias by position, add to their variance along the keys."""
+        own = self.args[0]
+        terms = zip(own.node.params, own.node.args, strict=True) if isinstance(own.node, Sum) else [(1.0, own)]
+        out = 0.0
+        for c, term in terms:
+            if isinstance(term.node, Array):
+                second = np.broadcast_to(term.within(own.bind).second(self.axes), self.frame_types)
+                out += c * c * float((apart(self.by_key(second), self.shared) * self.own[..., None]).max())
+        return out
+
+    def _doubt(self, share: float | None) -> float:
+        """Doubt of the queries' and keys' cotangents, of which a part is due to overlaps, known to leading order.
+
+        Where tokens differ in known positions added to them, they share those too, and which are near each other.
+        """
+        if _placed(self.args[0].node, frozenset(self.axes[k].size for k in self.params)):
+            return _PLACED_DOUBT
+        if share is None:
+            return _SHARED_DOUBT
+        classed = any(axis.classes > 1 for axis in self.axes)
+        return _OVERLAP_DOUBT * share + (_CLASSED_DOUBT if classed else _JACOBIAN_DOUBT)
+
+    def by_key(self, second: np.ndarray) -> np.ndarray:
+        """A type array with the keys' axis last; several are one, of which a pair is the same or is not."""
+        keys = [self.axes[k] for k in self.params]
+        out = second.transpose([*self.rows(), *self.params])
+        if len(keys) == 1:
+            return out
+        pairs = functools.reduce(np.multiply.outer, [a.pairs for a in keys])
+        pairs = pairs * (_joint_types(keys) == 1)
+        same = out[(..., *[0] * len(keys))]
+        different = np.tensordot(out, pairs / pairs.sum(), axes=len(keys))
+        return np.stack([same, different], axis=-1)
+
+
+@handed_on.register
+def _(node: Softmax) -> Spread:
+    """Shares add up to 1 whatever the scale of the logits."""
+    return NONE
+
+
+def _joint_types(keys: Sequence[Axis]) -> np.ndarray:
+    """Of several axes of one class each, which types are the same on all of them (0) and which are not (1)."""
+    types = np.ones([a.types for a in keys], int)
+    types[(0,) * len(keys)] = 0
+    return types
+
+
+def _placed(node: Node, sizes: frozenset[int]) -> bool:
+    """Whether known numbers that vary along an axis of one of these sizes were added to what a node was made from."""
+    known: dict[int, bool] = node.graph.once(("placed", sizes), dict)
+    pending = [node]
+    while pending:
+        top = pending[-1]
+        before = [v.node for v in top.args if v.node.id not in known]
+        if before:
+            pending += before
+            continue
+        pending.pop()
+        here = isinstance(top, Sum | Apply) and any(
+            isinstance(v.node, Array) and len(v.bind) > 1 and sizes & {a.size for a in v.node.axes} for v in top.args
+        )
+        known[top.id] = here or any(known[v.node.id] for v in top.args)
+    return known[node.id]
+
+
+def _rounded(x: np.ndarray, digits: int) -> np.ndarray:
+    """To so many significant digits."""
+    unit = 10.0 ** (np.floor(np.log10(np.maximum(x, 1e-300))) + 1 - digits)
+    return np.round(x / unit) * unit
+
+
+def _unflatten(mean: np.ndarray, second: np.ndarray, keys: Sequence[Axis], rank: int) -> tuple[np.ndarray, np.ndarray]:
+    """Several key axes computed as one: their joint types read on each axis (classes one each)."""
+    return mean.reshape(*mean.shape[:rank], *[1] * len(keys)), second[..., _joint_types(keys)]

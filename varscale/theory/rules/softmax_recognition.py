@@ -1,0 +1,195 @@
+"""Softmax recognised: flax inlines it, so that it is a division exp(x − max) / Σ exp(x − max); and its masks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from varscale.theory.domain.axes import Axis, affordable, join, labelled
+from varscale.theory.graph.expressions import Apply, Sum, apply, roots, total
+from varscale.theory.graph.layout import Value
+from varscale.theory.graph.nodes import Array, Constant, Node, View, array
+from varscale.theory.interpreter.interpreter import Interpreter
+from varscale.theory.rules.padding import padded
+from varscale.theory.rules.reductions import Extreme, Mean
+from varscale.theory.rules.softmax import Softmax
+
+MASKED = -1e4  # a logit below this is a mask, not a number
+_NOTHING_LEFT = 50.0  # a difference of logits that takes all of a key's weight, whatever else they add
+_ROW_CLASSES = 8
+
+
+def softmax_of(interpreter: Interpreter, top: Value, bottom: Value) -> Value | None:
+    """exp(x − max) / Σ exp(x − max), if that is what this division is."""
+    num, den = top.node, bottom.node
+    if not (isinstance(num, Apply) and num.params[0] == "exp" and isinstance(den, Apply) and den.params[0] == "affine"):
+        return None
+    mean = den.args[0].node
+    if not (isinstance(mean, Mean) and mean.args[0].node is num):
+        return None
+    axes = mean.params
+    if abs(den.params[1][0] - math.prod(num.axes[k].size for k in axes)) > 1e-6:
+        return None
+    random, allowed = logits(num.args[0], num.axes)
+    if random is None:
+        return None
+    # Keys over several axes have one class.
+    frame = [Axis(a.size) if len(axes) > 1 and k in axes else a for k, a in enumerate(num.axes)]
+    args = [random]
+    if allowed is not None:
+        frame = _row_classes(frame, random, allowed, axes)
+        args += _rows_filled(allowed, axes)
+        if isinstance(args[1].node, Constant):  # rows see every key or none
+            args = [View(apply(interpreter.graph, "mul", (), tuple(frame), [random, args[2]]), random.bind)]
+    node = interpreter.graph.make(Softmax, frame, args, tuple(axes))
+    if allowed is not None and _takes_paddings_for_tokens(frame, allowed, axes):
+        node.flagged, node.doubt = "assumed", 1.0
+    return Value(node, top.dims)
+
+
+def _takes_paddings_for_tokens(frame: Sequence[Axis], allowed: View, axes: Sequence[int]) -> bool:
+    """Whether keys that may be paddings are not told apart, of which a mask by sample hides some.
+
+    Weights of a row are then spread over paddings, all alike, where it sees words: of outputs that can be as much again.
+    """
+    sizes = {size for _, size in padded(allowed.node.graph).shapes}
+    unclassed = any(k in allowed.bind and frame[k].size in sizes and frame[k].labels is None for k in axes)
+    return unclassed and len(allowed.bind) > len(axes)
+
+
+def _rows_filled(allowed: View, axes: Sequence[int]) -> list[View]:
+    """The mask, and, where some rows see no key (of paddings that ask), which do; the others then see all, all alike."""
+    mask, bind = allowed
+    assert isinstance(mask, Array)
+    keys = tuple(k for k, b in enumerate(bind) if b in axes)
+    some = np.sum(mask.values != 0, axis=keys, keepdims=True) > 0
+    if some.all():
+        return [allowed]
+    graph = mask.graph
+    left = tuple(b for b in bind if b not in axes)
+    filled = graph.once(("filled", mask.id, keys), lambda: array(graph, mask.values | ~some))
+    rows = graph.once(("seeing", mask.id, keys), lambda: array(graph, np.any(mask.values, axis=keys)))
+    return [View(x, bound if x.axes else ()) for x, bound in ((filled, bind), (rows, left))]
+
+
+def _row_classes(frame: list[Axis], random: View, allowed: View, axes: Sequence[int]) -> list[Axis]:
+    """Rows that see different numbers of keys belong to different classes, evenly in the logarithm of that number.
+
+    Where other axes have classes, too, there are as many as leave room for the product of queries and keys of the next layer.
+    """
+    mask, bind = allowed
+    keys = tuple(k for k, b in enumerate(bind) if b in axes)
+    left = [b for b in bind if b not in axes]
+    features = _features(random)
+    for most in range(_ROW_CLASSES, 0, -1):
+        classed = mask.graph.once(("row classes", mask.id, keys, most), lambda most=most: _classes_by_keys(mask, keys, most))
+        found = list(frame)
+        for b, axis in zip(left, classed, strict=True):
+            found[b] = join(axis, frame[b])
+        rows = {axis.size: axis for k, axis in enumerate(found) if k not in axes}
+        later = (*(rows.get(axis.size, axis) if k in axes else axis for k, axis in enumerate(found)), *features)
+        if affordable(later) == later:
+            return found
+    return frame
+
+
+def _features(view: View) -> tuple[Axis, ...]:
+    """The axes that a product of queries and keys sums over."""
+    from varscale.theory.rules.linear import Contract
+
+    node = view.node
+    if isinstance(node, Contract):
+        return node.params
+    inside = [_features(child) for child in node.args] if isinstance(node, Apply | Sum) else []
+    return max(inside, key=lambda found: math.prod(axis.types for axis in found), default=())
+
+
+def _classes_by_keys(mask: Node, keys: tuple[int, ...], most: int) -> list[Axis]:
+    """The axes of a mask besides those of the keys, classed by how many keys a position sees."""
+    assert isinstance(mask, Array)
+    seen = mask.values.sum(axis=keys)
+    level = np.where(seen > 0, np.log(np.maximum(seen, 1.0)), -1.0)  # who sees none is in no class with others
+    out = []
+    for i, size in enumerate(level.shape):
+        mean = level.mean(axis=tuple(j for j in range(level.ndim) if j != i))
+        low, reach = mean.min(), float(np.ptp(mean))
+        bins = (most * (mean - low) / max(reach, 0.01)).astype(int)
+        out.append(labelled(np.minimum(bins, most - 1)) if reach > 0.01 else Axis(size))
+    return out
+
+
+def logits(view: View, axes: Sequence[Axis]) -> tuple[View | None, View | None]:
+    """The random logits and the mask (1 where a key is allowed) of the argument of the exponential."""
+    masks: list[View] = []
+    terms = _terms(view, masks)
+    terms = [(c, v) for c, v in terms if not all(isinstance(r.node, Extreme) for r in roots(v.node)) and roots(v.node)]
+    if not terms:
+        return None, None
+    graph = view.node.graph
+    identity = tuple(range(len(axes)))
+    node = total(graph, [c for c, _ in terms], tuple(axes), [v for _, v in terms])
+    if isinstance(node, Constant):
+        return None, None
+    random = View(node, identity)
+    if not masks:
+        return random, None
+    frame = sorted({b for m in masks for b in m.bind})
+
+    def product() -> Node:
+        out = np.ones([axes[b].size for b in frame])
+        for m in masks:
+            assert isinstance(m.node, Array)
+            order = sorted(range(len(m.bind)), key=lambda k, b=m.bind: b[k])
+            shape = [axes[b].size if b in m.bind else 1 for b in frame]
+            out = out * m.node.values.transpose(order).reshape(shape)
+        return array(graph, out)
+
+    sizes = tuple(axes[b].size for b in frame)
+    if len(masks) == 1 and masks[0].bind == tuple(frame):
+        return random, masks[0]
+    mask = graph.once(("mask", tuple((m.node.id, m.bind) for m in masks), sizes), product)
+    return random, (None if isinstance(mask, Constant) else View(mask, tuple(frame)))
+
+
+def _mask_level(known: Array) -> float | None:
+    """The number below which those that are added to logits are a mask; None where they are none.
+
+    So are numbers of two kinds, zeros for one, when the others leave a key nothing of its weight (windows that meet: −100).
+    """
+    low, high = float(known.values.min()), float(known.values.max())
+    if low >= MASKED and low < high - _NOTHING_LEFT and set(np.unique(known.values)) == {low, high}:
+        return (low + high) / 2
+    return MASKED if low < MASKED else None
+
+
+def _terms(view: View, masks: list[View]) -> list[tuple[float, View]]:
+    node, bind = view
+    graph = node.graph
+    if isinstance(node, Sum):
+        return [
+            (c * d, t) for c, child in zip(node.params, node.args, strict=True) for d, t in _terms(child.within(bind), masks)
+        ]
+    if isinstance(node, Apply) and node.params[0] == "affine":
+        return [(node.params[1][0] * c, t) for c, t in _terms(node.args[0].within(bind), masks)]
+    if (
+        isinstance(node, Apply)
+        and node.params[0] == "select_n"
+        and isinstance(node.args[0].node, Array)
+        and len(node.args) == 3
+    ):
+        which, where = node.args[0]
+        assert isinstance(which, Array)
+        for keep, drop in ((1, 2), (2, 1)):
+            other = node.args[drop].node
+            if isinstance(other, Constant) and other.params < MASKED:
+                allowed = graph.once(("kept", which.params, keep), lambda k=keep: array(graph, which.values == k - 1))
+                masks.append(View(allowed, tuple(bind[b] for b in where)))
+                return _terms(node.args[keep].within(bind), masks)
+    if isinstance(node, Array) and (level := _mask_level(node)) is not None:
+        allowed = graph.once(("above", node.params), lambda: array(graph, node.values > level))
+        if isinstance(allowed, Array):
+            masks.append(View(allowed, bind))
+        return []
+    return [(1.0, view)]
