@@ -182,7 +182,7 @@ def quantiles(law, n):
 
 def test_every_elementwise_primitive_is_tried():
     own = {name for name in FUNCTION_TABLE if name != "hypot" and not name.startswith(("real ", "imaginary "))}
-    assert own == {*UNARY, *BINARY, *ELSEWHERE, *ON_BITS}  # those of complex numbers: tests/test_theory_sequences.py
+    assert own == {*UNARY, *BINARY, *ELSEWHERE, *ON_BITS}  # those of complex numbers: test_sequences.py
 
 
 @pytest.mark.parametrize("name", UNARY)

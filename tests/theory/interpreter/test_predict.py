@@ -207,7 +207,7 @@ def test_an_error_names_its_line_in_the_model():
         def __init__(self, rngs):
             self.rates = [x.item() for x in jnp.linspace(0, 0.1, 3)]
 
-    with pytest.raises(ValueError, match=r"does not trace.*NumPy.*at test_theory_predict.py:\d+"):
+    with pytest.raises(ValueError, match=r"does not trace.*NumPy.*at test_predict.py:\d+"):
         predict(lambda rngs: Net(rngs), X)
 
 
