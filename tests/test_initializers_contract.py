@@ -53,11 +53,12 @@ CASES = {
     "log_prior_bias": (vs.log_prior_bias(0.01), (24,)),
     "siren": (vs.siren(), KERNEL),
     "siren_first": (vs.siren_first(), KERNEL),
+    "truncated_normal at 3": (vs.truncated_normal(0.5, None, -3.0, 3.0), KERNEL),
     # Large enough for the unrolled sampler.
     "unrolled": (vs.he_normal(), (128, 160)),
 }
 IGNORES_KEY = {"constant", "zeros", "ones", "identity", "dirac", "lstm_bias", "log_prior_bias"}
-REAL_ONLY = {"cut_normal"}
+REAL_ONLY = {"cut_normal", "truncated_normal at 3"}
 
 pytestmark = pytest.mark.parametrize("name", CASES)
 

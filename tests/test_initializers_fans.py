@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen, nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -109,6 +110,33 @@ def test_of_a_transposed_convolution(window, stride, padding, dilation):
     fans = vs.conv_fans((window, 2, 3), **settings)
     assert expected == pytest.approx((fans.fan_in, fans.fan_out), rel=1e-6)
     assert vs.conv_fans((window, 3, 2), transpose_kernel=True, **settings) == fans
+
+
+def test_a_batch_axis_is_for_one_array_and_not_for_the_inside_of_a_vmap():
+    """Eight layers as one array have fan_in 16; inside vmap each layer's shape is (16, 32), and the error says so."""
+    keys, x = jax.random.split(jax.random.key(0), 8), jnp.ones((1, 16))
+    stack = vs.he_normal(batch_axis=0)(keys[0], (8, 16, 32))
+    assert float((stack**2).mean()) == pytest.approx(2 / 16, rel=0.1)
+
+    def nnx_layers(init):
+        return nnx.vmap(lambda rngs: nnx.Linear(16, 32, kernel_init=init, rngs=rngs))(nnx.Rngs(0).split(8))
+
+    def linen_layers(init):
+        stacked = linen.vmap(linen.Dense, variable_axes={"params": 0}, split_rngs={"params": True}, axis_size=8, in_axes=None)
+        return stacked(32, kernel_init=init).init(keys[0], x)
+
+    for layers in (nnx_layers, linen_layers, lambda init: jax.vmap(lambda key: init(key, (16, 32)))(keys)):
+        with pytest.raises(ValueError, match=r"inside nnx.vmap.* leave batch_axis out"):
+            layers(vs.he_normal(batch_axis=0))
+    for kernel in (nnx_layers(vs.he_normal()).kernel[...], linen_layers(vs.he_normal())["params"]["kernel"]):
+        assert kernel.shape == (8, 16, 32)
+        assert float((kernel**2).mean()) == pytest.approx(2 / 16, rel=0.1)
+
+
+def test_stacked_sirens_have_the_bound_of_one():
+    for init, bound in ((vs.siren_first(batch_axis=0), 1 / 2), (vs.siren(30.0, batch_axis=0), (6 / 2) ** 0.5 / 30)):
+        weights = init(jax.random.key(0), (8, 2, 256))
+        assert float(jnp.abs(weights).max()) == pytest.approx(bound, rel=1e-2)
 
 
 def test_without_an_input_size():

@@ -1,8 +1,7 @@
 """`assert_variance` on broken initializers, on good ones, and on the wrong questions.
 
 Error rates of every call here: 1e-9 of false alarms, 1e-6 of misses at the sizes the verdict states. The key of a case
-follows from
-the case, so every verdict below is the same in every run.
+follows from the case, so every verdict below is the same in every run.
 """
 
 import inspect
@@ -253,8 +252,7 @@ def test_the_false_alarm_rate_of_every_part_of_a_claim(law):
     level allows.
 
     Each count is compared with the quantile that a binomial count exceeds with probability 1e-9; the heavy-tailed 1/8
-    slack of the log-ratio
-    statistic is none of it, since its law here is normal.
+    slack of the log-ratio statistic is none of it, since its law here is normal.
     """
     generator = np.random.default_rng(5)
     p_values: dict[str, list[float]] = {}

@@ -1,12 +1,9 @@
 """The property of the mission: `E[y²] = n·Var[w]·E[x²]`, forward and backward, for any layer, law, mode and input.
 
 Each case is drawn by Hypothesis as a frozen description; its key follows from the description. A replicate has fresh
-weights, fresh
-inputs and fresh gradients, so that replicates are independent whatever the layer shares within one. Error rates, a claim
-and case: at
-most 1e-9 of false alarms (three disjoint batches must agree, each at a level where its statistic is calibrated), 1e-6 of
-misses at a
-ratio of 1.1.
+weights, fresh inputs and fresh gradients, so that replicates are independent whatever the layer shares within one. Error
+rates, a claim and case: at most 1e-9 of false alarms (three disjoint batches must agree, each at a level where its
+statistic is calibrated), 1e-6 of misses at a ratio of 1.1.
 """
 
 import functools

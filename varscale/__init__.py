@@ -1,8 +1,12 @@
 """varscale: one law, E[y²] = n · Var[w] · E[x²], stated, predicted with and checked, for JAX and Flax.
 
+State it: `he_normal()`, `for_activation(jax.nn.gelu)`, `variance_scaling(...)` and the other initializers, each a
+(key, shape, dtype) -> weights for any layer of flax. Predict with it: `predict(model, x)`. Check it: `testing.assert_variance`.
+
 >>> import jax, varscale as vs
->>> vs.he_normal()(jax.random.key(0), (784, 256)).shape
-(784, 256)
+>>> kernel = vs.he_normal()(jax.random.key(0), (784, 256))
+>>> kernel.shape, round(float(784 * kernel.var()), 1)  # fan_in · Var[w]
+((784, 256), 2.0)
 """
 
 __version__ = "0.1.0"
@@ -21,6 +25,8 @@ if _TYPE_CHECKING:
     from varscale import transfer as transfer
     from varscale.programs.faces import inputs as inputs
     from varscale.report import Report as Report
+    from varscale.report import Row as Row
+    from varscale.report import Weight as Weight
     from varscale.theory import Moments as Moments
     from varscale.theory import critical as critical
     from varscale.theory import mean_field as mean_field
@@ -31,16 +37,22 @@ _LATER = {
     **dict.fromkeys(("testing", "theory", "transfer"), None),
     **dict.fromkeys(("Moments", "critical", "mean_field", "predict"), "varscale.theory"),
     "inputs": "varscale.programs.faces",
-    "Report": "varscale.report",
+    **dict.fromkeys(("Report", "Row", "Weight"), "varscale.report"),
 }
+
+__all__ = ["gaussian", "initializers"]
+__all__ += initializers.__all__
+__all__ += sorted(_LATER)  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> _Any:
     if name not in _LATER:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from varscale.initializers.names_elsewhere import advice
+
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}{advice(name, __all__)}")
     home = _LATER[name]
     return _importlib.import_module(f"varscale.{name}") if home is None else getattr(_importlib.import_module(home), name)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_LATER})
+    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})

@@ -70,6 +70,15 @@ def _float64() -> Iterator[None]:
         yield
 
 
+def name_of(f: Elementwise) -> str:
+    """The name of a callable for an error: `silu`; `<lambda> (net.py:7)`; of an object its class."""
+    name = getattr(f, "__name__", None)
+    if name is None:
+        return f"of type {type(f).__name__}" if callable(f) else repr(f)
+    code = getattr(f, "__code__", None)
+    return f"{name} ({code.co_filename.rsplit('/', 1)[-1]}:{code.co_firstlineno})" if code and name == "<lambda>" else name
+
+
 def _evaluate(f: Elementwise, x: Float[np.ndarray, "*shape"]) -> tuple[Float[np.ndarray, "*shape"], float]:
     """f at every x, in float64, and the machine epsilon of what it returned."""
     with _float64():
@@ -77,19 +86,50 @@ def _evaluate(f: Elementwise, x: Float[np.ndarray, "*shape"]) -> tuple[Float[np.
             y = f(jnp.asarray(x))
         except jax.errors.JAXTypeError:
             raise
-        except (TypeError, ValueError):
+        except (TypeError, ValueError) as error:
             # A callable of one Python number (math.tanh, `max(x, 0.0)`) cannot take an array.
-            y = np.vectorize(f, otypes=[float])(x)
+            y = _number_by_number(f, x, error)
         y = y if hasattr(y, "dtype") and hasattr(y, "shape") else np.asarray(y)
         if y.shape != x.shape:
-            raise ValueError(f"activation {f!r} must be elementwise; it maps shape {x.shape} to {y.shape}")
+            raise ValueError(f"activation {name_of(f)} must be elementwise; it maps shape {x.shape} to {y.shape}")
         if not (jnp.issubdtype(y.dtype, jnp.floating) or jnp.issubdtype(y.dtype, jnp.integer) or y.dtype == bool):
-            raise TypeError(f"activation {f!r} must return real numbers, not {y.dtype}")
+            raise TypeError(f"activation {name_of(f)} must return real numbers, not {y.dtype}")
         epsilon = float(jnp.finfo(y.dtype).eps) if jnp.issubdtype(y.dtype, jnp.floating) else 2.0**-52
         try:
             return np.asarray(y).astype(np.float64), epsilon
         except jax.errors.JAXTypeError as error:
-            raise TypeError(f"activation {f!r} must be concrete: it closes over a traced value") from error
+            raise TypeError(f"activation {name_of(f)} must be concrete: it closes over a traced value") from error
+
+
+def _number_by_number(f: Elementwise, x: Float[np.ndarray, "*shape"], on_array: Exception) -> Float[np.ndarray, "*shape"]:
+    try:
+        return np.vectorize(f, otypes=[float])(x)
+    except Exception as on_number:
+        says = f"on an array of shape {x.shape} it raises {on_array!r}, on a number {on_number!r}"
+        kind = TypeError if isinstance(on_array, TypeError) else ValueError
+        raise kind(f"activation {name_of(f)} must be elementwise, a function of one real number: {says}") from on_number
+
+
+def _check_elementwise(f: Elementwise) -> None:
+    """Raises ValueError where f(x) at one entry depends on the other entries or on the position.
+
+    x is rearranged and half of its entries are replaced: an elementwise f is rearranged with it at the entries that are kept.
+    """
+    generator = np.random.default_rng(0)
+    x, other = generator.standard_normal((2, _BATCH, _ORDER))
+    order = generator.permutation(x.size)
+    kept = generator.random(x.shape) < 0.5
+    expected = _evaluate(f, x)[0].ravel()[order].reshape(x.shape)[kept]
+    found = _evaluate(f, np.where(kept, x.ravel()[order].reshape(x.shape), other))[0][kept]
+    size = np.abs(expected[np.isfinite(expected)]).max(initial=0.0)
+    if not np.allclose(found, expected, rtol=1e-4, atol=1e-6 * size, equal_nan=True):
+        raise ValueError(
+            f"activation {name_of(f)} must be elementwise, but its value at one entry depends on the other entries or on the "
+            "position (as that of softmax, a normalization, cumsum or dropout does); vs.predict follows such functions"
+        )
+
+
+_check_elementwise_once = functools.lru_cache(maxsize=1024)(_check_elementwise)
 
 
 def _panel_nodes(left: np.ndarray, right: np.ndarray) -> np.ndarray:
@@ -160,7 +200,7 @@ def _tabulate(f: Elementwise, mean: float, variance: float) -> Quadrature:
     # Where the density is below 1e-250 even an overflowing callable carries no mass that a finite moment could have.
     if not np.isfinite(values[weights > 1e-250]).all():
         bad = mean + std * z[(weights > 1e-250) & ~np.isfinite(values)][0]
-        raise ValueError(f"activation {f!r} is not finite at x = {bad:.6g}, under N({mean:g}, {variance:g})")
+        raise ValueError(f"activation {name_of(f)} is not finite at x = {bad:.6g}, under N({mean:g}, {variance:g})")
     values = np.where(np.isfinite(values), values, 0.0)
     return Quadrature(np.append(left, right[-1]), z.ravel(), weights.ravel(), values.ravel())
 
@@ -191,7 +231,9 @@ def quadrature(f: Elementwise, mean: float = 0.0, variance: float = 1.0) -> Quad
     try:
         hash(f)
     except TypeError:
+        _check_elementwise(f)
         return _tabulate(f, mean, variance)
+    _check_elementwise_once(f)
     return _cached(f, mean, variance)
 
 
@@ -224,7 +266,7 @@ def _integral(f: Elementwise, q: Quadrature, power: int) -> float:
     slivers = np.repeat(np.diff(q.cuts) <= 2 * _KINK_WIDTH, _ORDER)
     # At a kink or a jump the slivers hold a share of about their width; at a pole they hold the integral.
     if np.abs(terms[slivers]).sum() > 1e-4 * np.abs(terms).sum():
-        raise ValueError(f"E[f(x)^{power}] does not converge for activation {f!r}: it has a pole")
+        raise ValueError(f"E[f(x)^{power}] does not converge for activation {name_of(f)}: it has a pole")
     return float(terms.sum())
 
 
@@ -237,7 +279,7 @@ def derivative(f: Elementwise) -> Elementwise:
         try:
             tangent = jax.jvp(f, (x,), (jnp.ones_like(x),))[1]
         except jax.errors.ConcretizationTypeError as error:
-            raise TypeError(f"activation {f!r} must be made of jax functions of arrays to be differentiated") from error
+            raise TypeError(f"activation {name_of(f)} must be made of jax functions of arrays to be differentiated") from error
         return jnp.zeros(x.shape) if tangent.dtype == jax.dtypes.float0 else tangent  # of integers
 
     return slope
@@ -261,6 +303,23 @@ def second_moment(f: Elementwise, mean: float = 0.0, variance: float = 1.0) -> f
     2.0
     """
     return _integral(f, quadrature(f, mean, variance), power=2)
+
+
+def second_moment_slope(f: Elementwise, mean: float = 0.0, variance: float = 1.0) -> float:
+    """d ln E[f(x)²] / d ln v for x ~ N(mean, v), at v = variance: ½ (E[f² z²] / E[f²] − 1). Arguments and errors: `quadrature`.
+
+    A layer W f(x) with the gain of f keeps E[y²] = 1; where E[y²] is off by a factor 1 + ε, the next layer's is off by
+    1 + slope · ε. Below 1 deviations shrink with depth, above 1 they grow as slope^depth.
+
+    >>> import jax
+    >>> [round(second_moment_slope(f), 3) for f in (jax.nn.tanh, jax.nn.relu, jax.nn.gelu)]
+    [0.461, 1.0, 1.144]
+    """
+    q = quadrature(f, mean, variance)
+    second = _integral(f, q, power=2)
+    if not second > 0:
+        raise ValueError(f"activation {name_of(f)} must not vanish under N({mean:g}, {variance:g}): E[f(x)²] is {second:g}")
+    return float(q.weights @ (q.values * q.z) ** 2) / second / 2 - 0.5
 
 
 def derivative_second_moment(f: Elementwise, mean: float = 0.0, variance: float = 1.0) -> float:

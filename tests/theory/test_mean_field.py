@@ -104,6 +104,22 @@ def test_selu_has_the_fixed_point_it_was_made_for():
     found = vs.mean_field(nn.selu, 1.0)
     assert found.q == pytest.approx(1.0, abs=1e-9)
     assert found.depth_q == pytest.approx(-1 / np.log(0.782648), rel=1e-3)
+    assert found.slope == pytest.approx(0.782648, rel=1e-5)
+
+
+@pytest.mark.parametrize(("activation", "slope"), [(jnp.tanh, 0.461), (nn.relu, 1.0), (nn.gelu, 1.144), (nn.silu, 1.173)])
+def test_the_slope_at_the_exact_gain_says_whether_the_fixed_point_repels(activation, slope):
+    found = vs.mean_field(activation, vs.gain(activation) ** 2)
+    assert found.q == pytest.approx(1.0, abs=1e-6)
+    assert found.slope == pytest.approx(slope, abs=6e-4)
+    assert found.slope == pytest.approx(gaussian.second_moment_slope(activation, 0.0, found.q), abs=1e-6)
+
+
+def test_the_slope_is_dq_dq_with_biases_and_at_zero():
+    found, step = vs.mean_field(jnp.tanh, 1.69, 0.09), 1e-5
+    after = [1.69 * gaussian.second_moment(jnp.tanh, 0.0, found.q + d) + 0.09 for d in (-step, step)]
+    assert found.slope == pytest.approx((after[1] - after[0]) / (2 * step), rel=1e-5)
+    assert vs.mean_field(jnp.tanh, 0.5).slope == pytest.approx(0.5)  # q = 0: σw² φ'(0)²
 
 
 def test_gains_of_scaled_activations():

@@ -84,3 +84,9 @@ __all__ = [
     "xavier_uniform",
     "zeros",
 ]
+
+
+def __getattr__(name: str) -> None:
+    from varscale.initializers.names_elsewhere import advice
+
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}{advice(name, __all__)}")

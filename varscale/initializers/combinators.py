@@ -138,6 +138,10 @@ def scaled(init: AnyInitializer, factor: float) -> Scaled:
     Raises:
         TypeError: init is not callable, or factor no number.
         ValueError: factor is not finite.
+
+    >>> from varscale.initializers import normal
+    >>> scaled(normal(0.02), (2 * 12) ** -0.5)  # GPT-2's residual projections, 12 blocks
+    scaled(normal(stddev=0.02), 0.2041241452319315)
     """
     return Scaled(init, factor)
 
@@ -192,5 +196,11 @@ def masked(init: AnyInitializer, mask: Bool[np.ndarray, "..."] | Sequence[Any]) 
     Raises:
         TypeError: init is not callable, or mask is not made of booleans.
         ValueError: mask is ragged; when called: it does not broadcast to the shape.
+
+    >>> import jax
+    >>> from varscale.initializers import ones
+    >>> masked(ones, np.tri(2, 3))(jax.random.key(0), (2, 3))
+    Array([[1., 0., 0.],
+           [1., 1., 0.]], dtype=float32)
     """
     return Masked(init, mask)  # pyright: ignore[reportArgumentType]

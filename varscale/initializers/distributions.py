@@ -79,6 +79,14 @@ class _Recipe(NamedTuple):
     arguments: tuple[float, ...] = ()
 
 
+def cut_variance(cut: float) -> float:
+    """Variance of a standard normal cut at ±cut: 1 − 2aφ(a)/(2Φ(a) − 1)."""
+    # Past 38 standard deviations the density is 0 in float64, and so is what the cut takes away.
+    if cut >= 38:
+        return 1.0
+    return 1 - 2 * cut * math.exp(-(cut**2) / 2) / math.sqrt(2 * math.pi) / math.erf(cut / math.sqrt(2))
+
+
 def cut_standard_normal(
     key: Key[Array, ""], shape: Sequence[int], dtype: np.dtype, low: float, high: float
 ) -> Inexact[Array, "*shape"]:

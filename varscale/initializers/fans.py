@@ -26,6 +26,9 @@ class Fans:
 
     Raises:
         ValueError: a fan is negative, NaN or infinite.
+
+    >>> Fans(fan_in=64, fan_out=256).of("fan_avg")
+    160.0
     """
 
     fan_in: float
@@ -116,7 +119,8 @@ def compute_fans(shape: Sequence[int], in_axis: Axes = -2, out_axis: Axes = -1, 
         shape: the kernel's shape.
         in_axis: the axis or axes contracted with the input.
         out_axis: the axis or axes of the output.
-        batch_axis: the axis or axes over which independent kernels are stacked.
+        batch_axis: the axis or axes over which independent kernels are stacked, where the whole stack is ONE array of
+            this shape. Inside nnx.vmap, nn.scan and the like an initializer is asked for one layer's shape: there, none.
 
     Returns:
         The fans: exactly the numbers of `jax.nn.initializers` where that accepts the call; a size of 0 gives fans of 0.
@@ -140,7 +144,9 @@ def compute_fans(shape: Sequence[int], in_axis: Axes = -2, out_axis: Axes = -1, 
     batch = _positions("batch_axis", normalized_axes("batch_axis", batch_axis), rank)
     if set(batch) & {*ins, *outs}:
         raise ValueError(
-            f"batch_axis must not share an axis with in_axis or out_axis, but {batch_axis!r} does on shape {sizes}"
+            f"batch_axis must not share an axis with in_axis or out_axis, but {batch_axis!r} does on shape {sizes}. Give "
+            "batch_axis for a parameter that is stored and drawn as one stack, (layers, in, out); inside nnx.vmap, nnx.scan, "
+            "nn.vmap, nn.scan and jax.vmap each layer draws its own (in, out): leave batch_axis out there"
         )
     if rank == 1 and ins == outs:
         raise ValueError("in_axis and out_axis must differ on one axis: give out_axis=() for a vector that is summed over")

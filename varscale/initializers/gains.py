@@ -10,8 +10,9 @@ import numpy as np
 
 from varscale import gaussian
 
-Criterion = Literal["second_moment", "variance", "derivative", "slope"]
+Criterion = Literal["second_moment", "variance", "derivative", "slope", "stable"]
 CRITERIA: tuple[str, ...] = get_args(Criterion)
+_STEEPEST = 1 + 1e-4  # relu's slope is exactly 1; the margin is for callables that compute in float32
 
 
 def _slope(activation: gaussian.Elementwise) -> float:
@@ -23,11 +24,29 @@ def _variance(activation: gaussian.Elementwise) -> float:
     return gaussian.second_moment(activation) - gaussian.mean(activation) ** 2
 
 
+def _stable(activation: gaussian.Elementwise) -> float:
+    """E[φ(z)²], if deviations of E[x²] from 1 do not grow with depth.
+
+    Raises:
+        ValueError: they grow.
+    """
+    slope = gaussian.second_moment_slope(activation)
+    if slope > _STEEPEST:
+        raise ValueError(
+            f"activation {gaussian.name_of(activation)} has no gain by criterion 'stable': the slope of ln E[φ(√q z)²] in ln q "
+            f"is {slope:.4g} at q = 1, so a deviation from E[x²] = 1 grows as {slope:.4g}^depth, {slope**10:.3g} times in 10 "
+            f"layers and {slope**50:.3g} times in 50. Normalize (LayerNorm, RMSNorm), use residual branches, or rescale layer "
+            "by layer on data (LSUV); for up to about ten layers criterion 'second_moment' serves"
+        )
+    return gaussian.second_moment(activation)
+
+
 _EXPECTATION: dict[str, Callable[[gaussian.Elementwise], float]] = {
     "second_moment": gaussian.second_moment,
     "variance": _variance,
     "derivative": gaussian.derivative_second_moment,
     "slope": _slope,
+    "stable": _stable,
 }
 
 
@@ -40,6 +59,10 @@ def gain(activation: gaussian.Elementwise, criterion: Criterion = "second_moment
     | "variance" | E[φ(z)²] − E[φ(z)]² | Var forward, for centred streams (Brock, De & Smith 2021, unnormalized ResNets) |
     | "derivative" | E[φ'(z)²] | gradients backward (Schoenholz et al. 2017, section 3: χ = 1) |
     | "slope" | φ'(0)² | small signals (Glorot & Bengio 2010, section 4.2.1) |
+    | "stable" | E[φ(z)²] | E[y²] forward at any depth; an error where deviations from it grow with depth |
+
+    gelu, silu and mish have a gain but no stable one: E[φ(√q z)²]/q rises with q, so that a signal slightly too large grows
+    further at every layer, and one slightly too small shrinks. tanh, sin, selu, elu and (leaky) relu are stable.
 
     Args:
         activation: any elementwise callable; kinks are found.
@@ -50,7 +73,8 @@ def gain(activation: gaussian.Elementwise, criterion: Criterion = "second_moment
 
     Raises:
         TypeError: activation is not callable.
-        ValueError: unknown criterion, or the expectation is 0 or not finite, so that no gain restores it.
+        ValueError: unknown criterion; activation is not elementwise (softmax, a normalization, cumsum); the expectation is 0 or
+            not finite, so that no gain restores it; or criterion "stable" and deviations of E[x²] grow with depth.
 
     >>> import jax
     >>> round(gain(jax.nn.relu) ** 2, 9), round(gain(jax.nn.sigmoid, "slope"), 9)
@@ -64,7 +88,8 @@ def gain(activation: gaussian.Elementwise, criterion: Criterion = "second_moment
     # Below this the variance of a constant is rounding.
     if not expectation > 1e-15:
         raise ValueError(
-            f"activation {activation!r} has no gain by criterion {criterion!r}: its expectation is {expectation:.3g}"
+            f"activation {gaussian.name_of(activation)} has no gain by criterion {criterion!r}: "
+            f"its expectation is {expectation:.3g}"
         )
     return 1 / math.sqrt(expectation)
 

@@ -137,6 +137,11 @@ def orthogonal(scale: float = 1.0, column_axis: int = -1, dtype: DTypeLike | Non
         ValueError: scale not finite and positive; when called: fewer than two axes, column_axis out of range.
 
     Source: Saxe, McClelland & Ganguli 2014, "Exact solutions to the nonlinear dynamics of learning", section 3.
+
+    >>> import jax
+    >>> w = orthogonal()(jax.random.key(0), (2, 8))
+    >>> bool(abs(w @ w.T - jax.numpy.eye(2)).max() < 1e-6)
+    True
     """
     return Orthogonal(scale, column_axis, dtype)  # pyright: ignore[reportArgumentType]
 
@@ -184,6 +189,11 @@ def delta_orthogonal(scale: float = 1.0, column_axis: int = -1, dtype: DTypeLike
         ValueError: scale not finite and positive; when called: a shape of another form.
 
     Source: Xiao et al. 2018, "Dynamical Isometry and a Mean Field Theory of CNNs", section 3.
+
+    >>> import jax
+    >>> kernel = delta_orthogonal()(jax.random.key(0), (3, 3, 4, 4))
+    >>> round(float((kernel[1, 1] ** 2).sum()), 3), round(float((kernel**2).sum()), 3)
+    (4.0, 4.0)
     """
     return DeltaOrthogonal(scale, column_axis, dtype)  # pyright: ignore[reportArgumentType]
 
@@ -223,6 +233,11 @@ def identity(scale: float = 1.0, dtype: DTypeLike | None = None) -> Identity:
         ValueError: scale not finite; when called: a shape that is not two-dimensional.
 
     Source: Le, Jaitly & Hinton 2015, "A Simple Way to Initialize Recurrent Networks of Rectified Linear Units".
+
+    >>> import jax
+    >>> identity()(jax.random.key(0), (2, 3))
+    Array([[1., 0., 0.],
+           [0., 1., 0.]], dtype=float32)
     """
     return Identity(scale, dtype)  # pyright: ignore[reportArgumentType]
 
@@ -276,6 +291,10 @@ def dirac(groups: int = 1, dtype: DTypeLike | None = None) -> Dirac:
         ValueError: groups below 1; when called: groups that do not divide the outputs, a shape of another form.
 
     Source: Zagoruyko & Komodakis 2017, "DiracNets", section 3.
+
+    >>> import jax
+    >>> dirac()(jax.random.key(0), (3, 1, 1)).ravel()  # the central tap of three
+    Array([0., 1., 0.], dtype=float32)
     """
     return Dirac(groups, dtype)  # pyright: ignore[reportArgumentType]
 
@@ -336,5 +355,10 @@ def sparse(sparsity: float, stddev: float = 1e-2, dtype: DTypeLike | None = None
         ValueError: sparsity or stddev out of range; when called: a shape with fewer than two axes.
 
     Source: Martens 2010, "Deep learning via Hessian-free optimization", section 5.
+
+    >>> import jax
+    >>> kernel = sparse(0.9, stddev=0.1)(jax.random.key(0), (100, 50))
+    >>> int((kernel[:, 0] != 0).sum())
+    10
     """
     return Sparse(sparsity, stddev, dtype)  # pyright: ignore[reportArgumentType]

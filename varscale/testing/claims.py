@@ -32,13 +32,11 @@ class VarianceClaim:
         mean: `E[w]`; where it is not zero, every other part concerns `w − mean`, whose second moment is `second_moment −
             mean²`.
         distribution: the law of the entries: `"normal"`, `"truncated_normal"` (at ±2 of its underlying standard
-            deviation), `"uniform"`,
-            `"rademacher"`; None claims none, and then only symmetry about the mean is assumed.
+            deviation), `"uniform"`, `"rademacher"`; None claims none, and then only symmetry about the mean is assumed.
         bound: a magnitude that no weight exceeds; a `distribution` with a bound implies it.
         independent: the entries are independent and identically distributed, and so are draws of different keys.
         orthogonal_axis: the array, flattened to a matrix whose columns lie along this axis, has orthogonal rows or
-            columns (whichever are
-            fewer) of equal length. An equality, not a statistic; independence is then not claimed.
+            columns (whichever are fewer) of equal length. An equality, not a statistic; independence is then not claimed.
     """
 
     second_moment: float
@@ -185,10 +183,8 @@ def _orthogonal(claim: VarianceClaim, weights: Shaped[np.ndarray, "replicates *s
     draws.
 
     The tolerance is the rounding error: Householder QR in float32 or better is orthogonal to `max(m, n)·ε` (Higham,
-    "Accuracy and Stability
-    of Numerical Algorithms", 2002, theorem 19.4), and one rounding to storage moves an entry of the Gram matrix by at
-    most its `ε`
-    (Cauchy-Schwarz) and half a subnormal step an entry.
+    "Accuracy and Stability of Numerical Algorithms", 2002, theorem 19.4), and one rounding to storage moves an entry of
+    the Gram matrix by at most its `ε` (Cauchy-Schwarz) and half a subnormal step an entry.
     """
     assert claim.orthogonal_axis is not None
     matrices = np.moveaxis(_as_double(weights), 1 + claim.orthogonal_axis % (weights.ndim - 1), -1)

@@ -99,9 +99,8 @@ def same_twice(init: Init, shape: tuple[int, ...], dtype: DTypeLike, key: Key[Ar
     """What an initializer returns, and whether it returns the same again for the same key.
 
     Chance from outside the key (NumPy's generator, a counter) enters a traced program as a constant: two programs that
-    read alike
-    and hold the same constants are the same function. Only where they differ, or where JAX cannot trace, is the
-    initializer called twice.
+    read alike and hold the same constants are the same function. Only where they differ, or where JAX cannot trace, is
+    the initializer called twice.
     """
     traced = []
     try:

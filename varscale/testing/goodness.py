@@ -16,8 +16,7 @@ def distribution_function(values: Float[np.ndarray, " n"], law: Law, snap: float
     """Largest distance of the empirical from the claimed distribution function.
 
     `P(sup |F_N − F| ≥ d) ≤ 2·exp(−2Nd²)` for any law, discrete ones included (Dvoretzky, Kiefer & Wolfowitz 1956, with
-    the constant of
-    Massart 1990).
+    the constant of Massart 1990).
 
     Args:
         values: standardized weights.

@@ -1,10 +1,9 @@
 """Are the entries of a kernel independent and alike? Tests that assume no law, only what the claim itself says.
 
 If the weights are independent and symmetric about zero then, given their magnitudes, their signs are fair coins; and if
-they are
-identically distributed then every slice of the kernel is a sample without replacement from all of it. Both give bounds
-that hold for
-any law at any sample size (`varscale.testing.tails`), so none of these tests has to know or estimate one.
+they are identically distributed then every slice of the kernel is a sample without replacement from all of it. Both give
+bounds that hold for any law at any sample size (`varscale.testing.tails`), so none of these tests has to know or estimate
+one.
 
 Every function takes standardized weights of shape `(replicates, *kernel shape)` in float64.
 """
@@ -29,9 +28,8 @@ _COLLISION_SAMPLE, _COLLISION_RATE = 2**15, 2.0**-20
 def output_second_moment(weights: Weights, contractions: tuple[tuple[int, ...], ...]) -> Finding:
     """`E[y²]` for the constant input, over every axis alone and over the axes a layer contracts.
 
-    On the constant input, as on any input of nonzero mean such as a ReLU's, a mean or a correlation common to the
-    entries of a sum adds
-    up (maths: the second term of the law). Given the magnitudes, `(Σw)²/Σw²` has expectation 1.
+    On the constant input, as on any input of nonzero mean such as a ReLU's, a mean or a correlation common to the entries
+    of a sum adds up (maths: the second term of the law). Given the magnitudes, `(Σw)²/Σw²` has expectation 1.
     """
     axes = {(axis,) for axis in range(weights.ndim)} | {tuple(sorted(group)) for group in contractions}
     worst, tested = (0.0, "no axis to sum over"), 0
@@ -146,8 +144,8 @@ def collisions(weights: Weights) -> Finding:
     """Equal values among weights of a continuous law, kept with 24 bits or more.
 
     A generator of at least 20 random bits gives a weight the value of one of the `i` before it with probability `i·2⁻²⁰`
-    at most, so that the
-    number of such weights is below a sum of independent Bernoulli variables, and Chernoff's bound for that sum applies.
+    at most, so that the number of such weights is below a sum of independent Bernoulli variables, and Chernoff's bound
+    for that sum applies.
     """
     values = weights.reshape(-1)
     values = values[:: max(1, values.size // _COLLISION_SAMPLE)][:_COLLISION_SAMPLE]

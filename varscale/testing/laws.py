@@ -1,9 +1,8 @@
 """The laws of the weights as they lie in memory: their distribution functions, and what rounding to few bits does to them.
 
 A weight in bfloat16, float16 or float8 is a real number rounded once. Its second moment then differs from the claim by a
-small
-amount that is known: about `ulp²/12` a weight where the grid is finer than the law, and anything at all below the smallest
-subnormal. So the rounded law is written down exactly, value by value, instead of widening a tolerance.
+small amount that is known: about `ulp²/12` a weight where the grid is finer than the law, and anything at all below the
+smallest subnormal. So the rounded law is written down exactly, value by value, instead of widening a tolerance.
 """
 
 from __future__ import annotations

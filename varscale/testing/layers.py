@@ -47,11 +47,9 @@ def assert_output_variance(
     """Asserts `E[y²] = n·Var[w]·E[x²]` of a layer on a given input, over fresh weights.
 
     Every replicate initializes the layer anew and takes the mean of `y²` over the whole output. With a named
-    `distribution` and a layer that
-    is linear in one random kernel, the law of that mean given the input is known (`varscale.testing.quadratic`) and the
-    p-value exact for
-    one example through a dense layer of normal weights, a proven bound for anything else; otherwise it is the log-ratio
-    statistic in batches that must agree.
+    `distribution` and a layer that is linear in one random kernel, the law of that mean given the input is known
+    (`varscale.testing.quadratic`) and the p-value exact for one example through a dense layer of normal weights, a proven
+    bound for anything else; otherwise it is the log-ratio statistic in batches that must agree.
 
     Args:
         layer: a linen module; an nnx factory `lambda rngs: Layer(..., rngs=rngs)`; a pair `(init, apply)` called as

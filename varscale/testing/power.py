@@ -48,10 +48,8 @@ def plan_samples(alpha: float, beta: float, ratio: float, kurtosis: float = 3.0)
     """Smallest number of independent weights that tells a variance ratio from 1.
 
     Exact for normal weights (kurtosis 3), where `N·R ~ χ²_N`: the two-sided level-`alpha` test rejects both a variance
-    `ratio`
-    times the claim and one `1/ratio` times it with probability at least `1 − beta`. Since `Var R = (κ − 1)/N`, other
-    laws need
-    `(κ − 1)/2` times as many. To first order this is `(κ − 1)(z_{α/2} + z_β)²/(ln ρ)²`.
+    `ratio` times the claim and one `1/ratio` times it with probability at least `1 − beta`. Since `Var R = (κ − 1)/N`,
+    other laws need `(κ − 1)/2` times as many. To first order this is `(κ − 1)(z_{α/2} + z_β)²/(ln ρ)²`.
 
     Args:
         alpha: the false-alarm rate, two-sided, in (0, ½).

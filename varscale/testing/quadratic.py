@@ -1,10 +1,8 @@
 """The law of a layer's output energy, given its input: a quadratic form in the weights, whose eigenvalues decide its tails.
 
 For a layer linear in its weights `w`, `y = J w`, the mean square over the outputs of fresh independent weights is `S = Σ
-λᵢ χ²₁`
-with `λ` the eigenvalues of `J Jᵀ`, here normalized to `Σ λ = 1`. One example through a dense layer has `m` equal
-eigenvalues: `S·m ~ χ²_m` for ANY
-input. A batch that shares the weights, or a convolution's positions, have unequal ones.
+λᵢ χ²₁` with `λ` the eigenvalues of `J Jᵀ`, here normalized to `Σ λ = 1`. One example through a dense layer has `m` equal
+eigenvalues: `S·m ~ χ²_m` for ANY input. A batch that shares the weights, or a convolution's positions, have unequal ones.
 """
 
 from __future__ import annotations
@@ -31,9 +29,8 @@ class QuadraticForm:
     Attributes:
         eigenvalues: positive, of sum 1.
         gaussian: whether the weights are normal. Of weights that are not, but whose moment-generating function is below
-            the normal's
-            (truncated normal, uniform, Rademacher), the upper tail is bounded by the Gaussian form's, and the lower by
-            its variance.
+            the normal's (truncated normal, uniform, Rademacher), the upper tail is bounded by the Gaussian form's, and
+            the lower by its variance.
     """
 
     eigenvalues: Float[np.ndarray, " n"]

@@ -1,9 +1,9 @@
 """Hypothesis strategies for the structure of a variance claim: shapes, axes, modes, laws, dtypes, activations,
 initializers, layers.
 
-They draw structure and nothing else. The key of a case follows from the case (`varscale.testing.draws.key_of`), so that
-a case has one verdict,
-which shrinks and replays. Never draw a seed, and never `target()` a p-value: both search for unlucky seeds, not for defects.
+They draw structure and nothing else. The key of a case follows from the case (`varscale.testing.draws.key_of`), so that a
+case has one verdict, which shrinks and replays. Never draw a seed, and never `target()` a p-value: both search for
+unlucky seeds, not for defects.
 
 Sizes come from a few buckets, since XLA compiles once for each shape and compilation is what costs.
 """

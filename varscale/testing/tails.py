@@ -7,9 +7,8 @@
 * any law whose moment-generating function is known: Chernoff, `ln P ≤ −N·I(r)` with `I(r) = sup_θ {θr − ln E[exp(θz²)]}`
   (Cramér 1938; Boucheron, Lugosi & Massart, "Concentration Inequalities", 2013, section 2.2);
 * any law symmetric about zero: a sum divided by the root of its sum of squares has tails below 3.178 times the Gaussian's
-  (Bentkus & Dzindzalieta, "A tight Gaussian bound for weighted sums of Rademacher random variables", Bernoulli 2015),
-  and a mean
-  of squares of such sums is bounded as a mean of `χ²₁` above, and by its fourth moment below (Maurer, JIPAM 2003);
+  (Bentkus & Dzindzalieta, "A tight Gaussian bound for weighted sums of Rademacher random variables", Bernoulli 2015), and
+  a mean of squares of such sums is bounded as a mean of `χ²₁` above, and by its fourth moment below (Maurer, JIPAM 2003);
 * an unknown law: the logarithm of the ratio with an estimated kurtosis, which is calibrated down to `CALIBRATED_P` and is
   therefore asked no more than that: smaller levels are reached by the agreement of several disjoint batches.
 """

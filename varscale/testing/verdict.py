@@ -10,8 +10,7 @@ from dataclasses import dataclass
 
 PARTS = 16
 """The error budget of every claim is split among this many parts, used or not, so that stating more about an initializer
-(its law,
-say) leaves the power of the other parts as it was."""
+(its law, say) leaves the power of the other parts as it was."""
 
 
 @dataclass(frozen=True)

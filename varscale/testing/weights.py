@@ -42,12 +42,11 @@ def assert_variance(
 ) -> Verdict:
     """Asserts that an initializer draws independent weights of mean 0 and variance `scale / fan`.
 
-    It draws as many kernels, each from its own key, as the error rates and the detectable sizes require, and tests:
-    shape and dtype; that the
-    same key gives the same weights and different keys different ones; that all are finite; second moment and mean; that the
-    entries are independent and alike (output second moment on constant inputs, correlations at every lag and of every
-    pair of slices, moments
-    of every slice); and, of a named law, its bound, its distribution function and its extremes.
+    It draws as many kernels, each from its own key, as the error rates and the detectable sizes require, and tests: shape
+    and dtype; that the same key gives the same weights and different keys different ones; that all are finite; second
+    moment and mean; that the entries are independent and alike (output second moment on constant inputs, correlations at
+    every lag and of every pair of slices, moments of every slice); and, of a named law, its bound, its distribution
+    function and its extremes.
 
     Args:
         init: any `init(key, shape, dtype)`: of this library, of jax or flax, or your own.
@@ -55,9 +54,8 @@ def assert_variance(
         scale: the variance times the fan.
         mode: the fan: `"fan_in"`, `"fan_out"`, `"fan_avg"` or `"fan_geo_avg"`.
         distribution: the law: `"normal"`, `"truncated_normal"`, `"uniform"`, `"rademacher"`; `"orthogonal"` for a matrix
-            with columns along `out_axis`
-            and orthogonal rows or columns of squared length `scale` (`mode` then does not matter); None for any
-            symmetric law.
+            with columns along `out_axis` and orthogonal rows or columns of squared length `scale` (`mode` then does not
+            matter); None for any symmetric law.
         in_axis: axis or axes of the inputs.
         out_axis: axis or axes of the outputs.
         batch_axis: axis or axes that count for neither.

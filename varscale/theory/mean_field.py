@@ -37,6 +37,8 @@ class MeanField:
         chi: σw² E[φ'(√q z)²]: factor by which a small difference, and a gradient, grows in mean square per layer. Infinite
             where φ jumps: two inputs that straddle a jump are no longer close, however close they were.
         c: stable fixed point of the correlation of two inputs.
+        slope: d ln q'/d ln q of the map at q > 0 (dq'/dq at q = 0): the factor by which a small relative deviation from q grows
+            per layer. Above 1 the fixed point repels: a finite net leaves it, as slope^depth.
         depth_q: layers over which q converges by a factor e, −1/ln|slope|; infinite at slope 1.
         depth_c: likewise for the correlation.
         phase: "ordered" (χ < 1), "critical", or "chaotic" (χ > 1).
@@ -45,6 +47,7 @@ class MeanField:
     q: float
     chi: float
     c: float
+    slope: float
     depth_q: float
     depth_c: float
     phase: Literal["ordered", "critical", "chaotic"]
@@ -165,6 +168,11 @@ def mean_field(activation: Activation, weight_variance: float, bias_variance: fl
 
     Raises:
         ValueError: a variance is negative or not finite, or the second moment diverges.
+
+    >>> import jax, varscale as vs
+    >>> found = mean_field(jax.nn.gelu, vs.gain(jax.nn.gelu) ** 2)
+    >>> round(found.q, 6), round(found.slope, 3)  # E[x²] = 1 is a fixed point, and it repels
+    (1.0, 1.144)
     """
     _checked(weight_variance=weight_variance, bias_variance=bias_variance)
     layer = _Layer(activation, float(weight_variance), float(bias_variance))
@@ -173,7 +181,8 @@ def mean_field(activation: Activation, weight_variance: float, bias_variance: fl
     chi = layer.chi(at)
     c, slope_c = _correlation(layer, at, chi)
     phase = "critical" if abs(chi - 1) < _CRITICAL else "ordered" if chi < 1 else "chaotic"
-    return MeanField(q, chi, c, _depth(layer.slope(at)), _depth(slope_c), phase)
+    slope = layer.slope(at)
+    return MeanField(q, chi, c, slope, _depth(slope), _depth(slope_c), phase)
 
 
 def _correlation(layer: _Layer, q: float, chi: float) -> tuple[float, float]:
@@ -251,8 +260,8 @@ def critical(activation: Activation, bias_variance: float = 0.0) -> Critical:
             points.append((_slope_square(activation, q), q))
     if not points:
         raise ValueError(
-            f"no critical point: with bias_variance={bias_variance!r} activation {activation!r} has no fixed point q at which "
-            "χ = 1"
+            f"no critical point: with bias_variance={bias_variance!r} activation {gaussian.name_of(activation)} has no fixed "
+            "point q at which χ = 1"
         )
     found = [Critical(1 / square, q, _is_stable(_Layer(activation, 1 / square, bias_variance), q)) for square, q in points]
     return min(found, key=lambda point: (not point.stable, point.q))

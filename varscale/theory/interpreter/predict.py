@@ -57,6 +57,13 @@ def predict(
         TypeError: the model or an input is of no known kind.
         ValueError: the model does not trace on these shapes, has no outputs, holds NaN, or uses a primitive that has no
             rule and cannot be sampled.
+
+    >>> import jax, varscale as vs
+    >>> from flax import linen as nn
+    >>> net = nn.Sequential([nn.Dense(256, kernel_init=vs.he_normal()), nn.relu, nn.Dense(10)])
+    >>> report = vs.predict(net, jax.ShapeDtypeStruct((64, 784), "float32"))
+    >>> [(row.path, round(row.second_moment, 2)) for row in report.rows]
+    [('layers_0', 2.0), ('layers_2', 1.0), ('', 1.0)]
     """
     if detail not in _DETAILS:
         raise ValueError(f"detail must be one of {', '.join(map(repr, _DETAILS))}, not {detail!r}")
