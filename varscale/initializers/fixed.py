@@ -134,7 +134,7 @@ def normal(stddev: float = 1e-2, dtype: DTypeLike | None = None) -> Normal:
 def truncated_normal(
     stddev: float = 1e-2, dtype: DTypeLike | None = None, lower: float = -2.0, upper: float = 2.0
 ) -> TruncatedNormal:
-    """Normal weights cut at ±upper and rescaled, so that their standard deviation IS stddev; none beyond 2.27 stddev by
+    """Normal weights cut at ±upper and rescaled, so that their standard deviation IS stddev; none beyond 2.274 stddev by
     default.
 
     Two things differ from `jax.nn.initializers.truncated_normal`, whose arguments these are. There stddev is that of the normal
@@ -157,7 +157,7 @@ def truncated_normal(
     >>> import jax
     >>> w = truncated_normal(0.02)(jax.random.key(0), (1000, 1000))
     >>> round(float(w.std()), 4), round(float(abs(w).max() / w.std()), 2)
-    (0.02, 2.27)
+    (0.02, 2.28)
     >>> round(float(jax.nn.initializers.truncated_normal(0.02)(jax.random.key(0), (1000, 1000)).std()), 4)
     0.0176
     """
