@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import json
 import os
 import pickle
 import shutil
@@ -160,7 +161,7 @@ def objects() -> bytes:
         (b"\x04\x22\x4d\x18" + bytes(20), "compressed .lz4"),
         (b"\x89HDF\r\n\x1a\n" + bytes(20), "HDF5"),
         (b"", "empty"),
-        (b"{}", "no whole safetensors"),
+        (b"{}", "no index of safetensors files"),
         (bytes(100), "no whole safetensors"),
     ],
     # The bytes hold the time at which they were made, which differs between workers.
@@ -238,5 +239,61 @@ def test_what_cannot_be_saved_says_why(tmp_path, name, tree, error, match):
 def test_nothing_there_and_a_folder_that_is_no_checkpoint(tmp_path):
     with pytest.raises(FileNotFoundError):
         transfer.load(tmp_path / "nothing")
-    with pytest.raises(transfer.CheckpointError, match="no Orbax checkpoint"):
+    with pytest.raises(transfer.CheckpointError, match="neither an Orbax checkpoint"):
         transfer.load(tmp_path)
+
+
+INDEX = "model.safetensors.index.json"
+
+
+def sharded(folder, shards: dict[str, dict[str, np.ndarray]], **weight_map: str):
+    """Write shards and their index as Hugging Face does; `weight_map` overrides entries of the index."""
+    for name, arrays in shards.items():
+        safetensors.numpy.save_file(arrays, folder / name)
+    named = {key: name for name, arrays in shards.items() for key in arrays} | weight_map
+    (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": named}))
+    return folder
+
+
+ONE, TWO = ({f"layers.{i}.weight": np.full((2, 3), i, np.float32)} for i in (0, 1))
+
+
+def test_shards_are_read_as_their_index_says(tmp_path):
+    stale = {"layers.0.weight": np.zeros((9, 9), np.float32)}  # also in the second file; the index names the first
+    sharded(tmp_path, {"a.safetensors": ONE, "b.safetensors": TWO | stale}, **{"layers.0.weight": "a.safetensors"})
+    for path in (tmp_path, tmp_path / INDEX):
+        assert_same(transfer.load(path), ONE | TWO)
+    assert_same(transfer.load(tmp_path / "b.safetensors"), TWO | stale)
+
+
+def test_a_folder_with_one_safetensors_file_is_that_file(tmp_path):
+    transfer.save(tmp_path / "model.safetensors", TREE)
+    (tmp_path / "config.json").write_text("{}")
+    assert_same(transfer.load(tmp_path), TREE)
+    transfer.save(tmp_path / "other.safetensors", TREE)
+    with pytest.raises(transfer.CheckpointError, match="2 safetensors files without an index: model"):
+        transfer.load(tmp_path)
+
+
+def test_damaged_sharded_checkpoints_are_refused_whole(tmp_path):
+    sharded(tmp_path, {"a.safetensors": ONE, "b.safetensors": TWO})
+
+    def refused(match):
+        for path in (tmp_path, tmp_path / INDEX):
+            with pytest.raises(transfer.CheckpointError, match=match):
+                transfer.load(path)
+
+    (tmp_path / "b.safetensors").rename(tmp_path / "c.safetensors")
+    refused(r"1 of the 2 files that it names are not there: b.safetensors")
+    (tmp_path / "b.safetensors").write_bytes((tmp_path / "c.safetensors").read_bytes()[:-3])
+    refused("no whole safetensors file")
+    (tmp_path / "b.safetensors").write_bytes(pickle.dumps({"a": 1}))
+    refused("it is a pickle")
+    sharded(tmp_path, {"a.safetensors": ONE}, missing="a.safetensors")
+    refused("'a.safetensors' does not hold missing")
+    for outside in ("../a.safetensors", "/etc/passwd", ""):
+        sharded(tmp_path, {"a.safetensors": ONE}, bad=outside)
+        refused("must stand beside the index")
+    for text in ("{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}', '{"weight_map": {'):
+        (tmp_path / INDEX).write_text(text)
+        refused("no index of safetensors files")

@@ -134,31 +134,91 @@ def run_gru(w, x):
     return np.stack(outputs, axis=1)
 
 
-def test_recurrent_cells_of_pytorch():
-    x = draw(2, 5, 3)
-    w = gates(4, 4, 3)
-    prefixed = {f"cell.{name}": value for name, value in w.items()}
-    lstm = grafted(nn.RNN(nn.OptimizedLSTMCell(4)), x, prefixed, layout="pytorch", rearrange=transfer.pytorch_lstm())
-    np.testing.assert_allclose(lstm, run_lstm(w, x), atol=1e-5)
-    # nnx keeps the gates packed as PyTorch does, and one bias.
-    model = nnx.RNN(nnx.OptimizedLSTMCell(3, 4, rngs=nnx.Rngs(0)))
-    model, _ = transfer.graft(
-        model,
-        w,
-        layout="pytorch",
-        rearrange=transfer.Add("", ("bias_ih_l0", "bias_hh_l0"), "bias"),
-        rename={"weight_ih_l0": "cell/dense_i/kernel", "weight_hh_l0": "cell/dense_h/kernel", "bias": "cell/dense_h/bias"},
-        strict=True,
+def keras_of(w: dict[str, np.ndarray], order: tuple[int, ...]) -> dict[str, np.ndarray]:
+    """PyTorch's gates as Keras keeps them: transposed, its own order of gates, both biases in one leaf for a GRU."""
+
+    def ordered(name):
+        return np.concatenate([np.split(w[name], len(order))[gate] for gate in order]).T
+
+    inputs, hidden = ordered("bias_ih_l0"), ordered("bias_hh_l0")
+    bias = inputs + hidden if len(order) == 4 else np.stack([inputs, hidden])
+    return {"kernel": ordered("weight_ih_l0"), "recurrent_kernel": ordered("weight_hh_l0"), "bias": bias}
+
+
+X, LSTM, GRU = draw(2, 5, 3), gates(4, 4, 3), gates(3, 4, 3)
+NNX_GRU = GRU | {"bias_hh_l0": GRU["bias_hh_l0"] * (np.arange(12) < 8)}  # no bias behind the reset gate
+# The weights of cells, the recipe for them, their layout, and the cells of linen and nnx they fit.
+CELLS = {
+    "LSTM of PyTorch": (LSTM, transfer.pytorch_lstm, "pytorch", (nn.LSTMCell, nnx.LSTMCell, nnx.OptimizedLSTMCell)),
+    "LSTM of Keras": (keras_of(LSTM, (0, 1, 2, 3)), transfer.keras_lstm, "keras", (nn.OptimizedLSTMCell, nnx.LSTMCell)),
+    "GRU of PyTorch": (GRU, transfer.pytorch_gru, "pytorch", (nn.GRUCell,)),
+    "GRU of PyTorch without a bias behind the reset gate": (NNX_GRU, transfer.pytorch_gru, "pytorch", (nnx.GRUCell,)),
+    "GRU of Keras": (keras_of(GRU, (1, 0, 2)), transfer.keras_gru, "keras", (nn.GRUCell,)),
+    "GRU of Keras without": (keras_of(NNX_GRU, (1, 0, 2)), transfer.keras_gru, "keras", (nnx.GRUCell,)),
+}
+
+
+@pytest.mark.parametrize("kind", CELLS)
+def test_recurrent_cells(kind):
+    weights, recipe, layout, cells = CELLS[kind]
+    expected = run_lstm(LSTM, X) if "LSTM" in kind else run_gru(NNX_GRU if "without" in kind else GRU, X)
+    other = {"dense.kernel": draw(3, 8), "dense.bias": draw(8)} if layout == "keras" else {}  # no cell: the recipe passes it by
+    for cell in cells:
+        options = {"layout": layout, "rearrange": recipe(), "rename": {"dense": None} if other else {}}
+        if issubclass(cell, nnx.Module):
+            model = nnx.RNN(cell(3, 4, rngs=nnx.Rngs(0)))
+            model, account = transfer.graft(model, {f"cell.{n}": v for n, v in weights.items()} | other, strict=True, **options)
+            assert not account.mismatched
+            assert all(entry.intended for entry in account.left_over.values())
+            found = model(X)
+        else:
+            named = {f"cell.{name}": value for name, value in weights.items()}
+            variables = nn.RNN(cell(4)).init(jax.random.key(0), X)
+            new, account = transfer.graft(variables, named | other, **options)
+            assert len(account.moved) == len(jax.tree.leaves(variables))
+            found = nn.RNN(cell(4)).apply(new, X)
+        np.testing.assert_allclose(found, expected, atol=1e-6, err_msg=str(cell))
+
+
+def test_cells_of_a_framework_without_biases_and_with_tensorflow_s_names():
+    weights = {f"{name}:0": value for name, value in keras_of(LSTM, (0, 1, 2, 3)).items() if "bias" not in name}
+    cell, account = transfer.graft(
+        nnx.OptimizedLSTMCell(3, 4, rngs=nnx.Rngs(0)), weights, layout="keras", rearrange=transfer.keras_lstm()
     )
-    np.testing.assert_allclose(model(x), run_lstm(w, x), atol=1e-5)
-    keras = {"cell.kernel": w["weight_ih_l0"].T, "cell.recurrent_kernel": w["weight_hh_l0"].T}
-    keras["cell.bias"] = w["bias_ih_l0"] + w["bias_hh_l0"]
-    lstm = grafted(nn.RNN(nn.OptimizedLSTMCell(4)), x, keras, layout="keras", rearrange=transfer.keras_lstm())
-    np.testing.assert_allclose(lstm, run_lstm(w, x), atol=1e-5)
-    w = gates(3, 4, 3)
-    prefixed = {f"cell.{name}": value for name, value in w.items()}
-    gru = grafted(nn.RNN(nn.GRUCell(4)), x, prefixed, layout="pytorch", rearrange=transfer.pytorch_gru())
-    np.testing.assert_allclose(gru, run_gru(w, x), atol=1e-5)
+    assert set(account.moved) == {"dense_i/kernel", "dense_h/kernel"}
+    assert account.moved["dense_h/kernel"].why.endswith("4 gates packed")
+    np.testing.assert_array_equal(cell.dense_i.kernel[...], weights["kernel:0"])
+
+
+def test_linen_s_gates_are_packed_for_nnx_and_missing_gates_are_told_of():
+    linen = nn.LSTMCell(3).init(jax.random.key(0), (jnp.zeros(3), jnp.zeros(3)), jnp.zeros(3))["params"]
+    cell = nnx.OptimizedLSTMCell(3, 3, rngs=nnx.Rngs(1))
+    new, account = transfer.graft(cell, linen, strict=True)
+    np.testing.assert_array_equal(new.dense_h.kernel[:, 3:6], linen["hf"]["kernel"])
+    back, _ = transfer.graft(nnx.LSTMCell(3, 3, rngs=nnx.Rngs(1)), linen, strict=True)
+    np.testing.assert_array_equal(back.if_.kernel[...], linen["if"]["kernel"])
+    again, _ = transfer.graft(linen, back, strict=True)
+    np.testing.assert_array_equal(again["if"]["kernel"], linen["if"]["kernel"])
+    del linen["hf"]
+    _, account = transfer.graft(cell, linen)
+    assert "packs the gates hi, hf, hg, ho; found are hg, hi, ho" in account.left_over["hi/kernel"].why
+    assert set(account.kept) == {"dense_h/kernel", "dense_h/bias"}
+    with pytest.raises(transfer.GraftError, match="both go to 'dense_i/kernel'"):
+        transfer.graft(cell, {"a": linen["ii"], "ii": linen["ii"]}, rename={"a": "ii"})
+
+
+def test_the_bias_behind_the_reset_gate_is_left_over_where_nnx_has_no_place_for_it():
+    cell = nnx.GRUCell(3, 4, rngs=nnx.Rngs(0))
+    options = {"layout": "pytorch", "rearrange": transfer.pytorch_gru()}
+    _, account = transfer.graft(cell, GRU, **options)
+    assert "outputs differ without it" in account.left_over["bias_hh_l0"].why
+    with pytest.raises(transfer.GraftError, match="strict"):
+        transfer.graft(cell, GRU, strict=True, **options)
+    old = keras_of(GRU, (1, 0, 2))
+    with pytest.raises(ValueError, match="reset_after=False"):
+        transfer.graft(cell, old | {"bias": old["bias"][0]}, layout="keras", rearrange=transfer.keras_gru())
+    with pytest.raises(ValueError, match="no recurrent kernel"):
+        transfer.graft(cell, old, layout="keras", rearrange=transfer.keras_gru("encoder"))
 
 
 def test_a_dense_layer_behind_a_flattened_map_is_permuted():
@@ -168,6 +228,54 @@ def test_a_dense_layer_behind_a_flattened_map_is_permuted():
     permute = transfer.Permute("weight", axis=1, shape=(5, 3, 4), order=(1, 2, 0))
     found = grafted(module, x.reshape(2, -1), {"weight": weight}, layout="pytorch", rearrange=permute)
     np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def zeros(weights):
+    """Flax's leaves for a PyTorch checkpoint of convolutions (rank 4) and dense layers."""
+    kinds = {name: "embedding" if name.startswith("table") else "kernel" for name in weights}
+    axes = {2: (1, 0), 4: (2, 3, 1, 0)}
+    return {
+        name: {kinds[name]: np.zeros(w.shape if "table" in name else w.transpose(axes[w.ndim]).shape, np.float32)}
+        for name, w in weights.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("shapes", "flagged"),
+    [
+        ({"conv": (16, 3, 3, 3), "fc1": (120, 400), "fc2": (10, 120)}, {"fc1"}),  # 400 = 16 x 25
+        ({"classifier": (10, 64), "features": (16, 3, 3, 3)}, {"classifier"}),  # a file may be sorted by name
+        ({"conv": (16, 3, 3, 3), "fc1": (64, 64), "fc2": (10, 64)}, {"fc1"}),  # 64 are fc1's outputs too
+        ({"conv": (16, 3, 3, 3), "fc": (10, 16)}, set()),  # a mean over places
+        ({"conv": (1, 3, 3, 3), "fc": (10, 25)}, set()),  # one channel: one order
+        ({"patch": (16, 3, 4, 4), "up": (64, 16), "down": (16, 64)}, set()),  # a transformer's block
+        ({"fc1": (64, 8), "conv": (16, 3, 3, 3), "gate": (16, 64)}, set()),  # a time embedding
+        ({"table": (99, 32), "conv": (16, 3, 3, 3), "fc": (8, 32)}, set()),  # an embedding's width
+        ({"fc1": (120, 400), "fc2": (10, 120)}, set()),  # no convolution
+    ],
+)
+def test_a_flattened_map_is_warned_of_where_shapes_do_not_tell(recwarn, shapes, flagged):
+    weights = {name: draw(*shape) for name, shape in shapes.items()}
+    state_dict = {f"{name}.weight": weight for name, weight in weights.items()}
+    _, account = transfer.graft(zeros(weights), state_dict, layout="pytorch", strict=True)
+    assert {path.split("/")[0] for path, entry in account.moved.items() if "flattened map" in entry.why} == flagged
+    assert len(recwarn) == len(flagged)
+    for name in flagged:
+        assert f"{name}/weight (" in str(recwarn[0].message)
+
+
+@pytest.mark.parametrize(("order", "differs"), [((1, 2, 0), True), ((0, 1, 2), False)])
+def test_either_order_of_a_flattened_map_can_be_said(recwarn, order, differs):
+    weights = {"conv": draw(16, 3, 3, 3), "fc": draw(10, 400)}
+    permute = transfer.Permute("fc", 1, (16, 5, 5), order)
+    state_dict = {f"{name}.weight": weight for name, weight in weights.items()}
+    new, _ = transfer.graft(zeros(weights), state_dict, layout="pytorch", rearrange=permute, strict=True)
+    assert not len(recwarn)
+    assert np.array_equal(new["fc"]["kernel"], weights["fc"].T) != differs
+    with pytest.warns(UserWarning, match=r"transfer.Permute\('fc/weight', 1, \(16, 5, 5\), order=\(1, 2, 0\)\)"):
+        transfer.graft(zeros(weights), state_dict, layout="pytorch", strict=True)
+    transfer.graft({"fc": {"kernel": weights["fc"].T}, "conv": zeros(weights)["conv"]}, {"fc.kernel": weights["fc"].T})
+    assert not len(recwarn), "a checkpoint of flax's own order"
 
 
 def test_an_embedding_is_not_transposed_whatever_its_shape():

@@ -14,7 +14,7 @@ from varscale.transfer.fine_tune import fine_tune
 from varscale.transfer.graft import graft
 from varscale.transfer.layouts import LAYOUTS, Layout
 from varscale.transfer.rearrange import Add, Apply, Join, Permute, Piece, Split, Stack, Transpose, Unstack
-from varscale.transfer.recipes import keras_lstm, pytorch_attention, pytorch_gru, pytorch_lstm
+from varscale.transfer.recipes import keras_gru, keras_lstm, pytorch_attention, pytorch_gru, pytorch_lstm
 from varscale.transfer.rename import Renumber
 from varscale.transfer.resize import Positions, Units, Window
 from varscale.transfer.rules import Assignment, UnfreezeAt, assign, gradual_unfreezing, head_only, layerwise_decay
@@ -46,6 +46,7 @@ __all__ = [
     "gradual_unfreezing",
     "graft",
     "head_only",
+    "keras_gru",
     "keras_lstm",
     "layerwise_decay",
     "load",

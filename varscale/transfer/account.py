@@ -33,15 +33,15 @@ class Account:
 
     Each is a mapping from path to `Entry`, in the order of its tree. Nothing is lost on either side:
 
-    * every leaf of `params` is in exactly one of `moved` and `kept`; a mismatched one is kept, and is in `kept` too;
+    * every leaf of `params` is in exactly one of `moved`, `kept` and `mismatched`, so that their sizes add up;
     * every leaf of `pretrained` is a source in `moved` or in `mismatched`, or it is in `left_over`; in only one of the three
       unless it was split, where parts may meet different fates (`left_over` then names the part).
 
     Attributes:
       moved: leaves of `params` that now hold pretrained numbers.
-      kept: leaves of `params` that hold what they held.
+      kept: leaves of `params` that hold what they held, for nothing was found for them or the caller asked for it.
       left_over: leaves of `pretrained` that found no place.
-      mismatched: leaves of `params` whose pretrained counterpart was found but does not fit.
+      mismatched: leaves of `params` whose pretrained counterpart was found but does not fit; they hold what they held too.
       idle: rename rules that caught nothing.
     """
 
@@ -66,8 +66,6 @@ class Account:
         rows = []
         for name in ("mismatched", "left_over", "kept", "moved"):
             for entry in getattr(self, name).values():
-                if name == "kept" and entry.path in self.mismatched:
-                    continue
                 own = ("", "") if name == "left_over" else (entry.path, shape_text(entry.shape))
                 sources = "\n".join(entry.sources), "\n".join(map(shape_text, entry.source_shapes))
                 rows.append((name.replace("_", " "), *own, *sources, entry.why))

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from varscale.programs.trees import open_tree
-from varscale.transfer import orbax_folder, safetensors_file
+from varscale.transfer import orbax_folder, safetensors_file, shards
 from varscale.transfer.structure import leaves_of, not_finite
 
 PICKLES = "a pickle runs whatever code it holds when it is read. Convert it once, where you trust it, to safetensors"
@@ -72,11 +72,12 @@ def load(path: str | os.PathLike[str], *, like: Any = None, allow_nonfinite: boo
     """Read a tree of parameters, whole or not at all.
 
     The format is told by content, not by name. Files that `save` did not write are read too: safetensors as a flat dict (which
-    `graft` takes as it is), Orbax checkpoints as Orbax gives them. Pickles (PyTorch's .pt and .bin, joblib, object arrays) are
-    refused.
+    `graft` takes as it is), split over several files or not, Orbax checkpoints as Orbax gives them. Pickles (PyTorch's .pt and
+    .bin, joblib, object arrays) are refused.
 
     Args:
-      path: a safetensors file, or the folder of an Orbax checkpoint.
+      path: a safetensors file; an index of several ("model.safetensors.index.json"); a folder that holds either; or the folder
+        of an Orbax checkpoint.
       like: a tree of arrays or `jax.ShapeDtypeStruct`; paths, shapes and dtypes must be the same as its own, and its kinds of
         containers are what comes back.
       allow_nonfinite: whether NaN and infinity are read as they are.
@@ -89,15 +90,10 @@ def load(path: str | os.PathLike[str], *, like: Any = None, allow_nonfinite: boo
       CheckpointError: what stands there is a pickle, damaged, holds values that are not finite, or is not like `like`.
     """
     path = Path(path)
-    if path.is_dir():
-        if not orbax_folder.is_checkpoint(path):
-            raise CheckpointError(f"{str(path)!r} is a folder, but no Orbax checkpoint of a tree (it has no _METADATA)")
-        reader = orbax_folder.read
-    else:
-        _refuse_others(path)
-        reader = safetensors_file.read
     try:
-        tree = reader(path)
+        tree = _read(path)
+    except CheckpointError:
+        raise
     except ValueError as error:
         raise CheckpointError(f"{str(path)!r} was not read: {error}") from error
     if not allow_nonfinite and (bad := {name: count for name, leaf in leaves_of(tree) if (count := not_finite(leaf))}):
@@ -106,6 +102,28 @@ def load(path: str | os.PathLike[str], *, like: Any = None, allow_nonfinite: boo
             f"{str(path)!r} was not read: {len(bad)} leaves hold NaN or infinity: {listed}; allow_nonfinite=True reads them"
         )
     return tree if like is None else _as_like(tree, like, path)
+
+
+def _read(path: Path) -> Any:
+    """The tree at the path, whatever format known here it is in."""
+    if path.is_dir():
+        if orbax_folder.is_checkpoint(path):
+            return orbax_folder.read(path)
+        file = shards.find(path)
+        if file is None:
+            raise CheckpointError(
+                f"{str(path)!r} is a folder, but neither an Orbax checkpoint of a tree (it has no _METADATA) nor one with a "
+                f"safetensors file or an index of some"
+            )
+        return _read(file)
+    with open(path, "rb") as file:
+        head = file.read(4096)
+    return shards.read(path, _read_file) if shards.is_index(head) else _read_file(path)
+
+
+def _read_file(path: Path) -> Any:
+    _refuse_others(path)
+    return safetensors_file.read(path)
 
 
 def _as_like(tree: Any, like: Any, path: Path) -> Any:

@@ -5,6 +5,7 @@ another (a square matrix looks like its transpose), so a layout is declared, nev
 (`layout="pytorch"`), or by path for parts of one (`layout={"up*": "pytorch_transposed", "**": "pytorch"}`).
 """
 
+import difflib
 import itertools
 import math
 import re
@@ -163,6 +164,13 @@ LAYOUTS: Mapping[str, Layout] = {
     )
 }
 
+# What people call them: layouts that another framework shares.
+_OTHER_NAMES = {
+    **dict.fromkeys(("torch", "pt", "equinox", "mxnet"), "pytorch"),
+    **dict.fromkeys(("tensorflow", "tf"), "keras"),
+    **dict.fromkeys(("linen", "nnx", "jax"), "flax"),
+}
+
 
 @dataclass(frozen=True)
 class Declared:
@@ -235,7 +243,9 @@ def _named(layout: "str | Layout", argument: str) -> Layout:
             f"{argument} is {layout!r}; give a name of {', '.join(LAYOUTS)}, a Layout, or a mapping from path to those"
         )
     if layout not in LAYOUTS:
-        raise ValueError(f"{argument} is {layout!r}; give one of {', '.join(LAYOUTS)}, or a Layout")
+        meant = _OTHER_NAMES.get(layout.lower()) or next(iter(difflib.get_close_matches(layout.lower(), LAYOUTS, n=1)), None)
+        hint = f" (did you mean {meant!r}?)" if meant else ""
+        raise ValueError(f"{argument} is {layout!r}{hint}; give one of {', '.join(LAYOUTS)}, or a Layout")
     return LAYOUTS[layout]
 
 

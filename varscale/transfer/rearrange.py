@@ -26,6 +26,7 @@ class Piece:
       sources: the paths of the leaves it was made of.
       stacked: how many leading axes count layers, and so belong to no kernel.
       done: what was done to it.
+      permuted: whether the caller said in which order its units stand (`Permute`).
     """
 
     path: str
@@ -33,6 +34,7 @@ class Piece:
     sources: tuple[str, ...]
     stacked: int = 0
     done: tuple[str, ...] = ()
+    permuted: bool = False
 
     def become(self, path: str, value: np.ndarray, done: str, **changes) -> "Piece":
         return replace(self, path=path, value=value, done=(*self.done, done), **changes)
@@ -152,9 +154,8 @@ class Stack:
                 )
             value = np.stack([m.value for m in members])
             sources = tuple(source for m in members for source in m.sources)
-            out.append(
-                Piece(path, value, sources, members[0].stacked + 1, (*members[0].done, f"{len(members)} layers stacked"))
-            )
+            done = (*members[0].done, f"{len(members)} layers stacked")
+            out.append(Piece(path, value, sources, members[0].stacked + 1, done, members[0].permuted))
         return out
 
 
@@ -194,7 +195,8 @@ class Permute:
       node: a glob.
       axis: the axis whose units are reordered, in the checkpoint's layout (the inputs of PyTorch's Linear: 1).
       shape: what the axis was flattened from, such as (channels, rows, columns).
-      order: the axes of `shape` in their new order; from channels first to channels last (1, 2, 0).
+      order: the axes of `shape` in their new order; from channels first to channels last (1, 2, 0). The order (0, 1, 2) changes
+        nothing and tells `graft` not to warn of a map that is not there.
     """
 
     node: str
@@ -217,7 +219,7 @@ class Permute:
                 *range(axis + len(self.shape), axis + len(self.shape) + len(after)),
             )
             value = piece.value.reshape(*before, *self.shape, *after).transpose(order).reshape(piece.value.shape)
-            yield piece.become(piece.path, value, f"units reordered {self.order} of {self.shape}")
+            yield piece.become(piece.path, value, f"units reordered {self.order} of {self.shape}", permuted=True)
 
         return _each(self, pieces, self.node, permuted)
 
@@ -302,7 +304,7 @@ def _gathered(
             shapes = ", ".join(f"{piece.path} {piece.value.shape}" for piece in ordered)
             raise ValueError(f"{operation}: {shapes} do not fit together: {error}") from error
         sources = tuple(source for piece in ordered for source in piece.sources)
-        out.append(Piece(path, value, sources, ordered[0].stacked, (*ordered[0].done, done)))
+        out.append(Piece(path, value, sources, ordered[0].stacked, (*ordered[0].done, done), ordered[0].permuted))
     return out
 
 
