@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -56,6 +56,18 @@ def value(node: Node, shape: Sequence[int]) -> Value:
 def full(graph: Graph, number_: float, shape: Sequence[int]) -> Value:
     """A constant tensor."""
     return Value(number(graph, number_), tuple((Atom(n, None),) if n != 1 else () for n in shape))
+
+
+def without_entries(graph: Graph, eqn: Any, ins: list[Any]) -> list[Any] | None:
+    """The outputs of an equation where arrays of size 0 decide them: there are none, or nothing is added; else None."""
+    shapes = [getattr(v.aval, "shape", (1,)) for v in eqn.outvars]
+    if shapes and not any(map(math.prod, shapes)):
+        return [full(graph, 0.0, shape) for shape in shapes]
+    if all(math.prod(getattr(v.aval, "shape", ())) for v in eqn.invars):
+        return None
+    if eqn.primitive.name in ("dot_general", "conv_general_dilated"):
+        return [full(graph, 0.0, shape) for shape in shapes]
+    return [ins[0]] if eqn.primitive.name.startswith(("scatter", "dynamic_update_slice")) else None
 
 
 def split_atom(x: Value, d: int, place: int, sizes: tuple[int, ...]) -> Value:

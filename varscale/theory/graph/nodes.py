@@ -86,6 +86,7 @@ class Node(Marked):
         how: how good its rule is where nothing is marked, one of `HOWS`.
         gradient_doubt: relative error that its pullback may add.
         drawn: its values on the normal grid, where it was drawn and is not to be taken for Gaussian.
+        origin: the equation that was being interpreted when it was made; None of what belongs to none.
     """
 
     how: ClassVar[str] = "exact"
@@ -97,6 +98,7 @@ class Node(Marked):
     shares: ClassVar[bool] = False
     gradient_doubt: float = 0.0
     drawn: np.ndarray | None = None
+    origin: Any = None
 
     def __init__(self, graph: Graph, id_: int, axes: tuple[Axis, ...], args: tuple[View, ...], params: Any):
         self.graph, self.id, self.axes, self.args, self.params = graph, id_, axes, args, params
@@ -201,6 +203,7 @@ class Graph:
     Attributes:
         symmetric: bits of the leaves of which either sign is as likely.
         inputs: bits of the leaves that are inputs of the model.
+        origin: the equation that is being interpreted.
     """
 
     def __init__(self) -> None:
@@ -212,6 +215,7 @@ class Graph:
         self.pairs: dict[Hashable, Any] = {}
         self.memo: dict[Hashable, Any] = {}
         self.derived: dict[int, list[tuple[Node, Pullback]]] = {}
+        self.origin: Any = None
 
     def derive(self, source: Node, node: Node, back: Pullback) -> Node:
         """Note that `node` was rebuilt from the roots of `source` (a part, a mean): its cotangents are the source's too."""
@@ -226,6 +230,7 @@ class Graph:
         node = self.nodes.get(key)
         if node is None:
             node = self.nodes[key] = kind(self, self.count, tuple(axes), tuple(args), params)
+            node.origin = self.origin
             self.count += 1
         return node  # pyright: ignore[reportReturnType]
 

@@ -28,10 +28,11 @@ from varscale.programs.pieces import live
 from varscale.theory.domain.axes import Axis
 from varscale.theory.graph.expressions import apply
 from varscale.theory.graph.known_arrays import all_given, computed, entries, is_given, note, numbers
-from varscale.theory.graph.layout import Value, align, full, value
+from varscale.theory.graph.layout import Value, align, full, value, without_entries
 from varscale.theory.graph.nodes import Array, Constant, Graph, Leaf, Node, View, array, leaf
 from varscale.theory.integrals.primitives import of_known
-from varscale.theory.interpreter.rows import Place, opened
+from varscale.theory.interpreter.failures import PredictionError, located
+from varscale.theory.interpreter.rows import Place
 from varscale.theory.rules.prefix_scans import gathered
 
 Rule = Callable[..., Any]
@@ -71,10 +72,6 @@ def parts(x: Value | Complex) -> tuple[Value, ...]:
 def map_parts(f: Callable[[Any], Any], x: Any) -> Any:
     """f of a real value or of each part of a complex one."""
     return Complex(f(x.re), f(x.im)) if isinstance(x, Complex) else f(x)
-
-
-class PredictionError(ValueError):
-    """A model that cannot be predicted; the message says why, where, and what to do."""
 
 
 def rule(*names: str) -> Callable[[Rule], Rule]:
@@ -164,13 +161,14 @@ class Interpreter:
 
     def equation(self, eqn: Any, ins: list[Any]) -> list[Any]:
         """The outputs of one equation."""
-        name = eqn.primitive.name
+        name, outer = eqn.primitive.name, self.graph.origin
+        self.graph.origin = eqn
         try:
             if any(isinstance(x, Opaque) for x in ins) and name not in _KEYED:
                 outs = self.fold(eqn, ins)
             else:
-                outs = None
-                if name not in _ELEMENTWISE_OR_LAYOUT:
+                outs = None if name in _KEYED else without_entries(self.graph, eqn, ins)
+                if outs is None and name not in _ELEMENTWISE_OR_LAYOUT:
                     outs = self.fold(eqn, ins)
                 if outs is None:
                     outs = self._handler(eqn, ins)(self, eqn, *ins)
@@ -179,7 +177,9 @@ class Interpreter:
         except (PredictionError, jax.errors.JAXTypeError):
             raise
         except Exception as error:
-            raise PredictionError(f"primitive {name!r} at {source(eqn)}: {type(error).__name__}: {error}") from error
+            raise located(error, eqn) from error
+        finally:
+            self.graph.origin = outer
         return list(outs) if isinstance(outs, list | tuple) else [outs]
 
     def _handler(self, eqn: Any, ins: Sequence[Any]) -> Rule:
@@ -376,12 +376,6 @@ def elementwise_or_layout(*names: str) -> None:
 def live_equations(jaxpr: Any) -> list[Any]:
     """The equations that the outputs depend on (an init's forward pass is not one), associative scans put together again."""
     return live(jaxpr, gathered(jaxpr.eqns))
-
-
-def source(eqn: Any) -> str:
-    """Where an equation was written: "model.py:12 (Block)", inside a piece the path in that."""
-    path = opened(eqn)[1].removeprefix("/")
-    return _compat.source_line(eqn) + (f" ({path})" if path else "")
 
 
 def _evaluated(eqn: Any, known: Sequence[Any]) -> list[Any]:

@@ -19,6 +19,7 @@ from varscale.theory.domain.tables import Moments, Table, estimate, independent
 from varscale.theory.graph.known_arrays import MOST_COMPUTED
 from varscale.theory.graph.layout import Value, full
 from varscale.theory.graph.nodes import Graph, Leaf
+from varscale.theory.interpreter.failures import PredictionError, located
 from varscale.theory.interpreter.interpreter import Complex, Interpreter, Opaque
 from varscale.theory.interpreter.rows import Place, Rows, joined
 from varscale.theory.interpreter.tracing import Draws, Trace, drawing, execution_order, first_pass, traced
@@ -87,7 +88,12 @@ def predict(
     captured = {call: outputs[call] for call in execution_order(forward.jaxpr, forward.shapes)}
     paths = [path_string(p) for p, _ in jax.tree_util.tree_flatten_with_path(parameters.shapes)[0]]
     named = zip(paths, parameters.values, strict=True)
-    return summarize(interpreter, program, joined(rows.made, captured, kind), named, backward=backward)
+    try:
+        return summarize(interpreter, program, joined(rows.made, captured, kind), named, backward=backward)
+    except PredictionError:
+        raise
+    except Exception as error:
+        raise located(error) from error
 
 
 class _Parameters(NamedTuple):

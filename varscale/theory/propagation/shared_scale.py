@@ -89,9 +89,8 @@ def _first_order(
     if not g:
         return mean, second
     value, slope, bend = s
-    whole = tuple(range(len(frame)))
-    product = functools.reduce(lambda a, b: View(_multiplied(a, b, frame), whole), g)
-    square = View(apply(product.node.graph, "integer_pow", (2,), tuple(frame), [product]), product.bind)
+    product = functools.reduce(lambda a, b: _applied("mul", (), [a, b], frame), g)
+    square = _applied("integer_pow", (2,), [product], frame)
     own = tuple(slice(0, a.classes) for a in frame)
 
     def covariance(x: View, y: View) -> np.ndarray:
@@ -124,5 +123,7 @@ def _first_order(
     return mean + first[0] + first[1], out
 
 
-def _multiplied(a: View, b: View, frame: Sequence[Axis]) -> Node:
-    return apply(a.node.graph, "mul", (), tuple(frame), [a, b])
+def _applied(name: str, extra: tuple[int, ...], xs: Sequence[View], frame: Sequence[Axis]) -> View:
+    """An elementwise function of views over a frame, itself over that whole frame; a constant has no axes."""
+    node = apply(xs[0].node.graph, name, extra, tuple(frame), xs)
+    return View(node, tuple(range(len(node.axes))))

@@ -15,10 +15,11 @@ from varscale.theory.domain.tables import Table
 from varscale.theory.graph import layout
 from varscale.theory.graph.expressions import roots
 from varscale.theory.graph.layout import Atom, Value
-from varscale.theory.graph.nodes import Array, Graph, Leaf, Node, View
+from varscale.theory.graph.nodes import UNKNOWN, Array, Graph, Leaf, Node, View
 from varscale.theory.interpreter.interpreter import Interpreter, rule
 from varscale.theory.rules.axis import take
 from varscale.theory.rules.padding import classed_axes, padded, repeat_rates, unresolved
+from varscale.theory.rules.segment_cotangents import Alike, by_segment
 
 _RESOLVED = 1e-3  # of a mean over rows that are looked up, what classes may miss
 
@@ -206,39 +207,23 @@ class Gather(Node):
         axis, own = self.args[0].node.axes[row], self.axes[index]
         counts = np.bincount(np.clip(known, 0, axis.size - 1), minlength=axis.size).astype(float)
         alone, differ = contract_axis(cotangent, index, own.same), contract_axis(cotangent, index, own.different)
-        within, between = self._pairs_of_rows(known, alone, differ)
+        found = [by_segment(known, segments, alone, differ) for segments in self._segments(len(known))]
+        found = found or [Alike(differ, differ, 0 * differ)]
+        within, between, doubted = (np.mean(x, axis=0) for x in zip(*found, strict=True))
         members = np.eye(axis.classes)[axis.label_array].T
         number, squares = members @ counts, members @ counts**2
         pairs = (np.outer(number, number) - np.diag(squares)).ravel() / np.maximum(axis.pairs[axis.classes :], 1.0)
         one = np.multiply.outer(number / axis.counts, alone) + np.multiply.outer((squares - number) / axis.counts, within)
+        # Which of several sums sent this cotangent is not known.
+        off = np.max([np.abs(x.within - within) for x in found], axis=0) + np.abs(doubted)
+        places = (slice(None), *(slice(0, a.classes) for k, a in enumerate(self.axes) if k != index))
+        lost = np.multiply.outer((squares - number) / axis.counts, off)[places].sum()
+        self.gradient_doubt = min(float(lost / max(np.abs(one[places]).sum(), 1e-300)), UNKNOWN)
         return np.concatenate([one, np.multiply.outer(pairs, between)])
 
-    def _pairs_of_rows(self, known: np.ndarray, alone: np.ndarray, differ: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """What two cotangents share on average within a row, and between rows: positions of one segment share theirs.
-
-        A sum by segment hands every position of it the same cotangent, and lookups that share a row seldom share a segment:
-        of the pairs that differ, those of one segment are taken out, as far as they go.
-        """
-        segments = self.graph.memo.get(("segmented", len(known)))
-        if segments is None:
-            return differ, differ
-        runs = lambda *x: np.unique(np.stack(x), axis=-1, return_counts=True)[1].astype(float)  # noqa: E731
-        pairs = lambda n: float(np.sum(n * (n - 1)))  # noqa: E731
-        total, rows, both, shared = (
-            pairs(np.array([float(len(known))])),
-            *map(pairs, (runs(known), runs(known, segments), runs(segments))),
-        )
-        # Pairs of one segment are as much alike as a position and itself, as far as that goes; what a softmax by segment took
-        # out (pairs are opposed) it took out within segments.
-        inside = np.where(
-            differ * alone > 0,
-            np.sign(alone) * np.minimum(np.abs(alone), np.abs(differ) * total / max(shared, 1.0)),
-            differ * total / max(shared, 1.0),
-        )
-        apart = (differ * total - inside * shared) / max(total - shared, 1.0)
-        within = (both * inside + (rows - both) * apart) / max(rows, 1.0)
-        between = ((shared - both) * inside + (total - rows - shared + both) * apart) / max(total - rows, 1.0)
-        return within, between
+    def _segments(self, size: int) -> list[np.ndarray]:
+        """The segments of each sum by segment that its positions are added up by."""
+        return [s for s in self.graph.memo.get(("summed over", self.id), {}).values() if len(s) == size]
 
 
 def _same_and_different(

@@ -16,7 +16,8 @@ from varscale.theory.graph.expressions import roots
 from varscale.theory.graph.layout import Value, value
 from varscale.theory.graph.nodes import UNKNOWN, Array, Node, View
 from varscale.theory.integrals.hermite_series import Z
-from varscale.theory.interpreter.interpreter import Interpreter, PredictionError, source
+from varscale.theory.interpreter.failures import PredictionError, source
+from varscale.theory.interpreter.interpreter import Interpreter
 from varscale.theory.propagation.expectations import concentrated, evaluate, marginal
 
 _BUDGET = 2_000_000  # elements drawn for one node

@@ -161,6 +161,16 @@ def per_position(node: Node) -> list[Node]:
     return list(found.values())
 
 
+def note_segments(node: Node, ids: np.ndarray) -> None:
+    """Tell the lookups among the summands of a sum by segment of which segment each of their positions is.
+
+    All positions of one segment get the same cotangent, which a lookup has to know to carry it back (`Gather.pullback`).
+    """
+    for looked in per_position(node):
+        noted = node.graph.once(("summed over", looked.id), dict[bytes, np.ndarray])
+        noted[ids.tobytes()] = ids
+
+
 def as_seen_within(node: Node, ids: np.ndarray) -> Node:
     """The summands with each lookup along axis 0 agreeing as often as it does for two positions of one segment."""
     from varscale.theory.rules.lookup import Gather
@@ -321,7 +331,7 @@ def scatter_add(interpreter: Interpreter, eqn: Any, x: Value, ids: Value, update
     out = grouped(np.stack([s.sum(axis=1), q.sum(axis=1)], axis=1), 2 * MOST_CLASSES)
     key = (hashlib.sha1(segments.tobytes() + weights.tobytes()).hexdigest(), size)
     interpreter.graph.memo["segments", key] = (segments, weights, size)
-    interpreter.graph.memo["segmented", len(segments)] = segments
+    note_segments(node, segments)
     identity = tuple(range(len(node.axes)))
     args = [View(node, identity), View(as_seen_within(node, segments), identity)]
     total = interpreter.graph.make(SegmentSum, (out, *node.axes[1:]), args, key)
