@@ -16,10 +16,10 @@ from varscale.programs.faces import Inputs, Program
 from varscale.report import Report
 from varscale.theory.domain.axes import Axis
 from varscale.theory.domain.tables import Moments, Table, estimate, independent
+from varscale.theory.graph.failures import PredictionError, located
 from varscale.theory.graph.known_arrays import MOST_COMPUTED
 from varscale.theory.graph.layout import Value, full
 from varscale.theory.graph.nodes import Graph, Leaf
-from varscale.theory.interpreter.failures import PredictionError, located
 from varscale.theory.interpreter.interpreter import Complex, Interpreter, Opaque
 from varscale.theory.interpreter.rows import Place, Rows, joined
 from varscale.theory.interpreter.tracing import Draws, Trace, drawing, execution_order, first_pass, traced

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from varscale import _compat
 from varscale.programs.marks import FIELD, MODULE, WITHIN
 from varscale.programs.pieces import PIECE
+from varscale.programs.scopes import Scope, opened, whole_path
 
 _LOOPS = {"scan", "while", "associative_scan"}
 
@@ -38,36 +39,6 @@ class Made(NamedTuple):
     kind: str
     stepped: bool
     value: Any
-
-
-class _Scope(NamedTuple):
-    """A scope an equation was made in: its full path, and which call of it."""
-
-    path: str
-    call: int
-
-
-def opened(eqn: Any, path: str = "", piece: str = "") -> tuple[list[_Scope], str]:
-    """The blocks that an equation is in, from the outermost in, and its path.
-
-    A module's scope says its whole path, or that inside the piece which is called at the path `piece`.
-    """
-    found: list[_Scope] = []
-    for name, call in _compat.scopes(eqn):
-        if name.startswith((MODULE, WITHIN)):
-            path = _whole(name, piece)
-        elif "->" not in name:  # `jnp.einsum` opens a scope of its own
-            path = "/".join(filter(None, [path, name]))
-            found.append(_Scope(path, call))
-    return found, path
-
-
-def _whole(mark: str, piece: str) -> str:
-    """The whole path that a mark tells."""
-    if mark.startswith(MODULE):
-        return mark.removeprefix(MODULE)
-    inside = mark.removeprefix(WITHIN)
-    return piece + inside if not inside or inside.startswith(".") else f"{piece}/{inside}"
 
 
 @dataclasses.dataclass
@@ -118,7 +89,7 @@ class Place:
         piece = path if eqn.params.get("name") == PIECE else self.piece
         return Place(self.rows, path, self.loops + (eqn.primitive.name in _LOOPS), piece)
 
-    def ends(self, eqns: Sequence[Any], outputs: Sequence[Any]) -> dict[int, list[tuple[_Scope, Any]]]:
+    def ends(self, eqns: Sequence[Any], outputs: Sequence[Any]) -> dict[int, list[tuple[Scope, Any]]]:
         """The scopes that end with each equation, the innermost first, and what each puts out, where they have rows."""
         if not self.rows.scopes:
             return {}
@@ -131,11 +102,11 @@ class Place:
         for var in outputs:
             if not _compat.is_literal(var):
                 users[var].append(-1)
-        inside: dict[_Scope, list[int]] = collections.defaultdict(list)
+        inside: dict[Scope, list[int]] = collections.defaultdict(list)
         for i, around in enumerate(scopes):
             for scope in around:
                 inside[scope].append(i)
-        found: dict[int, list[tuple[_Scope, Any]]] = collections.defaultdict(list)
+        found: dict[int, list[tuple[Scope, Any]]] = collections.defaultdict(list)
         for scope, mine in inside.items():
             own = set(mine)
             out = [v for i in mine for v in eqns[i].outvars if _is_floating(v) and not own.issuperset(users[v])]
@@ -151,7 +122,7 @@ class Place:
         mark = eqn.params.get("name") if eqn.primitive.name == "name" else None
         if mark is not None and mark.startswith((MODULE, WITHIN)):
             where, field, arrays = mark.split(FIELD)
-            path = _whole(where, self.piece)
+            path = whole_path(where, self.piece)
             # The body of a scan returns (x, None): "path[step]" where there is one array, else "path[step][0]".
             self.rows.add(path, steps, "module", env[eqn.outvars[0]], "" if steps and arrays == "1" else field)
             return

@@ -13,10 +13,10 @@ from varscale.theory.domain.axes import Axis, pool, refine
 from varscale.theory.domain.random_arrays import gaussian
 from varscale.theory.domain.tables import Table, estimate
 from varscale.theory.graph.expressions import roots
+from varscale.theory.graph.failures import PredictionError, source
 from varscale.theory.graph.layout import Value, value
 from varscale.theory.graph.nodes import UNKNOWN, Array, Node, View
 from varscale.theory.integrals.hermite_series import Z
-from varscale.theory.interpreter.failures import PredictionError, source
 from varscale.theory.interpreter.interpreter import Interpreter
 from varscale.theory.propagation.expectations import concentrated, evaluate, marginal
 

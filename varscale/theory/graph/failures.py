@@ -6,8 +6,8 @@ import traceback
 from typing import Any
 
 from varscale import _compat
+from varscale.programs.scopes import opened
 from varscale.theory.graph.nodes import Node
-from varscale.theory.interpreter.rows import opened
 
 
 class PredictionError(ValueError):
