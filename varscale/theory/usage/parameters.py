@@ -1,0 +1,196 @@
+"""What a program does with each parameter: its role, the fans of its uses, what comes before and after it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+
+from varscale.programs import faces
+from varscale.programs.trees import is_box
+from varscale.theory.usage import layouts
+from varscale.theory.usage.handlers import HANDLERS
+from varscale.theory.usage.values import Flow, View, after_function
+from varscale.theory.usage.walk import Use, Walk
+
+Role = Literal[
+    "input", "hidden", "readout", "embedding", "depthwise", "expert", "norm scale", "position", "vector", "unused"
+]  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class OneUse:
+    """One place where a parameter is used.
+
+    Attributes:
+        role: what it is there.
+        fan_in: terms summed into one output there: the law's n. 1 for a lookup, a scale or a shift.
+        fan_out: terms summed into the gradient of one input.
+        reduction_axes: axes of the parameter that are summed over.
+        output_axes: axes of the parameter that reach the output.
+        batch_axes: axes over which independent kernels are stacked: layers, experts, heads with kernels of their own.
+        times: how often a loop over time repeats it.
+        before: function applied to its input since the last linear map; "" for none, "norm" for a normalisation.
+        after: function first applied to its output.
+        depth: residual additions before it.
+        ends: number of the residual addition that its output ends in, counted from 1; None where it ends in none.
+        parts: what the equal parts of its output are, where they are told apart: ("query", "key", "value"), gates.
+    """
+
+    role: Role
+    fan_in: float
+    fan_out: float
+    reduction_axes: tuple[int, ...]
+    output_axes: tuple[int, ...]
+    batch_axes: tuple[int, ...]
+    times: int
+    before: str
+    after: str
+    depth: int
+    ends: int | None
+    parts: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class ParameterUses:
+    """What a program does with one parameter.
+
+    Attributes:
+        path: its path, keys joined with "/".
+        shape: its shape.
+        uses: every place where it is used, in order of execution.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    uses: tuple[OneUse, ...]
+
+    @property
+    def main(self) -> OneUse | None:
+        """The use that says what the parameter is: a lookup, else the linear map of the largest fan-in, else the first."""
+        if not self.uses:
+            return None
+        return max(self.uses, key=lambda use: (use.role == "embedding", bool(use.reduction_axes), use.fan_in))
+
+    @property
+    def role(self) -> Role:
+        """The role of the main use; "unused" where the program never reads the parameter."""
+        return self.main.role if self.main else "unused"
+
+    @property
+    def times(self) -> int:
+        """How often the program reads it."""
+        return sum(use.times for use in self.uses)
+
+    @property
+    def tied(self) -> bool:
+        """Whether it is used as a matrix or a table in more than one place."""
+        return sum(bool(use.reduction_axes) for use in self.uses) > 1
+
+
+class Leaf(NamedTuple):
+    """One array of a model's variables.
+
+    Attributes:
+        path: its keys joined with "/", the collection "params" left out.
+        learned: whether it is a parameter: of the collection "params", or an `nnx.Param`.
+    """
+
+    path: str
+    learned: bool
+
+
+def named_leaves(tree: Any) -> list[Leaf]:
+    """The arrays of a tree of variables, in the order of `jax.tree.leaves`."""
+    from flax import nnx
+
+    collections = set(tree) if isinstance(tree, Mapping) and "params" in tree else set()
+    found = []
+    for keys, node in jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_box)[0]:
+        names = [str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", k)))) for k in keys]
+        learned = isinstance(node, nnx.Param) if isinstance(node, nnx.Variable) else not collections or names[0] == "params"
+        path = "/".join(names[1:] if names[:1] == ["params"] and collections else names)
+        found += [Leaf(path, learned)] * len(jax.tree_util.tree_leaves(node))
+    return found
+
+
+def walked(
+    program: faces.Program, structs: Any, inputs: Sequence[Any], join: Callable[[list[Any]], faces.Inputs]
+) -> tuple[tuple[ParameterUses, ...], int]:
+    """Every parameter's uses in a program, and how many residual additions lie on its longest way.
+
+    Args:
+        program: the model.
+        structs: its variables, as a tree of abstract arrays.
+        inputs: its inputs, as abstract arrays.
+        join: makes the program's inputs of them.
+    """
+    leaves, tree = jax.tree_util.tree_flatten(structs)
+    names = named_leaves(structs)
+
+    def forward(values: list[Any], dynamic: list[Any]) -> Any:
+        output, _ = program.apply(jax.tree_util.tree_unflatten(tree, values), join(dynamic))
+        return [x for x in jax.tree_util.tree_leaves(output) if isinstance(x, jax.Array)]
+
+    closed = jax.make_jaxpr(forward)(leaves, list(inputs))
+    walk = Walk(HANDLERS)
+    views = [
+        View(i, layouts.whole(leaf.shape)) if name.learned else None
+        for i, (leaf, name) in enumerate(zip(leaves, names, strict=True))
+    ]
+    flows = [walk.input(x.shape) for x in inputs]
+    for out in walk.run(closed.jaxpr, [None] * len(closed.consts), [*views, *flows]):
+        if isinstance(out, Flow):
+            walk.close(out)
+            for source in out.sources:
+                walk.uses[source.use].reaches = True
+    uses: dict[int, list[OneUse]] = {}
+    for use in walk.uses:
+        uses.setdefault(use.parameter, []).append(_told(use, leaves[use.parameter].shape))
+    return tuple(
+        ParameterUses(name.path, tuple(leaf.shape), tuple(uses.get(i, ())))
+        for i, (name, leaf) in enumerate(zip(names, leaves, strict=True))
+        if name.learned
+    ), walk.additions
+
+
+def _told(use: Use, shape: tuple[int, ...]) -> OneUse:
+    """A use as it is reported."""
+    scales = use.kind == "scale" and use.normalised
+    before = "norm" if scales else after_function(use.before) or ("norm" if use.normalised else "")
+    after = "norm" if use.after == {"norm"} else after_function(use.after)
+    return OneUse(
+        _role(use, shape), use.fan_in, use.fan_out, use.reduction, use.output, tuple(sorted({*use.batch, *use.shared})),
+        use.steps, before, after, use.depth, use.ends, _parts(use),
+    )  # fmt: skip
+
+
+def _role(use: Use, shape: tuple[int, ...]) -> Role:
+    """The role of one use."""
+    if use.kind == "lookup":
+        return "embedding"
+    if use.kind == "depthwise":
+        return "depthwise"
+    if use.kind == "place":
+        return "position"
+    if use.kind == "scale" and use.normalised:
+        return "norm scale"
+    if use.kind == "factor":
+        return "hidden" if sum(n > 1 for k, n in enumerate(shape) if k not in use.batch) > 1 else "vector"
+    if use.kind not in ("linear", "convolution"):
+        return "vector"
+    if use.shared:
+        return "expert"
+    if use.reaches and not use.read and use.ends is None:
+        return "readout"
+    return "input" if use.raw else "hidden"
+
+
+def _parts(use: Use) -> tuple[str, ...]:
+    """What the parts of an output are: attention's query, key and value, or numbers."""
+    if use.parts == 1:
+        return tuple("+".join(sorted(roles)) for part, roles in use.roles.items() if part is None)
+    named = {part[0]: "+".join(sorted(roles)) for part, roles in use.roles.items() if part is not None and part[1] == use.parts}
+    return tuple(named.get(i, str(i)) for i in range(use.parts))

@@ -1,0 +1,135 @@
+"""`vs.uses`: what the program of a model does with each of its parameters."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from varscale.programs import faces
+from varscale.theory.usage.parameters import ParameterUses, walked
+
+
+@dataclasses.dataclass(frozen=True)
+class Uses:
+    """What a program does with each parameter; read off its trace.
+
+    Attributes:
+        parameters: every parameter, in the order of the tree.
+        additions: residual additions on the longest way from the input to the output.
+        tree: the structure of the parameters: linen's collection "params", or `nnx.state(model, nnx.Param)`.
+    """
+
+    parameters: tuple[ParameterUses, ...]
+    additions: int
+    tree: Any = dataclasses.field(repr=False)
+
+    def __getitem__(self, path: str) -> ParameterUses:
+        """The uses of the parameter at this path.
+
+        Raises:
+            KeyError: there is none; the message lists paths that begin alike.
+        """
+        found = {p.path: p for p in self.parameters}
+        if path not in found:
+            near = [p for p in found if p.split("/")[0] == path.split("/")[0]] or list(found)
+            raise KeyError(f"no parameter has the path {path!r}; there are {', '.join(near[:8])}")
+        return found[path]
+
+    def __iter__(self) -> Iterator[ParameterUses]:
+        return iter(self.parameters)
+
+    def __len__(self) -> int:
+        return len(self.parameters)
+
+    def labels(self) -> Any:
+        """Every parameter's role, in the tree of the parameters: for `optax.partition`."""
+        return jax.tree_util.tree_unflatten(self.tree, [p.role for p in self.parameters])
+
+    def muon_dimension_numbers(self) -> Any:
+        """What `optax.contrib.muon(muon_weight_dimension_numbers=...)` takes, in the tree of the parameters.
+
+        Hidden and input matrices, kernels of attention (all heads jointly one output) and of convolutions (taps and inputs
+        reduced) and of experts get their reduction and output axes; axes over which kernels are stacked are in neither.
+        Embeddings, readouts, depthwise kernels, position tables and vectors get None.
+        """
+        from optax.contrib import MuonDimensionNumbers
+
+        def numbers(p: ParameterUses) -> Any:
+            use = p.main
+            if use is None or p.tied or use.role not in ("hidden", "input", "expert"):
+                return None
+            if not use.reduction_axes or not use.output_axes:
+                return None
+            return MuonDimensionNumbers(use.reduction_axes, use.output_axes)
+
+        return jax.tree_util.tree_unflatten(self.tree, [numbers(p) for p in self.parameters])
+
+
+def uses(model: Any, x: Any, *, params: Any = None, method: str | None = None) -> Uses:
+    """Read off a model's trace what it does with each parameter; nothing is drawn or run.
+
+    Args:
+        model: a linen module, an nnx factory `lambda rngs: Net(..., rngs=rngs)`, an nnx instance, or a plain function
+            f(params, *args).
+        x: one input (array, `jax.ShapeDtypeStruct`, `vs.Moments`, or a pytree of them), or `vs.inputs(...)`.
+        params: the parameters of a plain function, as arrays or abstract arrays.
+        method: the method to trace in place of `__call__`.
+
+    Raises:
+        TypeError: `model` is of no known kind.
+        ValueError: the model does not trace on `x`, or `params` is missing for a plain function.
+
+    >>> import jax, varscale as vs
+    >>> from flax import linen as nn
+    >>> net = nn.Sequential([nn.Dense(256), nn.relu, nn.Dense(256), nn.relu, nn.Dense(10)])
+    >>> found = vs.uses(net, jax.ShapeDtypeStruct((32, 784), "float32"))
+    >>> [(p.path, p.role, p.main.before) for p in found if p.path.endswith("kernel")]
+    [('layers_0/kernel', 'input', ''), ('layers_2/kernel', 'hidden', 'relu'), ('layers_4/kernel', 'readout', 'relu')]
+    """
+    program = faces.program(model, method=method)
+    given = faces.as_inputs(x)
+    leaves, tree = jax.tree_util.tree_flatten((given.args, dict(given.kwargs)), is_leaf=_is_described)
+    places = [i for i, leaf in enumerate(leaves) if _is_described(leaf)]
+
+    def join(dynamic: list[Any]) -> faces.Inputs:
+        flat = list(leaves)
+        for i, value in zip(places, dynamic, strict=True):
+            flat[i] = value
+        args, kwargs = jax.tree_util.tree_unflatten(tree, flat)
+        return faces.Inputs(args, kwargs)
+
+    inputs = [jax.eval_shape(lambda leaf=leaves[i]: jnp.zeros(leaf.shape, leaf.dtype)) for i in places]
+    structs = _parameters(program, params, inputs, join)
+    found, additions = walked(program, structs, inputs, join)
+    return Uses(found, additions, _tree(structs))
+
+
+def _is_described(x: Any) -> bool:
+    return hasattr(x, "shape") and hasattr(x, "dtype")
+
+
+def _parameters(program: faces.Program, params: Any, inputs: list[Any], join: Any) -> Any:
+    """The variables of a model, as abstract arrays."""
+    if params is None:
+        params = program.parameters
+    if params is not None:
+        return jax.eval_shape(lambda: params)
+    if program.init is None:
+        raise ValueError("params must be given for a plain function: a tree of arrays or of jax.ShapeDtypeStruct")
+    init = program.init
+    return jax.eval_shape(lambda dynamic: init(jax.random.key(0), join(dynamic)), inputs)
+
+
+def _tree(structs: Any) -> Any:
+    """The structure of the learned part of a model's variables."""
+    from flax import nnx
+
+    if isinstance(structs, nnx.State):
+        return jax.tree_util.tree_structure(nnx.filter_state(structs, nnx.Param))
+    if isinstance(structs, Mapping) and "params" in structs:
+        return jax.tree_util.tree_structure(structs["params"])
+    return jax.tree_util.tree_structure(structs)

@@ -1,0 +1,167 @@
+"""What the walk knows of an array: a rearranged parameter, something computed from the inputs, or a constant."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+
+from varscale.theory.usage.layouts import Axes
+
+Part = tuple[int, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class View:
+    """A parameter, rearranged, scaled, or made of it alone.
+
+    Attributes:
+        parameter: its number.
+        axes: which of its axes each axis holds.
+        batch: axes that a loop over layers took away: one layer's slice is used at a time.
+        steps: how often a loop uses what it is given: 1 outside of loops over time.
+        companions: parameters of the same shape that are joined with it, and so used as it is.
+    """
+
+    parameter: int
+    axes: Axes
+    batch: frozenset[int] = frozenset()
+    steps: int = 1
+    companions: tuple[int, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """The output of a use of a parameter, or one of k equal parts of it."""
+
+    use: int
+    part: Part | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """A product of two activations of which a softmax may follow: what its sides were made by, and their own axes."""
+
+    left: frozenset[Source]
+    right: frozenset[Source]
+    left_axes: frozenset[int]
+    right_axes: frozenset[int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Flow:
+    """An array that depends on the model's inputs.
+
+    Attributes:
+        anchor: the number of the linear map, addition or normalisation whose output this is, up to functions of one argument.
+        ancestors: the anchors it depends on, as bits.
+        axes: which axes of the last kernel's output its axes hold.
+        sources: the uses it depends on with no other linear map between.
+        functions: the elementwise primitives applied since `root`.
+        root: where its elementwise chain begins.
+        depth: residual additions on the way from the inputs.
+        maps: linear maps on the longest way from the inputs.
+        embedded: whether it was looked up in a table.
+        reduced: whether it is a mean, a sum or a maximum over an axis.
+        normalised: whether it was divided by its own scale.
+        direct: whether no other value has joined since the last linear map.
+        score: where it is a product of two activations.
+    """
+
+    anchor: int
+    ancestors: int
+    axes: Axes
+    sources: frozenset[Source] = frozenset()
+    functions: frozenset[str] = frozenset()
+    root: int = 0
+    depth: int = 0
+    maps: int = 0
+    embedded: bool = False
+    reduced: bool = False
+    normalised: bool = False
+    direct: bool = False
+    score: Score | None = None
+
+    @property
+    def raw(self) -> bool:
+        """Whether no parameter has mixed or looked up its features yet."""
+        return self.maps == 0 and not self.embedded
+
+
+Value = View | Flow | None  # None: a constant
+
+
+def after_function(names: Iterable[str]) -> str:
+    """The usual name of an elementwise function made of these primitives; "" for none.
+
+    >>> after_function({"erf", "mul"}), after_function({"logistic", "mul"})
+    ('gelu', 'silu')
+    """
+    found = set(names)
+    named = found & (NAMED_FUNCTIONS | {"softmax"})
+    if named:
+        return "+".join(sorted(named))
+    gated = "mul" in found
+    for sign, alone, product in _SIGNS:
+        if sign <= found:
+            return product if gated else alone
+    return ""
+
+
+# Functions of jax.nn that keep their name in a jaxpr.
+NAMED_FUNCTIONS = frozenset(
+    {
+        "relu", "relu6", "silu", "swish", "selu", "elu", "celu", "gelu", "mish", "softplus", "leaky_relu", "hard_tanh",
+        "hard_sigmoid", "hard_silu", "hard_swish", "squareplus", "sigmoid", "log_sigmoid", "soft_sign",
+    }
+)  # fmt: skip
+_SIGNS:
+        if sign <= found:
+            return product if gated else alone
+    return ""
+
+
+# Functions of jax.nn that keep their name in a jaxpr.
+NAMED_FUNCTIONS = frozenset(
+    [
+        "relu",
+        "relu6",
+        "silu",
+        "swish",
+        "selu",
+        "elu",
+        "celu",
+        "gelu",
+        "mish",
+        "softplus",
+        "leaky_relu",
+        "hard_tanh",
+        "hard_sigmoid",
+        "hard_silu",
+        "hard_swish",
+        "squareplus",
+        "sigmoid",
+        "log_sigmoid",
+        "soft_sign",
+        "softmax",
+        "log_softmax",
+        "standardize",
+    ]
+)
+_SIGNS: tuple[tuple[frozenset[str], str, str], ...] = (
+    (frozenset({"erf"}), "erf", "gelu"),
+    (frozenset({"erfc"}), "erfc", "gelu"),
+    (frozenset({"tanh", "integer_pow"}), "tanh", "gelu"),
+    (frozenset({"logistic"}), "sigmoid", "silu"),
+    (frozenset({"tanh"}), "tanh", "tanh gate"),
+    (frozenset({"max", "square"}), "relu squared", "relu squared"),
+    (frozenset({"max"}), "relu", "relu"),
+    (frozenset({"sin"}), "sin", "sin"),
+    (frozenset({"cos"}), "cos", "cos"),
+    (frozenset({"log1p"}), "softplus", "mish"),
+    (frozenset({"exp"}), "exp", "exp"),
+    (frozenset({"clamp"}), "clip", "clip"),
+    (frozenset({"abs"}), "abs", "abs"),
+    (frozenset({"square"}), "square", "square"),
+    (frozenset({"integer_pow"}), "power", "power"),
+    (frozenset({"sign"}), "sign", "sign"),
+)

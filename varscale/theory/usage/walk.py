@@ -1,0 +1,366 @@
+"""The walk over a jaxpr that notes every use of a parameter."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from varscale import _compat
+from varscale.theory.usage import layouts
+from varscale.theory.usage.values import NAMED_FUNCTIONS, Flow, Part, Score, Source, Value, View
+
+_SAME = {"convert_element_type", "stop_gradient", "copy", "copy_p", "name", "optimization_barrier", "reduce_precision", "pvary"}
+_SAME |= {"sharding_constraint", "mesh_cast", "rev", "neg"}
+_REDUCTIONS = {"reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or", "argmax", "argmin", "reduce"}
+_WINDOWS = {"reduce_window_sum", "reduce_window_max", "reduce_window", "reduce_window_min", "cumsum", "cumlogsumexp", "cummax"}
+_ACTIVATIONS = {"tanh", "logistic", "erf", "erfc", "exp", "exp2", "log", "log1p", "expm1", "sin", "cos", "abs", "square"}
+_ACTIVATIONS |= {
+    "sign",
+    "integer_pow",
+    "sqrt",
+    "rsqrt",
+    "cbrt",
+    "floor",
+    "round",
+    "asinh",
+    "atan",
+    "sinh",
+    "cosh",
+    "is_finite",
+    "not",
+}
+_BINARY = {"add", "add_any", "sub", "mul", "div", "max", "min", "pow", "atan2", "rem", "select_n", "clamp", "complex"}
+_BINARY |= {"eq", "ne", "lt", "le", "gt", "ge", "and", "or", "xor"}
+Handler = Callable[["Walk", Any, list[Value]], Value | list[Value]]
+
+
+@dataclasses.dataclass
+class Use:
+    """One place where a parameter is used, as the walk fills it in.
+
+    Attributes:
+        parameter: the parameter's number.
+        kind: "linear", "convolution", "depthwise", "lookup", "scale", "shift", "place", "token", "factor" or "other".
+        fan_in: terms summed into an output.
+        fan_out: outputs that an input reaches.
+        reduction: axes of the parameter that are summed over.
+        output: axes of the parameter that reach the output.
+        batch: axes of the parameter that a loop over layers, or a lookup of one layer, takes apart.
+        shared: axes of the parameter that its input or its reader has too: experts, heads with kernels of their own.
+        steps: how often a loop over time repeats the use.
+        depth: residual additions before it.
+        before: functions applied to its input since the last linear map.
+        raw: whether its input is the model's own.
+        normalised: whether its input was normalised.
+        after: functions first applied to its output.
+        ends: which residual addition its output ends in, counted from 1.
+        read: whether another parameter reads its output.
+        reaches: whether its output is the model's, with no other linear map between.
+        parts: into how many equal parts its output is cut.
+        roles: what its parts are to an attention: "query", "key", "value".
+    """
+
+    parameter: int
+    kind: str
+    fan_in: float = 1.0
+    fan_out: float = 1.0
+    reduction: tuple[int, ...] = ()
+    output: tuple[int, ...] = ()
+    batch: tuple[int, ...] = ()
+    shared: tuple[int, ...] = ()
+    steps: int = 1
+    depth: int = 0
+    before: frozenset[str] = frozenset()
+    raw: bool = False
+    normalised: bool = False
+    after: frozenset[str] = frozenset()
+    ends: int | None = None
+    read: bool = False
+    reaches: bool = False
+    parts: int = 1
+    roles: dict[Part | None, set[str]] = dataclasses.field(default_factory=dict)
+
+
+class Walk:
+    """Interprets a jaxpr over `Value`s.
+
+    Args:
+        handlers: what to do for a primitive, by its name, where it is none of the elementwise ones and reductions.
+
+    Attributes:
+        uses: every use met so far.
+        additions: residual additions on the longest way to the output.
+    """
+
+    def __init__(self, handlers: Mapping[str, Handler]) -> None:
+        self._handlers = handlers
+        self.uses: list[Use] = []
+        self.additions = 0
+        self._anchors = 0
+        self._maps_at: dict[int, int] = {}
+        self._path: list[int] = []  # the equations that the walk is inside of, which tell two calls of one jaxpr apart
+        self._places: dict[tuple[Any, ...], int] = {}
+
+    # -- values ---------------------------------------------------------------------------------------------------------
+
+    def input(self, shape: Sequence[int], of: Sequence[Flow] = (), **changes: Any) -> Flow:
+        """A new value that depends on others, with an anchor of its own."""
+        self._anchors += 1
+        ancestors = 1 << self._anchors
+        for x in of:
+            ancestors |= x.ancestors
+        maps = max((x.maps for x in of), default=0)
+        fields: dict[str, Any] = {
+            "axes": layouts.added(shape),
+            "depth": max((x.depth for x in of), default=0),
+            "maps": maps,
+            "embedded": any(x.embedded for x in of),
+            "root": self._anchors,
+            "sources": frozenset().union(*(x.sources for x in of)),
+        }
+        made = Flow(self._anchors, ancestors, **(fields | changes))
+        self._maps_at[self._anchors] = made.maps
+        return made
+
+    def note_all(self, use: Use, view: View) -> frozenset[Source]:
+        """Note a use of a parameter and of those that are joined with it; what their output is made by."""
+        owners = (view.parameter, *view.companions)
+        return frozenset(Source(self.note(dataclasses.replace(use, parameter=p, roles={}))) for p in owners)
+
+    def note(self, use: Use) -> int:
+        """The number of a use. A loop's body is walked twice: the second pass finds what the first has noted."""
+        place = (*self._path, use.parameter)
+        if place not in self._places:
+            self._places[place] = len(self.uses)
+            self.uses.append(use)
+            return self._places[place]
+        known = self.uses[self._places[place]]
+        known.before, known.raw = known.before | use.before, known.raw and use.raw
+        return self._places[place]
+
+    def close(self, x: Flow, *, read: bool = False) -> None:
+        """Note what became of the outputs that a value consists of, where something new begins."""
+        for source in x.sources:
+            use = self.uses[source.use]
+            use.read |= read
+            if x.direct and not use.after:
+                use.after = x.functions or frozenset({"norm"} if x.normalised else ())
+
+    # -- the walk -------------------------------------------------------------------------------------------------------
+
+    def run(self, jaxpr: Any, consts: Sequence[Value], args: Sequence[Value]) -> list[Value]:
+        """The outputs of a jaxpr."""
+        env: dict[Any, Value] = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *args), strict=True))
+
+        def read(var: Any) -> Value:
+            return None if _compat.is_literal(var) else env[var]
+
+        for eqn in jaxpr.eqns:
+            self._path.append(id(eqn))
+            outs = self._equation(eqn, [read(v) for v in eqn.invars])
+            self._path.pop()
+            env.update(zip(eqn.outvars, outs, strict=True))
+        return [read(v) for v in jaxpr.outvars]
+
+    def _equation(self, eqn: Any, values: list[Value]) -> list[Value]:
+        name = eqn.primitive.name
+        if all(v is None for v in values):
+            return [None] * len(eqn.outvars)
+        if name in self._handlers:
+            found = self._handlers[name](self, eqn, values)
+            return found if isinstance(found, list) else [found]
+        if name in _SAME:
+            return list(values[: len(eqn.outvars)])
+        if name in _ACTIVATIONS:
+            return [self._function(name, values[0])]
+        if name in _BINARY:
+            return [self._combined(name, eqn, values)]
+        if name in _REDUCTIONS or name in _WINDOWS:
+            return [self._reduced(eqn, values)] * len(eqn.outvars)
+        if (inner := self._inner(eqn, values)) is not None:
+            return inner
+        return self._unknown(eqn, values)
+
+    def _inner(self, eqn: Any, values: list[Value]) -> list[Value] | None:
+        """The outputs of a call, if the equation is one."""
+        for key in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
+            if key not in eqn.params:
+                continue
+            jaxpr, consts = _compat.sub_jaxpr(eqn.params[key])
+            if len(jaxpr.invars) != len(values):
+                continue
+            name = str(eqn.params.get("name", ""))
+            only = [v for v in values if v is not None]
+            if name in NAMED_FUNCTIONS and len(only) == 1:
+                return [self._function(name, only[0])]
+            if eqn.primitive.name == "custom_jvp_call" and len(only) == 1 and isinstance(only[0], Flow):
+                called = {str(inner.params.get("name", "")) for inner in jaxpr.eqns} & NAMED_FUNCTIONS
+                if called:
+                    return [self._function(called.pop(), only[0])]
+            return self.run(jaxpr, [None] * len(consts), values)
+        return None
+
+    def _unknown(self, eqn: Any, values: list[Value]) -> list[Value]:
+        """Outputs that depend on all operands, of an operation that the walk does not know."""
+        flows = [v for v in values if isinstance(v, Flow)]
+        views = [v for v in values if isinstance(v, View)]
+        if not flows:
+            kept = max(views, key=_entries)
+            return [View(kept.parameter, layouts.added(v.aval.shape), kept.batch, kept.steps) for v in eqn.outvars]
+        for view in views:
+            self.note(Use(view.parameter, "other", steps=view.steps, batch=tuple(sorted(view.batch)), depth=flows[0].depth))
+        return [self.input(v.aval.shape, flows) for v in eqn.outvars]
+
+    # -- elementwise ----------------------------------------------------------------------------------------------------
+
+    def _function(self, name: str, x: Value) -> Value:
+        if not isinstance(x, Flow):
+            return x
+        return dataclasses.replace(x, functions=x.functions | {name})
+
+    def _combined(self, name: str, eqn: Any, values: list[Value]) -> Value:
+        shape = eqn.outvars[0].aval.shape
+        flows = [v for v in values if isinstance(v, Flow)]
+        views = [v for v in values if isinstance(v, View)]
+        if not flows:
+            for view in sorted(views, key=_entries)[:-1]:
+                if view.parameter != max(views, key=_entries).parameter:
+                    self.note(Use(view.parameter, "factor", steps=view.steps, batch=tuple(sorted(view.batch))))
+            return max(views, key=_entries)
+        x = flows[0]
+        for y in flows[1:]:
+            x = self._both(name, x, y, shape)
+        for view in views:
+            self._met(name, view, x)
+        if len(flows) == 1:
+            wide = [v.aval.shape for v, value in zip(eqn.invars, values, strict=True) if value is x]
+            axes = x.axes if wide and wide[0] == shape else layouts.added(shape)
+            functions = x.functions
+            if not views and name in ("max", "min", "clamp", "pow", "eq", "select_n"):
+                if name in ("max", "clamp") and not x.reduced:
+                    return self._function(name, dataclasses.replace(x, axes=axes))
+                functions = x.functions | {name}
+            return dataclasses.replace(x, axes=axes, functions=functions)
+        return x
+
+    def _met(self, name: str, view: View, x: Flow) -> None:
+        """Note that a parameter is added to, or multiplied with, an activation."""
+        kind = {"add": "shift", "add_any": "shift", "sub": "shift", "mul": "scale", "div": "scale"}.get(name, "other")
+        axes = layouts.of(view.axes, range(len(view.axes)))
+        normalised = x.normalised or (x.reduced and bool(x.functions & {"rsqrt", "sqrt"}))
+        places = sum(layouts.size([a for a in atoms if a.axis is not None]) > 1 for atoms in view.axes)
+        self.note_all(
+            Use(
+                view.parameter,
+                "place" if kind == "shift" and places > 1 and (x.maps == 0 or x.score is not None) else kind,
+                output=axes,
+                batch=tuple(sorted(view.batch)),
+                steps=view.steps,
+                depth=x.depth,
+                before=x.functions,
+                raw=x.raw,
+                normalised=normalised,
+            ),
+            view,
+        )
+
+    def _both(self, name: str, x: Flow, y: Flow, shape: Sequence[int]) -> Flow:
+        """Two activations combined entry by entry."""
+        union = x.ancestors | y.ancestors
+        wide = x if layouts.size([a for atoms in x.axes for a in atoms]) >= math.prod(shape) else y
+        sources = x.sources | y.sources
+        if name in ("mul", "div") and (scaled := _scaled(x, y)) is not None:
+            return self.input(
+                shape, (x, y), axes=wide.axes, sources=sources, normalised=True, depth=scaled.depth, direct=scaled.direct
+            )
+        if x.root == y.root or (x.reduced and x.ancestors & (1 << y.anchor)) or (y.reduced and y.ancestors & (1 << x.anchor)):
+            functions = x.functions | y.functions | ({"mul"} if name == "mul" and (x.functions or y.functions) else set())
+            if name == "div" and "exp" in functions and (x.reduced != y.reduced):
+                functions = functions | {"softmax"}
+            return dataclasses.replace(
+                wide, ancestors=union, sources=sources, functions=functions, reduced=x.reduced and y.reduced,
+                score=x.score or y.score, maps=max(x.maps, y.maps), depth=max(x.depth, y.depth),
+            )  # fmt: skip
+        self.close(x)
+        self.close(y)
+        if name in ("add", "add_any") and (pair := self._residual(x, y)) is not None:
+            stream, branch = pair
+            depth = stream.depth + 1
+            for source in branch.sources:
+                use = self.uses[source.use]
+                use.ends = depth
+            self.additions = max(self.additions, depth)
+            return self.input(shape, (x, y), axes=wide.axes, sources=sources, depth=depth)
+        return self.input(shape, (x, y), axes=wide.axes, sources=sources, score=x.score or y.score)
+
+    def _residual(self, x: Flow, y: Flow) -> tuple[Flow, Flow] | None:
+        """(stream, branch) where one of two summands was computed from the other, or by fewer maps from the same."""
+        if y.ancestors >> x.anchor & 1 and y.maps > x.maps:
+            return x, y
+        if x.ancestors >> y.anchor & 1 and x.maps > y.maps:
+            return y, x
+        common = x.ancestors & y.ancestors
+        if not common or x.maps == y.maps:
+            return None
+        at = self._maps_at.get(common.bit_length() - 1, 0)
+        short, long = sorted((x, y), key=_maps)
+        # A projection on the shortcut: one map beside a branch of several, from the same stream.
+        return (short, long) if short.direct and short.maps - at == 1 < long.maps - at else None
+
+    @contextlib.contextmanager
+    def trial(self) -> Iterator[None]:
+        """A pass whose uses are not kept."""
+        kept, places, additions = len(self.uses), dict(self._places), self.additions
+        yield
+        del self.uses[kept:]
+        self._places, self.additions = places, additions
+
+    # -- reductions -----------------------------------------------------------------------------------------------------
+
+    def _reduced(self, eqn: Any, values: list[Value]) -> Value:
+        shape = eqn.outvars[0].aval.shape
+        x = next((v for v in values if isinstance(v, Flow)), None)
+        if x is None:
+            view = next(v for v in values if isinstance(v, View))
+            axes = eqn.params.get("axes", ())
+            kept = tuple(a for k, a in enumerate(view.axes) if k not in axes)
+            return dataclasses.replace(view, axes=kept if len(kept) == len(shape) else layouts.added(shape))
+        axes = eqn.params.get("axes", ())
+        if eqn.primitive.name in _WINDOWS:
+            return dataclasses.replace(x, axes=x.axes, functions=x.functions)
+        if eqn.primitive.name == "reduce_max" and x.score is not None:
+            self.attends(x.score, axes)
+        kept = tuple(a for k, a in enumerate(x.axes) if k not in axes)
+        return dataclasses.replace(x, axes=kept if len(kept) == len(shape) else layouts.added(shape), reduced=True)
+
+    def attends(self, score: Score, axes: Sequence[int]) -> None:
+        """Note who is query and who is key: a softmax runs over the keys' own axis."""
+        if score.right_axes.issuperset(axes):
+            query, key = score.left, score.right
+        elif score.left_axes.issuperset(axes):
+            query, key = score.right, score.left
+        else:
+            return
+        for role, sources in (("query", query), ("key", key)):
+            for source in sources:
+                self.uses[source.use].roles.setdefault(source.part, set()).add(role)
+
+
+def _scaled(x: Flow, y: Flow) -> Flow | None:
+    """The value that is normalised where one of two is the other's own scale, reduced and inverted."""
+    for value, scale in ((x, y), (y, x)):
+        is_scale = scale.reduced and bool(scale.functions & {"rsqrt", "sqrt"})
+        if is_scale and scale.ancestors >> value.anchor & 1 and not value.reduced:
+            return value
+    return None
+
+
+def _entries(view: View) -> int:
+    return math.prod(layouts.size(atoms) for atoms in view.axes)
+
+
+def _maps(x: Flow) -> int:
+    return x.maps
