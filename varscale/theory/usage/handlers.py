@@ -204,7 +204,12 @@ def gather(walk: Walk, eqn: Any, values: list[Value]) -> Value:
 
 
 def _with_axes(x: Value, axes: Axes | None, shape: Sequence[int]) -> Value:
-    return None if x is None else dataclasses.replace(x, axes=layouts.added(shape) if axes is None else axes)
+    if x is None:
+        return None
+    made = layouts.added(shape) if axes is None else axes
+    if isinstance(x, Flow) and x.score is not None and len(made) != len(x.axes):
+        x = dataclasses.replace(x, score=None)  # whose axes moved
+    return dataclasses.replace(x, axes=made)
 
 
 def _with_part(walk: Walk, x: Value, axes: Axes) -> Value:

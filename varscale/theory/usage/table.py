@@ -129,7 +129,8 @@ def _tree(structs: Any) -> Any:
     from flax import nnx
 
     if isinstance(structs, nnx.State):
-        return jax.tree_util.tree_structure(nnx.filter_state(structs, nnx.Param))
+        # Without the variables around the arrays: `nnx.Optimizer` has them when it starts and takes them off when it updates.
+        return jax.tree_util.tree_structure(nnx.as_pure(nnx.filter_state(structs, nnx.Param)))
     if isinstance(structs, Mapping) and "params" in structs:
         return jax.tree_util.tree_structure(structs["params"])
     return jax.tree_util.tree_structure(structs)

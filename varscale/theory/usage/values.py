@@ -114,39 +114,6 @@ NAMED_FUNCTIONS = frozenset(
         "hard_sigmoid", "hard_silu", "hard_swish", "squareplus", "sigmoid", "log_sigmoid", "soft_sign",
     }
 )  # fmt: skip
-_SIGNS:
-        if sign <= found:
-            return product if gated else alone
-    return ""
-
-
-# Functions of jax.nn that keep their name in a jaxpr.
-NAMED_FUNCTIONS = frozenset(
-    [
-        "relu",
-        "relu6",
-        "silu",
-        "swish",
-        "selu",
-        "elu",
-        "celu",
-        "gelu",
-        "mish",
-        "softplus",
-        "leaky_relu",
-        "hard_tanh",
-        "hard_sigmoid",
-        "hard_silu",
-        "hard_swish",
-        "squareplus",
-        "sigmoid",
-        "log_sigmoid",
-        "soft_sign",
-        "softmax",
-        "log_softmax",
-        "standardize",
-    ]
-)
 _SIGNS: tuple[tuple[frozenset[str], str, str], ...] = (
     (frozenset({"erf"}), "erf", "gelu"),
     (frozenset({"erfc"}), "erfc", "gelu"),

@@ -308,7 +308,8 @@ class Walk:
         at = self._maps_at.get(common.bit_length() - 1, 0)
         short, long = sorted((x, y), key=_maps)
         # A projection on the shortcut: one map beside a branch of several, from the same stream.
-        return (short, long) if short.direct and short.maps - at == 1 < long.maps - at else None
+        in_time = any(self.uses[source.use].steps > 1 for source in short.sources)  # gates add what they read at each step
+        return (short, long) if short.direct and not in_time and short.maps - at == 1 < long.maps - at else None
 
     @contextlib.contextmanager
     def trial(self) -> Iterator[None]:
@@ -334,7 +335,8 @@ class Walk:
         if eqn.primitive.name == "reduce_max" and x.score is not None:
             self.attends(x.score, axes)
         kept = tuple(a for k, a in enumerate(x.axes) if k not in axes)
-        return dataclasses.replace(x, axes=kept if len(kept) == len(shape) else layouts.added(shape), reduced=True)
+        made = kept if len(kept) == len(shape) else layouts.added(shape)
+        return dataclasses.replace(x, axes=made, reduced=True, score=None)
 
     def attends(self, score: Score, axes: Sequence[int]) -> None:
         """Note who is query and who is key: a softmax runs over the keys' own axis."""
