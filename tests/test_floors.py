@@ -15,7 +15,7 @@ ROOT = pathlib.Path(varscale.__file__).parent
 FLOOR = {
     "_compat": 0, "gaussian": 0, "programs": 0, "reporting": 0,
     "report": 1,
-    "initializers": 2, "measuring": 2,
+    "initializers": 2, "measuring": 2, "usage": 2,
     "initialization": 3,
     "theory": 4, "testing": 4,
     "schemes": 5,

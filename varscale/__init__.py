@@ -31,8 +31,8 @@ if _TYPE_CHECKING:
     from varscale.theory import critical as critical
     from varscale.theory import mean_field as mean_field
     from varscale.theory import predict as predict
-    from varscale.theory.usage.table import Uses as Uses
-    from varscale.theory.usage.table import uses as uses
+    from varscale.usage.table import Uses as Uses
+    from varscale.usage.table import uses as uses
 
 # Loaded when first asked for: who only initializes should not wait for SciPy and optax.
 _LATER = {
@@ -40,7 +40,7 @@ _LATER = {
     **dict.fromkeys(("Moments", "critical", "mean_field", "predict"), "varscale.theory"),
     "inputs": "varscale.programs.faces",
     **dict.fromkeys(("Report", "Row", "Weight"), "varscale.report"),
-    **dict.fromkeys(("Uses", "uses"), "varscale.theory.usage.table"),
+    **dict.fromkeys(("Uses", "uses"), "varscale.usage.table"),
 }
 
 __all__ = ["gaussian", "initializers"]

@@ -9,9 +9,9 @@ from flax import nnx
 from optax.contrib import muon
 
 import varscale as vs
-from varscale.theory.usage import layouts
-from varscale.theory.usage.table import uses
-from varscale.theory.usage.values import after_function
+from varscale.usage import layouts
+from varscale.usage.table import uses
+from varscale.usage.values import after_function
 
 ROWS = jax.ShapeDtypeStruct((4, 16), jnp.float32)
 TOKENS = jax.ShapeDtypeStruct((2, 6, 16), jnp.float32)

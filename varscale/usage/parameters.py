@@ -7,13 +7,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
+from flax import nnx
 
 from varscale.programs import faces
 from varscale.programs.trees import is_box
-from varscale.theory.usage import layouts
-from varscale.theory.usage.handlers import HANDLERS
-from varscale.theory.usage.values import Flow, View, after_function
-from varscale.theory.usage.walk import Use, Walk
+from varscale.usage import layouts
+from varscale.usage.handlers import HANDLERS
+from varscale.usage.values import Flow, View, after_function
+from varscale.usage.walk import Use, Walk
 
 Role = Literal[
     "input", "hidden", "readout", "embedding", "depthwise", "expert", "norm scale", "position", "vector", "unused"
@@ -104,8 +105,6 @@ class Leaf(NamedTuple):
 
 def named_leaves(tree: Any) -> list[Leaf]:
     """The arrays of a tree of variables, in the order of `jax.tree.leaves`."""
-    from flax import nnx
-
     collections = set(tree) if isinstance(tree, Mapping) and "params" in tree else set()
     found = []
     for keys, node in jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_box)[0]:

@@ -8,9 +8,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from varscale.programs import faces
-from varscale.theory.usage.parameters import ParameterUses, walked
+from varscale.usage.parameters import ParameterUses, walked
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,8 +127,6 @@ def _parameters(program: faces.Program, params: Any, inputs: list[Any], join: An
 
 def _tree(structs: Any) -> Any:
     """The structure of the learned part of a model's variables."""
-    from flax import nnx
-
     if isinstance(structs, nnx.State):
         # Without the variables around the arrays: `nnx.Optimizer` has them when it starts and takes them off when it updates.
         return jax.tree_util.tree_structure(nnx.as_pure(nnx.filter_state(structs, nnx.Param)))

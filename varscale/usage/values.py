@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable
 
-from varscale.theory.usage.layouts import Axes
+from varscale.usage.layouts import Axes
 
 Part = tuple[int, int]
 

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from varscale import _compat
-from varscale.theory.usage import layouts
-from varscale.theory.usage.values import NAMED_FUNCTIONS, Flow, Part, Score, Source, Value, View
+from varscale.usage import layouts
+from varscale.usage.values import NAMED_FUNCTIONS, Flow, Part, Score, Source, Value, View
 
 _SAME = {"convert_element_type", "stop_gradient", "copy", "copy_p", "name", "optimization_barrier", "reduce_precision", "pvary"}
 _SAME |= {"sharding_constraint", "mesh_cast", "rev", "neg"}

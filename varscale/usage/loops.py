@@ -1,0 +1,106 @@
+"""Loops and branches, as the walk over a jaxpr sees them."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from varscale import _compat
+from varscale.usage import layouts
+from varscale.usage.layouts import Atom
+from varscale.usage.values import Flow, Value, View
+from varscale.usage.walk import Walk
+
+
+def _joined(x: Value, y: Value) -> Value:
+    """A value that is one of two."""
+    if isinstance(x, Flow) and isinstance(y, Flow):
+        return dataclasses.replace(
+            x, ancestors=x.ancestors | y.ancestors, sources=x.sources | y.sources, depth=max(x.depth, y.depth),
+            maps=max(x.maps, y.maps), embedded=x.embedded or y.embedded,
+        )  # fmt: skip
+    return x if isinstance(x, Flow) or y is None else y
+
+
+def _stacked(x: Value, length: int) -> Value:
+    return None if x is None else dataclasses.replace(x, axes=((Atom(None, length),), *x.axes))
+
+
+def _one_of(x: Value) -> Value:
+    """One step's slice of what a loop takes apart."""
+    if x is None:
+        return None
+    if isinstance(x, View):
+        return dataclasses.replace(x, axes=x.axes[1:], batch=x.batch | set(layouts.of(x.axes, (0,))))
+    return dataclasses.replace(x, axes=x.axes[1:])
+
+
+def _repeated(x: Value, length: int) -> Value:
+    return dataclasses.replace(x, steps=x.steps * length) if isinstance(x, View) else x
+
+
+def _state(walk: Walk, before: Value, after: Value, var: Any) -> Value:
+    """The state that a loop begins with; a constant that turns into an activation is one from the start."""
+    return walk.input(var.aval.shape, maps=1) if before is None and isinstance(after, Flow) else before
+
+
+def _next(walk: Walk, before: Value, after: Value, var: Any) -> Value:
+    """The state that a later step begins with: what it was computed from in earlier steps is no ancestor within this one."""
+    state = _joined(after, before)
+    if not (isinstance(before, Flow) and isinstance(state, Flow)):
+        return state
+    return walk.input(
+        var.aval.shape, axes=state.axes, sources=state.sources, maps=state.maps, embedded=state.embedded, depth=before.depth
+    )
+
+
+def scan(walk: Walk, eqn: Any, values: list[Value]) -> list[Value]:
+    """A loop over layers, whose parameters are taken apart, or over time, which uses the same ones at every step."""
+    constants, carry, streams = _compat.scan_operands(eqn.params, values)
+    length = eqn.params["length"]
+    jaxpr, consts = _compat.sub_jaxpr(eqn.params["jaxpr"])
+    fixed = [_repeated(v, length) for v in constants]
+    layers = list(map(_one_of, streams))
+    with walk.trial():  # which parts of the state depend on the inputs
+        reached = walk.run(jaxpr, [None] * len(consts), [*fixed, *carry, *layers])
+    carry = [_state(walk, x, y, v) for x, y, v in zip(carry, reached, jaxpr.outvars, strict=False)]
+    now = carry
+    outs: list[Value] = []
+    for _ in range(2):
+        outs = walk.run(jaxpr, [None] * len(consts), [*fixed, *now, *layers])
+        now = [_next(walk, x, y, v) for x, y, v in zip(carry, outs, jaxpr.outvars, strict=False)]
+    pairs = [(x.depth, y.depth) for x, y in zip(carry, outs, strict=False) if isinstance(x, Flow) and isinstance(y, Flow)]
+    gained = max((after - before for before, after in pairs), default=0)
+    start = max((x.depth for x in carry if isinstance(x, Flow)), default=0)
+    walk.additions = max(walk.additions, start + gained * length)
+    ends = [
+        dataclasses.replace(y, depth=start + gained * length) if isinstance(y, Flow) and gained else y
+        for y in outs[: len(carry)]
+    ]
+    return [*ends, *(_stacked(y, length) for y in outs[len(carry) :])]
+
+
+def while_(walk: Walk, eqn: Any, values: list[Value]) -> list[Value]:
+    """A loop of unknown length."""
+    tests, constants = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
+    jaxpr, consts = _compat.sub_jaxpr(eqn.params["body_jaxpr"])
+    fixed, carry = values[tests : tests + constants], values[tests + constants :]
+    with walk.trial():
+        reached = walk.run(jaxpr, [None] * len(consts), [*fixed, *carry])
+    carry = [_state(walk, x, y, v) for x, y, v in zip(carry, reached, jaxpr.outvars, strict=True)]
+    for _ in range(2):
+        outs = walk.run(jaxpr, [None] * len(consts), [*fixed, *carry])
+        carry = [_joined(y, x) for x, y in zip(carry, outs, strict=True)]
+    return carry
+
+
+def cond(walk: Walk, eqn: Any, values: list[Value]) -> list[Value]:
+    """One of several branches."""
+    found: list[list[Value]] = []
+    for branch in eqn.params["branches"]:
+        jaxpr, consts = _compat.sub_jaxpr(branch)
+        found.append(walk.run(jaxpr, [None] * len(consts), values[1:]))
+    outs = found[0]
+    for more in found[1:]:
+        outs = [_joined(x, y) for x, y in zip(outs, more, strict=True)]
+    return outs

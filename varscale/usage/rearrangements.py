@@ -1,0 +1,135 @@
+"""Reshapes, transposes, slices and joins, as the walk over a jaxpr sees them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from varscale.usage import layouts
+from varscale.usage.layouts import Atom, Axes
+from varscale.usage.values import Flow, Score, Source, Value, View
+from varscale.usage.walk import Use, Walk
+
+
+def _with_axes(x: Value, axes: Axes | None, shape: Sequence[int]) -> Value:
+    if x is None:
+        return None
+    made = layouts.added(shape) if axes is None else axes
+    if isinstance(x, Flow) and x.score is not None and len(made) != len(x.axes):
+        x = dataclasses.replace(x, score=None)  # whose axes moved
+    return dataclasses.replace(x, axes=made)
+
+
+def _with_part(walk: Walk, x: Value, axes: Axes) -> Value:
+    """A slice; of the output of one kernel, one of its parts."""
+    if x is None:
+        return None
+    part = layouts.part(axes)
+    made = dataclasses.replace(x, axes=axes)
+    if isinstance(made, Flow) and part is not None and all(s.part is None for s in made.sources):
+        for source in made.sources:
+            walk.uses[source.use].parts = max(walk.uses[source.use].parts, part[1])
+        return dataclasses.replace(made, sources=frozenset(Source(s.use, part) for s in made.sources))
+    return made
+
+
+def reshape(walk: Walk, eqn: Any, values: list[Value]) -> Value:
+    """A row-major reshape, or axes of size 1 added or taken away."""
+    x, shape = values[0], eqn.outvars[0].aval.shape
+    return None if x is None else _with_axes(x, layouts.reshaped(x.axes, shape), shape)
+
+
+def transpose(walk: Walk, eqn: Any, values: list[Value]) -> Value:
+    """A transposition."""
+    x, permutation = values[0], eqn.params["permutation"]
+    if isinstance(x, Flow) and x.score is not None:
+        at = {k: i for i, k in enumerate(permutation)}
+        moved = [frozenset(at[k] for k in axes) for axes in (x.score.left_axes, x.score.right_axes)]
+        x = dataclasses.replace(x, score=Score(x.score.left, x.score.right, *moved))
+    return None if x is None else _with_axes(x, layouts.transposed(x.axes, permutation), ())
+
+
+def broadcast_in_dim(walk: Walk, eqn: Any, values: list[Value]) -> Value:
+    """Axes added by repeating."""
+    x, shape = values[0], eqn.outvars[0].aval.shape
+    return None if x is None else _with_axes(x, layouts.broadcast(x.axes, eqn.params["broadcast_dimensions"], shape), shape)
+
+
+def slice_(walk: Walk, eqn: Any, values: list[Value]) -> Value:
+    """A slice by constants."""
+    x = values[0]
+    if x is None:
+        return None
+    strides = eqn.params["strides"] or [1] * len(x.axes)
+    axes = x.axes
+    for k, (start, stop, stride) in enumerate(
+        zip(eqn.params["start_indices"], eqn.params["limit_indices"], strides, strict=True)
+    ):
+        if stride != 1:
+            axes = (*axes[:k], (Atom(None, eqn.outvars[0].aval.shape[k]),), *axes[k + 1 :])
+        else:
+            axes = layouts.sliced(axes, k, start, stop)
+    return _with_part(walk, x, axes)
+
+
+def split(walk: Walk, eqn: Any, values: list[Value]) -> list[Value]:
+    """An axis cut into parts."""
+    x, start, parts = values[0], 0, []
+    for size in eqn.params["sizes"]:
+        parts.append(
+            None if x is None else _with_part(walk, x, layouts.sliced(x.axes, eqn.params["axis"], start, start + size))
+        )
+        start += size
+    return parts
+
+
+def dynamic_slice(walk: Walk, eqn: Any, values: list[Value]) -> Value:
+    """A slice that begins at a computed place: one of the layers that are stacked in a parameter, as a rule."""
+    x, sizes = values[0], eqn.params["slice_sizes"]
+    if x is None:
+        return walk.input(sizes, [v for v in values if isinstance(v, Flow)])
+    axes = tuple(a if layouts.size(a) == n else ((Atom(None, n),) if n > 1 else ()) for a, n in zip(x.axes, sizes, strict=True))
+    if isinstance(x, View):
+        taken = layouts.of(x.axes, [k for k, n in enumerate(sizes) if n == 1 < layouts.size(x.axes[k])])
+        return dataclasses.replace(x, axes=axes, batch=x.batch | set(taken))
+    return dataclasses.replace(x, axes=axes)
+
+
+def pad(walk: Walk, eqn: Any, values: list[Value]) -> Value:
+    """Entries added around an array."""
+    x, shape = values[0], eqn.outvars[0].aval.shape
+    if x is None:
+        return values[1]
+    axes = tuple(a if layouts.size(a) == n else (Atom(None, n),) for a, n in zip(x.axes, shape, strict=True))
+    return _with_axes(x, axes, shape)
+
+
+def concatenate(walk: Walk, eqn: Any, values: list[Value]) -> Value:
+    """Arrays joined along an axis: activations, a learned token and activations, or parameters."""
+    shape = eqn.outvars[0].aval.shape
+    flows = [v for v in values if isinstance(v, Flow)]
+    views = [v for v in values if isinstance(v, View)]
+    if not flows:
+        return _side_by_side(walk, views, eqn.params["dimension"], shape)
+    for view in views:
+        output = layouts.of(view.axes, range(len(view.axes)))
+        walk.note(Use(view.parameter, "token", output=output, batch=tuple(sorted(view.batch)), steps=view.steps))
+    if len({x.anchor for x in flows}) == 1:
+        return dataclasses.replace(flows[0], axes=layouts.added(shape))
+    for x in flows:
+        walk.close(x)
+    return walk.input(shape, flows)
+
+
+def _side_by_side(walk: Walk, views: list[View], axis: int, shape: Sequence[int]) -> View:
+    """Parameters joined along an axis: those of equal shape are used alike from here on."""
+    first = views[0]
+    sizes = [[layouts.size(atoms) for atoms in view.axes] for view in views]
+    if all(size == sizes[0] for size in sizes):
+        axes = (*first.axes[:axis], (Atom(None, len(views)), *first.axes[axis]), *first.axes[axis + 1 :])
+        return dataclasses.replace(first, axes=axes, companions=tuple(view.parameter for view in views[1:]))
+    for view in views[1:]:
+        if view.parameter != first.parameter:
+            walk.note(Use(view.parameter, "factor", batch=tuple(sorted(view.batch)), steps=view.steps))
+    return dataclasses.replace(first, axes=layouts.added(shape))
