@@ -49,7 +49,7 @@ def _list(console: Console) -> None:
     for entry in registry.entries():
         shown = Text(entry.title)
         if entry.missing:
-            shown.append(f"\nneeds {', '.join(entry.missing)}: pip install 'varscale[experiments]'", style="yellow")
+            shown.append(f"\nneeds {', '.join(entry.missing)}: in the clone, pip install -e '.[dev]'", style="yellow")
         table.add_row(entry.name, shown)
     console.print(table)
     console.print(Text(f"\n{PROGRAM} NAME   runs one\n{PROGRAM} all    runs all and writes one report"))
@@ -60,7 +60,7 @@ def _parse(name: str, description: str, settings: type[Settings], options: list[
     try:
         import tyro
     except ImportError as error:
-        raise ExperimentError("the command line needs tyro: pip install 'varscale[experiments]'") from error
+        raise ExperimentError("the command line needs tyro: in the clone, pip install -e '.[dev]'") from error
     return tyro.cli(
         settings, prog=f"{PROGRAM} {name}", description=description, args=options, config=(tyro.conf.FlagCreatePairsOff,)
     )

@@ -261,11 +261,11 @@ class TestCommandLine:
         assert message in error
         assert error.count("\n") == 1
 
-    def test_a_missing_extra_is_named(self, monkeypatch, capsys):
+    def test_a_missing_package_is_named(self, monkeypatch, capsys):
         find_spec = registry.importlib.util.find_spec
         monkeypatch.setattr(registry.importlib.util, "find_spec", lambda name: None if name == "sklearn" else find_spec(name))
         assert main(["normalization"]) == 2
-        assert "needs scikit-learn: pip install 'varscale[experiments]'" in capsys.readouterr().err
+        assert "needs scikit-learn: in the clone, pip install -e '.[dev]'" in capsys.readouterr().err
         assert main([]) == 0
         assert "scikit-learn" in capsys.readouterr().out
 

@@ -4,7 +4,7 @@ To add an experiment, write one module in `experiments/`, named after what it sh
 
     '''Too small a scale vanishes, too large a one saturates.'''      # the first line is its title
 
-    REQUIRES = ("matplotlib", "sklearn")     # import names of what only the `experiments` extra brings; marks an experiment
+    REQUIRES = ("matplotlib", "sklearn")     # import names of what only the `dev` extra brings; marks an experiment
     ORDER = 1                                # its place in the list and the report
 
     @dataclass(frozen=True)

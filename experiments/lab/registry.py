@@ -34,10 +34,10 @@ class Entry:
         """Import it.
 
         Raises:
-          ExperimentError: a package of the `experiments` extra is missing.
+          ExperimentError: a package that it needs is missing.
         """
         if self.missing:
-            raise ExperimentError(f"{self.name} needs {', '.join(self.missing)}: pip install 'varscale[experiments]'")
+            raise ExperimentError(f"{self.name} needs {', '.join(self.missing)}: in the clone, pip install -e '.[dev]'")
         return importlib.import_module(f"{PACKAGE}.{self.path.stem}")
 
 

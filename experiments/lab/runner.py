@@ -55,7 +55,7 @@ def run_all(chosen: Sequence[Entry], settings: Settings, progress: Progress) -> 
     """Run the experiments one after the other and write one report over all of them into `settings.out`."""
     missing = sorted({package for entry in chosen for package in entry.missing})
     if missing:
-        raise ExperimentError(f"the experiments need {', '.join(missing)}: pip install 'varscale[experiments]'")
+        raise ExperimentError(f"the experiments need {', '.join(missing)}: in the clone, pip install -e '.[dev]'")
     records = []
     for entry in progress.track(chosen, "all experiments"):
         records.append(run_one(entry, _settings_of(entry, settings), progress))

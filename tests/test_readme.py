@@ -1,0 +1,35 @@
+"""The front README: what it says runs, what it links to is there, and it stays short. Its `>>>` examples are doctests."""
+
+import pathlib
+import re
+
+ROOT = pathlib.Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+
+
+def test_it_stays_short():
+    assert len(README.splitlines()) <= 130
+    assert len(README.encode()) <= 9000
+    assert max(len(line) for _, code in BLOCKS for line in code.splitlines()) <= 100
+
+
+def test_the_tests_to_paste_pass():
+    """Blocks of Python without prompts are whole files of tests."""
+    found = []
+    for language, code in BLOCKS:
+        if language == "python" and not code.startswith(">>>"):
+            namespace = {"__name__": "pasted"}
+            exec(compile(code, "README.md", "exec"), namespace)
+            found += [function for name, function in namespace.items() if name.startswith("test_")]
+    assert len(found) == 2
+    for function in found:
+        function()
+
+
+def test_commands_name_files_that_exist():
+    for module in re.findall(r"python -m (experiments[\w.]*)", README):
+        path = ROOT / module.replace(".", "/")
+        assert path.with_suffix(".py").exists() or (path / "__main__.py").exists(), module
+    for name in re.findall(r"^\| .* \| `([\w-]+)` \| \[", README, re.MULTILINE):
+        assert (ROOT / "experiments" / f"{name.replace('-', '_')}.py").exists(), name
