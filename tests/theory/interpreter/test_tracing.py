@@ -12,7 +12,7 @@ from varscale.theory.graph.expressions import form
 from varscale.theory.graph.nodes import View
 from varscale.theory.interpreter.interpreter import Interpreter
 from varscale.theory.interpreter.tracing import first_pass
-from varscale.theory.propagation.expectations import likeness
+from varscale.theory.propagation.marginals import likeness
 
 X = jax.ShapeDtypeStruct((8, 64), jnp.float32)
 KERNEL = nn.initializers.normal(1 / 8)  # width 64: keeps the scale

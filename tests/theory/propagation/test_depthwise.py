@@ -9,7 +9,7 @@ from scipy import stats
 
 import varscale as vs
 from varscale.theory.domain.axes import Axis, labelled
-from varscale.theory.rules.convolution import Window, tap_reads
+from varscale.theory.graph.convolutions import Window, tap_reads
 
 
 @pytest.mark.parametrize("axis", [Axis(7), labelled([0, 1, 1, 2, 2, 1, 0])])

@@ -12,11 +12,10 @@ import pytest
 
 import varscale as vs
 from varscale.theory.domain.axes import MOST_CLASSES, Axis, class_shares, join, labelled, split_axis
-from varscale.theory.graph.expressions import affine, apply
 from varscale.theory.graph.nodes import View, leaf
+from varscale.theory.graph.normal_form import affine, apply, mean_node
 from varscale.theory.interpreter.interpreter import Interpreter
 from varscale.theory.interpreter.parameters import measured_law
-from varscale.theory.rules.reductions import mean_node
 
 NONE = {"w": jnp.zeros(1)}
 

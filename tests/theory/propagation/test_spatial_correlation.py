@@ -9,10 +9,10 @@ from scipy import ndimage, stats
 
 import varscale as vs
 from varscale.theory.domain.axes import Axis
+from varscale.theory.graph.convolutions import Window, hits
 from varscale.theory.graph.nodes import Graph, array
 from varscale.theory.propagation.spatial_correlation import nearby
 from varscale.theory.propagation.spatial_windows import FAR, of_places, of_windows
-from varscale.theory.rules.convolution import Window, hits
 
 
 def photographs(*shape, smooth=2.0):

@@ -122,8 +122,8 @@ def test_gradients_of_queries_keys_and_values(causal):
 
 def test_overlaps_are_sums_of_independent_parts():
     """V by what any two overlaps have in common is Σ a² of the amplitudes a of all independent parts, written out."""
+    from varscale.theory.propagation import token_gram as overlaps
     from varscale.theory.rules import attention
-    from varscale.theory.rules import token_gram as overlaps
 
     tokens = []
 
@@ -153,8 +153,8 @@ def test_overlaps_are_sums_of_independent_parts():
 
 def test_the_overlap_of_tokens_by_layer():
     """V of a stream's tokens is 1/D at the input and grows by what attention adds; it is known to leading order."""
+    from varscale.theory.propagation import token_gram as overlaps
     from varscale.theory.rules import attention
-    from varscale.theory.rules import token_gram as overlaps
 
     found = []
     original = overlaps.overlap

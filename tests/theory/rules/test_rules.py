@@ -13,11 +13,11 @@ from scipy import special
 import varscale as vs
 from varscale.theory import Moments, predict
 from varscale.theory.domain.axes import Axis, labelled, split_axis
+from varscale.theory.domain.random_arrays import gaussian
 from varscale.theory.domain.tables import estimate, independent
+from varscale.theory.graph.convolutions import Window, hits, output_axis, tap_pairs
 from varscale.theory.integrals.primitives import FUNCTIONS as FUNCTION_TABLE
 from varscale.theory.integrals.softmax import weight_moments
-from varscale.theory.propagation.sampler import gaussian
-from varscale.theory.rules.convolution import Window, hits, output_axis, tap_pairs
 from varscale.theory.rules.padding import repeat_rates
 
 

@@ -195,7 +195,7 @@ def test_a_norm_over_a_class_token_and_patches_makes_each_one(init, expected):
 
 def test_borders_keep_classes_of_their_own_where_there_are_too_many():
     """Behind several convolutions each place differs a little from the next, and the outermost from all: it has fewer taps."""
-    from varscale.theory.rules.convolution import Window, output_axis
+    from varscale.theory.graph.convolutions import Window, output_axis
 
     for size in (8, 12):
         labels = output_axis(Window(size, 3, 1, 1, 1, 1), labelled(np.arange(size))).label_array

@@ -271,3 +271,11 @@ def per_pair(sums: np.ndarray, axes: Sequence[Axis]) -> np.ndarray:
         alone = np.flatnonzero(axis.pairs == 0)  # a class of one position has no pair that differs
         s[alone] = s[(alone - c) // (c + 1)]
     return sums
+
+
+def by_type(x: np.ndarray, axes: Sequence[Axis], *, second: bool) -> np.ndarray:
+    """A class array (classes..., rest) read at i (or, with `second`, at j) of each type."""
+    for k, axis in enumerate(axes):
+        if x.shape[k] > 1:
+            x = np.take(x, axis.second if second else axis.first, axis=k)
+    return x

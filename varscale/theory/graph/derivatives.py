@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from varscale.theory.graph.expressions import Apply, apply
+from varscale.theory.graph.expressions import Apply
 from varscale.theory.graph.nodes import Node, View, number
+from varscale.theory.graph.normal_form import apply
 
 
 def derivative(node: Node, target: View) -> View | None:

@@ -19,7 +19,7 @@ from scipy import special
 from varscale.theory.domain.axes import Axis
 from varscale.theory.domain.tables import Table, estimate, estimated_products
 from varscale.theory.graph.layout import Value
-from varscale.theory.graph.nodes import Array, Constant, Graph, Leaf, Node, View, number
+from varscale.theory.graph.nodes import Array, Constant, Graph, Leaf, Node, View, number, second_moments
 from varscale.theory.graph.reshapes import Permute, Rearranged
 from varscale.theory.integrals.hermite_series import Z
 
@@ -45,8 +45,10 @@ class Computed(Leaf):
         values = np.sort(self.values, axis=None)
         return values[np.minimum((special.ndtr(Z) * values.size).astype(int), values.size - 1)]
 
-    def compute(self) -> Table:
-        return estimate(self.values, self.axes)
+
+@second_moments.register(Computed)
+def second_moments_of_computed(node: Computed) -> Table:
+    return estimate(node.values, node.axes)
 
 
 def scatter(node: Computed, axes: Collection[int]) -> float:

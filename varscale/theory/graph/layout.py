@@ -111,7 +111,7 @@ def merged(x: Value, d: int) -> Value:
 
 def materialize(x: Value, dims: Sequence[int]) -> Value:
     """Give the constant atoms of these dimensions axes of their own (a broadcast node)."""
-    from varscale.theory.graph.expressions import broadcast
+    from varscale.theory.graph.normal_form import broadcast
 
     axes, new = list(x.node.axes), list(x.dims)
     for d in dims:

@@ -10,15 +10,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Hashable, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import numpy as np
 
 from varscale.theory.domain.axes import Axis
 from varscale.theory.domain.tables import Table, constant, estimate, independent, lift
-
-if TYPE_CHECKING:
-    from varscale.theory.propagation.fluctuations import Spread
 
 Pullback = Callable[[np.ndarray], np.ndarray]
 _STRIDE = 16  # nodes, each of which may take a dozen calls
@@ -79,6 +76,7 @@ class Node(Marked):
         entrywise: whether each entry is made of one entry of every argument, so that what moves entries moves the arguments'.
         moves: whether its entries are entries of its one argument at other places, some of them perhaps left out.
         averages: whether it is the mean of its one argument over the axes `params`.
+        collects: whether its entries are entries, or weighted sums of entries, of its first argument, by known indices.
         timed: whether it is known by draws along time, which hold more than its moments by type (`draws`).
         joint: of what is known by draws, whether those are of all else at once (`ensemble`).
         shares: whether it is shares that add up to 1, positive but no norm's scale.
@@ -93,6 +91,7 @@ class Node(Marked):
     entrywise: ClassVar[bool] = False
     moves: ClassVar[bool] = False
     averages: ClassVar[bool] = False
+    collects: ClassVar[bool] = False
     timed: ClassVar[bool] = False
     joint: ClassVar[bool] = False
     shares: ClassVar[bool] = False
@@ -108,7 +107,6 @@ class Node(Marked):
         self.positive = False
         self.local = any(view.node.local for view in args)
         self._table: Table | None = None
-        self._spread: Spread | None = None
         self.prepare()
 
     def prepare(self) -> None:
@@ -124,37 +122,10 @@ class Node(Marked):
         """Terms in each of its sums, where it is one linear map of two arguments, the second often weights; else None."""
         return None
 
-    def compute(self) -> Table:
-        raise NotImplementedError(type(self).__name__)
-
-    def pullback(self, cotangent: np.ndarray) -> list[np.ndarray | None]:
-        """Second moments, by type, of the cotangents of the arguments, given those of this node's."""
-        raise NotImplementedError(type(self).__name__)
-
     @property
     def is_centred(self) -> bool:
         """Whether it is an array less its own mean over some axes: a sum, a mean among its terms."""
         return False
-
-    def rebuilt(self, axes: tuple[Axis, ...], args: Sequence[View]) -> Node:
-        """Of an `entrywise` node: the same over other axes and arguments, of which each entry is made as it is here."""
-        raise NotImplementedError(type(self).__name__)
-
-    def inside(self, k: int, cut: Callable[[Node, int], Node]) -> Node | None:
-        """The node of which its argument takes a cut of axis k in its place; None where it does not let cuts through."""
-        return None
-
-    def part(self, k: int, start: int, stop: int) -> Node | None:
-        """Positions start, ..., stop − 1 of axis k without a slice of the whole; None where there is no simpler way."""
-        return None
-
-    def cross_with(self, a: View, b: View, frame: Sequence[Axis]) -> np.ndarray | None:
-        """E[a_i b_j] by type over a frame, broadcastable to it, `a` a view of this node; None where it knows no better way."""
-        return None
-
-    def draws(self) -> np.ndarray | None:
-        """Where it is known by draws, and so with an order in time: those, (replicates, positions evenly spread...)."""
-        return None
 
     @property
     def table(self) -> Table:
@@ -165,7 +136,7 @@ class Node(Marked):
                     _ = node.table
             self.graph.computing.append(self)
             try:
-                self._table = self.compute()
+                self._table = second_moments(self)
             finally:
                 self.graph.computing.pop()
         return self._table
@@ -177,6 +148,48 @@ class Node(Marked):
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.id} {[a.size for a in self.axes]}>"
+
+
+@functools.singledispatch
+def second_moments(node: Node) -> Table:
+    """The moments of a kind of node from those of its arguments: what `Node.table` works out when it is first asked for."""
+    raise NotImplementedError(type(node).__name__)
+
+
+@functools.singledispatch
+def pullback(node: Node, cotangent: np.ndarray) -> list[np.ndarray | None]:
+    """Second moments, by type, of the cotangents of a node's arguments, given those of its own; None where none passes."""
+    raise NotImplementedError(type(node).__name__)
+
+
+@functools.singledispatch
+def cross_by_kind(node: Node, a: View, b: View, frame: Sequence[Axis]) -> np.ndarray | None:
+    """E[a_i b_j] by type over a frame, broadcastable to it, of a view `a` of this node; None where its kind has no law."""
+    return None
+
+
+@functools.singledispatch
+def known_samples(node: Node) -> np.ndarray | None:
+    """The samples that a node is known by, in their order in time, (replicates, positions evenly spread...); else None."""
+    return None
+
+
+@functools.singledispatch
+def rebuild(node: Node, axes: tuple[Axis, ...], args: Sequence[View]) -> Node:
+    """An `entrywise` node over other axes and arguments, of which each entry is made as it is here."""
+    raise NotImplementedError(type(node).__name__)
+
+
+@functools.singledispatch
+def cut_inside(node: Node, k: int, cut: Callable[[Node, int], Node]) -> Node | None:
+    """The node of which its argument takes a cut of axis k in its place; None where its kind does not let cuts through."""
+    return None
+
+
+@functools.singledispatch
+def part_of(node: Node, k: int, start: int, stop: int) -> Node | None:
+    """Positions start, ..., stop − 1 of axis k without a slice of the whole; None where there is no simpler way."""
+    return None
 
 
 def far_below(node: Node, done: Callable[[Node], bool]) -> list[Node]:
@@ -260,8 +273,10 @@ class Constant(Node):
     def prepare(self) -> None:
         self.positive = self.params >= 0
 
-    def compute(self) -> Table:
-        return constant(self.params)
+
+@second_moments.register(Constant)
+def second_moments_of_constant(node: Constant) -> Table:
+    return constant(node.params)
 
 
 class Leaf(Node):
@@ -322,9 +337,6 @@ class Array(Node):
         self.positive = bool(self.values.size and np.min(self.values) >= 0)
         self.local = True
 
-    def compute(self) -> Table:
-        return estimate(self.values, self.axes)
-
     def table_over(self, axes: Sequence[Axis]) -> Table:
         """Its table with finer classes."""
         if tuple(axes) == self.axes:
@@ -333,6 +345,11 @@ class Array(Node):
         if key not in self.graph.memo:
             self.graph.memo[key] = estimate(self.values, axes)
         return self.graph.memo[key]
+
+
+@second_moments.register(Array)
+def second_moments_of_array(node: Array) -> Table:
+    return estimate(node.values, node.axes)
 
 
 def number(graph: Graph, value: float) -> Node:

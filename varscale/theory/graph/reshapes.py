@@ -12,7 +12,7 @@ import numpy as np
 
 from varscale.theory.domain.axes import Axis, affordable, contract_axis, factor_classes, merge_types, split_axis
 from varscale.theory.domain.tables import Table, lift, put_together
-from varscale.theory.graph.nodes import UNKNOWN, Array, Node, View, array
+from varscale.theory.graph.nodes import UNKNOWN, Array, Node, View, array, cut_inside, pullback, rebuild, second_moments
 
 
 class Rearranged(Node):
@@ -35,35 +35,41 @@ class Split(Rearranged):
         first, sizes = self.params
         return (k if k < first else max(first, k - len(sizes) + 1),)
 
-    def _factored(self) -> tuple[int, tuple[Axis, ...], np.ndarray]:
-        k, sizes = self.params
-        return (k, *split_axis(self.args[0].node.axes[k], sizes))
-
-    def _finest(self) -> tuple[Axis, ...]:
-        """Its axes with all classes of the whole."""
-        k, factors, _ = self._factored()
-        whole = self.args[0].node.axes
-        return (*whole[:k], *factors, *whole[k + 1 :])
-
     def reindex(self, second: np.ndarray) -> np.ndarray:
         """A type array of the whole, read over the factors."""
-        k, _, types = self._factored()
-        return lift(np.take(second, types, axis=k), self._finest(), range(len(self.axes)), self.axes, pairs=True)
+        k, _, types = _factored(self)
+        return lift(np.take(second, types, axis=k), _finest(self), range(len(self.axes)), self.axes, pairs=True)
 
-    def compute(self) -> Table:
-        k, factors, _ = self._factored()
-        table = self.args[0].node.table
-        whole, classes = table.axes[k], factor_classes(table.axes[k], factors)
-        read = classes[np.ix_(*[f.label_array for f in factors])].ravel()
-        strangers = float(np.mean(read != whole.label_array))
-        if strangers > 0:  # positions of other classes, which factors with few classes cannot tell apart
-            squares = table.diagonal
-            self.graph.flag("assumed", min(strangers * float(np.ptp(squares)) / max(table.mean_square, 1e-300), UNKNOWN))
-        mean = lift(np.take(table.mean, classes, axis=k), self._finest(), range(len(self.axes)), self.axes, pairs=False)
-        return Table(self.axes, mean, self.reindex(table.second))
 
-    def pullback(self, cotangent: np.ndarray) -> list[np.ndarray | None]:
-        return [put_together(cotangent, self.axes, self.args[0].node.axes, *self.params)]
+def _factored(node: Split) -> tuple[int, tuple[Axis, ...], np.ndarray]:
+    k, sizes = node.params
+    return (k, *split_axis(node.args[0].node.axes[k], sizes))
+
+
+def _finest(node: Split) -> tuple[Axis, ...]:
+    """Its axes with all classes of the whole."""
+    k, factors, _ = _factored(node)
+    whole = node.args[0].node.axes
+    return (*whole[:k], *factors, *whole[k + 1 :])
+
+
+@second_moments.register(Split)
+def second_moments_of_split(node: Split) -> Table:
+    k, factors, _ = _factored(node)
+    table = node.args[0].node.table
+    whole, classes = table.axes[k], factor_classes(table.axes[k], factors)
+    read = classes[np.ix_(*[f.label_array for f in factors])].ravel()
+    strangers = float(np.mean(read != whole.label_array))
+    if strangers > 0:  # positions of other classes, which factors with few classes cannot tell apart
+        squares = table.diagonal
+        node.graph.flag("assumed", min(strangers * float(np.ptp(squares)) / max(table.mean_square, 1e-300), UNKNOWN))
+    mean = lift(np.take(table.mean, classes, axis=k), _finest(node), range(len(node.axes)), node.axes, pairs=False)
+    return Table(node.axes, mean, node.reindex(table.second))
+
+
+@pullback.register(Split)
+def pullback_of_split(node: Split, cotangent: np.ndarray) -> list[np.ndarray | None]:
+    return [put_together(cotangent, node.axes, node.args[0].node.axes, *node.params)]
 
 
 class Merge(Rearranged):
@@ -78,23 +84,27 @@ class Merge(Rearranged):
         k, count = self.params
         return merge_types(second, k, self.args[0].node.axes[k : k + count], self.axes[k])
 
-    def compute(self) -> Table:
-        k, count = self.params
-        table = self.args[0].node.table
-        mean = table.mean
-        for axis in table.axes[k : k + count]:
-            mean = contract_axis(mean, k, axis.counts / axis.size)
-        return Table(self.axes, np.expand_dims(mean, k), self.reindex(table.second))
 
-    def pullback(self, cotangent: np.ndarray) -> list[np.ndarray | None]:
-        k, count = self.params
-        factors = self.args[0].node.axes[k : k + count]
-        _, types = split_axis(self.axes[k], tuple(f.size for f in factors))
-        out = np.take(cotangent, types, axis=k)
-        for i, factor in enumerate(factors):
-            if factor.classes > 1:
-                out = np.take(out, np.where(factor.agrees, 0, 1), axis=k + i)
-        return [out]
+@second_moments.register(Merge)
+def second_moments_of_merge(node: Merge) -> Table:
+    k, count = node.params
+    table = node.args[0].node.table
+    mean = table.mean
+    for axis in table.axes[k : k + count]:
+        mean = contract_axis(mean, k, axis.counts / axis.size)
+    return Table(node.axes, np.expand_dims(mean, k), node.reindex(table.second))
+
+
+@pullback.register(Merge)
+def pullback_of_merge(node: Merge, cotangent: np.ndarray) -> list[np.ndarray | None]:
+    k, count = node.params
+    factors = node.args[0].node.axes[k : k + count]
+    _, types = split_axis(node.axes[k], tuple(f.size for f in factors))
+    out = np.take(cotangent, types, axis=k)
+    for i, factor in enumerate(factors):
+        if factor.classes > 1:
+            out = np.take(out, np.where(factor.agrees, 0, 1), axis=k + i)
+    return [out]
 
 
 class Permute(Rearranged):
@@ -103,12 +113,16 @@ class Permute(Rearranged):
     def before(self, k: int) -> tuple[int, ...]:
         return (self.params[k],)
 
-    def compute(self) -> Table:
-        table = self.args[0].node.table
-        return Table(self.axes, table.mean.transpose(self.params), table.second.transpose(self.params))
 
-    def pullback(self, cotangent: np.ndarray) -> list[np.ndarray | None]:
-        return [cotangent.transpose(np.argsort(self.params))]
+@second_moments.register(Permute)
+def second_moments_of_permute(node: Permute) -> Table:
+    table = node.args[0].node.table
+    return Table(node.axes, table.mean.transpose(node.params), table.second.transpose(node.params))
+
+
+@pullback.register(Permute)
+def pullback_of_permute(node: Permute, cotangent: np.ndarray) -> list[np.ndarray | None]:
+    return [cotangent.transpose(np.argsort(node.params))]
 
 
 def split(node: Node, k: int, sizes: tuple[int, ...]) -> Node:
@@ -128,9 +142,9 @@ def split(node: Node, k: int, sizes: tuple[int, ...]) -> Node:
             else:
                 keep = range(0)
             args.append(View(child, tuple(b if i in keep or b < k else b + shift for i, b in enumerate(bind))))
-        rebuilt = node.rebuilt(axes, args)
+        rebuilt = rebuild(node, axes, args)
         return graph.derive(node, rebuilt, lambda g: put_together(g, rebuilt.axes, node.axes, k, sizes))
-    inside = node.inside(k, lambda x, j: split(x, j, sizes))
+    inside = cut_inside(node, k, lambda x, j: split(x, j, sizes))
     if inside is not None:
         return graph.derive(node, inside, lambda g: put_together(g, inside.axes, node.axes, k, sizes))
     if isinstance(node, Merge) and node.params[0] == k:

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import numpy as np
 
 from varscale.theory.domain.axes import Axis
+from varscale.theory.domain.tables import by_type
 from varscale.theory.integrals.hermite_series import DEGREE, HERMITE, WEIGHTS, Z, power_series, tail
-from varscale.theory.propagation.expectations import by_type
 
 _NEGLIGIBLE = 1e-12  # what rounding leaves of a series that has converged
 

@@ -26,11 +26,11 @@ import numpy as np
 from varscale import _compat
 from varscale.programs.pieces import live
 from varscale.theory.domain.axes import Axis
-from varscale.theory.graph.expressions import apply
 from varscale.theory.graph.failures import PredictionError, located
 from varscale.theory.graph.known_arrays import all_given, computed, entries, is_given, note, numbers
 from varscale.theory.graph.layout import Value, align, full, value, without_entries
 from varscale.theory.graph.nodes import Array, Constant, Graph, Leaf, Node, View, array, leaf
+from varscale.theory.graph.normal_form import apply
 from varscale.theory.integrals.primitives import of_known
 from varscale.theory.interpreter.rows import Place
 from varscale.theory.rules.prefix_scans import gathered

@@ -2,64 +2,30 @@
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, TypeGuard
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from varscale.theory.domain.random_arrays import Positions
-from varscale.theory.graph.expressions import Sum, roots
-from varscale.theory.graph.nodes import UNKNOWN, Node, View, far_below
+from varscale.theory.graph.axis_nodes import Concat, Take
+from varscale.theory.graph.convolutions import Conv, Window, hits
+from varscale.theory.graph.expressions import Mean, Sum, roots
+from varscale.theory.graph.linear_nodes import Contract, applies_weights, operands, weight_of
+from varscale.theory.graph.nodes import UNKNOWN, Node
 from varscale.theory.graph.reshapes import Merge, Permute, Split
-from varscale.theory.rules.axis import Take
-from varscale.theory.rules.concatenation import Concat
-from varscale.theory.rules.convolution import Conv, Window, hits
-from varscale.theory.rules.linear import Contract, weight_of
-from varscale.theory.rules.reductions import Mean
+from varscale.theory.propagation.sampler import TERMS, in_order, made_of
 
 if TYPE_CHECKING:
     from varscale.theory.propagation.sampler import Drawing
 
-TERMS = 32  # terms of a sum that stand for all
 # Chosen, not derived: of a mean square over draws, in units of what it is known to be, more than chance makes of it.
 _TOO_MUCH = 2.0
 
 
-def in_order(node: Node) -> bool:
-    """Whether a node depends on what is known by its draws, whose order in time its moments by type do not hold."""
-    return _anywhere("in order", lambda n: n.timed, node)
-
-
-def of_loops(node: Node) -> bool:
-    """Whether a loop over time is below, which has draws of its own."""
-    return _anywhere("of loops", lambda n: n.timed and not n.joint, node)
-
-
-def _anywhere(name: str, true_of: Callable[[Node], bool], node: Node) -> bool:
-    """Whether this is true of a node or of anything that it was made from, however far below."""
-    memo = node.graph.memo
-
-    def found(node: Node) -> bool:
-        key = (name, node.id)
-        if key not in memo:
-            memo[key] = true_of(node) or any(found(view.node) for view in node.args)
-        return memo[key]
-
-    for below in far_below(node, lambda n: (name, n.id) in memo):
-        found(below)
-    return found(node)
-
-
-@functools.singledispatch
-def made_of(node: Node, drawing: Drawing, positions: Positions) -> np.ndarray | None:
-    """A node at some positions of its axes, (replicates or 1, ...); None where its law is all that is known of it."""
-    return None
-
-
 @made_of.register(Mean)
-def _(node: Mean, drawing: Drawing, positions: Positions) -> np.ndarray | None:
+def made_of_mean(node: Mean, drawing: Drawing, positions: Positions) -> np.ndarray | None:
     """The mean of what is drawn, where that is as good as all."""
     if not drawing.is_drawn_whole(node):
         return None
@@ -69,7 +35,7 @@ def _(node: Mean, drawing: Drawing, positions: Positions) -> np.ndarray | None:
 
 
 @made_of.register(Permute)
-def _(node: Permute, drawing: Drawing, positions: Positions) -> np.ndarray | None:
+def made_of_permute(node: Permute, drawing: Drawing, positions: Positions) -> np.ndarray | None:
     if not in_order(node):
         return None
     source = node.args[0].node
@@ -78,7 +44,7 @@ def _(node: Permute, drawing: Drawing, positions: Positions) -> np.ndarray | Non
 
 
 @made_of.register(Take)
-def _(node: Take, drawing: Drawing, positions: Positions) -> np.ndarray | None:
+def made_of_take(node: Take, drawing: Drawing, positions: Positions) -> np.ndarray | None:
     if not in_order(node):
         return None
     source, (k, start, _, step) = node.args[0].node, node.params
@@ -93,7 +59,7 @@ def _(node: Take, drawing: Drawing, positions: Positions) -> np.ndarray | None:
 
 
 @made_of.register(Split)
-def _(node: Split, drawing: Drawing, positions: Positions) -> np.ndarray | None:
+def made_of_split(node: Split, drawing: Drawing, positions: Positions) -> np.ndarray | None:
     """The positions of an axis that those of its factors are."""
     if not in_order(node):
         return None
@@ -105,7 +71,7 @@ def _(node: Split, drawing: Drawing, positions: Positions) -> np.ndarray | None:
 
 
 @made_of.register(Merge)
-def _(node: Merge, drawing: Drawing, positions: Positions) -> np.ndarray | None:
+def made_of_merge(node: Merge, drawing: Drawing, positions: Positions) -> np.ndarray | None:
     """The factors' positions that those of the whole are, each with each, and of those the ones that were asked for."""
     if not in_order(node):
         return None
@@ -118,7 +84,7 @@ def _(node: Merge, drawing: Drawing, positions: Positions) -> np.ndarray | None:
 
 
 @made_of.register(Concat)
-def _(node: Concat, drawing: Drawing, positions: Positions) -> np.ndarray:
+def made_of_concat(node: Concat, drawing: Drawing, positions: Positions) -> np.ndarray:
     """The parts, each at those of the positions that lie in it."""
     along, sizes = node.params
     start, found = 0, []
@@ -135,7 +101,7 @@ def _(node: Concat, drawing: Drawing, positions: Positions) -> np.ndarray:
 
 
 @made_of.register(Contract)
-def _(node: Contract, drawing: Drawing, positions: Positions) -> np.ndarray | None:
+def made_of_contract(node: Contract, drawing: Drawing, positions: Positions) -> np.ndarray | None:
     if applies_weights(node):
         return _weighed(node, drawing, positions) if in_order(node) or _is_narrow(node) else None
     if not in_order(node) or any(len(drawing.some(a)) < a.size for a in node.params):
@@ -186,7 +152,7 @@ def _known_scale(node: Node, out: np.ndarray) -> np.ndarray:
 
 
 @made_of.register(Conv)
-def _(node: Conv, drawing: Drawing, positions: Positions) -> np.ndarray | None:
+def made_of_conv(node: Conv, drawing: Drawing, positions: Positions) -> np.ndarray | None:
     """Taps along one axis that is drawn whole, of every channel alone or of all channels at once."""
     groups, windows, xd, _, od = node.params[:5]
     x, w = (view.node for view in node.args)
@@ -224,25 +190,6 @@ def _(node: Conv, drawing: Drawing, positions: Positions) -> np.ndarray | None:
     out = np.asarray(found)
     dims = [*([] if xd[0] is None else [od[0]]), od[2 + wide[0]], od[1]]
     return _known_scale(node, out.transpose([0, *(1 + dims.index(k) for k in range(len(dims)))]))
-
-
-def applies_weights(node: Node) -> TypeGuard[Contract]:
-    return isinstance(node, Contract) and weight_of(node) is not None
-
-
-def operands(node: Contract) -> tuple[View, View]:
-    """The weights of a product, and what they multiply."""
-    x, y = node.args
-    return (x, y) if weight_of(node) in (x.node, *_sources(x.node)) else (y, x)
-
-
-def _sources(node: Node) -> list[Node]:
-    """What a rearranged array is rearranged from."""
-    out = []
-    while len(node.args) == 1:
-        node = node.args[0].node
-        out.append(node)
-    return out
 
 
 def summed(x: np.ndarray, y: np.ndarray, kept: int, replicates: int) -> np.ndarray:

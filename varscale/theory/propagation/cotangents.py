@@ -14,46 +14,24 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from scipy import special
 
-from varscale.theory.domain.axes import Axis, apply_axis, contract_axis, lift_types, refine, shares
-from varscale.theory.domain.tables import full_types
+from varscale.theory.domain.axes import Axis, contract_axis, refine
+from varscale.theory.domain.tables import by_type, full_types
 from varscale.theory.graph.derivatives import derivative
-from varscale.theory.graph.expressions import Apply, Sum, apply, roots
-from varscale.theory.graph.nodes import UNKNOWN, Array, Constant, Leaf, Node, View
+from varscale.theory.graph.expressions import Apply, Sum, roots
+from varscale.theory.graph.nodes import UNKNOWN, Array, Constant, Leaf, Node, View, pullback
+from varscale.theory.graph.normal_form import apply
 from varscale.theory.propagation.error_bounds import doubt_of
 from varscale.theory.propagation.expanded_sums import opened, written_out
-from varscale.theory.propagation.expectations import by_type, concentrated, evaluate
 from varscale.theory.propagation.gradient_fluctuations import gradient_scale, summed_scale
+from varscale.theory.propagation.marginals import concentrated, evaluate
 from varscale.theory.propagation.products import product_second
+from varscale.theory.propagation.pullbacks import mean_square, sum_out
 from varscale.theory.propagation.scale_responses import companions
 from varscale.theory.propagation.spherical_norms import mean_squared_correlation
 
 # Set on the validation grid, not derived, both.
 _MASK_DOUBT = 0.03  # a step of a stream, whose derivatives are a Markov chain only in the main
 _NORM_DOUBT = 0.25  # of 1/(1 − r) − 1: positions that share a norm are not exactly Gaussian given its scale
-
-
-def sum_out(second: np.ndarray, frame: Sequence[Axis], view: View) -> np.ndarray:
-    """A frame's cotangent moments, summed over the axes that the viewed node does not have, by the node's own types."""
-    out = np.array(full_types(second, frame))
-    for k in reversed(range(len(frame))):
-        if k not in view.bind:
-            out = contract_axis(out, k, frame[k].pairs)
-    kept = [k for k in range(len(frame)) if k in view.bind]
-    for place, k in enumerate(kept):
-        own = view.node.axes[view.bind.index(k)]
-        if own.labels != frame[k].labels:
-            out = apply_axis(out, place, coarsen(frame[k], own))
-    return out.transpose([kept.index(b) for b in view.bind]) if view.bind else out
-
-
-def coarsen(fine: Axis, coarse: Axis) -> np.ndarray:
-    """Averages of a type array over the pairs that a coarser classing pools, (coarse types, fine types)."""
-    index = lift_types(fine, coarse)
-    if index.ndim == 2:
-        return lift_types(coarse, fine) if lift_types(coarse, fine).ndim == 2 else np.eye(fine.types)[lift_types(coarse, fine)]
-    out = np.zeros((coarse.types, fine.types))
-    out[index, np.arange(fine.types)] = np.maximum(fine.pairs, 1e-12)
-    return out / np.maximum(out.sum(axis=1, keepdims=True), 1e-300)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -149,7 +127,7 @@ def cotangents(outputs: Iterable[tuple[Node, np.ndarray]], watched: Sequence[Nod
                 _elementwise(node, part, asked, pending, inside)
                 continue
             few = min(part.few, math.prod(a.size for a in node.axes))
-            for i, (view, back) in enumerate(zip(node.args, node.pullback(part.second), strict=True)):
+            for i, (view, back) in enumerate(zip(node.args, pullback(node, part.second), strict=True)):
                 if back is not None:
                     mask = _mask_of_term(node, i, part.mask) if isinstance(node, Sum) else None
                     over = summed_scale(node, i, part.scale, part.radial, part.unit)
@@ -348,16 +326,3 @@ def _within(node: Apply, asked: dict[int, Node]) -> list[View]:
                         found[placed.node.id, placed.bind] = placed
         memo[key] = list(found.values())
     return memo[key]
-
-
-def mean_square(second: np.ndarray, axes: tuple[Axis, ...]) -> float:
-    """The average over elements of a type array."""
-    return float(shares(axes) @ second[tuple(slice(0, axis.classes) for axis in axes)].ravel())
-
-
-def centred(second: np.ndarray, axes: Sequence[int], frame: Sequence[Axis]) -> np.ndarray:
-    """A cotangent less its mean over some axes: E[(g − ḡ)(g' − ḡ')] = E[g g'] − E[ḡ ḡ'] for exchangeable positions."""
-    mean = np.array(full_types(second, frame))
-    for k in axes:
-        mean = np.repeat(np.expand_dims(contract_axis(mean, k, frame[k].any_pair), k), frame[k].types, axis=k)
-    return second - mean

@@ -10,14 +10,16 @@ import numpy as np
 
 from varscale.theory.domain.axes import Axis, apply_axis, contract_axis
 from varscale.theory.domain.tables import full_along
-from varscale.theory.graph.nodes import Constant, Node, View
+from varscale.theory.graph.expressions import Mean
+from varscale.theory.graph.nodes import Constant, Node, View, cross_by_kind
 from varscale.theory.graph.reshapes import Split, split
 
 
 def cross_mean(a: View, b: View, frame: Sequence[Axis]) -> np.ndarray | None:
     """E[mean(x) y] by type; None where nothing is known of how y and the averaged axes meet."""
+    from varscale.theory.graph.expressions import Mean
+    from varscale.theory.graph.normal_form import mean_node
     from varscale.theory.propagation.cross_moments import cross
-    from varscale.theory.rules.reductions import Mean, mean_node
 
     x, reduced = a.node.args[0].node, a.node.params
     # Axes of y that mean(x) does not run over: by exchangeability y may be averaged over them.
@@ -59,10 +61,9 @@ def cross_mean(a: View, b: View, frame: Sequence[Axis]) -> np.ndarray | None:
 
 def _one_by_one(a: View, b: View, frame: Sequence[Axis]) -> np.ndarray | None:
     """Averages over axes that do not pair up: what the first is made of, its parts one by one, against the second."""
+    from varscale.theory.graph.axis_nodes import Concat, Take
     from varscale.theory.propagation.cross_reshaped import regrouped
     from varscale.theory.propagation.cross_slices import is_cut
-    from varscale.theory.rules.axis import Take
-    from varscale.theory.rules.concatenation import Concat
 
     if is_cut(b.node):
         return None
@@ -70,7 +71,7 @@ def _one_by_one(a: View, b: View, frame: Sequence[Axis]) -> np.ndarray | None:
     wide = (*frame, *(x.axes[k] for k in reduced))
     extra = range(len(frame), len(wide))
     view = View(x, _wide_bind(a, x, reduced, extra))
-    out = x.cross_with(view, b, wide) if isinstance(x, Concat | Take) else regrouped(view, b, wide)
+    out = cross_by_kind(x, view, b, wide) if isinstance(x, Concat | Take) else regrouped(view, b, wide)
     if out is None:
         return None
     for d in reversed(extra):
@@ -80,8 +81,8 @@ def _one_by_one(a: View, b: View, frame: Sequence[Axis]) -> np.ndarray | None:
 
 def _part_of_averaged(mean: Node, view: View, spare: Sequence[int]) -> View | None:
     """A slice of the axis that is averaged: any other positions would do as well, and so does the mean of all."""
-    from varscale.theory.rules.axis import Take
-    from varscale.theory.rules.reductions import mean_node
+    from varscale.theory.graph.axis_nodes import Take
+    from varscale.theory.graph.normal_form import mean_node
 
     if not isinstance(view.node, Take):
         return None
@@ -151,3 +152,11 @@ def _wide_bind(view: View, source: Node, reduced: Sequence[int], extra: Sequence
     """What is averaged, over the frame of its average and places for the axes that are averaged."""
     own, new = iter(view.bind), dict(zip(reduced, extra, strict=True))
     return tuple(new[k] if k in new else next(own) for k in range(len(source.axes)))
+
+
+@cross_by_kind.register(Mean)
+def cross_by_kind_of_mean(node: Mean, a: View, b: View, frame: Sequence[Axis]) -> np.ndarray | None:
+    """E[mean(x) y]: where y does not run over the averaged axes, averaging x there changes nothing (projection)."""
+    from varscale.theory.propagation.cross_means import cross_mean
+
+    return cross_mean(a, b, frame)

@@ -9,7 +9,7 @@ import numpy as np
 from varscale.theory.domain.axes import Axis, averaging, contract_axis
 from varscale.theory.domain.tables import lift
 from varscale.theory.graph.expressions import IDENTITIES, Apply, Sum, roots, swapped
-from varscale.theory.graph.nodes import Array, Constant, Graph, Marked, Node, View
+from varscale.theory.graph.nodes import Array, Constant, Graph, Marked, Node, View, cross_by_kind
 from varscale.theory.graph.reshapes import Permute
 from varscale.theory.propagation.cross_reshaped import regrouped
 
@@ -120,10 +120,10 @@ def mean_product(a: View, b: View, frame: Sequence[Axis]) -> np.ndarray:
 
 def _expand(a: View, b: View, frame: tuple[Axis, ...]) -> np.ndarray:
     from varscale.theory.graph import known_arrays as given
+    from varscale.theory.graph.convolutions import WindowSum
+    from varscale.theory.graph.expressions import Mean
     from varscale.theory.propagation.products import product_second
     from varscale.theory.propagation.sample_moments import crossed, of_draws
-    from varscale.theory.rules.pooling import WindowSum
-    from varscale.theory.rules.reductions import Mean
 
     if (known := given.crossed(a, b, frame)) is not None:
         return known
@@ -150,7 +150,7 @@ def _expand(a: View, b: View, frame: tuple[Axis, ...]) -> np.ndarray:
         if (
             isinstance(x.node, Mean | WindowSum)
             and isinstance(y.node, Apply)
-            and (out := x.node.cross_with(x, y, frame)) is not None
+            and (out := cross_by_kind(x.node, x, y, frame)) is not None
         ):
             return swapped(out, frame) if turn else out
     if a.bind != b.bind and a.node.axes == b.node.axes and _apart(a, b):
@@ -161,7 +161,7 @@ def _expand(a: View, b: View, frame: tuple[Axis, ...]) -> np.ndarray:
     for x, y, turn in sorted(((a, b, False), (b, a, True)), key=lambda t: -t[0].node.id):
         out = _structure(x, y, frame)
         if out is None:
-            out = x.node.cross_with(x, y, frame)
+            out = cross_by_kind(x.node, x, y, frame)
         if out is not None:
             return swapped(out, frame) if turn else out
     if a.bind != b.bind and a.node.axes == b.node.axes:

@@ -11,7 +11,8 @@ import numpy as np
 
 from varscale.theory.domain.axes import Axis, apply_axis, join, pair_map, sliced
 from varscale.theory.domain.tables import lift
-from varscale.theory.graph.nodes import Node, View
+from varscale.theory.graph.axis_nodes import Take
+from varscale.theory.graph.nodes import Node, View, cross_by_kind
 
 Span = tuple[Any, ...]
 
@@ -70,7 +71,7 @@ def _of_the_whole(x: View, b: View, k: int, at: int | None, span: Span, frame: S
 
 def is_cut(node: Node) -> bool:
     """Whether a node is made from given positions of an axis that it may no longer have, which a slice can have too or lack."""
-    from varscale.theory.rules.concatenation import Concat
+    from varscale.theory.graph.axis_nodes import Concat
 
     pending, seen = [node], set()
     while pending:
@@ -162,3 +163,9 @@ def _shifted(new: Axis, old: Axis, span: Span, theirs: Span) -> np.ndarray:
     np.add.at(matrix, (row, c + i[p] * c + j[q]), -1.0)
     np.add.at(matrix, (row, i[p]), 1.0)
     return matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1e-300)
+
+
+@cross_by_kind.register(Take)
+def cross_by_kind_of_take(node: Take, a: View, b: View, frame: Sequence[Axis]) -> np.ndarray | None:
+    """Two slices of things over one axis (or a whole one), which meet where one position is in both."""
+    return crossed_slices(a, b, frame)

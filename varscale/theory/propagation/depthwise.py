@@ -17,18 +17,18 @@ from collections.abc import Sequence
 import numpy as np
 
 from varscale.theory.domain.axes import Axis
-from varscale.theory.domain.tables import lift
-from varscale.theory.graph.expressions import affine, apply, roots
+from varscale.theory.domain.tables import by_type, lift
+from varscale.theory.graph.expressions import roots
 from varscale.theory.graph.nodes import Leaf, Node, View
+from varscale.theory.graph.normal_form import affine, apply
 from varscale.theory.integrals.hermite_series import HERMITE
 from varscale.theory.propagation.cross_moments import cross, dependent, mean_product
-from varscale.theory.propagation.expectations import by_type, concentrated, evaluate
+from varscale.theory.propagation.marginals import concentrated, evaluate
 
 
 def scale(node: Node) -> Node | None:
     """Q of a depthwise convolution over fresh weights, over its own axes; None of anything else."""
-    from varscale.theory.rules.convolution import Conv
-    from varscale.theory.rules.pooling import WindowSum
+    from varscale.theory.graph.convolutions import Conv, WindowSum
 
     if not isinstance(node, Conv):
         return None

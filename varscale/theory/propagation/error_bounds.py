@@ -13,8 +13,8 @@ import math
 from varscale.theory.graph.expressions import Apply, Sum
 from varscale.theory.graph.nodes import HOWS, UNKNOWN, Array, Constant, Leaf, Node, far_below
 from varscale.theory.propagation.cross_moments import mean_of_product
-from varscale.theory.propagation.expectations import concentrated
 from varscale.theory.propagation.fluctuations import full
+from varscale.theory.propagation.marginals import concentrated
 from varscale.theory.propagation.scale_responses import responses
 
 # Set on the validation grid, not derived, both: what is left where every rule is exact (the cell of a kink, second order

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
-from varscale.theory.graph.expressions import Apply, Sum, affine, roots, total
+from varscale.theory.graph.expressions import Apply, Sum, roots
 from varscale.theory.graph.nodes import Node, View
-from varscale.theory.propagation.expectations import CONCENTRATED, marginal
+from varscale.theory.graph.normal_form import affine, total
+from varscale.theory.propagation.marginals import CONCENTRATED, marginal
 
 Variable = tuple[int, tuple[int, ...]]
 MOST_OPENED = 6  # variables, beyond which points in twice as many dimensions are too few: the sums stay closed, in doubt

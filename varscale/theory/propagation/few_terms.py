@@ -19,9 +19,10 @@ import math
 import numpy as np
 
 from varscale.theory.graph.expressions import Apply, roots
+from varscale.theory.graph.factors import factors
 from varscale.theory.graph.nodes import Leaf, Node, View
 from varscale.theory.integrals.hermite_series import HERMITE, WEIGHTS
-from varscale.theory.propagation.expectations import Environment, concentrated, evaluate, factors, over_classes
+from varscale.theory.propagation.marginals import Environment, concentrated, evaluate, over_classes
 from varscale.theory.propagation.scale_responses import companions
 
 _FEW = 64  # terms; the excess of more is below a twentieth of theirs
@@ -51,7 +52,7 @@ def shape_shift(node: Apply) -> tuple[float, float]:
 
 def _reads_apart(node: Node) -> bool:
     """Whether every unit has an input of its own."""
-    from varscale.theory.rules.convolution import Conv
+    from varscale.theory.graph.convolutions import Conv
 
     return isinstance(node, Conv) and node.params[0] > 1
 
@@ -67,8 +68,8 @@ def _centred_of(view: View) -> View:
 
 def _terms(node: Node) -> tuple[View, View, float] | None:
     """The input and the weights of a sum of few terms, and how many they are."""
-    from varscale.theory.rules.convolution import Conv
-    from varscale.theory.rules.linear import Contract
+    from varscale.theory.graph.convolutions import Conv
+    from varscale.theory.graph.linear_nodes import Contract
 
     if not isinstance(node, Conv | Contract) or node.width > _FEW:
         return None
@@ -84,7 +85,7 @@ def _terms(node: Node) -> tuple[View, View, float] | None:
 
 def _own_units(main: View) -> set[int]:
     """The places, in a tree's frame, of the axis of units: along it every sum has weights of its own."""
-    from varscale.theory.rules.convolution import Conv
+    from varscale.theory.graph.convolutions import Conv
 
     found = _terms(main.node)
     if found is None:
@@ -112,8 +113,8 @@ def kurtosis(node: Node) -> float:
     return 3.0
 
 
-@kurtosis.register
-def _(node: Apply) -> float:
+@kurtosis.register(Apply)
+def kurtosis_of_apply(node: Apply) -> float:
     view = View(node, tuple(range(len(node.axes))))
     own = roots(node)
     live = [r for r in own if not concentrated(r.node)]

@@ -14,127 +14,13 @@ gradients of ReLU nets (Hanin & Nica 2020); elsewhere it is assumed.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Hashable, Sequence
 
-import numpy as np
-
-from varscale.theory.domain.axes import contract_axis
-from varscale.theory.graph.expressions import Apply, Sum, roots
-from varscale.theory.graph.known_arrays import Computed, scatter
+from varscale.theory.graph.expressions import roots
 from varscale.theory.graph.nodes import Array, Constant, Leaf, Node, View
-from varscale.theory.graph.reshapes import Rearranged
-from varscale.theory.integrals.hermite_series import WEIGHTS
-from varscale.theory.integrals.lognormal import Answer, Scale, answer
-from varscale.theory.propagation.expectations import (
-    concentrated,
-    evaluate,
-    factors,
-    independent_factors,
-    over_classes,
-)
-from varscale.theory.propagation.few_terms import shape_shift
-from varscale.theory.propagation.scale_responses import response_curve, responses
-from varscale.theory.propagation.spherical_norms import sphere_shift
-from varscale.theory.propagation.square_covariances import left_to_chance, square_pairs
-
-_LEAST = 1e-3  # of a mean, what a shift by more than all of it leaves
-_WIDEST = 4.0  # variance of a logarithm beyond which nothing is known of the law
-_FIRST_ORDER = 0.5  # a shift by more than this share of the mean is none of first order
-_FORGOTTEN = 1e-5  # a ratio below which what fluctuates is not handed on: a norm's, but for its epsilon
-
-
-@dataclasses.dataclass(frozen=True)
-class Spread:
-    """Fluctuations of a mean square.
-
-    Attributes:
-        sources: coefficient of ln(mean square) on each independent unit-variance source, by source.
-        shift: relative shift of its mean from the infinite-width value.
-        bend: what of that is in doubt.
-        skew: third cumulant of ln(mean square).
-        places: coefficient of ln(squared scale at one place), over draws, samples and positions, on each source.
-        shape: what a unit's own weights, where they are not Gaussian, add to that in the sum's fourth moment.
-    """
-
-    sources: dict[Hashable, float]
-    shift: float = 0.0
-    bend: float = 0.0
-    skew: float = 0.0
-    places: dict[Hashable, float] = dataclasses.field(default_factory=dict)
-    shape: float = 0.0
-
-    @functools.cached_property
-    def variance(self) -> float:
-        """Variance of ln(mean square) over draws."""
-        return sum(c * c for c in self.sources.values())
-
-    @functools.cached_property
-    def point(self) -> float:
-        """Relative variance, over draws, samples and positions, of the squared scale at one place."""
-        return math.expm1(min(sum(c * c for c in self.places.values()), _WIDEST))
-
-
-NONE = Spread({})
-
-
-def combine(terms: Sequence[tuple[float, Spread]]) -> Spread:
-    """A weighted sum of logarithms."""
-    return Spread(
-        weighted([(w, s.sources) for w, s in terms]),
-        shift=sum(w * s.shift for w, s in terms),
-        bend=sum(abs(w) * s.bend for w, s in terms),
-        skew=sum(w * np.cbrt(s.skew) for w, s in terms) ** 3,  # terms fluctuate together, mostly
-        places=weighted([(w, s.places) for w, s in terms]),
-    )
-
-
-def weighted(terms: Sequence[tuple[float, dict[Hashable, float]]]) -> dict[Hashable, float]:
-    """A weighted sum of coefficients, source by source."""
-    (weight, sources), *others = [(w, s) for w, s in terms if s and abs(w) > _FORGOTTEN] or [(1.0, {})]
-    out = sources.copy() if weight == 1 else {key: weight * c for key, c in sources.items()}
-    for weight, sources in others:
-        for key, c in sources.items():
-            out[key] = out.get(key, 0.0) + weight * c
-    return out
-
-
-def shared(a: dict[Hashable, float], b: dict[Hashable, float]) -> float:
-    """Covariance of two logarithms."""
-    return sum(c * b[key] for key, c in a.items() if key in b)
-
-
-def kernel(node: Node) -> Spread:
-    """What a root's scale inherits: the fluctuations of the inputs it is linear in."""
-    key = ("kernel", node.id)
-    memo = node.graph.memo
-    if key not in memo:
-        memo[key] = handed_on(node)
-    return memo[key]
-
-
-@functools.singledispatch
-def handed_on(node: Node) -> Spread:
-    """`kernel` of a kind of node, worked out: of one that is linear in its one argument, what that argument's scale does."""
-    return inherited(node.args[0].node) if node.args else NONE
-
-
-@handed_on.register(Leaf | Array | Constant)
-def _(node: Leaf | Array | Constant) -> Spread:
-    return NONE
-
-
-@handed_on.register
-def _(node: Sum) -> Spread:
-    """A centred array is its own scale; independent terms share the variance; a variance goes with the squares in it."""
-    if node.positive:
-        return combine([(1.0, kernel(node.args[int(np.argmax(node.params))].node))])
-    shares = [c * c * v.node.table.mean_square for c, v in zip(node.params, node.args, strict=True)]
-    if node.is_centred:
-        return inherited(node.args[int(np.argmax(shares))].node)
-    whole = max(sum(shares), 1e-300)
-    return combine([(s / whole, inherited(v.node)) for s, v in zip(shares, node.args, strict=True)])
+from varscale.theory.propagation.inherited_fluctuations import NONE, Spread, fresh, inherited, origin, weighted
+from varscale.theory.propagation.square_covariances import left_to_chance
 
 
 def with_own_weights(spread: Spread, node: Node, view: View, x: Node, terms: float, units: int) -> Spread:
@@ -156,11 +42,9 @@ def with_own_weights(spread: Spread, node: Node, view: View, x: Node, terms: flo
 
 def averaged(node: Node, axes: Sequence[int], taps: int = 1) -> Spread:
     """A node's fluctuations when it enters a contraction over these axes (at several taps): what one output sees."""
-    from varscale.theory.rules.softmax import Softmax
-
     if isinstance(node, Leaf | Array | Constant) and not (isinstance(node, Leaf) and node.is_input):
         return NONE
-    if all(isinstance(r.node, Softmax) for r in roots(node)):
+    if all(r.node.shares for r in roots(node)):
         return NONE  # attention weights are fixed by kernels over all units, which fluctuate less than one unit's outputs
     spread = full(node)
     units: dict[Hashable, float] = {origin(node): math.sqrt(math.log1p(fresh(node, axes) / taps))}
@@ -176,74 +60,6 @@ def of_a_group(node: Node, axes: Sequence[int], groups: int) -> float:
     if groups == 1 or n == 1:
         return 0.0
     return max(fresh(node, ()) - fresh(node, axes), 0.0) * (groups - 1) / (n - 1)
-
-
-def inherited(node: Node) -> Spread:
-    """Fluctuations handed on through an elementwise tree, without those of sampling its own units."""
-    if not isinstance(node, Apply):
-        return kernel(node)
-    key = ("inherited", node.id)
-    memo = node.graph.memo
-    if key not in memo:
-        terms, places, growth, bent, skew = [], {}, 1.0, 0.0, 0.0
-        for root, found in answers(node).items():
-            spread = kernel(root)
-            terms.append((found.slope, spread))
-            own = weighted([(found.place, spread.places)])
-            for other, theirs in places.items():
-                together = shared(own, theirs)  # E[F G] = E[F] E[G] exp(Cov[ln F, ln G]) of two factors
-                if _within_one_factor(node, root, other):
-                    bent += abs(together)
-                else:
-                    growth *= math.exp(float(np.clip(together, -1, 1)))
-            places[root] = own
-            growth *= found.growth
-            bent += abs(found.slope) * spread.bend + found.doubt
-            skew += np.cbrt(found.skew)
-        shapes = (shape_shift(node), sphere_shift(node))
-        memo[key] = dataclasses.replace(
-            combine(terms),
-            shift=growth - 1 + sum(s for s, _ in shapes),
-            bend=bent + sum(d for _, d in shapes),
-            places=weighted([(1.0, own) for own in places.values()]),
-            skew=skew**3,
-        )
-        memo[key].sources.update(_scalings(node))
-    return memo[key]
-
-
-def _within_one_factor(node: Apply, a: Node, b: Node) -> bool:
-    """Whether a tree mixes two roots otherwise than as a product: a sum of squares has no covariance in its mean."""
-    return any({a, b} <= {r.node for r in roots(factor.node)} for factor in independent_factors(node))
-
-
-def answers(node: Apply) -> dict[Node, Answer]:
-    """What a tree makes of the random scale of each of its roots."""
-    key = ("answers", node.id)
-    memo = node.graph.memo
-    if key not in memo:
-        memo[key] = {}
-        for root, (slope, curvature) in responses(node).items():
-            spread = kernel(root)
-            scale = Scale(max(1 + spread.shift, _LEAST), spread.point, spread.variance, spread.skew)
-            found = answer(scale, slope, curvature, functools.partial(response_curve, node, root))
-            shape = 1 + float(np.clip(curvature * spread.shape / 2, -_FIRST_ORDER, _FIRST_ORDER))
-            memo[key][root] = dataclasses.replace(found, growth=found.growth * shape)
-    return memo[key]
-
-
-def _scalings(node: Apply) -> dict[Hashable, float]:
-    """Sources of a product's random scales: the mean square of n drawn numbers varies by (E[f⁴]/E[f²]² − 1)/n."""
-    found = {}
-    for factor in factors(View(node, tuple(range(len(node.axes)))))[1]:
-        own = roots(factor.node)
-        if len(own) == 1 and isinstance(own[0].node, Leaf) and not own[0].node.is_input and own[0].node.random:
-            squares = np.asarray(evaluate(factor, node.axes, {}), float) ** 2
-            line = over_classes(squares, node.axes)
-            units = math.prod(axis.size for axis in own[0].node.axes)
-            if line.size > 1 and line @ WEIGHTS > 0:
-                found[~own[0].node.id] = math.sqrt(max(line**2 @ WEIGHTS / (line @ WEIGHTS) ** 2 - 1, 0.0) / units)
-    return found
 
 
 def full(node: Node) -> Spread:
@@ -263,58 +79,3 @@ def full(node: Node) -> Spread:
         sources[source] = sources.get(source, 0.0) + own
         memo[key] = dataclasses.replace(base, sources=sources)
     return memo[key]
-
-
-def origin(node: Node) -> int:
-    """The root whose sampled units a node's are: a function of a root, or a centred copy, fluctuates with it."""
-    while True:
-        if isinstance(node, Apply):
-            own = [r.node for r in roots(node) if not concentrated(r.node)]
-            if len(own) != 1:
-                return node.id
-            node = own[0]
-        elif node.is_centred:
-            node = max(zip(node.params, node.args, strict=True), key=lambda t: t[0] ** 2 * t[1].node.table.mean_square)[1].node
-        elif isinstance(node, Rearranged):
-            node = node.args[0].node
-        else:
-            return node.id
-
-
-def fresh(node: Node, axes: Sequence[int]) -> float:
-    """Relative variance of the mean of x² over `axes`, the other axes held, from sampling alone."""
-    key = ("fresh", node.id, tuple(axes))
-    memo = node.graph.memo
-    if key not in memo:
-        memo[key] = _fresh(node, set(axes))
-    return memo[key]
-
-
-def _fresh(node: Node, axes: set[int]) -> float:
-    if isinstance(node, Computed):
-        return scatter(node, axes)
-    source = _rearranged(node, axes)
-    if source is not None:
-        return fresh(*source)
-    pairs, squares = node.graph.once(("square pairs", node.id), lambda: square_pairs(node))
-    for k in reversed(range(len(node.axes))):
-        axis = node.axes[k]
-        if k not in axes:
-            pairs = pairs.take(range(axis.classes), axis=k) if pairs.shape[k] > 1 else pairs
-            continue
-        pairs = contract_axis(pairs, k, axis.any_pair) if pairs.shape[k] > 1 else pairs.take(0, axis=k)
-        squares = contract_axis(squares, k, axis.counts / axis.size) if squares.shape[k] > 1 else squares.take(0, axis=k)
-    # Places that are held are what they are: that some are larger than others is no chance.
-    varied = np.where(squares > 0, pairs / np.maximum(squares, 1e-150) ** 2, 1.0)
-    held = [axis for k, axis in enumerate(node.axes) if k not in axes]
-    return max(float(over_classes(varied, held)) - 1.0, 0.0)
-
-
-def _rearranged(node: Node, axes: set[int]) -> tuple[Node, tuple[int, ...]] | None:
-    """What a split, merged or permuted array was before, and which of its axes these are; None where some are parts of one."""
-    if not isinstance(node, Rearranged):
-        return None
-    before = {j for k in axes for j in node.before(k)}
-    if axes != {k for k in range(len(node.axes)) if before.issuperset(node.before(k))}:
-        return None
-    return node.args[0].node, tuple(sorted(before))

@@ -10,9 +10,10 @@ import numpy as np
 
 from varscale.theory.domain.axes import Axis
 from varscale.theory.graph.expressions import Apply, roots
+from varscale.theory.graph.factors import factors
 from varscale.theory.graph.nodes import Array, Leaf, Node, View
 from varscale.theory.integrals.hermite_series import WEIGHTS
-from varscale.theory.propagation.expectations import Environment, concentrated, evaluate, factors, over_classes
+from varscale.theory.propagation.marginals import Environment, concentrated, evaluate, over_classes
 
 UNBOUNDED = 1e9  # a doubt that stands for an infinite one, and can be multiplied by nothing
 _NEGLIGIBLE = 1e-6  # weight of places without a value: beyond 4.9 standard deviations there may be some

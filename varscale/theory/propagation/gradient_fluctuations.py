@@ -32,8 +32,8 @@ from varscale.theory.graph.expressions import Apply, Sum, roots
 from varscale.theory.graph.nodes import Constant, Leaf, Node, View
 from varscale.theory.integrals.hermite_series import WEIGHTS
 from varscale.theory.propagation.error_bounds import doubt_of
-from varscale.theory.propagation.expectations import Environment, concentrated, evaluate, over_classes
-from varscale.theory.propagation.fluctuations import Spread, answers, inherited, kernel, shared
+from varscale.theory.propagation.inherited_fluctuations import Spread, answers, inherited, kernel, shared
+from varscale.theory.propagation.marginals import Environment, concentrated, evaluate, over_classes
 from varscale.theory.propagation.scale_responses import responses
 
 _NEXT_ORDER = 0.25  # of the covariances, what their own fluctuations may add: set on the validation grid

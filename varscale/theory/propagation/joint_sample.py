@@ -15,8 +15,7 @@ from jaxtyping import Float, Int
 
 from varscale.theory.domain.axes import Axis
 from varscale.theory.graph.nodes import Array, Graph, Leaf, Node, View
-from varscale.theory.propagation.conditional_samples import TERMS
-from varscale.theory.propagation.sampler import Drawing, evenly
+from varscale.theory.propagation.sampler import TERMS, Drawing, evenly
 
 _BUDGET = 1_000_000  # numbers drawn for one array
 _FEWEST, _MOST = 8, 64  # draws

@@ -13,7 +13,7 @@ import numpy as np
 from varscale.theory.graph.expressions import Apply, Sum, roots
 from varscale.theory.graph.nodes import Array, Constant, Leaf, Node
 from varscale.theory.graph.reshapes import Merge
-from varscale.theory.propagation.expectations import concentrated
+from varscale.theory.propagation.marginals import concentrated
 
 
 def unseen_nearness(node: Node) -> float:
@@ -31,8 +31,8 @@ def nearness_of(node: Node) -> float:
     return max(map(unseen_nearness, given), default=0.0) if linear or node.moves else 0.0
 
 
-@nearness_of.register
-def _(node: Merge) -> float:
+@nearness_of.register(Merge)
+def nearness_of_merge(node: Merge) -> float:
     source = node.args[0].node
     k, count = node.params
     table = source.table
@@ -47,13 +47,13 @@ def _(node: Merge) -> float:
     return (most - usual) / max(table.mean_square, 1e-300) + unseen_nearness(source)
 
 
-@nearness_of.register
-def _(node: Sum) -> float:
+@nearness_of.register(Sum)
+def nearness_of_sum(node: Sum) -> float:
     terms = [(c, v.node) for c, v in zip(node.params, node.args, strict=True) if not v.node.averages]
     whole = sum(c * c * x.table.mean_square for c, x in terms)
     return sum(c * c * x.table.mean_square / max(whole, 1e-300) * unseen_nearness(x) for c, x in terms)
 
 
-@nearness_of.register
-def _(node: Apply) -> float:
+@nearness_of.register(Apply)
+def nearness_of_apply(node: Apply) -> float:
     return max((unseen_nearness(r.node) for r in roots(node) if not concentrated(r.node)), default=0.0)

@@ -8,25 +8,22 @@ from typing import NamedTuple
 import numpy as np
 
 from varscale.theory.domain.axes import Axis
-from varscale.theory.domain.tables import lift, means_by_type
+from varscale.theory.domain.tables import by_type, lift, means_by_type
 from varscale.theory.graph.expressions import Apply, swapped
+from varscale.theory.graph.factors import factors
 from varscale.theory.graph.nodes import Array, Node, View
 from varscale.theory.integrals.hermite_series import WEIGHTS, Z, sobol
 from varscale.theory.integrals.mehler import Series, mehler, on_grid
 from varscale.theory.propagation.cross_moments import cross, dependent, mean_product
 from varscale.theory.propagation.depthwise import shared_scale
 from varscale.theory.propagation.expanded_sums import Variable, apart, roots_of
-from varscale.theory.propagation.expectations import (
+from varscale.theory.propagation.latent_correlations import continued, factored, latent_cross
+from varscale.theory.propagation.marginals import (
     Environment,
-    by_type,
     concentrated,
-    continued,
     evaluate,
-    factored,
-    factors,
     followed,
     grid,
-    latent_cross,
     likeness,
     marginal,
     placed,

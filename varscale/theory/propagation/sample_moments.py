@@ -12,11 +12,11 @@ from varscale.theory.domain.axes import Axis, grouped
 from varscale.theory.domain.random_arrays import Positions
 from varscale.theory.domain.tables import Table, estimated_products, lift
 from varscale.theory.graph.expressions import Sum, roots
+from varscale.theory.graph.linear_nodes import applies_weights, operands
 from varscale.theory.graph.nodes import Node, View
-from varscale.theory.propagation.conditional_samples import applies_weights, in_order, of_loops, operands
 from varscale.theory.propagation.cross_moments import unsure
 from varscale.theory.propagation.joint_sample import ensemble
-from varscale.theory.propagation.sampler import evenly, reduced
+from varscale.theory.propagation.sampler import evenly, in_order, of_loops, reduced
 
 _POOLED = 2_000_000  # numbers that moments by type are estimated from
 _REPLICATES = 16  # draws that correlations are estimated from

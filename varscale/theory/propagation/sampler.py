@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Hashable, Sequence
@@ -11,13 +12,44 @@ from jaxtyping import Float, Int
 
 from varscale.theory.domain.axes import Axis
 from varscale.theory.domain.random_arrays import Positions, gaussian
-from varscale.theory.graph.expressions import Apply, Sum, roots
-from varscale.theory.graph.nodes import Array, Constant, Leaf, Node, View
+from varscale.theory.graph.expressions import Apply, Mean, Sum, roots
+from varscale.theory.graph.nodes import Array, Constant, Leaf, Node, View, far_below, known_samples
 from varscale.theory.integrals.hermite_series import Z
-from varscale.theory.propagation.conditional_samples import TERMS, in_order, made_of, of_loops
 from varscale.theory.propagation.cross_moments import cross, mean_product
-from varscale.theory.propagation.expectations import Environment, evaluate, marginal
-from varscale.theory.rules.reductions import Mean
+from varscale.theory.propagation.marginals import Environment, evaluate, marginal
+
+TERMS = 32  # terms of a sum that stand for all
+
+
+def in_order(node: Node) -> bool:
+    """Whether a node depends on what is known by its draws, whose order in time its moments by type do not hold."""
+    return _anywhere("in order", lambda n: n.timed, node)
+
+
+def of_loops(node: Node) -> bool:
+    """Whether a loop over time is below, which has draws of its own."""
+    return _anywhere("of loops", lambda n: n.timed and not n.joint, node)
+
+
+def _anywhere(name: str, true_of: Callable[[Node], bool], node: Node) -> bool:
+    """Whether this is true of a node or of anything that it was made from, however far below."""
+    memo = node.graph.memo
+
+    def found(node: Node) -> bool:
+        key = (name, node.id)
+        if key not in memo:
+            memo[key] = true_of(node) or any(found(view.node) for view in node.args)
+        return memo[key]
+
+    for below in far_below(node, lambda n: (name, n.id) in memo):
+        found(below)
+    return found(node)
+
+
+@functools.singledispatch
+def made_of(node: Node, drawing: Drawing, positions: Positions) -> np.ndarray | None:
+    """A node at some positions of its axes, (replicates or 1, ...); None where its law is all that is known of it."""
+    return None
 
 
 def chosen(axis: Axis, most: int) -> Int[np.ndarray, " kept"]:
@@ -99,7 +131,7 @@ class Drawing:
         if isinstance(node, Sum) and (self.is_drawn_whole(node) or _unrelated(node)):
             return self._added(node, positions)
         if in_order(node):
-            known = node.draws()
+            known = known_samples(node)
             if known is not None:
                 return picked(known, node.axes, positions, self.replicates)
         made = made_of(node, self, positions)

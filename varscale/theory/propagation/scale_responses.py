@@ -13,7 +13,7 @@ from varscale.theory.graph.expressions import Apply, Sum, roots
 from varscale.theory.graph.nodes import Array, Leaf, Node, View
 from varscale.theory.integrals.hermite_series import WEIGHTS
 from varscale.theory.integrals.lognormal import LOG_SCALES
-from varscale.theory.propagation.expectations import (
+from varscale.theory.propagation.marginals import (
     CONCENTRATED,
     Environment,
     concentrated,

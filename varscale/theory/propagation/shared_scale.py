@@ -17,12 +17,13 @@ from collections.abc import Sequence
 import numpy as np
 
 from varscale.theory.domain.axes import Axis
-from varscale.theory.domain.tables import full_types, lift
-from varscale.theory.graph.expressions import Apply, Sum, apply, swapped
+from varscale.theory.domain.tables import by_type, full_types, lift
+from varscale.theory.graph.expressions import Apply, Sum, swapped
 from varscale.theory.graph.nodes import UNKNOWN, Node, View
+from varscale.theory.graph.normal_form import apply
 from varscale.theory.propagation.cross_moments import cross, mean_product
 from varscale.theory.propagation.expanded_sums import Variable, roots_of
-from varscale.theory.propagation.expectations import CONCENTRATED, by_type, evaluate
+from varscale.theory.propagation.marginals import CONCENTRATED, evaluate
 
 _STEP = 1e-3  # relative, of numerical derivatives
 _NORM = 0.1  # how far from −1 the logarithmic derivative of a norm's squared scale may be: its epsilon
@@ -54,7 +55,7 @@ def varied(f: Sequence[View], scale: View, frame: Sequence[Axis], mean: np.ndarr
 
 def _of_squares(node: Node) -> bool:
     """Whether it is a mean of squares, or a variance: what a norm divides by."""
-    from varscale.theory.rules.reductions import Mean
+    from varscale.theory.graph.expressions import Mean
 
     if isinstance(node, Sum):
         return node.is_variance

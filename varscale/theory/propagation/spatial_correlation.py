@@ -30,7 +30,7 @@ from varscale.theory.graph.reshapes import Merge, Permute, Split
 from varscale.theory.integrals.hermite_series import HERMITE, POINTS, solved
 from varscale.theory.integrals.mehler import mehler
 from varscale.theory.propagation.cross_moments import dependent
-from varscale.theory.propagation.expectations import (
+from varscale.theory.propagation.marginals import (
     Marginal,
     concentrated,
     evaluate,
@@ -132,14 +132,14 @@ def measured(node: Node, numbers: np.ndarray) -> None:
     node.graph.memo["measured", node.id] = numbers
 
 
-@near_of.register
-def _(node: Leaf, offsets: Offsets) -> Steps:
+@near_of.register(Leaf)
+def near_of_leaf(node: Leaf, offsets: Offsets) -> Steps:
     yield from ()
     return _of_numbers(node, node.graph.memo["measured", node.id], offsets)
 
 
-@near_of.register
-def _(node: Array, offsets: Offsets) -> Steps:
+@near_of.register(Array)
+def near_of_array(node: Array, offsets: Offsets) -> Steps:
     yield from ()
     return _of_numbers(node, np.asarray(node.values, float), offsets)
 
@@ -175,8 +175,8 @@ def _shifted(distance: int, last: bool) -> slice:
     return slice(distance, None) if last else slice(0, -distance if distance else None)
 
 
-@near_of.register
-def _(node: Sum, offsets: Offsets) -> Steps:
+@near_of.register(Sum)
+def near_of_sum(node: Sum, offsets: Offsets) -> Steps:
     rank, centring = len(node.axes), node.centring
     out, doubt, whole = np.zeros((2,) * rank), 0.0, max(node.table.mean_square, 1e-300)
     for i, (c, view) in enumerate(zip(node.params, node.args, strict=True)):
@@ -232,8 +232,8 @@ def _centred(excess: np.ndarray, taken: Sequence[int], axes: Sequence[Axis], dis
     return excess - mean if taken else excess
 
 
-@near_of.register
-def _(node: Apply, offsets: Offsets) -> Steps:
+@near_of.register(Apply)
+def near_of_apply(node: Apply, offsets: Offsets) -> Steps:
     rank, (name, extra) = len(node.axes), node.params
     if name == "affine":
         found = yield from of_view(node.args[0], offsets, rank)
@@ -304,14 +304,14 @@ def _share(excess: np.ndarray, root: View, rank: int, offsets: Offsets) -> np.nd
     return excess / np.maximum(np.abs(equal), 1e-300)
 
 
-@near_of.register
-def _(node: Permute, offsets: Offsets) -> Steps:
+@near_of.register(Permute)
+def near_of_permute(node: Permute, offsets: Offsets) -> Steps:
     found = yield node.args[0].node, tuple(sorted((node.params[k], distance) for k, distance in offsets))
     return Near(found.excess.transpose(node.params), found.doubt)
 
 
-@near_of.register
-def _(node: Split, offsets: Offsets) -> Steps:
+@near_of.register(Split)
+def near_of_split(node: Split, offsets: Offsets) -> Steps:
     first, sizes = node.params
     parts = range(first, first + len(sizes))
     if any(k in parts for k, _ in offsets):
@@ -323,8 +323,8 @@ def _(node: Split, offsets: Offsets) -> Steps:
     return Near(out, found.doubt)
 
 
-@near_of.register
-def _(node: Merge, offsets: Offsets) -> Steps:
+@near_of.register(Merge)
+def near_of_merge(node: Merge, offsets: Offsets) -> Steps:
     first, count = node.params
     if any(k == first for k, _ in offsets):
         return (yield from nothing(node, _UNKNOWN))

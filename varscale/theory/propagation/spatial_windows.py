@@ -11,12 +11,12 @@ import numpy as np
 from varscale.theory.domain.axes import Axis, labelled, pool
 from varscale.theory.domain.random_arrays import gaussian
 from varscale.theory.domain.tables import full_types
+from varscale.theory.graph.convolutions import Window, hits
 from varscale.theory.graph.nodes import Node, View
 from varscale.theory.propagation.cross_moments import cross
-from varscale.theory.propagation.expectations import marginal
+from varscale.theory.propagation.marginals import marginal
 from varscale.theory.propagation.sampler import evenly
 from varscale.theory.propagation.spatial_correlation import Near, Offsets, answered, between, latent, usual
-from varscale.theory.rules.convolution import Window, hits
 
 FAR = -1  # no distance in particular: anywhere else
 _ROWS = 64  # windows whose taps are counted, to know how far apart they are

@@ -17,8 +17,8 @@ from varscale.theory.domain.tables import full_types, means_by_type
 from varscale.theory.graph.expressions import Apply, Sum
 from varscale.theory.graph.nodes import Node, View
 from varscale.theory.integrals.hermite_series import WEIGHTS, Z, sphere_squares
-from varscale.theory.propagation.expectations import marginal, placed
 from varscale.theory.propagation.few_terms import held_square
+from varscale.theory.propagation.marginals import marginal, placed
 from varscale.theory.propagation.scale_responses import companions, responses
 
 _MANY = 2000  # units, from where on a shift is below a thousandth

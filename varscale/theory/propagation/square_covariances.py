@@ -8,13 +8,13 @@ from collections.abc import Sequence
 import numpy as np
 
 from varscale.theory.domain.axes import Axis, refine
-from varscale.theory.domain.tables import lift
-from varscale.theory.graph.expressions import Apply, apply, roots
+from varscale.theory.domain.tables import by_type, lift
+from varscale.theory.graph.expressions import Apply, roots
 from varscale.theory.graph.nodes import Array, Constant, Leaf, Node, View
+from varscale.theory.graph.normal_form import apply
 from varscale.theory.integrals.hermite_series import HERMITE, WEIGHTS, power_series
-from varscale.theory.propagation.expectations import (
+from varscale.theory.propagation.marginals import (
     Environment,
-    by_type,
     concentrated,
     evaluate,
     independent_factors,
@@ -34,7 +34,7 @@ def left_to_chance(weight: Leaf, terms: float, units: int) -> float:
 
 def _kept_norm(node: Node) -> float:
     """The share of its mean square's own fluctuations that a product lacks, since its input has fixed it."""
-    from varscale.theory.rules.linear import Contract, weight_of
+    from varscale.theory.graph.linear_nodes import Contract, weight_of
 
     weight = weight_of(node) if isinstance(node, Contract) else None
     if weight is None or not weight.orthonormal or not isinstance(node, Contract):

@@ -10,21 +10,13 @@ import numpy as np
 from scipy import special
 
 from varscale.theory.domain.axes import Axis
-from varscale.theory.domain.tables import Table, lift
+from varscale.theory.domain.tables import Table, by_type, lift
 from varscale.theory.graph.expressions import Apply, Sum, roots
 from varscale.theory.graph.nodes import Constant, View
 from varscale.theory.integrals.hermite_series import POINTS, WEIGHTS, Z, sobol
 from varscale.theory.propagation.cross_moments import cross, dependent, mean_product
-from varscale.theory.propagation.expectations import (
-    Environment,
-    by_type,
-    concentrated,
-    evaluate,
-    factored,
-    grid,
-    latent_cross,
-    marginal,
-)
+from varscale.theory.propagation.latent_correlations import factored, latent_cross
+from varscale.theory.propagation.marginals import Environment, concentrated, evaluate, grid, marginal
 
 _MOST_CELLS = 9
 _STRAIGHT = 0.995  # share of a term's variance that is linear in a normal, above which the term is as good as Gaussian

@@ -36,8 +36,8 @@ def scatter_of(root: Node) -> np.ndarray | None:
     return None
 
 
-@scatter_of.register
-def _(root: Sum) -> np.ndarray | None:
+@scatter_of.register(Sum)
+def scatter_of_sum(root: Sum) -> np.ndarray | None:
     """Independent terms share the correlation as they share the variance, of which a mean that is taken away is no part."""
     terms = zip(root.params, root.args, strict=True)
     whole = max(root.table.mean_square, 1e-300)

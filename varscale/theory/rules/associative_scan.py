@@ -20,9 +20,9 @@ from varscale.theory.domain.tables import Table, lift
 from varscale.theory.graph.derivatives import derivative
 from varscale.theory.graph.expressions import roots
 from varscale.theory.graph.layout import Value, align, broadcast_in_dim, materialize, merged
-from varscale.theory.graph.nodes import Array, Leaf, Node, View
+from varscale.theory.graph.nodes import Array, Leaf, Node, View, cross_by_kind, known_samples, pullback, second_moments
 from varscale.theory.interpreter.interpreter import Complex, Interpreter, parts, rule
-from varscale.theory.propagation.fluctuations import NONE, Spread, handed_on, inherited
+from varscale.theory.propagation.inherited_fluctuations import NONE, Spread, handed_on, inherited
 from varscale.theory.propagation.joint_sample import Ensemble, ensemble, steps
 from varscale.theory.propagation.sample_moments import by_level, cross_moments, pooled, table_of_draws
 from varscale.theory.rules.prefix_scans import Combination, combination, run_back, run_parts
@@ -148,16 +148,6 @@ class Running(Node):
         # Where rates follow the input, what flows back is a product of several things that grow together.
         self.gradient_doubt = _FOLLOWING_DOUBT if shared else _DOUBT
 
-    def draws(self) -> np.ndarray | None:
-        numbers = np.moveaxis(self._own(self.recurrence.outputs[self.params[1]]), -1, 0)
-        whole = all(a.classes == 1 or a.size == n for a, n in zip(self.axes, numbers.shape[1:], strict=True))
-        return numbers if whole else None
-
-    def compute(self) -> Table:
-        numbers = self._own(self.recurrence.outputs[self.params[1]])
-        table = table_of_draws(self, np.moveaxis(numbers, -1, 0), self._positions)
-        return Table(table.axes, np.zeros_like(table.mean), table.second) if self.odd else table
-
     @functools.cached_property
     def fluctuation(self) -> float:
         """Relative variance of the mean square over draws of the parameters that it reads: finitely many rates of decay.
@@ -185,41 +175,60 @@ class Running(Node):
     def _positions(self) -> list[np.ndarray]:
         return [self.recurrence.positions[k] for k in self.params[2]]
 
-    def _second(self, numbers: np.ndarray) -> np.ndarray:
-        """Second moments by type of numbers drawn like its own."""
-        return pooled(np.moveaxis(self._own(numbers), -1, 0), self.axes, self._positions).second
 
-    def pullback(self, cotangent: np.ndarray) -> list[np.ndarray | None]:
-        from varscale.theory.propagation.cotangents import sum_out
-
-        _, which, kept = self.params
-        frame = list(self.recurrence.frame)
-        passed = self.recurrence.back(which, np.broadcast_to(cotangent, self.frame_types), self.axes, kept)
-        out: list[np.ndarray | None] = []
-        for numbers, view in zip(passed, self.args, strict=True):
-            second = self._second(numbers)
-            for place, k in enumerate(kept):
-                frame[k] = self.axes[place]
-            for k in set(range(len(frame))) - set(kept):  # all that flows back along it was put in at one position
-                types = frame[k].agrees / frame[k].size
-                second = np.moveaxis(np.multiply.outer(types, second), 0, k)
-            out.append(sum_out(second, frame, view))
-        return out
-
-    def cross_with(self, a: View, b: View, frame: Sequence[Axis]) -> np.ndarray | None:
-        """Against another output of the same recurrence, or anything over its axes: both are drawn together."""
-        place = dict(zip(a.bind, self.params[2], strict=True))
-        if any(outer not in place for outer in b.bind):
-            return None
-        draws, own = self.recurrence.ensemble, tuple(place[outer] for outer in b.bind)
-        frame_ = list(self.recurrence.frame)
-        theirs = draws.values(View(b.node, own), frame_)
-        numbers = [np.moveaxis(self._own(z), -1, 0) for z in (self.recurrence.outputs[self.params[1]], theirs)]
-        return lift(cross_moments(numbers[0], numbers[1], self.axes, self._positions), self.axes, a.bind, frame, pairs=True)
+@known_samples.register(Running)
+def known_samples_of_running(node: Running) -> np.ndarray | None:
+    numbers = np.moveaxis(node._own(node.recurrence.outputs[node.params[1]]), -1, 0)
+    whole = all(a.classes == 1 or a.size == n for a, n in zip(node.axes, numbers.shape[1:], strict=True))
+    return numbers if whole else None
 
 
-@handed_on.register
-def _(node: Running) -> Spread:
+@second_moments.register(Running)
+def second_moments_of_running(node: Running) -> Table:
+    numbers = node._own(node.recurrence.outputs[node.params[1]])
+    table = table_of_draws(node, np.moveaxis(numbers, -1, 0), node._positions)
+    return Table(table.axes, np.zeros_like(table.mean), table.second) if node.odd else table
+
+
+def _second(node: Running, numbers: np.ndarray) -> np.ndarray:
+    """Second moments by type of numbers drawn like its own."""
+    return pooled(np.moveaxis(node._own(numbers), -1, 0), node.axes, node._positions).second
+
+
+@pullback.register(Running)
+def pullback_of_running(node: Running, cotangent: np.ndarray) -> list[np.ndarray | None]:
+    from varscale.theory.propagation.pullbacks import sum_out
+
+    _, which, kept = node.params
+    frame = list(node.recurrence.frame)
+    passed = node.recurrence.back(which, np.broadcast_to(cotangent, node.frame_types), node.axes, kept)
+    out: list[np.ndarray | None] = []
+    for numbers, view in zip(passed, node.args, strict=True):
+        second = _second(node, numbers)
+        for place, k in enumerate(kept):
+            frame[k] = node.axes[place]
+        for k in set(range(len(frame))) - set(kept):  # all that flows back along it was put in at one position
+            types = frame[k].agrees / frame[k].size
+            second = np.moveaxis(np.multiply.outer(types, second), 0, k)
+        out.append(sum_out(second, frame, view))
+    return out
+
+
+@cross_by_kind.register(Running)
+def cross_by_kind_of_running(node: Running, a: View, b: View, frame: Sequence[Axis]) -> np.ndarray | None:
+    """Against another output of the same recurrence, or anything over its axes: both are drawn together."""
+    place = dict(zip(a.bind, node.params[2], strict=True))
+    if any(outer not in place for outer in b.bind):
+        return None
+    draws, own = node.recurrence.ensemble, tuple(place[outer] for outer in b.bind)
+    frame_ = list(node.recurrence.frame)
+    theirs = draws.values(View(b.node, own), frame_)
+    numbers = [np.moveaxis(node._own(z), -1, 0) for z in (node.recurrence.outputs[node.params[1]], theirs)]
+    return lift(cross_moments(numbers[0], numbers[1], node.axes, node._positions), node.axes, a.bind, frame, pairs=True)
+
+
+@handed_on.register(Running)
+def handed_on_of_running(node: Running) -> Spread:
     linear_in = next((view.node for view in node.args if view.node.odd & node.odd), None)
     spread = NONE if linear_in is None else inherited(linear_in)
     return dataclasses.replace(spread, sources={**spread.sources, ~node.id: math.sqrt(node.fluctuation)})

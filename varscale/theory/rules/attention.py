@@ -41,8 +41,7 @@ from varscale.theory.domain.tables import lift
 from varscale.theory.graph.expressions import Apply, Sum, roots
 from varscale.theory.graph.nodes import Leaf, View
 from varscale.theory.propagation.scale_responses import companions
-from varscale.theory.rules.softmax import Softmax
-from varscale.theory.rules.token_gram import (
+from varscale.theory.propagation.token_gram import (
     Mixture,
     Rule,
     Tokens,
@@ -54,6 +53,7 @@ from varscale.theory.rules.token_gram import (
     tokens_of,
     white,
 )
+from varscale.theory.rules.softmax import Softmax
 
 # Set on the validation grid, not derived, both. Of what outputs gain by following their queries: overlaps are known to leading
 # order, to a quarter there. Of what tokens share, which moves by the curvature of what made them times the variance of their
@@ -129,7 +129,7 @@ def _before_mixing(weights: View) -> tuple[View, float]:
 
     Heads are alike, and those of one mixture are of independent b: it follows the queries as one of them does.
     """
-    from varscale.theory.rules.linear import Contract, weight_of
+    from varscale.theory.graph.linear_nodes import Contract, weight_of
 
     node = weights.node
     if not isinstance(node, Contract) or len(node.params) != 1 or (mixing := weight_of(node)) is None:
@@ -172,7 +172,7 @@ def scores(weights: Softmax) -> Scores | None:
 
 
 def _product(view: View) -> tuple[float, View] | None:
-    from varscale.theory.rules.linear import Contract, weight_of
+    from varscale.theory.graph.linear_nodes import Contract, weight_of
 
     node, bind = view
     if isinstance(node, Contract):
@@ -190,7 +190,7 @@ def _product(view: View) -> tuple[float, View] | None:
 
 def _weighted(view: View, along: Sequence[int]) -> Tokens | None:
     """Of logits that weights make, what they make them of: tokens along some axes of the frame; None where they make none."""
-    from varscale.theory.rules.linear import Contract, weight_of
+    from varscale.theory.graph.linear_nodes import Contract, weight_of
 
     node, bind = view
     if isinstance(node, Sum) or (isinstance(node, Apply) and node.params[0] == "affine"):
@@ -217,7 +217,7 @@ def overlapping(weights: Softmax, passed: np.ndarray, kept: np.ndarray) -> float
     Returns:
         The part of the queries' cotangents that this is; none where it is not known.
     """
-    from varscale.theory.propagation.cotangents import sum_out
+    from varscale.theory.propagation.pullbacks import sum_out
 
     found, values = scores(weights), weights.graph.memo.get(("values", weights.id))
     tokens = None if found is None else projected(found.keys)

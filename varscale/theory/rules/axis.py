@@ -9,15 +9,27 @@ from typing import Any
 
 import numpy as np
 
-from varscale.theory.domain.axes import Axis, apply_axis, pair_map, shares, sliced
+from varscale.theory.domain.axes import Axis, apply_axis, shares, sliced
 from varscale.theory.domain.tables import Table
 from varscale.theory.graph import layout
+from varscale.theory.graph.axis_nodes import RandomSlice, Take
 from varscale.theory.graph.expressions import roots
 from varscale.theory.graph.layout import Atom, Value
-from varscale.theory.graph.nodes import UNKNOWN, Array, Constant, Node, View, array
+from varscale.theory.graph.nodes import (
+    UNKNOWN,
+    Array,
+    Constant,
+    Node,
+    View,
+    array,
+    cut_inside,
+    part_of,
+    pullback,
+    rebuild,
+    second_moments,
+)
 from varscale.theory.graph.reshapes import Permute, permute
 from varscale.theory.interpreter.interpreter import Interpreter, elementwise_or_layout, rule
-from varscale.theory.propagation.cross_slices import crossed_slices
 
 
 @rule("broadcast_in_dim")
@@ -46,34 +58,10 @@ def rev(interpreter: Interpreter, eqn: Any, x: Value) -> Value:
     return x
 
 
-class Take(Node):
-    """A slice of one axis; `params` is (axis, start, stop, step). One position left drops the axis."""
-
-    moves = True
-
-    def prepare(self) -> None:
-        self.odd, self.positive = self.args[0].node.odd, self.args[0].node.positive
-
-    def compute(self) -> Table:
-        k, *span = self.params
-        table = self.args[0].node.table
-        new, classes = sliced(table.axes[k], *span)
-        mean, second = apply_axis(table.mean, k, classes), apply_axis(table.second, k, self.types_map(new, classes))
-        if new is None:
-            mean, second = mean.squeeze(k), second.squeeze(k)
-        return Table(self.axes, mean, second)
-
-    def types_map(self, new: Axis | None, classes: np.ndarray) -> np.ndarray:
-        """The map from types of the whole axis to those of the slice, (new, old); of one position "the same" alone."""
-        return pair_map(classes) if new is not None else pair_map(classes)[:1]
-
-    def pullback(self, cotangent: np.ndarray) -> list[np.ndarray | None]:
-        k, *span = self.params
-        return [part_pullback(cotangent, k, self.args[0].node.axes[k], span)]
-
-    def cross_with(self, a: View, b: View, frame: Sequence[Axis]) -> np.ndarray | None:
-        """Two slices of things over one axis (or a whole one), which meet where one position is in both."""
-        return crossed_slices(a, b, frame)
+@pullback.register(Take)
+def pullback_of_take(node: Take, cotangent: np.ndarray) -> list[np.ndarray | None]:
+    k, *span = node.params
+    return [part_pullback(cotangent, k, node.args[0].node.axes[k], span)]
 
 
 def part_pullback(cotangent: np.ndarray, k: int, old: Axis, span: Sequence[Any]) -> np.ndarray:
@@ -169,19 +157,19 @@ def take_node(node: Node, k: int, start: int, stop: int, step: int) -> Node:
                 bind = () if isinstance(child, Constant) else bind
             args.append(View(child, tuple(b - (new is None and b > k) for b in bind)))
         span = _slice((start, stop, step))
-        return graph.derive(node, node.rebuilt(axes, args), lambda g: part_pullback(g, k, old, span))
+        return graph.derive(node, rebuild(node, axes, args), lambda g: part_pullback(g, k, old, span))
     inside = _taken_inside(node, k, start, stop, step)
     if inside is not None:
         span = _slice((start, stop, step))
         return graph.derive(node, inside, lambda g: part_pullback(g, k, old, span))
-    if step == 1 and (part := node.part(k, start, stop)) is not None:
+    if step == 1 and (part := part_of(node, k, start, stop)) is not None:
         return part
     return graph.make(Take, axes, [View(node, tuple(range(len(node.axes))))], (k, *_slice((start, stop, step))))
 
 
 def _taken_inside(node: Node, k: int, start: int, stop: int, step: int) -> Node | None:
     """The slice of what a node is made from, made into such a node again: of averages, of axes in another order, of slices."""
-    inside = node.inside(k, lambda x, j: take_node(x, j, start, stop, step))
+    inside = cut_inside(node, k, lambda x, j: take_node(x, j, start, stop, step))
     if inside is not None:
         return inside
     if isinstance(node, Permute):
@@ -212,47 +200,45 @@ def split(interpreter: Interpreter, eqn: Any, x: Value) -> list[Value]:
     return [take(x, eqn.params["axis"], int(a), int(b), 1) for a, b in itertools.pairwise(edges)]
 
 
-class Window(Node):
-    """As many positions of an axis from a random place on, any as likely; `params` is (axis, size, id of the start)."""
+def _pairs(node: RandomSlice) -> np.ndarray:
+    """Pairs of each type of the whole axis at each place, (places, types)."""
+    k, size, _ = node.params
+    axis = node.args[0].node.axes[k]
+    members = np.concatenate([np.zeros((1, axis.classes)), np.cumsum(np.eye(axis.classes)[axis.label_array], axis=0)])
+    counts = members[size:] - members[:-size]
+    pairs = np.einsum("sa,sb->sab", counts, counts) - np.einsum("sa,ab->sab", counts, np.eye(axis.classes))
+    return np.concatenate([counts, pairs.reshape(len(counts), -1)], axis=1)
 
-    def prepare(self) -> None:
-        self.odd, self.positive = self.args[0].node.odd, self.args[0].node.positive
 
-    def _pairs(self) -> np.ndarray:
-        """Pairs of each type of the whole axis at each place, (places, types)."""
-        k, size, _ = self.params
-        axis = self.args[0].node.axes[k]
-        members = np.concatenate([np.zeros((1, axis.classes)), np.cumsum(np.eye(axis.classes)[axis.label_array], axis=0)])
-        counts = members[size:] - members[:-size]
-        pairs = np.einsum("sa,sb->sab", counts, counts) - np.einsum("sa,ab->sab", counts, np.eye(axis.classes))
-        return np.concatenate([counts, pairs.reshape(len(counts), -1)], axis=1)
+@second_moments.register(RandomSlice)
+def second_moments_of_random_slice(node: RandomSlice) -> Table:
+    k, size, _ = node.params
+    table, pairs = node.args[0].node.table, _pairs(node)
+    axis = table.axes[k]
+    classes = pairs[:, : axis.classes]
+    share = classes.mean(axis=0, keepdims=True) / size
+    rows = np.zeros((2, axis.types))
+    rows[0, : axis.classes] = share[0]
+    rows[1, axis.classes :] = pairs[:, axis.classes :].mean(axis=0) / max(size * (size - 1), 1)
+    mean, second = apply_axis(table.mean, k, share), apply_axis(table.second, k, rows[: 1 + (size > 1)])
+    if size == 1:
+        mean, second = mean.squeeze(k), second.squeeze(k)
+    # Where it starts may depend on what it holds: then it may hold the most or the least that there is at any place.
+    squares = (classes / size) @ _by_class(table, k)
+    off = np.abs(squares / max(float(squares.mean()), 1e-300) - 1)
+    node.graph.flag("assumed", min(float(off.max()), UNKNOWN))
+    return Table(node.axes, mean, second)
 
-    def compute(self) -> Table:
-        k, size, _ = self.params
-        table, pairs = self.args[0].node.table, self._pairs()
-        axis = table.axes[k]
-        classes = pairs[:, : axis.classes]
-        share = classes.mean(axis=0, keepdims=True) / size
-        rows = np.zeros((2, axis.types))
-        rows[0, : axis.classes] = share[0]
-        rows[1, axis.classes :] = pairs[:, axis.classes :].mean(axis=0) / max(size * (size - 1), 1)
-        mean, second = apply_axis(table.mean, k, share), apply_axis(table.second, k, rows[: 1 + (size > 1)])
-        if size == 1:
-            mean, second = mean.squeeze(k), second.squeeze(k)
-        # Where it starts may depend on what it holds: then it may hold the most or the least that there is at any place.
-        squares = (classes / size) @ _by_class(table, k)
-        off = np.abs(squares / max(float(squares.mean()), 1e-300) - 1)
-        self.graph.flag("assumed", min(float(off.max()), UNKNOWN))
-        return Table(self.axes, mean, second)
 
-    def pullback(self, cotangent: np.ndarray) -> list[np.ndarray | None]:
-        k, size, _ = self.params
-        axis = self.args[0].node.axes[k]
-        expected = self._pairs().mean(axis=0) / np.maximum(axis.pairs, 1e-300)
-        back = np.stack([np.where(axis.agrees, expected, 0.0), expected], axis=1)
-        back[: axis.classes, 1] = 0.0
-        wide = cotangent if size > 1 else np.expand_dims(cotangent, k)
-        return [apply_axis(wide, k, back[:, : 1 + (size > 1)])]
+@pullback.register(RandomSlice)
+def pullback_of_random_slice(node: RandomSlice, cotangent: np.ndarray) -> list[np.ndarray | None]:
+    k, size, _ = node.params
+    axis = node.args[0].node.axes[k]
+    expected = _pairs(node).mean(axis=0) / np.maximum(axis.pairs, 1e-300)
+    back = np.stack([np.where(axis.agrees, expected, 0.0), expected], axis=1)
+    back[: axis.classes, 1] = 0.0
+    wide = cotangent if size > 1 else np.expand_dims(cotangent, k)
+    return [apply_axis(wide, k, back[:, : 1 + (size > 1)])]
 
 
 def _by_class(table: Table, k: int) -> np.ndarray:
@@ -274,7 +260,7 @@ def _taken_at_random(x: Value, d: int, size: int, start: Value) -> Value:
         return take(x, d, 0, size, 1)
     axes = (*x.node.axes[:k], *([Axis(size)] if size > 1 else []), *x.node.axes[k + 1 :])
     whole = View(x.node, tuple(range(len(x.node.axes))))
-    return _resized(x, x.node.graph.make(Window, axes, [whole], (k, size, start.node.id)), d, k, size)
+    return _resized(x, x.node.graph.make(RandomSlice, axes, [whole], (k, size, start.node.id)), d, k, size)
 
 
 @rule("dynamic_slice")

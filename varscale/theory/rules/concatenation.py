@@ -12,12 +12,13 @@ import numpy as np
 from varscale.theory.domain.axes import MOST_CLASSES, Axis, apply_axis, labelled, pair_map, sliced
 from varscale.theory.domain.tables import Table
 from varscale.theory.graph import layout
-from varscale.theory.graph.expressions import broadcast
+from varscale.theory.graph.axis_nodes import Concat
 from varscale.theory.graph.layout import Atom, Value
-from varscale.theory.graph.nodes import Constant, Node, View
+from varscale.theory.graph.nodes import Constant, Node, View, cross_by_kind, part_of, pullback, second_moments
+from varscale.theory.graph.normal_form import broadcast
 from varscale.theory.graph.reshapes import permute
 from varscale.theory.interpreter.interpreter import Interpreter, elementwise_or_layout, rule
-from varscale.theory.propagation.fluctuations import Spread, combine, handed_on, inherited
+from varscale.theory.propagation.inherited_fluctuations import Spread, combine, handed_on, inherited
 from varscale.theory.propagation.locality import nearness_of, unseen_nearness
 from varscale.theory.rules.axis import take, take_node
 
@@ -28,188 +29,175 @@ _CHECKED = 12  # pairs of many parts that are computed to see whether it does
 _UNLIKE = 0.05  # correlations by which it may be wrong: as much as they change from a power of two to the next
 
 
-class Concat(Node):
-    """Arrays one after another along an axis, each part a class; `params` is (axis, sizes)."""
+@part_of.register(Concat)
+def part_of_concat(node: Concat, k: int, start: int, stop: int) -> Node | None:
+    """The positions start, ..., stop − 1 of axis k, where that is what the parts are joined along."""
+    along, sizes = node.params
+    edges = np.cumsum([0, *sizes])
+    i = int(np.searchsorted(edges, start, side="right")) - 1
+    if k != along:
+        return None
+    if stop > edges[i + 1]:
+        return _across(node, start, stop)
+    child, bind = node.args[i]
+    if isinstance(child, Constant):
+        return child
+    whole = k not in bind or stop - start == sizes[i]
+    missing = [j for j in range(len(node.axes)) if j not in bind and (j != k or stop - start > 1)]
+    if missing:  # along those axes it is constant
+        along_them = (Axis(stop - start) if j == k else node.axes[j] for j in missing)
+        child, bind = broadcast(child, (*child.axes, *along_them)), (*bind, *missing)
+    own = permute(child, [int(m) for m in np.argsort(bind)])
+    return own if whole else take_node(own, k, start - int(edges[i]), stop - int(edges[i]), 1)
 
-    def prepare(self) -> None:
-        odd = -1
-        for view in self.args:
-            odd &= view.node.odd if not (isinstance(view.node, Constant) and view.node.params == 0) else -1
-        self.odd = max(odd, 0)
-        self.positive = all(v.node.positive for v in self.args)
 
-    def part(self, k: int, start: int, stop: int) -> Node | None:
-        """The positions start, ..., stop − 1 of axis k, where that is what the parts are joined along."""
-        along, sizes = self.params
-        edges = np.cumsum([0, *sizes])
-        i = int(np.searchsorted(edges, start, side="right")) - 1
-        if k != along:
-            return None
-        if stop > edges[i + 1]:
-            return self._across(start, stop)
-        child, bind = self.args[i]
-        if isinstance(child, Constant):
-            return child
-        whole = k not in bind or stop - start == sizes[i]
-        missing = [j for j in range(len(self.axes)) if j not in bind and (j != k or stop - start > 1)]
-        if missing:  # along those axes it is constant
-            along_them = (Axis(stop - start) if j == k else self.axes[j] for j in missing)
-            child, bind = broadcast(child, (*child.axes, *along_them)), (*bind, *missing)
-        own = permute(child, [int(m) for m in np.argsort(bind)])
-        return own if whole else take_node(own, k, start - int(edges[i]), stop - int(edges[i]), 1)
+def _across(node: Concat, start: int, stop: int) -> Node:
+    """Positions that several parts hold: what is left of each, joined."""
+    k, sizes = node.params
+    left, views, at = [], [], 0
+    for (child, bind), n in zip(node.args, sizes, strict=True):
+        low, high = max(start - at, 0), min(stop - at, n)
+        at += n
+        if low >= high:
+            continue
+        if k in bind and high - low < n:
+            j = bind.index(k)
+            child = take_node(child, j, low, high, 1)
+            bind = () if isinstance(child, Constant) else bind if high - low > 1 else (*bind[:j], *bind[j + 1 :])
+        left.append(high - low)
+        views.append(View(child, bind))
+    whole, _ = sliced(node.axes[k], start, stop, 1)
+    assert whole is not None
+    return node.graph.make(Concat, (*node.axes[:k], whole, *node.axes[k + 1 :]), views, (k, tuple(left)))
 
-    def _across(self, start: int, stop: int) -> Node:
-        """Positions that several parts hold: what is left of each, joined."""
-        k, sizes = self.params
-        left, views, at = [], [], 0
-        for (child, bind), n in zip(self.args, sizes, strict=True):
-            low, high = max(start - at, 0), min(stop - at, n)
-            at += n
-            if low >= high:
-                continue
-            if k in bind and high - low < n:
-                j = bind.index(k)
-                child = take_node(child, j, low, high, 1)
-                bind = () if isinstance(child, Constant) else bind if high - low > 1 else (*bind[:j], *bind[j + 1 :])
-            left.append(high - low)
-            views.append(View(child, bind))
-        whole, _ = sliced(self.axes[k], start, stop, 1)
-        assert whole is not None
-        return self.graph.make(Concat, (*self.axes[:k], whole, *self.axes[k + 1 :]), views, (k, tuple(left)))
 
-    def parts(self) -> list[tuple[View, tuple[Axis, ...], np.ndarray]]:
-        """Each argument, its frame, and the share of each class of the whole that its classes take (whole, own)."""
-        k, sizes = self.params
-        out, start = [], 0
-        whole = self.axes[k]
-        for view, n in zip(self.args, sizes, strict=True):
-            own = next((view.node.axes[j] for j, b in enumerate(view.bind) if b == k), None)
-            axis = own or Axis(max(n, 2))
-            shares = np.zeros((whole.classes, axis.classes))
-            np.add.at(shares, (whole.label_array[start : start + n], axis.label_array[:n]), 1.0)
-            out.append((view, (*self.axes[:k], axis, *self.axes[k + 1 :]), shares / whole.counts[:, None]))
-            start += n
-        return out
+@second_moments.register(Concat)
+def second_moments_of_concat(node: Concat) -> Table:
+    k, _ = node.params
+    mean = np.zeros([a.classes for a in node.axes])
+    for view, frame, shares in node.parts():
+        mean += apply_axis(np.broadcast_to(view.mean(frame), [a.classes for a in frame]), k, shares)
+    return Table(node.axes, mean, _pairs_with(node, node))
 
-    def compute(self) -> Table:
-        k, _ = self.params
-        mean = np.zeros([a.classes for a in self.axes])
-        for view, frame, shares in self.parts():
-            mean += apply_axis(np.broadcast_to(view.mean(frame), [a.classes for a in frame]), k, shares)
-        return Table(self.axes, mean, self.pairs_with(self))
 
-    def pairs_with(self, other: Concat) -> np.ndarray:
-        """E[x_i y_j] by type, for y made of parts of the same sizes: every part with every part."""
-        from varscale.theory.propagation.cross_moments import cross
+def _pairs_with(node: Concat, other: Concat) -> np.ndarray:
+    """E[x_i y_j] by type, for y made of parts of the same sizes: every part with every part."""
+    from varscale.theory.propagation.cross_moments import cross
 
-        k, sizes = self.params
-        whole = self.axes[k]
-        second = np.zeros([a.types for a in self.axes])
-        ours, others = self.parts(), other.parts()
-        memo: dict[tuple[int, int], np.ndarray] = {}
+    k, sizes = node.params
+    whole = node.axes[k]
+    second = np.zeros([a.types for a in node.axes])
+    ours, others = node.parts(), other.parts()
+    memo: dict[tuple[int, int], np.ndarray] = {}
 
-        def between(i: int, j: int) -> np.ndarray:
-            if (i, j) not in memo:
-                memo[i, j] = self._between(ours[i][0], others[j][0], ours[i][1], others[j][1], cross)
-            return memo[i, j]
+    def between(i: int, j: int) -> np.ndarray:
+        if (i, j) not in memo:
+            memo[i, j] = _between(node, ours[i][0], others[j][0], ours[i][1], others[j][1], cross)
+        return memo[i, j]
 
-        stands = len(sizes) > _MANY and self._alike_by_distance(other, between)
-        for i, (view, mine, shares) in enumerate(ours):
-            for j, (that, theirs, other_shares) in enumerate(others):
-                if i == j and mine[k] == theirs[k]:
-                    table = cross(view, that, mine) if other is not self else view.second(mine)
-                    matrix = np.zeros((whole.types, mine[k].types))
-                    matrix[: whole.classes, : mine[k].classes] = shares
-                    # Of the pairs within a class of the whole, those within this part: n(n − 1) of N(N − 1).
-                    matrix[whole.classes :, mine[k].classes :] = _pair_shares(
-                        shares, shares, whole, mine[k].counts if sizes[i] > 1 else np.ones(1)
-                    )
-                    second += apply_axis(np.broadcast_to(table, [a.types for a in mine]), k, matrix)
-                else:
-                    table = between(*(_stand_in(i, j) if stands and mine == theirs and view != that else (i, j)))
-                    matrix = _pair_shares(shares, other_shares, whole, None)
-                    second[(slice(None),) * k + (slice(whole.classes, None),)] += apply_axis(table, k, matrix)
-        return second
-
-    def _alike_by_distance(self, other: Concat, between: Callable[[int, int], np.ndarray]) -> bool:
-        """Whether pairs of parts are to be taken for those a power of two apart; as some are not, all of them are in doubt."""
-        from varscale.theory.propagation.cross_moments import cross
-
-        n, off = len(self.params[1]), 0.0
-        ours, others = self.parts(), other.parts()
-        apart = [(i, j) for i in range(n) for j in range(n) if i != j and _stand_in(i, j) != (i, j)]
-        for i, j in apart[:: max(len(apart) // _CHECKED, 1)]:
-            if ours[i][1] != others[j][1]:
-                continue
-            a, b = (part[0] for part in (ours[i], others[j]))
-            most = [float(np.abs(self._between(v, v, ours[i][1], ours[i][1], cross)).max()) for v in (a, b)]
-            error = float(np.abs(between(i, j) - between(*_stand_in(i, j))).max())
-            off = max(off, error / max(math.sqrt(most[0] * most[1]), 1e-300))
-        if off > _UNLIKE and n <= _MANY_UNLIKE:
-            return False
-        self.graph.flag("assumed", off) if off > _UNLIKE else None
-        return True
-
-    def cross_with(self, a: View, b: View, frame: Sequence[Axis]) -> np.ndarray | None:
-        """Against anything that runs over the same axis: cut that where the parts meet."""
-        k, sizes = self.params
-        place = a.bind[k]
-        memo = self.graph.memo
-        memo["cuts"] = memo.get("cuts", 0) + 1
-        if memo["cuts"] > _MOST_CUTS:
-            return None
-        pieces, start = [], 0
-        for n in sizes:
-            child, bind = b
-            if place in bind:
-                j = bind.index(place)
-                child = take_node(child, j, start, start + n, 1)
-                gone = isinstance(child, Constant) or len(child.axes) < len(bind)
-                bind = () if isinstance(child, Constant) else (*bind[:j], *bind[j + gone :])
-            pieces.append(View(child, bind))
-            start += n
-        graph, axes = self.graph, tuple(frame)
-        mine = graph.make(Concat, axes, [v.within(a.bind) for v in self.args], (place, sizes))
-        return mine.pairs_with(graph.make(Concat, axes, pieces, (place, sizes)))
-
-    def _between(self, a: View, b: View, fa: tuple[Axis, ...], fb: tuple[Axis, ...], cross: Any) -> np.ndarray:
-        """E[a_i b_j] over types of the other axes and class pairs of the two parts along this one."""
-        k = self.params[0]
-        ca, cb = fa[k].classes, fb[k].classes
-        rest = [ax.types for ax in self.axes]
-        if fa[k] == fb[k]:
-            table = np.broadcast_to(cross(a, b, fa), [*rest[:k], fa[k].types, *rest[k + 1 :]])
-            return apply_axis(table, k, _any_places(fa[k]))
-        # Parts of different sizes: their positions never agree, so the product of class means on this axis and types elsewhere.
-        frame = (*self.axes[:k], *self.axes[k + 1 :], fa[k], fb[k])
-        last = len(frame) - 2
-        place = lambda view, at: View(view.node, tuple(at if b == k else b - (b > k) for b in view.bind))  # noqa: E731
-        table = np.broadcast_to(cross(place(a, last), place(b, last + 1), frame), [ax.types for ax in frame])
-        table = table[..., fa[k].classes :, :].reshape(*table.shape[:-2], ca, ca, table.shape[-1])[..., :, 0, :]
-        table = table[..., fb[k].classes :].reshape(*table.shape[:-1], cb, cb)[..., 0, :]
-        return np.moveaxis(table.reshape(*table.shape[:-2], ca * cb), -1, k)
-
-    def pullback(self, cotangent: np.ndarray) -> list[np.ndarray | None]:
-        from varscale.theory.propagation.cotangents import sum_out
-
-        out: list[np.ndarray | None] = []
-        k, sizes = self.params
-        whole = self.axes[k]
-        for (view, frame, shares), n in zip(self.parts(), sizes, strict=True):
-            if isinstance(view.node, Constant):
-                out.append(None)
-                continue
-            axis = frame[k]
-            back = (shares * whole.counts[:, None]).T
-            back /= np.maximum(back.sum(axis=1, keepdims=True), 1e-300)
-            part = apply_axis(cotangent, k, pair_map(back))
-            if n == 1:
-                part = np.take(part, [0], axis=k).squeeze(k)
-                rest = (*frame[:k], *frame[k + 1 :])
-                out.append(sum_out(part, rest, View(view.node, tuple(b - (b > k) for b in view.bind))))
+    stands = len(sizes) > _MANY and _alike_by_distance(node, other, between)
+    for i, (view, mine, shares) in enumerate(ours):
+        for j, (that, theirs, other_shares) in enumerate(others):
+            if i == j and mine[k] == theirs[k]:
+                table = cross(view, that, mine) if other is not node else view.second(mine)
+                matrix = np.zeros((whole.types, mine[k].types))
+                matrix[: whole.classes, : mine[k].classes] = shares
+                # Of the pairs within a class of the whole, those within this part: n(n − 1) of N(N − 1).
+                matrix[whole.classes :, mine[k].classes :] = part_pair_shares(
+                    shares, shares, whole, mine[k].counts if sizes[i] > 1 else np.ones(1)
+                )
+                second += apply_axis(np.broadcast_to(table, [a.types for a in mine]), k, matrix)
             else:
-                out.append(sum_out(part, (*frame[:k], axis, *frame[k + 1 :]), view))
-        return out
+                table = between(*(_stand_in(i, j) if stands and mine == theirs and view != that else (i, j)))
+                matrix = part_pair_shares(shares, other_shares, whole, None)
+                second[(slice(None),) * k + (slice(whole.classes, None),)] += apply_axis(table, k, matrix)
+    return second
+
+
+def _alike_by_distance(node: Concat, other: Concat, between: Callable[[int, int], np.ndarray]) -> bool:
+    """Whether pairs of parts are to be taken for those a power of two apart; as some are not, all of them are in doubt."""
+    from varscale.theory.propagation.cross_moments import cross
+
+    n, off = len(node.params[1]), 0.0
+    ours, others = node.parts(), other.parts()
+    apart = [(i, j) for i in range(n) for j in range(n) if i != j and _stand_in(i, j) != (i, j)]
+    for i, j in apart[:: max(len(apart) // _CHECKED, 1)]:
+        if ours[i][1] != others[j][1]:
+            continue
+        a, b = (part[0] for part in (ours[i], others[j]))
+        most = [float(np.abs(_between(node, v, v, ours[i][1], ours[i][1], cross)).max()) for v in (a, b)]
+        error = float(np.abs(between(i, j) - between(*_stand_in(i, j))).max())
+        off = max(off, error / max(math.sqrt(most[0] * most[1]), 1e-300))
+    if off > _UNLIKE and n <= _MANY_UNLIKE:
+        return False
+    node.graph.flag("assumed", off) if off > _UNLIKE else None
+    return True
+
+
+@cross_by_kind.register(Concat)
+def cross_by_kind_of_concat(node: Concat, a: View, b: View, frame: Sequence[Axis]) -> np.ndarray | None:
+    """Against anything that runs over the same axis: cut that where the parts meet."""
+    k, sizes = node.params
+    place = a.bind[k]
+    memo = node.graph.memo
+    memo["cuts"] = memo.get("cuts", 0) + 1
+    if memo["cuts"] > _MOST_CUTS:
+        return None
+    pieces, start = [], 0
+    for n in sizes:
+        child, bind = b
+        if place in bind:
+            j = bind.index(place)
+            child = take_node(child, j, start, start + n, 1)
+            gone = isinstance(child, Constant) or len(child.axes) < len(bind)
+            bind = () if isinstance(child, Constant) else (*bind[:j], *bind[j + gone :])
+        pieces.append(View(child, bind))
+        start += n
+    graph, axes = node.graph, tuple(frame)
+    mine = graph.make(Concat, axes, [v.within(a.bind) for v in node.args], (place, sizes))
+    return _pairs_with(mine, graph.make(Concat, axes, pieces, (place, sizes)))
+
+
+def _between(node: Concat, a: View, b: View, fa: tuple[Axis, ...], fb: tuple[Axis, ...], cross: Any) -> np.ndarray:
+    """E[a_i b_j] over types of the other axes and class pairs of the two parts along this one."""
+    k = node.params[0]
+    ca, cb = fa[k].classes, fb[k].classes
+    rest = [ax.types for ax in node.axes]
+    if fa[k] == fb[k]:
+        table = np.broadcast_to(cross(a, b, fa), [*rest[:k], fa[k].types, *rest[k + 1 :]])
+        return apply_axis(table, k, any_places(fa[k]))
+    # Parts of different sizes: their positions never agree, so the product of class means on this axis and types elsewhere.
+    frame = (*node.axes[:k], *node.axes[k + 1 :], fa[k], fb[k])
+    last = len(frame) - 2
+    place = lambda view, at: View(view.node, tuple(at if b == k else b - (b > k) for b in view.bind))  # noqa: E731
+    table = np.broadcast_to(cross(place(a, last), place(b, last + 1), frame), [ax.types for ax in frame])
+    table = table[..., fa[k].classes :, :].reshape(*table.shape[:-2], ca, ca, table.shape[-1])[..., :, 0, :]
+    table = table[..., fb[k].classes :].reshape(*table.shape[:-1], cb, cb)[..., 0, :]
+    return np.moveaxis(table.reshape(*table.shape[:-2], ca * cb), -1, k)
+
+
+@pullback.register(Concat)
+def pullback_of_concat(node: Concat, cotangent: np.ndarray) -> list[np.ndarray | None]:
+    from varscale.theory.propagation.pullbacks import sum_out
+
+    out: list[np.ndarray | None] = []
+    k, sizes = node.params
+    whole = node.axes[k]
+    for (view, frame, shares), n in zip(node.parts(), sizes, strict=True):
+        if isinstance(view.node, Constant):
+            out.append(None)
+            continue
+        axis = frame[k]
+        back = (shares * whole.counts[:, None]).T
+        back /= np.maximum(back.sum(axis=1, keepdims=True), 1e-300)
+        part = apply_axis(cotangent, k, pair_map(back))
+        if n == 1:
+            part = np.take(part, [0], axis=k).squeeze(k)
+            rest = (*frame[:k], *frame[k + 1 :])
+            out.append(sum_out(part, rest, View(view.node, tuple(b - (b > k) for b in view.bind))))
+        else:
+            out.append(sum_out(part, (*frame[:k], axis, *frame[k + 1 :]), view))
+    return out
 
 
 def _stand_in(i: int, j: int) -> tuple[int, int]:
@@ -218,45 +206,17 @@ def _stand_in(i: int, j: int) -> tuple[int, int]:
     return (i, i - lag) if i > j else (j - lag, j)
 
 
-@handed_on.register
-def _(node: Concat) -> Spread:
+@handed_on.register(Concat)
+def handed_on_of_concat(node: Concat) -> Spread:
     """Of a mean of the parts' mean squares, each logarithm counts by its part's share: a padding of zeros changes nothing."""
     shares = [n * view.node.table.mean_square for view, n in zip(node.args, node.params[1], strict=True)]
     whole = max(sum(shares), 1e-300)
     return combine([(share / whole, inherited(view.node)) for share, view in zip(shares, node.args, strict=True)])
 
 
-@nearness_of.register
-def _(node: Concat) -> float:
+@nearness_of.register(Concat)
+def nearness_of_concat(node: Concat) -> float:
     return max(unseen_nearness(view.node) for view in node.args)
-
-
-@functools.cache
-def _any_places(axis: Axis) -> np.ndarray:
-    """The average over all pairs of positions of two classes, the equal ones too, (C², types).
-
-    Position i of one part is not position i of another, but what is there may well have to do with it.
-    """
-    classes = np.arange(axis.classes)
-    out = np.zeros((axis.classes**2, axis.types))
-    out[:, axis.classes :] = np.eye(axis.classes**2)
-    alike = classes * (axis.classes + 1)
-    out[alike, axis.classes + alike] -= 1 / axis.counts
-    out[alike, classes] = 1 / axis.counts
-    return out
-
-
-def _pair_shares(a: np.ndarray, b: np.ndarray, whole: Axis, own: np.ndarray | None) -> np.ndarray:
-    """Share of the pairs of each (class, class) of the whole that a part's (class, class) makes up, (C², ca·cb)."""
-    counts = whole.counts
-    pairs = np.einsum("ac,bd->abcd", a * counts[:, None], b * counts[:, None])
-    if own is not None:
-        for c in range(a.shape[1]):
-            for x in range(whole.classes):
-                n = a[x, c] * counts[x]
-                pairs[x, x, c, c] = n * max(n - 1, 0.0)
-    total = whole.pairs[whole.classes :].reshape(whole.classes, whole.classes, 1, 1)
-    return (pairs / np.maximum(total, 1.0)).reshape(whole.classes**2, -1)
 
 
 def concatenate(graph: Any, xs: Sequence[Value], d: int, classes: bool = True) -> Value:
@@ -344,3 +304,31 @@ def pad(interpreter: Interpreter, eqn: Any, x: Value, fill: Value) -> Value:
 
 
 elementwise_or_layout("tile")
+
+
+def part_pair_shares(a: np.ndarray, b: np.ndarray, whole: Axis, own: np.ndarray | None) -> np.ndarray:
+    """Share of the pairs of each (class, class) of the whole that a part's (class, class) makes up, (C², ca·cb)."""
+    counts = whole.counts
+    pairs = np.einsum("ac,bd->abcd", a * counts[:, None], b * counts[:, None])
+    if own is not None:
+        for c in range(a.shape[1]):
+            for x in range(whole.classes):
+                n = a[x, c] * counts[x]
+                pairs[x, x, c, c] = n * max(n - 1, 0.0)
+    total = whole.pairs[whole.classes :].reshape(whole.classes, whole.classes, 1, 1)
+    return (pairs / np.maximum(total, 1.0)).reshape(whole.classes**2, -1)
+
+
+@functools.cache
+def any_places(axis: Axis) -> np.ndarray:
+    """The average over all pairs of positions of two classes, the equal ones too, (C², types).
+
+    Position i of one part is not position i of another, but what is there may well have to do with it.
+    """
+    classes = np.arange(axis.classes)
+    out = np.zeros((axis.classes**2, axis.types))
+    out[:, axis.classes :] = np.eye(axis.classes**2)
+    alike = classes * (axis.classes + 1)
+    out[alike, axis.classes + alike] -= 1 / axis.counts
+    out[alike, classes] = 1 / axis.counts
+    return out

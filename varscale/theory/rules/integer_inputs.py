@@ -49,7 +49,7 @@ def compared(interpreter: Interpreter, name: str, shape: Sequence[int], x: Value
 
 def _is_unknown(node: Node) -> bool:
     """Whether it is whole numbers of which only the shape is given, moved, shifted or beside others."""
-    from varscale.theory.rules.concatenation import Concat
+    from varscale.theory.graph.axis_nodes import Concat
 
     if isinstance(node, Leaf):
         return node.name[0] == "ids"

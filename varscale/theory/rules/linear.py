@@ -10,13 +10,15 @@ from typing import Any
 import numpy as np
 
 from varscale.theory.domain.axes import Axis, contract_axis
-from varscale.theory.domain.tables import Table, full_types, means_by_type
-from varscale.theory.graph.expressions import Apply, Sum, affine, roots
+from varscale.theory.domain.tables import Table, means_by_type
+from varscale.theory.graph.expressions import Apply, Sum, roots
 from varscale.theory.graph.layout import Atom, Value, align, full
-from varscale.theory.graph.nodes import Array, Constant, Leaf, Node, View
-from varscale.theory.graph.reshapes import Rearranged
+from varscale.theory.graph.linear_nodes import Contract, weight_of
+from varscale.theory.graph.nodes import Array, Constant, Leaf, Node, View, cross_by_kind, pullback, second_moments
+from varscale.theory.graph.normal_form import affine
 from varscale.theory.interpreter.interpreter import Interpreter, rule
-from varscale.theory.propagation.fluctuations import Spread, averaged, combine, handed_on, with_own_weights
+from varscale.theory.propagation.fluctuations import averaged, with_own_weights
+from varscale.theory.propagation.inherited_fluctuations import Spread, combine, handed_on
 from varscale.theory.propagation.locality import unseen_nearness
 from varscale.theory.rules.masks import told_apart
 from varscale.theory.rules.row_gram import own_products
@@ -29,175 +31,149 @@ _NEAR = 1e-3  # of a mean square, what places share that is not worth a flag
 _LIKENESS = 1e-2  # of a mean square, what keys that are alike add to it that is not
 
 
-class Contract(Node):
-    """Σ x·y over the last `len(params)` axes of a frame; `params` is those axes (the frame is this node's axes and them).
+@second_moments.register(Contract)
+def second_moments_of_contract(node: Contract) -> Table:
+    from varscale.theory.propagation.cross_moments import dependent
+    from varscale.theory.rules.attention import SHARED_DOUBT, TILT_DOUBT, tilted
+    from varscale.theory.rules.softmax import Softmax
 
-    For independent x and y second moments are exact: over the types t of the pairs of contracted indices (agreeing or not),
+    x, y = node.args
+    frame = node.frame
+    mean = np.broadcast_to(x.mean(frame) * y.mean(frame), [a.classes for a in frame])
+    second = node.contract(x.second(frame) * y.second(frame))
+    for axis in reversed(node.params):
+        mean = contract_axis(mean, mean.ndim - 1, axis.counts)
+    found = next((t for a, b in ((x, y), (y, x)) if (t := tied(a, b)) is not None), None)
+    if found is not None:
+        mean, second = _tied(node, *found, np.array(mean), second)
+    elif (weight := weight_of(node)) is not None:
+        if any(v.node.deps & weight.deps for v in node.args if v.node is not weight):  # as good as fresh, to this order
+            node.graph.flag("quadrature", 1 / node.width)
+    elif not any(isinstance(v.node, Softmax) for v in node.args):
+        if dependent(x.node, y.node):
+            mean, second = _dependent(node, mean, second)
+        second = _of_shared_tokens(node, second)
+    table = Table(node.axes, np.array(mean), second + (tilt := tilted(node)))
+    if np.any(tilt):
+        gained = Table(node.axes, np.array(mean), np.broadcast_to(tilt, node.frame_types)).mean_square
+        node.graph.flag("quadrature", SHARED_DOUBT + TILT_DOUBT * gained / max(table.mean_square, 1e-300))
+    _doubt_averages(node, table.mean_square)
+    return table
 
-        E[(Σ_a x_ia y_aj) (Σ_b x_i'b y_bj')] = Σ_t (pairs of type t) M_x(i i', t) M_y(t, j j').
 
-    As a sum over many terms it is taken for Gaussian.
-    """
+def _doubt_averages(node: Contract, square: float) -> None:
+    """Of averages over tokens: keys that are alike; likeness in windows that were put together otherwise."""
+    from varscale.theory.rules.row_gram import of_alike_keys
+    from varscale.theory.rules.softmax import Softmax
 
-    def prepare(self) -> None:
-        x, y = (v.node for v in self.args)
-        own = weight_of(self)
-        # A weight that was applied before is as good as fresh: what its earlier uses leave behind is of order 1/width.
-        self.odd = (x.odd & y.unseen) | (y.odd & x.unseen) | (own.odd if own else 0)
-        self.positive = x.positive and y.positive
+    for weights, tokens in (node.args, node.args[::-1]):
+        if isinstance(weights.node, Softmax) and (doubt := of_alike_keys(weights, tokens, node, square)) > _LIKENESS:
+            node.graph.flag("assumed", doubt)
+        if weights.node.shares and (near := unseen_nearness(tokens.node)) > _NEAR:
+            node.graph.flag("quadrature", min(near * tokens.node.table.mean_square / max(square, 1e-300), 1.0))
 
-    @property
-    def frame(self) -> tuple[Axis, ...]:
-        """What its arguments are read over: its own axes, then the contracted ones."""
-        return (*self.axes, *self.params)
 
-    @property
-    def width(self) -> int:
-        """Terms in a sum."""
-        return math.prod(a.size for a in self.params)
+def _dependent(node: Contract, mean: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Wick's pairings for jointly Gaussian x and y: E[x y]² and the exchange term besides the independent one."""
+    from varscale.theory.graph.expressions import swapped
+    from varscale.theory.propagation.cross_moments import cross, mean_product
 
-    def compute(self) -> Table:
-        from varscale.theory.propagation.cross_moments import dependent
-        from varscale.theory.rules.attention import SHARED_DOUBT, TILT_DOUBT, tilted
-        from varscale.theory.rules.softmax import Softmax
+    x, y = node.args
+    frame = node.frame
+    types = [a.types for a in frame]
+    both = np.broadcast_to(cross(x, y, frame) - mean_product(x, y, frame), types)
+    agree = both[tuple(slice(0, a.classes) for a in frame)]
+    shift = agree
+    for axis in reversed(node.params):
+        shift = contract_axis(shift, shift.ndim - 1, axis.counts)
+    after = mean + shift
+    paired = means_by_type(after, node.axes) - means_by_type(mean, node.axes) + node.contract(both * swapped(both, frame))
+    share = float(np.max(np.abs(paired)) / max(np.max(np.abs(second)), 1e-300))
+    if share > 1e-3:  # exact for Gaussian factors; a product of two that share a root is not quite
+        node.graph.flag("assumed", min(_PAIRED_DOUBT * share, _MOST_PAIRED))
+    return after, own_products(node, second + paired)
 
-        x, y = self.args
-        frame = self.frame
-        mean = np.broadcast_to(x.mean(frame) * y.mean(frame), [a.classes for a in frame])
-        second = self.contract(x.second(frame) * y.second(frame))
-        for axis in reversed(self.params):
-            mean = contract_axis(mean, mean.ndim - 1, axis.counts)
-        found = next((t for a, b in ((x, y), (y, x)) if (t := tied(a, b)) is not None), None)
-        if found is not None:
-            mean, second = self._tied(*found, np.array(mean), second)
-        elif (weight := weight_of(self)) is not None:
-            if any(v.node.deps & weight.deps for v in self.args if v.node is not weight):  # as good as fresh, to this order
-                self.graph.flag("quadrature", 1 / self.width)
-        elif not any(isinstance(v.node, Softmax) for v in self.args):
-            if dependent(x.node, y.node):
-                mean, second = self._dependent(mean, second)
-            second = self._of_shared_tokens(second)
-        table = Table(self.axes, np.array(mean), second + (tilt := tilted(self)))
-        if np.any(tilt):
-            gained = Table(self.axes, np.array(mean), np.broadcast_to(tilt, self.frame_types)).mean_square
-            self.graph.flag("quadrature", SHARED_DOUBT + TILT_DOUBT * gained / max(table.mean_square, 1e-300))
-        self._doubt_averages(table.mean_square)
-        return table
 
-    def _doubt_averages(self, square: float) -> None:
-        """Of averages over tokens: keys that are alike; likeness in windows that were put together otherwise."""
-        from varscale.theory.rules.row_gram import of_alike_keys
-        from varscale.theory.rules.softmax import Softmax
+def _of_shared_tokens(node: Contract, second: np.ndarray) -> np.ndarray:
+    """What two activations made of the same tokens, or by the same weights, gain besides."""
+    from varscale.theory.propagation.shared_tokens import shared_tokens
 
-        for weights, tokens in (self.args, self.args[::-1]):
-            if isinstance(weights.node, Softmax) and (doubt := of_alike_keys(weights, tokens, self, square)) > _LIKENESS:
-                self.graph.flag("assumed", doubt)
-            if weights.node.shares and (near := unseen_nearness(tokens.node)) > _NEAR:
-                self.graph.flag("quadrature", min(near * tokens.node.table.mean_square / max(square, 1e-300), 1.0))
-
-    def contract(self, second: np.ndarray) -> np.ndarray:
-        """Sum a type array of the frame over the contracted axes."""
-        frame = self.frame
-        second = full_types(second, frame)
-        for k in reversed(range(len(self.axes), len(frame))):
-            second = contract_axis(second, k, frame[k].pairs)
+    found = shared_tokens(node)
+    if not np.any(found.second):
         return second
+    whole, gained = (
+        Table(node.axes, np.zeros(()), np.broadcast_to(x, node.frame_types)).mean_square for x in (second, found.second)
+    )
+    share = gained / max(whole + gained, 1e-300)
+    node.graph.flag("quadrature", found.doubt * share + found.left_out * (1 - share))
+    return second + found.second
 
-    def _dependent(self, mean: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Wick's pairings for jointly Gaussian x and y: E[x y]² and the exchange term besides the independent one."""
-        from varscale.theory.graph.expressions import swapped
-        from varscale.theory.propagation.cross_moments import cross, mean_product
 
-        x, y = self.args
-        frame = self.frame
-        types = [a.types for a in frame]
-        both = np.broadcast_to(cross(x, y, frame) - mean_product(x, y, frame), types)
-        agree = both[tuple(slice(0, a.classes) for a in frame)]
-        shift = agree
-        for axis in reversed(self.params):
-            shift = contract_axis(shift, shift.ndim - 1, axis.counts)
-        after = mean + shift
-        paired = means_by_type(after, self.axes) - means_by_type(mean, self.axes) + self.contract(both * swapped(both, frame))
-        share = float(np.max(np.abs(paired)) / max(np.max(np.abs(second)), 1e-300))
-        if share > 1e-3:  # exact for Gaussian factors; a product of two that share a root is not quite
-            self.graph.flag("assumed", min(_PAIRED_DOUBT * share, _MOST_PAIRED))
-        return after, own_products(self, second + paired)
+def _tied(node: Contract, x: View, rows: View, mean: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """A table of rows read by the rows it was looked up from: one output in V is the product of a row with itself.
 
-    def _of_shared_tokens(self, second: np.ndarray) -> np.ndarray:
-        """What two activations made of the same tokens, or by the same weights, gain besides."""
-        from varscale.theory.rules.shared_tokens import shared_tokens
+    E[y_v²] gains (Σ_d E[x_d w_{v,d}])² where v is the row that x was looked up from, with probability 1/V.
+    """
+    from varscale.theory.propagation.cross_moments import cross
 
-        found = shared_tokens(self)
-        if not np.any(found.second):
-            return second
-        whole, gained = (
-            Table(self.axes, np.zeros(()), np.broadcast_to(x, self.frame_types)).mean_square for x in (second, found.second)
-        )
-        share = gained / max(whole + gained, 1e-300)
-        self.graph.flag("quadrature", found.doubt * share + found.left_out * (1 - share))
-        return second + found.second
+    axes = x.node.axes
+    together = np.broadcast_to(cross(View(x.node, tuple(range(len(axes)))), rows, axes), x.node.frame_types)
+    for axis in axes:
+        together = contract_axis(together, 0, axis.same)
+    table = next(v for v in node.args if v is not x)
+    own = math.prod(axis.size for k, axis in enumerate(node.axes) if k in table.bind)
+    shift = float(together) * node.width
+    same = [a.agrees.astype(float) for a in node.axes]
+    return mean + shift / own, second + shift**2 / own * functools.reduce(np.multiply.outer, same, np.array(1.0))
 
-    def _tied(self, x: View, rows: View, mean: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """A table of rows read by the rows it was looked up from: one output in V is the product of a row with itself.
 
-        E[y_v²] gains (Σ_d E[x_d w_{v,d}])² where v is the row that x was looked up from, with probability 1/V.
-        """
-        from varscale.theory.propagation.cross_moments import cross
+@pullback.register(Contract)
+def pullback_of_contract(node: Contract, cotangent: np.ndarray) -> list[np.ndarray | None]:
+    """Under gradient independence a cotangent passes through the transposed product with fresh weights."""
+    from varscale.theory.propagation.pullbacks import sum_out
 
-        axes = x.node.axes
-        together = np.broadcast_to(cross(View(x.node, tuple(range(len(axes)))), rows, axes), x.node.frame_types)
-        for axis in axes:
-            together = contract_axis(together, 0, axis.same)
-        table = next(v for v in self.args if v is not x)
-        own = math.prod(axis.size for k, axis in enumerate(self.axes) if k in table.bind)
-        shift = float(together) * self.width
-        same = [a.agrees.astype(float) for a in self.axes]
-        return mean + shift / own, second + shift**2 / own * functools.reduce(np.multiply.outer, same, np.array(1.0))
+    frame = node.frame
+    wide = cotangent.reshape(*cotangent.shape, *[1] * len(node.params))
+    x, y = node.args
+    # What queries gain by overlaps of tokens comes with the cotangent that a softmax has sent back.
+    place, gain = node.graph.memo.pop(("overlapping", node.id), (None, 0.0))
+    out: list[np.ndarray | None] = []
+    for i, (mine, theirs) in enumerate(((x, y), (y, x))):
+        own = wide + np.reshape(gain, (*np.shape(gain), *[1] * len(node.params))) if i == place else wide
+        out.append(None if isinstance(mine.node, Array) else sum_out(own * theirs.second(frame), frame, mine))
+    return out
 
-    def pullback(self, cotangent: np.ndarray) -> list[np.ndarray | None]:
-        """Under gradient independence a cotangent passes through the transposed product with fresh weights."""
-        from varscale.theory.propagation.cotangents import sum_out
 
-        frame = self.frame
-        wide = cotangent.reshape(*cotangent.shape, *[1] * len(self.params))
-        x, y = self.args
-        # What queries gain by overlaps of tokens comes with the cotangent that a softmax has sent back.
-        place, gain = self.graph.memo.pop(("overlapping", self.id), (None, 0.0))
-        out: list[np.ndarray | None] = []
-        for i, (mine, theirs) in enumerate(((x, y), (y, x))):
-            own = wide + np.reshape(gain, (*np.shape(gain), *[1] * len(self.params))) if i == place else wide
-            out.append(None if isinstance(mine.node, Array) else sum_out(own * theirs.second(frame), frame, mine))
-        return out
+@cross_by_kind.register(Contract)
+def cross_by_kind_of_contract(node: Contract, a: View, b: View, frame: Sequence[Axis]) -> np.ndarray | None:
+    """The same weights on two inputs: as one contraction, with the inputs' cross-moment in place of their second moment."""
+    from varscale.theory.propagation.cross_moments import cross
 
-    def cross_with(self, a: View, b: View, frame: Sequence[Axis]) -> np.ndarray | None:
-        """The same weights on two inputs: as one contraction, with the inputs' cross-moment in place of their second moment."""
-        from varscale.theory.propagation.cross_moments import cross
-
-        other = b.node
-        weights = weight_of(self), weight_of(other)
-        if None not in weights and weights[0] is not weights[1]:
-            return np.zeros((1,) * len(frame))  # each is linear in a weight that is as good as fresh
-        if not isinstance(other, Contract) or len(other.params) != len(self.params):
-            return None
-        wide = (*frame, *self.params)
-        extra = tuple(range(len(frame), len(wide)))
-        mine = [v.within((*a.bind, *extra)) for v in self.args]
-        theirs = [v.within((*b.bind, *extra)) for v in other.args]
-        if [p.size for p in self.params] != [p.size for p in other.params]:
-            return None
-        for i in (1, 0):
-            for j in (1, 0):
-                if mine[i].node is theirs[j].node and mine[i].bind == theirs[j].bind:
-                    table = cross(mine[1 - i], theirs[1 - j], wide) * mine[i].second(wide)
-                    for d in reversed(extra):
-                        table = np.broadcast_to(table, [*table.shape[:d], wide[d].types, *table.shape[d + 1 :]])
-                        table = contract_axis(table, d, wide[d].pairs)
-                    return table
+    other = b.node
+    weights = weight_of(node), weight_of(other)
+    if None not in weights and weights[0] is not weights[1]:
+        return np.zeros((1,) * len(frame))  # each is linear in a weight that is as good as fresh
+    if not isinstance(other, Contract) or len(other.params) != len(node.params):
         return None
+    wide = (*frame, *node.params)
+    extra = tuple(range(len(frame), len(wide)))
+    mine = [v.within((*a.bind, *extra)) for v in node.args]
+    theirs = [v.within((*b.bind, *extra)) for v in other.args]
+    if [p.size for p in node.params] != [p.size for p in other.params]:
+        return None
+    for i in (1, 0):
+        for j in (1, 0):
+            if mine[i].node is theirs[j].node and mine[i].bind == theirs[j].bind:
+                table = cross(mine[1 - i], theirs[1 - j], wide) * mine[i].second(wide)
+                for d in reversed(extra):
+                    table = np.broadcast_to(table, [*table.shape[:d], wide[d].types, *table.shape[d + 1 :]])
+                    table = contract_axis(table, d, wide[d].pairs)
+                return table
+    return None
 
 
-@handed_on.register
-def _(node: Contract) -> Spread:
+@handed_on.register(Contract)
+def handed_on_of_contract(node: Contract) -> Spread:
     """Both arguments' scales; and each, where it is weights, what they make of the other."""
     parts = []
     for view in node.args:
@@ -208,23 +184,6 @@ def _(node: Contract) -> Spread:
         units = math.prod(axis.size for k, axis in enumerate(node.axes) if k in mine.bind and k not in other.bind)
         spread = with_own_weights(spread, node, mine, other.node, node.width, units)
     return spread
-
-
-def weight_of(node: Node) -> Leaf | None:
-    """The random weight that a linear node applies, if it applies one; looking up, adding up and cutting are linear too."""
-    from varscale.theory.rules.lookup import Gather
-    from varscale.theory.rules.segments import SegmentSum
-
-    while len(node.args) >= 1 and (node.moves or isinstance(node, Gather | SegmentSum)):
-        node = node.args[0].node
-    if node.width is None:
-        return None
-    for source, _ in node.args:
-        while isinstance(source, Rearranged):
-            source = source.args[0].node
-        if isinstance(source, Leaf) and source.odd and not source.is_input:
-            return source
-    return None
 
 
 def tied(x: View, y: View) -> tuple[View, View] | None:

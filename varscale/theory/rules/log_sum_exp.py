@@ -9,10 +9,11 @@ import numpy as np
 from scipy import special
 
 from varscale.theory.domain.tables import Table
-from varscale.theory.graph.expressions import Apply, Sum, affine, roots, total
+from varscale.theory.graph.expressions import Apply, Mean, Sum, roots
 from varscale.theory.graph.layout import Value
-from varscale.theory.graph.nodes import Graph, Node, View
-from varscale.theory.rules.reductions import Extreme, Mean, OneOfMany
+from varscale.theory.graph.nodes import Graph, Node, View, pullback, second_moments
+from varscale.theory.graph.normal_form import affine, total
+from varscale.theory.rules.reductions import Extreme, OneOfMany
 from varscale.theory.rules.softmax import Softmax
 from varscale.theory.rules.softmax_recognition import logits
 
@@ -27,14 +28,18 @@ class LogSumExp(OneOfMany):
     def reduced(self) -> tuple[int, ...]:
         return self.params
 
-    def compute(self) -> Table:
-        return self.sampled(lambda x, axes: np.asarray(special.logsumexp(x, axis=axes)))
 
-    def pullback(self, cotangent: np.ndarray) -> list[np.ndarray | None]:
-        """A logit gets its share of the cotangent."""
-        source = self.args[0].node
-        shares = self.graph.make(Softmax, source.axes, [View(source, tuple(range(len(source.axes))))], self.params)
-        return [np.expand_dims(cotangent, self.params) * shares.table.second]
+@second_moments.register(LogSumExp)
+def second_moments_of_log_sum_exp(node: LogSumExp) -> Table:
+    return node.sampled(lambda x, axes: np.asarray(special.logsumexp(x, axis=axes)))
+
+
+@pullback.register(LogSumExp)
+def pullback_of_log_sum_exp(node: LogSumExp, cotangent: np.ndarray) -> list[np.ndarray | None]:
+    """A logit gets its share of the cotangent."""
+    source = node.args[0].node
+    shares = node.graph.make(Softmax, source.axes, [View(source, tuple(range(len(source.axes))))], node.params)
+    return [np.expand_dims(cotangent, node.params) * shares.table.second]
 
 
 def log_sum_exp_of(graph: Graph, x: Value) -> Value | None:

@@ -8,7 +8,7 @@ from scipy import special
 from varscale.theory.graph.expressions import Apply, Sum, roots
 from varscale.theory.graph.nodes import Array, Node, View
 from varscale.theory.integrals.hermite_series import WEIGHTS, Z
-from varscale.theory.propagation.expectations import concentrated, evaluate, marginal, over_classes
+from varscale.theory.propagation.marginals import concentrated, evaluate, marginal, over_classes
 
 _STRAIGHT = 1e-3  # of a standard deviation, by which values on the normal grid are off a line where they count as Gaussian
 _DRAWS = 50_000

@@ -15,7 +15,7 @@ from varscale.theory.domain.tables import Table
 from varscale.theory.graph import layout
 from varscale.theory.graph.expressions import roots
 from varscale.theory.graph.layout import Atom, Value
-from varscale.theory.graph.nodes import UNKNOWN, Array, Graph, Leaf, Node, View
+from varscale.theory.graph.nodes import UNKNOWN, Array, Graph, Leaf, Node, View, cross_by_kind, pullback, second_moments
 from varscale.theory.interpreter.interpreter import Interpreter, rule
 from varscale.theory.rules.axis import take
 from varscale.theory.rules.padding import classed_axes, padded, repeat_rates, unresolved
@@ -32,6 +32,10 @@ class Gather(Node):
 
     The frame of its view is this node's axes and then the rows' own.
     """
+
+    collects = True
+
+    collects = True
 
     def prepare(self) -> None:
         """What indices are computed from decides, too: the nearest row is no row like others, and may turn with the table."""
@@ -65,35 +69,6 @@ class Gather(Node):
         same = functools.reduce(np.logical_and.outer, [axis.agrees for axis in self.indexed], np.array(True))
         return np.where(same, 1.0, 1.0 / rows)
 
-    def compute(self) -> Table:
-        row_axes, places, _, _, classes, _ = self.params
-        view = self.args[0]
-        table = view.node.table
-        if classes:
-            return self._by_class(table)
-        if self.known is not None and any(axis.labels for axis in self.indexed):
-            ids = self.known.reshape([axis.size for axis in self.indexed])
-            doubt = unresolved(self.graph, ids, self.indexed, self.rates())
-            self.graph.flag("assumed" if doubt > _RESOLVED else "quadrature", doubt + padded(self.graph).doubt)
-        mean = table.mean
-        for k in sorted(row_axes, reverse=True):
-            mean = contract_axis(mean, k, table.axes[k].counts / table.axes[k].size)
-        same, other = _same_and_different(table.second, table.axes, row_axes, self.params[3])
-        kept = [self.args[0].bind[k] for k in range(len(table.axes)) if k not in row_axes]
-        order = np.argsort(kept)
-        shape = [1] * len(self.axes)
-        for k in kept:
-            shape[k] = self.axes[k].types
-        same, other = same.transpose(order).reshape(shape), other.transpose(order).reshape(shape)
-        rate_shape = [axis.types if k in places else 1 for k, axis in enumerate(self.axes)]
-        rate = self.rates().reshape(rate_shape)
-        second = rate * same + (1 - rate) * other
-        mean_shape = [1] * len(self.axes)
-        for k in kept:
-            mean_shape[k] = self.axes[k].classes
-        mean = np.broadcast_to(mean.transpose(order).reshape(mean_shape), [a.classes for a in self.axes])
-        return Table(self.axes, np.array(mean), np.array(np.broadcast_to(second, [a.types for a in self.axes])))
-
     def picked(self, positions: Sequence[np.ndarray], replicates: int, rng: np.random.Generator) -> np.ndarray:
         """Rows of known numbers by indices that are drawn, at these positions of its axes, (replicates, ...)."""
         row_axes, index_axes = self.params[:2]
@@ -106,124 +81,163 @@ class Gather(Node):
         order = np.argsort([*index_axes, *(bind[k] for k in kept)])
         return out.transpose([0, *(1 + int(k) for k in order)])
 
-    def _by_class(self, table: Table) -> Table:
-        """Two indices give one row at the rate they repeat, which only indices of one class do."""
-        (row,), (index,), _, _, classes, _ = self.params
-        axis, own = table.axes[row], self.axes[index]
-        picked = np.array(classes)
-        same = np.concatenate([picked, picked[own.first[own.classes :]]])
-        other = axis.classes + picked[own.first] * axis.classes + picked[own.second]
-        alike = own.first == own.second
-        share = own.pairs[own.classes :].sum() / max(own.pairs[own.classes :][alike[own.classes :]].sum(), 1.0)
-        rate = np.where(alike, np.minimum(self.rates()[1] * share, 1.0), 0.0)
-        rate[: own.classes] = 1.0
-        shape = [1] * table.second.ndim
-        shape[row] = -1
-        rate = rate.reshape(shape)
-        second = rate * np.take(table.second, same, axis=row) + (1 - rate) * np.take(table.second, other, axis=row)
-        mean = np.take(table.mean, picked, axis=row)
-        # The row axis becomes the index axis; the others keep their places.
-        places = [index if k == row else b for k, b in enumerate(self.args[0].bind)]
-        order = np.argsort(places)
-        return Table(self.axes, mean.transpose(order), second.transpose(order))
 
-    def cross_with(self, a: View, b: View, frame: Sequence[Axis]) -> np.ndarray | None:
-        """Two lookups along one axis, of tables with the same rows: they agree as often as their indices do."""
-        from varscale.theory.domain.tables import lift
-        from varscale.theory.propagation.cross_moments import cross
-        from varscale.theory.rules.linear import weight_of
+@second_moments.register(Gather)
+def second_moments_of_gather(node: Gather) -> Table:
+    row_axes, places, _, _, classes, _ = node.params
+    view = node.args[0]
+    table = view.node.table
+    if classes:
+        return _by_class(node, table)
+    if node.known is not None and any(axis.labels for axis in node.indexed):
+        ids = node.known.reshape([axis.size for axis in node.indexed])
+        doubt = unresolved(node.graph, ids, node.indexed, node.rates())
+        node.graph.flag("assumed" if doubt > _RESOLVED else "quadrature", doubt + padded(node.graph).doubt)
+    mean = table.mean
+    for k in sorted(row_axes, reverse=True):
+        mean = contract_axis(mean, k, table.axes[k].counts / table.axes[k].size)
+    same, other = _same_and_different(table.second, table.axes, row_axes, node.params[3])
+    kept = [node.args[0].bind[k] for k in range(len(table.axes)) if k not in row_axes]
+    order = np.argsort(kept)
+    shape = [1] * len(node.axes)
+    for k in kept:
+        shape[k] = node.axes[k].types
+    same, other = same.transpose(order).reshape(shape), other.transpose(order).reshape(shape)
+    rate_shape = [axis.types if k in places else 1 for k, axis in enumerate(node.axes)]
+    rate = node.rates().reshape(rate_shape)
+    second = rate * same + (1 - rate) * other
+    mean_shape = [1] * len(node.axes)
+    for k in kept:
+        mean_shape[k] = node.axes[k].classes
+    mean = np.broadcast_to(mean.transpose(order).reshape(mean_shape), [a.classes for a in node.axes])
+    return Table(node.axes, np.array(mean), np.array(np.broadcast_to(second, [a.types for a in node.axes])))
 
-        weights = weight_of(self), weight_of(b.node)
-        if None not in weights and weights[0] is not weights[1]:
-            return np.zeros((1,) * len(frame))
-        other = b.node
-        if not isinstance(other, Gather) or self.args[0].node.axes != other.args[0].node.axes:
-            return None
-        x, y = self.args[0].node, other.args[0].node
-        ids = [i for n in (self, other) if (i := n.line) is not None]
-        same_places = a.bind == b.bind and self.args[0].bind == other.args[0].bind
-        if not same_places or len(ids) < 2 or len(ids[0]) != len(ids[1]):
-            return self._unrelated(other, a, b, frame)
-        (row,), (index,) = self.params[0], self.params[1]
-        axis = x.axes[row]
-        own = tuple(range(len(x.axes)))
-        table = np.broadcast_to(cross(View(x, own), View(y, own), x.axes), x.frame_types)
-        same, apart = contract_axis(table, row, axis.same), contract_axis(table, row, axis.different)
-        n = len(ids[0])
-        here = float(np.mean(ids[0] == ids[1]))
-        counts = [np.bincount(i, minlength=axis.size).astype(float) for i in ids]
-        there = float((counts[0] @ counts[1] - n * here) / (n * (n - 1)))
-        rate = np.where(self.axes[index].agrees, here, there)
-        second = np.moveaxis(np.multiply.outer(rate, same) + np.multiply.outer(1 - rate, apart), 0, row)
-        bind = [index if k == row else b for k, b in enumerate(self.args[0].bind)]
-        return lift(second, [self.axes[k] for k in bind], [a.bind[k] for k in bind], frame, pairs=True)
 
-    def _unrelated(self, other: Gather, a: View, b: View, frame: Sequence[Axis]) -> np.ndarray | None:
-        """Two lookups at positions that have nothing to do with each other: any index of one meets any of the other."""
-        from varscale.theory.domain.tables import lift
-        from varscale.theory.propagation.cross_moments import cross
+def _by_class(node: Gather, table: Table) -> Table:
+    """Two indices give one row at the rate they repeat, which only indices of one class do."""
+    (row,), (index,), _, _, classes, _ = node.params
+    axis, own = table.axes[row], node.axes[index]
+    picked = np.array(classes)
+    same = np.concatenate([picked, picked[own.first[own.classes :]]])
+    other = axis.classes + picked[own.first] * axis.classes + picked[own.second]
+    alike = own.first == own.second
+    share = own.pairs[own.classes :].sum() / max(own.pairs[own.classes :][alike[own.classes :]].sum(), 1.0)
+    rate = np.where(alike, np.minimum(node.rates()[1] * share, 1.0), 0.0)
+    rate[: own.classes] = 1.0
+    shape = [1] * table.second.ndim
+    shape[row] = -1
+    rate = rate.reshape(shape)
+    second = rate * np.take(table.second, same, axis=row) + (1 - rate) * np.take(table.second, other, axis=row)
+    mean = np.take(table.mean, picked, axis=row)
+    # The row axis becomes the index axis; the others keep their places.
+    places = [index if k == row else b for k, b in enumerate(node.args[0].bind)]
+    order = np.argsort(places)
+    return Table(node.axes, mean.transpose(order), second.transpose(order))
 
-        x, y = self.args[0].node, other.args[0].node
-        row_axes, rows = self.params[0], self.params[3]
-        kept = [k for k in range(len(x.axes)) if k not in row_axes]
-        places = [[view.bind[n.args[0].bind[k]] for k in kept] for n, view in ((self, a), (other, b))]
-        if row_axes != other.params[0] or places[0] != places[1]:
-            return None
-        own = tuple(range(len(x.axes)))
-        table = np.broadcast_to(cross(View(x, own), View(y, own), x.axes), x.frame_types)
-        same, different = _same_and_different(table, x.axes, row_axes, rows)
-        rate = 1 / rows
-        if self.known is not None and other.known is not None:
-            one, two = (np.bincount(i, minlength=rows) / len(i) for i in (self.known, other.known))
-            rate = float(one[:rows] @ two[:rows])
-        second = rate * same + (1 - rate) * different
-        return lift(second, [x.axes[k] for k in kept], places[0], frame, pairs=True)
 
-    def pullback(self, cotangent: np.ndarray) -> list[np.ndarray | None]:
-        """Cotangents add up in the rows they came from: a row gets as many pairs of them as there are indices that agree."""
-        row_axes, index_axes, _, rows = self.params[:4]
-        source, bind = self.args[0].node.axes, self.args[0].bind
-        known = self.line
-        if known is not None:
-            out = self._to_known_rows(cotangent, known)
-        else:
-            axes = [self.axes[k] for k in index_axes]
-            pairs = functools.reduce(np.multiply.outer, [a.pairs for a in axes], np.array(1.0))
-            rate = self.rates()
-            same, other = (
-                np.tensordot(w, cotangent, axes=(range(len(axes)), index_axes))
-                for w in (pairs * rate / rows, pairs * (1 - rate) / max(rows * (rows - 1), 1))
-            )
-            own = functools.reduce(np.logical_and.outer, [source[k].agrees for k in sorted(row_axes)], np.array(True))
-            out = np.multiply.outer(own, same) + np.multiply.outer(~own, other)
-        # Row axes come first here, then the others in the order of this node's axes; they go where the table has them.
-        kept = [k for k in range(len(source)) if k not in row_axes]
-        order = [*sorted(row_axes), *sorted(kept, key=lambda k: bind[k])]
-        return [out.transpose(np.argsort(order))]
+@cross_by_kind.register(Gather)
+def cross_by_kind_of_gather(node: Gather, a: View, b: View, frame: Sequence[Axis]) -> np.ndarray | None:
+    """Two lookups along one axis, of tables with the same rows: they agree as often as their indices do."""
+    from varscale.theory.domain.tables import lift
+    from varscale.theory.graph.linear_nodes import weight_of
+    from varscale.theory.propagation.cross_moments import cross
 
-    def _to_known_rows(self, cotangent: np.ndarray, known: np.ndarray) -> np.ndarray:
-        """The same by class of the rows, where it is known how often each is looked up; the row axis first."""
-        (row,), (index,) = self.params[0], self.params[1]
-        axis, own = self.args[0].node.axes[row], self.axes[index]
-        counts = np.bincount(np.clip(known, 0, axis.size - 1), minlength=axis.size).astype(float)
-        alone, differ = contract_axis(cotangent, index, own.same), contract_axis(cotangent, index, own.different)
-        found = [by_segment(known, segments, alone, differ) for segments in self._segments(len(known))]
-        found = found or [Alike(differ, differ, 0 * differ)]
-        within, between, doubted = (np.mean(x, axis=0) for x in zip(*found, strict=True))
-        members = np.eye(axis.classes)[axis.label_array].T
-        number, squares = members @ counts, members @ counts**2
-        pairs = (np.outer(number, number) - np.diag(squares)).ravel() / np.maximum(axis.pairs[axis.classes :], 1.0)
-        one = np.multiply.outer(number / axis.counts, alone) + np.multiply.outer((squares - number) / axis.counts, within)
-        # Which of several sums sent this cotangent is not known.
-        off = np.max([np.abs(x.within - within) for x in found], axis=0) + np.abs(doubted)
-        places = (slice(None), *(slice(0, a.classes) for k, a in enumerate(self.axes) if k != index))
-        lost = np.multiply.outer((squares - number) / axis.counts, off)[places].sum()
-        self.gradient_doubt = min(float(lost / max(np.abs(one[places]).sum(), 1e-300)), UNKNOWN)
-        return np.concatenate([one, np.multiply.outer(pairs, between)])
+    weights = weight_of(node), weight_of(b.node)
+    if None not in weights and weights[0] is not weights[1]:
+        return np.zeros((1,) * len(frame))
+    other = b.node
+    if not isinstance(other, Gather) or node.args[0].node.axes != other.args[0].node.axes:
+        return None
+    x, y = node.args[0].node, other.args[0].node
+    ids = [i for n in (node, other) if (i := n.line) is not None]
+    same_places = a.bind == b.bind and node.args[0].bind == other.args[0].bind
+    if not same_places or len(ids) < 2 or len(ids[0]) != len(ids[1]):
+        return _unrelated(node, other, a, b, frame)
+    (row,), (index,) = node.params[0], node.params[1]
+    axis = x.axes[row]
+    own = tuple(range(len(x.axes)))
+    table = np.broadcast_to(cross(View(x, own), View(y, own), x.axes), x.frame_types)
+    same, apart = contract_axis(table, row, axis.same), contract_axis(table, row, axis.different)
+    n = len(ids[0])
+    here = float(np.mean(ids[0] == ids[1]))
+    counts = [np.bincount(i, minlength=axis.size).astype(float) for i in ids]
+    there = float((counts[0] @ counts[1] - n * here) / (n * (n - 1)))
+    rate = np.where(node.axes[index].agrees, here, there)
+    second = np.moveaxis(np.multiply.outer(rate, same) + np.multiply.outer(1 - rate, apart), 0, row)
+    bind = [index if k == row else b for k, b in enumerate(node.args[0].bind)]
+    return lift(second, [node.axes[k] for k in bind], [a.bind[k] for k in bind], frame, pairs=True)
 
-    def _segments(self, size: int) -> list[np.ndarray]:
-        """The segments of each sum by segment that its positions are added up by."""
-        return [s for s in self.graph.memo.get(("summed over", self.id), {}).values() if len(s) == size]
+
+def _unrelated(node: Gather, other: Gather, a: View, b: View, frame: Sequence[Axis]) -> np.ndarray | None:
+    """Two lookups at positions that have nothing to do with each other: any index of one meets any of the other."""
+    from varscale.theory.domain.tables import lift
+    from varscale.theory.propagation.cross_moments import cross
+
+    x, y = node.args[0].node, other.args[0].node
+    row_axes, rows = node.params[0], node.params[3]
+    kept = [k for k in range(len(x.axes)) if k not in row_axes]
+    places = [[view.bind[n.args[0].bind[k]] for k in kept] for n, view in ((node, a), (other, b))]
+    if row_axes != other.params[0] or places[0] != places[1]:
+        return None
+    own = tuple(range(len(x.axes)))
+    table = np.broadcast_to(cross(View(x, own), View(y, own), x.axes), x.frame_types)
+    same, different = _same_and_different(table, x.axes, row_axes, rows)
+    rate = 1 / rows
+    if node.known is not None and other.known is not None:
+        one, two = (np.bincount(i, minlength=rows) / len(i) for i in (node.known, other.known))
+        rate = float(one[:rows] @ two[:rows])
+    second = rate * same + (1 - rate) * different
+    return lift(second, [x.axes[k] for k in kept], places[0], frame, pairs=True)
+
+
+@pullback.register(Gather)
+def pullback_of_gather(node: Gather, cotangent: np.ndarray) -> list[np.ndarray | None]:
+    """Cotangents add up in the rows they came from: a row gets as many pairs of them as there are indices that agree."""
+    row_axes, index_axes, _, rows = node.params[:4]
+    source, bind = node.args[0].node.axes, node.args[0].bind
+    known = node.line
+    if known is not None:
+        out = _to_known_rows(node, cotangent, known)
+    else:
+        axes = [node.axes[k] for k in index_axes]
+        pairs = functools.reduce(np.multiply.outer, [a.pairs for a in axes], np.array(1.0))
+        rate = node.rates()
+        same, other = (
+            np.tensordot(w, cotangent, axes=(range(len(axes)), index_axes))
+            for w in (pairs * rate / rows, pairs * (1 - rate) / max(rows * (rows - 1), 1))
+        )
+        own = functools.reduce(np.logical_and.outer, [source[k].agrees for k in sorted(row_axes)], np.array(True))
+        out = np.multiply.outer(own, same) + np.multiply.outer(~own, other)
+    # Row axes come first here, then the others in the order of this node's axes; they go where the table has them.
+    kept = [k for k in range(len(source)) if k not in row_axes]
+    order = [*sorted(row_axes), *sorted(kept, key=lambda k: bind[k])]
+    return [out.transpose(np.argsort(order))]
+
+
+def _to_known_rows(node: Gather, cotangent: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """The same by class of the rows, where it is known how often each is looked up; the row axis first."""
+    (row,), (index,) = node.params[0], node.params[1]
+    axis, own = node.args[0].node.axes[row], node.axes[index]
+    counts = np.bincount(np.clip(known, 0, axis.size - 1), minlength=axis.size).astype(float)
+    alone, differ = contract_axis(cotangent, index, own.same), contract_axis(cotangent, index, own.different)
+    found = [by_segment(known, segments, alone, differ) for segments in _segments(node, len(known))]
+    found = found or [Alike(differ, differ, 0 * differ)]
+    within, between, doubted = (np.mean(x, axis=0) for x in zip(*found, strict=True))
+    members = np.eye(axis.classes)[axis.label_array].T
+    number, squares = members @ counts, members @ counts**2
+    pairs = (np.outer(number, number) - np.diag(squares)).ravel() / np.maximum(axis.pairs[axis.classes :], 1.0)
+    one = np.multiply.outer(number / axis.counts, alone) + np.multiply.outer((squares - number) / axis.counts, within)
+    # Which of several sums sent this cotangent is not known.
+    off = np.max([np.abs(x.within - within) for x in found], axis=0) + np.abs(doubted)
+    places = (slice(None), *(slice(0, a.classes) for k, a in enumerate(node.axes) if k != index))
+    lost = np.multiply.outer((squares - number) / axis.counts, off)[places].sum()
+    node.gradient_doubt = min(float(lost / max(np.abs(one[places]).sum(), 1e-300)), UNKNOWN)
+    return np.concatenate([one, np.multiply.outer(pairs, between)])
+
+
+def _segments(node: Gather, size: int) -> list[np.ndarray]:
+    """The segments of each sum by segment that its positions are added up by."""
+    return [s for s in node.graph.memo.get(("summed over", node.id), {}).values() if len(s) == size]
 
 
 def _same_and_different(

@@ -61,7 +61,7 @@ def unseen_in_given(total: Any) -> float:
     A projection of given rows by fresh weights has their products for covariances, and functions of it no more than those. Of
     several rows that a summand is made of, those that matter most tell. What is one row is known to be, and left out.
     """
-    from varscale.theory.rules.linear import Contract
+    from varscale.theory.graph.linear_nodes import Contract
     from varscale.theory.rules.lookup import Gather
 
     ids, weights, _ = total.graph.memo["segments", total.params]

@@ -10,142 +10,117 @@ import numpy as np
 
 from varscale.theory.domain.axes import Axis, apply_axis, refine
 from varscale.theory.domain.tables import Table, full_along, lift
-from varscale.theory.graph.expressions import affine
-from varscale.theory.graph.layout import Atom, Value, full
-from varscale.theory.graph.nodes import Node, View
-from varscale.theory.interpreter.interpreter import Interpreter, rule
-from varscale.theory.propagation.fluctuations import Spread, handed_on, inherited
-from varscale.theory.propagation.locality import unseen_nearness
-from varscale.theory.propagation.shared_component import of_an_average
-from varscale.theory.propagation.spatial_correlation import answered, nearby
-from varscale.theory.propagation.spatial_windows import Grid, Reader, alike, latents, of_places, of_windows, read
-from varscale.theory.rules.convolution import (
+from varscale.theory.graph.convolutions import (
     ONE,
     Window,
+    WindowSum,
     hits,
     output_axis,
-    prepared,
     squeeze_types,
     tap_means,
     tap_pairs,
     tap_reads,
 )
+from varscale.theory.graph.layout import Atom, Value, full
+from varscale.theory.graph.nodes import Node, View, cross_by_kind, pullback, second_moments
+from varscale.theory.graph.normal_form import affine
+from varscale.theory.interpreter.interpreter import Interpreter, rule
+from varscale.theory.propagation.inherited_fluctuations import Spread, handed_on, inherited
+from varscale.theory.propagation.locality import unseen_nearness
+from varscale.theory.propagation.shared_component import of_an_average
+from varscale.theory.propagation.spatial_correlation import answered, nearby
+from varscale.theory.propagation.spatial_windows import Grid, Reader, alike, latents, of_places, of_windows, read
+from varscale.theory.rules.convolution import prepared
 from varscale.theory.rules.reductions import TIES, bounded, is_identity, narrowest, outside, restored
 
 
-class WindowSum(Node):
-    """Sums over windows; `params` is (windows by dimension, x's dims, out's dims)."""
+def window_sums(node: WindowSum, distances: Mapping[int, int] | None) -> Grid:
+    """Second moments of sums over the windows, by "same" and "different" along a node's axes.
 
-    def prepare(self) -> None:
-        self.odd, self.positive = self.args[0].node.odd, self.args[0].node.positive
-        # Windows that overlap have places in common with the next ones.
-        self.local |= any(w is not None and (w.taps - 1) * w.dilation >= w.stride for w in self.params[0])
-
-    def axes_in(self) -> list[Axis]:
-        return [ONE if k is None else self.args[0].node.axes[k] for k in self.params[1]]
-
-    def axes_out(self) -> list[Axis]:
-        return [ONE if k is None else self.axes[k] for k in self.params[2]]
-
-    def _carry(
-        self, array: np.ndarray, maps: Sequence[np.ndarray | None], inward: Sequence[int | None], outward: Sequence[int | None]
-    ) -> np.ndarray:
-        out = array.transpose([k for k in inward if k is not None])
-        out = out[tuple(None if k is None else slice(None) for k in inward)]
-        for d, matrix in enumerate(maps):
-            if matrix is not None:
-                out = apply_axis(out, d, matrix)
-        kept = out.reshape([n for n, k in zip(out.shape, outward, strict=True) if k is not None])
-        return kept.transpose(np.argsort([k for k in outward if k is not None]))
-
-    def pair_maps(self) -> list[np.ndarray | None]:
-        maps: list[np.ndarray | None] = []
-        for window, a, o in zip(self.params[0], self.axes_in(), self.axes_out(), strict=True):
-            if window is None:
-                maps.append(None)
-                continue
-            same, other = tap_pairs(window, a, o)
-            maps.append(squeeze_types(same + other, o, a))
-        return maps
-
-    def compute(self) -> Table:
-        windows, xd, od = self.params
-        table = self.args[0].node.table
-        means = [
-            None if w is None else tap_means(w, a, o) for w, a, o in zip(windows, self.axes_in(), self.axes_out(), strict=True)
-        ]
-        second = self._carry(table.second, self.pair_maps(), xd, od)
-        if self.args[0].node.local:
-            second = second + refine(answered(self.sums({})) - answered(self.sums(None)), self.axes)
-        return Table(self.axes, self._carry(table.mean, means, xd, od), second)
-
-    def sums(self, distances: Mapping[int, int] | None) -> Grid:
-        """Second moments of sums over the windows, by "same" and "different" along its axes.
-
-        Args:
-            distances: along which of its axes "different" means so far apart; None: windows, too, are over places that are as
-                alike as any.
-        """
-        return self._met(self.args[0].node, distances, of_windows)
-
-    def against(self, y: Node, distances: Mapping[int, int] | None) -> Grid:
-        """The same of sums and places of an array over the axes of what is summed."""
-        return self._met(y, distances, of_places)
-
-    def _met(self, y: Node, distances: Mapping[int, int] | None, reader: Callable[[Window, int], Reader]) -> Grid:
-        weights: dict[int, list[dict[int, float]]] = {}
-        x = self.args[0].node
-        for window, k, o in zip(*self.params, strict=True):
-            if k is None:
-                continue
-            apart = None if o is None or distances is None else distances.get(o)
-            if window is not None:
-                met = reader(window, x.axes[k].size)
-                lines = [met.apart(0)]
-                if o is not None:
-                    lines.append(met.elsewhere() if apart is None else met.apart(apart))
-                weights[k] = lines if distances is not None else [alike(line) for line in lines]
-            elif apart is not None:
-                weights[k] = [{0: 1.0}, {apart: 1.0}]
-        out = yield from read(x, y, weights)
-        order = [(k, o) for k, o in zip(*self.params[1:], strict=True) if k is not None]
-        out = out.transpose([k for k, _ in order]).reshape([2 for _, o in order if o is not None])
-        return out.transpose(np.argsort([o for _, o in order if o is not None]))
-
-    def pullback(self, cotangent: np.ndarray) -> list[np.ndarray | None]:
-        _, xd, od = self.params
-        maps = [
-            None if m is None else (m * o.pairs[: m.shape[0], None]).T / np.maximum(a.pairs[: m.shape[1]], 1.0)[:, None]
-            for m, a, o in zip(self.pair_maps(), self.axes_in(), self.axes_out(), strict=True)
-        ]
-        return [self._carry(cotangent, maps, od, xd)]
-
-    def cross_with(self, a: View, b: View, frame: Sequence[Axis]) -> np.ndarray | None:
-        """Places of another array over the same grid, against the places that a window reads."""
-        from varscale.theory.propagation.cross_moments import cross
-
-        windows, xd, od = self.params
-        x, read = self.args[0].node, {}
-        for window, k, o in zip(windows, xd, od, strict=True):
-            if k is None or o is None:
-                if k != o:
-                    return None  # the only place of an axis is no axis of the frame
-                continue
-            if window is not None and window.size_out != x.axes[k].size:
-                return None
-            read[k] = (a.bind[o], window)
-        out = cross(View(x, tuple(read[k][0] for k in range(len(x.axes)))), b, frame)
-        for place, window in read.values():
-            if window is not None:
-                out = apply_axis(full_along(out, place, frame[place]), place, tap_reads(window, frame[place]))
-        if x.local and x.axes == b.node.axes and [read[k][0] for k in range(len(x.axes))] == list(b.bind):
-            gain = answered(self.against(b.node, {})) - answered(self.against(b.node, None))
-            out = out + lift(refine(gain, self.axes), self.axes, a.bind, frame, pairs=True)
-        return out
+    Args:
+        node: the sums.
+        distances: along which of its axes "different" means so far apart; None: windows, too, are over places that are as
+            alike as any.
+    """
+    return _met(node, node.args[0].node, distances, of_windows)
 
 
-@handed_on.register
-def _(node: WindowSum) -> Spread:
+def window_sums_against(node: WindowSum, y: Node, distances: Mapping[int, int] | None) -> Grid:
+    """The same of sums and places of an array over the axes of what is summed."""
+    return _met(node, y, distances, of_places)
+
+
+@second_moments.register(WindowSum)
+def second_moments_of_window_sum(node: WindowSum) -> Table:
+    windows, xd, od = node.params
+    table = node.args[0].node.table
+    means = [
+        None if w is None else tap_means(w, a, o) for w, a, o in zip(windows, node.axes_in(), node.axes_out(), strict=True)
+    ]
+    second = node._carry(table.second, node.pair_maps(), xd, od)
+    if node.args[0].node.local:
+        second = second + refine(answered(window_sums(node, {})) - answered(window_sums(node, None)), node.axes)
+    return Table(node.axes, node._carry(table.mean, means, xd, od), second)
+
+
+def _met(node: WindowSum, y: Node, distances: Mapping[int, int] | None, reader: Callable[[Window, int], Reader]) -> Grid:
+    weights: dict[int, list[dict[int, float]]] = {}
+    x = node.args[0].node
+    for window, k, o in zip(*node.params, strict=True):
+        if k is None:
+            continue
+        apart = None if o is None or distances is None else distances.get(o)
+        if window is not None:
+            met = reader(window, x.axes[k].size)
+            lines = [met.apart(0)]
+            if o is not None:
+                lines.append(met.elsewhere() if apart is None else met.apart(apart))
+            weights[k] = lines if distances is not None else [alike(line) for line in lines]
+        elif apart is not None:
+            weights[k] = [{0: 1.0}, {apart: 1.0}]
+    out = yield from read(x, y, weights)
+    order = [(k, o) for k, o in zip(*node.params[1:], strict=True) if k is not None]
+    out = out.transpose([k for k, _ in order]).reshape([2 for _, o in order if o is not None])
+    return out.transpose(np.argsort([o for _, o in order if o is not None]))
+
+
+@pullback.register(WindowSum)
+def pullback_of_window_sum(node: WindowSum, cotangent: np.ndarray) -> list[np.ndarray | None]:
+    _, xd, od = node.params
+    maps = [
+        None if m is None else (m * o.pairs[: m.shape[0], None]).T / np.maximum(a.pairs[: m.shape[1]], 1.0)[:, None]
+        for m, a, o in zip(node.pair_maps(), node.axes_in(), node.axes_out(), strict=True)
+    ]
+    return [node._carry(cotangent, maps, od, xd)]
+
+
+@cross_by_kind.register(WindowSum)
+def cross_by_kind_of_window_sum(node: WindowSum, a: View, b: View, frame: Sequence[Axis]) -> np.ndarray | None:
+    """Places of another array over the same grid, against the places that a window reads."""
+    from varscale.theory.propagation.cross_moments import cross
+
+    windows, xd, od = node.params
+    x, read = node.args[0].node, {}
+    for window, k, o in zip(windows, xd, od, strict=True):
+        if k is None or o is None:
+            if k != o:
+                return None  # the only place of an axis is no axis of the frame
+            continue
+        if window is not None and window.size_out != x.axes[k].size:
+            return None
+        read[k] = (a.bind[o], window)
+    out = cross(View(x, tuple(read[k][0] for k in range(len(x.axes)))), b, frame)
+    for place, window in read.values():
+        if window is not None:
+            out = apply_axis(full_along(out, place, frame[place]), place, tap_reads(window, frame[place]))
+    if x.local and x.axes == b.node.axes and [read[k][0] for k in range(len(x.axes))] == list(b.bind):
+        gain = answered(window_sums_against(node, b.node, {})) - answered(window_sums_against(node, b.node, None))
+        out = out + lift(refine(gain, node.axes), node.axes, a.bind, frame, pairs=True)
+    return out
+
+
+@handed_on.register(WindowSum)
+def handed_on_of_window_sum(node: WindowSum) -> Spread:
     return of_an_average(node, inherited(node.args[0].node))
 
 
@@ -162,89 +137,98 @@ class WindowMax(WindowSum):
         super().prepare()
         self.odd = 0
 
-    def cross_with(self, a: View, b: View, frame: Sequence[Axis]) -> np.ndarray | None:
-        return None  # which places are read depends on what is there
 
-    def compute(self) -> Table:
-        from varscale.theory.rules.sampled_primitive import pooled_estimate
+@cross_by_kind.register(WindowMax)
+def cross_by_kind_of_window_max(node: WindowMax, a: View, b: View, frame: Sequence[Axis]) -> np.ndarray | None:
+    return None  # which places are read depends on what is there
 
-        windows, xd, od = self.params
-        node = self.args[0].node
-        x, cut = self._drawn()
-        # Of what a few numbers decide there is no Gaussian tail; what places share does not add to the largest.
-        taps = math.prod(w.taps for w in windows if w is not None)
-        self.graph.flag("sampled", bounded(taps, narrowest(node)) + unseen_nearness(node))
-        if node.local:
-            self.graph.flag("sampled", nearby(node, tuple((k, 1) for k in sorted(cut))).doubt)
-        law = self._law(x)
-        for k, (span, step, dilation) in cut.items():
-            view = np.lib.stride_tricks.sliding_window_view(x, span, axis=k + 1)
-            x = view[..., ::dilation].max(axis=-1)
-            x = np.moveaxis(np.moveaxis(x, k + 1, 0)[::step], 0, k + 1)
-        order = [k for k in xd if k is not None]
-        x = x.transpose([0, *(k + 1 for k in order)])
-        live = [i for i, (k, o) in enumerate((k, o) for k, o in zip(xd, od, strict=True) if k is not None) if o is not None]
-        x = x[(slice(None), *(slice(None) if i in live else 0 for i in range(len(order))))]
-        placed = [o for k, o in zip(xd, od, strict=True) if k is not None and o is not None]
-        return _with_law(pooled_estimate(x.transpose([0, *(int(i) + 1 for i in np.argsort(placed))]), self.axes), *law)
 
-    def _drawn(self) -> tuple[np.ndarray, dict[int, tuple[int, int, int]]]:
-        """Draws of two windows along each axis, and how each is cut into them: span, step, dilation.
+@second_moments.register(WindowMax)
+def second_moments_of_window_max(whole: WindowMax) -> Table:
+    from varscale.theory.rules.sampled_primitive import pooled_estimate
 
-        They are next to one another, or, where what is near is more alike, anywhere.
-        """
-        from varscale.theory.rules.sampled_primitive import draw
+    windows, xd, od = whole.params
+    node = whole.args[0].node
+    x, cut = _drawn(whole)
+    # Of what a few numbers decide there is no Gaussian tail; what places share does not add to the largest.
+    taps = math.prod(w.taps for w in windows if w is not None)
+    whole.graph.flag("sampled", bounded(taps, narrowest(node)) + unseen_nearness(node))
+    if node.local:
+        whole.graph.flag("sampled", nearby(node, tuple((k, 1) for k in sorted(cut))).doubt)
+    law = _law(whole, x)
+    for k, (span, step, dilation) in cut.items():
+        view = np.lib.stride_tricks.sliding_window_view(x, span, axis=k + 1)
+        x = view[..., ::dilation].max(axis=-1)
+        x = np.moveaxis(np.moveaxis(x, k + 1, 0)[::step], 0, k + 1)
+    order = [k for k in xd if k is not None]
+    x = x.transpose([0, *(k + 1 for k in order)])
+    live = [i for i, (k, o) in enumerate((k, o) for k, o in zip(xd, od, strict=True) if k is not None) if o is not None]
+    x = x[(slice(None), *(slice(None) if i in live else 0 for i in range(len(order))))]
+    placed = [o for k, o in zip(xd, od, strict=True) if k is not None and o is not None]
+    return _with_law(pooled_estimate(x.transpose([0, *(int(i) + 1 for i in np.argsort(placed))]), whole.axes), *law)
 
-        node = self.args[0].node
-        windows = {k: w for w, k in zip(*self.params[:2], strict=True) if k is not None and w is not None}
-        sizes, cut = [min(axis.size, 2) for axis in node.axes], {}
-        for k, w in windows.items():
-            span = min((w.taps - 1) * w.dilation + 1, node.axes[k].size)
-            step = span if node.local else w.stride
-            sizes[k] = 2 * span if node.local else min(node.axes[k].size, 2 * step + span)
-            cut[k] = (span, step, w.dilation)
-        replicates, rng = int(np.clip(3e6 / math.prod(sizes), 16, 20_000)), np.random.default_rng(0)
-        if not node.local:
-            return draw(node, sizes, replicates, rng), cut
-        return draw(node, sizes, replicates, rng, lambda root: latents(root, sizes, cut, replicates, rng)), cut
 
-    def _law(self, x: np.ndarray) -> tuple[float, float]:
-        """Mean and mean square over all windows, by how many of their places are in the array along each axis."""
-        windows, xd, _ = self.params
-        parts = [(1.0, x)]
-        for k, window in zip(xd, windows, strict=True):
-            if k is None or window is None:
-                continue
-            real = (hits(window, self.args[0].node.axes[k].size) >= 0).sum(axis=1)
-            many, counts = np.unique(real[real > 0], return_counts=True)
-            cuts = [
-                (c / counts.sum(), (slice(None),) * (k + 1) + (slice(0, m * window.dilation, window.dilation),))
-                for m, c in zip(many, counts, strict=True)
-            ]
-            parts = [(p * c, y[at].max(axis=k + 1, keepdims=True)) for p, y in parts for c, at in cuts]
-        return sum(p * float(y.mean()) for p, y in parts), sum(p * float((y**2).mean()) for p, y in parts)
+def _drawn(whole: WindowMax) -> tuple[np.ndarray, dict[int, tuple[int, int, int]]]:
+    """Draws of two windows along each axis, and how each is cut into them: span, step, dilation.
 
-    def pullback(self, cotangent: np.ndarray) -> list[np.ndarray | None]:
-        taps = math.prod(w.taps for w in self.params[0] if w is not None)
-        (spread,) = super().pullback(cotangent)
-        assert spread is not None
-        # Each window feeds one entry: of the pairs of taps only those of one window and one entry remain.
-        diagonal = tuple(slice(0, a.classes) for a in self.args[0].node.axes)
-        out = spread / taps**2
-        out[diagonal] = self._own_share(cotangent)[diagonal] / taps
-        return [out]
+    They are next to one another, or, where what is near is more alike, anywhere.
+    """
+    from varscale.theory.rules.sampled_primitive import draw
 
-    def _own_share(self, cotangent: np.ndarray) -> np.ndarray:
-        """Cotangents of the windows over an entry, one by one."""
-        maps: list[np.ndarray | None] = []
-        for window, a, o in zip(self.params[0], self.axes_in(), self.axes_out(), strict=True):
-            if window is None:
-                maps.append(None)
-                continue
-            same, _ = tap_pairs(window, a, o)
-            m = squeeze_types(same, o, a)
-            maps.append((m * o.pairs[: m.shape[0], None]).T / np.maximum(a.pairs[: m.shape[1]], 1.0)[:, None])
-        return self._carry(cotangent, maps, self.params[2], self.params[1])
+    node = whole.args[0].node
+    windows = {k: w for w, k in zip(*whole.params[:2], strict=True) if k is not None and w is not None}
+    sizes, cut = [min(axis.size, 2) for axis in node.axes], {}
+    for k, w in windows.items():
+        span = min((w.taps - 1) * w.dilation + 1, node.axes[k].size)
+        step = span if node.local else w.stride
+        sizes[k] = 2 * span if node.local else min(node.axes[k].size, 2 * step + span)
+        cut[k] = (span, step, w.dilation)
+    replicates, rng = int(np.clip(3e6 / math.prod(sizes), 16, 20_000)), np.random.default_rng(0)
+    if not node.local:
+        return draw(node, sizes, replicates, rng), cut
+    return draw(node, sizes, replicates, rng, lambda root: latents(root, sizes, cut, replicates, rng)), cut
+
+
+def _law(node: WindowMax, x: np.ndarray) -> tuple[float, float]:
+    """Mean and mean square over all windows, by how many of their places are in the array along each axis."""
+    windows, xd, _ = node.params
+    parts = [(1.0, x)]
+    for k, window in zip(xd, windows, strict=True):
+        if k is None or window is None:
+            continue
+        real = (hits(window, node.args[0].node.axes[k].size) >= 0).sum(axis=1)
+        many, counts = np.unique(real[real > 0], return_counts=True)
+        cuts = [
+            (c / counts.sum(), (slice(None),) * (k + 1) + (slice(0, m * window.dilation, window.dilation),))
+            for m, c in zip(many, counts, strict=True)
+        ]
+        parts = [(p * c, y[at].max(axis=k + 1, keepdims=True)) for p, y in parts for c, at in cuts]
+    return sum(p * float(y.mean()) for p, y in parts), sum(p * float((y**2).mean()) for p, y in parts)
+
+
+@pullback.register(WindowMax)
+def pullback_of_window_max(node: WindowMax, cotangent: np.ndarray) -> list[np.ndarray | None]:
+    taps = math.prod(w.taps for w in node.params[0] if w is not None)
+    (spread,) = pullback_of_window_sum(node, cotangent)
+    assert spread is not None
+    # Each window feeds one entry: of the pairs of taps only those of one window and one entry remain.
+    diagonal = tuple(slice(0, a.classes) for a in node.args[0].node.axes)
+    out = spread / taps**2
+    out[diagonal] = _own_share(node, cotangent)[diagonal] / taps
+    return [out]
+
+
+def _own_share(node: WindowMax, cotangent: np.ndarray) -> np.ndarray:
+    """Cotangents of the windows over an entry, one by one."""
+    maps: list[np.ndarray | None] = []
+    for window, a, o in zip(node.params[0], node.axes_in(), node.axes_out(), strict=True):
+        if window is None:
+            maps.append(None)
+            continue
+        same, _ = tap_pairs(window, a, o)
+        m = squeeze_types(same, o, a)
+        maps.append((m * o.pairs[: m.shape[0], None]).T / np.maximum(a.pairs[: m.shape[1]], 1.0)[:, None])
+    return node._carry(cotangent, maps, node.params[2], node.params[1])
 
 
 def _with_law(table: Table, mean: float, square: float) -> Table:

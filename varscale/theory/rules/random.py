@@ -13,11 +13,12 @@ from scipy import special
 from varscale.theory.domain.axes import Axis
 from varscale.theory.domain.tables import independent
 from varscale.theory.graph.expressions import Apply, roots
+from varscale.theory.graph.factors import factors
 from varscale.theory.graph.layout import Atom, Value, full, value
 from varscale.theory.graph.nodes import Array, Constant, Leaf, Node, View
 from varscale.theory.integrals.hermite_series import WEIGHTS, Z
 from varscale.theory.interpreter.interpreter import Interpreter, Opaque, elementwise_or_layout, rule
-from varscale.theory.propagation.expectations import evaluate, factors
+from varscale.theory.propagation.marginals import evaluate
 
 
 def _uniform_bits(width: int) -> np.ndarray:

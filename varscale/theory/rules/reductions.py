@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,16 +10,17 @@ from typing import Any
 import numpy as np
 from scipy import special
 
-from varscale.theory.domain.axes import Axis, contract_axis
+from varscale.theory.domain.axes import Axis
 from varscale.theory.domain.tables import Table
 from varscale.theory.graph import layout
-from varscale.theory.graph.expressions import Apply, Sum, affine, apply, total
+from varscale.theory.graph.expressions import Apply, Mean
 from varscale.theory.graph.layout import Atom, Value
-from varscale.theory.graph.nodes import Array, Constant, Node, View, array
-from varscale.theory.graph.reshapes import Split
+from varscale.theory.graph.nodes import Constant, Node, View, cross_by_kind, pullback, second_moments
+from varscale.theory.graph.normal_form import affine, mean_node
 from varscale.theory.integrals.hermite_series import Z, sphere_squares
 from varscale.theory.interpreter.interpreter import Interpreter, rule
-from varscale.theory.propagation.fluctuations import Spread, combine, full, handed_on, inherited
+from varscale.theory.propagation.fluctuations import full
+from varscale.theory.propagation.inherited_fluctuations import Spread, combine, handed_on, inherited
 from varscale.theory.propagation.shared_component import of_an_average
 
 # Set on the validation grid, not derived, both: of the second moment of a maximum, a factor of e in how many it is over; of the
@@ -29,136 +29,12 @@ _TAIL, TIES = 0.05, 0.15
 _IMMENSE = 1e9  # as far from 0 as what stands for infinity is, at least
 
 
-class Mean(Node):
-    """The mean over some axes; `params` is those axes. Gaussian, unless what it averages is positive (then lognormal)."""
-
-    averages = True
-
-    def prepare(self) -> None:
-        self.odd, self.positive = self.args[0].node.odd, self.args[0].node.positive
-
-    def compute(self) -> Table:
-        table = self.args[0].node.table
-        mean, second = table.mean, table.second
-        for k in reversed(self.params):
-            axis = table.axes[k]
-            mean, second = contract_axis(mean, k, axis.counts / axis.size), contract_axis(second, k, axis.any_pair)
-        return Table(self.axes, mean, second)
-
-    def pullback(self, cotangent: np.ndarray) -> list[np.ndarray | None]:
-        return [mean_pullback(cotangent, self.params, self.args[0].node.axes)]
-
-    def inside(self, k: int, cut: Callable[[Node, int], Node]) -> Node:
-        """The mean of what was cut: a part of a normalised row is still known to be normalised by the row's own mean."""
-        inner = self.args[0].node
-        at = [j for j in range(len(inner.axes)) if j not in self.params][k]
-        part = cut(inner, at)
-        return mean_node(part, [j if j < at else j + len(part.axes) - len(inner.axes) for j in self.params])
-
-    def cross_with(self, a: View, b: View, frame: Sequence[Axis]) -> np.ndarray | None:
-        """E[mean(x) y]: where y does not run over the averaged axes, averaging x there changes nothing (projection)."""
-        from varscale.theory.propagation.cross_means import cross_mean
-
-        return cross_mean(a, b, frame)
-
-
-@handed_on.register
-def _(node: Mean) -> Spread:
+@handed_on.register(Mean)
+def handed_on_of_mean(node: Mean) -> Spread:
     inner = node.args[0].node
     if isinstance(inner, Apply) and inner.params == ("integer_pow", (2,)):
         return combine([(2.0, full(inner.args[0].node))])
     return of_an_average(node, inherited(inner))
-
-
-def mean_pullback(cotangent: np.ndarray, reduced: Sequence[int], axes: Sequence[Axis]) -> np.ndarray:
-    """The same cotangent at every position, over their number."""
-    for k in sorted(reduced):
-        cotangent = np.repeat(np.expand_dims(cotangent, k), axes[k].types, axis=k) / axes[k].size ** 2
-    return cotangent
-
-
-def mean_node(node: Node, axes: Sequence[int]) -> Node:
-    """The mean of a node over some of its axes, in normal form."""
-    places = tuple(sorted(axes))
-    if not places or isinstance(node, Constant):
-        return node
-    return node.graph.once(("mean", node.id, places), lambda: _mean_node(node, places))
-
-
-def _mean_node(node: Node, axes: tuple[int, ...]) -> Node:
-    graph = node.graph
-    left = tuple(a for k, a in enumerate(node.axes) if k not in axes)
-    new = {k: i for i, k in enumerate(k for k in range(len(node.axes)) if k not in axes)}
-    if isinstance(node, Array):
-        return array(graph, node.values.mean(axis=axes), left)
-
-    def inside(view: View) -> View:
-        averaged = mean_node(view.node, [j for j, b in enumerate(view.bind) if b in axes])
-        return View(averaged, () if isinstance(averaged, Constant) else tuple(new[b] for b in view.bind if b not in axes))
-
-    def spread(cotangent: np.ndarray) -> np.ndarray:
-        return mean_pullback(cotangent, axes, node.axes)
-
-    if isinstance(node, Sum):
-        return graph.derive(node, total(graph, node.params, left, [inside(v) for v in node.args]), spread)
-    if isinstance(node, Apply) and node.params[0] == "affine":
-        c, d = node.params[1]
-        view = inside(node.args[0])
-        if tuple(view.node.axes) == left and view.bind == tuple(range(len(left))):
-            return affine(view.node, c, d)
-        if isinstance(view.node, Constant):
-            return affine(view.node, c, d)
-        return graph.make(Apply, left, [view], ("affine", (c, d)))
-    if isinstance(node, Apply) and node.params[0] == "integer_pow":
-        node = _powers_apart(node, axes)
-    if isinstance(node, Apply) and node.params[0] in ("mul", "div"):
-        x, y = node.args
-        # A factor that is constant along the axes comes out.
-        if not any(b in axes for b in y.bind) or (node.params[0] == "mul" and not any(b in axes for b in x.bind)):
-            return apply(graph, node.params[0], node.params[1], left, [inside(x), inside(y)])
-        if (product := _factors_apart(node, axes)) is not None:
-            return mean_node(product, axes)
-    if isinstance(node, Mean):
-        places = [k for k in range(len(node.args[0].node.axes)) if k not in node.params]
-        return mean_node(node.args[0].node, [*node.params, *(places[k] for k in axes)])
-    if isinstance(node, Split):
-        k, sizes = node.params
-        factors = range(k, k + len(sizes))
-        if set(factors) <= set(axes):  # all factors of an axis are the axis
-            whole = [j if j < k else j - len(sizes) + 1 for j in axes if j not in factors]
-            return mean_node(node.args[0].node, [k, *whole])
-    return graph.make(Mean, left, [View(node, tuple(range(len(node.axes))))], axes)
-
-
-def _factors_apart(node: Apply, axes: Sequence[int]) -> Node | None:
-    """x (x y) as x² y, where y is constant along the axes; None where no factor is."""
-    from varscale.theory.propagation.expectations import factors
-
-    graph, whole = node.graph, tuple(range(len(node.axes)))
-    number, parts = factors(View(node, whole))
-    constant = [view for view in parts if not any(b in axes for b in view.bind)]
-    if not constant or len(constant) == len(parts):
-        return None
-    varied = dict.fromkeys(view for view in parts if view not in constant)
-    powers = [View(apply(graph, "integer_pow", (parts.count(x),), node.axes, [x]), whole) for x in varied]
-    *_, product = itertools.accumulate(powers, lambda x, y: View(apply(graph, "mul", (), node.axes, [x, y]), whole))
-    *_, outer = itertools.accumulate(constant, lambda x, y: View(apply(graph, "mul", (), node.axes, [x, y]), whole))
-    return affine(apply(graph, "mul", (), node.axes, [product, outer]), number, 0.0)
-
-
-def _powers_apart(node: Apply, axes: Sequence[int]) -> Node:
-    """(x y)ⁿ as xⁿ yⁿ, where one factor is constant along the axes: the scale of a norm comes out of the next norm's mean."""
-    (inner, bind), graph = node.args[0], node.graph
-    if not isinstance(inner, Apply) or inner.params[0] not in ("mul", "div"):
-        return node
-    parts = [view.within(bind) for view in inner.args]
-    if all(any(b in axes for b in view.bind) for view in parts):
-        return node
-    whole = [View(x, tuple(range(len(x.axes)))) for x, _ in parts]
-    name, extra = node.params
-    powers = [apply(graph, name, extra, view.node.axes, [view]) for view in whole]
-    views = [View(x, view.bind if x.axes else ()) for x, view in zip(powers, parts, strict=True)]
-    return apply(graph, inner.params[0], (), node.axes, views)
 
 
 def over(x: Value, dims: Sequence[int]) -> tuple[list[int], Value]:
@@ -208,20 +84,22 @@ class OneOfMany(Node):
         self.graph.flag("sampled", _TAIL * math.log(count) + bounded(count, narrowest(source)))
         return sample_map([source], [set(axes)], self.axes, lambda x: reduce(x, tuple(k + 1 for k in axes)))
 
-    def cross_with(self, a: View, b: View, frame: Sequence[Axis]) -> np.ndarray | None:
-        """Σ E[∂f/∂x_k] Cov(x_k, y) = Cov(mean x, y) for Gaussians that are alike (Stein): the slopes add up to 1."""
-        from varscale.theory.propagation.cross_moments import cross, mean_product
 
-        x = self.args[0].node
-        if any(x.axes[k].labels is not None for k in self.reduced) or not (_is_gaussian(x) and _is_gaussian(b.node)):
-            return None
-        mean = View(mean_node(x, self.reduced), a.bind)
-        return mean_product(a, b, frame) + cross(mean, b, frame) - mean_product(mean, b, frame)
+@cross_by_kind.register(OneOfMany)
+def cross_by_kind_of_one_of_many(node: OneOfMany, a: View, b: View, frame: Sequence[Axis]) -> np.ndarray | None:
+    """Σ E[∂f/∂x_k] Cov(x_k, y) = Cov(mean x, y) for Gaussians that are alike (Stein): the slopes add up to 1."""
+    from varscale.theory.propagation.cross_moments import cross, mean_product
+
+    x = node.args[0].node
+    if any(x.axes[k].labels is not None for k in node.reduced) or not (_is_gaussian(x) and _is_gaussian(b.node)):
+        return None
+    mean = View(mean_node(x, node.reduced), a.bind)
+    return mean_product(a, b, frame) + cross(mean, b, frame) - mean_product(mean, b, frame)
 
 
 def _is_gaussian(node: Node) -> bool:
     """Whether a node may be taken for Gaussian: no function of others, and of no law of its own."""
-    from varscale.theory.propagation.expectations import marginal
+    from varscale.theory.propagation.marginals import marginal
 
     while isinstance(node, Apply) and node.params[0] == "affine":
         node = node.args[0].node
@@ -238,26 +116,30 @@ class Extreme(OneOfMany):
     def reduced(self) -> tuple[int, ...]:
         return self.params[0]
 
-    def compute(self) -> Table:
-        _, sign, count = self.params
-        return self.sampled(lambda x, axes: (sign * x).max(axis=axes) * sign, count)
 
-    def pullback(self, cotangent: np.ndarray) -> list[np.ndarray | None]:
-        """Each cotangent goes to the one entry that was the extreme: one in `count`, and no two of a window share it."""
-        axes, _, _ = self.params
-        source = self.args[0].node.axes
-        out = cotangent
-        for k in sorted(axes):
-            n = source[k].size
-            types = np.zeros(source[k].types)
-            types[: source[k].classes] = 1 / n
-            out = np.moveaxis(np.multiply.outer(types, out), 0, k)
-        return [out]
+@second_moments.register(Extreme)
+def second_moments_of_extreme(node: Extreme) -> Table:
+    _, sign, count = node.params
+    return node.sampled(lambda x, axes: (sign * x).max(axis=axes) * sign, count)
+
+
+@pullback.register(Extreme)
+def pullback_of_extreme(node: Extreme, cotangent: np.ndarray) -> list[np.ndarray | None]:
+    """Each cotangent goes to the one entry that was the extreme: one in `count`, and no two of a window share it."""
+    axes, _, _ = node.params
+    source = node.args[0].node.axes
+    out = cotangent
+    for k in sorted(axes):
+        n = source[k].size
+        types = np.zeros(source[k].types)
+        types[: source[k].classes] = 1 / n
+        out = np.moveaxis(np.multiply.outer(types, out), 0, k)
+    return [out]
 
 
 def narrowest(node: Node) -> float:
     """The fewest numbers that a position was made from by weights, anywhere on the way."""
-    from varscale.theory.rules.linear import weight_of
+    from varscale.theory.graph.linear_nodes import weight_of
 
     width, seen, pending = math.inf, {node.id}, [node]
     while pending:

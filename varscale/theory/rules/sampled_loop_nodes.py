@@ -17,10 +17,11 @@ from varscale.theory.domain.axes import Axis
 from varscale.theory.domain.random_arrays import gaussian
 from varscale.theory.domain.tables import Table, lift
 from varscale.theory.graph.layout import Atom, Value, materialize, merged
-from varscale.theory.graph.nodes import Node, View
+from varscale.theory.graph.nodes import Node, View, cross_by_kind, known_samples, pullback, second_moments
 from varscale.theory.integrals.hermite_series import POINTS, WEIGHTS, Z
 from varscale.theory.interpreter.interpreter import Complex, Interpreter, Opaque, parts
-from varscale.theory.propagation.fluctuations import Spread, combine, full, handed_on
+from varscale.theory.propagation.fluctuations import full
+from varscale.theory.propagation.inherited_fluctuations import Spread, combine, handed_on
 from varscale.theory.propagation.joint_sample import steps
 from varscale.theory.propagation.sample_moments import by_level, cross_moments, pooled, table_of_draws
 from varscale.theory.propagation.sampler import evenly, picked
@@ -49,36 +50,11 @@ class Looped(Node):
         numbers = self.loop.outputs[self.params[1]]
         return _positions(self.axes, self._own(numbers).shape[1:]), self._own(numbers)
 
-    def draws(self) -> np.ndarray:
-        return self._layout[1]
-
     def _own(self, numbers: np.ndarray) -> np.ndarray:
         """Numbers of the output over this node's axes: along its other dimensions it is constant."""
         dims = self.params[2]
         index = [slice(None) if d in dims else 0 for d in range(numbers.ndim - 1)]
         return numbers[(slice(None), *index)]
-
-    def compute(self) -> Table:
-        positions, numbers = self._layout
-        table = table_of_draws(self, numbers, positions)
-        self.drawn = self._quantiles()
-        return table
-
-    def _quantiles(self) -> np.ndarray:
-        """Its values on the normal grid, class by class."""
-        positions, numbers = self._layout
-        out = np.empty((*[a.classes for a in self.axes], POINTS))
-        labels = [a.label_array[p] for a, p in zip(self.axes, positions, strict=True)]
-        for cell in np.ndindex(*out.shape[:-1]):
-            own = numbers
-            for k, (label, c) in enumerate(zip(labels, cell, strict=True)):
-                own = np.compress(label == c, own, axis=1 + k)
-            line = np.sort(own, axis=None)
-            drawn = np.interp(special.ndtr(Z) * len(line) - 0.5, np.arange(len(line)), line)
-            # The grid ends where the draws do: what their tails lack is made up for by the rest.
-            scale = math.sqrt(max(WEIGHTS @ drawn**2, 1e-300) / max(float(np.mean(line.astype(float) ** 2)), 1e-300))
-            out[cell] = drawn / scale
-        return out
 
     @functools.cached_property
     def fluctuation(self) -> Spread:
@@ -105,74 +81,108 @@ class Looped(Node):
     def _is_stacked(self) -> bool:
         return 0 in self.params[2] and self.params[3]
 
-    def pullback(self, cotangent: np.ndarray) -> list[np.ndarray | None]:
-        loop, which, dims = self.loop, self.params[1], self.params[2]
-        whole = loop.outputs[which].shape[1:]
-        replicates = int(np.clip(_MEMORY / max(loop.memory, 1), 2, loop.replicates))
-        seed = np.zeros((replicates, *whole), np.float32)
-        index = (slice(None), *(slice(None) if d in dims else 0 for d in range(len(whole))))
-        seed[index] = self._arriving(np.broadcast_to(cotangent, self.frame_types), replicates)
-        self.graph.memo.setdefault("pulled back", []).append(self)
-        out: list[np.ndarray | None] = []
-        for x, passed in zip(loop.operands, loop.back(which, seed), strict=True):
-            for part, value in enumerate(x.value):
-                if passed is None or not x.random:
-                    out.append(None)
-                    continue
-                # jax's cotangent of x + iy is ∂/∂x − i ∂/∂y
-                real = (np.real(passed) if part == 0 else -np.imag(passed)).astype(np.float32)
-                out.append(self._carried_back(x, value, real))
-        return out
 
-    def _arriving(self, cotangent: np.ndarray, replicates: int) -> np.ndarray:
-        """Draws of its cotangents: those that loops which read it have sent back, in their order in time, and Gaussian ones."""
-        positions, _ = self._layout
-        sent = self.graph.memo.get(("sent back", self.id), [])
-        drawn, rest = np.zeros((replicates, *map(len, positions))), cotangent
-        for numbers in sent:
-            drawn = drawn + picked(numbers, self.axes, positions, replicates)
-            rest = rest - pooled(numbers, self.axes, _positions(self.axes, numbers.shape[1:])).second
-        readers = [
-            x for x in self.graph.memo.get("pulled back", []) if x.deps & self.deps == self.deps and x.loop is not self.loop
-        ]
-        self.gradient_doubt = _LOOSE if len(readers) > len(sent) else Looped.gradient_doubt
-        return drawn + gaussian(rest, self.axes, positions, replicates, np.random.default_rng(self.id))
+@known_samples.register(Looped)
+def known_samples_of_looped(node: Looped) -> np.ndarray:
+    return node._layout[1]
 
-    def _carried_back(self, x: Operand, value: Value, passed: np.ndarray) -> np.ndarray:
-        """Second moments of a node's cotangents by type, from cotangents of the operand that it is."""
-        copies = tuple(1 + d for d, dim in enumerate(value.dims) if all(a.axis is None for a in dim))
-        numbers = passed.sum(axis=copies)
-        axes = [a.axis for dim in value.dims for a in dim if a.axis is not None]
-        numbers = numbers.transpose([0, *(1 + axes.index(k) for k in range(len(axes)))])
-        if isinstance(value.node, Looped):
-            self.graph.memo.setdefault(("sent back", value.node.id), []).append(numbers)
-        return pooled(numbers, value.node.axes, self.loop.positions(value, stacked=x.stacked)).second
 
-    def cross_with(self, a: View, b: View, frame: Sequence[Axis]) -> np.ndarray | None:
-        """Against another output of the same loop, or what is read by it: both are drawn together."""
-        place = dict(zip(a.bind, range(len(self.axes)), strict=True))
-        other = b.node
-        if any(outer not in place for outer in b.bind):
+@second_moments.register(Looped)
+def second_moments_of_looped(node: Looped) -> Table:
+    positions, numbers = node._layout
+    table = table_of_draws(node, numbers, positions)
+    node.drawn = _quantiles(node)
+    return table
+
+
+def _quantiles(node: Looped) -> np.ndarray:
+    """Its values on the normal grid, class by class."""
+    positions, numbers = node._layout
+    out = np.empty((*[a.classes for a in node.axes], POINTS))
+    labels = [a.label_array[p] for a, p in zip(node.axes, positions, strict=True)]
+    for cell in np.ndindex(*out.shape[:-1]):
+        own = numbers
+        for k, (label, c) in enumerate(zip(labels, cell, strict=True)):
+            own = np.compress(label == c, own, axis=1 + k)
+        line = np.sort(own, axis=None)
+        drawn = np.interp(special.ndtr(Z) * len(line) - 0.5, np.arange(len(line)), line)
+        # The grid ends where the draws do: what their tails lack is made up for by the rest.
+        scale = math.sqrt(max(WEIGHTS @ drawn**2, 1e-300) / max(float(np.mean(line.astype(float) ** 2)), 1e-300))
+        out[cell] = drawn / scale
+    return out
+
+
+@pullback.register(Looped)
+def pullback_of_looped(node: Looped, cotangent: np.ndarray) -> list[np.ndarray | None]:
+    loop, which, dims = node.loop, node.params[1], node.params[2]
+    whole = loop.outputs[which].shape[1:]
+    replicates = int(np.clip(_MEMORY / max(loop.memory, 1), 2, loop.replicates))
+    seed = np.zeros((replicates, *whole), np.float32)
+    index = (slice(None), *(slice(None) if d in dims else 0 for d in range(len(whole))))
+    seed[index] = _arriving(node, np.broadcast_to(cotangent, node.frame_types), replicates)
+    node.graph.memo.setdefault("pulled back", []).append(node)
+    out: list[np.ndarray | None] = []
+    for x, passed in zip(loop.operands, loop.back(which, seed), strict=True):
+        for part, value in enumerate(x.value):
+            if passed is None or not x.random:
+                out.append(None)
+                continue
+            # jax's cotangent of x + iy is ∂/∂x − i ∂/∂y
+            real = (np.real(passed) if part == 0 else -np.imag(passed)).astype(np.float32)
+            out.append(_carried_back(node, x, value, real))
+    return out
+
+
+def _arriving(node: Looped, cotangent: np.ndarray, replicates: int) -> np.ndarray:
+    """Draws of its cotangents: those that loops which read it have sent back, in their order in time, and Gaussian ones."""
+    positions, _ = node._layout
+    sent = node.graph.memo.get(("sent back", node.id), [])
+    drawn, rest = np.zeros((replicates, *map(len, positions))), cotangent
+    for numbers in sent:
+        drawn = drawn + picked(numbers, node.axes, positions, replicates)
+        rest = rest - pooled(numbers, node.axes, _positions(node.axes, numbers.shape[1:])).second
+    readers = [x for x in node.graph.memo.get("pulled back", []) if x.deps & node.deps == node.deps and x.loop is not node.loop]
+    node.gradient_doubt = _LOOSE if len(readers) > len(sent) else Looped.gradient_doubt
+    return drawn + gaussian(rest, node.axes, positions, replicates, np.random.default_rng(node.id))
+
+
+def _carried_back(node: Looped, x: Operand, value: Value, passed: np.ndarray) -> np.ndarray:
+    """Second moments of a node's cotangents by type, from cotangents of the operand that it is."""
+    copies = tuple(1 + d for d, dim in enumerate(value.dims) if all(a.axis is None for a in dim))
+    numbers = passed.sum(axis=copies)
+    axes = [a.axis for dim in value.dims for a in dim if a.axis is not None]
+    numbers = numbers.transpose([0, *(1 + axes.index(k) for k in range(len(axes)))])
+    if isinstance(value.node, Looped):
+        node.graph.memo.setdefault(("sent back", value.node.id), []).append(numbers)
+    return pooled(numbers, value.node.axes, node.loop.positions(value, stacked=x.stacked)).second
+
+
+@cross_by_kind.register(Looped)
+def cross_by_kind_of_looped(node: Looped, a: View, b: View, frame: Sequence[Axis]) -> np.ndarray | None:
+    """Against another output of the same loop, or what is read by it: both are drawn together."""
+    place = dict(zip(a.bind, range(len(node.axes)), strict=True))
+    other = b.node
+    if any(outer not in place for outer in b.bind):
+        return None
+    positions, mine = node._layout
+    own = tuple(place[outer] for outer in b.bind)
+    if isinstance(other, Looped) and other.params[0] == node.params[0]:
+        theirs = other._layout[1]
+        if other.axes != tuple(node.axes[k] for k in own):
             return None
-        positions, mine = self._layout
-        own = tuple(place[outer] for outer in b.bind)
-        if isinstance(other, Looped) and other.params[0] == self.params[0]:
-            theirs = other._layout[1]
-            if other.axes != tuple(self.axes[k] for k in own):
-                return None
-        elif other.id > self.id:
-            return None
-        else:
-            drawn = self.loop.drawing.over(self.axes).values(View(other, own), positions)
-            theirs = np.broadcast_to(np.moveaxis(drawn, -1, 0), mine.shape)
-        if theirs.shape != mine.shape:
-            order = [0, *(1 + k for k in own)]
-            theirs = np.broadcast_to(_spread_out(theirs, order, mine.ndim), mine.shape)
-        return lift(cross_moments(mine, theirs, self.axes, positions), self.axes, a.bind, frame, pairs=True)
+    elif other.id > node.id:
+        return None
+    else:
+        drawn = node.loop.drawing.over(node.axes).values(View(other, own), positions)
+        theirs = np.broadcast_to(np.moveaxis(drawn, -1, 0), mine.shape)
+    if theirs.shape != mine.shape:
+        order = [0, *(1 + k for k in own)]
+        theirs = np.broadcast_to(_spread_out(theirs, order, mine.ndim), mine.shape)
+    return lift(cross_moments(mine, theirs, node.axes, positions), node.axes, a.bind, frame, pairs=True)
 
 
-@handed_on.register
-def _(node: Looped) -> Spread:
+@handed_on.register(Looped)
+def handed_on_of_looped(node: Looped) -> Spread:
     return node.fluctuation
 
 

@@ -15,10 +15,10 @@ from varscale.theory.domain.tables import Table, estimate
 from varscale.theory.graph.expressions import roots
 from varscale.theory.graph.failures import PredictionError, source
 from varscale.theory.graph.layout import Value, value
-from varscale.theory.graph.nodes import UNKNOWN, Array, Node, View
+from varscale.theory.graph.nodes import UNKNOWN, Array, Node, View, pullback, second_moments
 from varscale.theory.integrals.hermite_series import Z
 from varscale.theory.interpreter.interpreter import Interpreter
-from varscale.theory.propagation.expectations import concentrated, evaluate, marginal
+from varscale.theory.propagation.marginals import concentrated, evaluate, marginal
 
 _BUDGET = 2_000_000  # elements drawn for one node
 _KEEPS_SIGNS = {"sort", "top_k", "cumsum", "cumprod", "cummax", "cummin", "gather", "reduce_prod"}
@@ -125,39 +125,42 @@ class Sampled(Node):
         """What is picked from positive numbers, put in order or added up is positive."""
         self.positive = self.params[0] in _KEEPS_SIGNS and all(v.node.positive for v in self.args)
 
-    def compute(self) -> Table:
-        eqn, values, which = self.graph.memo["sampled", self.params]
-        outs = _run(self.graph, eqn, values, self.params)
-        if self._is_position():
-            # What is done with a position depends on which it is: its own values, not a normal's.
-            self.graph.flag("assumed", _POSITION_DOUBT)
-            line = np.sort(outs[which].ravel())
-            self.drawn = line[np.minimum((special.ndtr(Z) * len(line)).astype(int), len(line) - 1)]
-        else:
-            self.graph.flag("sampled", _DOUBT)
-        if self.graph.memo[_undefined(self.params)] > 0:
-            self.graph.flag("assumed", UNKNOWN)  # Gaussian draws are none of what it is defined on (a factorization, say)
-        return pooled_estimate(outs[which].reshape(len(outs[which]), *[a.size for a in self.axes]), self.axes)
 
-    def _is_position(self) -> bool:
-        eqn, _, which = self.graph.memo["sampled", self.params]
-        return eqn.outvars[which].aval.dtype.kind in "iu"
+@second_moments.register(Sampled)
+def second_moments_of_sampled(node: Sampled) -> Table:
+    eqn, values, which = node.graph.memo["sampled", node.params]
+    outs = _run(node.graph, eqn, values, node.params)
+    if _is_position(node):
+        # What is done with a position depends on which it is: its own values, not a normal's.
+        node.graph.flag("assumed", _POSITION_DOUBT)
+        line = np.sort(outs[which].ravel())
+        node.drawn = line[np.minimum((special.ndtr(Z) * len(line)).astype(int), len(line) - 1)]
+    else:
+        node.graph.flag("sampled", _DOUBT)
+    if node.graph.memo[_undefined(node.params)] > 0:
+        node.graph.flag("assumed", UNKNOWN)  # Gaussian draws are none of what it is defined on (a factorization, say)
+    return pooled_estimate(outs[which].reshape(len(outs[which]), *[a.size for a in node.axes]), node.axes)
 
-    def pullback(self, cotangent: np.ndarray) -> list[np.ndarray | None]:
-        """As if every entry that comes out were one of those that went in (a sort): more is not known, and it is flagged."""
-        from varscale.theory.propagation.cotangents import mean_square
 
-        if self._is_position():
-            return [None] * len(self.args)
-        whole = float(mean_square(np.broadcast_to(cotangent, self.frame_types), self.axes)) * math.prod(
-            a.size for a in self.axes
-        )
-        out: list[np.ndarray | None] = []
-        for (node, _), var in zip(self.args, self.graph.memo["sampled", self.params][0].invars, strict=True):
-            back = np.zeros(node.frame_types)
-            back[tuple(slice(0, a.classes) for a in node.axes)] = whole / math.prod(a.size for a in node.axes)
-            out.append(None if var.aval.dtype.kind in "iub" else back)
-        return out
+def _is_position(node: Sampled) -> bool:
+    eqn, _, which = node.graph.memo["sampled", node.params]
+    return eqn.outvars[which].aval.dtype.kind in "iu"
+
+
+@pullback.register(Sampled)
+def pullback_of_sampled(node: Sampled, cotangent: np.ndarray) -> list[np.ndarray | None]:
+    """As if every entry that comes out were one of those that went in (a sort): more is not known, and it is flagged."""
+    from varscale.theory.propagation.pullbacks import mean_square
+
+    if _is_position(node):
+        return [None] * len(node.args)
+    whole = float(mean_square(np.broadcast_to(cotangent, node.frame_types), node.axes)) * math.prod(a.size for a in node.axes)
+    out: list[np.ndarray | None] = []
+    for (child, _), var in zip(node.args, node.graph.memo["sampled", node.params][0].invars, strict=True):
+        back = np.zeros(child.frame_types)
+        back[tuple(slice(0, a.classes) for a in child.axes)] = whole / math.prod(a.size for a in child.axes)
+        out.append(None if var.aval.dtype.kind in "iub" else back)
+    return out
 
 
 def _run(graph: Any, eqn: Any, values: Sequence[Value], params: Any) -> list[np.ndarray]:

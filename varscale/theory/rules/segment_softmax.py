@@ -16,7 +16,7 @@ from varscale.theory.domain.axes import MOST_CLASSES, Axis, contract_axis, group
 from varscale.theory.domain.tables import Table
 from varscale.theory.graph.expressions import Apply, Sum, roots
 from varscale.theory.graph.layout import Value
-from varscale.theory.graph.nodes import Array, Constant, Node, View
+from varscale.theory.graph.nodes import Array, Constant, Node, View, pullback, second_moments
 from varscale.theory.integrals.softmax import WeightMoments, weight_moments
 from varscale.theory.rules.lookup import Gather
 from varscale.theory.rules.segments import SegmentMax, SegmentSum, as_seen_within
@@ -59,41 +59,45 @@ class SegmentSoftmax(Node):
             out.append((n, weight_moments(np.array([max(n, 1.0)]), np.array([variance]))))
         return out
 
-    def compute(self) -> Table:
-        ids = self.graph.memo["segments", self.params[0]][0]
-        # What weights and values share (both are projections of one node) is not counted, nor how masked edges are placed.
-        self.graph.flag("assumed", _SHARED_DOUBT if ids.min() >= 0 else _MASKED_DOUBT)
-        sizes = np.array([n for n, _ in self.moments])
-        live = sizes > 0
-        square = np.array([m.square[0] for _, m in self.moments]) * live
-        pair = np.array([m.pair[0, 0] for _, m in self.moments]) * live
-        mean = live / np.maximum(sizes, 1.0)
-        apart = np.multiply.outer(mean, mean)
-        if self.params[1]:
-            np.fill_diagonal(apart, np.where(sizes > 1, (1 - sizes * square) / np.maximum(sizes * (sizes - 1), 1e-9), pair))
-        types = np.concatenate([square, apart.ravel()])
-        rest = self.axes[1:]
-        # Weights of two heads are independent given the segment.
-        second = np.empty(self.frame_types)
-        second[...] = np.concatenate([mean**2, np.multiply.outer(mean, mean).ravel()]).reshape(-1, *[1] * len(rest))
-        second[(slice(None), *(slice(0, a.classes) for a in rest))] = types.reshape(-1, *[1] * len(rest))
-        means = np.broadcast_to(mean.reshape(-1, *[1] * len(rest)), [a.classes for a in self.axes])
-        return Table(self.axes, np.array(means), second)
 
-    def pullback(self, cotangent: np.ndarray) -> list[np.ndarray | None]:
-        """∂p/∂l = p(δ − p): to first order in the size of the logits the weights are 1/n each, and a segment sums to zero."""
-        from varscale.theory.propagation.cotangents import sum_out
+@second_moments.register(SegmentSoftmax)
+def second_moments_of_segment_softmax(node: SegmentSoftmax) -> Table:
+    ids = node.graph.memo["segments", node.params[0]][0]
+    # What weights and values share (both are projections of one node) is not counted, nor how masked edges are placed.
+    node.graph.flag("assumed", _SHARED_DOUBT if ids.min() >= 0 else _MASKED_DOUBT)
+    sizes = np.array([n for n, _ in node.moments])
+    live = sizes > 0
+    square = np.array([m.square[0] for _, m in node.moments]) * live
+    pair = np.array([m.pair[0, 0] for _, m in node.moments]) * live
+    mean = live / np.maximum(sizes, 1.0)
+    apart = np.multiply.outer(mean, mean)
+    if node.params[1]:
+        np.fill_diagonal(apart, np.where(sizes > 1, (1 - sizes * square) / np.maximum(sizes * (sizes - 1), 1e-9), pair))
+    types = np.concatenate([square, apart.ravel()])
+    rest = node.axes[1:]
+    # Weights of two heads are independent given the segment.
+    second = np.empty(node.frame_types)
+    second[...] = np.concatenate([mean**2, np.multiply.outer(mean, mean).ravel()]).reshape(-1, *[1] * len(rest))
+    second[(slice(None), *(slice(0, a.classes) for a in rest))] = types.reshape(-1, *[1] * len(rest))
+    means = np.broadcast_to(mean.reshape(-1, *[1] * len(rest)), [a.classes for a in node.axes])
+    return Table(node.axes, np.array(means), second)
 
-        own = self.axes[0]
-        c = own.classes
-        square = np.array([m.square[0] * (1 - 1 / max(n, 1.0)) for n, m in self.moments])
-        weights = np.zeros(own.types)
-        weights[:c] = square
-        diagonal = [c + i * (c + 1) for i in range(c)]
-        weights[diagonal] = -square * own.counts / np.maximum(own.pairs[diagonal], 1.0)
-        own_cotangent = np.broadcast_to(cotangent, self.frame_types)[own.first]
-        back = own_cotangent * weights.reshape(-1, *[1] * (cotangent.ndim - 1))
-        return [sum_out(back, self.axes, self.args[0])]
+
+@pullback.register(SegmentSoftmax)
+def pullback_of_segment_softmax(node: SegmentSoftmax, cotangent: np.ndarray) -> list[np.ndarray | None]:
+    """∂p/∂l = p(δ − p): to first order in the size of the logits the weights are 1/n each, and a segment sums to zero."""
+    from varscale.theory.propagation.pullbacks import sum_out
+
+    own = node.axes[0]
+    c = own.classes
+    square = np.array([m.square[0] * (1 - 1 / max(n, 1.0)) for n, m in node.moments])
+    weights = np.zeros(own.types)
+    weights[:c] = square
+    diagonal = [c + i * (c + 1) for i in range(c)]
+    weights[diagonal] = -square * own.counts / np.maximum(own.pairs[diagonal], 1.0)
+    own_cotangent = np.broadcast_to(cotangent, node.frame_types)[own.first]
+    back = own_cotangent * weights.reshape(-1, *[1] * (cotangent.ndim - 1))
+    return [sum_out(back, node.axes, node.args[0])]
 
 
 def _segment_sum(node: Node) -> SegmentSum | None:

@@ -18,13 +18,14 @@ from scipy import special
 
 from varscale.theory.domain.axes import MOST_CLASSES, Axis, apply_axis, contract_axis, grouped
 from varscale.theory.domain.tables import Table
-from varscale.theory.graph.expressions import Apply, affine, apply, roots
+from varscale.theory.graph.expressions import Apply, roots
+from varscale.theory.graph.factors import factors
 from varscale.theory.graph.layout import Atom, Value, full, materialize, merged
-from varscale.theory.graph.nodes import Array, Node, View, number
+from varscale.theory.graph.nodes import Array, Node, View, cross_by_kind, number, pullback, second_moments
+from varscale.theory.graph.normal_form import affine, apply
 from varscale.theory.graph.reshapes import permute
 from varscale.theory.integrals.hermite_series import Z
 from varscale.theory.interpreter.interpreter import Interpreter, rule
-from varscale.theory.propagation.expectations import factors
 from varscale.theory.rules.neighbours import unseen, unseen_in_given
 from varscale.theory.rules.reductions import bounded, is_identity, narrowest, outside, restored
 
@@ -61,6 +62,8 @@ class SegmentSum(Node):
     A second argument is the summands as pairs within a segment see them: lookups that agree there agree more often.
     """
 
+    collects = True
+
     def prepare(self) -> None:
         self.odd, self.positive = self.args[0].node.odd, self.args[0].node.positive
 
@@ -73,49 +76,55 @@ class SegmentSum(Node):
         members = np.eye(out.classes)[out.label_array].T / out.counts[:, None]
         return members @ first, pair_counts(first, second, out, axis)
 
-    def compute(self) -> Table:
-        table, inside = (view.node.table for view in self.args)
-        means, pairs = self.maps
-        second = apply_axis(table.second, 0, pairs)
-        c = self.axes[0].classes
-        second[:c] = apply_axis(inside.second, 0, pairs[:c])
-        out = Table(self.axes, apply_axis(table.mean, 0, means), second)
-        alike = max(unseen(self), unseen_in_given(self))
-        if alike > 1e-3:
-            self.graph.flag("quadrature", alike)
-            self.gradient_doubt = alike  # the same sums, read from their outputs
-        return out
 
-    def pullback(self, cotangent: np.ndarray) -> list[np.ndarray | None]:
-        axis, out = self.args[0].node.axes[0], self.axes[0]
-        back = (self.maps[1] * out.pairs[:, None]).T / np.maximum(axis.pairs, 1.0)[:, None]
-        return [apply_axis(cotangent, 0, back), None]
+@second_moments.register(SegmentSum)
+def second_moments_of_segment_sum(node: SegmentSum) -> Table:
+    table, inside = (view.node.table for view in node.args)
+    means, pairs = node.maps
+    second = apply_axis(table.second, 0, pairs)
+    c = node.axes[0].classes
+    second[:c] = apply_axis(inside.second, 0, pairs[:c])
+    out = Table(node.axes, apply_axis(table.mean, 0, means), second)
+    alike = max(unseen(node), unseen_in_given(node))
+    if alike > 1e-3:
+        node.graph.flag("quadrature", alike)
+        node.gradient_doubt = alike  # the same sums, read from their outputs
+    return out
 
-    def cross_with(self, a: View, b: View, frame: Sequence[Axis]) -> np.ndarray | None:
-        """Sums of rows looked up against anything over the same rows: which row meets which is known."""
-        from varscale.theory.domain.tables import lift
-        from varscale.theory.propagation.cross_moments import cross
-        from varscale.theory.rules.linear import weight_of
-        from varscale.theory.rules.lookup import Gather
 
-        weights_of = weight_of(self), weight_of(b.node)
-        if None not in weights_of and weights_of[0] is not weights_of[1]:
-            return np.zeros((1,) * len(frame))
-        looked, bind = self.args[0].node, b.bind
-        known = looked.line if isinstance(looked, Gather) else None
-        if not isinstance(looked, Gather) or known is None or sorted(bind) != sorted(a.bind):
-            return None
-        (row,), source = looked.params[0], looked.args[0]
-        rows, out = source.node.axes[row], self.axes[0]
-        if rows.size != out.size:
-            return None
-        # Rows and outputs are the same things: read both over the outputs' frame.
-        place = [a.bind[0] if k == row else a.bind[b] for k, b in enumerate(source.bind)]
-        table = np.broadcast_to(cross(View(source.node, tuple(place)), b, frame), [x.types for x in frame])
-        at, axis = a.bind[0], frame[a.bind[0]]
-        segments, weights, _ = self.graph.memo["segments", self.params]
-        matrix = _meetings(segments, weights, known, axis)
-        return lift(apply_axis(table, at, matrix), frame, range(len(frame)), frame, pairs=True)
+@pullback.register(SegmentSum)
+def pullback_of_segment_sum(node: SegmentSum, cotangent: np.ndarray) -> list[np.ndarray | None]:
+    axis, out = node.args[0].node.axes[0], node.axes[0]
+    back = (node.maps[1] * out.pairs[:, None]).T / np.maximum(axis.pairs, 1.0)[:, None]
+    return [apply_axis(cotangent, 0, back), None]
+
+
+@cross_by_kind.register(SegmentSum)
+def cross_by_kind_of_segment_sum(node: SegmentSum, a: View, b: View, frame: Sequence[Axis]) -> np.ndarray | None:
+    """Sums of rows looked up against anything over the same rows: which row meets which is known."""
+    from varscale.theory.domain.tables import lift
+    from varscale.theory.graph.linear_nodes import weight_of
+    from varscale.theory.propagation.cross_moments import cross
+    from varscale.theory.rules.lookup import Gather
+
+    weights_of = weight_of(node), weight_of(b.node)
+    if None not in weights_of and weights_of[0] is not weights_of[1]:
+        return np.zeros((1,) * len(frame))
+    looked, bind = node.args[0].node, b.bind
+    known = looked.line if isinstance(looked, Gather) else None
+    if not isinstance(looked, Gather) or known is None or sorted(bind) != sorted(a.bind):
+        return None
+    (row,), source = looked.params[0], looked.args[0]
+    rows, out = source.node.axes[row], node.axes[0]
+    if rows.size != out.size:
+        return None
+    # Rows and outputs are the same things: read both over the outputs' frame.
+    place = [a.bind[0] if k == row else a.bind[b] for k, b in enumerate(source.bind)]
+    table = np.broadcast_to(cross(View(source.node, tuple(place)), b, frame), [x.types for x in frame])
+    at, axis = a.bind[0], frame[a.bind[0]]
+    segments, weights, _ = node.graph.memo["segments", node.params]
+    matrix = _meetings(segments, weights, known, axis)
+    return lift(apply_axis(table, at, matrix), frame, range(len(frame)), frame, pairs=True)
 
 
 def _meetings(segments: np.ndarray, weights: np.ndarray, known: np.ndarray, axis: Axis) -> np.ndarray:
@@ -245,49 +254,53 @@ class SegmentMax(Node):
     how = "sampled"
     gradient_doubt = 1.0  # by which entry was the largest, nothing is known but that it was one
 
-    def compute(self) -> Table:
-        ids, size = self.graph.memo["segments", self.params[0]]
-        sign = self.params[1]
-        view = self.args[0]
-        table = view.node.table
-        within = self.args[1].node.table
-        degrees = np.bincount(ids, minlength=size)[:size]
-        out, share = self.axes[0], special.ndtr(Z)
-        # The entries' law is that of the class with the least numbers: masked places are in another.
-        cell = np.unravel_index(int(np.argmin(table.diagonal)), table.diagonal.shape)
-        centre, variance = float(table.mean[cell]), float(max(table.diagonal[cell] - table.mean[cell] ** 2, 0.0))
-        types = view.node.axes[0].classes
-        met = (types + int(cell[0]) * (types + 1), *cell[1:])  # two entries of a segment, the same on the other axes
-        share_of_all = float(np.clip((within.second[met] - centre**2) / max(variance, 1e-300), 0.0, 1.0))
-        common, own_part = share_of_all * variance, (1 - share_of_all) * variance
-        line = np.sort(sign * centre + np.sqrt(own_part) * Z)
-        laws = {}
-        for d in np.unique(degrees[degrees > 0]):
-            weights = np.diff(np.concatenate([[0.0], share])) * d * share ** (d - 1)
-            weights /= weights.sum()
-            laws[int(d)] = (sign * float(weights @ line), float(weights @ line**2) + common)
-        first, square = (np.array([laws.get(int(d), (0.0, 0.0))[k] for d in degrees]) for k in (0, 1))
-        members = np.eye(out.classes)[out.label_array].T / out.counts[:, None]
-        mean, second = members @ first, members @ square
-        self.graph.flag("sampled", _MAXIMUM_DOUBT + bounded(int(max(degrees.max(), 1)), narrowest(view.node)))
-        rest = self.axes[1:]
-        correlation = np.clip(table.covariance / max(variance, 1e-300), -1.0, 1.0)
-        own = correlation[cell[0]], correlation[types + int(cell[0]) * (types + 1)]
-        spread = np.sqrt(np.maximum(second - mean**2, 0.0))
-        same = out.agrees
-        by = lambda v: v[out.first] * v[out.second]  # noqa: E731
-        shape = (-1, *[1] * len(rest))
-        both = np.where(same.reshape(shape), own[0][None], own[1][None]) * by(spread).reshape(shape)
-        diagonal = by(mean).reshape(shape)
-        means = np.broadcast_to(mean.reshape(-1, *[1] * len(rest)), [a.classes for a in self.axes])
-        return Table(self.axes, np.array(means), np.array(np.broadcast_to(both + diagonal, self.frame_types)))
 
-    def pullback(self, cotangent: np.ndarray) -> list[np.ndarray | None]:
-        """A cotangent goes to the entry that was the maximum."""
-        axis, out = self.args[0].node.axes[0], self.axes[0]
-        total = contract_axis(cotangent, 0, out.same) * out.size / axis.size
-        same = axis.agrees.astype(float)
-        return [np.multiply.outer(same, total), None]
+@second_moments.register(SegmentMax)
+def second_moments_of_segment_max(node: SegmentMax) -> Table:
+    ids, size = node.graph.memo["segments", node.params[0]]
+    sign = node.params[1]
+    view = node.args[0]
+    table = view.node.table
+    within = node.args[1].node.table
+    degrees = np.bincount(ids, minlength=size)[:size]
+    out, share = node.axes[0], special.ndtr(Z)
+    # The entries' law is that of the class with the least numbers: masked places are in another.
+    cell = np.unravel_index(int(np.argmin(table.diagonal)), table.diagonal.shape)
+    centre, variance = float(table.mean[cell]), float(max(table.diagonal[cell] - table.mean[cell] ** 2, 0.0))
+    types = view.node.axes[0].classes
+    met = (types + int(cell[0]) * (types + 1), *cell[1:])  # two entries of a segment, the same on the other axes
+    share_of_all = float(np.clip((within.second[met] - centre**2) / max(variance, 1e-300), 0.0, 1.0))
+    common, own_part = share_of_all * variance, (1 - share_of_all) * variance
+    line = np.sort(sign * centre + np.sqrt(own_part) * Z)
+    laws = {}
+    for d in np.unique(degrees[degrees > 0]):
+        weights = np.diff(np.concatenate([[0.0], share])) * d * share ** (d - 1)
+        weights /= weights.sum()
+        laws[int(d)] = (sign * float(weights @ line), float(weights @ line**2) + common)
+    first, square = (np.array([laws.get(int(d), (0.0, 0.0))[k] for d in degrees]) for k in (0, 1))
+    members = np.eye(out.classes)[out.label_array].T / out.counts[:, None]
+    mean, second = members @ first, members @ square
+    node.graph.flag("sampled", _MAXIMUM_DOUBT + bounded(int(max(degrees.max(), 1)), narrowest(view.node)))
+    rest = node.axes[1:]
+    correlation = np.clip(table.covariance / max(variance, 1e-300), -1.0, 1.0)
+    own = correlation[cell[0]], correlation[types + int(cell[0]) * (types + 1)]
+    spread = np.sqrt(np.maximum(second - mean**2, 0.0))
+    same = out.agrees
+    by = lambda v: v[out.first] * v[out.second]  # noqa: E731
+    shape = (-1, *[1] * len(rest))
+    both = np.where(same.reshape(shape), own[0][None], own[1][None]) * by(spread).reshape(shape)
+    diagonal = by(mean).reshape(shape)
+    means = np.broadcast_to(mean.reshape(-1, *[1] * len(rest)), [a.classes for a in node.axes])
+    return Table(node.axes, np.array(means), np.array(np.broadcast_to(both + diagonal, node.frame_types)))
+
+
+@pullback.register(SegmentMax)
+def pullback_of_segment_max(node: SegmentMax, cotangent: np.ndarray) -> list[np.ndarray | None]:
+    """A cotangent goes to the entry that was the maximum."""
+    axis, out = node.args[0].node.axes[0], node.axes[0]
+    total = contract_axis(cotangent, 0, out.same) * out.size / axis.size
+    same = axis.agrees.astype(float)
+    return [np.multiply.outer(same, total), None]
 
 
 class Segmented(NamedTuple):

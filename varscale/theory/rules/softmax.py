@@ -9,13 +9,12 @@ from collections.abc import Sequence
 import numpy as np
 
 from varscale.theory.domain.axes import Axis, apply_axis
-from varscale.theory.domain.tables import Table, lift
+from varscale.theory.domain.tables import Table, by_type, lift
 from varscale.theory.graph.expressions import Apply, Sum
-from varscale.theory.graph.nodes import UNKNOWN, Array, Node
+from varscale.theory.graph.nodes import UNKNOWN, Array, Node, pullback, second_moments
 from varscale.theory.integrals.softmax import WeightMoments, weight_moments
 from varscale.theory.integrals.softmax_jacobian import apart, balance, between, in_common, where_weighed
-from varscale.theory.propagation.expectations import by_type
-from varscale.theory.propagation.fluctuations import NONE, Spread, handed_on
+from varscale.theory.propagation.inherited_fluctuations import NONE, Spread, handed_on
 from varscale.theory.rules.logit_distributions import standard_law
 from varscale.theory.rules.row_gram import of_own_keys
 
@@ -69,49 +68,7 @@ class Softmax(Node):
         The number of keys enters as 1/n, so that is what is averaged within a class.
         """
         masks = tuple((view.node.id, view.bind) for view in self.args[1:])
-        return self.graph.once(("keys", masks, self.axes, self.params), self._counts)
-
-    def _counts(self) -> tuple[np.ndarray, np.ndarray, list[Axis]]:
-        keys = [self.axes[k] for k in self.params]
-        number = np.ones([1] * len(self.rows()) + [a.classes for a in keys])
-        for i, axis in enumerate(keys):
-            shape = [1] * number.ndim
-            shape[len(self.rows()) + i] = axis.classes
-            number = number * axis.counts.reshape(shape)
-        if self.mask is None:
-            return number, number, keys
-        view = self.args[1]
-        frame = list(self.axes)
-        mean = lift(self.mask.mean, self.mask.axes, view.bind, frame, pairs=False)
-        second = lift(self.mask.second, self.mask.axes, view.bind, frame, pairs=True)
-        order = [*self.rows(), *self.params]
-        for k in self.params:
-            if second.shape[k] > 1:
-                second = np.take(second, range(frame[k].classes), axis=k)
-        seen, shared = mean.transpose(order) * number, second.transpose(order) * number
-        inverse = self._mean_inverse()
-        all_keys = tuple(range(len(self.rows()), seen.ndim))
-        scale = 1 / np.maximum(
-            inverse * np.broadcast_to(seen, np.broadcast_shapes(seen.shape, inverse.shape)).sum(all_keys, keepdims=True), 1e-300
-        )
-        return seen * scale, shared, keys
-
-    def _mean_inverse(self) -> np.ndarray:
-        """E[1/n] by class of the rows, shape (rows..., 1...)."""
-        node, bind = self.args[1]
-        assert isinstance(node, Array)
-        keys = tuple(k for k, b in enumerate(bind) if b in self.params)
-        missing = math.prod(self.axes[b].size for b in self.params if b not in bind)
-        inverse = 1 / np.maximum(node.values.sum(axis=keys) * missing, 1.0)
-        left = [b for b in bind if b not in self.params]
-        for i, b in enumerate(left):
-            onehot = np.eye(self.axes[b].classes)[self.axes[b].label_array].T / self.axes[b].counts[:, None]
-            inverse = apply_axis(inverse, i, onehot)
-        shape = [1] * len(self.axes)
-        for i, k in enumerate(self.rows()):
-            if k in left:
-                shape[i] = inverse.shape[sorted(left).index(k)]
-        return inverse.transpose(np.argsort(np.argsort(left)) if inverse.ndim else ()).reshape(shape)
+        return self.graph.once(("keys", masks, self.axes, self.params), functools.partial(_counts, self))
 
     @functools.cached_property
     def weights(self) -> WeightMoments:
@@ -124,7 +81,7 @@ class Softmax(Node):
         classes = [self.axes[k].classes for k in rows]
         variances = np.clip(self.deviation[tuple(slice(0, c) for c in classes)], 1e-12, _LARGEST)
         counts = np.broadcast_to(seen.reshape(*seen.shape[: len(rows)], -1), variances.shape)
-        spread = self._query_spread()
+        spread = _query_spread(self)
         nodes = np.array([1.0, 1 + spread, max(1 - spread, 0.05)]).reshape(3, *[1] * variances.ndim)
         # Rows see the same keys: where variances agree to three digits, one quadrature serves them all, and other layers too.
         members, variances = np.broadcast_to(_rounded(counts, 5), (3, *counts.shape)), _rounded(nodes * variances, 3)
@@ -142,12 +99,6 @@ class Softmax(Node):
         from varscale.theory.rules.attention import sphere
 
         return sphere(self)
-
-    def _query_spread(self) -> float:
-        """The step of Gauss and Hermite's three-point rule: √3 relative deviations of the logits' variance between queries."""
-        from varscale.theory.rules.attention import scattered
-
-        return min(math.sqrt(3.0 * scattered(self)), 0.95)
 
     def read(self, by_class: np.ndarray, *, second: bool = False) -> np.ndarray:
         """An array by class of the rows (then anything), read at i (or j) of every type of the rows."""
@@ -177,46 +128,6 @@ class Softmax(Node):
         c = math.prod(a.classes for a in keys)
         return np.broadcast_to(shared.reshape(*shared.shape[: len(rows)], c), (*[a.types for a in rows], c))
 
-    def compute(self) -> Table:
-        known = self._known()
-        if known > 1e-4:  # taken for Gaussian as the rest: a lognormal's E[p²] goes by e^{s²}
-            self.graph.flag("assumed", math.expm1(min(known, 3.0)))
-        if self.deviation.max() > _NO_LOGITS:
-            self.graph.flag("assumed", UNKNOWN)
-        if (doubt := max(self._law_doubt(), of_own_keys(self.args[0].node))) > 0:
-            self.graph.flag("assumed", doubt)
-        rows = self.rows()
-        seen, shared, deviation = self.seen, self.shared, self.deviation
-        keys = self.counts[2]
-        c = seen.shape[-1]
-        sizes = functools.reduce(np.multiply.outer, [a.counts for a in keys]).ravel()
-        share = seen * self.weights.first  # Σ of E[p] over a class of keys
-        share = share / share.sum(-1, keepdims=True)
-        mean = share / sizes
-        # A row with itself.
-        n, diagonal = self.read(seen), np.eye(c, dtype=bool)
-        square, pair = self.read(self.weights.square), self.read(self.weights.pair)
-        same = n * square
-        other = (n[..., :, None] * n[..., None, :] - diagonal * n[..., None]) * pair
-        other *= ((1 - same.sum(-1)) / np.maximum(other.sum((-1, -2)), 1e-300))[..., None, None]
-        # Two rows. The excess of one key's weights in both: exact for equal logits, lognormal in their covariance between.
-        share_i, share_j = self.read(share), self.read(share, second=True)
-        per_i, per_j = (s / np.maximum(m, 1e-300) for s, m in ((share_i, n), (share_j, self.read(seen, second=True))))
-        variance = np.maximum(self.read(deviation[tuple(slice(0, self.axes[k].classes) for k in rows)]), 1e-12)
-        whole = np.where(n > 0, square / np.maximum(per_i**2, 1e-300) - 1, 0.0)
-        excess = whole * np.expm1(np.clip(deviation, -variance, np.minimum(variance, 50))) / np.expm1(np.minimum(variance, 50))
-        both = shared * per_i * per_j * (1 + excess)
-        both = both * np.minimum(1.0, 1.0 / np.maximum(both.sum(-1, keepdims=True), 1e-300))
-        apart = share_i[..., :, None] * share_j[..., None, :] - diagonal * both[..., None]
-        own = self.own[..., None]
-        same, other = np.where(own, same, both), np.where(own[..., None], other, apart)
-        pairs = np.concatenate([sizes, (np.outer(sizes, sizes) - np.diag(sizes)).ravel()])
-        second = np.concatenate([same, other.reshape(*other.shape[:-2], c * c)], axis=-1) / np.maximum(pairs, 1.0)
-        if len(keys) > 1:
-            mean, second = _unflatten(mean, second, keys, len(rows))
-        order = np.argsort([*rows, *self.params])
-        return Table(self.axes, mean.transpose(order), second.transpose(order))
-
     @functools.cached_property
     def tilt(self) -> np.ndarray:
         """What the weights gain along the logits' direction, τ = E[(Σ p l)²]/s² − Σ p², times the rows' correlation.
@@ -230,60 +141,6 @@ class Softmax(Node):
         gain = np.maximum(self.weights.pull / variance - across, 0.0)
         return self.read(gain) * np.clip(by_rows / self.read(variance), -1, 1)
 
-    def pullback(self, cotangent: np.ndarray) -> list[np.ndarray | None]:
-        """∂p_k/∂l_j = p_k(δ − p_j): a cotangent's part common to the keys is lost, the rest is weighted by p."""
-        from varscale.theory.propagation.cotangents import sum_out
-        from varscale.theory.rules.attention import overlapping
-
-        keys = [self.axes[k] for k in self.params]
-        axis = keys[0] if len(keys) == 1 else Axis(math.prod(a.size for a in keys))
-        c = axis.classes
-        g, p = (self.by_key(x) for x in (np.broadcast_to(cotangent, self.frame_types), self.table.second))
-        square = self.weights.square
-        keep = 1 - 2 * self.weights.cube / np.maximum(square, 1e-300) + (self.seen * square).sum(-1, keepdims=True)
-        overlap = (p[..., :c] * axis.counts).sum(-1, keepdims=True)
-        each = apart(g, self.shared)
-        mean = self.table.mean.transpose([*self.rows(), *self.params])
-        mean = np.broadcast_to(mean.reshape(*mean.shape[: len(self.rows())], c), self.seen.shape)
-        ahead, behind = self.read(mean), self.read(mean, second=True)
-        common = in_common(g, ahead * axis.counts, behind * axis.counts)
-        within = np.clip(np.diagonal(common, axis1=-2, axis2=-1) * (axis.counts > 1), 0, np.maximum(each, 0))
-        passed = (each - within) * p[..., :c]
-        whole = (passed * axis.counts).sum(-1)[..., None, None]
-        lost = whole * ahead[..., :, None] * behind[..., None, :]
-        lost = lost - passed[..., :, None] * behind[..., None, :] - ahead[..., :, None] * passed[..., None, :]
-        keep = np.where(self.own[..., None], self.read(keep), 1 - self._weighed().sum(0) + overlap)
-        same = np.where(self.own[..., None], np.maximum(passed, 0.0), passed) * np.clip(keep, 0, 1) + within * p[..., :c]
-        lost = lost + common * p[..., c:].reshape(common.shape)
-        share = overlapping(self, (each * ahead * axis.counts).sum(-1), (same * axis.counts).sum(-1))
-        self.gradient_doubt = self._doubt(share)
-        lost = lost + balance(same, lost, ahead, axis)
-        out = np.concatenate([same, lost.reshape(*same.shape[:-1], c * c)], axis=-1)
-        if len(keys) > 1:
-            out = out[..., _joint_types(keys)]
-        back = sum_out(out.transpose(np.argsort([*self.rows(), *self.params])), self.axes, self.args[0])
-        return [back, *[None] * (len(self.args) - 1)]
-
-    def _weighed(self) -> np.ndarray:
-        """E[p_ik² p_jk]/E[p_ik p_jk] by type of the rows and class of key, and the same of the other row."""
-        variance = self.read(self.deviation[tuple(slice(0, self.axes[k].classes) for k in self.rows())])
-        correlation = self.deviation / np.maximum(variance, 1e-12)
-        other, one = where_weighed(self.weights)
-        return np.stack([between(self.read(other, second=j), self.read(one, second=j), correlation) for j in (False, True)])
-
-    def _law_doubt(self) -> float:
-        """Of logits that are not Gaussian, what the keys of a row share need not leave the law of the rest as it was.
-
-        That is what the law makes of equal keys, of which as large a part is in doubt as is shared.
-        """
-        law, variance = standard_law(self.args[0].node), self.args[0].node.table.variance
-        if law is None or variance <= 0:
-            return 0.0
-        own = float(np.mean(self.deviation[(0,) * len(self.rows())]))
-        keys, own = np.array([float(self.seen.sum(-1).max())]), min(own, variance, _LARGEST)
-        found, plain = (weight_moments(keys, np.array([max(own, 1e-12)]), law=x).square[0] for x in (law, None))
-        return float((1 - own / variance) * abs(found / plain - 1))
-
     def _known(self) -> float:
         """What known numbers among the logits, a bias by position, add to their variance along the keys."""
         own = self.args[0]
@@ -294,18 +151,6 @@ class Softmax(Node):
                 second = np.broadcast_to(term.within(own.bind).second(self.axes), self.frame_types)
                 out += c * c * float((apart(self.by_key(second), self.shared) * self.own[..., None]).max())
         return out
-
-    def _doubt(self, share: float | None) -> float:
-        """Doubt of the queries' and keys' cotangents, of which a part is due to overlaps, known to leading order.
-
-        Where tokens differ in known positions added to them, they share those too, and which are near each other.
-        """
-        if _placed(self.args[0].node, frozenset(self.axes[k].size for k in self.params)):
-            return _PLACED_DOUBT
-        if share is None:
-            return _SHARED_DOUBT
-        classed = any(axis.classes > 1 for axis in self.axes)
-        return _OVERLAP_DOUBT * share + (_CLASSED_DOUBT if classed else _JACOBIAN_DOUBT)
 
     def by_key(self, second: np.ndarray) -> np.ndarray:
         """A type array with the keys' axis last; several are one, of which a pair is the same or is not."""
@@ -320,8 +165,172 @@ class Softmax(Node):
         return np.stack([same, different], axis=-1)
 
 
-@handed_on.register
-def _(node: Softmax) -> Spread:
+def _counts(node: Softmax) -> tuple[np.ndarray, np.ndarray, list[Axis]]:
+    keys = [node.axes[k] for k in node.params]
+    number = np.ones([1] * len(node.rows()) + [a.classes for a in keys])
+    for i, axis in enumerate(keys):
+        shape = [1] * number.ndim
+        shape[len(node.rows()) + i] = axis.classes
+        number = number * axis.counts.reshape(shape)
+    if node.mask is None:
+        return number, number, keys
+    view = node.args[1]
+    frame = list(node.axes)
+    mean = lift(node.mask.mean, node.mask.axes, view.bind, frame, pairs=False)
+    second = lift(node.mask.second, node.mask.axes, view.bind, frame, pairs=True)
+    order = [*node.rows(), *node.params]
+    for k in node.params:
+        if second.shape[k] > 1:
+            second = np.take(second, range(frame[k].classes), axis=k)
+    seen, shared = mean.transpose(order) * number, second.transpose(order) * number
+    inverse = _mean_inverse(node)
+    all_keys = tuple(range(len(node.rows()), seen.ndim))
+    scale = 1 / np.maximum(
+        inverse * np.broadcast_to(seen, np.broadcast_shapes(seen.shape, inverse.shape)).sum(all_keys, keepdims=True), 1e-300
+    )
+    return seen * scale, shared, keys
+
+
+def _mean_inverse(whole: Softmax) -> np.ndarray:
+    """E[1/n] by class of the rows, shape (rows..., 1...)."""
+    node, bind = whole.args[1]
+    assert isinstance(node, Array)
+    keys = tuple(k for k, b in enumerate(bind) if b in whole.params)
+    missing = math.prod(whole.axes[b].size for b in whole.params if b not in bind)
+    inverse = 1 / np.maximum(node.values.sum(axis=keys) * missing, 1.0)
+    left = [b for b in bind if b not in whole.params]
+    for i, b in enumerate(left):
+        onehot = np.eye(whole.axes[b].classes)[whole.axes[b].label_array].T / whole.axes[b].counts[:, None]
+        inverse = apply_axis(inverse, i, onehot)
+    shape = [1] * len(whole.axes)
+    for i, k in enumerate(whole.rows()):
+        if k in left:
+            shape[i] = inverse.shape[sorted(left).index(k)]
+    return inverse.transpose(np.argsort(np.argsort(left)) if inverse.ndim else ()).reshape(shape)
+
+
+def _query_spread(node: Softmax) -> float:
+    """The step of Gauss and Hermite's three-point rule: √3 relative deviations of the logits' variance between queries."""
+    from varscale.theory.rules.attention import scattered
+
+    return min(math.sqrt(3.0 * scattered(node)), 0.95)
+
+
+@second_moments.register(Softmax)
+def second_moments_of_softmax(node: Softmax) -> Table:
+    known = node._known()
+    if known > 1e-4:  # taken for Gaussian as the rest: a lognormal's E[p²] goes by e^{s²}
+        node.graph.flag("assumed", math.expm1(min(known, 3.0)))
+    if node.deviation.max() > _NO_LOGITS:
+        node.graph.flag("assumed", UNKNOWN)
+    if (doubt := max(_law_doubt(node), of_own_keys(node.args[0].node))) > 0:
+        node.graph.flag("assumed", doubt)
+    rows = node.rows()
+    seen, shared, deviation = node.seen, node.shared, node.deviation
+    keys = node.counts[2]
+    c = seen.shape[-1]
+    sizes = functools.reduce(np.multiply.outer, [a.counts for a in keys]).ravel()
+    share = seen * node.weights.first  # Σ of E[p] over a class of keys
+    share = share / share.sum(-1, keepdims=True)
+    mean = share / sizes
+    # A row with itself.
+    n, diagonal = node.read(seen), np.eye(c, dtype=bool)
+    square, pair = node.read(node.weights.square), node.read(node.weights.pair)
+    same = n * square
+    other = (n[..., :, None] * n[..., None, :] - diagonal * n[..., None]) * pair
+    other *= ((1 - same.sum(-1)) / np.maximum(other.sum((-1, -2)), 1e-300))[..., None, None]
+    # Two rows. The excess of one key's weights in both: exact for equal logits, lognormal in their covariance between.
+    share_i, share_j = node.read(share), node.read(share, second=True)
+    per_i, per_j = (s / np.maximum(m, 1e-300) for s, m in ((share_i, n), (share_j, node.read(seen, second=True))))
+    variance = np.maximum(node.read(deviation[tuple(slice(0, node.axes[k].classes) for k in rows)]), 1e-12)
+    whole = np.where(n > 0, square / np.maximum(per_i**2, 1e-300) - 1, 0.0)
+    excess = whole * np.expm1(np.clip(deviation, -variance, np.minimum(variance, 50))) / np.expm1(np.minimum(variance, 50))
+    both = shared * per_i * per_j * (1 + excess)
+    both = both * np.minimum(1.0, 1.0 / np.maximum(both.sum(-1, keepdims=True), 1e-300))
+    apart = share_i[..., :, None] * share_j[..., None, :] - diagonal * both[..., None]
+    own = node.own[..., None]
+    same, other = np.where(own, same, both), np.where(own[..., None], other, apart)
+    pairs = np.concatenate([sizes, (np.outer(sizes, sizes) - np.diag(sizes)).ravel()])
+    second = np.concatenate([same, other.reshape(*other.shape[:-2], c * c)], axis=-1) / np.maximum(pairs, 1.0)
+    if len(keys) > 1:
+        mean, second = _unflatten(mean, second, keys, len(rows))
+    order = np.argsort([*rows, *node.params])
+    return Table(node.axes, mean.transpose(order), second.transpose(order))
+
+
+@pullback.register(Softmax)
+def pullback_of_softmax(node: Softmax, cotangent: np.ndarray) -> list[np.ndarray | None]:
+    """∂p_k/∂l_j = p_k(δ − p_j): a cotangent's part common to the keys is lost, the rest is weighted by p."""
+    from varscale.theory.propagation.pullbacks import sum_out
+    from varscale.theory.rules.attention import overlapping
+
+    keys = [node.axes[k] for k in node.params]
+    axis = keys[0] if len(keys) == 1 else Axis(math.prod(a.size for a in keys))
+    c = axis.classes
+    g, p = (node.by_key(x) for x in (np.broadcast_to(cotangent, node.frame_types), node.table.second))
+    square = node.weights.square
+    keep = 1 - 2 * node.weights.cube / np.maximum(square, 1e-300) + (node.seen * square).sum(-1, keepdims=True)
+    overlap = (p[..., :c] * axis.counts).sum(-1, keepdims=True)
+    each = apart(g, node.shared)
+    mean = node.table.mean.transpose([*node.rows(), *node.params])
+    mean = np.broadcast_to(mean.reshape(*mean.shape[: len(node.rows())], c), node.seen.shape)
+    ahead, behind = node.read(mean), node.read(mean, second=True)
+    common = in_common(g, ahead * axis.counts, behind * axis.counts)
+    within = np.clip(np.diagonal(common, axis1=-2, axis2=-1) * (axis.counts > 1), 0, np.maximum(each, 0))
+    passed = (each - within) * p[..., :c]
+    whole = (passed * axis.counts).sum(-1)[..., None, None]
+    lost = whole * ahead[..., :, None] * behind[..., None, :]
+    lost = lost - passed[..., :, None] * behind[..., None, :] - ahead[..., :, None] * passed[..., None, :]
+    keep = np.where(node.own[..., None], node.read(keep), 1 - _weighed(node).sum(0) + overlap)
+    same = np.where(node.own[..., None], np.maximum(passed, 0.0), passed) * np.clip(keep, 0, 1) + within * p[..., :c]
+    lost = lost + common * p[..., c:].reshape(common.shape)
+    share = overlapping(node, (each * ahead * axis.counts).sum(-1), (same * axis.counts).sum(-1))
+    node.gradient_doubt = _doubt(node, share)
+    lost = lost + balance(same, lost, ahead, axis)
+    out = np.concatenate([same, lost.reshape(*same.shape[:-1], c * c)], axis=-1)
+    if len(keys) > 1:
+        out = out[..., _joint_types(keys)]
+    back = sum_out(out.transpose(np.argsort([*node.rows(), *node.params])), node.axes, node.args[0])
+    return [back, *[None] * (len(node.args) - 1)]
+
+
+def _weighed(node: Softmax) -> np.ndarray:
+    """E[p_ik² p_jk]/E[p_ik p_jk] by type of the rows and class of key, and the same of the other row."""
+    variance = node.read(node.deviation[tuple(slice(0, node.axes[k].classes) for k in node.rows())])
+    correlation = node.deviation / np.maximum(variance, 1e-12)
+    other, one = where_weighed(node.weights)
+    return np.stack([between(node.read(other, second=j), node.read(one, second=j), correlation) for j in (False, True)])
+
+
+def _law_doubt(node: Softmax) -> float:
+    """Of logits that are not Gaussian, what the keys of a row share need not leave the law of the rest as it was.
+
+    That is what the law makes of equal keys, of which as large a part is in doubt as is shared.
+    """
+    law, variance = standard_law(node.args[0].node), node.args[0].node.table.variance
+    if law is None or variance <= 0:
+        return 0.0
+    own = float(np.mean(node.deviation[(0,) * len(node.rows())]))
+    keys, own = np.array([float(node.seen.sum(-1).max())]), min(own, variance, _LARGEST)
+    found, plain = (weight_moments(keys, np.array([max(own, 1e-12)]), law=x).square[0] for x in (law, None))
+    return float((1 - own / variance) * abs(found / plain - 1))
+
+
+def _doubt(node: Softmax, share: float | None) -> float:
+    """Doubt of the queries' and keys' cotangents, of which a part is due to overlaps, known to leading order.
+
+    Where tokens differ in known positions added to them, they share those too, and which are near each other.
+    """
+    if _placed(node.args[0].node, frozenset(node.axes[k].size for k in node.params)):
+        return _PLACED_DOUBT
+    if share is None:
+        return _SHARED_DOUBT
+    classed = any(axis.classes > 1 for axis in node.axes)
+    return _OVERLAP_DOUBT * share + (_CLASSED_DOUBT if classed else _JACOBIAN_DOUBT)
+
+
+@handed_on.register(Softmax)
+def handed_on_of_softmax(node: Softmax) -> Spread:
     """Shares add up to 1 whatever the scale of the logits."""
     return NONE
 

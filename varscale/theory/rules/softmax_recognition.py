@@ -8,12 +8,13 @@ from collections.abc import Sequence
 import numpy as np
 
 from varscale.theory.domain.axes import Axis, affordable, join, labelled
-from varscale.theory.graph.expressions import Apply, Sum, apply, roots, total
+from varscale.theory.graph.expressions import Apply, Mean, Sum, roots
 from varscale.theory.graph.layout import Value
 from varscale.theory.graph.nodes import Array, Constant, Node, View, array
+from varscale.theory.graph.normal_form import apply, total
 from varscale.theory.interpreter.interpreter import Interpreter
 from varscale.theory.rules.padding import padded
-from varscale.theory.rules.reductions import Extreme, Mean
+from varscale.theory.rules.reductions import Extreme
 from varscale.theory.rules.softmax import Softmax
 
 MASKED = -1e4  # a logit below this is a mask, not a number
@@ -97,7 +98,7 @@ def _row_classes(frame: list[Axis], random: View, allowed: View, axes: Sequence[
 
 def _features(view: View) -> tuple[Axis, ...]:
     """The axes that a product of queries and keys sums over."""
-    from varscale.theory.rules.linear import Contract
+    from varscale.theory.graph.linear_nodes import Contract
 
     node = view.node
     if isinstance(node, Contract):

@@ -7,6 +7,10 @@ import math
 import numpy as np
 
 from varscale.theory.domain.axes import pool
+from varscale.theory.graph.axis_nodes import Concat, Take
+from varscale.theory.graph.convolutions import Conv, WindowSum, hits
+from varscale.theory.graph.expressions import Mean
+from varscale.theory.graph.linear_nodes import Contract
 from varscale.theory.graph.nodes import Constant, Leaf, Node
 from varscale.theory.propagation.spatial_correlation import (
     Near,
@@ -21,19 +25,14 @@ from varscale.theory.propagation.spatial_correlation import (
     summed,
     usual,
 )
-from varscale.theory.rules.axis import Take
-from varscale.theory.rules.concatenation import Concat
-from varscale.theory.rules.convolution import Conv, hits
-from varscale.theory.rules.linear import Contract
-from varscale.theory.rules.pooling import WindowMax, WindowSum
-from varscale.theory.rules.reductions import Mean
+from varscale.theory.rules.pooling import WindowMax, window_sums, window_sums_against
 
 # Not derived: of the likeness of near maxima, taken to fall off as that of near sums; of taps whose weights have a mean.
 _MAXIMA, _TAPS = 0.3, 0.5
 
 
-@near_of.register
-def _(node: Mean, offsets: Offsets) -> Steps:
+@near_of.register(Mean)
+def near_of_mean(node: Mean, offsets: Offsets) -> Steps:
     source = node.args[0].node
     left = [k for k in range(len(source.axes)) if k not in node.params]
     found = yield source, tuple((left[k], d) for k, d in offsets)
@@ -43,8 +42,8 @@ def _(node: Mean, offsets: Offsets) -> Steps:
     return Near(out, found.doubt * source.table.mean_square / max(node.table.mean_square, 1e-300))
 
 
-@near_of.register
-def _(node: Contract, offsets: Offsets) -> Steps:
+@near_of.register(Contract)
+def near_of_contract(node: Contract, offsets: Offsets) -> Steps:
     """Weights that do not run over the places multiply what the input has."""
     rank = len(node.frame)
     for x, w in (node.args, node.args[::-1]):
@@ -59,8 +58,8 @@ def _(node: Contract, offsets: Offsets) -> Steps:
     return (yield from nothing(node, 1.0))
 
 
-@near_of.register
-def _(node: Conv, offsets: Offsets) -> Steps:
+@near_of.register(Conv)
+def near_of_conv(node: Conv, offsets: Offsets) -> Steps:
     """One tap at both places reads its input a stride as far apart, and other taps have other weights."""
     groups, windows, xd, _, od = node.params
     (x, _), (w, _) = node.args
@@ -86,26 +85,26 @@ def _(node: Conv, offsets: Offsets) -> Steps:
     return Near(kept, found.doubt + (_TAPS if leaning > 1 / node.width else 0.0))
 
 
-@near_of.register
-def _(node: WindowSum, offsets: Offsets) -> Steps:
-    far, near = (yield from node.sums({})), (yield from node.sums(dict(offsets)))
+@near_of.register(WindowSum)
+def near_of_window_sum(node: WindowSum, offsets: Offsets) -> Steps:
+    far, near = (yield from window_sums(node, {})), (yield from window_sums(node, dict(offsets)))
     return Near(near - far, 0.0)
 
 
-@between.register
-def _(x: WindowSum, y: Node, offsets: Offsets) -> Steps:
+@between.register(WindowSum)
+def between_of_window_sum(x: WindowSum, y: Node, offsets: Offsets) -> Steps:
     """Sums over windows against places of what they are over, or of another function of it."""
     over = x.args[0].node
     if x is y or y.axes != over.axes or [a.size for a in x.axes] != [a.size for a in over.axes]:
         return (yield from of_functions(x, y, offsets))
-    far, near = (yield from x.against(y, {})), (yield from x.against(y, dict(offsets)))
+    far, near = (yield from window_sums_against(x, y, {})), (yield from window_sums_against(x, y, dict(offsets)))
     return Near(near - far, 0.0)
 
 
-@near_of.register
-def _(node: WindowMax, offsets: Offsets) -> Steps:
+@near_of.register(WindowMax)
+def near_of_window_max(node: WindowMax, offsets: Offsets) -> Steps:
     """As much of the way from "different" to "the same" as the sums over the same windows have gone."""
-    far, near = (yield from node.sums({})), (yield from node.sums(dict(offsets)))
+    far, near = (yield from window_sums(node, {})), (yield from window_sums(node, dict(offsets)))
     at = tuple(slice(0, 1) if any(k == o for o, _ in offsets) else slice(None) for k in range(far.ndim))
     span = far[at] - far
     share = np.clip((near - far) / np.where(np.abs(span) > 1e-9 * np.abs(far).max(), span, np.inf), -1.0, 1.0)
@@ -114,8 +113,8 @@ def _(node: WindowMax, offsets: Offsets) -> Steps:
     return Near(out, _MAXIMA * float(np.abs(out).max()) / max(node.table.mean_square, 1e-300))
 
 
-@near_of.register
-def _(node: Take, offsets: Offsets) -> Steps:
+@near_of.register(Take)
+def near_of_take(node: Take, offsets: Offsets) -> Steps:
     k = node.params[0]
     source = node.args[0].node
     dropped = len(node.axes) < len(source.axes)
@@ -123,8 +122,8 @@ def _(node: Take, offsets: Offsets) -> Steps:
     return Near(found.excess.take(0, k) if dropped else found.excess, found.doubt)
 
 
-@near_of.register
-def _(node: Concat, offsets: Offsets) -> Steps:
+@near_of.register(Concat)
+def near_of_concat(node: Concat, offsets: Offsets) -> Steps:
     """Parts along an axis of their own; what places of different parts have in common is taken to be like anywhere."""
     along, sizes = node.params
     if any(k == along for k, _ in offsets):

@@ -19,15 +19,14 @@ import numpy as np
 from scipy import special
 
 from varscale.theory.domain.axes import Axis, apply_axis, class_shares
-from varscale.theory.domain.tables import Table, lift
-from varscale.theory.graph.expressions import IDENTITIES, Apply, Sum, form, roots, sums_below
-from varscale.theory.graph.nodes import Array, Constant, Graph, Leaf, Node, View
+from varscale.theory.domain.tables import Table, by_type
+from varscale.theory.graph.expressions import Apply, Sum, form, roots, sums_below
+from varscale.theory.graph.factors import factors
+from varscale.theory.graph.nodes import Array, Constant, Leaf, Node, View
 from varscale.theory.graph.reshapes import Rearranged
-from varscale.theory.integrals.hermite_series import DEGREE, HERMITE, POINTS, Z, solved
+from varscale.theory.integrals.hermite_series import HERMITE, POINTS, Z, solved
 from varscale.theory.integrals.primitives import function
 
-# Set on the validation grid, not derived: how far below 0 rounding and unlike marginals take an eigenvalue of correlations.
-_INDEFINITE = 0.05
 CONCENTRATED = 1e-3  # variance over squared mean below which any factor counts as a number: the error is a fraction of it
 
 
@@ -127,14 +126,6 @@ def followed(array: Array, leader: Array) -> np.ndarray:
     return out
 
 
-def by_type(x: np.ndarray, axes: Sequence[Axis], *, second: bool) -> np.ndarray:
-    """A class array (classes..., rest) read at i (or, with `second`, at j) of each type."""
-    for k, axis in enumerate(axes):
-        if x.shape[k] > 1:
-            x = np.take(x, axis.second if second else axis.first, axis=k)
-    return x
-
-
 def latent(table: Table, deviation: np.ndarray, values: np.ndarray | None, *, lognormal: bool) -> np.ndarray:
     """Correlations of the normals behind a root, by type: those that give it its covariance (Nataf 1962); 1 where i = j.
 
@@ -161,57 +152,6 @@ def latent(table: Table, deviation: np.ndarray, values: np.ndarray | None, *, lo
     rho = np.array(np.broadcast_to(rho, [a.types for a in axes]))
     rho[tuple(slice(0, a.classes) for a in axes)] = 1.0
     return rho
-
-
-def latent_cross(a: View, b: View, frame: Sequence[Axis]) -> np.ndarray:
-    """`latent` of two different roots, from their cross-moments: correlations by type of the frame, (types or 1...)."""
-    from varscale.theory.propagation.cross_moments import cross, mean_product
-
-    covariance = cross(a, b, frame) - mean_product(a, b, frame)
-    lines, scales = [], []
-    for view, second in ((a, False), (b, True)):
-        own = marginal(view.node)
-        scales.append(by_type(lift(own.deviation, view.node.axes, view.bind, frame, pairs=False), frame, second=second))
-        line = None if isinstance(view.node, Apply) or own.gaussian else placed(own.values, view, frame) @ HERMITE
-        lines.append(_STRAIGHT_LINE if line is None else by_type(line, frame, second=second))
-    rho = np.clip(covariance / np.maximum(scales[0] * scales[1], 1e-300), -1.0, 1.0)
-    if all(line is _STRAIGHT_LINE for line in lines):
-        return rho
-    ai, bj = (np.where(np.arange(line.shape[-1]) > 0, line, 0.0) for line in lines)
-    whole = np.sqrt(np.sum(ai**2, -1) * np.sum(bj**2, -1))
-    return solved(ai * bj / np.maximum(whole, 1e-300)[..., None], rho)
-
-
-_STRAIGHT_LINE = np.eye(DEGREE)[1]  # Hermite coefficients of a normal
-
-
-def factored(rho: np.ndarray, graph: Graph) -> np.ndarray:
-    """L with unit rows and L Lᵀ = ρ, or the nearest there is; what that changes is in doubt."""
-    return _of_unit_length(_square_root(rho, graph))
-
-
-def continued(first: np.ndarray, between: np.ndarray, second: np.ndarray, graph: Graph) -> np.ndarray:
-    """The rows that continue a factor of some correlations to one of more: L = [[first, 0], [result]], (k, 2k).
-
-    Args:
-        first: the factor so far, (k, k).
-        between: the known ones' correlations with the further ones, (k, k).
-        second: the further ones', (k, k).
-        graph: what is marked where there is no such factor.
-    """
-    shared = np.linalg.lstsq(first, between, rcond=1e-9)[0].T
-    return _of_unit_length(np.concatenate([shared, _square_root(second - shared @ shared.T, graph)], axis=1))
-
-
-def _square_root(covariance: np.ndarray, graph: Graph) -> np.ndarray:
-    values, vectors = np.linalg.eigh(covariance)
-    if values[0] < -_INDEFINITE:
-        graph.flag("assumed", float(-values[0]))
-    return vectors * np.sqrt(np.clip(values, 0, None))
-
-
-def _of_unit_length(rows: np.ndarray) -> np.ndarray:
-    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-300)
 
 
 Environment = dict[tuple[int, tuple[int, ...]], np.ndarray]
@@ -274,29 +214,6 @@ def likeness(view: View) -> Hashable | None:
     return form(view.node), view.bind, tuple(m.rounded for m in own)
 
 
-def factors(view: View) -> tuple[float, list[View]]:
-    """A tree as a number times the factors of its products."""
-    node, bind = view
-    if isinstance(node, Constant):
-        return node.params, []
-    if isinstance(node, Apply):
-        name, extra = node.params
-        args = [child.within(bind) for child in node.args]
-        if name == "mul":
-            (c, f), (d, g) = (factors(a) for a in args)
-            return c * d, f + g
-        if name == "affine" and extra[1] == 0:
-            c, f = factors(args[0])
-            return c * extra[0], f
-        if name in IDENTITIES:
-            return factors(args[0])
-        if name == "div":
-            c, f = factors(args[0])
-            one = View(_reciprocal(args[1].node), args[1].bind)
-            return c, [*f, one]
-    return 1.0, [view]
-
-
 def independent_factors(node: Node) -> list[View]:
     """The factors of an elementwise tree over its own frame, those that read a common fluctuating root as one: x·Φ(x)."""
     view = View(node, tuple(range(len(node.axes))))
@@ -313,43 +230,12 @@ def independent_factors(node: Node) -> list[View]:
     ]
 
 
-def _reciprocal(node: Node) -> Node:
-    from varscale.theory.graph.nodes import number
-
-    identity = tuple(range(len(node.axes)))
-    return node.graph.make(Apply, node.axes, [View(number(node.graph, 1.0), ()), View(node, identity)], ("div", ()))
-
-
 def concentrated(root: Node) -> bool:
     """Whether a root is to be taken for a number: the scale of a norm, an average of positive terms, or little varied."""
-    from varscale.theory.rules.reductions import Mean
+    from varscale.theory.graph.expressions import Mean
 
     if isinstance(root, Array | Leaf) or root.shares:
         return False
     mean, variance = root.table.total_mean, root.table.variance
     scale = isinstance(root, Mean) or (isinstance(root, Sum) and root.is_variance)
     return mean != 0 and ((root.positive and scale) or variance < CONCENTRATED * mean**2)
-
-
-def elementwise_table(node: Apply) -> Table:
-    """Mean and second moments of an elementwise node."""
-    from varscale.theory.propagation.function_domains import mark_undefined
-    from varscale.theory.propagation.products import product_moments
-
-    view = View(node, tuple(range(len(node.axes))))
-    name, extra = node.params
-    if name == "affine" or name in IDENTITIES:
-        c, d = extra or (1.0, 0.0)
-        x = node.args[0]
-        mean, second = x.mean(node.axes), x.second(node.axes)
-        mean = np.array(np.broadcast_to(mean, [a.classes for a in node.axes]))
-        if d:
-            both = by_type(mean, node.axes, second=False) + by_type(mean, node.axes, second=True)
-            second = c * c * second + c * d * both + d * d
-        else:
-            second = c * c * second
-        return Table(node.axes, c * mean + d, np.array(np.broadcast_to(second, node.frame_types)))
-    mark_undefined(node)
-    mean, second = product_moments(view, node.axes)
-    classes = [a.classes for a in node.axes]
-    return Table(node.axes, np.array(np.broadcast_to(mean, classes)), np.array(np.broadcast_to(second, node.frame_types)))

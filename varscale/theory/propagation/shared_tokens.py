@@ -26,8 +26,8 @@ from varscale.theory.domain.tables import full_types, lift
 from varscale.theory.graph.expressions import Apply, Sum, roots
 from varscale.theory.graph.known_arrays import is_given, numbers
 from varscale.theory.graph.nodes import Array, View
-from varscale.theory.propagation.expectations import concentrated, independent_factors
-from varscale.theory.rules.token_gram import Tokens, overlap_before, sources_of, tokens_of
+from varscale.theory.propagation.marginals import concentrated, independent_factors
+from varscale.theory.propagation.token_gram import Tokens, overlap_before, sources_of, tokens_of
 
 # Set on models, not derived: overlaps are known to leading order in V, behind functions and attention to a quarter.
 _OVERLAP_DOUBT = 0.15
@@ -140,7 +140,7 @@ def _tokens(f: View, g: View) -> list[int]:
 
 def _projected(view: View) -> View | None:
     """What a factor is a projection of by weights, over the factor's frame, and the axes that are added up as −1, −2, ...."""
-    from varscale.theory.rules.linear import Contract, weight_of
+    from varscale.theory.graph.linear_nodes import Contract, weight_of
 
     node = view.node
     weight = weight_of(node) if isinstance(node, Contract) else None
@@ -206,7 +206,7 @@ def _apart(view: View, frame: Sequence[Axis], tokens: Sequence[int]) -> np.ndarr
 
 def _others(side: Tokens) -> int:
     """Axes of what the tokens were made of, beside theirs and its features': there are others along them."""
-    from varscale.theory.rules.linear import Contract
+    from varscale.theory.graph.linear_nodes import Contract
 
     while True:
         sources, _ = sources_of(side)

@@ -130,8 +130,8 @@ def _measured(x: Tokens) -> np.ndarray:
 
 def projected(x: Tokens) -> Tokens | None:
     """What these are a projection of, with random weights; None where they are none."""
-    from varscale.theory.rules.axis import Take
-    from varscale.theory.rules.linear import Contract, weight_of
+    from varscale.theory.graph.axis_nodes import Take
+    from varscale.theory.graph.linear_nodes import Contract, weight_of
 
     while not (isinstance(x.node, Contract) and weight_of(x.node) is not None):
         if isinstance(x.node, Take):
@@ -168,11 +168,10 @@ def sources_of(x: Tokens) -> tuple[list[Tokens], Rule]:
 
 
 def _sources(x: Tokens) -> tuple[list[Tokens], Rule]:
+    from varscale.theory.graph.axis_nodes import Concat, Take
+    from varscale.theory.graph.convolutions import Conv
+    from varscale.theory.graph.linear_nodes import Contract, weight_of
     from varscale.theory.rules.attention import attention_of, mixed
-    from varscale.theory.rules.axis import Take
-    from varscale.theory.rules.concatenation import Concat
-    from varscale.theory.rules.convolution import Conv
-    from varscale.theory.rules.linear import Contract, weight_of
     from varscale.theory.rules.lookup import Gather
 
     node = x.node

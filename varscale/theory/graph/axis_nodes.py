@@ -1,0 +1,53 @@
+"""Slices and concatenations: nodes that rearrange positions of one axis."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from varscale.theory.domain.axes import Axis, pair_map
+from varscale.theory.graph.nodes import Constant, Node, View
+
+
+class Take(Node):
+    """A slice of one axis; `params` is (axis, start, stop, step). One position left drops the axis."""
+
+    moves = True
+
+    def prepare(self) -> None:
+        self.odd, self.positive = self.args[0].node.odd, self.args[0].node.positive
+
+    def types_map(self, new: Axis | None, classes: np.ndarray) -> np.ndarray:
+        """The map from types of the whole axis to those of the slice, (new, old); of one position "the same" alone."""
+        return pair_map(classes) if new is not None else pair_map(classes)[:1]
+
+
+class RandomSlice(Node):
+    """As many positions of an axis from a random place on, any as likely; `params` is (axis, size, id of the start)."""
+
+    def prepare(self) -> None:
+        self.odd, self.positive = self.args[0].node.odd, self.args[0].node.positive
+
+
+class Concat(Node):
+    """Arrays one after another along an axis, each part a class; `params` is (axis, sizes)."""
+
+    def prepare(self) -> None:
+        odd = -1
+        for view in self.args:
+            odd &= view.node.odd if not (isinstance(view.node, Constant) and view.node.params == 0) else -1
+        self.odd = max(odd, 0)
+        self.positive = all(v.node.positive for v in self.args)
+
+    def parts(self) -> list[tuple[View, tuple[Axis, ...], np.ndarray]]:
+        """Each argument, its frame, and the share of each class of the whole that its classes take (whole, own)."""
+        k, sizes = self.params
+        out, start = [], 0
+        whole = self.axes[k]
+        for view, n in zip(self.args, sizes, strict=True):
+            own = next((view.node.axes[j] for j, b in enumerate(view.bind) if b == k), None)
+            axis = own or Axis(max(n, 2))
+            shares = np.zeros((whole.classes, axis.classes))
+            np.add.at(shares, (whole.label_array[start : start + n], axis.label_array[:n]), 1.0)
+            out.append((view, (*self.axes[:k], axis, *self.axes[k + 1 :]), shares / whole.counts[:, None]))
+            start += n
+        return out

@@ -1,0 +1,269 @@
+"""Convolutions and sums over windows: which taps of which positions meet."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from varscale.theory.domain.axes import Axis, apply_axis, grouped
+from varscale.theory.graph.nodes import Node
+
+ONE = Axis(1)  # a dimension of size 1: only the type "same"
+
+
+# Set on the validation grid, not derived: of a gradient through sums of n terms, n times this.
+_FEW_TERMS = 1.5
+
+
+class Window(NamedTuple):
+    """How one spatial axis is read."""
+
+    size_out: int
+    taps: int
+    stride: int
+    low: int
+    input_dilation: int
+    dilation: int
+
+
+@functools.cache
+def hits(window: Window, size_in: int) -> np.ndarray:
+    """Input position of each (output position, tap), −1 where there is none."""
+    n, taps, stride, low, input_dilation, dilation = window
+    at = np.arange(n)[:, None] * stride - low + np.arange(taps)[None] * dilation
+    real = (at >= 0) & (at % input_dilation == 0) & (at // input_dilation < size_in)
+    return np.where(real, at // input_dilation, -1)
+
+
+@functools.cache
+def output_axis(window: Window, axis: Axis) -> Axis:
+    """Output positions classed by their taps in each class of the input; of too many kinds, those with as many merge first."""
+    at = hits(window, axis.size)
+    seen = np.stack([((at >= 0) & (axis.label_array[at] == c)).sum(axis=1) for c in range(axis.classes)], axis=1)
+    taps = 2 * window.taps * axis.size * seen.sum(axis=1, keepdims=True)
+    return ONE if window.size_out == 1 else grouped(np.concatenate([seen, taps], axis=1).astype(float))
+
+
+@functools.cache
+def tap_means(window: Window, axis: Axis, out: Axis) -> np.ndarray:
+    """Mean number of taps of each class of output in each class of input, (C_out, C_in)."""
+    at = hits(window, axis.size)
+    table = np.zeros((out.classes, axis.classes))
+    p, t = np.nonzero(at >= 0)
+    np.add.at(table, (out.label_array[p], axis.label_array[at[p, t]]), 1.0)
+    return table / out.counts[:, None]
+
+
+@functools.cache
+def tap_pairs(window: Window, axis: Axis, out: Axis) -> tuple[np.ndarray, np.ndarray]:
+    """Mean number of tap pairs for each type of output pair and of input pair, (types_out, types_in).
+
+    Returns:
+        For pairs of the same tap; for pairs of two different taps.
+    """
+    at = hits(window, axis.size)
+    p, t = np.nonzero(at >= 0)
+    i = at[p, t]
+    co, ci = out.classes, axis.classes
+    c, d = out.label_array[p], axis.label_array[i]
+    by_tap = np.zeros((window.taps, co, ci))
+    np.add.at(by_tap, (t, c, d), 1.0)
+    by_place = np.zeros((window.size_out, ci))
+    np.add.at(by_place, (p, d), 1.0)
+    by_input = np.zeros((axis.size, co))
+    np.add.at(by_input, (i, c), 1.0)
+    members, inputs = np.eye(co)[out.label_array], np.eye(ci)[axis.label_array]
+    same, other = (np.zeros((co + co * co, ci + ci * ci)) for _ in range(2))
+    total = by_tap.sum(axis=0)
+    # One output: a tap with itself, and two taps, which read two inputs.
+    same[:co, :ci] = total
+    within = np.einsum("pc,pd,pe->cde", members, by_place, by_place)
+    two = within - np.einsum("cd,de->cde", total, np.eye(ci))
+    other[:co, ci:] = two.reshape(co, ci * ci)
+    # Two outputs: one tap reads two inputs; two taps may read one.
+    shared = np.einsum("tcd,tef->cedf", by_tap, by_tap) - np.einsum("cd,ce,df->cedf", total, np.eye(co), np.eye(ci))
+    same[co:, ci:] = shared.reshape(co * co, ci * ci)
+    meet = np.einsum("ic,ie,id->ced", by_input, by_input, inputs) - np.einsum("cd,ce->ced", total, np.eye(co))
+    other[co:, :ci] = meet.reshape(co * co, ci)
+    everything = np.einsum("cd,ef->cedf", total, total) - np.einsum("ce,cdf->cedf", np.eye(co), within)
+    rest = everything - shared - np.einsum("ced,df->cedf", meet, np.eye(ci))
+    other[co:, ci:] = rest.reshape(co * co, ci * ci)
+    pairs = np.maximum(out.pairs, 1e-300)[:, None] * (out.pairs > 0)[:, None] + (out.pairs <= 0)[:, None]
+    return same / pairs, other / pairs
+
+
+@functools.cache
+def tap_reads(window: Window, axis: Axis) -> np.ndarray:
+    """Mean number of taps for each type of pair (output, place) and of pair (what the tap reads, that place).
+
+    Args:
+        window: how it is read, as many outputs as inputs.
+        axis: the places.
+    """
+    n, classes = axis.counts, axis.classes
+    p, t = np.nonzero((at := hits(window, axis.size)) >= 0)
+    i = at[p, t]
+    c, d = axis.label_array[p], axis.label_array[i]
+    own, to_other = p == i, classes + d * classes + c
+    table = np.zeros((axis.types, axis.types))
+    # The place is the output's own: one tap may read it, the rest read others.
+    np.add.at(table, (c, np.where(own, d, to_other)), 1.0)
+    # The place is any other: a tap may read it, too.
+    rest = np.zeros((classes,) * 4)  # class of the output, of the place; of what is read, of the place
+    taps = np.zeros((classes, classes))
+    np.add.at(taps, (c, d), 1.0)
+    for e in range(classes):
+        rest[:, e, :, e] = taps * n[e]
+    np.subtract.at(rest, (c, c, d, c), 1.0)
+    np.subtract.at(rest, (c[~own], d[~own], d[~own], d[~own]), 1.0)
+    np.add.at(table, (classes + c[~own] * classes + d[~own], d[~own]), 1.0)
+    table[classes:, classes:] = rest.reshape(classes**2, classes**2)
+    return table / np.where(axis.pairs > 0, axis.pairs, 1.0)[:, None]
+
+
+def squeeze_types(matrix: np.ndarray, out: Axis, axis: Axis) -> np.ndarray:
+    """Only the type "same" where an axis has one position."""
+    return matrix[: 1 if out.size == 1 else None, : 1 if axis.size == 1 else None]
+
+
+class Conv(Node):
+    """A convolution; `params` is (groups, windows, x's dims, w's dims, out's dims, logical axes).
+
+    Dims say which axis of the node is (batch, channel, space...) of x and of the output, (out, in, taps...) of w; None: size 1.
+    """
+
+    def prepare(self) -> None:
+        x, w = (v.node for v in self.args)
+        self.odd = (x.odd & w.unseen) | (w.odd & x.unseen)
+        # A sum of few terms (a depthwise one has nine) is not Gaussian, and its sign follows the channel it reads.
+        self.gradient_doubt = _FEW_TERMS / self.width
+
+    def _axes(self, node: Node, dims: Sequence[int | None]) -> list[Axis]:
+        return [ONE if k is None else node.axes[k] for k in dims]
+
+    @property
+    def width(self) -> float:
+        """Terms in a sum."""
+        groups, windows, xd, *_ = self.params
+        x_axes = self._axes(self.args[0].node, xd)
+        return x_axes[1].size / groups * math.prod(w.taps for w in windows)
+
+    def channels(self) -> dict[int, np.ndarray]:
+        """Channel pairs behind a pair of output channels, (types_out, types_in): by w's same (0) and another (1) input."""
+        groups, _, xd, _wd, od = self.params
+        c = self._axes(self.args[0].node, xd)[1]
+        o = self._axes(self, od)[1]
+        own = c.size / groups
+        # Within one group the channels agree with w's input index: the counts of all channels, thinned by the groups.
+        agree = np.concatenate([c.counts, np.zeros(c.types - c.classes)]) / groups
+        differ = np.concatenate([np.zeros(c.classes), c.pairs[c.classes :]])
+        differ *= own * (own - 1) / max(differ.sum(), 1e-300)
+        apart_same, apart_other = (np.concatenate([np.zeros(c.classes), c.pairs[c.classes :]]) for _ in range(2))
+        apart_same *= own / max(apart_same.sum(), 1e-300)
+        apart_other *= own * (own - 1) / max(apart_other.sum(), 1e-300)
+        together = (o.size / groups - 1) / (o.size - 1) if o.size > 1 and groups > 1 else 1.0
+        tables = []
+        for inside, outside in ((agree, apart_same), (differ, apart_other)):
+            rows = np.repeat((together * inside + (1 - together) * outside)[None], o.types, 0)
+            rows[: o.classes] = inside
+            if o.size == 1:
+                rows = rows[:1]
+            tables.append(rows[:, :1] if c.size == 1 else rows)
+        return {0: tables[0], 1: tables[1]}
+
+    def spaces(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        _groups, windows, xd, _wd, od = self.params
+        xs, os = self._axes(self.args[0].node, xd)[2:], self._axes(self, od)[2:]
+        out = []
+        for window, a, o in zip(windows, xs, os, strict=True):
+            same, other = tap_pairs(window, a, o)
+            out.append((squeeze_types(same, o, a), squeeze_types(other, o, a)))
+        return out
+
+    def carry(self, x_second: np.ndarray, w_second: np.ndarray, *, transposed: bool = False) -> np.ndarray:
+        """Second moments by type of the output, from those of input and weights (logical dims); or of the input's cotangent."""
+        _groups, _windows, xd, wd, od = self.params
+        channel, space = self.channels(), self.spaces()
+        x_axes, o_axes = self._axes(self.args[0].node, xd), self._axes(self, od)
+        w_axes = self._axes(self.args[1].node, wd)
+        reads = [range(1) if w_axes[k].size == 1 else range(w_axes[k].types) for k in range(1, len(w_axes))]
+        result = 0.0
+        for index in np.ndindex(*[len(r) for r in reads]):
+            weight = w_second[(slice(None), *index)]
+            if not np.any(weight):
+                continue
+            # Classes within w's own axes do not change how its taps meet the input.
+            kinds = [int(t >= w_axes[k + 1].classes) for k, t in enumerate(index)]
+            share = math.prod(
+                w_axes[k + 1].pairs[t] / w_axes[k + 1].pairs[_block(w_axes[k + 1], kinds[k])].sum()
+                if w_axes[k + 1].size > 1
+                else 1.0
+                for k, t in enumerate(index)
+            )
+            maps = [channel[kinds[0]], *(space[k][kinds[k + 1]] for k in range(len(space)))]
+            term = x_second
+            if transposed:
+                shape = [1] * term.ndim
+                shape[1] = -1
+                term = term * weight.reshape(shape)
+            for k, matrix in enumerate(maps):
+                o, a = o_axes[k + 1], x_axes[k + 1]
+                if transposed:
+                    po = o.pairs[: matrix.shape[0]]
+                    pa = a.pairs[: matrix.shape[1]]
+                    matrix = (matrix * po[:, None]).T / np.where(pa > 0, pa, 1.0)[:, None]
+                term = apply_axis(term, k + 1, matrix)
+            if not transposed:
+                shape = [1] * term.ndim
+                shape[1] = -1
+                term = term * weight.reshape(shape)
+            result = result + share * term
+        return np.asarray(result)
+
+    def _own(self, array: np.ndarray, dims: Sequence[int | None]) -> np.ndarray:
+        kept = array.reshape([n for n, k in zip(array.shape, dims, strict=True) if k is not None])
+        return kept.transpose(np.argsort([k for k in dims if k is not None]))
+
+
+def _block(axis: Axis, kind: int) -> slice:
+    return slice(axis.classes, None) if kind else slice(0, axis.classes)
+
+
+class WindowSum(Node):
+    """Sums over windows; `params` is (windows by dimension, x's dims, out's dims)."""
+
+    def prepare(self) -> None:
+        self.odd, self.positive = self.args[0].node.odd, self.args[0].node.positive
+        # Windows that overlap have places in common with the next ones.
+        self.local |= any(w is not None and (w.taps - 1) * w.dilation >= w.stride for w in self.params[0])
+
+    def axes_in(self) -> list[Axis]:
+        return [ONE if k is None else self.args[0].node.axes[k] for k in self.params[1]]
+
+    def axes_out(self) -> list[Axis]:
+        return [ONE if k is None else self.axes[k] for k in self.params[2]]
+
+    def _carry(
+        self, array: np.ndarray, maps: Sequence[np.ndarray | None], inward: Sequence[int | None], outward: Sequence[int | None]
+    ) -> np.ndarray:
+        out = array.transpose([k for k in inward if k is not None])
+        out = out[tuple(None if k is None else slice(None) for k in inward)]
+        for d, matrix in enumerate(maps):
+            if matrix is not None:
+                out = apply_axis(out, d, matrix)
+        kept = out.reshape([n for n, k in zip(out.shape, outward, strict=True) if k is not None])
+        return kept.transpose(np.argsort([k for k in outward if k is not None]))
+
+    def pair_maps(self) -> list[np.ndarray | None]:
+        maps: list[np.ndarray | None] = []
+        for window, a, o in zip(self.params[0], self.axes_in(), self.axes_out(), strict=True):
+            if window is None:
+                maps.append(None)
+                continue
+            same, other = tap_pairs(window, a, o)
+            maps.append(squeeze_types(same + other, o, a))
+        return maps

@@ -1,0 +1,55 @@
+"""Second moments of the core kinds of nodes."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from varscale.theory.domain.axes import apply_axis, contract_axis, sliced
+from varscale.theory.domain.tables import Table
+from varscale.theory.graph.axis_nodes import Take
+from varscale.theory.graph.expressions import Mean, Sum, swapped
+from varscale.theory.graph.nodes import UNKNOWN, second_moments
+
+
+@second_moments.register(Sum)
+def second_moments_of_sum(node: Sum) -> Table:
+    from varscale.theory.propagation.cross_moments import pair
+
+    mean, unsure = np.zeros([a.classes for a in node.axes]), []
+    second = np.zeros([a.types for a in node.axes])
+    for c, x in zip(node.params, node.args, strict=True):
+        mean = mean + c * x.mean(node.axes)
+        second = second + c * c * x.second(node.axes)
+    for i, (c, x) in enumerate(zip(node.params, node.args, strict=True)):
+        for d, y in zip(node.params[:i], node.args[:i], strict=True):
+            found = pair(x, y, node.axes)
+            product = c * d * np.broadcast_to(found.moment, second.shape)
+            second = second + product + swapped(product, node.axes)
+            if found.flagged:
+                both = (x.node.table.variance * y.node.table.variance) ** 0.5
+                unsure.append((found.flagged, 2 * abs(c * d) * both * found.doubt))
+    table = Table(node.axes, mean, second)
+    for how, error in unsure:
+        node.graph.flag(how, min(error / max(table.mean_square, 1e-300), UNKNOWN))
+    return table
+
+
+@second_moments.register(Mean)
+def second_moments_of_mean(node: Mean) -> Table:
+    table = node.args[0].node.table
+    mean, second = table.mean, table.second
+    for k in reversed(node.params):
+        axis = table.axes[k]
+        mean, second = contract_axis(mean, k, axis.counts / axis.size), contract_axis(second, k, axis.any_pair)
+    return Table(node.axes, mean, second)
+
+
+@second_moments.register(Take)
+def second_moments_of_take(node: Take) -> Table:
+    k, *span = node.params
+    table = node.args[0].node.table
+    new, classes = sliced(table.axes[k], *span)
+    mean, second = apply_axis(table.mean, k, classes), apply_axis(table.second, k, node.types_map(new, classes))
+    if new is None:
+        mean, second = mean.squeeze(k), second.squeeze(k)
+    return Table(node.axes, mean, second)
