@@ -11,7 +11,8 @@ from varscale.theory.domain.axes import Axis
 from varscale.theory.domain.tables import independent
 from varscale.theory.graph.layout import value
 from varscale.theory.graph.nodes import Node, View
-from varscale.theory.interpreter.interpreter import RULES, Interpreter
+from varscale.theory.interpreter.interpreter import Interpreter
+from varscale.theory.rules.registry import RULES
 
 Interpreter()  # loads the rules that these tests replace
 

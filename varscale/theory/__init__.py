@@ -15,8 +15,9 @@ of which the first and second moments are kept, by the type of an index pair. Th
 from varscale.theory.domain.tables import Moments
 from varscale.theory.graph.failures import PredictionError
 from varscale.theory.integrals.primitives import FUNCTIONS
-from varscale.theory.interpreter.interpreter import Interpreter, rule
+from varscale.theory.interpreter.interpreter import Interpreter
 from varscale.theory.interpreter.predict import predict
 from varscale.theory.mean_field import critical, mean_field
+from varscale.theory.rules.registry import rule
 
 __all__ = ["FUNCTIONS", "Interpreter", "Moments", "PredictionError", "critical", "mean_field", "predict", "rule"]

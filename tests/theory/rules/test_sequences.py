@@ -13,8 +13,7 @@ import pytest
 from flax import linen as nn
 
 from varscale.theory import predict
-from varscale.theory.interpreter.interpreter import live_equations
-from varscale.theory.rules.prefix_scans import PrefixScan
+from varscale.theory.rules.prefix_scans import PrefixScan, live_equations
 
 
 @pytest.fixture(autouse=True)

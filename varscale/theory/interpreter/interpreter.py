@@ -14,88 +14,30 @@ To teach it a primitive, register a rule: a function of the interpreter, the equ
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
 from varscale import _compat
-from varscale.programs.pieces import live
 from varscale.theory.domain.axes import Axis
 from varscale.theory.graph.failures import PredictionError, located
 from varscale.theory.graph.known_arrays import all_given, computed, entries, is_given, note, numbers
 from varscale.theory.graph.layout import Value, align, full, value, without_entries
-from varscale.theory.graph.nodes import Array, Constant, Graph, Leaf, Node, View, array, leaf
+from varscale.theory.graph.nodes import Array, Constant, Graph, Node, View, array, leaf
 from varscale.theory.graph.normal_form import apply
 from varscale.theory.integrals.primitives import of_known
+from varscale.theory.interpreter import registered  # noqa: F401  (rules, and laws of their nodes)
 from varscale.theory.interpreter.rows import Place
-from varscale.theory.rules.prefix_scans import gathered
+from varscale.theory.propagation.function_domains import has_values
+from varscale.theory.rules.prefix_scans import live_equations
+from varscale.theory.rules.registry import ELEMENTWISE_OR_LAYOUT, RULES, Complex, Opaque, Rule
+from varscale.theory.rules.sampled_primitive import sampled
 
-Rule = Callable[..., Any]
-RULES: dict[str, Rule] = {}
 MOST_FOLDED = 1 << 26  # elements up to which known numbers are computed with rather than described
 _MOST_EVALUATED = 1 << 22  # of which jax computes so many at a time
-
-
-class Opaque:
-    """A random key: known exactly, so that equal keys give equal bits."""
-
-    def __init__(self, key: Any):
-        self.key = key
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.key.shape)
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Complex:
-    """A complex value: its real and imaginary parts, of one shape."""
-
-    re: Value
-    im: Value
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.re.shape
-
-
-def parts(x: Value | Complex) -> tuple[Value, ...]:
-    """The real arrays that a value consists of."""
-    return (x.re, x.im) if isinstance(x, Complex) else (x,)
-
-
-def map_parts(f: Callable[[Any], Any], x: Any) -> Any:
-    """f of a real value or of each part of a complex one."""
-    return Complex(f(x.re), f(x.im)) if isinstance(x, Complex) else f(x)
-
-
-def rule(*names: str) -> Callable[[Rule], Rule]:
-    """Register a rule for primitives of these names.
-
-    Args:
-        *names: primitive names as they appear in a jaxpr.
-
-    Returns:
-        A decorator; the rule it takes is called as rule(interpreter, eqn, *values) and returns a value, or a list of them.
-    """
-
-    def register(f: Rule) -> Rule:
-        for name in names:
-            RULES[name] = f
-        return f
-
-    return register
-
-
-def _load_rules() -> None:
-    from varscale.theory.rules.registry import load
-
-    load()
 
 
 class Interpreter:
@@ -109,7 +51,6 @@ class Interpreter:
     """
 
     def __init__(self, graph: Graph | None = None):
-        _load_rules()
         self.graph = graph or Graph()
         self.place: Place | None = None
         self.entering: Any = None
@@ -168,7 +109,7 @@ class Interpreter:
                 outs = self.fold(eqn, ins)
             else:
                 outs = None if name in _KEYED else without_entries(self.graph, eqn, ins)
-                if outs is None and name not in _ELEMENTWISE_OR_LAYOUT:
+                if outs is None and name not in ELEMENTWISE_OR_LAYOUT:
                     outs = self.fold(eqn, ins)
                 if outs is None:
                     outs = self._handler(eqn, ins)(self, eqn, *ins)
@@ -189,8 +130,6 @@ class Interpreter:
             return RULES["complex operands"]
         if name in RULES:
             return RULES[name]
-        from varscale.theory.rules.sampled_primitive import sampled
-
         return sampled
 
     def known(self, const: Any) -> Any:
@@ -284,8 +223,6 @@ class Interpreter:
         return Value(node, layout)
 
     def _fold_elementwise(self, name: str, extra: Any, frame: Sequence[Axis], views: Sequence[View]) -> Node | None:
-        from varscale.theory.propagation.function_domains import has_values
-
         literal = all(isinstance(v.node, Constant | Array) for v in views)
         if math.prod(a.size for a in frame) > (MOST_FOLDED if literal else _MOST_EVALUATED):
             return None
@@ -364,18 +301,6 @@ _MOVES = {
     "tile",
     "transpose",
 }
-_ELEMENTWISE_OR_LAYOUT: set[str] = set()
-
-
-def elementwise_or_layout(*names: str) -> None:
-    """Primitives whose rules handle known numbers themselves, without writing them out."""
-    _ELEMENTWISE_OR_LAYOUT.update(names)
-
-
-@functools.lru_cache(maxsize=256)
-def live_equations(jaxpr: Any) -> list[Any]:
-    """The equations that the outputs depend on (an init's forward pass is not one), associative scans put together again."""
-    return live(jaxpr, gathered(jaxpr.eqns))
 
 
 def _evaluated(eqn: Any, known: Sequence[Any]) -> list[Any]:
@@ -386,8 +311,3 @@ def _evaluated(eqn: Any, known: Sequence[Any]) -> list[Any]:
     with jax.ensure_compile_time_eval(), jax.numpy_dtype_promotion("standard"):
         out = eqn.primitive.bind(*args, **eqn.params)
     return list(out) if eqn.primitive.multiple_results else [out]
-
-
-def is_leaf(x: Any) -> bool:
-    """Whether a value is a random leaf itself."""
-    return isinstance(x, Value) and isinstance(x.node, Leaf)

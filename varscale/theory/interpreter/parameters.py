@@ -17,10 +17,11 @@ from varscale.theory.domain.tables import Moments, Table, estimate, independent
 from varscale.theory.graph.expressions import roots
 from varscale.theory.graph.layout import Value, full, value
 from varscale.theory.graph.nodes import Leaf
-from varscale.theory.interpreter.interpreter import Complex, Interpreter, Opaque, map_parts, parts
+from varscale.theory.interpreter.interpreter import Interpreter
 from varscale.theory.interpreter.repeats import first_alike, output_recipes
 from varscale.theory.interpreter.tracing import Trace
 from varscale.theory.rules.random import another, as_weight, is_weight
+from varscale.theory.rules.registry import Complex, Opaque, map_parts, parts
 
 _KEY = 0
 

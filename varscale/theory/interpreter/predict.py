@@ -20,12 +20,13 @@ from varscale.theory.graph.failures import PredictionError, located
 from varscale.theory.graph.known_arrays import MOST_COMPUTED
 from varscale.theory.graph.layout import Value, full
 from varscale.theory.graph.nodes import Graph, Leaf
-from varscale.theory.interpreter.interpreter import Complex, Interpreter, Opaque
+from varscale.theory.interpreter.interpreter import Interpreter
 from varscale.theory.interpreter.rows import Place, Rows, joined
 from varscale.theory.interpreter.tracing import Draws, Trace, drawing, execution_order, first_pass, traced
 from varscale.theory.propagation.cross_moments import together
 from varscale.theory.propagation.spatial_correlation import measured
 from varscale.theory.rules.padding import evened, is_mask
+from varscale.theory.rules.registry import Complex, Opaque
 
 _DETAILS = ("modules", "equations")
 _KEY = 0  # laws do not depend on the seed

@@ -14,11 +14,12 @@ from varscale.report import How, Report, Row
 from varscale.theory.domain.axes import averaging
 from varscale.theory.domain.tables import Table
 from varscale.theory.graph.layout import Value
-from varscale.theory.interpreter.interpreter import Complex, Interpreter
+from varscale.theory.interpreter.interpreter import Interpreter
 from varscale.theory.interpreter.uses import weights
 from varscale.theory.propagation.cotangents import cotangents
 from varscale.theory.propagation.error_bounds import provenance, settle
 from varscale.theory.propagation.fluctuations import full
+from varscale.theory.rules.registry import Complex
 
 _BAND = 2.5758  # 99 % of a normal
 _WIDEST = 25.0  # of ln(mean square): beyond that a draw can be anything, and the row's error_bound says so

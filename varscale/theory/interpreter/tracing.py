@@ -14,7 +14,7 @@ from varscale.programs import faces
 from varscale.programs.faces import Program
 from varscale.programs.pieces import PIECE
 from varscale.theory.graph.failures import PredictionError
-from varscale.theory.interpreter.interpreter import live_equations
+from varscale.theory.rules.prefix_scans import live_equations
 
 _KEY = 0  # laws do not depend on the seed
 

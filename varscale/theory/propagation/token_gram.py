@@ -38,7 +38,7 @@ class Mixture(NamedTuple):
     variance: float = 0.0
 
 
-Rule = Callable[[Sequence[float]], Mixture]  # given V of each of the others
+OverlapRule = Callable[[Sequence[float]], Mixture]  # given V of each of the others
 
 
 class Tokens(NamedTuple):
@@ -162,12 +162,12 @@ def _lacking(axes: tuple[Axis, ...], tokens: frozenset[int]) -> np.ndarray:
     return averaging(axes, frozenset()) - averaging(axes, tokens)
 
 
-def sources_of(x: Tokens) -> tuple[list[Tokens], Rule]:
+def sources_of(x: Tokens) -> tuple[list[Tokens], OverlapRule]:
     """Tokens that these are made of, and how their overlap is made of theirs."""
     return x.node.graph.once(("overlap", x), lambda: _sources(x))
 
 
-def _sources(x: Tokens) -> tuple[list[Tokens], Rule]:
+def _sources(x: Tokens) -> tuple[list[Tokens], OverlapRule]:
     from varscale.theory.graph.axis_nodes import Concat, Take
     from varscale.theory.graph.convolutions import Conv
     from varscale.theory.graph.linear_nodes import Contract, weight_of
@@ -231,7 +231,7 @@ def _rearranged(x: Tokens, node: Rearranged) -> Tokens:
     return Tokens(node.args[0].node, *(tuple(sorted({j for k in axes for j in node.before(k)})) for axes in x[1:]))
 
 
-def _taken(x: Tokens, node: Node) -> tuple[list[Tokens], Rule]:
+def _taken(x: Tokens, node: Node) -> tuple[list[Tokens], OverlapRule]:
     """A slice of one axis: of features the same tokens; of what tokens are made along, others, which overlap as much."""
     inner, k = _whole(x, node), node.params[0]
     fewer = 1 / x.count - 1 / inner.count
@@ -287,7 +287,7 @@ def white(x: Tokens) -> Mixture:
     return Mixture((), 1 / x.count)
 
 
-def _added(x: Tokens, node: Sum) -> tuple[list[Tokens], Rule]:
+def _added(x: Tokens, node: Sum) -> tuple[list[Tokens], OverlapRule]:
     """Branches of a stream: o = Σ w o_i, and what one has of another's direction."""
     terms = [(c * c, tokens_of(v, x.tokens, x.features)) for c, v in zip(node.params, node.args, strict=True)]
     terms = [(scale, y) for scale, y in terms if y.tokens and y.features]
@@ -298,7 +298,7 @@ def _added(x: Tokens, node: Sum) -> tuple[list[Tokens], Rule]:
     return [y for _, y in terms], lambda _: Mixture(tuple(shares.tolist()), (1 - float(shares @ shares)) / x.count)
 
 
-def _applied(x: Tokens, node: Apply) -> tuple[list[Tokens], Rule]:
+def _applied(x: Tokens, node: Apply) -> tuple[list[Tokens], OverlapRule]:
     """A function's overlap moves with its roots' by E[f' f'] of two tokens; what is not linear in them is as good as white."""
     found = [(view, tokens_of(view, x.tokens, x.features)) for view in roots(node)]
     found = [(view, y) for view, y in found if y.tokens and y.features]

@@ -21,11 +21,11 @@ from varscale.theory.graph.derivatives import derivative
 from varscale.theory.graph.expressions import roots
 from varscale.theory.graph.layout import Value, align, broadcast_in_dim, materialize, merged
 from varscale.theory.graph.nodes import Array, Leaf, Node, View, cross_by_kind, known_samples, pullback, second_moments
-from varscale.theory.interpreter.interpreter import Complex, Interpreter, parts, rule
 from varscale.theory.propagation.inherited_fluctuations import NONE, Spread, handed_on, inherited
 from varscale.theory.propagation.joint_sample import Ensemble, ensemble, steps
 from varscale.theory.propagation.sample_moments import by_level, cross_moments, pooled, table_of_draws
 from varscale.theory.rules.prefix_scans import Combination, combination, run_back, run_parts
+from varscale.theory.rules.registry import Complex, Context, parts, rule
 
 # Set on the validation grid, not derived, both: of a gradient through a recurrence; of one whose rates follow its own input.
 _DOUBT, _FOLLOWING_DOUBT = 0.1, 0.3
@@ -235,7 +235,7 @@ def handed_on_of_running(node: Running) -> Spread:
 
 
 @rule("associative_scan")
-def associative_scan(interpreter: Interpreter, eqn: Any, *xs: Value | Complex) -> list[Value | Complex]:
+def associative_scan(interpreter: Context, eqn: Any, *xs: Value | Complex) -> list[Value | Complex]:
     d, places, graph = eqn.params["axis"], eqn.params["places"], interpreter.graph
     rank = max(map(len, places))
     flat = []

@@ -43,7 +43,7 @@ from varscale.theory.graph.nodes import Leaf, View
 from varscale.theory.propagation.scale_responses import companions
 from varscale.theory.propagation.token_gram import (
     Mixture,
-    Rule,
+    OverlapRule,
     Tokens,
     apart,
     overlap,
@@ -305,7 +305,7 @@ def _same_tokens(attention: Attention) -> float:
     return overlap(values) if keys is None else shared_overlap(keys, values)
 
 
-def mixed(x: Tokens, attention: Attention) -> tuple[list[Tokens], Rule]:
+def mixed(x: Tokens, attention: Attention) -> tuple[list[Tokens], OverlapRule]:
     """How the overlap of two outputs Σ p v is made of that of two values and of two queries (4.)."""
     values, queries = attention.projections(), attention.queries()
     if queries is None or not (values.tokens and values.features and queries.tokens):

@@ -29,16 +29,16 @@ from varscale.theory.graph.nodes import (
     second_moments,
 )
 from varscale.theory.graph.reshapes import Permute, permute
-from varscale.theory.interpreter.interpreter import Interpreter, elementwise_or_layout, rule
+from varscale.theory.rules.registry import Context, elementwise_or_layout, rule
 
 
 @rule("broadcast_in_dim")
-def broadcast_in_dim(interpreter: Interpreter, eqn: Any, x: Value, *_: Value) -> Value:
+def broadcast_in_dim(interpreter: Context, eqn: Any, x: Value, *_: Value) -> Value:
     return layout.broadcast_in_dim(x, eqn.params["shape"], eqn.params["broadcast_dimensions"])
 
 
 @rule("reshape", "squeeze", "expand_dims")
-def reshape(interpreter: Interpreter, eqn: Any, x: Value, *_: Value) -> Value:
+def reshape(interpreter: Context, eqn: Any, x: Value, *_: Value) -> Value:
     if eqn.primitive.name == "squeeze":
         kept = [d for d in range(len(x.dims)) if d not in {k % len(x.dims) for k in eqn.params["dimensions"]}]
         return layout.transpose(x, kept)
@@ -46,12 +46,12 @@ def reshape(interpreter: Interpreter, eqn: Any, x: Value, *_: Value) -> Value:
 
 
 @rule("transpose")
-def transpose(interpreter: Interpreter, eqn: Any, x: Value) -> Value:
+def transpose(interpreter: Context, eqn: Any, x: Value) -> Value:
     return layout.transpose(x, eqn.params["permutation"])
 
 
 @rule("rev")
-def rev(interpreter: Interpreter, eqn: Any, x: Value) -> Value:
+def rev(interpreter: Context, eqn: Any, x: Value) -> Value:
     """Reversal renumbers positions: each meets another one of the array it was made from."""
     for d in eqn.params["dimensions"]:
         x = take(x, d, x.shape[d] - 1, -1, -1)
@@ -186,7 +186,7 @@ def _taken_inside(node: Node, k: int, start: int, stop: int, step: int) -> Node 
 
 
 @rule("slice")
-def slice_(interpreter: Interpreter, eqn: Any, x: Value) -> Value:
+def slice_(interpreter: Context, eqn: Any, x: Value) -> Value:
     p = eqn.params
     strides = p["strides"] or (1,) * len(x.dims)
     for d, (start, stop, step) in enumerate(zip(p["start_indices"], p["limit_indices"], strides, strict=True)):
@@ -195,7 +195,7 @@ def slice_(interpreter: Interpreter, eqn: Any, x: Value) -> Value:
 
 
 @rule("split")
-def split(interpreter: Interpreter, eqn: Any, x: Value) -> list[Value]:
+def split(interpreter: Context, eqn: Any, x: Value) -> list[Value]:
     edges = np.cumsum([0, *eqn.params["sizes"]])
     return [take(x, eqn.params["axis"], int(a), int(b), 1) for a, b in itertools.pairwise(edges)]
 
@@ -264,7 +264,7 @@ def _taken_at_random(x: Value, d: int, size: int, start: Value) -> Value:
 
 
 @rule("dynamic_slice")
-def dynamic_slice(interpreter: Interpreter, eqn: Any, x: Value, *starts: Value) -> Value:
+def dynamic_slice(interpreter: Context, eqn: Any, x: Value, *starts: Value) -> Value:
     """A start that is known is a slice."""
     for d, (size, start) in enumerate(zip(eqn.params["slice_sizes"], starts, strict=True)):
         known = interpreter.concrete(start)
@@ -277,7 +277,7 @@ def dynamic_slice(interpreter: Interpreter, eqn: Any, x: Value, *starts: Value) 
 
 
 @rule("iota")
-def iota(interpreter: Interpreter, eqn: Any, *_: Value) -> Value:
+def iota(interpreter: Context, eqn: Any, *_: Value) -> Value:
     p = eqn.params
     numbers = interpreter.known(np.arange(p["shape"][p["dimension"]]))
     return layout.broadcast_in_dim(numbers, p["shape"], (p["dimension"],))

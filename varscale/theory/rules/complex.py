@@ -12,8 +12,8 @@ from varscale.theory.domain.axes import Axis, labelled
 from varscale.theory.graph.layout import Value, full, transpose, value
 from varscale.theory.graph.nodes import Constant, array
 from varscale.theory.integrals.primitives import FUNCTIONS, POSITIVE
-from varscale.theory.interpreter.interpreter import RULES, Complex, Interpreter, map_parts, parts, rule
 from varscale.theory.rules.linear import contract
+from varscale.theory.rules.registry import RULES, Complex, Context, map_parts, parts, rule
 
 # Functions of one complex number, each part of which is a real function of both parts.
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
@@ -50,28 +50,28 @@ POSITIVE.add("hypot")
 _BILINEAR = {"dot_general", "conv_general_dilated"}
 
 
-def modulus(interpreter: Interpreter, x: Complex) -> Value:
+def modulus(interpreter: Context, x: Complex) -> Value:
     """|x|, whose second moment is that of x."""
     return interpreter.elementwise("hypot", x.re, x.im)
 
 
-def _whole(interpreter: Interpreter, x: Value | Complex) -> Complex:
+def _whole(interpreter: Context, x: Value | Complex) -> Complex:
     """A real value as a complex one."""
     return x if isinstance(x, Complex) else Complex(x, full(interpreter.graph, 0.0, x.shape))
 
 
-def _product(interpreter: Interpreter, x: Complex, y: Complex, f: Callable[[Value, Value], Value]) -> Complex:
+def _product(interpreter: Context, x: Complex, y: Complex, f: Callable[[Value, Value], Value]) -> Complex:
     """What is linear in each of two operands: four real ones of the same kind."""
     part = interpreter.elementwise
     re, im = part("sub", f(x.re, y.re), f(x.im, y.im)), part("add", f(x.re, y.im), f(x.im, y.re))
     return Complex(re, im)
 
 
-def _multiplied(interpreter: Interpreter, x: Complex, y: Complex) -> Complex:
+def _multiplied(interpreter: Context, x: Complex, y: Complex) -> Complex:
     return _product(interpreter, x, y, lambda a, b: interpreter.elementwise("mul", a, b))
 
 
-def _divided(interpreter: Interpreter, x: Complex, y: Complex) -> Complex:
+def _divided(interpreter: Context, x: Complex, y: Complex) -> Complex:
     part = interpreter.elementwise
     if y.im.constant == 0:
         return map_parts(lambda v: part("div", v, y.re), x)
@@ -83,14 +83,14 @@ def _divided(interpreter: Interpreter, x: Complex, y: Complex) -> Complex:
     return map_parts(lambda v: part("div", v, size), above)
 
 
-def _exponential(interpreter: Interpreter, x: Complex) -> Complex:
+def _exponential(interpreter: Context, x: Complex) -> Complex:
     part = interpreter.elementwise
     size = part("exp", x.re)
     return Complex(part("mul", size, part("cos", x.im)), part("mul", size, part("sin", x.im)))
 
 
 @rule("complex operands")
-def complex_operands(interpreter: Interpreter, eqn: Any, *xs: Any) -> Any:
+def complex_operands(interpreter: Context, eqn: Any, *xs: Any) -> Any:
     """Any equation on complex numbers."""
     name, whole = eqn.primitive.name, [_whole(interpreter, x) for x in xs]
     if name == "convert_element_type":
@@ -135,21 +135,21 @@ _TWO_SIDED = {"mul": _multiplied, "div": _divided}
 
 
 @rule("complex")
-def complex_(interpreter: Interpreter, eqn: Any, re: Value, im: Value) -> Complex:
+def complex_(interpreter: Context, eqn: Any, re: Value, im: Value) -> Complex:
     return Complex(re, im)
 
 
 @rule("real")
-def real(interpreter: Interpreter, eqn: Any, x: Complex) -> Value:
+def real(interpreter: Context, eqn: Any, x: Complex) -> Value:
     return x.re
 
 
 @rule("imag")
-def imag(interpreter: Interpreter, eqn: Any, x: Complex) -> Value:
+def imag(interpreter: Context, eqn: Any, x: Complex) -> Value:
     return x.im
 
 
-def _matrix(interpreter: Interpreter, numbers: np.ndarray) -> Value:
+def _matrix(interpreter: Context, numbers: np.ndarray) -> Value:
     """A transform's matrix from times to frequencies; the lowest frequency, which alone feels a mean, is a class of its own."""
     length, kept = numbers.shape
     known = np.ascontiguousarray(numbers.astype(float))
@@ -160,7 +160,7 @@ def _matrix(interpreter: Interpreter, numbers: np.ndarray) -> Value:
     return full(interpreter.graph, node.params, known.shape) if isinstance(node, Constant) else value(node, known.shape)
 
 
-def _times(interpreter: Interpreter, x: Value, matrix: Value, d: int) -> Value:
+def _times(interpreter: Context, x: Value, matrix: Value, d: int) -> Value:
     """x times a matrix along dimension d."""
     out = contract(interpreter, x, matrix, ((d,), (0,)), ((), ()))
     order = [k - (k > d) for k in range(len(x.dims))]
@@ -174,7 +174,7 @@ def _waves(times: int, frequencies: np.ndarray, size: int) -> tuple[np.ndarray, 
     return np.cos(phase), np.sin(phase)
 
 
-def _transform(interpreter: Interpreter, x: Complex, d: int, size: int, kept: int, inverse: bool) -> Complex:
+def _transform(interpreter: Context, x: Complex, d: int, size: int, kept: int, inverse: bool) -> Complex:
     """The discrete Fourier transform along one dimension, its first `kept` frequencies."""
     cos, sin = _waves(x.shape[d], np.arange(kept), size)
     scale = 1 / size if inverse else 1.0
@@ -183,7 +183,7 @@ def _transform(interpreter: Interpreter, x: Complex, d: int, size: int, kept: in
     return Complex(interpreter.elementwise("sub", cc, ss), interpreter.elementwise("add", cs, sc))
 
 
-def _real_inverse(interpreter: Interpreter, x: Complex, d: int, size: int) -> Value:
+def _real_inverse(interpreter: Context, x: Complex, d: int, size: int) -> Value:
     """The real signal whose spectrum, up to the middle, is x: every other frequency stands for two."""
     k = np.arange(x.shape[d])
     weight = np.where((k == 0) | (2 * k == size), 1.0, 2.0)[:, None] / size
@@ -193,7 +193,7 @@ def _real_inverse(interpreter: Interpreter, x: Complex, d: int, size: int) -> Va
 
 
 @rule("fft")
-def fft(interpreter: Interpreter, eqn: Any, x: Value | Complex) -> Value | Complex:
+def fft(interpreter: Context, eqn: Any, x: Value | Complex) -> Value | Complex:
     """Products with known matrices, one a dimension."""
     kind = str(getattr(eqn.params["fft_type"], "name", eqn.params["fft_type"]))
     lengths = eqn.params["fft_lengths"]

@@ -17,10 +17,10 @@ from varscale.theory.graph.layout import Atom, Value
 from varscale.theory.graph.nodes import Constant, Node, View, cross_by_kind, part_of, pullback, second_moments
 from varscale.theory.graph.normal_form import broadcast
 from varscale.theory.graph.reshapes import permute
-from varscale.theory.interpreter.interpreter import Interpreter, elementwise_or_layout, rule
 from varscale.theory.propagation.inherited_fluctuations import Spread, combine, handed_on, inherited
 from varscale.theory.propagation.locality import nearness_of, unseen_nearness
 from varscale.theory.rules.axis import take, take_node
+from varscale.theory.rules.registry import Context, elementwise_or_layout, rule
 
 _MOST_CUTS = 400  # joined arrays cut open for cross-moments, in one prediction: a recurrence unrolled by hand has T² of them
 _MANY = 6  # parts up to which every pair is computed
@@ -251,18 +251,18 @@ def concatenate(graph: Any, xs: Sequence[Value], d: int, classes: bool = True) -
 
 
 @rule("concatenate")
-def concatenate_rule(interpreter: Interpreter, eqn: Any, *xs: Value) -> Value:
+def concatenate_rule(interpreter: Context, eqn: Any, *xs: Value) -> Value:
     return joined(interpreter, xs, eqn.params["dimension"])
 
 
-def joined(interpreter: Interpreter, xs: Sequence[Value], d: int) -> Value:
+def joined(interpreter: Context, xs: Sequence[Value], d: int) -> Value:
     """One after another along dimension d; empty parts left out."""
     live = [x for x in xs if x.shape[d] > 0]
     return live[0] if len(live) == 1 else concatenate(interpreter.graph, live, d)
 
 
 @rule("stack")
-def stack(interpreter: Interpreter, eqn: Any, *xs: Value) -> Value:
+def stack(interpreter: Context, eqn: Any, *xs: Value) -> Value:
     """A concatenation along a new axis."""
     d = eqn.params["axis"]
     shape = (*xs[0].shape[:d], 1, *xs[0].shape[d:])
@@ -270,21 +270,21 @@ def stack(interpreter: Interpreter, eqn: Any, *xs: Value) -> Value:
 
 
 @rule("unstack")
-def unstack(interpreter: Interpreter, eqn: Any, x: Value) -> list[Value]:
+def unstack(interpreter: Context, eqn: Any, x: Value) -> list[Value]:
     d = eqn.params["axis"]
     kept = [k for k in range(len(x.dims)) if k != d]
     return [layout.transpose(take(x, d, i, i + 1, 1), kept) for i in range(x.shape[d])]
 
 
 @rule("tile")
-def tile(interpreter: Interpreter, eqn: Any, x: Value) -> Value:
+def tile(interpreter: Context, eqn: Any, x: Value) -> Value:
     """Copies one after another: a leading factor of the dimension along which nothing changes."""
     dims = [((Atom(n, None),) if n > 1 else ()) + dim for n, dim in zip(eqn.params["reps"], x.dims, strict=True)]
     return Value(x.node, tuple(dims))
 
 
 @rule("pad")
-def pad(interpreter: Interpreter, eqn: Any, x: Value, fill: Value) -> Value:
+def pad(interpreter: Context, eqn: Any, x: Value, fill: Value) -> Value:
     """A concatenation with the fill; negative padding cuts; dilation interleaves, counted as one class."""
     for d, (low, high, inner) in enumerate(eqn.params["padding_config"]):
         n = x.shape[d]

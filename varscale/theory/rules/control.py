@@ -16,9 +16,9 @@ from varscale.theory.domain.tables import Table
 from varscale.theory.graph import layout
 from varscale.theory.graph.layout import Value
 from varscale.theory.graph.nodes import Leaf
-from varscale.theory.interpreter.interpreter import Complex, Interpreter, Opaque, map_parts, rule
 from varscale.theory.rules.axis import take
 from varscale.theory.rules.concatenation import concatenate
+from varscale.theory.rules.registry import Complex, Context, Opaque, map_parts, rule
 from varscale.theory.rules.sampled_loop import CannotDraw
 from varscale.theory.rules.sampled_loop_nodes import over_time
 
@@ -39,7 +39,7 @@ _CALLS = {
 
 
 @rule(*_CALLS)
-def call(interpreter: Interpreter, eqn: Any, *xs: Any) -> list[Any]:
+def call(interpreter: Context, eqn: Any, *xs: Any) -> list[Any]:
     """A function is what is inside it; the library's own sampler is random bits by another name."""
     if eqn.params.get("name") == "fast_random_bits":
         from varscale.theory.rules.random import bits
@@ -87,7 +87,7 @@ _OUTLINED = 2  # steps whose outputs say over which axes those of all are: the f
 
 
 @rule("scan")
-def scan(interpreter: Interpreter, eqn: Any, *xs: Any) -> list[Any]:
+def scan(interpreter: Context, eqn: Any, *xs: Any) -> list[Any]:
     """Over layers, every step in turn; over time, where the same weights act at every step, as `loops` does it."""
     p = eqn.params
     _, carry, streams = _compat.scan_operands(p, xs)
@@ -104,7 +104,7 @@ def scan(interpreter: Interpreter, eqn: Any, *xs: Any) -> list[Any]:
     return [*carry, *(stack(interpreter, [step[k] for step in steps]) for k in range(len(carry), len(eqn.outvars)))]
 
 
-def _steps(interpreter: Interpreter, p: dict[str, Any], xs: Sequence[Any], count: int, *, named: bool) -> list[list[Any]]:
+def _steps(interpreter: Context, p: dict[str, Any], xs: Sequence[Any], count: int, *, named: bool) -> list[list[Any]]:
     """Outputs of the first steps of a scan; stacked weights are one fresh weight a step."""
     length = p["length"]
     jaxpr, literals = _compat.sub_jaxpr(p["jaxpr"])
@@ -117,7 +117,7 @@ def _steps(interpreter: Interpreter, p: dict[str, Any], xs: Sequence[Any], count
     return out
 
 
-def index(interpreter: Interpreter, x: Any, step: int, length: int) -> Any:
+def index(interpreter: Context, x: Any, step: int, length: int) -> Any:
     """x[step] of a stacked value."""
     if isinstance(x, Opaque):
         return Opaque(x.key[step])
@@ -143,7 +143,7 @@ def index(interpreter: Interpreter, x: Any, step: int, length: int) -> Any:
     return layout.transpose(one, range(1, len(one.dims)))
 
 
-def stack(interpreter: Interpreter, steps: list[Any]) -> Any:
+def stack(interpreter: Context, steps: list[Any]) -> Any:
     """Values of all steps as one; indexing it gives them back."""
     if isinstance(steps[0], Opaque):
         import jax.numpy as jnp
@@ -162,7 +162,7 @@ def stack(interpreter: Interpreter, steps: list[Any]) -> Any:
 
 
 @rule("cond")
-def cond(interpreter: Interpreter, eqn: Any, which: Value, *xs: Any) -> list[Any]:
+def cond(interpreter: Context, eqn: Any, which: Value, *xs: Any) -> list[Any]:
     """The branch taken, where it is known."""
     known = interpreter.concrete(which)
     if known is None:
@@ -173,14 +173,14 @@ def cond(interpreter: Interpreter, eqn: Any, which: Value, *xs: Any) -> list[Any
 
 
 @rule("platform_index")
-def platform_index(interpreter: Interpreter, eqn: Any, *_: Any) -> Value:
+def platform_index(interpreter: Context, eqn: Any, *_: Any) -> Value:
     """Which of several implementations a platform takes: moments are those of any, so the default."""
     platforms = eqn.params["platforms"]
     return interpreter.known(np.int32(next((i for i, p in enumerate(platforms) if p is None or "cpu" in p), 0)))
 
 
 @rule("while")
-def while_(interpreter: Interpreter, eqn: Any, *xs: Any) -> list[Any]:
+def while_(interpreter: Context, eqn: Any, *xs: Any) -> list[Any]:
     """Steps while the condition is known to hold."""
     p = eqn.params
     test_consts, body_consts = xs[: p["cond_nconsts"]], xs[p["cond_nconsts"] : p["cond_nconsts"] + p["body_nconsts"]]

@@ -15,12 +15,12 @@ from varscale.theory.graph import layout
 from varscale.theory.graph.convolutions import ONE, Conv, Window, output_axis, tap_means, tap_pairs
 from varscale.theory.graph.layout import Atom, Value
 from varscale.theory.graph.nodes import UNKNOWN, Leaf, Node, View, cross_by_kind, pullback, second_moments
-from varscale.theory.interpreter.interpreter import Interpreter, rule
 from varscale.theory.propagation.few_terms import kurtosis
 from varscale.theory.propagation.fluctuations import averaged, of_a_group, with_own_weights
 from varscale.theory.propagation.inherited_fluctuations import Spread, combine, handed_on
 from varscale.theory.propagation.shared_component import of_few
 from varscale.theory.propagation.window_overlaps import scatter_of
+from varscale.theory.rules.registry import Context, rule
 
 
 def _logical(node: Conv, array: np.ndarray, dims: Sequence[int | None]) -> np.ndarray:
@@ -154,7 +154,7 @@ def axes_of(x: Value, order: Sequence[int]) -> tuple[int | None, ...]:
 
 
 @rule("conv_general_dilated")
-def conv(interpreter: Interpreter, eqn: Any, x: Value, w: Value) -> Value:
+def conv(interpreter: Context, eqn: Any, x: Value, w: Value) -> Value:
     from varscale.theory.rules.linear import strip
 
     p = eqn.params

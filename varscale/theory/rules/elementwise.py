@@ -8,9 +8,9 @@ from varscale.theory.graph.expressions import IDENTITIES, roots
 from varscale.theory.graph.layout import Value
 from varscale.theory.graph.nodes import Array, Leaf
 from varscale.theory.integrals.primitives import FUNCTIONS
-from varscale.theory.interpreter.interpreter import Complex, Interpreter, elementwise_or_layout, map_parts, rule
 from varscale.theory.rules.integer_inputs import compared
 from varscale.theory.rules.reductions import OneOfMany
+from varscale.theory.rules.registry import Complex, Context, elementwise_or_layout, map_parts, rule
 from varscale.theory.rules.segments import SegmentMax
 
 _OWN = {"affine", "convert", "bitcast", "integer_pow", "power", *IDENTITIES}
@@ -32,7 +32,7 @@ _IDENTITIES = (
 
 
 @rule(*_NAMES, "add_any", "square")
-def elementwise(interpreter: Interpreter, eqn: Any, *xs: Value) -> Value:
+def elementwise(interpreter: Context, eqn: Any, *xs: Value) -> Value:
     name = eqn.primitive.name
     if name == "div":
         from varscale.theory.rules.segment_softmax import segment_softmax_of
@@ -53,12 +53,12 @@ def elementwise(interpreter: Interpreter, eqn: Any, *xs: Value) -> Value:
 
 
 @rule("integer_pow")
-def integer_pow(interpreter: Interpreter, eqn: Any, x: Value) -> Value:
+def integer_pow(interpreter: Context, eqn: Any, x: Value) -> Value:
     return interpreter.elementwise("integer_pow", x, extra=(eqn.params["y"],))
 
 
 @rule("convert_element_type")
-def convert(interpreter: Interpreter, eqn: Any, x: Value) -> Value:
+def convert(interpreter: Context, eqn: Any, x: Value) -> Value:
     old, new = eqn.invars[0].aval.dtype, eqn.params["new_dtype"]
     if old.kind == new.kind == "u" and old != new:
         return interpreter.elementwise("convert", x, extra=(str(new),))
@@ -70,17 +70,17 @@ def convert(interpreter: Interpreter, eqn: Any, x: Value) -> Value:
 
 
 @rule("bitcast_convert_type")
-def bitcast(interpreter: Interpreter, eqn: Any, x: Value) -> Value:
+def bitcast(interpreter: Context, eqn: Any, x: Value) -> Value:
     return interpreter.elementwise("bitcast", x, extra=(str(eqn.params["new_dtype"]),))
 
 
 @rule(*_IDENTITIES)
-def identity(interpreter: Interpreter, eqn: Any, *xs: Value) -> list[Value]:
+def identity(interpreter: Context, eqn: Any, *xs: Value) -> list[Value]:
     return list(xs)
 
 
 @rule("stop_gradient")
-def stop_gradient(interpreter: Interpreter, eqn: Any, x: Any) -> Any:
+def stop_gradient(interpreter: Context, eqn: Any, x: Any) -> Any:
     """The same forward.
 
     A maximum that softmax takes from its logits has no gradient anyway; what is made of weights alone is left as it is, since
@@ -89,7 +89,7 @@ def stop_gradient(interpreter: Interpreter, eqn: Any, x: Any) -> Any:
     return map_parts(lambda part: stopped(interpreter, part), x) if isinstance(x, Complex | Value) else x
 
 
-def stopped(interpreter: Interpreter, x: Value) -> Value:
+def stopped(interpreter: Context, x: Value) -> Value:
     if (
         isinstance(x.node, Leaf | Array)
         or not x.node.deps & x.node.graph.inputs

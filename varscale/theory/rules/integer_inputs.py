@@ -18,19 +18,19 @@ from varscale.theory.graph.expressions import Apply
 from varscale.theory.graph.layout import Value
 from varscale.theory.graph.nodes import UNKNOWN, Leaf, Node
 from varscale.theory.integrals.hermite_series import Z
-from varscale.theory.interpreter.interpreter import Interpreter
+from varscale.theory.rules.registry import Context
 
 _TURNED = {"lt": "gt", "le": "ge", "gt": "lt", "ge": "le", "eq": "eq", "ne": "ne"}
 
 
-def unknown(interpreter: Interpreter, name: str, shape: Sequence[int]) -> Value:
+def unknown(interpreter: Context, name: str, shape: Sequence[int]) -> Value:
     """Whole numbers described by their shape."""
     x = interpreter.leaf(("ids", name), shape, 0.0, 1.0, odd=False)
     x.node.flagged, x.node.doubt = "assumed", UNKNOWN
     return x
 
 
-def compared(interpreter: Interpreter, name: str, shape: Sequence[int], x: Value, y: Value) -> Value | None:
+def compared(interpreter: Context, name: str, shape: Sequence[int], x: Value, y: Value) -> Value | None:
     """A comparison of unknown whole numbers with known numbers; None where it is none."""
     if name not in _TURNED:
         return None
@@ -59,7 +59,7 @@ def _is_unknown(node: Node) -> bool:
     return (shifted or node.moves) and _is_unknown(node.args[0].node)
 
 
-def _one_hot(interpreter: Interpreter, shape: Sequence[int], x: Value, known: np.ndarray) -> Value | None:
+def _one_hot(interpreter: Context, shape: Sequence[int], x: Value, known: np.ndarray) -> Value | None:
     """Rows of the identity by id, where the known numbers are all different and along a dimension of their own."""
     from varscale.theory.rules.lookup import looked_up
 

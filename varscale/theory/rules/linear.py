@@ -16,11 +16,11 @@ from varscale.theory.graph.layout import Atom, Value, align, full
 from varscale.theory.graph.linear_nodes import Contract, weight_of
 from varscale.theory.graph.nodes import Array, Constant, Leaf, Node, View, cross_by_kind, pullback, second_moments
 from varscale.theory.graph.normal_form import affine
-from varscale.theory.interpreter.interpreter import Interpreter, rule
 from varscale.theory.propagation.fluctuations import averaged, with_own_weights
 from varscale.theory.propagation.inherited_fluctuations import Spread, combine, handed_on
 from varscale.theory.propagation.locality import unseen_nearness
 from varscale.theory.rules.masks import told_apart
+from varscale.theory.rules.registry import Context, rule
 from varscale.theory.rules.row_gram import own_products
 from varscale.theory.rules.transposed import applied_back
 
@@ -251,7 +251,7 @@ def _is_given(node: Node) -> bool:
     return isinstance(node, Array | Constant) or (isinstance(node, Leaf) and not node.is_input)
 
 
-def drawn(interpreter: Interpreter, x: Value) -> Value:
+def drawn(interpreter: Context, x: Value) -> Value:
     """What an init draws and goes on to multiply, as the weight it is."""
     from varscale.theory.rules.random import as_weight, law
 
@@ -266,7 +266,7 @@ def _seen_through(x: Value, view: View) -> Value:
 
 
 def contract(
-    interpreter: Interpreter, x: Value, y: Value, contracted: tuple[Sequence[int], ...], batch: tuple[Sequence[int], ...]
+    interpreter: Context, x: Value, y: Value, contracted: tuple[Sequence[int], ...], batch: tuple[Sequence[int], ...]
 ) -> Value:
     """`lax.dot_general`: batch dimensions, then x's free ones, then y's."""
     (cx, cy), (bx, by) = contracted, batch
@@ -320,7 +320,7 @@ def contract(
 
 
 def _with_itself(
-    interpreter: Interpreter, x: Value, y: Value, contracted: tuple[Sequence[int], ...], batch: tuple[Sequence[int], ...]
+    interpreter: Context, x: Value, y: Value, contracted: tuple[Sequence[int], ...], batch: tuple[Sequence[int], ...]
 ) -> Value:
     """An inner product of two functions of one root: the sum of one function, a norm's x · x/|x|."""
     from varscale.theory.rules.reductions import mean
@@ -333,6 +333,6 @@ def _with_itself(
 
 
 @rule("dot_general")
-def dot_general(interpreter: Interpreter, eqn: Any, x: Value, y: Value) -> Value:
+def dot_general(interpreter: Context, eqn: Any, x: Value, y: Value) -> Value:
     contracted, batch = eqn.params["dimension_numbers"]
     return contract(interpreter, x, y, contracted, batch)

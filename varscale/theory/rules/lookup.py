@@ -16,9 +16,9 @@ from varscale.theory.graph import layout
 from varscale.theory.graph.expressions import roots
 from varscale.theory.graph.layout import Atom, Value
 from varscale.theory.graph.nodes import UNKNOWN, Array, Graph, Leaf, Node, View, cross_by_kind, pullback, second_moments
-from varscale.theory.interpreter.interpreter import Interpreter, rule
 from varscale.theory.rules.axis import take
 from varscale.theory.rules.padding import classed_axes, padded, repeat_rates, unresolved
+from varscale.theory.rules.registry import Context, rule
 from varscale.theory.rules.segment_cotangents import Alike, by_segment
 
 _RESOLVED = 1e-3  # of a mean over rows that are looked up, what classes may miss
@@ -261,7 +261,7 @@ def base_ids(node: Node) -> Node:
 
 
 @rule("gather")
-def gather(interpreter: Interpreter, eqn: Any, x: Value, ids: Value) -> Any:
+def gather(interpreter: Context, eqn: Any, x: Value, ids: Value) -> Any:
     """One known index is a slice, rows by index are a lookup; what is picked otherwise is sampled."""
     p, shape = eqn.params, eqn.outvars[0].aval.shape
     d = p["dimension_numbers"]
@@ -283,7 +283,7 @@ def gather(interpreter: Interpreter, eqn: Any, x: Value, ids: Value) -> Any:
     return sampled(interpreter, eqn, x, ids)
 
 
-def looked_up(interpreter: Interpreter, d: Any, shape: Sequence[int], x: Value, ids: Value) -> Value:
+def looked_up(interpreter: Context, d: Any, shape: Sequence[int], x: Value, ids: Value) -> Value:
     """Rows of a table, its axes `d.start_index_map`, by index."""
     known, picked = interpreter.concrete(ids), tuple(d.start_index_map)
     for dim in range(len(x.dims)):
@@ -369,7 +369,7 @@ def _index_axes(
 
 
 @rule("scatter")
-def scatter(interpreter: Interpreter, eqn: Any, x: Value, ids: Value, updates: Value) -> Any:
+def scatter(interpreter: Context, eqn: Any, x: Value, ids: Value, updates: Value) -> Any:
     from varscale.theory.rules.sampled_primitive import sampled
 
     return sampled(interpreter, eqn, x, ids, updates)

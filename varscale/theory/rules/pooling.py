@@ -24,7 +24,6 @@ from varscale.theory.graph.convolutions import (
 from varscale.theory.graph.layout import Atom, Value, full
 from varscale.theory.graph.nodes import Node, View, cross_by_kind, pullback, second_moments
 from varscale.theory.graph.normal_form import affine
-from varscale.theory.interpreter.interpreter import Interpreter, rule
 from varscale.theory.propagation.inherited_fluctuations import Spread, handed_on, inherited
 from varscale.theory.propagation.locality import unseen_nearness
 from varscale.theory.propagation.shared_component import of_an_average
@@ -32,6 +31,7 @@ from varscale.theory.propagation.spatial_correlation import answered, nearby
 from varscale.theory.propagation.spatial_windows import Grid, Reader, alike, latents, of_places, of_windows, read
 from varscale.theory.rules.convolution import prepared
 from varscale.theory.rules.reductions import TIES, bounded, is_identity, narrowest, outside, restored
+from varscale.theory.rules.registry import Context, rule
 
 
 def window_sums(node: WindowSum, distances: Mapping[int, int] | None) -> Grid:
@@ -239,7 +239,7 @@ def _with_law(table: Table, mean: float, square: float) -> Table:
     return Table(table.axes, np.full_like(table.mean, mean), second)
 
 
-def _window_node(interpreter: Interpreter, eqn: Any, x: Value, kind: type[WindowSum]) -> Value:
+def _window_node(interpreter: Context, eqn: Any, x: Value, kind: type[WindowSum]) -> Value:
     p = eqn.params
     shape = eqn.outvars[0].aval.shape
     x = prepared(x)
@@ -269,18 +269,18 @@ def _window_node(interpreter: Interpreter, eqn: Any, x: Value, kind: type[Window
 
 
 @rule("reduce_window_sum")
-def reduce_window_sum(interpreter: Interpreter, eqn: Any, x: Value) -> Value:
+def reduce_window_sum(interpreter: Context, eqn: Any, x: Value) -> Value:
     return _window_node(interpreter, eqn, x, WindowSum)
 
 
 @rule("reduce_window_max")
-def reduce_window_max(interpreter: Interpreter, eqn: Any, x: Value, *_: Value) -> Value:
+def reduce_window_max(interpreter: Context, eqn: Any, x: Value, *_: Value) -> Value:
     inner, steps = outside(x)
     return restored(interpreter, _window_node(interpreter, eqn, inner, WindowMax), steps)
 
 
 @rule("reduce_window_min")
-def reduce_window_min(interpreter: Interpreter, eqn: Any, x: Value, *_: Value) -> Value:
+def reduce_window_min(interpreter: Context, eqn: Any, x: Value, *_: Value) -> Value:
     """A minimum is the maximum of the negative, with its sign turned."""
     turned = interpreter.elementwise("neg", x)
     out = _window_node(interpreter, eqn, turned, WindowMax)
@@ -288,7 +288,7 @@ def reduce_window_min(interpreter: Interpreter, eqn: Any, x: Value, *_: Value) -
 
 
 @rule("reduce_window")
-def reduce_window(interpreter: Interpreter, eqn: Any, x: Value, initial: Value) -> Any:
+def reduce_window(interpreter: Context, eqn: Any, x: Value, initial: Value) -> Any:
     """The general form, whose body is max, min or add; every window has the initial value in it, once."""
     jaxpr = eqn.params["jaxpr"]
     names = [e.primitive.name for e in getattr(jaxpr, "jaxpr", jaxpr).eqns]

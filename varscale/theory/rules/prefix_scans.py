@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from varscale import _compat
+from varscale.programs.pieces import live
 
 # What depends on shapes, and so cannot be evaluated at a few positions only.
 _MOVES = (
@@ -274,3 +275,9 @@ def running(combine: Callable[..., list[jax.Array]], elements: Sequence[jax.Arra
     first = [x[0] for x in rows]
     _, rest = lax.scan(step, first, [x[1:] for x in rows])
     return [jnp.moveaxis(jnp.concatenate([x[None], y]), 0, axis) for x, y in zip(first, rest, strict=True)]
+
+
+@functools.lru_cache(maxsize=256)
+def live_equations(jaxpr: Any) -> list[Any]:
+    """The equations that the outputs depend on (an init's forward pass is not one), associative scans put together again."""
+    return live(jaxpr, gathered(jaxpr.eqns))

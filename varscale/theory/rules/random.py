@@ -17,8 +17,8 @@ from varscale.theory.graph.factors import factors
 from varscale.theory.graph.layout import Atom, Value, full, value
 from varscale.theory.graph.nodes import Array, Constant, Leaf, Node, View
 from varscale.theory.integrals.hermite_series import WEIGHTS, Z
-from varscale.theory.interpreter.interpreter import Interpreter, Opaque, elementwise_or_layout, rule
 from varscale.theory.propagation.marginals import evaluate
+from varscale.theory.rules.registry import Context, Opaque, elementwise_or_layout, rule
 
 
 def _uniform_bits(width: int) -> np.ndarray:
@@ -31,12 +31,12 @@ _NORMAL = 0.02  # from 3: what the grid leaves of a normal's kurtosis
 
 
 @rule("random_bits")
-def random_bits(interpreter: Interpreter, eqn: Any, key: Any) -> Value:
+def random_bits(interpreter: Context, eqn: Any, key: Any) -> Value:
     shape, width = eqn.outvars[0].aval.shape, eqn.params["bit_width"]
     return bits(interpreter, key, shape, width)
 
 
-def bits(interpreter: Interpreter, key: Any, shape: tuple[int, ...], width: int) -> Value:
+def bits(interpreter: Context, key: Any, shape: tuple[int, ...], width: int) -> Value:
     """Uniform bits: the same for the same key."""
     if isinstance(key, Opaque):
         name = ("bits", np.asarray(jax.random.key_data(key.key)).tobytes(), tuple(shape), width)
@@ -50,7 +50,7 @@ def bits(interpreter: Interpreter, key: Any, shape: tuple[int, ...], width: int)
 
 
 @rule("rng_uniform")
-def rng_uniform(interpreter: Interpreter, eqn: Any, low: Value, high: Value) -> Value:
+def rng_uniform(interpreter: Context, eqn: Any, low: Value, high: Value) -> Value:
     raise NotImplementedError("rng_uniform: use jax.random")
 
 
@@ -110,7 +110,7 @@ def _chain(node: Node) -> Hashable:
     return node.params if isinstance(node, Constant) else "leaf"
 
 
-def as_weight(interpreter: Interpreter, x: Value) -> Value:
+def as_weight(interpreter: Context, x: Value) -> Value:
     """A parameter drawn by a chain on random bits, as a leaf with the law of that chain."""
     stacked: list[Value] | None = interpreter.graph.memo.get(("stack", x.node.id, x.dims))
     if stacked is not None and len({law(step.node) for step in stacked}) == 1:
@@ -131,7 +131,7 @@ def _quantiles(values: bytes | None) -> np.ndarray | None:
     return None if values is None else np.frombuffer(values)
 
 
-def _stacked_weight(interpreter: Interpreter, one: Value, x: Value) -> Value:
+def _stacked_weight(interpreter: Context, one: Value, x: Value) -> Value:
     """Independent copies of a weight along a first dimension."""
     assert isinstance(one.node, Leaf)
     axes = (Axis(x.shape[0]), *one.node.axes)
@@ -147,7 +147,7 @@ def is_weight(x: Any) -> bool:
     return isinstance(x, Value) and isinstance(x.node, Leaf) and x.node.name[0] == "weight"
 
 
-def another(interpreter: Interpreter, x: Value, number: int) -> Value:
+def another(interpreter: Context, x: Value, number: int) -> Value:
     """An independent weight of the same law; `number` tells it from others."""
     source = x.node
     assert isinstance(source, Leaf)
@@ -157,7 +157,7 @@ def another(interpreter: Interpreter, x: Value, number: int) -> Value:
 
 
 @rule("qr", "householder_product")
-def qr(interpreter: Interpreter, eqn: Any, *xs: Value) -> list[Value]:
+def qr(interpreter: Context, eqn: Any, *xs: Value) -> list[Value]:
     """Haar: E[q²] = 1/m for an m × n factor. The triangle only lends its signs, which Haar measure does not feel: ones."""
     shape = eqn.outvars[0].aval.shape
     interpreter.graph.count += 1
@@ -165,7 +165,7 @@ def qr(interpreter: Interpreter, eqn: Any, *xs: Value) -> list[Value]:
     return [q, *(full(interpreter.graph, 1.0, v.aval.shape) for v in eqn.outvars[1:])]
 
 
-def input_leaf(interpreter: Interpreter, name: str, shape: tuple[int, ...], table: Any, *, odd: bool) -> Value:
+def input_leaf(interpreter: Context, name: str, shape: tuple[int, ...], table: Any, *, odd: bool) -> Value:
     """An input with a given table."""
     axes = tuple(Axis(n) for n in shape if n != 1)
     node = interpreter.graph.make(Leaf, axes, (), ("input", name))

@@ -18,10 +18,10 @@ from varscale.theory.graph.layout import Atom, Value
 from varscale.theory.graph.nodes import Constant, Node, View, cross_by_kind, pullback, second_moments
 from varscale.theory.graph.normal_form import affine, mean_node
 from varscale.theory.integrals.hermite_series import Z, sphere_squares
-from varscale.theory.interpreter.interpreter import Interpreter, rule
 from varscale.theory.propagation.fluctuations import full
 from varscale.theory.propagation.inherited_fluctuations import Spread, combine, handed_on, inherited
 from varscale.theory.propagation.shared_component import of_an_average
+from varscale.theory.rules.registry import Context, rule
 
 # Set on the validation grid, not derived, both: of the second moment of a maximum, a factor of e in how many it is over; of the
 # gradient through one, whose largest entry is not independent of what flows back.
@@ -59,7 +59,7 @@ def mean(x: Value, dims: Sequence[int]) -> Value:
 
 
 @rule("reduce_sum")
-def reduce_sum(interpreter: Interpreter, eqn: Any, x: Value) -> Value:
+def reduce_sum(interpreter: Context, eqn: Any, x: Value) -> Value:
     dims = [d % len(x.dims) for d in eqn.params["axes"]]
     count = math.prod(x.shape[d] for d in dims)
     out = mean(x, dims)
@@ -194,7 +194,7 @@ def outside(x: Value) -> tuple[Value, Steps]:
     return x, steps[::-1]
 
 
-def restored(interpreter: Interpreter, x: Value, steps: Steps) -> Value:
+def restored(interpreter: Context, x: Value, steps: Steps) -> Value:
     """The increasing steps, taken again."""
     for name, c, d in steps:
         if name == "affine":
@@ -205,7 +205,7 @@ def restored(interpreter: Interpreter, x: Value, steps: Steps) -> Value:
 
 
 @rule("reduce_max", "reduce_min")
-def reduce_max(interpreter: Interpreter, eqn: Any, x: Value) -> Value:
+def reduce_max(interpreter: Context, eqn: Any, x: Value) -> Value:
     dims = [d % len(x.dims) for d in eqn.params["axes"]]
     x, steps = outside(x)
     axes, left = over(x, dims)
@@ -221,7 +221,7 @@ def reduce_max(interpreter: Interpreter, eqn: Any, x: Value) -> Value:
 
 
 @rule("reduce_and", "reduce_or", "reduce_prod", "argmax", "argmin")
-def sampled_reduction(interpreter: Interpreter, eqn: Any, *xs: Value) -> Any:
+def sampled_reduction(interpreter: Context, eqn: Any, *xs: Value) -> Any:
     from varscale.theory.rules.sampled_primitive import sampled
 
     return sampled(interpreter, eqn, *xs)

@@ -1,30 +1,113 @@
-"""The families of rules, one a file, and how they are loaded."""
+"""Where rules are registered by primitive, the values they read and write, and what they may ask of the walk."""
 
 from __future__ import annotations
 
-import importlib
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
-FAMILIES = (
-    "elementwise",
-    "axis",
-    "concatenation",
-    "reductions",
-    "linear",
-    "convolution",
-    "pooling",
-    "spatial_correlation",
-    "lookup",
-    "segments",
-    "random",
-    "complex",
-    "associative_scan",
-    "control",
-)
-_loaded: list[str] = []
+import numpy as np
+
+from varscale.theory.graph.layout import Value
+from varscale.theory.graph.nodes import Graph, Leaf
+
+Rule = Callable[..., Any]
 
 
-def load() -> None:
-    """Register every family, once."""
-    while len(_loaded) < len(FAMILIES):
-        importlib.import_module(f"varscale.theory.rules.{FAMILIES[len(_loaded)]}")
-        _loaded.append(FAMILIES[len(_loaded)])
+RULES: dict[str, Rule] = {}
+
+
+def rule(*names: str) -> Callable[[Rule], Rule]:
+    """Register a rule for primitives of these names.
+
+    Args:
+        *names: primitive names as they appear in a jaxpr.
+
+    Returns:
+        A decorator; the rule it takes is called as rule(interpreter, eqn, *values) and returns a value, or a list of them.
+    """
+
+    def register(f: Rule) -> Rule:
+        for name in names:
+            RULES[name] = f
+        return f
+
+    return register
+
+
+ELEMENTWISE_OR_LAYOUT: set[str] = set()
+
+
+def elementwise_or_layout(*names: str) -> None:
+    """Primitives whose rules handle known numbers themselves, without writing them out."""
+    ELEMENTWISE_OR_LAYOUT.update(names)
+
+
+class Opaque:
+    """A random key: known exactly, so that equal keys give equal bits."""
+
+    def __init__(self, key: Any):
+        self.key = key
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.key.shape)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Complex:
+    """A complex value: its real and imaginary parts, of one shape."""
+
+    re: Value
+    im: Value
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.re.shape
+
+
+def parts(x: Value | Complex) -> tuple[Value, ...]:
+    """The real arrays that a value consists of."""
+    return (x.re, x.im) if isinstance(x, Complex) else (x,)
+
+
+def map_parts(f: Callable[[Any], Any], x: Any) -> Any:
+    """f of a real value or of each part of a complex one."""
+    return Complex(f(x.re), f(x.im)) if isinstance(x, Complex) else f(x)
+
+
+def is_leaf(x: Any) -> bool:
+    """Whether a value is a random leaf itself."""
+    return isinstance(x, Value) and isinstance(x.node, Leaf)
+
+
+class Context(Protocol):
+    """The walk over a jaxpr, as rules see it (`interpreter.interpreter.Interpreter`).
+
+    Attributes:
+        graph: the nodes built so far.
+        place: where rows are kept; None where none are.
+    """
+
+    graph: Graph
+    place: Any
+
+    def run(self, jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], step: int | None = None) -> list[Any]:
+        """The outputs of a jaxpr, given values of its constants and inputs; `step` says which of a loop's it is."""
+        ...
+
+    def known(self, const: Any) -> Any:
+        """The value of a known array."""
+        ...
+
+    def concrete(self, x: Any, dtype: Any = None) -> np.ndarray | None:
+        """The numbers of a known value; None where it is random or too large."""
+        ...
+
+    def elementwise(self, name: str, *xs: Value, extra: tuple[Any, ...] = ()) -> Value:
+        """An elementwise primitive of values of one shape (sizes of 1 broadcast)."""
+        ...
+
+    def leaf(self, name: Any, shape: Sequence[int], mean: float, second_moment: float, *, odd: bool, **law: Any) -> Value:
+        """A new random tensor with independent entries."""
+        ...

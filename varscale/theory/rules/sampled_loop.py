@@ -19,10 +19,10 @@ import numpy as np
 from varscale import _compat
 from varscale.theory.graph.layout import Value, merged
 from varscale.theory.graph.nodes import Array, Constant, Leaf, View
-from varscale.theory.interpreter.interpreter import Opaque, parts
 from varscale.theory.propagation.sampler import Drawing, evenly
 from varscale.theory.rules.prefix_scans import sub_jaxpr_of
 from varscale.theory.rules.region_sizes import CannotShrink, Sizes, run, work
+from varscale.theory.rules.registry import Opaque, parts
 
 _REPLICATES = 16
 _MOST_REPLICATES = 64

@@ -19,12 +19,12 @@ from varscale.theory.domain.tables import Table, lift
 from varscale.theory.graph.layout import Atom, Value, materialize, merged
 from varscale.theory.graph.nodes import Node, View, cross_by_kind, known_samples, pullback, second_moments
 from varscale.theory.integrals.hermite_series import POINTS, WEIGHTS, Z
-from varscale.theory.interpreter.interpreter import Complex, Interpreter, Opaque, parts
 from varscale.theory.propagation.fluctuations import full
 from varscale.theory.propagation.inherited_fluctuations import Spread, combine, handed_on
 from varscale.theory.propagation.joint_sample import steps
 from varscale.theory.propagation.sample_moments import by_level, cross_moments, pooled, table_of_draws
 from varscale.theory.propagation.sampler import evenly, picked
+from varscale.theory.rules.registry import Complex, Context, Opaque, parts
 from varscale.theory.rules.sampled_loop import CannotDraw, Loop, Operand, operand, shrunk
 
 _MEMORY = 2**28  # bytes of the states that a backward pass keeps
@@ -199,7 +199,7 @@ def _positions(axes: Sequence[Axis], lengths: Sequence[int]) -> list[np.ndarray]
     return [evenly(a.size, n) for a, n in zip(axes, lengths, strict=True)]
 
 
-def over_time(interpreter: Interpreter, eqn: Any, xs: Sequence[Any], outline: Sequence[Any], outlined: int) -> list[Any]:
+def over_time(interpreter: Context, eqn: Any, xs: Sequence[Any], outline: Sequence[Any], outlined: int) -> list[Any]:
     """The outputs of a scan, drawn.
 
     Args:

@@ -17,8 +17,8 @@ from varscale.theory.graph.failures import PredictionError, source
 from varscale.theory.graph.layout import Value, value
 from varscale.theory.graph.nodes import UNKNOWN, Array, Node, View, pullback, second_moments
 from varscale.theory.integrals.hermite_series import Z
-from varscale.theory.interpreter.interpreter import Interpreter
 from varscale.theory.propagation.marginals import concentrated, evaluate, marginal
+from varscale.theory.rules.registry import Context
 
 _BUDGET = 2_000_000  # elements drawn for one node
 _KEEPS_SIGNS = {"sort", "top_k", "cumsum", "cumprod", "cummax", "cummin", "gather", "reduce_prod"}
@@ -212,7 +212,7 @@ def _no_rule(eqn: Any, why: str) -> str:
     )
 
 
-def sampled(interpreter: Interpreter, eqn: Any, *xs: Any) -> list[Value]:
+def sampled(interpreter: Context, eqn: Any, *xs: Any) -> list[Value]:
     """Values that are sampled when asked for; an error where even that cannot be done."""
     name = eqn.primitive.name
     elements = sum(math.prod(x.shape) for x in xs if isinstance(x, Value)) + sum(math.prod(v.aval.shape) for v in eqn.outvars)

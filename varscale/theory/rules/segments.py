@@ -25,9 +25,9 @@ from varscale.theory.graph.nodes import Array, Node, View, cross_by_kind, number
 from varscale.theory.graph.normal_form import affine, apply
 from varscale.theory.graph.reshapes import permute
 from varscale.theory.integrals.hermite_series import Z
-from varscale.theory.interpreter.interpreter import Interpreter, rule
 from varscale.theory.rules.neighbours import unseen, unseen_in_given
 from varscale.theory.rules.reductions import bounded, is_identity, narrowest, outside, restored
+from varscale.theory.rules.registry import Context, rule
 
 
 def sums(ids: np.ndarray, weights: np.ndarray, size: int, axis: Axis) -> tuple[np.ndarray, np.ndarray]:
@@ -310,7 +310,7 @@ class Segmented(NamedTuple):
     segments: np.ndarray
 
 
-def segmented(interpreter: Interpreter, eqn: Any, x: Value, ids: Value, updates: Value) -> Segmented | None:
+def segmented(interpreter: Context, eqn: Any, x: Value, ids: Value, updates: Value) -> Segmented | None:
     """A scatter of whole rows to known places; None where it is anything else."""
     d = eqn.params["dimension_numbers"]
     known = interpreter.concrete(ids)
@@ -328,7 +328,7 @@ def segmented(interpreter: Interpreter, eqn: Any, x: Value, ids: Value, updates:
 
 
 @rule("scatter-add")
-def scatter_add(interpreter: Interpreter, eqn: Any, x: Value, ids: Value, updates: Value) -> Any:
+def scatter_add(interpreter: Context, eqn: Any, x: Value, ids: Value, updates: Value) -> Any:
     """Sums by segment where the segments are known; otherwise sampled."""
     from varscale.theory.rules.sampled_primitive import sampled
 
@@ -353,7 +353,7 @@ def scatter_add(interpreter: Interpreter, eqn: Any, x: Value, ids: Value, update
 
 
 @rule("scatter-max", "scatter-min")
-def scatter_max(interpreter: Interpreter, eqn: Any, x: Value, ids: Value, updates: Value) -> Any:
+def scatter_max(interpreter: Context, eqn: Any, x: Value, ids: Value, updates: Value) -> Any:
     """Maxima by segment where the segments are known; otherwise sampled."""
     from varscale.theory.rules.sampled_primitive import sampled
 
@@ -373,7 +373,7 @@ def scatter_max(interpreter: Interpreter, eqn: Any, x: Value, ids: Value, update
     return Value(affine(out.node, 1.0, start), out.dims)
 
 
-def _extremes(interpreter: Interpreter, eqn: Any, x: Value, ids: Value, updates: Value, sign: float) -> Value | None:
+def _extremes(interpreter: Context, eqn: Any, x: Value, ids: Value, updates: Value, sign: float) -> Value | None:
     """Extremes by segment, 0 where one is empty; None where the segments are not known."""
     inner, steps = outside(updates) if sign > 0 else (updates, [])
     if not all(shift == 0 if name == "affine" else low <= 0 for name, low, shift in steps):

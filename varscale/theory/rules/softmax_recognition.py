@@ -12,9 +12,9 @@ from varscale.theory.graph.expressions import Apply, Mean, Sum, roots
 from varscale.theory.graph.layout import Value
 from varscale.theory.graph.nodes import Array, Constant, Node, View, array
 from varscale.theory.graph.normal_form import apply, total
-from varscale.theory.interpreter.interpreter import Interpreter
 from varscale.theory.rules.padding import padded
 from varscale.theory.rules.reductions import Extreme
+from varscale.theory.rules.registry import Context
 from varscale.theory.rules.softmax import Softmax
 
 MASKED = -1e4  # a logit below this is a mask, not a number
@@ -22,7 +22,7 @@ _NOTHING_LEFT = 50.0  # a difference of logits that takes all of a key's weight,
 _ROW_CLASSES = 8
 
 
-def softmax_of(interpreter: Interpreter, top: Value, bottom: Value) -> Value | None:
+def softmax_of(interpreter: Context, top: Value, bottom: Value) -> Value | None:
     """exp(x − max) / Σ exp(x − max), if that is what this division is."""
     num, den = top.node, bottom.node
     if not (isinstance(num, Apply) and num.params[0] == "exp" and isinstance(den, Apply) and den.params[0] == "affine"):
