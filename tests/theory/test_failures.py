@@ -10,7 +10,7 @@ from varscale.theory import PredictionError
 from varscale.theory.domain.axes import Axis
 from varscale.theory.domain.tables import independent
 from varscale.theory.graph.layout import value
-from varscale.theory.graph.nodes import Node, View
+from varscale.theory.graph.nodes import Node, View, pullback, second_moments
 from varscale.theory.interpreter.interpreter import Interpreter
 from varscale.theory.rules.registry import RULES
 
@@ -24,16 +24,26 @@ class Wave(nn.Module):
 
 
 class FailsForward(Node):
-    def compute(self):
-        raise IndexError("off by one")
+    """A kind whose moments fail."""
+
+
+@second_moments.register(FailsForward)
+def second_moments_of_fails_forward(node):
+    raise IndexError("off by one")
 
 
 class FailsBackward(Node):
-    def compute(self):
-        return independent(0.0, 1.0, self.axes)
+    """A kind whose pullback fails."""
 
-    def pullback(self, cotangent):
-        raise ZeroDivisionError("no cotangent")
+
+@second_moments.register(FailsBackward)
+def second_moments_of_fails_backward(node):
+    return independent(0.0, 1.0, node.axes)
+
+
+@pullback.register(FailsBackward)
+def pullback_of_fails_backward(node, cotangent):
+    raise ZeroDivisionError("no cotangent")
 
 
 @pytest.mark.parametrize(("kind", "told"), [(FailsForward, "IndexError: off by one"), (FailsBackward, "no cotangent")])

@@ -65,9 +65,9 @@ def pullback_of_conv(node: Conv, cotangent: np.ndarray) -> list[np.ndarray | Non
     return [own, None]
 
 
-def _own_of(whole: Conv, array: np.ndarray, dims: Sequence[int | None], node: Node) -> np.ndarray:
-    out = whole._own(array, dims)
-    return np.broadcast_to(out, [a.types for a in node.axes])
+def _own_of(node: Conv, array: np.ndarray, dims: Sequence[int | None], argument: Node) -> np.ndarray:
+    out = node._own(array, dims)
+    return np.broadcast_to(out, [a.types for a in argument.axes])
 
 
 @cross_by_kind.register(Conv)

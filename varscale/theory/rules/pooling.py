@@ -144,18 +144,18 @@ def cross_by_kind_of_window_max(node: WindowMax, a: View, b: View, frame: Sequen
 
 
 @second_moments.register(WindowMax)
-def second_moments_of_window_max(whole: WindowMax) -> Table:
+def second_moments_of_window_max(node: WindowMax) -> Table:
     from varscale.theory.rules.sampled_primitive import pooled_estimate
 
-    windows, xd, od = whole.params
-    node = whole.args[0].node
-    x, cut = _drawn(whole)
+    windows, xd, od = node.params
+    source = node.args[0].node
+    x, cut = _drawn(node)
     # Of what a few numbers decide there is no Gaussian tail; what places share does not add to the largest.
     taps = math.prod(w.taps for w in windows if w is not None)
-    whole.graph.flag("sampled", bounded(taps, narrowest(node)) + unseen_nearness(node))
-    if node.local:
-        whole.graph.flag("sampled", nearby(node, tuple((k, 1) for k in sorted(cut))).doubt)
-    law = _law(whole, x)
+    node.graph.flag("sampled", bounded(taps, narrowest(source)) + unseen_nearness(source))
+    if source.local:
+        node.graph.flag("sampled", nearby(source, tuple((k, 1) for k in sorted(cut))).doubt)
+    law = _law(node, x)
     for k, (span, step, dilation) in cut.items():
         view = np.lib.stride_tricks.sliding_window_view(x, span, axis=k + 1)
         x = view[..., ::dilation].max(axis=-1)
@@ -165,28 +165,28 @@ def second_moments_of_window_max(whole: WindowMax) -> Table:
     live = [i for i, (k, o) in enumerate((k, o) for k, o in zip(xd, od, strict=True) if k is not None) if o is not None]
     x = x[(slice(None), *(slice(None) if i in live else 0 for i in range(len(order))))]
     placed = [o for k, o in zip(xd, od, strict=True) if k is not None and o is not None]
-    return _with_law(pooled_estimate(x.transpose([0, *(int(i) + 1 for i in np.argsort(placed))]), whole.axes), *law)
+    return _with_law(pooled_estimate(x.transpose([0, *(int(i) + 1 for i in np.argsort(placed))]), node.axes), *law)
 
 
-def _drawn(whole: WindowMax) -> tuple[np.ndarray, dict[int, tuple[int, int, int]]]:
+def _drawn(node: WindowMax) -> tuple[np.ndarray, dict[int, tuple[int, int, int]]]:
     """Draws of two windows along each axis, and how each is cut into them: span, step, dilation.
 
     They are next to one another, or, where what is near is more alike, anywhere.
     """
     from varscale.theory.rules.sampled_primitive import draw
 
-    node = whole.args[0].node
-    windows = {k: w for w, k in zip(*whole.params[:2], strict=True) if k is not None and w is not None}
-    sizes, cut = [min(axis.size, 2) for axis in node.axes], {}
+    source = node.args[0].node
+    windows = {k: w for w, k in zip(*node.params[:2], strict=True) if k is not None and w is not None}
+    sizes, cut = [min(axis.size, 2) for axis in source.axes], {}
     for k, w in windows.items():
-        span = min((w.taps - 1) * w.dilation + 1, node.axes[k].size)
-        step = span if node.local else w.stride
-        sizes[k] = 2 * span if node.local else min(node.axes[k].size, 2 * step + span)
+        span = min((w.taps - 1) * w.dilation + 1, source.axes[k].size)
+        step = span if source.local else w.stride
+        sizes[k] = 2 * span if source.local else min(source.axes[k].size, 2 * step + span)
         cut[k] = (span, step, w.dilation)
     replicates, rng = int(np.clip(3e6 / math.prod(sizes), 16, 20_000)), np.random.default_rng(0)
-    if not node.local:
-        return draw(node, sizes, replicates, rng), cut
-    return draw(node, sizes, replicates, rng, lambda root: latents(root, sizes, cut, replicates, rng)), cut
+    if not source.local:
+        return draw(source, sizes, replicates, rng), cut
+    return draw(source, sizes, replicates, rng, lambda root: latents(root, sizes, cut, replicates, rng)), cut
 
 
 def _law(node: WindowMax, x: np.ndarray) -> tuple[float, float]:

@@ -191,19 +191,19 @@ def _counts(node: Softmax) -> tuple[np.ndarray, np.ndarray, list[Axis]]:
     return seen * scale, shared, keys
 
 
-def _mean_inverse(whole: Softmax) -> np.ndarray:
+def _mean_inverse(node: Softmax) -> np.ndarray:
     """E[1/n] by class of the rows, shape (rows..., 1...)."""
-    node, bind = whole.args[1]
-    assert isinstance(node, Array)
-    keys = tuple(k for k, b in enumerate(bind) if b in whole.params)
-    missing = math.prod(whole.axes[b].size for b in whole.params if b not in bind)
-    inverse = 1 / np.maximum(node.values.sum(axis=keys) * missing, 1.0)
-    left = [b for b in bind if b not in whole.params]
+    mask, bind = node.args[1]
+    assert isinstance(mask, Array)
+    keys = tuple(k for k, b in enumerate(bind) if b in node.params)
+    missing = math.prod(node.axes[b].size for b in node.params if b not in bind)
+    inverse = 1 / np.maximum(mask.values.sum(axis=keys) * missing, 1.0)
+    left = [b for b in bind if b not in node.params]
     for i, b in enumerate(left):
-        onehot = np.eye(whole.axes[b].classes)[whole.axes[b].label_array].T / whole.axes[b].counts[:, None]
+        onehot = np.eye(node.axes[b].classes)[node.axes[b].label_array].T / node.axes[b].counts[:, None]
         inverse = apply_axis(inverse, i, onehot)
-    shape = [1] * len(whole.axes)
-    for i, k in enumerate(whole.rows()):
+    shape = [1] * len(node.axes)
+    for i, k in enumerate(node.rows()):
         if k in left:
             shape[i] = inverse.shape[sorted(left).index(k)]
     return inverse.transpose(np.argsort(np.argsort(left)) if inverse.ndim else ()).reshape(shape)
