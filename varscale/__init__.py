@@ -23,6 +23,7 @@ if _TYPE_CHECKING:
     from varscale import testing as testing
     from varscale import theory as theory
     from varscale import transfer as transfer
+    from varscale.initialization.initialize import initialize as initialize
     from varscale.programs.faces import inputs as inputs
     from varscale.report import Report as Report
     from varscale.report import Row as Row
@@ -38,6 +39,7 @@ if _TYPE_CHECKING:
 _LATER = {
     **dict.fromkeys(("testing", "theory", "transfer"), None),
     **dict.fromkeys(("Moments", "critical", "mean_field", "predict"), "varscale.theory"),
+    "initialize": "varscale.initialization.initialize",
     "inputs": "varscale.programs.faces",
     **dict.fromkeys(("Report", "Row", "Weight"), "varscale.report"),
     **dict.fromkeys(("Uses", "uses"), "varscale.usage.table"),

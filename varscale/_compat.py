@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import traceback
 from collections.abc import Sequence
@@ -85,3 +86,39 @@ def normal_scale(std: np.inexact) -> np.inexact:
     if not _SCALES_ERF_INV or jnp.issubdtype(std.dtype, jnp.complexfloating):
         return std
     return std.dtype.type(np.sqrt(2)) * std
+
+
+def threefry_is_partitionable() -> bool:
+    """Whether `jax.random` numbers the draws of threefry keys one by one, so that any device can make its own."""
+    return bool(jax.config.jax_threefry_partitionable)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def evaluated(eqn: Any, inputs: Sequence[Any]) -> list[Any]:
+    """The outputs of one equation, given its inputs."""
+    names = [v for v in eqn.invars if not is_literal(v)]
+    values = dict(zip(names, (x for v, x in zip(eqn.invars, inputs, strict=True) if not is_literal(v)), strict=True))
+    bare = _one_equation(eqn, tuple(values))
+    return jax.extend.core.jaxpr_as_fun(bare)(*values.values())
+
+
+def _one_equation(eqn: Any, inputs: tuple[Any, ...]) -> Any:
+    jaxpr = _empty_jaxpr().replace(invars=list(inputs), outvars=list(eqn.outvars), eqns=[eqn], effects=eqn.effects)
+    return jax.extend.core.ClosedJaxpr(jaxpr, ())
+
+
+@functools.cache
+def _empty_jaxpr() -> Any:
+    return jax.make_jaxpr(lambda: ())().jaxpr
+
+
+@functools.cache
+def implementation(dtype: Any) -> Any:
+    """The PRNG implementation behind a dtype of keys, as `jax.random.key` takes it."""
+    found: list[Any] = []
+
+    def look(key: Any) -> Any:
+        found.append(jax.random.key_impl(key))
+        return key
+
+    jax.eval_shape(look, jax.ShapeDtypeStruct((), dtype))
+    return found[0]

@@ -17,7 +17,7 @@ from varscale.initializers.sampling import OutSharding, placed
 AnyInitializer = Callable[..., Any]
 
 
-def _checked_initializer(init: AnyInitializer) -> AnyInitializer:
+def _checked_initializer(init: Any) -> AnyInitializer:
     if not callable(init):
         raise TypeError(f"init must be an initializer (key, shape, dtype) -> weights, not {init!r}")
     return init
@@ -29,12 +29,14 @@ class Fused(Initializer):
 
     maker: ClassVar[str] = "fused"
 
-    init: AnyInitializer
+    init: AnyInitializer | tuple[AnyInitializer | None, ...]
     blocks: int | tuple[int, ...]
     axis: int = -1
 
     def __post_init__(self) -> None:
-        _checked_initializer(self.init)
+        for init in self.init if isinstance(self.init, tuple) else (self.init,):
+            if init is not None or not isinstance(self.init, tuple):
+                _checked_initializer(init)
         several = isinstance(self.blocks, Sequence) and not isinstance(self.blocks, (str, bytes))
         for size in self.blocks if several else (self.blocks,):  # pyright: ignore[reportGeneralTypeIssues]
             if isinstance(size, bool) or not isinstance(size, (int, np.integer)):
@@ -46,6 +48,24 @@ class Fused(Initializer):
         if isinstance(self.axis, bool) or not isinstance(self.axis, (int, np.integer)):
             raise TypeError(f"axis must be an integer, not {self.axis!r}")
         settle(self, blocks=tuple(map(int, self.blocks)) if several else int(self.blocks))  # pyright: ignore[reportArgumentType]
+        count = len(self.blocks) if isinstance(self.blocks, tuple) else self.blocks
+        if isinstance(self.init, tuple) and len(self.init) != count:
+            raise ValueError(f"init must have one initializer for each of the {count} blocks, not {len(self.init)}")
+
+    @property
+    def keeps(self) -> bool:
+        """Whether some blocks have no law here: they keep the one that the model declares."""
+        return isinstance(self.init, tuple) and None in self.init
+
+    def kept(self, shape: Sequence[int]) -> Bool[np.ndarray, "*shape"]:
+        """Where weights of this shape keep the law that the model declares."""
+        parts = [np.full(self._block_shape(tuple(shape), size), init is None) for init, size in self._laws(tuple(shape))]
+        return np.concatenate(parts, axis=self.axis)
+
+    def _laws(self, shape: tuple[int, ...]) -> list[tuple[AnyInitializer | None, int]]:
+        """The law of each block, and its size."""
+        sizes = self._sizes(shape)
+        return list(zip(self.init if isinstance(self.init, tuple) else (self.init,) * len(sizes), sizes, strict=True))
 
     def _sizes(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         if not -len(shape) <= self.axis < len(shape):
@@ -60,9 +80,9 @@ class Fused(Initializer):
         return self.blocks
 
     def _check_shape(self, shape: tuple[int, ...]) -> None:
-        for size in set(self._sizes(shape)):
-            if isinstance(self.init, Initializer):
-                self.init._check_shape(self._block_shape(shape, size))
+        for init, size in dict.fromkeys(self._laws(shape)):
+            if isinstance(init, Initializer):
+                init._check_shape(self._block_shape(shape, size))
 
     def _block_shape(self, shape: tuple[int, ...], size: int) -> tuple[int, ...]:
         position = self.axis % len(shape)
@@ -71,30 +91,35 @@ class Fused(Initializer):
     def _draw(
         self, key: Key[Array, ""], shape: tuple[int, ...], dtype: np.dtype, out_sharding: OutSharding
     ) -> Inexact[Array, "*shape"]:
-        sizes = self._sizes(shape)
+        laws = self._laws(shape)
 
         def draw(key: Key[Array, ""]) -> Inexact[Array, "*shape"]:
-            keys = jax.random.split(key, len(sizes))
-            blocks = [self.init(keys[i], self._block_shape(shape, size), dtype) for i, size in enumerate(sizes)]
+            keys = jax.random.split(key, len(laws))
+            blocks = [
+                jnp.zeros(block, dtype) if init is None else init(keys[i], block, dtype)
+                for i, (init, block) in enumerate((init, self._block_shape(shape, size)) for init, size in laws)
+            ]
             return jnp.concatenate(blocks, axis=self.axis)
 
         return placed(draw, key, out_sharding)
 
 
-def fused(init: AnyInitializer, blocks: int | Sequence[int], axis: int = -1) -> Fused:
+def fused(init: AnyInitializer | Sequence[AnyInitializer | None], blocks: int | Sequence[int], axis: int = -1) -> Fused:
     """Kernels packed into one array, each with the fans of ITS OWN block: query, key and value, or a cell's gates.
 
     Drawn as one kernel, a packed QKV of mode "fan_avg", or packed orthogonal gates, have the variance of a layer that does
     not exist.
 
     Args:
-        init: draws one block; any (key, shape, dtype) -> weights.
+        init: draws one block; any (key, shape, dtype) -> weights; or one initializer a block. In a scheme of `vs.initialize` a
+            block without one (None) keeps the law that the model declares; drawn alone it is zero.
         blocks: how many equal blocks, or their sizes (grouped-query attention has unequal ones).
         axis: along which they are packed.
 
     Raises:
         TypeError: init is not callable, or blocks or axis not made of integers.
-        ValueError: a block below 1; when called: blocks that do not fill the axis, or an axis out of range.
+        ValueError: a block below 1, or not one initializer a block; when called: blocks that do not fill the axis, or an
+            axis out of range.
 
     >>> from varscale.initializers import orthogonal
     >>> import jax
@@ -102,7 +127,8 @@ def fused(init: AnyInitializer, blocks: int | Sequence[int], axis: int = -1) -> 
     >>> round(float((gates[:, :16] ** 2).sum()), 3)  # one gate: 16 orthonormal rows
     16.0
     """
-    return Fused(init, blocks if isinstance(blocks, int) or not isinstance(blocks, Sequence) else tuple(blocks), axis)
+    laws = init if callable(init) or not isinstance(init, Sequence) else tuple(init)
+    return Fused(laws, blocks if isinstance(blocks, int) or not isinstance(blocks, Sequence) else tuple(blocks), axis)
 
 
 @dataclasses.dataclass(frozen=True, repr=False)

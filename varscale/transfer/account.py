@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from varscale.transfer.tables import shape_text, table_text
+from varscale.programs.tables import shape_text, table_text
 
 
 @dataclass(frozen=True)

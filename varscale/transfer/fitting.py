@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from varscale.programs.patterns import first_match
+from varscale.programs.tables import shape_text
 from varscale.programs.trees import Leaf
 from varscale.transfer.claims import Claim
 from varscale.transfer.layouts import LAYOUTS, Declared, Layout
 from varscale.transfer.rearrange import Piece
-from varscale.transfer.tables import shape_text
 
 
 def fitted(leaf: Leaf, claim: Claim, layouts: Declared, sizes: Sequence) -> tuple[np.ndarray, list[str]]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from varscale.programs.patterns import Pattern, first_match, text
-from varscale.transfer.tables import shape_text
+from varscale.programs.tables import shape_text
 
 # What flax calls a table that is looked up or a vector that scales: nothing of these is ever transposed.
 _PLAIN = frozenset({"embedding", "scale", "bias", "mean", "var", "negative_slope"})

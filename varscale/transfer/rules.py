@@ -8,8 +8,8 @@ from typing import Any, Literal
 from jaxtyping import Array, Float, Int
 
 from varscale.programs.patterns import Pattern, first_match, text
+from varscale.programs.tables import shape_text, table_text
 from varscale.programs.trees import open_tree
-from varscale.transfer.tables import shape_text, table_text
 
 Schedule = Callable[[Int[Array, ""]], Float[Array, ""] | float]
 Rule = Literal["freeze"] | float | Schedule

@@ -1,0 +1,367 @@
+"""What will be done for each leaf of a model: a value that can be shown, drawn with a key, and checked afterwards."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from varscale import _compat
+from varscale.initialization import laws, placement
+from varscale.initialization.account import Account, Entry, is_rng_key
+from varscale.initialization.chains import Chain, chain
+from varscale.initialization.derivation import Derivation
+from varscale.initialization.drawing import Drawing, LaidDrawing, Program, compile_all, compiled, filled, filling, settings
+from varscale.initialization.graph import Value, is_key
+from varscale.initialization.tracing import Trace
+from varscale.initializers.initializer import checked_dtype
+from varscale.initializers.sampling import checked_key
+from varscale.programs.trees import Leaf, is_abstract, is_collections, open_tree
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What is done for one leaf; one of the first five is set.
+
+    Attributes:
+        given: the value it was given.
+        state: the derived value that it is, such as the key of a random stream.
+        number: the number that fills it.
+        program: the program that draws it.
+        whole: taken from the model's own whole init.
+        place: which of the program's leaves it is.
+    """
+
+    given: Any = None
+    state: Value | None = None
+    number: np.ndarray | None = None
+    program: Program | None = None
+    whole: bool = False
+    place: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Outline:
+    """A model's initialization, law by law.
+
+    Attributes:
+        trace: the traced init.
+        tasks: one a leaf.
+        dtypes: of the leaves.
+        shardings: of the leaves.
+        account: the same in words.
+        uses_own_hash: whether some leaves are drawn with keys as jax has them.
+    """
+
+    trace: Trace
+    tasks: tuple[Task, ...]
+    dtypes: tuple[np.dtype, ...]
+    shardings: tuple[Any, ...]
+    account: Account
+    uses_own_hash: bool
+
+    def table(self, width: int = 120) -> str:
+        """What will be done, one leaf a line."""
+        return self.account.table(width)
+
+    def leaves(self, key: Any, chosen: Sequence[int] | None = None) -> list[Any]:
+        """The chosen leaves (all of them by default), drawn with a key (or a mapping from stream to key)."""
+        indices = range(len(self.tasks)) if chosen is None else chosen
+        keys = list(map(checked_key, jax.tree_util.tree_leaves(key)))
+        graphs = [self.trace.graph, *([self.trace.retraced()] if self.uses_own_hash else [])]
+        derivation = Derivation({v: key for graph in graphs for v, key in zip(graph.keys, keys, strict=True)})
+        if not derivation.traced:
+            compile_all([task.program for i in indices if (task := self.tasks[i]).program is not None])
+        together: dict[int, list[Any]] = {}
+        if any(self.tasks[i].whole for i in indices):
+            together[0] = self._whole(keys)
+        return [self._leaf(i, key, keys, derivation, together) for i in indices]
+
+    def _leaf(self, i: int, key: Any, keys: Sequence[Any], derivation: Derivation, together: dict[int, list[Any]]) -> Any:
+        """One leaf; `together` holds what was computed for several."""
+        task, leaf, dtype, place = self.tasks[i], self.trace.leaves[i], self.dtypes[i], self.shardings[i]
+        if task.given is not None:
+            return _laid_out(jnp.asarray(task.given, dtype), place)
+        if task.number is not None:
+            return filled(task.number, leaf.shape, dtype, place)
+        if task.state is not None:
+            found = derivation.value(task.state)
+            if is_rng_key(leaf.dtype):
+                words = jax.random.key_data(found) if derivation.traced else found
+                found = self._as_key(words, leaf.dtype)
+            return _laid_out(found if is_rng_key(leaf.dtype) else jnp.asarray(found, dtype), place)
+        if task.whole:
+            return _laid_out(together[0][i].astype(dtype), place)
+        program = task.program
+        if program is None:
+            raise ValueError(f"nothing is to be done for {leaf.path!r}")
+        if id(program) not in together:
+            arguments = self._arguments(program, leaf.path, derivation, key)
+            outs = program(*arguments) if derivation.traced else compiled(program)(*arguments)
+            if len(outs) == 1:
+                return self._as_key(outs[0], leaf.dtype) if is_rng_key(leaf.dtype) else outs[0]
+            together[id(program)] = outs
+        found = together[id(program)][task.place]
+        return self._as_key(found, leaf.dtype) if is_rng_key(leaf.dtype) else found
+
+    def _as_key(self, words: Any, dtype: Any) -> Any:
+        """Raw words as the kind of key that the model itself would hold: no trace of our own implementation."""
+        if self.trace.holds_raw_keys:
+            return jnp.asarray(words)
+        return jax.random.wrap_key_data(jnp.asarray(words), impl=_own_implementation(dtype))
+
+    def _arguments(self, program: Program, path: str, derivation: Derivation, key: Any) -> list[Any]:
+        found: list[Any] = []
+        if isinstance(program, LaidDrawing):
+            found.append(jax.random.key_data(laws.own_key(checked_key(main_key(key)), path)))
+        for v in program.arguments:
+            if v.kind == "data":
+                found.append(self.trace.arrays[v.position - len(self.trace.graph.keys)])
+            else:
+                x = derivation.value(v)
+                found.append(jax.random.key_data(x) if derivation.traced and is_key(v.aval) else x)
+        return found
+
+    def _whole(self, keys: Sequence[Any]) -> list[Any]:
+        missing = any(x is None for x in self.trace.arrays)
+        if missing:
+            raise ValueError("x: exact=True runs the model's whole init, and x is a jax.ShapeDtypeStruct: give arrays")
+        return jax.jit(self.trace.whole)(list(keys), list(self.trace.arrays))
+
+    def draw(self, key: Any) -> Any:
+        """The variables, or the nnx model."""
+        return self.trace.rebuild(self.leaves(key))
+
+    def finished(self) -> Account:
+        """The account once the programs are compiled: with what each device computes whole, or fetches from others."""
+        entries = dict(self.account.entries)
+        for task, leaf, place in zip(self.tasks, self.trace.leaves, self.shardings, strict=True):
+            if task.program is None or place is None or place.is_fully_replicated:
+                continue
+            entry, notes = entries[leaf.path], []
+            if entry.how == "orthogonal":
+                notes.append("computed whole on every device")
+            if _has_collective(compiled(task.program)):
+                notes.append("with a collective")
+            entries[leaf.path] = dataclasses.replace(entry, notes=(*entry.notes, *notes))
+        return dataclasses.replace(self.account, entries=entries)
+
+
+def _own_implementation(dtype: Any) -> Any:
+    """Of keys of this dtype, the implementation that is not ours."""
+    return "threefry2x32" if "varscale" in str(dtype) else _compat.implementation(dtype)
+
+
+def _laid_out(x: Any, place: Any) -> Any:
+    if place is None:
+        return x
+    if is_rng_key(x.dtype):
+        return jax.device_put(x, place)
+    if x.is_fully_addressable and place.is_fully_addressable:
+        return jax.device_put(x, place)
+    local = np.asarray(x)
+    return jax.make_array_from_callback(x.shape, place, lambda index: local[index])
+
+
+def _has_collective(program: Any) -> bool:
+    text = program.as_text()
+    return any(name in text for name in ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter"))
+
+
+def main_key(key: Any) -> Any:
+    """The key that laws laid on leaves are drawn with: of several streams that of the parameters."""
+    if not isinstance(key, Mapping):
+        return key
+    return next((key[name] for name in ("params", "default") if name in key), next(iter(key.values())))
+
+
+def outline(
+    trace: Trace,
+    key: Any,
+    *,
+    scheme: Any = "declared",
+    dtype: Any = None,
+    out_shardings: Any = None,
+    given: Any = None,
+    exact: bool = False,
+) -> Outline:
+    """What will be done for every leaf; see `initialize` for the arguments.
+
+    Args:
+        trace: the traced init.
+        key: the key (or mapping from stream to key) that it will be drawn with.
+        scheme: "declared", or laws laid on leaves.
+        dtype: of the parameters.
+        out_shardings: where leaves lie.
+        given: values for some leaves.
+        exact: whether reductions are taken from the model's own whole init.
+    """
+    planner = _Planner(trace, key, None if dtype is None else checked_dtype(dtype), exact)
+    places = placement.shardings(out_shardings, trace.leaves, trace.tree)
+    values = _given_values(given, trace.leaves)
+    described = [(leaf.path, leaf.shape, leaf.dtype, p) for leaf, p in zip(trace.leaves, trace.parameters, strict=True)]
+    by_scheme = (
+        [None] * len(described) if isinstance(scheme, str) and scheme == "declared" else laws.laid(scheme, described, "scheme")
+    )
+    for i, place in enumerate(places):
+        planner.plan(i, by_scheme[i], place, values.get(trace.leaves[i].path))
+    return planner.outline(tuple(places))
+
+
+class _Planner:
+    """Makes the outline, leaf by leaf."""
+
+    def __init__(self, trace: Trace, key: Any, dtype: np.dtype | None, exact: bool):
+        self.trace, self.dtype, self.exact = trace, dtype, exact
+        self.implementation = jax.random.key_impl(checked_key(main_key(key)))
+        self.settings = settings()
+        self.uses_own_hash = False
+        self.tasks: list[Task] = []
+        self.dtypes: list[np.dtype] = []
+        self.entries: list[Entry] = []
+        self.places: list[Any] = []
+
+    def plan(self, i: int, hit: laws.Laid | None, place: Any, given: Any) -> None:
+        leaf, v = self.trace.leaves[i], self.trace.graph.leaves[i]
+        dtype = self.final_dtype(i)
+        self.dtypes.append(dtype)
+        self.places.append(place)
+        notes = (f"rounded from {leaf.dtype}",) if dtype != leaf.dtype and not is_rng_key(leaf.dtype) else ()
+        if given is not None:
+            cast = () if given.dtype == dtype else (f"cast from {given.dtype}",)
+            self.add(Task(given=given), leaf, "given", "the value given", "given", cast)
+        elif hit is not None:
+            self.lay(hit, leaf, v, dtype, place)
+        elif v.derived:
+            self.add(Task(state=v), leaf, "declared", "state of a random generator", "state", ())
+        elif (number := filling(v)) is not None:
+            self.add(Task(number=number), leaf, "declared", f"constant {number}", "constant", notes)
+        else:
+            found = self.chain([i])
+            law = words(found)
+            if self.exact and found.kind in ("reduction", "data"):
+                self.add(Task(whole=True), leaf, "declared", law, found.kind, (*notes, "from the model's own whole init"))
+                return
+            if found.kind == "data":
+                self.check_data(found, leaf)
+            drawing = Drawing(
+                found, (None if dtype == leaf.dtype or is_rng_key(leaf.dtype) else dtype,), (place,), self.settings
+            )
+            self.add(Task(program=drawing), leaf, "declared", law, found.kind, notes)
+
+    def chain(self, leaves: Sequence[int]) -> Chain:
+        """The chain of leaves, by the hash that gives the jitted init's bits."""
+        found = chain([self.trace.graph.leaves[i] for i in leaves])
+        if not found.needs_own_hash:
+            return found
+        self.uses_own_hash = True
+        return chain([self.trace.retraced().leaves[i] for i in leaves])
+
+    def final_dtype(self, i: int) -> np.dtype:
+        own = self.trace.leaves[i].dtype
+        if is_rng_key(own):
+            raw = np.dtype(np.uint32)
+            return (
+                raw
+                if self.trace.holds_raw_keys
+                else jax.eval_shape(lambda: jax.random.key(0, impl=_own_implementation(own))).dtype
+            )
+        rounds = self.dtype is not None and self.trace.parameters[i] and jnp.issubdtype(own, jnp.floating)
+        return self.dtype if rounds and self.dtype is not None else np.dtype(own)
+
+    def add(self, task: Task, leaf: Leaf, origin: Any, law: str, how: Any, notes: tuple[str, ...]) -> None:
+        self.tasks.append(task)
+        self.entries.append(Entry(leaf.path, leaf.shape, self.dtypes[-1], origin, law, how, notes))
+
+    def lay(self, hit: laws.Laid, leaf: Leaf, v: Value, dtype: np.dtype, place: Any) -> None:
+        """A law of the scheme in place of the declared one."""
+        found = self.chain([self.trace.graph.leaves.index(v)])
+        shape = laws.core(v, found.arguments)
+        notes = (f"by {hit.pattern!r}",) if hit.pattern else ()
+        keeps = laws.keeps(hit.law)
+        if keeps and found.kind == "data":
+            raise ValueError(f"scheme: {leaf.path!r} depends on the model's input: none of its parts can be kept")
+        laws.check(hit, leaf.path, shape.shape, dtype, self.implementation)
+        number = laws.number(hit.law)
+        if number is not None:
+            task = Task(number=number)
+        else:
+            task = Task(
+                program=LaidDrawing(
+                    hit.law, laws.name(hit.law), shape, self.implementation, (dtype,), (place,), found if keeps else None,
+                    self.settings,
+                )
+            )  # fmt: skip
+        how = "constant" if number is not None else "orthogonal" if laws.decomposes(hit.law) else "elementwise"
+        self.add(task, leaf, "scheme", repr(hit.law), how, notes)
+
+    def check_data(self, found: Chain, leaf: Leaf) -> None:
+        for v in found.arguments:
+            if v.kind == "data" and self.trace.arrays[v.position - len(self.trace.graph.keys)] is None:
+                raise ValueError(
+                    f"x: the numbers of {leaf.path!r} depend on the model's input, which is a jax.ShapeDtypeStruct: give arrays"
+                )
+
+    def outline(self, places: tuple[Any, ...]) -> Outline:
+        """All leaves that depend on data in one program, as flax computes them."""
+        data = [i for i, e in enumerate(self.entries) if e.how == "data" and self.tasks[i].program is not None]
+        if len(data) > 1:
+            found = self.chain(data)
+            rounded = tuple(None if self.dtypes[i] == self.trace.leaves[i].dtype else self.dtypes[i] for i in data)
+            together = Drawing(found, rounded, tuple(places[i] for i in data), self.settings)
+            for position, i in enumerate(data):
+                self.tasks[i] = Task(program=together, place=position)
+        notes = ()
+        if self.implementation != "threefry2x32" and "varscale" not in str(self.implementation):
+            notes = (
+                f"keys of implementation {self.implementation}: bits may depend on the mesh, the number of processes and the "
+                "device",
+            )
+        entries = {entry.path: entry for entry in self.entries}
+        return Outline(self.trace, tuple(self.tasks), tuple(self.dtypes), places, Account(entries, notes), self.uses_own_hash)
+
+
+def words(found: Chain) -> str:
+    """The operations of a chain, those alone that tell one law from another."""
+    silent = {
+        "broadcast_in_dim",
+        "convert_element_type",
+        "reshape",
+        "squeeze",
+        "transpose",
+        "copy",
+        "sqrt",
+        "div",
+        "mul",
+        "slice",
+    }
+    told = [word.lstrip("_") for word in found.words if word not in silent]
+    return ", ".join(dict.fromkeys(told)) or "constant"
+
+
+def _given_values(given: Any, leaves: Sequence[Leaf]) -> dict[str, Any]:
+    """The given values by the path of the leaf they are for.
+
+    Raises:
+        ValueError: a value has no leaf, or another shape than it.
+    """
+    if given is None:
+        return {}
+    known = {leaf.path: leaf for leaf in leaves}
+    within = is_collections(tuple(known))
+    found: dict[str, Any] = {}
+    for leaf in open_tree(given, "given").leaves:
+        if is_abstract(leaf.value):
+            continue
+        path = leaf.path if leaf.path in known or not within else f"params/{leaf.path}"
+        if path not in known:
+            close = ", ".join(list(known)[:4])
+            raise ValueError(f"given: the model has no leaf {leaf.path!r} (it has {close}{', ...' if len(known) > 4 else ''})")
+        if leaf.shape != known[path].shape:
+            raise ValueError(f"given: {leaf.path!r} has shape {leaf.shape}, and the model's leaf {known[path].shape}")
+        found[path] = leaf.value if hasattr(leaf.value, "dtype") else np.asarray(leaf.value)
+    return found

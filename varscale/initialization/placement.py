@@ -1,0 +1,132 @@
+"""Where each leaf of a model is to lie: shardings from a tree, a function, or the model's own metadata."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
+
+from varscale.programs.patterns import canonical
+from varscale.programs.trees import Leaf, is_box
+
+
+def shardings(out_shardings: Any, leaves: Sequence[Leaf], tree: Any) -> list[Sharding | None]:
+    """The sharding of every leaf; None for the default device.
+
+    Args:
+        out_shardings: None; "declared", for flax's partitioning metadata; a sharding or `PartitionSpec` for all leaves; a
+            function of (path, shape); or a tree of shardings, of which an inner node's holds for all below it.
+        leaves: the leaves of the model.
+        tree: the tree of shapes that they are from, with its metadata.
+
+    Raises:
+        TypeError: out_shardings is none of these, or a leaf's is no sharding.
+        ValueError: the tree has another structure, no mesh is set, an axis is not of the mesh, or does not divide the leaf.
+    """
+    if out_shardings is None:
+        return [None] * len(leaves)
+    if isinstance(out_shardings, str):
+        if out_shardings != "declared":
+            raise ValueError(f"out_shardings must be 'declared', a tree or a function of (path, shape), not {out_shardings!r}")
+        wanted = _declared(tree)
+    elif isinstance(out_shardings, Sharding | PartitionSpec):
+        wanted = [out_shardings] * len(leaves)
+    elif callable(out_shardings):
+        wanted = [out_shardings(leaf.path.removeprefix("params/"), leaf.shape) for leaf in leaves]
+    else:
+        wanted = _of_tree(out_shardings, leaves)
+    return [_checked(place, leaf) for place, leaf in zip(wanted, leaves, strict=True)]
+
+
+def _checked(place: Any, leaf: Leaf) -> Sharding:
+    if place is None:
+        place = PartitionSpec()
+    if isinstance(place, PartitionSpec):
+        mesh = _mesh(leaf.path)
+        names = {name for entry in place for name in (entry if isinstance(entry, tuple) else (entry,)) if name is not None}
+        if unknown := sorted(map(str, names - set(mesh.axis_names))):
+            raise ValueError(
+                f"out_shardings: {leaf.path!r} is split along {', '.join(unknown)}, and the mesh has the axes "
+                f"{', '.join(map(str, mesh.axis_names))}"
+            )
+        place = NamedSharding(mesh, place)
+    if not isinstance(place, Sharding):
+        raise TypeError(f"out_shardings: {leaf.path!r} must have a jax.sharding.Sharding or PartitionSpec, not {place!r}")
+    try:
+        place.shard_shape(leaf.shape)
+    except ValueError as error:
+        raise ValueError(
+            f"out_shardings: {leaf.path!r} of shape {leaf.shape} cannot be laid out by {place}: {error}"
+        ) from error
+    return place
+
+
+def _mesh(path: str) -> Any:
+    from flax.core import meta
+
+    mesh = jax.sharding.get_mesh()
+    if not mesh.axis_names:
+        mesh = meta.get_global_mesh()
+    if mesh is None or not mesh.axis_names:
+        raise ValueError(
+            f"out_shardings: {path!r} names axes of a mesh, and none is set: use jax.set_mesh(mesh) or give NamedShardings"
+        )
+    return mesh
+
+
+def _declared(tree: Any) -> list[Any]:
+    """What flax's metadata says, leaf by leaf; None where it says nothing."""
+    found: list[Any] = []
+    for node in jax.tree_util.tree_leaves(tree, is_leaf=is_box):
+        count = len(jax.tree_util.tree_leaves(node)) if is_box(node) else 1
+        found += [_of_box(node) if is_box(node) else None] * count
+    return found
+
+
+def _of_box(box: Any) -> Any:
+    import flax.linen as nn
+    from flax import nnx
+
+    mesh = getattr(box, "mesh", None)
+    if isinstance(box, nnx.Variable):
+        spec = box.get_metadata().get("out_sharding")
+        if isinstance(spec, Sharding):
+            return spec
+        spec = nnx.get_partition_spec(box).get_value() if spec else None
+        mesh = box.get_metadata().get("mesh")
+    elif isinstance(box, nn.LogicallyPartitioned):
+        spec = nn.spmd.logical_to_mesh_axes(tuple(box.names), box.rules)
+    else:
+        spec = box.get_partition_spec() if hasattr(box, "get_partition_spec") else None
+    return NamedSharding(mesh, spec) if mesh is not None and spec is not None else spec
+
+
+def _is_place(node: Any) -> bool:
+    return node is None or isinstance(node, Sharding | PartitionSpec) or is_box(node)
+
+
+def _of_tree(tree: Any, leaves: Sequence[Leaf]) -> list[Any]:
+    """The places of a tree, whose inner nodes may stand for all that lies below them."""
+    places: dict[str, Any] = {}
+    for keys, node in jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_place)[0]:
+        value = node.get_value() if hasattr(node, "get_value") else getattr(node, "value", node) if is_box(node) else node
+        places[canonical(jax.tree_util.keystr(keys, simple=True, separator="/"))] = value
+    found, used = [], set()
+    for leaf in leaves:
+        parts = leaf.path.split("/")
+        above = ["/".join(parts[:i]) for i in range(len(parts), -1, -1)]
+        path = next((p for p in above if p in places), None)
+        if path is None:
+            raise ValueError(f"out_shardings: the tree has nothing for {leaf.path!r} ({_some(places)})")
+        used.add(path)
+        found.append(places[path])
+    if unused := [path for path in places if path not in used]:
+        raise ValueError(f"out_shardings: the tree has {_some(unused)}, and the model has no such leaf")
+    return found
+
+
+def _some(paths: Any) -> str:
+    listed = list(paths)
+    return ", ".join(map(repr, listed[:4])) + (", ..." if len(listed) > 4 else "")

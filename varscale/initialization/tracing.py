@@ -1,0 +1,229 @@
+"""The init of a model as a graph: leaves by path, and what each depends on."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from varscale.initialization.graph import Value, open_trace
+from varscale.initializers.sampling import checked_key, unrolled_key
+from varscale.programs.faces import Inputs, as_inputs, is_dynamic
+from varscale.programs.trees import Leaf, is_collections, open_tree
+
+
+@dataclasses.dataclass(frozen=True)
+class Graph:
+    """A trace: the value of every leaf, and those of the keys that the init was given."""
+
+    leaves: tuple[Value, ...]
+    keys: tuple[Value, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Trace:
+    """The traced init of a model.
+
+    Attributes:
+        kind: class name of the model.
+        leaves: shape and dtype of every variable, by path, in the order of the tree.
+        parameters: of each, whether it is a parameter (and no statistic, counter or key).
+        graph: the trace, with keys of the unrolled hash.
+        retraced: gives the trace with keys as jax has them, for laws whose bits depend on how the hash is compiled.
+        arrays: these arrays, where they were given; else None.
+        rebuild: makes the tree of variables (or the nnx model) from the leaves.
+        tree: the tree of shapes, with the metadata of partitioned variables.
+        whole: the init itself: keys, arrays -> leaves.
+        holds_raw_keys: whether keys among the leaves are raw words, as the key given was.
+    """
+
+    kind: str
+    leaves: tuple[Leaf, ...]
+    parameters: tuple[bool, ...]
+    graph: Graph
+    retraced: Callable[[], Graph]
+    arrays: tuple[Any, ...]
+    rebuild: Callable[[Sequence[Any]], Any]
+    tree: Any
+    whole: Callable[..., list[Any]]
+    holds_raw_keys: bool
+
+
+def trace(model: Any, key: Any, x: Any, method: str | None) -> Trace:
+    """Trace the init of a linen module or an nnx factory, once, without computing anything.
+
+    Args:
+        model: a linen module or an nnx factory.
+        key: a random key, or a mapping from stream to key.
+        x: the model's input (or `Inputs`); None where it takes none.
+        method: the linen method to initialize by; None for `__call__`.
+    """
+    face = _face(model, method)
+    given = Inputs((), {}) if x is None else as_inputs(x)
+    flat, structure = jax.tree_util.tree_flatten((given.args, dict(given.kwargs)))
+    dynamic = [is_dynamic(leaf) for leaf in flat]
+    arrays = tuple(leaf for leaf, is_array in zip(flat, dynamic, strict=True) if is_array)
+    keys, key_tree = jax.tree_util.tree_flatten(key)
+
+    def init(keys: Sequence[Any], arrays: Sequence[Any]) -> Any:
+        supply = iter(arrays)
+        args, kwargs = structure.unflatten([next(supply) if d else leaf for leaf, d in zip(flat, dynamic, strict=True)])
+        return face.init(key_tree.unflatten(keys), args, kwargs)
+
+    def graph(keys: Sequence[Any]) -> tuple[Graph, Any]:
+        closed, shapes = jax.make_jaxpr(init, return_shape=True)(list(keys), list(arrays))
+        inputs, outputs = open_trace(closed, len(keys))
+        return Graph(tuple(outputs), tuple(inputs[: len(keys)])), shapes
+
+    typed = list(map(checked_key, keys))
+    traced, shapes = graph(list(map(unrolled_key, typed)))
+    opened = open_tree(shapes, "variables")
+    abstract = tuple(x if isinstance(x, jax.ShapeDtypeStruct) else None for x in arrays)
+
+    def whole(keys: Sequence[Any], arrays: Sequence[Any]) -> list[Any]:
+        return jax.tree_util.tree_leaves(init(keys, arrays))
+
+    return Trace(
+        face.kind,
+        opened.leaves,
+        tuple(face.is_parameter(opened.leaves, shapes)),
+        traced,
+        functools.cache(lambda: graph(typed)[0]),
+        tuple(x if a is None else None for x, a in zip(arrays, abstract, strict=True)),
+        lambda leaves: face.build(jax.tree_util.tree_unflatten(jax.tree_util.tree_structure(shapes), leaves)),
+        shapes,
+        whole,
+        face.keeps_raw and any(not jax.numpy.issubdtype(k.dtype, jax.dtypes.prng_key) for k in keys),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Face:
+    """How a kind of model is initialized.
+
+    Attributes:
+        kind: class name of the model.
+        init: key, positional and keyword inputs -> the tree of variables.
+        build: that tree, with numbers -> what the user gets.
+        is_parameter: leaves, the tree of shapes -> whether each leaf is a parameter.
+        keeps_raw: whether a raw key stays raw where the model keeps it.
+    """
+
+    kind: str
+    init: Callable[[Any, Sequence[Any], Mapping[str, Any]], Any]
+    build: Callable[[Any], Any]
+    is_parameter: Callable[[Sequence[Leaf], Any], list[bool]]
+    keeps_raw: bool
+
+
+def _face(model: Any, method: str | None) -> _Face:
+    import flax.linen as nn
+    from flax import nnx
+
+    if isinstance(model, nn.Module):
+        name = method or "__call__"
+        if not callable(getattr(model, name, None)):
+            raise ValueError(f"method must name a method of {type(model).__name__}, not {method!r}")
+        return _Face(
+            type(model).__name__,
+            lambda key, args, kwargs: model.init(key, *args, method=name, **kwargs),
+            lambda tree: tree,
+            _linen_parameters,
+            keeps_raw=True,
+        )
+    if isinstance(model, nnx.Module):
+        raise TypeError(
+            f"model is an instance of {type(model).__name__}, whose layers no longer hold their initializers (flax drops "
+            "them), so that scheme='declared' has nothing to go by: give the factory, `lambda rngs: Net(..., rngs=rngs)`, or "
+            "use vs.reinitialize(model, {pattern: initializer}, key)"
+        )
+    factory = _factory(model)
+    if factory is None:
+        raise TypeError(f"model must be a linen module or an nnx factory `lambda rngs: Net(..., rngs=rngs)`, not {model!r}")
+    if method is not None:
+        raise ValueError(f"method={method!r} is for linen modules; an nnx factory is initialized by its constructor")
+    return _nnx_face(factory)
+
+
+def _linen_parameters(leaves: Sequence[Leaf], _: Any) -> list[bool]:
+    collections = is_collections(tuple(leaf.path for leaf in leaves))
+    return [leaf.path.startswith("params/") or not collections for leaf in leaves]
+
+
+def _nnx_face(factory: Callable[..., Any]) -> _Face:
+    from flax import nnx
+
+    graphs: list[Any] = []
+
+    def init(key: Any, _: Sequence[Any], __: Mapping[str, Any]) -> Any:
+        rngs = nnx.Rngs(**key) if isinstance(key, Mapping) else nnx.Rngs(key)
+        ambient = nnx.using_eager_sharding()
+        with nnx.use_eager_sharding(False):  # without a mesh, metadata of sharding would raise at construction
+            try:
+                model = factory(_counted(rngs))
+            except Exception:  # of any kind: if it is the model's own, it comes again without our counts
+                model = factory(nnx.Rngs(**key) if isinstance(key, Mapping) else nnx.Rngs(key))
+        if not isinstance(model, nnx.Module):
+            raise TypeError(f"an nnx factory must return an nnx.Module, not {model!r}")
+        graph, state = nnx.split(model)
+        _say_eager(state, ambient)
+        graphs[:] = [graph]
+        return state
+
+    def _say_eager(state: Any, ambient: bool) -> None:
+        for variable in jax.tree_util.tree_leaves(state, is_leaf=lambda node: isinstance(node, nnx.Variable)):
+            if isinstance(variable, nnx.Variable) and variable.get_metadata().get("eager_sharding") is False:
+                variable.set_metadata(eager_sharding=ambient)
+
+    def parameters(_: Sequence[Leaf], state: Any) -> list[bool]:
+        variables = jax.tree_util.tree_leaves(state, is_leaf=lambda node: isinstance(node, nnx.Variable))
+        found = ((isinstance(v, nnx.Param), len(jax.tree_util.tree_leaves(v))) for v in variables)
+        return [is_param for is_param, count in found for _ in range(count)]
+
+    return _Face("model", init, lambda state: nnx.merge(graphs[0], state), parameters, keeps_raw=False)
+
+
+def _factory(model: Any) -> Callable[[Any], Any] | None:
+    """What makes an nnx model from rngs: a function or class whose one required parameter is called rngs (or r, or _)."""
+    bound = model if isinstance(model, functools.partial) else functools.partial(model) if callable(model) else None
+    if bound is None:
+        return None
+    if isinstance(bound.func, type):  # nnx's metaclass hides the signature of a class
+        bound = functools.partial(bound.func.__init__, None, *bound.args, **bound.keywords)
+    try:
+        parameters = inspect.signature(bound).parameters.values()
+    except (TypeError, ValueError):
+        return None
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    required = [p for p in parameters if p.default is p.empty and p.kind not in variadic]
+    if [p.name for p in required] not in (["rngs"], ["r"], ["_"]):
+        return None
+    name = required[0].name
+    return (lambda rngs: model(**{name: rngs})) if required[0].kind is inspect.Parameter.KEYWORD_ONLY else model
+
+
+class _Count(np.ndarray):
+    """A counter in NumPy that an nnx stream may add to: what is read from it is a number of its own.
+
+    A traced counter costs a time that grows as the square of the model's depth: flax asks it where it is placed, and jax's
+    answer is an error whose message looks for its origin among all equations so far.
+    """
+
+    def __getitem__(self, index: Any) -> Any:
+        return np.uint32(np.asarray(self)[index])
+
+
+def _counted(rngs: Any) -> Any:
+    """The same rngs with counters in NumPy."""
+    from flax import nnx
+
+    for stream in vars(rngs).values():
+        if isinstance(stream, nnx.RngStream) and stream.count.get_value().shape == ():
+            counter: Any = np.zeros((), np.uint32).view(_Count)
+            stream.count.set_value(counter)
+    return rngs
