@@ -8,6 +8,7 @@ from typing import Any
 from varscale.theory.graph.expressions import Apply
 from varscale.theory.graph.nodes import Node, View, number
 from varscale.theory.graph.normal_form import apply
+from varscale.theory.graph.store import once_per_node
 
 
 def derivative(node: Node, target: View) -> View | None:
@@ -17,12 +18,10 @@ def derivative(node: Node, target: View) -> View | None:
         return View(number(graph, 1.0), ()) if target.bind == tuple(range(len(node.axes))) else None
     if not isinstance(node, Apply):
         return None
-    key = ("derivative", node.id, target.node.id, target.bind)
-    if key not in graph.memo:
-        graph.memo[key] = _chain(node, target)
-    return graph.memo[key]
+    return _chain(node, target)
 
 
+@once_per_node
 def _chain(node: Apply, target: View) -> View | None:
     graph, axes = node.graph, node.axes
     whole = tuple(range(len(axes)))

@@ -14,6 +14,7 @@ import numpy as np
 
 from varscale.theory.domain.axes import Axis
 from varscale.theory.graph.nodes import Constant, Node, View
+from varscale.theory.graph.store import Fact, once_per_node
 from varscale.theory.integrals.primitives import POSITIVE
 
 IDENTITIES = ("stop_gradient", "own_gradient")  # forward; backward, nothing comes through one, and what it likes the other
@@ -116,30 +117,33 @@ def roots(node: Node) -> tuple[View, ...]:
         return ()
     if not isinstance(node, Apply):
         return (View(node, tuple(range(len(node.axes)))),)
-    key = ("roots", node.id)
-    if key not in node.graph.memo:
-        found: dict[tuple[int, tuple[int, ...]], View] = {}
-        for child, bind in node.args:
-            for root in roots(child):
-                view = root.within(bind)
-                found[view.node.id, view.bind] = view
-        node.graph.memo[key] = tuple(found[k] for k in sorted(found))
-    return node.graph.memo[key]
+    return _roots(node)
 
 
+@once_per_node
+def _roots(node: Apply) -> tuple[View, ...]:
+    found: dict[tuple[int, tuple[int, ...]], View] = {}
+    for child, bind in node.args:
+        for root in roots(child):
+            view = root.within(bind)
+            found[view.node.id, view.bind] = view
+    return tuple(found[k] for k in sorted(found))
+
+
+@once_per_node
 def form(node: Node) -> int:
     """A number that is equal for trees which are one function of their roots, these taken in the order of `roots`."""
-    key = ("form", node.id)
-    if key not in node.graph.memo:
-        own = {(r.node.id, r.bind): i for i, r in enumerate(roots(node))}
-        parts: list[Hashable] = []
-        for child, bind in node.args if isinstance(node, Apply) else ():
-            places = tuple(own[r.node.id, r.within(bind).bind] for r in roots(child))
-            parts.append(child.params if isinstance(child, Constant) else (form(child), bind, places))
-        known: dict[Hashable, int] = node.graph.once("forms", dict)
-        content = (node.params if isinstance(node, Apply) else None, node.axes, tuple(parts))
-        node.graph.memo[key] = known.setdefault(content, len(known))
-    return node.graph.memo[key]
+    own = {(r.node.id, r.bind): i for i, r in enumerate(roots(node))}
+    parts: list[Hashable] = []
+    for child, bind in node.args if isinstance(node, Apply) else ():
+        places = tuple(own[r.node.id, r.within(bind).bind] for r in roots(child))
+        parts.append(child.params if isinstance(child, Constant) else (form(child), bind, places))
+    known = _FORMS.of(node.graph)
+    content = (node.params if isinstance(node, Apply) else None, node.axes, tuple(parts))
+    return known.setdefault(content, len(known))
+
+
+_FORMS: Fact[Hashable, int] = Fact()  # the number of each form
 
 
 def alike(c: float, d: float) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,12 @@ from varscale.theory.domain.tables import Table, estimate, estimated_products
 from varscale.theory.graph.layout import Value
 from varscale.theory.graph.nodes import Array, Constant, Graph, Leaf, Node, View, number, second_moments
 from varscale.theory.graph.reshapes import Permute, Rearranged
+from varscale.theory.graph.store import Fact
 from varscale.theory.integrals.hermite_series import Z
+
+# The numbers of a node over its axes, or what works them out; of computed nodes, by what identifies them.
+MEASURED: Fact[int, np.ndarray | Callable[[], np.ndarray]] = Fact()
+_COMPUTED: Fact[Hashable, np.ndarray] = Fact()
 
 MOST_COMPUTED = 1 << 22  # entries up to which given numbers are computed with rather than described
 
@@ -32,10 +37,10 @@ class Computed(Leaf):
     @property
     def values(self) -> np.ndarray:
         """The numbers, over its axes."""
-        return self.graph.memo["measured", self.params]
+        return _COMPUTED.of(self.graph)[self.params]
 
     def prepare(self) -> None:
-        self.graph.memo["measured", self.id] = self.values
+        MEASURED.put(self.graph, self.id, self.values)
         self.positive, self.local = bool(self.values.min() >= 0), True
         self.kurtosis, self.random = 3.0, False
 
@@ -64,14 +69,14 @@ def numbers(node: Node) -> np.ndarray | None:
         return node.values
     if isinstance(node, Constant):
         return np.full([a.size for a in node.axes], node.params)
-    memo: dict[Any, Any] = node.graph.memo
-    found = memo.get(("measured", node.id))
+    found = MEASURED.get(node.graph, node.id)
+    if callable(found):
+        found = found()
+        MEASURED.put(node.graph, node.id, found)
     if found is None and isinstance(node, Rearranged):
-        found = numbers(node.args[0].node)
-        if found is not None:
-            found = found.transpose(node.params) if isinstance(node, Permute) else found.reshape([a.size for a in node.axes])
-    if found is not None and not isinstance(found, np.ndarray):
-        found = memo["measured", node.id] = found()
+        inner = numbers(node.args[0].node)
+        if inner is not None:
+            return inner.transpose(node.params) if isinstance(node, Permute) else inner.reshape([a.size for a in node.axes])
     return found
 
 
@@ -79,7 +84,7 @@ def is_given(node: Node) -> bool:
     """Whether its entries are known numbers."""
     while isinstance(node, Rearranged):
         node = node.args[0].node
-    return isinstance(node, Array | Constant) or ("measured", node.id) in node.graph.memo
+    return isinstance(node, Array | Constant) or node.id in MEASURED.of(node.graph)
 
 
 def all_given(values: Sequence[Any]) -> bool:
@@ -108,7 +113,7 @@ def note(x: Value, found: Callable[[], np.ndarray]) -> None:
         return values.transpose(np.argsort([a.axis for a in atoms if a.axis is not None]))
 
     if not is_given(x.node):
-        x.node.graph.memo["measured", x.node.id] = over_axes
+        MEASURED.put(x.node.graph, x.node.id, over_axes)
 
 
 def computed(graph: Graph, values: np.ndarray, axes: Sequence[Axis], sources: Sequence[Node]) -> Node:
@@ -120,7 +125,7 @@ def computed(graph: Graph, values: np.ndarray, axes: Sequence[Axis], sources: Se
         if tuple(a.size for a in node.axes) == values.shape and np.array_equal(_values(node), values):
             return node
     key = ("input", "computed", hashlib.sha1(values.tobytes()).hexdigest(), values.shape)
-    graph.memo["measured", key] = values
+    _COMPUTED.put(graph, key, values)
     made = graph.make(Computed, axes, (), key)
     made.deps |= functools.reduce(lambda bits, node: bits | node.deps, sources, 0)
     return made

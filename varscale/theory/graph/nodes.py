@@ -9,6 +9,7 @@ and broadcasts are no nodes at all. Two computations of the same thing are the s
 from __future__ import annotations
 
 import functools
+import hashlib
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
@@ -16,6 +17,7 @@ import numpy as np
 
 from varscale.theory.domain.axes import Axis
 from varscale.theory.domain.tables import Table, constant, estimate, independent, lift
+from varscale.theory.graph.store import BackwardNotes, Fact
 
 Pullback = Callable[[np.ndarray], np.ndarray]
 _STRIDE = 16  # nodes, each of which may take a dozen calls
@@ -157,8 +159,11 @@ def second_moments(node: Node) -> Table:
 
 
 @functools.singledispatch
-def pullback(node: Node, cotangent: np.ndarray) -> list[np.ndarray | None]:
-    """Second moments, by type, of the cotangents of a node's arguments, given those of its own; None where none passes."""
+def pullback(node: Node, cotangent: np.ndarray, notes: BackwardNotes) -> list[np.ndarray | None]:
+    """Second moments, by type, of the cotangents of a node's arguments, given those of its own; None where none passes.
+
+    What a node tells earlier ones of the same backward pass goes by `notes`.
+    """
     raise NotImplementedError(type(node).__name__)
 
 
@@ -207,7 +212,6 @@ def far_below(node: Node, done: Callable[[Node], bool]) -> list[Node]:
 
 
 N = TypeVar("N", bound=Node)
-T = TypeVar("T")
 
 
 class Graph:
@@ -226,7 +230,7 @@ class Graph:
         self.symmetric = self.inputs = 0
         self.computing: list[Marked] = []
         self.pairs: dict[Hashable, Any] = {}
-        self.memo: dict[Hashable, Any] = {}
+        self.store: dict[Any, dict[Any, Any]] = {}
         self.derived: dict[int, list[tuple[Node, Pullback]]] = {}
         self.origin: Any = None
 
@@ -247,12 +251,6 @@ class Graph:
             self.count += 1
         return node  # pyright: ignore[reportReturnType]
 
-    def once(self, key: Hashable, make: Callable[[], T]) -> T:
-        """What is made from known numbers, which every layer makes again."""
-        if key not in self.memo:
-            self.memo[key] = make()
-        return self.memo[key]
-
     def fresh_leaf(self) -> int:
         """The bit of a new random leaf."""
         self.leaves += 1
@@ -263,6 +261,10 @@ class Graph:
         for node in self.computing[-1:]:
             node.flagged = max(node.flagged or "exact", how, key=HOWS.index)
             node.doubt = max(node.doubt, doubt)
+
+
+_NUMBERS: Fact[Hashable, np.ndarray] = Fact()  # of known arrays, by digest
+_TABLES: Fact[Hashable, Table] = Fact()  # of known arrays, with finer classes
 
 
 class Constant(Node):
@@ -331,7 +333,7 @@ class Array(Node):
     @property
     def values(self) -> np.ndarray:
         """The numbers, over its axes."""
-        return self.graph.memo["array", self.params]
+        return _NUMBERS.of(self.graph)[self.params]
 
     def prepare(self) -> None:
         self.positive = bool(self.values.size and np.min(self.values) >= 0)
@@ -341,10 +343,7 @@ class Array(Node):
         """Its table with finer classes."""
         if tuple(axes) == self.axes:
             return self.table
-        key = ("estimate", self.id, tuple(axes))
-        if key not in self.graph.memo:
-            self.graph.memo[key] = estimate(self.values, axes)
-        return self.graph.memo[key]
+        return _TABLES.once(self.graph, (self.id, tuple(axes)), lambda: estimate(self.values, axes))
 
 
 @second_moments.register(Array)
@@ -359,13 +358,11 @@ def number(graph: Graph, value: float) -> Node:
 
 def array(graph: Graph, values: np.ndarray, axes: Sequence[Axis] | None = None) -> Node:
     """The node of known numbers, its axes of size 1 already dropped; a constant if they are all equal."""
-    import hashlib
-
     if values.size == 1 or (values.size and (values == values.flat[0]).all()):
         return number(graph, float(values.flat[0]))
     values = np.ascontiguousarray(values)
     key = (hashlib.sha1(values.tobytes()).hexdigest(), values.shape, str(values.dtype))
-    graph.memo["array", key] = values
+    _NUMBERS.put(graph, key, values)
     return graph.make(Array, tuple(axes or (Axis(n) for n in values.shape)), (), key)
 
 

@@ -13,6 +13,7 @@ from varscale.theory.domain.axes import Axis
 from varscale.theory.graph.expressions import IDENTITIES, Apply, Mean, Sum, alike, roots
 from varscale.theory.graph.nodes import Array, Constant, Graph, Node, View, array, cut_inside, number, rebuild
 from varscale.theory.graph.reshapes import Split
+from varscale.theory.graph.store import once_per_node
 from varscale.theory.integrals.primitives import function
 
 
@@ -26,18 +27,15 @@ def rebuild_of_sum(node: Sum, axes: tuple[Axis, ...], args: Sequence[View]) -> N
     return total(node.graph, node.params, axes, args)
 
 
+@once_per_node
 def forward(node: Node) -> Node:
     """An elementwise tree as it computes, whatever it does to gradients."""
     if not isinstance(node, Apply):
         return node
-
-    def rebuilt() -> Node:
-        args = [View(forward(child), bind) for child, bind in node.args]
-        if node.params[0] in IDENTITIES:
-            return _whole(args[0], node.axes)
-        return node.graph.make(Apply, node.axes, args, node.params) if args != list(node.args) else node
-
-    return node.graph.once(("forward", node.id), rebuilt)
+    args = [View(forward(child), bind) for child, bind in node.args]
+    if node.params[0] in IDENTITIES:
+        return _whole(args[0], node.axes)
+    return node.graph.make(Apply, node.axes, args, node.params) if args != list(node.args) else node
 
 
 def _unrounded(c: float) -> float:
@@ -243,9 +241,10 @@ def mean_node(node: Node, axes: Sequence[int]) -> Node:
     places = tuple(sorted(axes))
     if not places or isinstance(node, Constant):
         return node
-    return node.graph.once(("mean", node.id, places), lambda: _mean_node(node, places))
+    return _mean_node(node, places)
 
 
+@once_per_node
 def _mean_node(node: Node, axes: tuple[int, ...]) -> Node:
     graph = node.graph
     left = tuple(a for k, a in enumerate(node.axes) if k not in axes)

@@ -13,6 +13,7 @@ import numpy as np
 from varscale.theory.domain.axes import Axis, affordable, contract_axis, factor_classes, merge_types, split_axis
 from varscale.theory.domain.tables import Table, lift, put_together
 from varscale.theory.graph.nodes import UNKNOWN, Array, Node, View, array, cut_inside, pullback, rebuild, second_moments
+from varscale.theory.graph.store import BackwardNotes, once_per_node
 
 
 class Rearranged(Node):
@@ -68,7 +69,7 @@ def second_moments_of_split(node: Split) -> Table:
 
 
 @pullback.register(Split)
-def pullback_of_split(node: Split, cotangent: np.ndarray) -> list[np.ndarray | None]:
+def pullback_of_split(node: Split, cotangent: np.ndarray, notes: BackwardNotes) -> list[np.ndarray | None]:
     return [put_together(cotangent, node.axes, node.args[0].node.axes, *node.params)]
 
 
@@ -96,7 +97,7 @@ def second_moments_of_merge(node: Merge) -> Table:
 
 
 @pullback.register(Merge)
-def pullback_of_merge(node: Merge, cotangent: np.ndarray) -> list[np.ndarray | None]:
+def pullback_of_merge(node: Merge, cotangent: np.ndarray, notes: BackwardNotes) -> list[np.ndarray | None]:
     k, count = node.params
     factors = node.args[0].node.axes[k : k + count]
     _, types = split_axis(node.axes[k], tuple(f.size for f in factors))
@@ -121,7 +122,7 @@ def second_moments_of_permute(node: Permute) -> Table:
 
 
 @pullback.register(Permute)
-def pullback_of_permute(node: Permute, cotangent: np.ndarray) -> list[np.ndarray | None]:
+def pullback_of_permute(node: Permute, cotangent: np.ndarray, notes: BackwardNotes) -> list[np.ndarray | None]:
     return [cotangent.transpose(np.argsort(node.params))]
 
 
@@ -152,7 +153,7 @@ def split(node: Node, k: int, sizes: tuple[int, ...]) -> Node:
         if tuple(a.size for a in source.axes[k : k + node.params[1]]) == sizes:
             return source
     if isinstance(node, Array):
-        return graph.once(("split", node.id, axes), lambda: array(graph, node.values.reshape([a.size for a in axes]), axes))
+        return _reshaped(node, axes)
     return graph.make(Split, axes, [View(node, tuple(range(len(node.axes))))], (k, sizes))
 
 
@@ -167,7 +168,7 @@ def merge(node: Node, k: int, count: int) -> Node:
     whole = Axis(size)
     axes = (*node.axes[:k], whole, *node.axes[k + count :])
     if isinstance(node, Array):
-        return graph.once(("merge", node.id, axes), lambda: array(graph, node.values.reshape([a.size for a in axes]), axes))
+        return _reshaped(node, axes)
     return graph.make(Merge, axes, [View(node, tuple(range(len(node.axes))))], (k, count))
 
 
@@ -178,10 +179,20 @@ def permute(node: Node, order: Sequence[int]) -> Node:
     inverse = tuple(int(i) for i in np.argsort(order))
     axes = tuple(node.axes[k] for k in order)
     if isinstance(node, Array):
-        return node.graph.once(
-            ("permute", node.id, tuple(order)), lambda: array(node.graph, node.values.transpose(order), axes)
-        )
+        return _transposed(node, tuple(order))
     if isinstance(node, Permute):
         source, bind = node.args[0]
         return permute(source, [bind.index(k) for k in order])
     return node.graph.make(Permute, axes, [View(node, inverse)], tuple(order))
+
+
+@once_per_node
+def _reshaped(node: Array, axes: tuple[Axis, ...]) -> Node:
+    """Known numbers over other axes, row-major."""
+    return array(node.graph, node.values.reshape([a.size for a in axes]), axes)
+
+
+@once_per_node
+def _transposed(node: Array, order: tuple[int, ...]) -> Node:
+    """Known numbers with their axes in another order."""
+    return array(node.graph, node.values.transpose(order), tuple(node.axes[k] for k in order))

@@ -15,7 +15,7 @@ To teach it a primitive, register a rule: a function of the interpreter, the equ
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import jax
@@ -28,6 +28,7 @@ from varscale.theory.graph.known_arrays import all_given, computed, entries, is_
 from varscale.theory.graph.layout import Value, align, full, value, without_entries
 from varscale.theory.graph.nodes import Array, Constant, Graph, Node, View, array, leaf
 from varscale.theory.graph.normal_form import apply
+from varscale.theory.graph.store import Fact
 from varscale.theory.integrals.primitives import of_known
 from varscale.theory.interpreter import registered  # noqa: F401  (rules, and laws of their nodes)
 from varscale.theory.interpreter.rows import Place
@@ -35,6 +36,8 @@ from varscale.theory.propagation.function_domains import has_values
 from varscale.theory.rules.prefix_scans import live_equations
 from varscale.theory.rules.registry import ELEMENTWISE_OR_LAYOUT, RULES, Complex, Opaque, Rule
 from varscale.theory.rules.sampled_primitive import sampled
+
+_FOLDED: Fact[Hashable, Node | None] = Fact()  # known numbers computed by elementwise primitives
 
 MOST_FOLDED = 1 << 26  # elements up to which known numbers are computed with rather than described
 _MOST_EVALUATED = 1 << 22  # of which jax computes so many at a time
@@ -213,8 +216,8 @@ class Interpreter:
         """An elementwise primitive of values of one shape (sizes of 1 broadcast)."""
         _, frame, views, layout = align(xs)
         if all(is_given(v.node) for v in views):
-            key = ("fold", name, extra, frame, tuple((v.node.id, v.bind) for v in views))
-            folded = self.graph.once(key, lambda: self._fold_elementwise(name, extra, frame, views))
+            key = (name, extra, frame, tuple((v.node.id, v.bind) for v in views))
+            folded = _FOLDED.once(self.graph, key, lambda: self._fold_elementwise(name, extra, frame, views))
             if folded is not None:
                 return Value(folded, layout) if folded.axes else full(self.graph, folded.params, Value(folded, layout).shape)
         node = apply(self.graph, name, extra, frame, views)

@@ -23,9 +23,9 @@ from varscale.theory.graph.nodes import Graph, Leaf
 from varscale.theory.interpreter.interpreter import Interpreter
 from varscale.theory.interpreter.rows import Place, Rows, joined
 from varscale.theory.interpreter.tracing import Draws, Trace, drawing, execution_order, first_pass, traced
-from varscale.theory.propagation.cross_moments import together
+from varscale.theory.propagation.cross_moments import MEASURED_TOGETHER, together
 from varscale.theory.propagation.spatial_correlation import measured
-from varscale.theory.rules.padding import evened, is_mask
+from varscale.theory.rules.padding import PADDED, evened, is_mask
 from varscale.theory.rules.registry import Complex, Opaque
 
 _DETAILS = ("modules", "equations")
@@ -135,7 +135,7 @@ class _Split:
         return Inputs(args, kwargs)
 
     def values(self, interpreter: Interpreter) -> list[Any]:
-        interpreter.graph.memo["padded"] = self.padded
+        PADDED.put(interpreter.graph, None, self.padded)
         made = [input_value(interpreter, self.leaves[i], self._name(i)) for i in self.places]
         related(interpreter.graph, [(self.leaves[i], x) for i, x in zip(self.places, made, strict=True)])
         return made
@@ -167,9 +167,9 @@ def related(graph: Graph, inputs: Sequence[tuple[Any, Any]]) -> None:
             leaves[made.node] = np.asarray(x, np.float64).reshape([axis.size for axis in made.node.axes])
     for (a, x), (b, y) in itertools.combinations(leaves.items(), 2):
         a.deps = b.deps = a.deps | b.deps
-        if a.axes == b.axes and x.size > MOST_COMPUTED and together(a, b) not in graph.memo:
+        if a.axes == b.axes and x.size > MOST_COMPUTED and together(a, b) not in MEASURED_TOGETHER.of(graph):
             whole, one, other = (estimate(z, a.axes) for z in (x + y, x, y))
-            graph.memo[together(a, b)] = (whole.second - one.second - other.second) / 2
+            MEASURED_TOGETHER.put(graph, together(a, b), (whole.second - one.second - other.second) / 2)
 
 
 def _struct(x: Any) -> jax.ShapeDtypeStruct:

@@ -13,6 +13,7 @@ from varscale.theory.graph.linear_nodes import Contract
 from varscale.theory.graph.nodes import Leaf, Node
 from varscale.theory.interpreter.interpreter import Interpreter
 from varscale.theory.rules.lookup import Gather
+from varscale.theory.rules.sampled_loop_nodes import STEPS
 
 # E[w⁴]/E[w²]² of the laws that are told by name: a normal one, one truncated at ±2 deviations, a uniform one.
 _KURTOSIS = {"normal": 3.0, "truncated normal": 2.3655, "uniform": 1.8}
@@ -87,7 +88,7 @@ def weights(interpreter: Interpreter, parameters: Iterable[tuple[str, Any]]) -> 
         fan_in, fan_out = max(found) if found else (None, None)
         variance = table.variance
         ratio = 1 / (fan_in * variance) if fan_in and variance > 0 else None
-        steps_taken, steps_in_all = graph.memo.get(("steps", value.node.id), (1, 1))
+        steps_taken, steps_in_all = STEPS.get(graph, value.node.id) or (1, 1)
         times = steps_in_all * math.ceil(len(found) / steps_taken)
         kurtosis = value.node.kurtosis
         name = next((name for name, known in _KURTOSIS.items() if abs(kurtosis - known) < 0.02), "random")

@@ -20,6 +20,7 @@ from varscale.theory.graph.derivatives import derivative
 from varscale.theory.graph.expressions import Apply, Sum, roots
 from varscale.theory.graph.nodes import UNKNOWN, Array, Constant, Leaf, Node, View, pullback
 from varscale.theory.graph.normal_form import apply
+from varscale.theory.graph.store import BackwardNotes, once_per_node
 from varscale.theory.propagation.error_bounds import doubt_of
 from varscale.theory.propagation.expanded_sums import opened, written_out
 from varscale.theory.propagation.gradient_fluctuations import gradient_scale, summed_scale
@@ -110,6 +111,7 @@ def cotangents(outputs: Iterable[tuple[Node, np.ndarray]], watched: Sequence[Nod
         Node id to second moment and doubt; a watched node that no cotangent reaches is not in it.
     """
     pending, done, inside = Cotangents(), Cotangents(), Cotangents()
+    notes, within = BackwardNotes(), {}
     for node, second in outputs:
         pending.add(node, Cotangent(second, few=math.prod(a.size for a in node.axes)))
     asked = {n.id: n for n in watched}
@@ -124,14 +126,14 @@ def cotangents(outputs: Iterable[tuple[Node, np.ndarray]], watched: Sequence[Nod
             if node.id < lowest or isinstance(node, Leaf):
                 continue
             if isinstance(node, Apply):
-                _elementwise(node, part, asked, pending, inside)
+                _elementwise(node, part, asked, within, pending, inside)
                 continue
             few = min(part.few, math.prod(a.size for a in node.axes))
-            for i, (view, back) in enumerate(zip(node.args, pullback(node, part.second), strict=True)):
+            for i, (view, back) in enumerate(zip(node.args, pullback(node, part.second, notes), strict=True)):
                 if back is not None:
                     mask = _mask_of_term(node, i, part.mask) if isinstance(node, Sum) else None
                     over = summed_scale(node, i, part.scale, part.radial, part.unit)
-                    doubt = part.doubt + node.gradient_doubt
+                    doubt = part.doubt + notes.doubts.get(node.id, node.gradient_doubt)
                     back = over.growth * back
                     pending.add(view.node, Cotangent(back, doubt, mask, few, over.passed, 0.0, over.radial, over.unit))
     out: dict[int, tuple[float, float]] = {}
@@ -178,7 +180,14 @@ def _found(node: Node, stores: Sequence[Cotangents]) -> list[Cotangent]:
     return own
 
 
-def _elementwise(node: Apply, part: Cotangent, asked: dict[int, Node], pending: Cotangents, inside: Cotangents) -> None:
+def _elementwise(
+    node: Apply,
+    part: Cotangent,
+    asked: dict[int, Node],
+    within: dict[int, list[View]],
+    pending: Cotangents,
+    inside: Cotangents,
+) -> None:
     """Pass a cotangent through an elementwise tree to its roots, and to the watched nodes inside it."""
     scales = companions(node)
     for root in roots(node):
@@ -201,18 +210,18 @@ def _elementwise(node: Apply, part: Cotangent, asked: dict[int, Node], pending: 
             back = (back - _projection(node, root, held[0], part)) * inverse
             doubt += _NORM_DOUBT * (inverse - 1) + doubt_of(root.node)  # 1/v is off by as much as v is
         pending.add(root.node, Cotangent(back, doubt, _mask(node, root), part.few, over.passed, over.own, over.radial))
-    for view in _within(node, asked):
+    for view in _within(node, asked, within):
         back = _through(node, view, part)
         if back is not None:
             inside.add(view.node, Cotangent(back, part.doubt, few=part.few))
 
 
+@once_per_node
 def own_gradients(node: Node) -> float:
     """The doubt of cotangents through functions in a tree that say themselves what comes back, and not their derivatives."""
     if not isinstance(node, Apply):
         return 0.0
-    found = lambda: UNKNOWN if node.params[0] == "own_gradient" else max(own_gradients(v.node) for v in node.args)  # noqa: E731
-    return node.graph.once(("own gradients", node.id), found)
+    return UNKNOWN if node.params[0] == "own_gradient" else max(own_gradients(v.node) for v in node.args)
 
 
 def _mask(node: Apply, root: View) -> View | None:
@@ -312,17 +321,15 @@ def _normalised_before(node: Node, scale: View) -> float:
     return out
 
 
-def _within(node: Apply, asked: dict[int, Node]) -> list[View]:
-    """The watched nodes inside an elementwise tree, as views over its frame."""
-    key = ("within", node.id)
-    memo = node.graph.memo
-    if key not in memo:
+def _within(node: Apply, asked: dict[int, Node], known: dict[int, list[View]]) -> list[View]:
+    """The watched nodes inside an elementwise tree, as views over its frame; `known` holds those of trees below."""
+    if node.id not in known:
         found: dict[tuple[int, tuple[int, ...]], View] = {}
         for child, bind in node.args:
             if isinstance(child, Apply):
-                for view in [View(child, tuple(range(len(child.axes)))), *_within(child, asked)]:
+                for view in [View(child, tuple(range(len(child.axes)))), *_within(child, asked, known)]:
                     if view.node.id in asked:
                         placed = view.within(bind)
                         found[placed.node.id, placed.bind] = placed
-        memo[key] = list(found.values())
-    return memo[key]
+        known[node.id] = list(found.values())
+    return known[node.id]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -11,6 +11,7 @@ from varscale.theory.domain.tables import lift
 from varscale.theory.graph.expressions import IDENTITIES, Apply, Sum, roots, swapped
 from varscale.theory.graph.nodes import Array, Constant, Graph, Marked, Node, View, cross_by_kind
 from varscale.theory.graph.reshapes import Permute
+from varscale.theory.graph.store import Fact
 from varscale.theory.propagation.cross_reshaped import regrouped
 
 _DEEPEST = 40  # cross-moments nested in one another
@@ -218,14 +219,17 @@ def _placed(second: np.ndarray, a: View, b: View, frame: tuple[Axis, ...]) -> np
     return lift(second, axes, bind, frame, pairs=True)
 
 
-def together(a: Node, b: Node) -> Hashable:
-    """Where the graph's store has E[a_i b_j] by type of two leaves that were measured together."""
-    return ("measured together", *sorted((a.id, b.id)))
+MEASURED_TOGETHER: Fact[tuple[int, ...], np.ndarray] = Fact()  # E[a_i b_j] by type of two given leaves
+
+
+def together(a: Node, b: Node) -> tuple[int, ...]:
+    """The key of two leaves that were measured together."""
+    return tuple(sorted((a.id, b.id)))
 
 
 def _structure(x: View, y: View, frame: tuple[Axis, ...]) -> np.ndarray | None:
     """Leaves measured together, or what is an array rearranged."""
-    measured = x.node.graph.memo.get(together(x.node, y.node))
+    measured = MEASURED_TOGETHER.get(x.node.graph, together(x.node, y.node))
     if measured is not None and x.bind == y.bind:
         return lift(measured, x.node.axes, x.bind, frame, pairs=True)
     return regrouped(x, y, frame)

@@ -12,6 +12,7 @@ import math
 
 from varscale.theory.graph.expressions import Apply, Sum
 from varscale.theory.graph.nodes import HOWS, UNKNOWN, Array, Constant, Leaf, Node, far_below
+from varscale.theory.graph.store import once_per_node
 from varscale.theory.propagation.cross_moments import mean_of_product
 from varscale.theory.propagation.fluctuations import full
 from varscale.theory.propagation.marginals import concentrated
@@ -37,7 +38,7 @@ def provenance(node: Node) -> tuple[str, float]:
 
 def settle(node: Node) -> None:
     """Find all this out from the bottom up, for nets of any depth, once moments are known."""
-    for below in [*far_below(node, lambda n: ("provenance", n.id) in n.graph.memo), node]:
+    for below in [*far_below(node, _steps.knows), node]:
         provenance(below)
 
 
@@ -46,15 +47,8 @@ def doubt_of(node: Node) -> float:
     return _steps(node)[1]
 
 
+@once_per_node
 def _steps(node: Node) -> tuple[str, float]:
-    key = ("provenance", node.id)
-    memo = node.graph.memo
-    if key not in memo:
-        memo[key] = _trace(node)
-    return memo[key]
-
-
-def _trace(node: Node) -> tuple[str, float]:
     how, doubt = type(node).how, node.doubt
     if node.flagged:
         how = max(how, node.flagged, key=HOWS.index)

@@ -19,6 +19,7 @@ from collections.abc import Hashable, Sequence
 
 from varscale.theory.graph.expressions import roots
 from varscale.theory.graph.nodes import Array, Constant, Leaf, Node, View
+from varscale.theory.graph.store import once_per_node
 from varscale.theory.propagation.inherited_fluctuations import NONE, Spread, fresh, inherited, origin, weighted
 from varscale.theory.propagation.square_covariances import left_to_chance
 
@@ -62,20 +63,17 @@ def of_a_group(node: Node, axes: Sequence[int], groups: int) -> float:
     return max(fresh(node, ()) - fresh(node, axes), 0.0) * (groups - 1) / (n - 1)
 
 
+@once_per_node
 def full(node: Node) -> Spread:
     """Fluctuations of a node's mean square: inherited, and from sampling finitely many units."""
     from varscale.theory.propagation.sample_moments import drawn_scatter
     from varscale.theory.propagation.shared_component import channel_scatter
 
-    key = ("full", node.id)
-    memo = node.graph.memo
-    if key not in memo:
-        base = inherited(node)
-        scatter = channel_scatter(node)
-        chance = fresh(node, range(len(node.axes))) if scatter is None else scatter
-        own = math.sqrt(max(chance, drawn_scatter(node) - base.variance, 0.0))
-        sources = dict(base.sources)
-        source = origin(node)
-        sources[source] = sources.get(source, 0.0) + own
-        memo[key] = dataclasses.replace(base, sources=sources)
-    return memo[key]
+    base = inherited(node)
+    scatter = channel_scatter(node)
+    chance = fresh(node, range(len(node.axes))) if scatter is None else scatter
+    own = math.sqrt(max(chance, drawn_scatter(node) - base.variance, 0.0))
+    sources = dict(base.sources)
+    source = origin(node)
+    sources[source] = sources.get(source, 0.0) + own
+    return dataclasses.replace(base, sources=sources)

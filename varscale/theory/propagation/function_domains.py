@@ -12,6 +12,7 @@ from varscale.theory.domain.axes import Axis
 from varscale.theory.graph.expressions import Apply, roots
 from varscale.theory.graph.factors import factors
 from varscale.theory.graph.nodes import Array, Leaf, Node, View
+from varscale.theory.graph.store import once_per_node
 from varscale.theory.integrals.hermite_series import WEIGHTS
 from varscale.theory.propagation.marginals import Environment, concentrated, evaluate, over_classes
 
@@ -75,12 +76,12 @@ def _by_root(node: Apply) -> dict[View | None, list[tuple[View, list[View]]]]:
     return out
 
 
+@once_per_node
 def _is_partial(node: Node) -> bool:
     """Whether a tree has functions that lack values somewhere."""
     if not isinstance(node, Apply) or node.params[0] in _ALWAYS_DEFINED:
         return False
-    partial = lambda: node.params[0] in _OUTSIDE or any(_is_partial(child.node) for child in node.args)  # noqa: E731
-    return node.graph.once(("partial", node.id), partial)
+    return node.params[0] in _OUTSIDE or any(_is_partial(child.node) for child in node.args)
 
 
 def _undefined(view: View, node: Apply, env: Environment) -> Any:

@@ -15,6 +15,7 @@ from varscale.theory.graph.factors import factors
 from varscale.theory.graph.known_arrays import Computed, scatter
 from varscale.theory.graph.nodes import Array, Constant, Leaf, Node, View
 from varscale.theory.graph.reshapes import Rearranged
+from varscale.theory.graph.store import once_per_node
 from varscale.theory.integrals.hermite_series import WEIGHTS
 from varscale.theory.integrals.lognormal import Answer, Scale, answer
 from varscale.theory.propagation.few_terms import shape_shift
@@ -95,13 +96,10 @@ def shared(a: dict[Hashable, float], b: dict[Hashable, float]) -> float:
     return sum(c * b[key] for key, c in a.items() if key in b)
 
 
+@once_per_node
 def kernel(node: Node) -> Spread:
     """What a root's scale inherits: the fluctuations of the inputs it is linear in."""
-    key = ("kernel", node.id)
-    memo = node.graph.memo
-    if key not in memo:
-        memo[key] = handed_on(node)
-    return memo[key]
+    return handed_on(node)
 
 
 @functools.singledispatch
@@ -127,38 +125,36 @@ def handed_on_of_sum(node: Sum) -> Spread:
     return combine([(s / whole, inherited(v.node)) for s, v in zip(shares, node.args, strict=True)])
 
 
+@once_per_node
 def inherited(node: Node) -> Spread:
     """Fluctuations handed on through an elementwise tree, without those of sampling its own units."""
     if not isinstance(node, Apply):
         return kernel(node)
-    key = ("inherited", node.id)
-    memo = node.graph.memo
-    if key not in memo:
-        terms, places, growth, bent, skew = [], {}, 1.0, 0.0, 0.0
-        for root, found in answers(node).items():
-            spread = kernel(root)
-            terms.append((found.slope, spread))
-            own = weighted([(found.place, spread.places)])
-            for other, theirs in places.items():
-                together = shared(own, theirs)  # E[F G] = E[F] E[G] exp(Cov[ln F, ln G]) of two factors
-                if _within_one_factor(node, root, other):
-                    bent += abs(together)
-                else:
-                    growth *= math.exp(float(np.clip(together, -1, 1)))
-            places[root] = own
-            growth *= found.growth
-            bent += abs(found.slope) * spread.bend + found.doubt
-            skew += np.cbrt(found.skew)
-        shapes = (shape_shift(node), sphere_shift(node))
-        memo[key] = dataclasses.replace(
-            combine(terms),
-            shift=growth - 1 + sum(s for s, _ in shapes),
-            bend=bent + sum(d for _, d in shapes),
-            places=weighted([(1.0, own) for own in places.values()]),
-            skew=skew**3,
-        )
-        memo[key].sources.update(_scalings(node))
-    return memo[key]
+    terms, places, growth, bent, skew = [], {}, 1.0, 0.0, 0.0
+    for root, told in answers(node).items():
+        spread = kernel(root)
+        terms.append((told.slope, spread))
+        own = weighted([(told.place, spread.places)])
+        for other, theirs in places.items():
+            together = shared(own, theirs)  # E[F G] = E[F] E[G] exp(Cov[ln F, ln G]) of two factors
+            if _within_one_factor(node, root, other):
+                bent += abs(together)
+            else:
+                growth *= math.exp(float(np.clip(together, -1, 1)))
+        places[root] = own
+        growth *= told.growth
+        bent += abs(told.slope) * spread.bend + told.doubt
+        skew += np.cbrt(told.skew)
+    shapes = (shape_shift(node), sphere_shift(node))
+    found = dataclasses.replace(
+        combine(terms),
+        shift=growth - 1 + sum(s for s, _ in shapes),
+        bend=bent + sum(d for _, d in shapes),
+        places=weighted([(1.0, own) for own in places.values()]),
+        skew=skew**3,
+    )
+    found.sources.update(_scalings(node))
+    return found
 
 
 def _within_one_factor(node: Apply, a: Node, b: Node) -> bool:
@@ -166,19 +162,17 @@ def _within_one_factor(node: Apply, a: Node, b: Node) -> bool:
     return any({a, b} <= {r.node for r in roots(factor.node)} for factor in independent_factors(node))
 
 
+@once_per_node
 def answers(node: Apply) -> dict[Node, Answer]:
     """What a tree makes of the random scale of each of its roots."""
-    key = ("answers", node.id)
-    memo = node.graph.memo
-    if key not in memo:
-        memo[key] = {}
-        for root, (slope, curvature) in responses(node).items():
-            spread = kernel(root)
-            scale = Scale(max(1 + spread.shift, _LEAST), spread.point, spread.variance, spread.skew)
-            found = answer(scale, slope, curvature, functools.partial(response_curve, node, root))
-            shape = 1 + float(np.clip(curvature * spread.shape / 2, -_FIRST_ORDER, _FIRST_ORDER))
-            memo[key][root] = dataclasses.replace(found, growth=found.growth * shape)
-    return memo[key]
+    out: dict[Node, Answer] = {}
+    for root, (slope, curvature) in responses(node).items():
+        spread = kernel(root)
+        scale = Scale(max(1 + spread.shift, _LEAST), spread.point, spread.variance, spread.skew)
+        found = answer(scale, slope, curvature, functools.partial(response_curve, node, root))
+        shape = 1 + float(np.clip(curvature * spread.shape / 2, -_FIRST_ORDER, _FIRST_ORDER))
+        out[root] = dataclasses.replace(found, growth=found.growth * shape)
+    return out
 
 
 def _scalings(node: Apply) -> dict[Hashable, float]:
@@ -213,20 +207,18 @@ def origin(node: Node) -> int:
 
 def fresh(node: Node, axes: Sequence[int]) -> float:
     """Relative variance of the mean of x² over `axes`, the other axes held, from sampling alone."""
-    key = ("fresh", node.id, tuple(axes))
-    memo = node.graph.memo
-    if key not in memo:
-        memo[key] = _fresh(node, set(axes))
-    return memo[key]
+    return _fresh(node, tuple(axes))
 
 
-def _fresh(node: Node, axes: set[int]) -> float:
+@once_per_node
+def _fresh(node: Node, over: tuple[int, ...]) -> float:
+    axes = set(over)
     if isinstance(node, Computed):
         return scatter(node, axes)
     source = _rearranged(node, axes)
     if source is not None:
         return fresh(*source)
-    pairs, squares = node.graph.once(("square pairs", node.id), lambda: square_pairs(node))
+    pairs, squares = square_pairs(node)
     for k in reversed(range(len(node.axes))):
         axis = node.axes[k]
         if k not in axes:

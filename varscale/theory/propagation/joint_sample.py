@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 
 from varscale.theory.domain.axes import Axis
 from varscale.theory.graph.nodes import Array, Graph, Leaf, Node, View
+from varscale.theory.graph.store import Fact
 from varscale.theory.propagation.sampler import TERMS, Drawing, evenly
 
 _BUDGET = 1_000_000  # numbers drawn for one array
@@ -82,9 +83,13 @@ def _with_all_classes(axis: Axis, kept: Int[np.ndarray, " kept"]) -> Int[np.ndar
 
 def steps(graph: Graph) -> set[int]:
     """How many steps the recurrences and loops of a graph have: such axes are drawn whole."""
-    return graph.once("steps in time", set)
+    return _STEPS.once(graph, None, set)
 
 
 def ensemble(graph: Graph, frame: Sequence[Axis]) -> Ensemble:
     """The draws of a graph; as many as can be had of an array over this frame, where there are none yet."""
-    return graph.once("ensemble", lambda: Ensemble(graph, frame))
+    return _ENSEMBLES.once(graph, None, lambda: Ensemble(graph, frame))
+
+
+_STEPS: Fact[None, set[int]] = Fact()
+_ENSEMBLES: Fact[None, Ensemble] = Fact()

@@ -13,12 +13,14 @@ import numpy as np
 from varscale.theory.graph.expressions import Apply, Sum, roots
 from varscale.theory.graph.nodes import Array, Constant, Leaf, Node
 from varscale.theory.graph.reshapes import Merge
+from varscale.theory.graph.store import once_per_node
 from varscale.theory.propagation.marginals import concentrated
 
 
+@once_per_node
 def unseen_nearness(node: Node) -> float:
     """By how much of a mean square two near places may share more than two places of the merged axes do on average."""
-    return node.graph.once(("nearness", node.id), lambda: nearness_of(node))
+    return nearness_of(node)
 
 
 @functools.singledispatch

@@ -24,6 +24,7 @@ from varscale.theory.graph.expressions import Apply, Sum, form, roots, sums_belo
 from varscale.theory.graph.factors import factors
 from varscale.theory.graph.nodes import Array, Constant, Leaf, Node, View
 from varscale.theory.graph.reshapes import Rearranged
+from varscale.theory.graph.store import once_per_node
 from varscale.theory.integrals.hermite_series import HERMITE, POINTS, Z, solved
 from varscale.theory.integrals.primitives import function
 
@@ -73,13 +74,11 @@ class Marginal:
         return self.mean[..., None] + self.deviation[..., None] * Z if self.quantiles is None else self.quantiles
 
 
+@once_per_node
 def marginal(root: Node) -> Marginal:
     """The marginal of a root, computed once."""
-    key = ("marginal", root.id)
-    if key not in root.graph.memo:
-        table = root.table
-        root.graph.memo[key] = Marginal(root, table.mean, np.sqrt(np.maximum(table.diagonal - table.mean**2, 0.0)))
-    return root.graph.memo[key]
+    table = root.table
+    return Marginal(root, table.mean, np.sqrt(np.maximum(table.diagonal - table.mean**2, 0.0)))
 
 
 def _is_lognormal(root: Node, table: Table) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -12,6 +12,7 @@ from varscale.theory.domain.tables import by_type, lift, means_by_type
 from varscale.theory.graph.expressions import Apply, swapped
 from varscale.theory.graph.factors import factors
 from varscale.theory.graph.nodes import Array, Node, View
+from varscale.theory.graph.store import Fact
 from varscale.theory.integrals.hermite_series import WEIGHTS, Z, sobol
 from varscale.theory.integrals.mehler import Series, mehler, on_grid
 from varscale.theory.propagation.cross_moments import cross, dependent, mean_product
@@ -174,7 +175,7 @@ def _of_one_root(group: _Group, frame: Sequence[Axis], fixed: Environment) -> tu
     if None in marks:
         mean, series = integrated()
     else:
-        mean, series = root.node.graph.once(("integrated", tuple(marks), tuple(frame)), integrated)
+        mean, series = _INTEGRATED.once(root.node.graph, (tuple(marks), tuple(frame)), integrated)
     return mean, _read(series, root, frame)
 
 
@@ -350,3 +351,6 @@ def _twins(views: Sequence[View]) -> tuple[int, int, float, float] | None:
         return None
     different = tuple(int(k == moved[0]) for k in range(len(node.axes)))
     return i, j, 1 / node.axes[moved[0]].size, float(marginal(node).correlation[different])
+
+
+_INTEGRATED: Fact[Hashable, tuple[np.ndarray, Series]] = Fact()  # functions of one root, by form

@@ -11,6 +11,7 @@ from varscale.theory.domain.tables import full_types
 from varscale.theory.graph.expressions import Mean, Sum
 from varscale.theory.graph.nodes import View, pullback
 from varscale.theory.graph.normal_form import mean_pullback
+from varscale.theory.graph.store import BackwardNotes
 
 
 def sum_out(second: np.ndarray, frame: Sequence[Axis], view: View) -> np.ndarray:
@@ -51,7 +52,7 @@ def centred(second: np.ndarray, axes: Sequence[int], frame: Sequence[Axis]) -> n
 
 
 @pullback.register(Sum)
-def pullback_of_sum(node: Sum, cotangent: np.ndarray) -> list[np.ndarray | None]:
+def pullback_of_sum(node: Sum, cotangent: np.ndarray, notes: BackwardNotes) -> list[np.ndarray | None]:
 
     centred_by = node.centring
     out: list[np.ndarray | None] = []
@@ -68,5 +69,5 @@ def pullback_of_sum(node: Sum, cotangent: np.ndarray) -> list[np.ndarray | None]
 
 
 @pullback.register(Mean)
-def pullback_of_mean(node: Mean, cotangent: np.ndarray) -> list[np.ndarray | None]:
+def pullback_of_mean(node: Mean, cotangent: np.ndarray, notes: BackwardNotes) -> list[np.ndarray | None]:
     return [mean_pullback(cotangent, node.params, node.args[0].node.axes)]

@@ -14,34 +14,35 @@ from varscale.theory.domain.axes import Axis
 from varscale.theory.domain.random_arrays import Positions, gaussian
 from varscale.theory.graph.expressions import Apply, Mean, Sum, roots
 from varscale.theory.graph.nodes import Array, Constant, Leaf, Node, View, far_below, known_samples
+from varscale.theory.graph.store import Fact
 from varscale.theory.integrals.hermite_series import Z
 from varscale.theory.propagation.cross_moments import cross, mean_product
 from varscale.theory.propagation.marginals import Environment, evaluate, marginal
+
+_IN_ORDER: Fact[int, bool] = Fact()
+_OF_LOOPS: Fact[int, bool] = Fact()
+
 
 TERMS = 32  # terms of a sum that stand for all
 
 
 def in_order(node: Node) -> bool:
     """Whether a node depends on what is known by its draws, whose order in time its moments by type do not hold."""
-    return _anywhere("in order", lambda n: n.timed, node)
+    return _anywhere(_IN_ORDER, lambda n: n.timed, node)
 
 
 def of_loops(node: Node) -> bool:
     """Whether a loop over time is below, which has draws of its own."""
-    return _anywhere("of loops", lambda n: n.timed and not n.joint, node)
+    return _anywhere(_OF_LOOPS, lambda n: n.timed and not n.joint, node)
 
 
-def _anywhere(name: str, true_of: Callable[[Node], bool], node: Node) -> bool:
+def _anywhere(known: Fact[int, bool], true_of: Callable[[Node], bool], node: Node) -> bool:
     """Whether this is true of a node or of anything that it was made from, however far below."""
-    memo = node.graph.memo
 
     def found(node: Node) -> bool:
-        key = (name, node.id)
-        if key not in memo:
-            memo[key] = true_of(node) or any(found(view.node) for view in node.args)
-        return memo[key]
+        return known.once(node.graph, node.id, lambda: true_of(node) or any(found(view.node) for view in node.args))
 
-    for below in far_below(node, lambda n: (name, n.id) in memo):
+    for below in far_below(node, lambda n: n.id in known.of(n.graph)):
         found(below)
     return found(node)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import numpy as np
 from jaxtyping import Float
@@ -11,6 +11,7 @@ from jaxtyping import Float
 from varscale.theory.domain.axes import Axis
 from varscale.theory.graph.expressions import Apply, Sum, roots
 from varscale.theory.graph.nodes import Array, Leaf, Node, View
+from varscale.theory.graph.store import Fact, once_per_node
 from varscale.theory.integrals.hermite_series import WEIGHTS
 from varscale.theory.integrals.lognormal import LOG_SCALES
 from varscale.theory.propagation.marginals import (
@@ -27,12 +28,9 @@ _STEP = 0.1  # relative step in q for the ratio and the curvature
 _STEEPEST = 4.0  # a fourth power's ratio; beyond it E[f²] is next to nothing at q, and the ratio is rounding or an overflow's
 
 
+@once_per_node
 def companions(node: Node) -> dict[tuple[int, tuple[int, ...]], list[View]]:
     """The roots of a tree that fluctuate, each with the concentrated ones that are its own scale (a norm's variance)."""
-    return node.graph.once(("companions", node.id), lambda: _companions(node))
-
-
-def _companions(node: Node) -> dict[tuple[int, tuple[int, ...]], list[View]]:
     own = [r for r in roots(node) if not isinstance(r.node, Array) and not (isinstance(r.node, Leaf) and not r.node.is_input)]
     live = [r for r in own if not concentrated(r.node)] or own
     out: dict[tuple[int, tuple[int, ...]], list[View]] = {(r.node.id, r.bind): [r] for r in live}
@@ -48,15 +46,12 @@ def _companions(node: Node) -> dict[tuple[int, tuple[int, ...]], list[View]]:
     return out
 
 
+@once_per_node
 def responses(node: Node) -> dict[Node, tuple[float, float]]:
     """For each root: the ratio d ln E[f²]/d ln q, and the curvature q² (E f²)″/E f², in its own second moment q.
 
     A norm's variance moves with the array it normalises, so that a normalised array has ratio 0: the two are varied together.
     """
-    return node.graph.once(("responses", node.id), lambda: _responses(node))
-
-
-def _responses(node: Node) -> dict[Node, tuple[float, float]]:
     out: dict[Node, tuple[float, float]] = {}
     for group in companions(node).values():
         low, middle, high = _levels(node, group, (1 - _STEP, 1.0, 1 + _STEP))
@@ -119,7 +114,7 @@ def _varied_square(
     mark = likeness(factor)
     if mark is None:
         return varied()
-    return main.node.graph.once(("varied", mark, tuple(frame), own.index(main), tuple(powers), ratios), varied)
+    return _VARIED.once(main.node.graph, (mark, tuple(frame), own.index(main), tuple(powers), ratios), varied)
 
 
 def _power(scale: Node, main: Node) -> float:
@@ -132,3 +127,6 @@ def _averaged_by(scale: Node) -> Node | None:
     """What a norm's scale is the mean of; of a variance, the squares."""
     terms = [view.node for view in scale.args] if isinstance(scale, Sum) and scale.is_variance else [scale]
     return next((term.args[0].node for term in terms if term.averages), None)
+
+
+_VARIED: Fact[Hashable, list[float]] = Fact()  # mean squares at several scales of a root, by form

@@ -29,6 +29,7 @@ from scipy.special import ndtri
 from varscale.theory.domain.axes import contract_axis
 from varscale.theory.graph.expressions import Apply, roots
 from varscale.theory.graph.nodes import Leaf, Node, View
+from varscale.theory.graph.store import once_per_node
 from varscale.theory.integrals.hermite_series import Z
 from varscale.theory.propagation.marginals import concentrated, evaluate
 
@@ -119,16 +120,15 @@ class Shared:
 def common_part(node: Node, places: frozenset[int]) -> Shared:
     """How what a node has in common along these axes fluctuates."""
     key, chain = (node, places), []
-    while ("common part", node.id, places) not in node.graph.memo:
+    while not _common_part.knows(node, places):
         chain.append((node, places))
         below = _read(*_root(node, places))
         if below is None:
             break
         node, places = below
     for node, places in reversed(chain):
-        node.graph.memo["common part", node.id, places] = _common_part(node, places)
-    node, places = key
-    return node.graph.memo["common part", node.id, places]
+        _common_part(node, places)
+    return _common_part(*key)
 
 
 def of_an_average(node: Node, whole: Spread) -> Spread:
@@ -244,6 +244,7 @@ def _shares(node: Node, x: Node, places: frozenset[int]) -> tuple[float, float]:
     return share, 1 - share
 
 
+@once_per_node
 def _common_part(node: Node, places: frozenset[int]) -> Shared:
     from varscale.theory.propagation.inherited_fluctuations import fresh, inherited, kernel, origin, shared, weighted
 

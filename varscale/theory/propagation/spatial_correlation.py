@@ -25,8 +25,10 @@ import numpy as np
 
 from varscale.theory.domain.axes import Axis, pool
 from varscale.theory.graph.expressions import Apply, Sum, roots
+from varscale.theory.graph.known_arrays import MEASURED
 from varscale.theory.graph.nodes import Array, Leaf, Node, View
 from varscale.theory.graph.reshapes import Merge, Permute, Split
+from varscale.theory.graph.store import Fact
 from varscale.theory.integrals.hermite_series import HERMITE, POINTS, solved
 from varscale.theory.integrals.mehler import mehler
 from varscale.theory.propagation.cross_moments import dependent
@@ -56,6 +58,9 @@ class Near(NamedTuple):
 Steps = Generator[tuple[Node, Offsets], Near, Near]
 
 
+_EXCESSES: Fact[tuple[int, Offsets], Near] = Fact()
+
+
 def answered(steps: Generator[tuple[Node, Offsets], Near, T]) -> T:
     """Run what asks for excesses, and what that asks for, without Python's stack, which is not as deep as a model."""
     answer: Any = None
@@ -69,9 +74,9 @@ def answered(steps: Generator[tuple[Node, Offsets], Near, T]) -> T:
             waiting.pop()
             if not waiting:
                 return answer
-            key[0].graph.memo["nearby", key[0].id, key[1]] = answer
+            _EXCESSES.put(key[0].graph, (key[0].id, key[1]), answer)
             continue
-        answer = node.graph.memo.get(("nearby", node.id, offsets))
+        answer = _EXCESSES.get(node.graph, (node.id, offsets))
         if answer is None:
             waiting.append(((node, offsets), _steps(node, offsets)))
 
@@ -129,13 +134,13 @@ def summed(table: np.ndarray, k: int, size: float) -> np.ndarray:
 def measured(node: Node, numbers: np.ndarray) -> None:
     """Note that the moments of a leaf are those of known numbers, (sizes of its axes...)."""
     node.local = True
-    node.graph.memo["measured", node.id] = numbers
+    MEASURED.put(node.graph, node.id, numbers)
 
 
 @near_of.register(Leaf)
 def near_of_leaf(node: Leaf, offsets: Offsets) -> Steps:
     yield from ()
-    return _of_numbers(node, node.graph.memo["measured", node.id], offsets)
+    return _of_numbers(node, np.asarray(MEASURED.of(node.graph)[node.id]), offsets)
 
 
 @near_of.register(Array)

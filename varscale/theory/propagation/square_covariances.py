@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import numpy as np
 
@@ -12,6 +12,7 @@ from varscale.theory.domain.tables import by_type, lift
 from varscale.theory.graph.expressions import Apply, roots
 from varscale.theory.graph.nodes import Array, Constant, Leaf, Node, View
 from varscale.theory.graph.normal_form import apply
+from varscale.theory.graph.store import Fact, once_per_node
 from varscale.theory.integrals.hermite_series import HERMITE, WEIGHTS, power_series
 from varscale.theory.propagation.marginals import (
     Environment,
@@ -44,6 +45,7 @@ def _kept_norm(node: Node) -> float:
     return 1 - left_to_chance(weight, node.width, units)
 
 
+@once_per_node
 def square_pairs(node: Node) -> tuple[np.ndarray, np.ndarray]:
     """E[x_i² x_j²] of an elementwise tree by type and E[x_i²] by class, up to a factor; 1 long where they do not vary."""
     frame = node.axes
@@ -112,7 +114,7 @@ def _square_coefficients(f: View, frame: Sequence[Axis], fixed: Environment) -> 
         return (a, squares**2 @ WEIGHTS) if np.any(a[..., 0] > 0) else None
 
     mark = None if fixed else likeness(f)
-    return integrated() if mark is None else f.node.graph.once(("squared", mark, tuple(frame)), integrated)
+    return integrated() if mark is None else _SQUARED.once(f.node.graph, (mark, tuple(frame)), integrated)
 
 
 def _correlation(root: Node) -> np.ndarray:
@@ -121,3 +123,6 @@ def _correlation(root: Node) -> np.ndarray:
 
     ordered = order_correlation(root)
     return marginal(root).correlation if ordered is None else refine(ordered, root.axes)
+
+
+_SQUARED: Fact[Hashable, tuple[np.ndarray, np.ndarray] | None] = Fact()  # Hermite coefficients of f² and E[f⁴], by form

@@ -23,6 +23,7 @@ from varscale.theory.graph.expressions import Apply, Sum, roots
 from varscale.theory.graph.known_arrays import is_given, numbers
 from varscale.theory.graph.nodes import Constant, Node, View
 from varscale.theory.graph.reshapes import Rearranged
+from varscale.theory.graph.store import Fact
 from varscale.theory.propagation.sampler import evenly
 
 if TYPE_CHECKING:
@@ -81,22 +82,23 @@ def _covariance(x: Tokens, y: Tokens) -> float:
     What is the later one's own the other cannot have: it is what the later one's sources have in common with the other. Not by
     recursion: a stream may be a thousand layers long.
     """
-    memo = x.node.graph.memo
+    graph = x.node.graph
+    known = _OVERLAPS.of(graph)
     pending = [_pair(x, y)]
     while pending:
         later, other = pending[-1]
         sources, rule = sources_of(later)
-        missing = [(s, s) for s in sources if ("overlaps", (s, s)) not in memo]
+        missing = [(s, s) for s in sources if (s, s) not in known]
         if not missing:
-            known = [memo["overlaps", (s, s)] for s in sources]
-            mixture = x.node.graph.once(("mixture", later), lambda rule=rule, known=known: rule(known))
+            own = [known[s, s] for s in sources]
+            mixture = _MIXTURES.once(graph, later, lambda rule=rule, own=own: rule(own))
             terms = [(w, _pair(other, s)) for w, s in zip(mixture.weights, sources, strict=True) if w]
-            missing = [pair for _, pair in terms if ("overlaps", pair) not in memo]
+            missing = [pair for _, pair in terms if pair not in known]
             if not missing:
                 own = max(mixture.variance, 0.0) if later == other else _of_given(later, other)
-                memo["overlaps", pending.pop()] = own + sum(w * memo["overlaps", pair] for w, pair in terms)
+                known[pending.pop()] = own + sum(w * known[pair] for w, pair in terms)
         pending += missing
-    return memo["overlaps", _pair(x, y)]
+    return known[_pair(x, y)]
 
 
 def _pair(x: Tokens, y: Tokens) -> tuple[Tokens, Tokens]:
@@ -164,7 +166,7 @@ def _lacking(axes: tuple[Axis, ...], tokens: frozenset[int]) -> np.ndarray:
 
 def sources_of(x: Tokens) -> tuple[list[Tokens], OverlapRule]:
     """Tokens that these are made of, and how their overlap is made of theirs."""
-    return x.node.graph.once(("overlap", x), lambda: _sources(x))
+    return _SOURCES.once(x.node.graph, x, lambda: _sources(x))
 
 
 def _sources(x: Tokens) -> tuple[list[Tokens], OverlapRule]:
@@ -314,3 +316,8 @@ def _applied(x: Tokens, node: Apply) -> tuple[list[Tokens], OverlapRule]:
             second = contract_axis(second, k, axis.different if k in x.tokens else axis.same)
         slopes.append(float(np.clip(float(second) * max(own_part(y), 0.0) / own, 0, 1)))
     return [y for _, y in found], lambda _: Mixture(tuple(slopes), (1 - min(sum(slopes), 1.0) ** 2) / x.count)
+
+
+_OVERLAPS: Fact[tuple[Tokens, Tokens], float] = Fact()
+_MIXTURES: Fact[Tokens, Mixture] = Fact()
+_SOURCES: Fact[Tokens, tuple[list[Tokens], OverlapRule]] = Fact()

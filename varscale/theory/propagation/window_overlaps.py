@@ -20,14 +20,19 @@ import numpy as np
 from varscale.theory.domain.tables import lift
 from varscale.theory.graph.expressions import Sum, sums_below
 from varscale.theory.graph.nodes import Node
+from varscale.theory.graph.store import once_per_node
 
 
 def scatter(root: Node) -> np.ndarray | None:
     """Variance over weights of the correlation of two entries, by type of pair; None where there is none."""
-    known = root.graph.memo
-    for node in [*sums_below(root, lambda n: ("scatter", n.id) in known), root]:
-        root.graph.once(("scatter", node.id), lambda node=node: scatter_of(node))
-    return known["scatter", root.id]
+    for node in sums_below(root, _scatter.knows):
+        _scatter(node)
+    return _scatter(root)
+
+
+@once_per_node
+def _scatter(node: Node) -> np.ndarray | None:
+    return scatter_of(node)
 
 
 @functools.singledispatch

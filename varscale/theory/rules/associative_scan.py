@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from varscale.theory.graph.derivatives import derivative
 from varscale.theory.graph.expressions import roots
 from varscale.theory.graph.layout import Value, align, broadcast_in_dim, materialize, merged
 from varscale.theory.graph.nodes import Array, Leaf, Node, View, cross_by_kind, known_samples, pullback, second_moments
+from varscale.theory.graph.store import BackwardNotes, Fact
 from varscale.theory.propagation.inherited_fluctuations import NONE, Spread, handed_on, inherited
 from varscale.theory.propagation.joint_sample import Ensemble, ensemble, steps
 from varscale.theory.propagation.sample_moments import by_level, cross_moments, pooled, table_of_draws
@@ -129,6 +130,9 @@ def _flows(node: Node) -> bool:
     return not isinstance(node, Array) and not (isinstance(node, Leaf) and node.is_bits)
 
 
+_RECURRENCES: Fact[Hashable, Recurrence] = Fact()
+
+
 class Running(Node):
     """An output of an associative scan; `params` is (key of the recurrence, which part, which axes of its frame it has)."""
 
@@ -139,7 +143,7 @@ class Running(Node):
     @property
     def recurrence(self) -> Recurrence:
         """What it is an output of."""
-        return self.graph.memo["recurrence", self.params[0]]
+        return _RECURRENCES.of(self.graph)[self.params[0]]
 
     def prepare(self) -> None:
         self.odd = self.recurrence.odd(self.params[1])
@@ -196,7 +200,7 @@ def _second(node: Running, numbers: np.ndarray) -> np.ndarray:
 
 
 @pullback.register(Running)
-def pullback_of_running(node: Running, cotangent: np.ndarray) -> list[np.ndarray | None]:
+def pullback_of_running(node: Running, cotangent: np.ndarray, notes: BackwardNotes) -> list[np.ndarray | None]:
     from varscale.theory.propagation.pullbacks import sum_out
 
     _, which, kept = node.params
@@ -249,8 +253,9 @@ def associative_scan(interpreter: Context, eqn: Any, *xs: Value | Complex) -> li
     mark = ("recurrence", tuple((v.node.id, v.bind) for v in views), id(eqn))
     steps(graph).add(frame[axis].size)
     how = combination(eqn.params["combine"], len(frame) + 1, axis, tuple(isinstance(x, Complex) for x in xs))
-    recurrence = graph.once(mark, lambda: Recurrence(tuple(views), tuple(frame), axis, how, ensemble(graph, frame)))
-    graph.memo["recurrence", mark] = recurrence
+    recurrence = _RECURRENCES.once(
+        graph, mark, lambda: Recurrence(tuple(views), tuple(frame), axis, how, ensemble(graph, frame))
+    )
     axes = _classed(recurrence)
     values: list[Value | Complex] = []
     which = 0

@@ -39,7 +39,9 @@ import numpy as np
 from varscale.theory.domain.axes import Axis, contract_axis
 from varscale.theory.domain.tables import lift
 from varscale.theory.graph.expressions import Apply, Sum, roots
+from varscale.theory.graph.linear_nodes import Contract
 from varscale.theory.graph.nodes import Leaf, View
+from varscale.theory.graph.store import BackwardNotes
 from varscale.theory.propagation.scale_responses import companions
 from varscale.theory.propagation.token_gram import (
     Mixture,
@@ -204,13 +206,14 @@ def _weighted(view: View, along: Sequence[int]) -> Tokens | None:
     return next((t for t in found if t.tokens and t.features), None)
 
 
-def overlapping(weights: Softmax, passed: np.ndarray, kept: np.ndarray) -> float | None:
+def overlapping(weights: Softmax, notes: BackwardNotes, passed: np.ndarray, kept: np.ndarray) -> float | None:
     """Second moment that queries' cotangents gain because keys and values see the same tokens (2.).
 
     It is left with the product of queries and keys, whose pullback adds it to what comes back from the softmax.
 
     Args:
         weights: the softmax.
+        notes: of the backward pass: the values' tokens are read, the gain of the queries is written.
         passed: by type of the rows, what a cotangent has of a key's own.
         kept: by type of the rows, the mean square that the weights' Jacobian keeps of it.
 
@@ -219,7 +222,7 @@ def overlapping(weights: Softmax, passed: np.ndarray, kept: np.ndarray) -> float
     """
     from varscale.theory.propagation.pullbacks import sum_out
 
-    found, values = scores(weights), weights.graph.memo.get(("values", weights.id))
+    found, values = scores(weights), notes.values.get(weights.id)
     tokens = None if found is None else projected(found.keys)
     if found is None or tokens is None or values is None:
         return None
@@ -236,7 +239,7 @@ def overlapping(weights: Softmax, passed: np.ndarray, kept: np.ndarray) -> float
         same = (np.arange(axis.types) < axis.classes) / axis.size
         gain = np.multiply.outer(gain, same)
     gain = found.slope * gain.transpose(np.argsort([*weights.rows(), *weights.params]))
-    weights.graph.memo["overlapping", found.product.node.id] = found.place, sum_out(gain, weights.axes, found.product)
+    notes.gains[found.product.node.id] = found.place, sum_out(gain, weights.axes, found.product)
     return share
 
 
@@ -298,11 +301,18 @@ def _same_tokens(attention: Attention) -> float:
     if values is None:
         return 0.0
     weights = attention.weights
-    weights.graph.memo["values", weights.id] = values
     if not weights.deps & values.node.deps:
         return 0.0
     keys = None if found is None else projected(found.keys)
     return overlap(values) if keys is None else shared_overlap(keys, values)
+
+
+def note_values(node: Contract, notes: BackwardNotes) -> None:
+    """Note which tokens the values of an attention are made of, for the cotangents behind its weights."""
+    attention = attention_of(node)
+    values = None if attention is None else projected(attention.projections())
+    if attention is not None and values is not None:
+        notes.values[attention.weights.id] = values
 
 
 def mixed(x: Tokens, attention: Attention) -> tuple[list[Tokens], OverlapRule]:

@@ -29,6 +29,7 @@ from varscale.theory.graph.nodes import (
     second_moments,
 )
 from varscale.theory.graph.reshapes import Permute, permute
+from varscale.theory.graph.store import BackwardNotes
 from varscale.theory.rules.registry import Context, elementwise_or_layout, rule
 
 
@@ -59,7 +60,7 @@ def rev(interpreter: Context, eqn: Any, x: Value) -> Value:
 
 
 @pullback.register(Take)
-def pullback_of_take(node: Take, cotangent: np.ndarray) -> list[np.ndarray | None]:
+def pullback_of_take(node: Take, cotangent: np.ndarray, notes: BackwardNotes) -> list[np.ndarray | None]:
     k, *span = node.params
     return [part_pullback(cotangent, k, node.args[0].node.axes[k], span)]
 
@@ -231,7 +232,7 @@ def second_moments_of_random_slice(node: RandomSlice) -> Table:
 
 
 @pullback.register(RandomSlice)
-def pullback_of_random_slice(node: RandomSlice, cotangent: np.ndarray) -> list[np.ndarray | None]:
+def pullback_of_random_slice(node: RandomSlice, cotangent: np.ndarray, notes: BackwardNotes) -> list[np.ndarray | None]:
     k, size, _ = node.params
     axis = node.args[0].node.axes[k]
     expected = _pairs(node).mean(axis=0) / np.maximum(axis.pairs, 1e-300)

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import numpy as np
 
 from varscale.theory.domain.axes import Axis, labelled
 from varscale.theory.graph.layout import Value, full, transpose, value
-from varscale.theory.graph.nodes import Constant, array
+from varscale.theory.graph.nodes import Constant, Node, array
+from varscale.theory.graph.store import Fact
 from varscale.theory.integrals.primitives import FUNCTIONS, POSITIVE
 from varscale.theory.rules.linear import contract
 from varscale.theory.rules.registry import RULES, Complex, Context, map_parts, parts, rule
+
+_MATRICES: Fact[Hashable, Node] = Fact()  # of transforms, by their numbers
 
 # Functions of one complex number, each part of which is a real function of both parts.
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
@@ -156,7 +159,7 @@ def _matrix(interpreter: Context, numbers: np.ndarray) -> Value:
     if length == 1 or kept == 1:
         return interpreter.known(known)
     axes = (Axis(length), labelled(np.arange(kept) > 0))
-    node = interpreter.graph.once(("fourier", length, kept, known.tobytes()), lambda: array(interpreter.graph, known, axes))
+    node = _MATRICES.once(interpreter.graph, (length, kept, known.tobytes()), lambda: array(interpreter.graph, known, axes))
     return full(interpreter.graph, node.params, known.shape) if isinstance(node, Constant) else value(node, known.shape)
 
 

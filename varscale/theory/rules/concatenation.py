@@ -17,6 +17,7 @@ from varscale.theory.graph.layout import Atom, Value
 from varscale.theory.graph.nodes import Constant, Node, View, cross_by_kind, part_of, pullback, second_moments
 from varscale.theory.graph.normal_form import broadcast
 from varscale.theory.graph.reshapes import permute
+from varscale.theory.graph.store import BackwardNotes, Fact
 from varscale.theory.propagation.inherited_fluctuations import Spread, combine, handed_on, inherited
 from varscale.theory.propagation.locality import nearness_of, unseen_nearness
 from varscale.theory.rules.axis import take, take_node
@@ -139,9 +140,7 @@ def cross_by_kind_of_concat(node: Concat, a: View, b: View, frame: Sequence[Axis
     """Against anything that runs over the same axis: cut that where the parts meet."""
     k, sizes = node.params
     place = a.bind[k]
-    memo = node.graph.memo
-    memo["cuts"] = memo.get("cuts", 0) + 1
-    if memo["cuts"] > _MOST_CUTS:
+    if _CUTS.put(node.graph, None, (_CUTS.get(node.graph, None) or 0) + 1) > _MOST_CUTS:
         return None
     pieces, start = [], 0
     for n in sizes:
@@ -177,7 +176,7 @@ def _between(node: Concat, a: View, b: View, fa: tuple[Axis, ...], fb: tuple[Axi
 
 
 @pullback.register(Concat)
-def pullback_of_concat(node: Concat, cotangent: np.ndarray) -> list[np.ndarray | None]:
+def pullback_of_concat(node: Concat, cotangent: np.ndarray, notes: BackwardNotes) -> list[np.ndarray | None]:
     from varscale.theory.propagation.pullbacks import sum_out
 
     out: list[np.ndarray | None] = []
@@ -332,3 +331,6 @@ def any_places(axis: Axis) -> np.ndarray:
     out[alike, axis.classes + alike] -= 1 / axis.counts
     out[alike, classes] = 1 / axis.counts
     return out
+
+
+_CUTS: Fact[None, int] = Fact()

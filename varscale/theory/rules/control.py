@@ -18,7 +18,7 @@ from varscale.theory.graph.layout import Value
 from varscale.theory.graph.nodes import Leaf
 from varscale.theory.rules.axis import take
 from varscale.theory.rules.concatenation import concatenate
-from varscale.theory.rules.registry import Complex, Context, Opaque, map_parts, rule
+from varscale.theory.rules.registry import STACKED, Complex, Context, Opaque, map_parts, rule
 from varscale.theory.rules.sampled_loop import CannotDraw
 from varscale.theory.rules.sampled_loop_nodes import over_time
 
@@ -123,7 +123,7 @@ def index(interpreter: Context, x: Any, step: int, length: int) -> Any:
         return Opaque(x.key[step])
     if isinstance(x, Complex):
         return map_parts(lambda part: index(interpreter, part, step, length), x)
-    steps: list[Any] | None = interpreter.graph.memo.get(("stack", x.node.id, x.dims))
+    steps = STACKED.get(interpreter.graph, (x.node.id, x.dims))
     if steps is not None:
         return steps[step]
     if isinstance(x.node, Leaf) and x.node.odd and x.dims[0]:
@@ -157,7 +157,7 @@ def stack(interpreter: Context, steps: list[Any]) -> Any:
     if all(r.node is rows[0].node and r.dims == rows[0].dims for r in rows):
         return layout.broadcast_in_dim(steps[0], (len(steps), *steps[0].shape), tuple(range(1, len(steps[0].shape) + 1)))
     out = concatenate(interpreter.graph, rows, 0)
-    interpreter.graph.memo["stack", out.node.id, out.dims] = steps
+    STACKED.put(interpreter.graph, (out.node.id, out.dims), steps)
     return out
 
 

@@ -15,6 +15,7 @@ from varscale.theory.graph import layout
 from varscale.theory.graph.convolutions import ONE, Conv, Window, output_axis, tap_means, tap_pairs
 from varscale.theory.graph.layout import Atom, Value
 from varscale.theory.graph.nodes import UNKNOWN, Leaf, Node, View, cross_by_kind, pullback, second_moments
+from varscale.theory.graph.store import BackwardNotes
 from varscale.theory.propagation.few_terms import kurtosis
 from varscale.theory.propagation.fluctuations import averaged, of_a_group, with_own_weights
 from varscale.theory.propagation.inherited_fluctuations import Spread, combine, handed_on
@@ -56,7 +57,7 @@ def second_moments_of_conv(node: Conv) -> Table:
 
 
 @pullback.register(Conv)
-def pullback_of_conv(node: Conv, cotangent: np.ndarray) -> list[np.ndarray | None]:
+def pullback_of_conv(node: Conv, cotangent: np.ndarray, notes: BackwardNotes) -> list[np.ndarray | None]:
     _groups, _windows, xd, wd, od = node.params
     back = node.carry(_logical(node, cotangent, od), _logical(node, node.args[1].node.table.second, wd), transposed=True)
     if back.ndim == 0:  # a kernel of zeros

@@ -16,9 +16,11 @@ from varscale.theory.graph.layout import Atom, Value, align, full
 from varscale.theory.graph.linear_nodes import Contract, weight_of
 from varscale.theory.graph.nodes import Array, Constant, Leaf, Node, View, cross_by_kind, pullback, second_moments
 from varscale.theory.graph.normal_form import affine
+from varscale.theory.graph.store import BackwardNotes
 from varscale.theory.propagation.fluctuations import averaged, with_own_weights
 from varscale.theory.propagation.inherited_fluctuations import Spread, combine, handed_on
 from varscale.theory.propagation.locality import unseen_nearness
+from varscale.theory.rules.attention import note_values
 from varscale.theory.rules.masks import told_apart
 from varscale.theory.rules.registry import Context, rule
 from varscale.theory.rules.row_gram import own_products
@@ -128,7 +130,7 @@ def _tied(node: Contract, x: View, rows: View, mean: np.ndarray, second: np.ndar
 
 
 @pullback.register(Contract)
-def pullback_of_contract(node: Contract, cotangent: np.ndarray) -> list[np.ndarray | None]:
+def pullback_of_contract(node: Contract, cotangent: np.ndarray, notes: BackwardNotes) -> list[np.ndarray | None]:
     """Under gradient independence a cotangent passes through the transposed product with fresh weights."""
     from varscale.theory.propagation.pullbacks import sum_out
 
@@ -136,7 +138,8 @@ def pullback_of_contract(node: Contract, cotangent: np.ndarray) -> list[np.ndarr
     wide = cotangent.reshape(*cotangent.shape, *[1] * len(node.params))
     x, y = node.args
     # What queries gain by overlaps of tokens comes with the cotangent that a softmax has sent back.
-    place, gain = node.graph.memo.pop(("overlapping", node.id), (None, 0.0))
+    place, gain = notes.gains.get(node.id, (None, 0.0))
+    note_values(node, notes)
     out: list[np.ndarray | None] = []
     for i, (mine, theirs) in enumerate(((x, y), (y, x))):
         own = wide + np.reshape(gain, (*np.shape(gain), *[1] * len(node.params))) if i == place else wide

@@ -13,6 +13,7 @@ from varscale.theory.graph.expressions import Apply, Mean, Sum, roots
 from varscale.theory.graph.layout import Value
 from varscale.theory.graph.nodes import Graph, Node, View, pullback, second_moments
 from varscale.theory.graph.normal_form import affine, total
+from varscale.theory.graph.store import BackwardNotes
 from varscale.theory.rules.reductions import Extreme, OneOfMany
 from varscale.theory.rules.softmax import Softmax
 from varscale.theory.rules.softmax_recognition import logits
@@ -35,7 +36,7 @@ def second_moments_of_log_sum_exp(node: LogSumExp) -> Table:
 
 
 @pullback.register(LogSumExp)
-def pullback_of_log_sum_exp(node: LogSumExp, cotangent: np.ndarray) -> list[np.ndarray | None]:
+def pullback_of_log_sum_exp(node: LogSumExp, cotangent: np.ndarray, notes: BackwardNotes) -> list[np.ndarray | None]:
     """A logit gets its share of the cotangent."""
     source = node.args[0].node
     shares = node.graph.make(Softmax, source.axes, [View(source, tuple(range(len(source.axes))))], node.params)

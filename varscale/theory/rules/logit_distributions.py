@@ -7,6 +7,7 @@ from scipy import special
 
 from varscale.theory.graph.expressions import Apply, Sum, roots
 from varscale.theory.graph.nodes import Array, Node, View
+from varscale.theory.graph.store import once_per_node
 from varscale.theory.integrals.hermite_series import WEIGHTS, Z
 from varscale.theory.propagation.marginals import concentrated, evaluate, marginal, over_classes
 
@@ -15,12 +16,9 @@ _DRAWS = 50_000
 _DIGITS = 3
 
 
+@once_per_node
 def standard_law(node: Node) -> tuple[float, ...] | None:
     """Values on the normal grid with mean 0 and variance 1; None where they are a straight line."""
-    return node.graph.once(("standard law", node.id), lambda: _standard_law(node))
-
-
-def _standard_law(node: Node) -> tuple[float, ...] | None:
     if isinstance(node, Sum) and any(isinstance(view.node, Array) for view in node.args):
         return None  # known numbers have a doubt of their own
     line = _line(node)

@@ -16,12 +16,18 @@ from varscale.theory.graph import layout
 from varscale.theory.graph.expressions import roots
 from varscale.theory.graph.layout import Atom, Value
 from varscale.theory.graph.nodes import UNKNOWN, Array, Graph, Leaf, Node, View, cross_by_kind, pullback, second_moments
+from varscale.theory.graph.store import BackwardNotes, Fact
 from varscale.theory.rules.axis import take
 from varscale.theory.rules.padding import classed_axes, padded, repeat_rates, unresolved
 from varscale.theory.rules.registry import Context, rule
 from varscale.theory.rules.segment_cotangents import Alike, by_segment
 
 _RESOLVED = 1e-3  # of a mean over rows that are looked up, what classes may miss
+
+
+_PICKERS: Fact[Any, Node] = Fact()  # the node of indices that are not known
+_INDICES: Fact[Any, np.ndarray] = Fact()  # known indices by digest
+SUMMED_OVER: Fact[int, dict[Any, np.ndarray]] = Fact()  # by lookup: the segments of each sum that its positions are in
 
 
 class Gather(Node):
@@ -40,7 +46,7 @@ class Gather(Node):
     def prepare(self) -> None:
         """What indices are computed from decides, too: the nearest row is no row like others, and may turn with the table."""
         self.odd, self.positive = self.args[0].node.odd, self.args[0].node.positive
-        picker = self.graph.memo.get(("picker", self.params[5]))
+        picker = _PICKERS.get(self.graph, self.params[5])
         if picker is not None:
             self.deps |= picker.deps
             self.odd &= picker.unseen
@@ -49,7 +55,7 @@ class Gather(Node):
     @property
     def known(self) -> np.ndarray | None:
         """The indices, flat, where they are known."""
-        return self.graph.memo.get(("indices", self.params[5]))
+        return _INDICES.get(self.graph, self.params[5])
 
     @property
     def line(self) -> np.ndarray | None:
@@ -191,13 +197,13 @@ def _unrelated(node: Gather, other: Gather, a: View, b: View, frame: Sequence[Ax
 
 
 @pullback.register(Gather)
-def pullback_of_gather(node: Gather, cotangent: np.ndarray) -> list[np.ndarray | None]:
+def pullback_of_gather(node: Gather, cotangent: np.ndarray, notes: BackwardNotes) -> list[np.ndarray | None]:
     """Cotangents add up in the rows they came from: a row gets as many pairs of them as there are indices that agree."""
     row_axes, index_axes, _, rows = node.params[:4]
     source, bind = node.args[0].node.axes, node.args[0].bind
     known = node.line
     if known is not None:
-        out = _to_known_rows(node, cotangent, known)
+        out = _to_known_rows(node, cotangent, known, notes)
     else:
         axes = [node.axes[k] for k in index_axes]
         pairs = functools.reduce(np.multiply.outer, [a.pairs for a in axes], np.array(1.0))
@@ -214,7 +220,7 @@ def pullback_of_gather(node: Gather, cotangent: np.ndarray) -> list[np.ndarray |
     return [out.transpose(np.argsort(order))]
 
 
-def _to_known_rows(node: Gather, cotangent: np.ndarray, known: np.ndarray) -> np.ndarray:
+def _to_known_rows(node: Gather, cotangent: np.ndarray, known: np.ndarray, notes: BackwardNotes) -> np.ndarray:
     """The same by class of the rows, where it is known how often each is looked up; the row axis first."""
     (row,), (index,) = node.params[0], node.params[1]
     axis, own = node.args[0].node.axes[row], node.axes[index]
@@ -231,13 +237,13 @@ def _to_known_rows(node: Gather, cotangent: np.ndarray, known: np.ndarray) -> np
     off = np.max([np.abs(x.within - within) for x in found], axis=0) + np.abs(doubted)
     places = (slice(None), *(slice(0, a.classes) for k, a in enumerate(node.axes) if k != index))
     lost = np.multiply.outer((squares - number) / axis.counts, off)[places].sum()
-    node.gradient_doubt = min(float(lost / max(np.abs(one[places]).sum(), 1e-300)), UNKNOWN)
+    notes.doubts[node.id] = min(float(lost / max(np.abs(one[places]).sum(), 1e-300)), UNKNOWN)
     return np.concatenate([one, np.multiply.outer(pairs, between)])
 
 
 def _segments(node: Gather, size: int) -> list[np.ndarray]:
     """The segments of each sum by segment that its positions are added up by."""
-    return [s for s in node.graph.memo.get(("summed over", node.id), {}).values() if len(s) == size]
+    return [s for s in (SUMMED_OVER.get(node.graph, node.id) or {}).values() if len(s) == size]
 
 
 def _same_and_different(
@@ -319,7 +325,7 @@ def looked_up(interpreter: Context, d: Any, shape: Sequence[int], x: Value, ids:
         classes = tuple(int(labels[np.argmax(own == c)]) for c in range(axes[0].classes))
     if known is None:
         picker = base_ids(ids.node)
-        which, interpreter.graph.memo["picker", picker.id] = picker.id, picker
+        which = _PICKERS.put(interpreter.graph, picker.id, picker).id
     else:
         which = _stored(interpreter.graph, known, [x.shape[k] for k in picked])
     node = interpreter.graph.make(Gather, axes, [view], (tuple(row_axes), index_axes, frozen, rows, classes, which))
@@ -331,7 +337,7 @@ def _stored(graph: Graph, known: np.ndarray, sizes: Sequence[int]) -> str:
     flat = known.reshape(-1, known.shape[-1]).astype(int)
     codes = np.ravel_multi_index(tuple(flat.T), tuple(sizes), mode="clip")
     key = hashlib.sha1(codes.tobytes()).hexdigest()
-    graph.memo["indices", key] = codes
+    _INDICES.put(graph, key, codes)
     return key
 
 

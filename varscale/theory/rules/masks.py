@@ -14,6 +14,7 @@ from varscale.theory.domain.axes import Axis, affordable, grouped, join
 from varscale.theory.graph.expressions import Apply, roots
 from varscale.theory.graph.layout import Value
 from varscale.theory.graph.nodes import Array, Leaf, Node, View
+from varscale.theory.graph.store import once_per_node
 
 _UNLIKE = 1e-3  # relative difference of energies that is worth a class
 
@@ -34,16 +35,13 @@ def told_apart(x: Value) -> Value:
     return x if finer == node.axes else Value(_refined(node, finer), x.dims)
 
 
+@once_per_node
 def by_energy(node: Array, k: int) -> Axis:
     """Axis k of known numbers, its positions classed by the sum of squares and the square of the sum along the others."""
-
-    def classed() -> Axis:
-        rows = np.moveaxis(np.asarray(node.values, float), k, 0).reshape(node.axes[k].size, -1)
-        signatures = np.stack([np.mean(rows**2, axis=1), np.mean(rows, axis=1) ** 2], axis=1)
-        scale = max(float(signatures[:, 0].mean()), 1e-300)
-        return node.axes[k] if np.ptp(signatures, axis=0).max() < _UNLIKE * scale else grouped(signatures / scale)
-
-    return node.graph.once(("by energy", node.id, k), classed)
+    rows = np.moveaxis(np.asarray(node.values, float), k, 0).reshape(node.axes[k].size, -1)
+    signatures = np.stack([np.mean(rows**2, axis=1), np.mean(rows, axis=1) ** 2], axis=1)
+    scale = max(float(signatures[:, 0].mean()), 1e-300)
+    return node.axes[k] if np.ptp(signatures, axis=0).max() < _UNLIKE * scale else grouped(signatures / scale)
 
 
 def _refined(node: Node, axes: Sequence[Axis]) -> Node:

@@ -7,7 +7,8 @@ functions weaken correlations (a power series with positive coefficients lies be
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Hashable
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import sparse
@@ -16,6 +17,7 @@ from varscale.theory.domain.axes import contract_axis
 from varscale.theory.graph.expressions import Apply, Sum, roots
 from varscale.theory.graph.known_arrays import is_given, numbers
 from varscale.theory.graph.nodes import Node
+from varscale.theory.graph.store import Fact
 
 
 def unseen(total: Any) -> float:
@@ -64,7 +66,7 @@ def unseen_in_given(total: Any) -> float:
     from varscale.theory.graph.linear_nodes import Contract
     from varscale.theory.rules.lookup import Gather
 
-    ids, weights, _ = total.graph.memo["segments", total.params]
+    ids, weights, _ = SEGMENTS.of(total.graph)[total.params]
     worst, seen = 0.0, set()
     pending = [(total.args[0].node, 0, np.arange(len(ids)))]
     while pending:
@@ -126,7 +128,7 @@ def _neighbours(total: Any) -> tuple[Any, Node, int] | None:
     from varscale.theory.rules.lookup import Gather
     from varscale.theory.rules.segments import per_position
 
-    ids, weights, size = total.graph.memo["segments", total.params]
+    ids, weights, size = SEGMENTS.of(total.graph)[total.params]
     for looked in per_position(total.args[0].node):
         known = looked.line if isinstance(looked, Gather) else None
         if known is None or len(known) != len(ids):
@@ -142,11 +144,10 @@ def _sums_so_far(node: Node, size: int) -> Any:
     """What each row is made of, as a matrix over the rows that went in; those of the last sums, and of those before them."""
     from varscale.theory.rules.segments import SegmentSum
 
-    key = ("neighbours", node.id)
-    memo = node.graph.memo
-    if key in memo:
-        return memo[key]
-    memo[key] = sparse.identity(size, format="csr")
+    known = _SUMS.of(node.graph)
+    if node.id in known:
+        return known[node.id]
+    known[node.id] = sparse.identity(size, format="csr")
     seen, pending, last = {node.id}, [node], []
     while pending:
         node_ = pending.pop()
@@ -161,5 +162,17 @@ def _sums_so_far(node: Node, size: int) -> Any:
         adjacency, source, _ = max(last, key=lambda x: x[0])[1]
         if source.id in seen:  # a residual way round it
             adjacency = adjacency + sparse.identity(size)
-        memo[key] = adjacency @ _sums_so_far(source, size)
-    return memo[key]
+        known[node.id] = adjacency @ _sums_so_far(source, size)
+    return known[node.id]
+
+
+class Segments(NamedTuple):
+    """The sum that each position is added to (−1: none), its weight there, and how many sums there are."""
+
+    ids: np.ndarray
+    weights: np.ndarray
+    size: int
+
+
+SEGMENTS: Fact[Hashable, Segments] = Fact()  # by digest
+_SUMS: Fact[int, Any] = Fact()  # what each row of a node is made of, as a matrix

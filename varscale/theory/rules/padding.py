@@ -20,6 +20,7 @@ from scipy.cluster import hierarchy
 from varscale.theory.domain.axes import Axis, grouped
 from varscale.theory.domain.tables import per_pair
 from varscale.theory.graph.nodes import Graph
+from varscale.theory.graph.store import Fact
 
 MOST_LENGTHS = 3  # that rows are told apart by, and so positions into one class more
 _CHANCE = 4.0  # standard deviations by which rows have to end in one value more often than by chance
@@ -161,7 +162,7 @@ def _sources(before: np.ndarray, after: np.ndarray, kinds: np.ndarray, size: int
 
 def classed_axes(graph: Graph, ids: Int[np.ndarray, "..."]) -> list[Axis]:
     """Axes of an array of ids, classed where given ids are filled up and these are, too; of others, by the same axes."""
-    seen: list[tuple[np.ndarray, tuple[Axis, ...]]] = graph.once(("filled up",), list)
+    seen = _CLASSED.once(graph, None, list)
     field = filled_up(_as_rows(ids)) if ids.ndim and _as_rows(ids).shape in padded(graph).shapes else None
     if field is None:
         known = [{axis for _, axes in seen for axis in axes if axis.size == n and axis.labels is not None} for n in ids.shape]
@@ -209,7 +210,7 @@ def is_mask(graph: Graph, numbers: Float[np.ndarray, "..."]) -> bool:
 
 def padded(graph: Graph) -> Padded:
     """What is known of the model's inputs that are filled up."""
-    return graph.memo.get("padded", Padded())
+    return PADDED.get(graph, None) or Padded()
 
 
 def repeat_rates(ids: Int[np.ndarray, "..."], axes: Sequence[Axis]) -> Float[np.ndarray, "..."]:
@@ -249,3 +250,9 @@ def _numbered(dims: Sequence[int], numbers: Sequence[np.ndarray], sizes: Sequenc
     for k in dims:
         out = out * sizes[k] + numbers[k].reshape([-1 if d == k else 1 for d in range(len(numbers))])
     return out
+
+
+PADDED: Fact[None, Padded] = Fact()  # of the model's inputs
+_CLASSED: Fact[None, list[tuple[np.ndarray, tuple[Axis, ...]]]] = (
+    Fact()
+)  # where ids are filled up, and axes with classes for it

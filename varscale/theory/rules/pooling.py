@@ -24,6 +24,7 @@ from varscale.theory.graph.convolutions import (
 from varscale.theory.graph.layout import Atom, Value, full
 from varscale.theory.graph.nodes import Node, View, cross_by_kind, pullback, second_moments
 from varscale.theory.graph.normal_form import affine
+from varscale.theory.graph.store import BackwardNotes
 from varscale.theory.propagation.inherited_fluctuations import Spread, handed_on, inherited
 from varscale.theory.propagation.locality import unseen_nearness
 from varscale.theory.propagation.shared_component import of_an_average
@@ -85,7 +86,7 @@ def _met(node: WindowSum, y: Node, distances: Mapping[int, int] | None, reader: 
 
 
 @pullback.register(WindowSum)
-def pullback_of_window_sum(node: WindowSum, cotangent: np.ndarray) -> list[np.ndarray | None]:
+def pullback_of_window_sum(node: WindowSum, cotangent: np.ndarray, notes: BackwardNotes) -> list[np.ndarray | None]:
     _, xd, od = node.params
     maps = [
         None if m is None else (m * o.pairs[: m.shape[0], None]).T / np.maximum(a.pairs[: m.shape[1]], 1.0)[:, None]
@@ -207,9 +208,9 @@ def _law(node: WindowMax, x: np.ndarray) -> tuple[float, float]:
 
 
 @pullback.register(WindowMax)
-def pullback_of_window_max(node: WindowMax, cotangent: np.ndarray) -> list[np.ndarray | None]:
+def pullback_of_window_max(node: WindowMax, cotangent: np.ndarray, notes: BackwardNotes) -> list[np.ndarray | None]:
     taps = math.prod(w.taps for w in node.params[0] if w is not None)
-    (spread,) = pullback_of_window_sum(node, cotangent)
+    (spread,) = pullback_of_window_sum(node, cotangent, notes)
     assert spread is not None
     # Each window feeds one entry: of the pairs of taps only those of one window and one entry remain.
     diagonal = tuple(slice(0, a.classes) for a in node.args[0].node.axes)

@@ -16,9 +16,10 @@ from varscale.theory.graph.expressions import Apply, roots
 from varscale.theory.graph.factors import factors
 from varscale.theory.graph.layout import Atom, Value, full, value
 from varscale.theory.graph.nodes import Array, Constant, Leaf, Node, View
+from varscale.theory.graph.store import Fact
 from varscale.theory.integrals.hermite_series import WEIGHTS, Z
 from varscale.theory.propagation.marginals import evaluate
-from varscale.theory.rules.registry import Context, Opaque, elementwise_or_layout, rule
+from varscale.theory.rules.registry import STACKED, Context, Opaque, elementwise_or_layout, rule
 
 
 def _uniform_bits(width: int) -> np.ndarray:
@@ -75,10 +76,8 @@ def law(node: Node) -> Law | None:
         return None
     if set(view.bind) != set(range(len(node.axes))):
         return None
-    # Kernels of one fan-in are drawn by one chain: its moments are taken once.
-    key = ("law", _chain(node), base.params[-1])
-    memo = node.graph.memo
-    if key not in memo:
+
+    def integrated() -> Law:
         values = evaluate(View(node, tuple(range(len(node.axes)))), node.axes, {}).reshape(-1, len(Z))
         values = np.asarray(values[0], float)
         mean, square, fourth = (float(WEIGHTS @ values**k) for k in (1, 2, 4))
@@ -86,8 +85,9 @@ def law(node: Node) -> Law | None:
             mean = 0.0
         kurtosis = fourth / max(square**2, 1e-300)
         normal = mean == 0 and abs(kurtosis - 3) < _NORMAL
-        memo[key] = Law(mean, square, kurtosis, None if normal else values.tobytes())
-    return memo[key]
+        return Law(mean, square, kurtosis, None if normal else values.tobytes())
+
+    return _LAWS.once(node.graph, (_chain(node), base.params[-1]), integrated)
 
 
 def _scaled_law(node: Node) -> Law | None:
@@ -112,7 +112,7 @@ def _chain(node: Node) -> Hashable:
 
 def as_weight(interpreter: Context, x: Value) -> Value:
     """A parameter drawn by a chain on random bits, as a leaf with the law of that chain."""
-    stacked: list[Value] | None = interpreter.graph.memo.get(("stack", x.node.id, x.dims))
+    stacked = STACKED.get(interpreter.graph, (x.node.id, x.dims))
     if stacked is not None and len({law(step.node) for step in stacked}) == 1:
         # Drawn by a scan, a slice a step, from one law.
         one = as_weight(interpreter, stacked[0])
@@ -174,3 +174,6 @@ def input_leaf(interpreter: Context, name: str, shape: tuple[int, ...], table: A
 
 
 elementwise_or_layout("random_bits")
+
+
+_LAWS: Fact[Hashable, Law] = Fact()  # by chain: kernels of one fan-in are drawn by one

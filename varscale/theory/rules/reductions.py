@@ -17,6 +17,7 @@ from varscale.theory.graph.expressions import Apply, Mean
 from varscale.theory.graph.layout import Atom, Value
 from varscale.theory.graph.nodes import Constant, Node, View, cross_by_kind, pullback, second_moments
 from varscale.theory.graph.normal_form import affine, mean_node
+from varscale.theory.graph.store import BackwardNotes
 from varscale.theory.integrals.hermite_series import Z, sphere_squares
 from varscale.theory.propagation.fluctuations import full
 from varscale.theory.propagation.inherited_fluctuations import Spread, combine, handed_on, inherited
@@ -124,7 +125,7 @@ def second_moments_of_extreme(node: Extreme) -> Table:
 
 
 @pullback.register(Extreme)
-def pullback_of_extreme(node: Extreme, cotangent: np.ndarray) -> list[np.ndarray | None]:
+def pullback_of_extreme(node: Extreme, cotangent: np.ndarray, notes: BackwardNotes) -> list[np.ndarray | None]:
     """Each cotangent goes to the one entry that was the extreme: one in `count`, and no two of a window share it."""
     axes, _, _ = node.params
     source = node.args[0].node.axes

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
 from varscale.theory.graph.layout import Value
 from varscale.theory.graph.nodes import Graph, Leaf
+from varscale.theory.graph.store import Fact
 
 Rule = Callable[..., Any]
 
@@ -111,3 +112,6 @@ class Context(Protocol):
     def leaf(self, name: Any, shape: Sequence[int], mean: float, second_moment: float, *, odd: bool, **law: Any) -> Value:
         """A new random tensor with independent entries."""
         ...
+
+
+STACKED: Fact[Hashable, list[Any]] = Fact()  # the values of the steps that a stacked value is made of

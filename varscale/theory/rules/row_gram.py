@@ -23,6 +23,9 @@ from varscale.theory.domain.axes import Axis, apply_axis, contract_axis, lift_ty
 from varscale.theory.domain.tables import full_types, means_by_type
 from varscale.theory.graph.expressions import roots, swapped
 from varscale.theory.graph.nodes import UNKNOWN, Node, View
+from varscale.theory.graph.store import Fact
+
+_OWN_SHARES: Fact[int, float] = Fact()  # by product: the share of a row with itself in its second moments
 
 _DIAGONAL = 1e-3  # of the second moments, a part that is not worth a flag
 
@@ -41,13 +44,14 @@ def own_products(node: Any, second: np.ndarray) -> np.ndarray:
     if share > _DIAGONAL:
         # Rows of one length have no exchange on the diagonal; others are of any length to order 1/width.
         node.graph.flag("assumed", max(2 * float(np.max(np.abs(exchanged))) / most, share / node.width))
-        node.graph.memo["diagonal", node.id] = share
+        _OWN_SHARES.put(node.graph, node.id, share)
     return second + gain
 
 
 def of_own_keys(logits: Node) -> float:
     """The doubt of a softmax over logits some of which are larger than all others: those of a row with itself."""
-    share = max((logits.graph.memo.get(("diagonal", r.node.id), 0.0) for r in roots(logits)), default=0.0)
+    known = {r.node.id for r in roots(logits) if r.node.table.mean_square >= 0}  # their moments are worked out
+    share = max((_OWN_SHARES.get(logits.graph, i) or 0.0 for i in known), default=0.0)
     return min(share / max(1 - share, 1e-9), UNKNOWN)
 
 

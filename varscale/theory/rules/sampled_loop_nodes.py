@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from varscale.theory.domain.random_arrays import gaussian
 from varscale.theory.domain.tables import Table, lift
 from varscale.theory.graph.layout import Atom, Value, materialize, merged
 from varscale.theory.graph.nodes import Node, View, cross_by_kind, known_samples, pullback, second_moments
+from varscale.theory.graph.store import BackwardNotes, Fact
 from varscale.theory.integrals.hermite_series import POINTS, WEIGHTS, Z
 from varscale.theory.propagation.fluctuations import full
 from varscale.theory.propagation.inherited_fluctuations import Spread, combine, handed_on
@@ -33,6 +34,10 @@ _MEMORY = 2**28  # bytes of the states that a backward pass keeps
 _DOUBT, _LOOSE = 0.1, 0.5
 
 
+_LOOPS: Fact[Hashable, Loop] = Fact()
+STEPS: Fact[int, tuple[int, int]] = Fact()  # by weight: the steps it was interpreted at, and those it acts at
+
+
 class Looped(Node):
     """An output of a loop; `params` is (key of the loop, which part, the places in the output of this node's axes)."""
 
@@ -42,7 +47,7 @@ class Looped(Node):
 
     @property
     def loop(self) -> Loop:
-        return self.graph.memo["loop", self.params[0]]
+        return _LOOPS.of(self.graph)[self.params[0]]
 
     @functools.cached_property
     def _layout(self) -> tuple[list[np.ndarray], np.ndarray]:
@@ -113,14 +118,14 @@ def _quantiles(node: Looped) -> np.ndarray:
 
 
 @pullback.register(Looped)
-def pullback_of_looped(node: Looped, cotangent: np.ndarray) -> list[np.ndarray | None]:
+def pullback_of_looped(node: Looped, cotangent: np.ndarray, notes: BackwardNotes) -> list[np.ndarray | None]:
     loop, which, dims = node.loop, node.params[1], node.params[2]
     whole = loop.outputs[which].shape[1:]
     replicates = int(np.clip(_MEMORY / max(loop.memory, 1), 2, loop.replicates))
     seed = np.zeros((replicates, *whole), np.float32)
     index = (slice(None), *(slice(None) if d in dims else 0 for d in range(len(whole))))
-    seed[index] = _arriving(node, np.broadcast_to(cotangent, node.frame_types), replicates)
-    node.graph.memo.setdefault("pulled back", []).append(node)
+    seed[index] = _arriving(node, np.broadcast_to(cotangent, node.frame_types), replicates, notes)
+    notes.loops.append(node)
     out: list[np.ndarray | None] = []
     for x, passed in zip(loop.operands, loop.back(which, seed), strict=True):
         for part, value in enumerate(x.value):
@@ -129,31 +134,31 @@ def pullback_of_looped(node: Looped, cotangent: np.ndarray) -> list[np.ndarray |
                 continue
             # jax's cotangent of x + iy is ∂/∂x − i ∂/∂y
             real = (np.real(passed) if part == 0 else -np.imag(passed)).astype(np.float32)
-            out.append(_carried_back(node, x, value, real))
+            out.append(_carried_back(node, x, value, real, notes))
     return out
 
 
-def _arriving(node: Looped, cotangent: np.ndarray, replicates: int) -> np.ndarray:
+def _arriving(node: Looped, cotangent: np.ndarray, replicates: int, notes: BackwardNotes) -> np.ndarray:
     """Draws of its cotangents: those that loops which read it have sent back, in their order in time, and Gaussian ones."""
     positions, _ = node._layout
-    sent = node.graph.memo.get(("sent back", node.id), [])
+    sent = notes.sent.get(node.id, [])
     drawn, rest = np.zeros((replicates, *map(len, positions))), cotangent
     for numbers in sent:
         drawn = drawn + picked(numbers, node.axes, positions, replicates)
         rest = rest - pooled(numbers, node.axes, _positions(node.axes, numbers.shape[1:])).second
-    readers = [x for x in node.graph.memo.get("pulled back", []) if x.deps & node.deps == node.deps and x.loop is not node.loop]
-    node.gradient_doubt = _LOOSE if len(readers) > len(sent) else Looped.gradient_doubt
+    readers = [x for x in notes.loops if x.deps & node.deps == node.deps and x.loop is not node.loop]
+    notes.doubts[node.id] = _LOOSE if len(readers) > len(sent) else Looped.gradient_doubt
     return drawn + gaussian(rest, node.axes, positions, replicates, np.random.default_rng(node.id))
 
 
-def _carried_back(node: Looped, x: Operand, value: Value, passed: np.ndarray) -> np.ndarray:
+def _carried_back(node: Looped, x: Operand, value: Value, passed: np.ndarray, notes: BackwardNotes) -> np.ndarray:
     """Second moments of a node's cotangents by type, from cotangents of the operand that it is."""
     copies = tuple(1 + d for d, dim in enumerate(value.dims) if all(a.axis is None for a in dim))
     numbers = passed.sum(axis=copies)
     axes = [a.axis for dim in value.dims for a in dim if a.axis is not None]
     numbers = numbers.transpose([0, *(1 + axes.index(k) for k in range(len(axes)))])
     if isinstance(value.node, Looped):
-        node.graph.memo.setdefault(("sent back", value.node.id), []).append(numbers)
+        notes.sent.setdefault(value.node.id, []).append(numbers)
     return pooled(numbers, value.node.axes, node.loop.positions(value, stacked=x.stacked)).second
 
 
@@ -219,12 +224,12 @@ def over_time(interpreter: Context, eqn: Any, xs: Sequence[Any], outline: Sequen
     sizes, replicates = shrunk(p, operands)
     loop = Loop(p, tuple(operands), sizes, replicates, graph.count)
     mark = ("loop", graph.count)
-    graph.memo["loop", mark] = loop
+    _LOOPS.put(graph, mark, loop)
     steps(graph).add(p["length"])
     views, place = [], 0
     for x in operands:
         for part in x.value if x.weight else ():
-            graph.memo["steps", part.node.id] = outlined, p["length"]
+            STEPS.put(graph, part.node.id, (outlined, p["length"]))
         for part in x.value:
             rank = len(part.node.axes)
             views.append(View(part.node, tuple(range(place, place + rank))))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from scipy import special
 
@@ -16,6 +18,7 @@ from varscale.theory.graph.expressions import roots
 from varscale.theory.graph.failures import PredictionError, source
 from varscale.theory.graph.layout import Value, value
 from varscale.theory.graph.nodes import UNKNOWN, Array, Node, View, pullback, second_moments
+from varscale.theory.graph.store import BackwardNotes, Fact
 from varscale.theory.integrals.hermite_series import Z
 from varscale.theory.propagation.marginals import concentrated, evaluate, marginal
 from varscale.theory.rules.registry import Context
@@ -115,6 +118,18 @@ def pooled_estimate(samples: np.ndarray, axes: Sequence[Axis]) -> Table:
 _DOUBT, _POSITION_DOUBT = 0.15, 0.5
 
 
+class _Equation(NamedTuple):
+    """An equation without a rule, the values that it reads, and which of its outputs a node is."""
+
+    eqn: Any
+    values: Sequence[Any]
+    which: int
+
+
+_EQUATIONS: Fact[Hashable, _Equation] = Fact()
+_OUTPUTS: Fact[Hashable, tuple[list[np.ndarray], float]] = Fact()
+
+
 class Sampled(Node):
     """One output of a primitive that has no rule; `params` is (name, which output, key into the graph's store)."""
 
@@ -128,8 +143,8 @@ class Sampled(Node):
 
 @second_moments.register(Sampled)
 def second_moments_of_sampled(node: Sampled) -> Table:
-    eqn, values, which = node.graph.memo["sampled", node.params]
-    outs = _run(node.graph, eqn, values, node.params)
+    eqn, values, which = _EQUATIONS.of(node.graph)[node.params]
+    outs, undefined = _run(node.graph, eqn, values, node.params)
     if _is_position(node):
         # What is done with a position depends on which it is: its own values, not a normal's.
         node.graph.flag("assumed", _POSITION_DOUBT)
@@ -137,18 +152,18 @@ def second_moments_of_sampled(node: Sampled) -> Table:
         node.drawn = line[np.minimum((special.ndtr(Z) * len(line)).astype(int), len(line) - 1)]
     else:
         node.graph.flag("sampled", _DOUBT)
-    if node.graph.memo[_undefined(node.params)] > 0:
+    if undefined > 0:
         node.graph.flag("assumed", UNKNOWN)  # Gaussian draws are none of what it is defined on (a factorization, say)
     return pooled_estimate(outs[which].reshape(len(outs[which]), *[a.size for a in node.axes]), node.axes)
 
 
 def _is_position(node: Sampled) -> bool:
-    eqn, _, which = node.graph.memo["sampled", node.params]
+    eqn, _, which = _EQUATIONS.of(node.graph)[node.params]
     return eqn.outvars[which].aval.dtype.kind in "iu"
 
 
 @pullback.register(Sampled)
-def pullback_of_sampled(node: Sampled, cotangent: np.ndarray) -> list[np.ndarray | None]:
+def pullback_of_sampled(node: Sampled, cotangent: np.ndarray, notes: BackwardNotes) -> list[np.ndarray | None]:
     """As if every entry that comes out were one of those that went in (a sort): more is not known, and it is flagged."""
     from varscale.theory.propagation.pullbacks import mean_square
 
@@ -156,52 +171,45 @@ def pullback_of_sampled(node: Sampled, cotangent: np.ndarray) -> list[np.ndarray
         return [None] * len(node.args)
     whole = float(mean_square(np.broadcast_to(cotangent, node.frame_types), node.axes)) * math.prod(a.size for a in node.axes)
     out: list[np.ndarray | None] = []
-    for (child, _), var in zip(node.args, node.graph.memo["sampled", node.params][0].invars, strict=True):
+    for (child, _), var in zip(node.args, _EQUATIONS.of(node.graph)[node.params].eqn.invars, strict=True):
         back = np.zeros(child.frame_types)
         back[tuple(slice(0, a.classes) for a in child.axes)] = whole / math.prod(a.size for a in child.axes)
         out.append(None if var.aval.dtype.kind in "iub" else back)
     return out
 
 
-def _run(graph: Any, eqn: Any, values: Sequence[Value], params: Any) -> list[np.ndarray]:
-    """The primitive on a few draws of its inputs at their own shapes."""
-    import jax
-    import jax.numpy as jnp
-
-    key = ("sampled outputs", params[0], params[2])
-    if key not in graph.memo:
-        rng = np.random.default_rng(0)
-        elements = sum(math.prod(v.shape) for v in values) + sum(math.prod(v.aval.shape) for v in eqn.outvars)
-        replicates = int(np.clip(_BUDGET / max(elements, 1), 4, 400))
-        draws = []
-        for v, var in zip(values, eqn.invars, strict=True):
-            numbers = draw(v.node, [a.size for a in v.node.axes], replicates, rng)
-            atoms = [a for dim in v.dims for a in dim]
-            order = [0, *(a.axis + 1 for a in atoms if a.axis is not None)]
-            numbers = numbers.transpose(order).reshape(replicates, *[a.size if a.axis is not None else 1 for a in atoms])
-            numbers = np.broadcast_to(numbers, (replicates, *[a.size for a in atoms])).reshape(replicates, *v.shape)
-            draws.append(numbers.astype(var.aval.dtype))
-        rows: list[list[np.ndarray]] = []
-        with jax.ensure_compile_time_eval(), jax.numpy_dtype_promotion("standard"):
-            for r in range(replicates):
-                try:
-                    out = eqn.primitive.bind(*[jnp.asarray(d[r]) for d in draws], **eqn.params)
-                except Exception as error:
-                    raise PredictionError(_no_rule(eqn, "it cannot be run to sample it")) from error
-                outs = out if eqn.primitive.multiple_results else [out]
-                # An empty maximum is infinite; what comes after never reads it.
-                rows.append([np.nan_to_num(np.asarray(o, float), nan=np.nan, posinf=0.0, neginf=0.0) for o in outs])
-        stacked = [np.stack([row[i] for row in rows]) for i in range(len(rows[0]))]
-        graph.memo[_undefined(params)] = max(float(np.mean(np.isnan(o))) for o in stacked)
-        # Where nothing is known of a number, it is as large as what went in.
-        scale = max((v.node.table.mean_square for v in values), default=1.0) ** 0.5
-        graph.memo[key] = [np.where(np.isnan(o), scale, o) for o in stacked]
-    return graph.memo[key]
+def _run(graph: Any, eqn: Any, values: Sequence[Value], params: Any) -> tuple[list[np.ndarray], float]:
+    """The primitive on a few draws of its inputs at their own shapes, and the share of draws that gave no number."""
+    return _OUTPUTS.once(graph, (params[0], params[2]), lambda: _sampled_outputs(eqn, values))
 
 
-def _undefined(params: Any) -> Any:
-    """Where the graph's store has the share of a sampled primitive's draws that gave no number."""
-    return ("undefined", params[0], params[2])
+def _sampled_outputs(eqn: Any, values: Sequence[Value]) -> tuple[list[np.ndarray], float]:
+    rng = np.random.default_rng(0)
+    elements = sum(math.prod(v.shape) for v in values) + sum(math.prod(v.aval.shape) for v in eqn.outvars)
+    replicates = int(np.clip(_BUDGET / max(elements, 1), 4, 400))
+    draws = []
+    for v, var in zip(values, eqn.invars, strict=True):
+        numbers = draw(v.node, [a.size for a in v.node.axes], replicates, rng)
+        atoms = [a for dim in v.dims for a in dim]
+        order = [0, *(a.axis + 1 for a in atoms if a.axis is not None)]
+        numbers = numbers.transpose(order).reshape(replicates, *[a.size if a.axis is not None else 1 for a in atoms])
+        numbers = np.broadcast_to(numbers, (replicates, *[a.size for a in atoms])).reshape(replicates, *v.shape)
+        draws.append(numbers.astype(var.aval.dtype))
+    rows: list[list[np.ndarray]] = []
+    with jax.ensure_compile_time_eval(), jax.numpy_dtype_promotion("standard"):
+        for r in range(replicates):
+            try:
+                out = eqn.primitive.bind(*[jnp.asarray(d[r]) for d in draws], **eqn.params)
+            except Exception as error:
+                raise PredictionError(_no_rule(eqn, "it cannot be run to sample it")) from error
+            outs = out if eqn.primitive.multiple_results else [out]
+            # An empty maximum is infinite; what comes after never reads it.
+            rows.append([np.nan_to_num(np.asarray(o, float), nan=np.nan, posinf=0.0, neginf=0.0) for o in outs])
+    stacked = [np.stack([row[i] for row in rows]) for i in range(len(rows[0]))]
+    undefined = max(float(np.mean(np.isnan(o))) for o in stacked)
+    # Where nothing is known of a number, it is as large as what went in.
+    scale = max((v.node.table.mean_square for v in values), default=1.0) ** 0.5
+    return [np.where(np.isnan(o), scale, o) for o in stacked], undefined
 
 
 def _no_rule(eqn: Any, why: str) -> str:
@@ -226,6 +234,6 @@ def sampled(interpreter: Context, eqn: Any, *xs: Any) -> list[Value]:
     for i, var in enumerate(eqn.outvars):
         axes = [Axis(n) for n in var.aval.shape if n != 1]
         views = [View(x.node, ()) for x in xs]
-        graph.memo["sampled", (name, i, mark)] = (eqn, xs, i)
+        _EQUATIONS.put(graph, (name, i, mark), _Equation(eqn, xs, i))
         outs.append(value(graph.make(Sampled, axes, views, (name, i, mark)), var.aval.shape))
     return outs

@@ -17,8 +17,10 @@ from varscale.theory.domain.tables import Table
 from varscale.theory.graph.expressions import Apply, Sum, roots
 from varscale.theory.graph.layout import Value
 from varscale.theory.graph.nodes import Array, Constant, Node, View, pullback, second_moments
+from varscale.theory.graph.store import BackwardNotes
 from varscale.theory.integrals.softmax import WeightMoments, weight_moments
 from varscale.theory.rules.lookup import Gather
+from varscale.theory.rules.neighbours import SEGMENTS, Segments
 from varscale.theory.rules.segments import SegmentMax, SegmentSum, as_seen_within
 from varscale.theory.rules.softmax_recognition import MASKED
 
@@ -39,7 +41,7 @@ class SegmentSoftmax(Node):
     @functools.cached_property
     def moments(self) -> list[tuple[float, WeightMoments]]:
         """For each class of edges: the size of their segments, and the moments of their weights."""
-        ids = self.graph.memo["segments", self.params[0]][0]
+        ids = SEGMENTS.of(self.graph)[self.params[0]].ids
         logits = self.args[0].node
         inside = as_seen_within(logits, ids).table.second
         same = inside
@@ -62,7 +64,7 @@ class SegmentSoftmax(Node):
 
 @second_moments.register(SegmentSoftmax)
 def second_moments_of_segment_softmax(node: SegmentSoftmax) -> Table:
-    ids = node.graph.memo["segments", node.params[0]][0]
+    ids = SEGMENTS.of(node.graph)[node.params[0]].ids
     # What weights and values share (both are projections of one node) is not counted, nor how masked edges are placed.
     node.graph.flag("assumed", _SHARED_DOUBT if ids.min() >= 0 else _MASKED_DOUBT)
     sizes = np.array([n for n, _ in node.moments])
@@ -84,7 +86,7 @@ def second_moments_of_segment_softmax(node: SegmentSoftmax) -> Table:
 
 
 @pullback.register(SegmentSoftmax)
-def pullback_of_segment_softmax(node: SegmentSoftmax, cotangent: np.ndarray) -> list[np.ndarray | None]:
+def pullback_of_segment_softmax(node: SegmentSoftmax, cotangent: np.ndarray, notes: BackwardNotes) -> list[np.ndarray | None]:
     """∂p/∂l = p(δ − p): to first order in the size of the logits the weights are 1/n each, and a segment sums to zero."""
     from varscale.theory.propagation.pullbacks import sum_out
 
@@ -131,7 +133,7 @@ def segment_softmax_of(interpreter: Any, top: Value, bottom: Value) -> Value | N
     total = _segment_sum(bottom.node)
     if total is None or total.args[0].node is not weights:
         return None
-    ids, _, size = interpreter.graph.memo["segments", total.params]
+    ids, _, size = SEGMENTS.of(interpreter.graph)[total.params]
     view = weights.args[0]
     if isinstance(view.node, Sum):
         terms = [v for c, v in zip(view.node.params, view.node.args, strict=True) if not _is_maximum(v)]
@@ -142,7 +144,7 @@ def segment_softmax_of(interpreter: Any, top: Value, bottom: Value) -> Value | N
         return None
     ids = np.where(allowed, ids, -1)
     key = (*total.params, hashlib.sha1(ids.tobytes()).hexdigest())
-    interpreter.graph.memo["segments", key] = (ids, np.ones(len(ids)), size)
+    SEGMENTS.put(interpreter.graph, key, Segments(ids, np.ones(len(ids)), size))
     own = grouped(segment_sizes(ids)[:, None], 2 * MOST_CLASSES)
     axes: tuple[Axis, ...] = (own, *weights.axes[1:])
     node = interpreter.graph.make(SegmentSoftmax, axes, [view], (key, False))

@@ -24,8 +24,10 @@ from varscale.theory.graph.layout import Atom, Value, full, materialize, merged
 from varscale.theory.graph.nodes import Array, Node, View, cross_by_kind, number, pullback, second_moments
 from varscale.theory.graph.normal_form import affine, apply
 from varscale.theory.graph.reshapes import permute
+from varscale.theory.graph.store import BackwardNotes
 from varscale.theory.integrals.hermite_series import Z
-from varscale.theory.rules.neighbours import unseen, unseen_in_given
+from varscale.theory.rules.lookup import SUMMED_OVER
+from varscale.theory.rules.neighbours import SEGMENTS, Segments, unseen, unseen_in_given
 from varscale.theory.rules.reductions import bounded, is_identity, narrowest, outside, restored
 from varscale.theory.rules.registry import Context, rule
 
@@ -70,7 +72,7 @@ class SegmentSum(Node):
     @property
     def maps(self) -> tuple[np.ndarray, np.ndarray]:
         """The weight of each class of summands in an output's mean, and of each type of pair in its second moments."""
-        ids, weights, size = self.graph.memo["segments", self.params]
+        ids, weights, size = SEGMENTS.of(self.graph)[self.params]
         axis, out = self.args[0].node.axes[0], self.axes[0]
         first, second = sums(ids, weights, size, axis)
         members = np.eye(out.classes)[out.label_array].T / out.counts[:, None]
@@ -93,7 +95,7 @@ def second_moments_of_segment_sum(node: SegmentSum) -> Table:
 
 
 @pullback.register(SegmentSum)
-def pullback_of_segment_sum(node: SegmentSum, cotangent: np.ndarray) -> list[np.ndarray | None]:
+def pullback_of_segment_sum(node: SegmentSum, cotangent: np.ndarray, notes: BackwardNotes) -> list[np.ndarray | None]:
     axis, out = node.args[0].node.axes[0], node.axes[0]
     back = (node.maps[1] * out.pairs[:, None]).T / np.maximum(axis.pairs, 1.0)[:, None]
     return [apply_axis(cotangent, 0, back), None]
@@ -122,7 +124,7 @@ def cross_by_kind_of_segment_sum(node: SegmentSum, a: View, b: View, frame: Sequ
     place = [a.bind[0] if k == row else a.bind[b] for k, b in enumerate(source.bind)]
     table = np.broadcast_to(cross(View(source.node, tuple(place)), b, frame), [x.types for x in frame])
     at, axis = a.bind[0], frame[a.bind[0]]
-    segments, weights, _ = node.graph.memo["segments", node.params]
+    segments, weights, _ = SEGMENTS.of(node.graph)[node.params]
     matrix = _meetings(segments, weights, known, axis)
     return lift(apply_axis(table, at, matrix), frame, range(len(frame)), frame, pairs=True)
 
@@ -176,7 +178,7 @@ def note_segments(node: Node, ids: np.ndarray) -> None:
     All positions of one segment get the same cotangent, which a lookup has to know to carry it back (`Gather.pullback`).
     """
     for looked in per_position(node):
-        noted = node.graph.once(("summed over", looked.id), dict[bytes, np.ndarray])
+        noted = SUMMED_OVER.once(node.graph, looked.id, dict)
         noted[ids.tobytes()] = ids
 
 
@@ -257,7 +259,7 @@ class SegmentMax(Node):
 
 @second_moments.register(SegmentMax)
 def second_moments_of_segment_max(node: SegmentMax) -> Table:
-    ids, size = node.graph.memo["segments", node.params[0]]
+    ids, _, size = SEGMENTS.of(node.graph)[node.params[0]]
     sign = node.params[1]
     view = node.args[0]
     table = view.node.table
@@ -295,7 +297,7 @@ def second_moments_of_segment_max(node: SegmentMax) -> Table:
 
 
 @pullback.register(SegmentMax)
-def pullback_of_segment_max(node: SegmentMax, cotangent: np.ndarray) -> list[np.ndarray | None]:
+def pullback_of_segment_max(node: SegmentMax, cotangent: np.ndarray, notes: BackwardNotes) -> list[np.ndarray | None]:
     """A cotangent goes to the entry that was the maximum."""
     axis, out = node.args[0].node.axes[0], node.axes[0]
     total = contract_axis(cotangent, 0, out.same) * out.size / axis.size
@@ -343,7 +345,7 @@ def scatter_add(interpreter: Context, eqn: Any, x: Value, ids: Value, updates: V
     s, q = sums(segments, weights, size, axis)
     out = grouped(np.stack([s.sum(axis=1), q.sum(axis=1)], axis=1), 2 * MOST_CLASSES)
     key = (hashlib.sha1(segments.tobytes() + weights.tobytes()).hexdigest(), size)
-    interpreter.graph.memo["segments", key] = (segments, weights, size)
+    SEGMENTS.put(interpreter.graph, key, Segments(segments, weights, size))
     note_segments(node, segments)
     identity = tuple(range(len(node.axes)))
     args = [View(node, identity), View(as_seen_within(node, segments), identity)]
@@ -385,7 +387,7 @@ def _extremes(interpreter: Context, eqn: Any, x: Value, ids: Value, updates: Val
     node, size = summands.node, x.shape[0]
     out = grouped(np.bincount(segments, minlength=size)[:size, None].astype(float), 2 * MOST_CLASSES)
     key = (hashlib.sha1(segments.tobytes()).hexdigest(), size)
-    interpreter.graph.memo["segments", key] = (segments, size)
+    SEGMENTS.put(interpreter.graph, key, Segments(segments, np.ones(len(segments)), size))
     views = [View(x, tuple(range(len(node.axes)))) for x in (node, as_seen_within(node, segments))]
     total = interpreter.graph.make(SegmentMax, (out, *node.axes[1:]), views, (key, sign))
     return restored(interpreter, Value(total, ((Atom(size, 0),), *summands.dims[1:])), steps)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import numpy as np
 
@@ -12,6 +12,7 @@ from varscale.theory.domain.axes import Axis, apply_axis
 from varscale.theory.domain.tables import Table, by_type, lift
 from varscale.theory.graph.expressions import Apply, Sum
 from varscale.theory.graph.nodes import UNKNOWN, Array, Node, pullback, second_moments
+from varscale.theory.graph.store import BackwardNotes, Fact
 from varscale.theory.integrals.softmax import WeightMoments, weight_moments
 from varscale.theory.integrals.softmax_jacobian import apart, balance, between, in_common, where_weighed
 from varscale.theory.propagation.inherited_fluctuations import NONE, Spread, handed_on
@@ -24,6 +25,11 @@ _NO_LOGITS = 1e8  # what numbers that hide keys (−10⁹) give them, where it i
 _SHARED_DOUBT, _PLACED_DOUBT = 0.5, 1.5  # of cotangents where weights and values share tokens, whose overlaps are not known
 _OVERLAP_DOUBT = 0.5  # of what overlaps of tokens add, which is known to leading order
 _JACOBIAN_DOUBT, _CLASSED_DOUBT = 0.05, 0.15  # of the rest; where tokens of different places are told apart by class only
+
+
+_KEYS: Fact[Hashable, tuple[np.ndarray, np.ndarray, list[Axis]]] = Fact()  # by mask
+_WEIGHTS: Fact[Hashable, WeightMoments] = Fact()
+_PLACED: Fact[frozenset[int], dict[int, bool]] = Fact()
 
 
 class Softmax(Node):
@@ -68,7 +74,7 @@ class Softmax(Node):
         The number of keys enters as 1/n, so that is what is averaged within a class.
         """
         masks = tuple((view.node.id, view.bind) for view in self.args[1:])
-        return self.graph.once(("keys", masks, self.axes, self.params), functools.partial(_counts, self))
+        return _KEYS.once(self.graph, (masks, self.axes, self.params), functools.partial(_counts, self))
 
     @functools.cached_property
     def weights(self) -> WeightMoments:
@@ -88,7 +94,7 @@ class Softmax(Node):
         directions = float(_rounded(np.array(self.directions), 2)) if self.directions < 1e4 else math.inf
         law = standard_law(self.args[0].node)
         key = ("weights", members.shape, members.tobytes(), variances.tobytes(), directions, law)
-        found = self.graph.once(key, lambda: weight_moments(members, variances, directions, law))
+        found = _WEIGHTS.once(self.graph, key, lambda: weight_moments(members, variances, directions, law))
         # Of what goes with the logits' variance only its ratio to that is used, query by query.
         found = found._replace(pull=found.pull / nodes[..., 0], own_pull=found.own_pull / nodes[..., 0])
         return WeightMoments(*(np.tensordot([2 / 3, 1 / 6, 1 / 6], x, axes=1) for x in found))
@@ -259,7 +265,7 @@ def second_moments_of_softmax(node: Softmax) -> Table:
 
 
 @pullback.register(Softmax)
-def pullback_of_softmax(node: Softmax, cotangent: np.ndarray) -> list[np.ndarray | None]:
+def pullback_of_softmax(node: Softmax, cotangent: np.ndarray, notes: BackwardNotes) -> list[np.ndarray | None]:
     """∂p_k/∂l_j = p_k(δ − p_j): a cotangent's part common to the keys is lost, the rest is weighted by p."""
     from varscale.theory.propagation.pullbacks import sum_out
     from varscale.theory.rules.attention import overlapping
@@ -284,8 +290,8 @@ def pullback_of_softmax(node: Softmax, cotangent: np.ndarray) -> list[np.ndarray
     keep = np.where(node.own[..., None], node.read(keep), 1 - _weighed(node).sum(0) + overlap)
     same = np.where(node.own[..., None], np.maximum(passed, 0.0), passed) * np.clip(keep, 0, 1) + within * p[..., :c]
     lost = lost + common * p[..., c:].reshape(common.shape)
-    share = overlapping(node, (each * ahead * axis.counts).sum(-1), (same * axis.counts).sum(-1))
-    node.gradient_doubt = _doubt(node, share)
+    share = overlapping(node, notes, (each * ahead * axis.counts).sum(-1), (same * axis.counts).sum(-1))
+    notes.doubts[node.id] = _doubt(node, share)
     lost = lost + balance(same, lost, ahead, axis)
     out = np.concatenate([same, lost.reshape(*same.shape[:-1], c * c)], axis=-1)
     if len(keys) > 1:
@@ -344,7 +350,7 @@ def _joint_types(keys: Sequence[Axis]) -> np.ndarray:
 
 def _placed(node: Node, sizes: frozenset[int]) -> bool:
     """Whether known numbers that vary along an axis of one of these sizes were added to what a node was made from."""
-    known: dict[int, bool] = node.graph.once(("placed", sizes), dict)
+    known = _PLACED.once(node.graph, sizes, dict)
     pending = [node]
     while pending:
         top = pending[-1]

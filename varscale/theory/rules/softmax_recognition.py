@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import numpy as np
 
@@ -12,10 +12,18 @@ from varscale.theory.graph.expressions import Apply, Mean, Sum, roots
 from varscale.theory.graph.layout import Value
 from varscale.theory.graph.nodes import Array, Constant, Node, View, array
 from varscale.theory.graph.normal_form import apply, total
+from varscale.theory.graph.store import Fact, once_per_node
 from varscale.theory.rules.padding import padded
 from varscale.theory.rules.reductions import Extreme
 from varscale.theory.rules.registry import Context
 from varscale.theory.rules.softmax import Softmax
+
+# Masks made of known arrays: whole rows where none is seen; which rows see any; products of masks; where a choice is made.
+_FILLED: Fact[Hashable, Node] = Fact()
+_SEEING: Fact[Hashable, Node] = Fact()
+_MASKS: Fact[Hashable, Node] = Fact()
+_KEPT: Fact[Hashable, Node] = Fact()
+
 
 MASKED = -1e4  # a logit below this is a mask, not a number
 _NOTHING_LEFT = 50.0  # a difference of logits that takes all of a key's weight, whatever else they add
@@ -70,8 +78,8 @@ def _rows_filled(allowed: View, axes: Sequence[int]) -> list[View]:
         return [allowed]
     graph = mask.graph
     left = tuple(b for b in bind if b not in axes)
-    filled = graph.once(("filled", mask.id, keys), lambda: array(graph, mask.values | ~some))
-    rows = graph.once(("seeing", mask.id, keys), lambda: array(graph, np.any(mask.values, axis=keys)))
+    filled = _FILLED.once(graph, (mask.id, keys), lambda: array(graph, mask.values | ~some))
+    rows = _SEEING.once(graph, (mask.id, keys), lambda: array(graph, np.any(mask.values, axis=keys)))
     return [View(x, bound if x.axes else ()) for x, bound in ((filled, bind), (rows, left))]
 
 
@@ -85,7 +93,7 @@ def _row_classes(frame: list[Axis], random: View, allowed: View, axes: Sequence[
     left = [b for b in bind if b not in axes]
     features = _features(random)
     for most in range(_ROW_CLASSES, 0, -1):
-        classed = mask.graph.once(("row classes", mask.id, keys, most), lambda most=most: _classes_by_keys(mask, keys, most))
+        classed = _classes_by_keys(mask, keys, most)
         found = list(frame)
         for b, axis in zip(left, classed, strict=True):
             found[b] = join(axis, frame[b])
@@ -107,6 +115,7 @@ def _features(view: View) -> tuple[Axis, ...]:
     return max(inside, key=lambda found: math.prod(axis.types for axis in found), default=())
 
 
+@once_per_node
 def _classes_by_keys(mask: Node, keys: tuple[int, ...], most: int) -> list[Axis]:
     """The axes of a mask besides those of the keys, classed by how many keys a position sees."""
     assert isinstance(mask, Array)
@@ -150,7 +159,7 @@ def logits(view: View, axes: Sequence[Axis]) -> tuple[View | None, View | None]:
     sizes = tuple(axes[b].size for b in frame)
     if len(masks) == 1 and masks[0].bind == tuple(frame):
         return random, masks[0]
-    mask = graph.once(("mask", tuple((m.node.id, m.bind) for m in masks), sizes), product)
+    mask = _MASKS.once(graph, (tuple((m.node.id, m.bind) for m in masks), sizes), product)
     return random, (None if isinstance(mask, Constant) else View(mask, tuple(frame)))
 
 
@@ -185,11 +194,11 @@ def _terms(view: View, masks: list[View]) -> list[tuple[float, View]]:
         for keep, drop in ((1, 2), (2, 1)):
             other = node.args[drop].node
             if isinstance(other, Constant) and other.params < MASKED:
-                allowed = graph.once(("kept", which.params, keep), lambda k=keep: array(graph, which.values == k - 1))
+                allowed = _KEPT.once(graph, (which.params, keep), lambda k=keep: array(graph, which.values == k - 1))
                 masks.append(View(allowed, tuple(bind[b] for b in where)))
                 return _terms(node.args[keep].within(bind), masks)
     if isinstance(node, Array) and (level := _mask_level(node)) is not None:
-        allowed = graph.once(("above", node.params), lambda: array(graph, node.values > level))
+        allowed = _KEPT.once(graph, (node.params, None), lambda: array(graph, node.values > level))
         if isinstance(allowed, Array):
             masks.append(View(allowed, bind))
         return []

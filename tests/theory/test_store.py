@@ -1,0 +1,124 @@
+"""What is asked, and in which order, changes no number."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import varscale as vs
+from varscale.theory.graph.store import Fact, once_per_node
+from varscale.theory.interpreter.interpreter import Interpreter
+from varscale.theory.propagation.cotangents import cotangents
+from varscale.theory.rules.linear import contract
+
+
+class Block(nn.Module):
+    """Attention and a feed-forward stream: cotangents that meet, shared tokens, norms."""
+
+    @nn.compact
+    def __call__(self, ids):
+        x = nn.Embed(50, 32, name="embed")(ids)
+        x = x + nn.MultiHeadDotProductAttention(2, name="attention")(nn.LayerNorm()(x))
+        return nn.Dense(4, name="out")(nn.gelu(nn.Dense(48, name="up")(nn.LayerNorm()(x))))
+
+
+class Gated(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(3)(nn.tanh(nn.Dense(16, name="a")(x)) * nn.sigmoid(nn.Dense(16, name="b")(x)))
+
+
+IDS = np.random.default_rng(0).integers(0, 50, (2, 12)).astype(np.int32)
+X = jax.ShapeDtypeStruct((4, 8), jnp.float32)
+
+
+def numbers(report):
+    return {
+        row.path: (row.second_moment, row.typical, row.gradient, row.error_bound, row.gradient_error_bound)
+        for row in report.rows
+    }
+
+
+@pytest.fixture(scope="module")
+def alone():
+    return numbers(vs.predict(Block(), IDS)), numbers(vs.predict(Gated(), X))
+
+
+def test_two_predictions_in_turn_are_what_each_is_alone(alone):
+    assert numbers(vs.predict(Gated(), X)) == alone[1]
+    assert numbers(vs.predict(Block(), IDS)) == alone[0]
+    assert numbers(vs.predict(Gated(), X)) == alone[1]
+
+
+def test_moments_are_the_same_without_gradients(alone):
+    forward = numbers(vs.predict(Block(), IDS, backward=False))
+    assert {path: row[0] for path, row in forward.items()} == {path: row[0] for path, row in alone[0].items()}
+
+
+class _Graph:
+    def __init__(self):
+        self.store = {}
+
+
+class _Node:
+    id = 3
+
+    def __init__(self, graph):
+        self.graph = graph
+
+
+def test_a_fact_belongs_to_one_graph():
+    one, other, sizes = _Graph(), _Graph(), Fact()
+    sizes.put(one, "a", 1)
+    assert (sizes.get(one, "a"), sizes.get(other, "a")) == (1, None)
+    assert sizes.once(other, "a", lambda: 2) == 2
+    assert sizes.get(one, "a") == 1
+
+
+def test_two_kinds_of_facts_with_one_key_are_apart():
+    graph, first, second = _Graph(), Fact(), Fact()
+    first.put(graph, 0, "x")
+    assert second.get(graph, 0) is None
+
+
+def test_once_per_node_works_once_for_each_argument():
+    seen = []
+
+    @once_per_node
+    def work(node, k):
+        """Say what was asked."""
+        seen.append(k)
+        return k + node.id
+
+    node = _Node(_Graph())
+    assert not work.knows(node, 1)
+    assert [work(node, 1), work(node, 1), work(node, 2)] == [4, 4, 5]
+    assert seen == [1, 2]
+    assert work.knows(node, 1)
+    assert not work.knows(_Node(_Graph()), 1)
+    assert work.__doc__ == "Say what was asked."
+
+
+def test_gradients_asked_twice_and_in_any_order_of_rows_are_the_same():
+    def asked(order, times):
+        interpreter = Interpreter()
+        x = interpreter.leaf(("input", 0), (4, 16), 0.0, 1.0, odd=False)
+        w, v = (interpreter.leaf(("weight", i), (16, 16), 0.0, 1 / 16, odd=True) for i in range(2))
+        contracted = (((1,), (0,)), ((), ()))
+        first = contract(interpreter, x, w, *contracted)
+        bent = interpreter.elementwise("tanh", first)
+        stream = interpreter.elementwise("add", bent, interpreter.elementwise("mul", bent, first))
+        out = contract(interpreter, stream, v, *contracted)
+        watched = [first.node, bent.node, stream.node]
+        found = {}
+        for _ in range(times):
+            for some in order:
+                rows = [watched[i] for i in some]
+                found.update(cotangents([(out.node, np.ones(out.node.frame_types))], rows))
+        return [found[node.id] for node in watched]
+
+    expected = asked([[0, 1, 2]], 1)
+    assert asked([[0, 1, 2]], 3) == expected
+    assert asked([[2, 1, 0]], 1) == expected
+    np.testing.assert_allclose(asked([[2], [1], [0]], 1), expected, rtol=1e-12)
