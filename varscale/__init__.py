@@ -42,6 +42,8 @@ _LATER = {
     "initialize": "varscale.initialization.initialize",
     "inputs": "varscale.programs.faces",
     **dict.fromkeys(("Report", "Row", "Weight"), "varscale.report"),
+    **dict.fromkeys(("Audit", "Finding"), "varscale.auditing.findings"),
+    "audit_parameters": "varscale.auditing.parameters",
     **dict.fromkeys(("Uses", "uses"), "varscale.usage.table"),
 }
 
