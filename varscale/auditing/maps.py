@@ -1,0 +1,181 @@
+"""Findings about single parameters, from what the program does with them and the laws they are drawn from."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping, Sequence
+
+import jax
+import numpy as np
+
+from varscale import gaussian
+from varscale.auditing.findings import Finding, Level
+from varscale.initializers.fans import compute_fans
+from varscale.report import Report, Weight
+from varscale.usage.parameters import OneUse, ParameterUses
+
+_ACTIVATIONS = {
+    "relu": jax.nn.relu, "gelu": jax.nn.gelu, "silu": jax.nn.silu, "swish": jax.nn.silu, "tanh": jax.numpy.tanh,
+    "sigmoid": jax.nn.sigmoid, "elu": jax.nn.elu, "selu": jax.nn.selu, "softplus": jax.nn.softplus, "mish": jax.nn.mish,
+    "sin": jax.numpy.sin, "relu6": jax.nn.relu6,
+}  # fmt: skip
+_SHAPE_LAWS = (1.0, 2.0, 1 / 3)  # variance times fan of lecun, he and PyTorch's uniform
+_BOUNDED = {"tanh": 2.0, "sigmoid": 4.0, "hard_tanh": 1.0, "erf": 1.5}  # beyond which the function is flat
+
+
+@dataclasses.dataclass(frozen=True)
+class Map:
+    """A parameter used as a linear map, and the law it is drawn from."""
+
+    parameter: ParameterUses
+    use: OneUse
+    weight: Weight
+
+    @property
+    def path(self) -> str:
+        return self.parameter.path
+
+    @property
+    def second_moment(self) -> float:
+        """E[w²]."""
+        return (self.weight.variance or 0.0) + (self.weight.mean or 0.0) ** 2
+
+    @property
+    def keeps(self) -> float:
+        """fan_in · E[w²] · E[φ(z)²]: the factor from one map's output to the next, at a unit second moment."""
+        function = _ACTIVATIONS.get(self.use.before)
+        return self.use.fan_in * self.second_moment * (1.0 if function is None else float(gaussian.second_moment(function)))
+
+
+def maps(parameters: Sequence[ParameterUses], weights: Mapping[str, Weight]) -> list[Map]:
+    """The random parameters that are linear maps."""
+    found = []
+    for parameter in parameters:
+        use, weight = parameter.main, weights.get(parameter.path)
+        if use is not None and weight is not None and weight.variance and use.reduction_axes and use.role != "embedding":
+            found.append(Map(parameter, use, weight))
+    return found
+
+
+def check_fans(found: Sequence[Map]) -> Iterator[Finding]:
+    """Laws whose variance follows the fan of the shape where the program uses another."""
+    for m in found:
+        shape = m.parameter.shape
+        if len(shape) < 2:
+            continue
+        declared = compute_fans(shape)
+        parts = max(1, len(m.use.parts)) if len(m.use.parts) > 1 else 1
+        use_out = m.use.fan_out / parts
+        for mode, of_shape, of_use in (
+            ("fan_in", declared.fan_in, m.use.fan_in),
+            ("fan_out", declared.fan_out, use_out),
+            ("fan_avg", (declared.fan_in + declared.fan_out) / 2, (m.use.fan_in + use_out) / 2),
+        ):
+            known = any(math.isclose(m.second_moment * of_shape, law, rel_tol=1e-3) for law in _SHAPE_LAWS)
+            if not known or math.isclose(of_shape, of_use, rel_tol=5e-3):
+                continue
+            ratio = of_use / of_shape
+            told = f"its variance is that of {mode} {of_shape:.4g}, which its shape has; the program sums {of_use:.4g} terms, so that "
+            told += f"what it puts out has {ratio:.3g} times the second moment that its law intends."
+            fans = f"vs.Fans({m.use.fan_in:.6g}, {use_out:.6g})"
+            scale = m.second_moment * of_shape
+            yield Finding(
+                "VS104", _by_factor(ratio), m.path, told, ratio,
+                f'kernel_init=vs.variance_scaling({scale:.3g}, "{mode}", fans={fans})',
+            )  # fmt: skip
+            break
+
+
+def check_gains(found: Sequence[Map], report: Report) -> Iterator[Finding]:
+    """Variances that do not give back what the activation before them takes away."""
+    by_function: dict[str, list[Map]] = {}
+    for m in found:
+        if m.use.before in _ACTIVATIONS and m.use.role == "hidden" and m.use.ends is None and m.parameter.times == len(m.parameter.uses):
+            by_function.setdefault(m.use.before, []).append(m)
+    for function, members in by_function.items():
+        off = [m for m in members if not 0.9 < m.keeps < 1.1]
+        if not off:
+            continue
+        whole = math.exp(sum(math.log(m.keeps) for m in off))
+        worst = max(off, key=lambda m: abs(math.log(m.keeps)))
+        level: Level = "warning" if not 1 / 30 < whole < 30 else "info"
+        told = f"after {function} it multiplies the second moment by {worst.keeps:.3g}"
+        told += f" ({whole:.2g} over {len(off)} such layers)" if len(off) > 1 else ""
+        told += f": {function} keeps {float(gaussian.second_moment(_ACTIVATIONS[function])):.3g} of it, and fan_in · Var[w] is "
+        told += f"{worst.use.fan_in * worst.second_moment:.3g}."
+        yield Finding(
+            "VS103", level, worst.path, told, worst.keeps, f"kernel_init=vs.for_activation({_name(function)})",
+        )  # fmt: skip
+
+
+def _name(function: str) -> str:
+    return "jnp.tanh" if function == "tanh" else "jnp.sin" if function == "sin" else f"jax.nn.{function}"
+
+
+def check_uses(parameters: Sequence[ParameterUses]) -> Iterator[Finding]:
+    """Parameters that nothing reads."""
+    unused = [p.path for p in parameters if not p.uses]
+    for path in unused:
+        yield Finding(
+            "VS116", "warning", path, "the forward pass never reads it: it takes memory, and no gradient reaches it.", None,
+            "remove it, or read it in __call__",
+        )  # fmt: skip
+
+
+def check_biases(parameters: Sequence[ParameterUses], weights: Mapping[str, Weight]) -> Iterator[Finding]:
+    """Biases that are drawn at random."""
+    random = [
+        p.path
+        for p in parameters
+        if p.role == "vector" and p.path.rsplit("/", 1)[-1] in ("bias", "b") and (w := weights.get(p.path)) and w.variance
+    ]
+    if random:
+        more = f" and {len(random) - 1} more" if len(random) > 1 else ""
+        yield Finding(
+            "VS117", "info", random[0], f"{random[0]}{more}: biases drawn at random add the same number to every sample, which "
+            "makes samples alike; zeros are usual.", float(len(random)), "bias_init=vs.zeros",
+        )  # fmt: skip
+
+
+def check_saturation(found: Sequence[Map], report: Report) -> Iterator[Finding]:
+    """Functions with flat ends that most of their inputs reach."""
+    rows = {row.path: row for row in report.rows}
+    for m in found:
+        flat = _BOUNDED.get(m.use.after)
+        row = rows.get(m.path.rpartition("/")[0])
+        if flat is None or row is None or row.error_bound > 0.5 or row.second_moment <= 0:
+            continue
+        share = math.erfc(flat / math.sqrt(2 * row.second_moment))
+        if share > 0.5:
+            told = f"{share:.0%} of what {m.use.after} reads from it lies beyond ±{flat:g}, where the function is flat: gradients "
+            told += f"through it are small (E[x²] is {row.second_moment:.3g})."
+            yield Finding("VS106", "warning", m.path, told, share, f"kernel_init=vs.for_activation({_name(m.use.before or 'tanh')})")
+
+
+def _by_factor(ratio: float) -> Level:
+    """The level of a cause, by how far it moves a row's second moment."""
+    return "warning" if not 0.5 < ratio < 2 else "info"
+
+
+def check_inputs(parameters: Sequence[ParameterUses], inputs: Sequence[tuple[str, object]]) -> Iterator[Finding]:
+    """Given inputs whose scale or mean is far from what a first layer expects."""
+    if not any(use.role == "input" for p in parameters for use in p.uses):
+        return
+    for name, x in inputs:
+        numbers = np.asarray(x)
+        if numbers.dtype.kind not in "fui" or not numbers.size or (numbers.dtype.kind in "iu" and numbers.max() < 64):
+            continue
+        numbers = numbers.astype(np.float64)
+        square, mean = float(np.mean(numbers**2)), float(np.mean(numbers))
+        if square > 100:
+            told = f"{name} has a mean square of {square:.4g}: the first layer's law expects about 1, so everything after it is "
+            told += f"{math.sqrt(square):.3g} times too large."
+            fix = "x = x / 255 - 0.5" if numbers.min() >= 0 and numbers.max() <= 255 else "x = (x - x.mean(0)) / x.std(0)"
+            yield Finding("VS119", "warning", "", told, square, fix)
+        elif mean**2 > 0.9 * square and square > 0:
+            told = f"{name} has mean {mean:.3g} and mean square {square:.3g}: nearly all of it is a constant, which samples share."
+            yield Finding("VS119", "info", "", told, mean, "x = (x - x.mean(0)) / x.std(0)")
+        if numbers.ndim == 2 and numbers.shape[0] >= 8 and (constant := int(np.sum(np.ptp(numbers, axis=0) == 0))):
+            told = f"{constant} of the {numbers.shape[1]} columns of {name} are constant: they tell samples nothing apart."
+            yield Finding("VS119", "info", "", told, float(constant), "x = x[:, x.std(0) > 0]")

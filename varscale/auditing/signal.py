@@ -1,0 +1,123 @@
+"""Findings about the signal and the gradient by depth, from predicted or measured rows."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Iterator, Sequence
+
+import jax.numpy as jnp
+import numpy as np
+
+from varscale.auditing.findings import Finding, Level
+from varscale.report import Report, Row
+
+ERROR = 1e3  # factor in the second moment over the whole depth
+WARNING = 30.0
+_FEWEST = 4  # layers of a kind that make a trend
+_FORMATS = (("float16", float(jnp.finfo(jnp.float16).tiny), 65504.0), ("float32", float(np.finfo(np.float32).tiny), 3.4e38))
+
+
+@dataclasses.dataclass(frozen=True)
+class Trend:
+    """How a statistic of layers of one kind changes with depth.
+
+    Attributes:
+        rows: the layers, in execution order.
+        values: their statistic, positive.
+        factor: geometric mean of the ratio of one layer's to the one's before.
+        total: the last one's over the first one's.
+    """
+
+    rows: tuple[Row, ...]
+    values: tuple[float, ...]
+
+    @property
+    def total(self) -> float:
+        return self.values[-1] / self.values[0]
+
+    @property
+    def factor(self) -> float:
+        return self.total ** (1 / (len(self.values) - 1))
+
+    @property
+    def steady(self) -> bool:
+        """Whether both halves change the same way, each by a fifth of the whole at least."""
+        middle = len(self.values) // 2
+        whole = math.log(self.total)
+        parts = (math.log(self.values[middle] / self.values[0]), math.log(self.values[-1] / self.values[middle]))
+        return whole != 0 and all(part / whole > 0.2 for part in parts)
+
+
+def signal(row: Row) -> float | None:
+    """What a single draw shows of a row: the typical mean square where it is predicted."""
+    return row.second_moment if row.typical is None else row.typical
+
+
+def gradient(row: Row) -> float | None:
+    """The second moment of a row's gradient, where its bound says anything."""
+    doubtful = row.gradient_error_bound is not None and row.gradient_error_bound > 1
+    return None if doubtful else row.gradient
+
+
+def trends(rows: Sequence[Row], statistic: Callable[[Row], float | None]) -> list[Trend]:
+    """The trends over layers that have one name but for their numbers: "layers_*", "block*/mlp", "blocks/*"."""
+    groups: dict[tuple[str, str], list[tuple[Row, float]]] = {}
+    for row in rows:
+        value = statistic(row)
+        if value is not None and 0 < value < math.inf and row.error_bound <= 1 and re.search(r"\d", row.path):
+            groups.setdefault((re.sub(r"\d+", "*", row.path), row.kind), []).append((row, value))
+    found = [Trend(*map(tuple, zip(*members, strict=True))) for members in groups.values() if len(members) >= _FEWEST]
+    return [trend for trend in found if trend.steady]
+
+
+def check_signal(report: Report) -> Iterator[Finding]:
+    """Second moments that vanish or explode over the depth: the worst kind of layer."""
+    worst = max(trends(report.rows, signal), key=lambda trend: abs(math.log(trend.total)), default=None)
+    if worst is None or (level := _level(worst.total)) is None:
+        return
+    verb = "shrinks" if worst.total < 1 else "grows"
+    first, last = worst.rows[0].path, worst.rows[-1].path
+    told = f"the signal {verb} by a factor of {worst.factor:.3g} a layer in its second moment, from {worst.values[0]:.3g} at "
+    told += f"{first} to {worst.values[-1]:.3g} at {last} ({worst.total:.2g} over {len(worst.values)} layers)"
+    told += _reach(worst) + "."
+    at = next(row.path for row, value in zip(worst.rows, worst.values, strict=True) if _level(value / worst.values[0]) == level)
+    yield Finding(
+        "VS101", level, at, told, worst.total,
+        "give the layers the gain of the activation before them: kernel_init=vs.for_activation(...)",
+    )  # fmt: skip
+
+
+def check_gradient(report: Report) -> Iterator[Finding]:
+    """Gradients of the first layers that are far from those of the last."""
+    worst = max(trends(report.rows, gradient), key=lambda trend: abs(math.log(trend.total)), default=None)
+    if worst is None or (level := _level(worst.total)) is None:
+        return
+    ratio = worst.values[0] / worst.values[-1]
+    first, last = worst.rows[0].path, worst.rows[-1].path
+    less = "less" if ratio < 1 else "more"
+    told = f"the gradient at {first} has {max(ratio, 1 / ratio):.2g} times {less} second moment than at {last} (a factor of "
+    told += f"{1 / worst.factor:.3g} a layer backward): by gradient descent the first layers learn "
+    told += f"{math.sqrt(max(ratio, 1 / ratio)):.2g} times {'slower' if ratio < 1 else 'faster'} than the last."
+    yield Finding(
+        "VS102", level, first, told, ratio,
+        "keep fan_out · Var[w] · E[φ'²] near 1: vs.for_activation(..., criterion=\"derivative\"), a norm, or residual branches",
+    )  # fmt: skip
+
+
+def _level(total: float) -> Level | None:
+    size = abs(math.log(total))
+    return "error" if size > math.log(ERROR) else "warning" if size > math.log(WARNING) else None
+
+
+def _reach(trend: Trend) -> str:
+    """Where a format ends, if the trend goes on: numbers are about the root of the second moment."""
+    rate = math.log(trend.factor)
+    for name, low, high in _FORMATS:
+        end = 2 * math.log(low if rate < 0 else high)
+        layers = (end - math.log(trend.values[0])) / rate
+        if 0 < layers < 4 * len(trend.values):
+            side = "below the smallest normal number" if rate < 0 else "above the largest number"
+            return f"; at layer {math.ceil(layers)} it is {side} of {name}"
+    return ""
