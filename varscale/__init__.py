@@ -43,6 +43,7 @@ _LATER = {
     "inputs": "varscale.programs.faces",
     **dict.fromkeys(("Report", "Row", "Weight"), "varscale.report"),
     **dict.fromkeys(("Audit", "Finding"), "varscale.auditing.findings"),
+    "audit": "varscale.auditing.audit",
     "audit_parameters": "varscale.auditing.parameters",
     **dict.fromkeys(("Uses", "uses"), "varscale.usage.table"),
 }

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import pathlib
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal, get_args
@@ -175,8 +176,20 @@ class Audit:
 
 
 def ordered(findings: Iterable[Finding]) -> tuple[Finding, ...]:
-    """The findings by level, then as they came."""
-    return tuple(sorted(findings, key=lambda finding: LEVELS.index(finding.level)))
+    """The findings by level, then as they came; those of layers that are alike but for their number are one."""
+    groups: dict[tuple[str, str, str], list[Finding]] = {}
+    for finding in findings:
+        groups.setdefault((finding.code, finding.level, re.sub(r"\d+", "*", finding.path)), []).append(finding)
+    joined = [dataclasses.replace(first, message=first.message + _others(rest)) for first, *rest in groups.values()]
+    return tuple(sorted(joined, key=lambda finding: LEVELS.index(finding.level)))
+
+
+def _others(rest: Sequence[Finding]) -> str:
+    """Where else the same was found."""
+    if not rest:
+        return ""
+    named = ", ".join(finding.path for finding in rest[:3])
+    return f" The same at {named}" + (f" and {len(rest) - 3} more." if len(rest) > 3 else ".")
 
 
 def silenced(findings: Sequence[Finding], ignore: Sequence[str]) -> tuple[tuple[Finding, ...], int]:

@@ -65,15 +65,16 @@ def check_fans(found: Sequence[Map]) -> Iterator[Finding]:
         if len(shape) < 2:
             continue
         declared = compute_fans(shape)
-        parts = max(1, len(m.use.parts)) if len(m.use.parts) > 1 else 1
-        use_out = m.use.fan_out / parts
-        for mode, of_shape, of_use in (
+        use_out = m.use.fan_out / max(1, len(m.use.parts))
+        modes = (
             ("fan_in", declared.fan_in, m.use.fan_in),
-            ("fan_out", declared.fan_out, use_out),
             ("fan_avg", (declared.fan_in + declared.fan_out) / 2, (m.use.fan_in + use_out) / 2),
-        ):
-            known = any(math.isclose(m.second_moment * of_shape, law, rel_tol=1e-3) for law in _SHAPE_LAWS)
-            if not known or math.isclose(of_shape, of_use, rel_tol=5e-3):
+            ("fan_out", declared.fan_out, use_out),
+        )
+        if any(_is_usual(m.second_moment * of_use) for _, _, of_use in modes):
+            continue
+        for mode, of_shape, of_use in modes:
+            if not _is_usual(m.second_moment * of_shape) or math.isclose(of_shape, of_use, rel_tol=5e-3):
                 continue
             ratio = of_use / of_shape
             told = f"its variance is that of {mode} {of_shape:.4g}, which its shape has; the program sums {of_use:.4g} terms, so that "
@@ -87,21 +88,31 @@ def check_fans(found: Sequence[Map]) -> Iterator[Finding]:
             break
 
 
+def _is_usual(product: float) -> bool:
+    """Whether variance times fan is that of a usual law."""
+    return any(math.isclose(product, law, rel_tol=1e-3) for law in _SHAPE_LAWS)
+
+
 def check_gains(found: Sequence[Map], report: Report) -> Iterator[Finding]:
     """Variances that do not give back what the activation before them takes away."""
     by_function: dict[str, list[Map]] = {}
     for m in found:
-        if m.use.before in _ACTIVATIONS and m.use.role == "hidden" and m.use.ends is None and m.parameter.times == len(m.parameter.uses):
+        if (
+            m.use.before in _ACTIVATIONS
+            and m.use.role == "hidden"
+            and m.use.ends is None
+            and m.parameter.times == len(m.parameter.uses)
+        ):
             by_function.setdefault(m.use.before, []).append(m)
     for function, members in by_function.items():
         off = [m for m in members if not 0.9 < m.keeps < 1.1]
         if not off:
             continue
         whole = math.exp(sum(math.log(m.keeps) for m in off))
-        worst = max(off, key=lambda m: abs(math.log(m.keeps)))
+        worst = off[0]
         level: Level = "warning" if not 1 / 30 < whole < 30 else "info"
         told = f"after {function} it multiplies the second moment by {worst.keeps:.3g}"
-        told += f" ({whole:.2g} over {len(off)} such layers)" if len(off) > 1 else ""
+        told += f" at a second moment of 1, as {len(off) - 1} more layers do" if len(off) > 1 else ""
         told += f": {function} keeps {float(gaussian.second_moment(_ACTIVATIONS[function])):.3g} of it, and fan_in · Var[w] is "
         told += f"{worst.use.fan_in * worst.second_moment:.3g}."
         yield Finding(
@@ -148,9 +159,13 @@ def check_saturation(found: Sequence[Map], report: Report) -> Iterator[Finding]:
             continue
         share = math.erfc(flat / math.sqrt(2 * row.second_moment))
         if share > 0.5:
-            told = f"{share:.0%} of what {m.use.after} reads from it lies beyond ±{flat:g}, where the function is flat: gradients "
+            told = (
+                f"{share:.0%} of what {m.use.after} reads from it lies beyond ±{flat:g}, where the function is flat: gradients "
+            )
             told += f"through it are small (E[x²] is {row.second_moment:.3g})."
-            yield Finding("VS106", "warning", m.path, told, share, f"kernel_init=vs.for_activation({_name(m.use.before or 'tanh')})")
+            yield Finding(
+                "VS106", "warning", m.path, told, share, f"kernel_init=vs.for_activation({_name(m.use.before or 'tanh')})"
+            )
 
 
 def _by_factor(ratio: float) -> Level:
@@ -169,12 +184,16 @@ def check_inputs(parameters: Sequence[ParameterUses], inputs: Sequence[tuple[str
         numbers = numbers.astype(np.float64)
         square, mean = float(np.mean(numbers**2)), float(np.mean(numbers))
         if square > 100:
-            told = f"{name} has a mean square of {square:.4g}: the first layer's law expects about 1, so everything after it is "
+            told = (
+                f"{name} has a mean square of {square:.4g}: the first layer's law expects about 1, so everything after it is "
+            )
             told += f"{math.sqrt(square):.3g} times too large."
             fix = "x = x / 255 - 0.5" if numbers.min() >= 0 and numbers.max() <= 255 else "x = (x - x.mean(0)) / x.std(0)"
             yield Finding("VS119", "warning", "", told, square, fix)
         elif mean**2 > 0.9 * square and square > 0:
-            told = f"{name} has mean {mean:.3g} and mean square {square:.3g}: nearly all of it is a constant, which samples share."
+            told = (
+                f"{name} has mean {mean:.3g} and mean square {square:.3g}: nearly all of it is a constant, which samples share."
+            )
             yield Finding("VS119", "info", "", told, mean, "x = (x - x.mean(0)) / x.std(0)")
         if numbers.ndim == 2 and numbers.shape[0] >= 8 and (constant := int(np.sum(np.ptp(numbers, axis=0) == 0))):
             told = f"{constant} of the {numbers.shape[1]} columns of {name} are constant: they tell samples nothing apart."

@@ -22,19 +22,21 @@ def check_epsilon(rows: Sequence[Row]) -> Iterator[Finding]:
         rows: those of equations, in execution order.
     """
     for i, row in enumerate(rows):
-        if row.kind not in ("rsqrt", "sqrt") or i < 2 or rows[i - 1].kind != "add":
+        if row.kind not in ("rsqrt", "sqrt") or i == 0 or rows[i - 1].kind != "add":
             continue
-        shifted, variance = rows[i - 1].mean, rows[i - 2].mean
-        epsilon = shifted - variance
-        if variance > 0 and variance < epsilon < _LARGEST_EPSILON and rows[i - 2].error_bound < 0.5:
-            at = _parent(row.path)
-            left = variance / shifted
-            told = f"it normalises a variance of {variance:.3g} with an epsilon of {epsilon:.3g}, which dominates: its output has "
-            told += f"root mean square {math.sqrt(left):.3g} in place of 1."
-            yield Finding(
-                "VS111", "warning", at, told, left,
-                f"scale what it reads by {math.sqrt(epsilon / variance) * 10:.2g} or more, or give a smaller epsilon",
-            )  # fmt: skip
+        shifted = rows[i - 1].mean
+        before = (r for r in rows[max(0, i - 8) : i - 1][::-1] if r.shape == row.shape and 0 < r.mean < shifted)
+        read = next(before, None)  # the variance, which the epsilon was added to
+        if read is None or read.error_bound > 0.5 or not read.mean < (epsilon := shifted - read.mean) < _LARGEST_EPSILON:
+            continue
+        left = read.mean / shifted
+        told = f"it normalises a variance of {read.mean:.3g} with an epsilon of {epsilon:.3g}, which dominates: its output has "
+        told += f"root mean square {math.sqrt(left):.3g} in place of 1."
+        larger = 10 * math.sqrt(epsilon / read.mean)
+        yield Finding(
+            "VS111", "warning", _parent(row.path), told, left,
+            f"scale what it reads by {larger:.2g} or more, or give it an epsilon below {read.mean / 10:.2g}",
+        )  # fmt: skip
 
 
 def check_softmax(rows: Sequence[Row]) -> Iterator[Finding]:
@@ -55,7 +57,9 @@ def check_softmax(rows: Sequence[Row]) -> Iterator[Finding]:
         if deviation > _COLLAPSED:
             told = f"its scores have a standard deviation of about {deviation:.3g} over {keys:.0f} keys: the softmax is nearly one-hot, "
             told += "and its gradient vanishes for all keys but one."
-            yield Finding("VS109", "warning", _parent(row.path), told, deviation, "divide the scores by the root of the head's width")
+            yield Finding(
+                "VS109", "warning", _parent(row.path), told, deviation, "divide the scores by the root of the head's width"
+            )
 
 
 def check_logits(parameters: Sequence[ParameterUses], report: Report) -> Iterator[Finding]:
@@ -68,7 +72,14 @@ def check_logits(parameters: Sequence[ParameterUses], report: Report) -> Iterato
     if extra > math.log(classes):
         told = f"its {classes} outputs have a second moment of {output.second_moment:.3g}: as logits they give a cross-entropy of about "
         told += f"{math.log(classes) + extra:.3g} at step 0, where ln {classes} = {math.log(classes):.3g} is that of knowing nothing."
-        yield Finding("VS110", "warning", readouts[0].path, told, math.log(classes) + extra, "multiply the logits by 1/√features, or draw the readout smaller")
+        yield Finding(
+            "VS110",
+            "warning",
+            readouts[0].path,
+            told,
+            math.log(classes) + extra,
+            "multiply the logits by 1/√features, or draw the readout smaller",
+        )
 
 
 def _parent(path: str) -> str:
