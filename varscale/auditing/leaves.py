@@ -145,17 +145,16 @@ def check_constants(leaves: Sequence[Summary]) -> Iterator[Finding]:
         name = leaf.path.rsplit("/", 1)[-1].lower()
         if not leaf.matrix or not leaf.size or name not in _KERNELS or (leaf.constant and leaf.smallest == 0):
             continue
+        mend = f'vs.reinitialize(params, {{"{leaf.path}": vs.lecun_normal()}}, key)'
         if leaf.constant:
-            yield Finding(
-                "VS105", "error", leaf.path, f"all its numbers are {leaf.smallest:.4g}: its units compute the same and get the "
-                "same gradient, so that they stay equal.", leaf.smallest, f'vs.reinitialize(params, {{"{leaf.path}": vs.lecun_normal()}}, key)',
-            )  # fmt: skip
+            told = (
+                f"all its numbers are {leaf.smallest:.4g}: its units compute the same and get the same gradient, so that they "
+            )
+            yield Finding("VS105", "error", leaf.path, told + "stay equal.", leaf.smallest, mend)
         elif leaf.repeats:
             axis = leaf.repeats[-1]
-            yield Finding(
-                "VS105", "error", leaf.path, f"its {leaf.shape[axis]} slices along axis {axis} are equal: what they make stays equal "
-                "in training.", float(axis), f'vs.reinitialize(params, {{"{leaf.path}": vs.lecun_normal()}}, key)',
-            )  # fmt: skip
+            told = f"its {leaf.shape[axis]} slices along axis {axis} are equal: what they make stays equal in training."
+            yield Finding("VS105", "error", leaf.path, told, float(axis), mend)
 
 
 _KERNELS = {"kernel", "weight", "embedding", "w", "recurrent_kernel", "input_embedding"}
@@ -175,7 +174,7 @@ def check_precision(leaves: Sequence[Summary]) -> Iterator[Finding]:
                 shift = leaf.mean / math.sqrt(leaf.variance) if leaf.variance else 0.0
                 yield Finding(
                     "VS115", "warning", leaf.path, f"it takes {leaf.distinct} values: it was drawn in {name}, whose draws lack "
-                    f"tails and have a mean of {shift:+.3f} standard deviations; summed over n inputs that mean counts √n times.",
+                    f"tails and have a mean of {shift:+.3f} standard deviations; over n inputs that mean counts √n times.",
                     float(leaf.distinct), "draw it in float32 and round once: varscale's initializers do, "
                     'vs.he_normal()(key, shape, "bfloat16")',
                 )  # fmt: skip
@@ -211,7 +210,7 @@ def _related(one: Summary, other: Summary) -> Finding | None:
         equal = bool(np.array_equal(a, b))
         alike = "equal to" if equal else f"{ratio:.4g} times"
         told = f"its numbers are {alike} those of {one.path!r}: both were drawn from one key (or are one weight stored twice)."
-        told += " What reads one sees the other again: a readout tied to its embedding so gives each input token a logit of its own."
+        told += " A readout that repeats its embedding gives each input token a logit of its own."
         figure = 1.0 if equal else ratio
     elif n >= 128 and abs(correlation) > 0.9:
         told = f"its numbers and those of {one.path!r} have a correlation of {correlation:.3f}: both were drawn from one key."

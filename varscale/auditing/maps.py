@@ -77,7 +77,7 @@ def check_fans(found: Sequence[Map]) -> Iterator[Finding]:
             if not _is_usual(m.second_moment * of_shape) or math.isclose(of_shape, of_use, rel_tol=5e-3):
                 continue
             ratio = of_use / of_shape
-            told = f"its variance is that of {mode} {of_shape:.4g}, which its shape has; the program sums {of_use:.4g} terms, so that "
+            told = f"its variance is that of {mode} {of_shape:.4g}, which its shape has; the program sums {of_use:.4g} terms: "
             told += f"what it puts out has {ratio:.3g} times the second moment that its law intends."
             fans = f"vs.Fans({m.use.fan_in:.6g}, {use_out:.6g})"
             scale = m.second_moment * of_shape
@@ -175,7 +175,7 @@ def _by_factor(ratio: float) -> Level:
 
 def check_inputs(parameters: Sequence[ParameterUses], inputs: Sequence[tuple[str, object]]) -> Iterator[Finding]:
     """Given inputs whose scale or mean is far from what a first layer expects."""
-    if not any(use.role == "input" for p in parameters for use in p.uses):
+    if not any(use.reads_input and use.reduction_axes and use.role != "embedding" for p in parameters for use in p.uses):
         return
     for name, x in inputs:
         numbers = np.asarray(x)

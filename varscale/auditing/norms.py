@@ -55,8 +55,8 @@ def check_softmax(rows: Sequence[Row]) -> Iterator[Finding]:
             continue
         deviation = row.mean / float(stats.norm.ppf((keys - 0.375) / (keys + 0.25)))
         if deviation > _COLLAPSED:
-            told = f"its scores have a standard deviation of about {deviation:.3g} over {keys:.0f} keys: the softmax is nearly one-hot, "
-            told += "and its gradient vanishes for all keys but one."
+            told = f"its scores have a standard deviation of about {deviation:.3g} over {keys:.0f} keys: the softmax is nearly "
+            told += "one-hot, and its gradient vanishes for all keys but one."
             yield Finding(
                 "VS109", "warning", _parent(row.path), told, deviation, "divide the scores by the root of the head's width"
             )
@@ -70,8 +70,8 @@ def check_logits(parameters: Sequence[ParameterUses], report: Report) -> Iterato
         return
     classes, extra = output.shape[-1], output.second_moment / 2
     if extra > math.log(classes):
-        told = f"its {classes} outputs have a second moment of {output.second_moment:.3g}: as logits they give a cross-entropy of about "
-        told += f"{math.log(classes) + extra:.3g} at step 0, where ln {classes} = {math.log(classes):.3g} is that of knowing nothing."
+        told = f"its {classes} outputs have a second moment of {output.second_moment:.3g}: as logits they give a cross-entropy "
+        told += f"of about {math.log(classes) + extra:.3g} at step 0, where knowing nothing gives ln {classes} = {math.log(classes):.3g}."
         yield Finding(
             "VS110",
             "warning",

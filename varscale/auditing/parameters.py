@@ -48,8 +48,7 @@ def audit_parameters(params_or_file: Any, declared: Mapping[str, Any] | None = N
     >>> w = jax.random.normal(jax.random.key(0), (64, 64))
     >>> print(vs.audit_parameters({"embedding": w, "head": {"kernel": w / 8}}).findings[0])
     VS113 error at head/kernel [0.125]: its numbers are 0.125 times those of 'embedding': both were drawn from one key (or are \
-one weight stored twice). What reads one sees the other again: a readout tied to its embedding so gives each input token a \
-logit of its own.
+one weight stored twice). A readout that repeats its embedding gives each input token a logit of its own.
     """
     tree = _loaded(params_or_file) if isinstance(params_or_file, str | os.PathLike) else params_or_file
     opened = [leaf for leaf in open_tree(tree, "params_or_file").leaves if leaf.is_weight]
@@ -91,11 +90,10 @@ def check_laws(summaries: Sequence[Summary], laws: Mapping[str, Law]) -> Iterato
         ratio = leaf.second_moment / law.second_moment if law.second_moment else math.inf if leaf.second_moment else 1.0
         log_p = law.log_p(ratio, leaf)
         if log_p < LOG_CHANCE:
-            yield Finding(
-                "VS112", "error", leaf.path, f"its law, {law.name}, has a root mean square of {law.second_moment**0.5:.4g}; its "
-                f"numbers have {leaf.second_moment**0.5:.4g} ({_power(log_p)}): the law did not apply, or something changed them.",
-                ratio, f'vs.reinitialize(params, {{"{leaf.path}": ...}}, key)',
-            )  # fmt: skip
+            told = f"its law, {law.name}, has a root mean square of {law.second_moment**0.5:.4g}; its numbers have "
+            told += f"{leaf.second_moment**0.5:.4g} ({_power(log_p)}): the law did not apply, or something changed them."
+            mend = f'vs.reinitialize(params, {{"{leaf.path}": ...}}, key)'
+            yield Finding("VS112", "error", leaf.path, told, ratio, mend)
 
 
 @dataclasses.dataclass(frozen=True)

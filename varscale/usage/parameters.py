@@ -33,6 +33,7 @@ class OneUse:
         output_axes: axes of the parameter that reach the output.
         batch_axes: axes over which independent kernels are stacked: layers, experts, heads with kernels of their own.
         times: how often a loop over time repeats it.
+        reads_input: whether what it reads is the model's own input, which no parameter has mixed or looked up.
         before: function applied to its input since the last linear map; "" for none, "norm" for a normalisation.
         after: function first applied to its output.
         depth: residual additions before it.
@@ -47,6 +48,7 @@ class OneUse:
     output_axes: tuple[int, ...]
     batch_axes: tuple[int, ...]
     times: int
+    reads_input: bool
     before: str
     after: str
     depth: int
@@ -162,7 +164,7 @@ def _told(use: Use, shape: tuple[int, ...]) -> OneUse:
     after = "norm" if use.after == {"norm"} else after_function(use.after)
     return OneUse(
         _role(use, shape), use.fan_in, use.fan_out, use.reduction, use.output, tuple(sorted({*use.batch, *use.shared})),
-        use.steps, before, after, use.depth, use.ends, _parts(use),
+        use.steps, use.raw, before, after, use.depth, use.ends, _parts(use),
     )  # fmt: skip
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,7 +12,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from varscale.programs import faces
-from varscale.usage.parameters import ParameterUses, walked
+from varscale.reporting.layout import Column, terminal_width, text_table, wrapped
+from varscale.usage.parameters import OneUse, ParameterUses, walked
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +48,34 @@ class Uses:
     def __len__(self) -> int:
         return len(self.parameters)
 
+    def table(self, width: int | None = None) -> str:
+        """The parameters as text that fits the terminal, a line a use; columns that do not fit are named below.
+
+        Args:
+            width: columns of the terminal; None for the terminal's own, 80 where there is none.
+
+        Raises:
+            ValueError: `width` is below 40.
+        """
+        width = terminal_width(width)
+        lines = [(p, use) for p in self.parameters for use in p.uses or (None,)]
+        text, missing = text_table(_columns(lines), width)
+        told = f"{len(self.parameters)} parameters, {self.additions} residual additions."
+        left_out = [f"Not shown at this width: {', '.join(missing)}."] if missing else []
+        return "\n".join([text, *(wrapped(line, width) for line in (told, *left_out))])
+
+    def __str__(self) -> str:
+        return self.table()
+
+    def to_json(self, **options: Any) -> str:
+        """Every parameter's uses as JSON.
+
+        Args:
+            **options: passed on to `json.dumps`.
+        """
+        records = [{**dataclasses.asdict(p), "role": p.role} for p in self.parameters]
+        return json.dumps({"parameters": records, "additions": self.additions}, **options)
+
     def labels(self) -> Any:
         """Every parameter's role, in the tree of the parameters: for `optax.partition`."""
         return jax.tree_util.tree_unflatten(self.tree, [p.role for p in self.parameters])
@@ -68,6 +98,35 @@ class Uses:
             return MuonDimensionNumbers(use.reduction_axes, use.output_axes)
 
         return jax.tree_util.tree_unflatten(self.tree, [numbers(p) for p in self.parameters])
+
+
+def _columns(lines: Sequence[tuple[ParameterUses, OneUse | None]]) -> list[Column]:
+    """What is shown of each use, and which columns are left out first."""
+
+    def cells(write: Callable[[OneUse], str]) -> tuple[str, ...]:
+        return tuple("" if use is None else write(use) for _, use in lines)
+
+    return [
+        Column("path", tuple(p.path for p, _ in lines), is_left=True),
+        Column("role", tuple("unused" if use is None else use.role for _, use in lines), 0, is_left=True),
+        Column("fan in", cells(lambda use: f"{use.fan_in:.4g}" if use.reduction_axes else ""), 1),
+        Column("fan out", cells(lambda use: f"{use.fan_out:.4g}" if use.reduction_axes else ""), 2),
+        Column("before", cells(lambda use: use.before), 3, is_left=True),
+        Column("ends branch", cells(lambda use: "" if use.ends is None else str(use.ends)), 4),
+        Column("after", cells(lambda use: use.after), 5, is_left=True),
+        Column("axes", cells(_axes), 6, is_left=True),
+        Column("shape", tuple("×".join(map(str, p.shape)) or "scalar" for p, _ in lines), 7),
+        Column("parts", cells(lambda use: ", ".join(use.parts)), 8, is_left=True),
+        Column("times", cells(lambda use: str(use.times)), 9),
+    ]
+
+
+def _axes(use: OneUse) -> str:
+    """Reduced axes, the output's, and those of a batch: "0→1,2 batch 3"."""
+    if not use.reduction_axes:
+        return ""
+    batch = f" batch {','.join(map(str, use.batch_axes))}" if use.batch_axes else ""
+    return f"{','.join(map(str, use.reduction_axes))}→{','.join(map(str, use.output_axes))}{batch}"
 
 
 def uses(model: Any, x: Any, *, params: Any = None, method: str | None = None) -> Uses:

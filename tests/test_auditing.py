@@ -1,0 +1,260 @@
+"""What an audit finds: each planted defect, at its place, and nothing in its mended twin or in healthy constructions."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from flax import nnx
+
+import varscale as vs
+from varscale.auditing.findings import Audit, AuditError, Finding, ordered, read_baseline, silenced, since
+
+ROWS = jax.ShapeDtypeStruct((16, 64), jnp.float32)
+IDS = jax.ShapeDtypeStruct((2, 8), jnp.int32)
+KEY = jax.random.key(0)
+
+
+def deep(init, act=nn.relu, depth=8, first=None):
+    kernels = [first or vs.lecun_normal(), *[init] * (depth - 1)]
+    return nn.Sequential([f for kernel in kernels for f in (nn.Dense(64, kernel_init=kernel), act)] + [nn.Dense(10)])
+
+
+def found(audit, level="warning"):
+    """(code, path) of the findings of a level or worse."""
+    return [(f.code, f.path) for f in audit.at_least(level)]
+
+
+class LanguageModel(nn.Module):
+    """A tied, pre-norm transformer of two blocks."""
+
+    deviation: float = 0.02
+    vocabulary: int = 100
+    scale: float = 1.0
+
+    @nn.compact
+    def __call__(self, ids):
+        embed = nn.Embed(self.vocabulary, 64, embedding_init=nn.initializers.normal(self.deviation))
+        x = embed(ids)
+        for _ in range(2):
+            h = nn.LayerNorm()(x)
+            q, k, v = (nn.Dense(64, use_bias=False, name=None)(h) for _ in range(3))
+            scores = jnp.einsum("btd,bsd->bts", q, k) * (self.scale / 8)
+            x = x + nn.Dense(64)(jax.nn.softmax(scores) @ v)
+            x = x + nn.Dense(64)(nn.gelu(nn.Dense(128)(nn.LayerNorm()(x))))
+        return embed.attend(nn.LayerNorm(name="final")(x))
+
+
+class TestTheTrace:
+    def test_a_vanishing_net_and_the_line_that_mends_it(self):
+        audit = vs.audit(deep(nn.initializers.normal(0.01), first=nn.initializers.normal(0.01)), ROWS)
+        assert [code for code, _ in found(audit)] == ["VS101", "VS102", "VS103"]
+        signal = audit.findings[0]
+        assert (signal.level, signal.path) == ("error", "layers_4")  # .0032 a layer: past 1e-3 at the second
+        assert signal.figure == pytest.approx(0.0032**8, rel=0.5)
+        assert "float16" in signal.message
+        assert "vs.for_activation(jax.nn.relu)" in audit.findings[2].mend
+        assert found(vs.audit(deep(vs.for_activation(jax.nn.relu)), ROWS)) == []
+
+    def test_an_exploding_net(self):
+        audit = vs.audit(deep(nn.initializers.normal(1.0)), ROWS)
+        assert ("VS101", "error") in [(f.code, f.level) for f in audit.findings]
+        assert audit.findings[0].figure > 1e6
+
+    def test_a_saturated_net(self):
+        audit = vs.audit(deep(nn.initializers.normal(1.0), act=jnp.tanh, depth=5), ROWS)
+        saturated = next(f for f in audit.findings if f.code == "VS106")
+        assert saturated.figure == pytest.approx(0.69, abs=0.02)  # P(|N(0, 64 · .394)| > 2)
+        assert saturated.path.startswith("layers_")
+
+    def test_a_fan_that_is_not_that_of_use(self):
+        class Heads(nn.Module):
+            mended: bool = False
+
+            @nn.compact
+            def __call__(self, x):
+                init = vs.variance_scaling(1.0, fans=vs.Fans(16, 8)) if self.mended else nn.initializers.lecun_normal()
+                x = nn.Dense(64)(x).reshape(4, 16, 16)
+                return nn.DenseGeneral(8, axis=-1, batch_dims=0, kernel_init=init, name="heads")(x)
+
+        audit = vs.audit(Heads(), ROWS)
+        assert found(audit) == [("VS104", "heads/kernel")]
+        assert audit.findings[0].figure == pytest.approx(1 / 4)
+        assert "vs.Fans(16, 8)" in audit.findings[0].mend
+        assert found(vs.audit(Heads(mended=True), ROWS)) == []
+
+    def test_an_epsilon_that_dominates(self):
+        audit = vs.audit(LanguageModel(deviation=1e-4), IDS)
+        assert found(audit) == [("VS111", "LayerNorm_0")]
+        assert audit.findings[0].figure == pytest.approx(1e-8 / 1.01e-6, rel=0.05)
+
+    def test_logits_that_are_too_large(self):
+        audit = vs.audit(LanguageModel(deviation=1.0), IDS)
+        assert found(audit) == [("VS110", "Embed_0/embedding")]
+
+    def test_a_collapsed_softmax(self):
+        assert "VS109" in [code for code, _ in found(vs.audit(LanguageModel(scale=16.0), IDS))]
+
+    def test_a_healthy_transformer(self):
+        assert found(vs.audit(LanguageModel(), IDS)) == []
+
+    def test_unused_and_random_biases(self):
+        class Net(nn.Module):
+            @nn.compact
+            def __call__(self, x):
+                self.param("nobody", nn.initializers.ones, (3,))
+                return nn.Dense(4, bias_init=nn.initializers.normal(0.1))(x)
+
+        audit = vs.audit(Net(), ROWS)
+        assert found(audit) == [("VS116", "nobody")]
+        assert ("VS117", "Dense_0/bias") in found(audit, "info")
+
+    def test_inputs(self):
+        pixels = np.random.default_rng(0).integers(0, 256, (16, 64)).astype(np.float32)
+        assert ("VS119", "") in found(vs.audit(nn.Dense(4), pixels))
+        assert found(vs.audit(nn.Dense(4), pixels / 128 - 1)) == []
+        constant = np.concatenate([np.random.default_rng(0).normal(size=(16, 60)), np.zeros((16, 4))], 1).astype(np.float32)
+        assert [f.figure for f in vs.audit(nn.Dense(4), constant).findings if f.code == "VS119"] == [4.0]
+
+    def test_an_nnx_factory_and_a_plain_function(self):
+        def factory(rngs):
+            kernels = [vs.normal(0.01)] * 6
+            return nnx.Sequential(*(f for k in kernels for f in (nnx.Linear(64, 64, kernel_init=k, rngs=rngs), nnx.relu)))
+
+        assert {code for code, _ in found(vs.audit(factory, ROWS))} >= {"VS101", "VS103"}
+        audit = vs.audit(lambda p, x: x @ p["w"], ROWS, params={"w": jnp.ones((64, 64)) * 0.1, "v": jnp.ones(3)})
+        assert ("VS116", "v") in found(audit)
+        assert ("VS105", "w") in found(audit)
+
+
+class TestTheNumbers:
+    def test_the_models_own_draws_have_their_laws(self):
+        """Error rate at most 1e-9 a leaf: a wrong law is found whatever the key."""
+        assert found(vs.audit(LanguageModel(), IDS, key=KEY)) == []
+        params = LanguageModel().init(KEY, jnp.zeros((2, 8), jnp.int32))
+        params["params"]["Dense_4"]["kernel"] *= 1.5
+        audit = vs.audit(LanguageModel(), IDS, params=params)
+        assert found(audit) == [("VS112", "Dense_4/kernel")]
+        assert audit.findings[0].figure == pytest.approx(2.25, rel=0.1)
+        assert found(vs.audit(LanguageModel(), IDS, params=params, fresh=False)) == []
+
+    @pytest.mark.parametrize("factor", [1.0, 0.125, -1.0])
+    def test_leaves_of_one_key(self, factor):
+        w = jax.random.truncated_normal(KEY, -2, 2, (100, 64))
+        tree = {"embedding": w, "head": {"kernel": factor * w.reshape(64, 100)}, "other": jax.random.normal(KEY, (64, 64))}
+        audit = vs.audit_parameters(tree)
+        assert [(f.code, f.path) for f in audit.at_least("warning")] == [("VS113", "head/kernel"), ("VS113", "other")]
+        assert audit.findings[0].figure == pytest.approx(factor)
+
+    def test_independent_leaves_are_not_related(self):
+        """200 leaves, 20,000 pairs: a false pair has a chance below 1e-40 each."""
+        leaves = {
+            f"{i}/{n}": jax.random.normal(jax.random.fold_in(jax.random.key(i), n), (n,))
+            for i in range(20)
+            for n in range(32, 132, 10)
+        }
+        assert found(vs.audit_parameters(leaves)) == []
+
+    def test_low_precision_draws(self):
+        native = jax.nn.initializers.he_normal()(KEY, (256, 64), jnp.bfloat16)
+        rounded = vs.he_normal()(KEY, (256, 64), jnp.bfloat16)
+        audit = vs.audit_parameters({"native": {"kernel": native}, "rounded": {"kernel": rounded}}, ignore=["VS113"])
+        assert found(audit) == [("VS115", "native/kernel")]
+
+    def test_constants_and_nan(self):
+        tree = {
+            "a": {"kernel": jnp.full((4, 4), 0.5)},
+            "b": {"kernel": jnp.broadcast_to(jax.random.normal(KEY, (4, 1)), (4, 4))},
+            "c": {"kernel": jnp.zeros((4, 4)), "scale": jnp.ones((3, 4)), "bias": jnp.ones(4)},
+            "d": {"kernel": jnp.array([[1.0, jnp.nan], [2.0, 3.0]])},
+            "A_log": jnp.broadcast_to(jnp.log(jnp.arange(1, 17.0)), (64, 16)),
+            "table": jnp.sin(jnp.arange(640.0).reshape(10, 64) / 50),
+        }
+        assert sorted(found(vs.audit_parameters(tree))) == [("VS105", "a/kernel"), ("VS105", "b/kernel"), ("VS121", "d/kernel")]
+
+    def test_declared_laws(self):
+        w = vs.he_normal()(KEY, (64, 64))
+        assert found(vs.audit_parameters({"w": w}, {"*": vs.he_normal()})) == []
+        assert found(vs.audit_parameters({"w": w}, {"w": jax.nn.initializers.he_normal()})) == []
+        assert found(vs.audit_parameters({"w": w}, {"w": vs.lecun_normal()})) == [("VS112", "w")]
+        assert found(vs.audit_parameters({"w": w}, {"w": 0.02})) == [("VS112", "w")]
+        with pytest.raises(ValueError, match="declared: 'nothing' catches no leaf"):
+            vs.audit_parameters({"w": w}, {"nothing": 1.0})
+        with pytest.raises(TypeError, match="must be a standard deviation or an initializer"):
+            vs.audit_parameters({"w": w}, {"w": "he"})
+
+    def test_usual_laws_are_named(self):
+        tree = {"w": 0.02 * jax.random.normal(KEY, (64, 128)), "v": 0.4 * jax.random.normal(jax.random.key(1), (64, 128))}
+        told = [f.message for f in vs.audit_parameters(tree).findings]
+        assert any("normal(.02)" in message for message in told)
+        assert any("none of the usual laws" in message for message in told)
+
+    def test_a_checkpoint(self, tmp_path):
+        vs.transfer.save(tmp_path / "x.safetensors", {"a": {"kernel": jnp.full((4, 4), jnp.nan)}})
+        with pytest.raises(ValueError, match="finite"):  # transfer refuses it already
+            vs.audit_parameters(tmp_path / "x.safetensors").raise_on("error")
+
+    def test_an_empty_tree(self):
+        audit = vs.audit_parameters({})
+        assert (len(audit), audit.notes) == (0, ("There is no floating-point parameter to audit.",))
+
+
+class TestTheResult:
+    FINDINGS = (
+        Finding("VS103", "info", "b/kernel", "small.", 0.5),
+        Finding("VS101", "error", "blocks/3/head", "gone.", 1e-9, "mend()"),
+    )
+
+    def test_order_text_and_raising(self):
+        audit = Audit(ordered(self.FINDINGS))
+        assert [f.code for f in audit.findings] == ["VS101", "VS103"]
+        assert str(audit.findings[0]) == "VS101 error at blocks/3/head [1e-09]: gone."
+        assert "-> mend()" in audit.table(80)
+        assert audit.table(80).endswith("Found 1 of level error, 1 of level info.")
+        with pytest.raises(AuditError, match="VS101"):
+            audit.raise_on("error")
+        with pytest.raises(ValueError, match="level must be one of"):
+            audit.raise_on("fatal")
+        assert Audit(()).raise_on("info").table(80) == "Found nothing."
+        with pytest.raises(ValueError, match="no report to draw"):
+            audit.plot()
+
+    def test_lines_fit_the_terminal(self):
+        audit = vs.audit(deep(nn.initializers.normal(0.01)), ROWS)
+        assert max(len(line) for line in audit.table(60).splitlines() if "->" not in line) <= 60
+
+    @pytest.mark.parametrize("ignore", [["VS101"], ["VS101:blocks/*/head"], ["VS101:**"]])
+    def test_ignore(self, ignore):
+        kept, count = silenced(self.FINDINGS, ignore)
+        assert ([f.code for f in kept], count) == (["VS103"], 1)
+
+    def test_ignore_wants_codes(self):
+        with pytest.raises(ValueError, match="ignore must hold codes"):
+            silenced(self.FINDINGS, ["blocks"])
+
+    def test_a_baseline_lets_old_findings_pass(self, tmp_path):
+        file = tmp_path / "old.json"
+        file.write_text(Audit(self.FINDINGS[:1]).to_json())
+        later = since(Audit(ordered(self.FINDINGS)), read_baseline(file))
+        assert [f.code for f in later.findings] == ["VS101"]
+        assert later.silenced == 1
+        file.write_text("[]")
+        with pytest.raises(ValueError, match="not the JSON of an audit"):
+            read_baseline(file)
+
+    def test_json(self):
+        written = json.loads(Audit(ordered(self.FINDINGS)).to_json())
+        assert [f["code"] for f in written["findings"]] == ["VS101", "VS103"]
+
+    def test_the_picture_marks_the_places(self):
+        audit = vs.audit(deep(nn.initializers.normal(0.01)), ROWS)
+        texts = [text.get_text() for axes in audit.plot().axes for text in axes.texts]
+        assert "VS101" in texts
+
+    def test_layers_that_are_alike_are_one_finding(self):
+        alike = [Finding("VS104", "warning", f"blocks_{i}/kernel", "off.") for i in range(6)]
+        (one,) = ordered(alike)
+        assert one.path == "blocks_0/kernel"
+        assert one.message.endswith("The same at blocks_1/kernel, blocks_2/kernel, blocks_3/kernel and 2 more.")

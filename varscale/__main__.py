@@ -1,0 +1,5 @@
+"""`python -m varscale`: the command line."""
+
+from varscale.cli import main
+
+main()

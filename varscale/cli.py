@@ -1,0 +1,329 @@
+"""The command `varscale`: audit, predict, probe and uses of a model in a file, parameters of a checkpoint, gains."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib
+import inspect
+import os
+import re
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import rich.console
+import tyro
+from flax import linen as nn
+from flax import nnx
+
+import varscale as vs
+from varscale.auditing.findings import read_baseline, since
+
+CLEAN, FOUND, WRONG_USE = 0, 1, 2
+_SLOW = 2.0  # seconds after which the terminal shows that something is going on
+_DTYPES = {"f": "float", "bf": "bfloat", "i": "int", "u": "uint", "c": "complex"}
+_SPEC = re.compile(r"(?P<kind>bf|f|i|u|c|bool)(?P<bits>\d*)\[(?P<shape>[\d,\s]*)\](?::(?P<low>-?\d+)\.\.(?P<high>-?\d+))?")
+
+
+class UsageError(Exception):
+    """A wrong use of the command; the message is one line."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Model:
+    """What every command about a model takes.
+
+    Attributes:
+        target: module:name of a flax module, of a function of no argument that returns one, or of an nnx factory.
+        input: an input, such as "f32[8,224,224,3]" or, for whole numbers from 0 to 999, "i32[2,128]:0..999"; once for each.
+        keyword: a keyword of the call, such as train=False; once for each.
+        method: the method to use in place of __call__.
+        json: print JSON.
+    """
+
+    target: tyro.conf.Positional[str]
+    input: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(aliases=["-i"])] = ()
+    keyword: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    method: str | None = None
+    json: bool = False
+
+    def model(self) -> Any:
+        return resolved(self.target)
+
+    def inputs(self, key: Any = None) -> Any:
+        if not self.input:
+            raise UsageError('--input is missing: give a dtype and a shape, such as --input "f32[8,224,224,3]"')
+        return vs.inputs(*(parsed_input(text, key) for text in self.input), **dict(map(parsed_keyword, self.keyword)))
+
+
+@dataclasses.dataclass(frozen=True)
+class AuditCommand(_Model):
+    """Say what is wrong with the initialization of a model, and the line that mends it.
+
+    Attributes:
+        key: seed of a key: draw the parameters and audit their numbers too.
+        ignore: a code, or a code with a glob ("VS101:blocks/*/head"), to leave out; once for each.
+        baseline: JSON of an older audit, whose findings pass.
+        fail_on: exit with status 1 on findings of this level or worse.
+        plot: file to draw the picture into.
+    """
+
+    key: int | None = None
+    ignore: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    baseline: str | None = None
+    fail_on: Literal["error", "warning", "info"] = "error"
+    plot: str | None = None
+
+    def run(self) -> int:
+        key = None if self.key is None else jax.random.key(self.key)
+        found = vs.audit(self.model(), self.inputs(), key=key, ignore=self.ignore, method=self.method)
+        if self.baseline is not None:
+            found = since(found, read_baseline(self.baseline))
+        _show(found, self.json)
+        _draw(found, self.plot)
+        return FOUND if found.at_least(self.fail_on) else CLEAN
+
+
+@dataclasses.dataclass(frozen=True)
+class PredictCommand(_Model):
+    """Predict the moments of every layer from shapes alone.
+
+    Attributes:
+        plot: file to draw the picture into.
+    """
+
+    plot: str | None = None
+
+    def run(self) -> int:
+        report = vs.predict(self.model(), self.inputs(), method=self.method)
+        _show(report, self.json)
+        _draw(report, self.plot)
+        return CLEAN
+
+
+@dataclasses.dataclass(frozen=True)
+class ProbeCommand(_Model):
+    """Draw a model and its inputs, and measure every layer.
+
+    Attributes:
+        key: seed of the key.
+        gradients: measure gradients too, of a random cotangent.
+        plot: file to draw the picture into.
+    """
+
+    key: int = 0
+    gradients: bool = False
+    plot: str | None = None
+
+    def run(self) -> int:
+        model, key = self.model(), jax.random.key(self.key)
+        for_params, for_inputs = jax.random.split(key)
+        x = self.inputs(for_inputs)
+        loss = "random" if self.gradients else None
+        if isinstance(model, nn.Module):
+            report = vs.probe(model, vs.initialize(model, for_params, x, method=self.method), x, loss=loss, method=self.method)
+        else:
+            net = model if isinstance(model, nnx.Module) else vs.initialize(model, for_params)
+            report = vs.probe(net, None, x, loss=loss, method=self.method)
+        _show(report, self.json)
+        _draw(report, self.plot)
+        return CLEAN
+
+
+@dataclasses.dataclass(frozen=True)
+class UsesCommand(_Model):
+    """Say what the program does with each parameter: role, fans of use, residual branches."""
+
+    def run(self) -> int:
+        _show(vs.uses(self.model(), self.inputs(), method=self.method), self.json)
+        return CLEAN
+
+
+@dataclasses.dataclass(frozen=True)
+class AuditParametersCommand:
+    """Audit the numbers of a checkpoint.
+
+    Attributes:
+        file: what `vs.transfer.load` reads.
+        ignore: a code, or a code with a glob, to leave out; once for each.
+        fail_on: exit with status 1 on findings of this level or worse.
+        json: print JSON.
+    """
+
+    file: tyro.conf.Positional[str]
+    ignore: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    fail_on: Literal["error", "warning", "info"] = "error"
+    json: bool = False
+
+    def run(self) -> int:
+        found = vs.audit_parameters(self.file, ignore=self.ignore)
+        _show(found, self.json)
+        return FOUND if found.at_least(self.fail_on) else CLEAN
+
+
+@dataclasses.dataclass(frozen=True)
+class GainCommand:
+    """Print the gains of activations.
+
+    Attributes:
+        activation: names of jax.nn or jax.numpy, or module:function.
+    """
+
+    activation: tyro.conf.Positional[tuple[str, ...]]
+
+    def run(self) -> int:
+        if not self.activation:
+            raise UsageError("activation is missing: give names such as gelu, tanh or package.module:function")
+        criteria = ("second_moment", "variance", "derivative")
+        print(f"{'':24s}" + "".join(f"{name:>16s}" for name in criteria))
+        for name in self.activation:
+            f = _activation(name)
+            print(f"{name:24s}" + "".join(f"{vs.gain(f, criterion):16.10f}" for criterion in criteria))
+        return CLEAN
+
+
+Command = (
+    Annotated[AuditCommand, tyro.conf.subcommand("audit")]
+    | Annotated[PredictCommand, tyro.conf.subcommand("predict")]
+    | Annotated[ProbeCommand, tyro.conf.subcommand("probe")]
+    | Annotated[UsesCommand, tyro.conf.subcommand("uses")]
+    | Annotated[AuditParametersCommand, tyro.conf.subcommand("audit-parameters")]
+    | Annotated[GainCommand, tyro.conf.subcommand("gain")]
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command; exits with 0 (clean), 1 (findings) or 2 (wrong use, or a model that cannot be read)."""
+    command: Any = tyro.cli(Command, prog="varscale", args=arguments, description=__doc__)  # pyright: ignore[reportArgumentType]
+    try:
+        with _patience():
+            status = command.run()
+    except (UsageError, ValueError, TypeError, KeyError, ImportError, AttributeError, OSError) as error:
+        told = str(error).strip().splitlines() or [type(error).__name__]
+        print(f"varscale: error: {told[0]}", file=sys.stderr)
+        status = WRONG_USE
+    sys.exit(status)
+
+
+def resolved(target: str) -> Any:
+    """The model that module:name says.
+
+    Raises:
+        UsageError: there is none.
+    """
+    module_name, _, name = target.partition(":")
+    if not name:
+        raise UsageError(f"target must be module:name, such as package.models:Net, not {target!r}")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    module_name = module_name.removesuffix(".py").replace("/", ".")
+    try:
+        found: Any = importlib.import_module(module_name)
+    except ImportError as error:
+        raise UsageError(f"target {target!r}: cannot import {module_name}: {error}") from error
+    for part in name.split("."):
+        if not hasattr(found, part):
+            near = [other for other in dir(found) if not other.startswith("_")][:8]
+            raise UsageError(f"target {target!r}: {module_name} has no {part!r}; it has {', '.join(near)}")
+        found = getattr(found, part)
+    if isinstance(found, nn.Module | nnx.Module):
+        return found
+    if inspect.isclass(found) and issubclass(found, nnx.Module):
+        return lambda rngs: found(rngs=rngs)
+    needed = [
+        p
+        for p in inspect.signature(found).parameters.values()
+        if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+    ]
+    return found if needed else found()
+
+
+def parsed_input(text: str, key: Any = None) -> Any:
+    """An input of this dtype and shape; drawn where there is a key, and for whole numbers in a range.
+
+    Raises:
+        UsageError: the text is no such description.
+
+    >>> parsed_input("bf16[2, 3]")
+    ShapeDtypeStruct(shape=(2, 3), dtype=bfloat16)
+    """
+    found = _SPEC.fullmatch(text.strip())
+    if found is None:
+        raise UsageError(f'--input must be like "f32[8,224,224,3]", "bf16[2,16]" or "i32[2,128]:0..999", not {text!r}')
+    kind = found["kind"]
+    dtype = jnp.dtype("bool" if kind == "bool" else _DTYPES[kind] + (found["bits"] or "32"))
+    shape = tuple(int(n) for n in found["shape"].split(",") if n.strip())
+    if found["high"] is not None:
+        low, high = int(found["low"]), int(found["high"])
+        return np.random.default_rng(0).integers(low, high + 1, shape).astype(dtype)
+    if key is None:
+        return jax.ShapeDtypeStruct(shape, dtype)
+    return jax.random.normal(key, shape, dtype) if jnp.issubdtype(dtype, jnp.inexact) else jnp.zeros(shape, dtype)
+
+
+def parsed_keyword(text: str) -> tuple[str, Any]:
+    """A keyword and its value: True, False, None, a number or a string.
+
+    Raises:
+        UsageError: there is no "=".
+    """
+    name, equals, value = text.partition("=")
+    if not equals or not name.isidentifier():
+        raise UsageError(f"--keyword must be name=value, such as train=False, not {text!r}")
+    for read in ({"True": True, "False": False, "None": None}.__getitem__, int, float):
+        with contextlib.suppress(KeyError, ValueError):
+            return name, read(value)
+    return name, value
+
+
+def _activation(name: str) -> Any:
+    if ":" in name:
+        return resolved_function(name)
+    for home in (jax.nn, jnp):
+        if callable(found := getattr(home, name, None)):
+            return found
+    raise UsageError(f"activation {name!r} is neither in jax.nn nor in jax.numpy; give module:function for one of your own")
+
+
+def resolved_function(target: str) -> Any:
+    """The function that module:name says, uncalled."""
+    module_name, _, name = target.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    return getattr(importlib.import_module(module_name), name)
+
+
+def _show(result: Any, as_json: bool) -> None:
+    """The result on the terminal: coloured there, plain in a pipe."""
+    if as_json:
+        print(result.to_json())
+    else:
+        console = rich.console.Console(highlight=False, soft_wrap=True)
+        console.print(result if sys.stdout.isatty() else result.table(), markup=False)
+
+
+def _draw(result: Any, file: str | None) -> None:
+    if file is not None:
+        result.plot().savefig(file, bbox_inches="tight")
+
+
+@contextlib.contextmanager
+def _patience() -> Iterator[None]:
+    """Show on a terminal that something goes on, once it has taken two seconds."""
+    console = rich.console.Console(stderr=True)
+    if not console.is_terminal:
+        yield
+        return
+    status = console.status("working")
+    timer = threading.Timer(_SLOW, status.start)
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        status.stop()
