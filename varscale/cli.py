@@ -180,10 +180,11 @@ class GainCommand:
         if not self.activation:
             raise UsageError("activation is missing: give names such as gelu, tanh or package.module:function")
         criteria = ("second_moment", "variance", "derivative")
-        print(f"{'':24s}" + "".join(f"{name:>16s}" for name in criteria))
+        lines = [f"{'':24s}" + "".join(f"{name:>16s}" for name in criteria)]
         for name in self.activation:
             f = _activation(name)
-            print(f"{name:24s}" + "".join(f"{vs.gain(f, criterion):16.10f}" for criterion in criteria))
+            lines.append(f"{name:24s}" + "".join(f"{vs.gain(f, criterion):16.10f}" for criterion in criteria))
+        print("\n".join(lines))
         return CLEAN
 
 

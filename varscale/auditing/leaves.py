@@ -147,9 +147,7 @@ def check_constants(leaves: Sequence[Summary]) -> Iterator[Finding]:
             continue
         mend = f'vs.reinitialize(params, {{"{leaf.path}": vs.lecun_normal()}}, key)'
         if leaf.constant:
-            told = (
-                f"all its numbers are {leaf.smallest:.4g}: its units compute the same and get the same gradient, so that they "
-            )
+            told = f"all its numbers are {leaf.smallest:.4g}: its units compute the same, get the same gradient and "
             yield Finding("VS105", "error", leaf.path, told + "stay equal.", leaf.smallest, mend)
         elif leaf.repeats:
             axis = leaf.repeats[-1]

@@ -71,7 +71,9 @@ def check_logits(parameters: Sequence[ParameterUses], report: Report) -> Iterato
     classes, extra = output.shape[-1], output.second_moment / 2
     if extra > math.log(classes):
         told = f"its {classes} outputs have a second moment of {output.second_moment:.3g}: as logits they give a cross-entropy "
-        told += f"of about {math.log(classes) + extra:.3g} at step 0, where knowing nothing gives ln {classes} = {math.log(classes):.3g}."
+        told += (
+            f"of about {math.log(classes) + extra:.3g} at step 0; knowing nothing gives ln {classes} = {math.log(classes):.3g}."
+        )
         yield Finding(
             "VS110",
             "warning",
