@@ -235,7 +235,7 @@ def resolved(target: str) -> Any:
     if isinstance(found, nn.Module | nnx.Module):
         return found
     if inspect.isclass(found) and issubclass(found, nnx.Module):
-        return lambda rngs: found(rngs=rngs)
+        return lambda rngs: found(rngs=rngs)  # pyright: ignore[reportCallIssue]
     needed = [
         p
         for p in inspect.signature(found).parameters.values()

@@ -75,7 +75,7 @@ class Summary:
             return False
         above = self.prefix > np.median(self.prefix)
         runs = 1 + np.count_nonzero(above[1:] != above[:-1])
-        return abs(runs - n / 2 - 1) < 6 * math.sqrt(n) / 2
+        return bool(abs(runs - n / 2 - 1) < 6 * math.sqrt(n) / 2)
 
 
 def summary(path: str, leaf: Any) -> Summary:
