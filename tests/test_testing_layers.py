@@ -1,5 +1,6 @@
 """`assert_output_variance` and the strategies."""
 
+import re
 import subprocess
 import sys
 
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen, nnx
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
@@ -108,6 +109,20 @@ def test_claims_of_zero_are_equalities():
             assert_output_variance(layer, RELU, scale=scale)
 
 
+def test_a_refuted_layer_is_told_the_usual_mistake():
+    x = jax.random.normal(jax.random.key(2), (8, 4, 16))
+
+    def layer(rngs):
+        return nnx.LinearGeneral(16, 16, batch_axis={0: 8}, kernel_init=jax.nn.initializers.lecun_normal(), rngs=rngs)
+
+    with pytest.raises(AssertionError) as caught:
+        assert_output_variance(layer, x, profile="quick")
+    assert any(hint.startswith("1/8: axis 0 of x has 8") for hint in caught.value.verdict.hints)
+    with pytest.raises(AssertionError) as caught:
+        assert_output_variance(linen.Dense(32, kernel_init=vs.he_normal()), RELU, profile="quick")
+    assert caught.value.verdict.hints == ("2: twice the claim, as He's 2/fan where LeCun's 1/fan is claimed",)
+
+
 def test_wrong_questions_are_answered_by_name():
     layer = linen.Dense(2, kernel_init=NORMAL)
     with pytest.raises(Underpowered, match="max_replicates is 10"):
@@ -152,6 +167,20 @@ def test_axes_fit_their_shapes_and_every_name_draws(data, kind):
     assert np.isfinite(data.draw(strategies.activations())(jnp.float32(0.3)))
     init = data.draw(strategies.initializers())
     assert jax.eval_shape(lambda key: init(key, (4, 6), jnp.float32), jax.random.key(0)).shape == (4, 6)
+
+
+@pytest.mark.parametrize("kind", ["dense", "conv", "general", "any"])
+def test_a_failing_shape_prints_as_a_shape(kind):
+    @settings(derandomize=True, database=None, max_examples=50)
+    @given(shape=strategies.kernel_shapes(kind))
+    def fails(shape):
+        raise AssertionError(shape)
+
+    with pytest.raises(AssertionError) as caught:
+        fails()
+    notes = "".join(caught.value.__notes__)
+    assert re.search(r"shape=\((1, )+1\)", notes), notes
+    assert "lambda" not in notes
 
 
 def test_kinds_are_checked():

@@ -7,6 +7,7 @@ follows from the case, so every verdict below is the same in every run.
 import inspect
 import itertools
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 import varscale as vs
+from varscale import testing
 from varscale.testing import Underpowered, VarianceClaim, Verdict, assert_variance, strategies
 from varscale.testing.verdict import PARTS
 
@@ -175,6 +177,138 @@ def test_too_small_a_budget_is_said_and_never_passes():
 
 
 @pytest.mark.parametrize(
+    ("sizes", "binds", "not_binding"),
+    [
+        (dict(detectable_mean=0.012), "a mean of 0.012 std asks for 9", "a ratio of"),
+        (dict(detectable_mean=1.0, detectable_ratio=1.01), "a ratio of 1.01 asks for", "a mean of 1"),
+        (dict(detectable_ratio=1.01), "std asks for", "nothing"),
+    ],
+)
+def test_a_shortage_says_which_size_binds_and_what_would_do(sizes, binds, not_binding):
+    """What the message proposes does: the same draws pass with it."""
+    claim, weights = VarianceClaim(1.0, distribution="normal"), np.random.default_rng(0).standard_normal((1, 200, 200))
+    with pytest.raises(Underpowered) as caught:
+        claim.check(weights, **sizes)
+    words = str(caught.value)
+    assert binds in words
+    assert f"{not_binding} asks" not in words
+    proposed = dict(pair.split("=") for pair in re.findall(r"detectable_\w+=[\d.]+", words))
+    assert claim.check(weights, **sizes | {name: float(size) for name, size in proposed.items()}).holds
+
+
+def test_the_quick_profile_sees_what_it_says_and_says_what_it_does_not():
+    """False alarms 1e-6, misses 1e-3 at a ratio of 1.2 or a mean of .1: the same keys in every run."""
+    for shape in ((1, 1), (3, 3, 16, 32), (64, 64)):
+        verdict = assert_variance(vs.he_normal(), shape, scale=2.0, profile="quick")
+        assert verdict.samples < 2e4
+        assert verdict.detectable_ratio <= 1.2
+        assert verdict.detectable_mean <= 0.1
+        assert "cannot see: a variance off by less than 20 %" in str(verdict)
+        for scale in (2.0 * 1.2, 2.0 / 1.2):
+            with pytest.raises(AssertionError):
+                assert_variance(vs.he_normal(), shape, scale=scale, profile=testing.QUICK)
+    assert assert_variance(jax_init.he_normal(), SHAPE, scale=2.0, dtype=jnp.bfloat16, profile="quick").holds
+    assert "cannot see" not in str(assert_variance(vs.he_normal(), (32, 16), scale=2.0))
+    assert assert_variance(vs.he_normal(), (8, 8), scale=2.0, profile="quick", detectable_ratio=1.3).detectable_ratio <= 1.3
+    with pytest.raises(ValueError, match="profile must be one of 'full', 'quick'"):
+        assert_variance(vs.he_normal(), (8, 8), profile="fast")
+
+
+CONV, BATCHED = (3, 3, 16, 32), dict(in_axis=1, out_axis=2, batch_axis=0)
+
+
+@pytest.mark.parametrize(
+    ("init", "shape", "claim", "hint"),
+    [
+        (vs.normal(16**-0.5), CONV, {}, "9 = 3·3: the receptive field is missing"),
+        (vs.normal((9 * 144) ** -0.5), CONV, {}, "1/9 = 1/(3·3): the receptive field is counted twice"),
+        (vs.truncated_normal(0.87962566 / 8), (64, 48), {}, "0.774: the truncation's constant"),
+        (vs.normal(1 / 8 / 0.87962566), (64, 48), {}, "1.292: divided by the truncation's constant"),
+        (vs.he_normal(), (64, 48), {}, "2: twice the claim, as He's"),
+        (vs.lecun_normal(), (64, 48), dict(scale=2.0), "1/2: half the claim, as LeCun's"),
+        (vs.variance_scaling(1.0, "fan_out"), (64, 48), {}, "fan_out (48) is divided by, not fan_in (64)"),
+        (vs.glorot_normal(), (256, 48), {}, "fan_avg (152) is divided by, not fan_in (256)"),
+        (vs.normal((8 * 64) ** -0.5), (8, 64, 48), BATCHED, "1/8: the batch axis 0 of 8 is counted into the fan"),
+        (vs.normal((8 * 64) ** -0.5), (8, 64, 48), {}, ""),
+        (vs.normal(1 / 64), (64, 48), {}, "0.0156: the variance is used as standard deviation"),
+        (vs.normal(64**-0.25), (64, 48), {}, "8: the square root is taken twice"),
+        (vs.normal(1.0), (64, 48), {}, "64: the weights have variance 1"),
+        (vs.normal(8.0), (64, 48), {}, "4096: the fraction is upside down"),
+        (vs.symmetric_uniform(1 / 8), (64, 48), {}, "1/3: uniform in ±σ"),
+        (vs.normal((3 / 64) ** 0.5), (64, 48), {}, "3: a uniform law's bound"),
+        (vs.normal((1.5925 / 64) ** 0.5), (64, 48), dict(scale=1.5925**2), "1/√2.536: the gain 1.593 multiplies the variance"),
+        (jax_init.uniform(0.2), (64, 48), {}, "uniform on one side of 0"),
+    ],
+)
+def test_usual_mistakes_are_named(init, shape, claim, hint):
+    if not hint:  # What is no mistake gets no hint.
+        assert assert_variance(init, shape, profile="quick", **claim).hints == ()
+        return
+    with pytest.raises(AssertionError) as caught:
+        assert_variance(init, shape, profile="quick", **claim)
+    assert any(found.startswith(hint) for found in caught.value.verdict.hints), caught.value.verdict.hints
+    assert f"hint: {hint}" in str(caught.value)
+
+
+def test_a_mean_of_weights_sampled_in_bfloat16_is_explained():
+    with pytest.raises(AssertionError) as caught:
+        assert_variance(jax_init.he_normal(), SHAPE, scale=2.0, dtype=jnp.bfloat16)
+    assert caught.value.verdict.hints == ("sampled in bfloat16, whose few values have a mean: draw in float32 and round once",)
+
+
+@pytest.mark.parametrize(
+    ("init", "words"),
+    [
+        (vs.he_normal, r"write vs.he_normal\(\)"),
+        (vs.kaiming_uniform, r"write vs.he_uniform\(\)"),
+        (vs.orthogonal, r"write vs.orthogonal\(\)"),
+        (jax_init.he_normal, r"it makes one; write he_normal\(\)"),
+        (vs.VarianceScaling, "not the class VarianceScaling"),
+        ("he_normal", "not 'he_normal'"),
+    ],
+)
+def test_what_makes_an_initializer_is_told_from_one(init, words):
+    with pytest.raises(TypeError, match=words):
+        assert_variance(init, (8, 8))
+
+
+def test_tracebacks_show_the_test_alone():
+    """pytest leaves out frames that hold `__tracebackhide__`: of the library, all."""
+    calls = (
+        lambda: assert_variance(vs.he_normal(), (8, 8), profile="quick"),
+        lambda: assert_variance(vs.he_normal(), (8, 8), max_samples=10),
+        lambda: assert_variance(vs.he_normal, (8, 8)),
+        lambda: VarianceClaim(1.0).check(np.random.default_rng(0).standard_normal((1, 40, 40))),
+        lambda: testing.assert_output_variance(lambda key, x: x, jnp.ones((2, 3)), scale=2.0),
+        lambda: testing.assert_output_variance(lambda key, x: x * jax.random.normal(key), jnp.ones(3), max_replicates=2),
+    )
+    for call in calls:
+        with pytest.raises((AssertionError, Underpowered, TypeError)) as caught:
+            call()
+        frames = [frame for frame in caught.traceback if "varscale" in str(frame.path)]
+        own = [frame for frame in frames if "varscale/testing" in str(frame.path)]
+        assert own
+        assert all("__tracebackhide__" in frame.locals for frame in own), [frame.name for frame in own]
+
+
+def test_too_few_numbers_to_tell_are_not_ticked():
+    """One output of 2 inputs: E[y²] is far from the claim by chance, and the report says so."""
+    open_ones = 0
+    for seed in range(20):
+        weights = np.random.default_rng(seed).standard_normal((2, 300, 1))
+        verdict = VarianceClaim(1.0).check(weights, alpha=1e-2, beta=0.1, detectable_ratio=4.0, detectable_mean=0.5)
+        part = next(finding for finding in verdict.findings if finding.name == "output_second_moment")
+        ratio = float(re.search(r"E\[y²\] is ([\d.e-]+)", part.says).group(1))
+        if "output_second_moment" in verdict.failed:
+            continue
+        assert part.open == (not 0.5 <= ratio <= 2)
+        assert ("○ output_second_moment" in str(verdict)) == part.open
+        assert ("too few numbers to tell" in str(verdict)) == any(finding.open for finding in verdict.findings)
+        open_ones += part.open
+    assert open_ones > 5
+
+
+@pytest.mark.parametrize(
     ("arguments", "error", "match"),
     [
         (dict(scale=-1.0), ValueError, "scale"),
@@ -219,11 +353,24 @@ def test_a_claim_of_dependent_weights_takes_the_draw_for_its_unit():
     assert not VarianceClaim(1.2, independent=False).check(weights, detectable_mean=0.1).holds
 
 
+@pytest.mark.parametrize(
+    ("claim", "words"),
+    [
+        (VarianceClaim(0.09, distribution="normal"), "variance 0.09, normal"),
+        (VarianceClaim(0.0625, mean=0.25), "constant 0.25"),
+        (VarianceClaim(1.0, mean=0.6, bound=3.0), "variance 0.64, mean 0.6, at most 3 large"),
+        (VarianceClaim(1 / 48, orthogonal_axis=0), "variance 0.0208333, orthogonal with columns along axis 0"),
+    ],
+)
+def test_claims_read_as_sentences(claim, words):
+    assert str(claim) == words
+
+
 def test_a_verdict_reads_as_a_report():
     verdict = assert_variance(vs.lecun_normal(), (32, 16), distribution="truncated_normal")
     text = str(verdict)
     assert isinstance(verdict, Verdict)
-    assert text.startswith("holds | VarianceClaim(")
+    assert text.startswith("holds | variance 1/fan_in, fan_in 32, truncated_normal, in float32 (32, 16), ")
     for words in (
         "ratio",
         "interval",

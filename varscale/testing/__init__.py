@@ -3,7 +3,10 @@
     from varscale import testing
 
     testing.assert_variance(my_init, (3, 3, 64, 128), scale=2.0, distribution="truncated_normal")
+    testing.assert_variance(my_init, (3, 3, 64, 128), scale=2.0, profile="quick")  # a fiftieth of the samples
     testing.assert_output_variance(nn.Dense(256, kernel_init=vs.he_normal()), x, scale=2.0)
+
+README.md beside this file: how a claim is tested, error rates, power, cost, and a whole test to paste.
 
 `testing.strategies` (Hypothesis strategies for shapes, axes, dtypes, layers, ...) needs the extra `varscale[testing]`.
 """
@@ -14,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from varscale.testing.claims import VarianceClaim
 from varscale.testing.layers import assert_output_variance
 from varscale.testing.power import Underpowered, plan_samples
+from varscale.testing.profiles import FULL, QUICK, Profile
 from varscale.testing.sequential import SequentialVerdict, log_e_value, sequential_test
 from varscale.testing.verdict import Finding, Verdict
 from varscale.testing.weights import assert_variance
@@ -22,7 +26,10 @@ if TYPE_CHECKING:
     from varscale.testing import strategies as strategies
 
 __all__ = [
+    "FULL",
+    "QUICK",
     "Finding",
+    "Profile",
     "SequentialVerdict",
     "Underpowered",
     "VarianceClaim",

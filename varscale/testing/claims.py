@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import jax.numpy as jnp
 import numpy as np
@@ -14,13 +14,13 @@ from jaxtyping import Float, Shaped
 from varscale.testing import goodness, independence, moments
 from varscale.testing.laws import is_low_precision, known_law, rounded_second_moments, stored
 from varscale.testing.moments import Resolution, Sums
-from varscale.testing.power import Underpowered, check_detectable, check_error_rates
+from varscale.testing.power import Underpowered
+from varscale.testing.profiles import FULL, Profile, profile_of
 from varscale.testing.tails import Law, log_symmetric_sum
 from varscale.testing.verdict import Finding, Verdict, equality
 
-DETECTABLE_RATIO, DETECTABLE_MEAN, ALPHA, BETA = 1.1, 0.012, 1e-9, 1e-6
-_CHUNK_ENTRIES, _SORTED_ENTRIES, _HAAR_ENTRIES, _HAAR_DRAWS = 2**22, 2**19, 2**20, 96
-_BLOCK_ENTRIES, _BLOCK_DRAWS = 2**19, 16
+_CHUNK_ENTRIES, _HAAR_ENTRIES, _HAAR_DRAWS = 2**22, 2**20, 96
+_BLOCK_DRAWS = 16
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ class VarianceClaim:
         independent: the entries are independent and identically distributed, and so are draws of different keys.
         orthogonal_axis: the array, flattened to a matrix whose columns lie along this axis, has orthogonal rows or
             columns (whichever are fewer) of equal length. An equality, not a statistic; independence is then not claimed.
+        words: the claim in words, for the verdict; by default they follow from the other attributes.
     """
 
     second_moment: float
@@ -45,6 +46,7 @@ class VarianceClaim:
     bound: float | None = None
     independent: bool = True
     orthogonal_axis: int | None = None
+    words: str = field(default="", repr=False, compare=False)
 
     def __post_init__(self):
         for name in ("second_moment", "mean"):
@@ -55,6 +57,16 @@ class VarianceClaim:
         if self.bound is not None and not self.bound >= 0:
             raise ValueError(f"bound must be None or not negative, got {self.bound!r}")
         known_law(self.distribution)
+
+    def __str__(self) -> str:
+        if self.words:
+            return self.words
+        parts = [f"variance {max(self.variance, 0.0):.6g}" if self.deviation else f"constant {self.mean:.6g}"]
+        parts += [f"mean {self.mean:.6g}"] if self.mean and self.deviation else []
+        parts += [self.distribution] if self.distribution else []
+        parts += [f"at most {self.bound:.6g} large"] if self.bound is not None else []
+        parts += [f"orthogonal with columns along axis {self.orthogonal_axis}"] if self.orthogonal_axis is not None else []
+        return ", ".join(parts)
 
     @property
     def variance(self) -> float:
@@ -85,10 +97,11 @@ class VarianceClaim:
         self,
         weights: Shaped[np.ndarray, "replicates *shape"],
         *,
-        detectable_ratio: float = DETECTABLE_RATIO,
-        detectable_mean: float = DETECTABLE_MEAN,
-        alpha: float = ALPHA,
-        beta: float = BETA,
+        profile: Profile | str = FULL,
+        detectable_ratio: float | None = None,
+        detectable_mean: float | None = None,
+        alpha: float | None = None,
+        beta: float | None = None,
         contractions: tuple[tuple[int, ...], ...] = (),
     ) -> Verdict:
         """Tests the claim on given weights.
@@ -96,10 +109,11 @@ class VarianceClaim:
         Args:
             weights: independent draws of one kernel, stacked along a leading axis (one draw: shape `(1, ...)`), in the
                 dtype they are stored in.
-            detectable_ratio: the variance ratio that must be detected, above 1.
-            detectable_mean: the mean that must be detected, in standard deviations.
-            alpha: the false-alarm rate of the whole claim.
-            beta: the rate of misses at the detectable sizes.
+            profile: the error rates and detectable sizes: "full", "quick" or a `Profile`.
+            detectable_ratio: the variance ratio that must be detected, above 1, in place of the profile's.
+            detectable_mean: the mean that must be detected, in standard deviations, in place of the profile's.
+            alpha: the false-alarm rate of the whole claim, in place of the profile's.
+            beta: the rate of misses at the detectable sizes, in place of the profile's.
             contractions: axes of `weights` that a layer sums over together, for the test of independence.
 
         Returns:
@@ -108,13 +122,21 @@ class VarianceClaim:
         Raises:
             Underpowered: the weights are too few for the rates and sizes asked.
             ValueError: an argument is outside its range, or there are no weights.
+
+        Example:
+            >>> weights = np.random.default_rng(0).normal(0.0, 0.5, (1, 1000, 1000))
+            >>> VarianceClaim(0.25, distribution="normal").check(weights).holds
+            True
         """
-        resolution = _resolution(alpha, beta, detectable_ratio, detectable_mean)
+        __tracebackhide__ = True
+        chosen = profile_of(profile).but(
+            detectable_ratio=detectable_ratio, detectable_mean=detectable_mean, alpha=alpha, beta=beta
+        )
         weights = np.asarray(weights)
         if not weights.size:
             raise ValueError(f"weights must not be empty, got shape {weights.shape}")
-        words = f"{self} in {weights.dtype} {weights.shape[1:]}, {len(weights)} draws"
-        outcome = _Outcome(words, resolution)
+        words = f"{self}, in {weights.dtype} {weights.shape[1:]}, {len(weights)} draws"
+        outcome = _Outcome(words, chosen)
         infinite = _not_finite(weights)
         outcome.add(equality("finite", not infinite, f"{infinite} of {weights.size} weights are not finite"))
         if infinite:
@@ -132,8 +154,9 @@ class VarianceClaim:
 class _Outcome:
     """Collects the findings of one test."""
 
-    def __init__(self, words: str, resolution: Resolution):
-        self.words, self.resolution, self.findings = words, resolution, []
+    def __init__(self, words: str, profile: Profile):
+        self.words, self.profile, self.findings = words, profile, []
+        self.resolution = Resolution(profile.alpha, profile.beta, profile.detectable_ratio, profile.detectable_mean)
 
     def add(self, *findings: Finding) -> None:
         self.findings.extend(findings)
@@ -145,16 +168,11 @@ class _Outcome:
         samples: int,
         detectable_ratio: float,
         detectable_mean: float = math.nan,
+        mean: float = math.nan,
     ) -> Verdict:
-        rates = self.resolution.alpha, self.resolution.beta
-        return Verdict(self.words, ratio, interval, samples, detectable_ratio, *rates, tuple(self.findings), detectable_mean)
-
-
-def _resolution(alpha: float, beta: float, ratio: float, mean: float) -> Resolution:
-    check_error_rates(alpha, beta)
-    check_detectable("detectable_ratio", ratio, 1)
-    check_detectable("detectable_mean", mean, 0)
-    return Resolution(alpha, beta, ratio, mean)
+        rates, seen = (self.profile.alpha, self.profile.beta), (detectable_mean, mean)
+        findings, blind = tuple(self.findings), self.profile.blind
+        return Verdict(self.words, ratio, interval, samples, detectable_ratio, *rates, findings, *seen, blind=blind)
 
 
 def _snap(dtype: np.dtype) -> float:
@@ -224,13 +242,14 @@ def _random(
     outcome: _Outcome,
     contractions: tuple[tuple[int, ...], ...],
 ) -> Verdict:
+    __tracebackhide__ = True
     law = claim.law(weights.dtype)
     resolution, snap = outcome.resolution, _snap(weights.dtype)
     sums = _sums(claim, weights, moments.batches_needed(law, resolution.alpha))
     expected = rounded_second_moments(law, claim.deviation, weights.dtype)
     outcome.add(moments.second_moment(sums, law, snap, expected), moments.mean(sums))
     if claim.independent:
-        block = _block(claim, weights)
+        block = _block(claim, weights, outcome.profile.entries)
         outcome.add(
             independence.output_second_moment(block, contractions), independence.autocorrelation(block),
             independence.paired_slices(block), *independence.homogeneity(block),
@@ -245,21 +264,15 @@ def _random(
     interval = (sums.ratio / high, sums.ratio / low)
     if law is not None:
         _follow(law, claim, weights, interval, outcome)
-    verdict = outcome.verdict(sums.ratio, interval, int(count), detectable, smallest_mean)
+    center = float(sums.signed.sum() / count)
+    verdict = outcome.verdict(sums.ratio, interval, int(count), detectable, smallest_mean, center)
     # A refutation stands whatever the power was; only an acquittal needs it.
     if verdict.holds and (detectable > resolution.ratio or smallest_mean > resolution.mean):
-        raise _underpowered(verdict, resolution, resolution.samples(law, sums.kurtosis, spread))
+        needed = resolution.samples(law, sums.kurtosis, spread)
+        shortage = resolution.shortage(int(count), law, sums.kurtosis, spread)
+        message = f"{int(count)} samples are too few for the claim {verdict.claim}: {shortage}"
+        raise Underpowered(message, allowed=int(count), needed=needed)
     return verdict
-
-
-def _underpowered(verdict: Verdict, resolution: Resolution, needed: int) -> Underpowered:
-    message = (
-        f"{verdict.samples} samples reveal a variance ratio of {verdict.detectable_ratio:.4g} and a mean of "
-        f"{verdict.detectable_mean:.3g} standard deviations, not the {resolution.ratio:.4g} and {resolution.mean:.3g} asked "
-        f"for (alpha {resolution.alpha:g}, "
-        f"beta {resolution.beta:g}): {needed} samples are needed for {verdict.claim}"
-    )
-    return Underpowered(message, allowed=verdict.samples, needed=needed)
 
 
 def _follow(
@@ -269,7 +282,7 @@ def _follow(
     left to its interval.
     """
     flat, snap = weights.reshape(-1), _snap(weights.dtype)
-    values = _standardized(claim, flat[:: -(-flat.size // _SORTED_ENTRIES)])
+    values = _standardized(claim, flat[:: -(-flat.size // outcome.profile.entries)])
     least, most = min(1.0, math.sqrt(interval[0])) * (1 - snap), max(1.0, math.sqrt(interval[1])) * (1 + snap)
     outcome.add(goodness.distribution_function(values, law, snap), goodness.extremes(values, law, least, most))
     if math.isfinite(law.bound):
@@ -312,13 +325,15 @@ def _sums(claim: VarianceClaim, weights: Shaped[np.ndarray, "replicates *shape"]
     return Sums.over(entries() if claim.independent else draws(), batches)
 
 
-def _block(claim: VarianceClaim, weights: Shaped[np.ndarray, "replicates *shape"]) -> Float[np.ndarray, "replicates *part"]:
+def _block(
+    claim: VarianceClaim, weights: Shaped[np.ndarray, "replicates *shape"], entries: int
+) -> Float[np.ndarray, "replicates *part"]:
     """The standardized weights, or of more than fit the budget a part: fewer draws, then fewer slices of the longest axis.
 
     Neighbours stay together in pairs, and the pairs are scattered.
     """
     generator = np.random.default_rng(0)
-    while weights.size > _BLOCK_ENTRIES:
+    while weights.size > entries:
         axis = 0 if len(weights) > _BLOCK_DRAWS else int(np.argmax(weights.shape))
         starts = 2 * np.sort(generator.permutation(weights.shape[axis] // 2)[: max(1, weights.shape[axis] // 4)])
         weights = np.take(weights, np.stack([starts, starts + 1], axis=1).reshape(-1), axis=axis)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import zlib
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -12,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Key, PyTree, Shaped
+
+from varscale import initializers
 
 Init = Callable[..., Array]
 
@@ -95,6 +98,39 @@ def draw(
     return map_keys(_Draw(init, shape, jnp.dtype(dtype)), key, replicates, size)
 
 
+def checked_init(init: Init) -> Init:
+    """The initializer, if it can be one.
+
+    Raises:
+        TypeError: it is no function of (key, shape, dtype), or one that makes an initializer.
+    """
+    __tracebackhide__ = True
+    name = getattr(init, "__name__", "")
+    if not callable(init):
+        raise TypeError(f"init must be an initializer (key, shape, dtype) -> weights, not {init!r}")
+    if isinstance(init, type):
+        raise TypeError(f"init must be an initializer, not the class {name}: write {name}(...)")
+    if name in initializers.__all__ and getattr(initializers, name) is init:
+        raise TypeError(f"init must be an initializer; vs.{name} makes one: write vs.{name}()")
+    return init
+
+
+@functools.lru_cache(maxsize=256)
+def _same_twice_cached(init: Init, shape: tuple[int, ...], dtype: np.dtype) -> tuple[jax.ShapeDtypeStruct, bool]:
+    return same_twice(init, shape, dtype, jax.random.key(0))
+
+
+def same_twice_once(
+    init: Init, shape: tuple[int, ...], dtype: DTypeLike, key: Key[Array, ""]
+) -> tuple[jax.ShapeDtypeStruct, bool]:
+    """`same_twice`, remembered for initializers that hash: tracing twice costs more than a quick test's whole budget."""
+    try:
+        hash(init)
+    except TypeError:
+        return same_twice(init, shape, dtype, key)
+    return _same_twice_cached(init, shape, jnp.dtype(dtype))
+
+
 def same_twice(init: Init, shape: tuple[int, ...], dtype: DTypeLike, key: Key[Array, ""]) -> tuple[jax.ShapeDtypeStruct, bool]:
     """What an initializer returns, and whether it returns the same again for the same key.
 
@@ -113,5 +149,8 @@ def same_twice(init: Init, shape: tuple[int, ...], dtype: DTypeLike, key: Key[Ar
         # Not traceable, or not an array: the call itself says which.
         pass
     first, second = init(key, shape, dtype), init(key, shape, dtype)
+    if callable(first):
+        name = getattr(init, "__name__", "init")
+        raise TypeError(f"init must be an initializer, but {name} returned {first!r}: it makes one; write {name}()")
     found = jax.ShapeDtypeStruct(np.shape(first), jnp.asarray(first).dtype)
     return found, np.asarray(first).tobytes() == np.asarray(second).tobytes()

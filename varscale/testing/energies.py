@@ -8,8 +8,8 @@ from collections.abc import Callable
 import numpy as np
 from jaxtyping import Float
 
-from varscale.testing.claims import ALPHA, BETA, DETECTABLE_RATIO
 from varscale.testing.power import Resolution, samples_for, unknown_law_resolution
+from varscale.testing.profiles import FULL
 from varscale.testing.tails import batches_for, log_unknown_law
 from varscale.testing.verdict import PARTS, Finding, Verdict
 
@@ -34,6 +34,7 @@ def mean_is_one(draw: Callable[[int], Energies], alpha: float, beta: float, rati
     Returns:
         The replicates, the finding, and what any number of them resolves.
     """
+    __tracebackhide__ = True
     batches, count = batches_for(alpha), LEAST
     while True:
         energies = draw(count)
@@ -61,9 +62,9 @@ def mean_is_one(draw: Callable[[int], Energies], alpha: float, beta: float, rati
 def check_energies(
     draw: Callable[[int], Energies],
     *,
-    detectable_ratio: float = DETECTABLE_RATIO,
-    alpha: float = ALPHA,
-    beta: float = BETA,
+    detectable_ratio: float = FULL.detectable_ratio,
+    alpha: float = FULL.alpha,
+    beta: float = FULL.beta,
     claim: str = "E = 1",
 ) -> Verdict:
     """The verdict on the claim that independent replicates have expectation 1; see `mean_is_one`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,18 +16,12 @@ from flax import nnx
 from jaxtyping import Array, Float, Inexact, Key, PyTree
 
 from varscale.programs.faces import Inputs, as_inputs, program
-from varscale.testing.claims import ALPHA, BETA, DETECTABLE_RATIO
 from varscale.testing.draws import key_of, map_keys
 from varscale.testing.energies import LEAST, Outcome, mean_is_one
+from varscale.testing.hints import output_hints
 from varscale.testing.laws import known_law
-from varscale.testing.power import (
-    Resolution,
-    Underpowered,
-    check_detectable,
-    check_error_rates,
-    resolution,
-    samples_for,
-)
+from varscale.testing.power import Resolution, Underpowered, resolution, samples_for
+from varscale.testing.profiles import FULL, Profile, profile_of
 from varscale.testing.quadratic import QuadraticForm, quadratic_form
 from varscale.testing.verdict import PARTS, Finding, Verdict, demand, equality
 
@@ -38,9 +33,10 @@ def assert_output_variance(
     scale: float = 1.0,
     expected: float | None = None,
     distribution: str | None = None,
-    detectable_ratio: float = DETECTABLE_RATIO,
-    alpha: float = ALPHA,
-    beta: float = BETA,
+    profile: Profile | str = FULL,
+    detectable_ratio: float | None = None,
+    alpha: float | None = None,
+    beta: float | None = None,
     max_replicates: int = 2**20,
     key: Key[Array, ""] | None = None,
 ) -> Verdict:
@@ -60,9 +56,10 @@ def assert_output_variance(
         scale: the product `n·Var[w]` claimed, of the fan of use: 1 for LeCun's, 2 for He's.
         expected: `E[y²]` claimed, in place of `scale` times the mean of `x²`.
         distribution: the law of the kernel, or None.
-        detectable_ratio: the ratio of second moments that must be detected, above 1.
-        alpha: the false-alarm rate.
-        beta: the rate of misses at the detectable ratio.
+        profile: error rates and detectable ratio: "full" sees E[y²] off by 10 %, "quick" by 20 %; or a `Profile`.
+        detectable_ratio: the ratio of second moments that must be detected, above 1, in place of the profile's.
+        alpha: the false-alarm rate, in place of the profile's.
+        beta: the rate of misses at the detectable ratio, in place of the profile's.
         max_replicates: how many initializations may be made.
         key: source of the keys; by default it follows from the shape of `x` and the claim.
 
@@ -74,9 +71,20 @@ def assert_output_variance(
         Underpowered: `max_replicates` cannot see what is asked.
         ValueError: an argument is outside its range.
         TypeError: `layer` is none of the four.
+
+    Example:
+        >>> import jax, varscale as vs
+        >>> from flax import nnx
+        >>> from varscale import testing
+        >>> x = jax.nn.relu(jax.random.normal(jax.random.key(0), (2, 64)))
+        >>> def layer(rngs):
+        ...     return nnx.Linear(64, 32, kernel_init=vs.he_normal(), rngs=rngs)
+        >>> testing.assert_output_variance(layer, x, scale=2.0, profile="quick").holds
+        True
     """
-    check_error_rates(alpha, beta)
-    check_detectable("detectable_ratio", detectable_ratio, 1)
+    __tracebackhide__ = True  # pytest shows the line of the test
+    chosen = profile_of(profile).but(detectable_ratio=detectable_ratio, alpha=alpha, beta=beta)
+    alpha, beta, detectable_ratio = chosen.alpha, chosen.beta, chosen.detectable_ratio
     law = known_law(distribution)
     if not (math.isfinite(scale) and scale >= 0):
         raise ValueError(f"scale must be finite and not negative, got {scale!r}")
@@ -103,7 +111,8 @@ def assert_output_variance(
     interval = (ratio / high, ratio / low)
     words = f"E[y²] = {claimed:.6g} given x of shape {array.shape} with E[x²] = {second_moment:.6g}, by the "
     words += "law of this quadratic form in the weights" if form is not None else "scatter of replicates"
-    return demand(Verdict(words, ratio, interval, len(energies), detectable, alpha, beta, findings))
+    verdict = Verdict(words, ratio, interval, len(energies), detectable, alpha, beta, findings)
+    return demand(dataclasses.replace(verdict, hints=() if verdict.holds else output_hints(interval, array.shape)))
 
 
 Init = Callable[[Key[Array, ""]], PyTree]
@@ -151,10 +160,12 @@ class _Experiment:
 
     def energies(self, count: int) -> Float[np.ndarray, " replicates"]:
         """Mean of `y²` over the output, divided by the claim where that is not 0, of `count` replicates or a few more."""
+        __tracebackhide__ = True
         if count > self.most:
             rates = f"(alpha {self.alpha * PARTS:g}, beta {self.beta:g})"
             message = f"{count} replicates are needed to detect a ratio of {self.ratio:g} {rates}"
-            raise Underpowered(f"{message}, max_replicates is {self.most}", allowed=self.most, needed=count)
+            mend = f"pass a larger detectable_ratio, alpha or beta, profile='quick', or max_replicates={count}"
+            raise Underpowered(f"{message}, max_replicates is {self.most}: {mend}", allowed=self.most, needed=count)
 
         sizes = jax.eval_shape(lambda key: (self.init(key), self.apply(self.init(key))), self.key)
         entries = sum(leaf.size for leaf in jax.tree.leaves(sizes))
@@ -176,6 +187,8 @@ def _zero(experiment: _Experiment) -> Outcome:
 
 
 def _known(form: QuadraticForm, experiment: _Experiment) -> Outcome:
+    __tracebackhide__ = True
+
     def resolve(count: float) -> Resolution:
         return resolution(lambda ratio: form.log_tails(ratio, count), experiment.alpha, experiment.beta)
 

@@ -40,10 +40,38 @@ class Resolution:
         """Detectable mean of `count` units whose mean weights have the standard deviation `spread`."""
         return spread * detectable_mean(count, self.alpha / PARTS, self.beta)
 
+    def samples_for_mean(self, spread: float = 1.0) -> int:
+        """How many units the detectable mean requires."""
+        return math.ceil((self.of_mean(1, spread) / self.mean) ** 2)
+
+    def samples_for_ratio(self, law: Law | None, kurtosis: float = 3.0) -> int:
+        """How many units the detectable ratio requires; 1 for a law whose second moment is an equality."""
+        return samples_for(lambda count: self.of_ratio(law, kurtosis, count), self.ratio, least=1)
+
     def samples(self, law: Law | None, kurtosis: float = 3.0, spread: float = 1.0) -> int:
-        """How many units both sizes require; for a law whose second moment is an equality, as many as the mean requires."""
-        for_mean = math.ceil((self.of_mean(1, spread) / self.mean) ** 2)
+        """How many units both sizes require."""
+        for_mean = self.samples_for_mean(spread)
         return samples_for(lambda count: self.of_ratio(law, kurtosis, count), self.ratio, least=for_mean)
+
+    def shortage(self, allowed: int, law: Law | None, kurtosis: float = 3.0, spread: float = 1.0) -> str:
+        """Which of the two sizes asks for more units than are allowed, what these reveal, and what would do, in words."""
+        for_ratio, for_mean = self.samples_for_ratio(law, kurtosis), self.samples_for_mean(spread)
+        reveals, mean = self.of_ratio(law, kurtosis, allowed)[2], self.of_mean(allowed, spread)
+        asked = [f"a mean of {self.mean:g} std asks for {for_mean}"] * (for_mean > allowed)
+        asked += [f"a ratio of {self.ratio:g} asks for {for_ratio}"] * (for_ratio > allowed)
+        mend = [f"detectable_mean={_rounded_up(mean):g}"] * (for_mean > allowed)
+        # Beyond a factor of some hundreds nothing is worth detecting.
+        mend += [f"detectable_ratio={_rounded_up(reveals):g}"] * (for_ratio > allowed and reveals < 100)
+        return (
+            f"{' and '.join(asked)} samples (alpha {self.alpha:g}, beta {self.beta:g}); {allowed} reveal a ratio of "
+            f"{reveals:.4g} and a mean of {mean:.3g} std. Pass {' and '.join(mend)}, or allow more samples"
+        )
+
+
+def _rounded_up(size: float) -> float:
+    """The next larger number of three digits."""
+    step = 10.0 ** (math.floor(math.log10(size)) - 2)
+    return math.ceil(size / step) * step
 
 
 @dataclass(frozen=True)

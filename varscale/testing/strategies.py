@@ -10,8 +10,9 @@ Sizes come from a few buckets, since XLA compiles once for each shape and compil
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 import jax
@@ -34,6 +35,12 @@ Shape = tuple[int, ...]
 ShapeKind = Literal["dense", "conv", "general", "any"]
 
 
+@st.composite
+def _shapes(draw: st.DrawFn, *parts: st.SearchStrategy[Iterable[int]]) -> Shape:
+    """The parts joined. A composite prints as the tuple that it is, where `st.builds` and `map` print their calls."""
+    return tuple(itertools.chain.from_iterable(draw(part) for part in parts))
+
+
 def kernel_shapes(kind: ShapeKind = "any", *, most: int = 2**16) -> st.SearchStrategy[Shape]:
     """Kernel shapes in flax's layout.
 
@@ -48,12 +55,8 @@ def kernel_shapes(kind: ShapeKind = "any", *, most: int = 2**16) -> st.SearchStr
     size = st.sampled_from(_SIZES)
     kinds = {
         "dense": st.tuples(size, size),
-        "conv": st.builds(
-            lambda spatial, ends: (*spatial, *ends),
-            st.lists(st.sampled_from((1, 3)), min_size=1, max_size=3),
-            st.tuples(size, size),
-        ),
-        "general": st.lists(st.sampled_from((1, 2, 4, 16)), min_size=2, max_size=4).map(tuple),
+        "conv": _shapes(st.lists(st.sampled_from((1, 3)), min_size=1, max_size=3), st.tuples(size, size)),
+        "general": _shapes(st.lists(st.sampled_from((1, 2, 4, 16)), min_size=2, max_size=4)),
     }
     if kind not in (*kinds, "any"):
         raise ValueError(f"kind must be one of {', '.join(map(repr, (*kinds, 'any')))}, not {kind!r}")

@@ -21,11 +21,13 @@ class Finding:
         name: which part, such as `"second_moment"` or `"mean"`.
         log_p: natural logarithm of its p-value before the correction for their number; −inf where an equality is violated.
         says: what was measured, beside what was claimed.
+        open: whether the number measured is off by more than a factor of 2, yet from so few weights that chance explains it.
     """
 
     name: str
     log_p: float
     says: str
+    open: bool = False
 
 
 def equality(name: str, holds: bool, says: str) -> Finding:
@@ -48,6 +50,9 @@ class Verdict:
         alpha: the false-alarm rate of the whole claim.
         beta: the rate of misses at the detectable sizes.
         findings: one `Finding` a part, each judged at `alpha / PARTS`.
+        mean: measured mean of the weights, in standard deviations of the claim; NaN where no mean is claimed.
+        hints: usual mistakes that explain a refuted ratio or mean.
+        blind: what the profile of the test cannot see, in words.
     """
 
     claim: str
@@ -59,6 +64,9 @@ class Verdict:
     beta: float
     findings: tuple[Finding, ...]
     detectable_mean: float = math.nan
+    mean: float = math.nan
+    hints: tuple[str, ...] = ()
+    blind: str = ""
 
     @property
     def log_p_value(self) -> float:
@@ -97,8 +105,12 @@ class Verdict:
             + ("" if math.isnan(self.detectable_mean) else f" or a mean of {self.detectable_mean:.3g} std"),
         ]
         for finding in self.findings:
-            mark = "✗" if finding.name in failed else "✓"
+            mark = "✗" if finding.name in failed else "○" if finding.open else "✓"
             lines.append(f"  {mark} {finding.name}: {finding.says} (p = {_power_of_ten(finding.log_p)})")
+        if any(finding.open and finding.name not in failed for finding in self.findings):
+            lines.append("  ○: off by more than a factor of 2, which chance explains: too few numbers to tell")
+        lines += [f"  hint: {hint}" for hint in self.hints]
+        lines += [f"  cannot see: {self.blind}"] if self.blind and not failed else []
         return "\n".join(lines)
 
 
@@ -116,6 +128,7 @@ def demand(verdict: Verdict) -> Verdict:
     Raises:
         AssertionError: it does not hold; the message is the verdict in words, and `error.verdict` the verdict.
     """
+    __tracebackhide__ = True  # pytest shows the test, not the library
     if verdict.holds:
         return verdict
     error = AssertionError(str(verdict))

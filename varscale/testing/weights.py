@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 
@@ -9,13 +10,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Key
+from jaxtyping import Array, Key, Shaped
 
-from varscale.initializers.fans import Mode, compute_fans
-from varscale.testing.claims import ALPHA, BETA, DETECTABLE_MEAN, DETECTABLE_RATIO, VarianceClaim
-from varscale.testing.draws import Init, draw, key_of, same_twice
+from varscale.initializers.fans import Mode
+from varscale.testing.claims import VarianceClaim
+from varscale.testing.draws import Init, checked_init, draw, key_of, same_twice_once
+from varscale.testing.hints import KernelUse, mean_hints, variance_hints
+from varscale.testing.laws import is_low_precision
 from varscale.testing.moments import Resolution
-from varscale.testing.power import Underpowered, check_detectable, check_error_rates
+from varscale.testing.power import Underpowered
+from varscale.testing.profiles import FULL, Profile, profile_of
 from varscale.testing.verdict import Finding, Verdict, demand, equality
 
 MAX_SAMPLES = 2**27
@@ -33,10 +37,11 @@ def assert_variance(
     batch_axis: int | Sequence[int] = (),
     dtype: DTypeLike = jnp.float32,
     claim: VarianceClaim | None = None,
-    detectable_ratio: float = DETECTABLE_RATIO,
-    detectable_mean: float = DETECTABLE_MEAN,
-    alpha: float = ALPHA,
-    beta: float = BETA,
+    profile: Profile | str = FULL,
+    detectable_ratio: float | None = None,
+    detectable_mean: float | None = None,
+    alpha: float | None = None,
+    beta: float | None = None,
     max_samples: int = MAX_SAMPLES,
     key: Key[Array, ""] | None = None,
 ) -> Verdict:
@@ -62,10 +67,13 @@ def assert_variance(
         dtype: of the weights. Bits are counted: what the rounding to bfloat16, float16 or float8 adds to the variance is
             part of the claim.
         claim: a claim to test instead of `scale`, `mode` and `distribution`.
-        detectable_ratio: the variance ratio that must be detected, above 1.
-        detectable_mean: the common mean that must be detected, in standard deviations.
-        alpha: the false-alarm rate of all parts together.
-        beta: the rate of misses at the detectable sizes.
+        profile: error rates and detectable sizes: "full" sees a variance off by 10 % and a mean of .012 standard
+            deviations; "quick" 20 % and .1, in a fiftieth of the samples (the verdict says what it cannot see); or a
+            `Profile` of your own.
+        detectable_ratio: the variance ratio that must be detected, above 1, in place of the profile's.
+        detectable_mean: the common mean that must be detected, in standard deviations, in place of the profile's.
+        alpha: the false-alarm rate of all parts together, in place of the profile's.
+        beta: the rate of misses at the detectable sizes, in place of the profile's.
         max_samples: how many weights may be drawn.
         key: source of the keys; by default it follows from the other arguments, so that a case has one verdict.
 
@@ -73,48 +81,87 @@ def assert_variance(
         The verdict, when it holds.
 
     Raises:
-        AssertionError: the claim is refuted; `error.verdict` and the message say which part.
+        AssertionError: the claim is refuted; `error.verdict` and the message say which part, and which usual mistake has
+            this ratio.
         Underpowered: `max_samples` cannot see what is asked.
         ValueError: an argument is outside its range.
-        TypeError: `dtype` holds no fractions.
+        TypeError: `dtype` holds no fractions, or `init` is no initializer, as `vs.he_normal` without parentheses.
+
+    Example:
+        >>> import varscale as vs
+        >>> from varscale import testing
+        >>> verdict = testing.assert_variance(vs.he_normal(), (3, 3, 16, 32), scale=2.0, profile="quick")
+        >>> verdict.claim
+        'variance 2/fan_in, fan_in 144, in float32 (3, 3, 16, 32), 2 draws'
+        >>> try:  # variance 1/16: the window of 3 x 3 is forgotten
+        ...     testing.assert_variance(vs.normal(0.25), (3, 3, 16, 32), profile="quick")
+        ... except AssertionError as error:
+        ...     print(error.verdict.hints[0])
+        9 = 3·3: the receptive field is missing from the fan
     """
+    __tracebackhide__ = True  # pytest shows the line of the test
     shape = _checked_shape(shape)
+    init = checked_init(init)
     if not jnp.issubdtype(dtype, jnp.inexact):
         raise TypeError(f"dtype must be a floating-point or complex dtype, got {jnp.dtype(dtype).name}")
     dtype = jax.dtypes.canonicalize_dtype(dtype)
-    check_error_rates(alpha, beta)
-    check_detectable("detectable_ratio", detectable_ratio, 1)
-    check_detectable("detectable_mean", detectable_mean, 0)
+    chosen = profile_of(profile).but(detectable_ratio=detectable_ratio, detectable_mean=detectable_mean, alpha=alpha, beta=beta)
+    use = None
     if claim is None:
-        claim = _claim(shape, scale, mode, distribution, in_axis, out_axis, batch_axis)
-    resolution = Resolution(alpha, beta, detectable_ratio, detectable_mean)
+        use = KernelUse(shape, scale, mode, in_axis, out_axis, batch_axis)
+        claim = _claim(use, distribution)
     key = key_of(claim, shape, np.dtype(dtype).name) if key is None else key
     contract = _contract(init, shape, dtype, key)
     if any(finding.log_p == -math.inf for finding in contract):
-        return demand(Verdict(str(claim), math.nan, (0.0, math.inf), 0, math.inf, alpha, beta, contract))
-    contractions = _contractions(len(shape), in_axis, out_axis, batch_axis)
-    sizes = dict(detectable_ratio=detectable_ratio, detectable_mean=detectable_mean, alpha=alpha, beta=beta)
+        rates = chosen.alpha, chosen.beta
+        return demand(Verdict(str(claim), math.nan, (0.0, math.inf), 0, math.inf, *rates, contract))
+    weights, verdict = _measured(init, shape, dtype, claim, chosen, key, max_samples, (in_axis, out_axis, batch_axis))
+    uses_key = not claim.deviation or any(not np.array_equal(weights[0], other) for other in weights[1:])
+    parts = (*contract, equality("uses_key", uses_key, f"{len(weights)} keys{'' if uses_key else ' give the same weights'}"))
+    return demand(_hinted(verdict.and_also(parts), use, dtype))
+
+
+def _measured(
+    init: Init,
+    shape: tuple[int, ...],
+    dtype: DTypeLike,
+    claim: VarianceClaim,
+    profile: Profile,
+    key: Key[Array, ""],
+    most: int,
+    roles: tuple[int | Sequence[int], ...],
+) -> tuple[Shaped[np.ndarray, "replicates *shape"], Verdict]:
+    """Draws as many kernels as the profile needs, and the verdict on them.
+
+    Raises:
+        Underpowered: that is more than `most` weights.
+    """
+    __tracebackhide__ = True
+    resolution = Resolution(profile.alpha, profile.beta, profile.detectable_ratio, profile.detectable_mean)
     needed = claim.samples(resolution, math.prod(shape), dtype)
     while True:
-        if needed > max_samples:
-            sizes_asked = f"a ratio of {detectable_ratio:g} and a mean of {detectable_mean:g} standard deviations"
-            message = f"{needed} samples are needed to detect {sizes_asked}"
-            raise Underpowered(
-                f"{message} (alpha {alpha:g}, beta {beta:g}), max_samples is {max_samples}", allowed=max_samples, needed=needed
-            )
+        if needed > most:
+            shortage = resolution.shortage(most, claim.law(dtype)) if resolution.samples(claim.law(dtype)) > most else ""
+            message = f"{needed} samples are needed, max_samples is {most}{': ' if shortage else ''}{shortage}"
+            raise Underpowered(f"{message} (profile 'quick' needs fewer)", allowed=most, needed=needed)
         weights = draw(init, shape, dtype, key, max(2, -(-needed // math.prod(shape))))
         try:
-            verdict = claim.check(weights, **sizes, contractions=contractions)
-            break
+            return weights, claim.check(weights, profile=profile, contractions=_contractions(len(shape), *roles))
         except Underpowered as shortage:
             # The law turned out to have heavier tails than the plan assumed: draw again, with a margin for the estimate
             # of its kurtosis.
             if weights.size < needed:
                 raise
             needed = max(shortage.needed + shortage.needed // 4, 2 * needed)
-    uses_key = not claim.deviation or any(not np.array_equal(weights[0], other) for other in weights[1:])
-    parts = (*contract, equality("uses_key", uses_key, f"{len(weights)} keys{'' if uses_key else ' give the same weights'}"))
-    return demand(verdict.and_also(parts))
+
+
+def _hinted(verdict: Verdict, use: KernelUse | None, dtype: DTypeLike) -> Verdict:
+    """The verdict with what usually causes such a ratio or mean."""
+    failed = verdict.failed
+    hints = variance_hints(verdict.confidence_interval, use) if "second_moment" in failed else ()
+    if "mean" in failed:
+        hints += mean_hints(verdict.mean, verdict.ratio, jnp.dtype(dtype).name if is_low_precision(dtype) else None)
+    return dataclasses.replace(verdict, hints=hints)
 
 
 def _checked_shape(shape: Sequence[int]) -> tuple[int, ...]:
@@ -124,21 +171,24 @@ def _checked_shape(shape: Sequence[int]) -> tuple[int, ...]:
     return shape
 
 
-def _claim(shape, scale, mode, distribution, in_axis, out_axis, batch_axis) -> VarianceClaim:
+def _claim(use: KernelUse, distribution: str | None) -> VarianceClaim:
+    scale = use.scale
     if not (math.isfinite(scale) and scale >= 0):
         raise ValueError(f"scale must be finite and not negative, got {scale!r}")
     if distribution == "orthogonal":
-        if not isinstance(out_axis, int):
-            raise ValueError(f"out_axis must be one axis for distribution 'orthogonal', got {out_axis!r}")
-        columns = shape[out_axis]
-        return VarianceClaim(scale / max(columns, math.prod(shape) // columns), orthogonal_axis=out_axis, independent=False)
-    fans = compute_fans(shape, in_axis, out_axis, batch_axis)
-    return VarianceClaim(scale / fans.of(mode), distribution=distribution)
+        if not isinstance(use.out_axis, int):
+            raise ValueError(f"out_axis must be one axis for distribution 'orthogonal', got {use.out_axis!r}")
+        columns = use.shape[use.out_axis]
+        larger = max(columns, math.prod(use.shape) // columns)
+        words = f"orthogonal rows or columns of squared length {scale:g}, whichever are fewer"
+        return VarianceClaim(scale / larger, orthogonal_axis=use.out_axis, independent=False, words=words)
+    words = f"variance {scale:g}/{use.mode}, {use.mode} {use.fan:g}{f', {distribution}' if distribution else ''}"
+    return VarianceClaim(scale / use.fan, distribution=distribution, words=words)
 
 
 def _contract(init: Init, shape: tuple[int, ...], dtype: DTypeLike, key: Key[Array, ""]) -> tuple[Finding, ...]:
     """What one key shows: shape, dtype, and the same weights when called again."""
-    found, same = same_twice(init, shape, dtype, key)
+    found, same = same_twice_once(init, shape, dtype, key)
     says = f"{found.shape} in {found.dtype} returned, {shape} in {jnp.dtype(dtype).name} asked for"
     return (
         equality("signature", found.shape == shape and found.dtype == dtype, says),
