@@ -1,5 +1,10 @@
 """Drop-in: the same bits as jax.nn.initializers in float32 and float64, eager against eager and jitted against jitted."""
 
+import json
+import pathlib
+import platform
+import zlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -140,3 +145,40 @@ def test_derived_keys_are_jaxs(key):
     unrolled = sampling.unrolled_key(key)
     for derive in (lambda key: jax.random.split(key, 3), lambda key: jax.random.fold_in(key, 9)):
         np.testing.assert_array_equal(jax.random.key_data(derive(unrolled)), jax.random.key_data(derive(key)))
+
+
+GOLDEN = pathlib.Path(__file__).parent / "golden_bits.json"
+DTYPES = ("float32", "float64", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2", "complex64", "complex128")
+FROZEN = {law: vs.variance_scaling(2.0, "fan_avg", law) for law in (*LAWS, "rademacher")}
+# The rest is made of the same laws: one wide and one narrow dtype each.
+FROZEN_MAKERS = {
+    "vs.normal": vs.normal(0.5),
+    "vs.truncated_normal": vs.truncated_normal(0.5),
+    "vs.truncated_normal cut at 3": vs.truncated_normal(0.5, None, -3.0, 3.0),
+    "vs.symmetric_uniform": vs.symmetric_uniform(0.5),
+    "vs.cut_normal": vs.cut_normal(0.5, 0.6),
+    "vs.sparse": vs.sparse(0.5),
+    "vs.fused": vs.fused(vs.lecun_normal(), 2),
+    "vs.scaled": vs.scaled(vs.he_uniform(), 0.3),
+    "vs.embedding": vs.embedding(),
+    "vs.siren_first": vs.siren_first(),
+}
+
+
+def hashes_of_the_bits():
+    """CRC-32 of the bytes of (24, 16) weights of every law and maker by dtype, drawn eagerly from key 7."""
+    cases = [(name, init, dtype) for name, init in FROZEN.items() for dtype in DTYPES]
+    cases += [(name, init, dtype) for name, init in FROZEN_MAKERS.items() for dtype in ("float32", "bfloat16")]
+    with jax.enable_x64(True):
+        weights = {f"{name} {dtype}": init(jax.random.key(7), (24, 16), jnp.dtype(dtype)) for name, init, dtype in cases}
+    return {case: f"{zlib.crc32(np.asarray(w).tobytes()):08x}" for case, w in weights.items()}
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="other processors round the last place their own way")
+def test_the_bits_are_frozen():
+    """golden_bits.json: hashes by the version of jax from which on they hold; a later version names those that it changed."""
+    expected = {}
+    for version, hashes in json.loads(GOLDEN.read_text()).items():
+        if jax.__version_info__ >= tuple(map(int, version.split("."))):
+            expected |= hashes
+    assert hashes_of_the_bits() == expected

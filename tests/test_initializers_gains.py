@@ -2,6 +2,8 @@
 
 import functools
 import math
+import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -54,6 +56,18 @@ def test_stable_is_the_second_moment_where_its_slope_is_at_most_one(name):
     else:
         with pytest.raises(ValueError, match=rf"stable.* is {SLOPES[name]}.*times in 50.*Normalize.*residual.*LSUV"):
             vs.for_activation(activation, criterion="stable")
+
+
+def test_the_table_of_activations_in_the_readme():
+    """Gains and slopes to the digits printed; "stable" is a slope below 1."""
+    readme = pathlib.Path(vs.initializers.__file__).with_name("README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)` \| ([\d.]+) \| ([\d.]+) \| (.*) \|$", readme, re.MULTILINE)
+    assert len(rows) == 13
+    for name, gain, slope, depth in rows:
+        activation = getattr(jax.nn, name, None) or getattr(jnp, name)
+        assert f"{vs.gain(activation):.4f}" == gain
+        assert f"{gaussian.second_moment_slope(activation):.3f}".lstrip("0") == slope
+        assert (depth == "stable") == (float(slope) < 1)
 
 
 def test_the_slope_is_that_of_the_map_at_any_mean_and_variance():

@@ -1,5 +1,7 @@
 """`assert_output_variance` and the strategies."""
 
+import inspect
+import pathlib
 import re
 import subprocess
 import sys
@@ -14,6 +16,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 import varscale as vs
+from varscale import testing
 from varscale.programs import faces
 from varscale.testing import Underpowered, assert_output_variance, strategies
 from varscale.testing.quadratic import quadratic_form
@@ -181,6 +184,21 @@ def test_a_failing_shape_prints_as_a_shape(kind):
     notes = "".join(caught.value.__notes__)
     assert re.search(r"shape=\((1, )+1\)", notes), notes
     assert "lambda" not in notes
+
+
+def test_the_test_to_paste_passes_and_fails_where_it_should():
+    """The guide's block for authors of an initializer, as it stands; and with the window forgotten."""
+    readme = pathlib.Path(inspect.getfile(testing)).with_name("README.md").read_text(encoding="utf-8")
+    code = re.search(r"```python\n(import math.*?)```", readme, re.DOTALL).group(1)
+    namespace = {}
+    exec(code, namespace)
+    for shape in ((256, 128), (3, 3, 16, 32)):
+        namespace["test_variance"](shape)
+    namespace["test_variance_of_any_shape"]()
+    namespace["test_a_layer_keeps_the_signal_behind_a_relu"]()
+    exec(code.replace("math.prod(shape[:-1])", "shape[-2]"), namespace)
+    with pytest.raises(AssertionError, match="9 = 3·3: the receptive field is missing"):
+        namespace["test_variance"]((3, 3, 16, 32))
 
 
 def test_kinds_are_checked():
