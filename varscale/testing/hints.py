@@ -114,7 +114,7 @@ def _of_the_fan(use: KernelUse) -> Iterator[tuple[float, str]]:
     fans = compute_fans(use.shape, use.in_axis, use.out_axis, use.batch_axis)
     for mode in MODES:
         if fans.of(mode):  # pyright: ignore[reportArgumentType]
-            says = f"{mode} ({fans.of(mode):g}) is divided by, not {use.mode} ({use.fan:g})"  # pyright: ignore[reportArgumentType]
+            says = f"divided by {mode} ({fans.of(mode):g}), not by {use.mode} ({use.fan:g})"  # pyright: ignore[reportArgumentType]
             yield use.fan / fans.of(mode), says  # pyright: ignore[reportArgumentType]
     variance = use.scale / use.fan
     if variance <= 0:

@@ -118,7 +118,8 @@ def assert_variance(
     weights, verdict = _measured(init, shape, dtype, claim, chosen, key, max_samples, (in_axis, out_axis, batch_axis))
     uses_key = not claim.deviation or any(not np.array_equal(weights[0], other) for other in weights[1:])
     parts = (*contract, equality("uses_key", uses_key, f"{len(weights)} keys{'' if uses_key else ' give the same weights'}"))
-    return demand(_hinted(verdict.and_also(parts), use, dtype))
+    verdict = verdict.and_also(parts)
+    return demand(verdict if claim.orthogonal_axis is not None else _hinted(verdict, use, dtype))
 
 
 def _measured(
