@@ -14,6 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Inexact, Key
 
+# Its value is part of the keys of jax's caches of traces. Made when this module is imported: to make one is not thread-safe.
+trace_context = jax.make_user_context()
+
 
 def is_literal(atom: Any) -> bool:
     """Whether an equation's operand is a literal."""
@@ -122,3 +125,30 @@ def implementation(dtype: Any) -> Any:
 
     jax.eval_shape(look, jax.ShapeDtypeStruct((), dtype))
     return found[0]
+
+
+def is_forward_mode_error(error: Exception) -> bool:
+    """Whether an error says that a `jax.custom_vjp` function was differentiated in forward mode."""
+    return isinstance(error, TypeError) and "custom_vjp" in str(error) and "forward-mode" in str(error)
+
+
+def remat_barrier(params: dict[str, Any], operands: Sequence[Any]) -> list[Any]:
+    """The operands of a rematerialization, kept from being taken for the values they were computed from before."""
+    kept = params["prevent_cse"]
+    kept = kept if isinstance(kept, tuple) else (kept,) * len(operands)
+    behind = iter(jax.lax.optimization_barrier([x for x, keep in zip(operands, kept, strict=True) if keep]))
+    return [next(behind) if keep else x for x, keep in zip(operands, kept, strict=True)]
+
+
+def manual_axes(params: dict[str, Any]) -> tuple[str, ...]:
+    """The mesh axes that a shard_map equation maps over."""
+    axes = params.get("manual_axes", frozenset()) or frozenset(params["mesh"].axis_names)
+    return tuple(name for name in params["mesh"].axis_names if name in axes)
+
+
+def replaced(jaxpr: Any, **parts: Any) -> Any:
+    """A jaxpr with other parts, and without the names of its arguments, of which there may now be more or fewer."""
+    info = jaxpr.debug_info
+    if hasattr(info, "with_unknown_names"):
+        parts["debug_info"] = info.with_unknown_names()
+    return jaxpr.replace(**parts)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import threading
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,37 +12,46 @@ from flax import nnx
 
 from varscale import _compat
 
-_ONE_AT_A_TIME = threading.RLock()  # threads that restored each other's would leave one behind
-
 
 @contextlib.contextmanager
-def quick_assignments() -> Iterator[None]:
+def quick_assignments(model: Any) -> Iterator[None]:
     """While it lasts, `variable[...] = x` puts a traced `x` of the variable's own shape and dtype in its place at once.
 
     So does flax, but it asks both where they are placed first. A tracer's answer is an error whose message looks for its origin
     among all equations so far: the counts of a deep model's random keys alone, and the averages that its norms keep, take a
     time that grows as the square of its depth.
+
+    The variables themselves get a class of their own until the end, so that `model` must be a copy of one's own.
+
+    Args:
+        model: an nnx module or `nnx.Rngs`.
     """
-    with _ONE_AT_A_TIME:
-        yield from _quick()
+    changed: list[tuple[Any, type]] = []
+    try:
+        for _, variable in nnx.iter_graph(model):
+            if isinstance(variable, nnx.Variable) and _is_plain(variable):
+                changed.append((variable, type(variable)))
+                variable.__class__ = _quick(type(variable))
+        yield
+    finally:
+        for variable, own in changed:
+            variable.__class__ = own
 
 
-def _quick() -> Iterator[None]:
-    own = nnx.Variable.__setitem__
+@functools.lru_cache(maxsize=1024)
+def _quick(own: type) -> type:
+    """The class of variables that are assigned to at once. One is made of each class: jax keeps every class it registered."""
 
     def assign(variable: Any, index: Any, x: Any) -> None:
-        if index is ... and _compat.is_tracer(x) and _is_plain(variable):
+        if index is ... and _compat.is_tracer(x):
             old = variable.get_value()
             if isinstance(old, jax.Array) and jax.typeof(old) == jax.typeof(x):
                 variable.set_value(x)
                 return
-        own(variable, index, x)
+        own.__setitem__(variable, index, x)  # pyright: ignore[reportAttributeAccessIssue]
 
-    try:
-        setattr(nnx.Variable, "__setitem__", assign)  # noqa: B010
-        yield
-    finally:
-        setattr(nnx.Variable, "__setitem__", own)  # noqa: B010
+    names = {"__module__": own.__module__, "__qualname__": own.__qualname__, "__slots__": (), "__setitem__": assign}
+    return type(own)(own.__name__, (own,), names)
 
 
 def _is_plain(variable: Any) -> bool:

@@ -14,19 +14,21 @@ import collections
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 
 from varscale import _compat
+from varscale.programs.calls import linen_call
 from varscale.programs.content import Unknown, content
-from varscale.programs.marks import WITHIN, is_open, named
+from varscale.programs.marks import WITHIN, Marking
 from varscale.programs.pieces import Piece, piece, two_pieces
+from varscale.programs.questions import NAMES, Questions, reads_path
 
-_OWN = {"name", "parent", "_parent_ref", "scope", "_state", "_id"}  # what flax keeps on a module besides its attributes
-_CAPTURES = "intermediates"
+# What flax and `Questions` keep on a module besides its attributes.
+_OWN = {"name", "parent", "_parent_ref", "scope", "_state", "_id", *NAMES}
 _PLAIN = 2  # calls of a kind that are left alone: to trace a piece costs that much
 
 
@@ -34,21 +36,22 @@ class Replays:
     """The calls of one model, in as many passes as there are.
 
     Attributes:
-        kinds: path of a module -> its class name, of those that were not entered.
         tracing: whether a piece is being traced.
     """
 
-    def __init__(self, kinds: dict[str, str]):
-        self.kinds = kinds
+    def __init__(self) -> None:
         self.tracing = False
         self._seen: collections.Counter[Hashable] = collections.Counter()
-        self._pieces: dict[Hashable, tuple[Sequence[Piece], dict[str, str]] | None] = {}
+        self._pieces: dict[Hashable, tuple[Sequence[Piece], Marking] | None] = {}
         self._initializing = False
         self._entered: set[tuple[str, ...]] = set()
         self._root: Any = None
+        self._questions = Questions()
+        self._marking: Marking | None = None
 
-    def start(self, *, initializing: bool) -> None:
-        """A new pass: one that draws the variables, or one that is given them."""
+    def start(self, questions: Questions, marking: Marking, *, initializing: bool) -> None:
+        """A new pass: one that draws the variables, or one that is given them; its questions and calls are noted."""
+        self._questions, self._marking = questions, marking
         self._initializing, self._entered, self._root = initializing, set(), None
 
     def call(self, module: Any, method: str, args: Any, kwargs: Any, run: Callable[..., Any]) -> Any:
@@ -72,8 +75,7 @@ class Replays:
         module = call.module
         self._seen[call.content] += 1
         variables = {name: dict(held) for name, held in module.variables.items() if held}
-        before = variables.pop(_CAPTURES, {}).keys() - {"setup"}
-        if self._seen[call.content] <= _PLAIN or before or (variables and self._initializing):
+        if self._seen[call.content] <= _PLAIN or (variables and self._initializing):
             raise Unknown("call")
         if self._initializing:
             (drawing, running), inside = self._pieces_of(("start", call.content), functools.partial(_starting, call))
@@ -90,18 +92,17 @@ class Replays:
         for collection, held in {**(variables if self._initializing else {}), **state}.items():
             for name, value in held.items():
                 module.put_variable(collection, name, value)
-        prefix = "/".join(module.scope.path)
-        for path, name in inside.items():
-            self.kinds.setdefault(f"{prefix}/{path}", name)
+        if self._marking is not None:
+            self._marking.add("/".join(module.scope.path), inside)
         return output
 
-    def _pieces_of(self, kind: Hashable, trace: Callable[[], Sequence[Piece]]) -> tuple[Sequence[Piece], dict[str, str]]:
-        """The pieces of a kind, traced if they are not there yet, and the classes of the modules inside them, by path."""
+    def _pieces_of(self, kind: Hashable, trace: Callable[[], Sequence[Piece]]) -> tuple[Sequence[Piece], Marking]:
+        """The pieces of a kind, traced if they are not there yet, and the calls inside them."""
         if kind not in self._pieces:
-            inside: dict[str, str] = {}
+            inside = Marking("__call__", {}, WITHIN)
             self.tracing = True
             try:
-                with nn.intercept_methods(_recorded(inside)), _without_paths():
+                with nn.intercept_methods(_recorded(inside, self._questions)):
                     self._pieces[kind] = trace(), inside
             except Exception:  # of any kind: what does not run by itself is left alone, and says itself what is wrong with it
                 self._pieces[kind] = None
@@ -171,24 +172,19 @@ class _Call:
         return found
 
     def start(self, key: Any, *arrays: Any) -> tuple[dict[str, Any], tuple[Any, dict[str, Any]]]:
-        """The call in a pass that initializes: the variables; the output and what was captured."""
+        """The call in a pass that initializes: the variables; the output, and no collections that change."""
         args, kwargs = self._joined(arrays)
-        output, found = self._alone().init_with_output({"params": key}, *args, capture_intermediates=captured, **kwargs)
-        variables = dict(found)
-        return variables, (output, _without_own(variables.pop(_CAPTURES)))
+        output, variables = self._alone().init_with_output({"params": key}, *args, **kwargs)
+        return dict(variables), (output, {})
 
     def run(self, tree: Any, mutable: Sequence[str], *flat: Any) -> tuple[Any, dict[str, Any]]:
-        """The call in any other pass: the output; the collections that may change, and what was captured."""
+        """The call in any other pass: the output; the collections that may change."""
         count = tree.num_leaves
         variables = jax.tree_util.tree_unflatten(tree, flat[:count])
         args, kwargs = self._joined(flat[count + 1 :])
         keys = {"params": flat[count]}
-        output, found = self._alone().apply(
-            variables, *args, rngs=keys, mutable=list(mutable), capture_intermediates=captured, **kwargs
-        )
-        state = dict(found)
-        captures = state.pop(_CAPTURES)
-        return output, {**state, **_without_own(captures)}
+        output, state = self._alone().apply(variables, *args, rngs=keys, mutable=list(mutable), **kwargs)
+        return output, dict(state)
 
     def _alone(self) -> Any:
         return self.module.clone(parent=None, name=_Name())
@@ -198,22 +194,11 @@ class _Call:
         return jax.tree_util.tree_unflatten(self.tree, flat)
 
 
-def _without_own(captures: Any) -> dict[str, Any]:
-    """The captures without that of the call itself, which flax makes where the call is made."""
-    found = {**captures, "__call__": captures["__call__"][:-1]}
-    return {_CAPTURES: {name: x for name, x in found.items() if x != ()}}
-
-
 def _all_modules(value: Any) -> bool:
     return all(isinstance(x, nn.Module) for x in jax.tree_util.tree_leaves(value))
 
 
-def captured(module: Any, name: str) -> bool:
-    """Whether flax is to keep what a method returns."""
-    return module.scope is not None and is_open(name)
-
-
-def _recorded(kinds: dict[str, str]) -> Callable[..., Any]:
+def _recorded(marking: Marking, questions: Questions) -> Callable[..., Any]:
     """An interceptor that marks what the methods of a piece's modules return with their paths inside it."""
     entered: list[str] = []
 
@@ -229,17 +214,18 @@ def _recorded(kinds: dict[str, str]) -> Callable[..., Any]:
         module, name = context.module, context.method_name
         if module.scope is None:
             return next_fun(*args, **kwargs)
-        path = "/".join(module.scope.path)
+        if reads_path(type(module)):
+            raise Unknown("path")  # it has another one wherever the piece is called
+        questions.listen(module)
+        made = linen_call(context)
         call = functools.partial(next_fun, *args, **kwargs)
         if name != "setup":
             call = functools.partial(unchanged, module, call)
-        if path == "" and name == "__call__" and not entered:  # what it returns is marked where the piece is called
+        if made.path == "" and name == "__call__" and not entered:  # what it returns is marked where the piece is called
             entered.append(name)
-            with jax.named_scope(WITHIN):
+            with marking.running.entered(made), jax.named_scope(WITHIN):
                 return call()
-        if path:
-            kinds.setdefault(path, type(module).__name__)
-        return named(path, name, "__call__", call, mark=WITHIN)
+        return marking.run(made, call)
 
     return record
 
@@ -255,18 +241,3 @@ class _Name:
 
     def __hash__(self) -> int:
         raise Unknown("name")
-
-
-@contextlib.contextmanager
-def _without_paths() -> Iterator[None]:
-    """While it lasts, a module that asks for its path gets an error: it has another one wherever the piece is called."""
-
-    def path(_: nn.Module) -> tuple[str, ...]:
-        raise Unknown("path")
-
-    own = nn.Module.path
-    try:
-        setattr(nn.Module, "path", property(path))  # noqa: B010
-        yield
-    finally:
-        setattr(nn.Module, "path", own)  # noqa: B010

@@ -169,9 +169,9 @@ def test_an_embedding_read_by_itself_is_larger_by_its_own_row():
 
 def test_layers_of_a_scan_have_rows_of_their_own():
     report = predict(*CASES["layers"][:2])
-    steps = [report[f"layers/Dense_0[{i}]"] for i in range(3)]
+    steps = [report[f"layers/Dense_0@{i}"] for i in range(3)]
     assert [(row.kind, row.shape) for row in steps] == 3 * [("Dense", (16, 32))]
-    assert [report[f"layers[{i}]"].second_moment for i in range(3)] == pytest.approx(
+    assert [report[f"layers@{i}"].second_moment for i in range(3)] == pytest.approx(
         np.cumsum([1 + steps[0].second_moment, steps[1].second_moment, steps[2].second_moment]), rel=1e-3
     )
     weight = report.weights["layers/Dense_1/kernel"]

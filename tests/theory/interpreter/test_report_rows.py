@@ -53,10 +53,10 @@ class Stacked(nnx.Module):
 def test_layers_of_an_nnx_scan_have_rows_of_their_own(loop):
     report = vs.predict(lambda rngs: Stacked(loop, rngs), X)
     inside = ["blocks/norm", "blocks/up", "blocks/down", "blocks"]
-    assert [row.path for row in report.rows] == [f"{path}[{i}]" for i in range(3) for path in inside] + ["head", ""]
-    steps = [report[f"blocks/down[{i}]"] for i in range(3)]
+    assert [row.path for row in report.rows] == [f"{path}@{i}" for i in range(3) for path in inside] + ["head", ""]
+    steps = [report[f"blocks/down@{i}"] for i in range(3)]
     assert [(row.kind, row.shape) for row in steps] == 3 * [("Linear", (16, 32))]
-    stream = [report[f"blocks[{i}]"] for i in range(3)]
+    stream = [report[f"blocks@{i}"] for i in range(3)]
     expected = 1 + np.cumsum([row.second_moment for row in steps])
     np.testing.assert_allclose([row.second_moment for row in stream], expected, rtol=1e-3)
     # What a residual stream carries forward it carries back: the gradient grows from the last layer to the first.
@@ -148,8 +148,8 @@ def test_a_scan_that_returns_several_arrays_says_which():
             return x + ys.sum(0)
 
     report = vs.predict(Net(), X)
-    assert report["layers[1][0]"].second_moment == pytest.approx(1, rel=0.02)
-    assert report["layers[1][1]"].second_moment == pytest.approx(9, rel=0.02)
+    assert report["layers@1[0]"].second_moment == pytest.approx(1, rel=0.02)
+    assert report["layers@1[1]"].second_moment == pytest.approx(9, rel=0.02)
 
 
 W = {"w": vs.Moments(0.0, 1 / 32, (3, 32, 32))}
@@ -190,8 +190,8 @@ def test_scopes_inside_loops_over_layers_have_steps_and_over_time_no_rows():
 
     report = vs.predict(net, X, params=W)
     # Behind tanh the radial part of a gradient is the smaller one, by up to 1/32 of the whole a layer.
-    assert report["stack/dense[0]"].gradient == pytest.approx(report["stack"].gradient, rel=2 / 32)
-    assert [row.path for row in report.rows] == [f"stack/dense[{i}]" for i in range(3)] + ["stack", "rnn", ""]
+    assert report["stack/dense@0"].gradient == pytest.approx(report["stack"].gradient, rel=2 / 32)
+    assert [row.path for row in report.rows] == [f"stack/dense@{i}" for i in range(3)] + ["stack", "rnn", ""]
 
 
 @pytest.mark.filterwarnings("error::RuntimeWarning")  # of what stands for infinities nothing is worked out
@@ -229,7 +229,7 @@ def test_equations_inside_loops_have_steps_and_loops_over_time_are_one():
             return jnp.cumsum(x, axis=0), lax.scan(lambda h, x: (h + x, None), jnp.zeros(32), x)[0]
 
     paths = [row.path for row in vs.predict(Net(), X, detail="equations").rows]
-    assert paths[:3] == ["body/dense/dot_general[0]", "body/dense[0]", "body/tanh[0]"]
+    assert paths[:3] == ["body/dense/dot_general@0", "body/dense@0", "body/tanh@0"]
     assert paths.count("scan") == 1
     assert "add" not in paths
 

@@ -2,7 +2,7 @@
 
 What a module puts out carries a mark (`faces.named`). A scope is read from the name stacks of its equations and puts out
 what is used after it: the largest such array, the last of equals. Calls are entered, and so are loops over layers, whose rows
-end in "[step]"; loops over time are not.
+end in "@step"; loops over time are not.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Rows:
     entered: int = 0
 
     def add(self, path: str, steps: Sequence[int], kind: str, value: Any, field: str = "") -> None:
-        at = "".join(f"[{step}]" for step in steps)
+        at = "".join(f"@{step}" for step in steps)
         count = self.counts[kind, path + field + at]
         self.counts[kind, path + field + at] += 1
         call = path + (f"#{count}" if count else "")
@@ -123,7 +123,7 @@ class Place:
         if mark is not None and mark.startswith((MODULE, WITHIN)):
             where, field, arrays = mark.split(FIELD)
             path = whole_path(where, self.piece)
-            # The body of a scan returns (x, None): "path[step]" where there is one array, else "path[step][0]".
+            # The body of a scan returns (x, None): "path@step" where there is one array, else "path@step[0]".
             self.rows.add(path, steps, "module", env[eqn.outvars[0]], "" if steps and arrays == "1" else field)
             return
         if not self.rows.equations:

@@ -59,7 +59,7 @@ def _real(interpreter: Interpreter, x: Any) -> Any:
 
 
 def _kind(program: Program, path: str) -> str:
-    module = re.sub(r"(#\d+|\[.*\]|\.\w+)+$", "", path)
+    module = re.sub(r"(#\d+|@\d+|\[.*\]|\.\w+)+$", "", path)
     return program.kinds.get(module, program.kind if module == "" else "array")
 
 

@@ -11,8 +11,9 @@ import numpy as np
 
 from varscale import _compat
 from varscale.programs import faces
-from varscale.programs.faces import Program
+from varscale.programs.caches import fresh_traces
 from varscale.programs.pieces import PIECE
+from varscale.programs.program import Program
 from varscale.theory.graph.failures import PredictionError
 from varscale.theory.rules.prefix_scans import live_equations
 
@@ -54,7 +55,8 @@ def traced(f: Callable[..., Any], *args: Any) -> Trace:
         ValueError: it does not trace.
     """
     try:
-        jaxpr, shapes = jax.make_jaxpr(f, return_shape=True)(*args)
+        with fresh_traces():
+            jaxpr, shapes = jax.make_jaxpr(f, return_shape=True)(*args)
     except PredictionError:
         raise
     except Exception as error:
