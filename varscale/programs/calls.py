@@ -61,9 +61,12 @@ class Running:
 
     @contextlib.contextmanager
     def entered(self, call: Call) -> Iterator[bool]:
-        """Enter a call; yields whether it is one of its own: `super().__call__(x)` is part of the call that makes it."""
+        """Enter a call; yields whether it is one of its own.
+
+        `super().__call__(x)` is part of the call that makes it, and a model that a function runs is part of the function.
+        """
         key = call.path, call.name
-        own = not (call.overridden and key in self._calls)
+        own = not (key in self._calls and (call.overridden or call.path == ""))
         self._calls.append(key)
         try:
             yield own

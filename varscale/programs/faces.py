@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -12,8 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from varscale.programs.calls import Call, recorder, recording
 from varscale.programs.linen_models import linen_program
-from varscale.programs.marks import field_path
+from varscale.programs.marks import Marking, field_path
 from varscale.programs.nnx_models import factory_program, instance_program
 from varscale.programs.program import Inputs, Program, Tree
 
@@ -65,10 +67,24 @@ def program(model: Any, *, method: str | None = None) -> Program:
     if method is not None:
         raise ValueError(f"method={method!r} makes no sense for a plain function")
 
-    def run(params: Tree, x: Inputs, rngs: Any = None) -> Any:
-        return model(params, *x.args, **x.kwargs)
+    return _function_program(model)
 
-    return Program(getattr(model, "__name__", "function"), None, lambda params, x: (run(params, x), {}), run)
+
+def _function_program(function: Callable[..., Any]) -> Program:
+    kind = getattr(function, "__name__", "function")
+    kinds: dict[str, str] = {}
+
+    def run(params: Tree, x: Inputs, rngs: Any = None) -> Any:
+        record = recorder()
+        call = functools.partial(function, params, *x.args, **x.kwargs)
+        return call() if record is None else record(Call("", "__call__", kind), call)
+
+    def apply(params: Tree, x: Inputs) -> tuple[Any, dict[str, Any]]:
+        marking = Marking("__call__", kinds)
+        with recording(marking.run):
+            return run(params, x), marking.outputs
+
+    return Program(kind, None, apply, run, kinds=kinds)
 
 
 def _takes_rngs(model: Callable[..., Any]) -> bool:

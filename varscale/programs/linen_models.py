@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -27,7 +27,8 @@ def linen_program(model: nn.Module, method: str) -> Program:
 
     def run(variables: Tree, x: Inputs, rngs: Any = None) -> Any:
         mutable = [name for name in variables if name != "params"]
-        rngs = {"params": jax.random.key(KEY_SEED)} if rngs is None else rngs
+        rngs = jax.random.key(KEY_SEED) if rngs is None else rngs
+        rngs = rngs if isinstance(rngs, Mapping) else {"params": rngs}  # which stands for any stream that is not there
         return model.apply(variables, *x.args, method=method, rngs=rngs, mutable=mutable, **x.kwargs)[0]
 
     def apply(variables: Tree, x: Inputs) -> tuple[Any, dict[str, Any]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -50,7 +50,7 @@ def _program(kind: str, init: Any, graph: Callable[[], Any], method: str, parame
     def run(state: Tree, x: Inputs, rngs: Any = None) -> Any:
         def call(model: Any) -> Any:
             if rngs is not None:
-                nnx.reseed(model, **rngs)
+                nnx.reseed(model, **_streams(model, rngs))
             return getattr(model, method)(*x.args, **x.kwargs)
 
         # Paths change the structure of blocks that are stacked; paths that compare equal do not, but may be mistaken for one
@@ -75,4 +75,12 @@ def _program(kind: str, init: Any, graph: Callable[[], Any], method: str, parame
         state = init(key, x)
         return state, *apply(state, x), True
 
-    return Program(kind, init, apply, run, start if init is not None else None, parameters, kinds)
+    return Program(kind, init, apply, run, start if init is not None else None, parameters, kinds, init is not None)
+
+
+def _streams(model: Any, rngs: Any) -> dict[str, Any]:
+    """Keys by stream; one key is split among the streams that the model has."""
+    if isinstance(rngs, Mapping):
+        return dict(rngs)
+    names = sorted({x.tag for _, x in nnx.iter_graph(model) if isinstance(x, nnx.RngStream)})
+    return {name: jax.random.fold_in(rngs, i) for i, name in enumerate(names)}

@@ -30,6 +30,7 @@ class Program:
         start: `init` and `apply` in one pass: key, inputs -> (parameters, output, outputs by path, whether `apply` of those
             parameters would compute the same); None where `init` makes no forward pass.
         parameters: the parameters a model instance already holds, or None.
+        has_own_init: whether `init` makes the model itself and needs no inputs.
         kinds: path of a module -> its class name; complete once `apply` was traced.
     """
 
@@ -40,3 +41,4 @@ class Program:
     start: Callable[[Any, Inputs], tuple[Tree, Any, dict[str, Any], bool]] | None = None
     parameters: Tree | None = None
     kinds: dict[str, str] = dataclasses.field(default_factory=dict, compare=False)
+    has_own_init: bool = False

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from varscale import _compat
-from varscale.programs import faces
+from varscale.programs import faces, failures
 from varscale.programs.caches import fresh_traces
 from varscale.programs.pieces import PIECE
 from varscale.programs.program import Program
@@ -60,13 +60,7 @@ def traced(f: Callable[..., Any], *args: Any) -> Trace:
     except PredictionError:
         raise
     except Exception as error:
-        message = str(error).strip().splitlines()
-        told = f"{type(error).__name__}: {message[0] if message else ''}"
-        if isinstance(error, jax.errors.ConcretizationTypeError):
-            told += " (Python can read numbers that NumPy computes; those of jax.numpy are abstract in a trace)"
-        if line := _compat.error_line(error):
-            told += f", at {line}"
-        raise ValueError(f"the model does not trace on these inputs: {told}") from error
+        raise ValueError(f"the model does not trace on these inputs: {failures.told(error)}") from error
     return Trace(jaxpr.jaxpr, jaxpr.consts, shapes)
 
 
