@@ -24,6 +24,7 @@ if _TYPE_CHECKING:
     from varscale import theory as theory
     from varscale import transfer as transfer
     from varscale.initialization.initialize import initialize as initialize
+    from varscale.measuring.probe import probe as probe
     from varscale.programs.faces import inputs as inputs
     from varscale.report import Report as Report
     from varscale.report import Row as Row
@@ -41,6 +42,7 @@ _LATER = {
     **dict.fromkeys(("Moments", "critical", "mean_field", "predict"), "varscale.theory"),
     "initialize": "varscale.initialization.initialize",
     "inputs": "varscale.programs.faces",
+    "probe": "varscale.measuring.probe",
     **dict.fromkeys(("Report", "Row", "Weight"), "varscale.report"),
     **dict.fromkeys(("Audit", "Finding"), "varscale.auditing.findings"),
     "audit": "varscale.auditing.audit",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -38,8 +39,8 @@ def probe(
 
     The statistics are reduced inside jit, in float32 at least; no activation leaves the device. The model is not changed.
 
-    Layers of a scan over parameters have a row a step, "layers@3". A module inside a loop over time has no row of its own, since
-    the loop's module has one; one inside `jax.lax.while_loop` has that of the last step.
+    Layers of a scan over parameters have a row a step, "layers@3". A module inside a loop over time has no row: the module
+    that runs the loop has one. A module inside `jax.lax.while_loop` has the row of the last step.
 
     Args:
         model: a linen module, an nnx instance, an nnx factory `lambda rngs: Net(..., rngs=rngs)`, or a function
@@ -167,7 +168,8 @@ def _own_parameters(program: Program, inputs: _Inputs) -> Any:
     if not program.has_own_init:
         raise ValueError("params must be given: the variables that model.init returns, or the arrays that a function takes")
     assert program.init is not None
-    return jax.jit(lambda key: program.init(key, None))(jax.random.key(KEY_SEED))  # pyright: ignore[reportOptionalCall]
+    nothing = Inputs((), {})
+    return jax.jit(functools.partial(program.init, x=nothing))(jax.random.key(KEY_SEED))
 
 
 def _streams(rngs: Any) -> Any:

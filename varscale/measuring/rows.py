@@ -42,6 +42,7 @@ def row(measured: Measured) -> Row:
     """The row of a report."""
     value, gradient = measured.value, measured.cotangent
     mean, second = float(value["mean"]), float(value["second_moment"])
+    others: dict[str, Any] = {name: float(value[name]) for name in _AS_THEY_ARE if name in value}
     return Row(
         path=measured.path,
         kind=measured.kind,
@@ -54,7 +55,7 @@ def row(measured: Measured) -> Row:
         gradient_nonfinite_share=None if gradient is None else float(gradient["nonfinite_share"]),
         histogram=_histogram(value),
         custom=selection.custom(value),
-        **{name: float(value[name]) for name in _AS_THEY_ARE if name in value},
+        **others,
     )
 
 

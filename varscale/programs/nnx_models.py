@@ -26,7 +26,7 @@ def factory_program(factory: Callable[..., Any], method: str) -> Program:
     """The program of a function of `nnx.Rngs` that makes a module."""
     built: list[Any] = []
 
-    def init(key: Any, _: Inputs | None) -> Tree:
+    def init(key: Any, x: Inputs | None) -> Tree:
         rngs = nnx.Rngs(key)
         with quick_assignments(rngs):
             model = factory(rngs)

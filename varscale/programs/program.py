@@ -35,7 +35,7 @@ class Program:
     """
 
     kind: str
-    init: Callable[[Any, Inputs], Tree] | None
+    init: Callable[..., Tree] | None
     apply: Callable[[Tree, Inputs], tuple[Any, dict[str, Any]]]
     run: Callable[..., Any]
     start: Callable[[Any, Inputs], tuple[Tree, Any, dict[str, Any], bool]] | None = None
