@@ -3,6 +3,7 @@
 30 layers under four scales forward and backward, then 10 and 3 layers trained on handwritten digits.
 """
 
+import functools
 import math
 
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ import numpy as np
 import varscale as vs
 from experiments.lab import data, plots
 from experiments.lab.claims import Claim, Refuted, at_least, at_most, every, known, near, over_seeds
-from experiments.lab.experiment import Figure, Result, Run, Table
+from experiments.lab.experiment import Figure, Introduction, Result, Run, Table
 from experiments.lab.mean_field import propagate
 from experiments.nets.activation_nets import (
     ACTIVATIONS,
@@ -21,10 +22,9 @@ from experiments.nets.activation_nets import (
     SIZES,
     Outcome,
     Sizes,
-    factor,
+    all_losses,
+    all_signals,
     settings,
-    signals,
-    train,
 )
 
 REQUIRES = ("matplotlib", "sklearn")
@@ -32,9 +32,8 @@ ORDER = 5
 
 PYTORCH = {"relu": "relu", "leaky relu": "leaky_relu", "tanh": "tanh", "sigmoid": "sigmoid", "selu": "selu"}
 # One draw of 30 ReLU layers of 256 scatters by √(5·30/256) = .77 in ln of its second moment, about a mean that is .29 too low
-# (maths.md, section 4): ± .026 a layer and .010 too low. With 16 draws the 99 % interval is ± .019.
+# (Hanin and Nica 2018): ± .026 a layer and .010 too low. With 16 draws the 99 % interval is ± .019.
 LAYER_TOLERANCE = 0.04
-MATHS = "maths.md, section 3"
 
 
 def run(run: Run, sizes: Sizes = SIZES, samples: data.Samples | None = None) -> Result:
@@ -46,41 +45,34 @@ def run(run: Run, sizes: Sizes = SIZES, samples: data.Samples | None = None) -> 
     }
 
     def looked_at():
-        which = jnp.asarray([list(ACTIVATIONS).index(activation) for activation, _ in pairs])
-        factors = jnp.asarray([factor(*pair) for pair in pairs])
         keys = run.keys("signals", run.seeds(quick=24, full=60))
-        drawn = [signals(key, which, factors, sizes=sizes) for key in run.track(keys, "30 layers", total=len(keys))]
-        names, depth = tuple(ACTIVATIONS.values()), sizes.depth + 1
-        variance, slope = propagate(names, which, factors, jnp.ones_like(factors), depth=depth)
-        return {
-            "forward": np.stack([forward for forward, _ in drawn]),
-            "backward": np.stack([backward for _, backward in drawn]),
-            "predicted_forward": np.log(variance[:, 1:]),
-            "predicted_backward": np.log(slope[:, 1:-1]),
-        }
+        return all_signals(run.track(keys, "30 layers", total=len(keys)), sizes)
 
     def training():
         chosen = samples if samples is not None else data.digits()
-        x = chosen.features - chosen.features.mean(axis=0)
-        x = jnp.asarray(x / np.sqrt(np.mean(x**2)))
         keys = run.keys("training", run.seeds(quick=6, full=12))
         losses = {}
         for name, depth in (("deep", sizes.deep), ("shallow", sizes.shallow)):
-            names = tuple(dict.fromkeys(activation for activation, _ in trained[name]))
-            curves = []
-            for pair in run.track(trained[name], f"training {depth} layers"):
-                which, factors = jnp.asarray([names.index(pair[0])]), jnp.asarray([factor(*pair)])
-                arguments = (keys, x, jnp.asarray(chosen.labels), which, factors, jnp.asarray(sizes.rates))
-                curves.append(
-                    train(*arguments, names=names, depth=depth, steps=sizes.steps(depth), batch=sizes.batch_trained)[0]
-                )
-            losses[name] = np.stack(curves)
+            track = functools.partial(run.track, label=f"training {depth} layers")
+            losses[name] = all_losses(keys, chosen, trained[name], track, depth=depth, sizes=sizes)
         return losses
 
     signal, loss = run.part("signals", looked_at), run.part("training", training)
     outcome = {name: Outcome.of(curves) for name, curves in loss.items()}
     gains = {name: (vs.gain(f), vs.gain(f, "derivative")) for name, f in ACTIVATIONS.items()}
     return Result(
+        Introduction(
+            data="standard normal inputs; for training, scikit-learn's 1797 handwritten digits (8x8 grey levels, 10 classes)",
+            net=f"{sizes.depth} layers of {sizes.width} units under seven activations and four scales; for training,"
+            f" {sizes.deep} and {sizes.shallow} layers of 64",
+            inputs="of second moment 1; training by gradient descent with momentum 0.9, at the better of two learning rates",
+            notes=(
+                "Glorot and Bengio 2010",
+                "He et al. 2015",
+                "PyTorch's table of gains (torch.nn.init.calculate_gain)",
+                "Qiu, Neural Networks and Deep Learning (NNDL), section 7.3",
+            ),
+        ),
         [*gain_claims(gains), *signal_claims(pairs, signal, sizes), *training_claims(trained, outcome)],
         [gain_table(gains), signal_table(pairs, signal), training_table(trained, outcome, sizes)],
         [signal_figure(pairs, signal, sizes), training_figure(trained, loss, outcome, sizes)],
@@ -92,12 +84,17 @@ def gain_claims(gains) -> list[Claim]:
     return [
         every(
             "gains computed by quadrature are 1/√E[φ(z)²]",
-            [(name, near(value, 1e-9, source=MATHS), known(gains[name][0])) for name, value in EXACT_GAINS.items()],
+            [
+                (name, near(value, 1e-9, source="1/√E[φ(z)²] at 50 digits"), known(gains[name][0]))
+                for name, value in EXACT_GAINS.items()
+            ],
+            unit="gain",
         ),
         Claim(
             "PyTorch's 5/3 makes a tanh net chaotic: χ = (5/3)²·E[φ'(√q z)²] at its fixed point q",
-            near(1.210, 0.001, source=MATHS),
+            near(1.210, 0.001, source="mean-field theory, Poole et al. 2016"),
             known(round(_pytorch_tanh_chi(), 4)),
+            unit="χ, factor of the gradient's second moment a layer",
         ),
     ]
 
@@ -120,7 +117,7 @@ def signal_claims(pairs, signal: dict[str, np.ndarray], sizes: Sizes) -> list[Cl
         return [
             (
                 ", ".join(pair),
-                near(0.0, LAYER_TOLERANCE, source="maths.md, section 4"),
+                near(0.0, LAYER_TOLERANCE, source="the law, layer by layer"),
                 over_seeds((measured - predicted)[:, place[pair]] / layers),
             )
             for pair in steady
@@ -136,16 +133,22 @@ def signal_claims(pairs, signal: dict[str, np.ndarray], sizes: Sizes) -> list[Cl
     lost = [("relu", -math.log(2)), ("leaky relu", -math.log(2 / 1.0001))]
     return [
         every(
-            "the second moment of every net grows by n·Var[w]·E[φ²]/q a layer (ln, measured less predicted)",
+            "the second moment of every net grows by n·Var[w]·E[φ²]/q a layer",
             differences(last, signal["predicted_forward"][:, -1], sizes.depth),
+            unit="ln a layer, measured less predicted",
         ),
         every(
-            "and that of its gradient by n·Var[w]·E[φ'²] (likewise)",
+            "the second moment of every net's gradient grows by n·Var[w]·E[φ'²] a layer",
             differences(back, signal["predicted_backward"].sum(axis=1), sizes.depth - 1),
+            unit="ln a layer, measured less predicted",
         ),
-        every("the exact gain keeps the second moment through 30 layers: ln within ± 1", kept),
         every(
-            "for GELU and SiLU it does not: mean of |ln| of the second moment after 30 layers",
+            "the exact gain keeps the second moment through 30 layers, within a factor e",
+            kept,
+            unit="ln of the second moment after 30 layers",
+        ),
+        every(
+            "the exact gain does not keep GELU's and SiLU's second moment through 30 layers",
             [
                 (
                     a,
@@ -154,15 +157,17 @@ def signal_claims(pairs, signal: dict[str, np.ndarray], sizes: Sizes) -> list[Cl
                 )
                 for a in ("gelu", "silu")
             ],
+            unit="mean of |ln| of the second moment after 30 layers",
             refutes=Refuted(
                 "with the exact gain any activation keeps the signal at any depth",
                 "The exact gain makes second moment 1 a fixed point, but for GELU and SiLU not a stable one: a draw that is 1 %"
                 " too large is amplified more than in proportion by the next layer. At infinite width it stays; at width 256"
                 " it has left after 30 layers.",
+                by="the derivation of He et al. 2015, taken for any activation",
             ),
         ),
         every(
-            "Xavier loses half the second moment a layer under ReLU and leaky ReLU (ln a layer)",
+            "Xavier loses half the second moment a layer under ReLU and leaky ReLU",
             [
                 (
                     a,
@@ -171,17 +176,20 @@ def signal_claims(pairs, signal: dict[str, np.ndarray], sizes: Sizes) -> list[Cl
                 )
                 for a, value in lost
             ],
+            unit="ln of the second moment, a layer",
         ),
         every(
-            "He keeps ReLU's and leaky ReLU's gradient (ln a layer)",
+            "He keeps ReLU's and leaky ReLU's gradient",
             [
                 (a, near(0.0, LAYER_TOLERANCE, source="He et al. 2015, eq. 14"), gradient((a, "He")))
                 for a in ("relu", "leaky relu")
             ],
+            unit="ln of the gradient's second moment, a layer",
         ),
         every(
             "keeping tanh's and SELU's second moment makes their gradient grow: no one scale keeps both",
             [(a, at_least(0.02, source="Poincaré: Var[φ] < E[φ'²]"), gradient((a, "exact"))) for a in ("tanh", "selu")],
+            unit="ln of the gradient's second moment, a layer",
         ),
         every(
             "no scale keeps a sigmoid net's gradient: below e^−0.8 a layer, NNDL's logistic variant (16/n) being the best",
@@ -189,6 +197,7 @@ def signal_claims(pairs, signal: dict[str, np.ndarray], sizes: Sizes) -> list[Cl
                 (scheme, at_most(-0.8, source="σ' ≤ 1/4, and a mean of 1/2"), gradient(("sigmoid", scheme)))
                 for scheme in SCHEMES
             ],
+            unit="ln of the gradient's second moment, a layer",
         ),
     ]
 
@@ -209,48 +218,57 @@ def training_claims(trained, outcome: dict[str, Outcome]) -> list[Claim]:
     rectifiers = "Glorot et al. 2011, deep sparse rectifiers"
     return [
         every(
-            "ten layers train where the scale fits the activation (final loss)",
+            "ten layers train where the scale fits the activation",
             [(", ".join(pair), half, final("deep", pair)) for pair in fitting],
+            unit="final training loss, nats",
         ),
         every(
-            "a sigmoid net of ten layers does not leave the start under Xavier or He (final loss)",
+            "a sigmoid net of ten layers does not leave the start under Xavier or He",
             [
                 (scheme, at_least(0.95 * GUESS, source="its gradients vanish"), final("deep", ("sigmoid", scheme)))
                 for scheme in ("Xavier", "He")
             ],
+            unit="final training loss, nats",
         ),
         every(
-            "with three layers it trains too, as ReLU does (final loss)",
+            "with three layers a sigmoid net trains too, as ReLU does",
             [(", ".join(pair), half, final("shallow", pair)) for pair in trained["shallow"]],
+            unit="final training loss, nats",
         ),
         Claim(
-            "with three layers ReLU under He is at half the guessing loss 4 times sooner than a sigmoid under Xavier (ln)",
+            "with three layers ReLU under He is at half the guessing loss 4 times sooner than a sigmoid under Xavier",
             at_least(math.log(4), source=rectifiers),
             ratio("shallow", ("sigmoid", "Xavier"), ("relu", "He")),
+            unit="ln of the ratio of steps",
         ),
         Claim(
-            "NNDL's logistic variant gets that sigmoid there twice as soon as Xavier's scale (ln of the ratio of steps)",
+            "three layers of sigmoid: NNDL's logistic variant is at half the guessing loss twice as soon as Xavier's scale",
             at_least(math.log(2), source="its slope at 0 is 1/4, so 16/n"),
             ratio("shallow", ("sigmoid", "Xavier"), ("sigmoid", "logistic")),
+            unit="ln of the ratio of steps",
         ),
         Claim(
-            "and ReLU under He is sooner still (ln of the ratio of steps)",
+            "three layers: ReLU under He is there sooner than a sigmoid under NNDL's logistic variant",
             at_least(0.0, source=rectifiers),
             ratio("shallow", ("sigmoid", "logistic"), ("relu", "He")),
+            unit="ln of the ratio of steps",
         ),
         Claim(
-            "ten layers of ReLU: He is there twice as soon as Xavier (ln of the ratio of steps)",
+            "ten layers of ReLU: He is at half the guessing loss twice as soon as Xavier",
             at_least(math.log(2), source="He et al. 2015, figure 2"),
             ratio("deep", ("relu", "Xavier"), ("relu", "He")),
+            unit="ln of the ratio of steps",
         ),
         Claim(
-            "ten layers of tanh: He's scale is there no later than Xavier's (ln of the ratio of steps)",
+            "ten layers of tanh: He's scale is at half the guessing loss no later than Xavier's",
             at_most(0.0, source="each at its better rate"),
             ratio("deep", ("tanh", "He"), ("tanh", "Xavier")),
+            unit="ln of the ratio of steps",
             refutes=Refuted(
                 "Xavier's scale is the one for tanh",
                 "Xavier matches tanh at the origin, where its slope is 1; everywhere else the slope is less, so the signal"
                 " fades as 1/l. Twice the variance is nearer to what a tanh layer takes away, and trains sooner.",
+                by="Glorot and Bengio 2010, and most lecture notes after it",
             ),
         ),
     ]
@@ -320,14 +338,17 @@ def training_table(trained, outcome: dict[str, Outcome], sizes: Sizes) -> Table:
 
 def signal_figure(pairs, signal: dict[str, np.ndarray], sizes: Sizes) -> Figure:
     """Forward above, backward below, a column a scale."""
-    picture, axes = plots.figure(2, 3, height=5.4, sharex=True, sharey="row")
+    picture, axes = plots.figure(2, 3, height=5.8, sharex=True, sharey="row")
     layers = np.arange(1, sizes.depth + 1)
     for column, scheme in enumerate(SCHEMES[:3]):
-        for activation, colour in zip(ACTIVATIONS, plots.COLOURS, strict=False):
+        for place, (activation, colour) in enumerate(zip(ACTIVATIONS, plots.COLOURS, strict=False)):
+            turn = (place, len(ACTIVATIONS))
             n = pairs.index((activation, scheme))
             back = signal["backward"][:, n] - signal["backward"][:, n, -1:]
-            plots.band(axes[0, column], layers, signal["forward"][:, n] / math.log(10), label=activation, colour=colour)
-            plots.band(axes[1, column], layers, back / math.log(10), label=activation, colour=colour)
+            plots.band(
+                axes[0, column], layers, signal["forward"][:, n] / math.log(10), label=activation, colour=colour, turn=turn
+            )
+            plots.band(axes[1, column], layers, back / math.log(10), label=activation, colour=colour, turn=turn)
         axes[0, column].set_title({"Xavier": "Xavier, 1/n", "He": "He, 2/n", "exact": "Exact gain"}[scheme])
         plots.by_layer(axes[1, column])
     n = pairs.index(("sigmoid", "logistic"))
@@ -336,14 +357,14 @@ def signal_figure(pairs, signal: dict[str, np.ndarray], sizes: Sizes) -> Figure:
     axes[0, 2].plot(layers, np.median(signal["forward"][:, n], axis=0) / math.log(10), **logistic)
     axes[1, 2].plot(layers, np.median(back, axis=0) / math.log(10), **logistic)
     axes[0, 0].set_ylabel("log₁₀ E[y²]")
-    axes[1, 0].set_ylabel("log₁₀ E[g²], of the last layer's")
+    axes[1, 0].set_ylabel("log₁₀ E[g²], relative")
     axes[0, 0].set_ylim(-10, 3)
     axes[1, 0].set_ylim(-20, 4)
-    picture.legend(*axes[0, 2].get_legend_handles_labels(), loc="outside upper center", ncols=4)
+    plots.legend(picture, axes[0, 2], columns=4)
     return Figure(
         "signal",
-        "Second moment of the pre-activations (above) and of the gradient (below) through 30 layers of 256 units; shades: 10 to"
-        " 90 % of draws. ReLU lies under leaky ReLU.",
+        "Second moment of the pre-activations (above) and of the gradient relative to the last layer's (below) through 30"
+        " layers of 256 units; shades: 10 to 90 % of draws. Each curve has markers of its own, so that equal curves show.",
         picture,
     )
 
@@ -372,5 +393,5 @@ def training_figure(trained, loss: dict[str, np.ndarray], outcome: dict[str, Out
         panel.set_xlabel("step")
         panel.set_ylim(0, 2.7)
     axes[0].set_ylabel("training loss, nats")
-    picture.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
+    plots.legend(picture, axes[0], columns=4)
     return Figure("training", "Training on handwritten digits, each setting at the better of two learning rates.", picture)

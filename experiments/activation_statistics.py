@@ -15,7 +15,7 @@ from scipy import stats
 import varscale as vs
 from experiments.lab import plots
 from experiments.lab.claims import Claim, Expected, Measured, at_least, at_most, every, near, over_seeds
-from experiments.lab.experiment import Figure, Result, Run, Table
+from experiments.lab.experiment import Figure, Introduction, Result, Run, Table
 from experiments.lab.published import CS231N, LIMIT, NARROW, WIDE, Shape, agreement
 from experiments.nets.activation_laws import SIZES, Sizes, law_claims, law_figures, law_parts
 from experiments.nets.stacks import Stack, activations, rescale
@@ -30,7 +30,7 @@ ACTIVATIONS = (jnp.tanh, jax.nn.relu)
 
 # ReLU of N(0, 1): mean 1/√2π, second moment 1/2. Kaiming's weights restore the second moment before each layer.
 KAIMING_MEAN, KAIMING_STD = 1 / math.sqrt(math.pi), math.sqrt(1 - 1 / math.pi)
-# ln of a draw's second moment is N(−β/2, β) with β = 5·6/4096 after six layers (maths.md, section 4): .4 % too little on the
+# ln of a draw's second moment is N(−β/2, β) with β = 5·6/4096 after six layers (Hanin and Nica 2018): .4 % too little on the
 # whole, and ±4.3 % a draw in the standard deviation, ±5.3 % for the mean of eight with its 99 % interval. Xavier is at .18.
 KAIMING_TOLERANCE = 0.1
 
@@ -115,7 +115,7 @@ def published_claims(shape: Shape, part: dict[str, np.ndarray]) -> list[Claim]:
                     f"{shape.depth} layers of {shape.width}, {net.name}: the published {quantity} of every layer is a draw"
                     " like ours (distance in standard deviations of one draw)"
                 )
-                claims.append(every(sentence, cases))
+                claims.append(every(sentence, cases, unit="standard deviations of one draw"))
     return claims
 
 
@@ -127,30 +127,35 @@ def scale_claims(narrow: dict[str, np.ndarray], wide: dict[str, np.ndarray]) -> 
     std = np.sqrt(wide["variance"])
     return [
         Claim(
-            "tanh, 0.01: the signal vanishes, by ln(0.01·√500) a layer once it is small",
+            "tanh, std 0.01: the signal vanishes, by ln(0.01·√500) a layer once it is small",
             # At std .0106 the cubic term of tanh still takes .0106² a layer of the standard deviation: below 2e-4.
             near(math.log(0.01 * math.sqrt(500)), 0.01, source="the law, E[y²] = n·Var[w]·E[x²]"),
             over_seeds(shrink),
+            unit="ln of the standard deviation, a layer",
         ),
         every(
-            "tanh, 1.0: saturates, P(|tanh y| > .99) at every layer",
+            "tanh, std 1.0: saturates, P(|tanh y| > .99) at every layer",
             _each_layer(
                 narrow["saturated"][:, 1],
                 [near(value, 0.005, source=CS231N + "; Gaussian y") for value in _saturated_shares(10)],
             ),
+            unit="share of units",
         ),
         every(
-            "tanh, 1.0: the mean local gradient 1 − E[h²] is small at every layer",
+            "tanh, std 1.0: the mean local gradient 1 − E[h²] is small at every layer",
             _each_layer(local[:, 1], [at_most(0.05, source=CS231N)] * local.shape[2]),
+            unit="mean of tanh'",
         ),
         Claim(
             "tanh, Xavier: hardly any unit saturates in the first layer, P(|tanh z| > .99)",
             near(float(2 * stats.norm.sf(math.atanh(0.99))), 0.001, source=CS231N + "; Gaussian y"),
             over_seeds(narrow["saturated"][:, 2, 0]),
+            unit="share of units",
         ),
         every(
             "tanh, Xavier: the mean local gradient stays large at every layer",
             _each_layer(local[:, 2], [at_least(0.5, source=CS231N)] * local.shape[2]),
+            unit="mean of tanh'",
         ),
         every(
             "ReLU, Xavier, 4096 wide: std is √(1/2 − 1/2π)·2^(−(l−1)/2) at layer l, half the variance lost a layer",
@@ -158,16 +163,19 @@ def scale_claims(narrow: dict[str, np.ndarray], wide: dict[str, np.ndarray]) -> 
                 std[:, 3] / (KAIMING_STD * 2.0 ** (-(1 + np.arange(6)) / 2)),
                 [near(1.0, KAIMING_TOLERANCE, source="He et al. 2015, section 2.2")] * 6,
             ),
+            unit="std over the expected one",
         ),
         every(
             f"ReLU, Kaiming, 4096 wide: std stays at √(1 − 1/π) = {KAIMING_STD:.4f} at every layer",
             _each_layer(std[:, 4] / KAIMING_STD, [near(1.0, KAIMING_TOLERANCE, source="He et al. 2015, section 2.2")] * 6),
+            unit="std over the expected one",
         ),
         every(
             f"ReLU, Kaiming, 4096 wide: the mean stays at 1/√π = {KAIMING_MEAN:.4f} at every layer",
             _each_layer(
                 wide["mean"][:, 4] / KAIMING_MEAN, [near(1.0, KAIMING_TOLERANCE, source="He et al. 2015, section 2.2")] * 6
             ),
+            unit="mean over the expected one",
         ),
     ]
 
@@ -209,12 +217,19 @@ def run(run: Run, shapes: Sequence[Shape] = (NARROW, WIDE), sizes: Sizes = SIZES
         }
         for shape, part in ((small, narrow), (large, wide))
     }
-    return Result(claims, tables, figures, data=data)
+    introduction = Introduction(
+        data="none: the nets are only looked at, never trained",
+        net=f"{small.depth} layers of {small.width} units and {large.depth} of {large.width}, tanh and ReLU, without biases;"
+        " small sigmoid and linear nets for the law itself",
+        inputs=f"standard normal, {small.batch} and {large.batch} samples a net",
+        notes=("CS231n 2017, lecture 6", "EECS 498, lecture 10", "Glorot and Bengio 2010", "He et al. 2015"),
+    )
+    return Result(introduction, claims, tables, figures, data=data)
 
 
 def uniform_claims(normal: dict[str, np.ndarray], uniform: dict[str, np.ndarray]) -> list[Claim]:
     """Only the variance of the weights counts, not their law (draws are paired by seed)."""
-    labels = ("0.01", "1.0", "Xavier")
+    labels = ("std 0.01", "std 1.0", "Xavier")
     paired = len(uniform["variance"])
     ratio = 0.5 * np.log(uniform["variance"][:, :3] / normal["variance"][:paired, :3])
     cases = [
@@ -237,8 +252,16 @@ def uniform_claims(normal: dict[str, np.ndarray], uniform: dict[str, np.ndarray]
         for layer in range(ratio.shape[2])
     ]
     return [
-        every("tanh: uniform weights of the same variance give the same std at every layer (ln of the ratio)", cases),
-        every("tanh: and the same share of saturated units (difference)", shares),
+        every(
+            "tanh: uniform weights of the same variance give the same std at every layer",
+            cases,
+            unit="ln of the ratio of standard deviations",
+        ),
+        every(
+            "tanh: uniform weights of the same variance saturate the same share of units at every layer",
+            shares,
+            unit="difference of shares",
+        ),
     ]
 
 
@@ -294,24 +317,28 @@ def histograms(shape: Shape, part: dict[str, np.ndarray]) -> Figure:
 
 def curves(shape: Shape, normal: dict[str, np.ndarray], uniform: dict[str, np.ndarray]) -> Figure:
     """Mean, standard deviation, saturation and local gradient by layer."""
-    picture, axes = plots.figure(2, 2, height=5.6)
+    picture, axes = plots.figure(2, 2, height=6.2)
     layers = np.arange(1, shape.depth + 1)
-    for number, (net, colour) in enumerate(zip(shape.nets, plots.COLOURS, strict=False)):
+    published, drawn = {"marker": "o", "markersize": 5, "markerfacecolor": "white"}, {"marker": "x", "markersize": 6}
+    turns = ((0, 3), (1, 3), (2, 3), (0, 2), (1, 2))  # the means of the first three are all 0
+    for number, (net, colour, turn) in enumerate(zip(shape.nets, plots.COLOURS, turns, strict=False)):
         std = np.sqrt(normal["variance"][:, number])
-        plots.band(axes[0, 0], layers, normal["mean"][:, number], label=net.name, colour=colour)
+        plots.band(axes[0, 0], layers, normal["mean"][:, number], label=net.name, colour=colour, turn=turn)
         plots.band(axes[0, 1], layers, std, label=net.name, colour=colour, log=True)
-        axes[0, 1].plot(layers, net.published_std, "o", color=colour, markerfacecolor="white", markersize=5)
+        axes[0, 1].plot(layers, net.published_std, color=colour, linestyle="", **published)
         if not net.relu:
-            for part, line in ((normal, "-"), (uniform, ":")):
-                local = 1 - part["second_moment"][:, number].mean(0)
-                axes[1, 0].plot(layers, part["saturated"][:, number].mean(0), line, color=colour)
-                axes[1, 1].plot(layers, local, line, color=colour)
-    axes[0, 0].set_title("Mean of the activations")
-    axes[0, 1].set_title("Standard deviation (circles: published)")
-    axes[1, 0].set_title("Share saturated, |tanh| > .99")
-    axes[1, 1].set_title("Mean local gradient, 1 − tanh²")
-    picture.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=len(shape.nets))
-    axes[0, 1].set_ylim(1e-7, 3)
+            local = [1 - part["second_moment"][:, number] for part in (normal, uniform)]
+            saturated = [part["saturated"][:, number] for part in (normal, uniform)]
+            for panel, (of_normal, of_uniform) in zip(axes[1], (saturated, local), strict=True):
+                plots.band(panel, layers, of_normal, label=net.name, colour=colour, turn=turn)
+                panel.plot(layers, of_uniform.mean(axis=0), color=plots.INK, linestyle="", **drawn)
+    axes[0, 0].plot([], [], color=plots.INK, linestyle="", label="published", **published)
+    axes[0, 0].plot([], [], color=plots.INK, linestyle="", label="uniform weights", **drawn)
+    axes[0, 0].set(title="Mean", ylabel="mean of the activations")
+    axes[0, 1].set(title="Standard deviation", ylabel="std of the activations", ylim=(1e-7, 3))
+    axes[1, 0].set(title="Saturation (tanh only)", ylabel="share with |tanh| > .99")
+    axes[1, 1].set(title="Local gradient (tanh only)", ylabel="mean of 1 − tanh²")
+    plots.legend(picture, axes[0, 0], columns=4)
     for panel in axes.flat:
         plots.by_layer(panel)
     for panel in axes[1]:
@@ -319,6 +346,7 @@ def curves(shape: Shape, normal: dict[str, np.ndarray], uniform: dict[str, np.nd
     return Figure(
         "curves",
         f"{shape.depth} layers of {shape.width}: mean, standard deviation, saturation and local gradient by layer."
-        " Shades: 10 to 90 % of draws; dotted, and hardly to be told apart: uniform weights of the same variance.",
+        " Lines: normal weights, with 10 to 90 % of the draws shaded. Circles: the published values of one draw. Crosses:"
+        " uniform weights of the same variance. Discs shrink from net to net, so that equal values show.",
         picture,
     )

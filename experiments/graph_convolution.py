@@ -17,7 +17,7 @@ import numpy as np
 import varscale as vs
 from experiments.lab import experiment, graphs, plots
 from experiments.lab.claims import Claim, Refuted, at_least, at_most, every, near, over_seeds
-from experiments.lab.experiment import Figure, Result, Run, Table
+from experiments.lab.experiment import Figure, Introduction, Result, Run, Table
 from experiments.lab.graphs import Graph
 from experiments.nets.graph_net import DEEPEST, EPOCHS, RATE, Nodes, draw, moments, train
 
@@ -37,7 +37,14 @@ class Settings(experiment.Settings):
     """The experiment's own options."""
 
     graph: Path | None = None
-    """A graph of your own in place of the three: a .npz file with edges, features and labels (see experiments/graphs.py)."""
+    """A graph of your own in place of the three: a .npz file, as numpy.savez(FILE, edges=..., features=..., labels=...)
+    writes it. edges: integers, (edges, 2) or (2, edges), pairs of nodes counted from 0, each edge once or in both directions.
+    features: numbers, (nodes, features). labels: integers from 0, or strings, (nodes,). Optional: train and test, truth values,
+    (nodes,). The names edge_index, x and y are understood too."""
+
+    @property
+    def own_data(self) -> str:
+        return "" if self.graph is None else f"your graph {self.graph}"
 
 
 def relu_kernel(covariance: np.ndarray) -> np.ndarray:
@@ -106,15 +113,19 @@ def claims_of_layers(graphs_of: dict[str, Graph], layers: dict[str, dict[str, np
         features = graphs_of[name].features
         expected = 2 * float(np.mean(features.astype(np.float64) ** 2)) * part["factors"][0]
         first.append((name, near(1.0, 0.15, source=LAW), over_seeds(np.exp(log[0, :, 0]) / expected)))
-        # A draw's ln E[z²] is 5/(2·width) a layer below that of the mean (maths.md, section 4): −.02 at this width.
+        # A draw's ln E[z²] is 5/(2·width) a layer below that of the mean (Hanin and Nica 2018): −.02 at this width.
         rate = float(np.log(part["factors"][1 : DEEPEST - 1]).mean()) - 2.5 / WIDE
         slope = (log[:, :, -1] - log[:, :, 0]) / (DEEPEST - 2)
         slopes.append((name, near(rate, 0.08, source=LAW), over_seeds(slope[0])))
         halves.append((name, near(math.log(2), 0.02, source="2/n against 1/n a layer"), over_seeds(slope[0] - slope[1])))
     return [
-        every("He: E[z²] of the first layer over the law's, with the adjacency's factor", first),
-        every(f"He: ln of E[z²]'s factor a layer over {DEEPEST - 1} layers is the adjacency's own", slopes),
-        every("Xavier loses a factor 2 a layer besides (ln of He's factor over Xavier's)", halves),
+        every("He: E[z²] of the first layer is the law's, with the adjacency's factor", first, unit="E[z²] over the law's"),
+        every(
+            f"He: ln of E[z²]'s factor a layer over {DEEPEST - 1} layers is the adjacency's own",
+            slopes,
+            unit="ln of E[z²], a layer",
+        ),
+        every("Xavier loses a factor 2 a layer besides", halves, unit="ln of He's factor over Xavier's, a layer"),
     ]
 
 
@@ -132,32 +143,38 @@ def claims_of_training(parts: dict[str, dict[str, np.ndarray]], depths: tuple[in
 
     claims = [
         every(
-            "two layers: He and Xavier reach the same accuracy (difference)",
+            "two layers: He and Xavier reach the same accuracy",
             [(name, near(0.0, 0.04, source=KIPF), over_seeds(gap(part, 2))) for name, part in parts.items()],
+            unit="difference of test accuracies",
             refutes=Refuted(
                 "a ReLU net needs He's factor 2",
-                "over two layers the factor is lost once; Adam makes up for it in a few steps, and the adjacency costs more",
+                "Over two layers the factor is lost once; Adam makes up for it in a few steps, and the adjacency costs more.",
+                by="He et al. 2015, taken for every net with ReLU",
             ),
         ),
         every(
-            f"{deep} layers: He converges faster (ln of the ratio of mean training losses over {EARLY} epochs)",
+            f"{deep} layers: He converges faster over the first {EARLY} epochs",
             [
                 (name, at_most(-0.03, source="Xavier's signal halves a layer"), over_seeds(speed(part, deep)))
                 for name, part in parts.items()
             ],
+            unit="ln of the ratio of mean training losses",
         ),
     ]
     if DEEPEST in depths:
         claims += [
             every(
-                f"{DEEPEST} layers: He ends more accurate on every graph with enough test nodes to tell (difference)",
+                f"{DEEPEST} layers: He ends more accurate on every graph with enough test nodes to tell",
                 [
                     (name, at_least(0.02, source="Xavier's signal is down by 2^-15"), over_seeds(gap(part, DEEPEST)))
                     for name, part in parts.items()
                     if name != "karate club"
                 ],
+                unit="difference of test accuracies",
                 refutes=Refuted(
-                    "Xavier serves a graph convolutional net at any depth", "its second moment is 2^-15 of He's by then"
+                    "Xavier serves a graph convolutional net at any depth",
+                    "Its second moment is 2^-15 of He's by then.",
+                    by="the usual practice after Kipf and Welling 2017",
                 ),
             ),
         ]
@@ -165,9 +182,10 @@ def claims_of_training(parts: dict[str, dict[str, np.ndarray]], depths: tuple[in
         accuracy = parts["citation-like blocks"]["accuracy"][:, 0, :, -1].astype(np.float64)
         claims.append(
             Claim(
-                f"He is no cure for depth: of the citation-like graph's accuracy, {deep} layers lose to 2 (difference)",
+                f"He is no cure for depth: {deep} layers are less accurate than 2 on the citation-like graph",
                 at_least(0.03, source=KIPF + "; appendix B: accuracy falls with depth"),
                 over_seeds(accuracy[0] - accuracy[depths.index(deep)]),
+                unit="difference of test accuracies",
             )
         )
     return claims
@@ -193,7 +211,15 @@ def run(run: Run) -> Result:
     slugs = {name: f"graph-{number}" for number, name in enumerate(graphs_of)}
     layers = {name: layers_part(run, slugs[name], graph, max(seeds, 20)) for name, graph in graphs_of.items()}
     parts = {name: train_part(run, slugs[name], graph, depths, seeds) for name, graph in graphs_of.items()}
+    sizes = (f"{name}: {len(graph.labels)} nodes, {len(graph.edges)} edges" for name, graph in graphs_of.items())
     return Result(
+        introduction=Introduction(
+            data="; ".join(sizes),
+            net=f"graph convolutions of 16 hidden features and ReLU, {', '.join(map(str, depths))} layers; {WIDE} features"
+            " where layers are measured",
+            inputs=f"node features as they are; Adam at rate {RATE:g}, {100 if run.quick else EPOCHS} epochs, {seeds} seeds",
+            notes=("Kipf and Welling 2017", "He et al. 2015"),
+        ),
         claims=[*claims_of_layers(graphs_of, layers), *claims_of_training(parts, depths)],
         tables=[_answers(parts, depths), _factors(layers)],
         figures=[
@@ -238,25 +264,25 @@ def _factors(layers: dict[str, dict[str, np.ndarray]]) -> Table:
 
 
 def _depth(parts: dict[str, dict[str, np.ndarray]], depths: tuple[int, ...]):
-    figure, axes = plots.figure(1, len(parts), height=3.0, sharey=True)
+    figure, axes = plots.figure(1, len(parts), height=3.2, sharey=True)
     for panel, (name, part) in zip(axes[0], parts.items(), strict=True):
         for row, law in enumerate(LAWS):
-            plots.band(panel, depths, part["accuracy"][:, row, :, -1].T, label=law, colour=COLOURS[law], marker="o")
+            accuracies = part["accuracy"][:, row, :, -1].T
+            plots.band(panel, depths, accuracies, label=law, colour=COLOURS[law], turn=(row, len(LAWS)))
         panel.set(title=name, xlabel="layers", xticks=depths)
     axes[0, 0].set_ylabel("test accuracy")
-    axes[0, 0].legend(loc="lower left")
+    plots.legend(figure, axes[0, 0], columns=2)
     return figure
 
 
 def _layers(graphs_of: dict[str, Graph], layers: dict[str, dict[str, np.ndarray]]):
-    figure, axes = plots.figure(1, len(layers), height=3.0)
+    figure, axes = plots.figure(1, len(layers), height=3.2)
     numbers = np.arange(1, DEEPEST)
     for panel, (name, part) in zip(axes[0], layers.items(), strict=True):
         law = 2 * np.mean(graphs_of[name].features ** 2) * np.cumprod(part["factors"])[: DEEPEST - 1]
         for row, label in enumerate(LAWS):
             plots.band(panel, numbers, part["moments"][row][:, : DEEPEST - 1], label=label, colour=COLOURS[label], log=True)
-        panel.plot(numbers, law, color=plots.INK, linewidth=1, linestyle=(0, (4, 3)), label="the law, He")
-        panel.set(title=name, xlabel="layer")
-    axes[0, 0].set_ylabel("E[z²]")
-    axes[0, 0].legend(loc="lower left")
+        panel.plot(numbers, law, color=plots.INK, linewidth=1, linestyle=plots.DASHED, label="the law for He")
+        panel.set(title=name, xlabel="layer", ylabel="E[z²]")
+    plots.legend(figure, axes[0, 0], columns=3)
     return figure

@@ -14,14 +14,14 @@ from jaxtyping import Array, Float
 import varscale as vs
 from experiments.lab import data, plots
 from experiments.lab.claims import Claim, at_least, at_most, between, every, known, near, over_seeds
-from experiments.lab.experiment import Figure, Result, Run, Table
+from experiments.lab.experiment import Figure, Introduction, Result, Run, Table
 from experiments.lab.training import cross_entropy, fit, minibatches
 from experiments.nets.stacks import Classifier, Stack, activations
 
 REQUIRES = ("matplotlib", "sklearn")
 ORDER = 8
 
-MATHS = "maths.md, section 6"
+MEASURED = "measured with jax 0.10.2: 7 random bits a draw"
 SIDES = ("jax.nn", "varscale")
 LAWS = {
     ("normal", "jax.nn"): jax.nn.initializers.variance_scaling(2.0, "fan_in", "normal"),
@@ -31,11 +31,11 @@ LAWS = {
     ("uniform", "jax.nn"): jax.nn.initializers.he_uniform(),
     ("uniform", "varscale"): vs.he_uniform(),
 }
-# Measured with jax 0.10.2 (maths.md, section 6): the mean in standard deviations, in bfloat16.
+# Measured with jax 0.10.2: the mean in standard deviations, in bfloat16.
 JAX_MEANS = {"normal": -0.012, "truncated normal": -0.018, "uniform": -0.013}
 # 2²⁰ draws know the mean to .001 σ; ten of them to .0003. "Unbiased" is a third of the smallest bias above.
 MEAN_TOLERANCE = 0.004
-# A mean of −.018σ adds n·mean²·E[x]²/E[x²] = 4096·.018²/π = .42 to E[y²] over the claim (maths.md, section 1). One draw of 512
+# A mean of −.018σ adds n·mean²·E[x]²/E[x²] = 4096·.018²/π = .42 to E[y²] over the law's. One draw of 512
 # outputs scatters by .03, forty give ± .013; the tolerance excludes both no bias and that of the plain normal (.19).
 JAX_RATIO, RATIO_TOLERANCE, OUR_TOLERANCE = 1.42, 0.05, 0.03
 OUTPUT_MEAN, OUTPUT_MEAN_TOLERANCE = -0.64, 0.1
@@ -154,6 +154,13 @@ def run(run: Run, sizes: Sizes = SIZES, samples: data.Samples | None = None) -> 
 
     drawn, looks, losses = run.part("weights", weights), run.part("layers", layers), run.part("training", training)["losses"]
     return Result(
+        Introduction(
+            data="weights, and standard normal inputs; for training, scikit-learn's 1797 handwritten digits",
+            net=f"one layer of {sizes.wide[0]} inputs, {sizes.depth} ReLU layers of {sizes.deep_width}, and a classifier of"
+            f" {sizes.trained_depth} layers of {sizes.trained_width}, with weights drawn in bfloat16, float16 or float8",
+            inputs=f"of second moment 1; gradient descent with momentum 0.9, rate {sizes.rate:g}, {sizes.steps} steps",
+            notes=("jax.nn.initializers, of jax 0.10.2", "He et al. 2015"),
+        ),
         [*weight_claims(drawn), *layer_claims(looks, sizes), *training_claims(losses)],
         [weight_table(drawn, dtypes)],
         [layer_figure(looks, losses, sizes), weight_figure(run.key("picture"), sizes)],
@@ -174,38 +181,44 @@ def weight_claims(drawn: dict[str, np.ndarray]) -> list[Claim]:
     return [
         every(
             "jax.nn.initializers in bfloat16: 128 distinct values",
-            [(law, near(128, 0.5, source=MATHS), over_seeds(column(law, "jax.nn", 0))) for law in laws],
+            [(law, near(128, 0.5, source=MEASURED), over_seeds(column(law, "jax.nn", 0))) for law in laws],
+            unit="number of values",
         ),
         every(
-            "varscale in bfloat16: at least 2000 of them",
+            "varscale in bfloat16: at least 2000 distinct values",
             [
                 (law, at_least(2000, source="float32 draws, rounded once"), over_seeds(column(law, "varscale", 0)))
                 for law in laws
             ],
+            unit="number of values",
         ),
         every(
-            "jax.nn.initializers in bfloat16 have a mean (in standard deviations)",
+            "jax.nn.initializers in bfloat16 have a mean",
             [
-                (law, near(mean, MEAN_TOLERANCE, source=MATHS), over_seeds(column(law, "jax.nn", 1)))
+                (law, near(mean, MEAN_TOLERANCE, source=MEASURED), over_seeds(column(law, "jax.nn", 1)))
                 for law, mean in JAX_MEANS.items()
             ],
+            unit="mean, in standard deviations",
         ),
         every(
-            "varscale in bfloat16 has none",
+            "varscale's initializers in bfloat16 have none",
             [(law, near(0.0, MEAN_TOLERANCE, source="the promise"), over_seeds(column(law, "varscale", 1))) for law in laws],
+            unit="mean, in standard deviations",
         ),
         Claim(
             "jax.nn's normal never goes beyond 2.89 standard deviations in bfloat16",
-            near(2.89, 0.01, source=MATHS),
+            near(2.89, 0.01, source=MEASURED),
             known(float(column("normal", "jax.nn", 2).max())),
+            unit="largest |w|, in standard deviations",
         ),
         Claim(
-            "varscale's has its tails: the largest of 2²⁰ in standard deviations",
+            "varscale's normal has its tails in bfloat16",
             between(4.2, 6.5, source="P(max |z| of 2²⁰ outside) < 1e-4"),
             known(float(np.median(column("normal", "varscale", 2)))),
+            unit="largest |w| of 2²⁰, in standard deviations",
         ),
         every(
-            "varscale keeps E[w²] in bfloat16, float16 and float8 (over the claim)",
+            "varscale keeps E[w²] in bfloat16, float16 and float8",
             # The standard error of 2²⁰ draws is .0014 (κ = 3); rounding to float8's three bits adds 2⁻⁸/3 = .0013.
             [
                 (
@@ -216,12 +229,19 @@ def weight_claims(drawn: dict[str, np.ndarray]) -> list[Claim]:
                 for law in laws
                 for dtype in ("bfloat16", "float16", "float8_e4m3fn")
             ],
+            unit="E[w²] over the stated variance",
         ),
-        Claim("varscale is finite in float16 and float8", at_least(1.0, source="the promise"), known(float(all(finite)))),
         Claim(
-            "jax.nn.initializers cannot be used in float8_e4m3fn: E[w²] is 0 or not finite, in how many of three laws",
-            near(3, 0.5, source=MATHS),
+            "varscale is finite in float16 and float8",
+            at_least(1.0, source="the promise"),
+            known(float(all(finite))),
+            unit="1 if all draws are finite",
+        ),
+        Claim(
+            "jax.nn.initializers cannot be used in float8_e4m3fn: E[w²] is 0 or not finite",
+            near(3, 0.5, source=MEASURED),
             known(sum(unusable)),
+            unit="laws, of three",
         ),
     ]
 
@@ -231,31 +251,41 @@ def layer_claims(looks: dict[str, np.ndarray], sizes: Sizes) -> list[Claim]:
     theirs, ours = looks["wide jax.nn"], looks["wide varscale"]
     return [
         Claim(
-            f"jax.nn.he_normal in bfloat16, {sizes.wide[0]} ReLU inputs: E[y²] over the claim",
-            near(JAX_RATIO, RATIO_TOLERANCE, source="maths.md, section 1: n·mean²"),
+            f"jax.nn.he_normal in bfloat16 on {sizes.wide[0]} ReLU inputs: E[y²] is too large",
+            near(JAX_RATIO, RATIO_TOLERANCE, source="the mean adds n·E[w]²·E[x]²"),
             over_seeds(theirs[:, 0]),
+            unit="E[y²] over the law's",
         ),
         Claim(
-            "and every output has the same mean",
-            near(OUTPUT_MEAN, OUTPUT_MEAN_TOLERANCE, source=MATHS),
+            "jax.nn.he_normal in bfloat16: every output has the same mean",
+            near(OUTPUT_MEAN, OUTPUT_MEAN_TOLERANCE, source=MEASURED),
             over_seeds(theirs[:, 1]),
+            unit="mean of the outputs",
         ),
         Claim(
-            "varscale's he_normal in bfloat16: E[y²] over the claim",
+            "varscale's he_normal in bfloat16: E[y²] is the law's",
             near(1.0, OUR_TOLERANCE, source="the law"),
             over_seeds(ours[:, 0]),
+            unit="E[y²] over the law's",
         ),
-        Claim("and its outputs have no common mean", near(0.0, 0.05, source="the law"), over_seeds(ours[:, 1])),
         Claim(
-            f"{sizes.depth} ReLU layers of {sizes.deep_width}: jax.nn's negative mean dims the signal, ln of E[h²] a layer",
+            "varscale's he_normal in bfloat16: the outputs have no common mean",
+            near(0.0, 0.05, source="the law"),
+            over_seeds(ours[:, 1]),
+            unit="mean of the outputs",
+        ),
+        Claim(
+            f"{sizes.depth} ReLU layers of {sizes.deep_width}: jax.nn's negative mean dims the signal",
             at_most(-0.2, source="a mean of −.018σ shifts y by −.3 of its deviation at this width"),
             over_seeds(looks["deep jax.nn"][:, -1] / sizes.depth),
+            unit="ln of E[h²], a layer",
         ),
         Claim(
-            "varscale keeps it (ln of E[h²] a layer)",
+            f"{sizes.depth} ReLU layers of {sizes.deep_width}: varscale keeps the signal",
             # −β/2 = −5/2n a layer = −.002, and √(5/n·L)/L = ± .02 a draw.
-            near(0.0, 0.04, source="the law; maths.md, section 4"),
+            near(0.0, 0.04, source="the law; Hanin and Nica 2018"),
             over_seeds(looks["deep varscale"][:, -1] / sizes.depth),
+            unit="ln of E[h²], a layer",
         ),
     ]
 
@@ -265,12 +295,13 @@ def training_claims(losses: np.ndarray) -> list[Claim]:
     early = losses[:, :, 10:25].mean(axis=2)
     return [
         Claim(
-            "the same net, data and rate: started by varscale it learns sooner (loss of steps 10 to 25, jax.nn's less ours)",
+            "the same net, data and rate: started by varscale it learns sooner",
             at_least(0.1, source="a signal that is not dimmed has gradients that are not"),
             over_seeds(early[:, 0] - early[:, 1]),
+            unit="loss of steps 10 to 25, jax.nn's less varscale's, nats",
         ),
         every(
-            "both come to learn in the end (loss of the last ten steps)",
+            "both come to learn in the end",
             [
                 (
                     side,
@@ -279,6 +310,7 @@ def training_claims(losses: np.ndarray) -> list[Claim]:
                 )
                 for n, side in enumerate(SIDES)
             ],
+            unit="loss of the last ten steps, nats",
         ),
     ]
 
@@ -300,17 +332,17 @@ def weight_table(drawn: dict[str, np.ndarray], dtypes) -> Table:
 
 def layer_figure(looks: dict[str, np.ndarray], losses: np.ndarray, sizes: Sizes) -> Figure:
     """Drift by layer, and the training run."""
-    picture, (axes,) = plots.figure(1, 2, height=3.2)
+    picture, (axes,) = plots.figure(1, 2, height=3.5)
     for number, (side, colour) in enumerate(zip(SIDES, (plots.COLOURS[1], plots.COLOURS[0]), strict=True)):
         plots.band(axes[0], np.arange(1, sizes.depth + 1), np.exp(looks[f"deep {side}"]), label=side, colour=colour, log=True)
         plots.band(axes[1], np.arange(sizes.steps), losses[:, number], label=side, colour=colour)
-    plots.reference(axes[0], 1.0, "the claim")
+    plots.reference(axes[0], 1.0, "the law: 1 at every layer")
     plots.by_layer(axes[0])
-    axes[0].set_ylabel("E[h²], of the input's")
+    axes[0].set_ylabel("E[h²] over the input's")
     axes[0].set_title("he_normal in bfloat16, ReLU")
     axes[1].set(xlabel="step", ylabel="training loss, nats", ylim=(0, None))
-    axes[1].set_title(f"{sizes.trained_depth} layers on digits, started so")
-    axes[0].legend()
+    axes[1].set_title(f"Training {sizes.trained_depth} such layers on digits")
+    plots.legend(picture, axes[0], columns=3)
     return Figure(
         "drift",
         f"Left: second moment through {sizes.depth} ReLU layers of {sizes.deep_width} units. Right: a short training run from"
@@ -331,7 +363,10 @@ def weight_figure(key, sizes: Sizes) -> Figure:
         panel.set_ylim(1e-6, 1)
         panel.set_title(f"{side}: normal in bfloat16")
         panel.set_xlabel("weight, in standard deviations")
-    axes[0].set_ylabel("share a bin of σ/50")
+    axes[0].set_ylabel("share of the weights in a bin")
     return Figure(
-        "weights", "What a normal initializer draws in bfloat16: 128 values without tails, and the normal law.", picture
+        "weights",
+        "What a normal initializer draws in bfloat16, in bins of a fiftieth of the standard deviation: jax.nn's 128 values"
+        " without tails, and varscale's.",
+        picture,
     )

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 import varscale as vs
 from experiments.lab import data, plots
 from experiments.lab.claims import Claim, Refuted, at_least, at_most, every, known, near, over_seeds
-from experiments.lab.experiment import Figure, Result, Run, Table
+from experiments.lab.experiment import Figure, Introduction, Result, Run, Table
 from experiments.lab.training import cross_entropy, fit, minibatches
 from experiments.nets.normalization_formulas import CASES, formula_errors
 from experiments.nets.stacks import Classifier, Tower, rescale
@@ -133,7 +133,15 @@ def run(run: Run, sizes: Sizes = SIZES, samples: data.Samples | None = None) -> 
     losses, looks = run.part("sweep", sweep), run.part("growth", growth)
     final = {norm: _final(curves) for norm, curves in losses.items()}
     claims = [*formula_claims(formulas, looks), *sweep_claims(final), *growth_claims(looks, sizes)]
+    introduction = Introduction(
+        data="scikit-learn's 1797 handwritten digits (8x8 grey levels) for training; standard normal inputs elsewhere",
+        net=f"{sizes.trained_depth} hidden ReLU layers of 64 units for training, {sizes.depth} of {sizes.width} for gradients;"
+        " no, batch, layer or RMS normalization before each ReLU",
+        inputs=f"of second moment 1; plain gradient descent, rate {sizes.rate:g}, {sizes.steps} steps",
+        notes=("Ioffe and Szegedy 2015", "Ba et al. 2016", "Ulyanov et al. 2016", "Wu and He 2018", "Yang et al. 2019"),
+    )
     return Result(
+        introduction,
         claims,
         [formula_table(formulas), sweep_table(final)],
         [sweep_figure(final), growth_figure(looks, sizes)],
@@ -154,23 +162,31 @@ def formula_claims(formulas: dict[str, np.ndarray], looks: dict[str, np.ndarray]
     exact = at_most(ROUNDING, source="the definitions; float64 rounding")
     return [
         every(
-            "each normalization takes its statistics over exactly its axes, with ε, γ and β where they belong (difference)",
+            "each normalization takes its statistics over exactly its axes, with ε, γ and β where they belong",
             [
                 (f"{case.name} over {case.axes_in_words}", exact, known(error))
                 for case, error in zip(CASES, formulas["modules"], strict=True)
             ],
+            unit="largest difference from the formula",
         ),
         Claim(
-            "over any other axes the result would differ visibly (smallest difference)",
+            "over any other axes the result would differ visibly",
             at_least(0.05, source="a check of the check"),
             known(float(formulas["wrong"].min())),
+            unit="smallest difference",
         ),
         Claim(
-            "batch norm's running averages are m·old + (1 − m)·batch, of mean and biased variance (five batches, relative)",
+            "batch norm's running averages are m·old + (1 − m)·batch, of mean and biased variance, over five batches",
             exact,
             known(float(formulas["running"])),
+            unit="largest relative difference",
         ),
-        Claim("at inference it uses them in place of the batch's", exact, known(float(formulas["inference"]))),
+        Claim(
+            "at inference batch norm uses its running averages in place of the batch's",
+            exact,
+            known(float(formulas["inference"])),
+            unit="largest difference",
+        ),
         every(
             "between dense layer and activation, batch norm gives every ReLU inputs of mean 0 and variance 1 over the batch",
             # float32 over a batch of 256: 24 layers do not add up, each is normalized afresh.
@@ -182,6 +198,7 @@ def formula_claims(formulas: dict[str, np.ndarray], looks: dict[str, np.ndarray]
                 )
                 for what in ("mean", "variance")
             ],
+            unit="largest |mean| and |variance − 1|",
         ),
     ]
 
@@ -205,11 +222,18 @@ def sweep_claims(final: dict[str, np.ndarray]) -> list[Claim]:
                 )
                 for number in bad
             ],
+            unit="final training loss, nats",
         ),
-        Claim("without normalization He's own scale trains", half, over_seeds(final["none"][:, len(SCALES) // 2])),
+        Claim(
+            "without normalization He's own scale trains",
+            half,
+            over_seeds(final["none"][:, len(SCALES) // 2]),
+            unit="final training loss, nats",
+        ),
         every(
             "with batch norm every scale over six decades trains",
             [(f"scale {scale:g}", half, final_loss("batch norm", n)) for n, scale in enumerate(SCALES)],
+            unit="final training loss, nats",
         ),
         every(
             "with layer norm and RMS norm every scale from a tenth of He's to a thousand times it trains",
@@ -219,6 +243,7 @@ def sweep_claims(final: dict[str, np.ndarray]) -> list[Claim]:
                 for n, scale in enumerate(SCALES)
                 if scale > 0.05
             ],
+            unit="final training loss, nats",
         ),
         every(
             "with layer norm and RMS norm a hundredth of He's scale and less does not train",
@@ -232,12 +257,14 @@ def sweep_claims(final: dict[str, np.ndarray]) -> list[Claim]:
                 for n, scale in enumerate(SCALES)
                 if scale < 0.05
             ],
+            unit="final training loss, nats",
             refutes=Refuted(
                 "any normalization layer makes the scale of the weights irrelevant",
                 "It does forward. Backward, the gradient is divided by the scale, so plain gradient descent moves the weights"
                 " by rate/scale² of their size: 10⁴ and more at the first step, along one direction. What is left of the"
                 " samples is then nearly the same for all. Batch norm subtracts just that common part; layer and RMS norm do"
                 " not.",
+                by="a common reading of Ba et al. 2016, section 5 (invariance to the weights' scale)",
             ),
         ),
     ]
@@ -252,16 +279,19 @@ def growth_claims(looks: dict[str, np.ndarray], sizes: Sizes) -> list[Claim]:
             "batch norm and ReLU: the gradient's second moment grows by about π/(π − 1) a layer towards the input",
             near(GROWTH, 0.1, source=yang),
             over_seeds(np.exp(slopes["batch norm"])),
+            unit="factor of the gradient's second moment a layer",
             refutes=Refuted(
                 "batch norm prevents exploding gradients",
                 "It fixes the forward signal. Backward, a ReLU layer after batch norm passes on π/(π − 1) of the squared"
                 " gradient, whatever the scale: a factor 10⁴ in 24 layers, and worse with depth.",
+                by="a common reading of Ioffe and Szegedy 2015, section 3.3",
             ),
         ),
         Claim(
-            "without it, under He, the gradient is kept (factor a layer)",
+            "without batch norm, under He, the gradient is kept",
             near(1.0, 0.1, source="He et al. 2015, eq. 14"),
             over_seeds(np.exp(slopes["none"])),
+            unit="factor of the gradient's second moment a layer",
         ),
     ]
 
@@ -299,13 +329,14 @@ def sweep_table(final: dict[str, np.ndarray]) -> Table:
 
 def sweep_figure(final: dict[str, np.ndarray]) -> Figure:
     """The picture of insensitivity."""
-    picture, ((axes,),) = plots.figure(height=3.4)
-    for (norm, losses), colour in zip(final.items(), plots.COLOURS, strict=False):
-        plots.band(axes, SCALES, losses, label=norm, colour=colour, marker="o", log=True)
+    picture, ((axes,),) = plots.figure(height=3.6)
+    for place, ((norm, losses), colour) in enumerate(zip(final.items(), plots.COLOURS, strict=False)):
+        plots.band(axes, SCALES, losses, label=norm, colour=colour, log=True, turn=(place, len(final)))
     axes.set(xscale="log", xlabel="standard deviation of the weights, in units of He's", ylabel="training loss, nats")
     axes.set_title("Normalization forgives a bad scale")
+    axes.set_yticks([0.1, 1, 10], ["0.1", "1", "diverged"])
     plots.reference(axes, GUESS, "ln 10: guessing")
-    axes.legend(loc="lower left")
+    plots.legend(picture, axes, columns=5)
     return Figure(
         "scale-sweep", "Loss on digits after plain gradient descent at one rate, by the scale of the weights.", picture
     )
@@ -313,24 +344,24 @@ def sweep_figure(final: dict[str, np.ndarray]) -> Figure:
 
 def growth_figure(looks: dict[str, np.ndarray], sizes: Sizes) -> Figure:
     """Gradients by layer."""
-    picture, ((axes,),) = plots.figure(height=3.2)
+    picture, ((axes,),) = plots.figure(height=3.5)
     layers = np.arange(1, sizes.depth + 1)
-    for norm, colour in zip(NORMS, plots.COLOURS, strict=False):
+    for place, (norm, colour) in enumerate(zip(NORMS, plots.COLOURS, strict=False)):
         relative = looks[f"{norm} gradient"] - looks[f"{norm} gradient"][:, -1:]
-        plots.band(axes, layers, np.exp(relative), label=norm, colour=colour, log=True)
+        plots.band(axes, layers, np.exp(relative), label=norm, colour=colour, log=True, turn=(place, len(NORMS)))
     middle = np.exp(np.median(looks["batch norm gradient"] - looks["batch norm gradient"][:, -1:], axis=0))
     axes.plot(
         layers,
         middle[-1] * GROWTH ** (sizes.depth - layers),
         color=plots.INK,
         linewidth=1,
-        linestyle=(0, (4, 3)),
+        linestyle=plots.DASHED,
         label="π/(π − 1) a layer",
     )
     plots.by_layer(axes, "layer (the gradient comes from the right)")
-    axes.set_ylabel("E[g²], of the last layer's")
+    axes.set_ylabel("E[g²] over the last layer's")
     axes.set_title("Batch norm with ReLU: gradients explode at any scale")
-    axes.legend()
+    plots.legend(picture, axes, columns=5)
     return Figure(
         "gradient-growth",
         f"Second moment of the gradient at each of {sizes.depth} ReLU layers of {sizes.width} units.",

@@ -3,23 +3,28 @@
 The examples of Dive into Deep Learning, section 5.4 (numerical stability and initialization), with the slopes of theory.
 """
 
-import functools
 import math
-from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
 from scipy import special
 
 import varscale as vs
 from experiments.lab import plots
 from experiments.lab.claims import Claim, Refuted, at_least, at_most, every, known, near, over_seeds
-from experiments.lab.experiment import Figure, Result, Run, Table
-from experiments.lab.mean_field import propagate
-from experiments.nets.stacks import Tower, rescale
+from experiments.lab.experiment import Figure, Introduction, Result, Run, Table
+from experiments.nets.depth_products import (
+    ACTIVATIONS,
+    SCALES,
+    SIZES,
+    Sizes,
+    gradient_norms,
+    matrix_products,
+    predicted_slopes,
+    sigmoid_products,
+    vector_products,
+)
 
 REQUIRES = ("matplotlib",)
 ORDER = 2
@@ -35,113 +40,9 @@ NARROW_TOLERANCE = 0.005
 # At width 256 it is .0050 a seed; 60 seeds give ± .0018. The claim has to exclude −.135.
 WIDE_TOLERANCE = 0.005
 
-ACTIVATIONS = {"sigmoid": jax.nn.sigmoid, "tanh": jnp.tanh, "relu": jax.nn.relu}
-SCALES = ("0.01", "1.0", "Xavier", "He")
-# The logarithm of a ReLU net's gradient norm has the mean −5/4n and the variance 5/4n a layer (maths.md, section 4): at width
+# The logarithm of a ReLU net's gradient norm has the mean −5/4n and the variance 5/4n a layer (Hanin and Nica 2018): at width
 # 256 and over 15 layers, a slope ± .018 a seed and .005 too low. The slopes lie .35 (a factor 2 in variance) apart and more.
 GRADIENT_TOLERANCE = 0.05
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Of the nets whose gradients are measured."""
-
-    width: int = 256
-    depth: int = 16
-    batch: int = 32
-
-    def std(self, scale: str) -> float:
-        """The weights' standard deviation under a setting; Xavier's and He's for a square layer."""
-        return {"0.01": 0.01, "1.0": 1.0, "Xavier": self.width**-0.5, "He": (2 / self.width) ** 0.5}[scale]
-
-
-SIZES = Sizes()
-
-
-@functools.partial(jax.jit, static_argnames=("init", "width", "steps"))
-def matrix_products(keys, *, init: vs.initializers.Initializer, width: int, steps: int) -> Float[Array, "seeds steps"]:
-    """ln of the Frobenius norm of the product of 1, 2, ... matrices. The product is kept at norm 1, so nothing overflows."""
-
-    def one(key):
-        def step(product, key):
-            product = product @ init(key, (width, width))
-            norm = jnp.linalg.norm(product)
-            return product / norm, jnp.log(norm)
-
-        start = jnp.eye(width) / math.sqrt(width)
-        return jnp.cumsum(jax.lax.scan(step, start, jax.random.split(key, steps))[1])
-
-    return jax.vmap(one)(keys)
-
-
-@functools.partial(jax.jit, static_argnames=("init", "width", "steps"))
-def vector_products(keys, *, init: vs.initializers.Initializer, width: int, steps: int) -> Float[Array, "seeds steps"]:
-    """ln ‖xW₁W₂…‖/‖x‖ after 1, 2, ... matrices."""
-
-    def one(key):
-        def step(x, key):
-            x = x @ init(key, (width, width))
-            norm = jnp.linalg.norm(x)
-            return x / norm, jnp.log(norm)
-
-        key_start, key_steps = jax.random.split(key)
-        start = jax.random.normal(key_start, (width,))
-        return jnp.cumsum(jax.lax.scan(step, start / jnp.linalg.norm(start), jax.random.split(key_steps, steps))[1])
-
-    return jax.vmap(one)(keys)
-
-
-@jax.jit
-def sigmoid_products(keys) -> Float[Array, "seeds layers"]:
-    """ln of the product of the sigmoid's gradients along a path through layers whose pre-activations are standard normal."""
-    z = jax.vmap(lambda key: jax.random.normal(key, (50,)))(keys)
-    return jnp.cumsum(jax.nn.log_sigmoid(z) + jax.nn.log_sigmoid(-z), axis=1)  # σ' = σ(z)·σ(−z)
-
-
-@functools.partial(jax.jit, static_argnames=("sizes",))
-def gradient_norms(key, stds, activations, *, sizes: Sizes) -> Float[Array, "settings depth"]:
-    """ln of the gradient's norm at every layer's pre-activation, for a standard normal gradient at the output.
-
-    Args:
-      key: of weights, inputs and the output's gradient.
-      stds: the weights' standard deviation, shape (settings,).
-      activations: the place in ACTIVATIONS, shape (settings,).
-      sizes: of the net.
-    """
-    key_weights, key_inputs, key_gradient = jax.random.split(key, 3)
-    x = jax.random.normal(key_inputs, (sizes.batch, sizes.width))
-    cotangent = jax.random.normal(key_gradient, x.shape)
-    unit = Tower(sizes.width, sizes.depth, jnp.tanh, kernel_init=vs.normal(1.0)).init(key_weights, x)
-
-    def one(setting):
-        std, activation = setting
-        tower = Tower(sizes.width, sizes.depth, lambda y: jax.lax.switch(activation, list(ACTIVATIONS.values()), y))
-        params = rescale(unit["params"], std)
-
-        def output(perturbations):
-            y: Any = tower.apply({"params": params, "perturbations": perturbations}, x)
-            return jnp.sum(y * cotangent)
-
-        return jax.vmap(_log_norm)(jax.grad(output)(unit["perturbations"])["layers"]["preactivation"])
-
-    return jax.lax.map(one, (stds, activations))
-
-
-def _log_norm(x: Array) -> Array:
-    """ln ‖x‖ where the squares would leave float32's range."""
-    largest = jnp.max(jnp.abs(x))
-    return jnp.log(largest) + 0.5 * jnp.log(jnp.sum(jnp.square(x / largest)))
-
-
-def predicted_slopes(stds: Array, activations: Array, sizes: Sizes) -> list[float]:
-    """What the law says of the gradient's norm: the mean of ½ln(n·Var[w]·E[φ'(y)²]) over layers 1 to L − 1.
-
-    The gradient at layer l's pre-activation is φ'(y_l) times what comes through the next layer's weights; the last layer's own
-    φ' is in both of the norms that are compared.
-    """
-    factor = sizes.width * jnp.square(stds)
-    _, slopes = propagate(tuple(ACTIVATIONS.values()), activations, factor, factor, depth=sizes.depth - 1)
-    return np.mean(0.5 * np.log(slopes), axis=1).round(6).tolist()
 
 
 def run(run: Run, sizes: Sizes = SIZES) -> Result:
@@ -189,6 +90,13 @@ def run(run: Run, sizes: Sizes = SIZES) -> Result:
         "0 keeps the gradient. Predicted: ½ln(n·Var[w]·E[φ'(y)²]), with the second moments that the forward law gives.",
     )
     return Result(
+        Introduction(
+            data="none: matrices, paths and nets are drawn, nothing is trained",
+            net=f"products of {STEPS} Gaussian matrices of width 4 and 256; {sizes.depth} layers of {sizes.width} units with"
+            " sigmoid, tanh and ReLU",
+            inputs=f"standard normal, {sizes.batch} samples a net, and standard normal gradients at the output",
+            notes=(D2L, "Newman 1986 (Lyapunov exponents of Gaussian matrices)", "Glorot and Bengio 2010", "He et al. 2015"),
+        ),
         [*sigmoid_claims(path), *product_claims(products), *gradient_claims(settings, slopes, predicted)],
         [table],
         [sigmoid_figure(path), product_figure(products), gradient_figure(settings, norms, sizes)],
@@ -202,21 +110,29 @@ def sigmoid_claims(path: np.ndarray) -> list[Claim]:
     mean_log = float(np.sum(weights * (special.log_expit(z) + special.log_expit(-z))) / np.sqrt(2 * np.pi))
     largest = float(jnp.max(jax.vmap(slope)(jnp.linspace(-8.0, 8.0, 1601))))
     return [
-        Claim("the sigmoid's gradient is largest at 0, and there it is 1/4", near(0.25, 1e-6, source=D2L), known(largest)),
         Claim(
-            "at ±8 less than a thousandth of it is left to pass on: e⁻⁸/(1 + e⁻⁸)²",
+            "the sigmoid's gradient is largest at 0, and there it is 1/4",
+            near(0.25, 1e-6, source=D2L),
+            known(largest),
+            unit="σ'(x)",
+        ),
+        Claim(
+            "at ±8 less than a thousandth of the sigmoid's gradient is left: e⁻⁸/(1 + e⁻⁸)²",
             near(math.exp(-8) / (1 + math.exp(-8)) ** 2, 1e-7, source=D2L),
             known(float(slope(8.0))),
+            unit="σ'(x)",
         ),
         Claim(
             "through layers with standard normal pre-activations, ln of the product falls by E[ln σ'(z)] a layer",
             near(mean_log, 0.01, source="law of large numbers; Gauss-Hermite quadrature"),
             over_seeds(path[:, -1] / path.shape[1]),
+            unit="ln a layer",
         ),
         Claim(
             "no path loses less than ln 4 a layer",
             at_most(-math.log(4) + 1e-6, source="σ' ≤ 1/4"),
             known(float(np.max(path / np.arange(1, path.shape[1] + 1)))),
+            unit="ln a layer",
         ),
     ]
 
@@ -232,27 +148,32 @@ def product_claims(products: dict[str, np.ndarray]) -> list[Claim]:
             "100 4x4 matrices of unit normal entries: the log-norm grows by the Lyapunov exponent a step",
             near(LYAPUNOV[4], NARROW_TOLERANCE, source=newman),
             over_seeds(unit),
+            unit="ln of the norm, a step",
         ),
         Claim(
             "with entries scaled by 1/√n the log-norm still falls at width 4, by ln 2 less the exponent",
             near(LYAPUNOV[4] - math.log(2), NARROW_TOLERANCE, source=newman),
             over_seeds(scaled),
+            unit="ln of the norm, a step",
             refutes=Refuted(
                 "entries scaled by 1/√n keep a product of matrices stable",
                 "They keep the mean of the squared norm, which few large products carry. The logarithm of a typical product has"
                 " the mean ½(ψ(n/2) − ln(n/2)) a step, about −1/2n: −.135 at width 4, a factor 10⁻⁶ after 100 steps, and −.002"
                 " at width 256.",
+                by="the usual reading of Dive into Deep Learning, section 5.4",
             ),
         ),
         Claim(
-            "though the mean of the squared norm is kept (after 5 matrices, over that of the identity)",
+            "scaled by 1/√n, the mean of the squared norm is kept, here after 5 matrices",
             near(1.0, 0.2, source="E[W Wᵀ] = 1"),
             over_seeds(np.exp(2 * products["scaled"][:, 4])),
+            unit="squared norm over the identity's",
         ),
         Claim(
             "at width 256 the scaled product neither grows nor decays: its slope is −1/2n",
             near(LYAPUNOV[256] - 0.5 * math.log(256), WIDE_TOLERANCE, source=newman),
             over_seeds(wide),
+            unit="ln of the norm, a step",
         ),
     ]
 
@@ -263,7 +184,7 @@ def gradient_claims(settings, slopes: np.ndarray, predicted: list[float]) -> lis
     law = "backward law, E[g_x²] = fan_out·Var[w]·E[φ'²]·E[g_y²]"
     return [
         every(
-            "every net's gradient norm changes by ½ln(n·Var[w]·E[φ'²]) a layer (difference)",
+            "every net's gradient norm changes by ½ln(n·Var[w]·E[φ'²]) a layer",
             [
                 (
                     f"{activation}, {scale}",
@@ -272,18 +193,22 @@ def gradient_claims(settings, slopes: np.ndarray, predicted: list[float]) -> lis
                 )
                 for number, (activation, scale) in enumerate(settings)
             ],
+            unit="ln a layer, measured less predicted",
         ),
         every(
             "weights of std 0.01 make gradients vanish under every activation: by a factor 5 a layer and more",
             [(a, at_most(-math.log(5), source=D2L), measured[a, "0.01"]) for a in ACTIVATIONS],
+            unit="ln of the gradient's norm, a layer",
         ),
         every(
             "weights of std 1 make gradients explode under every activation, even the sigmoid",
             [(a, at_least(0.1, source=D2L), measured[a, "1.0"]) for a in ACTIVATIONS],
+            unit="ln of the gradient's norm, a layer",
         ),
         every(
             "under a sigmoid gradients vanish by a factor 2 a layer and more with Xavier's and with He's scale too",
             [(scale, at_most(-math.log(2), source="E[σ'²] ≤ 1/16"), measured["sigmoid", scale]) for scale in ("Xavier", "He")],
+            unit="ln of the gradient's norm, a layer",
         ),
         every(
             "He for ReLU and Xavier for tanh keep the gradient, within 15 % a layer",
@@ -295,11 +220,13 @@ def gradient_claims(settings, slopes: np.ndarray, predicted: list[float]) -> lis
                 )
                 for a, scale in (("relu", "He"), ("tanh", "Xavier"))
             ],
+            unit="ln of the gradient's norm, a layer",
         ),
         Claim(
             "Xavier for ReLU halves the gradient's square a layer: −½ln 2",
             near(-0.5 * math.log(2), GRADIENT_TOLERANCE, source="He et al. 2015, section 2.2"),
             measured["relu", "Xavier"],
+            unit="ln of the gradient's norm, a layer",
         ),
     ]
 
@@ -311,17 +238,16 @@ def sigmoid_figure(path: np.ndarray) -> Figure:
     value = special.expit(x)
     axes[0].plot(x, value, label="σ(x)", color=plots.COLOURS[0])
     axes[0].plot(x, value * (1 - value), label="σ'(x)", color=plots.COLOURS[1])
-    axes[0].set(xlabel="x")
-    axes[0].set_title("The sigmoid and its gradient")
-    axes[0].legend()
+    axes[0].set(xlabel="x", ylabel="value", title="The sigmoid and its gradient", xticks=range(-8, 9, 4))
+    axes[0].legend(loc="upper left")
     layers = np.arange(1, path.shape[1] + 1)
     plots.band(axes[1], layers, np.exp(path.astype(np.float64)), label="z ~ N(0, 1)", colour=plots.COLOURS[1], log=True)
     axes[1].plot(
-        layers, 4.0 ** -layers.astype(float), color=plots.INK, linestyle=(0, (4, 3)), linewidth=1, label="at best: 4⁻ˡ"
+        layers, 4.0 ** -layers.astype(float), color=plots.INK, linestyle=plots.DASHED, linewidth=1, label="at best: $4^{-l}$"
     )
-    axes[1].set_title("Product of σ' through layers")
-    plots.by_layer(axes[1])
-    axes[1].legend()
+    axes[1].set(ylabel="product of l gradients", title="Its gradients multiply through depth")
+    plots.by_layer(axes[1], "layer l")
+    axes[1].legend(loc="upper right")
     return Figure("sigmoid", "The sigmoid is flat at both ends, so its gradient, 1/4 at best, vanishes through depth.", picture)
 
 
@@ -338,12 +264,13 @@ def product_figure(products: dict[str, np.ndarray]) -> Figure:
         for name in names:
             label, slope = labels[name]
             colour = plots.COLOURS[list(labels).index(name)]
-            plots.band(panel, steps, products[name] / math.log(10), label=f"{label}: {slope:+.3f}", colour=colour)
-        panel.set_xlabel("matrices in the product")
-    axes[0].set_ylabel("log₁₀ of the norm")
+            plots.band(
+                panel, steps, products[name] / math.log(10), label=f"{label}: {slope:+.3f}".replace("-", "−"), colour=colour
+            )
+        panel.set(xlabel="matrices in the product", ylabel="log₁₀ of the norm")
     axes[0].set_title("The product of 100 Gaussian matrices")
     axes[1].set_title("1/√n is right on average only")
-    axes[0].legend(title="slope of ln in theory", title_fontsize=9)
+    plots.legend(picture, axes[0], columns=3, title="size and entries of the matrices: slope of ln of the norm in theory")
     return Figure(
         "matrix-products",
         "Norm of the product of 100 Gaussian matrices: middle and 10 to 90 % of the draws. Scaled by 1/√n it keeps its mean"
@@ -359,14 +286,16 @@ def gradient_figure(settings, norms: np.ndarray, sizes: Sizes) -> Figure:
     relative = (norms - norms[:, :, -1:]) / math.log(10)
     for activation, panel in zip(ACTIVATIONS, axes, strict=True):
         for scale, colour in zip(SCALES, plots.COLOURS, strict=False):
-            plots.band(panel, layers, relative[:, settings.index((activation, scale))], label=scale, colour=colour)
+            label = f"std {scale}" if scale[0].isdigit() else scale
+            plots.band(panel, layers, relative[:, settings.index((activation, scale))], label=label, colour=colour)
         panel.set_title(activation)
-        plots.by_layer(panel, "layer (the gradient comes from the right)" if activation == "tanh" else "layer")
+        plots.by_layer(panel)
     axes[0].set_ylabel("log₁₀ of the gradient's norm")
-    axes[0].legend(title="weights", title_fontsize=9)
+    plots.legend(picture, axes[0], columns=4, title="weights")
     return Figure(
         "gradient-norms",
-        f"Norm of the gradient at each layer of {sizes.depth} layers of {sizes.width} units, relative to the last layer's.",
+        f"Norm of the gradient at each layer of {sizes.depth} layers of {sizes.width} units, relative to the last"
+        " layer's, where it comes from.",
         picture,
     )
 

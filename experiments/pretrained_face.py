@@ -17,7 +17,8 @@ from jaxtyping import Array, Float, Int
 
 from experiments.lab import data, plots
 from experiments.lab.claims import Claim, at_least, at_most, every, exactly, known, over_seeds
-from experiments.lab.experiment import Figure, Result, Run, Table
+from experiments.lab.claims import accuracy as mean_accuracy
+from experiments.lab.experiment import Figure, Introduction, Result, Run, Table
 from experiments.lab.objectives import supervised
 from experiments.lab.training import fit
 from experiments.nets.rnet import OUTPUTS, RNet, patterns, prepared, pretrained, probabilities
@@ -47,16 +48,28 @@ def run(run: Run) -> Result:
     few = run.part("few labels", lambda: few_labels(run, counts, seeds))
     accuracy = few["accuracy"].astype(np.float64)
     rows = [
-        [way, *(str(over_seeds(accuracy[place, column])) for column in range(len(counts)))] for place, way in enumerate(WAYS)
+        [way, *(str(mean_accuracy(accuracy[place, column])) for column in range(len(counts)))] for place, way in enumerate(WAYS)
     ]
     return Result(
+        introduction=Introduction(
+            data="scikit-image's 100 photographs of faces and 100 of other things, 25x25 grey levels; 50 of each are held out",
+            net="R-Net of MTCNN: three convolutions, a layer of 128, PReLU; 100,178 weights as their authors trained them",
+            inputs=f"24x24 in three equal colours, −1 to 1; {STEPS} steps of Adam, {counts[0]} to {counts[-1]} labels a class",
+            notes=("K. Zhang et al. 2016 (MTCNN)", "Yosinski et al. 2014 (transfer of features)"),
+        ),
         claims=claims(original, accuracy, counts),
         tables=[
             Table(
                 "Accuracy on held-out photographs", ["start, way", *(f"{n} labels a class" for n in counts)], rows, "By seed."
             )
         ],
-        figures=[Figure("labels", "Accuracy on held-out photographs by labels a class.", picture(accuracy, counts))],
+        figures=[
+            Figure(
+                "labels",
+                "Accuracy on held-out photographs by labels a class: a dot a seed, a bar their median.",
+                picture(accuracy, counts),
+            )
+        ],
         remarks=[f"The account of the graft: {original['account'][()]}."],
     )
 
@@ -67,29 +80,33 @@ def claims(original: dict[str, np.ndarray], accuracy: np.ndarray, counts: tuple[
     few = counts.index(FEW)
     return [
         every(
-            "the grafted network puts out what the original does (largest difference)",
+            "the grafted network puts out what the original does",
             [
                 (name, at_most(1e-5, source="the package's own runtime, recorded"), known(float(original[name])))
                 for name in ("faces/box", "faces/probabilities", "patterns/box", "patterns/probabilities")
             ],
+            unit="largest difference",
         ),
         Claim(
-            "and tells all 200 photographs as it does (share of equal decisions)",
+            "the grafted network decides all 200 photographs as the original does",
             exactly(1.0, source="the package's own runtime, recorded"),
             known(float(original["agreement"])),
+            unit="share of equal decisions",
         ),
         every(
-            f"with {FEW} labels a class and a fresh head, the pretrained start beats a random one (accuracy, by seed)",
+            f"with {FEW} labels a class and a fresh head, the pretrained start beats a random one",
             [
                 (way, at_least(0.02, source=BEFORE), over_seeds(accuracy[place, few] - accuracy[ways.index(RANDOM), few]))
                 for place, way in enumerate(ways)
                 if way != RANDOM
             ],
+            unit="difference of accuracies by seed",
         ),
         Claim(
-            f"a fresh head on the frozen body needs no more than {FEW} labels a class (accuracy)",
+            f"a fresh head on the frozen body needs no more than {FEW} labels a class",
             at_least(0.9, source=BEFORE),
-            over_seeds(accuracy[ways.index("pretrained, head only"), few]),
+            mean_accuracy(accuracy[ways.index("pretrained, head only"), few]),
+            unit="accuracy",
         ),
     ]
 
@@ -169,15 +186,15 @@ def _splits(labels: np.ndarray, count: int, seeds: int) -> tuple[np.ndarray, np.
 
 def picture(accuracy: np.ndarray, counts: tuple[int, ...]):
     """Every seed's accuracy, one row a start and way, one colour a number of labels."""
-    figure, axes = plots.figure(1, 1)
+    figure, axes = plots.figure(1, 1, height=3.6)
     for column, (count, colour) in enumerate(zip(counts, plots.shades(len(counts)), strict=True)):
         height = np.arange(len(WAYS)) + (column - (len(counts) - 1) / 2) * 0.18
         rows = np.repeat(height, accuracy.shape[-1])
         axes[0, 0].plot(accuracy[:, column].ravel(), rows, "o", color=colour, alpha=0.35, markersize=5)
-        label = f"{count} labels a class (a dot a seed, a bar the median)"
+        label = f"{count} labels a class"
         axes[0, 0].plot(np.median(accuracy[:, column], axis=-1), height, "|", color=colour, markersize=11, mew=2.5, label=label)
     axes[0, 0].set_yticks(range(len(WAYS)), list(WAYS))
     axes[0, 0].invert_yaxis()
     axes[0, 0].set(xlabel="accuracy on held-out photographs", title="Faces and other photographs, R-Net")
-    axes[0, 0].legend(loc="upper right")
+    plots.legend(figure, axes[0, 0], columns=len(counts))
     return figure

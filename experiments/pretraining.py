@@ -15,7 +15,8 @@ import numpy as np
 
 from experiments.lab import data, plots
 from experiments.lab.claims import Claim, Measured, Refuted, at_least, at_most, between, every, over_seeds
-from experiments.lab.experiment import Figure, Result, Run, Table
+from experiments.lab.claims import accuracy as mean_accuracy
+from experiments.lab.experiment import Figure, Introduction, Result, Run, Table
 from experiments.lab.objectives import placed
 from experiments.lab.training import minibatches
 from experiments.nets.digit_transfer import (
@@ -60,6 +61,13 @@ def run(run: Run) -> Result:
     parts = run.part("fine-tuned", lambda: compute(run, counts, reported))
     accuracy = {name: parts["accuracy"][index].astype(np.float64) for index, name in enumerate(STARTS)}
     return Result(
+        introduction=Introduction(
+            data=f"scikit-learn's handwritten digits, {SIDE}x{SIDE} grey levels, each placed somewhere on an empty canvas of"
+            f" {CANVAS}x{CANVAS}; 0 to 4 for pretraining with labels, 5 to 9 to be told apart",
+            net="144 inputs, a body of three ReLU layers of 96 units, a linear head",
+            inputs=f"in [0, 1]; {STEPS} steps of Adam, {counts[0]} to {counts[-1]} labels a class, {reported} seeds",
+            notes=("Erhan et al. 2010", "Yosinski et al. 2014", "Chen et al. 2020 (SimCLR)", "Kumar et al. 2022"),
+        ),
         claims=[*claims_of_starts(accuracy, counts), *claims_of_training(parts), *claims_of_ways(accuracy, counts)],
         tables=[accuracies(accuracy, counts), ranking(accuracy, counts), rates(parts, counts)],
         figures=[
@@ -71,10 +79,9 @@ def run(run: Run) -> Result:
             Figure("curves", "Training loss by step at one rate for all, 10 labels a class.", curves(parts)),
         ],
         remarks=[
-            "Digits 0 to 4 are the other classes, digits 5 to 9 are those to tell apart. "
-            f"A picture is {SIDE}x{SIDE} on a canvas of {CANVAS}x{CANVAS}; pretraining sees it in a new place each time, "
-            "fine-tuning in one place a seed. Test pictures are never seen in pretraining. "
-            f"Each start and way is tuned over the same {len(RATES)} rates, on {CHUNK} seeds that are not reported.",
+            "Pretraining sees a picture in a new place each time, fine-tuning in one place a seed. Test pictures are never seen"
+            f" in pretraining. Each start and way is tuned over the same {len(RATES)} rates, on {CHUNK} seeds that are not"
+            " reported.",
             f"Accounts of the transfer, one for every pretrained start (all seeds at once): {parts['account'][()]}",
         ],
     )
@@ -188,26 +195,30 @@ def claims_of_starts(accuracy: dict[str, np.ndarray], counts: tuple[int, ...]) -
     random = accuracy["random"][one, ten]
     return [
         every(
-            "with 10 labels a class a pretrained start beats He's (accuracy, difference by seed)",
+            "with 10 labels a class a pretrained start beats He's",
             [
                 (start, at_least(0.04, source=BEFORE + source), over_seeds(accuracy[start][small, ten] - random))
                 for start, source in (("supervised", YOSINSKI), ("contrastive", CHEN))
             ],
+            unit="difference of test accuracies by seed",
         ),
         Claim(
-            "filling in what is masked hardly helps (accuracy, difference by seed, both at one rate)",
+            "pretraining by filling in masked pixels hardly helps (fine-tuned at one rate for all layers)",
             at_most(0.05, source=BEFORE + "the smallest gain of the other two in a trial on other seeds was .08"),
             over_seeds(accuracy["masked"][one, ten] - random),
+            unit="difference of test accuracies by seed",
             refutes=Refuted(
                 "each pretrained start beats a random one at 10 labels a class",
-                "to fill in pixels a net has to keep where the digit stands, and to tell digits apart it has to forget it: "
-                "only the labels of other classes and the contrast of two places teach that",
+                "To fill in pixels a net has to keep where the digit stands, and to tell digits apart it has to forget it:"
+                " only the labels of other classes and the contrast of two places teach that.",
+                by="a common reading of Erhan et al. 2010",
             ),
         ),
         Claim(
-            "contrast beats the labels of other classes (accuracy, difference by seed)",
+            "contrastive pretraining beats pretraining on the labels of other classes",
             at_least(0.02, source=BEFORE + "it saw the pictures of the very classes, without labels"),
             over_seeds(accuracy["contrastive"][small, ten] - accuracy["supervised"][small, ten]),
+            unit="difference of test accuracies by seed",
         ),
     ]
 
@@ -220,16 +231,19 @@ def claims_of_training(parts: dict[str, np.ndarray]) -> list[Claim]:
     better = [(start, STARTS.index(start)) for start in ("supervised", "contrastive")]
     return [
         every(
-            "a pretrained start converges in fewer steps: after half of them it is past where random ends (accuracy by seed)",
+            "a pretrained start converges in fewer steps: after half of them it is past where random ends",
             [(start, at_least(0.0, source=ERHAN), over_seeds(after[place, half] - after[0, end])) for start, place in better],
+            unit="difference of test accuracies by seed",
         ),
         every(
-            "random and pretrained starts end with the same training loss (difference in nats by seed)",
+            "random and pretrained starts end with the same training loss",
             [(start, between(-0.15, 0.15, source=ERHAN), over_seeds(final[place] - final[0])) for start, place in better],
+            unit="difference of training losses by seed, nats",
         ),
         every(
-            "but not with the same test accuracy: the generalization gap is what pretraining closes (difference by seed)",
+            "at that equal training loss the pretrained starts have the higher test accuracy",
             [(start, at_least(0.0, source=ERHAN), over_seeds(after[place, end] - after[0, end])) for start, place in better],
+            unit="difference of test accuracies by seed",
         ),
     ]
 
@@ -240,19 +254,22 @@ def claims_of_ways(accuracy: dict[str, np.ndarray], counts: tuple[int, ...]) -> 
     head, one = ways.index("head only"), ways.index(ONE_RATE)
     return [
         Claim(
-            "with 5 labels a class, training the head alone beats training everything (contrastive; difference by seed)",
+            "with 5 labels a class, training the head alone beats training everything (contrastive start)",
             at_least(0.03, source=BEFORE + "Kumar et al. 2022: fine-tuning distorts pretrained features"),
             over_seeds(accuracy["contrastive"][head, counts.index(5)] - accuracy["contrastive"][one, counts.index(5)]),
+            unit="difference of test accuracies by seed",
         ),
         Claim(
-            "with 50 labels a class it is the other way round (supervised; difference by seed)",
+            "with 50 labels a class it is the other way round (supervised start)",
             at_least(0.03, source=BEFORE + YOSINSKI + " less than those of the same classes"),
             over_seeds(accuracy["supervised"][one, counts.index(50)] - accuracy["supervised"][head, counts.index(50)]),
+            unit="difference of test accuracies by seed",
         ),
         Claim(
-            "on random features a trained head alone is worse than training everything (50 labels; difference by seed)",
+            "on random features a trained head alone is worse than training everything (50 labels a class)",
             at_least(0.05, source=BEFORE + "features have to be learnt from somewhere"),
             over_seeds(accuracy["random"][one, counts.index(50)] - accuracy["random"][head, counts.index(50)]),
+            unit="difference of test accuracies by seed",
         ),
     ]
 
@@ -260,7 +277,7 @@ def claims_of_ways(accuracy: dict[str, np.ndarray], counts: tuple[int, ...]) -> 
 def accuracies(accuracy: dict[str, np.ndarray], counts: tuple[int, ...]) -> Table:
     """Every start, way and number of labels."""
     rows = [
-        [start, way, *(str(over_seeds(accuracy[start][place, column])) for column in range(len(counts)))]
+        [start, way, *(str(mean_accuracy(accuracy[start][place, column])) for column in range(len(counts)))]
         for start in STARTS
         for place, way in enumerate(WAYS)
     ]
@@ -276,7 +293,7 @@ def ranking(accuracy: dict[str, np.ndarray], counts: tuple[int, ...]) -> Table:
     rows: list[list[str | int | float]] = []
     for place, (name, values) in enumerate(runs):
         behind: Measured | str = over_seeds(values - runs[place - 1][1]) if place else ""
-        rows.append([place + 1, name, str(over_seeds(values)), str(behind)])
+        rows.append([place + 1, name, str(mean_accuracy(values)), str(behind)])
     return Table("Ranking with 10 labels a class", ["", "start, way", "accuracy", "behind the one before"], rows, "By seed.")
 
 
@@ -295,32 +312,33 @@ def rates(parts: dict[str, np.ndarray], counts: tuple[int, ...]) -> Table:
 
 def by_labels(accuracy: dict[str, np.ndarray], counts: tuple[int, ...]):
     """Accuracy by labels, every start in its best way, and the ways of the contrastive start."""
-    picture, axes = plots.figure(1, 2, sharey=True)
+    picture, axes = plots.figure(1, 2, height=4.4, sharey=True)
     ten = counts.index(10)
-    for start, colour in zip(STARTS, plots.COLOURS, strict=False):
+    for place, (start, colour) in enumerate(zip(STARTS, plots.COLOURS, strict=False)):
         best = int(accuracy[start][:, ten].mean(axis=-1).argmax())
         label = f"{start} ({list(WAYS)[best]})"
-        plots.band(axes[0, 0], counts, accuracy[start][best].T, label=label, colour=colour, marker="o")
+        plots.band(axes[0, 0], counts, accuracy[start][best].T, label=label, colour=colour, turn=(place, len(STARTS)))
     for place, (way, colour) in enumerate(zip(WAYS, plots.COLOURS[4:], strict=False)):
-        plots.band(axes[0, 1], counts, accuracy["contrastive"][place].T, label=way, colour=colour, marker="o")
-    for axis, title in zip(axes[0], ("Starts", "Ways to fine-tune the contrastive one"), strict=True):
+        turn = (place, len(WAYS))
+        plots.band(axes[0, 1], counts, accuracy["contrastive"][place].T, label=way, colour=colour, turn=turn)
+    for axis, title in zip(axes[0], ("Starts, each in its best way", "Ways to fine-tune: contrastive"), strict=True):
         axis.set_xscale("log")
         axis.set_xticks(counts, [str(count) for count in counts])
         axis.minorticks_off()
         axis.set_xlabel("labels a class")
         axis.set_title(title)
-        axis.legend(loc="lower right")
+        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), fontsize=8.5)  # below, where no data lie
     axes[0, 0].set_ylabel("test accuracy")
     return picture
 
 
 def curves(parts: dict[str, np.ndarray]):
     """Training loss and test accuracy by step."""
-    picture, axes = plots.figure(1, 2)
+    picture, axes = plots.figure(1, 2, height=3.5)
     for place, (start, colour) in enumerate(zip(STARTS, plots.COLOURS, strict=False)):
         plots.band(axes[0, 0], np.arange(STEPS), parts["loss"][place], label=start, colour=colour)
-        plots.band(axes[0, 1], SNAPSHOTS, parts["after"][place].T, label=start, colour=colour, marker="o")
-    axes[0, 0].set(xlabel="step", ylabel="training loss (nats)", title=f"Training, rate {COMMON_RATE:g}", ylim=(0, None))
-    axes[0, 0].legend()
+        plots.band(axes[0, 1], SNAPSHOTS, parts["after"][place].T, label=start, colour=colour, turn=(place, len(STARTS)))
+    axes[0, 0].set(xlabel="step", ylabel="training loss, nats", title=f"Training, rate {COMMON_RATE:g}", ylim=(0, None))
+    plots.legend(picture, axes[0, 1], columns=4)
     axes[0, 1].set(xlabel="step", ylabel="test accuracy", title="Test")
     return picture

@@ -14,8 +14,8 @@ import optax
 
 import varscale as vs
 from experiments.lab import data, plots
-from experiments.lab.claims import Claim, Refuted, at_least, at_most, every, exactly, known, over_seeds
-from experiments.lab.experiment import Figure, Result, Run, Table
+from experiments.lab.claims import Claim, Refuted, accuracy, at_least, at_most, every, exactly, known, over_seeds
+from experiments.lab.experiment import Figure, Introduction, Result, Run, Table
 from experiments.lab.training import cross_entropy, minibatches
 from experiments.nets.tied_units import ACTIVATIONS, OPTIMIZERS, Setting, nearly_constant, start, test, train
 
@@ -37,7 +37,7 @@ TIED = ("constant", "constant, full batch", "zeros")
 COLOURS = dict(zip(STARTS, plots.COLOURS, strict=False))
 
 RUMELHART = "Rumelhart, Hinton and Williams 1986: equal weights get equal changes"
-BOTTOM = 1e-10  # where pictures show 0
+BOTTOM = 1e-10  # where pictures draw 0, and say so on the axis
 REGULARIZATION = 1e-2
 SOLVER_STEPS, DESCENT_STEPS, DESCENT_RATE = 150, 1000, 0.5
 
@@ -142,7 +142,7 @@ def claims_of_tied(parts: dict[str, dict[str, np.ndarray]], seeds: int) -> list[
     settings = [(o, name, a) for o in OPTIMIZERS for name in TIED for a in range(len(NAMES))]
     claims = [
         every(
-            f"equal units stay equal to the bit at every step: {what} (largest difference)",
+            f"equal units stay equal to the bit at every step: {what}",
             [
                 (
                     f"{optimizer}, {name}, {NAMES[a]}",
@@ -151,6 +151,7 @@ def claims_of_tied(parts: dict[str, dict[str, np.ndarray]], seeds: int) -> list[
                 )
                 for optimizer, name, a in settings
             ],
+            unit="largest difference between units",
         )
         for field, what in (("forward", "outputs, forward"), ("backward", "gradients, backward"), ("weights", "weights"))
     ]
@@ -166,17 +167,19 @@ def claims_of_tied(parts: dict[str, dict[str, np.ndarray]], seeds: int) -> list[
                 for o in OPTIMIZERS
                 for a in (0, 1)
             ],
+            unit="largest |weight|",
         ),
         every(
-            "a constant start is a net one unit wide: held-out accuracy",
+            "a constant start is a net one unit wide",
             [
                 (
                     f"{o}, {name}, {NAMES[a]}",
                     at_most(0.6, source="set after pilot runs, before this one"),
-                    over_seeds(pick(o, "accuracy", name, a)),
+                    accuracy(pick(o, "accuracy", name, a)),
                 )
                 for o, name, a in settings
             ],
+            unit="held-out accuracy",
         ),
     ]
     return claims
@@ -189,7 +192,7 @@ def claims_of_broken(parts: dict[str, dict[str, np.ndarray]], seeds: int) -> lis
     apart = pick("gradient descent", "weights", "constant and its last bit", NAMES.index("relu"))
     return [
         every(
-            "a random start: no two units are equal at the end (ln of the distance of the nearest two)",
+            "a random start: no two units are equal at the end",
             [
                 (
                     f"{o}, {NAMES[a]}",
@@ -199,16 +202,18 @@ def claims_of_broken(parts: dict[str, dict[str, np.ndarray]], seeds: int) -> lis
                 for o in OPTIMIZERS
                 for a in range(len(NAMES))
             ],
+            unit="ln of the distance of the nearest two units",
         ),
         every(
-            "a random start learns (Adam): held-out accuracy",
+            "a random start learns (Adam)",
             [
-                (NAMES[a], at_least(0.75, source="set after pilot runs, before this one"), over_seeds(values))
+                (NAMES[a], at_least(0.75, source="set after pilot runs, before this one"), accuracy(values))
                 for a, values in random
             ],
+            unit="held-out accuracy",
         ),
         every(
-            "dropout breaks the symmetry of a constant start: difference of units after 10 steps (log10)",
+            "dropout breaks the symmetry of a constant start within 10 steps",
             [
                 (
                     f"{o}, {NAMES[a]}",
@@ -218,20 +223,24 @@ def claims_of_broken(parts: dict[str, dict[str, np.ndarray]], seeds: int) -> lis
                 for o in OPTIMIZERS
                 for a in range(len(NAMES))
             ],
+            unit="log10 of the difference between units",
         ),
         Claim(
-            "dropout makes a constant start learn (Adam, tanh): held-out accuracy over that of the tied net",
+            "dropout makes a constant start learn (Adam, tanh), against the net whose units stay equal",
             at_least(0.1, source="set after pilot runs, before this one"),
             over_seeds(pick("Adam", "accuracy", "constant, dropout", 0) - pick("Adam", "accuracy", "constant", 0)),
+            unit="difference of held-out accuracies",
         ),
         Claim(
-            "a difference in the last bit of the start grows (gradient descent, ReLU): log10 of how much",
+            "a difference in the last bit of the start grows (gradient descent, ReLU)",
             at_least(0.7, source="measured: equal units are an unstable balance"),
             over_seeds(np.log10(apart[:, -1] / apart[:, 0])),
+            unit="log10 of the growth",
             refutes=Refuted(
                 "gradient descent never breaks the symmetry",
                 "true of exact sums only; a matrix library rounds one unit's sums unlike the next one's, and training "
                 "multiplies the difference until the units part",
+                by="Dive into Deep Learning, section 5.4",
             ),
         ),
     ]
@@ -243,24 +252,28 @@ def claims_of_logistic(part: dict[str, np.ndarray]) -> list[Claim]:
     kernels = part["kernel"]
     return [
         Claim(
-            f"logistic regression: zeros, ones and {len(ends) - 2} random starts end at the same loss (largest difference)",
+            f"logistic regression: zeros, ones and {len(ends) - 2} random starts end at the same loss",
             at_most(1e-6, source="a strictly convex loss has one minimum"),
             known(ends.max() - ends.min()),
+            unit="largest difference of losses, nats",
         ),
         Claim(
-            "and at the same weights (largest difference)",
+            "logistic regression: and at the same weights",
             at_most(1e-2, source="λ/2·‖Δ‖² ≤ the difference in loss"),
             known(np.abs(kernels - kernels[0]).max()),
+            unit="largest difference of weights",
         ),
         Claim(
-            "zeros are fine for it: plain gradient descent comes as close (loss over the minimum)",
+            "logistic regression: zeros are fine, plain gradient descent comes as close",
             at_most(0.02, source="convexity"),
             known(part["descent"][-1] - best),
+            unit="loss over the minimum, nats",
         ),
         Claim(
-            "and classifies (held-out accuracy)",
+            "logistic regression from zeros classifies",
             at_least(0.85, source="set after pilot runs, before this one"),
             known(float(part["accuracy"])),
+            unit="held-out accuracy",
         ),
     ]
 
@@ -272,23 +285,31 @@ def run(run: Run) -> Result:
     seeds = run.seeds(quick=4, full=10)
     parts = {optimizer: train_part(run, optimizer, digits, out, seeds) for optimizer in OPTIMIZERS}
     logistic = logistic_part(run, digits, out, 2 if run.quick else 8)
+    steps = parts["Adam"]["loss"].shape[1]
     return Result(
+        introduction=Introduction(
+            data="scikit-learn's 1797 handwritten digits, 8x8 grey levels, 10 classes; a fifth of each class is held out",
+            net="64 inputs, two hidden layers of 10 units (tanh, ReLU or sigmoid), 10 classes; beside it logistic regression",
+            inputs=f"grey levels in [0, 1]; {steps} steps of gradient descent or Adam on {BATCH} digits, {seeds} seeds",
+            notes=("Rumelhart, Hinton and Williams 1986", "Dive into Deep Learning, section 5.4 (breaking the symmetry)"),
+        ),
         claims=[*claims_of_tied(parts, seeds), *claims_of_broken(parts, seeds), *claims_of_logistic(logistic)],
         tables=[_table(parts, seeds)],
         figures=[
             Figure(
                 "units",
-                "Largest difference between hidden units, by step.",
+                "Largest difference between hidden units, by step; the axis is logarithmic but for 0, which is drawn below it.",
                 _units(parts, seeds),
             ),
             Figure(
-                "convex", "Logistic regression from zeros, ones and random weights: loss above the minimum.", _convex(logistic)
+                "convex",
+                "Logistic regression from zeros, ones and random weights: loss above the minimum (below 1e-16 drawn as 1e-16).",
+                _convex(logistic),
             ),
         ],
         remarks=[
-            f"Two hidden layers of 10 units on handwritten digits, {seeds} seeds a setting, {parts['Adam']['loss'].shape[1]} "
-            f"steps of {BATCH} digits. Sums are taken in the same order for every unit: a matrix library may round one unit's "
-            "sums unlike the next one's, and then equal units are equal to rounding only."
+            "Sums are taken in the same order for every unit: a matrix library may round one unit's sums unlike the next one's,"
+            " and then equal units are equal to rounding only."
         ],
     )
 
@@ -310,16 +331,17 @@ def _table(parts, seeds: int) -> Table:
 
 
 def _units(parts, seeds: int):
-    figure, axes = plots.figure(1, 2, height=3.4, sharey=True)
+    figure, axes = plots.figure(1, 2, height=3.8, sharey=True)
     for panel, (optimizer, activation) in zip(axes[0], (("gradient descent", 1), ("Adam", 0)), strict=True):
         for name in [name for name in STARTS if name not in TIED[1:]]:
             apart = np.maximum(_pick(parts, seeds, optimizer, "weights", name, activation), BOTTOM)
-            label = "constant, zeros" if name == "constant" else name
+            label = "constant or zeros: equal to the bit" if name == "constant" else name
             plots.band(panel, np.arange(1, apart.shape[1] + 1), apart, label=label, colour=COLOURS[name], log=True)
         panel.set(title=f"{optimizer}, {NAMES[activation]}", xlabel="step")
-        plots.reference(panel, BOTTOM, "equal, to the bit")
-    axes[0, 0].set_ylabel("difference of units")
-    axes[0, 1].legend(loc="center right", bbox_to_anchor=(1, 0.35))
+    powers = range(-8, 1, 2)  # of ten; a logarithmic axis has no zero, so that 0 has a place of its own below
+    axes[0, 0].set_yticks([BOTTOM, *(10.0**power for power in powers)], ["0", *(f"$10^{{{power}}}$" for power in powers)])
+    axes[0, 0].set_ylabel("largest difference between units")
+    plots.legend(figure, axes[0, 0], columns=2)
     return figure
 
 
@@ -329,6 +351,6 @@ def _convex(part: dict[str, np.ndarray]):
     for row, values in enumerate(gap):
         label = ("zeros", "ones", "random", *[None] * len(gap))[row]
         axes[0, 0].semilogy(values, label=label, color=plots.COLOURS[min(row, 2)])
-    axes[0, 0].set(xlabel="step of L-BFGS", ylabel="loss above the minimum")
-    axes[0, 0].legend()
+    axes[0, 0].set(xlabel="step of L-BFGS", ylabel="loss above the minimum, nats")
+    axes[0, 0].legend(loc="upper right")
     return figure

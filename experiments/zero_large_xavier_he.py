@@ -16,21 +16,32 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.lab import data, experiment, plots
-from experiments.lab.claims import Claim, Refuted, at_least, at_most, between, every, exactly, known, near, over_seeds, share
-from experiments.lab.experiment import ExperimentError, Figure, Result, Run, Table
+from experiments.lab.claims import (
+    Claim,
+    Refuted,
+    accuracy,
+    at_least,
+    at_most,
+    every,
+    exactly,
+    known,
+    near,
+    over_seeds,
+    share,
+)
+from experiments.lab.experiment import ExperimentError, Figure, Introduction, Result, Run, Table
 from experiments.nets.photograph_net import (
     ACTIVATIONS,
     ITERATIONS,
     LAWS,
-    WIDTHS,
     Span,
     draw_all,
     errors,
-    predicted,
-    start,
+    rows,
+    seeds_of,
     train,
 )
-from varscale import gaussian
+from experiments.nets.photograph_starts import DABBURA, DRAWS, LARGE, claims_of_start, start_part, table_of_start
 
 REQUIRES = ("matplotlib", "skimage")
 ORDER = 4
@@ -38,14 +49,10 @@ ORDER = 4
 RATES = (1.0, 3.0, 10.0)  # times the learning rate: no rate should overturn a claim
 HELD_OUT = 0.25
 MINORITY = 0.25  # the share of the rarer class where the classes are made unequal
-LARGE, SCALED = ("normal ×10", "uniform ×10", "uniform ×17.3"), ("He 2/n", "Xavier 1/n")
+SCALED = ("He 2/n", "Xavier 1/n")
 COLOURS = {law: plots.COLOURS[place] for law, place in zip(LAWS, (5, 1, 4, 6, 0, 2), strict=True)}
 
 PILOTS = "set after pilot runs, before this one"
-DABBURA = "Dabbura 2018, cats and dogs"
-LAW = "the law, E[y²] = n·Var[w]·E[x²]"
-MOST_WEIGHTS = 30_000_000  # of one law's nets, which are held all at once
-STARTS = 16  # images whose logits are looked at before training
 
 
 @dataclass(frozen=True)
@@ -58,6 +65,10 @@ class Settings(experiment.Settings):
     """How many images to take of each folder."""
     learning_rate: float = 0.01
     """Of gradient descent."""
+
+    @property
+    def own_data(self) -> str:
+        return "" if self.images is None else f"your images in {self.images[0]} and {self.images[1]}"
 
     def __post_init__(self):
         super().__post_init__()
@@ -72,27 +83,6 @@ def photographs(settings: Settings) -> data.Samples:
     return data.folders(*settings.images, most=settings.images_a_class, seed=settings.seed)
 
 
-def rows(seeds: int) -> list[tuple[str, int, int]]:
-    """(law, relu, seed) of every run; zeros have no seeds."""
-    return [(law, relu, seed) for law in LAWS for relu in (0, 1) for seed in range(1 if law == "zeros" else seeds)]
-
-
-def start_part(run: Run, samples: data.Samples, drawn: Callable[[], dict[str, Any]]) -> dict[str, np.ndarray]:
-    """Of every law but zeros and each activation, shape (laws, 2, draws): second moment, cost and death at the start."""
-    chosen = np.linspace(0, len(samples) - 1, STARTS).astype(int)  # both classes alike: they come one after the other
-    x, labels = samples.features[chosen].T, samples.labels[chosen].astype(np.float32)
-
-    def compute():
-        nets = [params for law, params in drawn().items() if law != "zeros"]
-        found = [[start(params, relu, x, labels) for relu in (False, True)] for params in nets]
-        names = ("second_moment", "cost", "dead")
-        return {name: np.array([[pair[field] for pair in law] for law in found]) for field, name in enumerate(names)} | {
-            "predicted": np.array([[predicted(law, relu, x) for relu in (False, True)] for law in LAWS if law != "zeros"])
-        }
-
-    return run.part("start", compute)
-
-
 def train_part(
     run: Run, samples: data.Samples, out: np.ndarray, drawn: Callable[[], dict[str, Any]], rate: float, seeds: int
 ) -> dict[str, np.ndarray]:
@@ -101,7 +91,7 @@ def train_part(
 
     def compute():
         span = Span.of(x)
-        nets = [jax.tree.map(lambda leaf: leaf[:seeds], params) for params in drawn().values()]
+        nets = list(drawn().values())
         both = [params for params in nets for _ in ACTIVATIONS]
         params = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *both, nets[0], nets[0])
         relu = jnp.array([bool(relu) for _, relu, _ in rows(seeds)] + [False, True])
@@ -128,22 +118,25 @@ def claims_of_zeros(part: dict[str, np.ndarray], labels: np.ndarray) -> list[Cla
     entropy = _entropy(balance)
     claims = [
         Claim(
-            "zeros: no hidden weight ever moves, whatever the activation (largest weight after training)",
+            "zeros: no hidden weight ever moves, whatever the activation",
             exactly(0.0, source="both factors of every hidden gradient are zero"),
             known(float(part["zeros_moved"])),
+            unit="largest |weight| after training",
         ),
         Claim(
             f"zeros: with one class {MINORITY:.0%} of the weight, the cost ends at the entropy, {_entropy(MINORITY):.4f}",
             near(_entropy(MINORITY), 1e-4, source="only the last bias learns: logistic regression on nothing"),
             known(float(part["cost"][-2:, -1].max())),
+            unit="cross-entropy, nats",
         ),
     ]
     if balance == 0.5:
         claims.append(
             Claim(
-                "zeros: the cost stays at ln 2 through all iterations (largest distance)",
+                "zeros: the cost stays at ln 2 through all iterations",
                 at_most(1e-6, source=f"{DABBURA}: 0.6931471805599453 from the 100th to the 1000th iteration"),
                 known(float(np.abs(part["cost"][zeros] - math.log(2)).max())),
+                unit="largest distance from ln 2, nats",
             )
         )
     else:
@@ -152,52 +145,10 @@ def claims_of_zeros(part: dict[str, np.ndarray], labels: np.ndarray) -> list[Cla
                 f"zeros: the cost ends at the entropy of the classes, {entropy:.4f}",
                 near(entropy, 1e-3, source="only the last bias learns"),
                 known(float(part["cost"][zeros, -1].max())),
+                unit="cross-entropy, nats",
             )
         )
     return claims
-
-
-def claims_of_start(part: dict[str, np.ndarray]) -> list[Claim]:
-    """Before training, the law says how large the logits are, and so how high the cost is."""
-    laws = [law for law in LAWS if law != "zeros"]
-    ratio = part["second_moment"].astype(np.float64) / part["predicted"][..., None]
-    normal, uniform, matched = (part["cost"][laws.index(law), 0].astype(np.float64) for law in LARGE)
-    variance = float(part["predicted"][laws.index("normal ×10"), 0])
-    cost = float(gaussian.mean(jax.nn.softplus, variance=variance))
-    return [
-        every(
-            "at the start: the logits' second moment over the law's prediction",
-            [
-                (f"{law}, {activation}", near(1.0, 0.2, source=LAW), over_seeds(ratio[row, column]))
-                for row, law in enumerate(laws)
-                for column, activation in enumerate(ACTIVATIONS)
-            ],
-        ),
-        Claim(
-            f"normal ×10, tanh: the first cost is E[softplus(y)], y ~ N(0, {variance:.0f}) by the law (ratio)",
-            near(1.0, 0.1, source=LAW + "; saturated units are ±1"),
-            over_seeds(normal / cost),
-        ),
-        Claim(
-            "uniform ×10 is a third of normal ×10's variance: the first cost is 1/√3 of it (tanh)",
-            near(1 / math.sqrt(3), 0.06, source=LAW),
-            over_seeds(uniform / normal.mean()),
-            refutes=Refuted(
-                "there is no big difference between normal and uniform numbers times 10",
-                "a uniform number on ±10 has a third of the variance; see the next claim",
-            ),
-        ),
-        Claim(
-            "of the same variance, uniform ×17.3 starts where normal ×10 does (ratio of first costs, tanh)",
-            near(1.0, 0.1, source=LAW + ": the variance counts, not the distribution"),
-            over_seeds(matched / normal.mean()),
-        ),
-        Claim(
-            "He, ReLU: some draws are dead at the start (all five units of a layer silent on every image)",
-            between(1e-4, 1 - (1 - 2.0**-5) ** 2, source="each unit is silent with chance ≤ 1/2; two layers of five"),
-            share(int(part["dead"][laws.index("He 2/n"), 1].sum()), part["dead"].shape[-1]),
-        ),
-    ]
 
 
 def claims_of_training(parts: dict[float, dict[str, np.ndarray]], rate: float, real: bool) -> list[Claim]:
@@ -206,7 +157,7 @@ def claims_of_training(parts: dict[float, dict[str, np.ndarray]], rate: float, r
     cost, train_error, held = (functools.partial(_runs, part, name) for name in ("cost", "train", "held_out"))
     claims = [
         every(
-            "large weights end with more training error than He's or Xavier's, at every learning rate (difference)",
+            "large weights end with more training error than He's or Xavier's, at every learning rate",
             [
                 (f"{law}, {activation}, rate {other:g}", at_least(0.05, source=DABBURA), over_seeds(difference))
                 for other, at_rate in parts.items()
@@ -217,9 +168,10 @@ def claims_of_training(parts: dict[float, dict[str, np.ndarray]], rate: float, r
                     - np.mean([_runs(at_rate, "train", scaled, column) for scaled in SCALED], axis=0)
                 ]
             ],
+            unit="difference of training errors",
         ),
         every(
-            "the same would apply to held-out images: large weights err more there too (difference)",
+            "large weights err more than He's or Xavier's on held-out images too",
             [
                 (
                     f"{law}, {activation}",
@@ -229,33 +181,38 @@ def claims_of_training(parts: dict[float, dict[str, np.ndarray]], rate: float, r
                 for law in LARGE
                 for column, activation in enumerate(ACTIVATIONS)
             ],
+            unit="difference of held-out errors",
         ),
     ]
     if not real:
         return claims
     claims += [
         Claim(
-            "normal ×10, tanh: after 1000 iterations the cost is still above that of knowing nothing, ln 2 (ln of the ratio)",
+            "normal ×10, tanh: after 1000 iterations the cost is still above that of knowing nothing, ln 2",
             at_least(0.0, source=f"{DABBURA}: 1.0048"),
             over_seeds(np.log(cost("normal ×10", 0)[:, 999] / math.log(2))),
+            unit="ln of the cost over ln 2",
         ),
         every(
-            "tanh with He or Xavier: training error after 3000 iterations",
-            [(law, at_most(0.02, source=f"{DABBURA}: 1 %"), over_seeds(train_error(law, 0))) for law in SCALED],
+            "tanh with He or Xavier: few errors on the training images after 3000 iterations",
+            [(law, at_most(0.02, source=f"{DABBURA}: 1 %"), accuracy(train_error(law, 0))) for law in SCALED],
+            unit="training error",
         ),
         every(
-            "ReLU with He or Xavier: most draws end with 2 % training error at most (share)",
+            "ReLU with He or Xavier: most draws end with 2 % training error at most",
             [
                 (law, at_least(0.5, source=DABBURA), share(int((train_error(law, 1) <= 0.02).sum()), len(train_error(law, 1))))
                 for law in SCALED
             ],
+            unit="share of draws",
         ),
         every(
-            "He with ReLU and Xavier with tanh generalize: held-out error",
+            "He with ReLU and Xavier with tanh generalize",
             [
-                (f"{law}, {ACTIVATIONS[column]}", at_most(0.15, source=PILOTS), over_seeds(held(law, column)))
+                (f"{law}, {ACTIVATIONS[column]}", at_most(0.15, source=PILOTS), accuracy(held(law, column)))
                 for law, column in zip(SCALED, (1, 0), strict=True)
             ],
+            unit="held-out error",
         ),
         *claims_of_crossing(cost, held),
     ]
@@ -267,22 +224,25 @@ def claims_of_crossing(cost: Callable, held: Callable) -> list[Claim]:
     gap = [np.log(cost("He 2/n", column)[:, 299] / cost("Xavier 1/n", column)[:, 299]) for column in (0, 1)]
     return [
         Claim(
-            "ReLU: He learns faster than Xavier (ln of the ratio of their costs after 300 iterations, seed by seed)",
+            "ReLU: He learns faster than Xavier",
             at_most(-0.02, source="He et al. 2015"),
             over_seeds(gap[1]),
+            unit="ln of the ratio of costs after 300 iterations",
         ),
         Claim(
             "tanh: He learns faster than Xavier here too",
             at_most(-0.02, source="measured: the larger start has the larger gradients"),
             over_seeds(gap[0]),
+            unit="ln of the ratio of costs after 300 iterations",
             refutes=Refuted(
                 "Xavier's 1/n is the best start for tanh",
-                "over two hidden layers it makes the logits, and with them the gradients, smaller than He's, and at 2/n tanh "
-                "does not saturate yet",
+                "Over two hidden layers it makes the logits, and with them the gradients, smaller than He's, and at 2/n tanh"
+                " does not saturate yet.",
+                by="Glorot and Bengio 2010, and most lecture notes after it",
             ),
         ),
         every(
-            "crossing them changes the held-out error little (He − Xavier)",
+            "crossing them changes the held-out error little",
             [
                 (
                     activation,
@@ -291,9 +251,11 @@ def claims_of_crossing(cost: Callable, held: Callable) -> list[Claim]:
                 )
                 for column, activation in enumerate(ACTIVATIONS)
             ],
+            unit="difference of held-out errors, He − Xavier",
             refutes=Refuted(
                 "each activation needs its own of the two at this depth",
-                "two hidden layers are too few for a factor of 2 a layer to vanish or explode; at 30 layers it decides",
+                "Two hidden layers are too few for a factor of 2 a layer to vanish or explode; at 30 layers it decides.",
+                by=DABBURA,
             ),
         ),
     ]
@@ -305,20 +267,32 @@ def run(run: Run) -> Result:
     samples = photographs(settings)
     out = data.held_out(samples.labels, HELD_OUT)
     seeds = run.seeds(quick=20, full=50)
-    draws = max(seeds, min(4000, MOST_WEIGHTS // (samples.features.shape[1] * WIDTHS[0])))
-    drawn = functools.cache(lambda: draw_all(run.keys("draws", draws), features=samples.features.shape[1]))
-    begun = start_part(run, samples, drawn)
+    keys = run.keys("draws", max(seeds, DRAWS))
+    drawn = functools.cache(lambda: draw_all(keys[:seeds], features=samples.features.shape[1]))
+    begun = start_part(run, samples, keys)
     rates = [settings.learning_rate * times for times in (RATES[:1] if run.quick else RATES)]
     parts = {rate: train_part(run, samples, out, drawn, rate, seeds) for rate in run.track(rates, "learning rates")}
     part = parts[rates[0]]
     train_labels = samples.labels[~out]
+    kind = "scikit-image's Labeled Faces in the Wild subset" if settings.images is None else "your folders"
     return Result(
+        introduction=Introduction(
+            data=f"{len(train_labels)} photographs to train on, {int(out.sum())} held out: {' or '.join(samples.classes)}"
+            f" ({kind})",
+            net=f"{samples.features.shape[1]} inputs, 5 and 5 hidden units (tanh or ReLU), 1 output, without biases",
+            inputs=f"pixels in [0, 1]; plain gradient descent, rate {rates[0]:g}, {ITERATIONS} iterations, {seeds} seeds",
+            notes=(
+                "Dabbura 2018, Coding neural network: parameters' initialization",
+                "He et al. 2015",
+                "Glorot and Bengio 2010",
+            ),
+        ),
         claims=[
             *claims_of_zeros(part, train_labels),
             *claims_of_start(begun),
             *claims_of_training(parts, rates[0], settings.images is None),
         ],
-        tables=[*(_table(rate, at_rate) for rate, at_rate in parts.items()), _table_of_start(begun)],
+        tables=[*(_table(rate, at_rate) for rate, at_rate in parts.items()), table_of_start(begun)],
         figures=[
             Figure(
                 "curves",
@@ -327,17 +301,7 @@ def run(run: Run) -> Result:
             ),
             Figure("errors", "Errors after training, one dot a draw; the bar is their mean.", _errors(part)),
         ],
-        remarks=[
-            f"{len(train_labels)} photographs to train on, {int(out.sum())} held out: "
-            f"{samples.classes[0]} or {samples.classes[1]}, {samples.features.shape[1]} features in [0, 1]. "
-            f"{seeds} seeds a setting; plain gradient descent, {ITERATIONS} iterations."
-        ],
     )
-
-
-def seeds_of(part: dict[str, np.ndarray]) -> int:
-    """How many seeds a part was run with: two runs of zeros, two of unequal classes, the rest by law and activation."""
-    return (len(part["cost"]) - 4) // (2 * (len(LAWS) - 1))
 
 
 def _runs(part: dict[str, np.ndarray], name: str, law: str, relu: int) -> np.ndarray:
@@ -362,39 +326,22 @@ def _table(rate: float, part: dict[str, np.ndarray]) -> Table:
     return Table(f"Learning rate {rate:g}", columns, entries, note)
 
 
-def _table_of_start(part: dict[str, np.ndarray]) -> Table:
-    laws = [law for law in LAWS if law != "zeros"]
-    entries = [
-        (
-            law,
-            activation,
-            f"{part['predicted'][row, column]:.4g}",
-            f"{part['second_moment'][row, column].mean(dtype=np.float64):.4g}",
-            f"{part['cost'][row, column].mean(dtype=np.float64):.4g}",
-            f"{part['dead'][row, column].mean():.1%}",
-        )
-        for row, law in enumerate(laws)
-        for column, activation in enumerate(ACTIVATIONS)
-    ]
-    columns = ("weights", "", "E[y²] by the law", "measured", "cost", "dead")
-    return Table("Logits before training", columns, entries, f"{part['dead'].shape[-1]} draws, {STARTS} images.")
-
-
 def _curves(part: dict[str, np.ndarray]):
-    figure, axes = plots.figure(1, 2, height=3.6, sharey=True)
+    figure, axes = plots.figure(1, 2, height=4.0, sharey=True)
     steps = np.unique(np.geomspace(1, ITERATIONS, 200).astype(int))
     for column, (panel, activation) in enumerate(zip(axes[0], ACTIVATIONS, strict=True)):
-        for law in LAWS:
-            plots.band(panel, steps, _runs(part, "cost", law, column)[:, steps - 1], label=law, colour=COLOURS[law], log=True)
+        for place, law in enumerate(LAWS):
+            costs, turn = _runs(part, "cost", law, column)[:, steps - 1], (place, len(LAWS))
+            plots.band(panel, steps, costs, label=law, colour=COLOURS[law], log=True, turn=turn)
         panel.set(title=activation, xlabel="iteration", xscale="log")
-        plots.reference(panel, math.log(2), "ln 2")
-    axes[0, 0].set(ylabel="cross-entropy", ylim=(None, 1e5))
-    axes[0, 0].legend(loc="upper right", ncols=2)
+        plots.reference(panel, math.log(2), "ln 2: knowing nothing")
+    axes[0, 0].set_ylabel("cross-entropy, nats")
+    plots.legend(figure, axes[0, 0], columns=4)
     return figure
 
 
 def _errors(part: dict[str, np.ndarray]):
-    figure, axes = plots.figure(1, 2, height=3.0, sharey=True)
+    figure, axes = plots.figure(1, 2, height=3.3, sharey=True)
     rng = np.random.default_rng(0)
     for column, (panel, activation) in enumerate(zip(axes[0], ACTIVATIONS, strict=True)):
         for place, law in enumerate(LAWS):
@@ -406,5 +353,8 @@ def _errors(part: dict[str, np.ndarray]):
                 panel.hlines(values.mean(), x - 0.16, x + 0.16, color=COLOURS[law], linewidth=2)
         panel.set_xticks(range(len(LAWS)), [law.replace(" ", "\n", 1) for law in LAWS])
         panel.set_title(activation)
-    axes[0, 0].set_ylabel("training error ●   held-out error ▲")
+    axes[0, 0].set_ylabel("error rate")
+    for label, marker in (("training images", "o"), ("held-out images", "^")):
+        axes[0, 0].plot([], [], marker, color=plots.INK, label=label)
+    plots.legend(figure, axes[0, 0], columns=2)
     return figure

@@ -116,6 +116,20 @@ def test_a_graph_file_is_read_and_tidied(tmp_path):
     assert not (graph.train & graph.test).any()
 
 
+def test_labels_may_be_strings_and_edges_lie_either_way(tmp_path):
+    labels = np.array(["theory", "theory", "vision", "vision"])
+    edges = np.array([[0, 1, 3], [1, 0, 1]])
+    np.savez(tmp_path / "mine.npz", **GRAPH | {"edges": edges, "labels": labels})
+    np.savez(
+        tmp_path / "geometric.npz", edge_index=edges, x=GRAPH["features"], y=GRAPH["labels"], train_mask=labels == "theory"
+    )
+    for name in ("mine", "geometric"):
+        graph = graphs.load(tmp_path / f"{name}.npz")
+        assert graph.edges.tolist() == [[0, 1], [1, 3]]
+        assert graph.labels.tolist() == [0, 0, 1, 1]
+    assert graph.train.tolist() == [True, True, False, False]
+
+
 def test_the_benchmark_format_is_read(tmp_path):
     from scipy import sparse
 
@@ -129,7 +143,7 @@ def test_the_benchmark_format_is_read(tmp_path):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"edges": None}, "has no array 'edges'; it has features, labels"),
+        ({"edges": None, "A": np.eye(4)}, r"no array 'edges' \(nor 'edge_index'\); it has A, features, labels; .*--help"),
         ({"edges": np.array([[0, 4]])}, "edges names nodes 0 to 4; allowed are 0 to 3"),
         ({"edges": np.array([[0.0, 1.0]])}, "allowed are integers"),
         ({"features": np.eye(3)}, "allowed is one row for each of the 4 labels"),
@@ -139,7 +153,13 @@ def test_the_benchmark_format_is_read(tmp_path):
         ({"labels": np.array([[0, 1]])}, r"labels has shape \(1, 2\)"),
         ({"train": np.array([1, 0, 0, 0])}, "allowed are truth values"),
         ({"train": np.ones(4, bool)}, "must each name a node"),
-        ({"features": np.array([{}] * 4, object)}, r"cannot be read as a \.npz file of plain arrays"),
+        ({"labels": np.array([0.0, 1.0, 0.0, 1.0])}, "labels are float64; allowed are integers from 0, and strings"),
+        (
+            {"labels": np.array(["a", "b", "a", "b"], object)},
+            r"labels is an array of Python objects.*np.array\(labels, dtype=str\)",
+        ),
+        ({"edges": np.zeros((3, 3), int)}, r"edges has shape \(3, 3\); allowed are \(edges, 2\) and \(2, edges\)"),
+        ({"test": np.ones(4, bool)}, "has an array 'test' and none called 'train'"),
     ],
 )
 def test_a_bad_graph_file_is_one_clear_line(tmp_path, change, words):

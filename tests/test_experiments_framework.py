@@ -1,9 +1,11 @@
 """Claims, the runner, the registry, the report and the command line, with an experiment that takes no time."""
 
+import io
 import json
 import math
 import subprocess
 import sys
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,13 +14,15 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 
 from experiments.__main__ import main
-from experiments.lab import plots, registry, report, runner, storage
+from experiments.lab import origin, plots, progress, registry, report, runner, storage
 from experiments.lab.claims import (
     Claim,
     Measured,
     Refuted,
+    accuracy,
     at_least,
     at_most,
     between,
@@ -30,30 +34,57 @@ from experiments.lab.claims import (
     over_seeds,
     share,
 )
-from experiments.lab.experiment import ExperimentError, Figure, Quiet, Result, Run, Settings, Table
+from experiments.lab.experiment import ExperimentError, Figure, Introduction, Quiet, Result, Run, Settings, Table
+
+
+def claim(expected, measured) -> Claim:
+    return Claim("", expected, measured, unit="")
 
 
 class TestClaims:
     @given(st.floats(-5, 5), st.floats(0, 2), st.floats(0, 3))
     def test_verdict_follows_from_interval_and_band(self, value, half, tolerance):
-        claim = Claim("", near(0.0, tolerance, source=""), Measured(value, value - half, value + half, 3))
+        made = claim(near(0.0, tolerance, source=""), Measured(value, value - half, value + half, 3))
         inside = -tolerance <= value - half and value + half <= tolerance
         outside = value + half < -tolerance or value - half > tolerance
-        assert claim.verdict == ("holds" if inside else "does not hold" if outside else "inconclusive")
+        assert made.verdict == ("holds" if inside else "does not hold" if outside else "inconclusive")
 
     def test_an_inequality_needs_the_whole_interval(self):
-        assert Claim("", at_least(1.0, source=""), Measured(2.0, 1.1, 2.9, 5)).holds
-        assert Claim("", at_least(1.0, source=""), Measured(2.0, 0.9, 3.1, 5)).verdict == "inconclusive"
-        assert Claim("", at_most(1.0, source=""), Measured(2.0, 1.1, 2.9, 5)).verdict == "does not hold"
-        assert Claim("", between(0.0, 1.0, source=""), known(1.0)).holds
-        assert Claim("", exactly(0.0, source=""), known(1e-300)).verdict == "does not hold"
+        assert claim(at_least(1.0, source=""), Measured(2.0, 1.1, 2.9, 5)).holds
+        assert claim(at_least(1.0, source=""), Measured(2.0, 0.9, 3.1, 5)).verdict == "inconclusive"
+        assert claim(at_most(1.0, source=""), Measured(2.0, 1.1, 2.9, 5)).verdict == "does not hold"
+        assert claim(between(0.0, 1.0, source=""), known(1.0)).holds
+        assert claim(exactly(0.0, source=""), known(1e-300)).verdict == "does not hold"
 
     def test_what_is_not_a_number_does_not_hold(self):
-        assert Claim("", at_least(-math.inf, source=""), over_seeds([1.0, math.nan])).verdict == "does not hold"
-        assert Claim("", at_least(0.0, source=""), over_seeds([1.0, math.inf])).verdict == "does not hold"
+        assert claim(at_least(-math.inf, source=""), over_seeds([1.0, math.nan])).verdict == "does not hold"
+        assert claim(at_least(0.0, source=""), over_seeds([1.0, math.inf])).verdict == "does not hold"
 
     def test_one_seed_is_inconclusive(self):
-        assert Claim("", near(0.0, 100.0, source=""), over_seeds([0.0])).verdict == "inconclusive"
+        assert claim(near(0.0, 100.0, source=""), over_seeds([0.0])).verdict == "inconclusive"
+
+    def test_one_seed_has_no_interval_and_says_so(self):
+        one = claim(near(0.0, 100.0, source=""), over_seeds([0.5]))
+        assert str(one.measured) == "0.5 (one seed, no interval)"
+        assert one.to_decide == "2 seeds or more would give an interval"
+
+    def test_what_would_decide_a_claim_is_about_right(self):
+        """As many seeds as are named give an interval that fits, at the same mean and spread; 40 % of them do not."""
+        draws = np.array([0.0, 1.0, 2.0, 1.0]) + 0.2
+        made = claim(at_least(1.0, source=""), over_seeds(draws))
+        assert made.verdict == "inconclusive"
+        count = int(made.to_decide.split()[1])
+        assert count == 120  # (2.576·√(2/3)/.2)² = 111, rounded up to two digits
+        assert claim(at_least(1.0, source=""), over_seeds(np.resize(draws, count))).holds
+        assert not claim(at_least(1.0, source=""), over_seeds(np.resize(draws, 4 * (count // 10)))).holds
+        assert claim(at_least(1.2, source=""), over_seeds(draws)).to_decide.startswith("no practical number")
+        assert claim(at_least(0.0, source=""), known(1.0)).to_decide == ""
+
+    def test_accuracies_end_at_one(self):
+        values = [0.98, 1.0, 1.0]
+        assert over_seeds(values).high > 1
+        assert (accuracy(values).high, accuracy([0.7]).low, accuracy([0.7]).high) == (1.0, 0.0, 1.0)
+        assert accuracy([0.01, 0.0]).low == 0.0
 
     def test_interval_is_students(self):
         draws = [1.0, 2.0, 4.0, 5.0]
@@ -70,11 +101,11 @@ class TestClaims:
     def test_every_shows_its_weakest_case(self):
         band = near(0.0, 1.0, source="")
         cases = [("a", band, known(0.0)), ("b", band, Measured(0.5, -2, 2, 3)), ("c", band, known(0.9))]
-        assert every("all", cases).verdict == "inconclusive"
-        assert "3: b" in every("all", cases).sentence
-        assert "d" in every("all", [*cases, ("d", band, known(7.0))]).sentence
+        assert every("all", cases, unit="").verdict == "inconclusive"
+        assert "3: b" in every("all", cases, unit="").sentence
+        assert "d" in every("all", [*cases, ("d", band, known(7.0))], unit="").sentence
         with pytest.raises(ValueError, match="no cases"):
-            every("all", [])
+            every("all", [], unit="")
 
     def test_numbers_are_short(self):
         assert [number(x) for x in (0.12345, -0.0, 1e-9, math.inf, math.nan)] == ["0.1235", "0", "1e−09", "∞", "not a number"]
@@ -87,6 +118,7 @@ class Fake(registry.Entry):
     computed: list = None  # type: ignore[assignment]
     fail: bool = False
     holds: bool = True
+    measured: Measured | None = None
 
     def load(self):
         def second():
@@ -101,9 +133,10 @@ class Fake(registry.Entry):
             picture, ((axes,),) = plots.figure(height=1.0)
             axes.plot(y)
             expected = near(1.0 if self.holds else 2.0, 0.5, source="a | pipe")
-            refuted = Refuted("the opposite", "Because.")
+            refuted = Refuted("the opposite", "Because.", by="Notes 2020")
             return Result(
-                [Claim("x is [one]", expected, known(x.mean()), refutes=refuted)],
+                Introduction("no data", "no net", "ones", ("Notes 2020",)),
+                [Claim("x is [one]", expected, self.measured or known(x.mean()), unit="mean of x", refutes=refuted)],
                 [Table("Rows [b]", ("name", "value"), [("a|b", 1.5), ("c", math.nan)])],
                 [Figure("line", "A line.", picture)],
                 data={"y": y, "bad": math.inf},
@@ -115,6 +148,16 @@ class Fake(registry.Entry):
 def fake(**options) -> Fake:
     path = Path(__file__).parents[1] / "experiments" / "lab" / "claims.py"
     return Fake("fake-one", "A title", 1, (), path, computed=[], **options)
+
+
+class Heard(Quiet):
+    """Progress that keeps what is said."""
+
+    def __init__(self):
+        self.lines = []
+
+    def say(self, line):
+        self.lines.append(line)
 
 
 class TestRunner:
@@ -133,10 +176,15 @@ class TestRunner:
         with pytest.raises(KeyboardInterrupt):
             runner.run_one(replace(entry, fail=True), Settings(out=tmp_path), Quiet())
         assert not (tmp_path / "fake-one").exists()
-        runner.run_one(entry, Settings(out=tmp_path, resume=True), Quiet())
+        heard = Heard()
+        runner.run_one(entry, Settings(out=tmp_path, resume=True), heard)
         assert entry.computed == ["first", "second", "second"]
-        runner.run_one(entry, Settings(out=tmp_path, resume=True), Quiet())
+        assert heard.lines == ["fake-one: reused the parts first; computed second"]
+        runner.run_one(entry, Settings(out=tmp_path, resume=True), heard)
         assert len(entry.computed) == 3  # the results are there
+        assert "fake-one: reused the results of 20" in heard.lines[1]
+        runner.run_one(entry, Settings(out=tmp_path, resume=True, seed=1), heard)
+        assert heard.lines[2] == "fake-one: found nothing to reuse; computed first, second"
 
     def test_other_options_and_a_missing_file_are_computed_anew(self, tmp_path):
         entry = fake()
@@ -186,6 +234,46 @@ class TestRunner:
         assert 'src="fake' not in page
         assert 'class="red">✗&nbsp;does not hold' in page
         assert "a | pipe" in page
+        assert '<a id="fake-two"></a>' in page  # an anchor that no renderer makes otherwise
+        assert '<a href="#fake-two">fake-two</a>' in page
+
+    def test_a_report_says_where_it_comes_from_and_what_it_is_about(self, tmp_path):
+        record = runner.run_one(fake(), Settings(out=tmp_path, quick=True), Quiet())
+        text = (tmp_path / "fake-one" / "report.md").read_text()
+        assert f"Made by `python -m experiments fake-one --quick --out {tmp_path}` on 20" in text
+        assert f"commit {record['origin']['commit']}" in text
+        assert all(f"{name} {version}" in text for name, version in record["origin"]["versions"].items())
+        assert {"python", "varscale", "jax", "flax"} <= set(record["origin"]["versions"])
+        introduction = (
+            "**Data:** no data",
+            "**Net:** no net",
+            "**Inputs:** ones",
+            "**Statements checked are from:** Notes 2020",
+        )
+        assert "\n".join(f"- {line}" for line in introduction) in text
+        assert "| mean of x |" in text
+        assert "“the opposite” (Notes 2020). **Refuted**: measured 1, mean of x. Because." in text
+
+    def test_few_seeds_and_own_data_leave_a_claim_open_without_failing(self, tmp_path):
+        open_claim = fake(measured=over_seeds([0.4, 1.2]))
+        record = runner.run_one(open_claim, Settings(out=tmp_path), Quiet())
+        assert record["claims"][0]["verdict"] == "inconclusive"
+        assert not report.succeeded([record])
+        assert record["claims"][0]["to_decide"].startswith("about ")
+
+        @dataclass(frozen=True)
+        class Own(Settings):
+            @property
+            def own_data(self):
+                return "your images"
+
+        assert Run(Own()).exploratory == ["your images"]
+        assert report.succeeded([runner.run_one(open_claim, Own(out=tmp_path), Quiet())])
+        assert not report.succeeded([runner.run_one(fake(holds=False), Own(out=tmp_path), Quiet())])  # refuted is refuted
+        run = Run(Settings(seeds=3))
+        assert (run.seeds(quick=2, full=3), run.exploratory) == (3, [])
+        run.seeds(quick=2, full=9)
+        assert run.exploratory == ["--seeds 3, where the claims need up to 9"]
 
     def test_results_hold_only_what_json_can(self):
         with pytest.raises(TypeError, match="results cannot hold"):
@@ -279,4 +367,50 @@ class TestCommandLine:
         monkeypatch.setattr(registry, "find", lambda name: fake(holds=False))
         assert main(["fake-one", "--out", str(tmp_path)]) == 1
         monkeypatch.setattr(registry, "find", lambda name: fake(fail=True))
-        assert main(["fake-one", "--out", str(tmp_path)]) == 130
+        assert main(["fake-one", "--out", str(tmp_path / "stopped")]) == 130
+        error = capsys.readouterr().err
+        assert f"kept in {tmp_path / 'stopped'}: the parts first of fake-one; the same command with --resume" in error
+
+    def test_all_ends_with_a_line_an_experiment(self, monkeypatch, tmp_path, capsys):
+        entries = [fake(), replace(fake(holds=False), name="fake-two")]
+        monkeypatch.setattr(registry, "entries", lambda: entries)
+        monkeypatch.setenv("COLUMNS", "80")
+        assert main(["all", "--out", str(tmp_path)]) == 1
+        shown = capsys.readouterr()
+        assert "fake-one: 1 of 1 claims hold, in 0 s" in shown.err  # as each is done
+        lines = [" ".join(line.split()) for line in shown.out.splitlines()]
+        assert "experiment claims hold refutations time" in lines
+        assert {"fake-one 1 1 1 0 s", "fake-two 1 0 0 0 s", "all 2 1 1 0 s"} <= set(lines)
+        assert "✗ does not hold x is [one]" in lines
+        assert len(lines) < 20
+        monkeypatch.setattr(registry, "entries", lambda: [fake(), replace(fake(fail=True), name="fake-two")])
+        assert main(["all", "--out", str(tmp_path), "--seed", "2"]) == 130
+        assert "the results of fake-one and the parts first of fake-two" in capsys.readouterr().err
+
+
+class TestProgress:
+    def test_without_a_terminal_there_are_lines(self):
+        stream = io.StringIO()
+        with progress.shown(Console(file=stream, width=80), every=0.01) as shown:
+            for _ in shown.track(["a", "b"], "outer"):
+                for number in shown.track(range(3), "inner"):
+                    while number == 1 and "inner 1/3" not in stream.getvalue():
+                        time.sleep(0.01)
+            shown.say("done")
+        assert "s: outer 0/2, inner 1/3" in stream.getvalue()
+        assert "done\n" in stream.getvalue()
+
+    def test_on_a_terminal_there_are_bars_and_what_is_said_stays(self):
+        stream = io.StringIO()
+        with progress.shown(Console(file=stream, force_terminal=True, width=80)) as shown:
+            assert list(shown.track(iter("ab"), "letters", total=2)) == ["a", "b"]
+            shown.say("done")
+        assert "done" in stream.getvalue()
+
+
+def test_a_command_is_what_the_user_would_type():
+    from experiments.zero_large_xavier_he import Settings as Photographs
+
+    settings = Photographs(quick=True, images=(Path("a b"), Path("c")), learning_rate=0.1, resume=True)
+    words = "--quick --images 'a b' c --learning-rate 0.1"
+    assert origin.command("zero-large-xavier-he", settings) == f"python -m experiments zero-large-xavier-he {words}"

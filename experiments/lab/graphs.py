@@ -3,6 +3,7 @@
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float32, Int, Int32
@@ -13,6 +14,9 @@ from experiments.lab.experiment import ExperimentError
 CORA_CLASSES = (351, 217, 418, 818, 426, 298, 180)  # papers a class, 2708 in all (Sen et al. 2008)
 CORA_LINKS, CORA_HOMOPHILY = 5278, 0.81  # undirected; the share of them that join two papers of a class (Pei et al. 2020)
 CORA_WORDS, CORA_WORDS_A_PAPER = 1433, 18
+FORMAT = "the format is described by python -m experiments graph-convolution --help"
+# PyTorch Geometric's names for the same arrays.
+ALIASES = {"edges": "edge_index", "features": "x", "labels": "y", "train": "train_mask", "test": "test_mask"}
 LABELLED, TESTED = 20, 1000  # nodes a class that are trained on, and nodes tested (Yang et al. 2016; Kipf and Welling 2017)
 
 
@@ -123,10 +127,16 @@ def synthetic(seed: int = 0, *, nodes: int = 60, features: int = 8, classes: int
 def load(path: Path, *, seed: int = 0) -> Graph:
     """A graph of the user's, from a .npz file.
 
-    It holds either `edges` (edges, 2), `features` (nodes, features) and `labels` (nodes,), and possibly truth values `train`
-    and `test` (nodes,); or a sparse matrix `adj_data`, `adj_indices`, `adj_indptr`, `adj_shape`, another `attr_...` and
-    `labels`, as the graph benchmark of Shchur et al. 2018 has them. Without `train`, 20 nodes of each class are trained on
-    (half of a class that has fewer than 40), and up to 1000 of the others tested. Pickled arrays are refused.
+    It holds either
+
+    * `edges`, integers (edges, 2) or (2, edges), each edge once or in both directions; `features`, numbers (nodes, features);
+      `labels`, integers from 0 or strings (nodes,); and possibly truth values `train` and `test` (nodes,). PyTorch Geometric's
+      names `edge_index`, `x`, `y`, `train_mask` and `test_mask` are understood too;
+    * or a sparse matrix `adj_data`, `adj_indices`, `adj_indptr`, `adj_shape`, another `attr_...` and `labels`, as the graph
+      benchmark of Shchur et al. 2018 has them.
+
+    Without `train`, 20 nodes of each class are trained on (half of a class that has fewer than 40), and up to 1000 of the
+    others tested. Pickled arrays are refused.
 
     Raises:
       ExperimentError: the file is missing or damaged, an array is missing or has the wrong shape, or its values cannot be.
@@ -134,36 +144,36 @@ def load(path: Path, *, seed: int = 0) -> Graph:
     arrays = _arrays(Path(path))
 
     def want(name: str, *shape: str) -> np.ndarray:
-        if name not in arrays:
-            raise ExperimentError(f"{path} has no array {name!r}; it has {', '.join(sorted(arrays)) or 'none'}")
-        if arrays[name].ndim != len(shape):
-            raise ExperimentError(f"{path}: {name} has shape {arrays[name].shape}; allowed is ({', '.join(shape)})")
-        return arrays[name]
+        found = name if name in arrays else ALIASES.get(name, name)
+        if found not in arrays:
+            also = f" (nor {ALIASES[name]!r})" if name in ALIASES else ""
+            raise ExperimentError(f"{path} has no array {name!r}{also}; it has {', '.join(sorted(arrays)) or 'none'}; {FORMAT}")
+        if arrays[found].ndim != len(shape):
+            raise ExperimentError(f"{path}: {found} has shape {arrays[found].shape}; allowed is ({', '.join(shape)})")
+        return arrays[found]
 
     if "adj_indptr" in arrays:
         adjacency, attributes = (_sparse(arrays, prefix, path) for prefix in ("adj", "attr"))
         edges, features = np.argwhere(adjacency != 0), attributes
     else:
-        edges, features = want("edges", "edges", "2"), want("features", "nodes", "features")
-    labels = want("labels", "nodes")
+        edges, features = _pairs(want("edges", "edges", "2"), path), want("features", "nodes", "features")
+    classes, labels = _classes(want("labels", "nodes"), path)
     nodes = len(labels)
     if len(features) != nodes or not features.size:
         raise ExperimentError(f"{path}: features has shape {features.shape}; allowed is one row for each of the {nodes} labels")
-    if edges.shape[1] != 2 or not np.issubdtype(edges.dtype, np.integer):
-        raise ExperimentError(f"{path}: edges has shape {edges.shape}, {edges.dtype}; allowed are integers (edges, 2)")
     if edges.size and not (edges.min() >= 0 and edges.max() < nodes):
         raise ExperimentError(f"{path}: edges names nodes {edges.min()} to {edges.max()}; allowed are 0 to {nodes - 1}")
-    if not np.issubdtype(labels.dtype, np.integer) or labels.min() < 0:
-        raise ExperimentError(f"{path}: labels are {labels.dtype} from {labels.min()}; allowed are integers from 0")
     if not np.issubdtype(features.dtype, np.number) or np.iscomplexobj(features) or not np.isfinite(features).all():
         raise ExperimentError(f"{path}: features ({features.dtype}) must be finite real numbers")
-    classes, labels = np.unique(labels, return_inverse=True)
     if len(classes) < 2:
         raise ExperimentError(f"{path}: labels has one class only; two or more are needed")
     train, test = _split(labels, seed)
-    if "train" in arrays:
+    given = {name for name in ("train", "test") if name in arrays or ALIASES[name] in arrays}
+    if "train" in given:
         train = _mask(want("train", "nodes"), "train", nodes, path)
-        test = _mask(want("test", "nodes"), "test", nodes, path) if "test" in arrays else ~train
+        test = _mask(want("test", "nodes"), "test", nodes, path) if "test" in given else ~train
+    elif given:
+        raise ExperimentError(f"{path} has an array 'test' and none called 'train'; give both, or 'train' alone, or none")
     if not train.any() or not test.any() or (train & test).any():
         raise ExperimentError(f"{path}: train and test must each name a node, and none in common")
     return Graph(Path(path).stem, _undirected(edges, nodes), features.astype(np.float32), labels.astype(np.int32), train, test)
@@ -174,13 +184,46 @@ def _arrays(path: Path) -> dict[str, np.ndarray]:
         with np.load(path, allow_pickle=False) as stored:
             if isinstance(stored, np.ndarray):
                 raise ExperimentError(f"{path} holds one array; allowed is a .npz file of several")
-            wanted = ("edges", "features", "labels", "train", "test")
-            return {name: stored[name] for name in stored.files if name in wanted or name.startswith(("adj_", "attr_"))}
+            return {name: _plain(stored, name, path) for name in stored.files}
     except FileNotFoundError:
         raise ExperimentError(f"there is no file {path}") from None
+    except IsADirectoryError:
+        raise ExperimentError(f"{path} is a folder; give a .npz file, {FORMAT}") from None
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         reason = " ".join(str(error).split())
-        raise ExperimentError(f"{path} cannot be read as a .npz file of plain arrays: {reason}") from None
+        raise ExperimentError(f"{path} cannot be read as a .npz file of plain arrays: {reason}; {FORMAT}") from None
+
+
+def _plain(stored: Any, name: str, path: Path) -> np.ndarray:
+    try:
+        return stored[name]
+    except ValueError as error:
+        if "pickle" not in str(error) and "Object" not in str(error):
+            raise
+        raise ExperimentError(
+            f"{path}: {name} is an array of Python objects, which only unpickling could read, and that may run any code;"
+            f" save strings as np.array({name}, dtype=str) and numbers with a numeric dtype"
+        ) from None
+
+
+def _pairs(edges: np.ndarray, path: Path) -> Int[np.ndarray, "edges 2"]:
+    if edges.shape[0] == 2 and edges.shape[1] != 2:
+        edges = edges.T
+    if edges.shape[1] != 2:
+        raise ExperimentError(f"{path}: edges has shape {edges.shape}; allowed are (edges, 2) and (2, edges)")
+    if not np.issubdtype(edges.dtype, np.integer):
+        raise ExperimentError(f"{path}: edges are {edges.dtype}; allowed are integers: edges.astype(int)")
+    return edges
+
+
+def _classes(labels: np.ndarray, path: Path) -> tuple[np.ndarray, Int[np.ndarray, " nodes"]]:
+    """The distinct labels in order, and of each node the place of its label among them."""
+    integers = np.issubdtype(labels.dtype, np.integer)
+    if not integers and labels.dtype.kind not in "US":
+        raise ExperimentError(f"{path}: labels are {labels.dtype}; allowed are integers from 0, and strings")
+    if integers and labels.size and labels.min() < 0:
+        raise ExperimentError(f"{path}: labels are integers from {labels.min()}; allowed are integers from 0, and strings")
+    return np.unique(labels, return_inverse=True)
 
 
 def _sparse(arrays: dict[str, np.ndarray], prefix: str, path: Path) -> np.ndarray:
@@ -192,7 +235,7 @@ def _sparse(arrays: dict[str, np.ndarray], prefix: str, path: Path) -> np.ndarra
         matrix.check_format()
         return matrix.toarray()
     except KeyError as error:
-        raise ExperimentError(f"{path} has no array {error}") from None
+        raise ExperimentError(f"{path} has no array {error}; it has {', '.join(sorted(arrays))}") from None
     except (ValueError, TypeError, IndexError) as error:
         raise ExperimentError(f"{path}: {prefix}_data, _indices, _indptr and _shape are no sparse matrix: {error}") from None
 

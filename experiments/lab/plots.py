@@ -15,6 +15,9 @@ from PIL import Image
 # Told apart by people who do not see red and green alike, and in grey print by their lightness.
 COLOURS = ("#1f5fa8", "#d9622b", "#2a9d77", "#8e4ea8", "#c9a227", "#5b6770", "#c2417c", "#35b0c9")
 INK, FAINT = "#22272e", "#d5dae0"
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "p")
+FEW_POINTS, MARKED = 12, 5  # points that are all marked; markers of a curve that has more
+DASHED: Any = (0, (4, 3))  # of what theory says, beside what is measured
 STYLE: Any = {
     "font.size": 10,
     "font.family": "DejaVu Sans",
@@ -66,31 +69,48 @@ def shades(count: int) -> list:
     return [mpl.colormaps["viridis"](position) for position in np.linspace(0.08, 0.88, count)]
 
 
-def band(axes: Axes, x, draws, *, label: str, colour, log: bool = False, marker: str = "") -> None:
+def band(axes: Axes, x, draws, *, label: str, colour, log: bool = False, turn: tuple[int, int] | None = None) -> None:
     """A curve through the middle of the draws, with their 10 to 90 % range shaded.
 
     Args:
       axes: where.
       x: shape (points,).
       draws: shape (seeds, points).
-      label: the legend's.
-      colour: of line and shade.
+      label: in the legend.
+      colour: of curve and shade.
       log: whether the y axis is logarithmic.
-      marker: matplotlib's, for curves of few points.
+      turn: (place, count) of the curve among those that may coincide; (0, 1) for markers on every point. The curve gets
+        markers that the others leave visible: of a shape of its own at points of its own, or, where there are few points,
+        discs that shrink from curve to curve.
     """
-    low, middle, high = np.nanquantile(np.asarray(draws, np.float64), (0.1, 0.5, 0.9), axis=0)
-    axes.plot(x, middle, label=label, color=colour, marker=marker)
+    low, middle, high = np.nanquantile(np.asarray(draws, np.float64), [0.1, 0.5, 0.9], axis=0)
+    axes.plot(x, middle, color=colour, label=label, **({} if turn is None else _markers(len(middle), *turn)))
     axes.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)
     if log:
         axes.set_yscale("log")
 
 
-def reference(axes: Axes, value: float, label: str, *, vertical: bool = False) -> None:
-    """A dashed line at a value that theory or the source gives, named on the line."""
-    (axes.axvline if vertical else axes.axhline)(value, color=INK, linewidth=1, linestyle=(0, (4, 3)), zorder=1.5)
-    place = {"x": value, "y": 0.98, "va": "top"} if vertical else {"x": 0.99, "y": value, "va": "bottom", "ha": "right"}
-    transform = axes.get_xaxis_transform() if vertical else axes.get_yaxis_transform()
-    axes.text(s=label, transform=transform, fontsize=8.5, color=INK, **place)
+def _markers(points: int, place: int, count: int) -> dict[str, Any]:
+    """How curve `place` of `count` is marked."""
+    if points <= FEW_POINTS:
+        return {"marker": "o", "markersize": 4 + 3 * (count - 1 - place)}
+    spread = np.linspace(0, points - 1, MARKED * count).astype(int)
+    return {"marker": MARKERS[place], "markevery": spread[place::count].tolist(), "markersize": 5}
+
+
+def reference(axes: Axes, value: float, label: str) -> None:
+    """A dashed line at a value that theory or the source gives, named in the legend."""
+    axes.axhline(value, color=INK, linewidth=1, linestyle=DASHED, zorder=2.5, label=label)
+
+
+def legend(picture: Figure, *axes: Axes, columns: int, title: str = "") -> None:
+    """One legend for all panels, above them, where no data can lie; `axes` are those whose labels it shows."""
+    named = {label: handle for panel in axes for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)}
+    shown = picture.legend(
+        named.values(), named.keys(), loc="outside upper center", ncols=columns, title=title or None, title_fontsize=9
+    )
+    for line in shown.get_lines():
+        line.set_markersize(min(line.get_markersize(), 7.0))
 
 
 def ridges(axes: Axes, edges: np.ndarray, histograms: np.ndarray, labels: Sequence[str]) -> None:

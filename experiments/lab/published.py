@@ -50,13 +50,13 @@ NARROW = Shape(
     1000,
     (
         Net(
-            "tanh, 0.01",
+            "tanh, std 0.01",
             0.01,
             relu=False,
             published_std=(0.213081, 0.047551, 0.010630, 0.002378, 0.000532, 0.000119, 0.000026, 0.000006, 0.000001, 0.000000),
         ),
         Net(
-            "tanh, 1.0",
+            "tanh, std 1.0",
             1.0,
             relu=False,
             published_std=(0.981879, 0.981649, 0.981601, 0.981755, 0.981614, 0.981560, 0.981520, 0.981913, 0.981728, 0.981736),
@@ -89,8 +89,8 @@ WIDE = Shape(
     6,
     16,
     (
-        Net("tanh, 0.01", 0.01, False, (0.492, 0.289, 0.179, 0.113, 0.072, 0.046), rounding=1e-3, source=EECS498),
-        Net("tanh, 0.05", 0.05, False, (0.872, 0.853, 0.850), rounding=1e-3, source=EECS498),
+        Net("tanh, std 0.01", 0.01, False, (0.492, 0.289, 0.179, 0.113, 0.072, 0.046), rounding=1e-3, source=EECS498),
+        Net("tanh, std 0.05", 0.05, False, (0.872, 0.853, 0.850), rounding=1e-3, source=EECS498),
         Net("tanh, Xavier", 1 / 64, False, (0.626, 0.487, 0.410, 0.358, 0.323, 0.295), rounding=1e-3, source=EECS498),
         Net("ReLU, Xavier", 1 / 64, True, source=EECS498),
         Net("ReLU, Kaiming", math.sqrt(2) / 64, True, source=EECS498),

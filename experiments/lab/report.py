@@ -22,24 +22,40 @@ COLOURS = {"holds": "green", "does not hold": "red", "inconclusive": "yellow"}
 def tally(records: Sequence[Record]) -> str:
     """How many claims hold, in words."""
     verdicts = [claim["verdict"] for record in records for claim in record["claims"]]
-    failing = [f"{count} {verdict}" for verdict in ("does not hold", "inconclusive") if (count := verdicts.count(verdict))]
+    words = {"does not hold": ("does not hold", "do not hold"), "inconclusive": ("inconclusive", "inconclusive")}
+    counts = {verdict: verdicts.count(verdict) for verdict in words}
+    failing = [f"{count} {words[verdict][count > 1]}" for verdict, count in counts.items() if count]
     return f"{verdicts.count('holds')} of {len(verdicts)} claims hold" + (f" ({', '.join(failing)})" if failing else "")
 
 
 def succeeded(records: Sequence[Record]) -> bool:
-    """Whether every claim holds; one that is inconclusive does not."""
-    return all(claim["verdict"] == "holds" for record in records for claim in record["claims"])
+    """Whether every claim holds, or is merely inconclusive where the user's own data or seeds leave it so."""
+    return all(
+        claim["verdict"] == "holds" or (claim["verdict"] == "inconclusive" and bool(record["exploratory"]))
+        for record in records
+        for claim in record["claims"]
+    )
 
 
-def markdown_of_all(title: str, records: Sequence[Record]) -> str:
-    """One report over several experiments, whose pictures lie in folders of their names."""
+def markdown_of_all(title: str, records: Sequence[Record], origin: dict[str, Any]) -> str:
+    """One report over several experiments, whose pictures lie in folders of their names.
+
+    Args:
+      title: of the report.
+      records: of the experiments.
+      origin: of the run (`experiments.lab.origin.of`).
+    """
     rows = [
-        (f"[{record['name']}](#{_anchor(record['title'])})", record["title"], tally([record]), _duration(record["seconds"]))
+        (f"[{record['name']}](#{record['name']})", record["title"], tally([record]), duration(record["seconds"]))
         for record in records
     ]
     parts = [
         f"# {title}",
-        f"**{tally(records)}**, in {_duration(sum(record['seconds'] for record in records))}.",
+        f"**{tally(records)}**, in {duration(sum(record['seconds'] for record in records))}.",
+        _origin(origin),
+        "Each experiment ends in claims. A claim gives the value that its source leads one to expect, fixed before the run, and"
+        f" the measured value with its {LEVEL:.0%} interval over seeds. It holds where the whole interval lies within what is"
+        " expected.",
         _table(("experiment", "what it shows", "claims", "time"), rows),
         *(markdown(record, level=2, folder=f"{record['name']}/") for record in records),
     ]
@@ -49,11 +65,17 @@ def markdown_of_all(title: str, records: Sequence[Record]) -> str:
 def markdown(record: Record, *, level: int = 1, folder: str = "") -> str:
     """The report of one experiment; its pictures lie in `folder`, relative to the report."""
     settings = ", ".join(f"{name} {value}" for name, value in record["settings"].items())
-    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     head, below = "#" * level, "#" * (level + 1)
+    introduction = record["introduction"]
     parts = [
+        # An anchor of its own: renderers make different ones of a heading with an apostrophe.
+        f'<a id="{record["name"]}"></a>',
         f"{head} {record['title']}",
-        f"`{record['name']}`: **{tally([record])}**, in {_duration(record['seconds'])} ({settings}; {versions}).",
+        f"`{record['name']}`: **{tally([record])}**, in {duration(record['seconds'])} ({settings}).",
+        _origin(record["origin"]),
+        "\n".join(f"- **{name.capitalize()}:** {introduction[name]}" for name in ("data", "net", "inputs"))
+        + f"\n- **Statements checked are from:** {'; '.join(introduction['notes'])}",
+        *([_exploratory(record)] if record["exploratory"] else []),
         *record["remarks"],
     ]
     for figure in record["figures"]:
@@ -62,11 +84,12 @@ def markdown(record: Record, *, level: int = 1, folder: str = "") -> str:
     parts += [
         f"{below} Claims",
         _table(
-            ("", "claim", "expected", f"measured [{LEVEL:.0%} interval]", "seeds", "source"),
+            ("", "claim", "quantity, unit", "expected", f"measured [{LEVEL:.0%} interval]", "seeds", "source"),
             [
                 (
                     f"{SIGNS[claim['verdict']]} {claim['verdict']}",
-                    claim["sentence"],
+                    claim["sentence"] + (f" *To decide it: {claim['to_decide']}.*" if "to_decide" in claim else ""),
+                    claim["unit"],
                     claim["expected"]["text"],
                     claim["measured"]["text"],
                     claim["measured"]["seeds"] or "",
@@ -90,7 +113,6 @@ def page(title: str, text: str, folder: Path) -> str:
     """The Markdown as an HTML page that carries its pictures, which lie in `folder`, inside."""
     body = MarkdownIt("commonmark").enable("table").render(text)
     body = re.sub(r'src="([^":]+\.png)"', lambda match: f'src="{_inlined(folder / match[1])}"', body)
-    body = re.sub(r"<h([1-6])>(.*?)</h\1>", lambda m: f'<h{m[1]} id="{_anchor(html.unescape(m[2]))}">{m[2]}</h{m[1]}>', body)
     for verdict, sign in SIGNS.items():
         body = body.replace(f"<td>{sign} {verdict}</td>", f'<td class="{COLOURS[verdict]}">{sign}&nbsp;{verdict}</td>')
     body = body.replace("<table>", '<div class="wide"><table>').replace("</table>", "</table></div>")
@@ -105,14 +127,64 @@ def show(console: Console, record: Record, folder: Path) -> None:
     claims.add_column(no_wrap=True)
     claims.add_column(ratio=1)
     for claim in record["claims"]:
-        verdict = claim["verdict"]
-        seeds = f" ({claim['measured']['seeds']} seeds)" if claim["measured"]["seeds"] else ""
-        detail = f"expected {claim['expected']['text']}, measured {claim['measured']['text']}{seeds}"
-        sign = Text(f"{SIGNS[verdict]} {verdict}", style=COLOURS[verdict])
-        claims.add_row(sign, Group(Text(claim["sentence"]), Text(detail, style="dim")))
+        claims.add_row(*_shown_claim(claim))
     console.print(claims)
-    console.print(Text(f"{record['name']}: {tally([record])}", style="bold"))
+    if record["exploratory"]:
+        console.print(Text(_exploratory(record), style="yellow"))
+    console.print(Text(f"{record['name']}: {tally([record])}, in {duration(record['seconds'])}", style="bold"))
     console.print(Text(f"results in {folder} ({', '.join(record['files'])}, results.json)", style="dim"), soft_wrap=True)
+
+
+def show_all(console: Console, records: Sequence[Record]) -> None:
+    """Print the claims that do not hold, if there are any, and a table with one line an experiment."""
+    for record in records:
+        failing = [claim for claim in record["claims"] if claim["verdict"] != "holds"]
+        if failing:
+            claims = Table(title=Text(record["name"]), title_justify="left", show_header=False, box=None, pad_edge=False)
+            claims.add_column(no_wrap=True)
+            claims.add_column(ratio=1)
+            for claim in failing:
+                claims.add_row(*_shown_claim(claim))
+            console.print(claims)
+    table = Table(box=None, pad_edge=False, header_style="bold", show_footer=True, footer_style="bold")
+    counts = [_counts(record) for record in records]
+    total = [str(sum(column)) for column in zip(*counts, strict=True)]
+    seconds = duration(sum(record["seconds"] for record in records))
+    for name, footer in zip(("experiment", "claims", "hold", "refutations", "time"), ("all", *total, seconds), strict=True):
+        table.add_column(name, footer=footer, justify="left" if name == "experiment" else "right", no_wrap=True)
+    for record, row in zip(records, counts, strict=True):
+        style = "" if row[0] == row[1] else "yellow" if succeeded([record]) else "red"
+        table.add_row(record["name"], *map(str, row), duration(record["seconds"]), style=style)
+    console.print(table)
+    console.print(Text(tally(records), style="bold green" if succeeded(records) else "bold red"))
+
+
+def _counts(record: Record) -> tuple[int, int, int]:
+    """Of one experiment: claims, those that hold, and the statements that those refute."""
+    holding = [claim for claim in record["claims"] if claim["verdict"] == "holds"]
+    return len(record["claims"]), len(holding), sum("refutes" in claim for claim in holding)
+
+
+def _shown_claim(claim: Record) -> tuple[Text, Group]:
+    """The verdict, and the claim with its figures, what would decide it and what it refutes."""
+    verdict, seeds = claim["verdict"], claim["measured"]["seeds"]
+    over = f" ({seeds} seeds)" if seeds > 1 else ""
+    detail = f"{claim['unit']}: expected {claim['expected']['text']}, measured {claim['measured']['text']}{over}"
+    lines = [Text(claim["sentence"]), Text(detail, style="dim")]
+    if "to_decide" in claim:
+        lines.append(Text(f"to decide it: {claim['to_decide']}", style="yellow"))
+    if "refutes" in claim:
+        lines.append(Text(f"{_state(claim)}: “{claim['refutes']['statement']}” ({claim['refutes']['by']})", style="cyan"))
+    return Text(f"{SIGNS[verdict]} {verdict}", style=COLOURS[verdict]), Group(*lines)
+
+
+def _origin(origin: dict[str, Any]) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in origin["versions"].items())
+    return f"Made by `{origin['command']}` on {origin['date']}, commit {origin['commit']} ({versions})."
+
+
+def _exploratory(record: Record) -> str:
+    return f"A claim that is inconclusive does not fail this run: {'; '.join(record['exploratory'])}."
 
 
 def _shown_table(table: Record) -> Table:
@@ -127,9 +199,12 @@ def _shown_table(table: Record) -> Table:
 
 
 def _refutation(claim: Record) -> str:
-    refuted, measured = claim["refutes"], claim["measured"]["text"]
-    state = "refuted" if claim["verdict"] == "holds" else f"the refutation {claim['verdict']}"
-    return f"The notes say: “{refuted['statement']}”. **{state.capitalize()}**: measured {measured}. {refuted['reason']}"
+    refuted, measured = claim["refutes"], f"{claim['measured']['text']}, {claim['unit']}"
+    return f"“{refuted['statement']}” ({refuted['by']}). **{_state(claim)}**: measured {measured}. {refuted['reason']}"
+
+
+def _state(claim: Record) -> str:
+    return {"holds": "Refuted", "does not hold": "Not refuted"}.get(claim["verdict"], "Refutation inconclusive")
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
@@ -143,12 +218,9 @@ def _cell(value: Any) -> str:
     return number(value) if isinstance(value, float) else str(value)
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """In words: 12 s, 3.4 min."""
     return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.1f} min"
-
-
-def _anchor(title: str) -> str:
-    return re.sub(r"[^\w-]+", "-", title.lower()).strip("-")
 
 
 def _inlined(picture: Path) -> str:

@@ -1,7 +1,6 @@
 """Runs experiments and keeps their results: whole or not at all, and again only where something is missing."""
 
 import contextlib
-import importlib.metadata
 import json
 import math
 import shutil
@@ -14,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.lab import report
+from experiments.lab import origin, report
 from experiments.lab.experiment import ExperimentError, Progress, Result, Run, Settings
 from experiments.lab.registry import Entry, sources
 from experiments.lab.storage import MARK, files_of, recover, replaced, replaced_folder
@@ -35,16 +34,20 @@ def run_one(entry: Entry, settings: Settings, progress: Progress) -> Record:
         raise ExperimentError(f"{folder} exists and holds no results of ours; give another --out")
     fingerprint = _fingerprint(entry, settings)
     if settings.resume and (record := _stored(folder, fingerprint)) is not None:
+        progress.say(f"{entry.name}: reused the results of {record['origin']['date']}; options and sources are the same")
         return record
 
-    store = settings.out / ".parts" / entry.name / fingerprint
+    store = _store(entry, settings)
     for other in [] if not store.parent.exists() else list(store.parent.iterdir()):
         if other != store or not settings.resume:
             shutil.rmtree(other)
     start = time.perf_counter()
-    result = entry.load().run(Run(settings, store, progress))
-    seconds = time.perf_counter() - start
-    record = _write(folder, entry, settings, fingerprint, result, seconds)
+    run = Run(settings, store, progress)
+    result = entry.load().run(run)
+    if settings.resume:
+        found = f"reused the parts {', '.join(run.reused)}" if run.reused else "found nothing to reuse"
+        progress.say(f"{entry.name}: {found}; computed {', '.join(run.computed) or 'none'}")
+    record = _write(folder, entry, settings, run, result, time.perf_counter() - start)
     shutil.rmtree(store.parent, ignore_errors=True)
     with contextlib.suppress(OSError):  # other experiments' parts may wait there
         store.parent.parent.rmdir()
@@ -58,10 +61,11 @@ def run_all(chosen: Sequence[Entry], settings: Settings, progress: Progress) -> 
         raise ExperimentError(f"the experiments need {', '.join(missing)}: in the clone, pip install -e '.[dev]'")
     records = []
     for entry in progress.track(chosen, "all experiments"):
-        records.append(run_one(entry, _settings_of(entry, settings), progress))
+        records.append(run_one(entry, settings_of(entry, settings), progress))
+        progress.say(f"{entry.name}: {report.tally(records[-1:])}, in {report.duration(records[-1]['seconds'])}")
         _forget_programs()
     title = "Experiments"
-    text = report.markdown_of_all(title, records)
+    text = report.markdown_of_all(title, records, origin.of(origin.command("all", settings)))
     for name, content in (("report.md", text), ("report.html", report.page(title, text, settings.out))):
         with replaced(settings.out / name) as temporary:
             temporary.write_text(content, encoding="utf-8")
@@ -82,7 +86,14 @@ def check_folder(folder: Path) -> None:
         raise ExperimentError(f"cannot write to --out {folder}: {error.strerror or error}") from error
 
 
-def _settings_of(entry: Entry, settings: Settings) -> Settings:
+def kept(entry: Entry, settings: Settings) -> tuple[bool, list[str]]:
+    """What a stopped run left of an experiment: whether its results are whole, and else the parts that are stored."""
+    if _stored(settings.out / entry.name, _fingerprint(entry, settings)) is not None:
+        return True, []
+    return False, sorted(path.stem for path in _store(entry, settings).glob("*.npz"))
+
+
+def settings_of(entry: Entry, settings: Settings) -> Settings:
     """The common options as the experiment's own Settings, whose further options keep their defaults."""
     own = getattr(entry.load(), "Settings", Settings)
     return own(**asdict(settings))
@@ -90,6 +101,11 @@ def _settings_of(entry: Entry, settings: Settings) -> Settings:
 
 def _fingerprint(entry: Entry, settings: Settings) -> str:
     return settings.fingerprint(entry.name, *(path.read_text(encoding="utf-8") for path in sources(entry.path)))
+
+
+def _store(entry: Entry, settings: Settings) -> Path:
+    """The folder of the parts of an experiment that is under way."""
+    return settings.out / ".parts" / entry.name / _fingerprint(entry, settings)
 
 
 def _stored(folder: Path, fingerprint: str) -> Record | None:
@@ -102,16 +118,18 @@ def _stored(folder: Path, fingerprint: str) -> Record | None:
     return record if whole and record.get("fingerprint") == fingerprint else None
 
 
-def _write(folder: Path, entry: Entry, settings: Settings, fingerprint: str, result: Result, seconds: float) -> Record:
+def _write(folder: Path, entry: Entry, settings: Settings, run: Run, result: Result, seconds: float) -> Record:
     from experiments.lab import plots  # matplotlib takes its time, and a list needs none of it
 
     record: Record = {
         "name": entry.name,
         "title": entry.title,
         "settings": {name: value if isinstance(value, int) else str(value) for name, value in _options(settings).items()},
-        "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax", "numpy")},
+        "origin": origin.of(origin.command(entry.name, settings)),
         "seconds": round(seconds, 1),
-        "fingerprint": fingerprint,
+        "fingerprint": _fingerprint(entry, settings),
+        "exploratory": run.exploratory,
+        "introduction": asdict(result.introduction),
         "claims": [claim.to_record() for claim in result.claims],
         "remarks": list(result.remarks),
         "tables": [asdict(table) for table in result.tables],

@@ -156,12 +156,13 @@ def law_claims(parts: dict[str, dict[str, np.ndarray]], sizes: Sizes) -> list[Cl
     fans = np.asarray(sizes.fans)
     return [
         every(
-            "a sigmoid net with weights a hundredth of Xavier's is a linear map: share of variance a linear map explains",
+            "a sigmoid net with weights a hundredth of Xavier's is a linear map",
             # The cubic term of the sigmoid is y³/48 beside y/4, so the nonlinear share is of the order (y²/12)², y² = 1e-4.
             [
                 (law, at_least(0.999, source="Taylor series of the sigmoid"), over_seeds(explained[:, number, small]))
                 for number, law in enumerate(("normal", "uniform"))
             ],
+            unit="share of variance that a linear map explains",
         ),
         every(
             "a sigmoid net with weights thirty times Xavier's is not",
@@ -169,9 +170,10 @@ def law_claims(parts: dict[str, dict[str, np.ndarray]], sizes: Sizes) -> list[Cl
                 (law, at_most(0.7, source="the sigmoid becomes a step"), over_seeds(explained[:, number, large]))
                 for number, law in enumerate(("normal", "uniform"))
             ],
+            unit="share of variance that a linear map explains",
         ),
         every(
-            "normal and uniform weights of the same variance make a sigmoid net equally linear at every scale (difference)",
+            "normal and uniform weights of the same variance make a sigmoid net equally linear at every scale",
             [
                 (
                     f"scale {scale:.2g}",
@@ -180,46 +182,54 @@ def law_claims(parts: dict[str, dict[str, np.ndarray]], sizes: Sizes) -> list[Cl
                 )
                 for number, scale in enumerate(SIGMOID_SCALES)
             ],
+            unit="difference of shares",
         ),
         every(
-            f"a linear net of {sizes.linear_depth} layers: E‖y‖²/‖x‖² is (n·Var[w])^L for it below, at and above 1 (ratio)",
+            f"a linear net of {sizes.linear_depth} layers: E‖y‖²/‖x‖² is (n·Var[w])^L for n·Var[w] below, at and above 1",
             [
                 (f"n·Var[w] = {gain}, {law}", near(1.0, 0.15, source=LAW), over_seeds(square[kind, :, number, -1] / whole))
                 for number, (gain, whole) in enumerate(zip(GAINS, growth, strict=True))
                 for kind, law in enumerate(("normal", "uniform"))
             ],
+            unit="E‖y‖²/‖x‖² over (n·Var[w])^L",
         ),
         Claim(
-            "n·Var[w] = 1 keeps the mean, yet a typical draw shrinks: mean of ln ‖y‖²/‖x‖²",
+            "n·Var[w] = 1 keeps the mean, yet a typical draw shrinks",
             near(sizes.linear_depth * log_chi_square(sizes.linear_width), 0.1, source="‖y‖²/‖x‖² is χ²ₙ/n a layer"),
             over_seeds(log_square[0, :, 1, -1]),
+            unit="mean of ln ‖y‖²/‖x‖²",
             refutes=Refuted(
                 "with n·Var[w] = 1 the signal neither grows nor shrinks",
                 "True of the mean over draws. The logarithm of one draw has the mean −L/n and the variance 2L/n: a single deep"
                 " and narrow net does shrink, because the mean is carried by a few large draws.",
+                by="the usual derivation, as in CS231n and Glorot and Bengio 2010",
             ),
         ),
         Claim(
-            "Var[w] = 1/fan_in keeps the output's variance flat in fan-in (slope of ln Var[y] on ln fan_in)",
+            "Var[w] = 1/fan_in keeps the output's variance flat in fan-in",
             near(0.0, 0.02, source=GLOROT + ", eq. 10"),
             over_seeds(_slopes(fans, fan_in[:, :, 0] / fans)),
+            unit="slope of ln Var[y] on ln fan_in",
         ),
         Claim(
-            "Var[w] = 1/fan_out keeps the gradient's variance flat in fan-out (slope of ln Var[g] on ln fan_out)",
+            "Var[w] = 1/fan_out keeps the gradient's variance flat in fan-out",
             near(0.0, 0.02, source=GLOROT + ", eq. 11"),
             over_seeds(_slopes(fans, fan_out[:, :, 1] / fans)),
+            unit="slope of ln Var[g] on ln fan_out",
         ),
         Claim(
-            "a fixed variance does not: the output's variance grows in proportion to fan-in (slope)",
+            "under a fixed variance the output's variance grows in proportion to fan-in",
             near(1.0, 0.02, source=LAW),
             over_seeds(_slopes(fans, fan_in[:, :, 0])),
+            unit="slope of ln Var[y] on ln fan_in",
         ),
         every(
-            f"Xavier's 2/(fan_in + fan_out) is a compromise: forward it gives 2·fan_in/(fan_in + {sizes.fixed}) (ratio)",
+            f"Xavier's 2/(fan_in + fan_out) is a compromise: forward it gives 2·fan_in/(fan_in + {sizes.fixed})",
             [
                 (f"fan_in {n}", near(1.0, 0.1, source=GLOROT + ", eq. 12"), over_seeds(fan_in[:, number, 0] / n))
                 for number, n in enumerate(sizes.fans)
             ],
+            unit="Var[y] over the expected one",
         ),
     ]
 
@@ -228,21 +238,27 @@ def law_figures(parts: dict[str, dict[str, np.ndarray]], sizes: Sizes) -> list[F
     """Their pictures."""
     linear, (axes,) = plots.figure(1, 2, height=3.3)
     explained = parts["sigmoid"]["explained"]
+    scales = slice(None, None, 2)  # fewer points than were drawn, so that discs of both laws can be told apart
     for number, law in enumerate(("normal", "uniform")):
-        plots.band(axes[0], SIGMOID_SCALES, explained[:, number], label=law, colour=plots.COLOURS[number], marker="o")
+        draws, colour = explained[:, number, scales], plots.COLOURS[number]
+        plots.band(axes[0], SIGMOID_SCALES[scales], draws, label=f"{law} weights", colour=colour, turn=(number, 2))
     axes[0].set(xscale="log", ylim=(0, 1.05), xlabel="weights' std, in units of 1/√n", ylabel="share of variance explained")
-    axes[0].set_title("A sigmoid net with small weights is linear")
-    axes[0].legend(title="law of the weights", title_fontsize=9)
+    axes[0].set_title("Sigmoid: small weights, linear net")
+    axes[0].legend(loc="lower left")  # the curves start at the top
     layers = np.arange(1, sizes.linear_depth + 1)
-    for gain, draws, colour in zip(GAINS, np.moveaxis(parts["linear"]["square"][0], 1, 0), plots.COLOURS, strict=False):
+    # Colours of their own, in the order of the gains: those of the left panel mean something else.
+    for gain, draws, colour in zip(
+        GAINS, np.moveaxis(parts["linear"]["square"][0], 1, 0), plots.shades(len(GAINS)), strict=True
+    ):
         plots.band(axes[1], layers, draws, label=f"n·Var[w] = {gain}", colour=colour, log=True)
-        axes[1].plot(layers, gain**layers, color=plots.INK, linewidth=1, linestyle=(0, (4, 3)))
-    plots.by_layer(axes[1])
-    axes[1].set(ylabel="mean square, of the input's")
-    axes[1].set_title("n·Var[w] compounds (dashed: its power)")
-    axes[1].legend()
+        law = {"label": "(n·Var[w])$^l$"} if gain == GAINS[-1] else {}
+        axes[1].plot(layers, gain**layers, color=plots.INK, linewidth=1, linestyle=plots.DASHED, **law)
+    plots.by_layer(axes[1], "layer l")
+    axes[1].set(ylabel="E[y²] over E[x²]", title="n·Var[w] compounds")
+    axes[1].set_ylim(1e-6, 1e11)  # the legend stands above the curves
+    axes[1].legend(loc="upper left")
 
-    xavier, (axes,) = plots.figure(1, 2, height=3.2)
+    xavier, (axes,) = plots.figure(1, 2, height=3.5)
     fans = np.asarray(sizes.fans)
     sides = (
         (parts["fans"]["fan_in"][:, :, 0], "fan_in", "output's variance"),
@@ -250,20 +266,21 @@ def law_figures(parts: dict[str, dict[str, np.ndarray]], sizes: Sizes) -> list[F
     )
     for panel, (draws, fan, what) in zip(axes, sides, strict=True):
         other = "fan_out" if fan == "fan_in" else "fan_in"
+        inverse = {fan: 1 / fans, other: np.full(len(fans), 1 / sizes.fixed)}
         laws = (
-            (f"1/{fan}", 1 / fans),
-            (f"1/{other}", 1 / sizes.fixed),
+            ("1/fan_in", inverse["fan_in"]),
+            ("1/fan_out", inverse["fan_out"]),
             ("2/(fan_in + fan_out)", 2 / (fans + sizes.fixed)),
-            ("0.01", 0.01),
+            ("0.01", np.full(len(fans), 0.01)),
         )
         for (law, variance), colour in zip(laws, plots.COLOURS, strict=False):
-            plots.band(panel, fans, draws * variance, label=law, colour=colour, log=True, marker="o")
+            plots.band(panel, fans, draws * variance, label=law, colour=colour, log=True, turn=(0, 1))
         panel.set(xscale="log", xlabel=f"{fan} ({other} = {sizes.fixed})", ylabel=what)
         panel.set_xticks(fans, [str(n) for n in fans], minor=False)
         panel.minorticks_off()
-        panel.legend(title="Var[w]", title_fontsize=9)
     axes[0].set_title("Forward: 1/fan_in is flat")
     axes[1].set_title("Backward: 1/fan_out is flat")
+    plots.legend(xavier, axes[0], columns=4, title="Var[w]")
     return [
         Figure(
             "linearity-and-depth",

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,8 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float
 
+from experiments.lab.data import Samples
+from experiments.lab.mean_field import propagate
 from experiments.lab.training import cross_entropy, fit, minibatches
 from experiments.nets.stacks import Classifier, Tower, leaky_relu, rescale
 
@@ -23,7 +26,7 @@ ACTIVATIONS = {
     "silu": jax.nn.silu,
     "selu": jax.nn.selu,
 }
-# 1/√E[φ(z)²] (maths.md, section 3), to the ten digits given there.
+# 1/√E[φ(z)²] to ten digits, by quadrature at 50 digits.
 EXACT_GAINS = {
     "relu": math.sqrt(2),
     "leaky relu": math.sqrt(2 / 1.0001),
@@ -174,3 +177,51 @@ class Outcome:
         reached = window < GUESS / 2
         steps = np.where(reached.any(axis=-1), reached.argmax(axis=-1) + 10, losses.shape[-1])
         return Outcome(best, final[rows, best], steps)
+
+
+def all_signals(keys: Iterable[Array], sizes: Sizes) -> dict[str, np.ndarray]:
+    """`signals` of one net a key under all `settings()`, (seeds, settings, depth), and what the law predicts of each layer."""
+    pairs = settings()
+    which = jnp.asarray([list(ACTIVATIONS).index(activation) for activation, _ in pairs])
+    factors = jnp.asarray([factor(*pair) for pair in pairs])
+    drawn = [signals(key, which, factors, sizes=sizes) for key in keys]
+    variance, slope = propagate(tuple(ACTIVATIONS.values()), which, factors, jnp.ones_like(factors), depth=sizes.depth + 1)
+    return {
+        "forward": np.stack([forward for forward, _ in drawn]),
+        "backward": np.stack([backward for _, backward in drawn]),
+        "predicted_forward": np.log(variance[:, 1:]),
+        "predicted_backward": np.log(slope[:, 1:-1]),
+    }
+
+
+def all_losses(
+    keys: Array,
+    samples: Samples,
+    pairs: list[tuple[str, str]],
+    track: Callable[[list], Iterable] = list,
+    *,
+    depth: int,
+    sizes: Sizes,
+) -> np.ndarray:
+    """Training losses of nets of one depth, one a key and learning rate, for pairs of activation and scheme.
+
+    Args:
+      keys: shape (seeds,).
+      samples: to train on; features are centred and scaled to second moment 1.
+      pairs: of activation and scheme.
+      track: shows progress over a list.
+      depth: of the nets.
+      sizes: of the nets.
+
+    Returns:
+      Shape (pairs, rates, seeds, steps).
+    """
+    x = samples.features - samples.features.mean(axis=0)
+    x, labels = jnp.asarray(x / np.sqrt(np.mean(x**2))), jnp.asarray(samples.labels)
+    names = tuple(dict.fromkeys(activation for activation, _ in pairs))
+    curves = []
+    for pair in track(pairs):
+        which, factors = jnp.asarray([names.index(pair[0])]), jnp.asarray([factor(*pair)])
+        arguments = (keys, x, labels, which, factors, jnp.asarray(sizes.rates))
+        curves.append(train(*arguments, names=names, depth=depth, steps=sizes.steps(depth), batch=sizes.batch_trained)[0])
+    return np.stack(curves)

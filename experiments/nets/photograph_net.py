@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,7 @@ LAWS: dict[str, Any] = {
     "Xavier 1/n": vs.variance_scaling(1.0, "fan_in", "normal"),
 }
 ACTIVATIONS = ("tanh", "ReLU")
+MOST_WEIGHTS = 30_000_000  # of the nets that are held at once
 
 
 class Net(nn.Module):
@@ -131,6 +132,50 @@ def start(params, relu, x, labels):
         return jnp.mean(y**2), optax.sigmoid_binary_cross_entropy(y, labels).mean(), jnp.ptp(y) == 0
 
     return jax.vmap(one)(params)
+
+
+def starts(
+    keys: Array,
+    x: Float[np.ndarray, "features samples"],
+    labels: Float[np.ndarray, " samples"],
+    track: Callable[[list], Iterable] = list,
+) -> dict[str, np.ndarray]:
+    """`start` of one net a key, for every law but zeros and both activations: each array has shape (laws, 2, keys).
+
+    Args:
+      keys: shape (draws,).
+      x: the samples.
+      labels: 0 or 1.
+      track: shows progress over a list.
+    """
+    size = min(len(keys), max(1, MOST_WEIGHTS // (len(x) * WIDTHS[0])))
+    # Pieces of one size, which are one program; the last overlaps the one before where the size does not divide.
+    begins = [min(begin, len(keys) - size) for begin in range(0, len(keys), size)]
+    laws = [law for law in LAWS if law != "zeros"]
+    names = ("second_moment", "cost", "dead")
+    found = {name: np.zeros((len(laws), 2, len(keys))) for name in names}
+    for row, begin in track([(row, begin) for row in range(len(laws)) for begin in begins]):
+        part = slice(begin, begin + size)
+        nets = draw(keys[part], law=laws[row], features=len(x))
+        for relu in (0, 1):
+            for name, values in zip(names, start(nets, bool(relu), x, labels), strict=True):
+                found[name][row, relu, part] = values
+    return found
+
+
+def predictions(x: Float[np.ndarray, "features samples"]) -> Float[np.ndarray, "laws 2"]:
+    """`predicted` for every law but zeros and both activations."""
+    return np.array([[predicted(law, relu, x) for relu in (False, True)] for law in LAWS if law != "zeros"])
+
+
+def rows(seeds: int) -> list[tuple[str, int, int]]:
+    """(law, relu, seed) of every run; zeros have no seeds."""
+    return [(law, relu, seed) for law in LAWS for relu in (0, 1) for seed in range(1 if law == "zeros" else seeds)]
+
+
+def seeds_of(part: dict[str, np.ndarray]) -> int:
+    """How many seeds a part was run with: two runs of zeros, two of unequal classes, the rest by law and activation."""
+    return (len(part["cost"]) - 4) // (2 * (len(LAWS) - 1))
 
 
 def predicted(law: str, relu: bool, x: np.ndarray) -> float:
