@@ -113,9 +113,9 @@ def published_claims(shape: Shape, part: dict[str, np.ndarray]) -> list[Claim]:
                 ]
                 sentence = (
                     f"{shape.depth} layers of {shape.width}, {net.name}: the published {quantity} of every layer is a draw"
-                    " like ours (distance in standard deviations of one draw)"
+                    " like ours"
                 )
-                claims.append(every(sentence, cases, unit="standard deviations of one draw"))
+                claims.append(every(sentence, cases, unit="distance in standard deviations of one draw"))
     return claims
 
 

@@ -35,8 +35,8 @@ LAWS = {
 JAX_MEANS = {"normal": -0.012, "truncated normal": -0.018, "uniform": -0.013}
 # 2²⁰ draws know the mean to .001 σ; ten of them to .0003. "Unbiased" is a third of the smallest bias above.
 MEAN_TOLERANCE = 0.004
-# A mean of −.018σ adds n·mean²·E[x]²/E[x²] = 4096·.018²/π = .42 to E[y²] over the law's. One draw of 512
-# outputs scatters by .03, forty give ± .013; the tolerance excludes both no bias and that of the plain normal (.19).
+# A mean of −.018σ adds n·mean²·E[x]²/E[x²] = 4096·.018²/π = .42 to E[y²] over the law's. One draw of 512 outputs scatters by
+# .03, forty give ± .013; the tolerance excludes both no bias and that of the plain normal (.19).
 JAX_RATIO, RATIO_TOLERANCE, OUR_TOLERANCE = 1.42, 0.05, 0.03
 OUTPUT_MEAN, OUTPUT_MEAN_TOLERANCE = -0.64, 0.1
 

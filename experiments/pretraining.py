@@ -1,9 +1,8 @@
 """Pretraining as initialization: with few labels a pretrained start beats a random one, and how it is fine-tuned matters.
 
-Real digits stand somewhere on an empty canvas, as a detector finds them, so that there is something to learn before the labels:
-a digit is the same digit everywhere. Pretrained are nets (a) on the labels of other classes, (b) by filling in what is masked
-and (c) by contrast (both without labels), and a fourth start is He's. All are fine-tuned in four ways on 5 to 50 labels a
-class.
+Real digits stand somewhere on an empty canvas, so that there is something to learn before the labels: a digit is the same
+digit everywhere. Nets are pretrained (a) on the labels of other classes, (b) by filling in masked pixels and (c) by contrast,
+both without labels. A fourth start is He's. All are fine-tuned in four ways, on 5 to 50 labels a class.
 """
 
 from collections.abc import Sequence
@@ -91,9 +90,8 @@ def compute(run: Run, counts: tuple[int, ...], reported: int) -> dict[str, Any]:
     """All that is trained: seeds 0 to 4 tune, the rest are reported.
 
     Returns:
-      "accuracy" (starts, ways, counts, seeds), "rate" (starts, ways, counts), "loss" at the common rate, "one rate"
-      and 10 labels (starts, seeds, steps), "after" some steps of it the accuracy (starts, snapshots, seeds), "account" in
-      words.
+      "accuracy" (starts, ways, counts, seeds); "rate" (starts, ways, counts); "loss" at the common rate, "one rate" and 10
+      labels (starts, seeds, steps); "after", the accuracy after some steps of it (starts, snapshots, seeds); "account", text.
     """
     digits = data.digits()
     chunks = 1 + -(-reported // CHUNK)

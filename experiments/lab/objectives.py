@@ -33,8 +33,9 @@ def reconstruction(
 def nt_xent(
     first: Float[Array, "batch features"], second: Float[Array, "batch features"], temperature: float = 0.2
 ) -> Float[Array, ""]:
-    """Cross-entropy of finding a picture's other view among all other views of the batch (Chen et al. 2020, SimCLR, equation
-    1).
+    """Cross-entropy of finding a picture's other view among all other views of the batch.
+
+    Chen et al. 2020 (SimCLR), equation 1.
 
     Args:
       first: one view of each picture; rows are normalized here.

@@ -1,8 +1,8 @@
 """Normalization layers as their definitions say, in NumPy and float64: what flax's modules are checked against.
 
 Batch norm: Ioffe and Szegedy 2015; layer norm: Ba et al. 2016; instance norm: Ulyanov et al. 2016; group norm: Wu and He
-2018; RMS norm: Zhang and Sennrich 2019. Each subtracts a mean and divides by √(variance + ε) over its own axes, then applies
-γ and β.
+2018; RMS norm: Zhang and Sennrich 2019. Each subtracts a mean over its own axes, divides by √(variance + ε), then
+applies γ and β.
 """
 
 from collections.abc import Callable

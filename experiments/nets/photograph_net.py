@@ -68,8 +68,8 @@ class Span:
     """The subspace that some images span.
 
     The gradient of the first kernel lies in it (it is x·gᵀ), so plain gradient descent never changes what is outside of it.
-    Training in coordinates of the span is therefore the same descent, with as many features as there are images: 150 in place
-    of 625, or of 67,500.
+    Training in coordinates of the span is therefore the same descent with as many features as there are images: 150, in place
+    of the 625 or 67,500 of the images.
     """
 
     basis: Float[np.ndarray, "features images"]
