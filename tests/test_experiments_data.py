@@ -119,7 +119,7 @@ def test_a_graph_file_is_read_and_tidied(tmp_path):
 def test_labels_may_be_strings_and_edges_lie_either_way(tmp_path):
     labels = np.array(["theory", "theory", "vision", "vision"])
     edges = np.array([[0, 1, 3], [1, 0, 1]])
-    np.savez(tmp_path / "mine.npz", **GRAPH | {"edges": edges, "labels": labels})
+    np.savez(tmp_path / "mine.npz", edges=edges, features=GRAPH["features"], labels=labels)
     np.savez(
         tmp_path / "geometric.npz", edge_index=edges, x=GRAPH["features"], y=GRAPH["labels"], train_mask=labels == "theory"
     )

@@ -89,7 +89,7 @@ class TestClaims:
     def test_interval_is_students(self):
         draws = [1.0, 2.0, 4.0, 5.0]
         measured = over_seeds(draws)
-        half = 5.840909 * np.std(draws, ddof=1) / 2  # t at 99.5 %, 3 degrees of freedom
+        half = 5.840909 * float(np.std(draws, ddof=1)) / 2  # t at 99.5 %, 3 degrees of freedom
         np.testing.assert_allclose([measured.value, measured.low, measured.high], [3.0, 3.0 - half, 3.0 + half], rtol=1e-6)
 
     def test_share_is_clopper_and_pearsons(self):

@@ -75,7 +75,7 @@ def markdown(record: Record, *, level: int = 1, folder: str = "") -> str:
         _origin(record["origin"]),
         "\n".join(f"- **{name.capitalize()}:** {introduction[name]}" for name in ("data", "net", "inputs"))
         + f"\n- **Statements checked are from:** {'; '.join(introduction['notes'])}",
-        *([_exploratory(record)] if record["exploratory"] else []),
+        *_exploratory(record),
         *record["remarks"],
     ]
     for figure in record["figures"]:
@@ -129,8 +129,8 @@ def show(console: Console, record: Record, folder: Path) -> None:
     for claim in record["claims"]:
         claims.add_row(*_shown_claim(claim))
     console.print(claims)
-    if record["exploratory"]:
-        console.print(Text(_exploratory(record), style="yellow"))
+    for line in _exploratory(record):
+        console.print(Text(line, style="yellow"))
     console.print(Text(f"{record['name']}: {tally([record])}, in {duration(record['seconds'])}", style="bold"))
     console.print(Text(f"results in {folder} ({', '.join(record['files'])}, results.json)", style="dim"), soft_wrap=True)
 
@@ -183,8 +183,11 @@ def _origin(origin: dict[str, Any]) -> str:
     return f"Made by `{origin['command']}` on {origin['date']}, commit {origin['commit']} ({versions})."
 
 
-def _exploratory(record: Record) -> str:
-    return f"A claim that is inconclusive does not fail this run: {'; '.join(record['exploratory'])}."
+def _exploratory(record: Record) -> list[str]:
+    """Why inconclusive claims do not fail this run: a line where there are such."""
+    if not record["exploratory"] or all(claim["verdict"] != "inconclusive" for claim in record["claims"]):
+        return []
+    return [f"A claim that is inconclusive does not fail this run: {'; '.join(record['exploratory'])}."]
 
 
 def _shown_table(table: Record) -> Table:
