@@ -213,8 +213,8 @@ class Report:
 
         A row's band is the predicted one, which holds 99 draws in 100, widened by `error_bound`. Predicted gradients are
         multiplied by the measured gradient at the model's output, because they are for a cotangent of unit variance there.
-        A prediction has no band of its own for gradients: theirs has the relative width of the row's or the output's forward
-        band, the wider one, and that of the random cotangent's own mean square, and is widened by `gradient_error_bound`.
+        A prediction has no band of its own for gradients: the width of theirs is the part of the forward bands that the layers
+        after the row add, and the sampling variance of the cotangent's mean square, widened by `gradient_error_bound`.
 
         Raises:
             TypeError: `predicted` is no report.

@@ -15,6 +15,8 @@ from varscale.reporting.layout import Column, Style, terminal_width, text_table,
 from varscale.reporting.plots import Expected, propagation
 from varscale.reporting.rows import Row
 
+_REACH = 2.5758  # standard deviations of a normal that hold 99 draws in 100
+
 
 @dataclasses.dataclass(frozen=True)
 class ComparedRow:
@@ -183,10 +185,10 @@ def compare(measured: Sequence[Row], predicted: Sequence[Row]) -> Comparison:
         ours = ", ".join(repr(row.path) for row in measured[:2]) or "no rows"
         raise ValueError(f"predicted must have paths in common with this report; it has {predicted[0].path!r}, this one {ours}")
     scale = _gradient_scale(pairs)
-    reach = _output_reach(predicted)
+    reaches = _gradient_reaches(predicted)
     ours = {row.path for row in measured}
     return Comparison(
-        tuple(_compared(row, expected, scale, reach) for row, expected in pairs),
+        tuple(_compared(row, expected, scale, reaches[row.path]) for row, expected in pairs),
         scale,
         tuple(row.path for row in measured if row.path not in theirs),
         tuple(row.path for row in predicted if row.path not in ours),
@@ -209,18 +211,28 @@ def _reach(row: Row) -> float:
     return math.log(row.band[1] / row.band[0]) / 2
 
 
-def _output_reach(predicted: Sequence[Row]) -> float:
+def _gradient_reaches(predicted: Sequence[Row]) -> dict[str, float]:
+    """Half the width of the band of each gradient's logarithm.
+
+    The draws of the layers after a row are what its gradient depends on: their part in the variance of the logarithm is the
+    largest of a later row, less the row's own. A cotangent of n random numbers has a mean square of relative variance 2/n.
+    """
     output = next((row for row in predicted if row.path == ""), predicted[-1])
-    elements = max(math.prod(output.shape), 1)
-    # A cotangent of `elements` random numbers has a mean square of relative variance 2/elements.
-    return math.hypot(_reach(output), 2.5758 * math.sqrt(2 / elements))
+    sampling = _REACH**2 * 2 / max(math.prod(output.shape), 1)
+    largest, reaches = 0.0, {}
+    for row in reversed(predicted):
+        own = _reach(row) ** 2
+        largest = max(largest, own)
+        after = largest - own if math.isfinite(own) else math.inf
+        reaches[row.path] = math.sqrt(after + sampling)
+    return reaches
 
 
 def _widened(low: float, high: float, error: float) -> tuple[float, float]:
     return (low * max(1 - error, 0.0), high * (1 + error)) if math.isfinite(error) else (0.0, math.inf)
 
 
-def _compared(row: Row, expected: Row, scale: float | None, output_reach: float) -> ComparedRow:
+def _compared(row: Row, expected: Row, scale: float | None, reach: float) -> ComparedRow:
     assert expected.band is not None
     band = _widened(*expected.band, expected.error_bound)
     typical = expected.second_moment if expected.typical is None else expected.typical
@@ -229,7 +241,6 @@ def _compared(row: Row, expected: Row, scale: float | None, output_reach: float)
     )
     if row.gradient is None or expected.gradient is None or scale is None:
         return found
-    reach = max(_reach(expected), output_reach)
     centre = expected.gradient * scale
     low, high = (0.0, math.inf) if reach > 300 else (centre * math.exp(-reach), centre * math.exp(reach))
     gradient_band = _widened(low, high, expected.gradient_error_bound or 0.0)
