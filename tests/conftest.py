@@ -24,9 +24,10 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 # What `-m quick` runs: cheap files from every room, and the README's own code. Under 90 s on 2 cores.
 QUICK = frozenset({
     "README.md", "test_readme.py", "test_conftest.py", "test_public_face.py", "test_floors.py", "test_house.py",
-    "test_gaussian.py", "test_initializers_fans.py", "test_initializers_gains.py", "test_report.py", "test_mean_field.py",
-    "test_programs_patterns.py", "test_testing_tails.py", "test_transfer_graft.py", "test_transfer_rearrange.py",
-    "test_transfer_resize.py",
+    "test_gaussian.py", "test_initializers_fans.py", "test_initializers_gains.py", "test_initializers_structured.py",
+    "test_programs.py", "test_programs_patterns.py", "test_probe_statistics.py", "test_report.py", "test_reporting.py",
+    "test_mean_field.py", "test_usage.py", "test_testing_tails.py",
+    "test_transfer_files.py", "test_transfer_graft.py", "test_transfer_rearrange.py", "test_transfer_resize.py",
 })  # fmt: skip
 
 
