@@ -21,19 +21,20 @@ hypothesis.settings.register_profile("ci", derandomize=True, deadline=None, max_
 hypothesis.settings.register_profile("night", deadline=None, max_examples=1000, print_blob=True)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
-# What `-m quick` runs: cheap files from every room, and the README's own code. Under 90 s on 2 cores.
+# What `-m quick` runs: cheap files and single tests from every room, and the README's own code. Under 90 s on 2 cores.
 QUICK = frozenset({
     "README.md", "test_readme.py", "test_conftest.py", "test_public_face.py", "test_floors.py", "test_house.py",
     "test_gaussian.py", "test_initializers_fans.py", "test_initializers_gains.py", "test_initializers_structured.py",
     "test_programs.py", "test_programs_patterns.py", "test_probe_statistics.py", "test_report.py", "test_reporting.py",
-    "test_mean_field.py", "test_usage.py", "test_testing_tails.py",
+    "test_mean_field.py", "test_usage.py", "test_testing_tails.py", "test_initialization_values.py::test_an_nnx_factory",
     "test_transfer_files.py", "test_transfer_graft.py", "test_transfer_rearrange.py", "test_transfer_resize.py",
 })  # fmt: skip
 
 
 def pytest_collection_modifyitems(items):
     for item in items:
-        if item.path.name in QUICK:
+        file, function = item.path.name, item.name.partition("[")[0]
+        if {file, f"{file}::{function}"} & QUICK:
             item.add_marker("quick")
 
 
