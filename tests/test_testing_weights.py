@@ -165,9 +165,13 @@ def test_matrices_that_are_not_uniformly_orthogonal_are_refuted(init):
 
 
 def test_too_small_a_budget_is_said_and_never_passes():
-    with pytest.raises(Underpowered, match="max_samples is 1000") as caught:
+    with pytest.raises(Underpowered, match=r"max_samples is 1000: a mean of 0.012 std asks.*'quick' needs fewer") as caught:
         assert_variance(vs.lecun_normal(), SHAPE, max_samples=1000)
     assert caught.value.needed > 500_000
+    for init, claim in ((vs.lecun_normal(), {}), (vs.orthogonal(), dict(distribution="orthogonal"))):
+        with pytest.raises(Underpowered, match="max_samples is 1000") as caught:
+            assert_variance(init, (16, 16), max_samples=1000, profile="quick", **claim)
+        assert "quick" not in str(caught.value)
     weights = np.random.default_rng(0).standard_normal((1, 40, 40))
     with pytest.raises(Underpowered, match="1600 samples") as caught:
         VarianceClaim(1.0, distribution="normal").check(weights)

@@ -19,7 +19,7 @@ from varscale.testing.hints import KernelUse, mean_hints, variance_hints
 from varscale.testing.laws import is_low_precision
 from varscale.testing.moments import Resolution
 from varscale.testing.power import Underpowered
-from varscale.testing.profiles import FULL, Profile, profile_of
+from varscale.testing.profiles import FULL, QUICK, Profile, profile_of
 from varscale.testing.verdict import Finding, Verdict, demand, equality
 
 MAX_SAMPLES = 2**27
@@ -144,7 +144,8 @@ def _measured(
         if needed > most:
             shortage = resolution.shortage(most, claim.law(dtype)) if resolution.samples(claim.law(dtype)) > most else ""
             message = f"{needed} samples are needed, max_samples is {most}{': ' if shortage else ''}{shortage}"
-            raise Underpowered(f"{message} (profile 'quick' needs fewer)", allowed=most, needed=needed)
+            fewer = resolution.mean < QUICK.detectable_mean and claim.orthogonal_axis is None
+            raise Underpowered(message + " (profile 'quick' needs fewer)" * fewer, allowed=most, needed=needed)
         weights = draw(init, shape, dtype, key, max(2, -(-needed // math.prod(shape))))
         try:
             return weights, claim.check(weights, profile=profile, contractions=_contractions(len(shape), *roles))
