@@ -23,7 +23,10 @@ if _TYPE_CHECKING:
     from varscale import testing as testing
     from varscale import theory as theory
     from varscale import transfer as transfer
+    from varscale.initialization.fast_keys import fast_key as fast_key
     from varscale.initialization.initialize import initialize as initialize
+    from varscale.initialization.reinitialize import reinitialize as reinitialize
+    from varscale.initialization.to_checkpoint import initialize_to_checkpoint as initialize_to_checkpoint
     from varscale.measuring.probe import probe as probe
     from varscale.programs.faces import inputs as inputs
     from varscale.report import Report as Report
@@ -40,7 +43,10 @@ if _TYPE_CHECKING:
 _LATER = {
     **dict.fromkeys(("testing", "theory", "transfer"), None),
     **dict.fromkeys(("Moments", "critical", "mean_field", "predict"), "varscale.theory"),
+    "fast_key": "varscale.initialization.fast_keys",
     "initialize": "varscale.initialization.initialize",
+    "initialize_to_checkpoint": "varscale.initialization.to_checkpoint",
+    "reinitialize": "varscale.initialization.reinitialize",
     "inputs": "varscale.programs.faces",
     "probe": "varscale.measuring.probe",
     **dict.fromkeys(("Report", "Row", "Weight"), "varscale.report"),

@@ -130,7 +130,7 @@ def _needs_fans(law: Law) -> bool:
     return False
 
 
-def check(hit: Laid, path: str, shape: tuple[int, ...], dtype: np.dtype, implementation: Any) -> None:
+def check(hit: Laid, path: str, shape: tuple[int, ...], dtype: np.dtype, implementation: Any, argument: str) -> None:
     """Have the law say itself that it cannot serve a leaf, with the leaf's name.
 
     Raises:
@@ -140,9 +140,9 @@ def check(hit: Laid, path: str, shape: tuple[int, ...], dtype: np.dtype, impleme
         made = jax.eval_shape(lambda: hit.law(jax.random.key(0, impl=implementation), shape, dtype))
     except Exception as error:
         where = f"{hit.pattern!r} names {path!r}" if hit.pattern else repr(path)
-        raise ValueError(f"scheme: {where} of shape {shape}, which {hit.law!r} cannot draw: {error}") from error
+        raise ValueError(f"{argument}: {where} of shape {shape}, which {hit.law!r} cannot draw: {error}") from error
     if getattr(made, "shape", None) != shape:
-        raise ValueError(f"scheme: {hit.law!r} draws {getattr(made, 'shape', made)} for {path!r} of shape {shape}")
+        raise ValueError(f"{argument}: {hit.law!r} draws {getattr(made, 'shape', made)} for {path!r} of shape {shape}")
 
 
 def keeps(law: Law) -> bool:

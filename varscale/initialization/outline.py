@@ -285,7 +285,7 @@ class _Planner:
         keeps = laws.keeps(hit.law)
         if keeps and found.kind == "data":
             raise ValueError(f"scheme: {leaf.path!r} depends on the model's input: none of its parts can be kept")
-        laws.check(hit, leaf.path, shape.shape, dtype, self.implementation)
+        laws.check(hit, leaf.path, shape.shape, dtype, self.implementation, "scheme")
         number = laws.number(hit.law)
         if number is not None:
             task = Task(number=number)

@@ -12,6 +12,7 @@ from varscale.transfer.structure import describe, digest, dtype_called, from_hos
 
 # Beside Orbax's own files: the tree's containers (Orbax turns int keys into str) and a SHA-256 of everything.
 OURS = "varscale.json"
+STATE = "state"  # the folder of the tree in a checkpoint of Orbax's newer API, as `vs.initialize_to_checkpoint` writes it
 
 
 def write(folder: Path, tree: Any) -> None:
@@ -42,13 +43,14 @@ def write(folder: Path, tree: Any) -> None:
 
 
 def read(folder: Path) -> Any:
-    """The tree of a checkpoint; one that others wrote comes as Orbax gives it.
+    """The tree of a checkpoint; one that others wrote, in the layout of either of Orbax's APIs, comes as Orbax gives it.
 
     Raises:
       ValueError: the checkpoint is incomplete or damaged.
     """
     import orbax.checkpoint as ocp
 
+    folder = folder if (folder / "_METADATA").is_file() else folder / STATE
     try:
         with _quiet(), ocp.PyTreeCheckpointer() as checkpointer:
             # As numpy arrays: the devices that wrote it need not be there.
@@ -75,7 +77,7 @@ def read(folder: Path) -> Any:
 
 def is_checkpoint(folder: Path) -> bool:
     """Whether a folder is an Orbax checkpoint of a tree."""
-    return (folder / "_METADATA").is_file()
+    return any((room / "_METADATA").is_file() for room in (folder, folder / STATE))
 
 
 def _is_storable(dtype: np.dtype) -> bool:
