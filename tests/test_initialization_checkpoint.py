@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from killed_checkpoints import KILLS, LIMIT, Net
 
 import varscale as vs
-from killed_checkpoints import KILLS, LIMIT, Net
 from varscale.initialization import orbax_sessions
 
 X = np.ones((2, 16), np.float32)

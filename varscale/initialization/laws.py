@@ -82,12 +82,14 @@ def _by_pattern(
             names = (path.removeprefix("params/"), path) if is_parameter else (path,) * _names_collection(pattern, path)
             if any(matches(pattern, name) for name in names):
                 idle.pop(pattern, None)
-                hit = hit or Laid(_checked(law, text(pattern), argument), text(pattern), _names_leaf(pattern, path))
-        if hit is not None and not hit.by_name and _is_no_weight(path, shape) and _needs_fans(hit.law):
-            hit = None  # a law that asks for fans and is laid on a whole module is for its weights
+                now = Laid(_checked(law, text(pattern), argument), text(pattern), _names_leaf(pattern, path))
+                # A law that asks for fans and is laid on a whole module is for its weights.
+                serves = now.by_name or not _is_no_weight(path, shape) or not _needs_fans(now.law)
+                hit = hit or (now if serves else None)
         found.append(hit)
     if idle:
-        known = ", ".join(path.removeprefix("params/") for path, *_ in leaves[:6]) + ", ..." * (len(leaves) > 6)
+        names = [path.removeprefix("params/") for path, *_, is_parameter in leaves if is_parameter]
+        known = ", ".join(names[:6]) + ", ..." * (len(names) > 6)
         raise ValueError(f"{argument}: {', '.join(map(text, idle))} matches no parameter of the model ({known})")
     return found
 
