@@ -29,7 +29,7 @@ def fast_key(seed_or_key: Any) -> Key[Array, ""]:
     >>> bool((jax.random.normal(vs.fast_key(0), (3,)) == jax.random.normal(jax.random.key(0), (3,))).all())
     True
     """
-    given: Any = seed_or_key
+    given = seed_or_key
     if isinstance(given, int | np.integer) and not isinstance(given, bool):
         given = jax.random.key(given, impl="threefry2x32")
-    return unrolled_key(checked_key(given))
+    return unrolled_key(checked_key(given))  # pyright: ignore[reportArgumentType]
