@@ -86,18 +86,18 @@ def _line(axes: Any, steps: Int[np.ndarray, " steps"], panel: Panel) -> None:
 
 
 def _image(figure: Any, axes: Any, steps: Int[np.ndarray, " steps"], panel: Panel) -> None:
-    import matplotlib as mpl
+    from matplotlib import colormaps, colors
 
     finite = panel.values[np.isfinite(panel.values)]
-    colors = mpl.colormaps["viridis"].with_extremes(bad=_ALARM)
+    palette = colormaps["viridis"].with_extremes(bad=_ALARM, under="#000000")
     if _is_log(panel.values):
-        norm = mpl.colors.LogNorm(*_span(finite[finite > 0]))
-        colors = colors.with_extremes(bad=_ALARM, under="#000000")
-        values = np.where(panel.values == 0, norm.vmin / 10, panel.values)  # a zero is black, not red
+        low, high = _span(finite[finite > 0])
+        norm = colors.LogNorm(low, high)
+        values = np.where(panel.values == 0, low / 10, panel.values)  # a zero is black, not red
     else:
-        norm, values = mpl.colors.Normalize(*_span(finite)), panel.values
+        norm, values = colors.Normalize(*_span(finite)), panel.values
     image = axes.pcolormesh(
-        _edges(steps), np.arange(len(panel.paths) + 1) - 0.5, np.ma.masked_invalid(values), norm=norm, cmap=colors
+        _edges(steps), np.arange(len(panel.paths) + 1) - 0.5, np.ma.masked_invalid(values), norm=norm, cmap=palette
     )
     axes.invert_yaxis()
     ticks = list(range(0, len(panel.paths), math.ceil(len(panel.paths) / _MOST_LABELS)))
