@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 from flax import nnx
+from healthy import HEALTHY
 
 import varscale as vs
 from varscale.auditing.findings import Audit, AuditError, Finding, ordered, read_baseline, silenced, since
@@ -258,3 +259,57 @@ class TestTheResult:
         (one,) = ordered(alike)
         assert one.path == "blocks_0/kernel"
         assert one.message.endswith("The same at blocks_1/kernel, blocks_2/kernel, blocks_3/kernel and 2 more.")
+
+
+@pytest.mark.parametrize("name", HEALTHY)
+def test_healthy_constructions_are_clean(name):
+    """No error and no warning from the trace, in which nothing is random."""
+    model, x = HEALTHY[name]
+    with jax.numpy_dtype_promotion("standard"):  # as flax's own average pool has it
+        assert found(vs.audit(model, x)) == []
+
+
+class Named(nn.Module):
+    """A Dense layer of a given name."""
+
+    layer: str
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(32, name=self.layer)(x)
+
+
+class TestTheInit:
+    """Defects of the random numbers that an init draws from; found with nothing drawn."""
+
+    def test_equal_streams(self):
+        class Net(nn.Module):
+            @nn.compact
+            def __call__(self, x):
+                return Named("cdef", name="ab")(Named("def", name="abc")(x))
+
+        assert found(vs.audit(Net(), HEALTHY["ReZero"][1])) == [("VS114", "abc/def/kernel")]
+
+    def test_one_key_for_two_leaves(self):
+        class Net(nnx.Module):
+            def __init__(self, rngs):
+                key = rngs.params()
+                self.embedding = nnx.Param(jax.random.truncated_normal(key, -2, 2, (50, 16)) / 4)
+                self.head = nnx.Param(jax.random.truncated_normal(key, -2, 2, (16, 50)) / 4)
+
+            def __call__(self, ids):
+                return self.embedding[...][ids] @ self.head[...]
+
+        assert ("VS114", "head") in found(vs.audit(lambda rngs: Net(rngs), IDS))
+
+    def test_a_constant_key(self):
+        def fixed(key, shape, dtype):
+            return jax.random.normal(jax.random.key(3), shape, dtype) / 8
+
+        assert ("VS118", "layers_0/kernel") in found(
+            vs.audit(nn.Sequential([nn.Dense(64, kernel_init=fixed), nn.Dense(3)]), ROWS)
+        )
+
+    def test_symmetric_units(self):
+        constant = nn.Sequential([nn.Dense(64, kernel_init=nn.initializers.constant(0.1)), nn.relu, nn.Dense(3)])
+        assert found(vs.audit(constant, ROWS)) == [("VS105", "layers_0/kernel")]

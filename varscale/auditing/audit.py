@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from varscale.auditing import maps, norms, signal
+from varscale.auditing import maps, norms, signal, streams
 from varscale.auditing.findings import Audit, Finding, ordered, silenced
 from varscale.auditing.leaves import check_finite, summary
 from varscale.auditing.parameters import check_laws, checked, of_weight
@@ -70,13 +70,17 @@ def audit(
     if fresh:
         found += signal.check_signal(report)
         found += signal.check_gradient(report)
-        found += maps.check_gains(linear, report)
+        found += maps.check_gains(linear, moves=bool(found))
         found += maps.check_fans(linear)
         found += maps.check_saturation(linear, report)
         found += norms.check_epsilon(whole.rows)
         found += norms.check_softmax(whole.rows)
         found += norms.check_logits(parameters, report)
         found += maps.check_biases(parameters, report.weights)
+    if not _holds_no_laws(model) and not isinstance(model, nnx.Module):
+        plan = streams.outlined(model, x, method)
+        found += streams.check_streams(plan)
+        found += streams.check_constants(plan, {p.path: p for p in parameters}, report)
     found += maps.check_uses(parameters)
     found += maps.check_inputs(parameters, _arrays(x))
     if key is not None and params is None:

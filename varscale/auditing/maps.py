@@ -69,7 +69,6 @@ def check_fans(found: Sequence[Map]) -> Iterator[Finding]:
         modes = (
             ("fan_in", declared.fan_in, m.use.fan_in),
             ("fan_avg", (declared.fan_in + declared.fan_out) / 2, (m.use.fan_in + use_out) / 2),
-            ("fan_out", declared.fan_out, use_out),
         )
         if any(_is_usual(m.second_moment * of_use) for _, _, of_use in modes):
             continue
@@ -93,16 +92,17 @@ def _is_usual(product: float) -> bool:
     return any(math.isclose(product, law, rel_tol=1e-3) for law in _SHAPE_LAWS)
 
 
-def check_gains(found: Sequence[Map], report: Report) -> Iterator[Finding]:
-    """Variances that do not give back what the activation before them takes away."""
+def check_gains(found: Sequence[Map], *, moves: bool) -> Iterator[Finding]:
+    """Variances that do not give back what the activation before them takes away.
+
+    Args:
+        found: the model's maps.
+        moves: whether the signal of its layers was found to vanish or explode: then this is why.
+    """
     by_function: dict[str, list[Map]] = {}
     for m in found:
-        if (
-            m.use.before in _ACTIVATIONS
-            and m.use.role == "hidden"
-            and m.use.ends is None
-            and m.parameter.times == len(m.parameter.uses)
-        ):
+        once = m.parameter.times == len(m.parameter.uses) and m.use.ends is None and not m.use.normalised_after
+        if m.use.before in _ACTIVATIONS and m.use.role == "hidden" and once:
             by_function.setdefault(m.use.before, []).append(m)
     for function, members in by_function.items():
         off = [m for m in members if not 0.9 < m.keeps < 1.1]
@@ -110,7 +110,7 @@ def check_gains(found: Sequence[Map], report: Report) -> Iterator[Finding]:
             continue
         whole = math.exp(sum(math.log(m.keeps) for m in off))
         worst = off[0]
-        level: Level = "warning" if not 1 / 30 < whole < 30 else "info"
+        level: Level = "warning" if moves and not 1 / 30 < whole < 30 else "info"
         told = f"after {function} it multiplies the second moment by {worst.keeps:.3g}"
         told += f" at a second moment of 1, as {len(off) - 1} more layers do" if len(off) > 1 else ""
         told += f": {function} keeps {float(gaussian.second_moment(_ACTIVATIONS[function])):.3g} of it, and fan_in · Var[w] is "

@@ -126,6 +126,23 @@ class Outline:
                 found.append(jax.random.key_data(x) if derivation.traced and is_key(v.aval) else x)
         return found
 
+    def sources(self, key: Any) -> list[bytes | None]:
+        """The random words that each leaf is drawn from with a key; None for a leaf that draws nothing.
+
+        Two leaves with the same words hold the same random numbers, whatever their laws make of them.
+        """
+        keys = list(map(checked_key, jax.tree_util.tree_leaves(key)))
+        graphs = [self.trace.graph, *([self.trace.retraced()] if self.uses_own_hash else [])]
+        derivation = Derivation({v: key for graph in graphs for v, key in zip(graph.keys, keys, strict=True)})
+
+        def words(task: Task, leaf: Leaf) -> bytes | None:
+            if task.program is None:
+                return None
+            found = self._arguments(task.program, leaf.path, derivation, key)
+            return b"".join(np.asarray(x).tobytes() for x in found)
+
+        return [words(task, leaf) for task, leaf in zip(self.tasks, self.trace.leaves, strict=True)]
+
     def _whole(self, keys: Sequence[Any]) -> list[Any]:
         missing = any(x is None for x in self.trace.arrays)
         if missing:

@@ -36,6 +36,7 @@ class OneUse:
         reads_input: whether what it reads is the model's own input, which no parameter has mixed or looked up.
         before: function applied to its input since the last linear map; "" for none, "norm" for a normalisation.
         after: function first applied to its output.
+        normalised_after: whether its output is normalised before another kernel reads it.
         depth: residual additions before it.
         ends: number of the residual addition that its output ends in, counted from 1; None where it ends in none.
         parts: what the equal parts of its output are, where they are told apart: ("query", "key", "value"), gates.
@@ -51,6 +52,7 @@ class OneUse:
     reads_input: bool
     before: str
     after: str
+    normalised_after: bool
     depth: int
     ends: int | None
     parts: tuple[str, ...]
@@ -164,7 +166,7 @@ def _told(use: Use, shape: tuple[int, ...]) -> OneUse:
     after = "norm" if use.after == {"norm"} else after_function(use.after)
     return OneUse(
         _role(use, shape), use.fan_in, use.fan_out, use.reduction, use.output, tuple(sorted({*use.batch, *use.shared})),
-        use.steps, use.raw, before, after, use.depth, use.ends, _parts(use),
+        use.steps, use.raw, before, after, use.normalised_after, use.depth, use.ends, _parts(use),
     )  # fmt: skip
 
 

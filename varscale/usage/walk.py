@@ -56,6 +56,7 @@ class Use:
         raw: whether its input is the model's own.
         normalised: whether its input was normalised.
         after: functions first applied to its output.
+        normalised_after: whether its output is normalised before anything else reads it.
         ends: which residual addition its output ends in, counted from 1.
         read: whether another parameter reads its output.
         reaches: whether its output is the model's, with no other linear map between.
@@ -77,6 +78,7 @@ class Use:
     raw: bool = False
     normalised: bool = False
     after: frozenset[str] = frozenset()
+    normalised_after: bool = False
     ends: int | None = None
     read: bool = False
     reaches: bool = False
@@ -146,6 +148,7 @@ class Walk:
         for source in x.sources:
             use = self.uses[source.use]
             use.read |= read
+            use.normalised_after |= x.direct and x.normalised
             if x.direct and not use.after:
                 use.after = x.functions or frozenset({"norm"} if x.normalised else ())
 
