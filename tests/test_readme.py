@@ -2,6 +2,7 @@
 
 import pathlib
 import re
+import runpy
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -14,14 +15,13 @@ def test_it_stays_short():
     assert max(len(line) for _, code in BLOCKS for line in code.splitlines()) <= 100
 
 
-def test_the_tests_to_paste_pass():
+def test_the_tests_to_paste_pass(tmp_path):
     """Blocks of Python without prompts are whole files of tests."""
-    found = []
-    for language, code in BLOCKS:
-        if language == "python" and not code.startswith(">>>"):
-            namespace = {"__name__": "pasted"}
-            exec(compile(code, "README.md", "exec"), namespace)
-            found += [function for name, function in namespace.items() if name.startswith("test_")]
+    files = [code for language, code in BLOCKS if language == "python" and not code.startswith(">>>")]
+    assert len(files) == 1
+    path = tmp_path / "test_pasted.py"  # Hypothesis reads the source of what it runs
+    path.write_text(files[0], encoding="utf-8")
+    found = [function for name, function in runpy.run_path(str(path)).items() if name.startswith("test_")]
     assert len(found) == 2
     for function in found:
         function()
