@@ -64,14 +64,13 @@ def markdown_of_all(title: str, records: Sequence[Record], origin: dict[str, Any
 
 def markdown(record: Record, *, level: int = 1, folder: str = "") -> str:
     """The report of one experiment; its pictures lie in `folder`, relative to the report."""
-    settings = ", ".join(f"{name} {value}" for name, value in record["settings"].items())
     head, below = "#" * level, "#" * (level + 1)
     introduction = record["introduction"]
     parts = [
         # An anchor of its own: renderers make different ones of a heading with an apostrophe.
         f'<a id="{record["name"]}"></a>',
         f"{head} {record['title']}",
-        f"`{record['name']}`: **{tally([record])}**, in {duration(record['seconds'])} ({settings}).",
+        f"`{record['name']}`: **{tally([record])}**, in {duration(record['seconds'])}.",
         _origin(record["origin"]),
         "\n".join(f"- **{name.capitalize()}:** {introduction[name]}" for name in ("data", "net", "inputs"))
         + f"\n- **Statements checked are from:** {'; '.join(introduction['notes'])}",

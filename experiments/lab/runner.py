@@ -43,7 +43,7 @@ def run_one(entry: Entry, settings: Settings, progress: Progress) -> Record:
             shutil.rmtree(other)
     start = time.perf_counter()
     run = Run(settings, store, progress)
-    result = entry.load().run(run)
+    (result,) = [entry.load().run(run) for _ in progress.track((entry,), entry.name)]  # names what is under way
     if settings.resume:
         found = f"reused the parts {', '.join(run.reused)}" if run.reused else "found nothing to reuse"
         progress.say(f"{entry.name}: {found}; computed {', '.join(run.computed) or 'none'}")
@@ -124,7 +124,7 @@ def _write(folder: Path, entry: Entry, settings: Settings, run: Run, result: Res
     record: Record = {
         "name": entry.name,
         "title": entry.title,
-        "settings": {name: value if isinstance(value, int) else str(value) for name, value in _options(settings).items()},
+        "settings": _options(settings),
         "origin": origin.of(origin.command(entry.name, settings)),
         "seconds": round(seconds, 1),
         "fingerprint": _fingerprint(entry, settings),
@@ -149,7 +149,13 @@ def _write(folder: Path, entry: Entry, settings: Settings, run: Run, result: Res
 
 
 def _options(settings: Settings) -> dict[str, Any]:
-    return {name: value for name, value in asdict(settings).items() if name not in ("out", "resume") and value is not None}
+    """The options that change results, as JSON can hold them."""
+
+    def held(value: Any) -> Any:
+        return [held(each) for each in value] if isinstance(value, tuple) else str(value) if isinstance(value, Path) else value
+
+    options = {name: held(value) for name, value in asdict(settings).items() if name not in ("out", "resume")}
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def plain(value: Any) -> Any:
