@@ -313,3 +313,36 @@ class TestTheInit:
     def test_symmetric_units(self):
         constant = nn.Sequential([nn.Dense(64, kernel_init=nn.initializers.constant(0.1)), nn.relu, nn.Dense(3)])
         assert found(vs.audit(constant, ROWS)) == [("VS105", "layers_0/kernel")]
+
+
+class TestARun:
+    def test_a_draw_that_its_laws_do_not_give(self):
+        net = nn.Sequential([nn.Dense(64, kernel_init=vs.he_normal()), nn.relu, nn.Dense(64, kernel_init=vs.he_normal())])
+        params = net.init(KEY, jnp.zeros((16, 64)))
+        assert found(vs.audit(net, ROWS, params=params)) == []
+        params["params"]["layers_0"]["bias"] += 5.0  # constants have no law of their own
+        assert found(vs.audit(net, ROWS, params=params)) == [("VS123", "layers_0")]
+
+    def test_nan_in_a_run(self):
+        net = nn.Sequential([nn.Dense(8), lambda x: jnp.log(x - 100), nn.Dense(3)])
+        audit = vs.audit(net, jnp.ones((4, 8)), key=KEY)
+        assert ("VS121", "layers_2") in found(audit)
+
+    def test_the_loss_at_step_0(self):
+        labels = jnp.zeros(16, jnp.int32)
+
+        def loss(logits):
+            return -jnp.mean(jax.nn.log_softmax(logits)[jnp.arange(16), labels])
+
+        def readout(deviation):
+            return nn.Sequential([nn.Dense(10, kernel_init=nn.initializers.normal(deviation))])
+
+        assert "VS120" in [code for code, _ in found(vs.audit(readout(2.0), ROWS, key=KEY, loss=loss))]
+        assert found(vs.audit(readout(0.01), ROWS, key=KEY, loss=loss)) == []
+        with pytest.raises(ValueError, match="loss needs params"):
+            vs.audit(readout(1.0), ROWS, loss=loss)
+
+    def test_samples_that_become_alike(self):
+        init = {"kernel_init": nn.initializers.normal(0.7 / 8), "bias_init": nn.initializers.normal(0.3)}
+        ordered_phase = [f for _ in range(10) for f in (nn.Dense(64, **init), jnp.tanh)]
+        assert "VS108" in [code for code, _ in found(vs.audit(nn.Sequential(ordered_phase), ROWS))]

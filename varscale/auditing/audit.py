@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -17,6 +17,7 @@ from varscale.auditing import maps, norms, signal, streams
 from varscale.auditing.findings import Audit, Finding, ordered, silenced
 from varscale.auditing.leaves import check_finite, summary
 from varscale.auditing.parameters import check_laws, checked, of_weight
+from varscale.measuring.probe import probe
 from varscale.programs import faces
 from varscale.programs.trees import open_tree
 from varscale.report import Report, Row
@@ -30,6 +31,7 @@ def audit(
     *,
     params: Any = None,
     fresh: bool = True,
+    loss: Callable[[Any], Any] | None = None,
     key: Any = None,
     ignore: Sequence[str] = (),
     method: str | None = None,
@@ -38,13 +40,16 @@ def audit(
 
     By default from the trace alone: nothing of the model's own size is drawn or run. With `params`, or with a `key` to draw
     them, the numbers of the parameters are audited too: equal and proportional leaves, constants, NaN, low-precision draws,
-    and whether each has its declared law (a chance of at most 1e-9 a leaf to say wrongly that it has not).
+    and whether each has its declared law (a chance of at most 1e-9 a leaf to say wrongly that it has not); and the model is
+    run on `x` once, to see whether every row is what such a draw gives (2e-9 a row).
 
     Args:
         model: a linen module, an nnx factory `lambda rngs: Net(..., rngs=rngs)`, an nnx instance, or a plain function
             f(params, *args) with `params`.
         x: one input, or `vs.inputs(...)`; arrays or `jax.ShapeDtypeStruct`s. The numbers of arrays are audited as inputs.
         params: parameters to audit.
+        loss: a function of the model's output that returns a scalar, such as the cross-entropy against given labels: with
+            `params` or `key` its value is compared with that of knowing nothing, and gradients are checked to be finite.
         fresh: whether `params` were just drawn; False for trained ones, of which laws and scales are no finding.
         key: a key to draw the parameters with, by the model's own init.
         ignore: codes ("VS104"), or codes with a glob over paths ("VS101:blocks/*/head"), to leave out.
@@ -64,13 +69,16 @@ def audit(
     given = params if _holds_no_laws(model) else None
     whole = predict(model, x, params=given, detail="equations", method=method)
     report = dataclasses.replace(whole, rows=tuple(row for row in whole.rows if not _is_equation(row)))
-    parameters = uses(model, x, params=given, method=method).parameters
+    program_uses = uses(model, x, params=given, method=method)
+    parameters = program_uses.parameters
     linear = maps.maps(parameters, report.weights)
     found: list[Finding] = []
     if fresh:
         found += signal.check_signal(report)
         found += signal.check_gradient(report)
         found += maps.check_gains(linear, moves=bool(found))
+        found += signal.check_stream(report, program_uses.additions)
+        found += signal.check_rank(report)
         found += maps.check_fans(linear)
         found += maps.check_saturation(linear, report)
         found += norms.check_epsilon(whole.rows)
@@ -87,6 +95,9 @@ def audit(
         params = _drawn(model, key, x, method)
     if params is not None:
         found += _numbers(params, report, fresh)
+        found += _run(model, params, x, report, fresh=fresh, loss=loss, method=method)
+    elif loss is not None:
+        raise ValueError("loss needs params, or a key to draw them with: without numbers it has no value")
     sampled = sum(row.how == "sampled" for row in report.rows)
     notes = (f"{sampled} of {len(report.rows)} rows were drawn to be predicted.",) if sampled else ()
     kept, count = silenced(ordered(found), ignore)
@@ -132,6 +143,51 @@ def _numbers(params: Any, report: Report, fresh: bool) -> list[Finding]:
         return list(check_finite(summaries))
     laws = {path: of_weight(weight, 0.0) for path, weight in report.weights.items() if weight.law is not None}
     return [*checked(summaries), *check_laws(summaries, laws)]
+
+
+def _run(model: Any, params: Any, x: Any, report: Report, *, fresh: bool, loss: Any, method: str | None) -> Iterator[Finding]:
+    """Findings about one run of the model: NaN, rows that the laws do not give, the loss.
+
+    Described inputs of floating point are drawn from the standard normal law, as `predict` takes them; where whole numbers are
+    described only, nobody knows their range, and the model is not run.
+    """
+    given = faces.as_inputs(x)
+    flat = jax.tree_util.tree_leaves((given.args, dict(given.kwargs)), is_leaf=_is_described)
+    described = [v for v in flat if _is_described(v) and not isinstance(v, jax.Array | np.ndarray)]
+    if any(not jnp.issubdtype(v.dtype, jnp.floating) for v in described):
+        return
+    keys = iter(jax.random.split(jax.random.key(0), len(described) + 1))
+
+    def numbers(v: Any) -> Any:
+        return jax.random.normal(next(keys), v.shape, v.dtype) if any(v is d for d in described) else v
+
+    args, kwargs = jax.tree.map(numbers, (given.args, dict(given.kwargs)), is_leaf=_is_described)
+    inputs = faces.Inputs(args, kwargs)
+    of_nnx = isinstance(model, nnx.Module) or isinstance(params, nnx.Module)
+    whom = params if isinstance(params, nnx.Module) else model
+    measured = probe(whom, None if of_nnx else params, inputs, loss=loss, method=method)
+    first = measured.first_nonfinite
+    if first is not None:
+        told = "it is the first row of a run with NaN or infinities; print audit.report.first_nonfinite for what comes before."
+        yield Finding("VS121", "error", first.row.path, told)
+        return
+    if fresh:
+        yield from signal.check_draw(measured, report)
+    if loss is not None:
+        yield from _loss(whom, None if of_nnx else params, inputs, loss, report, method)
+
+
+def _loss(model: Any, params: Any, x: faces.Inputs, loss: Any, report: Report, method: str | None) -> Iterator[Finding]:
+    """A loss at step 0 that is far above that of knowing nothing about as many classes as there are outputs."""
+    program = faces.program(model, method=method)
+    variables = program.parameters if params is None else params
+    value = float(jax.jit(lambda v: loss(program.apply(v, x)[0]))(variables))
+    classes = report.output.shape[-1] if report.output.shape else 1
+    if classes > 1 and value > 1.5 * math.log(classes) + 0.5:
+        told = f"the loss is {value:.4g} at step 0, where knowing nothing about {classes} classes gives ln {classes} = "
+        told += f"{math.log(classes):.3g}: the first steps only unlearn the logits' scale."
+        mend = "draw the readout smaller, or set its bias to the classes' frequencies: bias_init=vs.log_prior_bias(frequencies)"
+        yield Finding("VS120", "warning", "", told, value, mend)
 
 
 def _arrays(x: Any) -> list[tuple[str, Any]]:

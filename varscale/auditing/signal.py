@@ -16,6 +16,7 @@ from varscale.report import Report, Row
 ERROR = 1e3  # factor in the second moment over the whole depth
 WARNING = 30.0
 _FEWEST = 4  # layers of a kind that make a trend
+_ALIKE = 0.995  # correlation at which samples count as one
 _FORMATS = (("float16", float(jnp.finfo(jnp.float16).tiny), 65504.0), ("float32", float(np.finfo(np.float32).tiny), 3.4e38))
 
 
@@ -104,6 +105,62 @@ def check_gradient(report: Report) -> Iterator[Finding]:
         "VS102", level, first, told, ratio,
         "keep fan_out · Var[w] · E[φ'²] near 1: vs.for_activation(..., criterion=\"derivative\"), a norm, or residual branches",
     )  # fmt: skip
+
+
+def check_stream(report: Report, additions: int) -> Iterator[Finding]:
+    """A residual stream that grows with depth without vanishing or exploding."""
+    grown = [trend for trend in trends(report.rows, signal) if 8 < trend.total < WARNING]
+    if additions < _FEWEST or not grown:
+        return
+    worst = max(grown, key=lambda trend: trend.total)
+    told = (
+        f"its second moment grows from {worst.values[0]:.3g} to {worst.values[-1]:.3g} over {len(worst.values)} blocks: later "
+    )
+    told += "branches change the stream less than earlier ones."
+    deviation = f"vs.scaled(vs.lecun_normal(), {additions}**-0.5)"
+    yield Finding(
+        "VS107", "info", worst.rows[-1].path, told, worst.total, f"draw what ends a branch smaller: kernel_init={deviation}"
+    )
+
+
+def check_rank(report: Report) -> Iterator[Finding]:
+    """Samples, or positions of one sample, that the depth makes alike: what follows cannot tell them apart."""
+    for name, statistic in (("samples", "sample_correlation"), ("positions of a sample", "position_correlation")):
+        first = next((value for row in report.rows if (value := getattr(row, statistic)) is not None), None)
+        for row in report.rows:
+            value = getattr(row, statistic)
+            if value is not None and first is not None and value > _ALIKE and first < 0.5 and row.error_bound < 0.5:
+                told = (
+                    f"two {name} have a correlation of {value:.4f} here, where the first layer has {first:.3g}: the net tells "
+                )
+                told += "them apart by what is left, and gradients mostly move what they have in common."
+                yield Finding(
+                    "VS108", "warning", row.path, told, value,
+                    "normalize (nn.LayerNorm), add residual branches, or use an activation whose slope at 0 is nearer 1",
+                )  # fmt: skip
+                break
+
+
+def check_draw(measured: Report, predicted: Report) -> Iterator[Finding]:
+    """Rows of one draw that its law does not give, to a chance of 2e-9 a row.
+
+    The logarithm of a draw's mean square is taken to be normal about that of `typical`, with the band's width of 2.576
+    deviations to either side; six deviations and the prediction's own bound are allowed.
+    """
+    expected = {row.path: row for row in predicted.rows}
+    for row in measured.rows:
+        other = expected.get(row.path)
+        if other is None or not other.typical or not other.band or not other.band[0] > 0 or other.error_bound > 0.5:
+            continue
+        if not 0 < row.second_moment < math.inf:
+            continue
+        deviation = math.log(other.band[1] / other.band[0]) / (2 * 2.5758)
+        off = abs(math.log(row.second_moment / other.typical))
+        if off > 6 * deviation + math.log1p(other.error_bound):
+            told = f"this draw has a second moment of {row.second_moment:.3g}, where its laws give {other.band[0]:.3g} to "
+            told += f"{other.band[1]:.3g} in 99 of 100 draws: its parameters are not what the model's init draws."
+            yield Finding("VS123", "error", row.path, told, row.second_moment / other.typical, "vs.initialize(model, key, x)")
+            return
 
 
 def _level(total: float) -> Level | None:
