@@ -14,12 +14,12 @@ ROOM = pathlib.Path(theory.__file__).parent
 FLOORS = ("domain", "integrals", "graph", "propagation", "rules", "interpreter")
 # What is left of the room as it was. Lower a number when it falls; none may rise, and at 0 it stays.
 LEFT = {
-    "imports inside functions": 145,
-    "imports from a higher floor": 3,
-    "files in a cycle of their folder": 18,
+    "imports inside functions": 0,
+    "imports from a higher floor": 0,
+    "files in a cycle of their folder": 0,
     "uses of the store outside graph/store.py": 1,
-    "names bound to a lambda": 4,
-    "names defined in two files": 88,
+    "names bound to a lambda": 0,
+    "names defined in two files": 86,
     "files over 400 lines": 0,
 }
 HEAVY = ("scipy", "jax")  # may be loaded inside a function: they take long

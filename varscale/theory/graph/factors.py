@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from varscale.theory.graph.expressions import IDENTITIES, Apply
-from varscale.theory.graph.nodes import Constant, Node, View
+from varscale.theory.graph.nodes import Constant, Node, View, number
 
 
 def factors(view: View) -> tuple[float, list[View]]:
@@ -30,7 +30,6 @@ def factors(view: View) -> tuple[float, list[View]]:
 
 
 def _reciprocal(node: Node) -> Node:
-    from varscale.theory.graph.nodes import number
 
     identity = tuple(range(len(node.axes)))
     return node.graph.make(Apply, node.axes, [View(number(node.graph, 1.0), ()), View(node, identity)], ("div", ()))

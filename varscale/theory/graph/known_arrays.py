@@ -131,7 +131,7 @@ def computed(graph: Graph, values: np.ndarray, axes: Sequence[Axis], sources: Se
     return made
 
 
-def crossed(a: View, b: View, frame: Sequence[Axis]) -> np.ndarray | None:
+def known_cross(a: View, b: View, frame: Sequence[Axis]) -> np.ndarray | None:
     """E[a_i b_j] by type of two given arrays, over pairs of places; None of what is not given, or is too large."""
     if math.prod(axis.size for axis in frame) > MOST_COMPUTED or not (is_given(a.node) and is_given(b.node)):
         return None

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from varscale.theory.domain.axes import MOST_CLASSES, Axis, affordable, grouped, join
-from varscale.theory.graph.nodes import Array, Graph, Node, View, array, number
+from varscale.theory.graph.nodes import Array, Constant, Graph, Node, View, array, number
+from varscale.theory.graph.normal_form import broadcast
 from varscale.theory.graph.reshapes import merge, permute, split
 
 
@@ -40,8 +41,6 @@ class Value:
     @property
     def constant(self) -> float | None:
         """The number it equals everywhere, if it is one."""
-        from varscale.theory.graph.nodes import Constant
-
         return self.node.params if isinstance(self.node, Constant) else None
 
 
@@ -111,8 +110,6 @@ def merged(x: Value, d: int) -> Value:
 
 def materialize(x: Value, dims: Sequence[int]) -> Value:
     """Give the constant atoms of these dimensions axes of their own (a broadcast node)."""
-    from varscale.theory.graph.normal_form import broadcast
-
     axes, new = list(x.node.axes), list(x.dims)
     for d in dims:
         atoms = []

@@ -11,6 +11,7 @@ import numpy as np
 
 from varscale.theory.domain.axes import Axis
 from varscale.theory.graph.expressions import IDENTITIES, Apply, Mean, Sum, alike, roots
+from varscale.theory.graph.factors import factors
 from varscale.theory.graph.nodes import Array, Constant, Graph, Node, View, array, cut_inside, number, rebuild
 from varscale.theory.graph.reshapes import Split
 from varscale.theory.graph.store import once_per_node
@@ -201,8 +202,6 @@ def _bare(view: View) -> tuple[float, float, View]:
 
 def _is_variance(node: Sum) -> bool:
     """Whether it is the mean of squares less the square of the mean of the same over the same axes."""
-    from varscale.theory.graph.expressions import Mean
-
     if len(node.args) != 2 or not alike(node.params[0], -node.params[1]):
         return False
     plus, minus = (node.args[i] for i in np.argsort(node.params)[::-1])
@@ -292,8 +291,6 @@ def _mean_node(node: Node, axes: tuple[int, ...]) -> Node:
 
 def _factors_apart(node: Apply, axes: Sequence[int]) -> Node | None:
     """x (x y) as x² y, where y is constant along the axes; None where no factor is."""
-    from varscale.theory.graph.factors import factors
-
     graph, whole = node.graph, tuple(range(len(node.axes)))
     number, parts = factors(View(node, whole))
     constant = [view for view in parts if not any(b in axes for b in view.bind)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 from scipy import special
 
@@ -51,8 +52,6 @@ def _convert(x: np.ndarray, kind: str) -> np.ndarray:
 
 
 def _bitcast(x: np.ndarray, dtype: str) -> np.ndarray:
-    import ml_dtypes
-
     target = np.dtype(getattr(ml_dtypes, dtype)) if hasattr(ml_dtypes, dtype) else np.dtype(dtype)
     x = np.asarray(x)
     if x.dtype.kind == "f":  # its sign bit, say

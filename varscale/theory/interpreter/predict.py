@@ -21,11 +21,15 @@ from varscale.theory.graph.known_arrays import MOST_COMPUTED
 from varscale.theory.graph.layout import Value, full
 from varscale.theory.graph.nodes import Graph, Leaf
 from varscale.theory.interpreter.interpreter import Interpreter
+from varscale.theory.interpreter.parameters import given_parameters, init_laws, path_string
 from varscale.theory.interpreter.rows import Place, Rows, joined
+from varscale.theory.interpreter.summary import summarize
 from varscale.theory.interpreter.tracing import Draws, Trace, drawing, execution_order, first_pass, traced
 from varscale.theory.propagation.cross_moments import MEASURED_TOGETHER, together
 from varscale.theory.propagation.spatial_correlation import measured
+from varscale.theory.rules.integer_inputs import unknown
 from varscale.theory.rules.padding import PADDED, evened, is_mask
+from varscale.theory.rules.random import input_leaf
 from varscale.theory.rules.registry import Complex, Opaque
 
 _DETAILS = ("modules", "equations")
@@ -77,8 +81,6 @@ def predict(
     forward, taken = _forward(program, parameters, split)
     if not forward.shapes[""]:
         raise ValueError(f"model {program.kinds.get('', program.kind)} returns no array: there is nothing to predict")
-    from varscale.theory.interpreter.parameters import path_string
-    from varscale.theory.interpreter.summary import summarize
 
     kind = "scope" if program.init is None and program.parameters is None else "module"
     rows = Rows(scopes=kind == "scope", equations=detail == "equations")
@@ -121,8 +123,7 @@ class _Split:
     """Inputs apart: arrays and descriptions of arrays, which are traced, and everything else, which is passed as it is."""
 
     def __init__(self, given: Inputs):
-        leaf = lambda x: isinstance(x, Moments)  # noqa: E731
-        flat, self.tree = jax.tree_util.tree_flatten((given.args, dict(given.kwargs)), is_leaf=leaf)
+        flat, self.tree = jax.tree_util.tree_flatten((given.args, dict(given.kwargs)), is_leaf=lambda x: isinstance(x, Moments))
         self.leaves, self.padded = evened(flat)
         self.places = [i for i, x in enumerate(self.leaves) if isinstance(x, Moments) or faces.is_dynamic(x)]
         self.structs = [_struct(self.leaves[i]) for i in self.places]
@@ -187,9 +188,6 @@ def input_value(interpreter: Interpreter, x: Any, name: str) -> Any:
     Raises:
         ValueError: it contains NaN or infinities.
     """
-    from varscale.theory.rules.integer_inputs import unknown
-    from varscale.theory.rules.random import input_leaf
-
     graph = interpreter.graph
     shape = tuple(x.shape)
     axes = tuple(Axis(n) for n in shape if n != 1)
@@ -237,7 +235,6 @@ def _parts(x: Any) -> list[tuple[str, Any]]:
 
 
 def _parameters(interpreter: Interpreter, program: Program, params: Any, split: _Split) -> _Parameters:
-    from varscale.theory.interpreter.parameters import given_parameters, init_laws
 
     if params is None:
         params = program.parameters

@@ -3,13 +3,18 @@
 from varscale.theory.propagation import (  # noqa: F401
     conditional_samples,
     cross_means,
+    cross_reshaped,
     cross_slices,
     elementwise_moments,
+    products,
     pullbacks,
+    sample_moments,
     second_moments,
+    sums,
 )
 from varscale.theory.rules import (  # noqa: F401
     associative_scan,
+    attention,
     axis,
     complex,
     concatenation,
@@ -17,10 +22,13 @@ from varscale.theory.rules import (  # noqa: F401
     convolution,
     elementwise,
     linear,
+    log_sum_exp,
     lookup,
     pooling,
     random,
     reductions,
+    segment_softmax,
     segments,
+    softmax_recognition,
     spatial_correlation,
 )

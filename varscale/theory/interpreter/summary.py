@@ -19,6 +19,7 @@ from varscale.theory.interpreter.uses import weights
 from varscale.theory.propagation.cotangents import cotangents
 from varscale.theory.propagation.error_bounds import provenance, settle
 from varscale.theory.propagation.fluctuations import full
+from varscale.theory.rules.complex import modulus
 from varscale.theory.rules.registry import Complex
 
 _BAND = 2.5758  # 99 % of a normal
@@ -53,8 +54,6 @@ def summarize(
 
 def _real(interpreter: Interpreter, x: Any) -> Any:
     """Of complex numbers it is the modulus that is measured and predicted."""
-    from varscale.theory.rules.complex import modulus
-
     return modulus(interpreter, x) if isinstance(x, Complex) else x
 
 

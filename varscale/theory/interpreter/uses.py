@@ -7,12 +7,12 @@ from collections.abc import Iterable
 from typing import Any
 
 from varscale.report import Weight
-from varscale.theory.graph.convolutions import Conv
+from varscale.theory.graph.convolutions import Conv, hits
 from varscale.theory.graph.layout import Value
 from varscale.theory.graph.linear_nodes import Contract
+from varscale.theory.graph.lookups import Gather
 from varscale.theory.graph.nodes import Leaf, Node
 from varscale.theory.interpreter.interpreter import Interpreter
-from varscale.theory.rules.lookup import Gather
 from varscale.theory.rules.sampled_loop_nodes import STEPS
 
 # E[w⁴]/E[w²]² of the laws that are told by name: a normal one, one truncated at ±2 deviations, a uniform one.
@@ -50,8 +50,6 @@ def _fans(node: Node, weight: int) -> tuple[float, float]:
 
 def _taps_on_input(node: Conv) -> float:
     """Taps on real input in the average output position."""
-    from varscale.theory.graph.convolutions import hits
-
     share = 1.0
     for window, k in zip(node.params[1], node.params[2][2:], strict=True):
         at = hits(window, 1 if k is None else node.args[0].node.axes[k].size)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -13,12 +12,10 @@ from varscale.theory.graph.axis_nodes import Concat, Take
 from varscale.theory.graph.convolutions import Conv, Window, hits
 from varscale.theory.graph.expressions import Mean, Sum, roots
 from varscale.theory.graph.linear_nodes import Contract, applies_weights, operands, weight_of
-from varscale.theory.graph.nodes import UNKNOWN, Node
+from varscale.theory.graph.lookups import Gather
+from varscale.theory.graph.nodes import UNKNOWN, Array, Node
 from varscale.theory.graph.reshapes import Merge, Permute, Split
-from varscale.theory.propagation.sampler import TERMS, in_order, made_of
-
-if TYPE_CHECKING:
-    from varscale.theory.propagation.sampler import Drawing
+from varscale.theory.propagation.sampler import TERMS, Drawing, in_order, made_of, sample_of_kind
 
 # Chosen, not derived: of a mean square over draws, in units of what it is known to be, more than chance makes of it.
 _TOO_MUCH = 2.0
@@ -216,3 +213,21 @@ def _matrices(x: np.ndarray, both: Sequence[int], rows: Sequence[int], columns: 
     sizes = [math.prod(x.shape[k] for k in group) for group in (both, rows, columns)]
     out = x.transpose([x.ndim - 1, *whole, *rest]).reshape(x.shape[-1], *sizes)
     return np.broadcast_to(out, (replicates, *out.shape[1:]))
+
+
+@sample_of_kind.register(Gather)
+def sample_of_kind_of_gather(
+    node: Gather, positions: Sequence[np.ndarray], replicates: int, rng: np.random.Generator
+) -> np.ndarray | None:
+    """Rows of known numbers by indices that are drawn, at these positions of its axes, (replicates, ...)."""
+    if not isinstance(node.args[0].node, Array) or node.known is not None:
+        return None
+    row_axes, index_axes = node.params[:2]
+    table, bind = node.args[0].node, node.args[0].bind
+    assert isinstance(table, Array)
+    kept = [k for k in range(len(table.axes)) if k not in row_axes]
+    rows = table.values.transpose([*row_axes, *kept]).reshape(-1, *[table.axes[k].size for k in kept])
+    rows = rows[np.ix_(np.arange(len(rows)), *[positions[bind[k]] for k in kept])]
+    out = rows[rng.integers(len(rows), size=(replicates, *[len(positions[k]) for k in index_axes]))]
+    order = np.argsort([*index_axes, *(bind[k] for k in kept)])
+    return out.transpose([0, *(1 + int(k) for k in order)])

@@ -10,17 +10,17 @@ import numpy as np
 
 from varscale.theory.domain.axes import Axis, apply_axis, contract_axis
 from varscale.theory.domain.tables import full_along
+from varscale.theory.graph.axis_nodes import Concat, Take
 from varscale.theory.graph.expressions import Mean
 from varscale.theory.graph.nodes import Constant, Node, View, cross_by_kind
-from varscale.theory.graph.reshapes import Split, split
+from varscale.theory.graph.normal_form import mean_node
+from varscale.theory.graph.reshapes import Merge, Split, split
+from varscale.theory.propagation.cross_moments import cross
+from varscale.theory.propagation.cross_slices import is_cut
 
 
 def cross_mean(a: View, b: View, frame: Sequence[Axis]) -> np.ndarray | None:
     """E[mean(x) y] by type; None where nothing is known of how y and the averaged axes meet."""
-    from varscale.theory.graph.expressions import Mean
-    from varscale.theory.graph.normal_form import mean_node
-    from varscale.theory.propagation.cross_moments import cross
-
     x, reduced = a.node.args[0].node, a.node.params
     # Axes of y that mean(x) does not run over: by exchangeability y may be averaged over them.
     spare = [k for k, place in enumerate(b.bind) if place not in a.bind]
@@ -61,17 +61,13 @@ def cross_mean(a: View, b: View, frame: Sequence[Axis]) -> np.ndarray | None:
 
 def _one_by_one(a: View, b: View, frame: Sequence[Axis]) -> np.ndarray | None:
     """Averages over axes that do not pair up: what the first is made of, its parts one by one, against the second."""
-    from varscale.theory.graph.axis_nodes import Concat, Take
-    from varscale.theory.propagation.cross_reshaped import regrouped
-    from varscale.theory.propagation.cross_slices import is_cut
-
     if is_cut(b.node):
         return None
     x, reduced = a.node.args[0].node, a.node.params
     wide = (*frame, *(x.axes[k] for k in reduced))
     extra = range(len(frame), len(wide))
     view = View(x, _wide_bind(a, x, reduced, extra))
-    out = cross_by_kind(x, view, b, wide) if isinstance(x, Concat | Take) else regrouped(view, b, wide)
+    out = cross_by_kind(x, view, b, wide) if isinstance(x, Concat | Take | Split | Merge) else None
     if out is None:
         return None
     for d in reversed(extra):
@@ -81,9 +77,6 @@ def _one_by_one(a: View, b: View, frame: Sequence[Axis]) -> np.ndarray | None:
 
 def _part_of_averaged(mean: Node, view: View, spare: Sequence[int]) -> View | None:
     """A slice of the axis that is averaged: any other positions would do as well, and so does the mean of all."""
-    from varscale.theory.graph.axis_nodes import Take
-    from varscale.theory.graph.normal_form import mean_node
-
     if not isinstance(view.node, Take):
         return None
     source, k = view.node.args[0].node, view.node.params[0]
@@ -157,6 +150,4 @@ def _wide_bind(view: View, source: Node, reduced: Sequence[int], extra: Sequence
 @cross_by_kind.register(Mean)
 def cross_by_kind_of_mean(node: Mean, a: View, b: View, frame: Sequence[Axis]) -> np.ndarray | None:
     """E[mean(x) y]: where y does not run over the averaged axes, averaging x there changes nothing (projection)."""
-    from varscale.theory.propagation.cross_means import cross_mean
-
     return cross_mean(a, b, frame)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from varscale.theory.domain.axes import Axis, averaging, contract_axis
 from varscale.theory.domain.tables import lift
-from varscale.theory.graph.expressions import IDENTITIES, Apply, Sum, roots, swapped
-from varscale.theory.graph.nodes import Array, Constant, Graph, Marked, Node, View, cross_by_kind
+from varscale.theory.graph.convolutions import WindowSum
+from varscale.theory.graph.expressions import IDENTITIES, Apply, Mean, Sum, roots, swapped
+from varscale.theory.graph.known_arrays import known_cross
+from varscale.theory.graph.nodes import Array, Constant, Graph, Marked, Node, View, cross_by_kind, number
 from varscale.theory.graph.reshapes import Permute
 from varscale.theory.graph.store import Fact
-from varscale.theory.propagation.cross_reshaped import regrouped
 
 _DEEPEST = 40  # cross-moments nested in one another
 
@@ -119,59 +120,138 @@ def mean_product(a: View, b: View, frame: Sequence[Axis]) -> np.ndarray:
     return ma * mb
 
 
-def _expand(a: View, b: View, frame: tuple[Axis, ...]) -> np.ndarray:
-    from varscale.theory.graph import known_arrays as given
-    from varscale.theory.graph.convolutions import WindowSum
-    from varscale.theory.graph.expressions import Mean
-    from varscale.theory.propagation.products import product_second
-    from varscale.theory.propagation.sample_moments import crossed, of_draws
+Strategy = Callable[[View, View, tuple[Axis, ...]], np.ndarray | None]
+# How E[a_i b_j] is worked out, the first that knows it: an order by what is exact before what is assumed, not by node ids.
+ORDER = (
+    "known numbers",
+    "axes in another order",
+    "one node twice",
+    "affine functions",
+    "terms of a sum",
+    "average against a function",
+    "one pair of axes in two places",
+    "samples of functions",
+    "law of functions",
+    "kinds of nodes",
+    "other places",
+    "samples",
+)
+STRATEGIES: dict[str, Strategy] = {}
 
-    if (known := given.crossed(a, b, frame)) is not None:
-        return known
-    if isinstance(a.node, Permute) or isinstance(b.node, Permute):
-        x, y = (v.node.args[0].within(v.bind) if isinstance(v.node, Permute) else v for v in (a, b))
-        return cross(x, y, frame)
-    if a.node is b.node:
-        return _same_node(a, b, frame)
+
+def strategy(name: str) -> Callable[[Strategy], Strategy]:
+    """Register a way to work out cross-moments under a name of `ORDER`.
+
+    Args:
+        name: one of `ORDER`.
+
+    Returns:
+        A decorator of a function of two views over a frame (tuple of axes): E[a_i b_j] by type, or None.
+
+    Raises:
+        ValueError: the name is none of `ORDER`, or taken.
+    """
+    if name not in ORDER or name in STRATEGIES:
+        raise ValueError(f"name must be one of {[n for n in ORDER if n not in STRATEGIES]}, not {name!r}")
+
+    def register(work: Strategy) -> Strategy:
+        STRATEGIES[name] = work
+        return work
+
+    return register
+
+
+def _expand(a: View, b: View, frame: tuple[Axis, ...]) -> np.ndarray:
+    for name in ORDER:
+        if (out := STRATEGIES[name](a, b, frame)) is not None:
+            return out
+    unsure(a.node.graph, "assumed", largest_correlation(a, b))
+    return mean_product(a, b, frame)
+
+
+def _later_first(a: View, b: View) -> list[tuple[View, View, bool]]:
+    """Both orders of two views, and whether they are turned; the later node first."""
+    return sorted(((a, b, False), (b, a, True)), key=lambda t: -t[0].node.id)
+
+
+strategy("known numbers")(known_cross)
+
+
+@strategy("axes in another order")
+def _permuted(a: View, b: View, frame: tuple[Axis, ...]) -> np.ndarray | None:
+    if not (isinstance(a.node, Permute) or isinstance(b.node, Permute)):
+        return None
+    x, y = (v.node.args[0].within(v.bind) if isinstance(v.node, Permute) else v for v in (a, b))
+    return cross(x, y, frame)
+
+
+@strategy("one node twice")
+def _same_node(a: View, b: View, frame: tuple[Axis, ...]) -> np.ndarray | None:
+    """One node read with its axes in two places."""
+    return _placed(a.node.table.second, a, b, frame) if a.node is b.node else None
+
+
+@strategy("affine functions")
+def _affine(a: View, b: View, frame: tuple[Axis, ...]) -> np.ndarray | None:
     for x, y, turn in ((a, b, False), (b, a, True)):
         if isinstance(x.node, Apply) and x.node.params[0] in ("affine", *IDENTITIES):
             c, d = x.node.params[1] or (1.0, 0.0)
             inner = x.node.args[0].within(x.bind)
-            one = View(_one(x.node), ())
+            one = View(number(x.node.graph, 1.0), ())
             out = c * cross(inner, y, frame) + (d * mean_product(one, y, frame) if d else 0.0)
             return swapped(out, frame) if turn else out
-    # The later node is the one to open, but a sum is not, against an elementwise function of it or of what is made of it.
-    for x, y, turn in sorted(((a, b, False), (b, a, True)), key=lambda t: -t[0].node.id):
+    return None
+
+
+@strategy("terms of a sum")
+def _terms(a: View, b: View, frame: tuple[Axis, ...]) -> np.ndarray | None:
+    """The later node is the one to open, but a sum is not, against an elementwise function of it or of what is made of it."""
+    for x, y, turn in _later_first(a, b):
         read = isinstance(y.node, Apply) and any(root.node.id >= x.node.id for root in roots(y.node))
         if isinstance(x.node, Sum) and not read:
             out = _of_terms(x, y, frame)
             return swapped(out, frame) if turn else out
-    # An average of a function of x against a function of x: by projection, which needs no law of the average.
+    return None
+
+
+@strategy("average against a function")
+def _projected(a: View, b: View, frame: tuple[Axis, ...]) -> np.ndarray | None:
+    """An average of a function of x against a function of x: by projection, which needs no law of the average."""
     for x, y, turn in ((a, b, False), (b, a, True)):
-        if (
-            isinstance(x.node, Mean | WindowSum)
-            and isinstance(y.node, Apply)
-            and (out := cross_by_kind(x.node, x, y, frame)) is not None
-        ):
-            return swapped(out, frame) if turn else out
-    if a.bind != b.bind and a.node.axes == b.node.axes and _apart(a, b):
-        return _elsewhere(a, b, frame)
-    if isinstance(a.node, Apply) or isinstance(b.node, Apply):
-        drawn = of_draws(a, b, frame)
-        return product_second(a, b, frame) if drawn is None else drawn
-    for x, y, turn in sorted(((a, b, False), (b, a, True)), key=lambda t: -t[0].node.id):
-        out = _structure(x, y, frame)
-        if out is None:
+        if isinstance(x.node, Mean | WindowSum) and isinstance(y.node, Apply):
+            out = cross_by_kind(x.node, x, y, frame)
+            if out is not None:
+                return swapped(out, frame) if turn else out
+    return None
+
+
+@strategy("one pair of axes in two places")
+def _elsewhere_apart(a: View, b: View, frame: tuple[Axis, ...]) -> np.ndarray | None:
+    return _elsewhere(a, b, frame) if _apart(a, b) else None
+
+
+@strategy("kinds of nodes")
+def _by_kind(a: View, b: View, frame: tuple[Axis, ...]) -> np.ndarray | None:
+    """Leaves measured together, or what the kind of one of the nodes knows."""
+    for x, y, turn in _later_first(a, b):
+        measured = MEASURED_TOGETHER.get(x.node.graph, together(x.node, y.node))
+        if measured is not None and x.bind == y.bind:
+            out = lift(measured, x.node.axes, x.bind, frame, pairs=True)
+        else:
             out = cross_by_kind(x.node, x, y, frame)
         if out is not None:
             return swapped(out, frame) if turn else out
-    if a.bind != b.bind and a.node.axes == b.node.axes:
-        return _elsewhere(a, b, frame)
-    drawn = crossed(a, b, frame)
-    if drawn is not None:
-        return drawn
-    unsure(a.node.graph, "assumed", largest_correlation(a, b))
-    return mean_product(a, b, frame)
+    return None
+
+
+@strategy("other places")
+def _elsewhere(a: View, b: View, frame: tuple[Axis, ...]) -> np.ndarray | None:
+    """Two nodes over the same axes, read in different places."""
+    if a.bind == b.bind or a.node.axes != b.node.axes:
+        return None
+    axes, own = a.node.axes, tuple(range(len(a.node.axes)))
+    second = np.broadcast_to(cross(View(a.node, own), View(b.node, own), axes), a.node.frame_types)
+    return _placed(second, a, b, frame)
 
 
 def _of_terms(x: View, y: View, frame: tuple[Axis, ...]) -> np.ndarray:
@@ -186,27 +266,11 @@ def _of_terms(x: View, y: View, frame: tuple[Axis, ...]) -> np.ndarray:
     return out
 
 
-def _one(node: Node) -> Node:
-    from varscale.theory.graph.nodes import number
-
-    return number(node.graph, 1.0)
-
-
-def _same_node(a: View, b: View, frame: tuple[Axis, ...]) -> np.ndarray:
-    """One node read with its axes in two places."""
-    return _placed(a.node.table.second, a, b, frame)
-
-
 def _apart(a: View, b: View) -> bool:
     """Whether neither runs over a place where the other has a different axis of its own."""
+    if a.bind == b.bind or a.node.axes != b.node.axes:
+        return False
     return all(p == q or (p not in b.bind and q not in a.bind) for p, q in zip(a.bind, b.bind, strict=True))
-
-
-def _elsewhere(a: View, b: View, frame: tuple[Axis, ...]) -> np.ndarray:
-    """Two nodes over the same axes, read in different places."""
-    axes, own = a.node.axes, tuple(range(len(a.node.axes)))
-    second = np.broadcast_to(cross(View(a.node, own), View(b.node, own), axes), a.node.frame_types)
-    return _placed(second, a, b, frame)
 
 
 def _placed(second: np.ndarray, a: View, b: View, frame: tuple[Axis, ...]) -> np.ndarray:
@@ -225,11 +289,3 @@ MEASURED_TOGETHER: Fact[tuple[int, ...], np.ndarray] = Fact()  # E[a_i b_j] by t
 def together(a: Node, b: Node) -> tuple[int, ...]:
     """The key of two leaves that were measured together."""
     return tuple(sorted((a.id, b.id)))
-
-
-def _structure(x: View, y: View, frame: tuple[Axis, ...]) -> np.ndarray | None:
-    """Leaves measured together, or what is an array rearranged."""
-    measured = MEASURED_TOGETHER.get(x.node.graph, together(x.node, y.node))
-    if measured is not None and x.bind == y.bind:
-        return lift(measured, x.node.axes, x.bind, frame, pairs=True)
-    return regrouped(x, y, frame)

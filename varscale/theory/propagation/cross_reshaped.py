@@ -8,18 +8,22 @@ import numpy as np
 
 from varscale.theory.domain.axes import Axis, join, merge_types, split_axis
 from varscale.theory.domain.tables import lift
-from varscale.theory.graph.nodes import View
+from varscale.theory.graph.nodes import View, cross_by_kind
 from varscale.theory.graph.reshapes import Merge, Split, split
+from varscale.theory.propagation.cross_moments import cross
 
 
-def regrouped(x: View, y: View, frame: Sequence[Axis]) -> np.ndarray | None:
-    """E[x_i y_j] by type of a split or merged x, from what it was before; None where y cannot be read over that."""
-    if isinstance(x.node, Merge):
-        return _taken_apart(x, y, frame)
-    if isinstance(x.node, Split):
-        own = _factor_places(x)
-        if not set(own) & set(y.bind) or (isinstance(y.node, Split) and _factor_places(y) == own):
-            return _put_together(x, y, frame)
+@cross_by_kind.register(Merge)
+def cross_by_kind_of_merge(node: Merge, a: View, b: View, frame: Sequence[Axis]) -> np.ndarray | None:
+    return _taken_apart(a, b, frame)
+
+
+@cross_by_kind.register(Split)
+def cross_by_kind_of_split(node: Split, a: View, b: View, frame: Sequence[Axis]) -> np.ndarray | None:
+    """None where b cannot be read over the axis that was split."""
+    own = _factor_places(a)
+    if not set(own) & set(b.bind) or (isinstance(b.node, Split) and _factor_places(b) == own):
+        return _put_together(a, b, frame)
     return None
 
 
@@ -30,8 +34,6 @@ def _factor_places(view: View) -> tuple[int, ...]:
 
 def _put_together(x: View, y: View, frame: Sequence[Axis]) -> np.ndarray:
     """The factors of an axis, read as the axis that they are of: y's too, where it has them."""
-    from varscale.theory.propagation.cross_moments import cross
-
     gone = _factor_places(x)
     place = {p: i for i, p in enumerate(p for p in range(len(frame)) if p not in gone)}
     last = len(place)
@@ -54,8 +56,6 @@ def _put_together(x: View, y: View, frame: Sequence[Axis]) -> np.ndarray:
 
 def _taken_apart(x: View, y: View, frame: Sequence[Axis]) -> np.ndarray:
     """An axis that was put together, read as its factors, into which y's is split."""
-    from varscale.theory.propagation.cross_moments import cross
-
     k, count = x.node.params
     source, at, more = x.node.args[0].node, x.bind[k], count - 1
     sizes = tuple(axis.size for axis in source.axes[k : k + count])

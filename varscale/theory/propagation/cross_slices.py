@@ -11,8 +11,9 @@ import numpy as np
 
 from varscale.theory.domain.axes import Axis, apply_axis, join, pair_map, sliced
 from varscale.theory.domain.tables import lift
-from varscale.theory.graph.axis_nodes import Take
+from varscale.theory.graph.axis_nodes import Concat, Take
 from varscale.theory.graph.nodes import Node, View, cross_by_kind
+from varscale.theory.propagation.cross_moments import cross
 
 Span = tuple[Any, ...]
 
@@ -49,8 +50,6 @@ def _filled(view: View, k: int, place: int) -> View:
 
 def _of_the_whole(x: View, b: View, k: int, at: int | None, span: Span, frame: Sequence[Axis]) -> np.ndarray | None:
     """A slice against what does not run over the axis: as the whole, of which the slice's classes are read."""
-    from varscale.theory.propagation.cross_moments import cross
-
     if (at is not None and at in b.bind) or is_cut(b.node):
         return None
     axis = x.node.axes[k]
@@ -71,8 +70,6 @@ def _of_the_whole(x: View, b: View, k: int, at: int | None, span: Span, frame: S
 
 def is_cut(node: Node) -> bool:
     """Whether a node is made from given positions of an axis that it may no longer have, which a slice can have too or lack."""
-    from varscale.theory.graph.axis_nodes import Concat
-
     pending, seen = [node], set()
     while pending:
         node = pending.pop()
@@ -101,8 +98,6 @@ def _two_slices(
         spans: the positions of it that each has.
         frame: the frame.
     """
-    from varscale.theory.propagation.cross_moments import cross
-
     old = join(x.node.axes[cut[0]], y.node.axes[cut[1]])
     rest = [place for view, k in zip((x, y), cut, strict=True) for i, place in enumerate(view.bind) if i != k]
     if any(place in rest for place in at if place is not None):

@@ -18,6 +18,7 @@ import numpy as np
 
 from varscale.theory.domain.axes import Axis
 from varscale.theory.domain.tables import by_type, lift
+from varscale.theory.graph.convolutions import Conv, WindowSum
 from varscale.theory.graph.expressions import roots
 from varscale.theory.graph.nodes import Leaf, Node, View
 from varscale.theory.graph.normal_form import affine, apply
@@ -28,8 +29,6 @@ from varscale.theory.propagation.marginals import concentrated, evaluate
 
 def scale(node: Node) -> Node | None:
     """Q of a depthwise convolution over fresh weights, over its own axes; None of anything else."""
-    from varscale.theory.graph.convolutions import Conv, WindowSum
-
     if not isinstance(node, Conv):
         return None
     groups, windows, xd, _, od = node.params

@@ -7,13 +7,13 @@ import numpy as np
 from varscale.theory.domain.tables import Table, by_type
 from varscale.theory.graph.expressions import IDENTITIES, Apply
 from varscale.theory.graph.nodes import View, second_moments
+from varscale.theory.propagation.function_domains import mark_undefined
+from varscale.theory.propagation.products import product_moments
+from varscale.theory.propagation.shared_tokens import in_common
 
 
 def elementwise_table(node: Apply) -> Table:
     """Mean and second moments of an elementwise node."""
-    from varscale.theory.propagation.function_domains import mark_undefined
-    from varscale.theory.propagation.products import product_moments
-
     view = View(node, tuple(range(len(node.axes))))
     name, extra = node.params
     if name == "affine" or name in IDENTITIES:
@@ -35,7 +35,6 @@ def elementwise_table(node: Apply) -> Table:
 
 @second_moments.register(Apply)
 def second_moments_of_apply(node: Apply) -> Table:
-    from varscale.theory.propagation.shared_tokens import in_common
 
     table = elementwise_table(node)
     gain = in_common(node) if node.params[0] in ("mul", "add", "sub") else 0.0

@@ -18,8 +18,10 @@ import math
 
 import numpy as np
 
+from varscale.theory.graph.convolutions import Conv
 from varscale.theory.graph.expressions import Apply, roots
 from varscale.theory.graph.factors import factors
+from varscale.theory.graph.linear_nodes import Contract
 from varscale.theory.graph.nodes import Leaf, Node, View
 from varscale.theory.integrals.hermite_series import HERMITE, WEIGHTS
 from varscale.theory.propagation.marginals import Environment, concentrated, evaluate, over_classes
@@ -52,8 +54,6 @@ def shape_shift(node: Apply) -> tuple[float, float]:
 
 def _reads_apart(node: Node) -> bool:
     """Whether every unit has an input of its own."""
-    from varscale.theory.graph.convolutions import Conv
-
     return isinstance(node, Conv) and node.params[0] > 1
 
 
@@ -68,9 +68,6 @@ def _centred_of(view: View) -> View:
 
 def _terms(node: Node) -> tuple[View, View, float] | None:
     """The input and the weights of a sum of few terms, and how many they are."""
-    from varscale.theory.graph.convolutions import Conv
-    from varscale.theory.graph.linear_nodes import Contract
-
     if not isinstance(node, Conv | Contract) or node.width > _FEW:
         return None
     return next(
@@ -85,8 +82,6 @@ def _terms(node: Node) -> tuple[View, View, float] | None:
 
 def _own_units(main: View) -> set[int]:
     """The places, in a tree's frame, of the axis of units: along it every sum has weights of its own."""
-    from varscale.theory.graph.convolutions import Conv
-
     found = _terms(main.node)
     if found is None:
         return set()

@@ -21,6 +21,8 @@ from varscale.theory.graph.expressions import roots
 from varscale.theory.graph.nodes import Array, Constant, Leaf, Node, View
 from varscale.theory.graph.store import once_per_node
 from varscale.theory.propagation.inherited_fluctuations import NONE, Spread, fresh, inherited, origin, weighted
+from varscale.theory.propagation.sample_moments import drawn_scatter
+from varscale.theory.propagation.shared_component import channel_scatter
 from varscale.theory.propagation.square_covariances import left_to_chance
 
 
@@ -66,9 +68,6 @@ def of_a_group(node: Node, axes: Sequence[int], groups: int) -> float:
 @once_per_node
 def full(node: Node) -> Spread:
     """Fluctuations of a node's mean square: inherited, and from sampling finitely many units."""
-    from varscale.theory.propagation.sample_moments import drawn_scatter
-    from varscale.theory.propagation.shared_component import channel_scatter
-
     base = inherited(node)
     scatter = channel_scatter(node)
     chance = fresh(node, range(len(node.axes))) if scatter is None else scatter

@@ -11,13 +11,12 @@ from varscale.theory.domain.tables import by_type, lift
 from varscale.theory.graph.expressions import Apply
 from varscale.theory.graph.nodes import Graph, View
 from varscale.theory.integrals.hermite_series import DEGREE, HERMITE, solved
+from varscale.theory.propagation.cross_moments import cross, mean_product
 from varscale.theory.propagation.marginals import marginal, placed
 
 
 def latent_cross(a: View, b: View, frame: Sequence[Axis]) -> np.ndarray:
     """`latent` of two different roots, from their cross-moments: correlations by type of the frame, (types or 1...)."""
-    from varscale.theory.propagation.cross_moments import cross, mean_product
-
     covariance = cross(a, b, frame) - mean_product(a, b, frame)
     lines, scales = [], []
     for view, second in ((a, False), (b, True)):

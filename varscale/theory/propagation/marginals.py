@@ -20,7 +20,7 @@ from scipy import special
 
 from varscale.theory.domain.axes import Axis, apply_axis, class_shares
 from varscale.theory.domain.tables import Table, by_type
-from varscale.theory.graph.expressions import Apply, Sum, form, roots, sums_below
+from varscale.theory.graph.expressions import Apply, Mean, Sum, form, roots, sums_below
 from varscale.theory.graph.factors import factors
 from varscale.theory.graph.nodes import Array, Constant, Leaf, Node, View
 from varscale.theory.graph.reshapes import Rearranged
@@ -88,6 +88,12 @@ def _is_lognormal(root: Node, table: Table) -> bool:
     return root.positive and not known and not summed and bool(np.all(table.mean > 0))
 
 
+@functools.singledispatch
+def quantiles_of_kind(root: Node, table: Table, deviation: np.ndarray) -> np.ndarray | None:
+    """Values on the normal grid by the law that a kind of root has of its own; None where it has none."""
+    return None
+
+
 def quantiles(root: Node, table: Table, deviation: np.ndarray) -> np.ndarray | None:
     """Values of a root that is not Gaussian on the normal grid, (classes..., points); None where it is."""
     if isinstance(root, Leaf):
@@ -101,12 +107,9 @@ def quantiles(root: Node, table: Table, deviation: np.ndarray) -> np.ndarray | N
         if all(a.classes == 1 for a in source.axes) and isinstance(source, Leaf | Array | Rearranged):
             inner = quantiles(source, source.table, marginal(source).deviation)
             return None if inner is None else np.broadcast_to(inner.reshape(-1, POINTS)[0], (*table.mean.shape, POINTS))
-    if isinstance(root, Sum) and not root.is_variance:
-        from varscale.theory.propagation.sums import sum_quantiles
-
-        shape = sum_quantiles(root, table, deviation)
-        if shape is not None:
-            return np.maximum(shape, 0.0) if root.positive else shape
+    shape = quantiles_of_kind(root, table, deviation)
+    if shape is not None:
+        return np.maximum(shape, 0.0) if root.positive else shape
     if root.positive and np.all(table.mean > 0):
         spread = np.sqrt(np.log1p(np.square(deviation / table.mean)))[..., None]
         return table.mean[..., None] * np.exp(spread * Z - spread**2 / 2)
@@ -231,8 +234,6 @@ def independent_factors(node: Node) -> list[View]:
 
 def concentrated(root: Node) -> bool:
     """Whether a root is to be taken for a number: the scale of a norm, an average of positive terms, or little varied."""
-    from varscale.theory.graph.expressions import Mean
-
     if isinstance(root, Array | Leaf) or root.shares:
         return False
     mean, variance = root.table.total_mean, root.table.variance

@@ -15,7 +15,7 @@ from varscale.theory.graph.nodes import Array, Node, View
 from varscale.theory.graph.store import Fact
 from varscale.theory.integrals.hermite_series import WEIGHTS, Z, sobol
 from varscale.theory.integrals.mehler import Series, mehler, on_grid
-from varscale.theory.propagation.cross_moments import cross, dependent, mean_product
+from varscale.theory.propagation.cross_moments import cross, dependent, mean_product, strategy
 from varscale.theory.propagation.depthwise import shared_scale
 from varscale.theory.propagation.expanded_sums import Variable, apart, roots_of
 from varscale.theory.propagation.latent_correlations import continued, factored, latent_cross
@@ -354,3 +354,9 @@ def _twins(views: Sequence[View]) -> tuple[int, int, float, float] | None:
 
 
 _INTEGRATED: Fact[Hashable, tuple[np.ndarray, Series]] = Fact()  # functions of one root, by form
+
+
+@strategy("law of functions")
+def law_of_functions(a: View, b: View, frame: tuple[Axis, ...]) -> np.ndarray | None:
+    """By the joint law of the roots of elementwise functions."""
+    return product_second(a, b, frame) if isinstance(a.node, Apply) or isinstance(b.node, Apply) else None

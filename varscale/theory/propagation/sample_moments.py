@@ -11,10 +11,10 @@ from jaxtyping import Float
 from varscale.theory.domain.axes import Axis, grouped
 from varscale.theory.domain.random_arrays import Positions
 from varscale.theory.domain.tables import Table, estimated_products, lift
-from varscale.theory.graph.expressions import Sum, roots
+from varscale.theory.graph.expressions import Apply, Sum, roots
 from varscale.theory.graph.linear_nodes import applies_weights, operands
 from varscale.theory.graph.nodes import Node, View
-from varscale.theory.propagation.cross_moments import unsure
+from varscale.theory.propagation.cross_moments import strategy, unsure
 from varscale.theory.propagation.joint_sample import ensemble
 from varscale.theory.propagation.sampler import evenly, in_order, of_loops, reduced
 
@@ -84,11 +84,14 @@ def _drawn_products(
     return found.mean(axis=0), found.std(axis=0) / math.sqrt(len(found) - 1)
 
 
-def of_draws(a: View, b: View, frame: Sequence[Axis]) -> Float[np.ndarray, "..."] | None:
+@strategy("samples of functions")
+def of_draws(a: View, b: View, frame: tuple[Axis, ...]) -> Float[np.ndarray, "..."] | None:
     """E[a_i b_j] by type from draws of both, where these have drawn all that they depend on; else None.
 
     What a layer adds to a stream follows it in more than second moments: where the stream is large, so is what it scales.
     """
+    if not (isinstance(a.node, Apply) or isinstance(b.node, Apply)):
+        return None
     if not (in_order(a.node) or in_order(b.node)) or _is_partial(a.node) or _is_partial(b.node):
         return None
     kept = sorted({*a.bind, *b.bind})
@@ -115,7 +118,8 @@ def _is_partial(node: Node) -> bool:
     return of_loops(node) or any(root.node.averages or root.node.is_centred for root in roots(node))
 
 
-def crossed(a: View, b: View, frame: Sequence[Axis]) -> Float[np.ndarray, "..."] | None:
+@strategy("samples")
+def crossed(a: View, b: View, frame: tuple[Axis, ...]) -> Float[np.ndarray, "..."] | None:
     """E[a_i b_j] by type, drawn together; None where neither has an order in time."""
     if not in_order(a.node) and not in_order(b.node):
         return None

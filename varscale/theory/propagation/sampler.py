@@ -214,14 +214,19 @@ def _placed(numbers: np.ndarray, bind: Sequence[int], rank: int) -> np.ndarray:
     return np.moveaxis(numbers.transpose([0, *(1 + k for k in order)]).reshape(-1, *shape), 0, -1)
 
 
+@functools.singledispatch
+def sample_of_kind(node: Node, positions: Positions, replicates: int, rng: np.random.Generator) -> np.ndarray | None:
+    """A root's values at positions of its axes, (replicates, ...), by the law of its kind; None where that is its marginal."""
+    return None
+
+
 def _drawn(node: Node, positions: Positions, replicates: int, rng: np.random.Generator) -> np.ndarray:
     """A root's values at these positions, (replicates or 1, ...)."""
-    from varscale.theory.rules.lookup import Gather
-
     if isinstance(node, Array):
         return np.asarray(node.values, float)[np.ix_(*positions)][None]
-    if isinstance(node, Gather) and isinstance(node.args[0].node, Array) and node.known is None:
-        return node.picked(positions, replicates, rng)
+    own = sample_of_kind(node, positions, replicates, rng)
+    if own is not None:
+        return own
     law = marginal(node)
     latents = gaussian(law.correlation, node.axes, positions, replicates, rng)
     values = np.broadcast_to(law.values, (*[axis.classes for axis in node.axes], len(Z)))

@@ -9,11 +9,11 @@ from varscale.theory.domain.tables import Table
 from varscale.theory.graph.axis_nodes import Take
 from varscale.theory.graph.expressions import Mean, Sum, swapped
 from varscale.theory.graph.nodes import UNKNOWN, second_moments
+from varscale.theory.propagation.cross_moments import pair
 
 
 @second_moments.register(Sum)
 def second_moments_of_sum(node: Sum) -> Table:
-    from varscale.theory.propagation.cross_moments import pair
 
     mean, unsure = np.zeros([a.classes for a in node.axes]), []
     second = np.zeros([a.types for a in node.axes])

@@ -20,22 +20,21 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Hashable
-from typing import TYPE_CHECKING, NamedTuple, TypeGuard
+from typing import NamedTuple, TypeGuard
 
 import numpy as np
 from jaxtyping import Float
 from scipy.special import ndtri
 
 from varscale.theory.domain.axes import contract_axis
+from varscale.theory.graph.convolutions import Conv, WindowSum
 from varscale.theory.graph.expressions import Apply, roots
+from varscale.theory.graph.linear_nodes import Contract
 from varscale.theory.graph.nodes import Leaf, Node, View
 from varscale.theory.graph.store import once_per_node
 from varscale.theory.integrals.hermite_series import Z
+from varscale.theory.propagation.inherited_fluctuations import Spread, fresh, inherited, kernel, origin, shared, weighted
 from varscale.theory.propagation.marginals import concentrated, evaluate
-
-if TYPE_CHECKING:
-    from varscale.theory.graph.convolutions import Conv
-    from varscale.theory.propagation.inherited_fluctuations import Spread
 
 _CHANNELS, _SAMPLES = 2048, 4  # of a population
 _OF_FEW = 8192  # channels where they are far from normal, and those with the other sign
@@ -140,7 +139,6 @@ def of_an_average(node: Node, whole: Spread) -> Spread:
     shared = common_part(x, places)
     if shared.channels is None:
         return whole
-    from varscale.theory.propagation.inherited_fluctuations import weighted
 
     alone, together = _shares(node, x, places)
     sources = weighted([(alone, whole.sources), (together, shared.inherited)])
@@ -175,8 +173,6 @@ def _group(node: Conv) -> int:
 
 def _units(root: Node, x: Node) -> list[int]:
     """The axes along which a product with weights has weights of its own."""
-    from varscale.theory.graph.convolutions import Conv
-
     if isinstance(root, Conv):
         return [k for k in root.params[4][1:2] if k is not None]
     shared = {k for view in root.args if view.node is x for k in view.bind}
@@ -185,8 +181,6 @@ def _units(root: Node, x: Node) -> list[int]:
 
 def _places(root: Node) -> frozenset[int]:
     """The axes of places of a convolution, or of an average that leaves some."""
-    from varscale.theory.graph.convolutions import Conv
-
     if isinstance(root, Conv):
         return frozenset(k for k in root.params[4][2:] if k is not None)
     windows, _, od = root.params if not root.averages else ((), (), ())
@@ -203,8 +197,6 @@ def _root(node: Node, places: frozenset[int]) -> tuple[Node, frozenset[int]]:
 
 def _averaged(node: Node) -> tuple[Node, frozenset[int]] | None:
     """What is averaged or summed over places, and which of its axes they are."""
-    from varscale.theory.graph.convolutions import WindowSum
-
     if type(node) is WindowSum:
         windows, xd, _ = node.params
         return node.args[0].node, frozenset(
@@ -215,9 +207,6 @@ def _averaged(node: Node) -> tuple[Node, frozenset[int]] | None:
 
 def _read(root: Node, places: frozenset[int]) -> tuple[Node, frozenset[int]] | None:
     """What a root adds up over random weights or averages over places, and which of its axes these are."""
-    from varscale.theory.graph.convolutions import Conv
-    from varscale.theory.graph.linear_nodes import Contract
-
     below = _averaged(root)
     if below is not None:
         return below if places == _places(root) else None
@@ -246,7 +235,6 @@ def _shares(node: Node, x: Node, places: frozenset[int]) -> tuple[float, float]:
 
 @once_per_node
 def _common_part(node: Node, places: frozenset[int]) -> Shared:
-    from varscale.theory.propagation.inherited_fluctuations import fresh, inherited, kernel, origin, shared, weighted
 
     root, own_places = _root(node, places)
     below = _read(root, own_places)
@@ -285,8 +273,6 @@ def _common_part(node: Node, places: frozenset[int]) -> Shared:
 
 def _few(root: Node) -> TypeGuard[Conv]:
     """Whether it is a convolution of which each output reads a few of the channels."""
-    from varscale.theory.graph.convolutions import Conv
-
     return isinstance(root, Conv) and _group(root) < _MANY
 
 

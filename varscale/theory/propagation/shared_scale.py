@@ -18,7 +18,7 @@ import numpy as np
 
 from varscale.theory.domain.axes import Axis
 from varscale.theory.domain.tables import by_type, full_types, lift
-from varscale.theory.graph.expressions import Apply, Sum, swapped
+from varscale.theory.graph.expressions import Apply, Mean, Sum, swapped
 from varscale.theory.graph.nodes import UNKNOWN, Node, View
 from varscale.theory.graph.normal_form import apply
 from varscale.theory.propagation.cross_moments import cross, mean_product
@@ -55,8 +55,6 @@ def varied(f: Sequence[View], scale: View, frame: Sequence[Axis], mean: np.ndarr
 
 def _of_squares(node: Node) -> bool:
     """Whether it is a mean of squares, or a variance: what a norm divides by."""
-    from varscale.theory.graph.expressions import Mean
-
     if isinstance(node, Sum):
         return node.is_variance
     squares = node.args[0].node if isinstance(node, Mean) else None

@@ -25,6 +25,7 @@ from varscale.theory.domain.axes import Axis, contract_axis
 from varscale.theory.domain.tables import full_types, lift
 from varscale.theory.graph.expressions import Apply, Sum, roots
 from varscale.theory.graph.known_arrays import is_given, numbers
+from varscale.theory.graph.linear_nodes import Contract, weight_of
 from varscale.theory.graph.nodes import Array, View
 from varscale.theory.propagation.marginals import concentrated, independent_factors
 from varscale.theory.propagation.token_gram import Tokens, overlap_before, sources_of, tokens_of
@@ -140,8 +141,6 @@ def _tokens(f: View, g: View) -> list[int]:
 
 def _projected(view: View) -> View | None:
     """What a factor is a projection of by weights, over the factor's frame, and the axes that are added up as −1, −2, ...."""
-    from varscale.theory.graph.linear_nodes import Contract, weight_of
-
     node = view.node
     weight = weight_of(node) if isinstance(node, Contract) else None
     source = None if weight is None else next((v for v in node.args if v.node is not weight), None)
@@ -206,8 +205,6 @@ def _apart(view: View, frame: Sequence[Axis], tokens: Sequence[int]) -> np.ndarr
 
 def _others(side: Tokens) -> int:
     """Axes of what the tokens were made of, beside theirs and its features': there are others along them."""
-    from varscale.theory.graph.linear_nodes import Contract
-
     while True:
         sources, _ = sources_of(side)
         if len(sources) != 1:

@@ -10,6 +10,7 @@ import numpy as np
 from varscale.theory.domain.axes import Axis, refine
 from varscale.theory.domain.tables import by_type, lift
 from varscale.theory.graph.expressions import Apply, roots
+from varscale.theory.graph.linear_nodes import Contract, weight_of
 from varscale.theory.graph.nodes import Array, Constant, Leaf, Node, View
 from varscale.theory.graph.normal_form import apply
 from varscale.theory.graph.store import Fact, once_per_node
@@ -23,6 +24,8 @@ from varscale.theory.propagation.marginals import (
     marginal,
     placed,
 )
+from varscale.theory.propagation.products import product_second
+from varscale.theory.propagation.sample_moments import order_correlation
 from varscale.theory.propagation.scale_responses import companions
 
 _FEW = 64  # numbers, from where on what a function of several roots leaves to chance is not asked for
@@ -35,8 +38,6 @@ def left_to_chance(weight: Leaf, terms: float, units: int) -> float:
 
 def _kept_norm(node: Node) -> float:
     """The share of its mean square's own fluctuations that a product lacks, since its input has fixed it."""
-    from varscale.theory.graph.linear_nodes import Contract, weight_of
-
     weight = weight_of(node) if isinstance(node, Contract) else None
     if weight is None or not weight.orthonormal or not isinstance(node, Contract):
         return 0.0
@@ -90,8 +91,6 @@ def _products(a: np.ndarray, whole: np.ndarray, root: View, frame: tuple[Axis, .
 
 def _joint_pairs(factor: View, frame: tuple[Axis, ...]) -> np.ndarray:
     """The same of a function of several roots, all that they share included."""
-    from varscale.theory.propagation.products import product_second
-
     coarse = tuple(Axis(axis.size) for axis in frame)
     square = View(apply(factor.node.graph, "integer_pow", (2,), frame, [factor]), tuple(range(len(frame))))
     mean = product_second(factor, factor, coarse)[(0,) * len(frame)]
@@ -119,8 +118,6 @@ def _square_coefficients(f: View, frame: Sequence[Axis], fixed: Environment) -> 
 
 def _correlation(root: Node) -> np.ndarray:
     """A root's latent correlations by type, as far as it has an order in time those of draws."""
-    from varscale.theory.propagation.sample_moments import order_correlation
-
     ordered = order_correlation(root)
     return marginal(root).correlation if ordered is None else refine(ordered, root.axes)
 

@@ -16,7 +16,7 @@ from varscale.theory.graph.nodes import Constant, View
 from varscale.theory.integrals.hermite_series import POINTS, WEIGHTS, Z, sobol
 from varscale.theory.propagation.cross_moments import cross, dependent, mean_product
 from varscale.theory.propagation.latent_correlations import factored, latent_cross
-from varscale.theory.propagation.marginals import Environment, concentrated, evaluate, grid, marginal
+from varscale.theory.propagation.marginals import Environment, concentrated, evaluate, grid, marginal, quantiles_of_kind
 
 _MOST_CELLS = 9
 _STRAIGHT = 0.995  # share of a term's variance that is linear in a normal, above which the term is as good as Gaussian
@@ -183,3 +183,8 @@ def _line(view: View, live: Sequence[View], axes: Sequence[Axis]) -> np.ndarray:
 def _held(view: View, live: Sequence[View]) -> list[View]:
     """The other roots of a term."""
     return [r for r in (x.within(view.bind) for x in roots(view.node)) if r not in live]
+
+
+@quantiles_of_kind.register(Sum)
+def quantiles_of_kind_of_sum(root: Sum, table: Table, deviation: np.ndarray) -> np.ndarray | None:
+    return None if root.is_variance else sum_quantiles(root, table, deviation)

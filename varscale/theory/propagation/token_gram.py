@@ -12,22 +12,23 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from varscale.theory.domain.axes import Axis, averaging, contract_axis
 from varscale.theory.domain.tables import full_types, means_by_type
+from varscale.theory.graph.axis_nodes import Concat, Take
+from varscale.theory.graph.convolutions import Conv
 from varscale.theory.graph.derivatives import derivative
 from varscale.theory.graph.expressions import Apply, Sum, roots
 from varscale.theory.graph.known_arrays import is_given, numbers
+from varscale.theory.graph.linear_nodes import Contract, weight_of
+from varscale.theory.graph.lookups import Gather
 from varscale.theory.graph.nodes import Constant, Node, View
 from varscale.theory.graph.reshapes import Rearranged
 from varscale.theory.graph.store import Fact
 from varscale.theory.propagation.sampler import evenly
-
-if TYPE_CHECKING:
-    from varscale.theory.rules.lookup import Gather
 
 _MOST_TOKENS, _MOST_OTHERS = 128, 16  # given tokens that are compared with each other; how many times that is done
 
@@ -132,9 +133,6 @@ def _measured(x: Tokens) -> np.ndarray:
 
 def projected(x: Tokens) -> Tokens | None:
     """What these are a projection of, with random weights; None where they are none."""
-    from varscale.theory.graph.axis_nodes import Take
-    from varscale.theory.graph.linear_nodes import Contract, weight_of
-
     while not (isinstance(x.node, Contract) and weight_of(x.node) is not None):
         if isinstance(x.node, Take):
             x = _whole(x, x.node)
@@ -169,12 +167,16 @@ def sources_of(x: Tokens) -> tuple[list[Tokens], OverlapRule]:
     return _SOURCES.once(x.node.graph, x, lambda: _sources(x))
 
 
+TokenSources = tuple[list[Tokens], OverlapRule]
+
+
+@functools.singledispatch
+def sources_of_mixture(node: Node, x: Tokens) -> TokenSources | None:
+    """Of a sum over tokens with weights that are made of tokens themselves: what those of its output are made of; else None."""
+    return None
+
+
 def _sources(x: Tokens) -> tuple[list[Tokens], OverlapRule]:
-    from varscale.theory.graph.axis_nodes import Concat, Take
-    from varscale.theory.graph.convolutions import Conv
-    from varscale.theory.graph.linear_nodes import Contract, weight_of
-    from varscale.theory.rules.attention import attention_of, mixed
-    from varscale.theory.rules.lookup import Gather
 
     node = x.node
     if is_given(node):
@@ -207,9 +209,8 @@ def _sources(x: Tokens) -> tuple[list[Tokens], OverlapRule]:
                 return [*inputs, *rows], lambda parts: _of_columns(x, rows[0], *parts)
             if len(inputs) == 1:
                 return inputs, lambda _: Mixture((1.0,), 1 / x.count)
-        attention = attention_of(node)
-        if attention is not None:
-            return mixed(x, attention)
+        if (mixed := sources_of_mixture(node, x)) is not None:
+            return mixed
         sides = [tokens_of(v, x.tokens, summed) for v in node.args]
         with_tokens = [y for y in sides if y.tokens]
         if len(with_tokens) == 1 and with_tokens[0].features:  # what the tokens are multiplied with is none of theirs
@@ -263,27 +264,6 @@ def _made_along(x: Tokens, k: int) -> bool:
     return before is None or (along is not None and along.node is before.node)
 
 
-def _repeated(x: Tokens, node: Gather) -> Mixture:
-    """Rows of a table: two tokens are the same row at the rate at which indices of their classes repeat.
-
-    Tokens count by what each has of its own that others of its class have not: paddings have nothing.
-    """
-    along = [k in x.tokens for k in node.params[1]]
-    if not any(along):
-        return white(x)
-    axes, rates = node.indexed, node.rates()
-    met = [axis.different if mine else axis.same for axis, mine in zip(axes, along, strict=True)]
-    alike = [  # two of one class
-        a.classes + np.arange(a.classes) * (a.classes + 1) if mine else np.arange(a.classes)
-        for a, mine in zip(axes, along, strict=True)
-    ]
-    own = 1 - rates[np.ix_(*alike)]
-    weights = functools.reduce(np.multiply.outer, met) * means_by_type(own, axes)
-    rates = np.clip(rates, 0, 1)
-    whole = float((weights * (rates * (1 - rates) + (1 - rates) / x.count)).sum())
-    return Mixture((), whole / max(float(weights.sum()), 1e-300))
-
-
 def white(x: Tokens) -> Mixture:
     """Features that are independent of each other."""
     return Mixture((), 1 / x.count)
@@ -321,3 +301,24 @@ def _applied(x: Tokens, node: Apply) -> tuple[list[Tokens], OverlapRule]:
 _OVERLAPS: Fact[tuple[Tokens, Tokens], float] = Fact()
 _MIXTURES: Fact[Tokens, Mixture] = Fact()
 _SOURCES: Fact[Tokens, tuple[list[Tokens], OverlapRule]] = Fact()
+
+
+def _repeated(x: Tokens, node: Gather) -> Mixture:
+    """Rows of a table: two tokens are the same row at the rate at which indices of their classes repeat.
+
+    Tokens count by what each has of its own that others of its class have not: paddings have nothing.
+    """
+    along = [k in x.tokens for k in node.params[1]]
+    if not any(along):
+        return white(x)
+    axes, rates = node.indexed, node.rates()
+    met = [axis.different if mine else axis.same for axis, mine in zip(axes, along, strict=True)]
+    alike = [  # two of one class
+        a.classes + np.arange(a.classes) * (a.classes + 1) if mine else np.arange(a.classes)
+        for a, mine in zip(axes, along, strict=True)
+    ]
+    own = 1 - rates[np.ix_(*alike)]
+    weights = functools.reduce(np.multiply.outer, met) * means_by_type(own, axes)
+    rates = np.clip(rates, 0, 1)
+    whole = float((weights * (rates * (1 - rates) + (1 - rates) / x.count)).sum())
+    return Mixture((), whole / max(float(weights.sum()), 1e-300))

@@ -24,6 +24,7 @@ from varscale.theory.graph.nodes import Array, Leaf, Node, View, cross_by_kind, 
 from varscale.theory.graph.store import BackwardNotes, Fact
 from varscale.theory.propagation.inherited_fluctuations import NONE, Spread, handed_on, inherited
 from varscale.theory.propagation.joint_sample import Ensemble, ensemble, steps
+from varscale.theory.propagation.pullbacks import sum_out
 from varscale.theory.propagation.sample_moments import by_level, cross_moments, pooled, table_of_draws
 from varscale.theory.rules.prefix_scans import Combination, combination, run_back, run_parts
 from varscale.theory.rules.registry import Complex, Context, parts, rule
@@ -201,7 +202,6 @@ def _second(node: Running, numbers: np.ndarray) -> np.ndarray:
 
 @pullback.register(Running)
 def pullback_of_running(node: Running, cotangent: np.ndarray, notes: BackwardNotes) -> list[np.ndarray | None]:
-    from varscale.theory.propagation.pullbacks import sum_out
 
     _, which, kept = node.params
     frame = list(node.recurrence.frame)

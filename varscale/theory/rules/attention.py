@@ -39,23 +39,26 @@ import numpy as np
 from varscale.theory.domain.axes import Axis, contract_axis
 from varscale.theory.domain.tables import lift
 from varscale.theory.graph.expressions import Apply, Sum, roots
-from varscale.theory.graph.linear_nodes import Contract
+from varscale.theory.graph.linear_nodes import Contract, weight_of
 from varscale.theory.graph.nodes import Leaf, View
 from varscale.theory.graph.store import BackwardNotes
+from varscale.theory.propagation.pullbacks import sum_out
 from varscale.theory.propagation.scale_responses import companions
 from varscale.theory.propagation.token_gram import (
     Mixture,
     OverlapRule,
     Tokens,
+    TokenSources,
     apart,
     overlap,
     own_part,
     projected,
     shared_overlap,
+    sources_of_mixture,
     tokens_of,
     white,
 )
-from varscale.theory.rules.softmax import Softmax
+from varscale.theory.rules.softmax import Softmax, gain_of_queries, key_directions, logit_scatter
 
 # Set on the validation grid, not derived, both. Of what outputs gain by following their queries: overlaps are known to leading
 # order, to a quarter there. Of what tokens share, which moves by the curvature of what made them times the variance of their
@@ -131,8 +134,6 @@ def _before_mixing(weights: View) -> tuple[View, float]:
 
     Heads are alike, and those of one mixture are of independent b: it follows the queries as one of them does.
     """
-    from varscale.theory.graph.linear_nodes import Contract, weight_of
-
     node = weights.node
     if not isinstance(node, Contract) or len(node.params) != 1 or (mixing := weight_of(node)) is None:
         return weights, 1.0
@@ -174,7 +175,6 @@ def scores(weights: Softmax) -> Scores | None:
 
 
 def _product(view: View) -> tuple[float, View] | None:
-    from varscale.theory.graph.linear_nodes import Contract, weight_of
 
     node, bind = view
     if isinstance(node, Contract):
@@ -192,8 +192,6 @@ def _product(view: View) -> tuple[float, View] | None:
 
 def _weighted(view: View, along: Sequence[int]) -> Tokens | None:
     """Of logits that weights make, what they make them of: tokens along some axes of the frame; None where they make none."""
-    from varscale.theory.graph.linear_nodes import Contract, weight_of
-
     node, bind = view
     if isinstance(node, Sum) or (isinstance(node, Apply) and node.params[0] == "affine"):
         return next((t for term in node.args if (t := _weighted(term.within(bind), along)) is not None), None)
@@ -206,7 +204,8 @@ def _weighted(view: View, along: Sequence[int]) -> Tokens | None:
     return next((t for t in found if t.tokens and t.features), None)
 
 
-def overlapping(weights: Softmax, notes: BackwardNotes, passed: np.ndarray, kept: np.ndarray) -> float | None:
+@gain_of_queries.register(Softmax)
+def gain_of_queries_of_softmax(weights: Softmax, notes: BackwardNotes, passed: np.ndarray, kept: np.ndarray) -> float | None:
     """Second moment that queries' cotangents gain because keys and values see the same tokens (2.).
 
     It is left with the product of queries and keys, whose pullback adds it to what comes back from the softmax.
@@ -220,8 +219,6 @@ def overlapping(weights: Softmax, notes: BackwardNotes, passed: np.ndarray, kept
     Returns:
         The part of the queries' cotangents that this is; none where it is not known.
     """
-    from varscale.theory.propagation.pullbacks import sum_out
-
     found, values = scores(weights), notes.values.get(weights.id)
     tokens = None if found is None else projected(found.keys)
     if found is None or tokens is None or values is None:
@@ -243,7 +240,8 @@ def overlapping(weights: Softmax, notes: BackwardNotes, passed: np.ndarray, kept
     return share
 
 
-def sphere(weights: Softmax) -> float:
+@key_directions.register(Softmax)
+def key_directions_of_softmax(weights: Softmax) -> float:
     """Directions of the sphere on which a norm has put the tokens of the keys; infinite if they are as good as Gaussian.
 
     Tokens' squared norms vary by 2 V if they are Gaussian. What a norm has left tokens m + x̃ is |m + x̃|²: that of x̃, which the
@@ -259,7 +257,8 @@ def sphere(weights: Softmax) -> float:
     return max(2 / lack - 2, 3.0) if lack > 0 else math.inf
 
 
-def scattered(weights: Softmax) -> float:
+@logit_scatter.register(Softmax)
+def logit_scatter_of_softmax(weights: Softmax) -> float:
     """Relative variance, between queries, of the logits' variance (3.); in a product of both d is counted once.
 
     Of logits w x_k that weights w make of anything else (of one key, or of all heads' logits for it) it is 2 V of that.
@@ -378,3 +377,9 @@ def _deviation(values: np.ndarray, keys: Sequence[int], frame: Sequence[Axis]) -
         same, mean = contract_axis(same, k, frame[k].same), contract_axis(mean, k, frame[k].any_pair)
     n = math.prod(frame[k].size for k in keys)
     return (same - mean) * n / (n - 1)
+
+
+@sources_of_mixture.register(Contract)
+def sources_of_mixture_of_contract(node: Contract, x: Tokens) -> TokenSources | None:
+    attention = attention_of(node)
+    return None if attention is None else mixed(x, attention)

@@ -18,8 +18,10 @@ from varscale.theory.graph.nodes import Constant, Node, View, cross_by_kind, par
 from varscale.theory.graph.normal_form import broadcast
 from varscale.theory.graph.reshapes import permute
 from varscale.theory.graph.store import BackwardNotes, Fact
+from varscale.theory.propagation.cross_moments import cross
 from varscale.theory.propagation.inherited_fluctuations import Spread, combine, handed_on, inherited
 from varscale.theory.propagation.locality import nearness_of, unseen_nearness
+from varscale.theory.propagation.pullbacks import sum_out
 from varscale.theory.rules.axis import take, take_node
 from varscale.theory.rules.registry import Context, elementwise_or_layout, rule
 
@@ -83,8 +85,6 @@ def second_moments_of_concat(node: Concat) -> Table:
 
 def _pairs_with(node: Concat, other: Concat) -> np.ndarray:
     """E[x_i y_j] by type, for y made of parts of the same sizes: every part with every part."""
-    from varscale.theory.propagation.cross_moments import cross
-
     k, sizes = node.params
     whole = node.axes[k]
     second = np.zeros([a.types for a in node.axes])
@@ -117,8 +117,6 @@ def _pairs_with(node: Concat, other: Concat) -> np.ndarray:
 
 def _alike_by_distance(node: Concat, other: Concat, between: Callable[[int, int], np.ndarray]) -> bool:
     """Whether pairs of parts are to be taken for those a power of two apart; as some are not, all of them are in doubt."""
-    from varscale.theory.propagation.cross_moments import cross
-
     n, off = len(node.params[1]), 0.0
     ours, others = node.parts(), other.parts()
     apart = [(i, j) for i in range(n) for j in range(n) if i != j and _stand_in(i, j) != (i, j)]
@@ -168,7 +166,10 @@ def _between(node: Concat, a: View, b: View, fa: tuple[Axis, ...], fb: tuple[Axi
     # Parts of different sizes: their positions never agree, so the product of class means on this axis and types elsewhere.
     frame = (*node.axes[:k], *node.axes[k + 1 :], fa[k], fb[k])
     last = len(frame) - 2
-    place = lambda view, at: View(view.node, tuple(at if b == k else b - (b > k) for b in view.bind))  # noqa: E731
+
+    def place(view: View, at: int) -> View:
+        return View(view.node, tuple(at if b == k else b - (b > k) for b in view.bind))
+
     table = np.broadcast_to(cross(place(a, last), place(b, last + 1), frame), [ax.types for ax in frame])
     table = table[..., fa[k].classes :, :].reshape(*table.shape[:-2], ca, ca, table.shape[-1])[..., :, 0, :]
     table = table[..., fb[k].classes :].reshape(*table.shape[:-1], cb, cb)[..., 0, :]
@@ -177,7 +178,6 @@ def _between(node: Concat, a: View, b: View, fa: tuple[Axis, ...], fb: tuple[Axi
 
 @pullback.register(Concat)
 def pullback_of_concat(node: Concat, cotangent: np.ndarray, notes: BackwardNotes) -> list[np.ndarray | None]:
-    from varscale.theory.propagation.pullbacks import sum_out
 
     out: list[np.ndarray | None] = []
     k, sizes = node.params

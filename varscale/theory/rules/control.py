@@ -18,6 +18,7 @@ from varscale.theory.graph.layout import Value
 from varscale.theory.graph.nodes import Leaf
 from varscale.theory.rules.axis import take
 from varscale.theory.rules.concatenation import concatenate
+from varscale.theory.rules.random import bits
 from varscale.theory.rules.registry import STACKED, Complex, Context, Opaque, map_parts, rule
 from varscale.theory.rules.sampled_loop import CannotDraw
 from varscale.theory.rules.sampled_loop_nodes import over_time
@@ -42,8 +43,6 @@ _CALLS = {
 def call(interpreter: Context, eqn: Any, *xs: Any) -> list[Any]:
     """A function is what is inside it; the library's own sampler is random bits by another name."""
     if eqn.params.get("name") == "fast_random_bits":
-        from varscale.theory.rules.random import bits
-
         aval = eqn.outvars[0].aval
         key = next((x for x in xs if isinstance(x, Opaque)), None)
         return [bits(interpreter, key or tuple(xs), aval.shape, aval.dtype.itemsize * 8)]
@@ -146,8 +145,6 @@ def index(interpreter: Context, x: Any, step: int, length: int) -> Any:
 def stack(interpreter: Context, steps: list[Any]) -> Any:
     """Values of all steps as one; indexing it gives them back."""
     if isinstance(steps[0], Opaque):
-        import jax.numpy as jnp
-
         return Opaque(jnp.stack([s.key for s in steps]))
     if isinstance(steps[0], Complex):
         return Complex(stack(interpreter, [s.re for s in steps]), stack(interpreter, [s.im for s in steps]))

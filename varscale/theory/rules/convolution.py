@@ -10,17 +10,21 @@ from typing import Any
 import numpy as np
 
 from varscale.theory.domain.axes import Axis, apply_axis, contract_axis
-from varscale.theory.domain.tables import Table
+from varscale.theory.domain.tables import Table, lift
 from varscale.theory.graph import layout
 from varscale.theory.graph.convolutions import ONE, Conv, Window, output_axis, tap_means, tap_pairs
 from varscale.theory.graph.layout import Atom, Value
+from varscale.theory.graph.linear_nodes import weight_of
 from varscale.theory.graph.nodes import UNKNOWN, Leaf, Node, View, cross_by_kind, pullback, second_moments
+from varscale.theory.graph.normal_form import affine
 from varscale.theory.graph.store import BackwardNotes
+from varscale.theory.propagation.cross_moments import cross, dependent
 from varscale.theory.propagation.few_terms import kurtosis
 from varscale.theory.propagation.fluctuations import averaged, of_a_group, with_own_weights
 from varscale.theory.propagation.inherited_fluctuations import Spread, combine, handed_on
 from varscale.theory.propagation.shared_component import of_few
 from varscale.theory.propagation.window_overlaps import scatter_of
+from varscale.theory.rules.linear import strip
 from varscale.theory.rules.registry import Context, rule
 
 
@@ -32,8 +36,6 @@ def _logical(node: Conv, array: np.ndarray, dims: Sequence[int | None]) -> np.nd
 
 @second_moments.register(Conv)
 def second_moments_of_conv(node: Conv) -> Table:
-    from varscale.theory.graph.linear_nodes import weight_of
-    from varscale.theory.propagation.cross_moments import dependent
 
     groups, windows, xd, wd, od = node.params
     if dependent(*(v.node for v in node.args)):
@@ -74,10 +76,6 @@ def _own_of(node: Conv, array: np.ndarray, dims: Sequence[int | None], argument:
 @cross_by_kind.register(Conv)
 def cross_by_kind_of_conv(node: Conv, a: View, b: View, frame: Sequence[Axis]) -> np.ndarray | None:
     """One kernel on two inputs."""
-    from varscale.theory.domain.tables import lift
-    from varscale.theory.graph.linear_nodes import weight_of
-    from varscale.theory.propagation.cross_moments import cross
-
     other = b.node
     weights = weight_of(node), weight_of(other)
     if None not in weights and weights[0] is not weights[1]:
@@ -156,7 +154,6 @@ def axes_of(x: Value, order: Sequence[int]) -> tuple[int | None, ...]:
 
 @rule("conv_general_dilated")
 def conv(interpreter: Context, eqn: Any, x: Value, w: Value) -> Value:
-    from varscale.theory.rules.linear import strip
 
     p = eqn.params
     if p["batch_group_count"] != 1:
@@ -187,6 +184,5 @@ def conv(interpreter: Context, eqn: Any, x: Value, w: Value) -> Value:
     for k, d in enumerate(dims.out_spec):
         place = od[k]
         out[d] = (Atom(shape[d], place),) if place is not None else ()
-    from varscale.theory.graph.normal_form import affine
 
     return Value(affine(node, cx * cw, 0.0), tuple(out))

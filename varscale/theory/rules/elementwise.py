@@ -10,7 +10,7 @@ from varscale.theory.graph.nodes import Array, Leaf
 from varscale.theory.integrals.primitives import FUNCTIONS
 from varscale.theory.rules.integer_inputs import compared
 from varscale.theory.rules.reductions import OneOfMany
-from varscale.theory.rules.registry import Complex, Context, elementwise_or_layout, map_parts, rule
+from varscale.theory.rules.registry import RECOGNISERS, Complex, Context, elementwise_or_layout, map_parts, rule
 from varscale.theory.rules.segments import SegmentMax
 
 _OWN = {"affine", "convert", "bitcast", "integer_pow", "power", *IDENTITIES}
@@ -34,18 +34,8 @@ _IDENTITIES = (
 @rule(*_NAMES, "add_any", "square")
 def elementwise(interpreter: Context, eqn: Any, *xs: Value) -> Value:
     name = eqn.primitive.name
-    if name == "div":
-        from varscale.theory.rules.segment_softmax import segment_softmax_of
-        from varscale.theory.rules.softmax_recognition import softmax_of
-
-        unit = softmax_of(interpreter, *xs) or segment_softmax_of(interpreter, *xs)
-        if unit is not None:
-            return unit
-    if name == "log":
-        from varscale.theory.rules.log_sum_exp import log_sum_exp_of
-
-        unit = log_sum_exp_of(interpreter.graph, xs[0])
-        if unit is not None:
+    for recognised in RECOGNISERS.get(name, ()):
+        if (unit := recognised(interpreter, *xs)) is not None:
             return unit
     if len(xs) == 2 and (known := compared(interpreter, name, eqn.outvars[0].aval.shape, *xs)) is not None:
         return known

@@ -14,10 +14,12 @@ from jax import lax
 from scipy import special
 
 from varscale.theory.graph import layout
+from varscale.theory.graph.axis_nodes import Concat
 from varscale.theory.graph.expressions import Apply
 from varscale.theory.graph.layout import Value
 from varscale.theory.graph.nodes import UNKNOWN, Leaf, Node
 from varscale.theory.integrals.hermite_series import Z
+from varscale.theory.rules.lookup import looked_up
 from varscale.theory.rules.registry import Context
 
 _TURNED = {"lt": "gt", "le": "ge", "gt": "lt", "ge": "le", "eq": "eq", "ne": "ne"}
@@ -49,8 +51,6 @@ def compared(interpreter: Context, name: str, shape: Sequence[int], x: Value, y:
 
 def _is_unknown(node: Node) -> bool:
     """Whether it is whole numbers of which only the shape is given, moved, shifted or beside others."""
-    from varscale.theory.graph.axis_nodes import Concat
-
     if isinstance(node, Leaf):
         return node.name[0] == "ids"
     if isinstance(node, Concat):
@@ -61,8 +61,6 @@ def _is_unknown(node: Node) -> bool:
 
 def _one_hot(interpreter: Context, shape: Sequence[int], x: Value, known: np.ndarray) -> Value | None:
     """Rows of the identity by id, where the known numbers are all different and along a dimension of their own."""
-    from varscale.theory.rules.lookup import looked_up
-
     along = [d for d, n in enumerate(known.shape) if n > 1 and np.ptp(known, axis=d).any()]
     if len(along) != 1 or any(atom.axis is not None for atom in x.dims[along[0]]):
         return None

@@ -11,19 +11,26 @@ import numpy as np
 
 from varscale.theory.domain.axes import Axis, contract_axis
 from varscale.theory.domain.tables import Table, means_by_type
-from varscale.theory.graph.expressions import Apply, Sum, roots
+from varscale.theory.graph.expressions import Apply, Sum, roots, swapped
 from varscale.theory.graph.layout import Atom, Value, align, full
 from varscale.theory.graph.linear_nodes import Contract, weight_of
+from varscale.theory.graph.lookups import Gather
 from varscale.theory.graph.nodes import Array, Constant, Leaf, Node, View, cross_by_kind, pullback, second_moments
 from varscale.theory.graph.normal_form import affine
 from varscale.theory.graph.store import BackwardNotes
+from varscale.theory.propagation.cross_moments import cross, dependent, mean_product
 from varscale.theory.propagation.fluctuations import averaged, with_own_weights
 from varscale.theory.propagation.inherited_fluctuations import Spread, combine, handed_on
 from varscale.theory.propagation.locality import unseen_nearness
-from varscale.theory.rules.attention import note_values
+from varscale.theory.propagation.pullbacks import sum_out
+from varscale.theory.propagation.shared_tokens import shared_tokens
+from varscale.theory.rules.attention import SHARED_DOUBT, TILT_DOUBT, note_values, tilted
 from varscale.theory.rules.masks import told_apart
+from varscale.theory.rules.random import as_weight, law
+from varscale.theory.rules.reductions import mean
 from varscale.theory.rules.registry import Context, rule
-from varscale.theory.rules.row_gram import own_products
+from varscale.theory.rules.row_gram import of_alike_keys, own_products
+from varscale.theory.rules.softmax import Softmax
 from varscale.theory.rules.transposed import applied_back
 
 # Set on the validation grid, not derived, both: of what Wick's pairings add where factors share a root, and so are not jointly
@@ -35,9 +42,6 @@ _LIKENESS = 1e-2  # of a mean square, what keys that are alike add to it that is
 
 @second_moments.register(Contract)
 def second_moments_of_contract(node: Contract) -> Table:
-    from varscale.theory.propagation.cross_moments import dependent
-    from varscale.theory.rules.attention import SHARED_DOUBT, TILT_DOUBT, tilted
-    from varscale.theory.rules.softmax import Softmax
 
     x, y = node.args
     frame = node.frame
@@ -65,9 +69,6 @@ def second_moments_of_contract(node: Contract) -> Table:
 
 def _doubt_averages(node: Contract, square: float) -> None:
     """Of averages over tokens: keys that are alike; likeness in windows that were put together otherwise."""
-    from varscale.theory.rules.row_gram import of_alike_keys
-    from varscale.theory.rules.softmax import Softmax
-
     for weights, tokens in (node.args, node.args[::-1]):
         if isinstance(weights.node, Softmax) and (doubt := of_alike_keys(weights, tokens, node, square)) > _LIKENESS:
             node.graph.flag("assumed", doubt)
@@ -77,9 +78,6 @@ def _doubt_averages(node: Contract, square: float) -> None:
 
 def _dependent(node: Contract, mean: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Wick's pairings for jointly Gaussian x and y: E[x y]² and the exchange term besides the independent one."""
-    from varscale.theory.graph.expressions import swapped
-    from varscale.theory.propagation.cross_moments import cross, mean_product
-
     x, y = node.args
     frame = node.frame
     types = [a.types for a in frame]
@@ -98,8 +96,6 @@ def _dependent(node: Contract, mean: np.ndarray, second: np.ndarray) -> tuple[np
 
 def _of_shared_tokens(node: Contract, second: np.ndarray) -> np.ndarray:
     """What two activations made of the same tokens, or by the same weights, gain besides."""
-    from varscale.theory.propagation.shared_tokens import shared_tokens
-
     found = shared_tokens(node)
     if not np.any(found.second):
         return second
@@ -116,8 +112,6 @@ def _tied(node: Contract, x: View, rows: View, mean: np.ndarray, second: np.ndar
 
     E[y_v²] gains (Σ_d E[x_d w_{v,d}])² where v is the row that x was looked up from, with probability 1/V.
     """
-    from varscale.theory.propagation.cross_moments import cross
-
     axes = x.node.axes
     together = np.broadcast_to(cross(View(x.node, tuple(range(len(axes)))), rows, axes), x.node.frame_types)
     for axis in axes:
@@ -132,8 +126,6 @@ def _tied(node: Contract, x: View, rows: View, mean: np.ndarray, second: np.ndar
 @pullback.register(Contract)
 def pullback_of_contract(node: Contract, cotangent: np.ndarray, notes: BackwardNotes) -> list[np.ndarray | None]:
     """Under gradient independence a cotangent passes through the transposed product with fresh weights."""
-    from varscale.theory.propagation.pullbacks import sum_out
-
     frame = node.frame
     wide = cotangent.reshape(*cotangent.shape, *[1] * len(node.params))
     x, y = node.args
@@ -150,8 +142,6 @@ def pullback_of_contract(node: Contract, cotangent: np.ndarray, notes: BackwardN
 @cross_by_kind.register(Contract)
 def cross_by_kind_of_contract(node: Contract, a: View, b: View, frame: Sequence[Axis]) -> np.ndarray | None:
     """The same weights on two inputs: as one contraction, with the inputs' cross-moment in place of their second moment."""
-    from varscale.theory.propagation.cross_moments import cross
-
     other = b.node
     weights = weight_of(node), weight_of(other)
     if None not in weights and weights[0] is not weights[1]:
@@ -191,8 +181,6 @@ def handed_on_of_contract(node: Contract) -> Spread:
 
 def tied(x: View, y: View) -> tuple[View, View] | None:
     """The argument x and, over its axes, the rows of the weight y that it adds up; None where it has none."""
-    from varscale.theory.rules.lookup import Gather
-
     if not isinstance(y.node, Leaf) or not y.node.odd & x.node.deps:
         return None
     seen: set[tuple[int, tuple[int, ...]]] = set()
@@ -256,8 +244,6 @@ def _is_given(node: Node) -> bool:
 
 def drawn(interpreter: Context, x: Value) -> Value:
     """What an init draws and goes on to multiply, as the weight it is."""
-    from varscale.theory.rules.random import as_weight, law
-
     found = law(x.node) if isinstance(x.node, Apply) else None
     return as_weight(interpreter, x) if found is not None and found.mean == 0 else x
 
@@ -326,8 +312,6 @@ def _with_itself(
     interpreter: Context, x: Value, y: Value, contracted: tuple[Sequence[int], ...], batch: tuple[Sequence[int], ...]
 ) -> Value:
     """An inner product of two functions of one root: the sum of one function, a norm's x · x/|x|."""
-    from varscale.theory.rules.reductions import mean
-
     (cx, cy), (bx, by) = contracted, batch
     one = [Value(v.node, tuple(v.dims[k] for k in (*b, *c))) for v, b, c in ((x, bx, cx), (y, by, cy))]
     out = mean(interpreter.elementwise("mul", *one), range(len(bx), len(bx) + len(cx)))

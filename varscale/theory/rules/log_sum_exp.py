@@ -11,10 +11,11 @@ from scipy import special
 from varscale.theory.domain.tables import Table
 from varscale.theory.graph.expressions import Apply, Mean, Sum, roots
 from varscale.theory.graph.layout import Value
-from varscale.theory.graph.nodes import Graph, Node, View, pullback, second_moments
+from varscale.theory.graph.nodes import Node, View, pullback, second_moments
 from varscale.theory.graph.normal_form import affine, total
 from varscale.theory.graph.store import BackwardNotes
 from varscale.theory.rules.reductions import Extreme, OneOfMany
+from varscale.theory.rules.registry import Context, recognise
 from varscale.theory.rules.softmax import Softmax
 from varscale.theory.rules.softmax_recognition import logits
 
@@ -43,7 +44,8 @@ def pullback_of_log_sum_exp(node: LogSumExp, cotangent: np.ndarray, notes: Backw
     return [np.expand_dims(cotangent, node.params) * shares.table.second]
 
 
-def log_sum_exp_of(graph: Graph, x: Value) -> Value | None:
+@recognise("log")
+def log_sum_exp_of(interpreter: Context, x: Value) -> Value | None:
     """log x, if x is Σ exp of logits less their largest, as log Σ exp of the logits less their largest."""
     inner, scale = _positive_multiple(x.node)
     if not isinstance(inner, Mean) or tuple(inner.axes) != tuple(x.node.axes):
@@ -59,6 +61,7 @@ def log_sum_exp_of(graph: Graph, x: Value) -> Value | None:
     if any(b in axes for _, view in taken for b in view.bind):
         return None
     place = {k: i for i, k in enumerate(k for k in range(len(powers.axes)) if k not in axes)}
+    graph = interpreter.graph
     unit = graph.make(LogSumExp, inner.axes, [random], axes)
     count = math.prod(powers.axes[k].size for k in axes)
     views = [View(unit, tuple(range(len(inner.axes)))), *(View(v.node, tuple(place[b] for b in v.bind)) for _, v in taken)]

@@ -10,6 +10,7 @@ from varscale.theory.graph.nodes import Array, Node, View
 from varscale.theory.graph.store import once_per_node
 from varscale.theory.integrals.hermite_series import WEIGHTS, Z
 from varscale.theory.propagation.marginals import concentrated, evaluate, marginal, over_classes
+from varscale.theory.rules.sampled_primitive import draw
 
 _STRAIGHT = 1e-3  # of a standard deviation, by which values on the normal grid are off a line where they count as Gaussian
 _DRAWS = 50_000
@@ -45,7 +46,6 @@ def _line(node: Node) -> np.ndarray | None:
         env = {(r.node.id, r.bind): r.mean(node.axes)[..., None] for r in own if r not in live}
         values = evaluate(View(node, tuple(range(len(node.axes)))), node.axes, env)
         return over_classes(np.asarray(values, float), node.axes)
-    from varscale.theory.rules.sampled_primitive import draw
 
     drawn = draw(node, [1] * len(node.axes), _DRAWS, np.random.default_rng(0)).ravel()
     return np.quantile(drawn, special.ndtr(Z))

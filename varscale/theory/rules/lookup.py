@@ -11,81 +11,22 @@ from typing import Any
 import numpy as np
 
 from varscale.theory.domain.axes import Axis, contract_axis, labelled
-from varscale.theory.domain.tables import Table
+from varscale.theory.domain.tables import Table, lift
 from varscale.theory.graph import layout
 from varscale.theory.graph.expressions import roots
 from varscale.theory.graph.layout import Atom, Value
+from varscale.theory.graph.linear_nodes import weight_of
+from varscale.theory.graph.lookups import INDICES, PICKERS, SUMMED_OVER, Gather
 from varscale.theory.graph.nodes import UNKNOWN, Array, Graph, Leaf, Node, View, cross_by_kind, pullback, second_moments
-from varscale.theory.graph.store import BackwardNotes, Fact
+from varscale.theory.graph.store import BackwardNotes
+from varscale.theory.propagation.cross_moments import cross
 from varscale.theory.rules.axis import take
 from varscale.theory.rules.padding import classed_axes, padded, repeat_rates, unresolved
 from varscale.theory.rules.registry import Context, rule
+from varscale.theory.rules.sampled_primitive import sampled
 from varscale.theory.rules.segment_cotangents import Alike, by_segment
 
 _RESOLVED = 1e-3  # of a mean over rows that are looked up, what classes may miss
-
-
-_PICKERS: Fact[Any, Node] = Fact()  # the node of indices that are not known
-_INDICES: Fact[Any, np.ndarray] = Fact()  # known indices by digest
-SUMMED_OVER: Fact[int, dict[Any, np.ndarray]] = Fact()  # by lookup: the segments of each sum that its positions are in
-
-
-class Gather(Node):
-    """Rows of a table by index; `params` is (its row axes, index axes of the output, repeat rates, rows, classes, ids).
-
-    Where the rows have classes and the indices are one known axis, `classes` are those of the rows behind its own classes.
-    `ids` tells one array of indices from another: the key of known ones in the graph's store, or the node of unknown ones.
-
-    The frame of its view is this node's axes and then the rows' own.
-    """
-
-    collects = True
-
-    collects = True
-
-    def prepare(self) -> None:
-        """What indices are computed from decides, too: the nearest row is no row like others, and may turn with the table."""
-        self.odd, self.positive = self.args[0].node.odd, self.args[0].node.positive
-        picker = _PICKERS.get(self.graph, self.params[5])
-        if picker is not None:
-            self.deps |= picker.deps
-            self.odd &= picker.unseen
-            self.even &= picker.unseen
-
-    @property
-    def known(self) -> np.ndarray | None:
-        """The indices, flat, where they are known."""
-        return _INDICES.get(self.graph, self.params[5])
-
-    @property
-    def line(self) -> np.ndarray | None:
-        """The known indices where they run over one axis and pick along one."""
-        return self.known if len(self.params[0]) == len(self.params[1]) == 1 else None
-
-    @property
-    def indexed(self) -> list[Axis]:
-        """The axes of the indices; without their classes where those are the rows'."""
-        return [Axis(self.axes[k].size) if self.params[4] else self.axes[k] for k in self.params[1]]
-
-    def rates(self) -> np.ndarray:
-        """P(same row) over the types of the indices."""
-        rates, rows = self.params[2:4]
-        if rates is not None:
-            return np.array(rates).reshape([axis.types for axis in self.indexed])
-        same = functools.reduce(np.logical_and.outer, [axis.agrees for axis in self.indexed], np.array(True))
-        return np.where(same, 1.0, 1.0 / rows)
-
-    def picked(self, positions: Sequence[np.ndarray], replicates: int, rng: np.random.Generator) -> np.ndarray:
-        """Rows of known numbers by indices that are drawn, at these positions of its axes, (replicates, ...)."""
-        row_axes, index_axes = self.params[:2]
-        table, bind = self.args[0].node, self.args[0].bind
-        assert isinstance(table, Array)
-        kept = [k for k in range(len(table.axes)) if k not in row_axes]
-        rows = table.values.transpose([*row_axes, *kept]).reshape(-1, *[table.axes[k].size for k in kept])
-        rows = rows[np.ix_(np.arange(len(rows)), *[positions[bind[k]] for k in kept])]
-        out = rows[rng.integers(len(rows), size=(replicates, *[len(positions[k]) for k in index_axes]))]
-        order = np.argsort([*index_axes, *(bind[k] for k in kept)])
-        return out.transpose([0, *(1 + int(k) for k in order)])
 
 
 @second_moments.register(Gather)
@@ -144,10 +85,6 @@ def _by_class(node: Gather, table: Table) -> Table:
 @cross_by_kind.register(Gather)
 def cross_by_kind_of_gather(node: Gather, a: View, b: View, frame: Sequence[Axis]) -> np.ndarray | None:
     """Two lookups along one axis, of tables with the same rows: they agree as often as their indices do."""
-    from varscale.theory.domain.tables import lift
-    from varscale.theory.graph.linear_nodes import weight_of
-    from varscale.theory.propagation.cross_moments import cross
-
     weights = weight_of(node), weight_of(b.node)
     if None not in weights and weights[0] is not weights[1]:
         return np.zeros((1,) * len(frame))
@@ -176,9 +113,6 @@ def cross_by_kind_of_gather(node: Gather, a: View, b: View, frame: Sequence[Axis
 
 def _unrelated(node: Gather, other: Gather, a: View, b: View, frame: Sequence[Axis]) -> np.ndarray | None:
     """Two lookups at positions that have nothing to do with each other: any index of one meets any of the other."""
-    from varscale.theory.domain.tables import lift
-    from varscale.theory.propagation.cross_moments import cross
-
     x, y = node.args[0].node, other.args[0].node
     row_axes, rows = node.params[0], node.params[3]
     kept = [k for k in range(len(x.axes)) if k not in row_axes]
@@ -284,7 +218,6 @@ def gather(interpreter: Context, eqn: Any, x: Value, ids: Value) -> Any:
     whole = all(s == n for k, (s, n) in enumerate(zip(sizes, x.shape, strict=True)) if k not in collapsed)
     if set(d.start_index_map) == collapsed and whole and not d.operand_batching_dims:
         return looked_up(interpreter, d, shape, x, ids)
-    from varscale.theory.rules.sampled_primitive import sampled
 
     return sampled(interpreter, eqn, x, ids)
 
@@ -325,7 +258,7 @@ def looked_up(interpreter: Context, d: Any, shape: Sequence[int], x: Value, ids:
         classes = tuple(int(labels[np.argmax(own == c)]) for c in range(axes[0].classes))
     if known is None:
         picker = base_ids(ids.node)
-        which = _PICKERS.put(interpreter.graph, picker.id, picker).id
+        which = PICKERS.put(interpreter.graph, picker.id, picker).id
     else:
         which = _stored(interpreter.graph, known, [x.shape[k] for k in picked])
     node = interpreter.graph.make(Gather, axes, [view], (tuple(row_axes), index_axes, frozen, rows, classes, which))
@@ -337,7 +270,7 @@ def _stored(graph: Graph, known: np.ndarray, sizes: Sequence[int]) -> str:
     flat = known.reshape(-1, known.shape[-1]).astype(int)
     codes = np.ravel_multi_index(tuple(flat.T), tuple(sizes), mode="clip")
     key = hashlib.sha1(codes.tobytes()).hexdigest()
-    _INDICES.put(graph, key, codes)
+    INDICES.put(graph, key, codes)
     return key
 
 
@@ -376,6 +309,5 @@ def _index_axes(
 
 @rule("scatter")
 def scatter(interpreter: Context, eqn: Any, x: Value, ids: Value, updates: Value) -> Any:
-    from varscale.theory.rules.sampled_primitive import sampled
 
     return sampled(interpreter, eqn, x, ids, updates)

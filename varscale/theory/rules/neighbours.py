@@ -7,8 +7,7 @@ functions weaken correlations (a power series with positive coefficients lies be
 
 from __future__ import annotations
 
-from collections.abc import Hashable
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from scipy import sparse
@@ -16,8 +15,11 @@ from scipy import sparse
 from varscale.theory.domain.axes import contract_axis
 from varscale.theory.graph.expressions import Apply, Sum, roots
 from varscale.theory.graph.known_arrays import is_given, numbers
+from varscale.theory.graph.linear_nodes import Contract
+from varscale.theory.graph.lookups import Gather
 from varscale.theory.graph.nodes import Node
 from varscale.theory.graph.store import Fact
+from varscale.theory.rules.segment_sums import SEGMENTS, SegmentSum, per_position
 
 
 def unseen(total: Any) -> float:
@@ -63,9 +65,6 @@ def unseen_in_given(total: Any) -> float:
     A projection of given rows by fresh weights has their products for covariances, and functions of it no more than those. Of
     several rows that a summand is made of, those that matter most tell. What is one row is known to be, and left out.
     """
-    from varscale.theory.graph.linear_nodes import Contract
-    from varscale.theory.rules.lookup import Gather
-
     ids, weights, _ = SEGMENTS.of(total.graph)[total.params]
     worst, seen = 0.0, set()
     pending = [(total.args[0].node, 0, np.arange(len(ids)))]
@@ -125,9 +124,6 @@ def _uses(total: Any, source: Node) -> list[tuple[bool, bool]]:
 
 def _neighbours(total: Any) -> tuple[Any, Node, int] | None:
     """The weight of each row in each sum, the rows, and their axis, where rows and sums are the same things."""
-    from varscale.theory.rules.lookup import Gather
-    from varscale.theory.rules.segments import per_position
-
     ids, weights, size = SEGMENTS.of(total.graph)[total.params]
     for looked in per_position(total.args[0].node):
         known = looked.line if isinstance(looked, Gather) else None
@@ -142,8 +138,6 @@ def _neighbours(total: Any) -> tuple[Any, Node, int] | None:
 
 def _sums_so_far(node: Node, size: int) -> Any:
     """What each row is made of, as a matrix over the rows that went in; those of the last sums, and of those before them."""
-    from varscale.theory.rules.segments import SegmentSum
-
     known = _SUMS.of(node.graph)
     if node.id in known:
         return known[node.id]
@@ -166,13 +160,4 @@ def _sums_so_far(node: Node, size: int) -> Any:
     return known[node.id]
 
 
-class Segments(NamedTuple):
-    """The sum that each position is added to (−1: none), its weight there, and how many sums there are."""
-
-    ids: np.ndarray
-    weights: np.ndarray
-    size: int
-
-
-SEGMENTS: Fact[Hashable, Segments] = Fact()  # by digest
 _SUMS: Fact[int, Any] = Fact()  # what each row of a node is made of, as a matrix

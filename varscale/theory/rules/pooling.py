@@ -25,6 +25,7 @@ from varscale.theory.graph.layout import Atom, Value, full
 from varscale.theory.graph.nodes import Node, View, cross_by_kind, pullback, second_moments
 from varscale.theory.graph.normal_form import affine
 from varscale.theory.graph.store import BackwardNotes
+from varscale.theory.propagation.cross_moments import cross
 from varscale.theory.propagation.inherited_fluctuations import Spread, handed_on, inherited
 from varscale.theory.propagation.locality import unseen_nearness
 from varscale.theory.propagation.shared_component import of_an_average
@@ -33,6 +34,7 @@ from varscale.theory.propagation.spatial_windows import Grid, Reader, alike, lat
 from varscale.theory.rules.convolution import prepared
 from varscale.theory.rules.reductions import TIES, bounded, is_identity, narrowest, outside, restored
 from varscale.theory.rules.registry import Context, rule
+from varscale.theory.rules.sampled_primitive import draw, pooled_estimate
 
 
 def window_sums(node: WindowSum, distances: Mapping[int, int] | None) -> Grid:
@@ -98,8 +100,6 @@ def pullback_of_window_sum(node: WindowSum, cotangent: np.ndarray, notes: Backwa
 @cross_by_kind.register(WindowSum)
 def cross_by_kind_of_window_sum(node: WindowSum, a: View, b: View, frame: Sequence[Axis]) -> np.ndarray | None:
     """Places of another array over the same grid, against the places that a window reads."""
-    from varscale.theory.propagation.cross_moments import cross
-
     windows, xd, od = node.params
     x, read = node.args[0].node, {}
     for window, k, o in zip(windows, xd, od, strict=True):
@@ -146,7 +146,6 @@ def cross_by_kind_of_window_max(node: WindowMax, a: View, b: View, frame: Sequen
 
 @second_moments.register(WindowMax)
 def second_moments_of_window_max(node: WindowMax) -> Table:
-    from varscale.theory.rules.sampled_primitive import pooled_estimate
 
     windows, xd, od = node.params
     source = node.args[0].node
@@ -174,8 +173,6 @@ def _drawn(node: WindowMax) -> tuple[np.ndarray, dict[int, tuple[int, int, int]]
 
     They are next to one another, or, where what is near is more alike, anywhere.
     """
-    from varscale.theory.rules.sampled_primitive import draw
-
     source = node.args[0].node
     windows = {k: w for w, k in zip(*node.params[:2], strict=True) if k is not None and w is not None}
     sizes, cut = [min(axis.size, 2) for axis in source.axes], {}

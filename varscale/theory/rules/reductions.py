@@ -15,14 +15,18 @@ from varscale.theory.domain.tables import Table
 from varscale.theory.graph import layout
 from varscale.theory.graph.expressions import Apply, Mean
 from varscale.theory.graph.layout import Atom, Value
+from varscale.theory.graph.linear_nodes import weight_of
 from varscale.theory.graph.nodes import Constant, Node, View, cross_by_kind, pullback, second_moments
 from varscale.theory.graph.normal_form import affine, mean_node
 from varscale.theory.graph.store import BackwardNotes
 from varscale.theory.integrals.hermite_series import Z, sphere_squares
+from varscale.theory.propagation.cross_moments import cross, mean_product
 from varscale.theory.propagation.fluctuations import full
 from varscale.theory.propagation.inherited_fluctuations import Spread, combine, handed_on, inherited
+from varscale.theory.propagation.marginals import marginal
 from varscale.theory.propagation.shared_component import of_an_average
 from varscale.theory.rules.registry import Context, rule
+from varscale.theory.rules.sampled_primitive import sample_map, sampled
 
 # Set on the validation grid, not derived, both: of the second moment of a maximum, a factor of e in how many it is over; of the
 # gradient through one, whose largest entry is not independent of what flows back.
@@ -77,8 +81,6 @@ class OneOfMany(Node):
 
     def sampled(self, reduce: Callable[[np.ndarray, tuple[int, ...]], np.ndarray], count: int | None = None) -> Table:
         """Its moments: the reduced axes whole, the others two long."""
-        from varscale.theory.rules.sampled_primitive import sample_map
-
         axes, source = self.reduced, self.args[0].node
         count = count or math.prod(source.axes[k].size for k in axes)
         # The larger the set, the more the tail decides; and of what a few numbers decide there is no Gaussian tail.
@@ -89,8 +91,6 @@ class OneOfMany(Node):
 @cross_by_kind.register(OneOfMany)
 def cross_by_kind_of_one_of_many(node: OneOfMany, a: View, b: View, frame: Sequence[Axis]) -> np.ndarray | None:
     """Σ E[∂f/∂x_k] Cov(x_k, y) = Cov(mean x, y) for Gaussians that are alike (Stein): the slopes add up to 1."""
-    from varscale.theory.propagation.cross_moments import cross, mean_product
-
     x = node.args[0].node
     if any(x.axes[k].labels is not None for k in node.reduced) or not (_is_gaussian(x) and _is_gaussian(b.node)):
         return None
@@ -100,8 +100,6 @@ def cross_by_kind_of_one_of_many(node: OneOfMany, a: View, b: View, frame: Seque
 
 def _is_gaussian(node: Node) -> bool:
     """Whether a node may be taken for Gaussian: no function of others, and of no law of its own."""
-    from varscale.theory.propagation.marginals import marginal
-
     while isinstance(node, Apply) and node.params[0] == "affine":
         node = node.args[0].node
     return not isinstance(node, Apply | OneOfMany) and marginal(node).gaussian
@@ -140,8 +138,6 @@ def pullback_of_extreme(node: Extreme, cotangent: np.ndarray, notes: BackwardNot
 
 def narrowest(node: Node) -> float:
     """The fewest numbers that a position was made from by weights, anywhere on the way."""
-    from varscale.theory.graph.linear_nodes import weight_of
-
     width, seen, pending = math.inf, {node.id}, [node]
     while pending:
         node = pending.pop()
@@ -223,6 +219,5 @@ def reduce_max(interpreter: Context, eqn: Any, x: Value) -> Value:
 
 @rule("reduce_and", "reduce_or", "reduce_prod", "argmax", "argmin")
 def sampled_reduction(interpreter: Context, eqn: Any, *xs: Value) -> Any:
-    from varscale.theory.rules.sampled_primitive import sampled
 
     return sampled(interpreter, eqn, *xs)

@@ -24,6 +24,7 @@ from varscale.theory.domain.tables import full_types, means_by_type
 from varscale.theory.graph.expressions import roots, swapped
 from varscale.theory.graph.nodes import UNKNOWN, Node, View
 from varscale.theory.graph.store import Fact
+from varscale.theory.propagation.cross_moments import cross, mean_product
 
 _OWN_SHARES: Fact[int, float] = Fact()  # by product: the share of a row with itself in its second moments
 
@@ -102,8 +103,6 @@ def _beyond_any_two(between: np.ndarray, counts: np.ndarray) -> np.ndarray:
 
 def _gains(node: Any) -> tuple[np.ndarray | float, np.ndarray | float]:
     """The gain by the mean's square, and that by the exchange of factors, by type of the output."""
-    from varscale.theory.propagation.cross_moments import cross, mean_product
-
     met = _met(node)
     if not met:
         return 0.0, 0.0

@@ -21,6 +21,7 @@ from varscale.theory.graph.nodes import UNKNOWN, Array, Node, View, pullback, se
 from varscale.theory.graph.store import BackwardNotes, Fact
 from varscale.theory.integrals.hermite_series import Z
 from varscale.theory.propagation.marginals import concentrated, evaluate, marginal
+from varscale.theory.propagation.pullbacks import mean_square
 from varscale.theory.rules.registry import Context
 
 _BUDGET = 2_000_000  # elements drawn for one node
@@ -165,8 +166,6 @@ def _is_position(node: Sampled) -> bool:
 @pullback.register(Sampled)
 def pullback_of_sampled(node: Sampled, cotangent: np.ndarray, notes: BackwardNotes) -> list[np.ndarray | None]:
     """As if every entry that comes out were one of those that went in (a sort): more is not known, and it is flagged."""
-    from varscale.theory.propagation.pullbacks import mean_square
-
     if _is_position(node):
         return [None] * len(node.args)
     whole = float(mean_square(np.broadcast_to(cotangent, node.frame_types), node.axes)) * math.prod(a.size for a in node.axes)

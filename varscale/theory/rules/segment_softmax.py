@@ -16,12 +16,14 @@ from varscale.theory.domain.axes import MOST_CLASSES, Axis, contract_axis, group
 from varscale.theory.domain.tables import Table
 from varscale.theory.graph.expressions import Apply, Sum, roots
 from varscale.theory.graph.layout import Value
+from varscale.theory.graph.lookups import Gather
 from varscale.theory.graph.nodes import Array, Constant, Node, View, pullback, second_moments
 from varscale.theory.graph.store import BackwardNotes
 from varscale.theory.integrals.softmax import WeightMoments, weight_moments
-from varscale.theory.rules.lookup import Gather
-from varscale.theory.rules.neighbours import SEGMENTS, Segments
-from varscale.theory.rules.segments import SegmentMax, SegmentSum, as_seen_within
+from varscale.theory.propagation.pullbacks import sum_out
+from varscale.theory.rules.registry import recognise
+from varscale.theory.rules.segment_sums import SEGMENTS, Segments, SegmentSum
+from varscale.theory.rules.segments import SegmentMax, as_seen_within, pairs_within_segments
 from varscale.theory.rules.softmax_recognition import MASKED
 
 # Set on the validation grid, not derived, both: weights and values are projections of one node; some edges are masked besides.
@@ -88,8 +90,6 @@ def second_moments_of_segment_softmax(node: SegmentSoftmax) -> Table:
 @pullback.register(SegmentSoftmax)
 def pullback_of_segment_softmax(node: SegmentSoftmax, cotangent: np.ndarray, notes: BackwardNotes) -> list[np.ndarray | None]:
     """∂p/∂l = p(δ − p): to first order in the size of the logits the weights are 1/n each, and a segment sums to zero."""
-    from varscale.theory.propagation.pullbacks import sum_out
-
     own = node.axes[0]
     c = own.classes
     square = np.array([m.square[0] * (1 - 1 / max(n, 1.0)) for n, m in node.moments])
@@ -125,6 +125,7 @@ def _is_maximum(view: View) -> bool:
     return isinstance(source, SegmentMax)
 
 
+@recognise("div")
 def segment_softmax_of(interpreter: Any, top: Value, bottom: Value) -> Value | None:
     """exp(l − max[i]) / (Σ exp(l − max[i]))[i], if that is what this division is."""
     weights = top.node
@@ -170,3 +171,8 @@ def _unmasked(view: View, size: int) -> tuple[View, np.ndarray]:
         allowed &= np.asarray(mask.node.values).astype(int) != dropped[0]
         node, bind = cases[1 - dropped[0]].within(bind)
     return View(node, bind), allowed
+
+
+@pairs_within_segments.register(SegmentSoftmax)
+def pairs_within_segments_of_segment_softmax(node: SegmentSoftmax) -> Node:
+    return node.graph.make(SegmentSoftmax, node.axes, node.args, (node.params[0], True))

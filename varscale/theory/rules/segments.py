@@ -9,6 +9,7 @@ exact given the moments M of the summands; outputs that see alike are one class 
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -17,66 +18,24 @@ import numpy as np
 from scipy import special
 
 from varscale.theory.domain.axes import MOST_CLASSES, Axis, apply_axis, contract_axis, grouped
-from varscale.theory.domain.tables import Table
+from varscale.theory.domain.tables import Table, lift
 from varscale.theory.graph.expressions import Apply, roots
 from varscale.theory.graph.factors import factors
 from varscale.theory.graph.layout import Atom, Value, full, materialize, merged
+from varscale.theory.graph.linear_nodes import weight_of
+from varscale.theory.graph.lookups import SUMMED_OVER, Gather
 from varscale.theory.graph.nodes import Array, Node, View, cross_by_kind, number, pullback, second_moments
 from varscale.theory.graph.normal_form import affine, apply
 from varscale.theory.graph.reshapes import permute
 from varscale.theory.graph.store import BackwardNotes
 from varscale.theory.integrals.hermite_series import Z
-from varscale.theory.rules.lookup import SUMMED_OVER
-from varscale.theory.rules.neighbours import SEGMENTS, Segments, unseen, unseen_in_given
+from varscale.theory.integrals.primitives import function
+from varscale.theory.propagation.cross_moments import cross
+from varscale.theory.rules.neighbours import unseen, unseen_in_given
 from varscale.theory.rules.reductions import bounded, is_identity, narrowest, outside, restored
 from varscale.theory.rules.registry import Context, rule
-
-
-def sums(ids: np.ndarray, weights: np.ndarray, size: int, axis: Axis) -> tuple[np.ndarray, np.ndarray]:
-    """Sums of the weights and of their squares, by output and by class of the summed axis, (size, classes) each."""
-    first, second = np.zeros((size, axis.classes)), np.zeros((size, axis.classes))
-    kept = (ids >= 0) & (ids < size)
-    place = (ids[kept], axis.label_array[kept])
-    np.add.at(first, place, weights[kept])
-    np.add.at(second, place, weights[kept] ** 2)
-    return first, second
-
-
-def pair_counts(first: np.ndarray, second: np.ndarray, out: Axis, axis: Axis) -> np.ndarray:
-    """Weight of the pairs of each type of the summed axis in a pair of outputs of each type, (types out, types in)."""
-    members = np.eye(out.classes)[out.label_array].T
-    matrix = np.zeros((out.types, axis.types))
-    c, k = out.classes, axis.classes
-    within = np.einsum("ci,ik,il->ckl", members, first, first)
-    own = members @ second
-    matrix[:c, :k] = own
-    matrix[:c, k:] = (within - np.einsum("ck,kl->ckl", own, np.eye(k))).reshape(c, k * k)
-    total = members @ first
-    apart = np.einsum("ck,dl->cdkl", total, total)
-    apart[np.arange(c), np.arange(c)] -= within
-    matrix[c:, k:] = apart.reshape(c * c, k * k)
-    return matrix / np.maximum(out.pairs, 1.0)[:, None]
-
-
-class SegmentSum(Node):
-    """Sums by segment over axis 0 of its argument; `params` is the key of (ids, weights, size) in the graph's store.
-
-    A second argument is the summands as pairs within a segment see them: lookups that agree there agree more often.
-    """
-
-    collects = True
-
-    def prepare(self) -> None:
-        self.odd, self.positive = self.args[0].node.odd, self.args[0].node.positive
-
-    @property
-    def maps(self) -> tuple[np.ndarray, np.ndarray]:
-        """The weight of each class of summands in an output's mean, and of each type of pair in its second moments."""
-        ids, weights, size = SEGMENTS.of(self.graph)[self.params]
-        axis, out = self.args[0].node.axes[0], self.axes[0]
-        first, second = sums(ids, weights, size, axis)
-        members = np.eye(out.classes)[out.label_array].T / out.counts[:, None]
-        return members @ first, pair_counts(first, second, out, axis)
+from varscale.theory.rules.sampled_primitive import sampled
+from varscale.theory.rules.segment_sums import SEGMENTS, Segments, SegmentSum, per_position, sums
 
 
 @second_moments.register(SegmentSum)
@@ -104,11 +63,6 @@ def pullback_of_segment_sum(node: SegmentSum, cotangent: np.ndarray, notes: Back
 @cross_by_kind.register(SegmentSum)
 def cross_by_kind_of_segment_sum(node: SegmentSum, a: View, b: View, frame: Sequence[Axis]) -> np.ndarray | None:
     """Sums of rows looked up against anything over the same rows: which row meets which is known."""
-    from varscale.theory.domain.tables import lift
-    from varscale.theory.graph.linear_nodes import weight_of
-    from varscale.theory.propagation.cross_moments import cross
-    from varscale.theory.rules.lookup import Gather
-
     weights_of = weight_of(node), weight_of(b.node)
     if None not in weights_of and weights_of[0] is not weights_of[1]:
         return np.zeros((1,) * len(frame))
@@ -155,23 +109,6 @@ def substitute(node: Node, swap: dict[int, Node], done: dict[int, Node]) -> Node
     return done[node.id]
 
 
-def per_position(node: Node) -> list[Node]:
-    """What the summands read at their own positions: lookups and weights by segment, however many layers were put on them."""
-    from varscale.theory.rules.lookup import Gather
-
-    found: dict[int, Node] = {}
-    seen, pending = {node.id}, [node]
-    while pending:
-        node = pending.pop()
-        if isinstance(node, Gather | SegmentSum) or node.shares:
-            found[node.id] = node
-            continue
-        before = {v.node.id: v.node for v in node.args if v.node.id not in seen}
-        seen.update(before)
-        pending += before.values()
-    return list(found.values())
-
-
 def note_segments(node: Node, ids: np.ndarray) -> None:
     """Tell the lookups among the summands of a sum by segment of which segment each of their positions is.
 
@@ -182,24 +119,25 @@ def note_segments(node: Node, ids: np.ndarray) -> None:
         noted[ids.tobytes()] = ids
 
 
+@functools.singledispatch
+def pairs_within_segments(node: Node) -> Node | None:
+    """A node whose pairs of positions are those of one segment; None of a kind that does not know."""
+    return None
+
+
 def as_seen_within(node: Node, ids: np.ndarray) -> Node:
     """The summands with each lookup along axis 0 agreeing as often as it does for two positions of one segment."""
-    from varscale.theory.rules.lookup import Gather
-    from varscale.theory.rules.segment_softmax import SegmentSoftmax
-
     swap: dict[int, Node] = {}
     for looked in per_position(node):
-        if isinstance(looked, SegmentSoftmax):
-            params = (looked.params[0], True)
-            swap[looked.id] = node.graph.make(SegmentSoftmax, looked.axes, looked.args, params)
+        if (within := pairs_within_segments(looked)) is not None:
+            swap[looked.id] = within
             continue
         known = looked.line if isinstance(looked, Gather) else None
         if not isinstance(looked, Gather) or known is None or len(known) != len(ids):
             continue
         order = np.lexsort((known, ids))
         pair = np.stack([ids[order], known[order]])
-        runs = lambda x: np.unique(x, axis=-1, return_counts=True)[1].astype(float)  # noqa: E731
-        together, segments = runs(pair), runs(ids)
+        together, segments = (np.unique(x, axis=-1, return_counts=True)[1].astype(float) for x in (pair, ids))
         rate = float(np.sum(together * (together - 1)) / max(np.sum(segments * (segments - 1)), 1.0))
         rows, index, _, count, classes, _ = looked.params
         rates = np.where(looked.indexed[0].agrees, 1.0, round(rate, 12))
@@ -232,8 +170,6 @@ def known_factors(x: Value, size: int) -> tuple[Node, np.ndarray]:
 
 def _evaluated(node: Node) -> np.ndarray | None:
     """The numbers of a known one-dimensional expression."""
-    from varscale.theory.integrals.primitives import function
-
     if isinstance(node, Array):
         return np.asarray(node.values, float)
     if not isinstance(node, Apply):
@@ -288,10 +224,10 @@ def second_moments_of_segment_max(node: SegmentMax) -> Table:
     own = correlation[cell[0]], correlation[types + int(cell[0]) * (types + 1)]
     spread = np.sqrt(np.maximum(second - mean**2, 0.0))
     same = out.agrees
-    by = lambda v: v[out.first] * v[out.second]  # noqa: E731
+    spreads, products = (v[out.first] * v[out.second] for v in (spread, mean))
     shape = (-1, *[1] * len(rest))
-    both = np.where(same.reshape(shape), own[0][None], own[1][None]) * by(spread).reshape(shape)
-    diagonal = by(mean).reshape(shape)
+    both = np.where(same.reshape(shape), own[0][None], own[1][None]) * spreads.reshape(shape)
+    diagonal = products.reshape(shape)
     means = np.broadcast_to(mean.reshape(-1, *[1] * len(rest)), [a.classes for a in node.axes])
     return Table(node.axes, np.array(means), np.array(np.broadcast_to(both + diagonal, node.frame_types)))
 
@@ -332,8 +268,6 @@ def segmented(interpreter: Context, eqn: Any, x: Value, ids: Value, updates: Val
 @rule("scatter-add")
 def scatter_add(interpreter: Context, eqn: Any, x: Value, ids: Value, updates: Value) -> Any:
     """Sums by segment where the segments are known; otherwise sampled."""
-    from varscale.theory.rules.sampled_primitive import sampled
-
     found = segmented(interpreter, eqn, x, ids, updates)
     if found is None:
         return sampled(interpreter, eqn, x, ids, updates)
@@ -357,8 +291,6 @@ def scatter_add(interpreter: Context, eqn: Any, x: Value, ids: Value, updates: V
 @rule("scatter-max", "scatter-min")
 def scatter_max(interpreter: Context, eqn: Any, x: Value, ids: Value, updates: Value) -> Any:
     """Maxima by segment where the segments are known; otherwise sampled."""
-    from varscale.theory.rules.sampled_primitive import sampled
-
     name = "max" if eqn.primitive.name == "scatter-max" else "min"
     sign, start = 1.0 if name == "max" else -1.0, x.constant
     if start is None:

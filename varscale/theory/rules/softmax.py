@@ -16,6 +16,7 @@ from varscale.theory.graph.store import BackwardNotes, Fact
 from varscale.theory.integrals.softmax import WeightMoments, weight_moments
 from varscale.theory.integrals.softmax_jacobian import apart, balance, between, in_common, where_weighed
 from varscale.theory.propagation.inherited_fluctuations import NONE, Spread, handed_on
+from varscale.theory.propagation.pullbacks import sum_out
 from varscale.theory.rules.logit_distributions import standard_law
 from varscale.theory.rules.row_gram import of_own_keys
 
@@ -30,6 +31,24 @@ _JACOBIAN_DOUBT, _CLASSED_DOUBT = 0.05, 0.15  # of the rest; where tokens of dif
 _KEYS: Fact[Hashable, tuple[np.ndarray, np.ndarray, list[Axis]]] = Fact()  # by mask
 _WEIGHTS: Fact[Hashable, WeightMoments] = Fact()
 _PLACED: Fact[frozenset[int], dict[int, bool]] = Fact()
+
+
+@functools.singledispatch
+def key_directions(weights: Node) -> float:
+    """Directions of the sphere on which a norm has put the tokens of the keys; infinite if they are as good as Gaussian."""
+    return math.inf
+
+
+@functools.singledispatch
+def logit_scatter(weights: Node) -> float:
+    """Relative variance, between queries, of the logits' variance; 0 of logits that are not made of tokens."""
+    return 0.0
+
+
+@functools.singledispatch
+def gain_of_queries(weights: Node, notes: BackwardNotes, passed: np.ndarray, kept: np.ndarray) -> float | None:
+    """The part of the queries' cotangents that keys and values gain them by seeing the same tokens; None where not known."""
+    return None
 
 
 class Softmax(Node):
@@ -102,9 +121,7 @@ class Softmax(Node):
     @functools.cached_property
     def directions(self) -> float:
         """Of the sphere that the tokens lie on which keys are projections of; infinite where they are as good as Gaussian."""
-        from varscale.theory.rules.attention import sphere
-
-        return sphere(self)
+        return key_directions(self)
 
     def read(self, by_class: np.ndarray, *, second: bool = False) -> np.ndarray:
         """An array by class of the rows (then anything), read at i (or j) of every type of the rows."""
@@ -217,9 +234,7 @@ def _mean_inverse(node: Softmax) -> np.ndarray:
 
 def _query_spread(node: Softmax) -> float:
     """The step of Gauss and Hermite's three-point rule: √3 relative deviations of the logits' variance between queries."""
-    from varscale.theory.rules.attention import scattered
-
-    return min(math.sqrt(3.0 * scattered(node)), 0.95)
+    return min(math.sqrt(3.0 * logit_scatter(node)), 0.95)
 
 
 @second_moments.register(Softmax)
@@ -267,9 +282,6 @@ def second_moments_of_softmax(node: Softmax) -> Table:
 @pullback.register(Softmax)
 def pullback_of_softmax(node: Softmax, cotangent: np.ndarray, notes: BackwardNotes) -> list[np.ndarray | None]:
     """∂p_k/∂l_j = p_k(δ − p_j): a cotangent's part common to the keys is lost, the rest is weighted by p."""
-    from varscale.theory.propagation.pullbacks import sum_out
-    from varscale.theory.rules.attention import overlapping
-
     keys = [node.axes[k] for k in node.params]
     axis = keys[0] if len(keys) == 1 else Axis(math.prod(a.size for a in keys))
     c = axis.classes
@@ -290,7 +302,7 @@ def pullback_of_softmax(node: Softmax, cotangent: np.ndarray, notes: BackwardNot
     keep = np.where(node.own[..., None], node.read(keep), 1 - _weighed(node).sum(0) + overlap)
     same = np.where(node.own[..., None], np.maximum(passed, 0.0), passed) * np.clip(keep, 0, 1) + within * p[..., :c]
     lost = lost + common * p[..., c:].reshape(common.shape)
-    share = overlapping(node, notes, (each * ahead * axis.counts).sum(-1), (same * axis.counts).sum(-1))
+    share = gain_of_queries(node, notes, (each * ahead * axis.counts).sum(-1), (same * axis.counts).sum(-1))
     notes.doubts[node.id] = _doubt(node, share)
     lost = lost + balance(same, lost, ahead, axis)
     out = np.concatenate([same, lost.reshape(*same.shape[:-1], c * c)], axis=-1)

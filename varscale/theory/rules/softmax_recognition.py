@@ -10,12 +10,13 @@ import numpy as np
 from varscale.theory.domain.axes import Axis, affordable, join, labelled
 from varscale.theory.graph.expressions import Apply, Mean, Sum, roots
 from varscale.theory.graph.layout import Value
+from varscale.theory.graph.linear_nodes import Contract
 from varscale.theory.graph.nodes import Array, Constant, Node, View, array
 from varscale.theory.graph.normal_form import apply, total
 from varscale.theory.graph.store import Fact, once_per_node
 from varscale.theory.rules.padding import padded
 from varscale.theory.rules.reductions import Extreme
-from varscale.theory.rules.registry import Context
+from varscale.theory.rules.registry import Context, recognise
 from varscale.theory.rules.softmax import Softmax
 
 # Masks made of known arrays: whole rows where none is seen; which rows see any; products of masks; where a choice is made.
@@ -30,6 +31,7 @@ _NOTHING_LEFT = 50.0  # a difference of logits that takes all of a key's weight,
 _ROW_CLASSES = 8
 
 
+@recognise("div")
 def softmax_of(interpreter: Context, top: Value, bottom: Value) -> Value | None:
     """exp(x − max) / Σ exp(x − max), if that is what this division is."""
     num, den = top.node, bottom.node
@@ -106,8 +108,6 @@ def _row_classes(frame: list[Axis], random: View, allowed: View, axes: Sequence[
 
 def _features(view: View) -> tuple[Axis, ...]:
     """The axes that a product of queries and keys sums over."""
-    from varscale.theory.graph.linear_nodes import Contract
-
     node = view.node
     if isinstance(node, Contract):
         return node.params

@@ -20,6 +20,7 @@ import numpy as np
 from varscale.theory.domain.axes import Axis, shares
 from varscale.theory.graph.derivatives import derivative
 from varscale.theory.graph.expressions import Apply, Sum, roots
+from varscale.theory.graph.linear_nodes import Contract
 from varscale.theory.graph.nodes import Graph, Leaf, Node, View
 from varscale.theory.graph.normal_form import forward, total
 from varscale.theory.rules.softmax import Softmax
@@ -37,8 +38,6 @@ def applied_back(graph: Graph, axes: Sequence[Axis], params: Sequence[Axis], vie
     Returns:
         The sum of the mean given what the weight was applied to, and of what is left; None elsewhere.
     """
-    from varscale.theory.graph.linear_nodes import Contract
-
     for weight, other in zip(views, views[::-1], strict=True):
         leaf = weight.node
         if not (isinstance(leaf, Leaf) and leaf.random and leaf.odd & other.node.deps and not leaf.is_input):
@@ -59,8 +58,6 @@ def applied_back(graph: Graph, axes: Sequence[Axis], params: Sequence[Axis], vie
 
 def _uses(view: View, leaf: Leaf) -> Iterator[tuple[float, View]]:
     """Products with a weight that a view is an elementwise function of, each with its mean derivative."""
-    from varscale.theory.graph.linear_nodes import Contract
-
     pending = [(1.0, view)]
     while pending:
         slope, (node, bind) = pending.pop()

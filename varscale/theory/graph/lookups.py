@@ -1,0 +1,66 @@
+"""Lookups: rows of a table by index, as nodes."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import numpy as np
+
+from varscale.theory.domain.axes import Axis
+from varscale.theory.graph.nodes import Node
+from varscale.theory.graph.store import Fact
+
+PICKERS: Fact[Any, Node] = Fact()  # the node of indices that are not known
+
+
+INDICES: Fact[Any, np.ndarray] = Fact()  # known indices by digest
+
+
+SUMMED_OVER: Fact[int, dict[Any, np.ndarray]] = Fact()  # by lookup: the segments of each sum that its positions are in
+
+
+class Gather(Node):
+    """Rows of a table by index; `params` is (its row axes, index axes of the output, repeat rates, rows, classes, ids).
+
+    Where the rows have classes and the indices are one known axis, `classes` are those of the rows behind its own classes.
+    `ids` tells one array of indices from another: the key of known ones in the graph's store, or the node of unknown ones.
+
+    The frame of its view is this node's axes and then the rows' own.
+    """
+
+    collects = True
+
+    collects = True
+
+    def prepare(self) -> None:
+        """What indices are computed from decides, too: the nearest row is no row like others, and may turn with the table."""
+        self.odd, self.positive = self.args[0].node.odd, self.args[0].node.positive
+        picker = PICKERS.get(self.graph, self.params[5])
+        if picker is not None:
+            self.deps |= picker.deps
+            self.odd &= picker.unseen
+            self.even &= picker.unseen
+
+    @property
+    def known(self) -> np.ndarray | None:
+        """The indices, flat, where they are known."""
+        return INDICES.get(self.graph, self.params[5])
+
+    @property
+    def line(self) -> np.ndarray | None:
+        """The known indices where they run over one axis and pick along one."""
+        return self.known if len(self.params[0]) == len(self.params[1]) == 1 else None
+
+    @property
+    def indexed(self) -> list[Axis]:
+        """The axes of the indices; without their classes where those are the rows'."""
+        return [Axis(self.axes[k].size) if self.params[4] else self.axes[k] for k in self.params[1]]
+
+    def rates(self) -> np.ndarray:
+        """P(same row) over the types of the indices."""
+        rates, rows = self.params[2:4]
+        if rates is not None:
+            return np.array(rates).reshape([axis.types for axis in self.indexed])
+        same = functools.reduce(np.logical_and.outer, [axis.agrees for axis in self.indexed], np.array(True))
+        return np.where(same, 1.0, 1.0 / rows)
