@@ -92,7 +92,7 @@ def _covariance(x: Tokens, y: Tokens) -> float:
         missing = [(s, s) for s in sources if (s, s) not in known]
         if not missing:
             own = [known[s, s] for s in sources]
-            mixture = _MIXTURES.once(graph, later, lambda rule=rule, own=own: rule(own))
+            mixture = MIXTURES.once(graph, later, lambda rule=rule, own=own: rule(own))
             terms = [(w, _pair(other, s)) for w, s in zip(mixture.weights, sources, strict=True) if w]
             missing = [pair for _, pair in terms if pair not in known]
             if not missing:
@@ -299,7 +299,7 @@ def _applied(x: Tokens, node: Apply) -> tuple[list[Tokens], OverlapRule]:
 
 
 _OVERLAPS: Fact[tuple[Tokens, Tokens], float] = Fact()
-_MIXTURES: Fact[Tokens, Mixture] = Fact()
+MIXTURES: Fact[Tokens, Mixture] = Fact()
 _SOURCES: Fact[Tokens, tuple[list[Tokens], OverlapRule]] = Fact()
 
 
