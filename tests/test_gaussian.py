@@ -90,9 +90,9 @@ def test_hermite_series_is_the_pair():
 
 def test_cached():
     gaussian.second_moment(jnp.arctan)
-    hits = gaussian._cached.cache_info().hits
+    hits = gaussian._tabulate.cache_info().hits
     gaussian.mean(jnp.arctan)
-    assert gaussian._cached.cache_info().hits == hits + 1
+    assert gaussian._tabulate.cache_info().hits == hits + 1
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,6 @@ _ROWS = 128  # conditional means a call, likewise
 _KINK_WIDTH = 2.0**-40
 _TOLERANCE = 1e-12
 _MOST_PANELS = 4096
-_SIDES = np.array([-1.0, 1.0])
 _STEPS = (1e-8, 1e-11)  # in standard deviations; a cut finds a jump to about a tenth of the shorter
 
 
@@ -72,9 +71,7 @@ def _float64() -> Iterator[None]:
 
 def name_of(f: Elementwise) -> str:
     """The name of a callable for an error: `silu`; `<lambda> (net.py:7)`; of an object its class."""
-    name = getattr(f, "__name__", None)
-    if name is None:
-        return f"of type {type(f).__name__}" if callable(f) else repr(f)
+    name = getattr(f, "__name__", f"of type {type(f).__name__}")
     code = getattr(f, "__code__", None)
     return f"{name} ({code.co_filename.rsplit('/', 1)[-1]}:{code.co_firstlineno})" if code and name == "<lambda>" else name
 
@@ -104,17 +101,16 @@ def _evaluate(f: Elementwise, x: Float[np.ndarray, "*shape"]) -> tuple[Float[np.
 def _number_by_number(f: Elementwise, x: Float[np.ndarray, "*shape"], on_array: Exception) -> Float[np.ndarray, "*shape"]:
     try:
         return np.vectorize(f, otypes=[float])(x)
-    except Exception as on_number:
+    except (TypeError, ValueError, IndexError) as on_number:
         says = f"on an array of shape {x.shape} it raises {on_array!r}, on a number {on_number!r}"
-        kind = TypeError if isinstance(on_array, TypeError) else ValueError
+        kind = TypeError if isinstance(on_number, TypeError) else ValueError
         raise kind(f"activation {name_of(f)} must be elementwise, a function of one real number: {says}") from on_number
 
 
+@functools.lru_cache(maxsize=1024)
 def _check_elementwise(f: Elementwise) -> None:
-    """Raises ValueError where f(x) at one entry depends on the other entries or on the position.
-
-    x is rearranged and half of its entries are replaced: an elementwise f is rearranged with it at the entries that are kept.
-    """
+    """Raises ValueError where f(x) at one entry depends on the other entries or on the position."""
+    # x is rearranged and half of its entries are replaced: an elementwise f is rearranged with it where they are kept.
     generator = np.random.default_rng(0)
     x, other = generator.standard_normal((2, _BATCH, _ORDER))
     order = generator.permutation(x.size)
@@ -127,9 +123,6 @@ def _check_elementwise(f: Elementwise) -> None:
             f"activation {name_of(f)} must be elementwise, but its value at one entry depends on the other entries or on the "
             "position (as that of softmax, a normalization, cumsum or dropout does); vs.predict follows such functions"
         )
-
-
-_check_elementwise_once = functools.lru_cache(maxsize=1024)(_check_elementwise)
 
 
 def _panel_nodes(left: np.ndarray, right: np.ndarray) -> np.ndarray:
@@ -185,6 +178,7 @@ def _checked(name: str, value: float, low: float = -math.inf, high: float = math
     return number
 
 
+@functools.lru_cache(maxsize=1024)
 def _tabulate(f: Elementwise, mean: float, variance: float) -> Quadrature:
     std = math.sqrt(variance)
     left, right, _ = _resolve(f, mean, std, _CUTS)
@@ -203,11 +197,6 @@ def _tabulate(f: Elementwise, mean: float, variance: float) -> Quadrature:
         raise ValueError(f"activation {name_of(f)} is not finite at x = {bad:.6g}, under N({mean:g}, {variance:g})")
     values = np.where(np.isfinite(values), values, 0.0)
     return Quadrature(np.append(left, right[-1]), z.ravel(), weights.ravel(), values.ravel())
-
-
-@functools.lru_cache(maxsize=1024)
-def _cached(f: Elementwise, mean: float, variance: float) -> Quadrature:
-    return _tabulate(f, mean, variance)
 
 
 def quadrature(f: Elementwise, mean: float = 0.0, variance: float = 1.0) -> Quadrature:
@@ -231,10 +220,10 @@ def quadrature(f: Elementwise, mean: float = 0.0, variance: float = 1.0) -> Quad
     try:
         hash(f)
     except TypeError:
-        _check_elementwise(f)
-        return _tabulate(f, mean, variance)
-    _check_elementwise_once(f)
-    return _cached(f, mean, variance)
+        _check_elementwise.__wrapped__(f)
+        return _tabulate.__wrapped__(f, mean, variance)
+    _check_elementwise(f)
+    return _tabulate(f, mean, variance)
 
 
 def jumps(f: Elementwise, mean: float = 0.0, variance: float = 1.0) -> bool:
@@ -250,7 +239,7 @@ def jumps(f: Elementwise, mean: float = 0.0, variance: float = 1.0) -> bool:
     cuts = q.cuts[np.abs(q.cuts) < 8]
     std = math.sqrt(variance)
     # A step from one side of a cut to the other shrinks with its length, unless there is a jump between.
-    far, near = (np.abs(np.diff(_in_batches(f, mean + std * (cuts[:, None] + d * _SIDES)))[:, 0]) for d in _STEPS)
+    far, near = (np.abs(np.diff(_in_batches(f, mean + std * (cuts[:, None] + np.array([-d, d]))))[:, 0]) for d in _STEPS)
     return bool(np.any((near > far / 2) & (near > 1e-5 * np.sqrt(q.weights @ q.values**2))))
 
 
@@ -308,8 +297,7 @@ def second_moment(f: Elementwise, mean: float = 0.0, variance: float = 1.0) -> f
 def second_moment_slope(f: Elementwise, mean: float = 0.0, variance: float = 1.0) -> float:
     """d ln E[f(x)²] / d ln v for x ~ N(mean, v), at v = variance: ½ (E[f² z²] / E[f²] − 1). Arguments and errors: `quadrature`.
 
-    A layer W f(x) with the gain of f keeps E[y²] = 1; where E[y²] is off by a factor 1 + ε, the next layer's is off by
-    1 + slope · ε. Below 1 deviations shrink with depth, above 1 they grow as slope^depth.
+    With the gain of f layers keep E[y²] = 1, and a deviation ε from it grows or shrinks as slope^depth · ε.
 
     >>> import jax
     >>> [round(second_moment_slope(f), 3) for f in (jax.nn.tanh, jax.nn.relu, jax.nn.gelu)]
