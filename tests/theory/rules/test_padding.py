@@ -17,7 +17,7 @@ from scipy import stats
 import varscale as vs
 from varscale.theory.domain.axes import Axis, labelled
 from varscale.theory.graph.nodes import Graph
-from varscale.theory.rules.padding import MOST_LENGTHS, classed_axes, evened, filled_up, repeat_rates
+from varscale.theory.rules.padding import MOST_LENGTHS, PADDED, classed_axes, evened, filled_up, repeat_rates
 
 ROWS, WORDS, WIDTH, HEADS, NETS = 24, 300, 64, 2, 100
 FEW, MANY = (24, 24, 9, 5), (24, 21, 19, 16, 13, 10, 8, 5)
@@ -229,7 +229,7 @@ def test_few_lengths_and_full_rows_are_left_as_they_are():
 def test_ids_without_paddings_have_no_classes():
     ids = sentences((24,) * 4)
     graph = Graph()
-    graph.memo["padded"] = evened([ids])[1]
+    PADDED.put(graph, None, evened([ids])[1])
     assert classed_axes(graph, ids) == [Axis(4), Axis(24)]
 
 

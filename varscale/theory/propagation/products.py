@@ -175,7 +175,7 @@ def _of_one_root(group: _Group, frame: Sequence[Axis], fixed: Environment) -> tu
     if None in marks:
         mean, series = integrated()
     else:
-        mean, series = _INTEGRATED.once(root.node.graph, (tuple(marks), tuple(frame)), integrated)
+        mean, series = INTEGRATED.once(root.node.graph, (tuple(marks), tuple(frame)), integrated)
     return mean, _read(series, root, frame)
 
 
@@ -353,7 +353,7 @@ def _twins(views: Sequence[View]) -> tuple[int, int, float, float] | None:
     return i, j, 1 / node.axes[moved[0]].size, float(marginal(node).correlation[different])
 
 
-_INTEGRATED: Fact[Hashable, tuple[np.ndarray, Series]] = Fact()  # functions of one root, by form
+INTEGRATED: Fact[Hashable, tuple[np.ndarray, Series]] = Fact()  # functions of one root, by form
 
 
 @strategy("law of functions")
