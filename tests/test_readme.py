@@ -4,15 +4,26 @@ import pathlib
 import re
 import runpy
 
+import pytest
+
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+
+FOLDERS = (ROOT, *(ROOT / "varscale").glob("*/"), *(ROOT / "experiments").glob("*/"))
+DOCUMENTS = sorted(folder / "README.md" for folder in FOLDERS if (folder / "README.md").exists())
 
 
 def test_it_stays_short():
     assert len(README.splitlines()) <= 130
     assert len(README.encode()) <= 9000
     assert max(len(line) for _, code in BLOCKS for line in code.splitlines()) <= 100
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_somewhere(document):
+    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", document.read_text(encoding="utf-8")):
+        assert target.startswith("http") or (document.parent / target).exists(), target
 
 
 def test_the_tests_to_paste_pass(tmp_path):
