@@ -27,6 +27,7 @@ if _TYPE_CHECKING:
     from varscale.initialization.initialize import initialize as initialize
     from varscale.initialization.reinitialize import reinitialize as reinitialize
     from varscale.initialization.to_checkpoint import initialize_to_checkpoint as initialize_to_checkpoint
+    from varscale.measuring.monitor import Monitor as Monitor
     from varscale.measuring.probe import probe as probe
     from varscale.programs.faces import inputs as inputs
     from varscale.report import Report as Report
@@ -48,6 +49,7 @@ _LATER = {
     "initialize_to_checkpoint": "varscale.initialization.to_checkpoint",
     "reinitialize": "varscale.initialization.reinitialize",
     "inputs": "varscale.programs.faces",
+    "Monitor": "varscale.measuring.monitor",
     "probe": "varscale.measuring.probe",
     **dict.fromkeys(("Report", "Row", "Weight"), "varscale.report"),
     **dict.fromkeys(("Audit", "Finding"), "varscale.auditing.findings"),

@@ -45,13 +45,14 @@ def recorded(model: Any, *, prefix: str = "", alike: bool = False) -> Iterator[N
             own = type(module)
             path = "/".join(filter(None, [prefix, *map(str, keys)]))
             with contextlib.suppress(TypeError):  # a class that wants arguments from its subclasses, or one with slots
-                module.__class__ = _recording(own)
+                # Past nnx's own __setattr__, which would enter "__class__" among the module's attributes for good.
+                object.__setattr__(module, "__class__", _recording(own))
                 changed.append((module, own))
                 setattr(module, _PATH, _Alike(path) if alike else path)
         yield
     finally:
         for module, own in changed:
-            module.__class__ = own
+            object.__setattr__(module, "__class__", own)
             with contextlib.suppress(AttributeError):
                 delattr(module, _PATH)
 
