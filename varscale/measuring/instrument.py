@@ -121,7 +121,7 @@ def _traced(f: Callable[..., Any], args: Sequence[Any], method: str) -> tuple[Ta
         try:
             with marks.recording():
                 closed, shapes = jax.make_jaxpr(f, return_shape=True)(*args)
-        except TypeError as error:
+        except (TypeError, NotImplementedError) as error:
             if not (backward and _compat.is_forward_mode_error(error)):
                 raise
         else:
@@ -367,7 +367,7 @@ def _packed(found: Found) -> _Numbers:
             leaves = [jnp.asarray(leaf) for leaf in leaves]
             layout.append((place, name, tree, tuple(leaf.shape for leaf in leaves)))
             arrays += leaves
-    dtype = jnp.result_type(jnp.float32, *{leaf.dtype for leaf in arrays if leaf.dtype == jnp.float64})
+    dtype = jnp.float64 if any(leaf.dtype == jnp.float64 for leaf in arrays) else jnp.float32
     flat = [leaf.ravel().astype(dtype) for leaf in arrays]
     return _Numbers(jnp.concatenate(flat) if flat else jnp.zeros(0), tuple(layout))
 

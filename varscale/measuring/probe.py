@@ -22,6 +22,8 @@ from varscale.programs.program import KEY_SEED, Inputs, Program
 from varscale.programs.trees import open_tree
 from varscale.report import Report
 
+_FORWARD_MODE = "No gradients of rows: the model itself differentiates in forward mode, which marks of cotangents do not allow."
+
 
 def probe(
     model: Any,
@@ -97,9 +99,11 @@ def probe(
     )
     of_weights, numbers = jax.jit(measured.run)(weights.leaves, inputs.arrays)
     found = [row for row in measured.read(numbers) if not row.averaged]
-    trained = [leaf for leaf in weights.trained if loss is not None]
-    paths = [(weights.paths[i], weights.leaves[i]) for i in trained]
-    return report(found, list(zip(paths, np.asarray(of_weights), strict=True)))
+    if loss is None and any(row.value["nonfinite_share"] for row in found):  # the weights may be the cause
+        of_weights = jax.jit(_of_weights)([weights.leaves[i] for i in weights.trained])
+    parameters = [(weights.paths[i], weights.leaves[i]) for i in weights.trained]
+    notes = () if loss is None or measured.gradients else (_FORWARD_MODE,)
+    return report(found, list(zip(parameters, np.asarray(of_weights), strict=False)), notes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,8 +215,7 @@ class _Step:
         # With respect to the inputs too: that is what rows before the first parameter depend on.
         trained = [leaves[i] for i in self.weights.trained]
         gradients, _ = jax.grad(scalar, argnums=(0, 1))(trained, [arrays[i] for i in floating])
-        found = [_of_weight(x, g) for x, g in zip(trained, gradients, strict=True)]
-        return jnp.stack(found) if found else jnp.zeros((0, 5))
+        return _of_weights(trained, gradients)
 
     def output(self, leaves: list[Any], arrays: list[Any]) -> Any:
         """The model's output.
@@ -267,11 +270,16 @@ def _random_loss(output: Any) -> Any:
     return sum(jnp.sum(jnp.real(c * y).astype(jnp.float32)) for c, y in zip(signs, leaves, strict=True))
 
 
-def _of_weight(x: Any, gradient: Any) -> Any:
-    """Mean, second moment and non-finite share of a parameter; second moment and non-finite share of its gradient."""
-    own, of_gradient = reducers.fast(x), reducers.cotangent(gradient)
-    numbers = [own["mean"], own["second_moment"], own["nonfinite_share"], *of_gradient.values()]
-    return jnp.stack([jnp.asarray(number, jnp.float32) for number in numbers])
+def _of_weights(weights: list[Any], gradients: list[Any] | None = None) -> Any:
+    """Mean, second moment and non-finite share of each; second moment and non-finite share of its gradient."""
+    found = []
+    for i, x in enumerate(weights):
+        own = reducers.fast(x)
+        numbers = [own["mean"], own["second_moment"], own["nonfinite_share"]]
+        if gradients is not None:
+            numbers += reducers.cotangent(gradients[i]).values()
+        found.append(jnp.stack([jnp.asarray(number, jnp.float32) for number in numbers]))
+    return jnp.stack(found) if found else jnp.zeros((0, 5))
 
 
 def _diagnosis(program: Program, params: Any, inputs: Inputs, error: Exception) -> str:
@@ -279,7 +287,7 @@ def _diagnosis(program: Program, params: Any, inputs: Inputs, error: Exception) 
     if program.init is None:
         return f"the model does not run on these parameters and inputs: {failures.told(error)}"
     try:
-        expected = jax.eval_shape(program.init, jax.random.key(KEY_SEED), inputs)
+        expected = jax.eval_shape(functools.partial(program.init, x=inputs), jax.random.key(KEY_SEED))
     except Exception as wrong:
         return f"x does not fit the model: {failures.told(wrong)}"
     needed = {leaf.path: tuple(leaf.shape) for leaf in open_tree(expected, "params").leaves}

@@ -27,15 +27,18 @@ _AS_THEY_ARE = (
 )
 
 
-def report(measured: Iterable[Measured], weights: Sequence[tuple[tuple[str, Any], Any]] = ()) -> Report:
+def report(
+    measured: Iterable[Measured], weights: Sequence[tuple[tuple[str, Any], Any]] = (), notes: tuple[str, ...] = ()
+) -> Report:
     """The report of what was measured.
 
     Args:
         measured: rows in execution order.
         weights: of each parameter ((path, array), (mean, second moment, non-finite share, second moment of the gradient,
-            non-finite share of the gradient)).
+            non-finite share of the gradient)); without a gradient the first three.
+        notes: what a reader must know beside the rows.
     """
-    return Report(tuple(map(row, measured)), {path: _weight(path, x, numbers) for (path, x), numbers in weights})
+    return Report(tuple(map(row, measured)), {path: _weight(path, x, numbers) for (path, x), numbers in weights}, notes)
 
 
 def row(measured: Measured) -> Row:
@@ -71,7 +74,11 @@ def _histogram(value: Mapping[str, Any]) -> Histogram | None:
 
 
 def _weight(path: str, x: Any, numbers: Sequence[Any]) -> Weight:
-    mean, second, nonfinite, gradient, gradient_nonfinite = map(float, numbers)
+    mean, second, nonfinite, *of_gradient = map(float, numbers)
+    gradient, gradient_nonfinite = of_gradient or (None, None)
+    ratio = None
+    if gradient is not None:
+        ratio = float(np.sqrt(gradient / second)) if second else float("inf") if gradient else 0.0
     return Weight(
         path,
         tuple(np.shape(x)),
@@ -81,5 +88,5 @@ def _weight(path: str, x: Any, numbers: Sequence[Any]) -> Weight:
         nonfinite_share=nonfinite,
         gradient=gradient,
         gradient_nonfinite_share=gradient_nonfinite,
-        gradient_ratio=float(np.sqrt(gradient / second)) if second else float("inf") if gradient else 0.0,
+        gradient_ratio=ratio,
     )
