@@ -9,7 +9,7 @@ import pytest
 from scipy import stats
 
 from experiments import low_precision, normalization, numerical_stability
-from experiments.activation_statistics import layer_statistics
+from experiments.activation_statistics import comparison, layer_statistics
 from experiments.lab.claims import LEVEL
 from experiments.lab.experiment import Run, Settings
 from experiments.lab.mean_field import propagate
@@ -60,6 +60,12 @@ def test_published_agreement_is_a_prediction_interval():
 def test_published_tables_are_whole():
     assert all(len(net.published_std) == NARROW.depth for net in NARROW.nets)
     assert [len(net.published_std) for net in WIDE.nets] == [6, 3, 6, 0, 0]
+
+
+def test_one_seed_leaves_published_values_open():
+    shape = (1, len(NARROW.nets), NARROW.depth)
+    table = comparison(NARROW, {"mean": np.zeros(shape), "variance": np.ones(shape)})
+    assert {row[-1] for row in table.rows} == {"open"}
 
 
 def test_matrix_products_are_products():
