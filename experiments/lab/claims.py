@@ -259,7 +259,7 @@ def every(
     if not claims:
         raise ValueError(f"every: no cases given for {sentence!r}")
     label, weakest = min(claims, key=lambda entry: (order.index(entry[1].verdict), entry[1].margin))
-    sentence = f"{sentence} (weakest of {len(claims)}: {label})"
+    sentence = f"{sentence} ({label})" if len(claims) == 1 else f"{sentence} (weakest of {len(claims)}: {label})"
     return Claim(sentence, weakest.expected, weakest.measured, unit=unit, refutes=refutes)
 
 
