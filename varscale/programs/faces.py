@@ -32,16 +32,21 @@ def inputs(*args: Any, **kwargs: Any) -> Inputs:
 
 
 def as_inputs(x: Any) -> Inputs:
-    """`x` itself if it is an `Inputs`, otherwise the single input `x`."""
-    return x if isinstance(x, Inputs) else Inputs((x,), {})
+    """`x` itself if it is an `Inputs`, otherwise the single input `x`; a tuple of integers is the shape of a float32 array."""
+    if isinstance(x, Inputs):
+        return x
+    if isinstance(x, tuple) and x and all(isinstance(n, int) and not isinstance(n, bool) for n in x):
+        x = jax.ShapeDtypeStruct(x, jnp.float32)
+    return Inputs((x,), {})
 
 
 def program(model: Any, *, method: str | None = None) -> Program:
     """The program behind `model`.
 
     Args:
-        model: a linen module, an nnx factory `lambda rngs: Net(..., rngs=rngs)`, an nnx instance, or a function
-            f(params, *args, **kwargs).
+        model: a linen module (or an object that holds one as its `module`, as Hugging Face's do), an nnx factory
+            `lambda rngs: Net(..., rngs=rngs)`, `functools.partial(Net, ...)`, an nnx class or a function `lambda key: Net(...)`,
+            an nnx instance, or a function f(params, *args, **kwargs).
         method: name of the method to run in place of `__call__`.
 
     Raises:
@@ -57,13 +62,19 @@ def program(model: Any, *, method: str | None = None) -> Program:
         if not callable(getattr(model, name, None)):
             raise ValueError(f"method must name a method of {type(model).__name__}, not {method!r}")
         return instance_program(model, name)
-    if not callable(model) or isinstance(model, type):
+    if isinstance(getattr(model, "module", None), nn.Module):
+        return program(model.module, method=method)
+    if callable(model) and (build := _factory(model)) is not None:
+        return factory_program(build, name)
+    made = model.func if isinstance(model, functools.partial) else model
+    if isinstance(made, type) and issubclass(made, nnx.Module):
+        told = f"`functools.partial({made.__name__}, ...)` with all that it takes but rngs"
+        raise TypeError(f"model must be built from rngs alone: give {told}, or `lambda rngs: {made.__name__}(..., rngs=rngs)`")
+    if not callable(model) or isinstance(made, type):
         raise TypeError(
             "model must be a linen module, an nnx factory `lambda rngs: Net(..., rngs=rngs)`, an nnx instance "
             f"or a function f(params, *args), not {model!r}"
         )
-    if _takes_rngs(model):
-        return factory_program(model, name)
     if method is not None:
         raise ValueError(f"method={method!r} makes no sense for a plain function")
 
@@ -87,14 +98,30 @@ def _function_program(function: Callable[..., Any]) -> Program:
     return Program(kind, None, apply, run, kinds=kinds)
 
 
-def _takes_rngs(model: Callable[..., Any]) -> bool:
-    """An nnx factory has one parameter without a default, called `rngs` (`_` and `r` are seen too)."""
+def _factory(model: Callable[..., Any]) -> Callable[[nnx.Rngs], Any] | None:
+    """An nnx factory as a function of rngs; None where a callable is none.
+
+    Its one parameter without a default is called `rngs` (by position `_` and `r` are seen too) or `key`.
+    """
+    inner, given = (model.func, model) if isinstance(model, functools.partial) else (model, functools.partial(model))
+    if isinstance(inner, type) and issubclass(inner, nnx.Module):  # whose metaclass hides what it takes
+        inner = functools.partial(inner.__init__, None)
     try:
-        parameters = inspect.signature(model).parameters.values()
+        parameters = inspect.signature(functools.partial(inner, *given.args, **given.keywords)).parameters.values()
     except (TypeError, ValueError):
-        return False
-    required = [p.name for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    return required in (["rngs"], ["r"], ["_"])
+        return None
+    required = [p for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    if len(required) != 1:
+        return None
+    (only,) = required
+    if only.name == "rngs" and only.kind is only.KEYWORD_ONLY:
+        return lambda rngs: model(rngs=rngs)
+    if only.name in ("rngs", "r", "_"):
+        return model
+    if only.name in ("key", "rng"):
+        by_name = only.kind is only.KEYWORD_ONLY
+        return lambda rngs: model(**{only.name: rngs.default.key[...]}) if by_name else model(rngs.default.key[...])
+    return None
 
 
 def leaf_paths(path: str, output: Any) -> Iterable[tuple[str, Any]]:

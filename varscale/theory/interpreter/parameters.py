@@ -109,7 +109,12 @@ def given_parameters(interpreter: Interpreter, params: Any, shapes: Any, declare
 
 def _is_law(x: Any) -> bool:
     """Whether it is one leaf of a tree of parameters, though jax may not take it for one: `Moments`, an initializer."""
-    return isinstance(x, Moments) or (callable(x) and not hasattr(x, "get_value"))
+    return isinstance(x, Moments) or is_function(x)
+
+
+def is_function(x: Any) -> bool:
+    """Whether it is called rather than opened; a tree of arrays may be callable too, as an Equinox module is."""
+    return callable(x) and not hasattr(x, "get_value") and jax.tree_util.all_leaves([x])
 
 
 def _described(x: Any, path: str) -> jax.ShapeDtypeStruct:

@@ -21,7 +21,7 @@ from varscale.theory.graph.known_arrays import MOST_COMPUTED
 from varscale.theory.graph.layout import Value, full
 from varscale.theory.graph.nodes import Graph, Leaf
 from varscale.theory.interpreter.interpreter import Interpreter
-from varscale.theory.interpreter.parameters import given_parameters, init_laws, path_string
+from varscale.theory.interpreter.parameters import given_parameters, init_laws, is_function, path_string
 from varscale.theory.interpreter.rows import Place, Rows, joined
 from varscale.theory.interpreter.summary import summarize
 from varscale.theory.interpreter.tracing import Draws, Trace, drawing, execution_order, first_pass, traced
@@ -241,7 +241,7 @@ def _parameters(interpreter: Interpreter, program: Program, params: Any, split: 
     inputs = split.values(interpreter)
     if params is None and program.start is not None and (drawn := first_pass(program, split)) is not None:
         return _Parameters(drawn.drawing.shapes, init_laws(interpreter, drawn.drawing, inputs), drawn)
-    if params is not None and program.init is None and not callable(params):
+    if params is not None and program.init is None and not is_function(params):
         return _Parameters(*given_parameters(interpreter, params, None, None))
     if program.init is not None:
         init = program.init
