@@ -45,8 +45,8 @@ def program(model: Any, *, method: str | None = None) -> Program:
 
     Args:
         model: a linen module (or an object that holds one as its `module`, as Hugging Face's do), an nnx factory
-            `lambda rngs: Net(..., rngs=rngs)`, `functools.partial(Net, ...)`, an nnx class or a function `lambda key: Net(...)`,
-            an nnx instance, or a function f(params, *args, **kwargs).
+            `lambda rngs: Net(..., rngs=rngs)` (or `functools.partial(Net, ...)`, an nnx class, `lambda key: Net(...)`), an nnx
+            instance, or a function f(params, *args, **kwargs).
         method: name of the method to run in place of `__call__`.
 
     Raises:

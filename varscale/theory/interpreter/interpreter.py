@@ -33,7 +33,7 @@ from varscale.theory.integrals.primitives import of_known
 from varscale.theory.interpreter import registered  # noqa: F401  (rules, and laws of their nodes)
 from varscale.theory.interpreter.rows import Place
 from varscale.theory.propagation.function_domains import has_values
-from varscale.theory.rules.prefix_scans import live_equations
+from varscale.theory.rules.prefix_scans import live_equations, used_variables
 from varscale.theory.rules.registry import ELEMENTWISE_OR_LAYOUT, RULES, Complex, Opaque, Rule
 from varscale.theory.rules.sampled_primitive import sampled
 
@@ -50,6 +50,7 @@ class Interpreter:
         graph: the nodes built so far.
         place: where the walk is and where it keeps rows; None where it keeps none.
         entering: the equation that is being interpreted there.
+        used: the variables that are read of the jaxpr that is being interpreted.
         steps: which steps of loops over layers it is in.
     """
 
@@ -57,6 +58,7 @@ class Interpreter:
         self.graph = graph or Graph()
         self.place: Place | None = None
         self.entering: Any = None
+        self.used: frozenset[Any] = frozenset()
         self.steps: list[int] = []
 
     def run(self, jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], step: int | None = None) -> list[Any]:
@@ -67,16 +69,20 @@ class Interpreter:
                 return self.run(jaxpr, consts, args)
             finally:
                 self.steps.pop()
-        env: dict[Any, Any] = {}
+        env, outer = dict[Any, Any](), self.used
+        self.used = used_variables(jaxpr)
         for var, const in zip(jaxpr.constvars, consts, strict=True):
             env[var] = self.known(const)
         for var, arg in zip(jaxpr.invars, args, strict=True):
             env[var] = arg
-        if self.place is not None:
-            self._watched(live_equations(jaxpr), jaxpr.outvars, env)
-        else:
-            for eqn in live_equations(jaxpr):
-                self._step(eqn, env)
+        try:
+            if self.place is not None:
+                self._watched(live_equations(jaxpr), jaxpr.outvars, env)
+            else:
+                for eqn in live_equations(jaxpr):
+                    self._step(eqn, env)
+        finally:
+            self.used = outer
         return [self.known(v.val) if _compat.is_literal(v) else env[v] for v in jaxpr.outvars]
 
     def _step(self, eqn: Any, env: dict[Any, Any]) -> None:

@@ -19,6 +19,7 @@ from varscale.theory.graph.nodes import (
     UNKNOWN,
     Array,
     Constant,
+    Leaf,
     Node,
     View,
     array,
@@ -163,9 +164,44 @@ def take_node(node: Node, k: int, start: int, stop: int, step: int) -> Node:
     if inside is not None:
         span = _slice((start, stop, step))
         return graph.derive(node, inside, lambda g: part_pullback(g, k, old, span))
+    if new is None and (part := slice_of_weights(node, k, start)) is not None:
+        return part
     if step == 1 and (part := part_of(node, k, start, stop)) is not None:
         return part
     return graph.make(Take, axes, [View(node, tuple(range(len(node.axes))))], (k, *_slice((start, stop, step))))
+
+
+def slice_of_weights(node: Node, k: int, position: int) -> Leaf | None:
+    """One position of an axis of independent weights: weights of their own. None of other nodes, or of one used as a whole.
+
+    What reads the whole afterwards depends on the slices, and is not taken for independent of them.
+    """
+    if not isinstance(node, Leaf) or node.orthonormal:
+        return None
+    graph = node.graph
+    along, whole = graph.once(("sliced along", node.id), lambda: (k, _only_sliced(node, k)))
+    if along != k or whole is None:
+        return None
+    axes = (*node.axes[:k], *node.axes[k + 1 :])
+    part = graph.make(Leaf, axes, (), ("step", node.id, position))
+    table = Table(axes, np.take(node.table.mean, 0, axis=k), np.take(node.table.second, 0, axis=k))
+    part.settle(table, odd=True, kurtosis=node.kurtosis, transport=node.transport)
+    for other in whole:
+        other.deps, other.odd = other.deps | part.deps, 0
+    return part
+
+
+def _only_sliced(node: Leaf, k: int) -> list[Node] | None:
+    """Independent weights and what multiplies them entry by entry, where nothing else was made of them so far; else None."""
+    if not node.odd or node.is_input or node.axes[k].classes > 1:
+        return None
+    whole: list[Node] = [node]
+    for other in node.graph.nodes.values():  # what uses a node comes after it
+        if any(view.node in whole for view in other.args):
+            if not other.entrywise:
+                return None
+            whole.append(other)
+    return whole
 
 
 def _taken_inside(node: Node, k: int, start: int, stop: int, step: int) -> Node | None:

@@ -12,12 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from varscale import _compat
-from varscale.theory.domain.tables import Table
 from varscale.theory.graph import layout
+from varscale.theory.graph.expressions import roots
 from varscale.theory.graph.layout import Value
 from varscale.theory.graph.nodes import Leaf
 from varscale.theory.rules.axis import take
 from varscale.theory.rules.concatenation import concatenate
+from varscale.theory.rules.prefix_scans import used_variables
 from varscale.theory.rules.random import bits
 from varscale.theory.rules.registry import STACKED, Complex, Context, Opaque, map_parts, rule
 from varscale.theory.rules.sampled_loop import CannotDraw
@@ -87,31 +88,69 @@ _OUTLINED = 2  # steps whose outputs say over which axes those of all are: the f
 
 @rule("scan")
 def scan(interpreter: Context, eqn: Any, *xs: Any) -> list[Any]:
-    """Over layers, every step in turn; over time, where the same weights act at every step, as `loops` does it."""
+    """Over layers, every step in turn; over time, where the same weights act at every step, as `loops` does it.
+
+    What no output that is read depends on is left out: of an init's scan over layers the layers themselves, so that its steps
+    draw weights and do nothing else. Outputs left out are None.
+    """
     p = eqn.params
+    kept = _needed(p, [v in interpreter.used for v in eqn.outvars])
     _, carry, streams = _compat.scan_operands(p, xs)
-    layers = any(isinstance(x, Value) and isinstance(x.node, Leaf) and not x.node.is_input for x in streams)
-    if not layers and carry and p["length"] > _FEW_STEPS:
+    layers = any(isinstance(x, Value) and _stacks_weights(x) for x in streams)
+    if not layers and any(kept[: len(carry)]) and p["length"] > _FEW_STEPS:
         try:
             return over_time(interpreter, eqn, xs, _steps(interpreter, p, xs, _OUTLINED, named=False)[-1], _OUTLINED)
         except CannotDraw:
             pass
-    steps = _steps(interpreter, p, xs, p["length"], named=layers)
+    steps = _steps(interpreter, p, xs, p["length"], named=layers, kept=kept)
     if p["reverse"]:
         steps.reverse()
-    carry = steps[0 if p["reverse"] else -1][: len(carry)]
-    return [*carry, *(stack(interpreter, [step[k] for step in steps]) for k in range(len(carry), len(eqn.outvars)))]
+    last = steps[0 if p["reverse"] else -1][: len(carry)]
+    rows = ([step[k] for step in steps] for k in range(len(carry), len(eqn.outvars)))
+    return [*last, *(None if row[0] is None else stack(interpreter, row) for row in rows)]
 
 
-def _steps(interpreter: Context, p: dict[str, Any], xs: Sequence[Any], count: int, *, named: bool) -> list[list[Any]]:
-    """Outputs of the first steps of a scan; stacked weights are one fresh weight a step."""
+def _stacks_weights(x: Value) -> bool:
+    """Whether a stream is made of weights that differ from step to step."""
+    along = {a.axis for a in x.dims[0]}
+    own = ((root.node, root.bind) for root in roots(x.node))
+    return any(isinstance(node, Leaf) and not (node.is_input or node.is_bits) and along & set(bind) for node, bind in own)
+
+
+def _needed(p: dict[str, Any], read: Sequence[bool]) -> list[bool]:
+    """Which outputs of a scan's body those that are read depend on, themselves included."""
+    jaxpr, _ = _compat.sub_jaxpr(p["jaxpr"])
+    _, carry, _ = _compat.scan_operands(p, jaxpr.invars)
+    kept = list(read)
+    while True:
+        part = jaxpr.replace(outvars=[v for v, keep in zip(jaxpr.outvars, kept, strict=True) if keep])
+        used = used_variables(part)
+        more = [keep or (k < len(carry) and carry[k] in used) for k, keep in enumerate(kept)]
+        if more == kept:
+            return kept
+        kept = more
+
+
+def _steps(
+    interpreter: Context,
+    p: dict[str, Any],
+    xs: Sequence[Any],
+    count: int,
+    *,
+    named: bool,
+    kept: Sequence[bool] = (),
+) -> list[list[Any]]:
+    """Outputs of the first steps of a scan, those that are not kept None; stacked weights are one fresh weight a step."""
     length = p["length"]
     jaxpr, literals = _compat.sub_jaxpr(p["jaxpr"])
+    kept = kept or [True] * len(jaxpr.outvars)
+    jaxpr = jaxpr.replace(outvars=[v for v, keep in zip(jaxpr.outvars, kept, strict=True) if keep])
     fixed, carry, streams = _compat.scan_operands(p, xs)
     out: list[list[Any]] = []
     for step in list(reversed(range(length)) if p["reverse"] else range(length))[:count]:
         now = [index(interpreter, x, step, length) for x in streams]
-        out.append(interpreter.run(jaxpr, literals, [*fixed, *carry, *now], step if named else None))
+        made = iter(interpreter.run(jaxpr, literals, [*fixed, *carry, *now], step if named else None))
+        out.append([next(made) if keep else None for keep in kept])
         carry = out[-1][: len(carry)]
     return out
 
@@ -125,19 +164,6 @@ def index(interpreter: Context, x: Any, step: int, length: int) -> Any:
     steps = STACKED.get(interpreter.graph, (x.node.id, x.dims))
     if steps is not None:
         return steps[step]
-    if isinstance(x.node, Leaf) and x.node.odd and x.dims[0]:
-        # A slice of independent weights is a weight of its own: it need not depend on the other slices.
-        axis = x.dims[0][0].axis
-        source = x.node
-        if len(x.dims[0]) == 1 and axis is not None:
-            kept = [k for k in range(len(source.axes)) if k != axis]
-            part = interpreter.graph.make(Leaf, [source.axes[k] for k in kept], (), ("step", source.id, step))
-            second = np.take(source.table.second, 0, axis=axis)
-            table = Table(part.axes, np.take(source.table.mean, 0, axis=axis), second)
-            part.settle(table, odd=True, kurtosis=source.kurtosis, transport=source.transport)
-            place = {k: i for i, k in enumerate(kept)}
-            dims = [tuple(a if a.axis is None else a._replace(axis=place[a.axis]) for a in dim) for dim in x.dims[1:]]
-            return Value(part, tuple(dims))
     one = take(x, 0, step, step + 1, 1)
     return layout.transpose(one, range(1, len(one.dims)))
 

@@ -281,3 +281,10 @@ def running(combine: Callable[..., list[jax.Array]], elements: Sequence[jax.Arra
 def live_equations(jaxpr: Any) -> list[Any]:
     """The equations that the outputs depend on (an init's forward pass is not one), associative scans put together again."""
     return live(jaxpr, gathered(jaxpr.eqns))
+
+
+@functools.lru_cache(maxsize=256)
+def used_variables(jaxpr: Any) -> frozenset[Any]:
+    """The variables that live equations read, and the outputs."""
+    read = (v for eqn in live_equations(jaxpr) for v in eqn.invars)
+    return frozenset(v for v in (*read, *jaxpr.outvars) if not _compat.is_literal(v))

@@ -88,10 +88,12 @@ class Context(Protocol):
     Attributes:
         graph: the nodes built so far.
         place: where rows are kept; None where none are.
+        used: the variables that are read of the jaxpr that is being interpreted.
     """
 
     graph: Graph
     place: Any
+    used: frozenset[Any]
 
     def run(self, jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], step: int | None = None) -> list[Any]:
         """The outputs of a jaxpr, given values of its constants and inputs; `step` says which of a loop's it is."""
