@@ -231,14 +231,17 @@ class Graph:
         self.computing: list[Marked] = []
         self.pairs: dict[Hashable, Any] = {}
         self.store: dict[Any, dict[Any, Any]] = {}
-        self.derived: dict[int, list[tuple[Node, Pullback]]] = {}
+        self.derived: dict[int, list[tuple[Node, Pullback, float]]] = {}
         self.origin: Any = None
 
-    def derive(self, source: Node, node: Node, back: Pullback) -> Node:
-        """Note that `node` was rebuilt from the roots of `source` (a part, a mean): its cotangents are the source's too."""
+    def derive(self, source: Node, node: Node, back: Pullback, doubt: float = 0.0) -> Node:
+        """Note that `node` was rebuilt from the roots of `source` (a part, a mean): its cotangents are the source's too.
+
+        `doubt` is the relative error that carrying them back may add.
+        """
         known = self.derived.setdefault(source.id, [])
-        if node is not source and all(other is not node for other, _ in known):
-            known.append((node, back))
+        if node is not source and all(other is not node for other, *_ in known):
+            known.append((node, back, doubt))
         return node
 
     def make(self, kind: type[N], axes: Sequence[Axis], args: Sequence[View] = (), params: Hashable = ()) -> N:

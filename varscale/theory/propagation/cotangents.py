@@ -157,16 +157,15 @@ def _few_numbers(n: float) -> float:
 
 def _copied(node: Node) -> tuple[Node, float]:
     """The array that a node is a scaled and shifted copy of, over as many axes, and the scale."""
-    if isinstance(node, Apply) and node.params[0] == "affine":
-        inner = node.args[0].node
-        if len(inner.axes) == len(node.axes) and not isinstance(inner, Apply):
-            return inner, node.params[1][0]
-    return node, 1.0
+    inner, scale = node, 1.0
+    while isinstance(inner, Apply) and inner.params[0] == "affine" and len(inner.args[0].node.axes) == len(node.axes):
+        inner, scale = inner.args[0].node, scale * inner.params[1][0]
+    return (node, 1.0) if isinstance(inner, Apply) else (inner, scale)
 
 
 def _follow(node: Node, asked: dict[int, Node]) -> None:
     """Ask for what was rebuilt from the roots of a node, too."""
-    for other, _ in node.graph.derived.get(node.id, ()):
+    for other, *_ in node.graph.derived.get(node.id, ()):
         if other.id not in asked:
             asked[other.id] = other
             _follow(other, asked)
@@ -175,8 +174,9 @@ def _follow(node: Node, asked: dict[int, Node]) -> None:
 def _found(node: Node, stores: Sequence[Cotangents]) -> list[Cotangent]:
     """The cotangents of a node: its own, and those of what was rebuilt from its roots, carried back."""
     own = [c for store in stores for c in store.parts.get(node.id, {}).values()]
-    for other, back in node.graph.derived.get(node.id, ()):
-        own += [dataclasses.replace(c, second=back(np.asarray(c.second))) for c in _found(other, stores)]
+    for other, back, doubt in node.graph.derived.get(node.id, ()):
+        found = _found(other, stores)
+        own += [dataclasses.replace(c, second=back(np.asarray(c.second)), doubt=c.doubt + doubt) for c in found]
     return own
 
 

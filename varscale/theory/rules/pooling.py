@@ -274,7 +274,8 @@ def reduce_window_sum(interpreter: Context, eqn: Any, x: Value) -> Value:
 @rule("reduce_window_max")
 def reduce_window_max(interpreter: Context, eqn: Any, x: Value, *_: Value) -> Value:
     inner, steps = outside(x)
-    return restored(interpreter, _window_node(interpreter, eqn, inner, WindowMax), steps)
+    largest = _window_node(interpreter, eqn, inner, WindowMax)
+    return restored(interpreter, largest, steps, (x, inner))
 
 
 @rule("reduce_window_min")

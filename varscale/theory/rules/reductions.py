@@ -16,7 +16,7 @@ from varscale.theory.graph import layout
 from varscale.theory.graph.expressions import Apply, Mean
 from varscale.theory.graph.layout import Atom, Value
 from varscale.theory.graph.linear_nodes import weight_of
-from varscale.theory.graph.nodes import Constant, Node, View, cross_by_kind, pullback, second_moments
+from varscale.theory.graph.nodes import UNKNOWN, Constant, Node, View, cross_by_kind, pullback, second_moments
 from varscale.theory.graph.normal_form import affine, mean_node
 from varscale.theory.graph.store import BackwardNotes
 from varscale.theory.integrals.hermite_series import Z, sphere_squares
@@ -191,20 +191,39 @@ def outside(x: Value) -> tuple[Value, Steps]:
     return x, steps[::-1]
 
 
-def restored(interpreter: Context, x: Value, steps: Steps) -> Value:
-    """The increasing steps, taken again."""
+def restored(interpreter: Context, x: Value, steps: Steps, taken: tuple[Value, Value] | None = None) -> Value:
+    """The increasing steps, taken again on extremes.
+
+    `taken` is what `outside` was given and what it gave: what flows back into the first goes where that into the second goes.
+    """
+    extremes = x.node
     for name, c, d in steps:
         if name == "affine":
             x = Value(affine(x.node, c, d), x.dims)
         else:
             x = interpreter.elementwise("max", x, layout.full(interpreter.graph, c, x.shape))
+    if steps and taken is not None and x.node.axes == extremes.axes:
+        source, inner = taken
+        if extremes.args[0].node is inner.node:
+            own, other = ([a.axis for dim in y.dims for a in dim if a.axis is not None] for y in (source, inner))
+            order = [other[own.index(k)] for k in range(len(own))]
+            # A minimum above a floor is met at many places at once, which share what flows back.
+            doubt = UNKNOWN if isinstance(extremes, Extreme) and extremes.params[1] < 0 else TIES
+            interpreter.graph.derive(source.node, x.node, lambda g: _to_extremes(extremes, g).transpose(order), doubt)
     return x
+
+
+def _to_extremes(node: Node, cotangent: np.ndarray) -> np.ndarray:
+    """Second moments by type of the cotangents at the places that extremes are taken over."""
+    (back,) = pullback(node, np.broadcast_to(cotangent, node.frame_types))
+    assert back is not None
+    return back
 
 
 @rule("reduce_max", "reduce_min")
 def reduce_max(interpreter: Context, eqn: Any, x: Value) -> Value:
     dims = [d % len(x.dims) for d in eqn.params["axes"]]
-    x, steps = outside(x)
+    source, (x, steps) = x, outside(x)
     axes, left = over(x, dims)
     if not axes:
         return restored(interpreter, left, steps)
@@ -214,7 +233,7 @@ def reduce_max(interpreter: Context, eqn: Any, x: Value) -> Value:
     node = interpreter.graph.make(
         Extreme, kept, [View(x.node, tuple(range(len(x.node.axes))))], (tuple(sorted(axes)), sign, count)
     )
-    return restored(interpreter, without_axes(left, node), steps)
+    return restored(interpreter, without_axes(left, node), steps, (source, x))
 
 
 @rule("reduce_and", "reduce_or", "reduce_prod", "argmax", "argmin")
