@@ -105,7 +105,7 @@ def _factory(model: Callable[..., Any]) -> Callable[[nnx.Rngs], Any] | None:
     """
     inner, given = (model.func, model) if isinstance(model, functools.partial) else (model, functools.partial(model))
     if isinstance(inner, type) and issubclass(inner, nnx.Module):  # whose metaclass hides what it takes
-        inner = functools.partial(inner.__init__, None)
+        inner = functools.partial(inner.__init__, None)  # pyright: ignore[reportArgumentType]
     try:
         parameters = inspect.signature(functools.partial(inner, *given.args, **given.keywords)).parameters.values()
     except (TypeError, ValueError):

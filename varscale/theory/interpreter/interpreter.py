@@ -34,7 +34,7 @@ from varscale.theory.interpreter import registered  # noqa: F401  (rules, and la
 from varscale.theory.interpreter.rows import Place
 from varscale.theory.propagation.function_domains import has_values
 from varscale.theory.rules.prefix_scans import live_equations, used_variables
-from varscale.theory.rules.registry import ELEMENTWISE_OR_LAYOUT, RULES, Complex, Opaque, Rule
+from varscale.theory.rules.registry import ELEMENTWISE_OR_LAYOUT, RULES, Complex, Opaque, Rule, parts
 from varscale.theory.rules.sampled_primitive import sampled
 
 _FOLDED: Fact[Hashable, Node | None] = Fact()  # known numbers computed by elementwise primitives
@@ -188,15 +188,20 @@ class Interpreter:
         return [self.known(o) for o in _evaluated(eqn, known)]
 
     def _fold_given(self, eqn: Any, ins: Sequence[Any]) -> list[Any] | None:
-        """Compute an equation all of whose inputs are given arrays; None where one is not, or where entries are only moved."""
-        if eqn.primitive.name in _MOVES or not all_given(ins):
+        """Compute an equation all of whose inputs are given; None where one is not, or where real numbers are only moved."""
+        if any(isinstance(x, Opaque) for x in ins):
+            return None
+        own = [part for x in ins for part in parts(x)]
+        if not all_given(own) or (eqn.primitive.name in _MOVES and len(own) == len(ins)):
             return None
         with np.errstate(all="ignore"):
-            outs = _evaluated(eqn, [entries(x) for x in ins])
-        return [self._computed(np.asarray(o), [x.node for x in ins]) for o in outs]
+            outs = _evaluated(eqn, [_numbers(x) for x in ins])
+        return [self._computed(np.asarray(o), [part.node for part in own]) for o in outs]
 
-    def _computed(self, out: np.ndarray, sources: Sequence[Node]) -> Value:
+    def _computed(self, out: np.ndarray, sources: Sequence[Node]) -> Any:
         """The value of what was computed from given arrays: whole numbers are as good as literals."""
+        if out.dtype.kind == "c":
+            return Complex(self._computed(out.real, sources), self._computed(out.imag, sources))
         if out.dtype.kind in "biu" or not np.isfinite(out).all():
             return self.known(out)
         axes = [Axis(n) for n in out.shape if n != 1]
@@ -310,6 +315,14 @@ _MOVES = {
     "tile",
     "transpose",
 }
+
+
+def _numbers(x: Value | Complex) -> np.ndarray | None:
+    """The numbers of a given value, complex ones of a complex one."""
+    if isinstance(x, Value):
+        return entries(x)
+    re, im = entries(x.re), entries(x.im)
+    return None if re is None or im is None else re + 1j * im
 
 
 def _evaluated(eqn: Any, known: Sequence[Any]) -> list[Any]:

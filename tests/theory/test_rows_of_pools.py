@@ -1,0 +1,72 @@
+"""Gradients of rows whose values are read by a pool, a mean, or through their own scale."""
+
+import drawn
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import pytest
+
+import varscale as vs
+
+SHAPE = (4, 8, 8, 4)
+
+
+@pytest.fixture(autouse=True)
+def _promotion():
+    """Flax's average pools promote dtypes."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+class Activated(nn.Module):
+    """A convolution and its activation in one module."""
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.relu(nn.Conv(16, (3, 3))(x))
+
+
+class Pooled(nn.Module):
+    pool: str
+    skip: bool
+
+    @nn.compact
+    def __call__(self, x):
+        a = Activated(name="a")(x)
+        match self.pool:
+            case "windows":
+                y = nn.max_pool(a, (2, 2), (2, 2))
+            case "overlapping":
+                y = nn.max_pool(a, (3, 3), (1, 1))
+            case "places":
+                y = a.max((1, 2), keepdims=True)
+            case "channels":
+                y = a.max(-1, keepdims=True)
+            case "averages":
+                y = nn.avg_pool(a, (2, 2), (2, 2))
+        y = nn.Dense(8)(y)
+        return jnp.concatenate([y.ravel(), a.ravel()]) if self.skip else y
+
+
+@pytest.mark.parametrize("skip", [False, True])
+@pytest.mark.parametrize("pool", ["windows", "overlapping", "places", "channels", "averages"])
+def test_activation_that_is_pooled(pool, skip):
+    model = Pooled(pool, skip)
+    row = vs.predict(model, jax.ShapeDtypeStruct(SHAPE, jnp.float32))["a"]
+    assert row.gradient is not None
+    measured, error = drawn.gradients(model, SHAPE, {"a": (*SHAPE[:-1], 16)}, 64)
+    assert drawn.agrees(row.gradient, row.gradient_error_bound, measured[0], error[0]), (row.gradient, measured, error)
+
+
+class Blurred(nn.Module):
+    """Two scales, the pool's and the row's own, lie between the row and the mean that reads it."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.avg_pool(nn.relu(nn.Conv(32, (3, 3))(x)), (2, 2), (1, 1))
+        return nn.Dense(16)(nn.Conv(32, (3, 3), name="b")(x).mean((1, 2)))
+
+
+def test_row_behind_a_blur_that_is_averaged():
+    row = vs.predict(Blurred(), jax.ShapeDtypeStruct((2, 12, 12, 32), jnp.float32))["b"]
+    assert row.gradient == pytest.approx(16 / 32 / 11**4, rel=1e-6)
