@@ -195,13 +195,13 @@ class Interpreter:
         if not all_given(own) or (eqn.primitive.name in _MOVES and len(own) == len(ins)):
             return None
         with np.errstate(all="ignore"):
-            outs = _evaluated(eqn, [_numbers(x) for x in ins])
+            outs = _evaluated(eqn, [_given_numbers(x) for x in ins])
         return [self._computed(np.asarray(o), [part.node for part in own]) for o in outs]
 
     def _computed(self, out: np.ndarray, sources: Sequence[Node]) -> Any:
         """The value of what was computed from given arrays: whole numbers are as good as literals."""
         if out.dtype.kind == "c":
-            return Complex(self._computed(out.real, sources), self._computed(out.imag, sources))
+            return Complex(self._computed(np.real(out), sources), self._computed(np.imag(out), sources))
         if out.dtype.kind in "biu" or not np.isfinite(out).all():
             return self.known(out)
         axes = [Axis(n) for n in out.shape if n != 1]
@@ -317,7 +317,7 @@ _MOVES = {
 }
 
 
-def _numbers(x: Value | Complex) -> np.ndarray | None:
+def _given_numbers(x: Value | Complex) -> np.ndarray | None:
     """The numbers of a given value, complex ones of a complex one."""
     if isinstance(x, Value):
         return entries(x)

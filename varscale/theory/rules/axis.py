@@ -30,8 +30,13 @@ from varscale.theory.graph.nodes import (
     second_moments,
 )
 from varscale.theory.graph.reshapes import Permute, permute
+from varscale.theory.graph.store import Fact
 from varscale.theory.graph.store import BackwardNotes
 from varscale.theory.rules.registry import Context, elementwise_or_layout, rule
+
+
+# By leaf: along which axis it is sliced, and it and what multiplies it entry by entry where it is weights only read in slices.
+_SLICED: Fact[int, tuple[int, list[Node] | None]] = Fact()
 
 
 @rule("broadcast_in_dim")
@@ -179,7 +184,7 @@ def slice_of_weights(node: Node, k: int, position: int) -> Leaf | None:
     if not isinstance(node, Leaf) or node.orthonormal:
         return None
     graph = node.graph
-    along, whole = graph.once(("sliced along", node.id), lambda: (k, _only_sliced(node, k)))
+    along, whole = _SLICED.once(graph, node.id, lambda: (k, _only_sliced(node, k)))
     if along != k or whole is None:
         return None
     axes = (*node.axes[:k], *node.axes[k + 1 :])
