@@ -30,10 +30,8 @@ from varscale.theory.graph.nodes import (
     second_moments,
 )
 from varscale.theory.graph.reshapes import Permute, permute
-from varscale.theory.graph.store import Fact
-from varscale.theory.graph.store import BackwardNotes
+from varscale.theory.graph.store import BackwardNotes, Fact
 from varscale.theory.rules.registry import Context, elementwise_or_layout, rule
-
 
 # By leaf: along which axis it is sliced, and it and what multiplies it entry by entry where it is weights only read in slices.
 _SLICED: Fact[int, tuple[int, list[Node] | None]] = Fact()
