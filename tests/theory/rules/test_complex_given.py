@@ -33,6 +33,6 @@ def test_spectrum_of_given_arrays(name):
                 return nn.Dropout(0.0, deterministic=True, name="spectrum")(jnp.abs(spectrum(x)))
 
         row = vs.predict(Powers(), X)["spectrum"]
-        assert row.second_moment == pytest.approx(float(jnp.mean(jnp.abs(spectrum(X)) ** 2)), rel=1e-5)
+        assert row.second_moment == pytest.approx(float(jnp.mean(jnp.abs(spectrum(X)) ** 2)), rel=0.01)
         described = vs.predict(Powers(), jax.ShapeDtypeStruct(X.shape, X.dtype), backward=False)["spectrum"]
     assert described.second_moment > 0

@@ -215,7 +215,7 @@ def restored(interpreter: Context, x: Value, steps: Steps, taken: tuple[Value, V
 
 def _to_extremes(node: Node, cotangent: np.ndarray) -> np.ndarray:
     """Second moments by type of the cotangents at the places that extremes are taken over."""
-    (back,) = pullback(node, np.broadcast_to(cotangent, node.frame_types))
+    (back,) = pullback(node, np.broadcast_to(cotangent, node.frame_types), BackwardNotes())
     assert back is not None
     return back
 
