@@ -1,11 +1,9 @@
 """Claims, the runner, the registry, the report and the command line, with an experiment that takes no time."""
 
-import io
 import json
 import math
 import subprocess
 import sys
-import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,10 +12,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from rich.console import Console
 
 from experiments.__main__ import main
-from experiments.lab import origin, plots, progress, registry, report, runner, storage
+from experiments.lab import plots, registry, report, runner, storage
 from experiments.lab.claims import (
     Claim,
     Measured,
@@ -386,31 +383,3 @@ class TestCommandLine:
         monkeypatch.setattr(registry, "entries", lambda: [fake(), replace(fake(fail=True), name="fake-two")])
         assert main(["all", "--out", str(tmp_path), "--seed", "2"]) == 130
         assert "the results of fake-one and the parts first of fake-two" in capsys.readouterr().err
-
-
-class TestProgress:
-    def test_without_a_terminal_there_are_lines(self):
-        stream = io.StringIO()
-        with progress.shown(Console(file=stream, width=80), every=0.01) as shown:
-            for _ in shown.track(["a", "b"], "outer"):
-                for number in shown.track(range(3), "inner"):
-                    while number == 1 and "inner 1/3" not in stream.getvalue():
-                        time.sleep(0.01)
-            shown.say("done")
-        assert "s: outer 0/2, inner 1/3" in stream.getvalue()
-        assert "done\n" in stream.getvalue()
-
-    def test_on_a_terminal_there_are_bars_and_what_is_said_stays(self):
-        stream = io.StringIO()
-        with progress.shown(Console(file=stream, force_terminal=True, width=80)) as shown:
-            assert list(shown.track(iter("ab"), "letters", total=2)) == ["a", "b"]
-            shown.say("done")
-        assert "done" in stream.getvalue()
-
-
-def test_a_command_is_what_the_user_would_type():
-    from experiments.zero_large_xavier_he import Settings as Photographs
-
-    settings = Photographs(quick=True, images=(Path("a b"), Path("c")), learning_rate=0.1, resume=True)
-    words = "--quick --images 'a b' c --learning-rate 0.1"
-    assert origin.command("zero-large-xavier-he", settings) == f"python -m experiments zero-large-xavier-he {words}"
