@@ -1,0 +1,141 @@
+r"""Sparse linear maps of an axis, and the one theorem that counts what is behind a pair of their outputs.
+
+A window, a slice, a sum by segment, a lookup is y_p = Σ_i A_pi x_i along one axis, with few entries A_pi that are not zero.
+Of two such maps A and B the moment of a pair of outputs is
+
+    E[y_p z_q] = Σ_ij A_pi B_qj E[x_i x'_j],
+
+and E[x_i x'_j] depends on the TYPE of (i, j) alone: the class where i = j, the pair of classes elsewhere. So all that is
+needed is the total weight of the input pairs of each type behind the output pairs of each type. Four sums give it; with
+classes c, e of outputs and d, f of inputs,
+
+    own[c, d]          = Σ_p Σ_i  A_pi B_pi                          one output, one input
+    within[c, d, f]    = Σ_p (Σ_{i∈d} A_pi) (Σ_{j∈f} B_pj)            one output, any two inputs
+    meet[c, e, d]      = Σ_i (Σ_{p∈c} A_pi) (Σ_{q∈e} B_qi)            any two outputs, one input
+    total[c, d, e, f]  = (Σ_{p∈c} Σ_{i∈d} A_pi) (Σ_{q∈e} Σ_{j∈f} B_qj)  any two, any two
+
+and two different ones are any two less one and the same (inclusion and exclusion). The adjoint map takes moments of
+cotangents back with the same weights.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from varscale.theory.domain.axes import Axis
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class AxisMap:
+    """y_p = Σ w x_i over entries (p, i, w) along one axis.
+
+    Attributes:
+        rows: the output position p of each entry; a pair (p, i) may have several.
+        columns: its input position i.
+        weights: its weight.
+        out: the axis of the outputs.
+        inner: the axis of the inputs.
+    """
+
+    rows: Int[np.ndarray, " entries"]
+    columns: Int[np.ndarray, " entries"]
+    weights: Float[np.ndarray, " entries"]
+    out: Axis
+    inner: Axis
+
+    @property
+    def _by_output(self) -> Float[np.ndarray, "outputs classes"]:
+        """Σ_{i∈d} A_pi."""
+        table = np.zeros((self.out.size, self.inner.classes))
+        np.add.at(table, (self.rows, self.inner.label_array[self.columns]), self.weights)
+        return table
+
+    @property
+    def _by_input(self) -> Float[np.ndarray, "inputs classes"]:
+        """Σ_{p∈c} A_pi."""
+        table = np.zeros((self.inner.size, self.out.classes))
+        np.add.at(table, (self.columns, self.out.label_array[self.rows]), self.weights)
+        return table
+
+    def means(self) -> Float[np.ndarray, "classes_out classes_in"]:
+        """E[y_p] by class of output, as weights of the class means of the inputs."""
+        members = np.eye(self.out.classes)[self.out.label_array].T
+        return members @ self._by_output / self.out.counts[:, None]
+
+
+def entry_map(rows: np.ndarray, columns: np.ndarray, out: Axis, inner: Axis, weights: np.ndarray | float = 1.0) -> AxisMap:
+    """The map of some entries; those whose row or column is no position (−1, or beyond the end) are left out.
+
+    >>> shift = entry_map(np.arange(3), np.arange(1, 4), Axis(3), Axis(3))  # y_p = x_{p+1}, y_2 = 0
+    >>> pair_counts(shift).round(3).tolist()  # a pair of outputs has two different inputs behind it, if any
+    [[0.667, 0.0], [0.0, 0.333]]
+    """
+    kept = (rows >= 0) & (rows < out.size) & (columns >= 0) & (columns < inner.size)
+    weights = np.broadcast_to(np.asarray(weights, float), np.shape(rows))
+    return AxisMap(np.asarray(rows)[kept], np.asarray(columns)[kept], weights[kept], out, inner)
+
+
+def slice_map(span: tuple[int, int | None, int], out: Axis, inner: Axis) -> AxisMap:
+    """x[start:stop:step], over an axis with classes of its own."""
+    columns = np.arange(inner.size)[slice(*span)]
+    return entry_map(np.arange(len(columns)), columns, out, inner)
+
+
+def identity_map(axis: Axis) -> AxisMap:
+    """y = x."""
+    return entry_map(np.arange(axis.size), np.arange(axis.size), axis, axis)
+
+
+def pair_counts(a: AxisMap, b: AxisMap | None = None) -> Float[np.ndarray, "types_out types_in"]:
+    """Mean weight of the input pairs (i, j) of each type behind the output pairs (p, q) of each type.
+
+    Args:
+        a: the map of the first of each pair.
+        b: that of the second, over the same axes; None where it is the same map.
+
+    Returns:
+        C with E[y_p z_q] by type = C @ E[x_i x'_j] by type; 0 for types without pairs.
+    """
+    b = a if b is None else b
+    out, inner = a.out, a.inner
+    co, ci = out.classes, inner.classes
+    (rows_a, columns_a), (rows_b, columns_b) = ((m._by_output, m._by_input) for m in (a, b))
+    outs, ins = np.eye(co)[out.label_array], np.eye(ci)[inner.label_array]
+    own = np.zeros((co, ci))
+    np.add.at(own, (out.label_array[a.rows], inner.label_array[a.columns]), a.weights * _at_the_entries(b, a))
+    within = np.einsum("pc,pd,pf->cdf", outs, rows_a, rows_b)
+    meet = np.einsum("ic,ie,id->ced", columns_a, columns_b, ins)
+    total = np.einsum("cd,ef->cedf", outs.T @ rows_a, outs.T @ rows_b)
+    same_out, same_in = np.eye(co), np.eye(ci)
+    meet_apart = meet - np.einsum("ce,cd->ced", same_out, own)
+    table = np.zeros((out.types, inner.types))
+    table[:co, :ci] = own
+    table[:co, ci:] = (within - np.einsum("cd,df->cdf", own, same_in)).reshape(co, -1)
+    table[co:, :ci] = meet_apart.reshape(-1, ci)
+    apart = total - np.einsum("ce,cdf->cedf", same_out, within) - np.einsum("df,ced->cedf", same_in, meet_apart)
+    table[co:, ci:] = apart.reshape(co * co, ci * ci)
+    return table / np.where(out.pairs > 0, out.pairs, 1.0)[:, None]
+
+
+def _at_the_entries(b: AxisMap, a: AxisMap) -> Float[np.ndarray, " entries"]:
+    """B_pi at the entries of a."""
+    codes, place = np.unique(b.rows * b.inner.size + b.columns, return_inverse=True)
+    if not len(codes):
+        return np.zeros(len(a.rows))
+    summed = np.bincount(place.ravel(), weights=b.weights, minlength=len(codes))
+    asked = a.rows * a.inner.size + a.columns
+    found = np.minimum(np.searchsorted(codes, asked), len(codes) - 1)
+    return np.where(codes[found] == asked, summed[found], 0.0)
+
+
+def adjoint(counts: Float[np.ndarray, "types_out types_in"], out: Axis, inner: Axis) -> Float[np.ndarray, "types_in types_out"]:
+    """The map of cotangents' second moments by type that belongs to one of values' (`pair_counts`).
+
+    An input pair gets from each output pair what it gave: the total weight between two types is the same both ways.
+    """
+    return (counts * out.pairs[: counts.shape[0], None]).T / np.where(inner.pairs > 0, inner.pairs, 1.0)[
+        : counts.shape[1], None
+    ]
