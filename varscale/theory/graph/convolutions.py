@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from varscale.theory.domain.axes import Axis, apply_axis, grouped
+from varscale.theory.domain.axis_maps import AxisMap, adjoint, entry_map, identity_map, pair_counts
 from varscale.theory.graph.nodes import Node
 
 ONE = Axis(1)  # a dimension of size 1: only the type "same"
@@ -48,14 +49,16 @@ def output_axis(window: Window, axis: Axis) -> Axis:
     return ONE if window.size_out == 1 else grouped(np.concatenate([seen, taps], axis=1).astype(float))
 
 
+def window_map(window: Window, axis: Axis, out: Axis) -> AxisMap:
+    """Sums over the window, as a map of the axis."""
+    rows = np.repeat(np.arange(window.size_out), window.taps)
+    return entry_map(rows, hits(window, axis.size).ravel(), out, axis)
+
+
 @functools.cache
 def tap_means(window: Window, axis: Axis, out: Axis) -> np.ndarray:
     """Mean number of taps of each class of output in each class of input, (C_out, C_in)."""
-    at = hits(window, axis.size)
-    table = np.zeros((out.classes, axis.classes))
-    p, t = np.nonzero(at >= 0)
-    np.add.at(table, (out.label_array[p], axis.label_array[at[p, t]]), 1.0)
-    return table / out.counts[:, None]
+    return window_map(window, axis, out).means()
 
 
 @functools.cache
@@ -65,35 +68,10 @@ def tap_pairs(window: Window, axis: Axis, out: Axis) -> tuple[np.ndarray, np.nda
     Returns:
         For pairs of the same tap; for pairs of two different taps.
     """
-    at = hits(window, axis.size)
-    p, t = np.nonzero(at >= 0)
-    i = at[p, t]
-    co, ci = out.classes, axis.classes
-    c, d = out.label_array[p], axis.label_array[i]
-    by_tap = np.zeros((window.taps, co, ci))
-    np.add.at(by_tap, (t, c, d), 1.0)
-    by_place = np.zeros((window.size_out, ci))
-    np.add.at(by_place, (p, d), 1.0)
-    by_input = np.zeros((axis.size, co))
-    np.add.at(by_input, (i, c), 1.0)
-    members, inputs = np.eye(co)[out.label_array], np.eye(ci)[axis.label_array]
-    same, other = (np.zeros((co + co * co, ci + ci * ci)) for _ in range(2))
-    total = by_tap.sum(axis=0)
-    # One output: a tap with itself, and two taps, which read two inputs.
-    same[:co, :ci] = total
-    within = np.einsum("pc,pd,pe->cde", members, by_place, by_place)
-    two = within - np.einsum("cd,de->cde", total, np.eye(ci))
-    other[:co, ci:] = two.reshape(co, ci * ci)
-    # Two outputs: one tap reads two inputs; two taps may read one.
-    shared = np.einsum("tcd,tef->cedf", by_tap, by_tap) - np.einsum("cd,ce,df->cedf", total, np.eye(co), np.eye(ci))
-    same[co:, ci:] = shared.reshape(co * co, ci * ci)
-    meet = np.einsum("ic,ie,id->ced", by_input, by_input, inputs) - np.einsum("cd,ce->ced", total, np.eye(co))
-    other[co:, :ci] = meet.reshape(co * co, ci)
-    everything = np.einsum("cd,ef->cedf", total, total) - np.einsum("ce,cdf->cedf", np.eye(co), within)
-    rest = everything - shared - np.einsum("ced,df->cedf", meet, np.eye(ci))
-    other[co:, ci:] = rest.reshape(co * co, ci * ci)
-    pairs = np.maximum(out.pairs, 1e-300)[:, None] * (out.pairs > 0)[:, None] + (out.pairs <= 0)[:, None]
-    return same / pairs, other / pairs
+    at, outputs = hits(window, axis.size), np.arange(window.size_out)
+    taps = (entry_map(outputs, at[:, t], out, axis) for t in range(window.taps))
+    same = np.sum([pair_counts(tap) for tap in taps], axis=0)
+    return same, pair_counts(window_map(window, axis, out)) - same
 
 
 @functools.cache
@@ -104,25 +82,7 @@ def tap_reads(window: Window, axis: Axis) -> np.ndarray:
         window: how it is read, as many outputs as inputs.
         axis: the places.
     """
-    n, classes = axis.counts, axis.classes
-    p, t = np.nonzero((at := hits(window, axis.size)) >= 0)
-    i = at[p, t]
-    c, d = axis.label_array[p], axis.label_array[i]
-    own, to_other = p == i, classes + d * classes + c
-    table = np.zeros((axis.types, axis.types))
-    # The place is the output's own: one tap may read it, the rest read others.
-    np.add.at(table, (c, np.where(own, d, to_other)), 1.0)
-    # The place is any other: a tap may read it, too.
-    rest = np.zeros((classes,) * 4)  # class of the output, of the place; of what is read, of the place
-    taps = np.zeros((classes, classes))
-    np.add.at(taps, (c, d), 1.0)
-    for e in range(classes):
-        rest[:, e, :, e] = taps * n[e]
-    np.subtract.at(rest, (c, c, d, c), 1.0)
-    np.subtract.at(rest, (c[~own], d[~own], d[~own], d[~own]), 1.0)
-    np.add.at(table, (classes + c[~own] * classes + d[~own], d[~own]), 1.0)
-    table[classes:, classes:] = rest.reshape(classes**2, classes**2)
-    return table / np.where(axis.pairs > 0, axis.pairs, 1.0)[:, None]
+    return pair_counts(window_map(window, axis, axis), identity_map(axis))
 
 
 def squeeze_types(matrix: np.ndarray, out: Axis, axis: Axis) -> np.ndarray:
@@ -213,9 +173,7 @@ class Conv(Node):
             for k, matrix in enumerate(maps):
                 o, a = o_axes[k + 1], x_axes[k + 1]
                 if transposed:
-                    po = o.pairs[: matrix.shape[0]]
-                    pa = a.pairs[: matrix.shape[1]]
-                    matrix = (matrix * po[:, None]).T / np.where(pa > 0, pa, 1.0)[:, None]
+                    matrix = adjoint(matrix, o, a)
                 term = apply_axis(term, k + 1, matrix)
             if not transposed:
                 shape = [1] * term.ndim

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from varscale.theory.domain.axes import Axis, apply_axis, join, pair_map, sliced
+from varscale.theory.domain.axis_maps import pair_counts, slice_map
 from varscale.theory.domain.tables import lift
 from varscale.theory.graph.axis_nodes import Concat, Take
 from varscale.theory.graph.nodes import Node, View, cross_by_kind
@@ -139,25 +140,8 @@ def _meeting(old: Axis, spans: tuple[Span, Span], at: tuple[int | None, int | No
 @functools.cache
 def _shifted(new: Axis, old: Axis, span: Span, theirs: Span) -> np.ndarray:
     """Which pairs of positions of the whole two slices of one length have, by type of pair of their own places."""
-    first, second = (np.arange(old.size)[slice(*s)] for s in (span, theirs))
-    c, labels = old.classes, new.label_array
-    i, j = old.label_array[first], old.label_array[second]
-    kind = np.where(first == second, i, c + i * c + j)
-    matrix = np.zeros((new.types, old.types))
-    np.add.at(matrix, (labels, kind), 1.0)
-    share_i, share_j = (np.zeros((new.classes, c)) for _ in range(2))
-    np.add.at(share_i, (labels, i), 1.0)
-    np.add.at(share_j, (labels, j), 1.0)
-    matrix[new.classes :, c:] = np.einsum("ac,bd->abcd", share_i, share_j).reshape(new.classes**2, c * c)
-    np.add.at(matrix, (new.classes + labels * new.classes + labels, c + i * c + j), -1.0)  # one place is no pair of places
-    at = np.full(old.size, -1)
-    at[second] = np.arange(len(second))
-    p = np.flatnonzero((at[first] >= 0) & (at[first] != np.arange(len(first))))
-    q = at[first[p]]  # another place of the second slice has the same position
-    row = new.classes + labels[p] * new.classes + labels[q]
-    np.add.at(matrix, (row, c + i[p] * c + j[q]), -1.0)
-    np.add.at(matrix, (row, i[p]), 1.0)
-    return matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1e-300)
+    counts = pair_counts(slice_map(span, new, old), slice_map(theirs, new, old))
+    return counts / np.maximum(counts.sum(axis=1, keepdims=True), 1e-300)
 
 
 @cross_by_kind.register(Take)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from varscale.theory.domain.axes import Axis, apply_axis, shares, sliced
+from varscale.theory.domain.axis_maps import adjoint, pair_counts, slice_map
 from varscale.theory.domain.tables import Table
 from varscale.theory.graph import layout
 from varscale.theory.graph.axis_nodes import RandomSlice, Take
@@ -71,32 +73,22 @@ def pullback_of_take(node: Take, cotangent: np.ndarray, notes: BackwardNotes) ->
 
 def part_pullback(cotangent: np.ndarray, k: int, old: Axis, span: Sequence[Any]) -> np.ndarray:
     """Cotangents of a slice of axis k read over the whole axis, averaged over each class."""
-    new, classes = sliced(old, *span)
-    if new is None:
-        share = np.zeros(old.classes)
-        share[classes[0].argmax()] = 1.0 / old.counts[classes[0].argmax()]
-        matrix = np.concatenate([share, np.zeros(old.classes**2)])[:, None]
-        return apply_axis(np.expand_dims(cotangent, k), k, matrix)
-    back = (classes * new.counts[:, None]).T / np.maximum(old.counts, 1e-300)[:, None]
-    return apply_axis(cotangent, k, _spread_map(back, new, old))
+    matrix, is_axis = _slice_adjoint(old, tuple(span))
+    return apply_axis(cotangent if is_axis else np.expand_dims(cotangent, k), k, matrix)
+
+
+@functools.cache
+def _slice_adjoint(old: Axis, span: tuple[Any, ...]) -> tuple[np.ndarray, bool]:
+    """Of a slice the map of cotangents, and whether it has an axis left, and not one position with the type "same" alone."""
+    new, _ = sliced(old, *span)
+    out = new or Axis(1)
+    matrix = adjoint(pair_counts(slice_map(span, out, old)), out, old)
+    return (matrix if new is not None else matrix[:, :1]), new is not None
 
 
 def _slice(span: Sequence[int]) -> tuple[int, int | None, int]:
     start, stop, step = span
     return start, (None if step < 0 and stop < 0 else stop), step
-
-
-def _spread_map(back: np.ndarray, new: Axis, old: Axis) -> np.ndarray:
-    """How cotangents of a part read over the whole, zero elsewhere: by the share of pairs of each type that lie in the part."""
-    out = np.zeros((old.types, new.types))
-    out[: old.classes, : new.classes] = back
-    pairs = np.einsum("ac,bd->abcd", back * old.counts[:, None], back * old.counts[:, None])
-    for a in range(old.classes):
-        for c in range(new.classes):  # ordered pairs of one class leave out the diagonal
-            pairs[a, a, c, c] *= max(1 - 1 / max(new.counts[c], 1), 0.0)
-    total = old.pairs[old.classes :].reshape(old.classes, old.classes, 1, 1)
-    out[old.classes :, new.classes :] = (pairs / np.maximum(total, 1.0)).reshape(old.classes**2, new.classes**2)
-    return out
 
 
 def take(x: Value, d: int, start: int, stop: int, step: int) -> Value:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from varscale.theory.domain.axes import MOST_CLASSES, Axis, apply_axis, labelled, pair_map, sliced
+from varscale.theory.domain.axis_maps import entry_map, pair_counts
 from varscale.theory.domain.tables import Table
 from varscale.theory.graph import layout
 from varscale.theory.graph.axis_nodes import Concat
@@ -101,16 +102,12 @@ def _pairs_with(node: Concat, other: Concat) -> np.ndarray:
         for j, (that, theirs, other_shares) in enumerate(others):
             if i == j and mine[k] == theirs[k]:
                 table = cross(view, that, mine) if other is not node else view.second(mine)
-                matrix = np.zeros((whole.types, mine[k].types))
-                matrix[: whole.classes, : mine[k].classes] = shares
-                # Of the pairs within a class of the whole, those within this part: n(n − 1) of N(N − 1).
-                matrix[whole.classes :, mine[k].classes :] = part_pair_shares(
-                    shares, shares, whole, mine[k].counts if sizes[i] > 1 else np.ones(1)
-                )
+                inside = np.arange(sizes[i])
+                matrix = pair_counts(entry_map(sum(sizes[:i]) + inside, inside, whole, mine[k]))
                 second += apply_axis(np.broadcast_to(table, [a.types for a in mine]), k, matrix)
             else:
                 table = between(*(_stand_in(i, j) if stands and mine == theirs and view != that else (i, j)))
-                matrix = part_pair_shares(shares, other_shares, whole, None)
+                matrix = part_pair_shares(shares, other_shares, whole)
                 second[(slice(None),) * k + (slice(whole.classes, None),)] += apply_axis(table, k, matrix)
     return second
 
@@ -305,15 +302,9 @@ def pad(interpreter: Context, eqn: Any, x: Value, fill: Value) -> Value:
 elementwise_or_layout("tile")
 
 
-def part_pair_shares(a: np.ndarray, b: np.ndarray, whole: Axis, own: np.ndarray | None) -> np.ndarray:
-    """Share of the pairs of each (class, class) of the whole that a part's (class, class) makes up, (C², ca·cb)."""
-    counts = whole.counts
-    pairs = np.einsum("ac,bd->abcd", a * counts[:, None], b * counts[:, None])
-    if own is not None:
-        for c in range(a.shape[1]):
-            for x in range(whole.classes):
-                n = a[x, c] * counts[x]
-                pairs[x, x, c, c] = n * max(n - 1, 0.0)
+def part_pair_shares(a: np.ndarray, b: np.ndarray, whole: Axis) -> np.ndarray:
+    """Share of the pairs of each two classes of the whole that two parts' classes make up, (C², ca·cb)."""
+    pairs = np.einsum("ac,bd->abcd", a * whole.counts[:, None], b * whole.counts[:, None])
     total = whole.pairs[whole.classes :].reshape(whole.classes, whole.classes, 1, 1)
     return (pairs / np.maximum(total, 1.0)).reshape(whole.classes**2, -1)
 

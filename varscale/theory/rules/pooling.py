@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from varscale.theory.domain.axes import Axis, apply_axis, refine
+from varscale.theory.domain.axis_maps import adjoint
 from varscale.theory.domain.tables import Table, full_along, lift
 from varscale.theory.graph.convolutions import (
     ONE,
@@ -91,7 +92,7 @@ def _met(node: WindowSum, y: Node, distances: Mapping[int, int] | None, reader: 
 def pullback_of_window_sum(node: WindowSum, cotangent: np.ndarray, notes: BackwardNotes) -> list[np.ndarray | None]:
     _, xd, od = node.params
     maps = [
-        None if m is None else (m * o.pairs[: m.shape[0], None]).T / np.maximum(a.pairs[: m.shape[1]], 1.0)[:, None]
+        None if m is None else adjoint(m, o, a)
         for m, a, o in zip(node.pair_maps(), node.axes_in(), node.axes_out(), strict=True)
     ]
     return [node._carry(cotangent, maps, od, xd)]

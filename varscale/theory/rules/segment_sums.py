@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from varscale.theory.domain.axes import Axis
+from varscale.theory.domain.axis_maps import entry_map, pair_counts
 from varscale.theory.graph.lookups import Gather
 from varscale.theory.graph.nodes import Node
 from varscale.theory.graph.store import Fact
@@ -24,32 +24,6 @@ class Segments(NamedTuple):
 SEGMENTS: Fact[Hashable, Segments] = Fact()  # by digest
 
 
-def sums(ids: np.ndarray, weights: np.ndarray, size: int, axis: Axis) -> tuple[np.ndarray, np.ndarray]:
-    """Sums of the weights and of their squares, by output and by class of the summed axis, (size, classes) each."""
-    first, second = np.zeros((size, axis.classes)), np.zeros((size, axis.classes))
-    kept = (ids >= 0) & (ids < size)
-    place = (ids[kept], axis.label_array[kept])
-    np.add.at(first, place, weights[kept])
-    np.add.at(second, place, weights[kept] ** 2)
-    return first, second
-
-
-def pair_counts(first: np.ndarray, second: np.ndarray, out: Axis, axis: Axis) -> np.ndarray:
-    """Weight of the pairs of each type of the summed axis in a pair of outputs of each type, (types out, types in)."""
-    members = np.eye(out.classes)[out.label_array].T
-    matrix = np.zeros((out.types, axis.types))
-    c, k = out.classes, axis.classes
-    within = np.einsum("ci,ik,il->ckl", members, first, first)
-    own = members @ second
-    matrix[:c, :k] = own
-    matrix[:c, k:] = (within - np.einsum("ck,kl->ckl", own, np.eye(k))).reshape(c, k * k)
-    total = members @ first
-    apart = np.einsum("ck,dl->cdkl", total, total)
-    apart[np.arange(c), np.arange(c)] -= within
-    matrix[c:, k:] = apart.reshape(c * c, k * k)
-    return matrix / np.maximum(out.pairs, 1.0)[:, None]
-
-
 class SegmentSum(Node):
     """Sums by segment over axis 0 of its argument; `params` is the key of (ids, weights, size) in the graph's store.
 
@@ -64,11 +38,9 @@ class SegmentSum(Node):
     @property
     def maps(self) -> tuple[np.ndarray, np.ndarray]:
         """The weight of each class of summands in an output's mean, and of each type of pair in its second moments."""
-        ids, weights, size = SEGMENTS.of(self.graph)[self.params]
-        axis, out = self.args[0].node.axes[0], self.axes[0]
-        first, second = sums(ids, weights, size, axis)
-        members = np.eye(out.classes)[out.label_array].T / out.counts[:, None]
-        return members @ first, pair_counts(first, second, out, axis)
+        ids, weights, _ = SEGMENTS.of(self.graph)[self.params]
+        added = entry_map(ids, np.arange(len(ids)), self.axes[0], self.args[0].node.axes[0], weights)
+        return added.means(), pair_counts(added)
 
 
 def per_position(node: Node) -> list[Node]:

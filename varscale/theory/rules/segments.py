@@ -18,6 +18,7 @@ import numpy as np
 from scipy import special
 
 from varscale.theory.domain.axes import MOST_CLASSES, Axis, apply_axis, contract_axis, grouped
+from varscale.theory.domain.axis_maps import adjoint, entry_map, identity_map, pair_counts
 from varscale.theory.domain.tables import Table, lift
 from varscale.theory.graph.expressions import Apply, roots
 from varscale.theory.graph.factors import factors
@@ -35,7 +36,7 @@ from varscale.theory.rules.neighbours import unseen, unseen_in_given
 from varscale.theory.rules.reductions import bounded, is_identity, narrowest, outside, restored
 from varscale.theory.rules.registry import Context, rule
 from varscale.theory.rules.sampled_primitive import sampled
-from varscale.theory.rules.segment_sums import SEGMENTS, Segments, SegmentSum, per_position, sums
+from varscale.theory.rules.segment_sums import SEGMENTS, Segments, SegmentSum, per_position
 
 
 @second_moments.register(SegmentSum)
@@ -56,8 +57,7 @@ def second_moments_of_segment_sum(node: SegmentSum) -> Table:
 @pullback.register(SegmentSum)
 def pullback_of_segment_sum(node: SegmentSum, cotangent: np.ndarray, notes: BackwardNotes) -> list[np.ndarray | None]:
     axis, out = node.args[0].node.axes[0], node.axes[0]
-    back = (node.maps[1] * out.pairs[:, None]).T / np.maximum(axis.pairs, 1.0)[:, None]
-    return [apply_axis(cotangent, 0, back), None]
+    return [apply_axis(cotangent, 0, adjoint(node.maps[1], out, axis)), None]
 
 
 @cross_by_kind.register(SegmentSum)
@@ -79,23 +79,8 @@ def cross_by_kind_of_segment_sum(node: SegmentSum, a: View, b: View, frame: Sequ
     table = np.broadcast_to(cross(View(source.node, tuple(place)), b, frame), [x.types for x in frame])
     at, axis = a.bind[0], frame[a.bind[0]]
     segments, weights, _ = SEGMENTS.of(node.graph)[node.params]
-    matrix = _meetings(segments, weights, known, axis)
+    matrix = pair_counts(entry_map(segments, known, axis, axis, weights), identity_map(axis))
     return lift(apply_axis(table, at, matrix), frame, range(len(frame)), frame, pairs=True)
-
-
-def _meetings(segments: np.ndarray, weights: np.ndarray, known: np.ndarray, axis: Axis) -> np.ndarray:
-    """Weight of the pairs (row added to i, j) of each type, for each type of (i, j)."""
-    label, c = axis.label_array, axis.classes
-    matrix = np.zeros((axis.types, axis.types))
-    kind = np.where(known == segments, label[known], c + label[known] * c + label[segments])
-    np.add.at(matrix, (label[segments], kind), weights)  # j is the output itself
-    # Every other j: that which is the row itself, and the rest by class.
-    apart = known != segments
-    np.add.at(matrix, (c + label[segments[apart]] * c + label[known[apart]], label[known[apart]]), weights[apart])
-    for cls in range(c):
-        others = axis.counts[cls] - (label[segments] == cls) - (apart & (label[known] == cls))
-        np.add.at(matrix, (c + label[segments] * c + cls, c + label[known] * c + cls), weights * others)
-    return matrix / np.maximum(axis.pairs, 1.0)[:, None]
 
 
 def substitute(node: Node, swap: dict[int, Node], done: dict[int, Node]) -> Node:
@@ -275,9 +260,10 @@ def scatter_add(interpreter: Context, eqn: Any, x: Value, ids: Value, updates: V
     node, weights = known_factors(summands, len(segments))
     if not node.axes or node.axes[0].size != len(segments):
         node, weights = summands.node, np.ones(len(segments))
-    size, axis = x.shape[0], node.axes[0]
-    s, q = sums(segments, weights, size, axis)
-    out = grouped(np.stack([s.sum(axis=1), q.sum(axis=1)], axis=1), 2 * MOST_CLASSES)
+    size = x.shape[0]
+    kept = (segments >= 0) & (segments < size)
+    moments = [np.bincount(segments[kept], weights[kept] ** k, size) for k in (1, 2)]
+    out = grouped(np.stack(moments, axis=1), 2 * MOST_CLASSES)
     key = (hashlib.sha1(segments.tobytes() + weights.tobytes()).hexdigest(), size)
     SEGMENTS.put(interpreter.graph, key, Segments(segments, weights, size))
     note_segments(node, segments)
