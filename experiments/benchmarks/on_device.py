@@ -1,0 +1,94 @@
+"""Claim: on an accelerator the same contracts hold, and these are its figures.
+
+    python -m experiments.benchmarks.on_device [--out FOLDER]
+
+Run it wherever a GPU or TPU is at hand; it takes less than eight minutes. It runs the tests of the initializers' contract, bits
+and laws on the device, then the benchmarks of sampling, of whole models and of `probe`, and writes what they print, with the
+device's name, to `on_device.txt`. A part that runs out of its time is stopped, and the file says so.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+TESTS = ("tests/test_initializers_contract.py", "tests/test_initializers_bits.py", "tests/test_the_law.py")
+ROOT = Path(__file__).parent.parent.parent
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A command and the seconds it may take."""
+
+    title: str
+    command: tuple[str, ...]
+    seconds: int
+
+
+def _module(name: str, *arguments: str) -> tuple[str, ...]:
+    return (sys.executable, "-m", f"experiments.benchmarks.{name}", *arguments)
+
+
+def parts() -> list[Part]:
+    """What is run, the quickest first, in 465 seconds at most."""
+    found = [
+        Part("bits, contract and laws", (sys.executable, "-m", "pytest", "-q", "-n", "4", "--no-header", *TESTS), 180),
+        Part("sampling", _module("sampling", "--rounds", "3"), 90),
+        Part(
+            "whole models",
+            _module("initialization", "--rounds", "1", "--models", "gpt2", "--contenders", "ours", "flax jit"),
+            90,
+        ),
+        Part("a Llama-shaped tree of 1 billion parameters", _module("initialization", "--rounds", "1", "--llama", "1.3"), 45),
+    ]
+    probe = next((p.stem for p in sorted((ROOT / "experiments" / "benchmarks").glob("prob*.py"))), None)
+    return found + ([Part("probe", _module(probe), 60)] if probe else [])
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Contracts and figures of the accelerator at hand."""
+
+    out: Path = Path(".")
+    """Folder that on_device.txt is written to."""
+
+
+def device() -> str:
+    """The accelerator's name, as a process that ends gives it: while it ran, the others could not have the memory."""
+    script = "import jax; d = jax.devices(); print(jax.__version__, d[0].platform, d[0].device_kind, len(d), sep='; ')"
+    return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.strip()
+
+
+def run(part: Part) -> str:
+    """What a part prints, with how it ended."""
+    # The tests' configuration asks for the CPU unless it is told otherwise.
+    environment = {"JAX_PLATFORMS": "", "XLA_PYTHON_CLIENT_PREALLOCATE": "false", **os.environ}
+    begin = time.monotonic()
+    try:
+        done = subprocess.run(
+            part.command, capture_output=True, text=True, timeout=part.seconds, check=False, cwd=ROOT, env=environment
+        )
+        text, ended = done.stdout + done.stderr[-2000:] * bool(done.returncode), f"exit status {done.returncode}"
+    except subprocess.TimeoutExpired as late:
+        text, ended = (late.stdout or b"").decode(errors="replace"), f"stopped after {part.seconds} s"
+    return f"== {part.title}: {ended}, {time.monotonic() - begin:.0f} s\n\n{text.strip()}\n\n"
+
+
+def main(settings: Settings) -> None:
+    """Runs all parts; the file is written part by part."""
+    file = settings.out / "on_device.txt"
+    file.write_text(f"jax; platform; device; count: {device()}\n\n")
+    for part in parts():
+        with file.open("a") as out:
+            out.write(run(part))
+    print(file.read_text())
+
+
+if __name__ == "__main__":
+    import tyro
+
+    main(tyro.cli(Settings))
