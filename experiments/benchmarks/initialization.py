@@ -4,8 +4,9 @@
     python -m experiments.benchmarks.initialization --llama 1        (a Llama-shaped tree of so many billion parameters)
 
 Every contender runs in a process of its own, timed after its imports; a round runs each once, one after the other, and the
-table shows medians over rounds. `cold` is the first call, compilation included; `warm` the second; `memory` the peak above that
-of the bare imports, as a multiple of the parameters' bytes; `temporary` what the compiled programs reserve besides their
+table shows medians over rounds. `cold` is the first call, compilation included. `warm` is the second; ours once more after that,
+with the outline at hand (what is to be done, law by law), which saves the trace. `memory` is the peak above that of the bare
+imports, as a multiple of the parameters' bytes; `temporary` what the compiled programs reserve besides their
 results, in bytes, the most of any. PyTorch joins where it is installed.
 """
 
@@ -72,6 +73,20 @@ def _numbers(result: Any) -> int:
     return sum(x.nbytes for x in jax.tree.leaves(result) if hasattr(x, "nbytes") and "key" not in str(x.dtype))
 
 
+def _planned(name: str, model: str, llama: tuple[int, int, int, int] | None) -> Callable[[], Any]:
+    """A draw by an outline that is at hand."""
+    import jax
+
+    from experiments.nets.whole_models import linen_model, nnx_factory
+    from varscale.initialization.outline import outline
+    from varscale.initialization.tracing import trace
+
+    key = jax.random.key(0)
+    module, x = (nnx_factory(model), None) if name == "ours nnx" else linen_model(model, llama)
+    plan = outline(trace(module, key, x, None), key)
+    return lambda: jax.block_until_ready(plan.leaves(key))
+
+
 def _temporary(model: str, llama: tuple[int, int, int, int] | None) -> int:
     """The bytes that our programs reserve besides their results, the most of any."""
     import jax
@@ -99,9 +114,16 @@ def _measure(name: str, model: str, llama: tuple[int, int, int, int] | None) -> 
     begin = time.perf_counter()
     call()
     warm = time.perf_counter() - begin
+    if name.startswith("ours"):
+        draw = _planned(name, model, llama)
+        begin = time.perf_counter()
+        draw()
+        planned = time.perf_counter() - begin
+    else:
+        planned = warm
     temporary = _temporary(model, llama) if name == "ours" else 0
     return {
-        "import": imported, "cold": cold, "warm": warm, "memory": (peak - bare) / size, "bytes": size, "temporary": temporary,
+        "import": imported, "cold": cold, "warm": warm, "planned": planned, "memory": (peak - bare) / size, "bytes": size, "temporary": temporary,
     }  # fmt: skip
 
 
@@ -154,14 +176,26 @@ def main(settings: Settings) -> None:
         }
         ours = middle.get("ours", next(iter(middle.values())))
         table = Table(title=f"{model}: {ours['bytes'] / 1e6:.0f} MB; seconds, and times ours")
-        for column in ("contender", "import s", "cold s", "cold", "warm s", "warm", "memory", "temporary"):
+        for column in (
+            "contender",
+            "import s",
+            "cold s",
+            "cold",
+            "warm s",
+            "warm",
+            "planned s",
+            "planned",
+            "memory",
+            "temporary",
+        ):
             table.add_column(column, justify="left" if column == "contender" else "right")
         for name, row in middle.items():
             base = middle["ours nnx"] if "nnx" in name and "ours nnx" in middle else ours
-            cold, warm = (f"{row[field] / base[field]:.2f}" for field in ("cold", "warm"))
-            seconds = [f"{row[field]:.2f}" for field in ("import", "cold", "warm")]
+            cold, warm, planned = (f"{row[field] / base[field]:.2f}" for field in ("cold", "warm", "planned"))
+            seconds = [f"{row[field]:.2f}" for field in ("import", "cold", "warm", "planned")]
             temporary = f"{row['temporary']:.0f}" if name == "ours" else ""
-            table.add_row(name, seconds[0], seconds[1], cold, seconds[2], warm, f"{row['memory']:.2f}", temporary)
+            memory = f"{row['memory']:.2f}"
+            table.add_row(name, seconds[0], seconds[1], cold, seconds[2], warm, seconds[3], planned, memory, temporary)
         console.print(table)
 
 
