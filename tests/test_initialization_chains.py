@@ -22,7 +22,7 @@ class Layer(nn.Module):
 
     @nn.compact
     def __call__(self, x, _=None):
-        return nn.Dense(8, param_dtype=self.dtype)(x), None
+        return nn.Dense(8, dtype=self.dtype, param_dtype=self.dtype)(x), None
 
 
 class Stack(nn.Module):
@@ -32,11 +32,12 @@ class Stack(nn.Module):
 
     @nn.compact
     def __call__(self, x):
+        x = jnp.asarray(x, self.dtype)
         for name, layer in (("first", Layer), ("second", nn.remat(Layer))):
             stack = nn.scan(layer, variable_axes={"params": 0}, split_rngs={"params": True}, length=3)
             x, _ = stack(self.dtype, name=name)(x, None)
         for _ in range(2):
-            x = nn.Dense(8, param_dtype=self.dtype, kernel_init=theirs.glorot_uniform())(x)
+            x = nn.Dense(8, dtype=self.dtype, param_dtype=self.dtype, kernel_init=theirs.glorot_uniform())(x)
         return x
 
 
@@ -107,9 +108,11 @@ class Carried(nn.Module):
         kernel = self.param("carried", law, (8, 8))
         seeded = self.param("seeded", lambda _: jax.random.uniform(jax.random.key(5), (8, 8)))
         table = self.param("table", lambda _: jnp.asarray(np.sin(np.arange(4096, dtype=np.float32)).reshape(8, 512)))
-        walked = self.param(
-            "walked", lambda key: jax.lax.fori_loop(0, 3, lambda i, w: w + jax.random.normal(key, (4,)), jnp.ones(4))
-        )
+
+        def walk(key):
+            return jax.lax.fori_loop(0, 3, lambda i, w: w + jax.random.normal(key, (4,)), jnp.ones(4))
+
+        walked = self.param("walked", walk)
         return (x @ kernel[0] @ seeded @ table).sum() + walked.sum()
 
 
@@ -127,8 +130,9 @@ def test_two_leaves_of_one_key_and_one_of_two():
             key = self.make_rng("params")
             for name in "ab":
                 self.param(name, lambda _: jax.random.normal(key, (8, 8)))
-            self.param("c", lambda own: jax.random.normal(own, (8,)) + jax.random.normal(jax.random.split(own)[0], (8,)))
-            self.param("d", lambda own: jax.random.normal(own, (8,)) + jax.random.normal(own, (8,)))
+            sum_of = lambda one, other: jax.random.normal(one, (8,)) + jax.random.normal(other, (8,))  # noqa: E731
+            self.param("c", lambda own: sum_of(own, jax.random.split(own)[0]))
+            self.param("d", lambda own: sum_of(own, own))
             return x
 
     params = vs.initialize(Odd(), KEY, X)["params"]

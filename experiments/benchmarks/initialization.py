@@ -4,10 +4,10 @@
     python -m experiments.benchmarks.initialization --llama 1        (a Llama-shaped tree of so many billion parameters)
 
 Every contender runs in a process of its own, timed after its imports; a round runs each once, one after the other, and the
-table shows medians over rounds. `cold` is the first call, compilation included. `warm` is the second; ours once more after that,
-with the outline at hand (what is to be done, law by law), which saves the trace. `memory` is the peak above that of the bare
-imports, as a multiple of the parameters' bytes; `temporary` what the compiled programs reserve besides their
-results, in bytes, the most of any. PyTorch joins where it is installed.
+table shows medians over rounds. `cold` is the first call, compilation included; `warm` the second; `planned`, for ours, a
+draw by an outline at hand (what is to be done, law by law), which saves the trace. `memory` is the peak above that of the bare
+imports, as a multiple of the parameters' bytes; `temporary` what the compiled programs reserve besides their results, in bytes,
+the most of any. PyTorch joins where it is installed.
 """
 
 from __future__ import annotations
@@ -122,9 +122,8 @@ def _measure(name: str, model: str, llama: tuple[int, int, int, int] | None) -> 
     else:
         planned = warm
     temporary = _temporary(model, llama) if name == "ours" else 0
-    return {
-        "import": imported, "cold": cold, "warm": warm, "planned": planned, "memory": (peak - bare) / size, "bytes": size, "temporary": temporary,
-    }  # fmt: skip
+    seconds = {"import": imported, "cold": cold, "warm": warm, "planned": planned}
+    return seconds | {"memory": (peak - bare) / size, "bytes": size, "temporary": temporary}
 
 
 def _in_a_process(name: str, model: str, llama: tuple[int, int, int, int] | None) -> dict[str, float]:

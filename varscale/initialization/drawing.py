@@ -127,23 +127,39 @@ def settings() -> Hashable:
     return _compat.threefry_is_partitionable(), str(jax.config.jax_default_matmul_precision), jax.config.jax_enable_x64  # pyright: ignore[reportAttributeAccessIssue]
 
 
+class _Lowered:
+    """A program that is traced and lowered, and compiled when first asked for."""
+
+    def __init__(self, lowered: Any):
+        self._lowered = lowered
+
+    @functools.cached_property
+    def compiled(self) -> Any:
+        return self._lowered.compile()
+
+
 @functools.lru_cache(maxsize=512)
-def compiled(program: Program) -> Any:
-    """The program, compiled; kept, so that a second model of the same layers compiles nothing."""
+def _lowered(program: Program) -> _Lowered:
     places = None if all(s is None for s in program.shardings) else list(program.shardings)
     jitted = jax.jit(program.__call__) if places is None else jax.jit(program.__call__, out_shardings=places)
-    return jitted.lower(*program.argument_shapes).compile()
+    return _Lowered(jitted.lower(*program.argument_shapes))
+
+
+def compiled(program: Program) -> Any:
+    """The program, compiled; kept, so that a second model of the same layers compiles nothing."""
+    return _lowered(program).compiled
 
 
 def compile_all(programs: Sequence[Program]) -> None:
-    """Compile each distinct program once, side by side: the largest first, so that no thread ends with it alone."""
+    """Compile each distinct program once, side by side: the largest first, so that no thread ends with it alone.
+
+    They are lowered in this thread: jax's settings, such as `jax.enable_x64`, may hold for it alone.
+    """
     distinct = sorted(set(programs), key=lambda p: -p.cost)
-    if len(distinct) < 2:
-        for program in distinct:
-            compiled(program)
-        return
-    with concurrent.futures.ThreadPoolExecutor(min(len(distinct), os.cpu_count() or 1)) as pool:
-        list(pool.map(compiled, distinct))
+    with concurrent.futures.ThreadPoolExecutor(max(1, min(len(distinct), os.cpu_count() or 1))) as pool:
+        waiting = [pool.submit(getattr, _lowered(program), "compiled") for program in distinct]
+        for future in waiting:
+            future.result()
 
 
 def filled(number: np.ndarray, shape: tuple[int, ...], dtype: np.dtype, sharding: Any) -> jax.Array:
