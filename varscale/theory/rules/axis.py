@@ -159,7 +159,8 @@ def take_node(node: Node, k: int, start: int, stop: int, step: int) -> Node:
     if inside is not None:
         span = _slice((start, stop, step))
         return graph.derive(node, inside, lambda g: part_pullback(g, k, old, span))
-    if new is None and (part := slice_of_weights(node, k, start)) is not None:
+    # Of a matrix rows may be read alone and together (positions): only stacked matrices are taken apart.
+    if new is None and len(node.axes) > 2 and (part := slice_of_weights(node, k, start)) is not None:
         return part
     if step == 1 and (part := part_of(node, k, start, stop)) is not None:
         return part

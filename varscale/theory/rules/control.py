@@ -16,7 +16,7 @@ from varscale.theory.graph import layout
 from varscale.theory.graph.expressions import roots
 from varscale.theory.graph.layout import Value
 from varscale.theory.graph.nodes import Leaf
-from varscale.theory.rules.axis import take
+from varscale.theory.rules.axis import slice_of_weights, take
 from varscale.theory.rules.concatenation import concatenate
 from varscale.theory.rules.prefix_scans import used_variables
 from varscale.theory.rules.random import bits
@@ -164,6 +164,13 @@ def index(interpreter: Context, x: Any, step: int, length: int) -> Any:
     steps = STACKED.get(interpreter.graph, (x.node.id, x.dims))
     if steps is not None:
         return steps[step]
+    if len(x.dims[0]) == 1 and (k := x.dims[0][0].axis) is not None:
+        part = slice_of_weights(x.node, k, step)
+        if part is not None:
+            dims = [
+                tuple(a if a.axis is None or a.axis < k else a._replace(axis=a.axis - 1) for a in dim) for dim in x.dims[1:]
+            ]
+            return Value(part, tuple(dims))
     one = take(x, 0, step, step + 1, 1)
     return layout.transpose(one, range(1, len(one.dims)))
 
