@@ -214,6 +214,21 @@ class TestLinen:
         assert monitor.report["head"].histogram is not None
         assert "activation/kurtosis/head" in monitor.records.keys
 
+    def test_layers_of_a_scan_in_forward_mode(self):
+        class Layer(nn.Module):
+            @nn.compact
+            def __call__(self, x, _):
+                return x + nn.Dense(8)(x), None
+
+        layers = nn.scan(nn.remat(Layer), variable_axes={"params": 0}, split_rngs={"params": True}, length=2)()
+        params = layers.init(jax.random.key(0), X, None)
+        step = jax.jit(lambda params: jax.jvp(lambda p: layers.apply(p, X, None)[0].sum(), (params,), (params,)))
+        monitor = vs.Monitor(step)
+        assert equal(monitor(params), step(params))
+        assert len(monitor.report) > 0
+        assert all(row.gradient is None for row in monitor.report.rows)
+        assert "forward mode" in monitor.report.table()
+
     def test_a_step_without_gradients(self):
         monitor = vs.Monitor(jax.jit(lambda params, x: NET.apply({"params": params}, x)))
         monitor(PARAMS, X)

@@ -135,6 +135,11 @@ def is_forward_mode_error(error: Exception) -> bool:
     return isinstance(error, TypeError) and "custom_vjp" in text and "forward-mode" in text
 
 
+def is_forward_mode_equation(eqn: Any) -> bool:
+    """Whether an equation is what forward-mode differentiation leaves of a `jax.custom_vjp` function: it cannot be lowered."""
+    return eqn.primitive.name == "custom_lin"
+
+
 def remat_barrier(params: dict[str, Any], operands: Sequence[Any]) -> list[Any]:
     """The operands of a rematerialization, kept from being taken for the values they were computed from before."""
     kept = params["prevent_cse"]

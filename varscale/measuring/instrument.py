@@ -125,8 +125,17 @@ def _traced(f: Callable[..., Any], args: Sequence[Any], method: str) -> tuple[Ta
             if not (backward and _compat.is_forward_mode_error(error)):
                 raise
         else:
-            return marks, closed, shapes
+            if not (backward and _is_forward_mode(closed.jaxpr)):
+                return marks, closed, shapes
     raise AssertionError("unreachable: without backward marks every error is raised")
+
+
+def _is_forward_mode(jaxpr: Any) -> bool:
+    """Whether a mark was differentiated in forward mode: inside a loop that fails only when the program is lowered."""
+    return any(
+        _compat.is_forward_mode_equation(eqn) or any(_is_forward_mode(_compat.sub_jaxpr(part)[0]) for part in sub_jaxprs(eqn))
+        for eqn in jaxpr.eqns
+    )
 
 
 def _rows(instrumented: Instrumented, numbers: Mapping[Place, Statistics]) -> Iterator[Measured]:

@@ -38,6 +38,7 @@ _ACTIVATION = (
     "kurtosis",
 )
 _GRADIENT = {"second_moment": "gradient", "nonfinite_share": "gradient_nonfinite_share"}  # key -> attribute of `Row`
+_FORWARD_MODE = "No gradients of rows: the step differentiates in forward mode, which marks of cotangents do not allow."
 _KEPT = 1000  # records that stay in memory
 
 
@@ -199,7 +200,8 @@ class Monitor:
             measured = self._measured.get(call.key) or self._measured.setdefault(call.key, self._compiled(call))
             output, numbers = measured.run(*map(_placed, call.leaves, measured.shardings))
             result = call.finish(output)
-        self._report = rows.report(measured.instrumented.read(numbers))
+        notes = () if measured.instrumented.gradients else (_FORWARD_MODE,)
+        self._report = rows.report(measured.instrumented.read(numbers), notes=notes)
         self._record({**_scalars(self._report), **_optax_scalars(output)})
         return result
 
