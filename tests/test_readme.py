@@ -38,6 +38,15 @@ def test_the_tests_to_paste_pass(tmp_path):
         function()
 
 
+def test_the_two_commands_are_as_ci_reads_them():
+    commands = [line for line in re.sub(r" *\\\n *", " ", README).splitlines() if line.startswith("python3 ")]
+    setups, actions = zip(*(command.rsplit(" && ", 1) for command in commands), strict=True)
+    assert len(set(setups)) == 1
+    assert [action.split()[:3] for action in actions] == [
+        [".venv/bin/python", "-m", name] for name in ("experiments", "pytest")
+    ]
+
+
 def test_commands_name_files_that_exist():
     for module in re.findall(r"python -m (experiments[\w.]*)", README):
         path = ROOT / module.replace(".", "/")
