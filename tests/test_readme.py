@@ -10,7 +10,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
 
-FOLDERS = (ROOT, *(ROOT / "varscale").glob("*/"), *(ROOT / "experiments").glob("*/"))
+FOLDERS = (ROOT, *(ROOT / "varscale").glob("*/"), ROOT / "experiments", *(ROOT / "experiments").glob("*/"))
 DOCUMENTS = sorted(folder / "README.md" for folder in FOLDERS if (folder / "README.md").exists())
 
 
