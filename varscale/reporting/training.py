@@ -82,7 +82,7 @@ def _line(axes: Any, steps: Int[np.ndarray, " steps"], panel: Panel) -> None:
         axes.axvline(step, color=_ALARM, alpha=0.5)
     if _is_log(panel.values):
         axes.set_yscale("log")
-    style(axes, short(panel.paths[0] or MODEL))
+    style(axes, short(panel.paths[0]))
 
 
 def _image(figure: Any, axes: Any, steps: Int[np.ndarray, " steps"], panel: Panel) -> None:
