@@ -153,6 +153,42 @@ NNX = [
 ]
 
 
+def function(params, x):
+    """Scopes around and inside of transformations, and a model that the function runs."""
+
+    def layer(x, w):
+        with jax.named_scope("dense"):
+            return jnp.tanh(x @ w), None
+
+    with jax.named_scope("first"):
+        x = nn.relu(x @ params["first"])
+        with jax.named_scope("inner"):
+            x = jax.jit(lambda x: 2 * x)(x)
+    with jax.named_scope("stack"):
+        x, _ = jax.lax.scan(jax.checkpoint(layer), x, params["stack"])
+    return Block().apply(params["block"], x), x
+
+
+FUNCTION = [
+    "first/inner",
+    "first",
+    "stack/dense@0",
+    "stack/dense@1",
+    "stack/dense@2",
+    "stack",
+    "Dense_0",
+    "Block",
+    "[0]",
+    "[1]",
+]
+
+
+def _function():
+    keys = jax.random.split(jax.random.key(0), 3)
+    weights = {"first": jax.random.normal(keys[0], (8, 8)), "stack": jax.random.normal(keys[1], (3, 8, 8))}
+    return function, weights | {"block": Block().init(keys[2], X)}, X
+
+
 class Recurrent(nn.Module):
     @nn.compact
     def __call__(self, x):
@@ -166,6 +202,7 @@ def _linen(model, x):
 CASES = {
     "linen": (lambda: _linen(Linen(), X), LINEN),
     "nnx": (lambda: (lambda rngs: Nnx(rngs), None, X), NNX),
+    "function": (_function, FUNCTION),
     "loop over time": (lambda: _linen(Recurrent(), X.reshape(2, 2, 8).repeat(3, 1)), ["rnn", ""]),
 }
 
@@ -176,7 +213,8 @@ def test_rows_are_those_of_predict(name):
     model, params, x = made()
     report = vs.probe(model, params, x, loss="random")
     assert [row.path for row in report.rows] == expected
-    predicted = vs.predict(model, jax.ShapeDtypeStruct(x.shape, x.dtype), backward=False)
+    given = params if name == "function" else None
+    predicted = vs.predict(model, jax.ShapeDtypeStruct(x.shape, x.dtype), params=given, backward=False)
     found = [[(row.path, row.kind, row.shape) for row in r.rows] for r in (report, predicted)]
     assert found[0] == found[1]
     assert set(predicted.weights) <= set(report.weights)
@@ -207,14 +245,12 @@ def test_branches_and_while_loops_have_the_rows_of_what_ran():
 
 
 def test_a_trace_that_jax_kept_from_before_has_rows():
-    model = nn.Dense(8, name="dense")
-    jitted = jax.jit(lambda params, x: model.apply(params, x))
+    model = Block()
+    jitted = jax.jit(model.apply)
     params = model.init(jax.random.key(0), X)
     jitted(params, X)
-    graph, state = nnx.split(nnx.Linear(8, 8, rngs=nnx.Rngs(0)))
-    assert [row.path for row in vs.probe(jitted, params, X).rows] == [""]
-    assert jitted(params, X).shape == (4, 8)
-    assert nnx.merge(graph, state)(X).shape == (4, 8)
+    report = vs.probe(lambda params, x: jitted(params, x), params, X)
+    assert [row.path for row in report.rows] == ["Dense_0", "Block", ""]
 
 
 def test_patterns_choose_rows_and_brackets_are_literal():

@@ -16,6 +16,7 @@ from varscale import _compat
 from varscale.measuring import reducers, selection
 from varscale.measuring.instrument import instrument
 from varscale.measuring.rows import report
+from varscale.measuring.scoped import scoped
 from varscale.programs import faces, failures
 from varscale.programs.patterns import Pattern
 from varscale.programs.program import KEY_SEED, Inputs, Program
@@ -42,7 +43,8 @@ def probe(
     The statistics are reduced inside jit, in float32 at least; no activation leaves the device. The model is not changed.
 
     Layers of a scan over parameters have a row a step, "layers@3". A module inside a loop over time has no row: the module
-    that runs the loop has one. A module inside `jax.lax.while_loop` has the row of the last step.
+    that runs the loop has one. A module inside `jax.lax.while_loop` has the row of the last step. Of a plain function every
+    `jax.named_scope` block has a row, of what it puts out.
 
     Args:
         model: a linen module, an nnx instance, an nnx factory `lambda rngs: Net(..., rngs=rngs)`, or a function
@@ -85,6 +87,8 @@ def probe(
         raise ValueError(f"loss must be a function of the model's output, 'random' or None, not {loss!r}")
     reducer = selection.chosen(stats, memory)
     program = faces.program(model, method=method)
+    if program.init is None and program.parameters is None:
+        program = faces.program(scoped(model))
     inputs = _Inputs.of(faces.as_inputs(x))
     weights = _Weights.of(program, params, inputs)
     step = _Step(program, weights, inputs, loss, _streams(rngs))

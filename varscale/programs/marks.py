@@ -50,15 +50,17 @@ class Marking:
         """The output of a module call, its arrays marked."""
         self.kinds.setdefault(call.path, call.kind)
         row = call.row(self._method)
+        where = self._mark + row
         with self.running.entered(call) as own:
             if not own:
                 return function()
-            with jax.named_scope(self._mark + row):
+            with jax.named_scope(where):
                 output = function()
-        if not call.has_row:
-            return output
-        where = self._mark + row
-        output = map_arrays(lambda x, field, arrays: checkpoint_name(x, FIELD.join((where, field, str(arrays)))), output)
+                if not call.has_row:
+                    return output
+                output = map_arrays(
+                    lambda x, field, arrays: checkpoint_name(x, FIELD.join((where, field, str(arrays)))), output
+                )
         again = self.calls[row]
         self.calls[row] += 1
         if _trace() == self._trace:

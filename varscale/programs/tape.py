@@ -71,7 +71,7 @@ class Tape:
                 return function()
             with jax.named_scope(MODULE + call.row(self.method)):
                 output = function()
-        return map_arrays(functools.partial(self._mark, call), output) if call.has_row else output
+                return map_arrays(functools.partial(self._mark, call), output) if call.has_row else output
 
     def _mark(self, call: Call, x: jax.Array, field: str, arrays: int) -> jax.Array:
         self.marks.append(Mark(call.row(self.method), call.kind, call.root, field, arrays))

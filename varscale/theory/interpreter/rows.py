@@ -9,16 +9,12 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
-
-from varscale import _compat
 from varscale.programs.marks import FIELD, MODULE, WITHIN
 from varscale.programs.pieces import PIECE
-from varscale.programs.scopes import Scope, opened, whole_path
+from varscale.programs.scopes import Scope, ends, is_floating, opened, whole_path
 
 _LOOPS = {"scan", "while", "associative_scan"}
 
@@ -91,31 +87,7 @@ class Place:
 
     def ends(self, eqns: Sequence[Any], outputs: Sequence[Any]) -> dict[int, list[tuple[Scope, Any]]]:
         """The scopes that end with each equation, the innermost first, and what each puts out, where they have rows."""
-        if not self.rows.scopes:
-            return {}
-        scopes = [opened(eqn, self.path, self.piece)[0] for eqn in eqns]
-        users: dict[Any, list[int]] = collections.defaultdict(list)
-        for i, eqn in enumerate(eqns):
-            for var in eqn.invars:
-                if not _compat.is_literal(var):
-                    users[var].append(i)
-        for var in outputs:
-            if not _compat.is_literal(var):
-                users[var].append(-1)
-        inside: dict[Scope, list[int]] = collections.defaultdict(list)
-        for i, around in enumerate(scopes):
-            for scope in around:
-                inside[scope].append(i)
-        found: dict[int, list[tuple[Scope, Any]]] = collections.defaultdict(list)
-        for scope, mine in inside.items():
-            own = set(mine)
-            out = [v for i in mine for v in eqns[i].outvars if _is_floating(v) and not own.issuperset(users[v])]
-            if out:
-                largest = max(math.prod(v.aval.shape) for v in out)
-                found[mine[-1]].append((scope, [v for v in out if math.prod(v.aval.shape) == largest][-1]))
-        for i, ended in found.items():
-            ended.sort(key=lambda end, order=scopes[i]: -order.index(end[0]))
-        return found
+        return ends(eqns, outputs, self.path, self.piece) if self.rows.scopes else {}
 
     def note(self, eqn: Any, env: Mapping[Any, Any], steps: Sequence[int]) -> None:
         """A row for what a module puts out; where equations are asked for, one for each array that another computes."""
@@ -130,12 +102,8 @@ class Place:
             return
         path = "/".join(filter(None, [opened(eqn, self.path, self.piece)[1], eqn.primitive.name]))
         for j, var in enumerate(eqn.outvars):
-            if _is_floating(var):
+            if is_floating(var):
                 self.rows.add(path, steps, eqn.primitive.name, env[var], f"[{j}]" if len(eqn.outvars) > 1 else "")
-
-
-def _is_floating(var: Any) -> bool:
-    return jnp.issubdtype(getattr(var.aval, "dtype", jnp.int32), jnp.inexact)
 
 
 def joined(made: Sequence[Made], captured: Mapping[str, Mapping[str, Any]], kind: str) -> Iterator[tuple[str, str | None, Any]]:
