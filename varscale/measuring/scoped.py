@@ -67,9 +67,12 @@ class _Scopes:
                 env[var] = self.record(Call(scope.path, "__call__", "scope"), functools.partial(env.get, var))
         return [value(v) for v in jaxpr.outvars]
 
+    def _body(self, jaxpr: Any, consts: Sequence[Any], path: str, *args: Any) -> list[Any]:
+        return self.run(jaxpr, consts, args, path)
+
     def _enter(self, eqn: Any, values: list[Any], path: str) -> Sequence[Any]:
         parts = [_compat.sub_jaxpr(part) for part in sub_jaxprs(eqn)]
-        bodies = [lambda *x, part=part: self.run(*part, x, path) for part in parts]
+        bodies = [functools.partial(self._body, *part, path) for part in parts]
         params = eqn.params
         if eqn.primitive.name == "cond":
             return jax.lax.switch(values[0], bodies, *values[1:])
