@@ -45,8 +45,7 @@ def parts() -> list[Part]:
         ),
         Part("a Llama-shaped tree of 1 billion parameters", _module("initialization", "--rounds", "1", "--llama", "1.3"), 45),
     ]
-    probe = next((p.stem for p in sorted((ROOT / "experiments" / "benchmarks").glob("prob*.py"))), None)
-    return found + ([Part("probe", _module(probe), 60)] if probe else [])
+    return [*found, Part("probe", _module("probe"), 60)]
 
 
 @dataclasses.dataclass(frozen=True)
