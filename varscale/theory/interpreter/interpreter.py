@@ -23,6 +23,7 @@ import numpy as np
 
 from varscale import _compat
 from varscale.theory.domain.axes import Axis
+from varscale.theory.domain.tables import independent
 from varscale.theory.graph.failures import PredictionError, located
 from varscale.theory.graph.known_arrays import all_given, computed, entries, is_given, note, numbers
 from varscale.theory.graph.layout import Value, align, full, value, without_entries
@@ -34,12 +35,14 @@ from varscale.theory.interpreter import registered  # noqa: F401  (rules, and la
 from varscale.theory.interpreter.rows import Place
 from varscale.theory.propagation.function_domains import has_values
 from varscale.theory.rules.prefix_scans import live_equations, used_variables
+from varscale.theory.rules.random import input_leaf
 from varscale.theory.rules.registry import ELEMENTWISE_OR_LAYOUT, RULES, Complex, Opaque, Rule, parts
 from varscale.theory.rules.sampled_primitive import sampled
 
 _FOLDED: Fact[Hashable, Node | None] = Fact()  # known numbers computed by elementwise primitives
 
 MOST_FOLDED = 1 << 26  # elements up to which known numbers are computed with rather than described
+_NUDGE = 1e-24  # variance: far below the epsilon of a norm, far above rounding of what is zero
 _MOST_EVALUATED = 1 << 22  # of which jax computes so many at a time
 
 
@@ -51,6 +54,8 @@ class Interpreter:
         place: where the walk is and where it keeps rows; None where it keeps none.
         entering: the equation that is being interpreted there.
         used: the variables that are read of the jaxpr that is being interpreted.
+        nudged: whether tiny random numbers are added to what a module puts out where that is one known number, which nothing
+            can be differentiated by.
         steps: which steps of loops over layers it is in.
     """
 
@@ -59,6 +64,7 @@ class Interpreter:
         self.place: Place | None = None
         self.entering: Any = None
         self.used: frozenset[Any] = frozenset()
+        self.nudged = False
         self.steps: list[int] = []
 
     def run(self, jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], step: int | None = None) -> list[Any]:
@@ -102,12 +108,20 @@ class Interpreter:
                 count = place.rows.entered
                 self.place, self.entering = None if silent else place, eqn
                 self._step(eqn, env)
+                if self.nudged and eqn.primitive.name == "name":
+                    env[eqn.outvars[0]] = self._nudge(env[eqn.outvars[0]])
                 if not silent and count == place.rows.entered:
                     place.note(eqn, env, self.steps)
                 for scope, var in ends.get(i, ()):
                     place.rows.add(scope.path, self.steps, "scope", env[var])
         finally:
             self.place, self.entering = outer, entered
+
+    def _nudge(self, x: Any) -> Any:
+        if not isinstance(x, Value) or x.constant is None or math.prod(x.shape) <= 1:
+            return x
+        table = independent(0.0, _NUDGE, tuple(Axis(n) for n in x.shape if n != 1))
+        return self.elementwise("add", x, input_leaf(self, f"nudge {self.graph.leaves}", x.shape, table, odd=True))
 
     def equation(self, eqn: Any, ins: list[Any]) -> list[Any]:
         """The outputs of one equation."""

@@ -23,7 +23,7 @@ from varscale.theory.graph.nodes import Graph, Leaf
 from varscale.theory.interpreter.interpreter import Interpreter
 from varscale.theory.interpreter.parameters import given_parameters, init_laws, is_function, path_string
 from varscale.theory.interpreter.rows import Place, Rows, joined
-from varscale.theory.interpreter.summary import summarize
+from varscale.theory.interpreter.summary import summarize, with_gradients
 from varscale.theory.interpreter.tracing import Draws, Trace, drawing, execution_order, first_pass, traced
 from varscale.theory.propagation.cross_moments import MEASURED_TOGETHER, together
 from varscale.theory.propagation.spatial_correlation import measured
@@ -83,16 +83,25 @@ def predict(
         raise ValueError(f"model {program.kinds.get('', program.kind)} returns no array: there is nothing to predict")
 
     kind = "scope" if program.init is None and program.parameters is None else "module"
-    rows = Rows(scopes=kind == "scope", equations=detail == "equations")
-    interpreter.place = Place(rows)
-    values = interpreter.run(forward.jaxpr, forward.constants, [*taken, *split.values(interpreter)])
-    interpreter.place = None
-    outputs = jax.tree_util.tree_unflatten(jax.tree_util.tree_structure(forward.shapes), values)
-    captured = {call: outputs[call] for call in execution_order(forward.jaxpr, forward.shapes)}
+
+    def walk() -> list[tuple[str, str | None, Any]]:
+        rows = Rows(scopes=kind == "scope", equations=detail == "equations")
+        interpreter.place = Place(rows)
+        values = interpreter.run(forward.jaxpr, forward.constants, [*taken, *split.values(interpreter)])
+        interpreter.place = None
+        outputs = jax.tree_util.tree_unflatten(jax.tree_util.tree_structure(forward.shapes), values)
+        captured = {call: outputs[call] for call in execution_order(forward.jaxpr, forward.shapes)}
+        return list(joined(rows.made, captured, kind))
+
+    found = walk()
     paths = [path_string(p) for p, _ in jax.tree_util.tree_flatten_with_path(parameters.shapes)[0]]
     named = zip(paths, parameters.values, strict=True)
     try:
-        return summarize(interpreter, program, joined(rows.made, captured, kind), named, backward=backward)
+        report = summarize(interpreter, program, found, named, backward=backward)
+        if not backward or all(not isinstance(x, Value) or x.constant is None for *_, x in found):
+            return report
+        interpreter.nudged = True
+        return with_gradients(report, walk())
     except PredictionError:
         raise
     except Exception as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -50,6 +51,21 @@ def summarize(
     gradients = _gradients(values) if backward else {}
     rows = tuple(_row(path, kinds[path], x, gradients.get(x.node.id)) for path, x in values.items())
     return Report(rows, weights(interpreter, parameters))
+
+
+def with_gradients(report: Report, nudged: Iterable[tuple[str, str | None, Any]]) -> Report:
+    """The report with the gradients, where it has none, of a walk in which what is one known number was nudged."""
+    values = {path: x for path, _, x in nudged if isinstance(x, Value) and math.prod(x.shape) > 0}
+    gradients = _gradients(values)
+    rows = []
+    for row in report.rows:
+        x = values.get(row.path)
+        found = None if x is None or row.gradient is not None else gradients.get(x.node.id)
+        if x is not None and found is not None:
+            gradient, doubt = _of_one_copy(x, *found)
+            row = dataclasses.replace(row, gradient=gradient, gradient_error_bound=float(GRADIENT_BASE + doubt))
+        rows.append(row)
+    return dataclasses.replace(report, rows=tuple(rows))
 
 
 def _real(interpreter: Interpreter, x: Any) -> Any:
