@@ -19,7 +19,7 @@ from varscale import gaussian
 
 Activation = Callable[[jax.Array], jax.Array]
 _FOLLOWED = 16  # steps of the second moment's map that are taken; then its fixed point is bracketed where it was heading
-_LARGEST, _SMALLEST = 1e12, 1e-12  # second moments beyond which a signal counts as exploded or vanished
+_OVERFLOW, _SMALLEST = 1e12, 1e-12  # second moments beyond which a signal counts as exploded or vanished
 _ZERO = 1e-24  # in place of a second moment of 0, where a slope is asked for
 _NOISE = 1e-9  # relative accuracy of an expectation
 _TERMS = 200  # of the Hermite series of the correlation map; where it has not converged, the pair is integrated
@@ -122,17 +122,17 @@ def _fixed_point(layer: _Layer) -> float:
     diverges = f"the second moment diverges: no fixed point that 1 converges to at {variances}"
     q, growth = 1.0, layer.growth(1.0)
     for _ in range(_FOLLOWED):
-        if growth == 0 or q > _LARGEST:
+        if growth == 0 or q > _OVERFLOW:
             break
         q *= 1 + growth
         if q == 0:
             return 0.0
         try:
-            growth = layer.growth(q) if q < _LARGEST else growth
+            growth = layer.growth(q) if q < _OVERFLOW else growth
         except ValueError as error:  # the activation overflows
             raise ValueError(diverges) from error
     factor = 2.0 if growth > 0 else 0.5
-    while growth and _SMALLEST < q < _LARGEST:
+    while growth and _SMALLEST < q < _OVERFLOW:
         after = layer.growth(factor * q)
         if after * growth < 0:
             q = float(brentq(lambda x: layer.second_moment(x) / x - 1, q, factor * q, xtol=1e-300, rtol=1e-13))  # pyright: ignore
@@ -179,13 +179,13 @@ def mean_field(activation: Activation, weight_variance: float, bias_variance: fl
     q = _fixed_point(layer)
     at = q or _ZERO
     chi = layer.chi(at)
-    c, slope_c = _correlation(layer, at, chi)
+    c, slope_c = _fixed_correlation(layer, at, chi)
     phase = "critical" if abs(chi - 1) < _CRITICAL else "ordered" if chi < 1 else "chaotic"
     slope = layer.slope(at)
     return MeanField(q, chi, c, slope, _depth(slope), _depth(slope_c), phase)
 
 
-def _correlation(layer: _Layer, q: float, chi: float) -> tuple[float, float]:
+def _fixed_correlation(layer: _Layer, q: float, chi: float) -> tuple[float, float]:
     """The stable fixed point of the correlation map and the map's slope there."""
     # The map is convex on [0, 1], not below the diagonal at 0, and 1 at 1, where its slope is χ.
     if chi <= 1 + _NOISE:

@@ -56,7 +56,7 @@ def second_moments_of_computed(node: Computed) -> Table:
     return estimate(node.values, node.axes)
 
 
-def scatter(node: Computed, axes: Collection[int]) -> float:
+def scatter_of_given(node: Computed, axes: Collection[int]) -> float:
     """Relative variance of the mean of x² over some axes: between places of the others, or that of a mean over all samples."""
     held = [k for k in range(len(node.axes)) if k not in axes]
     means = np.square(node.values).mean(axis=tuple(axes if held else range(1, len(node.axes))))

@@ -24,8 +24,8 @@ from jaxtyping import Float
 from scipy.interpolate import CubicSpline
 from scipy.special import roots_genlaguerre
 
-_STEP = 0.25
-LOG_SCALES = _STEP * np.arange(-12, 13)  # of Q, where F is known; beyond, it is a power of Q
+_LOG_STEP = 0.25
+LOG_SCALES = _LOG_STEP * np.arange(-12, 13)  # of Q, where F is known; beyond, it is a power of Q
 _NEAR = np.flatnonzero(np.abs(LOG_SCALES) <= 1.01)
 _ROUGH = 0.1  # third differences of ln F there, in steps of a quarter: a step has .03, exp .06, noise more
 _STEEP = 1.0  # a step of ln F from one scale to the next, the fourth power of Q
@@ -99,7 +99,7 @@ def answer(scale: Scale, slope: float, curvature: float, curve: Callable[[], Flo
     # What has poles, or answers to what hardly ever happens, is not resolved: its curvature is noise.
     slope, level = np.polyfit(LOG_SCALES[_NEAR], steps, 1)
     apart = steps - slope * LOG_SCALES[_NEAR] - level
-    slope = float(np.clip(slope, -_STEEP / _STEP, _STEEP / _STEP))
+    slope = float(np.clip(slope, -_STEEP / _LOG_STEP, _STEEP / _LOG_STEP))
     found = answer(scale, slope, slope * (slope - 1), curve)
     return dataclasses.replace(found, growth=scale.growth**slope, doubt=float(np.sqrt(np.mean(apart**2))))
 

@@ -11,7 +11,7 @@ from varscale.theory.domain.axes import Axis
 from varscale.theory.domain.tables import by_type
 from varscale.theory.integrals.hermite_series import DEGREE, HERMITE, WEIGHTS, Z, power_series, tail
 
-_NEGLIGIBLE = 1e-12  # what rounding leaves of a series that has converged
+_CONVERGED = 1e-12  # what rounding leaves of a series that has converged
 
 
 def on_grid(values: np.ndarray) -> np.ndarray:
@@ -35,7 +35,7 @@ class Series(NamedTuple):
         for whole, sign in ((self.both, 1.0), (self.opposite, -1.0)):
             signed = self.coefficients * sign ** np.arange(DEGREE)
             rest = whole - signed.sum(-1)
-            if np.any(np.abs(rest) > _NEGLIGIBLE * np.abs(self.both)):
+            if np.any(np.abs(rest) > _CONVERGED * np.abs(self.both)):
                 last = signed[..., DEGREE // 2 :].sum(-1)
                 fall = np.log2(1 + np.maximum(last / np.where(rest == 0, 1e-300, rest), 0.0))
                 out = out + rest * tail(sign * rho, fall)

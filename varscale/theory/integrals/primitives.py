@@ -63,10 +63,10 @@ def _bitcast(x: np.ndarray, dtype: str) -> np.ndarray:
 
 
 # A difference of differences divides their rounding, 1e-8 near 0, by its own step, which is therefore wider.
-_STEP, _SECOND_STEP = (1e-5, 1e-3), (1e-3, 1.0)
+_FIRST_STEP, _SECOND_STEP = (1e-5, 1e-3), (1e-3, 1.0)
 
 
-def partial(f: Callable[..., np.ndarray], k: int, step: tuple[float, float] = _STEP) -> Callable[..., np.ndarray]:
+def partial(f: Callable[..., np.ndarray], k: int, step: tuple[float, float] = _FIRST_STEP) -> Callable[..., np.ndarray]:
     """∂f/∂(argument k), by a central difference in float64 (relative error 1e-9 where f is smooth, exact beside a corner).
 
     Args:
@@ -210,7 +210,7 @@ POSITIVE = {
 def function(name: str, extra: tuple[Any, ...]) -> Callable[..., np.ndarray]:
     """The NumPy function of an elementwise node: a primitive with its static parameters, or "∂k name", its derivative."""
     if name.startswith("∂"):
-        return partial(function(name[2:], extra), int(name[1]), _SECOND_STEP if name[2:].startswith("∂") else _STEP)
+        return partial(function(name[2:], extra), int(name[1]), _SECOND_STEP if name[2:].startswith("∂") else _FIRST_STEP)
     f = FUNCTIONS[name]
     return (lambda *xs: f(*xs, *extra)) if extra else f
 

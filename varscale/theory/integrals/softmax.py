@@ -55,7 +55,7 @@ def _grid(variance: float, keys: float, law: Law = None) -> tuple[int, int]:
     return _ROUND * math.floor(first / _STEP / _ROUND), _ROUND * math.ceil(last / _STEP / _ROUND)
 
 
-def _projected(directions: float) -> Float[np.ndarray, " points"]:
+def _coordinate_on_sphere(directions: float) -> Float[np.ndarray, " points"]:
     """One coordinate of a point on the sphere of radius √d in d directions, on the normal grid: (1 − z²/d)^{(d − 3)/2}."""
     d = max(directions, 3.0)
     return WEIGHTS if d == math.inf else np.maximum(1 - Z**2 / d, 0) ** ((d - 3) / 2)
@@ -70,7 +70,7 @@ def _laplace(
     These are ln(−ln φ(u)) and, of E[f e^{−x}]/φ, the logarithms for f = x, x², x³ and (l x)² and the ratio of f = l x to f = x:
     smooth in the logarithm of the variance, along which moments themselves grow like exponentials.
     """
-    density = _projected(directions)
+    density = _coordinate_on_sphere(directions)
     z, weights = (Z if law is None else np.array(law))[::stride], density[::stride] / density[::stride].sum()
     logits = math.exp(log_variance / 2) * z / math.sqrt(weights @ z**2)
     x = np.exp(np.minimum(logits + _STEP * np.arange(first, last)[:, None], _GONE))

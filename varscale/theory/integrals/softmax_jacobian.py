@@ -14,7 +14,7 @@ def where_weighed(weights: WeightMoments) -> tuple[np.ndarray, np.ndarray]:
     return square / first, cube / square
 
 
-def between(apart: np.ndarray, one: np.ndarray, correlation: np.ndarray) -> np.ndarray:
+def weighed_in_both(apart: np.ndarray, one: np.ndarray, correlation: np.ndarray) -> np.ndarray:
     """E[p_i² p_j]/E[p_i p_j] of lognormal weights, from that of independent rows and of one row: geometric in the correlation.
 
     With logits of variance s² that is e^{(3/2 + ρ) s²} E[p_i].

@@ -136,7 +136,7 @@ class Interpreter:
                     outs = self.fold(eqn, ins)
                 if outs is None:
                     outs = self._handler(eqn, ins)(self, eqn, *ins)
-                    if name in _MOVES:
+                    if name in _MOVING:
                         self._note_given(eqn, ins, outs)
         except (PredictionError, jax.errors.JAXTypeError):
             raise
@@ -206,7 +206,7 @@ class Interpreter:
         if any(isinstance(x, Opaque) for x in ins):
             return None
         own = [part for x in ins for part in parts(x)]
-        if not all_given(own) or (eqn.primitive.name in _MOVES and len(own) == len(ins)):
+        if not all_given(own) or (eqn.primitive.name in _MOVING and len(own) == len(ins)):
             return None
         with np.errstate(all="ignore"):
             outs = _evaluated(eqn, [_given_numbers(x) for x in ins])
@@ -314,7 +314,7 @@ def _is_complex(eqn: Any) -> bool:
 
 
 # Entries are moved, repeated or left out, of which classes and blocks tell more than one class for all would.
-_MOVES = {
+_MOVING = {
     "broadcast_in_dim",
     "concatenate",
     "dynamic_slice",

@@ -23,7 +23,7 @@ from varscale.theory.interpreter.tracing import Trace
 from varscale.theory.rules.random import another, as_weight, is_weight
 from varscale.theory.rules.registry import Complex, Opaque, map_parts, parts
 
-_KEY = 0
+_FACTORY_SEED = 0
 
 
 def path_string(path: Any) -> str:
@@ -40,8 +40,10 @@ def init_laws(interpreter: Interpreter, drawing: Trace, inputs: Sequence[Any]) -
     def interpreted(which: Sequence[int]) -> dict[int, Any]:
         part = jaxpr.replace(outvars=[outputs[i] for i in which])
         outs = interpreter.run(part, drawing.constants, inputs)
-        shared = _shared(outs)
-        return {i: map_parts(lambda part: _drawn(interpreter, part, shared), x) for i, x in zip(which, outs, strict=True)}
+        shared = _shared_leaves(outs)
+        return {
+            i: map_parts(lambda part: _drawn_parameter(interpreter, part, shared), x) for i, x in zip(which, outs, strict=True)
+        }
 
     recipes = output_recipes(jaxpr)
     first = first_alike(recipes)
@@ -53,14 +55,14 @@ def init_laws(interpreter: Interpreter, drawing: Trace, inputs: Sequence[Any]) -
     return [values[i] for i in range(len(outputs))]
 
 
-def _drawn(interpreter: Interpreter, x: Any, shared: set[int]) -> Any:
+def _drawn_parameter(interpreter: Interpreter, x: Any, shared: set[int]) -> Any:
     """One parameter: a weight of its own, unless other parameters are made from the same draws."""
     if isinstance(x, Opaque) or shared.intersection(r.node.id for r in roots(x.node)):
         return x
     return as_weight(interpreter, x)
 
 
-def _shared(outs: Sequence[Any]) -> set[int]:
+def _shared_leaves(outs: Sequence[Any]) -> set[int]:
     """Random leaves that several different parameters are functions of."""
     nodes = {part.node.id: part.node for x in outs if not isinstance(x, Opaque) for part in parts(x)}
     count = collections.Counter(id_ for node in nodes.values() for id_ in {r.node.id for r in roots(node)})
@@ -86,7 +88,9 @@ def given_parameters(interpreter: Interpreter, params: Any, shapes: Any, declare
     if shapes is None:
         flat, tree = jax.tree_util.tree_flatten_with_path(params, is_leaf=_is_law)
         structs = [_described(x, path_string(path)) for path, x in flat]
-        values = [_given(interpreter, x, path_string(path), struct) for (path, x), struct in zip(flat, structs, strict=True)]
+        values = [
+            _given_parameter(interpreter, x, path_string(path), struct) for (path, x), struct in zip(flat, structs, strict=True)
+        ]
         return jax.tree_util.tree_unflatten(tree, structs), values
     names = set(shapes) if isinstance(shapes, dict) else set()
     if "params" in names and not (hasattr(params, "keys") and "params" in set(params.keys())):
@@ -101,7 +105,7 @@ def given_parameters(interpreter: Interpreter, params: Any, shapes: Any, declare
     if absent or extra:
         raise ValueError(f"params must have the model's structure: missing {absent[:4]}, unexpected {extra[:4]}")
     values = [
-        _given(interpreter, given[path], path, struct) if path in given else filled[path]
+        _given_parameter(interpreter, given[path], path, struct) if path in given else filled[path]
         for path, (_, struct) in zip(expected, flat_shapes, strict=True)
     ]
     return shapes, values
@@ -133,12 +137,12 @@ def _described(x: Any, path: str) -> jax.ShapeDtypeStruct:
     )
 
 
-def _given(interpreter: Interpreter, x: Any, path: str, struct: Any) -> Any:
+def _given_parameter(interpreter: Interpreter, x: Any, path: str, struct: Any) -> Any:
     """One parameter, given."""
     shape = tuple(struct.shape)
     axes = tuple(Axis(n) for n in shape if n != 1)
     if jax.numpy.issubdtype(struct.dtype, jax.dtypes.prng_key):
-        return Opaque(x if isinstance(x, jax.Array) else jax.random.key(_KEY))
+        return Opaque(x if isinstance(x, jax.Array) else jax.random.key(_FACTORY_SEED))
     if isinstance(x, Moments):
         if (x.sample_correlation, x.position_correlation) != (None, None):
             raise ValueError(f"params[{path!r}] must have independent entries: correlations are an input's, not {x!r}'s")
@@ -148,7 +152,7 @@ def _given(interpreter: Interpreter, x: Any, path: str, struct: Any) -> Any:
             f"params[{path!r}] is a ShapeDtypeStruct, which has no law; give an array, an initializer or a variance"
         )
     if callable(x):
-        jaxpr = jax.make_jaxpr(lambda: x(jax.random.key(_KEY), shape, struct.dtype))()
+        jaxpr = jax.make_jaxpr(lambda: x(jax.random.key(_FACTORY_SEED), shape, struct.dtype))()
         (out,) = interpreter.run(jaxpr.jaxpr, jaxpr.consts, [])
         return as_weight(interpreter, out)
     if isinstance(x, int | float) and not isinstance(x, bool):
@@ -161,7 +165,7 @@ def _given(interpreter: Interpreter, x: Any, path: str, struct: Any) -> Any:
     if numbers.dtype.kind == "c":
         real = jax.ShapeDtypeStruct(shape, np.real(numbers).dtype)
         pair = {"real": np.real(numbers), "imag": np.imag(numbers)}
-        return Complex(*(_given(interpreter, part, f"{path}.{name}", real) for name, part in pair.items()))
+        return Complex(*(_given_parameter(interpreter, part, f"{path}.{name}", real) for name, part in pair.items()))
     if numbers.dtype.kind in "iub":
         return interpreter.known(numbers)
     numbers = numbers.astype(np.float64)

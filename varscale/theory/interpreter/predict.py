@@ -33,7 +33,7 @@ from varscale.theory.rules.random import input_leaf
 from varscale.theory.rules.registry import Complex, Opaque
 
 _DETAILS = ("modules", "equations")
-_KEY = 0  # laws do not depend on the seed
+_MODEL_SEED = 0  # laws do not depend on the seed
 
 
 def predict(
@@ -209,7 +209,11 @@ def input_value(interpreter: Interpreter, x: Any, name: str) -> Any:
         return input_leaf(interpreter, name, shape, table, odd=False)
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         return Opaque(
-            x if isinstance(x, jax.Array) else jax.random.split(jax.random.key(_KEY), shape) if shape else jax.random.key(_KEY)
+            x
+            if isinstance(x, jax.Array)
+            else jax.random.split(jax.random.key(_MODEL_SEED), shape)
+            if shape
+            else jax.random.key(_MODEL_SEED)
         )
     kind = np.dtype(x.dtype).kind if np.dtype(x.dtype).kind != "V" else "f"
     if kind == "c":

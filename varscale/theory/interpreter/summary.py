@@ -19,12 +19,12 @@ from varscale.theory.interpreter.interpreter import Interpreter
 from varscale.theory.interpreter.uses import weights
 from varscale.theory.propagation.cotangents import cotangents
 from varscale.theory.propagation.error_bounds import provenance, settle
-from varscale.theory.propagation.fluctuations import full
+from varscale.theory.propagation.fluctuations import fluctuations
 from varscale.theory.rules.complex import modulus
 from varscale.theory.rules.registry import Complex
 
 _BAND = 2.5758  # 99 % of a normal
-_WIDEST = 25.0  # of ln(mean square): beyond that a draw can be anything, and the row's error_bound says so
+_WIDEST_BAND = 25.0  # of ln(mean square): beyond that a draw can be anything, and the row's error_bound says so
 # Set on the validation grid, not derived, both: of gradient independence itself, at width 256; of a band where first order
 # finds no fluctuation at all, what second order and a norm's epsilon leave.
 GRADIENT_BASE, _ROUNDING = 0.05, 4e-3
@@ -103,9 +103,9 @@ def _row(path: str, kind: str, x: Value, gradient: tuple[float, float] | None) -
     table = x.node.table
     if not _is_bounded(x):
         return _unbounded(path, kind, x)
-    spread = full(x.node)
+    spread = fluctuations(x.node)
     mean, second = table.total_mean, table.mean_square * (1 + spread.shift)
-    variance = min(spread.variance, _WIDEST)
+    variance = min(spread.variance, _WIDEST_BAND)
     skew = float(np.clip(spread.skew, -(variance**1.5), variance**1.5))
     typical = second * math.exp(-variance / 2 - skew / 6)
     reach = _BAND * math.sqrt(variance) + _ROUNDING

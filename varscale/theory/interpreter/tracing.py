@@ -17,7 +17,7 @@ from varscale.programs.program import Program
 from varscale.theory.graph.failures import PredictionError
 from varscale.theory.rules.prefix_scans import live_equations
 
-_KEY = 0  # laws do not depend on the seed
+_INIT_SEED = 0  # laws do not depend on the seed
 
 
 class Trace(NamedTuple):
@@ -66,7 +66,7 @@ def traced(f: Callable[..., Any], *args: Any) -> Trace:
 
 def drawing(init: Callable[[Any, Any], Any], split: Any) -> Trace:
     """How `init`, a function of a key and inputs, draws parameters."""
-    return traced(lambda dynamic: init(jax.random.key(_KEY), dynamic), split.structs)
+    return traced(lambda dynamic: init(jax.random.key(_INIT_SEED), dynamic), split.structs)
 
 
 def first_pass(program: Program, split: Any) -> Draws | None:
@@ -77,7 +77,7 @@ def first_pass(program: Program, split: Any) -> Draws | None:
     alike: list[bool] = []
 
     def both(dynamic: Any) -> Any:
-        variables, output, captures, same = program.start(jax.random.key(_KEY), split.join(dynamic))  # pyright: ignore[reportOptionalCall]
+        variables, output, captures, same = program.start(jax.random.key(_INIT_SEED), split.join(dynamic))  # pyright: ignore[reportOptionalCall]
         alike.append(same)
         return variables, faces.grouped(captures, output)
 

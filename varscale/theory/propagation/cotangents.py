@@ -74,7 +74,7 @@ class Cotangents:
         parts = self.parts.setdefault(node.id, {})
         key = part.mask and (part.mask.node.id, part.mask.bind)
         part = dataclasses.replace(part, second=full_types(part.second, node.axes))
-        parts[key] = _added([parts[key], part], node.axes) if key in parts else part
+        parts[key] = _added_cotangents([parts[key], part], node.axes) if key in parts else part
 
     def pop(self) -> tuple[Node, list[Cotangent]]:
         """The latest node: all that flows into it has arrived, and what depends on its scale is shared out."""
@@ -86,7 +86,7 @@ class Cotangents:
         return node, [dataclasses.replace(p, scale=whole * w, own=0.0) for p, w in zip(parts, weights, strict=True)]
 
 
-def _added(parts: Sequence[Cotangent], axes: tuple[Axis, ...]) -> Cotangent:
+def _added_cotangents(parts: Sequence[Cotangent], axes: tuple[Axis, ...]) -> Cotangent:
     """Independent cotangents of one node, their doubts weighted by what they bring."""
     if len(parts) == 1:
         return parts[0]
@@ -144,7 +144,7 @@ def cotangents(outputs: Iterable[tuple[Node, np.ndarray]], watched: Sequence[Nod
         whole_of = n if inner.id in rows and inner is not n and (scale != 1 or n.params[1][1] != 0) else inner
         found = _found(whole_of, (done, inside))
         if found:
-            whole = _added(found, whole_of.axes)
+            whole = _added_cotangents(found, whole_of.axes)
             factor = scale**2 if whole_of is inner else 1.0
             out[n.id] = mean_square(whole.second, whole_of.axes) / factor, whole.doubt + _few_numbers(whole.few)
     return out
@@ -267,10 +267,10 @@ def _through(node: Apply, target: View, part: Cotangent, scales: Sequence[View] 
 def _following(node: Apply, slope: View, last: View) -> np.ndarray:
     """E[m_i m_j l_i l_j] / (E[m_i m_j] E[l_i l_j]) of a derivative m and the last one l, by type, classes pooled."""
     coarse = tuple(Axis(a.size) for a in node.axes)
-    return _given(node, slope, last) / refine(np.maximum(product_second(slope, slope, coarse), 1e-300), node.axes)
+    return _given_last(node, slope, last) / refine(np.maximum(product_second(slope, slope, coarse), 1e-300), node.axes)
 
 
-def _given(node: Apply, x: View, last: View) -> np.ndarray:
+def _given_last(node: Apply, x: View, last: View) -> np.ndarray:
     """E[x_i x_j l_i l_j] / E[l_i l_j] by type, classes pooled: what x is where the last derivative l lets something pass."""
     coarse = tuple(Axis(a.size) for a in node.axes)
     both = View(apply(node.graph, "mul", (), node.axes, [x, last]), tuple(range(len(node.axes))))
@@ -284,7 +284,7 @@ def _projection(node: Apply, root: View, scale: View, part: Cotangent) -> np.nda
     assert slope is not None
     along = apply(node.graph, "mul", (), node.axes, [slope, root])
     whole = View(along, tuple(range(len(along.axes))))
-    squares = whole.second(node.axes) if part.mask is None else _given(node, whole, part.mask)
+    squares = whole.second(node.axes) if part.mask is None else _given_last(node, whole, part.mask)
     out = sum_out(part.second * squares, node.axes, root) / max(root.node.table.mean_square, 1e-300)
     for k, place in enumerate(root.bind):
         if place not in scale.bind:

@@ -9,7 +9,7 @@ from varscale.theory.graph.expressions import IDENTITIES, Apply
 from varscale.theory.graph.nodes import View, second_moments
 from varscale.theory.propagation.function_domains import mark_undefined
 from varscale.theory.propagation.products import product_moments
-from varscale.theory.propagation.shared_tokens import in_common
+from varscale.theory.propagation.shared_tokens import gained_in_common
 
 
 def elementwise_table(node: Apply) -> Table:
@@ -37,5 +37,5 @@ def elementwise_table(node: Apply) -> Table:
 def second_moments_of_apply(node: Apply) -> Table:
 
     table = elementwise_table(node)
-    gain = in_common(node) if node.params[0] in ("mul", "add", "sub") else 0.0
+    gain = gained_in_common(node) if node.params[0] in ("mul", "add", "sub") else 0.0
     return Table(table.axes, table.mean, table.second + gain) if np.any(gain) else table

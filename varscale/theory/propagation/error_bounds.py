@@ -14,7 +14,7 @@ from varscale.theory.graph.expressions import Apply, Sum
 from varscale.theory.graph.nodes import HOWS, UNKNOWN, Array, Constant, Leaf, Node, far_below
 from varscale.theory.graph.store import once_per_node
 from varscale.theory.propagation.cross_moments import mean_of_product
-from varscale.theory.propagation.fluctuations import full
+from varscale.theory.propagation.fluctuations import fluctuations
 from varscale.theory.propagation.marginals import concentrated
 from varscale.theory.propagation.scale_responses import responses
 
@@ -30,7 +30,7 @@ _NO_BOUND = 1e3  # a relative error above which there is no bound at all
 def provenance(node: Node) -> tuple[str, float]:
     """The worst way in which a step that matters was taken, and a bound on the relative error of the second moment."""
     how, doubt = _steps(node)
-    spread = full(node)
+    spread = fluctuations(node)
     if doubt > _NO_BOUND:
         doubt = math.inf
     return how, _BASE + doubt + spread.bend + _SCATTER * spread.variance * (1 + spread.variance)
@@ -67,11 +67,11 @@ def _steps(node: Node) -> tuple[str, float]:
     how = max([how, *(h for h, _ in inner)], key=HOWS.index)
     doubts = [d for _, d in inner]
     if isinstance(node, Sum) and any(doubts):
-        return how, min(doubt + sum(w * d for w, d in zip(_weights(node), doubts, strict=True)), UNKNOWN)
+        return how, min(doubt + sum(w * d for w, d in zip(_error_weights(node), doubts, strict=True)), UNKNOWN)
     return how, doubt + sum(doubts)
 
 
-def _weights(node: Sum) -> list[float]:
+def _error_weights(node: Sum) -> list[float]:
     """What the relative error of a term's second moment makes of the sum's: more than itself, where terms cancel.
 
     A scale that is off by a factor enters with the term's product with the sum; a variance that is off alone, with the term's

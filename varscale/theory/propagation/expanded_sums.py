@@ -53,7 +53,7 @@ def written_out(target: Sum, apart: Iterable[int] | None = None) -> Node:
     return out.node
 
 
-def apart(sides: Sequence[list[View]]) -> list[list[View]]:
+def expanded(sides: Sequence[list[View]]) -> list[list[View]]:
     """Factors with every sum open that is not Gaussian and shares roots with another variable."""
     found = sides
     while True:

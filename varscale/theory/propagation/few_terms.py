@@ -66,7 +66,7 @@ def _centred_of(view: View) -> View:
     return view
 
 
-def _terms(node: Node) -> tuple[View, View, float] | None:
+def _few_weighted_terms(node: Node) -> tuple[View, View, float] | None:
     """The input and the weights of a sum of few terms, and how many they are."""
     if not isinstance(node, Conv | Contract) or node.width > _FEW:
         return None
@@ -82,7 +82,7 @@ def _terms(node: Node) -> tuple[View, View, float] | None:
 
 def _own_units(main: View) -> set[int]:
     """The places, in a tree's frame, of the axis of units: along it every sum has weights of its own."""
-    found = _terms(main.node)
+    found = _few_weighted_terms(main.node)
     if found is None:
         return set()
     if isinstance(main.node, Conv):
@@ -94,7 +94,7 @@ def _own_units(main: View) -> set[int]:
 
 def _excess(node: Node) -> float:
     """Excess kurtosis of a narrow sum, its weights given."""
-    found = _terms(node)
+    found = _few_weighted_terms(node)
     if found is None:
         return 0.0
     x, weights, terms = found

@@ -49,7 +49,7 @@ def averaged(node: Node, axes: Sequence[int], taps: int = 1) -> Spread:
         return NONE
     if all(r.node.shares for r in roots(node)):
         return NONE  # attention weights are fixed by kernels over all units, which fluctuate less than one unit's outputs
-    spread = full(node)
+    spread = fluctuations(node)
     units: dict[Hashable, float] = {origin(node): math.sqrt(math.log1p(fresh(node, axes) / taps))}
     return dataclasses.replace(spread, places=weighted([(1.0, inherited(node).places), (1.0, units)]))
 
@@ -66,7 +66,7 @@ def of_a_group(node: Node, axes: Sequence[int], groups: int) -> float:
 
 
 @once_per_node
-def full(node: Node) -> Spread:
+def fluctuations(node: Node) -> Spread:
     """Fluctuations of a node's mean square: inherited, and from sampling finitely many units."""
     base = inherited(node)
     scatter = channel_scatter(node)

@@ -18,7 +18,7 @@ from varscale.theory.propagation.marginals import Environment, concentrated, eva
 
 UNBOUNDED = 1e9  # a doubt that stands for an infinite one, and can be multiplied by nothing
 _NEGLIGIBLE = 1e-6  # weight of places without a value: beyond 4.9 standard deviations there may be some
-_RESOLVED, _LOST = 0.05, 0.3  # relative differences between a grid and each third of it
+_RESOLVED_GRID, _LOST = 0.05, 0.3  # relative differences between a grid and each third of it
 
 _OUTSIDE: dict[str, Callable[..., Any]] = {
     "log": lambda x: x <= 0,
@@ -112,6 +112,6 @@ def _unresolved(values: np.ndarray, axes: Sequence[Axis]) -> float:
     thirds = [3 * float(terms[i::3].sum()) for i in range(3)]
     apart = max(thirds) - min(thirds)
     whole = float(terms.sum())
-    if apart <= 2 * _RESOLVED * whole:
+    if apart <= 2 * _RESOLVED_GRID * whole:
         return 0.0
     return UNBOUNDED if apart > 2 * _LOST * whole else apart / 2 / 3 / whole

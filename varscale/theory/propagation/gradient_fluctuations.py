@@ -37,7 +37,7 @@ from varscale.theory.propagation.marginals import Environment, concentrated, eva
 from varscale.theory.propagation.scale_responses import responses
 
 _NEXT_ORDER = 0.25  # of the covariances, what their own fluctuations may add: set on the validation grid
-_WIDEST = 1.0  # sum of covariances at one layer beyond which first order says nothing
+_WIDEST_COVARIANCE = 1.0  # sum of covariances at one layer beyond which first order says nothing
 
 
 class GradientScale(NamedTuple):
@@ -65,7 +65,7 @@ def gradient_scale(
     later, radial, unit = above
     scales = {view.node.id for view in held}
     doubt = max((2 * doubt_of(r.node) for r in roots(slope.node) if r.node.id not in scales), default=0.0)
-    passed = later * answered(node).get(root.node, 0.0)
+    passed = later * log_slopes(node).get(root.node, 0.0)
     if isinstance(slope.node, Constant):
         return GradientScale(1.0, doubt, passed, 0.0, 0.0 if held else radial)
     if held:
@@ -73,11 +73,11 @@ def gradient_scale(
             spread = kernel(other)
             doubt += (2 * abs(ratio) * spread.bend + abs(curvature) * spread.point / 2) * (other.id not in scales)
         return GradientScale(1.0, doubt, passed, 0.0, 0.0)
-    derivative, slopes, mine = inherited(slope.node), answered(slope.node), kernel(root.node)
+    derivative, slopes, mine = inherited(slope.node), log_slopes(slope.node), kernel(root.node)
     together = later * shared(derivative.places, inherited(node).places) + unit * _with_slope(node, slope)
-    own = sum(d * (1.0 if other is root.node else _following(kernel(other), mine)) for other, d in slopes.items())
+    own = sum(d * (1.0 if other is root.node else _regression(kernel(other), mine)) for other, d in slopes.items())
     flat = max(root.node.table.mean_square * slope.node.table.mean_square, 1e-300)
-    stretched = answered(node).get(root.node, 0.0) ** 2 * node.table.mean_square / flat
+    stretched = log_slopes(node).get(root.node, 0.0) ** 2 * node.table.mean_square / flat
     return GradientScale(
         growth=(1 + derivative.shift) * math.exp(_limited(together)),
         doubt=doubt + derivative.bend + _NEXT_ORDER * abs(together),
@@ -87,7 +87,7 @@ def gradient_scale(
     )
 
 
-def answered(node: Node) -> dict[Node, float]:
+def log_slopes(node: Node) -> dict[Node, float]:
     """d ln E[f²]/d ln Q by root."""
     return {root: found.slope for root, found in answers(node).items()} if isinstance(node, Apply) else {node: 1.0}
 
@@ -129,13 +129,13 @@ def summed_scale(node: Node, i: int, later: float, radial: float, unit: float) -
     return SummedScale(growth, later * share, radial * share, (later + radial) * share * sampled)
 
 
-def _following(other: Spread, mine: Spread) -> float:
+def _regression(other: Spread, mine: Spread) -> float:
     """What of one logarithm goes with another, at one place: a regression."""
     return shared(other.places, mine.places) / max(shared(mine.places, mine.places), 1e-12)
 
 
 def _limited(x: float) -> float:
-    return float(np.clip(x, -_WIDEST, _WIDEST))
+    return float(np.clip(x, -_WIDEST_COVARIANCE, _WIDEST_COVARIANCE))
 
 
 def _with_slope(node: Apply, slope: View) -> float:

@@ -12,7 +12,7 @@ import numpy as np
 from varscale.theory.domain.axes import contract_axis
 from varscale.theory.graph.expressions import Apply, Sum, roots
 from varscale.theory.graph.factors import factors
-from varscale.theory.graph.known_arrays import Computed, scatter
+from varscale.theory.graph.known_arrays import Computed, scatter_of_given
 from varscale.theory.graph.nodes import Array, Constant, Leaf, Node, View
 from varscale.theory.graph.reshapes import Rearranged
 from varscale.theory.graph.store import once_per_node
@@ -24,10 +24,10 @@ from varscale.theory.propagation.scale_responses import response_curve, response
 from varscale.theory.propagation.spherical_norms import sphere_shift
 from varscale.theory.propagation.square_covariances import square_pairs
 
-_LEAST = 1e-3  # of a mean, what a shift by more than all of it leaves
+_LEAST_LEFT = 1e-3  # of a mean, what a shift by more than all of it leaves
 
 
-_WIDEST = 4.0  # variance of a logarithm beyond which nothing is known of the law
+_WIDEST_SCALE = 4.0  # variance of a logarithm beyond which nothing is known of the law
 
 
 _FIRST_ORDER = 0.5  # a shift by more than this share of the mean is none of first order
@@ -64,7 +64,7 @@ class Spread:
     @functools.cached_property
     def point(self) -> float:
         """Relative variance, over draws, samples and positions, of the squared scale at one place."""
-        return math.expm1(min(sum(c * c for c in self.places.values()), _WIDEST))
+        return math.expm1(min(sum(c * c for c in self.places.values()), _WIDEST_SCALE))
 
 
 NONE = Spread({})
@@ -168,7 +168,7 @@ def answers(node: Apply) -> dict[Node, Answer]:
     out: dict[Node, Answer] = {}
     for root, (slope, curvature) in responses(node).items():
         spread = kernel(root)
-        scale = Scale(max(1 + spread.shift, _LEAST), spread.point, spread.variance, spread.skew)
+        scale = Scale(max(1 + spread.shift, _LEAST_LEFT), spread.point, spread.variance, spread.skew)
         found = answer(scale, slope, curvature, functools.partial(response_curve, node, root))
         shape = 1 + float(np.clip(curvature * spread.shape / 2, -_FIRST_ORDER, _FIRST_ORDER))
         out[root] = dataclasses.replace(found, growth=found.growth * shape)
@@ -214,7 +214,7 @@ def fresh(node: Node, axes: Sequence[int]) -> float:
 def _fresh(node: Node, over: tuple[int, ...]) -> float:
     axes = set(over)
     if isinstance(node, Computed):
-        return scatter(node, axes)
+        return scatter_of_given(node, axes)
     source = _rearranged(node, axes)
     if source is not None:
         return fresh(*source)

@@ -20,7 +20,7 @@ from varscale.theory.propagation.sampler import TERMS, Drawing, evenly
 
 _BUDGET = 1_000_000  # numbers drawn for one array
 _FEWEST, _MOST = 8, 64  # draws
-_SAMPLES = 4  # of a batch
+_BATCH_SAMPLES = 4  # of a batch
 _KNOWN = 128  # positions, up to which an axis is drawn whole along which something is known number by number
 
 
@@ -49,7 +49,7 @@ class Ensemble:
         n = axis.size
         if n in steps(self.graph) or (n <= _KNOWN and n in self._sizes[1]):
             return np.arange(n)
-        return _with_all_classes(axis, evenly(n, _SAMPLES if n in self._sizes[0] else TERMS))
+        return _with_all_classes(axis, evenly(n, _BATCH_SAMPLES if n in self._sizes[0] else TERMS))
 
     def thinned(self, axis: Axis, most: int) -> Int[np.ndarray, " kept"]:
         """Some of those, at most so many more than there are classes."""

@@ -17,7 +17,7 @@ from varscale.theory.integrals.hermite_series import WEIGHTS, Z, sobol
 from varscale.theory.integrals.mehler import Series, mehler, on_grid
 from varscale.theory.propagation.cross_moments import cross, dependent, mean_product, strategy
 from varscale.theory.propagation.depthwise import shared_scale
-from varscale.theory.propagation.expanded_sums import Variable, apart, roots_of
+from varscale.theory.propagation.expanded_sums import Variable, expanded, roots_of
 from varscale.theory.propagation.latent_correlations import continued, factored, latent_cross
 from varscale.theory.propagation.marginals import (
     Environment,
@@ -71,7 +71,7 @@ def _followers(variables: dict[Variable, View], frame: Sequence[Axis]) -> dict[V
 
 def _groups(f: list[View], g: list[View], frame: Sequence[Axis]) -> tuple[list[_Group], Environment]:
     """Sort factors into independent groups; concentrated roots that depend on the others become their means."""
-    f, g = apart([f, g])
+    f, g = expanded([f, g])
     variables = roots_of([*f, *g])
     fixed: Environment = {}
     if len(variables) > 1:
@@ -143,7 +143,7 @@ def _product(xs: list[View], frame: Sequence[Axis], env: Environment) -> np.ndar
 def product_moments(view: View, frame: Sequence[Axis]) -> tuple[np.ndarray, np.ndarray]:
     """E[f_i] by class and E[f_i f_j] by type, (classes or 1...) and (types or 1...)."""
     c, f = factors(view)
-    opened = apart([f])[0]
+    opened = expanded([f])[0]
     groups, fixed = _groups(opened, opened, frame)
     mean, second = np.full((1,) * len(frame), c), np.full((1,) * len(frame), c * c)
     for group in groups:
@@ -176,7 +176,7 @@ def _of_one_root(group: _Group, frame: Sequence[Axis], fixed: Environment) -> tu
         mean, series = integrated()
     else:
         mean, series = INTEGRATED.once(root.node.graph, (tuple(marks), tuple(frame)), integrated)
-    return mean, _read(series, root, frame)
+    return mean, _at_correlations(series, root, frame)
 
 
 def _in_closed_form(factors: Sequence[View], root: View, frame: Sequence[Axis]) -> tuple[np.ndarray, np.ndarray] | None:
@@ -218,10 +218,10 @@ def _mehler(variables: Sequence[View], fi: np.ndarray, gj: np.ndarray, frame: Se
     if not variables:
         return by_type(fi[..., 0], frame, second=False) * by_type(gj[..., 0], frame, second=True)
     (x,) = variables
-    return _read(mehler(on_grid(fi), on_grid(gj), frame), x, frame)
+    return _at_correlations(mehler(on_grid(fi), on_grid(gj), frame), x, frame)
 
 
-def _read(series: Series, root: View, frame: Sequence[Axis]) -> np.ndarray:
+def _at_correlations(series: Series, root: View, frame: Sequence[Axis]) -> np.ndarray:
     """E[f g] by type at a root's correlations, and at what they are given the weights."""
     axes = root.node.axes
     out = series.at(lift(marginal(root.node).correlation, axes, root.bind, frame, pairs=True))
@@ -256,7 +256,7 @@ def _nearest(latents: np.ndarray) -> np.ndarray:
     return np.clip(np.round((latents - Z[0]) / (Z[1] - Z[0])).astype(int), 0, len(Z) - 1)
 
 
-def _values(node: Node, latents: np.ndarray, line: np.ndarray) -> np.ndarray:
+def _root_values(node: Node, latents: np.ndarray, line: np.ndarray) -> np.ndarray:
     """A root's values at normal scores; between the numbers of a known array there are none."""
     if marginal(node).gaussian:
         return line[0] + (latents - Z[0]) * ((line[-1] - line[0]) / (Z[-1] - Z[0]))
@@ -287,7 +287,7 @@ def _cubature(group: _Group, frame: Sequence[Axis], fixed: Environment) -> tuple
 
     def tree(xs: list[View], cell: tuple[int, ...], latents: np.ndarray) -> np.ndarray:
         env: Environment = {
-            key: _values(views[n].node, latents[:, n], grids[n][cell]).reshape((1,) * len(frame) + (-1,))
+            key: _root_values(views[n].node, latents[:, n], grids[n][cell]).reshape((1,) * len(frame) + (-1,))
             for n, key in enumerate(keys)
         }
         for key, (leader, values) in group.followers.items():

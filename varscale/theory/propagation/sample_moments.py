@@ -19,7 +19,7 @@ from varscale.theory.propagation.joint_sample import ensemble
 from varscale.theory.propagation.sampler import evenly, in_order, of_loops, reduced
 
 _POOLED = 2_000_000  # numbers that moments by type are estimated from
-_REPLICATES = 16  # draws that correlations are estimated from
+_CORRELATED_REPLICATES = 16  # draws that correlations are estimated from
 _MOST_PAIRED, _FEW_PAIRED = 256, 3  # positions of the longest axis, and of the others, that are paired
 _MOST_COMPARED = 64  # positions of an axis, in a cross-moment of two functions
 _SCORES = 4.0  # standard errors that a mean is trusted to; within them it is taken for zero
@@ -92,7 +92,7 @@ def of_draws(a: View, b: View, frame: tuple[Axis, ...]) -> Float[np.ndarray, "..
     """
     if not (isinstance(a.node, Apply) or isinstance(b.node, Apply)):
         return None
-    if not (in_order(a.node) or in_order(b.node)) or _is_partial(a.node) or _is_partial(b.node):
+    if not (in_order(a.node) or in_order(b.node)) or _has_partial_mean(a.node) or _has_partial_mean(b.node):
         return None
     kept = sorted({*a.bind, *b.bind})
     axes = [frame[k] for k in kept]
@@ -113,7 +113,7 @@ def of_draws(a: View, b: View, frame: tuple[Axis, ...]) -> Float[np.ndarray, "..
     return lift(mean, axes, kept, frame, pairs=True)
 
 
-def _is_partial(node: Node) -> bool:
+def _has_partial_mean(node: Node) -> bool:
     """Whether it has a mean in it, of which the draws are over some of the terms, or what loops drew apart."""
     return of_loops(node) or any(root.node.averages or root.node.is_centred for root in roots(node))
 
@@ -143,7 +143,7 @@ def order_correlation(node: Node) -> Float[np.ndarray, "..."] | None:
     longest = max((node.axes[k].size for k in range(len(node.axes)) if k in x.bind), default=0)
     draws = ensemble(node.graph, frame)
     positions = [draws.positions(axis) for axis in frame]
-    values = draws.drawing.over(frame).values(x, positions)[..., :_REPLICATES]
+    values = draws.drawing.over(frame).values(x, positions)[..., :_CORRELATED_REPLICATES]
     thin = [
         evenly(n, _MOST_PAIRED if axis.size == longest else _FEW_PAIRED)
         for axis, n in zip(node.axes, values.shape, strict=False)

@@ -107,12 +107,12 @@ class Drawing:
     def _root(self, view: View, positions: Positions) -> np.ndarray:
         node, bind = view
         own = [positions[place] for place in bind]
-        return _placed(self._at(node, own), bind, len(self.frame))
+        return _over_the_frame(self._at(node, own), bind, len(self.frame))
 
     def _at(self, node: Node, positions: Positions) -> np.ndarray:
         """A root at these positions, (replicates or 1, ...); where all stand for others, among what is drawn for those."""
         usual = [self.some(axis) for axis in node.axes]
-        found = [_found(asked, among) for asked, among in zip(positions, usual, strict=True)]
+        found = [_places_among(asked, among) for asked, among in zip(positions, usual, strict=True)]
         places = [place for place in found if place is not None]
         if len(places) < len(found):
             return self._known(node, positions)
@@ -159,7 +159,7 @@ def evenly(size: int, most: int) -> Int[np.ndarray, " kept"]:
     return np.linspace(0, size - 1, min(size, most)).round().astype(int)
 
 
-def _found(asked: Int[np.ndarray, " kept"], among: Int[np.ndarray, " some"]) -> Int[np.ndarray, " kept"] | None:
+def _places_among(asked: Int[np.ndarray, " kept"], among: Int[np.ndarray, " some"]) -> Int[np.ndarray, " kept"] | None:
     """Where positions are among others, both in ascending order; None where one is not."""
     places = np.searchsorted(among, asked)
     inside = places < len(among)
@@ -205,7 +205,7 @@ def _of_leaves(node: Node) -> bool:
     return isinstance(node, Leaf | Array | Constant)
 
 
-def _placed(numbers: np.ndarray, bind: Sequence[int], rank: int) -> np.ndarray:
+def _over_the_frame(numbers: np.ndarray, bind: Sequence[int], rank: int) -> np.ndarray:
     """(replicates, own axes...) over the frame, the replicates last."""
     order = sorted(range(len(bind)), key=lambda k: bind[k])
     shape = [1] * rank

@@ -24,7 +24,7 @@ from varscale.theory.propagation.marginals import (
     over_classes,
 )
 
-_STEP = 0.1  # relative step in q for the ratio and the curvature
+_SCALE_STEP = 0.1  # relative step in q for the ratio and the curvature
 _STEEPEST = 4.0  # a fourth power's ratio; beyond it E[f²] is next to nothing at q, and the ratio is rounding or an overflow's
 
 
@@ -54,9 +54,9 @@ def responses(node: Node) -> dict[Node, tuple[float, float]]:
     """
     out: dict[Node, tuple[float, float]] = {}
     for group in companions(node).values():
-        low, middle, high = _levels(node, group, (1 - _STEP, 1.0, 1 + _STEP))
-        slope = math.log(high / low) / math.log((1 + _STEP) / (1 - _STEP))
-        curvature = (high - 2 * middle + low) / _STEP**2 / middle
+        low, middle, high = _levels(node, group, (1 - _SCALE_STEP, 1.0, 1 + _SCALE_STEP))
+        slope = math.log(high / low) / math.log((1 + _SCALE_STEP) / (1 - _SCALE_STEP))
+        curvature = (high - 2 * middle + low) / _SCALE_STEP**2 / middle
         s, c = out.get(group[0].node, (0.0, 0.0))
         slope, curvature = (float(np.clip(x, -_STEEPEST, _STEEPEST)) for x in (slope, curvature))
         out[group[0].node] = s + slope, c + curvature

@@ -36,13 +36,15 @@ from varscale.theory.integrals.hermite_series import Z
 from varscale.theory.propagation.inherited_fluctuations import Spread, fresh, inherited, kernel, origin, shared, weighted
 from varscale.theory.propagation.marginals import concentrated, evaluate
 
-_CHANNELS, _SAMPLES = 2048, 4  # of a population
+_CHANNELS, _POPULATION_SAMPLES = 2048, 4  # of a population
 _OF_FEW = 8192  # channels where they are far from normal, and those with the other sign
-_MANY = 8  # channels that are read together, from where on what they make is taken for normal: not derived, a matter of time
-_STEP = 0.05  # relative step of K and C in a derivative
-_ALIKE = 0.98  # share of what places have in common that samples share, too, from where on they are as one
-_POINTS, _SHARES = np.polynomial.hermite_e.hermegauss(16)
-_SHARES = _SHARES / _SHARES.sum()
+_MANY_CHANNELS = (
+    8  # channels that are read together, from where on what they make is taken for normal: not derived, a matter of time
+)
+_RELATIVE_STEP = 0.05  # relative step of K and C in a derivative
+_SHARED_BY_SAMPLES = 0.98  # share of what places have in common that samples share, too, from where on they are as one
+_POINTS, _POINT_WEIGHTS = np.polynomial.hermite_e.hermegauss(16)
+_POINT_WEIGHTS = _POINT_WEIGHTS / _POINT_WEIGHTS.sum()
 
 Sources = dict[Hashable, float]
 
@@ -75,7 +77,7 @@ class Channels:
         return self.scaled(whole / max(own + c, 1e-300), common / max(c, 1e-300))
 
 
-class Made(NamedTuple):
+class ChannelMoments(NamedTuple):
     """What a function makes of channels, (channels, samples): its mean over places, and its mean square."""
 
     mean: np.ndarray
@@ -111,7 +113,7 @@ class Shared:
     shift: float
     bend: float
     scatter: float | None = None
-    channels: Made | None = None
+    channels: ChannelMoments | None = None
     units: int = 1
     passed: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros((2, 2)))
 
@@ -121,7 +123,7 @@ def common_part(node: Node, places: frozenset[int]) -> Shared:
     key, chain = (node, places), []
     while not _common_part.knows(node, places):
         chain.append((node, places))
-        below = _read(*_root(node, places))
+        below = _read_by(*_root(node, places))
         if below is None:
             break
         node, places = below
@@ -140,7 +142,7 @@ def of_an_average(node: Node, whole: Spread) -> Spread:
     if shared.channels is None:
         return whole
 
-    alone, together = _shares(node, x, places)
+    alone, together = _shares_of_mean(node, x, places)
     sources = weighted([(alone, whole.sources), (together, shared.inherited)])
     shift, bend = (alone * getattr(whole, name) + together * getattr(shared, name) for name in ("shift", "bend"))
     return dataclasses.replace(whole, sources=sources, shift=shift, bend=bend)
@@ -151,14 +153,14 @@ def channel_scatter(node: Node) -> float | None:
     own = roots(node)
     if len(own) != 1 or (_averaged(own[0].node) is None and not _few(own[0].node)):
         return None
-    return common_part(node, frozenset(own[0].bind[k] for k in _places(own[0].node))).scatter
+    return common_part(node, frozenset(own[0].bind[k] for k in _place_axes(own[0].node))).scatter
 
 
 def of_few(node: Conv) -> float | None:
     """By how much more K of the few channels that an output reads varies than of all; None: they are many, or not known."""
     if not _few(node):
         return None
-    below = _read(node, _places(node))
+    below = _read_by(node, _place_axes(node))
     read = common_part(*below) if below is not None else None
     if read is None or read.channels is None:
         return None
@@ -179,7 +181,7 @@ def _units(root: Node, x: Node) -> list[int]:
     return [k for k in range(len(root.axes)) if k not in shared]
 
 
-def _places(root: Node) -> frozenset[int]:
+def _place_axes(root: Node) -> frozenset[int]:
     """The axes of places of a convolution, or of an average that leaves some."""
     if isinstance(root, Conv):
         return frozenset(k for k in root.params[4][2:] if k is not None)
@@ -205,11 +207,11 @@ def _averaged(node: Node) -> tuple[Node, frozenset[int]] | None:
     return (node.args[0].node, frozenset(node.params)) if node.averages else None
 
 
-def _read(root: Node, places: frozenset[int]) -> tuple[Node, frozenset[int]] | None:
+def _read_by(root: Node, places: frozenset[int]) -> tuple[Node, frozenset[int]] | None:
     """What a root adds up over random weights or averages over places, and which of its axes these are."""
     below = _averaged(root)
     if below is not None:
-        return below if places == _places(root) else None
+        return below if places == _place_axes(root) else None
     if not isinstance(root, Conv | Contract):
         return None
     for x, w in (root.args, root.args[::-1]):
@@ -217,13 +219,13 @@ def _read(root: Node, places: frozenset[int]) -> tuple[Node, frozenset[int]] | N
             continue
         if isinstance(root, Conv):
             xd = root.params[2]
-            return (x.node, frozenset(k for k in xd[2:] if k is not None)) if places == _places(root) else None
+            return (x.node, frozenset(k for k in xd[2:] if k is not None)) if places == _place_axes(root) else None
         if places <= set(x.bind) and not places & set(w.bind):
             return x.node, frozenset(k for k, b in enumerate(x.bind) if b in places)
     return None
 
 
-def _shares(node: Node, x: Node, places: frozenset[int]) -> tuple[float, float]:
+def _shares_of_mean(node: Node, x: Node, places: frozenset[int]) -> tuple[float, float]:
     """What of the mean square of a sum or mean over places is from a place and itself, and what from two of them."""
     if node.averages:
         alone = x.table.mean_square / math.prod(x.axes[k].size for k in places)
@@ -237,7 +239,7 @@ def _shares(node: Node, x: Node, places: frozenset[int]) -> tuple[float, float]:
 def _common_part(node: Node, places: frozenset[int]) -> Shared:
 
     root, own_places = _root(node, places)
-    below = _read(root, own_places)
+    below = _read_by(root, own_places)
     channels = _channels(root, own_places, *below) if below is not None else None
     if below is None or channels is None:
         base = inherited(node)
@@ -273,7 +275,7 @@ def _common_part(node: Node, places: frozenset[int]) -> Shared:
 
 def _few(root: Node) -> TypeGuard[Conv]:
     """Whether it is a convolution of which each output reads a few of the channels."""
-    return isinstance(root, Conv) and _group(root) < _MANY
+    return isinstance(root, Conv) and _group(root) < _MANY_CHANNELS
 
 
 def _channels(root: Node, places: frozenset[int], x: Node, x_places: frozenset[int]) -> Channels | None:
@@ -282,7 +284,7 @@ def _channels(root: Node, places: frozenset[int], x: Node, x_places: frozenset[i
     if _averaged(root) is not None:
         if read.channels is None:
             return None
-        alone, together = _shares(root, x, x_places)
+        alone, together = _shares_of_mean(root, x, x_places)
         mean, square = read.channels
         row = np.array([[alone, together], [0.0, 1.0]])
         found = Channels(mean, np.maximum(square - mean**2, 0.0), read.units, row @ read.passed @ row.T)
@@ -295,7 +297,7 @@ def _channels(root: Node, places: frozenset[int], x: Node, x_places: frozenset[i
         return _of_few(root, read, units).of(whole, common)
     others = frozenset(range(len(root.axes))) - set(own)
     between = float(np.clip(_common(root, others) / max(common, 1e-300), 0.0, 1.0))
-    drawn = _normals((1 if between > _ALIKE else _SAMPLES) + 2)
+    drawn = _normals((1 if between > _SHARED_BY_SAMPLES else _POPULATION_SAMPLES) + 2)
     means = math.sqrt(between) * drawn[:, 1:2] + math.sqrt(1 - between) * drawn[:, 2:]
     weights = next(view.node for view in root.args if view.node is not x)
     excess = max(getattr(weights, "kurtosis", 3.0) - 1, 0.0) / max(root.width or 1, 1)  # of a unit's squared weights
@@ -337,19 +339,19 @@ def _common(node: Node, places: frozenset[int]) -> float:
     return float(common)
 
 
-def _made(node: Node, root: Node, channels: Channels) -> Made:
+def _made(node: Node, root: Node, channels: Channels) -> ChannelMoments:
     """What a function of one root makes of its channels."""
     if node is root:
-        return Made(channels.common, channels.common**2 + channels.own)
+        return ChannelMoments(channels.common, channels.common**2 + channels.own)
     (view,) = roots(node)
     values = channels.common[..., None] + np.sqrt(channels.own)[..., None] * _POINTS
     shape = (1,) * len(node.axes)
     out = evaluate(View(node, tuple(range(len(node.axes)))), node.axes, {(root.id, view.bind): values.reshape(*shape, -1)})
     out = np.asarray(out, float).reshape(-1)[-values.size :].reshape(values.shape)
-    return Made(out @ _SHARES, out**2 @ _SHARES)
+    return ChannelMoments(out @ _POINT_WEIGHTS, out**2 @ _POINT_WEIGHTS)
 
 
-def _answer(node: Node, root: Node, channels: Channels) -> tuple[Made, np.ndarray, np.ndarray]:
+def _answer(node: Node, root: Node, channels: Channels) -> tuple[ChannelMoments, np.ndarray, np.ndarray]:
     """What a function of one root makes of its channels, and how that follows (K, C) of the root.
 
     Returns:
@@ -358,7 +360,7 @@ def _answer(node: Node, root: Node, channels: Channels) -> tuple[Made, np.ndarra
     made = _made(node, root, channels)
     if node is root:
         return made, np.eye(2), np.zeros((2, 2))
-    step = math.log1p(_STEP)
+    step = math.log1p(_RELATIVE_STEP)
 
     def levels(*steps: int) -> np.ndarray:
         return _made(node, root, channels.scaled(*np.exp(np.multiply(step, steps)))).levels()

@@ -25,13 +25,13 @@ from varscale.theory.propagation.cross_moments import cross, mean_product
 from varscale.theory.propagation.expanded_sums import Variable, roots_of
 from varscale.theory.propagation.marginals import CONCENTRATED, evaluate
 
-_STEP = 1e-3  # relative, of numerical derivatives
+_DERIVATIVE_STEP = 1e-3  # relative, of numerical derivatives
 _NORM = 0.1  # how far from −1 the logarithmic derivative of a norm's squared scale may be: its epsilon
 
-Moments = tuple[np.ndarray, np.ndarray]
+MeanAndSecond = tuple[np.ndarray, np.ndarray]
 
 
-def varied(f: Sequence[View], scale: View, frame: Sequence[Axis], mean: np.ndarray, second: np.ndarray) -> Moments:
+def varied(f: Sequence[View], scale: View, frame: Sequence[Axis], mean: np.ndarray, second: np.ndarray) -> MeanAndSecond:
     """What E[Πf_i] by class and E[Πf_i Πf_j] by type are, from what they are with the root `scale` at its mean."""
     table = scale.node.table
     if table.variance <= CONCENTRATED * table.total_mean**2:
@@ -72,7 +72,7 @@ def _derivatives(
             out = out * evaluate(x, frame, {key: value[..., None]})[..., 0]
         return out
 
-    step = _STEP * np.where(mean == 0, 1.0, np.abs(mean))
+    step = _DERIVATIVE_STEP * np.where(mean == 0, 1.0, np.abs(mean))
     low, here, high = at(mean - step), at(mean), at(mean + step)
     return here, (high - low) / (2 * step), (high - 2 * here + low) / step**2
 
@@ -84,12 +84,12 @@ def _first_order(
     frame: Sequence[Axis],
     mean: np.ndarray,
     second: np.ndarray,
-) -> Moments:
+) -> MeanAndSecond:
     if not g:
         return mean, second
     value, slope, bend = s
-    product = functools.reduce(lambda a, b: _applied("mul", (), [a, b], frame), g)
-    square = _applied("integer_pow", (2,), [product], frame)
+    product = functools.reduce(lambda a, b: _applied_to("mul", (), [a, b], frame), g)
+    square = _applied_to("integer_pow", (2,), [product], frame)
     own = tuple(slice(0, a.classes) for a in frame)
 
     def covariance(x: View, y: View) -> np.ndarray:
@@ -122,7 +122,7 @@ def _first_order(
     return mean + first[0] + first[1], out
 
 
-def _applied(name: str, extra: tuple[int, ...], xs: Sequence[View], frame: Sequence[Axis]) -> View:
+def _applied_to(name: str, extra: tuple[int, ...], xs: Sequence[View], frame: Sequence[Axis]) -> View:
     """An elementwise function of views over a frame, itself over that whole frame; a constant has no axes."""
     node = apply(xs[0].node.graph, name, extra, tuple(frame), xs)
     return View(node, tuple(range(len(node.axes))))

@@ -31,7 +31,7 @@ from varscale.theory.propagation.marginals import concentrated, independent_fact
 from varscale.theory.propagation.token_gram import Tokens, overlap_before, sources_of, tokens_of
 
 # Set on models, not derived: overlaps are known to leading order in V, behind functions and attention to a quarter.
-_OVERLAP_DOUBT = 0.15
+_LEADING_ORDER_DOUBT = 0.15
 
 
 class Gain(NamedTuple):
@@ -60,15 +60,15 @@ def shared_tokens(node: Any) -> Gain:
     gain = np.full([a.types for a in node.axes], n * n * overlap) * own[0] * own[1]
     agree = [a.agrees if k in together else np.ones(a.types, bool) for k, a in enumerate(node.axes)]
     gain[np.ix_(*agree)] *= 1 - 1 / n  # a token has no overlap with itself
-    return Gain(gain, _OVERLAP_DOUBT, 2 * overlap)
+    return Gain(gain, _LEADING_ORDER_DOUBT, 2 * overlap)
 
 
-def in_common(node: Apply) -> np.ndarray | float:
+def gained_in_common(node: Apply) -> np.ndarray | float:
     """What a product of factors without a common root gains, by type; of a sum with one in it, what that gains."""
     gain: np.ndarray | float = 0.0
     if node.params[0] != "mul":
         for child, bind in node.args:
-            if isinstance(child, Apply) and np.any(own := in_common(child)):
+            if isinstance(child, Apply) and np.any(own := gained_in_common(child)):
                 gain = gain + lift(full_types(np.asarray(own), child.axes), child.axes, bind, node.axes, pairs=True)
         return gain
     parts = independent_factors(node)
@@ -78,7 +78,9 @@ def in_common(node: Apply) -> np.ndarray | float:
         overlaps = {k: _along(f, g, k) for k in set(f.bind) & set(g.bind)} if varied else {}
         tokens = [k for k, v in overlaps.items() if v > 0]
         if tokens:
-            term = max(overlaps.values()) * np.asarray(_apart(f, node.axes, tokens)) * _apart(g, node.axes, tokens)
+            term = (
+                max(overlaps.values()) * np.asarray(_own_of_tokens(f, node.axes, tokens)) * _own_of_tokens(g, node.axes, tokens)
+            )
             for other in (h for h in parts if h not in (f, g)):
                 term = term * other.second(node.axes)
             gain = gain + term
@@ -101,7 +103,7 @@ def _lengths(f: View, g: View) -> float | None:
     A projection has the mean square |x_a|²/D of what it projects, so that E[f² g²] gains that much where a token meets itself.
     None where what they are made of is not given.
     """
-    if [_projected(view) for view in (f, g)] == [None, None]:
+    if [_projected_factor(view) for view in (f, g)] == [None, None]:
         return None
     tokens = _tokens(f, g)
     lengths = [_squared_lengths(view, tokens) for view in (f, g)]
@@ -109,7 +111,7 @@ def _lengths(f: View, g: View) -> float | None:
         return None
     out = float(np.mean(lengths[0] * lengths[1]))
     for own, other in ((f, g), (g, f)):
-        if _projected(own) is not None and other.node.deps & own.node.odd:
+        if _projected_factor(own) is not None and other.node.deps & own.node.odd:
             # The other is made of this very projection, of which D features vary by 2/D; it may go by another power of them.
             width = math.prod(own.node.axes[k].size for k, place in enumerate(own.bind) if place not in tokens)
             out *= 1 + 2 / width
@@ -134,12 +136,12 @@ def _tokens(f: View, g: View) -> list[int]:
     for view in (f, g):
         for own in roots(view.node):
             root = own.within(view.bind)
-            source = _projected(root)
+            source = _projected_factor(root)
             found &= set((source or root).bind) if source is not None or len(roots(view.node)) == 1 else found
     return sorted(found)
 
 
-def _projected(view: View) -> View | None:
+def _projected_factor(view: View) -> View | None:
     """What a factor is a projection of by weights, over the factor's frame, and the axes that are added up as −1, −2, ...."""
     node = view.node
     weight = weight_of(node) if isinstance(node, Contract) else None
@@ -160,7 +162,7 @@ def _squared_lengths(view: View, tokens: Sequence[int]) -> np.ndarray | None:
         squares = np.square(values.astype(float)).mean(tuple(k for k, place in enumerate(bind) if place not in tokens))
         squares = squares.transpose(np.argsort([place for place in bind if place in tokens]))
         return squares / max(float(squares.mean()), 1e-300)
-    if (source := _projected(view)) is not None:
+    if (source := _projected_factor(view)) is not None:
         return _squared_lengths(source, tokens)
     if not isinstance(node, Apply | Sum):
         return None
@@ -194,7 +196,7 @@ def _along(f: View, g: View, k: int) -> float:
     return overlap if overlap > 0 and all(_others(side) < len(both) for side in sides) else 0.0
 
 
-def _apart(view: View, frame: Sequence[Axis], tokens: Sequence[int]) -> np.ndarray:
+def _own_of_tokens(view: View, frame: Sequence[Axis], tokens: Sequence[int]) -> np.ndarray:
     """By type, what a token has in common with itself that it has not with the other."""
     second = full_types(view.second(frame), frame)
     same = second

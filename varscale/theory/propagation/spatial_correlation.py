@@ -78,7 +78,7 @@ def answered(steps: Generator[tuple[Node, Offsets], Near, T]) -> T:
             continue
         answer = _EXCESSES.get(node.graph, (node.id, offsets))
         if answer is None:
-            waiting.append(((node, offsets), _steps(node, offsets)))
+            waiting.append(((node, offsets), _excess_steps(node, offsets)))
 
 
 def nearby(node: Node, offsets: Offsets) -> Near:
@@ -90,7 +90,7 @@ def nearby(node: Node, offsets: Offsets) -> Near:
     return answered(steps())
 
 
-def _steps(node: Node, offsets: Offsets) -> Steps:
+def _excess_steps(node: Node, offsets: Offsets) -> Steps:
     if not node.local or not offsets:
         return nothing(node)
     return near_of(node, offsets)
@@ -126,7 +126,7 @@ def usual(node: Node) -> np.ndarray:
     return pool(node.table.second, node.axes)
 
 
-def summed(table: np.ndarray, k: int, size: float) -> np.ndarray:
+def sum_of_both_indices(table: np.ndarray, k: int, size: float) -> np.ndarray:
     """The sum over both indices of axis k."""
     return size * table.take(0, k) + size * (size - 1) * table.take(1, k)
 
@@ -161,7 +161,8 @@ def _of_numbers(node: Node, values: np.ndarray, offsets: Offsets) -> Near:
         if not any(index):
             continue
         first, second = (
-            values[tuple(_shifted(distances.get(k, 0) * index[k], last) for k in range(len(axes)))] for last in (False, True)
+            values[tuple(_shifted_slice(distances.get(k, 0) * index[k], last) for k in range(len(axes)))]
+            for last in (False, True)
         )
         found = np.empty([2 if k in others else 1 for k in range(len(axes))])
         for free in np.ndindex(*found.shape):
@@ -176,7 +177,7 @@ def _of_numbers(node: Node, values: np.ndarray, offsets: Offsets) -> Near:
     return Near(out, 0.0)
 
 
-def _shifted(distance: int, last: bool) -> slice:
+def _shifted_slice(distance: int, last: bool) -> slice:
     return slice(distance, None) if last else slice(0, -distance if distance else None)
 
 
@@ -233,7 +234,7 @@ def _centred(excess: np.ndarray, taken: Sequence[int], axes: Sequence[Axis], dis
         if k in distances:
             return excess
         if excess.shape[k] > 1:
-            mean = np.expand_dims(summed(mean, k, axes[k].size), k) / axes[k].size ** 2
+            mean = np.expand_dims(sum_of_both_indices(mean, k, axes[k].size), k) / axes[k].size ** 2
     return excess - mean if taken else excess
 
 
@@ -281,7 +282,7 @@ def _at_both(f: View, g: View, root: View, excess: np.ndarray, frame: Sequence[A
         return same, same
     covariance = over_frame(covariance, root, len(frame))
     pairs = np.clip([covariance / variance, (covariance + excess) / variance], -1.0, 1.0)
-    before, after = mehler(first, second, ()).at(pairs if law.gaussian else latent(law, pairs))
+    before, after = mehler(first, second, ()).at(pairs if law.gaussian else latent_by_distance(law, pairs))
     return before, after
 
 
@@ -292,7 +293,7 @@ def _line(f: View, root: View, frame: Sequence[Axis]) -> np.ndarray:
     return over_classes(evaluate(f, frame, env), frame)
 
 
-def latent(law: Marginal, pairs: np.ndarray) -> np.ndarray:
+def latent_by_distance(law: Marginal, pairs: np.ndarray) -> np.ndarray:
     """Correlations of the normals behind a root, from its own."""
     squares = np.square(over_classes(law.values, law.root.axes) @ HERMITE)
     squares[0] = 0.0
@@ -337,6 +338,6 @@ def near_of_merge(node: Merge, offsets: Offsets) -> Steps:
     found = yield source, tuple((k if k < first else k + count - 1, d) for k, d in offsets)
     same = whole = found.excess
     for k in reversed(range(first, first + count)):
-        same, whole = same.take(0, k), summed(whole, k, source.axes[k].size)
+        same, whole = same.take(0, k), sum_of_both_indices(whole, k, source.axes[k].size)
     n = node.axes[first].size
     return Near(np.stack([same, (whole - n * same) / (n * (n - 1))], axis=first), found.doubt)

@@ -16,7 +16,7 @@ from varscale.theory.graph.nodes import Node, View
 from varscale.theory.propagation.cross_moments import cross
 from varscale.theory.propagation.marginals import marginal
 from varscale.theory.propagation.sampler import evenly
-from varscale.theory.propagation.spatial_correlation import Near, Offsets, answered, between, latent, usual
+from varscale.theory.propagation.spatial_correlation import Near, Offsets, answered, between, latent_by_distance, usual
 
 FAR = -1  # no distance in particular: anywhere else
 _ROWS = 64  # windows whose taps are counted, to know how far apart they are
@@ -33,12 +33,12 @@ class Reader(NamedTuple):
 
     def apart(self, distance: int) -> dict[int, float]:
         """At places so far apart."""
-        return _apart(self, distance)
+        return _places_apart(self, distance)
 
     def elsewhere(self) -> dict[int, float]:
         """At any two places that differ."""
         n = self.window.size_out
-        out = {d: n * c for d, c in _anywhere(self).items()}
+        out = {d: n * c for d, c in _at_any_place(self).items()}
         for d, c in self.apart(0).items():
             out[d] = out.get(d, 0.0) - c
         return {d: c / (n - 1) for d, c in out.items()}
@@ -55,7 +55,7 @@ def of_places(window: Window, size: int) -> Reader:
 
 
 @functools.cache
-def _apart(reader: Reader, distance: int) -> dict[int, float]:
+def _places_apart(reader: Reader, distance: int) -> dict[int, float]:
     from scipy import signal
 
     first, second = (hits(window, reader.size) for window in (reader.window, reader.other))
@@ -63,17 +63,17 @@ def _apart(reader: Reader, distance: int) -> dict[int, float]:
     if n < 1:
         return reader.elsewhere()
     if distance == 0 and all(np.array_equal(np.sort(at, axis=1), [range(reader.size)] * len(at)) for at in (first, second)):
-        return _anywhere(reader)  # each reads all there is, of which the mean over all pairs is known
+        return _at_any_place(reader)  # each reads all there is, of which the mean over all pairs is known
     rows = evenly(n, _ROWS)
     counts = np.zeros(2 * reader.size - 1)
     for one, two in ((first[rows], second[rows + distance]), (first[rows + distance], second[rows])):
-        counts += signal.fftconvolve(_read(one, reader.size), _read(two, reader.size)[:, ::-1], axes=1).sum(axis=0)
+        counts += signal.fftconvolve(_tap_counts(one, reader.size), _tap_counts(two, reader.size)[:, ::-1], axes=1).sum(axis=0)
     met = np.flatnonzero(counts > 0.5)
-    apart = _rounded(np.abs(met - (reader.size - 1)))
+    apart = _distance_level(np.abs(met - (reader.size - 1)))
     return {int(d): float(counts[met[apart == d]].sum()) / (2 * len(rows)) for d in np.unique(apart)}
 
 
-def _read(at: np.ndarray, size: int) -> np.ndarray:
+def _tap_counts(at: np.ndarray, size: int) -> np.ndarray:
     """How many taps of each window read each place, (windows, size)."""
     out = np.zeros((len(at), size))
     p, t = np.nonzero(at >= 0)
@@ -82,20 +82,20 @@ def _read(at: np.ndarray, size: int) -> np.ndarray:
 
 
 @functools.cache
-def _anywhere(reader: Reader) -> dict[int, float]:
+def _at_any_place(reader: Reader) -> dict[int, float]:
     first, second = (hits(window, reader.size) for window in (reader.window, reader.other))
     one, two = (np.bincount(at[at >= 0], minlength=reader.size) / len(at) for at in (first, second))
     met = float(one @ two)
     return {0: met, FAR: float(one.sum() * two.sum()) - met}
 
 
-def _rounded(distances: np.ndarray) -> np.ndarray:
+def _distance_level(distances: np.ndarray) -> np.ndarray:
     """Distances that are told apart: powers of √2 beyond 4, the next lower one."""
     powers = np.floor(2 ** (np.floor(2 * np.log2(np.maximum(distances, 1)) + 1e-9) / 2) + 1e-9).astype(int)
     return np.where(distances <= 4, distances, powers)
 
 
-def alike(weights: Mapping[int, float]) -> dict[int, float]:
+def all_alike(weights: Mapping[int, float]) -> dict[int, float]:
     """The same where all distances are one."""
     return {0: weights.get(0, 0.0), FAR: sum(c for d, c in weights.items() if d != 0)}
 
@@ -143,7 +143,7 @@ def latents(
     rho = np.clip((rho - table.total_mean**2) / max(table.variance, 1e-300), -1.0, 1.0)
     law = marginal(node)
     if not law.gaussian:
-        rho = latent(law, rho)
+        rho = latent_by_distance(law, rho)
     for j, axis in enumerate(node.axes):
         n = sizes[root.bind[j]]
         if j in halves:

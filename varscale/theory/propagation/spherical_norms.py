@@ -21,7 +21,7 @@ from varscale.theory.propagation.few_terms import held_square
 from varscale.theory.propagation.marginals import marginal, placed
 from varscale.theory.propagation.scale_responses import companions, responses
 
-_MANY = 2000  # units, from where on a shift is below a thousandth
+_MANY_UNITS = 2000  # units, from where on a shift is below a thousandth
 _FREE = 0.1  # ratio of responses up to which a function is one of a normalised array: its epsilon is left
 _OFF_CENTRE = 0.1  # share of a mean square that is the mean's, up to which the law is the symmetric one
 
@@ -40,10 +40,10 @@ def sphere_shift(node: Apply) -> tuple[float, float]:
         if scale is None or not marginal(main.node).gaussian or abs(responses(node)[main.node][0]) > _FREE:
             continue
         dimension, independent = _dimension(main, scale)
-        if dimension > _MANY:
+        if dimension > _MANY_UNITS:
             continue
         own = marginal(main.node)
-        given = {(main.node.id, main.bind): _line(main, dimension, node.axes)}
+        given = {(main.node.id, main.bind): _root_on_sphere(main, dimension, node.axes)}
         plain, squared = held_square(node, main, {}), held_square(node, main, given)
         found = float(squared @ WEIGHTS / (plain @ WEIGHTS)) - 1 if plain @ WEIGHTS > 0 else 0.0
         if np.sum(own.mean**2) > _OFF_CENTRE * np.sum(own.mean**2 + own.deviation**2):
@@ -86,7 +86,7 @@ def mean_squared_correlation(second: np.ndarray, main: View, scale: View) -> flo
     return float(out)
 
 
-def _line(main: View, dimension: float, frame: Sequence[Axis]) -> np.ndarray:
+def _root_on_sphere(main: View, dimension: float, frame: Sequence[Axis]) -> np.ndarray:
     """Values of a root whose normalised coordinates lie on a sphere, over its frame's classes and the normal grid."""
     coordinates = np.sign(Z) * np.sqrt(sphere_squares(dimension))
     coordinates = coordinates / math.sqrt(float(coordinates**2 @ WEIGHTS))

@@ -28,7 +28,7 @@ from varscale.theory.propagation.products import product_second
 from varscale.theory.propagation.sample_moments import order_correlation
 from varscale.theory.propagation.scale_responses import companions
 
-_FEW = 64  # numbers, from where on what a function of several roots leaves to chance is not asked for
+_FEW_NUMBERS = 64  # numbers, from where on what a function of several roots leaves to chance is not asked for
 
 
 def left_to_chance(weight: Leaf, terms: float, units: int) -> float:
@@ -57,7 +57,7 @@ def square_pairs(node: Node) -> tuple[np.ndarray, np.ndarray]:
         own = [r.within(factor.bind) for r in roots(factor.node)]
         own = [r for r in own if not isinstance(r.node, Array)]
         live = [r for r in own if len(own) == 1 or not concentrated(r.node)]
-        if len(live) > 1 and math.prod(axis.size for axis in frame) <= _FEW:
+        if len(live) > 1 and math.prod(axis.size for axis in frame) <= _FEW_NUMBERS:
             pairs = pairs * refine(_joint_pairs(factor, frame), frame)
         if len(live) != 1:
             continue

@@ -19,7 +19,7 @@ from varscale.theory.propagation.latent_correlations import factored, latent_cro
 from varscale.theory.propagation.marginals import Environment, concentrated, evaluate, grid, marginal, quantiles_of_kind
 
 _MOST_CELLS = 9
-_STRAIGHT = 0.995  # share of a term's variance that is linear in a normal, above which the term is as good as Gaussian
+_LINEAR_SHARE = 0.995  # share of a term's variance that is linear in a normal, above which the term is as good as Gaussian
 _MOST_ROOTS = 3  # live roots of one term: a normal, its scale, and a gate on both
 _CORRELATED = 0.1  # parts correlated by less: the square of it, times an excess kurtosis of a few, is lost of the fourth moment
 
@@ -55,9 +55,9 @@ def sum_quantiles(root: Sum, table: Table, deviation: np.ndarray) -> np.ndarray 
     for cell in cells:
         line = np.zeros(POINTS)
         for group in together:
-            own = [p.weight * _values(p, root.axes, cell) for p in group]
+            own = [p.weight * _part_on_grid(p, root.axes, cell) for p in group]
             if len(own) > 1:
-                own = [_drawn(own, factored(_correlations([p.latent for p in group], root.axes, cell), root.graph))]
+                own = [_drawn_together(own, factored(_correlations([p.latent for p in group], root.axes, cell), root.graph))]
             line = _convolved(line, own[0])
         mean = WEIGHTS @ line
         std = math.sqrt(max(WEIGHTS @ line**2 - mean**2, 1e-300))
@@ -92,7 +92,7 @@ def _points(normals: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return points * math.sqrt(wide) @ normals.T, np.exp(-np.sum(points**2, axis=1) * (wide - 1) / 2)
 
 
-def _drawn(lines: Sequence[np.ndarray], normals: np.ndarray) -> np.ndarray:
+def _drawn_together(lines: Sequence[np.ndarray], normals: np.ndarray) -> np.ndarray:
     """Quantiles of a sum of functions of correlated normals, these given as rows over independent ones."""
     latents, weights = _points(normals)
     return _ordered(sum(np.interp(latents[:, i], Z, line) for i, line in enumerate(lines)), weights)  # pyright: ignore
@@ -110,10 +110,10 @@ def _together(parts: Sequence[_Part], axes: Sequence[Axis]) -> list[list[_Part]]
 def _joined(a: _Part, b: _Part, axes: Sequence[Axis]) -> bool:
     if not (a.live or b.live) or not dependent(a.latent.node, b.latent.node):
         return False
-    return bool(np.max(np.abs(_correlation(a.view, b.view, axes))) > _CORRELATED)
+    return bool(np.max(np.abs(_correlation_of_terms(a.view, b.view, axes))) > _CORRELATED)
 
 
-def _correlation(a: View, b: View, axes: Sequence[Axis]) -> np.ndarray:
+def _correlation_of_terms(a: View, b: View, axes: Sequence[Axis]) -> np.ndarray:
     """Correlation of two terms at one place, by class."""
     covariance = cross(a, b, axes) - mean_product(a, b, axes)
     scales = [lift(marginal_deviation(v), v.node.axes, v.bind, axes, pairs=False) for v in (a, b)]
@@ -138,10 +138,10 @@ def _correlations(latents: Sequence[View], axes: Sequence[Axis], cell: tuple[int
     return rho
 
 
-def _values(part: _Part, axes: Sequence[Axis], cell: tuple[int, ...]) -> np.ndarray:
+def _part_on_grid(part: _Part, axes: Sequence[Axis], cell: tuple[int, ...]) -> np.ndarray:
     """A part on the normal grid, in one class."""
     if part.live:
-        return np.broadcast_to(_line(part.view, part.live, axes), (*[a.classes for a in axes], POINTS))[cell]
+        return np.broadcast_to(_term_on_grid(part.view, part.live, axes), (*[a.classes for a in axes], POINTS))[cell]
     return part.view.node.table.total_mean + math.sqrt(part.view.node.table.variance) * Z
 
 
@@ -155,13 +155,13 @@ def _shaping(view: View, axes: Sequence[Axis]) -> tuple[View, ...]:
     live = [r for r in own if not concentrated(r.node)]  # the scale of a norm is as good as a number
     if not 0 < len(live) <= _MOST_ROOTS:
         return ()
-    line = _line(view, live, axes)
+    line = _term_on_grid(view, live, axes)
     variance = line**2 @ WEIGHTS - (line @ WEIGHTS) ** 2
-    straight = np.all((line * Z @ WEIGHTS) ** 2 >= _STRAIGHT * variance)
+    straight = np.all((line * Z @ WEIGHTS) ** 2 >= _LINEAR_SHARE * variance)
     return () if straight else tuple(live)
 
 
-def _line(view: View, live: Sequence[View], axes: Sequence[Axis]) -> np.ndarray:
+def _term_on_grid(view: View, live: Sequence[View], axes: Sequence[Axis]) -> np.ndarray:
     """A term's quantiles on the normal grid, the roots that are not live held at their means, (classes or 1..., points).
 
     Of one live root they are the term along its grid. A function of several is drawn, with the shape of the most common class:

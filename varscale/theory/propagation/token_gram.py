@@ -125,9 +125,9 @@ def _measured(x: Tokens) -> np.ndarray:
     found = found.transpose([*others, *x.tokens, *x.features]).reshape(sizes).astype(float)
     found = found[evenly(sizes[0], _MOST_OTHERS)][:, evenly(sizes[1], _MOST_TOKENS)]
     pairs = found @ found.transpose(0, 2, 1)
-    apart = ~np.eye(found.shape[1], dtype=bool)
-    between = pairs[:, apart]
-    own = np.mean(pairs[:, ~apart]) - between.mean()
+    different = ~np.eye(found.shape[1], dtype=bool)
+    between = pairs[:, different]
+    own = np.mean(pairs[:, ~different]) - between.mean()
     return (between - between.mean()) / own if own > 1e-9 * np.abs(pairs).max() else np.zeros_like(between)
 
 
@@ -135,7 +135,7 @@ def projected(x: Tokens) -> Tokens | None:
     """What these are a projection of, with random weights; None where they are none."""
     while not (isinstance(x.node, Contract) and weight_of(x.node) is not None):
         if isinstance(x.node, Take):
-            x = _whole(x, x.node)
+            x = _tokens_before_slice(x, x.node)
             continue
         sources, _ = sources_of(x)
         if len(sources) != 1:
@@ -147,10 +147,10 @@ def projected(x: Tokens) -> Tokens | None:
 
 def own_part(x: Tokens) -> float:
     """What a token has of its own: its mean square, less what two different ones share."""
-    return apart(x.node.table.second, x.node.axes, x.tokens)
+    return own_beyond_pairs(x.node.table.second, x.node.axes, x.tokens)
 
 
-def apart(second: np.ndarray, axes: Sequence[Axis], tokens: Sequence[int]) -> float:
+def own_beyond_pairs(second: np.ndarray, axes: Sequence[Axis], tokens: Sequence[int]) -> float:
     """Second moments by type of one position of these axes, less those of two, averaged over all others."""
     n = math.prod(axes[k].size for k in tokens)
     return float(_lacking(tuple(axes), frozenset(tokens)) @ full_types(second, axes).ravel()) * n / max(n - 1, 1)
@@ -164,7 +164,7 @@ def _lacking(axes: tuple[Axis, ...], tokens: frozenset[int]) -> np.ndarray:
 
 def sources_of(x: Tokens) -> tuple[list[Tokens], OverlapRule]:
     """Tokens that these are made of, and how their overlap is made of theirs."""
-    return _SOURCES.once(x.node.graph, x, lambda: _sources(x))
+    return _SOURCES.once(x.node.graph, x, lambda: _token_sources(x))
 
 
 TokenSources = tuple[list[Tokens], OverlapRule]
@@ -176,14 +176,14 @@ def sources_of_mixture(node: Node, x: Tokens) -> TokenSources | None:
     return None
 
 
-def _sources(x: Tokens) -> tuple[list[Tokens], OverlapRule]:
+def _token_sources(x: Tokens) -> tuple[list[Tokens], OverlapRule]:
 
     node = x.node
     if is_given(node):
         return [], lambda _: Mixture((), _of_given(x, x))
     # Some of the features, or of their factors, have more of their own than all.
     if isinstance(node, Rearranged):
-        inner = _rearranged(x, node)
+        inner = _tokens_before_reshape(x, node)
         return [inner], lambda _: Mixture((1.0,), 1 / x.count - 1 / inner.count)
     if isinstance(node, Take):
         return _taken(x, node)
@@ -196,9 +196,9 @@ def _sources(x: Tokens) -> tuple[list[Tokens], OverlapRule]:
     if isinstance(node, Conv) and weight_of(node) is not None:  # of patches that are as good as white
         return [], lambda _: Mixture((), 1 / x.count + 1 / node.width)
     if isinstance(node, Sum):
-        return _added(x, node)
+        return _overlap_of_sum(x, node)
     if isinstance(node, Apply):
-        return _applied(x, node)
+        return _overlap_of_apply(x, node)
     if isinstance(node, Contract):
         summed = range(len(node.axes), len(node.frame))
         if weight_of(node) is not None:
@@ -229,19 +229,19 @@ def _of_columns(x: Tokens, rows: Tokens, weights: float, likeness: float) -> Mix
     return Mixture((1.0, 0.0), 1 / x.count + (1 - 1 / x.count) * own**2 * likeness - weights)
 
 
-def _rearranged(x: Tokens, node: Rearranged) -> Tokens:
+def _tokens_before_reshape(x: Tokens, node: Rearranged) -> Tokens:
     """The same tokens before their axes were put in another order, together or apart."""
     return Tokens(node.args[0].node, *(tuple(sorted({j for k in axes for j in node.before(k)})) for axes in x[1:]))
 
 
 def _taken(x: Tokens, node: Node) -> tuple[list[Tokens], OverlapRule]:
     """A slice of one axis: of features the same tokens; of what tokens are made along, others, which overlap as much."""
-    inner, k = _whole(x, node), node.params[0]
+    inner, k = _tokens_before_slice(x, node), node.params[0]
     fewer = 1 / x.count - 1 / inner.count
     if k in inner.tokens or (len(inner.node.axes) > len(node.axes) and _made_along(inner, k)):
         return [inner], lambda parts: Mixture((0.0,), parts[0] + fewer)
     while isinstance(inner.node, Rearranged):
-        inner = _rearranged(inner, inner.node)
+        inner = _tokens_before_reshape(inner, inner.node)
     sources, rule = sources_of(inner)  # what all features have of their own, other slices do not share
     return sources, lambda parts: _with_more(rule(parts), fewer)
 
@@ -250,7 +250,7 @@ def _with_more(mixture: Mixture, variance: float) -> Mixture:
     return mixture._replace(variance=mixture.variance + variance)
 
 
-def _whole(x: Tokens, node: Node) -> Tokens:
+def _tokens_before_slice(x: Tokens, node: Node) -> Tokens:
     """The tokens before a slice of one axis was taken, which one position of it drops."""
     before, k = node.args[0].node, node.params[0]
     dropped = len(before.axes) > len(node.axes)
@@ -269,7 +269,7 @@ def white(x: Tokens) -> Mixture:
     return Mixture((), 1 / x.count)
 
 
-def _added(x: Tokens, node: Sum) -> tuple[list[Tokens], OverlapRule]:
+def _overlap_of_sum(x: Tokens, node: Sum) -> tuple[list[Tokens], OverlapRule]:
     """Branches of a stream: o = Σ w o_i, and what one has of another's direction."""
     terms = [(c * c, tokens_of(v, x.tokens, x.features)) for c, v in zip(node.params, node.args, strict=True)]
     terms = [(scale, y) for scale, y in terms if y.tokens and y.features]
@@ -280,7 +280,7 @@ def _added(x: Tokens, node: Sum) -> tuple[list[Tokens], OverlapRule]:
     return [y for _, y in terms], lambda _: Mixture(tuple(shares.tolist()), (1 - float(shares @ shares)) / x.count)
 
 
-def _applied(x: Tokens, node: Apply) -> tuple[list[Tokens], OverlapRule]:
+def _overlap_of_apply(x: Tokens, node: Apply) -> tuple[list[Tokens], OverlapRule]:
     """A function's overlap moves with its roots' by E[f' f'] of two tokens; what is not linear in them is as good as white."""
     found = [(view, tokens_of(view, x.tokens, x.features)) for view in roots(node)]
     found = [(view, y) for view, y in found if y.tokens and y.features]

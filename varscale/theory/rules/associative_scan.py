@@ -30,7 +30,7 @@ from varscale.theory.rules.prefix_scans import Combination, combination, run_bac
 from varscale.theory.rules.registry import Complex, Context, parts, rule
 
 # Set on the validation grid, not derived, both: of a gradient through a recurrence; of one whose rates follow its own input.
-_DOUBT, _FOLLOWING_DOUBT = 0.1, 0.3
+_RECURRENCE_DOUBT, _FOLLOWING_DOUBT = 0.1, 0.3
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -151,7 +151,7 @@ class Running(Node):
         deps = [view.node.deps for view in self.args]
         shared = any(a & b for a, b in itertools.combinations(deps, 2))
         # Where rates follow the input, what flows back is a product of several things that grow together.
-        self.gradient_doubt = _FOLLOWING_DOUBT if shared else _DOUBT
+        self.gradient_doubt = _FOLLOWING_DOUBT if shared else _RECURRENCE_DOUBT
 
     @functools.cached_property
     def fluctuation(self) -> float:
@@ -256,7 +256,7 @@ def associative_scan(interpreter: Context, eqn: Any, *xs: Value | Complex) -> li
     recurrence = _RECURRENCES.once(
         graph, mark, lambda: Recurrence(tuple(views), tuple(frame), axis, how, ensemble(graph, frame))
     )
-    axes = _classed(recurrence)
+    axes = _classed_frame(recurrence)
     values: list[Value | Complex] = []
     which = 0
     for x, place in zip(xs, places, strict=True):
@@ -274,7 +274,7 @@ def associative_scan(interpreter: Context, eqn: Any, *xs: Value | Complex) -> li
     return values
 
 
-def _classed(recurrence: Recurrence) -> tuple[Axis, ...]:
+def _classed_frame(recurrence: Recurrence) -> tuple[Axis, ...]:
     """The frame, the positions along the recurrence classed by their second moments."""
     k = recurrence.axis
     others = tuple(i for i in range(len(recurrence.frame) + 1) if i != k)

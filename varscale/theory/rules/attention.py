@@ -49,8 +49,8 @@ from varscale.theory.propagation.token_gram import (
     OverlapRule,
     Tokens,
     TokenSources,
-    apart,
     overlap,
+    own_beyond_pairs,
     own_part,
     projected,
     shared_overlap,
@@ -159,7 +159,7 @@ def _before_dropout(weights: View) -> tuple[View, float]:
 
 def scores(weights: Softmax) -> Scores | None:
     """What the logits of softmax weights are, where they are a product of queries and keys, and what is added to it."""
-    found = _product(weights.args[0])
+    found = _query_key_product(weights.args[0])
     if found is None:
         return None
     slope, (node, bind) = found
@@ -174,7 +174,7 @@ def scores(weights: Softmax) -> Scores | None:
     return Scores(View(node, bind), slope, queries, keys, place) if queries.tokens and keys.tokens else None
 
 
-def _product(view: View) -> tuple[float, View] | None:
+def _query_key_product(view: View) -> tuple[float, View] | None:
 
     node, bind = view
     if isinstance(node, Contract):
@@ -184,7 +184,7 @@ def _product(view: View) -> tuple[float, View] | None:
     else:
         terms = list(zip(node.params, node.args, strict=True)) if isinstance(node, Sum) else []
     for c, term in terms:
-        found = _product(term.within(bind))
+        found = _query_key_product(term.within(bind))
         if found is not None:
             return c * c * found[0], found[1]
     return None
@@ -326,12 +326,12 @@ def mixed(x: Tokens, attention: Attention) -> tuple[list[Tokens], OverlapRule]:
     p = attention.weights
     keys = float(p.seen.sum(-1).mean())
     rows = [k for k, row in enumerate(p.rows()) if attention.place[row] in x.tokens]
-    variance = apart(p.deviation.mean(-1), [p.axes[k] for k in p.rows()], rows)
+    variance = own_beyond_pairs(p.deviation.mean(-1), [p.axes[k] for k in p.rows()], rows)
     chance = _by_chance(p, rows)
     slope = chance * (variance / math.expm1(variance) if 0 < variance < 50 else float(variance <= 0))
 
     def combined(parts: Sequence[float]) -> Mixture:
-        gain = apart(np.asarray(tilted(x.node)), x.node.axes, x.tokens)
+        gain = own_beyond_pairs(np.asarray(tilted(x.node)), x.node.axes, x.tokens)
         tilt = float(np.clip(gain / max(own_part(x), 1e-300), 0, 1))
         v_values, v_tokens = parts
         noise = (1 - tilt) ** 2 * (chance**2 / keys + v_values + slope**2 / queries.count)
@@ -353,7 +353,7 @@ def _by_chance(p: Softmax, rows: Sequence[int]) -> float:
     squares = p.table.second.transpose(order)
     for k in reversed(p.params):
         squares = contract_axis(squares, order.index(k), p.axes[k].same) * p.axes[k].size
-    own = apart(squares, classes, rows)
+    own = own_beyond_pairs(squares, classes, rows)
     return float(np.clip((drawn * weights).sum() / max(own, 1e-300), 0, 1))
 
 
@@ -369,9 +369,9 @@ def _deviation(values: np.ndarray, keys: Sequence[int], frame: Sequence[Axis]) -
         axis = frame[keys[0]]
         c = axis.classes
         diagonal = [c + i * (c + 1) for i in range(c)]
-        apart = np.take(values, range(c), axis=keys[0]) - np.take(values, diagonal, axis=keys[0])
+        differ = np.take(values, range(c), axis=keys[0]) - np.take(values, diagonal, axis=keys[0])
         shares = (axis.counts / axis.size).reshape([c if k == keys[0] else 1 for k in range(len(frame))])
-        return np.maximum(apart * shares, 0.0).sum(axis=keys[0])
+        return np.maximum(differ * shares, 0.0).sum(axis=keys[0])
     same, mean = values, values
     for k in sorted(keys, reverse=True):
         same, mean = contract_axis(same, k, frame[k].same), contract_axis(mean, k, frame[k].any_pair)

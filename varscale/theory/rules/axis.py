@@ -40,12 +40,12 @@ _SLICED: Fact[int, tuple[int, list[Node] | None]] = Fact()
 
 
 @rule("broadcast_in_dim")
-def broadcast_in_dim(interpreter: Context, eqn: Any, x: Value, *_: Value) -> Value:
+def broadcast_rule(interpreter: Context, eqn: Any, x: Value, *_: Value) -> Value:
     return layout.broadcast_in_dim(x, eqn.params["shape"], eqn.params["broadcast_dimensions"])
 
 
 @rule("reshape", "squeeze", "expand_dims")
-def reshape(interpreter: Context, eqn: Any, x: Value, *_: Value) -> Value:
+def reshape_rule(interpreter: Context, eqn: Any, x: Value, *_: Value) -> Value:
     if eqn.primitive.name == "squeeze":
         kept = [d for d in range(len(x.dims)) if d not in {k % len(x.dims) for k in eqn.params["dimensions"]}]
         return layout.transpose(x, kept)
@@ -53,7 +53,7 @@ def reshape(interpreter: Context, eqn: Any, x: Value, *_: Value) -> Value:
 
 
 @rule("transpose")
-def transpose(interpreter: Context, eqn: Any, x: Value) -> Value:
+def transpose_rule(interpreter: Context, eqn: Any, x: Value) -> Value:
     return layout.transpose(x, eqn.params["permutation"])
 
 
@@ -228,12 +228,12 @@ def slice_(interpreter: Context, eqn: Any, x: Value) -> Value:
 
 
 @rule("split")
-def split(interpreter: Context, eqn: Any, x: Value) -> list[Value]:
+def split_rule(interpreter: Context, eqn: Any, x: Value) -> list[Value]:
     edges = np.cumsum([0, *eqn.params["sizes"]])
     return [take(x, eqn.params["axis"], int(a), int(b), 1) for a, b in itertools.pairwise(edges)]
 
 
-def _pairs(node: RandomSlice) -> np.ndarray:
+def _pairs_of_slices(node: RandomSlice) -> np.ndarray:
     """Pairs of each type of the whole axis at each place, (places, types)."""
     k, size, _ = node.params
     axis = node.args[0].node.axes[k]
@@ -246,7 +246,7 @@ def _pairs(node: RandomSlice) -> np.ndarray:
 @second_moments.register(RandomSlice)
 def second_moments_of_random_slice(node: RandomSlice) -> Table:
     k, size, _ = node.params
-    table, pairs = node.args[0].node.table, _pairs(node)
+    table, pairs = node.args[0].node.table, _pairs_of_slices(node)
     axis = table.axes[k]
     classes = pairs[:, : axis.classes]
     share = classes.mean(axis=0, keepdims=True) / size
@@ -257,7 +257,7 @@ def second_moments_of_random_slice(node: RandomSlice) -> Table:
     if size == 1:
         mean, second = mean.squeeze(k), second.squeeze(k)
     # Where it starts may depend on what it holds: then it may hold the most or the least that there is at any place.
-    squares = (classes / size) @ _by_class(table, k)
+    squares = (classes / size) @ _squares_by_class(table, k)
     off = np.abs(squares / max(float(squares.mean()), 1e-300) - 1)
     node.graph.flag("assumed", min(float(off.max()), UNKNOWN))
     return Table(node.axes, mean, second)
@@ -267,14 +267,14 @@ def second_moments_of_random_slice(node: RandomSlice) -> Table:
 def pullback_of_random_slice(node: RandomSlice, cotangent: np.ndarray, notes: BackwardNotes) -> list[np.ndarray | None]:
     k, size, _ = node.params
     axis = node.args[0].node.axes[k]
-    expected = _pairs(node).mean(axis=0) / np.maximum(axis.pairs, 1e-300)
+    expected = _pairs_of_slices(node).mean(axis=0) / np.maximum(axis.pairs, 1e-300)
     back = np.stack([np.where(axis.agrees, expected, 0.0), expected], axis=1)
     back[: axis.classes, 1] = 0.0
     wide = cotangent if size > 1 else np.expand_dims(cotangent, k)
     return [apply_axis(wide, k, back[:, : 1 + (size > 1)])]
 
 
-def _by_class(table: Table, k: int) -> np.ndarray:
+def _squares_by_class(table: Table, k: int) -> np.ndarray:
     """E[x²] by class of axis k."""
     squares = np.moveaxis(table.diagonal, k, 0)
     others = (*table.axes[:k], *table.axes[k + 1 :])

@@ -58,12 +58,12 @@ def modulus(interpreter: Context, x: Complex) -> Value:
     return interpreter.elementwise("hypot", x.re, x.im)
 
 
-def _whole(interpreter: Context, x: Value | Complex) -> Complex:
+def _as_complex(interpreter: Context, x: Value | Complex) -> Complex:
     """A real value as a complex one."""
     return x if isinstance(x, Complex) else Complex(x, full(interpreter.graph, 0.0, x.shape))
 
 
-def _product(interpreter: Context, x: Complex, y: Complex, f: Callable[[Value, Value], Value]) -> Complex:
+def _bilinear(interpreter: Context, x: Complex, y: Complex, f: Callable[[Value, Value], Value]) -> Complex:
     """What is linear in each of two operands: four real ones of the same kind."""
     part = interpreter.elementwise
     re, im = part("sub", f(x.re, y.re), f(x.im, y.im)), part("add", f(x.re, y.im), f(x.im, y.re))
@@ -71,7 +71,7 @@ def _product(interpreter: Context, x: Complex, y: Complex, f: Callable[[Value, V
 
 
 def _multiplied(interpreter: Context, x: Complex, y: Complex) -> Complex:
-    return _product(interpreter, x, y, lambda a, b: interpreter.elementwise("mul", a, b))
+    return _bilinear(interpreter, x, y, lambda a, b: interpreter.elementwise("mul", a, b))
 
 
 def _divided(interpreter: Context, x: Complex, y: Complex) -> Complex:
@@ -95,7 +95,7 @@ def _exponential(interpreter: Context, x: Complex) -> Complex:
 @rule("complex operands")
 def complex_operands(interpreter: Context, eqn: Any, *xs: Any) -> Any:
     """Any equation on complex numbers."""
-    name, whole = eqn.primitive.name, [_whole(interpreter, x) for x in xs]
+    name, whole = eqn.primitive.name, [_as_complex(interpreter, x) for x in xs]
     if name == "convert_element_type":
         return whole[0] if eqn.params["new_dtype"].kind == "c" else whole[0].re
     if name == "abs":
@@ -116,7 +116,7 @@ def complex_operands(interpreter: Context, eqn: Any, *xs: Any) -> Any:
         raise NotImplementedError(f"{name} of complex numbers; write it with real ones")
     handler = RULES[name]
     if name in _BILINEAR:
-        return _product(interpreter, whole[0], whole[1], lambda a, b: handler(interpreter, eqn, a, b))
+        return _bilinear(interpreter, whole[0], whole[1], lambda a, b: handler(interpreter, eqn, a, b))
     # Everything else moves or adds numbers: it does to each part what it does to the whole.
     re, im = (handler(interpreter, eqn, *[parts(x)[k] if isinstance(x, Complex) else x for x in xs]) for k in (0, 1))
     if isinstance(re, list | tuple):
@@ -200,7 +200,7 @@ def fft(interpreter: Context, eqn: Any, x: Value | Complex) -> Value | Complex:
     """Products with known matrices, one a dimension."""
     kind = str(getattr(eqn.params["fft_type"], "name", eqn.params["fft_type"]))
     lengths = eqn.params["fft_lengths"]
-    z = _whole(interpreter, x)
+    z = _as_complex(interpreter, x)
     dims = range(len(z.shape) - len(lengths), len(z.shape))
     for d, size in zip(dims, lengths, strict=True):
         if d == dims[-1] and kind == "RFFT":

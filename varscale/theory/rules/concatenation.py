@@ -27,7 +27,7 @@ from varscale.theory.rules.axis import take, take_node
 from varscale.theory.rules.registry import Context, elementwise_or_layout, rule
 
 _MOST_CUTS = 400  # joined arrays cut open for cross-moments, in one prediction: a recurrence unrolled by hand has T² of them
-_MANY = 6  # parts up to which every pair is computed
+_MANY_PARTS = 6  # parts up to which every pair is computed
 _MANY_UNLIKE = 24  # the same where distance does not tell how alike two parts are
 _CHECKED = 12  # pairs of many parts that are computed to see whether it does
 _UNLIKE = 0.05  # correlations by which it may be wrong: as much as they change from a power of two to the next
@@ -94,10 +94,10 @@ def _pairs_with(node: Concat, other: Concat) -> np.ndarray:
 
     def between(i: int, j: int) -> np.ndarray:
         if (i, j) not in memo:
-            memo[i, j] = _between(node, ours[i][0], others[j][0], ours[i][1], others[j][1], cross)
+            memo[i, j] = _between_parts(node, ours[i][0], others[j][0], ours[i][1], others[j][1], cross)
         return memo[i, j]
 
-    stands = len(sizes) > _MANY and _alike_by_distance(node, other, between)
+    stands = len(sizes) > _MANY_PARTS and _alike_by_distance(node, other, between)
     for i, (view, mine, shares) in enumerate(ours):
         for j, (that, theirs, other_shares) in enumerate(others):
             if i == j and mine[k] == theirs[k]:
@@ -121,7 +121,7 @@ def _alike_by_distance(node: Concat, other: Concat, between: Callable[[int, int]
         if ours[i][1] != others[j][1]:
             continue
         a, b = (part[0] for part in (ours[i], others[j]))
-        most = [float(np.abs(_between(node, v, v, ours[i][1], ours[i][1], cross)).max()) for v in (a, b)]
+        most = [float(np.abs(_between_parts(node, v, v, ours[i][1], ours[i][1], cross)).max()) for v in (a, b)]
         error = float(np.abs(between(i, j) - between(*_stand_in(i, j))).max())
         off = max(off, error / max(math.sqrt(most[0] * most[1]), 1e-300))
     if off > _UNLIKE and n <= _MANY_UNLIKE:
@@ -152,7 +152,7 @@ def cross_by_kind_of_concat(node: Concat, a: View, b: View, frame: Sequence[Axis
     return _pairs_with(mine, graph.make(Concat, axes, pieces, (place, sizes)))
 
 
-def _between(node: Concat, a: View, b: View, fa: tuple[Axis, ...], fb: tuple[Axis, ...], cross: Any) -> np.ndarray:
+def _between_parts(node: Concat, a: View, b: View, fa: tuple[Axis, ...], fb: tuple[Axis, ...], cross: Any) -> np.ndarray:
     """E[a_i b_j] over types of the other axes and class pairs of the two parts along this one."""
     k = node.params[0]
     ca, cb = fa[k].classes, fb[k].classes
@@ -248,21 +248,21 @@ def concatenate(graph: Any, xs: Sequence[Value], d: int, classes: bool = True) -
 
 @rule("concatenate")
 def concatenate_rule(interpreter: Context, eqn: Any, *xs: Value) -> Value:
-    return joined(interpreter, xs, eqn.params["dimension"])
+    return concatenated(interpreter, xs, eqn.params["dimension"])
 
 
-def joined(interpreter: Context, xs: Sequence[Value], d: int) -> Value:
+def concatenated(interpreter: Context, xs: Sequence[Value], d: int) -> Value:
     """One after another along dimension d; empty parts left out."""
     live = [x for x in xs if x.shape[d] > 0]
     return live[0] if len(live) == 1 else concatenate(interpreter.graph, live, d)
 
 
 @rule("stack")
-def stack(interpreter: Context, eqn: Any, *xs: Value) -> Value:
+def stack_rule(interpreter: Context, eqn: Any, *xs: Value) -> Value:
     """A concatenation along a new axis."""
     d = eqn.params["axis"]
     shape = (*xs[0].shape[:d], 1, *xs[0].shape[d:])
-    return joined(interpreter, [layout.reshape(x, shape) for x in xs], d)
+    return concatenated(interpreter, [layout.reshape(x, shape) for x in xs], d)
 
 
 @rule("unstack")

@@ -77,11 +77,11 @@ def _goes_by_derivatives(eqn: Any) -> bool:
                 gradients.append(back([jnp.ones_like(y) for y in out]))
         except Exception:  # whatever a function may raise that is tried out of its place
             return False
-    return all(np.allclose(a, b, rtol=_ALIKE, atol=_ALIKE) for a, b in zip(*gradients, strict=True))
+    return all(np.allclose(a, b, rtol=_STEADY, atol=_STEADY) for a, b in zip(*gradients, strict=True))
 
 
 _MOST_TRIED = 1 << 22  # numbers of which a function is tried
-_ALIKE = 1e-2
+_STEADY = 1e-2
 _FEW_STEPS = 4  # of a loop over time that are taken one by one
 _OUTLINED = 2  # steps whose outputs say over which axes those of all are: the first may begin with a constant
 
@@ -99,10 +99,10 @@ def scan(interpreter: Context, eqn: Any, *xs: Any) -> list[Any]:
     layers = any(isinstance(x, Value) and _stacks_weights(x) for x in streams)
     if not layers and any(kept[: len(carry)]) and p["length"] > _FEW_STEPS:
         try:
-            return over_time(interpreter, eqn, xs, _steps(interpreter, p, xs, _OUTLINED, named=False)[-1], _OUTLINED)
+            return over_time(interpreter, eqn, xs, _first_steps(interpreter, p, xs, _OUTLINED, named=False)[-1], _OUTLINED)
         except CannotDraw:
             pass
-    steps = _steps(interpreter, p, xs, p["length"], named=layers, kept=kept)
+    steps = _first_steps(interpreter, p, xs, p["length"], named=layers, kept=kept)
     if p["reverse"]:
         steps.reverse()
     last = steps[0 if p["reverse"] else -1][: len(carry)]
@@ -131,7 +131,7 @@ def _needed(p: dict[str, Any], read: Sequence[bool]) -> list[bool]:
         kept = more
 
 
-def _steps(
+def _first_steps(
     interpreter: Context,
     p: dict[str, Any],
     xs: Sequence[Any],

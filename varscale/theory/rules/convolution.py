@@ -91,7 +91,7 @@ def cross_by_kind_of_conv(node: Conv, a: View, b: View, frame: Sequence[Axis]) -
     return lift(node._own(second, node.params[4]), node.axes, a.bind, frame, pairs=True)
 
 
-def _own_part(x: Node, dims: Sequence[int | None]) -> float:
+def _own_part_of_input(x: Node, dims: Sequence[int | None]) -> float:
     """The part of the mean square of a convolution's input that is not common to all places."""
     common = x.table.second
     places = [k for k in dims[2:] if k is not None]
@@ -137,7 +137,7 @@ def scatter_of_conv(node: Conv) -> np.ndarray | None:
         shape[k] = -1
         meeting, same = meeting * line.reshape(shape), same & own.reshape(shape)
     x = node.args[0].node
-    met = meeting * node.width / taps * (1 + (kurtosis(x) - 3) / 2) * _own_part(x, xd) ** 2
+    met = meeting * node.width / taps * (1 + (kurtosis(x) - 3) / 2) * _own_part_of_input(x, xd) ** 2
     return np.where(same, 0.0, met / (node.width * (node.width + weights.kurtosis - 1)))
 
 

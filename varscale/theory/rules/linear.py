@@ -35,8 +35,8 @@ from varscale.theory.rules.transposed import applied_back
 
 # Set on the validation grid, not derived, both: of what Wick's pairings add where factors share a root, and so are not jointly
 # Gaussian; the most of that.
-_PAIRED_DOUBT, _MOST_PAIRED = 0.3, 0.5
-_NEAR = 1e-3  # of a mean square, what places share that is not worth a flag
+_PAIRED_DOUBT, _MOST_PAIRED_DOUBT = 0.3, 0.5
+_WORTH_A_FLAG = 1e-3  # of a mean square, what places share that is not worth a flag
 _LIKENESS = 1e-2  # of a mean square, what keys that are alike add to it that is not
 
 
@@ -72,7 +72,7 @@ def _doubt_averages(node: Contract, square: float) -> None:
     for weights, tokens in (node.args, node.args[::-1]):
         if isinstance(weights.node, Softmax) and (doubt := of_alike_keys(weights, tokens, node, square)) > _LIKENESS:
             node.graph.flag("assumed", doubt)
-        if weights.node.shares and (near := unseen_nearness(tokens.node)) > _NEAR:
+        if weights.node.shares and (near := unseen_nearness(tokens.node)) > _WORTH_A_FLAG:
             node.graph.flag("quadrature", min(near * tokens.node.table.mean_square / max(square, 1e-300), 1.0))
 
 
@@ -90,7 +90,7 @@ def _dependent(node: Contract, mean: np.ndarray, second: np.ndarray) -> tuple[np
     paired = means_by_type(after, node.axes) - means_by_type(mean, node.axes) + node.contract(both * swapped(both, frame))
     share = float(np.max(np.abs(paired)) / max(np.max(np.abs(second)), 1e-300))
     if share > 1e-3:  # exact for Gaussian factors; a product of two that share a root is not quite
-        node.graph.flag("assumed", min(_PAIRED_DOUBT * share, _MOST_PAIRED))
+        node.graph.flag("assumed", min(_PAIRED_DOUBT * share, _MOST_PAIRED_DOUBT))
     return after, own_products(node, second + paired)
 
 
@@ -219,26 +219,26 @@ def loosened(x: Value, contracted: Sequence[int]) -> list[Term]:
     summed = {a.axis for d in contracted for a in x.dims[d] if a.axis is not None}
     whole = View(x.node, tuple(range(len(x.node.axes))))
     terms = list(zip(x.node.params, x.node.args, strict=True)) if isinstance(x.node, Sum) else [(1.0, whole)]
-    found = [(c, _factored(view, summed)) for c, view in terms]
+    found = [(c, _constant_factor(view, summed)) for c, view in terms]
     if all(factor is None for _, (factor, _) in found):
         return []
     return [(c, None if f is None else _seen_through(x, f), _seen_through(x, rest)) for c, (f, rest) in found]
 
 
-def _factored(view: View, summed: set[int]) -> tuple[View | None, View]:
+def _constant_factor(view: View, summed: set[int]) -> tuple[View | None, View]:
     """A factor without the summed axes, and the rest, as views over one frame."""
     if isinstance(view.node, Apply) and view.node.params[0] == "mul":
         for factor, rest in (view.node.args, view.node.args[::-1]):
             factor, rest = factor.within(view.bind), rest.within(view.bind)
-            if not summed.intersection(factor.bind) and _is_given(factor.node):
+            if not summed.intersection(factor.bind) and _is_known_or_weight(factor.node):
                 return factor, rest
     return None, view
 
 
-def _is_given(node: Node) -> bool:
+def _is_known_or_weight(node: Node) -> bool:
     """Whether it is known or drawn with the parameters."""
     if isinstance(node, Apply | Sum):
-        return all(_is_given(view.node) for view in node.args)
+        return all(_is_known_or_weight(view.node) for view in node.args)
     return isinstance(node, Array | Constant) or (isinstance(node, Leaf) and not node.is_input)
 
 

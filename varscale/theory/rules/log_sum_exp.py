@@ -56,7 +56,7 @@ def log_sum_exp_of(interpreter: Context, x: Value) -> Value | None:
     random, allowed = logits(powers.args[0], powers.axes)
     if random is None or allowed is not None or tuple(random.node.axes) != tuple(powers.axes):
         return None
-    terms, offset = _terms(powers.args[0])
+    terms, offset = _as_weighted_sum(powers.args[0])
     taken = [(c, v) for c, v in terms if all(isinstance(r.node, Extreme) for r in roots(v.node))]
     if any(b in axes for _, view in taken for b in view.bind):
         return None
@@ -82,7 +82,7 @@ def _positive_multiple(node: Node) -> tuple[Node, float]:
     return node, scale
 
 
-def _terms(view: View) -> tuple[list[tuple[float, View]], float]:
+def _as_weighted_sum(view: View) -> tuple[list[tuple[float, View]], float]:
     """A view as a weighted sum and a number."""
     node, bind = view
     parts: Sequence[tuple[float, View]]
@@ -94,7 +94,7 @@ def _terms(view: View) -> tuple[list[tuple[float, View]], float]:
         return [(1.0, view)], 0.0
     out: list[tuple[float, View]] = []
     for c, child in parts:
-        inner, shift = _terms(child.within(bind))
+        inner, shift = _as_weighted_sum(child.within(bind))
         out += [(c * d, v) for d, v in inner]
         offset += c * shift
     return out, offset

@@ -12,7 +12,9 @@ from varscale.theory.integrals.hermite_series import WEIGHTS, Z
 from varscale.theory.propagation.marginals import concentrated, evaluate, marginal, over_classes
 from varscale.theory.rules.sampled_primitive import draw
 
-_STRAIGHT = 1e-3  # of a standard deviation, by which values on the normal grid are off a line where they count as Gaussian
+_GAUSSIAN_ENOUGH = (
+    1e-3  # of a standard deviation, by which values on the normal grid are off a line where they count as Gaussian
+)
 _DRAWS = 50_000
 _DIGITS = 3
 
@@ -22,7 +24,7 @@ def standard_law(node: Node) -> tuple[float, ...] | None:
     """Values on the normal grid with mean 0 and variance 1; None where they are a straight line."""
     if isinstance(node, Sum) and any(isinstance(view.node, Array) for view in node.args):
         return None  # known numbers have a doubt of their own
-    line = _line(node)
+    line = _values_on_grid(node)
     if line is None or len(line) != len(Z):
         return None
     line = line - line @ WEIGHTS
@@ -30,12 +32,12 @@ def standard_law(node: Node) -> tuple[float, ...] | None:
     if deviation <= 0:
         return None
     line = line / deviation
-    if float((line - np.sign(line @ (WEIGHTS * Z)) * Z) ** 2 @ WEIGHTS) < _STRAIGHT**2:
+    if float((line - np.sign(line @ (WEIGHTS * Z)) * Z) ** 2 @ WEIGHTS) < _GAUSSIAN_ENOUGH**2:
         return None
     return tuple(np.round(line, _DIGITS).tolist())
 
 
-def _line(node: Node) -> np.ndarray | None:
+def _values_on_grid(node: Node) -> np.ndarray | None:
     """Values on the normal grid; None where they are Gaussian."""
     if not isinstance(node, Apply):
         law = marginal(node)

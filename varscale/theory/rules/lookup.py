@@ -26,7 +26,7 @@ from varscale.theory.rules.registry import Context, rule
 from varscale.theory.rules.sampled_primitive import sampled
 from varscale.theory.rules.segment_cotangents import Alike, by_segment
 
-_RESOLVED = 1e-3  # of a mean over rows that are looked up, what classes may miss
+_CLASSES_MISS = 1e-3  # of a mean over rows that are looked up, what classes may miss
 
 
 @second_moments.register(Gather)
@@ -39,7 +39,7 @@ def second_moments_of_gather(node: Gather) -> Table:
     if node.known is not None and any(axis.labels for axis in node.indexed):
         ids = node.known.reshape([axis.size for axis in node.indexed])
         doubt = unresolved(node.graph, ids, node.indexed, node.rates())
-        node.graph.flag("assumed" if doubt > _RESOLVED else "quadrature", doubt + padded(node.graph).doubt)
+        node.graph.flag("assumed" if doubt > _CLASSES_MISS else "quadrature", doubt + padded(node.graph).doubt)
     mean = table.mean
     for k in sorted(row_axes, reverse=True):
         mean = contract_axis(mean, k, table.axes[k].counts / table.axes[k].size)
@@ -95,7 +95,7 @@ def cross_by_kind_of_gather(node: Gather, a: View, b: View, frame: Sequence[Axis
     ids = [i for n in (node, other) if (i := n.line) is not None]
     same_places = a.bind == b.bind and node.args[0].bind == other.args[0].bind
     if not same_places or len(ids) < 2 or len(ids[0]) != len(ids[1]):
-        return _unrelated(node, other, a, b, frame)
+        return _unrelated_lookups(node, other, a, b, frame)
     (row,), (index,) = node.params[0], node.params[1]
     axis = x.axes[row]
     own = tuple(range(len(x.axes)))
@@ -111,7 +111,7 @@ def cross_by_kind_of_gather(node: Gather, a: View, b: View, frame: Sequence[Axis
     return lift(second, [node.axes[k] for k in bind], [a.bind[k] for k in bind], frame, pairs=True)
 
 
-def _unrelated(node: Gather, other: Gather, a: View, b: View, frame: Sequence[Axis]) -> np.ndarray | None:
+def _unrelated_lookups(node: Gather, other: Gather, a: View, b: View, frame: Sequence[Axis]) -> np.ndarray | None:
     """Two lookups at positions that have nothing to do with each other: any index of one meets any of the other."""
     x, y = node.args[0].node, other.args[0].node
     row_axes, rows = node.params[0], node.params[3]
@@ -308,6 +308,6 @@ def _index_axes(
 
 
 @rule("scatter")
-def scatter(interpreter: Context, eqn: Any, x: Value, ids: Value, updates: Value) -> Any:
+def scatter_rule(interpreter: Context, eqn: Any, x: Value, ids: Value, updates: Value) -> Any:
 
     return sampled(interpreter, eqn, x, ids, updates)

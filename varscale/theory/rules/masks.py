@@ -16,7 +16,7 @@ from varscale.theory.graph.layout import Value
 from varscale.theory.graph.nodes import Array, Leaf, Node, View
 from varscale.theory.graph.store import once_per_node
 
-_UNLIKE = 1e-3  # relative difference of energies that is worth a class
+_UNLIKE_ENERGIES = 1e-3  # relative difference of energies that is worth a class
 
 
 def told_apart(x: Value) -> Value:
@@ -32,7 +32,7 @@ def told_apart(x: Value) -> Value:
         for k, place in enumerate(bind):
             axes[place] = join(axes[place], by_energy(known, k))
     finer = affordable(tuple(axes))
-    return x if finer == node.axes else Value(_refined(node, finer), x.dims)
+    return x if finer == node.axes else Value(_with_finer_classes(node, finer), x.dims)
 
 
 @once_per_node
@@ -41,14 +41,14 @@ def by_energy(node: Array, k: int) -> Axis:
     rows = np.moveaxis(np.asarray(node.values, float), k, 0).reshape(node.axes[k].size, -1)
     signatures = np.stack([np.mean(rows**2, axis=1), np.mean(rows, axis=1) ** 2], axis=1)
     scale = max(float(signatures[:, 0].mean()), 1e-300)
-    return node.axes[k] if np.ptp(signatures, axis=0).max() < _UNLIKE * scale else grouped(signatures / scale)
+    return node.axes[k] if np.ptp(signatures, axis=0).max() < _UNLIKE_ENERGIES * scale else grouped(signatures / scale)
 
 
-def _refined(node: Node, axes: Sequence[Axis]) -> Node:
+def _with_finer_classes(node: Node, axes: Sequence[Axis]) -> Node:
     """The same elementwise tree over axes with finer classes."""
     if isinstance(node, Array):
         return node.graph.make(Array, axes, (), node.params)
     if not isinstance(node, Apply):
         return node
-    args = [View(_refined(view.node, [axes[b] for b in view.bind]), view.bind) for view in node.args]
+    args = [View(_with_finer_classes(view.node, [axes[b] for b in view.bind]), view.bind) for view in node.args]
     return node.graph.make(Apply, axes, args, node.params)

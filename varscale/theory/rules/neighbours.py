@@ -50,7 +50,7 @@ def unseen(total: Any) -> float:
     worst = 0.0
     degrees = np.asarray(adjacency.sum(axis=1)).ravel()
     shared = sparse.diags(1 / np.where(degrees > 0, degrees, 1.0)) @ adjacency
-    for mean, added in _uses(total, source):
+    for mean, added in _uses_of_sum(total, source):
         weights = shared if mean else adjacency
         own = weights.multiply(weights).sum()
         base = own * float(same) + (_square(weights.sum(axis=1)) - own) * float(different)
@@ -77,7 +77,7 @@ def unseen_in_given(total: Any) -> float:
             found = numbers(node)
             assert found is not None
             values = np.moveaxis(found.astype(float), k, 0).reshape(node.axes[k].size, -1)[rows]
-            worst = max(worst, _excess(values, rows, ids, weights))
+            worst = max(worst, _excess_of_sums(values, rows, ids, weights))
         elif isinstance(node, Gather) and k == 0 and node.line is not None and len(node.line) > rows.max():
             pending.append((node.args[0].node, node.params[0][0], np.asarray(node.line)[rows]))
         elif isinstance(node, Apply | Sum | Contract):
@@ -85,7 +85,7 @@ def unseen_in_given(total: Any) -> float:
     return worst
 
 
-def _excess(values: np.ndarray, rows: np.ndarray, ids: np.ndarray, weights: np.ndarray) -> float:
+def _excess_of_sums(values: np.ndarray, rows: np.ndarray, ids: np.ndarray, weights: np.ndarray) -> float:
     """By how much more the sums by segment of given rows are, in mean square, than if pairs in one segment were any two."""
     ones = np.ones_like(values[:, :1])
 
@@ -111,7 +111,7 @@ def _square(x: Any) -> float:
     return float(np.square(np.asarray(x)).sum())
 
 
-def _uses(total: Any, source: Node) -> list[tuple[bool, bool]]:
+def _uses_of_sum(total: Any, source: Node) -> list[tuple[bool, bool]]:
     """How a sum by segment is used: divided by something (a mean) or as it is, and whether it is added to its source."""
     found = [(False, False)]
     for node in list(total.graph.nodes.values()):

@@ -94,7 +94,7 @@ def evened(given: Sequence[Any]) -> tuple[list[Any], Padded]:
     out = list(given)
     goes_by = {i: _most_like(rows, fields) for i, rows in arrays.items()}
     for k, (field, before, after) in enumerate(zip(fields, lengths.T, alike.T, strict=True)):
-        source, place = _sources(before, after, kinds, field.shape[1])
+        source, place = _filled_rows(before, after, kinds, field.shape[1])
         if field[:, 0].any():  # filled up in front: as the mirror image is behind
             source, place = source[:, ::-1], field.shape[1] - 1 - place[:, ::-1]
         for i, rows in arrays.items():
@@ -145,7 +145,7 @@ def _harmonic(lengths: Int[np.ndarray, "rows arrays"]) -> Int[np.ndarray, " arra
     return np.rint(1 / np.mean(1 / np.maximum(lengths, 1e-9), axis=0)).astype(int)
 
 
-def _sources(before: np.ndarray, after: np.ndarray, kinds: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+def _filled_rows(before: np.ndarray, after: np.ndarray, kinds: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
     """For rows of other lengths, filled up behind: the row and the place that each entry comes from."""
     source, place = np.indices((len(before), size))
     for b, (old, new) in enumerate(zip(before, after, strict=True)):

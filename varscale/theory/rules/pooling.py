@@ -31,7 +31,7 @@ from varscale.theory.propagation.inherited_fluctuations import Spread, handed_on
 from varscale.theory.propagation.locality import unseen_nearness
 from varscale.theory.propagation.shared_component import of_an_average
 from varscale.theory.propagation.spatial_correlation import answered, nearby
-from varscale.theory.propagation.spatial_windows import Grid, Reader, alike, latents, of_places, of_windows, read
+from varscale.theory.propagation.spatial_windows import Grid, Reader, all_alike, latents, of_places, of_windows, read
 from varscale.theory.rules.convolution import prepared
 from varscale.theory.rules.reductions import TIES, bounded, is_identity, narrowest, outside, restored
 from varscale.theory.rules.registry import Context, rule
@@ -79,7 +79,7 @@ def _met(node: WindowSum, y: Node, distances: Mapping[int, int] | None, reader: 
             lines = [met.apart(0)]
             if o is not None:
                 lines.append(met.elsewhere() if apart is None else met.apart(apart))
-            weights[k] = lines if distances is not None else [alike(line) for line in lines]
+            weights[k] = lines if distances is not None else [all_alike(line) for line in lines]
         elif apart is not None:
             weights[k] = [{0: 1.0}, {apart: 1.0}]
     out = yield from read(x, y, weights)
@@ -150,7 +150,7 @@ def second_moments_of_window_max(node: WindowMax) -> Table:
 
     windows, xd, od = node.params
     source = node.args[0].node
-    x, cut = _drawn(node)
+    x, cut = _drawn_windows(node)
     # Of what a few numbers decide there is no Gaussian tail; what places share does not add to the largest.
     taps = math.prod(w.taps for w in windows if w is not None)
     node.graph.flag("sampled", bounded(taps, narrowest(source)) + unseen_nearness(source))
@@ -169,7 +169,7 @@ def second_moments_of_window_max(node: WindowMax) -> Table:
     return _with_law(pooled_estimate(x.transpose([0, *(int(i) + 1 for i in np.argsort(placed))]), node.axes), *law)
 
 
-def _drawn(node: WindowMax) -> tuple[np.ndarray, dict[int, tuple[int, int, int]]]:
+def _drawn_windows(node: WindowMax) -> tuple[np.ndarray, dict[int, tuple[int, int, int]]]:
     """Draws of two windows along each axis, and how each is cut into them: span, step, dilation.
 
     They are next to one another, or, where what is near is more alike, anywhere.

@@ -121,7 +121,7 @@ def _scan_at(eqns: Sequence[Any], i: int) -> tuple[PrefixScan, int] | None:
     halves = [eqn.outvars[0] for eqn in eqns[i:start]]
     made = {v for eqn in body for v in eqn.outvars}
     free = {v for eqn in body for v in eqn.invars if not _compat.is_literal(v)} - made - set(halves)
-    places = _places(level, body)
+    places = _axes_in_largest(level, body)
     if free or not made.issuperset(combined.arrays) or places is None:
         return None
     ends: dict[int, int] = {}
@@ -144,7 +144,7 @@ class Unread:
     aval: Any
 
 
-def _places(level: _Level, body: Sequence[Any]) -> list[tuple[int, ...]] | None:
+def _axes_in_largest(level: _Level, body: Sequence[Any]) -> list[tuple[int, ...]] | None:
     """Which axes of the largest array each array's axes are, where combining does nothing but arithmetic on them."""
     rank = max(v.aval.ndim for v in level.arrays)
     small = {v.aval.ndim for v in level.arrays} - {rank}
@@ -204,11 +204,11 @@ def _combined(
 ) -> list[jax.Array]:
     """Two elements combined, of whatever shape."""
     env = dict(zip(halves, (*first, *second), strict=True))
-    _run(body, env)
+    _run_scan(body, env)
     return [env[v] for v in outs]
 
 
-def _run(eqns: Sequence[Any], env: dict[Any, Any]) -> None:
+def _run_scan(eqns: Sequence[Any], env: dict[Any, Any]) -> None:
     for eqn in eqns:
         ins = [v.val if _compat.is_literal(v) else env[v] for v in eqn.invars]
         inner = sub_jaxpr_of(eqn)
@@ -220,7 +220,7 @@ def _run(eqns: Sequence[Any], env: dict[Any, Any]) -> None:
         else:
             jaxpr, consts = _compat.sub_jaxpr(inner)
             own = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *ins), strict=True))
-            _run(jaxpr.eqns, own)
+            _run_scan(jaxpr.eqns, own)
             made = [v.val if _compat.is_literal(v) else own[v] for v in jaxpr.outvars]
         env.update(zip(eqn.outvars, made, strict=True))
 

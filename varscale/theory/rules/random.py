@@ -55,7 +55,7 @@ def rng_uniform(interpreter: Context, eqn: Any, low: Value, high: Value) -> Valu
     raise NotImplementedError("rng_uniform: use jax.random")
 
 
-class Law(NamedTuple):
+class ParameterLaw(NamedTuple):
     """A parameter's mean, second moment and kurtosis E[w⁴]/E[w²]², and its values on the normal grid where it is not normal."""
 
     mean: float
@@ -64,7 +64,7 @@ class Law(NamedTuple):
     values: bytes | None
 
 
-def law(node: Node) -> Law | None:
+def law(node: Node) -> ParameterLaw | None:
     """The law of an elementwise function of one random leaf; None for anything else."""
     own = roots(node)
     if len(own) != 1:
@@ -77,7 +77,7 @@ def law(node: Node) -> Law | None:
     if set(view.bind) != set(range(len(node.axes))):
         return None
 
-    def integrated() -> Law:
+    def integrated() -> ParameterLaw:
         values = evaluate(View(node, tuple(range(len(node.axes)))), node.axes, {}).reshape(-1, len(Z))
         values = np.asarray(values[0], float)
         mean, square, fourth = (float(WEIGHTS @ values**k) for k in (1, 2, 4))
@@ -85,12 +85,12 @@ def law(node: Node) -> Law | None:
             mean = 0.0
         kurtosis = fourth / max(square**2, 1e-300)
         normal = mean == 0 and abs(kurtosis - 3) < _NORMAL
-        return Law(mean, square, kurtosis, None if normal else values.tobytes())
+        return ParameterLaw(mean, square, kurtosis, None if normal else values.tobytes())
 
-    return _LAWS.once(node.graph, (_chain(node), base.params[-1]), integrated)
+    return _LAWS.once(node.graph, (_chain_of(node), base.params[-1]), integrated)
 
 
-def _scaled_law(node: Node) -> Law | None:
+def _scaled_law(node: Node) -> ParameterLaw | None:
     """The law of a weight over positive numbers made of it, which many entries make (a spectral norm): taken for constants."""
     parts = factors(View(node, tuple(range(len(node.axes)))))[1]
     drawn = [found for view in parts if len(view.bind) == len(node.axes) and (found := law(view.node)) is not None]
@@ -100,13 +100,13 @@ def _scaled_law(node: Node) -> Law | None:
     (own,), square = drawn, node.table.mean_square
     ratio = math.sqrt(square / max(own.second_moment, 1e-300))
     values = None if own.values is None else (ratio * np.frombuffer(own.values)).tobytes()
-    return Law(ratio * own.mean, square, own.kurtosis, values)
+    return ParameterLaw(ratio * own.mean, square, own.kurtosis, values)
 
 
-def _chain(node: Node) -> Hashable:
+def _chain_of(node: Node) -> Hashable:
     """What an elementwise function of one leaf does, whatever the leaf."""
     if isinstance(node, Apply):
-        return node.params, tuple(_chain(view.node) for view in node.args)
+        return node.params, tuple(_chain_of(view.node) for view in node.args)
     return node.params if isinstance(node, Constant) else "leaf"
 
 
@@ -176,4 +176,4 @@ def input_leaf(interpreter: Context, name: str, shape: tuple[int, ...], table: A
 elementwise_or_layout("random_bits")
 
 
-_LAWS: Fact[Hashable, Law] = Fact()  # by chain: kernels of one fan-in are drawn by one
+_LAWS: Fact[Hashable, ParameterLaw] = Fact()  # by chain: kernels of one fan-in are drawn by one

@@ -21,7 +21,7 @@ from varscale.theory.graph.normal_form import affine, mean_node
 from varscale.theory.graph.store import BackwardNotes
 from varscale.theory.integrals.hermite_series import Z, sphere_squares
 from varscale.theory.propagation.cross_moments import cross, mean_product
-from varscale.theory.propagation.fluctuations import full
+from varscale.theory.propagation.fluctuations import fluctuations
 from varscale.theory.propagation.inherited_fluctuations import Spread, combine, handed_on, inherited
 from varscale.theory.propagation.marginals import marginal
 from varscale.theory.propagation.shared_component import of_an_average
@@ -38,7 +38,7 @@ _IMMENSE = 1e9  # as far from 0 as what stands for infinity is, at least
 def handed_on_of_mean(node: Mean) -> Spread:
     inner = node.args[0].node
     if isinstance(inner, Apply) and inner.params == ("integer_pow", (2,)):
-        return combine([(2.0, full(inner.args[0].node))])
+        return combine([(2.0, fluctuations(inner.args[0].node))])
     return of_an_average(node, inherited(inner))
 
 
@@ -167,12 +167,12 @@ def is_identity(start: float, name: str) -> bool:
     return (start if name == "max" else -start) <= -_IMMENSE
 
 
-Steps = list[tuple[str, float, float]]
+IncreasingSteps = list[tuple[str, float, float]]
 
 
-def outside(x: Value) -> tuple[Value, Steps]:
+def outside(x: Value) -> tuple[Value, IncreasingSteps]:
     """max f(x) = f(max x) for increasing f: what is inside a chain of increasing steps, and the steps, innermost first."""
-    steps: Steps = []
+    steps: IncreasingSteps = []
     while isinstance(node := x.node, Apply):
         name, extra = node.params
         numbers = [v.node.params for v in node.args if isinstance(v.node, Constant)]
@@ -191,7 +191,7 @@ def outside(x: Value) -> tuple[Value, Steps]:
     return x, steps[::-1]
 
 
-def restored(interpreter: Context, x: Value, steps: Steps, taken: tuple[Value, Value] | None = None) -> Value:
+def restored(interpreter: Context, x: Value, steps: IncreasingSteps, taken: tuple[Value, Value] | None = None) -> Value:
     """The increasing steps, taken again on extremes.
 
     `taken` is what `outside` was given and what it gave: what flows back into the first goes where that into the second goes.

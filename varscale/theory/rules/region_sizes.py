@@ -99,7 +99,7 @@ def _keep_size(summed: Sequence[int], sizes: Sizes) -> None:
 
 def _equation(eqn: Any, ins: list[Any], weights: list[bool], sizes: Sizes) -> list[Any]:
     name, inner = eqn.primitive.name, sub_jaxpr_of(eqn)
-    if inner is not None and name in _CALLS:
+    if inner is not None and name in _INLINED:
         jaxpr, consts = _compat.sub_jaxpr(inner)
         return run(jaxpr, consts, ins, weights, sizes)
     if name == "scan":
@@ -118,7 +118,7 @@ def _bound(eqn: Any, ins: Sequence[Any], params: Mapping[str, Any]) -> list[Any]
     return list(out) if eqn.primitive.multiple_results else [out]
 
 
-_CALLS = {"jit", "pjit", "closed_call", "custom_jvp_call", "custom_vjp_call", "remat2", "checkpoint", "remat"}
+_INLINED = {"jit", "pjit", "closed_call", "custom_jvp_call", "custom_vjp_call", "remat2", "checkpoint", "remat"}
 _REARRANGES = {
     "transpose",
     "reshape",
@@ -153,7 +153,7 @@ def _broadcast(eqn: Any, ins: list[Any], weights: list[bool], sizes: Sizes) -> l
     return [lax.broadcast_in_dim(ins[0], sizes.shape(eqn.params["shape"]), eqn.params["broadcast_dimensions"])]
 
 
-def _slice(eqn: Any, ins: list[Any], weights: list[bool], sizes: Sizes) -> list[Any]:
+def _blocks(eqn: Any, ins: list[Any], weights: list[bool], sizes: Sizes) -> list[Any]:
     """Blocks of the smaller axis, where the blocks of the whole one are multiples of what a position stands for."""
     starts, limits = list(eqn.params["start_indices"]), list(eqn.params["limit_indices"])
     strides = list(eqn.params["strides"] or [1] * len(starts))
@@ -191,7 +191,7 @@ def _summed(eqn: Any, ins: list[Any], weights: list[bool], sizes: Sizes) -> list
     return [_bound(eqn, ins, {})[0] * jnp.asarray(ratio, ins[0].dtype)]
 
 
-def _product(eqn: Any, ins: list[Any], weights: list[bool], sizes: Sizes) -> list[Any]:
+def _matrix_product(eqn: Any, ins: list[Any], weights: list[bool], sizes: Sizes) -> list[Any]:
     (cx, cy), (bx, by) = eqn.params["dimension_numbers"]
     shapes = [v.aval.shape for v in eqn.invars]
     terms = [shapes[0][k] for k in cx]
@@ -200,10 +200,10 @@ def _product(eqn: Any, ins: list[Any], weights: list[bool], sizes: Sizes) -> lis
         return _bound(eqn, ins, {})
     summed, batch = ((cx, bx), (cy, by))[weights[1]]
     free = [n for k, n in enumerate(shapes[weights[1]]) if k not in summed and k not in batch]
-    return [_weighted(eqn, ins, int(weights[1]), sizes.ratio(terms), sizes.ratio(free))]
+    return [_weighted_product(eqn, ins, int(weights[1]), sizes.ratio(terms), sizes.ratio(free))]
 
 
-def _convolved(eqn: Any, ins: list[Any], weights: list[bool], sizes: Sizes) -> list[Any]:
+def _convolution(eqn: Any, ins: list[Any], weights: list[bool], sizes: Sizes) -> list[Any]:
     """Fewer channels and samples, on every position of the image."""
     spec, kernel = eqn.params["dimension_numbers"], eqn.invars[1].aval.shape
     _keep_size([eqn.invars[0].aval.shape[k] for k in spec.lhs_spec[2:]], sizes)
@@ -213,10 +213,10 @@ def _convolved(eqn: Any, ins: list[Any], weights: list[bool], sizes: Sizes) -> l
     if groups > 1 or sum(weights) != 1:
         _keep_size([outputs, inputs], sizes)
         return _bound(eqn, ins, {})
-    return [_weighted(eqn, ins, 1, sizes.ratio([inputs]), sizes.ratio([outputs]))]
+    return [_weighted_product(eqn, ins, 1, sizes.ratio([inputs]), sizes.ratio([outputs]))]
 
 
-def _weighted(eqn: Any, ins: Sequence[Any], which: int, terms: float, free: float) -> jax.Array:
+def _weighted_product(eqn: Any, ins: Sequence[Any], which: int, terms: float, free: float) -> jax.Array:
     """A product with weights, operand `which`, where each term, and each one that flows back, stands for this many."""
 
     def product(x: jax.Array, y: jax.Array) -> jax.Array:
@@ -265,12 +265,12 @@ def _plain(eqn: Any, ins: list[Any], weights: list[bool], sizes: Sizes) -> list[
 _RULES: dict[str, Callable[[Any, list[Any], list[bool], Sizes], list[Any]]] = {
     "reshape": _reshape,
     "broadcast_in_dim": _broadcast,
-    "slice": _slice,
+    "slice": _blocks,
     "split": _split,
     "concatenate": _concatenate,
     "reduce_sum": _summed,
-    "dot_general": _product,
-    "conv_general_dilated": _convolved,
+    "dot_general": _matrix_product,
+    "conv_general_dilated": _convolution,
     "random_bits": _random,
     "transpose": _plain,
     "squeeze": _plain,

@@ -103,7 +103,7 @@ def _beyond_any_two(between: np.ndarray, counts: np.ndarray) -> np.ndarray:
 
 def _gains(node: Any) -> tuple[np.ndarray | float, np.ndarray | float]:
     """The gain by the mean's square, and that by the exchange of factors, by type of the output."""
-    met = _met(node)
+    met = _free_axes_met(node)
     if not met:
         return 0.0, 0.0
     frame = node.frame
@@ -156,7 +156,7 @@ def _shares(first: Axis, second: Axis, s: int, t: int) -> tuple[np.ndarray, floa
     return found, usual[s] * usual[t]
 
 
-def _met(node: Any) -> dict[int, int]:
+def _free_axes_met(node: Any) -> dict[int, int]:
     """Free axes of the one argument, and those of the other that may be the same: the next of the same size."""
     x, y = node.args
     kept = range(len(node.axes))

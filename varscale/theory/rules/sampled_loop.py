@@ -29,9 +29,9 @@ _MOST_REPLICATES = 64
 _FEWEST_REPLICATES = 4
 _WORK = 2e10  # multiplications that a loop should take
 _MOST_WORK = 1e12  # multiplications that one which does not shrink may take: steps taken one by one would take longer
-_FEWEST = 32  # units that are left of a layer: what n units differ by from infinitely many is of order 1/n
+_FEWEST_UNITS = 32  # units that are left of a layer: what n units differ by from infinitely many is of order 1/n
 _SAMPLES = 4  # samples drawn of a batch
-_STEP = 0.1  # relative step in the second moment of the inputs for the response to it
+_INPUT_STEP = 0.1  # relative step in the second moment of the inputs for the response to it
 
 
 class CannotDraw(Exception):
@@ -153,7 +153,7 @@ class Loop:
             return out[: len(now)], out[len(now) :]
 
         last, rows = jax.lax.scan(step, carry, streams, length=self.params["length"], reverse=self.params["reverse"])
-        return [part for x in (*last, *rows) for part in _parts(x)]
+        return [part for x in (*last, *rows) for part in _real_arrays(x)]
 
     @functools.cached_property
     def _runs(self) -> Any:
@@ -172,11 +172,13 @@ class Loop:
     def response(self) -> list[float]:
         """By output: d ln E[y²] / d ln q, where q is the second moment of all that it reads and that is no weight."""
         louder = [
-            x * np.sqrt(1 + _STEP).astype(x.dtype) if o.random and not o.weight and np.issubdtype(x.dtype, np.inexact) else x
+            x * np.sqrt(1 + _INPUT_STEP).astype(x.dtype)
+            if o.random and not o.weight and np.issubdtype(x.dtype, np.inexact)
+            else x
             for x, o in zip(self.drawn, self.operands, strict=True)
         ]
         pairs = zip(self.run_on(louder), self.outputs, strict=True)
-        return [float(np.log(np.mean(a**2) / np.mean(b**2)) / np.log1p(_STEP)) if np.any(b) else 0.0 for a, b in pairs]
+        return [float(np.log(np.mean(a**2) / np.mean(b**2)) / np.log1p(_INPUT_STEP)) if np.any(b) else 0.0 for a, b in pairs]
 
     @property
     def memory(self) -> int:
@@ -219,7 +221,7 @@ class Loop:
         return jax.jit(back, static_argnums=(0, 1))
 
 
-def _parts(x: jax.Array) -> tuple[jax.Array, ...]:
+def _real_arrays(x: jax.Array) -> tuple[jax.Array, ...]:
     """An output as real arrays; of a random key nothing is told."""
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         return (jnp.zeros(()),)
@@ -240,13 +242,13 @@ def shrunk(params: dict[str, Any], operands: Sequence[Operand]) -> tuple[Sizes, 
     units = {n for x in operands if x.weight or (x.value and not x.stacked and len(x.shape) == 1) for n in x.shape}
     samples = {n for x in operands if x.value for n in x.shape} - units
     # Kernels of several gates laid side by side are as many times as wide as a layer.
-    units |= {n for n in _all_sizes(jaxpr) - samples if any(n % unit == 0 for unit in units if unit >= _FEWEST)}
+    units |= {n for n in _all_sizes(jaxpr) - samples if any(n % unit == 0 for unit in units if unit >= _FEWEST_UNITS)}
     told = {n for x in operands for v in x.value for n in _told_apart(v, stacked=x.stacked)}
     kept: set[int] = {n for n in units | samples if n < 2 * _SAMPLES} | told
     ratio = 1
     few = {n: _divisor(n) for n in samples}
     while True:
-        smaller = {n: n // ratio for n in units - kept if n % ratio == 0 and n // ratio >= _FEWEST and ratio > 1}
+        smaller = {n: n // ratio for n in units - kept if n % ratio == 0 and n // ratio >= _FEWEST_UNITS and ratio > 1}
         smaller.update({n: m for n, m in few.items() if n not in kept and m < n})
         sizes = Sizes(smaller)
         trouble = _unfit(params, operands, sizes)
@@ -257,7 +259,7 @@ def shrunk(params: dict[str, Any], operands: Sequence[Operand]) -> tuple[Sizes, 
         cost = 4 * params["length"] * work(jaxpr, sizes)
         if cost * _REPLICATES <= _WORK:
             return sizes, int(np.clip(_WORK / cost, _REPLICATES, _MOST_REPLICATES))
-        if any(n // (2 * ratio) >= _FEWEST for n in units - kept):
+        if any(n // (2 * ratio) >= _FEWEST_UNITS for n in units - kept):
             ratio *= 2
         elif cost * _FEWEST_REPLICATES <= _MOST_WORK:
             return sizes, int(np.clip(_WORK / cost, _FEWEST_REPLICATES, _REPLICATES))

@@ -20,7 +20,7 @@ from varscale.theory.graph.layout import Atom, Value, materialize, merged
 from varscale.theory.graph.nodes import Node, View, cross_by_kind, known_samples, pullback, second_moments
 from varscale.theory.graph.store import BackwardNotes, Fact
 from varscale.theory.integrals.hermite_series import POINTS, WEIGHTS, Z
-from varscale.theory.propagation.fluctuations import full
+from varscale.theory.propagation.fluctuations import fluctuations
 from varscale.theory.propagation.inherited_fluctuations import Spread, combine, handed_on
 from varscale.theory.propagation.joint_sample import steps
 from varscale.theory.propagation.sample_moments import by_level, cross_moments, pooled, table_of_draws
@@ -31,7 +31,7 @@ from varscale.theory.rules.sampled_loop import CannotDraw, Loop, Operand, operan
 _MEMORY = 2**28  # bytes of the states that a backward pass keeps
 # Set on the validation grid, not derived, both: of a gradient at sizes smaller than the whole; of one whose order in time is
 # lost on its way from one loop to another.
-_DOUBT, _LOOSE = 0.1, 0.5
+_LOOP_DOUBT, _LOOSE = 0.1, 0.5
 
 
 _LOOPS: Fact[Hashable, Loop] = Fact()
@@ -43,7 +43,7 @@ class Looped(Node):
 
     how = "sampled"
     timed = True
-    gradient_doubt = _DOUBT
+    gradient_doubt = _LOOP_DOUBT
 
     @property
     def loop(self) -> Loop:
@@ -79,7 +79,7 @@ class Looped(Node):
             pairs = (each.sum(axis=1) ** 2 - (each**2).sum(axis=1)) / (n * (n - 1))
             shared = float(pairs.mean() / max(each.mean() ** 2, 1e-300)) - 1
         own = {~self.id: math.sqrt(max(shared, 0.0) / loop.width_ratio)}
-        inherited = combine([(loop.response[which], full(loudest))] if loudest is not None else [])
+        inherited = combine([(loop.response[which], fluctuations(loudest))] if loudest is not None else [])
         return dataclasses.replace(inherited, sources={**inherited.sources, **own})
 
     @property
@@ -96,11 +96,11 @@ def known_samples_of_looped(node: Looped) -> np.ndarray:
 def second_moments_of_looped(node: Looped) -> Table:
     positions, numbers = node._layout
     table = table_of_draws(node, numbers, positions)
-    node.drawn = _quantiles(node)
+    node.drawn = _drawn_quantiles(node)
     return table
 
 
-def _quantiles(node: Looped) -> np.ndarray:
+def _drawn_quantiles(node: Looped) -> np.ndarray:
     """Its values on the normal grid, class by class."""
     positions, numbers = node._layout
     out = np.empty((*[a.classes for a in node.axes], POINTS))

@@ -24,7 +24,7 @@ from varscale.theory.propagation.marginals import concentrated, evaluate, margin
 from varscale.theory.propagation.pullbacks import mean_square
 from varscale.theory.rules.registry import Context
 
-_BUDGET = 2_000_000  # elements drawn for one node
+_MOST_DRAWN = 2_000_000  # elements drawn for one node
 _KEEPS_SIGNS = {"sort", "top_k", "cumsum", "cumprod", "cummax", "cummin", "gather", "reduce_prod"}
 
 
@@ -92,7 +92,7 @@ def sample_map(
         [a.size if k in keep else min(a.size, small) for k, a in enumerate(n.axes)]
         for n, keep in zip(nodes, whole, strict=True)
     ]
-    replicates = int(np.clip(_BUDGET / max(sum(math.prod(s) for s in sizes), 1), 16, 20_000))
+    replicates = int(np.clip(_MOST_DRAWN / max(sum(math.prod(s) for s in sizes), 1), 16, 20_000))
     rng = np.random.default_rng(0)
     out = f(*[draw(n, s, replicates, rng) for n, s in zip(nodes, sizes, strict=True)])
     return pooled_estimate(out, axes)
@@ -116,7 +116,7 @@ def pooled_estimate(samples: np.ndarray, axes: Sequence[Axis]) -> Table:
 
 
 # Set on the validation grid, not derived, both: of moments from Gaussian draws of operands; of positions, which may be read.
-_DOUBT, _POSITION_DOUBT = 0.15, 0.5
+_DRAWS_DOUBT, _POSITION_DOUBT = 0.15, 0.5
 
 
 class _Equation(NamedTuple):
@@ -152,7 +152,7 @@ def second_moments_of_sampled(node: Sampled) -> Table:
         line = np.sort(outs[which].ravel())
         node.drawn = line[np.minimum((special.ndtr(Z) * len(line)).astype(int), len(line) - 1)]
     else:
-        node.graph.flag("sampled", _DOUBT)
+        node.graph.flag("sampled", _DRAWS_DOUBT)
     if undefined > 0:
         node.graph.flag("assumed", UNKNOWN)  # Gaussian draws are none of what it is defined on (a factorization, say)
     return pooled_estimate(outs[which].reshape(len(outs[which]), *[a.size for a in node.axes]), node.axes)
@@ -185,7 +185,7 @@ def _run(graph: Any, eqn: Any, values: Sequence[Value], params: Any) -> tuple[li
 def _sampled_outputs(eqn: Any, values: Sequence[Value]) -> tuple[list[np.ndarray], float]:
     rng = np.random.default_rng(0)
     elements = sum(math.prod(v.shape) for v in values) + sum(math.prod(v.aval.shape) for v in eqn.outvars)
-    replicates = int(np.clip(_BUDGET / max(elements, 1), 4, 400))
+    replicates = int(np.clip(_MOST_DRAWN / max(elements, 1), 4, 400))
     draws = []
     for v, var in zip(values, eqn.invars, strict=True):
         numbers = draw(v.node, [a.size for a in v.node.axes], replicates, rng)
@@ -224,7 +224,7 @@ def sampled(interpreter: Context, eqn: Any, *xs: Any) -> list[Value]:
     name = eqn.primitive.name
     elements = sum(math.prod(x.shape) for x in xs if isinstance(x, Value)) + sum(math.prod(v.aval.shape) for v in eqn.outvars)
     inner = not name.startswith("scatter") and any(hasattr(p, "eqns") or hasattr(p, "jaxpr") for p in eqn.params.values())
-    if inner or elements > _BUDGET or not all(isinstance(x, Value) for x in xs):
+    if inner or elements > _MOST_DRAWN or not all(isinstance(x, Value) for x in xs):
         raise PredictionError(_no_rule(eqn, "it is too large to sample"))
     graph = interpreter.graph
     graph.count += 1

@@ -27,7 +27,7 @@ from varscale.theory.rules.segments import SegmentMax, as_seen_within, pairs_wit
 from varscale.theory.rules.softmax_recognition import MASKED
 
 # Set on the validation grid, not derived, both: weights and values are projections of one node; some edges are masked besides.
-_SHARED_DOUBT, _MASKED_DOUBT = 0.6, 0.8
+_PROJECTED_DOUBT, _MASKED_DOUBT = 0.6, 0.8
 
 
 class SegmentSoftmax(Node):
@@ -68,7 +68,7 @@ class SegmentSoftmax(Node):
 def second_moments_of_segment_softmax(node: SegmentSoftmax) -> Table:
     ids = SEGMENTS.of(node.graph)[node.params[0]].ids
     # What weights and values share (both are projections of one node) is not counted, nor how masked edges are placed.
-    node.graph.flag("assumed", _SHARED_DOUBT if ids.min() >= 0 else _MASKED_DOUBT)
+    node.graph.flag("assumed", _PROJECTED_DOUBT if ids.min() >= 0 else _MASKED_DOUBT)
     sizes = np.array([n for n, _ in node.moments])
     live = sizes > 0
     square = np.array([m.square[0] for _, m in node.moments]) * live

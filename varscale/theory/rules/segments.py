@@ -138,7 +138,7 @@ def known_factors(x: Value, size: int) -> tuple[Node, np.ndarray]:
     left = []
     for part in parts:
         if part.bind == (0,) and all(isinstance(r.node, Array) for r in roots(part.node)):
-            values = _evaluated(part.node)
+            values = _known_line(part.node)
             if values is not None:
                 weights = weights * values
                 continue
@@ -153,13 +153,13 @@ def known_factors(x: Value, size: int) -> tuple[Node, np.ndarray]:
     return node, weights
 
 
-def _evaluated(node: Node) -> np.ndarray | None:
+def _known_line(node: Node) -> np.ndarray | None:
     """The numbers of a known one-dimensional expression."""
     if isinstance(node, Array):
         return np.asarray(node.values, float)
     if not isinstance(node, Apply):
         return None
-    values = [v.node.params if not v.node.axes and not v.node.args else _evaluated(v.node) for v in node.args]
+    values = [v.node.params if not v.node.axes and not v.node.args else _known_line(v.node) for v in node.args]
     return None if any(v is None for v in values) else np.asarray(function(node.params[0], node.params[1])(*values), float)
 
 

@@ -14,7 +14,7 @@ from varscale.theory.graph.expressions import Apply, Sum
 from varscale.theory.graph.nodes import UNKNOWN, Array, Node, pullback, second_moments
 from varscale.theory.graph.store import BackwardNotes, Fact
 from varscale.theory.integrals.softmax import WeightMoments, weight_moments
-from varscale.theory.integrals.softmax_jacobian import apart, balance, between, in_common, where_weighed
+from varscale.theory.integrals.softmax_jacobian import apart, balance, in_common, weighed_in_both, where_weighed
 from varscale.theory.propagation.inherited_fluctuations import NONE, Spread, handed_on
 from varscale.theory.propagation.pullbacks import sum_out
 from varscale.theory.rules.logit_distributions import standard_law
@@ -299,7 +299,7 @@ def pullback_of_softmax(node: Softmax, cotangent: np.ndarray, notes: BackwardNot
     whole = (passed * axis.counts).sum(-1)[..., None, None]
     lost = whole * ahead[..., :, None] * behind[..., None, :]
     lost = lost - passed[..., :, None] * behind[..., None, :] - ahead[..., :, None] * passed[..., None, :]
-    keep = np.where(node.own[..., None], node.read(keep), 1 - _weighed(node).sum(0) + overlap)
+    keep = np.where(node.own[..., None], node.read(keep), 1 - _tilted_shares(node).sum(0) + overlap)
     same = np.where(node.own[..., None], np.maximum(passed, 0.0), passed) * np.clip(keep, 0, 1) + within * p[..., :c]
     lost = lost + common * p[..., c:].reshape(common.shape)
     share = gain_of_queries(node, notes, (each * ahead * axis.counts).sum(-1), (same * axis.counts).sum(-1))
@@ -312,12 +312,12 @@ def pullback_of_softmax(node: Softmax, cotangent: np.ndarray, notes: BackwardNot
     return [back, *[None] * (len(node.args) - 1)]
 
 
-def _weighed(node: Softmax) -> np.ndarray:
+def _tilted_shares(node: Softmax) -> np.ndarray:
     """E[p_ik² p_jk]/E[p_ik p_jk] by type of the rows and class of key, and the same of the other row."""
     variance = node.read(node.deviation[tuple(slice(0, node.axes[k].classes) for k in node.rows())])
     correlation = node.deviation / np.maximum(variance, 1e-12)
     other, one = where_weighed(node.weights)
-    return np.stack([between(node.read(other, second=j), node.read(one, second=j), correlation) for j in (False, True)])
+    return np.stack([weighed_in_both(node.read(other, second=j), node.read(one, second=j), correlation) for j in (False, True)])
 
 
 def _law_doubt(node: Softmax) -> float:
@@ -339,7 +339,7 @@ def _doubt(node: Softmax, share: float | None) -> float:
 
     Where tokens differ in known positions added to them, they share those too, and which are near each other.
     """
-    if _placed(node.args[0].node, frozenset(node.axes[k].size for k in node.params)):
+    if _adds_known_along(node.args[0].node, frozenset(node.axes[k].size for k in node.params)):
         return _PLACED_DOUBT
     if share is None:
         return _SHARED_DOUBT
@@ -360,7 +360,7 @@ def _joint_types(keys: Sequence[Axis]) -> np.ndarray:
     return types
 
 
-def _placed(node: Node, sizes: frozenset[int]) -> bool:
+def _adds_known_along(node: Node, sizes: frozenset[int]) -> bool:
     """Whether known numbers that vary along an axis of one of these sizes were added to what a node was made from."""
     known = _PLACED.once(node.graph, sizes, dict)
     pending = [node]

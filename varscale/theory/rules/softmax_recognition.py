@@ -133,7 +133,7 @@ def _classes_by_keys(mask: Node, keys: tuple[int, ...], most: int) -> list[Axis]
 def logits(view: View, axes: Sequence[Axis]) -> tuple[View | None, View | None]:
     """The random logits and the mask (1 where a key is allowed) of the argument of the exponential."""
     masks: list[View] = []
-    terms = _terms(view, masks)
+    terms = _random_terms(view, masks)
     terms = [(c, v) for c, v in terms if not all(isinstance(r.node, Extreme) for r in roots(v.node)) and roots(v.node)]
     if not terms:
         return None, None
@@ -174,15 +174,17 @@ def _mask_level(known: Array) -> float | None:
     return MASKED if low < MASKED else None
 
 
-def _terms(view: View, masks: list[View]) -> list[tuple[float, View]]:
+def _random_terms(view: View, masks: list[View]) -> list[tuple[float, View]]:
     node, bind = view
     graph = node.graph
     if isinstance(node, Sum):
         return [
-            (c * d, t) for c, child in zip(node.params, node.args, strict=True) for d, t in _terms(child.within(bind), masks)
+            (c * d, t)
+            for c, child in zip(node.params, node.args, strict=True)
+            for d, t in _random_terms(child.within(bind), masks)
         ]
     if isinstance(node, Apply) and node.params[0] == "affine":
-        return [(node.params[1][0] * c, t) for c, t in _terms(node.args[0].within(bind), masks)]
+        return [(node.params[1][0] * c, t) for c, t in _random_terms(node.args[0].within(bind), masks)]
     if (
         isinstance(node, Apply)
         and node.params[0] == "select_n"
@@ -196,7 +198,7 @@ def _terms(view: View, masks: list[View]) -> list[tuple[float, View]]:
             if isinstance(other, Constant) and other.params < MASKED:
                 allowed = _KEPT.once(graph, (which.params, keep), lambda k=keep: array(graph, which.values == k - 1))
                 masks.append(View(allowed, tuple(bind[b] for b in where)))
-                return _terms(node.args[keep].within(bind), masks)
+                return _random_terms(node.args[keep].within(bind), masks)
     if isinstance(node, Array) and (level := _mask_level(node)) is not None:
         allowed = _KEPT.once(graph, (node.params, None), lambda: array(graph, node.values > level))
         if isinstance(allowed, Array):

@@ -22,7 +22,7 @@ from varscale.theory.propagation.spatial_correlation import (
     of_functions,
     of_view,
     over_frame,
-    summed,
+    sum_of_both_indices,
     usual,
 )
 from varscale.theory.rules.pooling import WindowMax, window_sums, window_sums_against
@@ -38,7 +38,7 @@ def near_of_mean(node: Mean, offsets: Offsets) -> Steps:
     found = yield source, tuple((left[k], d) for k, d in offsets)
     out = found.excess
     for k in reversed(node.params):
-        out = summed(out, k, source.axes[k].size) / source.axes[k].size ** 2
+        out = sum_of_both_indices(out, k, source.axes[k].size) / source.axes[k].size ** 2
     return Near(out, found.doubt * source.table.mean_square / max(node.table.mean_square, 1e-300))
 
 
@@ -53,7 +53,7 @@ def near_of_contract(node: Contract, offsets: Offsets) -> Steps:
             weights = pool(w.node.table.second, w.node.axes)
             out = np.broadcast_to(found.excess * over_frame(weights, w, rank), (2,) * rank)
             for k in reversed(range(len(node.axes), rank)):
-                out = summed(out, k, node.frame[k].size)
+                out = sum_of_both_indices(out, k, node.frame[k].size)
             return Near(out, found.doubt)
     return (yield from nothing(node, 1.0))
 
