@@ -11,10 +11,10 @@ from scipy import special
 from varscale.theory.domain.tables import Table
 from varscale.theory.graph.expressions import Apply, Mean, Sum, roots
 from varscale.theory.graph.layout import Value
-from varscale.theory.graph.nodes import Node, View, pullback, second_moments
+from varscale.theory.graph.nodes import Node, View, cross_by_kind, pullback, second_moments
 from varscale.theory.graph.normal_form import affine, total
 from varscale.theory.graph.store import BackwardNotes
-from varscale.theory.rules.reductions import Extreme, OneOfMany
+from varscale.theory.rules.reductions import Extreme, OneOfMany, cross_by_kind_of_one_of_many
 from varscale.theory.rules.registry import Context, recognise
 from varscale.theory.rules.softmax import Softmax
 from varscale.theory.rules.softmax_recognition import logits
@@ -29,6 +29,9 @@ class LogSumExp(OneOfMany):
     @property
     def reduced(self) -> tuple[int, ...]:
         return self.params
+
+
+cross_by_kind.register(LogSumExp, cross_by_kind_of_one_of_many)
 
 
 @second_moments.register(LogSumExp)

@@ -116,6 +116,9 @@ class Extreme(OneOfMany):
         return self.params[0]
 
 
+cross_by_kind.register(Extreme, cross_by_kind_of_one_of_many)
+
+
 @second_moments.register(Extreme)
 def second_moments_of_extreme(node: Extreme) -> Table:
     _, sign, count = node.params
