@@ -63,8 +63,8 @@ class Marked:
 class Node(Marked):
     """One random array.
 
-    A kind of node says how its moments follow from its arguments' (`compute`), and may say how a cotangent passes back
-    (`pullback`). Which arguments' fluctuations between initializations it hands on is said in `spread.py`.
+    A kind of node is data. How its moments follow from its arguments' (`second_moments`), how a cotangent passes back
+    (`pullback`) and what it does to fluctuations (`handed_on`) are functions that dispatch on the kind.
 
     Attributes:
         axes: its axes, each of size 2 or more.
@@ -80,7 +80,7 @@ class Node(Marked):
         averages: whether it is the mean of its one argument over the axes `params`.
         collects: whether its entries are entries, or weighted sums of entries, of its first argument, by known indices.
         timed: whether it is known by draws along time, which hold more than its moments by type (`draws`).
-        joint: of what is known by draws, whether those are of all else at once (`ensemble`).
+        joint: of what is known by draws, whether those are of all else at once (`joint_sample`).
         shares: whether it is shares that add up to 1, positive but no norm's scale.
         local: whether places near one another along an axis may be more alike than others: known numbers are in it.
         how: how good its rule is where nothing is marked, one of `HOWS`.

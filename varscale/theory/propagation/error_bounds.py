@@ -22,7 +22,7 @@ from varscale.theory.propagation.scale_responses import responses
 # in 1/width, a norm's epsilon).
 _BASE = 0.02
 # Of the variance v of ln(mean square), as v (1 + v): what is not lognormal in it, beside what two laws of a layer's scale
-# differ by (`scales`). Set on nets of width 64, too.
+# differ by (`integrals.lognormal`). Set on nets of width 64, too.
 _SCATTER = 0.1
 _NO_BOUND = 1e3  # a relative error above which there is no bound at all
 

@@ -2,7 +2,7 @@ r"""Finite width: how much the mean square of ONE initialization differs from it
 
 The logarithm of a node's mean square has a variance over draws, which comes from sampling finitely many units (at each root,
 "fresh") and is handed on by each layer in the ratio s = d ln E[f²] / d ln q of its function to its input's second moment q.
-Where that ratio is not the same at all q, the mean shifts, too, and the logarithm leans to one side (`scales`).
+Where that ratio is not the same at all q, the mean shifts, too, and the logarithm leans to one side (`integrals.lognormal`).
 
     ReLU at width n: s = 1, fresh (E f⁴/E[f²]² − 1)/n = 5/n a layer: ln of the norm drifts by −5/(2n)
     a layer, though its mean is kept.

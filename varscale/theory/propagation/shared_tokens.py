@@ -1,7 +1,7 @@
 """Products of arrays that are uncorrelated and yet not independent: made of the same tokens, or by the same weights.
 
 Given what both were made of, S, the entries of x that are multiplied with the tokens a and b have a covariance that S decides,
-and so do those of y: E[x_a x_b | S] = E[x_a x_b] + (own part of x) o_ab, with one and the same overlap o (`overlaps`). Hence
+and so do those of y: E[x_a x_b | S] = E[x_a x_b] + (own part of x) o_ab, with one and the same overlap o (`token_gram`). Hence
 
     E[(Σ_a x_a y_a)²] = Σ_ab E[x_a x_b] E[y_a y_b] + Σ_{a≠b} V (own part of x) (own part of y),    V = E[o²].
 

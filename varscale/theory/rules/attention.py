@@ -2,7 +2,7 @@ r"""Attention: weights and values are projections of the same tokens, and so are
 
 Let x_k be tokens, x̃_k what each has of its own, C = Σ p_k x̃_k x̃_kᵀ its covariance under the weights p of a query q (of unit
 trace), s² the variance of the logits over keys, and V the relative variance of the overlap of two tokens: tr C²/(tr C)² for
-equal weights, one over the number of directions that tokens differ in (`overlaps`). Keys and values have d features a head.
+equal weights, one over the number of directions that tokens differ in (`token_gram`). Keys and values have d features a head.
 
 1.  What outputs gain by following their queries (`tilted`). Given q, the logit l_k and an entry v_k of the value are two
     projections of one token, Gaussian over the tokens, with E[correlation²] = V. Regression of v on l leaves what does not

@@ -1,4 +1,4 @@
-"""Elementwise primitives: one entry each; what they compute is in `functions`."""
+"""Elementwise primitives: one entry each; what they compute is in `integrals.primitives`."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Softmax by segment, as graph attention has it: exp(l − max[i]) / Σ exp(l − max[i]), recognised at the division.
 
-The weights of a segment of n edges have the moments of a softmax over n independent Gaussian logits (see `units`), in which
+The weights of a segment of n edges have the moments of a softmax over n independent Gaussian logits (see `softmax`), in which
 what the edges of a segment share cancels; weights of two segments are independent.
 """
 

@@ -1,4 +1,4 @@
-"""Softmax as a unit: its weights' moments (`softmax_weights`), its Jacobian diag(p) − ppᵀ backward."""
+"""Softmax as a unit: its weights' moments (`integrals.softmax`), its Jacobian diag(p) − ppᵀ backward."""
 
 from __future__ import annotations
 

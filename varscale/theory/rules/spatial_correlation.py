@@ -1,4 +1,4 @@
-"""How likeness of near places passes linear maps, averages, windows, and what is cut or joined (`nearby`)."""
+"""How likeness of near places passes linear maps, averages, windows, and what is cut or joined."""
 
 from __future__ import annotations
 
