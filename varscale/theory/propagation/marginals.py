@@ -1,9 +1,10 @@
 r"""Moments of elementwise functions of jointly Gaussian (or Gaussian-copula) roots.
 
 A root is a monotone function T of a standard normal: m + s·z where it is Gaussian, a quantile function where it is not
-(random bits, known numbers, positive averages, sums of few things). A function of one root needs its Hermite coefficients
-a_k in z once; then every type of index pair with latent correlation ρ costs one polynomial, E[f(x_i) g(x_j)] = Σ a_k b_k ρ^k
-(`hermite_series`). Functions of several roots factor into independent groups; what does not factor is integrated by quasi-Monte Carlo.
+(random bits, known numbers, positive averages, sums of few things). A function of one root needs its Hermite coefficients a_k
+in z once; then every type of index pair with latent correlation ρ costs one polynomial, E[f(x_i) g(x_j)] = Σ a_k b_k ρ^k
+(`hermite_series`). Functions of several roots factor into independent groups; what does not factor is integrated by
+quasi-Monte Carlo.
 
 That the normals behind roots which are not Gaussian are JOINTLY normal, with the correlations that give the roots theirs, is
 an assumption: the Gaussian copula, as Nataf (1962) takes it. Two moments then say all; nothing is assumed of Gaussian roots.
