@@ -23,6 +23,7 @@ from varscale.theory.rules.random import bits
 from varscale.theory.rules.registry import STACKED, Complex, Context, Opaque, map_parts, rule
 from varscale.theory.rules.sampled_loop import CannotDraw
 from varscale.theory.rules.sampled_loop_nodes import over_time
+from varscale.theory.rules.sampled_regions import drawn_region
 
 _CALLS = {
     "jit": "jaxpr",
@@ -193,10 +194,10 @@ def stack(interpreter: Context, steps: list[Any]) -> Any:
 
 @rule("cond")
 def cond(interpreter: Context, eqn: Any, which: Value, *xs: Any) -> list[Any]:
-    """The branch taken, where it is known."""
+    """The branch taken, where it is known; else whichever is, on draws."""
     known = interpreter.concrete(which)
     if known is None:
-        raise NotImplementedError("a branch that depends on random values; make its predicate known, or use jnp.where")
+        return drawn_region(interpreter, eqn, (which, *xs), "a branch depends on random values")
     branches = eqn.params["branches"]
     jaxpr, consts = _compat.sub_jaxpr(branches[int(np.clip(known, 0, len(branches) - 1))])
     return interpreter.run(jaxpr, consts, xs)

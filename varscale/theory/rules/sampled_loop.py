@@ -17,8 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from varscale import _compat
+from varscale.theory.graph.expressions import Apply
 from varscale.theory.graph.layout import Value, merged
-from varscale.theory.graph.nodes import Array, Constant, Leaf, View
+from varscale.theory.graph.nodes import Array, Constant, Leaf, Node, View
 from varscale.theory.propagation.sampler import Drawing, evenly
 from varscale.theory.rules.prefix_scans import sub_jaxpr_of
 from varscale.theory.rules.region_sizes import CannotShrink, Sizes, run, work
@@ -27,6 +28,8 @@ from varscale.theory.rules.registry import Opaque, parts
 _REPLICATES = 16
 _MOST_REPLICATES = 64
 _FEWEST_REPLICATES = 4
+_TRUSTED = 20.0  # squared standard errors that a mean square is trusted to: a normal's quantile at 1e-5
+_DRAWN_NUMBERS = 1 << 21  # numbers that the draws of one array of a region may hold
 _WORK = 2e10  # multiplications that a loop should take
 _MOST_WORK = 1e12  # multiplications that one which does not shrink may take: steps taken one by one would take longer
 _FEWEST_UNITS = 32  # units that are left of a layer: what n units differ by from infinitely many is of order 1/n
@@ -74,7 +77,8 @@ def operand(x: Any, aval: Any, *, stacked: bool) -> Operand:
     """
     if isinstance(x, Opaque):
         return Operand((), x.key, aval, stacked, False)
-    if not jnp.issubdtype(aval.dtype, jnp.inexact) and any(not isinstance(v.node, Constant | Array) for v in parts(x)):
+    known = jnp.issubdtype(aval.dtype, jnp.inexact) or all(isinstance(v.node, Constant | Array) for v in parts(x))
+    if not known and not all(_is_decided(v.node) for v in parts(x)):
         raise CannotDraw
     flat = []
     for part in parts(x):
@@ -83,6 +87,17 @@ def operand(x: Any, aval: Any, *, stacked: bool) -> Operand:
         flat.append(part)
     weight = all(isinstance(p.node, Leaf) and p.node.odd and not p.node.is_input for p in flat) and not stacked
     return Operand(tuple(flat), None, aval, stacked, weight and len(aval.shape) > 1)
+
+
+_COMPARED = {"lt", "le", "gt", "ge", "eq", "ne"}
+_COMBINED = {"convert", "and", "or", "not", "min", "max"}
+
+
+def _is_decided(node: Node) -> bool:
+    """Whether it is comparisons of real numbers, or logic of such: as good as what is compared when it is drawn."""
+    if not isinstance(node, Apply):
+        return isinstance(node, Constant | Array)
+    return node.params[0] in _COMPARED or (node.params[0] in _COMBINED and all(_is_decided(view.node) for view in node.args))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -219,6 +234,20 @@ class Loop:
             return jax.vmap(lambda xs, g: one(which, floating, xs, g))(operands, seed)
 
         return jax.jit(back, static_argnums=(0, 1))
+
+
+def enough(loop: Loop, bound: float) -> Loop:
+    """The loop on as many draws as it takes to know its outputs' mean squares to this, within what a drawn array may hold."""
+    if bound == math.inf:
+        return loop
+    worst, largest = 0.0, 1
+    for numbers in loop.outputs:
+        squares = np.mean(numbers.reshape(len(numbers), -1).astype(float) ** 2, axis=1)
+        worst = max(worst, float(squares.std() / max(squares.mean(), 1e-300)))
+        largest = max(largest, numbers[0].size)
+    wanted = min(_TRUSTED * (worst / bound) ** 2, _DRAWN_NUMBERS / largest)
+    # A power of two, so that regions that read the same arrays are drawn on the same numbers of them.
+    return dataclasses.replace(loop, replicates=2 ** max(int(math.log2(max(wanted, 1.0))) + 1, 6))
 
 
 def _real_arrays(x: jax.Array) -> tuple[jax.Array, ...]:

@@ -26,7 +26,7 @@ from varscale.theory.propagation.joint_sample import steps
 from varscale.theory.propagation.sample_moments import by_level, cross_moments, pooled, table_of_draws
 from varscale.theory.propagation.sampler import evenly, picked
 from varscale.theory.rules.registry import Complex, Context, Opaque, parts
-from varscale.theory.rules.sampled_loop import CannotDraw, Loop, Operand, operand, shrunk
+from varscale.theory.rules.sampled_loop import CannotDraw, Loop, Operand, enough, operand, shrunk
 
 _MEMORY = 2**28  # bytes of the states that a backward pass keeps
 # Set on the validation grid, not derived, both: of a gradient at sizes smaller than the whole; of one whose order in time is
@@ -171,7 +171,7 @@ def cross_by_kind_of_looped(node: Looped, a: View, b: View, frame: Sequence[Axis
         return None
     positions, mine = node._layout
     own = tuple(place[outer] for outer in b.bind)
-    if isinstance(other, Looped) and other.params[0] == node.params[0]:
+    if isinstance(other, Looped) and (other.params[0] == node.params[0] or _drawn_alike(node.loop, other.loop)):
         theirs = other._layout[1]
         if other.axes != tuple(node.axes[k] for k in own):
             return None
@@ -204,7 +204,14 @@ def _positions(axes: Sequence[Axis], lengths: Sequence[int]) -> list[np.ndarray]
     return [evenly(a.size, n) for a, n in zip(axes, lengths, strict=True)]
 
 
-def over_time(interpreter: Context, eqn: Any, xs: Sequence[Any], outline: Sequence[Any], outlined: int) -> list[Any]:
+def _drawn_alike(a: Loop, b: Loop) -> bool:
+    """Whether two loops are regions on as many draws: what both read is the same numbers."""
+    return a.seed == b.seed == 0 and a.replicates == b.replicates
+
+
+def over_time(
+    interpreter: Context, eqn: Any, xs: Sequence[Any], outline: Sequence[Any], outlined: int, bound: float = math.inf
+) -> list[Any]:
     """The outputs of a scan, drawn.
 
     Args:
@@ -213,6 +220,7 @@ def over_time(interpreter: Context, eqn: Any, xs: Sequence[Any], outline: Sequen
         xs: its operands' values.
         outline: what the last of some steps puts out, as values: their axes.
         outlined: how many steps these were.
+        bound: the relative error to which its outputs' mean squares should be known.
 
     Raises:
         CannotDraw: it cannot be run.
@@ -222,7 +230,9 @@ def over_time(interpreter: Context, eqn: Any, xs: Sequence[Any], outline: Sequen
     operands = [operand(x, v.aval, stacked=False) for x, v in (*fixed, *carry)]
     operands += [operand(x, v.aval, stacked=True) for x, v in streams]
     sizes, replicates = shrunk(p, operands)
-    loop = Loop(p, tuple(operands), sizes, replicates, graph.count)
+    # Regions are all drawn from one seed: what two of them read is the same in both.
+    seed = graph.count if bound == math.inf else 0
+    loop = enough(Loop(p, tuple(operands), sizes, replicates, seed), bound)
     mark = ("loop", graph.count)
     _LOOPS.put(graph, mark, loop)
     steps(graph).add(p["length"])
