@@ -6,6 +6,7 @@ Prints a line a child: how it ended. The last one runs to its end.
 import os
 import random
 import select
+import shutil
 import signal
 import sys
 import time
@@ -78,6 +79,8 @@ def main(folder: Path) -> None:
         inside = i % 3 == 2
         ended = child(folder / "killed", b"f" if inside else b"d", dice.uniform(0, 0.15 if inside else whole))
         print(i, "finalize" if inside else "draw", ended, flush=True)
+        if ended == "ended 0":  # done before it was killed: the next one begins anew
+            shutil.rmtree(folder / "killed")
     print("last", child(folder / "killed", b"d", None), flush=True)
 
 

@@ -88,8 +88,10 @@ class TestTheTrace:
 
     def test_an_epsilon_that_dominates(self):
         audit = vs.audit(LanguageModel(deviation=1e-4), IDS)
-        assert found(audit) == [("VS111", "LayerNorm_0")]
-        assert audit.findings[0].figure == pytest.approx(1e-8 / 1.01e-6, rel=0.05)
+        # The branches are larger than such tokens, and attention's averages make them alike.
+        assert set(found(audit)) == {("VS111", "LayerNorm_0"), ("VS108", "Dense_3")}
+        dominated = next(f for f in audit.findings if f.code == "VS111")
+        assert dominated.figure == pytest.approx(1e-8 / 1.01e-6, rel=0.05)
 
     def test_logits_that_are_too_large(self):
         audit = vs.audit(LanguageModel(deviation=1.0), IDS)

@@ -97,7 +97,10 @@ class TestOtherSinks:
         sink = as_sink(tmp_path / "runs")
         sink(3, {"activation/mean/a": 0.25, "activation/mean/": 1.0})
         (file,) = (tmp_path / "runs").iterdir()
-        written = file.read_bytes()
+        written, until = b"", time.monotonic() + 60
+        while np.float32(0.25).tobytes() not in written and time.monotonic() < until:
+            time.sleep(0.01)  # a thread of tensorboardX writes
+            written = file.read_bytes()
         assert b"activation/mean/a" in written
         assert np.float32(0.25).tobytes() in written
 

@@ -17,6 +17,7 @@ ERROR = 1e3  # factor in the second moment over the whole depth
 WARNING = 30.0
 _FEWEST = 4  # layers of a kind that make a trend
 _ALIKE = 0.995  # correlation at which samples count as one
+_LOST = 0.98  # and which all later rows must exceed
 _FORMATS = (("float16", float(jnp.finfo(jnp.float16).tiny), 65504.0), ("float32", float(np.finfo(np.float32).tiny), 3.4e38))
 
 
@@ -126,19 +127,18 @@ def check_stream(report: Report, additions: int) -> Iterator[Finding]:
 def check_rank(report: Report) -> Iterator[Finding]:
     """Samples, or positions of one sample, that the depth makes alike: what follows cannot tell them apart."""
     for name, statistic in (("samples", "sample_correlation"), ("positions of a sample", "position_correlation")):
-        first = next((value for row in report.rows if (value := getattr(row, statistic)) is not None), None)
-        for row in report.rows:
-            value = getattr(row, statistic)
-            if value is not None and first is not None and value > _ALIKE and first < 0.5 and row.error_bound < 0.5:
-                told = (
-                    f"two {name} have a correlation of {value:.4f} here, where the first layer has {first:.3g}: the net tells "
-                )
-                told += "them apart by what is left, and gradients mostly move what they have in common."
-                yield Finding(
-                    "VS108", "warning", row.path, told, value,
-                    "normalize (nn.LayerNorm), add residual branches, or use an activation whose slope at 0 is nearer 1",
-                )  # fmt: skip
-                break
+        rows = [(row, value) for row in report.rows if (value := getattr(row, statistic)) is not None and row.error_bound < 0.5]
+        # A branch that averages may well make positions alike; the net has lost them where no later row tells them apart.
+        lost = [i for i, (_, value) in enumerate(rows) if value > _ALIKE and min(later for _, later in rows[i:]) > _LOST]
+        if not lost or rows[0][1] > 0.5:
+            continue
+        row, value = rows[lost[0]]
+        told = f"two {name} have a correlation of {value:.4f} here, where the first layer has {rows[0][1]:.3g}: the net "
+        told += "tells them apart by what is left, and gradients mostly move what they have in common."
+        yield Finding(
+            "VS108", "warning", row.path, told, value,
+            "normalize (nn.LayerNorm), add residual branches, or use an activation whose slope at 0 is nearer 1",
+        )  # fmt: skip
 
 
 def check_draw(measured: Report, predicted: Report) -> Iterator[Finding]:

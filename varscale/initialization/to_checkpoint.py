@@ -111,7 +111,10 @@ class _Writer:
         if progress is None:
             for taken in (self.path, orbax_sessions.session(self.path)):
                 if taken.exists():
-                    raise FileExistsError(f"{str(taken)!r} exists, and is no unfinished checkpoint of this initialization")
+                    raise FileExistsError(
+                        f"{str(taken)!r} exists, and no journal says that it is unfinished: it is a finished checkpoint, or "
+                        "something else; give another path, or remove it"
+                    )
         elif progress.plan not in ("", self.fingerprint):
             raise FileExistsError(
                 f"{str(self.journal.file)!r} tells of an unfinished checkpoint of another model, key or law: remove it, "
