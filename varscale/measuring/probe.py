@@ -64,7 +64,8 @@ def probe(
             a dict of such functions, or a sequence of all these: `stats=["full", median]`.
         rows: patterns of the rows that are measured, as "blocks/*/attn"; brackets are literal, "**" crosses "/".
         method: the method to run in place of `__call__`.
-        memory: "tight": the fast statistics are one reduction, which takes longer and no memory of an activation's size.
+        memory: "tight": the fast statistics are one reduction everywhere, as they are on a CPU by default, which takes no
+            memory of an activation's size and may take longer on an accelerator.
 
     Returns:
         Report: rows in execution order. With a loss, `Row.gradient` is the mean square of the gradient at the row, and
