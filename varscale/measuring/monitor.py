@@ -17,26 +17,12 @@ from varscale.measuring import rows, selection
 from varscale.measuring import sinks as sink_files
 from varscale.measuring.instrument import Instrumented, instrument
 from varscale.measuring.records import STEP, TIME, Records
+from varscale.measuring.rows import AS_THEY_ARE
 from varscale.measuring.steps import Call, Options, calling, has_graph, is_compiled
 from varscale.programs.patterns import Pattern
 from varscale.report import Report
 
-_ACTIVATION = (
-    "mean",
-    "second_moment",
-    "variance",
-    "largest_magnitude",
-    "zero_share",
-    "nonfinite_share",
-    "overflow_share",
-    "underflow_share",
-    "channel_mean_squared",
-    "dead_share",
-    "saturated_share",
-    "sample_correlation",
-    "position_correlation",
-    "kurtosis",
-)
+_ACTIVATION = ("mean", "second_moment", "variance", *AS_THEY_ARE)
 _GRADIENT = {"second_moment": "gradient", "nonfinite_share": "gradient_nonfinite_share"}  # key -> attribute of `Row`
 _FORWARD_MODE = "No gradients of rows: the step differentiates in forward mode, which marks of cotangents do not allow."
 _KEPT = 1000  # records that stay in memory

@@ -12,7 +12,7 @@ from varscale.measuring.instrument import Measured
 from varscale.report import Report
 from varscale.reporting.rows import Histogram, Row, Weight
 
-_AS_THEY_ARE = (
+AS_THEY_ARE = (  # statistics that a `Row` has under the same name
     "largest_magnitude",
     "zero_share",
     "nonfinite_share",
@@ -45,7 +45,7 @@ def row(measured: Measured) -> Row:
     """The row of a report."""
     value, gradient = measured.value, measured.cotangent
     mean, second = float(value["mean"]), float(value["second_moment"])
-    others: dict[str, Any] = {name: float(value[name]) for name in _AS_THEY_ARE if name in value}
+    others: dict[str, Any] = {name: float(value[name]) for name in AS_THEY_ARE if name in value}
     return Row(
         path=measured.path,
         kind=measured.kind,
