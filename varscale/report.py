@@ -19,8 +19,9 @@ from varscale.reporting.layout import Style, terminal_width, text_table, wrapped
 from varscale.reporting.nonfinite import FirstNonfinite, first_nonfinite
 from varscale.reporting.plots import expectation, propagation
 from varscale.reporting.rows import Histogram, How, Row, Weight
+from varscale.reporting.trust import Trust, held, trust
 
-__all__ = ["ComparedRow", "Comparison", "FirstNonfinite", "Histogram", "How", "Report", "Row", "Weight"]
+__all__ = ["ComparedRow", "Comparison", "FirstNonfinite", "Histogram", "How", "Report", "Row", "Trust", "Weight"]
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -75,6 +76,11 @@ class Report:
         return {how: count / len(self.rows) for how, count in counts.items()}
 
     @property
+    def trust(self) -> Trust | None:
+        """How far to trust a prediction: shares of rows within 15 %, flagged and sampled; None of a measured report."""
+        return trust(self.rows)
+
+    @property
     def first_nonfinite(self) -> FirstNonfinite | None:
         """The first row in execution order that holds a NaN or an infinity, with the rows before it; None if all are finite.
 
@@ -101,8 +107,9 @@ class Report:
         """The rows as text that fits the terminal; how they were obtained on the last lines.
 
         Numbers are never cut short. Columns that do not fit are left out, the last of this list first: second moment, not
-        finite, gradient, gradient not finite, band, error bound, how, mean, largest magnitude, zeros, shape, kind, typical,
-        gradient error bound, sample correlation, position correlation, overflow, underflow, dead units, saturated, kurtosis,
+        finite, gradient, gradient not finite, measured, its standard error, holds, band, error bound, how, measured gradient,
+        its standard error, gradient holds, draws in band, mean, largest magnitude, zeros, shape, kind, typical, gradient error
+        bound, sample correlation, position correlation, overflow, underflow, dead units, saturated, kurtosis,
         channel mean², own reducers, variance, dtype. The last lines name them. Paths continue on further lines.
 
         Args:
@@ -231,7 +238,8 @@ class Report:
     def _summary(self, missing: Sequence[str]) -> list[str]:
         bad = sum(not is_finite(row) for row in self.rows)
         finite = f" {bad} rows hold a NaN or an infinity: see first_nonfinite." if bad else ""
-        return [f"{self._shares()}.{finite}", *_left_out(missing), *self.notes]
+        about = [str(line) for line in (self.trust, held(self.rows)) if line is not None]
+        return [f"{self._shares()}.{finite}", *about, *_left_out(missing), *self.notes]
 
 
 def _left_out(missing: Sequence[str]) -> list[str]:

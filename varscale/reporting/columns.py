@@ -65,6 +65,10 @@ def _bounds(values: Sequence[float]) -> str:
     return several(values, bound)
 
 
+def _verdicts(values: Sequence[bool]) -> str:
+    return "yes" if all(values) else "NO"
+
+
 @dataclasses.dataclass(frozen=True)
 class _Kind:
     """A column: an attribute of the rows, its header, its rank (the highest is left out first) and how it is written."""
@@ -78,32 +82,39 @@ class _Kind:
 
 
 _KINDS = (
-    _Kind("kind", "kind", 12, _texts, is_left=True),
-    _Kind("shape", "shape", 11, lambda values: shape(values[0])),
-    _Kind("dtype", "dtype", 26, _texts, is_left=True),
-    _Kind("mean", "mean", 8),
+    _Kind("kind", "kind", 19, _texts, is_left=True),
+    _Kind("shape", "shape", 18, lambda values: shape(values[0])),
+    _Kind("dtype", "dtype", 33, _texts, is_left=True),
+    _Kind("mean", "mean", 15),
     _Kind("second_moment", "second moment", 1),
-    _Kind("variance", "variance", 25),
-    _Kind("typical", "typical", 13),
-    _Kind("band", "band", 5, _intervals),
-    _Kind("error_bound", "error bound", 6, _bounds),
-    _Kind("how", "how", 7, _texts, is_left=True),
-    _Kind("largest_magnitude", "largest magnitude", 9),
-    _Kind("zero_share", "zeros", 10, _percents),
+    _Kind("variance", "variance", 32),
+    _Kind("typical", "typical", 20),
+    _Kind("measured", "measured", 5),
+    _Kind("measured_error", "standard error", 6),
+    _Kind("holds", "holds", 7, _verdicts, is_left=True),
+    _Kind("band", "band", 8, _intervals),
+    _Kind("error_bound", "error bound", 9, _bounds),
+    _Kind("draws_in_band", "draws in band", 14, _percents),
+    _Kind("how", "how", 10, _texts, is_left=True),
+    _Kind("largest_magnitude", "largest magnitude", 16),
+    _Kind("zero_share", "zeros", 17, _percents),
     _Kind("nonfinite_share", "not finite", 2, _percents, is_alarm=True),
-    _Kind("overflow_share", "overflow", 17, _percents),
-    _Kind("underflow_share", "underflow", 18, _percents),
-    _Kind("dead_share", "dead units", 19, _percents),
-    _Kind("saturated_share", "saturated", 20, _percents),
-    _Kind("sample_correlation", "sample correlation", 15),
-    _Kind("position_correlation", "position correlation", 16),
-    _Kind("channel_mean_squared", "channel mean²", 22),
-    _Kind("kurtosis", "kurtosis", 21),
+    _Kind("overflow_share", "overflow", 24, _percents),
+    _Kind("underflow_share", "underflow", 25, _percents),
+    _Kind("dead_share", "dead units", 26, _percents),
+    _Kind("saturated_share", "saturated", 27, _percents),
+    _Kind("sample_correlation", "sample correlation", 22),
+    _Kind("position_correlation", "position correlation", 23),
+    _Kind("channel_mean_squared", "channel mean²", 29),
+    _Kind("kurtosis", "kurtosis", 28),
     _Kind("gradient", "gradient", 3),
     _Kind("gradient_nonfinite_share", "gradient not finite", 4, _percents, is_alarm=True),
-    _Kind("gradient_error_bound", "gradient error bound", 14, _bounds),
+    _Kind("gradient_error_bound", "gradient error bound", 21, _bounds),
+    _Kind("measured_gradient", "measured gradient", 11),
+    _Kind("measured_gradient_error", "gradient standard error", 12),
+    _Kind("gradient_holds", "gradient holds", 13, _verdicts, is_left=True),
 )
-_CUSTOM_RANK = 23
+_CUSTOM_RANK = 30
 
 
 def row_columns(lines: Sequence[Line]) -> list[Column]:

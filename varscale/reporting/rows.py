@@ -65,6 +65,15 @@ class Row:
         histogram: counts of the values.
         gradient_nonfinite_share: share of elements of the gradient that are NaN or infinite.
         custom: results of the caller's own reducers, by name.
+        measured: of `predict(draws=n)`: mean over n drawn networks of the mean square.
+        measured_error: its standard error.
+        holds: whether `second_moment` is as near to `measured` as `error_bound` and 4 standard errors say; where the
+            logarithm of the networks' mean squares has a standard deviation above 1/2, whether `typical` is as near to its
+            mean: rare networks rule the mean there.
+        draws_in_band: share of the networks whose mean square lies in `band`.
+        measured_gradient: mean over the networks of the mean squared gradient.
+        measured_gradient_error: its standard error.
+        gradient_holds: whether `gradient` is as near to it as `gradient_error_bound` says, likewise.
     """
 
     path: str
@@ -94,6 +103,13 @@ class Row:
     histogram: Histogram | None = None
     gradient_nonfinite_share: float | None = None
     custom: Mapping[str, float] = dataclasses.field(default_factory=dict, hash=False)
+    measured: float | None = None
+    measured_error: float | None = None
+    holds: bool | None = None
+    draws_in_band: float | None = None
+    measured_gradient: float | None = None
+    measured_gradient_error: float | None = None
+    gradient_holds: bool | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,6 +20,7 @@ from varscale.theory.graph.failures import PredictionError, located
 from varscale.theory.graph.known_arrays import MOST_COMPUTED
 from varscale.theory.graph.layout import Value, full
 from varscale.theory.graph.nodes import Graph, Leaf
+from varscale.theory.interpreter.draws import beside_draws
 from varscale.theory.interpreter.interpreter import Interpreter
 from varscale.theory.interpreter.parameters import given_parameters, init_laws, is_function, path_string
 from varscale.theory.interpreter.rows import Place, Rows, joined
@@ -37,7 +38,14 @@ _MODEL_SEED = 0  # laws do not depend on the seed
 
 
 def predict(
-    model: Any, x: Any, *, params: Any = None, backward: bool = True, detail: str = "modules", method: str | None = None
+    model: Any,
+    x: Any,
+    *,
+    params: Any = None,
+    backward: bool = True,
+    detail: str = "modules",
+    method: str | None = None,
+    draws: int | None = None,
 ) -> Report:
     r"""Predicts the moments of every module's output at initialization, forward and backward, with nothing run or allocated.
 
@@ -55,6 +63,8 @@ def predict(
         detail: "modules": a row a module, or, of a plain function, a row a `jax.named_scope` block; "equations": besides one
             for every equation that computes floating-point numbers, "Dense_0/dot_general".
         method: the method to run in place of `__call__`.
+        draws: how many networks are drawn (2 or more) and measured beside the prediction, in one compiled function: each row
+            then says what they measured and whether the prediction holds. None: nothing is drawn.
 
     Returns:
         Report: rows in execution order, and the law of every parameter.
@@ -62,7 +72,7 @@ def predict(
     Raises:
         TypeError: the model or an input is of no known kind.
         ValueError: the model does not trace on these shapes, has no outputs, holds NaN, or uses a primitive that has no
-            rule and cannot be sampled.
+            rule and cannot be sampled; with `draws`, parameters are arrays, or whole numbers of unknown range are described.
 
     >>> import jax, varscale as vs
     >>> from flax import linen as nn
@@ -73,8 +83,14 @@ def predict(
     """
     if detail not in _DETAILS:
         raise ValueError(f"detail must be one of {', '.join(map(repr, _DETAILS))}, not {detail!r}")
-    program = faces.program(model, method=method)
+    if draws is not None and (isinstance(draws, bool) or not isinstance(draws, int) or draws < 2):
+        raise ValueError(f"draws must be None or a whole number of networks, 2 or more, not {draws!r}")
     given = faces.as_inputs(x)
+    report = _predicted(faces.program(model, method=method), given, params, backward=backward, detail=detail)
+    return report if draws is None else beside_draws(report, model, given, params, draws, method)
+
+
+def _predicted(program: Program, given: Inputs, params: Any, *, backward: bool, detail: str) -> Report:
     interpreter = Interpreter()
     split = _Split(given)
     parameters = _parameters(interpreter, program, params, split)
