@@ -20,6 +20,7 @@ from varscale import initializers as initializers
 from varscale.initializers import *  # noqa: F403
 
 if _TYPE_CHECKING:
+    from varscale import schemes as schemes
     from varscale import testing as testing
     from varscale import theory as theory
     from varscale import transfer as transfer
@@ -33,6 +34,7 @@ if _TYPE_CHECKING:
     from varscale.report import Report as Report
     from varscale.report import Row as Row
     from varscale.report import Weight as Weight
+    from varscale.schemes.plan import Plan as Plan
     from varscale.theory import Moments as Moments
     from varscale.theory import critical as critical
     from varscale.theory import mean_field as mean_field
@@ -42,7 +44,7 @@ if _TYPE_CHECKING:
 
 # Loaded when first asked for: who only initializes should not wait for SciPy and optax.
 _LATER = {
-    **dict.fromkeys(("testing", "theory", "transfer"), None),
+    **dict.fromkeys(("schemes", "testing", "theory", "transfer"), None),
     **dict.fromkeys(("Moments", "critical", "mean_field", "predict"), "varscale.theory"),
     "fast_key": "varscale.initialization.fast_keys",
     "initialize": "varscale.initialization.initialize",
@@ -51,6 +53,7 @@ _LATER = {
     "inputs": "varscale.programs.faces",
     "Monitor": "varscale.measuring.monitor",
     "probe": "varscale.measuring.probe",
+    "Plan": "varscale.schemes.plan",
     **dict.fromkeys(("Report", "Row", "Weight"), "varscale.report"),
     **dict.fromkeys(("Audit", "Finding"), "varscale.auditing.findings"),
     "audit": "varscale.auditing.audit",

@@ -33,8 +33,9 @@ def initialize(
         model: a linen module, or an nnx factory `lambda rngs: Net(..., rngs=rngs)` (which needs no x).
         key: a PRNG key, or a mapping from the name of a random stream to its key.
         x: one input (arrays or `jax.ShapeDtypeStruct`s, any pytree of them), or `vs.inputs(*args, **kwargs)`.
-        scheme: "declared"; a mapping from path patterns to initializers, of which the first that matches counts, and what none
-            matches keeps its declared law; or a function of (path, shape, dtype) to an initializer or None. Paths are those of
+        scheme: "declared"; a `vs.Plan`, which has a law for every parameter; a mapping from path patterns to initializers, of
+            which the first that matches counts, and what none matches keeps its declared law; or a function of
+            (path, shape, dtype) to an initializer or None. Paths are those of
             parameters without linen's "params/". A pattern that names a module lays a law that needs fans on its weights alone,
             not on biases and other vectors. A law sees the shape that the layer's own initializer sees. Blocks of a packed
             kernel are addressed by `vs.fused` with one law a block, None for the declared one.

@@ -36,19 +36,21 @@ class Laid:
         law: the initializer.
         pattern: the pattern that named the leaf, as the user wrote it; "" where a function did.
         by_name: whether the pattern names the leaf itself, and not a module above it.
+        of_leaf: whether the law is one of the whole leaf, as a plan's are, and not of what the layer's own initializer sees.
     """
 
     law: Law
     pattern: str
     by_name: bool
+    of_leaf: bool = False
 
 
 def laid(scheme: Any, leaves: Sequence[tuple[str, tuple[int, ...], np.dtype, bool]], argument: str) -> list[Laid | None]:
     """The law that a scheme lays on each leaf; None where it leaves the leaf alone.
 
     Args:
-        scheme: a mapping from path patterns to initializers, of which the first that matches counts, or a function of
-            (path, shape, dtype) to an initializer or None.
+        scheme: a mapping from path patterns to initializers, of which the first that matches counts; a function of
+            (path, shape, dtype) to an initializer or None; or a `vs.Plan`, whose `laws_of` gives the law of every parameter.
         leaves: path, shape, dtype and whether it is a parameter, of each leaf. Parameters are seen without linen's "params/";
             other variables only by patterns that name their collection.
         argument: what errors call the scheme.
@@ -59,9 +61,11 @@ def laid(scheme: Any, leaves: Sequence[tuple[str, tuple[int, ...], np.dtype, boo
     """
     if isinstance(scheme, Mapping):
         return _by_pattern(scheme, leaves, argument)
+    if hasattr(scheme, "laws_of"):
+        return _by_plan(scheme, leaves)
     if not callable(scheme):
         raise TypeError(
-            f"{argument} must be 'declared', a mapping from path patterns to initializers or a function of "
+            f"{argument} must be 'declared', a vs.Plan, a mapping from path patterns to initializers or a function of "
             f"(path, shape, dtype), not {scheme!r}"
         )
     found: list[Laid | None] = []
@@ -92,6 +96,12 @@ def _by_pattern(
         known = ", ".join(names[:6]) + ", ..." * (len(names) > 6)
         raise ValueError(f"{argument}: {', '.join(map(text, idle))} matches no parameter of the model ({known})")
     return found
+
+
+def _by_plan(plan: Any, leaves: Sequence[tuple[str, tuple[int, ...], np.dtype, bool]]) -> list[Laid | None]:
+    laws = plan.laws_of({path.removeprefix("params/"): shape for path, shape, _, is_parameter in leaves if is_parameter})
+    found = [laws[path.removeprefix("params/")] if is_parameter else None for path, _, _, is_parameter in leaves]
+    return [None if law is None else Laid(law, "", True, of_leaf=True) for law in found]
 
 
 def _checked(law: Any, where: str, argument: str) -> Law:

@@ -297,7 +297,7 @@ class _Planner:
     def lay(self, hit: laws.Laid, leaf: Leaf, v: Value, dtype: np.dtype, place: Any) -> None:
         """A law of the scheme in place of the declared one."""
         found = self.chain([self.trace.graph.leaves.index(v)])
-        shape = laws.core(v, found.arguments)
+        shape = laws.plain_core(leaf.shape) if hit.of_leaf else laws.core(v, found.arguments)
         notes = (f"by {hit.pattern!r}",) if hit.pattern else ()
         keeps = laws.keeps(hit.law)
         if keeps and found.kind == "data":

@@ -18,7 +18,7 @@ from varscale.programs.trees import is_collections, open_tree
 P = TypeVar("P")
 
 
-def reinitialize(params: P, laws_by_pattern: Mapping[Pattern, laws.Law], key: Any) -> P:
+def reinitialize(params: P, laws_by_pattern: Mapping[Pattern, laws.Law] | Any, key: Any) -> P:
     """New values for the leaves that patterns name; all others are the same arrays as before.
 
     Args:
@@ -43,7 +43,7 @@ def reinitialize(params: P, laws_by_pattern: Mapping[Pattern, laws.Law], key: An
     >>> float(new["head"]["kernel"].sum()), new["body"]["kernel"] is params["body"]["kernel"]
     (0.0, True)
     """
-    if not isinstance(laws_by_pattern, Mapping):
+    if not isinstance(laws_by_pattern, Mapping) and not hasattr(laws_by_pattern, "laws_of"):
         declared = isinstance(laws_by_pattern, str) and laws_by_pattern == "declared"
         raise (ValueError if declared else TypeError)(
             "laws must be a mapping from path patterns to initializers, not "

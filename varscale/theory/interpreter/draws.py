@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
+from varscale.initialization.laws import laid
 from varscale.measuring.draws import Network, measured_draws
 from varscale.measuring.scoped import scoped
 from varscale.programs import faces
@@ -21,6 +22,7 @@ from varscale.theory.domain.axes import Axis
 from varscale.theory.domain.random_arrays import gaussian
 from varscale.theory.domain.tables import Moments
 from varscale.theory.interpreter.parameters import is_function, path_string
+from varscale.usage.parameters import named_leaves
 from varscale.usage.table import uses
 
 _DRAWS_SEED = 0
@@ -29,7 +31,9 @@ _RARE = 0.5  # standard deviation of ln(mean square) above which the mean of e^x
 MOST_BYTES = 2**32  # of parameters and outputs
 
 
-def beside_draws(report: Report, model: Any, given: Inputs, params: Any, count: int, method: str | None) -> Report:
+def beside_draws(
+    report: Report, model: Any, given: Inputs, params: Any, count: int, method: str | None, scheme: Any = None
+) -> Report:
     """The report with what `count` drawn networks measured in each row; a note instead where the model is too large.
 
     Args:
@@ -39,6 +43,7 @@ def beside_draws(report: Report, model: Any, given: Inputs, params: Any, count: 
         params: as `predict` takes them: given arrays are the same for every network, laws are drawn anew.
         count: number of networks, 2 or more.
         method: the method to run in place of `__call__`.
+        scheme: laws in place of the parameters' own, as `predict` takes them.
 
     Raises:
         ValueError: the parameters are arrays; whole numbers are described, not given, and no table says of which range.
@@ -50,7 +55,10 @@ def beside_draws(report: Report, model: Any, given: Inputs, params: Any, count: 
     program = faces.program(model, method=method)
     if program.init is None and program.parameters is None:
         program = faces.program(scoped(model))
-    network = Network(program, _variables(program, params), _input_sampler(model, given, params, method), method or "__call__")
+    variables = _variables(program, params)
+    if scheme is not None:
+        variables = _laid(variables, scheme)
+    network = Network(program, variables, _input_sampler(model, given, params, method), method or "__call__")
     backward = any(row.gradient is not None for row in report.rows)
     measured = measured_draws(network, jax.random.key(_DRAWS_SEED), count, backward=backward)
     rows = tuple(_row_beside(row, measured[row.path]) if row.path in measured else row for row in report.rows)
@@ -120,6 +128,23 @@ def _variables(program: Program, params: Any) -> Callable[[Any, Inputs], Any]:
         flat, tree = jax.tree_util.tree_flatten_with_path(declared, is_leaf=_is_one_law)
         keys = jax.random.split(jax.random.fold_in(key, 1), max(len(flat), 1))
         drawn = [_drawn_leaf(laws.get(path_string(path), leaf), leaf, k) for (path, leaf), k in zip(flat, keys, strict=True)]
+        return jax.tree_util.tree_unflatten(tree, drawn)
+
+    return init
+
+
+def _laid(variables: Callable[[Any, Inputs], Any], scheme: Any) -> Callable[[Any, Inputs], Any]:
+    """The model's variables, those drawn by the laws of a scheme that it lays laws on."""
+
+    def init(key: Any, x: Inputs) -> Any:
+        own = variables(key, x)
+        leaves, tree = jax.tree_util.tree_flatten(own)
+        named = zip(named_leaves(own), leaves, strict=True)
+        hits = laid(scheme, [(name.path, tuple(leaf.shape), leaf.dtype, name.learned) for name, leaf in named], "scheme")
+        keys = jax.random.split(jax.random.fold_in(key, 2), max(len(leaves), 1))
+        drawn = [
+            leaf if hit is None else hit.law(k, leaf.shape, leaf.dtype) for hit, leaf, k in zip(hits, leaves, keys, strict=True)
+        ]
         return jax.tree_util.tree_unflatten(tree, drawn)
 
     return init

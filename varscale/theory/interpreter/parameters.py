@@ -12,6 +12,8 @@ import jax
 import numpy as np
 from scipy import special
 
+from varscale.initialization.laws import laid
+from varscale.initialization.laws import name as law_name
 from varscale.theory.domain.axes import Axis
 from varscale.theory.domain.tables import Moments, Table, estimate, independent
 from varscale.theory.graph.expressions import roots
@@ -22,6 +24,7 @@ from varscale.theory.interpreter.repeats import first_alike, output_recipes
 from varscale.theory.interpreter.tracing import Trace
 from varscale.theory.rules.random import another, as_weight, is_weight
 from varscale.theory.rules.registry import Complex, Opaque, map_parts, parts
+from varscale.usage.parameters import named_leaves
 
 _FACTORY_SEED = 0
 
@@ -109,6 +112,35 @@ def given_parameters(interpreter: Interpreter, params: Any, shapes: Any, declare
         for path, (_, struct) in zip(expected, flat_shapes, strict=True)
     ]
     return shapes, values
+
+
+def laid_parameters(interpreter: Interpreter, shapes: Any, values: Sequence[Any], scheme: Any) -> list[Any]:
+    """The parameters' values, leaf by leaf, where a scheme lays laws on some of them.
+
+    Args:
+        interpreter: what their nodes are made by.
+        shapes: the shapes of the parameters, as a tree.
+        values: their values without the scheme.
+        scheme: what `varscale.initialization.laws.laid` takes.
+    """
+    structs = jax.tree_util.tree_leaves(shapes)
+    named_structs = zip(named_leaves(shapes), structs, strict=True)
+    hits = laid(scheme, [(name.path, tuple(s.shape), s.dtype, name.learned) for name, s in named_structs], "scheme")
+    found = list(values)
+    first: dict[Any, Any] = {}
+    for i, (hit, struct) in enumerate(zip(hits, structs, strict=True)):
+        if hit is None:
+            continue
+        key = (law_name(hit.law), tuple(struct.shape), struct.dtype)
+        if is_weight(first.get(key)):
+            found[i] = another(interpreter, first[key], i)
+            continue
+        law, shape, dtype = hit.law, tuple(struct.shape), struct.dtype
+        # A key of its own: what is drawn from one key is one and the same.
+        traced = jax.make_jaxpr(lambda law=law, i=i, shape=shape, dtype=dtype: law(jax.random.key(i), shape, dtype))()
+        (out,) = interpreter.run(traced.jaxpr, traced.consts, [])
+        found[i] = first[key] = as_weight(interpreter, out)
+    return found
 
 
 def _is_law(x: Any) -> bool:

@@ -22,7 +22,7 @@ from varscale.theory.graph.layout import Value, full
 from varscale.theory.graph.nodes import Graph, Leaf
 from varscale.theory.interpreter.draws import beside_draws
 from varscale.theory.interpreter.interpreter import Interpreter
-from varscale.theory.interpreter.parameters import given_parameters, init_laws, is_function, path_string
+from varscale.theory.interpreter.parameters import given_parameters, init_laws, is_function, laid_parameters, path_string
 from varscale.theory.interpreter.rows import Place, Rows, joined
 from varscale.theory.interpreter.summary import summarize, with_gradients
 from varscale.theory.interpreter.tracing import Draws, Trace, drawing, execution_order, first_pass, traced
@@ -42,6 +42,7 @@ def predict(
     x: Any,
     *,
     params: Any = None,
+    scheme: Any = None,
     backward: bool = True,
     detail: str = "modules",
     method: str | None = None,
@@ -59,6 +60,8 @@ def predict(
             true); `vs.Moments`: as given.
         params: None: the laws that the model's own init draws from. A tree of arrays: their moments are measured. A tree of
             initializers or of variances: those. For a plain function also a traceable function of a key that returns the tree.
+        scheme: laws in place of the model's own, as `vs.initialize` takes them: a `vs.Plan`, or a mapping from path patterns to
+            initializers. Laws of a mapping are of whole leaves here.
         backward: whether to predict the gradients too.
         detail: "modules": a row a module, or, of a plain function, a row a `jax.named_scope` block; "equations": besides one
             for every equation that computes floating-point numbers, "Dense_0/dot_general".
@@ -86,14 +89,17 @@ def predict(
     if draws is not None and (isinstance(draws, bool) or not isinstance(draws, int) or draws < 2):
         raise ValueError(f"draws must be None or a whole number of networks, 2 or more, not {draws!r}")
     given = faces.as_inputs(x)
-    report = _predicted(faces.program(model, method=method), given, params, backward=backward, detail=detail)
-    return report if draws is None else beside_draws(report, model, given, params, draws, method)
+    report = _predicted(faces.program(model, method=method), given, params, scheme, backward=backward, detail=detail)
+    return report if draws is None else beside_draws(report, model, given, params, draws, method, scheme)
 
 
-def _predicted(program: Program, given: Inputs, params: Any, *, backward: bool, detail: str) -> Report:
+def _predicted(program: Program, given: Inputs, params: Any, scheme: Any, *, backward: bool, detail: str) -> Report:
     interpreter = Interpreter()
     split = _Split(given)
     parameters = _parameters(interpreter, program, params, split)
+    if scheme is not None:
+        laws = laid_parameters(interpreter, parameters.shapes, parameters.values, scheme)
+        parameters = parameters._replace(values=laws)
     forward, taken = _forward(program, parameters, split)
     if not forward.shapes[""]:
         raise ValueError(f"model {program.kinds.get('', program.kind)} returns no array: there is nothing to predict")

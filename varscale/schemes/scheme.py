@@ -1,0 +1,187 @@
+"""What a scheme is: a rule that gives every parameter of a model its law, from what the program does with it.
+
+To add a scheme, write a function that returns `Scheme(call, rule)`. The rule is called once for each parameter with a `Subject`
+and returns a `Choice`; it never reads names. `Subject.kept(why)` leaves a parameter to the model's own law.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from varscale.initialization.outline import outline
+from varscale.initialization.tracing import trace
+from varscale.initializers.distributions import DistributionName
+from varscale.initializers.fans import Fans
+from varscale.initializers.fixed import normal, symmetric_uniform, truncated_normal
+from varscale.initializers.initializer import Initializer
+from varscale.initializers.scaling import variance_scaling
+from varscale.initializers.structured import constant
+from varscale.schemes.laws import Declared, Law, graded
+from varscale.schemes.plan import Plan, PlannedLeaf, Requirement
+from varscale.usage.parameters import OneUse, ParameterUses
+from varscale.usage.table import Uses, uses
+
+MATRICES = frozenset({"input", "hidden", "readout", "embedding", "depthwise", "expert"})
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """A law, and why."""
+
+    law: Law
+    why: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """What a rule is told of one parameter.
+
+    Attributes:
+        uses: what the program does with it.
+        whole: what the program does with all parameters.
+        declared: its law by the model's own init: a constant where that fills in one number.
+    """
+
+    uses: ParameterUses
+    whole: Uses
+    declared: Initializer
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.uses.shape
+
+    @property
+    def role(self) -> str:
+        return self.uses.role
+
+    @property
+    def main(self) -> OneUse:
+        """The use that says what the parameter is."""
+        assert self.uses.main is not None
+        return self.uses.main
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether it mixes or looks up: a kernel of a linear map or a convolution, or a table."""
+        return self.uses.main is not None and bool(self.main.reduction_axes) and self.role in MATRICES
+
+    @property
+    def is_table(self) -> bool:
+        """Whether its rows are looked up."""
+        return self.role == "embedding"
+
+    @property
+    def fan_in(self) -> float:
+        """Terms summed into an output; of a tied table those of its use as a readout, since a lookup sums nothing."""
+        return max(use.fan_in for use in self.uses.uses if use.reduction_axes) if self.is_table else self.main.fan_in
+
+    @property
+    def fan_out(self) -> float:
+        """Terms summed into the gradient of an input, of one part of a packed kernel."""
+        return self.main.fan_out / max(1, len(self.main.parts))
+
+    @property
+    def ends(self) -> bool:
+        """Whether its output ends in a residual addition."""
+        return self.uses.main is not None and self.main.ends is not None
+
+    def kept(self, why: str = "as declared: the scheme says nothing of it") -> Choice:
+        """The model's own law."""
+        return Choice(self.declared, why)
+
+
+Rule = Callable[[Subject], Choice]
+
+
+@dataclasses.dataclass(frozen=True)
+class Scheme:
+    """A scheme with its arguments: call it with a model and its input to get a `Plan`.
+
+    Attributes:
+        call: how it was made, in words: "gpt2(stddev=0.02)".
+        rule: the law of each parameter.
+        check: raises ValueError where a model is none that the scheme is for; None for a scheme that is for any.
+        requires: the numbers that the scheme needs in the program, each checked in the trace; None for none.
+        notes: what holds for every plan of it.
+    """
+
+    call: str
+    rule: Rule = dataclasses.field(repr=False)
+    check: Callable[[Uses], None] | None = dataclasses.field(default=None, repr=False)
+    requires: Callable[[Uses], Sequence[Requirement]] | None = dataclasses.field(default=None, repr=False)
+    notes: tuple[str, ...] = ()
+
+    def __call__(self, model: Any, x: Any, *, params: Any = None, method: str | None = None) -> Plan:
+        """The law of every parameter of a model under this scheme.
+
+        Args:
+            model: a linen module, an nnx factory `lambda rngs: Net(..., rngs=rngs)`, an nnx instance, or a plain function
+                f(params, *args).
+            x: one input (array, `jax.ShapeDtypeStruct`, or a pytree of them), or `vs.inputs(...)`.
+            params: the parameters of a plain function, as arrays or abstract arrays.
+            method: the method to trace in place of `__call__`.
+
+        Raises:
+            TypeError: `model` is of no known kind.
+            ValueError: the model does not trace on `x`, has no parameters, or lacks what the scheme is about.
+        """
+        found = uses(model, x, params=params, method=method)
+        if not len(found):
+            raise ValueError(f"{self.call} needs a model with parameters, and {model!r} has none")
+        if self.check is not None:
+            self.check(found)
+        laws = declared_laws(model, x, method)
+        leaves = []
+        for parameter in found:
+            subject = Subject(parameter, found, laws.get(parameter.path, Declared()))
+            choice = self.rule(subject)
+            use = parameter.main
+            fans = (1.0, 1.0) if use is None else (use.fan_in, subject.fan_out)
+            leaves.append(PlannedLeaf(parameter.path, parameter.shape, parameter.role, *fans, choice.law, choice.why))
+        requirements = tuple(self.requires(found)) if self.requires is not None else ()
+        return Plan(self.call, tuple(leaves), requirements, self.notes)
+
+
+def declared_laws(model: Any, x: Any, method: str | None) -> dict[str, Initializer]:
+    """What the model's own init does for each parameter: a constant where it fills in one number, else its operations.
+
+    Empty for a model that holds its parameters already, or is given them: it no longer says what they were drawn from.
+    """
+    key = jax.random.key(0)
+    try:
+        plan = outline(trace(model, key, x, method), key)
+    except (TypeError, ValueError):
+        return {}
+    found: dict[str, Initializer] = {}
+    for leaf, task in zip(plan.trace.leaves, plan.tasks, strict=True):
+        words = plan.account[leaf.path].law
+        number = None if task.number is None else np.asarray(task.number)
+        found[leaf.path.removeprefix("params/")] = Declared(words) if number is None else constant(number.item())
+    return found
+
+
+def spread(distribution: DistributionName, std: float) -> Initializer:
+    """Weights of a distribution with this standard deviation, whatever the shape; zeros for 0."""
+    if std == 0:
+        return constant(0.0)
+    if distribution == "normal":
+        return normal(std)
+    if distribution == "truncated_normal":
+        return truncated_normal(std)
+    if distribution == "uniform":
+        return symmetric_uniform(std * 3**0.5)
+    return variance_scaling(std**2, "fan_in", distribution, fans=Fans(1.0, 1.0))
+
+
+def by_layer(init: Initializer, subject: Subject, factors: Sequence[float]) -> Initializer:
+    """The law times a factor a layer, where layers are stacked in the leaf; the one factor of a leaf of a single layer."""
+    from varscale.initializers.combinators import scaled
+
+    if len(set(factors)) == 1:
+        return init if factors[0] == 1 else scaled(init, factors[0])
+    return graded(init, factors, subject.main.batch_axes[0])
