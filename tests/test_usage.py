@@ -270,7 +270,7 @@ def test_layouts_follow_axes():
     split = layouts.reshaped(axes, (2, 3, 4))
     assert split is not None
     assert layouts.of(split, (0, 1)) == (0,)
-    assert layouts.reshaped(split, (24,)) == ((layouts.Atom(0, 2), layouts.Atom(0, 3), layouts.Atom(1, 4)),)
+    assert layouts.reshaped(split, (24,)) == ((layouts.Atom(0, 2, stride=3), layouts.Atom(0, 3), layouts.Atom(1, 4)),)
     assert layouts.reshaped(axes, (8, 3)) is None
     assert layouts.part(layouts.sliced(axes, 0, 2, 4)) == (1, 3)
 

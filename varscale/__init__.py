@@ -35,6 +35,7 @@ if _TYPE_CHECKING:
     from varscale.report import Row as Row
     from varscale.report import Weight as Weight
     from varscale.schemes.plan import Plan as Plan
+    from varscale.schemes.unit_variance import lsuv as lsuv
     from varscale.theory import Moments as Moments
     from varscale.theory import critical as critical
     from varscale.theory import mean_field as mean_field
@@ -51,6 +52,7 @@ _LATER = {
     "initialize_to_checkpoint": "varscale.initialization.to_checkpoint",
     "reinitialize": "varscale.initialization.reinitialize",
     "inputs": "varscale.programs.faces",
+    "lsuv": "varscale.schemes.unit_variance",
     "Monitor": "varscale.measuring.monitor",
     "probe": "varscale.measuring.probe",
     "Plan": "varscale.schemes.plan",

@@ -104,7 +104,7 @@ def instrument(
     if weights is None:
         weights = _weights(jax.tree_util.tree_leaves(args), shapes)
     sites = plan(closed.jaxpr, marks.marks, weights, rows)
-    walk = _Walk(sites, value, cotangent)
+    walk = Replay(sites, value, cotangent)
     tree = jax.tree_util.tree_structure(shapes)
 
     def run(*args: Any) -> tuple[Any, Any]:
@@ -159,7 +159,7 @@ def _rows(instrumented: Instrumented, numbers: Mapping[Place, Statistics]) -> It
             if site.row(steps) not in plan.rows:
                 continue
             row = Measured(site.row(steps), site.mark.kind, site.shape, site.dtype, value, gradient, site.averaged)
-            rows.append((_order(plan, place, steps), row))
+            rows.append((in_order(plan, place, steps), row))
     yield from (row for _, row in sorted(rows, key=lambda row: row[0]))
 
 
@@ -167,7 +167,7 @@ def _at(statistics: Statistics, steps: tuple[int, ...]) -> Statistics:
     return {name: jax.tree_util.tree_map(lambda x: x[steps], x) for name, x in statistics.items()}
 
 
-def _order(plan: Plan, place: Place, steps: Sequence[int]) -> tuple[int, ...]:
+def in_order(plan: Plan, place: Place, steps: Sequence[int]) -> tuple[int, ...]:
     """The place, with the step after each scan over layers that it is in."""
     left = iter(steps)
     order: list[int] = []
@@ -184,8 +184,11 @@ def _weights(leaves: Sequence[Any], outputs: Any) -> list[bool]:
     return [(np.shape(x), getattr(x, "dtype", None)) in returned for x in leaves]
 
 
-class _Walk:
-    """Evaluates jaxprs anew, reducing the arrays at the sites of a plan."""
+class Replay:
+    """Evaluates jaxprs anew, reducing the arrays at the sites of a plan.
+
+    A subclass may do more at a site than measure (`at_site`).
+    """
 
     def __init__(self, sites: Plan, value: Reducer, cotangent: Reducer):
         self.plan = sites
@@ -208,13 +211,16 @@ class _Walk:
             if part.eqn is None:
                 outs = jaxpr_as_fun(part.jaxpr)(*values)  # pyright: ignore[reportArgumentType]
             elif part.place in self.plan.sites:
-                outs = values
-                found[part.place] = self._reduced(self.plan.sites[part.place], values[0])
+                outs, found[part.place] = self.at_site(part.place, part.eqn, values)
             else:
                 outs, inside = self._enter(part.eqn, values, part.place)
                 found |= inside
             env.update(zip(part.outputs, outs, strict=True))
         return [value(v) for v in jaxpr.outvars], found
+
+    def at_site(self, place: Place, eqn: Any, values: list[Any]) -> tuple[Sequence[Any], Statistics]:
+        """The outputs of the equation at a site, given its inputs, and the statistics of what it makes."""
+        return values, self._reduced(self.plan.sites[place], values[0])
 
     def _reduced(self, site: Site, x: Any) -> Statistics:
         statistics = (self.cotangent if site.backward else self.value)(jax.lax.stop_gradient(x))

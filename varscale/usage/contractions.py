@@ -17,7 +17,7 @@ def _linear(walk: Walk, view: View, x: Flow, use: Use, shape: Sequence[int], axe
     """Note a linear map of an activation by a kernel, and give its output."""
     use.batch = tuple(sorted(view.batch))
     use.steps, use.depth, use.before, use.raw = view.steps, x.depth, x.functions, x.raw
-    use.normalised = x.normalised
+    use.normalised, use.layout, use.region = x.normalised, axes, view.region
     walk.close(x, read=True)
     sources = walk.note_all(use, view)
     # What is looked up is copied, not mixed: the residual stream begins there.
@@ -63,6 +63,7 @@ def dot_general(walk: Walk, eqn: Any, values: list[Value]) -> Value:
             reduction=layouts.of(value.axes, contracted),
             output=layouts.of(value.axes, free[which]),
             shared=layouts.of(value.axes, batch),
+            operand=which,
         )
         if isinstance(other, Flow):
             _share(walk, other, [sides[1 - which][2][batch.index(k)] for k in batch])

@@ -15,11 +15,13 @@ class Atom:
         axis: the original axis; None for an axis that was added by broadcasting.
         size: how many entries of it.
         part: (i, k) where a slice took the i-th of k equal parts; None for the whole.
+        stride: entries of the original axis from one entry of the run to the next.
     """
 
     axis: int | None
     size: int
     part: tuple[int, int] | None = None
+    stride: int = 1
 
 
 Axes = tuple[tuple[Atom, ...], ...]
@@ -60,7 +62,7 @@ def reshaped(axes: Axes, shape: Sequence[int]) -> Axes | None:
                 taken.append(atom)
                 need //= atom.size
             elif atom.size % need == 0:  # the run is cut in two: what is left goes into the next axis
-                taken.append(dataclasses.replace(atom, size=need))
+                taken.append(dataclasses.replace(atom, size=need, stride=atom.stride * (atom.size // need)))
                 pending.append(dataclasses.replace(atom, size=atom.size // need))
                 need = 1
             else:
@@ -97,6 +99,12 @@ def sliced(axes: Axes, axis: int, start: int, stop: int) -> Axes:
     equal = first.size % width == 0 and start % width == 0
     part = (start // width, first.size // width) if equal and first.part is None else first.part
     return (*axes[:axis], (dataclasses.replace(first, size=width, part=part), *rest), *axes[axis + 1 :])
+
+
+def cut(axes: Axes) -> tuple[int, int, int] | None:
+    """Axis, stride and size of the run that is an equal part of one of the original, where exactly one axis was cut."""
+    cuts = {(atom.axis, atom.stride, atom.size) for atoms in axes for atom in atoms if atom.part and atom.axis is not None}
+    return cuts.pop() if len(cuts) == 1 else None
 
 
 def part(axes: Axes) -> tuple[int, int] | None:

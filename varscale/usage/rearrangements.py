@@ -27,11 +27,29 @@ def _with_part(walk: Walk, x: Value, axes: Axes) -> Value:
         return None
     part = layouts.part(axes)
     made = dataclasses.replace(x, axes=axes)
+    if isinstance(x, View):
+        return dataclasses.replace(made, region=_region(x, axes))
     if isinstance(made, Flow) and part is not None and all(s.part is None for s in made.sources):
         for source in made.sources:
             walk.uses[source.use].parts = max(walk.uses[source.use].parts, part[1])
+            walk.uses[source.use].cut = layouts.cut(axes)
         return dataclasses.replace(made, sources=frozenset(Source(s.use, part) for s in made.sources))
     return made
+
+
+def _region(x: View, axes: Axes) -> tuple[tuple[int, int, int], ...] | None:
+    """Which entries of its parameter a slice of a view holds."""
+    found = x.region
+    for before, after in zip(x.axes, axes, strict=True):
+        if before == after or found is None:
+            continue
+        whole = before[0] if len(before) == 1 and before[0].part is None and before[0].stride == 1 else None
+        now = after[0] if len(after) == 1 else None
+        if whole is None or whole.axis is None or now is None or now.part is None:
+            return None
+        start = now.part[0] * now.size
+        found = (*found, (whole.axis, start, start + now.size))
+    return found
 
 
 def reshape(walk: Walk, eqn: Any, values: list[Value]) -> Value:

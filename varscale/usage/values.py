@@ -20,6 +20,7 @@ class View:
         batch: axes that a loop over layers took away: one layer's slice is used at a time.
         steps: how often a loop uses what it is given: 1 outside of loops over time.
         companions: parameters of the same shape that are joined with it, and so used as it is.
+        region: (axis, start, stop) of each axis of which it is a slice; None where it is not known which entries it holds.
     """
 
     parameter: int
@@ -27,6 +28,7 @@ class View:
     batch: frozenset[int] = frozenset()
     steps: int = 1
     companions: tuple[int, ...] = ()
+    region: tuple[tuple[int, int, int], ...] | None = ()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,6 +10,7 @@ from typing import Any
 
 from varscale import _compat
 from varscale.usage import layouts
+from varscale.usage.layouts import Axes
 from varscale.usage.values import NAMED_FUNCTIONS, Flow, Part, Score, Source, Value, View
 
 _SAME = {"convert_element_type", "stop_gradient", "copy", "copy_p", "name", "optimization_barrier", "reduce_precision", "pvary"}
@@ -57,10 +58,15 @@ class Use:
         normalised: whether its input was normalised.
         after: functions first applied to its output.
         normalised_after: whether its output is normalised before anything else reads it.
+        layout: which axes of the parameter the axes of its output hold.
+        region: (axis, start, stop) of each axis of the parameter of which it uses only a slice; None where that is not known.
+        place: the equations around it, by `id`, and its own.
+        operand: which operand of that equation the parameter is, of a linear map.
         ends: which residual addition its output ends in, counted from 1.
         read: whether another parameter reads its output.
         reaches: whether its output is the model's, with no other linear map between.
         parts: into how many equal parts its output is cut.
+        cut: axis of the parameter, stride and size of a part: entry j is in part j // stride % (parts · size) // size.
         roles: what its parts are to an attention: "query", "key", "value".
     """
 
@@ -79,10 +85,15 @@ class Use:
     normalised: bool = False
     after: frozenset[str] = frozenset()
     normalised_after: bool = False
+    layout: Axes = ()
+    region: tuple[tuple[int, int, int], ...] | None = ()
+    place: tuple[int, ...] = ()
+    operand: int = 1
     ends: int | None = None
     read: bool = False
     reaches: bool = False
     parts: int = 1
+    cut: tuple[int, int, int] | None = None
     roles: dict[Part | None, set[str]] = dataclasses.field(default_factory=dict)
 
 
@@ -137,6 +148,7 @@ class Walk:
         place = (*self._path, use.parameter)
         if place not in self._places:
             self._places[place] = len(self.uses)
+            use.place = place[:-1]
             self.uses.append(use)
             return self._places[place]
         known = self.uses[self._places[place]]
