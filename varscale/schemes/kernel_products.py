@@ -16,8 +16,9 @@ from varscale.programs.tape import Mark
 from varscale.usage import layouts
 from varscale.usage.handlers import HANDLERS
 from varscale.usage.layouts import Axes
+from varscale.usage.notes import Use
 from varscale.usage.values import View
-from varscale.usage.walk import Use, Walk
+from varscale.usage.walk import Walk
 
 _PRODUCTS = ("linear", "convolution", "depthwise")
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Inexact, Key
 
+from varscale.initializers.combinators import Fused
 from varscale.initializers.initializer import Initializer, checked_number, settle
 from varscale.initializers.sampling import OutSharding, placed
 from varscale.initializers.structured import Orthogonal
@@ -98,6 +99,59 @@ def graded(init: Initializer, factors: Sequence[float], axis: int = 0) -> Graded
     [1.0, 0.5]
     """
     return Graded(init, tuple(factors), axis)
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Interleaved(Initializer):
+    """Parts packed along an axis again and again, one group after the other. Made by `interleaved`."""
+
+    maker: ClassVar[str] = "interleaved"
+
+    init: tuple[Initializer, ...]
+    groups: int
+    axis: int
+
+    def __post_init__(self) -> None:
+        if len(self.init) < 2 or not all(isinstance(init, Initializer) for init in self.init):
+            raise TypeError(f"init must be two or more initializers of varscale, not {self.init!r}")
+
+    def opened(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape with its axis cut into groups and what one group holds."""
+        return (*shape[: self.axis], self.groups, shape[self.axis] // self.groups, *shape[self.axis + 1 :])
+
+    @property
+    def inner(self) -> Fused:
+        """The law of the opened array."""
+        return Fused(self.init, len(self.init), self.axis + 1)
+
+    def _check_shape(self, shape: tuple[int, ...]) -> None:
+        if not 0 <= self.axis < len(shape) or shape[self.axis] % (self.groups * len(self.init)):
+            raise ValueError(f"{self.groups} groups of {len(self.init)} parts must fill axis {self.axis} of shape {shape}")
+
+    def _draw(
+        self, key: Key[Array, ""], shape: tuple[int, ...], dtype: np.dtype, out_sharding: OutSharding
+    ) -> Inexact[Array, "*shape"]:
+        return placed(lambda key: self.inner(key, self.opened(shape), dtype).reshape(shape), key, out_sharding)
+
+
+def interleaved(init: Sequence[Initializer], groups: int, axis: int) -> Interleaved:
+    """Kernels packed head by head: query, key and value of the first head, of the second, and so on, as Megatron packs them.
+
+    Args:
+        init: one initializer a part, whose law does not depend on the shape.
+        groups: how often the parts come again along the axis: the number of heads.
+        axis: along which they are packed, ≥ 0.
+
+    Raises:
+        TypeError: there are fewer than two parts, or one is no initializer of this package.
+        ValueError: when called: the parts do not fill the axis.
+
+    >>> import jax
+    >>> from varscale.initializers import ones, zeros
+    >>> interleaved((ones, zeros), 2, 0)(jax.random.key(0), (4,)).tolist()
+    [1.0, 0.0, 1.0, 0.0]
+    """
+    return Interleaved(tuple(init), groups, axis)
 
 
 @dataclasses.dataclass(frozen=True, repr=False)

@@ -15,14 +15,17 @@ import numpy as np
 
 from varscale.initialization.outline import outline
 from varscale.initialization.tracing import trace
+from varscale.initializers.combinators import fused, scaled
 from varscale.initializers.distributions import DistributionName
 from varscale.initializers.fans import Fans
 from varscale.initializers.fixed import normal, symmetric_uniform, truncated_normal
 from varscale.initializers.initializer import Initializer
 from varscale.initializers.scaling import variance_scaling
 from varscale.initializers.structured import constant
-from varscale.schemes.laws import Declared, Law, graded
+from varscale.schemes.laws import Declared, Law, graded, interleaved
 from varscale.schemes.plan import Plan, PlannedLeaf, Requirement
+from varscale.schemes.structure import Structure, part_names
+from varscale.usage.branches import Branch
 from varscale.usage.parameters import OneUse, ParameterUses
 from varscale.usage.table import Uses, uses
 
@@ -45,11 +48,13 @@ class Subject:
         uses: what the program does with it.
         whole: what the program does with all parameters.
         declared: its law by the model's own init: a constant where that fills in one number.
+        structure: the residual streams of the model.
     """
 
     uses: ParameterUses
     whole: Uses
     declared: Initializer
+    structure: Structure
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -81,6 +86,13 @@ class Subject:
         return max(use.fan_in for use in self.uses.uses if use.reduction_axes) if self.is_table else self.main.fan_in
 
     @property
+    def width(self) -> float:
+        """The width d of the stream that it reads, or, of a table or what ends a branch, that it writes."""
+        if self.role == "position":
+            return float(self.shape[-1])
+        return self.fan_out if self.is_table or self.ends else self.fan_in
+
+    @property
     def fan_out(self) -> float:
         """Terms summed into the gradient of an input, of one part of a packed kernel."""
         return self.main.fan_out / max(1, len(self.main.parts))
@@ -90,12 +102,68 @@ class Subject:
         """Whether its output ends in a residual addition."""
         return self.uses.main is not None and self.main.ends is not None
 
+    @property
+    def branch(self) -> Branch | None:
+        """The residual branch that it lies in."""
+        return self.structure.branch(self.uses)
+
+    @property
+    def attends(self) -> bool:
+        """Whether its branch is an attention."""
+        return self.uses.main is not None and self.main.branch is not None and self.structure.attends(self.main.branch)
+
+    @property
+    def parts(self) -> tuple[frozenset[str], ...]:
+        """What each part of its output is; see `part_names`."""
+        return part_names(self.uses)
+
+    @property
+    def is_gated(self) -> bool:
+        """Whether it makes what a gate multiplies, alone."""
+        return self.parts == (frozenset({"up"}),)
+
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        """The index, from 0, of its block: one a layer that is stacked in it, or one in all."""
+        branch = self.branch
+        if branch is None:
+            return (0,)
+        found = tuple(self.structure.block(branch.stream, number) for number in branch.numbers)
+        return found if self.layer_axis is not None else found[:1]
+
+    @property
+    def layer_axis(self) -> int | None:
+        """The axis along which the layers of a loop are stacked in it; None for none."""
+        branch = self.branch
+        if branch is None or not branch.loops or self.uses.main is None:
+            return None
+        return next((axis for axis in self.main.batch_axes if self.shape[axis] == len(branch.numbers)), None)
+
+    def layered(self, init: Initializer, factors: Sequence[float]) -> Initializer:
+        """The law times a factor for each of its `blocks`."""
+        if len(set(factors)) == 1 or self.layer_axis is None:
+            return init if factors[0] == 1 else scaled(init, factors[0])
+        return graded(init, factors, self.layer_axis)
+
+    def by_part(self, law: Callable[[frozenset[str]], Initializer]) -> Initializer:
+        """The law of the whole kernel where each part of its output has its own.
+
+        Args:
+            law: from what a part is to the law of a kernel that makes it alone.
+        """
+        laws = [law(names) for names in self.parts]
+        if len(set(laws)) == 1 or self.main.packed is None:
+            return laws[0]
+        axis, run = self.main.packed
+        return fused(laws, len(laws), axis) if run == self.shape[axis] else interleaved(laws, self.shape[axis] // run, axis)
+
     def kept(self, why: str = "as declared: the scheme says nothing of it") -> Choice:
         """The model's own law."""
         return Choice(self.declared, why)
 
 
 Rule = Callable[[Subject], Choice]
+Requires = Callable[[Structure, Sequence[PlannedLeaf]], Sequence[Requirement]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,8 +180,8 @@ class Scheme:
 
     call: str
     rule: Rule = dataclasses.field(repr=False)
-    check: Callable[[Uses], None] | None = dataclasses.field(default=None, repr=False)
-    requires: Callable[[Uses], Sequence[Requirement]] | None = dataclasses.field(default=None, repr=False)
+    check: Callable[[Structure], None] | None = dataclasses.field(default=None, repr=False)
+    requires: Requires | None = dataclasses.field(default=None, repr=False)
     notes: tuple[str, ...] = ()
 
     def __call__(self, model: Any, x: Any, *, params: Any = None, method: str | None = None) -> Plan:
@@ -133,17 +201,18 @@ class Scheme:
         found = uses(model, x, params=params, method=method)
         if not len(found):
             raise ValueError(f"{self.call} needs a model with parameters, and {model!r} has none")
+        structure = Structure(found)
         if self.check is not None:
-            self.check(found)
+            self.check(structure)
         laws = declared_laws(model, x, method)
         leaves = []
         for parameter in found:
-            subject = Subject(parameter, found, laws.get(parameter.path, Declared()))
+            subject = Subject(parameter, found, laws.get(parameter.path, Declared()), structure)
             choice = self.rule(subject)
             use = parameter.main
             fans = (1.0, 1.0) if use is None else (use.fan_in, subject.fan_out)
             leaves.append(PlannedLeaf(parameter.path, parameter.shape, parameter.role, *fans, choice.law, choice.why))
-        requirements = tuple(self.requires(found)) if self.requires is not None else ()
+        requirements = tuple(self.requires(structure, leaves)) if self.requires is not None else ()
         return Plan(self.call, tuple(leaves), requirements, self.notes)
 
 
@@ -165,6 +234,12 @@ def declared_laws(model: Any, x: Any, method: str | None) -> dict[str, Initializ
     return found
 
 
+def checked_convention(convention: str | None, *known: str) -> None:
+    """Raises ValueError for a convention that is not known."""
+    if convention is not None and convention not in known:
+        raise ValueError(f"convention must be None or {' or '.join(map(repr, known))}, not {convention!r}")
+
+
 def spread(distribution: DistributionName, std: float) -> Initializer:
     """Weights of a distribution with this standard deviation, whatever the shape; zeros for 0."""
     if std == 0:
@@ -176,12 +251,3 @@ def spread(distribution: DistributionName, std: float) -> Initializer:
     if distribution == "uniform":
         return symmetric_uniform(std * 3**0.5)
     return variance_scaling(std**2, "fan_in", distribution, fans=Fans(1.0, 1.0))
-
-
-def by_layer(init: Initializer, subject: Subject, factors: Sequence[float]) -> Initializer:
-    """The law times a factor a layer, where layers are stacked in the leaf; the one factor of a leaf of a single layer."""
-    from varscale.initializers.combinators import scaled
-
-    if len(set(factors)) == 1:
-        return init if factors[0] == 1 else scaled(init, factors[0])
-    return graded(init, factors, subject.main.batch_axes[0])

@@ -8,9 +8,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from varscale.usage import layouts
+from varscale.usage.branches import times
 from varscale.usage.layouts import Axes
+from varscale.usage.notes import Use
 from varscale.usage.values import Flow, Score, Value, View
-from varscale.usage.walk import Use, Walk
+from varscale.usage.walk import Walk
 
 
 def _linear(walk: Walk, view: View, x: Flow, use: Use, shape: Sequence[int], axes: Axes) -> Flow:
@@ -18,14 +20,17 @@ def _linear(walk: Walk, view: View, x: Flow, use: Use, shape: Sequence[int], axe
     use.batch = tuple(sorted(view.batch))
     use.steps, use.depth, use.before, use.raw = view.steps, x.depth, x.functions, x.raw
     use.normalised, use.layout, use.region = x.normalised, axes, view.region
+    use.input_scale, use.kernel_scale = x.scale, view.scale
     walk.close(x, read=True)
     sources = walk.note_all(use, view)
     # What is looked up is copied, not mixed: the residual stream begins there.
     maps = x.maps + (use.kind != "lookup")
-    return walk.input(
+    made = walk.input(
         shape, (x,), maps=maps, embedded=x.embedded or use.kind == "lookup", axes=axes, direct=True,
         sources=sources,
     )  # fmt: skip
+    walk.anchored(sources, made)
+    return made
 
 
 def dot_general(walk: Walk, eqn: Any, values: list[Value]) -> Value:
@@ -72,7 +77,8 @@ def dot_general(walk: Walk, eqn: Any, values: list[Value]) -> Value:
             use.kind, use.batch = "factor", tuple(sorted(value.batch))
             walk.note(use)
     if isinstance(left, Flow) and isinstance(right, Flow):
-        return _product(walk, left, right, shape, places, placed)
+        terms = math.prod(eqn.invars[0].aval.shape[k] for k in left_in)
+        return _product(walk, left, right, shape, places, placed, terms)
     x = left if left is not None else right
     if isinstance(x, View):
         return dataclasses.replace(x, axes=layouts.added(shape))
@@ -111,7 +117,7 @@ def ragged_dot(walk: Walk, eqn: Any, values: list[Value]) -> Value:
     return _linear(walk, kernel, x, use, shape, (*layouts.added(shape[:-1]), kernel.axes[2]))
 
 
-def _product(walk: Walk, left: Flow, right: Flow, shape: Any, places: Any, placed: Any) -> Flow:
+def _product(walk: Walk, left: Flow, right: Flow, shape: Any, places: Any, placed: Any, terms: int) -> Flow:
     """A product of two activations: scores of attention, or an average of values by its weights."""
     walk.close(left)
     walk.close(right)
@@ -120,8 +126,8 @@ def _product(walk: Walk, left: Flow, right: Flow, shape: Any, places: Any, place
             for source in averaged.sources:
                 walk.uses[source.use].roles.setdefault(source.part, set()).add("value")
             return walk.input(shape, (left, right), axes=placed(which, averaged.axes), sources=averaged.sources)
-    score = Score(left.sources, right.sources, frozenset(places[0]), frozenset(places[1]))
-    return walk.input(shape, (left, right), sources=frozenset(), score=score)
+    score = Score(left.sources, right.sources, frozenset(places[0]), frozenset(places[1]), terms)
+    return walk.input(shape, (left, right), sources=frozenset(), score=score, scale=times(left.scale, right.scale))
 
 
 def convolution(walk: Walk, eqn: Any, values: list[Value]) -> Value:

@@ -50,8 +50,9 @@ def _next(walk: Walk, before: Value, after: Value, var: Any) -> Value:
     if not (isinstance(before, Flow) and isinstance(state, Flow)):
         return state
     return walk.input(
-        var.aval.shape, axes=state.axes, sources=state.sources, maps=state.maps, embedded=state.embedded, depth=before.depth
-    )
+        var.aval.shape, axes=state.axes, sources=state.sources, maps=state.maps, embedded=state.embedded, depth=before.depth,
+        stream=state.stream,
+    )  # fmt: skip
 
 
 def scan(walk: Walk, eqn: Any, values: list[Value]) -> list[Value]:
@@ -61,6 +62,8 @@ def scan(walk: Walk, eqn: Any, values: list[Value]) -> list[Value]:
     jaxpr, consts = _compat.sub_jaxpr(eqn.params["jaxpr"])
     fixed = [_repeated(v, length) for v in constants]
     layers = list(map(_one_of, streams))
+    walk.numbers.bind(jaxpr.invars, map(walk.numbers.of, _compat.scan_operands(eqn.params, eqn.invars)[0]))
+    first = len(walk.residuals.notes)
     with walk.trial():  # which parts of the state depend on the inputs
         reached = walk.run(jaxpr, [None] * len(consts), [*fixed, *carry, *layers])
     carry = [_state(walk, x, y, v) for x, y, v in zip(carry, reached, jaxpr.outvars, strict=False)]
@@ -72,7 +75,8 @@ def scan(walk: Walk, eqn: Any, values: list[Value]) -> list[Value]:
     pairs = [(x.depth, y.depth) for x, y in zip(carry, outs, strict=False) if isinstance(x, Flow) and isinstance(y, Flow)]
     gained = max((after - before for before, after in pairs), default=0)
     start = max((x.depth for x in carry if isinstance(x, Flow)), default=0)
-    walk.additions = max(walk.additions, start + gained * length)
+    walk.residuals.additions = max(walk.residuals.additions, start + gained * length)
+    walk.residuals.repeated(first, (length, gained))
     ends = [
         dataclasses.replace(y, depth=start + gained * length) if isinstance(y, Flow) and gained else y
         for y in outs[: len(carry)]

@@ -12,9 +12,12 @@ from flax import nnx
 from varscale.programs import faces
 from varscale.programs.trees import is_box
 from varscale.usage import layouts
+from varscale.usage.branches import Branch
 from varscale.usage.handlers import HANDLERS
+from varscale.usage.notes import Use
+from varscale.usage.numbers import constant
 from varscale.usage.values import Flow, View, after_function
-from varscale.usage.walk import Use, Walk
+from varscale.usage.walk import Walk
 
 Role = Literal[
     "input", "hidden", "readout", "embedding", "depthwise", "expert", "norm scale", "position", "vector", "unused"
@@ -39,7 +42,13 @@ class OneUse:
         normalised_after: whether its output is normalised before another kernel reads it.
         depth: residual additions before it.
         ends: number of the residual addition that its output ends in, counted from 1; None where it ends in none.
-        parts: what the equal parts of its output are, where they are told apart: ("query", "key", "value"), gates.
+        parts: what the equal parts of its output are, where they are told apart: ("query", "key", "value"), ("gate", "up").
+        packed: where the parts lie: (axis of the parameter, length of a run that holds all parts once); None for one part.
+        branch: place in `Uses.branches` of the residual branch it lies in; None for none.
+        input_scale: constant that its input is multiplied by since the last map, sum or normalisation; None where the trace
+            does not tell.
+        kernel_scale: likewise the parameter itself.
+        output_scale: likewise its output.
     """
 
     role: Role
@@ -56,6 +65,11 @@ class OneUse:
     depth: int
     ends: int | None
     parts: tuple[str, ...]
+    packed: tuple[int, int] | None = None
+    branch: int | None = None
+    input_scale: float | None = 1.0
+    kernel_scale: float | None = 1.0
+    output_scale: float | None = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +109,37 @@ class ParameterUses:
         return sum(bool(use.reduction_axes) for use in self.uses) > 1
 
 
+@dataclasses.dataclass(frozen=True)
+class Attention:
+    """A softmax over products of queries and keys.
+
+    Attributes:
+        query: paths of the parameters that make the queries.
+        terms: entries of a query, over which a score sums.
+        scale: constant between that sum and the softmax, with those on queries and keys; None where the trace does not tell.
+    """
+
+    query: tuple[str, ...]
+    terms: int
+    scale: float | None
+
+
+class Found(NamedTuple):
+    """What a walk over a program finds.
+
+    Attributes:
+        parameters: every parameter's uses.
+        additions: residual additions on the longest way.
+        branches: every residual branch, in the order of execution.
+        attentions: every softmax over products.
+    """
+
+    parameters: tuple[ParameterUses, ...]
+    additions: int
+    branches: tuple[Branch, ...]
+    attentions: tuple[Attention, ...]
+
+
 class Leaf(NamedTuple):
     """One array of a model's variables.
 
@@ -119,10 +164,8 @@ def named_leaves(tree: Any) -> list[Leaf]:
     return found
 
 
-def walked(
-    program: faces.Program, structs: Any, inputs: Sequence[Any], join: Callable[[list[Any]], faces.Inputs]
-) -> tuple[tuple[ParameterUses, ...], int]:
-    """Every parameter's uses in a program, and how many residual additions lie on its longest way.
+def walked(program: faces.Program, structs: Any, inputs: Sequence[Any], join: Callable[[list[Any]], faces.Inputs]) -> Found:
+    """Every parameter's uses in a program, its residual branches and its attentions.
 
     Args:
         program: the model.
@@ -144,6 +187,7 @@ def walked(
         for i, (leaf, name) in enumerate(zip(leaves, names, strict=True))
     ]
     flows = [walk.input(x.shape) for x in inputs]
+    walk.numbers.bind(closed.jaxpr.constvars, map(constant, closed.consts))
     for out in walk.run(closed.jaxpr, [None] * len(closed.consts), [*views, *flows]):
         if isinstance(out, Flow):
             walk.close(out)
@@ -152,11 +196,30 @@ def walked(
     uses: dict[int, list[OneUse]] = {}
     for use in walk.uses:
         uses.setdefault(use.parameter, []).append(_told(use, leaves[use.parameter].shape))
-    return tuple(
+    parameters = tuple(
         ParameterUses(name.path, tuple(leaf.shape), tuple(uses.get(i, ())))
         for i, (name, leaf) in enumerate(zip(names, leaves, strict=True))
         if name.learned
-    ), walk.additions
+    )
+    paths = [name.path for name in names]
+    return Found(parameters, walk.residuals.additions, _branches(walk, paths), _attentions(walk, paths))
+
+
+def _branches(walk: Walk, paths: Sequence[str]) -> tuple[Branch, ...]:
+    return tuple(
+        Branch(
+            note.number, note.stream, note.maps, note.stream_scale, note.branch_scale,
+            tuple(paths[i] for i in sorted(note.gates)), note.shortcut, note.loops,
+        )
+        for note in walk.residuals.notes
+    )  # fmt: skip
+
+
+def _attentions(walk: Walk, paths: Sequence[str]) -> tuple[Attention, ...]:
+    return tuple(
+        Attention(tuple(sorted({paths[walk.uses[s.use].parameter] for s in a.query})), a.terms, a.scale)
+        for a in walk.attentions.values()
+    )
 
 
 def _told(use: Use, shape: tuple[int, ...]) -> OneUse:
@@ -167,6 +230,7 @@ def _told(use: Use, shape: tuple[int, ...]) -> OneUse:
     return OneUse(
         _role(use, shape), use.fan_in, use.fan_out, use.reduction, use.output, tuple(sorted({*use.batch, *use.shared})),
         use.steps, use.raw, before, after, use.normalised_after, use.depth, use.ends, _parts(use),
+        _packed(use), use.branch, use.input_scale, use.kernel_scale, use.output_scale,
     )  # fmt: skip
 
 
@@ -189,6 +253,14 @@ def _role(use: Use, shape: tuple[int, ...]) -> Role:
     if use.reaches and not use.read and use.ends is None:
         return "readout"
     return "input" if use.raw else "hidden"
+
+
+def _packed(use: Use) -> tuple[int, int] | None:
+    """(axis, length of a run that holds every part once) where an output is cut into parts."""
+    if use.parts == 1 or use.cut is None:
+        return None
+    axis, stride, size = use.cut
+    return axis, int(stride * size * use.parts)
 
 
 def _parts(use: Use) -> tuple[str, ...]:

@@ -8,8 +8,9 @@ from typing import Any
 
 from varscale.usage import layouts
 from varscale.usage.layouts import Atom, Axes
-from varscale.usage.values import Flow, Score, Source, Value, View
-from varscale.usage.walk import Use, Walk
+from varscale.usage.notes import Use
+from varscale.usage.values import Flow, Source, Value, View
+from varscale.usage.walk import Walk
 
 
 def _with_axes(x: Value, axes: Axes | None, shape: Sequence[int]) -> Value:
@@ -63,8 +64,8 @@ def transpose(walk: Walk, eqn: Any, values: list[Value]) -> Value:
     x, permutation = values[0], eqn.params["permutation"]
     if isinstance(x, Flow) and x.score is not None:
         at = {k: i for i, k in enumerate(permutation)}
-        moved = [frozenset(at[k] for k in axes) for axes in (x.score.left_axes, x.score.right_axes)]
-        x = dataclasses.replace(x, score=Score(x.score.left, x.score.right, *moved))
+        left, right = (frozenset(at[k] for k in axes) for axes in (x.score.left_axes, x.score.right_axes))
+        x = dataclasses.replace(x, score=dataclasses.replace(x.score, left_axes=left, right_axes=right))
     return None if x is None else _with_axes(x, layouts.transposed(x.axes, permutation), ())
 
 

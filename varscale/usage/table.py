@@ -13,7 +13,8 @@ from flax import nnx
 
 from varscale.programs import faces
 from varscale.reporting.layout import Column, terminal_width, text_table, wrapped
-from varscale.usage.parameters import OneUse, ParameterUses, walked
+from varscale.usage.branches import Branch
+from varscale.usage.parameters import Attention, OneUse, ParameterUses, walked
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,11 +25,15 @@ class Uses:
         parameters: every parameter, in the order of the tree.
         additions: residual additions on the longest way from the input to the output.
         tree: the structure of the parameters: linen's collection "params", or `nnx.state(model, nnx.Param)`.
+        branches: every residual branch, in the order of execution.
+        attentions: every softmax over products of queries and keys.
     """
 
     parameters: tuple[ParameterUses, ...]
     additions: int
     tree: Any = dataclasses.field(repr=False)
+    branches: tuple[Branch, ...] = ()
+    attentions: tuple[Attention, ...] = ()
 
     def __getitem__(self, path: str) -> ParameterUses:
         """The uses of the parameter at this path.
@@ -164,8 +169,8 @@ def uses(model: Any, x: Any, *, params: Any = None, method: str | None = None) -
 
     inputs = [jax.eval_shape(lambda leaf=leaves[i]: jnp.zeros(leaf.shape, leaf.dtype)) for i in places]
     structs = _parameters(program, params, inputs, join)
-    found, additions = walked(program, structs, inputs, join)
-    return Uses(found, additions, _tree(structs))
+    found = walked(program, structs, inputs, join)
+    return Uses(found.parameters, found.additions, _tree(structs), found.branches, found.attentions)
 
 
 def _is_described(x: Any) -> bool:

@@ -21,6 +21,7 @@ class View:
         steps: how often a loop uses what it is given: 1 outside of loops over time.
         companions: parameters of the same shape that are joined with it, and so used as it is.
         region: (axis, start, stop) of each axis of which it is a slice; None where it is not known which entries it holds.
+        scale: the constant that it was multiplied by; None where it is not known.
     """
 
     parameter: int
@@ -29,6 +30,7 @@ class View:
     steps: int = 1
     companions: tuple[int, ...] = ()
     region: tuple[tuple[int, int, int], ...] | None = ()
+    scale: float | None = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,12 +43,21 @@ class Source:
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """A product of two activations of which a softmax may follow: what its sides were made by, and their own axes."""
+    """A product of two activations of which a softmax may follow: what its sides were made by, and their own axes.
+
+    Attributes:
+        left: what made the left side.
+        right: what made the right side.
+        left_axes: axes of the product that the left side has alone.
+        right_axes: likewise the right side.
+        terms: how many terms each entry sums.
+    """
 
     left: frozenset[Source]
     right: frozenset[Source]
     left_axes: frozenset[int]
     right_axes: frozenset[int]
+    terms: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +78,10 @@ class Flow:
         normalised: whether it was divided by its own scale.
         direct: whether no other value has joined since the last linear map.
         score: where it is a product of two activations.
+        scale: the constant that it was multiplied by since its anchor, outside of functions; None where it is not known.
+        gates: parameters that it was multiplied by since its anchor, but for those of normalisations.
+        stream: the residual stream that it was computed from; None before the first addition.
+        added_to: of the sum of a stream and a branch, the anchor of the stream; 0 for none.
     """
 
     anchor: int
@@ -82,6 +97,10 @@ class Flow:
     normalised: bool = False
     direct: bool = False
     score: Score | None = None
+    scale: float | None = 1.0
+    gates: frozenset[int] = frozenset()
+    stream: int | None = None
+    added_to: int = 0
 
     @property
     def raw(self) -> bool:

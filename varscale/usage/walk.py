@@ -5,13 +5,15 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from varscale import _compat
 from varscale.usage import layouts
-from varscale.usage.layouts import Axes
-from varscale.usage.values import NAMED_FUNCTIONS, Flow, Part, Score, Source, Value, View
+from varscale.usage.branches import Residuals, summands, times
+from varscale.usage.notes import Attended, Use
+from varscale.usage.numbers import Numbers
+from varscale.usage.values import NAMED_FUNCTIONS, Flow, Score, Source, Value, View
 
 _SAME = {"convert_element_type", "stop_gradient", "copy", "copy_p", "name", "optimization_barrier", "reduce_precision", "pvary"}
 _SAME |= {"sharding_constraint", "mesh_cast", "rev", "neg"}
@@ -35,66 +37,8 @@ _ACTIVATIONS |= {
 }
 _BINARY = {"add", "add_any", "sub", "mul", "div", "max", "min", "pow", "atan2", "rem", "select_n", "clamp", "complex"}
 _BINARY |= {"eq", "ne", "lt", "le", "gt", "ge", "and", "or", "xor"}
+_HOMOGENEOUS = {"relu", "leaky_relu", "abs"}  # f(cx) = c·f(x) for c > 0
 Handler = Callable[["Walk", Any, list[Value]], Value | list[Value]]
-
-
-@dataclasses.dataclass
-class Use:
-    """One place where a parameter is used, as the walk fills it in.
-
-    Attributes:
-        parameter: the parameter's number.
-        kind: "linear", "convolution", "depthwise", "lookup", "scale", "shift", "place", "token", "factor" or "other".
-        fan_in: terms summed into an output.
-        fan_out: outputs that an input reaches.
-        reduction: axes of the parameter that are summed over.
-        output: axes of the parameter that reach the output.
-        batch: axes of the parameter that a loop over layers, or a lookup of one layer, takes apart.
-        shared: axes of the parameter that its input or its reader has too: experts, heads with kernels of their own.
-        steps: how often a loop over time repeats the use.
-        depth: residual additions before it.
-        before: functions applied to its input since the last linear map.
-        raw: whether its input is the model's own.
-        normalised: whether its input was normalised.
-        after: functions first applied to its output.
-        normalised_after: whether its output is normalised before anything else reads it.
-        layout: which axes of the parameter the axes of its output hold.
-        region: (axis, start, stop) of each axis of the parameter of which it uses only a slice; None where that is not known.
-        place: the equations around it, by `id`, and its own.
-        operand: which operand of that equation the parameter is, of a linear map.
-        ends: which residual addition its output ends in, counted from 1.
-        read: whether another parameter reads its output.
-        reaches: whether its output is the model's, with no other linear map between.
-        parts: into how many equal parts its output is cut.
-        cut: axis of the parameter, stride and size of a part: entry j is in part j // stride % (parts · size) // size.
-        roles: what its parts are to an attention: "query", "key", "value".
-    """
-
-    parameter: int
-    kind: str
-    fan_in: float = 1.0
-    fan_out: float = 1.0
-    reduction: tuple[int, ...] = ()
-    output: tuple[int, ...] = ()
-    batch: tuple[int, ...] = ()
-    shared: tuple[int, ...] = ()
-    steps: int = 1
-    depth: int = 0
-    before: frozenset[str] = frozenset()
-    raw: bool = False
-    normalised: bool = False
-    after: frozenset[str] = frozenset()
-    normalised_after: bool = False
-    layout: Axes = ()
-    region: tuple[tuple[int, int, int], ...] | None = ()
-    place: tuple[int, ...] = ()
-    operand: int = 1
-    ends: int | None = None
-    read: bool = False
-    reaches: bool = False
-    parts: int = 1
-    cut: tuple[int, int, int] | None = None
-    roles: dict[Part | None, set[str]] = dataclasses.field(default_factory=dict)
 
 
 class Walk:
@@ -105,13 +49,17 @@ class Walk:
 
     Attributes:
         uses: every use met so far.
-        additions: residual additions on the longest way to the output.
+        residuals: the residual additions met so far.
+        attentions: every softmax over products, by the equations around it.
+        numbers: what is known of the constants.
     """
 
     def __init__(self, handlers: Mapping[str, Handler]) -> None:
         self._handlers = handlers
         self.uses: list[Use] = []
-        self.additions = 0
+        self.residuals = Residuals()
+        self.attentions: dict[tuple[int, ...], Attended] = {}
+        self.numbers = Numbers()
         self._anchors = 0
         self._maps_at: dict[int, int] = {}
         self._path: list[int] = []  # the equations that the walk is inside of, which tell two calls of one jaxpr apart
@@ -131,6 +79,7 @@ class Walk:
             "depth": max((x.depth for x in of), default=0),
             "maps": maps,
             "embedded": any(x.embedded for x in of),
+            "stream": next((x.stream for x in of if x.stream is not None), None),
             "root": self._anchors,
             "sources": frozenset().union(*(x.sources for x in of)),
         }
@@ -142,6 +91,11 @@ class Walk:
         """Note a use of a parameter and of those that are joined with it; what their output is made by."""
         owners = (view.parameter, *view.companions)
         return frozenset(Source(self.note(dataclasses.replace(use, parameter=p, roles={}))) for p in owners)
+
+    def anchored(self, sources: Iterable[Source], x: Flow) -> None:
+        """Note that the outputs of these uses are this value."""
+        for source in sources:
+            self.residuals.anchored(self.uses[source.use], x.anchor)
 
     def note(self, use: Use) -> int:
         """The number of a use. A loop's body is walked twice: the second pass finds what the first has noted."""
@@ -161,6 +115,8 @@ class Walk:
             use = self.uses[source.use]
             use.read |= read
             use.normalised_after |= x.direct and x.normalised
+            if x.direct:
+                use.output_scale = x.scale
             if x.direct and not use.after:
                 use.after = x.functions or frozenset({"norm"} if x.normalised else ())
 
@@ -178,6 +134,8 @@ class Walk:
             outs = self._equation(eqn, [read(v) for v in eqn.invars])
             self._path.pop()
             env.update(zip(eqn.outvars, outs, strict=True))
+            if all(out is None for out in outs):
+                self.numbers.note(eqn)
         return [read(v) for v in jaxpr.outvars]
 
     def _equation(self, eqn: Any, values: list[Value]) -> list[Value]:
@@ -215,6 +173,7 @@ class Walk:
                 called = {str(inner.params.get("name", "")) for inner in jaxpr.eqns} & NAMED_FUNCTIONS
                 if called:
                     return [self._function(called.pop(), only[0])]
+            self.numbers.enter(jaxpr.invars, eqn.invars)
             return self.run(jaxpr, [None] * len(consts), values)
         return None
 
@@ -234,7 +193,7 @@ class Walk:
     def _function(self, name: str, x: Value) -> Value:
         if not isinstance(x, Flow):
             return x
-        return dataclasses.replace(x, functions=x.functions | {name})
+        return dataclasses.replace(x, functions=x.functions | {name}, scale=x.scale if name in _HOMOGENEOUS else 1.0)
 
     def _combined(self, name: str, eqn: Any, values: list[Value]) -> Value:
         shape = eqn.outvars[0].aval.shape
@@ -244,12 +203,13 @@ class Walk:
             for view in sorted(views, key=_entries)[:-1]:
                 if view.parameter != max(views, key=_entries).parameter:
                     self.note(Use(view.parameter, "factor", steps=view.steps, batch=tuple(sorted(view.batch))))
-            return max(views, key=_entries)
+            kept = max(views, key=_entries)
+            return dataclasses.replace(kept, scale=times(kept.scale, self._factor(name, eqn, values, kept)))
         x = flows[0]
         for y in flows[1:]:
             x = self._both(name, x, y, shape)
         for view in views:
-            self._met(name, view, x)
+            x = self._met(name, view, x)
         if len(flows) == 1:
             wide = [v.aval.shape for v, value in zip(eqn.invars, values, strict=True) if value is x]
             axes = x.axes if wide and wide[0] == shape else layouts.added(shape)
@@ -258,16 +218,29 @@ class Walk:
                 if name in ("max", "clamp") and not x.reduced:
                     return self._function(name, dataclasses.replace(x, axes=axes))
                 functions = x.functions | {name}
-            return dataclasses.replace(x, axes=axes, functions=functions)
+            scale = x.scale if views or x.reduced else times(x.scale, self._factor(name, eqn, values, flows[0]))
+            return dataclasses.replace(x, axes=axes, functions=functions, scale=scale)
         return x
 
-    def _met(self, name: str, view: View, x: Flow) -> None:
+    def _factor(self, name: str, eqn: Any, values: Sequence[Value], x: Value) -> float | None:
+        """The constant that a value is multiplied by; 1 for a constant array, such as a mask; None for a number not known."""
+        if name not in ("mul", "div") or len(values) != 2 or not any(v is None for v in values):
+            return 1.0
+        atom = eqn.invars[0 if values[0] is None else 1]
+        number = self.numbers.of(atom)
+        if number is None:
+            return None if math.prod(atom.aval.shape) == 1 else 1.0
+        if name == "mul":
+            return number
+        return 1 / number if values[0] is x and number else None
+
+    def _met(self, name: str, view: View, x: Flow) -> Flow:
         """Note that a parameter is added to, or multiplied with, an activation."""
         kind = {"add": "shift", "add_any": "shift", "sub": "shift", "mul": "scale", "div": "scale"}.get(name, "other")
         axes = layouts.of(view.axes, range(len(view.axes)))
         normalised = x.normalised or (x.reduced and bool(x.functions & {"rsqrt", "sqrt"}))
         places = sum(layouts.size([a for a in atoms if a.axis is not None]) > 1 for atoms in view.axes)
-        self.note_all(
+        sources = self.note_all(
             Use(
                 view.parameter,
                 "place" if kind == "shift" and places > 1 and (x.maps == 0 or x.score is not None) else kind,
@@ -278,9 +251,12 @@ class Walk:
                 before=x.functions,
                 raw=x.raw,
                 normalised=normalised,
+                input_scale=x.scale,
             ),
             view,
         )
+        self.anchored(sources, x)
+        return dataclasses.replace(x, gates=x.gates | {view.parameter}) if kind == "scale" and not normalised else x
 
     def _both(self, name: str, x: Flow, y: Flow, shape: Sequence[int]) -> Flow:
         """Two activations combined entry by entry."""
@@ -298,41 +274,41 @@ class Walk:
             return dataclasses.replace(
                 wide, ancestors=union, sources=sources, functions=functions, reduced=x.reduced and y.reduced,
                 score=x.score or y.score, maps=max(x.maps, y.maps), depth=max(x.depth, y.depth),
+                scale=1.0 if functions else wide.scale,
             )  # fmt: skip
         self.close(x)
         self.close(y)
         if name in ("add", "add_any") and (pair := self._residual(x, y)) is not None:
-            stream, branch = pair
-            depth = stream.depth + 1
+            stream, branch, start = pair
+            number, on = self.residuals.join(tuple(self._path), stream, branch, start)
             for source in branch.sources:
-                use = self.uses[source.use]
-                use.ends = depth
-            self.additions = max(self.additions, depth)
-            return self.input(shape, (x, y), axes=wide.axes, sources=sources, depth=depth)
+                self.uses[source.use].ends = number
+            made = self.input(shape, (x, y), axes=wide.axes, sources=sources, depth=number, stream=on)
+            return dataclasses.replace(made, added_to=stream.anchor)
+        if name == "mul":
+            self._gated(x, y)
         return self.input(shape, (x, y), axes=wide.axes, sources=sources, score=x.score or y.score)
 
-    def _residual(self, x: Flow, y: Flow) -> tuple[Flow, Flow] | None:
-        """(stream, branch) where one of two summands was computed from the other, or by fewer maps from the same."""
-        if y.ancestors >> x.anchor & 1 and y.maps > x.maps:
-            return x, y
-        if x.ancestors >> y.anchor & 1 and x.maps > y.maps:
-            return y, x
-        common = x.ancestors & y.ancestors
-        if not common or x.maps == y.maps:
-            return None
-        at = self._maps_at.get(common.bit_length() - 1, 0)
-        short, long = sorted((x, y), key=_maps)
-        # A projection on the shortcut: one map beside a branch of several, from the same stream.
-        in_time = any(self.uses[source.use].steps > 1 for source in short.sources)  # gates add what they read at each step
-        return (short, long) if short.direct and not in_time and short.maps - at == 1 < long.maps - at else None
+    def _residual(self, x: Flow, y: Flow) -> tuple[Flow, Flow, int] | None:
+        """(stream, branch, maps before both) of a residual addition; None for any other sum."""
+        short = min(x, y, key=_maps)
+        return summands(x, y, self._maps_at, any(self.uses[source.use].steps > 1 for source in short.sources))
+
+    def _gated(self, x: Flow, y: Flow) -> None:
+        """Note which kernel makes the gate of a gated layer, and which what is gated."""
+        if x.direct and y.direct and bool(x.functions) != bool(y.functions):
+            for side, role in ((x, "gate"), (y, "up")) if x.functions else ((y, "gate"), (x, "up")):
+                for source in side.sources:
+                    self.uses[source.use].roles.setdefault(source.part, set()).add(role)
 
     @contextlib.contextmanager
     def trial(self) -> Iterator[None]:
         """A pass whose uses are not kept."""
-        kept, places, additions = len(self.uses), dict(self._places), self.additions
+        kept, places, residuals = len(self.uses), dict(self._places), self.residuals.saved()
         yield
         del self.uses[kept:]
-        self._places, self.additions = places, additions
+        self._places = places
+        self.residuals.restored(residuals)
 
     # -- reductions -----------------------------------------------------------------------------------------------------
 
@@ -348,12 +324,12 @@ class Walk:
         if eqn.primitive.name in _WINDOWS:
             return dataclasses.replace(x, axes=x.axes, functions=x.functions)
         if eqn.primitive.name == "reduce_max" and x.score is not None:
-            self.attends(x.score, axes)
+            self.attends(x.score, axes, x.scale)
         kept = tuple(a for k, a in enumerate(x.axes) if k not in axes)
         made = kept if len(kept) == len(shape) else layouts.added(shape)
         return dataclasses.replace(x, axes=made, reduced=True, score=None)
 
-    def attends(self, score: Score, axes: Sequence[int]) -> None:
+    def attends(self, score: Score, axes: Sequence[int], scale: float | None) -> None:
         """Note who is query and who is key: a softmax runs over the keys' own axis."""
         if score.right_axes.issuperset(axes):
             query, key = score.left, score.right
@@ -361,6 +337,7 @@ class Walk:
             query, key = score.right, score.left
         else:
             return
+        self.attentions[tuple(self._path)] = Attended(query, score.terms, scale)
         for role, sources in (("query", query), ("key", key)):
             for source in sources:
                 self.uses[source.use].roles.setdefault(source.part, set()).add(role)
