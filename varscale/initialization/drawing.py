@@ -139,18 +139,18 @@ class _Lowered:
 
 
 @functools.lru_cache(maxsize=512)
-def _lowered(program: Program) -> _Lowered:
+def _lowered(program: Any) -> _Lowered:
     places = None if all(s is None for s in program.shardings) else list(program.shardings)
     jitted = jax.jit(program.__call__) if places is None else jax.jit(program.__call__, out_shardings=places)
     return _Lowered(jitted.lower(*program.argument_shapes))
 
 
-def compiled(program: Program) -> Any:
+def compiled(program: Any) -> Any:
     """The program, compiled; kept, so that a second model of the same layers compiles nothing."""
     return _lowered(program).compiled
 
 
-def compile_all(programs: Sequence[Program]) -> None:
+def compile_all(programs: Sequence[Any]) -> None:
     """Compile each distinct program once, side by side: the largest first, so that no thread ends with it alone.
 
     They are lowered in this thread: jax's settings, such as `jax.enable_x64`, may hold for it alone.

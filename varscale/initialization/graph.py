@@ -30,7 +30,7 @@ _INDEXING = frozenset(
     }
 )  # fmt: skip
 DERIVING = _SEEDS | _KEYS_FROM_KEYS | _INDEXING
-_CALLS = {"jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr", "core_call": "call_jaxpr", "remat2": "jaxpr",
+CALLS = {"jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr", "core_call": "call_jaxpr", "remat2": "jaxpr",
           "checkpoint": "jaxpr", "custom_jvp_call": "call_jaxpr", "custom_vjp_call": "call_jaxpr",
           "custom_vjp_call_jaxpr": "fun_jaxpr"}  # fmt: skip
 _MOST_KEYS = 2**20  # more than these are left to the chain: hashing them in NumPy would take longer than compiling
@@ -143,8 +143,8 @@ class _Opener:
 
     def equation(self, eqn: Any, given: tuple[Value, ...], region: Loop | None) -> list[Value]:
         name = eqn.primitive.name
-        if name in _CALLS and _CALLS[name] in eqn.params and self.derives(eqn.params[_CALLS[name]]):
-            inner, constants = _compat.sub_jaxpr(eqn.params[_CALLS[name]])
+        if name in CALLS and CALLS[name] in eqn.params and self.derives(eqn.params[CALLS[name]]):
+            inner, constants = _compat.sub_jaxpr(eqn.params[CALLS[name]])
             held = [self.constant(c, v.aval, None) for c, v in zip(constants, inner.constvars, strict=True)]
             return self.execute(inner, held, given, region)
         if name == "scan" and (self.derives(eqn.params["jaxpr"]) or any(x.derived for x in given)):

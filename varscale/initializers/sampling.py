@@ -57,7 +57,11 @@ def _linear_index(shape: Sequence[int]) -> UInt32[Array, "*shape"]:
 
 
 def _unrolled_bits(key: UInt32[Array, "2"], bit_width: int, shape: Sequence[int]) -> Shaped[Array, "*shape"]:
-    index = _linear_index(shape)
+    return bits_at(key, bit_width, _linear_index(shape))
+
+
+def bits_at(key: UInt32[Array, "2"], bit_width: int, index: UInt32[Array, "*shape"]) -> Shaped[Array, "*shape"]:
+    """The random bits of these positions, in row-major order, of an array that is drawn with partitionable counters."""
     x, y = threefry_2x32(key, jnp.zeros_like(index), index)
     if bit_width == 64:
         return lax.shift_left(x.astype(jnp.uint64), np.uint64(32)) | y.astype(jnp.uint64)

@@ -1,0 +1,97 @@
+"""Tiles: leaves of all shapes share the program of their formula, and have the bits of the jitted init."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.nn import initializers as theirs
+
+import varscale as vs
+from varscale.initialization import formulas, tiles
+from varscale.initialization.drawing import Drawing
+from varscale.initialization.outline import outline
+from varscale.initialization.tracing import trace
+
+KEY = jax.random.key(4)
+
+
+class Leaves(nn.Module):
+    """Parameters of these laws and shapes, and a stack of them over three steps of a loop."""
+
+    laws: tuple
+    shapes: tuple = ((1, 1), (37, 53), (3, 3, 8, 5), (1500, 2))
+    dtype: object = jnp.float32
+    loop: bool = False
+
+    @nn.compact
+    def __call__(self, x=None, _=None):
+        for i, law in enumerate(self.laws):
+            for j, shape in enumerate(self.shapes):
+                self.param(f"law{i}_{j}", law, shape, self.dtype)
+        if self.loop:
+            stack = nn.scan(Leaves, variable_axes={"params": 0}, split_rngs={"params": True}, length=3)
+            stack(self.laws, self.shapes[1:2], self.dtype, name="stack")(x, None)
+        return x, None
+
+
+def readings(model):
+    plan = outline(trace(model, KEY, None, None), KEY)
+    return [formulas.read(task.program.chain, None) for task in plan.tasks if isinstance(task.program, Drawing)]
+
+
+def check(model):
+    jax.tree.map(np.testing.assert_array_equal, vs.initialize(model, KEY), jax.jit(model.init)(KEY))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=lambda d: np.dtype(d).name)
+def test_leaves_of_all_shapes_and_standard_deviations_share_a_program(dtype):
+    if not tiles.serves():
+        pytest.skip("tiles are for the CPU, and for counters of one number each")
+    model = Leaves((theirs.he_normal(), theirs.variance_scaling(3.7, "fan_avg", "normal")), dtype=dtype, loop=True)
+    found = readings(model)
+    assert len(found) == 10
+    # Below float32, XLA may round a product with a constant otherwise than one with an operand: factors stay in the formula.
+    assert len({reading.formula for reading in found if reading is not None}) == (2 if dtype == jnp.float32 else 8)
+    check(model)
+
+
+def law(f):
+    return lambda key, shape, dtype: f(key, shape, dtype)
+
+
+def test_laws_of_several_operations_and_keys():
+    def random(name, *arguments):
+        return law(lambda key, shape, dtype: getattr(jax.random, name)(key, shape, dtype, *arguments))
+
+    def of_two_keys(key, shape, dtype):
+        return jnp.where(jax.random.bernoulli(jax.random.split(key)[0], 0.3, shape), jax.random.normal(key, shape, dtype), 0)
+
+    laws = (
+        random("uniform", 1.0, 16.0),
+        law(lambda key, shape, dtype: 1 + 0.3 * 0.7 * -jax.random.normal(key, shape, dtype) * 1.7),
+        law(lambda key, shape, dtype: jax.random.normal(key, shape, dtype) / 7),
+        law(lambda key, shape, dtype: jnp.log(jnp.expm1(jax.random.exponential(key, shape, dtype)))),
+        law(lambda key, shape, dtype: jax.random.randint(key, shape, -5, 17).astype(dtype)),
+        of_two_keys,
+    )
+    model = Leaves(laws, shapes=((37, 53),))
+    assert all(reading is not None for reading in readings(model))
+    check(model)
+
+
+def test_what_has_no_formula_is_drawn_by_a_program_of_its_own():
+    laws = (
+        law(lambda key, shape, dtype: jax.random.normal(key, shape[::-1], dtype).T),
+        law(lambda key, shape, dtype: jax.random.normal(key, shape, dtype) * jnp.arange(shape[-1], dtype=dtype)),
+        law(lambda key, shape, dtype: jnp.broadcast_to(jax.random.normal(key, shape[-1:], dtype), shape)),
+    )
+    model = Leaves(laws, shapes=((6, 5),))
+    assert readings(model) == [None, None, None]
+    check(model)
+
+
+def test_many_small_draws_are_not_padded_to_tiles():
+    assert tiles.fits(1000, 1)
+    assert tiles.fits(10**6, 300)
+    assert not tiles.fits(10**6, 16)

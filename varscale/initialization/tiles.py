@@ -1,0 +1,162 @@
+"""Leaves drawn tile by tile: one program for every leaf that shares a formula, whatever its shape.
+
+A tile is a stretch of one leaf. The program draws many tiles at once, each with the key, the offset and the last factor of its
+own leaf, and the threads of the host copy what it draws into arrays that jax then takes over without a copy. This serves the
+CPU, where compiling a program takes longer than drawing a million numbers; elsewhere, and where leaves are laid out over
+several devices, every leaf has a program of its own (`drawing`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from varscale import _compat
+from varscale.initialization.drawing import compiled
+from varscale.initialization.formulas import Formula
+
+_TILE = 1024
+_TILES = 512  # a call draws half a million numbers: few enough for small models, enough to make calls cheap
+_SMALL = 2**20  # numbers that it takes no time worth saving to draw
+_ALIGNMENT = 64  # what jax asks of an array of the host to take it over without a copy
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """The program that draws tiles of leaves with this formula.
+
+    Attributes:
+        formula: of their numbers.
+        settings: jax's settings that the compiled program depends on.
+    """
+
+    formula: Formula
+    settings: Hashable
+
+    @property
+    def shardings(self) -> tuple[None]:
+        """The default device."""
+        return (None,)
+
+    @property
+    def argument_shapes(self) -> list[jax.ShapeDtypeStruct]:
+        """Of each tile the words of its keys, its offset in the leaf, and the leaf's last factor."""
+        return [
+            jax.ShapeDtypeStruct((_TILES, self.formula.keys, 2), np.uint32),
+            jax.ShapeDtypeStruct((_TILES,), np.uint32),
+            jax.ShapeDtypeStruct((_TILES,), self.formula.scaled or np.float32),
+        ]
+
+    @property
+    def cost(self) -> int:
+        """How many numbers a call draws."""
+        return _TILES * _TILE
+
+    def __call__(self, words: jax.Array, offset: jax.Array, factor: jax.Array) -> jax.Array:
+        """The numbers of the tiles: traced by the program."""
+        index = offset[:, None] + jax.lax.broadcasted_iota(jnp.uint32, (_TILES, _TILE), 1)
+        keys = [(words[:, i, :1], words[:, i, 1:]) for i in range(self.formula.keys)]
+        return self.formula(keys, index, factor[:, None])
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """What is drawn for one leaf.
+
+    Attributes:
+        program: what draws it.
+        words: the words of its keys, (draws, keys, 2): it is made of so many draws, one after the other in memory.
+        factor: its last factor.
+        size: how many numbers a draw has.
+        shape: of the leaf.
+    """
+
+    program: Tiles
+    words: np.ndarray
+    factor: np.generic
+    size: int
+    shape: tuple[int, ...]
+
+
+def serves() -> bool:
+    """Whether leaves for the default device are drawn tile by tile."""
+    device: Any = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
+    platform = jax.default_backend() if device is None else getattr(device, "platform", device)
+    return platform == "cpu" and _compat.threefry_is_partitionable()
+
+
+def fits(draws: int, size: int) -> bool:
+    """Whether so many draws of this size fill their tiles well enough."""
+    filled = draws * -(-size // _TILE) * _TILE
+    return filled <= max(_SMALL, 4 * draws * size)
+
+
+def empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """An array of the host that jax takes over without a copy; none of its memory is touched yet."""
+    count = math.prod(shape) * np.dtype(dtype).itemsize
+    raw = np.empty(count + _ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % _ALIGNMENT
+    return raw[start : start + count].view(dtype).reshape(shape)
+
+
+def drawn(leaves: Sequence[Leaf]) -> list[jax.Array]:
+    """The leaves, drawn by all cores."""
+    arrays = [empty(leaf.shape, leaf.program.formula.dtype) for leaf in leaves]
+    groups: dict[Tiles, list[int]] = {}
+    for i, leaf in enumerate(leaves):
+        groups.setdefault(leaf.program, []).append(i)
+    calls: list[Callable[[], None]] = []
+    for program, chosen in groups.items():
+        calls += _Group(program, [leaves[i] for i in chosen], [arrays[i] for i in chosen]).calls()
+    waiting: Iterator[Callable[[], None]] = iter(calls)  # of a list: threads may share it
+
+    has_x64 = bool(jax.config.jax_enable_x64)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def work() -> None:
+        with jax.enable_x64(has_x64):  # may hold for the thread that calls alone
+            for call in waiting:
+                call()
+
+    count = max(1, min(os.cpu_count() or 1, len(calls)))
+    with ThreadPoolExecutor(count) as pool:
+        for future in [pool.submit(work) for _ in range(count)]:
+            future.result()
+    return [jax.device_put(x) for x in arrays]
+
+
+class _Group:
+    """The leaves of one program, as one row of tiles."""
+
+    def __init__(self, program: Tiles, leaves: Sequence[Leaf], arrays: Sequence[np.ndarray]):
+        self.compiled = compiled(program)
+        draws = [len(leaf.words) for leaf in leaves]
+        self.words = np.concatenate([leaf.words for leaf in leaves])
+        self.factors = np.repeat(np.asarray([leaf.factor for leaf in leaves]), draws)
+        self.targets = [row for x, count in zip(arrays, draws, strict=True) for row in x.reshape(count, -1)]
+        tiles = np.repeat([-(-leaf.size // _TILE) for leaf in leaves], draws)
+        self.ends = np.cumsum(tiles)
+        self.begins = self.ends - tiles
+
+    def calls(self) -> list[Callable[[], None]]:
+        """What draws all tiles."""
+        return [lambda first=first: self.draw(first) for first in range(0, self.ends[-1], _TILES)]
+
+    def draw(self, first: int) -> None:
+        """Draw the tiles from this one on, and copy them to where they belong."""
+        tiles = np.minimum(np.arange(first, first + _TILES), self.ends[-1] - 1)
+        draw = np.searchsorted(self.ends, tiles, side="right")
+        offset = ((tiles - self.begins[draw]) * _TILE).astype(np.uint32)
+        numbers = np.asarray(self.compiled(self.words[draw], offset, self.factors[draw])).reshape(-1)
+        for i in range(draw[0], draw[-1] + 1):
+            begin, end = max(self.begins[i], first), min(self.ends[i], first + _TILES)
+            row = self.targets[i][(begin - self.begins[i]) * _TILE : (end - self.begins[i]) * _TILE]
+            start = (begin - first) * _TILE
+            row[...] = numbers[start : start + len(row)]
