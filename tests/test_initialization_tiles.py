@@ -37,7 +37,7 @@ class Leaves(nn.Module):
 
 def readings(model):
     plan = outline(trace(model, KEY, None, None), KEY)
-    return [formulas.read(task.program.chain, None) for task in plan.tasks if isinstance(task.program, Drawing)]
+    return [formulas.read(task.program) for task in plan.tasks if isinstance(task.program, Drawing)]
 
 
 def check(model):
@@ -83,8 +83,8 @@ def test_laws_of_several_operations_and_keys():
 def test_what_has_no_formula_is_drawn_by_a_program_of_its_own():
     laws = (
         law(lambda key, shape, dtype: jax.random.normal(key, shape[::-1], dtype).T),
-        law(lambda key, shape, dtype: jax.random.normal(key, shape, dtype) * jnp.arange(shape[-1], dtype=dtype)),
-        law(lambda key, shape, dtype: jnp.broadcast_to(jax.random.normal(key, shape[-1:], dtype), shape)),
+        law(lambda key, shape, dtype: jax.random.normal(key, shape, dtype) * jnp.arange(shape[-1], dtype=dtype)[None]),
+        law(lambda key, shape, dtype: jnp.broadcast_to(jax.random.normal(key, shape[-1:], dtype)[None], shape)),
     )
     model = Leaves(laws, shapes=((6, 5),))
     assert readings(model) == [None, None, None]

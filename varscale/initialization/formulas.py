@@ -14,13 +14,17 @@ import math
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from varscale import _compat
 from varscale.initialization.chains import Chain, body_values, params_text
+from varscale.initialization.derivation import split
+from varscale.initialization.drawing import Drawing, LaidDrawing
 from varscale.initialization.graph import CALLS, Loop, Value, is_key
-from varscale.initializers.sampling import bits_at
+from varscale.initialization.laws import drawn_from
+from varscale.initializers.sampling import bits_at, unrolled_key
 
 _ELEMENTWISE = frozenset(
     {
@@ -113,15 +117,26 @@ class Reading:
 
     Attributes:
         formula: of its numbers.
-        keys: which of the chain's arguments are the keys it is drawn from.
+        keys: which of the program's arguments are the keys it is drawn from.
+        splits: into how many keys, one a draw, its key is split first; 0 where each key is used as it is.
         factor: its last factor.
         size: how many numbers one draw has.
+        shape: of the leaf.
     """
 
     formula: Formula
     keys: tuple[int, ...]
+    splits: int
     factor: np.generic
     size: int
+    shape: tuple[int, ...]
+
+    def words(self, arguments: Sequence[Any]) -> np.ndarray:
+        """The words of the keys of all its draws, (draws, keys, 2), from the program's arguments."""
+        keys = [np.asarray(arguments[k]) for k in self.keys]
+        if self.splits:
+            keys = [split(key, (self.splits,), partitionable=True) for key in keys]
+        return np.stack([key.reshape(-1, 2) for key in keys], axis=1)
 
 
 class _Unread(Exception):
@@ -143,29 +158,49 @@ class _Array:
 
 
 @functools.lru_cache(maxsize=512)
-def read(found: Chain, dtype: np.dtype | None) -> Reading | None:
-    """The formula of a chain of one leaf; None where it has none.
-
-    Args:
-        found: the chain.
-        dtype: what the leaf is rounded to in the end; None for its own.
-    """
-    leaf = found.leaves[0]
-    if found.kind != "elementwise" or len(found.leaves) > 1 or found.needs_own_hash or getattr(leaf.aval, "weak_type", False):
+def read(program: Drawing | LaidDrawing) -> Reading | None:
+    """The formula of the one leaf that a program draws; None where it has none, or draws several."""
+    if len(program.dtypes) > 1:
         return None
     reader = _Reader()
     try:
-        x = reader.body(None, leaf, ())
-        if not isinstance(x, _Array) or reader.steps[x.step].repeats or x.shape != tuple(leaf.aval.shape):
-            return None
+        if isinstance(program, LaidDrawing):
+            x, keys, splits = _law(reader, program)
+            shape, dtype = x.shape, None
+        else:
+            (leaf,), (dtype,) = program.chain.leaves, program.dtypes
+            x, shape, splits = _chain(reader, program.chain), tuple(leaf.aval.shape), 0
+            keys = tuple(map(program.chain.arguments.index, reader.keys))
     except _Unread:
         return None
     batch = math.prod(reader.batch or ())
-    size = math.prod(x.shape) // batch if batch else 0
-    if not 0 < size < _MOST_NUMBERS:
+    size = math.prod(shape) // batch if batch else 0
+    if not isinstance(x, _Array) or reader.steps[x.step].repeats or x.shape != shape or not 0 < size < _MOST_NUMBERS:
         return None
-    formula, factor = _finished(reader.steps, x.step, len(reader.keys), dtype)
-    return Reading(formula, tuple(map(found.arguments.index, reader.keys)), factor, size)
+    formula, factor = _finished(reader.steps, x.step, len(keys), dtype)
+    return Reading(formula, keys, splits, factor, size, shape)
+
+
+def _chain(reader: _Reader, found: Chain) -> Any:
+    leaf = found.leaves[0]
+    if found.kind != "elementwise" or found.needs_own_hash or getattr(leaf.aval, "weak_type", False):
+        raise _Unread
+    return reader.body(None, leaf, ())
+
+
+def _law(reader: _Reader, program: LaidDrawing) -> tuple[Any, tuple[int, ...], int]:
+    """What a law laid on a leaf draws, from its own key or from as many as that is split into."""
+    if program.declared is not None or "threefry" not in str(program.implementation):
+        raise _Unread
+    stack = program.core.stack
+    key = jax.eval_shape(lambda: unrolled_key(jax.random.key(0, impl="threefry2x32")))
+    shape: tuple[int, ...] = (math.prod(stack),) if stack else ()
+    closed = jax.make_jaxpr(lambda key: drawn_from(program.law, key, program.core, program.dtypes[0]))(
+        jax.ShapeDtypeStruct(shape, key.dtype)
+    )
+    reader.batch = shape
+    (x,) = reader.jaxpr(closed.jaxpr, closed.consts, [_Key(0, shape)])
+    return x, (0,), math.prod(stack) if stack else 0
 
 
 def _finished(steps: Sequence[Step], root: int, keys: int, dtype: np.dtype | None) -> tuple[Formula, np.generic]:

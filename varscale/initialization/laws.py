@@ -15,6 +15,7 @@ import numpy as np
 
 from varscale import _compat
 from varscale.initialization.chains import params_text
+from varscale.initialization.derivation import fold_in
 from varscale.initialization.graph import Value, is_key
 from varscale.initializers.combinators import Fused
 from varscale.initializers.initializer import Initializer
@@ -269,10 +270,12 @@ def _replayed(steps: Sequence[Any], x: Any, mask: bool) -> Any:
     return x
 
 
-def own_key(key: Any, path: str) -> Any:
-    """The key of a law laid on a leaf: the same whatever else the scheme says."""
-    word = int.from_bytes(hashlib.sha256(path.encode()).digest()[:4], "big")
-    return jax.random.fold_in(key, np.uint32(word))
+def own_words(key: Any, path: str) -> Any:
+    """The words of the key of a law laid on a leaf: the same whatever else the scheme says."""
+    word = np.uint32(int.from_bytes(hashlib.sha256(path.encode()).digest()[:4], "big"))
+    if _compat.is_tracer(key) or jax.random.key_impl(key) != "threefry2x32":
+        return jax.random.key_data(jax.random.fold_in(key, word))
+    return fold_in(np.asarray(jax.random.key_data(key)), word)
 
 
 def drawn(law: Law, key: Any, shape: Core, dtype: np.dtype, declared: Any = None) -> Any:
@@ -286,13 +289,17 @@ def drawn(law: Law, key: Any, shape: Core, dtype: np.dtype, declared: Any = None
         declared: the leaf by its declared law, which the blocks of a `vs.fused` without a law of their own keep.
     """
     key = unrolled_key(key)
-    if not shape.stack:
-        x = law(key, shape.shape, dtype)
-    else:
-        keys = jax.random.split(key, math.prod(shape.stack))
-        x = jax.vmap(lambda k: law(k, shape.shape, dtype))(keys).reshape(*shape.stack, *shape.shape)
-    leaf = shape.replay(jnp.asarray(x, dtype))
+    leaf = drawn_from(law, jax.random.split(key, math.prod(shape.stack)) if shape.stack else key, shape, dtype)
     if declared is None:
         return leaf
     kept = jnp.broadcast_to(law.kept(shape.shape), (*shape.stack, *shape.shape))  # pyright: ignore[reportFunctionMemberAccess]
     return jnp.where(shape.replay(kept, mask=True), declared, leaf)
+
+
+def drawn_from(law: Law, keys: Any, shape: Core, dtype: np.dtype) -> Any:
+    """The leaf of a law, from one key or, where it is a stack of draws, from one key a draw."""
+    if not shape.stack:
+        x = law(keys, shape.shape, dtype)
+    else:
+        x = jax.vmap(lambda key: law(key, shape.shape, dtype))(keys).reshape(*shape.stack, *shape.shape)
+    return shape.replay(jnp.asarray(x, dtype))

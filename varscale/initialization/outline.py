@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from varscale import _compat
-from varscale.initialization import formulas, laws, placement, tiles
+from varscale.initialization import laws, placement, tiles
 from varscale.initialization.account import Account, Entry, is_rng_key
 from varscale.initialization.chains import Chain, chain
 from varscale.initialization.derivation import Derivation
@@ -74,7 +74,7 @@ class Outline:
         keys = list(map(checked_key, jax.tree_util.tree_leaves(key)))
         graphs = [self.trace.graph, *([self.trace.retraced()] if self.uses_own_hash else [])]
         derivation = Derivation({v: key for graph in graphs for v, key in zip(graph.keys, keys, strict=True)})
-        tiled = {} if derivation.traced else self._tiled(indices, derivation)
+        tiled = {} if derivation.traced else self._tiled(indices, derivation, key)
         if not derivation.traced:
             programs = [task.program for i in indices if i not in tiled and (task := self.tasks[i]).program is not None]
             compile_all([*programs, *(leaf.program for leaf in tiled.values())])
@@ -84,23 +84,14 @@ class Outline:
         found = dict(zip(tiled, tiles.drawn(list(tiled.values())), strict=True))
         return [found[i] if i in found else self._leaf(i, key, keys, derivation, together) for i in indices]
 
-    def _tiled(self, indices: Sequence[int], derivation: Derivation) -> dict[int, tiles.Leaf]:
+    def _tiled(self, indices: Sequence[int], derivation: Derivation, key: Any) -> dict[int, tiles.Leaf]:
         """The leaves that are drawn tile by tile."""
-        found: dict[int, tiles.Leaf] = {}
-        for i in indices if tiles.serves() else ():
-            program = self.tasks[i].program
-            if not isinstance(program, Drawing) or program.shardings != (None,):
-                continue
-            reading = formulas.read(program.chain, program.dtypes[0])
-            if reading is None:
-                continue
-            keys = [np.asarray(derivation.value(program.arguments[k])).reshape(-1, 2) for k in reading.keys]
-            if tiles.fits(len(keys[0]), reading.size):
-                words = np.stack(keys, axis=1)
-                shape = self.trace.leaves[i].shape
-                program = tiles.Tiles(reading.formula, program.settings)
-                found[i] = tiles.Leaf(program, words, reading.factor, reading.size, shape)
-        return found
+        chosen = {i: program for i in indices if (program := self.tasks[i].program) is not None}
+        arguments = {
+            i: lambda i=i, program=program: self._arguments(program, self.trace.leaves[i].path, derivation, key)
+            for i, program in chosen.items()
+        }
+        return tiles.tiled(chosen, arguments)
 
     def _leaf(self, i: int, key: Any, keys: Sequence[Any], derivation: Derivation, together: dict[int, list[Any]]) -> Any:
         """One leaf; `together` holds what was computed for several."""
@@ -138,7 +129,7 @@ class Outline:
     def _arguments(self, program: Program, path: str, derivation: Derivation, key: Any) -> list[Any]:
         found: list[Any] = []
         if isinstance(program, LaidDrawing):
-            found.append(jax.random.key_data(laws.own_key(checked_key(main_key(key)), path)))
+            found.append(laws.own_words(checked_key(main_key(key)), path))
         for v in program.arguments:
             if v.kind == "data":
                 found.append(self.trace.arrays[v.position - len(self.trace.graph.keys)])

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from varscale.initialization import laws
+from varscale import _compat
+from varscale.initialization import laws, tiles
 from varscale.initialization.drawing import LaidDrawing, compile_all, compiled, settings
 from varscale.initializers.sampling import checked_key
 from varscale.programs.patterns import Pattern
@@ -68,9 +69,14 @@ def reinitialize(params: P, laws_by_pattern: Mapping[Pattern, laws.Law] | Any, k
             hit.law, laws.name(hit.law), laws.plain_core(shape), jax.random.key_impl(typed), (np.dtype(dtype),),
             (_place(values[i]),), None, settings(),
         )  # fmt: skip
-    compile_all(list(programs.values()))
+    words = {i: laws.own_words(typed, described[i][0]) for i in programs}
+    traced = _compat.is_tracer(typed)
+    tiled = {} if traced else tiles.tiled(programs, {i: lambda i=i: [words[i]] for i in programs})
+    if not traced:
+        compile_all([tiled[i].program if i in tiled else program for i, program in programs.items()])
+    drawn = dict(zip(tiled, tiles.drawn(list(tiled.values())), strict=True))
     for i, program in programs.items():
-        (new,) = compiled(program)(jax.random.key_data(laws.own_key(typed, described[i][0])))
+        new = drawn[i] if i in drawn else (program if traced else compiled(program))(words[i])[0]
         if laws.keeps(program.law):
             new = jnp.where(program.law.kept(described[i][1]), values[i], new)  # pyright: ignore[reportFunctionMemberAccess]
         values[i] = new

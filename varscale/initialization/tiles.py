@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -20,11 +20,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from varscale import _compat
-from varscale.initialization.drawing import compiled
+from varscale.initialization import formulas
+from varscale.initialization.drawing import Drawing, LaidDrawing, compiled
 from varscale.initialization.formulas import Formula
 
 _TILE = 1024
-_TILES = 512  # a call draws half a million numbers: few enough for small models, enough to make calls cheap
+_FEW, _MANY = 128, 1024  # tiles a call: few take little memory, many make calls cheap
+_LARGE = 2**26  # numbers of a model from which on calls are to be cheap
 _SMALL = 2**20  # numbers that it takes no time worth saving to draw
 _ALIGNMENT = 64  # what jax asks of an array of the host to take it over without a copy
 
@@ -35,10 +37,12 @@ class Tiles:
 
     Attributes:
         formula: of their numbers.
+        count: how many tiles a call draws.
         settings: jax's settings that the compiled program depends on.
     """
 
     formula: Formula
+    count: int
     settings: Hashable
 
     @property
@@ -50,19 +54,19 @@ class Tiles:
     def argument_shapes(self) -> list[jax.ShapeDtypeStruct]:
         """Of each tile the words of its keys, its offset in the leaf, and the leaf's last factor."""
         return [
-            jax.ShapeDtypeStruct((_TILES, self.formula.keys, 2), np.uint32),
-            jax.ShapeDtypeStruct((_TILES,), np.uint32),
-            jax.ShapeDtypeStruct((_TILES,), self.formula.scaled or np.float32),
+            jax.ShapeDtypeStruct((self.count, self.formula.keys, 2), np.uint32),
+            jax.ShapeDtypeStruct((self.count,), np.uint32),
+            jax.ShapeDtypeStruct((self.count,), self.formula.scaled or np.float32),
         ]
 
     @property
     def cost(self) -> int:
         """How many numbers a call draws."""
-        return _TILES * _TILE
+        return self.count * _TILE
 
     def __call__(self, words: jax.Array, offset: jax.Array, factor: jax.Array) -> jax.Array:
         """The numbers of the tiles: traced by the program."""
-        index = offset[:, None] + jax.lax.broadcasted_iota(jnp.uint32, (_TILES, _TILE), 1)
+        index = offset[:, None] + jax.lax.broadcasted_iota(jnp.uint32, (self.count, _TILE), 1)
         keys = [(words[:, i, :1], words[:, i, 1:]) for i in range(self.formula.keys)]
         return self.formula(keys, index, factor[:, None])
 
@@ -91,6 +95,31 @@ def serves() -> bool:
     device: Any = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
     platform = jax.default_backend() if device is None else getattr(device, "platform", device)
     return platform == "cpu" and _compat.threefry_is_partitionable()
+
+
+def tiled(
+    programs: Mapping[int, Drawing | LaidDrawing], arguments: Mapping[int, Callable[[], Sequence[Any]]]
+) -> dict[int, Leaf]:
+    """Those leaves, of all that programs of their own would draw, that can be drawn tile by tile.
+
+    Args:
+        programs: what would draw each leaf.
+        arguments: what each would be given; keys as their words.
+    """
+    found: dict[int, tuple[formulas.Reading, np.ndarray]] = {}
+    for i, program in programs.items() if serves() else ():
+        reading = formulas.read(program) if program.shardings == (None,) else None
+        if reading is None:
+            continue
+        words = reading.words(arguments[i]())
+        if fits(len(words), reading.size):
+            found[i] = reading, words
+    numbers = sum(len(words) * reading.size for reading, words in found.values())
+    count = _MANY if numbers >= _LARGE else _FEW
+    return {
+        i: Leaf(Tiles(reading.formula, count, programs[i].settings), words, reading.factor, reading.size, reading.shape)
+        for i, (reading, words) in found.items()
+    }
 
 
 def fits(draws: int, size: int) -> bool:
@@ -136,7 +165,7 @@ class _Group:
     """The leaves of one program, as one row of tiles."""
 
     def __init__(self, program: Tiles, leaves: Sequence[Leaf], arrays: Sequence[np.ndarray]):
-        self.compiled = compiled(program)
+        self.compiled, self.count = compiled(program), program.count
         draws = [len(leaf.words) for leaf in leaves]
         self.words = np.concatenate([leaf.words for leaf in leaves])
         self.factors = np.repeat(np.asarray([leaf.factor for leaf in leaves]), draws)
@@ -147,16 +176,16 @@ class _Group:
 
     def calls(self) -> list[Callable[[], None]]:
         """What draws all tiles."""
-        return [lambda first=first: self.draw(first) for first in range(0, self.ends[-1], _TILES)]
+        return [lambda first=first: self.draw(first) for first in range(0, self.ends[-1], self.count)]
 
     def draw(self, first: int) -> None:
         """Draw the tiles from this one on, and copy them to where they belong."""
-        tiles = np.minimum(np.arange(first, first + _TILES), self.ends[-1] - 1)
+        tiles = np.minimum(np.arange(first, first + self.count), self.ends[-1] - 1)
         draw = np.searchsorted(self.ends, tiles, side="right")
         offset = ((tiles - self.begins[draw]) * _TILE).astype(np.uint32)
         numbers = np.asarray(self.compiled(self.words[draw], offset, self.factors[draw])).reshape(-1)
         for i in range(draw[0], draw[-1] + 1):
-            begin, end = max(self.begins[i], first), min(self.ends[i], first + _TILES)
+            begin, end = max(self.begins[i], first), min(self.ends[i], first + self.count)
             row = self.targets[i][(begin - self.begins[i]) * _TILE : (end - self.begins[i]) * _TILE]
             start = (begin - first) * _TILE
             row[...] = numbers[start : start + len(row)]
