@@ -34,6 +34,7 @@ if _TYPE_CHECKING:
     from varscale.report import Report as Report
     from varscale.report import Row as Row
     from varscale.report import Weight as Weight
+    from varscale.schemes.calibration import calibrate as calibrate
     from varscale.schemes.plan import Plan as Plan
     from varscale.schemes.unit_variance import lsuv as lsuv
     from varscale.theory import Moments as Moments
@@ -51,6 +52,7 @@ _LATER = {
     "initialize": "varscale.initialization.initialize",
     "initialize_to_checkpoint": "varscale.initialization.to_checkpoint",
     "reinitialize": "varscale.initialization.reinitialize",
+    "calibrate": "varscale.schemes.calibration",
     "inputs": "varscale.programs.faces",
     "lsuv": "varscale.schemes.unit_variance",
     "Monitor": "varscale.measuring.monitor",

@@ -21,6 +21,7 @@ def _linear(walk: Walk, view: View, x: Flow, use: Use, shape: Sequence[int], axe
     use.steps, use.depth, use.before, use.raw = view.steps, x.depth, x.functions, x.raw
     use.normalised, use.layout, use.region = x.normalised, axes, view.region
     use.input_scale, use.kernel_scale = x.scale, view.scale
+    use.reads = frozenset(source.use for source in x.sources)
     walk.close(x, read=True)
     sources = walk.note_all(use, view)
     # What is looked up is copied, not mixed: the residual stream begins there.

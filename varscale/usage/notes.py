@@ -32,6 +32,7 @@ class Use:
         region: (axis, start, stop) of each axis of the parameter of which it uses only a slice; None where that is not known.
         place: the equations around it, by `id`, and its own.
         operand: which operand of that equation the parameter is, of a linear map.
+        reads: numbers of the uses that its input depends on with no other linear map between.
         ends: which residual addition its output ends in, counted from 1.
         read: whether another parameter reads its output.
         reaches: whether its output is the model's, with no other linear map between.
@@ -63,6 +64,7 @@ class Use:
     region: tuple[tuple[int, int, int], ...] | None = ()
     place: tuple[int, ...] = ()
     operand: int = 1
+    reads: frozenset[int] = frozenset()
     ends: int | None = None
     read: bool = False
     reaches: bool = False

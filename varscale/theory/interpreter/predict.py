@@ -93,14 +93,41 @@ def predict(
     return report if draws is None else beside_draws(report, model, given, params, draws, method, scheme)
 
 
-def _predicted(program: Program, given: Inputs, params: Any, scheme: Any, *, backward: bool, detail: str) -> Report:
-    interpreter = Interpreter()
+class Walkable(NamedTuple):
+    """A forward pass, ready to be interpreted.
+
+    Attributes:
+        forward: its trace, from parameters and inputs to rows.
+        numbers: which parameters it takes, in their order.
+        parameters: all parameters.
+        split: the inputs.
+    """
+
+    forward: Trace
+    numbers: Sequence[int]
+    parameters: _Parameters
+    split: _Split
+
+    def run(self, interpreter: Interpreter) -> list[Any]:
+        """What the interpreter makes of it: the values of the rows."""
+        taken = [self.parameters.values[i] for i in self.numbers]
+        return interpreter.run(self.forward.jaxpr, self.forward.constants, [*taken, *self.split.values(interpreter)])
+
+
+def walkable(interpreter: Interpreter, program: Program, given: Inputs, params: Any, scheme: Any) -> Walkable:
+    """A model's forward pass, its parameters' laws read with an interpreter."""
     split = _Split(given)
     parameters = _parameters(interpreter, program, params, split)
     if scheme is not None:
         laws = laid_parameters(interpreter, parameters.shapes, parameters.values, scheme)
         parameters = parameters._replace(values=laws)
-    forward, taken = _forward(program, parameters, split)
+    return Walkable(*_forward(program, parameters, split), parameters, split)
+
+
+def _predicted(program: Program, given: Inputs, params: Any, scheme: Any, *, backward: bool, detail: str) -> Report:
+    interpreter = Interpreter()
+    walked = walkable(interpreter, program, given, params, scheme)
+    forward, parameters = walked.forward, walked.parameters
     if not forward.shapes[""]:
         raise ValueError(f"model {program.kinds.get('', program.kind)} returns no array: there is nothing to predict")
 
@@ -109,7 +136,7 @@ def _predicted(program: Program, given: Inputs, params: Any, scheme: Any, *, bac
     def walk() -> list[tuple[str, str | None, Any]]:
         rows = Rows(scopes=kind == "scope", equations=detail == "equations")
         interpreter.place = Place(rows)
-        values = interpreter.run(forward.jaxpr, forward.constants, [*taken, *split.values(interpreter)])
+        values = walked.run(interpreter)
         interpreter.place = None
         outputs = jax.tree_util.tree_unflatten(jax.tree_util.tree_structure(forward.shapes), values)
         captured = {call: outputs[call] for call in execution_order(forward.jaxpr, forward.shapes)}
@@ -138,16 +165,16 @@ class _Parameters(NamedTuple):
     draws: Draws | None = None
 
 
-def _forward(program: Program, parameters: _Parameters, split: _Split) -> tuple[Trace, list[Any]]:
-    """The forward pass from parameters and inputs to rows, and the parameters it takes."""
+def _forward(program: Program, parameters: _Parameters, split: _Split) -> tuple[Trace, Sequence[int]]:
+    """The forward pass from parameters and inputs to rows, and the numbers of the parameters it takes."""
     if parameters.draws is not None and parameters.draws.forward is not None:
-        return parameters.draws.forward, [parameters.values[i] for i in parameters.draws.used]
+        return parameters.draws.forward, parameters.draws.used
 
     def forward(variables: Any, dynamic: list[Any]) -> Any:
         output, captures = program.apply(variables, split.join(dynamic))
         return faces.grouped(captures, output)
 
-    return traced(forward, parameters.shapes, split.structs), parameters.values
+    return traced(forward, parameters.shapes, split.structs), range(len(parameters.values))
 
 
 class _Split:

@@ -15,6 +15,7 @@ from varscale.report import How, Report, Row
 from varscale.theory.domain.axes import averaging
 from varscale.theory.domain.tables import Table
 from varscale.theory.graph.layout import Value
+from varscale.theory.graph.nodes import Node
 from varscale.theory.interpreter.interpreter import Interpreter
 from varscale.theory.interpreter.uses import weights
 from varscale.theory.propagation.cotangents import cotangents
@@ -103,15 +104,9 @@ def _row(path: str, kind: str, x: Value, gradient: tuple[float, float] | None) -
     table = x.node.table
     if not _is_bounded(x):
         return _unbounded(path, kind, x)
-    spread = fluctuations(x.node)
-    mean, second = table.total_mean, table.mean_square * (1 + spread.shift)
-    variance = min(spread.variance, _WIDEST_BAND)
-    skew = float(np.clip(spread.skew, -(variance**1.5), variance**1.5))
-    typical = second * math.exp(-variance / 2 - skew / 6)
-    reach = _BAND * math.sqrt(variance) + _ROUNDING
-    lean = (_BAND**2 - 1) * skew / 6 / max(variance, 1e-300)  # Cornish and Fisher
+    mean = table.total_mean
+    second, typical, band = of_one_draw(x.node)
     how, error_bound = provenance(x.node)
-    band = (typical * math.exp(lean - reach), typical * math.exp(lean + reach))
     if gradient is not None:
         gradient = _of_one_copy(x, *gradient)
     return Row(
@@ -130,6 +125,18 @@ def _row(path: str, kind: str, x: Value, gradient: tuple[float, float] | None) -
         error_bound=error_bound,
         gradient_error_bound=None if gradient is None else GRADIENT_BASE + gradient[1],
     )
+
+
+def of_one_draw(node: Node) -> tuple[float, float, tuple[float, float]]:
+    """Of a node's mean square over initializations: its mean, its median, and what 99 % of them lie between."""
+    spread = fluctuations(node)
+    second = node.table.mean_square * (1 + spread.shift)
+    variance = min(spread.variance, _WIDEST_BAND)
+    skew = float(np.clip(spread.skew, -(variance**1.5), variance**1.5))
+    typical = second * math.exp(-variance / 2 - skew / 6)
+    reach = _BAND * math.sqrt(variance) + _ROUNDING
+    lean = (_BAND**2 - 1) * skew / 6 / max(variance, 1e-300)  # Cornish and Fisher
+    return second, typical, (typical * math.exp(lean - reach), typical * math.exp(lean + reach))
 
 
 def _of_one_copy(x: Value, gradient: float, doubt: float) -> tuple[float, float]:

@@ -118,6 +118,8 @@ def as_weight(interpreter: Context, x: Value) -> Value:
         one = as_weight(interpreter, stacked[0])
         if isinstance(one.node, Leaf):
             return _stacked_weight(interpreter, one, x)
+    if (graded := _graded_weight(interpreter, x)) is not None:
+        return graded
     found = law(x.node) or _scaled_law(x.node)
     if found is None or isinstance(x.node, Constant | Array):
         return x
@@ -125,6 +127,24 @@ def as_weight(interpreter: Context, x: Value) -> Value:
     weight = interpreter.graph.make(Leaf, x.node.axes, (), ("weight", x.node.id))
     weight.settle(independent(mean, square, weight.axes), odd=mean == 0, kurtosis=kurtosis, transport=_quantiles(values))
     return Value(weight, x.dims)
+
+
+def _graded_weight(interpreter: Context, x: Value) -> Value | None:
+    """Draws of one law times known numbers, one a layer, say: a weight times these."""
+    scale, parts = factors(View(x.node, tuple(range(len(x.node.axes)))))
+    known = [view for view in parts if isinstance(view.node, Array)]
+    drawn = [view for view in parts if not isinstance(view.node, Array)]
+    if not known or len(drawn) != 1 or drawn[0].bind != tuple(range(len(x.node.axes))):
+        return None
+    weight = as_weight(interpreter, Value(drawn[0].node, x.dims))
+    if not isinstance(weight.node, Leaf):
+        return None
+    made = interpreter.elementwise("mul", weight, full(x.node.graph, scale, [1] * len(x.dims)))
+    for view in known:
+        place = {b: k for k, b in enumerate(view.bind)}
+        dims = tuple(tuple(Atom(a.size, place[a.axis]) for a in dim if a.axis in place) for dim in x.dims)
+        made = interpreter.elementwise("mul", made, Value(view.node, dims))
+    return made
 
 
 def _quantiles(values: bytes | None) -> np.ndarray | None:

@@ -1,0 +1,223 @@
+"""The walk that calibrates: moments are followed through a program, and each kernel it meets is given its variance."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
+
+import jax
+import numpy as np
+
+from varscale.initializers.distributions import DistributionName
+from varscale.schemes.plan import PlannedLeaf
+from varscale.schemes.scheme import spread
+from varscale.theory.graph.layout import Value
+from varscale.theory.graph.nodes import Node
+from varscale.theory.graph.normal_form import affine
+from varscale.theory.interpreter.interpreter import Interpreter
+from varscale.theory.interpreter.predict import Walkable
+from varscale.theory.interpreter.summary import of_one_draw
+from varscale.theory.propagation.cotangents import cotangents
+from varscale.theory.rules.prefix_scans import live_equations
+from varscale.theory.rules.random import as_weight
+from varscale.usage import layouts
+from varscale.usage.handlers import HANDLERS
+from varscale.usage.notes import Use
+from varscale.usage.parameters import named_leaves
+from varscale.usage.values import View
+from varscale.usage.walk import Walk
+
+Direction = Literal["forward", "backward", "both"]
+_TRIES = 30  # of a scale beside a bias
+_CLOSE = 1e-9  # to the target, relative
+
+
+class Kernel(NamedTuple):
+    """A use of a kernel, at the equation that multiplies by it.
+
+    Attributes:
+        path: of the kernel.
+        use: what the program does with it there.
+        number: of the use.
+        is_tied: whether the kernel has other uses.
+        layer_axis: axis over which a scan stacks its layers; None for a kernel of one layer.
+        unit: 1/√fan_in of the leaf.
+    """
+
+    path: str
+    use: Use
+    number: int
+    is_tied: bool
+    layer_axis: int | None
+    unit: float
+
+
+class Set(NamedTuple):
+    """What the walk found at one product.
+
+    Attributes:
+        kernel: of the product.
+        steps: the layer, in a scan.
+        scale: what the kernel's standard deviation must be multiplied by; for a tied kernel, what it was multiplied by.
+        forward: the factor on its standard deviation that gives the product the target.
+        backward: the factor that keeps the gradient; None for a kernel that reads the input.
+        typical: the typical second moment of the product, scaled.
+        reach: the factor by which 99 % of draws differ from it at most.
+    """
+
+    kernel: Kernel
+    steps: tuple[int, ...]
+    scale: float
+    forward: float
+    backward: float | None
+    typical: float
+    reach: float
+
+
+def kernels_of(walked: Walkable, chosen: Mapping[str, PlannedLeaf]) -> dict[tuple[int, ...], Kernel]:
+    """The uses of the chosen kernels, by the `id`s of the equations that they are in."""
+    names = named_leaves(walked.parameters.shapes)
+    jaxpr = walked.forward.jaxpr
+    jaxpr = jaxpr.replace(eqns=live_equations(jaxpr))  # others draw the weights that are given here
+    walk = Walk(HANDLERS)
+    views = [
+        View(i, layouts.whole(v.aval.shape)) if names[i].learned else None
+        for i, v in zip(walked.numbers, jaxpr.invars, strict=False)
+    ]
+    flows = [walk.input(v.aval.shape) for v in jaxpr.invars[len(views) :]]
+    walk.run(jaxpr, [None] * len(jaxpr.constvars), [*views, *flows])
+    counts: dict[int, int] = {}
+    linear = [(n, use) for n, use in enumerate(walk.uses) if use.kind in ("linear", "convolution", "depthwise")]
+    for _, use in linear:
+        counts[use.parameter] = counts.get(use.parameter, 0) + 1
+    found: dict[tuple[int, ...], Kernel] = {}
+    for number, use in linear:
+        path = names[use.parameter].path
+        if path in chosen:
+            layers = sorted(use.batch)
+            tied = counts[use.parameter] > 1 or len(layers) > 1
+            found[use.place] = Kernel(
+                path, use, number, tied, layers[0] if layers and not tied else None, chosen[path].fan_in ** -0.5
+            )
+    return found
+
+
+class Laws:
+    """The laws of kernels, and what is left of their standard deviations in float32: errors add up over a thousand layers."""
+
+    def __init__(self, distribution: DistributionName):
+        self._distribution: DistributionName = distribution
+        self._known: dict[float, float] = {}
+
+    def applied(self, kernel: Kernel, scale: float) -> float:
+        """The scale, as float32 has it."""
+        if kernel.layer_axis is not None:
+            return float(np.float32(scale))
+        return self._deviation(kernel.unit * scale) / self._deviation(kernel.unit)
+
+    def _deviation(self, std: float) -> float:
+        """The standard deviation that `vs.predict` reads from the law."""
+        if std not in self._known:
+            law, interpreter = spread(self._distribution, std), Interpreter()
+            traced = jax.make_jaxpr(lambda: law(jax.random.key(0), (2,), np.dtype(np.float32)))()
+            (out,) = interpreter.run(traced.jaxpr, traced.consts, [])
+            self._known[std] = math.sqrt(as_weight(interpreter, out).node.table.mean_square)
+        return self._known[std]
+
+
+class Calibrating(Interpreter):
+    """Follows moments through a program and multiplies what each kernel makes by the factor that gives it the target.
+
+    Attributes:
+        kernels: where kernels multiply, by the `id`s of the equations around it and its own.
+        found: what was found there, in order.
+    """
+
+    def __init__(self, target: float, direction: Direction, tied: Mapping[str, float], laws: Laws):
+        super().__init__()
+        self._laws = laws
+        self.kernels: Mapping[tuple[int, ...], Kernel] = {}
+        self.found: list[Set] = []
+        self._target, self._direction, self._tied = target, direction, tied
+        self._around: list[int] = []
+        self._products: dict[int, Node] = {}
+        self._bare: dict[int, tuple[int, Value]] = {}
+
+    def equation(self, eqn: Any, ins: list[Any]) -> list[Any]:
+        self._around.append(id(eqn))
+        try:
+            outs = super().equation(eqn, ins)
+            kernel = self.kernels.get(tuple(self._around))
+        finally:
+            self._around.pop()
+        if eqn.primitive.name in ("add", "add_any") and isinstance(outs[0], Value):
+            return [self._with_bias(ins, outs[0])]
+        if kernel is None or not isinstance(outs[0], Value):
+            return outs
+        x = ins[1 - kernel.use.operand]
+        return [self._scaled(kernel, outs[0], x if isinstance(x, Value) else None)]
+
+    def _scaled(self, kernel: Kernel, out: Value, x: Value | None) -> Value:
+        """The product, with the kernel's standard deviation set."""
+        second, typical, (low, high) = of_one_draw(out.node)
+        if not math.isfinite(second) or not typical > 0:
+            return out
+        reach = max(high / typical, typical / low if low > 0 else math.inf)
+        forward = math.sqrt(self._target / typical)
+        backward = None if self._direction == "forward" or x is None else self._backward(kernel, x)
+        if backward is None or self._direction == "forward":
+            scale = forward
+        else:
+            scale = backward if self._direction == "backward" else math.sqrt(forward * backward)
+        if kernel.is_tied:
+            scale = self._tied.get(kernel.path, scale)
+        steps = tuple(self.steps) if kernel.layer_axis is not None else ()
+        applied = self._laws.applied(kernel, scale)
+        self.found.append(Set(kernel, steps, scale, forward, backward, applied**2 * typical, reach))
+        made = affine(out.node, applied, 0.0)
+        self._products[kernel.number] = made
+        self._bare[made.id] = len(self.found) - 1, out
+        return Value(made, out.dims)
+
+    def _with_bias(self, ins: list[Any], out: Value) -> Value:
+        """A sum; of a product and a bias that is not zero, with the kernel's standard deviation set anew."""
+        for one, other in (ins, ins[::-1]):
+            if not (isinstance(one, Value) and isinstance(other, Value)) or one.node.id not in self._bare:
+                continue
+            at, product = self._bare[one.node.id]
+            made = self.found[at]
+            if other.constant == 0 or other.node.deps & self.graph.inputs or made.scale != made.forward:
+                continue
+            scale = made.scale
+            for _ in range(_TRIES):
+                applied = self._laws.applied(made.kernel, scale)
+                scaled = Value(affine(product.node, applied, 0.0), product.dims)
+                out = self.elementwise("add", scaled, other)
+                typical = of_one_draw(out.node)[1]
+                own = typical - applied**2 * self._target / made.forward**2
+                if abs(typical / self._target - 1) < _CLOSE:
+                    break
+                if own >= self._target:
+                    raise ValueError(
+                        f"target must be above {own:.4g}, which the bias beside {made.kernel.path!r} alone makes, "
+                        f"not {self._target:g}: leave the kernel out with rows="
+                    )
+                scale = made.forward * math.sqrt(1 - own / self._target)
+            self.found[at] = made._replace(scale=scale, forward=scale)
+            self._products[made.kernel.number] = out.node
+            return out
+        return out
+
+    def _backward(self, kernel: Kernel, x: Value) -> float | None:
+        """The factor on the standard deviation 1/√fan_in that keeps the gradient from a product to those before it."""
+        before = [self._products[n] for n in kernel.use.reads if n in self._products]
+        if not before:
+            return None
+        ones = np.zeros(x.node.frame_types)
+        ones[tuple(slice(0, axis.classes) for axis in x.node.axes)] = 1.0
+        passed = [gradient for gradient, _ in cotangents([(x.node, ones)], before).values()]
+        if not passed or not max(passed) > 0:
+            return None
+        fan_out = kernel.use.fan_out / max(1, kernel.use.parts)
+        return math.sqrt(kernel.use.fan_in / (fan_out * max(passed)))

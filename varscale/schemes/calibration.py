@@ -1,0 +1,223 @@
+"""`calibrate`: a plan under which what every kernel makes has a given typical second moment, by prediction alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from varscale.initializers.distributions import DistributionName
+from varscale.initializers.distributions import distribution as checked_distribution
+from varscale.initializers.initializer import checked_number
+from varscale.initializers.structured import Constant
+from varscale.programs import faces
+from varscale.programs.patterns import Pattern, rows_caught
+from varscale.schemes.calibrating_walk import Calibrating, Direction, Laws, Set, kernels_of
+from varscale.schemes.laws import graded
+from varscale.schemes.plan import Plan, PlannedLeaf
+from varscale.schemes.scheme import Choice, Scheme, Subject, spread
+from varscale.theory.interpreter.predict import walkable
+from varscale.usage.parameters import ParameterUses
+
+_DIRECTIONS = ("forward", "backward", "both")
+_WALKS = 30  # over a model with tied kernels
+_CLOSE = 1e-9  # of the logarithm of a tied kernel's mean
+_WIDE = 4.0  # a factor that a single draw may be off before the plan warns
+_KERNELS = frozenset({"input", "hidden", "readout", "depthwise", "expert"})
+
+
+def calibrate(
+    model: Any,
+    x: Any,
+    *,
+    target: float = 1.0,
+    direction: Direction = "forward",
+    rows: Pattern | Sequence[Pattern] = "**",
+    distribution: DistributionName = "truncated_normal",
+    params: Any = None,
+    method: str | None = None,
+) -> Plan:
+    """A plan that gives each kernel the variance at which what it makes has the typical second moment `target`.
+
+    Nothing is drawn and no data is needed: the moments of `vs.predict` are followed through the model once, and when the
+    product of a kernel and its input is met, the kernel's variance is set. The input of a kernel is what the kernels before it
+    make of theirs, so activations, residual streams that grow with depth, attention, norms, borders of convolutions and shared
+    inputs are taken as they are. Afterwards `vs.predict(model, x, scheme=plan)` gives every such row `typical` = target. The
+    TYPICAL second moment is that of most draws; where the activation's fixed point repels (gelu, silu), the mean over draws is
+    ruled by rare networks.
+
+    Kernels of layers that a scan stacks get a variance a layer. A kernel that is used in several places has one variance: the
+    geometric mean of what it makes is the target. Kept as declared: biases, norms, tables that are looked up, kernels that are
+    declared to be zero or another constant, and kernels that a loop over time uses at each step (`vs.lsuv` rescales these).
+
+    Args:
+        model: a linen module, an nnx factory `lambda rngs: Net(..., rngs=rngs)`, an nnx instance, or a plain function
+            f(params, *args).
+        x: one input or `vs.inputs(...)`, as `vs.predict` takes them: described (`jax.ShapeDtypeStruct`, `vs.Moments`) or
+            arrays.
+        target: the typical second moment; finite and positive.
+        direction: "forward": as above. "backward": the variance at which the gradient that a kernel sends to the kernels
+            before it has the second moment of the gradient that it gets; 1/fan_out for linear layers. Kernels that read the
+            model's input have none before them and get the forward one. "both": the geometric mean of the two variances.
+        rows: patterns of the kernels, by the path of the kernel or of a module that it is in. Others keep their declared laws.
+        distribution: of the weights: "truncated_normal", "normal", "uniform" or "rademacher".
+        params: for a plain function, as for `vs.predict`.
+        method: the method to trace in place of `__call__`.
+
+    Returns:
+        Plan: its column `why` tells the forward and the backward standard deviation; its notes warn from the depth on where
+        single draws differ from the target by more than a factor of 4.
+
+    Raises:
+        TypeError: the model or an input is of no known kind.
+        ValueError: an argument is outside its range, the model cannot be predicted, has no kernels, or a pattern matches none.
+
+    Example:
+        >>> import flax.linen as nn, jax, varscale as vs
+        >>> net = nn.Sequential([nn.Dense(256), nn.gelu, nn.Dense(256), nn.gelu, nn.Dense(10)])
+        >>> x = jax.ShapeDtypeStruct((64, 784), "float32")
+        >>> plan = vs.calibrate(net, x)
+        >>> [round(row.typical, 6) for row in vs.predict(net, x, scheme=plan, backward=False).rows if "layers" in row.path]
+        [1.0, 1.0, 1.0]
+    """
+    target = checked_number("target", target, above=0.0)
+    if direction not in _DIRECTIONS:
+        raise ValueError(f"direction must be one of {', '.join(map(repr, _DIRECTIONS))}, not {direction!r}")
+    checked_distribution(distribution)
+    words = f"calibrate(target={target:g}, direction={direction!r})"
+    base = _unit_plan(words, model, x, rows, distribution, params, method)
+    chosen = {leaf.path: leaf for leaf in base if leaf.why == _CHOSEN}
+    program, given = faces.program(model, method=method), faces.as_inputs(x)
+    tied = _Tied()
+    interpreter = None
+    for _ in range(_WALKS):
+        interpreter = Calibrating(target, direction, tied.scales, Laws(distribution))
+        walked = walkable(interpreter, program, given, params, base)
+        interpreter.kernels = kernels_of(walked, chosen)
+        walked.run(interpreter)
+        if tied.settled(interpreter.found, target):
+            break
+    assert interpreter is not None
+    leaves = tuple(_planned(leaf, interpreter.found, target, distribution) if leaf.path in chosen else leaf for leaf in base)
+    plan = dataclasses.replace(base, leaves=leaves)
+    return dataclasses.replace(plan, notes=(*plan.notes, *_warnings(interpreter.found)))
+
+
+_CHOSEN = "calibrated"
+
+
+def _unit_plan(
+    words: str, model: Any, x: Any, rows: Any, distribution: DistributionName, params: Any, method: str | None
+) -> Plan:
+    """The plan that gives the kernels that will be calibrated the variance 1/fan_in, and leaves the rest alone."""
+    caught: list[set[str]] = []
+
+    def rule(subject: Subject) -> Choice:
+        if (kept := _kept(subject.uses)) is not None:
+            return subject.kept(kept)
+        if not caught:
+            kernels = [other.path for other in subject.whole if _kept(other) is None]
+            caught.append(set(rows_caught(rows, kernels, "rows")))
+        if subject.uses.path not in caught[0]:
+            return subject.kept("as declared: not among rows")
+        if isinstance(subject.declared, Constant):
+            return subject.kept("as declared: a constant")
+        return Choice(spread(distribution, subject.fan_in**-0.5), _CHOSEN)
+
+    base = Scheme(words, rule)(model, x, params=params, method=method)
+    if not any(leaf.why == _CHOSEN for leaf in base):
+        raise ValueError("model has no kernel whose variance could be set: none multiplies an activation outside of a loop")
+    return base
+
+
+def _kept(parameter: ParameterUses) -> str | None:
+    """Why a parameter keeps its declared law; None for a kernel."""
+    uses = [use for use in parameter.uses if use.reduction_axes]
+    if any(use.role == "embedding" for use in uses):
+        return "as declared: a table that is looked up"
+    if not uses or parameter.role not in _KERNELS:
+        return "as declared"
+    if any(use.times > 1 for use in uses):
+        return "as declared: used at each step of a loop; vs.lsuv rescales it"
+    return None
+
+
+class _Tied:
+    """The scales of kernels with several uses, walk by walk, until the geometric mean of what they make is the target."""
+
+    def __init__(self) -> None:
+        self.scales: dict[str, float] = {}
+        self._slopes: dict[str, float] = {}
+        self._last: dict[str, tuple[float, float]] = {}
+
+    def settled(self, found: Sequence[Set], target: float) -> bool:
+        """Whether they are right; sets the next ones."""
+        by_path: dict[str, list[Set]] = {}
+        for one in found:
+            if one.kernel.is_tied:
+                by_path.setdefault(one.kernel.path, []).append(one)
+        done = True
+        for path, sets in by_path.items():
+            level = float(np.mean([0.5 * math.log(one.typical / target) for one in sets]))
+            scale = self.scales.get(path, sets[0].scale)
+            first = path not in self.scales
+            if first:  # in the first walk each use had a scale of its own
+                self.scales[path], done = math.exp(float(np.mean([math.log(one.scale) for one in sets]))), False
+                self._slopes[path] = 1.0
+                continue
+            if path in self._last and abs(math.log(scale) - self._last[path][0]) > 1e-12:
+                step = math.log(scale) - self._last[path][0]
+                self._slopes[path] = float(np.clip((level - self._last[path][1]) / step, 0.3, 1e4))
+            self._last[path] = math.log(scale), level
+            if abs(level) > _CLOSE:
+                self.scales[path], done = scale * math.exp(-level / self._slopes[path]), False
+        return done
+
+
+def _planned(leaf: PlannedLeaf, found: Sequence[Set], target: float, distribution: DistributionName) -> PlannedLeaf:
+    """The leaf with its law."""
+    mine = [one for one in found if one.kernel.path == leaf.path]
+    if not mine:
+        raise ValueError(
+            f"{leaf.path!r}: vs.predict gives what this kernel makes no moments of its own (it is zero, or drawn as part of "
+            "a whole): leave it out with rows=, or rescale it on data with vs.lsuv"
+        )
+    unit = mine[0].kernel.unit
+    if mine[0].kernel.layer_axis is None:
+        law = spread(distribution, unit * mine[0].scale)
+    else:
+        scales = [one.scale for one in sorted(mine, key=lambda one: one.steps)]
+        law = graded(spread(distribution, unit), scales, mine[0].kernel.layer_axis)
+    return dataclasses.replace(leaf, law=law, why=_why(mine, unit, target))
+
+
+def _why(mine: Sequence[Set], unit: float, target: float) -> str:
+    """What a leaf's law was set for."""
+
+    def told(factors: Sequence[float]) -> str:
+        low, high = unit * min(factors), unit * max(factors)
+        return f"{low:.4g}" if high - low <= 1e-9 * high else f"{low:.4g} to {high:.4g}"
+
+    backward = [one.backward for one in mine if one.backward is not None]
+    words = f"typical E[y²] = {target:g}" + (f" in the geometric mean of {len(mine)} uses" if mine[0].kernel.is_tied else "")
+    if backward:
+        words = f"forward std {told([one.forward for one in mine])}, backward std {told(backward)}"
+    return words
+
+
+def _warnings(found: Sequence[Set]) -> list[str]:
+    """From which product on single draws differ widely from the target."""
+    wide = [(k, one) for k, one in enumerate(found) if one.reach > _WIDE]
+    if not wide:
+        return []
+    k, first = wide[0]
+    name = first.kernel.path + "".join(f"@{step}" for step in first.steps)
+    worst = max(one.reach for _, one in wide)
+    return [
+        f"From {name} on (kernel {k + 1} of {len(found)} in depth) the second moment of a single draw may differ from its "
+        f"typical value by more than a factor {_WIDE:g} (up to {worst:.3g}): normalise, widen, or rescale the drawn weights on "
+        "data with vs.lsuv."
+    ]
