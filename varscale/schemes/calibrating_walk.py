@@ -30,7 +30,7 @@ from varscale.usage.walk import Walk
 
 Direction = Literal["forward", "backward", "both"]
 _TRIES = 30  # of a scale beside a bias
-_CLOSE = 1e-9  # to the target, relative
+_CLOSE = 2e-7  # to the target, relative: float32 has no more
 
 
 class Kernel(NamedTuple):
@@ -75,8 +75,20 @@ class Set(NamedTuple):
     reach: float
 
 
-def kernels_of(walked: Walkable, chosen: Mapping[str, PlannedLeaf]) -> dict[tuple[int, ...], Kernel]:
-    """The uses of the chosen kernels, by the `id`s of the equations that they are in."""
+class Places(NamedTuple):
+    """Where a program uses its parameters, by the `id`s of the equations around the use and its own.
+
+    Attributes:
+        kernels: of the chosen kernels.
+        biases: of parameters that are added to something.
+    """
+
+    kernels: Mapping[tuple[int, ...], Kernel]
+    biases: frozenset[tuple[int, ...]]
+
+
+def places_of(walked: Walkable, chosen: Mapping[str, PlannedLeaf]) -> Places:
+    """The uses of the chosen kernels and of biases."""
     names = named_leaves(walked.parameters.shapes)
     jaxpr = walked.forward.jaxpr
     jaxpr = jaxpr.replace(eqns=live_equations(jaxpr))  # others draw the weights that are given here
@@ -100,7 +112,7 @@ def kernels_of(walked: Walkable, chosen: Mapping[str, PlannedLeaf]) -> dict[tupl
             found[use.place] = Kernel(
                 path, use, number, tied, layers[0] if layers and not tied else None, chosen[path].fan_in ** -0.5
             )
-    return found
+    return Places(found, frozenset(use.place for use in walk.uses if use.kind == "shift"))
 
 
 class Laws:
@@ -130,14 +142,14 @@ class Calibrating(Interpreter):
     """Follows moments through a program and multiplies what each kernel makes by the factor that gives it the target.
 
     Attributes:
-        kernels: where kernels multiply, by the `id`s of the equations around it and its own.
+        places: where kernels multiply and biases are added.
         found: what was found there, in order.
     """
 
     def __init__(self, target: float, direction: Direction, tied: Mapping[str, float], laws: Laws):
         super().__init__()
         self._laws = laws
-        self.kernels: Mapping[tuple[int, ...], Kernel] = {}
+        self.places = Places({}, frozenset())
         self.found: list[Set] = []
         self._target, self._direction, self._tied = target, direction, tied
         self._around: list[int] = []
@@ -148,11 +160,12 @@ class Calibrating(Interpreter):
         self._around.append(id(eqn))
         try:
             outs = super().equation(eqn, ins)
-            kernel = self.kernels.get(tuple(self._around))
+            place = tuple(self._around)
         finally:
             self._around.pop()
-        if eqn.primitive.name in ("add", "add_any") and isinstance(outs[0], Value):
+        if place in self.places.biases and isinstance(outs[0], Value):
             return [self._with_bias(ins, outs[0])]
+        kernel = self.places.kernels.get(place)
         if kernel is None or not isinstance(outs[0], Value):
             return outs
         x = ins[1 - kernel.use.operand]
@@ -187,7 +200,7 @@ class Calibrating(Interpreter):
                 continue
             at, product = self._bare[one.node.id]
             made = self.found[at]
-            if other.constant == 0 or other.node.deps & self.graph.inputs or made.scale != made.forward:
+            if other.constant == 0 or made.kernel.is_tied or self._direction != "forward":
                 continue
             scale = made.scale
             for _ in range(_TRIES):

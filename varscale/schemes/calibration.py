@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from varscale.initializers.distributions import DistributionName
@@ -15,10 +16,12 @@ from varscale.initializers.initializer import checked_number
 from varscale.initializers.structured import Constant
 from varscale.programs import faces
 from varscale.programs.patterns import Pattern, rows_caught
-from varscale.schemes.calibrating_walk import Calibrating, Direction, Laws, Set, kernels_of
+from varscale.schemes.calibrating_walk import Calibrating, Direction, Laws, Set, places_of
 from varscale.schemes.laws import graded
 from varscale.schemes.plan import Plan, PlannedLeaf
 from varscale.schemes.scheme import Choice, Scheme, Subject, spread
+from varscale.theory.domain.tables import Moments
+from varscale.theory.interpreter.parameters import is_function
 from varscale.theory.interpreter.predict import walkable
 from varscale.usage.parameters import ParameterUses
 
@@ -52,6 +55,7 @@ def calibrate(
     Kernels of layers that a scan stacks get a variance a layer. A kernel that is used in several places has one variance: the
     geometric mean of what it makes is the target. Kept as declared: biases, norms, tables that are looked up, kernels that are
     declared to be zero or another constant, and kernels that a loop over time uses at each step (`vs.lsuv` rescales these).
+    Behind such a loop, which `vs.predict` draws, the target is met to the error of its draws.
 
     Args:
         model: a linen module, an nnx factory `lambda rngs: Net(..., rngs=rngs)`, an nnx instance, or a plain function
@@ -88,22 +92,23 @@ def calibrate(
         raise ValueError(f"direction must be one of {', '.join(map(repr, _DIRECTIONS))}, not {direction!r}")
     checked_distribution(distribution)
     words = f"calibrate(target={target:g}, direction={direction!r})"
-    base = _unit_plan(words, model, x, rows, distribution, params, method)
-    chosen = {leaf.path: leaf for leaf in base if leaf.why == _CHOSEN}
-    program, given = faces.program(model, method=method), faces.as_inputs(x)
+    base, kept = _unit_plan(words, model, x, rows, distribution, params, method)
+    program, given, laws = faces.program(model, method=method), faces.as_inputs(x), Laws(distribution)
     tied = _Tied()
-    interpreter = None
+    found: list[Set] = []
     for _ in range(_WALKS):
-        interpreter = Calibrating(target, direction, tied.scales, Laws(distribution))
+        interpreter = Calibrating(target, direction, tied.scales, laws)
         walked = walkable(interpreter, program, given, params, base)
-        interpreter.kernels = kernels_of(walked, chosen)
+        interpreter.places = places_of(walked, {leaf.path: leaf for leaf in base if leaf.why == _CHOSEN})
         walked.run(interpreter)
-        if tied.settled(interpreter.found, target):
+        found = interpreter.found
+        missing = {leaf.path for leaf in base if leaf.why == _CHOSEN} - {one.kernel.path for one in found}
+        if missing:  # the others are calibrated with these as they are
+            base = dataclasses.replace(base, leaves=tuple(kept[leaf.path] if leaf.path in missing else leaf for leaf in base))
+        elif tied.settled(found, target):
             break
-    assert interpreter is not None
-    leaves = tuple(_planned(leaf, interpreter.found, target, distribution) if leaf.path in chosen else leaf for leaf in base)
-    plan = dataclasses.replace(base, leaves=leaves)
-    return dataclasses.replace(plan, notes=(*plan.notes, *_warnings(interpreter.found)))
+    leaves = tuple(_planned(leaf, found, target, distribution) if leaf.why == _CHOSEN else leaf for leaf in base)
+    return dataclasses.replace(base, leaves=leaves, notes=(*base.notes, *_warnings(found)))
 
 
 _CHOSEN = "calibrated"
@@ -111,9 +116,10 @@ _CHOSEN = "calibrated"
 
 def _unit_plan(
     words: str, model: Any, x: Any, rows: Any, distribution: DistributionName, params: Any, method: str | None
-) -> Plan:
-    """The plan that gives the kernels that will be calibrated the variance 1/fan_in, and leaves the rest alone."""
+) -> tuple[Plan, dict[str, PlannedLeaf]]:
+    """The plan that gives the kernels that will be calibrated the variance 1/fan_in; and these as declared."""
     caught: list[set[str]] = []
+    declared: dict[str, Any] = {}
 
     def rule(subject: Subject) -> Choice:
         if (kept := _kept(subject.uses)) is not None:
@@ -125,12 +131,26 @@ def _unit_plan(
             return subject.kept("as declared: not among rows")
         if isinstance(subject.declared, Constant):
             return subject.kept("as declared: a constant")
+        declared[subject.uses.path] = subject.declared
         return Choice(spread(distribution, subject.fan_in**-0.5), _CHOSEN)
 
-    base = Scheme(words, rule)(model, x, params=params, method=method)
+    base = Scheme(words, rule)(model, x, params=_shapes(params), method=method)
     if not any(leaf.why == _CHOSEN for leaf in base):
         raise ValueError("model has no kernel whose variance could be set: none multiplies an activation outside of a loop")
-    return base
+    why = "as declared: what it makes is zero, or predicted by draws of a whole; vs.lsuv rescales it"
+    return base, {path: dataclasses.replace(base[path], law=law, why=why) for path, law in declared.items()}
+
+
+def _shapes(params: Any) -> Any:
+    """The parameters of a plain function, as abstract arrays."""
+    if is_function(params):
+        return jax.eval_shape(params, jax.random.key(0))
+    described = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if isinstance(leaf, Moments) else leaf,
+        params,
+        is_leaf=lambda leaf: isinstance(leaf, Moments),
+    )
+    return None if params is None else described
 
 
 def _kept(parameter: ParameterUses) -> str | None:
@@ -180,11 +200,6 @@ class _Tied:
 def _planned(leaf: PlannedLeaf, found: Sequence[Set], target: float, distribution: DistributionName) -> PlannedLeaf:
     """The leaf with its law."""
     mine = [one for one in found if one.kernel.path == leaf.path]
-    if not mine:
-        raise ValueError(
-            f"{leaf.path!r}: vs.predict gives what this kernel makes no moments of its own (it is zero, or drawn as part of "
-            "a whole): leave it out with rows=, or rescale it on data with vs.lsuv"
-        )
     unit = mine[0].kernel.unit
     if mine[0].kernel.layer_axis is None:
         law = spread(distribution, unit * mine[0].scale)
