@@ -28,7 +28,7 @@ from varscale.theory.propagation.marginals import concentrated, evaluate
 from varscale.theory.propagation.products import product_second
 from varscale.theory.propagation.pullbacks import mean_square, sum_out
 from varscale.theory.propagation.scale_responses import companions
-from varscale.theory.propagation.spherical_norms import mean_squared_correlation
+from varscale.theory.propagation.unit_kurtosis import mean_squared_correlation
 
 # Set on the validation grid, not derived, both.
 _MASK_DOUBT = 0.03  # a step of a stream, whose derivatives are a Markov chain only in the main

@@ -18,11 +18,10 @@ from varscale.theory.graph.reshapes import Rearranged
 from varscale.theory.graph.store import once_per_node
 from varscale.theory.integrals.hermite_series import WEIGHTS
 from varscale.theory.integrals.lognormal import Answer, Scale, answer
-from varscale.theory.propagation.few_terms import shape_shift
 from varscale.theory.propagation.marginals import concentrated, evaluate, independent_factors, over_classes
 from varscale.theory.propagation.scale_responses import response_curve, responses
-from varscale.theory.propagation.spherical_norms import sphere_shift
 from varscale.theory.propagation.square_covariances import square_pairs
+from varscale.theory.propagation.unit_kurtosis import kurtosis_shift
 
 _LEAST_LEFT = 1e-3  # of a mean, what a shift by more than all of it leaves
 
@@ -145,11 +144,11 @@ def inherited(node: Node) -> Spread:
         growth *= told.growth
         bent += abs(told.slope) * spread.bend + told.doubt
         skew += np.cbrt(told.skew)
-    shapes = (shape_shift(node), sphere_shift(node))
+    shape, unsure = kurtosis_shift(node)
     found = dataclasses.replace(
         combine(terms),
-        shift=growth - 1 + sum(s for s, _ in shapes),
-        bend=bent + sum(d for _, d in shapes),
+        shift=growth - 1 + shape,
+        bend=bent + unsure,
         places=weighted([(1.0, own) for own in places.values()]),
         skew=skew**3,
     )
