@@ -29,7 +29,7 @@ from varscale.theory.propagation.marginals import (
     marginal,
     placed,
 )
-from varscale.theory.propagation.shared_scale import varied
+from varscale.theory.propagation.shared_scale import mark_scale
 
 MOST_VARIABLES = 5  # roots of one cubature: points in twice as many dimensions are too few for more
 # Set on the validation grid, not derived: of a cubature over more variables than that.
@@ -154,7 +154,7 @@ def product_moments(view: View, frame: Sequence[Axis]) -> tuple[np.ndarray, np.n
             own, pairs = _of_one_root(group, frame, fixed)
         mean, second = mean * own, second * pairs
     for key in fixed:
-        mean, second = varied(opened, roots_of(opened)[key], frame, mean, second)
+        mark_scale(opened, roots_of(opened)[key], frame)
     return mean, second
 
 
