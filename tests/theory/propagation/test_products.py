@@ -44,11 +44,11 @@ def integral(f, count, points=120):
         pytest.param(lambda a, b: jnp.tanh(relu(a) + relu(b)) + relu(a), 2, id="function of a sum plus its term"),
     ],
 )
-def test_a_sum_beside_one_of_its_own_roots_goes_apart(f, count):
-    """The quasi-random points are good to 1 %; taking the two for jointly Gaussian is off by 10 to 25 %."""
+def test_a_sum_beside_one_of_its_own_roots_is_in_doubt(f, count):
+    """Taking the two for jointly Gaussian is off by up to 25 %."""
     found = row(f, count)
-    assert found.second_moment == pytest.approx(integral(f, count), rel=0.015)
-    assert found.how == "quadrature"
+    assert abs(found.second_moment / integral(f, count) - 1) <= found.error_bound
+    assert found.how == "assumed"
 
 
 def test_sums_of_too_many_terms_stay_together_in_doubt():

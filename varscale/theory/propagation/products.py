@@ -17,7 +17,7 @@ from varscale.theory.integrals.hermite_series import WEIGHTS, Z, sobol
 from varscale.theory.integrals.mehler import Series, mehler, on_grid
 from varscale.theory.propagation.cross_moments import cross, dependent, mean_product, strategy
 from varscale.theory.propagation.depthwise import shared_scale
-from varscale.theory.propagation.expanded_sums import Variable, expanded, roots_of
+from varscale.theory.propagation.expanded_sums import Variable, mark_closed_sums, roots_of
 from varscale.theory.propagation.latent_correlations import continued, factored, latent_cross
 from varscale.theory.propagation.marginals import (
     Environment,
@@ -70,7 +70,7 @@ def _followers(variables: dict[Variable, View], frame: Sequence[Axis]) -> dict[V
 
 def _groups(f: list[View], g: list[View], frame: Sequence[Axis]) -> tuple[list[_Group], Environment]:
     """Sort factors into independent groups; concentrated roots that depend on the others become their means."""
-    f, g = expanded([f, g])
+    mark_closed_sums([*f, *g])
     variables = roots_of([*f, *g])
     fixed: Environment = {}
     if len(variables) > 1:
@@ -142,8 +142,7 @@ def _product(xs: list[View], frame: Sequence[Axis], env: Environment) -> np.ndar
 def product_moments(view: View, frame: Sequence[Axis]) -> tuple[np.ndarray, np.ndarray]:
     """E[f_i] by class and E[f_i f_j] by type, (classes or 1...) and (types or 1...)."""
     c, f = factors(view)
-    opened = expanded([f])[0]
-    groups, fixed = _groups(opened, opened, frame)
+    groups, fixed = _groups(f, f, frame)
     mean, second = np.full((1,) * len(frame), c), np.full((1,) * len(frame), c * c)
     for group in groups:
         if len(group.variables) > 1:
@@ -154,7 +153,7 @@ def product_moments(view: View, frame: Sequence[Axis]) -> tuple[np.ndarray, np.n
             own, pairs = _of_one_root(group, frame, fixed)
         mean, second = mean * own, second * pairs
     for key in fixed:
-        mark_scale(opened, roots_of(opened)[key], frame)
+        mark_scale(f, roots_of(f)[key], frame)
     return mean, second
 
 
