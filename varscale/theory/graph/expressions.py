@@ -111,6 +111,11 @@ def sums_below(root: Node, done: Callable[[Node], bool]) -> list[Node]:
     return [found[i] for i in sorted(found)]
 
 
+def roots_of(*views: View) -> list[View]:
+    """The roots of trees over one frame, as views over that frame, each once."""
+    return list(dict.fromkeys(root.within(view.bind) for view in views for root in roots(view.node)))
+
+
 def roots(node: Node) -> tuple[View, ...]:
     """The roots of an elementwise tree, as views over its frame; a node that is not elementwise is its own root."""
     if isinstance(node, Constant):
@@ -122,12 +127,7 @@ def roots(node: Node) -> tuple[View, ...]:
 
 @once_per_node
 def _roots(node: Apply) -> tuple[View, ...]:
-    found: dict[tuple[int, tuple[int, ...]], View] = {}
-    for child, bind in node.args:
-        for root in roots(child):
-            view = root.within(bind)
-            found[view.node.id, view.bind] = view
-    return tuple(found[k] for k in sorted(found))
+    return tuple(sorted(roots_of(*node.args), key=lambda view: (view.node.id, view.bind)))
 
 
 @once_per_node

@@ -8,6 +8,7 @@ same roots, and its moments are taken exactly.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterable, Sequence
 
@@ -19,12 +20,11 @@ from varscale.theory.domain.tables import by_type, full_types
 from varscale.theory.graph.derivatives import derivative
 from varscale.theory.graph.expressions import Apply, Sum, roots
 from varscale.theory.graph.nodes import UNKNOWN, Array, Constant, Leaf, Node, View, pullback
-from varscale.theory.graph.normal_form import apply
+from varscale.theory.graph.normal_form import affine, apply
 from varscale.theory.graph.store import BackwardNotes, once_per_node
 from varscale.theory.propagation.error_bounds import doubt_of
-from varscale.theory.propagation.expanded_sums import opened, written_out
 from varscale.theory.propagation.gradient_fluctuations import gradient_scale, summed_scale
-from varscale.theory.propagation.marginals import concentrated, evaluate
+from varscale.theory.propagation.marginals import along, concentrated
 from varscale.theory.propagation.products import product_second
 from varscale.theory.propagation.pullbacks import mean_square, sum_out
 from varscale.theory.propagation.scale_responses import companions
@@ -193,7 +193,7 @@ def _elementwise(
     for root in roots(node):
         if isinstance(root.node, Leaf) and root.node.is_bits:
             continue
-        group = scales.get((root.node.id, root.bind))
+        group = scales.get(root)
         if group is None and any(root in g[1:] for g in scales.values()):
             continue  # a norm's own scale: its part is the projection below
         held = group[1:] if group else []
@@ -240,9 +240,26 @@ def _mask_of_term(node: Sum, i: int, mask: View | None) -> View | None:
     view = node.args[i]
     if mask is None or sorted(view.bind) != list(range(len(node.axes))):
         return None
-    written = opened(mask.node, node, written_out)
+    written = _opened(mask.node, node)
     place = {b: k for k, b in enumerate(view.bind)}
     return View(written, tuple(place[b] for b in mask.bind))
+
+
+def _opened(node: Node, target: Sum) -> Node:
+    """An elementwise tree with one of its roots, a sum, written out."""
+    if node is target:
+        return _written_out(target)
+    if not isinstance(node, Apply) or all(root.node is not target for root in roots(node)):
+        return node
+    args = [View(_opened(child, target), bind) for child, bind in node.args]
+    return node.graph.make(Apply, node.axes, args, node.params)
+
+
+def _written_out(target: Sum) -> Node:
+    """A sum as an elementwise tree of its terms."""
+    whole = tuple(range(len(target.axes)))
+    terms = [View(affine(x.node, c, 0.0), x.bind) for c, x in zip(target.params, target.args, strict=True)]
+    return functools.reduce(lambda a, b: View(target.graph.make(Apply, target.axes, [a, b], ("add", ())), whole), terms).node
 
 
 def _through(node: Apply, target: View, part: Cotangent, scales: Sequence[View] = ()) -> np.ndarray | None:
@@ -255,7 +272,7 @@ def _through(node: Apply, target: View, part: Cotangent, scales: Sequence[View] 
     if slope is None:
         return None
     if scales and set(roots(slope.node)) <= set(scales):
-        held = evaluate(slope, node.axes, {(r.node.id, r.bind): r.mean(node.axes)[..., None] for r in scales})[..., 0]
+        held = along(slope, node.axes)[..., 0]
         squares = by_type(held, node.axes, second=False) * by_type(held, node.axes, second=True)
     elif part.mask is not None and not isinstance(slope.node, Constant):
         squares = slope.second(node.axes) * _following(node, slope, part.mask)
@@ -324,12 +341,12 @@ def _normalised_before(node: Node, scale: View) -> float:
 def _within(node: Apply, asked: dict[int, Node], known: dict[int, list[View]]) -> list[View]:
     """The watched nodes inside an elementwise tree, as views over its frame; `known` holds those of trees below."""
     if node.id not in known:
-        found: dict[tuple[int, tuple[int, ...]], View] = {}
-        for child, bind in node.args:
-            if isinstance(child, Apply):
-                for view in [View(child, tuple(range(len(child.axes)))), *_within(child, asked, known)]:
-                    if view.node.id in asked:
-                        placed = view.within(bind)
-                        found[placed.node.id, placed.bind] = placed
-        known[node.id] = list(found.values())
+        found = [
+            view.within(bind)
+            for child, bind in node.args
+            if isinstance(child, Apply)
+            for view in [View(child, tuple(range(len(child.axes)))), *_within(child, asked, known)]
+            if view.node.id in asked
+        ]
+        known[node.id] = list(dict.fromkeys(found))
     return known[node.id]

@@ -19,12 +19,12 @@ import numpy as np
 from varscale.theory.domain.axes import Axis
 from varscale.theory.domain.tables import by_type, lift
 from varscale.theory.graph.convolutions import Conv, WindowSum
-from varscale.theory.graph.expressions import roots
+from varscale.theory.graph.expressions import roots_of
 from varscale.theory.graph.nodes import Leaf, Node, View
 from varscale.theory.graph.normal_form import affine, apply
 from varscale.theory.integrals.hermite_series import HERMITE
 from varscale.theory.propagation.cross_moments import cross, dependent, mean_product
-from varscale.theory.propagation.marginals import concentrated, evaluate
+from varscale.theory.propagation.marginals import along, concentrated
 
 
 def scale(node: Node) -> Node | None:
@@ -44,7 +44,7 @@ def scale(node: Node) -> Node | None:
 
 def shared_scale(f: View, g: View, frame: Sequence[Axis]) -> np.ndarray | None:
     """What E[f_i g_j] gains by the scale of a depthwise convolution that g is a function of, by type; None: nothing."""
-    live = [r for own in roots(g.node) if not concentrated((r := own.within(g.bind)).node)]
+    live = [r for r in roots_of(g) if not concentrated(r.node)]
     if len(live) != 1:
         return None
     (y,) = live
@@ -58,8 +58,7 @@ def shared_scale(f: View, g: View, frame: Sequence[Axis]) -> np.ndarray | None:
 
 def _slope(g: View, y: View, frame: Sequence[Axis]) -> np.ndarray:
     """dE[g(y)]/dE[y²] by class."""
-    env = {(r.node.id, r.bind): r.mean(frame)[..., None] for own in roots(g.node) if (r := own.within(g.bind)) != y}
-    values = evaluate(g, frame, env)
+    values = along(g, frame, y)
     if values.shape[-1] != len(HERMITE):
         return np.zeros((1,) * len(frame))
     table = y.node.table

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 
 from varscale.theory.domain.axes import Axis
-from varscale.theory.graph.expressions import Apply, roots
+from varscale.theory.graph.expressions import Apply, roots_of
 from varscale.theory.graph.factors import factors
 from varscale.theory.graph.nodes import Array, Leaf, Node, View
 from varscale.theory.graph.store import once_per_node
 from varscale.theory.integrals.hermite_series import WEIGHTS
-from varscale.theory.propagation.marginals import Environment, concentrated, evaluate, over_classes
+from varscale.theory.propagation.marginals import Environment, at_means, concentrated, evaluate, over_classes
 
 UNBOUNDED = 1e9  # a doubt that stands for an infinite one, and can be multiplied by nothing
 _NEGLIGIBLE = 1e-6  # weight of places without a value: beyond 4.9 standard deviations there may be some
@@ -48,7 +48,7 @@ def mark_undefined(node: Apply) -> None:
         env: Environment = {}
         values, outside = np.ones(1), np.zeros(1, bool)
         for factor, held in own:
-            env.update({(r.node.id, r.bind): r.mean(node.axes)[..., None] for r in held})
+            env.update(at_means(held, node.axes))
             now = np.asarray(evaluate(factor, node.axes, env), float)
             # Where a choice makes another factor zero, what it did not choose needs no value.
             if outside.any():
@@ -68,7 +68,7 @@ def _by_root(node: Apply) -> dict[View | None, list[tuple[View, list[View]]]]:
     """Factors by the one root of theirs that fluctuates, each with those that do not."""
     out: dict[View | None, list[tuple[View, list[View]]]] = {}
     for factor in factors(View(node, tuple(range(len(node.axes)))))[1]:
-        own = [r.within(factor.bind) for r in roots(factor.node)]
+        own = roots_of(factor)
         live = [r for r in own if not concentrated(r.node)]
         if len(live) > 1 or any(isinstance(r.node, Array) or (isinstance(r.node, Leaf) and r.node.is_bits) for r in own):
             continue
@@ -87,7 +87,7 @@ def _is_partial(node: Node) -> bool:
 def _undefined(view: View, node: Apply, env: Environment) -> Any:
     """Where a tree has no value: a choice has one where what is chosen has."""
     inner, bind = view
-    if not isinstance(inner, Apply) or not _is_partial(inner) or (inner.id, bind) not in env:
+    if not isinstance(inner, Apply) or not _is_partial(inner) or view not in env:
         return np.zeros(1, bool)
     name = inner.params[0]
     args = [child.within(bind) for child in inner.args]

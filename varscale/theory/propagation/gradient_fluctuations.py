@@ -33,7 +33,7 @@ from varscale.theory.graph.nodes import Constant, Leaf, Node, View
 from varscale.theory.integrals.hermite_series import WEIGHTS
 from varscale.theory.propagation.error_bounds import doubt_of
 from varscale.theory.propagation.inherited_fluctuations import Spread, answers, inherited, kernel, shared
-from varscale.theory.propagation.marginals import Environment, concentrated, evaluate, over_classes
+from varscale.theory.propagation.marginals import along, concentrated, over_classes
 from varscale.theory.propagation.scale_responses import responses
 
 _NEXT_ORDER = 0.25  # of the covariances, what their own fluctuations may add: set on the validation grid
@@ -144,11 +144,9 @@ def _with_slope(node: Apply, slope: View) -> float:
     live = [r for r in roots(node) if not concentrated(r.node)]
     if len(live) != 1:
         return 0.0
-    env: Environment = {(r.node.id, r.bind): r.mean(node.axes)[..., None] for r in roots(node) if r not in live}
     lines = []
     for x in (view, slope):
-        squares = np.square(np.asarray(evaluate(x, node.axes, dict(env)), float))
-        lines.append(over_classes(squares, node.axes))
+        lines.append(over_classes(np.square(along(x, node.axes, *live)), node.axes))
     if any(line.shape != WEIGHTS.shape for line in lines):
         return 0.0
     f, d = (line / max(float(line @ WEIGHTS), 1e-300) for line in lines)

@@ -14,14 +14,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 
 import numpy as np
 from scipy import special
 
 from varscale.theory.domain.axes import Axis, apply_axis, class_shares
 from varscale.theory.domain.tables import Table, by_type
-from varscale.theory.graph.expressions import Apply, Mean, Sum, form, roots, sums_below
+from varscale.theory.graph.expressions import Apply, Mean, Sum, form, roots, roots_of, sums_below
 from varscale.theory.graph.factors import factors
 from varscale.theory.graph.nodes import Array, Constant, Leaf, Node, View
 from varscale.theory.graph.reshapes import Rearranged
@@ -157,7 +157,7 @@ def latent(table: Table, deviation: np.ndarray, values: np.ndarray | None, *, lo
     return rho
 
 
-Environment = dict[tuple[int, tuple[int, ...]], np.ndarray]
+Environment = dict[View, np.ndarray]  # values of the roots of a tree, over its frame
 
 
 def grid(view: View, frame: Sequence[Axis]) -> np.ndarray:
@@ -185,21 +185,30 @@ def _place(values: np.ndarray, bind: Sequence[int], rank: int) -> np.ndarray:
 
 def evaluate(view: View, frame: Sequence[Axis], env: Environment) -> np.ndarray:
     """A tree's values where `env` gives its roots'; roots not in `env` take their own grid. (classes or 1..., points or 1)."""
-    key = (view.node.id, view.bind)
-    if key in env:
-        return env[key]
+    if view in env:
+        return env[view]
     node, bind = view
     if isinstance(node, Constant):
         return np.full((1,) * (len(frame) + 1), node.params)
     if not isinstance(node, Apply):
-        env[key] = grid(view, frame)
-        return env[key]
+        env[view] = grid(view, frame)
+        return env[view]
     name, extra = node.params
     xs = [evaluate(child.within(bind), frame, env) for child in node.args]
     with np.errstate(all="ignore"):
         out = function(name, extra)(*xs)
-    env[key] = out
+    env[view] = out
     return out
+
+
+def at_means(held: Iterable[View], frame: Sequence[Axis]) -> Environment:
+    """Roots held at their means, by class."""
+    return {root: root.mean(frame)[..., None] for root in held}
+
+
+def along(view: View, frame: Sequence[Axis], *live: View) -> np.ndarray:
+    """A tree's values along the grids of some of its roots, the others held at their means. (classes or 1..., points or 1)."""
+    return np.asarray(evaluate(view, frame, at_means([r for r in roots_of(view) if r not in live], frame)), float)
 
 
 def over_classes(line: np.ndarray, axes: Sequence[Axis]) -> np.ndarray:
@@ -222,7 +231,7 @@ def independent_factors(node: Node) -> list[View]:
     view = View(node, tuple(range(len(node.axes))))
     found: list[tuple[set[View], list[View]]] = []
     for factor in factors(view)[1]:
-        reads = {r for own in roots(factor.node) if not concentrated((r := own.within(factor.bind)).node)}
+        reads = {r for r in roots_of(factor) if not concentrated(r.node)}
         with_it = [group for group in found if group[0] & reads]
         found = [group for group in found if group not in with_it]
         found.append((reads.union(*(g[0] for g in with_it)), [f for g in with_it for f in g[1]] + [factor]))

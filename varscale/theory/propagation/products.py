@@ -9,7 +9,7 @@ import numpy as np
 
 from varscale.theory.domain.axes import Axis
 from varscale.theory.domain.tables import by_type, lift, means_by_type
-from varscale.theory.graph.expressions import Apply, swapped
+from varscale.theory.graph.expressions import Apply, roots_of, swapped
 from varscale.theory.graph.factors import factors
 from varscale.theory.graph.nodes import Array, Node, View
 from varscale.theory.graph.store import Fact
@@ -17,7 +17,7 @@ from varscale.theory.integrals.hermite_series import WEIGHTS, Z, sobol
 from varscale.theory.integrals.mehler import Series, mehler, on_grid
 from varscale.theory.propagation.cross_moments import cross, dependent, mean_product, strategy
 from varscale.theory.propagation.depthwise import shared_scale
-from varscale.theory.propagation.expanded_sums import Variable, mark_closed_sums, roots_of
+from varscale.theory.propagation.doubtful_factors import mark_average, mark_sums
 from varscale.theory.propagation.latent_correlations import continued, factored, latent_cross
 from varscale.theory.propagation.marginals import (
     Environment,
@@ -29,7 +29,6 @@ from varscale.theory.propagation.marginals import (
     marginal,
     placed,
 )
-from varscale.theory.propagation.shared_scale import mark_scale
 
 MOST_VARIABLES = 5  # roots of one cubature: points in twice as many dimensions are too few for more
 # Set on the validation grid, not derived: of a cubature over more variables than that.
@@ -40,7 +39,7 @@ _INDEPENDENT = 1e-3  # correlation below which two roots are taken for independe
 class _Group:
     """Factors of f (read at i) and of g (read at j) that share roots; those roots; known arrays that go with one of them."""
 
-    def __init__(self, f: list[View], g: list[View], variables: list[View], followers: dict[Variable, _Follower]):
+    def __init__(self, f: list[View], g: list[View], variables: list[View], followers: dict[View, _Follower]):
         self.f, self.g, self.variables, self.followers = f, g, variables, followers
 
     def known(self, fixed: Environment) -> Environment:
@@ -51,52 +50,46 @@ class _Group:
 class _Follower(NamedTuple):
     """Known numbers over the axes of other known numbers: one position tells both."""
 
-    leader: Variable
+    leader: View
     grid: np.ndarray
 
 
-def _followers(variables: dict[Variable, View], frame: Sequence[Axis]) -> dict[Variable, _Follower]:
+def _followers(variables: Sequence[View], frame: Sequence[Axis]) -> dict[View, _Follower]:
     """Known arrays over axes that an earlier one is over, too."""
     leaders: dict[tuple[int, ...], View] = {}
     out = {}
-    for key, view in variables.items():
+    for view in variables:
         if isinstance(view.node, Array):
             leader = leaders.setdefault(view.bind, view)
             if leader is not view and isinstance(leader.node, Array) and leader.node.axes == view.node.axes:
-                values = placed(followed(view.node, leader.node), view, frame)
-                out[key] = _Follower((leader.node.id, leader.bind), values)
+                out[view] = _Follower(leader, placed(followed(view.node, leader.node), view, frame))
     return out
 
 
 def _groups(f: list[View], g: list[View], frame: Sequence[Axis]) -> tuple[list[_Group], Environment]:
     """Sort factors into independent groups; concentrated roots that depend on the others become their means."""
-    mark_closed_sums([*f, *g])
-    variables = roots_of([*f, *g])
+    mark_sums([*f, *g])
+    variables = roots_of(*f, *g)
+    rest = [v for v in variables if not concentrated(v.node)]
     fixed: Environment = {}
-    if len(variables) > 1:
-        close = {k: v for k, v in variables.items() if concentrated(v.node)}
-        rest = {k: v for k, v in variables.items() if k not in close}
-        for k, v in close.items():
-            alone = not any(v.node.deps & r.node.deps for r in rest.values()) and all(
-                set(roots_of([x])) == {k} for x in (*f, *g) if k in roots_of([x])
-            )
-            if not alone and rest:
-                # A norm's own scale: mean(x²)·s(v)² at v = mean(x²) is an identity, so the mean is the right number, not E[s²].
-                fixed[k] = v.mean(frame)[..., None]
-                del variables[k]
-    followers = _followers(variables, frame)
-    for k in followers:
-        del variables[k]
+    for v in variables if len(variables) > 1 and rest else ():
+        alone = not any(v.node.deps & r.node.deps for r in rest) and all(
+            roots_of(x) == [v] for x in (*f, *g) if v in roots_of(x)
+        )
+        if v not in rest and not alone:
+            # A norm's own scale: mean(x²)·s(v)² at v = mean(x²) is an identity, so the mean is the right number, not E[s²].
+            fixed[v] = v.mean(frame)[..., None]
+    followers = _followers([v for v in variables if v not in fixed], frame)
+    variables = [v for v in variables if v not in fixed and v not in followers]
 
-    def own(x: View) -> list[Variable]:
+    def own(x: View) -> list[View]:
         """The variables of a factor."""
-        found = (followers[k].leader if k in followers else k for k in roots_of([x]))
+        found = (followers[k].leader if k in followers else k for k in roots_of(x))
         return [k for k in dict.fromkeys(found) if k in variables]
 
-    keys = list(variables)
-    parent = {k: k for k in keys}
+    parent = {k: k for k in variables}
 
-    def find(k: Variable) -> Variable:
+    def find(k: View) -> View:
         while parent[k] != k:
             k = parent[k]
         return k
@@ -105,19 +98,19 @@ def _groups(f: list[View], g: list[View], frame: Sequence[Axis]) -> tuple[list[_
         mine = own(x)
         for k in mine[1:]:
             parent[find(k)] = find(mine[0])
-    for i, a in enumerate(keys):
-        for b in keys[:i]:
-            if find(a) != find(b) and _correlated(variables[a], variables[b], frame):
+    for i, a in enumerate(variables):
+        for b in variables[:i]:
+            if find(a) != find(b) and _correlated(a, b, frame):
                 parent[find(a)] = find(b)
-    groups: dict[Variable | None, _Group] = {}
+    groups: dict[View | None, _Group] = {}
     for side, xs in enumerate((f, g)):
         for x in xs:
             mine = own(x)
             home = find(mine[0]) if mine else None
             if home not in groups:
-                members = {k: v for k, v in variables.items() if home is not None and find(k) == home}
+                members = [k for k in variables if home is not None and find(k) == home]
                 with_them = {k: follower for k, follower in followers.items() if follower.leader in members}
-                groups[home] = _Group([], [], list(members.values()), with_them)
+                groups[home] = _Group([], [], members, with_them)
             (groups[home].g if side else groups[home].f).append(x)
     return list(groups.values()), fixed
 
@@ -152,8 +145,8 @@ def product_moments(view: View, frame: Sequence[Axis]) -> tuple[np.ndarray, np.n
         else:
             own, pairs = _of_one_root(group, frame, fixed)
         mean, second = mean * own, second * pairs
-    for key in fixed:
-        mark_scale(f, roots_of(f)[key], frame)
+    for scale in fixed:
+        mark_average(f, scale, frame)
     return mean, second
 
 
@@ -168,7 +161,7 @@ def _of_one_root(group: _Group, frame: Sequence[Axis], fixed: Environment) -> tu
         values = _product(group.f, frame, group.known(fixed))[..., 0]
         return values, by_type(values, frame, second=False) * by_type(values, frame, second=True)
     (root,) = group.variables
-    alone = all(list(roots_of([x])) == [(root.node.id, root.bind)] for x in group.f)
+    alone = all(roots_of(x) == [root] for x in group.f)
     marks = [likeness(x) for x in group.f] if alone else [None]
     if None in marks:
         mean, series = integrated()
@@ -233,12 +226,9 @@ def two_roots(f: View, a: View, g: View, b: View, frame: Sequence[Axis], fixed: 
 
 def _pairwise(group: _Group, frame: Sequence[Axis], fixed: Environment) -> np.ndarray:
     """E[f_i g_j] by type of a group of several roots: one series where f and g have one root each, else a cubature."""
-    fv, gv = roots_of(group.f), roots_of(group.g)
-    fv = {k: v for k, v in fv.items() if k not in fixed}
-    gv = {k: v for k, v in gv.items() if k not in fixed}
+    fv, gv = ([v for v in roots_of(*side) if v not in fixed] for side in (group.f, group.g))
     if not group.followers and len(fv) == 1 and len(gv) == 1 and len(group.f) == 1 and len(group.g) == 1:
-        (a,), (b,) = fv.values(), gv.values()
-        return two_roots(group.f[0], a, group.g[0], b, frame, fixed)
+        return two_roots(group.f[0], fv[0], group.g[0], gv[0], frame, fixed)
     mean, second = _cubature(group, frame, fixed)
     return second if group.g else by_type(mean, frame, second=False)
 
@@ -257,13 +247,10 @@ def _root_values(node: Node, latents: np.ndarray, line: np.ndarray) -> np.ndarra
 
 def _cubature(group: _Group, frame: Sequence[Axis], fixed: Environment) -> tuple[np.ndarray, np.ndarray]:
     """Means of Πf by class and second moments of Πf·Πg by type, over the joint normal of all their roots."""
-    variables = roots_of([*group.f, *group.g])
-    keys = [k for k in variables if k not in fixed and k not in group.followers]
-    views = [variables[k] for k in keys]
-    graph = views[0].node.graph
-    if len(keys) > MOST_VARIABLES:
+    views = [v for v in roots_of(*group.f, *group.g) if v not in fixed and v not in group.followers]
+    graph, k = views[0].node.graph, len(views)
+    if k > MOST_VARIABLES:
         graph.flag("assumed", _CROWDED_DOUBT)
-    k = len(keys)
     types, classes = [a.types for a in frame], [a.classes for a in frame]
     rho = np.empty((*types, k, k))
     for i, a in enumerate(views):
@@ -279,12 +266,12 @@ def _cubature(group: _Group, frame: Sequence[Axis], fixed: Environment) -> tuple
 
     def tree(xs: list[View], cell: tuple[int, ...], latents: np.ndarray) -> np.ndarray:
         env: Environment = {
-            key: _root_values(views[n].node, latents[:, n], grids[n][cell]).reshape((1,) * len(frame) + (-1,))
-            for n, key in enumerate(keys)
+            view: _root_values(view.node, latents[:, n], grids[n][cell]).reshape((1,) * len(frame) + (-1,))
+            for n, view in enumerate(views)
         }
         for key, (leader, values) in group.followers.items():
             line = np.broadcast_to(values, (*classes, len(Z)))[cell]
-            env[key] = line[_nearest(latents[:, keys.index(leader)])].reshape((1,) * len(frame) + (-1,))
+            env[key] = line[_nearest(latents[:, views.index(leader)])].reshape((1,) * len(frame) + (-1,))
         for key, value in fixed.items():
             at = tuple(c if value.shape[d] > 1 else 0 for d, c in enumerate(cell))
             env[key] = value[at].reshape((1,) * len(frame) + (-1,))

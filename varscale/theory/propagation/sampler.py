@@ -12,12 +12,12 @@ from jaxtyping import Float, Int
 
 from varscale.theory.domain.axes import Axis
 from varscale.theory.domain.random_arrays import Positions, gaussian
-from varscale.theory.graph.expressions import Apply, Mean, Sum, roots
+from varscale.theory.graph.expressions import Apply, Mean, Sum, roots_of
 from varscale.theory.graph.nodes import Array, Constant, Leaf, Node, View, far_below, known_samples
 from varscale.theory.graph.store import Fact
 from varscale.theory.integrals.hermite_series import Z
 from varscale.theory.propagation.cross_moments import cross, mean_product
-from varscale.theory.propagation.marginals import Environment, evaluate, marginal
+from varscale.theory.propagation.marginals import evaluate, marginal
 
 _IN_ORDER: Fact[int, bool] = Fact()
 _OF_LOOPS: Fact[int, bool] = Fact()
@@ -94,11 +94,7 @@ class Drawing:
 
     def values(self, view: View, positions: Positions) -> Float[np.ndarray, "..."]:
         """A view at some positions of the frame, (positions or 1 ..., replicates or 1): 1 where it does not have an axis."""
-        env: Environment = {}
-        for root in roots(view.node):
-            own = root.within(view.bind)
-            env[own.node.id, own.bind] = self._root(own, positions)
-        return evaluate(view, self.frame, env)
+        return evaluate(view, self.frame, {root: self._root(root, positions) for root in roots_of(view)})
 
     def whole(self, node: Node, positions: Positions) -> Float[np.ndarray, "replicates ..."]:
         """A node at some positions of its own axes."""

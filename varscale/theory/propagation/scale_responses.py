@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float
 
 from varscale.theory.domain.axes import Axis
-from varscale.theory.graph.expressions import Apply, Sum, roots
+from varscale.theory.graph.expressions import Apply, Sum, roots, roots_of
 from varscale.theory.graph.nodes import Array, Leaf, Node, View
 from varscale.theory.graph.store import Fact, once_per_node
 from varscale.theory.integrals.hermite_series import WEIGHTS
@@ -29,20 +29,20 @@ _STEEPEST = 4.0  # a fourth power's ratio; beyond it E[f²] is next to nothing a
 
 
 @once_per_node
-def companions(node: Node) -> dict[tuple[int, tuple[int, ...]], list[View]]:
+def companions(node: Node) -> dict[View, list[View]]:
     """The roots of a tree that fluctuate, each with the concentrated ones that are its own scale (a norm's variance)."""
     own = [r for r in roots(node) if not isinstance(r.node, Array) and not (isinstance(r.node, Leaf) and not r.node.is_input)]
     live = [r for r in own if not concentrated(r.node)] or own
-    out: dict[tuple[int, tuple[int, ...]], list[View]] = {(r.node.id, r.bind): [r] for r in live}
+    out = {r: [r] for r in live}
     for scale in own:
         if scale in live:
             continue
         partners = [r for r in live if r.node.deps & scale.node.deps]
         if partners:
             main = max(partners, key=lambda r: (r.node.deps & scale.node.deps).bit_count())
-            out[main.node.id, main.bind].append(scale)
+            out[main].append(scale)
         else:
-            out[scale.node.id, scale.bind] = [scale]
+            out[scale] = [scale]
     return out
 
 
@@ -74,7 +74,7 @@ def _levels(node: Node, group: list[View], ratios: tuple[float, ...]) -> Float[n
     """E[f²], up to a factor, where the second moment of a group's first root is so many times its own."""
     moments = np.ones(len(ratios))
     for factor in independent_factors(node):
-        own = [r.within(factor.bind) for r in roots(factor.node)]
+        own = roots_of(factor)
         mine = [r for r in own if r in group]
         if mine:
             moments *= _varied_square(factor, node.axes, own, mine, group, ratios)
@@ -105,7 +105,7 @@ def _varied_square(
         out = []
         for ratio in ratios:
             scaled = [x * ratio**power for x, power in zip(values, powers, strict=True)]
-            env: Environment = {(r.node.id, r.bind): x for r, x in zip(own, scaled, strict=True)}
+            env: Environment = dict(zip(own, scaled, strict=True))
             squares = np.square(np.asarray(evaluate(factor, frame, env), float))
             line = over_classes(squares, frame)
             out.append(float(line @ WEIGHTS) if line.size > 1 else float(line[0]))

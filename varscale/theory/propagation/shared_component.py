@@ -346,7 +346,7 @@ def _made(node: Node, root: Node, channels: Channels) -> ChannelMoments:
     (view,) = roots(node)
     values = channels.common[..., None] + np.sqrt(channels.own)[..., None] * _POINTS
     shape = (1,) * len(node.axes)
-    out = evaluate(View(node, tuple(range(len(node.axes)))), node.axes, {(root.id, view.bind): values.reshape(*shape, -1)})
+    out = evaluate(View(node, tuple(range(len(node.axes)))), node.axes, {view: values.reshape(*shape, -1)})
     out = np.asarray(out, float).reshape(-1)[-values.size :].reshape(values.shape)
     return ChannelMoments(out @ _POINT_WEIGHTS, out**2 @ _POINT_WEIGHTS)
 

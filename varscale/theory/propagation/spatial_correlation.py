@@ -24,7 +24,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from varscale.theory.domain.axes import Axis, pool
-from varscale.theory.graph.expressions import Apply, Sum, roots
+from varscale.theory.graph.expressions import Apply, Sum, roots, roots_of
 from varscale.theory.graph.known_arrays import MEASURED
 from varscale.theory.graph.nodes import Array, Leaf, Node, View
 from varscale.theory.graph.reshapes import Merge, Permute, Split
@@ -34,8 +34,8 @@ from varscale.theory.integrals.mehler import mehler
 from varscale.theory.propagation.cross_moments import dependent
 from varscale.theory.propagation.marginals import (
     Marginal,
+    along,
     concentrated,
-    evaluate,
     independent_factors,
     marginal,
     over_classes,
@@ -248,7 +248,7 @@ def near_of_apply(node: Apply, offsets: Offsets) -> Steps:
     before = after = np.ones((2,) * rank)
     doubt = 0.0
     for factor in independent_factors(node):
-        live = [r for own in roots(factor.node) if (r := own.within(factor.bind)).node.local and not concentrated(r.node)]
+        live = [r for r in roots_of(factor) if r.node.local and not concentrated(r.node)]
         if not live:
             continue
         known = changed = over_frame(usual(factor.node), factor, rank)
@@ -288,9 +288,7 @@ def _at_both(f: View, g: View, root: View, excess: np.ndarray, frame: Sequence[A
 
 def _line(f: View, root: View, frame: Sequence[Axis]) -> np.ndarray:
     """A function on the normal grid of one of its roots, the others held, averaged over classes; 1 long if constant."""
-    own = [r.within(f.bind) for r in roots(f.node)]
-    env = {(r.node.id, r.bind): r.mean(frame)[..., None] for r in own if r != root}
-    return over_classes(evaluate(f, frame, env), frame)
+    return over_classes(along(f, frame, root), frame)
 
 
 def latent_by_distance(law: Marginal, pairs: np.ndarray) -> np.ndarray:

@@ -9,7 +9,7 @@ import numpy as np
 
 from varscale.theory.domain.axes import Axis, refine
 from varscale.theory.domain.tables import by_type, lift
-from varscale.theory.graph.expressions import Apply, roots
+from varscale.theory.graph.expressions import Apply, roots_of
 from varscale.theory.graph.linear_nodes import Contract, weight_of
 from varscale.theory.graph.nodes import Array, Constant, Leaf, Node, View
 from varscale.theory.graph.normal_form import apply
@@ -17,6 +17,7 @@ from varscale.theory.graph.store import Fact, once_per_node
 from varscale.theory.integrals.hermite_series import HERMITE, WEIGHTS, power_series
 from varscale.theory.propagation.marginals import (
     Environment,
+    at_means,
     concentrated,
     evaluate,
     independent_factors,
@@ -54,8 +55,7 @@ def square_pairs(node: Node) -> tuple[np.ndarray, np.ndarray]:
     scales = [g[0].node.id for g in companions(node).values() if len(g) > 1]
     parts = independent_factors(node)
     for factor in parts:
-        own = [r.within(factor.bind) for r in roots(factor.node)]
-        own = [r for r in own if not isinstance(r.node, Array)]
+        own = [r for r in roots_of(factor) if not isinstance(r.node, Array)]
         live = [r for r in own if len(own) == 1 or not concentrated(r.node)]
         if len(live) > 1 and math.prod(axis.size for axis in frame) <= _FEW_NUMBERS:
             pairs = pairs * refine(_joint_pairs(factor, frame), frame)
@@ -64,7 +64,7 @@ def square_pairs(node: Node) -> tuple[np.ndarray, np.ndarray]:
         (root,) = live
         if concentrated(root.node) and len(parts) > 1:
             continue  # a norm's scale: its fluctuations are those of what it normalises
-        fixed: Environment = {(r.node.id, r.bind): r.mean(frame)[..., None] for r in own if r != root}
+        fixed = at_means([r for r in own if r != root], frame)
         found = _square_coefficients(factor, frame, fixed)
         if found is None:
             continue

@@ -11,12 +11,12 @@ from scipy import special
 
 from varscale.theory.domain.axes import Axis
 from varscale.theory.domain.tables import Table, by_type, lift
-from varscale.theory.graph.expressions import Apply, Sum, roots
+from varscale.theory.graph.expressions import Apply, Sum, roots_of
 from varscale.theory.graph.nodes import Constant, View
 from varscale.theory.integrals.hermite_series import POINTS, WEIGHTS, Z, sobol
 from varscale.theory.propagation.cross_moments import cross, dependent, mean_product
 from varscale.theory.propagation.latent_correlations import factored, latent_cross
-from varscale.theory.propagation.marginals import Environment, concentrated, evaluate, grid, marginal, quantiles_of_kind
+from varscale.theory.propagation.marginals import Environment, along, concentrated, evaluate, grid, marginal, quantiles_of_kind
 
 _MOST_CELLS = 9
 _LINEAR_SHARE = 0.995  # share of a term's variance that is linear in a normal, above which the term is as good as Gaussian
@@ -148,7 +148,7 @@ def _part_on_grid(part: _Part, axes: Sequence[Axis], cell: tuple[int, ...]) -> n
 def _shaping(view: View, axes: Sequence[Axis]) -> tuple[View, ...]:
     """The few roots of a term, over these axes, that give it its shape; none where there are none, or it is Gaussian."""
     node = view.node
-    own = [r.within(view.bind) for r in roots(node)]
+    own = roots_of(view)
     if len(own) == 1:
         plain = (isinstance(node, Apply) and node.table.variance == 0) or (own[0].node is node and marginal(node).gaussian)
         return () if plain else tuple(own)
@@ -168,21 +168,16 @@ def _term_on_grid(view: View, live: Sequence[View], axes: Sequence[Axis]) -> np.
     what is sampled as μ + e^s·ε has the law of a normal whose scale is another's exponential, heavy-tailed, and not a normal's.
     """
     if len(live) == 1:
-        env: Environment = {(r.node.id, r.bind): r.mean(axes)[..., None] for r in _held(view, live)}
-        return evaluate(view, axes, env)
+        return along(view, axes, *live)
     cell = tuple(int(np.argmax(a.counts)) for a in axes)
     latents, weights = _points(factored(_correlations(live, axes, cell), view.node.graph))
-    env = {(r.node.id, r.bind): np.full((1,) * (len(axes) + 1), r.node.table.total_mean) for r in _held(view, live)}
+    held = [r for r in roots_of(view) if r not in live]
+    env: Environment = {r: np.full((1,) * (len(axes) + 1), r.node.table.total_mean) for r in held}
     for i, root in enumerate(live):
         line = np.broadcast_to(grid(root, axes), (*[a.classes for a in axes], POINTS))[cell]
-        env[root.node.id, root.bind] = np.interp(latents[:, i], Z, line).reshape((1,) * len(axes) + (-1,))
+        env[root] = np.interp(latents[:, i], Z, line).reshape((1,) * len(axes) + (-1,))
     drawn = np.broadcast_to(evaluate(view, axes, env).ravel(), weights.shape)
     return _ordered(drawn, weights).reshape((1,) * len(axes) + (-1,))
-
-
-def _held(view: View, live: Sequence[View]) -> list[View]:
-    """The other roots of a term."""
-    return [r for r in (x.within(view.bind) for x in roots(view.node)) if r not in live]
 
 
 @quantiles_of_kind.register(Sum)

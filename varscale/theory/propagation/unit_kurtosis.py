@@ -19,12 +19,12 @@ import numpy as np
 from varscale.theory.domain.axes import contract_axis
 from varscale.theory.domain.tables import full_types, means_by_type
 from varscale.theory.graph.convolutions import Conv
-from varscale.theory.graph.expressions import Apply, Sum, roots
+from varscale.theory.graph.expressions import Apply, Sum, roots, roots_of
 from varscale.theory.graph.factors import factors
 from varscale.theory.graph.linear_nodes import Contract
 from varscale.theory.graph.nodes import Leaf, Node, View
 from varscale.theory.integrals.hermite_series import HERMITE, WEIGHTS
-from varscale.theory.propagation.marginals import Environment, concentrated, evaluate, marginal, over_classes
+from varscale.theory.propagation.marginals import along, concentrated, marginal, over_classes
 from varscale.theory.propagation.scale_responses import companions
 
 
@@ -47,10 +47,8 @@ def _response(node: Apply, main: View) -> float:
     """a_4 / (√24 a_0) of the square of all factors that read a root, the other roots held at their means."""
     product = np.ones(len(WEIGHTS))
     for factor in factors(View(node, tuple(range(len(node.axes)))))[1]:
-        own = [r.within(factor.bind) for r in roots(factor.node)]
-        if main in own:
-            env: Environment = {(r.node.id, r.bind): r.mean(node.axes)[..., None] for r in own if r != main}
-            product = product * over_classes(np.square(np.asarray(evaluate(factor, node.axes, env), float)), node.axes)
+        if main in roots_of(factor):
+            product = product * over_classes(np.square(along(factor, node.axes, main)), node.axes)
     a = product @ HERMITE
     return float(a[4] / (math.sqrt(24) * a[0])) if a[0] > 0 else 0.0
 
@@ -86,8 +84,7 @@ def _excess(node: Node) -> float:
     live = [r for r in roots(node) if not concentrated(r.node)]
     if not isinstance(node, Apply) or len(live) != 1:
         return 0.0
-    env: Environment = {(r.node.id, r.bind): r.mean(node.axes)[..., None] for r in roots(node) if r not in live}
-    values = np.asarray(evaluate(View(node, tuple(range(len(node.axes)))), node.axes, env), float)
+    values = along(View(node, tuple(range(len(node.axes)))), node.axes, *live)
     if values.shape[-1] != len(WEIGHTS):
         return 0.0
     values = values - (values @ WEIGHTS)[..., None]

@@ -9,7 +9,7 @@ from varscale.theory.graph.expressions import Apply, Sum, roots
 from varscale.theory.graph.nodes import Array, Node, View
 from varscale.theory.graph.store import once_per_node
 from varscale.theory.integrals.hermite_series import WEIGHTS, Z
-from varscale.theory.propagation.marginals import concentrated, evaluate, marginal, over_classes
+from varscale.theory.propagation.marginals import along, concentrated, marginal, over_classes
 from varscale.theory.rules.sampled_primitive import draw
 
 _GAUSSIAN_ENOUGH = (
@@ -42,12 +42,9 @@ def _values_on_grid(node: Node) -> np.ndarray | None:
     if not isinstance(node, Apply):
         law = marginal(node)
         return None if law.gaussian else over_classes(law.values, node.axes)
-    own = roots(node)
-    live = [r for r in own if not concentrated(r.node)]
+    live = [r for r in roots(node) if not concentrated(r.node)]
     if len(live) == 1:
-        env = {(r.node.id, r.bind): r.mean(node.axes)[..., None] for r in own if r not in live}
-        values = evaluate(View(node, tuple(range(len(node.axes)))), node.axes, env)
-        return over_classes(np.asarray(values, float), node.axes)
+        return over_classes(along(View(node, tuple(range(len(node.axes)))), node.axes, *live), node.axes)
 
     drawn = draw(node, [1] * len(node.axes), _DRAWS, np.random.default_rng(0)).ravel()
     return np.quantile(drawn, special.ndtr(Z))

@@ -75,7 +75,7 @@ def draw(
             shape[b] = own[k]
         order = sorted(range(len(root.bind)), key=lambda k, b=root.bind: b[k])
         drawn = drawn.transpose([0, *(k + 1 for k in order)]).reshape(replicates, *shape)
-        env[root.node.id, root.bind] = np.moveaxis(drawn, 0, -1)
+        env[root] = np.moveaxis(drawn, 0, -1)
     out = evaluate(View(node, tuple(range(len(node.axes)))), node.axes, env)
     return np.moveaxis(np.broadcast_to(out, (*sizes, replicates)), -1, 0)
 
