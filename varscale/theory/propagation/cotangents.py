@@ -240,18 +240,18 @@ def _mask_of_term(node: Sum, i: int, mask: View | None) -> View | None:
     view = node.args[i]
     if mask is None or sorted(view.bind) != list(range(len(node.axes))):
         return None
-    written = _opened(mask.node, node)
+    written = _with_sum_written_out(mask.node, node)
     place = {b: k for k, b in enumerate(view.bind)}
     return View(written, tuple(place[b] for b in mask.bind))
 
 
-def _opened(node: Node, target: Sum) -> Node:
+def _with_sum_written_out(node: Node, target: Sum) -> Node:
     """An elementwise tree with one of its roots, a sum, written out."""
     if node is target:
         return _written_out(target)
     if not isinstance(node, Apply) or all(root.node is not target for root in roots(node)):
         return node
-    args = [View(_opened(child, target), bind) for child, bind in node.args]
+    args = [View(_with_sum_written_out(child, target), bind) for child, bind in node.args]
     return node.graph.make(Apply, node.axes, args, node.params)
 
 

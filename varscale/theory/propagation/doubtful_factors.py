@@ -12,7 +12,7 @@ from varscale.theory.graph.expressions import Apply, Mean, Sum, roots_of
 from varscale.theory.graph.nodes import UNKNOWN, Node, View
 from varscale.theory.propagation.marginals import CONCENTRATED, evaluate, marginal
 
-_STEP = 1e-3  # relative, of a numerical derivative
+_RELATIVE = 1e-3  # relative, of a numerical derivative
 _NORM = 0.1  # how far from −1 the logarithmic derivative of a norm's squared scale may be: its epsilon
 _CLOSED_DOUBT = 0.3  # of (relu a + relu b)·a with its sum taken as jointly Gaussian with a: computed here, a quarter
 
@@ -34,7 +34,7 @@ def mark_average(f: Sequence[View], scale: View, frame: Sequence[Axis]) -> None:
         found = [evaluate(x, frame, {scale: np.full((1,) * (len(frame) + 1), ratio * table.total_mean)}) for x in of_scale]
         return math.log(max(float(np.prod([np.max(np.abs(x)) for x in found])) ** 2, 1e-300))
 
-    power = -1.0 if mixed or not of_scale else (log_square(1 + _STEP) - log_square(1 - _STEP)) / (2 * _STEP)
+    power = -1.0 if mixed or not of_scale else (log_square(1 + _RELATIVE) - log_square(1 - _RELATIVE)) / (2 * _RELATIVE)
     if not (_of_squares(scale.node) and abs(power + 1) < _NORM):
         scale.node.graph.flag("assumed", min((abs(power) + power**2 / 2) * varied, UNKNOWN))
 
