@@ -96,3 +96,103 @@ def nnx_decoder(rngs):
 def stds(plan):
     """The standard deviations of the matrices of a plan, by path."""
     return {leaf.path: leaf.std for leaf in plan if leaf.std}
+
+
+class Attention(nn.Module):
+    """Attention by plain kernels; `scale` multiplies the scores."""
+
+    scale: float = (WIDTH // HEADS) ** -0.5
+
+    @nn.compact
+    def __call__(self, x, y):
+        shape = (HEADS, WIDTH // HEADS)
+        q, k, v = (nn.DenseGeneral(shape, use_bias=False, name=name)(z) for name, z in zip("qkv", (x, y, y), strict=True))
+        weights = jax.nn.softmax(self.scale * jnp.einsum("bqhd,bkhd->bhqk", q, k), axis=-1)
+        return nn.DenseGeneral(WIDTH, (-2, -1), use_bias=False, name="o")(jnp.einsum("bhqk,bkhd->bqhd", weights, v))
+
+
+class FeedForward(nn.Module):
+    """Two kernels with a ReLU between."""
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(WIDTH, name="fc2")(nn.relu(nn.Dense(4 * WIDTH, name="fc1")(x)))
+
+
+class PostNormStack(nn.Module):
+    """Post-norm blocks; the stream is multiplied by `alpha`; with a memory, each block attends to it too."""
+
+    blocks: int
+    alpha: float = 1.0
+    norm: bool = True
+    scale: float = (WIDTH // HEADS) ** -0.5
+
+    @nn.compact
+    def __call__(self, ids, memory=None):
+        x = nn.Embed(VOCABULARY, WIDTH, name="embed")(ids)
+        for i in range(self.blocks):
+            branches = [Attention(self.scale, name=f"self{i}")] + [Attention(self.scale, name=f"cross{i}")] * (
+                memory is not None
+            )
+            for branch in branches:
+                x = self._added(x, branch(x, memory if branch.name.startswith("cross") else x))
+            x = self._added(x, FeedForward(name=f"ff{i}")(x))
+        return x
+
+    def _added(self, x, y):
+        return nn.LayerNorm()(self.alpha * x + y) if self.norm else self.alpha * x + y
+
+
+class EncoderDecoder(nn.Module):
+    """An encoder of 4 blocks and a decoder of 2 that attends to it."""
+
+    alphas: tuple = (1.0, 1.0)
+    norm: bool = True
+
+    @nn.compact
+    def __call__(self, ids, targets):
+        memory = PostNormStack(4, self.alphas[0], self.norm, name="encoder")(ids)
+        x = PostNormStack(2, self.alphas[1], self.norm, name="decoder")(targets, memory)
+        return nn.Dense(VOCABULARY, use_bias=False, name="head")(x)
+
+
+class ResidualNet(nn.Module):
+    """A pre-activation net of two stages; `alpha`, `betas`, `gain`: an NF-ResNet's numbers; `gated`: ReZero's scalars."""
+
+    layers: int = 2
+    alpha: float = 1.0
+    betas: tuple = (1.0,) * 4
+    gain: float = 1.0
+    gated: bool = False
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Conv(16, (3, 3), use_bias=False, name="stem")(x)
+        for i, width in enumerate((16, 16, 32, 32)):
+            h = nn.relu(x) * (self.betas[i] * self.gain)
+            if width != x.shape[-1]:
+                x = nn.Conv(width, (1, 1), use_bias=False, name=f"shortcut{i}")(h)
+            for k in range(self.layers):
+                h = nn.Conv(width, (3, 3), use_bias=False, name=f"conv{i}{k}")(h)
+                h = nn.relu(h) * self.gain if k < self.layers - 1 else h
+            if self.gated:
+                h = h * self.param(f"scale{i}", nn.initializers.ones, ())
+            x = x + self.alpha * h
+        return nn.Dense(10, name="head")(nn.relu(x).mean((1, 2)))
+
+
+class ActorCritic(nnx.Module):
+    """Two towers: a policy of four actions and a value."""
+
+    def __init__(self, rngs):
+        self.pi1, self.pi2 = nnx.Linear(8, 32, rngs=rngs), nnx.Linear(32, 32, rngs=rngs)
+        self.v1, self.v2 = nnx.Linear(8, 32, rngs=rngs), nnx.Linear(32, 32, rngs=rngs)
+        self.policy, self.value = nnx.Linear(32, 4, rngs=rngs), nnx.Linear(32, 1, rngs=rngs)
+        self.log_std = nnx.Param(jnp.zeros((4,)))
+
+    def __call__(self, x):
+        actions = self.policy(jnp.tanh(self.pi2(jnp.tanh(self.pi1(x)))))
+        return actions, jnp.exp(self.log_std.get_value()), self.value(jnp.tanh(self.v2(jnp.tanh(self.v1(x)))))
+
+
+PICTURES = jax.ShapeDtypeStruct((2, 8, 8, 3), jnp.float32)

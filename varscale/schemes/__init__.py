@@ -7,7 +7,9 @@
 README.md beside this file: how to use a plan, and the table of schemes with their sources.
 """
 
+from varscale.schemes.actor_critic import ppo
 from varscale.schemes.by_fans import fan_in, glorot, he, lecun, normal, orthogonal
+from varscale.schemes.deep_norm import deepnorm, subln
 from varscale.schemes.gpt import (
     full_megatron,
     gpt2,
@@ -19,8 +21,10 @@ from varscale.schemes.gpt import (
     zero_projection,
 )
 from varscale.schemes.laws import declared, graded, interleaved, orthogonal_over
+from varscale.schemes.normalizer_free import fixup, nf_resnet, rezero, skipinit, t_fixup
 from varscale.schemes.plan import Plan, PlannedLeaf, Requirement
 from varscale.schemes.scheme import Choice, Scheme, Subject
+from varscale.schemes.t5_transformer import t5
 
 __all__ = [
     "Choice",
@@ -30,7 +34,9 @@ __all__ = [
     "Scheme",
     "Subject",
     "declared",
+    "deepnorm",
     "fan_in",
+    "fixup",
     "full_megatron",
     "glorot",
     "gpt2",
@@ -41,10 +47,17 @@ __all__ = [
     "llama_depth",
     "megatron",
     "mitchell",
+    "nf_resnet",
     "normal",
     "normalized",
     "orthogonal",
     "orthogonal_over",
+    "ppo",
+    "rezero",
+    "skipinit",
     "small_wang",
+    "subln",
+    "t5",
+    "t_fixup",
     "zero_projection",
 ]

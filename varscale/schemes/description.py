@@ -12,7 +12,7 @@ from varscale.initializers.combinators import Fused, Masked, Scaled
 from varscale.initializers.fixed import CutNormal, Normal, SymmetricUniform, TruncatedNormal
 from varscale.initializers.scaling import VarianceScaling
 from varscale.initializers.structured import Constant, Orthogonal
-from varscale.schemes.laws import Declared, Graded, OrthogonalOver
+from varscale.schemes.laws import Declared, Graded, Interleaved, OrthogonalOver
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -21,6 +21,7 @@ class Piece:
 
     Attributes:
         index: where the block lies in the leaf.
+        opened: the shape that the leaf is to be given before it is indexed; () for its own.
         mean: of each weight; an array that broadcasts to the block.
         std: of each weight, likewise; None where the law does not tell.
         distribution: "normal", "truncated_normal", "uniform", "rademacher", "constant", "orthogonal", "cut_normal";
@@ -37,6 +38,11 @@ class Piece:
     cut: float = math.inf
     in_axes: tuple[int, ...] = ()
     out_axes: tuple[int, ...] = ()
+    opened: tuple[int, ...] = ()
+
+    def of(self, leaf: np.ndarray) -> np.ndarray:
+        """The block of a leaf."""
+        return (leaf.reshape(self.opened) if self.opened else leaf)[self.index]
 
     def times(self, factor: np.ndarray) -> Piece:
         """The same block times a number, or an array that broadcasts to the leaf."""
@@ -50,11 +56,19 @@ def pieces(law: Any, shape: tuple[int, ...]) -> tuple[Piece, ...]:
     if isinstance(law, Fused):
         return tuple(_fused(law, shape))
     if isinstance(law, Scaled):
-        return tuple(piece.times(np.full([1] * len(shape), law.factor)) for piece in pieces(law.init, shape))
+        return tuple(piece.times(np.full([1] * len(piece.index), law.factor)) for piece in pieces(law.init, shape))
     if isinstance(law, Graded):
-        return tuple(piece.times(law.spread(shape)) for piece in pieces(law.init, shape))
+        return tuple(piece.times(_fitted(law.spread(shape), piece, shape)) for piece in pieces(law.init, shape))
+    if isinstance(law, Interleaved):
+        opened = law.opened(shape)
+        return tuple(dataclasses.replace(piece, opened=opened) for piece in pieces(law.inner, opened))
     whole = tuple(slice(0, n) for n in shape)
     return (_piece(law, shape, whole),)
+
+
+def _fitted(factor: np.ndarray, piece: Piece, shape: tuple[int, ...]) -> np.ndarray:
+    """A factor of the leaf's axes with those of the opened leaf."""
+    return np.broadcast_to(factor, shape).reshape(piece.opened) if piece.opened else factor
 
 
 def _fused(law: Fused, shape: tuple[int, ...]) -> Any:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from varscale.initializers.structured import Constant
 from varscale.programs.patterns import Pattern, canonical, idle, matches, text
 from varscale.programs.tables import shape_text
 from varscale.reporting.layout import Column, terminal_width, text_table, wrapped
@@ -243,7 +244,7 @@ class Plan:
         width = terminal_width(width)
         shown, missing = text_table(_columns(self.leaves), width)
         told = [f"{self.scheme}: {len(self.leaves)} parameters."]
-        told += [str(requirement) for requirement in self.requirements] + list(self.notes)
+        told += [*_told_together(self.requirements), *self.notes]
         told += [f"Not shown at this width: {', '.join(missing)}."] if missing else []
         return "\n".join([shown, *(wrapped(line, width) for line in told)])
 
@@ -297,6 +298,19 @@ class Plan:
             raise ValueError(f"written must be the JSON of a plan, as `plan.to_json()` gives it: {error!r}") from error
 
 
+def _told_together(requirements: Sequence[Requirement]) -> list[str]:
+    """The requirements in words, those that differ in their place alone on one line."""
+    groups: dict[tuple[object, ...], list[Requirement]] = {}
+    for one in requirements:
+        found = None if one.found is None else round(one.found, 6)
+        groups.setdefault((one.name, one.status, round(one.expected, 6), found), []).append(one)
+    lines = []
+    for same in groups.values():
+        more = f" and at {len(same) - 1} more places, to {same[-1].where}" if len(same) > 1 else ""
+        lines.append(str(same[0]).replace(f" at {same[0].where}", f" at {same[0].where}{more}", 1) if more else str(same[0]))
+    return lines
+
+
 def _drawable(law: Law, leaf: PlannedLeaf) -> Law:
     """The law, if it can draw the leaf."""
     from varscale.initialization.laws import Laid, check
@@ -312,7 +326,7 @@ def _multipliers(leaf: PlannedLeaf) -> str:
 
 def _std(leaf: PlannedLeaf) -> str:
     stds = leaf.stds
-    if stds is None:
+    if stds is None or (isinstance(leaf.law, Constant) and leaf.law.value != 0):
         return ""
     return f"{stds[0]:.4g}" if len(stds) == 1 else f"{stds[0]:.4g} to {stds[-1]:.4g}"
 
@@ -337,5 +351,7 @@ def _columns(leaves: Sequence[PlannedLeaf]) -> list[Column]:
 
 
 def _short(law: Law) -> str:
-    """The name of a law: its numbers stand in the column of standard deviations."""
+    """The name of a law, whose numbers stand in the column of standard deviations; a number that fills the leaf."""
+    if isinstance(law, Constant) and np.ndim(law.value) == 0:
+        return f"constant {law.value:.4g}"
     return str(getattr(law, "maker", None) or getattr(law, "__name__", None) or type(law).__name__)

@@ -7,6 +7,7 @@ and returns a `Choice`; it never reads names. `Subject.kept(why)` leaves a param
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -34,10 +35,11 @@ MATRICES = frozenset({"input", "hidden", "readout", "embedding", "depthwise", "e
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """A law, and why."""
+    """A law, why, and the optimizer's multipliers that go with it: see `PlannedLeaf.multipliers`."""
 
     law: Law
     why: str
+    multipliers: tuple[tuple[str, float], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +86,17 @@ class Subject:
     def fan_in(self) -> float:
         """Terms summed into an output; of a tied table those of its use as a readout, since a lookup sums nothing."""
         return max(use.fan_in for use in self.uses.uses if use.reduction_axes) if self.is_table else self.main.fan_in
+
+    @property
+    def terms(self) -> int:
+        """Entries that one output sums, those on padding included: the fan-in of the kernel's shape."""
+        return math.prod(self.shape[axis] for axis in self.main.reduction_axes)
+
+    @property
+    def reached(self) -> int:
+        """Outputs times taps: the fan-out of a kernel's shape."""
+        outputs = math.prod(self.shape[axis] for axis in self.main.output_axes)
+        return outputs * (math.prod(self.shape[:-2]) if self.main.kind == "convolution" else 1)
 
     @property
     def width(self) -> float:
@@ -211,7 +224,8 @@ class Scheme:
             choice = self.rule(subject)
             use = parameter.main
             fans = (1.0, 1.0) if use is None else (use.fan_in, subject.fan_out)
-            leaves.append(PlannedLeaf(parameter.path, parameter.shape, parameter.role, *fans, choice.law, choice.why))
+            told = (parameter.path, parameter.shape, parameter.role, *fans, choice.law, choice.why, choice.multipliers)
+            leaves.append(PlannedLeaf(*told))
         requirements = tuple(self.requires(structure, leaves)) if self.requires is not None else ()
         return Plan(self.call, tuple(leaves), requirements, self.notes)
 

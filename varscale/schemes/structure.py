@@ -61,12 +61,20 @@ class Structure:
         return any(names & _ATTENTION for p in self.members(index) for names in part_names(p))
 
     def crosses(self, index: int) -> bool:
-        """Whether a branch attends from its stream to another: its keys are computed at another depth or stream.
+        """Whether a branch attends from its stream to another: a decoder's to the encoder's output."""
+        own = self.uses.branches[index].stream
+        return any(
+            p.main is not None and p.main.stream not in (own, None) and any("key" in names for names in part_names(p))
+            for p in self.members(index)
+        )
 
-        A decoder's cross-attention reads the encoder's output, which the decoder's own stream was not added to.
-        """
-        reads = {p.main.depth for p in self.members(index) if p.main is not None and _ATTENTION & set().union(*part_names(p))}
-        return len(reads) > 1
+    def last(self, index: int) -> tuple[ParameterUses, ...]:
+        """The kernels whose output is what a branch adds."""
+        return tuple(p for p in self.members(index) if p.main is not None and p.main.ends is not None and p.main.reduction_axes)
+
+    def crossed(self, stream: int) -> bool:
+        """Whether a stream attends to another: a decoder's."""
+        return any(b.stream == stream and self.crosses(i) for i, b in enumerate(self.uses.branches))
 
     @functools.cached_property
     def _periods(self) -> dict[int, int]:

@@ -188,7 +188,7 @@ def _tested(leaf: PlannedLeaf, weights: np.ndarray) -> tuple[float, tuple[Findin
         return math.nan, tuple(findings)
     ratios = []
     for piece in pieces(leaf.law, leaf.shape):
-        block = weights[piece.index]
+        block = piece.of(weights)
         if piece.std is None:
             ratios.append(math.nan)
             continue

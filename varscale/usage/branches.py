@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 from typing import TYPE_CHECKING
 
 from varscale.usage.values import Flow
@@ -61,6 +61,7 @@ class BranchNote:
         gates: numbers of the parameters that the branch is multiplied by after its last map.
         shortcut: whether the stream passes a map of its own beside the branch.
         loops: (length, additions a step) of each loop over layers around it, from the outermost.
+        start: linear maps before the point that stream and branch were both computed from.
     """
 
     number: int
@@ -71,6 +72,7 @@ class BranchNote:
     gates: frozenset[int]
     shortcut: bool
     loops: tuple[Loop, ...] = ()
+    start: int = 0
 
 
 class Residuals:
@@ -106,25 +108,33 @@ class Residuals:
         self.additions = max(self.additions, number)
         if place not in self._places:
             self._places[place] = len(self.notes)
-            on = self._next() if stream.stream is None else stream.stream
+            on = self._begun(stream) if stream.stream is None else stream.stream
             self.notes.append(BranchNote(0, on, 0, 1.0, 1.0, frozenset(), False))
         index = self._places[place]
         note = self.notes[index]
-        note.number, note.maps, note.gates = number, branch.maps - start, branch.gates
+        note.number, note.maps, note.gates, note.start = number, branch.maps - start, branch.gates, start
         note.stream_scale, note.branch_scale = stream.scale, branch.scale
         note.shortcut = stream.maps > start
-        inside = branch.ancestors & ~stream.ancestors
-        while inside:
-            lowest = inside & -inside
-            for use in self._at.get(lowest.bit_length() - 1, ()):
-                if use.branch is None:
-                    use.branch = index
-            inside ^= lowest
+        for use in self._uses(branch.ancestors & ~stream.ancestors):
+            if use.branch is None and not use.begins:
+                use.branch = index
         return number, note.stream
 
-    def _next(self) -> int:
+    def _uses(self, anchors: int) -> Iterator[Use]:
+        """The uses at anchors that are given as bits."""
+        while anchors:
+            lowest = anchors & -anchors
+            yield from self._at.get(lowest.bit_length() - 1, ())
+            anchors ^= lowest
+
+    def _begun(self, stream: Flow) -> int:
+        """The number of a new stream; what it was computed from begins it."""
+        number = self._streams
         self._streams += 1
-        return self._streams - 1
+        for use in self._uses(stream.ancestors):
+            if use.stream is None:
+                use.stream, use.begins = number, True
+        return number
 
     def repeated(self, first: int, loop: Loop) -> None:
         """Note that the additions from the `first` on lie in a loop over layers."""

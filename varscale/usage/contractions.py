@@ -22,6 +22,7 @@ def _linear(walk: Walk, view: View, x: Flow, use: Use, shape: Sequence[int], axe
     use.normalised, use.layout, use.region = x.normalised, axes, view.region
     use.input_scale, use.kernel_scale = x.scale, view.scale
     use.reads = frozenset(source.use for source in x.sources)
+    use.stream, use.maps = x.stream, x.maps
     walk.close(x, read=True)
     sources = walk.note_all(use, view)
     # What is looked up is copied, not mixed: the residual stream begins there.
@@ -128,7 +129,9 @@ def _product(walk: Walk, left: Flow, right: Flow, shape: Any, places: Any, place
                 walk.uses[source.use].roles.setdefault(source.part, set()).add("value")
             return walk.input(shape, (left, right), axes=placed(which, averaged.axes), sources=averaged.sources)
     score = Score(left.sources, right.sources, frozenset(places[0]), frozenset(places[1]), terms)
-    return walk.input(shape, (left, right), sources=frozenset(), score=score, scale=times(left.scale, right.scale))
+    mixed = frozenset().union(*(x.sources for x in (left, right) if x.direct and not x.functions))
+    scale = times(left.scale, right.scale)
+    return walk.input(shape, (left, right), sources=frozenset(), score=score, scale=scale, mixed=mixed)
 
 
 def convolution(walk: Walk, eqn: Any, values: list[Value]) -> Value:

@@ -40,6 +40,9 @@ class Use:
         cut: axis of the parameter, stride and size of a part: entry j is in part j // stride % (parts · size) // size.
         roles: what its parts are: an attention's "query", "key" and "value", a gated layer's "gate" and "up".
         branch: which of the residual branches it lies in.
+        stream: the residual stream that it reads, or that its output begins.
+        begins: whether it was read before that stream's first addition, on the stream itself.
+        maps: linear maps before it.
         input_scale: the constant that its input was multiplied by since the value before; None where it is not known.
         kernel_scale: likewise the parameter itself.
         output_scale: likewise its output, before anything else reads it.
@@ -72,6 +75,9 @@ class Use:
     cut: tuple[int, int, int] | None = None
     roles: dict[Part | None, set[str]] = dataclasses.field(default_factory=dict)
     branch: int | None = None
+    stream: int | None = None
+    begins: bool = False
+    maps: int = 0
     input_scale: float | None = 1.0
     kernel_scale: float | None = 1.0
     output_scale: float | None = 1.0

@@ -43,8 +43,12 @@ class OneUse:
         depth: residual additions before it.
         ends: number of the residual addition that its output ends in, counted from 1; None where it ends in none.
         parts: what the equal parts of its output are, where they are told apart: ("query", "key", "value"), ("gate", "up").
+        kind: what the program does with it: "linear", "convolution", "depthwise", "lookup", "scale", "shift", "place" (added by
+            position), "token" (joined with activations), "factor" (multiplied with a parameter) or "other".
         packed: where the parts lie: (axis of the parameter, length of a run that holds all parts once); None for one part.
         branch: place in `Uses.branches` of the residual branch it lies in; None for none.
+        stream: the residual stream that it reads, or that its output begins; None for none.
+        position: linear maps before it in its branch.
         input_scale: constant that its input is multiplied by since the last map, sum or normalisation; None where the trace
             does not tell.
         kernel_scale: likewise the parameter itself.
@@ -65,8 +69,11 @@ class OneUse:
     depth: int
     ends: int | None
     parts: tuple[str, ...]
+    kind: str = "other"
     packed: tuple[int, int] | None = None
     branch: int | None = None
+    stream: int | None = None
+    position: int = 0
     input_scale: float | None = 1.0
     kernel_scale: float | None = 1.0
     output_scale: float | None = 1.0
@@ -195,7 +202,8 @@ def walked(program: faces.Program, structs: Any, inputs: Sequence[Any], join: Ca
                 walk.uses[source.use].reaches = True
     uses: dict[int, list[OneUse]] = {}
     for use in walk.uses:
-        uses.setdefault(use.parameter, []).append(_told(use, leaves[use.parameter].shape))
+        start = 0 if use.branch is None else walk.residuals.notes[use.branch].start
+        uses.setdefault(use.parameter, []).append(_told(use, leaves[use.parameter].shape, start))
     parameters = tuple(
         ParameterUses(name.path, tuple(leaf.shape), tuple(uses.get(i, ())))
         for i, (name, leaf) in enumerate(zip(names, leaves, strict=True))
@@ -222,15 +230,15 @@ def _attentions(walk: Walk, paths: Sequence[str]) -> tuple[Attention, ...]:
     )
 
 
-def _told(use: Use, shape: tuple[int, ...]) -> OneUse:
-    """A use as it is reported."""
+def _told(use: Use, shape: tuple[int, ...], start: int) -> OneUse:
+    """A use as it is reported; `start` is the number of linear maps before its branch."""
     scales = use.kind == "scale" and use.normalised
     before = "norm" if scales else after_function(use.before) or ("norm" if use.normalised else "")
     after = "norm" if use.after == {"norm"} else after_function(use.after)
     return OneUse(
         _role(use, shape), use.fan_in, use.fan_out, use.reduction, use.output, tuple(sorted({*use.batch, *use.shared})),
         use.steps, use.raw, before, after, use.normalised_after, use.depth, use.ends, _parts(use),
-        _packed(use), use.branch, use.input_scale, use.kernel_scale, use.output_scale,
+        use.kind, _packed(use), use.branch, use.stream, use.maps - start, use.input_scale, use.kernel_scale, use.output_scale,
     )  # fmt: skip
 
 

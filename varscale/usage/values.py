@@ -79,6 +79,7 @@ class Flow:
         direct: whether no other value has joined since the last linear map.
         score: where it is a product of two activations.
         scale: the constant that it was multiplied by since its anchor, outside of functions; None where it is not known.
+        mixed: of a product of two activations, the uses that made a side no function was applied to: experts weighted by gates.
         gates: parameters that it was multiplied by since its anchor, but for those of normalisations.
         stream: the residual stream that it was computed from; None before the first addition.
         added_to: of the sum of a stream and a branch, the anchor of the stream; 0 for none.
@@ -98,6 +99,7 @@ class Flow:
     direct: bool = False
     score: Score | None = None
     scale: float | None = 1.0
+    mixed: frozenset[Source] = frozenset()
     gates: frozenset[int] = frozenset()
     stream: int | None = None
     added_to: int = 0

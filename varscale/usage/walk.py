@@ -281,7 +281,7 @@ class Walk:
         if name in ("add", "add_any") and (pair := self._residual(x, y)) is not None:
             stream, branch, start = pair
             number, on = self.residuals.join(tuple(self._path), stream, branch, start)
-            for source in branch.sources:
+            for source in branch.sources or branch.mixed:
                 self.uses[source.use].ends = number
             made = self.input(shape, (x, y), axes=wide.axes, sources=sources, depth=number, stream=on)
             return dataclasses.replace(made, added_to=stream.anchor)
