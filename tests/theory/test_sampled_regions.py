@@ -48,3 +48,25 @@ def test_region(model):
 def test_region_is_known_to_its_bound():
     row = vs.predict(lambda kernels, x: region(kernels[0], x), X, params=kernels, backward=False).output
     assert row.error_bound < 0.2
+
+
+@pytest.mark.parametrize("nearest", [True, False])
+def test_the_nearest_row_is_no_row_like_others(nearest):
+    """A code book: the row nearest to x is near it; one that something else picks is any row."""
+
+    def f(params, x, y):
+        book = params["book"]
+        by = x if nearest else y
+        index = jnp.argmin(jnp.sum(by**2, -1, keepdims=True) - 2 * by @ book.T + jnp.sum(book**2, -1)[None], axis=-1)
+        return book[index] - x
+
+    def one(key):
+        k_book, *k_inputs = jax.random.split(key, 3)
+        book = {"book": jax.random.normal(k_book, (32, 8))}
+        return jnp.mean(f(book, *(jax.random.normal(k, (64, 8)) for k in k_inputs)) ** 2)
+
+    given = vs.inputs(jax.ShapeDtypeStruct((64, 8), jnp.float32), jax.ShapeDtypeStruct((64, 8), jnp.float32))
+    row = vs.predict(f, given, params=lambda key: {"book": jax.random.normal(key, (32, 8))}, backward=False).output
+    assert row.how == "sampled"
+    assert row.error_bound < 0.15
+    assert drawn.agrees(row.second_moment, row.error_bound, *drawn.drawn(one, 200))

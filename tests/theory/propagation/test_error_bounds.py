@@ -12,10 +12,12 @@ import pytest
 
 import varscale as vs
 from varscale.theory.domain.axes import MOST_CLASSES, Axis, class_shares, join, labelled, split_axis
-from varscale.theory.graph.nodes import View, leaf
+from varscale.theory.graph.layout import Value
+from varscale.theory.graph.nodes import Node, View, leaf, second_moments
 from varscale.theory.graph.normal_form import affine, apply, mean_node
 from varscale.theory.interpreter.interpreter import Interpreter
 from varscale.theory.interpreter.parameters import measured_law
+from varscale.theory.rules.registry import RULES
 
 NONE = {"w": jnp.zeros(1)}
 
@@ -64,11 +66,33 @@ def kernels(n):
     return lambda key: tuple(jax.random.normal(k, (WIDTH, WIDTH)) / WIDTH**0.5 for k in jax.random.split(key, n))
 
 
+class Doubtful(Node):
+    """An array of the moments of another, of which nothing else is known: off by 15 %, it may be."""
+
+    how = "sampled"
+
+
+@second_moments.register(Doubtful)
+def second_moments_of_doubtful(node):
+    node.graph.flag("sampled", 0.15)
+    return node.args[0].node.table
+
+
+@pytest.fixture
+def sorts_are_doubtful(monkeypatch):
+    def rule(interpreter, eqn, x):
+        view = View(x.node, tuple(range(len(x.node.axes))))
+        return [Value(interpreter.graph.make(Doubtful, x.node.axes, [view]), x.dims)]
+
+    monkeypatch.setitem(RULES, "sort", rule)
+
+
 def ranked(p, x):
     """Two independent projections in rising order: nearly equal, of which theory knows nothing."""
     return tuple(jnp.sort(x @ w, -1) for w in p)
 
 
+@pytest.mark.usefixtures("sorts_are_doubtful")
 def test_terms_that_may_be_equal_are_in_doubt():
     """Equal ones have E[(u + v)²] = 4, E[(u − v)²] = 0 and E[u²v²] = 3 where 2, 2 and 1 are predicted of unrelated ones."""
     for f, doubt in ((jnp.add, 1.0), (jnp.subtract, 1.0), (jnp.multiply, 2.0)):
@@ -80,6 +104,7 @@ def test_terms_that_may_be_equal_are_in_doubt():
     assert slight.error_bound == pytest.approx(alone.error_bound + 0.02, abs=2e-3)  # 2 · 10 · .1 / 100
 
 
+@pytest.mark.usefixtures("sorts_are_doubtful")
 def test_what_is_read_again_is_as_doubtful_as_the_first_time():
     """Both of a sum and a difference rest on one cross-moment."""
     both = lambda u, v, *more: [sum(more, u + v), sum(more, u - v)]  # noqa: E731
@@ -90,6 +115,7 @@ def test_what_is_read_again_is_as_doubtful_as_the_first_time():
         assert one.how == other.how == "assumed"
 
 
+@pytest.mark.usefixtures("sorts_are_doubtful")
 def test_doubts_of_unrelated_roots_do_not_cancel():
     """A numerator is as doubtful over a denominator that rises as it does."""
 
@@ -101,6 +127,7 @@ def test_doubts_of_unrelated_roots_do_not_cancel():
     assert output(quotient, X, X, params=kernels(2)).error_bound > 1.2 * alone.error_bound
 
 
+@pytest.mark.usefixtures("sorts_are_doubtful")
 def test_doubt_grows_where_terms_cancel():
     """Of numbers with mean 5 and variance 1 an error of 15 % in E[x²] = 26 may be one of 390 % in what is left of them."""
     row = output(lambda p, x: (lambda y: y - y.mean(-1, keepdims=True))(jnp.sort(x @ p[0] + 5, -1)), X, params=kernels(1))
@@ -153,20 +180,19 @@ def test_a_random_slice_is_a_mixture_of_its_places():
     """Of 321 starts, s and 320 − s hold s normals for s < 64, the others 64."""
     row = output(padded, jax.ShapeDtypeStruct((8, 256), jnp.float32))
     expected = (2 * sum(range(64)) + (321 - 128) * 64) / 321 / 64
-    assert row.second_moment == pytest.approx(expected, rel=1e-6)
-    assert (row.how, row.error_bound > 1 - 1e-6) == ("assumed", True)
+    assert (row.how, row.second_moment) == ("sampled", pytest.approx(expected, rel=row.error_bound))
     plain = output(
         lambda _, x: jax.lax.dynamic_slice(x, (0, jnp.argmax(x[0])), (8, 64)), jax.ShapeDtypeStruct((8, 256), jnp.float32)
     )
-    assert plain.second_moment == pytest.approx(1)
-    assert plain.error_bound < 0.1
+    assert plain.second_moment == pytest.approx(1, rel=plain.error_bound)
+    assert plain.error_bound < 0.15
 
 
 def test_a_random_slice_of_known_numbers_is_not_their_beginning():
     table = jnp.arange(100.0)
     f = lambda _, x: x[0, :1] * 0 + jax.lax.dynamic_slice(table, (jnp.argmax(x[0]),), (1,))  # noqa: E731
     row = output(f, jax.ShapeDtypeStruct((8, 100), jnp.float32))
-    assert row.second_moment == pytest.approx(float(jnp.mean(table**2)), rel=1e-5)
+    assert row.second_moment == pytest.approx(float(jnp.mean(table**2)), rel=row.error_bound)
 
 
 def test_classes_are_counted_before_they_are_written_down():
@@ -248,22 +274,6 @@ def test_orthogonal_layers_keep_the_norm_of_what_they_are_given():
     assert deep.typical == pytest.approx(single.typical, rel=1e-6)
     assert deep.band == pytest.approx(single.band, rel=1e-6)
     assert math.log(single.band[1] / single.band[0]) < math.log(narrow.band[1] / narrow.band[0])
-
-
-@pytest.mark.parametrize("nearest", [True, False])
-def test_the_nearest_row_is_no_row_like_others(nearest):
-    """A code book: the row nearest to x is near it, which is in doubt; one that something else picks is not."""
-
-    def f(params, x, y):
-        book = params["book"]
-        by = x if nearest else y
-        index = jnp.argmin(jnp.sum(by**2, -1, keepdims=True) - 2 * by @ book.T + jnp.sum(book**2, -1)[None], axis=-1)
-        return book[index] - x
-
-    given = vs.inputs(jax.ShapeDtypeStruct((64, 8), jnp.float32), jax.ShapeDtypeStruct((64, 8), jnp.float32))
-    row = vs.predict(f, given, params=lambda key: {"book": jax.random.normal(key, (32, 8))}, backward=False).output
-    assert row.second_moment == pytest.approx(2.0, rel=0.01)  # were it any row
-    assert (row.error_bound > 0.3) == nearest
 
 
 def test_correlations_that_there_is_no_place_for_are_errors():

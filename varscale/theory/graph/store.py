@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Hashable
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
@@ -78,6 +78,14 @@ def once_per_node(work: Callable[..., V]) -> OncePerNode[V]:
     return OncePerNode(work)
 
 
+class FlowInside(NamedTuple):
+    """What flows into an output of a region inside that: its second moments by type, and their relative error."""
+
+    node: Any
+    second: np.ndarray
+    doubt: float
+
+
 @dataclasses.dataclass
 class BackwardNotes:
     """What nodes of one backward pass tell those that come later in it, which are the earlier nodes.
@@ -87,6 +95,7 @@ class BackwardNotes:
         gains: by product, the argument whose cotangent gains something, and what it gains by type.
         sent: by output of a loop, draws of the cotangents that other loops sent it.
         loops: the outputs of loops that the pass has been through.
+        inside: what flows into outputs of regions inside these.
         doubts: by node, the relative error of its pullback, where that is not its kind's `gradient_doubt`.
     """
 
@@ -94,4 +103,5 @@ class BackwardNotes:
     gains: dict[int, tuple[int, np.ndarray]] = dataclasses.field(default_factory=dict)
     sent: dict[int, list[np.ndarray]] = dataclasses.field(default_factory=dict)
     loops: list[Any] = dataclasses.field(default_factory=list)
+    inside: list[FlowInside] = dataclasses.field(default_factory=list)
     doubts: dict[int, float] = dataclasses.field(default_factory=dict)

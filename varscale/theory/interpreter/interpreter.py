@@ -22,6 +22,8 @@ import jax
 import numpy as np
 
 from varscale import _compat
+from varscale.programs.pieces import live
+from varscale.programs.scopes import opened
 from varscale.theory.domain.axes import Axis
 from varscale.theory.domain.tables import independent
 from varscale.theory.graph.failures import PredictionError, located
@@ -32,12 +34,13 @@ from varscale.theory.graph.normal_form import apply
 from varscale.theory.graph.store import Fact
 from varscale.theory.integrals.primitives import of_known
 from varscale.theory.interpreter import registered  # noqa: F401  (rules, and laws of their nodes)
+from varscale.theory.interpreter.regions import Regions, blocks
 from varscale.theory.interpreter.rows import Place
 from varscale.theory.propagation.function_domains import has_values
 from varscale.theory.rules.prefix_scans import live_equations, used_variables
 from varscale.theory.rules.random import input_leaf
 from varscale.theory.rules.registry import ELEMENTWISE_OR_LAYOUT, RULES, Complex, Opaque, Rule, parts
-from varscale.theory.rules.sampled_primitive import sampled
+from varscale.theory.rules.sampled_regions import drawn_region
 
 _FOLDED: Fact[Hashable, Node | None] = Fact()  # known numbers computed by elementwise primitives
 
@@ -57,6 +60,7 @@ class Interpreter:
         nudged: whether tiny random numbers are added to what a module puts out where that is one known number, which nothing
             can be differentiated by.
         steps: which steps of loops over layers it is in.
+        regions: the scopes that are drawn.
     """
 
     def __init__(self, graph: Graph | None = None):
@@ -66,6 +70,7 @@ class Interpreter:
         self.used: frozenset[Any] = frozenset()
         self.nudged = False
         self.steps: list[int] = []
+        self.regions = Regions()
 
     def run(self, jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], step: int | None = None) -> list[Any]:
         """The outputs of a jaxpr, given values of its constants and inputs; `step` says which of a loop's it is."""
@@ -83,7 +88,8 @@ class Interpreter:
             env[var] = arg
         try:
             if self.place is not None:
-                self._watched(live_equations(jaxpr), jaxpr.outvars, env)
+                whole = not self.regions.drawn
+                self._watched(live_equations(jaxpr) if whole else live(jaxpr, jaxpr.eqns), jaxpr.outvars, env)
             else:
                 for eqn in live_equations(jaxpr):
                     self._step(eqn, env)
@@ -104,7 +110,9 @@ class Interpreter:
         place.rows.entered += not silent
         ends = {} if silent else place.ends(eqns, outputs)
         try:
-            for i, eqn in enumerate(eqns):
+            scopes = () if silent else self.regions.drawn
+            kept = [var for ended in ends.values() for _, var in ended]
+            for start, stop, eqn in blocks(eqns, outputs, place, scopes, kept):
                 count = place.rows.entered
                 self.place, self.entering = None if silent else place, eqn
                 self._step(eqn, env)
@@ -112,10 +120,22 @@ class Interpreter:
                     env[eqn.outvars[0]] = self._nudge(env[eqn.outvars[0]])
                 if not silent and count == place.rows.entered:
                     place.note(eqn, env, self.steps)
-                for scope, var in ends.get(i, ()):
-                    place.rows.add(scope.path, self.steps, "scope", env[var])
+                for path, field, var in eqn.params["rows"] if eqn.primitive.name == "region" else ():
+                    place.rows.add(path, self.steps, "module", env[var], field)
+                for i in range(start, stop):
+                    for scope, var in ends.get(i, ()):
+                        place.rows.add(scope.path, self.steps, "scope", env[var])
         finally:
             self.place, self.entering = outer, entered
+
+    def ask(self, reason: str) -> bool:
+        """Ask for a region of the module that the walk is in; False where there is none to be had."""
+        place, eqn = self.place, self.entering
+        return place is not None and self.regions.ask(opened(eqn, place.path, place.piece)[1], reason)
+
+    def refuse(self, scope: str, reason: str) -> None:
+        """Say that a region cannot be drawn."""
+        self.regions.refuse(scope, reason)
 
     def _nudge(self, x: Any) -> Any:
         if not isinstance(x, Value) or x.constant is None or math.prod(x.shape) <= 1:
@@ -153,7 +173,7 @@ class Interpreter:
             return RULES["complex operands"]
         if name in RULES:
             return RULES[name]
-        return sampled
+        return unruled
 
     def known(self, const: Any) -> Any:
         """The value of a known array."""
@@ -280,6 +300,12 @@ class Interpreter:
         return value(leaf(self.graph, name, axes, mean, second_moment, odd=odd, **law), shape)
 
 
+def unruled(interpreter: Interpreter, eqn: Any, *xs: Any) -> list[Any]:
+    """What stands in for a rule where there is none."""
+    name = eqn.primitive.name
+    return drawn_region(interpreter, eqn, xs, f'no rule covers it (to add one: @vs.theory.rule("{name}"))')
+
+
 _KEYED = {
     "random_bits",
     "jit",
@@ -292,6 +318,7 @@ _KEYED = {
     "remat2",
     "closed_call",
     "checkpoint",
+    "region",
 }
 _NEVER_FOLDED = _KEYED | {"rng_bit_generator", "associative_scan"}
 # Complex numbers pass through these as they are.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -133,7 +133,7 @@ def _predicted(program: Program, given: Inputs, params: Any, scheme: Any, *, bac
 
     kind = "scope" if program.init is None and program.parameters is None else "module"
 
-    def walk() -> list[tuple[str, str | None, Any]]:
+    def walk() -> Walked:
         rows = Rows(scopes=kind == "scope", equations=detail == "equations")
         interpreter.place = Place(rows)
         values = walked.run(interpreter)
@@ -142,7 +142,7 @@ def _predicted(program: Program, given: Inputs, params: Any, scheme: Any, *, bac
         captured = {call: outputs[call] for call in execution_order(forward.jaxpr, forward.shapes)}
         return list(joined(rows.made, captured, kind))
 
-    found = walk()
+    found = until_settled(walk, interpreter)
     paths = [path_string(p) for p, _ in jax.tree_util.tree_flatten_with_path(parameters.shapes)[0]]
     named = zip(paths, parameters.values, strict=True)
     try:
@@ -150,11 +150,28 @@ def _predicted(program: Program, given: Inputs, params: Any, scheme: Any, *, bac
         if not backward or all(not isinstance(x, Value) or x.constant is None for *_, x in found):
             return report
         interpreter.nudged = True
-        return with_gradients(report, walk())
+        return with_gradients(report, until_settled(walk, interpreter))
     except PredictionError:
         raise
     except Exception as error:
         raise located(error) from error
+
+
+Walked = list[tuple[str, str | None, Any]]
+
+
+def until_settled(walk: Callable[[], Walked], interpreter: Interpreter) -> Walked:
+    """What the first walk finds that asks for no further region; a scope is added, or refused, once, so there is one."""
+    regions = interpreter.regions
+    while True:
+        try:
+            found = walk()
+        except Exception:
+            if not regions.again():
+                raise
+            continue  # it met a placeholder
+        if not regions.again():
+            return found
 
 
 class _Parameters(NamedTuple):

@@ -136,6 +136,9 @@ def cotangents(outputs: Iterable[tuple[Node, np.ndarray]], watched: Sequence[Nod
                     doubt = part.doubt + notes.doubts.get(node.id, node.gradient_doubt)
                     back = over.growth * back
                     pending.add(view.node, Cotangent(back, doubt, mask, few, over.passed, 0.0, over.radial, over.unit))
+            while notes.inside:
+                inner, second, doubt = notes.inside.pop()
+                done.add(inner, Cotangent(second, part.doubt + doubt, few=few))
     out: dict[int, tuple[float, float]] = {}
     rows = {n.id for n in watched}
     for n in watched:

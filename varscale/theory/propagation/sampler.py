@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from varscale.theory.domain.axes import Axis
 from varscale.theory.domain.random_arrays import Positions, gaussian
 from varscale.theory.graph.expressions import Apply, Mean, Sum, roots_of
+from varscale.theory.graph.known_arrays import is_given, numbers
 from varscale.theory.graph.nodes import Array, Constant, Leaf, Node, View, far_below, known_samples
 from varscale.theory.graph.store import Fact
 from varscale.theory.integrals.hermite_series import Z
@@ -220,6 +221,8 @@ def _drawn(node: Node, positions: Positions, replicates: int, rng: np.random.Gen
     """A root's values at these positions, (replicates or 1, ...)."""
     if isinstance(node, Array):
         return np.asarray(node.values, float)[np.ix_(*positions)][None]
+    if is_given(node) and (known := numbers(node)) is not None:
+        return np.asarray(known, float)[np.ix_(*positions)][None]
     own = sample_of_kind(node, positions, replicates, rng)
     if own is not None:
         return own

@@ -10,7 +10,7 @@ from varscale.theory.graph.nodes import Array, Node, View
 from varscale.theory.graph.store import once_per_node
 from varscale.theory.integrals.hermite_series import WEIGHTS, Z
 from varscale.theory.propagation.marginals import along, concentrated, marginal, over_classes
-from varscale.theory.rules.sampled_primitive import draw
+from varscale.theory.rules.drawn_nodes import draw
 
 _GAUSSIAN_ENOUGH = (
     1e-3  # of a standard deviation, by which values on the normal grid are off a line where they count as Gaussian

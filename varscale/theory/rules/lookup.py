@@ -23,7 +23,7 @@ from varscale.theory.propagation.cross_moments import cross
 from varscale.theory.rules.axis import take
 from varscale.theory.rules.padding import classed_axes, padded, repeat_rates, unresolved
 from varscale.theory.rules.registry import Context, rule
-from varscale.theory.rules.sampled_primitive import sampled
+from varscale.theory.rules.sampled_regions import drawn_region
 from varscale.theory.rules.segment_cotangents import Alike, by_segment
 
 _CLASSES_MISS = 1e-3  # of a mean over rows that are looked up, what classes may miss
@@ -219,7 +219,7 @@ def gather(interpreter: Context, eqn: Any, x: Value, ids: Value) -> Any:
     if set(d.start_index_map) == collapsed and whole and not d.operand_batching_dims:
         return looked_up(interpreter, d, shape, x, ids)
 
-    return sampled(interpreter, eqn, x, ids)
+    return drawn_region(interpreter, eqn, (x, ids), "entries are looked up one by one")[0]
 
 
 def looked_up(interpreter: Context, d: Any, shape: Sequence[int], x: Value, ids: Value) -> Value:
@@ -305,9 +305,3 @@ def _index_axes(
         return [labelled(labels)], repeat_rates(codes, [Axis(len(labels))]), atoms
     axes = classed_axes(graph, codes)
     return axes, repeat_rates(codes, axes), atoms
-
-
-@rule("scatter")
-def scatter_rule(interpreter: Context, eqn: Any, x: Value, ids: Value, updates: Value) -> Any:
-
-    return sampled(interpreter, eqn, x, ids, updates)

@@ -33,9 +33,9 @@ from varscale.theory.propagation.shared_component import of_an_average
 from varscale.theory.propagation.spatial_correlation import answered, nearby
 from varscale.theory.propagation.spatial_windows import Grid, Reader, all_alike, latents, of_places, of_windows, read
 from varscale.theory.rules.convolution import prepared
+from varscale.theory.rules.drawn_nodes import draw, pooled_estimate
 from varscale.theory.rules.reductions import TIES, bounded, is_identity, narrowest, outside, restored
 from varscale.theory.rules.registry import Context, rule
-from varscale.theory.rules.sampled_primitive import draw, pooled_estimate
 
 
 def window_sums(node: WindowSum, distances: Mapping[int, int] | None) -> Grid:

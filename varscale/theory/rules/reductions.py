@@ -25,8 +25,8 @@ from varscale.theory.propagation.fluctuations import fluctuations
 from varscale.theory.propagation.inherited_fluctuations import Spread, combine, handed_on, inherited
 from varscale.theory.propagation.marginals import marginal
 from varscale.theory.propagation.shared_component import of_an_average
+from varscale.theory.rules.drawn_nodes import sample_map
 from varscale.theory.rules.registry import Context, rule
-from varscale.theory.rules.sampled_primitive import sample_map, sampled
 
 # Set on the validation grid, not derived, both: of the second moment of a maximum, a factor of e in how many it is over; of the
 # gradient through one, whose largest entry is not independent of what flows back.
@@ -237,9 +237,3 @@ def reduce_max(interpreter: Context, eqn: Any, x: Value) -> Value:
         Extreme, kept, [View(x.node, tuple(range(len(x.node.axes))))], (tuple(sorted(axes)), sign, count)
     )
     return restored(interpreter, without_axes(left, node), steps, (source, x))
-
-
-@rule("reduce_and", "reduce_or", "reduce_prod", "argmax", "argmin")
-def sampled_reduction(interpreter: Context, eqn: Any, *xs: Value) -> Any:
-
-    return sampled(interpreter, eqn, *xs)

@@ -111,6 +111,14 @@ class Context(Protocol):
         """An elementwise primitive of values of one shape (sizes of 1 broadcast)."""
         ...
 
+    def ask(self, reason: str) -> bool:
+        """Ask for a region of the module that the walk is in; False where there is none to be had."""
+        ...
+
+    def refuse(self, scope: str, reason: str) -> None:
+        """Say that a region cannot be drawn."""
+        ...
+
     def leaf(self, name: Any, shape: Sequence[int], mean: float, second_moment: float, *, odd: bool, **law: Any) -> Value:
         """A new random tensor with independent entries."""
         ...

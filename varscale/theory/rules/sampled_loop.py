@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from scipy import special
 
 from varscale import _compat
 from varscale.theory.graph.expressions import Apply
@@ -22,15 +23,17 @@ from varscale.theory.graph.layout import Value, merged
 from varscale.theory.graph.nodes import Array, Constant, Leaf, Node, View
 from varscale.theory.propagation.sampler import Drawing, evenly
 from varscale.theory.rules.prefix_scans import sub_jaxpr_of
+from varscale.theory.rules.region_programs import Program, back_all, run_all, written
 from varscale.theory.rules.region_sizes import CannotShrink, Sizes, run, work
 from varscale.theory.rules.registry import Opaque, parts
 
 _REPLICATES = 16
 _MOST_REPLICATES = 64
 _FEWEST_REPLICATES = 4
-_TRUSTED = 20.0  # squared standard errors that a mean square is trusted to: a normal's quantile at 1e-5
-_DRAWN_NUMBERS = 1 << 21  # numbers that the draws of one array of a region may hold
+_TAIL = 1e-4  # probability that the mean of draws is further off than is said
+_DRAWN_NUMBERS = 1 << 22  # numbers that the draws of one array of a region may hold
 _WORK = 2e10  # multiplications that a loop should take
+_HELD_NUMBERS = 1 << 28  # numbers that all draws of all its equations should be
 _MOST_WORK = 1e12  # multiplications that one which does not shrink may take: steps taken one by one would take longer
 _FEWEST_UNITS = 32  # units that are left of a layer: what n units differ by from infinitely many is of order 1/n
 _SAMPLES = 4  # samples drawn of a batch
@@ -51,6 +54,7 @@ class Operand:
         aval: its shape and type.
         stacked: whether it has a row a step.
         weight: whether it is independent zero-mean weights.
+        nudge: whether it is zeros that are added to an output where it is made.
     """
 
     value: tuple[Value, ...]
@@ -58,6 +62,7 @@ class Operand:
     aval: Any
     stacked: bool
     weight: bool
+    nudge: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -69,7 +74,7 @@ class Operand:
         return any(not isinstance(x.node, Constant | Array) for x in self.value)
 
 
-def operand(x: Any, aval: Any, *, stacked: bool) -> Operand:
+def operand(x: Any, aval: Any, *, stacked: bool, nudge: bool = False) -> Operand:
     """An operand of a loop, of its value.
 
     Raises:
@@ -79,14 +84,14 @@ def operand(x: Any, aval: Any, *, stacked: bool) -> Operand:
         return Operand((), x.key, aval, stacked, False)
     known = jnp.issubdtype(aval.dtype, jnp.inexact) or all(isinstance(v.node, Constant | Array) for v in parts(x))
     if not known and not all(_is_decided(v.node) for v in parts(x)):
-        raise CannotDraw
+        raise CannotDraw("it reads random whole numbers")
     flat = []
     for part in parts(x):
         for d in range(len(part.dims)):
             part = merged(part, d)
         flat.append(part)
     weight = all(isinstance(p.node, Leaf) and p.node.odd and not p.node.is_input for p in flat) and not stacked
-    return Operand(tuple(flat), None, aval, stacked, weight and len(aval.shape) > 1)
+    return Operand(tuple(flat), None, aval, stacked, weight and len(aval.shape) > 1, nudge)
 
 
 _COMPARED = {"lt", "le", "gt", "ge", "eq", "ne"}
@@ -109,6 +114,7 @@ class Loop:
         operands: its constants, its carry and its streams.
         sizes: at which sizes it is run.
         replicates: how many draws of all its operands it is run on.
+        batch: how many of these are run at a time.
         seed: where these come from; another one for every loop, whose weights would otherwise be the same.
     """
 
@@ -116,7 +122,13 @@ class Loop:
     operands: tuple[Operand, ...]
     sizes: Sizes
     replicates: int
+    batch: int
     seed: int
+
+    @property
+    def is_region(self) -> bool:
+        """Whether it is equations that are run once."""
+        return self.seed == 0
 
     @functools.cached_property
     def drawing(self) -> Drawing:
@@ -151,37 +163,45 @@ class Loop:
         out = []
         for x in self.operands:
             if not x.value:
-                out.append(jnp.stack([x.key] * self.replicates))
+                split = jax.vmap(lambda key: jax.random.split(key, self.replicates), out_axes=1)
+                out.append(split(x.key.reshape(-1)).reshape(self.replicates, *x.key.shape))
                 continue
             re, *im = [self.draw(part, stacked=x.stacked) for part in x.value]
             out.append((re + 1j * im[0] if im else re).astype(x.aval.dtype))
         return out
 
-    def _run(self, *operands: Any) -> list[jax.Array]:
-        """One run: every output at the smaller sizes, the parts of complex ones in succession."""
-        jaxpr, literals = _compat.sub_jaxpr(self.params["jaxpr"])
-        fixed, carry, streams = _compat.scan_operands(self.params, list(operands))
-        weights = [x.weight for x in self.operands]
-
-        def step(now: list[Any], row: list[Any]) -> tuple[list[Any], list[Any]]:
-            out = run(jaxpr, literals, [*fixed, *now, *row], weights, self.sizes)
-            return out[: len(now)], out[len(now) :]
-
-        last, rows = jax.lax.scan(step, carry, streams, length=self.params["length"], reverse=self.params["reverse"])
-        return [part for x in (*last, *rows) for part in _real_arrays(x)]
-
     @functools.cached_property
-    def _runs(self) -> Any:
-        return jax.jit(jax.vmap(self._run))
+    def program(self) -> Program:
+        """What is compiled."""
+        floating = tuple(i for i, x in enumerate(self.operands) if x.value and np.issubdtype(x.aval.dtype, np.inexact))
+        weights, shapes = tuple(x.weight for x in self.operands), tuple(sorted(self.sizes.smaller.items()))
+        return Program(self.params, self.sizes, shapes, written(self.params), weights, floating)
 
     def run_on(self, operands: Sequence[Any]) -> list[np.ndarray]:
-        """Outputs on given draws of the operands."""
-        return [_numbers(x) for x in self._runs(*operands)]
+        """Outputs on given draws of the operands, so many at a time: what is compiled does not depend on how many there are."""
+        starts = range(0, self.replicates, self.batch)
+        batches = [run_all(self.program, [x[start : start + self.batch] for x in operands]) for start in starts]
+        return [np.concatenate([np.asarray(x) for x in parts]) for parts in zip(*batches, strict=True)]
+
+    @functools.cached_property
+    def _outputs(self) -> list[np.ndarray]:
+        return self.run_on(self.drawn)
 
     @functools.cached_property
     def outputs(self) -> list[np.ndarray]:
         """Outputs on draws of the operands, (replicates, ...)."""
-        return self.run_on(self.drawn)
+        return [_numbers(x) for x in self._outputs]
+
+    @functools.cached_property
+    def undefined(self) -> bool:
+        """Whether a draw has no value."""
+        return any(bool(np.isnan(x).any()) for x in self._outputs if np.issubdtype(x.dtype, np.inexact))
+
+    @functools.cached_property
+    def error(self) -> float:
+        """The largest relative error of an output's mean square over so many draws."""
+        flat = (x.reshape(len(x), -1).astype(float) for x in self.outputs)
+        return max((relative_error(np.mean(x**2, axis=1)) for x in flat), default=0.0)
 
     @functools.cached_property
     def response(self) -> list[float]:
@@ -192,7 +212,7 @@ class Loop:
             else x
             for x, o in zip(self.drawn, self.operands, strict=True)
         ]
-        pairs = zip(self.run_on(louder), self.outputs, strict=True)
+        pairs = zip(map(_numbers, self.run_on(louder)), self.outputs, strict=True)
         return [float(np.log(np.mean(a**2) / np.mean(b**2)) / np.log1p(_INPUT_STEP)) if np.any(b) else 0.0 for a, b in pairs]
 
     @property
@@ -210,55 +230,46 @@ class Loop:
 
     def back(self, which: int, seed: np.ndarray) -> list[np.ndarray | None]:
         """Cotangents of the operands, (replicates, ...), given those of one output; none for keys and whole numbers."""
-        floating = [i for i, x in enumerate(self.operands) if x.value and np.issubdtype(x.aval.dtype, np.inexact)]
         out: list[np.ndarray | None] = [None] * len(self.operands)
-        some = [x[: len(seed)] for x in self.drawn]
-        found = self._vjp(which, tuple(floating), some, seed)
-        for i, x in zip(floating, found, strict=True):
-            out[i] = np.asarray(x) if np.iscomplexobj(x) else _numbers(x)
+        parts = []
+        for start in range(0, len(seed), self.batch):
+            some = slice(start, min(start + self.batch, len(seed)))
+            parts.append(back_all(self.program, which, [x[some] for x in self.drawn], seed[some]))
+        for i, *found in zip(self.program.floating, *parts, strict=True):
+            x = np.concatenate([np.asarray(part) for part in found])
+            out[i] = x if np.iscomplexobj(x) else _numbers(x)
         return out
-
-    @functools.cached_property
-    def _vjp(self) -> Any:
-        def one(which: int, floating: tuple[int, ...], operands: list[Any], seed: jax.Array) -> Any:
-            def f(*xs: jax.Array) -> jax.Array:
-                whole = list(operands)
-                for i, x in zip(floating, xs, strict=True):
-                    whole[i] = x
-                return self._run(*whole)[which]
-
-            out, pull = jax.vjp(f, *[operands[i] for i in floating])
-            return pull(seed.astype(out.dtype))
-
-        def back(which: int, floating: tuple[int, ...], operands: list[Any], seed: jax.Array) -> Any:
-            return jax.vmap(lambda xs, g: one(which, floating, xs, g))(operands, seed)
-
-        return jax.jit(back, static_argnums=(0, 1))
 
 
 def enough(loop: Loop, bound: float) -> Loop:
-    """The loop on as many draws as it takes to know its outputs' mean squares to this, within what a drawn array may hold."""
+    """The loop on twice as many draws until its outputs' mean squares are known to this, or there are too many numbers."""
     if bound == math.inf:
         return loop
-    worst, largest = 0.0, 1
-    for numbers in loop.outputs:
-        squares = np.mean(numbers.reshape(len(numbers), -1).astype(float) ** 2, axis=1)
-        worst = max(worst, float(squares.std() / max(squares.mean(), 1e-300)))
-        largest = max(largest, numbers[0].size)
-    wanted = min(_TRUSTED * (worst / bound) ** 2, _DRAWN_NUMBERS / largest)
-    # A power of two, so that regions that read the same arrays are drawn on the same numbers of them.
-    return dataclasses.replace(loop, replicates=2 ** max(int(math.log2(max(wanted, 1.0))) + 1, 6))
+    largest = max(numbers[0].size for numbers in loop.outputs)
+    while loop.error > bound and 2 * loop.replicates * largest <= _DRAWN_NUMBERS:
+        loop = dataclasses.replace(loop, replicates=2 * loop.replicates)
+    return loop
 
 
-def _real_arrays(x: jax.Array) -> tuple[jax.Array, ...]:
-    """An output as real arrays; of a random key nothing is told."""
-    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-        return (jnp.zeros(()),)
-    return (x.real, x.imag) if jnp.iscomplexobj(x) else (x,)
+def relative_error(squares: np.ndarray) -> float:
+    """The relative error of the mean of some mean squares of independent draws: a t-quantile at 1e-4 of their logarithms."""
+    n, mean = len(squares), max(float(squares.mean()), 1e-300)
+    scatter = max(float(squares.std()) / mean, float(np.log(np.maximum(squares / mean, 1e-12)).std())) if squares.any() else 0.0
+    return float(special.stdtrit(n - 1, 1 - _TAIL / 2)) * scatter / math.sqrt(n - 1)
 
 
 def _numbers(x: Any) -> np.ndarray:
     return np.nan_to_num(np.asarray(x).astype(np.float32), nan=0.0, posinf=0.0, neginf=0.0)
+
+
+def at_own_size(params: dict[str, Any], operands: Sequence[Operand]) -> tuple[Sizes, int] | None:
+    """A number of draws on which it can be run at its own sizes; None where it is too large for a few."""
+    jaxpr, _ = _compat.sub_jaxpr(params["jaxpr"])
+    sizes = Sizes({})
+    cost = 4 * params["length"] * work(jaxpr, sizes)
+    numbers = sum(math.prod(v.aval.shape) for eqn in jaxpr.eqns for v in eqn.outvars)
+    fits = min(_WORK / max(cost, 1.0), _HELD_NUMBERS / max(numbers, 1))
+    return (sizes, int(min(fits, _REPLICATES))) if fits >= _REPLICATES / 2 else None
 
 
 def shrunk(params: dict[str, Any], operands: Sequence[Operand]) -> tuple[Sizes, int]:
@@ -268,6 +279,8 @@ def shrunk(params: dict[str, Any], operands: Sequence[Operand]) -> tuple[Sizes, 
         CannotDraw: there are none.
     """
     jaxpr, _ = _compat.sub_jaxpr(params["jaxpr"])
+    weights = [x.weight for x in operands]
+    operands = [x for x in operands if not x.nudge]
     units = {n for x in operands if x.weight or (x.value and not x.stacked and len(x.shape) == 1) for n in x.shape}
     samples = {n for x in operands if x.value for n in x.shape} - units
     # Kernels of several gates laid side by side are as many times as wide as a layer.
@@ -280,7 +293,7 @@ def shrunk(params: dict[str, Any], operands: Sequence[Operand]) -> tuple[Sizes, 
         smaller = {n: n // ratio for n in units - kept if n % ratio == 0 and n // ratio >= _FEWEST_UNITS and ratio > 1}
         smaller.update({n: m for n, m in few.items() if n not in kept and m < n})
         sizes = Sizes(smaller)
-        trouble = _unfit(params, operands, sizes)
+        trouble = _unfit(params, weights, sizes)
         if trouble:
             kept |= trouble
             continue
@@ -293,7 +306,7 @@ def shrunk(params: dict[str, Any], operands: Sequence[Operand]) -> tuple[Sizes, 
         elif cost * _FEWEST_REPLICATES <= _MOST_WORK:
             return sizes, int(np.clip(_WORK / cost, _FEWEST_REPLICATES, _REPLICATES))
         else:
-            raise CannotDraw
+            raise CannotDraw("it is too large at its smallest")
 
 
 def _all_sizes(jaxpr: Any) -> set[int]:
@@ -314,11 +327,10 @@ def _divisor(n: int) -> int:
     return next(m for m in range(min(_SAMPLES, n), n + 1) if n % m == 0)
 
 
-def _unfit(params: dict[str, Any], operands: Sequence[Operand], sizes: Sizes) -> set[int]:
+def _unfit(params: dict[str, Any], weights: Sequence[bool], sizes: Sizes) -> set[int]:
     """Sizes that have to stay for a step to end with the carry it began with; none where it does."""
     jaxpr, literals = _compat.sub_jaxpr(params["jaxpr"])
     args = [jax.ShapeDtypeStruct(sizes.shape(v.aval.shape), v.aval.dtype) for v in jaxpr.invars]
-    weights = [x.weight for x in operands]
     try:
         outs = jax.eval_shape(lambda *xs: run(jaxpr, literals, list(xs), weights, sizes), *args)
     except CannotShrink as trouble:

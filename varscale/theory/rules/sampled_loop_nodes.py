@@ -17,8 +17,8 @@ from varscale.theory.domain.axes import Axis
 from varscale.theory.domain.random_arrays import gaussian
 from varscale.theory.domain.tables import Table, lift
 from varscale.theory.graph.layout import Atom, Value, materialize, merged
-from varscale.theory.graph.nodes import Node, View, cross_by_kind, known_samples, pullback, second_moments
-from varscale.theory.graph.store import BackwardNotes, Fact
+from varscale.theory.graph.nodes import UNKNOWN, Leaf, Node, View, cross_by_kind, known_samples, pullback, second_moments
+from varscale.theory.graph.store import BackwardNotes, Fact, FlowInside
 from varscale.theory.integrals.hermite_series import POINTS, WEIGHTS, Z
 from varscale.theory.propagation.fluctuations import fluctuations
 from varscale.theory.propagation.inherited_fluctuations import Spread, combine, handed_on
@@ -26,7 +26,7 @@ from varscale.theory.propagation.joint_sample import steps
 from varscale.theory.propagation.sample_moments import by_level, cross_moments, pooled, table_of_draws
 from varscale.theory.propagation.sampler import evenly, picked
 from varscale.theory.rules.registry import Complex, Context, Opaque, parts
-from varscale.theory.rules.sampled_loop import CannotDraw, Loop, Operand, enough, operand, shrunk
+from varscale.theory.rules.sampled_loop import CannotDraw, Loop, Operand, at_own_size, enough, operand, relative_error, shrunk
 
 _MEMORY = 2**28  # bytes of the states that a backward pass keeps
 # Set on the validation grid, not derived, both: of a gradient at sizes smaller than the whole; of one whose order in time is
@@ -35,6 +35,7 @@ _LOOP_DOUBT, _LOOSE = 0.1, 0.5
 
 
 _LOOPS: Fact[Hashable, Loop] = Fact()
+_NUDGED: Fact[Hashable, dict[int, Node]] = Fact()  # by loop: the output that each operand is added to where it is made
 STEPS: Fact[int, tuple[int, int]] = Fact()  # by weight: the steps it was interpreted at, and those it acts at
 
 
@@ -96,6 +97,8 @@ def known_samples_of_looped(node: Looped) -> np.ndarray:
 def second_moments_of_looped(node: Looped) -> Table:
     positions, numbers = node._layout
     table = table_of_draws(node, numbers, positions)
+    if node.loop.is_region and node.loop.undefined:
+        node.graph.flag("assumed", UNKNOWN)  # draws are none of what it is defined on (a factorization, say)
     node.drawn = _drawn_quantiles(node)
     return table
 
@@ -127,7 +130,14 @@ def pullback_of_looped(node: Looped, cotangent: np.ndarray, notes: BackwardNotes
     seed[index] = _arriving(node, np.broadcast_to(cotangent, node.frame_types), replicates, notes)
     notes.loops.append(node)
     out: list[np.ndarray | None] = []
-    for x, passed in zip(loop.operands, loop.back(which, seed), strict=True):
+    back = loop.back(which, seed)
+    if loop.is_region:
+        notes.doubts[node.id] = max((_chance(back[i]) for i, x in enumerate(loop.operands) if _is_value(x)), default=0.0)
+    nudged = _NUDGED.get(node.graph, node.params[0]) or {}
+    for i, inner in nudged.items():
+        if back[i] is not None and inner is not node:
+            notes.inside.append(FlowInside(inner, _second_inside(inner, back[i]), _chance(back[i])))
+    for x, passed in zip(loop.operands, back, strict=True):
         for part, value in enumerate(x.value):
             if passed is None or not x.random:
                 out.append(None)
@@ -136,6 +146,25 @@ def pullback_of_looped(node: Looped, cotangent: np.ndarray, notes: BackwardNotes
             real = (np.real(passed) if part == 0 else -np.imag(passed)).astype(np.float32)
             out.append(_carried_back(node, x, value, real, notes))
     return out
+
+
+def _second_inside(inner: Looped, passed: np.ndarray) -> np.ndarray:
+    """Second moments by type of the cotangents that flow into an output inside its region."""
+    constant = tuple(d for d in range(1, passed.ndim) if d not in inner.params[2])  # 0 is the one step
+    own = passed.sum(axis=constant)
+    return pooled(own, inner.axes, _positions(inner.axes, own.shape[1:])).second
+
+
+def _is_value(x: Operand) -> bool:
+    """Whether it is something that other rows are made of, and no parameter."""
+    return any(not isinstance(v.node, Leaf) or v.node.is_input for v in x.value) and x.random
+
+
+def _chance(passed: np.ndarray | None) -> float:
+    """How far the mean square of cotangents may be off by chance."""
+    if passed is None:
+        return 0.0
+    return relative_error(np.mean(np.square(np.abs(passed), dtype=float).reshape(len(passed), -1), axis=1))
 
 
 def _arriving(node: Looped, cotangent: np.ndarray, replicates: int, notes: BackwardNotes) -> np.ndarray:
@@ -147,7 +176,8 @@ def _arriving(node: Looped, cotangent: np.ndarray, replicates: int, notes: Backw
         drawn = drawn + picked(numbers, node.axes, positions, replicates)
         rest = rest - pooled(numbers, node.axes, _positions(node.axes, numbers.shape[1:])).second
     readers = [x for x in notes.loops if x.deps & node.deps == node.deps and x.loop is not node.loop]
-    notes.doubts[node.id] = _LOOSE if len(readers) > len(sent) else Looped.gradient_doubt
+    if not node.loop.is_region:
+        notes.doubts[node.id] = _LOOSE if len(readers) > len(sent) else Looped.gradient_doubt
     return drawn + gaussian(rest, node.axes, positions, replicates, np.random.default_rng(node.id))
 
 
@@ -206,11 +236,19 @@ def _positions(axes: Sequence[Axis], lengths: Sequence[int]) -> list[np.ndarray]
 
 def _drawn_alike(a: Loop, b: Loop) -> bool:
     """Whether two loops are regions on as many draws: what both read is the same numbers."""
-    return a.seed == b.seed == 0 and a.replicates == b.replicates
+    return a.is_region and b.is_region and a.replicates == b.replicates
 
 
 def over_time(
-    interpreter: Context, eqn: Any, xs: Sequence[Any], outline: Sequence[Any], outlined: int, bound: float = math.inf
+    interpreter: Context,
+    eqn: Any,
+    xs: Sequence[Any],
+    outline: Sequence[Any],
+    outlined: int,
+    bound: float = math.inf,
+    added: Sequence[int] = (),
+    *,
+    whole_numbers: bool = False,
 ) -> list[Any]:
     """The outputs of a scan, drawn.
 
@@ -221,18 +259,22 @@ def over_time(
         outline: what the last of some steps puts out, as values: their axes.
         outlined: how many steps these were.
         bound: the relative error to which its outputs' mean squares should be known.
+        added: for each operand which output it is added to, where it is zeros that are; else -1.
+        whole_numbers: whether random whole numbers may come out of it, of which the moments are known and no more.
 
     Raises:
         CannotDraw: it cannot be run.
     """
     graph, p = interpreter.graph, eqn.params
     fixed, carry, streams = _compat.scan_operands(p, list(zip(xs, eqn.invars, strict=True)))
-    operands = [operand(x, v.aval, stacked=False) for x, v in (*fixed, *carry)]
+    nudges = [k >= 0 for k in added] or [False] * len(xs)
+    operands = [operand(x, v.aval, stacked=False, nudge=n) for (x, v), n in zip((*fixed, *carry), nudges, strict=False)]
     operands += [operand(x, v.aval, stacked=True) for x, v in streams]
-    sizes, replicates = shrunk(p, operands)
+    is_region = bound < math.inf
+    sizes, replicates = (at_own_size(p, operands) if is_region else None) or shrunk(p, operands)
     # Regions are all drawn from one seed: what two of them read is the same in both.
-    seed = graph.count if bound == math.inf else 0
-    loop = enough(Loop(p, tuple(operands), sizes, replicates, seed), bound)
+    seed = 0 if is_region else graph.count
+    loop = enough(Loop(p, tuple(operands), sizes, replicates, replicates, seed), bound)
     mark = ("loop", graph.count)
     _LOOPS.put(graph, mark, loop)
     steps(graph).add(p["length"])
@@ -250,30 +292,31 @@ def over_time(
         stacked = k >= len(carry)
         if isinstance(shape, Opaque):
             if stacked:
-                raise CannotDraw
+                raise CannotDraw("a random key comes out of it")
             out.append(shape)  # as random as any other
             which += 1
             continue
         if not jnp.issubdtype(var.aval.dtype, jnp.inexact):
-            out.append(interpreter.known(_agreed(loop.outputs[which], var.aval)))
-            which += 1
-            continue
+            agreed = _agreed(loop.outputs[which], var.aval)
+            if agreed is None and not whole_numbers:
+                raise CannotDraw("random whole numbers come out of it")
+            if agreed is not None:
+                out.append(interpreter.known(agreed))
+                which += 1
+                continue
         made = []
         for part in parts(shape):
             made.append(_output(graph, loop, mark, views, which, part, length=p["length"] if stacked else None))
             which += 1
         out.append(Complex(*made) if len(made) == 2 else made[0])
+    _NUDGED.put(graph, mark, {i: out[k].node for i, k in enumerate(added) if k >= 0})
     return out
 
 
-def _agreed(numbers: np.ndarray, aval: Any) -> np.ndarray:
-    """Whole numbers that are the same in all draws.
-
-    Raises:
-        CannotDraw: they are not, or stand for more than were drawn.
-    """
+def _agreed(numbers: np.ndarray, aval: Any) -> np.ndarray | None:
+    """Whole numbers that are the same in all draws; None where they are not, or stand for more than were drawn."""
     if numbers.shape[1:] != aval.shape or np.any(numbers != numbers[:1]):
-        raise CannotDraw
+        return None
     return numbers[0].astype(aval.dtype)
 
 

@@ -15,7 +15,7 @@ from varscale.theory.graph import layout
 from varscale.theory.graph.failures import PredictionError, source
 from varscale.theory.graph.layout import value
 from varscale.theory.graph.nodes import Leaf
-from varscale.theory.rules.registry import Context, map_parts
+from varscale.theory.rules.registry import Complex, Context, Opaque, map_parts, rule
 from varscale.theory.rules.sampled_loop import CannotDraw
 from varscale.theory.rules.sampled_loop_nodes import over_time
 
@@ -23,7 +23,7 @@ _BOUND = 0.1  # relative error to which the mean squares of a region should be k
 
 
 def drawn_region(interpreter: Context, eqn: Any, xs: Sequence[Any], reason: str) -> list[Any]:
-    """The outputs of an equation, drawn.
+    """The outputs of an equation that no rule covers: those of a region around it, of the innermost module that has one.
 
     Args:
         interpreter: the walk.
@@ -31,32 +31,72 @@ def drawn_region(interpreter: Context, eqn: Any, xs: Sequence[Any], reason: str)
         xs: its operands' values.
         reason: why no rule covers it.
 
+    Returns:
+        Placeholders where a region was asked for, and all is walked again; else the outputs of the equation alone, drawn.
+
     Raises:
         PredictionError: it cannot be drawn, at any size.
     """
+    if interpreter.ask(f"{eqn.primitive.name}: {reason}"):
+        return [_placeholder(interpreter, v.aval) for v in eqn.outvars]
     given = {v: x for v, x in zip(eqn.invars, xs, strict=True) if not _compat.is_literal(v)}
     jaxpr = jax.make_jaxpr(lambda: 0)().jaxpr.replace(constvars=[], invars=list(given), outvars=eqn.outvars, eqns=[eqn])
-    run = jaxpr_as_fun(ClosedJaxpr(jaxpr, []))
+    try:
+        return _run_on_draws(interpreter, ClosedJaxpr(jaxpr, []), list(given.values()), (), whole_numbers=True)
+    except CannotDraw as trouble:
+        raise PredictionError(
+            f"primitive {eqn.primitive.name!r} at {source(eqn)}: {reason}, and it cannot be drawn: {trouble}; "
+            "write it with jnp.where, or predict a smaller model"
+        ) from None
+
+
+@rule("region")
+def region_rule(interpreter: Context, eqn: Any, *xs: Any) -> list[Any]:
+    """The equations of a scope, drawn; where that cannot be, it is said to the walk."""
+    jaxpr, nudged = eqn.params["jaxpr"], eqn.params["nudged"]
+    still = [layout.full(interpreter.graph, 0.0, v.shape) for v in jaxpr.in_avals[len(xs) :]]
+    try:
+        return _run_on_draws(interpreter, jaxpr, [*xs, *still], nudged, whole_numbers=not eqn.params["scope"])
+    except CannotDraw as trouble:
+        interpreter.refuse(eqn.params["scope"], str(trouble))
+        return [_placeholder(interpreter, aval) for aval in jaxpr.out_avals]
+
+
+def _run_on_draws(
+    interpreter: Context, jaxpr: ClosedJaxpr, xs: Sequence[Any], nudged: Sequence[int], *, whole_numbers: bool
+) -> list[Any]:
+    """The outputs of a jaxpr, drawn; the last operands are what is added to its outputs (`Loop.nudged`).
+
+    Raises:
+        CannotDraw: it cannot be drawn, at any size.
+    """
+    run = jaxpr_as_fun(jaxpr)
 
     def one_step(*operands: Any) -> Any:
         return jax.lax.scan(lambda carry, _: (carry, run(*operands)), (), None, length=1)[1]
 
-    looped = jax.make_jaxpr(one_step)(*[jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in given]).jaxpr
+    looped = jax.make_jaxpr(one_step)(*[jax.ShapeDtypeStruct(a.shape, a.dtype) for a in jaxpr.in_avals]).jaxpr
     (loop,) = [e for e in looped.eqns if e.primitive.name == "scan"]
-    by_variable = dict(zip(looped.invars, given.values(), strict=True))
-    try:
-        outline = [_outline(interpreter, v.aval.shape) for v in eqn.outvars]
-        found = over_time(interpreter, loop, [by_variable[v] for v in loop.invars], outline, 1, _BOUND)
-    except CannotDraw:
-        raise PredictionError(
-            f"primitive {eqn.primitive.name!r} at {source(eqn)}: {reason}, and it cannot be drawn: it reads random whole "
-            "numbers, or is too large at its smallest; write it with jnp.where, or predict a smaller model"
-        ) from None
+    by_variable = dict(zip(looped.invars, xs, strict=True))
+    place = {v: i - len(xs) + len(nudged) for i, v in enumerate(looped.invars)}
+    operands = [interpreter.known(v.val) if _compat.is_literal(v) else by_variable[v] for v in loop.invars]
+    added = [-1 if _compat.is_literal(v) or place[v] < 0 else nudged[place[v]] for v in loop.invars]
+    outline = [_outline(interpreter, a) for a in jaxpr.out_avals]
+    found = over_time(interpreter, loop, operands, outline, 1, _BOUND, added, whole_numbers=whole_numbers)
     return [map_parts(lambda part: layout.transpose(part, range(1, len(part.dims))), x) for x in found]
 
 
-def _outline(interpreter: Context, shape: Sequence[int]) -> Any:
-    """A value over axes of one class each."""
-    axes = tuple(Axis(n) for n in shape if n != 1)
-    node = interpreter.graph.make(Leaf, axes, (), ("outline", tuple(shape)))
-    return value(node.settle(independent(0.0, 1.0, axes), odd=False, random=False), shape)
+def _outline(interpreter: Context, aval: Any) -> Any:
+    """A value over axes of one class each, of an array or of the parts of a complex one."""
+    axes = tuple(Axis(n) for n in aval.shape if n != 1)
+    node = interpreter.graph.make(Leaf, axes, (), ("outline", tuple(aval.shape)))
+    own = value(node.settle(independent(0.0, 1.0, axes), odd=False, random=False), aval.shape)
+    return Complex(own, own) if aval.dtype.kind == "c" else own
+
+
+def _placeholder(interpreter: Context, aval: Any) -> Any:
+    """What stands for an output in a walk that is not the last."""
+    if jax.numpy.issubdtype(aval.dtype, jax.dtypes.prng_key):
+        key = jax.random.key(0)
+        return Opaque(jax.random.split(key, aval.shape) if aval.shape else key)
+    return layout.full(interpreter.graph, 0.0, aval.shape) if aval.dtype.kind in "iub" else _outline(interpreter, aval)

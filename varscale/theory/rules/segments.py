@@ -35,7 +35,7 @@ from varscale.theory.propagation.cross_moments import cross
 from varscale.theory.rules.neighbours import unseen, unseen_in_given
 from varscale.theory.rules.reductions import bounded, is_identity, narrowest, outside, restored
 from varscale.theory.rules.registry import Context, rule
-from varscale.theory.rules.sampled_primitive import sampled
+from varscale.theory.rules.sampled_regions import drawn_region
 from varscale.theory.rules.segment_sums import SEGMENTS, Segments, SegmentSum, per_position
 
 
@@ -255,7 +255,7 @@ def scatter_add(interpreter: Context, eqn: Any, x: Value, ids: Value, updates: V
     """Sums by segment where the segments are known; otherwise sampled."""
     found = segmented(interpreter, eqn, x, ids, updates)
     if found is None:
-        return sampled(interpreter, eqn, x, ids, updates)
+        return drawn_region(interpreter, eqn, (x, ids, updates), "entries are added at places that are not known")[0]
     summands, segments = found
     node, weights = known_factors(summands, len(segments))
     if not node.axes or node.axes[0].size != len(segments):
