@@ -226,12 +226,33 @@ def test_equations_inside_loops_have_steps_and_loops_over_time_are_one():
         @nn.compact
         def __call__(self, x):
             x, _ = nn.scan(Body, variable_axes={"params": 0}, split_rngs={"params": True}, length=2)(name="body")(x, None)
-            return jnp.cumsum(x, axis=0), lax.scan(lambda h, x: (h + x, None), jnp.zeros(32), x)[0]
+            return jnp.sinh(x), lax.scan(lambda h, x: (h + x, None), jnp.zeros(32), x)[0]
 
     paths = [row.path for row in vs.predict(Net(), X, detail="equations").rows]
     assert paths[:3] == ["body/dense/dot_general@0", "body/dense@0", "body/tanh@0"]
     assert paths.count("scan") == 1
     assert "add" not in paths
+
+
+def test_layers_inside_a_region_have_rows_and_gradients():
+    """A sort has no rule, so the model that it is in is drawn."""
+
+    class Body(nn.Module):
+        @nn.compact
+        def __call__(self, x, _):
+            return nn.tanh(nn.Dense(32, name="dense", use_bias=False)(x)), None
+
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x, _ = nn.scan(Body, variable_axes={"params": 0}, split_rngs={"params": True}, length=2)(name="body")(x, None)
+            return nn.Dense(8, name="last")(jnp.sort(x, -1))
+
+    report = vs.predict(Net(), X)
+    assert [row.path for row in report.rows] == ["body/dense@0", "body@0", "body/dense@1", "body@1", "last", ""]
+    assert {row.how for row in report.rows} == {"sampled"}
+    assert all(row.gradient > 0 for row in report.rows)
+    assert report["body/dense@0"].second_moment == pytest.approx(1, rel=report["body/dense@0"].error_bound)
 
 
 def test_another_detail_names_what_is_allowed():

@@ -22,7 +22,6 @@ import jax
 import numpy as np
 
 from varscale import _compat
-from varscale.programs.pieces import live
 from varscale.programs.scopes import opened
 from varscale.theory.domain.axes import Axis
 from varscale.theory.domain.tables import independent
@@ -34,10 +33,10 @@ from varscale.theory.graph.normal_form import apply
 from varscale.theory.graph.store import Fact
 from varscale.theory.integrals.primitives import of_known
 from varscale.theory.interpreter import registered  # noqa: F401  (rules, and laws of their nodes)
-from varscale.theory.interpreter.regions import Regions, blocks
+from varscale.theory.interpreter.regions import Regions, blocks, within
 from varscale.theory.interpreter.rows import Place
 from varscale.theory.propagation.function_domains import has_values
-from varscale.theory.rules.prefix_scans import live_equations, used_variables
+from varscale.theory.rules.equations import live_equations, scans, used_variables
 from varscale.theory.rules.random import input_leaf
 from varscale.theory.rules.registry import ELEMENTWISE_OR_LAYOUT, RULES, Complex, Opaque, Rule, parts
 from varscale.theory.rules.sampled_regions import drawn_region
@@ -88,8 +87,7 @@ class Interpreter:
             env[var] = arg
         try:
             if self.place is not None:
-                whole = not self.regions.drawn
-                self._watched(live_equations(jaxpr) if whole else live(jaxpr, jaxpr.eqns), jaxpr.outvars, env)
+                self._watched(live_equations(jaxpr), jaxpr.outvars, env)
             else:
                 for eqn in live_equations(jaxpr):
                     self._step(eqn, env)
@@ -111,6 +109,10 @@ class Interpreter:
         ends = {} if silent else place.ends(eqns, outputs)
         try:
             scopes = () if silent else self.regions.drawn
+            for i in () if silent else scans(eqns):
+                path = opened(eqns[i], place.path, place.piece)[1]
+                if not any(within(path, scope) for scope in scopes):
+                    self.regions.ask(path, "associative scan: no formula covers all recurrences")
             kept = [var for ended in ends.values() for _, var in ended]
             for start, stop, eqn in blocks(eqns, outputs, place, scopes, kept):
                 count = place.rows.entered
@@ -120,8 +122,8 @@ class Interpreter:
                     env[eqn.outvars[0]] = self._nudge(env[eqn.outvars[0]])
                 if not silent and count == place.rows.entered:
                     place.note(eqn, env, self.steps)
-                for path, field, var in eqn.params["rows"] if eqn.primitive.name == "region" else ():
-                    place.rows.add(path, self.steps, "module", env[var], field)
+                for path, steps, field, var in eqn.params["rows"] if eqn.primitive.name == "region" else ():
+                    place.rows.add(path, [*self.steps, *steps], "module", env[var], field)
                 for i in range(start, stop):
                     for scope, var in ends.get(i, ()):
                         place.rows.add(scope.path, self.steps, "scope", env[var])
@@ -320,10 +322,9 @@ _KEYED = {
     "checkpoint",
     "region",
 }
-_NEVER_FOLDED = _KEYED | {"rng_bit_generator", "associative_scan"}
+_NEVER_FOLDED = _KEYED | {"rng_bit_generator"}
 # Complex numbers pass through these as they are.
 _WHOLE = (_KEYED - {"random_bits"}) | {
-    "associative_scan",
     "complex",
     "real",
     "imag",

@@ -17,7 +17,7 @@ from varscale import _compat
 from varscale.programs.marks import FIELD, MODULE, WITHIN
 from varscale.programs.pieces import PIECE
 from varscale.programs.scopes import opened, whole_path
-from varscale.theory.rules.prefix_scans import sub_jaxpr_of
+from varscale.theory.rules.equations import sub_jaxpr_of
 
 _PARTS = "/.[#"  # what may follow the path of a module in that of a part of it
 _ENTERED = {"jit", "pjit", "remat2", "checkpoint", "closed_call"}  # calls whose modules have rows of their own
@@ -64,6 +64,18 @@ class Regions:
         return changed
 
 
+_MOST_LAYERS = 64  # steps of a loop over layers that are written out
+
+
+def _has_marks(jaxpr: Any) -> bool:
+    """Whether modules are called in it."""
+    return any(
+        (eqn.primitive.name == "name" and eqn.params["name"].startswith((MODULE, WITHIN)))
+        or (sub_jaxpr_of(eqn) is not None and _has_marks(_compat.sub_jaxpr(sub_jaxpr_of(eqn))[0]))
+        for eqn in jaxpr.eqns
+    )
+
+
 class _RegionPrimitive:
     name = "region"
     multiple_results = True
@@ -75,7 +87,7 @@ class Region:
 
     `params`: the scope (`scope`), the jaxpr (`jaxpr`; after the operands it takes numbers that are added to its outputs where
     they are made, zeros: what flows back into them is the gradient there), which output each is added to (`nudged`), and the
-    rows of modules inside it (`rows`: path, field, variable).
+    rows of modules inside it (`rows`: path, steps, field, variable).
     """
 
     invars: list[Any]
@@ -115,8 +127,13 @@ def blocks(
 
 def _span(paths: Sequence[str], scope: str) -> tuple[int, int, str] | None:
     """From the first to the last equation of a scope; what is between reads of it or is read by it, or may as well be."""
-    own = [i for i, p in enumerate(paths) if p == scope or not scope or (p.startswith(scope) and p[len(scope)] in _PARTS)]
+    own = [i for i, path in enumerate(paths) if within(path, scope)]
     return (own[0], own[-1] + 1, scope) if own else None
+
+
+def within(path: str, scope: str) -> bool:
+    """Whether a path is a scope's, or that of a part of it."""
+    return not scope or path == scope or (path.startswith(scope) and path[len(scope)] in _PARTS)
 
 
 def _separate(spans: Sequence[tuple[int, int, str]]) -> list[tuple[int, int, str]]:
@@ -189,7 +206,8 @@ class _Evaluated:
 
     Attributes:
         wanted: the arrays that are added to what modules put out, in order.
-        rows: path and field of what modules inside put out.
+        rows: path, steps and field of what modules inside put out.
+        steps: which steps of loops over layers it is in.
         nudged: for each of the arrays, which output it is added to.
         marked: for each of the rows, which output it is.
     """
@@ -197,7 +215,8 @@ class _Evaluated:
     def __init__(self, given: Iterator[Any] | None):
         self.given = given
         self.wanted: list[jax.ShapeDtypeStruct] = []
-        self.rows: list[tuple[str, str]] = []
+        self.rows: list[tuple[str, tuple[int, ...], str]] = []
+        self.steps: list[int] = []
         self.nudged: list[int] = []
         self.marked: list[int] = []
         self._made: list[Any] = []
@@ -221,21 +240,39 @@ class _Evaluated:
             if name in _ENTERED and inner is not None:
                 jaxpr, consts = _compat.sub_jaxpr(inner)
                 own = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *ins), strict=True))
-                within = opened(eqn, "", piece)[1] if eqn.params.get("name") == PIECE else piece
-                self._run(jaxpr.eqns, own, set(), within)
+                inner_piece = opened(eqn, "", piece)[1] if eqn.params.get("name") == PIECE else piece
+                self._run(jaxpr.eqns, own, set(), inner_piece)
                 outs = [v.val if _compat.is_literal(v) else own[v] for v in jaxpr.outvars]
+            elif name == "scan" and eqn.params["length"] <= _MOST_LAYERS and _has_marks(_compat.sub_jaxpr(inner)[0]):
+                outs = self._layers(eqn.params, ins, piece)
             else:
                 outs = self._evaluated(eqn, ins, piece)
             env.update((v, self._nudged(x) if v in outvars else x) for v, x in zip(eqn.outvars, outs, strict=True))
+
+    def _layers(self, params: dict[str, Any], ins: Sequence[Any], piece: str) -> list[Any]:
+        """A scan over layers, step by step, whose modules have rows of their own."""
+        jaxpr, consts = _compat.sub_jaxpr(params["jaxpr"])
+        fixed, carry, streams = _compat.scan_operands(params, list(ins))
+        order = range(params["length"])[:: -1 if params["reverse"] else 1]
+        stacked: dict[int, list[Any]] = {}
+        for step in order:
+            given = [*consts, *fixed, *carry, *(x[step] for x in streams)]
+            own = dict(zip((*jaxpr.constvars, *jaxpr.invars), given, strict=True))
+            self.steps.append(step)
+            self._run(jaxpr.eqns, own, set(), piece)
+            self.steps.pop()
+            outs = [v.val if _compat.is_literal(v) else own[v] for v in jaxpr.outvars]
+            carry, stacked[step] = outs[: len(carry)], outs[len(carry) :]
+        return [*carry, *(jnp.stack(rows) for rows in zip(*(stacked[k] for k in sorted(stacked)), strict=True))]
 
     def _evaluated(self, eqn: Any, ins: Sequence[Any], piece: str) -> Sequence[Any]:
         if sub_jaxpr_of(eqn) is not None:
             return _compat.evaluated(eqn, ins)
         mark = eqn.params.get("name") if eqn.primitive.name == "name" else None
         if mark is not None and mark.startswith((MODULE, WITHIN)):
-            where, field, _ = mark.split(FIELD)
+            where, field, arrays = mark.split(FIELD)
             self._marked.append(self._nudged(ins[0]))
-            self.rows.append((whole_path(where, piece), field))
+            self.rows.append((whole_path(where, piece), tuple(self.steps), "" if self.steps and arrays == "1" else field))
             return self._marked[-1:]
         found = eqn.primitive.bind(*ins, **eqn.params)
         return list(found) if eqn.primitive.multiple_results else [found]

@@ -13,7 +13,6 @@ from varscale.theory.propagation import (  # noqa: F401
     sums,
 )
 from varscale.theory.rules import (  # noqa: F401
-    associative_scan,
     attention,
     axis,
     complex,

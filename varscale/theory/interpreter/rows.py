@@ -16,7 +16,7 @@ from varscale.programs.marks import FIELD, MODULE, WITHIN
 from varscale.programs.pieces import PIECE
 from varscale.programs.scopes import Scope, ends, is_floating, opened, whole_path
 
-_LOOPS = {"scan", "while", "associative_scan"}
+_LOOPS = {"scan", "while"}
 
 
 class Made(NamedTuple):

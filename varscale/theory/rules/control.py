@@ -18,7 +18,7 @@ from varscale.theory.graph.layout import Value
 from varscale.theory.graph.nodes import Leaf
 from varscale.theory.rules.axis import slice_of_weights, take
 from varscale.theory.rules.concatenation import concatenate
-from varscale.theory.rules.prefix_scans import used_variables
+from varscale.theory.rules.equations import used_variables
 from varscale.theory.rules.random import bits
 from varscale.theory.rules.registry import STACKED, Complex, Context, Opaque, map_parts, rule
 from varscale.theory.rules.sampled_loop import CannotDraw

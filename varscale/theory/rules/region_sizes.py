@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from varscale import _compat
-from varscale.theory.rules.prefix_scans import is_elementwise, sub_jaxpr_of
+from varscale.theory.rules.equations import is_elementwise, sub_jaxpr_of
 
 _ROUNDED = 2.0**-8  # how far a count may be off in bfloat16, and the n − 1 of a variance
 
@@ -139,7 +139,7 @@ def _keeps_law(eqn: Any, weights: Sequence[bool]) -> bool:
     """Whether what was independent weights still is: rearranged, multiplied by a number, or several of them joined."""
     others = [v for v, weight in zip(eqn.invars, weights, strict=True) if not weight]
     name = eqn.primitive.name
-    if name == "concatenate":
+    if name in ("concatenate", "complex", "add", "sub"):
         return not others and len(set(eqn.invars)) == len(eqn.invars)
     return name in _REARRANGES or (name in ("mul", "div") and all(v.aval.ndim == 0 for v in others))
 
@@ -259,6 +259,26 @@ def _random(eqn: Any, ins: list[Any], weights: list[bool], sizes: Sizes) -> list
     return _bound(eqn, ins, {"shape": sizes.shape(eqn.params["shape"])})
 
 
+def _iota(eqn: Any, ins: list[Any], weights: list[bool], sizes: Sizes) -> list[Any]:
+    _keep_size([eqn.params["shape"][eqn.params["dimension"]]], sizes)
+    return _bound(eqn, ins, {"shape": sizes.shape(eqn.params["shape"])})
+
+
+def _padded(eqn: Any, ins: list[Any], weights: list[bool], sizes: Sizes) -> list[Any]:
+    config = eqn.params["padding_config"]
+    _keep_size([n for n, pad in zip(eqn.invars[0].aval.shape, config, strict=True) if any(pad)], sizes)
+    return _bound(eqn, ins, {})
+
+
+def _along_some(eqn: Any, ins: list[Any], weights: list[bool], sizes: Sizes) -> list[Any]:
+    """What acts along some axes, alike at every position of the others."""
+    shape, p = eqn.invars[0].aval.shape, eqn.params
+    own = p.get("axes", p.get("dimensions", [p.get("axis", p.get("dimension", len(shape) - 1))]))
+    own = range(len(shape) - len(p["fft_lengths"]), len(shape)) if "fft_lengths" in p else own
+    _keep_size([shape[k] for k in own], sizes)
+    return _bound(eqn, ins, {})
+
+
 def _plain(eqn: Any, ins: list[Any], weights: list[bool], sizes: Sizes) -> list[Any]:
     """What says nothing of sizes."""
     return _bound(eqn, ins, {})
@@ -274,9 +294,14 @@ _RULES: dict[str, Callable[[Any, list[Any], list[bool], Sizes], list[Any]]] = {
     "dot_general": _matrix_product,
     "conv_general_dilated": _convolution,
     "random_bits": _random,
+    "iota": _iota,
+    "pad": _padded,
     "transpose": _plain,
     "squeeze": _plain,
 }
+_RULES.update(dict.fromkeys(("reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or"), _along_some))
+_RULES.update(dict.fromkeys(("argmax", "argmin", "sort", "top_k", "rev", "fft"), _along_some))
+_RULES.update(dict.fromkeys(("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp"), _along_some))
 
 
 def work(jaxpr: Any, sizes: Sizes) -> float:

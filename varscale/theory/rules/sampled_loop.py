@@ -22,7 +22,7 @@ from varscale.theory.graph.expressions import Apply
 from varscale.theory.graph.layout import Value, merged
 from varscale.theory.graph.nodes import Array, Constant, Leaf, Node, View
 from varscale.theory.propagation.sampler import Drawing, evenly
-from varscale.theory.rules.prefix_scans import sub_jaxpr_of
+from varscale.theory.rules.equations import sub_jaxpr_of
 from varscale.theory.rules.region_programs import Program, back_all, run_all, written
 from varscale.theory.rules.region_sizes import CannotShrink, Sizes, run, work
 from varscale.theory.rules.registry import Opaque, parts

@@ -1,0 +1,90 @@
+"""What a jaxpr is made of: its live equations, calls, and where a `jax.lax.associative_scan` begins.
+
+jax writes such a scan out as log₂ T levels of slices, combinations and interleavings.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+from varscale import _compat
+from varscale.programs.pieces import live
+
+# What depends on shapes, and so cannot be evaluated at a few positions only.
+_MOVES = (
+    "slice",
+    "reshape",
+    "squeeze",
+    "transpose",
+    "concatenate",
+    "pad",
+    "dot_general",
+    "gather",
+    "iota",
+    "rev",
+    "dynamic_slice",
+)
+
+
+def scans(eqns: Sequence[Any]) -> list[int]:
+    """Where associative scans begin: arrays cut in halves, these combined and cut in halves again, and interleaved."""
+    found, start = [], 0
+    for i, eqn in enumerate(eqns):
+        axis = _halved(eqn, 0) if i >= start else None
+        if axis is None:
+            continue
+        array, rest = eqn.invars[0], eqns[i + 1 :]
+        again = any(_halved(e, 1) == axis and e.invars[0] is array for e in rest)
+        inner = any(
+            _halved(e, k) == axis and e.invars[0].aval.shape[axis] == array.aval.shape[axis] // 2 for e in rest for k in (0, 1)
+        )
+        whole = (j for j, e in enumerate(rest) if _dilates(e) and e.outvars[0].aval.shape[axis] == array.aval.shape[axis])
+        end = next(whole, None) if again and inner else None
+        if end is not None:
+            found.append(i)
+            start = i + end
+    return found
+
+
+def _dilates(eqn: Any) -> bool:
+    """Whether it puts one zero between any two entries."""
+    return eqn.primitive.name == "pad" and any(interior == 1 for *_, interior in eqn.params["padding_config"])
+
+
+def _halved(eqn: Any, offset: int) -> int | None:
+    """The axis along which a slice takes every other position from this one on, and all along the rest."""
+    if eqn.primitive.name != "slice" or eqn.params["strides"] is None:
+        return None
+    starts, strides = eqn.params["start_indices"], eqn.params["strides"]
+    axes = [k for k, step in enumerate(strides) if step == 2]
+    return axes[0] if len(axes) == 1 and [s for s in starts if s] == [offset][:offset] and starts[axes[0]] == offset else None
+
+
+def is_elementwise(eqn: Any) -> bool:
+    """Whether an equation can be evaluated on arrays of any shape."""
+    inner = sub_jaxpr_of(eqn)
+    if inner is not None:
+        return all(is_elementwise(e) for e in _compat.sub_jaxpr(inner)[0].eqns)
+    ranks = {v.aval.ndim for v in (*eqn.invars, *eqn.outvars) if v.aval.ndim}
+    name = eqn.primitive.name
+    return len(ranks) <= 1 and name not in _MOVES and not name.startswith(("cum", "reduce", "scatter", "arg", "sort", "conv_"))
+
+
+def sub_jaxpr_of(eqn: Any) -> Any:
+    """The jaxpr of a call; None for anything else."""
+    return next((p for p in eqn.params.values() if hasattr(p, "eqns") or hasattr(p, "jaxpr")), None)
+
+
+@functools.lru_cache(maxsize=256)
+def live_equations(jaxpr: Any) -> list[Any]:
+    """The equations that the outputs depend on (an init's forward pass is not one)."""
+    return live(jaxpr, jaxpr.eqns)
+
+
+@functools.lru_cache(maxsize=256)
+def used_variables(jaxpr: Any) -> frozenset[Any]:
+    """The variables that live equations read, and the outputs."""
+    read = (v for eqn in live_equations(jaxpr) for v in eqn.invars)
+    return frozenset(v for v in (*read, *jaxpr.outvars) if not _compat.is_literal(v))
