@@ -1,4 +1,4 @@
-"""Sums over the neighbours of a graph's nodes: exact in the degrees, in doubt where neighbours share their own neighbours."""
+"""Sums over the neighbours of a graph's nodes: sampled, and within their bounds."""
 
 import math
 
@@ -17,14 +17,17 @@ SENDERS, RECEIVERS = (_GRAPH.integers(0, NODES, EDGES).astype(np.int32) for _ in
 DEGREES = np.bincount(RECEIVERS, minlength=NODES)
 
 
-def test_sums_by_segment_are_exact_in_the_degrees():
+def test_sums_by_segment_go_by_the_degrees():
     x = jax.ShapeDtypeStruct((EDGES, 8), jnp.float32)
     total = lambda params, x: jax.ops.segment_sum(x, RECEIVERS, NODES)  # noqa: E731
     mean = lambda params, x: total(params, x) / np.maximum(DEGREES, 1).astype(np.float32)[:, None]  # noqa: E731
     weights = {"w": jnp.ones(1)}
-    assert predict(total, x, params=weights).output.second_moment == pytest.approx(np.mean(DEGREES), rel=1e-6)
+    row = predict(total, x, params=weights).output
+    assert (row.how, row.second_moment) == ("sampled", pytest.approx(np.mean(DEGREES), rel=row.error_bound))
     expected = np.mean(np.where(DEGREES > 0, 1 / np.maximum(DEGREES, 1), 0.0))
-    assert predict(mean, x, params=weights).output.second_moment == pytest.approx(expected, rel=1e-6)
+    row = predict(mean, x, params=weights).output
+    assert row.second_moment == pytest.approx(expected, rel=row.error_bound)
+    assert row.error_bound < 0.15
 
 
 class Neighbourhoods(nn.Module):
@@ -45,7 +48,7 @@ class Neighbourhoods(nn.Module):
 
 
 @pytest.mark.parametrize(("added", "mean"), [(True, False), (True, True), (False, False)])
-def test_neighbours_that_are_alike_are_within_the_confidence(added, mean):
+def test_neighbours_that_are_alike_are_within_the_bound(added, mean):
     """48 networks; each layer's squares spread by about 10 %, so 4 standard errors are 6 %; below 1e-4 a row."""
     model, given = Neighbourhoods(added, mean), vs.inputs(jax.ShapeDtypeStruct((NODES, 32), jnp.float32), SENDERS, RECEIVERS)
     report = predict(model, given)
@@ -62,4 +65,4 @@ def test_neighbours_that_are_alike_are_within_the_confidence(added, mean):
         x = np.asarray(drawn, float)
         row = report[path]
         assert abs(row.second_moment / x.mean() - 1) <= row.error_bound + 4 * x.std() / x.mean() / math.sqrt(47), row
-    assert (report["layer_2"].error_bound > 0.15) == added  # a layer that does not add has nothing in common with itself
+    assert report["layer_2"].error_bound < 0.15

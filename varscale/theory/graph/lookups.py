@@ -17,9 +17,6 @@ PICKERS: Fact[Any, Node] = Fact()  # the node of indices that are not known
 INDICES: Fact[Any, np.ndarray] = Fact()  # known indices by digest
 
 
-SUMMED_OVER: Fact[int, dict[Any, np.ndarray]] = Fact()  # by lookup: the segments of each sum that its positions are in
-
-
 class Gather(Node):
     """Rows of a table by index; `params` is (its row axes, index axes of the output, repeat rates, rows, classes, ids).
 
@@ -28,8 +25,6 @@ class Gather(Node):
 
     The frame of its view is this node's axes and then the rows' own.
     """
-
-    collects = True
 
     collects = True
 

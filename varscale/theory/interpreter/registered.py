@@ -26,8 +26,6 @@ from varscale.theory.rules import (  # noqa: F401
     pooling,
     random,
     reductions,
-    segment_softmax,
-    segments,
     softmax_recognition,
     spatial_correlation,
 )

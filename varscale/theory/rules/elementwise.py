@@ -11,7 +11,6 @@ from varscale.theory.integrals.primitives import FUNCTIONS
 from varscale.theory.rules.integer_inputs import compared
 from varscale.theory.rules.reductions import OneOfMany
 from varscale.theory.rules.registry import RECOGNISERS, Complex, Context, elementwise_or_layout, map_parts, rule
-from varscale.theory.rules.segments import SegmentMax
 
 _OWN = {"affine", "convert", "bitcast", "integer_pow", "power", *IDENTITIES}
 _NAMES = [name for name in FUNCTIONS if name not in _OWN]
@@ -83,7 +82,7 @@ def stopped(interpreter: Context, x: Value) -> Value:
     if (
         isinstance(x.node, Leaf | Array)
         or not x.node.deps & x.node.graph.inputs
-        or all(isinstance(r.node, OneOfMany | SegmentMax) for r in roots(x.node))
+        or all(isinstance(r.node, OneOfMany) for r in roots(x.node))
     ):
         return x
     return interpreter.elementwise("stop_gradient", x)

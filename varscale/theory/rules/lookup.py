@@ -16,15 +16,14 @@ from varscale.theory.graph import layout
 from varscale.theory.graph.expressions import roots
 from varscale.theory.graph.layout import Atom, Value
 from varscale.theory.graph.linear_nodes import weight_of
-from varscale.theory.graph.lookups import INDICES, PICKERS, SUMMED_OVER, Gather
-from varscale.theory.graph.nodes import UNKNOWN, Array, Graph, Leaf, Node, View, cross_by_kind, pullback, second_moments
+from varscale.theory.graph.lookups import INDICES, PICKERS, Gather
+from varscale.theory.graph.nodes import Array, Graph, Leaf, Node, View, cross_by_kind, pullback, second_moments
 from varscale.theory.graph.store import BackwardNotes
 from varscale.theory.propagation.cross_moments import cross
 from varscale.theory.rules.axis import take
 from varscale.theory.rules.padding import classed_axes, padded, repeat_rates, unresolved
 from varscale.theory.rules.registry import Context, rule
 from varscale.theory.rules.sampled_regions import drawn_region
-from varscale.theory.rules.segment_cotangents import Alike, by_segment
 
 _CLASSES_MISS = 1e-3  # of a mean over rows that are looked up, what classes may miss
 
@@ -137,7 +136,7 @@ def pullback_of_gather(node: Gather, cotangent: np.ndarray, notes: BackwardNotes
     source, bind = node.args[0].node.axes, node.args[0].bind
     known = node.line
     if known is not None:
-        out = _to_known_rows(node, cotangent, known, notes)
+        out = _to_known_rows(node, cotangent, known)
     else:
         axes = [node.axes[k] for k in index_axes]
         pairs = functools.reduce(np.multiply.outer, [a.pairs for a in axes], np.array(1.0))
@@ -154,30 +153,18 @@ def pullback_of_gather(node: Gather, cotangent: np.ndarray, notes: BackwardNotes
     return [out.transpose(np.argsort(order))]
 
 
-def _to_known_rows(node: Gather, cotangent: np.ndarray, known: np.ndarray, notes: BackwardNotes) -> np.ndarray:
+def _to_known_rows(node: Gather, cotangent: np.ndarray, known: np.ndarray) -> np.ndarray:
     """The same by class of the rows, where it is known how often each is looked up; the row axis first."""
     (row,), (index,) = node.params[0], node.params[1]
     axis, own = node.args[0].node.axes[row], node.axes[index]
     counts = np.bincount(np.clip(known, 0, axis.size - 1), minlength=axis.size).astype(float)
     alone, differ = contract_axis(cotangent, index, own.same), contract_axis(cotangent, index, own.different)
-    found = [by_segment(known, segments, alone, differ) for segments in _segments(node, len(known))]
-    found = found or [Alike(differ, differ, 0 * differ)]
-    within, between, doubted = (np.mean(x, axis=0) for x in zip(*found, strict=True))
     members = np.eye(axis.classes)[axis.label_array].T
     number, squares = members @ counts, members @ counts**2
     pairs = (np.outer(number, number) - np.diag(squares)).ravel() / np.maximum(axis.pairs[axis.classes :], 1.0)
-    one = np.multiply.outer(number / axis.counts, alone) + np.multiply.outer((squares - number) / axis.counts, within)
-    # Which of several sums sent this cotangent is not known.
-    off = np.max([np.abs(x.within - within) for x in found], axis=0) + np.abs(doubted)
-    places = (slice(None), *(slice(0, a.classes) for k, a in enumerate(node.axes) if k != index))
-    lost = np.multiply.outer((squares - number) / axis.counts, off)[places].sum()
-    notes.doubts[node.id] = min(float(lost / max(np.abs(one[places]).sum(), 1e-300)), UNKNOWN)
-    return np.concatenate([one, np.multiply.outer(pairs, between)])
-
-
-def _segments(node: Gather, size: int) -> list[np.ndarray]:
-    """The segments of each sum by segment that its positions are added up by."""
-    return [s for s in (SUMMED_OVER.get(node.graph, node.id) or {}).values() if len(s) == size]
+    repeated = np.multiply.outer((squares - number) / axis.counts, differ)
+    one = np.multiply.outer(number / axis.counts, alone) + repeated
+    return np.concatenate([one, np.multiply.outer(pairs, differ)])
 
 
 def _same_and_different(

@@ -35,7 +35,7 @@ _LOOP_DOUBT, _LOOSE = 0.1, 0.5
 
 
 _LOOPS: Fact[Hashable, Loop] = Fact()
-_NUDGED: Fact[Hashable, dict[int, Node]] = Fact()  # by loop: the output that each operand is added to where it is made
+_NUDGED: Fact[Hashable, dict[int, Any]] = Fact()  # by loop: the output that each operand is added to where it is made
 STEPS: Fact[int, tuple[int, int]] = Fact()  # by weight: the steps it was interpreted at, and those it acts at
 
 
@@ -135,8 +135,9 @@ def pullback_of_looped(node: Looped, cotangent: np.ndarray, notes: BackwardNotes
         notes.doubts[node.id] = max((_chance(back[i]) for i, x in enumerate(loop.operands) if _is_value(x)), default=0.0)
     nudged = _NUDGED.get(node.graph, node.params[0]) or {}
     for i, inner in nudged.items():
-        if back[i] is not None and inner is not node:
-            notes.inside.append(FlowInside(inner, _second_inside(inner, back[i]), _chance(back[i])))
+        passed = back[i]
+        if passed is not None and inner is not node:
+            notes.inside.append(FlowInside(inner, _second_inside(inner, passed), _chance(passed)))
     for x, passed in zip(loop.operands, back, strict=True):
         for part, value in enumerate(x.value):
             if passed is None or not x.random:
