@@ -13,6 +13,7 @@ from varscale.transfer.files import CheckpointError, load, save
 from varscale.transfer.fine_tune import fine_tune
 from varscale.transfer.graft import graft
 from varscale.transfer.layouts import LAYOUTS, Layout
+from varscale.transfer.lora import lora_init
 from varscale.transfer.rearrange import Add, Apply, Join, Permute, Piece, Split, Stack, Transpose, Unstack
 from varscale.transfer.recipes import keras_gru, keras_lstm, pytorch_attention, pytorch_gru, pytorch_lstm
 from varscale.transfer.rename import Renumber
@@ -50,6 +51,7 @@ __all__ = [
     "keras_lstm",
     "layerwise_decay",
     "load",
+    "lora_init",
     "pytorch_attention",
     "pytorch_gru",
     "pytorch_lstm",
