@@ -10,6 +10,7 @@ README.md beside this file: how to use a plan, and the table of schemes with the
 from varscale.schemes.actor_critic import ppo
 from varscale.schemes.by_fans import fan_in, glorot, he, lecun, normal, orthogonal
 from varscale.schemes.deep_norm import deepnorm, subln
+from varscale.schemes.edge_of_chaos import critical
 from varscale.schemes.gpt import (
     full_megatron,
     gpt2,
@@ -33,6 +34,7 @@ __all__ = [
     "Requirement",
     "Scheme",
     "Subject",
+    "critical",
     "declared",
     "deepnorm",
     "fan_in",
