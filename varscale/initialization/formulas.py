@@ -160,7 +160,7 @@ class _Array:
 @functools.lru_cache(maxsize=512)
 def read(program: Drawing | LaidDrawing) -> Reading | None:
     """The formula of the one leaf that a program draws; None where it has none, or draws several."""
-    if len(program.dtypes) > 1:
+    if len(program.dtypes) != 1:
         return None
     reader = _Reader()
     try:
@@ -168,7 +168,7 @@ def read(program: Drawing | LaidDrawing) -> Reading | None:
             x, keys, splits = _law(reader, program)
             shape, dtype = x.shape, None
         else:
-            (leaf,), (dtype,) = program.chain.leaves, program.dtypes
+            (leaf,), dtype = program.chain.leaves, program.dtypes[0]
             x, shape, splits = _chain(reader, program.chain), tuple(leaf.aval.shape), 0
             keys = tuple(map(program.chain.arguments.index, reader.keys))
     except _Unread:
