@@ -19,6 +19,8 @@ from varscale.initialization.derivation import wrapped
 from varscale.initialization.graph import Value, is_key
 from varscale.initialization.laws import Core, Law, drawn
 
+_ALIGNMENT = 64  # what jax asks of an array of the host to take it over without a copy
+
 
 @dataclasses.dataclass(frozen=True)
 class Drawing:
@@ -162,12 +164,25 @@ def compile_all(programs: Sequence[Any]) -> None:
             future.result()
 
 
+def empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """An array of the host that jax takes over without a copy; none of its memory is touched yet."""
+    count = math.prod(shape) * np.dtype(dtype).itemsize
+    raw = np.empty(count + _ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % _ALIGNMENT
+    return raw[start : start + count].view(dtype).reshape(shape)
+
+
 def filled(number: np.ndarray, shape: tuple[int, ...], dtype: np.dtype, sharding: Any) -> jax.Array:
     """An array of one number, without a program."""
-    filling = number.astype(dtype)
+
+    def full(shape: tuple[int, ...]) -> np.ndarray:
+        found = empty(shape, dtype)
+        found[...] = number.astype(dtype)
+        return found
+
     if sharding is None:
-        return jax.device_put(np.full(shape, filling))
-    return jax.make_array_from_callback(shape, sharding, lambda index: np.full(_part(shape, index), filling))
+        return jax.device_put(full(shape))
+    return jax.make_array_from_callback(shape, sharding, lambda index: full(_part(shape, index)))
 
 
 def _part(shape: tuple[int, ...], index: Any) -> tuple[int, ...]:

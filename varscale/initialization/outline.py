@@ -13,7 +13,7 @@ import numpy as np
 from varscale import _compat
 from varscale.initialization import laws, placement, tiles
 from varscale.initialization.account import Account, Entry, is_rng_key
-from varscale.initialization.chains import Chain, chain
+from varscale.initialization.chains import Chain
 from varscale.initialization.derivation import Derivation
 from varscale.initialization.drawing import Drawing, LaidDrawing, Program, compile_all, compiled, filled, filling, settings
 from varscale.initialization.graph import Value, is_key
@@ -284,11 +284,11 @@ class _Planner:
 
     def chain(self, leaves: Sequence[int]) -> Chain:
         """The chain of leaves, by the hash that gives the jitted init's bits."""
-        found = chain([self.trace.graph.leaves[i] for i in leaves])
+        found = self.trace.graph.chain(leaves)
         if not found.needs_own_hash:
             return found
         self.uses_own_hash = True
-        return chain([self.trace.retraced().leaves[i] for i in leaves])
+        return self.trace.retraced().chain(leaves)
 
     def final_dtype(self, i: int) -> np.dtype:
         own = self.trace.leaves[i].dtype

@@ -9,7 +9,6 @@ several devices, every leaf has a program of its own (`drawing`).
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,14 +20,13 @@ import numpy as np
 
 from varscale import _compat
 from varscale.initialization import formulas
-from varscale.initialization.drawing import Drawing, LaidDrawing, compiled
+from varscale.initialization.drawing import Drawing, LaidDrawing, compiled, empty
 from varscale.initialization.formulas import Formula
 
 _TILE = 1024
 _FEW, _MANY = 128, 1024  # tiles a call: few take little memory, many make calls cheap
 _LARGE = 2**26  # numbers of a model from which on calls are to be cheap
 _SMALL = 2**20  # numbers that it takes no time worth saving to draw
-_ALIGNMENT = 64  # what jax asks of an array of the host to take it over without a copy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,14 +124,6 @@ def fits(draws: int, size: int) -> bool:
     """Whether so many draws of this size fill their tiles well enough."""
     filled = draws * -(-size // _TILE) * _TILE
     return filled <= max(_SMALL, 4 * draws * size)
-
-
-def empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """An array of the host that jax takes over without a copy; none of its memory is touched yet."""
-    count = math.prod(shape) * np.dtype(dtype).itemsize
-    raw = np.empty(count + _ALIGNMENT, np.uint8)
-    start = -raw.ctypes.data % _ALIGNMENT
-    return raw[start : start + count].view(dtype).reshape(shape)
 
 
 def drawn(leaves: Sequence[Leaf]) -> list[jax.Array]:

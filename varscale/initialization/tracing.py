@@ -5,13 +5,16 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+from varscale.initialization.chains import Chain, chain
 from varscale.initialization.graph import Value, open_trace
+from varscale.initialization.identity import identity, is_fixed, surroundings
 from varscale.initializers.sampling import checked_key, unrolled_key
 from varscale.programs.faces import Inputs, as_inputs, is_dynamic
 from varscale.programs.trees import Leaf, is_collections, open_tree
@@ -19,10 +22,24 @@ from varscale.programs.trees import Leaf, is_collections, open_tree
 
 @dataclasses.dataclass(frozen=True)
 class Graph:
-    """A trace: the value of every leaf, and those of the keys that the init was given."""
+    """A trace.
+
+    Attributes:
+        leaves: the value of every leaf.
+        keys: those of the keys that the init was given.
+        chains: the chains of leaves, by their positions, that were found so far.
+    """
 
     leaves: tuple[Value, ...]
     keys: tuple[Value, ...]
+    chains: dict[tuple[int, ...], Chain] = dataclasses.field(default_factory=dict)
+
+    def chain(self, leaves: Sequence[int]) -> Chain:
+        """The chain of these leaves."""
+        key = tuple(leaves)
+        if key not in self.chains:
+            self.chains[key] = chain([self.leaves[i] for i in key])
+        return self.chains[key]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +57,7 @@ class Trace:
         tree: the tree of shapes, with the metadata of partitioned variables.
         whole: the init itself: keys, arrays -> leaves.
         holds_raw_keys: whether keys among the leaves are raw words, as the key given was.
+        lasts: whether several models may be rebuilt from it.
     """
 
     kind: str
@@ -52,10 +70,13 @@ class Trace:
     tree: Any
     whole: Callable[..., list[Any]]
     holds_raw_keys: bool
+    lasts: bool
 
 
 def trace(model: Any, key: Any, x: Any, method: str | None) -> Trace:
-    """Trace the init of a linen module or an nnx factory, once, without computing anything.
+    """Trace the init of a linen module or an nnx factory, without computing anything.
+
+    The last few traces are kept, for models whose `identity` says that their init is the same.
 
     Args:
         model: a linen module or an nnx factory.
@@ -63,27 +84,132 @@ def trace(model: Any, key: Any, x: Any, method: str | None) -> Trace:
         x: the model's input (or `Inputs`); None where it takes none.
         method: the linen method to initialize by; None for `__call__`.
     """
-    face = _face(model, method)
     given = Inputs((), {}) if x is None else as_inputs(x)
     flat, structure = jax.tree_util.tree_flatten((given.args, dict(given.kwargs)))
-    dynamic = [is_dynamic(leaf) for leaf in flat]
-    arrays = tuple(leaf for leaf, is_array in zip(flat, dynamic, strict=True) if is_array)
+    arrays = tuple(leaf for leaf in flat if is_dynamic(leaf))
     keys, key_tree = jax.tree_util.tree_flatten(key)
+    typed = list(map(checked_key, keys))
+    call = _Call(
+        model, method, tuple(_Static(leaf) if not is_dynamic(leaf) else _abstract(leaf) for leaf in flat), structure,
+        tuple(map(_abstract, typed)), key_tree, any(not jnp.issubdtype(k.dtype, jax.dtypes.prng_key) for k in keys),
+    )  # fmt: skip
+    told = _told(call)
+    found = _trace(call) if told is None else _remembered(_Told(told, call)).get()
+    concrete = tuple(None if isinstance(x, jax.ShapeDtypeStruct) else x for x in arrays)
+    return dataclasses.replace(found, arrays=concrete)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Static:
+    """A part of the input that is no array."""
+
+    value: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """What is traced, without the numbers of any array.
+
+    Attributes:
+        model: the linen module or nnx factory.
+        method: the linen method.
+        inputs: the leaves of the model's input: shape and dtype of arrays, anything else as it is.
+        structure: of the input.
+        keys: shape and dtype of the keys.
+        key_tree: how they are held.
+        raw: whether some key was given as raw words.
+    """
+
+    model: Any
+    method: str | None
+    inputs: tuple[Any, ...]
+    structure: Any
+    keys: tuple[jax.ShapeDtypeStruct, ...]
+    key_tree: Any
+    raw: bool
+
+    @property
+    def arrays(self) -> list[jax.ShapeDtypeStruct]:
+        """Shape and dtype of the input's arrays."""
+        return [leaf for leaf in self.inputs if not isinstance(leaf, _Static)]
+
+    @property
+    def shapes(self) -> Hashable:
+        """All that a trace depends on but the model and the static parts of the input."""
+        inputs = [None if isinstance(x, _Static) else x for x in self.inputs]
+        told = tuple(
+            (x.shape, str(x.dtype), x.weak_type, str(x.sharding)) if x is not None else None for x in (*inputs, *self.keys)
+        )
+        return told, self.structure, self.key_tree, self.raw
+
+
+@dataclasses.dataclass(frozen=True)
+class _Told:
+    """A call, compared by what its trace depends on."""
+
+    told: Hashable
+    call: _Call = dataclasses.field(compare=False)
+
+
+def _told(call: _Call) -> Hashable:
+    """What a call's trace depends on; None where that cannot be told."""
+    try:
+        static = tuple(identity(leaf.value) for leaf in call.inputs if isinstance(leaf, _Static))
+        told = identity(call.model), static, call.method, call.shapes, surroundings()
+        hash(told)
+    except Exception:  # of any kind: what a model holds may raise where it is looked at
+        return None
+    return told
+
+
+def _abstract(x: Any) -> jax.ShapeDtypeStruct:
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return x
+    aval = jax.typeof(x)
+    place = getattr(x, "sharding", None)
+    place = place if isinstance(place, jax.sharding.NamedSharding) else None
+    return jax.ShapeDtypeStruct(aval.shape, aval.dtype, sharding=place, weak_type=bool(getattr(aval, "weak_type", False)))
+
+
+class _Kept:
+    """A trace that is kept, if models made from it share nothing that could be changed in one of them."""
+
+    def __init__(self, call: _Call):
+        self._call, self._trace = call, _trace(call)
+        self._serves_once = not self._trace.lasts
+
+    def get(self) -> Trace:
+        found = self._trace
+        if found is None:
+            return _trace(self._call)
+        if self._serves_once:
+            self._trace = None
+        return found
+
+
+@functools.lru_cache(maxsize=8)
+def _remembered(told: _Told) -> _Kept:
+    return _Kept(told.call)
+
+
+def _trace(call: _Call) -> Trace:
+    face = _face(call.model, call.method)
 
     def init(keys: Sequence[Any], arrays: Sequence[Any]) -> Any:
         supply = iter(arrays)
-        args, kwargs = structure.unflatten([next(supply) if d else leaf for leaf, d in zip(flat, dynamic, strict=True)])
-        return face.init(key_tree.unflatten(keys), args, kwargs)
+        leaves = [leaf.value if isinstance(leaf, _Static) else next(supply) for leaf in call.inputs]
+        args, kwargs = call.structure.unflatten(leaves)
+        return face.init(call.key_tree.unflatten(keys), args, kwargs)
 
     def graph(keys: Sequence[Any]) -> tuple[Graph, Any]:
-        closed, shapes = jax.make_jaxpr(init, return_shape=True)(list(keys), list(arrays))
+        closed, shapes = jax.make_jaxpr(init, return_shape=True)(list(keys), call.arrays)
         inputs, outputs = open_trace(closed, len(keys))
         return Graph(tuple(outputs), tuple(inputs[: len(keys)])), shapes
 
-    typed = list(map(checked_key, keys))
-    traced, shapes = graph(list(map(unrolled_key, typed)))
+    fast = [jax.eval_shape(unrolled_key, key) for key in call.keys]
+    traced, shapes = graph(fast)
     opened = open_tree(shapes, "variables")
-    abstract = tuple(x if isinstance(x, jax.ShapeDtypeStruct) else None for x in arrays)
+    structure = jax.tree_util.tree_structure(shapes)
 
     def whole(keys: Sequence[Any], arrays: Sequence[Any]) -> list[Any]:
         return jax.tree_util.tree_leaves(init(keys, arrays))
@@ -93,12 +219,13 @@ def trace(model: Any, key: Any, x: Any, method: str | None) -> Trace:
         opened.leaves,
         tuple(face.is_parameter(opened.leaves, shapes)),
         traced,
-        functools.cache(lambda: graph(typed)[0]),
-        tuple(x if a is None else None for x, a in zip(arrays, abstract, strict=True)),
-        lambda leaves: face.build(jax.tree_util.tree_unflatten(jax.tree_util.tree_structure(shapes), leaves)),
+        functools.cache(lambda: graph(call.keys)[0]),
+        (),
+        lambda leaves: face.build(jax.tree_util.tree_unflatten(structure, leaves)),
         shapes,
         whole,
-        face.keeps_raw and any(not jax.numpy.issubdtype(k.dtype, jax.dtypes.prng_key) for k in keys),
+        face.keeps_raw and call.raw,
+        face.lasts(),
     )
 
 
@@ -112,6 +239,7 @@ class _Face:
         build: that tree, with numbers -> what the user gets.
         is_parameter: leaves, the tree of shapes -> whether each leaf is a parameter.
         keeps_raw: whether a raw key stays raw where the model keeps it.
+        lasts: whether the models that are built of one init share nothing that could be changed in one of them.
     """
 
     kind: str
@@ -119,6 +247,7 @@ class _Face:
     build: Callable[[Any], Any]
     is_parameter: Callable[[Sequence[Leaf], Any], list[bool]]
     keeps_raw: bool
+    lasts: Callable[[], bool] = lambda: True
 
 
 def _face(model: Any, method: str | None) -> _Face:
@@ -159,6 +288,7 @@ def _nnx_face(factory: Callable[..., Any]) -> _Face:
     from flax import nnx
 
     graphs: list[Any] = []
+    fixed: list[bool] = []
 
     def init(key: Any, _: Sequence[Any], __: Mapping[str, Any]) -> Any:
         rngs = nnx.Rngs(**key) if isinstance(key, Mapping) else nnx.Rngs(key)
@@ -173,6 +303,7 @@ def _nnx_face(factory: Callable[..., Any]) -> _Face:
         graph, state = nnx.split(model)
         _say_eager(state, ambient)
         graphs[:] = [graph]
+        fixed[:] = [all(is_fixed(x) for _, module in nnx.iter_modules(model) for x in vars(module).values())]
         return state
 
     def _say_eager(state: Any, ambient: bool) -> None:
@@ -185,7 +316,7 @@ def _nnx_face(factory: Callable[..., Any]) -> _Face:
         found = ((isinstance(v, nnx.Param), len(jax.tree_util.tree_leaves(v))) for v in variables)
         return [is_param for is_param, count in found for _ in range(count)]
 
-    return _Face("model", init, lambda state: nnx.merge(graphs[0], state), parameters, keeps_raw=False)
+    return _Face("model", init, lambda state: nnx.merge(graphs[0], state), parameters, keeps_raw=False, lasts=lambda: fixed[0])
 
 
 def _factory(model: Any) -> Callable[[Any], Any] | None:
