@@ -177,7 +177,9 @@ def decomposes(law: Law) -> bool:
 
 
 def name(law: Law) -> Hashable:
-    """Equal for laws that draw the same."""
+    """Equal for laws that draw the same from the same key."""
+    if getattr(law, "shared", ""):
+        law = dataclasses.replace(law, shared="")  # pyright: ignore[reportArgumentType]
     try:
         return content(law)
     except Unknown:
@@ -270,8 +272,13 @@ def _replayed(steps: Sequence[Any], x: Any, mask: bool) -> Any:
     return x
 
 
-def own_words(key: Any, path: str) -> Any:
-    """The words of the key of a law laid on a leaf: the same whatever else the scheme says."""
+def own_words(key: Any, path: str, law: Law) -> Any:
+    """The words of the key of a law laid on a leaf: the same whatever else the scheme says.
+
+    Laws that draw several leaves together, such as the two factors of one matrix, name the key that they share by an attribute
+    `shared`.
+    """
+    path = getattr(law, "shared", "") or path
     word = np.uint32(int.from_bytes(hashlib.sha256(path.encode()).digest()[:4], "big"))
     if _compat.is_tracer(key) or jax.random.key_impl(key) != "threefry2x32":
         return jax.random.key_data(jax.random.fold_in(key, word))

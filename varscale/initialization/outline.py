@@ -129,7 +129,7 @@ class Outline:
     def _arguments(self, program: Program, path: str, derivation: Derivation, key: Any) -> list[Any]:
         found: list[Any] = []
         if isinstance(program, LaidDrawing):
-            found.append(laws.own_words(checked_key(main_key(key)), path))
+            found.append(laws.own_words(checked_key(main_key(key)), path, program.law))
         for v in program.arguments:
             if v.kind == "data":
                 found.append(self.trace.arrays[v.position - len(self.trace.graph.keys)])

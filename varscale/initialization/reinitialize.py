@@ -69,7 +69,7 @@ def reinitialize(params: P, laws_by_pattern: Mapping[Pattern, laws.Law] | Any, k
             hit.law, laws.name(hit.law), laws.plain_core(shape), jax.random.key_impl(typed), (np.dtype(dtype),),
             (_place(values[i]),), None, settings(),
         )  # fmt: skip
-    words = {i: laws.own_words(typed, described[i][0]) for i in programs}
+    words = {i: laws.own_words(typed, described[i][0], program.law) for i, program in programs.items()}
     traced = _compat.is_tracer(typed)
     tiled = {} if traced else tiles.tiled(programs, {i: lambda i=i: [words[i]] for i in programs})
     if not traced:

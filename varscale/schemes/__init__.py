@@ -22,8 +22,10 @@ from varscale.schemes.gpt import (
     zero_projection,
 )
 from varscale.schemes.laws import declared, graded, interleaved, orthogonal_over
+from varscale.schemes.mimetic_attention import mimetic
 from varscale.schemes.normalizer_free import fixup, nf_resnet, rezero, skipinit, t_fixup
 from varscale.schemes.plan import Plan, PlannedLeaf, Requirement
+from varscale.schemes.recurrent import chrono, lru, mamba, s4d
 from varscale.schemes.scheme import Choice, Scheme, Subject
 from varscale.schemes.t5_transformer import t5
 
@@ -34,6 +36,7 @@ __all__ = [
     "Requirement",
     "Scheme",
     "Subject",
+    "chrono",
     "critical",
     "declared",
     "deepnorm",
@@ -47,7 +50,10 @@ __all__ = [
     "interleaved",
     "lecun",
     "llama_depth",
+    "lru",
+    "mamba",
     "megatron",
+    "mimetic",
     "mitchell",
     "nf_resnet",
     "normal",
@@ -56,6 +62,7 @@ __all__ = [
     "orthogonal_over",
     "ppo",
     "rezero",
+    "s4d",
     "skipinit",
     "small_wang",
     "subln",

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from varscale.initializers.combinators import Fused, Masked, Scaled
+from varscale.initializers.combinators import Fused, Scaled
 from varscale.initializers.fixed import CutNormal, Normal, SymmetricUniform, TruncatedNormal
 from varscale.initializers.scaling import VarianceScaling
 from varscale.initializers.structured import Constant, Orthogonal
@@ -21,6 +22,7 @@ class Piece:
 
     Attributes:
         index: where the block lies in the leaf.
+        uniformed: of a law that is a function of uniform numbers: from weights to these; None for any other.
         opened: the shape that the leaf is to be given before it is indexed; () for its own.
         mean: of each weight; an array that broadcasts to the block.
         std: of each weight, likewise; None where the law does not tell.
@@ -39,6 +41,7 @@ class Piece:
     in_axes: tuple[int, ...] = ()
     out_axes: tuple[int, ...] = ()
     opened: tuple[int, ...] = ()
+    uniformed: Callable[[np.ndarray], np.ndarray] | None = None
 
     def of(self, leaf: np.ndarray) -> np.ndarray:
         """The block of a leaf."""
@@ -108,9 +111,7 @@ def _piece(law: Any, shape: tuple[int, ...], whole: tuple[slice, ...]) -> Piece:
         rows = tuple(axis for axis in range(len(shape)) if axis != column)
         std = law.scale / math.sqrt(max(shape[column], math.prod(shape) // shape[column]))
         return random(std, "orthogonal", in_axes=rows, out_axes=(column,))
-    if isinstance(law, Masked):
-        return Piece(whole, np.zeros([1] * len(shape)), None)
-    return Piece(whole, np.zeros([1] * len(shape)), None)
+    return Piece(whole, np.zeros([1] * len(shape)), None, uniformed=getattr(law, "uniformed", None))
 
 
 def root_mean_square(law: Any, shape: tuple[int, ...]) -> float | None:

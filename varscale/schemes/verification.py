@@ -189,6 +189,8 @@ def _tested(leaf: PlannedLeaf, weights: np.ndarray) -> tuple[float, tuple[Findin
     ratios = []
     for piece in pieces(leaf.law, leaf.shape):
         block = piece.of(weights)
+        if piece.uniformed is not None:
+            findings += _uniform(piece.uniformed(block.astype(np.float64)).reshape(-1), block.dtype)
         if piece.std is None:
             ratios.append(math.nan)
             continue
@@ -255,6 +257,14 @@ def _random(piece: Piece, z: np.ndarray, dtype: np.dtype) -> tuple[float, list[F
     if math.isfinite(law.bound):
         found.append(within_bound(float(np.max(np.abs(z))), law.bound * (1 + 8 * eps)))
     return measured if piece.distribution == "cut_normal" else ratio / expected, found
+
+
+def _uniform(u: np.ndarray, dtype: np.dtype) -> Iterator[Finding]:
+    """Findings about numbers that are to be uniform in [0, 1], up to the rounding of the weights that they come from."""
+    slack = 64 * _eps(dtype)
+    within = bool(np.all((u >= -slack) & (u <= 1 + slack)))
+    yield equality("bound", within, f"behind the weights lie uniform numbers from {u.min():.4g} to {u.max():.4g}")
+    yield distribution_function(math.sqrt(3) * (2 * np.clip(u, 0, 1) - 1), distribution("uniform"), slack)
 
 
 def _uniformed(z: np.ndarray, cut: float, dtype: np.dtype) -> np.ndarray:

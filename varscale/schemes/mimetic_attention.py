@@ -1,0 +1,80 @@
+"""Mimetic initialization: attention whose products of kernels look like those of pretrained transformers."""
+
+from __future__ import annotations
+
+from varscale.initializers.initializer import Initializer, checked_number
+from varscale.schemes.joint_laws import Factor, Together
+from varscale.schemes.scheme import Choice, Scheme, Subject
+from varscale.schemes.structure import Structure
+
+
+def mimetic(scores: tuple[float, float] = (0.7, 0.7), values: tuple[float, float] = (0.4, 0.4)) -> Scheme:
+    """W_q W_kᵀ ≈ αZ + βI in each head, and W_v W_out ≈ αZ − βI, each split in two by its singular values.
+
+    Z has independent normal entries of variance 1/d. All other parameters keep their declared laws. Attention's four kernels
+    must be kernels of their own, or query, key and value packed in thirds.
+
+    Args:
+        scores: (α, β) of queries and keys, finite and ≥ 0.
+        values: (α, β) of values and the output.
+
+    Raises:
+        ValueError: a number is out of range; when called: a model without self-attention in a residual branch.
+
+    Source: Trockman & Kolter 2023, "Mimetic Initialization of Self-Attention Layers", section 4.
+    """
+    for name, pair in (("scores", scores), ("values", values)):
+        for number in pair:
+            checked_number(name, number, at_least=0.0)
+    words = f"mimetic(scores={scores}, values={values})"
+
+    def check(structure: Structure) -> None:
+        if not any(structure.attends(i) and not structure.crosses(i) for i in range(len(structure.uses.branches))):
+            raise ValueError(f"{words} is for transformers, and the trace of this model has no self-attention in a branch")
+
+    def rule(subject: Subject) -> Choice:
+        use = subject.uses.main
+        if not subject.is_matrix or not subject.attends or use is None or use.branch is None:
+            return subject.kept()
+        if subject.structure.crosses(use.branch):
+            return subject.kept("as declared: it attends to another stream")
+        last = subject.structure.last(use.branch)
+        shared = last[0].path if last else ""
+        heads = _heads(subject)
+
+        def law(part: frozenset[str]) -> Initializer | None:
+            axes, own = (use.reduction_axes, use.output_axes), shared if len(subject.parts) == 1 else ""
+            if part & {"query", "key"}:
+                return Factor(own, "left" if "query" in part else "right", *scores, heads, *axes)
+            if "value" in part:
+                return Factor(own, "left", values[0], -values[1], 1, *axes, tag=1)
+            return Factor(own, "right", values[0], -values[1], 1, *axes, tag=1) if subject.ends else None
+
+        laws = [law(part) for part in subject.parts]
+        if any(one is None for one in laws) or (len(laws) > 1 and not _in_blocks(subject)):
+            return subject.kept("as declared: it is none of attention's four kernels")
+        if len(laws) == 1:
+            return Choice(laws[0], "near the identity")  # pyright: ignore[reportArgumentType]
+        axis, _ = use.packed or (-1, 0)
+        return Choice(Together(tuple(laws), len(laws), axis, shared), "near the identity, part by part")
+
+    return Scheme(words, rule, check=check)
+
+
+def _heads(subject: Subject) -> int:
+    """The heads of the attention that a kernel belongs to."""
+    structure, index = subject.structure, subject.main.branch
+    assert index is not None
+    queries = {p.path: p for p in structure.members(index)}
+    for attention in structure.uses.attentions:
+        for path in attention.query:
+            if path in queries:
+                use = queries[path].main
+                assert use is not None
+                return max(1, round(use.fan_out / max(1, len(use.parts)) / attention.terms))
+    return 1
+
+
+def _in_blocks(subject: Subject) -> bool:
+    packed = subject.main.packed
+    return packed is not None and packed[1] == subject.shape[packed[0]]
