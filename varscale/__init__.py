@@ -35,6 +35,8 @@ if _TYPE_CHECKING:
     from varscale.report import Row as Row
     from varscale.report import Weight as Weight
     from varscale.schemes.calibration import calibrate as calibrate
+    from varscale.schemes.coordinate_table import CoordinateCheck as CoordinateCheck
+    from varscale.schemes.coordinates import coordinate_check as coordinate_check
     from varscale.schemes.plan import Plan as Plan
     from varscale.schemes.unit_variance import lsuv as lsuv
     from varscale.theory import Moments as Moments
@@ -57,6 +59,8 @@ _LATER = {
     "lsuv": "varscale.schemes.unit_variance",
     "Monitor": "varscale.measuring.monitor",
     "probe": "varscale.measuring.probe",
+    "CoordinateCheck": "varscale.schemes.coordinate_table",
+    "coordinate_check": "varscale.schemes.coordinates",
     "Plan": "varscale.schemes.plan",
     **dict.fromkeys(("Report", "Row", "Weight"), "varscale.report"),
     **dict.fromkeys(("Audit", "Finding"), "varscale.auditing.findings"),

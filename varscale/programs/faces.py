@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -139,6 +139,20 @@ def is_dynamic(leaf: Any) -> bool:
     return isinstance(leaf, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct) or (
         hasattr(leaf, "shape") and hasattr(leaf, "dtype")
     )
+
+
+def split(given: Inputs) -> tuple[list[Any], Callable[[Sequence[Any]], Inputs]]:
+    """The arrays of a model's inputs, and the function that puts others in their places."""
+    leaves, tree = jax.tree_util.tree_flatten((given.args, dict(given.kwargs)))
+    places = [i for i, leaf in enumerate(leaves) if is_dynamic(leaf)]
+
+    def join(arrays: Sequence[Any]) -> Inputs:
+        full = list(leaves)
+        for i, x in zip(places, arrays, strict=True):
+            full[i] = x
+        return Inputs(*jax.tree_util.tree_unflatten(tree, full))
+
+    return [leaves[i] for i in places], join
 
 
 def grouped(captures: Mapping[str, Any], output: Any) -> dict[str, dict[str, Any]]:

@@ -23,6 +23,7 @@ from varscale.schemes.gpt import (
 )
 from varscale.schemes.laws import declared, graded, interleaved, orthogonal_over
 from varscale.schemes.mimetic_attention import mimetic
+from varscale.schemes.mup import completep, mup, spectral
 from varscale.schemes.normalizer_free import fixup, nf_resnet, rezero, skipinit, t_fixup
 from varscale.schemes.plan import Plan, PlannedLeaf, Requirement
 from varscale.schemes.recurrent import chrono, lru, mamba, s4d
@@ -37,6 +38,7 @@ __all__ = [
     "Scheme",
     "Subject",
     "chrono",
+    "completep",
     "critical",
     "declared",
     "deepnorm",
@@ -55,6 +57,7 @@ __all__ = [
     "megatron",
     "mimetic",
     "mitchell",
+    "mup",
     "nf_resnet",
     "normal",
     "normalized",
@@ -65,6 +68,7 @@ __all__ = [
     "s4d",
     "skipinit",
     "small_wang",
+    "spectral",
     "subln",
     "t5",
     "t_fixup",

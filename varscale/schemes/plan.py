@@ -232,17 +232,23 @@ class Plan:
                 found.append(Change(path, "multipliers", _multipliers(a) or "1", _multipliers(b) or "1"))
         return tuple(found)
 
-    def table(self, width: int | None = None) -> str:
+    def table(self, width: int | None = None, *, optimizer: Any = None, **options: Any) -> str:
         """Every leaf on a line, then requirements and notes; columns that do not fit are named below.
 
         Args:
             width: columns of the terminal; None for the terminal's own, 80 where there is none.
+            optimizer: an optax optimizer: a column tells the size of each leaf's first update over its own.
+            **options: as `first_updates` takes them.
 
         Raises:
             ValueError: `width` is below 40.
         """
         width = terminal_width(width)
-        shown, missing = text_table(_columns(self.leaves), width)
+        columns = _columns(self.leaves)
+        if optimizer is not None:
+            sizes = self.first_updates(optimizer, **options)
+            columns.append(Column("first update", tuple(f"{sizes[leaf.path]:.3g}" for leaf in self.leaves), 1))
+        shown, missing = text_table(columns, width)
         told = [f"{self.scheme}: {len(self.leaves)} parameters."]
         told += [*_told_together(self.requirements), *self.notes]
         told += [f"Not shown at this width: {', '.join(missing)}."] if missing else []
@@ -259,6 +265,24 @@ class Plan:
         from varscale.schemes.verification import verify
 
         return verify(self, params, alpha=alpha)
+
+    def optimizer(self, optimizer: Any, *, kind: Any = None) -> Any:
+        """An optax optimizer with this plan's multipliers of learning rates and epsilon; see `schemes.optimizers.scaled`."""
+        from varscale.schemes.optimizers import scaled, scalings
+
+        return scaled(optimizer, scalings(self), kind=kind)
+
+    def adamw(self, learning_rate: Any, weight_decay: float = 1e-4, **options: Any) -> Any:
+        """`optax.adamw` with this plan's multipliers, of the weight decay too; see `schemes.optimizers.adamw`."""
+        from varscale.schemes.optimizers import adamw, scalings
+
+        return adamw(learning_rate, scalings(self), weight_decay=weight_decay, **options)
+
+    def first_updates(self, optimizer: Any, **options: Any) -> dict[str, float]:
+        """The size of each leaf's first update over its own; see `schemes.first_updates.first_updates`."""
+        from varscale.schemes.first_updates import first_updates
+
+        return first_updates(self, optimizer, **options)
 
     def to_json(self, **options: Any) -> str:
         """The plan as JSON; `Plan.from_json` gives an equal one.

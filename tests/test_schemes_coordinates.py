@@ -1,0 +1,177 @@
+"""The coordinate check: flat under μP, and every planted error found, in linen and nnx."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen as nn
+from flax import nnx
+
+import varscale as vs
+from varscale.schemes.coordinate_table import CoordinateRow, fit
+
+WIDTHS = [64, 256]
+X = jax.random.normal(jax.random.key(1), (16, 8))
+IDS = jax.random.randint(jax.random.key(2), (16, 6), 0, 30)
+
+
+def mlp(width):
+    return nn.Sequential([nn.Dense(width), nn.relu, nn.Dense(width), nn.relu, nn.Dense(3)])
+
+
+class Attention(nn.Module):
+    """One pre-norm attention over embedded tokens, and a readout."""
+
+    width: int
+
+    @nn.compact
+    def __call__(self, ids):
+        x = nn.Embed(30, self.width, embedding_init=nn.initializers.normal(1.0), name="embed")(ids)
+        h = nn.LayerNorm(name="norm")(x)
+        x = x + nn.MultiHeadDotProductAttention(num_heads=1, name="attention")(h, h)
+        return nn.Dense(30, name="head")(nn.LayerNorm(name="final")(x))
+
+
+def mup():
+    return vs.schemes.mup(base=mlp(32))
+
+
+def check(plan, **options):
+    return vs.coordinate_check(mlp, WIDTHS, plan, X, steps=3, draws=2, **options)
+
+
+@functools.cache
+def flat():
+    return check(mup())
+
+
+def test_mup_is_flat():
+    found = flat()
+    assert found.findings == ()
+    assert found.is_flat
+    assert [row.path for row in found] == ["layers_0", "layers_2", "layers_4", ""]
+    assert all(abs(row.change.exponent) < 0.2 for row in found)
+    assert found["layers_4"].size_at(0).exponent == pytest.approx(-0.5, abs=0.2)  # a readout may shrink before training
+    assert found.losses.shape == (2, 2, 4)
+    assert found.losses[:, :, -1].mean() < found.losses[:, :, 0].mean()
+
+
+def test_what_is_measured_is_what_probe_measures():
+    plan = mup()(mlp(64), X)
+    row = flat()["layers_2"]
+    key = jax.random.split(jax.random.fold_in(jax.random.key(0), 64), 2)[1]
+    params = vs.initialize(mlp(64), key, X, scheme=plan)
+    assert row.sizes[0, 1, 0] ** 2 == pytest.approx(vs.probe(mlp(64), params, X)["layers_2"].second_moment, rel=1e-5)
+    assert row.changes[0, 1, 0] == 0
+
+
+def test_the_standard_parametrization_is_not():
+    found = check("declared")
+    assert found["layers_2"].grows
+    assert found["layers_4"].grows
+    assert any("the readout's law or learning rate" in finding for finding in found.findings)
+    assert not found.is_flat
+
+
+def test_a_wrong_readout_is_found():
+    def too_fast(model, x, *, method=None):
+        return mup()(model, x).multiply("layers_4/kernel", adam_learning_rate=1.0)
+
+    def twice(model, x, *, method=None):
+        plan = mup()(model, x)
+        rate = plan["layers_4/kernel"].multiplier("adam_learning_rate")
+        return plan.multiply("layers_4/kernel", adam_learning_rate=rate**2).edit({"layers_4/kernel": vs.normal(0.3 * rate**2)})
+
+    assert check(too_fast)["layers_4"].grows
+    assert check(twice)["layers_4"].vanishes
+
+
+def test_a_zero_readout_is_no_error():
+    found = check(lambda model, x, *, method=None: mup()(model, x).edit({"layers_4/kernel": vs.zeros}))
+    assert not found["layers_4"].size_at(0).is_defined
+    assert found.findings == ()
+
+
+def test_a_missing_division_by_the_head_size_is_found_in_the_scores():
+    def losses(y):
+        return optax.softmax_cross_entropy_with_integer_labels(y, jnp.roll(IDS, 1, axis=0)).mean()
+
+    def scores(attention):
+        plan = vs.schemes.mup(base=Attention(32), attention=attention)
+        rows = ["attention", "attention.scores", "attention/query"]
+        return vs.coordinate_check(Attention, [64, 256], plan, IDS, loss=losses, steps=2, draws=2, rows=rows)
+
+    right, wrong = scores(True), scores(False)
+    assert right.findings == ()  # the query has the factor in its kernel, which is no error either
+    assert wrong["attention.scores"].grows
+    assert "divide the products of queries and keys by d_head" in " ".join(wrong.findings)
+
+
+def test_nnx_factories():
+    class Net(nnx.Module):
+        def __init__(self, width, rngs):
+            self.first, self.norm = nnx.Linear(8, width, rngs=rngs), nnx.BatchNorm(width, rngs=rngs)
+            self.head = nnx.Linear(width, 3, rngs=rngs)
+
+        def __call__(self, x):
+            return self.head(nnx.relu(self.norm(self.first(x))))
+
+    plan = vs.schemes.mup(base=lambda rngs: Net(32, rngs))
+    found = vs.coordinate_check(lambda width: lambda rngs: Net(width, rngs), WIDTHS, plan, X, steps=2, draws=2)
+    assert [row.path for row in found] == ["first", "norm", "head", ""]
+    assert found.findings == ()
+    again = vs.coordinate_check(lambda width, rngs: Net(width, rngs), WIDTHS, plan, X, steps=2, draws=2)
+    np.testing.assert_array_equal(again["head"].sizes, found["head"].sizes)
+
+
+def test_the_table_and_the_picture():
+    pytest.importorskip("matplotlib")
+    found = flat()
+    assert "Every row is flat." in found.table(100)
+    assert "(output)" in str(found)
+    assert len(found.plot().axes) == 3
+    assert found.to_records()[0]["widths"] == WIDTHS
+    with pytest.raises(KeyError, match="no row 'nothing'"):
+        found["nothing"]
+
+
+def test_a_fit_recovers_a_power_law_and_its_error_rate():
+    rng = np.random.default_rng(0)
+    widths = (64, 128, 256, 512)
+    exponents = [fit(widths, np.array(widths)[:, None] ** 0.5 * np.exp(0.1 * rng.normal(size=(4, 4)))) for _ in range(400)]
+    covered = sum(abs(f.exponent - 0.5) <= f.half_width for f in exponents)
+    assert covered >= 380  # of a 99 % interval with 14 degrees of freedom 98 % at least; P(< 380) below 1e-4
+    assert not fit(widths, np.zeros((4, 2))).is_defined
+
+
+def test_rows_that_are_not_finite_are_findings():
+    sizes = np.ones((2, 2, 2))
+    sizes[1, 0, 1] = np.nan
+    row = CoordinateRow("a", "Dense", (1, 2), False, sizes, sizes)
+    assert row.finding == "a: not finite at some width"
+
+
+BAD = [
+    (lambda: vs.coordinate_check(mlp, [64], "declared", X), ValueError, "widths must be two or more"),
+    (lambda: vs.coordinate_check(mlp, WIDTHS, "declared", X, steps=0), ValueError, "steps must be an integer of 1 or more"),
+    (lambda: vs.coordinate_check(mlp(3), WIDTHS, "declared", X), TypeError, "factory must"),
+    (lambda: vs.coordinate_check(mlp, WIDTHS, 3, X), TypeError, "plan must be a scheme"),
+    (lambda: vs.coordinate_check(mlp, WIDTHS, {64: None}, X), ValueError, "has none for 256"),
+    (lambda: vs.coordinate_check(mlp, WIDTHS, mup()(mlp(64), X), X), TypeError, "one plan fits one width"),
+    (lambda: vs.coordinate_check(mlp, WIDTHS, "declared", jax.ShapeDtypeStruct((2, 8), "float32")), ValueError, "hold arrays"),
+    (lambda: vs.coordinate_check(mlp, [16, 64], mup(), X), ValueError, "base must be narrower"),
+    (
+        lambda: vs.coordinate_check(lambda n: nnx.Linear(8, n, rngs=nnx.Rngs(0)), WIDTHS, "declared", X),
+        TypeError,
+        "factory must return an nnx factory",
+    ),
+]
+
+
+@pytest.mark.parametrize(("call", "kind", "message"), BAD)
+def test_errors_say_what_to_give(call, kind, message):
+    with pytest.raises(kind, match=message):
+        call()

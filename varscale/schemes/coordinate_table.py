@@ -1,0 +1,277 @@
+"""What a coordinate check found: exponents in the width, row by row, as a table and as a picture."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from varscale.reporting.layout import Column, Style, terminal_width, text_table, wrapped
+from varscale.reporting.plots import COLORS, pyplot
+from varscale.schemes.scores import ROW
+
+# Of an exponent; what is wrong grows or shrinks as √width or faster. At small widths what is sound shrinks a little: a sum of
+# few terms has not yet the size of its mean.
+GROWTH, SHRINKAGE = 0.2, 0.3
+_CONFIDENCE = 2.58  # standard errors: 99 % of a normal
+
+
+@dataclasses.dataclass(frozen=True)
+class Fit:
+    """How a quantity depends on the width: a power law fitted to all draws.
+
+    Attributes:
+        exponent: of the width; NaN where the quantity is zero or not finite at some width.
+        half_width: of its 99 % interval, from the scatter about the line; infinite where nothing is left to estimate it from.
+        spread: largest over smallest of the widths' geometric means.
+    """
+
+    exponent: float
+    half_width: float
+    spread: float
+
+    @property
+    def is_defined(self) -> bool:
+        return not math.isnan(self.exponent)
+
+    @property
+    def grows(self) -> bool:
+        """Whether the exponent is above .2, and its interval above 0."""
+        return self.exponent > GROWTH and self.exponent - self.half_width > 0
+
+    @property
+    def shrinks(self) -> bool:
+        """Whether the exponent is below −.3, and its interval below 0."""
+        return self.exponent < -SHRINKAGE and self.exponent + self.half_width < 0
+
+    def __str__(self) -> str:
+        return f"{self.exponent:+.2f}" if self.is_defined else "-"
+
+
+def fit(widths: Sequence[int], values: Float[np.ndarray, "widths draws"]) -> Fit:
+    """The power law through positive values.
+
+    >>> round(fit([64, 256], np.array([[1.0], [2.0]])).exponent, 6)
+    0.5
+    """
+    if not np.all(np.isfinite(values)) or np.any(values <= 0):
+        return Fit(math.nan, math.inf, math.nan)
+    logs = np.log(values)
+    x = np.repeat(np.log(widths), values.shape[1])
+    x, y = x - x.mean(), logs.ravel()
+    slope = float(x @ y / (x @ x))
+    left = y.size - 2
+    error = math.sqrt(float(np.sum((y - y.mean() - slope * x) ** 2)) / left / float(x @ x)) if left > 0 else math.inf
+    means = logs.mean(axis=1)
+    return Fit(slope, _CONFIDENCE * error, float(np.exp(means.max() - means.min())))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class CoordinateRow:
+    """One module's output over widths, draws and steps.
+
+    Attributes:
+        path: of the row.
+        kind: class name of the module; "scores" for what enters an attention's softmax.
+        widths: of the models.
+        is_fixed: whether the output's shape does not depend on the width, as that of a readout.
+        sizes: root mean square of the output, step 0 being before training.
+        changes: root mean square of its difference to step 0.
+    """
+
+    path: str
+    kind: str
+    widths: tuple[int, ...]
+    is_fixed: bool
+    sizes: Float[np.ndarray, "widths draws steps"]
+    changes: Float[np.ndarray, "widths draws steps"]
+
+    def size_at(self, step: int) -> Fit:
+        """The fit of the output's size after a step."""
+        return fit(self.widths, self.sizes[:, :, step])
+
+    def change_at(self, step: int) -> Fit:
+        """The fit of the output's change since step 0."""
+        return fit(self.widths, self.changes[:, :, step])
+
+    @property
+    def change(self) -> Fit:
+        """The change after the last step."""
+        return self.change_at(-1)
+
+    @property
+    def steepest(self) -> int:
+        """The step after which the change grows most with the width: what is unstable need not stay large."""
+        exponents = [self.change_at(step).exponent for step in range(1, self.sizes.shape[2])]
+        return 1 + int(np.argmax([-math.inf if math.isnan(e) else e for e in exponents]))
+
+    @property
+    def may_shrink_at_first(self) -> bool:
+        """Whether μP lets it shrink with the width before training: readouts and scores, and what starts at zero."""
+        return self.is_fixed or self.kind == ROW or not np.any(self.sizes[:, :, 0])
+
+    @property
+    def grows(self) -> bool:
+        """Whether its size or its change after some step grows with the width."""
+        return self.size_at(0).grows or self.size_at(-1).grows or self.change_at(self.steepest).grows
+
+    @property
+    def vanishes(self) -> bool:
+        """Whether its change shrinks with the width, or its size before training where that is no allowed exception."""
+        return self.change.shrinks or (self.size_at(0).shrinks and not self.may_shrink_at_first)
+
+    @property
+    def is_finite(self) -> bool:
+        return bool(np.all(np.isfinite(self.sizes)))
+
+    @property
+    def finding(self) -> str:
+        """What is wrong with the row, in one sentence; "" where it is flat."""
+        name = self.path or "the output"
+        if not self.is_finite:
+            return f"{name}: not finite at some width"
+        last, step = self.sizes.shape[2] - 1, self.steepest
+        told = []
+        if (first := self.size_at(0)).grows or (first.shrinks and not self.may_shrink_at_first):
+            told.append(_told("size before training", first))
+        if (after := self.size_at(-1)).grows:
+            told.append(_told(f"size after step {last}", after))
+        if (steepest := self.change_at(step)).grows:
+            told.append(_told(f"change after step {step}", steepest))
+        if self.change.shrinks:
+            told.append(_told(f"change after step {last}", self.change))
+        return f"{name}: {', '.join(told)}{self._advice()}" if told else ""
+
+    def _advice(self) -> str:
+        if self.kind == ROW and self.grows:
+            return "; divide the products of queries and keys by d_head, not √d_head"
+        if self.is_fixed and self.grows:
+            return "; the readout's law or learning rate is not that of the width"
+        return ""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class CoordinateCheck:
+    """Rows in order of execution; see `varscale.coordinate_check`.
+
+    Attributes:
+        widths: in ascending order.
+        rows: those that the models of all widths have.
+        losses: of each width and draw, before training and after each step.
+    """
+
+    widths: tuple[int, ...]
+    rows: tuple[CoordinateRow, ...]
+    losses: Float[np.ndarray, "widths draws steps"]
+
+    def __getitem__(self, path: str) -> CoordinateRow:
+        """The row at this path.
+
+        Raises:
+            KeyError: there is none.
+        """
+        for row in self.rows:
+            if row.path == path:
+                return row
+        raise KeyError(f"no row {path!r}; there are {', '.join(repr(row.path) for row in self.rows[:8])}")
+
+    def __iter__(self) -> Iterator[CoordinateRow]:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def findings(self) -> tuple[str, ...]:
+        """A sentence for every row that is not flat, in order of execution; () for a sound parametrization."""
+        return tuple(row.finding for row in self.rows if row.finding)
+
+    @property
+    def is_flat(self) -> bool:
+        """Whether no row has a finding."""
+        return not self.findings
+
+    def table(self, width: int | None = None) -> str:
+        """Exponents in the width, a line a row; findings below.
+
+        Args:
+            width: columns of the terminal; None for the terminal's own, 80 where there is none.
+
+        Raises:
+            ValueError: `width` is below 40.
+        """
+        width = terminal_width(width)
+        styles: list[Style] = ["red" if row.finding else "plain" for row in self.rows]
+        columns = [
+            Column("path", tuple(row.path or "(output)" for row in self.rows), is_left=True),
+            Column("kind", tuple(row.kind for row in self.rows), 5, is_left=True),
+            Column("size, step 0", tuple(str(row.size_at(0)) for row in self.rows), 2),
+            Column("size, last step", tuple(str(row.size_at(-1)) for row in self.rows), 3),
+            Column("change, steepest", tuple(str(row.change_at(row.steepest)) for row in self.rows)),
+            Column("change, last step", tuple(str(row.change) for row in self.rows), 0),
+            Column("±", tuple(f"{row.change.half_width:.2f}" for row in self.rows), 1),
+            Column("spread", tuple(_number(row.change.spread) for row in self.rows), 4),
+        ]
+        text, missing = text_table(columns, width, styles=styles)
+        told = [f"Exponents in the width, from {', '.join(map(str, self.widths))}: 0 where a row is flat."]
+        told += [f"Not shown at this width: {', '.join(missing)}."] if missing else []
+        told += list(self.findings) or ["Every row is flat."]
+        return "\n".join([text, *(wrapped(line, width) for line in told)])
+
+    def __str__(self) -> str:
+        return self.table()
+
+    def to_records(self) -> list[dict[str, Any]]:
+        """The rows as dicts of plain Python values."""
+        return [
+            {
+                "path": row.path, "kind": row.kind, "widths": list(self.widths), "sizes": row.sizes.tolist(),
+                "changes": row.changes.tolist(), "exponent": row.change.exponent if row.change.is_defined else None,
+                "finding": row.finding,
+            }
+            for row in self.rows
+        ]  # fmt: skip
+
+    def plot(self) -> Any:
+        """Sizes before training and changes by step, against the width on log axes: flat lines where a model is sound.
+
+        Lines are colored by row; rows with a finding are drawn thick. Each line is the geometric mean over draws.
+
+        Returns:
+            A `matplotlib.figure.Figure`.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+        """
+        plt = pyplot()
+        steps = self.rows[0].sizes.shape[2] if self.rows else 1
+        panels = [("size before training", 0)] + [(f"change after step {t}", t) for t in sorted({1, steps - 1} - {0})]
+        figure, axes = plt.subplots(
+            1, len(panels), figsize=(4.2 * len(panels), 4), sharex=True, squeeze=False, layout="constrained"
+        )
+        for axis, (title, step) in zip(axes[0], panels, strict=True):
+            for i, row in enumerate(self.rows):
+                values = (row.sizes if step == 0 else row.changes)[:, :, step]
+                if np.all(values > 0) and np.all(np.isfinite(values)):
+                    line = {"linewidth": 2.6 if row.finding else 1.0, "color": COLORS[i % len(COLORS)]}
+                    axis.loglog(
+                        self.widths, np.exp(np.log(values).mean(axis=1)), marker="o", label=row.path or "output", **line
+                    )
+            axis.set(title=title, xlabel="width", xticks=self.widths, xticklabels=self.widths)
+            axis.minorticks_off()
+        if len(self.rows) <= 20:
+            axes[0][-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+        plt.close(figure)
+        return figure
+
+
+def _told(what: str, f: Fit) -> str:
+    return f"{what} {'grows' if f.exponent > 0 else 'shrinks'} as width^{f.exponent:+.2f} ± {f.half_width:.2f}"
+
+
+def _number(x: float) -> str:
+    return "-" if math.isnan(x) else f"{x:.2f}"
