@@ -19,7 +19,7 @@ from varscale.theory.interpreter.interpreter import Interpreter
 from varscale.theory.interpreter.predict import Walkable
 from varscale.theory.interpreter.summary import of_one_draw
 from varscale.theory.propagation.cotangents import cotangents
-from varscale.theory.rules.prefix_scans import live_equations
+from varscale.theory.rules.equations import live_equations
 from varscale.theory.rules.random import as_weight
 from varscale.usage import layouts
 from varscale.usage.handlers import HANDLERS
