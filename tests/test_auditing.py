@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from flax import linen as nn
 from flax import nnx
-from healthy import HEALTHY
 
 import varscale as vs
+from experiments.nets.healthy_constructions import HEALTHY
 from varscale.auditing.findings import Audit, AuditError, Finding, ordered, read_baseline, silenced, since
 
 ROWS = jax.ShapeDtypeStruct((16, 64), jnp.float32)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from varscale.auditing import maps, norms, signal, streams
+from varscale.auditing import maps, norms, settings, signal, streams
 from varscale.auditing.findings import Audit, Finding, ordered, silenced
 from varscale.auditing.leaves import check_finite, summary
 from varscale.auditing.parameters import check_laws, checked, of_weight
@@ -21,8 +21,11 @@ from varscale.measuring.probe import probe
 from varscale.programs import faces
 from varscale.programs.trees import open_tree
 from varscale.report import Report, Row
+from varscale.schemes.plan import Plan
 from varscale.theory import predict
 from varscale.usage.table import uses
+
+_EQUATIONS = ("rsqrt", "sqrt", "dot_general")  # whose rows tell of norms and softmaxes
 
 
 def audit(
@@ -34,6 +37,7 @@ def audit(
     loss: Callable[[Any], Any] | None = None,
     key: Any = None,
     ignore: Sequence[str] = (),
+    scheme: Any = None,
     method: str | None = None,
 ) -> Audit:
     """Say what is wrong with the initialization of a model, and the line that mends it.
@@ -53,6 +57,8 @@ def audit(
         fresh: whether `params` were just drawn; False for trained ones, of which laws and scales are no finding.
         key: a key to draw the parameters with, by the model's own init.
         ignore: codes ("VS104"), or codes with a glob over paths ("VS101:blocks/*/head"), to leave out.
+        scheme: the laws to audit in place of the model's own, as `vs.initialize` takes them: a `vs.Plan`, what of which the
+            program lacks is a finding, or a mapping from path patterns to initializers.
         method: the method to audit in place of `__call__`.
 
     Raises:
@@ -66,42 +72,79 @@ def audit(
     >>> print(found.findings[0].code, found.findings[0].level, found.findings[0].path)
     VS101 error layers_4
     """
-    given = params if _holds_no_laws(model) else None
-    whole = predict(model, x, params=given, detail="equations", method=method)
-    report = dataclasses.replace(whole, rows=tuple(row for row in whole.rows if not _is_equation(row)))
-    program_uses = uses(model, x, params=given, method=method)
-    parameters = program_uses.parameters
-    linear = maps.maps(parameters, report.weights)
-    found: list[Finding] = []
-    if fresh:
-        found += signal.check_signal(report)
-        found += signal.check_gradient(report)
-        found += maps.check_gains(linear, moves=bool(found))
-        found += signal.check_stream(report, program_uses.additions)
-        found += signal.check_rank(report)
-        found += maps.check_fans(linear)
-        found += maps.check_saturation(linear, report)
-        found += norms.check_epsilon(whole.rows)
-        found += norms.check_softmax(whole.rows)
-        found += norms.check_logits(parameters, report)
-        found += maps.check_biases(parameters, report.weights)
-    if not _holds_no_laws(model) and not isinstance(model, nnx.Module):
-        plan = streams.outlined(model, x, method)
-        found += streams.check_streams(plan)
-        found += streams.check_constants(plan, {p.path: p for p in parameters}, report)
-    found += maps.check_uses(parameters)
-    found += maps.check_inputs(parameters, _arrays(x))
+    report, found = traced(model, x, params if _holds_no_laws(model) else None, fresh, scheme, method)
     if key is not None and params is None:
-        params = _drawn(model, key, x, method)
+        params = drawn(model, key, x, method)
     if params is not None:
-        found += _numbers(params, report, fresh)
-        found += _run(model, params, x, report, fresh=fresh, loss=loss, method=method)
+        found += measured(model, x, params, report, fresh=fresh, loss=loss, method=method)
     elif loss is not None:
         raise ValueError("loss needs params, or a key to draw them with: without numbers it has no value")
     sampled = sum(row.how == "sampled" for row in report.rows)
     notes = (f"{sampled} of {len(report.rows)} rows were drawn to be predicted.",) if sampled else ()
     kept, count = silenced(ordered(found), ignore)
     return Audit(kept, report, notes, count)
+
+
+def traced(model: Any, x: Any, given: Any, fresh: bool, scheme: Any, method: str | None) -> tuple[Report, list[Finding]]:
+    """The predicted report, and the findings that need no numbers.
+
+    Args:
+        model: the model.
+        x: its input.
+        given: the parameters of a plain function.
+        fresh: whether findings about laws and scales are wanted.
+        scheme: laws in place of the model's own.
+        method: the method in place of `__call__`.
+    """
+    whole = predict(model, x, params=given, scheme=scheme, detail=_EQUATIONS, method=method)
+    report = dataclasses.replace(whole, rows=tuple(row for row in whole.rows if not _is_equation(row)))
+    program_uses = uses(model, x, params=given, method=method)
+    parameters = program_uses.parameters
+    linear = maps.maps(parameters, report.weights)
+    found: list[Finding] = []
+    if fresh:
+        mend = maps.signal_mend(linear, parameters, program_uses.additions)
+        found += signal.check_signal(report, mend)
+        found += signal.check_gradient(report, mend)
+        found += maps.check_gains(linear, moves=bool(found))
+        found += signal.check_stream(report, program_uses.additions, mend)
+        found += signal.check_rank(report)
+        found += maps.check_fans(linear)
+        found += maps.check_units(linear, report)
+        found += norms.check_epsilon(whole.rows, program_uses.epsilons)
+        found += norms.check_softmax(whole.rows, program_uses.attentions)
+        found += norms.check_logits(parameters, report)
+        found += maps.check_biases(parameters, report.weights)
+    if not _holds_no_laws(model) and not isinstance(model, nnx.Module):
+        plan = streams.outlined(model, x, method, scheme)
+        found += streams.check_streams(plan)
+        found += streams.check_constants(plan, {p.path: p for p in parameters})
+        zero = {path for path, value in streams.constants(plan).items() if not value}
+        found += streams.check_zeros(program_uses, zero, report)
+    found += settings.check_settings(model, x, method)
+    found += maps.check_uses(parameters)
+    if isinstance(scheme, Plan):
+        found += check_requirements(scheme)
+    found += maps.check_inputs(parameters, _arrays(x))
+    return report, found
+
+
+def measured(
+    model: Any, x: Any, params: Any, report: Report, *, fresh: bool = True, loss: Any = None, method: str | None = None
+) -> list[Finding]:
+    """The findings about the numbers of parameters and about one run of the model, beside what is predicted."""
+    return [*_numbers(params, report, fresh), *_run(model, params, x, report, fresh=fresh, loss=loss, method=method)]
+
+
+def check_requirements(plan: Plan) -> Iterator[Finding]:
+    """What a plan needs in the program, and the program has not."""
+    for requirement in plan.requirements:
+        if requirement.status == "missing":
+            told = (
+                f"the scheme {plan.scheme} needs a {requirement.name} of {requirement.expected:.5g} here, and the program has "
+            )
+            told += "none." if requirement.found is None else f"has {requirement.found:.5g}."
+            yield Finding("VS125", "error", requirement.where, told, requirement.expected, requirement.mend)
 
 
 def _holds_no_laws(model: Any) -> bool:
@@ -114,7 +157,7 @@ def _is_equation(row: Row) -> bool:
     return re.split("[#@]", row.path.rpartition("/")[2])[0] == row.kind
 
 
-def _drawn(model: Any, key: Any, x: Any, method: str | None) -> Any:
+def drawn(model: Any, key: Any, x: Any, method: str | None) -> Any:
     """The parameters that the model's own init draws."""
     program = faces.program(model, method=method)
     if program.init is None:

@@ -9,7 +9,7 @@ import os
 import pathlib
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 from varscale.programs.patterns import matches_row
@@ -33,6 +33,8 @@ class Finding:
         message: what is wrong and what follows from it, in one or two sentences.
         figure: the number behind it, as the message names it.
         mend: the one line that mends it; "" where there is none.
+        scheme: the same as laws, where it is one: paths of parameters to initializers, which
+            `vs.initialize(model, key, x, scheme=finding.scheme)` draws by and `vs.audit(model, x, scheme=...)` audits.
     """
 
     code: str
@@ -41,6 +43,7 @@ class Finding:
     message: str
     figure: float | None = None
     mend: str = ""
+    scheme: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.level not in LEVELS:
@@ -146,10 +149,7 @@ class Audit:
         Args:
             **options: passed on to `json.dumps`.
         """
-        findings = [
-            dataclasses.asdict(f) | {"figure": f.figure if f.figure is None or math.isfinite(f.figure) else str(f.figure)}
-            for f in self.findings
-        ]
+        findings = [_record(finding) for finding in self.findings]
         return json.dumps({"findings": findings, "notes": self.notes, "silenced": self.silenced}, **options)
 
     def plot(self) -> Any:
@@ -175,12 +175,24 @@ class Audit:
         return figure
 
 
+def _record(finding: Finding) -> dict[str, Any]:
+    """A finding as JSON takes it: without its laws, which are objects."""
+    figure = finding.figure
+    known = {name: value for name, value in vars(finding).items() if name != "scheme"}
+    return known | {"figure": figure if figure is None or math.isfinite(figure) else str(figure)}
+
+
 def ordered(findings: Iterable[Finding]) -> tuple[Finding, ...]:
     """The findings by level, then as they came; those of layers that are alike but for their number are one."""
     groups: dict[tuple[str, str, str], list[Finding]] = {}
     for finding in findings:
         groups.setdefault((finding.code, finding.level, re.sub(r"\d+", "*", finding.path)), []).append(finding)
-    joined = [dataclasses.replace(first, message=first.message + _others(rest)) for first, *rest in groups.values()]
+    joined = [
+        dataclasses.replace(
+            first, message=first.message + _others(rest), scheme={p: law for f in (first, *rest) for p, law in f.scheme.items()}
+        )
+        for first, *rest in groups.values()
+    ]
     return tuple(sorted(joined, key=lambda finding: LEVELS.index(finding.level)))
 
 
@@ -188,8 +200,10 @@ def _others(rest: Sequence[Finding]) -> str:
     """Where else the same was found."""
     if not rest:
         return ""
-    named = ", ".join(finding.path for finding in rest[:3])
-    return f" The same at {named}" + (f" and {len(rest) - 3} more." if len(rest) > 3 else ".")
+    places = list(dict.fromkeys(finding.path for finding in rest if finding.path))
+    if not places:
+        return f" The same in {len(rest)} more places."
+    return f" The same at {', '.join(places[:3])}" + (f" and {len(places) - 3} more." if len(places) > 3 else ".")
 
 
 def silenced(findings: Sequence[Finding], ignore: Sequence[str]) -> tuple[tuple[Finding, ...], int]:

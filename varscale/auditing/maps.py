@@ -5,14 +5,18 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 
 from varscale import gaussian
 from varscale.auditing.findings import Finding, Level
-from varscale.initializers.fans import compute_fans
-from varscale.report import Report, Weight
+from varscale.initializers.fans import Fans, Mode, compute_fans
+from varscale.initializers.fixed import normal
+from varscale.initializers.scaling import for_activation, lecun_normal, variance_scaling
+from varscale.initializers.structured import zeros
+from varscale.report import Report, Row, Weight
 from varscale.usage.parameters import OneUse, ParameterUses
 
 _ACTIVATIONS = {
@@ -21,6 +25,7 @@ _ACTIVATIONS = {
     "sin": jax.numpy.sin, "relu6": jax.nn.relu6,
 }  # fmt: skip
 _SHAPE_LAWS = (1.0, 2.0, 1 / 3)  # variance times fan of lecun, he and PyTorch's uniform
+_ALIVE = 0.01  # share of positive inputs below which a rectifier's units are called dead
 _BOUNDED = {"tanh": 2.0, "sigmoid": 4.0, "hard_tanh": 1.0, "erf": 1.5}  # beyond which the function is flat
 
 
@@ -58,6 +63,54 @@ def maps(parameters: Sequence[ParameterUses], weights: Mapping[str, Weight]) -> 
     return found
 
 
+@dataclasses.dataclass(frozen=True)
+class Mend:
+    """What mends a finding.
+
+    Attributes:
+        line: the line to write.
+        scheme: the same as laws by path; empty where it is no initializer.
+    """
+
+    line: str
+    scheme: Mapping[str, Any]
+
+
+def signal_mend(found: Sequence[Map], parameters: Sequence[ParameterUses], additions: int) -> Mend:
+    """What keeps the signal: gains that fit, or residual branches that end smaller."""
+    off = _gains_off(found)
+    if off:
+        function = off[0].use.before
+        line = f"kernel_init=vs.for_activation({_name(function)})" + (f" after {function}" if len(off) > 1 else "")
+        return Mend(line, {m.path: for_activation(_ACTIVATIONS[m.use.before]) for m in off})
+    ends = [m for m in found if m.use.ends is not None]
+    if ends and additions:
+        # Whatever it was drawn from: of variance 1/(fan_in · additions) the branches together add as much as one does.
+        scheme = {m.path: normal((m.use.fan_in * additions) ** -0.5) for m in ends}
+        return Mend(f"what ends a branch: kernel_init=vs.scaled(vs.lecun_normal(), {additions}**-0.5)", scheme)
+    # Laws that are none of independent numbers, such as orthogonal, have no variance to compare.
+    others = {p.path: p.main.before for p in parameters if p.role == "hidden" and p.main and p.main.before in _ACTIVATIONS}
+    if others and not additions:
+        function = next(iter(others.values()))
+        line = f"kernel_init=vs.for_activation({_name(function)}) after {function}"
+        return Mend(line, {path: for_activation(_ACTIVATIONS[before]) for path, before in others.items()})
+    return Mend("draw the layers by vs.calibrate(model, x), or add norms", {})
+
+
+def _gains_off(found: Sequence[Map]) -> list[Map]:
+    """The hidden maps, read once and outside of branches' ends, that do not give back what the activation takes away."""
+    return [
+        m
+        for m in found
+        if m.use.before in _ACTIVATIONS
+        and m.use.role == "hidden"
+        and m.parameter.times == len(m.parameter.uses)
+        and m.use.ends is None
+        and not m.use.normalised_after
+        and not 0.9 < m.keeps < 1.1
+    ]
+
+
 def check_fans(found: Sequence[Map]) -> Iterator[Finding]:
     """Laws whose variance follows the fan of the shape where the program uses another."""
     for m in found:
@@ -66,7 +119,7 @@ def check_fans(found: Sequence[Map]) -> Iterator[Finding]:
             continue
         declared = compute_fans(shape)
         use_out = m.use.fan_out / max(1, len(m.use.parts))
-        modes = (
+        modes: tuple[tuple[Mode, float, float], ...] = (
             ("fan_in", declared.fan_in, m.use.fan_in),
             ("fan_avg", (declared.fan_in + declared.fan_out) / 2, (m.use.fan_in + use_out) / 2),
         )
@@ -80,9 +133,10 @@ def check_fans(found: Sequence[Map]) -> Iterator[Finding]:
             told += f"what it puts out has {ratio:.3g} times the second moment that its law intends."
             fans = f"vs.Fans({m.use.fan_in:.6g}, {use_out:.6g})"
             scale = m.second_moment * of_shape
+            law = variance_scaling(scale, mode, "normal", fans=Fans(m.use.fan_in, use_out))
             yield Finding(
                 "VS104", _by_factor(ratio), m.path, told, ratio,
-                f'kernel_init=vs.variance_scaling({scale:.3g}, "{mode}", fans={fans})',
+                f'kernel_init=vs.variance_scaling({scale:.3g}, "{mode}", fans={fans})', {m.path: law},
             )  # fmt: skip
             break
 
@@ -100,23 +154,19 @@ def check_gains(found: Sequence[Map], *, moves: bool) -> Iterator[Finding]:
         moves: whether the signal of its layers was found to vanish or explode: then this is why.
     """
     by_function: dict[str, list[Map]] = {}
-    for m in found:
-        once = m.parameter.times == len(m.parameter.uses) and m.use.ends is None and not m.use.normalised_after
-        if m.use.before in _ACTIVATIONS and m.use.role == "hidden" and once:
-            by_function.setdefault(m.use.before, []).append(m)
-    for function, members in by_function.items():
-        off = [m for m in members if not 0.9 < m.keeps < 1.1]
-        if not off:
-            continue
+    for m in _gains_off(found):
+        by_function.setdefault(m.use.before, []).append(m)
+    for function, off in by_function.items():
         whole = math.exp(sum(math.log(m.keeps) for m in off))
         worst = off[0]
         level: Level = "warning" if moves and not 1 / 30 < whole < 30 else "info"
         told = f"after {function} it multiplies the second moment by {worst.keeps:.3g}"
-        told += f" at a second moment of 1, as {len(off) - 1} more layers do" if len(off) > 1 else ""
+        told += f" at a second moment of 1, as in {len(off) - 1} more" if len(off) > 1 else ""
         told += f": {function} keeps {float(gaussian.second_moment(_ACTIVATIONS[function])):.3g} of it, and fan_in · Var[w] is "
         told += f"{worst.use.fan_in * worst.second_moment:.3g}."
         yield Finding(
             "VS103", level, worst.path, told, worst.keeps, f"kernel_init=vs.for_activation({_name(function)})",
+            {m.path: for_activation(_ACTIVATIONS[function]) for m in off},
         )  # fmt: skip
 
 
@@ -145,27 +195,41 @@ def check_biases(parameters: Sequence[ParameterUses], weights: Mapping[str, Weig
         more = f" and {len(random) - 1} more" if len(random) > 1 else ""
         yield Finding(
             "VS117", "info", random[0], f"{random[0]}{more}: biases drawn at random add the same number to every sample, which "
-            "makes samples alike; zeros are usual.", float(len(random)), "bias_init=vs.zeros",
+            "makes samples alike; zeros are usual.", float(len(random)), "bias_init=vs.zeros", dict.fromkeys(random, zeros),
         )  # fmt: skip
 
 
-def check_saturation(found: Sequence[Map], report: Report) -> Iterator[Finding]:
-    """Functions with flat ends that most of their inputs reach."""
+def check_units(found: Sequence[Map], report: Report) -> Iterator[Finding]:
+    """Functions that are flat where most of their inputs are: dead units, saturated units."""
     rows = {row.path: row for row in report.rows}
     for m in found:
-        flat = _BOUNDED.get(m.use.after)
-        row = rows.get(m.path.rpartition("/")[0])
-        if flat is None or row is None or row.error_bound > 0.5 or row.second_moment <= 0:
+        module = m.path.rpartition("/")[0]
+        row = rows.get(module)
+        if row is None or row.error_bound > 0.5 or not 0 < row.second_moment < math.inf:
             continue
-        share = math.erfc(flat / math.sqrt(2 * row.second_moment))
-        if share > 0.5:
-            told = (
-                f"{share:.0%} of what {m.use.after} reads from it lies beyond ±{flat:g}, where the function is flat: gradients "
-            )
-            told += f"through it are small (E[x²] is {row.second_moment:.3g})."
-            yield Finding(
-                "VS106", "warning", m.path, told, share, f"kernel_init=vs.for_activation({_name(m.use.before or 'tanh')})"
-            )
+        if m.use.after in ("relu", "relu6", "relu squared"):
+            yield from _dead(m, row)
+            continue
+        flat = _BOUNDED.get(m.use.after)
+        share = 0.0 if flat is None else math.erfc(flat / math.sqrt(2 * row.second_moment))
+        if flat is not None and share > 0.5:
+            told = f"{share:.0%} of what {m.use.after} reads from it lies beyond ±{flat:g}, where the function is flat: "
+            told += f"gradients through it are small (E[x²] is {row.second_moment:.3g})."
+            line, law = "kernel_init=vs.lecun_normal()", lecun_normal()
+            if m.use.before in _ACTIVATIONS:
+                line = f"kernel_init=vs.for_activation({_name(m.use.before)})"
+                law = for_activation(_ACTIVATIONS[m.use.before])
+            yield Finding("VS106", "warning", m.path, told, share, line, {m.path: law})
+
+
+def _dead(m: Map, row: Row) -> Iterator[Finding]:
+    """A finding where hardly any input of a rectifier is positive."""
+    share = 0.5 * math.erfc(-row.mean / math.sqrt(2 * row.variance)) if row.variance else float(row.mean > 0)
+    if share < _ALIVE:
+        bias = f"{m.path.rpartition('/')[0]}/bias"
+        told = f"only {share:.2g} of what {m.use.after} reads from it is positive (mean {row.mean:.3g}, deviation "
+        told += f"{math.sqrt(row.variance):.3g}): the other units are dead, they put out 0 and get no gradient."
+        yield Finding("VS106", "warning", m.path, told, share, "bias_init=vs.zeros", {bias: zeros})
 
 
 def _by_factor(ratio: float) -> Level:

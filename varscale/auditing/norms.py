@@ -3,63 +3,67 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-
-from scipy import stats
+from collections.abc import Iterator, Mapping, Sequence
 
 from varscale.auditing.findings import Finding
 from varscale.report import Report, Row
-from varscale.usage.parameters import ParameterUses
+from varscale.usage.parameters import Attention, ParameterUses
 
 _LARGEST_EPSILON = 0.1  # what is added to a variance and is larger is no guard against division by zero
-_COLLAPSED = 3.0  # deviations of scores from which on one key has most of the weight
+_COLLAPSED = 3.0  # deviation of scores from which on one key has most of the weight
+_UNIFORM = 1e-2  # and below which weights differ by a hundredth
 
 
-def check_epsilon(rows: Sequence[Row]) -> Iterator[Finding]:
+def check_epsilon(rows: Sequence[Row], epsilons: Mapping[str, float]) -> Iterator[Finding]:
     """Norms whose epsilon is larger than the variance that it is added to.
 
     Args:
-        rows: those of equations, in execution order.
+        rows: those of equations, in execution order: a root of v + ε tells its harmonic mean.
+        epsilons: by the path of a norm, the constant under its root.
     """
-    for i, row in enumerate(rows):
-        if row.kind not in ("rsqrt", "sqrt") or i == 0 or rows[i - 1].kind != "add":
+    for row in rows:
+        epsilon = epsilons.get(parent(row.path), 0.0)
+        if row.kind not in ("rsqrt", "sqrt") or row.error_bound > 0.5 or not 0 < row.second_moment < math.inf or not epsilon:
             continue
-        shifted = rows[i - 1].mean
-        before = (r for r in rows[max(0, i - 8) : i - 1][::-1] if r.shape == row.shape and 0 < r.mean < shifted)
-        read = next(before, None)  # the variance, which the epsilon was added to
-        if read is None or read.error_bound > 0.5 or not read.mean < (epsilon := shifted - read.mean) < _LARGEST_EPSILON:
-            continue
-        left = read.mean / shifted
-        told = f"it normalises a variance of {read.mean:.3g} with an epsilon of {epsilon:.3g}, which dominates: its output has "
+        shifted = 1 / row.second_moment if row.kind == "rsqrt" else row.second_moment
+        variance = shifted - epsilon
+        if not 1e-6 * epsilon < variance < epsilon < _LARGEST_EPSILON:
+            continue  # of what is constant, such as a zero projection's output, nothing is lost
+        left = variance / shifted
+        told = f"it normalises a variance of {variance:.3g} with an epsilon of {epsilon:.3g}, which dominates: its output has "
         told += f"root mean square {math.sqrt(left):.3g} in place of 1."
-        larger = 10 * math.sqrt(epsilon / read.mean)
+        larger = 10 * math.sqrt(epsilon / variance)
         yield Finding(
-            "VS111", "warning", _parent(row.path), told, left,
-            f"scale what it reads by {larger:.2g} or more, or give it an epsilon below {read.mean / 10:.2g}",
+            "VS111", "warning", parent(row.path), told, left,
+            f"scale what it reads by {larger:.2g} or more, or give it an epsilon below {variance / 10:.2g}",
         )  # fmt: skip
 
 
-def check_softmax(rows: Sequence[Row]) -> Iterator[Finding]:
-    """Softmaxes of scores so large that one key gets most of the weight.
+def check_softmax(rows: Sequence[Row], attentions: Sequence[Attention]) -> Iterator[Finding]:
+    """Softmaxes of scores so large that one key gets most of the weight, or so small that all get the same.
 
-    The mean of the largest of n scores of deviation s is s times that of n standard normals (Blom 1958).
+    Args:
+        rows: those of equations, in execution order.
+        attentions: the softmaxes over products of queries and keys.
     """
-    for i, row in enumerate(rows):
-        if row.kind != "reduce_max" or not row.shape:
+    by_row = {attention.row: attention for attention in attentions}
+    for row in rows:
+        attention = by_row.get(row.path.partition("@")[0])
+        if row.kind != "dot_general" or attention is None or attention.after is None or attention.keys < 2:
             continue
-        after = next((later for later in rows[i : i + 8] if later.kind == "exp"), None)
-        if after is None or row.error_bound > 0.5:
+        if row.error_bound > 0.5 or not 0 < row.second_moment < math.inf:
             continue
-        keys = math.prod(after.shape) / math.prod(row.shape)
-        if keys < 2:
-            continue
-        deviation = row.mean / float(stats.norm.ppf((keys - 0.375) / (keys + 0.25)))
+        keys, deviation = attention.keys, abs(attention.after) * math.sqrt(row.second_moment)
         if deviation > _COLLAPSED:
-            told = f"its scores have a standard deviation of about {deviation:.3g} over {keys:.0f} keys: the softmax is nearly "
-            told += "one-hot, and its gradient vanishes for all keys but one."
-            yield Finding(
-                "VS109", "warning", _parent(row.path), told, deviation, "divide the scores by the root of the head's width"
-            )
+            told = f"its scores have a root mean square of {deviation:.3g} over {keys} keys: the softmax is nearly one-hot, "
+            told += "and its gradient vanishes for all keys but one."
+            mend = "divide the scores by the root of the head's width"
+            yield Finding("VS109", "warning", parent(row.path), told, deviation, mend)
+        elif 0 < deviation < _UNIFORM:
+            told = f"its scores have a root mean square of {deviation:.3g}: the softmax gives all {keys} keys the same weight, "
+            told += "so that attention starts as an average, and queries and keys get gradients smaller by about that factor."
+            mend = "draw query and key larger, or divide the scores by the root of the head's width once only"
+            yield Finding("VS109", "info", parent(row.path), told, deviation, mend)
 
 
 def check_logits(parameters: Sequence[ParameterUses], report: Report) -> Iterator[Finding]:
@@ -84,5 +88,6 @@ def check_logits(parameters: Sequence[ParameterUses], report: Report) -> Iterato
         )
 
 
-def _parent(path: str) -> str:
+def parent(path: str) -> str:
+    """The path of the module around an equation or a parameter."""
     return path.rpartition("/")[0]

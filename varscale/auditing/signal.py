@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from varscale.auditing.findings import Finding, Level
+from varscale.auditing.maps import Mend
 from varscale.report import Report, Row
 
 ERROR = 1e3  # factor in the second moment over the whole depth
@@ -58,9 +59,14 @@ def signal(row: Row) -> float | None:
 
 
 def gradient(row: Row) -> float | None:
-    """The second moment of a row's gradient, where its bound says anything."""
-    doubtful = row.gradient_error_bound is not None and row.gradient_error_bound > 1
-    return None if doubtful else row.gradient
+    """The mean square norm of the gradient at a sample's row, where its bound says anything.
+
+    A map whose fan-in and Var[w] are reciprocal keeps this norm whatever its fan-out. Of a norm's output it is no measure:
+    that is in units of its own.
+    """
+    if row.gradient is None or "Norm" in row.kind or (row.gradient_error_bound is not None and row.gradient_error_bound > 1):
+        return None
+    return row.gradient * math.prod(row.shape[1:])
 
 
 def trends(rows: Sequence[Row], statistic: Callable[[Row], float | None]) -> list[Trend]:
@@ -74,7 +80,7 @@ def trends(rows: Sequence[Row], statistic: Callable[[Row], float | None]) -> lis
     return [trend for trend in found if trend.steady]
 
 
-def check_signal(report: Report) -> Iterator[Finding]:
+def check_signal(report: Report, mend: Mend) -> Iterator[Finding]:
     """Second moments that vanish or explode over the depth: the worst kind of layer."""
     worst = max(trends(report.rows, signal), key=lambda trend: abs(math.log(trend.total)), default=None)
     if worst is None or (level := _level(worst.total)) is None:
@@ -85,13 +91,10 @@ def check_signal(report: Report) -> Iterator[Finding]:
     told += f"{first} to {worst.values[-1]:.3g} at {last} ({worst.total:.2g} over {len(worst.values)} layers)"
     told += _reach(worst) + "."
     at = next(row.path for row, value in zip(worst.rows, worst.values, strict=True) if _level(value / worst.values[0]) == level)
-    yield Finding(
-        "VS101", level, at, told, worst.total,
-        "give the layers the gain of the activation before them: kernel_init=vs.for_activation(...)",
-    )  # fmt: skip
+    yield Finding("VS101", level, at, told, worst.total, mend.line, mend.scheme)
 
 
-def check_gradient(report: Report) -> Iterator[Finding]:
+def check_gradient(report: Report, mend: Mend) -> Iterator[Finding]:
     """Gradients of the first layers that are far from those of the last."""
     worst = max(trends(report.rows, gradient), key=lambda trend: abs(math.log(trend.total)), default=None)
     if worst is None or (level := _level(worst.total)) is None:
@@ -99,16 +102,13 @@ def check_gradient(report: Report) -> Iterator[Finding]:
     ratio = worst.values[0] / worst.values[-1]
     first, last = worst.rows[0].path, worst.rows[-1].path
     less = "less" if ratio < 1 else "more"
-    told = f"the gradient at {first} has {max(ratio, 1 / ratio):.2g} times {less} second moment than at {last} (a factor of "
+    told = f"the gradient at {first} has {max(ratio, 1 / ratio):.2g} times {less} mean square than at {last} (a factor of "
     told += f"{1 / worst.factor:.3g} a layer backward): by gradient descent the first layers learn "
     told += f"{math.sqrt(max(ratio, 1 / ratio)):.2g} times {'slower' if ratio < 1 else 'faster'} than the last."
-    yield Finding(
-        "VS102", level, first, told, ratio,
-        "keep fan_out · Var[w] · E[φ'²] near 1: vs.for_activation(..., criterion=\"derivative\"), a norm, or residual branches",
-    )  # fmt: skip
+    yield Finding("VS102", level, first, told, ratio, mend.line, mend.scheme)
 
 
-def check_stream(report: Report, additions: int) -> Iterator[Finding]:
+def check_stream(report: Report, additions: int, mend: Mend) -> Iterator[Finding]:
     """A residual stream that grows with depth without vanishing or exploding."""
     grown = [trend for trend in trends(report.rows, signal) if 8 < trend.total < WARNING]
     if additions < _FEWEST or not grown:
@@ -118,10 +118,7 @@ def check_stream(report: Report, additions: int) -> Iterator[Finding]:
         f"its second moment grows from {worst.values[0]:.3g} to {worst.values[-1]:.3g} over {len(worst.values)} blocks: later "
     )
     told += "branches change the stream less than earlier ones."
-    deviation = f"vs.scaled(vs.lecun_normal(), {additions}**-0.5)"
-    yield Finding(
-        "VS107", "info", worst.rows[-1].path, told, worst.total, f"draw what ends a branch smaller: kernel_init={deviation}"
-    )
+    yield Finding("VS107", "info", worst.rows[-1].path, told, worst.total, mend.line, mend.scheme)
 
 
 def check_rank(report: Report) -> Iterator[Finding]:

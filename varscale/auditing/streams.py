@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,14 +11,18 @@ import jax
 from varscale.auditing.findings import Finding
 from varscale.initialization.outline import Outline, outline
 from varscale.initialization.tracing import trace
+from varscale.initializers.scaling import lecun_normal
 from varscale.report import Report
 from varscale.usage.parameters import ParameterUses
+from varscale.usage.table import Uses, ZeroSide
+
+_LECUN = "kernel_init=vs.lecun_normal()"
 
 
-def outlined(model: Any, x: Any, method: str | None) -> Outline:
+def outlined(model: Any, x: Any, method: str | None, scheme: Any = None) -> Outline:
     """What a model's own init does for each leaf; nothing is drawn."""
     key = jax.random.key(0)
-    return outline(trace(model, key, x, method), key)
+    return outline(trace(model, key, x, method), key, scheme="declared" if scheme is None else scheme)
 
 
 def check_streams(plan: Outline) -> Iterator[Finding]:
@@ -43,24 +47,48 @@ def check_streams(plan: Outline) -> Iterator[Finding]:
         first.setdefault(words, path)
 
 
-def check_constants(plan: Outline, uses: Mapping[str, ParameterUses], report: Report) -> Iterator[Finding]:
-    """Kernels that the init fills with one number, and maps that neither pass a signal nor get a gradient."""
-    rows = {row.path: row for row in report.rows}
-    for leaf, task in zip(plan.trace.leaves, plan.tasks, strict=True):
-        path = leaf.path.removeprefix("params/")
+def check_constants(plan: Outline, uses: Mapping[str, ParameterUses]) -> Iterator[Finding]:
+    """Kernels that the init fills with one number that is not zero."""
+    for path, value in constants(plan).items():
         use = uses[path].main if path in uses else None
-        if task.number is None or use is None or not use.reduction_axes or use.role in ("embedding", "depthwise"):
+        if use is None or not value or not use.reduction_axes or use.role in ("embedding", "depthwise"):
             continue
-        value = complex(task.number).real
-        row = rows.get(path.rpartition("/")[0])
-        stuck = value == 0 and row is not None and row.second_moment == 0 and row.gradient == 0
-        if stuck or (value != 0 and _units(leaf.shape, use.output_axes) > 1):
-            why = "it and what reads it are zero: no gradient reaches either" if stuck else f"all its numbers are {value:.4g}"
+        if math.prod(uses[path].shape[axis] for axis in use.output_axes) > 1:
             yield Finding(
-                "VS105", "error", path, f"{why}, so that its units compute the same and stay equal in training.", value,
-                "kernel_init=vs.lecun_normal()",
+                "VS105", "error", path, f"all its numbers are {value:.4g}, so that its units compute the same, get the same "
+                "gradient and stay equal in training.", value, _LECUN, {path: lecun_normal()},
             )  # fmt: skip
 
 
-def _units(shape: tuple[int, ...], axes: tuple[int, ...]) -> int:
-    return math.prod(shape[axis] for axis in axes)
+def constants(plan: Outline) -> dict[str, float]:
+    """The one number of each leaf that the init fills with it; of a complex one the real part."""
+    return {
+        leaf.path.removeprefix("params/"): complex(task.number).real
+        for leaf, task in zip(plan.trace.leaves, plan.tasks, strict=True)
+        if task.number is not None
+    }
+
+
+def check_zeros(uses: Uses, zero: Collection[str], report: Report) -> Iterator[Finding]:
+    """Zero parameters that are multiplied with each other, so that neither ever gets a gradient."""
+    gradients = {row.path: row.gradient for row in report.rows}
+    told: set[str] = set()
+
+    def learns(side: ZeroSide) -> bool:
+        """Whether something else reads what it computes, and gives it a gradient."""
+        return side.computed and any(gradients.get(path.rpartition("/")[0]) for path in side.paths)
+
+    for sides in uses.zeros_that_meet(zero):
+        first, second = (_matrix(uses, side.paths) for side in sides)
+        if {first, second} & told or any(map(learns, sides)):
+            continue
+        told |= {first, second}
+        yield Finding(
+            "VS105", "error", first, f"it and {second!r} are both zero, and what they make is multiplied: no gradient reaches "
+            "either, and they stay zero.", 0.0, f"give one of the two {_LECUN}", {first: lecun_normal()},
+        )  # fmt: skip
+
+
+def _matrix(uses: Uses, paths: Sequence[str]) -> str:
+    """Of the parameters of one zero the one that is a matrix, if one is."""
+    return next((path for path in paths if (main := uses[path].main) is not None and main.reduction_axes), paths[0])

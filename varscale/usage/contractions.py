@@ -37,6 +37,7 @@ def _linear(walk: Walk, view: View, x: Flow, use: Use, shape: Sequence[int], axe
 
 def dot_general(walk: Walk, eqn: Any, values: list[Value]) -> Value:
     """A contraction: a linear map, a product of two activations, or of two parameters."""
+    row = walk.numbered(eqn)
     (left_in, right_in), (left_batch, right_batch) = eqn.params["dimension_numbers"]
     shape = eqn.outvars[0].aval.shape
     left, right = values
@@ -80,7 +81,7 @@ def dot_general(walk: Walk, eqn: Any, values: list[Value]) -> Value:
             walk.note(use)
     if isinstance(left, Flow) and isinstance(right, Flow):
         terms = math.prod(eqn.invars[0].aval.shape[k] for k in left_in)
-        return _product(walk, left, right, shape, places, placed, terms)
+        return _product(walk, left, right, shape, places, placed, terms, row)
     x = left if left is not None else right
     if isinstance(x, View):
         return dataclasses.replace(x, axes=layouts.added(shape))
@@ -119,7 +120,7 @@ def ragged_dot(walk: Walk, eqn: Any, values: list[Value]) -> Value:
     return _linear(walk, kernel, x, use, shape, (*layouts.added(shape[:-1]), kernel.axes[2]))
 
 
-def _product(walk: Walk, left: Flow, right: Flow, shape: Any, places: Any, placed: Any, terms: int) -> Flow:
+def _product(walk: Walk, left: Flow, right: Flow, shape: Any, places: Any, placed: Any, terms: int, row: str) -> Flow:
     """A product of two activations: scores of attention, or an average of values by its weights."""
     walk.close(left)
     walk.close(right)
@@ -128,9 +129,9 @@ def _product(walk: Walk, left: Flow, right: Flow, shape: Any, places: Any, place
             for source in averaged.sources:
                 walk.uses[source.use].roles.setdefault(source.part, set()).add("value")
             return walk.input(shape, (left, right), axes=placed(which, averaged.axes), sources=averaged.sources)
-    score = Score(left.sources, right.sources, frozenset(places[0]), frozenset(places[1]), terms)
     mixed = frozenset().union(*(x.sources for x in (left, right) if x.direct and not x.functions))
     scale = times(left.scale, right.scale)
+    score = Score(left.sources, right.sources, frozenset(places[0]), frozenset(places[1]), terms, row, scale)
     return walk.input(shape, (left, right), sources=frozenset(), score=score, scale=scale, mixed=mixed)
 
 

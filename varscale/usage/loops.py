@@ -58,6 +58,12 @@ def _next(walk: Walk, before: Value, after: Value, var: Any) -> Value:
 def scan(walk: Walk, eqn: Any, values: list[Value]) -> list[Value]:
     """A loop over layers, whose parameters are taken apart, or over time, which uses the same ones at every step."""
     constants, carry, streams = _compat.scan_operands(eqn.params, values)
+    with walk.places.inside(eqn):
+        return _scanned(walk, eqn, constants, carry, streams)
+
+
+def _scanned(walk: Walk, eqn: Any, constants: list[Value], carry: list[Value], streams: list[Value]) -> list[Value]:
+    """The last state and what every step puts out, from the loop's fixed values, its first state and what it takes apart."""
     length = eqn.params["length"]
     jaxpr, consts = _compat.sub_jaxpr(eqn.params["jaxpr"])
     fixed = [_repeated(v, length) for v in constants]

@@ -91,8 +91,14 @@ class Attended:
         query: what made the queries.
         terms: entries of a query, over which a score sums.
         scale: the constant between the sum and the softmax, those on queries and keys included; None where it is not known.
+        row: the row of the products in a prediction.
+        keys: over how many keys the softmax runs.
+        after: the constant between the products and the softmax; None where it is not known.
     """
 
     query: frozenset[Source]
     terms: int
     scale: float | None
+    row: str
+    keys: int
+    after: float | None

@@ -124,11 +124,17 @@ class Attention:
         query: paths of the parameters that make the queries.
         terms: entries of a query, over which a score sums.
         scale: constant between that sum and the softmax, with those on queries and keys; None where the trace does not tell.
+        row: the row of the products in a prediction with rows of "dot_general": "attn/dot_general".
+        keys: over how many keys the softmax runs.
+        after: the constant between the products and the softmax; None where the trace does not tell.
     """
 
     query: tuple[str, ...]
     terms: int
     scale: float | None
+    row: str
+    keys: int
+    after: float | None
 
 
 class Found(NamedTuple):
@@ -139,12 +145,18 @@ class Found(NamedTuple):
         additions: residual additions on the longest way.
         branches: every residual branch, in the order of execution.
         attentions: every softmax over products.
+        epsilons: by the scope of a norm, the constant under its root.
+        jaxpr: the program, whose first inputs are its variables.
+        names: the variables.
     """
 
     parameters: tuple[ParameterUses, ...]
     additions: int
     branches: tuple[Branch, ...]
     attentions: tuple[Attention, ...]
+    epsilons: dict[str, float]
+    jaxpr: Any
+    names: list[Leaf]
 
 
 class Leaf(NamedTuple):
@@ -196,6 +208,8 @@ def walked(program: faces.Program, structs: Any, inputs: Sequence[Any], join: Ca
     flows = [walk.input(x.shape) for x in inputs]
     walk.numbers.bind(closed.jaxpr.constvars, map(constant, closed.consts))
     for out in walk.run(closed.jaxpr, [None] * len(closed.consts), [*views, *flows]):
+        if isinstance(out, View):
+            walk.note(Use(out.parameter, "other", batch=tuple(sorted(out.batch))))
         if isinstance(out, Flow):
             walk.close(out)
             for source in out.sources:
@@ -210,7 +224,8 @@ def walked(program: faces.Program, structs: Any, inputs: Sequence[Any], join: Ca
         if name.learned
     )
     paths = [name.path for name in names]
-    return Found(parameters, walk.residuals.additions, _branches(walk, paths), _attentions(walk, paths))
+    additions, branches = walk.residuals.additions, _branches(walk, paths)
+    return Found(parameters, additions, branches, _attentions(walk, paths), walk.epsilons, closed.jaxpr, names)
 
 
 def _branches(walk: Walk, paths: Sequence[str]) -> tuple[Branch, ...]:
@@ -225,7 +240,7 @@ def _branches(walk: Walk, paths: Sequence[str]) -> tuple[Branch, ...]:
 
 def _attentions(walk: Walk, paths: Sequence[str]) -> tuple[Attention, ...]:
     return tuple(
-        Attention(tuple(sorted({paths[walk.uses[s.use].parameter] for s in a.query})), a.terms, a.scale)
+        Attention(tuple(sorted({paths[walk.uses[s.use].parameter] for s in a.query})), a.terms, a.scale, a.row, a.keys, a.after)
         for a in walk.attentions.values()
     )
 

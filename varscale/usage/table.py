@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,20 @@ from flax import nnx
 from varscale.programs import faces
 from varscale.reporting.layout import Column, terminal_width, text_table, wrapped
 from varscale.usage.branches import Branch
-from varscale.usage.parameters import Attention, OneUse, ParameterUses, walked
+from varscale.usage.parameters import Attention, Found, OneUse, ParameterUses, walked
+from varscale.usage.zeros import COMPUTED, zeros_that_meet
+
+
+class ZeroSide(NamedTuple):
+    """One of two factors that are zero.
+
+    Attributes:
+        paths: the parameters that make it so.
+        computed: whether it is computed from them, so that they may be read elsewhere; else it is the parameter itself.
+    """
+
+    paths: tuple[str, ...]
+    computed: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +40,8 @@ class Uses:
         tree: the structure of the parameters: linen's collection "params", or `nnx.state(model, nnx.Param)`.
         branches: every residual branch, in the order of execution.
         attentions: every softmax over products of queries and keys.
+        epsilons: path of a module that normalises to the constant under its root.
+        found: all that the walk over the program found.
     """
 
     parameters: tuple[ParameterUses, ...]
@@ -34,6 +49,8 @@ class Uses:
     tree: Any = dataclasses.field(repr=False)
     branches: tuple[Branch, ...] = ()
     attentions: tuple[Attention, ...] = ()
+    epsilons: Mapping[str, float] = dataclasses.field(default_factory=dict, repr=False)
+    found: Found | None = dataclasses.field(default=None, repr=False, compare=False)
 
     def __getitem__(self, path: str) -> ParameterUses:
         """The uses of the parameter at this path.
@@ -80,6 +97,22 @@ class Uses:
         """
         records = [{**dataclasses.asdict(p), "role": p.role} for p in self.parameters]
         return json.dumps({"parameters": records, "additions": self.additions}, **options)
+
+    def zeros_that_meet(self, zero: Collection[str]) -> list[tuple[ZeroSide, ZeroSide]]:
+        """Pairs of sets of parameters that are all zero and whose products are multiplied: no gradient reaches either set.
+
+        Args:
+            zero: paths of the parameters that are zero.
+        """
+        if self.found is None or not zero:
+            return []
+        names = self.found.names
+        numbers = {i for i, name in enumerate(names) if name.learned and name.path in zero}
+
+        def side(causes: frozenset[int]) -> ZeroSide:
+            return ZeroSide(tuple(names[i].path for i in sorted(causes - {COMPUTED})), COMPUTED in causes)
+
+        return [(side(one), side(other)) for one, other in zeros_that_meet(self.found.jaxpr, numbers)]
 
     def labels(self) -> Any:
         """Every parameter's role, in the tree of the parameters: for `optax.partition`."""
@@ -170,7 +203,7 @@ def uses(model: Any, x: Any, *, params: Any = None, method: str | None = None) -
     inputs = [jax.eval_shape(lambda leaf=leaves[i]: jnp.zeros(leaf.shape, leaf.dtype)) for i in places]
     structs = _parameters(program, params, inputs, join)
     found = walked(program, structs, inputs, join)
-    return Uses(found.parameters, found.additions, _tree(structs), found.branches, found.attentions)
+    return Uses(found.parameters, found.additions, _tree(structs), found.branches, found.attentions, found.epsilons, found)
 
 
 def _is_described(x: Any) -> bool:

@@ -51,6 +51,8 @@ class Score:
         left_axes: axes of the product that the left side has alone.
         right_axes: likewise the right side.
         terms: how many terms each entry sums.
+        row: the product's row in a prediction: its scope and primitive, "#1" and so on for the second and later ones there.
+        before: the constant that its sides were multiplied by; None where it is not known.
     """
 
     left: frozenset[Source]
@@ -58,6 +60,8 @@ class Score:
     left_axes: frozenset[int]
     right_axes: frozenset[int]
     terms: int = 1
+    row: str = ""
+    before: float | None = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +87,7 @@ class Flow:
         gates: parameters that it was multiplied by since its anchor, but for those of normalisations.
         stream: the residual stream that it was computed from; None before the first addition.
         added_to: of the sum of a stream and a branch, the anchor of the stream; 0 for none.
+        offset: the constant that was added to it since it was reduced.
     """
 
     anchor: int
@@ -103,6 +108,7 @@ class Flow:
     gates: frozenset[int] = frozenset()
     stream: int | None = None
     added_to: int = 0
+    offset: float = 0.0
 
     @property
     def raw(self) -> bool:

@@ -13,6 +13,7 @@ from varscale.usage import layouts
 from varscale.usage.branches import Residuals, summands, times
 from varscale.usage.notes import Attended, Use
 from varscale.usage.numbers import Numbers
+from varscale.usage.places import Places
 from varscale.usage.values import NAMED_FUNCTIONS, Flow, Score, Source, Value, View
 
 _SAME = {"convert_element_type", "stop_gradient", "copy", "copy_p", "name", "optimization_barrier", "reduce_precision", "pvary"}
@@ -37,6 +38,7 @@ _ACTIVATIONS |= {
 }
 _BINARY = {"add", "add_any", "sub", "mul", "div", "max", "min", "pow", "atan2", "rem", "select_n", "clamp", "complex"}
 _BINARY |= {"eq", "ne", "lt", "le", "gt", "ge", "and", "or", "xor"}
+_MASKS = {"select_n", "max", "eq"}
 _HOMOGENEOUS = {"relu", "leaky_relu", "abs"}  # f(cx) = c·f(x) for c > 0
 Handler = Callable[["Walk", Any, list[Value]], Value | list[Value]]
 
@@ -52,6 +54,8 @@ class Walk:
         residuals: the residual additions met so far.
         attentions: every softmax over products, by the equations around it.
         numbers: what is known of the constants.
+        places: the scopes around the equation that is walked.
+        epsilons: by the scope of a root of a reduced value, such as a norm's variance, the constant added under it.
     """
 
     def __init__(self, handlers: Mapping[str, Handler]) -> None:
@@ -60,6 +64,8 @@ class Walk:
         self.residuals = Residuals()
         self.attentions: dict[tuple[int, ...], Attended] = {}
         self.numbers = Numbers()
+        self.epsilons: dict[str, float] = {}
+        self.places = Places()
         self._anchors = 0
         self._maps_at: dict[int, int] = {}
         self._path: list[int] = []  # the equations that the walk is inside of, which tell two calls of one jaxpr apart
@@ -148,6 +154,8 @@ class Walk:
         if name in _SAME:
             return list(values[: len(eqn.outvars)])
         if name in _ACTIVATIONS:
+            if name in ("rsqrt", "sqrt") and isinstance(values[0], Flow) and values[0].offset:
+                self.epsilons[self.places.scope(eqn)] = values[0].offset
             return [self._function(name, values[0])]
         if name in _BINARY:
             return [self._combined(name, eqn, values)]
@@ -174,8 +182,13 @@ class Walk:
                 if called:
                     return [self._function(called.pop(), only[0])]
             self.numbers.enter(jaxpr.invars, eqn.invars)
-            return self.run(jaxpr, [None] * len(consts), values)
+            with self.places.inside(eqn):
+                return self.run(jaxpr, [None] * len(consts), values)
         return None
+
+    def numbered(self, eqn: Any) -> str:
+        """The row that a prediction has for an equation."""
+        return self.places.row(eqn, self._path)
 
     def _unknown(self, eqn: Any, values: list[Value]) -> list[Value]:
         """Outputs that depend on all operands, of an operation that the walk does not know."""
@@ -210,8 +223,10 @@ class Walk:
             x = self._both(name, x, y, shape)
         for view in views:
             x = self._met(name, view, x)
+        if name in ("add", "add_any") and len(flows) == 1 and not views and x.reduced:
+            x = dataclasses.replace(x, offset=self._offset(eqn))
         if len(flows) == 1:
-            wide = [v.aval.shape for v, value in zip(eqn.invars, values, strict=True) if value is x]
+            wide = [v.aval.shape for v, value in zip(eqn.invars, values, strict=True) if value is flows[0]]
             axes = x.axes if wide and wide[0] == shape else layouts.added(shape)
             functions = x.functions
             if not views and name in ("max", "min", "clamp", "pow", "eq", "select_n"):
@@ -221,6 +236,10 @@ class Walk:
             scale = x.scale if views or x.reduced else times(x.scale, self._factor(name, eqn, values, flows[0]))
             return dataclasses.replace(x, axes=axes, functions=functions, scale=scale)
         return x
+
+    def _offset(self, eqn: Any) -> float:
+        """The positive number that an equation adds; 0 where it is not known."""
+        return max([0.0, *(number for atom in eqn.invars if (number := self.numbers.of(atom)) is not None)])
 
     def _factor(self, name: str, eqn: Any, values: Sequence[Value], x: Value) -> float | None:
         """The constant that a value is multiplied by; 1 for a constant array, such as a mask; None for a number not known."""
@@ -324,20 +343,30 @@ class Walk:
         if eqn.primitive.name in _WINDOWS:
             return dataclasses.replace(x, axes=x.axes, functions=x.functions)
         if eqn.primitive.name == "reduce_max" and x.score is not None:
-            self.attends(x.score, axes, x.scale)
+            keys = math.prod(eqn.invars[0].aval.shape[k] for k in axes)
+            self.attends(x.score, axes, x.scale, keys, linear=x.functions <= _MASKS)
         kept = tuple(a for k, a in enumerate(x.axes) if k not in axes)
         made = kept if len(kept) == len(shape) else layouts.added(shape)
         return dataclasses.replace(x, axes=made, reduced=True, score=None)
 
-    def attends(self, score: Score, axes: Sequence[int], scale: float | None) -> None:
-        """Note who is query and who is key: a softmax runs over the keys' own axis."""
+    def attends(self, score: Score, axes: Sequence[int], scale: float | None, keys: int, *, linear: bool) -> None:
+        """Note who is query and who is key: a softmax runs over the keys' own axis.
+
+        Args:
+            score: the product that the softmax reads.
+            axes: those it runs over.
+            scale: the constant that the scores were multiplied by, those of their sides included.
+            keys: how many entries it runs over.
+            linear: whether nothing but constants and masks came between.
+        """
+        after = times(scale, 1 / score.before) if score.before and linear else None
         if score.right_axes.issuperset(axes):
             query, key = score.left, score.right
         elif score.left_axes.issuperset(axes):
             query, key = score.right, score.left
         else:
             return
-        self.attentions[tuple(self._path)] = Attended(query, score.terms, scale)
+        self.attentions[tuple(self._path)] = Attended(query, score.terms, scale, score.row, keys, after)
         for role, sources in (("query", query), ("key", key)):
             for source in sources:
                 self.uses[source.use].roles.setdefault(source.part, set()).add(role)

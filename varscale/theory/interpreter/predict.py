@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -44,7 +44,7 @@ def predict(
     params: Any = None,
     scheme: Any = None,
     backward: bool = True,
-    detail: str = "modules",
+    detail: str | Collection[str] = "modules",
     method: str | None = None,
     draws: int | None = None,
 ) -> Report:
@@ -64,7 +64,8 @@ def predict(
             initializers. Laws of a mapping are of whole leaves here.
         backward: whether to predict the gradients too.
         detail: "modules": a row a module, or, of a plain function, a row a `jax.named_scope` block; "equations": besides one
-            for every equation that computes floating-point numbers, "Dense_0/dot_general".
+            for every equation that computes floating-point numbers, "Dense_0/dot_general"; names of primitives, such as
+            ("rsqrt", "reduce_max"): besides one for each of their equations.
         method: the method to run in place of `__call__`.
         draws: how many networks are drawn (2 or more) and measured beside the prediction, in one compiled function: each row
             then says what they measured and whether the prediction holds. None: nothing is drawn.
@@ -84,7 +85,7 @@ def predict(
     >>> [(row.path, round(row.second_moment, 2)) for row in report.rows]
     [('layers_0', 2.0), ('layers_2', 1.0), ('', 1.0)]
     """
-    if detail not in _DETAILS:
+    if isinstance(detail, str) and detail not in _DETAILS:
         raise ValueError(f"detail must be one of {', '.join(map(repr, _DETAILS))}, not {detail!r}")
     if draws is not None and (isinstance(draws, bool) or not isinstance(draws, int) or draws < 2):
         raise ValueError(f"draws must be None or a whole number of networks, 2 or more, not {draws!r}")
@@ -124,7 +125,9 @@ def walkable(interpreter: Interpreter, program: Program, given: Inputs, params: 
     return Walkable(*_forward(program, parameters, split), parameters, split)
 
 
-def _predicted(program: Program, given: Inputs, params: Any, scheme: Any, *, backward: bool, detail: str) -> Report:
+def _predicted(
+    program: Program, given: Inputs, params: Any, scheme: Any, *, backward: bool, detail: str | Collection[str]
+) -> Report:
     interpreter = Interpreter()
     walked = walkable(interpreter, program, given, params, scheme)
     forward, parameters = walked.forward, walked.parameters
@@ -134,7 +137,7 @@ def _predicted(program: Program, given: Inputs, params: Any, scheme: Any, *, bac
     kind = "scope" if program.init is None and program.parameters is None else "module"
 
     def walk() -> Walked:
-        rows = Rows(scopes=kind == "scope", equations=detail == "equations")
+        rows = Rows(scopes=kind == "scope", equations=_equations(detail))
         interpreter.place = Place(rows)
         values = walked.run(interpreter)
         interpreter.place = None
@@ -147,7 +150,7 @@ def _predicted(program: Program, given: Inputs, params: Any, scheme: Any, *, bac
     named = zip(paths, parameters.values, strict=True)
     try:
         report = summarize(interpreter, program, found, named, backward=backward)
-        if not backward or all(not isinstance(x, Value) or x.constant is None for *_, x in found):
+        if not backward or all(not isinstance(x, Value) or x.constant is None for _, of, x in found if of in (None, "scope")):
             return report
         interpreter.nudged = True
         return with_gradients(report, until_settled(walk, interpreter))
@@ -172,6 +175,11 @@ def until_settled(walk: Callable[[], Walked], interpreter: Interpreter) -> Walke
             continue  # it met a placeholder
         if not regions.again():
             return found
+
+
+def _equations(detail: str | Collection[str]) -> Collection[str] | None:
+    """The primitives whose equations have rows; None for all."""
+    return None if detail == "equations" else () if detail == "modules" else detail
 
 
 class _Parameters(NamedTuple):

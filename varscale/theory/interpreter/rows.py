@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from varscale.programs.marks import FIELD, MODULE, WITHIN
@@ -43,14 +43,14 @@ class Rows:
 
     Attributes:
         scopes: whether `jax.named_scope` blocks have rows.
-        equations: whether equations have rows of their own.
+        equations: primitives whose equations have rows of their own; None for all.
         made: the rows.
         counts: how often each kind of row was met at each path, step by step.
         entered: how many jaxprs were entered.
     """
 
     scopes: bool
-    equations: bool
+    equations: Collection[str] | None
     made: list[Made] = dataclasses.field(default_factory=list)
     counts: collections.Counter[tuple[str, str]] = dataclasses.field(default_factory=collections.Counter)
     entered: int = 0
@@ -98,7 +98,7 @@ class Place:
             # The body of a scan returns (x, None): "path@step" where there is one array, else "path@step[0]".
             self.rows.add(path, steps, "module", env[eqn.outvars[0]], "" if steps and arrays == "1" else field)
             return
-        if not self.rows.equations:
+        if self.rows.equations is not None and eqn.primitive.name not in self.rows.equations:
             return
         path = "/".join(filter(None, [opened(eqn, self.path, self.piece)[1], eqn.primitive.name]))
         for j, var in enumerate(eqn.outvars):

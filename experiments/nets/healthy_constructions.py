@@ -1,5 +1,9 @@
 """Healthy constructions that an audit must not flag, small: each a model and an input."""
 
+from __future__ import annotations
+
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -10,6 +14,7 @@ ROWS = jax.ShapeDtypeStruct((8, 32), jnp.float32)
 TOKENS = jax.ShapeDtypeStruct((2, 6, 32), jnp.float32)
 IDS = jax.ShapeDtypeStruct((2, 6), jnp.int32)
 PICTURES = jax.ShapeDtypeStruct((2, 8, 8, 3), jnp.float32)
+FRAMES = jax.ShapeDtypeStruct((2, 36, 36, 4), jnp.float32)
 zeros, normal = nn.initializers.zeros, nn.initializers.normal
 
 
@@ -48,8 +53,8 @@ class Block(nn.Module):
 class Stack(nn.Module):
     """Five equal blocks and a head."""
 
-    settings: tuple[tuple[str, object], ...] = ()
-    head: object = nn.initializers.lecun_normal()
+    settings: tuple[tuple[str, Any], ...] = ()
+    head: Any = nn.initializers.lecun_normal()
 
     @nn.compact
     def __call__(self, x):
@@ -64,6 +69,17 @@ class Rezero(nn.Module):
         for i in range(5):
             x = x + self.param(f"alpha_{i}", zeros, (1, 1)) * nn.relu(nn.Dense(32, kernel_init=vs.he_normal())(x))
         return nn.Dense(3)(x)
+
+
+class SkipInit(nn.Module):
+    """Branches multiplied by a learned scalar that starts at 0, behind batch norms' absence."""
+
+    @nn.compact
+    def __call__(self, x):
+        for _ in range(4):
+            h = nn.Conv(3, (3, 3), kernel_init=vs.he_normal())(nn.relu(x))
+            x = x + self.param(f"alpha_{_}", zeros, ()) * h
+        return nn.Dense(4)(x.mean((1, 2)))
 
 
 class AdaLnZero(nn.Module):
@@ -163,6 +179,51 @@ class Cnn(nn.Module):
         return nn.Dense(10)(nn.relu(nn.Dense(256)(x.reshape(x.shape[0], -1))))
 
 
+class ActorCritic(nn.Module):
+    """The convolutional policy and value of flax's PPO example."""
+
+    @nn.compact
+    def __call__(self, x):
+        for features, size, stride in ((32, 8, 4), (64, 4, 2)):
+            x = nn.relu(nn.Conv(features, (size, size), strides=(stride, stride), padding="VALID")(x / 255.0))
+        x = nn.relu(nn.Dense(64)(x.reshape(x.shape[0], -1)))
+        return nn.log_softmax(nn.Dense(4)(x)), nn.Dense(1)(x)
+
+
+class GaussianPolicy(nn.Module):
+    """A squashed Gaussian policy with a small last layer and a learned deviation."""
+
+    @nn.compact
+    def __call__(self, x):
+        for _ in range(2):
+            x = nn.relu(nn.Dense(64, kernel_init=vs.orthogonal(2**0.5))(x))
+        mean = nn.Dense(4, kernel_init=vs.symmetric_uniform(3e-3))(x)
+        return jnp.tanh(mean), jnp.exp(self.param("log_std", nn.initializers.constant(-0.5), (4,)))
+
+
+class Vae(nn.Module):
+    """The decoder and encoder of flax's example, without its sampling."""
+
+    @nn.compact
+    def __call__(self, x):
+        h = nn.relu(nn.Dense(50)(x))
+        mean, log_variance = nn.Dense(8)(h), nn.Dense(8)(h)
+        return nn.Dense(32)(nn.relu(nn.Dense(50)(mean + jnp.exp(0.5 * log_variance))))
+
+
+class Flow(nn.Module):
+    """Affine couplings whose last layers are zero."""
+
+    @nn.compact
+    def __call__(self, x):
+        log_det = 0.0
+        for _ in range(3):
+            a, b = jnp.split(x, 2, axis=-1)
+            scale, shift = jnp.split(nn.Dense(32, kernel_init=zeros)(nn.relu(nn.Dense(64)(a))), 2, axis=-1)
+            x, log_det = jnp.concatenate([b * jnp.exp(jnp.tanh(scale)) + shift, a], -1), log_det + jnp.tanh(scale).sum(-1)
+        return x, log_det
+
+
 HEALTHY = {
     "pre-norm": (Stack(), TOKENS),
     "zero projections": (Stack((("zero_projections", True),)), TOKENS),
@@ -171,6 +232,7 @@ HEALTHY = {
     "1/√d in the query kernel": (Stack((("folded", True),)), TOKENS),
     "capped scores": (Stack((("cap", 50.0),)), TOKENS),
     "ReZero": (Rezero(), ROWS),
+    "SkipInit": (SkipInit(), PICTURES),
     "adaLN-Zero": (AdaLnZero(), vs.inputs(TOKENS, jax.ShapeDtypeStruct((2, 32), jnp.float32))),
     "ControlNet": (ControlNet(), PICTURES),
     "LoRA": (Lora(), ROWS),
@@ -178,6 +240,10 @@ HEALTHY = {
     "Gemma": (Gemma(), IDS),
     "position table": (Positions(), IDS),
     "policy": (Policy(), ROWS),
+    "flax's PPO": (ActorCritic(), FRAMES),
+    "Gaussian policy": (GaussianPolicy(), ROWS),
+    "flax's VAE": (Vae(), ROWS),
+    "normalizing flow": (Flow(), ROWS),
     "SIREN": (Siren(), jax.ShapeDtypeStruct((64, 2), jnp.float32)),
     "experts": (Experts(), TOKENS),
     "flax's CNN": (Cnn(), jax.ShapeDtypeStruct((2, 28, 28, 1), jnp.float32)),
