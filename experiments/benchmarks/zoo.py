@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import itertools
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -167,6 +168,14 @@ def errors(report: vs.Report, *, backward: bool) -> Errors:
     return found
 
 
+def together(group: Sequence[Errors]) -> Errors:
+    """The rows of all models."""
+    chain = itertools.chain.from_iterable
+    return Errors(
+        list(chain(e.errors for e in group)), list(chain(e.bounds for e in group)), list(chain(e.holds for e in group))
+    )
+
+
 def described(report: vs.Report) -> Sequence[str]:
     """A line for each row that does not hold."""
     lines = []
@@ -211,16 +220,12 @@ def main() -> None:
         gradients.append(backward)
         shares = [row.draws_in_band for row in report.rows if row.draws_in_band is not None]
         bands += shares
-        print(
-            f"| {case.name} | {len(report)} | {forward.cells()} | {np.mean(shares):.1%} | {backward.cells()} | {seconds:.1f} s |"
-        )
-        for line in described(report) if options.rows else ():
-            print(f"    {line}", flush=True)
+        line = f"| {case.name} | {len(report)} | {forward.cells()} | {np.mean(shares):.1%} | {backward.cells()}"
+        print(f"{line} | {seconds:.1f} s |", flush=True)
+        for row in described(report) if options.rows else ():
+            print(f"    {row}", flush=True)
     if every:
-        forward, backward = (
-            Errors(*(sum((getattr(e, name) for e in group), []) for name in ("errors", "bounds", "holds")))
-            for group in (every, gradients)
-        )
+        forward, backward = together(every), together(gradients)
         print(f"| all | {len(forward.errors)} | {forward.cells()} | {np.mean(bands):.1%} | {backward.cells()} | |")
 
 
