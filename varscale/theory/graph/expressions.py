@@ -155,6 +155,11 @@ class Mean(Node):
     """The mean over some axes; `params` is those axes. Gaussian, unless what it averages is positive (then lognormal)."""
 
     averages = True
+    follows_shifts = True
+
+    @property
+    def reduced(self) -> tuple[int, ...]:
+        return self.params
 
     def prepare(self) -> None:
         self.odd, self.positive = self.args[0].node.odd, self.args[0].node.positive

@@ -78,6 +78,7 @@ class Node(Marked):
         entrywise: whether each entry is made of one entry of every argument, so that what moves entries moves the arguments'.
         moves: whether its entries are entries of its one argument at other places, some of them perhaps left out.
         averages: whether it is the mean of its one argument over the axes `params`.
+        follows_shifts: whether it reduces the axes `reduced` of its one argument, its derivatives along them adding up to 1.
         collects: whether its entries are entries, or weighted sums of entries, of its first argument, by known indices.
         timed: whether it is known by draws along time, which hold more than its moments by type (`draws`).
         joint: of what is known by draws, whether those are of all else at once (`joint_sample`).
@@ -93,6 +94,7 @@ class Node(Marked):
     entrywise: ClassVar[bool] = False
     moves: ClassVar[bool] = False
     averages: ClassVar[bool] = False
+    follows_shifts: ClassVar[bool] = False
     collects: ClassVar[bool] = False
     timed: ClassVar[bool] = False
     joint: ClassVar[bool] = False
@@ -123,6 +125,11 @@ class Node(Marked):
     def width(self) -> float | None:
         """Terms in each of its sums, where it is one linear map of two arguments, the second often weights; else None."""
         return None
+
+    @property
+    def reduced(self) -> tuple[int, ...]:
+        """The axes of its argument that it does not have."""
+        return ()
 
     @property
     def is_centred(self) -> bool:

@@ -23,6 +23,7 @@ from varscale.theory.graph.nodes import UNKNOWN, Array, Constant, Leaf, Node, Vi
 from varscale.theory.graph.normal_form import affine, apply
 from varscale.theory.graph.store import BackwardNotes, once_per_node
 from varscale.theory.propagation.error_bounds import doubt_of
+from varscale.theory.propagation.forks import forks
 from varscale.theory.propagation.gradient_fluctuations import gradient_scale, summed_scale
 from varscale.theory.propagation.marginals import along, concentrated
 from varscale.theory.propagation.products import product_second
@@ -87,12 +88,13 @@ class Cotangents:
 
 
 def _added_cotangents(parts: Sequence[Cotangent], axes: tuple[Axis, ...]) -> Cotangent:
-    """Independent cotangents of one node, their doubts weighted by what they bring."""
+    """Cotangents of one node, their doubts weighted by what they bring; of what is taken away (`forks`) the doubt stays."""
     if len(parts) == 1:
         return parts[0]
     weights = np.array([abs(mean_square(p.second, axes)) for p in parts])
     whole = max(float(weights.sum()), 1e-300)
-    doubt = float(weights @ [p.doubt for p in parts]) / whole
+    kept = abs(mean_square(np.sum([p.second for p in parts], axis=0), axes))
+    doubt = float(weights @ [p.doubt for p in parts]) / max(kept, 1e-12 * whole)
     few = whole / max(float(weights @ [1 / p.few for p in parts]), 1e-300)
     second, scale = np.sum([p.second for p in parts], axis=0), sum(p.scale for p in parts)
     rest = zip(*((p.own, p.radial, p.unit) for p in parts), strict=True)
@@ -125,6 +127,8 @@ def cotangents(outputs: Iterable[tuple[Node, np.ndarray]], watched: Sequence[Nod
                 done.add(node, dataclasses.replace(part, mask=None))
             if node.id < lowest or isinstance(node, Leaf):
                 continue
+            for fork in forks(node):
+                pending.add(fork.root.node, Cotangent(fork.back(part.second, node.axes), part.doubt, few=part.few))
             if isinstance(node, Apply):
                 _elementwise(node, part, asked, within, pending, inside)
                 continue

@@ -74,6 +74,8 @@ def reduce_sum(interpreter: Context, eqn: Any, x: Value) -> Value:
 class OneOfMany(Node):
     """What one of many that are alike decides, any of them as likely: an extreme, and what is as smooth as that."""
 
+    follows_shifts = True
+
     @property
     def reduced(self) -> tuple[int, ...]:
         """The axes that the many are along."""
