@@ -32,6 +32,7 @@ from experiments.benchmarks import zoo_vision as vision
 from varscale.reporting.trust import FLAGGED
 
 BATCH, LENGTH = 4, 32
+LENGTHS = np.array([LENGTH, LENGTH // 2, LENGTH * 3 // 4, LENGTH // 4], np.int32)
 
 
 def images() -> jax.ShapeDtypeStruct:
@@ -59,8 +60,7 @@ def text() -> np.ndarray:
 
 def padded() -> np.ndarray:
     """The same lines of different lengths, filled up with zeros."""
-    lengths = np.array([LENGTH, LENGTH // 2, LENGTH * 3 // 4, LENGTH // 4])
-    return np.where(np.arange(LENGTH) < lengths[:, None], text(), 0)
+    return np.where(np.arange(LENGTH) < LENGTHS[:, None], text(), 0)
 
 
 def features(*shape: int) -> jax.ShapeDtypeStruct:
@@ -94,7 +94,7 @@ def cases() -> list[Case]:
         Case("ViT, photographs", vision.Vit(), photographs),
         Case("ViT, registers", vision.Vit(registers=4), images),
         Case("Mixer", vision.Mixer(), images),
-        Case("U-Net, diffusion", vision.DiffusionUnet(), lambda: vs.inputs(images(), np.float32([1, 10, 100, 900]))),
+        Case("U-Net, diffusion", vision.DiffusionUnet(), lambda: vs.inputs(images(), np.array([1, 10, 100, 900], np.float32))),
         Case("DCGAN generator (nnx)", lambda rngs: vision.Generator(rngs), lambda: features(16, vision.WIDTH)),
         Case("BERT", language.Bert(), text),
         Case("BERT, padded", language.Bert(), padded),
@@ -115,7 +115,7 @@ def cases() -> list[Case]:
         Case(
             "LSTM seq2seq, lengths",
             others.Translation(),
-            lambda: vs.inputs(padded(), np.int32([LENGTH, LENGTH // 2, LENGTH * 3 // 4, LENGTH // 4]), text()),
+            lambda: vs.inputs(padded(), LENGTHS, text()),
         ),
         Case("GCN", others.Convolution(), lambda: features(40, 32)),
         Case("GAT", others.Attention(), lambda: features(40, 32)),

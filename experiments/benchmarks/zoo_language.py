@@ -80,7 +80,7 @@ def rotated(x: jax.Array) -> jax.Array:
     """Rotary positions of (batch, length, heads, size): halves turned by angles (arXiv 2104.09864)."""
     half = x.shape[-1] // 2
     angle = np.arange(x.shape[1])[:, None] * 1e4 ** (-np.arange(half) / half)
-    cos, sin = (np.float32(f(angle))[None, :, None] for f in (np.cos, np.sin))
+    cos, sin = (f(angle).astype(np.float32)[None, :, None] for f in (np.cos, np.sin))
     a, b = x[..., :half], x[..., half:]
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
 

@@ -72,7 +72,7 @@ class Lstm(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         for _ in range(2):
-            x = nn.RNN(nn.OptimizedLSTMCell(WIDTH))(x)
+            x = jnp.asarray(nn.RNN(nn.OptimizedLSTMCell(WIDTH))(x))
         return nn.Dense(10)(x[:, -1])
 
 
@@ -95,7 +95,7 @@ class Convolution(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         here, there = (np.concatenate([end, np.arange(len(x))]) for end in EDGES)
-        scale = np.float32(np.bincount(there, minlength=len(x)) ** -0.5)
+        scale = (np.bincount(there, minlength=len(x)) ** -0.5).astype(np.float32)
         for width in (WIDTH, WIDTH, 7):
             x = nn.Dense(width)(x)
             x = jax.ops.segment_sum((x * scale[:, None])[here], there, len(x)) * scale[:, None]

@@ -85,7 +85,7 @@ def forks(node: Node) -> list[Fork]:
         return [Fork(*found) for found in _meetings(node.axes, [_Term(1.0, whole)])] if len(node.args) > 1 else []
     if not isinstance(node, Sum):
         return []
-    terms = list(_terms(node, frozenset()))
+    terms = list(_terms_of_sum(node, frozenset()))
     out = [*(Fork(*found) for found in _meetings(node.axes, terms)), *_beside_reductions(node, terms)]
     means: dict[tuple[Any, ...], list[_Term]] = {}
     waiting = terms
@@ -121,7 +121,7 @@ def _beside_reductions(node: Sum, terms: list[_Term]) -> Iterator[Fork]:
                 apart = len(spread) == len(reduction.view.node.reduced) and not set(spread) & set(reduction.view.bind)
                 if apart and all(place.get(k, f) == f for k, f in stays.items()):
                     through = path._replace(root=direct.root, slope=path.slope and path.slope.within(_frame(place, stays)))
-                    yield Fork(direct.root, _together(node.axes, direct, through), None, spread)
+                    yield Fork(direct.root, _product_of_slopes(node.axes, direct, through), None, spread)
 
 
 def _frame(*places: dict[int, int]) -> tuple[int, ...]:
@@ -130,7 +130,7 @@ def _frame(*places: dict[int, int]) -> tuple[int, ...]:
     return tuple(whole[k] for k in sorted(whole))
 
 
-def _terms(node: Sum, through: frozenset[Node]) -> Iterator[_Term]:
+def _terms_of_sum(node: Sum, through: frozenset[Node]) -> Iterator[_Term]:
     """The terms of a sum, but those that another takes the mean of away, and that one."""
     centred = {*node.centring, *node.centring.values()}
     for i, (c, view) in enumerate(zip(node.params, node.args, strict=True)):
@@ -141,7 +141,7 @@ def _terms(node: Sum, through: frozenset[Node]) -> Iterator[_Term]:
 def _inside(term: _Term) -> Iterator[_Term]:
     """The terms of a sum that is a term itself."""
     assert isinstance(term.view.node, Sum)
-    for factor, view, through in _terms(term.view.node, term.through | {term.view.node}):
+    for factor, view, through in _terms_of_sum(term.view.node, term.through | {term.view.node}):
         yield _Term(term.factor * factor, view.within(term.view.bind), through)
 
 
@@ -152,13 +152,13 @@ def _meetings(axes: tuple[Axis, ...], terms: list[_Term]) -> list[tuple[View, np
         found.setdefault((path.root.node.id, path.root.bind), []).append(path)
     out = []
     for paths in found.values():
-        pairs = [(p, q) for i, p in enumerate(paths) for q in paths[:i] if _apart(p, q, len(terms))]
+        pairs = [(p, q) for i, p in enumerate(paths) for q in paths[:i] if _part_here(p, q, len(terms))]
         if pairs:
-            out.append((paths[0].root, np.sum([_together(axes, p, q) for p, q in pairs], axis=0)))
+            out.append((paths[0].root, np.sum([_product_of_slopes(axes, p, q) for p, q in pairs], axis=0)))
     return out
 
 
-def _apart(p: _Path, q: _Path, terms: int) -> bool:
+def _part_here(p: _Path, q: _Path, terms: int) -> bool:
     """Whether two paths part at this node and do not meet above their end: if they do, that is where they are a fork."""
     return (p.term != q.term or terms == 1) and not p.through & q.through
 
@@ -210,7 +210,7 @@ def _through_function(path: _Path) -> Iterator[_Path]:
             yield path._replace(root=root.within(view.bind), slope=slope.within(view.bind))
 
 
-def _together(axes: tuple[Axis, ...], p: _Path, q: _Path) -> np.ndarray:
+def _product_of_slopes(axes: tuple[Axis, ...], p: _Path, q: _Path) -> np.ndarray:
     """E[s_p s_q] + E[s_q s_p] by type."""
     graph, factor = p.root.node.graph, p.factor * q.factor
     constant = View(number(graph, 1.0), ())
