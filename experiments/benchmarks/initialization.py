@@ -4,10 +4,10 @@
     python -m experiments.benchmarks.initialization --llama 1        (a Llama-shaped tree of so many billion parameters)
 
 Every contender runs in a process of its own, timed after its imports; a round runs each once, one after the other, and the
-table shows medians over rounds. `cold` is the first call, compilation included; `warm` the second; `planned`, for ours, a
-draw by an outline at hand (what is to be done, law by law), which saves the trace. `memory` is the peak above that of the bare
-imports, as a multiple of the parameters' bytes; `temporary` what the compiled programs reserve besides their results, in bytes,
-the most of any. PyTorch joins where it is installed.
+table shows medians over rounds. `cold` is the first call, compilation included; `warm` the second, with another key. `memory`
+is the peak above that of the bare imports, as a multiple of the parameters' bytes; `largest` the share of the largest leaf in
+them; `temporary` what the compiled programs reserve besides their results, in bytes, the most of any. PyTorch joins where it
+is installed.
 """
 
 from __future__ import annotations
@@ -45,46 +45,31 @@ def _contender(name: str, model: str, llama: tuple[int, int, int, int] | None) -
     import varscale as vs
     from experiments.nets.whole_models import linen_model, nnx_factory
 
-    key = jax.random.key(0)
-    jax.block_until_ready(key)
+    keys = iter(jax.block_until_ready([jax.random.key(seed) for seed in range(2)]))
     if name in ("ours nnx", "nnx", "nnx jit"):
         factory = nnx_factory(model)
         build: dict[str, Callable[[], Any]] = {
-            "ours nnx": lambda: vs.initialize(factory, key),
-            "nnx": lambda: factory(nnx.Rngs(key)),
-            "nnx jit": lambda: nnx.jit(lambda: factory(nnx.Rngs(key)))(),
+            "ours nnx": lambda: vs.initialize(factory, next(keys)),
+            "nnx": lambda: factory(nnx.Rngs(next(keys))),
+            "nnx jit": lambda: nnx.jit(lambda key: factory(nnx.Rngs(key)))(next(keys)),
         }
         return lambda: jax.block_until_ready(jax.tree.leaves(nnx.state(build[name]())))
     module, x = linen_model(model, llama)
     calls: dict[str, Callable[[], Any]] = {
-        "ours": lambda: vs.initialize(module, key, x),
-        "flax eager": lambda: module.init(key, x),
-        "flax jit": lambda: jax.jit(module.init)(key, x),
+        "ours": lambda: vs.initialize(module, next(keys), x),
+        "flax eager": lambda: module.init(next(keys), x),
+        "flax jit": lambda: jax.jit(module.init)(next(keys), x),
     }
     return lambda: jax.block_until_ready(calls[name]())
 
 
-def _numbers(result: Any) -> int:
-    """How many bytes a model's arrays take."""
+def _sizes(result: Any) -> list[int]:
+    """How many bytes each of a model's arrays takes."""
     if hasattr(result, "parameters"):
-        return sum(p.numel() * p.element_size() for p in result.parameters())
+        return [p.numel() * p.element_size() for p in result.parameters()]
     import jax
 
-    return sum(x.nbytes for x in jax.tree.leaves(result) if hasattr(x, "nbytes") and "key" not in str(x.dtype))
-
-
-def _planned(name: str, model: str, llama: tuple[int, int, int, int] | None) -> Callable[[], Any]:
-    """A draw by an outline that is at hand."""
-    import jax
-
-    from experiments.nets.whole_models import linen_model, nnx_factory
-    from varscale.initialization.outline import outline
-    from varscale.initialization.tracing import trace
-
-    key = jax.random.key(0)
-    module, x = (nnx_factory(model), None) if name == "ours nnx" else linen_model(model, llama)
-    plan = outline(trace(module, key, x, None), key)
-    return lambda: jax.block_until_ready(plan.leaves(key))
+    return [x.nbytes for x in jax.tree.leaves(result) if hasattr(x, "nbytes") and "key" not in str(x.dtype)]
 
 
 def _temporary(model: str, llama: tuple[int, int, int, int] | None) -> int:
@@ -98,7 +83,7 @@ def _temporary(model: str, llama: tuple[int, int, int, int] | None) -> int:
 
     module, x = linen_model(model, llama)
     key = jax.random.key(0)
-    programs = {task.program for task in outline(trace(module, key, x, None), key).tasks if task.program is not None}
+    programs = outline(trace(module, key, x, None), key).programs(key)
     return max(compiled(program).memory_analysis().temp_size_in_bytes for program in programs)
 
 
@@ -109,21 +94,16 @@ def _measure(name: str, model: str, llama: tuple[int, int, int, int] | None) -> 
     imported, bare = time.perf_counter() - begin, _peak()
     begin = time.perf_counter()
     result = call()
-    cold, peak, size = time.perf_counter() - begin, _peak(), _numbers(result)
+    cold, peak, sizes = time.perf_counter() - begin, _peak(), _sizes(result)
     del result
     begin = time.perf_counter()
     call()
     warm = time.perf_counter() - begin
-    if name.startswith("ours"):
-        draw = _planned(name, model, llama)
-        begin = time.perf_counter()
-        draw()
-        planned = time.perf_counter() - begin
-    else:
-        planned = warm
-    temporary = _temporary(model, llama) if name == "ours" else 0
-    seconds = {"import": imported, "cold": cold, "warm": warm, "planned": planned}
-    return seconds | {"memory": (peak - bare) / size, "bytes": size, "temporary": temporary}
+    temporary, size = _temporary(model, llama) if name == "ours" else 0, sum(sizes)
+    return {
+        "import": imported, "cold": cold, "warm": warm, "memory": (peak - bare) / size, "largest": max(sizes) / size,
+        "bytes": size, "temporary": temporary,
+    }  # fmt: skip
 
 
 def _in_a_process(name: str, model: str, llama: tuple[int, int, int, int] | None) -> dict[str, float]:
@@ -175,26 +155,17 @@ def main(settings: Settings) -> None:
         }
         ours = middle.get("ours", next(iter(middle.values())))
         table = Table(title=f"{model}: {ours['bytes'] / 1e6:.0f} MB; seconds, and times ours")
-        for column in (
-            "contender",
-            "import s",
-            "cold s",
-            "cold",
-            "warm s",
-            "warm",
-            "planned s",
-            "planned",
-            "memory",
-            "temporary",
-        ):
+        for column in ("contender", "import s", "cold s", "cold", "warm s", "warm", "memory", "largest", "temporary"):
             table.add_column(column, justify="left" if column == "contender" else "right")
         for name, row in middle.items():
             base = middle["ours nnx"] if "nnx" in name and "ours nnx" in middle else ours
-            cold, warm, planned = (f"{row[field] / base[field]:.2f}" for field in ("cold", "warm", "planned"))
-            seconds = [f"{row[field]:.2f}" for field in ("import", "cold", "warm", "planned")]
+            seconds = {field: f"{row[field]:.2f}" for field in ("import", "cold", "warm")}
+            ratios = {field: f"{row[field] / base[field]:.2f}" for field in ("cold", "warm")}
             temporary = f"{row['temporary']:.0f}" if name == "ours" else ""
-            memory = f"{row['memory']:.2f}"
-            table.add_row(name, seconds[0], seconds[1], cold, seconds[2], warm, seconds[3], planned, memory, temporary)
+            table.add_row(
+                name, seconds["import"], seconds["cold"], ratios["cold"], seconds["warm"], ratios["warm"],
+                f"{row['memory']:.2f}", f"{row['largest']:.2f}", temporary,
+            )  # fmt: skip
         console.print(table)
 
 

@@ -70,6 +70,24 @@ def chain(leaves: Sequence[Value]) -> Chain:
     )
 
 
+def law_words(found: Chain) -> str:
+    """The operations of a chain, those alone that tell one law from another."""
+    silent = {
+        "broadcast_in_dim",
+        "convert_element_type",
+        "reshape",
+        "squeeze",
+        "transpose",
+        "copy",
+        "sqrt",
+        "div",
+        "mul",
+        "slice",
+    }
+    told = [word.lstrip("_") for word in found.words if word not in silent]
+    return ", ".join(dict.fromkeys(told)) or "constant"
+
+
 def stacking(v: Value) -> tuple[int, ...]:
     """The leading axes of an argument: the steps of the loops it is computed in."""
     lengths, loop = [], v.region

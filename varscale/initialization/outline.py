@@ -13,7 +13,7 @@ import numpy as np
 from varscale import _compat
 from varscale.initialization import laws, placement, tiles
 from varscale.initialization.account import Account, Entry, is_rng_key
-from varscale.initialization.chains import Chain
+from varscale.initialization.chains import Chain, law_words
 from varscale.initialization.derivation import Derivation
 from varscale.initialization.drawing import Drawing, LaidDrawing, Program, compile_all, compiled, filled, filling, settings
 from varscale.initialization.graph import Value, is_key
@@ -71,18 +71,30 @@ class Outline:
     def leaves(self, key: Any, chosen: Sequence[int] | None = None) -> list[Any]:
         """The chosen leaves (all of them by default), drawn with a key (or a mapping from stream to key)."""
         indices = range(len(self.tasks)) if chosen is None else chosen
-        keys = list(map(checked_key, jax.tree_util.tree_leaves(key)))
-        graphs = [self.trace.graph, *([self.trace.retraced()] if self.uses_own_hash else [])]
-        derivation = Derivation({v: key for graph in graphs for v, key in zip(graph.keys, keys, strict=True)})
+        derivation, keys = self._derivation(key)
         tiled = {} if derivation.traced else self._tiled(indices, derivation, key)
         if not derivation.traced:
-            programs = [task.program for i in indices if i not in tiled and (task := self.tasks[i]).program is not None]
-            compile_all([*programs, *(leaf.program for leaf in tiled.values())])
+            compile_all(self._programs(indices, tiled))
         together: dict[int, list[Any]] = {}
         if any(self.tasks[i].whole for i in indices):
             together[0] = self._whole(keys)
         found = dict(zip(tiled, tiles.drawn(list(tiled.values())), strict=True))
         return [found[i] if i in found else self._leaf(i, key, keys, derivation, together) for i in indices]
+
+    def programs(self, key: Any) -> list[Any]:
+        """The programs that draw the leaves, each once."""
+        indices = range(len(self.tasks))
+        return list(dict.fromkeys(self._programs(indices, self._tiled(indices, self._derivation(key)[0], key))))
+
+    def _programs(self, indices: Sequence[int], tiled: Mapping[int, tiles.Leaf]) -> list[Any]:
+        own = [task.program for i in indices if i not in tiled and (task := self.tasks[i]).program is not None]
+        return [*own, *(leaf.program for leaf in tiled.values())]
+
+    def _derivation(self, key: Any) -> tuple[Derivation, list[Any]]:
+        """The derived values for a key (or a mapping from stream to key), and its keys."""
+        keys = list(map(checked_key, jax.tree_util.tree_leaves(key)))
+        graphs = [self.trace.graph, *([self.trace.retraced()] if self.uses_own_hash else [])]
+        return Derivation({v: key for graph in graphs for v, key in zip(graph.keys, keys, strict=True)}), keys
 
     def _tiled(self, indices: Sequence[int], derivation: Derivation, key: Any) -> dict[int, tiles.Leaf]:
         """The leaves that are drawn tile by tile."""
@@ -143,9 +155,7 @@ class Outline:
 
         Two leaves with the same words hold the same random numbers, whatever their laws make of them.
         """
-        keys = list(map(checked_key, jax.tree_util.tree_leaves(key)))
-        graphs = [self.trace.graph, *([self.trace.retraced()] if self.uses_own_hash else [])]
-        derivation = Derivation({v: key for graph in graphs for v, key in zip(graph.keys, keys, strict=True)})
+        derivation, _ = self._derivation(key)
 
         def words(task: Task, leaf: Leaf) -> bytes | None:
             if task.program is None:
@@ -271,7 +281,7 @@ class _Planner:
             self.add(Task(number=number), leaf, "declared", f"constant {number}", "constant", notes)
         else:
             found = self.chain([i])
-            law = words(found)
+            law = law_words(found)
             if self.exact and found.kind in ("reduction", "data"):
                 self.add(Task(whole=True), leaf, "declared", law, found.kind, (*notes, "from the model's own whole init"))
                 return
@@ -352,24 +362,6 @@ class _Planner:
             )
         entries = {entry.path: entry for entry in self.entries}
         return Outline(self.trace, tuple(self.tasks), tuple(self.dtypes), places, Account(entries, notes), self.uses_own_hash)
-
-
-def words(found: Chain) -> str:
-    """The operations of a chain, those alone that tell one law from another."""
-    silent = {
-        "broadcast_in_dim",
-        "convert_element_type",
-        "reshape",
-        "squeeze",
-        "transpose",
-        "copy",
-        "sqrt",
-        "div",
-        "mul",
-        "slice",
-    }
-    told = [word.lstrip("_") for word in found.words if word not in silent]
-    return ", ".join(dict.fromkeys(told)) or "constant"
 
 
 def _given_values(given: Any, leaves: Sequence[Leaf]) -> dict[str, Any]:
