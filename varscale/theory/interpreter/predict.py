@@ -24,6 +24,7 @@ from varscale.theory.interpreter.draws import beside_draws
 from varscale.theory.interpreter.interpreter import Interpreter
 from varscale.theory.interpreter.parameters import given_parameters, init_laws, is_function, laid_parameters, path_string
 from varscale.theory.interpreter.rows import Place, Rows, joined
+from varscale.theory.interpreter.sample_scales import sample_axis
 from varscale.theory.interpreter.summary import summarize, with_gradients
 from varscale.theory.interpreter.tracing import Draws, Trace, drawing, execution_order, first_pass, traced
 from varscale.theory.propagation.cross_moments import MEASURED_TOGETHER, together
@@ -308,6 +309,8 @@ def input_value(interpreter: Interpreter, x: Any, name: str) -> Any:
         return full(graph, float(numbers.flat[0]), shape)
     if is_mask(graph, numbers):
         return interpreter.known(numbers)
+    if len(shape) > 1 and shape[0] > 1:
+        axes = (sample_axis(numbers), *axes[1:])
     numbers = numbers.reshape([a.size for a in axes])
     made = input_leaf(interpreter, name, shape, estimate(numbers, axes), odd=False)
     measured(made.node, numbers)

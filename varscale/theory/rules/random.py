@@ -187,8 +187,7 @@ def qr(interpreter: Context, eqn: Any, *xs: Value) -> list[Value]:
 
 def input_leaf(interpreter: Context, name: str, shape: tuple[int, ...], table: Any, *, odd: bool) -> Value:
     """An input with a given table."""
-    axes = tuple(Axis(n) for n in shape if n != 1)
-    node = interpreter.graph.make(Leaf, axes, (), ("input", name))
+    node = interpreter.graph.make(Leaf, table.axes, (), ("input", name))
     node.settle(table, odd=odd, random=False)
     return value(node, shape)
 
