@@ -80,9 +80,16 @@ def test_metadata_of_nnx_with_and_without_a_mesh():
         model = vs.initialize(Named, KEY, out_shardings="declared")
         assert model.named.kernel[...].sharding.spec == P("a", "b")
         assert model.kept.kernel[...].sharding.spec == P("b", "a")
+        built, same = Named(nnx.Rngs(KEY)), vs.initialize(Named, KEY)  # both lay out at once what has metadata
+        with nnx.use_eager_sharding(False):
+            lazy = vs.initialize(Named, KEY)
         other = nnx.jit(lambda key: Named(nnx.Rngs(key)))(KEY)
     assert nnx.graphdef(free) == nnx.graphdef(model) == nnx.graphdef(other)
-    for mine in (model, free):
+    for a, b in zip(*(jax.tree.leaves(nnx.state(m, nnx.Param)) for m in (built, same)), strict=True):
+        assert a.sharding == b.sharding
+    assert lazy.named.kernel[...].sharding.spec == P()
+    assert len(free.named.kernel[...].devices()) == 1
+    for mine in (model, free, same):
         assert_same(nnx.state(mine, nnx.Param), nnx.state(other, nnx.Param))
 
 

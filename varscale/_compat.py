@@ -96,6 +96,15 @@ def threefry_is_partitionable() -> bool:
     return bool(jax.config.jax_threefry_partitionable)  # pyright: ignore[reportAttributeAccessIssue]
 
 
+def set_mesh() -> Any:
+    """The mesh that `jax.set_mesh` has set; None without one, and inside jit, which knows no devices."""
+    try:
+        mesh = jax.sharding.get_mesh()
+    except ValueError:
+        return None
+    return mesh if mesh.axis_names else None
+
+
 def evaluated(eqn: Any, inputs: Sequence[Any]) -> list[Any]:
     """The outputs of one equation, given its inputs."""
     names = [v for v in eqn.invars if not is_literal(v)]

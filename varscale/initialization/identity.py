@@ -250,5 +250,5 @@ def surroundings() -> Hashable:
 
     jax_settings = tuple((name, str(getattr(jax.config, name, None))) for name in jax.config.values)
     flax_settings = tuple((name, str(getattr(flax.config, name))) for name in dir(flax.config) if not name.startswith("_"))
-    mesh = jax.sharding.get_mesh(), jax.sharding.get_abstract_mesh()
+    mesh = _compat.set_mesh(), jax.sharding.get_abstract_mesh()
     return jax_settings, flax_settings, mesh, tuple(nn.get_logical_axis_rules()), nnx.using_eager_sharding()

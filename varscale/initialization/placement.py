@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
+from varscale import _compat
 from varscale.programs.patterns import canonical
 from varscale.programs.trees import Leaf, is_box
 
@@ -16,8 +17,10 @@ def shardings(out_shardings: Any, leaves: Sequence[Leaf], tree: Any) -> list[Sha
     """The sharding of every leaf; None for the default device.
 
     Args:
-        out_shardings: None; "declared", for flax's partitioning metadata; a sharding or `PartitionSpec` for all leaves; a
-            function of (path, shape); or a tree of shardings, of which an inner node's holds for all below it.
+        out_shardings: None, for where flax's own init puts them: the default device, or all devices of the mesh that is set;
+            nnx variables that are sharded eagerly, as their metadata says; "declared", for flax's partitioning metadata; a
+            sharding or `PartitionSpec` for all leaves; a function of (path, shape); or a tree of shardings, of which an inner
+            node's holds for all below it.
         leaves: the leaves of the model.
         tree: the tree of shapes that they are from, with its metadata.
 
@@ -26,7 +29,9 @@ def shardings(out_shardings: Any, leaves: Sequence[Leaf], tree: Any) -> list[Sha
         ValueError: the tree has another structure, no mesh is set, an axis is not of the mesh, or does not divide the leaf.
     """
     if out_shardings is None:
-        return [None] * len(leaves)
+        mesh = _compat.set_mesh()
+        everywhere = None if mesh is None else NamedSharding(mesh, PartitionSpec())
+        return [everywhere if p is None else _checked(p, leaf) for p, leaf in zip(_eager(tree), leaves, strict=True)]
     if isinstance(out_shardings, str):
         if out_shardings != "declared":
             raise ValueError(f"out_shardings must be 'declared', a tree or a function of (path, shape), not {out_shardings!r}")
@@ -63,13 +68,17 @@ def _checked(place: Any, leaf: Leaf) -> Sharding:
     return place
 
 
-def _mesh(path: str) -> Any:
+def _current_mesh() -> Any:
+    """The mesh that is set; None without one."""
     from flax.core import meta
 
-    mesh = jax.sharding.get_mesh()
-    if not mesh.axis_names:
-        mesh = meta.get_global_mesh()
-    if mesh is None or not mesh.axis_names:
+    mesh = _compat.set_mesh() or meta.get_global_mesh()
+    return mesh if mesh is not None and mesh.axis_names else None
+
+
+def _mesh(path: str) -> Any:
+    mesh = _current_mesh()
+    if mesh is None:
         raise ValueError(
             f"out_shardings: {path!r} names axes of a mesh, and none is set: use jax.set_mesh(mesh) or give NamedShardings"
         )
@@ -78,10 +87,28 @@ def _mesh(path: str) -> Any:
 
 def _declared(tree: Any) -> list[Any]:
     """What flax's metadata says, leaf by leaf; None where it says nothing."""
+    return _by_box(tree, _of_box)
+
+
+def _eager(tree: Any) -> list[Any]:
+    """What nnx does with that metadata when a variable is made."""
+    from flax import nnx
+
+    def place(box: Any) -> Any:
+        metadata = box.get_metadata() if isinstance(box, nnx.Variable) else {}
+        if not metadata.get("eager_sharding") or not metadata.get("out_sharding"):
+            return None
+        return _of_box(box) if _current_mesh() is not None or metadata.get("mesh") is not None else None
+
+    return _by_box(tree, place)
+
+
+def _by_box(tree: Any, place: Callable[[Any], Any]) -> list[Any]:
+    """What a function says of flax's boxes, leaf by leaf; None for leaves in none."""
     found: list[Any] = []
     for node in jax.tree_util.tree_leaves(tree, is_leaf=is_box):
         count = len(jax.tree_util.tree_leaves(node)) if is_box(node) else 1
-        found += [_of_box(node) if is_box(node) else None] * count
+        found += [place(node) if is_box(node) else None] * count
     return found
 
 
