@@ -196,7 +196,7 @@ def is_fixed(attribute: Any) -> bool:
         return all(map(is_fixed, attribute))
     if dataclasses.is_dataclass(attribute):
         frozen = kind.__dataclass_params__.frozen  # pyright: ignore[reportAttributeAccessIssue]
-        return frozen and all(map(is_fixed, vars(attribute).values()))
+        return frozen and all(is_fixed(getattr(attribute, field.name)) for field in dataclasses.fields(attribute))
     return _is_a_value(kind) or isinstance(attribute, types.BuiltinFunctionType | functools.partial)
 
 

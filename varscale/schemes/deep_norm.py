@@ -114,7 +114,9 @@ def _scaled(
             return spread("uniform", own * _torchscale(subject, names))
 
         made = subject.by_part(law)
-        return Choice(made, f"Glorot × {name} = {factor:.4g}" if made != law(_SCORES) else "Glorot: scores are not scaled")
+        if made != law(_SCORES):
+            return Choice(made, f"Glorot × {name} = {factor:.4g}")
+        return Choice(made, "Glorot" if branch is None else "Glorot: scores are not scaled")
 
     return rule
 

@@ -96,7 +96,7 @@ def sliced(axes: Axes, axis: int, start: int, stop: int) -> Axes:
     if width % unit or start % unit:
         return (*axes[:axis], (Atom(None, width),), *axes[axis + 1 :])
     width, start = width // unit, start // unit
-    equal = first.size % width == 0 and start % width == 0
+    equal = width > 0 and first.size % width == 0 and start % width == 0
     part = (start // width, first.size // width) if equal and first.part is None else first.part
     return (*axes[:axis], (dataclasses.replace(first, size=width, part=part), *rest), *axes[axis + 1 :])
 
@@ -109,5 +109,5 @@ def cut(axes: Axes) -> tuple[int, int, int] | None:
 
 def part(axes: Axes) -> tuple[int, int] | None:
     """The equal part that an array is of the original, where exactly one axis was cut."""
-    parts = {atom.part for atoms in axes for atom in atoms if atom.part is not None}
+    parts = {atom.part for atoms in axes for atom in atoms if atom.part is not None and atom.axis is not None}
     return parts.pop() if len(parts) == 1 else None

@@ -306,7 +306,10 @@ class Walk:
             return dataclasses.replace(made, added_to=stream.anchor)
         if name == "mul":
             self._gated(x, y)
-        return self.input(shape, (x, y), axes=wide.axes, sources=sources, score=x.score or y.score)
+        # A mask or a bias that is added to scores changes nothing of what they were multiplied by.
+        scores = x if x.score is not None else y
+        scale = scores.scale if scores.score is not None else 1.0
+        return self.input(shape, (x, y), axes=wide.axes, sources=sources, score=scores.score, scale=scale)
 
     def _residual(self, x: Flow, y: Flow) -> tuple[Flow, Flow, int] | None:
         """(stream, branch, maps before both) of a residual addition; None for any other sum."""
