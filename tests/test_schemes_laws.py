@@ -214,6 +214,39 @@ def test_requirements_are_present_missing_or_folded():
     assert [r.status for r in deepnorm()(Folded(), jax.ShapeDtypeStruct((2, D), jnp.float32)).requirements] == ["folded"] * 2
 
 
+def test_what_multiplies_an_embedding_is_no_residual_scale():
+    class Net(nn.Module):
+        alpha: float = 1.0
+
+        @nn.compact
+        def __call__(self, ids):
+            x = nn.Embed(TOKENS, D)(ids) * D**0.5
+            return nn.LayerNorm()(self.alpha * x + nn.Dense(D)(nn.LayerNorm()(nn.relu(nn.Dense(D)(x)))))
+
+    assert [r.found for r in deepnorm()(Net(), IDS).requirements] == [1.0]
+    assert [r.status for r in deepnorm()(Net(2**0.25), IDS).requirements] == ["present"]
+
+
+def test_rotary_halves_are_one_kernel_and_packed_kernels_are_orthogonal_each():
+    def attention(params, x):
+        q, k, v = (jnp.einsum("btd,dhk->bthk", x, w) for w in (params["q"], *jnp.moveaxis(params["kv"], 1, 0)))
+        angle = jnp.arange(6.0)[:, None, None] * jnp.ones((1, 1, 8))
+        q1, q2 = jnp.split(q, 2, axis=-1)
+        cos, sin = (f(angle)[None] for f in (jnp.cos, jnp.sin))
+        q = jnp.concatenate([q1 * cos - q2 * sin, q2 * cos + q1 * sin], -1)
+        weights = jax.nn.softmax(jnp.einsum("bqhk,bshk->bhqs", q, k) / 4)
+        return x + jnp.einsum("bhqs,bshk,hkd->bqd", weights, v, params["o"])
+
+    shapes = {"q": (D, 4, 16), "kv": (D, 2, 4, 16), "o": (4, 16, D)}
+    params = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
+    x = jax.ShapeDtypeStruct((2, 6, D), jnp.float32)
+    plan = vs.schemes.glorot()(attention, x, params=params)
+    assert [plan[name].std for name in ("q", "kv")] == pytest.approx([glorot(D, D)] * 2)
+    law = vs.schemes.orthogonal()(attention, x, params=params)["kv"].law
+    w = law(jax.random.key(0), shapes["kv"])[:, 1].reshape(D, D)
+    assert jnp.allclose(w.T @ w, jnp.eye(D), atol=1e-5)
+
+
 def test_t5():
     plan = t5()(PostNormStack(2, scale=1.0), IDS)
     assert plan["self0/q/kernel"].std == pytest.approx((D * 16) ** -0.5)

@@ -98,9 +98,9 @@ def _by_fans(words: str, gain: float, mode: Mode, distribution: DistributionName
             return subject.kept()
         if subject.is_table:
             n, why = subject.fan_in, "a lookup copies rows: n = 1" if subject.fan_in == 1 else "tied: n is the readout's"
-        else:
-            n, why = Fans(subject.fan_in, subject.fan_out).of(mode), f"gain²/{mode} of use"
-        return Choice(spread(distribution, gain / math.sqrt(n)), why)
+            return Choice(spread(distribution, gain / math.sqrt(n)), why)
+        law = subject.by_part(lambda _, fan_out: spread(distribution, gain / math.sqrt(Fans(subject.fan_in, fan_out).of(mode))))
+        return Choice(law, f"gain²/{mode} of use")
 
     return Scheme(words, rule)
 
@@ -125,7 +125,8 @@ def orthogonal(gain: float = 1.0) -> Scheme:
         use = subject.uses.main
         if not subject.is_matrix or subject.role in ("embedding", "depthwise") or use is None or not use.output_axes:
             return subject.kept()
-        return Choice(orthogonal_over(gain, use.reduction_axes, use.output_axes), "gain times orthonormal rows or columns")
+        one = orthogonal_over(gain, use.reduction_axes, use.output_axes)
+        return Choice(subject.by_part(lambda *_: one, equal=False), "gain times orthonormal rows or columns")
 
     return Scheme(f"orthogonal(gain={gain:g})", rule)
 

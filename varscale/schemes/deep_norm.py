@@ -107,23 +107,23 @@ def _scaled(
         branch = subject.branch
         factor = 1.0 if branch is None or subject.main.after == "softmax" else gain(subject.structure, branch.stream)
 
-        def law(names: frozenset[str]) -> Initializer:
+        def law(names: frozenset[str], fan_out: float) -> Initializer:
             own = 1.0 if names and names <= _SCORES else factor
             if convention is None:
-                return spread(distribution, own * math.sqrt(2 / (subject.fan_in + subject.fan_out)))
-            return spread("uniform", own * _torchscale(subject, names))
+                return spread(distribution, own * math.sqrt(2 / (subject.fan_in + fan_out)))
+            return spread("uniform", own * _torchscale(subject, names, fan_out))
 
         made = subject.by_part(law)
-        if made != law(_SCORES):
+        if made != law(_SCORES, subject.fan_out):
             return Choice(made, f"Glorot × {name} = {factor:.4g}")
         return Choice(made, "Glorot" if branch is None else "Glorot: scores are not scaled")
 
     return rule
 
 
-def _torchscale(subject: Subject, names: frozenset[str]) -> float:
+def _torchscale(subject: Subject, names: frozenset[str], fan_out: float) -> float:
     """The standard deviation before β of torchscale's kernels."""
-    glorot = math.sqrt(2 / (subject.fan_in + subject.fan_out))
+    glorot = math.sqrt(2 / (subject.fan_in + fan_out))
     if names & {"query", "key", "value"}:
         return glorot / math.sqrt(2)
     return glorot if subject.attends else math.sqrt(1 / (3 * subject.fan_in))

@@ -89,7 +89,7 @@ def llama_depth(stddev: float = 0.02, *, convention: str | None = None) -> Schem
         deep = _deep(subject, kernel, stddev, factors)
         if subject.ends:
             return Choice(deep, "÷ √(2(l + 1)): it ends block l's branch")
-        law = subject.by_part(lambda names: deep if names == {"up"} else kernel(stddev))
+        law = subject.by_part(lambda names, _: deep if names == {"up"} else kernel(stddev))
         why = "the plain standard deviation" if law == kernel(stddev) else "÷ √(2(l + 1)): what the gate multiplies"
         return Choice(law, why)
 

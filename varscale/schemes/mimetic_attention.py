@@ -5,7 +5,7 @@ from __future__ import annotations
 from varscale.initializers.initializer import Initializer, checked_number
 from varscale.schemes.joint_laws import Factor, Together
 from varscale.schemes.scheme import Choice, Scheme, Subject
-from varscale.schemes.structure import Structure
+from varscale.schemes.structure import Structure, packed_kernels
 
 
 def mimetic(scores: tuple[float, float] = (0.7, 0.7), values: tuple[float, float] = (0.4, 0.4)) -> Scheme:
@@ -40,23 +40,24 @@ def mimetic(scores: tuple[float, float] = (0.7, 0.7), values: tuple[float, float
             return subject.kept("as declared: it attends to another stream")
         last = subject.structure.last(use.branch)
         shared = last[0].path if last else ""
-        heads = _heads(subject)
+        heads, kernels = _heads(subject), packed_kernels(subject.uses)
 
         def law(part: frozenset[str]) -> Initializer | None:
-            axes, own = (use.reduction_axes, use.output_axes), shared if len(subject.parts) == 1 else ""
+            axes, own = (use.reduction_axes, use.output_axes), shared if len(kernels) == 1 else ""
             if part & {"query", "key"}:
                 return Factor(own, "left" if "query" in part else "right", *scores, heads, *axes)
             if "value" in part:
                 return Factor(own, "left", values[0], -values[1], 1, *axes, tag=1)
             return Factor(own, "right", values[0], -values[1], 1, *axes, tag=1) if subject.ends else None
 
-        laws = [law(part) for part in subject.parts]
+        laws = [law(names) for names, _ in kernels]
         if any(one is None for one in laws) or (len(laws) > 1 and not _in_blocks(subject)):
             return subject.kept("as declared: it is none of attention's four kernels")
         if len(laws) == 1:
             return Choice(laws[0], "near the identity")  # pyright: ignore[reportArgumentType]
-        axis, _ = use.packed or (-1, 0)
-        return Choice(Together(tuple(laws), len(laws), axis, shared), "near the identity, part by part")
+        axis, run = use.packed or (-1, 0)
+        sizes = tuple(run // len(subject.parts) * n for _, n in kernels)
+        return Choice(Together(tuple(laws), sizes, axis, shared), "near the identity, part by part")
 
     return Scheme(words, rule, check=check)
 
@@ -69,9 +70,11 @@ def _heads(subject: Subject) -> int:
     for attention in structure.uses.attentions:
         for path in attention.query:
             if path in queries:
-                use = queries[path].main
-                assert use is not None
-                return max(1, round(use.fan_out / max(1, len(use.parts)) / attention.terms))
+                parameter = queries[path]
+                assert parameter.main is not None
+                share = sum(n for names, n in packed_kernels(parameter) if "query" in names or not names)
+                fan_out = parameter.main.fan_out * share / max(1, len(parameter.main.parts))
+                return max(1, round(fan_out / attention.terms))
     return 1
 
 

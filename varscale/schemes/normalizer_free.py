@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from varscale.initializers.distributions import DistributionName
 from varscale.initializers.fans import Mode
 from varscale.initializers.gains import gain
-from varscale.initializers.initializer import checked_number
+from varscale.initializers.initializer import Initializer, checked_number
 from varscale.initializers.structured import ones, zeros
 from varscale.schemes.plan import PlannedLeaf, Requirement
 from varscale.schemes.requirements import branch_scales, looked_up
@@ -110,12 +110,13 @@ def t_fixup(*, distribution: DistributionName = "normal") -> Scheme:
             return Choice(spread("normal", subject.width**-0.5 * table), f"1/√d × {table:.4g}")
         if subject.branch is None:
             kernel = 1.0
-        glorot = math.sqrt(2 / (subject.fan_in + subject.fan_out))
-        law = subject.by_part(
-            lambda names: spread(distribution, glorot * (1.0 if names and names <= {"query", "key"} else kernel))
-        )
-        plain = law == spread(distribution, glorot)
-        return Choice(law, "Glorot" if plain else f"Glorot × {kernel:.4g}")
+
+        def law(names: frozenset[str], fan_out: float) -> Initializer:
+            scores = names and names <= {"query", "key"}
+            return spread(distribution, (1.0 if scores else kernel) * math.sqrt(2 / (subject.fan_in + fan_out)))
+
+        made = subject.by_part(law)
+        return Choice(made, "Glorot" if made == law(frozenset({"key"}), subject.fan_out) else f"Glorot × {kernel:.4g}")
 
     return Scheme(words, rule, check=needs_additions(words), requires=_without_norms)
 

@@ -15,6 +15,7 @@ from varscale.schemes.laws import Declared
 from varscale.schemes.parametrization import Growth, Scaling
 from varscale.schemes.plan import Plan, PlannedLeaf, Requirement
 from varscale.schemes.scheme import declared_laws, spread
+from varscale.schemes.structure import packed_kernels
 from varscale.usage.parameters import Attention, ParameterUses
 
 Multipliers = Literal["weights", "program"]
@@ -170,7 +171,7 @@ def _base_attention(mine: Attention, number: int, queries: Sequence[GrownLeaf], 
     # Of a base that is told by shapes alone: heads are cut out of the query's last axis, their number stays.
     leaf = queries[0]
     terms = max(1, round(mine.terms * leaf.base_shape[-1] / leaf.uses.shape[-1]))
-    return Attention(mine.query, terms, 1 / math.sqrt(terms))
+    return dataclasses.replace(mine, terms=terms, scale=1 / math.sqrt(terms))
 
 
 class _Laws:
@@ -190,7 +191,7 @@ class _Laws:
         """The parameter's law and multipliers."""
         law, why = self._law(leaf, scaling, name)
         use = leaf.uses.main
-        fans = (1.0, 1.0) if use is None else (use.fan_in, use.fan_out / max(1, len(use.parts)))
+        fans = (1.0, 1.0) if use is None else (use.fan_in, use.fan_out / len(packed_kernels(leaf.uses)))
         made = PlannedLeaf(leaf.path, leaf.uses.shape, leaf.uses.role, *fans, law, why)
         # Muon brings a scale of its own.
         return made.with_multipliers(**named(dataclasses.replace(scaling, muon=scaling.muon / leaf.muon)))

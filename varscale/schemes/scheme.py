@@ -25,7 +25,7 @@ from varscale.initializers.scaling import variance_scaling
 from varscale.initializers.structured import constant
 from varscale.schemes.laws import Declared, Law, graded, interleaved
 from varscale.schemes.plan import Plan, PlannedLeaf, Requirement
-from varscale.schemes.structure import Structure, part_names
+from varscale.schemes.structure import Structure, packed_kernels, part_names
 from varscale.usage.branches import Branch
 from varscale.usage.parameters import OneUse, ParameterUses
 from varscale.usage.table import Uses, uses
@@ -107,8 +107,8 @@ class Subject:
 
     @property
     def fan_out(self) -> float:
-        """Terms summed into the gradient of an input, of one part of a packed kernel."""
-        return self.main.fan_out / max(1, len(self.main.parts))
+        """Terms summed into the gradient of an input; of packed kernels the mean over them."""
+        return self.main.fan_out / len(packed_kernels(self.uses))
 
     @property
     def ends(self) -> bool:
@@ -158,17 +158,24 @@ class Subject:
             return init if factors[0] == 1 else scaled(init, factors[0])
         return graded(init, factors, self.layer_axis)
 
-    def by_part(self, law: Callable[[frozenset[str]], Initializer]) -> Initializer:
-        """The law of the whole kernel where each part of its output has its own.
+    def by_part(self, law: Callable[[frozenset[str], float], Initializer], *, equal: bool = True) -> Initializer:
+        """The law of the whole leaf where kernels are packed in it: query, key and value, a gate and what it gates.
 
         Args:
-            law: from what a part is to the law of a kernel that makes it alone.
+            law: from what a kernel makes, and its own fan-out, to its law.
+            equal: whether kernels of one law can be drawn as one: not where a law is of the whole matrix, as orthogonal is.
         """
-        laws = [law(names) for names in self.parts]
-        if len(set(laws)) == 1 or self.main.packed is None:
+        kernels, count = packed_kernels(self.uses), len(self.parts)
+        laws = [law(names, self.main.fan_out * n / count) for names, n in kernels]
+        if (equal and len(set(laws)) == 1) or len(laws) == 1 or self.main.packed is None:
             return laws[0]
         axis, run = self.main.packed
-        return fused(laws, len(laws), axis) if run == self.shape[axis] else interleaved(laws, self.shape[axis] // run, axis)
+        if run == self.shape[axis]:
+            return fused(laws, [run // count * n for _, n in kernels], axis)
+        if not equal:
+            return laws[0]
+        several = [one for one, (_, n) in zip(laws, kernels, strict=True) for _ in range(n)]
+        return interleaved(several, self.shape[axis] // run, axis)
 
     def kept(self, why: str = "as declared: the scheme says nothing of it") -> Choice:
         """The model's own law."""

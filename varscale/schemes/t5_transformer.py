@@ -49,7 +49,7 @@ def t5(*, distribution: DistributionName = "normal") -> Scheme:
                 return Choice(spread("normal", _width(subject.structure) ** -0.5), "1/√d: it begins no stream")
             return Choice(spread("normal", 1.0), "unit rows")
         std, head = subject.fan_in**-0.5, unscaled(subject.structure, subject.uses.path)
-        law = subject.by_part(lambda names: spread(distribution, std * head**-0.5 if names == {"query"} else std))
+        law = subject.by_part(lambda names, _: spread(distribution, std * head**-0.5 if names == {"query"} else std))
         return Choice(law, "1/√(d · d_kv): the scores' scale is in the query" if head > 1 else "1/√fan_in")
 
     def requires(structure: Structure, leaves: Sequence[PlannedLeaf]) -> Sequence[Requirement]:

@@ -89,11 +89,17 @@ class Residuals:
         self._places: dict[Hashable, int] = {}
         self._streams = 0
         self._at: dict[int, list[Use]] = {}
+        self._read: dict[int, float | None] = {}
 
     def anchored(self, use: Use, anchor: int) -> None:
         """Note at which value a parameter is used, so that the branch which that lies in can be told."""
         use.branch = None
         self._at.setdefault(anchor, []).append(use)
+
+    def read(self, x: Flow) -> None:
+        """Note what a value was multiplied by where it was first read: the square root of the width on an embedding, say."""
+        if x.embedded and x.stream is None:
+            self._read.setdefault(x.anchor, x.scale)
 
     def join(self, place: Hashable, stream: Flow, branch: Flow, start: int) -> tuple[int, int]:
         """Note an addition; its number, and the number of its stream.
@@ -113,7 +119,9 @@ class Residuals:
         index = self._places[place]
         note = self.notes[index]
         note.number, note.maps, note.gates, note.start = number, branch.maps - start, branch.gates, start
-        note.stream_scale, note.branch_scale = stream.scale, branch.scale
+        before = self._read.get(stream.anchor, 1.0)
+        note.stream_scale = stream.scale if before == 1 else stream.scale / before if before and stream.scale else None
+        note.branch_scale = branch.scale
         note.shortcut = stream.maps > start
         for use in self._uses(branch.ancestors & ~stream.ancestors):
             if use.branch is None and not use.begins:

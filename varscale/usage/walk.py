@@ -79,6 +79,7 @@ class Walk:
         ancestors = 1 << self._anchors
         for x in of:
             ancestors |= x.ancestors
+            self.residuals.read(x)
         maps = max((x.maps for x in of), default=0)
         fields: dict[str, Any] = {
             "axes": layouts.added(shape),
