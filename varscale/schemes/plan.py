@@ -130,6 +130,14 @@ class Plan:
         leaves: every parameter, in the order of the tree.
         requirements: numbers that the scheme needs in the program, each checked in the trace.
         notes: what else to know: warnings, deviations from the source.
+
+    >>> import jax, varscale as vs
+    >>> from flax import linen as nn
+    >>> plan = vs.schemes.he()(nn.Dense(8), jax.ShapeDtypeStruct((2, 32), "float32"))
+    >>> plan["kernel"].std, plan == vs.Plan.from_json(plan.to_json())
+    (0.25, True)
+    >>> print(plan.edit({"kernel": vs.zeros}).diff(plan)[0])
+    kernel: law constant(0.0) → truncated_normal(stddev=0.25)
     """
 
     scheme: str
