@@ -1,11 +1,16 @@
 """Regions: what no rule covers is drawn jointly with all that it reads, and goes on as any other array."""
 
+import math
+
 import drawn
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.extend.core import Primitive
 
 import varscale as vs
+from varscale.theory.graph.failures import PredictionError
+from varscale.theory.rules.registry import RULES
 
 SAMPLES, WIDTH, DEPTH = 16, 32, 3
 X = jax.ShapeDtypeStruct((SAMPLES, WIDTH), jnp.float32)
@@ -70,3 +75,20 @@ def test_the_nearest_row_is_no_row_like_others(nearest):
     assert row.how == "sampled"
     assert row.error_bound < 0.15
     assert drawn.agrees(row.second_moment, row.error_bound, *drawn.drawn(one, 200))
+
+
+def test_an_equation_that_a_rule_does_not_cover_is_drawn(monkeypatch):
+    def rule(interpreter, eqn, x):
+        raise NotImplementedError("sines of arrays")
+
+    monkeypatch.setitem(RULES, "sin", rule)
+    row = vs.predict(lambda kernels, x: jnp.sin(x @ kernels[0]), X, params=kernels, backward=False).output
+    assert (row.how, row.second_moment) == ("sampled", pytest.approx((1 - math.exp(-2)) / 2, rel=row.error_bound))
+
+
+def test_what_even_draws_cannot_cover_is_an_error():
+    """A primitive that cannot be run: the error says which, where, and what to do."""
+    strange = Primitive("strange")
+    strange.def_abstract_eval(lambda x: x)
+    with pytest.raises(PredictionError, match=r"'strange' at test_sampled_regions\.py"):
+        vs.predict(lambda kernels, x: strange.bind(x @ kernels[0]), X, params=kernels)

@@ -11,13 +11,27 @@ from varscale.theory.graph.nodes import Node
 
 
 class PredictionError(ValueError):
-    """A model that cannot be predicted; the message says why, where, and what to do."""
+    """A model that cannot be predicted; the message says why, where, and what to do.
+
+    Attributes:
+        equation: the equation that the rules do not cover; None of any other failure.
+    """
+
+    equation: Any = None
+
+
+UNCOVERED = (NotImplementedError, RecursionError)  # what a rule raises that does not cover an equation: it may be drawn
 
 
 def source(eqn: Any) -> str:
     """Where an equation was written: "model.py:12 (Block)", inside a piece the path in that."""
     path = opened(eqn)[1].removeprefix("/")
     return _compat.source_line(eqn) + (f" ({path})" if path else "")
+
+
+def told(error: Exception) -> str:
+    """What an error says."""
+    return f"{type(error).__name__}: {error}"
 
 
 def located(error: Exception, eqn: Any = None) -> PredictionError:
@@ -35,5 +49,7 @@ def located(error: Exception, eqn: Any = None) -> PredictionError:
             node = frame.f_locals.get(name)
             if isinstance(node, Node) and node.origin is not None:
                 eqn = node.origin
-    told = f"{type(error).__name__}: {error}"
-    return PredictionError(f"primitive {eqn.primitive.name!r} at {source(eqn)}: {told}" if eqn is not None else told)
+    where = "" if eqn is None else f"primitive {eqn.primitive.name!r} at {source(eqn)}: "
+    found = PredictionError(where + told(error))
+    found.equation = eqn if isinstance(error, UNCOVERED) else None
+    return found

@@ -25,7 +25,7 @@ from varscale import _compat
 from varscale.programs.scopes import opened
 from varscale.theory.domain.axes import Axis
 from varscale.theory.domain.tables import independent
-from varscale.theory.graph.failures import PredictionError, located
+from varscale.theory.graph.failures import UNCOVERED, PredictionError, located, told
 from varscale.theory.graph.known_arrays import all_given, computed, entries, is_given, note, numbers
 from varscale.theory.graph.layout import Value, align, full, value, without_entries
 from varscale.theory.graph.nodes import Array, Constant, Graph, Node, View, array, leaf
@@ -39,7 +39,7 @@ from varscale.theory.propagation.function_domains import has_values
 from varscale.theory.rules.equations import live_equations, scans, used_variables
 from varscale.theory.rules.random import input_leaf
 from varscale.theory.rules.registry import ELEMENTWISE_OR_LAYOUT, RULES, Complex, Opaque, Rule, parts
-from varscale.theory.rules.sampled_regions import drawn_region
+from varscale.theory.rules.sampled_regions import drawn_region, placeholder
 
 _FOLDED: Fact[Hashable, Node | None] = Fact()  # known numbers computed by elementwise primitives
 
@@ -70,6 +70,7 @@ class Interpreter:
         self.nudged = False
         self.steps: list[int] = []
         self.regions = Regions()
+        self._places: dict[Any, Place] = {}  # by equation
 
     def run(self, jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], step: int | None = None) -> list[Any]:
         """The outputs of a jaxpr, given values of its constants and inputs; `step` says which of a loop's it is."""
@@ -132,8 +133,15 @@ class Interpreter:
 
     def ask(self, reason: str) -> bool:
         """Ask for a region of the module that the walk is in; False where there is none to be had."""
-        place, eqn = self.place, self.entering
-        return place is not None and self.regions.ask(opened(eqn, place.path, place.piece)[1], reason)
+        return self.place is not None and self.regions.ask(self._scope_of(self.place, self.entering), reason)
+
+    def ask_for(self, error: PredictionError) -> bool:
+        """Ask for a region of the module in which moments could not be worked out; False where there is none to be had."""
+        place = self._places.get(error.equation)
+        return place is not None and self.regions.ask(self._scope_of(place, error.equation), str(error))
+
+    def _scope_of(self, place: Place, eqn: Any) -> str:
+        return opened(eqn, place.path, place.piece)[1]
 
     def refuse(self, scope: str, reason: str) -> None:
         """Say that a region cannot be drawn."""
@@ -149,6 +157,8 @@ class Interpreter:
         """The outputs of one equation."""
         name, outer = eqn.primitive.name, self.graph.origin
         self.graph.origin = eqn
+        if self.place is not None:
+            self._places[eqn] = self.place
         try:
             if any(isinstance(x, Opaque) for x in ins) and name not in _KEYED:
                 outs = self.fold(eqn, ins)
@@ -163,7 +173,9 @@ class Interpreter:
         except (PredictionError, jax.errors.JAXTypeError):
             raise
         except Exception as error:
-            raise located(error, eqn) from error
+            if not isinstance(error, UNCOVERED) or not self.ask(told(error)):
+                raise located(error, eqn) from error
+            outs = [placeholder(self, v.aval) for v in eqn.outvars]
         finally:
             self.graph.origin = outer
         return list(outs) if isinstance(outs, list | tuple) else [outs]

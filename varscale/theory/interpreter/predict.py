@@ -146,36 +146,36 @@ def _predicted(
         captured = {call: outputs[call] for call in execution_order(forward.jaxpr, forward.shapes)}
         return list(joined(rows.made, captured, kind))
 
-    found = until_settled(walk, interpreter)
     paths = [path_string(p) for p, _ in jax.tree_util.tree_flatten_with_path(parameters.shapes)[0]]
-    named = zip(paths, parameters.values, strict=True)
-    try:
-        report = summarize(interpreter, program, found, named, backward=backward)
-        if not backward or all(not isinstance(x, Value) or x.constant is None for _, of, x in found if of in (None, "scope")):
-            return report
-        interpreter.nudged = True
-        return with_gradients(report, until_settled(walk, interpreter))
-    except PredictionError:
-        raise
-    except Exception as error:
-        raise located(error) from error
+
+    def report(found: Walked) -> Report:
+        return summarize(interpreter, program, found, zip(paths, parameters.values, strict=True), backward=backward)
+
+    first, found = _settled(interpreter, walk, report)
+    if not backward or all(not isinstance(x, Value) or x.constant is None for _, of, x in found if of in (None, "scope")):
+        return first
+    interpreter.nudged = True
+    return _settled(interpreter, walk, lambda found: with_gradients(first, found))[0]
 
 
 Walked = list[tuple[str, str | None, Any]]
 
 
-def until_settled(walk: Callable[[], Walked], interpreter: Interpreter) -> Walked:
-    """What the first walk finds that asks for no further region; a scope is added, or refused, once, so there is one."""
-    regions = interpreter.regions
+def _settled(interpreter: Interpreter, walk: Callable[[], Walked], report: Callable[[Walked], Report]) -> tuple[Report, Walked]:
+    """The report of the first walk that asks for no further region, and what it found.
+
+    A region is added, or refused, once, so there is one.
+    """
     while True:
         try:
             found = walk()
-        except Exception:
-            if not regions.again():
-                raise
-            continue  # it met a placeholder
-        if not regions.again():
-            return found
+            if not interpreter.regions.again():
+                return report(found), found
+        except Exception as error:
+            known = error if isinstance(error, PredictionError) else located(error)
+            interpreter.ask_for(known)
+            if not interpreter.regions.again():  # else it met a placeholder, or what will now be drawn
+                raise known from error
 
 
 def _equations(detail: str | Collection[str]) -> Collection[str] | None:

@@ -42,8 +42,8 @@ class Regions:
     changed: bool = False
 
     def ask(self, scope: str, reason: str) -> bool:
-        """Add a scope; False where it cannot be drawn."""
-        if scope in self.refused:
+        """Add a scope; False where it cannot be drawn, or is."""
+        if scope in self.refused or scope in self.drawn:
             return False
         self.scopes.setdefault(scope, reason)
         self.changed = True

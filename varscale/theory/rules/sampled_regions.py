@@ -12,7 +12,7 @@ from varscale import _compat
 from varscale.theory.domain.axes import Axis
 from varscale.theory.domain.tables import independent
 from varscale.theory.graph import layout
-from varscale.theory.graph.failures import PredictionError, source
+from varscale.theory.graph.failures import PredictionError, source, told
 from varscale.theory.graph.layout import value
 from varscale.theory.graph.nodes import Leaf
 from varscale.theory.rules.registry import Complex, Context, Opaque, map_parts, rule
@@ -38,7 +38,7 @@ def drawn_region(interpreter: Context, eqn: Any, xs: Sequence[Any], reason: str)
         PredictionError: it cannot be drawn, at any size.
     """
     if interpreter.ask(f"{eqn.primitive.name}: {reason}"):
-        return [_placeholder(interpreter, v.aval) for v in eqn.outvars]
+        return [placeholder(interpreter, v.aval) for v in eqn.outvars]
     given = {v: x for v, x in zip(eqn.invars, xs, strict=True) if not _compat.is_literal(v)}
     jaxpr = jax.make_jaxpr(lambda: 0)().jaxpr.replace(constvars=[], invars=list(given), outvars=eqn.outvars, eqns=[eqn])
     try:
@@ -59,7 +59,9 @@ def region_rule(interpreter: Context, eqn: Any, *xs: Any) -> list[Any]:
         return _run_on_draws(interpreter, jaxpr, [*xs, *still], nudged, whole_numbers=not eqn.params["scope"])
     except CannotDraw as trouble:
         interpreter.refuse(eqn.params["scope"], str(trouble))
-        return [_placeholder(interpreter, aval) for aval in jaxpr.out_avals]
+    except Exception as error:  # whatever equations may raise that are run on numbers they were not written for
+        interpreter.refuse(eqn.params["scope"], told(error))
+    return [placeholder(interpreter, aval) for aval in jaxpr.out_avals]
 
 
 def _run_on_draws(
@@ -94,7 +96,7 @@ def _outline(interpreter: Context, aval: Any) -> Any:
     return Complex(own, own) if aval.dtype.kind == "c" else own
 
 
-def _placeholder(interpreter: Context, aval: Any) -> Any:
+def placeholder(interpreter: Context, aval: Any) -> Any:
     """What stands for an output in a walk that is not the last."""
     if jax.numpy.issubdtype(aval.dtype, jax.dtypes.prng_key):
         key = jax.random.key(0)
