@@ -1,5 +1,7 @@
 """Models of the families that schemes are for, in linen and nnx; none knows of any scheme."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -196,3 +198,55 @@ class ActorCritic(nnx.Module):
 
 
 PICTURES = jax.ShapeDtypeStruct((2, 8, 8, 3), jnp.float32)
+
+
+class NnxResidualNet(nnx.Module):
+    """The pre-activation net in nnx; all arguments as in `ResidualNet`."""
+
+    def __init__(self, rngs, layers=2, alpha=1.0, betas=(1.0,) * 4, gain=1.0, gated=False):
+        self.layers, self.alpha, self.betas, self.gain = layers, alpha, betas, gain
+        conv = functools.partial(nnx.Conv, use_bias=False, rngs=rngs)
+        self.stem, self.head = conv(3, 16, (3, 3)), nnx.Linear(32, 10, rngs=rngs)
+        self.shortcut, self.scales = conv(16, 32, (1, 1)), nnx.List([nnx.Param(jnp.ones(())) for _ in range(4 * gated)])
+        widths = (16, 16, 16, 32, 32)
+        self.convs = nnx.List([
+            nnx.List([conv(widths[i] if k == 0 else widths[i + 1], widths[i + 1], (3, 3)) for k in range(layers)])
+            for i in range(4)
+        ])  # fmt: skip
+
+    def __call__(self, x):
+        x = self.stem(x)
+        for i, convs in enumerate(self.convs):
+            h = nnx.relu(x) * (self.betas[i] * self.gain)
+            if i == 2:
+                x = self.shortcut(h)
+            for k, conv in enumerate(convs):
+                h = conv(h)
+                h = nnx.relu(h) * self.gain if k < self.layers - 1 else h
+            x = x + self.alpha * (h * self.scales[i].get_value() if self.scales else h)
+        return self.head(nnx.relu(x).mean((1, 2)))
+
+
+class NnxPostNormStack(nnx.Module):
+    """Post-norm blocks in nnx; all arguments as in `PostNormStack`."""
+
+    def __init__(self, rngs, blocks=2, alpha=1.0, norm=True, scale=(WIDTH // HEADS) ** -0.5):
+        linear = functools.partial(nnx.Linear, use_bias=False, rngs=rngs)
+        self.alpha, self.scale = alpha, scale
+        self.embed = nnx.Embed(VOCABULARY, WIDTH, rngs=rngs)
+        self.attention = nnx.List([nnx.List([linear(WIDTH, WIDTH) for _ in "qkvo"]) for _ in range(blocks)])
+        self.fc1 = nnx.List([linear(WIDTH, 4 * WIDTH) for _ in range(blocks)])
+        self.fc2 = nnx.List([linear(4 * WIDTH, WIDTH) for _ in range(blocks)])
+        self.norms = nnx.List([nnx.LayerNorm(WIDTH, rngs=rngs) for _ in range(2 * blocks * norm)])
+
+    def __call__(self, ids):
+        x = self.embed(ids)
+        for i, (wq, wk, wv, wo) in enumerate(self.attention):
+            q, k, v = (w(x).reshape(*x.shape[:-1], HEADS, -1) for w in (wq, wk, wv))
+            weights = jax.nn.softmax(self.scale * jnp.einsum("bqhd,bkhd->bhqk", q, k), axis=-1)
+            x = self._added(x, wo(jnp.einsum("bhqk,bkhd->bqhd", weights, v).reshape(x.shape)), 2 * i)
+            x = self._added(x, self.fc2[i](nnx.relu(self.fc1[i](x))), 2 * i + 1)
+        return x
+
+    def _added(self, x, y, i):
+        return self.norms[i](self.alpha * x + y) if self.norms else self.alpha * x + y
