@@ -5,6 +5,7 @@ public maker of `varscale.initializers` has one.
 """
 
 import inspect
+import math
 import pickle
 
 import flax.linen as linen
@@ -152,7 +153,7 @@ def test_lowers_for_every_platform(name, drawn):
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_out_sharding(name, kind, drawn):
     init, shape = CASES[name]
-    mesh = jax.make_mesh((8,), ("devices",), axis_types=(kind,))
+    mesh = jax.make_mesh((math.gcd(8, jax.device_count()),), ("devices",), axis_types=(kind,))
     spec = PartitionSpec(*[None] * (len(shape) - 1), "devices")
     sharding = NamedSharding(mesh, spec)
     with jax.set_mesh(mesh):

@@ -1,18 +1,21 @@
 """Claim: on an accelerator the same contracts hold, and these are its figures.
 
-    python -m experiments.benchmarks.on_device [--out FOLDER]
+    python -m experiments.benchmarks.on_device [--out FOLDER] [--rehearse]
 
 Run it wherever a GPU or TPU is at hand; it takes less than eight minutes. It runs the tests of the initializers' contract, bits
 and laws on the device, then the benchmarks of sampling, of whole models and of `probe`, and writes what they print, with the
-device's name, to `on_device.txt`. A part that runs out of its time is stopped, and the file says so.
+device's name, to `on_device.txt`. A part that runs out of its time is stopped, and the file says so. `--rehearse` runs a small
+piece of every part, on a CPU too, to see that none of them fails for its own reasons.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import os
+import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -33,19 +36,27 @@ def _module(name: str, *arguments: str) -> tuple[str, ...]:
     return (sys.executable, "-m", f"experiments.benchmarks.{name}", *arguments)
 
 
-def parts() -> list[Part]:
+def parts(rehearse: bool) -> list[Part]:
     """What is run, the quickest first, in 465 seconds at most."""
-    found = [
-        Part("bits, contract and laws", (sys.executable, "-m", "pytest", "-q", "-n", "4", "--no-header", *TESTS), 180),
+    tests = (sys.executable, "-m", "pytest", "-q", "--no-header", *TESTS)
+    billions = "a Llama-shaped tree of 1 billion parameters"
+    resnet = ("--models", "resnet50", "--contenders", "ours")
+    if rehearse:
+        return [
+            Part("bits, contract and laws", (*tests, "-n", "0", "-k", "raw_keys or is_a_value"), 180),
+            Part("sampling", _module("sampling", "--rounds", "1", "--only", "64x64 float32 normal"), 90),
+            Part("whole models", _module("initialization", "--rounds", "1", *resnet), 90),
+            Part(billions, _module("initialization", "--rounds", "1", "--llama", "0.01"), 90),
+            Part("probe", _module("probe", "--repeats", "1", "--only", "MLP"), 120),
+        ]
+    contenders = ("--models", "gpt2", "--contenders", "ours", "flax jit")
+    return [
+        Part("bits, contract and laws", (*tests, "-n", "4"), 180),
         Part("sampling", _module("sampling", "--rounds", "3"), 90),
-        Part(
-            "whole models",
-            _module("initialization", "--rounds", "1", "--models", "gpt2", "--contenders", "ours", "flax jit"),
-            90,
-        ),
-        Part("a Llama-shaped tree of 1 billion parameters", _module("initialization", "--rounds", "1", "--llama", "1.3"), 45),
+        Part("whole models", _module("initialization", "--rounds", "1", *contenders), 90),
+        Part(billions, _module("initialization", "--rounds", "1", "--llama", "1.3"), 45),
+        Part("probe", _module("probe"), 60),
     ]
-    return [*found, Part("probe", _module("probe"), 60)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +64,9 @@ class Settings:
     """Contracts and figures of the accelerator at hand."""
 
     out: Path = Path(".")
-    """Folder that on_device.txt is written to."""
+    """Folder that on_device.txt is written to; it is made if it does not exist."""
+    rehearse: bool = False
+    """Run a small piece of every part, to see that each runs."""
 
 
 def device() -> str:
@@ -67,21 +80,28 @@ def run(part: Part) -> str:
     # The tests' configuration asks for the CPU unless it is told otherwise.
     environment = {"JAX_PLATFORMS": "", "XLA_PYTHON_CLIENT_PREALLOCATE": "false", **os.environ}
     begin = time.monotonic()
-    try:
-        done = subprocess.run(
-            part.command, capture_output=True, text=True, timeout=part.seconds, check=False, cwd=ROOT, env=environment
+    with tempfile.TemporaryFile("w+") as out:
+        # In a session of its own, so that what the part started ends with it.
+        process = subprocess.Popen(
+            part.command, stdout=out, stderr=subprocess.STDOUT, cwd=ROOT, env=environment, start_new_session=True
         )
-        text, ended = done.stdout + done.stderr[-2000:] * bool(done.returncode), f"exit status {done.returncode}"
-    except subprocess.TimeoutExpired as late:
-        text, ended = (late.stdout or b"").decode(errors="replace"), f"stopped after {part.seconds} s"
+        try:
+            ended = f"exit status {process.wait(part.seconds)}"
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            ended = f"stopped after {part.seconds} s"
+        out.seek(0)
+        text = out.read()
     return f"== {part.title}: {ended}, {time.monotonic() - begin:.0f} s\n\n{text.strip()}\n\n"
 
 
 def main(settings: Settings) -> None:
     """Runs all parts; the file is written part by part."""
+    settings.out.mkdir(parents=True, exist_ok=True)
     file = settings.out / "on_device.txt"
     file.write_text(f"jax; platform; device; count: {device()}\n\n")
-    for part in parts():
+    for part in parts(settings.rehearse):
         with file.open("a") as out:
             out.write(run(part))
     print(file.read_text())

@@ -132,6 +132,8 @@ class Settings:
 
     rounds: int = 9
     """Times that each contender is measured in turn; the table shows medians."""
+    only: str = ""
+    """Part of the names of rows, such as "64x64 float32 normal": only those are measured, and no compilation."""
 
 
 def main(settings: Settings) -> None:
@@ -147,6 +149,7 @@ def main(settings: Settings) -> None:
         for dtype in ("float32", "bfloat16")
         for law in DISTRIBUTIONS
         for jitted in (False, True)
+        if settings.only in f"{'x'.join(map(str, shape))} {dtype} {law} {'jit' if jitted else 'eager'}"
     ]
     for shape, dtype, law, jitted in track(cases, "measuring", console=Console(stderr=True), disable=not sys.stderr.isatty()):
         times = _milliseconds(_contenders(law, shape, dtype, jitted), settings.rounds)
@@ -158,6 +161,8 @@ def main(settings: Settings) -> None:
             ratio["jax"], ratio.get("PyTorch", "-"), ratio["bits"], ratio["our bits"], ratio["full"], same,
         )  # fmt: skip
     console.print(table)
+    if settings.only:
+        return
     compiled: dict[str, list[float]] = {"ours": [], "jax": []}
     for _ in range(3):
         compiled["ours"].append(_compile_seconds(vs.lecun_normal()))
