@@ -59,32 +59,11 @@ class TestTheTrace:
         assert "vs.for_activation(jax.nn.relu)" in audit.findings[2].mend
         assert found(vs.audit(deep(vs.for_activation(jax.nn.relu)), ROWS)) == []
 
-    def test_an_exploding_net(self):
-        audit = vs.audit(deep(nn.initializers.normal(1.0)), ROWS)
-        assert ("VS101", "error") in [(f.code, f.level) for f in audit.findings]
-        assert audit.findings[0].figure > 1e6
-
     def test_a_saturated_net(self):
         audit = vs.audit(deep(nn.initializers.normal(1.0), act=jnp.tanh, depth=5), ROWS)
         saturated = next(f for f in audit.findings if f.code == "VS106")
         assert saturated.figure == pytest.approx(0.69, abs=0.02)  # P(|N(0, 64 · .394)| > 2)
         assert saturated.path.startswith("layers_")
-
-    def test_a_fan_that_is_not_that_of_use(self):
-        class Heads(nn.Module):
-            mended: bool = False
-
-            @nn.compact
-            def __call__(self, x):
-                init = vs.variance_scaling(1.0, fans=vs.Fans(16, 8)) if self.mended else nn.initializers.lecun_normal()
-                x = nn.Dense(64)(x).reshape(4, 16, 16)
-                return nn.DenseGeneral(8, axis=-1, batch_dims=0, kernel_init=init, name="heads")(x)
-
-        audit = vs.audit(Heads(), ROWS)
-        assert found(audit) == [("VS104", "heads/kernel")]
-        assert audit.findings[0].figure == pytest.approx(1 / 4)
-        assert "vs.Fans(16, 8)" in audit.findings[0].mend
-        assert found(vs.audit(Heads(mended=True), ROWS)) == []
 
     def test_an_epsilon_that_dominates(self):
         audit = vs.audit(LanguageModel(deviation=1e-4), IDS)
@@ -92,10 +71,6 @@ class TestTheTrace:
         assert set(found(audit)) == {("VS111", "LayerNorm_0"), ("VS108", "Dense_3")}
         dominated = next(f for f in audit.findings if f.code == "VS111")
         assert dominated.figure == pytest.approx(1e-8 / 1.01e-6, rel=0.05)
-
-    def test_logits_that_are_too_large(self):
-        audit = vs.audit(LanguageModel(deviation=1.0), IDS)
-        assert found(audit) == [("VS110", "Embed_0/embedding")]
 
     def test_a_collapsed_softmax(self):
         assert "VS109" in [code for code, _ in found(vs.audit(LanguageModel(scale=16.0), IDS))]
@@ -263,14 +238,6 @@ class TestTheResult:
         assert one.message.endswith("The same at blocks_1/kernel, blocks_2/kernel, blocks_3/kernel and 2 more.")
 
 
-@pytest.mark.parametrize("name", HEALTHY)
-def test_healthy_constructions_are_clean(name):
-    """No error and no warning from the trace, in which nothing is random."""
-    model, x = HEALTHY[name]
-    with jax.numpy_dtype_promotion("standard"):  # as flax's own average pool has it
-        assert found(vs.audit(model, x)) == []
-
-
 class Named(nn.Module):
     """A Dense layer of a given name."""
 
@@ -341,7 +308,7 @@ class TestARun:
 
         assert "VS120" in [code for code, _ in found(vs.audit(readout(2.0), ROWS, key=KEY, loss=loss))]
         assert found(vs.audit(readout(0.01), ROWS, key=KEY, loss=loss)) == []
-        with pytest.raises(ValueError, match="loss needs params"):
+        with pytest.raises(ValueError, match="loss and labels need params"):
             vs.audit(readout(1.0), ROWS, loss=loss)
 
     def test_samples_that_become_alike(self):

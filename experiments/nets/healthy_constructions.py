@@ -150,6 +150,16 @@ class Policy(nn.Module):
         return nn.Dense(4, kernel_init=vs.orthogonal(0.01))(x), nn.Dense(1, kernel_init=vs.orthogonal(1.0))(x)
 
 
+class Detector(nn.Module):
+    """A head whose bias holds a prior of .01: RetinaNet's."""
+
+    @nn.compact
+    def __call__(self, x):
+        for _ in range(3):
+            x = nn.relu(nn.Conv(16, (3, 3), kernel_init=vs.he_normal())(x))
+        return nn.Conv(5, (3, 3), kernel_init=normal(0.01), bias_init=vs.prior_bias(0.01))(x)
+
+
 class Siren(nn.Module):
     @nn.compact
     def __call__(self, x):
@@ -244,6 +254,7 @@ HEALTHY = {
     "Gaussian policy": (GaussianPolicy(), ROWS),
     "flax's VAE": (Vae(), ROWS),
     "normalizing flow": (Flow(), ROWS),
+    "prior in the bias": (Detector(), PICTURES),
     "SIREN": (Siren(), jax.ShapeDtypeStruct((64, 2), jnp.float32)),
     "experts": (Experts(), TOKENS),
     "flax's CNN": (Cnn(), jax.ShapeDtypeStruct((2, 28, 28, 1), jnp.float32)),

@@ -16,6 +16,7 @@ from flax import nnx
 from varscale.auditing import maps, norms, settings, signal, streams
 from varscale.auditing.findings import Audit, Finding, ordered, silenced
 from varscale.auditing.leaves import check_finite, summary
+from varscale.auditing.losses import check_loss, check_prior, checked_labels, cross_entropy
 from varscale.auditing.parameters import check_laws, checked, of_weight
 from varscale.measuring.probe import probe
 from varscale.programs import faces
@@ -35,6 +36,7 @@ def audit(
     params: Any = None,
     fresh: bool = True,
     loss: Callable[[Any], Any] | None = None,
+    labels: Any = None,
     key: Any = None,
     ignore: Sequence[str] = (),
     scheme: Any = None,
@@ -54,6 +56,8 @@ def audit(
         params: parameters to audit.
         loss: a function of the model's output that returns a scalar, such as the cross-entropy against given labels: with
             `params` or `key` its value is compared with that of knowing nothing, and gradients are checked to be finite.
+        labels: class of each output: the cross-entropy at step 0 is compared with the entropy of their frequencies; the loss
+            is that cross-entropy where none is given. Negative ones do not count.
         fresh: whether `params` were just drawn; False for trained ones, of which laws and scales are no finding.
         key: a key to draw the parameters with, by the model's own init.
         ignore: codes ("VS104"), or codes with a glob over paths ("VS101:blocks/*/head"), to leave out.
@@ -76,9 +80,9 @@ def audit(
     if key is not None and params is None:
         params = drawn(model, key, x, method)
     if params is not None:
-        found += measured(model, x, params, report, fresh=fresh, loss=loss, method=method)
-    elif loss is not None:
-        raise ValueError("loss needs params, or a key to draw them with: without numbers it has no value")
+        found += measured(model, x, params, report, fresh=fresh, loss=loss, labels=labels, method=method)
+    elif loss is not None or labels is not None:
+        raise ValueError("loss and labels need params, or a key to draw them with: without numbers the loss has no value")
     sampled = sum(row.how == "sampled" for row in report.rows)
     notes = (f"{sampled} of {len(report.rows)} rows were drawn to be predicted.",) if sampled else ()
     kept, count = silenced(ordered(found), ignore)
@@ -108,7 +112,7 @@ def traced(model: Any, x: Any, given: Any, fresh: bool, scheme: Any, method: str
         found += signal.check_gradient(report, mend)
         found += maps.check_gains(linear, moves=bool(found))
         found += signal.check_stream(report, program_uses.additions, mend)
-        found += signal.check_rank(report)
+        found += signal.check_rank(report, maps.readouts(parameters))
         found += maps.check_fans(linear)
         found += maps.check_units(linear, report)
         found += norms.check_epsilon(whole.rows, program_uses.epsilons)
@@ -130,10 +134,22 @@ def traced(model: Any, x: Any, given: Any, fresh: bool, scheme: Any, method: str
 
 
 def measured(
-    model: Any, x: Any, params: Any, report: Report, *, fresh: bool = True, loss: Any = None, method: str | None = None
+    model: Any,
+    x: Any,
+    params: Any,
+    report: Report,
+    *,
+    fresh: bool = True,
+    loss: Any = None,
+    labels: Any = None,
+    method: str | None = None,
 ) -> list[Finding]:
     """The findings about the numbers of parameters and about one run of the model, beside what is predicted."""
-    return [*_numbers(params, report, fresh), *_run(model, params, x, report, fresh=fresh, loss=loss, method=method)]
+    if labels is not None:
+        labels = checked_labels(labels, report)
+        loss = cross_entropy(labels) if loss is None else loss
+    ran = _run(model, params, x, report, fresh=fresh, loss=loss, labels=labels, method=method)
+    return [*_numbers(params, report, fresh), *ran]
 
 
 def check_requirements(plan: Plan) -> Iterator[Finding]:
@@ -188,7 +204,9 @@ def _numbers(params: Any, report: Report, fresh: bool) -> list[Finding]:
     return [*checked(summaries), *check_laws(summaries, laws)]
 
 
-def _run(model: Any, params: Any, x: Any, report: Report, *, fresh: bool, loss: Any, method: str | None) -> Iterator[Finding]:
+def _run(
+    model: Any, params: Any, x: Any, report: Report, *, fresh: bool, loss: Any, labels: Any, method: str | None
+) -> Iterator[Finding]:
     """Findings about one run of the model: NaN, rows that the laws do not give, the loss.
 
     Described inputs of floating point are drawn from the standard normal law, as `predict` takes them; where whole numbers are
@@ -217,20 +235,17 @@ def _run(model: Any, params: Any, x: Any, report: Report, *, fresh: bool, loss: 
     if fresh:
         yield from signal.check_draw(measured, report)
     if loss is not None:
-        yield from _loss(whom, None if of_nnx else params, inputs, loss, report, method)
+        value = _loss(whom, None if of_nnx else params, inputs, loss, method)
+        yield from check_loss(value, report)
+        if labels is not None:
+            yield from check_prior(value, labels, report, uses(model, inputs, params=params, method=method).parameters)
 
 
-def _loss(model: Any, params: Any, x: faces.Inputs, loss: Any, report: Report, method: str | None) -> Iterator[Finding]:
-    """A loss at step 0 that is far above that of knowing nothing about as many classes as there are outputs."""
+def _loss(model: Any, params: Any, x: faces.Inputs, loss: Any, method: str | None) -> float:
+    """The loss at step 0."""
     program = faces.program(model, method=method)
     variables = program.parameters if params is None else params
-    value = float(jax.jit(lambda v: loss(program.apply(v, x)[0]))(variables))
-    classes = report.output.shape[-1] if report.output.shape else 1
-    if classes > 1 and value > 1.5 * math.log(classes) + 0.5:
-        told = f"the loss is {value:.4g} at step 0, where knowing nothing about {classes} classes gives ln {classes} = "
-        told += f"{math.log(classes):.3g}: the first steps only unlearn the logits' scale."
-        mend = "draw the readout smaller, or set its bias to the classes' frequencies: bias_init=vs.log_prior_bias(frequencies)"
-        yield Finding("VS120", "warning", "", told, value, mend)
+    return float(jax.jit(lambda v: loss(program.apply(v, x)[0]))(variables))
 
 
 def _arrays(x: Any) -> list[tuple[str, Any]]:

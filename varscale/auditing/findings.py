@@ -133,7 +133,7 @@ class Audit:
             painted = f"\x1b[{_CODES[style]}m{head}\x1b[0m" if color and style != "plain" else head
             lines += [painted, *("  " + line for line in wrapped(finding.message, width - 2).splitlines())]
             if finding.mend:
-                lines += ["  -> " + line.strip() for line in finding.mend.splitlines()]
+                lines += ["  -> " + line.strip() for line in wrapped(finding.mend, width - 5).splitlines()]
         lines += [wrapped(note, width) for note in self.notes]
         return "\n".join([*lines, f"Found {self.counts()}."])
 

@@ -63,6 +63,11 @@ def maps(parameters: Sequence[ParameterUses], weights: Mapping[str, Weight]) -> 
     return found
 
 
+def readouts(parameters: Sequence[ParameterUses]) -> set[str]:
+    """The modules whose kernels make the model's outputs."""
+    return {p.path.rpartition("/")[0] for p in parameters if any(use.role == "readout" for use in p.uses)}
+
+
 @dataclasses.dataclass(frozen=True)
 class Mend:
     """What mends a finding.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 import jax.numpy as jnp
 import numpy as np
@@ -59,23 +59,23 @@ def signal(row: Row) -> float | None:
 
 
 def gradient(row: Row) -> float | None:
-    """The mean square norm of the gradient at a sample's row, where its bound says anything.
+    """The squared norm of the gradient at a row, where its bound says anything.
 
     A map whose fan-in and Var[w] are reciprocal keeps this norm whatever its fan-out. Of a norm's output it is no measure:
     that is in units of its own.
     """
     if row.gradient is None or "Norm" in row.kind or (row.gradient_error_bound is not None and row.gradient_error_bound > 1):
         return None
-    return row.gradient * math.prod(row.shape[1:])
+    return row.gradient * math.prod(row.shape)
 
 
 def trends(rows: Sequence[Row], statistic: Callable[[Row], float | None]) -> list[Trend]:
-    """The trends over layers that have one name but for their numbers: "layers_*", "block*/mlp", "blocks/*"."""
-    groups: dict[tuple[str, str], list[tuple[Row, float]]] = {}
+    """The trends over layers that have one name but for their numbers, and equally many axes: "layers_*", "blocks/*"."""
+    groups: dict[tuple[str, str, int], list[tuple[Row, float]]] = {}
     for row in rows:
         value = statistic(row)
         if value is not None and 0 < value < math.inf and row.error_bound <= 1 and re.search(r"\d", row.path):
-            groups.setdefault((re.sub(r"\d+", "*", row.path), row.kind), []).append((row, value))
+            groups.setdefault((re.sub(r"\d+", "*", row.path), row.kind, len(row.shape)), []).append((row, value))
     found = [Trend(*map(tuple, zip(*members, strict=True))) for members in groups.values() if len(members) >= _FEWEST]
     return [trend for trend in found if trend.steady]
 
@@ -101,8 +101,8 @@ def check_gradient(report: Report, mend: Mend) -> Iterator[Finding]:
         return
     ratio = worst.values[0] / worst.values[-1]
     first, last = worst.rows[0].path, worst.rows[-1].path
-    less = "less" if ratio < 1 else "more"
-    told = f"the gradient at {first} has {max(ratio, 1 / ratio):.2g} times {less} mean square than at {last} (a factor of "
+    less = "smaller" if ratio < 1 else "larger"
+    told = f"the gradient at {first} has a squared norm {max(ratio, 1 / ratio):.2g} times {less} than at {last} (a factor of "
     told += f"{1 / worst.factor:.3g} a layer backward): by gradient descent the first layers learn "
     told += f"{math.sqrt(max(ratio, 1 / ratio)):.2g} times {'slower' if ratio < 1 else 'faster'} than the last."
     yield Finding("VS102", level, first, told, ratio, mend.line, mend.scheme)
@@ -121,10 +121,16 @@ def check_stream(report: Report, additions: int, mend: Mend) -> Iterator[Finding
     yield Finding("VS107", "info", worst.rows[-1].path, told, worst.total, mend.line, mend.scheme)
 
 
-def check_rank(report: Report) -> Iterator[Finding]:
-    """Samples, or positions of one sample, that the depth makes alike: what follows cannot tell them apart."""
+def check_rank(report: Report, readouts: Collection[str]) -> Iterator[Finding]:
+    """Samples, or positions of one sample, that the depth makes alike: what follows cannot tell them apart.
+
+    Args:
+        report: the predicted rows.
+        readouts: the modules that make the outputs; small logits beside a bias are alike, and do no harm.
+    """
     for name, statistic in (("samples", "sample_correlation"), ("positions of a sample", "position_correlation")):
-        rows = [(row, value) for row in report.rows if (value := getattr(row, statistic)) is not None and row.error_bound < 0.5]
+        inner = [row for row in report.rows if row.path and row.path[0] != "[" and row.path not in readouts]
+        rows = [(row, value) for row in inner if (value := getattr(row, statistic)) is not None and row.error_bound < 0.5]
         # A branch that averages may well make positions alike; the net has lost them where no later row tells them apart.
         lost = [i for i, (_, value) in enumerate(rows) if value > _ALIKE and min(later for _, later in rows[i:]) > _LOST]
         if not lost or rows[0][1] > 0.5:

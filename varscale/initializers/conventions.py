@@ -148,6 +148,9 @@ def log_prior_bias(prior: float | Sequence[float], dtype: DTypeLike | None = Non
     return constant(tuple(math.log(p) for p in classes), dtype)
 
 
+prior_bias = log_prior_bias
+
+
 def siren(
     omega: float = 30.0, in_axis: Axes = -2, out_axis: Axes = -1, batch_axis: Axes = (), dtype: DTypeLike | None = None
 ) -> VarianceScaling:
