@@ -77,6 +77,14 @@ def test_uses_predict_and_gain(folder, capsys):
     assert (status, "1.5925374197" in out, "2.8284271247" in out) == (0, True, True)
 
 
+def test_on_a_terminal_tables_are_shown_too(folder, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    status, out, _ = run(capsys, "uses", "some_models:Small", "-i", "f32[8,16]")
+    assert (status, "ParameterUses" in out, "layer/kernel  input" in out) == (0, False, True)
+    cli._show(vs.audit(cli.resolved("some_models:Deep"), jax.ShapeDtypeStruct((8, 32), "float32")), as_json=False)
+    assert "\x1b[31mVS101" in capsys.readouterr().out
+
+
 def test_audit_parameters(folder, capsys):
     vs.transfer.save("x.safetensors", {"a": {"kernel": jnp.full((4, 4), 0.5)}})
     status, out, _ = run(capsys, "audit-parameters", "x.safetensors")

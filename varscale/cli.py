@@ -1,4 +1,4 @@
-"""The command `varscale`: audit, predict, probe and uses of a model in a file, parameters of a checkpoint, gains."""
+"""The command `varscale`: audit, predict and probe a model from a shell."""
 
 from __future__ import annotations
 
@@ -20,14 +20,19 @@ import rich.console
 import tyro
 from flax import linen as nn
 from flax import nnx
+from rich import progress
 
 import varscale as vs
-from varscale.auditing.findings import read_baseline, since
+from varscale.auditing.findings import Audit, read_baseline, since
 
 CLEAN, FOUND, WRONG_USE = 0, 1, 2
 _SLOW = 2.0  # seconds after which the terminal shows that something is going on
 _DTYPES = {"f": "float", "bf": "bfloat", "i": "int", "u": "uint", "c": "complex"}
 _SPEC = re.compile(r"(?P<kind>bf|f|i|u|c|bool)(?P<bits>\d*)\[(?P<shape>[\d,\s]*)\](?::(?P<low>-?\d+)\.\.(?P<high>-?\d+))?")
+
+
+_File = Annotated[str | None, tyro.conf.arg(metavar="FILE")]
+_Codes = Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="CODE[:GLOB]")]
 
 
 class UsageError(Exception):
@@ -46,10 +51,10 @@ class _Model:
         json: print JSON.
     """
 
-    target: tyro.conf.Positional[str]
-    input: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(aliases=["-i"])] = ()
-    keyword: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
-    method: str | None = None
+    target: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODULE:NAME")]
+    input: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(aliases=["-i"], metavar="DTYPE[SHAPE]")] = ()
+    keyword: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="NAME=VALUE")] = ()
+    method: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
     json: bool = False
 
     def model(self) -> Any:
@@ -63,7 +68,7 @@ class _Model:
 
 @dataclasses.dataclass(frozen=True)
 class AuditCommand(_Model):
-    """Say what is wrong with the initialization of a model, and the line that mends it.
+    """Say what is wrong with a model's initialization, and the line that mends it.
 
     Attributes:
         key: seed of a key: draw the parameters and audit their numbers too.
@@ -73,20 +78,22 @@ class AuditCommand(_Model):
         plot: file to draw the picture into.
     """
 
-    key: int | None = None
-    ignore: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
-    baseline: str | None = None
+    key: Annotated[int | None, tyro.conf.arg(metavar="SEED")] = None
+    ignore: _Codes = ()
+    baseline: _File = None
     fail_on: Literal["error", "warning", "info"] = "error"
-    plot: str | None = None
+    plot: _File = None
 
-    def run(self) -> int:
+    def result(self) -> Audit:
+        known = None if self.baseline is None else read_baseline(self.baseline)
         key = None if self.key is None else jax.random.key(self.key)
         found = vs.audit(self.model(), self.inputs(), key=key, ignore=self.ignore, method=self.method)
-        if self.baseline is not None:
-            found = since(found, read_baseline(self.baseline))
-        _show(found, self.json)
-        _draw(found, self.plot)
-        return FOUND if found.at_least(self.fail_on) else CLEAN
+        return found if known is None else since(found, known)
+
+    def show(self, result: Audit) -> int:
+        _show(result, self.json)
+        _draw(result, self.plot)
+        return FOUND if result.at_least(self.fail_on) else CLEAN
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,12 +104,14 @@ class PredictCommand(_Model):
         plot: file to draw the picture into.
     """
 
-    plot: str | None = None
+    plot: _File = None
 
-    def run(self) -> int:
-        report = vs.predict(self.model(), self.inputs(), method=self.method)
-        _show(report, self.json)
-        _draw(report, self.plot)
+    def result(self) -> vs.Report:
+        return vs.predict(self.model(), self.inputs(), method=self.method)
+
+    def show(self, result: vs.Report) -> int:
+        _show(result, self.json)
+        _draw(result, self.plot)
         return CLEAN
 
 
@@ -116,22 +125,24 @@ class ProbeCommand(_Model):
         plot: file to draw the picture into.
     """
 
-    key: int = 0
+    key: Annotated[int, tyro.conf.arg(metavar="SEED")] = 0
     gradients: bool = False
-    plot: str | None = None
+    plot: _File = None
 
-    def run(self) -> int:
+    def result(self) -> vs.Report:
         model, key = self.model(), jax.random.key(self.key)
         for_params, for_inputs = jax.random.split(key)
         x = self.inputs(for_inputs)
         loss = "random" if self.gradients else None
         if isinstance(model, nn.Module):
-            report = vs.probe(model, vs.initialize(model, for_params, x, method=self.method), x, loss=loss, method=self.method)
-        else:
-            net = model if isinstance(model, nnx.Module) else vs.initialize(model, for_params)
-            report = vs.probe(net, None, x, loss=loss, method=self.method)
-        _show(report, self.json)
-        _draw(report, self.plot)
+            params = vs.initialize(model, for_params, x, method=self.method)
+            return vs.probe(model, params, x, loss=loss, method=self.method)
+        net = model if isinstance(model, nnx.Module) else vs.initialize(model, for_params)
+        return vs.probe(net, None, x, loss=loss, method=self.method)
+
+    def show(self, result: vs.Report) -> int:
+        _show(result, self.json)
+        _draw(result, self.plot)
         return CLEAN
 
 
@@ -139,8 +150,11 @@ class ProbeCommand(_Model):
 class UsesCommand(_Model):
     """Say what the program does with each parameter: role, fans of use, residual branches."""
 
-    def run(self) -> int:
-        _show(vs.uses(self.model(), self.inputs(), method=self.method), self.json)
+    def result(self) -> vs.Uses:
+        return vs.uses(self.model(), self.inputs(), method=self.method)
+
+    def show(self, result: vs.Uses) -> int:
+        _show(result, self.json)
         return CLEAN
 
 
@@ -151,19 +165,25 @@ class AuditParametersCommand:
     Attributes:
         file: what `vs.transfer.load` reads.
         ignore: a code, or a code with a glob, to leave out; once for each.
+        baseline: JSON of an older audit, whose findings pass.
         fail_on: exit with status 1 on findings of this level or worse.
         json: print JSON.
     """
 
-    file: tyro.conf.Positional[str]
-    ignore: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    file: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="FILE")]
+    ignore: _Codes = ()
+    baseline: _File = None
     fail_on: Literal["error", "warning", "info"] = "error"
     json: bool = False
 
-    def run(self) -> int:
+    def result(self) -> Audit:
+        known = None if self.baseline is None else read_baseline(self.baseline)
         found = vs.audit_parameters(self.file, ignore=self.ignore)
-        _show(found, self.json)
-        return FOUND if found.at_least(self.fail_on) else CLEAN
+        return found if known is None else since(found, known)
+
+    def show(self, result: Audit) -> int:
+        _show(result, self.json)
+        return FOUND if result.at_least(self.fail_on) else CLEAN
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,9 +194,9 @@ class GainCommand:
         activation: names of jax.nn or jax.numpy, or module:function.
     """
 
-    activation: tyro.conf.Positional[tuple[str, ...]]
+    activation: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="NAME")]
 
-    def run(self) -> int:
+    def result(self) -> str:
         if not self.activation:
             raise UsageError("activation is missing: give names such as gelu, tanh or package.module:function")
         criteria = ("second_moment", "variance", "derivative")
@@ -184,7 +204,10 @@ class GainCommand:
         for name in self.activation:
             f = _activation(name)
             lines.append(f"{name:24s}" + "".join(f"{vs.gain(f, criterion):16.10f}" for criterion in criteria))
-        print("\n".join(lines))
+        return "\n".join(lines)
+
+    def show(self, result: str) -> int:
+        print(result)
         return CLEAN
 
 
@@ -202,8 +225,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command; exits with 0 (clean), 1 (findings) or 2 (wrong use, or a model that cannot be read)."""
     command: Any = tyro.cli(Command, prog="varscale", args=arguments, description=__doc__)  # pyright: ignore[reportArgumentType]
     try:
-        with _patience():
-            status = command.run()
+        with _patience(" ".join(sys.argv[1:3] if arguments is None else arguments[:2])):
+            result = command.result()
+        status = command.show(result)
     except (UsageError, ValueError, TypeError, KeyError, ImportError, AttributeError, OSError) as error:
         told = str(error).strip().splitlines() or [type(error).__name__]
         print(f"varscale: error: {told[0]}", file=sys.stderr)
@@ -303,9 +327,10 @@ def _show(result: Any, as_json: bool) -> None:
     """The result on the terminal: coloured there, plain in a pipe."""
     if as_json:
         print(result.to_json())
+    elif sys.stdout.isatty() and hasattr(result, "__rich__"):
+        rich.console.Console(highlight=False, soft_wrap=True).print(result, markup=False)
     else:
-        console = rich.console.Console(highlight=False, soft_wrap=True)
-        console.print(result if sys.stdout.isatty() else result.table(), markup=False)
+        print(result.table())
 
 
 def _draw(result: Any, file: str | None) -> None:
@@ -314,17 +339,19 @@ def _draw(result: Any, file: str | None) -> None:
 
 
 @contextlib.contextmanager
-def _patience() -> Iterator[None]:
-    """Show on a terminal that something goes on, once it has taken two seconds."""
+def _patience(what: str) -> Iterator[None]:
+    """Show on a terminal that something goes on, and for how long, once it has taken two seconds."""
     console = rich.console.Console(stderr=True)
     if not console.is_terminal:
         yield
         return
-    status = console.status("working")
-    timer = threading.Timer(_SLOW, status.start)
+    columns = (progress.TextColumn("{task.description}"), progress.BarColumn(), progress.TimeElapsedColumn())
+    bar = progress.Progress(*columns, console=console, transient=True)
+    bar.add_task(what, total=None)
+    timer = threading.Timer(_SLOW, bar.start)
     timer.start()
     try:
         yield
     finally:
         timer.cancel()
-        status.stop()
+        bar.stop()

@@ -168,7 +168,7 @@ class Audit:
         paths = [row.path for row in self.report.rows]
         for axes in figure.axes[:1]:
             for finding in self.at_least("warning"):
-                at = next((i for i, path in enumerate(paths) if path and finding.path.startswith(path)), None)
+                at = next((i for i, path in enumerate(paths) if path and f"{finding.path}/".startswith(f"{path}/")), None)
                 if at is not None:
                     axes.axvline(at, color="tab:red" if finding.level == "error" else "tab:orange", lw=0.8, ls=":")
                     axes.annotate(finding.code, (at, 1), xycoords=("data", "axes fraction"), rotation=90, va="top", fontsize=7)
