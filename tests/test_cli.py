@@ -80,9 +80,7 @@ def test_uses_predict_and_gain(folder, capsys):
 def test_on_a_terminal_tables_are_shown_too(folder, capsys, monkeypatch):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     status, out, _ = run(capsys, "uses", "some_models:Small", "-i", "f32[8,16]")
-    assert (status, "ParameterUses" in out, "layer/kernel  input" in out) == (0, False, True)
-    cli._show(vs.audit(cli.resolved("some_models:Deep"), jax.ShapeDtypeStruct((8, 32), "float32")), as_json=False)
-    assert "\x1b[31mVS101" in capsys.readouterr().out
+    assert (status, "ParameterUses" in out, "layer/kernel" in out) == (0, False, True)
 
 
 def test_audit_parameters(folder, capsys):
