@@ -1,11 +1,15 @@
-"""Slices and concatenations: nodes that rearrange positions of one axis."""
+"""Nodes that are linear along one axis: slices, concatenations, and any other sparse map of it."""
 
 from __future__ import annotations
+
+import hashlib
 
 import numpy as np
 
 from varscale.theory.domain.axes import Axis, pair_map
+from varscale.theory.domain.axis_maps import AxisMap
 from varscale.theory.graph.nodes import Constant, Node, View
+from varscale.theory.graph.store import Fact
 
 
 class Take(Node):
@@ -51,3 +55,34 @@ class Concat(Node):
             out.append((view, (*self.axes[:k], axis, *self.axes[k + 1 :]), shares / whole.counts[:, None]))
             start += n
         return out
+
+
+_MAPS: Fact[str, AxisMap] = Fact()  # by a digest of what is in them
+
+
+class AxisMapped(Node):
+    """y_p = Σ_i A_pi x_i along one axis; `params` is (axis, digest of the map)."""
+
+    @property
+    def axis_map(self) -> AxisMap:
+        """A."""
+        return _MAPS.of(self.graph)[self.params[1]]
+
+    def prepare(self) -> None:
+        x = self.args[0].node
+        self.odd, self.positive = x.odd, x.positive and bool(np.all(self.axis_map.weights >= 0))
+
+
+def mapped(node: Node, k: int, axis_map: AxisMap) -> AxisMapped:
+    """A map of axis k of a node.
+
+    Args:
+        node: x.
+        k: which of its axes the map is of, `axis_map.inner`.
+        axis_map: A; its `out` is the axis of y, of size 2 or more.
+    """
+    entries = [np.ascontiguousarray(x) for x in (axis_map.rows, axis_map.columns, axis_map.weights)]
+    digest = hashlib.sha1(b"".join(x.tobytes() for x in entries)).hexdigest()
+    _MAPS.put(node.graph, digest, axis_map)
+    axes = (*node.axes[:k], axis_map.out, *node.axes[k + 1 :])
+    return node.graph.make(AxisMapped, axes, [View(node, tuple(range(len(axes))))], (k, digest))

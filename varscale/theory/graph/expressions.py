@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 
 import numpy as np
 
@@ -94,21 +94,6 @@ def swapped(second: np.ndarray, axes: Sequence[Axis]) -> np.ndarray:
         if axis.classes > 1 and second.shape[k] > 1:
             second = np.take(second, axis.swap, axis=k)
     return second
-
-
-def sums_below(root: Node, done: Callable[[Node], bool]) -> list[Node]:
-    """The sums that a sum is made of, those that they are made of, and so on as far as they are not done, the innermost first.
-
-    A stream is a sum of a sum of a sum, as deep as its model, and Python's stack is not.
-    """
-    found: dict[int, Node] = {}
-    waiting = [root] if isinstance(root, Sum) else []
-    while waiting:
-        inner = {view.node.id: view.node for view in waiting.pop().args if isinstance(view.node, Sum)}
-        new = [node for i, node in inner.items() if i not in found and not done(node)]
-        found |= {node.id: node for node in new}
-        waiting += new
-    return [found[i] for i in sorted(found)]
 
 
 def roots_of(*views: View) -> list[View]:

@@ -17,10 +17,9 @@ import numpy as np
 
 from varscale.theory.domain.axes import Axis
 from varscale.theory.domain.tables import Table, constant, estimate, independent, lift
-from varscale.theory.graph.store import BackwardNotes, Fact
+from varscale.theory.graph.store import BackwardNotes, Fact, evaluated
 
 Pullback = Callable[[np.ndarray], np.ndarray]
-_STRIDE = 16  # nodes, each of which may take a dozen calls
 HOWS = ("exact", "quadrature", "sampled", "assumed")
 _IN_ORDER = tuple(range(64))
 UNKNOWN = 9.0  # by convention, the doubt of what may be many times as large
@@ -88,6 +87,7 @@ class Node(Marked):
         gradient_doubt: relative error that its pullback may add.
         drawn: its values on the normal grid, where it was drawn and is not to be taken for Gaussian.
         origin: the equation that was being interpreted when it was made; None of what belongs to none.
+        depth: nodes on the longest way to it from a leaf or known numbers.
     """
 
     how: ClassVar[str] = "exact"
@@ -110,6 +110,7 @@ class Node(Marked):
         self.odd = 0
         self.positive = False
         self.local = any(view.node.local for view in args)
+        self.depth = 1 + max((view.node.depth for view in args), default=0)
         self._table: Table | None = None
         self.prepare()
 
@@ -139,10 +140,13 @@ class Node(Marked):
     @property
     def table(self) -> Table:
         """Its moments, worked out when they are first asked for."""
+        if self._table is None and not self.graph.nested:
+            for node in unknown_below(self):
+                evaluated(self.graph, node._computed)
+        return evaluated(self.graph, self._computed) if self._table is None else self._table
+
+    def _computed(self) -> Table:
         if self._table is None:
-            if not self.graph.computing:
-                for node in far_below(self, lambda n: n._table is not None):
-                    _ = node.table
             self.graph.computing.append(self)
             try:
                 self._table = second_moments(self)
@@ -204,18 +208,18 @@ def part_of(node: Node, k: int, start: int, stop: int) -> Node | None:
     return None
 
 
-def far_below(node: Node, done: Callable[[Node], bool]) -> list[Node]:
-    """What a node is made from, every so many steps, from the bottom up, as far as it is not done.
-
-    All is asked for from the top down, and Python's stack is not deep enough for a thousand layers.
-    """
-    chain: list[Node] = []
-    while node.args:
-        node = max((view.node for view in node.args), key=lambda n: n.id)
-        if done(node):
-            break
-        chain.append(node)
-    return chain[::-1][::_STRIDE] if len(chain) > _STRIDE else []
+def unknown_below(node: Node) -> list[Node]:
+    """What a node's moments are made from, as far as it is not known, each after what it is made from itself."""
+    found, waiting = {node.id: node}, [node]
+    while waiting:
+        below = waiting.pop()
+        while below.entrywise and not below.is_centred and len(below.args) == 1:
+            below = below.args[0].node
+        for source, _ in below.args:
+            if source._table is None and source.id not in found:
+                found[source.id] = source
+                waiting.append(source)
+    return [found[i] for i in sorted(found)]
 
 
 N = TypeVar("N", bound=Node)
@@ -236,6 +240,7 @@ class Graph:
         self.leaves = 0
         self.symmetric = self.inputs = 0
         self.computing: list[Marked] = []
+        self.nested = 0
         self.pairs: dict[Hashable, Any] = {}
         self.store: dict[Any, dict[Any, Any]] = {}
         self.derived: dict[int, list[tuple[Node, Pullback, float]]] = {}

@@ -18,9 +18,59 @@ V = TypeVar("V")
 
 
 class HasStore(Protocol):
-    """A graph, as far as facts are concerned."""
+    """A graph, as far as facts are concerned.
+
+    Attributes:
+        store: what is known.
+        nested: how many evaluations are nested in one another on Python's stack.
+    """
 
     store: dict[Any, dict[Any, Any]]
+    nested: int
+
+
+_NESTED = 24  # evaluations on Python's stack, beyond which they wait on an explicit one
+
+
+class _Postponed(BaseException):
+    """What is being worked out has to wait until something else is known."""
+
+    def __init__(self, first: Callable[[], Any]):
+        self.first = first
+
+
+def evaluated(graph: HasStore, work: Callable[[], V]) -> V:
+    """The result of `work`, which may ask for others in the same way, as many in one another as there are layers.
+
+    Those nested a few deep just run. A deeper one is put off: what asked for it is given up, the one put off is worked out
+    from an explicit stack, and then what asked for it starts anew, and finds it known.
+
+    Args:
+        graph: where it will be known.
+        work: works it out and makes it known; it may be started several times, and so must be a function of what is known.
+    """
+    if graph.nested >= _NESTED:
+        raise _Postponed(work)
+    if graph.nested:
+        graph.nested += 1
+        try:
+            return work()
+        finally:
+            graph.nested -= 1
+    waiting: list[Callable[[], Any]] = [work]
+    graph.nested = 1
+    try:
+        while True:
+            try:
+                result = waiting[-1]()
+            except _Postponed as postponed:
+                waiting.append(postponed.first)
+                continue
+            waiting.pop()
+            if not waiting:
+                return result
+    finally:
+        graph.nested = 0
 
 
 class Fact(Generic[K, V]):
@@ -28,7 +78,7 @@ class Fact(Generic[K, V]):
 
     >>> class Graph:
     ...     def __init__(self):
-    ...         self.store = {}
+    ...         self.store, self.nested = {}, 0
     >>> SIZES, graph = Fact(), Graph()
     >>> SIZES.once(graph, "a", lambda: 3), SIZES.get(graph, "a"), SIZES.get(graph, "b")
     (3, 3, None)
@@ -64,13 +114,13 @@ class OncePerNode(Generic[V]):
 
     def __call__(self, node: Any, *args: Hashable) -> V:
         known, key = self.fact.of(node.graph), (node.id, *args)
-        if key not in known:
-            known[key] = self.work(node, *args)
-        return known[key]
 
-    def knows(self, node: Any, *args: Hashable) -> bool:
-        """Whether it has been worked out."""
-        return (node.id, *args) in self.fact.of(node.graph)
+        def work() -> V:
+            if key not in known:
+                known[key] = self.work(node, *args)
+            return known[key]
+
+        return known[key] if key in known else evaluated(node.graph, work)
 
 
 def once_per_node(work: Callable[..., V]) -> OncePerNode[V]:

@@ -1,6 +1,7 @@
 """Every module that registers rules, or laws of kinds of nodes: imported for that, and read by nobody."""
 
 from varscale.theory.propagation import (  # noqa: F401
+    axis_mapped,
     conditional_samples,
     cross_means,
     cross_reshaped,
@@ -19,6 +20,7 @@ from varscale.theory.rules import (  # noqa: F401
     concatenation,
     control,
     convolution,
+    cumulative,
     elementwise,
     linear,
     log_sum_exp,

@@ -19,7 +19,7 @@ from varscale.theory.graph.nodes import Node
 from varscale.theory.interpreter.interpreter import Interpreter
 from varscale.theory.interpreter.uses import weights
 from varscale.theory.propagation.cotangents import cotangents
-from varscale.theory.propagation.error_bounds import provenance, settle
+from varscale.theory.propagation.error_bounds import provenance
 from varscale.theory.propagation.fluctuations import fluctuations
 from varscale.theory.rules.complex import modulus
 from varscale.theory.rules.registry import Complex
@@ -46,9 +46,6 @@ def summarize(
     values = {path: x for path, _, x in found if isinstance(x, Value) and math.prod(x.shape) > 0}
     for x in values.values():
         _ = x.node.table
-    for x in values.values():
-        if _is_bounded(x):
-            settle(x.node)
     gradients = _gradients(values) if backward else {}
     rows = tuple(_row(path, kinds[path], x, gradients.get(x.node.id)) for path, x in values.items())
     return Report(rows, weights(interpreter, parameters))

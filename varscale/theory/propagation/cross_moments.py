@@ -13,9 +13,7 @@ from varscale.theory.graph.expressions import IDENTITIES, Apply, Mean, Sum, root
 from varscale.theory.graph.known_arrays import known_cross
 from varscale.theory.graph.nodes import Array, Constant, Graph, Marked, Node, View, cross_by_kind, number
 from varscale.theory.graph.reshapes import Permute
-from varscale.theory.graph.store import Fact
-
-_DEEPEST = 40  # cross-moments nested in one another
+from varscale.theory.graph.store import Fact, evaluated
 
 
 class Pair(Marked):
@@ -58,17 +56,19 @@ def pair(a: View, b: View, frame: Sequence[Axis]) -> Pair:
         return _over_more(a, b, frame, read)
     key = ("cross", na.id, a.bind, nb.id, b.bind, tuple(frame))
     graph = na.graph
-    if key not in graph.pairs:
-        if sum(isinstance(marked, Pair) for marked in graph.computing) > _DEEPEST:
-            return Pair(mean_product(a, b, frame), "assumed", largest_correlation(a, b))
-        found = Pair(np.zeros(()))
-        graph.computing.append(found)
-        try:
-            found.moment = _expand(a, b, tuple(frame))
-        finally:
-            graph.computing.pop()
-        graph.pairs[key] = found
-    return graph.pairs[key]
+
+    def work() -> Pair:
+        if key not in graph.pairs:
+            found = Pair(np.zeros(()))
+            graph.computing.append(found)
+            try:
+                found.moment = _expand(a, b, tuple(frame))
+            finally:
+                graph.computing.pop()
+            graph.pairs[key] = found
+        return graph.pairs[key]
+
+    return graph.pairs[key] if key in graph.pairs else evaluated(graph, work)
 
 
 def _over_more(a: View, b: View, frame: Sequence[Axis], read: Sequence[int]) -> Pair:
@@ -170,8 +170,8 @@ def _expand(a: View, b: View, frame: tuple[Axis, ...]) -> np.ndarray:
 
 
 def _later_first(a: View, b: View) -> list[tuple[View, View, bool]]:
-    """Both orders of two views, and whether they are turned; the later node first."""
-    return sorted(((a, b, False), (b, a, True)), key=lambda t: -t[0].node.id)
+    """Both orders of two views, and whether they are turned; first the node that is further from the leaves."""
+    return sorted(((a, b, False), (b, a, True)), key=lambda t: (-t[0].node.depth, -t[0].node.id))
 
 
 strategy("known numbers")(known_cross)
@@ -207,7 +207,7 @@ def _affine(a: View, b: View, frame: tuple[Axis, ...]) -> np.ndarray | None:
 def _terms(a: View, b: View, frame: tuple[Axis, ...]) -> np.ndarray | None:
     """The later node is the one to open, but a sum is not, against an elementwise function of it or of what is made of it."""
     for x, y, turn in _later_first(a, b):
-        read = isinstance(y.node, Apply) and any(root.node.id >= x.node.id for root in roots(y.node))
+        read = isinstance(y.node, Apply) and any(root.node.depth >= x.node.depth for root in roots(y.node))
         if isinstance(x.node, Sum) and not read:
             out = _of_terms(x, y, frame)
             return swapped(out, frame) if turn else out

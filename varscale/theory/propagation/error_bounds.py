@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 
 from varscale.theory.graph.expressions import Apply, Sum
-from varscale.theory.graph.nodes import HOWS, UNKNOWN, Array, Constant, Leaf, Node, far_below
+from varscale.theory.graph.nodes import HOWS, UNKNOWN, Array, Constant, Leaf, Node
 from varscale.theory.graph.store import once_per_node
 from varscale.theory.propagation.cross_moments import mean_of_product
 from varscale.theory.propagation.fluctuations import fluctuations
@@ -34,12 +34,6 @@ def provenance(node: Node) -> tuple[str, float]:
     if doubt > _NO_BOUND:
         doubt = math.inf
     return how, _BASE + doubt + spread.bend + _SCATTER * spread.variance * (1 + spread.variance)
-
-
-def settle(node: Node) -> None:
-    """Find all this out from the bottom up, for nets of any depth, once moments are known."""
-    for below in [*far_below(node, _steps.knows), node]:
-        provenance(below)
 
 
 def doubt_of(node: Node) -> float:

@@ -21,7 +21,7 @@ from scipy import special
 
 from varscale.theory.domain.axes import Axis, apply_axis, class_shares
 from varscale.theory.domain.tables import Table, by_type
-from varscale.theory.graph.expressions import Apply, Mean, Sum, form, roots, roots_of, sums_below
+from varscale.theory.graph.expressions import Apply, Mean, Sum, form, roots, roots_of
 from varscale.theory.graph.factors import factors
 from varscale.theory.graph.nodes import Array, Constant, Leaf, Node, View
 from varscale.theory.graph.reshapes import Rearranged
@@ -49,9 +49,7 @@ class Marginal:
     @functools.cached_property
     def quantiles(self) -> np.ndarray | None:
         """Values on the normal grid where it is not Gaussian, (classes..., points)."""
-        for node in sums_below(self.root, lambda n: "quantiles" in vars(marginal(n))):
-            _ = marginal(node).quantiles
-        return quantiles(self.root, self.root.table, self.deviation)
+        return quantiles(self.root)
 
     @property
     def gaussian(self) -> bool:
@@ -95,8 +93,10 @@ def quantiles_of_kind(root: Node, table: Table, deviation: np.ndarray) -> np.nda
     return None
 
 
-def quantiles(root: Node, table: Table, deviation: np.ndarray) -> np.ndarray | None:
+@once_per_node
+def quantiles(root: Node) -> np.ndarray | None:
     """Values of a root that is not Gaussian on the normal grid, (classes..., points); None where it is."""
+    table, deviation = root.table, marginal(root).deviation
     if isinstance(root, Leaf):
         return None if root.transport is None else np.broadcast_to(root.transport, (*table.mean.shape, POINTS))
     if root.drawn is not None:
@@ -106,7 +106,7 @@ def quantiles(root: Node, table: Table, deviation: np.ndarray) -> np.ndarray | N
     if root.moves:
         source = root.args[0].node  # other places, the same law
         if all(a.classes == 1 for a in source.axes) and isinstance(source, Leaf | Array | Rearranged):
-            inner = quantiles(source, source.table, marginal(source).deviation)
+            inner = quantiles(source)
             return None if inner is None else np.broadcast_to(inner.reshape(-1, POINTS)[0], (*table.mean.shape, POINTS))
     shape = quantiles_of_kind(root, table, deviation)
     if shape is not None:
@@ -185,20 +185,24 @@ def _place(values: np.ndarray, bind: Sequence[int], rank: int) -> np.ndarray:
 
 def evaluate(view: View, frame: Sequence[Axis], env: Environment) -> np.ndarray:
     """A tree's values where `env` gives its roots'; roots not in `env` take their own grid. (classes or 1..., points or 1)."""
-    if view in env:
-        return env[view]
-    node, bind = view
-    if isinstance(node, Constant):
-        return np.full((1,) * (len(frame) + 1), node.params)
-    if not isinstance(node, Apply):
-        env[view] = grid(view, frame)
-        return env[view]
-    name, extra = node.params
-    xs = [evaluate(child.within(bind), frame, env) for child in node.args]
-    with np.errstate(all="ignore"):
-        out = function(name, extra)(*xs)
-    env[view] = out
-    return out
+    waiting = [view]
+    while waiting:
+        last = waiting[-1]
+        node, bind = last
+        args = [child.within(bind) for child in node.args] if isinstance(node, Apply) and last not in env else []
+        if missing := [x for x in args if x not in env]:
+            waiting += missing
+            continue
+        waiting.pop()
+        if last in env:
+            continue
+        if isinstance(node, Apply):
+            with np.errstate(all="ignore"):
+                env[last] = function(*node.params)(*(env[x] for x in args))
+        else:
+            constant = isinstance(node, Constant)
+            env[last] = np.full((1,) * (len(frame) + 1), node.params) if constant else grid(last, frame)
+    return env[view]
 
 
 def at_means(held: Iterable[View], frame: Sequence[Axis]) -> Environment:

@@ -14,8 +14,8 @@ from varscale.theory.domain.axes import Axis
 from varscale.theory.domain.random_arrays import Positions, gaussian
 from varscale.theory.graph.expressions import Apply, Mean, Sum, roots_of
 from varscale.theory.graph.known_arrays import is_given, numbers
-from varscale.theory.graph.nodes import Array, Constant, Leaf, Node, View, far_below, known_samples
-from varscale.theory.graph.store import Fact
+from varscale.theory.graph.nodes import Array, Constant, Leaf, Node, View, known_samples
+from varscale.theory.graph.store import Fact, evaluated
 from varscale.theory.integrals.hermite_series import Z
 from varscale.theory.propagation.cross_moments import cross, mean_product
 from varscale.theory.propagation.marginals import evaluate, marginal
@@ -41,10 +41,12 @@ def _anywhere(known: Fact[int, bool], true_of: Callable[[Node], bool], node: Nod
     """Whether this is true of a node or of anything that it was made from, however far below."""
 
     def found(node: Node) -> bool:
-        return known.once(node.graph, node.id, lambda: true_of(node) or any(found(view.node) for view in node.args))
+        def work() -> bool:
+            return known.once(node.graph, node.id, lambda: true_of(node) or any(found(view.node) for view in node.args))
 
-    for below in far_below(node, lambda n: n.id in known.of(n.graph)):
-        found(below)
+        done = known.get(node.graph, node.id)
+        return evaluated(node.graph, work) if done is None else done
+
     return found(node)
 
 

@@ -118,20 +118,6 @@ class Shared:
     passed: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros((2, 2)))
 
 
-def common_part(node: Node, places: frozenset[int]) -> Shared:
-    """How what a node has in common along these axes fluctuates."""
-    key, chain = (node, places), []
-    while not _common_part.knows(node, places):
-        chain.append((node, places))
-        below = _read_by(*_root(node, places))
-        if below is None:
-            break
-        node, places = below
-    for node, places in reversed(chain):
-        _common_part(node, places)
-    return _common_part(*key)
-
-
 def of_an_average(node: Node, whole: Spread) -> Spread:
     """What a sum or mean over places makes of the fluctuations of a mean square, `whole`, and of what places have in common."""
     below = _averaged(node)
@@ -236,8 +222,8 @@ def _shares_of_mean(node: Node, x: Node, places: frozenset[int]) -> tuple[float,
 
 
 @once_per_node
-def _common_part(node: Node, places: frozenset[int]) -> Shared:
-
+def common_part(node: Node, places: frozenset[int]) -> Shared:
+    """How what a node has in common along these axes fluctuates."""
     root, own_places = _root(node, places)
     below = _read_by(root, own_places)
     channels = _channels(root, own_places, *below) if below is not None else None

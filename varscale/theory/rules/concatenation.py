@@ -26,7 +26,7 @@ from varscale.theory.propagation.pullbacks import sum_out
 from varscale.theory.rules.axis import take, take_node
 from varscale.theory.rules.registry import Context, elementwise_or_layout, rule
 
-_MOST_CUTS = 400  # joined arrays cut open for cross-moments, in one prediction: a recurrence unrolled by hand has T² of them
+_MOST_JOINED = 64  # joined arrays that are cut open for each other: a recurrence unrolled by hand has T² pairs of them
 _MANY_PARTS = 6  # parts up to which every pair is computed
 _MANY_UNLIKE = 24  # the same where distance does not tell how alike two parts are
 _CHECKED = 12  # pairs of many parts that are computed to see whether it does
@@ -135,7 +135,7 @@ def cross_by_kind_of_concat(node: Concat, a: View, b: View, frame: Sequence[Axis
     """Against anything that runs over the same axis: cut that where the parts meet."""
     k, sizes = node.params
     place = a.bind[k]
-    if _CUTS.put(node.graph, None, (_CUTS.get(node.graph, None) or 0) + 1) > _MOST_CUTS:
+    if _JOINED.once(node.graph, None, lambda: sum(isinstance(n, Concat) for n in node.graph.nodes.values())) > _MOST_JOINED:
         return None
     pieces, start = [], 0
     for n in sizes:
@@ -324,4 +324,4 @@ def any_places(axis: Axis) -> np.ndarray:
     return out
 
 
-_CUTS: Fact[None, int] = Fact()
+_JOINED: Fact[None, int] = Fact()  # how many joined arrays the model has
