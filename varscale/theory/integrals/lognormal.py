@@ -24,6 +24,8 @@ from jaxtyping import Float
 from scipy.interpolate import CubicSpline
 from scipy.special import roots_genlaguerre
 
+from varscale.theory.domain.accuracy import NEGLIGIBLE
+
 _LOG_STEP = 0.25
 LOG_SCALES = _LOG_STEP * np.arange(-12, 13)  # of Q, where F is known; beyond, it is a power of Q
 _NEAR = np.flatnonzero(np.abs(LOG_SCALES) <= 1.01)
@@ -31,8 +33,7 @@ _ROUGH = 0.1  # third differences of ln F there, in steps of a quarter: a step h
 _STEEP = 1.0  # a step of ln F from one scale to the next, the fourth power of Q
 _NODES, _SHARES = np.polynomial.hermite_e.hermegauss(7)
 _SHARES = _SHARES / _SHARES.sum()
-_STRAIGHT = 1e-3  # what a curve in ln F does to a mean, below which F is a power of Q
-_WIDEST = 4.0  # variance of a logarithm beyond which no law of it is known
+WIDEST = 4.0  # variance of a logarithm beyond which no law of it is known
 _NARROW = 1 / 150  # relative variance below which a gamma law and a lognormal one are the same
 
 
@@ -82,9 +83,9 @@ def answer(scale: Scale, slope: float, curvature: float, curve: Callable[[], Flo
         curve: gives ln F at LOG_SCALES; asked only where a power of Q is not enough.
     """
     bend = curvature - slope * (slope - 1)
-    common = min(scale.common, _WIDEST)
-    if abs(bend) * (scale.place + abs(scale.growth - 1)) < _STRAIGHT:
-        place = min(math.log1p(scale.place), _WIDEST)
+    common = min(scale.common, WIDEST)
+    if abs(bend) * (scale.place + abs(scale.growth - 1)) < NEGLIGIBLE:
+        place = min(math.log1p(scale.place), WIDEST)
         return Answer(
             growth=scale.growth**slope * math.exp(curvature * place / 2),
             place=slope,
@@ -106,7 +107,7 @@ def answer(scale: Scale, slope: float, curvature: float, curve: Callable[[], Flo
 
 def _of_a_curve(scale: Scale, common: float, line: np.ndarray) -> Answer:
     log_f = _extended(line)
-    whole = max(min(math.log1p(scale.place), _WIDEST), common)
+    whole = max(min(math.log1p(scale.place), WIDEST), common)
     centre = math.log(scale.growth)
     values = np.exp(log_f(centre - whole / 2 + math.sqrt(whole) * _NODES)[0])
     growth = float(_SHARES @ values)

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from scipy import special
 
+from varscale.theory.domain.accuracy import ROUGH
 from varscale.theory.domain.axes import Axis, contract_axis, refine
 from varscale.theory.domain.tables import by_type, full_types
 from varscale.theory.graph.derivatives import derivative
@@ -33,7 +34,6 @@ from varscale.theory.propagation.unit_kurtosis import mean_squared_correlation
 
 # Set on the validation grid, not derived, both.
 _MASK_DOUBT = 0.03  # a step of a stream, whose derivatives are a Markov chain only in the main
-_NORM_DOUBT = 0.25  # of 1/(1 − r) − 1: positions that share a norm are not exactly Gaussian given its scale
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -215,7 +215,7 @@ def _elementwise(
         if held:
             inverse = _inverse_scale(root, held[0])
             back = (back - _projection(node, root, held[0], part)) * inverse
-            doubt += _NORM_DOUBT * (inverse - 1) + doubt_of(root.node)  # 1/v is off by as much as v is
+            doubt += ROUGH * (inverse - 1) + doubt_of(root.node)  # 1/v is off by as much as v is
         pending.add(root.node, Cotangent(back, doubt, _mask(node, root), part.few, over.passed, over.own, over.radial))
     for view in _within(node, asked, within):
         back = _through(node, view, part)

@@ -7,14 +7,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from varscale.theory.domain.accuracy import NEGLIGIBLE, ROUGH
 from varscale.theory.domain.axes import Axis
 from varscale.theory.graph.expressions import Apply, Mean, Sum, roots_of
 from varscale.theory.graph.nodes import UNKNOWN, Node, View
-from varscale.theory.propagation.marginals import CONCENTRATED, evaluate, marginal
+from varscale.theory.propagation.marginals import evaluate, marginal
 
-_RELATIVE = 1e-3  # relative, of a numerical derivative
 _NORM = 0.1  # how far from −1 the logarithmic derivative of a norm's squared scale may be: its epsilon
-_CLOSED_DOUBT = 0.3  # of (relu a + relu b)·a with its sum taken as jointly Gaussian with a: computed here, a quarter
 
 
 def mark_average(f: Sequence[View], scale: View, frame: Sequence[Axis]) -> None:
@@ -25,7 +24,7 @@ def mark_average(f: Sequence[View], scale: View, frame: Sequence[Axis]) -> None:
     """
     table = scale.node.table
     varied = table.variance / max(table.total_mean**2, 1e-300)
-    if varied <= CONCENTRATED:
+    if varied <= NEGLIGIBLE:
         return
     of_scale = [x for x in f if roots_of(x) == [scale]]
     mixed = [x for x in f if scale in roots_of(x) and x not in of_scale]
@@ -34,7 +33,7 @@ def mark_average(f: Sequence[View], scale: View, frame: Sequence[Axis]) -> None:
         found = [evaluate(x, frame, {scale: np.full((1,) * (len(frame) + 1), ratio * table.total_mean)}) for x in of_scale]
         return math.log(max(float(np.prod([np.max(np.abs(x)) for x in found])) ** 2, 1e-300))
 
-    power = -1.0 if mixed or not of_scale else (log_square(1 + _RELATIVE) - log_square(1 - _RELATIVE)) / (2 * _RELATIVE)
+    power = -1.0 if mixed or not of_scale else (log_square(1 + NEGLIGIBLE) - log_square(1 - NEGLIGIBLE)) / (2 * NEGLIGIBLE)
     if not (_of_squares(scale.node) and abs(power + 1) < _NORM):
         scale.node.graph.flag("assumed", min((abs(power) + power**2 / 2) * varied, UNKNOWN))
 
@@ -56,11 +55,11 @@ def mark_sums(views: Sequence[View]) -> None:
     inside = [set(roots_of(*(t.within(x.bind) for t in x.node.args))) if _is_curved(x.node) else None for x in own]
     for i, terms in enumerate(inside):
         if terms and any(terms & (inside[j] or {x}) for j, x in enumerate(own) if j != i):
-            own[i].node.graph.flag("assumed", _CLOSED_DOUBT)
+            own[i].node.graph.flag("assumed", ROUGH)
 
 
 def _is_curved(node: Node) -> bool:
     """Whether a root is a sum that is not jointly Gaussian with its terms."""
     if not isinstance(node, Sum) or node.is_variance:
         return False
-    return node.table.variance > CONCENTRATED * node.table.total_mean**2 and not marginal(node).gaussian
+    return node.table.variance > NEGLIGIBLE * node.table.total_mean**2 and not marginal(node).gaussian

@@ -28,6 +28,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from varscale.theory.domain.accuracy import ROUGH
 from varscale.theory.graph.expressions import Apply, Sum, roots
 from varscale.theory.graph.nodes import Constant, Leaf, Node, View
 from varscale.theory.integrals.hermite_series import WEIGHTS
@@ -36,7 +37,6 @@ from varscale.theory.propagation.inherited_fluctuations import Spread, answers, 
 from varscale.theory.propagation.marginals import along, concentrated, over_classes
 from varscale.theory.propagation.scale_responses import responses
 
-_NEXT_ORDER = 0.25  # of the covariances, what their own fluctuations may add: set on the validation grid
 _WIDEST_COVARIANCE = 1.0  # sum of covariances at one layer beyond which first order says nothing
 
 
@@ -80,7 +80,7 @@ def gradient_scale(
     stretched = log_slopes(node).get(root.node, 0.0) ** 2 * node.table.mean_square / flat
     return GradientScale(
         growth=(1 + derivative.shift) * math.exp(_limited(together)),
-        doubt=doubt + derivative.bend + _NEXT_ORDER * abs(together),
+        doubt=doubt + derivative.bend + ROUGH * abs(together),
         passed=passed,
         own=own,
         radial=radial * stretched + 2 * slopes.get(root.node, 0.0),

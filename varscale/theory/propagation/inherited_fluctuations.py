@@ -9,6 +9,7 @@ from collections.abc import Hashable, Sequence
 
 import numpy as np
 
+from varscale.theory.domain.accuracy import LOOSE, NEGLIGIBLE
 from varscale.theory.domain.axes import contract_axis
 from varscale.theory.graph.expressions import Apply, Sum, roots
 from varscale.theory.graph.factors import factors
@@ -17,20 +18,11 @@ from varscale.theory.graph.nodes import Array, Constant, Leaf, Node, View
 from varscale.theory.graph.reshapes import Rearranged
 from varscale.theory.graph.store import once_per_node
 from varscale.theory.integrals.hermite_series import WEIGHTS
-from varscale.theory.integrals.lognormal import Answer, Scale, answer
+from varscale.theory.integrals.lognormal import WIDEST, Answer, Scale, answer
 from varscale.theory.propagation.marginals import concentrated, evaluate, independent_factors, over_classes
 from varscale.theory.propagation.scale_responses import response_curve, responses
 from varscale.theory.propagation.square_covariances import square_pairs
 from varscale.theory.propagation.unit_kurtosis import kurtosis_shift
-
-_LEAST_LEFT = 1e-3  # of a mean, what a shift by more than all of it leaves
-
-
-_WIDEST_SCALE = 4.0  # variance of a logarithm beyond which nothing is known of the law
-
-
-_FIRST_ORDER = 0.5  # a shift by more than this share of the mean is none of first order
-
 
 _FORGOTTEN = 1e-5  # a ratio below which what fluctuates is not handed on: a norm's, but for its epsilon
 
@@ -63,7 +55,7 @@ class Spread:
     @functools.cached_property
     def point(self) -> float:
         """Relative variance, over draws, samples and positions, of the squared scale at one place."""
-        return math.expm1(min(sum(c * c for c in self.places.values()), _WIDEST_SCALE))
+        return math.expm1(min(sum(c * c for c in self.places.values()), WIDEST))
 
 
 NONE = Spread({})
@@ -167,9 +159,9 @@ def answers(node: Apply) -> dict[Node, Answer]:
     out: dict[Node, Answer] = {}
     for root, (slope, curvature) in responses(node).items():
         spread = kernel(root)
-        scale = Scale(max(1 + spread.shift, _LEAST_LEFT), spread.point, spread.variance, spread.skew)
+        scale = Scale(max(1 + spread.shift, NEGLIGIBLE), spread.point, spread.variance, spread.skew)
         found = answer(scale, slope, curvature, functools.partial(response_curve, node, root))
-        shape = 1 + float(np.clip(curvature * spread.shape / 2, -_FIRST_ORDER, _FIRST_ORDER))
+        shape = 1 + float(np.clip(curvature * spread.shape / 2, -LOOSE, LOOSE))
         out[root] = dataclasses.replace(found, growth=found.growth * shape)
     return out
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from varscale.theory.domain.accuracy import NEXT_ORDER
 from varscale.theory.domain.axes import Axis
 from varscale.theory.domain.tables import by_type, lift
 from varscale.theory.graph.expressions import Apply
@@ -55,14 +56,10 @@ def continued(first: np.ndarray, between: np.ndarray, second: np.ndarray, graph:
 
 def _square_root(covariance: np.ndarray, graph: Graph) -> np.ndarray:
     values, vectors = np.linalg.eigh(covariance)
-    if values[0] < -_INDEFINITE:
+    if values[0] < -NEXT_ORDER:
         graph.flag("assumed", float(-values[0]))
     return vectors * np.sqrt(np.clip(values, 0, None))
 
 
 def _of_unit_length(rows: np.ndarray) -> np.ndarray:
     return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-300)
-
-
-# Set on the validation grid, not derived: how far below 0 rounding and unlike marginals take an eigenvalue of correlations.
-_INDEFINITE = 0.05

@@ -19,6 +19,7 @@ from collections.abc import Hashable, Iterable, Sequence
 import numpy as np
 from scipy import special
 
+from varscale.theory.domain.accuracy import NEGLIGIBLE
 from varscale.theory.domain.axes import Axis, apply_axis, class_shares
 from varscale.theory.domain.tables import Table, by_type
 from varscale.theory.graph.expressions import Apply, Mean, Sum, form, roots, roots_of
@@ -28,8 +29,6 @@ from varscale.theory.graph.reshapes import Rearranged
 from varscale.theory.graph.store import once_per_node
 from varscale.theory.integrals.hermite_series import HERMITE, POINTS, Z, solved
 from varscale.theory.integrals.primitives import function
-
-CONCENTRATED = 1e-3  # variance over squared mean below which any factor counts as a number: the error is a fraction of it
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -252,4 +251,4 @@ def concentrated(root: Node) -> bool:
         return False
     mean, variance = root.table.total_mean, root.table.variance
     scale = isinstance(root, Mean) or (isinstance(root, Sum) and root.is_variance)
-    return mean != 0 and ((root.positive and scale) or variance < CONCENTRATED * mean**2)
+    return mean != 0 and ((root.positive and scale) or variance < NEGLIGIBLE * mean**2)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from varscale.theory.domain.accuracy import NEGLIGIBLE, ROUGH
 from varscale.theory.domain.axes import Axis
 from varscale.theory.domain.tables import by_type, lift, means_by_type
 from varscale.theory.graph.expressions import Apply, roots_of, swapped
@@ -31,9 +32,6 @@ from varscale.theory.propagation.marginals import (
 )
 
 MOST_VARIABLES = 5  # roots of one cubature: points in twice as many dimensions are too few for more
-# Set on the validation grid, not derived: of a cubature over more variables than that.
-_CROWDED_DOUBT = 0.3
-_INDEPENDENT = 1e-3  # correlation below which two roots are taken for independent
 
 
 class _Group:
@@ -121,7 +119,7 @@ def _correlated(a: View, b: View, frame: Sequence[Axis]) -> bool:
         return False
     sa, sb = marginal(a.node).deviation, marginal(b.node).deviation
     covariance = cross(a, b, frame) - mean_product(a, b, frame)
-    return bool(np.max(np.abs(covariance)) > _INDEPENDENT * sa.max() * sb.max() + 1e-300)
+    return bool(np.max(np.abs(covariance)) > NEGLIGIBLE * sa.max() * sb.max() + 1e-300)
 
 
 def _product(xs: list[View], frame: Sequence[Axis], env: Environment) -> np.ndarray:
@@ -250,7 +248,7 @@ def _cubature(group: _Group, frame: Sequence[Axis], fixed: Environment) -> tuple
     views = [v for v in roots_of(*group.f, *group.g) if v not in fixed and v not in group.followers]
     graph, k = views[0].node.graph, len(views)
     if k > MOST_VARIABLES:
-        graph.flag("assumed", _CROWDED_DOUBT)
+        graph.flag("assumed", ROUGH)
     types, classes = [a.types for a in frame], [a.classes for a in frame]
     rho = np.empty((*types, k, k))
     for i, a in enumerate(views):

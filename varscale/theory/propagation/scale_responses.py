@@ -8,6 +8,7 @@ from collections.abc import Hashable, Sequence
 import numpy as np
 from jaxtyping import Float
 
+from varscale.theory.domain.accuracy import NEGLIGIBLE
 from varscale.theory.domain.axes import Axis
 from varscale.theory.graph.expressions import Apply, Sum, roots, roots_of
 from varscale.theory.graph.nodes import Array, Leaf, Node, View
@@ -15,7 +16,6 @@ from varscale.theory.graph.store import Fact, once_per_node
 from varscale.theory.integrals.hermite_series import WEIGHTS
 from varscale.theory.integrals.lognormal import LOG_SCALES
 from varscale.theory.propagation.marginals import (
-    CONCENTRATED,
     Environment,
     concentrated,
     evaluate,
@@ -24,7 +24,7 @@ from varscale.theory.propagation.marginals import (
     over_classes,
 )
 
-_SCALE_STEP = 0.1  # relative step in q for the ratio and the curvature
+SCALE_STEP = 0.1  # relative step in q for the ratio and the curvature
 _STEEPEST = 4.0  # a fourth power's ratio; beyond it E[f²] is next to nothing at q, and the ratio is rounding or an overflow's
 
 
@@ -54,9 +54,9 @@ def responses(node: Node) -> dict[Node, tuple[float, float]]:
     """
     out: dict[Node, tuple[float, float]] = {}
     for group in companions(node).values():
-        low, middle, high = _levels(node, group, (1 - _SCALE_STEP, 1.0, 1 + _SCALE_STEP))
-        slope = math.log(high / low) / math.log((1 + _SCALE_STEP) / (1 - _SCALE_STEP))
-        curvature = (high - 2 * middle + low) / _SCALE_STEP**2 / middle
+        low, middle, high = _levels(node, group, (1 - SCALE_STEP, 1.0, 1 + SCALE_STEP))
+        slope = math.log(high / low) / math.log((1 + SCALE_STEP) / (1 - SCALE_STEP))
+        curvature = (high - 2 * middle + low) / SCALE_STEP**2 / middle
         s, c = out.get(group[0].node, (0.0, 0.0))
         slope, curvature = (float(np.clip(x, -_STEEPEST, _STEEPEST)) for x in (slope, curvature))
         out[group[0].node] = s + slope, c + curvature
@@ -100,7 +100,7 @@ def _varied_square(
 
     def varied() -> list[float]:
         table = main.node.table
-        number = table.variance < CONCENTRATED * table.total_mean**2
+        number = table.variance < NEGLIGIBLE * table.total_mean**2
         values = [evaluate(r, frame, {}) if r == main and not number else r.mean(frame)[..., None] for r in own]
         out = []
         for ratio in ratios:

@@ -35,13 +35,13 @@ from varscale.theory.graph.store import once_per_node
 from varscale.theory.integrals.hermite_series import Z
 from varscale.theory.propagation.inherited_fluctuations import Spread, fresh, inherited, kernel, origin, shared, weighted
 from varscale.theory.propagation.marginals import concentrated, evaluate
+from varscale.theory.propagation.scale_responses import SCALE_STEP
 
 _CHANNELS, _POPULATION_SAMPLES = 2048, 4  # of a population
 _OF_FEW = 8192  # channels where they are far from normal, and those with the other sign
 _MANY_CHANNELS = (
     8  # channels that are read together, from where on what they make is taken for normal: not derived, a matter of time
 )
-_RELATIVE_STEP = 0.05  # relative step of K and C in a derivative
 _SHARED_BY_SAMPLES = 0.98  # share of what places have in common that samples share, too, from where on they are as one
 _POINTS, _POINT_WEIGHTS = np.polynomial.hermite_e.hermegauss(16)
 _POINT_WEIGHTS = _POINT_WEIGHTS / _POINT_WEIGHTS.sum()
@@ -346,7 +346,7 @@ def _answer(node: Node, root: Node, channels: Channels) -> tuple[ChannelMoments,
     made = _made(node, root, channels)
     if node is root:
         return made, np.eye(2), np.zeros((2, 2))
-    step = math.log1p(_RELATIVE_STEP)
+    step = math.log1p(SCALE_STEP)
 
     def levels(*steps: int) -> np.ndarray:
         return _made(node, root, channels.scaled(*np.exp(np.multiply(step, steps)))).levels()

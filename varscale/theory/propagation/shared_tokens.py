@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from varscale.theory.domain.accuracy import LEADING_ORDER
 from varscale.theory.domain.axes import Axis, contract_axis
 from varscale.theory.domain.tables import full_types, lift
 from varscale.theory.graph.expressions import Apply, roots
@@ -28,9 +29,6 @@ from varscale.theory.graph.linear_nodes import Contract, weight_of
 from varscale.theory.graph.nodes import Array, View
 from varscale.theory.propagation.marginals import concentrated, independent_factors
 from varscale.theory.propagation.token_gram import Tokens, overlap_before, sources_of, tokens_of
-
-# Set on models, not derived: overlaps are known to leading order in V, behind functions and attention to a quarter.
-_LEADING_ORDER_DOUBT = 0.15
 
 
 class Gain(NamedTuple):
@@ -59,7 +57,7 @@ def shared_tokens(node: Any) -> Gain:
     gain = np.full([a.types for a in node.axes], n * n * overlap) * own[0] * own[1]
     agree = [a.agrees if k in together else np.ones(a.types, bool) for k, a in enumerate(node.axes)]
     gain[np.ix_(*agree)] *= 1 - 1 / n  # a token has no overlap with itself
-    return Gain(gain, _LEADING_ORDER_DOUBT, 2 * overlap)
+    return Gain(gain, LEADING_ORDER, 2 * overlap)
 
 
 def gained_in_common(node: Apply) -> np.ndarray | float:

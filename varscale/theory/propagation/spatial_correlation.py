@@ -23,6 +23,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
+from varscale.theory.domain.accuracy import LOOSE, ROUGH
 from varscale.theory.domain.axes import Axis, pool
 from varscale.theory.graph.expressions import Apply, Sum, roots, roots_of
 from varscale.theory.graph.known_arrays import MEASURED
@@ -40,9 +41,6 @@ from varscale.theory.propagation.marginals import (
     marginal,
     over_classes,
 )
-
-# Not derived: of what is made of several fluctuating roots, or passes a node of which nothing else is known.
-_INTERPOLATED, _UNKNOWN = 0.5, 0.3
 
 Offsets = tuple[tuple[int, int], ...]  # (axis, distance)
 T = TypeVar("T")
@@ -105,7 +103,7 @@ def nothing(node: Node, doubt: float = 0.0) -> Steps:
 @functools.singledispatch
 def near_of(node: Node, offsets: Offsets) -> Steps:
     """The excess of a kind of node: asks for what it needs by yielding it. Of other kinds nothing is known."""
-    return nothing(node, _UNKNOWN)
+    return nothing(node, ROUGH)
 
 
 def of_view(view: View, offsets: Offsets, rank: int) -> Steps:
@@ -154,7 +152,7 @@ def _of_numbers(node: Node, values: np.ndarray, offsets: Offsets) -> Near:
     axes, distances = node.axes, dict(offsets)
     out = np.zeros((2,) * len(axes))
     if any(d >= axes[k].size for k, d in offsets):
-        return Near(out, _UNKNOWN)
+        return Near(out, ROUGH)
     others = [k for k in range(len(axes)) if k not in distances]
     before = usual(node)
     for index in np.ndindex(*(2 if k in distances else 1 for k in range(len(axes)))):
@@ -220,7 +218,7 @@ def of_functions(x: Node, y: Node, offsets: Offsets) -> Steps:
     if not (live[0] and live[1] and dependent(x, y)):
         return (yield from nothing(x))
     if len(live[0]) > 1 or live[0] != live[1]:
-        return (yield from nothing(x, _UNKNOWN))
+        return (yield from nothing(x, ROUGH))
     (root,) = live[0]
     found = yield from of_view(root, offsets, rank)
     before, after = _at_both(View(x, whole), View(y, whole), root, found.excess, x.axes)
@@ -260,14 +258,14 @@ def near_of_apply(node: Apply, offsets: Offsets) -> Steps:
                 share = _share(found.excess, root, rank, offsets)
                 other = known * (1 + share)
                 changed = np.where(np.abs(other - known) > np.abs(changed - known), other, changed)
-                doubt = max(doubt, _INTERPOLATED * float(np.max(np.abs(share))))
+                doubt = max(doubt, LOOSE * float(np.max(np.abs(share))))
             doubt = max(doubt, found.doubt)
         before, after = before * known, after * changed
     # Factors that read a norm's scale were taken at its mean, which the moments of the whole need not be.
     gain = (after - before) * (node.table.mean_square / max(float(before.flat[0]), 1e-300))
     if any(k in root.bind and concentrated(root.node) for root in roots(node) for k, _ in offsets):
         # Norms place by place: near places are more alike for their scales being alike, which are taken for one number here.
-        doubt = max(doubt, _INTERPOLATED * float(np.max(np.abs(gain))) / max(node.table.mean_square, 1e-300))
+        doubt = max(doubt, LOOSE * float(np.max(np.abs(gain))) / max(node.table.mean_square, 1e-300))
     return Near(gain, doubt)
 
 
@@ -319,7 +317,7 @@ def near_of_split(node: Split, offsets: Offsets) -> Steps:
     first, sizes = node.params
     parts = range(first, first + len(sizes))
     if any(k in parts for k, _ in offsets):
-        return (yield from nothing(node, _UNKNOWN))
+        return (yield from nothing(node, ROUGH))
     found = yield node.args[0].node, tuple((k if k < first else k - len(sizes) + 1, d) for k, d in offsets)
     same, other = (np.expand_dims(found.excess.take([i], first), [*parts][1:]) for i in (0, 1))
     out = np.array(np.broadcast_to(other, (2,) * len(node.axes)))
@@ -331,7 +329,7 @@ def near_of_split(node: Split, offsets: Offsets) -> Steps:
 def near_of_merge(node: Merge, offsets: Offsets) -> Steps:
     first, count = node.params
     if any(k == first for k, _ in offsets):
-        return (yield from nothing(node, _UNKNOWN))
+        return (yield from nothing(node, ROUGH))
     source = node.args[0].node
     found = yield source, tuple((k if k < first else k + count - 1, d) for k, d in offsets)
     same = whole = found.excess

@@ -63,7 +63,7 @@ from varscale.theory.rules.softmax import Softmax, gain_of_queries, key_directio
 # Set on the validation grid, not derived, both. Of what outputs gain by following their queries: overlaps are known to leading
 # order, to a quarter there. Of what tokens share, which moves by the curvature of what made them times the variance of their
 # overlaps: 3 %.
-TILT_DOUBT, SHARED_DOUBT = 0.3, 0.03
+SHARED_DOUBT = 0.03
 
 
 class Attention(NamedTuple):

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from varscale.theory.domain.accuracy import NEXT_ORDER
 from varscale.theory.domain.axes import MOST_CLASSES, Axis, apply_axis, labelled, pair_map, sliced
 from varscale.theory.domain.axis_maps import entry_map, pair_counts
 from varscale.theory.domain.tables import Table
@@ -30,7 +31,6 @@ _MOST_JOINED = 64  # joined arrays that are cut open for each other: a recurrenc
 _MANY_PARTS = 6  # parts up to which every pair is computed
 _MANY_UNLIKE = 24  # the same where distance does not tell how alike two parts are
 _CHECKED = 12  # pairs of many parts that are computed to see whether it does
-_UNLIKE = 0.05  # correlations by which it may be wrong: as much as they change from a power of two to the next
 
 
 @part_of.register(Concat)
@@ -124,9 +124,9 @@ def _alike_by_distance(node: Concat, other: Concat, between: Callable[[int, int]
         most = [float(np.abs(_between_parts(node, v, v, ours[i][1], ours[i][1], cross)).max()) for v in (a, b)]
         error = float(np.abs(between(i, j) - between(*_stand_in(i, j))).max())
         off = max(off, error / max(math.sqrt(most[0] * most[1]), 1e-300))
-    if off > _UNLIKE and n <= _MANY_UNLIKE:
+    if off > NEXT_ORDER and n <= _MANY_UNLIKE:
         return False
-    node.graph.flag("assumed", off) if off > _UNLIKE else None
+    node.graph.flag("assumed", off) if off > NEXT_ORDER else None
     return True
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from varscale.theory.domain.accuracy import LOOSE, NEGLIGIBLE, ROUGH
 from varscale.theory.domain.axes import Axis, contract_axis
 from varscale.theory.domain.tables import Table, means_by_type
 from varscale.theory.graph.expressions import Apply, Sum, roots, swapped
@@ -24,7 +25,7 @@ from varscale.theory.propagation.inherited_fluctuations import Spread, combine, 
 from varscale.theory.propagation.locality import unseen_nearness
 from varscale.theory.propagation.pullbacks import sum_out
 from varscale.theory.propagation.shared_tokens import shared_tokens
-from varscale.theory.rules.attention import SHARED_DOUBT, TILT_DOUBT, note_values, tilted
+from varscale.theory.rules.attention import SHARED_DOUBT, note_values, tilted
 from varscale.theory.rules.masks import told_apart
 from varscale.theory.rules.random import as_weight, law
 from varscale.theory.rules.reductions import mean
@@ -33,10 +34,6 @@ from varscale.theory.rules.row_gram import of_alike_keys, own_products
 from varscale.theory.rules.softmax import Softmax
 from varscale.theory.rules.transposed import applied_back
 
-# Set on the validation grid, not derived, both: of what Wick's pairings add where factors share a root, and so are not jointly
-# Gaussian; the most of that.
-_PAIRED_DOUBT, _MOST_PAIRED_DOUBT = 0.3, 0.5
-_WORTH_A_FLAG = 1e-3  # of a mean square, what places share that is not worth a flag
 _LIKENESS = 1e-2  # of a mean square, what keys that are alike add to it that is not
 
 
@@ -62,7 +59,7 @@ def second_moments_of_contract(node: Contract) -> Table:
     table = Table(node.axes, np.array(mean), second + (tilt := tilted(node)))
     if np.any(tilt):
         gained = Table(node.axes, np.array(mean), np.broadcast_to(tilt, node.frame_types)).mean_square
-        node.graph.flag("quadrature", SHARED_DOUBT + TILT_DOUBT * gained / max(table.mean_square, 1e-300))
+        node.graph.flag("quadrature", SHARED_DOUBT + ROUGH * gained / max(table.mean_square, 1e-300))
     _doubt_averages(node, table.mean_square)
     return table
 
@@ -72,7 +69,7 @@ def _doubt_averages(node: Contract, square: float) -> None:
     for weights, tokens in (node.args, node.args[::-1]):
         if isinstance(weights.node, Softmax) and (doubt := of_alike_keys(weights, tokens, node, square)) > _LIKENESS:
             node.graph.flag("assumed", doubt)
-        if weights.node.shares and (near := unseen_nearness(tokens.node)) > _WORTH_A_FLAG:
+        if weights.node.shares and (near := unseen_nearness(tokens.node)) > NEGLIGIBLE:
             node.graph.flag("quadrature", min(near * tokens.node.table.mean_square / max(square, 1e-300), 1.0))
 
 
@@ -90,7 +87,7 @@ def _dependent(node: Contract, mean: np.ndarray, second: np.ndarray) -> tuple[np
     paired = means_by_type(after, node.axes) - means_by_type(mean, node.axes) + node.contract(both * swapped(both, frame))
     share = float(np.max(np.abs(paired)) / max(np.max(np.abs(second)), 1e-300))
     if share > 1e-3:  # exact for Gaussian factors; a product of two that share a root is not quite
-        node.graph.flag("assumed", min(_PAIRED_DOUBT * share, _MOST_PAIRED_DOUBT))
+        node.graph.flag("assumed", min(ROUGH * share, LOOSE))
     return after, own_products(node, second + paired)
 
 

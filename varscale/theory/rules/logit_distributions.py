@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from scipy import special
 
+from varscale.theory.domain.accuracy import NEGLIGIBLE
 from varscale.theory.graph.expressions import Apply, Sum, roots
 from varscale.theory.graph.nodes import Array, Node, View
 from varscale.theory.graph.store import once_per_node
@@ -12,9 +13,6 @@ from varscale.theory.integrals.hermite_series import WEIGHTS, Z
 from varscale.theory.propagation.marginals import along, concentrated, marginal, over_classes
 from varscale.theory.rules.drawn_nodes import draw
 
-_GAUSSIAN_ENOUGH = (
-    1e-3  # of a standard deviation, by which values on the normal grid are off a line where they count as Gaussian
-)
 _DRAWS = 50_000
 _DIGITS = 3
 
@@ -32,7 +30,7 @@ def standard_law(node: Node) -> tuple[float, ...] | None:
     if deviation <= 0:
         return None
     line = line / deviation
-    if float((line - np.sign(line @ (WEIGHTS * Z)) * Z) ** 2 @ WEIGHTS) < _GAUSSIAN_ENOUGH**2:
+    if float((line - np.sign(line @ (WEIGHTS * Z)) * Z) ** 2 @ WEIGHTS) < NEGLIGIBLE**2:
         return None
     return tuple(np.round(line, _DIGITS).tolist())
 

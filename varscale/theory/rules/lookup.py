@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from varscale.theory.domain.accuracy import NEGLIGIBLE
 from varscale.theory.domain.axes import Axis, contract_axis, labelled
 from varscale.theory.domain.tables import Table, lift
 from varscale.theory.graph import layout
@@ -25,8 +26,6 @@ from varscale.theory.rules.padding import classed_axes, padded, repeat_rates, un
 from varscale.theory.rules.registry import Context, rule
 from varscale.theory.rules.sampled_regions import drawn_region
 
-_CLASSES_MISS = 1e-3  # of a mean over rows that are looked up, what classes may miss
-
 
 @second_moments.register(Gather)
 def second_moments_of_gather(node: Gather) -> Table:
@@ -38,7 +37,7 @@ def second_moments_of_gather(node: Gather) -> Table:
     if node.known is not None and any(axis.labels for axis in node.indexed):
         ids = node.known.reshape([axis.size for axis in node.indexed])
         doubt = unresolved(node.graph, ids, node.indexed, node.rates())
-        node.graph.flag("assumed" if doubt > _CLASSES_MISS else "quadrature", doubt + padded(node.graph).doubt)
+        node.graph.flag("assumed" if doubt > NEGLIGIBLE else "quadrature", doubt + padded(node.graph).doubt)
     mean = table.mean
     for k in sorted(row_axes, reverse=True):
         mean = contract_axis(mean, k, table.axes[k].counts / table.axes[k].size)

@@ -10,13 +10,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from varscale.theory.domain.accuracy import NEGLIGIBLE
 from varscale.theory.domain.axes import Axis, affordable, grouped, join
 from varscale.theory.graph.expressions import Apply, roots
 from varscale.theory.graph.layout import Value
 from varscale.theory.graph.nodes import Array, Leaf, Node, View
 from varscale.theory.graph.store import once_per_node
-
-_UNLIKE_ENERGIES = 1e-3  # relative difference of energies that is worth a class
 
 
 def told_apart(x: Value) -> Value:
@@ -41,7 +40,7 @@ def by_energy(node: Array, k: int) -> Axis:
     rows = np.moveaxis(np.asarray(node.values, float), k, 0).reshape(node.axes[k].size, -1)
     signatures = np.stack([np.mean(rows**2, axis=1), np.mean(rows, axis=1) ** 2], axis=1)
     scale = max(float(signatures[:, 0].mean()), 1e-300)
-    return node.axes[k] if np.ptp(signatures, axis=0).max() < _UNLIKE_ENERGIES * scale else grouped(signatures / scale)
+    return node.axes[k] if np.ptp(signatures, axis=0).max() < NEGLIGIBLE * scale else grouped(signatures / scale)
 
 
 def _with_finer_classes(node: Node, axes: Sequence[Axis]) -> Node:

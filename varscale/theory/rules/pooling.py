@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from varscale.theory.domain.accuracy import LEADING_ORDER
 from varscale.theory.domain.axes import Axis, apply_axis, refine
 from varscale.theory.domain.axis_maps import adjoint
 from varscale.theory.domain.tables import Table, full_along, lift
@@ -34,7 +35,7 @@ from varscale.theory.propagation.spatial_correlation import answered, nearby
 from varscale.theory.propagation.spatial_windows import Grid, Reader, all_alike, latents, of_places, of_windows, read
 from varscale.theory.rules.convolution import prepared
 from varscale.theory.rules.drawn_nodes import draw, pooled_estimate
-from varscale.theory.rules.reductions import TIES, bounded, is_identity, narrowest, outside, restored
+from varscale.theory.rules.reductions import bounded, is_identity, narrowest, outside, restored
 from varscale.theory.rules.registry import Context, rule
 
 
@@ -133,7 +134,7 @@ class WindowMax(WindowSum):
     """
 
     how = "sampled"
-    gradient_doubt = TIES
+    gradient_doubt = LEADING_ORDER
 
     def prepare(self) -> None:
         super().prepare()

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from scipy import special
 
+from varscale.theory.domain.accuracy import LEADING_ORDER, NEXT_ORDER
 from varscale.theory.domain.axes import Axis
 from varscale.theory.domain.tables import Table
 from varscale.theory.graph import layout
@@ -28,9 +29,6 @@ from varscale.theory.propagation.shared_component import of_an_average
 from varscale.theory.rules.drawn_nodes import sample_map
 from varscale.theory.rules.registry import Context, rule
 
-# Set on the validation grid, not derived, both: of the second moment of a maximum, a factor of e in how many it is over; of the
-# gradient through one, whose largest entry is not independent of what flows back.
-_TAIL, TIES = 0.05, 0.15
 _IMMENSE = 1e9  # as far from 0 as what stands for infinity is, at least
 
 
@@ -86,7 +84,7 @@ class OneOfMany(Node):
         axes, source = self.reduced, self.args[0].node
         count = count or math.prod(source.axes[k].size for k in axes)
         # The larger the set, the more the tail decides; and of what a few numbers decide there is no Gaussian tail.
-        self.graph.flag("sampled", _TAIL * math.log(count) + bounded(count, narrowest(source)))
+        self.graph.flag("sampled", NEXT_ORDER * math.log(count) + bounded(count, narrowest(source)))
         return sample_map([source], [set(axes)], self.axes, lambda x: reduce(x, tuple(k + 1 for k in axes)))
 
 
@@ -111,7 +109,7 @@ class Extreme(OneOfMany):
     """Maximum (or minimum) over axes; `params` is (axes, sign, count). Sampled."""
 
     how = "sampled"
-    gradient_doubt = TIES
+    gradient_doubt = LEADING_ORDER
 
     @property
     def reduced(self) -> tuple[int, ...]:
@@ -213,7 +211,7 @@ def restored(interpreter: Context, x: Value, steps: IncreasingSteps, taken: tupl
             own, other = ([a.axis for dim in y.dims for a in dim if a.axis is not None] for y in (source, inner))
             order = [other[own.index(k)] for k in range(len(own))]
             # A minimum above a floor is met at many places at once, which share what flows back.
-            doubt = UNKNOWN if isinstance(extremes, Extreme) and extremes.params[1] < 0 else TIES
+            doubt = UNKNOWN if isinstance(extremes, Extreme) and extremes.params[1] < 0 else LEADING_ORDER
             interpreter.graph.derive(source.node, x.node, lambda g: _to_extremes(extremes, g).transpose(order), doubt)
     return x
 

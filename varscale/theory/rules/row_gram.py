@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from varscale.theory.domain.accuracy import NEGLIGIBLE
 from varscale.theory.domain.axes import Axis, apply_axis, contract_axis, lift_types
 from varscale.theory.domain.tables import full_types, means_by_type
 from varscale.theory.graph.expressions import roots, swapped
@@ -27,8 +28,6 @@ from varscale.theory.graph.store import Fact
 from varscale.theory.propagation.cross_moments import cross, mean_product
 
 _OWN_SHARES: Fact[int, float] = Fact()  # by product: the share of a row with itself in its second moments
-
-_DIAGONAL = 1e-3  # of the second moments, a part that is not worth a flag
 
 
 def own_products(node: Any, second: np.ndarray) -> np.ndarray:
@@ -42,7 +41,7 @@ def own_products(node: Any, second: np.ndarray) -> np.ndarray:
     gain = diagonal + exchanged
     most = max(float(np.max(np.abs(second + gain))), 1e-300)
     share = float(np.max(np.abs(gain))) / most
-    if share > _DIAGONAL:
+    if share > NEGLIGIBLE:
         # Rows of one length have no exchange on the diagonal; others are of any length to order 1/width.
         node.graph.flag("assumed", max(2 * float(np.max(np.abs(exchanged))) / most, share / node.width))
         _OWN_SHARES.put(node.graph, node.id, share)

@@ -22,6 +22,7 @@ from varscale.theory.graph.expressions import Apply
 from varscale.theory.graph.layout import Value, merged
 from varscale.theory.graph.nodes import Array, Constant, Leaf, Node, View
 from varscale.theory.propagation.sampler import Drawing, evenly
+from varscale.theory.propagation.scale_responses import SCALE_STEP
 from varscale.theory.rules.equations import sub_jaxpr_of
 from varscale.theory.rules.region_programs import Program, back_all, run_all, written
 from varscale.theory.rules.region_sizes import CannotShrink, Sizes, run, work
@@ -37,7 +38,6 @@ _HELD_NUMBERS = 1 << 28  # numbers that all draws of all its equations should be
 _MOST_WORK = 1e12  # multiplications that one which does not shrink may take: steps taken one by one would take longer
 _FEWEST_UNITS = 32  # units that are left of a layer: what n units differ by from infinitely many is of order 1/n
 _SAMPLES = 4  # samples drawn of a batch
-_INPUT_STEP = 0.1  # relative step in the second moment of the inputs for the response to it
 
 
 class CannotDraw(Exception):
@@ -207,13 +207,13 @@ class Loop:
     def response(self) -> list[float]:
         """By output: d ln E[y²] / d ln q, where q is the second moment of all that it reads and that is no weight."""
         louder = [
-            x * np.sqrt(1 + _INPUT_STEP).astype(x.dtype)
+            x * np.sqrt(1 + SCALE_STEP).astype(x.dtype)
             if o.random and not o.weight and np.issubdtype(x.dtype, np.inexact)
             else x
             for x, o in zip(self.drawn, self.operands, strict=True)
         ]
         pairs = zip(map(_numbers, self.run_on(louder)), self.outputs, strict=True)
-        return [float(np.log(np.mean(a**2) / np.mean(b**2)) / np.log1p(_INPUT_STEP)) if np.any(b) else 0.0 for a, b in pairs]
+        return [float(np.log(np.mean(a**2) / np.mean(b**2)) / np.log1p(SCALE_STEP)) if np.any(b) else 0.0 for a, b in pairs]
 
     @property
     def memory(self) -> int:

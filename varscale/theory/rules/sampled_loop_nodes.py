@@ -13,6 +13,7 @@ import numpy as np
 from scipy import special
 
 from varscale import _compat
+from varscale.theory.domain.accuracy import LOOSE
 from varscale.theory.domain.axes import Axis
 from varscale.theory.domain.random_arrays import gaussian
 from varscale.theory.domain.tables import Table, lift
@@ -31,7 +32,7 @@ from varscale.theory.rules.sampled_loop import CannotDraw, Loop, Operand, at_own
 _MEMORY = 2**28  # bytes of the states that a backward pass keeps
 # Set on the validation grid, not derived, both: of a gradient at sizes smaller than the whole; of one whose order in time is
 # lost on its way from one loop to another.
-_LOOP_DOUBT, _LOOSE = 0.1, 0.5
+_LOOP_DOUBT = 0.1
 
 
 _LOOPS: Fact[Hashable, Loop] = Fact()
@@ -178,7 +179,7 @@ def _arriving(node: Looped, cotangent: np.ndarray, replicates: int, notes: Backw
         rest = rest - pooled(numbers, node.axes, _positions(node.axes, numbers.shape[1:])).second
     readers = [x for x in notes.loops if x.deps & node.deps == node.deps and x.loop is not node.loop]
     if not node.loop.is_region:
-        notes.doubts[node.id] = _LOOSE if len(readers) > len(sent) else Looped.gradient_doubt
+        notes.doubts[node.id] = LOOSE if len(readers) > len(sent) else Looped.gradient_doubt
     return drawn + gaussian(rest, node.axes, positions, replicates, np.random.default_rng(node.id))
 
 

@@ -8,6 +8,7 @@ from collections.abc import Hashable, Sequence
 
 import numpy as np
 
+from varscale.theory.domain.accuracy import LEADING_ORDER, LOOSE, NEXT_ORDER
 from varscale.theory.domain.axes import Axis, apply_axis
 from varscale.theory.domain.tables import Table, by_type, lift
 from varscale.theory.graph.expressions import Apply, Sum
@@ -23,9 +24,7 @@ from varscale.theory.rules.row_gram import of_own_keys
 _LARGEST = 1e4  # variance of logits from where on the largest of them has all the weight, but for the reciprocal of its root
 _NO_LOGITS = 1e8  # what numbers that hide keys (−10⁹) give them, where it is not known which they hide
 # Set on the validation grid, not derived, all of these.
-_SHARED_DOUBT, _PLACED_DOUBT = 0.5, 1.5  # of cotangents where weights and values share tokens, whose overlaps are not known
-_OVERLAP_DOUBT = 0.5  # of what overlaps of tokens add, which is known to leading order
-_JACOBIAN_DOUBT, _CLASSED_DOUBT = 0.05, 0.15  # of the rest; where tokens of different places are told apart by class only
+_PLACED_DOUBT = 1.5  # of cotangents where weights and values share tokens, whose overlaps are not known
 
 
 _KEYS: Fact[Hashable, tuple[np.ndarray, np.ndarray, list[Axis]]] = Fact()  # by mask
@@ -342,9 +341,9 @@ def _doubt(node: Softmax, share: float | None) -> float:
     if _adds_known_along(node.args[0].node, frozenset(node.axes[k].size for k in node.params)):
         return _PLACED_DOUBT
     if share is None:
-        return _SHARED_DOUBT
+        return LOOSE
     classed = any(axis.classes > 1 for axis in node.axes)
-    return _OVERLAP_DOUBT * share + (_CLASSED_DOUBT if classed else _JACOBIAN_DOUBT)
+    return LOOSE * share + (LEADING_ORDER if classed else NEXT_ORDER)
 
 
 @handed_on.register(Softmax)

@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 
+from varscale.theory.domain.accuracy import LOOSE, ROUGH
 from varscale.theory.domain.axes import pool
 from varscale.theory.graph.axis_nodes import Concat, Take
 from varscale.theory.graph.convolutions import Conv, WindowSum, hits
@@ -26,9 +27,6 @@ from varscale.theory.propagation.spatial_correlation import (
     usual,
 )
 from varscale.theory.rules.pooling import WindowMax, window_sums, window_sums_against
-
-# Not derived: of the likeness of near maxima, taken to fall off as that of near sums; of taps whose weights have a mean.
-_MAXIMA, _TAPS = 0.3, 0.5
 
 
 @near_of.register(Mean)
@@ -82,7 +80,7 @@ def near_of_conv(node: Conv, offsets: Offsets) -> Steps:
     whole[:, :1] = logical[tuple(slice(None) if o is not None else slice(0, 1) for o in od)]
     kept = whole.reshape([2 for o in od if o is not None]).transpose(np.argsort([o for o in od if o is not None]))
     leaning = w.table.total_mean**2 / max(w.table.mean_square, 1e-300)
-    return Near(kept, found.doubt + (_TAPS if leaning > 1 / node.width else 0.0))
+    return Near(kept, found.doubt + (LOOSE if leaning > 1 / node.width else 0.0))
 
 
 @near_of.register(WindowSum)
@@ -110,7 +108,7 @@ def near_of_window_max(node: WindowMax, offsets: Offsets) -> Steps:
     share = np.clip((near - far) / np.where(np.abs(span) > 1e-9 * np.abs(far).max(), span, np.inf), -1.0, 1.0)
     own = usual(node)
     out = share * (own[at] - own)
-    return Near(out, _MAXIMA * float(np.abs(out).max()) / max(node.table.mean_square, 1e-300))
+    return Near(out, ROUGH * float(np.abs(out).max()) / max(node.table.mean_square, 1e-300))
 
 
 @near_of.register(Take)
