@@ -1,6 +1,6 @@
 """Products of arrays that are uncorrelated and yet not independent: made of the same tokens, by the same weights, or tied.
 
-Each a z-test at an error rate of 1e-6 beside the stated error bound, which has to be below 20 % (but for one), on 400 nets. Power:
+Each a z-test at an error rate of 1e-6 beside the stated error bound, which has to be below 20 % but once, on 400 nets. Power:
 taken for independent, linear attention would be off by a factor of 1 + T/d = 3 here, a weight and its transpose by one of 2.
 """
 
