@@ -62,6 +62,15 @@ def faces() -> Samples:
     )
 
 
+def prose() -> str:
+    """scikit-learn's descriptions of its data sets: 43,000 characters of technical English."""
+    from importlib.resources import files
+
+    folder = files("sklearn.datasets") / "descr"
+    names = sorted(entry.name for entry in folder.iterdir() if entry.name.endswith(".rst"))
+    return "\n".join((folder / name).read_text(encoding="utf-8") for name in names)
+
+
 def folders(first: Path, second: Path, *, most: int, seed: int = 0) -> Samples:
     """Two folders of images, one a class, each image resized to 150x150 in three colours.
 

@@ -122,7 +122,13 @@ class CoordinateRow:
     @property
     def vanishes(self) -> bool:
         """Whether its change shrinks with the width, or its size before training where that is no allowed exception."""
-        return self.change.shrinks or (self.size_at(0).shrinks and not self.may_shrink_at_first)
+        return self._change_vanishes or (self.size_at(0).shrinks and not self.may_shrink_at_first)
+
+    @property
+    def _change_vanishes(self) -> bool:
+        """Scores divided by d_head change by 1/√d_head as long as queries and keys have not turned towards each other."""
+        limit = -0.75 if self.kind == ROW else -SHRINKAGE
+        return self.change.shrinks and self.change.exponent < limit
 
     @property
     def is_finite(self) -> bool:
@@ -142,7 +148,7 @@ class CoordinateRow:
             told.append(_told(f"size after step {last}", after))
         if (steepest := self.change_at(step)).grows:
             told.append(_told(f"change after step {step}", steepest))
-        if self.change.shrinks:
+        if self._change_vanishes:
             told.append(_told(f"change after step {last}", self.change))
         return f"{name}: {', '.join(told)}{self._advice()}" if told else ""
 

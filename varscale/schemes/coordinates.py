@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -179,12 +180,14 @@ class _Run:
         """What was measured of each row, as the program would have it with its multipliers where they belong."""
         found = {row.path: row for row in site.read(numbers) if not row.averaged}
         for requirement in () if self.plan is None else self.plan.requirements:
+            if requirement.name != ATTENTION or requirement.status != "folded":
+                continue
+            # Its query is smaller by what the scores would have been multiplied with.
+            by = (requirement.found / requirement.expected) ** 2
             layer = requirement.where.rpartition("/")[0]
-            if requirement.name == ATTENTION and requirement.status == "folded" and layer in found:
-                # Its query is smaller by what the scores would have been multiplied with.
-                by = (requirement.found / requirement.expected) ** 2
-                value = {name: x * by if name in ("size", "change") else x for name, x in found[layer].value.items()}
-                found[layer] = found[layer]._replace(value=value)
+            for path in [path for path in found if re.split("[#@]", path)[0] == layer]:
+                value = {name: x * by if name in ("size", "change") else x for name, x in found[path].value.items()}
+                found[path] = found[path]._replace(value=value)
         return found
 
     def _variables(self, key: Any) -> Any:

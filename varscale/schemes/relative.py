@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from varscale.initializers.initializer import Initializer
-from varscale.schemes.declared_moments import Moments, moments
+from varscale.schemes.declared_moments import Moments, measured, moments
 from varscale.schemes.description import pieces
 from varscale.schemes.growth import Grown, GrownLeaf, grown
 from varscale.schemes.laws import Declared
@@ -17,6 +17,7 @@ from varscale.schemes.plan import Plan, PlannedLeaf, Requirement
 from varscale.schemes.scheme import declared_laws, spread
 from varscale.schemes.structure import packed_kernels
 from varscale.usage.parameters import Attention, ParameterUses
+from varscale.usage.table import Uses
 
 Multipliers = Literal["weights", "program"]
 ATTENTION = "attention scale"  # the name of a requirement
@@ -67,7 +68,7 @@ class Relative:
         requirements = list(_of_outputs(both, scalings, form, name))
         if self.attention:
             requirements += _of_scores(both, scalings, form)
-        laws = _Laws(self.laws, both, model, x, method)
+        laws = _Laws(self.laws, both, model, x, params, method)
         leaves = tuple(laws.planned(leaf, scalings[leaf.path], name) for leaf in both.leaves)
         return Plan(self.call, leaves, tuple(requirements), (*self.notes, *laws.notes))
 
@@ -177,9 +178,9 @@ def _base_attention(mine: Attention, number: int, queries: Sequence[GrownLeaf], 
 class _Laws:
     """Laws of the model, from those of the base."""
 
-    def __init__(self, laws: Any, both: Grown, model: Any, x: Any, method: str | None):
-        self.mine = _read(laws, model, x, method)
-        self.base = None if both.base is None else _read(laws, both.base, x, method)
+    def __init__(self, laws: Any, both: Grown, model: Any, x: Any, params: Any, method: str | None):
+        self.mine = _read(laws, both.uses, model, x, params, method)
+        self.base = None if both.base_uses is None else _read(laws, both.base_uses, both.base, x, None, method)
         self.notes: tuple[str, ...] = ()
         if self.base is None:
             self.notes = (
@@ -235,14 +236,20 @@ def named(scaling: Scaling) -> dict[str, float]:
     return {name: value for name, value in values.items() if value != 1}
 
 
-def _read(laws: Any, model: Any, x: Any, method: str | None) -> dict[str, tuple[Initializer, Moments | None]]:
+def _read(
+    laws: Any, found: Uses, model: Any, x: Any, params: Any, method: str | None
+) -> dict[str, tuple[Initializer, Moments | None]]:
     """The law of each parameter of a model, as an initializer and in numbers."""
-    own = moments(model, x, method)
-    constants = declared_laws(model, x, method)
     if isinstance(laws, str):
-        return {path: _numbers(law, (), own.get(path)) for path, law in constants.items()}
-    plan = laws(model, x, method=method)
-    return {leaf.path: _numbers(leaf.law, leaf.shape, own.get(leaf.path)) for leaf in plan}
+        constants = declared_laws(model, x, method)
+        chosen = {p.path: constants.get(p.path, Declared()) for p in found}
+    else:
+        chosen = {leaf.path: leaf.law for leaf in laws(model, x, params=params, method=method)}
+    left = [path for path, law in chosen.items() if isinstance(law, Declared)]
+    own = moments(model, x, method) if left else {}
+    if any(path not in own for path in left):
+        own = {**measured(model, x, params, method), **own}
+    return {p.path: _numbers(chosen[p.path], p.shape, own.get(p.path)) for p in found}
 
 
 def _numbers(law: Any, shape: tuple[int, ...], own: Moments | None) -> tuple[Any, Moments | None]:
