@@ -18,7 +18,7 @@ from experiments.lab.experiment import Figure, Introduction, Result, Run, Table
 from experiments.nets.transfer_nets import Characters, Perceptron, Residual, Task, best_octave, characters, final_losses
 
 REQUIRES = ("matplotlib", "sklearn")
-ORDER = 13
+ORDER = 14
 
 MUP = "Yang et al. 2022 (arXiv 2203.03466), section 6"
 COMPLETEP = "Dey et al. 2025 (arXiv 2505.01618), section 4"
