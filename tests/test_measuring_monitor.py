@@ -1,6 +1,5 @@
 """A step that measures itself: the plain step's results to the bit, two programs, every graph node written back."""
 
-import functools
 import warnings
 
 import flax.linen as nn
@@ -9,25 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import nnx
-from flax.training.train_state import TrainState
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from monitored import BATCH, NET, PARAMS, ROWS, Sink, X, Y, counted, cross_entropy, equal, state, train
 
 import varscale as vs
-
-X = jax.random.normal(jax.random.key(0), (16, 8))
-Y = jnp.arange(16) % 4
-BATCH = {"x": X, "y": Y}
-
-
-class Net(nn.Module):
-    @nn.compact
-    def __call__(self, x):
-        return nn.Dense(4, name="head")(nn.relu(nn.Dense(8, name="body")(x)))
-
-
-NET = Net()
-PARAMS = NET.init(jax.random.key(1), X)["params"]
 
 
 @pytest.fixture(autouse=True)
@@ -35,63 +19,6 @@ def _standard_promotion():
     """optax mixes dtypes."""
     with jax.numpy_dtype_promotion("standard"):
         yield
-
-
-ROWS = ["body", "head", ""]
-
-
-def cross_entropy(logits, y):
-    return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
-
-
-def train(state, batch, scale=1.0, *, negate=False):
-    """The loop of flax's TrainState."""
-
-    def loss(params):
-        return cross_entropy(state.apply_fn({"params": params}, batch["x"]), batch["y"]) * scale
-
-    value, gradients = jax.value_and_grad(loss)(state.params)
-    return state.apply_gradients(grads=gradients), -value if negate else value
-
-
-def state(tx=None):
-    return TrainState.create(apply_fn=NET.apply, params=jax.tree.map(jnp.copy, PARAMS), tx=tx or optax.sgd(1e-2, momentum=0.9))
-
-
-def counted(function):
-    """The function, and how often it was traced."""
-    calls = []
-
-    @functools.wraps(function)
-    def traced(*args, **kwargs):
-        calls.append(1)
-        return function(*args, **kwargs)
-
-    return traced, calls
-
-
-def equal(a, b, agree=np.array_equal):
-    """Whether two trees agree, to the bit by default."""
-
-    def array(x):
-        return np.asarray(jax.random.key_data(x) if jnp.issubdtype(jnp.result_type(x), jax.dtypes.prng_key) else x)
-
-    return all(agree(array(x), array(y)) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
-
-
-def rounded(x, y):
-    """Whether two float32 arrays differ by what another order of some hundred operations may make of the last place."""
-    return np.allclose(x, y, rtol=1e-5, atol=1e-6)
-
-
-class Sink:
-    """What a sink is given."""
-
-    def __init__(self):
-        self.found = []
-
-    def write_scalars(self, step, scalars):
-        self.found.append((step, scalars))
 
 
 class TestLinen:
@@ -264,108 +191,6 @@ class TestOptax:
         assert found["optax/ema"] == pytest.approx(found["optax/norm"], rel=1e-5)
         kernel = gradients["head"]["kernel"]
         assert found["optax/second_moment/head/kernel"] == pytest.approx(float(jnp.mean(kernel**2)), rel=1e-5)
-
-
-class Block(nnx.Module):
-    def __init__(self, rngs):
-        self.linear = nnx.Linear(8, 8, rngs=rngs)
-        self.norm = nnx.BatchNorm(8, rngs=rngs)
-        self.dropout = nnx.Dropout(0.5, rngs=rngs)
-
-    def __call__(self, x):
-        return x + self.dropout(nnx.relu(self.norm(self.linear(x))))
-
-
-class Stack(nnx.Module):
-    def __init__(self, rngs):
-        self.blocks = nnx.List([Block(rngs), Block(rngs)])
-        self.head = nnx.Linear(8, 4, rngs=rngs)
-        self.calls = nnx.Variable(jnp.zeros((), jnp.int32))
-
-    def __call__(self, x):
-        self.calls[...] += 1
-        for block in self.blocks:
-            x = block(x)
-        return self.head(x)
-
-
-def train_nnx(model, optimizer, metrics, batch, train=True):
-    """The loop of nnx."""
-    value, gradients = nnx.value_and_grad(lambda model: cross_entropy(model(batch["x"]), batch["y"]))(model)
-    optimizer.update(model, gradients)
-    metrics.update(loss=value)
-    return value if train else -value
-
-
-TX = optax.chain(optax.snapshot("norm", optax.tree.norm), optax.sgd(1e-2, momentum=0.9))
-
-
-def objects(model=Stack):
-    made = model(nnx.Rngs(0))
-    return made, nnx.Optimizer(made, TX, wrt=nnx.Param), nnx.MultiMetric(loss=nnx.metrics.Average("loss"))
-
-
-class TestNnx:
-    def test_every_graph_node_is_written_back(self):
-        function, traces = counted(train_nnx)
-        monitor = vs.Monitor(nnx.jit(function, static_argnums=4), every=2)
-        mine, other = objects(), objects()
-        plain = nnx.jit(train_nnx, static_argnums=4)
-        kernel = mine[0].blocks[0].linear.kernel
-        classes = [type(module) for _, module in nnx.iter_modules(mine[0])]
-        for _ in range(3):
-            assert rounded(monitor(*mine, BATCH, False), plain(*other, BATCH, False))
-            for a, b in zip(mine, other, strict=True):
-                assert nnx.graphdef(a) == nnx.graphdef(b)
-                assert equal(nnx.state(a), nnx.state(b), agree=rounded)
-        assert mine[0].blocks[0].linear.kernel is kernel
-        assert int(mine[0].calls[...]) == 3
-        assert [type(module) for _, module in nnx.iter_modules(mine[0])] == classes
-        assert len(traces) <= 3  # the plain program, how it places its arguments, and the measured one
-        paths = [f"blocks/{i}{part}" for i in range(2) for part in ("/linear", "/norm", "/dropout", "")]
-        assert [row.path for row in monitor.report.rows] == [*paths, "head", ""]
-        assert all(row.gradient is not None for row in monitor.report.rows)
-        assert monitor.records[-1]["optax/norm"] > 0
-
-    @pytest.mark.parametrize("given", ["not compiled", "donated"])
-    def test_however_the_step_was_made(self, given):
-        def linear(rngs):
-            return nnx.Linear(8, 4, rngs=rngs)
-
-        if given == "donated":
-            monitor = vs.Monitor(nnx.jit(train_nnx, donate_argnums=(0, 1)), every=2)
-        else:
-            monitor = vs.Monitor(train_nnx, every=2, static_argnames="train")
-        plain, mine, other = nnx.jit(train_nnx), objects(linear), objects(linear)
-        for _ in range(3):
-            before = mine[0].kernel.get_value()
-            assert rounded(monitor(*mine, BATCH), plain(*other, BATCH))
-            assert equal([nnx.state(x) for x in mine], [nnx.state(x) for x in other], agree=rounded)
-            assert before.is_deleted() == (given == "donated")
-        assert [row.path for row in monitor.report.rows] == [""]
-
-    def test_a_variable_that_the_step_adds_is_written_back(self):
-        class Remembering(nnx.Linear):
-            def __call__(self, x):
-                self.last = nnx.Intermediate(super().__call__(x))
-                return self.last[...]
-
-        model = Remembering(8, 4, rngs=nnx.Rngs(0))
-        step = nnx.jit(lambda model, x: model(x).sum())
-        monitor = vs.Monitor(step, every=1)
-        for _ in range(2):
-            assert monitor(model, X) == model.last[...].sum()
-        assert [row.path for row in monitor.report.rows] == [""]
-
-    def test_several_models_are_told_apart_by_their_arguments(self):
-        @nnx.jit
-        def step(generator, critic, x):
-            return jnp.mean(critic(generator(x)))
-
-        linear = [nnx.Linear(8, 8, rngs=nnx.Rngs(i)) for i in range(2)]
-        monitor = vs.Monitor(step)
-        assert monitor(*linear, X) == step(*linear, X)
-        assert [row.path for row in monitor.report.rows] == ["generator", "critic"]
 
 
 class TestRefused:
