@@ -195,6 +195,28 @@ def test_a_normalised_kernel_and_a_tied_table_keep_their_values():
     assert not account.missed
 
 
+def test_kernels_stacked_by_vmap_have_factors_of_their_own():
+    class Experts(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.vmap(nn.Dense, variable_axes={"params": 0}, split_rngs={"params": True})(5, name="expert")(x)
+
+    x = data(3, 40, 16) * jnp.array([1.0, 10.0, 0.1])[:, None, None]
+    found, account = vs.lsuv(Experts(), Experts().init(KEY(1), x), x)
+    assert [row.path for row in account] == [f"expert/kernel[{i}]" for i in range(3)]
+    assert Experts().apply(found, x).std((1, 2)) == pytest.approx([1, 1, 1], abs=1e-4)
+
+
+def test_sharded_parameters_keep_their_sharding():
+    mesh = jax.make_mesh((2,), ("model",))
+    place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "model"))
+    net, x = nn.Sequential([nn.Dense(32), nn.relu, nn.Dense(8)]), data(16, 8)
+    params = jax.tree.map(lambda leaf: jax.device_put(leaf, place) if leaf.ndim == 2 else leaf, net.init(KEY(0), x))
+    found, account = vs.lsuv(net, params, x)
+    assert not account.missed
+    assert found["params"]["layers_0"]["kernel"].sharding.is_equivalent_to(place, 2)
+
+
 def plain(params, x):
     return jnp.tanh(x @ params["a"]) @ params["b"]
 

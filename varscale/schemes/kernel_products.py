@@ -54,11 +54,11 @@ class Product:
         y = y.astype(_wide(y.dtype))
         y = jnp.stack([jnp.real(y), jnp.imag(y)], -1) if jnp.iscomplexobj(y) else y[..., None]
         if self.groups is None:
-            y = y.reshape(-1, y.shape[-1])
-            mean = jnp.mean(y, axis=0, keepdims=True)
-            return mean, jnp.sum(jnp.mean(jnp.square(y - mean), axis=0))[None]
+            axes = tuple(range(y.ndim - 1))
+            mean = jnp.mean(y, axis=axes, keepdims=True)
+            return mean.reshape(1, -1), jnp.sum(jnp.mean(jnp.square(y - mean), axis=axes))[None]
         runs, mine = self._runs(y.shape[:-1])
-        y = y.reshape(*runs, y.shape[-1])
+        y = _reshaped(y, (*runs, y.shape[-1]))
         others = [k for k, n in enumerate(mine) if n == 1]
         means = jnp.mean(y, axis=others, keepdims=True)
         scatter = jnp.mean(jnp.square(y - means), axis=others).reshape(-1, y.shape[-1]).sum(-1)
@@ -79,7 +79,7 @@ class Product:
             values[self.operand] = scaled(values[self.operand], by_part[0])
             return _compat.evaluated(eqn, values)[0]
         factor = by_part[self.groups[self._entries()]].reshape(self._runs(y.shape)[1])
-        return scaled(y.reshape(self._runs(y.shape)[0]), factor).reshape(y.shape)
+        return _reshaped(scaled(_reshaped(y, self._runs(y.shape)[0]), factor), y.shape)
 
     def scaled_kernel(self, kernel: Any, by_part: Any) -> Any:
         """The kernel with the entries that made each part multiplied by its number: (*layers, parts)."""
@@ -127,6 +127,11 @@ def _wide(dtype: Any) -> Any:
     if jnp.issubdtype(dtype, jnp.complexfloating):
         return dtype
     return jnp.float64 if dtype == jnp.float64 else jnp.float32
+
+
+def _reshaped(x: Any, shape: Sequence[int]) -> Any:
+    """The array in a shape; one that has it is left alone, since not every sharding lets arrays be reshaped."""
+    return x if tuple(x.shape) == tuple(shape) else x.reshape(tuple(shape))
 
 
 def scaled(x: Any, factor: Any) -> Any:
@@ -177,7 +182,7 @@ def products(jaxpr: Any, constants: int, paths: Sequence[str], trained: Sequence
         uses = by_place.get(ids)
         if not uses or any(use.parameter in looked_up for use in uses):
             continue
-        found[place] = product = _product(uses, around, shared, leaves[uses[0].parameter].shape, eqn.outvars[0].aval.shape)
+        found[place] = product = _product(uses, around, shared, leaves[uses[0].parameter].shape, eqn)
         mark = Mark(paths[uses[0].parameter], "kernel", "", "", 1)
         layers = () if product.is_shared else around.lengths
         shape, dtype = tuple(eqn.outvars[0].aval.shape), str(eqn.outvars[0].aval.dtype)
@@ -238,8 +243,8 @@ def _overlap(a: tuple[tuple[int, int, int], ...], b: tuple[tuple[int, int, int],
     return all(max(start, bounds[axis][0]) < min(stop, bounds[axis][1]) for axis, start, stop in a if axis in bounds)
 
 
-def _product(uses: list[Use], around: _Around, shared: set[int], kernel: Sequence[int], output: Sequence[int]) -> Product:
-    use = uses[0]
+def _product(uses: list[Use], around: _Around, shared: set[int], kernel: Sequence[int], eqn: Any) -> Product:
+    use, output = uses[0], eqn.outvars[0].aval.shape
     is_shared = any(u.parameter in shared for u in uses) or use.steps > 1 or around.repeats
     is_shared |= len(use.batch) != len(around.lengths)
     region = use.region or ()
@@ -249,8 +254,20 @@ def _product(uses: list[Use], around: _Around, shared: set[int], kernel: Sequenc
         groups = np.arange(kernel[axis]) // stride % (use.parts * size) // size
         roles = {part[0]: "+".join(sorted(r)) for part, r in use.roles.items() if part is not None and part[1] == use.parts}
         parts = tuple(roles.get(i, str(i)) for i in range(use.parts))
-    layers = () if is_shared else use.batch
-    return Product(tuple(u.parameter for u in uses), parts, groups, axis, use.layout, layers, region, is_shared, use.operand)
+    layers, layout = () if is_shared else use.batch, use.layout
+    if groups is None and _stacks_kernels(use, eqn, kernel) and not (is_shared or region or len(uses) > 1):
+        axis = use.shared[0]
+        groups, parts = np.arange(kernel[axis]), tuple(map(str, range(kernel[axis])))
+        layout = ((layouts.Atom(axis, kernel[axis]),), *layout[1:])
+    return Product(tuple(u.parameter for u in uses), parts, groups, axis, layout, layers, region, is_shared, use.operand)
+
+
+def _stacks_kernels(use: Use, eqn: Any, kernel: Sequence[int]) -> bool:
+    """Whether a product is one of several kernels with as many inputs, along one axis: experts, heads, `nn.vmap`."""
+    if eqn.primitive.name != "dot_general" or len(use.shared) != 1:
+        return False
+    batch = eqn.params["dimension_numbers"][1][0]
+    return len(batch) == 1 and eqn.outvars[0].aval.shape[0] == kernel[use.shared[0]] > 1
 
 
 def _is_whole(use: Use, kernel: Sequence[int], output: Sequence[int]) -> bool:
