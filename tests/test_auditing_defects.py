@@ -191,3 +191,18 @@ def test_an_output_that_no_input_reaches_is_read():
             return nn.Dense(3)(x), jnp.exp(self.param("log_std", nn.initializers.zeros, (3,)))
 
     assert vs.audit(Net(), ROWS).findings == ()
+
+
+def test_a_wrong_fan_before_a_norm_has_no_consequence():
+    """SAME borders at 2×2 leave 4/9 of the terms; a batch norm restores the scale, a key among the inputs is no array."""
+
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x, key):
+            x = nn.BatchNorm(use_running_average=False)(nn.Conv(8, (3, 3), use_bias=False)(x))
+            return nn.Dense(3)(nn.relu(x + 0.1 * jax.random.normal(key, x.shape)).mean((1, 2)))
+
+    x = vs.inputs(jax.ShapeDtypeStruct((4, 2, 2, 8), jnp.float32), jax.random.key(1))
+    (finding,) = vs.audit(Net(), x).findings
+    assert (finding.code, finding.level, finding.path) == ("VS104", "info", "Conv_0/kernel")
+    assert finding.figure == pytest.approx(4 / 9)

@@ -187,6 +187,10 @@ def _is_described(x: Any) -> bool:
     return hasattr(x, "shape") and hasattr(x, "dtype")
 
 
+def _is_key(x: Any) -> bool:
+    return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
 def _filled(x: Any) -> Any:
     """Zeros in place of a described array: what is drawn does not depend on the input's numbers."""
     described = isinstance(x, jax.ShapeDtypeStruct) or (_is_described(x) and not isinstance(x, jax.Array | np.ndarray))
@@ -252,5 +256,5 @@ def _arrays(x: Any) -> list[tuple[str, Any]]:
     """The inputs that are given as numbers."""
     given = faces.as_inputs(x)
     flat = jax.tree_util.tree_flatten_with_path((given.args, dict(given.kwargs)), is_leaf=_is_described)[0]
-    arrays = [value for _, value in flat if isinstance(value, jax.Array | np.ndarray)]
+    arrays = [value for _, value in flat if isinstance(value, jax.Array | np.ndarray) and not _is_key(value)]
     return [("the input" if len(arrays) == 1 else f"input {i}", value) for i, value in enumerate(arrays)]

@@ -140,7 +140,7 @@ def check_fans(found: Sequence[Map]) -> Iterator[Finding]:
             scale = m.second_moment * of_shape
             law = variance_scaling(scale, mode, "normal", fans=Fans(m.use.fan_in, use_out))
             yield Finding(
-                "VS104", _by_factor(ratio), m.path, told, ratio,
+                "VS104", _by_factor(ratio) if not m.use.normalised_after else "info", m.path, told, ratio,
                 f'kernel_init=vs.variance_scaling({scale:.3g}, "{mode}", fans={fans})', {m.path: law},
             )  # fmt: skip
             break
