@@ -12,7 +12,7 @@ from varscale.theory.graph.expressions import form
 from varscale.theory.graph.nodes import View
 from varscale.theory.interpreter.interpreter import Interpreter
 from varscale.theory.interpreter.tracing import first_pass
-from varscale.theory.propagation.marginals import likeness
+from varscale.theory.propagation.marginals import integral_key
 from varscale.theory.propagation.products import INTEGRATED
 
 X = jax.ShapeDtypeStruct((8, 64), jnp.float32)
@@ -150,7 +150,7 @@ def _activations(*scales):
 
 
 def _likeness(node):
-    return likeness(View(node, tuple(range(len(node.axes)))))
+    return integral_key(View(node, tuple(range(len(node.axes)))))
 
 
 def test_functions_of_like_roots_are_integrated_once():

@@ -90,11 +90,28 @@ def squeeze_types(matrix: np.ndarray, out: Axis, axis: Axis) -> np.ndarray:
     return matrix[: 1 if out.size == 1 else None, : 1 if axis.size == 1 else None]
 
 
-class Conv(Node):
-    """A convolution; `params` is (groups, windows, x's dims, w's dims, out's dims, logical axes).
+class ConvParams(NamedTuple):
+    """What a convolution is, beside its arguments.
 
-    Dims say which axis of the node is (batch, channel, space...) of x and of the output, (out, in, taps...) of w; None: size 1.
+    Attributes:
+        groups: feature groups.
+        windows: how each spatial axis is read.
+        x_dims: which axis of x is (batch, channel, space...); None: size 1.
+        w_dims: which axis of w is (out, in, taps...).
+        out_dims: which axis of the output is (batch, channel, space...).
     """
+
+    groups: int
+    windows: tuple[Window, ...]
+    x_dims: tuple[int | None, ...]
+    w_dims: tuple[int | None, ...]
+    out_dims: tuple[int | None, ...]
+
+
+class Conv(Node):
+    """A convolution."""
+
+    params: ConvParams
 
     def prepare(self) -> None:
         x, w = (v.node for v in self.args)
@@ -191,19 +208,29 @@ def _block(axis: Axis, kind: int) -> slice:
     return slice(axis.classes, None) if kind else slice(0, axis.classes)
 
 
+class WindowSumParams(NamedTuple):
+    """The windows by dimension (None: a dimension that is not summed), and which axis each is of x and of the output."""
+
+    windows: tuple[Window | None, ...]
+    x_dims: tuple[int | None, ...]
+    out_dims: tuple[int | None, ...]
+
+
 class WindowSum(Node):
-    """Sums over windows; `params` is (windows by dimension, x's dims, out's dims)."""
+    """Sums over windows."""
+
+    params: WindowSumParams
 
     def prepare(self) -> None:
         self.odd, self.positive = self.args[0].node.odd, self.args[0].node.positive
         # Windows that overlap have places in common with the next ones.
-        self.local |= any(w is not None and (w.taps - 1) * w.dilation >= w.stride for w in self.params[0])
+        self.local |= any(w is not None and (w.taps - 1) * w.dilation >= w.stride for w in self.params.windows)
 
     def axes_in(self) -> list[Axis]:
-        return [ONE if k is None else self.args[0].node.axes[k] for k in self.params[1]]
+        return [ONE if k is None else self.args[0].node.axes[k] for k in self.params.x_dims]
 
     def axes_out(self) -> list[Axis]:
-        return [ONE if k is None else self.axes[k] for k in self.params[2]]
+        return [ONE if k is None else self.axes[k] for k in self.params.out_dims]
 
     def _carry(
         self, array: np.ndarray, maps: Sequence[np.ndarray | None], inward: Sequence[int | None], outward: Sequence[int | None]
@@ -218,7 +245,7 @@ class WindowSum(Node):
 
     def pair_maps(self) -> list[np.ndarray | None]:
         maps: list[np.ndarray | None] = []
-        for window, a, o in zip(self.params[0], self.axes_in(), self.axes_out(), strict=True):
+        for window, a, o in zip(self.params.windows, self.axes_in(), self.axes_out(), strict=True):
             if window is None:
                 maps.append(None)
                 continue

@@ -80,7 +80,7 @@ def numbers(node: Node) -> np.ndarray | None:
     return found
 
 
-def is_given(node: Node) -> bool:
+def is_known_array(node: Node) -> bool:
     """Whether its entries are known numbers."""
     while isinstance(node, Rearranged):
         node = node.args[0].node
@@ -89,7 +89,7 @@ def is_given(node: Node) -> bool:
 
 def all_given(values: Sequence[Any]) -> bool:
     """Whether what an equation reads is known numbers."""
-    return bool(values) and all(isinstance(x, Value) and is_given(x.node) for x in values)
+    return bool(values) and all(isinstance(x, Value) and is_known_array(x.node) for x in values)
 
 
 def entries(x: Value) -> np.ndarray | None:
@@ -112,7 +112,7 @@ def note(x: Value, found: Callable[[], np.ndarray]) -> None:
         values = values[tuple(0 if a.axis is None else slice(None) for a in atoms)]
         return values.transpose(np.argsort([a.axis for a in atoms if a.axis is not None]))
 
-    if not is_given(x.node):
+    if not is_known_array(x.node):
         MEASURED.put(x.node.graph, x.node.id, over_axes)
 
 
@@ -133,7 +133,7 @@ def computed(graph: Graph, values: np.ndarray, axes: Sequence[Axis], sources: Se
 
 def known_cross(a: View, b: View, frame: Sequence[Axis]) -> np.ndarray | None:
     """E[a_i b_j] by type of two given arrays, over pairs of places; None of what is not given, or is too large."""
-    if math.prod(axis.size for axis in frame) > MOST_COMPUTED or not (is_given(a.node) and is_given(b.node)):
+    if math.prod(axis.size for axis in frame) > MOST_COMPUTED or not (is_known_array(a.node) and is_known_array(b.node)):
         return None
     first, second = (_over(view, frame)[None] for view in (a, b))
     return estimated_products(first, second, frame)[0]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -17,21 +17,36 @@ PICKERS: Fact[Any, Node] = Fact()  # the node of indices that are not known
 INDICES: Fact[Any, np.ndarray] = Fact()  # known indices by digest
 
 
-class Gather(Node):
-    """Rows of a table by index; `params` is (its row axes, index axes of the output, repeat rates, rows, classes, ids).
+class GatherParams(NamedTuple):
+    """What is looked up where.
 
-    Where the rows have classes and the indices are one known axis, `classes` are those of the rows behind its own classes.
-    `ids` tells one array of indices from another: the key of known ones in the graph's store, or the node of unknown ones.
-
-    The frame of its view is this node's axes and then the rows' own.
+    Attributes:
+        row_axes: the axes of the table along which rows are.
+        index_axes: the axes of the output that are the indices'.
+        rates: P(same row) over the types of the indices, flat; None: rows are as likely as one another.
+        rows: how many rows there are.
+        classes: where rows have classes and the indices are one known axis, those of the rows behind its own classes.
+        ids: tells one array of indices from another: the key of known ones in the store, or the node of unknown ones.
     """
 
+    row_axes: tuple[int, ...]
+    index_axes: tuple[int, ...]
+    rates: Any
+    rows: Any
+    classes: Any
+    ids: Any
+
+
+class Gather(Node):
+    """Rows of a table by index; the frame of its view is this node's axes and then the rows' own."""
+
+    params: GatherParams
     collects = True
 
     def prepare(self) -> None:
         """What indices are computed from decides, too: the nearest row is no row like others, and may turn with the table."""
         self.odd, self.positive = self.args[0].node.odd, self.args[0].node.positive
-        picker = PICKERS.get(self.graph, self.params[5])
+        picker = PICKERS.get(self.graph, self.params.ids)
         if picker is not None:
             self.deps |= picker.deps
             self.odd &= picker.unseen
@@ -40,21 +55,21 @@ class Gather(Node):
     @property
     def known(self) -> np.ndarray | None:
         """The indices, flat, where they are known."""
-        return INDICES.get(self.graph, self.params[5])
+        return INDICES.get(self.graph, self.params.ids)
 
     @property
     def line(self) -> np.ndarray | None:
         """The known indices where they run over one axis and pick along one."""
-        return self.known if len(self.params[0]) == len(self.params[1]) == 1 else None
+        return self.known if len(self.params.row_axes) == len(self.params.index_axes) == 1 else None
 
     @property
     def indexed(self) -> list[Axis]:
         """The axes of the indices; without their classes where those are the rows'."""
-        return [Axis(self.axes[k].size) if self.params[4] else self.axes[k] for k in self.params[1]]
+        return [Axis(self.axes[k].size) if self.params.classes else self.axes[k] for k in self.params.index_axes]
 
     def rates(self) -> np.ndarray:
         """P(same row) over the types of the indices."""
-        rates, rows = self.params[2:4]
+        rates, rows = self.params.rates, self.params.rows
         if rates is not None:
             return np.array(rates).reshape([axis.types for axis in self.indexed])
         same = functools.reduce(np.logical_and.outer, [axis.agrees for axis in self.indexed], np.array(True))

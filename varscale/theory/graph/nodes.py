@@ -63,7 +63,7 @@ class Node(Marked):
     """One random array.
 
     A kind of node is data. How its moments follow from its arguments' (`second_moments`), how a cotangent passes back
-    (`pullback`) and what it does to fluctuations (`handed_on`) are functions that dispatch on the kind.
+    (`pullback`) and what it does to fluctuations (`propagated`) are functions that dispatch on the kind.
 
     Attributes:
         axes: its axes, each of size 2 or more.

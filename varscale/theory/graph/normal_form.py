@@ -158,7 +158,7 @@ def total(graph: Graph, weights: Sequence[float], axes: tuple[Axis, ...], views:
         known = terms[key][0] if key in terms else 0.0
         terms[key] = (0.0 if alike(known, -c) else _unrounded(known + c), view)
     live = [(c, v) for c, v in terms.values() if c != 0]
-    if (opened := _opened(live)) is not None:
+    if (opened := _cancelled(live)) is not None:
         return affine(total(graph, [c for c, _ in opened], axes, [v for _, v in opened]), 1.0, offset)
     if not live:
         return number(graph, offset)
@@ -171,7 +171,7 @@ def total(graph: Graph, weights: Sequence[float], axes: tuple[Axis, ...], views:
     return affine(node, 1.0, offset)
 
 
-def _opened(terms: Sequence[tuple[float, View]]) -> list[tuple[float, View]] | None:
+def _cancelled(terms: Sequence[tuple[float, View]]) -> list[tuple[float, View]] | None:
     """A sum of sums of which parts cancel (what was taken from logits and given back), without those; None where none do."""
     if len(terms) < 2 or not any(isinstance(v.node, Sum) for _, v in terms):
         return None

@@ -55,7 +55,7 @@ class Scale:
 
 
 @dataclasses.dataclass(frozen=True)
-class Answer:
+class Response:
     """What a function makes of a scale.
 
     Attributes:
@@ -73,7 +73,7 @@ class Answer:
     doubt: float
 
 
-def answer(scale: Scale, slope: float, curvature: float, curve: Callable[[], Float[np.ndarray, " scales"]]) -> Answer:
+def response(scale: Scale, slope: float, curvature: float, curve: Callable[[], Float[np.ndarray, " scales"]]) -> Response:
     """What a function F makes of a scale.
 
     Args:
@@ -86,7 +86,7 @@ def answer(scale: Scale, slope: float, curvature: float, curve: Callable[[], Flo
     common = min(scale.common, WIDEST)
     if abs(bend) * (scale.place + abs(scale.growth - 1)) < NEGLIGIBLE:
         place = min(math.log1p(scale.place), WIDEST)
-        return Answer(
+        return Response(
             growth=scale.growth**slope * math.exp(curvature * place / 2),
             place=slope,
             slope=slope,
@@ -101,11 +101,11 @@ def answer(scale: Scale, slope: float, curvature: float, curve: Callable[[], Flo
     slope, level = np.polyfit(LOG_SCALES[_NEAR], steps, 1)
     apart = steps - slope * LOG_SCALES[_NEAR] - level
     slope = float(np.clip(slope, -_STEEP / _LOG_STEP, _STEEP / _LOG_STEP))
-    found = answer(scale, slope, slope * (slope - 1), curve)
+    found = response(scale, slope, slope * (slope - 1), curve)
     return dataclasses.replace(found, growth=scale.growth**slope, doubt=float(np.sqrt(np.mean(apart**2))))
 
 
-def _of_a_curve(scale: Scale, common: float, line: np.ndarray) -> Answer:
+def _of_a_curve(scale: Scale, common: float, line: np.ndarray) -> Response:
     log_f = _extended(line)
     whole = max(min(math.log1p(scale.place), WIDEST), common)
     centre = math.log(scale.growth)
@@ -121,7 +121,7 @@ def _of_a_curve(scale: Scale, common: float, line: np.ndarray) -> Answer:
     first = np.sum(weights * slope, axis=1)
     second = np.sum(weights * (bend + slope**2), axis=1) - first**2
     s, c = float(_SHARES @ first), float(_SHARES @ second)
-    return Answer(
+    return Response(
         growth=growth,
         place=math.copysign(math.sqrt(max(math.log(float(_SHARES @ values**2) / growth**2), 0.0) / max(whole, 1e-12)), s),
         slope=s,

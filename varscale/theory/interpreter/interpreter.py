@@ -26,7 +26,7 @@ from varscale.programs.scopes import opened
 from varscale.theory.domain.axes import Axis
 from varscale.theory.domain.tables import independent
 from varscale.theory.graph.failures import UNCOVERED, PredictionError, located, told
-from varscale.theory.graph.known_arrays import all_given, computed, entries, is_given, note, numbers
+from varscale.theory.graph.known_arrays import all_given, computed, entries, is_known_array, note, numbers
 from varscale.theory.graph.layout import Value, align, full, value, without_entries
 from varscale.theory.graph.nodes import Array, Constant, Graph, Node, View, array, leaf
 from varscale.theory.graph.normal_form import apply
@@ -274,7 +274,7 @@ class Interpreter:
     def elementwise(self, name: str, *xs: Value, extra: tuple[Any, ...] = ()) -> Value:
         """An elementwise primitive of values of one shape (sizes of 1 broadcast)."""
         _, frame, views, layout = align(xs)
-        if all(is_given(v.node) for v in views):
+        if all(is_known_array(v.node) for v in views):
             key = (name, extra, frame, tuple((v.node.id, v.bind) for v in views))
             folded = _FOLDED.once(self.graph, key, lambda: self._fold_elementwise(name, extra, frame, views))
             if folded is not None:

@@ -15,14 +15,14 @@ from varscale.theory.graph.linear_nodes import Contract, applies_weights, operan
 from varscale.theory.graph.lookups import Gather
 from varscale.theory.graph.nodes import UNKNOWN, Array, Node
 from varscale.theory.graph.reshapes import Merge, Permute, Split
-from varscale.theory.propagation.sampler import TERMS, Drawing, in_order, made_of, sample_of_kind
+from varscale.theory.propagation.sampler import TERMS, Drawing, in_order, sample_of_kind, sampled_from
 
 # Chosen, not derived: of a mean square over draws, in units of what it is known to be, more than chance makes of it.
 _TOO_MUCH = 2.0
 
 
-@made_of.register(Mean)
-def made_of_mean(node: Mean, drawing: Drawing, positions: Positions) -> np.ndarray | None:
+@sampled_from.register(Mean)
+def sampled_from_mean(node: Mean, drawing: Drawing, positions: Positions) -> np.ndarray | None:
     """The mean of what is drawn, where that is as good as all."""
     if not drawing.is_drawn_whole(node):
         return None
@@ -31,8 +31,8 @@ def made_of_mean(node: Mean, drawing: Drawing, positions: Positions) -> np.ndarr
     return drawing.whole(source, there).mean(axis=tuple(1 + k for k in node.params))
 
 
-@made_of.register(Permute)
-def made_of_permute(node: Permute, drawing: Drawing, positions: Positions) -> np.ndarray | None:
+@sampled_from.register(Permute)
+def sampled_from_permute(node: Permute, drawing: Drawing, positions: Positions) -> np.ndarray | None:
     if not in_order(node):
         return None
     source = node.args[0].node
@@ -40,8 +40,8 @@ def made_of_permute(node: Permute, drawing: Drawing, positions: Positions) -> np
     return values.transpose([0, *(1 + k for k in node.params)])
 
 
-@made_of.register(Take)
-def made_of_take(node: Take, drawing: Drawing, positions: Positions) -> np.ndarray | None:
+@sampled_from.register(Take)
+def sampled_from_take(node: Take, drawing: Drawing, positions: Positions) -> np.ndarray | None:
     if not in_order(node):
         return None
     source, (k, start, _, step) = node.args[0].node, node.params
@@ -55,8 +55,8 @@ def made_of_take(node: Take, drawing: Drawing, positions: Positions) -> np.ndarr
     return values.squeeze(1 + k) if dropped else values
 
 
-@made_of.register(Split)
-def made_of_split(node: Split, drawing: Drawing, positions: Positions) -> np.ndarray | None:
+@sampled_from.register(Split)
+def sampled_from_split(node: Split, drawing: Drawing, positions: Positions) -> np.ndarray | None:
     """The positions of an axis that those of its factors are."""
     if not in_order(node):
         return None
@@ -67,8 +67,8 @@ def made_of_split(node: Split, drawing: Drawing, positions: Positions) -> np.nda
     return values.reshape(*values.shape[: 1 + k], *map(len, factors), *values.shape[2 + k :])
 
 
-@made_of.register(Merge)
-def made_of_merge(node: Merge, drawing: Drawing, positions: Positions) -> np.ndarray | None:
+@sampled_from.register(Merge)
+def sampled_from_merge(node: Merge, drawing: Drawing, positions: Positions) -> np.ndarray | None:
     """The factors' positions that those of the whole are, each with each, and of those the ones that were asked for."""
     if not in_order(node):
         return None
@@ -80,8 +80,8 @@ def made_of_merge(node: Merge, drawing: Drawing, positions: Positions) -> np.nda
     return values[(*[slice(None)] * (1 + k), *(index for _, index in own))]
 
 
-@made_of.register(Concat)
-def made_of_concat(node: Concat, drawing: Drawing, positions: Positions) -> np.ndarray:
+@sampled_from.register(Concat)
+def sampled_from_concat(node: Concat, drawing: Drawing, positions: Positions) -> np.ndarray:
     """The parts, each at those of the positions that lie in it."""
     along, sizes = node.params
     start, found = 0, []
@@ -97,8 +97,8 @@ def made_of_concat(node: Concat, drawing: Drawing, positions: Positions) -> np.n
     return np.moveaxis(np.concatenate(wide, axis=along), -1, 0)
 
 
-@made_of.register(Contract)
-def made_of_contract(node: Contract, drawing: Drawing, positions: Positions) -> np.ndarray | None:
+@sampled_from.register(Contract)
+def sampled_from_contract(node: Contract, drawing: Drawing, positions: Positions) -> np.ndarray | None:
     if applies_weights(node):
         return _weighed(node, drawing, positions) if in_order(node) or _is_narrow(node) else None
     if not in_order(node) or any(len(drawing.some(a)) < a.size for a in node.params):
@@ -148,8 +148,8 @@ def _known_scale(node: Node, out: np.ndarray) -> np.ndarray:
     return out / math.sqrt(max(excess, 1e-300))
 
 
-@made_of.register(Conv)
-def made_of_conv(node: Conv, drawing: Drawing, positions: Positions) -> np.ndarray | None:
+@sampled_from.register(Conv)
+def sampled_from_conv(node: Conv, drawing: Drawing, positions: Positions) -> np.ndarray | None:
     """Taps along one axis that is drawn whole, of every channel alone or of all channels at once."""
     groups, windows, xd, _, od = node.params[:5]
     x, w = (view.node for view in node.args)

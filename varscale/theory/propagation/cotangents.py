@@ -29,7 +29,7 @@ from varscale.theory.propagation.gradient_fluctuations import gradient_scale, su
 from varscale.theory.propagation.marginals import along, concentrated
 from varscale.theory.propagation.products import product_second
 from varscale.theory.propagation.pullbacks import mean_square, sum_out
-from varscale.theory.propagation.scale_responses import companions
+from varscale.theory.propagation.scale_responses import cofactors
 from varscale.theory.propagation.unit_kurtosis import mean_squared_correlation
 
 # Set on the validation grid, not derived, both.
@@ -196,7 +196,7 @@ def _elementwise(
     inside: Cotangents,
 ) -> None:
     """Pass a cotangent through an elementwise tree to its roots, and to the watched nodes inside it."""
-    scales = companions(node)
+    scales = cofactors(node)
     for root in roots(node):
         if isinstance(root.node, Leaf) and root.node.is_bits:
             continue
@@ -339,7 +339,7 @@ def _normalised_before(node: Node, scale: View) -> float:
     whole = max(sum(c * c * v.node.table.mean_square for c, v in zip(node.params, node.args, strict=True)), 1e-300)
     out = 0.0
     for c, view in zip(node.params, node.args, strict=True):
-        groups = [g for g in companions(view.node).values() if len(g) == 2] if isinstance(view.node, Apply) else []
+        groups = [g for g in cofactors(view.node).values() if len(g) == 2] if isinstance(view.node, Apply) else []
         if len(groups) == 1 and len(groups[0][1].bind) == len(scale.bind) and set(roots(view.node)) == set(groups[0]):
             out += (c * c * view.node.table.mean_square / whole) ** 2
     return out

@@ -18,7 +18,7 @@ import numpy as np
 
 from varscale.theory.domain.axes import Axis
 from varscale.theory.domain.tables import by_type, lift
-from varscale.theory.graph.convolutions import Conv, WindowSum
+from varscale.theory.graph.convolutions import Conv, WindowSum, WindowSumParams
 from varscale.theory.graph.expressions import roots_of
 from varscale.theory.graph.nodes import Leaf, Node, View
 from varscale.theory.graph.normal_form import affine, apply
@@ -38,7 +38,7 @@ def scale(node: Node) -> Node | None:
         return None
     whole = tuple(range(len(x.axes)))
     square = apply(node.graph, "square", (), x.axes, [View(x, whole)])
-    sums = node.graph.make(WindowSum, node.axes, [View(square, whole)], ((None, None, *windows), xd, od))
+    sums = node.graph.make(WindowSum, node.axes, [View(square, whole)], WindowSumParams((None, None, *windows), xd, od))
     return affine(sums, w.table.mean_square, 0.0)
 
 

@@ -23,7 +23,7 @@ from varscale.theory.graph.store import once_per_node
 from varscale.theory.propagation.inherited_fluctuations import NONE, Spread, fresh, inherited, origin, weighted
 from varscale.theory.propagation.sample_moments import drawn_scatter
 from varscale.theory.propagation.shared_component import channel_scatter
-from varscale.theory.propagation.square_covariances import left_to_chance
+from varscale.theory.propagation.square_covariances import free_share
 
 
 def with_own_weights(spread: Spread, node: Node, view: View, x: Node, terms: float, units: int) -> Spread:
@@ -37,7 +37,7 @@ def with_own_weights(spread: Spread, node: Node, view: View, x: Node, terms: flo
         weight = weight.args[0].node
     if not isinstance(weight, Leaf) or weight.is_input or not weight.random:
         return spread
-    noise = math.sqrt(max(weight.kurtosis - 1, 0.0) / terms / units * left_to_chance(weight, terms, units))
+    noise = math.sqrt(max(weight.kurtosis - 1, 0.0) / terms / units * free_share(weight, terms, units))
     common = min(inherited(x).point, spread.point)
     shape = max((weight.kurtosis - 3) / 3 * (spread.point - common + (1 + common) / terms), -spread.point)
     return dataclasses.replace(spread, sources={**spread.sources, ~node.id: noise}, shape=shape)

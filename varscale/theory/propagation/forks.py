@@ -19,7 +19,7 @@ from varscale.theory.graph.nodes import Array, Constant, Leaf, Node, View, numbe
 from varscale.theory.graph.normal_form import apply, mean_pullback
 from varscale.theory.graph.store import once_per_node
 from varscale.theory.propagation.pullbacks import sum_out
-from varscale.theory.propagation.scale_responses import companions
+from varscale.theory.propagation.scale_responses import cofactors
 
 _MOST_PATHS = 64  # into one sum: those that go further down are left out
 
@@ -201,7 +201,7 @@ def _through_function(path: _Path) -> Iterator[_Path]:
     """The paths through an elementwise tree to its roots; a norm's groups have a rule of their own."""
     view = path.root
     assert isinstance(view.node, Apply)
-    grouped = {member for group in companions(view.node).values() if len(group) > 1 for member in group}
+    grouped = {member for group in cofactors(view.node).values() if len(group) > 1 for member in group}
     for root in roots(view.node):
         if root in grouped or (isinstance(root.node, Leaf) and root.node.is_bits) or isinstance(root.node, Array):
             continue

@@ -33,7 +33,7 @@ from varscale.theory.graph.expressions import Apply, Sum, roots
 from varscale.theory.graph.nodes import Constant, Leaf, Node, View
 from varscale.theory.integrals.hermite_series import WEIGHTS
 from varscale.theory.propagation.error_bounds import doubt_of
-from varscale.theory.propagation.inherited_fluctuations import Spread, answers, inherited, kernel, shared
+from varscale.theory.propagation.inherited_fluctuations import Spread, inherited, kernel, root_responses, shared
 from varscale.theory.propagation.marginals import along, concentrated, over_classes
 from varscale.theory.propagation.scale_responses import responses
 
@@ -89,7 +89,7 @@ def gradient_scale(
 
 def log_slopes(node: Node) -> dict[Node, float]:
     """d ln E[f²]/d ln Q by root."""
-    return {root: found.slope for root, found in answers(node).items()} if isinstance(node, Apply) else {node: 1.0}
+    return {root: found.slope for root, found in root_responses(node).items()} if isinstance(node, Apply) else {node: 1.0}
 
 
 def scale_share(node: Node, i: int) -> float:

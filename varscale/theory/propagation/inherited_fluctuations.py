@@ -18,7 +18,7 @@ from varscale.theory.graph.nodes import Array, Constant, Leaf, Node, View
 from varscale.theory.graph.reshapes import Rearranged
 from varscale.theory.graph.store import once_per_node
 from varscale.theory.integrals.hermite_series import WEIGHTS
-from varscale.theory.integrals.lognormal import WIDEST, Answer, Scale, answer
+from varscale.theory.integrals.lognormal import WIDEST, Response, Scale, response
 from varscale.theory.propagation.marginals import concentrated, evaluate, independent_factors, over_classes
 from varscale.theory.propagation.scale_responses import response_curve, responses
 from varscale.theory.propagation.square_covariances import square_pairs
@@ -90,22 +90,22 @@ def shared(a: dict[Hashable, float], b: dict[Hashable, float]) -> float:
 @once_per_node
 def kernel(node: Node) -> Spread:
     """What a root's scale inherits: the fluctuations of the inputs it is linear in."""
-    return handed_on(node)
+    return propagated(node)
 
 
 @functools.singledispatch
-def handed_on(node: Node) -> Spread:
+def propagated(node: Node) -> Spread:
     """`kernel` of a kind of node, worked out: of one that is linear in its one argument, what that argument's scale does."""
     return inherited(node.args[0].node) if node.args else NONE
 
 
-@handed_on.register(Leaf | Array | Constant)
-def handed_on_of_leaf(node: Leaf | Array | Constant) -> Spread:
+@propagated.register(Leaf | Array | Constant)
+def propagated_of_leaf(node: Leaf | Array | Constant) -> Spread:
     return NONE
 
 
-@handed_on.register(Sum)
-def handed_on_of_sum(node: Sum) -> Spread:
+@propagated.register(Sum)
+def propagated_of_sum(node: Sum) -> Spread:
     """A centred array is its own scale; independent terms share the variance; a variance goes with the squares in it."""
     if node.positive:
         return combine([(1.0, kernel(node.args[int(np.argmax(node.params))].node))])
@@ -122,7 +122,7 @@ def inherited(node: Node) -> Spread:
     if not isinstance(node, Apply):
         return kernel(node)
     terms, places, growth, bent, skew = [], {}, 1.0, 0.0, 0.0
-    for root, told in answers(node).items():
+    for root, told in root_responses(node).items():
         spread = kernel(root)
         terms.append((told.slope, spread))
         own = weighted([(told.place, spread.places)])
@@ -154,13 +154,13 @@ def _within_one_factor(node: Apply, a: Node, b: Node) -> bool:
 
 
 @once_per_node
-def answers(node: Apply) -> dict[Node, Answer]:
+def root_responses(node: Apply) -> dict[Node, Response]:
     """What a tree makes of the random scale of each of its roots."""
-    out: dict[Node, Answer] = {}
+    out: dict[Node, Response] = {}
     for root, (slope, curvature) in responses(node).items():
         spread = kernel(root)
         scale = Scale(max(1 + spread.shift, NEGLIGIBLE), spread.point, spread.variance, spread.skew)
-        found = answer(scale, slope, curvature, functools.partial(response_curve, node, root))
+        found = response(scale, slope, curvature, functools.partial(response_curve, node, root))
         shape = 1 + float(np.clip(curvature * spread.shape / 2, -LOOSE, LOOSE))
         out[root] = dataclasses.replace(found, growth=found.growth * shape)
     return out

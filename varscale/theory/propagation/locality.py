@@ -18,23 +18,23 @@ from varscale.theory.propagation.marginals import concentrated
 
 
 @once_per_node
-def unseen_nearness(node: Node) -> float:
+def lost_excess(node: Node) -> float:
     """By how much of a mean square two near places may share more than two places of the merged axes do on average."""
-    return nearness_of(node)
+    return lost_excess_of(node)
 
 
 @functools.singledispatch
-def nearness_of(node: Node) -> float:
-    """`unseen_nearness` of a kind of node, worked out: what a linear map of one array leaves of its input's."""
+def lost_excess_of(node: Node) -> float:
+    """`lost_excess` of a kind of node, worked out: what a linear map of one array leaves of its input's."""
     if isinstance(node, Leaf | Array | Constant):
         return 0.0
     given = [v.node for v in node.args if not isinstance(v.node, Leaf | Array | Constant)]
     linear = node.width is not None and len(given) == 1
-    return max(map(unseen_nearness, given), default=0.0) if linear or node.moves else 0.0
+    return max(map(lost_excess, given), default=0.0) if linear or node.moves else 0.0
 
 
-@nearness_of.register(Merge)
-def nearness_of_merge(node: Merge) -> float:
+@lost_excess_of.register(Merge)
+def lost_excess_of_merge(node: Merge) -> float:
     source = node.args[0].node
     k, count = node.params
     table = source.table
@@ -43,19 +43,19 @@ def nearness_of_merge(node: Merge) -> float:
     agree = functools.reduce(np.logical_and.outer, [a.agrees for a in source.axes[k : k + count]], np.array(True))
     apart = np.where(agree, 0.0, pairs)
     if not apart.any():
-        return unseen_nearness(source)
+        return lost_excess(source)
     usual = float((apart * second).sum() / apart.sum())
     most = float(second[apart > 0].max())
-    return (most - usual) / max(table.mean_square, 1e-300) + unseen_nearness(source)
+    return (most - usual) / max(table.mean_square, 1e-300) + lost_excess(source)
 
 
-@nearness_of.register(Sum)
-def nearness_of_sum(node: Sum) -> float:
+@lost_excess_of.register(Sum)
+def lost_excess_of_sum(node: Sum) -> float:
     terms = [(c, v.node) for c, v in zip(node.params, node.args, strict=True) if not v.node.averages]
     whole = sum(c * c * x.table.mean_square for c, x in terms)
-    return sum(c * c * x.table.mean_square / max(whole, 1e-300) * unseen_nearness(x) for c, x in terms)
+    return sum(c * c * x.table.mean_square / max(whole, 1e-300) * lost_excess(x) for c, x in terms)
 
 
-@nearness_of.register(Apply)
-def nearness_of_apply(node: Apply) -> float:
-    return max((unseen_nearness(r.node) for r in roots(node) if not concentrated(r.node)), default=0.0)
+@lost_excess_of.register(Apply)
+def lost_excess_of_apply(node: Apply) -> float:
+    return max((lost_excess(r.node) for r in roots(node) if not concentrated(r.node)), default=0.0)

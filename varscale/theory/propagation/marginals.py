@@ -221,7 +221,7 @@ def over_classes(line: np.ndarray, axes: Sequence[Axis]) -> np.ndarray:
     return line
 
 
-def likeness(view: View) -> Hashable | None:
+def integral_key(view: View) -> Hashable | None:
     """Equal for one function of Gaussian roots whose marginals agree, which is integrated once; None where they are not."""
     own = [marginal(root.node) for root in roots(view.node)]
     if not all(m.gaussian for m in own):

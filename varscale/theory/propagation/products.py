@@ -26,7 +26,7 @@ from varscale.theory.propagation.marginals import (
     evaluate,
     followed,
     grid,
-    likeness,
+    integral_key,
     marginal,
     placed,
 )
@@ -160,7 +160,7 @@ def _of_one_root(group: _Group, frame: Sequence[Axis], fixed: Environment) -> tu
         return values, by_type(values, frame, second=False) * by_type(values, frame, second=True)
     (root,) = group.variables
     alone = all(roots_of(x) == [root] for x in group.f)
-    marks = [likeness(x) for x in group.f] if alone else [None]
+    marks = [integral_key(x) for x in group.f] if alone else [None]
     if None in marks:
         mean, series = integrated()
     else:

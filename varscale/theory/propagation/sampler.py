@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from varscale.theory.domain.axes import Axis
 from varscale.theory.domain.random_arrays import Positions, gaussian
 from varscale.theory.graph.expressions import Apply, Mean, Sum, roots_of
-from varscale.theory.graph.known_arrays import is_given, numbers
+from varscale.theory.graph.known_arrays import is_known_array, numbers
 from varscale.theory.graph.nodes import Array, Constant, Leaf, Node, View, known_samples
 from varscale.theory.graph.store import Fact, evaluated
 from varscale.theory.integrals.hermite_series import Z
@@ -51,7 +51,7 @@ def _anywhere(known: Fact[int, bool], true_of: Callable[[Node], bool], node: Nod
 
 
 @functools.singledispatch
-def made_of(node: Node, drawing: Drawing, positions: Positions) -> np.ndarray | None:
+def sampled_from(node: Node, drawing: Drawing, positions: Positions) -> np.ndarray | None:
     """A node at some positions of its axes, (replicates or 1, ...); None where its law is all that is known of it."""
     return None
 
@@ -134,7 +134,7 @@ class Drawing:
             known = known_samples(node)
             if known is not None:
                 return picked(known, node.axes, positions, self.replicates)
-        made = made_of(node, self, positions)
+        made = sampled_from(node, self, positions)
         return _drawn(node, positions, self.replicates, self.random(node.id)) if made is None else made
 
     def _added(self, node: Sum, positions: Positions) -> np.ndarray:
@@ -223,7 +223,7 @@ def _drawn(node: Node, positions: Positions, replicates: int, rng: np.random.Gen
     """A root's values at these positions, (replicates or 1, ...)."""
     if isinstance(node, Array):
         return np.asarray(node.values, float)[np.ix_(*positions)][None]
-    if is_given(node) and (known := numbers(node)) is not None:
+    if is_known_array(node) and (known := numbers(node)) is not None:
         return np.asarray(known, float)[np.ix_(*positions)][None]
     own = sample_of_kind(node, positions, replicates, rng)
     if own is not None:

@@ -20,7 +20,7 @@ from varscale.theory.propagation.marginals import (
     concentrated,
     evaluate,
     independent_factors,
-    likeness,
+    integral_key,
     over_classes,
 )
 
@@ -29,7 +29,7 @@ _STEEPEST = 4.0  # a fourth power's ratio; beyond it E[f²] is next to nothing a
 
 
 @once_per_node
-def companions(node: Node) -> dict[View, list[View]]:
+def cofactors(node: Node) -> dict[View, list[View]]:
     """The roots of a tree that fluctuate, each with the concentrated ones that are its own scale (a norm's variance)."""
     own = [r for r in roots(node) if not isinstance(r.node, Array) and not (isinstance(r.node, Leaf) and not r.node.is_input)]
     live = [r for r in own if not concentrated(r.node)] or own
@@ -53,7 +53,7 @@ def responses(node: Node) -> dict[Node, tuple[float, float]]:
     A norm's variance moves with the array it normalises, so that a normalised array has ratio 0: the two are varied together.
     """
     out: dict[Node, tuple[float, float]] = {}
-    for group in companions(node).values():
+    for group in cofactors(node).values():
         low, middle, high = _levels(node, group, (1 - SCALE_STEP, 1.0, 1 + SCALE_STEP))
         slope = math.log(high / low) / math.log((1 + SCALE_STEP) / (1 - SCALE_STEP))
         curvature = (high - 2 * middle + low) / SCALE_STEP**2 / middle
@@ -65,7 +65,7 @@ def responses(node: Node) -> dict[Node, tuple[float, float]]:
 
 def response_curve(node: Node, root: Node) -> Float[np.ndarray, " scales"]:
     """ln E[f²] at LOG_SCALES of a root's second moment, less that at its own."""
-    groups = [group for group in companions(node).values() if group[0].node is root]
+    groups = [group for group in cofactors(node).values() if group[0].node is root]
     levels = [_levels(node, group, (1.0, *np.exp(LOG_SCALES))) for group in groups]
     return np.sum([np.log(level[1:] / level[0]) for level in levels], axis=0)
 
@@ -111,7 +111,7 @@ def _varied_square(
             out.append(float(line @ WEIGHTS) if line.size > 1 else float(line[0]))
         return out
 
-    mark = likeness(factor)
+    mark = integral_key(factor)
     if mark is None:
         return varied()
     return _VARIED.once(main.node.graph, (mark, tuple(frame), own.index(main), tuple(powers), ratios), varied)

@@ -155,14 +155,14 @@ def of_few(node: Conv) -> float | None:
 
 def _group(node: Conv) -> int:
     """How many channels an output reads."""
-    channels = node.params[2][1]
-    return 1 if channels is None else node.args[0].node.axes[channels].size // node.params[0]
+    channels = node.params.x_dims[1]
+    return 1 if channels is None else node.args[0].node.axes[channels].size // node.params.groups
 
 
 def _units(root: Node, x: Node) -> list[int]:
     """The axes along which a product with weights has weights of its own."""
     if isinstance(root, Conv):
-        return [k for k in root.params[4][1:2] if k is not None]
+        return [k for k in root.params.out_dims[1:2] if k is not None]
     shared = {k for view in root.args if view.node is x for k in view.bind}
     return [k for k in range(len(root.axes)) if k not in shared]
 
@@ -170,7 +170,7 @@ def _units(root: Node, x: Node) -> list[int]:
 def _place_axes(root: Node) -> frozenset[int]:
     """The axes of places of a convolution, or of an average that leaves some."""
     if isinstance(root, Conv):
-        return frozenset(k for k in root.params[4][2:] if k is not None)
+        return frozenset(k for k in root.params.out_dims[2:] if k is not None)
     windows, _, od = root.params if not root.averages else ((), (), ())
     return frozenset(k for k, window in zip(od, windows, strict=True) if window is not None and k is not None)
 
@@ -204,7 +204,7 @@ def _read_by(root: Node, places: frozenset[int]) -> tuple[Node, frozenset[int]] 
         if not isinstance(w.node, Leaf) or w.node.is_input or not w.node.random or not w.node.odd:
             continue
         if isinstance(root, Conv):
-            xd = root.params[2]
+            xd = root.params.x_dims
             return (x.node, frozenset(k for k in xd[2:] if k is not None)) if places == _place_axes(root) else None
         if places <= set(x.bind) and not places & set(w.bind):
             return x.node, frozenset(k for k, b in enumerate(x.bind) if b in places)
@@ -216,7 +216,7 @@ def _shares_of_mean(node: Node, x: Node, places: frozenset[int]) -> tuple[float,
     if node.averages:
         alone = x.table.mean_square / math.prod(x.axes[k].size for k in places)
     else:
-        alone = x.table.mean_square * math.prod(window.taps for window in node.params[0] if window is not None)
+        alone = x.table.mean_square * math.prod(window.taps for window in node.params.windows if window is not None)
     share = min(alone / max(node.table.mean_square, 1e-300), 1.0)
     return share, 1 - share
 
@@ -296,7 +296,7 @@ def _of_few(root: Conv, read: Shared, units: int) -> Channels:
     assert read.channels is not None
     mean, square = read.channels
     rest = np.maximum(square - mean**2, 0.0)
-    group, taps = _group(root), math.prod(w.taps for w in root.params[1])
+    group, taps = _group(root), math.prod(w.taps for w in root.params.windows)
     law = getattr(root.args[1].node, "transport", None)
     rng = np.random.default_rng(1)
     common, own = (np.zeros((_OF_FEW, mean.shape[1])) for _ in range(2))

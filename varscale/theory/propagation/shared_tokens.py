@@ -24,7 +24,7 @@ from varscale.theory.domain.accuracy import LEADING_ORDER
 from varscale.theory.domain.axes import Axis, contract_axis
 from varscale.theory.domain.tables import full_types, lift
 from varscale.theory.graph.expressions import Apply, roots
-from varscale.theory.graph.known_arrays import is_given, numbers
+from varscale.theory.graph.known_arrays import is_known_array, numbers
 from varscale.theory.graph.linear_nodes import Contract, weight_of
 from varscale.theory.graph.nodes import Array, View
 from varscale.theory.propagation.marginals import concentrated, independent_factors
@@ -105,7 +105,7 @@ def _given_below(view: View) -> list[View]:
         for source in root.node.args if weight is not None else ():
             place = (*root.bind, *range(-len(root.node.params), 0))
             found += [r.within(source.bind).within(place) for r in roots(source.node) if source.node is not weight]
-    return [x for x in found if is_given(x.node)]
+    return [x for x in found if is_known_array(x.node)]
 
 
 def _varies(factor: View) -> bool:

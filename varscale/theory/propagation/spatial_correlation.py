@@ -46,62 +46,62 @@ Offsets = tuple[tuple[int, int], ...]  # (axis, distance)
 T = TypeVar("T")
 
 
-class Near(NamedTuple):
+class Excess(NamedTuple):
     """Excess by "same" and "different" along each axis, (2,) * rank; `doubt` is of it, relative to the node's mean square."""
 
     excess: np.ndarray
     doubt: float
 
 
-Steps = Generator[tuple[Node, Offsets], Near, Near]
+Steps = Generator[tuple[Node, Offsets], Excess, Excess]
 
 
-_EXCESSES: Fact[tuple[int, Offsets], Near] = Fact()
+_EXCESSES: Fact[tuple[int, Offsets], Excess] = Fact()
 
 
-def answered(steps: Generator[tuple[Node, Offsets], Near, T]) -> T:
+def resolved(steps: Generator[tuple[Node, Offsets], Excess, T]) -> T:
     """Run what asks for excesses, and what that asks for, without Python's stack, which is not as deep as a model."""
-    answer: Any = None
+    response: Any = None
     waiting: list[tuple[Any, Generator[tuple[Node, Offsets], Any, Any]]] = [(None, steps)]
     while True:
         key, latest = waiting[-1]
         try:
-            node, offsets = latest.send(answer)
+            node, offsets = latest.send(response)
         except StopIteration as done:
-            answer = done.value
+            response = done.value
             waiting.pop()
             if not waiting:
-                return answer
-            _EXCESSES.put(key[0].graph, (key[0].id, key[1]), answer)
+                return response
+            _EXCESSES.put(key[0].graph, (key[0].id, key[1]), response)
             continue
-        answer = _EXCESSES.get(node.graph, (node.id, offsets))
-        if answer is None:
+        response = _EXCESSES.get(node.graph, (node.id, offsets))
+        if response is None:
             waiting.append(((node, offsets), _excess_steps(node, offsets)))
 
 
-def nearby(node: Node, offsets: Offsets) -> Near:
+def excess_at(node: Node, offsets: Offsets) -> Excess:
     """The excess of a node at some distances."""
 
     def steps() -> Steps:
         return (yield node, offsets)
 
-    return answered(steps())
+    return resolved(steps())
 
 
 def _excess_steps(node: Node, offsets: Offsets) -> Steps:
     if not node.local or not offsets:
         return nothing(node)
-    return near_of(node, offsets)
+    return excess_of(node, offsets)
 
 
 def nothing(node: Node, doubt: float = 0.0) -> Steps:
     """No excess."""
     yield from ()
-    return Near(np.zeros((2,) * len(node.axes)), doubt)
+    return Excess(np.zeros((2,) * len(node.axes)), doubt)
 
 
 @functools.singledispatch
-def near_of(node: Node, offsets: Offsets) -> Steps:
+def excess_of(node: Node, offsets: Offsets) -> Steps:
     """The excess of a kind of node: asks for what it needs by yielding it. Of other kinds nothing is known."""
     return nothing(node, ROUGH)
 
@@ -110,7 +110,7 @@ def of_view(view: View, offsets: Offsets, rank: int) -> Steps:
     """The excess of an argument, over a frame of `rank` axes (1 long where it has none)."""
     inner = tuple((j, distance) for k, distance in offsets for j, place in enumerate(view.bind) if place == k)
     found = yield view.node, inner
-    return Near(over_frame(found.excess, view, rank), found.doubt)
+    return Excess(over_frame(found.excess, view, rank), found.doubt)
 
 
 def over_frame(table: np.ndarray, view: View, rank: int) -> np.ndarray:
@@ -135,24 +135,24 @@ def measured(node: Node, numbers: np.ndarray) -> None:
     MEASURED.put(node.graph, node.id, numbers)
 
 
-@near_of.register(Leaf)
-def near_of_leaf(node: Leaf, offsets: Offsets) -> Steps:
+@excess_of.register(Leaf)
+def excess_of_leaf(node: Leaf, offsets: Offsets) -> Steps:
     yield from ()
     return _of_numbers(node, np.asarray(MEASURED.of(node.graph)[node.id]), offsets)
 
 
-@near_of.register(Array)
-def near_of_array(node: Array, offsets: Offsets) -> Steps:
+@excess_of.register(Array)
+def excess_of_array(node: Array, offsets: Offsets) -> Steps:
     yield from ()
     return _of_numbers(node, np.asarray(node.values, float), offsets)
 
 
-def _of_numbers(node: Node, values: np.ndarray, offsets: Offsets) -> Near:
+def _of_numbers(node: Node, values: np.ndarray, offsets: Offsets) -> Excess:
     """Averages over all pairs at that distance: free along some of the other axes, from which those that differ follow."""
     axes, distances = node.axes, dict(offsets)
     out = np.zeros((2,) * len(axes))
     if any(d >= axes[k].size for k, d in offsets):
-        return Near(out, ROUGH)
+        return Excess(out, ROUGH)
     others = [k for k in range(len(axes)) if k not in distances]
     before = usual(node)
     for index in np.ndindex(*(2 if k in distances else 1 for k in range(len(axes)))):
@@ -172,15 +172,15 @@ def _of_numbers(node: Node, values: np.ndarray, offsets: Offsets) -> Near:
             found = np.concatenate([same, (n * anywhere - same) / (n - 1)], axis=k)
         at = tuple(slice(None) if k in others else slice(i, i + 1) for k, i in enumerate(index))
         out[at] = found - before[at]
-    return Near(out, 0.0)
+    return Excess(out, 0.0)
 
 
 def _shifted_slice(distance: int, last: bool) -> slice:
     return slice(distance, None) if last else slice(0, -distance if distance else None)
 
 
-@near_of.register(Sum)
-def near_of_sum(node: Sum, offsets: Offsets) -> Steps:
+@excess_of.register(Sum)
+def excess_of_sum(node: Sum, offsets: Offsets) -> Steps:
     rank, centring = len(node.axes), node.centring
     out, doubt, whole = np.zeros((2,) * rank), 0.0, max(node.table.mean_square, 1e-300)
     for i, (c, view) in enumerate(zip(node.params, node.args, strict=True)):
@@ -200,12 +200,12 @@ def near_of_sum(node: Sum, offsets: Offsets) -> Steps:
             found = yield from between(first, second, inner)
             out = out + 2 * c * d * over_frame(found.excess, x, rank)
             doubt += 2 * abs(c * d) * found.doubt * (first.table.mean_square * second.table.mean_square) ** 0.5 / whole
-    return Near(out, doubt)
+    return Excess(out, doubt)
 
 
 @functools.singledispatch
 def between(x: Node, y: Node, offsets: Offsets) -> Steps:
-    """The excess of E[x_i y_j] of two arrays over the same axes: asks for what it needs, as `near_of` does."""
+    """The excess of E[x_i y_j] of two arrays over the same axes: asks for what it needs, as `excess_of` does."""
     return of_functions(x, y, offsets)
 
 
@@ -222,7 +222,7 @@ def of_functions(x: Node, y: Node, offsets: Offsets) -> Steps:
     (root,) = live[0]
     found = yield from of_view(root, offsets, rank)
     before, after = _at_both(View(x, whole), View(y, whole), root, found.excess, x.axes)
-    return Near(np.broadcast_to(after - before, (2,) * rank), found.doubt)
+    return Excess(np.broadcast_to(after - before, (2,) * rank), found.doubt)
 
 
 def _centred(excess: np.ndarray, taken: Sequence[int], axes: Sequence[Axis], distances: dict[int, int]) -> np.ndarray:
@@ -236,13 +236,13 @@ def _centred(excess: np.ndarray, taken: Sequence[int], axes: Sequence[Axis], dis
     return excess - mean if taken else excess
 
 
-@near_of.register(Apply)
-def near_of_apply(node: Apply, offsets: Offsets) -> Steps:
+@excess_of.register(Apply)
+def excess_of_apply(node: Apply, offsets: Offsets) -> Steps:
     rank, (name, extra) = len(node.axes), node.params
     if name == "affine":
         found = yield from of_view(node.args[0], offsets, rank)
         share = extra[0] ** 2 * node.args[0].node.table.mean_square / max(node.table.mean_square, 1e-300)
-        return Near(np.broadcast_to(extra[0] ** 2 * found.excess, (2,) * rank), share * found.doubt)
+        return Excess(np.broadcast_to(extra[0] ** 2 * found.excess, (2,) * rank), share * found.doubt)
     before = after = np.ones((2,) * rank)
     doubt = 0.0
     for factor in independent_factors(node):
@@ -266,7 +266,7 @@ def near_of_apply(node: Apply, offsets: Offsets) -> Steps:
     if any(k in root.bind and concentrated(root.node) for root in roots(node) for k, _ in offsets):
         # Norms place by place: near places are more alike for their scales being alike, which are taken for one number here.
         doubt = max(doubt, LOOSE * float(np.max(np.abs(gain))) / max(node.table.mean_square, 1e-300))
-    return Near(gain, doubt)
+    return Excess(gain, doubt)
 
 
 def _at_both(f: View, g: View, root: View, excess: np.ndarray, frame: Sequence[Axis]) -> tuple[np.ndarray, np.ndarray]:
@@ -306,14 +306,14 @@ def _share(excess: np.ndarray, root: View, rank: int, offsets: Offsets) -> np.nd
     return excess / np.maximum(np.abs(equal), 1e-300)
 
 
-@near_of.register(Permute)
-def near_of_permute(node: Permute, offsets: Offsets) -> Steps:
+@excess_of.register(Permute)
+def excess_of_permute(node: Permute, offsets: Offsets) -> Steps:
     found = yield node.args[0].node, tuple(sorted((node.params[k], distance) for k, distance in offsets))
-    return Near(found.excess.transpose(node.params), found.doubt)
+    return Excess(found.excess.transpose(node.params), found.doubt)
 
 
-@near_of.register(Split)
-def near_of_split(node: Split, offsets: Offsets) -> Steps:
+@excess_of.register(Split)
+def excess_of_split(node: Split, offsets: Offsets) -> Steps:
     first, sizes = node.params
     parts = range(first, first + len(sizes))
     if any(k in parts for k, _ in offsets):
@@ -322,11 +322,11 @@ def near_of_split(node: Split, offsets: Offsets) -> Steps:
     same, other = (np.expand_dims(found.excess.take([i], first), [*parts][1:]) for i in (0, 1))
     out = np.array(np.broadcast_to(other, (2,) * len(node.axes)))
     out[tuple(slice(0, 1) if k in parts else slice(None) for k in range(out.ndim))] = same
-    return Near(out, found.doubt)
+    return Excess(out, found.doubt)
 
 
-@near_of.register(Merge)
-def near_of_merge(node: Merge, offsets: Offsets) -> Steps:
+@excess_of.register(Merge)
+def excess_of_merge(node: Merge, offsets: Offsets) -> Steps:
     first, count = node.params
     if any(k == first for k, _ in offsets):
         return (yield from nothing(node, ROUGH))
@@ -336,4 +336,4 @@ def near_of_merge(node: Merge, offsets: Offsets) -> Steps:
     for k in reversed(range(first, first + count)):
         same, whole = same.take(0, k), sum_of_both_indices(whole, k, source.axes[k].size)
     n = node.axes[first].size
-    return Near(np.stack([same, (whole - n * same) / (n * (n - 1))], axis=first), found.doubt)
+    return Excess(np.stack([same, (whole - n * same) / (n * (n - 1))], axis=first), found.doubt)

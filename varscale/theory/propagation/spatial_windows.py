@@ -16,12 +16,12 @@ from varscale.theory.graph.nodes import Node, View
 from varscale.theory.propagation.cross_moments import cross
 from varscale.theory.propagation.marginals import marginal
 from varscale.theory.propagation.sampler import evenly
-from varscale.theory.propagation.spatial_correlation import Near, Offsets, answered, between, latent_by_distance, usual
+from varscale.theory.propagation.spatial_correlation import Excess, Offsets, between, latent_by_distance, resolved, usual
 
 FAR = -1  # no distance in particular: anywhere else
 _ROWS = 64  # windows whose taps are counted, to know how far apart they are
 
-Grid = Generator[tuple[Node, Offsets], Near, np.ndarray]
+Grid = Generator[tuple[Node, Offsets], Excess, np.ndarray]
 
 
 class Reader(NamedTuple):
@@ -138,7 +138,7 @@ def latents(
     """Normals behind a root: along `windowed` axes of its frame, those of two windows far apart. (replicates, *sizes)"""
     node, axes = root.node, []
     halves = {j: sizes[place] // 2 for j, place in enumerate(root.bind) if place in windowed}
-    rho = answered(by_distance(node, node, {j: [FAR, *range(half)] for j, half in halves.items()}))
+    rho = resolved(by_distance(node, node, {j: [FAR, *range(half)] for j, half in halves.items()}))
     table = node.table
     rho = np.clip((rho - table.total_mean**2) / max(table.variance, 1e-300), -1.0, 1.0)
     law = marginal(node)

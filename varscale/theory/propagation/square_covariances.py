@@ -21,18 +21,18 @@ from varscale.theory.propagation.marginals import (
     concentrated,
     evaluate,
     independent_factors,
-    likeness,
+    integral_key,
     marginal,
     placed,
 )
 from varscale.theory.propagation.products import product_second
 from varscale.theory.propagation.sample_moments import order_correlation
-from varscale.theory.propagation.scale_responses import companions
+from varscale.theory.propagation.scale_responses import cofactors
 
 _FEW_NUMBERS = 64  # numbers, from where on what a function of several roots leaves to chance is not asked for
 
 
-def left_to_chance(weight: Leaf, terms: float, units: int) -> float:
+def free_share(weight: Leaf, terms: float, units: int) -> float:
     """What of a product's mean square is up to the draw: nothing where it turns its input, some where it projects it."""
     return max(1 - units / terms, 0.0) if weight.orthonormal else 1.0
 
@@ -44,7 +44,7 @@ def _kept_norm(node: Node) -> float:
         return 0.0
     inputs = [view.bind for view in node.args if not view.node.deps & weight.deps]
     units = math.prod(axis.size for k, axis in enumerate(node.axes) if not any(k in bind for bind in inputs))
-    return 1 - left_to_chance(weight, node.width, units)
+    return 1 - free_share(weight, node.width, units)
 
 
 @once_per_node
@@ -52,7 +52,7 @@ def square_pairs(node: Node) -> tuple[np.ndarray, np.ndarray]:
     """E[x_i² x_j²] of an elementwise tree by type and E[x_i²] by class, up to a factor; 1 long where they do not vary."""
     frame = node.axes
     pairs, means = np.ones([1] * len(frame)), np.ones([1] * len(frame))
-    scales = [g[0].node.id for g in companions(node).values() if len(g) > 1]
+    scales = [g[0].node.id for g in cofactors(node).values() if len(g) > 1]
     parts = independent_factors(node)
     for factor in parts:
         own = [r for r in roots_of(factor) if not isinstance(r.node, Array)]
@@ -112,7 +112,7 @@ def _square_coefficients(f: View, frame: Sequence[Axis], fixed: Environment) -> 
         a = squares @ HERMITE
         return (a, squares**2 @ WEIGHTS) if np.any(a[..., 0] > 0) else None
 
-    mark = None if fixed else likeness(f)
+    mark = None if fixed else integral_key(f)
     return integrated() if mark is None else _SQUARED.once(f.node.graph, (mark, tuple(frame)), integrated)
 
 

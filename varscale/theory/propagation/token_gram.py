@@ -22,7 +22,7 @@ from varscale.theory.graph.axis_nodes import Concat, Take
 from varscale.theory.graph.convolutions import Conv
 from varscale.theory.graph.derivatives import derivative
 from varscale.theory.graph.expressions import Apply, Sum, roots
-from varscale.theory.graph.known_arrays import is_given, numbers
+from varscale.theory.graph.known_arrays import is_known_array, numbers
 from varscale.theory.graph.linear_nodes import Contract, weight_of
 from varscale.theory.graph.lookups import Gather
 from varscale.theory.graph.nodes import Constant, Node, View
@@ -104,13 +104,13 @@ def _covariance(x: Tokens, y: Tokens) -> float:
 
 def _pair(x: Tokens, y: Tokens) -> tuple[Tokens, Tokens]:
     """The later one first; given numbers were there before all else."""
-    first, second = ((not is_given(z.node), z.node.id, z[1:]) for z in (x, y))
+    first, second = ((not is_known_array(z.node), z.node.id, z[1:]) for z in (x, y))
     return (x, y) if first >= second else (y, x)
 
 
 def _of_given(x: Tokens, y: Tokens) -> float:
     """What the overlaps of given tokens have in common, measured over pairs of tokens; 0 of what is not given."""
-    if not (is_given(x.node) and is_given(y.node)):
+    if not (is_known_array(x.node) and is_known_array(y.node)):
         return 0.0
     first, second = _measured(x), _measured(y)
     return float(np.mean(first * second)) if first.shape == second.shape else 0.0
@@ -179,7 +179,7 @@ def sources_of_mixture(node: Node, x: Tokens) -> TokenSources | None:
 def _token_sources(x: Tokens) -> tuple[list[Tokens], OverlapRule]:
 
     node = x.node
-    if is_given(node):
+    if is_known_array(node):
         return [], lambda _: Mixture((), _of_given(x, x))
     # Some of the features, or of their factors, have more of their own than all.
     if isinstance(node, Rearranged):
@@ -187,7 +187,7 @@ def _token_sources(x: Tokens) -> tuple[list[Tokens], OverlapRule]:
         return [inner], lambda _: Mixture((1.0,), 1 / x.count - 1 / inner.count)
     if isinstance(node, Take):
         return _taken(x, node)
-    if isinstance(node, Gather) and len(node.params[0]) == 1:
+    if isinstance(node, Gather) and len(node.params.row_axes) == 1:
         return [], lambda _: _repeated(x, node)
     if isinstance(node, Concat) and node.params[0] not in x.features:  # the largest part that is no padding tells for all
         parts = [(n, v) for v, n in zip(node.args, node.params[1], strict=True) if not isinstance(v.node, Constant)]
@@ -218,7 +218,7 @@ def _token_sources(x: Tokens) -> tuple[list[Tokens], OverlapRule]:
     return [], lambda _: white(x)
 
 
-def _of_columns(x: Tokens, rows: Tokens, weights: float, likeness: float) -> Mixture:
+def _of_columns(x: Tokens, rows: Tokens, weights: float, integral_key: float) -> Mixture:
     """Columns of a product X W are as many as weights have: two overlap by w C w', C = XᵀX, and V = tr C²/(tr C)².
 
     That is the mean over all pairs of rows of the square of their product: each is one with itself, and others overlap by V of
@@ -226,7 +226,7 @@ def _of_columns(x: Tokens, rows: Tokens, weights: float, likeness: float) -> Mix
     V of those in common.
     """
     own = min(own_part(rows) / max(rows.node.table.mean_square, 1e-300), 1.0)
-    return Mixture((1.0, 0.0), 1 / x.count + (1 - 1 / x.count) * own**2 * likeness - weights)
+    return Mixture((1.0, 0.0), 1 / x.count + (1 - 1 / x.count) * own**2 * integral_key - weights)
 
 
 def _tokens_before_reshape(x: Tokens, node: Rearranged) -> Tokens:
@@ -308,7 +308,7 @@ def _repeated(x: Tokens, node: Gather) -> Mixture:
 
     Tokens count by what each has of its own that others of its class have not: paddings have nothing.
     """
-    along = [k in x.tokens for k in node.params[1]]
+    along = [k in x.tokens for k in node.params.index_axes]
     if not any(along):
         return white(x)
     axes, rates = node.indexed, node.rates()

@@ -25,7 +25,7 @@ from varscale.theory.graph.linear_nodes import Contract
 from varscale.theory.graph.nodes import Leaf, Node, View
 from varscale.theory.integrals.hermite_series import HERMITE, WEIGHTS
 from varscale.theory.propagation.marginals import along, concentrated, marginal, over_classes
-from varscale.theory.propagation.scale_responses import companions
+from varscale.theory.propagation.scale_responses import cofactors
 
 
 def kurtosis_shift(node: Apply) -> tuple[float, float]:
@@ -36,7 +36,7 @@ def kurtosis_shift(node: Apply) -> tuple[float, float]:
         units are not centred, or each reads an input of its own.
     """
     shift, doubt = 0.0, 0.0
-    for main, *scales in companions(node).values():
+    for main, *scales in cofactors(node).values():
         for excess, sure in (_of_few_terms(main, scales), _on_a_sphere(main, scales)) if scales else ():
             found = excess * _response(node, main) if excess else 0.0
             shift, doubt = shift + found * sure, doubt + abs(found)
@@ -68,12 +68,12 @@ def _of_few_terms(main: View, scales: Sequence[View]) -> tuple[float, bool]:
     if x is None or w is None:
         return 0.0, True
     if isinstance(node, Conv):
-        channels = node.params[4][1]
+        channels = node.params.out_dims[1]
         units = set() if channels is None else {view.bind[channels]}
     else:
         units = {view.bind[k] for k in range(len(node.axes)) if k in w.bind and k not in x.bind}
     inside = bool(units) and all(units <= set(scale.bind) for scale in scales)
-    if not units or not (inside or (isinstance(node, Conv) and node.params[0] > 1)):
+    if not units or not (inside or (isinstance(node, Conv) and node.params.groups > 1)):
         return 0.0, True
     own = getattr(w.node, "kurtosis", 3.0)
     return _excess(x.node) * own / (node.width + own - 1), inside

@@ -43,7 +43,7 @@ from varscale.theory.graph.linear_nodes import Contract, weight_of
 from varscale.theory.graph.nodes import Leaf, View
 from varscale.theory.graph.store import BackwardNotes
 from varscale.theory.propagation.pullbacks import sum_out
-from varscale.theory.propagation.scale_responses import companions
+from varscale.theory.propagation.scale_responses import cofactors
 from varscale.theory.propagation.token_gram import (
     Mixture,
     OverlapRule,
@@ -249,7 +249,7 @@ def key_directions_of_softmax(weights: Softmax) -> float:
     """
     found = scores(weights)
     tokens = None if found is None else projected(found.keys)
-    if tokens is None or not isinstance(tokens.node, Apply) or not any(len(g) > 1 for g in companions(tokens.node).values()):
+    if tokens is None or not isinstance(tokens.node, Apply) or not any(len(g) > 1 for g in cofactors(tokens.node).values()):
         return math.inf
     own = own_part(tokens)
     shared = tokens.node.table.mean_square - own

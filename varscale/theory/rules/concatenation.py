@@ -21,8 +21,8 @@ from varscale.theory.graph.normal_form import broadcast
 from varscale.theory.graph.reshapes import permute
 from varscale.theory.graph.store import BackwardNotes, Fact
 from varscale.theory.propagation.cross_moments import cross
-from varscale.theory.propagation.inherited_fluctuations import Spread, combine, handed_on, inherited
-from varscale.theory.propagation.locality import nearness_of, unseen_nearness
+from varscale.theory.propagation.inherited_fluctuations import Spread, combine, inherited, propagated
+from varscale.theory.propagation.locality import lost_excess, lost_excess_of
 from varscale.theory.propagation.pullbacks import sum_out
 from varscale.theory.rules.axis import take, take_node
 from varscale.theory.rules.registry import Context, elementwise_or_layout, rule
@@ -202,17 +202,17 @@ def _stand_in(i: int, j: int) -> tuple[int, int]:
     return (i, i - lag) if i > j else (j - lag, j)
 
 
-@handed_on.register(Concat)
-def handed_on_of_concat(node: Concat) -> Spread:
+@propagated.register(Concat)
+def propagated_of_concat(node: Concat) -> Spread:
     """Of a mean of the parts' mean squares, each logarithm counts by its part's share: a padding of zeros changes nothing."""
     shares = [n * view.node.table.mean_square for view, n in zip(node.args, node.params[1], strict=True)]
     whole = max(sum(shares), 1e-300)
     return combine([(share / whole, inherited(view.node)) for share, view in zip(shares, node.args, strict=True)])
 
 
-@nearness_of.register(Concat)
-def nearness_of_concat(node: Concat) -> float:
-    return max(unseen_nearness(view.node) for view in node.args)
+@lost_excess_of.register(Concat)
+def lost_excess_of_concat(node: Concat) -> float:
+    return max(lost_excess(view.node) for view in node.args)
 
 
 def concatenate(graph: Any, xs: Sequence[Value], d: int, classes: bool = True) -> Value:

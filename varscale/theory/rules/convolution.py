@@ -12,7 +12,7 @@ import numpy as np
 from varscale.theory.domain.axes import Axis, apply_axis
 from varscale.theory.domain.tables import Table, lift
 from varscale.theory.graph import layout
-from varscale.theory.graph.convolutions import ONE, Conv, Window, output_axis, tap_means
+from varscale.theory.graph.convolutions import ONE, Conv, ConvParams, Window, output_axis, tap_means
 from varscale.theory.graph.layout import Atom, Value
 from varscale.theory.graph.linear_nodes import weight_of
 from varscale.theory.graph.nodes import UNKNOWN, Node, View, cross_by_kind, pullback, second_moments
@@ -20,7 +20,7 @@ from varscale.theory.graph.normal_form import affine
 from varscale.theory.graph.store import BackwardNotes
 from varscale.theory.propagation.cross_moments import cross, dependent
 from varscale.theory.propagation.fluctuations import averaged, of_a_group, with_own_weights
-from varscale.theory.propagation.inherited_fluctuations import Spread, combine, handed_on
+from varscale.theory.propagation.inherited_fluctuations import Spread, combine, propagated
 from varscale.theory.propagation.shared_component import of_few
 from varscale.theory.rules.linear import strip
 from varscale.theory.rules.registry import Context, rule
@@ -85,12 +85,14 @@ def cross_by_kind_of_conv(node: Conv, a: View, b: View, frame: Sequence[Axis]) -
         return None
     identity = tuple(range(len(x.axes)))
     table = np.broadcast_to(cross(View(x, identity), View(y, identity), x.axes), [ax.types for ax in x.axes])
-    second = node.carry(_logical(node, table, node.params[2]), _logical(node, node.args[1].node.table.second, node.params[3]))
-    return lift(node._own(second, node.params[4]), node.axes, a.bind, frame, pairs=True)
+    second = node.carry(
+        _logical(node, table, node.params.x_dims), _logical(node, node.args[1].node.table.second, node.params.w_dims)
+    )
+    return lift(node._own(second, node.params.out_dims), node.axes, a.bind, frame, pairs=True)
 
 
-@handed_on.register(Conv)
-def handed_on_of_conv(node: Conv) -> Spread:
+@propagated.register(Conv)
+def propagated_of_conv(node: Conv) -> Spread:
     x = node.args[0].node
     groups, windows, xd, _, od = node.params
     taps = math.prod(w.taps for w in windows)
@@ -142,7 +144,7 @@ def conv(interpreter: Context, eqn: Any, x: Value, w: Value) -> Value:
         if axis.size > 1:
             axes.append(axis)
     views = [View(x.node, tuple(range(len(x.node.axes)))), View(w.node, tuple(range(len(w.node.axes))))]
-    node = interpreter.graph.make(Conv, axes, views, (p["feature_group_count"], windows, xd, wd, tuple(od)))
+    node = interpreter.graph.make(Conv, axes, views, ConvParams(p["feature_group_count"], windows, xd, wd, tuple(od)))
     out: list[tuple[Atom, ...]] = [()] * len(shape)
     for k, d in enumerate(dims.out_spec):
         place = od[k]

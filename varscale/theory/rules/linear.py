@@ -21,8 +21,8 @@ from varscale.theory.graph.normal_form import affine
 from varscale.theory.graph.store import BackwardNotes
 from varscale.theory.propagation.cross_moments import cross, dependent, mean_product
 from varscale.theory.propagation.fluctuations import averaged, with_own_weights
-from varscale.theory.propagation.inherited_fluctuations import Spread, combine, handed_on
-from varscale.theory.propagation.locality import unseen_nearness
+from varscale.theory.propagation.inherited_fluctuations import Spread, combine, propagated
+from varscale.theory.propagation.locality import lost_excess
 from varscale.theory.propagation.pullbacks import sum_out
 from varscale.theory.propagation.shared_tokens import shared_tokens
 from varscale.theory.rules.attention import SHARED_DOUBT, note_values, tilted
@@ -69,7 +69,7 @@ def _doubt_averages(node: Contract, square: float) -> None:
     for weights, tokens in (node.args, node.args[::-1]):
         if isinstance(weights.node, Softmax) and (doubt := of_alike_keys(weights, tokens, node, square)) > _LIKENESS:
             node.graph.flag("assumed", doubt)
-        if weights.node.shares and (near := unseen_nearness(tokens.node)) > NEGLIGIBLE:
+        if weights.node.shares and (near := lost_excess(tokens.node)) > NEGLIGIBLE:
             node.graph.flag("quadrature", min(near * tokens.node.table.mean_square / max(square, 1e-300), 1.0))
 
 
@@ -162,8 +162,8 @@ def cross_by_kind_of_contract(node: Contract, a: View, b: View, frame: Sequence[
     return None
 
 
-@handed_on.register(Contract)
-def handed_on_of_contract(node: Contract) -> Spread:
+@propagated.register(Contract)
+def propagated_of_contract(node: Contract) -> Spread:
     """Both arguments' scales; and each, where it is weights, what they make of the other."""
     parts = []
     for view in node.args:

@@ -17,7 +17,7 @@ from varscale.theory.graph import layout
 from varscale.theory.graph.expressions import roots
 from varscale.theory.graph.layout import Atom, Value
 from varscale.theory.graph.linear_nodes import weight_of
-from varscale.theory.graph.lookups import INDICES, PICKERS, Gather
+from varscale.theory.graph.lookups import INDICES, PICKERS, Gather, GatherParams
 from varscale.theory.graph.nodes import Array, Graph, Leaf, Node, View, cross_by_kind, pullback, second_moments
 from varscale.theory.graph.store import BackwardNotes
 from varscale.theory.propagation.cross_moments import cross
@@ -41,7 +41,7 @@ def second_moments_of_gather(node: Gather) -> Table:
     mean = table.mean
     for k in sorted(row_axes, reverse=True):
         mean = contract_axis(mean, k, table.axes[k].counts / table.axes[k].size)
-    same, other = _same_and_different(table.second, table.axes, row_axes, node.params[3])
+    same, other = _same_and_different(table.second, table.axes, row_axes, node.params.rows)
     kept = [node.args[0].bind[k] for k in range(len(table.axes)) if k not in row_axes]
     order = np.argsort(kept)
     shape = [1] * len(node.axes)
@@ -94,7 +94,7 @@ def cross_by_kind_of_gather(node: Gather, a: View, b: View, frame: Sequence[Axis
     same_places = a.bind == b.bind and node.args[0].bind == other.args[0].bind
     if not same_places or len(ids) < 2 or len(ids[0]) != len(ids[1]):
         return _unrelated_lookups(node, other, a, b, frame)
-    (row,), (index,) = node.params[0], node.params[1]
+    (row,), (index,) = node.params.row_axes, node.params.index_axes
     axis = x.axes[row]
     own = tuple(range(len(x.axes)))
     table = np.broadcast_to(cross(View(x, own), View(y, own), x.axes), x.frame_types)
@@ -112,7 +112,7 @@ def cross_by_kind_of_gather(node: Gather, a: View, b: View, frame: Sequence[Axis
 def _unrelated_lookups(node: Gather, other: Gather, a: View, b: View, frame: Sequence[Axis]) -> np.ndarray | None:
     """Two lookups at positions that have nothing to do with each other: any index of one meets any of the other."""
     x, y = node.args[0].node, other.args[0].node
-    row_axes, rows = node.params[0], node.params[3]
+    row_axes, rows = node.params.row_axes, node.params.rows
     kept = [k for k in range(len(x.axes)) if k not in row_axes]
     places = [[view.bind[n.args[0].bind[k]] for k in kept] for n, view in ((node, a), (other, b))]
     if row_axes != other.params[0] or places[0] != places[1]:
@@ -154,7 +154,7 @@ def pullback_of_gather(node: Gather, cotangent: np.ndarray, notes: BackwardNotes
 
 def _to_known_rows(node: Gather, cotangent: np.ndarray, known: np.ndarray) -> np.ndarray:
     """The same by class of the rows, where it is known how often each is looked up; the row axis first."""
-    (row,), (index,) = node.params[0], node.params[1]
+    (row,), (index,) = node.params.row_axes, node.params.index_axes
     axis, own = node.args[0].node.axes[row], node.axes[index]
     counts = np.bincount(np.clip(known, 0, axis.size - 1), minlength=axis.size).astype(float)
     alone, differ = contract_axis(cotangent, index, own.same), contract_axis(cotangent, index, own.different)
@@ -247,7 +247,7 @@ def looked_up(interpreter: Context, d: Any, shape: Sequence[int], x: Value, ids:
         which = PICKERS.put(interpreter.graph, picker.id, picker).id
     else:
         which = _stored(interpreter.graph, known, [x.shape[k] for k in picked])
-    node = interpreter.graph.make(Gather, axes, [view], (tuple(row_axes), index_axes, frozen, rows, classes, which))
+    node = interpreter.graph.make(Gather, axes, [view], GatherParams(tuple(row_axes), index_axes, frozen, rows, classes, which))
     return Value(node, tuple(dims))
 
 

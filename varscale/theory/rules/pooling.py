@@ -16,6 +16,7 @@ from varscale.theory.graph.convolutions import (
     ONE,
     Window,
     WindowSum,
+    WindowSumParams,
     hits,
     output_axis,
     squeeze_types,
@@ -28,14 +29,14 @@ from varscale.theory.graph.nodes import Node, View, cross_by_kind, pullback, sec
 from varscale.theory.graph.normal_form import affine
 from varscale.theory.graph.store import BackwardNotes
 from varscale.theory.propagation.cross_moments import cross
-from varscale.theory.propagation.inherited_fluctuations import Spread, handed_on, inherited
-from varscale.theory.propagation.locality import unseen_nearness
+from varscale.theory.propagation.inherited_fluctuations import Spread, inherited, propagated
+from varscale.theory.propagation.locality import lost_excess
 from varscale.theory.propagation.shared_component import of_an_average
-from varscale.theory.propagation.spatial_correlation import answered, nearby
+from varscale.theory.propagation.spatial_correlation import excess_at, resolved
 from varscale.theory.propagation.spatial_windows import Grid, Reader, all_alike, latents, of_places, of_windows, read
 from varscale.theory.rules.convolution import prepared
 from varscale.theory.rules.drawn_nodes import draw, pooled_estimate
-from varscale.theory.rules.reductions import bounded, is_identity, narrowest, outside, restored
+from varscale.theory.rules.reductions import bounded, fewest_terms, is_identity, outside, restored
 from varscale.theory.rules.registry import Context, rule
 
 
@@ -64,7 +65,7 @@ def second_moments_of_window_sum(node: WindowSum) -> Table:
     ]
     second = node._carry(table.second, node.pair_maps(), xd, od)
     if node.args[0].node.local:
-        second = second + refine(answered(window_sums(node, {})) - answered(window_sums(node, None)), node.axes)
+        second = second + refine(resolved(window_sums(node, {})) - resolved(window_sums(node, None)), node.axes)
     return Table(node.axes, node._carry(table.mean, means, xd, od), second)
 
 
@@ -117,13 +118,13 @@ def cross_by_kind_of_window_sum(node: WindowSum, a: View, b: View, frame: Sequen
         if window is not None:
             out = apply_axis(full_along(out, place, frame[place]), place, tap_reads(window, frame[place]))
     if x.local and x.axes == b.node.axes and [read[k][0] for k in range(len(x.axes))] == list(b.bind):
-        gain = answered(window_sums_against(node, b.node, {})) - answered(window_sums_against(node, b.node, None))
+        gain = resolved(window_sums_against(node, b.node, {})) - resolved(window_sums_against(node, b.node, None))
         out = out + lift(refine(gain, node.axes), node.axes, a.bind, frame, pairs=True)
     return out
 
 
-@handed_on.register(WindowSum)
-def handed_on_of_window_sum(node: WindowSum) -> Spread:
+@propagated.register(WindowSum)
+def propagated_of_window_sum(node: WindowSum) -> Spread:
     return of_an_average(node, inherited(node.args[0].node))
 
 
@@ -154,9 +155,9 @@ def second_moments_of_window_max(node: WindowMax) -> Table:
     x, cut = _drawn_windows(node)
     # Of what a few numbers decide there is no Gaussian tail; what places share does not add to the largest.
     taps = math.prod(w.taps for w in windows if w is not None)
-    node.graph.flag("sampled", bounded(taps, narrowest(source)) + unseen_nearness(source))
+    node.graph.flag("sampled", bounded(taps, fewest_terms(source)) + lost_excess(source))
     if source.local:
-        node.graph.flag("sampled", nearby(source, tuple((k, 1) for k in sorted(cut))).doubt)
+        node.graph.flag("sampled", excess_at(source, tuple((k, 1) for k in sorted(cut))).doubt)
     law = _law(node, x)
     for k, (span, step, dilation) in cut.items():
         view = np.lib.stride_tricks.sliding_window_view(x, span, axis=k + 1)
@@ -208,7 +209,7 @@ def _law(node: WindowMax, x: np.ndarray) -> tuple[float, float]:
 
 @pullback.register(WindowMax)
 def pullback_of_window_max(node: WindowMax, cotangent: np.ndarray, notes: BackwardNotes) -> list[np.ndarray | None]:
-    taps = math.prod(w.taps for w in node.params[0] if w is not None)
+    taps = math.prod(w.taps for w in node.params.windows if w is not None)
     (spread,) = pullback_of_window_sum(node, cotangent, notes)
     assert spread is not None
     # Each window feeds one entry: of the pairs of taps only those of one window and one entry remain.
@@ -221,14 +222,14 @@ def pullback_of_window_max(node: WindowMax, cotangent: np.ndarray, notes: Backwa
 def _own_share(node: WindowMax, cotangent: np.ndarray) -> np.ndarray:
     """Cotangents of the windows over an entry, one by one."""
     maps: list[np.ndarray | None] = []
-    for window, a, o in zip(node.params[0], node.axes_in(), node.axes_out(), strict=True):
+    for window, a, o in zip(node.params.windows, node.axes_in(), node.axes_out(), strict=True):
         if window is None:
             maps.append(None)
             continue
         same, _ = tap_pairs(window, a, o)
         m = squeeze_types(same, o, a)
         maps.append((m * o.pairs[: m.shape[0], None]).T / np.maximum(a.pairs[: m.shape[1]], 1.0)[:, None])
-    return node._carry(cotangent, maps, node.params[2], node.params[1])
+    return node._carry(cotangent, maps, node.params.out_dims, node.params.x_dims)
 
 
 def _with_law(table: Table, mean: float, square: float) -> Table:
@@ -264,7 +265,9 @@ def _window_node(interpreter: Context, eqn: Any, x: Value, kind: type[WindowSum]
         od.append(len(axes) if axis.size > 1 else None)
         if axis.size > 1:
             axes.append(axis)
-    node = interpreter.graph.make(kind, axes, [View(x.node, tuple(range(len(x.node.axes))))], (windows, xd, tuple(od)))
+    node = interpreter.graph.make(
+        kind, axes, [View(x.node, tuple(range(len(x.node.axes))))], WindowSumParams(windows, xd, tuple(od))
+    )
     return Value(node, tuple((Atom(n, k),) if k is not None else () for n, k in zip(shape, od, strict=True)))
 
 

@@ -23,7 +23,7 @@ from varscale.theory.graph.store import BackwardNotes
 from varscale.theory.integrals.hermite_series import Z, sphere_squares
 from varscale.theory.propagation.cross_moments import cross, mean_product
 from varscale.theory.propagation.fluctuations import fluctuations
-from varscale.theory.propagation.inherited_fluctuations import Spread, combine, handed_on, inherited
+from varscale.theory.propagation.inherited_fluctuations import Spread, combine, inherited, propagated
 from varscale.theory.propagation.marginals import marginal
 from varscale.theory.propagation.shared_component import of_an_average
 from varscale.theory.rules.drawn_nodes import sample_map
@@ -32,8 +32,8 @@ from varscale.theory.rules.registry import Context, rule
 _IMMENSE = 1e9  # as far from 0 as what stands for infinity is, at least
 
 
-@handed_on.register(Mean)
-def handed_on_of_mean(node: Mean) -> Spread:
+@propagated.register(Mean)
+def propagated_of_mean(node: Mean) -> Spread:
     inner = node.args[0].node
     if isinstance(inner, Apply) and inner.params == ("integer_pow", (2,)):
         return combine([(2.0, fluctuations(inner.args[0].node))])
@@ -84,7 +84,7 @@ class OneOfMany(Node):
         axes, source = self.reduced, self.args[0].node
         count = count or math.prod(source.axes[k].size for k in axes)
         # The larger the set, the more the tail decides; and of what a few numbers decide there is no Gaussian tail.
-        self.graph.flag("sampled", NEXT_ORDER * math.log(count) + bounded(count, narrowest(source)))
+        self.graph.flag("sampled", NEXT_ORDER * math.log(count) + bounded(count, fewest_terms(source)))
         return sample_map([source], [set(axes)], self.axes, lambda x: reduce(x, tuple(k + 1 for k in axes)))
 
 
@@ -139,7 +139,7 @@ def pullback_of_extreme(node: Extreme, cotangent: np.ndarray, notes: BackwardNot
     return [out]
 
 
-def narrowest(node: Node) -> float:
+def fewest_terms(node: Node) -> float:
     """The fewest numbers that a position was made from by weights, anywhere on the way."""
     width, seen, pending = math.inf, {node.id}, [node]
     while pending:

@@ -22,7 +22,7 @@ from varscale.theory.graph.nodes import UNKNOWN, Leaf, Node, View, cross_by_kind
 from varscale.theory.graph.store import BackwardNotes, Fact, FlowInside
 from varscale.theory.integrals.hermite_series import POINTS, WEIGHTS, Z
 from varscale.theory.propagation.fluctuations import fluctuations
-from varscale.theory.propagation.inherited_fluctuations import Spread, combine, handed_on
+from varscale.theory.propagation.inherited_fluctuations import Spread, combine, propagated
 from varscale.theory.propagation.joint_sample import steps
 from varscale.theory.propagation.sample_moments import by_level, cross_moments, pooled, table_of_draws
 from varscale.theory.propagation.sampler import evenly, picked
@@ -218,8 +218,8 @@ def cross_by_kind_of_looped(node: Looped, a: View, b: View, frame: Sequence[Axis
     return lift(cross_moments(mine, theirs, node.axes, positions), node.axes, a.bind, frame, pairs=True)
 
 
-@handed_on.register(Looped)
-def handed_on_of_looped(node: Looped) -> Spread:
+@propagated.register(Looped)
+def propagated_of_looped(node: Looped) -> Spread:
     return node.fluctuation
 
 

@@ -16,7 +16,7 @@ from varscale.theory.graph.nodes import UNKNOWN, Array, Node, pullback, second_m
 from varscale.theory.graph.store import BackwardNotes, Fact
 from varscale.theory.integrals.softmax import WeightMoments, weight_moments
 from varscale.theory.integrals.softmax_jacobian import apart, balance, in_common, weighed_in_both, where_weighed
-from varscale.theory.propagation.inherited_fluctuations import NONE, Spread, handed_on
+from varscale.theory.propagation.inherited_fluctuations import NONE, Spread, propagated
 from varscale.theory.propagation.pullbacks import sum_out
 from varscale.theory.rules.logit_distributions import standard_law
 from varscale.theory.rules.row_gram import of_own_keys
@@ -346,8 +346,8 @@ def _doubt(node: Softmax, share: float | None) -> float:
     return LOOSE * share + (LEADING_ORDER if classed else NEXT_ORDER)
 
 
-@handed_on.register(Softmax)
-def handed_on_of_softmax(node: Softmax) -> Spread:
+@propagated.register(Softmax)
+def propagated_of_softmax(node: Softmax) -> Spread:
     """Shares add up to 1 whatever the scale of the logits."""
     return NONE
 

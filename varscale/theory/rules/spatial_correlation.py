@@ -14,11 +14,11 @@ from varscale.theory.graph.expressions import Mean
 from varscale.theory.graph.linear_nodes import Contract
 from varscale.theory.graph.nodes import Constant, Leaf, Node
 from varscale.theory.propagation.spatial_correlation import (
-    Near,
+    Excess,
     Offsets,
     Steps,
     between,
-    near_of,
+    excess_of,
     nothing,
     of_functions,
     of_view,
@@ -29,19 +29,19 @@ from varscale.theory.propagation.spatial_correlation import (
 from varscale.theory.rules.pooling import WindowMax, window_sums, window_sums_against
 
 
-@near_of.register(Mean)
-def near_of_mean(node: Mean, offsets: Offsets) -> Steps:
+@excess_of.register(Mean)
+def excess_of_mean(node: Mean, offsets: Offsets) -> Steps:
     source = node.args[0].node
     left = [k for k in range(len(source.axes)) if k not in node.params]
     found = yield source, tuple((left[k], d) for k, d in offsets)
     out = found.excess
     for k in reversed(node.params):
         out = sum_of_both_indices(out, k, source.axes[k].size) / source.axes[k].size ** 2
-    return Near(out, found.doubt * source.table.mean_square / max(node.table.mean_square, 1e-300))
+    return Excess(out, found.doubt * source.table.mean_square / max(node.table.mean_square, 1e-300))
 
 
-@near_of.register(Contract)
-def near_of_contract(node: Contract, offsets: Offsets) -> Steps:
+@excess_of.register(Contract)
+def excess_of_contract(node: Contract, offsets: Offsets) -> Steps:
     """Weights that do not run over the places multiply what the input has."""
     rank = len(node.frame)
     for x, w in (node.args, node.args[::-1]):
@@ -52,12 +52,12 @@ def near_of_contract(node: Contract, offsets: Offsets) -> Steps:
             out = np.broadcast_to(found.excess * over_frame(weights, w, rank), (2,) * rank)
             for k in reversed(range(len(node.axes), rank)):
                 out = sum_of_both_indices(out, k, node.frame[k].size)
-            return Near(out, found.doubt)
+            return Excess(out, found.doubt)
     return (yield from nothing(node, 1.0))
 
 
-@near_of.register(Conv)
-def near_of_conv(node: Conv, offsets: Offsets) -> Steps:
+@excess_of.register(Conv)
+def excess_of_conv(node: Conv, offsets: Offsets) -> Steps:
     """One tap at both places reads its input a stride as far apart, and other taps have other weights."""
     groups, windows, xd, _, od = node.params
     (x, _), (w, _) = node.args
@@ -80,13 +80,13 @@ def near_of_conv(node: Conv, offsets: Offsets) -> Steps:
     whole[:, :1] = logical[tuple(slice(None) if o is not None else slice(0, 1) for o in od)]
     kept = whole.reshape([2 for o in od if o is not None]).transpose(np.argsort([o for o in od if o is not None]))
     leaning = w.table.total_mean**2 / max(w.table.mean_square, 1e-300)
-    return Near(kept, found.doubt + (LOOSE if leaning > 1 / node.width else 0.0))
+    return Excess(kept, found.doubt + (LOOSE if leaning > 1 / node.width else 0.0))
 
 
-@near_of.register(WindowSum)
-def near_of_window_sum(node: WindowSum, offsets: Offsets) -> Steps:
+@excess_of.register(WindowSum)
+def excess_of_window_sum(node: WindowSum, offsets: Offsets) -> Steps:
     far, near = (yield from window_sums(node, {})), (yield from window_sums(node, dict(offsets)))
-    return Near(near - far, 0.0)
+    return Excess(near - far, 0.0)
 
 
 @between.register(WindowSum)
@@ -96,11 +96,11 @@ def between_of_window_sum(x: WindowSum, y: Node, offsets: Offsets) -> Steps:
     if x is y or y.axes != over.axes or [a.size for a in x.axes] != [a.size for a in over.axes]:
         return (yield from of_functions(x, y, offsets))
     far, near = (yield from window_sums_against(x, y, {})), (yield from window_sums_against(x, y, dict(offsets)))
-    return Near(near - far, 0.0)
+    return Excess(near - far, 0.0)
 
 
-@near_of.register(WindowMax)
-def near_of_window_max(node: WindowMax, offsets: Offsets) -> Steps:
+@excess_of.register(WindowMax)
+def excess_of_window_max(node: WindowMax, offsets: Offsets) -> Steps:
     """As much of the way from "different" to "the same" as the sums over the same windows have gone."""
     far, near = (yield from window_sums(node, {})), (yield from window_sums(node, dict(offsets)))
     at = tuple(slice(0, 1) if any(k == o for o, _ in offsets) else slice(None) for k in range(far.ndim))
@@ -108,20 +108,20 @@ def near_of_window_max(node: WindowMax, offsets: Offsets) -> Steps:
     share = np.clip((near - far) / np.where(np.abs(span) > 1e-9 * np.abs(far).max(), span, np.inf), -1.0, 1.0)
     own = usual(node)
     out = share * (own[at] - own)
-    return Near(out, ROUGH * float(np.abs(out).max()) / max(node.table.mean_square, 1e-300))
+    return Excess(out, ROUGH * float(np.abs(out).max()) / max(node.table.mean_square, 1e-300))
 
 
-@near_of.register(Take)
-def near_of_take(node: Take, offsets: Offsets) -> Steps:
+@excess_of.register(Take)
+def excess_of_take(node: Take, offsets: Offsets) -> Steps:
     k = node.params[0]
     source = node.args[0].node
     dropped = len(node.axes) < len(source.axes)
     found = yield source, tuple((o + (dropped and o >= k), d) for o, d in offsets)
-    return Near(found.excess.take(0, k) if dropped else found.excess, found.doubt)
+    return Excess(found.excess.take(0, k) if dropped else found.excess, found.doubt)
 
 
-@near_of.register(Concat)
-def near_of_concat(node: Concat, offsets: Offsets) -> Steps:
+@excess_of.register(Concat)
+def excess_of_concat(node: Concat, offsets: Offsets) -> Steps:
     """Parts along an axis of their own; what places of different parts have in common is taken to be like anywhere."""
     along, sizes = node.params
     if any(k == along for k, _ in offsets):
@@ -138,4 +138,4 @@ def near_of_concat(node: Concat, offsets: Offsets) -> Steps:
         shares = np.array([size / n, size * (size - 1) / max(n * (n - 1), 1)])
         out += lines * shares.reshape([2 if k == along else 1 for k in range(rank)])
         doubt = max(doubt, found.doubt)
-    return Near(out, doubt)
+    return Excess(out, doubt)
