@@ -1,4 +1,4 @@
-"""Factors of a product that are not as they are taken: averages of what they multiply, sums beside their own terms."""
+"""Factors of a product that are not as they are taken: averages and terms of the others, what one weight makes twice."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import numpy as np
 from varscale.theory.domain.accuracy import NEGLIGIBLE, ROUGH
 from varscale.theory.domain.axes import Axis
 from varscale.theory.graph.expressions import Apply, Mean, Sum, roots_of
+from varscale.theory.graph.linear_nodes import weight_of
 from varscale.theory.graph.nodes import UNKNOWN, Node, View
 from varscale.theory.propagation.marginals import evaluate, marginal
 
@@ -56,6 +57,22 @@ def mark_sums(views: Sequence[View]) -> None:
     for i, terms in enumerate(inside):
         if terms and any(terms & (inside[j] or {x}) for j, x in enumerate(own) if j != i):
             own[i].node.graph.flag("assumed", ROUGH)
+
+
+def mark_weights(views: Sequence[View]) -> None:
+    """Flag factors that one weight makes, or is: of u = Σ w x over n terms, E[w² u²] is (1 + 2/n) E[w²] E[u²].
+
+    So it is of two sums whose inputs are alike in nothing but chance: their correlation is 0 on average, its square 1/n.
+    """
+    seen: dict[Node, View] = {}
+    for view in roots_of(*views):
+        if view.node.moves:
+            continue  # parts of what one packed kernel makes
+        weight = weight_of(view.node) or view.node
+        other = seen.setdefault(weight, view)
+        if other.node is not view.node:
+            terms = min(x.node.width or math.inf for x in (view, other))
+            view.node.graph.flag("assumed", 2 / terms)
 
 
 def _is_curved(node: Node) -> bool:

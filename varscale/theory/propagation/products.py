@@ -18,7 +18,7 @@ from varscale.theory.integrals.hermite_series import WEIGHTS, Z, sobol
 from varscale.theory.integrals.mehler import Series, mehler, on_grid
 from varscale.theory.propagation.cross_moments import cross, dependent, mean_product, strategy
 from varscale.theory.propagation.depthwise import shared_scale
-from varscale.theory.propagation.doubtful_factors import mark_average, mark_sums
+from varscale.theory.propagation.doubtful_factors import mark_average, mark_sums, mark_weights
 from varscale.theory.propagation.latent_correlations import continued, factored, latent_cross
 from varscale.theory.propagation.marginals import (
     Environment,
@@ -67,6 +67,7 @@ def _followers(variables: Sequence[View], frame: Sequence[Axis]) -> dict[View, _
 def _groups(f: list[View], g: list[View], frame: Sequence[Axis]) -> tuple[list[_Group], Environment]:
     """Sort factors into independent groups; concentrated roots that depend on the others become their means."""
     mark_sums([*f, *g])
+    mark_weights([*f, *g])
     variables = roots_of(*f, *g)
     rest = [v for v in variables if not concentrated(v.node)]
     fixed: Environment = {}
