@@ -1,5 +1,8 @@
 """Tiles: leaves of all shapes share the program of their formula, and have the bits of the jitted init."""
 
+import gc
+import weakref
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -8,7 +11,7 @@ import pytest
 from jax.nn import initializers as theirs
 
 import varscale as vs
-from varscale.initialization import formulas, tiles
+from varscale.initialization import formulas, tiles, tracing
 from varscale.initialization.drawing import Drawing
 from varscale.initialization.outline import outline
 from varscale.initialization.tracing import trace
@@ -95,3 +98,16 @@ def test_many_small_draws_are_not_padded_to_tiles():
     assert tiles.fits(1000, 1)
     assert tiles.fits(10**6, 300)
     assert not tiles.fits(10**6, 16)
+
+
+def test_caches_of_programs_keep_no_trace():
+    graph = weakref.ref(graph_that_was_drawn())
+    tracing._remembered.cache_clear()
+    gc.collect()
+    assert graph() is None
+
+
+def graph_that_was_drawn():
+    traced = trace(Leaves((theirs.he_normal(), theirs.orthogonal()), shapes=((6, 5),)), KEY, None, None)
+    outline(traced, KEY).draw(KEY)
+    return traced.graph

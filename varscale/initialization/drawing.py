@@ -39,6 +39,11 @@ class Drawing:
     settings: Hashable
 
     @property
+    def told(self) -> Hashable:
+        """What the program is, without the values of the trace."""
+        return self.chain.text, self.dtypes, self.shardings, self.settings
+
+    @property
     def arguments(self) -> tuple[Value, ...]:
         """What it draws from."""
         return self.chain.arguments
@@ -83,6 +88,13 @@ class LaidDrawing:
     shardings: tuple[Any]
     declared: Chain | None
     settings: Hashable
+
+    @property
+    def told(self) -> Hashable:
+        """What the program is, without the values of the trace."""
+        declared = None if self.declared is None else self.declared.text
+        core = self.core.shape, self.core.stack, self.core.text
+        return self.name, core, self.implementation, self.dtypes, self.shardings, declared, self.settings
 
     @property
     def arguments(self) -> tuple[Value, ...]:
@@ -140,11 +152,38 @@ class _Lowered:
         return self._lowered.compile()
 
 
+class Told:
+    """A program as the key of a cache: compared by what it draws, and let go once the entry is made.
+
+    A program holds the values of its chain, and these the whole trace of its model.
+    """
+
+    def __init__(self, program: Any):
+        self._program = program
+        self._told = type(program), program.told
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Told) and self._told == other._told
+
+    def __hash__(self) -> int:
+        return hash(self._told)
+
+    def take(self) -> Any:
+        """The program, which is kept no longer."""
+        program, self._program = self._program, None
+        return program
+
+
 @functools.lru_cache(maxsize=512)
-def _lowered(program: Any) -> _Lowered:
+def _kept(told: Told) -> _Lowered:
+    program = told.take()
     places = None if all(s is None for s in program.shardings) else list(program.shardings)
     jitted = jax.jit(program.__call__) if places is None else jax.jit(program.__call__, out_shardings=places)
     return _Lowered(jitted.lower(*program.argument_shapes))
+
+
+def _lowered(program: Any) -> _Lowered:
+    return _kept(Told(program))
 
 
 def compiled(program: Any) -> Any:

@@ -21,7 +21,7 @@ import numpy as np
 from varscale import _compat
 from varscale.initialization.chains import Chain, body_values, params_text
 from varscale.initialization.derivation import split
-from varscale.initialization.drawing import Drawing, LaidDrawing
+from varscale.initialization.drawing import Drawing, LaidDrawing, Told
 from varscale.initialization.graph import CALLS, Loop, Value, is_key
 from varscale.initialization.laws import drawn_from
 from varscale.initializers.sampling import bits_at, unrolled_key
@@ -157,9 +157,14 @@ class _Array:
     shape: tuple[int, ...]
 
 
-@functools.lru_cache(maxsize=512)
 def read(program: Drawing | LaidDrawing) -> Reading | None:
     """The formula of the one leaf that a program draws; None where it has none, or draws several."""
+    return _read(Told(program))
+
+
+@functools.lru_cache(maxsize=512)
+def _read(told: Told) -> Reading | None:
+    program = told.take()
     if len(program.dtypes) != 1:
         return None
     reader = _Reader()

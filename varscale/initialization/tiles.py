@@ -44,6 +44,11 @@ class Tiles:
     settings: Hashable
 
     @property
+    def told(self) -> Hashable:
+        """What the program is."""
+        return self.formula, self.count, self.settings
+
+    @property
     def shardings(self) -> tuple[None]:
         """The default device."""
         return (None,)
