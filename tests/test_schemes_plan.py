@@ -202,6 +202,8 @@ def test_predict_under_a_plan():
     expected = (1 + 4) * (1 + 1) * (1 + 0.25)
     found = vs.predict(Stack(), X.update(shape=(64, 32)), scheme=edited, backward=False, draws=30)
     assert found.output.second_moment == pytest.approx(expected, rel=1e-4)
+    assert "layers/inner@2" in {row.path for row in found.rows}
+    assert found["layers/inner@1"].second_moment == pytest.approx(5, rel=1e-4)
     assert found.output.holds  # false alarms 1 in 16000; without the plan the draws measure 16
     mapped = vs.predict(NET, X, scheme={"b": vs.zeros}, backward=False)
     assert mapped.output.second_moment == 0
