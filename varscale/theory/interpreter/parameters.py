@@ -135,16 +135,16 @@ def laid_parameters(interpreter: Interpreter, shapes: Any, values: Sequence[Any]
         if is_weight(first.get(key)):
             found[i] = another(interpreter, first[key], i)
             continue
-        found[i] = first[key] = _laid(interpreter, hit.law, struct, i)
+        found[i] = first[key] = _laid_parameter(interpreter, hit.law, struct, i)
     return found
 
 
-def _laid(interpreter: Interpreter, law: Any, struct: Any, number: int) -> Any:
+def _laid_parameter(interpreter: Interpreter, law: Any, struct: Any, number: int) -> Any:
     """A parameter under a law: a weight, or one times factors, such as those of layers that are stacked in it."""
     shape, dtype = tuple(struct.shape), struct.dtype
     if hasattr(law, "spread"):
         factors = jax.make_jaxpr(lambda w: w * jax.numpy.asarray(law.spread(shape), dtype))(struct)
-        (out,) = interpreter.run(factors.jaxpr, factors.consts, [_laid(interpreter, law.init, struct, number)])
+        (out,) = interpreter.run(factors.jaxpr, factors.consts, [_laid_parameter(interpreter, law.init, struct, number)])
         return out
     # A key of its own: what is drawn from one key is one and the same.
     traced = jax.make_jaxpr(lambda: law(jax.random.key(number), shape, dtype))()
