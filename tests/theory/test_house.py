@@ -21,7 +21,9 @@ LEFT = {
     "names bound to a lambda": 0,
     "names defined in two files": 0,
     "files over 400 lines": 0,
+    "lines over 110 columns outside docstrings": 560,
 }
+COLUMNS = 110
 HEAVY = ("scipy", "jax")  # may be loaded inside a function: they take long
 
 
@@ -119,6 +121,13 @@ def defined_twice(trees: dict[str, ast.Module]) -> set[str]:
     return {name for name, where in homes.items() if len(where) > 1}
 
 
+def wide(text: str) -> int:
+    """Lines over so many columns, but in docstrings."""
+    strings = [n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant)]
+    told = {line for n in strings for line in range(n.lineno, (n.end_lineno or n.lineno) + 1)}
+    return sum(len(line) > COLUMNS and k not in told for k, line in enumerate(text.splitlines(), 1))
+
+
 def counts(room: pathlib.Path) -> dict[str, int]:
     trees = modules(room)
     return {
@@ -129,6 +138,7 @@ def counts(room: pathlib.Path) -> dict[str, int]:
         "names bound to a lambda": bound_lambdas(trees),
         "names defined in two files": len(defined_twice(trees)),
         "files over 400 lines": sum(len(p.read_text().splitlines()) > 400 for p in room.rglob("*.py")),
+        "lines over 110 columns outside docstrings": sum(wide(p.read_text()) for p in room.rglob("*.py")),
     }
 
 
@@ -159,6 +169,7 @@ def test_inner_inits_hold_docstrings_only(folder):
         ("f = lambda: 1\n", "names bound to a lambda"),
         ("class Node: ...\n", "names defined in two files"),
         ("x = 1\n" * 401, "files over 400 lines"),
+        (f"x = '{'a' * COLUMNS}'\n", "lines over 110 columns outside docstrings"),
     ],
 )
 def test_what_is_planted_is_seen(tmp_path, planted, name):
