@@ -109,16 +109,16 @@ def sweeps(run: Run, samples: data.Samples, text: str, *, steps: int = 100) -> l
     return [
         Sweep(
             "digits", "width", Perceptron, widths["digits"], lambda base: vs.schemes.mup(base=base), "μP", digits,
-            np.arange(-10.0, -1.0), MUP,
+            range(-10, -1), MUP,
         ),
         Sweep(
             "text", "width", lambda width: Characters(width, vocabulary), widths["text"],
             lambda base: vs.schemes.mup(base=base), "μP", Task(windows, following, 8, steps, len(windows) // 6),
-            np.arange(-10.0, -3.0), MUP,
+            range(-10, -3), MUP,
         ),
         Sweep(
             "depth", "blocks", Residual, depths, lambda base: vs.schemes.completep(base=base, multipliers="weights"),
-            "CompleteP", digits, np.arange(-10.0, -2.0), COMPLETEP,
+            "CompleteP", digits, range(-10, -2), COMPLETEP,
         ),
     ]  # fmt: skip
 
