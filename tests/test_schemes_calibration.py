@@ -239,6 +239,10 @@ def test_bad_input(options, message):
 def test_models_that_cannot_be_calibrated():
     with pytest.raises(ValueError, match="no kernel"):
         vs.calibrate(nn.LayerNorm(), described(4, 4))
-    biased = nn.Dense(8, bias_init=nn.initializers.constant(2.0))
-    with pytest.raises(ValueError, match="bias beside 'kernel' alone makes"):
-        vs.calibrate(biased, described(4, 4))
+
+
+def test_a_bias_that_is_larger_than_the_target():
+    model, x = nn.Dense(8, bias_init=nn.initializers.constant(2.0)), described(4, 4)
+    plan = vs.calibrate(model, x)
+    assert "the bias beside it has the second moment 4" in plan.notes[0]
+    assert vs.predict(model, x, scheme=plan, backward=False).output.second_moment == pytest.approx(5, rel=0.1)

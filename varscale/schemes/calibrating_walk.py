@@ -144,6 +144,7 @@ class Calibrating(Interpreter):
     Attributes:
         places: where kernels multiply and biases are added.
         found: what was found there, in order.
+        biased: kernels beside whose bias no scale gives the sum the target -> the second moment of the bias.
     """
 
     def __init__(self, target: float, direction: Direction, tied: Mapping[str, float], laws: Laws):
@@ -151,6 +152,7 @@ class Calibrating(Interpreter):
         self._laws = laws
         self.places = Places({}, frozenset())
         self.found: list[Set] = []
+        self.biased: dict[str, float] = {}
         self._target, self._direction, self._tied = target, direction, tied
         self._around: list[int] = []
         self._products: dict[int, Node] = {}
@@ -202,7 +204,7 @@ class Calibrating(Interpreter):
             made = self.found[at]
             if other.constant == 0 or made.kernel.is_tied or self._direction != "forward":
                 continue
-            scale = made.scale
+            scale, bare = made.scale, out
             for _ in range(_TRIES):
                 applied = self._laws.applied(made.kernel, scale)
                 scaled = Value(affine(product.node, applied, 0.0), product.dims)
@@ -211,11 +213,9 @@ class Calibrating(Interpreter):
                 own = typical - applied**2 * self._target / made.forward**2
                 if abs(typical / self._target - 1) < _CLOSE:
                     break
-                if own >= self._target:
-                    raise ValueError(
-                        f"target must be above {own:.4g}, which the bias beside {made.kernel.path!r} alone makes, "
-                        f"not {self._target:g}: leave the kernel out with rows="
-                    )
+                if own >= self._target:  # no scale does it: the product alone has the target
+                    self.biased[made.kernel.path] = own
+                    return bare
                 scale = made.forward * math.sqrt(1 - own / self._target)
             self.found[at] = made._replace(scale=scale, forward=scale)
             self._products[made.kernel.number] = out.node

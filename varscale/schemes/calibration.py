@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -96,19 +96,20 @@ def calibrate(
     program, given, laws = faces.program(model, method=method), faces.as_inputs(x), Laws(distribution)
     tied = _Tied()
     found: list[Set] = []
+    biased: dict[str, float] = {}
     for _ in range(_WALKS):
         interpreter = Calibrating(target, direction, tied.scales, laws)
         walked = walkable(interpreter, program, given, params, base)
         interpreter.places = places_of(walked, {leaf.path: leaf for leaf in base if leaf.why == _CHOSEN})
         walked.run(interpreter)
-        found = interpreter.found
+        found, biased = interpreter.found, interpreter.biased
         missing = {leaf.path for leaf in base if leaf.why == _CHOSEN} - {one.kernel.path for one in found}
         if missing:  # the others are calibrated with these as they are
             base = dataclasses.replace(base, leaves=tuple(kept[leaf.path] if leaf.path in missing else leaf for leaf in base))
         elif tied.settled(found, target):
             break
     leaves = tuple(_planned(leaf, found, target, distribution) if leaf.why == _CHOSEN else leaf for leaf in base)
-    return dataclasses.replace(base, leaves=leaves, notes=(*base.notes, *_warnings(found)))
+    return dataclasses.replace(base, leaves=leaves, notes=(*base.notes, *_warnings(found, biased)))
 
 
 _CHOSEN = "calibrated"
@@ -223,16 +224,21 @@ def _why(mine: Sequence[Set], unit: float, target: float) -> str:
     return words
 
 
-def _warnings(found: Sequence[Set]) -> list[str]:
-    """From which product on single draws differ widely from the target."""
+def _warnings(found: Sequence[Set], biased: Mapping[str, float]) -> list[str]:
+    """Biases that are larger than the target, and from which product on single draws differ widely from it."""
+    told = [
+        f"{path}: the bias beside it has the second moment {own:.4g} already, so the product alone has the target."
+        for path, own in biased.items()
+    ]
     wide = [(k, one) for k, one in enumerate(found) if one.reach > _WIDE]
     if not wide:
-        return []
+        return told
     k, first = wide[0]
     name = first.kernel.path + "".join(f"@{step}" for step in first.steps)
     worst = max(one.reach for _, one in wide)
     return [
+        *told,
         f"From {name} on (kernel {k + 1} of {len(found)} in depth) the second moment of a single draw may differ from its "
         f"typical value by more than a factor {_WIDE:g} (up to {worst:.3g}): normalise, widen, or rescale the drawn weights on "
-        "data with vs.lsuv."
+        "data with vs.lsuv.",
     ]
