@@ -19,6 +19,7 @@ from varscale.theory.interpreter.interpreter import Interpreter
 from varscale.theory.interpreter.predict import Walkable
 from varscale.theory.interpreter.summary import of_one_draw
 from varscale.theory.propagation.cotangents import cotangents
+from varscale.theory.propagation.error_bounds import provenance
 from varscale.theory.rules.equations import live_equations
 from varscale.theory.rules.random import as_weight
 from varscale.usage import layouts
@@ -64,6 +65,7 @@ class Set(NamedTuple):
         backward: the factor that keeps the gradient; None for a kernel that reads the input.
         typical: the typical second moment of the product, scaled.
         reach: the factor by which 99 % of draws differ from it at most.
+        is_exact: whether its moments follow without draws and approximations.
     """
 
     kernel: Kernel
@@ -73,6 +75,7 @@ class Set(NamedTuple):
     backward: float | None
     typical: float
     reach: float
+    is_exact: bool
 
 
 class Places(NamedTuple):
@@ -178,6 +181,7 @@ class Calibrating(Interpreter):
         second, typical, (low, high) = of_one_draw(out.node)
         if not math.isfinite(second) or not typical > 0:
             return out
+        is_exact = provenance(out.node)[0] == "exact"
         reach = max(high / typical, typical / low if low > 0 else math.inf)
         forward = math.sqrt(self._target / typical)
         backward = None if self._direction == "forward" or x is None else self._backward(kernel, x)
@@ -189,7 +193,7 @@ class Calibrating(Interpreter):
             scale = self._tied.get(kernel.path, scale)
         steps = tuple(self.steps) if kernel.layer_axis is not None else ()
         applied = self._laws.applied(kernel, scale)
-        self.found.append(Set(kernel, steps, scale, forward, backward, applied**2 * typical, reach))
+        self.found.append(Set(kernel, steps, scale, forward, backward, applied**2 * typical, reach, is_exact))
         made = affine(out.node, applied, 0.0)
         self._products[kernel.number] = made
         self._bare[made.id] = len(self.found) - 1, out

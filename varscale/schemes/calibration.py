@@ -22,12 +22,14 @@ from varscale.schemes.plan import Plan, PlannedLeaf
 from varscale.schemes.scheme import Choice, Scheme, Subject, spread
 from varscale.theory.domain.tables import Moments
 from varscale.theory.interpreter.parameters import is_function
-from varscale.theory.interpreter.predict import walkable
+from varscale.theory.interpreter.predict import predict, walkable
 from varscale.usage.parameters import ParameterUses
 
 _DIRECTIONS = ("forward", "backward", "both")
 _WALKS = 30  # over a model with tied kernels
 _CLOSE = 1e-9  # of the logarithm of a tied kernel's mean
+_CHECKS = 6  # predictions under the plan, where parts of it are drawn
+_OFF = 5e-7  # of the target
 _WIDE = 4.0  # a factor that a single draw may be off before the plan warns
 _KERNELS = frozenset({"input", "hidden", "readout", "depthwise", "expert"})
 
@@ -55,7 +57,7 @@ def calibrate(
     Kernels of layers that a scan stacks get a variance a layer. A kernel that is used in several places has one variance: the
     geometric mean of what it makes is the target. Kept as declared: biases, norms, tables that are looked up, kernels that are
     declared to be zero or another constant, and kernels that a loop over time uses at each step (`vs.lsuv` rescales these).
-    Behind such a loop, which `vs.predict` draws, the target is met to the error of its draws.
+    Where the walk rests on draws or approximations, a prediction under the plan checks it and mends what is off.
 
     Args:
         model: a linen module, an nnx factory `lambda rngs: Net(..., rngs=rngs)`, an nnx instance, or a plain function
@@ -108,8 +110,38 @@ def calibrate(
             base = dataclasses.replace(base, leaves=tuple(kept[leaf.path] if leaf.path in missing else leaf for leaf in base))
         elif tied.settled(found, target):
             break
-    leaves = tuple(_planned(leaf, found, target, distribution) if leaf.why == _CHOSEN else leaf for leaf in base)
-    return dataclasses.replace(base, leaves=leaves, notes=(*base.notes, *_warnings(found, biased)))
+
+    def planned(sets: Sequence[Set]) -> Plan:
+        leaves = tuple(_planned(leaf, sets, target, distribution) if leaf.why == _CHOSEN else leaf for leaf in base)
+        return dataclasses.replace(base, leaves=leaves, notes=(*base.notes, *_warnings(sets, biased)))
+
+    plan = planned(found)
+    if direction != "forward" or all(one.is_exact for one in found):
+        return plan
+    for _ in range(_CHECKS):
+        report = predict(model, x, params=params, scheme=plan, backward=False, method=method)
+        first = _first_off({row.path: row.typical for row in report.rows}, found, target, biased)
+        if first is None:
+            break
+        k, ratio = first
+        found[k] = found[k]._replace(scale=found[k].scale * ratio)
+        plan = planned(found)
+    return plan
+
+
+def _first_off(
+    typicals: Mapping[str, float | None], found: Sequence[Set], target: float, biased: Mapping[str, float]
+) -> tuple[int, float] | None:
+    """The first product whose row, under the plan, is not the target, and the factor that its scale lacks; None for none.
+
+    Where the walk draws a part of the program, or doubts a number, the plan's own prediction may draw it otherwise.
+    """
+    for k, one in enumerate(found):
+        module = one.kernel.path.rpartition("/")[0] + "".join(f"@{step}" for step in one.steps)
+        typical = typicals.get(module)
+        if typical and not one.kernel.is_tied and one.kernel.path not in biased and abs(typical / target - 1) > _OFF:
+            return k, math.sqrt(target / typical)
+    return None
 
 
 _CHOSEN = "calibrated"
