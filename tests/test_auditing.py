@@ -109,7 +109,7 @@ class TestTheTrace:
 
 class TestTheNumbers:
     def test_the_models_own_draws_have_their_laws(self):
-        """Error rate at most 1e-9 a leaf: a wrong law is found whatever the key."""
+        """Error rate at most 1e-6: a wrong law is found whatever the key."""
         assert found(vs.audit(LanguageModel(), IDS, key=KEY)) == []
         params = LanguageModel().init(KEY, jnp.zeros((2, 8), jnp.int32))
         params["params"]["Dense_4"]["kernel"] *= 1.5

@@ -46,8 +46,9 @@ def audit(
 
     By default from the trace alone: nothing of the model's own size is drawn or run. With `params`, or with a `key` to draw
     them, the numbers of the parameters are audited too: equal and proportional leaves, constants, NaN, low-precision draws,
-    and whether each has its declared law (a chance of at most 1e-9 a leaf to say wrongly that it has not); and the model is
-    run on `x` once, to see whether every row is what such a draw gives (2e-9 a row).
+    and whether each has its declared law (a chance of at most 5e-7 to say wrongly of any that it has not); and the model is
+    run on `x` once, to see whether every row is what such a draw gives (5e-7 for all rows):
+    the chance of any false finding about draws in one audit is at most 1e-6.
 
     Args:
         model: a linen module, an nnx factory `lambda rngs: Net(..., rngs=rngs)`, an nnx instance, or a plain function

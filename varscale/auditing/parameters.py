@@ -22,7 +22,7 @@ from varscale.report import Weight
 from varscale.testing.tails import log_mean_square
 from varscale.theory import predict
 
-LOG_CHANCE = math.log(1e-9)  # of taking a leaf that has its law for one that has not
+CHANCE = 5e-7  # of taking any leaf of all that have their laws for one that has not
 
 
 def audit_parameters(params_or_file: Any, declared: Mapping[str, Any] | None = None, *, ignore: Sequence[str] = ()) -> Audit:
@@ -38,7 +38,7 @@ def audit_parameters(params_or_file: Any, declared: Mapping[str, Any] | None = N
         ignore: codes ("VS113"), or codes with a glob ("VS113:lm_head/*"), whose findings are left out.
 
     Returns:
-        The audit. The chance that a leaf with the declared law is found not to have it is at most 1e-9 each.
+        The audit. The chance that any leaf which has its declared law is found not to have it is at most 5e-7.
 
     Raises:
         TypeError: a leaf is no array, or a declared law neither a number nor an initializer.
@@ -82,14 +82,15 @@ def declared_laws(declared: Mapping[str, Any], summaries: Sequence[Summary]) -> 
 
 
 def check_laws(summaries: Sequence[Summary], laws: Mapping[str, Law]) -> Iterator[Finding]:
-    """Leaves whose mean square is not that of their law, by an exact tail or a proven bound on it."""
+    """Leaves whose mean square is not that of their law, by an exact tail or a proven bound on it: 5e-7 for all together."""
+    limit = math.log(CHANCE / max(1, len(laws)))
     for leaf in summaries:
         law = laws.get(leaf.path)
         if law is None or leaf.nonfinite:
             continue
         ratio = leaf.second_moment / law.second_moment if law.second_moment else math.inf if leaf.second_moment else 1.0
         log_p = law.log_p(ratio, leaf)
-        if log_p < LOG_CHANCE:
+        if log_p < limit:
             told = f"its law, {law.name}, has a root mean square of {law.second_moment**0.5:.4g}; its numbers have "
             told += f"{leaf.second_moment**0.5:.4g} ({_power(log_p)}): the law did not apply, or something changed them."
             mend = f'vs.reinitialize(params, {{"{leaf.path}": ...}}, key)'

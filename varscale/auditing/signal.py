@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 
 import jax.numpy as jnp
 import numpy as np
+from scipy import stats
 
 from varscale.auditing.findings import Finding, Level
 from varscale.auditing.maps import Mend
@@ -16,6 +17,7 @@ from varscale.report import Report, Row
 
 ERROR = 1e3  # factor in the second moment over the whole depth
 WARNING = 30.0
+_CHANCE = 5e-7  # of a false finding about the rows of one draw
 _FEWEST = 4  # layers of a kind that make a trend
 _ALIKE = 0.995  # correlation at which samples count as one
 _LOST = 0.98  # and which all later rows must exceed
@@ -145,12 +147,14 @@ def check_rank(report: Report, readouts: Collection[str]) -> Iterator[Finding]:
 
 
 def check_draw(measured: Report, predicted: Report) -> Iterator[Finding]:
-    """Rows of one draw that its law does not give, to a chance of 2e-9 a row.
+    """Rows of one draw that its law does not give, to a chance of 5e-7 for all rows together.
 
     The logarithm of a draw's mean square is taken to be normal about that of `typical`, with the band's width of 2.576
-    deviations to either side; six deviations and the prediction's own bound are allowed.
+    deviations to either side; deviations enough for that chance, six at least, and the
+    prediction's own bound are allowed.
     """
     expected = {row.path: row for row in predicted.rows}
+    allowed = max(6.0, float(stats.norm.isf(_CHANCE / (2 * max(1, len(expected))))))
     for row in measured.rows:
         other = expected.get(row.path)
         if other is None or not other.typical or not other.band or not other.band[0] > 0 or other.error_bound > 0.5:
@@ -159,7 +163,7 @@ def check_draw(measured: Report, predicted: Report) -> Iterator[Finding]:
             continue
         deviation = math.log(other.band[1] / other.band[0]) / (2 * 2.5758)
         off = abs(math.log(row.second_moment / other.typical))
-        if off > 6 * deviation + math.log1p(other.error_bound):
+        if off > allowed * deviation + math.log1p(other.error_bound):
             told = f"this draw has a second moment of {row.second_moment:.3g}, where its laws give {other.band[0]:.3g} to "
             told += f"{other.band[1]:.3g} in 99 of 100 draws: its parameters are not what the model's init draws."
             yield Finding("VS123", "error", row.path, told, row.second_moment / other.typical, "vs.initialize(model, key, x)")
