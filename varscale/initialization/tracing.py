@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import gc
 import inspect
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
@@ -316,7 +317,12 @@ def _nnx_face(factory: Callable[..., Any]) -> _Face:
         found = ((isinstance(v, nnx.Param), len(jax.tree_util.tree_leaves(v))) for v in variables)
         return [is_param for is_param, count in found for _ in range(count)]
 
-    return _Face("model", init, lambda state: nnx.merge(graphs[0], state), parameters, keeps_raw=False, lasts=lambda: fixed[0])
+    def build(state: Any) -> Any:
+        model = nnx.merge(graphs[0], state)
+        gc.collect(1)  # a cycle of references that merge leaves would hold the arrays when the model is gone
+        return model
+
+    return _Face("model", init, build, parameters, keeps_raw=False, lasts=lambda: fixed[0])
 
 
 def _factory(model: Any) -> Callable[[Any], Any] | None:
