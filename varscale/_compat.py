@@ -34,6 +34,12 @@ def scopes(eqn: Any) -> list[tuple[str, int]]:
     return [(part.name, id(part)) for part in stack if type(part).__name__ == "Scope"]
 
 
+def transforms(eqn: Any) -> set[str]:
+    """The transformations of jax that an equation was made under: "jvp", "transpose", "vmap"."""
+    stack = getattr(getattr(eqn.source_info, "name_stack", None), "stack", ())
+    return {part.name for part in stack if type(part).__name__ == "Transform"}
+
+
 def source_line(eqn: Any) -> str:
     """File and line of an equation, as far as jax recorded them."""
     frames = list(getattr(getattr(eqn.source_info, "traceback", None), "frames", []) or [])

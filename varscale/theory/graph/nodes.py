@@ -80,7 +80,6 @@ class Node(Marked):
         follows_shifts: whether it reduces the axes `reduced` of its one argument, its derivatives along them adding up to 1.
         collects: whether its entries are entries, or weighted sums of entries, of its first argument, by known indices.
         timed: whether it is known by draws along time, which hold more than its moments by type (`draws`).
-        joint: of what is known by draws, whether those are of all else at once (`joint_sample`).
         shares: whether it is shares that add up to 1, positive but no norm's scale.
         local: whether places near one another along an axis may be more alike than others: known numbers are in it.
         how: how good its rule is where nothing is marked, one of `HOWS`.
@@ -97,7 +96,6 @@ class Node(Marked):
     follows_shifts: ClassVar[bool] = False
     collects: ClassVar[bool] = False
     timed: ClassVar[bool] = False
-    joint: ClassVar[bool] = False
     shares: ClassVar[bool] = False
     gradient_doubt: float = 0.0
     drawn: np.ndarray | None = None

@@ -37,13 +37,14 @@ from varscale.theory.interpreter.regions import Regions, blocks, within
 from varscale.theory.interpreter.rows import Place
 from varscale.theory.propagation.function_domains import has_values
 from varscale.theory.rules.equations import live_equations, scans, used_variables
-from varscale.theory.rules.random import input_leaf
+from varscale.theory.rules.random import input_leaf, is_weight
 from varscale.theory.rules.registry import ELEMENTWISE_OR_LAYOUT, RULES, Complex, Opaque, Rule, parts
 from varscale.theory.rules.sampled_regions import drawn_region, placeholder
 
 _FOLDED: Fact[Hashable, Node | None] = Fact()  # known numbers computed by elementwise primitives
 
 MOST_FOLDED = 1 << 26  # elements up to which known numbers are computed with rather than described
+_DERIVATIVES = {"jvp", "transpose"}
 _NUDGE = 1e-24  # variance: far below the epsilon of a norm, far above rounding of what is zero
 _MOST_EVALUATED = 1 << 22  # of which jax computes so many at a time
 
@@ -96,6 +97,14 @@ class Interpreter:
             self.used = outer
         return [self.known(v.val) if _compat.is_literal(v) else env[v] for v in jaxpr.outvars]
 
+    def _mark(self, eqns: Sequence[Any], place: Place) -> None:
+        """Ask for regions of what no rule covers, seen from the equations: recurrences, and derivatives inside the model."""
+        derived = [i for i, eqn in enumerate(eqns) if _DERIVATIVES & _compat.transforms(eqn)]
+        for i, reason in (*((i, "a recurrence") for i in scans(eqns)), *((i, "a derivative") for i in derived)):
+            path = self._scope_of(place, eqns[i])
+            if not any(within(path, scope) for scope in self.regions.drawn):
+                self.regions.ask(path, reason)
+
     def _step(self, eqn: Any, env: dict[Any, Any]) -> None:
         ins = [self.known(v.val) if _compat.is_literal(v) else env[v] for v in eqn.invars]
         env.update(zip(eqn.outvars, self.equation(eqn, ins), strict=True))
@@ -110,12 +119,10 @@ class Interpreter:
         ends = {} if silent else place.ends(eqns, outputs)
         try:
             scopes = () if silent else self.regions.drawn
-            for i in () if silent else scans(eqns):
-                path = opened(eqns[i], place.path, place.piece)[1]
-                if not any(within(path, scope) for scope in scopes):
-                    self.regions.ask(path, "associative scan: no formula covers all recurrences")
+            if not silent:
+                self._mark(eqns, place)
             kept = [var for ended in ends.values() for _, var in ended]
-            for start, stop, eqn in blocks(eqns, outputs, place, scopes, kept):
+            for start, stop, eqn in blocks(eqns, outputs, place, scopes, kept, lambda v: is_weight(env.get(v))):
                 count = place.rows.entered
                 self.place, self.entering = None if silent else place, eqn
                 self._step(eqn, env)

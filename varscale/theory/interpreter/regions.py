@@ -7,7 +7,7 @@ one takes all equations of that module for one. A scope is added once, so this e
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -98,7 +98,12 @@ class Region:
 
 
 def blocks(
-    eqns: Sequence[Any], outputs: Sequence[Any], place: Any, scopes: Collection[str], kept: Sequence[Any]
+    eqns: Sequence[Any],
+    outputs: Sequence[Any],
+    place: Any,
+    scopes: Collection[str],
+    kept: Sequence[Any],
+    is_parameter: Callable[[Any], bool],
 ) -> Iterator[tuple[int, int, Any]]:
     """The equations, those of a scope as one: (the first one's place, the place after the last, equation).
 
@@ -108,6 +113,7 @@ def blocks(
         place: where the walk is.
         scopes: the paths of the scopes.
         kept: variables that have rows.
+        is_parameter: whether a variable holds a parameter, once it is reached.
     """
     paths = [opened(eqn, place.path, place.piece)[1] for eqn in eqns] if scopes else []
     spans = sorted(span for scope in scopes if (span := _span(paths, scope)) is not None)
@@ -120,7 +126,7 @@ def blocks(
         own = [eqn for eqn in own if eqn not in before]
         read = {v for eqn in (*eqns[:start], *eqns[stop:]) for v in eqn.invars if not _compat.is_literal(v)}
         read |= {v for v in (*outputs, *kept) if not _compat.is_literal(v)}
-        yield start, stop, as_one(own, read, place.piece, scope)
+        yield start, stop, as_one(own, read, place.piece, scope, is_parameter)
         at = stop
     yield from ((i, i + 1, eqns[i]) for i in range(at, len(eqns)))
 
@@ -161,7 +167,7 @@ def _is_random_key(var: Any) -> bool:
     return jnp.issubdtype(getattr(var.aval, "dtype", jnp.int32), jax.dtypes.prng_key)
 
 
-def as_one(eqns: Sequence[Any], read: set[Any], piece: str, scope: str) -> Region:
+def as_one(eqns: Sequence[Any], read: set[Any], piece: str, scope: str, is_parameter: Callable[[Any], bool]) -> Region:
     """Equations as one.
 
     Args:
@@ -169,6 +175,7 @@ def as_one(eqns: Sequence[Any], read: set[Any], piece: str, scope: str) -> Regio
         read: variables that are read outside.
         piece: the path at which the piece that they are part of is called.
         scope: the path of the scope that they are of.
+        is_parameter: whether a variable holds a parameter.
     """
     made = {v for eqn in eqns for v in eqn.outvars}
     invars = list(dict.fromkeys(v for e in eqns for v in e.invars if not _compat.is_literal(v) and v not in made))
@@ -178,6 +185,7 @@ def as_one(eqns: Sequence[Any], read: set[Any], piece: str, scope: str) -> Regio
 
     def sizes(*operands: Any) -> list[Any]:
         found.append(_Evaluated(None))
+        found[-1].parameters = [x for v, x in zip(invars, operands, strict=True) if is_parameter(v)]
         return found[-1].outputs(eqns, dict(zip(invars, operands, strict=True)), outvars, piece)
 
     jax.eval_shape(sizes, *structs)
@@ -185,6 +193,7 @@ def as_one(eqns: Sequence[Any], read: set[Any], piece: str, scope: str) -> Regio
 
     def nudged(operands: Sequence[Any], given: Sequence[Any]) -> list[Any]:
         found.append(_Evaluated(iter(given)))
+        found[-1].parameters = [x for v, x in zip(invars, operands, strict=True) if is_parameter(v)]
         return found[-1].outputs(eqns, dict(zip(invars, operands, strict=True)), outvars, piece)
 
     jaxpr = jax.make_jaxpr(nudged)(structs, nudges)
@@ -207,6 +216,7 @@ class _Evaluated:
     Attributes:
         wanted: the arrays that are added to what modules put out, in order.
         rows: path, steps and field of what modules inside put out.
+        parameters: the operands that are parameters.
         steps: which steps of loops over layers it is in.
         nudged: for each of the arrays, which output it is added to.
         marked: for each of the rows, which output it is.
@@ -215,6 +225,7 @@ class _Evaluated:
     def __init__(self, given: Iterator[Any] | None):
         self.given = given
         self.wanted: list[jax.ShapeDtypeStruct] = []
+        self.parameters: list[Any] = []
         self.rows: list[tuple[str, tuple[int, ...], str]] = []
         self.steps: list[int] = []
         self.nudged: list[int] = []
@@ -243,11 +254,17 @@ class _Evaluated:
                 inner_piece = opened(eqn, "", piece)[1] if eqn.params.get("name") == PIECE else piece
                 self._run(jaxpr.eqns, own, set(), inner_piece)
                 outs = [v.val if _compat.is_literal(v) else own[v] for v in jaxpr.outvars]
-            elif name == "scan" and eqn.params["length"] <= _MOST_LAYERS and _has_marks(_compat.sub_jaxpr(inner)[0]):
+            elif name == "scan" and self._is_over_layers(eqn, ins):
                 outs = self._layers(eqn.params, ins, piece)
             else:
                 outs = self._evaluated(eqn, ins, piece)
             env.update((v, self._nudged(x) if v in outvars else x) for v, x in zip(eqn.outvars, outs, strict=True))
+
+    def _is_over_layers(self, eqn: Any, ins: Sequence[Any]) -> bool:
+        """Whether a scan takes a parameter a step, and modules are called in it."""
+        _, _, streams = _compat.scan_operands(eqn.params, list(ins))
+        parameters = any(x is y for x in streams for y in self.parameters)
+        return parameters and eqn.params["length"] <= _MOST_LAYERS and _has_marks(_compat.sub_jaxpr(eqn.params["jaxpr"])[0])
 
     def _layers(self, params: dict[str, Any], ins: Sequence[Any], piece: str) -> list[Any]:
         """A scan over layers, step by step, whose modules have rows of their own."""
@@ -281,7 +298,6 @@ class _Evaluated:
         if not jnp.issubdtype(x.dtype, jnp.floating) or any(x is y for y in self._made):
             return x
         self.wanted.append(jax.ShapeDtypeStruct(x.shape, x.dtype))
-        if self.given is not None:
-            x = x + next(self.given)
+        x = x + (jnp.zeros_like(x) if self.given is None else next(self.given))
         self._made.append(x)
         return x

@@ -130,7 +130,6 @@ ORDER = (
     "terms of a sum",
     "average against a function",
     "one pair of axes in two places",
-    "samples of functions",
     "law of functions",
     "kinds of nodes",
     "other places",

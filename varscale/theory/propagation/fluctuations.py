@@ -21,7 +21,6 @@ from varscale.theory.graph.expressions import roots
 from varscale.theory.graph.nodes import Array, Constant, Leaf, Node, View
 from varscale.theory.graph.store import once_per_node
 from varscale.theory.propagation.inherited_fluctuations import NONE, Spread, fresh, inherited, origin, weighted
-from varscale.theory.propagation.sample_moments import drawn_scatter
 from varscale.theory.propagation.shared_component import channel_scatter
 from varscale.theory.propagation.square_covariances import free_share
 
@@ -71,7 +70,7 @@ def fluctuations(node: Node) -> Spread:
     base = inherited(node)
     scatter = channel_scatter(node)
     chance = fresh(node, range(len(node.axes))) if scatter is None else scatter
-    own = math.sqrt(max(chance, drawn_scatter(node) - base.variance, 0.0))
+    own = math.sqrt(max(chance, 0.0))
     sources = dict(base.sources)
     source = origin(node)
     sources[source] = sources.get(source, 0.0) + own

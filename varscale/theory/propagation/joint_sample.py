@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from varscale.theory.domain.axes import Axis
-from varscale.theory.graph.nodes import Array, Graph, Leaf, Node, View
+from varscale.theory.graph.nodes import Array, Graph, Leaf, View
 from varscale.theory.graph.store import Fact
 from varscale.theory.propagation.sampler import TERMS, Drawing, evenly
 
@@ -50,15 +50,6 @@ class Ensemble:
         if n in steps(self.graph) or (n <= _KNOWN and n in self._sizes[1]):
             return np.arange(n)
         return _with_all_classes(axis, evenly(n, _BATCH_SAMPLES if n in self._sizes[0] else TERMS))
-
-    def thinned(self, axis: Axis, most: int) -> Int[np.ndarray, " kept"]:
-        """Some of those, at most so many more than there are classes."""
-        whole = self.positions(axis)
-        return _with_all_classes(axis, whole[evenly(len(whole), most)])
-
-    def has(self, node: Node) -> bool:
-        """Whether a node has been drawn."""
-        return (node.id, tuple(self.positions(axis).tobytes() for axis in node.axes)) in self.drawing.drawn
 
     @functools.cached_property
     def _sizes(self) -> tuple[set[int], set[int]]:

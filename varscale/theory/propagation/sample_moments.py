@@ -11,17 +11,15 @@ from jaxtyping import Float
 from varscale.theory.domain.axes import Axis, grouped
 from varscale.theory.domain.random_arrays import Positions
 from varscale.theory.domain.tables import Table, estimated_products, lift
-from varscale.theory.graph.expressions import Apply, Sum, roots
 from varscale.theory.graph.linear_nodes import applies_weights, operands
 from varscale.theory.graph.nodes import Node, View
-from varscale.theory.propagation.cross_moments import strategy, unsure
+from varscale.theory.propagation.cross_moments import strategy
 from varscale.theory.propagation.joint_sample import ensemble
-from varscale.theory.propagation.sampler import evenly, in_order, of_loops, reduced
+from varscale.theory.propagation.sampler import evenly, in_order, reduced
 
 _POOLED = 2_000_000  # numbers that moments by type are estimated from
 _CORRELATED_REPLICATES = 16  # draws that correlations are estimated from
 _MOST_PAIRED, _FEW_PAIRED = 256, 3  # positions of the longest axis, and of the others, that are paired
-_MOST_COMPARED = 64  # positions of an axis, in a cross-moment of two functions
 _SCORES = 4.0  # standard errors that a mean is trusted to; within them it is taken for zero
 _LEVEL = 0.02  # positions whose second moments differ by less, relatively, are one class
 
@@ -84,40 +82,6 @@ def _drawn_products(
     return found.mean(axis=0), found.std(axis=0) / math.sqrt(len(found) - 1)
 
 
-@strategy("samples of functions")
-def of_draws(a: View, b: View, frame: tuple[Axis, ...]) -> Float[np.ndarray, "..."] | None:
-    """E[a_i b_j] by type from draws of both, where these have drawn all that they depend on; else None.
-
-    What a layer adds to a stream follows it in more than second moments: where the stream is large, so is what it scales.
-    """
-    if not (isinstance(a.node, Apply) or isinstance(b.node, Apply)):
-        return None
-    if not (in_order(a.node) or in_order(b.node)) or _has_partial_mean(a.node) or _has_partial_mean(b.node):
-        return None
-    kept = sorted({*a.bind, *b.bind})
-    axes = [frame[k] for k in kept]
-    draws = ensemble(a.node.graph, axes)
-    positions = [draws.thinned(axis, _MOST_COMPARED) for axis in axes]
-    views = [View(v.node, tuple(kept.index(k) for k in v.bind)) for v in (a, b)]
-    numbers: dict[View, np.ndarray] = {}
-    for view in sorted(views, key=lambda v: -v.node.id):  # the later one is made of what the other is
-        if numbers and not all(draws.has(root.node) for root in roots(view.node)):
-            return None
-        numbers[view] = draws.drawing.over(axes).values(view, positions)
-    shape = [draws.replicates, *map(len, positions)]
-    x, y = (np.broadcast_to(np.moveaxis(numbers[view], -1, 0), shape) for view in views)
-    mean, error = _drawn_products(x, y, axes, positions)
-    one_place = tuple(slice(axis.classes) for axis in axes)
-    off = _SCORES * float(error[one_place].mean())
-    unsure(a.node.graph, "sampled", off / max((a.node.table.variance * b.node.table.variance) ** 0.5, 1e-300))
-    return lift(mean, axes, kept, frame, pairs=True)
-
-
-def _has_partial_mean(node: Node) -> bool:
-    """Whether it has a mean in it, of which the draws are over some of the terms, or what loops drew apart."""
-    return of_loops(node) or any(root.node.averages or root.node.is_centred for root in roots(node))
-
-
 @strategy("samples")
 def crossed(a: View, b: View, frame: tuple[Axis, ...]) -> Float[np.ndarray, "..."] | None:
     """E[a_i b_j] by type, drawn together; None where neither has an order in time."""
@@ -160,22 +124,3 @@ def order_correlation(node: Node) -> Float[np.ndarray, "..."] | None:
     pairs = [np.stack([np.eye(n) / n, (1 - np.eye(n)) / max(n * (n - 1), 1)]) for n in own]
     spec = [letters + letters.upper(), *(f"{o}{a}{a.upper()}" for o, a in zip(out, letters, strict=True))]
     return np.sqrt(np.einsum(",".join(spec) + "->" + out, squares.reshape(*own, *own), *pairs, optimize=True))
-
-
-def drawn_scatter(node: Node) -> float:
-    """Relative variance of the mean square of one network that units, samples and steps have; 0 of what was not drawn.
-
-    A unit of a recurrence has a rate and a gain of its own at all steps, of all samples, which no correlation shows, and what
-    a layer adds to a stream goes with it in some networks and against it in others.
-    """
-    if not (node.timed or isinstance(node, Sum)) or node.is_centred or not in_order(node) or of_loops(node):
-        return 0.0
-    draws = ensemble(node.graph, node.axes)
-    squares = np.square(np.moveaxis(draws.values(View(node, tuple(range(len(node.axes)))), node.axes), -1, 0), dtype=float)
-    coarse = [Axis(axis.size) for axis in node.axes]
-    small = [Axis(len(draws.positions(axis))) for axis in node.axes]
-    second = estimated_products(squares, squares, small).mean(axis=0)
-    apart = second[(-1,) * second.ndim]
-    for axis in coarse:
-        second = np.array([1 / axis.size, 1 - 1 / axis.size]) @ second.reshape(2, -1)
-    return float(second.item() / apart) - 1 if apart > 0 else 0.0

@@ -21,7 +21,6 @@ from varscale.theory.propagation.cross_moments import cross, mean_product
 from varscale.theory.propagation.marginals import evaluate, marginal
 
 _IN_ORDER: Fact[int, bool] = Fact()
-_OF_LOOPS: Fact[int, bool] = Fact()
 
 
 TERMS = 32  # terms of a sum that stand for all
@@ -29,22 +28,12 @@ TERMS = 32  # terms of a sum that stand for all
 
 def in_order(node: Node) -> bool:
     """Whether a node depends on what is known by its draws, whose order in time its moments by type do not hold."""
-    return _anywhere(_IN_ORDER, lambda n: n.timed, node)
-
-
-def of_loops(node: Node) -> bool:
-    """Whether a loop over time is below, which has draws of its own."""
-    return _anywhere(_OF_LOOPS, lambda n: n.timed and not n.joint, node)
-
-
-def _anywhere(known: Fact[int, bool], true_of: Callable[[Node], bool], node: Node) -> bool:
-    """Whether this is true of a node or of anything that it was made from, however far below."""
 
     def found(node: Node) -> bool:
         def work() -> bool:
-            return known.once(node.graph, node.id, lambda: true_of(node) or any(found(view.node) for view in node.args))
+            return _IN_ORDER.once(node.graph, node.id, lambda: node.timed or any(found(view.node) for view in node.args))
 
-        done = known.get(node.graph, node.id)
+        done = _IN_ORDER.get(node.graph, node.id)
         return evaluated(node.graph, work) if done is None else done
 
     return found(node)
@@ -189,7 +178,7 @@ _RELATED = 0.1  # of the smaller term's mean square: a correlation that may be l
 def _unrelated(node: Sum) -> bool:
     """Whether terms can be drawn one by one: none correlated with another, but for what is drawn jointly in any case."""
     for x, y in itertools.combinations(node.args, 2):
-        if (_of_leaves(x.node) and _of_leaves(y.node)) or (in_order(node) and not of_loops(node)):
+        if _of_leaves(x.node) and _of_leaves(y.node):
             continue
         shared = np.max(np.abs(cross(x, y, node.axes) - mean_product(x, y, node.axes)))
         if shared > _RELATED * min(x.node.table.mean_square, y.node.table.mean_square):

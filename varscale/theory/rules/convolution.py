@@ -24,6 +24,7 @@ from varscale.theory.propagation.inherited_fluctuations import Spread, combine, 
 from varscale.theory.propagation.shared_component import of_few
 from varscale.theory.rules.linear import strip
 from varscale.theory.rules.registry import Context, rule
+from varscale.theory.rules.sampled_regions import drawn_region
 
 
 def _logical(node: Conv, array: np.ndarray, dims: Sequence[int | None]) -> np.ndarray:
@@ -118,11 +119,11 @@ def axes_of(x: Value, order: Sequence[int]) -> tuple[int | None, ...]:
 
 
 @rule("conv_general_dilated")
-def conv(interpreter: Context, eqn: Any, x: Value, w: Value) -> Value:
-
+def conv(interpreter: Context, eqn: Any, x: Value, w: Value) -> Any:
+    """A convolution of weights; one whose kernel is made of inputs, or differs from sample to sample, is drawn."""
     p = eqn.params
-    if p["batch_group_count"] != 1:
-        raise NotImplementedError("batch_group_count other than 1 (the gradient of a grouped convolution)")
+    if p["batch_group_count"] != 1 or w.node.deps & interpreter.graph.inputs:
+        return drawn_region(interpreter, eqn, (x, w), "its kernel is no weight")
     cx, x = strip(x)
     cw, w = strip(w)
     x, w = prepared(x), prepared(w)

@@ -21,6 +21,7 @@ from varscale.theory.graph.lookups import INDICES, PICKERS, Gather, GatherParams
 from varscale.theory.graph.nodes import Array, Graph, Leaf, Node, View, cross_by_kind, pullback, second_moments
 from varscale.theory.graph.store import BackwardNotes
 from varscale.theory.propagation.cross_moments import cross
+from varscale.theory.propagation.sampler import in_order
 from varscale.theory.rules.axis import take
 from varscale.theory.rules.padding import classed_axes, padded, repeat_rates, unresolved
 from varscale.theory.rules.registry import Context, rule
@@ -200,6 +201,8 @@ def gather(interpreter: Context, eqn: Any, x: Value, ids: Value) -> Any:
             start = int(np.clip(starts.get(dim, 0), 0, x.shape[dim] - size))
             x = take(x, dim, start, start + size, 1)
         return layout.reshape(x, shape)
+    if in_order(x.node):
+        return drawn_region(interpreter, eqn, (x, ids), "steps of a loop are picked, which differ")[0]
     collapsed = set(d.collapsed_slice_dims)
     whole = all(s == n for k, (s, n) in enumerate(zip(sizes, x.shape, strict=True)) if k not in collapsed)
     if set(d.start_index_map) == collapsed and whole and not d.operand_batching_dims:

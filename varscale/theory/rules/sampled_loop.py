@@ -267,7 +267,7 @@ def at_own_size(params: dict[str, Any], operands: Sequence[Operand]) -> tuple[Si
     jaxpr, _ = _compat.sub_jaxpr(params["jaxpr"])
     sizes = Sizes({})
     cost = 4 * params["length"] * work(jaxpr, sizes)
-    numbers = sum(math.prod(v.aval.shape) for eqn in jaxpr.eqns for v in eqn.outvars)
+    numbers = params["length"] * sum(math.prod(v.aval.shape) for eqn in jaxpr.eqns for v in eqn.outvars)
     fits = min(_WORK / max(cost, 1.0), _HELD_NUMBERS / max(numbers, 1))
     return (sizes, int(min(fits, _REPLICATES))) if fits >= _REPLICATES / 2 else None
 

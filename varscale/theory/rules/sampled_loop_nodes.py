@@ -273,7 +273,7 @@ def over_time(
     operands = [operand(x, v.aval, stacked=False, nudge=n) for (x, v), n in zip((*fixed, *carry), nudges, strict=False)]
     operands += [operand(x, v.aval, stacked=True) for x, v in streams]
     is_region = bound < math.inf
-    sizes, replicates = (at_own_size(p, operands) if is_region else None) or shrunk(p, operands)
+    sizes, replicates = at_own_size(p, operands) or shrunk(p, operands)
     # Regions are all drawn from one seed: what two of them read is the same in both.
     seed = 0 if is_region else graph.count
     loop = enough(Loop(p, tuple(operands), sizes, replicates, replicates, seed), bound)
