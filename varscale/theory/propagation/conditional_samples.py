@@ -159,14 +159,15 @@ def sampled_from_conv(node: Conv, drawing: Drawing, positions: Positions) -> np.
     space, channel = xd[2 + wide[0]], xd[1]
     if space is None or channel is None or od[1] is None or groups not in (1, x.axes[channel].size):
         return None
-    if len(drawing.some(x.axes[space])) < x.axes[space].size or od[2 + wide[0]] is None:
+    unit, place = od[1], od[2 + wide[0]]
+    if len(drawing.some(x.axes[space])) < x.axes[space].size or place is None:
         return None
-    outs, places = positions[od[1]], positions[od[2 + wide[0]]]
+    outs, places = positions[unit], positions[place]
     channels = x.axes[channel].size
-    reads = drawing.some(x.axes[channel]) if groups == 1 else np.unique(outs * groups // node.axes[od[1]].size)
+    reads = drawing.some(x.axes[channel]) if groups == 1 else np.unique(outs * groups // node.axes[unit].size)
     there = [np.arange(a.size) for a in x.axes]
     there[channel] = reads
-    if xd[0] is not None:
+    if xd[0] is not None and od[0] is not None:
         there[xd[0]] = positions[od[0]]
     values = drawing.whole(x, there)
     values = np.moveaxis(values, [1 + channel, 1 + space], [-1, -2])  # (replicates, batch?, places, channels)
@@ -182,7 +183,7 @@ def sampled_from_conv(node: Conv, drawing: Drawing, positions: Positions) -> np.
         if groups == 1:
             found = found + read @ (weight if read.ndim == 3 else weight[:, None])
         else:
-            own = np.searchsorted(reads, outs * groups // node.axes[od[1]].size)
+            own = np.searchsorted(reads, outs * groups // node.axes[unit].size)
             found = found + read[..., own] * weight.reshape(len(weight), *[1] * (read.ndim - 2), -1)
     out = np.asarray(found)
     dims = [*([] if xd[0] is None else [od[0]]), od[2 + wide[0]], od[1]]

@@ -67,7 +67,7 @@ def excess_of_conv(node: Conv, offsets: Offsets) -> Steps:
     inner = {
         xd[0] if o == od[0] else place[o][0]: d * (place[o][1].stride if o in place else 1) for o, d in offsets if o != od[1]
     }
-    found = yield x, tuple(sorted(inner.items()))
+    found = yield x, tuple(sorted((k, d) for k, d in inner.items() if k is not None))
     out = found.excess if xd[1] is None else found.excess.take([0], xd[1])
     taps = math.prod(
         float((hits(window, x.axes[k].size) >= 0).sum() / window.size_out) if k is not None else 1.0
