@@ -22,8 +22,8 @@ from varscale.schemes.gpt import (
     zero_projection,
 )
 from varscale.schemes.laws import declared, graded, interleaved, orthogonal_over
+from varscale.schemes.maximal_update import completep, mup, spectral
 from varscale.schemes.mimetic_attention import mimetic
-from varscale.schemes.mup import completep, mup, spectral
 from varscale.schemes.normalizer_free import fixup, nf_resnet, rezero, skipinit, t_fixup
 from varscale.schemes.plan import Plan, PlannedLeaf, Requirement
 from varscale.schemes.recurrent import chrono, lru, mamba, s4d
