@@ -42,6 +42,11 @@ class Series(NamedTuple):
             out = np.where(sign * rho >= 1 - 1e-9, whole, out)
         return out
 
+    def curvature(self, rho: np.ndarray) -> np.ndarray:
+        """The second derivative."""
+        k = np.arange(2, self.coefficients.shape[-1])
+        return power_series(self.coefficients[..., 2:] * k * (k - 1), rho)
+
 
 def mehler(fi: np.ndarray, gj: np.ndarray, frame: Sequence[Axis]) -> Series:
     """For functions given on the grid by class, (classes or 1..., points)."""

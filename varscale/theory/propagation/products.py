@@ -30,6 +30,7 @@ from varscale.theory.propagation.marginals import (
     marginal,
     placed,
 )
+from varscale.theory.propagation.window_overlaps import scatter
 
 MOST_VARIABLES = 5  # roots of one cubature: points in twice as many dimensions are too few for more
 
@@ -212,8 +213,14 @@ def _mehler(variables: Sequence[View], fi: np.ndarray, gj: np.ndarray, frame: Se
 
 
 def _at_correlations(series: Series, root: View, frame: Sequence[Axis]) -> np.ndarray:
-    """E[f g] by type at a root's correlations."""
-    return series.at(lift(marginal(root.node).correlation, root.node.axes, root.bind, frame, pairs=True))
+    """E[f g] by type at a root's correlations, and at what they are given the weights."""
+    axes = root.node.axes
+    out = series.at(lift(marginal(root.node).correlation, axes, root.bind, frame, pairs=True))
+    variance = scatter(root.node)
+    if variance is None:
+        return out
+    rho, variance = (lift(x, axes, root.bind, frame, pairs=True) for x in (marginal(root.node).correlation, variance))
+    return out + series.curvature(rho) * variance / 2
 
 
 def two_roots(f: View, a: View, g: View, b: View, frame: Sequence[Axis], fixed: Environment) -> np.ndarray:

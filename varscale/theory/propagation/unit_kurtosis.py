@@ -76,10 +76,10 @@ def _of_few_terms(main: View, scales: Sequence[View]) -> tuple[float, bool]:
     if not units or not (inside or (isinstance(node, Conv) and node.params.groups > 1)):
         return 0.0, True
     own = getattr(w.node, "kurtosis", 3.0)
-    return _excess(x.node) * own / (node.width + own - 1), inside
+    return excess_kurtosis(x.node) * own / (node.width + own - 1), inside
 
 
-def _excess(node: Node) -> float:
+def excess_kurtosis(node: Node) -> float:
     """E[(x − m)⁴] / Var[x]² − 3 of a function of one root; what is a sum is Gaussian."""
     live = [r for r in roots(node) if not concentrated(r.node)]
     if not isinstance(node, Apply) or len(live) != 1:

@@ -9,19 +9,21 @@ from typing import Any
 
 import numpy as np
 
-from varscale.theory.domain.axes import Axis, apply_axis
+from varscale.theory.domain.axes import Axis, apply_axis, contract_axis
 from varscale.theory.domain.tables import Table, lift
 from varscale.theory.graph import layout
-from varscale.theory.graph.convolutions import ONE, Conv, ConvParams, Window, output_axis, tap_means
+from varscale.theory.graph.convolutions import ONE, Conv, ConvParams, Window, output_axis, tap_means, tap_pairs
 from varscale.theory.graph.layout import Atom, Value
 from varscale.theory.graph.linear_nodes import weight_of
-from varscale.theory.graph.nodes import UNKNOWN, Node, View, cross_by_kind, pullback, second_moments
+from varscale.theory.graph.nodes import UNKNOWN, Leaf, Node, View, cross_by_kind, pullback, second_moments
 from varscale.theory.graph.normal_form import affine
 from varscale.theory.graph.store import BackwardNotes
 from varscale.theory.propagation.cross_moments import cross, dependent
 from varscale.theory.propagation.fluctuations import averaged, of_a_group, with_own_weights
 from varscale.theory.propagation.inherited_fluctuations import Spread, combine, propagated
 from varscale.theory.propagation.shared_component import of_few
+from varscale.theory.propagation.unit_kurtosis import excess_kurtosis
+from varscale.theory.propagation.window_overlaps import scatter_of
 from varscale.theory.rules.linear import strip
 from varscale.theory.rules.registry import Context, rule
 from varscale.theory.rules.sampled_regions import drawn_region
@@ -92,6 +94,15 @@ def cross_by_kind_of_conv(node: Conv, a: View, b: View, frame: Sequence[Axis]) -
     return lift(node._own(second, node.params.out_dims), node.axes, a.bind, frame, pairs=True)
 
 
+def _own_part_of_input(x: Node, dims: Sequence[int | None]) -> float:
+    """The part of the mean square of a convolution's input that is not common to all places."""
+    common = x.table.second
+    places = [k for k in dims[2:] if k is not None]
+    for k in reversed(range(len(x.axes))):
+        common = contract_axis(common, k, x.axes[k].different if k in places else x.axes[k].same)
+    return float(np.clip(1 - float(common) / max(x.table.mean_square, 1e-300), 0.0, 1.0)) if places else 1.0
+
+
 @propagated.register(Conv)
 def propagated_of_conv(node: Conv) -> Spread:
     x = node.args[0].node
@@ -105,6 +116,32 @@ def propagated_of_conv(node: Conv) -> Spread:
     if (varied := of_few(node)) is not None:  # what weights of its own add is in the law of its channels
         out = dataclasses.replace(out, sources=spread.sources, shape=out.shape + (1 - 1 / taps) * varied)
     return dataclasses.replace(out, shape=out.shape + of_a_group(x, summed, groups) / taps)
+
+
+@scatter_of.register(Conv)
+def scatter_of_conv(node: Conv) -> np.ndarray | None:
+    _, windows, xd, _, od = node.params
+    taps = math.prod(w.taps for w in windows)
+    weights = node.args[1].node
+    if taps == 1 or not isinstance(weights, Leaf) or not weights.odd:
+        return None
+    inputs = node._axes(node.args[0].node, xd)
+    meeting, same = np.ones([1] * len(node.axes)), np.ones([1] * len(node.axes), bool)
+    for dim, k in enumerate(od):
+        if k is None:
+            continue
+        axis = node.axes[k]
+        own = np.arange(axis.types) < axis.classes
+        line = own.astype(float)
+        if dim >= 2:  # of two places along a spatial axis, the pairs of taps that read one input
+            one_tap, two_taps = tap_pairs(windows[dim - 2], inputs[dim], axis)
+            line = (one_tap + two_taps)[:, : inputs[dim].classes].sum(axis=1)
+        shape = [1] * len(node.axes)
+        shape[k] = -1
+        meeting, same = meeting * line.reshape(shape), same & own.reshape(shape)
+    x = node.args[0].node
+    met = meeting * node.width / taps * (1 + excess_kurtosis(x) / 2) * _own_part_of_input(x, xd) ** 2
+    return np.where(same, 0.0, met / (node.width * (node.width + weights.kurtosis - 1)))
 
 
 def prepared(x: Value) -> Value:
