@@ -212,8 +212,8 @@ def test_every_public_maker_has_a_case(name):
         public
         for public in initializers.__all__
         if not inspect.isclass(getattr(vs, public))
-        and public not in ("compute_fans", "conv_fans", "einsum_fans", "gain", "pytorch_gain")
+        and public not in ("compute_fans", "conv_fans", "einsum_fans", "gain", "pytorch_gain", "prior_bias")
         and not public.startswith(("kaiming", "xavier"))
     }
     assert makers <= set(CASES)
-    assert (vs.kaiming_normal, vs.xavier_uniform) == (vs.he_normal, vs.glorot_uniform)
+    assert (vs.kaiming_normal, vs.xavier_uniform, vs.prior_bias) == (vs.he_normal, vs.glorot_uniform, vs.log_prior_bias)

@@ -108,10 +108,11 @@ def scaled(optimizer: optax.GradientTransformation, multipliers: Mapping[str, Sc
         ValueError: `kind` is unknown. At `init`: the optimizer's state does not tell its kind and `kind` is None, a parameter
             is not among `multipliers`, or something stands before Adam in its chain.
 
-    >>> import jax.numpy as jnp
+    >>> import jax, jax.numpy as jnp
     >>> tx = scaled(optax.adam(0.1), {"w": Scaling(adam=0.25, epsilon=0.25), "b": Scaling()})
     >>> params = {"w": jnp.ones(2), "b": jnp.ones(2)}
-    >>> updates, _ = tx.update(params, tx.init(params))
+    >>> with jax.numpy_dtype_promotion("standard"):  # which optax's Adam needs
+    ...     updates, _ = tx.update(params, tx.init(params))
     >>> {name: round(float(u[0]), 4) for name, u in updates.items()}
     {'b': -0.1, 'w': -0.025}
     """

@@ -21,7 +21,11 @@ def sample_axis(numbers: Float[np.ndarray, "samples ..."]) -> Axis:
     positive = squares > 0
     labels = np.zeros(len(numbers), int)
     if positive.sum() > 1:
-        labels[positive] = 1 + _classes_by_scale(np.log(squares[positive]), MOST_CLASSES - (not positive.all()))
+        logs, chance = np.log(squares[positive]), 2 / (numbers.size // len(numbers))  # variance of ln of a mean of n squares
+        if logs.var() > _ALIKE_SCALES + 2 * chance:
+            labels[positive] = 1 + _classes_by_scale(logs, MOST_CLASSES - (not positive.all()))
+        else:
+            labels[positive] = 1
     return labelled(labels) if len(np.unique(labels)) > 1 else Axis(len(numbers))
 
 
@@ -29,7 +33,7 @@ def _classes_by_scale(logs: Float[np.ndarray, " samples"], most: int) -> np.ndar
     """The class of each: as few as keep the variance within classes below `_ALIKE_SCALES`, at most `most`."""
     ends = np.unique(np.quantile(logs, np.linspace(0, 1, min(len(logs), _MOST_SORTED)), method="nearest"))
     found = np.zeros(len(logs), int)
-    if logs.var() <= _ALIKE_SCALES or len(ends) < 2:
+    if len(ends) < 2:
         return found
     nearest = np.abs(logs[:, None] - ends[None]).argmin(axis=1)
     tree = hierarchy.ward(ends[:, None])
