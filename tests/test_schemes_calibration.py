@@ -55,7 +55,7 @@ ARCHITECTURES = st.builds(
 
 
 @given(model=ARCHITECTURES, target=st.sampled_from([1.0, 0.3, 20.0]))
-@settings(max_examples=12, deadline=None, derandomize=True)
+@settings(max_examples=8, deadline=None, derandomize=True)
 def test_predicted_typical_values_are_the_target_for_any_architecture(model, target):
     x = described(4, 10)
     plan = vs.calibrate(model, x, target=target)

@@ -160,7 +160,7 @@ class Shifted(Case):
         return x if self.tokens else x + self.mean
 
 
-@settings(max_examples=8)
+@settings(max_examples=6)
 @given(model=ARCHITECTURES, mean=st.sampled_from([0.0, 0.5]))
 def test_drawn_architectures_agree_within_confidence(model, mean):
     """24 nets a case, forward and backward.
