@@ -4,8 +4,8 @@
 
 A line a model: rows; relative error of the predicted second moment, median and worst of the unflagged rows, forward and
 backward; rows flagged (bound above 50 %); rows that do not hold, unflagged and flagged (further off than their bound and four
-standard errors); share of draws in their bands; CPU time that the prediction alone takes. On described inputs, and on given ones:
-photographs, bytes of a text, ids with paddings.
+standard errors); share of draws in their bands; CPU time that the prediction alone takes. On described inputs, and on given
+ones: photographs, bytes of a text, ids with paddings.
 """
 
 from __future__ import annotations
