@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from varscale.theory.domain.axes import Axis
-from varscale.theory.graph.expressions import IDENTITIES, Apply, Mean, Sum, alike, roots
+from varscale.theory.graph.expressions import IDENTITIES, Apply, Mean, Sum, alike, roots, roots_of
 from varscale.theory.graph.factors import factors
 from varscale.theory.graph.nodes import Array, Constant, Graph, Node, View, array, cut_inside, number, rebuild
 from varscale.theory.graph.reshapes import Split
@@ -297,6 +297,8 @@ def _factors_apart(node: Apply, axes: Sequence[int]) -> Node | None:
     if not constant or len(constant) == len(parts):
         return None
     varied = dict.fromkeys(view for view in parts if view not in constant)
+    if set(roots_of(*varied)) & set(roots_of(*constant)):
+        return None  # x σ(x) of a normalised x: it would be no function of x any more, whose gradient is asked for
     powers = [View(apply(graph, "integer_pow", (parts.count(x),), node.axes, [x]), whole) for x in varied]
     *_, product = itertools.accumulate(powers, lambda x, y: View(apply(graph, "mul", (), node.axes, [x, y]), whole))
     *_, outer = itertools.accumulate(constant, lambda x, y: View(apply(graph, "mul", (), node.axes, [x, y]), whole))
