@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from varscale.programs.tables import shape_text, table_text
+from varscale.programs.trees import open_tree
 
 How = Literal["constant", "elementwise", "orthogonal", "reduction", "data", "state", "given", "untouched"]
 
@@ -83,8 +84,6 @@ class Account:
         Raises:
             ValueError: a leaf is missing, unexpected, or of another shape or dtype.
         """
-        from varscale.programs.trees import open_tree
-
         found = {leaf.path: leaf for leaf in open_tree(params, "params").leaves}
         wrong = [f"{path} is missing" for path in self.entries if path not in found]
         wrong += [f"{path} was not expected" for path in found if path not in self.entries]

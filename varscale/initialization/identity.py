@@ -22,7 +22,7 @@ import jax
 import numpy as np
 
 from varscale import _compat
-from varscale.programs.content import Unknown
+from varscale.programs.content import Same, Unknown
 
 _LIBRARIES = frozenset(
     {"abc", "builtins", "collections", "dataclasses", "einops", "enum", "flax", "functools", "itertools", "jax", "jaxlib",
@@ -51,19 +51,6 @@ def identity(model: Any) -> Hashable:
         Unknown: that cannot be told.
     """
     return _Walk().of(model)
-
-
-class _Same:
-    """Equal to itself alone; keeps its value, so that no other takes its address."""
-
-    def __init__(self, value: Any):
-        self.value = value
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and self.value is other.value
-
-    def __hash__(self) -> int:
-        return id(self.value)
 
 
 class _Walk:
@@ -127,7 +114,7 @@ class _Walk:
         if isinstance(value, enum.Enum | types.BuiltinFunctionType):
             if not isinstance(value, enum.Enum) and _root(value.__module__ or "") not in _LIBRARIES:
                 raise Unknown(value.__name__)
-            return kind, _Same(value)
+            return kind, Same(value)
         if isinstance(value, nn.Module):
             if value.parent is not None or value.scope is not None:
                 raise Unknown("a module bound to variables")
@@ -165,11 +152,11 @@ class _Walk:
     def type(self, value: Any) -> Hashable:
         root = _root(value.__module__)
         if root in _LIBRARIES or root in sys.stdlib_module_names:
-            return "type", _Same(value)
+            return "type", Same(value)
         own = [(name, x) for name, x in vars(value).items() if name not in _UNTOLD]
         slots = (types.MemberDescriptorType, types.GetSetDescriptorType)
         told = tuple((name, None if isinstance(x, slots) else self.of(x)) for name, x in own)
-        return "type", _Same(value), self.each(value.__bases__), told
+        return "type", Same(value), self.each(value.__bases__), told
 
     def module(self, value: types.ModuleType, names: frozenset[str]) -> Hashable:
         root = _root(value.__name__)

@@ -22,7 +22,7 @@ from varscale.initializers.initializer import Initializer
 from varscale.initializers.sampling import unrolled_key
 from varscale.initializers.scaling import VarianceScaling
 from varscale.initializers.structured import Constant, Orthogonal
-from varscale.programs.content import Unknown, content
+from varscale.programs.content import Same, Unknown, content
 from varscale.programs.patterns import Pattern, matches, text
 
 Law = Callable[..., Any]
@@ -183,20 +183,7 @@ def name(law: Law) -> Hashable:
     try:
         return content(law)
     except Unknown:
-        return _Same(law)
-
-
-class _Same:
-    """Equal to itself alone; keeps its law, so that no other takes its address."""
-
-    def __init__(self, law: Law):
-        self.law = law
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and self.law is other.law
-
-    def __hash__(self) -> int:
-        return id(self.law)
+        return Same(law)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -56,19 +56,19 @@ def content(value: Any, around: tuple[int, ...] = ()) -> Hashable:
     if isinstance(value, Mapping):
         return kind, each(value.items())
     if isinstance(value, type | types.ModuleType) or not hasattr(value, "__dict__"):
-        return kind, _Same(value)
+        return kind, Same(value)
     attributes = each(vars(value).items())
-    return (kind, attributes) if dataclasses.is_dataclass(value) else (kind, _Same(value), attributes)
+    return (kind, attributes) if dataclasses.is_dataclass(value) else (kind, Same(value), attributes)
 
 
-class _Same:
+class Same:
     """Equal to itself alone; keeps its value, so that no other takes its address."""
 
     def __init__(self, value: Any):
         self.value = value
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and self.value is other.value
+        return isinstance(other, Same) and self.value is other.value
 
     def __hash__(self) -> int:
         return id(self.value)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from jaxtyping import Float
 
 from varscale.reporting.layout import Column, Style, terminal_width, text_table, wrapped
 from varscale.reporting.plots import COLORS, pyplot
+from varscale.reporting.rows_by_path import RowsByPath
 from varscale.schemes.scores import ROW
 
 # Of an exponent; what is wrong grows or shrinks as √width or faster. At small widths what is sound shrinks a little: a sum of
@@ -161,7 +162,7 @@ class CoordinateRow:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class CoordinateCheck:
+class CoordinateCheck(RowsByPath[CoordinateRow]):
     """Rows in order of execution; see `varscale.coordinate_check`.
 
     Attributes:
@@ -173,23 +174,6 @@ class CoordinateCheck:
     widths: tuple[int, ...]
     rows: tuple[CoordinateRow, ...]
     losses: Float[np.ndarray, "widths draws steps"]
-
-    def __getitem__(self, path: str) -> CoordinateRow:
-        """The row at this path.
-
-        Raises:
-            KeyError: there is none.
-        """
-        for row in self.rows:
-            if row.path == path:
-                return row
-        raise KeyError(f"no row {path!r}; there are {', '.join(repr(row.path) for row in self.rows[:8])}")
-
-    def __iter__(self) -> Iterator[CoordinateRow]:
-        return iter(self.rows)
-
-    def __len__(self) -> int:
-        return len(self.rows)
 
     @property
     def findings(self) -> tuple[str, ...]:

@@ -9,13 +9,17 @@ from typing import Any, Literal
 
 import numpy as np
 
+from varscale.initialization.laws import Laid, check, laid
 from varscale.initializers.structured import Constant
 from varscale.programs.patterns import Pattern, canonical, idle, matches, text
 from varscale.programs.tables import shape_text
 from varscale.reporting.layout import Column, terminal_width, text_table, wrapped
 from varscale.schemes.description import pieces, standard_deviation
 from varscale.schemes.encoding import decoded, encoded
+from varscale.schemes.first_updates import first_updates
 from varscale.schemes.laws import Declared, Law
+from varscale.schemes.optimizers import adamw, scaled, scalings
+from varscale.schemes.verification import verify
 
 _FORMAT = 1
 Status = Literal["present", "missing", "folded", "unknown"]
@@ -202,8 +206,6 @@ class Plan:
             TypeError: laws is no mapping, or a law no initializer.
             ValueError: a pattern matches nothing, or a law cannot draw its leaf.
         """
-        from varscale.initialization.laws import laid
-
         if not isinstance(laws, Mapping):
             raise TypeError(f"laws must be a mapping from path patterns to initializers, not {laws!r}")
         described = [(leaf.path, leaf.shape, np.dtype(np.float32), True) for leaf in self.leaves]
@@ -270,26 +272,18 @@ class Plan:
 
     def verify(self, params: Any, *, alpha: float = 1e-9) -> Any:
         """Test that parameters were drawn by this plan; see `varscale.schemes.verification.verify`."""
-        from varscale.schemes.verification import verify
-
         return verify(self, params, alpha=alpha)
 
     def optimizer(self, optimizer: Any, *, kind: Any = None) -> Any:
         """An optax optimizer with this plan's multipliers of learning rates and epsilon; see `schemes.optimizers.scaled`."""
-        from varscale.schemes.optimizers import scaled, scalings
-
         return scaled(optimizer, scalings(self), kind=kind)
 
     def adamw(self, learning_rate: Any, weight_decay: float = 1e-4, **options: Any) -> Any:
         """`optax.adamw` with this plan's multipliers, of the weight decay too; see `schemes.optimizers.adamw`."""
-        from varscale.schemes.optimizers import adamw, scalings
-
         return adamw(learning_rate, scalings(self), weight_decay=weight_decay, **options)
 
     def first_updates(self, optimizer: Any, **options: Any) -> dict[str, float]:
         """The size of each leaf's first update over its own; see `schemes.first_updates.first_updates`."""
-        from varscale.schemes.first_updates import first_updates
-
         return first_updates(self, optimizer, **options)
 
     def to_json(self, **options: Any) -> str:
@@ -345,8 +339,6 @@ def _told_together(requirements: Sequence[Requirement]) -> list[str]:
 
 def _drawable(law: Law, leaf: PlannedLeaf) -> Law:
     """The law, if it can draw the leaf."""
-    from varscale.initialization.laws import Laid, check
-
     if not isinstance(law, Declared):
         check(Laid(law, "", True), leaf.path, leaf.shape, np.dtype(np.float32), "threefry2x32", "laws")
     return law

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from varscale.reporting.layout import Column, terminal_width, text_table, wrapped
+from varscale.reporting.rows_by_path import RowsByPath
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Rescaled:
 
 
 @dataclasses.dataclass(frozen=True)
-class Account:
+class Account(RowsByPath[Rescaled]):
     """All products, in execution order.
 
     Attributes:
@@ -45,23 +46,6 @@ class Account:
     sweeps: int
     tolerance: float
     left_alone: Mapping[str, str]
-
-    def __getitem__(self, path: str) -> Rescaled:
-        """The row at this path.
-
-        Raises:
-            KeyError: there is none.
-        """
-        for row in self.rows:
-            if row.path == path:
-                return row
-        raise KeyError(f"no row has the path {path!r}; there are {', '.join(row.path for row in self.rows[:8])}")
-
-    def __iter__(self) -> Iterator[Rescaled]:
-        return iter(self.rows)
-
-    def __len__(self) -> int:
-        return len(self.rows)
 
     @property
     def missed(self) -> tuple[Rescaled, ...]:

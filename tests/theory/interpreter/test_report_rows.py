@@ -216,16 +216,22 @@ def test_every_equation_has_a_row():
     assert [report[row.path] for row in rest.rows] == list(rest.rows)
 
 
-def test_equations_inside_loops_have_steps_and_loops_over_time_are_one():
-    class Body(nn.Module):
-        @nn.compact
-        def __call__(self, x, _):
-            return nn.tanh(nn.Dense(32, name="dense", use_bias=False)(x)), None
+class Body(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+        return nn.tanh(nn.Dense(32, name="dense", use_bias=False)(x)), None
 
+
+def scanned(x):
+    """Two such layers with weights of their own."""
+    return nn.scan(Body, variable_axes={"params": 0}, split_rngs={"params": True}, length=2)(name="body")(x, None)
+
+
+def test_equations_inside_loops_have_steps_and_loops_over_time_are_one():
     class Net(nn.Module):
         @nn.compact
         def __call__(self, x):
-            x, _ = nn.scan(Body, variable_axes={"params": 0}, split_rngs={"params": True}, length=2)(name="body")(x, None)
+            x, _ = scanned(x)
             return jnp.sinh(x), lax.scan(lambda h, x: (h + x, None), jnp.zeros(32), x)[0]
 
     paths = [row.path for row in vs.predict(Net(), X, detail="equations").rows]
@@ -237,15 +243,10 @@ def test_equations_inside_loops_have_steps_and_loops_over_time_are_one():
 def test_layers_inside_a_region_have_rows_and_gradients():
     """A sort has no rule, so the model that it is in is drawn."""
 
-    class Body(nn.Module):
-        @nn.compact
-        def __call__(self, x, _):
-            return nn.tanh(nn.Dense(32, name="dense", use_bias=False)(x)), None
-
     class Net(nn.Module):
         @nn.compact
         def __call__(self, x):
-            x, _ = nn.scan(Body, variable_axes={"params": 0}, split_rngs={"params": True}, length=2)(name="body")(x, None)
+            x, _ = scanned(x)
             return nn.Dense(8, name="last")(jnp.sort(x, -1))
 
     report = vs.predict(Net(), X)
