@@ -20,4 +20,13 @@ from varscale.theory.interpreter.predict import predict
 from varscale.theory.mean_field import critical, mean_field
 from varscale.theory.rules.registry import rule
 
-__all__ = ["FUNCTIONS", "Interpreter", "Moments", "PredictionError", "critical", "mean_field", "predict", "rule"]
+__all__ = [
+    "FUNCTIONS",
+    "Interpreter",
+    "Moments",
+    "PredictionError",
+    "critical",
+    "mean_field",
+    "predict",
+    "rule",
+]

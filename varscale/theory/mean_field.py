@@ -18,11 +18,14 @@ from scipy.optimize import brentq
 from varscale import gaussian
 
 Activation = Callable[[jax.Array], jax.Array]
-_FOLLOWED = 16  # steps of the second moment's map that are taken; then its fixed point is bracketed where it was heading
+# Steps of the second moment's map that are taken; then its fixed point is bracketed where it was heading.
+_FOLLOWED = 16
 _OVERFLOW, _SMALLEST = 1e12, 1e-12  # second moments beyond which a signal counts as exploded or vanished
 _ZERO = 1e-24  # in place of a second moment of 0, where a slope is asked for
 _NOISE = 1e-9  # relative accuracy of an expectation
-_TERMS = 200  # of the Hermite series of the correlation map; where it has not converged, the pair is integrated
+_TERMS = (
+    200  # of the Hermite series of the correlation map; where it has not converged, the pair is integrated
+)
 _CRITICAL = 1e-3  # |χ − 1| below which the phase is called critical
 _LOG_Q = (-16, 12)  # natural logarithms of the second moments among which the edge of chaos is looked for
 _EDGE_NOISE = 1e-7  # relative accuracy of a difference of expectations there
@@ -135,7 +138,9 @@ def _fixed_point(layer: _Layer) -> float:
     while growth and _SMALLEST < q < _OVERFLOW:
         after = layer.growth(factor * q)
         if after * growth < 0:
-            q = float(brentq(lambda x: layer.second_moment(x) / x - 1, q, factor * q, xtol=1e-300, rtol=1e-13))  # pyright: ignore
+            q = float(
+                brentq(lambda x: layer.second_moment(x) / x - 1, q, factor * q, xtol=1e-300, rtol=1e-13)
+            )  # pyright: ignore
             break
         q, growth = factor * q, after or growth
     else:
@@ -144,7 +149,9 @@ def _fixed_point(layer: _Layer) -> float:
         if growth < 0:
             return 0.0
     if layer.slope(q) < -1:
-        raise ValueError(f"the second moment does not settle: it swings around the fixed point {q:g} at {variances}")
+        raise ValueError(
+            f"the second moment does not settle: it swings around the fixed point {q:g} at {variances}"
+        )
     return q
 
 
@@ -234,7 +241,8 @@ def critical(activation: Activation, bias_variance: float = 0.0) -> Critical:
     _checked(bias_variance=bias_variance)
     gaussian.second_moment(activation)  # says what is wrong with a callable that is no activation
 
-    # At q the edge needs σw² = 1/E[φ'²]; what is left over is the bias variance that makes q a fixed point there.
+    # At q the edge needs σw² = 1/E[φ'²]; what is left over is the bias variance that makes q a fixed point
+    # there.
     def needed(q: float) -> float:
         square = _slope_square(activation, q)
         # Without a slope, or with an infinite one, no weight variance does.
@@ -248,7 +256,10 @@ def critical(activation: Activation, bias_variance: float = 0.0) -> Critical:
         return Critical(1 / _slope_square(activation, 1.0), 1.0)
     points = []
     vanishing = _slope_square(activation, _ZERO) if bias_variance == 0 else 0.0
-    if _EDGE_NOISE < vanishing < math.inf and gaussian.second_moment(activation, 0.0, _ZERO) < 2 * vanishing * _ZERO:
+    if (
+        _EDGE_NOISE < vanishing < math.inf
+        and gaussian.second_moment(activation, 0.0, _ZERO) < 2 * vanishing * _ZERO
+    ):
         points.append((vanishing, 0.0))
     grid = [float(x) for x in range(*_LOG_Q)]
     values = [_or_nan(excess, x) for x in grid]
@@ -260,10 +271,14 @@ def critical(activation: Activation, bias_variance: float = 0.0) -> Critical:
             points.append((_slope_square(activation, q), q))
     if not points:
         raise ValueError(
-            f"no critical point: with bias_variance={bias_variance!r} activation {gaussian.name_of(activation)} has no fixed "
+            f"no critical point: with bias_variance={bias_variance!r} activation "
+            f"{gaussian.name_of(activation)} has no fixed "
             "point q at which χ = 1"
         )
-    found = [Critical(1 / square, q, _is_stable(_Layer(activation, 1 / square, bias_variance), q)) for square, q in points]
+    found = [
+        Critical(1 / square, q, _is_stable(_Layer(activation, 1 / square, bias_variance), q))
+        for square, q in points
+    ]
     return min(found, key=lambda point: (not point.stable, point.q))
 
 

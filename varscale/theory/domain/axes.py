@@ -51,12 +51,20 @@ class Axis:
     @functools.cached_property
     def label_array(self) -> Int[np.ndarray, " size"]:
         """The class of each position."""
-        return np.zeros(self.size, int) if self.labels is None else np.frombuffer(self.labels, np.uint8).astype(int)
+        return (
+            np.zeros(self.size, int)
+            if self.labels is None
+            else np.frombuffer(self.labels, np.uint8).astype(int)
+        )
 
     @functools.cached_property
     def counts(self) -> Float[np.ndarray, " classes"]:
         """Positions in each class."""
-        return np.array([float(self.size)]) if self.labels is None else np.bincount(self.label_array).astype(float)
+        return (
+            np.array([float(self.size)])
+            if self.labels is None
+            else np.bincount(self.label_array).astype(float)
+        )
 
     @functools.cached_property
     def first(self) -> Int[np.ndarray, " types"]:
@@ -151,12 +159,16 @@ def join(a: Axis, b: Axis) -> Axis:
     both = a.label_array * b.classes + b.label_array
     if len(np.unique(both)) <= 2 * MOST_CLASSES:
         return labelled(both)
-    return grouped(np.concatenate([np.eye(x.classes)[x.label_array] for x in (a, b)], axis=1), 2 * MOST_CLASSES)
+    return grouped(
+        np.concatenate([np.eye(x.classes)[x.label_array] for x in (a, b)], axis=1), 2 * MOST_CLASSES
+    )
 
 
 def grouped(signatures: Float[np.ndarray, "size features"], most: int = MOST_CLASSES) -> Axis:
     """Positions classed by what they see: one class a distinct signature, the nearest two merged until `most` remain."""
-    rows, inverse, counts = np.unique(np.round(signatures, 9), axis=0, return_inverse=True, return_counts=True)
+    rows, inverse, counts = np.unique(
+        np.round(signatures, 9), axis=0, return_inverse=True, return_counts=True
+    )
     rows, weight, members = list(rows), list(counts.astype(float)), [{i} for i in range(len(rows))]
     if len(rows) > 64:  # far more kinds than classes: cut by rank, finer where signatures are small
         order = np.argsort(np.stack(rows).sum(axis=1))
@@ -203,12 +215,16 @@ def _pair_shares(new: Axis, old: Axis) -> Float[np.ndarray, "newtypes oldtypes"]
     pairs = met.reshape(new.classes**2, old.classes**2)
     total = pairs.sum(axis=1, keepdims=True)
     # A class of one position has no pair that differs.
-    out[new.classes :, old.classes :] = np.where(total > 0, pairs / np.maximum(total, 1.0), out[new.classes :, old.classes :])
+    out[new.classes :, old.classes :] = np.where(
+        total > 0, pairs / np.maximum(total, 1.0), out[new.classes :, old.classes :]
+    )
     return out
 
 
 @functools.cache
-def lift_types(fine: Axis, coarse: Axis) -> Int[np.ndarray, " finetypes"] | Float[np.ndarray, "finetypes coarsetypes"]:
+def lift_types(
+    fine: Axis, coarse: Axis
+) -> Int[np.ndarray, " finetypes"] | Float[np.ndarray, "finetypes coarsetypes"]:
     """How a table over `coarse` reads over `fine`: an index a type where `fine` refines `coarse`, else an averaging matrix."""
     shares = class_shares(fine, coarse)
     if not np.all((shares == 0) | (shares == 1)):
@@ -232,7 +248,9 @@ def apply_axis(array: np.ndarray, axis: int, matrix: np.ndarray) -> np.ndarray:
 def contract_axis(array: np.ndarray, axis: int, weights: np.ndarray) -> np.ndarray:
     """Sum one axis away under `weights`."""
     before, after = array.shape[:axis], array.shape[axis:][1:]
-    return (weights @ array.reshape(math.prod(before), len(weights), math.prod(after))).reshape(before + after)
+    return (weights @ array.reshape(math.prod(before), len(weights), math.prod(after))).reshape(
+        before + after
+    )
 
 
 def pool(second: np.ndarray, axes: Sequence[Axis]) -> Float[np.ndarray, "..."]:
@@ -254,7 +272,9 @@ def refine(second: np.ndarray, axes: Sequence[Axis]) -> Float[np.ndarray, "..."]
 @functools.cache
 def shares(axes: tuple[Axis, ...]) -> Float[np.ndarray, " cells"]:
     """The share of an array's elements in each combination of classes, row-major."""
-    return functools.reduce(np.multiply.outer, [axis.counts / axis.size for axis in axes], np.array(1.0)).ravel()
+    return functools.reduce(
+        np.multiply.outer, [axis.counts / axis.size for axis in axes], np.array(1.0)
+    ).ravel()
 
 
 @functools.cache
@@ -272,7 +292,9 @@ def split_axis(axis: Axis, sizes: tuple[int, ...]) -> tuple[tuple[Axis, ...], In
         The factor axes; an index array of shape (types of factor 1, types of factor 2, ...).
     """
     grid = axis.label_array.reshape(sizes)
-    factors = tuple(_factor(np.moveaxis(grid, k, 0).reshape(n, -1), axis.classes) for k, n in enumerate(sizes))
+    factors = tuple(
+        _factor(np.moveaxis(grid, k, 0).reshape(n, -1), axis.classes) for k, n in enumerate(sizes)
+    )
     classes = factor_classes(axis, factors)
     i = classes[np.ix_(*[f.first for f in factors])]
     j = classes[np.ix_(*[f.second for f in factors])]
@@ -317,7 +339,9 @@ def merge_types(second: np.ndarray, k: int, factors: Sequence[Axis], whole: Axis
     different = pairs - same
     matrix = np.stack([(w / w.sum()).ravel() for w in (same, different)])
     if whole.classes > 1:
-        matrix = np.concatenate([np.repeat(matrix[:1], whole.classes, 0), np.repeat(matrix[1:], whole.classes**2, 0)])
+        matrix = np.concatenate(
+            [np.repeat(matrix[:1], whole.classes, 0), np.repeat(matrix[1:], whole.classes**2, 0)]
+        )
     return _onto(second, k, len(factors), matrix)
 
 

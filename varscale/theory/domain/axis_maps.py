@@ -66,7 +66,9 @@ class AxisMap:
         return members @ self._by_output / self.out.counts[:, None]
 
 
-def entry_map(rows: np.ndarray, columns: np.ndarray, out: Axis, inner: Axis, weights: np.ndarray | float = 1.0) -> AxisMap:
+def entry_map(
+    rows: np.ndarray, columns: np.ndarray, out: Axis, inner: Axis, weights: np.ndarray | float = 1.0
+) -> AxisMap:
     """The map of some entries; those whose row or column is no position (−1, or beyond the end) are left out.
 
     >>> shift = entry_map(np.arange(3), np.arange(1, 4), Axis(3), Axis(3))  # y_p = x_{p+1}, y_2 = 0
@@ -115,7 +117,9 @@ def pair_counts(a: AxisMap, b: AxisMap | None = None) -> Float[np.ndarray, "type
     table[:co, :ci] = own
     table[:co, ci:] = (within - np.einsum("cd,df->cdf", own, same_in)).reshape(co, -1)
     table[co:, :ci] = meet_apart.reshape(-1, ci)
-    apart = total - np.einsum("ce,cdf->cedf", same_out, within) - np.einsum("df,ced->cedf", same_in, meet_apart)
+    apart = (
+        total - np.einsum("ce,cdf->cedf", same_out, within) - np.einsum("df,ced->cedf", same_in, meet_apart)
+    )
     table[co:, ci:] = apart.reshape(co * co, ci * ci)
     return table / np.where(out.pairs > 0, out.pairs, 1.0)[:, None]
 
@@ -131,7 +135,9 @@ def _at_the_entries(b: AxisMap, a: AxisMap) -> Float[np.ndarray, " entries"]:
     return np.where(codes[found] == asked, summed[found], 0.0)
 
 
-def adjoint(counts: Float[np.ndarray, "types_out types_in"], out: Axis, inner: Axis) -> Float[np.ndarray, "types_in types_out"]:
+def adjoint(
+    counts: Float[np.ndarray, "types_out types_in"], out: Axis, inner: Axis
+) -> Float[np.ndarray, "types_in types_out"]:
     """The map of cotangents' second moments by type that belongs to one of values' (`pair_counts`).
 
     An input pair gets from each output pair what it gave: the total weight between two types is the same both ways.

@@ -52,7 +52,9 @@ def _effect(
     mine = [k for k, anew in enumerate(own) if anew]
     others = [k for k, anew in enumerate(own) if not anew]
     classes = [axes[k].classes for k in others]
-    square = part.transpose([*mine, *others]).reshape([axes[k].classes for k in mine] + [n for c in classes for n in (c, c)])
+    square = part.transpose([*mine, *others]).reshape(
+        [axes[k].classes for k in mine] + [n for c in classes for n in (c, c)]
+    )
     at = len(mine)
     pairs = [*range(at), *range(at, square.ndim, 2), *range(at + 1, square.ndim, 2)]
     total = math.prod(classes)

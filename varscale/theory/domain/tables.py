@@ -12,7 +12,16 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from varscale.theory.domain.axes import Axis, apply_axis, averaging, class_shares, lift_types, merge_types, shares, split_axis
+from varscale.theory.domain.axes import (
+    Axis,
+    apply_axis,
+    averaging,
+    class_shares,
+    lift_types,
+    merge_types,
+    shares,
+    split_axis,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,13 +48,18 @@ class Moments:
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.mean) and math.isfinite(self.second_moment)):
-            raise ValueError(f"mean and second_moment must be finite, not {self.mean!r} and {self.second_moment!r}")
+            raise ValueError(
+                f"mean and second_moment must be finite, not {self.mean!r} and {self.second_moment!r}"
+            )
         if self.second_moment < self.mean**2 * (1 - 1e-12):
-            raise ValueError(f"second_moment must be at least mean² = {self.mean**2!r}, not {self.second_moment!r}")
+            raise ValueError(
+                f"second_moment must be at least mean² = {self.mean**2!r}, not {self.second_moment!r}"
+            )
         object.__setattr__(self, "shape", tuple(int(n) for n in self.shape))
         if self.position_correlation is not None and self.shape and len(self.shape) < 3:
             raise ValueError(
-                f"position_correlation={self.position_correlation!r} is about axes between the first and the last: shape must "
+                f"position_correlation={self.position_correlation!r} is about axes between the first "
+                f"and the last: shape must "
                 f"have 3 or more, not {self.shape}"
             )
         for name, axes in self._shared().items():
@@ -53,7 +67,10 @@ class Moments:
 
     def _shared(self) -> dict[str, range]:
         """The axes that each correlation is about."""
-        return {"sample_correlation": range(min(1, len(self.shape))), "position_correlation": range(1, len(self.shape) - 1)}
+        return {
+            "sample_correlation": range(min(1, len(self.shape))),
+            "position_correlation": range(1, len(self.shape) - 1),
+        }
 
     def _check(self, name: str, count: int) -> None:
         """Numbers that share one correlation, `count` of them, can have none below −1/(count − 1) about their mean."""
@@ -64,7 +81,8 @@ class Moments:
         least = max(-1.0, (square - (self.second_moment - square) / max(count - 1, 1)) / scale)
         if not least - 1e-9 <= value <= 1 + 1e-9:
             raise ValueError(
-                f"{name} of {count} entries with mean {self.mean!r} and second_moment {self.second_moment!r} must lie in "
+                f"{name} of {count} entries with mean {self.mean!r} and second_moment "
+                f"{self.second_moment!r} must lie in "
                 f"[{least:.6g}, 1], not {value!r}: no random numbers have such moments"
             )
 
@@ -108,7 +126,10 @@ class Table:
         if axes == self.axes:
             return self
         own = range(len(axes))
-        mean, second = (lift(x, self.axes, own, axes, pairs=pairs) for x, pairs in ((self.mean, False), (self.second, True)))
+        mean, second = (
+            lift(x, self.axes, own, axes, pairs=pairs)
+            for x, pairs in ((self.mean, False), (self.second, True))
+        )
         return Table(axes, mean, second)
 
     @functools.cached_property
@@ -158,7 +179,9 @@ def means_by_type(mean: np.ndarray, axes: Sequence[Axis], other: np.ndarray | No
 
 def constant(value: float, axes: tuple[Axis, ...] = ()) -> Table:
     """The table of a constant."""
-    return Table(axes, np.full([a.classes for a in axes], value), np.full([a.types for a in axes], value * value))
+    return Table(
+        axes, np.full([a.classes for a in axes], value), np.full([a.types for a in axes], value * value)
+    )
 
 
 def independent(mean: float, second_moment: float, axes: tuple[Axis, ...]) -> Table:
@@ -169,7 +192,9 @@ def independent(mean: float, second_moment: float, axes: tuple[Axis, ...]) -> Ta
     return Table(axes, np.full([a.classes for a in axes], mean), second)
 
 
-def lift(array: np.ndarray, axes: Sequence[Axis], bind: Sequence[int], frame: Sequence[Axis], *, pairs: bool) -> np.ndarray:
+def lift(
+    array: np.ndarray, axes: Sequence[Axis], bind: Sequence[int], frame: Sequence[Axis], *, pairs: bool
+) -> np.ndarray:
     """A class array (or, with `pairs`, a type array) read over a frame of axes.
 
     Args:
@@ -192,7 +217,9 @@ def lift(array: np.ndarray, axes: Sequence[Axis], bind: Sequence[int], frame: Se
     return out.reshape(shape)
 
 
-def put_together(second: np.ndarray, axes: Sequence[Axis], whole: Sequence[Axis], k: int, sizes: tuple[int, ...]) -> np.ndarray:
+def put_together(
+    second: np.ndarray, axes: Sequence[Axis], whole: Sequence[Axis], k: int, sizes: tuple[int, ...]
+) -> np.ndarray:
     """A type array over `axes`, of which some are the row-major factors of axis k of `whole`, read over `whole`."""
     factors, _ = split_axis(whole[k], sizes)
     finest = (*whole[:k], *factors, *whole[k + 1 :])
@@ -247,14 +274,18 @@ def estimated_products(
             j = i if agree[k] else next(letters)
             left, right, out = left + i, right + j, out + (i if agree[k] else i + j)
         first, other = summed[0], summed[-1]
-        product = first * other if left == right else np.einsum(f"{left},{right}->{out}", first, other)  # ten times as fast
+        product = (
+            first * other if left == right else np.einsum(f"{left},{right}->{out}", first, other)
+        )  # ten times as fast
         for k in range(len(axes)):
             if agree[k]:
                 product = apply_axis(product, 1 + k, _members(axes[k]))
             else:
                 shape = product.shape
                 product = product.reshape(*shape[: 1 + k], -1, *shape[3 + k :])
-        block = tuple(slice(0, a.classes) if g else slice(a.classes, None) for a, g in zip(axes, agree, strict=True))
+        block = tuple(
+            slice(0, a.classes) if g else slice(a.classes, None) for a, g in zip(axes, agree, strict=True)
+        )
         second[:, *block] = product
     return per_pair(second, axes)
 

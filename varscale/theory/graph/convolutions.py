@@ -44,7 +44,9 @@ def hits(window: Window, size_in: int) -> np.ndarray:
 def output_axis(window: Window, axis: Axis) -> Axis:
     """Output positions classed by their taps in each class of the input; of too many kinds, those with as many merge first."""
     at = hits(window, axis.size)
-    seen = np.stack([((at >= 0) & (axis.label_array[at] == c)).sum(axis=1) for c in range(axis.classes)], axis=1)
+    seen = np.stack(
+        [((at >= 0) & (axis.label_array[at] == c)).sum(axis=1) for c in range(axis.classes)], axis=1
+    )
     taps = 2 * window.taps * axis.size * seen.sum(axis=1, keepdims=True)
     return ONE if window.size_out == 1 else grouped(np.concatenate([seen, taps], axis=1).astype(float))
 
@@ -116,7 +118,8 @@ class Conv(Node):
     def prepare(self) -> None:
         x, w = (v.node for v in self.args)
         self.odd = (x.odd & w.unseen) | (w.odd & x.unseen)
-        # A sum of few terms (a depthwise one has nine) is not Gaussian, and its sign follows the channel it reads.
+        # A sum of few terms (a depthwise one has nine) is not Gaussian, and its sign follows the channel it
+        # reads.
         self.gradient_doubt = _FEW_TERMS / self.width
 
     def _axes(self, node: Node, dims: Sequence[int | None]) -> list[Axis]:
@@ -135,11 +138,14 @@ class Conv(Node):
         c = self._axes(self.args[0].node, xd)[1]
         o = self._axes(self, od)[1]
         own = c.size / groups
-        # Within one group the channels agree with w's input index: the counts of all channels, thinned by the groups.
+        # Within one group the channels agree with w's input index: the counts of all channels, thinned by the
+        # groups.
         agree = np.concatenate([c.counts, np.zeros(c.types - c.classes)]) / groups
         differ = np.concatenate([np.zeros(c.classes), c.pairs[c.classes :]])
         differ *= own * (own - 1) / max(differ.sum(), 1e-300)
-        apart_same, apart_other = (np.concatenate([np.zeros(c.classes), c.pairs[c.classes :]]) for _ in range(2))
+        apart_same, apart_other = (
+            np.concatenate([np.zeros(c.classes), c.pairs[c.classes :]]) for _ in range(2)
+        )
         apart_same *= own / max(apart_same.sum(), 1e-300)
         apart_other *= own * (own - 1) / max(apart_other.sum(), 1e-300)
         together = (o.size / groups - 1) / (o.size - 1) if o.size > 1 and groups > 1 else 1.0
@@ -224,7 +230,9 @@ class WindowSum(Node):
     def prepare(self) -> None:
         self.odd, self.positive = self.args[0].node.odd, self.args[0].node.positive
         # Windows that overlap have places in common with the next ones.
-        self.local |= any(w is not None and (w.taps - 1) * w.dilation >= w.stride for w in self.params.windows)
+        self.local |= any(
+            w is not None and (w.taps - 1) * w.dilation >= w.stride for w in self.params.windows
+        )
 
     def axes_in(self) -> list[Axis]:
         return [ONE if k is None else self.args[0].node.axes[k] for k in self.params.x_dims]
@@ -233,7 +241,11 @@ class WindowSum(Node):
         return [ONE if k is None else self.axes[k] for k in self.params.out_dims]
 
     def _carry(
-        self, array: np.ndarray, maps: Sequence[np.ndarray | None], inward: Sequence[int | None], outward: Sequence[int | None]
+        self,
+        array: np.ndarray,
+        maps: Sequence[np.ndarray | None],
+        inward: Sequence[int | None],
+        outward: Sequence[int | None],
     ) -> np.ndarray:
         out = array.transpose([k for k in inward if k is not None])
         out = out[tuple(None if k is None else slice(None) for k in inward)]

@@ -75,9 +75,31 @@ def _partial(name: str, extra: tuple[Any, ...], k: int, args: Sequence[View], bu
             return build("mul", View(number(graph, float(y)), ()), build(name, args[0], extra=(y - 1,)))
         case "exp":
             return build("exp", args[0])
-        case "gt" | "lt" | "ge" | "le" | "eq" | "ne" | "sign" | "floor" | "ceil" | "round" | "is_finite" | "convert":
+        case (
+            "gt"
+            | "lt"
+            | "ge"
+            | "le"
+            | "eq"
+            | "ne"
+            | "sign"
+            | "floor"
+            | "ceil"
+            | "round"
+            | "is_finite"
+            | "convert"
+        ):
             return None
-        case "bitcast" | "and" | "or" | "xor" | "not" | "shift_left" | "shift_right_logical" | "shift_right_arithmetic":
+        case (
+            "bitcast"
+            | "and"
+            | "or"
+            | "xor"
+            | "not"
+            | "shift_left"
+            | "shift_right_logical"
+            | "shift_right_arithmetic"
+        ):
             return None
         case _:
             return build(f"∂{k}{name}", *args, extra=extra)

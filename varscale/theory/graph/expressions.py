@@ -17,7 +17,10 @@ from varscale.theory.graph.nodes import Constant, Node, View
 from varscale.theory.graph.store import Fact, once_per_node
 from varscale.theory.integrals.primitives import POSITIVE
 
-IDENTITIES = ("stop_gradient", "own_gradient")  # forward; backward, nothing comes through one, and what it likes the other
+IDENTITIES = (
+    "stop_gradient",
+    "own_gradient",
+)  # forward; backward, nothing comes through one, and what it likes the other
 
 
 class Apply(Node):

@@ -32,4 +32,6 @@ def factors(view: View) -> tuple[float, list[View]]:
 def _reciprocal(node: Node) -> Node:
 
     identity = tuple(range(len(node.axes)))
-    return node.graph.make(Apply, node.axes, [View(number(node.graph, 1.0), ()), View(node, identity)], ("div", ()))
+    return node.graph.make(
+        Apply, node.axes, [View(number(node.graph, 1.0), ()), View(node, identity)], ("div", ())
+    )

@@ -20,7 +20,10 @@ class PredictionError(ValueError):
     equation: Any = None
 
 
-UNCOVERED = (NotImplementedError, RecursionError)  # what a rule raises that does not cover an equation: it may be drawn
+UNCOVERED = (
+    NotImplementedError,
+    RecursionError,
+)  # what a rule raises that does not cover an equation: it may be drawn
 
 
 def source(eqn: Any) -> str:

@@ -76,7 +76,11 @@ def numbers(node: Node) -> np.ndarray | None:
     if found is None and isinstance(node, Rearranged):
         inner = numbers(node.args[0].node)
         if inner is not None:
-            return inner.transpose(node.params) if isinstance(node, Permute) else inner.reshape([a.size for a in node.axes])
+            return (
+                inner.transpose(node.params)
+                if isinstance(node, Permute)
+                else inner.reshape([a.size for a in node.axes])
+            )
     return found
 
 
@@ -99,7 +103,9 @@ def entries(x: Value) -> np.ndarray | None:
         return None
     atoms = [a for dim in x.dims for a in dim]
     order = [a.axis for a in atoms if a.axis is not None]
-    found = (found.transpose(order) if order else found).reshape([a.size if a.axis is not None else 1 for a in atoms])
+    found = (found.transpose(order) if order else found).reshape(
+        [a.size if a.axis is not None else 1 for a in atoms]
+    )
     return np.broadcast_to(found, [a.size for a in atoms]).reshape(x.shape)
 
 
@@ -133,7 +139,9 @@ def computed(graph: Graph, values: np.ndarray, axes: Sequence[Axis], sources: Se
 
 def known_cross(a: View, b: View, frame: Sequence[Axis]) -> np.ndarray | None:
     """E[a_i b_j] by type of two given arrays, over pairs of places; None of what is not given, or is too large."""
-    if math.prod(axis.size for axis in frame) > MOST_COMPUTED or not (is_known_array(a.node) and is_known_array(b.node)):
+    if math.prod(axis.size for axis in frame) > MOST_COMPUTED or not (
+        is_known_array(a.node) and is_known_array(b.node)
+    ):
         return None
     first, second = (_over(view, frame)[None] for view in (a, b))
     return estimated_products(first, second, frame)[0]
@@ -144,7 +152,9 @@ def _over(view: View, frame: Sequence[Axis]) -> np.ndarray:
     shape = [1] * len(frame)
     for k in order:
         shape[view.bind[k]] = view.node.axes[k].size
-    return np.broadcast_to(_values(view.node).transpose(order).reshape(shape), [a.size for a in frame]).astype(float)
+    return np.broadcast_to(
+        _values(view.node).transpose(order).reshape(shape), [a.size for a in frame]
+    ).astype(float)
 
 
 def _values(node: Node) -> np.ndarray:

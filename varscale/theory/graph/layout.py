@@ -48,7 +48,11 @@ def value(node: Node, shape: Sequence[int]) -> Value:
     """The tensor whose dimensions of size > 1 are the node's axes in order."""
     axes = iter(range(len(node.axes)))
     return Value(
-        node, tuple((Atom(n, next(axes)),) if n > 1 and node.axes else (Atom(n, None),) if n > 1 else () for n in shape)
+        node,
+        tuple(
+            (Atom(n, next(axes)),) if n > 1 and node.axes else (Atom(n, None),) if n > 1 else ()
+            for n in shape
+        ),
     )
 
 
@@ -79,7 +83,9 @@ def split_atom(x: Value, d: int, place: int, sizes: tuple[int, ...]) -> Value:
         new = tuple(Atom(n, atom.axis + i) for i, n in enumerate(sizes))
 
     def moved(a: Atom) -> Atom:
-        return a if a.axis is None or atom.axis is None or a.axis <= atom.axis else Atom(a.size, a.axis + shift)
+        return (
+            a if a.axis is None or atom.axis is None or a.axis <= atom.axis else Atom(a.size, a.axis + shift)
+        )
 
     dims = [tuple(moved(a) for a in dim) for dim in x.dims]
     dims[d] = (*dims[d][:place], *new, *dims[d][place + 1 :])
@@ -103,7 +109,9 @@ def merged(x: Value, d: int) -> Value:
     order = others + real
     node = merge(permute(x.node, order), len(others), len(real))
     place = {k: i for i, k in enumerate(others)}
-    dims = [tuple(a if a.axis is None else Atom(a.size, place.get(a.axis, 0)) for a in other) for other in x.dims]
+    dims = [
+        tuple(a if a.axis is None else Atom(a.size, place.get(a.axis, 0)) for a in other) for other in x.dims
+    ]
     dims[d] = (Atom(size, len(others)),)
     return Value(node, tuple(dims))
 
@@ -161,7 +169,11 @@ def reshape(x: Value, shape: Sequence[int]) -> Value:
                 flat = split_atom(flat, 0, place, (common, size // common))
                 continue
             else:
-                return reshape(merged(materialize(flat, [0]), 0), shape) if len(flat.dims[0]) > 1 else _impossible(x, shape)
+                return (
+                    reshape(merged(materialize(flat, [0]), 0), shape)
+                    if len(flat.dims[0]) > 1
+                    else _impossible(x, shape)
+                )
             place += 1
         dims.append((start, place))
     return Value(flat.node, tuple(flat.dims[0][a:b] for a, b in dims))
@@ -183,7 +195,9 @@ def align(values: Sequence[Value]) -> tuple[list[Value], tuple[Axis, ...], list[
     for d in range(rank):
         xs = _factor_alike(xs, d)
     frame, binds, layout = _framed(tuple((x.dims, x.node.axes) for x in xs))
-    views = [View(_refined(x.node, [frame[k] for k in bind]), bind) for x, bind in zip(xs, binds, strict=True)]
+    views = [
+        View(_refined(x.node, [frame[k] for k in bind]), bind) for x, bind in zip(xs, binds, strict=True)
+    ]
     return xs, frame, views, layout
 
 
@@ -211,7 +225,11 @@ def _framed(
                 atoms.append(Atom(atom.size, len(frame)))
                 frame.append(axis)
         layout.append(tuple(atoms))
-    return affordable(tuple(frame)), tuple(tuple(bind[k] for k in range(len(bind))) for bind in binds), tuple(layout)
+    return (
+        affordable(tuple(frame)),
+        tuple(tuple(bind[k] for k in range(len(bind))) for bind in binds),
+        tuple(layout),
+    )
 
 
 def _classed(x: Value) -> Value:
@@ -219,7 +237,9 @@ def _classed(x: Value) -> Value:
     if isinstance(x.node, Array) and len(x.node.axes) == 1 and x.node.axes[0].labels is None:
         numbers = x.node.values.astype(float)
         if len(np.unique(numbers)) <= 2 * MOST_CLASSES < len(numbers):
-            return Value(array(x.node.graph, x.node.values, [grouped(numbers[:, None], 2 * MOST_CLASSES)]), x.dims)
+            return Value(
+                array(x.node.graph, x.node.values, [grouped(numbers[:, None], 2 * MOST_CLASSES)]), x.dims
+            )
     return x
 
 

@@ -26,7 +26,8 @@ class Contract(Node):
     def prepare(self) -> None:
         x, y = (v.node for v in self.args)
         own = weight_of(self)
-        # A weight that was applied before is as good as fresh: what its earlier uses leave behind is of order 1/width.
+        # A weight that was applied before is as good as fresh: what its earlier uses leave behind is of order
+        # 1/width.
         self.odd = (x.odd & y.unseen) | (y.odd & x.unseen) | (own.odd if own else 0)
         self.positive = x.positive and y.positive
 

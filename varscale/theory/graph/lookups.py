@@ -65,7 +65,9 @@ class Gather(Node):
     @property
     def indexed(self) -> list[Axis]:
         """The axes of the indices; without their classes where those are the rows'."""
-        return [Axis(self.axes[k].size) if self.params.classes else self.axes[k] for k in self.params.index_axes]
+        return [
+            Axis(self.axes[k].size) if self.params.classes else self.axes[k] for k in self.params.index_axes
+        ]
 
     def rates(self) -> np.ndarray:
         """P(same row) over the types of the indices."""

@@ -254,7 +254,9 @@ class Graph:
             known.append((node, back, doubt))
         return node
 
-    def make(self, kind: type[N], axes: Sequence[Axis], args: Sequence[View] = (), params: Hashable = ()) -> N:
+    def make(
+        self, kind: type[N], axes: Sequence[Axis], args: Sequence[View] = (), params: Hashable = ()
+    ) -> N:
         """The node of this kind, arguments and parameters; the same one if it exists already."""
         key = (kind, tuple((v.node.id, v.bind) for v in args), params, tuple(axes))
         node = self.nodes.get(key)
@@ -318,7 +320,13 @@ class Leaf(Node):
         return self.name[0] == "bits"
 
     def settle(
-        self, table: Table, *, odd: bool, kurtosis: float = 3.0, transport: np.ndarray | None = None, random: bool = True
+        self,
+        table: Table,
+        *,
+        odd: bool,
+        kurtosis: float = 3.0,
+        transport: np.ndarray | None = None,
+        random: bool = True,
     ) -> Leaf:
         """Give the leaf its law.
 
@@ -380,7 +388,14 @@ def array(graph: Graph, values: np.ndarray, axes: Sequence[Axis] | None = None) 
 
 
 def leaf(
-    graph: Graph, name: Hashable, axes: Sequence[Axis], mean: float, second_moment: float, *, odd: bool, **law: Any
+    graph: Graph,
+    name: Hashable,
+    axes: Sequence[Axis],
+    mean: float,
+    second_moment: float,
+    *,
+    odd: bool,
+    **law: Any,
 ) -> Leaf:
     """A leaf with independent entries."""
     node = graph.make(Leaf, axes, (), name)

@@ -56,12 +56,18 @@ def affine(node: Node, c: float, d: float) -> Node:
     identity = tuple(range(len(node.axes)))
     if isinstance(node, Apply) and node.params[0] == "affine" and node.args[0].node.axes == node.axes:
         c0, d0 = node.params[1]
-        return affine(node.args[0].node, c * c0, c * d0 + d) if node.args[0].bind == identity else _apply(node, c, d)
+        return (
+            affine(node.args[0].node, c * c0, c * d0 + d)
+            if node.args[0].bind == identity
+            else _apply(node, c, d)
+        )
     return _apply(node, c, d)
 
 
 def _apply(node: Node, c: float, d: float) -> Node:
-    return node.graph.make(Apply, node.axes, [View(node, tuple(range(len(node.axes))))], ("affine", (float(c), float(d))))
+    return node.graph.make(
+        Apply, node.axes, [View(node, tuple(range(len(node.axes))))], ("affine", (float(c), float(d)))
+    )
 
 
 def broadcast(node: Node, axes: tuple[Axis, ...]) -> Node:
@@ -87,7 +93,9 @@ def _scaled(view: View, axes: Sequence[Axis], c: float, d: float) -> Node:
     return scaled if isinstance(scaled, Constant) else _whole(View(scaled, bind), axes)
 
 
-def apply(graph: Graph, name: str, extra: tuple[Any, ...], axes: tuple[Axis, ...], views: Sequence[View]) -> Node:
+def apply(
+    graph: Graph, name: str, extra: tuple[Any, ...], axes: tuple[Axis, ...], views: Sequence[View]
+) -> Node:
     """The node of an elementwise primitive over a frame, in normal form."""
     views = list(views)
     constants = [v.node.params if isinstance(v.node, Constant) else None for v in views]
@@ -132,7 +140,8 @@ def apply(graph: Graph, name: str, extra: tuple[Any, ...], axes: tuple[Axis, ...
             else views[1 + int(constants[0])].node
         )
     if name == "select_n" and len(views) == 3 and constants[0] is None:
-        # A branch of zeros makes the choice a factor, 1 or 0, and factors that are independent multiply exactly.
+        # A branch of zeros makes the choice a factor, 1 or 0, and factors that are independent multiply
+        # exactly.
         for kept, dropped in ((2, 1), (1, 2)):
             if constants[dropped] == 0 and constants[kept] is None:
                 zero, one = View(number(graph, 0.0), ()), View(number(graph, 1.0), ())
@@ -185,10 +194,16 @@ def _cancelled(terms: Sequence[tuple[float, View]]) -> list[tuple[float, View]] 
     for i, part in enumerate(parts):
         for c, view in part:
             uses.setdefault(view, []).append((i, c))
-    gone = {i for found in uses.values() if len(found) > 1 and sum(c for _, c in found) == 0 for i, _ in found}
+    gone = {
+        i for found in uses.values() if len(found) > 1 and sum(c for _, c in found) == 0 for i, _ in found
+    }
     if not gone:
         return None
-    return [t for i, (term, part) in enumerate(zip(terms, parts, strict=True)) for t in (part if i in gone else [term])]
+    return [
+        t
+        for i, (term, part) in enumerate(zip(terms, parts, strict=True))
+        for t in (part if i in gone else [term])
+    ]
 
 
 def _bare(view: View) -> tuple[float, float, View]:
@@ -215,7 +230,9 @@ def _is_variance(node: Sum) -> bool:
         return False
     kept = [k for k in range(len(squares.axes)) if k not in reduced]
     places = tuple(plus.bind[kept.index(b)] for b in x.bind if b not in reduced)
-    inner, more, own = _bare(View(mean_node(x.node, [k for k, b in enumerate(x.bind) if b in reduced]), places))
+    inner, more, own = _bare(
+        View(mean_node(x.node, [k for k, b in enumerate(x.bind) if b in reduced]), places)
+    )
     return own == mean and alike(c * inner, scale) and alike(c * more + d, shift)
 
 
@@ -253,7 +270,10 @@ def _mean_node(node: Node, axes: tuple[int, ...]) -> Node:
 
     def inside(view: View) -> View:
         averaged = mean_node(view.node, [j for j, b in enumerate(view.bind) if b in axes])
-        return View(averaged, () if isinstance(averaged, Constant) else tuple(new[b] for b in view.bind if b not in axes))
+        return View(
+            averaged,
+            () if isinstance(averaged, Constant) else tuple(new[b] for b in view.bind if b not in axes),
+        )
 
     def spread(cotangent: np.ndarray) -> np.ndarray:
         return mean_pullback(cotangent, axes, node.axes)
@@ -273,7 +293,9 @@ def _mean_node(node: Node, axes: tuple[int, ...]) -> Node:
     if isinstance(node, Apply) and node.params[0] in ("mul", "div"):
         x, y = node.args
         # A factor that is constant along the axes comes out.
-        if not any(b in axes for b in y.bind) or (node.params[0] == "mul" and not any(b in axes for b in x.bind)):
+        if not any(b in axes for b in y.bind) or (
+            node.params[0] == "mul" and not any(b in axes for b in x.bind)
+        ):
             return apply(graph, node.params[0], node.params[1], left, [inside(x), inside(y)])
         if (product := _factors_apart(node, axes)) is not None:
             return mean_node(product, axes)
@@ -298,10 +320,15 @@ def _factors_apart(node: Apply, axes: Sequence[int]) -> Node | None:
         return None
     varied = dict.fromkeys(view for view in parts if view not in constant)
     if set(roots_of(*varied)) & set(roots_of(*constant)):
-        return None  # x σ(x) of a normalised x: it would be no function of x any more, whose gradient is asked for
+        # X σ(x) of a normalised x: it would be no function of x any more, whose gradient is asked for.
+        return None
     powers = [View(apply(graph, "integer_pow", (parts.count(x),), node.axes, [x]), whole) for x in varied]
-    *_, product = itertools.accumulate(powers, lambda x, y: View(apply(graph, "mul", (), node.axes, [x, y]), whole))
-    *_, outer = itertools.accumulate(constant, lambda x, y: View(apply(graph, "mul", (), node.axes, [x, y]), whole))
+    *_, product = itertools.accumulate(
+        powers, lambda x, y: View(apply(graph, "mul", (), node.axes, [x, y]), whole)
+    )
+    *_, outer = itertools.accumulate(
+        constant, lambda x, y: View(apply(graph, "mul", (), node.axes, [x, y]), whole)
+    )
     return affine(apply(graph, "mul", (), node.axes, [product, outer]), number, 0.0)
 
 

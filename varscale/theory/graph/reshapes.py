@@ -10,9 +10,26 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from varscale.theory.domain.axes import Axis, affordable, contract_axis, factor_classes, merge_types, split_axis
+from varscale.theory.domain.axes import (
+    Axis,
+    affordable,
+    contract_axis,
+    factor_classes,
+    merge_types,
+    split_axis,
+)
 from varscale.theory.domain.tables import Table, lift, put_together
-from varscale.theory.graph.nodes import UNKNOWN, Array, Node, View, array, cut_inside, pullback, rebuild, second_moments
+from varscale.theory.graph.nodes import (
+    UNKNOWN,
+    Array,
+    Node,
+    View,
+    array,
+    cut_inside,
+    pullback,
+    rebuild,
+    second_moments,
+)
 from varscale.theory.graph.store import BackwardNotes, once_per_node
 
 
@@ -39,7 +56,9 @@ class Split(Rearranged):
     def reindex(self, second: np.ndarray) -> np.ndarray:
         """A type array of the whole, read over the factors."""
         k, _, types = _factored(self)
-        return lift(np.take(second, types, axis=k), _finest(self), range(len(self.axes)), self.axes, pairs=True)
+        return lift(
+            np.take(second, types, axis=k), _finest(self), range(len(self.axes)), self.axes, pairs=True
+        )
 
 
 def _factored(node: Split) -> tuple[int, tuple[Axis, ...], np.ndarray]:
@@ -63,8 +82,12 @@ def second_moments_of_split(node: Split) -> Table:
     strangers = float(np.mean(read != whole.label_array))
     if strangers > 0:  # positions of other classes, which factors with few classes cannot tell apart
         squares = table.diagonal
-        node.graph.flag("assumed", min(strangers * float(np.ptp(squares)) / max(table.mean_square, 1e-300), UNKNOWN))
-    mean = lift(np.take(table.mean, classes, axis=k), _finest(node), range(len(node.axes)), node.axes, pairs=False)
+        node.graph.flag(
+            "assumed", min(strangers * float(np.ptp(squares)) / max(table.mean_square, 1e-300), UNKNOWN)
+        )
+    mean = lift(
+        np.take(table.mean, classes, axis=k), _finest(node), range(len(node.axes)), node.axes, pairs=False
+    )
     return Table(node.axes, mean, node.reindex(table.second))
 
 
@@ -122,7 +145,9 @@ def second_moments_of_permute(node: Permute) -> Table:
 
 
 @pullback.register(Permute)
-def pullback_of_permute(node: Permute, cotangent: np.ndarray, notes: BackwardNotes) -> list[np.ndarray | None]:
+def pullback_of_permute(
+    node: Permute, cotangent: np.ndarray, notes: BackwardNotes
+) -> list[np.ndarray | None]:
     return [cotangent.transpose(np.argsort(node.params))]
 
 
@@ -142,7 +167,9 @@ def split(node: Node, k: int, sizes: tuple[int, ...]) -> Node:
                 keep = range(j, j + shift + 1)
             else:
                 keep = range(0)
-            args.append(View(child, tuple(b if i in keep or b < k else b + shift for i, b in enumerate(bind))))
+            args.append(
+                View(child, tuple(b if i in keep or b < k else b + shift for i, b in enumerate(bind)))
+            )
         rebuilt = rebuild(node, axes, args)
         return graph.derive(node, rebuilt, lambda g: put_together(g, rebuilt.axes, node.axes, k, sizes))
     inside = cut_inside(node, k, lambda x, j: split(x, j, sizes))

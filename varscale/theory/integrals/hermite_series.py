@@ -14,9 +14,10 @@ import numpy as np
 from jaxtyping import Float
 from scipy import special
 
-# The trapezoidal rule on a Gaussian converges like exp(-2π²/h²): exact to rounding for smooth functions, to h²/12 at a corner.
-# A jump at t that falls inside a cell costs up to h φ(t)/2 of its height: .004 at most (`domains` asks whether that matters).
-# An even number of points keeps 0, where corners lie, in the middle of a cell.
+# The trapezoidal rule on a Gaussian converges like exp(-2π²/h²): exact to rounding for smooth functions, to
+# h²/12 at a corner. A jump at t that falls inside a cell costs up to h φ(t)/2 of its height: .004 at most
+# (`domains` asks whether that matters). An even number of points keeps 0, where corners lie, in the middle of
+# a cell.
 POINTS = 852
 Z = np.linspace(-8.5, 8.5, POINTS)
 WEIGHTS = np.exp(-(Z**2) / 2)
@@ -32,7 +33,9 @@ def _hermite() -> Float[np.ndarray, "degree points"]:
 
 
 HERMITE = (_hermite() * WEIGHTS).T  # values on the grid -> orthonormal Hermite coefficients
-_RHO = np.sin(np.linspace(-np.pi / 2, np.pi / 2, 129))  # correlations, closer together where series turn steeply
+_RHO = np.sin(
+    np.linspace(-np.pi / 2, np.pi / 2, 129)
+)  # correlations, closer together where series turn steeply
 _RHO_POWERS = _RHO[:, None] ** np.arange(DEGREE)
 
 
@@ -58,7 +61,10 @@ def tail(rho: np.ndarray, fall: np.ndarray) -> np.ndarray:
     """Σ c_k ρ^k / Σ c_k over k ≥ DEGREE of coefficients that fall like k^{−fall − 1}; 0 for ρ < 0."""
     y = -(DEGREE - 0.5) * np.log(np.clip(rho, 1e-300, 1.0))
     place = np.clip(fall, _FALLS[0], _FALLS[-1]) - _FALLS[0]
-    parts = [np.maximum(1 - np.abs(place - i), 0.0) * np.interp(y, _TAIL_AT, _tail_table(f)) for i, f in enumerate(_FALLS)]
+    parts = [
+        np.maximum(1 - np.abs(place - i), 0.0) * np.interp(y, _TAIL_AT, _tail_table(f))
+        for i, f in enumerate(_FALLS)
+    ]
     return np.where(rho > 0, sum(parts), 0.0)
 
 

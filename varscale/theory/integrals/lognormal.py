@@ -73,7 +73,9 @@ class Response:
     doubt: float
 
 
-def response(scale: Scale, slope: float, curvature: float, curve: Callable[[], Float[np.ndarray, " scales"]]) -> Response:
+def response(
+    scale: Scale, slope: float, curvature: float, curve: Callable[[], Float[np.ndarray, " scales"]]
+) -> Response:
     """What a function F makes of a scale.
 
     Args:
@@ -123,7 +125,9 @@ def _of_a_curve(scale: Scale, common: float, line: np.ndarray) -> Response:
     s, c = float(_SHARES @ first), float(_SHARES @ second)
     return Response(
         growth=growth,
-        place=math.copysign(math.sqrt(max(math.log(float(_SHARES @ values**2) / growth**2), 0.0) / max(whole, 1e-12)), s),
+        place=math.copysign(
+            math.sqrt(max(math.log(float(_SHARES @ values**2) / growth**2), 0.0) / max(whole, 1e-12)), s
+        ),
         slope=s,
         skew=s**3 * scale.skew + 3 * s**2 * c * common**2,
         doubt=abs(growth - other) / growth,

@@ -16,7 +16,9 @@ def _like(x: Any, y: Any) -> tuple[np.ndarray, np.ndarray]:
     """Two operands of a bitwise operation: the one that is a plain number takes the other's integer type."""
     x, y = np.asarray(x), np.asarray(y)
     if x.dtype.kind == "f":
-        x = x.astype(np.uint64 if np.max(x, initial=0.0) >= 2.0**63 else np.int64)  # the upper half of 64 random bits
+        x = x.astype(
+            np.uint64 if np.max(x, initial=0.0) >= 2.0**63 else np.int64
+        )  # the upper half of 64 random bits
         x = x.astype(y.dtype) if y.dtype.kind in "ui" else x
     return x, y.astype(x.dtype) if y.dtype.kind == "f" else y
 
@@ -66,7 +68,9 @@ def _bitcast(x: np.ndarray, dtype: str) -> np.ndarray:
 _FIRST_STEP, _SECOND_STEP = (1e-5, 1e-3), (1e-3, 1.0)
 
 
-def partial(f: Callable[..., np.ndarray], k: int, step: tuple[float, float] = _FIRST_STEP) -> Callable[..., np.ndarray]:
+def partial(
+    f: Callable[..., np.ndarray], k: int, step: tuple[float, float] = _FIRST_STEP
+) -> Callable[..., np.ndarray]:
     """∂f/∂(argument k), by a central difference in float64 (relative error 1e-9 where f is smooth, exact beside a corner).
 
     Args:
@@ -173,7 +177,9 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "and": _logical_or_bits(np.logical_and, np.bitwise_and),
     "or": _logical_or_bits(np.logical_or, np.bitwise_or),
     "xor": _logical_or_bits(np.logical_xor, np.bitwise_xor),
-    "not": lambda x: np.bitwise_not(x) if np.asarray(x).dtype.kind in "ui" else np.logical_not(x).astype(float),
+    "not": lambda x: (
+        np.bitwise_not(x) if np.asarray(x).dtype.kind in "ui" else np.logical_not(x).astype(float)
+    ),
     "is_finite": lambda x: np.isfinite(x).astype(float),
     "shift_right_logical": _bitwise(np.right_shift),
     "shift_right_arithmetic": _bitwise(np.right_shift),
@@ -210,7 +216,9 @@ POSITIVE = {
 def function(name: str, extra: tuple[Any, ...]) -> Callable[..., np.ndarray]:
     """The NumPy function of an elementwise node: a primitive with its static parameters, or "∂k name", its derivative."""
     if name.startswith("∂"):
-        return partial(function(name[2:], extra), int(name[1]), _SECOND_STEP if name[2:].startswith("∂") else _FIRST_STEP)
+        return partial(
+            function(name[2:], extra), int(name[1]), _SECOND_STEP if name[2:].startswith("∂") else _FIRST_STEP
+        )
     f = FUNCTIONS[name]
     return (lambda *xs: f(*xs, *extra)) if extra else f
 

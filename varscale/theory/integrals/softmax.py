@@ -33,9 +33,11 @@ class WeightMoments(NamedTuple):
     own_pull: Float[np.ndarray, "*rows"]
 
 
-_STEP = 0.4  # in ln u: the integrands are analytic and fall off on both sides, so that the trapezoidal rule is exact to 1e-9
-# e^{−u e^l} grows again beyond |Im l| = π/2: on the normal grid a step h costs exp(−π²/(s h)), 1e-9 at s h = 0.48, which is the
-# whole grid's at s = 24; at s = 64 it costs 5e-4.
+# In ln u: the integrands are analytic and fall off on both sides, so that the trapezoidal rule is exact to
+# 1e-9.
+_STEP = 0.4
+# e^{−u e^l} grows again beyond |Im l| = π/2: on the normal grid a step h costs exp(−π²/(s h)), 1e-9 at s h =
+# 0.48, which is the whole grid's at s = 24; at s = 64 it costs 5e-4.
 _RESOLVED = 24
 _STRIDES = (1, 2, 3, 4, 6, 8, 12, 16, 20, 24, 28, 32, 36, 40)  # over the normal grid
 _GONE = 6.5  # ln x beyond which e^{−x} is nothing
@@ -80,7 +82,9 @@ def _laplace(
     left = left * x
     moments = np.stack([left, left * x, left * x * x, left * x * logits**2, left * logits]) @ weights
     logarithms = np.log(np.maximum(moments[:4] / phi, _LEAST))
-    return np.stack([np.log(np.maximum(-log_phi, _LEAST)), *logarithms, moments[4] / np.maximum(moments[0], _LEAST)])
+    return np.stack(
+        [np.log(np.maximum(-log_phi, _LEAST)), *logarithms, moments[4] / np.maximum(moments[0], _LEAST)]
+    )
 
 
 def _between(

@@ -34,7 +34,9 @@ def apart(second: np.ndarray, counts: np.ndarray) -> np.ndarray:
         counts: keys of each class there are.
     """
     c = counts.shape[-1]
-    pairs = np.maximum(counts[..., :, None] - np.eye(c), 1e-9 * np.eye(c))  # of a key of class b, the others of class a
+    pairs = np.maximum(
+        counts[..., :, None] - np.eye(c), 1e-9 * np.eye(c)
+    )  # of a key of class b, the others of class a
     between = second[..., c:].reshape(*second.shape[:-1], c, c)
     between = (between + np.swapaxes(between, -1, -2)) / 2
     others = pairs.sum(-2)
@@ -62,6 +64,8 @@ def balance(same: np.ndarray, lost: np.ndarray, mean: np.ndarray, axis: Axis) ->
     """u_a m_b + m_a u_b, with u such that added to `lost` it makes the rows of a row's cotangents sum to zero."""
     others = axis.counts - np.eye(axis.classes)
     missing = -same - (others * lost).sum(-1)
-    system = np.eye(axis.classes) * (others * mean[..., None, :]).sum(-1)[..., None] + mean[..., :, None] * others
+    system = (
+        np.eye(axis.classes) * (others * mean[..., None, :]).sum(-1)[..., None] + mean[..., :, None] * others
+    )
     u = (np.linalg.pinv(system, rcond=1e-6) @ missing[..., None])[..., 0]
     return u[..., :, None] * mean[..., None, :] + mean[..., :, None] * u[..., None, :]

@@ -26,8 +26,12 @@ from varscale.usage.parameters import named_leaves
 from varscale.usage.table import uses
 
 _DRAWS_SEED = 0
-_STANDARD_ERRORS = 4.0  # standard errors: a sound row is further off than its bound and these once in 16000 times
-_RARE = 0.5  # standard deviation of ln(mean square) above which the mean of e^x is ruled by draws that a sample does not hold
+_STANDARD_ERRORS = (
+    4.0  # standard errors: a sound row is further off than its bound and these once in 16000 times
+)
+# Standard deviation of ln(mean square) above which the mean of e^x is ruled by draws that a sample does not
+# hold.
+_RARE = 0.5
 MOST_BYTES = 2**32  # of parameters and outputs
 
 
@@ -48,9 +52,14 @@ def beside_draws(
     Raises:
         ValueError: the parameters are arrays; whole numbers are described, not given, and no table says of which range.
     """
-    size = sum(4 * math.prod(w.shape) for w in report.weights.values()) + sum(4 * math.prod(row.shape) for row in report.rows)
+    size = sum(4 * math.prod(w.shape) for w in report.weights.values()) + sum(
+        4 * math.prod(row.shape) for row in report.rows
+    )
     if size > MOST_BYTES:
-        note = f"No networks drawn: parameters and outputs take {size / 2**30:.1f} GiB, above {MOST_BYTES / 2**30:.0f} GiB."
+        note = (
+            f"No networks drawn: parameters and outputs take {size / 2**30:.1f} GiB, above "
+            f"{MOST_BYTES / 2**30:.0f} GiB."
+        )
         return dataclasses.replace(report, notes=(*report.notes, note))
     program = faces.program(model, method=method)
     if program.init is None and program.parameters is None:
@@ -70,13 +79,19 @@ def _row_beside(row: Row, numbers: Float[np.ndarray, "count statistics=3"]) -> R
     _, square, gradient = numbers.T
     second, error, holds = _agreement(square, row.second_moment, row.typical, row.error_bound)
     found = dataclasses.replace(
-        row, measured=second, measured_error=error, holds=holds, draws_in_band=_share_in_band(square, row.band)
+        row,
+        measured=second,
+        measured_error=error,
+        holds=holds,
+        draws_in_band=_share_in_band(square, row.band),
     )
     if row.gradient is None or row.gradient_error_bound is None or not np.all(np.isfinite(gradient)):
         return found
     # The typical gradient is not predicted apart: it is the mean less half the variance of its logarithm.
     second, error, holds = _agreement(gradient, row.gradient, None, row.gradient_error_bound)
-    return dataclasses.replace(found, measured_gradient=second, measured_gradient_error=error, gradient_holds=holds)
+    return dataclasses.replace(
+        found, measured_gradient=second, measured_gradient_error=error, gradient_holds=holds
+    )
 
 
 def _agreement(
@@ -96,12 +111,24 @@ def _agreement(
             expected = predicted * math.exp(-(spread**2) / 2) if typical is None else typical
             of_spread = spread**2 / math.sqrt(2 * len(square)) if typical is None else 0.0
             off = abs(math.log(expected) - float(logs.mean()))
-            return mean, error, off <= math.log1p(bound) + _STANDARD_ERRORS * (spread / math.sqrt(len(square)) + of_spread)
-    return mean, error, bool(abs(predicted - mean) <= bound * max(mean, predicted) + _STANDARD_ERRORS * error + 1e-6 * mean)
+            return (
+                mean,
+                error,
+                off <= math.log1p(bound) + _STANDARD_ERRORS * (spread / math.sqrt(len(square)) + of_spread),
+            )
+    return (
+        mean,
+        error,
+        bool(abs(predicted - mean) <= bound * max(mean, predicted) + _STANDARD_ERRORS * error + 1e-6 * mean),
+    )
 
 
 def _share_in_band(square: Float[np.ndarray, " count"], band: tuple[float, float] | None) -> float | None:
-    return None if band is None else float(np.mean((square >= band[0] * (1 - 1e-6)) & (square <= band[1] * (1 + 1e-6))))
+    return (
+        None
+        if band is None
+        else float(np.mean((square >= band[0] * (1 - 1e-6)) & (square <= band[1] * (1 + 1e-6))))
+    )
 
 
 def _variables(program: Program, params: Any) -> Callable[[Any, Inputs], Any]:
@@ -115,19 +142,27 @@ def _variables(program: Program, params: Any) -> Callable[[Any, Inputs], Any]:
     if callable(params) and is_function(params):
         return lambda key, x: params(key)
     if params is None or all(
-        isinstance(law, jax.Array | np.ndarray) for law in jax.tree_util.tree_leaves(params, is_leaf=_is_one_law)
+        isinstance(law, jax.Array | np.ndarray)
+        for law in jax.tree_util.tree_leaves(params, is_leaf=_is_one_law)
     ):
         raise ValueError(
-            "draws needs parameters that are drawn, not arrays, which are one draw: give the laws (of an nnx model the "
+            "draws needs parameters that are drawn, not arrays, which are one draw: give the laws "
+            "(of an nnx model the "
             "factory), or compare these arrays: vs.probe(model, params, x).compare(vs.predict(model, x))"
         )
 
     def init(key: Any, x: Inputs) -> Any:
         declared = params if program.init is None else program.init(key, x)
-        laws = {path_string(path): law for path, law in jax.tree_util.tree_flatten_with_path(params, is_leaf=_is_one_law)[0]}
+        laws = {
+            path_string(path): law
+            for path, law in jax.tree_util.tree_flatten_with_path(params, is_leaf=_is_one_law)[0]
+        }
         flat, tree = jax.tree_util.tree_flatten_with_path(declared, is_leaf=_is_one_law)
         keys = jax.random.split(jax.random.fold_in(key, 1), max(len(flat), 1))
-        drawn = [_drawn_leaf(laws.get(path_string(path), leaf), leaf, k) for (path, leaf), k in zip(flat, keys, strict=True)]
+        drawn = [
+            _drawn_leaf(laws.get(path_string(path), leaf), leaf, k)
+            for (path, leaf), k in zip(flat, keys, strict=True)
+        ]
         return jax.tree_util.tree_unflatten(tree, drawn)
 
     return init
@@ -140,10 +175,15 @@ def _laid(variables: Callable[[Any, Inputs], Any], scheme: Any) -> Callable[[Any
         own = variables(key, x)
         leaves, tree = jax.tree_util.tree_flatten(own)
         named = zip(named_leaves(own), leaves, strict=True)
-        hits = laid(scheme, [(name.path, tuple(leaf.shape), leaf.dtype, name.learned) for name, leaf in named], "scheme")
+        hits = laid(
+            scheme,
+            [(name.path, tuple(leaf.shape), leaf.dtype, name.learned) for name, leaf in named],
+            "scheme",
+        )
         keys = jax.random.split(jax.random.fold_in(key, 2), max(len(leaves), 1))
         drawn = [
-            leaf if hit is None else hit.law(k, leaf.shape, leaf.dtype) for hit, leaf, k in zip(hits, leaves, keys, strict=True)
+            leaf if hit is None else hit.law(k, leaf.shape, leaf.dtype)
+            for hit, leaf, k in zip(hits, leaves, keys, strict=True)
         ]
         return jax.tree_util.tree_unflatten(tree, drawn)
 
@@ -157,7 +197,9 @@ def _is_one_law(x: Any) -> bool:
 def _drawn_leaf(law: Any, leaf: Any, key: Any) -> Any:
     """One parameter, from an array, an initializer, a variance or moments."""
     if isinstance(law, Moments):
-        return law.mean + math.sqrt(law.second_moment - law.mean**2) * jax.random.normal(key, law.shape, law.dtype)
+        return law.mean + math.sqrt(law.second_moment - law.mean**2) * jax.random.normal(
+            key, law.shape, law.dtype
+        )
     if callable(law):
         return law(key, leaf.shape, leaf.dtype)
     if isinstance(law, int | float) and not isinstance(law, bool) and not isinstance(leaf, int | float):
@@ -171,7 +213,9 @@ def _input_sampler(model: Any, given: Inputs, params: Any, method: str | None) -
     Raises:
         ValueError: whole numbers are described, not given, and no table says of which range.
     """
-    leaves, tree = jax.tree_util.tree_flatten((given.args, dict(given.kwargs)), is_leaf=lambda x: isinstance(x, Moments))
+    leaves, tree = jax.tree_util.tree_flatten(
+        (given.args, dict(given.kwargs)), is_leaf=lambda x: isinstance(x, Moments)
+    )
     described = [i for i, x in enumerate(leaves) if isinstance(x, jax.ShapeDtypeStruct | Moments)]
     whole = [i for i in described if jnp.issubdtype(leaves[i].dtype, jnp.integer)]
     count = _vocabulary(model, given, params, method, len(whole)) if whole else 0
@@ -180,7 +224,9 @@ def _input_sampler(model: Any, given: Inputs, params: Any, method: str | None) -
         found = list(leaves)
         for i, k in zip(described, jax.random.split(key, max(len(described), 1)), strict=False):
             found[i] = (
-                jax.random.randint(k, leaves[i].shape, 0, count, leaves[i].dtype) if i in whole else _drawn_input(leaves[i], k)
+                jax.random.randint(k, leaves[i].shape, 0, count, leaves[i].dtype)
+                if i in whole
+                else _drawn_input(leaves[i], k)
             )
         return Inputs(*jax.tree_util.tree_unflatten(tree, found))
 
@@ -198,7 +244,9 @@ def _vocabulary(model: Any, given: Inputs, params: Any, method: str | None, coun
         own = None if params is None or is_function(params) else params
         tables = [p.shape[0] for p in uses(model, given, params=own, method=method) if p.role == "embedding"]
     if not tables:
-        raise ValueError("draws needs inputs of whole numbers as arrays: from a ShapeDtypeStruct their range is not known")
+        raise ValueError(
+            "draws needs inputs of whole numbers as arrays: from a ShapeDtypeStruct their range is not known"
+        )
     return min(tables)
 
 

@@ -73,7 +73,9 @@ class Interpreter:
         self.regions = Regions()
         self._places: dict[Any, Place] = {}  # by equation
 
-    def run(self, jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], step: int | None = None) -> list[Any]:
+    def run(
+        self, jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], step: int | None = None
+    ) -> list[Any]:
         """The outputs of a jaxpr, given values of its constants and inputs; `step` says which of a loop's it is."""
         if step is not None:
             self.steps.append(step)
@@ -100,7 +102,10 @@ class Interpreter:
     def _mark(self, eqns: Sequence[Any], place: Place) -> None:
         """Ask for regions of what no rule covers, seen from the equations: recurrences, and derivatives inside the model."""
         derived = [i for i, eqn in enumerate(eqns) if _DERIVATIVES & _compat.transforms(eqn)]
-        for i, reason in (*((i, "a recurrence") for i in scans(eqns)), *((i, "a derivative") for i in derived)):
+        for i, reason in (
+            *((i, "a recurrence") for i in scans(eqns)),
+            *((i, "a derivative") for i in derived),
+        ):
             path = self._scope_of(place, eqns[i])
             if not any(within(path, scope) for scope in self.regions.drawn):
                 self.regions.ask(path, reason)
@@ -122,7 +127,9 @@ class Interpreter:
             if not silent:
                 self._mark(eqns, place)
             kept = [var for ended in ends.values() for _, var in ended]
-            for start, stop, eqn in blocks(eqns, outputs, place, scopes, kept, lambda v: is_weight(env.get(v))):
+            for start, stop, eqn in blocks(
+                eqns, outputs, place, scopes, kept, lambda v: is_weight(env.get(v))
+            ):
                 count = place.rows.entered
                 self.place, self.entering = None if silent else place, eqn
                 self._step(eqn, env)
@@ -158,7 +165,9 @@ class Interpreter:
         if not isinstance(x, Value) or x.constant is None or math.prod(x.shape) <= 1:
             return x
         table = independent(0.0, _NUDGE, tuple(Axis(n) for n in x.shape if n != 1))
-        return self.elementwise("add", x, input_leaf(self, f"nudge {self.graph.leaves}", x.shape, table, odd=True))
+        return self.elementwise(
+            "add", x, input_leaf(self, f"nudge {self.graph.leaves}", x.shape, table, odd=True)
+        )
 
     def equation(self, eqn: Any, ins: list[Any]) -> list[Any]:
         """The outputs of one equation."""
@@ -190,7 +199,9 @@ class Interpreter:
     def _handler(self, eqn: Any, ins: Sequence[Any]) -> Rule:
         """The rule of an equation; of one with complex operands, the one for parts; where there is none, sampling."""
         name = eqn.primitive.name
-        if name not in _WHOLE and (any(isinstance(x, Complex) for x in ins) or (name in RULES and _is_complex(eqn))):
+        if name not in _WHOLE and (
+            any(isinstance(x, Complex) for x in ins) or (name in RULES and _is_complex(eqn))
+        ):
             return RULES["complex operands"]
         if name in RULES:
             return RULES[name]
@@ -229,7 +240,9 @@ class Interpreter:
 
     def fold(self, eqn: Any, ins: Sequence[Any]) -> list[Any] | None:
         """Evaluate an equation whose inputs are all known; None where one is not."""
-        if eqn.primitive.name in _NEVER_FOLDED or not all(isinstance(x, Opaque | Value | Complex) for x in ins):
+        if eqn.primitive.name in _NEVER_FOLDED or not all(
+            isinstance(x, Opaque | Value | Complex) for x in ins
+        ):
             return None
         if sum(math.prod(v.aval.shape) for v in eqn.outvars) > _MOST_EVALUATED:
             return None
@@ -237,7 +250,11 @@ class Interpreter:
         for x, v in zip(ins, eqn.invars, strict=True):
             known.append(x.key if isinstance(x, Opaque) else self.concrete(x, v.aval.dtype))
             if known[-1] is None:
-                return [self.unknown_key(eqn)] if any(isinstance(y, Opaque) for y in ins) else self._fold_given(eqn, ins)
+                return (
+                    [self.unknown_key(eqn)]
+                    if any(isinstance(y, Opaque) for y in ins)
+                    else self._fold_given(eqn, ins)
+                )
         if not ins and eqn.primitive.name not in ("iota", "random_seed"):
             return None
         return [self.known(o) for o in _evaluated(eqn, known)]
@@ -261,7 +278,9 @@ class Interpreter:
             return self.known(out)
         axes = [Axis(n) for n in out.shape if n != 1]
         node = computed(self.graph, out.reshape([a.size for a in axes]), axes, sources)
-        return full(self.graph, node.params, out.shape) if isinstance(node, Constant) else value(node, out.shape)
+        return (
+            full(self.graph, node.params, out.shape) if isinstance(node, Constant) else value(node, out.shape)
+        )
 
     def _note_given(self, eqn: Any, ins: Sequence[Any], outs: Any) -> None:
         """Of an equation that moves entries of given arrays, how the numbers that it makes are worked out."""
@@ -285,13 +304,19 @@ class Interpreter:
             key = (name, extra, frame, tuple((v.node.id, v.bind) for v in views))
             folded = _FOLDED.once(self.graph, key, lambda: self._fold_elementwise(name, extra, frame, views))
             if folded is not None:
-                return Value(folded, layout) if folded.axes else full(self.graph, folded.params, Value(folded, layout).shape)
+                return (
+                    Value(folded, layout)
+                    if folded.axes
+                    else full(self.graph, folded.params, Value(folded, layout).shape)
+                )
         node = apply(self.graph, name, extra, frame, views)
         if not node.axes:
             layout = tuple(tuple(a._replace(axis=None) for a in dim) for dim in layout)
         return Value(node, layout)
 
-    def _fold_elementwise(self, name: str, extra: Any, frame: Sequence[Axis], views: Sequence[View]) -> Node | None:
+    def _fold_elementwise(
+        self, name: str, extra: Any, frame: Sequence[Axis], views: Sequence[View]
+    ) -> Node | None:
         literal = all(isinstance(v.node, Constant | Array) for v in views)
         if math.prod(a.size for a in frame) > (MOST_FOLDED if literal else _MOST_EVALUATED):
             return None
@@ -304,18 +329,22 @@ class Interpreter:
             shape = [1] * len(frame)
             for k in order:
                 shape[bind[k]] = node.axes[k].size
-            known.append(numbers(node).transpose(order).reshape(shape))  # pyright: ignore[reportOptionalMemberAccess]
+            known.append(numbers(node).transpose(order).reshape(shape))  # pyright: ignore
         if not literal and not has_values(name, known):
             return None  # a rule says so
         with np.errstate(all="ignore"):
             if name == "square":
                 name, known = "mul", known * 2
-            out = np.broadcast_to(of_known("add" if name == "add_any" else name, extra, known), [a.size for a in frame])
+            out = np.broadcast_to(
+                of_known("add" if name == "add_any" else name, extra, known), [a.size for a in frame]
+            )
         if literal or out.dtype.kind in "biu":
             return array(self.graph, out, frame)
         return computed(self.graph, out, frame, [v.node for v in views]) if np.isfinite(out).all() else None
 
-    def leaf(self, name: Any, shape: Sequence[int], mean: float, second_moment: float, *, odd: bool, **law: Any) -> Value:
+    def leaf(
+        self, name: Any, shape: Sequence[int], mean: float, second_moment: float, *, odd: bool, **law: Any
+    ) -> Value:
         """A new random tensor with independent entries."""
         axes = [Axis(int(n)) for n in shape if n != 1]
         return value(leaf(self.graph, name, axes, mean, second_moment, odd=odd, **law), shape)
@@ -389,7 +418,8 @@ def _given_numbers(x: Value | Complex) -> np.ndarray | None:
 def _evaluated(eqn: Any, known: Sequence[Any]) -> list[Any]:
     """What an equation makes of numbers or keys."""
     args = [
-        x if hasattr(x, "_base_array") else jax.numpy.asarray(x, v.aval.dtype) for x, v in zip(known, eqn.invars, strict=True)
+        x if hasattr(x, "_base_array") else jax.numpy.asarray(x, v.aval.dtype)
+        for x, v in zip(known, eqn.invars, strict=True)
     ]
     with jax.ensure_compile_time_eval(), jax.numpy_dtype_promotion("standard"):
         out = eqn.primitive.bind(*args, **eqn.params)

@@ -45,13 +45,16 @@ def init_laws(interpreter: Interpreter, drawing: Trace, inputs: Sequence[Any]) -
         outs = interpreter.run(part, drawing.constants, inputs)
         shared = _shared_leaves(outs)
         return {
-            i: map_parts(lambda part: _drawn_parameter(interpreter, part, shared), x) for i, x in zip(which, outs, strict=True)
+            i: map_parts(lambda part: _drawn_parameter(interpreter, part, shared), x)
+            for i, x in zip(which, outs, strict=True)
         }
 
     recipes = output_recipes(jaxpr)
     first = first_alike(recipes)
     values = interpreted(sorted(set(first)))
-    values |= interpreted([i for i, j in enumerate(first) if i != j and recipes[i].keys and not is_weight(values[j])])
+    values |= interpreted(
+        [i for i, j in enumerate(first) if i != j and recipes[i].keys and not is_weight(values[j])]
+    )
     for i, j in enumerate(first):
         if i not in values:
             values[i] = another(interpreter, values[j], i) if recipes[i].keys else values[j]
@@ -72,7 +75,9 @@ def _shared_leaves(outs: Sequence[Any]) -> set[int]:
     return {id_ for id_, n in count.items() if n > 1}
 
 
-def given_parameters(interpreter: Interpreter, params: Any, shapes: Any, declared: list[Any] | None) -> tuple[Any, list[Any]]:
+def given_parameters(
+    interpreter: Interpreter, params: Any, shapes: Any, declared: list[Any] | None
+) -> tuple[Any, list[Any]]:
     """Parameters given as arrays, initializers, variances or `Moments`, in the structure of the model's own where it has one.
 
     Args:
@@ -92,7 +97,8 @@ def given_parameters(interpreter: Interpreter, params: Any, shapes: Any, declare
         flat, tree = jax.tree_util.tree_flatten_with_path(params, is_leaf=_is_law)
         structs = [_described(x, path_string(path)) for path, x in flat]
         values = [
-            _given_parameter(interpreter, x, path_string(path), struct) for (path, x), struct in zip(flat, structs, strict=True)
+            _given_parameter(interpreter, x, path_string(path), struct)
+            for (path, x), struct in zip(flat, structs, strict=True)
         ]
         return jax.tree_util.tree_unflatten(tree, structs), values
     names = set(shapes) if isinstance(shapes, dict) else set()
@@ -106,7 +112,9 @@ def given_parameters(interpreter: Interpreter, params: Any, shapes: Any, declare
     absent = [p for p in expected if p not in given and p.split("/")[0] not in missing]
     extra = [p for p in given if p not in expected]
     if absent or extra:
-        raise ValueError(f"params must have the model's structure: missing {absent[:4]}, unexpected {extra[:4]}")
+        raise ValueError(
+            f"params must have the model's structure: missing {absent[:4]}, unexpected {extra[:4]}"
+        )
     values = [
         _given_parameter(interpreter, given[path], path, struct) if path in given else filled[path]
         for path, (_, struct) in zip(expected, flat_shapes, strict=True)
@@ -125,7 +133,9 @@ def laid_parameters(interpreter: Interpreter, shapes: Any, values: Sequence[Any]
     """
     structs = jax.tree_util.tree_leaves(shapes)
     named_structs = zip(named_leaves(shapes), structs, strict=True)
-    hits = laid(scheme, [(name.path, tuple(s.shape), s.dtype, name.learned) for name, s in named_structs], "scheme")
+    hits = laid(
+        scheme, [(name.path, tuple(s.shape), s.dtype, name.learned) for name, s in named_structs], "scheme"
+    )
     found = list(values)
     first: dict[Any, Any] = {}
     for i, (hit, struct) in enumerate(zip(hits, structs, strict=True)):
@@ -144,7 +154,9 @@ def _laid_parameter(interpreter: Interpreter, law: Any, struct: Any, number: int
     shape, dtype = tuple(struct.shape), struct.dtype
     if hasattr(law, "spread"):
         factors = jax.make_jaxpr(lambda w: w * jax.numpy.asarray(law.spread(shape), dtype))(struct)
-        (out,) = interpreter.run(factors.jaxpr, factors.consts, [_laid_parameter(interpreter, law.init, struct, number)])
+        (out,) = interpreter.run(
+            factors.jaxpr, factors.consts, [_laid_parameter(interpreter, law.init, struct, number)]
+        )
         return out
     # A key of its own: what is drawn from one key is one and the same.
     traced = jax.make_jaxpr(lambda: law(jax.random.key(number), shape, dtype))()
@@ -173,7 +185,8 @@ def _described(x: Any, path: str) -> jax.ShapeDtypeStruct:
     if hasattr(x, "shape") and hasattr(x, "dtype"):
         return jax.ShapeDtypeStruct(x.shape, x.dtype)
     raise TypeError(
-        f"params[{path!r}] of a plain function must be an array or vs.Moments with a shape, not {x!r}; or give params as a "
+        f"params[{path!r}] of a plain function must be an array or vs.Moments with a shape, not "
+        f"{x!r}; or give params as a "
         "function of a key"
     )
 
@@ -186,11 +199,14 @@ def _given_parameter(interpreter: Interpreter, x: Any, path: str, struct: Any) -
         return Opaque(x if isinstance(x, jax.Array) else jax.random.key(_FACTORY_SEED))
     if isinstance(x, Moments):
         if (x.sample_correlation, x.position_correlation) != (None, None):
-            raise ValueError(f"params[{path!r}] must have independent entries: correlations are an input's, not {x!r}'s")
+            raise ValueError(
+                f"params[{path!r}] must have independent entries: correlations are an input's, not {x!r}'s"
+            )
         return named(interpreter, path, shape, independent(x.mean, x.second_moment, axes))
     if isinstance(x, jax.ShapeDtypeStruct):
         raise TypeError(
-            f"params[{path!r}] is a ShapeDtypeStruct, which has no law; give an array, an initializer or a variance"
+            f"params[{path!r}] is a ShapeDtypeStruct, which has no law; give an array, an initializer "
+            f"or a variance"
         )
     if callable(x):
         jaxpr = jax.make_jaxpr(lambda: x(jax.random.key(_FACTORY_SEED), shape, struct.dtype))()
@@ -199,14 +215,20 @@ def _given_parameter(interpreter: Interpreter, x: Any, path: str, struct: Any) -
     if isinstance(x, int | float) and not isinstance(x, bool):
         if not np.isfinite(x) or x < 0:
             raise ValueError(f"params[{path!r}] as a variance must be finite and not negative, not {x!r}")
-        return named(interpreter, path, shape, independent(0.0, float(x), axes)) if x else full(interpreter.graph, 0.0, shape)
+        return (
+            named(interpreter, path, shape, independent(0.0, float(x), axes))
+            if x
+            else full(interpreter.graph, 0.0, shape)
+        )
     numbers = np.asarray(x)
     if numbers.shape != shape:
         raise ValueError(f"params[{path!r}] must have shape {shape}, not {numbers.shape}")
     if numbers.dtype.kind == "c":
         real = jax.ShapeDtypeStruct(shape, np.real(numbers).dtype)
         pair = {"real": np.real(numbers), "imag": np.imag(numbers)}
-        return Complex(*(_given_parameter(interpreter, part, f"{path}.{name}", real) for name, part in pair.items()))
+        return Complex(
+            *(_given_parameter(interpreter, part, f"{path}.{name}", real) for name, part in pair.items())
+        )
     if numbers.dtype.kind in "iub":
         return interpreter.known(numbers)
     numbers = numbers.astype(np.float64)
@@ -215,10 +237,13 @@ def _given_parameter(interpreter: Interpreter, x: Any, path: str, struct: Any) -
     if numbers.size == 0 or np.all(numbers == numbers.flat[0]):
         return full(interpreter.graph, float(numbers.flat[0]) if numbers.size else 0.0, shape)
     kurtosis = float(np.mean(numbers**4) / np.mean(numbers**2) ** 2)
-    return named(interpreter, path, shape, measured_law(numbers.reshape([a.size for a in axes]), axes), kurtosis)
+    return named(
+        interpreter, path, shape, measured_law(numbers.reshape([a.size for a in axes]), axes), kurtosis
+    )
 
 
-# Chances that a mean, and each correlation, of independent entries is taken for real: four and five deviations of a normal.
+# Chances that a mean, and each correlation, of independent entries is taken for real: four and five
+# deviations of a normal.
 _FALSE_MEAN, _FALSE_CORRELATION = 6e-5, 6e-7
 
 
@@ -229,8 +254,9 @@ def measured_law(numbers: np.ndarray, axes: tuple[Axis, ...]) -> Table:
     if abs(table.total_mean) > special.ndtri(1 - _FALSE_MEAN / 2) * error:
         return table
     for differ in itertools.product((0, 1), repeat=len(axes)):
-        # The mean product over ordered pairs, each counted twice, has a standard error of q √(2/pairs). Sums over all positions
-        # that differ, squared, once for each of those that agree: χ² with that many degrees of freedom.
+        # The mean product over ordered pairs, each counted twice, has a standard error of q √(2/pairs). Sums
+        # over all positions that differ, squared, once for each of those that agree: χ² with that many
+        # degrees of freedom.
         if any(differ):
             agree = math.prod(axis.size for axis, apart in zip(axes, differ, strict=True) if not apart)
             pairs = math.prod(axis.pairs[apart] for axis, apart in zip(axes, differ, strict=True))
@@ -240,7 +266,9 @@ def measured_law(numbers: np.ndarray, axes: tuple[Axis, ...]) -> Table:
     return independent(0.0, square, axes)
 
 
-def named(interpreter: Interpreter, path: str, shape: tuple[int, ...], table: Table, kurtosis: float = 3.0) -> Value:
+def named(
+    interpreter: Interpreter, path: str, shape: tuple[int, ...], table: Table, kurtosis: float = 3.0
+) -> Value:
     """A weight leaf with a table."""
     node = interpreter.graph.make(Leaf, table.axes, (), ("given", path))
     odd = bool(np.all(table.mean == 0) and np.count_nonzero(table.second) <= 1)

@@ -22,7 +22,13 @@ from varscale.theory.graph.layout import Value, full
 from varscale.theory.graph.nodes import Graph, Leaf
 from varscale.theory.interpreter.draws import beside_draws
 from varscale.theory.interpreter.interpreter import Interpreter
-from varscale.theory.interpreter.parameters import given_parameters, init_laws, is_function, laid_parameters, path_string
+from varscale.theory.interpreter.parameters import (
+    given_parameters,
+    init_laws,
+    is_function,
+    laid_parameters,
+    path_string,
+)
 from varscale.theory.interpreter.rows import Place, Rows, joined
 from varscale.theory.interpreter.sample_scales import sample_axis
 from varscale.theory.interpreter.summary import summarize, with_gradients
@@ -91,7 +97,9 @@ def predict(
     if draws is not None and (isinstance(draws, bool) or not isinstance(draws, int) or draws < 2):
         raise ValueError(f"draws must be None or a whole number of networks, 2 or more, not {draws!r}")
     given = faces.as_inputs(x)
-    report = _predicted(faces.program(model, method=method), given, params, scheme, backward=backward, detail=detail)
+    report = _predicted(
+        faces.program(model, method=method), given, params, scheme, backward=backward, detail=detail
+    )
     return report if draws is None else beside_draws(report, model, given, params, draws, method, scheme)
 
 
@@ -113,7 +121,9 @@ class Walkable(NamedTuple):
     def run(self, interpreter: Interpreter) -> list[Any]:
         """What the interpreter makes of it: the values of the rows."""
         taken = [self.parameters.values[i] for i in self.numbers]
-        return interpreter.run(self.forward.jaxpr, self.forward.constants, [*taken, *self.split.values(interpreter)])
+        return interpreter.run(
+            self.forward.jaxpr, self.forward.constants, [*taken, *self.split.values(interpreter)]
+        )
 
 
 def walkable(interpreter: Interpreter, program: Program, given: Inputs, params: Any, scheme: Any) -> Walkable:
@@ -127,13 +137,21 @@ def walkable(interpreter: Interpreter, program: Program, given: Inputs, params: 
 
 
 def _predicted(
-    program: Program, given: Inputs, params: Any, scheme: Any, *, backward: bool, detail: str | Collection[str]
+    program: Program,
+    given: Inputs,
+    params: Any,
+    scheme: Any,
+    *,
+    backward: bool,
+    detail: str | Collection[str],
 ) -> Report:
     interpreter = Interpreter()
     walked = walkable(interpreter, program, given, params, scheme)
     forward, parameters = walked.forward, walked.parameters
     if not forward.shapes[""]:
-        raise ValueError(f"model {program.kinds.get('', program.kind)} returns no array: there is nothing to predict")
+        raise ValueError(
+            f"model {program.kinds.get('', program.kind)} returns no array: there is nothing to predict"
+        )
 
     kind = "scope" if program.init is None and program.parameters is None else "module"
 
@@ -149,10 +167,14 @@ def _predicted(
     paths = [path_string(p) for p, _ in jax.tree_util.tree_flatten_with_path(parameters.shapes)[0]]
 
     def report(found: Walked) -> Report:
-        return summarize(interpreter, program, found, zip(paths, parameters.values, strict=True), backward=backward)
+        return summarize(
+            interpreter, program, found, zip(paths, parameters.values, strict=True), backward=backward
+        )
 
     first, found = _settled(interpreter, walk, report)
-    if not backward or all(not isinstance(x, Value) or x.constant is None for _, of, x in found if of in (None, "scope")):
+    if not backward or all(
+        not isinstance(x, Value) or x.constant is None for _, of, x in found if of in (None, "scope")
+    ):
         return first
     interpreter.nudged = True
     return _settled(interpreter, walk, lambda found: with_gradients(first, found))[0]
@@ -161,7 +183,9 @@ def _predicted(
 Walked = list[tuple[str, str | None, Any]]
 
 
-def _settled(interpreter: Interpreter, walk: Callable[[], Walked], report: Callable[[Walked], Report]) -> tuple[Report, Walked]:
+def _settled(
+    interpreter: Interpreter, walk: Callable[[], Walked], report: Callable[[Walked], Report]
+) -> tuple[Report, Walked]:
     """The report of the first walk that asks for no further region, and what it found.
 
     A region is added, or refused, once, so there is one.
@@ -207,7 +231,9 @@ class _Split:
     """Inputs apart: arrays and descriptions of arrays, which are traced, and everything else, which is passed as it is."""
 
     def __init__(self, given: Inputs):
-        flat, self.tree = jax.tree_util.tree_flatten((given.args, dict(given.kwargs)), is_leaf=lambda x: isinstance(x, Moments))
+        flat, self.tree = jax.tree_util.tree_flatten(
+            (given.args, dict(given.kwargs)), is_leaf=lambda x: isinstance(x, Moments)
+        )
         self.leaves, self.padded = evened(flat)
         self.places = [i for i, x in enumerate(self.leaves) if isinstance(x, Moments) or faces.is_dynamic(x)]
         self.structs = [_struct(self.leaves[i]) for i in self.places]
@@ -292,7 +318,9 @@ def input_value(interpreter: Interpreter, x: Any, name: str) -> Any:
         )
     kind = np.dtype(x.dtype).kind if np.dtype(x.dtype).kind != "V" else "f"
     if kind == "c":
-        return Complex(*(input_value(interpreter, part, f"{name} ({which} part)") for which, part in _parts(x)))
+        return Complex(
+            *(input_value(interpreter, part, f"{name} ({which} part)") for which, part in _parts(x))
+        )
     if isinstance(x, jax.ShapeDtypeStruct):
         if kind == "b":
             return full(graph, 1.0, shape)
@@ -337,7 +365,9 @@ def _parameters(interpreter: Interpreter, program: Program, params: Any, split: 
         init = program.init
         trace = drawing(lambda key, dynamic: init(key, split.join(dynamic)), split)
     elif params is None:
-        raise ValueError("params must be given for a plain function: arrays, or a function of a key that returns them")
+        raise ValueError(
+            "params must be given for a plain function: arrays, or a function of a key that returns them"
+        )
     else:
         trace, params = drawing(lambda key, _: params(key), split), None
     values = init_laws(interpreter, trace, inputs)

@@ -20,7 +20,13 @@ from varscale.programs.scopes import opened, whole_path
 from varscale.theory.rules.equations import sub_jaxpr_of
 
 _PARTS = "/.[#"  # what may follow the path of a module in that of a part of it
-_ENTERED = {"jit", "pjit", "remat2", "checkpoint", "closed_call"}  # calls whose modules have rows of their own
+_ENTERED = {
+    "jit",
+    "pjit",
+    "remat2",
+    "checkpoint",
+    "closed_call",
+}  # calls whose modules have rows of their own
 
 
 @dataclasses.dataclass
@@ -54,7 +60,9 @@ class Regions:
         asked = self.scopes.pop(scope, reason)
         self.refused[scope] = reason
         if scope and reason.startswith("random"):
-            self.ask(scope[: max(scope.rfind(c) for c in _PARTS)] if any(c in scope for c in _PARTS) else "", asked)
+            self.ask(
+                scope[: max(scope.rfind(c) for c in _PARTS)] if any(c in scope for c in _PARTS) else "", asked
+            )
         self.changed = True
 
     def again(self) -> bool:
@@ -157,7 +165,9 @@ def _keys(eqns: Sequence[Any]) -> list[Any]:
     """The equations that make random keys of keys and numbers from outside: keys are known, and drawn from anew by the walk."""
     inside, found = {v for eqn in eqns for v in eqn.outvars}, []
     for eqn in eqns:
-        if all(map(_is_random_key, eqn.outvars)) and not any(v in inside for v in eqn.invars if not _compat.is_literal(v)):
+        if all(map(_is_random_key, eqn.outvars)) and not any(
+            v in inside for v in eqn.invars if not _compat.is_literal(v)
+        ):
             found.append(eqn)
             inside -= set(eqn.outvars)
     return found
@@ -167,7 +177,9 @@ def _is_random_key(var: Any) -> bool:
     return jnp.issubdtype(getattr(var.aval, "dtype", jnp.int32), jax.dtypes.prng_key)
 
 
-def as_one(eqns: Sequence[Any], read: set[Any], piece: str, scope: str, is_parameter: Callable[[Any], bool]) -> Region:
+def as_one(
+    eqns: Sequence[Any], read: set[Any], piece: str, scope: str, is_parameter: Callable[[Any], bool]
+) -> Region:
     """Equations as one.
 
     Args:
@@ -178,7 +190,9 @@ def as_one(eqns: Sequence[Any], read: set[Any], piece: str, scope: str, is_param
         is_parameter: whether a variable holds a parameter.
     """
     made = {v for eqn in eqns for v in eqn.outvars}
-    invars = list(dict.fromkeys(v for e in eqns for v in e.invars if not _compat.is_literal(v) and v not in made))
+    invars = list(
+        dict.fromkeys(v for e in eqns for v in e.invars if not _compat.is_literal(v) and v not in made)
+    )
     outvars = [v for eqn in eqns for v in eqn.outvars if v in read]
     structs = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in invars]
     found: list[_Evaluated] = []
@@ -200,7 +214,12 @@ def as_one(eqns: Sequence[Any], read: set[Any], piece: str, scope: str, is_param
     last = found[-1]
     variables = [*outvars, *map(_Marked, jaxpr.out_avals[len(outvars) :])]
     rows = [(*row, variables[i]) for row, i in zip(last.rows, last.marked, strict=True)]
-    return Region(invars, variables, {"scope": scope, "jaxpr": jaxpr, "nudged": last.nudged, "rows": rows}, eqns[0].source_info)
+    return Region(
+        invars,
+        variables,
+        {"scope": scope, "jaxpr": jaxpr, "nudged": last.nudged, "rows": rows},
+        eqns[0].source_info,
+    )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -233,7 +252,9 @@ class _Evaluated:
         self._made: list[Any] = []
         self._marked: list[Any] = []
 
-    def outputs(self, eqns: Sequence[Any], env: dict[Any, Any], outvars: Sequence[Any], piece: str) -> list[Any]:
+    def outputs(
+        self, eqns: Sequence[Any], env: dict[Any, Any], outvars: Sequence[Any], piece: str
+    ) -> list[Any]:
         self._run(eqns, env, set(outvars), piece)
         out = [env[v] for v in outvars]
         for x in self._marked:
@@ -258,13 +279,19 @@ class _Evaluated:
                 outs = self._layers(eqn.params, ins, piece)
             else:
                 outs = self._evaluated(eqn, ins, piece)
-            env.update((v, self._nudged(x) if v in outvars else x) for v, x in zip(eqn.outvars, outs, strict=True))
+            env.update(
+                (v, self._nudged(x) if v in outvars else x) for v, x in zip(eqn.outvars, outs, strict=True)
+            )
 
     def _is_over_layers(self, eqn: Any, ins: Sequence[Any]) -> bool:
         """Whether a scan takes a parameter a step, and modules are called in it."""
         _, _, streams = _compat.scan_operands(eqn.params, list(ins))
         parameters = any(x is y for x in streams for y in self.parameters)
-        return parameters and eqn.params["length"] <= _MOST_LAYERS and _has_marks(_compat.sub_jaxpr(eqn.params["jaxpr"])[0])
+        return (
+            parameters
+            and eqn.params["length"] <= _MOST_LAYERS
+            and _has_marks(_compat.sub_jaxpr(eqn.params["jaxpr"])[0])
+        )
 
     def _layers(self, params: dict[str, Any], ins: Sequence[Any], piece: str) -> list[Any]:
         """A scan over layers, step by step, whose modules have rows of their own."""
@@ -280,7 +307,10 @@ class _Evaluated:
             self.steps.pop()
             outs = [v.val if _compat.is_literal(v) else own[v] for v in jaxpr.outvars]
             carry, stacked[step] = outs[: len(carry)], outs[len(carry) :]
-        return [*carry, *(jnp.stack(rows) for rows in zip(*(stacked[k] for k in sorted(stacked)), strict=True))]
+        return [
+            *carry,
+            *(jnp.stack(rows) for rows in zip(*(stacked[k] for k in sorted(stacked)), strict=True)),
+        ]
 
     def _evaluated(self, eqn: Any, ins: Sequence[Any], piece: str) -> Sequence[Any]:
         if sub_jaxpr_of(eqn) is not None:
@@ -289,7 +319,9 @@ class _Evaluated:
         if mark is not None and mark.startswith((MODULE, WITHIN)):
             where, field, arrays = mark.split(FIELD)
             self._marked.append(self._nudged(ins[0]))
-            self.rows.append((whole_path(where, piece), tuple(self.steps), "" if self.steps and arrays == "1" else field))
+            self.rows.append(
+                (whole_path(where, piece), tuple(self.steps), "" if self.steps and arrays == "1" else field)
+            )
             return self._marked[-1:]
         found = eqn.primitive.bind(*ins, **eqn.params)
         return list(found) if eqn.primitive.multiple_results else [found]

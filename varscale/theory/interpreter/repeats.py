@@ -47,7 +47,9 @@ def output_recipes(jaxpr: Any) -> list[Recipe]:
     def number(content: Hashable) -> int:
         return numbers.setdefault(content, len(numbers) + 1)
 
-    known: dict[Any, Recipe] = {v: Recipe(number(("given", i)), ()) for i, v in enumerate([*jaxpr.constvars, *jaxpr.invars])}
+    known: dict[Any, Recipe] = {
+        v: Recipe(number(("given", i)), ()) for i, v in enumerate([*jaxpr.constvars, *jaxpr.invars])
+    }
 
     def recipe(atom: Any) -> Recipe:
         if not _compat.is_literal(atom):
@@ -58,16 +60,21 @@ def output_recipes(jaxpr: Any) -> list[Recipe]:
     for eqn in live_equations(jaxpr):
         operands = [recipe(atom) for atom in eqn.invars]
         keys = tuple(dict.fromkeys(key for operand in operands for key in operand.keys))
-        drawn = tuple((operand.number, tuple(keys.index(key) for key in operand.keys)) for operand in operands)
+        drawn = tuple(
+            (operand.number, tuple(keys.index(key) for key in operand.keys)) for operand in operands
+        )
         params = tuple((name, _identity(x)) for name, x in sorted(eqn.params.items()))
         own = [keys] * len(eqn.outvars)
         if eqn.params.get("name") == PIECE:
-            # It may draw many parameters from one key. If it draws some of them from the same bits, that is found out when it
-            # is interpreted.
+            # It may draw many parameters from one key. If it draws some of them from the same bits, that is
+            # found out when it is interpreted.
             inner = eqn.params["jaxpr"]
             if id(inner) not in inside:
                 inside[id(inner)] = output_recipes(inner.jaxpr)
-            own = [tuple(number((key, place)) for key in keys) if r.keys else () for place, r in enumerate(inside[id(inner)])]
+            own = [
+                tuple(number((key, place)) for key in keys) if r.keys else ()
+                for place, r in enumerate(inside[id(inner)])
+            ]
         for place, (var, keys) in enumerate(zip(eqn.outvars, own, strict=True)):
             content = (eqn.primitive, params, place, drawn)
             is_key = jax.numpy.issubdtype(var.aval.dtype, jax.dtypes.prng_key)

@@ -96,17 +96,23 @@ class Place:
             where, field, arrays = mark.split(FIELD)
             path = whole_path(where, self.piece)
             # The body of a scan returns (x, None): "path@step" where there is one array, else "path@step[0]".
-            self.rows.add(path, steps, "module", env[eqn.outvars[0]], "" if steps and arrays == "1" else field)
+            self.rows.add(
+                path, steps, "module", env[eqn.outvars[0]], "" if steps and arrays == "1" else field
+            )
             return
         if self.rows.equations is not None and eqn.primitive.name not in self.rows.equations:
             return
         path = "/".join(filter(None, [opened(eqn, self.path, self.piece)[1], eqn.primitive.name]))
         for j, var in enumerate(eqn.outvars):
             if is_floating(var):
-                self.rows.add(path, steps, eqn.primitive.name, env[var], f"[{j}]" if len(eqn.outvars) > 1 else "")
+                self.rows.add(
+                    path, steps, eqn.primitive.name, env[var], f"[{j}]" if len(eqn.outvars) > 1 else ""
+                )
 
 
-def joined(made: Sequence[Made], captured: Mapping[str, Mapping[str, Any]], kind: str) -> Iterator[tuple[str, str | None, Any]]:
+def joined(
+    made: Sequence[Made], captured: Mapping[str, Mapping[str, Any]], kind: str
+) -> Iterator[tuple[str, str | None, Any]]:
     """Rows in execution order, as (path, kind where it is no module's, value).
 
     Args:
@@ -118,7 +124,9 @@ def joined(made: Sequence[Made], captured: Mapping[str, Mapping[str, Any]], kind
     modules = {m.call for m in made if m.kind == "module" and not m.stepped}
     stacked = {m.call for m in made if m.kind == "module" and m.stepped} - modules
     left = {call: dict(rows) for call, rows in captured.items() if call not in stacked}
-    waiting = collections.deque(call for call in left if call not in modules)  # those that the walk did not meet
+    waiting = collections.deque(
+        call for call in left if call not in modules
+    )  # those that the walk did not meet
     order = {call: i for i, call in enumerate(left)}
 
     def upto(call: str) -> Iterator[tuple[str, str | None, Any]]:

@@ -21,7 +21,10 @@ def sample_axis(numbers: Float[np.ndarray, "samples ..."]) -> Axis:
     positive = squares > 0
     labels = np.zeros(len(numbers), int)
     if positive.sum() > 1:
-        logs, chance = np.log(squares[positive]), 2 / (numbers.size // len(numbers))  # variance of ln of a mean of n squares
+        logs, chance = (
+            np.log(squares[positive]),
+            2 / (numbers.size // len(numbers)),
+        )  # variance of ln of a mean of n squares
         if logs.var() > _ALIKE_SCALES + 2 * chance:
             labels[positive] = 1 + _classes_by_scale(logs, MOST_CLASSES - (not positive.all()))
         else:

@@ -25,9 +25,11 @@ from varscale.theory.rules.complex import modulus
 from varscale.theory.rules.registry import Complex
 
 _BAND = 2.5758  # 99 % of a normal
-_WIDEST_BAND = 25.0  # of ln(mean square): beyond that a draw can be anything, and the row's error_bound says so
-# Set on the validation grid, not derived, both: of gradient independence itself, at width 256; of a band where first order
-# finds no fluctuation at all, what second order and a norm's epsilon leave.
+_WIDEST_BAND = (
+    25.0  # of ln(mean square): beyond that a draw can be anything, and the row's error_bound says so
+)
+# Set on the validation grid, not derived, both: of gradient independence itself, at width 256; of a band
+# where first order finds no fluctuation at all, what second order and a norm's epsilon leave.
 GRADIENT_BASE, _ROUNDING = 0.05, 4e-3
 _UNBOUNDED = 1e50  # a mean square that only the large numbers which stand for infinities have
 
@@ -61,7 +63,9 @@ def with_gradients(report: Report, nudged: Iterable[tuple[str, str | None, Any]]
         found = None if x is None or row.gradient is not None else gradients.get(x.node.id)
         if x is not None and found is not None:
             gradient, doubt = _of_one_copy(x, *found)
-            row = dataclasses.replace(row, gradient=gradient, gradient_error_bound=float(GRADIENT_BASE + doubt))
+            row = dataclasses.replace(
+                row, gradient=gradient, gradient_error_bound=float(GRADIENT_BASE + doubt)
+            )
         rows.append(row)
     return dataclasses.replace(report, rows=tuple(rows))
 
@@ -116,7 +120,9 @@ def _row(path: str, kind: str, x: Value, gradient: tuple[float, float] | None) -
         typical=typical,
         band=band,
         sample_correlation=correlation(x, [0]) if len(x.shape) > 1 and x.shape[0] > 1 else None,
-        position_correlation=correlation(x, list(range(1, len(x.shape) - 1))) if math.prod(x.shape[1:-1]) > 1 else None,
+        position_correlation=correlation(x, list(range(1, len(x.shape) - 1)))
+        if math.prod(x.shape[1:-1]) > 1
+        else None,
         gradient=None if gradient is None else gradient[0],
         how=cast(How, how),
         error_bound=error_bound,

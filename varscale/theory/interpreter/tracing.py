@@ -77,7 +77,8 @@ def first_pass(program: Program, split: Any) -> Draws | None:
     alike: list[bool] = []
 
     def both(dynamic: Any) -> Any:
-        variables, output, captures, same = program.start(jax.random.key(_INIT_SEED), split.join(dynamic))  # pyright: ignore[reportOptionalCall]
+        key = jax.random.key(_INIT_SEED)
+        variables, output, captures, same = program.start(key, split.join(dynamic))  # pyright: ignore
         alike.append(same)
         return variables, faces.grouped(captures, output)
 
@@ -93,7 +94,9 @@ def first_pass(program: Program, split: Any) -> Draws | None:
         return Draws(drawing, None, ())
     forward = jaxpr.replace(invars=[*used, *jaxpr.invars], outvars=outputs)
     if any(map(_draws, live_equations(forward))):
-        return Draws(drawing, None, ())  # drawn inside a loop, say: what it computes with is not what it returns
+        return Draws(
+            drawing, None, ()
+        )  # drawn inside a loop, say: what it computes with is not what it returns
     return Draws(drawing, Trace(forward, constants, rows), tuple(used.values()))
 
 

@@ -80,7 +80,9 @@ def weights(interpreter: Interpreter, parameters: Iterable[tuple[str, Any]]) -> 
     for path, value in parameters:
         if not isinstance(value, Value) or not isinstance(value.node, Leaf):
             continue
-        found = uses.get(value.node.id, []) + [u for s in stacked.get(value.node.id, []) for u in uses.get(s, [])]
+        found = uses.get(value.node.id, []) + [
+            u for s in stacked.get(value.node.id, []) for u in uses.get(s, [])
+        ]
         table = value.node.table
         # A table that is looked up and read out by is a linear map where it is read out.
         fan_in, fan_out = max(found) if found else (None, None)

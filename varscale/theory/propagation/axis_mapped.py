@@ -23,13 +23,17 @@ def second_moments_of_axis_mapped(node: AxisMapped) -> Table:
 
 
 @pullback.register(AxisMapped)
-def pullback_of_axis_mapped(node: AxisMapped, cotangent: np.ndarray, notes: BackwardNotes) -> list[np.ndarray | None]:
+def pullback_of_axis_mapped(
+    node: AxisMapped, cotangent: np.ndarray, notes: BackwardNotes
+) -> list[np.ndarray | None]:
     own = node.axis_map
     return [apply_axis(cotangent, node.params[0], adjoint(pair_counts(own), own.out, own.inner))]
 
 
 @cross_by_kind.register(AxisMapped)
-def cross_by_kind_of_axis_mapped(node: AxisMapped, a: View, b: View, frame: Sequence[Axis]) -> np.ndarray | None:
+def cross_by_kind_of_axis_mapped(
+    node: AxisMapped, a: View, b: View, frame: Sequence[Axis]
+) -> np.ndarray | None:
     """E[y_p b_q] from E[x_i b_q], of a map whose outputs are as many as its inputs."""
     own, place = node.axis_map, a.bind[node.params[0]]
     if own.out.size != own.inner.size:

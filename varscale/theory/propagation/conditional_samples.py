@@ -17,7 +17,8 @@ from varscale.theory.graph.nodes import UNKNOWN, Array, Node
 from varscale.theory.graph.reshapes import Merge, Permute, Split
 from varscale.theory.propagation.sampler import TERMS, Drawing, in_order, sample_of_kind, sampled_from
 
-# Chosen, not derived: of a mean square over draws, in units of what it is known to be, more than chance makes of it.
+# Chosen, not derived: of a mean square over draws, in units of what it is known to be, more than chance makes
+# of it.
 _TOO_MUCH = 2.0
 
 
@@ -129,7 +130,12 @@ def _weighed(node: Contract, drawing: Drawing, positions: Positions) -> np.ndarr
     drawn = _weights(weights.node, drawing, [whole[k] for k in weights.bind]) * math.sqrt(ratio)
     order = sorted(range(len(weights.bind)), key=weights.bind.__getitem__)
     shape = [len(whole[k]) if k in weights.bind else 1 for k in range(len(whole))]
-    out = summed(values, drawn.transpose([1 + k for k in order] + [0]).reshape(*shape, -1), len(positions), drawing.replicates)
+    out = summed(
+        values,
+        drawn.transpose([1 + k for k in order] + [0]).reshape(*shape, -1),
+        len(positions),
+        drawing.replicates,
+    )
     return _known_scale(node, out)
 
 
@@ -154,7 +160,11 @@ def sampled_from_conv(node: Conv, drawing: Drawing, positions: Positions) -> np.
     groups, windows, xd, _, od = node.params[:5]
     x, w = (view.node for view in node.args)
     wide = [k for k, window in enumerate(windows) if window.taps > 1]
-    if weight_of(node) is None or len(wide) != 1 or any(xd[2 + k] is not None for k in range(len(windows)) if k not in wide):
+    if (
+        weight_of(node) is None
+        or len(wide) != 1
+        or any(xd[2 + k] is not None for k in range(len(windows)) if k not in wide)
+    ):
         return None
     space, channel = xd[2 + wide[0]], xd[1]
     if space is None or channel is None or od[1] is None or groups not in (1, x.axes[channel].size):
@@ -194,7 +204,10 @@ def summed(x: np.ndarray, y: np.ndarray, kept: int, replicates: int) -> np.ndarr
     """Σ x·y over the axes after the first `kept`, of arrays (positions or 1..., draws or 1): (draws, positions...)."""
     shape = np.broadcast_shapes(x.shape, y.shape)[:-1]
     for k in range(kept, len(shape)):  # what is constant along an axis comes out of the sum over it
-        x, y = (z.sum(axis=k, keepdims=True) if z.shape[k] > 1 and other.shape[k] == 1 else z for z, other in ((x, y), (y, x)))
+        x, y = (
+            z.sum(axis=k, keepdims=True) if z.shape[k] > 1 and other.shape[k] == 1 else z
+            for z, other in ((x, y), (y, x))
+        )
     mine, theirs = ([k for k in range(len(shape)) if z.shape[k] > 1] for z in (x, y))
     both = [k for k in range(kept) if k in mine and k in theirs]
     over = [k for k in range(kept, len(shape)) if k in mine and k in theirs]
@@ -207,7 +220,9 @@ def summed(x: np.ndarray, y: np.ndarray, kept: int, replicates: int) -> np.ndarr
     )
 
 
-def _matrices(x: np.ndarray, both: Sequence[int], rows: Sequence[int], columns: Sequence[int], replicates: int) -> np.ndarray:
+def _matrices(
+    x: np.ndarray, both: Sequence[int], rows: Sequence[int], columns: Sequence[int], replicates: int
+) -> np.ndarray:
     """An array (positions or 1..., replicates or 1) as (replicates, both, rows, columns)."""
     whole = [*both, *rows, *columns]
     rest = [k for k in range(x.ndim - 1) if k not in whole]

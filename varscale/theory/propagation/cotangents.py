@@ -84,7 +84,9 @@ class Cotangents:
         weights = np.array([abs(mean_square(p.second, node.axes)) for p in parts])
         weights = weights / max(float(weights.sum()), 1e-300)
         whole = sum(p.scale for p in parts) + float(weights @ [p.own for p in parts])
-        return node, [dataclasses.replace(p, scale=whole * w, own=0.0) for p, w in zip(parts, weights, strict=True)]
+        return node, [
+            dataclasses.replace(p, scale=whole * w, own=0.0) for p, w in zip(parts, weights, strict=True)
+        ]
 
 
 def _added_cotangents(parts: Sequence[Cotangent], axes: tuple[Axis, ...]) -> Cotangent:
@@ -102,7 +104,9 @@ def _added_cotangents(parts: Sequence[Cotangent], axes: tuple[Axis, ...]) -> Cot
     return Cotangent(second, doubt, parts[0].mask, few, scale, own, radial, unit)
 
 
-def cotangents(outputs: Iterable[tuple[Node, np.ndarray]], watched: Sequence[Node]) -> dict[int, tuple[float, float]]:
+def cotangents(
+    outputs: Iterable[tuple[Node, np.ndarray]], watched: Sequence[Node]
+) -> dict[int, tuple[float, float]]:
     """Second moments of the cotangents at watched nodes, averaged over their elements, each with a bound on its relative error.
 
     Args:
@@ -128,7 +132,9 @@ def cotangents(outputs: Iterable[tuple[Node, np.ndarray]], watched: Sequence[Nod
             if node.id < lowest or isinstance(node, Leaf):
                 continue
             for fork in forks(node):
-                pending.add(fork.root.node, Cotangent(fork.back(part.second, node.axes), part.doubt, few=part.few))
+                pending.add(
+                    fork.root.node, Cotangent(fork.back(part.second, node.axes), part.doubt, few=part.few)
+                )
             if isinstance(node, Apply):
                 _elementwise(node, part, asked, within, pending, inside)
                 continue
@@ -139,7 +145,9 @@ def cotangents(outputs: Iterable[tuple[Node, np.ndarray]], watched: Sequence[Nod
                     over = summed_scale(node, i, part.scale, part.radial, part.unit)
                     doubt = part.doubt + notes.doubts.get(node.id, node.gradient_doubt)
                     back = over.growth * back
-                    pending.add(view.node, Cotangent(back, doubt, mask, few, over.passed, 0.0, over.radial, over.unit))
+                    pending.add(
+                        view.node, Cotangent(back, doubt, mask, few, over.passed, 0.0, over.radial, over.unit)
+                    )
             while notes.inside:
                 inner, second, doubt = notes.inside.pop()
                 done.add(inner, Cotangent(second, part.doubt + doubt, few=few))
@@ -153,7 +161,10 @@ def cotangents(outputs: Iterable[tuple[Node, np.ndarray]], watched: Sequence[Nod
         if found:
             whole = _added_cotangents(found, whole_of.axes)
             factor = scale**2 if whole_of is inner else 1.0
-            out[n.id] = mean_square(whole.second, whole_of.axes) / factor, whole.doubt + _few_numbers(whole.few)
+            out[n.id] = (
+                mean_square(whole.second, whole_of.axes) / factor,
+                whole.doubt + _few_numbers(whole.few),
+            )
     return out
 
 
@@ -165,7 +176,11 @@ def _few_numbers(n: float) -> float:
 def _copied(node: Node) -> tuple[Node, float]:
     """The array that a node is a scaled and shifted copy of, over as many axes, and the scale."""
     inner, scale = node, 1.0
-    while isinstance(inner, Apply) and inner.params[0] == "affine" and len(inner.args[0].node.axes) == len(node.axes):
+    while (
+        isinstance(inner, Apply)
+        and inner.params[0] == "affine"
+        and len(inner.args[0].node.axes) == len(node.axes)
+    ):
         inner, scale = inner.args[0].node, scale * inner.params[1][0]
     return (node, 1.0) if isinstance(inner, Apply) else (inner, scale)
 
@@ -183,7 +198,9 @@ def _found(node: Node, stores: Sequence[Cotangents]) -> list[Cotangent]:
     own = [c for store in stores for c in store.parts.get(node.id, {}).values()]
     for other, back, doubt in node.graph.derived.get(node.id, ()):
         found = _found(other, stores)
-        own += [dataclasses.replace(c, second=back(np.asarray(c.second)), doubt=c.doubt + doubt) for c in found]
+        own += [
+            dataclasses.replace(c, second=back(np.asarray(c.second)), doubt=c.doubt + doubt) for c in found
+        ]
     return own
 
 
@@ -216,7 +233,9 @@ def _elementwise(
             inverse = _inverse_scale(root, held[0])
             back = (back - _projection(node, root, held[0], part)) * inverse
             doubt += ROUGH * (inverse - 1) + doubt_of(root.node)  # 1/v is off by as much as v is
-        pending.add(root.node, Cotangent(back, doubt, _mask(node, root), part.few, over.passed, over.own, over.radial))
+        pending.add(
+            root.node, Cotangent(back, doubt, _mask(node, root), part.few, over.passed, over.own, over.radial)
+        )
     for view in _within(node, asked, within):
         back = _through(node, view, part)
         if back is not None:
@@ -266,7 +285,9 @@ def _written_out(target: Sum) -> Node:
     """A sum as an elementwise tree of its terms."""
     whole = tuple(range(len(target.axes)))
     terms = [View(affine(x.node, c, 0.0), x.bind) for c, x in zip(target.params, target.args, strict=True)]
-    return functools.reduce(lambda a, b: View(target.graph.make(Apply, target.axes, [a, b], ("add", ())), whole), terms).node
+    return functools.reduce(
+        lambda a, b: View(target.graph.make(Apply, target.axes, [a, b], ("add", ())), whole), terms
+    ).node
 
 
 def _through(node: Apply, target: View, part: Cotangent, scales: Sequence[View] = ()) -> np.ndarray | None:
@@ -291,7 +312,9 @@ def _through(node: Apply, target: View, part: Cotangent, scales: Sequence[View] 
 def _following(node: Apply, slope: View, last: View) -> np.ndarray:
     """E[m_i m_j l_i l_j] / (E[m_i m_j] E[l_i l_j]) of a derivative m and the last one l, by type, classes pooled."""
     coarse = tuple(Axis(a.size) for a in node.axes)
-    return _given_last(node, slope, last) / refine(np.maximum(product_second(slope, slope, coarse), 1e-300), node.axes)
+    return _given_last(node, slope, last) / refine(
+        np.maximum(product_second(slope, slope, coarse), 1e-300), node.axes
+    )
 
 
 def _given_last(node: Apply, x: View, last: View) -> np.ndarray:
@@ -326,21 +349,34 @@ def _inverse_scale(root: View, scale: View) -> float:
     forward pass it drops out, since y is normalised by itself; in the gradient 1/v stands alone.
     """
     table = root.node.table
-    ratio = 2 * (mean_squared_correlation(table.second, root, scale) - mean_squared_correlation(table.outer, root, scale))
+    ratio = 2 * (
+        mean_squared_correlation(table.second, root, scale)
+        - mean_squared_correlation(table.outer, root, scale)
+    )
     return 1 / (1 - min(ratio * (1 - _normalised_before(root.node, scale)), 0.9))
 
 
 def _normalised_before(node: Node, scale: View) -> float:
     """The part of a norm's variance that cannot fluctuate: Σ share² over the terms that a norm has just put out."""
     while node.is_centred:  # centred
-        node = max(zip(node.params, node.args, strict=True), key=lambda t: t[0] ** 2 * t[1].node.table.mean_square)[1].node
+        node = max(
+            zip(node.params, node.args, strict=True), key=lambda t: t[0] ** 2 * t[1].node.table.mean_square
+        )[1].node
     if not isinstance(node, Sum):
         return 0.0
-    whole = max(sum(c * c * v.node.table.mean_square for c, v in zip(node.params, node.args, strict=True)), 1e-300)
+    whole = max(
+        sum(c * c * v.node.table.mean_square for c, v in zip(node.params, node.args, strict=True)), 1e-300
+    )
     out = 0.0
     for c, view in zip(node.params, node.args, strict=True):
-        groups = [g for g in cofactors(view.node).values() if len(g) == 2] if isinstance(view.node, Apply) else []
-        if len(groups) == 1 and len(groups[0][1].bind) == len(scale.bind) and set(roots(view.node)) == set(groups[0]):
+        groups = (
+            [g for g in cofactors(view.node).values() if len(g) == 2] if isinstance(view.node, Apply) else []
+        )
+        if (
+            len(groups) == 1
+            and len(groups[0][1].bind) == len(scale.bind)
+            and set(roots(view.node)) == set(groups[0])
+        ):
             out += (c * c * view.node.table.mean_square / whole) ** 2
     return out
 

@@ -78,7 +78,11 @@ def _over_more(a: View, b: View, frame: Sequence[Axis], read: Sequence[int]) -> 
     if found.moment.ndim == 0:
         return found
     own = iter(found.moment.shape)
-    return Pair(found.moment.reshape([next(own) if p in read else 1 for p in range(len(frame))]), found.flagged, found.doubt)
+    return Pair(
+        found.moment.reshape([next(own) if p in read else 1 for p in range(len(frame))]),
+        found.flagged,
+        found.doubt,
+    )
 
 
 def mean_of_product(a: View, b: View, frame: tuple[Axis, ...]) -> float:
@@ -93,7 +97,9 @@ def unsure(graph: Graph, how: str, doubt: float) -> None:
     Of a product of two standard normals E[x²y²] = 1 + 2ρ², and other nodes are no more sensitive to it than that.
     """
     if doubt > 0:
-        graph.flag(how, doubt if any(isinstance(marked, Pair) for marked in graph.computing[-1:]) else 2 * doubt)
+        graph.flag(
+            how, doubt if any(isinstance(marked, Pair) for marked in graph.computing[-1:]) else 2 * doubt
+        )
 
 
 def largest_correlation(a: View, b: View) -> float:
@@ -121,7 +127,8 @@ def mean_product(a: View, b: View, frame: Sequence[Axis]) -> np.ndarray:
 
 
 Strategy = Callable[[View, View, tuple[Axis, ...]], np.ndarray | None]
-# How E[a_i b_j] is worked out, the first that knows it: an order by what is exact before what is assumed, not by node ids.
+# How E[a_i b_j] is worked out, the first that knows it: an order by what is exact before what is assumed, not
+# by node ids.
 ORDER = (
     "known numbers",
     "axes in another order",

@@ -27,7 +27,9 @@ def crossed_slices(a: View, b: View, frame: Sequence[Axis]) -> np.ndarray | None
         theirs = b.node.params[0]
         other, there = before(b)
         if whole.node.axes[k].size == other.node.axes[theirs].size:
-            return _two_slices(whole, other, (k, theirs), (at, there), (tuple(own), tuple(b.node.params[1:])), frame)
+            return _two_slices(
+                whole, other, (k, theirs), (at, there), (tuple(own), tuple(b.node.params[1:])), frame
+            )
         return _of_the_whole(whole, b, k, at, tuple(own), frame)
     if whole.node.axes == b.node.axes:
         rest = tuple(p for i, p in enumerate(whole.bind) if i != k)
@@ -49,7 +51,9 @@ def _filled(view: View, k: int, place: int) -> View:
     return View(view.node, (*view.bind[:k], place, *view.bind[k + 1 :]))
 
 
-def _of_the_whole(x: View, b: View, k: int, at: int | None, span: Span, frame: Sequence[Axis]) -> np.ndarray | None:
+def _of_the_whole(
+    x: View, b: View, k: int, at: int | None, span: Span, frame: Sequence[Axis]
+) -> np.ndarray | None:
     """A slice against what does not run over the axis: as the whole, of which the slice's classes are read."""
     if (at is not None and at in b.bind) or is_cut(b.node):
         return None
@@ -76,7 +80,9 @@ def is_cut(node: Node) -> bool:
         node = pending.pop()
         if node.moves and _entries(node) < _entries(node.args[0].node):
             return True
-        if node.id not in seen and (node.moves or node.averages or node.entrywise or isinstance(node, Concat)):
+        if node.id not in seen and (
+            node.moves or node.averages or node.entrywise or isinstance(node, Concat)
+        ):
             seen.add(node.id)
             pending += [view.node for view in node.args]
     return False
@@ -87,7 +93,12 @@ def _entries(node: Node) -> int:
 
 
 def _two_slices(
-    x: View, y: View, cut: tuple[int, int], at: tuple[int | None, int | None], spans: tuple[Span, Span], frame: Sequence[Axis]
+    x: View,
+    y: View,
+    cut: tuple[int, int],
+    at: tuple[int | None, int | None],
+    spans: tuple[Span, Span],
+    frame: Sequence[Axis],
 ) -> np.ndarray | None:
     """Slices of two axes of one size, taken as one axis, read at one place of the frame or at two, or at none.
 
@@ -124,7 +135,9 @@ def _two_slices(
 
 
 @functools.cache
-def _meeting(old: Axis, spans: tuple[Span, Span], at: tuple[int | None, int | None], frame: tuple[Axis, ...]) -> np.ndarray:
+def _meeting(
+    old: Axis, spans: tuple[Span, Span], at: tuple[int | None, int | None], frame: tuple[Axis, ...]
+) -> np.ndarray:
     """The share of each type of pair of the whole among the pairs of positions of two slices, by the class that each has."""
     chosen = [np.arange(old.size)[slice(*span)] for span in spans]
     labels = [np.zeros(1, int) if p is None else frame[p].label_array for p in at]

@@ -38,7 +38,9 @@ def scale(node: Node) -> Node | None:
         return None
     whole = tuple(range(len(x.axes)))
     square = apply(node.graph, "square", (), x.axes, [View(x, whole)])
-    sums = node.graph.make(WindowSum, node.axes, [View(square, whole)], WindowSumParams((None, None, *windows), xd, od))
+    sums = node.graph.make(
+        WindowSum, node.axes, [View(square, whole)], WindowSumParams((None, None, *windows), xd, od)
+    )
     return affine(sums, w.table.mean_square, 0.0)
 
 

@@ -31,10 +31,17 @@ def mark_average(f: Sequence[View], scale: View, frame: Sequence[Axis]) -> None:
     mixed = [x for x in f if scale in roots_of(x) and x not in of_scale]
 
     def log_square(ratio: float) -> float:
-        found = [evaluate(x, frame, {scale: np.full((1,) * (len(frame) + 1), ratio * table.total_mean)}) for x in of_scale]
+        found = [
+            evaluate(x, frame, {scale: np.full((1,) * (len(frame) + 1), ratio * table.total_mean)})
+            for x in of_scale
+        ]
         return math.log(max(float(np.prod([np.max(np.abs(x)) for x in found])) ** 2, 1e-300))
 
-    power = -1.0 if mixed or not of_scale else (log_square(1 + NEGLIGIBLE) - log_square(1 - NEGLIGIBLE)) / (2 * NEGLIGIBLE)
+    power = (
+        -1.0
+        if mixed or not of_scale
+        else (log_square(1 + NEGLIGIBLE) - log_square(1 - NEGLIGIBLE)) / (2 * NEGLIGIBLE)
+    )
     if not (_of_squares(scale.node) and abs(power + 1) < _NORM):
         scale.node.graph.flag("assumed", min((abs(power) + power**2 / 2) * varied, UNKNOWN))
 
@@ -53,7 +60,9 @@ def mark_sums(views: Sequence[View]) -> None:
     Of (relu a + relu b)·a, the sum is not jointly Gaussian with a.
     """
     own = roots_of(*views)
-    inside = [set(roots_of(*(t.within(x.bind) for t in x.node.args))) if _is_curved(x.node) else None for x in own]
+    inside = [
+        set(roots_of(*(t.within(x.bind) for t in x.node.args))) if _is_curved(x.node) else None for x in own
+    ]
     for i, terms in enumerate(inside):
         if terms and any(terms & (inside[j] or {x}) for j, x in enumerate(own) if j != i):
             own[i].node.graph.flag("assumed", ROUGH)

@@ -30,7 +30,11 @@ def elementwise_table(node: Apply) -> Table:
     mark_undefined(node)
     mean, second = product_moments(view, node.axes)
     classes = [a.classes for a in node.axes]
-    return Table(node.axes, np.array(np.broadcast_to(mean, classes)), np.array(np.broadcast_to(second, node.frame_types)))
+    return Table(
+        node.axes,
+        np.array(np.broadcast_to(mean, classes)),
+        np.array(np.broadcast_to(second, node.frame_types)),
+    )
 
 
 @second_moments.register(Apply)

@@ -18,11 +18,11 @@ from varscale.theory.propagation.fluctuations import fluctuations
 from varscale.theory.propagation.marginals import concentrated
 from varscale.theory.propagation.scale_responses import responses
 
-# Set on the validation grid, not derived, both: what is left where every rule is exact (the cell of a kink, second order
-# in 1/width, a norm's epsilon).
+# Set on the validation grid, not derived, both: what is left where every rule is exact (the cell of a kink,
+# second order in 1/width, a norm's epsilon).
 _BASE = 0.02
-# Of the variance v of ln(mean square), as v (1 + v): what is not lognormal in it, beside what two laws of a layer's scale
-# differ by (`integrals.lognormal`). Set on nets of width 64, too.
+# Of the variance v of ln(mean square), as v (1 + v): what is not lognormal in it, beside what two laws of a
+# layer's scale differ by (`integrals.lognormal`). Set on nets of width 64, too.
 _SCATTER = 0.1
 _NO_BOUND = 1e3  # a relative error above which there is no bound at all
 
@@ -54,14 +54,18 @@ def _steps(node: Node) -> tuple[str, float]:
         inner = {root: (_steps(root), abs(slope)) for root, (slope, _) in slopes.items()}
         # Of something drawn it is the law that is in doubt, not the scale.
         doubt += max((root.doubt for root in slopes if root.drawn is not None), default=0.0)
-        passed = [h for (h, d), slope in inner.values() if h not in ("sampled", "assumed") or d * slope > 1e-3]
+        passed = [
+            h for (h, d), slope in inner.values() if h not in ("sampled", "assumed") or d * slope > 1e-3
+        ]
         # Roots that vary together are one here; the errors of others need not cancel.
         return max([how, *passed], key=HOWS.index), doubt + sum(d * slope for (_, d), slope in inner.values())
     inner = [_steps(v.node) for v in node.args]
     how = max([how, *(h for h, _ in inner)], key=HOWS.index)
     doubts = [d for _, d in inner]
     if isinstance(node, Sum) and any(doubts):
-        return how, min(doubt + sum(w * d for w, d in zip(_error_weights(node), doubts, strict=True)), UNKNOWN)
+        return how, min(
+            doubt + sum(w * d for w, d in zip(_error_weights(node), doubts, strict=True)), UNKNOWN
+        )
     return how, doubt + sum(doubts)
 
 
@@ -76,6 +80,10 @@ def _error_weights(node: Sum) -> list[float]:
     weights = []
     for i, (c, view) in enumerate(terms):
         own = c * c * view.node.table.mean_square
-        scaled = own + sum(c * d * mean_of_product(view, other, node.axes) for j, (d, other) in enumerate(terms) if j != i)
-        weights.append(0.0 if i in taken else abs(scaled) if concentrated(view.node) else max(own, abs(scaled)))
+        scaled = own + sum(
+            c * d * mean_of_product(view, other, node.axes) for j, (d, other) in enumerate(terms) if j != i
+        )
+        weights.append(
+            0.0 if i in taken else abs(scaled) if concentrated(view.node) else max(own, abs(scaled))
+        )
     return [w / max(node.table.mean_square, 1e-300) for w in weights]

@@ -20,7 +20,14 @@ from collections.abc import Hashable, Sequence
 from varscale.theory.graph.expressions import roots
 from varscale.theory.graph.nodes import Array, Constant, Leaf, Node, View
 from varscale.theory.graph.store import once_per_node
-from varscale.theory.propagation.inherited_fluctuations import NONE, Spread, fresh, inherited, origin, weighted
+from varscale.theory.propagation.inherited_fluctuations import (
+    NONE,
+    Spread,
+    fresh,
+    inherited,
+    origin,
+    weighted,
+)
 from varscale.theory.propagation.shared_component import channel_scatter
 from varscale.theory.propagation.square_covariances import free_share
 
@@ -47,7 +54,8 @@ def averaged(node: Node, axes: Sequence[int], taps: int = 1) -> Spread:
     if isinstance(node, Leaf | Array | Constant) and not (isinstance(node, Leaf) and node.is_input):
         return NONE
     if all(r.node.shares for r in roots(node)):
-        return NONE  # attention weights are fixed by kernels over all units, which fluctuate less than one unit's outputs
+        # Attention weights are fixed by kernels over all units, which fluctuate less than one unit's outputs.
+        return NONE
     spread = fluctuations(node)
     units: dict[Hashable, float] = {origin(node): math.sqrt(math.log1p(fresh(node, axes) / taps))}
     return dataclasses.replace(spread, places=weighted([(1.0, inherited(node).places), (1.0, units)]))

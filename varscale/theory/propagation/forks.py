@@ -47,7 +47,9 @@ class Fork(NamedTuple):
             return sum_out(averaged * self.squares, inner, self.root)
         passed = np.array(full_types(cotangent, frame))
         for k in self.spread:
-            passed = np.repeat(np.expand_dims(contract_axis(passed, k, frame[k].any_pair), k), frame[k].types, axis=k)
+            passed = np.repeat(
+                np.expand_dims(contract_axis(passed, k, frame[k].any_pair), k), frame[k].types, axis=k
+            )
         return sum_out(passed * self.squares, frame, self.root)
 
 
@@ -82,7 +84,11 @@ def forks(node: Node) -> list[Fork]:
     """The values that a cotangent of a sum or a function reaches by two paths."""
     if isinstance(node, Apply):
         whole = View(node, tuple(range(len(node.axes))))
-        return [Fork(*found) for found in _meetings(node.axes, [_Term(1.0, whole)])] if len(node.args) > 1 else []
+        return (
+            [Fork(*found) for found in _meetings(node.axes, [_Term(1.0, whole)])]
+            if len(node.args) > 1
+            else []
+        )
     if not isinstance(node, Sum):
         return []
     terms = list(_terms_of_sum(node, frozenset()))
@@ -111,16 +117,23 @@ def _beside_reductions(node: Sum, terms: list[_Term]) -> Iterator[Fork]:
         inner = reduction.view.node.args[0]
         kept = [k for k in range(len(inner.node.axes)) if k not in reduction.view.node.reduced]
         for direct in _starts([term for term in terms if term not in reductions]):
-            for path in _starts([reduction._replace(view=View(inner.node, tuple(range(len(inner.node.axes)))))]):
+            for path in _starts(
+                [reduction._replace(view=View(inner.node, tuple(range(len(inner.node.axes)))))]
+            ):
                 if path.root.node is not direct.root.node or path.through & direct.through:
                     continue
-                # Where each axis of what is reduced lies in the sum's frame, read off the value that both end in.
+                # Where each axis of what is reduced lies in the sum's frame, read off the value that both end
+                # in.
                 place = dict(zip(path.root.bind, direct.root.bind, strict=True))
                 stays = dict(zip(kept, reduction.view.bind, strict=True))
                 spread = tuple(place[k] for k in reduction.view.node.reduced if k in place)
-                apart = len(spread) == len(reduction.view.node.reduced) and not set(spread) & set(reduction.view.bind)
+                apart = len(spread) == len(reduction.view.node.reduced) and not set(spread) & set(
+                    reduction.view.bind
+                )
                 if apart and all(place.get(k, f) == f for k, f in stays.items()):
-                    through = path._replace(root=direct.root, slope=path.slope and path.slope.within(_frame(place, stays)))
+                    through = path._replace(
+                        root=direct.root, slope=path.slope and path.slope.within(_frame(place, stays))
+                    )
                     yield Fork(direct.root, _product_of_slopes(node.axes, direct, through), None, spread)
 
 
@@ -203,7 +216,11 @@ def _through_function(path: _Path) -> Iterator[_Path]:
     assert isinstance(view.node, Apply)
     grouped = {member for group in cofactors(view.node).values() if len(group) > 1 for member in group}
     for root in roots(view.node):
-        if root in grouped or (isinstance(root.node, Leaf) and root.node.is_bits) or isinstance(root.node, Array):
+        if (
+            root in grouped
+            or (isinstance(root.node, Leaf) and root.node.is_bits)
+            or isinstance(root.node, Array)
+        ):
             continue
         slope = derivative(view.node, root)
         if slope is not None:

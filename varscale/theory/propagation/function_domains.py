@@ -57,7 +57,9 @@ def mark_undefined(node: Apply) -> None:
                 outside = outside | (_undefined(factor, node, env) & (values != 0))
             values = values * now
         weight = (
-            float(np.max(np.broadcast_to(outside, (*outside.shape[:-1], len(WEIGHTS))) @ WEIGHTS)) if outside.any() else 0.0
+            float(np.max(np.broadcast_to(outside, (*outside.shape[:-1], len(WEIGHTS))) @ WEIGHTS))
+            if outside.any()
+            else 0.0
         )
         doubt = UNBOUNDED if weight > _NEGLIGIBLE else _unresolved(values, node.axes)
         if doubt:
@@ -70,7 +72,9 @@ def _by_root(node: Apply) -> dict[View | None, list[tuple[View, list[View]]]]:
     for factor in factors(View(node, tuple(range(len(node.axes)))))[1]:
         own = roots_of(factor)
         live = [r for r in own if not concentrated(r.node)]
-        if len(live) > 1 or any(isinstance(r.node, Array) or (isinstance(r.node, Leaf) and r.node.is_bits) for r in own):
+        if len(live) > 1 or any(
+            isinstance(r.node, Array) or (isinstance(r.node, Leaf) and r.node.is_bits) for r in own
+        ):
             continue
         out.setdefault(live[0] if live else None, []).append((factor, [r for r in own if r not in live]))
     return out

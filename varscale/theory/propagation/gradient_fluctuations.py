@@ -33,7 +33,13 @@ from varscale.theory.graph.expressions import Apply, Sum, roots
 from varscale.theory.graph.nodes import Constant, Leaf, Node, View
 from varscale.theory.integrals.hermite_series import WEIGHTS
 from varscale.theory.propagation.error_bounds import doubt_of
-from varscale.theory.propagation.inherited_fluctuations import Spread, inherited, kernel, root_responses, shared
+from varscale.theory.propagation.inherited_fluctuations import (
+    Spread,
+    inherited,
+    kernel,
+    root_responses,
+    shared,
+)
 from varscale.theory.propagation.marginals import along, concentrated, over_classes
 from varscale.theory.propagation.scale_responses import responses
 
@@ -69,13 +75,19 @@ def gradient_scale(
     if isinstance(slope.node, Constant):
         return GradientScale(1.0, doubt, passed, 0.0, 0.0 if held else radial)
     if held:
-        for other, (ratio, curvature) in responses(slope.node).items() if isinstance(slope.node, Apply) else ():
+        for other, (ratio, curvature) in (
+            responses(slope.node).items() if isinstance(slope.node, Apply) else ()
+        ):
             spread = kernel(other)
-            doubt += (2 * abs(ratio) * spread.bend + abs(curvature) * spread.point / 2) * (other.id not in scales)
+            doubt += (2 * abs(ratio) * spread.bend + abs(curvature) * spread.point / 2) * (
+                other.id not in scales
+            )
         return GradientScale(1.0, doubt, passed, 0.0, 0.0)
     derivative, slopes, mine = inherited(slope.node), log_slopes(slope.node), kernel(root.node)
     together = later * shared(derivative.places, inherited(node).places) + unit * _with_slope(node, slope)
-    own = sum(d * (1.0 if other is root.node else _regression(kernel(other), mine)) for other, d in slopes.items())
+    own = sum(
+        d * (1.0 if other is root.node else _regression(kernel(other), mine)) for other, d in slopes.items()
+    )
     flat = max(root.node.table.mean_square * slope.node.table.mean_square, 1e-300)
     stretched = log_slopes(node).get(root.node, 0.0) ** 2 * node.table.mean_square / flat
     return GradientScale(
@@ -89,7 +101,11 @@ def gradient_scale(
 
 def log_slopes(node: Node) -> dict[Node, float]:
     """d ln E[f²]/d ln Q by root."""
-    return {root: found.slope for root, found in root_responses(node).items()} if isinstance(node, Apply) else {node: 1.0}
+    return (
+        {root: found.slope for root, found in root_responses(node).items()}
+        if isinstance(node, Apply)
+        else {node: 1.0}
+    )
 
 
 def scale_share(node: Node, i: int) -> float:

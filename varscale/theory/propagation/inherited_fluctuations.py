@@ -171,12 +171,19 @@ def _scalings(node: Apply) -> dict[Hashable, float]:
     found = {}
     for factor in factors(View(node, tuple(range(len(node.axes)))))[1]:
         own = roots(factor.node)
-        if len(own) == 1 and isinstance(own[0].node, Leaf) and not own[0].node.is_input and own[0].node.random:
+        if (
+            len(own) == 1
+            and isinstance(own[0].node, Leaf)
+            and not own[0].node.is_input
+            and own[0].node.random
+        ):
             squares = np.asarray(evaluate(factor, node.axes, {}), float) ** 2
             line = over_classes(squares, node.axes)
             units = math.prod(axis.size for axis in own[0].node.axes)
             if line.size > 1 and line @ WEIGHTS > 0:
-                found[~own[0].node.id] = math.sqrt(max(line**2 @ WEIGHTS / (line @ WEIGHTS) ** 2 - 1, 0.0) / units)
+                found[~own[0].node.id] = math.sqrt(
+                    max(line**2 @ WEIGHTS / (line @ WEIGHTS) ** 2 - 1, 0.0) / units
+                )
     return found
 
 
@@ -189,7 +196,10 @@ def origin(node: Node) -> int:
                 return node.id
             node = own[0]
         elif node.is_centred:
-            node = max(zip(node.params, node.args, strict=True), key=lambda t: t[0] ** 2 * t[1].node.table.mean_square)[1].node
+            node = max(
+                zip(node.params, node.args, strict=True),
+                key=lambda t: t[0] ** 2 * t[1].node.table.mean_square,
+            )[1].node
         elif isinstance(node, Rearranged):
             node = node.args[0].node
         else:
@@ -216,7 +226,11 @@ def _fresh(node: Node, over: tuple[int, ...]) -> float:
             pairs = pairs.take(range(axis.classes), axis=k) if pairs.shape[k] > 1 else pairs
             continue
         pairs = contract_axis(pairs, k, axis.any_pair) if pairs.shape[k] > 1 else pairs.take(0, axis=k)
-        squares = contract_axis(squares, k, axis.counts / axis.size) if squares.shape[k] > 1 else squares.take(0, axis=k)
+        squares = (
+            contract_axis(squares, k, axis.counts / axis.size)
+            if squares.shape[k] > 1
+            else squares.take(0, axis=k)
+        )
     # Places that are held are what they are: that some are larger than others is no chance.
     varied = np.where(squares > 0, pairs / np.maximum(squares, 1e-150) ** 2, 1.0)
     held = [axis for k, axis in enumerate(node.axes) if k not in axes]

@@ -55,9 +55,13 @@ class Ensemble:
     def _sizes(self) -> tuple[set[int], set[int]]:
         """Of axes that inputs have and no parameter, and of those along which something is known number by number."""
         nodes = list(self.graph.nodes.values())
-        units = {a.size for x in nodes if isinstance(x, Leaf) and not x.is_input and not x.is_bits for a in x.axes}
+        units = {
+            a.size for x in nodes if isinstance(x, Leaf) and not x.is_input and not x.is_bits for a in x.axes
+        }
         samples = {a.size for x in nodes if isinstance(x, Leaf) and x.is_input for a in x.axes}
-        return samples - units, {a.size for x in nodes if isinstance(x, Array) and len(x.axes) == 1 for a in x.axes}
+        return samples - units, {
+            a.size for x in nodes if isinstance(x, Array) and len(x.axes) == 1 for a in x.axes
+        }
 
     def values(self, view: View, frame: Sequence[Axis]) -> Float[np.ndarray, "..."]:
         """A view over a frame, (positions..., replicates)."""
@@ -69,7 +73,11 @@ class Ensemble:
 def _with_all_classes(axis: Axis, kept: Int[np.ndarray, " kept"]) -> Int[np.ndarray, " more"]:
     """Positions, and the first one of every class that none of them is of."""
     missing = set(range(axis.classes)) - set(axis.label_array[kept].tolist())
-    return np.union1d(kept, [int(np.argmax(axis.label_array == c)) for c in missing]).astype(int) if missing else kept
+    return (
+        np.union1d(kept, [int(np.argmax(axis.label_array == c)) for c in missing]).astype(int)
+        if missing
+        else kept
+    )
 
 
 def steps(graph: Graph) -> set[int]:

@@ -22,8 +22,14 @@ def latent_cross(a: View, b: View, frame: Sequence[Axis]) -> np.ndarray:
     lines, scales = [], []
     for view, second in ((a, False), (b, True)):
         own = marginal(view.node)
-        scales.append(by_type(lift(own.deviation, view.node.axes, view.bind, frame, pairs=False), frame, second=second))
-        line = None if isinstance(view.node, Apply) or own.gaussian else placed(own.values, view, frame) @ HERMITE
+        scales.append(
+            by_type(lift(own.deviation, view.node.axes, view.bind, frame, pairs=False), frame, second=second)
+        )
+        line = (
+            None
+            if isinstance(view.node, Apply) or own.gaussian
+            else placed(own.values, view, frame) @ HERMITE
+        )
         lines.append(_STRAIGHT_LINE if line is None else by_type(line, frame, second=second))
     rho = np.clip(covariance / np.maximum(scales[0] * scales[1], 1e-300), -1.0, 1.0)
     if all(line is _STRAIGHT_LINE for line in lines):

@@ -39,8 +39,12 @@ def lost_excess_of_merge(node: Merge) -> float:
     k, count = node.params
     table = source.table
     second = table.second[tuple(slice(None) if k <= d < k + count else 0 for d in range(len(source.axes)))]
-    pairs = functools.reduce(np.multiply.outer, [axis.pairs for axis in source.axes[k : k + count]], np.array(1.0))
-    agree = functools.reduce(np.logical_and.outer, [a.agrees for a in source.axes[k : k + count]], np.array(True))
+    pairs = functools.reduce(
+        np.multiply.outer, [axis.pairs for axis in source.axes[k : k + count]], np.array(1.0)
+    )
+    agree = functools.reduce(
+        np.logical_and.outer, [a.agrees for a in source.axes[k : k + count]], np.array(True)
+    )
     apart = np.where(agree, 0.0, pairs)
     if not apart.any():
         return lost_excess(source)

@@ -69,7 +69,9 @@ class Marginal:
     @functools.cached_property
     def values(self) -> np.ndarray:
         """On the normal grid, (classes..., points)."""
-        return self.mean[..., None] + self.deviation[..., None] * Z if self.quantiles is None else self.quantiles
+        return (
+            self.mean[..., None] + self.deviation[..., None] * Z if self.quantiles is None else self.quantiles
+        )
 
 
 @once_per_node
@@ -97,7 +99,9 @@ def quantiles(root: Node) -> np.ndarray | None:
     """Values of a root that is not Gaussian on the normal grid, (classes..., points); None where it is."""
     table, deviation = root.table, marginal(root).deviation
     if isinstance(root, Leaf):
-        return None if root.transport is None else np.broadcast_to(root.transport, (*table.mean.shape, POINTS))
+        return (
+            None if root.transport is None else np.broadcast_to(root.transport, (*table.mean.shape, POINTS))
+        )
     if root.drawn is not None:
         return np.broadcast_to(root.drawn, (*table.mean.shape, POINTS))
     if isinstance(root, Array):
@@ -106,7 +110,11 @@ def quantiles(root: Node) -> np.ndarray | None:
         source = root.args[0].node  # other places, the same law
         if all(a.classes == 1 for a in source.axes) and isinstance(source, Leaf | Array | Rearranged):
             inner = quantiles(source)
-            return None if inner is None else np.broadcast_to(inner.reshape(-1, POINTS)[0], (*table.mean.shape, POINTS))
+            return (
+                None
+                if inner is None
+                else np.broadcast_to(inner.reshape(-1, POINTS)[0], (*table.mean.shape, POINTS))
+            )
     shape = quantiles_of_kind(root, table, deviation)
     if shape is not None:
         return np.maximum(shape, 0.0) if root.positive else shape
@@ -188,7 +196,9 @@ def evaluate(view: View, frame: Sequence[Axis], env: Environment) -> np.ndarray:
     while waiting:
         last = waiting[-1]
         node, bind = last
-        args = [child.within(bind) for child in node.args] if isinstance(node, Apply) and last not in env else []
+        args = (
+            [child.within(bind) for child in node.args] if isinstance(node, Apply) and last not in env else []
+        )
         if missing := [x for x in args if x not in env]:
             waiting += missing
             continue
@@ -211,7 +221,9 @@ def at_means(held: Iterable[View], frame: Sequence[Axis]) -> Environment:
 
 def along(view: View, frame: Sequence[Axis], *live: View) -> np.ndarray:
     """A tree's values along the grids of some of its roots, the others held at their means. (classes or 1..., points or 1)."""
-    return np.asarray(evaluate(view, frame, at_means([r for r in roots_of(view) if r not in live], frame)), float)
+    return np.asarray(
+        evaluate(view, frame, at_means([r for r in roots_of(view) if r not in live], frame)), float
+    )
 
 
 def over_classes(line: np.ndarray, axes: Sequence[Axis]) -> np.ndarray:
@@ -240,7 +252,9 @@ def independent_factors(node: Node) -> list[View]:
         found.append((reads.union(*(g[0] for g in with_it)), [f for g in with_it for f in g[1]] + [factor]))
     whole = view.bind
     return [
-        functools.reduce(lambda a, b: View(node.graph.make(Apply, node.axes, [a, b], ("mul", ())), whole), group)
+        functools.reduce(
+            lambda a, b: View(node.graph.make(Apply, node.axes, [a, b], ("mul", ())), whole), group
+        )
         for _, group in found
     ]
 

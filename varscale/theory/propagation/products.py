@@ -77,7 +77,8 @@ def _groups(f: list[View], g: list[View], frame: Sequence[Axis]) -> tuple[list[_
             roots_of(x) == [v] for x in (*f, *g) if v in roots_of(x)
         )
         if v not in rest and not alone:
-            # A norm's own scale: mean(x²)·s(v)² at v = mean(x²) is an identity, so the mean is the right number, not E[s²].
+            # A norm's own scale: mean(x²)·s(v)² at v = mean(x²) is an identity, so the mean is the right
+            # number, not E[s²].
             fixed[v] = v.mean(frame)[..., None]
     followers = _followers([v for v in variables if v not in fixed], frame)
     variables = [v for v in variables if v not in fixed and v not in followers]
@@ -155,7 +156,9 @@ def _of_one_root(group: _Group, frame: Sequence[Axis], fixed: Environment) -> tu
 
     def integrated() -> tuple[np.ndarray, Series]:
         values = _product(group.f, frame, group.known(fixed))
-        return values @ WEIGHTS if values.shape[-1] > 1 else values[..., 0], mehler(on_grid(values), on_grid(values), frame)
+        return values @ WEIGHTS if values.shape[-1] > 1 else values[..., 0], mehler(
+            on_grid(values), on_grid(values), frame
+        )
 
     if not group.variables:
         values = _product(group.f, frame, group.known(fixed))[..., 0]
@@ -170,12 +173,19 @@ def _of_one_root(group: _Group, frame: Sequence[Axis], fixed: Environment) -> tu
     return mean, _at_correlations(series, root, frame)
 
 
-def _in_closed_form(factors: Sequence[View], root: View, frame: Sequence[Axis]) -> tuple[np.ndarray, np.ndarray] | None:
+def _in_closed_form(
+    factors: Sequence[View], root: View, frame: Sequence[Axis]
+) -> tuple[np.ndarray, np.ndarray] | None:
     """Moments of a root itself, and of the square of a Gaussian one (Isserlis); None of anything else."""
     if list(factors) == [root]:
         return root.mean(frame), root.second(frame)
     (node, bind), *others = factors
-    if others or not isinstance(node, Apply) or node.params != ("integer_pow", (2,)) or node.args[0].within(bind) != root:
+    if (
+        others
+        or not isinstance(node, Apply)
+        or node.params != ("integer_pow", (2,))
+        or node.args[0].within(bind) != root
+    ):
         return None
     if not marginal(root.node).gaussian:
         return None
@@ -219,7 +229,9 @@ def _at_correlations(series: Series, root: View, frame: Sequence[Axis]) -> np.nd
     variance = scatter(root.node)
     if variance is None:
         return out
-    rho, variance = (lift(x, axes, root.bind, frame, pairs=True) for x in (marginal(root.node).correlation, variance))
+    rho, variance = (
+        lift(x, axes, root.bind, frame, pairs=True) for x in (marginal(root.node).correlation, variance)
+    )
     return out + series.curvature(rho) * variance / 2
 
 

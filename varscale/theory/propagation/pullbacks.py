@@ -32,7 +32,11 @@ def coarsen(fine: Axis, coarse: Axis) -> np.ndarray:
     """Averages of a type array over the pairs that a coarser classing pools, (coarse types, fine types)."""
     index = lift_types(fine, coarse)
     if index.ndim == 2:
-        return lift_types(coarse, fine) if lift_types(coarse, fine).ndim == 2 else np.eye(fine.types)[lift_types(coarse, fine)]
+        return (
+            lift_types(coarse, fine)
+            if lift_types(coarse, fine).ndim == 2
+            else np.eye(fine.types)[lift_types(coarse, fine)]
+        )
     out = np.zeros((coarse.types, fine.types))
     out[index, np.arange(fine.types)] = np.maximum(fine.pairs, 1e-12)
     return out / np.maximum(out.sum(axis=1, keepdims=True), 1e-300)

@@ -29,11 +29,15 @@ def pooled(numbers: np.ndarray, axes: Sequence[Axis], positions: Positions) -> T
     (numbers,), small = _thinned([numbers], axes, positions)
     mean = np.mean(numbers, axis=0, dtype=float)
     for k, axis in enumerate(small):
-        mean = np.stack([mean.compress(axis.label_array == c, axis=k).mean(axis=k) for c in range(axis.classes)], axis=k)
+        mean = np.stack(
+            [mean.compress(axis.label_array == c, axis=k).mean(axis=k) for c in range(axis.classes)], axis=k
+        )
     return Table(tuple(axes), mean, estimated_products(numbers, numbers, small).mean(axis=0))
 
 
-def _thinned(drawn: Sequence[np.ndarray], axes: Sequence[Axis], positions: Positions) -> tuple[list[np.ndarray], list[Axis]]:
+def _thinned(
+    drawn: Sequence[np.ndarray], axes: Sequence[Axis], positions: Positions
+) -> tuple[list[np.ndarray], list[Axis]]:
     """Draws and the axes that they are over; of very many the first of the last axis."""
     shape = drawn[0].shape
     kept, last = [list(range(n)) for n in shape[1:]], len(shape) - 2
@@ -51,7 +55,9 @@ def table_of_draws(node: Node, numbers: np.ndarray, positions: Sequence[np.ndarr
     """
     table, within = pooled(numbers, node.axes, positions), tuple(range(1, numbers.ndim))
     squares = np.mean(numbers.astype(float) ** 2, axis=within)
-    node.graph.flag("sampled", _SCORES * float(squares.std() / max(squares.mean(), 1e-300)) / math.sqrt(len(squares)))
+    node.graph.flag(
+        "sampled", _SCORES * float(squares.std() / max(squares.mean(), 1e-300)) / math.sqrt(len(squares))
+    )
     means = numbers.mean(axis=within)
     if abs(means.mean()) < _SCORES * means.std() / math.sqrt(len(means)):
         return Table(table.axes, np.zeros_like(table.mean), table.second)
@@ -90,8 +96,13 @@ def crossed(a: View, b: View, frame: tuple[Axis, ...]) -> Float[np.ndarray, "...
     kept = sorted({*a.bind, *b.bind})
     axes = [frame[k] for k in kept]
     draws = ensemble(a.node.graph, axes)
-    x, y = (np.moveaxis(draws.values(View(v.node, tuple(kept.index(k) for k in v.bind)), axes), -1, 0) for v in (a, b))
-    return lift(cross_moments(x, y, axes, [draws.positions(axis) for axis in axes]), axes, kept, frame, pairs=True)
+    x, y = (
+        np.moveaxis(draws.values(View(v.node, tuple(kept.index(k) for k in v.bind)), axes), -1, 0)
+        for v in (a, b)
+    )
+    return lift(
+        cross_moments(x, y, axes, [draws.positions(axis) for axis in axes]), axes, kept, frame, pairs=True
+    )
 
 
 def order_correlation(node: Node) -> Float[np.ndarray, "..."] | None:
@@ -118,7 +129,8 @@ def order_correlation(node: Node) -> Float[np.ndarray, "..."] | None:
     lengths = np.sqrt(np.maximum(np.sum(np.square(flat, dtype=float), axis=-1), 1e-300))
     unit = flat / lengths[..., None].astype(np.float32)
     squares = np.mean(np.square(unit @ np.swapaxes(unit, 1, 2)), axis=0, dtype=float)
-    # The square of a correlation over n terms is 1/n where there is none: here over those drawn, there over one network's.
+    # The square of a correlation over n terms is 1/n where there is none: here over those drawn, there over
+    # one network's.
     squares = np.clip(squares + (1 - squares) * (1 / node.width - 1 / flat.shape[-1]), 0.0, 1.0)
     letters, out = "abcdefgh"[: len(own)], "ijklmnop"[: len(own)]
     pairs = [np.stack([np.eye(n) / n, (1 - np.eye(n)) / max(n * (n - 1), 1)]) for n in own]

@@ -31,7 +31,9 @@ def in_order(node: Node) -> bool:
 
     def found(node: Node) -> bool:
         def work() -> bool:
-            return _IN_ORDER.once(node.graph, node.id, lambda: node.timed or any(found(view.node) for view in node.args))
+            return _IN_ORDER.once(
+                node.graph, node.id, lambda: node.timed or any(found(view.node) for view in node.args)
+            )
 
         done = _IN_ORDER.get(node.graph, node.id)
         return evaluated(node.graph, work) if done is None else done
@@ -57,7 +59,10 @@ def chosen(axis: Axis, most: int) -> Int[np.ndarray, " kept"]:
 
 def reduced(axis: Axis, positions: Int[np.ndarray, " kept"]) -> Axis:
     """The axis that these positions make, its classes numbered as the whole one's (each has one of them at least)."""
-    return Axis(len(positions), None if axis.labels is None else axis.label_array[positions].astype(np.uint8).tobytes())
+    return Axis(
+        len(positions),
+        None if axis.labels is None else axis.label_array[positions].astype(np.uint8).tobytes(),
+    )
 
 
 class Drawing:
@@ -70,7 +75,13 @@ class Drawing:
         some: the positions of an axis that stand for all of it, in sums and means and wherever views are asked for at them.
     """
 
-    def __init__(self, frame: Sequence[Axis], replicates: int, seed: int, some: Callable[[Axis], Int[np.ndarray, " kept"]]):
+    def __init__(
+        self,
+        frame: Sequence[Axis],
+        replicates: int,
+        seed: int,
+        some: Callable[[Axis], Int[np.ndarray, " kept"]],
+    ):
         self.frame, self.replicates, self.seed, self.some = frame, replicates, seed, some
         self.drawn: dict[Hashable, np.ndarray] = {}
 
@@ -90,7 +101,9 @@ class Drawing:
 
     def whole(self, node: Node, positions: Positions) -> Float[np.ndarray, "replicates ..."]:
         """A node at some positions of its own axes."""
-        return np.moveaxis(self.over(node.axes).values(View(node, tuple(range(len(node.axes)))), positions), -1, 0)
+        return np.moveaxis(
+            self.over(node.axes).values(View(node, tuple(range(len(node.axes)))), positions), -1, 0
+        )
 
     def _root(self, view: View, positions: Positions) -> np.ndarray:
         node, bind = view
@@ -147,7 +160,9 @@ def evenly(size: int, most: int) -> Int[np.ndarray, " kept"]:
     return np.linspace(0, size - 1, min(size, most)).round().astype(int)
 
 
-def _places_among(asked: Int[np.ndarray, " kept"], among: Int[np.ndarray, " some"]) -> Int[np.ndarray, " kept"] | None:
+def _places_among(
+    asked: Int[np.ndarray, " kept"], among: Int[np.ndarray, " some"]
+) -> Int[np.ndarray, " kept"] | None:
     """Where positions are among others, both in ascending order; None where one is not."""
     places = np.searchsorted(among, asked)
     inside = places < len(among)
@@ -172,7 +187,9 @@ def picked(known: np.ndarray, axes: Sequence[Axis], positions: Positions, replic
     return known[(draw, *index)]
 
 
-_RELATED = 0.1  # of the smaller term's mean square: a correlation that may be lost when terms are drawn one by one
+_RELATED = (
+    0.1  # of the smaller term's mean square: a correlation that may be lost when terms are drawn one by one
+)
 
 
 def _unrelated(node: Sum) -> bool:
@@ -203,7 +220,9 @@ def _over_the_frame(numbers: np.ndarray, bind: Sequence[int], rank: int) -> np.n
 
 
 @functools.singledispatch
-def sample_of_kind(node: Node, positions: Positions, replicates: int, rng: np.random.Generator) -> np.ndarray | None:
+def sample_of_kind(
+    node: Node, positions: Positions, replicates: int, rng: np.random.Generator
+) -> np.ndarray | None:
     """A root's values at positions of its axes, (replicates, ...), by the law of its kind; None where that is its marginal."""
     return None
 
@@ -223,6 +242,8 @@ def _drawn(node: Node, positions: Positions, replicates: int, rng: np.random.Gen
     labels = [axis.label_array[kept] for axis, kept in zip(node.axes, positions, strict=True)]
     out = np.empty_like(latents)
     for cell in np.ndindex(*values.shape[:-1]):
-        index = np.ix_(np.arange(replicates), *[np.flatnonzero(own == c) for own, c in zip(labels, cell, strict=True)])
+        index = np.ix_(
+            np.arange(replicates), *[np.flatnonzero(own == c) for own, c in zip(labels, cell, strict=True)]
+        )
         out[index] = np.interp(latents[index], Z, values[cell])
     return out

@@ -25,13 +25,18 @@ from varscale.theory.propagation.marginals import (
 )
 
 SCALE_STEP = 0.1  # relative step in q for the ratio and the curvature
-_STEEPEST = 4.0  # a fourth power's ratio; beyond it E[f²] is next to nothing at q, and the ratio is rounding or an overflow's
+# A fourth power's ratio; beyond it E[f²] is next to nothing at q, and the ratio is rounding or an overflow's.
+_STEEPEST = 4.0
 
 
 @once_per_node
 def cofactors(node: Node) -> dict[View, list[View]]:
     """The roots of a tree that fluctuate, each with the concentrated ones that are its own scale (a norm's variance)."""
-    own = [r for r in roots(node) if not isinstance(r.node, Array) and not (isinstance(r.node, Leaf) and not r.node.is_input)]
+    own = [
+        r
+        for r in roots(node)
+        if not isinstance(r.node, Array) and not (isinstance(r.node, Leaf) and not r.node.is_input)
+    ]
     live = [r for r in own if not concentrated(r.node)] or own
     out = {r: [r] for r in live}
     for scale in own:
@@ -101,7 +106,9 @@ def _varied_square(
     def varied() -> list[float]:
         table = main.node.table
         number = table.variance < NEGLIGIBLE * table.total_mean**2
-        values = [evaluate(r, frame, {}) if r == main and not number else r.mean(frame)[..., None] for r in own]
+        values = [
+            evaluate(r, frame, {}) if r == main and not number else r.mean(frame)[..., None] for r in own
+        ]
         out = []
         for ratio in ratios:
             scaled = [x * ratio**power for x, power in zip(values, powers, strict=True)]

@@ -40,7 +40,10 @@ def second_moments_of_mean(node: Mean) -> Table:
     mean, second = table.mean, table.second
     for k in reversed(node.params):
         axis = table.axes[k]
-        mean, second = contract_axis(mean, k, axis.counts / axis.size), contract_axis(second, k, axis.any_pair)
+        mean, second = (
+            contract_axis(mean, k, axis.counts / axis.size),
+            contract_axis(second, k, axis.any_pair),
+        )
     return Table(node.axes, mean, second)
 
 
@@ -49,7 +52,10 @@ def second_moments_of_take(node: Take) -> Table:
     k, *span = node.params
     table = node.args[0].node.table
     new, classes = sliced(table.axes[k], *span)
-    mean, second = apply_axis(table.mean, k, classes), apply_axis(table.second, k, node.types_map(new, classes))
+    mean, second = (
+        apply_axis(table.mean, k, classes),
+        apply_axis(table.second, k, node.types_map(new, classes)),
+    )
     if new is None:
         mean, second = mean.squeeze(k), second.squeeze(k)
     return Table(node.axes, mean, second)

@@ -33,16 +33,26 @@ from varscale.theory.graph.linear_nodes import Contract
 from varscale.theory.graph.nodes import Leaf, Node, View
 from varscale.theory.graph.store import once_per_node
 from varscale.theory.integrals.hermite_series import Z
-from varscale.theory.propagation.inherited_fluctuations import Spread, fresh, inherited, kernel, origin, shared, weighted
+from varscale.theory.propagation.inherited_fluctuations import (
+    Spread,
+    fresh,
+    inherited,
+    kernel,
+    origin,
+    shared,
+    weighted,
+)
 from varscale.theory.propagation.marginals import concentrated, evaluate
 from varscale.theory.propagation.scale_responses import SCALE_STEP
 
 _CHANNELS, _POPULATION_SAMPLES = 2048, 4  # of a population
 _OF_FEW = 8192  # channels where they are far from normal, and those with the other sign
-_MANY_CHANNELS = (
-    8  # channels that are read together, from where on what they make is taken for normal: not derived, a matter of time
+# Channels that are read together, from where on what they make is taken for normal: not derived, a matter of
+# time.
+_MANY_CHANNELS = 8
+_SHARED_BY_SAMPLES = (
+    0.98  # share of what places have in common that samples share, too, from where on they are as one
 )
-_SHARED_BY_SAMPLES = 0.98  # share of what places have in common that samples share, too, from where on they are as one
 _POINTS, _POINT_WEIGHTS = np.polynomial.hermite_e.hermegauss(16)
 _POINT_WEIGHTS = _POINT_WEIGHTS / _POINT_WEIGHTS.sum()
 
@@ -130,7 +140,9 @@ def of_an_average(node: Node, whole: Spread) -> Spread:
 
     alone, together = _shares_of_mean(node, x, places)
     sources = weighted([(alone, whole.sources), (together, shared.inherited)])
-    shift, bend = (alone * getattr(whole, name) + together * getattr(shared, name) for name in ("shift", "bend"))
+    shift, bend = (
+        alone * getattr(whole, name) + together * getattr(shared, name) for name in ("shift", "bend")
+    )
     return dataclasses.replace(whole, sources=sources, shift=shift, bend=bend)
 
 
@@ -178,7 +190,12 @@ def _place_axes(root: Node) -> frozenset[int]:
 def _root(node: Node, places: frozenset[int]) -> tuple[Node, frozenset[int]]:
     """The one root of a function, and which of its axes these places are; the node itself where it has not just one."""
     own = roots(node)
-    if not isinstance(node, Apply) or len(own) != 1 or not places <= set(own[0].bind) or concentrated(own[0].node):
+    if (
+        not isinstance(node, Apply)
+        or len(own) != 1
+        or not places <= set(own[0].bind)
+        or concentrated(own[0].node)
+    ):
         return node, places
     return own[0].node, frozenset(k for k, b in enumerate(own[0].bind) if b in places)
 
@@ -205,7 +222,11 @@ def _read_by(root: Node, places: frozenset[int]) -> tuple[Node, frozenset[int]] 
             continue
         if isinstance(root, Conv):
             xd = root.params.x_dims
-            return (x.node, frozenset(k for k in xd[2:] if k is not None)) if places == _place_axes(root) else None
+            return (
+                (x.node, frozenset(k for k in xd[2:] if k is not None))
+                if places == _place_axes(root)
+                else None
+            )
         if places <= set(x.bind) and not places & set(w.bind):
             return x.node, frozenset(k for k, b in enumerate(x.bind) if b in places)
     return None
@@ -216,7 +237,9 @@ def _shares_of_mean(node: Node, x: Node, places: frozenset[int]) -> tuple[float,
     if node.averages:
         alone = x.table.mean_square / math.prod(x.axes[k].size for k in places)
     else:
-        alone = x.table.mean_square * math.prod(window.taps for window in node.params.windows if window is not None)
+        alone = x.table.mean_square * math.prod(
+            window.taps for window in node.params.windows if window is not None
+        )
     share = min(alone / max(node.table.mean_square, 1e-300), 1.0)
     return share, 1 - share
 
@@ -239,7 +262,9 @@ def common_part(node: Node, places: frozenset[int]) -> Shared:
     passed = jacobian @ channels.read @ jacobian.T
     scatter = (made.scatter() - passed) / channels.units
     whole, common = (math.log1p(max(float(scatter[k, k]), 0.0)) for k in (0, 1))
-    along = float(np.clip(scatter[0, 1] / math.sqrt(max(whole, 1e-300)), -math.sqrt(common), math.sqrt(common)))
+    along = float(
+        np.clip(scatter[0, 1] / math.sqrt(max(whole, 1e-300)), -math.sqrt(common), math.sqrt(common))
+    )
     own = {origin(node): along, ("common part", node.id): math.sqrt(max(common - along**2, 0.0))}
     together = np.array([[shared(x, y) for y in levels] for x in levels])
     shift = float(jacobian[1] @ [scale.shift, read.shift] + np.sum(hessian * together) / 2)
@@ -286,9 +311,13 @@ def _channels(root: Node, places: frozenset[int], x: Node, x_places: frozenset[i
     drawn = _normals((1 if between > _SHARED_BY_SAMPLES else _POPULATION_SAMPLES) + 2)
     means = math.sqrt(between) * drawn[:, 1:2] + math.sqrt(1 - between) * drawn[:, 2:]
     weights = next(view.node for view in root.args if view.node is not x)
-    excess = max(getattr(weights, "kurtosis", 3.0) - 1, 0.0) / max(root.width or 1, 1)  # of a unit's squared weights
+    excess = max(getattr(weights, "kurtosis", 3.0) - 1, 0.0) / max(
+        root.width or 1, 1
+    )  # of a unit's squared weights
     spread = math.sqrt(math.log1p(excess)) * drawn[:, :1]
-    return Channels(means, np.broadcast_to(np.exp(spread), means.shape), units, np.zeros((2, 2))).of(whole, max(common, 0.0))
+    return Channels(means, np.broadcast_to(np.exp(spread), means.shape), units, np.zeros((2, 2))).of(
+        whole, max(common, 0.0)
+    )
 
 
 def _of_few(root: Conv, read: Shared, units: int) -> Channels:
@@ -306,7 +335,10 @@ def _of_few(root: Conv, read: Shared, units: int) -> Channels:
         at = rng.permutation(_OF_FEW) % len(mean)
         common += weights.sum(axis=1, keepdims=True) * mean[at]
         own += np.sum(weights**2, axis=1, keepdims=True) * rest[at]
-    common, own = np.concatenate([common, -common]), np.concatenate([own, own])  # weights of either sign are as likely
+    common, own = (
+        np.concatenate([common, -common]),
+        np.concatenate([own, own]),
+    )  # weights of either sign are as likely
     return Channels(common, own, units, read.channels.scatter() / group)
 
 

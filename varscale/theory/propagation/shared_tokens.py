@@ -53,7 +53,11 @@ def shared_tokens(node: Any) -> Gain:
     if overlap <= 0:
         return Gain(0.0)
     frame, n = node.frame, node.width
-    together = [k for k in x.bind if k in y.bind and k not in summed] if all(_others(side) > 0 for side in sides) else []
+    together = (
+        [k for k in x.bind if k in y.bind and k not in summed]
+        if all(_others(side) > 0 for side in sides)
+        else []
+    )
     own = [_own_part(v, frame, summed, together) for v in (x, y)]
     gain = np.full([a.types for a in node.axes], n * n * overlap) * own[0] * own[1]
     agree = [a.agrees if k in together else np.ones(a.types, bool) for k, a in enumerate(node.axes)]
@@ -67,7 +71,9 @@ def gained_in_common(node: Apply) -> np.ndarray | float:
     if node.params[0] != "mul":
         for child, bind in node.args:
             if isinstance(child, Apply) and np.any(own := gained_in_common(child)):
-                gain = gain + lift(full_types(np.asarray(own), child.axes), child.axes, bind, node.axes, pairs=True)
+                gain = gain + lift(
+                    full_types(np.asarray(own), child.axes), child.axes, bind, node.axes, pairs=True
+                )
         return gain
     parts = independent_factors(node)
     for i, j in itertools.combinations(range(len(parts)), 2):
@@ -77,7 +83,9 @@ def gained_in_common(node: Apply) -> np.ndarray | float:
         tokens = [k for k, v in overlaps.items() if v > 0]
         if tokens:
             term = (
-                max(overlaps.values()) * np.asarray(_own_of_tokens(f, node.axes, tokens)) * _own_of_tokens(g, node.axes, tokens)
+                max(overlaps.values())
+                * np.asarray(_own_of_tokens(f, node.axes, tokens))
+                * _own_of_tokens(g, node.axes, tokens)
             )
             for other in (h for h in parts if h not in (f, g)):
                 term = term * other.second(node.axes)
@@ -91,7 +99,9 @@ def gained_in_common(node: Apply) -> np.ndarray | float:
                 own = own * other.second(node.axes)
             both = set(f.bind) & set(g.bind)
             agree = [a.agrees if k in both else np.ones(a.types, bool) for k, a in enumerate(node.axes)]
-            gain = gain + full_types(own, node.axes) * functools.reduce(np.multiply.outer, agree, np.array(1.0))
+            gain = gain + full_types(own, node.axes) * functools.reduce(
+                np.multiply.outer, agree, np.array(1.0)
+            )
     return gain
 
 
@@ -110,8 +120,11 @@ def _lengths(f: View, g: View) -> float | None:
     out = float(np.mean(lengths[0] * lengths[1]))
     for own, other in ((f, g), (g, f)):
         if _projected_factor(own) is not None and other.node.deps & own.node.odd:
-            # The other is made of this very projection, of which D features vary by 2/D; it may go by another power of them.
-            width = math.prod(own.node.axes[k].size for k, place in enumerate(own.bind) if place not in tokens)
+            # The other is made of this very projection, of which D features vary by 2/D; it may go by another
+            # power of them.
+            width = math.prod(
+                own.node.axes[k].size for k, place in enumerate(own.bind) if place not in tokens
+            )
             out *= 1 + 2 / width
             own.node.graph.flag("quadrature", 2 / width)
     return out - 1
@@ -124,7 +137,9 @@ def _doubt_lengths(f: View, g: View) -> None:
     """
     for given, other in ((f, g), (g, f)):
         squares = (
-            _squared_lengths(given, _tokens(f, g)) if is_known_array(given.node) and given.node.deps & other.node.deps else None
+            _squared_lengths(given, _tokens(f, g))
+            if is_known_array(given.node) and given.node.deps & other.node.deps
+            else None
         )
         if squares is not None and not is_known_array(other.node):
             given.node.graph.flag("assumed", min(float(squares.var()), 1.0))
@@ -159,7 +174,9 @@ def _squared_lengths(view: View, tokens: Sequence[int]) -> np.ndarray | None:
         values = numbers(node)
         if values is None or not set(tokens) <= set(bind):
             return None
-        squares = np.square(values.astype(float)).mean(tuple(k for k, place in enumerate(bind) if place not in tokens))
+        squares = np.square(values.astype(float)).mean(
+            tuple(k for k, place in enumerate(bind) if place not in tokens)
+        )
         squares = squares.transpose(np.argsort([place for place in bind if place in tokens]))
         return squares / max(float(squares.mean()), 1e-300)
     if (source := _projected_factor(view)) is not None:
@@ -216,7 +233,9 @@ def _others(side: Tokens) -> int:
             return len(side.node.axes) - len(side.tokens) - len(side.features)
 
 
-def _own_part(view: View, frame: Sequence[Axis], summed: Sequence[int], together: Sequence[int]) -> np.ndarray:
+def _own_part(
+    view: View, frame: Sequence[Axis], summed: Sequence[int], together: Sequence[int]
+) -> np.ndarray:
     """What an entry has of its own along the summed axes, by type of the others; where `together`, that of one sample."""
     second = full_types(view.second(frame), frame)
     same, every = second, second

@@ -195,11 +195,19 @@ def excess_of_sum(node: Sum, offsets: Offsets) -> Steps:
         doubt += c * c * found.doubt * view.node.table.mean_square / whole
     for (c, x), (d, y) in itertools.combinations(zip(node.params, node.args, strict=True), 2):
         if x.bind == y.bind:
-            first, second = sorted((x.node, y.node), key=lambda n: -n.id)  # the later one is made from the other, if any is
+            first, second = sorted(
+                (x.node, y.node), key=lambda n: -n.id
+            )  # the later one is made from the other, if any is
             inner = tuple((x.bind.index(k), distance) for k, distance in offsets if k in x.bind)
             found = yield from between(first, second, inner)
             out = out + 2 * c * d * over_frame(found.excess, x, rank)
-            doubt += 2 * abs(c * d) * found.doubt * (first.table.mean_square * second.table.mean_square) ** 0.5 / whole
+            doubt += (
+                2
+                * abs(c * d)
+                * found.doubt
+                * (first.table.mean_square * second.table.mean_square) ** 0.5
+                / whole
+            )
     return Excess(out, doubt)
 
 
@@ -225,7 +233,9 @@ def of_functions(x: Node, y: Node, offsets: Offsets) -> Steps:
     return Excess(np.broadcast_to(after - before, (2,) * rank), found.doubt)
 
 
-def _centred(excess: np.ndarray, taken: Sequence[int], axes: Sequence[Axis], distances: dict[int, int]) -> np.ndarray:
+def _centred(
+    excess: np.ndarray, taken: Sequence[int], axes: Sequence[Axis], distances: dict[int, int]
+) -> np.ndarray:
     """Less the mean over some axes; over those of the distance it has no part of the excess, which has mean zero there."""
     mean = excess
     for k in taken:
@@ -264,12 +274,15 @@ def excess_of_apply(node: Apply, offsets: Offsets) -> Steps:
     # Factors that read a norm's scale were taken at its mean, which the moments of the whole need not be.
     gain = (after - before) * (node.table.mean_square / max(float(before.flat[0]), 1e-300))
     if any(k in root.bind and concentrated(root.node) for root in roots(node) for k, _ in offsets):
-        # Norms place by place: near places are more alike for their scales being alike, which are taken for one number here.
+        # Norms place by place: near places are more alike for their scales being alike, which are taken for
+        # one number here.
         doubt = max(doubt, LOOSE * float(np.max(np.abs(gain))) / max(node.table.mean_square, 1e-300))
     return Excess(gain, doubt)
 
 
-def _at_both(f: View, g: View, root: View, excess: np.ndarray, frame: Sequence[Axis]) -> tuple[np.ndarray, np.ndarray]:
+def _at_both(
+    f: View, g: View, root: View, excess: np.ndarray, frame: Sequence[Axis]
+) -> tuple[np.ndarray, np.ndarray]:
     """E[f(x_i) g(x_j)] at the usual correlations of their one root, and at those that an excess gives it."""
     first, second = _line(f, root, frame), _line(g, root, frame)
     law, table = marginal(root.node), root.node.table

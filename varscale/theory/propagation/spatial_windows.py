@@ -16,7 +16,14 @@ from varscale.theory.graph.nodes import Node, View
 from varscale.theory.propagation.cross_moments import cross
 from varscale.theory.propagation.marginals import marginal
 from varscale.theory.propagation.sampler import evenly
-from varscale.theory.propagation.spatial_correlation import Excess, Offsets, between, latent_by_distance, resolved, usual
+from varscale.theory.propagation.spatial_correlation import (
+    Excess,
+    Offsets,
+    between,
+    latent_by_distance,
+    resolved,
+    usual,
+)
 
 FAR = -1  # no distance in particular: anywhere else
 _ROWS = 64  # windows whose taps are counted, to know how far apart they are
@@ -62,12 +69,16 @@ def _places_apart(reader: Reader, distance: int) -> dict[int, float]:
     n = len(first) - distance
     if n < 1:
         return reader.elsewhere()
-    if distance == 0 and all(np.array_equal(np.sort(at, axis=1), [range(reader.size)] * len(at)) for at in (first, second)):
+    if distance == 0 and all(
+        np.array_equal(np.sort(at, axis=1), [range(reader.size)] * len(at)) for at in (first, second)
+    ):
         return _at_any_place(reader)  # each reads all there is, of which the mean over all pairs is known
     rows = evenly(n, _ROWS)
     counts = np.zeros(2 * reader.size - 1)
     for one, two in ((first[rows], second[rows + distance]), (first[rows + distance], second[rows])):
-        counts += signal.fftconvolve(_tap_counts(one, reader.size), _tap_counts(two, reader.size)[:, ::-1], axes=1).sum(axis=0)
+        counts += signal.fftconvolve(
+            _tap_counts(one, reader.size), _tap_counts(two, reader.size)[:, ::-1], axes=1
+        ).sum(axis=0)
     met = np.flatnonzero(counts > 0.5)
     apart = _distance_level(np.abs(met - (reader.size - 1)))
     return {int(d): float(counts[met[apart == d]].sum()) / (2 * len(rows)) for d in np.unique(apart)}
@@ -104,7 +115,11 @@ def by_distance(x: Node, y: Node, keys: Mapping[int, Sequence[int]]) -> Grid:
     """E[x_i y_j] at all combinations of distances along some axes, by "same" and "different" along the others."""
     rank = len(x.axes)
     whole = tuple(range(rank))
-    before = usual(x) if x is y else pool(full_types(cross(View(x, whole), View(y, whole), x.axes), x.axes), x.axes)
+    before = (
+        usual(x)
+        if x is y
+        else pool(full_types(cross(View(x, whole), View(y, whole), x.axes), x.axes), x.axes)
+    )
     out = np.empty([len(keys[k]) if k in keys else 2 for k in range(rank)])
     for index in np.ndindex(*(len(keys[k]) if k in keys else 1 for k in range(rank))):
         distances = {k: keys[k][index[k]] for k in keys}
@@ -148,7 +163,9 @@ def latents(
         n = sizes[root.bind[j]]
         if j in halves:
             window, place = np.divmod(np.arange(n), halves[j])
-            apart = np.where(window[:, None] == window, np.abs(place[:, None] - place), FAR) + 1  # places in the list above
+            apart = (
+                np.where(window[:, None] == window, np.abs(place[:, None] - place), FAR) + 1
+            )  # places in the list above
             rho = rho.take(np.concatenate([np.ones(n, int), apart.ravel()]), axis=j)
             axes.append(labelled(np.arange(n)))
         else:

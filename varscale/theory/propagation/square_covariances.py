@@ -70,7 +70,8 @@ def square_pairs(node: Node) -> tuple[np.ndarray, np.ndarray]:
             continue
         a, whole = found[0].copy(), found[1]
         if root.node.id in scales:
-            # Normalised: the mean square of the root cannot fluctuate; nor can its mean, where that was taken away.
+            # Normalised: the mean square of the root cannot fluctuate; nor can its mean, where that was taken
+            # away.
             gone = slice(1, 3) if root.node.is_centred else slice(2, 3)
             whole = whole - np.sum(a[..., gone] ** 2, axis=-1)
             a[..., gone] = 0.0
@@ -97,7 +98,9 @@ def _joint_pairs(factor: View, frame: tuple[Axis, ...]) -> np.ndarray:
     return product_second(square, square, coarse) / mean**2 if mean > 0 else np.ones([1] * len(frame))
 
 
-def _square_coefficients(f: View, frame: Sequence[Axis], fixed: Environment) -> tuple[np.ndarray, np.ndarray] | None:
+def _square_coefficients(
+    f: View, frame: Sequence[Axis], fixed: Environment
+) -> tuple[np.ndarray, np.ndarray] | None:
     """By class, Hermite coefficients of f² and E[f⁴]; None where f does not vary or is zero."""
     own = marginal(f.node) if not isinstance(f.node, Apply | Constant) else None
     if own is not None and own.gaussian:
@@ -122,4 +125,6 @@ def _correlation(root: Node) -> np.ndarray:
     return marginal(root).correlation if ordered is None else refine(ordered, root.axes)
 
 
-_SQUARED: Fact[Hashable, tuple[np.ndarray, np.ndarray] | None] = Fact()  # Hermite coefficients of f² and E[f⁴], by form
+_SQUARED: Fact[Hashable, tuple[np.ndarray, np.ndarray] | None] = (
+    Fact()
+)  # Hermite coefficients of f² and E[f⁴], by form

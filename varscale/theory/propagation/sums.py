@@ -16,12 +16,22 @@ from varscale.theory.graph.nodes import Constant, View
 from varscale.theory.integrals.hermite_series import POINTS, WEIGHTS, Z, sobol
 from varscale.theory.propagation.cross_moments import cross, dependent, mean_product
 from varscale.theory.propagation.latent_correlations import factored, latent_cross
-from varscale.theory.propagation.marginals import Environment, along, concentrated, evaluate, grid, marginal, quantiles_of_kind
+from varscale.theory.propagation.marginals import (
+    Environment,
+    along,
+    concentrated,
+    evaluate,
+    grid,
+    marginal,
+    quantiles_of_kind,
+)
 
 _MOST_CELLS = 9
-_LINEAR_SHARE = 0.995  # share of a term's variance that is linear in a normal, above which the term is as good as Gaussian
+# Share of a term's variance that is linear in a normal, above which the term is as good as Gaussian.
+_LINEAR_SHARE = 0.995
 _MOST_ROOTS = 3  # live roots of one term: a normal, its scale, and a gate on both
-_CORRELATED = 0.1  # parts correlated by less: the square of it, times an excess kurtosis of a few, is lost of the fourth moment
+# Parts correlated by less: the square of it, times an excess kurtosis of a few, is lost of the fourth moment.
+_CORRELATED = 0.1
 
 
 class _Part(NamedTuple):
@@ -41,14 +51,18 @@ def sum_quantiles(root: Sum, table: Table, deviation: np.ndarray) -> np.ndarray 
     """Quantiles of a sum on the normal grid, (classes..., points), moments matched; None where it is as good as Gaussian."""
     if any(isinstance(view.node, Constant) for view in root.args):
         return None
-    parts = [_Part(c, view, _shaping(view, root.axes)) for c, view in zip(root.params, root.args, strict=True)]
+    parts = [
+        _Part(c, view, _shaping(view, root.axes)) for c, view in zip(root.params, root.args, strict=True)
+    ]
     # A tenth of the variance moves a fourth moment by a hundredth: below that the sum is as good as Gaussian.
     alive = sum(p.weight**2 * p.view.node.table.variance for p in parts if p.live)
     if alive < 0.1 * max(table.variance, 1e-300):
         return None
     shape = tuple(a.classes for a in root.axes)
     cells = list(np.ndindex(*shape))
-    if len(cells) > _MOST_CELLS:  # one shape for all, that of the most common class: mean and deviation stay each class's own
+    if (
+        len(cells) > _MOST_CELLS
+    ):  # one shape for all, that of the most common class: mean and deviation stay each class's own
         cells = [tuple(int(np.argmax(a.counts)) for a in root.axes)]
     together = _together(parts, root.axes)
     shapes = np.empty((*shape, POINTS))
@@ -57,7 +71,11 @@ def sum_quantiles(root: Sum, table: Table, deviation: np.ndarray) -> np.ndarray 
         for group in together:
             own = [p.weight * _part_on_grid(p, root.axes, cell) for p in group]
             if len(own) > 1:
-                own = [_drawn_together(own, factored(_correlations([p.latent for p in group], root.axes, cell), root.graph))]
+                own = [
+                    _drawn_together(
+                        own, factored(_correlations([p.latent for p in group], root.axes, cell), root.graph)
+                    )
+                ]
             line = _convolved(line, own[0])
         mean = WEIGHTS @ line
         std = math.sqrt(max(WEIGHTS @ line**2 - mean**2, 1e-300))
@@ -77,7 +95,9 @@ def _ordered(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
     order = np.argsort(values)
     mass = weights[order] / weights.sum()
     below, above = np.cumsum(mass) - mass / 2, np.cumsum(mass[::-1])[::-1] - mass / 2
-    scores = np.where(below < 0.5, special.ndtri(np.maximum(below, 1e-300)), -special.ndtri(np.maximum(above, 1e-300)))
+    scores = np.where(
+        below < 0.5, special.ndtri(np.maximum(below, 1e-300)), -special.ndtri(np.maximum(above, 1e-300))
+    )
     return np.interp(Z, scores, values[order])
 
 
@@ -95,7 +115,8 @@ def _points(normals: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _drawn_together(lines: Sequence[np.ndarray], normals: np.ndarray) -> np.ndarray:
     """Quantiles of a sum of functions of correlated normals, these given as rows over independent ones."""
     latents, weights = _points(normals)
-    return _ordered(sum(np.interp(latents[:, i], Z, line) for i, line in enumerate(lines)), weights)  # pyright: ignore
+    total = np.sum([np.interp(latents[:, i], Z, line) for i, line in enumerate(lines)], axis=0)
+    return _ordered(total, weights)
 
 
 def _together(parts: Sequence[_Part], axes: Sequence[Axis]) -> list[list[_Part]]:
@@ -117,7 +138,9 @@ def _correlation_of_terms(a: View, b: View, axes: Sequence[Axis]) -> np.ndarray:
     """Correlation of two terms at one place, by class."""
     covariance = cross(a, b, axes) - mean_product(a, b, axes)
     scales = [lift(marginal_deviation(v), v.node.axes, v.bind, axes, pairs=False) for v in (a, b)]
-    out = covariance / np.maximum(by_type(scales[0], axes, second=False) * by_type(scales[1], axes, second=True), 1e-300)
+    out = covariance / np.maximum(
+        by_type(scales[0], axes, second=False) * by_type(scales[1], axes, second=True), 1e-300
+    )
     return out[tuple(slice(0, axis.classes) for axis in axes)]
 
 
@@ -141,7 +164,9 @@ def _correlations(latents: Sequence[View], axes: Sequence[Axis], cell: tuple[int
 def _part_on_grid(part: _Part, axes: Sequence[Axis], cell: tuple[int, ...]) -> np.ndarray:
     """A part on the normal grid, in one class."""
     if part.live:
-        return np.broadcast_to(_term_on_grid(part.view, part.live, axes), (*[a.classes for a in axes], POINTS))[cell]
+        return np.broadcast_to(
+            _term_on_grid(part.view, part.live, axes), (*[a.classes for a in axes], POINTS)
+        )[cell]
     return part.view.node.table.total_mean + math.sqrt(part.view.node.table.variance) * Z
 
 
@@ -150,7 +175,9 @@ def _shaping(view: View, axes: Sequence[Axis]) -> tuple[View, ...]:
     node = view.node
     own = roots_of(view)
     if len(own) == 1:
-        plain = (isinstance(node, Apply) and node.table.variance == 0) or (own[0].node is node and marginal(node).gaussian)
+        plain = (isinstance(node, Apply) and node.table.variance == 0) or (
+            own[0].node is node and marginal(node).gaussian
+        )
         return () if plain else tuple(own)
     live = [r for r in own if not concentrated(r.node)]  # the scale of a norm is as good as a number
     if not 0 < len(live) <= _MOST_ROOTS:

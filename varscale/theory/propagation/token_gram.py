@@ -30,7 +30,10 @@ from varscale.theory.graph.reshapes import Rearranged
 from varscale.theory.graph.store import Fact
 from varscale.theory.propagation.sampler import evenly
 
-_MOST_TOKENS, _MOST_OTHERS = 128, 16  # given tokens that are compared with each other; how many times that is done
+_MOST_TOKENS, _MOST_OTHERS = (
+    128,
+    16,
+)  # given tokens that are compared with each other; how many times that is done
 
 
 class Mixture(NamedTuple):
@@ -59,7 +62,9 @@ class Tokens(NamedTuple):
 def tokens_of(view: View, tokens: Iterable[int], features: Iterable[int]) -> Tokens:
     """Tokens of a view over a frame, by the frame's axes."""
     place = {outer: k for k, outer in enumerate(view.bind)}
-    return Tokens(view.node, *(tuple(sorted(place[k] for k in axes if k in place)) for axes in (tokens, features)))
+    return Tokens(
+        view.node, *(tuple(sorted(place[k] for k in axes if k in place)) for axes in (tokens, features))
+    )
 
 
 def overlap(x: Tokens) -> float:
@@ -153,7 +158,9 @@ def own_part(x: Tokens) -> float:
 def own_beyond_pairs(second: np.ndarray, axes: Sequence[Axis], tokens: Sequence[int]) -> float:
     """Second moments by type of one position of these axes, less those of two, averaged over all others."""
     n = math.prod(axes[k].size for k in tokens)
-    return float(_lacking(tuple(axes), frozenset(tokens)) @ full_types(second, axes).ravel()) * n / max(n - 1, 1)
+    return (
+        float(_lacking(tuple(axes), frozenset(tokens)) @ full_types(second, axes).ravel()) * n / max(n - 1, 1)
+    )
 
 
 @functools.cache
@@ -189,10 +196,16 @@ def _token_sources(x: Tokens) -> tuple[list[Tokens], OverlapRule]:
         return _taken(x, node)
     if isinstance(node, Gather) and len(node.params.row_axes) == 1:
         return [], lambda _: _repeated(x, node)
-    if isinstance(node, Concat) and node.params[0] not in x.features:  # the largest part that is no padding tells for all
-        parts = [(n, v) for v, n in zip(node.args, node.params[1], strict=True) if not isinstance(v.node, Constant)]
+    if (
+        isinstance(node, Concat) and node.params[0] not in x.features
+    ):  # the largest part that is no padding tells for all
+        parts = [
+            (n, v) for v, n in zip(node.args, node.params[1], strict=True) if not isinstance(v.node, Constant)
+        ]
         if parts:
-            return [tokens_of(max(parts, key=lambda part: part[0])[1], x.tokens, x.features)], lambda _: Mixture((1.0,))
+            return [
+                tokens_of(max(parts, key=lambda part: part[0])[1], x.tokens, x.features)
+            ], lambda _: Mixture((1.0,))
     if isinstance(node, Conv) and weight_of(node) is not None:  # of patches that are as good as white
         return [], lambda _: Mixture((), 1 / x.count + 1 / node.width)
     if isinstance(node, Sum):
@@ -203,9 +216,19 @@ def _token_sources(x: Tokens) -> tuple[list[Tokens], OverlapRule]:
         summed = range(len(node.axes), len(node.frame))
         if weight_of(node) is not None:
             inputs = [tokens_of(v, x.tokens, summed) for v in node.args]
-            rows = [tokens_of(v, x.features, summed) for v, y in zip(node.args, inputs, strict=True) if not y.tokens]
+            rows = [
+                tokens_of(v, x.features, summed)
+                for v, y in zip(node.args, inputs, strict=True)
+                if not y.tokens
+            ]
             inputs = [y for y in inputs if y.tokens and y.features]
-            if len(inputs) == 1 and inputs[0].node.args == () and len(rows) == 1 and rows[0].tokens and rows[0].features:
+            if (
+                len(inputs) == 1
+                and inputs[0].node.args == ()
+                and len(rows) == 1
+                and rows[0].tokens
+                and rows[0].features
+            ):
                 return [*inputs, *rows], lambda parts: _of_columns(x, rows[0], *parts)
             if len(inputs) == 1:
                 return inputs, lambda _: Mixture((1.0,), 1 / x.count)
@@ -213,7 +236,9 @@ def _token_sources(x: Tokens) -> tuple[list[Tokens], OverlapRule]:
             return mixed
         sides = [tokens_of(v, x.tokens, summed) for v in node.args]
         with_tokens = [y for y in sides if y.tokens]
-        if len(with_tokens) == 1 and with_tokens[0].features:  # what the tokens are multiplied with is none of theirs
+        if (
+            len(with_tokens) == 1 and with_tokens[0].features
+        ):  # what the tokens are multiplied with is none of theirs
             return with_tokens, lambda _: Mixture((1.0,), 1 / x.count)
     return [], lambda _: white(x)
 
@@ -231,7 +256,9 @@ def _of_columns(x: Tokens, rows: Tokens, weights: float, integral_key: float) ->
 
 def _tokens_before_reshape(x: Tokens, node: Rearranged) -> Tokens:
     """The same tokens before their axes were put in another order, together or apart."""
-    return Tokens(node.args[0].node, *(tuple(sorted({j for k in axes for j in node.before(k)})) for axes in x[1:]))
+    return Tokens(
+        node.args[0].node, *(tuple(sorted({j for k in axes for j in node.before(k)})) for axes in x[1:])
+    )
 
 
 def _taken(x: Tokens, node: Node) -> tuple[list[Tokens], OverlapRule]:
@@ -277,7 +304,9 @@ def _overlap_of_sum(x: Tokens, node: Sum) -> tuple[list[Tokens], OverlapRule]:
         return [], lambda _: white(x)
     shares = np.array([scale * max(own_part(y), 0.0) for scale, y in terms])
     shares = shares / max(shares.sum(), 1e-300)
-    return [y for _, y in terms], lambda _: Mixture(tuple(shares.tolist()), (1 - float(shares @ shares)) / x.count)
+    return [y for _, y in terms], lambda _: Mixture(
+        tuple(shares.tolist()), (1 - float(shares @ shares)) / x.count
+    )
 
 
 def _overlap_of_apply(x: Tokens, node: Apply) -> tuple[list[Tokens], OverlapRule]:
@@ -290,7 +319,11 @@ def _overlap_of_apply(x: Tokens, node: Apply) -> tuple[list[Tokens], OverlapRule
     slopes = []
     for view, y in found:
         slope = derivative(node, view)
-        second = np.zeros(node.frame_types) if slope is None else np.broadcast_to(slope.second(node.axes), node.frame_types)
+        second = (
+            np.zeros(node.frame_types)
+            if slope is None
+            else np.broadcast_to(slope.second(node.axes), node.frame_types)
+        )
         for k in reversed(range(len(node.axes))):
             axis = node.axes[k]
             second = contract_axis(second, k, axis.different if k in x.tokens else axis.same)

@@ -57,13 +57,17 @@ def _of_few_terms(main: View, scales: Sequence[View]) -> tuple[float, bool]:
     """Excess kurtosis of sums of few terms, and whether the norm is over other axes than that of their units."""
     view = main
     if main.node.is_centred:
-        shares = [c * c * term.node.table.mean_square for c, term in zip(main.node.params, main.node.args, strict=True)]
+        shares = [
+            c * c * term.node.table.mean_square
+            for c, term in zip(main.node.params, main.node.args, strict=True)
+        ]
         view = main.node.args[int(np.argmax(shares))].within(main.bind)
     node = view.node
     if not isinstance(node, Conv | Contract):
         return 0.0, True
     x, w = next(
-        ((x, w) for x, w in (node.args, node.args[::-1]) if isinstance(w.node, Leaf) and not w.node.is_input), (None, None)
+        ((x, w) for x, w in (node.args, node.args[::-1]) if isinstance(w.node, Leaf) and not w.node.is_input),
+        (None, None),
     )
     if x is None or w is None:
         return 0.0, True

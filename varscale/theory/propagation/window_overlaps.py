@@ -41,7 +41,8 @@ def scatter_of_sum(root: Sum) -> np.ndarray | None:
     terms = zip(root.params, root.args, strict=True)
     whole = max(root.table.mean_square, 1e-300)
     found = [
-        (c * c * view.node.table.mean_square / whole) ** 2 * lift(own, view.node.axes, view.bind, root.axes, pairs=True)
+        (c * c * view.node.table.mean_square / whole) ** 2
+        * lift(own, view.node.axes, view.bind, root.axes, pairs=True)
         for c, view in terms
         if (own := scatter(view.node)) is not None
     ]

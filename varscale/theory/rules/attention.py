@@ -60,9 +60,9 @@ from varscale.theory.propagation.token_gram import (
 )
 from varscale.theory.rules.softmax import Softmax, gain_of_queries, key_directions, logit_scatter
 
-# Set on the validation grid, not derived, both. Of what outputs gain by following their queries: overlaps are known to leading
-# order, to a quarter there. Of what tokens share, which moves by the curvature of what made them times the variance of their
-# overlaps: 3 %.
+# Set on the validation grid, not derived, both. Of what outputs gain by following their queries: overlaps are
+# known to leading order, to a quarter there. Of what tokens share, which moves by the curvature of what made
+# them times the variance of their overlaps: 3 %.
 SHARED_DOUBT = 0.03
 
 
@@ -123,7 +123,8 @@ def attention_of(node: Any) -> Attention | None:
         p, mixed_by = _before_mixing(weights)
         p, kept = _before_dropout(p)
         keys = {p.bind[k] for k in p.node.params} if isinstance(p.node, Softmax) else set()
-        # Shares of something else than what is added up, a capsule's of those above it, are no weights of an average.
+        # Shares of something else than what is added up, a capsule's of those above it, are no weights of an
+        # average.
         if isinstance(p.node, Softmax) and keys <= set(v.bind) and min(keys) >= len(node.axes):
             return Attention(node, p.node, p.bind, v, kept * mixed_by)
     return None
@@ -205,7 +206,9 @@ def _weighted(view: View, along: Sequence[int]) -> Tokens | None:
 
 
 @gain_of_queries.register(Softmax)
-def gain_of_queries_of_softmax(weights: Softmax, notes: BackwardNotes, passed: np.ndarray, kept: np.ndarray) -> float | None:
+def gain_of_queries_of_softmax(
+    weights: Softmax, notes: BackwardNotes, passed: np.ndarray, kept: np.ndarray
+) -> float | None:
     """Second moment that queries' cotangents gain because keys and values see the same tokens (2.).
 
     It is left with the product of queries and keys, whose pullback adds it to what comes back from the softmax.
@@ -226,7 +229,12 @@ def gain_of_queries_of_softmax(weights: Softmax, notes: BackwardNotes, passed: n
     several = np.clip(1 - (weights.seen * weights.weights.square).sum(-1), 0, 1) ** 2
     own = found.keys.node.table.mean_square
     gain = (
-        shared_overlap(tokens, values) * own_part(found.keys) / max(own, 1e-300) * passed * weights.read(several) * weights.own
+        shared_overlap(tokens, values)
+        * own_part(found.keys)
+        / max(own, 1e-300)
+        * passed
+        * weights.read(several)
+        * weights.own
     )
     axes = [weights.axes[k] for k in weights.rows()]
     rows = functools.reduce(np.multiply.outer, [a.same for a in axes], np.array(1.0))
@@ -249,7 +257,11 @@ def key_directions_of_softmax(weights: Softmax) -> float:
     """
     found = scores(weights)
     tokens = None if found is None else projected(found.keys)
-    if tokens is None or not isinstance(tokens.node, Apply) or not any(len(g) > 1 for g in cofactors(tokens.node).values()):
+    if (
+        tokens is None
+        or not isinstance(tokens.node, Apply)
+        or not any(len(g) > 1 for g in cofactors(tokens.node).values())
+    ):
         return math.inf
     own = own_part(tokens)
     shared = tokens.node.table.mean_square - own
@@ -286,7 +298,9 @@ def tilted(node: Any) -> np.ndarray | float:
         return 0.0
     keys, v, p = attention.keys, attention.values, attention.weights
     frame = node.frame
-    values = np.broadcast_to(v.second(frame), [n if (k in v.bind) else 1 for k, n in enumerate(a.types for a in frame)])
+    values = np.broadcast_to(
+        v.second(frame), [n if (k in v.bind) else 1 for k, n in enumerate(a.types for a in frame)]
+    )
     deviation = np.maximum(_deviation(values, keys, frame), 0.0)
     rows = p.rows()
     gain = lift(p.tilt, [p.axes[k] for k in rows], [attention.place[k] for k in rows], frame, pairs=True)

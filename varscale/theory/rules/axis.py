@@ -35,7 +35,8 @@ from varscale.theory.graph.reshapes import Permute, permute
 from varscale.theory.graph.store import BackwardNotes, Fact
 from varscale.theory.rules.registry import Context, elementwise_or_layout, rule
 
-# By leaf: along which axis it is sliced, and it and what multiplies it entry by entry where it is weights only read in slices.
+# By leaf: along which axis it is sliced, and it and what multiplies it entry by entry where it is weights
+# only read in slices.
 _SLICED: Fact[int, tuple[int, list[Node] | None]] = Fact()
 
 
@@ -128,7 +129,10 @@ def _resized(x: Value, node: Node, d: int, k: int, size: int) -> Value:
         dims[d] = (Atom(size, None),) if size > 1 else ()
         return Value(node, tuple(dims))
     gone = size == 1
-    dims = [tuple(a if a.axis is None or a.axis < k or not gone else Atom(a.size, a.axis - 1) for a in dim) for dim in x.dims]
+    dims = [
+        tuple(a if a.axis is None or a.axis < k or not gone else Atom(a.size, a.axis - 1) for a in dim)
+        for dim in x.dims
+    ]
     dims[d] = () if gone else (Atom(size, k),)
     return Value(node, tuple(dims))
 
@@ -164,7 +168,9 @@ def take_node(node: Node, k: int, start: int, stop: int, step: int) -> Node:
         return part
     if step == 1 and (part := part_of(node, k, start, stop)) is not None:
         return part
-    return graph.make(Take, axes, [View(node, tuple(range(len(node.axes))))], (k, *_slice((start, stop, step))))
+    return graph.make(
+        Take, axes, [View(node, tuple(range(len(node.axes))))], (k, *_slice((start, stop, step)))
+    )
 
 
 def slice_of_weights(node: Node, k: int, position: int) -> Leaf | None:
@@ -222,7 +228,9 @@ def _taken_inside(node: Node, k: int, start: int, stop: int, step: int) -> Node 
 def slice_(interpreter: Context, eqn: Any, x: Value) -> Value:
     p = eqn.params
     strides = p["strides"] or (1,) * len(x.dims)
-    for d, (start, stop, step) in enumerate(zip(p["start_indices"], p["limit_indices"], strides, strict=True)):
+    for d, (start, stop, step) in enumerate(
+        zip(p["start_indices"], p["limit_indices"], strides, strict=True)
+    ):
         x = take(x, d, start, stop, step)
     return x
 
@@ -237,7 +245,9 @@ def _pairs_of_slices(node: RandomSlice) -> np.ndarray:
     """Pairs of each type of the whole axis at each place, (places, types)."""
     k, size, _ = node.params
     axis = node.args[0].node.axes[k]
-    members = np.concatenate([np.zeros((1, axis.classes)), np.cumsum(np.eye(axis.classes)[axis.label_array], axis=0)])
+    members = np.concatenate(
+        [np.zeros((1, axis.classes)), np.cumsum(np.eye(axis.classes)[axis.label_array], axis=0)]
+    )
     counts = members[size:] - members[:-size]
     pairs = np.einsum("sa,sb->sab", counts, counts) - np.einsum("sa,ab->sab", counts, np.eye(axis.classes))
     return np.concatenate([counts, pairs.reshape(len(counts), -1)], axis=1)
@@ -256,7 +266,8 @@ def second_moments_of_random_slice(node: RandomSlice) -> Table:
     mean, second = apply_axis(table.mean, k, share), apply_axis(table.second, k, rows[: 1 + (size > 1)])
     if size == 1:
         mean, second = mean.squeeze(k), second.squeeze(k)
-    # Where it starts may depend on what it holds: then it may hold the most or the least that there is at any place.
+    # Where it starts may depend on what it holds: then it may hold the most or the least that there is at any
+    # place.
     squares = (classes / size) @ _squares_by_class(table, k)
     off = np.abs(squares / max(float(squares.mean()), 1e-300) - 1)
     node.graph.flag("assumed", min(float(off.max()), UNKNOWN))
@@ -264,7 +275,9 @@ def second_moments_of_random_slice(node: RandomSlice) -> Table:
 
 
 @pullback.register(RandomSlice)
-def pullback_of_random_slice(node: RandomSlice, cotangent: np.ndarray, notes: BackwardNotes) -> list[np.ndarray | None]:
+def pullback_of_random_slice(
+    node: RandomSlice, cotangent: np.ndarray, notes: BackwardNotes
+) -> list[np.ndarray | None]:
     k, size, _ = node.params
     axis = node.args[0].node.axes[k]
     expected = _pairs_of_slices(node).mean(axis=0) / np.maximum(axis.pairs, 1e-300)
@@ -317,5 +330,14 @@ def iota(interpreter: Context, eqn: Any, *_: Value) -> Value:
 
 
 elementwise_or_layout(
-    "tile", "broadcast_in_dim", "reshape", "squeeze", "expand_dims", "transpose", "slice", "split", "iota", "rev"
+    "tile",
+    "broadcast_in_dim",
+    "reshape",
+    "squeeze",
+    "expand_dims",
+    "transpose",
+    "slice",
+    "split",
+    "iota",
+    "rev",
 )

@@ -49,7 +49,9 @@ def complex_operands(interpreter: Context, eqn: Any, *xs: Any) -> Any:
     if not moves and name not in _ELEMENTWISE:
         return drawn_region(interpreter, eqn, xs, "it mixes the parts of complex numbers")
     handler = RULES[name]
-    re, im = (handler(interpreter, eqn, *[parts(x)[k] if isinstance(x, Complex) else x for x in xs]) for k in (0, 1))
+    re, im = (
+        handler(interpreter, eqn, *[parts(x)[k] if isinstance(x, Complex) else x for x in xs]) for k in (0, 1)
+    )
     if isinstance(re, list | tuple):
         return [Complex(a, b) for a, b in zip(re, im, strict=True)]
     return Complex(re, im)

@@ -27,7 +27,9 @@ from varscale.theory.propagation.pullbacks import sum_out
 from varscale.theory.rules.axis import take, take_node
 from varscale.theory.rules.registry import Context, elementwise_or_layout, rule
 
-_MOST_JOINED = 64  # joined arrays that are cut open for each other: a recurrence unrolled by hand has T² pairs of them
+_MOST_JOINED = (
+    64  # joined arrays that are cut open for each other: a recurrence unrolled by hand has T² pairs of them
+)
 _MANY_PARTS = 6  # parts up to which every pair is computed
 _MANY_UNLIKE = 24  # the same where distance does not tell how alike two parts are
 _CHECKED = 12  # pairs of many parts that are computed to see whether it does
@@ -67,7 +69,9 @@ def _across(node: Concat, start: int, stop: int) -> Node:
         if k in bind and high - low < n:
             j = bind.index(k)
             child = take_node(child, j, low, high, 1)
-            bind = () if isinstance(child, Constant) else bind if high - low > 1 else (*bind[:j], *bind[j + 1 :])
+            bind = (
+                () if isinstance(child, Constant) else bind if high - low > 1 else (*bind[:j], *bind[j + 1 :])
+            )
         left.append(high - low)
         views.append(View(child, bind))
     whole, _ = sliced(node.axes[k], start, stop, 1)
@@ -121,7 +125,9 @@ def _alike_by_distance(node: Concat, other: Concat, between: Callable[[int, int]
         if ours[i][1] != others[j][1]:
             continue
         a, b = (part[0] for part in (ours[i], others[j]))
-        most = [float(np.abs(_between_parts(node, v, v, ours[i][1], ours[i][1], cross)).max()) for v in (a, b)]
+        most = [
+            float(np.abs(_between_parts(node, v, v, ours[i][1], ours[i][1], cross)).max()) for v in (a, b)
+        ]
         error = float(np.abs(between(i, j) - between(*_stand_in(i, j))).max())
         off = max(off, error / max(math.sqrt(most[0] * most[1]), 1e-300))
     if off > NEXT_ORDER and n <= _MANY_UNLIKE:
@@ -135,7 +141,10 @@ def cross_by_kind_of_concat(node: Concat, a: View, b: View, frame: Sequence[Axis
     """Against anything that runs over the same axis: cut that where the parts meet."""
     k, sizes = node.params
     place = a.bind[k]
-    if _JOINED.once(node.graph, None, lambda: sum(isinstance(n, Concat) for n in node.graph.nodes.values())) > _MOST_JOINED:
+    if (
+        _JOINED.once(node.graph, None, lambda: sum(isinstance(n, Concat) for n in node.graph.nodes.values()))
+        > _MOST_JOINED
+    ):
         return None
     pieces, start = [], 0
     for n in sizes:
@@ -152,7 +161,9 @@ def cross_by_kind_of_concat(node: Concat, a: View, b: View, frame: Sequence[Axis
     return _pairs_with(mine, graph.make(Concat, axes, pieces, (place, sizes)))
 
 
-def _between_parts(node: Concat, a: View, b: View, fa: tuple[Axis, ...], fb: tuple[Axis, ...], cross: Any) -> np.ndarray:
+def _between_parts(
+    node: Concat, a: View, b: View, fa: tuple[Axis, ...], fb: tuple[Axis, ...], cross: Any
+) -> np.ndarray:
     """E[a_i b_j] over types of the other axes and class pairs of the two parts along this one."""
     k = node.params[0]
     ca, cb = fa[k].classes, fb[k].classes
@@ -160,7 +171,8 @@ def _between_parts(node: Concat, a: View, b: View, fa: tuple[Axis, ...], fb: tup
     if fa[k] == fb[k]:
         table = np.broadcast_to(cross(a, b, fa), [*rest[:k], fa[k].types, *rest[k + 1 :]])
         return apply_axis(table, k, any_places(fa[k]))
-    # Parts of different sizes: their positions never agree, so the product of class means on this axis and types elsewhere.
+    # Parts of different sizes: their positions never agree, so the product of class means on this axis and
+    # types elsewhere.
     frame = (*node.axes[:k], *node.axes[k + 1 :], fa[k], fb[k])
     last = len(frame) - 2
 
@@ -207,7 +219,9 @@ def propagated_of_concat(node: Concat) -> Spread:
     """Of a mean of the parts' mean squares, each logarithm counts by its part's share: a padding of zeros changes nothing."""
     shares = [n * view.node.table.mean_square for view, n in zip(node.args, node.params[1], strict=True)]
     whole = max(sum(shares), 1e-300)
-    return combine([(share / whole, inherited(view.node)) for share, view in zip(shares, node.args, strict=True)])
+    return combine(
+        [(share / whole, inherited(view.node)) for share, view in zip(shares, node.args, strict=True)]
+    )
 
 
 @lost_excess_of.register(Concat)
@@ -238,7 +252,10 @@ def concatenate(graph: Any, xs: Sequence[Value], d: int, classes: bool = True) -
     whole = labelled(labels) if classes and len(set(labels)) <= 2 * MOST_CLASSES else Axis(sum(sizes))
     binds = [View(v.node, tuple(0 if b == own[i] else place[b] for b in v.bind)) for i, v in enumerate(views)]
     node = graph.make(Concat, (whole, *(frame[k] for k in others)), binds, (0, tuple(sizes)))
-    out = [tuple(a if a.axis is None else Atom(a.size, place[a.axis]) for a in dim) for dim in dims[: len(xs[0].dims)]]
+    out = [
+        tuple(a if a.axis is None else Atom(a.size, place[a.axis]) for a in dim)
+        for dim in dims[: len(xs[0].dims)]
+    ]
     out[d] = (Atom(sum(sizes), 0),)
     for j in range(len(out)):  # a dimension along which every part is constant
         if not out[j] and xs[0].shape[j] > 1:
@@ -275,7 +292,9 @@ def unstack(interpreter: Context, eqn: Any, x: Value) -> list[Value]:
 @rule("tile")
 def tile(interpreter: Context, eqn: Any, x: Value) -> Value:
     """Copies one after another: a leading factor of the dimension along which nothing changes."""
-    dims = [((Atom(n, None),) if n > 1 else ()) + dim for n, dim in zip(eqn.params["reps"], x.dims, strict=True)]
+    dims = [
+        ((Atom(n, None),) if n > 1 else ()) + dim for n, dim in zip(eqn.params["reps"], x.dims, strict=True)
+    ]
     return Value(x.node, tuple(dims))
 
 
@@ -286,7 +305,11 @@ def pad(interpreter: Context, eqn: Any, x: Value, fill: Value) -> Value:
         n = x.shape[d]
         if inner and n > 1:
             added = (n - 1) * inner
-            side = layout.full(interpreter.graph, fill.constant or 0.0, [added if k == d else m for k, m in enumerate(x.shape)])
+            side = layout.full(
+                interpreter.graph,
+                fill.constant or 0.0,
+                [added if k == d else m for k, m in enumerate(x.shape)],
+            )
             x = concatenate(interpreter.graph, [x, side], d, classes=False)
             n += added
         x = take(x, d, max(-low, 0), n - max(-high, 0), 1)

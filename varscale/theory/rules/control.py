@@ -49,11 +49,18 @@ def call(interpreter: Context, eqn: Any, *xs: Any) -> list[Any]:
         key = next((x for x in xs if isinstance(x, Opaque)), None)
         return [bits(interpreter, key or tuple(xs), aval.shape, aval.dtype.itemsize * 8)]
     name = _CALLS[eqn.primitive.name]
-    inner = eqn.params[name] if name in eqn.params else eqn.params["jaxpr" if "jaxpr" in eqn.params else "call_jaxpr"]
+    inner = (
+        eqn.params[name]
+        if name in eqn.params
+        else eqn.params["jaxpr" if "jaxpr" in eqn.params else "call_jaxpr"]
+    )
     jaxpr, consts = _compat.sub_jaxpr(inner)
     out = interpreter.run(jaxpr, consts, xs)
     if eqn.primitive.name.startswith("custom_vjp_call") and not _goes_by_derivatives(eqn):
-        return [interpreter.elementwise("own_gradient", y) if isinstance(y, Value) and y.node.axes else y for y in out]
+        return [
+            interpreter.elementwise("own_gradient", y) if isinstance(y, Value) and y.node.axes else y
+            for y in out
+        ]
     return out
 
 
@@ -63,13 +70,17 @@ def _goes_by_derivatives(eqn: Any) -> bool:
         return False
     shapes = [v.aval for v in eqn.invars]
     jaxpr = next((eqn.params[k] for k in ("call_jaxpr", "fun_jaxpr") if k in eqn.params), None)
-    if sum(math.prod(a.shape) for a in shapes) > _MOST_TRIED or not isinstance(jaxpr, jax.extend.core.ClosedJaxpr):
+    if sum(math.prod(a.shape) for a in shapes) > _MOST_TRIED or not isinstance(
+        jaxpr, jax.extend.core.ClosedJaxpr
+    ):
         return False
     rng = np.random.default_rng(0)
     numbers = [jnp.asarray(rng.standard_normal(a.shape), a.dtype) for a in shapes if a.dtype.kind == "f"]
     if len(numbers) < len(shapes):
         return False
-    own = jax.extend.core.ClosedJaxpr(jaxpr.jaxpr.replace(constvars=[], invars=eqn.invars, outvars=eqn.outvars, eqns=[eqn]), [])
+    own = jax.extend.core.ClosedJaxpr(
+        jaxpr.jaxpr.replace(constvars=[], invars=eqn.invars, outvars=eqn.outvars, eqns=[eqn]), []
+    )
     with jax.ensure_compile_time_eval():
         try:
             gradients = []
@@ -100,7 +111,9 @@ def scan(interpreter: Context, eqn: Any, *xs: Any) -> list[Any]:
     layers = any(isinstance(x, Value) and _stacks_weights(x) for x in streams)
     if not layers and any(kept[: len(carry)]) and p["length"] > _FEW_STEPS:
         try:
-            return over_time(interpreter, eqn, xs, _first_steps(interpreter, p, xs, _OUTLINED, named=False)[-1], _OUTLINED)
+            return over_time(
+                interpreter, eqn, xs, _first_steps(interpreter, p, xs, _OUTLINED, named=False)[-1], _OUTLINED
+            )
         except CannotDraw:
             pass
     steps = _first_steps(interpreter, p, xs, p["length"], named=layers, kept=kept)
@@ -115,7 +128,10 @@ def _stacks_weights(x: Value) -> bool:
     """Whether a stream is made of weights that differ from step to step."""
     along = {a.axis for a in x.dims[0]}
     own = ((root.node, root.bind) for root in roots(x.node))
-    return any(isinstance(node, Leaf) and not (node.is_input or node.is_bits) and along & set(bind) for node, bind in own)
+    return any(
+        isinstance(node, Leaf) and not (node.is_input or node.is_bits) and along & set(bind)
+        for node, bind in own
+    )
 
 
 def _needed(p: dict[str, Any], read: Sequence[bool]) -> list[bool]:
@@ -169,7 +185,8 @@ def index(interpreter: Context, x: Any, step: int, length: int) -> Any:
         part = slice_of_weights(x.node, k, step)
         if part is not None:
             dims = [
-                tuple(a if a.axis is None or a.axis < k else a._replace(axis=a.axis - 1) for a in dim) for dim in x.dims[1:]
+                tuple(a if a.axis is None or a.axis < k else a._replace(axis=a.axis - 1) for a in dim)
+                for dim in x.dims[1:]
             ]
             return Value(part, tuple(dims))
     one = take(x, 0, step, step + 1, 1)
@@ -186,7 +203,9 @@ def stack(interpreter: Context, steps: list[Any]) -> Any:
     if len(rows) == 1:
         return rows[0]
     if all(r.node is rows[0].node and r.dims == rows[0].dims for r in rows):
-        return layout.broadcast_in_dim(steps[0], (len(steps), *steps[0].shape), tuple(range(1, len(steps[0].shape) + 1)))
+        return layout.broadcast_in_dim(
+            steps[0], (len(steps), *steps[0].shape), tuple(range(1, len(steps[0].shape) + 1))
+        )
     out = concatenate(interpreter.graph, rows, 0)
     STACKED.put(interpreter.graph, (out.node.id, out.dims), steps)
     return out
@@ -207,14 +226,19 @@ def cond(interpreter: Context, eqn: Any, which: Value, *xs: Any) -> list[Any]:
 def platform_index(interpreter: Context, eqn: Any, *_: Any) -> Value:
     """Which of several implementations a platform takes: moments are those of any, so the default."""
     platforms = eqn.params["platforms"]
-    return interpreter.known(np.int32(next((i for i, p in enumerate(platforms) if p is None or "cpu" in p), 0)))
+    return interpreter.known(
+        np.int32(next((i for i, p in enumerate(platforms) if p is None or "cpu" in p), 0))
+    )
 
 
 @rule("while")
 def while_(interpreter: Context, eqn: Any, *xs: Any) -> list[Any]:
     """Steps while the condition is known to hold."""
     p = eqn.params
-    test_consts, body_consts = xs[: p["cond_nconsts"]], xs[p["cond_nconsts"] : p["cond_nconsts"] + p["body_nconsts"]]
+    test_consts, body_consts = (
+        xs[: p["cond_nconsts"]],
+        xs[p["cond_nconsts"] : p["cond_nconsts"] + p["body_nconsts"]],
+    )
     state = list(xs[p["cond_nconsts"] + p["body_nconsts"] :])
     test, test_literals = _compat.sub_jaxpr(p["cond_jaxpr"])
     body, body_literals = _compat.sub_jaxpr(p["body_jaxpr"])

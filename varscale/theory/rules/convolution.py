@@ -12,7 +12,15 @@ import numpy as np
 from varscale.theory.domain.axes import Axis, apply_axis, contract_axis
 from varscale.theory.domain.tables import Table, lift
 from varscale.theory.graph import layout
-from varscale.theory.graph.convolutions import ONE, Conv, ConvParams, Window, output_axis, tap_means, tap_pairs
+from varscale.theory.graph.convolutions import (
+    ONE,
+    Conv,
+    ConvParams,
+    Window,
+    output_axis,
+    tap_means,
+    tap_pairs,
+)
 from varscale.theory.graph.layout import Atom, Value
 from varscale.theory.graph.linear_nodes import weight_of
 from varscale.theory.graph.nodes import UNKNOWN, Leaf, Node, View, cross_by_kind, pullback, second_moments
@@ -40,7 +48,8 @@ def second_moments_of_conv(node: Conv) -> Table:
 
     groups, windows, xd, wd, od = node.params
     if dependent(*(v.node for v in node.args)):
-        # A weight that was applied before is as good as fresh; of data with their own crop the terms may all be equal.
+        # A weight that was applied before is as good as fresh; of data with their own crop the terms may all
+        # be equal.
         fresh = weight_of(node) is not None
         node.graph.flag(*("quadrature", 1 / node.width) if fresh else ("assumed", UNKNOWN))
     x, w = (v.node.table for v in node.args)
@@ -62,7 +71,9 @@ def second_moments_of_conv(node: Conv) -> Table:
 @pullback.register(Conv)
 def pullback_of_conv(node: Conv, cotangent: np.ndarray, notes: BackwardNotes) -> list[np.ndarray | None]:
     _groups, _windows, xd, wd, od = node.params
-    back = node.carry(_logical(node, cotangent, od), _logical(node, node.args[1].node.table.second, wd), transposed=True)
+    back = node.carry(
+        _logical(node, cotangent, od), _logical(node, node.args[1].node.table.second, wd), transposed=True
+    )
     if back.ndim == 0:  # a kernel of zeros
         return [np.zeros(node.args[0].node.frame_types), None]
     own = _own_of(node, back, xd, node.args[0].node)
@@ -81,7 +92,12 @@ def cross_by_kind_of_conv(node: Conv, a: View, b: View, frame: Sequence[Axis]) -
     weights = weight_of(node), weight_of(other)
     if None not in weights and weights[0] is not weights[1]:
         return np.zeros((1,) * len(frame))
-    if not isinstance(other, Conv) or other.params != node.params or a.bind != b.bind or other.args[1] != node.args[1]:
+    if (
+        not isinstance(other, Conv)
+        or other.params != node.params
+        or a.bind != b.bind
+        or other.args[1] != node.args[1]
+    ):
         return None
     x, y = node.args[0].node, other.args[0].node
     if x.axes != y.axes:
@@ -89,7 +105,8 @@ def cross_by_kind_of_conv(node: Conv, a: View, b: View, frame: Sequence[Axis]) -
     identity = tuple(range(len(x.axes)))
     table = np.broadcast_to(cross(View(x, identity), View(y, identity), x.axes), [ax.types for ax in x.axes])
     second = node.carry(
-        _logical(node, table, node.params.x_dims), _logical(node, node.args[1].node.table.second, node.params.w_dims)
+        _logical(node, table, node.params.x_dims),
+        _logical(node, node.args[1].node.table.second, node.params.w_dims),
     )
     return lift(node._own(second, node.params.out_dims), node.axes, a.bind, frame, pairs=True)
 
@@ -175,14 +192,22 @@ def conv(interpreter: Context, eqn: Any, x: Value, w: Value) -> Any:
     )
     axes: list[Axis] = []
     od: list[int | None] = []
-    logical = [x.node.axes[xd[0]] if xd[0] is not None else ONE, w.node.axes[wd[0]] if wd[0] is not None else ONE]
-    logical += [output_axis(win, x.node.axes[k] if k is not None else ONE) for win, k in zip(windows, xd[2:], strict=True)]
+    logical = [
+        x.node.axes[xd[0]] if xd[0] is not None else ONE,
+        w.node.axes[wd[0]] if wd[0] is not None else ONE,
+    ]
+    logical += [
+        output_axis(win, x.node.axes[k] if k is not None else ONE)
+        for win, k in zip(windows, xd[2:], strict=True)
+    ]
     for axis in logical:
         od.append(len(axes) if axis.size > 1 else None)
         if axis.size > 1:
             axes.append(axis)
     views = [View(x.node, tuple(range(len(x.node.axes)))), View(w.node, tuple(range(len(w.node.axes))))]
-    node = interpreter.graph.make(Conv, axes, views, ConvParams(p["feature_group_count"], windows, xd, wd, tuple(od)))
+    node = interpreter.graph.make(
+        Conv, axes, views, ConvParams(p["feature_group_count"], windows, xd, wd, tuple(od))
+    )
     out: list[tuple[Atom, ...]] = [()] * len(shape)
     for k, d in enumerate(dims.out_spec):
         place = od[k]

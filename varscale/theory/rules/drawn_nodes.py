@@ -40,7 +40,9 @@ def draw(
     """
     env: dict[Any, np.ndarray] = {}
     every = roots(node)
-    held = {r for r in every if concentrated(r.node) and any(r.node.deps & o.node.deps for o in every if o != r)}
+    held = {
+        r for r in every if concentrated(r.node) and any(r.node.deps & o.node.deps for o in every if o != r)
+    }
     # Trees are evaluated over a frame with the replicates last, as quadrature points are.
     for root in every:
         own = [sizes[b] for b in root.bind]

@@ -10,7 +10,14 @@ from varscale.theory.graph.nodes import Array, Leaf
 from varscale.theory.integrals.primitives import FUNCTIONS
 from varscale.theory.rules.integer_inputs import compared
 from varscale.theory.rules.reductions import OneOfMany
-from varscale.theory.rules.registry import RECOGNISERS, Complex, Context, elementwise_or_layout, map_parts, rule
+from varscale.theory.rules.registry import (
+    RECOGNISERS,
+    Complex,
+    Context,
+    elementwise_or_layout,
+    map_parts,
+    rule,
+)
 
 _OWN = {"affine", "convert", "bitcast", "integer_pow", "power", *IDENTITIES}
 _NAMES = [name for name in FUNCTIONS if name not in _OWN]
@@ -52,7 +59,8 @@ def convert(interpreter: Context, eqn: Any, x: Value) -> Value:
     if old.kind == new.kind == "u" and old != new:
         return interpreter.elementwise("convert", x, extra=(str(new),))
     kinds = {"b": 0, "i": 1, "u": 1, "f": 2, "V": 2, "c": 3}
-    # Widening (bool to int to float) and rounding to a narrower float keep the numbers: moments in exact arithmetic.
+    # Widening (bool to int to float) and rounding to a narrower float keep the numbers: moments in exact
+    # arithmetic.
     if kinds.get(new.kind, 2) >= kinds.get(old.kind, 2) and not (old.kind == "u" and new.kind == "f"):
         return x
     return interpreter.elementwise("convert", x, extra=("f" if kinds.get(new.kind, 2) == 2 else new.kind,))
@@ -88,5 +96,12 @@ def stopped(interpreter: Context, x: Value) -> Value:
     return interpreter.elementwise("stop_gradient", x)
 
 
-_OTHERS = ("stop_gradient", "add_any", "square", "integer_pow", "convert_element_type", "bitcast_convert_type")
+_OTHERS = (
+    "stop_gradient",
+    "add_any",
+    "square",
+    "integer_pow",
+    "convert_element_type",
+    "bitcast_convert_type",
+)
 elementwise_or_layout(*_NAMES, *_OTHERS, *_IDENTITIES)

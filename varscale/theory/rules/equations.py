@@ -38,9 +38,15 @@ def scans(eqns: Sequence[Any]) -> list[int]:
         array, rest = eqn.invars[0], eqns[i + 1 :]
         again = any(_halved(e, 1) == axis and e.invars[0] is array for e in rest)
         inner = any(
-            _halved(e, k) == axis and e.invars[0].aval.shape[axis] == array.aval.shape[axis] // 2 for e in rest for k in (0, 1)
+            _halved(e, k) == axis and e.invars[0].aval.shape[axis] == array.aval.shape[axis] // 2
+            for e in rest
+            for k in (0, 1)
         )
-        whole = (j for j, e in enumerate(rest) if _dilates(e) and e.outvars[0].aval.shape[axis] == array.aval.shape[axis])
+        whole = (
+            j
+            for j, e in enumerate(rest)
+            if _dilates(e) and e.outvars[0].aval.shape[axis] == array.aval.shape[axis]
+        )
         end = next(whole, None) if again and inner else None
         if end is not None:
             found.append(i)
@@ -59,7 +65,11 @@ def _halved(eqn: Any, offset: int) -> int | None:
         return None
     starts, strides = eqn.params["start_indices"], eqn.params["strides"]
     axes = [k for k, step in enumerate(strides) if step == 2]
-    return axes[0] if len(axes) == 1 and [s for s in starts if s] == [offset][:offset] and starts[axes[0]] == offset else None
+    return (
+        axes[0]
+        if len(axes) == 1 and [s for s in starts if s] == [offset][:offset] and starts[axes[0]] == offset
+        else None
+    )
 
 
 def is_elementwise(eqn: Any) -> bool:
@@ -69,7 +79,11 @@ def is_elementwise(eqn: Any) -> bool:
         return all(is_elementwise(e) for e in _compat.sub_jaxpr(inner)[0].eqns)
     ranks = {v.aval.ndim for v in (*eqn.invars, *eqn.outvars) if v.aval.ndim}
     name = eqn.primitive.name
-    return len(ranks) <= 1 and name not in _MOVES and not name.startswith(("cum", "reduce", "scatter", "arg", "sort", "conv_"))
+    return (
+        len(ranks) <= 1
+        and name not in _MOVES
+        and not name.startswith(("cum", "reduce", "scatter", "arg", "sort", "conv_"))
+    )
 
 
 def sub_jaxpr_of(eqn: Any) -> Any:

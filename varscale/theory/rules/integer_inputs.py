@@ -42,7 +42,11 @@ def compared(interpreter: Context, name: str, shape: Sequence[int], x: Value, y:
         return None
     if name in ("eq", "ne"):
         found = _one_hot(interpreter, shape, x, known) or layout.full(interpreter.graph, 0.0, shape)
-        return found if name == "eq" else interpreter.elementwise("sub", layout.full(interpreter.graph, 1.0, shape), found)
+        return (
+            found
+            if name == "eq"
+            else interpreter.elementwise("sub", layout.full(interpreter.graph, 1.0, shape), found)
+        )
     if name in ("gt", "ge"):
         return layout.full(interpreter.graph, 1.0, shape)
     # Below a bound, but not below the positions that it is the number of, nor below zero.
@@ -69,8 +73,14 @@ def _one_hot(interpreter: Context, shape: Sequence[int], x: Value, known: np.nda
     if len(np.unique(line)) < len(line):
         return None
     rest = [n for k, n in enumerate(shape) if k != d]
-    ids = layout.broadcast_in_dim(Value(x.node, tuple(dim for k, dim in enumerate(x.dims) if k != d)), rest, range(len(rest)))
-    rows = lax.GatherDimensionNumbers(offset_dims=(len(rest),), collapsed_slice_dims=(0,), start_index_map=(0,))
+    ids = layout.broadcast_in_dim(
+        Value(x.node, tuple(dim for k, dim in enumerate(x.dims) if k != d)), rest, range(len(rest))
+    )
+    rows = lax.GatherDimensionNumbers(
+        offset_dims=(len(rest),), collapsed_slice_dims=(0,), start_index_map=(0,)
+    )
     found = looked_up(interpreter, rows, (*rest, len(line)), interpreter.known(np.eye(len(line))), ids)
-    found.node.drawn = (special.ndtr(Z) >= 1 - 1 / len(line)).astype(float)  # one or nothing, and neither normal nor lognormal
+    found.node.drawn = (special.ndtr(Z) >= 1 - 1 / len(line)).astype(
+        float
+    )  # one or nothing, and neither normal nor lognormal
     return layout.transpose(found, [*range(d), len(rest), *range(d, len(rest))])

@@ -16,7 +16,16 @@ from varscale.theory.graph.expressions import Apply, Sum, roots, swapped
 from varscale.theory.graph.layout import Atom, Value, align, full
 from varscale.theory.graph.linear_nodes import Contract, weight_of
 from varscale.theory.graph.lookups import Gather
-from varscale.theory.graph.nodes import Array, Constant, Leaf, Node, View, cross_by_kind, pullback, second_moments
+from varscale.theory.graph.nodes import (
+    Array,
+    Constant,
+    Leaf,
+    Node,
+    View,
+    cross_by_kind,
+    pullback,
+    second_moments,
+)
 from varscale.theory.graph.normal_form import affine
 from varscale.theory.graph.store import BackwardNotes
 from varscale.theory.propagation.cross_moments import cross, dependent, mean_product
@@ -50,7 +59,9 @@ def second_moments_of_contract(node: Contract) -> Table:
     if found is not None:
         mean, second = _tied(node, *found, np.array(mean), second)
     elif (weight := weight_of(node)) is not None:
-        if any(v.node.deps & weight.deps for v in node.args if v.node is not weight):  # as good as fresh, to this order
+        if any(
+            v.node.deps & weight.deps for v in node.args if v.node is not weight
+        ):  # as good as fresh, to this order
             node.graph.flag("quadrature", 1 / node.width)
     elif not any(isinstance(v.node, Softmax) for v in node.args):
         if dependent(x.node, y.node):
@@ -67,10 +78,15 @@ def second_moments_of_contract(node: Contract) -> Table:
 def _doubt_averages(node: Contract, square: float) -> None:
     """Of averages over tokens: keys that are alike; likeness in windows that were put together otherwise."""
     for weights, tokens in (node.args, node.args[::-1]):
-        if isinstance(weights.node, Softmax) and (doubt := of_alike_keys(weights, tokens, node, square)) > _LIKENESS:
+        if (
+            isinstance(weights.node, Softmax)
+            and (doubt := of_alike_keys(weights, tokens, node, square)) > _LIKENESS
+        ):
             node.graph.flag("assumed", doubt)
         if weights.node.shares and (near := lost_excess(tokens.node)) > NEGLIGIBLE:
-            node.graph.flag("quadrature", min(near * tokens.node.table.mean_square / max(square, 1e-300), 1.0))
+            node.graph.flag(
+                "quadrature", min(near * tokens.node.table.mean_square / max(square, 1e-300), 1.0)
+            )
 
 
 def _dependent(node: Contract, mean: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -84,7 +100,11 @@ def _dependent(node: Contract, mean: np.ndarray, second: np.ndarray) -> tuple[np
     for axis in reversed(node.params):
         shift = contract_axis(shift, shift.ndim - 1, axis.counts)
     after = mean + shift
-    paired = means_by_type(after, node.axes) - means_by_type(mean, node.axes) + node.contract(both * swapped(both, frame))
+    paired = (
+        means_by_type(after, node.axes)
+        - means_by_type(mean, node.axes)
+        + node.contract(both * swapped(both, frame))
+    )
     share = float(np.max(np.abs(paired)) / max(np.max(np.abs(second)), 1e-300))
     if share > 1e-3:  # exact for Gaussian factors; a product of two that share a root is not quite
         node.graph.flag("assumed", min(ROUGH * share, LOOSE))
@@ -97,14 +117,17 @@ def _of_shared_tokens(node: Contract, second: np.ndarray) -> np.ndarray:
     if not np.any(found.second):
         return second
     whole, gained = (
-        Table(node.axes, np.zeros(()), np.broadcast_to(x, node.frame_types)).mean_square for x in (second, found.second)
+        Table(node.axes, np.zeros(()), np.broadcast_to(x, node.frame_types)).mean_square
+        for x in (second, found.second)
     )
     share = gained / max(whole + gained, 1e-300)
     node.graph.flag("quadrature", found.doubt * share + found.left_out * (1 - share))
     return second + found.second
 
 
-def _tied(node: Contract, x: View, rows: View, mean: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _tied(
+    node: Contract, x: View, rows: View, mean: np.ndarray, second: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """A table of rows read by the rows it was looked up from: one output in V is the product of a row with itself.
 
     E[y_v²] gains (Σ_d E[x_d w_{v,d}])² where v is the row that x was looked up from, with probability 1/V.
@@ -117,11 +140,15 @@ def _tied(node: Contract, x: View, rows: View, mean: np.ndarray, second: np.ndar
     own = math.prod(axis.size for k, axis in enumerate(node.axes) if k in table.bind)
     shift = float(together) * node.width
     same = [a.agrees.astype(float) for a in node.axes]
-    return mean + shift / own, second + shift**2 / own * functools.reduce(np.multiply.outer, same, np.array(1.0))
+    return mean + shift / own, second + shift**2 / own * functools.reduce(
+        np.multiply.outer, same, np.array(1.0)
+    )
 
 
 @pullback.register(Contract)
-def pullback_of_contract(node: Contract, cotangent: np.ndarray, notes: BackwardNotes) -> list[np.ndarray | None]:
+def pullback_of_contract(
+    node: Contract, cotangent: np.ndarray, notes: BackwardNotes
+) -> list[np.ndarray | None]:
     """Under gradient independence a cotangent passes through the transposed product with fresh weights."""
     frame = node.frame
     wide = cotangent.reshape(*cotangent.shape, *[1] * len(node.params))
@@ -171,7 +198,9 @@ def propagated_of_contract(node: Contract) -> Spread:
         parts.append((1.0, averaged(view.node, summed)))
     spread = combine(parts)
     for mine, other in (node.args, node.args[::-1]):
-        units = math.prod(axis.size for k, axis in enumerate(node.axes) if k in mine.bind and k not in other.bind)
+        units = math.prod(
+            axis.size for k, axis in enumerate(node.axes) if k in mine.bind and k not in other.bind
+        )
         spread = with_own_weights(spread, node, mine, other.node, node.width, units)
     return spread
 
@@ -248,11 +277,16 @@ def drawn(interpreter: Context, x: Value) -> Value:
 def _seen_through(x: Value, view: View) -> Value:
     """An argument of an elementwise node, with the dimensions of the node's value."""
     place = {b: k for k, b in enumerate(view.bind)}
-    return Value(view.node, tuple(tuple(a._replace(axis=place.get(a.axis)) for a in dim) for dim in x.dims))  # pyright: ignore[reportArgumentType]
+    dims = tuple(tuple(a._replace(axis=place.get(a.axis)) for a in dim) for dim in x.dims)  # pyright: ignore
+    return Value(view.node, dims)
 
 
 def contract(
-    interpreter: Context, x: Value, y: Value, contracted: tuple[Sequence[int], ...], batch: tuple[Sequence[int], ...]
+    interpreter: Context,
+    x: Value,
+    y: Value,
+    contracted: tuple[Sequence[int], ...],
+    batch: tuple[Sequence[int], ...],
 ) -> Value:
     """`lax.dot_general`: batch dimensions, then x's free ones, then y's."""
     (cx, cy), (bx, by) = contracted, batch
@@ -280,9 +314,16 @@ def contract(
             outs.append(Value(affine(out.node, c * d * c_term, 0.0), out.dims))
         if outs:
             return functools.reduce(lambda a, b: interpreter.elementwise("add", a, b), outs)
-    # One frame: batch, x's free, y's free, contracted; each operand has size 1 where the other's free dimensions are.
-    xs = Value(x.node, (*(x.dims[k] for k in bx), *(x.dims[k] for k in fx), *[()] * len(fy), *(x.dims[k] for k in cx)))
-    ys = Value(y.node, (*(y.dims[k] for k in by), *[()] * len(fx), *(y.dims[k] for k in fy), *(y.dims[k] for k in cy)))
+    # One frame: batch, x's free, y's free, contracted; each operand has size 1 where the other's free
+    # dimensions are.
+    xs = Value(
+        x.node,
+        (*(x.dims[k] for k in bx), *(x.dims[k] for k in fx), *[()] * len(fy), *(x.dims[k] for k in cx)),
+    )
+    ys = Value(
+        y.node,
+        (*(y.dims[k] for k in by), *[()] * len(fx), *(y.dims[k] for k in fy), *(y.dims[k] for k in cy)),
+    )
     outer = len(bx) + len(fx) + len(fy)
     _, frame, views, dims = align([xs, ys])
     # Terms that repeat because both operands are constant along a factor of a contracted dimension.
@@ -295,18 +336,26 @@ def contract(
         return Value(affine(out.node, c * d, 0.0), out.dims[:outer])
     views = [View(v.node, tuple(place[b] for b in v.bind)) for v in views]
     scale = c * d * constant
-    layout = tuple(tuple(a if a.axis is None else Atom(a.size, place[a.axis]) for a in dim) for dim in dims[:outer])
+    layout = tuple(
+        tuple(a if a.axis is None else Atom(a.size, place[a.axis]) for a in dim) for dim in dims[:outer]
+    )
     free = [(x.dims, k) for k in (*bx, *fx)] + [(y.dims, k) for k in fy]
     shape = [math.prod(a.size for a in source[k]) for source, k in free]
     layout = tuple(dim or ((Atom(n, None),) if n > 1 else ()) for dim, n in zip(layout, shape, strict=True))
     params = tuple(frame[k] for k in contracted_axes)
     axes = [frame[k] for k in kept]
-    node = applied_back(interpreter.graph, axes, params, views) or interpreter.graph.make(Contract, axes, views, params)
+    node = applied_back(interpreter.graph, axes, params, views) or interpreter.graph.make(
+        Contract, axes, views, params
+    )
     return Value(affine(node, scale, 0.0), layout)
 
 
 def _with_itself(
-    interpreter: Context, x: Value, y: Value, contracted: tuple[Sequence[int], ...], batch: tuple[Sequence[int], ...]
+    interpreter: Context,
+    x: Value,
+    y: Value,
+    contracted: tuple[Sequence[int], ...],
+    batch: tuple[Sequence[int], ...],
 ) -> Value:
     """An inner product of two functions of one root: the sum of one function, a norm's x · x/|x|."""
     (cx, cy), (bx, by) = contracted, batch

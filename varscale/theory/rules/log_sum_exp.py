@@ -40,10 +40,14 @@ def second_moments_of_log_sum_exp(node: LogSumExp) -> Table:
 
 
 @pullback.register(LogSumExp)
-def pullback_of_log_sum_exp(node: LogSumExp, cotangent: np.ndarray, notes: BackwardNotes) -> list[np.ndarray | None]:
+def pullback_of_log_sum_exp(
+    node: LogSumExp, cotangent: np.ndarray, notes: BackwardNotes
+) -> list[np.ndarray | None]:
     """A logit gets its share of the cotangent."""
     source = node.args[0].node
-    shares = node.graph.make(Softmax, source.axes, [View(source, tuple(range(len(source.axes))))], node.params)
+    shares = node.graph.make(
+        Softmax, source.axes, [View(source, tuple(range(len(source.axes))))], node.params
+    )
     return [np.expand_dims(cotangent, node.params) * shares.table.second]
 
 
@@ -67,7 +71,10 @@ def log_sum_exp_of(interpreter: Context, x: Value) -> Value | None:
     graph = interpreter.graph
     unit = graph.make(LogSumExp, inner.axes, [random], axes)
     count = math.prod(powers.axes[k].size for k in axes)
-    views = [View(unit, tuple(range(len(inner.axes)))), *(View(v.node, tuple(place[b] for b in v.bind)) for _, v in taken)]
+    views = [
+        View(unit, tuple(range(len(inner.axes)))),
+        *(View(v.node, tuple(place[b] for b in v.bind)) for _, v in taken),
+    ]
     node = total(graph, [1.0, *(c for c, _ in taken)], inner.axes, views)
     return Value(affine(node, 1.0, offset + math.log(scale / count)), x.dims)
 

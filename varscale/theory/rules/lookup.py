@@ -18,7 +18,16 @@ from varscale.theory.graph.expressions import roots
 from varscale.theory.graph.layout import Atom, Value
 from varscale.theory.graph.linear_nodes import weight_of
 from varscale.theory.graph.lookups import INDICES, PICKERS, Gather, GatherParams
-from varscale.theory.graph.nodes import Array, Graph, Leaf, Node, View, cross_by_kind, pullback, second_moments
+from varscale.theory.graph.nodes import (
+    Array,
+    Graph,
+    Leaf,
+    Node,
+    View,
+    cross_by_kind,
+    pullback,
+    second_moments,
+)
 from varscale.theory.graph.store import BackwardNotes
 from varscale.theory.propagation.cross_moments import cross
 from varscale.theory.propagation.sampler import in_order
@@ -73,7 +82,9 @@ def _by_class(node: Gather, table: Table) -> Table:
     shape = [1] * table.second.ndim
     shape[row] = -1
     rate = rate.reshape(shape)
-    second = rate * np.take(table.second, same, axis=row) + (1 - rate) * np.take(table.second, other, axis=row)
+    second = rate * np.take(table.second, same, axis=row) + (1 - rate) * np.take(
+        table.second, other, axis=row
+    )
     mean = np.take(table.mean, picked, axis=row)
     # The row axis becomes the index axis; the others keep their places.
     places = [index if k == row else b for k, b in enumerate(node.args[0].bind)]
@@ -110,7 +121,9 @@ def cross_by_kind_of_gather(node: Gather, a: View, b: View, frame: Sequence[Axis
     return lift(second, [node.axes[k] for k in bind], [a.bind[k] for k in bind], frame, pairs=True)
 
 
-def _unrelated_lookups(node: Gather, other: Gather, a: View, b: View, frame: Sequence[Axis]) -> np.ndarray | None:
+def _unrelated_lookups(
+    node: Gather, other: Gather, a: View, b: View, frame: Sequence[Axis]
+) -> np.ndarray | None:
     """Two lookups at positions that have nothing to do with each other: any index of one meets any of the other."""
     x, y = node.args[0].node, other.args[0].node
     row_axes, rows = node.params.row_axes, node.params.rows
@@ -145,9 +158,12 @@ def pullback_of_gather(node: Gather, cotangent: np.ndarray, notes: BackwardNotes
             np.tensordot(w, cotangent, axes=(range(len(axes)), index_axes))
             for w in (pairs * rate / rows, pairs * (1 - rate) / max(rows * (rows - 1), 1))
         )
-        own = functools.reduce(np.logical_and.outer, [source[k].agrees for k in sorted(row_axes)], np.array(True))
+        own = functools.reduce(
+            np.logical_and.outer, [source[k].agrees for k in sorted(row_axes)], np.array(True)
+        )
         out = np.multiply.outer(own, same) + np.multiply.outer(~own, other)
-    # Row axes come first here, then the others in the order of this node's axes; they go where the table has them.
+    # Row axes come first here, then the others in the order of this node's axes; they go where the table has
+    # them.
     kept = [k for k in range(len(source)) if k not in row_axes]
     order = [*sorted(row_axes), *sorted(kept, key=lambda k: bind[k])]
     return [out.transpose(np.argsort(order))]
@@ -161,7 +177,9 @@ def _to_known_rows(node: Gather, cotangent: np.ndarray, known: np.ndarray) -> np
     alone, differ = contract_axis(cotangent, index, own.same), contract_axis(cotangent, index, own.different)
     members = np.eye(axis.classes)[axis.label_array].T
     number, squares = members @ counts, members @ counts**2
-    pairs = (np.outer(number, number) - np.diag(squares)).ravel() / np.maximum(axis.pairs[axis.classes :], 1.0)
+    pairs = (np.outer(number, number) - np.diag(squares)).ravel() / np.maximum(
+        axis.pairs[axis.classes :], 1.0
+    )
     repeated = np.multiply.outer((squares - number) / axis.counts, differ)
     one = np.multiply.outer(number / axis.counts, alone) + repeated
     return np.concatenate([one, np.multiply.outer(pairs, differ)])
@@ -218,7 +236,11 @@ def looked_up(interpreter: Context, d: Any, shape: Sequence[int], x: Value, ids:
         x = layout.merged(layout.materialize(x, [dim]), dim)
     batch = [k for k in range(len(shape)) if k not in d.offset_dims]
     rows = math.prod(x.shape[k] for k in picked)
-    line = known.ravel().astype(int) if known is not None and known.size == max(known.shape) and len(picked) == 1 else None
+    line = (
+        known.ravel().astype(int)
+        if known is not None and known.size == max(known.shape) and len(picked) == 1
+        else None
+    )
     labels = _row_labels(x, picked[0], line) if line is not None else None
     axes, rates, index_atoms = _index_axes(interpreter.graph, ids, known, [shape[k] for k in batch], labels)
     dims: list[tuple[Atom, ...]] = [()] * len(shape)
@@ -250,7 +272,9 @@ def looked_up(interpreter: Context, d: Any, shape: Sequence[int], x: Value, ids:
         which = PICKERS.put(interpreter.graph, picker.id, picker).id
     else:
         which = _stored(interpreter.graph, known, [x.shape[k] for k in picked])
-    node = interpreter.graph.make(Gather, axes, [view], GatherParams(tuple(row_axes), index_axes, frozen, rows, classes, which))
+    node = interpreter.graph.make(
+        Gather, axes, [view], GatherParams(tuple(row_axes), index_axes, frozen, rows, classes, which)
+    )
     return Value(node, tuple(dims))
 
 
@@ -284,7 +308,9 @@ def _index_axes(
     for k, n in enumerate(shape):
         # Unknown indices differ along the axes they run over, and repeat along those they are broadcast on.
         mine = ids.dims[k] if known is None else (Atom(n, 0),) if n > 1 else ()
-        atoms.append(tuple(atom if atom.axis is None else Atom(atom.size, count + i) for i, atom in enumerate(mine)))
+        atoms.append(
+            tuple(atom if atom.axis is None else Atom(atom.size, count + i) for i, atom in enumerate(mine))
+        )
         count += sum(atom.axis is not None for atom in mine)
     if known is None:
         return [Axis(a.size) for dim in atoms for a in dim if a.axis is not None], None, atoms

@@ -22,7 +22,9 @@ def told_apart(x: Value) -> Value:
     """An operand of a product, known or a weight under a mask, with classes where its rows differ."""
     node = x.node
     own = roots(node)
-    arrays = [(view.node, view.bind) for view in own if isinstance(view.node, Array) and len(view.node.axes) > 1]
+    arrays = [
+        (view.node, view.bind) for view in own if isinstance(view.node, Array) and len(view.node.axes) > 1
+    ]
     weights = [view for view in own if isinstance(view.node, Leaf) and view.node.name[0] != "input"]
     if not arrays or len([view for view in own if isinstance(view.node, Array)]) + len(weights) < len(own):
         return x
@@ -40,7 +42,9 @@ def by_energy(node: Array, k: int) -> Axis:
     rows = np.moveaxis(np.asarray(node.values, float), k, 0).reshape(node.axes[k].size, -1)
     signatures = np.stack([np.mean(rows**2, axis=1), np.mean(rows, axis=1) ** 2], axis=1)
     scale = max(float(signatures[:, 0].mean()), 1e-300)
-    return node.axes[k] if np.ptp(signatures, axis=0).max() < NEGLIGIBLE * scale else grouped(signatures / scale)
+    return (
+        node.axes[k] if np.ptp(signatures, axis=0).max() < NEGLIGIBLE * scale else grouped(signatures / scale)
+    )
 
 
 def _with_finer_classes(node: Node, axes: Sequence[Axis]) -> Node:
@@ -49,5 +53,7 @@ def _with_finer_classes(node: Node, axes: Sequence[Axis]) -> Node:
         return node.graph.make(Array, axes, (), node.params)
     if not isinstance(node, Apply):
         return node
-    args = [View(_with_finer_classes(view.node, [axes[b] for b in view.bind]), view.bind) for view in node.args]
+    args = [
+        View(_with_finer_classes(view.node, [axes[b] for b in view.bind]), view.bind) for view in node.args
+    ]
     return node.graph.make(Apply, axes, args, node.params)

@@ -83,7 +83,9 @@ def evened(given: Sequence[Any]) -> tuple[list[Any], Padded]:
             fields.append(field)
     found = Padded(frozenset(field.shape for field in fields))
     sides = {field.shape[1] for field in fields}
-    by_pair = any(np.ndim(x) > 2 and np.shape(x)[-2:] in {(n, n) for n in sides} for x in given)  # whose rows are no rows
+    by_pair = any(
+        np.ndim(x) > 2 and np.shape(x)[-2:] in {(n, n) for n in sides} for x in given
+    )  # whose rows are no rows
     if by_pair or len({len(field) for field in fields}) != 1:
         return list(given), found
     lengths = np.stack([(~field).sum(axis=1) for field in fields], axis=1)
@@ -100,9 +102,16 @@ def evened(given: Sequence[Any]) -> tuple[list[Any], Padded]:
         for i, rows in arrays.items():
             if goes_by[i] == k:
                 out[i] = rows[source, place].reshape(np.shape(given[i]))
-            elif rows.size == len(field) and rows.dtype.kind in "iu" and len(np.unique(rows.ravel() - before)) == 1:
+            elif (
+                rows.size == len(field)
+                and rows.dtype.kind in "iu"
+                and len(np.unique(rows.ravel() - before)) == 1
+            ):
                 out[i] = np.reshape(rows.ravel() - before + after, np.shape(given[i])).astype(rows.dtype)
-    moved = [f(alike) / f(lengths) - 1 for f in (lambda n: n.mean(axis=0), lambda n: (1 / np.maximum(n, 1)).mean(axis=0))]
+    moved = [
+        f(alike) / f(lengths) - 1
+        for f in (lambda n: n.mean(axis=0), lambda n: (1 / np.maximum(n, 1)).mean(axis=0))
+    ]
     return out, found._replace(doubt=float(np.max(np.abs(moved))))
 
 
@@ -118,7 +127,11 @@ def _most_like(rows: np.ndarray, fields: Sequence[np.ndarray]) -> int | None:
     own = filled_up(rows) if rows.dtype.kind in "iu" else None
     marks = np.asarray(rows if own is None else own, float)
     marks = marks - marks.mean()
-    alike = {k: abs(float(np.sum(marks * (f - f.mean())))) / f.std() for k, f in enumerate(fields) if f.shape == rows.shape}
+    alike = {
+        k: abs(float(np.sum(marks * (f - f.mean())))) / f.std()
+        for k, f in enumerate(fields)
+        if f.shape == rows.shape
+    }
     return max(alike, key=alike.__getitem__)
 
 
@@ -145,7 +158,9 @@ def _harmonic(lengths: Int[np.ndarray, "rows arrays"]) -> Int[np.ndarray, " arra
     return np.rint(1 / np.mean(1 / np.maximum(lengths, 1e-9), axis=0)).astype(int)
 
 
-def _filled_rows(before: np.ndarray, after: np.ndarray, kinds: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+def _filled_rows(
+    before: np.ndarray, after: np.ndarray, kinds: np.ndarray, size: int
+) -> tuple[np.ndarray, np.ndarray]:
     """For rows of other lengths, filled up behind: the row and the place that each entry comes from."""
     source, place = np.indices((len(before), size))
     for b, (old, new) in enumerate(zip(before, after, strict=True)):
@@ -165,7 +180,10 @@ def classed_axes(graph: Graph, ids: Int[np.ndarray, "..."]) -> list[Axis]:
     seen = _CLASSED.once(graph, None, list)
     field = filled_up(_as_rows(ids)) if ids.ndim and _as_rows(ids).shape in padded(graph).shapes else None
     if field is None:
-        known = [{axis for _, axes in seen for axis in axes if axis.size == n and axis.labels is not None} for n in ids.shape]
+        known = [
+            {axis for _, axes in seen for axis in axes if axis.size == n and axis.labels is not None}
+            for n in ids.shape
+        ]
         return [axes.pop() if len(axes) == 1 else Axis(n) for axes, n in zip(known, ids.shape, strict=True)]
     marks = field.reshape(ids.shape)
     for other, axes in seen:
@@ -177,7 +195,9 @@ def classed_axes(graph: Graph, ids: Int[np.ndarray, "..."]) -> list[Axis]:
     return axes
 
 
-def unresolved(graph: Graph, ids: Int[np.ndarray, "..."], axes: Sequence[Axis], rates: Float[np.ndarray, "..."]) -> float:
+def unresolved(
+    graph: Graph, ids: Int[np.ndarray, "..."], axes: Sequence[Axis], rates: Float[np.ndarray, "..."]
+) -> float:
     """Relative error of E[(mean of a row's rows of a table that are no paddings)²], by rates of its classes: 0 where exact.
 
     Of n ids of which n_v are of one value it is Σ n_v²/n²; by classes, of which a share m of N positions is no padding,
@@ -205,7 +225,11 @@ def unresolved(graph: Graph, ids: Int[np.ndarray, "..."], axes: Sequence[Axis], 
 
 def is_mask(graph: Graph, numbers: Float[np.ndarray, "..."]) -> bool:
     """Whether a given array is of two numbers, one of them perhaps for the paddings of another: it is known as it is."""
-    return bool(numbers.ndim) and _as_rows(numbers).shape in padded(graph).shapes and len(np.unique(numbers)) == 2
+    return (
+        bool(numbers.ndim)
+        and _as_rows(numbers).shape in padded(graph).shapes
+        and len(np.unique(numbers)) == 2
+    )
 
 
 def padded(graph: Graph) -> Padded:
@@ -231,16 +255,21 @@ def repeat_rates(ids: Int[np.ndarray, "..."], axes: Sequence[Axis]) -> Float[np.
         group = np.cumsum(np.diff(value, prepend=-1) > 0) - 1
         table, outside = np.zeros((group[-1] + 1, inside)), np.zeros(group[-1] + 1, int)
         table[group, cell] = counts
-        outside[group] = _numbered(range(len(fixed)), [labels[k] for k in fixed], [cells[k] for k in fixed]).ravel()[
-            value // span
-        ]
+        outside[group] = _numbered(
+            range(len(fixed)), [labels[k] for k in fixed], [cells[k] for k in fixed]
+        ).ravel()[value // span]
         rows = [table[outside == c] for c in range(math.prod(cells[k] for k in fixed))]
         pairs = np.stack([n.T @ n for n in rows]).reshape([cells[k] for k in (*fixed, *free, *free)])
-        # From (classes that agree, classes of i, classes of j) to classes, or pairs of them, of each axis in turn.
+        # From (classes that agree, classes of i, classes of j) to classes, or pairs of them, of each axis in
+        # turn.
         ahead, behind = [*fixed, *free].index, free.index
-        order = [p for k in range(ids.ndim) for p in ([ahead(k)] if agree[k] else [ahead(k), ids.ndim + behind(k)])]
+        order = [
+            p for k in range(ids.ndim) for p in ([ahead(k)] if agree[k] else [ahead(k), ids.ndim + behind(k)])
+        ]
         block = tuple(slice(0, c) if same else slice(c, None) for c, same in zip(cells, agree, strict=True))
-        out[block] = pairs.transpose(order).reshape([c if same else c * c for c, same in zip(cells, agree, strict=True)])
+        out[block] = pairs.transpose(order).reshape(
+            [c if same else c * c for c, same in zip(cells, agree, strict=True)]
+        )
     return per_pair(out, axes)
 
 

@@ -33,7 +33,15 @@ from varscale.theory.propagation.inherited_fluctuations import Spread, inherited
 from varscale.theory.propagation.locality import lost_excess
 from varscale.theory.propagation.shared_component import of_an_average
 from varscale.theory.propagation.spatial_correlation import excess_at, resolved
-from varscale.theory.propagation.spatial_windows import Grid, Reader, all_alike, latents, of_places, of_windows, read
+from varscale.theory.propagation.spatial_windows import (
+    Grid,
+    Reader,
+    all_alike,
+    latents,
+    of_places,
+    of_windows,
+    read,
+)
 from varscale.theory.rules.convolution import prepared
 from varscale.theory.rules.drawn_nodes import draw, pooled_estimate
 from varscale.theory.rules.reductions import bounded, fewest_terms, is_identity, outside, restored
@@ -61,15 +69,20 @@ def second_moments_of_window_sum(node: WindowSum) -> Table:
     windows, xd, od = node.params
     table = node.args[0].node.table
     means = [
-        None if w is None else tap_means(w, a, o) for w, a, o in zip(windows, node.axes_in(), node.axes_out(), strict=True)
+        None if w is None else tap_means(w, a, o)
+        for w, a, o in zip(windows, node.axes_in(), node.axes_out(), strict=True)
     ]
     second = node._carry(table.second, node.pair_maps(), xd, od)
     if node.args[0].node.local:
-        second = second + refine(resolved(window_sums(node, {})) - resolved(window_sums(node, None)), node.axes)
+        second = second + refine(
+            resolved(window_sums(node, {})) - resolved(window_sums(node, None)), node.axes
+        )
     return Table(node.axes, node._carry(table.mean, means, xd, od), second)
 
 
-def _met(node: WindowSum, y: Node, distances: Mapping[int, int] | None, reader: Callable[[Window, int], Reader]) -> Grid:
+def _met(
+    node: WindowSum, y: Node, distances: Mapping[int, int] | None, reader: Callable[[Window, int], Reader]
+) -> Grid:
     weights: dict[int, list[dict[int, float]]] = {}
     x = node.args[0].node
     for window, k, o in zip(*node.params, strict=True):
@@ -91,7 +104,9 @@ def _met(node: WindowSum, y: Node, distances: Mapping[int, int] | None, reader: 
 
 
 @pullback.register(WindowSum)
-def pullback_of_window_sum(node: WindowSum, cotangent: np.ndarray, notes: BackwardNotes) -> list[np.ndarray | None]:
+def pullback_of_window_sum(
+    node: WindowSum, cotangent: np.ndarray, notes: BackwardNotes
+) -> list[np.ndarray | None]:
     _, xd, od = node.params
     maps = [
         None if m is None else adjoint(m, o, a)
@@ -101,7 +116,9 @@ def pullback_of_window_sum(node: WindowSum, cotangent: np.ndarray, notes: Backwa
 
 
 @cross_by_kind.register(WindowSum)
-def cross_by_kind_of_window_sum(node: WindowSum, a: View, b: View, frame: Sequence[Axis]) -> np.ndarray | None:
+def cross_by_kind_of_window_sum(
+    node: WindowSum, a: View, b: View, frame: Sequence[Axis]
+) -> np.ndarray | None:
     """Places of another array over the same grid, against the places that a window reads."""
     windows, xd, od = node.params
     x, read = node.args[0].node, {}
@@ -118,7 +135,9 @@ def cross_by_kind_of_window_sum(node: WindowSum, a: View, b: View, frame: Sequen
         if window is not None:
             out = apply_axis(full_along(out, place, frame[place]), place, tap_reads(window, frame[place]))
     if x.local and x.axes == b.node.axes and [read[k][0] for k in range(len(x.axes))] == list(b.bind):
-        gain = resolved(window_sums_against(node, b.node, {})) - resolved(window_sums_against(node, b.node, None))
+        gain = resolved(window_sums_against(node, b.node, {})) - resolved(
+            window_sums_against(node, b.node, None)
+        )
         out = out + lift(refine(gain, node.axes), node.axes, a.bind, frame, pairs=True)
     return out
 
@@ -143,7 +162,9 @@ class WindowMax(WindowSum):
 
 
 @cross_by_kind.register(WindowMax)
-def cross_by_kind_of_window_max(node: WindowMax, a: View, b: View, frame: Sequence[Axis]) -> np.ndarray | None:
+def cross_by_kind_of_window_max(
+    node: WindowMax, a: View, b: View, frame: Sequence[Axis]
+) -> np.ndarray | None:
     return None  # which places are read depends on what is there
 
 
@@ -165,10 +186,16 @@ def second_moments_of_window_max(node: WindowMax) -> Table:
         x = np.moveaxis(np.moveaxis(x, k + 1, 0)[::step], 0, k + 1)
     order = [k for k in xd if k is not None]
     x = x.transpose([0, *(k + 1 for k in order)])
-    live = [i for i, (k, o) in enumerate((k, o) for k, o in zip(xd, od, strict=True) if k is not None) if o is not None]
+    live = [
+        i
+        for i, (k, o) in enumerate((k, o) for k, o in zip(xd, od, strict=True) if k is not None)
+        if o is not None
+    ]
     x = x[(slice(None), *(slice(None) if i in live else 0 for i in range(len(order))))]
     placed = [o for k, o in zip(xd, od, strict=True) if k is not None and o is not None]
-    return _with_law(pooled_estimate(x.transpose([0, *(int(i) + 1 for i in np.argsort(placed))]), node.axes), *law)
+    return _with_law(
+        pooled_estimate(x.transpose([0, *(int(i) + 1 for i in np.argsort(placed))]), node.axes), *law
+    )
 
 
 def _drawn_windows(node: WindowMax) -> tuple[np.ndarray, dict[int, tuple[int, int, int]]]:
@@ -208,7 +235,9 @@ def _law(node: WindowMax, x: np.ndarray) -> tuple[float, float]:
 
 
 @pullback.register(WindowMax)
-def pullback_of_window_max(node: WindowMax, cotangent: np.ndarray, notes: BackwardNotes) -> list[np.ndarray | None]:
+def pullback_of_window_max(
+    node: WindowMax, cotangent: np.ndarray, notes: BackwardNotes
+) -> list[np.ndarray | None]:
     taps = math.prod(w.taps for w in node.params.windows if w is not None)
     (spread,) = pullback_of_window_sum(node, cotangent, notes)
     assert spread is not None
@@ -298,7 +327,9 @@ def reduce_window(interpreter: Context, eqn: Any, x: Value, initial: Value) -> A
     names = [e.primitive.name for e in getattr(jaxpr, "jaxpr", jaxpr).eqns]
     start = initial.constant
     if names not in (["max"], ["min"], ["add"]) or start is None:
-        raise NotImplementedError(f"a window reduction by {names} from {'what is random' if start is None else start}")
+        raise NotImplementedError(
+            f"a window reduction by {names} from {'what is random' if start is None else start}"
+        )
     if names == ["add"]:
         out = _window_node(interpreter, eqn, x, WindowSum)
         return Value(affine(out.node, 1.0, start), out.dims)

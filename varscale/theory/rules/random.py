@@ -93,7 +93,9 @@ def law(node: Node) -> ParameterLaw | None:
 def _scaled_law(node: Node) -> ParameterLaw | None:
     """The law of a weight over positive numbers made of it, which many entries make (a spectral norm): taken for constants."""
     parts = factors(View(node, tuple(range(len(node.axes)))))[1]
-    drawn = [found for view in parts if len(view.bind) == len(node.axes) and (found := law(view.node)) is not None]
+    drawn = [
+        found for view in parts if len(view.bind) == len(node.axes) and (found := law(view.node)) is not None
+    ]
     scales = [view for view in parts if not view.bind and view.node.positive]
     if len(drawn) != 1 or len(scales) != len(parts) - 1:
         return None
@@ -125,7 +127,9 @@ def as_weight(interpreter: Context, x: Value) -> Value:
         return x
     mean, square, kurtosis, values = found
     weight = interpreter.graph.make(Leaf, x.node.axes, (), ("weight", x.node.id))
-    weight.settle(independent(mean, square, weight.axes), odd=mean == 0, kurtosis=kurtosis, transport=_quantiles(values))
+    weight.settle(
+        independent(mean, square, weight.axes), odd=mean == 0, kurtosis=kurtosis, transport=_quantiles(values)
+    )
     return Value(weight, x.dims)
 
 
@@ -158,7 +162,9 @@ def _stacked_weight(interpreter: Context, one: Value, x: Value) -> Value:
     weight = interpreter.graph.make(Leaf, axes, (), ("weight", x.node.id))
     table = independent(one.node.table.total_mean, one.node.table.mean_square, axes)
     weight.settle(table, odd=bool(one.node.odd), kurtosis=one.node.kurtosis, transport=one.node.transport)
-    shifted = tuple(tuple(a if a.axis is None else a._replace(axis=a.axis + 1) for a in dim) for dim in one.dims)
+    shifted = tuple(
+        tuple(a if a.axis is None else a._replace(axis=a.axis + 1) for a in dim) for dim in one.dims
+    )
     return Value(weight, ((Atom(x.shape[0], 0),), *shifted))
 
 
@@ -181,7 +187,9 @@ def qr(interpreter: Context, eqn: Any, *xs: Value) -> list[Value]:
     """Haar: E[q²] = 1/m for an m × n factor. The triangle only lends its signs, which Haar measure does not feel: ones."""
     shape = eqn.outvars[0].aval.shape
     interpreter.graph.count += 1
-    q = interpreter.leaf(("orthonormal", interpreter.graph.count), shape, 0.0, 1.0 / max(shape[-2:]), odd=True)
+    q = interpreter.leaf(
+        ("orthonormal", interpreter.graph.count), shape, 0.0, 1.0 / max(shape[-2:]), odd=True
+    )
     return [q, *(full(interpreter.graph, 1.0, v.aval.shape) for v in eqn.outvars[1:])]
 
 

@@ -46,7 +46,10 @@ def over(x: Value, dims: Sequence[int]) -> tuple[list[int], Value]:
     left = [k for k in range(len(x.node.axes)) if k not in axes]
     place = {k: i for i, k in enumerate(left)}
     kept = [dim for d, dim in enumerate(x.dims) if d not in dims]
-    return axes, Value(x.node, tuple(tuple(a if a.axis is None else Atom(a.size, place[a.axis]) for a in dim) for dim in kept))
+    return axes, Value(
+        x.node,
+        tuple(tuple(a if a.axis is None else Atom(a.size, place[a.axis]) for a in dim) for dim in kept),
+    )
 
 
 def without_axes(x: Value, node: Node) -> Value:
@@ -79,20 +82,27 @@ class OneOfMany(Node):
         """The axes that the many are along."""
         raise NotImplementedError(type(self).__name__)
 
-    def sampled(self, reduce: Callable[[np.ndarray, tuple[int, ...]], np.ndarray], count: int | None = None) -> Table:
+    def sampled(
+        self, reduce: Callable[[np.ndarray, tuple[int, ...]], np.ndarray], count: int | None = None
+    ) -> Table:
         """Its moments: the reduced axes whole, the others two long."""
         axes, source = self.reduced, self.args[0].node
         count = count or math.prod(source.axes[k].size for k in axes)
-        # The larger the set, the more the tail decides; and of what a few numbers decide there is no Gaussian tail.
+        # The larger the set, the more the tail decides; and of what a few numbers decide there is no Gaussian
+        # tail.
         self.graph.flag("sampled", NEXT_ORDER * math.log(count) + bounded(count, fewest_terms(source)))
         return sample_map([source], [set(axes)], self.axes, lambda x: reduce(x, tuple(k + 1 for k in axes)))
 
 
 @cross_by_kind.register(OneOfMany)
-def cross_by_kind_of_one_of_many(node: OneOfMany, a: View, b: View, frame: Sequence[Axis]) -> np.ndarray | None:
+def cross_by_kind_of_one_of_many(
+    node: OneOfMany, a: View, b: View, frame: Sequence[Axis]
+) -> np.ndarray | None:
     """Σ E[∂f/∂x_k] Cov(x_k, y) = Cov(mean x, y) for Gaussians that are alike (Stein): the slopes add up to 1."""
     x = node.args[0].node
-    if any(x.axes[k].labels is not None for k in node.reduced) or not (_is_gaussian(x) and _is_gaussian(b.node)):
+    if any(x.axes[k].labels is not None for k in node.reduced) or not (
+        _is_gaussian(x) and _is_gaussian(b.node)
+    ):
         return None
     mean = View(mean_node(x, node.reduced), a.bind)
     return mean_product(a, b, frame) + cross(mean, b, frame) - mean_product(mean, b, frame)
@@ -126,7 +136,9 @@ def second_moments_of_extreme(node: Extreme) -> Table:
 
 
 @pullback.register(Extreme)
-def pullback_of_extreme(node: Extreme, cotangent: np.ndarray, notes: BackwardNotes) -> list[np.ndarray | None]:
+def pullback_of_extreme(
+    node: Extreme, cotangent: np.ndarray, notes: BackwardNotes
+) -> list[np.ndarray | None]:
     """Each cotangent goes to the one entry that was the extreme: one in `count`, and no two of a window share it."""
     axes, _, _ = node.params
     source = node.args[0].node.axes
@@ -189,12 +201,16 @@ def outside(x: Value) -> tuple[Value, IncreasingSteps]:
         else:
             break
         place = {b: k for k, b in enumerate(inner[0].bind)}
-        dims = tuple(tuple(a if a.axis is None else a._replace(axis=place[a.axis]) for a in dim) for dim in x.dims)
+        dims = tuple(
+            tuple(a if a.axis is None else a._replace(axis=place[a.axis]) for a in dim) for dim in x.dims
+        )
         x = Value(inner[0].node, dims)
     return x, steps[::-1]
 
 
-def restored(interpreter: Context, x: Value, steps: IncreasingSteps, taken: tuple[Value, Value] | None = None) -> Value:
+def restored(
+    interpreter: Context, x: Value, steps: IncreasingSteps, taken: tuple[Value, Value] | None = None
+) -> Value:
     """The increasing steps, taken again on extremes.
 
     `taken` is what `outside` was given and what it gave: what flows back into the first goes where that into the second goes.
@@ -208,11 +224,15 @@ def restored(interpreter: Context, x: Value, steps: IncreasingSteps, taken: tupl
     if steps and taken is not None and x.node.axes == extremes.axes:
         source, inner = taken
         if extremes.args[0].node is inner.node:
-            own, other = ([a.axis for dim in y.dims for a in dim if a.axis is not None] for y in (source, inner))
+            own, other = (
+                [a.axis for dim in y.dims for a in dim if a.axis is not None] for y in (source, inner)
+            )
             order = [other[own.index(k)] for k in range(len(own))]
             # A minimum above a floor is met at many places at once, which share what flows back.
             doubt = UNKNOWN if isinstance(extremes, Extreme) and extremes.params[1] < 0 else LEADING_ORDER
-            interpreter.graph.derive(source.node, x.node, lambda g: _to_extremes(extremes, g).transpose(order), doubt)
+            interpreter.graph.derive(
+                source.node, x.node, lambda g: _to_extremes(extremes, g).transpose(order), doubt
+            )
     return x
 
 

@@ -45,7 +45,9 @@ class Program:
             out = run(jaxpr, literals, [*fixed, *now, *row], self.weights, self.sizes)
             return out[: len(now)], out[len(now) :]
 
-        last, rows = jax.lax.scan(step, carry, streams, length=self.params["length"], reverse=self.params["reverse"])
+        last, rows = jax.lax.scan(
+            step, carry, streams, length=self.params["length"], reverse=self.params["reverse"]
+        )
         return [part for x in (*last, *rows) for part in _real_arrays(x)]
 
     def back(self, which: int, operands: Sequence[Any], seed: jax.Array) -> Any:

@@ -49,7 +49,9 @@ class Sizes:
         return [n for v in variables for n in v.aval.shape if self.smaller.get(n, n) != n]
 
 
-def run(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], weights: Sequence[bool], sizes: Sizes) -> list[Any]:
+def run(
+    jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], weights: Sequence[bool], sizes: Sizes
+) -> list[Any]:
     """The outputs of a jaxpr on smaller arrays.
 
     Args:
@@ -120,7 +122,16 @@ def _bound(eqn: Any, ins: Sequence[Any], params: Mapping[str, Any]) -> list[Any]
     return list(out) if eqn.primitive.multiple_results else [out]
 
 
-_INLINED = {"jit", "pjit", "closed_call", "custom_jvp_call", "custom_vjp_call", "remat2", "checkpoint", "remat"}
+_INLINED = {
+    "jit",
+    "pjit",
+    "closed_call",
+    "custom_jvp_call",
+    "custom_vjp_call",
+    "remat2",
+    "checkpoint",
+    "remat",
+}
 _REARRANGES = {
     "transpose",
     "reshape",
@@ -152,7 +163,9 @@ def _reshape(eqn: Any, ins: list[Any], weights: list[bool], sizes: Sizes) -> lis
 
 
 def _broadcast(eqn: Any, ins: list[Any], weights: list[bool], sizes: Sizes) -> list[Any]:
-    return [lax.broadcast_in_dim(ins[0], sizes.shape(eqn.params["shape"]), eqn.params["broadcast_dimensions"])]
+    return [
+        lax.broadcast_in_dim(ins[0], sizes.shape(eqn.params["shape"]), eqn.params["broadcast_dimensions"])
+    ]
 
 
 def _blocks(eqn: Any, ins: list[Any], weights: list[bool], sizes: Sizes) -> list[Any]:
@@ -166,7 +179,13 @@ def _blocks(eqn: Any, ins: list[Any], weights: list[bool], sizes: Sizes) -> list
         cut = limits[k] - starts[k]
         if cut == n and strides[k] == 1:
             limits[k] = kept
-        elif n % kept or starts[k] % ratio or limits[k] % ratio or strides[k] != 1 or sizes.shape([cut]) != (cut // ratio,):
+        elif (
+            n % kept
+            or starts[k] % ratio
+            or limits[k] % ratio
+            or strides[k] != 1
+            or sizes.shape([cut]) != (cut // ratio,)
+        ):
             raise CannotShrink([n, cut])
         else:
             starts[k], limits[k] = starts[k] // ratio, limits[k] // ratio
@@ -251,7 +270,9 @@ def _looped(eqn: Any, ins: list[Any], weights: list[bool], sizes: Sizes) -> list
         out = run(jaxpr, literals, [*fixed, *now, *row], [*own, *first, *stacked], sizes)
         return out[: len(now)], out[len(now) :]
 
-    last, rows = lax.scan(step, list(carry), list(streams), length=eqn.params["length"], reverse=eqn.params["reverse"])
+    last, rows = lax.scan(
+        step, list(carry), list(streams), length=eqn.params["length"], reverse=eqn.params["reverse"]
+    )
     return [*last, *rows]
 
 
@@ -299,7 +320,9 @@ _RULES: dict[str, Callable[[Any, list[Any], list[bool], Sizes], list[Any]]] = {
     "transpose": _plain,
     "squeeze": _plain,
 }
-_RULES.update(dict.fromkeys(("reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or"), _along_some))
+_RULES.update(
+    dict.fromkeys(("reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or"), _along_some)
+)
 _RULES.update(dict.fromkeys(("argmax", "argmin", "sort", "top_k", "rev", "fft"), _along_some))
 _RULES.update(dict.fromkeys(("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp"), _along_some))
 
@@ -314,9 +337,14 @@ def work(jaxpr: Any, sizes: Sizes) -> float:
             continue
         terms = 1.0
         if eqn.primitive.name == "dot_general":
-            terms = math.prod(sizes.shape([eqn.invars[0].aval.shape[k] for k in eqn.params["dimension_numbers"][0][0]]))
+            terms = math.prod(
+                sizes.shape([eqn.invars[0].aval.shape[k] for k in eqn.params["dimension_numbers"][0][0]])
+            )
         elif eqn.primitive.name == "conv_general_dilated":
             kernel = eqn.invars[1].aval.shape
-            terms = math.prod(sizes.shape(kernel)) / sizes.shape(kernel)[eqn.params["dimension_numbers"].rhs_spec[0]]
+            terms = (
+                math.prod(sizes.shape(kernel))
+                / sizes.shape(kernel)[eqn.params["dimension_numbers"].rhs_spec[0]]
+            )
         total += terms * sum(math.prod(sizes.shape(v.aval.shape)) for v in eqn.outvars)
     return total

@@ -95,7 +95,9 @@ class Context(Protocol):
     place: Any
     used: frozenset[Any]
 
-    def run(self, jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], step: int | None = None) -> list[Any]:
+    def run(
+        self, jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], step: int | None = None
+    ) -> list[Any]:
         """The outputs of a jaxpr, given values of its constants and inputs; `step` says which of a loop's it is."""
         ...
 
@@ -119,7 +121,9 @@ class Context(Protocol):
         """Say that a region cannot be drawn."""
         ...
 
-    def leaf(self, name: Any, shape: Sequence[int], mean: float, second_moment: float, *, odd: bool, **law: Any) -> Value:
+    def leaf(
+        self, name: Any, shape: Sequence[int], mean: float, second_moment: float, *, odd: bool, **law: Any
+    ) -> Value:
         """A new random tensor with independent entries."""
         ...
 

@@ -50,7 +50,9 @@ def own_products(node: Any, second: np.ndarray) -> np.ndarray:
 
 def of_own_keys(logits: Node) -> float:
     """The doubt of a softmax over logits some of which are larger than all others: those of a row with itself."""
-    known = {r.node.id for r in roots(logits) if r.node.table.mean_square >= 0}  # their moments are worked out
+    known = {
+        r.node.id for r in roots(logits) if r.node.table.mean_square >= 0
+    }  # their moments are worked out
     share = max((_OWN_SHARES.get(logits.graph, i) or 0.0 for i in known), default=0.0)
     return min(share / max(1 - share, 1e-9), UNKNOWN)
 
@@ -85,7 +87,11 @@ def of_alike_keys(weights: View, values: View, node: Any, square: float) -> floa
         return 0.0
     for k in reversed(range(len(values.bind))):
         own = values.node.axes[k]
-        table = apply_axis(table, k, lift_types(axis, own)) if values.bind[k] == place else contract_axis(table, k, own.same)
+        table = (
+            apply_axis(table, k, lift_types(axis, own))
+            if values.bind[k] == place
+            else contract_axis(table, k, own.same)
+        )
     apart = np.maximum(_beyond_any_two(table[c:].reshape(c, c), axis.counts), 0.0)
     return min(float(varied @ apart) / max(square, 1e-300), 1.0)
 
@@ -96,7 +102,9 @@ def _beyond_any_two(between: np.ndarray, counts: np.ndarray) -> np.ndarray:
     pairs = np.maximum(counts[..., :, None] - np.eye(counts.shape[-1]), 0.0)
     met = np.maximum(pairs.sum(-2), 1e-300)
     common = (pairs * between).sum(-2) / met
-    whole = (counts * met * common).sum(-1, keepdims=True) / np.maximum((counts * met).sum(-1, keepdims=True), 1e-300)
+    whole = (counts * met * common).sum(-1, keepdims=True) / np.maximum(
+        (counts * met).sum(-1, keepdims=True), 1e-300
+    )
     return np.diagonal(between, axis1=-2, axis2=-1) - 2 * common + whole
 
 

@@ -35,8 +35,12 @@ _TAIL = 1e-4  # probability that the mean of draws is further off than is said
 _DRAWN_NUMBERS = 1 << 22  # numbers that the draws of one array of a region may hold
 _WORK = 2e10  # multiplications that a loop should take
 _HELD_NUMBERS = 1 << 28  # numbers that all draws of all its equations should be
-_MOST_WORK = 1e12  # multiplications that one which does not shrink may take: steps taken one by one would take longer
-_FEWEST_UNITS = 32  # units that are left of a layer: what n units differ by from infinitely many is of order 1/n
+_MOST_WORK = (
+    1e12  # multiplications that one which does not shrink may take: steps taken one by one would take longer
+)
+_FEWEST_UNITS = (
+    32  # units that are left of a layer: what n units differ by from infinitely many is of order 1/n
+)
 _SAMPLES = 4  # samples drawn of a batch
 
 
@@ -82,7 +86,9 @@ def operand(x: Any, aval: Any, *, stacked: bool, nudge: bool = False) -> Operand
     """
     if isinstance(x, Opaque):
         return Operand((), x.key, aval, stacked, False)
-    known = jnp.issubdtype(aval.dtype, jnp.inexact) or all(isinstance(v.node, Constant | Array) for v in parts(x))
+    known = jnp.issubdtype(aval.dtype, jnp.inexact) or all(
+        isinstance(v.node, Constant | Array) for v in parts(x)
+    )
     if not known and not all(_is_decided(v.node) for v in parts(x)):
         raise CannotDraw("it reads random whole numbers")
     flat = []
@@ -90,7 +96,9 @@ def operand(x: Any, aval: Any, *, stacked: bool, nudge: bool = False) -> Operand
         for d in range(len(part.dims)):
             part = merged(part, d)
         flat.append(part)
-    weight = all(isinstance(p.node, Leaf) and p.node.odd and not p.node.is_input for p in flat) and not stacked
+    weight = (
+        all(isinstance(p.node, Leaf) and p.node.odd and not p.node.is_input for p in flat) and not stacked
+    )
     return Operand(tuple(flat), None, aval, stacked, weight and len(aval.shape) > 1, nudge)
 
 
@@ -102,7 +110,9 @@ def _is_decided(node: Node) -> bool:
     """Whether it is comparisons of real numbers, or logic of such: as good as what is compared when it is drawn."""
     if not isinstance(node, Apply):
         return isinstance(node, Constant | Array)
-    return node.params[0] in _COMPARED or (node.params[0] in _COMBINED and all(_is_decided(view.node) for view in node.args))
+    return node.params[0] in _COMPARED or (
+        node.params[0] in _COMBINED and all(_is_decided(view.node) for view in node.args)
+    )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -132,7 +142,9 @@ class Loop:
 
     @functools.cached_property
     def drawing(self) -> Drawing:
-        return Drawing((), self.replicates, self.seed, lambda axis: evenly(axis.size, self.sizes.shape([axis.size])[0]))
+        return Drawing(
+            (), self.replicates, self.seed, lambda axis: evenly(axis.size, self.sizes.shape([axis.size])[0])
+        )
 
     def positions(self, x: Value, *, stacked: bool) -> list[np.ndarray]:
         """Which positions of a value's node are drawn, axis by axis."""
@@ -173,14 +185,18 @@ class Loop:
     @functools.cached_property
     def program(self) -> Program:
         """What is compiled."""
-        floating = tuple(i for i, x in enumerate(self.operands) if x.value and np.issubdtype(x.aval.dtype, np.inexact))
+        floating = tuple(
+            i for i, x in enumerate(self.operands) if x.value and np.issubdtype(x.aval.dtype, np.inexact)
+        )
         weights, shapes = tuple(x.weight for x in self.operands), tuple(sorted(self.sizes.smaller.items()))
         return Program(self.params, self.sizes, shapes, written(self.params), weights, floating)
 
     def run_on(self, operands: Sequence[Any]) -> list[np.ndarray]:
         """Outputs on given draws of the operands, so many at a time: what is compiled does not depend on how many there are."""
         starts = range(0, self.replicates, self.batch)
-        batches = [run_all(self.program, [x[start : start + self.batch] for x in operands]) for start in starts]
+        batches = [
+            run_all(self.program, [x[start : start + self.batch] for x in operands]) for start in starts
+        ]
         return [np.concatenate([np.asarray(x) for x in parts]) for parts in zip(*batches, strict=True)]
 
     @functools.cached_property
@@ -213,7 +229,10 @@ class Loop:
             for x, o in zip(self.drawn, self.operands, strict=True)
         ]
         pairs = zip(map(_numbers, self.run_on(louder)), self.outputs, strict=True)
-        return [float(np.log(np.mean(a**2) / np.mean(b**2)) / np.log1p(SCALE_STEP)) if np.any(b) else 0.0 for a, b in pairs]
+        return [
+            float(np.log(np.mean(a**2) / np.mean(b**2)) / np.log1p(SCALE_STEP)) if np.any(b) else 0.0
+            for a, b in pairs
+        ]
 
     @property
     def memory(self) -> int:
@@ -254,7 +273,11 @@ def enough(loop: Loop, bound: float) -> Loop:
 def relative_error(squares: np.ndarray) -> float:
     """The relative error of the mean of some mean squares of independent draws: a t-quantile at 1e-4 of their logarithms."""
     n, mean = len(squares), max(float(squares.mean()), 1e-300)
-    scatter = max(float(squares.std()) / mean, float(np.log(np.maximum(squares / mean, 1e-12)).std())) if squares.any() else 0.0
+    scatter = (
+        max(float(squares.std()) / mean, float(np.log(np.maximum(squares / mean, 1e-12)).std()))
+        if squares.any()
+        else 0.0
+    )
     return float(special.stdtrit(n - 1, 1 - _TAIL / 2)) * scatter / math.sqrt(n - 1)
 
 
@@ -281,16 +304,26 @@ def shrunk(params: dict[str, Any], operands: Sequence[Operand]) -> tuple[Sizes, 
     jaxpr, _ = _compat.sub_jaxpr(params["jaxpr"])
     weights = [x.weight for x in operands]
     operands = [x for x in operands if not x.nudge]
-    units = {n for x in operands if x.weight or (x.value and not x.stacked and len(x.shape) == 1) for n in x.shape}
+    units = {
+        n for x in operands if x.weight or (x.value and not x.stacked and len(x.shape) == 1) for n in x.shape
+    }
     samples = {n for x in operands if x.value for n in x.shape} - units
     # Kernels of several gates laid side by side are as many times as wide as a layer.
-    units |= {n for n in _all_sizes(jaxpr) - samples if any(n % unit == 0 for unit in units if unit >= _FEWEST_UNITS)}
+    units |= {
+        n
+        for n in _all_sizes(jaxpr) - samples
+        if any(n % unit == 0 for unit in units if unit >= _FEWEST_UNITS)
+    }
     told = {n for x in operands for v in x.value for n in _told_apart(v, stacked=x.stacked)}
     kept: set[int] = {n for n in units | samples if n < 2 * _SAMPLES} | told
     ratio = 1
     few = {n: _divisor(n) for n in samples}
     while True:
-        smaller = {n: n // ratio for n in units - kept if n % ratio == 0 and n // ratio >= _FEWEST_UNITS and ratio > 1}
+        smaller = {
+            n: n // ratio
+            for n in units - kept
+            if n % ratio == 0 and n // ratio >= _FEWEST_UNITS and ratio > 1
+        }
         smaller.update({n: m for n, m in few.items() if n not in kept and m < n})
         sizes = Sizes(smaller)
         trouble = _unfit(params, weights, sizes)

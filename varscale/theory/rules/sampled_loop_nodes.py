@@ -18,7 +18,16 @@ from varscale.theory.domain.axes import Axis
 from varscale.theory.domain.random_arrays import gaussian
 from varscale.theory.domain.tables import Table, lift
 from varscale.theory.graph.layout import Atom, Value, materialize, merged
-from varscale.theory.graph.nodes import UNKNOWN, Leaf, Node, View, cross_by_kind, known_samples, pullback, second_moments
+from varscale.theory.graph.nodes import (
+    UNKNOWN,
+    Leaf,
+    Node,
+    View,
+    cross_by_kind,
+    known_samples,
+    pullback,
+    second_moments,
+)
 from varscale.theory.graph.store import BackwardNotes, Fact, FlowInside
 from varscale.theory.integrals.hermite_series import POINTS, WEIGHTS, Z
 from varscale.theory.propagation.fluctuations import fluctuations
@@ -27,16 +36,27 @@ from varscale.theory.propagation.joint_sample import steps
 from varscale.theory.propagation.sample_moments import by_level, cross_moments, pooled, table_of_draws
 from varscale.theory.propagation.sampler import evenly, picked
 from varscale.theory.rules.registry import Complex, Context, Opaque, parts
-from varscale.theory.rules.sampled_loop import CannotDraw, Loop, Operand, at_own_size, enough, operand, relative_error, shrunk
+from varscale.theory.rules.sampled_loop import (
+    CannotDraw,
+    Loop,
+    Operand,
+    at_own_size,
+    enough,
+    operand,
+    relative_error,
+    shrunk,
+)
 
 _MEMORY = 2**28  # bytes of the states that a backward pass keeps
-# Set on the validation grid, not derived, both: of a gradient at sizes smaller than the whole; of one whose order in time is
-# lost on its way from one loop to another.
+# Set on the validation grid, not derived, both: of a gradient at sizes smaller than the whole; of one whose
+# order in time is lost on its way from one loop to another.
 _LOOP_DOUBT = 0.1
 
 
 _LOOPS: Fact[Hashable, Loop] = Fact()
-_NUDGED: Fact[Hashable, dict[int, Any]] = Fact()  # by loop: the output that each operand is added to where it is made
+_NUDGED: Fact[Hashable, dict[int, Any]] = (
+    Fact()
+)  # by loop: the output that each operand is added to where it is made
 STEPS: Fact[int, tuple[int, int]] = Fact()  # by weight: the steps it was interpreted at, and those it acts at
 
 
@@ -116,7 +136,9 @@ def _drawn_quantiles(node: Looped) -> np.ndarray:
         line = np.sort(own, axis=None)
         drawn = np.interp(special.ndtr(Z) * len(line) - 0.5, np.arange(len(line)), line)
         # The grid ends where the draws do: what their tails lack is made up for by the rest.
-        scale = math.sqrt(max(WEIGHTS @ drawn**2, 1e-300) / max(float(np.mean(line.astype(float) ** 2)), 1e-300))
+        scale = math.sqrt(
+            max(WEIGHTS @ drawn**2, 1e-300) / max(float(np.mean(line.astype(float) ** 2)), 1e-300)
+        )
         out[cell] = drawn / scale
     return out
 
@@ -133,7 +155,9 @@ def pullback_of_looped(node: Looped, cotangent: np.ndarray, notes: BackwardNotes
     out: list[np.ndarray | None] = []
     back = loop.back(which, seed)
     if loop.is_region:
-        notes.doubts[node.id] = max((_chance(back[i]) for i, x in enumerate(loop.operands) if _is_value(x)), default=0.0)
+        notes.doubts[node.id] = max(
+            (_chance(back[i]) for i, x in enumerate(loop.operands) if _is_value(x)), default=0.0
+        )
     nudged = _NUDGED.get(node.graph, node.params[0]) or {}
     for i, inner in nudged.items():
         passed = back[i]
@@ -183,7 +207,9 @@ def _arriving(node: Looped, cotangent: np.ndarray, replicates: int, notes: Backw
     return drawn + gaussian(rest, node.axes, positions, replicates, np.random.default_rng(node.id))
 
 
-def _carried_back(node: Looped, x: Operand, value: Value, passed: np.ndarray, notes: BackwardNotes) -> np.ndarray:
+def _carried_back(
+    node: Looped, x: Operand, value: Value, passed: np.ndarray, notes: BackwardNotes
+) -> np.ndarray:
     """Second moments of a node's cotangents by type, from cotangents of the operand that it is."""
     copies = tuple(1 + d for d, dim in enumerate(value.dims) if all(a.axis is None for a in dim))
     numbers = passed.sum(axis=copies)
@@ -203,7 +229,9 @@ def cross_by_kind_of_looped(node: Looped, a: View, b: View, frame: Sequence[Axis
         return None
     positions, mine = node._layout
     own = tuple(place[outer] for outer in b.bind)
-    if isinstance(other, Looped) and (other.params[0] == node.params[0] or _drawn_alike(node.loop, other.loop)):
+    if isinstance(other, Looped) and (
+        other.params[0] == node.params[0] or _drawn_alike(node.loop, other.loop)
+    ):
         theirs = other._layout[1]
         if other.axes != tuple(node.axes[k] for k in own):
             return None
@@ -270,7 +298,10 @@ def over_time(
     graph, p = interpreter.graph, eqn.params
     fixed, carry, streams = _compat.scan_operands(p, list(zip(xs, eqn.invars, strict=True)))
     nudges = [k >= 0 for k in added] or [False] * len(xs)
-    operands = [operand(x, v.aval, stacked=False, nudge=n) for (x, v), n in zip((*fixed, *carry), nudges, strict=False)]
+    operands = [
+        operand(x, v.aval, stacked=False, nudge=n)
+        for (x, v), n in zip((*fixed, *carry), nudges, strict=False)
+    ]
     operands += [operand(x, v.aval, stacked=True) for x, v in streams]
     is_region = bound < math.inf
     sizes, replicates = at_own_size(p, operands) or shrunk(p, operands)
@@ -308,7 +339,9 @@ def over_time(
                 continue
         made = []
         for part in parts(shape):
-            made.append(_output(graph, loop, mark, views, which, part, length=p["length"] if stacked else None))
+            made.append(
+                _output(graph, loop, mark, views, which, part, length=p["length"] if stacked else None)
+            )
             which += 1
         out.append(Complex(*made) if len(made) == 2 else made[0])
     _NUDGED.put(graph, mark, {i: out[k].node for i, k in enumerate(added) if k >= 0})
@@ -322,7 +355,9 @@ def _agreed(numbers: np.ndarray, aval: Any) -> np.ndarray | None:
     return numbers[0].astype(aval.dtype)
 
 
-def _output(graph: Any, loop: Loop, mark: Any, views: Sequence[View], which: int, shape: Value, *, length: int | None) -> Value:
+def _output(
+    graph: Any, loop: Loop, mark: Any, views: Sequence[View], which: int, shape: Value, *, length: int | None
+) -> Value:
     """One output: the axes of the last step's, and before them that of time where it has a row a step."""
     for d in range(len(shape.dims)):
         shape = merged(materialize(shape, [d]), d)
@@ -333,7 +368,9 @@ def _output(graph: Any, loop: Loop, mark: Any, views: Sequence[View], which: int
         own = next((shape.node.axes[a.axis] for a in dim if a.axis is not None), None)
         kinds.append(own if own is None or loop.sizes.shape([own.size]) == (own.size,) else Axis(own.size))
     dims = tuple(d for d, axis in enumerate(kinds) if axis is not None)
-    node = graph.make(Looped, [axis for axis in kinds if axis is not None], views, (mark, which, dims, length is not None))
+    node = graph.make(
+        Looped, [axis for axis in kinds if axis is not None], views, (mark, which, dims, length is not None)
+    )
     place = {d: i for i, d in enumerate(dims)}
     atoms = [(Atom(axis.size, place[d]),) if axis is not None else () for d, axis in enumerate(kinds)]
     return Value(node, tuple(atoms))

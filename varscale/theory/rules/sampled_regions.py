@@ -19,7 +19,9 @@ from varscale.theory.rules.registry import Complex, Context, Opaque, map_parts, 
 from varscale.theory.rules.sampled_loop import CannotDraw
 from varscale.theory.rules.sampled_loop_nodes import over_time
 
-_BOUND = 0.1  # relative error to which the mean squares of a region should be known, 15 % and what its readers add
+_BOUND = (
+    0.1  # relative error to which the mean squares of a region should be known, 15 % and what its readers add
+)
 
 
 def drawn_region(interpreter: Context, eqn: Any, xs: Sequence[Any], reason: str) -> list[Any]:
@@ -40,12 +42,17 @@ def drawn_region(interpreter: Context, eqn: Any, xs: Sequence[Any], reason: str)
     if interpreter.ask(f"{eqn.primitive.name}: {reason}"):
         return [placeholder(interpreter, v.aval) for v in eqn.outvars]
     given = {v: x for v, x in zip(eqn.invars, xs, strict=True) if not _compat.is_literal(v)}
-    jaxpr = jax.make_jaxpr(lambda: 0)().jaxpr.replace(constvars=[], invars=list(given), outvars=eqn.outvars, eqns=[eqn])
+    jaxpr = jax.make_jaxpr(lambda: 0)().jaxpr.replace(
+        constvars=[], invars=list(given), outvars=eqn.outvars, eqns=[eqn]
+    )
     try:
-        return _run_on_draws(interpreter, ClosedJaxpr(jaxpr, []), list(given.values()), (), whole_numbers=True)
+        return _run_on_draws(
+            interpreter, ClosedJaxpr(jaxpr, []), list(given.values()), (), whole_numbers=True
+        )
     except CannotDraw as trouble:
         raise PredictionError(
-            f"primitive {eqn.primitive.name!r} at {source(eqn)}: {reason}, and it cannot be drawn: {trouble}; "
+            f"primitive {eqn.primitive.name!r} at {source(eqn)}: {reason}, and it cannot be drawn: "
+            f"{trouble}; "
             "write it with jnp.where, or predict a smaller model"
         ) from None
 
@@ -59,7 +66,9 @@ def region_rule(interpreter: Context, eqn: Any, *xs: Any) -> list[Any]:
         return _run_on_draws(interpreter, jaxpr, [*xs, *still], nudged, whole_numbers=not eqn.params["scope"])
     except CannotDraw as trouble:
         interpreter.refuse(eqn.params["scope"], str(trouble))
-    except Exception as error:  # whatever equations may raise that are run on numbers they were not written for
+    except (
+        Exception
+    ) as error:  # whatever equations may raise that are run on numbers they were not written for
         interpreter.refuse(eqn.params["scope"], told(error))
     return [placeholder(interpreter, aval) for aval in jaxpr.out_avals]
 
@@ -101,4 +110,8 @@ def placeholder(interpreter: Context, aval: Any) -> Any:
     if jax.numpy.issubdtype(aval.dtype, jax.dtypes.prng_key):
         key = jax.random.key(0)
         return Opaque(jax.random.split(key, aval.shape) if aval.shape else key)
-    return layout.full(interpreter.graph, 0.0, aval.shape) if aval.dtype.kind in "iub" else _outline(interpreter, aval)
+    return (
+        layout.full(interpreter.graph, 0.0, aval.shape)
+        if aval.dtype.kind in "iub"
+        else _outline(interpreter, aval)
+    )

@@ -15,13 +15,20 @@ from varscale.theory.graph.expressions import Apply, Sum
 from varscale.theory.graph.nodes import UNKNOWN, Array, Node, pullback, second_moments
 from varscale.theory.graph.store import BackwardNotes, Fact
 from varscale.theory.integrals.softmax import WeightMoments, weight_moments
-from varscale.theory.integrals.softmax_jacobian import apart, balance, in_common, weighed_in_both, where_weighed
+from varscale.theory.integrals.softmax_jacobian import (
+    apart,
+    balance,
+    in_common,
+    weighed_in_both,
+    where_weighed,
+)
 from varscale.theory.propagation.inherited_fluctuations import NONE, Spread, propagated
 from varscale.theory.propagation.pullbacks import sum_out
 from varscale.theory.rules.logit_distributions import standard_law
 from varscale.theory.rules.row_gram import of_own_keys
 
-_LARGEST = 1e4  # variance of logits from where on the largest of them has all the weight, but for the reciprocal of its root
+# Variance of logits from where on the largest of them has all the weight, but for the reciprocal of its root.
+_LARGEST = 1e4
 _NO_LOGITS = 1e8  # what numbers that hide keys (−10⁹) give them, where it is not known which they hide
 # Set on the validation grid, not derived, all of these.
 _PLACED_DOUBT = 1.5  # of cotangents where weights and values share tokens, whose overlaps are not known
@@ -45,7 +52,9 @@ def logit_scatter(weights: Node) -> float:
 
 
 @functools.singledispatch
-def gain_of_queries(weights: Node, notes: BackwardNotes, passed: np.ndarray, kept: np.ndarray) -> float | None:
+def gain_of_queries(
+    weights: Node, notes: BackwardNotes, passed: np.ndarray, kept: np.ndarray
+) -> float | None:
     """The part of the queries' cotangents that keys and values gain them by seeing the same tokens; None where not known."""
     return None
 
@@ -107,8 +116,12 @@ class Softmax(Node):
         counts = np.broadcast_to(seen.reshape(*seen.shape[: len(rows)], -1), variances.shape)
         spread = _query_spread(self)
         nodes = np.array([1.0, 1 + spread, max(1 - spread, 0.05)]).reshape(3, *[1] * variances.ndim)
-        # Rows see the same keys: where variances agree to three digits, one quadrature serves them all, and other layers too.
-        members, variances = np.broadcast_to(_rounded(counts, 5), (3, *counts.shape)), _rounded(nodes * variances, 3)
+        # Rows see the same keys: where variances agree to three digits, one quadrature serves them all, and
+        # other layers too.
+        members, variances = (
+            np.broadcast_to(_rounded(counts, 5), (3, *counts.shape)),
+            _rounded(nodes * variances, 3),
+        )
         directions = float(_rounded(np.array(self.directions), 2)) if self.directions < 1e4 else math.inf
         law = standard_law(self.args[0].node)
         key = ("weights", members.shape, members.tobytes(), variances.tobytes(), directions, law)
@@ -166,7 +179,9 @@ class Softmax(Node):
     def _known(self) -> float:
         """What known numbers among the logits, a bias by position, add to their variance along the keys."""
         own = self.args[0]
-        terms = zip(own.node.params, own.node.args, strict=True) if isinstance(own.node, Sum) else [(1.0, own)]
+        terms = (
+            zip(own.node.params, own.node.args, strict=True) if isinstance(own.node, Sum) else [(1.0, own)]
+        )
         out = 0.0
         for c, term in terms:
             if isinstance(term.node, Array):
@@ -208,7 +223,9 @@ def _counts(node: Softmax) -> tuple[np.ndarray, np.ndarray, list[Axis]]:
     inverse = _mean_inverse(node)
     all_keys = tuple(range(len(node.rows()), seen.ndim))
     scale = 1 / np.maximum(
-        inverse * np.broadcast_to(seen, np.broadcast_shapes(seen.shape, inverse.shape)).sum(all_keys, keepdims=True), 1e-300
+        inverse
+        * np.broadcast_to(seen, np.broadcast_shapes(seen.shape, inverse.shape)).sum(all_keys, keepdims=True),
+        1e-300,
     )
     return seen * scale, shared, keys
 
@@ -259,12 +276,19 @@ def second_moments_of_softmax(node: Softmax) -> Table:
     same = n * square
     other = (n[..., :, None] * n[..., None, :] - diagonal * n[..., None]) * pair
     other *= ((1 - same.sum(-1)) / np.maximum(other.sum((-1, -2)), 1e-300))[..., None, None]
-    # Two rows. The excess of one key's weights in both: exact for equal logits, lognormal in their covariance between.
+    # Two rows. The excess of one key's weights in both: exact for equal logits, lognormal in their covariance
+    # between.
     share_i, share_j = node.read(share), node.read(share, second=True)
-    per_i, per_j = (s / np.maximum(m, 1e-300) for s, m in ((share_i, n), (share_j, node.read(seen, second=True))))
+    per_i, per_j = (
+        s / np.maximum(m, 1e-300) for s, m in ((share_i, n), (share_j, node.read(seen, second=True)))
+    )
     variance = np.maximum(node.read(deviation[tuple(slice(0, node.axes[k].classes) for k in rows)]), 1e-12)
     whole = np.where(n > 0, square / np.maximum(per_i**2, 1e-300) - 1, 0.0)
-    excess = whole * np.expm1(np.clip(deviation, -variance, np.minimum(variance, 50))) / np.expm1(np.minimum(variance, 50))
+    excess = (
+        whole
+        * np.expm1(np.clip(deviation, -variance, np.minimum(variance, 50)))
+        / np.expm1(np.minimum(variance, 50))
+    )
     both = shared * per_i * per_j * (1 + excess)
     both = both * np.minimum(1.0, 1.0 / np.maximum(both.sum(-1, keepdims=True), 1e-300))
     apart = share_i[..., :, None] * share_j[..., None, :] - diagonal * both[..., None]
@@ -279,14 +303,18 @@ def second_moments_of_softmax(node: Softmax) -> Table:
 
 
 @pullback.register(Softmax)
-def pullback_of_softmax(node: Softmax, cotangent: np.ndarray, notes: BackwardNotes) -> list[np.ndarray | None]:
+def pullback_of_softmax(
+    node: Softmax, cotangent: np.ndarray, notes: BackwardNotes
+) -> list[np.ndarray | None]:
     """∂p_k/∂l_j = p_k(δ − p_j): a cotangent's part common to the keys is lost, the rest is weighted by p."""
     keys = [node.axes[k] for k in node.params]
     axis = keys[0] if len(keys) == 1 else Axis(math.prod(a.size for a in keys))
     c = axis.classes
     g, p = (node.by_key(x) for x in (np.broadcast_to(cotangent, node.frame_types), node.table.second))
     square = node.weights.square
-    keep = 1 - 2 * node.weights.cube / np.maximum(square, 1e-300) + (node.seen * square).sum(-1, keepdims=True)
+    keep = (
+        1 - 2 * node.weights.cube / np.maximum(square, 1e-300) + (node.seen * square).sum(-1, keepdims=True)
+    )
     overlap = (p[..., :c] * axis.counts).sum(-1, keepdims=True)
     each = apart(g, node.shared)
     mean = node.table.mean.transpose([*node.rows(), *node.params])
@@ -299,7 +327,10 @@ def pullback_of_softmax(node: Softmax, cotangent: np.ndarray, notes: BackwardNot
     lost = whole * ahead[..., :, None] * behind[..., None, :]
     lost = lost - passed[..., :, None] * behind[..., None, :] - ahead[..., :, None] * passed[..., None, :]
     keep = np.where(node.own[..., None], node.read(keep), 1 - _tilted_shares(node).sum(0) + overlap)
-    same = np.where(node.own[..., None], np.maximum(passed, 0.0), passed) * np.clip(keep, 0, 1) + within * p[..., :c]
+    same = (
+        np.where(node.own[..., None], np.maximum(passed, 0.0), passed) * np.clip(keep, 0, 1)
+        + within * p[..., :c]
+    )
     lost = lost + common * p[..., c:].reshape(common.shape)
     share = gain_of_queries(node, notes, (each * ahead * axis.counts).sum(-1), (same * axis.counts).sum(-1))
     notes.doubts[node.id] = _doubt(node, share)
@@ -316,7 +347,12 @@ def _tilted_shares(node: Softmax) -> np.ndarray:
     variance = node.read(node.deviation[tuple(slice(0, node.axes[k].classes) for k in node.rows())])
     correlation = node.deviation / np.maximum(variance, 1e-12)
     other, one = where_weighed(node.weights)
-    return np.stack([weighed_in_both(node.read(other, second=j), node.read(one, second=j), correlation) for j in (False, True)])
+    return np.stack(
+        [
+            weighed_in_both(node.read(other, second=j), node.read(one, second=j), correlation)
+            for j in (False, True)
+        ]
+    )
 
 
 def _law_doubt(node: Softmax) -> float:
@@ -371,7 +407,8 @@ def _adds_known_along(node: Node, sizes: frozenset[int]) -> bool:
             continue
         pending.pop()
         here = isinstance(top, Sum | Apply) and any(
-            isinstance(v.node, Array) and len(v.bind) > 1 and sizes & {a.size for a in v.node.axes} for v in top.args
+            isinstance(v.node, Array) and len(v.bind) > 1 and sizes & {a.size for a in v.node.axes}
+            for v in top.args
         )
         known[top.id] = here or any(known[v.node.id] for v in top.args)
     return known[node.id]
@@ -383,6 +420,8 @@ def _rounded(x: np.ndarray, digits: int) -> np.ndarray:
     return np.round(x / unit) * unit
 
 
-def _unflatten(mean: np.ndarray, second: np.ndarray, keys: Sequence[Axis], rank: int) -> tuple[np.ndarray, np.ndarray]:
+def _unflatten(
+    mean: np.ndarray, second: np.ndarray, keys: Sequence[Axis], rank: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Several key axes computed as one: their joint types read on each axis (classes one each)."""
     return mean.reshape(*mean.shape[:rank], *[1] * len(keys)), second[..., _joint_types(keys)]

@@ -19,7 +19,8 @@ from varscale.theory.rules.reductions import Extreme
 from varscale.theory.rules.registry import Context, recognise
 from varscale.theory.rules.softmax import Softmax
 
-# Masks made of known arrays: whole rows where none is seen; which rows see any; products of masks; where a choice is made.
+# Masks made of known arrays: whole rows where none is seen; which rows see any; products of masks; where a
+# choice is made.
 _FILLED: Fact[Hashable, Node] = Fact()
 _SEEING: Fact[Hashable, Node] = Fact()
 _MASKS: Fact[Hashable, Node] = Fact()
@@ -35,7 +36,12 @@ _ROW_CLASSES = 8
 def softmax_of(interpreter: Context, top: Value, bottom: Value) -> Value | None:
     """exp(x − max) / Σ exp(x − max), if that is what this division is."""
     num, den = top.node, bottom.node
-    if not (isinstance(num, Apply) and num.params[0] == "exp" and isinstance(den, Apply) and den.params[0] == "affine"):
+    if not (
+        isinstance(num, Apply)
+        and num.params[0] == "exp"
+        and isinstance(den, Apply)
+        and den.params[0] == "affine"
+    ):
         return None
     mean = den.args[0].node
     if not (isinstance(mean, Mean) and mean.args[0].node is num):
@@ -100,7 +106,10 @@ def _row_classes(frame: list[Axis], random: View, allowed: View, axes: Sequence[
         for b, axis in zip(left, classed, strict=True):
             found[b] = join(axis, frame[b])
         rows = {axis.size: axis for k, axis in enumerate(found) if k not in axes}
-        later = (*(rows.get(axis.size, axis) if k in axes else axis for k, axis in enumerate(found)), *features)
+        later = (
+            *(rows.get(axis.size, axis) if k in axes else axis for k, axis in enumerate(found)),
+            *features,
+        )
         if affordable(later) == later:
             return found
     return frame
@@ -120,7 +129,9 @@ def _classes_by_keys(mask: Node, keys: tuple[int, ...], most: int) -> list[Axis]
     """The axes of a mask besides those of the keys, classed by how many keys a position sees."""
     assert isinstance(mask, Array)
     seen = mask.values.sum(axis=keys)
-    level = np.where(seen > 0, np.log(np.maximum(seen, 1.0)), -1.0)  # who sees none is in no class with others
+    level = np.where(
+        seen > 0, np.log(np.maximum(seen, 1.0)), -1.0
+    )  # who sees none is in no class with others
     out = []
     for i, size in enumerate(level.shape):
         mean = level.mean(axis=tuple(j for j in range(level.ndim) if j != i))
@@ -134,7 +145,11 @@ def logits(view: View, axes: Sequence[Axis]) -> tuple[View | None, View | None]:
     """The random logits and the mask (1 where a key is allowed) of the argument of the exponential."""
     masks: list[View] = []
     terms = _random_terms(view, masks)
-    terms = [(c, v) for c, v in terms if not all(isinstance(r.node, Extreme) for r in roots(v.node)) and roots(v.node)]
+    terms = [
+        (c, v)
+        for c, v in terms
+        if not all(isinstance(r.node, Extreme) for r in roots(v.node)) and roots(v.node)
+    ]
     if not terms:
         return None, None
     graph = view.node.graph
@@ -196,7 +211,9 @@ def _random_terms(view: View, masks: list[View]) -> list[tuple[float, View]]:
         for keep, drop in ((1, 2), (2, 1)):
             other = node.args[drop].node
             if isinstance(other, Constant) and other.params < MASKED:
-                allowed = _KEPT.once(graph, (which.params, keep), lambda k=keep: array(graph, which.values == k - 1))
+                allowed = _KEPT.once(
+                    graph, (which.params, keep), lambda k=keep: array(graph, which.values == k - 1)
+                )
                 masks.append(View(allowed, tuple(bind[b] for b in where)))
                 return _random_terms(node.args[keep].within(bind), masks)
     if isinstance(node, Array) and (level := _mask_level(node)) is not None:

@@ -65,7 +65,9 @@ def excess_of_conv(node: Conv, offsets: Offsets) -> Steps:
     if any(k is None or window.input_dilation > 1 for k, window in place.values()):
         return (yield from nothing(node, 1.0))
     inner = {
-        xd[0] if o == od[0] else place[o][0]: d * (place[o][1].stride if o in place else 1) for o, d in offsets if o != od[1]
+        xd[0] if o == od[0] else place[o][0]: d * (place[o][1].stride if o in place else 1)
+        for o, d in offsets
+        if o != od[1]
     }
     found = yield x, tuple(sorted((k, d) for k, d in inner.items() if k is not None))
     out = found.excess if xd[1] is None else found.excess.take([0], xd[1])
@@ -75,10 +77,14 @@ def excess_of_conv(node: Conv, offsets: Offsets) -> Steps:
     )
     channels = (1 if xd[1] is None else x.axes[xd[1]].size) / groups
     out = out * (w.table.mean_square * taps * channels)
-    logical = out.transpose([k for k in xd if k is not None])[tuple(None if k is None else slice(None) for k in xd)]
+    logical = out.transpose([k for k in xd if k is not None])[
+        tuple(None if k is None else slice(None) for k in xd)
+    ]
     whole = np.zeros([1 if o is None else 2 for o in od])
     whole[:, :1] = logical[tuple(slice(None) if o is not None else slice(0, 1) for o in od)]
-    kept = whole.reshape([2 for o in od if o is not None]).transpose(np.argsort([o for o in od if o is not None]))
+    kept = whole.reshape([2 for o in od if o is not None]).transpose(
+        np.argsort([o for o in od if o is not None])
+    )
     leaning = w.table.total_mean**2 / max(w.table.mean_square, 1e-300)
     return Excess(kept, found.doubt + (LOOSE if leaning > 1 / node.width else 0.0))
 
@@ -95,7 +101,10 @@ def between_of_window_sum(x: WindowSum, y: Node, offsets: Offsets) -> Steps:
     over = x.args[0].node
     if x is y or y.axes != over.axes or [a.size for a in x.axes] != [a.size for a in over.axes]:
         return (yield from of_functions(x, y, offsets))
-    far, near = (yield from window_sums_against(x, y, {})), (yield from window_sums_against(x, y, dict(offsets)))
+    far, near = (
+        (yield from window_sums_against(x, y, {})),
+        (yield from window_sums_against(x, y, dict(offsets))),
+    )
     return Excess(near - far, 0.0)
 
 
@@ -134,7 +143,9 @@ def excess_of_concat(node: Concat, offsets: Offsets) -> Steps:
         found = yield from of_view(view, offsets, rank)
         lines = np.broadcast_to(found.excess, (2,) * rank).copy()
         if along not in view.bind:
-            lines[tuple(slice(1, None) if k == along else slice(None) for k in range(rank))] = lines.take([0], along)
+            lines[tuple(slice(1, None) if k == along else slice(None) for k in range(rank))] = lines.take(
+                [0], along
+            )
         shares = np.array([size / n, size * (size - 1) / max(n * (n - 1), 1)])
         out += lines * shares.reshape([2 if k == along else 1 for k in range(rank)])
         doubt = max(doubt, found.doubt)

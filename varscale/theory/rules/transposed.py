@@ -26,7 +26,9 @@ from varscale.theory.graph.normal_form import forward, total
 from varscale.theory.rules.softmax import Softmax
 
 
-def applied_back(graph: Graph, axes: Sequence[Axis], params: Sequence[Axis], views: Sequence[View]) -> Node | None:
+def applied_back(
+    graph: Graph, axes: Sequence[Axis], params: Sequence[Axis], views: Sequence[View]
+) -> Node | None:
     """A contraction of these views over `params`, where one is the transpose of a weight that the other was made with.
 
     Args:
@@ -67,9 +69,13 @@ def _uses(view: View, leaf: Leaf) -> Iterator[tuple[float, View]]:
             if any(v.node is leaf for v in node.args):
                 yield slope, View(node, bind)
         elif isinstance(node, Sum):
-            pending += [(c * slope, term.within(bind)) for c, term in zip(node.params, node.args, strict=True)]
+            pending += [
+                (c * slope, term.within(bind)) for c, term in zip(node.params, node.args, strict=True)
+            ]
         elif isinstance(node, Softmax):  # ∂p/∂l = p (1 − p)
-            pending.append(((node.table.total_mean - node.table.mean_square) * slope, node.args[0].within(bind)))
+            pending.append(
+                ((node.table.total_mean - node.table.mean_square) * slope, node.args[0].within(bind))
+            )
         elif isinstance(node, Apply):
             for root in roots(node):
                 found = derivative(forward(node), root) if leaf.deps & root.node.deps else None
