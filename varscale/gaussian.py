@@ -166,13 +166,24 @@ def _resolve(f: Elementwise, mean: float, std: float, cuts: np.ndarray) -> tuple
     return left[order], right[order], values[order]
 
 
-def _checked(name: str, value: float, low: float = -math.inf, high: float = math.inf) -> float:
+def real_number(name: str, value: object) -> float:
+    """A Python float of an argument, NaN and infinities included.
+
+    Raises:
+        TypeError: not a real number, or a traced one; the message names the argument.
+    """
+    if isinstance(value, (bool, np.bool_, str, bytes)):
+        raise TypeError(f"{name} must be a number, not {value!r}")
     try:
-        number = float(value)
+        return float(value)  # pyright: ignore[reportArgumentType]
     except jax.errors.ConcretizationTypeError as error:
         raise TypeError(f"{name} must be a concrete number, not a traced value") from error
     except (TypeError, ValueError) as error:
         raise TypeError(f"{name} must be a number, not {value!r}") from error
+
+
+def _checked(name: str, value: float, low: float = -math.inf, high: float = math.inf) -> float:
+    number = real_number(name, value)
     if not (math.isfinite(number) and low <= number <= high):
         raise ValueError(f"{name} must be a finite number in [{low}, {high}], not {value!r}")
     return number

@@ -16,6 +16,7 @@ import numpy as np
 
 from varscale import _compat
 from varscale.initialization.graph import Equation, Loop, Value, inner_jaxprs, is_key
+from varscale.programs.content import Same
 
 Kind = Literal["constant", "elementwise", "orthogonal", "reduction", "data"]
 
@@ -247,26 +248,13 @@ def _names(eqn: Any) -> frozenset[str]:
     if eqn.params.get("name") == "diagonal":
         return frozenset(found)  # of whose sums each has one term that is not zero
     for jaxpr in inner_jaxprs(eqn):
-        found |= _all_names(_Held(jaxpr))
+        found |= _all_names(Same(jaxpr))
     return frozenset(found)
 
 
-class _Held:
-    """A jaxpr that a cache keeps alive, compared by identity."""
-
-    def __init__(self, jaxpr: Any):
-        self.jaxpr = jaxpr
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Held) and self.jaxpr is other.jaxpr
-
-    def __hash__(self) -> int:
-        return id(self.jaxpr)
-
-
 @functools.lru_cache(maxsize=4096)
-def _all_names(held: _Held) -> frozenset[str]:
-    return frozenset().union(*map(_names, held.jaxpr.eqns))
+def _all_names(held: Same) -> frozenset[str]:
+    return frozenset().union(*map(_names, held.value.eqns))
 
 
 def params_text(eqn: Any) -> Hashable:
@@ -278,7 +266,7 @@ def params_text(eqn: Any) -> Hashable:
 def _param(x: Any) -> Hashable:
     if hasattr(x, "eqns") or hasattr(getattr(x, "jaxpr", None), "eqns"):
         jaxpr, constants = _compat.sub_jaxpr(x)
-        return _jaxpr_text(_Held(jaxpr)), tuple(_array(c) for c in constants)
+        return _jaxpr_text(Same(jaxpr)), tuple(_array(c) for c in constants)
     if isinstance(x, tuple | list):
         return tuple(map(_param, x))
     return _array(x) if isinstance(x, np.ndarray | jax.Array) else f"{type(x).__name__} {x}"
@@ -291,8 +279,8 @@ def _array(x: Any) -> Hashable:
 
 
 @functools.lru_cache(maxsize=4096)
-def _jaxpr_text(held: _Held) -> Hashable:
-    jaxpr, numbers = held.jaxpr, {}
+def _jaxpr_text(held: Same) -> Hashable:
+    jaxpr, numbers = held.value, {}
 
     def number(atom: Any) -> Hashable:
         if _compat.is_literal(atom):

@@ -12,12 +12,12 @@ import math
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Inexact, Key, UInt32
 
+from varscale.gaussian import real_number
 from varscale.initializers.fans import checked_shape
 from varscale.initializers.sampling import OutSharding, checked_key
 
@@ -31,14 +31,7 @@ def checked_number(
         TypeError: not a real number, or a traced one.
         ValueError: outside the limits, NaN or infinite.
     """
-    if isinstance(value, (bool, np.bool_, str, bytes)):
-        raise TypeError(f"{name} must be a number, not {value!r}")
-    try:
-        number = float(value)
-    except jax.errors.ConcretizationTypeError as error:
-        raise TypeError(f"{name} must be a concrete number, not a traced value") from error
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"{name} must be a number, not {value!r}") from error
+    number = real_number(name, value)
     if not (math.isfinite(number) and number > above and number >= at_least and number < below):
         limits = [f"> {above:g}"] * math.isfinite(above) + [f"≥ {at_least:g}"] * math.isfinite(at_least)
         limits += [f"< {below:g}"] * math.isfinite(below)

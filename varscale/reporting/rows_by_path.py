@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Generic, Protocol, TypeVar
 
 
@@ -16,6 +16,20 @@ class HasPath(Protocol):
 R = TypeVar("R", bound=HasPath)
 
 
+def found_by_path(rows: Sequence[R], path: str, what: str = "row") -> R:
+    """The row at this path.
+
+    Raises:
+        KeyError: there is none; the message names those whose paths begin alike, or the first ones.
+    """
+    for row in rows:
+        if row.path == path:
+            return row
+    paths = [row.path for row in rows]
+    near = [p for p in paths if p.split("/")[0] == path.split("/")[0]] or paths
+    raise KeyError(f"no {what} has the path {path!r}; there are {', '.join(near[:8])}")
+
+
 class RowsByPath(Generic[R]):
     """Indexed by path, iterated in order; a class that has the attribute `rows` inherits it."""
 
@@ -25,12 +39,9 @@ class RowsByPath(Generic[R]):
         """The row at this path.
 
         Raises:
-            KeyError: there is none; the message names the first ones.
+            KeyError: there is none; the message lists paths that begin alike.
         """
-        for row in self.rows:
-            if row.path == path:
-                return row
-        raise KeyError(f"no row {path!r}; there are {', '.join(repr(row.path) for row in self.rows[:8])}")
+        return found_by_path(self.rows, path)
 
     def __iter__(self) -> Iterator[R]:
         return iter(self.rows)

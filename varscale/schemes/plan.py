@@ -14,6 +14,7 @@ from varscale.initializers.structured import Constant
 from varscale.programs.patterns import Pattern, canonical, idle, matches, text
 from varscale.programs.tables import shape_text
 from varscale.reporting.layout import Column, terminal_width, text_table, wrapped
+from varscale.reporting.rows_by_path import found_by_path
 from varscale.schemes.description import pieces, standard_deviation
 from varscale.schemes.encoding import decoded, encoded
 from varscale.schemes.first_updates import first_updates
@@ -162,11 +163,7 @@ class Plan:
         Raises:
             KeyError: there is none; the message lists paths that begin alike.
         """
-        found = {leaf.path: leaf for leaf in self.leaves}
-        if path not in found:
-            near = [p for p in found if p.split("/")[0] == path.split("/")[0]] or list(found)
-            raise KeyError(f"no parameter has the path {path!r}; there are {', '.join(near[:8])}")
-        return found[path]
+        return found_by_path(self.leaves, path, "parameter")
 
     def __iter__(self) -> Iterator[PlannedLeaf]:
         return iter(self.leaves)

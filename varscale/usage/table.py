@@ -13,6 +13,7 @@ from flax import nnx
 
 from varscale.programs import faces
 from varscale.reporting.layout import Column, terminal_width, text_table, wrapped
+from varscale.reporting.rows_by_path import found_by_path
 from varscale.usage.branches import Branch
 from varscale.usage.parameters import Attention, Found, OneUse, ParameterUses, walked
 from varscale.usage.zeros import COMPUTED, zeros_that_meet
@@ -58,11 +59,7 @@ class Uses:
         Raises:
             KeyError: there is none; the message lists paths that begin alike.
         """
-        found = {p.path: p for p in self.parameters}
-        if path not in found:
-            near = [p for p in found if p.split("/")[0] == path.split("/")[0]] or list(found)
-            raise KeyError(f"no parameter has the path {path!r}; there are {', '.join(near[:8])}")
-        return found[path]
+        return found_by_path(self.parameters, path, "parameter")
 
     def __iter__(self) -> Iterator[ParameterUses]:
         return iter(self.parameters)
