@@ -1,6 +1,7 @@
 """Real ids with paddings, whose keys are masked: rows of unlike lengths, filled up behind or in front.
 
-Each a z-test at an error rate of 1e-6 beside the stated error bound, which has to be below 15 %, on 100 nets for the given ids.
+Each a z-test at an error rate of 1e-6 beside the stated error bound, which has to be below 15 % or flagged, on 100 nets for the
+given ids.
 That it has power: with paddings taken for tokens like others, outputs of attention would be twice as large as they are, and a
 mean over a row's ids by a third.
 """
@@ -17,10 +18,10 @@ from scipy import stats
 import varscale as vs
 from varscale.theory.domain.axes import Axis, labelled
 from varscale.theory.graph.nodes import Graph
-from varscale.theory.rules.padding import MOST_LENGTHS, PADDED, classed_axes, evened, filled_up, repeat_rates
+from varscale.theory.rules.padding import PADDED, classed_axes, filled_shapes, filled_up, repeat_rates
 
 ROWS, WORDS, WIDTH, HEADS, NETS = 24, 300, 64, 2, 100
-FEW, MANY = (24, 24, 9, 5), (24, 21, 19, 16, 13, 10, 8, 5)
+FEW, MANY = (24, 24, 9, 5) * 2, (24, 21, 19, 16, 13, 10, 8, 5)
 
 
 def sentences(lengths, size=ROWS, in_front=False):
@@ -127,9 +128,9 @@ def _and_mask(lengths, dtype, **how):
 CASES = {
     "few lengths": (encoder, (sentences(FEW),)),
     "many lengths": (encoder, (sentences(MANY),)),
-    "one length": (encoder, (sentences((12,) * 4),)),
+    "one length": (encoder, (sentences((12,) * 8),)),
     "one row": (encoder, (sentences((9,)),)),
-    "no paddings": (encoder, (sentences((24,) * 4),)),
+    "no paddings": (encoder, (sentences((24,) * 8),)),
     "in front": (encoder, (sentences(MANY, in_front=True),)),
     "known places, post-norm": (placed, (sentences(MANY),)),
     "a bias by distance": (near, (sentences(FEW),)),
@@ -145,21 +146,27 @@ CASES = {
 }
 
 
+@functools.cache
+def _drawn(program):
+    """Mean squares of the outputs of drawn nets, compiled once for a program and shapes."""
+
+    def squares(keys, given):
+        one = lambda key: jnp.stack([jnp.mean(jnp.square(x)) for x in program(weights(key), *given)])  # noqa: E731
+        return jax.lax.map(one, keys, batch_size=20)
+
+    return jax.jit(squares)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_masked_paddings_are_no_tokens(name):
+    """Rows of more lengths than are told apart may be flagged."""
     program, given = CASES[name]
-    outputs = len(jax.eval_shape(lambda key: program(weights(key), *given), jax.random.key(0)))
-    drawn = jax.jit(
-        lambda keys: jax.lax.map(
-            lambda key: jnp.stack([jnp.mean(jnp.square(x)) for x in program(weights(key), *given)]), keys, batch_size=20
-        )
-    )(jax.random.split(jax.random.key(1), NETS))
-    for k in range(outputs):
+    drawn = np.asarray(_drawn(program)(jax.random.split(jax.random.key(1), NETS), given))
+    for k, found in enumerate(drawn.T):
         one = functools.partial(_output, program, k)
         row = vs.predict(one, vs.inputs(*given), params=weights, backward=False).output
-        found = np.asarray(drawn[:, k])
         error = found.std(ddof=1) / NETS**0.5 / found.mean()
-        assert row.error_bound < 0.15
+        assert row.error_bound < 0.15 or row.how == "assumed"
         assert abs(row.second_moment / found.mean() - 1) < row.error_bound + stats.norm.isf(5e-7) * error
 
 
@@ -168,9 +175,10 @@ def _output(program, k, p, *given):
 
 
 def test_gradients_of_ids_with_paddings_are_finite():
-    report = vs.predict(encoder, vs.inputs(sentences(MANY)), params=weights, detail="equations")
+    one_layer = lambda p, ids: _attention(p["blocks"][0], p["table"][ids], _keys(ids != 0), 0.0)  # noqa: E731
+    report = vs.predict(one_layer, vs.inputs(sentences(MANY)), params=weights, detail="equations")
     gradients = np.array([row.gradient for row in report.rows if row.gradient is not None])
-    assert len(gradients) > 20
+    assert len(gradients) > 10
     assert np.isfinite(gradients).all()
 
 
@@ -195,41 +203,10 @@ def test_what_is_filled_up(ids, filled):
         assert np.array_equal(found, filled)
 
 
-@pytest.mark.parametrize("in_front", [False, True])
-def test_rows_of_like_lengths_are_made_alike(in_front):
-    ids = sentences(MANY, in_front=in_front)
-    (rows, mask, lengths, other), padded = evened([ids, ids != 0, np.array(MANY), np.ones((3, 5))])
-    assert np.array_equal(rows != 0, mask)
-    assert np.array_equal(mask.sum(axis=1), lengths)
-    assert len(set(lengths)) == MOST_LENGTHS
-    assert np.mean(1 / lengths) == pytest.approx(np.mean(1 / np.array(MANY)), rel=padded.doubt)
-    assert np.array_equal(other, np.ones((3, 5)))
-    ends = slice(-1, None) if in_front else slice(0, 1)
-    assert np.array_equal(rows[:, ends], ids[:, ends])  # what begins or ends a row is kept
-
-
-def test_each_array_goes_by_its_own_lengths():
-    ids, others = sentences(MANY), sentences((7, 24, 20, 9, 18, 12, 6, 24))
-    (rows, mask, more, hidden), _ = evened([ids, (ids != 0).astype(np.int32), others, others != 0])
-    assert np.array_equal(rows != 0, mask)
-    assert np.array_equal(more != 0, hidden)
-    assert len({(np.sum(a != 0), np.sum(b != 0)) for a, b in zip(rows, more, strict=True)}) == MOST_LENGTHS
-    for filled in (rows, more):
-        assert all(np.all(np.diff((row != 0).astype(int)) <= 0) for row in filled)
-
-
-def test_few_lengths_and_full_rows_are_left_as_they_are():
-    for lengths in (FEW, (24,) * 4):
-        ids = sentences(lengths)
-        (found,), padded = evened([ids])
-        assert found is ids
-        assert padded.doubt == 0
-
-
 def test_ids_without_paddings_have_no_classes():
     ids = sentences((24,) * 4)
     graph = Graph()
-    PADDED.put(graph, None, evened([ids])[1])
+    PADDED.put(graph, None, filled_shapes([ids]))
     assert classed_axes(graph, ids) == [Axis(4), Axis(24)]
 
 

@@ -36,7 +36,7 @@ from varscale.theory.interpreter.tracing import Draws, Trace, drawing, execution
 from varscale.theory.propagation.cross_moments import MEASURED_TOGETHER, together
 from varscale.theory.propagation.spatial_correlation import measured
 from varscale.theory.rules.integer_inputs import unknown
-from varscale.theory.rules.padding import PADDED, evened, is_mask
+from varscale.theory.rules.padding import PADDED, filled_shapes, is_mask
 from varscale.theory.rules.random import input_leaf
 from varscale.theory.rules.registry import Complex, Opaque
 
@@ -231,10 +231,9 @@ class _Split:
     """Inputs apart: arrays and descriptions of arrays, which are traced, and everything else, which is passed as it is."""
 
     def __init__(self, given: Inputs):
-        flat, self.tree = jax.tree_util.tree_flatten(
+        self.leaves, self.tree = jax.tree_util.tree_flatten(
             (given.args, dict(given.kwargs)), is_leaf=lambda x: isinstance(x, Moments)
         )
-        self.leaves, self.padded = evened(flat)
         self.places = [i for i, x in enumerate(self.leaves) if isinstance(x, Moments) or faces.is_dynamic(x)]
         self.structs = [_struct(self.leaves[i]) for i in self.places]
 
@@ -246,7 +245,7 @@ class _Split:
         return Inputs(args, kwargs)
 
     def values(self, interpreter: Interpreter) -> list[Any]:
-        PADDED.put(interpreter.graph, None, self.padded)
+        PADDED.put(interpreter.graph, None, filled_shapes(self.leaves))
         made = [input_value(interpreter, self.leaves[i], self._name(i)) for i in self.places]
         related(interpreter.graph, [(self.leaves[i], x) for i, x in zip(self.places, made, strict=True)])
         return made

@@ -32,7 +32,7 @@ from varscale.theory.graph.store import BackwardNotes
 from varscale.theory.propagation.cross_moments import cross
 from varscale.theory.propagation.sampler import in_order
 from varscale.theory.rules.axis import take
-from varscale.theory.rules.padding import classed_axes, padded, repeat_rates, unresolved
+from varscale.theory.rules.padding import classed_axes, repeat_rates, unresolved
 from varscale.theory.rules.registry import Context, rule
 from varscale.theory.rules.sampled_regions import drawn_region
 
@@ -47,7 +47,7 @@ def second_moments_of_gather(node: Gather) -> Table:
     if node.known is not None and any(axis.labels for axis in node.indexed):
         ids = node.known.reshape([axis.size for axis in node.indexed])
         doubt = unresolved(node.graph, ids, node.indexed, node.rates())
-        node.graph.flag("assumed" if doubt > NEGLIGIBLE else "quadrature", doubt + padded(node.graph).doubt)
+        node.graph.flag("assumed" if doubt > NEGLIGIBLE else "quadrature", doubt)
     mean = table.mean
     for k in sorted(row_axes, reverse=True):
         mean = contract_axis(mean, k, table.axes[k].counts / table.axes[k].size)

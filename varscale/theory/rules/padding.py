@@ -2,7 +2,7 @@
 
 Whether a place is padding depends on its row and its position together. Rows of one length are a class, and so are positions
 between two lengths: in each pair of a class of rows and a class of positions there are then only ids, or only paddings. Of
-more lengths than a few, those nearest by ratio are taken as long as they are on (harmonic) average (`evened`).
+more lengths than a few, those most alike are one class, and what that leaves out is in doubt (`unresolved`).
 """
 
 from __future__ import annotations
@@ -10,12 +10,11 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 from jaxtyping import Bool, Float, Int
-from scipy.cluster import hierarchy
 
 from varscale.theory.domain.axes import Axis, grouped
 from varscale.theory.domain.tables import per_pair
@@ -25,18 +24,6 @@ from varscale.theory.graph.store import Fact
 MOST_LENGTHS = 3  # that rows are told apart by, and so positions into one class more
 _CHANCE = 4.0  # standard deviations by which rows have to end in one value more often than by chance
 _ALIKE = 1.0  # positions of a row by which two arrays may differ that are filled up alike
-
-
-class Padded(NamedTuple):
-    """What is known of given arrays that are filled up.
-
-    Attributes:
-        shapes: of those arrays, (rows, positions).
-        doubt: relative error of the mean length of rows, and of the mean of one over it, where lengths were made alike.
-    """
-
-    shapes: frozenset[tuple[int, ...]] = frozenset()
-    doubt: float = 0.0
 
 
 def filled_up(ids: Int[np.ndarray, "rows positions"]) -> Bool[np.ndarray, "rows positions"] | None:
@@ -66,73 +53,15 @@ def filled_up(ids: Int[np.ndarray, "rows positions"]) -> Bool[np.ndarray, "rows 
     return None
 
 
-def evened(given: Sequence[Any]) -> tuple[list[Any], Padded]:
-    """Given arrays with a few lengths of rows at most: each row as long as those most like it are on average.
-
-    One that is too long loses what is in its middle, one that is too short gets there what the longest like it has; so do all
-    arrays of these rows and positions, a mask for one. An array of lengths follows.
-
-    Returns:
-        The arrays, and what is known of them.
-    """
-    arrays = {i: _as_rows(x) for i, x in enumerate(given) if _is_given(x) and np.size(x) > 1}
-    fields: list[np.ndarray] = []
-    for i, rows in arrays.items():
-        field = filled_up(rows) if rows.dtype.kind in "iu" and np.ndim(given[i]) > 1 else None
-        if field is not None and not any(_near(field, other) for other in fields):
-            fields.append(field)
-    found = Padded(frozenset(field.shape for field in fields))
-    sides = {field.shape[1] for field in fields}
-    by_pair = any(
-        np.ndim(x) > 2 and np.shape(x)[-2:] in {(n, n) for n in sides} for x in given
-    )  # whose rows are no rows
-    if by_pair or len({len(field) for field in fields}) != 1:
-        return list(given), found
-    lengths = np.stack([(~field).sum(axis=1) for field in fields], axis=1)
-    kinds = _kinds(lengths)
-    if kinds is None:
-        return list(given), found
-    alike = np.stack([_harmonic(lengths[kinds == k]) for k in range(kinds.max() + 1)])[kinds]
-    out = list(given)
-    goes_by = {i: _most_like(rows, fields) for i, rows in arrays.items()}
-    for k, (field, before, after) in enumerate(zip(fields, lengths.T, alike.T, strict=True)):
-        source, place = _filled_rows(before, after, kinds, field.shape[1])
-        if field[:, 0].any():  # filled up in front: as the mirror image is behind
-            source, place = source[:, ::-1], field.shape[1] - 1 - place[:, ::-1]
-        for i, rows in arrays.items():
-            if goes_by[i] == k:
-                out[i] = rows[source, place].reshape(np.shape(given[i]))
-            elif (
-                rows.size == len(field)
-                and rows.dtype.kind in "iu"
-                and len(np.unique(rows.ravel() - before)) == 1
-            ):
-                out[i] = np.reshape(rows.ravel() - before + after, np.shape(given[i])).astype(rows.dtype)
-    moved = [
-        f(alike) / f(lengths) - 1
-        for f in (lambda n: n.mean(axis=0), lambda n: (1 / np.maximum(n, 1)).mean(axis=0))
-    ]
-    return out, found._replace(doubt=float(np.max(np.abs(moved))))
+def filled_shapes(given: Sequence[Any]) -> frozenset[tuple[int, ...]]:
+    """The shapes (rows, positions) of given arrays of ids that are filled up."""
+    arrays = [x for x in given if _is_given(x) and np.ndim(x) > 1 and np.size(x) > 1 and x.dtype.kind in "iu"]
+    return frozenset(rows.shape for rows in map(_as_rows, arrays) if filled_up(rows) is not None)
 
 
 def _near(field: np.ndarray, other: np.ndarray) -> bool:
     """Whether two arrays are filled up alike."""
     return field.shape == other.shape and bool(np.mean(field != other) * field.shape[-1] <= _ALIKE)
-
-
-def _most_like(rows: np.ndarray, fields: Sequence[np.ndarray]) -> int | None:
-    """Which paddings an array of these rows and positions goes by: those that it is correlated with the most."""
-    if rows.shape not in {field.shape for field in fields}:
-        return None
-    own = filled_up(rows) if rows.dtype.kind in "iu" else None
-    marks = np.asarray(rows if own is None else own, float)
-    marks = marks - marks.mean()
-    alike = {
-        k: abs(float(np.sum(marks * (f - f.mean())))) / f.std()
-        for k, f in enumerate(fields)
-        if f.shape == rows.shape
-    }
-    return max(alike, key=alike.__getitem__)
 
 
 def _is_given(x: Any) -> bool:
@@ -144,41 +73,10 @@ def _as_rows(x: Any) -> np.ndarray:
     return np.asarray(x).reshape(-1, np.shape(x)[-1])
 
 
-def _kinds(lengths: Int[np.ndarray, "rows arrays"]) -> Int[np.ndarray, " rows"] | None:
-    """Which rows are to be of one length; None where there are few enough lengths as it is."""
-    distinct, which = np.unique(lengths, axis=0, return_inverse=True)
-    if len(distinct) <= MOST_LENGTHS:
-        return None
-    tree = hierarchy.linkage(np.log(np.maximum(distinct, 0.1)), "ward")
-    return hierarchy.fcluster(tree, MOST_LENGTHS, "maxclust")[which.ravel()] - 1
-
-
-def _harmonic(lengths: Int[np.ndarray, "rows arrays"]) -> Int[np.ndarray, " arrays"]:
-    """The length whose inverse is the mean of theirs: what attention and means leave of tokens goes by that."""
-    return np.rint(1 / np.mean(1 / np.maximum(lengths, 1e-9), axis=0)).astype(int)
-
-
-def _filled_rows(
-    before: np.ndarray, after: np.ndarray, kinds: np.ndarray, size: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """For rows of other lengths, filled up behind: the row and the place that each entry comes from."""
-    source, place = np.indices((len(before), size))
-    for b, (old, new) in enumerate(zip(before, after, strict=True)):
-        alike = np.flatnonzero(kinds == kinds[b])
-        middle = min(old, new) // 2
-        if new < old:
-            place[b, middle:new] += old - new
-            source[b, new:] = alike[np.argmin(before[alike])]
-        elif new > old:
-            source[b, middle : middle + new - old] = alike[np.argmax(before[alike])]
-            place[b, middle + new - old : new] -= new - old
-    return source, place
-
-
 def classed_axes(graph: Graph, ids: Int[np.ndarray, "..."]) -> list[Axis]:
     """Axes of an array of ids, classed where given ids are filled up and these are, too; of others, by the same axes."""
     seen = _CLASSED.once(graph, None, list)
-    field = filled_up(_as_rows(ids)) if ids.ndim and _as_rows(ids).shape in padded(graph).shapes else None
+    field = filled_up(_as_rows(ids)) if ids.ndim and _as_rows(ids).shape in padded(graph) else None
     if field is None:
         known = [
             {axis for _, axes in seen for axis in axes if axis.size == n and axis.labels is not None}
@@ -204,7 +102,7 @@ def unresolved(
     1/n + Σ_pq (m_p N_p m_q N_q − δ m_p N_p) r_pq/n², for rows of each class.
     """
     rows = _as_rows(ids)
-    field = filled_up(rows) if len(axes) <= 2 and rows.shape in padded(graph).shapes else None
+    field = filled_up(rows) if len(axes) <= 2 and rows.shape in padded(graph) else None
     if field is None:
         return 0.0
     before, along = axes[0] if len(axes) == 2 else None, axes[-1]
@@ -225,16 +123,12 @@ def unresolved(
 
 def is_mask(graph: Graph, numbers: Float[np.ndarray, "..."]) -> bool:
     """Whether a given array is of two numbers, one of them perhaps for the paddings of another: it is known as it is."""
-    return (
-        bool(numbers.ndim)
-        and _as_rows(numbers).shape in padded(graph).shapes
-        and len(np.unique(numbers)) == 2
-    )
+    return bool(numbers.ndim) and _as_rows(numbers).shape in padded(graph) and len(np.unique(numbers)) == 2
 
 
-def padded(graph: Graph) -> Padded:
-    """What is known of the model's inputs that are filled up."""
-    return PADDED.get(graph, None) or Padded()
+def padded(graph: Graph) -> frozenset[tuple[int, ...]]:
+    """The shapes of the model's inputs that are filled up."""
+    return PADDED.get(graph, None) or frozenset()
 
 
 def repeat_rates(ids: Int[np.ndarray, "..."], axes: Sequence[Axis]) -> Float[np.ndarray, "..."]:
@@ -281,7 +175,7 @@ def _numbered(dims: Sequence[int], numbers: Sequence[np.ndarray], sizes: Sequenc
     return out
 
 
-PADDED: Fact[None, Padded] = Fact()  # of the model's inputs
+PADDED: Fact[None, frozenset[tuple[int, ...]]] = Fact()  # shapes of the model's inputs that are filled up
 _CLASSED: Fact[None, list[tuple[np.ndarray, tuple[Axis, ...]]]] = (
     Fact()
 )  # where ids are filled up, and axes with classes for it

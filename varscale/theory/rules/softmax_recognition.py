@@ -71,7 +71,7 @@ def _takes_paddings_for_tokens(frame: Sequence[Axis], allowed: View, axes: Seque
 
     Weights of a row are then spread over paddings, all alike, where it sees words: of outputs that can be as much again.
     """
-    sizes = {size for _, size in padded(allowed.node.graph).shapes}
+    sizes = {size for _, size in padded(allowed.node.graph)}
     unclassed = any(k in allowed.bind and frame[k].size in sizes and frame[k].labels is None for k in axes)
     return unclassed and len(allowed.bind) > len(axes)
 
