@@ -84,14 +84,14 @@ class Attention(NamedTuple):
     kept: float = 1.0
 
     @property
-    def keys(self) -> list[int]:
-        """The frame's axes that keys are along."""
-        return [self.place[k] for k in self.weights.params]
+    def key(self) -> int:
+        """The frame's axis that keys are along."""
+        return self.place[self.weights.params]
 
     def projections(self) -> Tokens:
         """Values of one head, as tokens."""
         features = [k for k in self.values.bind if k not in self.place]
-        return tokens_of(self.values, self.keys, features)
+        return tokens_of(self.values, [self.key], features)
 
     def queries(self) -> Tokens | None:
         """Queries of one head, as tokens; None where the logits are no product of queries and keys."""
@@ -122,10 +122,9 @@ def attention_of(node: Any) -> Attention | None:
     for weights, v in (node.args, node.args[::-1]):
         p, mixed_by = _before_mixing(weights)
         p, kept = _before_dropout(p)
-        keys = {p.bind[k] for k in p.node.params} if isinstance(p.node, Softmax) else set()
         # Shares of something else than what is added up, a capsule's of those above it, are no weights of an
         # average.
-        if isinstance(p.node, Softmax) and keys <= set(v.bind) and min(keys) >= len(node.axes):
+        if isinstance(p.node, Softmax) and len(node.axes) <= p.bind[p.node.params] in v.bind:
             return Attention(node, p.node, p.bind, v, kept * mixed_by)
     return None
 
@@ -153,7 +152,7 @@ def _before_dropout(weights: View) -> tuple[View, float]:
     if isinstance(node, Apply) and node.params[0] == "mul":
         for p, mask in (node.args, node.args[::-1]):
             drawn = all(isinstance(root.node, Leaf) and root.node.is_bits for root in roots(mask.node))
-            if drawn and isinstance(p.node, Softmax) and {p.bind[k] for k in p.node.params} <= set(mask.bind):
+            if drawn and isinstance(p.node, Softmax) and p.bind[p.node.params] in mask.bind:
                 return p.within(weights.bind), mask.node.table.total_mean**2
     return weights, 1.0
 
@@ -164,7 +163,7 @@ def scores(weights: Softmax) -> Scores | None:
     if found is None:
         return None
     slope, (node, bind) = found
-    along = {i for i, k in enumerate(bind) if k in weights.params}
+    along = {i for i, k in enumerate(bind) if k == weights.params}
     place = next((i for i, v in enumerate(node.args) if not along & set(v.bind)), None)
     if place is None:
         return None
@@ -191,8 +190,8 @@ def _query_key_product(view: View) -> tuple[float, View] | None:
     return None
 
 
-def _weighted(view: View, along: Sequence[int]) -> Tokens | None:
-    """Of logits that weights make, what they make them of: tokens along some axes of the frame; None where they make none."""
+def _weighted(view: View, along: int) -> Tokens | None:
+    """Of logits that weights make, what they make them of: tokens along an axis of the frame; None where they make none."""
     node, bind = view
     if isinstance(node, Sum) or (isinstance(node, Apply) and node.params[0] == "affine"):
         return next((t for term in node.args if (t := _weighted(term.within(bind), along)) is not None), None)
@@ -200,7 +199,7 @@ def _weighted(view: View, along: Sequence[int]) -> Tokens | None:
     if weight is None:
         return None
     summed = range(len(node.axes), len(node.axes) + len(node.params))
-    keys = {i for i, k in enumerate(bind) if k in along}
+    keys = {i for i, k in enumerate(bind) if k == along}
     found = [tokens_of(v, keys, summed) for v in node.args if v.node is not weight]
     return next((t for t in found if t.tokens and t.features), None)
 
@@ -239,11 +238,8 @@ def gain_of_queries_of_softmax(
     axes = [weights.axes[k] for k in weights.rows()]
     rows = functools.reduce(np.multiply.outer, [a.same for a in axes], np.array(1.0))
     share = float((gain * rows).sum() / max(((gain + kept) * rows).sum(), 1e-300))
-    for k in weights.params:
-        axis = weights.axes[k]
-        same = (np.arange(axis.types) < axis.classes) / axis.size
-        gain = np.multiply.outer(gain, same)
-    gain = found.slope * gain.transpose(np.argsort([*weights.rows(), *weights.params]))
+    gain = np.multiply.outer(gain, weights.keys.agrees / weights.keys.size)
+    gain = found.slope * np.moveaxis(gain, -1, weights.params)
     notes.gains[found.product.node.id] = found.place, sum_out(gain, weights.axes, found.product)
     return share
 
@@ -296,15 +292,15 @@ def tilted(node: Any) -> np.ndarray | float:
     seen_by_both = _same_tokens(attention)
     if not seen_by_both:
         return 0.0
-    keys, v, p = attention.keys, attention.values, attention.weights
+    key, v, p = attention.key, attention.values, attention.weights
     frame = node.frame
     values = np.broadcast_to(
         v.second(frame), [n if (k in v.bind) else 1 for k, n in enumerate(a.types for a in frame)]
     )
-    deviation = np.maximum(_deviation(values, keys, frame), 0.0)
+    deviation = np.maximum(_deviation(values, key, frame[key]), 0.0)
     rows = p.rows()
     gain = lift(p.tilt, [p.axes[k] for k in rows], [attention.place[k] for k in rows], frame, pairs=True)
-    gain = gain.squeeze(tuple(keys))
+    gain = gain.squeeze(key)
     return np.broadcast_to(deviation * gain * seen_by_both * attention.kept, node.frame_types)
 
 
@@ -363,10 +359,7 @@ def _by_chance(p: Softmax, rows: Sequence[int]) -> float:
     whole = shares.sum(-1, keepdims=True)
     drawn = (seen * p.weights.square - (shares / whole) ** 2 / np.maximum(seen, 1e-300)).sum(-1)
     weights = functools.reduce(np.multiply.outer, [a.counts / a.size for a in classes], np.array(1.0))
-    order = [*p.rows(), *p.params]
-    squares = p.table.second.transpose(order)
-    for k in reversed(p.params):
-        squares = contract_axis(squares, order.index(k), p.axes[k].same) * p.axes[k].size
+    squares = contract_axis(p.table.second, p.params, p.keys.same) * p.keys.size
     own = own_beyond_pairs(squares, classes, rows)
     return float(np.clip((drawn * weights).sum() / max(own, 1e-300), 0, 1))
 
@@ -377,20 +370,11 @@ def _squared(directions: float, samples: float) -> float:
     return (1 + 6 * ratio + 6 * ratio**2 + ratio**3) / (1 + ratio) ** 2 / directions
 
 
-def _deviation(values: np.ndarray, keys: Sequence[int], frame: Sequence[Axis]) -> np.ndarray:
-    """What a value varies by along the keys, those of one class compared with each other; several axes are one of one class."""
-    if len(keys) == 1:
-        axis = frame[keys[0]]
-        c = axis.classes
-        diagonal = [c + i * (c + 1) for i in range(c)]
-        differ = np.take(values, range(c), axis=keys[0]) - np.take(values, diagonal, axis=keys[0])
-        shares = (axis.counts / axis.size).reshape([c if k == keys[0] else 1 for k in range(len(frame))])
-        return np.maximum(differ * shares, 0.0).sum(axis=keys[0])
-    same, mean = values, values
-    for k in sorted(keys, reverse=True):
-        same, mean = contract_axis(same, k, frame[k].same), contract_axis(mean, k, frame[k].any_pair)
-    n = math.prod(frame[k].size for k in keys)
-    return (same - mean) * n / (n - 1)
+def _deviation(values: np.ndarray, key: int, axis: Axis) -> np.ndarray:
+    """What a value varies by along the keys, those of one class compared with each other."""
+    c = axis.classes
+    differ = np.take(values, range(c), axis=key) - np.take(values, c + np.arange(c) * (c + 1), axis=key)
+    return contract_axis(np.maximum(differ, 0.0), key, axis.counts / axis.size)
 
 
 @sources_of_mixture.register(Contract)

@@ -17,11 +17,11 @@ from varscale.theory.graph.store import BackwardNotes
 from varscale.theory.rules.reductions import Extreme, OneOfMany, cross_by_kind_of_one_of_many
 from varscale.theory.rules.registry import Context, recognise
 from varscale.theory.rules.softmax import Softmax
-from varscale.theory.rules.softmax_recognition import logits
+from varscale.theory.rules.softmax_recognition import logits, one_key_axis
 
 
 class LogSumExp(OneOfMany):
-    """log Σ exp over axes; `params` is those axes. Between the largest and that and ln n: sampled as the largest is."""
+    """log Σ exp along an axis; `params` is (that axis,). Between the largest and that and ln n: sampled as the largest is."""
 
     how = "sampled"
     gradient_doubt = 0.15
@@ -45,10 +45,9 @@ def pullback_of_log_sum_exp(
 ) -> list[np.ndarray | None]:
     """A logit gets its share of the cotangent."""
     source = node.args[0].node
-    shares = node.graph.make(
-        Softmax, source.axes, [View(source, tuple(range(len(source.axes))))], node.params
-    )
-    return [np.expand_dims(cotangent, node.params) * shares.table.second]
+    (key,) = node.params
+    shares = node.graph.make(Softmax, source.axes, [View(source, tuple(range(len(source.axes))))], key)
+    return [np.expand_dims(cotangent, key) * shares.table.second]
 
 
 @recognise("log")
@@ -60,6 +59,7 @@ def log_sum_exp_of(interpreter: Context, x: Value) -> Value | None:
     powers, axes = inner.args[0].node, inner.params
     if not (isinstance(powers, Apply) and powers.params[0] == "exp"):
         return None
+    one_key_axis(axes)
     random, allowed = logits(powers.args[0], powers.axes)
     if random is None or allowed is not None or tuple(random.node.axes) != tuple(powers.axes):
         return None

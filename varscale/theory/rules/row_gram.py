@@ -71,9 +71,9 @@ def of_alike_keys(weights: View, values: View, node: Any, square: float) -> floa
         square: its mean square.
     """
     p: Any = weights.node
-    if len(p.params) > 1 or (c := p.axes[p.params[0]].classes) == 1:
+    rows, axis, c = [p.axes[k] for k in p.rows()], p.keys, p.keys.classes
+    if c == 1:
         return 0.0
-    rows, axis = [p.axes[k] for k in p.rows()], p.axes[p.params[0]]
     seen = p.seen
     second = p.by_key(np.broadcast_to(p.args[0].second(p.axes), p.frame_types))
     logits = second[(*(slice(a.classes) for a in rows), slice(c, None))].reshape(*seen.shape, c)
@@ -82,7 +82,7 @@ def of_alike_keys(weights: View, values: View, node: Any, square: float) -> floa
     varied = shares**2 * (1 - shares) ** 2 * alike
     for a in reversed(rows):
         varied = np.tensordot(a.counts / a.size, varied, axes=(0, varied.ndim - 2))
-    table, place = values.node.table.second, weights.bind[p.params[0]]
+    table, place = values.node.table.second, weights.bind[p.params]
     if place not in values.bind or node.frame[place] != axis:
         return 0.0
     for k in reversed(range(len(values.bind))):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable
 
 import numpy as np
 
@@ -34,9 +34,9 @@ _NO_LOGITS = 1e8  # what numbers that hide keys (−10⁹) give them, where it i
 _PLACED_DOUBT = 1.5  # of cotangents where weights and values share tokens, whose overlaps are not known
 
 
-_KEYS: Fact[Hashable, tuple[np.ndarray, np.ndarray, list[Axis]]] = Fact()  # by mask
+_KEYS: Fact[Hashable, tuple[np.ndarray, np.ndarray]] = Fact()  # by mask
 _WEIGHTS: Fact[Hashable, WeightMoments] = Fact()
-_PLACED: Fact[frozenset[int], dict[int, bool]] = Fact()
+_PLACED: Fact[int, dict[int, bool]] = Fact()  # by size of the keys' axis
 
 
 @functools.singledispatch
@@ -60,7 +60,7 @@ def gain_of_queries(
 
 
 class Softmax(Node):
-    """Softmax over some axes of its logits; `params` is those axes. Args: logits[, mask[, rows]].
+    """Softmax along an axis of its logits, the keys'; `params` is that axis. Args: logits[, mask[, rows]].
 
     Rows that the last is 0 for have equal logits: a mask has hidden all of them.
     """
@@ -71,9 +71,14 @@ class Softmax(Node):
     def prepare(self) -> None:
         self.positive = True
 
+    @property
+    def keys(self) -> Axis:
+        """The axis along which the weights add up to 1."""
+        return self.axes[self.params]
+
     def rows(self) -> list[int]:
-        """Its axes but for the keys': samples, heads and queries."""
-        return [k for k in range(len(self.axes)) if k not in self.params]
+        """Its axes but the keys': samples, heads and queries."""
+        return [k for k in range(len(self.axes)) if k != self.params]
 
     @functools.cached_property
     def deviation(self) -> np.ndarray:
@@ -95,8 +100,8 @@ class Softmax(Node):
         return view.node.table_over([self.axes[b] for b in view.bind])
 
     @property
-    def counts(self) -> tuple[np.ndarray, np.ndarray, list[Axis]]:
-        """Keys a row can see, by class of the rows and of the keys; keys two rows share, by types of the rows; the key axes.
+    def counts(self) -> tuple[np.ndarray, np.ndarray]:
+        """Keys a row can see, by class of the rows and of the keys; keys two rows share, by type of the rows and class.
 
         The number of keys enters as 1/n, so that is what is averaged within a class.
         """
@@ -109,11 +114,9 @@ class Softmax(Node):
 
         They are normal to leading order, and averages over them by the three-point Gauss-Hermite rule, weights 2/3, 1/6, 1/6.
         """
-        seen, _, _ = self.counts
-        rows = self.rows()
-        classes = [self.axes[k].classes for k in rows]
-        variances = np.clip(self.deviation[tuple(slice(0, c) for c in classes)], 1e-12, _LARGEST)
-        counts = np.broadcast_to(seen.reshape(*seen.shape[: len(rows)], -1), variances.shape)
+        own = tuple(slice(0, self.axes[k].classes) for k in self.rows())
+        variances = np.clip(self.deviation[own], 1e-12, _LARGEST)
+        counts = np.broadcast_to(self.seen, variances.shape)
         spread = _query_spread(self)
         nodes = np.array([1.0, 1 + spread, max(1 - spread, 0.05)]).reshape(3, *[1] * variances.ndim)
         # Rows see the same keys: where variances agree to three digits, one quadrature serves them all, and
@@ -150,18 +153,16 @@ class Softmax(Node):
     @functools.cached_property
     def seen(self) -> np.ndarray:
         """Keys that a row sees: by its class, and by the class of key."""
-        seen, _, keys = self.counts
-        rows = [self.axes[k] for k in self.rows()]
-        c = math.prod(a.classes for a in keys)
-        return np.broadcast_to(seen.reshape(*seen.shape[: len(rows)], c), (*[a.classes for a in rows], c))
+        return np.broadcast_to(
+            self.counts[0], (*(self.axes[k].classes for k in self.rows()), self.keys.classes)
+        )
 
     @functools.cached_property
     def shared(self) -> np.ndarray:
         """Keys that two rows share: by their type, and by the class of key."""
-        _, shared, keys = self.counts
-        rows = [self.axes[k] for k in self.rows()]
-        c = math.prod(a.classes for a in keys)
-        return np.broadcast_to(shared.reshape(*shared.shape[: len(rows)], c), (*[a.types for a in rows], c))
+        return np.broadcast_to(
+            self.counts[1], (*(self.axes[k].types for k in self.rows()), self.keys.classes)
+        )
 
     @functools.cached_property
     def tilt(self) -> np.ndarray:
@@ -190,54 +191,31 @@ class Softmax(Node):
         return out
 
     def by_key(self, second: np.ndarray) -> np.ndarray:
-        """A type array with the keys' axis last; several are one, of which a pair is the same or is not."""
-        keys = [self.axes[k] for k in self.params]
-        out = second.transpose([*self.rows(), *self.params])
-        if len(keys) == 1:
-            return out
-        pairs = functools.reduce(np.multiply.outer, [a.pairs for a in keys])
-        pairs = pairs * (_joint_types(keys) == 1)
-        same = out[(..., *[0] * len(keys))]
-        different = np.tensordot(out, pairs / pairs.sum(), axes=len(keys))
-        return np.stack([same, different], axis=-1)
+        """A type array with the keys' axis last."""
+        return np.moveaxis(second, self.params, -1)
 
 
-def _counts(node: Softmax) -> tuple[np.ndarray, np.ndarray, list[Axis]]:
-    keys = [node.axes[k] for k in node.params]
-    number = np.ones([1] * len(node.rows()) + [a.classes for a in keys])
-    for i, axis in enumerate(keys):
-        shape = [1] * number.ndim
-        shape[len(node.rows()) + i] = axis.classes
-        number = number * axis.counts.reshape(shape)
+def _counts(node: Softmax) -> tuple[np.ndarray, np.ndarray]:
+    number = node.keys.counts.reshape([1] * len(node.rows()) + [-1])
     if node.mask is None:
-        return number, number, keys
-    view = node.args[1]
-    frame = list(node.axes)
-    mean = lift(node.mask.mean, node.mask.axes, view.bind, frame, pairs=False)
-    second = lift(node.mask.second, node.mask.axes, view.bind, frame, pairs=True)
-    order = [*node.rows(), *node.params]
-    for k in node.params:
-        if second.shape[k] > 1:
-            second = np.take(second, range(frame[k].classes), axis=k)
-    seen, shared = mean.transpose(order) * number, second.transpose(order) * number
+        return number, number
+    bind, frame = node.args[1].bind, list(node.axes)
+    mean = node.by_key(lift(node.mask.mean, node.mask.axes, bind, frame, pairs=False))
+    second = node.by_key(lift(node.mask.second, node.mask.axes, bind, frame, pairs=True))
+    seen, shared = mean * number, second[..., : node.keys.classes] * number
     inverse = _mean_inverse(node)
-    all_keys = tuple(range(len(node.rows()), seen.ndim))
-    scale = 1 / np.maximum(
-        inverse
-        * np.broadcast_to(seen, np.broadcast_shapes(seen.shape, inverse.shape)).sum(all_keys, keepdims=True),
-        1e-300,
-    )
-    return seen * scale, shared, keys
+    whole = np.broadcast_to(seen, np.broadcast_shapes(seen.shape, inverse.shape)).sum(-1, keepdims=True)
+    return seen / np.maximum(inverse * whole, 1e-300), shared
 
 
 def _mean_inverse(node: Softmax) -> np.ndarray:
-    """E[1/n] by class of the rows, shape (rows..., 1...)."""
+    """E[1/n] by class of the rows, shape (rows..., 1)."""
     mask, bind = node.args[1]
     assert isinstance(mask, Array)
-    keys = tuple(k for k, b in enumerate(bind) if b in node.params)
-    missing = math.prod(node.axes[b].size for b in node.params if b not in bind)
-    inverse = 1 / np.maximum(mask.values.sum(axis=keys) * missing, 1.0)
-    left = [b for b in bind if b not in node.params]
+    keys = tuple(k for k, b in enumerate(bind) if b == node.params)
+    seen = mask.values.sum(axis=keys) * (1 if keys else node.keys.size)
+    inverse = 1 / np.maximum(seen, 1.0)
+    left = [b for b in bind if b != node.params]
     for i, b in enumerate(left):
         onehot = np.eye(node.axes[b].classes)[node.axes[b].label_array].T / node.axes[b].counts[:, None]
         inverse = apply_axis(inverse, i, onehot)
@@ -264,9 +242,7 @@ def second_moments_of_softmax(node: Softmax) -> Table:
         node.graph.flag("assumed", doubt)
     rows = node.rows()
     seen, shared, deviation = node.seen, node.shared, node.deviation
-    keys = node.counts[2]
-    c = seen.shape[-1]
-    sizes = functools.reduce(np.multiply.outer, [a.counts for a in keys]).ravel()
+    c, sizes = node.keys.classes, node.keys.counts
     share = seen * node.weights.first  # Σ of E[p] over a class of keys
     share = share / share.sum(-1, keepdims=True)
     mean = share / sizes
@@ -296,10 +272,7 @@ def second_moments_of_softmax(node: Softmax) -> Table:
     same, other = np.where(own, same, both), np.where(own[..., None], other, apart)
     pairs = np.concatenate([sizes, (np.outer(sizes, sizes) - np.diag(sizes)).ravel()])
     second = np.concatenate([same, other.reshape(*other.shape[:-2], c * c)], axis=-1) / np.maximum(pairs, 1.0)
-    if len(keys) > 1:
-        mean, second = _unflatten(mean, second, keys, len(rows))
-    order = np.argsort([*rows, *node.params])
-    return Table(node.axes, mean.transpose(order), second.transpose(order))
+    return Table(node.axes, *(np.moveaxis(x, -1, node.params) for x in (mean, second)))
 
 
 @pullback.register(Softmax)
@@ -307,9 +280,7 @@ def pullback_of_softmax(
     node: Softmax, cotangent: np.ndarray, notes: BackwardNotes
 ) -> list[np.ndarray | None]:
     """∂p_k/∂l_j = p_k(δ − p_j): a cotangent's part common to the keys is lost, the rest is weighted by p."""
-    keys = [node.axes[k] for k in node.params]
-    axis = keys[0] if len(keys) == 1 else Axis(math.prod(a.size for a in keys))
-    c = axis.classes
+    axis, c = node.keys, node.keys.classes
     g, p = (node.by_key(x) for x in (np.broadcast_to(cotangent, node.frame_types), node.table.second))
     square = node.weights.square
     keep = (
@@ -317,8 +288,7 @@ def pullback_of_softmax(
     )
     overlap = (p[..., :c] * axis.counts).sum(-1, keepdims=True)
     each = apart(g, node.shared)
-    mean = node.table.mean.transpose([*node.rows(), *node.params])
-    mean = np.broadcast_to(mean.reshape(*mean.shape[: len(node.rows())], c), node.seen.shape)
+    mean = np.broadcast_to(node.by_key(node.table.mean), node.seen.shape)
     ahead, behind = node.read(mean), node.read(mean, second=True)
     common = in_common(g, ahead * axis.counts, behind * axis.counts)
     within = np.clip(np.diagonal(common, axis1=-2, axis2=-1) * (axis.counts > 1), 0, np.maximum(each, 0))
@@ -336,9 +306,7 @@ def pullback_of_softmax(
     notes.doubts[node.id] = _doubt(node, share)
     lost = lost + balance(same, lost, ahead, axis)
     out = np.concatenate([same, lost.reshape(*same.shape[:-1], c * c)], axis=-1)
-    if len(keys) > 1:
-        out = out[..., _joint_types(keys)]
-    back = sum_out(out.transpose(np.argsort([*node.rows(), *node.params])), node.axes, node.args[0])
+    back = sum_out(np.moveaxis(out, -1, node.params), node.axes, node.args[0])
     return [back, *[None] * (len(node.args) - 1)]
 
 
@@ -374,7 +342,7 @@ def _doubt(node: Softmax, share: float | None) -> float:
 
     Where tokens differ in known positions added to them, they share those too, and which are near each other.
     """
-    if _adds_known_along(node.args[0].node, frozenset(node.axes[k].size for k in node.params)):
+    if _adds_known_along(node.args[0].node, node.keys.size):
         return _PLACED_DOUBT
     if share is None:
         return LOOSE
@@ -388,16 +356,9 @@ def propagated_of_softmax(node: Softmax) -> Spread:
     return NONE
 
 
-def _joint_types(keys: Sequence[Axis]) -> np.ndarray:
-    """Of several axes of one class each, which types are the same on all of them (0) and which are not (1)."""
-    types = np.ones([a.types for a in keys], int)
-    types[(0,) * len(keys)] = 0
-    return types
-
-
-def _adds_known_along(node: Node, sizes: frozenset[int]) -> bool:
-    """Whether known numbers that vary along an axis of one of these sizes were added to what a node was made from."""
-    known = _PLACED.once(node.graph, sizes, dict)
+def _adds_known_along(node: Node, size: int) -> bool:
+    """Whether known numbers that vary along an axis of this size were added to what a node was made from."""
+    known = _PLACED.once(node.graph, size, dict)
     pending = [node]
     while pending:
         top = pending[-1]
@@ -407,7 +368,7 @@ def _adds_known_along(node: Node, sizes: frozenset[int]) -> bool:
             continue
         pending.pop()
         here = isinstance(top, Sum | Apply) and any(
-            isinstance(v.node, Array) and len(v.bind) > 1 and sizes & {a.size for a in v.node.axes}
+            isinstance(v.node, Array) and len(v.bind) > 1 and size in [a.size for a in v.node.axes]
             for v in top.args
         )
         known[top.id] = here or any(known[v.node.id] for v in top.args)
@@ -418,10 +379,3 @@ def _rounded(x: np.ndarray, digits: int) -> np.ndarray:
     """To so many significant digits."""
     unit = 10.0 ** (np.floor(np.log10(np.maximum(x, 1e-300))) + 1 - digits)
     return np.round(x / unit) * unit
-
-
-def _unflatten(
-    mean: np.ndarray, second: np.ndarray, keys: Sequence[Axis], rank: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Several key axes computed as one: their joint types read on each axis (classes one each)."""
-    return mean.reshape(*mean.shape[:rank], *[1] * len(keys)), second[..., _joint_types(keys)]

@@ -46,68 +46,76 @@ def softmax_of(interpreter: Context, top: Value, bottom: Value) -> Value | None:
     mean = den.args[0].node
     if not (isinstance(mean, Mean) and mean.args[0].node is num):
         return None
-    axes = mean.params
-    if abs(den.params[1][0] - math.prod(num.axes[k].size for k in axes)) > 1e-6:
+    if abs(den.params[1][0] - math.prod(num.axes[k].size for k in mean.params)) > 1e-6:
         return None
     random, allowed = logits(num.args[0], num.axes)
     if random is None:
         return None
-    # Keys over several axes have one class.
-    frame = [Axis(a.size) if len(axes) > 1 and k in axes else a for k, a in enumerate(num.axes)]
-    args = [random]
+    key, frame, args = one_key_axis(mean.params), list(num.axes), [random]
     if allowed is not None:
-        frame = _row_classes(frame, random, allowed, axes)
-        args += _rows_filled(allowed, axes)
+        frame = _row_classes(frame, random, allowed, key)
+        args += _rows_filled(allowed, key)
         if isinstance(args[1].node, Constant):  # rows see every key or none
             args = [View(apply(interpreter.graph, "mul", (), tuple(frame), [random, args[2]]), random.bind)]
-    node = interpreter.graph.make(Softmax, frame, args, tuple(axes))
-    if allowed is not None and _takes_paddings_for_tokens(frame, allowed, axes):
+    node = interpreter.graph.make(Softmax, frame, args, key)
+    if allowed is not None and _takes_paddings_for_tokens(frame, allowed, key):
         node.flagged, node.doubt = "assumed", 1.0
     return Value(node, top.dims)
 
 
-def _takes_paddings_for_tokens(frame: Sequence[Axis], allowed: View, axes: Sequence[int]) -> bool:
+def one_key_axis(axes: Sequence[int]) -> int:
+    """The axis of the keys.
+
+    Raises:
+        NotImplementedError: they are along several; the module is drawn.
+    """
+    if len(axes) > 1:
+        raise NotImplementedError("a softmax over several axes")
+    return axes[0]
+
+
+def _takes_paddings_for_tokens(frame: Sequence[Axis], allowed: View, key: int) -> bool:
     """Whether keys that may be paddings are not told apart, of which a mask by sample hides some.
 
     Weights of a row are then spread over paddings, all alike, where it sees words: of outputs that can be as much again.
     """
     sizes = {size for _, size in padded(allowed.node.graph)}
-    unclassed = any(k in allowed.bind and frame[k].size in sizes and frame[k].labels is None for k in axes)
-    return unclassed and len(allowed.bind) > len(axes)
+    unclassed = frame[key].size in sizes and frame[key].labels is None
+    return unclassed and key in allowed.bind and len(allowed.bind) > 1
 
 
-def _rows_filled(allowed: View, axes: Sequence[int]) -> list[View]:
+def _rows_filled(allowed: View, key: int) -> list[View]:
     """The mask, and, where some rows see no key (of paddings that ask), which do; the others then see all, all alike."""
     mask, bind = allowed
     assert isinstance(mask, Array)
-    keys = tuple(k for k, b in enumerate(bind) if b in axes)
+    keys = tuple(k for k, b in enumerate(bind) if b == key)
     some = np.sum(mask.values != 0, axis=keys, keepdims=True) > 0
     if some.all():
         return [allowed]
     graph = mask.graph
-    left = tuple(b for b in bind if b not in axes)
+    left = tuple(b for b in bind if b != key)
     filled = _FILLED.once(graph, (mask.id, keys), lambda: array(graph, mask.values | ~some))
     rows = _SEEING.once(graph, (mask.id, keys), lambda: array(graph, np.any(mask.values, axis=keys)))
     return [View(x, bound if x.axes else ()) for x, bound in ((filled, bind), (rows, left))]
 
 
-def _row_classes(frame: list[Axis], random: View, allowed: View, axes: Sequence[int]) -> list[Axis]:
+def _row_classes(frame: list[Axis], random: View, allowed: View, key: int) -> list[Axis]:
     """Rows that see different numbers of keys belong to different classes, evenly in the logarithm of that number.
 
     Where other axes have classes, too, there are as many as leave room for the product of queries and keys of the next layer.
     """
     mask, bind = allowed
-    keys = tuple(k for k, b in enumerate(bind) if b in axes)
-    left = [b for b in bind if b not in axes]
+    keys = tuple(k for k, b in enumerate(bind) if b == key)
+    left = [b for b in bind if b != key]
     features = _features(random)
     for most in range(_ROW_CLASSES, 0, -1):
         classed = _classes_by_keys(mask, keys, most)
         found = list(frame)
         for b, axis in zip(left, classed, strict=True):
             found[b] = join(axis, frame[b])
-        rows = {axis.size: axis for k, axis in enumerate(found) if k not in axes}
+        rows = {axis.size: axis for k, axis in enumerate(found) if k != key}
         later = (
-            *(rows.get(axis.size, axis) if k in axes else axis for k, axis in enumerate(found)),
+            *(rows.get(axis.size, axis) if k == key else axis for k, axis in enumerate(found)),
             *features,
         )
         if affordable(later) == later:
