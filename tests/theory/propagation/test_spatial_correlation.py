@@ -11,7 +11,7 @@ import varscale as vs
 from varscale.theory.domain.axes import Axis
 from varscale.theory.graph.convolutions import Window, hits
 from varscale.theory.graph.nodes import Graph, array
-from varscale.theory.propagation.spatial_correlation import excess_at
+from varscale.theory.propagation.spatial_correlation import excess
 from varscale.theory.propagation.spatial_windows import FAR, of_places, of_windows
 
 
@@ -24,7 +24,7 @@ def photographs(*shape, smooth=2.0):
 def test_the_excess_of_known_numbers_is_theirs():
     x = np.asarray(photographs(4, 12, 10, 3), float)
     node = array(Graph(), x, [Axis(n) for n in x.shape])
-    found = excess_at(node, ((1, 2), (2, 1))).excess
+    found = excess(node, ((1, 2), (2, 1))).excess
     one, two = x[:, :-2, :-1], x[:, 2:, 1:]
     usual = node.table.second
     assert found[0, 1, 1, 0] == pytest.approx(np.mean(one * two) - usual[0, 1, 1, 0])

@@ -18,8 +18,8 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Generator, Sequence
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -29,7 +29,7 @@ from varscale.theory.graph.expressions import Apply, Sum, roots, roots_of
 from varscale.theory.graph.known_arrays import MEASURED
 from varscale.theory.graph.nodes import Array, Leaf, Node, View
 from varscale.theory.graph.reshapes import Merge, Permute, Split
-from varscale.theory.graph.store import Fact
+from varscale.theory.graph.store import once_per_node
 from varscale.theory.integrals.hermite_series import HERMITE, POINTS, solved
 from varscale.theory.integrals.mehler import mehler
 from varscale.theory.propagation.cross_moments import dependent
@@ -43,7 +43,6 @@ from varscale.theory.propagation.marginals import (
 )
 
 Offsets = tuple[tuple[int, int], ...]  # (axis, distance)
-T = TypeVar("T")
 
 
 class Excess(NamedTuple):
@@ -53,63 +52,27 @@ class Excess(NamedTuple):
     doubt: float
 
 
-Steps = Generator[tuple[Node, Offsets], Excess, Excess]
+@once_per_node
+def excess(node: Node, offsets: Offsets) -> Excess:
+    """The excess of a node at some distances; none where it has no known numbers in it."""
+    return excess_of(node, offsets) if node.local and offsets else nothing(node)
 
 
-_EXCESSES: Fact[tuple[int, Offsets], Excess] = Fact()
-
-
-def resolved(steps: Generator[tuple[Node, Offsets], Excess, T]) -> T:
-    """Run what asks for excesses, and what that asks for, without Python's stack, which is not as deep as a model."""
-    response: Any = None
-    waiting: list[tuple[Any, Generator[tuple[Node, Offsets], Any, Any]]] = [(None, steps)]
-    while True:
-        key, latest = waiting[-1]
-        try:
-            node, offsets = latest.send(response)
-        except StopIteration as done:
-            response = done.value
-            waiting.pop()
-            if not waiting:
-                return response
-            _EXCESSES.put(key[0].graph, (key[0].id, key[1]), response)
-            continue
-        response = _EXCESSES.get(node.graph, (node.id, offsets))
-        if response is None:
-            waiting.append(((node, offsets), _excess_steps(node, offsets)))
-
-
-def excess_at(node: Node, offsets: Offsets) -> Excess:
-    """The excess of a node at some distances."""
-
-    def steps() -> Steps:
-        return (yield node, offsets)
-
-    return resolved(steps())
-
-
-def _excess_steps(node: Node, offsets: Offsets) -> Steps:
-    if not node.local or not offsets:
-        return nothing(node)
-    return excess_of(node, offsets)
-
-
-def nothing(node: Node, doubt: float = 0.0) -> Steps:
+def nothing(node: Node, doubt: float = 0.0) -> Excess:
     """No excess."""
-    yield from ()
     return Excess(np.zeros((2,) * len(node.axes)), doubt)
 
 
 @functools.singledispatch
-def excess_of(node: Node, offsets: Offsets) -> Steps:
-    """The excess of a kind of node: asks for what it needs by yielding it. Of other kinds nothing is known."""
+def excess_of(node: Node, offsets: Offsets) -> Excess:
+    """`excess` of a kind of node. Of other kinds nothing is known."""
     return nothing(node, ROUGH)
 
 
-def of_view(view: View, offsets: Offsets, rank: int) -> Steps:
+def of_view(view: View, offsets: Offsets, rank: int) -> Excess:
     """The excess of an argument, over a frame of `rank` axes (1 long where it has none)."""
     inner = tuple((j, distance) for k, distance in offsets for j, place in enumerate(view.bind) if place == k)
-    found = yield view.node, inner
+    found = excess(view.node, inner)
     return Excess(over_frame(found.excess, view, rank), found.doubt)
 
 
@@ -136,14 +99,12 @@ def measured(node: Node, numbers: np.ndarray) -> None:
 
 
 @excess_of.register(Leaf)
-def excess_of_leaf(node: Leaf, offsets: Offsets) -> Steps:
-    yield from ()
+def excess_of_leaf(node: Leaf, offsets: Offsets) -> Excess:
     return _of_numbers(node, np.asarray(MEASURED.of(node.graph)[node.id]), offsets)
 
 
 @excess_of.register(Array)
-def excess_of_array(node: Array, offsets: Offsets) -> Steps:
-    yield from ()
+def excess_of_array(node: Array, offsets: Offsets) -> Excess:
     return _of_numbers(node, np.asarray(node.values, float), offsets)
 
 
@@ -180,18 +141,18 @@ def _shifted_slice(distance: int, last: bool) -> slice:
 
 
 @excess_of.register(Sum)
-def excess_of_sum(node: Sum, offsets: Offsets) -> Steps:
+def excess_of_sum(node: Sum, offsets: Offsets) -> Excess:
     rank, centring = len(node.axes), node.centring
     out, doubt, whole = np.zeros((2,) * rank), 0.0, max(node.table.mean_square, 1e-300)
     for i, (c, view) in enumerate(zip(node.params, node.args, strict=True)):
         if i in centring.values():
             continue
-        found = yield from of_view(view, offsets, rank)
-        excess = found.excess
+        found = of_view(view, offsets, rank)
+        own = found.excess
         if i in centring:
             mean = node.args[centring[i]]
-            excess = _centred(excess, [k for k in view.bind if k not in mean.bind], node.axes, dict(offsets))
-        out = out + c * c * excess
+            own = _centred(own, [k for k in view.bind if k not in mean.bind], node.axes, dict(offsets))
+        out = out + c * c * own
         doubt += c * c * found.doubt * view.node.table.mean_square / whole
     for (c, x), (d, y) in itertools.combinations(zip(node.params, node.args, strict=True), 2):
         if x.bind == y.bind:
@@ -199,7 +160,7 @@ def excess_of_sum(node: Sum, offsets: Offsets) -> Steps:
                 (x.node, y.node), key=lambda n: -n.id
             )  # the later one is made from the other, if any is
             inner = tuple((x.bind.index(k), distance) for k, distance in offsets if k in x.bind)
-            found = yield from between(first, second, inner)
+            found = between(first, second, inner)
             out = out + 2 * c * d * over_frame(found.excess, x, rank)
             doubt += (
                 2
@@ -212,23 +173,23 @@ def excess_of_sum(node: Sum, offsets: Offsets) -> Steps:
 
 
 @functools.singledispatch
-def between(x: Node, y: Node, offsets: Offsets) -> Steps:
-    """The excess of E[x_i y_j] of two arrays over the same axes: asks for what it needs, as `excess_of` does."""
+def between(x: Node, y: Node, offsets: Offsets) -> Excess:
+    """The excess of E[x_i y_j] of two arrays over the same axes: two functions of one root, or a kind's own law."""
     return of_functions(x, y, offsets)
 
 
-def of_functions(x: Node, y: Node, offsets: Offsets) -> Steps:
+def of_functions(x: Node, y: Node, offsets: Offsets) -> Excess:
     """Of two functions of one root; what others have in common is taken for as much as anywhere, and is in doubt."""
     if x is y:
-        return (yield x, offsets)
+        return excess(x, offsets)
     rank, whole = len(x.axes), tuple(range(len(x.axes)))
     live = [{r for r in roots(node) if r.node.local and not concentrated(r.node)} for node in (x, y)]
     if not (live[0] and live[1] and dependent(x, y)):
-        return (yield from nothing(x))
+        return nothing(x)
     if len(live[0]) > 1 or live[0] != live[1]:
-        return (yield from nothing(x, ROUGH))
+        return nothing(x, ROUGH)
     (root,) = live[0]
-    found = yield from of_view(root, offsets, rank)
+    found = of_view(root, offsets, rank)
     before, after = _at_both(View(x, whole), View(y, whole), root, found.excess, x.axes)
     return Excess(np.broadcast_to(after - before, (2,) * rank), found.doubt)
 
@@ -247,10 +208,10 @@ def _centred(
 
 
 @excess_of.register(Apply)
-def excess_of_apply(node: Apply, offsets: Offsets) -> Steps:
+def excess_of_apply(node: Apply, offsets: Offsets) -> Excess:
     rank, (name, extra) = len(node.axes), node.params
     if name == "affine":
-        found = yield from of_view(node.args[0], offsets, rank)
+        found = of_view(node.args[0], offsets, rank)
         share = extra[0] ** 2 * node.args[0].node.table.mean_square / max(node.table.mean_square, 1e-300)
         return Excess(np.broadcast_to(extra[0] ** 2 * found.excess, (2,) * rank), share * found.doubt)
     before = after = np.ones((2,) * rank)
@@ -261,7 +222,7 @@ def excess_of_apply(node: Apply, offsets: Offsets) -> Steps:
             continue
         known = changed = over_frame(usual(factor.node), factor, rank)
         for root in live:
-            found = yield from of_view(root, offsets, rank)
+            found = of_view(root, offsets, rank)
             if len(live) == 1:
                 known, changed = _at_both(factor, factor, root, found.excess, node.axes)
             else:
@@ -320,18 +281,18 @@ def _share(excess: np.ndarray, root: View, rank: int, offsets: Offsets) -> np.nd
 
 
 @excess_of.register(Permute)
-def excess_of_permute(node: Permute, offsets: Offsets) -> Steps:
-    found = yield node.args[0].node, tuple(sorted((node.params[k], distance) for k, distance in offsets))
+def excess_of_permute(node: Permute, offsets: Offsets) -> Excess:
+    found = excess(node.args[0].node, tuple(sorted((node.params[k], distance) for k, distance in offsets)))
     return Excess(found.excess.transpose(node.params), found.doubt)
 
 
 @excess_of.register(Split)
-def excess_of_split(node: Split, offsets: Offsets) -> Steps:
+def excess_of_split(node: Split, offsets: Offsets) -> Excess:
     first, sizes = node.params
     parts = range(first, first + len(sizes))
     if any(k in parts for k, _ in offsets):
-        return (yield from nothing(node, ROUGH))
-    found = yield node.args[0].node, tuple((k if k < first else k - len(sizes) + 1, d) for k, d in offsets)
+        return nothing(node, ROUGH)
+    found = excess(node.args[0].node, tuple((k if k < first else k - len(sizes) + 1, d) for k, d in offsets))
     same, other = (np.expand_dims(found.excess.take([i], first), [*parts][1:]) for i in (0, 1))
     out = np.array(np.broadcast_to(other, (2,) * len(node.axes)))
     out[tuple(slice(0, 1) if k in parts else slice(None) for k in range(out.ndim))] = same
@@ -339,12 +300,12 @@ def excess_of_split(node: Split, offsets: Offsets) -> Steps:
 
 
 @excess_of.register(Merge)
-def excess_of_merge(node: Merge, offsets: Offsets) -> Steps:
+def excess_of_merge(node: Merge, offsets: Offsets) -> Excess:
     first, count = node.params
     if any(k == first for k, _ in offsets):
-        return (yield from nothing(node, ROUGH))
+        return nothing(node, ROUGH)
     source = node.args[0].node
-    found = yield source, tuple((k if k < first else k + count - 1, d) for k, d in offsets)
+    found = excess(source, tuple((k if k < first else k + count - 1, d) for k, d in offsets))
     same = whole = found.excess
     for k in reversed(range(first, first + count)):
         same, whole = same.take(0, k), sum_of_both_indices(whole, k, source.axes[k].size)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Generator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -16,19 +16,10 @@ from varscale.theory.graph.nodes import Node, View
 from varscale.theory.propagation.cross_moments import cross
 from varscale.theory.propagation.marginals import marginal
 from varscale.theory.propagation.sampler import evenly
-from varscale.theory.propagation.spatial_correlation import (
-    Excess,
-    Offsets,
-    between,
-    latent_by_distance,
-    resolved,
-    usual,
-)
+from varscale.theory.propagation.spatial_correlation import between, latent_by_distance, usual
 
 FAR = -1  # no distance in particular: anywhere else
 _ROWS = 64  # windows whose taps are counted, to know how far apart they are
-
-Grid = Generator[tuple[Node, Offsets], Excess, np.ndarray]
 
 
 class Reader(NamedTuple):
@@ -111,7 +102,7 @@ def all_alike(weights: Mapping[int, float]) -> dict[int, float]:
     return {0: weights.get(0, 0.0), FAR: sum(c for d, c in weights.items() if d != 0)}
 
 
-def by_distance(x: Node, y: Node, keys: Mapping[int, Sequence[int]]) -> Grid:
+def by_distance(x: Node, y: Node, keys: Mapping[int, Sequence[int]]) -> np.ndarray:
     """E[x_i y_j] at all combinations of distances along some axes, by "same" and "different" along the others."""
     rank = len(x.axes)
     whole = tuple(range(rank))
@@ -124,7 +115,7 @@ def by_distance(x: Node, y: Node, keys: Mapping[int, Sequence[int]]) -> Grid:
     for index in np.ndindex(*(len(keys[k]) if k in keys else 1 for k in range(rank))):
         distances = {k: keys[k][index[k]] for k in keys}
         offsets = tuple((k, d) for k, d in sorted(distances.items()) if d > 0)
-        found = (yield from between(x, y, offsets)) if offsets else None
+        found = (between(x, y, offsets)) if offsets else None
         table = before if found is None else before + found.excess
         if found is not None and found.doubt > 0:
             x.graph.flag("quadrature", found.doubt)
@@ -137,10 +128,10 @@ def _one(distance: int) -> slice:
     return slice(0, 1) if distance == 0 else slice(1, 2)
 
 
-def read(x: Node, y: Node, weights: Mapping[int, Sequence[Mapping[int, float]]]) -> Grid:
+def read(x: Node, y: Node, weights: Mapping[int, Sequence[Mapping[int, float]]]) -> np.ndarray:
     """Sums of E[x_i y_j] over pairs of places along some axes, of each several: weights by distance."""
     keys = {k: sorted({d for line in lines for d in line}) for k, lines in weights.items()}
-    out = yield from by_distance(x, y, keys)
+    out = by_distance(x, y, keys)
     for k, lines in weights.items():
         matrix = np.array([[line.get(d, 0.0) for d in keys[k]] for line in lines])
         out = np.moveaxis(np.tensordot(matrix, out, axes=(1, k)), 0, k)
@@ -153,7 +144,7 @@ def latents(
     """Normals behind a root: along `windowed` axes of its frame, those of two windows far apart. (replicates, *sizes)"""
     node, axes = root.node, []
     halves = {j: sizes[place] // 2 for j, place in enumerate(root.bind) if place in windowed}
-    rho = resolved(by_distance(node, node, {j: [FAR, *range(half)] for j, half in halves.items()}))
+    rho = by_distance(node, node, {j: [FAR, *range(half)] for j, half in halves.items()})
     table = node.table
     rho = np.clip((rho - table.total_mean**2) / max(table.variance, 1e-300), -1.0, 1.0)
     law = marginal(node)

@@ -32,9 +32,8 @@ from varscale.theory.propagation.cross_moments import cross
 from varscale.theory.propagation.inherited_fluctuations import Spread, inherited, propagated
 from varscale.theory.propagation.locality import lost_excess
 from varscale.theory.propagation.shared_component import of_an_average
-from varscale.theory.propagation.spatial_correlation import excess_at, resolved
+from varscale.theory.propagation.spatial_correlation import excess
 from varscale.theory.propagation.spatial_windows import (
-    Grid,
     Reader,
     all_alike,
     latents,
@@ -48,7 +47,7 @@ from varscale.theory.rules.reductions import bounded, fewest_terms, is_identity,
 from varscale.theory.rules.registry import Context, rule
 
 
-def window_sums(node: WindowSum, distances: Mapping[int, int] | None) -> Grid:
+def window_sums(node: WindowSum, distances: Mapping[int, int] | None) -> np.ndarray:
     """Second moments of sums over the windows, by "same" and "different" along a node's axes.
 
     Args:
@@ -59,7 +58,7 @@ def window_sums(node: WindowSum, distances: Mapping[int, int] | None) -> Grid:
     return _met(node, node.args[0].node, distances, of_windows)
 
 
-def window_sums_against(node: WindowSum, y: Node, distances: Mapping[int, int] | None) -> Grid:
+def window_sums_against(node: WindowSum, y: Node, distances: Mapping[int, int] | None) -> np.ndarray:
     """The same of sums and places of an array over the axes of what is summed."""
     return _met(node, y, distances, of_places)
 
@@ -74,15 +73,13 @@ def second_moments_of_window_sum(node: WindowSum) -> Table:
     ]
     second = node._carry(table.second, node.pair_maps(), xd, od)
     if node.args[0].node.local:
-        second = second + refine(
-            resolved(window_sums(node, {})) - resolved(window_sums(node, None)), node.axes
-        )
+        second = second + refine(window_sums(node, {}) - window_sums(node, None), node.axes)
     return Table(node.axes, node._carry(table.mean, means, xd, od), second)
 
 
 def _met(
     node: WindowSum, y: Node, distances: Mapping[int, int] | None, reader: Callable[[Window, int], Reader]
-) -> Grid:
+) -> np.ndarray:
     weights: dict[int, list[dict[int, float]]] = {}
     x = node.args[0].node
     for window, k, o in zip(*node.params, strict=True):
@@ -97,7 +94,7 @@ def _met(
             weights[k] = lines if distances is not None else [all_alike(line) for line in lines]
         elif apart is not None:
             weights[k] = [{0: 1.0}, {apart: 1.0}]
-    out = yield from read(x, y, weights)
+    out = read(x, y, weights)
     order = [(k, o) for k, o in zip(*node.params[1:], strict=True) if k is not None]
     out = out.transpose([k for k, _ in order]).reshape([2 for _, o in order if o is not None])
     return out.transpose(np.argsort([o for _, o in order if o is not None]))
@@ -135,9 +132,7 @@ def cross_by_kind_of_window_sum(
         if window is not None:
             out = apply_axis(full_along(out, place, frame[place]), place, tap_reads(window, frame[place]))
     if x.local and x.axes == b.node.axes and [read[k][0] for k in range(len(x.axes))] == list(b.bind):
-        gain = resolved(window_sums_against(node, b.node, {})) - resolved(
-            window_sums_against(node, b.node, None)
-        )
+        gain = window_sums_against(node, b.node, {}) - window_sums_against(node, b.node, None)
         out = out + lift(refine(gain, node.axes), node.axes, a.bind, frame, pairs=True)
     return out
 
@@ -178,7 +173,7 @@ def second_moments_of_window_max(node: WindowMax) -> Table:
     taps = math.prod(w.taps for w in windows if w is not None)
     node.graph.flag("sampled", bounded(taps, fewest_terms(source)) + lost_excess(source))
     if source.local:
-        node.graph.flag("sampled", excess_at(source, tuple((k, 1) for k in sorted(cut))).doubt)
+        node.graph.flag("sampled", excess(source, tuple((k, 1) for k in sorted(cut))).doubt)
     law = _law(node, x)
     for k, (span, step, dilation) in cut.items():
         view = np.lib.stride_tricks.sliding_window_view(x, span, axis=k + 1)

@@ -16,8 +16,8 @@ from varscale.theory.graph.nodes import Constant, Leaf, Node
 from varscale.theory.propagation.spatial_correlation import (
     Excess,
     Offsets,
-    Steps,
     between,
+    excess,
     excess_of,
     nothing,
     of_functions,
@@ -30,10 +30,10 @@ from varscale.theory.rules.pooling import WindowMax, window_sums, window_sums_ag
 
 
 @excess_of.register(Mean)
-def excess_of_mean(node: Mean, offsets: Offsets) -> Steps:
+def excess_of_mean(node: Mean, offsets: Offsets) -> Excess:
     source = node.args[0].node
     left = [k for k in range(len(source.axes)) if k not in node.params]
-    found = yield source, tuple((left[k], d) for k, d in offsets)
+    found = excess(source, tuple((left[k], d) for k, d in offsets))
     out = found.excess
     for k in reversed(node.params):
         out = sum_of_both_indices(out, k, source.axes[k].size) / source.axes[k].size ** 2
@@ -41,35 +41,35 @@ def excess_of_mean(node: Mean, offsets: Offsets) -> Steps:
 
 
 @excess_of.register(Contract)
-def excess_of_contract(node: Contract, offsets: Offsets) -> Steps:
+def excess_of_contract(node: Contract, offsets: Offsets) -> Excess:
     """Weights that do not run over the places multiply what the input has."""
     rank = len(node.frame)
     for x, w in (node.args, node.args[::-1]):
         fixed = not w.node.local and not any(k in w.bind for k, _ in offsets)
         if isinstance(w.node, Leaf) and not w.node.is_input and fixed:
-            found = yield from of_view(x, offsets, rank)
+            found = of_view(x, offsets, rank)
             weights = pool(w.node.table.second, w.node.axes)
             out = np.broadcast_to(found.excess * over_frame(weights, w, rank), (2,) * rank)
             for k in reversed(range(len(node.axes), rank)):
                 out = sum_of_both_indices(out, k, node.frame[k].size)
             return Excess(out, found.doubt)
-    return (yield from nothing(node, 1.0))
+    return nothing(node, 1.0)
 
 
 @excess_of.register(Conv)
-def excess_of_conv(node: Conv, offsets: Offsets) -> Steps:
+def excess_of_conv(node: Conv, offsets: Offsets) -> Excess:
     """One tap at both places reads its input a stride as far apart, and other taps have other weights."""
     groups, windows, xd, _, od = node.params
     (x, _), (w, _) = node.args
     place = {o: (k, window) for k, o, window in zip(xd[2:], od[2:], windows, strict=True) if o is not None}
     if any(k is None or window.input_dilation > 1 for k, window in place.values()):
-        return (yield from nothing(node, 1.0))
+        return nothing(node, 1.0)
     inner = {
         xd[0] if o == od[0] else place[o][0]: d * (place[o][1].stride if o in place else 1)
         for o, d in offsets
         if o != od[1]
     }
-    found = yield x, tuple(sorted((k, d) for k, d in inner.items() if k is not None))
+    found = excess(x, tuple(sorted((k, d) for k, d in inner.items() if k is not None)))
     out = found.excess if xd[1] is None else found.excess.take([0], xd[1])
     taps = math.prod(
         float((hits(window, x.axes[k].size) >= 0).sum() / window.size_out) if k is not None else 1.0
@@ -90,28 +90,25 @@ def excess_of_conv(node: Conv, offsets: Offsets) -> Steps:
 
 
 @excess_of.register(WindowSum)
-def excess_of_window_sum(node: WindowSum, offsets: Offsets) -> Steps:
-    far, near = (yield from window_sums(node, {})), (yield from window_sums(node, dict(offsets)))
+def excess_of_window_sum(node: WindowSum, offsets: Offsets) -> Excess:
+    far, near = window_sums(node, {}), window_sums(node, dict(offsets))
     return Excess(near - far, 0.0)
 
 
 @between.register(WindowSum)
-def between_of_window_sum(x: WindowSum, y: Node, offsets: Offsets) -> Steps:
+def between_of_window_sum(x: WindowSum, y: Node, offsets: Offsets) -> Excess:
     """Sums over windows against places of what they are over, or of another function of it."""
     over = x.args[0].node
     if x is y or y.axes != over.axes or [a.size for a in x.axes] != [a.size for a in over.axes]:
-        return (yield from of_functions(x, y, offsets))
-    far, near = (
-        (yield from window_sums_against(x, y, {})),
-        (yield from window_sums_against(x, y, dict(offsets))),
-    )
+        return of_functions(x, y, offsets)
+    far, near = window_sums_against(x, y, {}), window_sums_against(x, y, dict(offsets))
     return Excess(near - far, 0.0)
 
 
 @excess_of.register(WindowMax)
-def excess_of_window_max(node: WindowMax, offsets: Offsets) -> Steps:
+def excess_of_window_max(node: WindowMax, offsets: Offsets) -> Excess:
     """As much of the way from "different" to "the same" as the sums over the same windows have gone."""
-    far, near = (yield from window_sums(node, {})), (yield from window_sums(node, dict(offsets)))
+    far, near = window_sums(node, {}), window_sums(node, dict(offsets))
     at = tuple(slice(0, 1) if any(k == o for o, _ in offsets) else slice(None) for k in range(far.ndim))
     span = far[at] - far
     share = np.clip((near - far) / np.where(np.abs(span) > 1e-9 * np.abs(far).max(), span, np.inf), -1.0, 1.0)
@@ -121,26 +118,26 @@ def excess_of_window_max(node: WindowMax, offsets: Offsets) -> Steps:
 
 
 @excess_of.register(Take)
-def excess_of_take(node: Take, offsets: Offsets) -> Steps:
+def excess_of_take(node: Take, offsets: Offsets) -> Excess:
     k = node.params[0]
     source = node.args[0].node
     dropped = len(node.axes) < len(source.axes)
-    found = yield source, tuple((o + (dropped and o >= k), d) for o, d in offsets)
+    found = excess(source, tuple((o + (dropped and o >= k), d) for o, d in offsets))
     return Excess(found.excess.take(0, k) if dropped else found.excess, found.doubt)
 
 
 @excess_of.register(Concat)
-def excess_of_concat(node: Concat, offsets: Offsets) -> Steps:
+def excess_of_concat(node: Concat, offsets: Offsets) -> Excess:
     """Parts along an axis of their own; what places of different parts have in common is taken to be like anywhere."""
     along, sizes = node.params
     if any(k == along for k, _ in offsets):
-        return (yield from nothing(node, 1.0))
+        return nothing(node, 1.0)
     rank, n = len(node.axes), sum(sizes)
     out, doubt = np.zeros((2,) * rank), 0.0
     for view, size in zip(node.args, sizes, strict=True):
         if isinstance(view.node, Constant):
             continue
-        found = yield from of_view(view, offsets, rank)
+        found = of_view(view, offsets, rank)
         lines = np.broadcast_to(found.excess, (2,) * rank).copy()
         if along not in view.bind:
             lines[tuple(slice(1, None) if k == along else slice(None) for k in range(rank))] = lines.take(
