@@ -91,7 +91,7 @@ def sampled_from_concat(node: Concat, drawing: Drawing, positions: Positions) ->
         start += size
         if len(inside):
             there = [inside if k == along else kept for k, kept in enumerate(positions)]
-            values = drawing.over(node.axes).values(part, there)
+            values = drawing.values(part, node.axes, there)
             found.append(np.broadcast_to(values, (*map(len, there), values.shape[-1])))
     replicates = max(x.shape[-1] for x in found)
     wide = [np.broadcast_to(x, (*x.shape[:-1], replicates)) for x in found]
@@ -105,7 +105,7 @@ def sampled_from_contract(node: Contract, drawing: Drawing, positions: Positions
     if not in_order(node) or any(len(drawing.some(a)) < a.size for a in node.params):
         return None
     there = [*positions, *(np.arange(a.size) for a in node.params)]
-    x, y = (drawing.over(node.frame).values(view, there) for view in node.args)
+    x, y = (drawing.values(view, node.frame, there) for view in node.args)
     return summed(x, y, len(positions), drawing.replicates)
 
 
@@ -126,7 +126,7 @@ def _weighed(node: Contract, drawing: Drawing, positions: Positions) -> np.ndarr
     terms = [drawing.some(a) for a in node.params]
     ratio = math.prod(a.size / len(kept) for a, kept in zip(node.params, terms, strict=True))
     whole = [*positions, *terms]
-    values = drawing.over(node.frame).values(x, whole)
+    values = drawing.values(x, node.frame, whole)
     drawn = _weights(weights.node, drawing, [whole[k] for k in weights.bind]) * math.sqrt(ratio)
     order = sorted(range(len(weights.bind)), key=weights.bind.__getitem__)
     shape = [len(whole[k]) if k in weights.bind else 1 for k in range(len(whole))]

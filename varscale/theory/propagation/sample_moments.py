@@ -14,8 +14,8 @@ from varscale.theory.domain.tables import Table, estimated_products, lift
 from varscale.theory.graph.linear_nodes import applies_weights, operands
 from varscale.theory.graph.nodes import Node, View
 from varscale.theory.propagation.cross_moments import strategy
-from varscale.theory.propagation.joint_sample import ensemble
-from varscale.theory.propagation.sampler import evenly, in_order, reduced
+from varscale.theory.propagation.joint_sample import joint_drawing
+from varscale.theory.propagation.sampler import Drawing, evenly, in_order, reduced
 
 _POOLED = 2_000_000  # numbers that moments by type are estimated from
 _CORRELATED_REPLICATES = 16  # draws that correlations are estimated from
@@ -95,14 +95,17 @@ def crossed(a: View, b: View, frame: tuple[Axis, ...]) -> Float[np.ndarray, "...
         return None
     kept = sorted({*a.bind, *b.bind})
     axes = [frame[k] for k in kept]
-    draws = ensemble(a.node.graph, axes)
-    x, y = (
-        np.moveaxis(draws.values(View(v.node, tuple(kept.index(k) for k in v.bind)), axes), -1, 0)
-        for v in (a, b)
-    )
-    return lift(
-        cross_moments(x, y, axes, [draws.positions(axis) for axis in axes]), axes, kept, frame, pairs=True
-    )
+    drawing = joint_drawing(a.node.graph, axes)
+    positions = [drawing.some(axis) for axis in axes]
+    views = [View(v.node, tuple(kept.index(k) for k in v.bind)) for v in (a, b)]
+    x, y = (np.moveaxis(_everywhere(drawing, v, axes), -1, 0) for v in views)
+    return lift(cross_moments(x, y, axes, positions), axes, kept, frame, pairs=True)
+
+
+def _everywhere(drawing: Drawing, view: View, frame: Sequence[Axis]) -> Float[np.ndarray, "..."]:
+    """A view at all drawn positions of a frame, (positions..., replicates)."""
+    positions = [drawing.some(axis) for axis in frame]
+    return np.broadcast_to(drawing.values(view, frame, positions), [*map(len, positions), drawing.replicates])
 
 
 def order_correlation(node: Node) -> Float[np.ndarray, "..."] | None:
@@ -116,9 +119,9 @@ def order_correlation(node: Node) -> Float[np.ndarray, "..."] | None:
     _, x = operands(node)
     frame = node.frame
     longest = max((node.axes[k].size for k in range(len(node.axes)) if k in x.bind), default=0)
-    draws = ensemble(node.graph, frame)
-    positions = [draws.positions(axis) for axis in frame]
-    values = draws.drawing.over(frame).values(x, positions)[..., :_CORRELATED_REPLICATES]
+    drawing = joint_drawing(node.graph, frame)
+    positions = [drawing.some(axis) for axis in frame]
+    values = drawing.values(x, frame, positions)[..., :_CORRELATED_REPLICATES]
     thin = [
         evenly(n, _MOST_PAIRED if axis.size == longest else _FEW_PAIRED)
         for axis, n in zip(node.axes, values.shape, strict=False)

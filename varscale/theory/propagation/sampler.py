@@ -15,46 +15,24 @@ from varscale.theory.domain.random_arrays import Positions, gaussian
 from varscale.theory.graph.expressions import Apply, Mean, Sum, roots_of
 from varscale.theory.graph.known_arrays import is_known_array, numbers
 from varscale.theory.graph.nodes import Array, Constant, Leaf, Node, View, known_samples
-from varscale.theory.graph.store import Fact, evaluated
+from varscale.theory.graph.store import once_per_node
 from varscale.theory.integrals.hermite_series import Z
 from varscale.theory.propagation.cross_moments import cross, mean_product
 from varscale.theory.propagation.marginals import evaluate, marginal
 
-_IN_ORDER: Fact[int, bool] = Fact()
-
-
 TERMS = 32  # terms of a sum that stand for all
 
 
+@once_per_node
 def in_order(node: Node) -> bool:
     """Whether a node depends on what is known by its draws, whose order in time its moments by type do not hold."""
-
-    def found(node: Node) -> bool:
-        def work() -> bool:
-            return _IN_ORDER.once(
-                node.graph, node.id, lambda: node.timed or any(found(view.node) for view in node.args)
-            )
-
-        done = _IN_ORDER.get(node.graph, node.id)
-        return evaluated(node.graph, work) if done is None else done
-
-    return found(node)
+    return node.timed or any(in_order(view.node) for view in node.args)
 
 
 @functools.singledispatch
 def sampled_from(node: Node, drawing: Drawing, positions: Positions) -> np.ndarray | None:
     """A node at some positions of its axes, (replicates or 1, ...); None where its law is all that is known of it."""
     return None
-
-
-def chosen(axis: Axis, most: int) -> Int[np.ndarray, " kept"]:
-    """Positions of an axis to draw: up to `most` of each class, evenly spread, the first of each among them."""
-    labels = axis.label_array
-    kept = []
-    for c in range(axis.classes):
-        own = np.flatnonzero(labels == c)
-        kept.append(own[np.linspace(0, len(own) - 1, min(most, len(own))).round().astype(int)])
-    return np.sort(np.concatenate(kept))
 
 
 def reduced(axis: Axis, positions: Int[np.ndarray, " kept"]) -> Axis:
@@ -66,49 +44,34 @@ def reduced(axis: Axis, positions: Int[np.ndarray, " kept"]) -> Axis:
 
 
 class Drawing:
-    """Views over one frame drawn together: what they have in common is the same in all.
+    """Nodes drawn together: what they have in common is the same in all.
 
     Attributes:
-        frame: the axes that views are read over.
         replicates: how many draws.
         seed: where they come from.
-        some: the positions of an axis that stand for all of it, in sums and means and wherever views are asked for at them.
+        some: the positions of an axis that stand for all of it, in sums and means and wherever nodes are asked for at them.
     """
 
-    def __init__(
-        self,
-        frame: Sequence[Axis],
-        replicates: int,
-        seed: int,
-        some: Callable[[Axis], Int[np.ndarray, " kept"]],
-    ):
-        self.frame, self.replicates, self.seed, self.some = frame, replicates, seed, some
+    def __init__(self, replicates: int, seed: int, some: Callable[[Axis], Int[np.ndarray, " kept"]]):
+        self.replicates, self.seed, self.some = replicates, seed, some
         self.drawn: dict[Hashable, np.ndarray] = {}
-
-    def over(self, frame: Sequence[Axis]) -> Drawing:
-        """The same draws, for views over another frame."""
-        other = Drawing(frame, self.replicates, self.seed, self.some)
-        other.drawn = self.drawn
-        return other
 
     def random(self, *what: int) -> np.random.Generator:
         """Where the numbers of one thing come from, whatever was drawn before it."""
         return np.random.default_rng([self.seed, *what])
 
-    def values(self, view: View, positions: Positions) -> Float[np.ndarray, "..."]:
-        """A view at some positions of the frame, (positions or 1 ..., replicates or 1): 1 where it does not have an axis."""
-        return evaluate(view, self.frame, {root: self._root(root, positions) for root in roots_of(view)})
+    def values(self, view: View, frame: Sequence[Axis], positions: Positions) -> Float[np.ndarray, "..."]:
+        """A view at some positions of a frame, (positions or 1 ..., replicates or 1): 1 where it does not have an axis."""
+        env = {}
+        for root in roots_of(view):
+            numbers = self._at(root.node, [positions[place] for place in root.bind])
+            env[root] = _over_the_frame(numbers, root.bind, len(frame))
+        return evaluate(view, frame, env)
 
     def whole(self, node: Node, positions: Positions) -> Float[np.ndarray, "replicates ..."]:
         """A node at some positions of its own axes."""
-        return np.moveaxis(
-            self.over(node.axes).values(View(node, tuple(range(len(node.axes)))), positions), -1, 0
-        )
-
-    def _root(self, view: View, positions: Positions) -> np.ndarray:
-        node, bind = view
-        own = [positions[place] for place in bind]
-        return _over_the_frame(self._at(node, own), bind, len(self.frame))
+        view = View(node, tuple(range(len(node.axes))))
+        return np.moveaxis(self.values(view, node.axes, positions), -1, 0)
 
     def _at(self, node: Node, positions: Positions) -> np.ndarray:
         """A root at these positions, (replicates or 1, ...); where all stand for others, among what is drawn for those."""
@@ -140,8 +103,10 @@ class Drawing:
         return _drawn(node, positions, self.replicates, self.random(node.id)) if made is None else made
 
     def _added(self, node: Sum, positions: Positions) -> np.ndarray:
-        terms = self.over(node.axes)
-        found = [c * terms.values(term, positions) for c, term in zip(node.params, node.args, strict=True)]
+        found = [
+            c * self.values(term, node.axes, positions)
+            for c, term in zip(node.params, node.args, strict=True)
+        ]
         shape = [len(kept) for kept in positions]
         out = sum(found, np.zeros(1, np.float32))
         return np.moveaxis(np.broadcast_to(out, (*shape, out.shape[-1])), -1, 0)

@@ -20,7 +20,7 @@ from scipy import special
 from varscale import _compat
 from varscale.theory.graph.expressions import Apply
 from varscale.theory.graph.layout import Value, merged
-from varscale.theory.graph.nodes import Array, Constant, Leaf, Node, View
+from varscale.theory.graph.nodes import Array, Constant, Leaf, Node
 from varscale.theory.propagation.sampler import Drawing, evenly
 from varscale.theory.propagation.scale_responses import SCALE_STEP
 from varscale.theory.rules.equations import sub_jaxpr_of
@@ -143,7 +143,7 @@ class Loop:
     @functools.cached_property
     def drawing(self) -> Drawing:
         return Drawing(
-            (), self.replicates, self.seed, lambda axis: evenly(axis.size, self.sizes.shape([axis.size])[0])
+            self.replicates, self.seed, lambda axis: evenly(axis.size, self.sizes.shape([axis.size])[0])
         )
 
     def positions(self, x: Value, *, stacked: bool) -> list[np.ndarray]:
@@ -158,12 +158,10 @@ class Loop:
 
     def draw(self, x: Value, *, stacked: bool) -> np.ndarray:
         """A value drawn at its smaller sizes, (replicates, ...)."""
-        numbers = self.drawing.over(x.node.axes).values(
-            View(x.node, tuple(range(len(x.node.axes)))), self.positions(x, stacked=stacked)
-        )
+        numbers = self.drawing.whole(x.node, self.positions(x, stacked=stacked))
         sizes = [n if stacked and d == 0 else self.sizes.shape([n])[0] for d, n in enumerate(x.shape)]
         axes = [a.axis for dim in x.dims for a in dim if a.axis is not None]
-        numbers = np.moveaxis(numbers, -1, 0).transpose([0, *(1 + k for k in axes)])
+        numbers = numbers.transpose([0, *(1 + k for k in axes)])
         lengths = iter(numbers.shape[1:])
         shape = [next(lengths) if any(a.axis is not None for a in dim) else 1 for dim in x.dims]
         numbers = numbers.reshape(len(numbers), *shape)

@@ -238,7 +238,7 @@ def cross_by_kind_of_looped(node: Looped, a: View, b: View, frame: Sequence[Axis
     elif other.id > node.id:
         return None
     else:
-        drawn = node.loop.drawing.over(node.axes).values(View(other, own), positions)
+        drawn = node.loop.drawing.values(View(other, own), node.axes, positions)
         theirs = np.broadcast_to(np.moveaxis(drawn, -1, 0), mine.shape)
     if theirs.shape != mine.shape:
         order = [0, *(1 + k for k in own)]
