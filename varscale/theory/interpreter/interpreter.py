@@ -35,7 +35,7 @@ from varscale.theory.integrals.primitives import of_known
 from varscale.theory.interpreter import registered  # noqa: F401  (rules, and laws of their nodes)
 from varscale.theory.interpreter.regions import Regions, blocks, within
 from varscale.theory.interpreter.rows import Place
-from varscale.theory.propagation.function_domains import has_values
+from varscale.theory.propagation.doubts import has_values
 from varscale.theory.rules.equations import live_equations, scans, used_variables
 from varscale.theory.rules.random import input_leaf, is_weight
 from varscale.theory.rules.registry import ELEMENTWISE_OR_LAYOUT, RULES, Complex, Opaque, Rule, parts

@@ -6,7 +6,6 @@ from varscale.theory.propagation import (  # noqa: F401
     cross_means,
     cross_reshaped,
     cross_slices,
-    elementwise_moments,
     products,
     pullbacks,
     sample_moments,

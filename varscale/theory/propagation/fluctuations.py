@@ -20,6 +20,7 @@ from collections.abc import Hashable, Sequence
 from varscale.theory.graph.expressions import roots
 from varscale.theory.graph.nodes import Array, Constant, Leaf, Node, View
 from varscale.theory.graph.store import once_per_node
+from varscale.theory.propagation.fourth_moments import free_share
 from varscale.theory.propagation.inherited_fluctuations import (
     NONE,
     Spread,
@@ -29,7 +30,6 @@ from varscale.theory.propagation.inherited_fluctuations import (
     weighted,
 )
 from varscale.theory.propagation.shared_component import channel_scatter
-from varscale.theory.propagation.square_covariances import free_share
 
 
 def with_own_weights(spread: Spread, node: Node, view: View, x: Node, terms: float, units: int) -> Spread:

@@ -19,10 +19,9 @@ from varscale.theory.graph.reshapes import Rearranged
 from varscale.theory.graph.store import once_per_node
 from varscale.theory.integrals.hermite_series import WEIGHTS
 from varscale.theory.integrals.lognormal import WIDEST, Response, Scale, response
+from varscale.theory.propagation.fourth_moments import kurtosis_shift, square_pairs
 from varscale.theory.propagation.marginals import concentrated, evaluate, independent_factors, over_classes
 from varscale.theory.propagation.scale_responses import response_curve, responses
-from varscale.theory.propagation.square_covariances import square_pairs
-from varscale.theory.propagation.unit_kurtosis import kurtosis_shift
 
 _FORGOTTEN = 1e-5  # a ratio below which what fluctuates is not handed on: a norm's, but for its epsilon
 

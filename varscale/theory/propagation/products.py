@@ -18,8 +18,8 @@ from varscale.theory.integrals.hermite_series import WEIGHTS, Z, sobol
 from varscale.theory.integrals.mehler import Series, mehler, on_grid
 from varscale.theory.propagation.cross_moments import cross, dependent, mean_product, strategy
 from varscale.theory.propagation.depthwise import shared_scale
-from varscale.theory.propagation.doubtful_factors import mark_average, mark_sums, mark_weights
-from varscale.theory.propagation.latent_correlations import continued, factored, latent_cross
+from varscale.theory.propagation.doubts import mark_average, mark_sums, mark_weights
+from varscale.theory.propagation.latent_correlations import continued, factored, latent_cross, scatter
 from varscale.theory.propagation.marginals import (
     Environment,
     concentrated,
@@ -30,7 +30,6 @@ from varscale.theory.propagation.marginals import (
     marginal,
     placed,
 )
-from varscale.theory.propagation.window_overlaps import scatter
 
 MOST_VARIABLES = 5  # roots of one cubature: points in twice as many dimensions are too few for more
 

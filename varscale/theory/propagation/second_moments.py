@@ -1,15 +1,21 @@
-"""Second moments of the core kinds of nodes."""
+"""Second moments of the core kinds of nodes.
+
+Moments of elementwise trees.
+"""
 
 from __future__ import annotations
 
 import numpy as np
 
 from varscale.theory.domain.axes import apply_axis, contract_axis, sliced
-from varscale.theory.domain.tables import Table
+from varscale.theory.domain.tables import Table, by_type
 from varscale.theory.graph.axis_nodes import Take
-from varscale.theory.graph.expressions import Mean, Sum, swapped
-from varscale.theory.graph.nodes import UNKNOWN, second_moments
+from varscale.theory.graph.expressions import IDENTITIES, Apply, Mean, Sum, swapped
+from varscale.theory.graph.nodes import UNKNOWN, View, second_moments
 from varscale.theory.propagation.cross_moments import pair
+from varscale.theory.propagation.doubts import mark_undefined
+from varscale.theory.propagation.products import product_moments
+from varscale.theory.propagation.shared_tokens import gained_in_common
 
 
 @second_moments.register(Sum)
@@ -59,3 +65,36 @@ def second_moments_of_take(node: Take) -> Table:
     if new is None:
         mean, second = mean.squeeze(k), second.squeeze(k)
     return Table(node.axes, mean, second)
+
+
+def elementwise_table(node: Apply) -> Table:
+    """Mean and second moments of an elementwise node."""
+    view = View(node, tuple(range(len(node.axes))))
+    name, extra = node.params
+    if name == "affine" or name in IDENTITIES:
+        c, d = extra or (1.0, 0.0)
+        x = node.args[0]
+        mean, second = x.mean(node.axes), x.second(node.axes)
+        mean = np.array(np.broadcast_to(mean, [a.classes for a in node.axes]))
+        if d:
+            both = by_type(mean, node.axes, second=False) + by_type(mean, node.axes, second=True)
+            second = c * c * second + c * d * both + d * d
+        else:
+            second = c * c * second
+        return Table(node.axes, c * mean + d, np.array(np.broadcast_to(second, node.frame_types)))
+    mark_undefined(node)
+    mean, second = product_moments(view, node.axes)
+    classes = [a.classes for a in node.axes]
+    return Table(
+        node.axes,
+        np.array(np.broadcast_to(mean, classes)),
+        np.array(np.broadcast_to(second, node.frame_types)),
+    )
+
+
+@second_moments.register(Apply)
+def second_moments_of_apply(node: Apply) -> Table:
+
+    table = elementwise_table(node)
+    gain = gained_in_common(node) if node.params[0] in ("mul", "add", "sub") else 0.0
+    return Table(table.axes, table.mean, table.second + gain) if np.any(gain) else table

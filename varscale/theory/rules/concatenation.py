@@ -21,8 +21,8 @@ from varscale.theory.graph.normal_form import broadcast
 from varscale.theory.graph.reshapes import permute
 from varscale.theory.graph.store import BackwardNotes, Fact
 from varscale.theory.propagation.cross_moments import cross
+from varscale.theory.propagation.doubts import lost_excess, lost_excess_of
 from varscale.theory.propagation.inherited_fluctuations import Spread, combine, inherited, propagated
-from varscale.theory.propagation.locality import lost_excess, lost_excess_of
 from varscale.theory.propagation.pullbacks import sum_out
 from varscale.theory.rules.axis import take, take_node
 from varscale.theory.rules.registry import Context, elementwise_or_layout, rule

@@ -28,10 +28,10 @@ from varscale.theory.graph.normal_form import affine
 from varscale.theory.graph.store import BackwardNotes
 from varscale.theory.propagation.cross_moments import cross, dependent
 from varscale.theory.propagation.fluctuations import averaged, of_a_group, with_own_weights
+from varscale.theory.propagation.fourth_moments import excess_kurtosis
 from varscale.theory.propagation.inherited_fluctuations import Spread, combine, propagated
+from varscale.theory.propagation.latent_correlations import scatter_of
 from varscale.theory.propagation.shared_component import of_few
-from varscale.theory.propagation.unit_kurtosis import excess_kurtosis
-from varscale.theory.propagation.window_overlaps import scatter_of
 from varscale.theory.rules.linear import strip
 from varscale.theory.rules.registry import Context, rule
 from varscale.theory.rules.sampled_regions import drawn_region

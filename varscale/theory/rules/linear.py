@@ -29,9 +29,9 @@ from varscale.theory.graph.nodes import (
 from varscale.theory.graph.normal_form import affine
 from varscale.theory.graph.store import BackwardNotes
 from varscale.theory.propagation.cross_moments import cross, dependent, mean_product
+from varscale.theory.propagation.doubts import lost_excess
 from varscale.theory.propagation.fluctuations import averaged, with_own_weights
 from varscale.theory.propagation.inherited_fluctuations import Spread, combine, propagated
-from varscale.theory.propagation.locality import lost_excess
 from varscale.theory.propagation.pullbacks import sum_out
 from varscale.theory.propagation.shared_tokens import shared_tokens
 from varscale.theory.rules.attention import SHARED_DOUBT, note_values, tilted

@@ -29,8 +29,8 @@ from varscale.theory.graph.nodes import Node, View, cross_by_kind, pullback, sec
 from varscale.theory.graph.normal_form import affine
 from varscale.theory.graph.store import BackwardNotes
 from varscale.theory.propagation.cross_moments import cross
+from varscale.theory.propagation.doubts import lost_excess
 from varscale.theory.propagation.inherited_fluctuations import Spread, inherited, propagated
-from varscale.theory.propagation.locality import lost_excess
 from varscale.theory.propagation.shared_component import of_an_average
 from varscale.theory.propagation.spatial_correlation import excess
 from varscale.theory.propagation.spatial_windows import (

@@ -32,8 +32,7 @@ from varscale.theory.graph.store import BackwardNotes, Fact, FlowInside
 from varscale.theory.integrals.hermite_series import POINTS, WEIGHTS, Z
 from varscale.theory.propagation.fluctuations import fluctuations
 from varscale.theory.propagation.inherited_fluctuations import Spread, combine, propagated
-from varscale.theory.propagation.joint_sample import steps
-from varscale.theory.propagation.sample_moments import by_level, cross_moments, pooled, table_of_draws
+from varscale.theory.propagation.sample_moments import by_level, cross_moments, pooled, steps, table_of_draws
 from varscale.theory.propagation.sampler import evenly, picked
 from varscale.theory.rules.registry import Complex, Context, Opaque, parts
 from varscale.theory.rules.sampled_loop import (

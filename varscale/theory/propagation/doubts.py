@@ -1,0 +1,265 @@
+"""Where a function has no value, or its square no integral: what quadrature, which goes on with finite numbers, cannot see.
+
+Factors of a product that are not as they are taken: averages and terms of the others, what one weight makes twice.
+
+What is lost of nearness where axes become one: places of one window are more alike than any two of the picture.
+
+A merged axis knows how alike two of its places are on average. Where it is cut otherwise than it was made, into windows that
+meet several of the old ones, places of a new window may be as alike as the most alike of the old.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from varscale.theory.domain.accuracy import NEGLIGIBLE, ROUGH
+from varscale.theory.domain.axes import Axis
+from varscale.theory.graph.expressions import Apply, Mean, Sum, roots, roots_of
+from varscale.theory.graph.factors import factors
+from varscale.theory.graph.linear_nodes import weight_of
+from varscale.theory.graph.nodes import UNKNOWN, Array, Constant, Leaf, Node, View
+from varscale.theory.graph.reshapes import Merge
+from varscale.theory.graph.store import once_per_node
+from varscale.theory.integrals.hermite_series import WEIGHTS
+from varscale.theory.propagation.marginals import (
+    Environment,
+    at_means,
+    concentrated,
+    evaluate,
+    marginal,
+    over_classes,
+)
+
+UNBOUNDED = 1e9  # a doubt that stands for an infinite one, and can be multiplied by nothing
+_NEGLIGIBLE = 1e-6  # weight of places without a value: beyond 4.9 standard deviations there may be some
+_RESOLVED_GRID, _LOST = 0.05, 0.3  # relative differences between a grid and each third of it
+
+_OUTSIDE: dict[str, Callable[..., Any]] = {
+    "log": lambda x: x <= 0,
+    "log1p": lambda x: x <= -1,
+    "sqrt": lambda x: x < 0,
+    "rsqrt": lambda x: x <= 0,
+    "div": lambda x, y: y == 0,
+    "power": lambda x: x < 0,
+    "asin": lambda x: np.abs(x) > 1,
+    "acos": lambda x: np.abs(x) > 1,
+    "atanh": lambda x: np.abs(x) >= 1,
+    "erf_inv": lambda x: np.abs(x) >= 1,
+    "acosh": lambda x: x < 1,
+}
+_ALWAYS_DEFINED = {"gt", "lt", "ge", "le", "eq", "ne", "is_finite"}
+
+
+def has_values(name: str, numbers: Sequence[np.ndarray]) -> bool:
+    """Whether a function has a value at all of these."""
+    outside = _OUTSIDE.get(name)
+    return outside is None or not np.any(outside(*numbers))
+
+
+def mark_undefined(node: Apply) -> None:
+    """Flag a node whose functions have no values where they are asked for, or no finite mean square."""
+    for own in _by_root(node).values():
+        env: Environment = {}
+        values, outside = np.ones(1), np.zeros(1, bool)
+        for factor, held in own:
+            env.update(at_means(held, node.axes))
+            now = np.asarray(evaluate(factor, node.axes, env), float)
+            # Where a choice makes another factor zero, what it did not choose needs no value.
+            if outside.any():
+                outside = outside & (now != 0)
+            if _is_partial(factor.node):
+                outside = outside | (_undefined(factor, node, env) & (values != 0))
+            values = values * now
+        weight = (
+            float(np.max(np.broadcast_to(outside, (*outside.shape[:-1], len(WEIGHTS))) @ WEIGHTS))
+            if outside.any()
+            else 0.0
+        )
+        doubt = UNBOUNDED if weight > _NEGLIGIBLE else _unresolved(values, node.axes)
+        if doubt:
+            node.graph.flag("assumed" if doubt == UNBOUNDED else "quadrature", doubt)
+
+
+def _by_root(node: Apply) -> dict[View | None, list[tuple[View, list[View]]]]:
+    """Factors by the one root of theirs that fluctuates, each with those that do not."""
+    out: dict[View | None, list[tuple[View, list[View]]]] = {}
+    for factor in factors(View(node, tuple(range(len(node.axes)))))[1]:
+        own = roots_of(factor)
+        live = [r for r in own if not concentrated(r.node)]
+        if len(live) > 1 or any(
+            isinstance(r.node, Array) or (isinstance(r.node, Leaf) and r.node.is_bits) for r in own
+        ):
+            continue
+        out.setdefault(live[0] if live else None, []).append((factor, [r for r in own if r not in live]))
+    return out
+
+
+@once_per_node
+def _is_partial(node: Node) -> bool:
+    """Whether a tree has functions that lack values somewhere."""
+    if not isinstance(node, Apply) or node.params[0] in _ALWAYS_DEFINED:
+        return False
+    return node.params[0] in _OUTSIDE or any(_is_partial(child.node) for child in node.args)
+
+
+def _undefined(view: View, node: Apply, env: Environment) -> Any:
+    """Where a tree has no value: a choice has one where what is chosen has."""
+    inner, bind = view
+    if not isinstance(inner, Apply) or not _is_partial(inner) or view not in env:
+        return np.zeros(1, bool)
+    name = inner.params[0]
+    args = [child.within(bind) for child in inner.args]
+    below = [_undefined(a, node, env) for a in args]
+    if name == "select_n":
+        which = np.asarray(evaluate(args[0], node.axes, env))
+        chosen = [np.logical_and(which == i, x) for i, x in enumerate(below[1:])]
+        return np.logical_or.reduce(np.broadcast_arrays(below[0], *chosen))
+    numbers = [np.asarray(evaluate(a, node.axes, env)) for a in args]
+    if name == "mul":
+        return (below[0] & (numbers[1] != 0)) | (below[1] & (numbers[0] != 0))
+    if name in _OUTSIDE:
+        below.append(_OUTSIDE[name](*numbers))
+    return functools.reduce(np.logical_or, below)
+
+
+def _unresolved(values: np.ndarray, axes: Sequence[Axis]) -> float:
+    """Doubt of a mean square for which the thirds of the grid differ: the error of a jump is a third of that, a pole's all."""
+    if values.shape[-1] != len(WEIGHTS):
+        return 0.0
+    terms = over_classes(np.square(values), axes) * WEIGHTS
+    thirds = [3 * float(terms[i::3].sum()) for i in range(3)]
+    apart = max(thirds) - min(thirds)
+    whole = float(terms.sum())
+    if apart <= 2 * _RESOLVED_GRID * whole:
+        return 0.0
+    return UNBOUNDED if apart > 2 * _LOST * whole else apart / 2 / 3 / whole
+
+
+_NORM = 0.1  # how far from −1 the logarithmic derivative of a norm's squared scale may be: its epsilon
+
+
+def mark_average(f: Sequence[View], scale: View, frame: Sequence[Axis]) -> None:
+    """Flag a product with a root that is held at its mean v and varies, unless a norm divides by it: mean(x²)/v is 1.
+
+    With S = s² ∝ v^p, first order in Var[v] adds S′ Cov[g², v] + S″ E[g²] Var[v]/2 to E[g² s(v)²], relatively
+    (|p| + p²/2) Var[v]/E[v]² where g² varies as v does.
+    """
+    table = scale.node.table
+    varied = table.variance / max(table.total_mean**2, 1e-300)
+    if varied <= NEGLIGIBLE:
+        return
+    of_scale = [x for x in f if roots_of(x) == [scale]]
+    mixed = [x for x in f if scale in roots_of(x) and x not in of_scale]
+
+    def log_square(ratio: float) -> float:
+        found = [
+            evaluate(x, frame, {scale: np.full((1,) * (len(frame) + 1), ratio * table.total_mean)})
+            for x in of_scale
+        ]
+        return math.log(max(float(np.prod([np.max(np.abs(x)) for x in found])) ** 2, 1e-300))
+
+    power = (
+        -1.0
+        if mixed or not of_scale
+        else (log_square(1 + NEGLIGIBLE) - log_square(1 - NEGLIGIBLE)) / (2 * NEGLIGIBLE)
+    )
+    if not (_of_squares(scale.node) and abs(power + 1) < _NORM):
+        scale.node.graph.flag("assumed", min((abs(power) + power**2 / 2) * varied, UNKNOWN))
+
+
+def _of_squares(node: Node) -> bool:
+    """Whether it is a mean of squares, or a variance: what a norm divides by."""
+    if isinstance(node, Sum):
+        return node.is_variance
+    squares = node.args[0].node if isinstance(node, Mean) else None
+    return isinstance(squares, Apply) and squares.params == ("integer_pow", (2,))
+
+
+def mark_sums(views: Sequence[View]) -> None:
+    """Flag factors of different roots made of one array, where one of those roots is a sum that is not Gaussian.
+
+    Of (relu a + relu b)·a, the sum is not jointly Gaussian with a.
+    """
+    own = roots_of(*views)
+    inside = [
+        set(roots_of(*(t.within(x.bind) for t in x.node.args))) if _is_curved(x.node) else None for x in own
+    ]
+    for i, terms in enumerate(inside):
+        if terms and any(terms & (inside[j] or {x}) for j, x in enumerate(own) if j != i):
+            own[i].node.graph.flag("assumed", ROUGH)
+
+
+def mark_weights(views: Sequence[View]) -> None:
+    """Flag factors that one weight makes, or is: of u = Σ w x over n terms, E[w² u²] is (1 + 2/n) E[w²] E[u²].
+
+    So it is of two sums whose inputs are alike in nothing but chance: their correlation is 0 on average, its square 1/n.
+    """
+    seen: dict[Node, View] = {}
+    for view in roots_of(*views):
+        if view.node.moves:
+            continue  # parts of what one packed kernel makes
+        weight = weight_of(view.node) or view.node
+        other = seen.setdefault(weight, view)
+        if other.node is not view.node:
+            terms = min(x.node.width or math.inf for x in (view, other))
+            view.node.graph.flag("assumed", 2 / terms)
+
+
+def _is_curved(node: Node) -> bool:
+    """Whether a root is a sum that is not jointly Gaussian with its terms."""
+    if not isinstance(node, Sum) or node.is_variance:
+        return False
+    return node.table.variance > NEGLIGIBLE * node.table.total_mean**2 and not marginal(node).gaussian
+
+
+@once_per_node
+def lost_excess(node: Node) -> float:
+    """By how much of a mean square two near places may share more than two places of the merged axes do on average."""
+    return lost_excess_of(node)
+
+
+@functools.singledispatch
+def lost_excess_of(node: Node) -> float:
+    """`lost_excess` of a kind of node, worked out: what a linear map of one array leaves of its input's."""
+    if isinstance(node, Leaf | Array | Constant):
+        return 0.0
+    given = [v.node for v in node.args if not isinstance(v.node, Leaf | Array | Constant)]
+    linear = node.width is not None and len(given) == 1
+    return max(map(lost_excess, given), default=0.0) if linear or node.moves else 0.0
+
+
+@lost_excess_of.register(Merge)
+def lost_excess_of_merge(node: Merge) -> float:
+    source = node.args[0].node
+    k, count = node.params
+    table = source.table
+    second = table.second[tuple(slice(None) if k <= d < k + count else 0 for d in range(len(source.axes)))]
+    pairs = functools.reduce(
+        np.multiply.outer, [axis.pairs for axis in source.axes[k : k + count]], np.array(1.0)
+    )
+    agree = functools.reduce(
+        np.logical_and.outer, [a.agrees for a in source.axes[k : k + count]], np.array(True)
+    )
+    apart = np.where(agree, 0.0, pairs)
+    if not apart.any():
+        return lost_excess(source)
+    usual = float((apart * second).sum() / apart.sum())
+    most = float(second[apart > 0].max())
+    return (most - usual) / max(table.mean_square, 1e-300) + lost_excess(source)
+
+
+@lost_excess_of.register(Sum)
+def lost_excess_of_sum(node: Sum) -> float:
+    terms = [(c, v.node) for c, v in zip(node.params, node.args, strict=True) if not v.node.averages]
+    whole = sum(c * c * x.table.mean_square for c, x in terms)
+    return sum(c * c * x.table.mean_square / max(whole, 1e-300) * lost_excess(x) for c, x in terms)
+
+
+@lost_excess_of.register(Apply)
+def lost_excess_of_apply(node: Apply) -> float:
+    return max((lost_excess(r.node) for r in roots(node) if not concentrated(r.node)), default=0.0)

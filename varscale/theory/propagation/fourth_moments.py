@@ -1,0 +1,249 @@
+"""Units that a norm divides are not exactly Gaussian: what their excess kurtosis does to a function of them.
+
+To first order in it (the Gram-Charlier series of type A), with the Hermite coefficients a_k of f²,
+
+    E[f(y)²] = a_0 + excess · a_4 / √24.
+
+On a sphere: x/√(mean x²) of m independent normals has excess −6/(m + 2); of correlated ones m is 2/r, r the relative variance
+of mean x². Sums of few terms: given its weights, Σ w_k x_k over n terms keeps the excess of x times Σ w⁴/(Σ w²)², about
+κ/(n + κ − 1) for weights of kurtosis κ. Where no norm divides, y is Gaussian given x, and `fluctuations` tell the rest.
+
+What squares have in common, two by two: how far the mean of finitely many of them is from their expectation.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Sequence
+
+import numpy as np
+
+from varscale.theory.domain.axes import Axis, contract_axis, refine
+from varscale.theory.domain.tables import by_type, full_types, lift, means_by_type
+from varscale.theory.graph.convolutions import Conv
+from varscale.theory.graph.expressions import Apply, Sum, roots, roots_of
+from varscale.theory.graph.factors import factors
+from varscale.theory.graph.linear_nodes import Contract, weight_of
+from varscale.theory.graph.nodes import Array, Constant, Leaf, Node, View
+from varscale.theory.graph.normal_form import apply
+from varscale.theory.graph.store import Fact, once_per_node
+from varscale.theory.integrals.hermite_series import HERMITE, WEIGHTS, power_series
+from varscale.theory.propagation.marginals import (
+    Environment,
+    along,
+    at_means,
+    concentrated,
+    evaluate,
+    independent_factors,
+    integral_key,
+    marginal,
+    over_classes,
+    placed,
+)
+from varscale.theory.propagation.products import product_second
+from varscale.theory.propagation.sample_moments import order_correlation
+from varscale.theory.propagation.scale_responses import cofactors
+
+
+def kurtosis_shift(node: Apply) -> tuple[float, float]:
+    """How a function of normalised units differs from that of Gaussian ones, for which they are taken.
+
+    Returns:
+        The relative shift of its second moment, which is no more certain than it is large; and its size. It is left out where
+        units are not centred, or each reads an input of its own.
+    """
+    shift, doubt = 0.0, 0.0
+    for main, *scales in cofactors(node).values():
+        for excess, sure in (_of_few_terms(main, scales), _on_a_sphere(main, scales)) if scales else ():
+            found = excess * _response(node, main) if excess else 0.0
+            shift, doubt = shift + found * sure, doubt + abs(found)
+    return shift, doubt
+
+
+def _response(node: Apply, main: View) -> float:
+    """a_4 / (√24 a_0) of the square of all factors that read a root, the other roots held at their means."""
+    product = np.ones(len(WEIGHTS))
+    for factor in factors(View(node, tuple(range(len(node.axes)))))[1]:
+        if main in roots_of(factor):
+            product = product * over_classes(np.square(along(factor, node.axes, main)), node.axes)
+    a = product @ HERMITE
+    return float(a[4] / (math.sqrt(24) * a[0])) if a[0] > 0 else 0.0
+
+
+def _of_few_terms(main: View, scales: Sequence[View]) -> tuple[float, bool]:
+    """Excess kurtosis of sums of few terms, and whether the norm is over other axes than that of their units."""
+    view = main
+    if main.node.is_centred:
+        shares = [
+            c * c * term.node.table.mean_square
+            for c, term in zip(main.node.params, main.node.args, strict=True)
+        ]
+        view = main.node.args[int(np.argmax(shares))].within(main.bind)
+    node = view.node
+    if not isinstance(node, Conv | Contract):
+        return 0.0, True
+    x, w = next(
+        ((x, w) for x, w in (node.args, node.args[::-1]) if isinstance(w.node, Leaf) and not w.node.is_input),
+        (None, None),
+    )
+    if x is None or w is None:
+        return 0.0, True
+    if isinstance(node, Conv):
+        channels = node.params.out_dims[1]
+        units = set() if channels is None else {view.bind[channels]}
+    else:
+        units = {view.bind[k] for k in range(len(node.axes)) if k in w.bind and k not in x.bind}
+    inside = bool(units) and all(units <= set(scale.bind) for scale in scales)
+    if not units or not (inside or (isinstance(node, Conv) and node.params.groups > 1)):
+        return 0.0, True
+    own = getattr(w.node, "kurtosis", 3.0)
+    return excess_kurtosis(x.node) * own / (node.width + own - 1), inside
+
+
+def excess_kurtosis(node: Node) -> float:
+    """E[(x − m)⁴] / Var[x]² − 3 of a function of one root; what is a sum is Gaussian."""
+    live = [r for r in roots(node) if not concentrated(r.node)]
+    if not isinstance(node, Apply) or len(live) != 1:
+        return 0.0
+    values = along(View(node, tuple(range(len(node.axes)))), node.axes, *live)
+    if values.shape[-1] != len(WEIGHTS):
+        return 0.0
+    values = values - (values @ WEIGHTS)[..., None]
+    fourth, square = (float(over_classes(values**k, node.axes) @ WEIGHTS) for k in (4, 2))
+    return fourth / max(square, 1e-300) ** 2 - 3
+
+
+def _on_a_sphere(main: View, scales: Sequence[View]) -> tuple[float, bool]:
+    """Excess kurtosis of Gaussian units over the root of their mean square, and whether their mean is a small part of it."""
+    scale = next((s for s in scales if _is_mean_square(s.node) and len(s.bind) < len(main.bind)), None)
+    own = marginal(main.node)
+    if scale is None or not own.gaussian:
+        return 0.0, True
+    r = mean_squared_correlation(main.node.table.covariance, main, scale)
+    centred = bool(np.sum(own.mean**2) <= 0.1 * np.sum(own.mean**2 + own.deviation**2))
+    return -6 / (max(1 / max(r, 1e-12), 1.0) + 2), centred
+
+
+def _is_mean_square(node: Node) -> bool:
+    return node.averages or (isinstance(node, Sum) and node.is_variance)
+
+
+def mean_squared_correlation(second: np.ndarray, main: View, scale: View) -> float:
+    """The mean of M_ij² / (E[x_i²] E[x_j²]) over the pairs of positions that one norm averages over.
+
+    For jointly Gaussian x, Cov[x_i², x_j²] = 2 C_ij² + 4 m_i m_j C_ij = 2 (E[x_i x_j]² − m_i² m_j²). So a norm's variance v has
+    Var[v]/E[v]² = 2 (this of E[x_i x_j] − this of m_i m_j), and 2 (this of C) for x less its mean.
+
+    Args:
+        second: M by type of the root's pairs.
+        main: the root x that is normalised, over a frame.
+        scale: the norm's variance, over the same frame: along the axes that it lacks it is a mean.
+    """
+    table = main.node.table
+    sizes = means_by_type(np.sqrt(np.maximum(table.diagonal, 1e-300)), table.axes)
+    out = np.clip(full_types(second, table.axes) / sizes, -1, 1) ** 2
+    for k in reversed(range(len(table.axes))):
+        axis = table.axes[k]
+        out = contract_axis(out, k, axis.same if main.bind[k] in scale.bind else axis.any_pair)
+    return float(out)
+
+
+_FEW_NUMBERS = 64  # numbers, from where on what a function of several roots leaves to chance is not asked for
+
+
+def free_share(weight: Leaf, terms: float, units: int) -> float:
+    """What of a product's mean square is up to the draw: nothing where it turns its input, some where it projects it."""
+    return max(1 - units / terms, 0.0) if weight.orthonormal else 1.0
+
+
+def _kept_norm(node: Node) -> float:
+    """The share of its mean square's own fluctuations that a product lacks, since its input has fixed it."""
+    weight = weight_of(node) if isinstance(node, Contract) else None
+    if weight is None or not weight.orthonormal or not isinstance(node, Contract):
+        return 0.0
+    inputs = [view.bind for view in node.args if not view.node.deps & weight.deps]
+    units = math.prod(axis.size for k, axis in enumerate(node.axes) if not any(k in bind for bind in inputs))
+    return 1 - free_share(weight, node.width, units)
+
+
+@once_per_node
+def square_pairs(node: Node) -> tuple[np.ndarray, np.ndarray]:
+    """E[x_i² x_j²] of an elementwise tree by type and E[x_i²] by class, up to a factor; 1 long where they do not vary."""
+    frame = node.axes
+    pairs, means = np.ones([1] * len(frame)), np.ones([1] * len(frame))
+    scales = [g[0].node.id for g in cofactors(node).values() if len(g) > 1]
+    parts = independent_factors(node)
+    for factor in parts:
+        own = [r for r in roots_of(factor) if not isinstance(r.node, Array)]
+        live = [r for r in own if len(own) == 1 or not concentrated(r.node)]
+        if len(live) > 1 and math.prod(axis.size for axis in frame) <= _FEW_NUMBERS:
+            pairs = pairs * refine(_joint_pairs(factor, frame), frame)
+        if len(live) != 1:
+            continue
+        (root,) = live
+        if concentrated(root.node) and len(parts) > 1:
+            continue  # a norm's scale: its fluctuations are those of what it normalises
+        fixed = at_means([r for r in own if r != root], frame)
+        found = _square_coefficients(factor, frame, fixed)
+        if found is None:
+            continue
+        a, whole = found[0].copy(), found[1]
+        if root.node.id in scales:
+            # Normalised: the mean square of the root cannot fluctuate; nor can its mean, where that was taken
+            # away.
+            gone = slice(1, 3) if root.node.is_centred else slice(2, 3)
+            whole = whole - np.sum(a[..., gone] ** 2, axis=-1)
+            a[..., gone] = 0.0
+        elif kept := _kept_norm(root.node):
+            whole = whole - kept * a[..., 2] ** 2
+            a[..., 2] *= math.sqrt(1 - kept)
+        pairs, means = pairs * _products(a, whole, root, frame), means * a[..., 0]
+    return pairs, means
+
+
+def _products(a: np.ndarray, whole: np.ndarray, root: View, frame: tuple[Axis, ...]) -> np.ndarray:
+    """E[g_i g_j] by type of a function of one root, from its Hermite coefficients and mean square by class."""
+    rho = lift(_correlation(root.node), root.node.axes, root.bind, frame, pairs=True)
+    ai, aj = (by_type(a, frame, second=second) for second in (False, True))
+    alike = np.sqrt(by_type(whole, frame, second=False) * by_type(whole, frame, second=True))
+    return np.where(rho >= 1 - 1e-9, alike, power_series(ai * aj, rho))
+
+
+def _joint_pairs(factor: View, frame: tuple[Axis, ...]) -> np.ndarray:
+    """The same of a function of several roots, all that they share included."""
+    coarse = tuple(Axis(axis.size) for axis in frame)
+    square = View(apply(factor.node.graph, "integer_pow", (2,), frame, [factor]), tuple(range(len(frame))))
+    mean = product_second(factor, factor, coarse)[(0,) * len(frame)]
+    return product_second(square, square, coarse) / mean**2 if mean > 0 else np.ones([1] * len(frame))
+
+
+def _square_coefficients(
+    f: View, frame: Sequence[Axis], fixed: Environment
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """By class, Hermite coefficients of f² and E[f⁴]; None where f does not vary or is zero."""
+    own = marginal(f.node) if not isinstance(f.node, Apply | Constant) else None
+    if own is not None and own.gaussian:
+        m, s = own.mean, own.deviation
+        a = placed(np.stack([m * m + s * s, 2 * m * s, math.sqrt(2) * s * s], axis=-1), f, frame)
+        return (a, np.sum(a * a, axis=-1)) if np.any(a[..., 0] > 0) else None
+
+    def integrated() -> tuple[np.ndarray, np.ndarray] | None:
+        squares = np.asarray(evaluate(f, frame, fixed), float) ** 2
+        if squares.shape[-1] == 1:
+            return None
+        a = squares @ HERMITE
+        return (a, squares**2 @ WEIGHTS) if np.any(a[..., 0] > 0) else None
+
+    mark = None if fixed else integral_key(f)
+    return integrated() if mark is None else _SQUARED.once(f.node.graph, (mark, tuple(frame)), integrated)
+
+
+def _correlation(root: Node) -> np.ndarray:
+    """A root's latent correlations by type, as far as it has an order in time those of draws."""
+    ordered = order_correlation(root)
+    return marginal(root).correlation if ordered is None else refine(ordered, root.axes)
+
+
+_SQUARED: Fact[Hashable, tuple[np.ndarray, np.ndarray] | None] = (
+    Fact()
+)  # Hermite coefficients of f² and E[f⁴], by form
