@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import string
 from collections.abc import Sequence
 
 import numpy as np
@@ -106,7 +107,7 @@ def sampled_from_contract(node: Contract, drawing: Drawing, positions: Positions
         return None
     there = [*positions, *(np.arange(a.size) for a in node.params)]
     x, y = (drawing.values(view, node.frame, there) for view in node.args)
-    return summed(x, y, len(positions), drawing.replicates)
+    return summed(x, y, len(positions))
 
 
 def _is_narrow(node: Contract) -> bool:
@@ -130,12 +131,7 @@ def _weighed(node: Contract, drawing: Drawing, positions: Positions) -> np.ndarr
     drawn = _weights(weights.node, drawing, [whole[k] for k in weights.bind]) * math.sqrt(ratio)
     order = sorted(range(len(weights.bind)), key=weights.bind.__getitem__)
     shape = [len(whole[k]) if k in weights.bind else 1 for k in range(len(whole))]
-    out = summed(
-        values,
-        drawn.transpose([1 + k for k in order] + [0]).reshape(*shape, -1),
-        len(positions),
-        drawing.replicates,
-    )
+    out = summed(values, drawn.transpose([1 + k for k in order] + [0]).reshape(*shape, -1), len(positions))
     return _known_scale(node, out)
 
 
@@ -200,35 +196,13 @@ def sampled_from_conv(node: Conv, drawing: Drawing, positions: Positions) -> np.
     return _known_scale(node, out.transpose([0, *(1 + dims.index(k) for k in range(len(dims)))]))
 
 
-def summed(x: np.ndarray, y: np.ndarray, kept: int, replicates: int) -> np.ndarray:
+def summed(x: np.ndarray, y: np.ndarray, kept: int) -> np.ndarray:
     """Σ x·y over the axes after the first `kept`, of arrays (positions or 1..., draws or 1): (draws, positions...)."""
-    shape = np.broadcast_shapes(x.shape, y.shape)[:-1]
-    for k in range(kept, len(shape)):  # what is constant along an axis comes out of the sum over it
-        x, y = (
-            z.sum(axis=k, keepdims=True) if z.shape[k] > 1 and other.shape[k] == 1 else z
-            for z, other in ((x, y), (y, x))
-        )
-    mine, theirs = ([k for k in range(len(shape)) if z.shape[k] > 1] for z in (x, y))
-    both = [k for k in range(kept) if k in mine and k in theirs]
-    over = [k for k in range(kept, len(shape)) if k in mine and k in theirs]
-    own, other = ([k for k in range(kept) if k in some and k not in both] for some in (mine, theirs))
-    left, right = _matrices(x, both, own, over, replicates), _matrices(y, both, over, other, replicates)
-    product = (left @ right).reshape(replicates, *(shape[k] for k in (*both, *own, *other)))
-    order = [*both, *own, *other]
-    return product.transpose([0, *(1 + order.index(k) for k in sorted(order))]).reshape(
-        replicates, *(shape[k] if k in order else 1 for k in range(kept))
-    )
-
-
-def _matrices(
-    x: np.ndarray, both: Sequence[int], rows: Sequence[int], columns: Sequence[int], replicates: int
-) -> np.ndarray:
-    """An array (positions or 1..., replicates or 1) as (replicates, both, rows, columns)."""
-    whole = [*both, *rows, *columns]
-    rest = [k for k in range(x.ndim - 1) if k not in whole]
-    sizes = [math.prod(x.shape[k] for k in group) for group in (both, rows, columns)]
-    out = x.transpose([x.ndim - 1, *whole, *rest]).reshape(x.shape[-1], *sizes)
-    return np.broadcast_to(out, (replicates, *out.shape[1:]))
+    letters = string.ascii_lowercase[: x.ndim - 1]
+    spec = f"{letters},{letters}->{letters[:kept]}"
+    draws = np.broadcast_shapes(x.shape, y.shape)[-1]
+    pairs = ((z[..., min(r, z.shape[-1] - 1)] for z in (x, y)) for r in range(draws))
+    return np.stack([np.einsum(spec, *pair, optimize=True) for pair in pairs])
 
 
 @sample_of_kind.register(Gather)

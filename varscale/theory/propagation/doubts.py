@@ -1,11 +1,8 @@
-"""Where a function has no value, or its square no integral: what quadrature, which goes on with finite numbers, cannot see.
+"""Detectors: what the rules cannot see or leave out is flagged, by how much it may matter.
 
-Factors of a product that are not as they are taken: averages and terms of the others, what one weight makes twice.
-
-What is lost of nearness where axes become one: places of one window are more alike than any two of the picture.
-
-A merged axis knows how alike two of its places are on average. Where it is cut otherwise than it was made, into windows that
-meet several of the old ones, places of a new window may be as alike as the most alike of the old.
+They look for functions outside their domain and squares without an integral, where quadrature goes on with finite numbers; for
+factors of a product that are not as they are taken (averages and terms of the others, what one weight makes twice, depthwise
+convolutions); and for what merged axes forget of near places.
 """
 
 from __future__ import annotations
@@ -17,8 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from varscale.theory.domain.accuracy import NEGLIGIBLE, ROUGH
+from varscale.theory.domain.accuracy import LOOSE, NEGLIGIBLE, ROUGH
 from varscale.theory.domain.axes import Axis
+from varscale.theory.graph.convolutions import Conv
 from varscale.theory.graph.expressions import Apply, Mean, Sum, roots, roots_of
 from varscale.theory.graph.factors import factors
 from varscale.theory.graph.linear_nodes import weight_of
@@ -26,6 +24,8 @@ from varscale.theory.graph.nodes import UNKNOWN, Array, Constant, Leaf, Node, Vi
 from varscale.theory.graph.reshapes import Merge
 from varscale.theory.graph.store import once_per_node
 from varscale.theory.integrals.hermite_series import WEIGHTS
+from varscale.theory.integrals.primitives import function
+from varscale.theory.propagation.cross_moments import dependent, unsure
 from varscale.theory.propagation.marginals import (
     Environment,
     at_means,
@@ -52,7 +52,6 @@ _OUTSIDE: dict[str, Callable[..., Any]] = {
     "erf_inv": lambda x: np.abs(x) >= 1,
     "acosh": lambda x: x < 1,
 }
-_ALWAYS_DEFINED = {"gt", "lt", "ge", "le", "eq", "ne", "is_finite"}
 
 
 def has_values(name: str, numbers: Sequence[np.ndarray]) -> bool:
@@ -65,24 +64,30 @@ def mark_undefined(node: Apply) -> None:
     """Flag a node whose functions have no values where they are asked for, or no finite mean square."""
     for own in _by_root(node).values():
         env: Environment = {}
-        values, outside = np.ones(1), np.zeros(1, bool)
+        values = np.ones(1)
         for factor, held in own:
             env.update(at_means(held, node.axes))
-            now = np.asarray(evaluate(factor, node.axes, env), float)
-            # Where a choice makes another factor zero, what it did not choose needs no value.
-            if outside.any():
-                outside = outside & (now != 0)
-            if _is_partial(factor.node):
-                outside = outside | (_undefined(factor, node, env) & (values != 0))
-            values = values * now
-        weight = (
-            float(np.max(np.broadcast_to(outside, (*outside.shape[:-1], len(WEIGHTS))) @ WEIGHTS))
-            if outside.any()
-            else 0.0
-        )
-        doubt = UNBOUNDED if weight > _NEGLIGIBLE else _unresolved(values, node.axes)
-        if doubt:
+            values = _within_domain("mul", ())(values, evaluate(factor, node.axes, env, _within_domain))
+        outside = np.isnan(np.broadcast_to(values, (*values.shape[:-1], len(WEIGHTS))))
+        if np.max(outside @ WEIGHTS) > _NEGLIGIBLE:
+            node.graph.flag("assumed", UNBOUNDED)
+        elif doubt := _unresolved(np.nan_to_num(values), node.axes):
             node.graph.flag("assumed" if doubt == UNBOUNDED else "quadrature", doubt)
+
+
+def _within_domain(name: str, extra: tuple[Any, ...]) -> Callable[..., np.ndarray]:
+    """A function that is NaN outside its domain and of NaN; 0 · NaN is 0, and a choice has a value where what it takes has."""
+
+    def at(*xs: np.ndarray) -> np.ndarray:
+        out = np.asarray(function(name, extra)(*xs), float)
+        if name == "mul":
+            return np.where((xs[0] == 0) | (xs[1] == 0), 0.0, out)
+        undefined = () if name == "select_n" else [np.isnan(x) for x in xs]
+        if name in _OUTSIDE:
+            undefined = [*undefined, _OUTSIDE[name](*xs)]
+        return np.where(functools.reduce(np.logical_or, undefined), np.nan, out) if len(undefined) else out
+
+    return at
 
 
 def _by_root(node: Apply) -> dict[View | None, list[tuple[View, list[View]]]]:
@@ -97,34 +102,6 @@ def _by_root(node: Apply) -> dict[View | None, list[tuple[View, list[View]]]]:
             continue
         out.setdefault(live[0] if live else None, []).append((factor, [r for r in own if r not in live]))
     return out
-
-
-@once_per_node
-def _is_partial(node: Node) -> bool:
-    """Whether a tree has functions that lack values somewhere."""
-    if not isinstance(node, Apply) or node.params[0] in _ALWAYS_DEFINED:
-        return False
-    return node.params[0] in _OUTSIDE or any(_is_partial(child.node) for child in node.args)
-
-
-def _undefined(view: View, node: Apply, env: Environment) -> Any:
-    """Where a tree has no value: a choice has one where what is chosen has."""
-    inner, bind = view
-    if not isinstance(inner, Apply) or not _is_partial(inner) or view not in env:
-        return np.zeros(1, bool)
-    name = inner.params[0]
-    args = [child.within(bind) for child in inner.args]
-    below = [_undefined(a, node, env) for a in args]
-    if name == "select_n":
-        which = np.asarray(evaluate(args[0], node.axes, env))
-        chosen = [np.logical_and(which == i, x) for i, x in enumerate(below[1:])]
-        return np.logical_or.reduce(np.broadcast_arrays(below[0], *chosen))
-    numbers = [np.asarray(evaluate(a, node.axes, env)) for a in args]
-    if name == "mul":
-        return (below[0] & (numbers[1] != 0)) | (below[1] & (numbers[0] != 0))
-    if name in _OUTSIDE:
-        below.append(_OUTSIDE[name](*numbers))
-    return functools.reduce(np.logical_or, below)
 
 
 def _unresolved(values: np.ndarray, axes: Sequence[Axis]) -> float:
@@ -194,6 +171,27 @@ def mark_sums(views: Sequence[View]) -> None:
             own[i].node.graph.flag("assumed", ROUGH)
 
 
+def mark_depthwise(f: View, g: View) -> None:
+    """Flag E[f g] where one is a function of a depthwise convolution, and the other of what that reads.
+
+    Given its input x the convolution is normal of variance Q = Var[w] Σ x² over one channel's window, which many channels
+    would average away: an even function of it and x have Cov(f, Q) dE[g]/dQ in common, which a mean over places is made of.
+    """
+    for one, other in ((f, g), (g, f)):
+        live = [root.node for root in roots_of(other) if not concentrated(root.node)]
+        if len(live) != 1 or not isinstance(live[0], Conv):
+            continue
+        (x, _), (w, _) = live[0].args
+        groups, channel = live[0].params.groups, live[0].params.x_dims[1]
+        if (
+            channel is not None
+            and x.axes[channel].size == groups
+            and dependent(one.node, x)
+            and not one.node.deps & w.deps
+        ):
+            unsure(one.node.graph, "assumed", LOOSE)
+
+
 def mark_weights(views: Sequence[View]) -> None:
     """Flag factors that one weight makes, or is: of u = Σ w x over n terms, E[w² u²] is (1 + 2/n) E[w²] E[u²].
 
@@ -228,9 +226,9 @@ def lost_excess_of(node: Node) -> float:
     """`lost_excess` of a kind of node, worked out: what a linear map of one array leaves of its input's."""
     if isinstance(node, Leaf | Array | Constant):
         return 0.0
-    given = [v.node for v in node.args if not isinstance(v.node, Leaf | Array | Constant)]
-    linear = node.width is not None and len(given) == 1
-    return max(map(lost_excess, given), default=0.0) if linear or node.moves else 0.0
+    below = [v.node for v in node.args if not isinstance(v.node, Leaf | Array | Constant)]
+    linear = node.width is not None and len(below) == 1
+    return max(map(lost_excess, below), default=0.0) if linear or node.moves else 0.0
 
 
 @lost_excess_of.register(Merge)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 
 import numpy as np
 from scipy import special
@@ -190,7 +190,12 @@ def _place(values: np.ndarray, bind: Sequence[int], rank: int) -> np.ndarray:
     return values.transpose([*order, len(bind)]).reshape(*shape, values.shape[-1])
 
 
-def evaluate(view: View, frame: Sequence[Axis], env: Environment) -> np.ndarray:
+def evaluate(
+    view: View,
+    frame: Sequence[Axis],
+    env: Environment,
+    function: Callable[..., Callable[..., np.ndarray]] = function,
+) -> np.ndarray:
     """A tree's values where `env` gives its roots'; roots not in `env` take their own grid. (classes or 1..., points or 1)."""
     waiting = [view]
     while waiting:

@@ -10,15 +10,14 @@ import numpy as np
 from varscale.theory.domain.accuracy import NEGLIGIBLE, ROUGH
 from varscale.theory.domain.axes import Axis
 from varscale.theory.domain.tables import by_type, lift, means_by_type
-from varscale.theory.graph.expressions import Apply, roots_of, swapped
+from varscale.theory.graph.expressions import Apply, roots_of
 from varscale.theory.graph.factors import factors
 from varscale.theory.graph.nodes import Array, Node, View
 from varscale.theory.graph.store import Fact
 from varscale.theory.integrals.hermite_series import WEIGHTS, Z, sobol
 from varscale.theory.integrals.mehler import Series, mehler, on_grid
 from varscale.theory.propagation.cross_moments import cross, dependent, mean_product, strategy
-from varscale.theory.propagation.depthwise import shared_scale
-from varscale.theory.propagation.doubts import mark_average, mark_sums, mark_weights
+from varscale.theory.propagation.doubts import mark_average, mark_depthwise, mark_sums, mark_weights
 from varscale.theory.propagation.latent_correlations import continued, factored, latent_cross, scatter
 from varscale.theory.propagation.marginals import (
     Environment,
@@ -206,10 +205,7 @@ def product_second(f_view: View, g_view: View, frame: Sequence[Axis]) -> np.ndar
         else:
             fi, gj = (_product(side, frame, group.known(fixed)) for side in (group.f, group.g))
             out = out * _mehler(group.variables, fi, gj, frame)
-    for one, other, turn in ((f_view, g_view, False), (g_view, f_view, True)):
-        gain = shared_scale(one, other, frame)
-        if gain is not None:
-            out = out + (swapped(gain, frame) if turn else gain)
+    mark_depthwise(f_view, g_view)
     return out
 
 

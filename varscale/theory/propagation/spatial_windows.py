@@ -54,8 +54,6 @@ def of_places(window: Window, size: int) -> Reader:
 
 @functools.cache
 def _places_apart(reader: Reader, distance: int) -> dict[int, float]:
-    from scipy import signal
-
     first, second = (hits(window, reader.size) for window in (reader.window, reader.other))
     n = len(first) - distance
     if n < 1:
@@ -65,22 +63,13 @@ def _places_apart(reader: Reader, distance: int) -> dict[int, float]:
     ):
         return _at_any_place(reader)  # each reads all there is, of which the mean over all pairs is known
     rows = evenly(n, _ROWS)
-    counts = np.zeros(2 * reader.size - 1)
-    for one, two in ((first[rows], second[rows + distance]), (first[rows + distance], second[rows])):
-        counts += signal.fftconvolve(
-            _tap_counts(one, reader.size), _tap_counts(two, reader.size)[:, ::-1], axes=1
-        ).sum(axis=0)
-    met = np.flatnonzero(counts > 0.5)
-    apart = _distance_level(np.abs(met - (reader.size - 1)))
-    return {int(d): float(counts[met[apart == d]].sum()) / (2 * len(rows)) for d in np.unique(apart)}
-
-
-def _tap_counts(at: np.ndarray, size: int) -> np.ndarray:
-    """How many taps of each window read each place, (windows, size)."""
-    out = np.zeros((len(at), size))
-    p, t = np.nonzero(at >= 0)
-    np.add.at(out, (p, at[p, t]), 1.0)
-    return out
+    pairs = ((first[rows], second[rows + distance]), (first[rows + distance], second[rows]))
+    apart = [
+        np.abs(one[:, :, None] - two[:, None, :])[(one >= 0)[:, :, None] & (two >= 0)[:, None, :]]
+        for one, two in pairs
+    ]
+    met, counts = np.unique(_distance_level(np.concatenate(apart)), return_counts=True)
+    return {int(d): float(n) / (2 * len(rows)) for d, n in zip(met, counts, strict=True)}
 
 
 @functools.cache

@@ -27,7 +27,7 @@ from varscale.theory.graph.linear_nodes import Contract, weight_of
 from varscale.theory.graph.lookups import Gather
 from varscale.theory.graph.nodes import Constant, Node, View
 from varscale.theory.graph.reshapes import Rearranged
-from varscale.theory.graph.store import Fact
+from varscale.theory.graph.store import Fact, once_per_node
 from varscale.theory.propagation.sampler import evenly
 
 _MOST_TOKENS, _MOST_OTHERS = (
@@ -83,34 +83,19 @@ def overlap_before(x: Tokens, y: Tokens) -> float:
 
 
 def _covariance(x: Tokens, y: Tokens) -> float:
-    """What two overlaps have in common.
-
-    What is the later one's own the other cannot have: it is what the later one's sources have in common with the other. Not by
-    recursion: a stream may be a thousand layers long.
-    """
-    graph = x.node.graph
-    known = _OVERLAPS.of(graph)
-    pending = [_pair(x, y)]
-    while pending:
-        later, other = pending[-1]
-        sources, rule = sources_of(later)
-        missing = [(s, s) for s in sources if (s, s) not in known]
-        if not missing:
-            own = [known[s, s] for s in sources]
-            mixture = MIXTURES.once(graph, later, lambda rule=rule, own=own: rule(own))
-            terms = [(w, _pair(other, s)) for w, s in zip(mixture.weights, sources, strict=True) if w]
-            missing = [pair for _, pair in terms if pair not in known]
-            if not missing:
-                own = max(mixture.variance, 0.0) if later == other else _of_given(later, other)
-                known[pending.pop()] = own + sum(w * known[pair] for w, pair in terms)
-        pending += missing
-    return known[_pair(x, y)]
+    """What two overlaps have in common."""
+    # Given numbers were there before all else.
+    later, other = sorted((x, y), key=lambda z: (not is_known_array(z.node), z.node.id, z[1:]), reverse=True)
+    return _shared_with_earlier(later.node, later, other)
 
 
-def _pair(x: Tokens, y: Tokens) -> tuple[Tokens, Tokens]:
-    """The later one first; given numbers were there before all else."""
-    first, second = ((not is_known_array(z.node), z.node.id, z[1:]) for z in (x, y))
-    return (x, y) if first >= second else (y, x)
+@once_per_node
+def _shared_with_earlier(node: Node, later: Tokens, other: Tokens) -> float:
+    """What is the later one's own the other cannot have: it is what the later one's sources have in common with the other."""
+    sources, rule = sources_of(later)
+    mixture = MIXTURES.once(node.graph, later, lambda: rule([_covariance(s, s) for s in sources]))
+    own = max(mixture.variance, 0.0) if later == other else _of_given(later, other)
+    return own + sum(w * _covariance(other, s) for w, s in zip(mixture.weights, sources, strict=True) if w)
 
 
 def _of_given(x: Tokens, y: Tokens) -> float:
@@ -331,7 +316,6 @@ def _overlap_of_apply(x: Tokens, node: Apply) -> tuple[list[Tokens], OverlapRule
     return [y for _, y in found], lambda _: Mixture(tuple(slopes), (1 - min(sum(slopes), 1.0) ** 2) / x.count)
 
 
-_OVERLAPS: Fact[tuple[Tokens, Tokens], float] = Fact()
 MIXTURES: Fact[Tokens, Mixture] = Fact()
 _SOURCES: Fact[Tokens, tuple[list[Tokens], OverlapRule]] = Fact()
 
