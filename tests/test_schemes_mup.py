@@ -235,7 +235,7 @@ def test_laws_may_be_a_scheme_of_the_base():
 
 
 def test_the_base_itself_has_multipliers_of_one():
-    plan = vs.schemes.mup(base=mlp(BASE))(mlp(BASE), X)
+    plan = vs.schemes.mup(base=mlp(BASE)).at_any_width(mlp(BASE), X)
     assert all(leaf.multipliers == () for leaf in plan)
     assert plan.requirements == ()
 
@@ -251,6 +251,8 @@ def test_the_spectral_condition():
 
 BAD = [
     (lambda: vs.schemes.mup(base=mlp(128))(mlp(64), X), ValueError, "base must be narrower"),
+    (lambda: vs.schemes.mup(base=mlp(64))(mlp(64), X), ValueError, "base must be narrower than the model, and it has the same"),
+    (lambda: vs.schemes.completep(base=Net(16))(Net(16), IDS), ValueError, "narrower than the model or less deep"),
     (
         lambda: vs.schemes.mup(base=Net(16, tied=True), table=3)(Net(64, tied=True), IDS),
         ValueError,

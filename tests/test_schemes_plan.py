@@ -209,3 +209,30 @@ def test_predict_under_a_plan():
     assert mapped.output.second_moment == 0
     with pytest.raises(ValueError, match="another model"):
         vs.predict(NET, X, scheme=plan)
+
+
+def test_a_scheme_that_is_not_applied_yet_serves_wherever_its_plan_does():
+    x = jax.ShapeDtypeStruct((4, 16), jnp.float32)
+    scheme, plan, key = vs.schemes.he(), vs.schemes.he()(NET, X), jax.random.key(0)
+    assert vs.predict(NET, X, scheme=scheme).rows == vs.predict(NET, X, scheme=plan).rows
+    one, other = (vs.initialize(NET, key, X, scheme=chosen) for chosen in (scheme, plan))
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+    lacks = vs.audit(Decoder(), IDS, scheme=vs.schemes.deepnorm()).findings
+    assert [f for f in lacks if f.code == "VS125"]
+    params = {"w": vs.Moments(0.0, 1.0, shape=(16, 4))}
+    found = vs.predict(lambda p, x: x @ p["w"], x, params=params, scheme=vs.schemes.lecun(), backward=False)
+    assert found.output.second_moment == pytest.approx(1)
+    with pytest.raises(ValueError, match="x must be given with the scheme"):
+        vs.initialize(nnx_decoder, key, scheme=scheme)
+    with pytest.raises(TypeError, match=r"the plan of a scheme: scheme\(model, x\)"):
+        vs.reinitialize(drawn(), scheme, key)
+
+
+def test_a_module_may_be_called_value():
+    class Attention(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(8, name="value")(x)
+
+    laws = vs.predict(Attention(), X, scheme={"value/kernel": vs.zeros}, backward=False).weights
+    assert [weight.path for weight in laws] == ["value/bias", "value/kernel"]

@@ -109,7 +109,7 @@ def final_losses(model: nn.Module, scheme: Any, task: Task, keys: Array, rates: 
       rates: learning rates.
     """
     inputs, targets = jnp.asarray(task.inputs), jnp.asarray(task.targets)
-    plan = None if scheme is None else scheme(model, inputs[:1])
+    plan = None if scheme is None else scheme.at_any_width(model, inputs[:1])
     drawn = [vs.initialize(model, key, inputs[:1], scheme="declared" if plan is None else plan)["params"] for key in keys]
     params = jax.tree.map(lambda *xs: jnp.stack(xs), *drawn)
 

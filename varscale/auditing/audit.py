@@ -18,6 +18,7 @@ from varscale.auditing.findings import Audit, Finding, ordered, silenced
 from varscale.auditing.leaves import check_finite, summary
 from varscale.auditing.losses import check_loss, check_prior, checked_labels, cross_entropy
 from varscale.auditing.parameters import check_laws, checked, of_weight
+from varscale.initialization.laws import applied
 from varscale.measuring.probe import probe
 from varscale.programs import faces
 from varscale.programs.trees import open_tree
@@ -62,8 +63,8 @@ def audit(
         fresh: whether `params` were just drawn; False for trained ones, of which laws and scales are no finding.
         key: a key to draw the parameters with, by the model's own init.
         ignore: codes ("VS104"), or codes with a glob over paths ("VS101:blocks/*/head"), to leave out.
-        scheme: the laws to audit in place of the model's own, as `vs.initialize` takes them: a `vs.Plan`, what of which the
-            program lacks is a finding, or a mapping from path patterns to initializers.
+        scheme: the laws to audit in place of the model's own, as `vs.initialize` takes them: a `vs.Plan` or a scheme, what of
+            which the program lacks is a finding, or a mapping from path patterns to initializers.
         method: the method to audit in place of `__call__`.
 
     Raises:
@@ -77,7 +78,9 @@ def audit(
     >>> print(found.findings[0].code, found.findings[0].level, found.findings[0].path)
     VS101 error layers_4
     """
-    report, found = traced(model, x, params if _holds_no_laws(model) else None, fresh, scheme, method)
+    given = params if _holds_no_laws(model) else None
+    scheme = applied(scheme, model, x, params=given, method=method)
+    report, found = traced(model, x, given, fresh, scheme, method)
     if key is not None and params is None:
         params = drawn(model, key, x, method)
     if params is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from varscale.initialization.laws import applied
 from varscale.initialization.outline import outline
 from varscale.initialization.tracing import trace
 
@@ -33,7 +34,8 @@ def initialize(
         model: a linen module, or an nnx factory `lambda rngs: Net(..., rngs=rngs)` (which needs no x).
         key: a PRNG key, or a mapping from the name of a random stream to its key.
         x: one input (arrays or `jax.ShapeDtypeStruct`s, any pytree of them), or `vs.inputs(*args, **kwargs)`.
-        scheme: "declared"; a `vs.Plan`, which has a law for every parameter; a mapping from path patterns to initializers, of
+        scheme: "declared"; a `vs.Plan`, which has a law for every parameter, or a scheme that makes one of model and x, such
+            as `vs.schemes.gpt2()`; a mapping from path patterns to initializers, of
             which the first that matches counts, and what none matches keeps its declared law; or a function of
             (path, shape, dtype) to an initializer or None. Paths are those of
             parameters without linen's "params/". A pattern that names a module lays a law that needs fans on its weights alone,
@@ -65,6 +67,7 @@ def initialize(
     >>> bool((variables["params"]["kernel"] == theirs["params"]["kernel"]).all())
     True
     """
+    scheme = applied(scheme, model, x, method=method)
     traced = trace(model, key, x, method)
     plan = outline(traced, key, scheme=scheme, dtype=dtype, out_shardings=out_shardings, given=given, exact=exact)
     result = plan.draw(key)

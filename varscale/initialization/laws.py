@@ -46,6 +46,24 @@ class Laid:
     of_leaf: bool = False
 
 
+def is_unapplied(scheme: Any) -> bool:
+    """Whether it is a scheme, such as `vs.schemes.gpt2()`, that has not been applied to a model yet."""
+    return callable(scheme) and isinstance(getattr(scheme, "call", None), str)
+
+
+def applied(scheme: Any, model: Any, x: Any, *, params: Any = None, method: str | None = None) -> Any:
+    """The plan of a scheme that is not applied to a model yet; anything else as it is.
+
+    Raises:
+        ValueError: there is no input, by which the scheme reads what the model does with its parameters.
+    """
+    if not is_unapplied(scheme):
+        return scheme
+    if x is None:
+        raise ValueError(f"x must be given with the scheme {scheme.call}, which reads what the model does with its parameters")
+    return scheme(model, x, params=params, method=method)
+
+
 def laid(scheme: Any, leaves: Sequence[tuple[str, tuple[int, ...], np.dtype, bool]], argument: str) -> list[Laid | None]:
     """The law that a scheme lays on each leaf; None where it leaves the leaf alone.
 
@@ -64,6 +82,8 @@ def laid(scheme: Any, leaves: Sequence[tuple[str, tuple[int, ...], np.dtype, boo
         return _by_pattern(scheme, leaves, argument)
     if hasattr(scheme, "laws_of"):
         return _by_plan(scheme, leaves)
+    if is_unapplied(scheme):
+        raise TypeError(f"{argument} must be the plan of a scheme: scheme(model, x), not {scheme.call} alone")
     if not callable(scheme):
         raise TypeError(
             f"{argument} must be 'declared', a vs.Plan, a mapping from path patterns to initializers or a function of "

@@ -17,6 +17,7 @@ import numpy as np
 from varscale.initialization import orbax_sessions
 from varscale.initialization.account import Account, is_rng_key
 from varscale.initialization.journal import Journal, Progress
+from varscale.initialization.laws import applied
 from varscale.initialization.outline import Outline, outline
 from varscale.initialization.tracing import trace
 from varscale.initializers.sampling import checked_key
@@ -66,6 +67,7 @@ def initialize_to_checkpoint(
         raise ValueError(f"memory_limit must be a positive number of bytes, not {memory_limit!r}")
     if jax.process_count() > 1:
         raise RuntimeError("initialize_to_checkpoint writes from one process, and jax runs on several")
+    scheme = applied(scheme, model, x, method=method)
     plan = outline(trace(model, key, x, method), key, scheme=scheme, dtype=dtype)
     writer = _Writer(Path(path), plan, key, int(memory_limit))
     writer.check()

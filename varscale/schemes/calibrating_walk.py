@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from varscale.initializers.distributions import DistributionName
+from varscale.programs.marks import MODULE
 from varscale.schemes.plan import PlannedLeaf
 from varscale.schemes.scheme import spread
 from varscale.theory.graph.layout import Value
@@ -29,6 +30,7 @@ from varscale.usage.parameters import named_leaves
 from varscale.usage.values import View
 from varscale.usage.walk import Walk
 
+Place = tuple[int, tuple[int, ...]]  # number of a use, steps of loops over layers
 Direction = Literal["forward", "backward", "both"]
 _TRIES = 30  # of a scale beside a bias
 _CLOSE = 2e-7  # to the target, relative: float32 has no more
@@ -66,6 +68,7 @@ class Set(NamedTuple):
         typical: the typical second moment of the product, scaled.
         reach: the factor by which 99 % of draws differ from it at most.
         is_exact: whether its moments follow without draws and approximations.
+        row: the row that a prediction has for what it makes; None where that is no module's output.
     """
 
     kernel: Kernel
@@ -76,6 +79,12 @@ class Set(NamedTuple):
     typical: float
     reach: float
     is_exact: bool
+    row: str | None = None
+
+    @property
+    def place(self) -> Place:
+        """The use, and the layer."""
+        return self.kernel.number, self.steps
 
 
 class Places(NamedTuple):
@@ -150,9 +159,17 @@ class Calibrating(Interpreter):
         biased: kernels beside whose bias no scale gives the sum the target -> the second moment of the bias.
     """
 
-    def __init__(self, target: float, direction: Direction, tied: Mapping[str, float], laws: Laws):
+    def __init__(
+        self,
+        target: float,
+        direction: Direction,
+        tied: Mapping[str, float],
+        laws: Laws,
+        corrections: Mapping[Place, float],
+    ):
         super().__init__()
-        self._laws = laws
+        self._laws, self._corrections = laws, corrections
+        self._rows: dict[str, int] = {}
         self.places = Places({}, frozenset())
         self.found: list[Set] = []
         self.biased: dict[str, float] = {}
@@ -168,6 +185,8 @@ class Calibrating(Interpreter):
             place = tuple(self._around)
         finally:
             self._around.pop()
+        if eqn.primitive.name == "name" and eqn.params["name"].startswith(MODULE) and isinstance(outs[0], Value):
+            self._named(eqn.params["name"].removeprefix(MODULE).split("|")[0], outs[0])
         if place in self.places.biases and isinstance(outs[0], Value):
             return [self._with_bias(ins, outs[0])]
         kernel = self.places.kernels.get(place)
@@ -176,6 +195,18 @@ class Calibrating(Interpreter):
         x = ins[1 - kernel.use.operand]
         return [self._scaled(kernel, outs[0], x if isinstance(x, Value) else None)]
 
+    def _named(self, path: str, out: Value) -> None:
+        """Note the row of a product, if a module puts it out."""
+        path += "".join(f"@{step}" for step in self.steps)
+        count = self._rows[path] = self._rows.get(path, -1) + 1
+        at, _ = self._bare.get(out.node.id, (None, out))
+        if at is not None and self.found[at].row is None:  # the modules around it come later
+            self.found[at] = self.found[at]._replace(row=path + f"#{count}" * (count > 0))
+
+    def _goal(self, kernel: Kernel, steps: tuple[int, ...]) -> float:
+        """The second moment that a product is to have here, so that a prediction finds the target."""
+        return self._target * self._corrections.get((kernel.number, steps), 1.0)
+
     def _scaled(self, kernel: Kernel, out: Value, x: Value | None) -> Value:
         """The product, with the kernel's standard deviation set."""
         second, typical, (low, high) = of_one_draw(out.node)
@@ -183,7 +214,8 @@ class Calibrating(Interpreter):
             return out
         is_exact = provenance(out.node)[0] == "exact"
         reach = max(high / typical, typical / low if low > 0 else math.inf)
-        forward = math.sqrt(self._target / typical)
+        steps = tuple(self.steps) if kernel.layer_axis is not None else ()
+        forward = math.sqrt(self._goal(kernel, steps) / typical)
         backward = None if self._direction == "forward" or x is None else self._backward(kernel, x)
         if backward is None or self._direction == "forward":
             scale = forward
@@ -191,7 +223,6 @@ class Calibrating(Interpreter):
             scale = backward if self._direction == "backward" else math.sqrt(forward * backward)
         if kernel.is_tied:
             scale = self._tied.get(kernel.path, scale)
-        steps = tuple(self.steps) if kernel.layer_axis is not None else ()
         applied = self._laws.applied(kernel, scale)
         self.found.append(Set(kernel, steps, scale, forward, backward, applied**2 * typical, reach, is_exact))
         made = affine(out.node, applied, 0.0)
@@ -208,20 +239,21 @@ class Calibrating(Interpreter):
             made = self.found[at]
             if other.constant == 0 or made.kernel.is_tied or self._direction != "forward":
                 continue
-            scale, bare = made.scale, out
+            scale, bare, goal = made.scale, out, self._goal(made.kernel, made.steps)
             for _ in range(_TRIES):
                 applied = self._laws.applied(made.kernel, scale)
                 scaled = Value(affine(product.node, applied, 0.0), product.dims)
                 out = self.elementwise("add", scaled, other)
                 typical = of_one_draw(out.node)[1]
-                own = typical - applied**2 * self._target / made.forward**2
-                if abs(typical / self._target - 1) < _CLOSE:
+                own = typical - applied**2 * goal / made.forward**2
+                if abs(typical / goal - 1) < _CLOSE:
                     break
-                if own >= self._target:  # no scale does it: the product alone has the target
+                if own >= goal:  # no scale does it: the product alone has the target
                     self.biased[made.kernel.path] = own
                     return bare
-                scale = made.forward * math.sqrt(1 - own / self._target)
+                scale = made.forward * math.sqrt(1 - own / goal)
             self.found[at] = made._replace(scale=scale, forward=scale)
+            self._bare[out.node.id] = at, product
             self._products[made.kernel.number] = out.node
             return out
         return out

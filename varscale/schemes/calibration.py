@@ -7,7 +7,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
 from varscale.initializers.distributions import DistributionName
@@ -16,19 +15,18 @@ from varscale.initializers.initializer import checked_number
 from varscale.initializers.structured import Constant
 from varscale.programs import faces
 from varscale.programs.patterns import Pattern, rows_caught
-from varscale.schemes.calibrating_walk import Calibrating, Direction, Laws, Set, places_of
+from varscale.schemes.calibrating_walk import Calibrating, Direction, Laws, Place, Set, places_of
 from varscale.schemes.laws import graded
 from varscale.schemes.plan import Plan, PlannedLeaf
 from varscale.schemes.scheme import Choice, Scheme, Subject, spread
-from varscale.theory.domain.tables import Moments
-from varscale.theory.interpreter.parameters import is_function
+from varscale.theory.interpreter.parameters import abstract
 from varscale.theory.interpreter.predict import predict, walkable
 from varscale.usage.parameters import ParameterUses
 
 _DIRECTIONS = ("forward", "backward", "both")
 _WALKS = 30  # over a model with tied kernels
 _CLOSE = 1e-9  # of the logarithm of a tied kernel's mean
-_CHECKS = 6  # predictions under the plan, where parts of it are drawn
+_CHECKS = 6  # predictions under the plan, where parts of it are drawn or approximated
 _OFF = 5e-7  # of the target
 _WIDE = 4.0  # a factor that a single draw may be off before the plan warns
 _KERNELS = frozenset({"input", "hidden", "readout", "depthwise", "expert"})
@@ -96,52 +94,58 @@ def calibrate(
     words = f"calibrate(target={target:g}, direction={direction!r})"
     base, kept = _unit_plan(words, model, x, rows, distribution, params, method)
     program, given, laws = faces.program(model, method=method), faces.as_inputs(x), Laws(distribution)
-    tied = _Tied()
-    found: list[Set] = []
-    biased: dict[str, float] = {}
-    for _ in range(_WALKS):
-        interpreter = Calibrating(target, direction, tied.scales, laws)
-        walked = walkable(interpreter, program, given, params, base)
-        interpreter.places = places_of(walked, {leaf.path: leaf for leaf in base if leaf.why == _CHOSEN})
-        walked.run(interpreter)
-        found, biased = interpreter.found, interpreter.biased
-        missing = {leaf.path for leaf in base if leaf.why == _CHOSEN} - {one.kernel.path for one in found}
-        if missing:  # the others are calibrated with these as they are
-            base = dataclasses.replace(base, leaves=tuple(kept[leaf.path] if leaf.path in missing else leaf for leaf in base))
-        elif tied.settled(found, target):
-            break
-
-    def planned(sets: Sequence[Set]) -> Plan:
-        leaves = tuple(_planned(leaf, sets, target, distribution) if leaf.why == _CHOSEN else leaf for leaf in base)
-        return dataclasses.replace(base, leaves=leaves, notes=(*base.notes, *_warnings(sets, biased)))
-
-    plan = planned(found)
-    if direction != "forward" or all(one.is_exact for one in found):
-        return plan
+    tied, corrections = _Tied(), dict[Place, float]()
+    best: tuple[float, Plan] | None = None
     for _ in range(_CHECKS):
+        found, biased = [], {}
+        for _ in range(_WALKS):
+            interpreter = Calibrating(target, direction, tied.scales, laws, corrections)
+            walked = walkable(interpreter, program, given, params, base)
+            interpreter.places = places_of(walked, {leaf.path: leaf for leaf in base if leaf.why == _CHOSEN})
+            walked.run(interpreter)
+            found, biased = interpreter.found, interpreter.biased
+            missing = {leaf.path for leaf in base if leaf.why == _CHOSEN} - {one.kernel.path for one in found}
+            if missing:  # the others are calibrated with these as they are
+                leaves = tuple(kept[leaf.path] if leaf.path in missing else leaf for leaf in base)
+                base = dataclasses.replace(base, leaves=leaves)
+            elif tied.settled(found, target, corrections):
+                break
+        leaves = tuple(_planned(leaf, found, target, distribution) if leaf.why == _CHOSEN else leaf for leaf in base)
+        plan = dataclasses.replace(base, leaves=leaves, notes=(*base.notes, *_warnings(found, biased)))
+        if direction != "forward" or all(one.is_exact for one in found):
+            return plan
         report = predict(model, x, params=params, scheme=plan, backward=False, method=method)
-        first = _first_off({row.path: row.typical for row in report.rows}, found, target, biased)
-        if first is None:
+        ratios = _ratios({row.path: row.typical for row in report.rows}, found, target, biased)
+        off = max((abs(ratio - 1) for ratio in ratios.values()), default=0.0)
+        if best is None or off < best[0]:
+            best = off, plan
+        if off <= _OFF:
             break
-        k, ratio = first
-        found[k] = found[k]._replace(scale=found[k].scale * ratio)
-        plan = planned(found)
-    return plan
+        corrections |= {place: corrections.get(place, 1.0) / ratio for place, ratio in ratios.items()}
+    assert best is not None
+    return best[1]
 
 
-def _first_off(
+def _ratios(
     typicals: Mapping[str, float | None], found: Sequence[Set], target: float, biased: Mapping[str, float]
-) -> tuple[int, float] | None:
-    """The first product whose row, under the plan, is not the target, and the factor that its scale lacks; None for none.
+) -> dict[Place, float]:
+    """By how much each product's row, under the plan, is more than the target.
 
-    Where the walk draws a part of the program, or doubts a number, the plan's own prediction may draw it otherwise.
+    Where the walk draws a part of the program, or doubts a number, the plan's own prediction may draw it otherwise. Of a tied
+    kernel it is the geometric mean over its uses, if all of them have rows.
     """
-    for k, one in enumerate(found):
-        module = one.kernel.path.rpartition("/")[0] + "".join(f"@{step}" for step in one.steps)
-        typical = typicals.get(module)
-        if typical and not one.kernel.is_tied and one.kernel.path not in biased and abs(typical / target - 1) > _OFF:
-            return k, math.sqrt(target / typical)
-    return None
+    logs: dict[str, list[tuple[Place, float | None]]] = {}
+    for one in found:
+        typical = None if one.row is None else typicals.get(one.row)
+        if one.kernel.path not in biased:
+            group = one.kernel.path if one.kernel.is_tied else f"{one.kernel.path}@{one.place}"
+            logs.setdefault(group, []).append((one.place, math.log(typical / target) if typical else None))
+    ratios: dict[Place, float] = {}
+    for group in logs.values():
+        told = [log for _, log in group if log is not None]
+        if len(told) == len(group):
+            ratios |= {place: math.exp(sum(told) / len(told)) for place, _ in group}
+    return ratios
 
 
 _CHOSEN = "calibrated"
@@ -167,23 +171,11 @@ def _unit_plan(
         declared[subject.uses.path] = subject.declared
         return Choice(spread(distribution, subject.fan_in**-0.5), _CHOSEN)
 
-    base = Scheme(words, rule)(model, x, params=_shapes(params), method=method)
+    base = Scheme(words, rule)(model, x, params=abstract(params), method=method)
     if not any(leaf.why == _CHOSEN for leaf in base):
         raise ValueError("model has no kernel whose variance could be set: none multiplies an activation outside of a loop")
     why = "as declared: what it makes is zero, or predicted by draws of a whole; vs.lsuv rescales it"
     return base, {path: dataclasses.replace(base[path], law=law, why=why) for path, law in declared.items()}
-
-
-def _shapes(params: Any) -> Any:
-    """The parameters of a plain function, as abstract arrays."""
-    if is_function(params):
-        return jax.eval_shape(params, jax.random.key(0))
-    described = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if isinstance(leaf, Moments) else leaf,
-        params,
-        is_leaf=lambda leaf: isinstance(leaf, Moments),
-    )
-    return None if params is None else described
 
 
 def _kept(parameter: ParameterUses) -> str | None:
@@ -206,7 +198,7 @@ class _Tied:
         self._slopes: dict[str, float] = {}
         self._last: dict[str, tuple[float, float]] = {}
 
-    def settled(self, found: Sequence[Set], target: float) -> bool:
+    def settled(self, found: Sequence[Set], target: float, corrections: Mapping[Place, float]) -> bool:
         """Whether they are right; sets the next ones."""
         by_path: dict[str, list[Set]] = {}
         for one in found:
@@ -214,7 +206,7 @@ class _Tied:
                 by_path.setdefault(one.kernel.path, []).append(one)
         done = True
         for path, sets in by_path.items():
-            level = float(np.mean([0.5 * math.log(one.typical / target) for one in sets]))
+            level = float(np.mean([0.5 * math.log(one.typical / (target * corrections.get(one.place, 1.0))) for one in sets]))
             scale = self.scales.get(path, sets[0].scale)
             first = path not in self.scales
             if first:  # in the first walk each use had a scale of its own

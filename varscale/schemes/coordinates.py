@@ -22,7 +22,7 @@ from varscale.programs import faces
 from varscale.programs.patterns import Pattern
 from varscale.schemes.coordinate_table import CoordinateCheck, CoordinateRow
 from varscale.schemes.parametrization import Kind
-from varscale.schemes.relative import ATTENTION
+from varscale.schemes.relative import ATTENTION, Relative
 from varscale.schemes.scores import with_scores
 from varscale.usage.parameters import named_leaves
 from varscale.usage.table import uses
@@ -139,7 +139,8 @@ def _plan_of(plan: Any, width: int, model: Any, x: Any, method: str | None) -> A
         )
     if not callable(plan):
         raise TypeError(f"plan must be a scheme, a mapping from widths to plans, or 'declared', not {plan!r}")
-    return plan(model, x, method=method)
+    make = plan.at_any_width if isinstance(plan, Relative) else plan
+    return make(model, x, method=method)
 
 
 class _Run:

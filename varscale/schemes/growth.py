@@ -75,6 +75,11 @@ class Grown:
     base: Any
     base_uses: Uses | None
 
+    @property
+    def grows(self) -> bool:
+        """Whether some parameter is larger than the base's."""
+        return any(leaf.uses.shape != leaf.base_shape for leaf in self.leaves)
+
 
 def grown(model: Any, x: Any, base: Any, *, scheme: str, params: Any = None, method: str | None = None) -> Grown:
     """Compare a model with its base.

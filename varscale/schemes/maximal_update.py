@@ -104,7 +104,7 @@ def completep(
         return parametrization.completep(leaf.growth, both.depth, alpha, leaf.place)
 
     words = f"completep(base={in_words(base)}, alpha={alpha:g}, multipliers={multipliers!r})"
-    return Relative(words, base, scaling, form, checked_laws(laws, "completep"), attention)
+    return Relative(words, base, scaling, form, checked_laws(laws, "completep"), attention, of_depth=True)
 
 
 def spectral(*, distribution: DistributionName = "normal") -> Scheme:

@@ -36,6 +36,7 @@ class Relative:
             of the comparison.
         laws: a scheme for the base; "declared" for the model's own laws.
         attention: whether scores are to be divided by the head's size.
+        of_depth: whether it is about depth too.
         notes: what holds for every plan of it.
     """
 
@@ -45,6 +46,7 @@ class Relative:
     form: Callable[[Grown], Multipliers] = dataclasses.field(repr=False)
     laws: Any = dataclasses.field(repr=False)
     attention: bool
+    of_depth: bool = False
     notes: tuple[str, ...] = ()
 
     def __call__(self, model: Any, x: Any, *, params: Any = None, method: str | None = None) -> Plan:
@@ -61,8 +63,20 @@ class Relative:
             ValueError: the base is no narrower model of the same kind, a tied parameter has no form without a multiplier in the
                 program, or the law of a parameter cannot be read.
         """
+        return self._plan(model, x, params, method, needs_growth=True)
+
+    def at_any_width(self, model: Any, x: Any, *, params: Any = None, method: str | None = None) -> Plan:
+        """The same, of a model that may be the base itself too: all its multipliers are 1."""
+        return self._plan(model, x, params, method, needs_growth=False)
+
+    def _plan(self, model: Any, x: Any, params: Any, method: str | None, *, needs_growth: bool) -> Plan:
         name = self.call.partition("(")[0]
         both = grown(model, x, self.base, scheme=name, params=params, method=method)
+        if needs_growth and not both.grows and not (self.of_depth and both.depth > 1):
+            raise ValueError(
+                f"{name}: base must be narrower than the model{' or less deep' * self.of_depth}, and it has the same shapes: "
+                f"where a sweep has the base itself too, use {name}(...).at_any_width(model, x)"
+            )
         form = self.form(both)
         scalings = {leaf.path: self.scaling(leaf, both) for leaf in both.leaves}
         requirements = list(_of_outputs(both, scalings, form, name))

@@ -31,8 +31,10 @@ _FACTORY_SEED = 0
 
 def path_string(path: Any) -> str:
     """A parameter's path joined with "/", the collection "params" left out."""
-    parts = [str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", k)))) for k in path]
-    parts = [p for p in parts if p != "value"]
+    keys = [
+        k for k in path if not (isinstance(k, jax.tree_util.GetAttrKey) and k.name == "value")
+    ]  # of boxes
+    parts = [str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", k)))) for k in keys]
     return "/".join(parts[1:] if parts and parts[0] == "params" else parts)
 
 
@@ -162,6 +164,17 @@ def _laid_parameter(interpreter: Interpreter, law: Any, struct: Any, number: int
     traced = jax.make_jaxpr(lambda: law(jax.random.key(number), shape, dtype))()
     (out,) = interpreter.run(traced.jaxpr, traced.consts, [])
     return as_weight(interpreter, out)
+
+
+def abstract(params: Any) -> Any:
+    """The parameters of a plain function, given as `predict` takes them, as abstract arrays; None for None."""
+    if is_function(params):
+        return jax.eval_shape(params, jax.random.key(_FACTORY_SEED))
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if isinstance(leaf, Moments) else leaf,
+        params,
+        is_leaf=lambda leaf: isinstance(leaf, Moments),
+    )
 
 
 def _is_law(x: Any) -> bool:

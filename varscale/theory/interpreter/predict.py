@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from varscale.initialization.laws import applied
 from varscale.programs import faces
 from varscale.programs.faces import Inputs, Program
 from varscale.report import Report
@@ -23,6 +24,7 @@ from varscale.theory.graph.nodes import Graph, Leaf
 from varscale.theory.interpreter.draws import beside_draws
 from varscale.theory.interpreter.interpreter import Interpreter
 from varscale.theory.interpreter.parameters import (
+    abstract,
     given_parameters,
     init_laws,
     is_function,
@@ -67,8 +69,8 @@ def predict(
             true); `vs.Moments`: as given.
         params: None: the laws that the model's own init draws from. A tree of arrays: their moments are measured. A tree of
             initializers or of variances: those. For a plain function also a traceable function of a key that returns the tree.
-        scheme: laws in place of the model's own, as `vs.initialize` takes them: a `vs.Plan`, or a mapping from path patterns to
-            initializers. Laws of a mapping are of whole leaves here.
+        scheme: laws in place of the model's own, as `vs.initialize` takes them: a `vs.Plan`, a scheme, or a mapping from path
+            patterns to initializers. Laws of a mapping are of whole leaves here.
         backward: whether to predict the gradients too.
         detail: "modules": a row a module, or, of a plain function, a row a `jax.named_scope` block; "equations": besides one
             for every equation that computes floating-point numbers, "Dense_0/dot_general"; names of primitives, such as
@@ -97,6 +99,7 @@ def predict(
     if draws is not None and (isinstance(draws, bool) or not isinstance(draws, int) or draws < 2):
         raise ValueError(f"draws must be None or a whole number of networks, 2 or more, not {draws!r}")
     given = faces.as_inputs(x)
+    scheme = applied(scheme, model, given, params=abstract(params), method=method)
     report = _predicted(
         faces.program(model, method=method), given, params, scheme, backward=backward, detail=detail
     )
