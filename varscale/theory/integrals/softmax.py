@@ -143,7 +143,7 @@ def weight_moments(
     measure = np.exp(members @ log_phi) * _STEP  # the powers of u are in x: what is left of du is d ln u
 
     def one(f: np.ndarray) -> np.ndarray:
-        return (measure @ f.T)[rows, place]
+        return np.einsum("ru,rku->rk", measure, f[place])
 
     def two(f: np.ndarray) -> np.ndarray:
         return (f[place] * measure[:, None]) @ np.swapaxes(f[place], -1, -2)
