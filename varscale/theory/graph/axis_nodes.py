@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Hashable
 
 import numpy as np
 
@@ -57,11 +58,11 @@ class Concat(Node):
         return out
 
 
-_MAPS: Fact[str, AxisMap] = Fact()  # by a digest of what is in them
+_MAPS: Fact[Hashable, AxisMap] = Fact()  # by a digest of the entries, and the axes
 
 
 class AxisMapped(Node):
-    """y_p = Σ_i A_pi x_i along one axis; `params` is (axis, digest of the map)."""
+    """y_p = Σ_i A_pi x_i along one axis; `params` is (axis, key of the map)."""
 
     @property
     def axis_map(self) -> AxisMap:
@@ -83,6 +84,7 @@ def mapped(node: Node, k: int, axis_map: AxisMap) -> AxisMapped:
     """
     entries = [np.ascontiguousarray(x) for x in (axis_map.rows, axis_map.columns, axis_map.weights)]
     digest = hashlib.sha1(b"".join(x.tobytes() for x in entries)).hexdigest()
-    _MAPS.put(node.graph, digest, axis_map)
+    key = (digest, axis_map.out, axis_map.inner)
+    _MAPS.put(node.graph, key, axis_map)
     axes = (*node.axes[:k], axis_map.out, *node.axes[k + 1 :])
-    return node.graph.make(AxisMapped, axes, [View(node, tuple(range(len(axes))))], (k, digest))
+    return node.graph.make(AxisMapped, axes, [View(node, tuple(range(len(axes))))], (k, key))
