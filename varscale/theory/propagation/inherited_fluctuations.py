@@ -24,6 +24,7 @@ from varscale.theory.propagation.marginals import concentrated, evaluate, indepe
 from varscale.theory.propagation.scale_responses import response_curve, responses
 
 _FORGOTTEN = 1e-5  # a ratio below which what fluctuates is not handed on: a norm's, but for its epsilon
+_EXCESS_ROUNDING = 1e-12  # what rounding leaves of a relative variance that is zero
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,7 +234,8 @@ def _fresh(node: Node, over: tuple[int, ...]) -> float:
     # Places that are held are what they are: that some are larger than others is no chance.
     varied = np.where(squares > 0, pairs / np.maximum(squares, 1e-150) ** 2, 1.0)
     held = [axis for k, axis in enumerate(node.axes) if k not in axes]
-    return max(float(over_classes(varied, held)) - 1.0, 0.0)
+    excess = float(over_classes(varied, held)) - 1.0
+    return excess if excess > _EXCESS_ROUNDING else 0.0
 
 
 def _rearranged(node: Node, axes: set[int]) -> tuple[Node, tuple[int, ...]] | None:
