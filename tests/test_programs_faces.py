@@ -73,14 +73,33 @@ def test_tuple_of_integers_is_a_shape():
     assert vs.predict(Linear(), (4, 8)).rows == vs.predict(Linear(), X).rows
 
 
-def test_unbound_axis_name_says_what_to_do():
-    class Synchronised(nn.Module):
-        @nn.compact
-        def __call__(self, x):
-            return nn.BatchNorm(use_running_average=False, axis_name="batch")(nn.Dense(8)(x))
+class Synchronised(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Dense(8)(x)
+        x = nn.BatchNorm(use_running_average=False, axis_name="batch")(x)
+        return x if self.is_initializing() else x / jax.lax.psum(1, "model")
 
-    with pytest.raises(ValueError, match=r"unbound axis name: batch.*axis_name=\.\.\."):
-        vs.predict(Synchronised(), X)
+
+class SynchronisedNnx(nnx.Module):
+    def __init__(self, rngs):
+        self.linear = nnx.Linear(8, 8, rngs=rngs)
+        self.norm = nnx.BatchNorm(8, axis_name="batch", rngs=rngs)
+
+    def __call__(self, x):
+        return self.norm(self.linear(x))
+
+
+@pytest.mark.parametrize("model", [Synchronised(), SynchronisedNnx])
+def test_mapped_axis_that_nothing_binds_has_one_device(model):
+    x = jax.random.normal(jax.random.key(0), (16, 8))
+    predicted = vs.predict(model, x)
+    drawn = vs.initialize(model, jax.random.key(1), x)
+    measured = vs.probe(model, drawn, x) if isinstance(model, nn.Module) else vs.probe(drawn, None, x)
+    assert [row.path for row in measured.rows] == [row.path for row in predicted.rows]
+    assert measured.rows[-1].second_moment == pytest.approx(1, abs=1e-2)
+    assert predicted.rows[-1].second_moment == pytest.approx(1, abs=2e-2)
+    assert vs.uses(model, x).muon_dimension_numbers() is not None
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["kernel", "inner"], meta_fields=[])

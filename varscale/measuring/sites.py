@@ -94,12 +94,12 @@ def sub_jaxprs(eqn: Any) -> list[Any]:
     return [part for value in inside for part in (value if isinstance(value, tuple | list) else (value,))]
 
 
-def plan(jaxpr: Any, marks: Sequence[Mark], weights: Sequence[bool], rows: Pattern | Sequence[Pattern]) -> Plan:
+def plan(jaxpr: Any, marks: Sequence[Mark | None], weights: Sequence[bool], rows: Pattern | Sequence[Pattern]) -> Plan:
     """The sites of a traced program.
 
     Args:
         jaxpr: the program.
-        marks: the marks of its tape.
+        marks: the marks of its tape; None of those in calls that failed.
         weights: of each of its inputs, whether it is a parameter: a scan over parameters is one over layers.
         rows: patterns of the rows that are measured.
 
@@ -135,7 +135,7 @@ class _Around:
 class _Survey:
     """A walk through a program in execution order."""
 
-    def __init__(self, marks: Sequence[Mark]):
+    def __init__(self, marks: Sequence[Mark | None]):
         self.marks = marks
         self.plan = Plan()
         self.replaced: set[Place] = set()
@@ -195,6 +195,8 @@ class _Survey:
         aval = eqn.outvars[0].aval
         shape, dtype = tuple(aval.shape), str(aval.dtype)
         mark, value = self.marks[number], self._values.get(number)
+        if mark is None:
+            return
         inside = around.layers, around.averaged, around.conditional
         if what == "value":
             if value is not None and around.recomputed:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from varscale.programs import mapped_axes
 from varscale.programs.calls import Call, recorder, recording
 from varscale.programs.linen_models import linen_program
 from varscale.programs.marks import Marking, field_path
@@ -53,6 +54,10 @@ def program(model: Any, *, method: str | None = None) -> Program:
         TypeError: `model` is none of these.
         ValueError: it has no such method.
     """
+    return mapped_axes.bound(_program(model, method))
+
+
+def _program(model: Any, method: str | None) -> Program:
     name = method or "__call__"
     if isinstance(model, nn.Module):
         if not callable(getattr(model, name, None)):
@@ -63,7 +68,7 @@ def program(model: Any, *, method: str | None = None) -> Program:
             raise ValueError(f"method must name a method of {type(model).__name__}, not {method!r}")
         return instance_program(model, name)
     if isinstance(getattr(model, "module", None), nn.Module):
-        return program(model.module, method=method)
+        return _program(model.module, method)
     if callable(model) and (build := _factory(model)) is not None:
         return factory_program(build, name)
     made = model.func if isinstance(model, functools.partial) else model

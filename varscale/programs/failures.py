@@ -13,7 +13,5 @@ def told(error: Exception) -> str:
     text = f"{type(error).__name__}: {message[0] if message else ''}"
     if isinstance(error, jax.errors.ConcretizationTypeError):
         text += " (Python can read numbers that NumPy computes; those of jax.numpy are abstract in a trace)"
-    if isinstance(error, NameError) and "unbound axis name" in text:
-        text += " (map the model over that axis, as `flax.linen.vmap(..., axis_name=...)` does, or give it no axis_name)"
     line = _compat.error_line(error)
     return f"{text}, at {line}" if line else text

@@ -41,7 +41,7 @@ class Tape:
     """The marks of one trace.
 
     Attributes:
-        marks: the marks by number, in the order of tracing.
+        marks: the marks by number, in the order of tracing; None of those in a call that failed.
         differentiated: numbers of the marks that reverse-mode differentiation went through.
     """
 
@@ -54,7 +54,7 @@ class Tape:
         """
         self.method = method
         self.backward = backward
-        self.marks: list[Mark] = []
+        self.marks: list[Mark | None] = []
         self.differentiated: set[int] = set()
         self._running = Running()
 
@@ -69,9 +69,14 @@ class Tape:
         with self._running.entered(call) as own:
             if not own:
                 return function()
-            with jax.named_scope(MODULE + call.row(self.method)):
-                output = function()
-                return map_arrays(functools.partial(self._mark, call), output) if call.has_row else output
+            before = len(self.marks)
+            try:
+                with jax.named_scope(MODULE + call.row(self.method)):
+                    output = function()
+                    return map_arrays(functools.partial(self._mark, call), output) if call.has_row else output
+            except Exception:  # the caller may try another way: what failed is in the trace, and made nothing
+                self.marks[before:] = [None] * (len(self.marks) - before)
+                raise
 
     def _mark(self, call: Call, x: jax.Array, field: str, arrays: int) -> jax.Array:
         self.marks.append(Mark(call.row(self.method), call.kind, call.root, field, arrays))
