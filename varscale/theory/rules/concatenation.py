@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -93,47 +93,50 @@ def _pairs_with(node: Concat, other: Concat) -> np.ndarray:
     k, sizes = node.params
     whole = node.axes[k]
     second = np.zeros([a.types for a in node.axes])
-    ours, others = node.parts(), other.parts()
-    memo: dict[tuple[int, int], np.ndarray] = {}
-
-    def between(i: int, j: int) -> np.ndarray:
-        if (i, j) not in memo:
-            memo[i, j] = _between_parts(node, ours[i][0], others[j][0], ours[i][1], others[j][1], cross)
-        return memo[i, j]
-
-    stands = len(sizes) > _MANY_PARTS and _alike_by_distance(node, other, between)
+    starts, ours, others = np.cumsum([0, *sizes]), node.parts(), other.parts()
+    stands = len(sizes) > _MANY_PARTS and _alike_by_distance(node, other)
     for i, (view, mine, shares) in enumerate(ours):
         for j, (that, theirs, other_shares) in enumerate(others):
-            if i == j and mine[k] == theirs[k]:
-                table = cross(view, that, mine) if other is not node else view.second(mine)
-                inside = np.arange(sizes[i])
-                matrix = pair_counts(entry_map(sum(sizes[:i]) + inside, inside, whole, mine[k]))
-                second += apply_axis(np.broadcast_to(table, [a.types for a in mine]), k, matrix)
+            if mine[k] == theirs[k]:
+                first, last = _stand_in(i, j) if stands and i != j else (i, j)
+                table = cross(ours[first][0], others[last][0], mine)
+                table = np.broadcast_to(table, [a.types for a in mine])
+                second += apply_axis(table, k, _part_pairs(whole, mine[k], sizes[i], starts[i], starts[j]))
             else:
-                table = between(*(_stand_in(i, j) if stands and mine == theirs and view != that else (i, j)))
-                matrix = part_pair_shares(shares, other_shares, whole)
+                table = _unlike_parts(node, view, that, mine[k], theirs[k])
+                matrix = _part_pair_shares(shares, other_shares, whole)
                 second[(slice(None),) * k + (slice(whole.classes, None),)] += apply_axis(table, k, matrix)
     return second
 
 
-def _alike_by_distance(node: Concat, other: Concat, between: Callable[[int, int], np.ndarray]) -> bool:
+def _alike_by_distance(node: Concat, other: Concat) -> bool:
     """Whether pairs of parts are to be taken for those a power of two apart; as some are not, all of them are in doubt."""
-    n, off = len(node.params[1]), 0.0
     ours, others = node.parts(), other.parts()
+    n, off, frame = len(ours), 0.0, ours[0][1]
+    if any(part[1] != frame for part in (*ours, *others)):
+        return False
     apart = [(i, j) for i in range(n) for j in range(n) if i != j and _stand_in(i, j) != (i, j)]
     for i, j in apart[:: max(len(apart) // _CHECKED, 1)]:
-        if ours[i][1] != others[j][1]:
-            continue
-        a, b = (part[0] for part in (ours[i], others[j]))
-        most = [
-            float(np.abs(_between_parts(node, v, v, ours[i][1], ours[i][1], cross)).max()) for v in (a, b)
-        ]
-        error = float(np.abs(between(i, j) - between(*_stand_in(i, j))).max())
-        off = max(off, error / max(math.sqrt(most[0] * most[1]), 1e-300))
+        found, taken = (cross(ours[p][0], others[q][0], frame) for p, q in ((i, j), _stand_in(i, j)))
+        most = math.sqrt(ours[i][0].node.table.mean_square * others[j][0].node.table.mean_square)
+        off = max(off, float(np.abs(found - taken).max()) / max(most, 1e-300))
     if off > NEXT_ORDER and n <= _MANY_UNLIKE:
         return False
     node.graph.flag("assumed", off) if off > NEXT_ORDER else None
     return True
+
+
+def _stand_in(i: int, j: int) -> tuple[int, int]:
+    """Of many parts (the steps of a recurrence), those a power of two apart stand for those up to the next one."""
+    lag = 1 << (abs(i - j).bit_length() - 1)
+    return (i, i - lag) if i > j else (j - lag, j)
+
+
+@functools.cache
+def _part_pairs(whole: Axis, part: Axis, size: int, first: int, second: int) -> np.ndarray:
+    """Pairs behind those of a joined axis of which one is in a part that begins here and one in a part that begins there."""
+    inside = np.arange(size)
+    return pair_counts(*(entry_map(start + inside, inside, whole, part) for start in (first, second)))
 
 
 @cross_by_kind.register(Concat)
@@ -161,28 +164,22 @@ def cross_by_kind_of_concat(node: Concat, a: View, b: View, frame: Sequence[Axis
     return _pairs_with(mine, graph.make(Concat, axes, pieces, (place, sizes)))
 
 
-def _between_parts(
-    node: Concat, a: View, b: View, fa: tuple[Axis, ...], fb: tuple[Axis, ...], cross: Any
-) -> np.ndarray:
-    """E[a_i b_j] over types of the other axes and class pairs of the two parts along this one."""
+def _unlike_parts(node: Concat, a: View, b: View, mine: Axis, theirs: Axis) -> np.ndarray:
+    """E[a_i b_j] of parts of unlike axes, by type of the other axes and pair of classes along this one.
+
+    Their positions never agree: the product of class means on this axis, types elsewhere.
+    """
     k = node.params[0]
-    ca, cb = fa[k].classes, fb[k].classes
-    rest = [ax.types for ax in node.axes]
-    if fa[k] == fb[k]:
-        table = np.broadcast_to(cross(a, b, fa), [*rest[:k], fa[k].types, *rest[k + 1 :]])
-        return apply_axis(table, k, any_places(fa[k]))
-    # Parts of different sizes: their positions never agree, so the product of class means on this axis and
-    # types elsewhere.
-    frame = (*node.axes[:k], *node.axes[k + 1 :], fa[k], fb[k])
+    frame = (*node.axes[:k], *node.axes[k + 1 :], mine, theirs)
     last = len(frame) - 2
 
     def place(view: View, at: int) -> View:
         return View(view.node, tuple(at if b == k else b - (b > k) for b in view.bind))
 
     table = np.broadcast_to(cross(place(a, last), place(b, last + 1), frame), [ax.types for ax in frame])
-    table = table[..., fa[k].classes :, :].reshape(*table.shape[:-2], ca, ca, table.shape[-1])[..., :, 0, :]
-    table = table[..., fb[k].classes :].reshape(*table.shape[:-1], cb, cb)[..., 0, :]
-    return np.moveaxis(table.reshape(*table.shape[:-2], ca * cb), -1, k)
+    table = np.take(table, mine.classes + mine.classes * np.arange(mine.classes), axis=last)
+    table = np.take(table, theirs.classes + np.arange(theirs.classes), axis=last + 1)
+    return np.moveaxis(table.reshape(*table.shape[:last], -1), -1, k)
 
 
 @pullback.register(Concat)
@@ -206,12 +203,6 @@ def pullback_of_concat(node: Concat, cotangent: np.ndarray, notes: BackwardNotes
         else:
             out.append(sum_out(part, (*frame[:k], axis, *frame[k + 1 :]), view))
     return out
-
-
-def _stand_in(i: int, j: int) -> tuple[int, int]:
-    """Of many parts (the steps of a recurrence), those a power of two apart stand for those up to the next one."""
-    lag = 1 << (abs(i - j).bit_length() - 1)
-    return (i, i - lag) if i > j else (j - lag, j)
 
 
 @propagated.register(Concat)
@@ -325,26 +316,11 @@ def pad(interpreter: Context, eqn: Any, x: Value, fill: Value) -> Value:
 elementwise_or_layout("tile")
 
 
-def part_pair_shares(a: np.ndarray, b: np.ndarray, whole: Axis) -> np.ndarray:
+def _part_pair_shares(a: np.ndarray, b: np.ndarray, whole: Axis) -> np.ndarray:
     """Share of the pairs of each two classes of the whole that two parts' classes make up, (C², ca·cb)."""
     pairs = np.einsum("ac,bd->abcd", a * whole.counts[:, None], b * whole.counts[:, None])
     total = whole.pairs[whole.classes :].reshape(whole.classes, whole.classes, 1, 1)
     return (pairs / np.maximum(total, 1.0)).reshape(whole.classes**2, -1)
-
-
-@functools.cache
-def any_places(axis: Axis) -> np.ndarray:
-    """The average over all pairs of positions of two classes, the equal ones too, (C², types).
-
-    Position i of one part is not position i of another, but what is there may well have to do with it.
-    """
-    classes = np.arange(axis.classes)
-    out = np.zeros((axis.classes**2, axis.types))
-    out[:, axis.classes :] = np.eye(axis.classes**2)
-    alike = classes * (axis.classes + 1)
-    out[alike, axis.classes + alike] -= 1 / axis.counts
-    out[alike, classes] = 1 / axis.counts
-    return out
 
 
 _JOINED: Fact[None, int] = Fact()  # how many joined arrays the model has

@@ -94,42 +94,20 @@ def _by_class(node: Gather, table: Table) -> Table:
 
 @cross_by_kind.register(Gather)
 def cross_by_kind_of_gather(node: Gather, a: View, b: View, frame: Sequence[Axis]) -> np.ndarray | None:
-    """Two lookups along one axis, of tables with the same rows: they agree as often as their indices do."""
+    """Two lookups of tables with the same rows: any index of one meets any of the other."""
     weights = weight_of(node), weight_of(b.node)
     if None not in weights and weights[0] is not weights[1]:
         return np.zeros((1,) * len(frame))
     other = b.node
     if not isinstance(other, Gather) or node.args[0].node.axes != other.args[0].node.axes:
         return None
-    x, y = node.args[0].node, other.args[0].node
-    ids = [i for n in (node, other) if (i := n.line) is not None]
-    same_places = a.bind == b.bind and node.args[0].bind == other.args[0].bind
-    if not same_places or len(ids) < 2 or len(ids[0]) != len(ids[1]):
-        return _unrelated_lookups(node, other, a, b, frame)
-    (row,), (index,) = node.params.row_axes, node.params.index_axes
-    axis = x.axes[row]
-    own = tuple(range(len(x.axes)))
-    table = np.broadcast_to(cross(View(x, own), View(y, own), x.axes), x.frame_types)
-    same, apart = contract_axis(table, row, axis.same), contract_axis(table, row, axis.different)
-    n = len(ids[0])
-    here = float(np.mean(ids[0] == ids[1]))
-    counts = [np.bincount(i, minlength=axis.size).astype(float) for i in ids]
-    there = float((counts[0] @ counts[1] - n * here) / (n * (n - 1)))
-    rate = np.where(node.axes[index].agrees, here, there)
-    second = np.moveaxis(np.multiply.outer(rate, same) + np.multiply.outer(1 - rate, apart), 0, row)
-    bind = [index if k == row else b for k, b in enumerate(node.args[0].bind)]
-    return lift(second, [node.axes[k] for k in bind], [a.bind[k] for k in bind], frame, pairs=True)
-
-
-def _unrelated_lookups(
-    node: Gather, other: Gather, a: View, b: View, frame: Sequence[Axis]
-) -> np.ndarray | None:
-    """Two lookups at positions that have nothing to do with each other: any index of one meets any of the other."""
+    if node.line is not None and other.line is not None and a.bind == b.bind:
+        return None  # how often two lookups of one line agree is in doubt
     x, y = node.args[0].node, other.args[0].node
     row_axes, rows = node.params.row_axes, node.params.rows
     kept = [k for k in range(len(x.axes)) if k not in row_axes]
     places = [[view.bind[n.args[0].bind[k]] for k in kept] for n, view in ((node, a), (other, b))]
-    if row_axes != other.params[0] or places[0] != places[1]:
+    if row_axes != other.params.row_axes or places[0] != places[1]:
         return None
     own = tuple(range(len(x.axes)))
     table = np.broadcast_to(cross(View(x, own), View(y, own), x.axes), x.frame_types)
