@@ -26,13 +26,6 @@ class Take(Node):
         return pair_map(classes) if new is not None else pair_map(classes)[:1]
 
 
-class RandomSlice(Node):
-    """As many positions of an axis from a random place on, any as likely; `params` is (axis, size, id of the start)."""
-
-    def prepare(self) -> None:
-        self.odd, self.positive = self.args[0].node.odd, self.args[0].node.positive
-
-
 class Concat(Node):
     """Arrays one after another along an axis, each part a class; `params` is (axis, sizes)."""
 

@@ -10,15 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from varscale.theory.domain.axes import Axis, apply_axis, shares, sliced
+from varscale.theory.domain.axes import Axis, apply_axis, sliced
 from varscale.theory.domain.axis_maps import adjoint, pair_counts, slice_map
 from varscale.theory.domain.tables import Table
 from varscale.theory.graph import layout
-from varscale.theory.graph.axis_nodes import RandomSlice, Take
+from varscale.theory.graph.axis_nodes import Take
 from varscale.theory.graph.expressions import roots
 from varscale.theory.graph.layout import Atom, Value
 from varscale.theory.graph.nodes import (
-    UNKNOWN,
     Array,
     Constant,
     Leaf,
@@ -29,11 +28,11 @@ from varscale.theory.graph.nodes import (
     part_of,
     pullback,
     rebuild,
-    second_moments,
 )
 from varscale.theory.graph.reshapes import Permute, permute
 from varscale.theory.graph.store import BackwardNotes, Fact
 from varscale.theory.rules.registry import Context, elementwise_or_layout, rule
+from varscale.theory.rules.sampled_regions import drawn_region
 
 # By leaf: along which axis it is sliced, and it and what multiplies it entry by entry where it is weights
 # only read in slices.
@@ -241,85 +240,26 @@ def split_rule(interpreter: Context, eqn: Any, x: Value) -> list[Value]:
     return [take(x, eqn.params["axis"], int(a), int(b), 1) for a, b in itertools.pairwise(edges)]
 
 
-def _pairs_of_slices(node: RandomSlice) -> np.ndarray:
-    """Pairs of each type of the whole axis at each place, (places, types)."""
-    k, size, _ = node.params
-    axis = node.args[0].node.axes[k]
-    members = np.concatenate(
-        [np.zeros((1, axis.classes)), np.cumsum(np.eye(axis.classes)[axis.label_array], axis=0)]
-    )
-    counts = members[size:] - members[:-size]
-    pairs = np.einsum("sa,sb->sab", counts, counts) - np.einsum("sa,ab->sab", counts, np.eye(axis.classes))
-    return np.concatenate([counts, pairs.reshape(len(counts), -1)], axis=1)
-
-
-@second_moments.register(RandomSlice)
-def second_moments_of_random_slice(node: RandomSlice) -> Table:
-    k, size, _ = node.params
-    table, pairs = node.args[0].node.table, _pairs_of_slices(node)
-    axis = table.axes[k]
-    classes = pairs[:, : axis.classes]
-    share = classes.mean(axis=0, keepdims=True) / size
-    rows = np.zeros((2, axis.types))
-    rows[0, : axis.classes] = share[0]
-    rows[1, axis.classes :] = pairs[:, axis.classes :].mean(axis=0) / max(size * (size - 1), 1)
-    mean, second = apply_axis(table.mean, k, share), apply_axis(table.second, k, rows[: 1 + (size > 1)])
-    if size == 1:
-        mean, second = mean.squeeze(k), second.squeeze(k)
-    # Where it starts may depend on what it holds: then it may hold the most or the least that there is at any
-    # place.
-    squares = (classes / size) @ _squares_by_class(table, k)
-    off = np.abs(squares / max(float(squares.mean()), 1e-300) - 1)
-    node.graph.flag("assumed", min(float(off.max()), UNKNOWN))
-    return Table(node.axes, mean, second)
-
-
-@pullback.register(RandomSlice)
-def pullback_of_random_slice(
-    node: RandomSlice, cotangent: np.ndarray, notes: BackwardNotes
-) -> list[np.ndarray | None]:
-    k, size, _ = node.params
-    axis = node.args[0].node.axes[k]
-    expected = _pairs_of_slices(node).mean(axis=0) / np.maximum(axis.pairs, 1e-300)
-    back = np.stack([np.where(axis.agrees, expected, 0.0), expected], axis=1)
-    back[: axis.classes, 1] = 0.0
-    wide = cotangent if size > 1 else np.expand_dims(cotangent, k)
-    return [apply_axis(wide, k, back[:, : 1 + (size > 1)])]
-
-
-def _squares_by_class(table: Table, k: int) -> np.ndarray:
-    """E[x²] by class of axis k."""
-    squares = np.moveaxis(table.diagonal, k, 0)
-    others = (*table.axes[:k], *table.axes[k + 1 :])
-    return squares.reshape(len(squares), -1) @ shares(others)
-
-
-def _taken_at_random(x: Value, d: int, size: int, start: Value) -> Value:
-    """`size` positions of dimension d from a random start on: of positions that are all alike the first are as good as any."""
-    x = layout.merged(x, d)
-    (atom,) = x.dims[d] or (Atom(1, None),)
-    k = atom.axis
-    if k is None or size == atom.size:
-        return take(x, d, 0, size, 1)
-    known = [root for root in roots(x.node) if isinstance(root.node, Array) and k in root.bind]
-    if x.node.axes[k].classes == 1 and not known:
-        return take(x, d, 0, size, 1)
-    axes = (*x.node.axes[:k], *([Axis(size)] if size > 1 else []), *x.node.axes[k + 1 :])
-    whole = View(x.node, tuple(range(len(x.node.axes))))
-    return _resized(x, x.node.graph.make(RandomSlice, axes, [whole], (k, size, start.node.id)), d, k, size)
-
-
 @rule("dynamic_slice")
-def dynamic_slice(interpreter: Context, eqn: Any, x: Value, *starts: Value) -> Value:
-    """A start that is known is a slice."""
-    for d, (size, start) in enumerate(zip(eqn.params["slice_sizes"], starts, strict=True)):
-        known = interpreter.concrete(start)
-        if known is None:
-            x = _taken_at_random(x, d, size, start)
-        else:
-            first = int(np.clip(known, 0, x.shape[d] - size))
-            x = take(x, d, first, first + size, 1)
-    return x
+def dynamic_slice(interpreter: Context, eqn: Any, x: Value, *starts: Value) -> Any:
+    """A start that is known is a slice; of positions that are all alike the first are as good as any, else it is drawn."""
+    known = [interpreter.concrete(start) for start in starts]
+    out = x
+    for d, (size, start) in enumerate(zip(eqn.params["slice_sizes"], known, strict=True)):
+        if start is None and size < x.shape[d] and _differ_along(x, d):
+            return drawn_region(
+                interpreter, eqn, (x, *starts), "a slice of unlike positions from a random one on"
+            )
+        first = int(np.clip(0 if start is None else start, 0, x.shape[d] - size))
+        out = take(out, d, first, first + size, 1)
+    return out
+
+
+def _differ_along(x: Value, d: int) -> bool:
+    """Whether positions of a dimension are told apart, by classes or by known numbers."""
+    axes = [a.axis for a in x.dims[d] if a.axis is not None]
+    known = [set(root.bind) for root in roots(x.node) if isinstance(root.node, Array)]
+    return any(x.node.axes[k].classes > 1 or any(k in bind for bind in known) for k in axes)
 
 
 @rule("iota")

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from varscale.theory.domain.accuracy import NEGLIGIBLE
-from varscale.theory.domain.axes import Axis, contract_axis, labelled
+from varscale.theory.domain.axes import Axis, apply_axis, contract_axis, labelled
+from varscale.theory.domain.axis_maps import AxisMap, adjoint, entry_map, pair_counts
 from varscale.theory.domain.tables import Table, lift
 from varscale.theory.graph import layout
 from varscale.theory.graph.expressions import roots
@@ -43,7 +44,13 @@ def second_moments_of_gather(node: Gather) -> Table:
     view = node.args[0]
     table = view.node.table
     if classes:
-        return _by_class(node, table)
+        lines = _line(node)
+        moved = (
+            apply_axis(x, row_axes[0], counts)
+            for x, counts in ((table.mean, lines.means()), (table.second, pair_counts(lines)))
+        )
+        order = np.argsort([places[0] if k in row_axes else b for k, b in enumerate(view.bind)])
+        return Table(node.axes, *(x.transpose(order) for x in moved))
     if node.known is not None and any(axis.labels for axis in node.indexed):
         ids = node.known.reshape([axis.size for axis in node.indexed])
         doubt = unresolved(node.graph, ids, node.indexed, node.rates())
@@ -68,28 +75,11 @@ def second_moments_of_gather(node: Gather) -> Table:
     return Table(node.axes, np.array(mean), np.array(np.broadcast_to(second, [a.types for a in node.axes])))
 
 
-def _by_class(node: Gather, table: Table) -> Table:
-    """Two indices give one row at the rate they repeat, which only indices of one class do."""
-    (row,), (index,), _, _, classes, _ = node.params
-    axis, own = table.axes[row], node.axes[index]
-    picked = np.array(classes)
-    same = np.concatenate([picked, picked[own.first[own.classes :]]])
-    other = axis.classes + picked[own.first] * axis.classes + picked[own.second]
-    alike = own.first == own.second
-    share = own.pairs[own.classes :].sum() / max(own.pairs[own.classes :][alike[own.classes :]].sum(), 1.0)
-    rate = np.where(alike, np.minimum(node.rates()[1] * share, 1.0), 0.0)
-    rate[: own.classes] = 1.0
-    shape = [1] * table.second.ndim
-    shape[row] = -1
-    rate = rate.reshape(shape)
-    second = rate * np.take(table.second, same, axis=row) + (1 - rate) * np.take(
-        table.second, other, axis=row
-    )
-    mean = np.take(table.mean, picked, axis=row)
-    # The row axis becomes the index axis; the others keep their places.
-    places = [index if k == row else b for k, b in enumerate(node.args[0].bind)]
-    order = np.argsort(places)
-    return Table(node.axes, mean.transpose(order), second.transpose(order))
+def _line(node: Gather) -> AxisMap:
+    """Known indices along one axis that pick along one, as a map from rows to indices."""
+    (row,), (index,) = node.params.row_axes, node.params.index_axes
+    assert node.known is not None
+    return entry_map(np.arange(len(node.known)), node.known, node.axes[index], node.args[0].node.axes[row])
 
 
 @cross_by_kind.register(Gather)
@@ -125,9 +115,11 @@ def pullback_of_gather(node: Gather, cotangent: np.ndarray, notes: BackwardNotes
     """Cotangents add up in the rows they came from: a row gets as many pairs of them as there are indices that agree."""
     row_axes, index_axes, _, rows = node.params[:4]
     source, bind = node.args[0].node.axes, node.args[0].bind
-    known = node.line
-    if known is not None:
-        out = _to_known_rows(node, cotangent, known)
+    if node.line is not None:
+        lines, (index,) = _line(node), index_axes
+        out = np.moveaxis(
+            apply_axis(cotangent, index, adjoint(pair_counts(lines), lines.out, lines.inner)), index, 0
+        )
     else:
         axes = [node.axes[k] for k in index_axes]
         pairs = functools.reduce(np.multiply.outer, [a.pairs for a in axes], np.array(1.0))
@@ -145,22 +137,6 @@ def pullback_of_gather(node: Gather, cotangent: np.ndarray, notes: BackwardNotes
     kept = [k for k in range(len(source)) if k not in row_axes]
     order = [*sorted(row_axes), *sorted(kept, key=lambda k: bind[k])]
     return [out.transpose(np.argsort(order))]
-
-
-def _to_known_rows(node: Gather, cotangent: np.ndarray, known: np.ndarray) -> np.ndarray:
-    """The same by class of the rows, where it is known how often each is looked up; the row axis first."""
-    (row,), (index,) = node.params.row_axes, node.params.index_axes
-    axis, own = node.args[0].node.axes[row], node.axes[index]
-    counts = np.bincount(np.clip(known, 0, axis.size - 1), minlength=axis.size).astype(float)
-    alone, differ = contract_axis(cotangent, index, own.same), contract_axis(cotangent, index, own.different)
-    members = np.eye(axis.classes)[axis.label_array].T
-    number, squares = members @ counts, members @ counts**2
-    pairs = (np.outer(number, number) - np.diag(squares)).ravel() / np.maximum(
-        axis.pairs[axis.classes :], 1.0
-    )
-    repeated = np.multiply.outer((squares - number) / axis.counts, differ)
-    one = np.multiply.outer(number / axis.counts, alone) + repeated
-    return np.concatenate([one, np.multiply.outer(pairs, differ)])
 
 
 def _same_and_different(

@@ -245,14 +245,10 @@ def pullback_of_window_max(
 
 def _own_share(node: WindowMax, cotangent: np.ndarray) -> np.ndarray:
     """Cotangents of the windows over an entry, one by one."""
-    maps: list[np.ndarray | None] = []
-    for window, a, o in zip(node.params.windows, node.axes_in(), node.axes_out(), strict=True):
-        if window is None:
-            maps.append(None)
-            continue
-        same, _ = tap_pairs(window, a, o)
-        m = squeeze_types(same, o, a)
-        maps.append((m * o.pairs[: m.shape[0], None]).T / np.maximum(a.pairs[: m.shape[1]], 1.0)[:, None])
+    maps = [
+        None if window is None else adjoint(squeeze_types(tap_pairs(window, a, o)[0], o, a), o, a)
+        for window, a, o in zip(node.params.windows, node.axes_in(), node.axes_out(), strict=True)
+    ]
     return node._carry(cotangent, maps, node.params.out_dims, node.params.x_dims)
 
 

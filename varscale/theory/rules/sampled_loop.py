@@ -90,7 +90,7 @@ def operand(x: Any, aval: Any, *, stacked: bool, nudge: bool = False) -> Operand
         isinstance(v.node, Constant | Array) for v in parts(x)
     )
     if not known and not all(_is_decided(v.node) for v in parts(x)):
-        raise CannotDraw("it reads random whole numbers")
+        raise CannotDraw("random whole numbers are read by it")
     flat = []
     for part in parts(x):
         for d in range(len(part.dims)):
