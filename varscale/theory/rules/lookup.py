@@ -44,7 +44,7 @@ def second_moments_of_gather(node: Gather) -> Table:
     view = node.args[0]
     table = view.node.table
     if classes:
-        lines = _line(node)
+        lines = _line_map(node)
         moved = (
             apply_axis(x, row_axes[0], counts)
             for x, counts in ((table.mean, lines.means()), (table.second, pair_counts(lines)))
@@ -75,7 +75,7 @@ def second_moments_of_gather(node: Gather) -> Table:
     return Table(node.axes, np.array(mean), np.array(np.broadcast_to(second, [a.types for a in node.axes])))
 
 
-def _line(node: Gather) -> AxisMap:
+def _line_map(node: Gather) -> AxisMap:
     """Known indices along one axis that pick along one, as a map from rows to indices."""
     (row,), (index,) = node.params.row_axes, node.params.index_axes
     assert node.known is not None
@@ -116,7 +116,7 @@ def pullback_of_gather(node: Gather, cotangent: np.ndarray, notes: BackwardNotes
     row_axes, index_axes, _, rows = node.params[:4]
     source, bind = node.args[0].node.axes, node.args[0].bind
     if node.line is not None:
-        lines, (index,) = _line(node), index_axes
+        lines, (index,) = _line_map(node), index_axes
         out = np.moveaxis(
             apply_axis(cotangent, index, adjoint(pair_counts(lines), lines.out, lines.inner)), index, 0
         )
