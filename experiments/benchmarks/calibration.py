@@ -22,6 +22,7 @@ import numpy as np
 import varscale as vs
 from experiments.benchmarks.zoo import cases
 from experiments.nets.healthy_architectures import ARCHITECTURES
+from varscale.programs.faces import Inputs
 from varscale.reporting.trust import FLAGGED
 
 CALIBRATED = ("typical", "forward")  # how the column `why` of a calibrated kernel begins
@@ -35,7 +36,9 @@ def models() -> Iterator[tuple[str, Any, Any]]:
         return jax.random.randint(jax.random.key(0), leaf.shape, 0, 50) if ids else leaf
 
     for name, (model, x) in ARCHITECTURES.items():
-        yield f"{name} (healthy)", model, jax.tree.map(given, x)
+        if isinstance(x, Inputs):
+            x = vs.inputs(*jax.tree.map(given, x.args), **jax.tree.map(given, dict(x.kwargs)))
+        yield f"{name} (healthy)", model, x if isinstance(x, Inputs) else jax.tree.map(given, x)
     for case in cases():
         yield case.name, case.model, case.x()
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Hashable
+from typing import Any
 
+from varscale.schemes.recurrences import Recurrences, recurrences
 from varscale.usage.branches import Branch
 from varscale.usage.parameters import ParameterUses
 from varscale.usage.table import Uses
@@ -55,6 +57,16 @@ class Structure:
             if parameter.main is not None and parameter.main.branch is not None:
                 found.setdefault(parameter.main.branch, []).append(parameter)
         return found
+
+    @functools.cached_property
+    def notes(self) -> dict[Hashable, Any]:
+        """What a scheme has looked up in it, kept while its plan is made."""
+        return {}
+
+    @functools.cached_property
+    def recurrences(self) -> Recurrences:
+        """What the parameters are in the recurrences of the model."""
+        return recurrences(self.uses)
 
     def members(self, index: int) -> tuple[ParameterUses, ...]:
         """The parameters of a branch, by its place in `Uses.branches`."""

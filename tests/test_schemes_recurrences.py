@@ -1,0 +1,192 @@
+"""Poles, steps and gates are recognised by what programs do with them, whatever they are called."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from flax import nnx
+
+import varscale as vs
+from experiments.nets.healthy_architectures import ARCHITECTURES
+from varscale.schemes import chrono, lru, mamba, s4d
+
+X = jax.ShapeDtypeStruct((2, 5, 8), jnp.float32)
+NORMAL = nn.initializers.normal(1.0)
+
+
+@pytest.fixture(autouse=True)
+def models_as_people_write_them():
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+class Ring(nn.Module):
+    """Two linear recurrent units with names of their own, in one module; the first by a loop, the second by a parallel scan."""
+
+    states: int = 16
+    real: bool = False
+
+    @nn.compact
+    def __call__(self, x):
+        def leaf(name, *shape):
+            return self.param(name, NORMAL, shape)
+
+        n = self.states
+        for k in range(2):
+            inputs = jax.lax.complex(leaf(f"p{k}", n, 8), leaf(f"q{k}", n, 8))
+            outputs = leaf(f"r{k}", 8, n) + 1j * leaf(f"s{k}", 8, n)
+            if self.real:
+                values = jnp.exp(-jnp.exp(leaf(f"a{k}", n))) * jnp.exp(1j * leaf(f"b{k}", n))
+            else:
+                values = jnp.exp(-jnp.exp(leaf(f"a{k}", n)) + 1j * jnp.exp(leaf(f"b{k}", n)))
+            u = (x.astype(jnp.complex64) @ inputs.T) * jnp.exp(leaf(f"c{k}", n))[None, None].astype(jnp.complex64)
+            if k:
+                every = jnp.broadcast_to(values[None, None], u.shape)
+                _, h = jax.lax.associative_scan(lambda a, b: (a[0] * b[0], b[0] * a[1] + b[1]), (every, u), axis=1)
+            else:
+
+                def step(h, now, values=values):
+                    h = values[None] * h + now
+                    return h, h
+
+                _, h = jax.lax.scan(step, jnp.zeros((2, n), jnp.complex64), jnp.swapaxes(u, 0, 1))
+                h = jnp.swapaxes(h, 0, 1)
+            x = x + nn.Dense(8)(nn.gelu((h @ outputs.T).real))
+        return x
+
+
+@pytest.mark.parametrize("real", [False, True])
+def test_linear_recurrent_units(real):
+    model = Ring(real=real)
+    plan = lru(0.4, 0.9, math.pi)(model, X)
+    p = vs.initialize(model, jax.random.key(0), X, scheme=plan)["params"]
+    for k in range(2):
+        modulus = np.exp(-np.exp(np.asarray(p[f"a{k}"], np.float64)))
+        assert 0.4 <= modulus.min() < modulus.max() <= 0.9
+        assert np.exp(p[f"c{k}"]) == pytest.approx(np.sqrt(1 - modulus**2), rel=1e-4)
+        turn = np.abs(p[f"b{k}"]) if real else np.exp(p[f"b{k}"])
+        assert 0 <= turn.min() < turn.max() <= math.pi
+        assert [plan[f"{name}{k}"].std for name in "pqrs"] == [
+            0.25,
+            0.25,
+            0.25,
+            0.25,
+        ]  # 1/√16: inputs 8 in two parts, states 16
+        assert plan[f"Dense_{k}/kernel"].why.startswith("as declared")
+    assert not np.allclose(p["a0"], p["a1"])
+
+
+def test_patterns_override_what_the_program_shows():
+    plan = lru(decay="a0", phase="b0", normalizer="c0", inputs="p0", outputs="s0")(Ring(), X)
+    changed = {leaf.path for leaf in plan if not leaf.why.startswith("as declared")}
+    assert changed == {"a0", "b0", "c0", "p0", "s0"}
+    with pytest.raises(ValueError, match="no parameter matches nowhere"):
+        lru(decay="nowhere")(Ring(), X)
+
+
+class Space(nn.Module):
+    """A diagonal state space as a long convolution, or step by step, with names of its own."""
+
+    steps: bool = False
+
+    @nn.compact
+    def __call__(self, x):
+        def leaf(name, *shape):
+            return self.param(name, NORMAL, shape)
+
+        u, v, w, c, d = leaf("u", 8, 4), leaf("v", 8, 4), leaf("w", 8), leaf("c", 8, 4, 2), leaf("d", 8)
+        poles, step = -jnp.exp(u) + 1j * v, jnp.exp(w)[:, None]
+        weights = c[..., 0] + 1j * c[..., 1]
+        if self.steps:
+            decay, drive = jnp.exp(step * poles), (jnp.exp(step * poles) - 1) / poles
+
+            def advance(h, now):
+                h = decay[None] * h + drive[None] * now[..., None]
+                return h, jnp.einsum("bdn,dn->bd", h, weights).real
+
+            _, y = jax.lax.scan(advance, jnp.zeros((2, 8, 4), jnp.complex64), jnp.swapaxes(x, 0, 1))
+            y = jnp.swapaxes(y, 0, 1)
+        else:
+            weights = weights * (jnp.exp(step * poles) - 1) / poles
+            powers = jnp.exp((step * poles)[:, :, None] * jnp.arange(5.0)[None, None])
+            kernel = 2 * jnp.einsum("dn,dnt->dt", weights, powers).real
+            spectrum = jnp.fft.rfft(jnp.swapaxes(x, 1, 2), n=10) * jnp.fft.rfft(kernel, n=10)[None]
+            y = jnp.swapaxes(jnp.fft.irfft(spectrum, n=10)[..., :5], 1, 2)
+        return nn.Dense(8, name="mix")(nn.gelu(y + x * d[None, None]))
+
+
+@pytest.mark.parametrize("steps", [False, True])
+def test_state_spaces(steps):
+    plan = s4d()(Space(steps), X)
+    p = vs.initialize(Space(steps), jax.random.key(0), X, scheme=plan)["params"]
+    assert np.exp(p["u"]) == pytest.approx(0.5)
+    assert p["v"][3] == pytest.approx(math.pi * np.arange(4))
+    assert math.log(0.001) <= p["w"].min() < p["w"].max() <= math.log(0.1)
+    assert plan["c"].std == pytest.approx(0.5**0.5)
+    assert plan["mix/kernel"].why.startswith("as declared")
+    assert steps or plan["d"].std == 1.0
+
+
+def test_selective_state_spaces():
+    model, x = ARCHITECTURES["Mamba"]
+    plan = mamba()(model, x)
+    p = vs.initialize(model, jax.random.key(0), x, scheme=plan)["params"]
+    for k, dense in enumerate(("Dense_2", "Dense_7")):
+        assert np.exp(p[f"A_log_{k}"]) == pytest.approx(np.broadcast_to([1, 2, 3, 4], (32, 4)))
+        steps = np.log1p(np.exp(p[dense]["bias"]))
+        assert 0.001 * 0.99 <= steps.min() < steps.max() <= 0.1 * 1.01
+        assert plan[f"{dense}/kernel"].why == "±1/√rank"
+        assert plan[f"D_{k}"].law == vs.ones
+    with pytest.raises(ValueError, match="the program shows no poles"):
+        mamba()(nn.Dense(2), X)
+
+
+def cells():
+    """Cells, the place of the forget gate's bias in them, and of the input gate's."""
+
+    class Stack(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            layer = nn.scan(Cells, variable_axes={"params": 0}, split_rngs={"params": True}, length=3)
+            return layer(name="layers")(x, None)[0]
+
+    class Cells(nn.Module):
+        @nn.compact
+        def __call__(self, x, _):
+            return nn.RNN(nn.OptimizedLSTMCell(8, name="cell"))(x), None
+
+    def packed(rngs):
+        return nnx.RNN(nnx.OptimizedLSTMCell(8, 6, rngs=rngs))
+
+    def update(rngs):
+        return nnx.RNN(nnx.GRUCell(8, 6, rngs=rngs))
+
+    return {
+        "one a gate": (nn.RNN(nn.OptimizedLSTMCell(6)), ("cell/hf/bias", slice(0, 6)), ("cell/hi/bias", slice(0, 6))),
+        "stacked": (Stack(), ("layers/cell/hf/bias", slice(0, 8)), ("layers/cell/hi/bias", slice(0, 8))),
+        "packed": (packed, ("cell/dense_h/bias", slice(6, 12)), ("cell/dense_h/bias", slice(0, 6))),
+        "update gate": (nn.RNN(nn.GRUCell(6)), ("cell/iz/bias", slice(0, 6)), None),
+        "packed update gate": (update, ("cell/dense_i/bias", slice(6, 12)), None),
+    }
+
+
+@pytest.mark.parametrize("name", list(cells()))
+def test_gates(name):
+    model, (forget, where), remember = cells()[name]
+    plan = chrono(100)(model, X)
+
+    def drawn(path):
+        leaf = plan[path]
+        return np.asarray(leaf.law(jax.random.key(0), leaf.shape))  # the key that both leaves share
+
+    own = drawn(forget)[..., where]
+    assert 0 <= own.min() < own.max() <= math.log(99)
+    if remember is not None:
+        path, other = remember
+        assert drawn(path)[..., other] == pytest.approx(-own)
+        assert getattr(plan[path].law, "shared", "") == getattr(plan[forget].law, "shared", "")
+    changed = {leaf.path for leaf in plan if not leaf.why.startswith("as declared")}
+    assert changed == {forget, *([] if remember is None else [remember[0]])}
