@@ -1,5 +1,7 @@
 """`vs.transfer.lora_init`: what the model computes is unchanged; each init is what its source says."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -96,10 +98,57 @@ def test_patterns_and_precision():
     assert np.allclose(np.asarray(new.one(x), float), np.asarray(model.one(x), float), atol=0.05)
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_trees_with_heads_and_layers(init, dtype):
+    """Each layer's kernel less s A B, with its heads flattened; the sum is the kernel to rounding of what is left."""
+    shapes = {"query": ((6,), (2, 4)), "out": ((2, 4), (6,))}
+    keys = iter(jax.random.split(KEY, 9))
+    modules: dict = {
+        name: {
+            "kernel": jax.random.normal(next(keys), (3, *n, *m), dtype),
+            "lora": {"lora_a": jnp.zeros((3, *n, 2), dtype), "lora_b": jnp.zeros((3, 2, *m), dtype)},
+        }
+        for name, (n, m) in shapes.items()
+    }
+    modules["einsum"] = {"w": modules["query"]["kernel"][0], "lora_a": jnp.zeros((6, 2)), "lora_b": jnp.zeros((2, 2, 4))}
+    new = vs.transfer.lora_init({"params": modules}, KEY, init, alpha=3.0)["params"]
+    eps = 2 * float(jnp.finfo(dtype).eps)
+    for name, (n, m) in shapes.items():
+        a, b = (new[name]["lora"][part].astype(jnp.float32) for part in ("lora_a", "lora_b"))
+        made = jnp.einsum("lir,lro->lio", a.reshape(3, -1, 2), b.reshape(3, 2, -1)).reshape(3, *n, *m)
+        rest = np.asarray(new[name]["kernel"], np.float32)
+        off = np.abs(rest + made - np.asarray(modules[name]["kernel"], np.float32))
+        assert np.all(off <= eps * (np.abs(rest) + 1e-6 + (dtype == jnp.float32)))
+        assert new[name]["kernel"].dtype == a.dtype if dtype == jnp.float32 else new[name]["kernel"].dtype == dtype
+        if init == "pissa" and dtype == jnp.float32:
+            for layer in range(3):
+                values = np.linalg.svd(np.asarray(modules[name]["kernel"][layer]).reshape(math.prod(n), -1), compute_uv=False)
+                left = np.linalg.svd(rest[layer].reshape(math.prod(n), -1), compute_uv=False)
+                assert left == pytest.approx([*values[2:], 0, 0], abs=1e-5)
+    assert not np.allclose(new["einsum"]["w"], modules["einsum"]["w"])
+    drawn = vs.transfer.lora_init({"params": modules}, KEY, "uniform", patterns="query")["params"]
+    assert np.array_equal(drawn["query"]["kernel"], modules["query"]["kernel"])
+    assert np.array_equal(drawn["out"]["lora"]["lora_a"], modules["out"]["lora"]["lora_a"])
+    assert len({float(x) for x in drawn["query"]["lora"]["lora_a"][:, 0, 0]}) == 3
+
+
+def test_a_linear_general_has_its_axes_flattened():
+    base = nnx.LinearGeneral(8, (2, 3), rngs=nnx.Rngs(0))
+    lora = nnx.LoRA(8, 2, 6, base_module=base, rngs=nnx.Rngs(1))
+    new = vs.transfer.lora_init(lora, KEY, "pissa")
+    made = new.base_module.kernel[...].reshape(8, 6) + new.lora_a[...] @ new.lora_b[...]
+    assert np.allclose(made, base.kernel[...].reshape(8, 6), atol=1e-6)
+
+
 def test_bad_input(model):
     lora_init = vs.transfer.lora_init
-    with pytest.raises(TypeError, match="nnx module"):
-        lora_init({"a": 1}, KEY)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(TypeError, match="model"):
+        lora_init({"a": "x"}, KEY)
+    with pytest.raises(ValueError, match="the tree holds none"):
+        lora_init({"a": jnp.ones(2)}, KEY)
+    with pytest.raises(ValueError, match="must have shapes"):
+        lora_init({"lora_a": jnp.ones((4, 2)), "lora_b": jnp.ones((3, 4))}, KEY, "gaussian")
     with pytest.raises(ValueError, match="init must be one of"):
         lora_init(model, KEY, "best")  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="alpha must be"):

@@ -1,4 +1,4 @@
-"""Where low-rank adapters of nnx start: `nnx.LoRA` and `nnx.LoRALinear`, y = W x + (x A) B."""
+"""Where low-rank adapters start, y = W x + (x A) B: `nnx.LoRA`, `nnx.LoRALinear`, and leaves lora_a and lora_b of any tree."""
 
 from __future__ import annotations
 
@@ -9,22 +9,25 @@ from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
 from varscale.programs.patterns import Pattern, idle, matches, text
+from varscale.programs.trees import open_tree
 
-M = TypeVar("M", bound=nnx.Module)
+M = TypeVar("M")
 Init = Literal["uniform", "gaussian", "orthogonal", "pissa", "olora"]
 _OF_THE_KERNEL = ("pissa", "olora")
 _TENTH = 0.1  # the factor on both matrices of the orthogonal init in peft
 
 
 class _Adapter(NamedTuple):
-    """One adapter of a model: its path, itself, and the kernel it adapts, (in, out); None where it stands alone."""
+    """One adapter: its path, A of shape (*layers, *in, r), B of (*layers, r, *out), and the kernel, or None."""
 
     path: str
-    lora: nnx.LoRA
+    a: Any
+    b: Any
     kernel: Any
 
 
@@ -57,8 +60,13 @@ def lora_init(
     have no such factor in their program, so A holds s·A. Then what they compute is the same; to train as the program with the
     factor does, multiply A's learning rate by s under Adam, by s² under SGD.
 
+    Kernels may have heads and layers: A has the shape (*layers, *in, r), B (*layers, r, *out), and the kernel
+    (*layers, *in, *out); each layer is a matrix of its own. An `nnx.LoRA` around an `nnx.LinearGeneral` has its axes flattened.
+
     Args:
-        model: an nnx module that holds `nnx.LoRA` or `nnx.LoRALinear`; it is not changed.
+        model: an nnx module that holds `nnx.LoRA` or `nnx.LoRALinear`; or a tree of parameters (linen variables, nested dicts,
+            an nnx.State) with leaves "lora_a" and "lora_b" in one module, and the kernel in that module or the one around it.
+            It is not changed.
         key: a PRNG key; each adapter is drawn with a key of its own, derived from this and its path.
         init: one of the table.
         alpha: numerator of the scale; positive. None for the scale 1.
@@ -69,9 +77,10 @@ def lora_init(
         A new model of the same structure.
 
     Raises:
-        TypeError: model is no nnx module.
-        ValueError: it holds no adapter, a pattern matches none, init is unknown, alpha is not positive; the rank is odd under
-            "orthogonal"; under "pissa" or "olora" an adapter has no `nnx.Linear`, or a rank above min(in, out).
+        TypeError: model is neither an nnx module nor a tree of arrays.
+        ValueError: it holds no adapter, a pattern matches none, init is unknown, alpha is not positive; the shapes of an
+            adapter are not those of one; the rank is odd under "orthogonal"; under "pissa" or "olora" an adapter has no kernel
+            of its shape, or a rank above min(in, out).
 
     >>> import jax, jax.numpy as jnp, varscale as vs
     >>> from flax import nnx
@@ -81,64 +90,135 @@ def lora_init(
     >>> bool(jnp.allclose(new(x), layer(x), atol=1e-5)), bool(jnp.any(new.lora.lora_b[...]))
     (True, True)
     """
-    if not isinstance(model, nnx.Module):
-        raise TypeError(f"model must be an nnx module, not {model!r}")
     if init not in get_args(Init):
         raise ValueError(f"init must be one of {', '.join(map(repr, get_args(Init)))}, not {init!r}")
     if alpha is not None and not (math.isfinite(alpha) and alpha > 0):
         raise ValueError(f"alpha must be finite and positive, or None, not {alpha!r}")
+    if not isinstance(model, nnx.Module):
+        return _of_tree(model, key, init, alpha, rank_stabilized, patterns)
     graph, state = nnx.split(model)
     made = nnx.merge(graph, jax.tree.map(lambda array: array, state))  # variables of its own
-    adapters = _adapters(made)
-    if not adapters:
+    held = _held(made)
+    if not held:
         raise ValueError(f"model must hold an nnx.LoRA or nnx.LoRALinear, and {type(model).__name__} holds none")
-    several = [patterns] if not isinstance(patterns, Sequence) or isinstance(patterns, str) else list(patterns)
-    if unused := idle(several, [adapter.path for adapter in adapters]):
-        known = ", ".join(repr(adapter.path) for adapter in adapters[:4])
-        raise ValueError(f"patterns: {text(unused[0])!r} matches none of the adapters ({known})")
-    for adapter in adapters:
-        if any(matches(pattern, adapter.path) for pattern in several):
-            _start(adapter, jax.random.fold_in(key, zlib.crc32(adapter.path.encode())), init, alpha, rank_stabilized)
+    for path in _caught(patterns, list(held)):
+        lora, kernel = held[path]
+        adapter = _Adapter(path, lora.lora_a[...], lora.lora_b[...], None if kernel is None else kernel[...])
+        a, b, rest = _started(adapter, key, init, alpha, rank_stabilized)
+        lora.lora_a[...], lora.lora_b[...] = a, b
+        if rest is not None:
+            kernel[...] = rest
     return made
 
 
-def _adapters(model: nnx.Module) -> list[_Adapter]:
-    """The adapters of a model, each with the kernel that it adapts."""
+def _held(model: nnx.Module) -> dict[str, tuple[nnx.LoRA, Any]]:
+    """The adapters of a model by path, each with the kernel that it adapts."""
     modules = [("/".join(map(str, keys)), module) for keys, module in nnx.iter_modules(model)]
     owners = {id(module.lora): module for _, module in modules if isinstance(module, nnx.LoRALinear)}
-    found = []
-    for path, module in modules:
-        if isinstance(module, nnx.LoRA):
-            owner = owners.get(id(module), module.base_module)
-            found.append(_Adapter(path, module, getattr(owner, "kernel", None)))
-    return found
+    return {
+        path: (module, getattr(owners.get(id(module), module.base_module), "kernel", None))
+        for path, module in modules
+        if isinstance(module, nnx.LoRA)
+    }
 
 
-def _start(adapter: _Adapter, key: Key[Array, ""], init: Init, alpha: float | None, rank_stabilized: bool) -> None:
-    """Set an adapter's matrices, and take what they make off its kernel."""
-    lora = adapter.lora
-    (n, rank), m = lora.lora_a.shape, lora.lora_b.shape[1]
+def _of_tree(params: Any, key: Any, init: Init, alpha: float | None, rank_stabilized: bool, patterns: Any) -> Any:
+    """A tree of parameters with its adapters drawn anew."""
+    opened = open_tree(params, "model")
+    values = {leaf.path: leaf.value for leaf in opened.leaves}
+    held = {path.rpartition("/")[0]: path for path in values if path.rpartition("/")[2] == "lora_a"}
+    held = {module: path for module, path in held.items() if f"{module}/lora_b".lstrip("/") in values}
+    if not held:
+        raise ValueError(
+            "model must hold adapters: leaves lora_a and lora_b in one module, or an nnx.LoRA; the tree holds none"
+        )
+    modules = {module.removeprefix("params/"): module for module in held}
+    for module in (modules[name] for name in _caught(patterns, list(modules))):
+        a_path, b_path = held[module], f"{module}/lora_b".lstrip("/")
+        kernel = _kernel_of(module, values)
+        adapter = _Adapter(module, values[a_path], values[b_path], None if kernel is None else values[kernel])
+        values[a_path], values[b_path], rest = _started(adapter, key, init, alpha, rank_stabilized)
+        if kernel is not None and rest is not None:
+            values[kernel] = rest
+    return opened.rebuild([values[leaf.path] for leaf in opened.leaves])
+
+
+def _kernel_of(module: str, values: dict[str, Any]) -> str | None:
+    """The path of the kernel that an adapter of a tree adapts: "kernel", else the one other array of its size."""
+    a, b = (np.shape(values[f"{module}/{name}".lstrip("/")]) for name in ("lora_a", "lora_b"))
+    for around in (module, module.rpartition("/")[0]):
+        beside = [path for path in values if path.rpartition("/")[0] == around and not path.endswith(("lora_a", "lora_b"))]
+        named = [path for path in beside if path.rpartition("/")[2] == "kernel"]
+        fits = [path for path in beside if _batch(a, b, np.shape(values[path])) is not None]
+        if named or len(fits) == 1:
+            return (named or fits)[0]
+    return None
+
+
+def _caught(patterns: Any, paths: Sequence[str]) -> list[str]:
+    """The adapters that patterns name.
+
+    Raises:
+        ValueError: one names none.
+    """
+    several = [patterns] if not isinstance(patterns, Sequence) or isinstance(patterns, str) else list(patterns)
+    if unused := idle(several, paths):
+        known = ", ".join(map(repr, paths[:4]))
+        raise ValueError(f"patterns: {text(unused[0])!r} matches none of the adapters ({known})")
+    return [path for path in paths if any(matches(pattern, path) for pattern in several)]
+
+
+def _batch(a: tuple[int, ...], b: tuple[int, ...], kernel: tuple[int, ...] | None) -> int | None:
+    """How many leading axes are layers; None where the shapes are not those of an adapter (of this kernel, if one is given)."""
+    for k in range(min(len(a), len(b)) - 1):
+        if a[:k] != b[:k] or a[-1] != b[k] or len(a) < k + 2 or len(b) < k + 2:
+            continue
+        if kernel is None:
+            return k
+        n, m = math.prod(a[k:-1]), math.prod(b[k + 1 :])
+        splits = range(k + 1, len(kernel))
+        if kernel[:k] == a[:k] and any((math.prod(kernel[k:i]), math.prod(kernel[i:])) == (n, m) for i in splits):
+            return k
+    return None
+
+
+def _started(
+    adapter: _Adapter, key: Key[Array, ""], init: Init, alpha: float | None, rank_stabilized: bool
+) -> tuple[Array, Array, Array | None]:
+    """An adapter's matrices, and the kernel without what they make; None where it stays."""
+    own = jax.random.fold_in(key, zlib.crc32(adapter.path.encode()))
+    shapes = tuple(adapter.a.shape), tuple(adapter.b.shape)
+    kernel = adapter.kernel if init in _OF_THE_KERNEL else None
+    k = _batch(*shapes, None if kernel is None else tuple(kernel.shape))
+    if init in _OF_THE_KERNEL and (kernel is None or k is None):
+        has = "none" if kernel is None else f"one of shape {tuple(kernel.shape)}"
+        raise ValueError(f"init={init!r} is made of the kernel that {adapter.path!r} adapts by {shapes}, and there is {has}")
+    if k is None:
+        raise ValueError(f"{adapter.path!r}: A and B must have shapes (*layers, *in, r) and (*layers, r, *out), not {shapes}")
+    layers, rank = shapes[0][:k], shapes[0][-1]
+    n, m = math.prod(shapes[0][k:-1]), math.prod(shapes[1][k + 1 :])
     scale = 1.0 if alpha is None else alpha / math.sqrt(rank) if rank_stabilized else alpha / rank
-    if init in _OF_THE_KERNEL:
-        kernel = _checked_kernel(adapter, (n, m), rank, init)
-        a, b = (_principal if init == "pissa" else _triangular)(kernel, rank, scale)
+    if init in _OF_THE_KERNEL and rank > min(n, m):
+        raise ValueError(f"init={init!r} needs a rank of min(in, out) = {min(n, m)} at most, not {rank} at {adapter.path!r}")
+
+    def one(key: Key[Array, ""], kernel: Float[Array, "in out"] | None) -> tuple[Array, Array, Array | None]:
+        if kernel is None:
+            a, b = _drawn(adapter.path, key, init, (n, rank, m))
+        else:
+            a, b = (_principal if init == "pissa" else _triangular)(kernel, rank, scale)
+        a, b = (scale * a).astype(adapter.a.dtype), b.astype(adapter.b.dtype)
+        if kernel is None:
+            return a, b, None
+        return a, b, kernel - a.astype(jnp.float32) @ b.astype(jnp.float32)  # of what the adapter holds after rounding
+
+    flat = None if kernel is None else jnp.reshape(kernel, (-1, n, m)).astype(jnp.float32)
+    if layers:
+        keys = jax.random.split(own, math.prod(layers))
+        a, b, rest = jax.vmap(one, in_axes=(0, None if flat is None else 0))(keys, flat)
     else:
-        a, b = _drawn(adapter.path, key, init, (n, rank, m))
-    a = (scale * a).astype(lora.lora_a.dtype)
-    b = b.astype(lora.lora_b.dtype)
-    if init in _OF_THE_KERNEL:  # of what the adapter holds after rounding
-        rest = kernel - a.astype(jnp.float32) @ b.astype(jnp.float32)  # pyright: ignore[reportPossiblyUnboundVariable]
-        adapter.kernel[...] = rest.astype(adapter.kernel.dtype)
-    lora.lora_a[...], lora.lora_b[...] = a, b
-
-
-def _checked_kernel(adapter: _Adapter, shape: tuple[int, int], rank: int, init: Init) -> Float[Array, "in out"]:
-    if adapter.kernel is None or tuple(adapter.kernel.shape) != shape:
-        has = "none" if adapter.kernel is None else f"one of shape {tuple(adapter.kernel.shape)}"
-        raise ValueError(f"init={init!r} is made of the kernel {shape} that {adapter.path!r} adapts, and there is {has}")
-    if rank > min(shape):
-        raise ValueError(f"init={init!r} needs a rank of min(in, out) = {min(shape)} at most, not {rank} at {adapter.path!r}")
-    return adapter.kernel[...].astype(jnp.float32)
+        a, b, rest = one(own, None if flat is None else flat[0])
+    rest = None if rest is None or kernel is None else rest.reshape(kernel.shape).astype(kernel.dtype)
+    return a.reshape(shapes[0]), b.reshape(shapes[1]), rest
 
 
 def _principal(kernel: Float[Array, "in out"], rank: int, scale: float) -> tuple[Array, Array]:
