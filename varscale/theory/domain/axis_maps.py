@@ -124,6 +124,16 @@ def pair_counts(a: AxisMap, b: AxisMap | None = None) -> Float[np.ndarray, "type
     return table / np.where(out.pairs > 0, out.pairs, 1.0)[:, None]
 
 
+def class_counts(a: AxisMap, b: AxisMap) -> Float[np.ndarray, "classes_a classes_b types_in"]:
+    """Mean weight of the input pairs of each type behind any two outputs, of maps of one axis to two, by class of each."""
+    ins = np.eye(a.inner.classes)[a.inner.label_array]
+    columns = [m._by_input / m.out.counts for m in (a, b)]
+    meet = np.einsum("ic,ie,id->ced", *columns, ins)
+    total = np.einsum("cd,ef->cedf", *(x.T @ ins for x in columns))
+    apart = total - np.einsum("ced,df->cedf", meet, np.eye(a.inner.classes))
+    return np.concatenate([meet, apart.reshape(*meet.shape[:2], -1)], axis=-1)
+
+
 def _at_the_entries(b: AxisMap, a: AxisMap) -> Float[np.ndarray, " entries"]:
     """B_pi at the entries of a."""
     codes, place = np.unique(b.rows * b.inner.size + b.columns, return_inverse=True)

@@ -3,9 +3,7 @@
 from varscale.theory.propagation import (  # noqa: F401
     axis_mapped,
     conditional_samples,
-    cross_means,
-    cross_reshaped,
-    cross_slices,
+    cross_axis_maps,
     products,
     pullbacks,
     sample_moments,
