@@ -44,16 +44,16 @@ class Reading(NamedTuple):
 @cross_by_kind.register(Mean)
 def cross_by_kind_of_mean(node: Mean, a: View, b: View, frame: Sequence[Axis]) -> np.ndarray | None:
     """E[mean(x) y] where y is a mean or a slice over the same axes, or runs over them; else y, too, is averaged."""
-    x, mine = _means(a)
+    x, mine = _before_means(a)
     if isinstance(b.node, Mean):
-        y, theirs = _means(b)
+        y, theirs = _before_means(b)
         x, mine = _in_factors(x, mine, theirs)
         y, theirs = _in_factors(y, theirs, mine)
         met = _matched(mine, [(k, reading.span[1]) for k, reading in enumerate(theirs)])
         if met is not None and len(met) == len(theirs):
             return _read_together(x, mine, y, [theirs[k] for k in met], frame)
     if isinstance(b.node, Take):
-        y, reading = _slice(b)
+        y, reading = _before_slice(b)
         if y.node.axes == x.node.axes and node.params == (reading.axis,) and reading.place not in a.bind:
             return _read_together(x, mine, y, [reading], frame)
     # Axes of y that mean(x) does not run over: what x is averaged over, or y may be averaged over them, too.
@@ -61,7 +61,7 @@ def cross_by_kind_of_mean(node: Mean, a: View, b: View, frame: Sequence[Axis]) -
     met = _matched(mine, [(k, b.node.axes[k].size) for k in spare])
     if met is not None:
         y = View(b.node, tuple(-1 if k in met else place for k, place in enumerate(b.bind)))
-        return _read_together(x, mine, y, [_whole(b, k) for k in met], frame)
+        return _read_together(x, mine, y, [_all_entries(b, k) for k in met], frame)
     if not spare or any(b.node.axes[k].labels is not None for k in spare):
         return None
     averaged = mean_node(b.node, spare)
@@ -72,11 +72,11 @@ def cross_by_kind_of_mean(node: Mean, a: View, b: View, frame: Sequence[Axis]) -
 @cross_by_kind.register(Take)
 def cross_by_kind_of_take(node: Take, a: View, b: View, frame: Sequence[Axis]) -> np.ndarray | None:
     """Two slices of things over one axis, or a slice and all of it, which meet where one position is in both."""
-    x, reading = _slice(a)
+    x, reading = _before_slice(a)
     k, size = node.params[0], x.node.axes[node.params[0]].size
-    y, other = _slice(b) if isinstance(b.node, Take) else (b, None)
+    y, other = _before_slice(b) if isinstance(b.node, Take) else (b, None)
     if x.node.axes == b.node.axes and (*x.bind[:k], *x.bind[k + 1 :]) == (*b.bind[:k], *b.bind[k + 1 :]):
-        y, other = View(b.node, x.bind), _whole(b, k)
+        y, other = View(b.node, x.bind), _all_entries(b, k)
     if other is None or y.node.axes[other.axis or 0].size != size:
         if reading.place in b.bind or is_cut(b.node):
             return None
@@ -84,14 +84,14 @@ def cross_by_kind_of_take(node: Take, a: View, b: View, frame: Sequence[Axis]) -
     return _read_together(x, [reading], y, [other], frame)
 
 
-def _means(view: View) -> tuple[View, list[Reading]]:
+def _before_means(view: View) -> tuple[View, list[Reading]]:
     """What is averaged, −1 for the places of the axes that are, and these."""
     source, reduced, own = view.node.args[0].node, view.node.params, iter(view.bind)
     bind = tuple(-1 if k in reduced else next(own) for k in range(len(source.axes)))
     return View(source, bind), [Reading(k, None, (0, source.axes[k].size, 1)) for k in reduced]
 
 
-def _slice(view: View) -> tuple[View, Reading]:
+def _before_slice(view: View) -> tuple[View, Reading]:
     """What a slice was cut from, −1 for the place of the axis that was cut, and that."""
     k, *span = view.node.params
     source = view.node.args[0].node
@@ -100,7 +100,7 @@ def _slice(view: View) -> tuple[View, Reading]:
     return View(source, bind), Reading(k, view.bind[k] if left else None, (span[0], span[1], span[2]))
 
 
-def _whole(view: View, k: int) -> Reading:
+def _all_entries(view: View, k: int) -> Reading:
     """All entries of an axis."""
     return Reading(k, view.bind[k], (0, view.node.axes[k].size, 1))
 
