@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
-from flax import nnx
+from flax import nnx, serialization
 
 import varscale as vs
 from experiments.nets.healthy_constructions import HEALTHY
@@ -169,10 +169,22 @@ class TestTheNumbers:
         assert any("normal(.02)" in message for message in told)
         assert any("none of the usual laws" in message for message in told)
 
-    def test_a_checkpoint(self, tmp_path):
-        vs.transfer.save(tmp_path / "x.safetensors", {"a": {"kernel": jnp.full((4, 4), jnp.nan)}})
-        with pytest.raises(ValueError, match="finite"):  # transfer refuses it already
-            vs.audit_parameters(tmp_path / "x.safetensors").raise_on("error")
+    @pytest.mark.parametrize("name", ["x.safetensors", "folder", "x.npz", "x.msgpack"])
+    def test_a_checkpoint(self, tmp_path, name):
+        """NaN is found where `vs.transfer.load` would refuse the file; a file that is cut off is an error of one line."""
+        tree = {"a": {"kernel": np.full((4, 4), np.nan, np.float32)}, "b": {"kernel": np.ones((64, 64), np.float32)}}
+        file = tmp_path / name
+        if name == "x.npz":
+            np.savez(file, **{f"{k}/kernel": v["kernel"] for k, v in tree.items()})
+        elif name == "x.msgpack":
+            file.write_bytes(serialization.msgpack_serialize(tree))
+        else:
+            vs.transfer.save(file, tree)
+        assert sorted(found(vs.audit_parameters(file), "error")) == [("VS105", "b/kernel"), ("VS121", "a/kernel")]
+        if file.is_file():
+            file.write_bytes(file.read_bytes()[:-100])
+            with pytest.raises(ValueError, match=name):
+                vs.audit_parameters(file)
 
     def test_an_empty_tree(self):
         audit = vs.audit_parameters({})

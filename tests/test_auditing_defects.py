@@ -9,11 +9,13 @@ from flax import linen as nn
 import varscale as vs
 from experiments.nets.healthy_architectures import ARCHITECTURES
 from experiments.nets.healthy_constructions import HEALTHY
+from experiments.nets.healthy_publications import PUBLICATIONS
 from experiments.nets.planted_defects import DEFECTS
 from varscale.programs.patterns import matches
 
 ROWS = jax.ShapeDtypeStruct((16, 64), jnp.float32)
 KEY = jax.random.key(0)
+MODELS = {**HEALTHY, **ARCHITECTURES, **PUBLICATIONS}
 # The others take seconds each: `python -m experiments.benchmarks.audit` has them all, with 20 keys.
 SLOW = {"fan-in of all axes", "one-hot softmax", "uniform softmax", "tokens that become alike", "fused gates"}
 OF_TRACE = [name for name, defect in DEFECTS.items() if not defect.drawn and name not in SLOW]
@@ -44,6 +46,10 @@ CHEAP = [
     "nnx transformer",
     "glorot and tanh",
     "flax's default and relu",
+    "Fixup",
+    "deep Q-learning",
+    "SIREN with 30 outside",
+    "DCGAN's discriminator",
 ]
 
 
@@ -110,22 +116,27 @@ def test_a_mend_that_is_a_law_removes_the_finding(name, audited):
     assert named(after, defect) == []
 
 
-@pytest.mark.parametrize("name", ["a scaled copy", "bfloat16 draws", "overflow in float16"])
+@pytest.mark.parametrize(
+    "name",
+    ["a scaled copy", "bfloat16 draws", "overflow in float16", "a cut at ±2 that cuts nothing", "μP's kernels ÷ m for ÷ √m"],
+)
 def test_a_defect_of_the_numbers(name):
-    """With one key; the benchmark draws 20."""
+    """With one key; the benchmark draws 20. Where laws are meant that the model has not, what its init draws is audited."""
     defect = DEFECTS[name]
-    assert named(vs.audit(defect.broken, defect.x, key=KEY), defect)
-    assert named(vs.audit(defect.mended, defect.x, key=KEY), defect) == []
+    for model, is_broken in ((defect.broken, True), (defect.mended, False)):
+        params = model.init(KEY, jnp.zeros(defect.x.shape)) if defect.scheme is not None else None
+        audit = vs.audit(model, defect.x, key=KEY, params=params, scheme=defect.laws(model))
+        assert bool(named(audit, defect)) == is_broken
 
 
 @pytest.mark.parametrize("name", CHEAP)
 def test_healthy_models_are_clean(name):
-    model, x = {**HEALTHY, **ARCHITECTURES}[name]
+    model, x = MODELS[name]
     assert [str(f) for f in vs.audit(model, x).at_least("warning")] == []
 
 
 def test_the_healthy_models_are_many():
-    assert len({**HEALTHY, **ARCHITECTURES}) == len(HEALTHY) + len(ARCHITECTURES) >= 40
+    assert len(MODELS) == len(HEALTHY) + len(ARCHITECTURES) + len(PUBLICATIONS) >= 60
 
 
 class TestTheLoss:

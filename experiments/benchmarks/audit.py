@@ -14,7 +14,7 @@ import argparse
 import resource
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
@@ -25,9 +25,10 @@ import varscale as vs
 from experiments.benchmarks.architectures import Transformer
 from experiments.nets.healthy_architectures import ARCHITECTURES
 from experiments.nets.healthy_constructions import HEALTHY
+from experiments.nets.healthy_publications import PUBLICATIONS
 from experiments.nets.planted_defects import DEFECTS, Defect
-from varscale.auditing.audit import drawn, measured
 from varscale.auditing.findings import Audit, Finding, ordered
+from varscale.auditing.measured import drawing, measuring
 from varscale.programs.patterns import matches
 
 
@@ -42,19 +43,22 @@ def alarms(audit: Audit, defect: Defect | None = None) -> list[Finding]:
     return [f for f in audit.findings if f in serious or (defect is not None and f.code == defect.code)]
 
 
-def of_key(model: Any, x: Any, of_trace: Audit, seed: int) -> Audit:
-    """What `vs.audit(model, x, key=...)` finds, given what it found from the trace, in which nothing is random."""
+def of_keys(model: Any, x: Any, of_trace: Audit, seeds: Iterable[int]) -> Iterator[Audit]:
+    """What `vs.audit(model, x, key=...)` finds with each key; the trace is audited and the run compiled once."""
     assert of_trace.report is not None
-    params = drawn(model, jax.random.key(seed), x, None)
-    return Audit(ordered([*of_trace.findings, *measured(model, x, params, of_trace.report)]), of_trace.report)
+    draw, measure = drawing(model, x), None
+    for seed in seeds:
+        params = draw(jax.random.key(seed))
+        measure = measure or measuring(model, x, params, of_trace.report)
+        yield Audit(ordered([*of_trace.findings, *measure(params)]), of_trace.report)
 
 
 def healthy(seeds: Iterable[int]) -> int:
     """Audit the healthy models from the trace and with each key; how many audits had a false alarm."""
-    models, false, audits = {**HEALTHY, **ARCHITECTURES}, 0, 0
+    models, false, audits = {**HEALTHY, **ARCHITECTURES, **PUBLICATIONS}, 0, 0
     for name, (model, x) in models.items():
         of_trace = vs.audit(model, x)
-        found = [of_trace, *(of_key(model, x, of_trace, seed) for seed in seeds)]
+        found = [of_trace, *of_keys(model, x, of_trace, seeds)]
         wrong = [f for audit in found for f in alarms(audit)]
         audits, false = audits + len(found), false + sum(bool(alarms(audit)) for audit in found)
         infos = sorted({f.code for f in found[0].at_least("info")} - {f.code for f in wrong})
@@ -68,11 +72,10 @@ def defects(seeds: Iterable[int]) -> int:
     wrong = 0
     for name, defect in DEFECTS.items():
         mended_x = defect.x if defect.mended_x is None else defect.mended_x
-        missed, flagged = 0, 0
-        broken, mended = vs.audit(defect.broken, defect.x), vs.audit(defect.mended, mended_x)
-        for seed in seeds:
-            missed += not hits(of_key(defect.broken, defect.x, broken, seed), defect)
-            flagged += bool(alarms(of_key(defect.mended, mended_x, mended, seed), defect))
+        broken = vs.audit(defect.broken, defect.x, scheme=defect.laws(defect.broken))
+        mended = vs.audit(defect.mended, mended_x, scheme=defect.laws(defect.mended))
+        missed = sum(not hits(audit, defect) for audit in of_keys(defect.broken, defect.x, broken, seeds))
+        flagged = sum(bool(alarms(audit, defect)) for audit in of_keys(defect.mended, mended_x, mended, seeds))
         wrong += missed + flagged
         print(f"| {name} | {defect.code} | {missed} | {flagged} |", flush=True)
     print(f"{len(DEFECTS)} defects, {wrong} audits that missed one or flagged its mended twin.", flush=True)

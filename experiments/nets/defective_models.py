@@ -150,11 +150,12 @@ class Averages(nn.Module):
 
 
 class Language(nn.Module):
-    """A pre-norm transformer, its embedding's deviation, its scores' scale and its norms' epsilon to choose."""
+    """A pre-norm transformer: its embedding's deviation, scores' scale, norms' epsilon and logits' temperature to choose."""
 
     deviation: float = 0.02
     scale: float = 1.0
     epsilon: float = 1e-6
+    temperature: float = 1.0
 
     @nn.compact
     def __call__(self, ids):
@@ -167,7 +168,7 @@ class Language(nn.Module):
             scores = jnp.einsum("btd,bsd->bts", q, k) * (self.scale / 8)
             x = x + nn.Dense(64, kernel_init=normal(0.02), name=f"out_{i}")(jax.nn.softmax(scores) @ v)
             x = x + nn.Dense(64, kernel_init=normal(0.02))(nn.gelu(nn.Dense(128)(norm()(x))))
-        return embed.attend(norm(name="final")(x))
+        return embed.attend(norm(name="final")(x)) / self.temperature
 
 
 class OneKey(nnx.Module):

@@ -9,6 +9,17 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 import varscale as vs
+from experiments.nets.defective_laws import (
+    ENDS,
+    TOWER,
+    TOWER_CUT,
+    DeepNet,
+    Normed,
+    Placed,
+    Tower,
+    recurrent,
+    widened,
+)
 from experiments.nets.defective_models import (
     IDS,
     PICTURES,
@@ -53,6 +64,8 @@ class Defect:
         x: the input of both.
         mended_x: the input of the twin, where that is what is mended.
         drawn: whether it shows in the numbers alone, so that a key is needed.
+        scheme: the laws that the model is meant to have, or a scheme that gives them: what its own init draws is audited
+            against these.
     """
 
     code: str
@@ -62,6 +75,11 @@ class Defect:
     x: Any
     mended_x: Any = None
     drawn: bool = False
+    scheme: Any = None
+
+    def laws(self, model: Any) -> Any:
+        """The laws that a model is meant to have; None for its own."""
+        return self.scheme(model, self.x) if callable(self.scheme) else self.scheme
 
 
 HE = vs.he_normal()
@@ -167,4 +185,23 @@ DEFECTS = {
     ),
     "overflow in float16": Defect("VS121", "**", Overflow(300.0), Overflow(1.0), ROWS, drawn=True),
     "a setting that nothing reads": Defect("VS124", "", Configured(), Configured(read=True), ROWS),
+    "recurrent kernel of deviation 1": Defect("VS103", "layers_0/cell/h/kernel", recurrent(1.0), recurrent(0.125), TOKENS),
+    "twenty sigmoids": Defect("VS102", "layers_*", plain(lecun, nn.sigmoid, 20), plain(lecun, jnp.tanh, 4), ROWS),
+    "positions beside small tokens": Defect("VS108", "**", Placed(1.0), Placed(0.02), IDS),
+    "branches that drown the stream": Defect("VS107", "norm_1", Normed(100.0), Normed(1.0), TOKENS),
+    "a cold softmax": Defect("VS110", "Embed_0/embedding", Language(temperature=0.01), Language(), IDS),
+    "random biases as large as the signal": Defect(
+        "VS117", "layers_*/bias", plain(lecun, jnp.tanh, 4, bias_init=normal(1.0)), plain(vs.lecun_normal(), jnp.tanh, 4), ROWS
+    ),
+    # Of these the trace cannot tell what is meant: each law is a usual one. The laws that are meant are given.
+    "1/(L√d) for 2/(L√d)": Defect("VS112", "block_*/down/kernel", Tower(ENDS / 2), Tower(ENDS), ROWS, drawn=True, scheme=TOWER),
+    "a cut at ±2 that cuts nothing": Defect(
+        "VS112", "block_*/down/kernel", Tower(cut=2.0), Tower(cut=2 * ENDS), ROWS, drawn=True, scheme=TOWER_CUT
+    ),
+    "μP's kernels ÷ m for ÷ √m": Defect(
+        "VS112", "layers_2/kernel", widened(0.25), widened(0.5), ROWS, drawn=True, scheme=vs.schemes.mup(widened(1.0, 32))
+    ),
+    "DeepNet's factor on the embedding": Defect(
+        "VS112", "embed/embedding", DeepNet(0.5), DeepNet(1.0), IDS, drawn=True, scheme=vs.schemes.deepnorm()
+    ),
 }

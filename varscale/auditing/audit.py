@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -14,14 +13,11 @@ import numpy as np
 from flax import nnx
 
 from varscale.auditing import maps, norms, settings, signal, streams
-from varscale.auditing.findings import Audit, Finding, ordered, silenced
-from varscale.auditing.leaves import check_finite, summary
-from varscale.auditing.losses import check_loss, check_prior, checked_labels, cross_entropy
-from varscale.auditing.parameters import check_laws, checked, of_weight
+from varscale.auditing.findings import LEVELS, Audit, Finding, ordered, silenced
+from varscale.auditing.inputs import check_inputs
+from varscale.auditing.measured import drawing, is_described, measuring
 from varscale.initialization.laws import applied
-from varscale.measuring.probe import probe
 from varscale.programs import faces
-from varscale.programs.trees import open_tree
 from varscale.report import Report, Row
 from varscale.schemes.plan import Plan
 from varscale.theory import predict
@@ -82,9 +78,9 @@ def audit(
     scheme = applied(scheme, model, x, params=given, method=method)
     report, found = traced(model, x, given, fresh, scheme, method)
     if key is not None and params is None:
-        params = drawn(model, key, x, method)
+        params = drawing(model, x, method)(key)
     if params is not None:
-        found += measured(model, x, params, report, fresh=fresh, loss=loss, labels=labels, method=method)
+        found += measuring(model, x, params, report, fresh=fresh, loss=loss, labels=labels, method=method)(params)
     elif loss is not None or labels is not None:
         raise ValueError("loss and labels need params, or a key to draw them with: without numbers the loss has no value")
     sampled = sum(row.how == "sampled" for row in report.rows)
@@ -112,17 +108,20 @@ def traced(model: Any, x: Any, given: Any, fresh: bool, scheme: Any, method: str
     found: list[Finding] = []
     if fresh:
         mend = maps.signal_mend(linear, parameters, program_uses.additions)
-        found += signal.check_signal(report, mend)
+        found += signal.check_signal(report, mend, maps.output_scales(parameters))
         found += signal.check_gradient(report, mend)
         found += maps.check_gains(linear, moves=bool(found))
         found += signal.check_stream(report, program_uses.additions, mend)
-        found += signal.check_rank(report, maps.readouts(parameters))
+        found += norms.check_drowned(whole.rows, program_uses)
+        found += signal.check_rank(report, maps.readouts(parameters), maps.rank_mend(parameters, report.weights))
+        found += maps.check_recurrence(linear)
         found += maps.check_fans(linear)
         found += maps.check_units(linear, report)
         found += norms.check_epsilon(whole.rows, program_uses.epsilons)
         found += norms.check_softmax(whole.rows, program_uses.attentions)
         found += norms.check_logits(parameters, report)
-        found += maps.check_biases(parameters, report.weights)
+        worst = min((f.level for f in found if f.code in ("VS101", "VS102")), key=LEVELS.index, default=None)
+        found += maps.check_biases(parameters, report.weights, report, worst)
     if not _holds_no_laws(model) and not isinstance(model, nnx.Module):
         plan = streams.outlined(model, x, method, scheme)
         found += streams.check_streams(plan)
@@ -133,27 +132,8 @@ def traced(model: Any, x: Any, given: Any, fresh: bool, scheme: Any, method: str
     found += maps.check_uses(parameters)
     if isinstance(scheme, Plan):
         found += check_requirements(scheme)
-    found += maps.check_inputs(parameters, _arrays(x))
+    found += check_inputs(parameters, linear, report, _arrays(x))
     return report, found
-
-
-def measured(
-    model: Any,
-    x: Any,
-    params: Any,
-    report: Report,
-    *,
-    fresh: bool = True,
-    loss: Any = None,
-    labels: Any = None,
-    method: str | None = None,
-) -> list[Finding]:
-    """The findings about the numbers of parameters and about one run of the model, beside what is predicted."""
-    if labels is not None:
-        labels = checked_labels(labels, report)
-        loss = cross_entropy(labels) if loss is None else loss
-    ran = _run(model, params, x, report, fresh=fresh, loss=loss, labels=labels, method=method)
-    return [*_numbers(params, report, fresh), *ran]
 
 
 def check_requirements(plan: Plan) -> Iterator[Finding]:
@@ -177,88 +157,13 @@ def _is_equation(row: Row) -> bool:
     return re.split("[#@]", row.path.rpartition("/")[2])[0] == row.kind
 
 
-def drawn(model: Any, key: Any, x: Any, method: str | None) -> Any:
-    """The parameters that the model's own init draws."""
-    program = faces.program(model, method=method)
-    if program.init is None:
-        raise ValueError("key must be None for a model that holds its parameters, or is given them: there is nothing to draw")
-    given = faces.as_inputs(x)
-    filled = jax.tree.map(_filled, (given.args, dict(given.kwargs)), is_leaf=_is_described)
-    return jax.jit(lambda key: program.init(key, faces.Inputs(*filled)))(key)  # pyright: ignore[reportOptionalCall]
-
-
-def _is_described(x: Any) -> bool:
-    return hasattr(x, "shape") and hasattr(x, "dtype")
-
-
 def _is_key(x: Any) -> bool:
     return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
-
-
-def _filled(x: Any) -> Any:
-    """Zeros in place of a described array: what is drawn does not depend on the input's numbers."""
-    described = isinstance(x, jax.ShapeDtypeStruct) or (_is_described(x) and not isinstance(x, jax.Array | np.ndarray))
-    return jnp.zeros(x.shape, x.dtype) if described else x
-
-
-def _numbers(params: Any, report: Report, fresh: bool) -> list[Finding]:
-    """Findings about the numbers of parameters."""
-    opened = [leaf for leaf in open_tree(params, "params").leaves if leaf.is_weight and math.prod(leaf.shape)]
-    leaves = [leaf for leaf in opened if jnp.issubdtype(leaf.dtype, jnp.inexact)]
-    summaries = [summary(leaf.path.removeprefix("params/"), leaf.value) for leaf in leaves]
-    if not fresh:
-        return list(check_finite(summaries))
-    laws = {path: of_weight(weight, 0.0) for path, weight in report.weights.items() if weight.law is not None}
-    return [*checked(summaries), *check_laws(summaries, laws)]
-
-
-def _run(
-    model: Any, params: Any, x: Any, report: Report, *, fresh: bool, loss: Any, labels: Any, method: str | None
-) -> Iterator[Finding]:
-    """Findings about one run of the model: NaN, rows that the laws do not give, the loss.
-
-    Described inputs of floating point are drawn from the standard normal law, as `predict` takes them; where whole numbers are
-    described only, nobody knows their range, and the model is not run.
-    """
-    given = faces.as_inputs(x)
-    flat = jax.tree_util.tree_leaves((given.args, dict(given.kwargs)), is_leaf=_is_described)
-    described = [v for v in flat if _is_described(v) and not isinstance(v, jax.Array | np.ndarray)]
-    if any(not jnp.issubdtype(v.dtype, jnp.floating) for v in described):
-        return
-    keys = iter(jax.random.split(jax.random.key(0), len(described) + 1))
-
-    def numbers(v: Any) -> Any:
-        return jax.random.normal(next(keys), v.shape, v.dtype) if any(v is d for d in described) else v
-
-    args, kwargs = jax.tree.map(numbers, (given.args, dict(given.kwargs)), is_leaf=_is_described)
-    inputs = faces.Inputs(args, kwargs)
-    of_nnx = isinstance(model, nnx.Module) or isinstance(params, nnx.Module)
-    whom = params if isinstance(params, nnx.Module) else model
-    measured = probe(whom, None if of_nnx else params, inputs, loss=loss, method=method)
-    first = measured.first_nonfinite
-    if first is not None:
-        told = "it is the first row of a run with NaN or infinities; print audit.report.first_nonfinite for what comes before."
-        yield Finding("VS121", "error", first.row.path, told)
-        return
-    if fresh:
-        yield from signal.check_draw(measured, report)
-    if loss is not None:
-        value = _loss(whom, None if of_nnx else params, inputs, loss, method)
-        yield from check_loss(value, report)
-        if labels is not None:
-            yield from check_prior(value, labels, report, uses(model, inputs, params=params, method=method).parameters)
-
-
-def _loss(model: Any, params: Any, x: faces.Inputs, loss: Any, method: str | None) -> float:
-    """The loss at step 0."""
-    program = faces.program(model, method=method)
-    variables = program.parameters if params is None else params
-    return float(jax.jit(lambda v: loss(program.apply(v, x)[0]))(variables))
 
 
 def _arrays(x: Any) -> list[tuple[str, Any]]:
     """The inputs that are given as numbers."""
     given = faces.as_inputs(x)
-    flat = jax.tree_util.tree_flatten_with_path((given.args, dict(given.kwargs)), is_leaf=_is_described)[0]
+    flat = jax.tree_util.tree_flatten_with_path((given.args, dict(given.kwargs)), is_leaf=is_described)[0]
     arrays = [value for _, value in flat if isinstance(value, jax.Array | np.ndarray) and not _is_key(value)]
     return [("the input" if len(arrays) == 1 else f"input {i}", value) for i, value in enumerate(arrays)]

@@ -8,14 +8,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 
 from varscale import gaussian
 from varscale.auditing.findings import Finding, Level
 from varscale.initializers.fans import Fans, Mode, compute_fans
 from varscale.initializers.fixed import normal
 from varscale.initializers.scaling import for_activation, lecun_normal, variance_scaling
-from varscale.initializers.structured import zeros
+from varscale.initializers.structured import orthogonal, zeros
 from varscale.report import Report, Row, Weight
 from varscale.usage.parameters import OneUse, ParameterUses
 
@@ -26,6 +25,8 @@ _ACTIVATIONS = {
 }  # fmt: skip
 _SHAPE_LAWS = (1.0, 2.0, 1 / 3)  # variance times fan of lecun, he and PyTorch's uniform
 _ALIVE = 0.01  # share of positive inputs below which a rectifier's units are called dead
+_FEW_STEPS, _CHAOTIC = 4, 4.0  # steps of a loop over time; factor of the second moment in each
+_PLACED = ("sin", "cos", "sigmoid", "logistic", "softplus", "exp", "hard_sigmoid")  # functions whose shift has a meaning
 _BOUNDED = {"tanh": 2.0, "sigmoid": 4.0, "hard_tanh": 1.0, "erf": 1.5}  # beyond which the function is flat
 
 
@@ -47,10 +48,17 @@ class Map:
         return (self.weight.variance or 0.0) + (self.weight.mean or 0.0) ** 2
 
     @property
+    def scale(self) -> float | None:
+        """Constant that the program multiplies it by, before, in or after the sum; None where the trace does not tell."""
+        scales = (self.use.input_scale, self.use.kernel_scale, self.use.output_scale)
+        return None if None in scales else math.prod(scale for scale in scales if scale is not None)
+
+    @property
     def keeps(self) -> float:
-        """fan_in · E[w²] · E[φ(z)²]: the factor from one map's output to the next, at a unit second moment."""
-        function = _ACTIVATIONS.get(self.use.before)
-        return self.use.fan_in * self.second_moment * (1.0 if function is None else float(gaussian.second_moment(function)))
+        """s² · fan_in · E[w²] · E[φ(z)²]: the factor from one map's output to the next, at a unit second moment."""
+        function, scale = _ACTIVATIONS.get(self.use.before), self.scale or 1.0
+        kept = 1.0 if function is None else float(gaussian.second_moment(function))
+        return scale**2 * self.use.fan_in * self.second_moment * kept
 
 
 def maps(parameters: Sequence[ParameterUses], weights: Mapping[str, Weight]) -> list[Map]:
@@ -66,6 +74,12 @@ def maps(parameters: Sequence[ParameterUses], weights: Mapping[str, Weight]) -> 
 def readouts(parameters: Sequence[ParameterUses]) -> set[str]:
     """The modules whose kernels make the model's outputs."""
     return {p.path.rpartition("/")[0] for p in parameters if any(use.role == "readout" for use in p.uses)}
+
+
+def output_scales(parameters: Sequence[ParameterUses]) -> dict[str, float]:
+    """By module, the constant that the program multiplies the output of its kernel by, where it is known and not 1."""
+    kernels = [(p.path.rpartition("/")[0], p.main) for p in parameters if p.main is not None and p.main.reduction_axes]
+    return {module: use.output_scale for module, use in kernels if use.output_scale not in (None, 1.0)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,6 +126,7 @@ def _gains_off(found: Sequence[Map]) -> list[Map]:
         and m.parameter.times == len(m.parameter.uses)
         and m.use.ends is None
         and not m.use.normalised_after
+        and m.scale is not None
         and not 0.9 < m.keeps < 1.1
     ]
 
@@ -167,12 +182,40 @@ def check_gains(found: Sequence[Map], *, moves: bool) -> Iterator[Finding]:
         level: Level = "warning" if moves and not 1 / 30 < whole < 30 else "info"
         told = f"after {function} it multiplies the second moment by {worst.keeps:.3g}"
         told += f" at a second moment of 1, as in {len(off) - 1} more" if len(off) > 1 else ""
-        told += f": {function} keeps {float(gaussian.second_moment(_ACTIVATIONS[function])):.3g} of it, and fan_in · Var[w] is "
-        told += f"{worst.use.fan_in * worst.second_moment:.3g}."
+        kept = float(gaussian.second_moment(_ACTIVATIONS[function]))
+        told += f": {function} keeps {kept:.3g} of it, and fan_in · Var[w] is {worst.use.fan_in * worst.second_moment:.3g}"
+        told += "." if worst.scale == 1 else f", which the program multiplies by {worst.scale or 1:.3g}²."
         yield Finding(
             "VS103", level, worst.path, told, worst.keeps, f"kernel_init=vs.for_activation({_name(function)})",
             {m.path: for_activation(_ACTIVATIONS[function]) for m in off},
         )  # fmt: skip
+
+
+def rank_mend(parameters: Sequence[ParameterUses], weights: Mapping[str, Weight]) -> Mend:
+    """What keeps samples apart: positions that are no larger than what they are added to, else norms and branches."""
+
+    def squares(role: str) -> list[tuple[float, str]]:
+        found = [(p.path, weights[p.path]) for p in parameters if p.role == role and p.path in weights]
+        return sorted(((w.variance or 0.0) + (w.mean or 0.0) ** 2, path) for path, w in found if w.variance)
+
+    positions, tables = squares("position"), squares("embedding")
+    if positions and tables and positions[-1][0] > 30 * tables[-1][0] > 0:
+        path, deviation = positions[-1][1], math.sqrt(tables[-1][0])
+        return Mend(
+            f"draw the positions {path!r} like the tokens: nn.initializers.normal({deviation:.3g})", {path: normal(deviation)}
+        )
+    return Mend("normalize (nn.LayerNorm), add residual branches, or use an activation whose slope at 0 is nearer 1", {})
+
+
+def check_recurrence(found: Sequence[Map]) -> Iterator[Finding]:
+    """Kernels that a loop over time applies to its own state, and that multiply it: the state saturates."""
+    for m in found:
+        gain = m.use.fan_in * m.second_moment
+        if m.use.times < _FEW_STEPS or m.use.reads_input or m.use.normalised_after or gain <= _CHAOTIC:
+            continue
+        told = f"a loop applies it {m.use.times} times, each time with fan_in · Var[w] = {gain:.3g}: states saturate, and "
+        told += f"gradients through time grow or vanish by up to {math.sqrt(gain):.3g} a step."
+        yield Finding("VS103", "warning", m.path, told, gain, "recurrent_kernel_init=vs.orthogonal()", {m.path: orthogonal()})
 
 
 def _name(function: str) -> str:
@@ -189,19 +232,45 @@ def check_uses(parameters: Sequence[ParameterUses]) -> Iterator[Finding]:
         )  # fmt: skip
 
 
-def check_biases(parameters: Sequence[ParameterUses], weights: Mapping[str, Weight]) -> Iterator[Finding]:
-    """Biases that are drawn at random."""
-    random = [
-        p.path
-        for p in parameters
-        if p.role == "vector" and p.path.rsplit("/", 1)[-1] in ("bias", "b") and (w := weights.get(p.path)) and w.variance
-    ]
-    if random:
-        more = f" and {len(random) - 1} more" if len(random) > 1 else ""
-        yield Finding(
-            "VS117", "info", random[0], f"{random[0]}{more}: biases drawn at random add the same number to every sample, which "
-            "makes samples alike; zeros are usual.", float(len(random)), "bias_init=vs.zeros", dict.fromkeys(random, zeros),
-        )  # fmt: skip
+def check_biases(
+    parameters: Sequence[ParameterUses], weights: Mapping[str, Weight], report: Report, worst: Level | None
+) -> Iterator[Finding]:
+    """Biases that are drawn at random; by how much they raise the second moment of what they are added to.
+
+    Those of layers that read the input place the units of a net of few coordinates, those before a sine are its phases, those
+    of gates their time constants, and those of a readout no later layer sees: these are only told.
+
+    Args:
+        parameters: the model's.
+        weights: their laws.
+        report: the predicted rows.
+        worst: the level at which the signal was found to change over the depth.
+    """
+    rows = {row.path: row for row in report.rows}
+    siblings = {p.path.rpartition("/")[0]: p.main for p in parameters if p.main is not None and p.main.reduction_axes}
+    raised: dict[str, float] = {}
+    for p in parameters:
+        module, _, name = p.path.rpartition("/")
+        weight, row, beside = weights.get(p.path), rows.get(module), siblings.get(module)
+        if p.role != "vector" or name not in ("bias", "b") or weight is None or not weight.variance:
+            continue
+        placing = beside is None or beside.reads_input or beside.role == "readout" or beside.after in _PLACED
+        rest = 0.0 if row is None else row.second_moment - weight.variance
+        raised[p.path] = 1.0 if row is None or placing or row.error_bound > 0.5 else 1 + weight.variance / max(rest, 1e-300)
+    if not raised:
+        return
+    path = max(raised, key=lambda path: raised[path])
+    more = f" and {len(raised) - 1} more" if len(raised) > 1 else ""
+    told = f"{path}{more}: biases drawn at random add the same number to every sample, which makes samples alike; zeros are "
+    told += "usual."
+    level: Level = "info"
+    if raised[path] >= 2:
+        told += f" What it is added to has {raised[path]:.3g} times the second moment that it has without."
+        level = worst or "warning"
+    yield Finding(
+        "VS117", level, path, told, raised[path] if raised[path] > 1 else float(len(raised)), "bias_init=vs.zeros",
+        dict.fromkeys(raised, zeros),
+    )  # fmt: skip
 
 
 def check_units(found: Sequence[Map], report: Report) -> Iterator[Finding]:
@@ -240,30 +309,3 @@ def _dead(m: Map, row: Row) -> Iterator[Finding]:
 def _by_factor(ratio: float) -> Level:
     """The level of a cause, by how far it moves a row's second moment."""
     return "warning" if not 0.5 < ratio < 2 else "info"
-
-
-def check_inputs(parameters: Sequence[ParameterUses], inputs: Sequence[tuple[str, object]]) -> Iterator[Finding]:
-    """Given inputs whose scale or mean is far from what a first layer expects."""
-    if not any(use.reads_input and use.reduction_axes and use.role != "embedding" for p in parameters for use in p.uses):
-        return
-    for name, x in inputs:
-        numbers = np.asarray(x)
-        if numbers.dtype.kind not in "fui" or not numbers.size or (numbers.dtype.kind in "iu" and numbers.max() < 64):
-            continue
-        numbers = numbers.astype(np.float64)
-        square, mean = float(np.mean(numbers**2)), float(np.mean(numbers))
-        if square > 100:
-            told = (
-                f"{name} has a mean square of {square:.4g}: the first layer's law expects about 1, so everything after it is "
-            )
-            told += f"{math.sqrt(square):.3g} times too large."
-            fix = "x = x / 255 - 0.5" if numbers.min() >= 0 and numbers.max() <= 255 else "x = (x - x.mean(0)) / x.std(0)"
-            yield Finding("VS119", "warning", "", told, square, fix)
-        elif mean**2 > 0.9 * square and square > 0:
-            told = (
-                f"{name} has mean {mean:.3g} and mean square {square:.3g}: nearly all of it is a constant, which samples share."
-            )
-            yield Finding("VS119", "info", "", told, mean, "x = (x - x.mean(0)) / x.std(0)")
-        if numbers.ndim == 2 and numbers.shape[0] >= 8 and (constant := int(np.sum(np.ptp(numbers, axis=0) == 0))):
-            told = f"{constant} of the {numbers.shape[1]} columns of {name} are constant: they tell samples nothing apart."
-            yield Finding("VS119", "info", "", told, float(constant), "x = x[:, x.std(0) > 0]")

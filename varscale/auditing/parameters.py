@@ -13,6 +13,7 @@ import numpy as np
 from scipy import stats
 
 from varscale.auditing import leaves
+from varscale.auditing.files import read
 from varscale.auditing.findings import Audit, Finding, ordered, silenced
 from varscale.auditing.leaves import Summary, summary
 from varscale.initializers.distributions import DISTRIBUTIONS
@@ -22,6 +23,7 @@ from varscale.report import Weight
 from varscale.testing.tails import log_mean_square
 from varscale.theory import predict
 
+_BEYOND = 1.05  # times a law's bound is beyond it: rounding, and laws cut near ±2 deviations, stay below
 CHANCE = 5e-7  # of taking any leaf of all that have their laws for one that has not
 
 
@@ -33,7 +35,8 @@ def audit_parameters(params_or_file: Any, declared: Mapping[str, Any] | None = N
     the usual laws that the others have. Leaves are read one at a time.
 
     Args:
-        params_or_file: a tree of arrays, an nnx module or state, or the path of a checkpoint that `vs.transfer.load` reads.
+        params_or_file: a tree of arrays, an nnx module or state, or the path of a checkpoint: what
+            `vs.transfer.load` reads (NaN included), a .npz or a .msgpack of flax.
         declared: glob over paths to a standard deviation or an initializer: the law that a leaf should have.
         ignore: codes ("VS113"), or codes with a glob ("VS113:lm_head/*"), whose findings are left out.
 
@@ -50,7 +53,7 @@ def audit_parameters(params_or_file: Any, declared: Mapping[str, Any] | None = N
     VS113 error at head/kernel [0.125]: its numbers are 0.125 times those of 'embedding': both were drawn from one key (or are \
 one weight stored twice). A readout that repeats its embedding gives each input token a logit of its own.
     """
-    tree = _loaded(params_or_file) if isinstance(params_or_file, str | os.PathLike) else params_or_file
+    tree = read(params_or_file) if isinstance(params_or_file, str | os.PathLike) else params_or_file
     opened = [leaf for leaf in open_tree(tree, "params_or_file").leaves if leaf.is_weight]
     for leaf in opened:
         if is_abstract(leaf.value):
@@ -93,8 +96,13 @@ def check_laws(summaries: Sequence[Summary], laws: Mapping[str, Law]) -> Iterato
         if log_p < limit:
             told = f"its law, {law.name}, has a root mean square of {law.second_moment**0.5:.4g}; its numbers have "
             told += f"{leaf.second_moment**0.5:.4g} ({_power(log_p)}): the law did not apply, or something changed them."
-            mend = f'vs.reinitialize(params, {{"{leaf.path}": ...}}, key)'
+            mend = f'vs.reinitialize(params, {{"{leaf.path}": {law.written}}}, key)'
             yield Finding("VS112", "error", leaf.path, told, ratio, mend)
+        elif (largest := max(-leaf.smallest, leaf.largest)) > _BEYOND * law.bound:
+            told = f"its law, {law.name}, has no number beyond ±{law.bound:.4g}, and {largest:.4g} is among its {leaf.size}: "
+            told += "it was not cut there. jax.random.truncated_normal cuts at bounds in standard deviations, before scaling."
+            mend = f'vs.reinitialize(params, {{"{leaf.path}": {law.written}}}, key)'
+            yield Finding("VS112", "error", leaf.path, told, largest / law.bound, mend)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,11 +113,22 @@ class Law:
         name: what to call it.
         second_moment: E[w²].
         distribution: its name among varscale's distributions; None for another.
+        bound: the largest magnitude that it gives; infinite where there is none.
     """
 
     name: str
     second_moment: float
     distribution: str | None
+    bound: float = math.inf
+
+    @property
+    def written(self) -> str:
+        """The initializer that draws it, as it is written; the init itself where no name says it."""
+        if self.distribution is None:
+            return "the law's own init"
+        if self.distribution == "uniform":
+            return f"vs.symmetric_uniform({self.bound:.4g})"
+        return f"vs.{self.distribution}({self.second_moment**0.5:.4g})"
 
     def log_p(self, ratio: float, leaf: Summary) -> float:
         """ln of a bound on the chance of a mean square this far off.
@@ -149,8 +168,10 @@ def of_weight(weight: Weight | None, second_moment: float) -> Law:
     """The law that a prediction read from an initializer; a constant has none."""
     if weight is None or weight.law is None:
         return Law("constant", second_moment, None)
-    name = weight.law.partition("(")[0]
-    return Law(weight.law, (weight.variance or 0.0) + (weight.mean or 0.0) ** 2, _NAMED.get(name))
+    variance, mean = weight.variance or 0.0, weight.mean or 0.0
+    name = _NAMED.get(weight.law.partition("(")[0])
+    bound = math.inf if name is None else DISTRIBUTIONS[name].bound * math.sqrt(variance) + abs(mean)
+    return Law(weight.law, variance + mean**2, name, bound)
 
 
 _NAMED = {"normal": "normal", "truncated normal": "truncated_normal", "uniform": "uniform"}
@@ -162,9 +183,3 @@ def _power(log_p: float) -> str:
 
 def _is_inexact(dtype: Any) -> bool:
     return np.dtype(dtype).kind in "fcV"
-
-
-def _loaded(file: str | os.PathLike[str]) -> Any:
-    from varscale.transfer.files import load
-
-    return load(file)

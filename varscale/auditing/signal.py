@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +17,7 @@ from varscale.report import Report, Row
 
 ERROR = 1e3  # factor in the second moment over the whole depth
 WARNING = 30.0
+GRADIENT_WARNING = 100.0  # in the squared norm: the first layers learn ten times slower than the last
 _CHANCE = 5e-7  # of a false finding about the rows of one draw
 _FEWEST = 4  # layers of a kind that make a trend
 _ALIKE = 0.995  # correlation at which samples count as one
@@ -82,9 +83,19 @@ def trends(rows: Sequence[Row], statistic: Callable[[Row], float | None]) -> lis
     return [trend for trend in found if trend.steady]
 
 
-def check_signal(report: Report, mend: Mend) -> Iterator[Finding]:
-    """Second moments that vanish or explode over the depth: the worst kind of layer."""
-    worst = max(trends(report.rows, signal), key=lambda trend: abs(math.log(trend.total)), default=None)
+def check_signal(report: Report, mend: Mend, scales: Mapping[str, float]) -> Iterator[Finding]:
+    """Second moments that vanish or explode over the depth: the worst kind of layer.
+
+    Args:
+        report: the predicted rows.
+        mend: what keeps the signal.
+        scales: by row, the constant that the program multiplies it by before it is read, as SIREN's 30.
+    """
+
+    def scaled(row: Row) -> float | None:
+        return None if (value := signal(row)) is None else value * scales.get(row.path, 1.0) ** 2
+
+    worst = max(trends(report.rows, scaled), key=lambda trend: abs(math.log(trend.total)), default=None)
     if worst is None or (level := _level(worst.total)) is None:
         return
     verb = "shrinks" if worst.total < 1 else "grows"
@@ -102,6 +113,8 @@ def check_gradient(report: Report, mend: Mend) -> Iterator[Finding]:
     if worst is None or (level := _level(worst.total)) is None:
         return
     ratio = worst.values[0] / worst.values[-1]
+    if level == "warning" and abs(math.log(ratio)) < math.log(GRADIENT_WARNING):
+        return
     first, last = worst.rows[0].path, worst.rows[-1].path
     less = "smaller" if ratio < 1 else "larger"
     told = f"the gradient at {first} has a squared norm {max(ratio, 1 / ratio):.2g} times {less} than at {last} (a factor of "
@@ -123,12 +136,13 @@ def check_stream(report: Report, additions: int, mend: Mend) -> Iterator[Finding
     yield Finding("VS107", "info", worst.rows[-1].path, told, worst.total, mend.line, mend.scheme)
 
 
-def check_rank(report: Report, readouts: Collection[str]) -> Iterator[Finding]:
+def check_rank(report: Report, readouts: Collection[str], mend: Mend) -> Iterator[Finding]:
     """Samples, or positions of one sample, that the depth makes alike: what follows cannot tell them apart.
 
     Args:
         report: the predicted rows.
         readouts: the modules that make the outputs; small logits beside a bias are alike, and do no harm.
+        mend: what keeps samples apart.
     """
     for name, statistic in (("samples", "sample_correlation"), ("positions of a sample", "position_correlation")):
         inner = [row for row in report.rows if row.path and row.path[0] != "[" and row.path not in readouts]
@@ -140,10 +154,7 @@ def check_rank(report: Report, readouts: Collection[str]) -> Iterator[Finding]:
         row, value = rows[lost[0]]
         told = f"two {name} have a correlation of {value:.4f} here, where the first layer has {rows[0][1]:.3g}: the net "
         told += "tells them apart by what is left, and gradients mostly move what they have in common."
-        yield Finding(
-            "VS108", "warning", row.path, told, value,
-            "normalize (nn.LayerNorm), add residual branches, or use an activation whose slope at 0 is nearer 1",
-        )  # fmt: skip
+        yield Finding("VS108", "warning", row.path, told, value, mend.line, mend.scheme)
 
 
 def check_draw(measured: Report, predicted: Report) -> Iterator[Finding]:

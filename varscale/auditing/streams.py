@@ -28,7 +28,7 @@ def outlined(model: Any, x: Any, method: str | None, scheme: Any = None) -> Outl
 def check_streams(plan: Outline) -> Iterator[Finding]:
     """Leaves that are drawn from the same random words, and leaves drawn from a key that is always the same."""
     once, again = plan.sources(jax.random.key(0)), plan.sources(jax.random.key(1))
-    first: dict[bytes, str] = {}
+    first: dict[tuple[bytes, bytes], str] = {}
     for leaf, words, others in zip(plan.trace.leaves, once, again, strict=True):
         path = leaf.path.removeprefix("params/")
         if not words or not leaf.is_weight or math.prod(leaf.shape) < 2:
@@ -38,13 +38,15 @@ def check_streams(plan: Outline) -> Iterator[Finding]:
                 "VS118", "warning", path, "its init draws from a key of its own that is always the same: every seed gives the "
                 "same numbers, and so does every layer made this way.", None, "use the key that the initializer is given",
             )  # fmt: skip
-        if words in first:
+        if (words, others) in first:  # with either key: a key of its own may be that of another leaf by chance
+            told = (
+                f"it is drawn from the same random numbers as {first[words, others]!r}: equal laws give equal numbers, others "
+            )
             yield Finding(
-                "VS114", "error", path, f"it is drawn from the same random numbers as {first[words]!r}: equal laws give equal "
-                "numbers, others proportional ones.", None,
+                "VS114", "error", path, told + "proportional ones.", None,
                 "give each its own key; in flax: rename one module, or set flax.config flax_fix_rng_separator to True",
             )  # fmt: skip
-        first.setdefault(words, path)
+        first.setdefault((words, others), path)
 
 
 def check_constants(plan: Outline, uses: Mapping[str, ParameterUses]) -> Iterator[Finding]:

@@ -79,6 +79,38 @@ def probe(
         >>> [row.path for row in report.rows], float(report.output.gradient)
         (['layers_0', 'layers_2', ''], 1.0)
     """
+    return prober(model, params, x, loss=loss, rngs=rngs, stats=stats, rows=rows, method=method, memory=memory)(params)
+
+
+def prober(
+    model: Any,
+    params: Any,
+    x: Any,
+    *,
+    loss: Callable[[Any], Any] | str | None = None,
+    rngs: Any = None,
+    stats: Any = "fast",
+    rows: Pattern | Sequence[Pattern] = "**",
+    method: str | None = None,
+    memory: str = "fast",
+) -> Callable[[Any], Report]:
+    """The function from parameters to what `probe` reports, compiled once for all parameters of one structure.
+
+    Args:
+        model: as `probe` takes it, and all that follows.
+        params: parameters of the structure that the function will be given.
+        x: the input.
+        loss: a function of the output.
+        rngs: keys.
+        stats: which statistics.
+        rows: which rows.
+        method: in place of `__call__`.
+        memory: as `probe` takes it.
+
+    Raises:
+        TypeError: the model or an argument is of no known kind.
+        ValueError: as of `probe`.
+    """
     if not (loss is None or loss == "random" or callable(loss)):
         raise ValueError(f"loss must be a function of the model's output, 'random' or None, not {loss!r}")
     reducer = selection.chosen(stats, memory)
@@ -100,13 +132,19 @@ def probe(
         weights=[True] * len(weights.leaves) + [False] * len(inputs.arrays),
         method=method or "__call__",
     )
-    of_weights, numbers = jax.jit(measured.run)(weights.leaves, inputs.arrays)
-    found = [row for row in measured.read(numbers) if not row.averaged]
-    if loss is None and any(row.value["nonfinite_share"] for row in found):  # the weights may be the cause
-        of_weights = jax.jit(weight_statistics)([weights.leaves[i] for i in weights.trained])
-    parameters = [(weights.paths[i], weights.leaves[i]) for i in weights.trained]
+    run, statistics = jax.jit(measured.run), jax.jit(weight_statistics)
     notes = () if loss is None or measured.gradients else (_FORWARD_MODE,)
-    return report(found, list(zip(parameters, np.asarray(of_weights), strict=False)), notes)
+
+    def probed(given: Any) -> Report:
+        leaves = weights.leaves if given is params else Variables.of(program, given, inputs).leaves
+        of_weights, numbers = run(leaves, inputs.arrays)
+        found = [row for row in measured.read(numbers) if not row.averaged]
+        if loss is None and any(row.value["nonfinite_share"] for row in found):  # the weights may be the cause
+            of_weights = statistics([leaves[i] for i in weights.trained])
+        parameters = [(weights.paths[i], leaves[i]) for i in weights.trained]
+        return report(found, list(zip(parameters, np.asarray(of_weights), strict=False)), notes)
+
+    return probed
 
 
 def _streams(rngs: Any) -> Any:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from varscale.programs import faces
@@ -197,7 +197,7 @@ def uses(model: Any, x: Any, *, params: Any = None, method: str | None = None) -
         args, kwargs = jax.tree_util.tree_unflatten(tree, flat)
         return faces.Inputs(args, kwargs)
 
-    inputs = [jax.eval_shape(lambda leaf=leaves[i]: jnp.zeros(leaf.shape, leaf.dtype)) for i in places]
+    inputs = [_struct(leaves[i]) for i in places]
     structs = _parameters(program, params, inputs, join)
     found = walked(program, structs, inputs, join)
     return Uses(found.parameters, found.additions, _tree(structs), found.branches, found.attentions, found.epsilons, found)
@@ -205,6 +205,12 @@ def uses(model: Any, x: Any, *, params: Any = None, method: str | None = None) -
 
 def _is_described(x: Any) -> bool:
     return hasattr(x, "shape") and hasattr(x, "dtype")
+
+
+def _struct(x: Any) -> jax.ShapeDtypeStruct:
+    """The array that a function is given in its place: 64 bits are 32, unless they are switched on."""
+    known = isinstance(x.dtype, np.dtype)
+    return jax.ShapeDtypeStruct(x.shape, jax.dtypes.canonicalize_dtype(x.dtype) if known else x.dtype)
 
 
 def _parameters(program: faces.Program, params: Any, inputs: list[Any], join: Any) -> Any:

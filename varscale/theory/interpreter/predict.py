@@ -290,7 +290,7 @@ def _struct(x: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(x.shape, jnp.dtype(x.dtype))
     dtype = x.dtype
     if dtype in (np.float64, np.int64, np.uint64, np.complex128):
-        dtype = jnp.zeros((), dtype).dtype  # 32 bits, unless x64 is on
+        dtype = jax.dtypes.canonicalize_dtype(dtype)  # 32 bits, unless x64 is on
     return jax.ShapeDtypeStruct(x.shape, dtype)
 
 
