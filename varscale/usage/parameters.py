@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -53,6 +54,7 @@ class OneUse:
             does not tell.
         kernel_scale: likewise the parameter itself.
         output_scale: likewise its output.
+        layers: how many kernels a loop over layers takes from it, one at a time.
     """
 
     role: Role
@@ -77,6 +79,7 @@ class OneUse:
     input_scale: float | None = 1.0
     kernel_scale: float | None = 1.0
     output_scale: float | None = 1.0
+    layers: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,32 +203,57 @@ def walked(program: faces.Program, structs: Any, inputs: Sequence[Any], join: Ca
         return [x for x in jax.tree_util.tree_leaves(output) if isinstance(x, jax.Array)]
 
     closed = jax.make_jaxpr(forward)(leaves, list(inputs))
-    walk = Walk(HANDLERS)
-    views = [
-        View(i, layouts.whole(leaf.shape)) if name.learned else None
-        for i, (leaf, name) in enumerate(zip(leaves, names, strict=True))
+    walk = _walk(
+        closed.jaxpr, closed.consts, [leaf.shape if n.learned else None for leaf, n in zip(leaves, names, strict=True)]
+    )
+    learned = [
+        (i, name.path, tuple(leaf.shape)) for i, (name, leaf) in enumerate(zip(names, leaves, strict=True)) if name.learned
     ]
-    flows = [walk.input(x.shape) for x in inputs]
-    walk.numbers.bind(closed.jaxpr.constvars, map(constant, closed.consts))
-    for out in walk.run(closed.jaxpr, [None] * len(closed.consts), [*views, *flows]):
+    paths = [name.path for name in names]
+    additions, branches = walk.residuals.additions, _branches(walk, paths)
+    uses = _uses(walk, learned)
+    return Found(uses, additions, branches, _attentions(walk, paths), walk.epsilons, closed.jaxpr, names)
+
+
+def uses_in(
+    jaxpr: Any, constants: Sequence[Any], parameters: Sequence[tuple[str, tuple[int, ...]]]
+) -> tuple[ParameterUses, ...]:
+    """Every parameter's uses in a program that is traced already.
+
+    Args:
+        jaxpr: the program; its first inputs are the parameters, the others its inputs.
+        constants: values of its constants.
+        parameters: path and shape of each.
+    """
+    walk = _walk(jaxpr, constants, [shape for _, shape in parameters])
+    return _uses(walk, [(i, path, tuple(shape)) for i, (path, shape) in enumerate(parameters)])
+
+
+def _walk(jaxpr: Any, constants: Sequence[Any], shapes: Sequence[tuple[int, ...] | None]) -> Walk:
+    """A walk over a program whose first inputs are variables: of parameters their shapes, None for others."""
+    walk = Walk(HANDLERS)
+    views = [None if shape is None else View(i, layouts.whole(shape)) for i, shape in enumerate(shapes)]
+    flows = [walk.input(var.aval.shape) for var in jaxpr.invars[len(shapes) :]]
+    walk.numbers.bind(jaxpr.constvars, map(constant, constants))
+    for out in walk.run(jaxpr, [None] * len(constants), [*views, *flows]):
         if isinstance(out, View):
             walk.note(Use(out.parameter, "other", batch=tuple(sorted(out.batch))))
         if isinstance(out, Flow):
             walk.close(out)
             for source in out.sources:
                 walk.uses[source.use].reaches = True
+    return walk
+
+
+def _uses(walk: Walk, parameters: Sequence[tuple[int, str, tuple[int, ...]]]) -> tuple[ParameterUses, ...]:
+    """What a walk noted of each parameter, given by number, path and shape."""
+    shapes = {i: shape for i, _, shape in parameters}
     uses: dict[int, list[OneUse]] = {}
     for use in walk.uses:
-        start = 0 if use.branch is None else walk.residuals.notes[use.branch].start
-        uses.setdefault(use.parameter, []).append(_told(use, leaves[use.parameter].shape, start))
-    parameters = tuple(
-        ParameterUses(name.path, tuple(leaf.shape), tuple(uses.get(i, ())))
-        for i, (name, leaf) in enumerate(zip(names, leaves, strict=True))
-        if name.learned
-    )
-    paths = [name.path for name in names]
-    additions, branches = walk.residuals.additions, _branches(walk, paths)
-    return Found(parameters, additions, branches, _attentions(walk, paths), walk.epsilons, closed.jaxpr, names)
+        if use.parameter in shapes:
+            start = 0 if use.branch is None else walk.residuals.notes[use.branch].start
+            uses.setdefault(use.parameter, []).append(_told(use, shapes[use.parameter], start))
+    return tuple(ParameterUses(path, shape, tuple(uses.get(i, ()))) for i, path, shape in parameters)
 
 
 def _branches(walk: Walk, paths: Sequence[str]) -> tuple[Branch, ...]:
@@ -254,6 +282,7 @@ def _told(use: Use, shape: tuple[int, ...], start: int) -> OneUse:
         _role(use, shape), use.fan_in, use.fan_out, use.reduction, use.output, tuple(sorted({*use.batch, *use.shared})),
         use.steps, use.raw, before, after, use.normalised_after, use.depth, use.ends, _parts(use),
         use.kind, _packed(use), use.branch, use.stream, use.maps - start, use.input_scale, use.kernel_scale, use.output_scale,
+        math.prod(shape[axis] for axis in use.batch),
     )  # fmt: skip
 
 

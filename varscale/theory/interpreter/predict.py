@@ -35,12 +35,15 @@ from varscale.theory.interpreter.rows import Place, Rows, joined
 from varscale.theory.interpreter.sample_scales import sample_axis
 from varscale.theory.interpreter.summary import summarize, with_gradients
 from varscale.theory.interpreter.tracing import Draws, Trace, drawing, execution_order, first_pass, traced
+from varscale.theory.interpreter.uses import weights
 from varscale.theory.propagation.cross_moments import MEASURED_TOGETHER, together
 from varscale.theory.propagation.spatial_correlation import measured
+from varscale.theory.rules.equations import live_equations
 from varscale.theory.rules.integer_inputs import unknown
 from varscale.theory.rules.padding import PADDED, filled_shapes, is_mask
 from varscale.theory.rules.random import input_leaf
 from varscale.theory.rules.registry import Complex, Opaque
+from varscale.usage.parameters import uses_in
 
 _DETAILS = ("modules", "equations")
 _MODEL_SEED = 0  # laws do not depend on the seed
@@ -167,12 +170,17 @@ def _predicted(
         captured = {call: outputs[call] for call in execution_order(forward.jaxpr, forward.shapes)}
         return list(joined(rows.made, captured, kind))
 
-    paths = [path_string(p) for p, _ in jax.tree_util.tree_flatten_with_path(parameters.shapes)[0]]
+    flat = jax.tree_util.tree_flatten_with_path(parameters.shapes)[0]
+    named = [(path_string(path), tuple(leaf.shape)) for path, leaf in flat]
+    program_of = forward.jaxpr.replace(
+        eqns=live_equations(forward.jaxpr)
+    )  # without those that draw its parameters
+    found_uses = uses_in(program_of, forward.constants, [named[i] for i in walked.numbers])
+    uses = {of.path: of for of in found_uses}
 
     def report(found: Walked) -> Report:
-        return summarize(
-            interpreter, program, found, zip(paths, parameters.values, strict=True), backward=backward
-        )
+        laws = zip((path for path, _ in named), parameters.values, strict=True)
+        return summarize(interpreter, program, found, weights(laws, uses), backward=backward)
 
     first, found = _settled(interpreter, walk, report)
     if not backward or all(

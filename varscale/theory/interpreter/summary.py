@@ -11,13 +11,12 @@ from typing import Any, cast
 import numpy as np
 
 from varscale.programs.faces import Program
-from varscale.report import How, Report, Row
+from varscale.report import How, Report, Row, Weight
 from varscale.theory.domain.axes import averaging
 from varscale.theory.domain.tables import Table
 from varscale.theory.graph.layout import Value
 from varscale.theory.graph.nodes import Node
 from varscale.theory.interpreter.interpreter import Interpreter
-from varscale.theory.interpreter.uses import weights
 from varscale.theory.propagation.cotangents import cotangents
 from varscale.theory.propagation.error_bounds import provenance
 from varscale.theory.propagation.fluctuations import fluctuations
@@ -38,7 +37,7 @@ def summarize(
     interpreter: Interpreter,
     program: Program,
     outputs: Iterable[tuple[str, str | None, Any]],
-    parameters: Iterable[tuple[str, Any]],
+    weights: Mapping[str, Weight],
     *,
     backward: bool,
 ) -> Report:
@@ -50,7 +49,7 @@ def summarize(
         _ = x.node.table
     gradients = _gradients(values) if backward else {}
     rows = tuple(_row(path, kinds[path], x, gradients.get(x.node.id)) for path, x in values.items())
-    return Report(rows, weights(interpreter, parameters))
+    return Report(rows, dict(weights))
 
 
 def with_gradients(report: Report, nudged: Iterable[tuple[str, str | None, Any]]) -> Report:
