@@ -4,8 +4,8 @@
 
 Healthy: every construction and architecture of `experiments.nets`, audited from its trace and with each of 20 keys; findings
 of level error or warning are false alarms. Defects: every planted defect must be found at its place, with each of 20 keys where
-it shows in the numbers alone, and its mended twin must have neither that finding nor any error or warning, with any key. Speed: a transformer of 12 blocks from its trace, and
-parameters of 10⁹ numbers with the memory that takes. Compilation is cached between keys.
+it shows in the numbers alone, and its mended twin must have neither that finding nor any error or warning, with any key.
+Speed: a transformer of 12 blocks from its trace, and parameters of 10⁹ numbers with the memory that takes.
 """
 
 from __future__ import annotations

@@ -112,7 +112,7 @@ def scan(interpreter: Context, eqn: Any, *xs: Any) -> list[Any]:
     if not layers and any(kept[: len(carry)]) and p["length"] > _FEW_STEPS:
         try:
             return over_time(
-                interpreter, eqn, xs, _first_steps(interpreter, p, xs, _OUTLINED, named=False)[-1], _OUTLINED
+                interpreter, eqn, xs, _first_steps(interpreter, p, xs, _OUTLINED, named=False)[-1]
             )
         except CannotDraw:
             pass

@@ -56,7 +56,6 @@ _LOOPS: Fact[Hashable, Loop] = Fact()
 _NUDGED: Fact[Hashable, dict[int, Any]] = (
     Fact()
 )  # by loop: the output that each operand is added to where it is made
-STEPS: Fact[int, tuple[int, int]] = Fact()  # by weight: the steps it was interpreted at, and those it acts at
 
 
 class Looped(Node):
@@ -273,7 +272,6 @@ def over_time(
     eqn: Any,
     xs: Sequence[Any],
     outline: Sequence[Any],
-    outlined: int,
     bound: float = math.inf,
     added: Sequence[int] = (),
     *,
@@ -286,7 +284,6 @@ def over_time(
         eqn: the scan.
         xs: its operands' values.
         outline: what the last of some steps puts out, as values: their axes.
-        outlined: how many steps these were.
         bound: the relative error to which its outputs' mean squares should be known.
         added: for each operand which output it is added to, where it is zeros that are; else -1.
         whole_numbers: whether random whole numbers may come out of it, of which the moments are known and no more.
@@ -312,8 +309,6 @@ def over_time(
     steps(graph).add(p["length"])
     views, place = [], 0
     for x in operands:
-        for part in x.value if x.weight else ():
-            STEPS.put(graph, part.node.id, (outlined, p["length"]))
         for part in x.value:
             rank = len(part.node.axes)
             views.append(View(part.node, tuple(range(place, place + rank))))

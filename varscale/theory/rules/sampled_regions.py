@@ -93,7 +93,7 @@ def _run_on_draws(
     operands = [interpreter.known(v.val) if _compat.is_literal(v) else by_variable[v] for v in loop.invars]
     added = [-1 if _compat.is_literal(v) or place[v] < 0 else nudged[place[v]] for v in loop.invars]
     outline = [_outline(interpreter, a) for a in jaxpr.out_avals]
-    found = over_time(interpreter, loop, operands, outline, 1, _BOUND, added, whole_numbers=whole_numbers)
+    found = over_time(interpreter, loop, operands, outline, _BOUND, added, whole_numbers=whole_numbers)
     return [map_parts(lambda part: layout.transpose(part, range(1, len(part.dims))), x) for x in found]
 
 
