@@ -16,6 +16,7 @@ from varscale.auditing import maps, norms, settings, signal, streams
 from varscale.auditing.findings import LEVELS, Audit, Finding, ordered, silenced
 from varscale.auditing.inputs import check_inputs
 from varscale.auditing.measured import drawing, is_described, measuring
+from varscale.initialization.initialize import initialize
 from varscale.initialization.laws import applied
 from varscale.programs import faces
 from varscale.report import Report, Row
@@ -57,7 +58,7 @@ def audit(
         labels: class of each output: the cross-entropy at step 0 is compared with the entropy of their frequencies; the loss
             is that cross-entropy where none is given. Negative ones do not count.
         fresh: whether `params` were just drawn; False for trained ones, of which laws and scales are no finding.
-        key: a key to draw the parameters with, by the model's own init.
+        key: a key to draw the parameters with, by the model's own init, or by the scheme.
         ignore: codes ("VS104"), or codes with a glob over paths ("VS101:blocks/*/head"), to leave out.
         scheme: the laws to audit in place of the model's own, as `vs.initialize` takes them: a `vs.Plan` or a scheme, what of
             which the program lacks is a finding, or a mapping from path patterns to initializers.
@@ -78,7 +79,7 @@ def audit(
     scheme = applied(scheme, model, x, params=given, method=method)
     report, found = traced(model, x, given, fresh, scheme, method)
     if key is not None and params is None:
-        params = drawing(model, x, method)(key)
+        params = drawing(model, x, method)(key) if scheme is None else initialize(model, key, x, scheme=scheme, method=method)
     if params is not None:
         found += measuring(model, x, params, report, fresh=fresh, loss=loss, labels=labels, method=method)(params)
     elif loss is not None or labels is not None:

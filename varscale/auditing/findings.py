@@ -214,8 +214,11 @@ def silenced(findings: Sequence[Finding], ignore: Sequence[str]) -> tuple[tuple[
         ignore: codes ("VS104"), or codes with a glob over paths ("VS101:blocks/*/head").
 
     Raises:
+        TypeError: `ignore` is one string.
         ValueError: an entry begins with no code.
     """
+    if isinstance(ignore, str):
+        raise TypeError(f"ignore must be a sequence of codes, such as ({ignore!r},), not the string {ignore!r}")
     rules = []
     for entry in ignore:
         code, _, pattern = str(entry).partition(":")
