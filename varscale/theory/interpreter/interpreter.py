@@ -145,9 +145,12 @@ class Interpreter:
         finally:
             self.place, self.entering = outer, entered
 
-    def ask(self, reason: str) -> bool:
-        """Ask for a region of the module that the walk is in; False where there is none to be had."""
-        return self.place is not None and self.regions.ask(self._scope_of(self.place, self.entering), reason)
+    def ask(self, reason: str, *, whole: bool = False) -> bool:
+        """Ask for a region of the module that the walk is in, or of the whole model; False where there is none to be had."""
+        place = self.place
+        return place is not None and self.regions.ask(
+            "" if whole else self._scope_of(place, self.entering), reason
+        )
 
     def ask_for(self, error: PredictionError) -> bool:
         """Ask for a region of the module in which moments could not be worked out; False where there is none to be had."""

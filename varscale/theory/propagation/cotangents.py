@@ -231,7 +231,8 @@ def _elementwise(
         doubt = part.doubt + over.doubt + _MASK_DOUBT * (part.mask is not None) + own_gradients(node)
         if held:
             inverse = _inverse_scale(root, held[0])
-            back = (back - _projection(node, root, held[0], part)) * inverse
+            along_itself = max(1 + part.radial, 0.0) * _projection(node, root, held[0], part)
+            back = (back - along_itself) * inverse
             doubt += ROUGH * (inverse - 1) + doubt_of(root.node)  # 1/v is off by as much as v is
         pending.add(
             root.node, Cotangent(back, doubt, _mask(node, root), part.few, over.passed, over.own, over.radial)

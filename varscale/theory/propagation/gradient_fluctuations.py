@@ -82,7 +82,7 @@ def gradient_scale(
             doubt += (2 * abs(ratio) * spread.bend + abs(curvature) * spread.point / 2) * (
                 other.id not in scales
             )
-        return GradientScale(1.0, doubt, passed, 0.0, 0.0)
+        return GradientScale(1.0, doubt, passed, 0.0, -1.0)  # nothing is left along what was normalised
     derivative, slopes, mine = inherited(slope.node), log_slopes(slope.node), kernel(root.node)
     together = later * shared(derivative.places, inherited(node).places) + unit * _with_slope(node, slope)
     own = sum(
@@ -140,7 +140,7 @@ def summed_scale(node: Node, i: int, later: float, radial: float, unit: float) -
     if not sampled:
         return SummedScale(1.0, later * share, radial * share, unit * share)
     weighted = any(isinstance(v.node, Leaf) and v.node.random and not v.node.is_input for v in node.args)
-    radial = radial if weighted else 0.0
+    radial = radial if weighted or isinstance(node, Sum) else 0.0
     growth = 1 + _limited(radial / (node.width or math.inf))
     return SummedScale(growth, later * share, radial * share, (later + radial) * share * sampled)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -11,13 +12,12 @@ import numpy as np
 from varscale.theory.domain.accuracy import LEADING_ORDER
 from varscale.theory.domain.axes import Axis, apply_axis, refine
 from varscale.theory.domain.axis_maps import adjoint
-from varscale.theory.domain.tables import Table, full_along, lift
+from varscale.theory.domain.tables import Table, full_along, lift, means_by_type
 from varscale.theory.graph.convolutions import (
     ONE,
     Window,
     WindowSum,
     WindowSumParams,
-    hits,
     output_axis,
     squeeze_types,
     tap_means,
@@ -212,21 +212,35 @@ def _drawn_windows(node: WindowMax) -> tuple[np.ndarray, dict[int, tuple[int, in
     return draw(source, sizes, replicates, rng, lambda root: latents(root, sizes, cut, replicates, rng)), cut
 
 
-def _law(node: WindowMax, x: np.ndarray) -> tuple[float, float]:
-    """Mean and mean square over all windows, by how many of their places are in the array along each axis."""
-    windows, xd, _ = node.params
-    parts = [(1.0, x)]
-    for k, window in zip(xd, windows, strict=True):
-        if k is None or window is None:
-            continue
-        real = (hits(window, node.args[0].node.axes[k].size) >= 0).sum(axis=1)
-        many, counts = np.unique(real[real > 0], return_counts=True)
-        cuts = [
-            (c / counts.sum(), (slice(None),) * (k + 1) + (slice(0, m * window.dilation, window.dilation),))
-            for m, c in zip(many, counts, strict=True)
-        ]
-        parts = [(p * c, y[at].max(axis=k + 1, keepdims=True)) for p, y in parts for c, at in cuts]
-    return sum(p * float(y.mean()) for p, y in parts), sum(p * float((y**2).mean()) for p, y in parts)
+def _law(node: WindowMax, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and mean square by class of window: of as many places as are in the array, of the mean square that they have."""
+    windows, xd, od = node.params
+    source = node.args[0].node
+    maps: list[np.ndarray | None] = []
+    reals: dict[int, np.ndarray] = {}  # by axis: how many places of a window there are, by its class
+    for window, k, axis in zip(windows, xd, node.axes_out(), strict=True):
+        taps = None if window is None or k is None else tap_means(window, source.axes[k], axis)
+        if taps is not None and k is not None:
+            reals[k] = np.maximum(taps.sum(axis=1), 1.0)
+            taps = taps / reals[k][:, None]
+        maps.append(taps)
+    squares = node._carry(source.table.diagonal, maps, xd, od) / max(source.table.mean_square, 1e-300)
+    dilations = {k: w.dilation for k, w in zip(xd, windows, strict=True) if w is not None}
+
+    @functools.cache
+    def moments(counts: tuple[int, ...]) -> tuple[float, float]:
+        y = x
+        for k, m in zip(reals, counts, strict=True):
+            at = (slice(None),) * (k + 1) + (slice(0, m * dilations[k], dilations[k]),)
+            y = y[at].max(axis=k + 1, keepdims=True)
+        return float(y.mean()), float((y**2).mean())
+
+    shape = [len(reals[k]) if k in reals else 1 for k in range(len(source.axes))]
+    law = np.empty([2, *shape])
+    for cell in np.ndindex(*shape):
+        law[(slice(None), *cell)] = moments(tuple(round(float(real[cell[k]])) for k, real in reals.items()))
+    mean, square = (node._carry(y, [None] * len(xd), xd, od) for y in law)
+    return mean * np.sqrt(squares), square * squares
 
 
 @pullback.register(WindowMax)
@@ -252,12 +266,13 @@ def _own_share(node: WindowMax, cotangent: np.ndarray) -> np.ndarray:
     return node._carry(cotangent, maps, node.params.out_dims, node.params.x_dims)
 
 
-def _with_law(table: Table, mean: float, square: float) -> Table:
-    """A table of one class an axis with another mean and variance, correlations kept."""
+def _with_law(table: Table, mean: np.ndarray, square: np.ndarray) -> Table:
+    """A table of one class an axis with the means and variances of the classes that there are, correlations kept."""
     old = float(table.mean.flat[0])
-    variance = max(table.mean_square - old**2, 1e-300)
-    second = mean**2 + (table.second - old**2) * max(square - mean**2, 0.0) / variance
-    return Table(table.axes, np.full_like(table.mean, mean), second)
+    correlation = (table.second - old**2) / max(table.mean_square - old**2, 1e-300)
+    deviation = np.sqrt(np.maximum(square - mean**2, 0.0))
+    second = means_by_type(mean, table.axes) + correlation * means_by_type(deviation, table.axes)
+    return Table(table.axes, np.array(np.broadcast_to(mean, table.mean.shape)), second)
 
 
 def _window_node(interpreter: Context, eqn: Any, x: Value, kind: type[WindowSum]) -> Value:
@@ -280,8 +295,6 @@ def _window_node(interpreter: Context, eqn: Any, x: Value, kind: type[WindowSum]
         axis = ONE if k is None else x.node.axes[k]
         if window is not None:
             axis = output_axis(window, axis)
-            if kind is WindowMax and axis.size > 1:
-                axis = Axis(axis.size)
         od.append(len(axes) if axis.size > 1 else None)
         if axis.size > 1:
             axes.append(axis)

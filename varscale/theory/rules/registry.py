@@ -113,8 +113,8 @@ class Context(Protocol):
         """An elementwise primitive of values of one shape (sizes of 1 broadcast)."""
         ...
 
-    def ask(self, reason: str) -> bool:
-        """Ask for a region of the module that the walk is in; False where there is none to be had."""
+    def ask(self, reason: str, *, whole: bool = False) -> bool:
+        """Ask for a region of the module that the walk is in, or of the whole model; False where there is none to be had."""
         ...
 
     def refuse(self, scope: str, reason: str) -> None:

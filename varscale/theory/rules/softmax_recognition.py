@@ -7,7 +7,9 @@ from collections.abc import Hashable, Sequence
 
 import numpy as np
 
+from varscale.theory.domain.accuracy import NEXT_ORDER
 from varscale.theory.domain.axes import Axis, affordable, join, labelled
+from varscale.theory.domain.tables import estimated_products
 from varscale.theory.graph.expressions import Apply, Mean, Sum, roots
 from varscale.theory.graph.layout import Value
 from varscale.theory.graph.linear_nodes import Contract
@@ -26,6 +28,10 @@ _SEEING: Fact[Hashable, Node] = Fact()
 _MASKS: Fact[Hashable, Node] = Fact()
 _KEPT: Fact[Hashable, Node] = Fact()
 
+
+_WINDOWS: Fact[None, int] = (
+    Fact()
+)  # how many masks there were whose rows share more keys with those near them
 
 MASKED = -1e4  # a logit below this is a mask, not a number
 _NOTHING_LEFT = 50.0  # a difference of logits that takes all of a key's weight, whatever else they add
@@ -54,10 +60,16 @@ def softmax_of(interpreter: Context, top: Value, bottom: Value) -> Value | None:
     key, frame, args = one_key_axis(mean.params), list(num.axes), [random]
     if allowed is not None:
         frame = _row_classes(frame, random, allowed, key)
+    doubt = max(_bias_by_place(random, key), _lost_likeness(frame, allowed, key))
+    if doubt > NEXT_ORDER and interpreter.ask("attention by distance", whole=True):
+        return Value(random.node, top.dims)
+    if allowed is not None:
         args += _rows_filled(allowed, key)
         if isinstance(args[1].node, Constant):  # rows see every key or none
             args = [View(apply(interpreter.graph, "mul", (), tuple(frame), [random, args[2]]), random.bind)]
     node = interpreter.graph.make(Softmax, frame, args, key)
+    if doubt > NEXT_ORDER:
+        node.flagged, node.doubt, node.gradient_doubt = "assumed", doubt, doubt
     if allowed is not None and _takes_paddings_for_tokens(frame, allowed, key):
         node.flagged, node.doubt = "assumed", 1.0
     return Value(node, top.dims)
@@ -72,6 +84,40 @@ def one_key_axis(axes: Sequence[int]) -> int:
     if len(axes) > 1:
         raise NotImplementedError("a softmax over several axes")
     return axes[0]
+
+
+def _bias_by_place(random: View, key: int) -> float:
+    """The relative error of Σ p² where known numbers among the logits vary along the keys: e^{s²} − 1, s² their variance."""
+    terms = zip(random.node.params, random.node.args, strict=True) if isinstance(random.node, Sum) else ()
+    known = [(c, v) for c, v in terms if isinstance(v.node, Array) and key in v.bind]
+    variances = [np.var(c * v.node.values, axis=v.bind.index(key)).mean() for c, v in known]
+    return math.expm1(min(sum(variances), 3.0))
+
+
+def _lost_likeness(frame: Sequence[Axis], allowed: View | None, key: int) -> float:
+    """What classes of rows do not know of outputs that share keys: of tr P S Pᵀ, with P the rows of a mask and S = P Pᵀ.
+
+    Within a window the next attention reads rows that are near each other, which share more than two of their classes do on
+    average. So nothing is lost where no earlier mask was such a one.
+    """
+    if allowed is None or key not in allowed.bind:
+        return 0.0
+    values, keys = np.asarray(allowed.node.values, float), allowed.bind.index(key)
+    n = values.shape[keys]
+    rows = [k for k, size in enumerate(values.shape) if size == n and k != keys]
+    if not rows:
+        return 0.0
+    p = np.moveaxis(values, (rows[-1], keys), (-2, -1)).reshape(-1, n, n)[0]
+    p = p / np.maximum(p.sum(-1, keepdims=True), 1.0)
+    shared, axis = p @ p.T, frame[allowed.bind[rows[-1]]]
+    table = estimated_products(p.T, p.T, [axis]).sum(0)
+    types = axis.classes + axis.label_array[:, None] * axis.classes + axis.label_array
+    pooled = np.where(np.eye(n, dtype=bool), shared, table[types])
+    own, known = (float(((p @ x) * p).sum()) for x in (shared, pooled))
+    lost = abs(1 - known / own)
+    before = _WINDOWS.of(allowed.node.graph).setdefault(None, 0)
+    _WINDOWS.put(allowed.node.graph, None, before + (lost > NEXT_ORDER))
+    return lost if before else 0.0
 
 
 def _takes_paddings_for_tokens(frame: Sequence[Axis], allowed: View, key: int) -> bool:
@@ -228,5 +274,7 @@ def _random_terms(view: View, masks: list[View]) -> list[tuple[float, View]]:
         allowed = _KEPT.once(graph, (node.params, None), lambda: array(graph, node.values > level))
         if isinstance(allowed, Array):
             masks.append(View(allowed, bind))
-        return []
+        kept = node.values[node.values > level]
+        left = np.where(node.values > level, node.values, kept.mean() if kept.size else 0.0)
+        return [(1.0, View(array(graph, left), bind))] if np.ptp(left) > 0 else []
     return [(1.0, view)]
