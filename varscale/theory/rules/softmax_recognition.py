@@ -89,8 +89,11 @@ def one_key_axis(axes: Sequence[int]) -> int:
 def _bias_by_place(random: View, key: int) -> float:
     """The relative error of Σ p² where known numbers among the logits vary along the keys: e^{s²} − 1, s² their variance."""
     terms = zip(random.node.params, random.node.args, strict=True) if isinstance(random.node, Sum) else ()
-    known = [(c, v) for c, v in terms if isinstance(v.node, Array) and key in v.bind]
-    variances = [np.var(c * v.node.values, axis=v.bind.index(key)).mean() for c, v in known]
+    variances = [
+        np.var(c * v.node.values, axis=v.bind.index(key)).mean()
+        for c, v in terms
+        if isinstance(v.node, Array) and key in v.bind
+    ]
     return math.expm1(min(sum(variances), 3.0))
 
 
@@ -102,7 +105,8 @@ def _lost_likeness(frame: Sequence[Axis], allowed: View | None, key: int) -> flo
     """
     if allowed is None or key not in allowed.bind:
         return 0.0
-    values, keys = np.asarray(allowed.node.values, float), allowed.bind.index(key)
+    assert isinstance(allowed.node, Array)
+    values, keys = allowed.node.values, allowed.bind.index(key)
     n = values.shape[keys]
     rows = [k for k, size in enumerate(values.shape) if size == n and k != keys]
     if not rows:
