@@ -10,9 +10,8 @@ import numpy as np
 
 from varscale.theory.domain.random_arrays import Positions
 from varscale.theory.graph.axis_nodes import Concat, Take
-from varscale.theory.graph.convolutions import Conv, Window, hits
 from varscale.theory.graph.expressions import Mean, Sum, roots
-from varscale.theory.graph.linear_nodes import Contract, applies_weights, operands, weight_of
+from varscale.theory.graph.linear_nodes import Contract, applies_weights, operands
 from varscale.theory.graph.lookups import Gather
 from varscale.theory.graph.nodes import UNKNOWN, Array, Node
 from varscale.theory.graph.reshapes import Merge, Permute, Split
@@ -148,52 +147,6 @@ def _known_scale(node: Node, out: np.ndarray) -> np.ndarray:
     if not 1 / _TOO_MUCH < excess < _TOO_MUCH:
         node.graph.flag("assumed", UNKNOWN)
     return out / math.sqrt(max(excess, 1e-300))
-
-
-@sampled_from.register(Conv)
-def sampled_from_conv(node: Conv, drawing: Drawing, positions: Positions) -> np.ndarray | None:
-    """Taps along one axis that is drawn whole, of every channel alone or of all channels at once."""
-    groups, windows, xd, _, od = node.params[:5]
-    x, w = (view.node for view in node.args)
-    wide = [k for k, window in enumerate(windows) if window.taps > 1]
-    if (
-        weight_of(node) is None
-        or len(wide) != 1
-        or any(xd[2 + k] is not None for k in range(len(windows)) if k not in wide)
-    ):
-        return None
-    space, channel = xd[2 + wide[0]], xd[1]
-    if space is None or channel is None or od[1] is None or groups not in (1, x.axes[channel].size):
-        return None
-    unit, place = od[1], od[2 + wide[0]]
-    if len(drawing.some(x.axes[space])) < x.axes[space].size or place is None:
-        return None
-    outs, places = positions[unit], positions[place]
-    channels = x.axes[channel].size
-    reads = drawing.some(x.axes[channel]) if groups == 1 else np.unique(outs * groups // node.axes[unit].size)
-    there = [np.arange(a.size) for a in x.axes]
-    there[channel] = reads
-    if xd[0] is not None and od[0] is not None:
-        there[xd[0]] = positions[od[0]]
-    values = drawing.whole(x, there)
-    values = np.moveaxis(values, [1 + channel, 1 + space], [-1, -2])  # (replicates, batch?, places, channels)
-    window: Window = windows[wide[0]]
-    at = hits(window, x.axes[space].size)[places]
-    scale = math.sqrt(w.table.mean_square * (channels / len(reads) if groups == 1 else 1))
-    shape = (drawing.replicates, window.taps, *((len(reads),) if groups == 1 else ()), len(outs))
-    taps = drawing.random(w.id, int(outs.sum())).standard_normal(shape, np.float32) * scale
-    found = 0.0
-    for tap in range(window.taps):
-        read = np.where((at[:, tap] >= 0)[:, None], values[..., at[:, tap], :], 0)
-        weight = taps[:, tap]
-        if groups == 1:
-            found = found + read @ (weight if read.ndim == 3 else weight[:, None])
-        else:
-            own = np.searchsorted(reads, outs * groups // node.axes[unit].size)
-            found = found + read[..., own] * weight.reshape(len(weight), *[1] * (read.ndim - 2), -1)
-    out = np.asarray(found)
-    dims = [*([] if xd[0] is None else [od[0]]), od[2 + wide[0]], od[1]]
-    return _known_scale(node, out.transpose([0, *(1 + dims.index(k) for k in range(len(dims)))]))
 
 
 def summed(x: np.ndarray, y: np.ndarray, kept: int) -> np.ndarray:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Hashable, Sequence
 import numpy as np
 from jaxtyping import Float, Int
 
+from varscale.theory.domain.accuracy import LOOSE
 from varscale.theory.domain.axes import Axis
 from varscale.theory.domain.random_arrays import Positions, gaussian
 from varscale.theory.graph.expressions import Apply, Mean, Sum, roots_of
@@ -100,7 +101,11 @@ class Drawing:
             if known is not None:
                 return picked(known, node.axes, positions, self.replicates)
         made = sampled_from(node, self, positions)
-        return _drawn(node, positions, self.replicates, self.random(node.id)) if made is None else made
+        if made is not None:
+            return made
+        if in_order(node):  # its order is lost
+            node.graph.flag("assumed", LOOSE)
+        return _drawn(node, positions, self.replicates, self.random(node.id))
 
     def _added(self, node: Sum, positions: Positions) -> np.ndarray:
         found = [
