@@ -27,7 +27,7 @@ from varscale.theory.propagation.error_bounds import doubt_of
 from varscale.theory.propagation.forks import forks
 from varscale.theory.propagation.fourth_moments import mean_squared_correlation
 from varscale.theory.propagation.gradient_fluctuations import gradient_scale, summed_scale
-from varscale.theory.propagation.marginals import along, concentrated
+from varscale.theory.propagation.marginals import along, concentrated, largest_term, term_shares
 from varscale.theory.propagation.products import product_second
 from varscale.theory.propagation.pullbacks import mean_square, sum_out
 from varscale.theory.propagation.scale_responses import cofactors
@@ -359,17 +359,12 @@ def _inverse_scale(root: View, scale: View) -> float:
 
 def _normalised_before(node: Node, scale: View) -> float:
     """The part of a norm's variance that cannot fluctuate: Σ share² over the terms that a norm has just put out."""
-    while node.is_centred:  # centred
-        node = max(
-            zip(node.params, node.args, strict=True), key=lambda t: t[0] ** 2 * t[1].node.table.mean_square
-        )[1].node
+    while isinstance(node, Sum) and node.is_centred:
+        node = largest_term(node).node
     if not isinstance(node, Sum):
         return 0.0
-    whole = max(
-        sum(c * c * v.node.table.mean_square for c, v in zip(node.params, node.args, strict=True)), 1e-300
-    )
     out = 0.0
-    for c, view in zip(node.params, node.args, strict=True):
+    for share, view in zip(term_shares(node), node.args, strict=True):
         groups = (
             [g for g in cofactors(view.node).values() if len(g) == 2] if isinstance(view.node, Apply) else []
         )
@@ -378,7 +373,7 @@ def _normalised_before(node: Node, scale: View) -> float:
             and len(groups[0][1].bind) == len(scale.bind)
             and set(roots(view.node)) == set(groups[0])
         ):
-            out += (c * c * view.node.table.mean_square / whole) ** 2
+            out += float(share) ** 2
     return out
 
 

@@ -36,6 +36,7 @@ from varscale.theory.propagation.marginals import (
     evaluate,
     independent_factors,
     integral_key,
+    largest_term,
     marginal,
     over_classes,
     placed,
@@ -72,13 +73,8 @@ def _response(node: Apply, main: View) -> float:
 
 def _of_few_terms(main: View, scales: Sequence[View]) -> tuple[float, bool]:
     """Excess kurtosis of sums of few terms, and whether the norm is over other axes than that of their units."""
-    view = main
-    if main.node.is_centred:
-        shares = [
-            c * c * term.node.table.mean_square
-            for c, term in zip(main.node.params, main.node.args, strict=True)
-        ]
-        view = main.node.args[int(np.argmax(shares))].within(main.bind)
+    centred = isinstance(main.node, Sum) and main.node.is_centred
+    view = largest_term(main.node).within(main.bind) if centred else main
     node = view.node
     if not isinstance(node, Conv | Contract):
         return 0.0, True

@@ -40,7 +40,7 @@ from varscale.theory.propagation.inherited_fluctuations import (
     root_responses,
     shared,
 )
-from varscale.theory.propagation.marginals import along, concentrated, over_classes
+from varscale.theory.propagation.marginals import along, concentrated, over_classes, term_shares
 from varscale.theory.propagation.scale_responses import responses
 
 _WIDEST_COVARIANCE = 1.0  # sum of covariances at one layer beyond which first order says nothing
@@ -112,8 +112,7 @@ def scale_share(node: Node, i: int) -> float:
     """d ln Q/d ln Q_i of a node's second moment in its argument's: a term's share of a sum, all of it elsewhere."""
     if not isinstance(node, Sum) or i in node.centring:
         return 1.0
-    shares = [c * c * view.node.table.mean_square for c, view in zip(node.params, node.args, strict=True)]
-    return shares[i] / max(sum(shares), 1e-300)
+    return float(term_shares(node)[i])
 
 
 class SummedScale(NamedTuple):

@@ -20,7 +20,14 @@ from varscale.theory.graph.store import once_per_node
 from varscale.theory.integrals.hermite_series import WEIGHTS
 from varscale.theory.integrals.lognormal import WIDEST, Response, Scale, response
 from varscale.theory.propagation.fourth_moments import kurtosis_shift, square_pairs
-from varscale.theory.propagation.marginals import concentrated, evaluate, independent_factors, over_classes
+from varscale.theory.propagation.marginals import (
+    concentrated,
+    evaluate,
+    independent_factors,
+    largest_term,
+    over_classes,
+    term_shares,
+)
 from varscale.theory.propagation.scale_responses import response_curve, responses
 
 _FORGOTTEN = 1e-5  # a ratio below which what fluctuates is not handed on: a norm's, but for its epsilon
@@ -109,11 +116,9 @@ def propagated_of_sum(node: Sum) -> Spread:
     """A centred array is its own scale; independent terms share the variance; a variance goes with the squares in it."""
     if node.positive:
         return combine([(1.0, kernel(node.args[int(np.argmax(node.params))].node))])
-    shares = [c * c * v.node.table.mean_square for c, v in zip(node.params, node.args, strict=True)]
     if node.is_centred:
-        return inherited(node.args[int(np.argmax(shares))].node)
-    whole = max(sum(shares), 1e-300)
-    return combine([(s / whole, inherited(v.node)) for s, v in zip(shares, node.args, strict=True)])
+        return inherited(largest_term(node).node)
+    return combine([(float(s), inherited(v.node)) for s, v in zip(term_shares(node), node.args, strict=True)])
 
 
 @once_per_node
@@ -195,11 +200,8 @@ def origin(node: Node) -> int:
             if len(own) != 1:
                 return node.id
             node = own[0]
-        elif node.is_centred:
-            node = max(
-                zip(node.params, node.args, strict=True),
-                key=lambda t: t[0] ** 2 * t[1].node.table.mean_square,
-            )[1].node
+        elif isinstance(node, Sum) and node.is_centred:
+            node = largest_term(node).node
         elif isinstance(node, Rearranged):
             node = node.args[0].node
         else:

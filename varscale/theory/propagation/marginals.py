@@ -246,6 +246,17 @@ def integral_key(view: View) -> Hashable | None:
     return form(view.node), view.bind, tuple(m.rounded for m in own)
 
 
+def term_shares(node: Sum) -> np.ndarray:
+    """c² E[x²] of each term of a sum, over all of them."""
+    squares = [c * c * view.node.table.mean_square for c, view in zip(node.params, node.args, strict=True)]
+    return np.array(squares) / max(sum(squares), 1e-300)
+
+
+def largest_term(node: Sum) -> View:
+    """The term with the largest mean square: of an array less its mean, the array."""
+    return node.args[int(np.argmax(term_shares(node)))]
+
+
 def independent_factors(node: Node) -> list[View]:
     """The factors of an elementwise tree over its own frame, those that read a common fluctuating root as one: x·Φ(x)."""
     view = View(node, tuple(range(len(node.axes))))

@@ -98,18 +98,11 @@ def measured(node: Node, numbers: np.ndarray) -> None:
     MEASURED.put(node.graph, node.id, numbers)
 
 
-@excess_of.register(Leaf)
-def excess_of_leaf(node: Leaf, offsets: Offsets) -> Excess:
-    return _of_numbers(node, np.asarray(MEASURED.of(node.graph)[node.id]), offsets)
-
-
-@excess_of.register(Array)
-def excess_of_array(node: Array, offsets: Offsets) -> Excess:
-    return _of_numbers(node, np.asarray(node.values, float), offsets)
-
-
-def _of_numbers(node: Node, values: np.ndarray, offsets: Offsets) -> Excess:
+@excess_of.register(Leaf | Array)
+def excess_of_numbers(node: Leaf | Array, offsets: Offsets) -> Excess:
     """Averages over all pairs at that distance: free along some of the other axes, from which those that differ follow."""
+    values = node.values if isinstance(node, Array) else MEASURED.of(node.graph)[node.id]
+    values = np.asarray(values, float)
     axes, distances = node.axes, dict(offsets)
     out = np.zeros((2,) * len(axes))
     if any(d >= axes[k].size for k, d in offsets):
