@@ -1,9 +1,14 @@
-"""The factors of the products in an elementwise tree."""
+"""The factors of the products in an elementwise tree, and groups of what belongs together."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from typing import TypeVar
+
 from varscale.theory.graph.expressions import IDENTITIES, Apply
 from varscale.theory.graph.nodes import Constant, Node, View, number
+
+T = TypeVar("T")
 
 
 def factors(view: View) -> tuple[float, list[View]]:
@@ -35,3 +40,12 @@ def _reciprocal(node: Node) -> Node:
     return node.graph.make(
         Apply, node.axes, [View(number(node.graph, 1.0), ()), View(node, identity)], ("div", ())
     )
+
+
+def connected(items: Iterable[T], joined: Callable[[T, T], object]) -> list[list[T]]:
+    """Items in groups, so that no two of different groups are joined."""
+    groups: list[list[T]] = []
+    for item in items:
+        mine = [group for group in groups if any(joined(item, other) for other in group)]
+        groups = [g for g in groups if g not in mine] + [[*(x for g in mine for x in g), item]]
+    return groups

@@ -23,7 +23,7 @@ from varscale.theory.domain.accuracy import NEGLIGIBLE
 from varscale.theory.domain.axes import Axis, apply_axis, class_shares
 from varscale.theory.domain.tables import Table, by_type
 from varscale.theory.graph.expressions import Apply, Mean, Sum, form, roots, roots_of
-from varscale.theory.graph.factors import factors
+from varscale.theory.graph.factors import connected, factors
 from varscale.theory.graph.nodes import Array, Constant, Leaf, Node, View
 from varscale.theory.graph.reshapes import Rearranged
 from varscale.theory.graph.store import once_per_node
@@ -260,18 +260,13 @@ def largest_term(node: Sum) -> View:
 def independent_factors(node: Node) -> list[View]:
     """The factors of an elementwise tree over its own frame, those that read a common fluctuating root as one: x·Φ(x)."""
     view = View(node, tuple(range(len(node.axes))))
-    found: list[tuple[set[View], list[View]]] = []
-    for factor in factors(view)[1]:
-        reads = {r for r in roots_of(factor) if not concentrated(r.node)}
-        with_it = [group for group in found if group[0] & reads]
-        found = [group for group in found if group not in with_it]
-        found.append((reads.union(*(g[0] for g in with_it)), [f for g in with_it for f in g[1]] + [factor]))
-    whole = view.bind
+    parts = factors(view)[1]
+    reads = {factor: {r for r in roots_of(factor) if not concentrated(r.node)} for factor in parts}
     return [
         functools.reduce(
-            lambda a, b: View(node.graph.make(Apply, node.axes, [a, b], ("mul", ())), whole), group
+            lambda a, b: View(node.graph.make(Apply, node.axes, [a, b], ("mul", ())), view.bind), group
         )
-        for _, group in found
+        for group in connected(parts, lambda f, g: reads[f] & reads[g])
     ]
 
 

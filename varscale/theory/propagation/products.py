@@ -11,7 +11,7 @@ from varscale.theory.domain.accuracy import NEGLIGIBLE, ROUGH
 from varscale.theory.domain.axes import Axis
 from varscale.theory.domain.tables import by_type, lift, means_by_type
 from varscale.theory.graph.expressions import Apply, roots_of
-from varscale.theory.graph.factors import factors
+from varscale.theory.graph.factors import connected, factors
 from varscale.theory.graph.nodes import Array, Node, View
 from varscale.theory.graph.store import Fact
 from varscale.theory.integrals.hermite_series import WEIGHTS, Z, sobol
@@ -86,28 +86,16 @@ def _groups(f: list[View], g: list[View], frame: Sequence[Axis]) -> tuple[list[_
         found = (followers[k].leader if k in followers else k for k in roots_of(x))
         return [k for k in dict.fromkeys(found) if k in variables]
 
-    parent = {k: k for k in variables}
-
-    def find(k: View) -> View:
-        while parent[k] != k:
-            k = parent[k]
-        return k
-
-    for x in (*f, *g):
-        mine = own(x)
-        for k in mine[1:]:
-            parent[find(k)] = find(mine[0])
-    for i, a in enumerate(variables):
-        for b in variables[:i]:
-            if find(a) != find(b) and _correlated(a, b, frame):
-                parent[find(a)] = find(b)
-    groups: dict[View | None, _Group] = {}
+    together = [set(own(x)) for x in (*f, *g)]
+    sets = connected(
+        variables, lambda a, b: any({a, b} <= read for read in together) or _correlated(a, b, frame)
+    )
+    groups: dict[int, _Group] = {}
     for side, xs in enumerate((f, g)):
         for x in xs:
-            mine = own(x)
-            home = find(mine[0]) if mine else None
+            home = next((i for i, found in enumerate(sets) if {*own(x)} & {*found}), -1)
             if home not in groups:
-                members = [k for k in variables if home is not None and find(k) == home]
+                members = [k for k in variables if home >= 0 and k in sets[home]]
                 with_them = {k: follower for k, follower in followers.items() if follower.leader in members}
                 groups[home] = _Group([], [], members, with_them)
             (groups[home].g if side else groups[home].f).append(x)

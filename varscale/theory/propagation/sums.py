@@ -12,6 +12,7 @@ from scipy import special
 from varscale.theory.domain.axes import Axis
 from varscale.theory.domain.tables import Table, by_type, lift
 from varscale.theory.graph.expressions import Apply, Sum, roots_of
+from varscale.theory.graph.factors import connected
 from varscale.theory.graph.nodes import Constant, View
 from varscale.theory.integrals.hermite_series import POINTS, WEIGHTS, Z, sobol
 from varscale.theory.propagation.cross_moments import cross, dependent, mean_product
@@ -64,7 +65,7 @@ def sum_quantiles(root: Sum, table: Table, deviation: np.ndarray) -> np.ndarray 
         len(cells) > _MOST_CELLS
     ):  # one shape for all, that of the most common class: mean and deviation stay each class's own
         cells = [tuple(int(np.argmax(a.counts)) for a in root.axes)]
-    together = _together(parts, root.axes)
+    together = connected(parts, lambda a, b: _joined(a, b, root.axes))
     shapes = np.empty((*shape, POINTS))
     for cell in cells:
         line = np.zeros(POINTS)
@@ -117,15 +118,6 @@ def _drawn_together(lines: Sequence[np.ndarray], normals: np.ndarray) -> np.ndar
     latents, weights = _points(normals)
     total = np.sum([np.interp(latents[:, i], Z, line) for i, line in enumerate(lines)], axis=0)
     return _ordered(total, weights)
-
-
-def _together(parts: Sequence[_Part], axes: Sequence[Axis]) -> list[list[_Part]]:
-    """Parts in groups that are correlated."""
-    groups: list[list[_Part]] = []
-    for part in parts:
-        mine = [g for g in groups if any(_joined(part, other, axes) for other in g)]
-        groups = [g for g in groups if g not in mine] + [[*(p for g in mine for p in g), part]]
-    return groups
 
 
 def _joined(a: _Part, b: _Part, axes: Sequence[Axis]) -> bool:
