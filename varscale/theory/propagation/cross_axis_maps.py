@@ -1,4 +1,4 @@
-"""Cross-moments of means, slices, splits and merges of an axis: read over the axis itself, and pairs of positions counted.
+"""Maps of an axis: their laws, and cross-moments of means, slices, splits and merges; all are counts of pairs.
 
 Two nodes that read one axis, each all of it or a span, the entries in their order or the mean of them, have moments
 E[y_p z_q] = Σ A_pi B_qj E[x_i x'_j] (`domain.axis_maps`).
@@ -13,15 +13,23 @@ from typing import NamedTuple
 
 import numpy as np
 
-from varscale.theory.domain.axes import Axis, join, merge_types, split_axis
-from varscale.theory.domain.axis_maps import AxisMap, class_counts, entry_map, pair_counts
-from varscale.theory.domain.tables import full_along, lift
-from varscale.theory.graph.axis_nodes import Concat, Take
+from varscale.theory.domain.axes import Axis, apply_axis, join, merge_types, split_axis
+from varscale.theory.domain.axis_maps import (
+    AxisMap,
+    adjoint,
+    class_counts,
+    entry_map,
+    identity_map,
+    pair_counts,
+)
+from varscale.theory.domain.tables import Table, full_along, lift
+from varscale.theory.graph.axis_nodes import AxisMapped, Concat, Take
 from varscale.theory.graph.convolutions import ONE
 from varscale.theory.graph.expressions import Mean
-from varscale.theory.graph.nodes import Constant, Node, View, cross_by_kind
+from varscale.theory.graph.nodes import Constant, Node, View, cross_by_kind, pullback, second_moments
 from varscale.theory.graph.normal_form import mean_node
 from varscale.theory.graph.reshapes import Merge, Split, split
+from varscale.theory.graph.store import BackwardNotes
 from varscale.theory.propagation.cross_moments import cross
 
 Span = tuple[int, int, int]
@@ -285,3 +293,32 @@ def _taken_apart(x: View, y: View, frame: Sequence[Axis]) -> np.ndarray:
     wide = (*frame[:at], *factors, *frame[at + 1 :])
     table = np.array(np.broadcast_to(cross(*views, wide), [a.types for a in wide]))
     return merge_types(table, at, factors, frame[at])
+
+
+@second_moments.register(AxisMapped)
+def second_moments_of_axis_mapped(node: AxisMapped) -> Table:
+    k, table = node.params[0], node.args[0].node.table
+    mean = apply_axis(table.mean, k, node.axis_map.means())
+    return Table(node.axes, mean, apply_axis(table.second, k, pair_counts(node.axis_map)))
+
+
+@pullback.register(AxisMapped)
+def pullback_of_axis_mapped(
+    node: AxisMapped, cotangent: np.ndarray, notes: BackwardNotes
+) -> list[np.ndarray | None]:
+    own = node.axis_map
+    return [apply_axis(cotangent, node.params[0], adjoint(pair_counts(own), own.out, own.inner))]
+
+
+@cross_by_kind.register(AxisMapped)
+def cross_by_kind_of_axis_mapped(
+    node: AxisMapped, a: View, b: View, frame: Sequence[Axis]
+) -> np.ndarray | None:
+    """E[y_p b_q] from E[x_i b_q], of a map whose outputs are as many as its inputs."""
+    own, place = node.axis_map, a.bind[node.params[0]]
+    if own.out.size != own.inner.size:
+        return None
+    axis = frame[place]
+    found = cross(View(node.args[0].node, a.bind), b, frame)
+    counts = pair_counts(entry_map(own.rows, own.columns, axis, axis, own.weights), identity_map(axis))
+    return apply_axis(full_along(found, place, axis), place, counts)

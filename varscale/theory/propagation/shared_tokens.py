@@ -28,6 +28,7 @@ from varscale.theory.graph.expressions import Apply, Sum, roots
 from varscale.theory.graph.known_arrays import is_known_array, numbers
 from varscale.theory.graph.linear_nodes import Contract, weight_of
 from varscale.theory.graph.nodes import Array, View
+from varscale.theory.graph.store import once_per_node
 from varscale.theory.propagation.marginals import concentrated, independent_factors
 from varscale.theory.propagation.token_gram import Tokens, overlap_before, sources_of, tokens_of
 
@@ -65,6 +66,7 @@ def shared_tokens(node: Any) -> Gain:
     return Gain(gain, LEADING_ORDER, 2 * overlap)
 
 
+@once_per_node
 def gained_in_common(node: Apply) -> np.ndarray | float:
     """What a product of factors without a common root gains, by type; of a sum with one in it, what that gains."""
     gain: np.ndarray | float = 0.0
