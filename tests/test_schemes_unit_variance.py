@@ -98,6 +98,27 @@ def test_convolutions_batch_norm_and_a_zero_head():
     assert "brought to standard deviation 1 in 1 sweep" in str(account)
 
 
+def test_a_bias_that_is_not_zero_counts():
+    """What a layer puts out has a mean square of 1, the bias included; where the bias alone has more, the product has 1."""
+
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            biased = nn.initializers.normal(0.6)
+            x = jnp.tanh(nn.Dense(32, bias_init=biased, name="a")(x))
+            x = nn.relu(nn.Dense(32, bias_init=nn.initializers.constant(0.5), name="b")(x))
+            return nn.Dense(3, bias_init=nn.initializers.constant(3.0), name="c")(x)
+
+    net, x = Net(), data(64, 16)
+    params, account = vs.lsuv(net, net.init(KEY(1), x), x)
+    assert [row.after for row in account][:2] == pytest.approx([1, 1], abs=1e-4)
+    assert [row.path for row in account.missed] == ["c/kernel"]
+    _, state = net.apply(params, x, capture_intermediates=True, mutable=["intermediates"])
+    made = {name: out["__call__"][0] for name, out in state["intermediates"].items() if name != "__call__"}
+    assert [float(jnp.mean(made[name] ** 2)) for name in "ab"] == pytest.approx([1, 1], abs=1e-3)
+    assert float(jnp.mean((made["c"] - 3) ** 2)) == pytest.approx(1, abs=1e-3)
+
+
 class Attention(nnx.Module):
     def __init__(self, rngs):
         self.embed = nnx.Embed(20, 16, rngs=rngs)

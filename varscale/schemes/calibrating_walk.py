@@ -237,6 +237,8 @@ class Calibrating(Interpreter):
                 continue
             at, product = self._bare[one.node.id]
             made = self.found[at]
+            if other.constant == 0:
+                self._bare.setdefault(out.node.id, (at, out))
             if other.constant == 0 or made.kernel.is_tied or self._direction != "forward":
                 continue
             scale, bare, goal = made.scale, out, self._goal(made.kernel, made.steps)

@@ -26,7 +26,7 @@ from varscale.usage.parameters import ParameterUses
 _DIRECTIONS = ("forward", "backward", "both")
 _WALKS = 30  # over a model with tied kernels
 _CLOSE = 1e-9  # of the logarithm of a tied kernel's mean
-_CHECKS = 6  # predictions under the plan, where parts of it are drawn or approximated
+_CHECKS = 10  # predictions under the plan, where parts of it are drawn or approximated
 _OFF = 5e-7  # of the target
 _WIDE = 4.0  # a factor that a single draw may be off before the plan warns
 _KERNELS = frozenset({"input", "hidden", "readout", "depthwise", "expert"})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +37,8 @@ class Product:
         region: (axis, start, stop) of each axis of the kernel of which only a slice is used here.
         is_shared: whether its kernel is used again elsewhere, or at each step of a loop.
         operand: which operand of the equation is the kernel.
+        bias: where a bias that is not zero is added to the product at once, which operand of that addition it is; it is there
+            that the output is measured. None for none.
     """
 
     leaves: tuple[int, ...]
@@ -48,6 +50,12 @@ class Product:
     region: tuple[tuple[int, int, int], ...]
     is_shared: bool
     operand: int
+    bias: int | None = None
+
+    def mean_square(self, y: Any) -> Any:
+        """Mean square of an output, by part."""
+        mean, variance = self.by_entry(y)
+        return variance + jnp.sum(jnp.square(mean), -1)
 
     def by_entry(self, y: Any) -> tuple[Any, Any]:
         """Mean and variance of an output, by part: (parts, 1 or 2 for complex numbers) and (parts,)."""
@@ -78,6 +86,12 @@ class Product:
             values = list(values)
             values[self.operand] = scaled(values[self.operand], by_part[0])
             return _compat.evaluated(eqn, values)[0]
+        return self.times(y, by_part)
+
+    def times(self, y: Any, by_part: Any) -> Any:
+        """An output with each part multiplied by its number."""
+        if self.groups is None:
+            return scaled(y, by_part[0])
         factor = by_part[self.groups[self._entries()]].reshape(self._runs(y.shape)[1])
         return _reshaped(scaled(_reshaped(y, self._runs(y.shape)[0]), factor), y.shape)
 
@@ -175,14 +189,19 @@ def products(jaxpr: Any, constants: int, paths: Sequence[str], trained: Sequence
             by_place.setdefault(use.place, []).append(use)
     looked_up = {use.parameter for use in walk.uses if use.kind == "lookup"}
     left_alone = {paths[i]: "a table that is looked up" for i in sorted(looked_up)}
+    biases = {u.place: u.parameter for u in walk.uses if u.kind == "shift" and bool(jnp.any(leaves[u.parameter]))}
     shared = _shared([use for uses in by_place.values() for use in uses])
     found: dict[Place, Product] = {}
     plan = Plan()
-    for place, ids, eqn, around in _equations(jaxpr):
+    for place, ids, eqn, around, addition in _equations(jaxpr):
         uses = by_place.get(ids)
         if not uses or any(use.parameter in looked_up for use in uses):
             continue
-        found[place] = product = _product(uses, around, shared, leaves[uses[0].parameter].shape, eqn)
+        product = _product(uses, around, shared, leaves[uses[0].parameter].shape, eqn)
+        if addition is not None and not product.is_shared and (*ids[:-1], id(addition.eqn)) in biases:
+            product = dataclasses.replace(product, bias=addition.other)
+            place = (*place[:-1], addition.number)
+        found[place] = product
         mark = Mark(paths[uses[0].parameter], "kernel", "", "", 1)
         layers = () if product.is_shared else around.lengths
         shape, dtype = tuple(eqn.outvars[0].aval.shape), str(eqn.outvars[0].aval.dtype)
@@ -206,13 +225,26 @@ class _Around:
     repeats: bool = False
 
 
+class _Addition(NamedTuple):
+    """The addition that alone reads what an equation puts out: its number, itself, and which operand is the other one."""
+
+    number: int
+    eqn: Any
+    other: int
+
+
 def _equations(
     jaxpr: Any, place: Place = (), ids: tuple[int, ...] = (), around: _Around = _Around()
-) -> Iterator[tuple[Place, tuple[int, ...], Any, _Around]]:
-    """Every equation: its place, the `id`s of the equations around it and its own, itself, and what is around it."""
+) -> Iterator[tuple[Place, tuple[int, ...], Any, _Around, _Addition | None]]:
+    """Every equation: its place, `id`s of the equations around it and its own, itself, what is around it, what adds to it."""
+    readers: dict[Any, list[int]] = {}
+    for i, eqn in enumerate(jaxpr.eqns):
+        for var in eqn.invars:
+            if not _compat.is_literal(var):
+                readers.setdefault(var, []).append(i)
     for i, eqn in enumerate(jaxpr.eqns):
         here, name = (*ids, id(eqn)), eqn.primitive.name
-        yield (*place, i), here, eqn, around
+        yield (*place, i), here, eqn, around, _addition(jaxpr, eqn, readers)
         inside = around
         if name == "scan":
             inside = dataclasses.replace(
@@ -224,6 +256,17 @@ def _equations(
             inside = dataclasses.replace(around, conditional=True)
         for k, part in enumerate(sub_jaxprs(eqn)):
             yield from _equations(_compat.sub_jaxpr(part)[0], (*place, i, k), here, inside)
+
+
+def _addition(jaxpr: Any, eqn: Any, readers: dict[Any, list[int]]) -> _Addition | None:
+    out = eqn.outvars[0] if len(eqn.outvars) == 1 else None
+    if out is None or len(readers.get(out, [])) != 1 or out in [v for v in jaxpr.outvars if not _compat.is_literal(v)]:
+        return None
+    number = readers[out][0]
+    reader = jaxpr.eqns[number]
+    if reader.primitive.name != "add" or reader.outvars[0].aval.shape != out.aval.shape:
+        return None
+    return _Addition(number, reader, 1 if reader.invars[0] is out else 0)
 
 
 def _shared(uses: Sequence[Use]) -> set[int]:

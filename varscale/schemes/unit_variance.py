@@ -47,7 +47,8 @@ def lsuv(
 
     Dense layers, convolutions, einsums and attention are alike here: what counts is what the program does. Packed kernels are
     rescaled by part (query, key and value; gates), kernels that a scan stacks by layer. Biases, embeddings, norms and kernels
-    that are zero keep their values, and so does a kernel that the program normalises; the account says so. The method sets
+    that are zero keep their values, and so does a kernel that the program normalises; the account says so. Where a bias that is
+    not zero is added to a product (in the paper all are zero), the mean square of the sum is brought to 1. The method sets
     scales only: draw the kernels orthogonal first, as the paper does, with `vs.reinitialize(params, {"**/kernel":
     vs.orthogonal()}, key)`.
 
@@ -145,15 +146,42 @@ class _Rescaling(Replay):
 
     def at_site(self, place: Place, eqn: Any, values: list[Any]) -> tuple[Sequence[Any], Statistics]:
         product = self.found.at[place]
-        (y,) = _compat.evaluated(eqn, values)
-        mean, variance = product.by_entry(y)
-        told: Statistics = {"variance": variance, "mean": mean, "square": jnp.sum(jnp.square(mean), -1)}
+        if product.bias is not None:
+            y, told = self._beside_bias(place, eqn, values)
+        else:
+            (y,) = _compat.evaluated(eqn, values)
+            mean, variance = product.by_entry(y)
+            told: Statistics = {"variance": variance, "mean": mean, "square": jnp.sum(jnp.square(mean), -1)}
+            if place in self.chosen and not product.is_shared:
+                told["factor"] = jnp.where(self.active, _inverse_root(variance), 1.0)
+                y = product.again(eqn, values, y, told["factor"])
         if self.plan.sites[place].conditional:
             told["ran"] = jnp.float32(1)
-        if place in self.chosen and not product.is_shared:
-            told["factor"] = jnp.where(self.active & (variance > 0), jax.lax.rsqrt(jnp.where(variance > 0, variance, 1.0)), 1.0)
-            y = product.again(eqn, values, y, told["factor"])
         return [y], told
+
+    def _beside_bias(self, place: Place, eqn: Any, values: list[Any]) -> tuple[Any, Statistics]:
+        """The sum of a product and a bias, of which the mean square is brought to 1: a s² + 2 c s + b = 1."""
+        product = self.found.at[place]
+        assert product.bias is not None
+        y, bias = values[1 - product.bias], jnp.broadcast_to(values[product.bias], values[1 - product.bias].shape)
+        (out,) = _compat.evaluated(eqn, values)
+        a, b, whole = (product.mean_square(x) for x in (y, bias, out))
+        told: Statistics = {"variance": whole, "mean": jnp.zeros((*whole.shape, 1)), "square": jnp.zeros(whole.shape)}
+        if place in self.chosen:
+            c = (whole - a - b) / 2
+            exact = (jnp.sqrt(jnp.maximum(c**2 + a * (1 - b), 0)) - c) / jnp.where(a > 0, a, 1.0)
+            # A bias whose own mean square is 1 or more: no scale does it, and the product alone is brought to 1.
+            factor = jnp.where((b < 1) & (a > 0), exact, _inverse_root(a))
+            told["factor"] = jnp.where(self.active & (jnp.abs(whole - 1) > 1e-6), factor, 1.0)
+            values = list(values)
+            values[1 - product.bias] = product.times(y, told["factor"])
+            (out,) = _compat.evaluated(eqn, values)
+        return out, told
+
+
+def _inverse_root(x: Any) -> Any:
+    """1/√x, and 1 for 0."""
+    return jnp.where(x > 0, jax.lax.rsqrt(jnp.where(x > 0, x, 1.0)), 1.0)
 
 
 class _Run:
@@ -249,7 +277,7 @@ class _Run:
             product = self.found.at[place]
             asked = float(np.mean(np.abs(np.log(met[place]))))
             left = float(np.mean(np.abs(np.log(np.maximum(reached[place], 1e-30)))))
-            if not product.is_shared and asked > tolerance and left > (1 - _NO_EFFECT) * asked:
+            if not product.is_shared and product.bias is None and asked > tolerance and left > (1 - _NO_EFFECT) * asked:
                 found.update(product.leaves)
         return found
 
