@@ -13,6 +13,7 @@ from jax.nn import initializers as theirs
 import varscale as vs
 from varscale.initialization import formulas, tiles, tracing
 from varscale.initialization.drawing import Drawing
+from varscale.initialization.host_memory import empty
 from varscale.initialization.outline import outline
 from varscale.initialization.tracing import trace
 
@@ -111,3 +112,14 @@ def graph_that_was_drawn():
     traced = trace(Leaves((theirs.he_normal(), theirs.orthogonal()), shapes=((6, 5),)), KEY, None, None)
     outline(traced, KEY).draw(KEY)
     return traced.graph
+
+
+def test_arrays_of_the_host_are_taken_over_without_a_copy() -> None:
+    """In huge pages and in small ones (from 256 MB on; they are not touched here), whatever the dtype."""
+    shapes = [(2**27, 2), (0, 3), (), (5,)]
+    dtypes = [np.int8, np.float32, jnp.bfloat16, np.float64]
+    arrays = empty(shapes, dtypes)
+    assert [(x.shape, x.dtype) for x in arrays] == [(s, np.dtype(d)) for s, d in zip(shapes, dtypes, strict=True)]
+    assert all(x.flags.writeable and x.__array_interface__["data"][0] % 64 == 0 for x in arrays if x.size)
+    taken = jax.device_put(arrays[0])
+    assert taken.unsafe_buffer_pointer() == arrays[0].__array_interface__["data"][0]

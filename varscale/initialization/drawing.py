@@ -17,9 +17,8 @@ from varscale import _compat
 from varscale.initialization.chains import Chain, evaluate, stacking
 from varscale.initialization.derivation import wrapped
 from varscale.initialization.graph import Value, is_key
+from varscale.initialization.host_memory import filled
 from varscale.initialization.laws import Core, Law, drawn
-
-_ALIGNMENT = 64  # what jax asks of an array of the host to take it over without a copy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,25 +202,9 @@ def compile_all(programs: Sequence[Any]) -> None:
             future.result()
 
 
-def empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """An array of the host that jax takes over without a copy; none of its memory is touched yet."""
-    count = math.prod(shape) * np.dtype(dtype).itemsize
-    raw = np.empty(count + _ALIGNMENT, np.uint8)
-    start = -raw.ctypes.data % _ALIGNMENT
-    return raw[start : start + count].view(dtype).reshape(shape)
-
-
-def filled(number: np.ndarray, shape: tuple[int, ...], dtype: np.dtype, sharding: Any) -> jax.Array:
-    """An array of one number, without a program."""
-
-    def full(shape: tuple[int, ...]) -> np.ndarray:
-        found = empty(shape, dtype)
-        found[...] = number.astype(dtype)
-        return found
-
-    if sharding is None:
-        return jax.device_put(full(shape))
-    return jax.make_array_from_callback(shape, sharding, lambda index: full(_part(shape, index)))
+def spread(number: np.ndarray, shape: tuple[int, ...], dtype: np.dtype, sharding: Any) -> jax.Array:
+    """An array of one number over several devices, without a program."""
+    return jax.make_array_from_callback(shape, sharding, lambda index: filled(number, _part(shape, index), dtype))
 
 
 def _part(shape: tuple[int, ...], index: Any) -> tuple[int, ...]:

@@ -37,6 +37,7 @@ _UNTOLD = frozenset(
 )  # fmt: skip
 _LINEN_STATE = frozenset({"_parent_ref", "_id", "_state"})
 _PLAIN = (type(None), bool, int, str, bytes, type(...))
+_FIXED = frozenset({*_PLAIN, float, complex, types.FunctionType})
 _SMALL = 1024  # numbers of an array that are compared one by one
 _MOST = 20_000  # values that are followed
 
@@ -175,9 +176,9 @@ def is_fixed(attribute: Any) -> bool:
     from flax import nnx
 
     kind = type(attribute)
-    if isinstance(attribute, nnx.Module | nnx.Variable | nnx.Rngs | nnx.RngStream | np.ndarray | jax.Array | enum.Enum):
+    if kind in _FIXED or isinstance(attribute, nnx.Module | nnx.Variable | nnx.Rngs | nnx.RngStream):
         return True
-    if kind in _PLAIN or isinstance(attribute, float | complex | np.generic | np.dtype | type | types.FunctionType):
+    if isinstance(attribute, np.ndarray | jax.Array | enum.Enum | np.generic | np.dtype | type):
         return True
     if isinstance(attribute, tuple | frozenset):
         return all(map(is_fixed, attribute))

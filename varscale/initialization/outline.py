@@ -15,12 +15,14 @@ from varscale.initialization import laws, placement, tiles
 from varscale.initialization.account import Account, Entry, is_rng_key
 from varscale.initialization.chains import Chain, law_words
 from varscale.initialization.derivation import Derivation
-from varscale.initialization.drawing import Drawing, LaidDrawing, Program, compile_all, compiled, filled, filling, settings
+from varscale.initialization.drawing import Drawing, LaidDrawing, Program, compile_all, compiled, filling, settings, spread
+from varscale.initialization.given import given_values
 from varscale.initialization.graph import Value, is_key
+from varscale.initialization.host_memory import filled
 from varscale.initialization.tracing import Trace
 from varscale.initializers.initializer import checked_dtype
 from varscale.initializers.sampling import checked_key
-from varscale.programs.trees import Leaf, is_abstract, is_collections, open_tree
+from varscale.programs.trees import Leaf
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +80,13 @@ class Outline:
         together: dict[int, list[Any]] = {}
         if any(self.tasks[i].whole for i in indices):
             together[0] = self._whole(keys)
-        found = dict(zip(tiled, tiles.drawn(list(tiled.values())), strict=True))
+        host = dict(zip(tiled, tiles.drawn(list(tiled.values())), strict=True))
+        host |= {
+            i: filled(number, self.trace.leaves[i].shape, self.dtypes[i])
+            for i in indices
+            if (number := self.tasks[i].number) is not None and self.shardings[i] is None
+        }
+        found = dict(zip(host, jax.device_put(list(host.values())), strict=True))  # at once: it is the calls that cost
         return [found[i] if i in found else self._leaf(i, key, keys, derivation, together) for i in indices]
 
     def programs(self, key: Any) -> list[Any]:
@@ -111,7 +119,7 @@ class Outline:
         if task.given is not None:
             return _laid_out(jnp.asarray(task.given, dtype), place)
         if task.number is not None:
-            return filled(task.number, leaf.shape, dtype, place)
+            return spread(task.number, leaf.shape, dtype, place)
         if task.state is not None:
             found = derivation.value(task.state)
             if is_rng_key(leaf.dtype):
@@ -241,7 +249,7 @@ def outline(
     """
     planner = _Planner(trace, key, None if dtype is None else checked_dtype(dtype), exact)
     places = placement.shardings(out_shardings, trace.leaves, trace.tree)
-    values = _given_values(given, trace.leaves)
+    values = given_values(given, trace.leaves)
     described = [(leaf.path, leaf.shape, leaf.dtype, p) for leaf, p in zip(trace.leaves, trace.parameters, strict=True)]
     by_scheme = (
         [None] * len(described) if isinstance(scheme, str) and scheme == "declared" else laws.laid(scheme, described, "scheme")
@@ -249,6 +257,18 @@ def outline(
     for i, place in enumerate(places):
         planner.plan(i, by_scheme[i], place, values.get(trace.leaves[i].path))
     return planner.outline(tuple(places))
+
+
+def declared(trace: Trace, key: Any, dtype: Any, exact: bool) -> Outline:
+    """The outline of the declared laws, where flax's own init puts them; kept with the trace, if no leaf depends on data."""
+    told = jax.random.key_impl(checked_key(main_key(key))), settings(), None if dtype is None else checked_dtype(dtype), exact
+    kept = trace.graph.outlines.get(told)
+    if kept is not None:
+        return dataclasses.replace(kept, trace=trace)
+    found = outline(trace, key, dtype=dtype, exact=exact)
+    if not found.account.of(how="data"):
+        trace.graph.outlines[told] = dataclasses.replace(found, trace=None)  # pyright: ignore[reportArgumentType]
+    return found
 
 
 class _Planner:
@@ -362,27 +382,3 @@ class _Planner:
             )
         entries = {entry.path: entry for entry in self.entries}
         return Outline(self.trace, tuple(self.tasks), tuple(self.dtypes), places, Account(entries, notes), self.uses_own_hash)
-
-
-def _given_values(given: Any, leaves: Sequence[Leaf]) -> dict[str, Any]:
-    """The given values by the path of the leaf they are for.
-
-    Raises:
-        ValueError: a value has no leaf, or another shape than it.
-    """
-    if given is None:
-        return {}
-    known = {leaf.path: leaf for leaf in leaves}
-    within = is_collections(tuple(known))
-    found: dict[str, Any] = {}
-    for leaf in open_tree(given, "given").leaves:
-        if is_abstract(leaf.value):
-            continue
-        path = leaf.path if leaf.path in known or not within else f"params/{leaf.path}"
-        if path not in known:
-            close = ", ".join(list(known)[:4])
-            raise ValueError(f"given: the model has no leaf {leaf.path!r} (it has {close}{', ...' if len(known) > 4 else ''})")
-        if leaf.shape != known[path].shape:
-            raise ValueError(f"given: {leaf.path!r} has shape {leaf.shape}, and the model's leaf {known[path].shape}")
-        found[path] = leaf.value if hasattr(leaf.value, "dtype") else np.asarray(leaf.value)
-    return found

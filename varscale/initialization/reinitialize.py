@@ -76,7 +76,7 @@ def reinitialize(params: P, laws_by_pattern: Mapping[Pattern, laws.Law] | Any, k
     tiled = {} if traced else tiles.tiled(programs, {i: lambda i=i: [words[i]] for i in programs})
     if not traced:
         compile_all([tiled[i].program if i in tiled else program for i, program in programs.items()])
-    drawn = dict(zip(tiled, tiles.drawn(list(tiled.values())), strict=True))
+    drawn = dict(zip(tiled, jax.device_put(tiles.drawn(list(tiled.values()))), strict=True))
     for i, program in programs.items():
         new = drawn[i] if i in drawn else (program if traced else compiled(program))(words[i])[0]
         if laws.keeps(program.law):

@@ -20,8 +20,9 @@ import numpy as np
 
 from varscale import _compat
 from varscale.initialization import formulas
-from varscale.initialization.drawing import Drawing, LaidDrawing, compiled, empty
+from varscale.initialization.drawing import Drawing, LaidDrawing, compiled
 from varscale.initialization.formulas import Formula
+from varscale.initialization.host_memory import empty
 
 _TILE = 1024
 _FEW, _MANY = 128, 1024  # tiles a call: few take little memory, many make calls cheap
@@ -131,9 +132,9 @@ def fits(draws: int, size: int) -> bool:
     return filled <= max(_SMALL, 4 * draws * size)
 
 
-def drawn(leaves: Sequence[Leaf]) -> list[jax.Array]:
-    """The leaves, drawn by all cores."""
-    arrays = [empty(leaf.shape, leaf.program.formula.dtype) for leaf in leaves]
+def drawn(leaves: Sequence[Leaf]) -> list[np.ndarray]:
+    """The leaves, drawn by all cores, as arrays of the host that jax takes over without a copy."""
+    arrays = empty([leaf.shape for leaf in leaves], [leaf.program.formula.dtype for leaf in leaves])
     groups: dict[Tiles, list[int]] = {}
     for i, leaf in enumerate(leaves):
         groups.setdefault(leaf.program, []).append(i)
@@ -153,7 +154,7 @@ def drawn(leaves: Sequence[Leaf]) -> list[jax.Array]:
     with ThreadPoolExecutor(count) as pool:
         for future in [pool.submit(work) for _ in range(count)]:
             future.result()
-    return [jax.device_put(x) for x in arrays]
+    return arrays
 
 
 class _Group:

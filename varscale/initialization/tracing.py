@@ -29,11 +29,13 @@ class Graph:
         leaves: the value of every leaf.
         keys: those of the keys that the init was given.
         chains: the chains of leaves, by their positions, that were found so far.
+        outlines: what will be done for the leaves, by the arguments that say so; see `outline.declared`.
     """
 
     leaves: tuple[Value, ...]
     keys: tuple[Value, ...]
     chains: dict[tuple[int, ...], Chain] = dataclasses.field(default_factory=dict)
+    outlines: dict[Hashable, Any] = dataclasses.field(default_factory=dict)
 
     def chain(self, leaves: Sequence[int]) -> Chain:
         """The chain of these leaves."""
