@@ -12,7 +12,7 @@ from varscale.theory.integrals.hermite_series import Z
 from varscale.theory.integrals.mehler import mehler
 from varscale.theory.integrals.primitives import function
 from varscale.theory.interpreter.interpreter import Interpreter
-from varscale.theory.propagation.latent_correlations import factored
+from varscale.theory.propagation.marginals import factored
 from varscale.theory.propagation.products import product_second
 
 relu = jax.nn.relu

@@ -24,12 +24,11 @@ from varscale.theory.graph.nodes import UNKNOWN, Array, Constant, Leaf, Node, Vi
 from varscale.theory.graph.normal_form import affine, apply
 from varscale.theory.graph.store import BackwardNotes, once_per_node
 from varscale.theory.propagation.error_bounds import doubt_of
-from varscale.theory.propagation.forks import forks
 from varscale.theory.propagation.fourth_moments import mean_squared_correlation
 from varscale.theory.propagation.gradient_fluctuations import gradient_scale, summed_scale
 from varscale.theory.propagation.marginals import along, concentrated, largest_term, term_shares
 from varscale.theory.propagation.products import product_second
-from varscale.theory.propagation.pullbacks import mean_square, sum_out
+from varscale.theory.propagation.pullbacks import forks, mean_square, sum_out
 from varscale.theory.propagation.scale_responses import cofactors
 
 # Set on the validation grid, not derived, both.

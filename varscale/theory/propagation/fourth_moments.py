@@ -1,6 +1,7 @@
-"""Units that a norm divides are not exactly Gaussian: what their excess kurtosis does to a function of them.
+"""Fourth moments: of units that a norm divides, and of the squares whose mean finitely many units have.
 
-To first order in it (the Gram-Charlier series of type A), with the Hermite coefficients a_k of f²,
+Units that a norm divides are not exactly Gaussian. To first order in their excess kurtosis (the Gram-Charlier series of type A),
+with the Hermite coefficients a_k of f²,
 
     E[f(y)²] = a_0 + excess · a_4 / √24.
 
@@ -8,7 +9,7 @@ On a sphere: x/√(mean x²) of m independent normals has excess −6/(m + 2); o
 of mean x². Sums of few terms: given its weights, Σ w_k x_k over n terms keeps the excess of x times Σ w⁴/(Σ w²)², about
 κ/(n + κ − 1) for weights of kurtosis κ. Where no norm divides, y is Gaussian given x, and `fluctuations` tell the rest.
 
-What squares have in common, two by two: how far the mean of finitely many of them is from their expectation.
+How far the mean of finitely many squares is from its expectation follows from E[x_i² x_j²] of all pairs.
 """
 
 from __future__ import annotations

@@ -18,16 +18,19 @@ from varscale.theory.integrals.hermite_series import WEIGHTS, Z, sobol
 from varscale.theory.integrals.mehler import Series, mehler, on_grid
 from varscale.theory.propagation.cross_moments import cross, dependent, mean_product, strategy
 from varscale.theory.propagation.doubts import mark_average, mark_depthwise, mark_sums, mark_weights
-from varscale.theory.propagation.latent_correlations import continued, factored, latent_cross, scatter
 from varscale.theory.propagation.marginals import (
     Environment,
     concentrated,
+    continued,
     evaluate,
+    factored,
     followed,
     grid,
     integral_key,
+    latent_cross,
     marginal,
     placed,
+    scatter,
 )
 
 MOST_VARIABLES = 5  # roots of one cubature: points in twice as many dimensions are too few for more

@@ -3,7 +3,7 @@
 Each array is drawn once, at all steps and at some of its units and samples, from what it is made of: so every layer costs the
 same, however deep it lies, and of a sum whose terms belong together, or a norm and what it divides, nothing is drawn apart.
 
-What is known by draws, and so in its order in time: moments by type are averages over pairs of steps, draws tell more.
+Moments by type are averages over pairs of steps; moments of draws know the order in time.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from varscale.theory.domain.tables import Table, estimated_products, lift
 from varscale.theory.graph.linear_nodes import applies_weights, operands
 from varscale.theory.graph.nodes import Array, Graph, Leaf, Node, View
 from varscale.theory.graph.store import Fact
-from varscale.theory.propagation.cross_moments import strategy
+from varscale.theory.propagation.cross_moments import strategy, unsure
 from varscale.theory.propagation.sampler import TERMS, Drawing, evenly, in_order, reduced
 
 _BUDGET = 1_000_000  # numbers drawn for one array
@@ -150,6 +150,7 @@ def crossed(a: View, b: View, frame: tuple[Axis, ...]) -> Float[np.ndarray, "...
     positions = [drawing.some(axis) for axis in axes]
     views = [View(v.node, tuple(kept.index(k) for k in v.bind)) for v in (a, b)]
     x, y = (np.moveaxis(_everywhere(drawing, v, axes), -1, 0) for v in views)
+    unsure(a.node.graph, "assumed", drawing.doubt)
     return lift(cross_moments(x, y, axes, positions), axes, kept, frame, pairs=True)
 
 

@@ -50,12 +50,14 @@ class Drawing:
     Attributes:
         replicates: how many draws.
         seed: where they come from.
+        doubt: what its draws' moments may be off by, relatively, for an order in time that some of them have lost.
         some: the positions of an axis that stand for all of it, in sums and means and wherever nodes are asked for at them.
     """
 
     def __init__(self, replicates: int, seed: int, some: Callable[[Axis], Int[np.ndarray, " kept"]]):
         self.replicates, self.seed, self.some = replicates, seed, some
         self.drawn: dict[Hashable, np.ndarray] = {}
+        self.doubt = 0.0
 
     def random(self, *what: int) -> np.random.Generator:
         """Where the numbers of one thing come from, whatever was drawn before it."""
@@ -104,7 +106,7 @@ class Drawing:
         if made is not None:
             return made
         if in_order(node):  # its order is lost
-            node.graph.flag("assumed", LOOSE)
+            self.doubt = LOOSE
         return _drawn(node, positions, self.replicates, self.random(node.id))
 
     def _added(self, node: Sum, positions: Positions) -> np.ndarray:

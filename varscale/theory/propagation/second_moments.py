@@ -1,7 +1,4 @@
-"""Second moments of the core kinds of nodes.
-
-Moments of elementwise trees.
-"""
+"""Second moments of the core kinds of nodes, elementwise trees among them."""
 
 from __future__ import annotations
 

@@ -16,13 +16,14 @@ from varscale.theory.graph.factors import connected
 from varscale.theory.graph.nodes import Constant, View
 from varscale.theory.integrals.hermite_series import POINTS, WEIGHTS, Z, sobol
 from varscale.theory.propagation.cross_moments import cross, dependent, mean_product
-from varscale.theory.propagation.latent_correlations import factored, latent_cross
 from varscale.theory.propagation.marginals import (
     Environment,
     along,
     concentrated,
     evaluate,
+    factored,
     grid,
+    latent_cross,
     marginal,
     quantiles_of_kind,
 )

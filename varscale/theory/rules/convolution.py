@@ -30,7 +30,7 @@ from varscale.theory.propagation.cross_moments import cross, dependent
 from varscale.theory.propagation.fluctuations import averaged, of_a_group, with_own_weights
 from varscale.theory.propagation.fourth_moments import excess_kurtosis
 from varscale.theory.propagation.inherited_fluctuations import Spread, combine, propagated
-from varscale.theory.propagation.latent_correlations import scatter_of
+from varscale.theory.propagation.marginals import scatter_of
 from varscale.theory.propagation.shared_component import of_few
 from varscale.theory.rules.linear import strip
 from varscale.theory.rules.registry import Context, rule

@@ -118,6 +118,8 @@ def second_moments_of_looped(node: Looped) -> Table:
     table = table_of_draws(node, numbers, positions)
     if node.loop.is_region and node.loop.undefined:
         node.graph.flag("assumed", UNKNOWN)  # draws are none of what it is defined on (a factorization, say)
+    if node.loop.drawing.doubt:
+        node.graph.flag("assumed", node.loop.drawing.doubt)
     node.drawn = _drawn_quantiles(node)
     return table
 
