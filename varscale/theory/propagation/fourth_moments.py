@@ -1,6 +1,6 @@
 """Fourth moments: of units that a norm divides, and of the squares whose mean finitely many units have.
 
-Units that a norm divides are not exactly Gaussian. To first order in their excess kurtosis (the Gram-Charlier series of type A),
+Units that a norm divides are not exactly Gaussian. To first order in their excess kurtosis (Gram-Charlier series of type A),
 with the Hermite coefficients a_k of f²,
 
     E[f(y)²] = a_0 + excess · a_4 / √24.
