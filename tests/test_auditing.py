@@ -1,6 +1,7 @@
 """What an audit finds: each planted defect, at its place, and nothing in its mended twin or in healthy constructions."""
 
 import json
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +27,16 @@ def deep(init, act=nn.relu, depth=8, first=None):
 def found(audit, level="warning"):
     """(code, path) of the findings of a level or worse."""
     return [(f.code, f.path) for f in audit.at_least(level)]
+
+
+class Scaled(nn.Module):
+    """A layer that reads a function of its input."""
+
+    scaling: Callable[[jax.Array], jax.Array]
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(4, kernel_init=nn.initializers.orthogonal())(self.scaling(x))
 
 
 class LanguageModel(nn.Module):
@@ -93,6 +104,8 @@ class TestTheTrace:
         pixels = np.random.default_rng(0).integers(0, 256, (16, 64)).astype(np.float32)
         assert ("VS119", "") in found(vs.audit(nn.Dense(4), pixels))
         assert found(vs.audit(nn.Dense(4), pixels / 128 - 1)) == []
+        assert found(vs.audit(Scaled(lambda x: x / 255.0), pixels)) == []  # the model scales its inputs itself
+        assert found(vs.audit(Scaled(lambda x: x * 1.0), pixels)) == [("VS119", "")]
         constant = np.concatenate([np.random.default_rng(0).normal(size=(16, 60)), np.zeros((16, 4))], 1).astype(np.float32)
         assert [f.figure for f in vs.audit(nn.Dense(4), constant).findings if f.code == "VS119"] == [4.0]
 

@@ -203,6 +203,19 @@ def test_depthwise_vectors_and_unused():
     assert found["nobody"] == "unused"
 
 
+def test_parts_of_a_complex_kernel_are_both_read():
+    class Recurrent(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            real, imaginary = (self.param(name, nn.initializers.lecun_normal(), (8, 8)) for name in ("real", "imaginary"))
+            decay, phase = (self.param(name, nn.initializers.uniform(), (8,)) for name in ("decay", "phase"))
+            kernel, factor = jax.lax.complex(real, imaginary), jnp.exp(jax.lax.complex(-decay, phase))
+            return (x.astype(kernel.dtype) @ kernel * factor[None]).real
+
+    found = vs.uses(Recurrent(), jax.ShapeDtypeStruct((4, 8), jnp.float32))
+    assert all(p.uses for p in found.parameters)
+
+
 def test_muon_takes_the_dimension_numbers_in_linen():
     shapes = jax.eval_shape(LanguageModel().init, jax.random.key(0), IDS)["params"]
     found = uses(LanguageModel(), IDS)

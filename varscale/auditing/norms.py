@@ -104,22 +104,30 @@ def check_softmax(rows: Sequence[Row], attentions: Sequence[Attention]) -> Itera
 
 
 def check_logits(parameters: Sequence[ParameterUses], report: Report) -> Iterator[Finding]:
-    """Outputs of a readout that are too large for logits: the cross-entropy of C classes starts near ln C + E[y²]/2."""
-    readouts = [p for p in parameters if any(use.role == "readout" for use in p.uses)]
-    output = report.output
-    if len(readouts) != 1 or not output.shape or output.shape[-1] < 10 or output.error_bound > 0.5:
+    """Outputs of a readout that are too large for logits: the cross-entropy of C classes starts near ln C + Var[y]/2.
+
+    What all logits share, as the normalizer of log-probabilities, does not count.
+    """
+    readouts = [(p, use) for p in parameters for use in p.uses if use.role == "readout"]
+    if len({p.path for p, _ in readouts}) != 1:
         return
-    classes, extra = output.shape[-1], output.second_moment / 2
+    readout, use = readouts[0]
+    classes = math.prod(readout.shape[k] for k in use.output_axes)
+    own = [row for row in report.rows if row.path == "" or row.path.startswith("[")]
+    output = next((row for row in own if row.shape[-1:] == (classes,)), None)
+    if output is None or classes < 10 or output.error_bound > 0.5:
+        return
+    extra = output.variance / 2
     if extra > math.log(classes):
-        told = f"its {classes} outputs have a second moment of {output.second_moment:.3g}: as logits they give a cross-entropy "
+        told = f"its {classes} outputs have a variance of {output.variance:.3g}: as logits they give a cross-entropy "
         told += (
             f"of about {math.log(classes) + extra:.3g} at step 0; knowing nothing gives ln {classes} = {math.log(classes):.3g}."
         )
-        scale = max((use.output_scale or 1.0 for use in readouts[0].uses if use.role == "readout"), default=1.0)
+        scale = max((use.output_scale or 1.0 for use in readout.uses if use.role == "readout"), default=1.0)
         mend = "multiply the logits by 1/√features, or draw the readout smaller"
         if scale > 1.01:
             mend = f"the program multiplies them by {scale:.4g}: leave that out"
-        yield Finding("VS110", "warning", readouts[0].path, told, math.log(classes) + extra, mend)
+        yield Finding("VS110", "warning", readout.path, told, math.log(classes) + extra, mend)
 
 
 def parent(path: str) -> str:

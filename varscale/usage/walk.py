@@ -214,10 +214,10 @@ class Walk:
         flows = [v for v in values if isinstance(v, Flow)]
         views = [v for v in values if isinstance(v, View)]
         if not flows:
-            for view in sorted(views, key=_entries)[:-1]:
-                if view.parameter != max(views, key=_entries).parameter:
-                    self.note(Use(view.parameter, "factor", steps=view.steps, batch=tuple(sorted(view.batch))))
             kept = max(views, key=_entries)
+            for view in views:
+                if view.parameter != kept.parameter:
+                    self.note(Use(view.parameter, "factor", steps=view.steps, batch=tuple(sorted(view.batch))))
             return dataclasses.replace(kept, scale=times(kept.scale, self._factor(name, eqn, values, kept)))
         x = flows[0]
         for y in flows[1:]:

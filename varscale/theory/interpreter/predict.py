@@ -34,6 +34,7 @@ from varscale.theory.interpreter.parameters import (
 from varscale.theory.interpreter.rows import Place, Rows, joined
 from varscale.theory.interpreter.sample_scales import sample_axis
 from varscale.theory.interpreter.summary import summarize, with_gradients
+from varscale.theory.interpreter.taps import through
 from varscale.theory.interpreter.tracing import Draws, Trace, drawing, execution_order, first_pass, traced
 from varscale.theory.interpreter.uses import weights
 from varscale.theory.propagation.cross_moments import MEASURED_TOGETHER, together
@@ -170,6 +171,11 @@ def _predicted(
         captured = {call: outputs[call] for call in execution_order(forward.jaxpr, forward.shapes)}
         return list(joined(rows.made, captured, kind))
 
+    numbers = jax.tree_util.tree_unflatten(
+        jax.tree_util.tree_structure(forward.shapes), range(len(forward.jaxpr.outvars))
+    )
+    order = {path: i for rows in numbers.values() for path, i in rows.items()}
+    shares = through(forward.jaxpr, order, list(numbers[""])) if backward else {}
     flat = jax.tree_util.tree_flatten_with_path(parameters.shapes)[0]
     named = [(path_string(path), tuple(leaf.shape)) for path, leaf in flat]
     program_of = forward.jaxpr.replace(
@@ -180,7 +186,7 @@ def _predicted(
 
     def report(found: Walked) -> Report:
         laws = zip((path for path, _ in named), parameters.values, strict=True)
-        return summarize(interpreter, program, found, weights(laws, uses), backward=backward)
+        return summarize(interpreter, program, found, weights(laws, uses), shares, backward=backward)
 
     first, found = _settled(interpreter, walk, report)
     if not backward or all(
@@ -188,7 +194,7 @@ def _predicted(
     ):
         return first
     interpreter.nudged = True
-    return _settled(interpreter, walk, lambda found: with_gradients(first, found))[0]
+    return _settled(interpreter, walk, lambda found: with_gradients(first, found, shares))[0]
 
 
 Walked = list[tuple[str, str | None, Any]]

@@ -15,8 +15,9 @@ from varscale.report import How, Report, Row, Weight
 from varscale.theory.domain.axes import averaging
 from varscale.theory.domain.tables import Table
 from varscale.theory.graph.layout import Value
-from varscale.theory.graph.nodes import Node
+from varscale.theory.graph.nodes import UNKNOWN, Node
 from varscale.theory.interpreter.interpreter import Interpreter
+from varscale.theory.interpreter.taps import Through
 from varscale.theory.propagation.cotangents import cotangents
 from varscale.theory.propagation.error_bounds import provenance
 from varscale.theory.propagation.fluctuations import fluctuations
@@ -38,33 +39,40 @@ def summarize(
     program: Program,
     outputs: Iterable[tuple[str, str | None, Any]],
     weights: Mapping[str, Weight],
+    shares: Mapping[str, Through],
     *,
     backward: bool,
 ) -> Report:
-    """The report of a walk: `outputs` as (path, kind where it is no module's, value)."""
+    """The report of a walk: `outputs` as (path, kind where it is no module's, value).
+
+    `shares` says what of the gradient at a row's array flows through the row.
+    """
     found = [(path, kind, _real(interpreter, x)) for path, kind, x in outputs]
     kinds = {path: kind or _kind(program, path) for path, kind, _ in found}
     values = {path: x for path, _, x in found if isinstance(x, Value) and math.prod(x.shape) > 0}
     for x in values.values():
         _ = x.node.table
     gradients = _gradients(values) if backward else {}
-    rows = tuple(_row(path, kinds[path], x, gradients.get(x.node.id)) for path, x in values.items())
+    at_rows = {path: _at_row(x, gradients.get(x.node.id), shares.get(path)) for path, x in values.items()}
+    rows = tuple(_row(path, kinds[path], x, at_rows[path]) for path, x in values.items())
     return Report(rows, dict(weights))
 
 
-def with_gradients(report: Report, nudged: Iterable[tuple[str, str | None, Any]]) -> Report:
+def with_gradients(
+    report: Report, nudged: Iterable[tuple[str, str | None, Any]], shares: Mapping[str, Through]
+) -> Report:
     """The report with the gradients, where it has none, of a walk in which what is one known number was nudged."""
     values = {path: x for path, _, x in nudged if isinstance(x, Value) and math.prod(x.shape) > 0}
     gradients = _gradients(values)
     rows = []
     for row in report.rows:
         x = values.get(row.path)
-        found = None if x is None or row.gradient is not None else gradients.get(x.node.id)
-        if x is not None and found is not None:
-            gradient, doubt = _of_one_copy(x, *found)
-            row = dataclasses.replace(
-                row, gradient=gradient, gradient_error_bound=float(GRADIENT_BASE + doubt)
-            )
+        if x is not None and row.gradient is None:
+            found = _at_row(x, gradients.get(x.node.id), shares.get(row.path))
+            if found is not None:
+                row = dataclasses.replace(
+                    row, gradient=found[0], gradient_error_bound=float(GRADIENT_BASE + found[1])
+                )
         rows.append(row)
     return dataclasses.replace(report, rows=tuple(rows))
 
@@ -107,8 +115,6 @@ def _row(path: str, kind: str, x: Value, gradient: tuple[float, float] | None) -
     mean = table.total_mean
     second, typical, band = of_one_draw(x.node)
     how, error_bound = provenance(x.node)
-    if gradient is not None:
-        gradient = _of_one_copy(x, *gradient)
     return Row(
         path=path,
         kind=kind,
@@ -139,6 +145,14 @@ def of_one_draw(node: Node) -> tuple[float, float, tuple[float, float]]:
     reach = _BAND * math.sqrt(variance) + _ROUNDING
     lean = (_BAND**2 - 1) * skew / 6 / max(variance, 1e-300)  # Cornish and Fisher
     return second, typical, (typical * math.exp(lean - reach), typical * math.exp(lean + reach))
+
+
+def _at_row(x: Value, found: tuple[float, float] | None, share: Through | None) -> tuple[float, float] | None:
+    """The gradient at a row and its doubt, from those at the row's node."""
+    if found is None:
+        return None
+    gradient, doubt = _of_one_copy(x, *found)
+    return (gradient, doubt) if share is None else share.of(gradient, doubt, UNKNOWN)
 
 
 def _of_one_copy(x: Value, gradient: float, doubt: float) -> tuple[float, float]:
