@@ -11,9 +11,6 @@ from varscale.theory.domain.axes import Axis
 from varscale.theory.graph.nodes import Node
 from varscale.theory.graph.store import Fact
 
-PICKERS: Fact[Any, Node] = Fact()  # the node of indices that are not known
-
-
 INDICES: Fact[Any, np.ndarray] = Fact()  # known indices by digest
 
 
@@ -26,7 +23,7 @@ class GatherParams(NamedTuple):
         rates: P(same row) over the types of the indices, flat; None: rows are as likely as one another.
         rows: how many rows there are.
         classes: where rows have classes and the indices are one known axis, those of the rows behind its own classes.
-        ids: tells one array of indices from another: the key of known ones in the store, or the node of unknown ones.
+        ids: the indices: the key of known ones in the store, or the node of unknown ones.
     """
 
     row_axes: tuple[int, ...]
@@ -46,8 +43,8 @@ class Gather(Node):
     def prepare(self) -> None:
         """What indices are computed from decides, too: the nearest row is no row like others, and may turn with the table."""
         self.odd, self.positive = self.args[0].node.odd, self.args[0].node.positive
-        picker = PICKERS.get(self.graph, self.params.ids)
-        if picker is not None:
+        picker = self.params.ids
+        if isinstance(picker, Node):
             self.deps |= picker.deps
             self.odd &= picker.unseen
             self.even &= picker.unseen

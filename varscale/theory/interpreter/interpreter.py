@@ -25,6 +25,7 @@ from varscale import _compat
 from varscale.programs.scopes import opened
 from varscale.theory.domain.axes import Axis
 from varscale.theory.domain.tables import independent
+from varscale.theory.graph.content import hashed
 from varscale.theory.graph.failures import UNCOVERED, PredictionError, located, told
 from varscale.theory.graph.known_arrays import all_given, computed, entries, is_known_array, note, numbers
 from varscale.theory.graph.layout import Value, align, full, value, without_entries
@@ -254,7 +255,7 @@ class Interpreter:
             known.append(x.key if isinstance(x, Opaque) else self.concrete(x, v.aval.dtype))
             if known[-1] is None:
                 return (
-                    [self.unknown_key(eqn)]
+                    [self.unknown_key(eqn, ins)]
                     if any(isinstance(y, Opaque) for y in ins)
                     else self._fold_given(eqn, ins)
                 )
@@ -293,10 +294,10 @@ class Interpreter:
         for i, out in enumerate(outs if isinstance(outs, list | tuple) else [outs]):
             note(out, lambda i=i: np.asarray(_evaluated(eqn, [entries(x) for x in ins])[i], float))
 
-    def unknown_key(self, eqn: Any) -> Opaque:
-        """A key that nothing else has, for one derived from something random."""
-        self.graph.count += 1
-        keys = jax.random.key(0x5EED0000 + self.graph.count)
+    def unknown_key(self, eqn: Any, ins: Sequence[Any]) -> Opaque:
+        """The key that stands for one derived from something random: one for equal derivations, and no other's."""
+        derived = [x.key if isinstance(x, Opaque) else [(p.node, p.dims) for p in parts(x)] for x in ins]
+        keys = jax.random.key(hashed(eqn.primitive.name, eqn.params, derived) >> 33)
         shape = eqn.outvars[0].aval.shape
         return Opaque(jax.random.split(keys, shape) if shape else keys)
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from varscale.theory.domain.random_arrays import Positions
 from varscale.theory.graph.axis_nodes import Concat, Take
+from varscale.theory.graph.content import content
 from varscale.theory.graph.expressions import Mean, Sum, roots
 from varscale.theory.graph.linear_nodes import Contract, applies_weights, operands
 from varscale.theory.graph.lookups import Gather
@@ -136,7 +137,7 @@ def _weighed(node: Contract, drawing: Drawing, positions: Positions) -> np.ndarr
 
 def _weights(weights: Node, drawing: Drawing, positions: Positions) -> np.ndarray:
     """Weights at some positions, (replicates, ...): the same wherever they are applied."""
-    rng = drawing.random(weights.id, *(int(kept.sum()) for kept in positions))
+    rng = drawing.random(content(weights), *(int(kept.sum()) for kept in positions))
     shape = (drawing.replicates, *map(len, positions))
     return rng.standard_normal(shape, np.float32) * math.sqrt(weights.table.mean_square)
 

@@ -52,7 +52,7 @@ def joint_drawing(graph: Graph, frame: Sequence[Axis]) -> Drawing:
             return _with_all_classes(axis, evenly(n, _BATCH_SAMPLES if n in samples else TERMS))
 
         numbers = math.prod(len(some(axis)) for axis in frame)
-        return Drawing(int(np.clip(_BUDGET // max(numbers, 1), _FEWEST, _MOST)), 0, some)
+        return Drawing(int(np.clip(_BUDGET // max(numbers, 1), _FEWEST, _MOST)), some)
 
     return _DRAWINGS.once(graph, None, work)
 

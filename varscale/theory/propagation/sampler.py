@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from varscale.theory.domain.accuracy import LOOSE
 from varscale.theory.domain.axes import Axis
 from varscale.theory.domain.random_arrays import Positions, gaussian
+from varscale.theory.graph.content import content
 from varscale.theory.graph.expressions import Apply, Mean, Sum, roots_of
 from varscale.theory.graph.known_arrays import is_known_array, numbers
 from varscale.theory.graph.nodes import Array, Constant, Leaf, Node, View, known_samples
@@ -49,19 +50,18 @@ class Drawing:
 
     Attributes:
         replicates: how many draws.
-        seed: where they come from.
         doubt: what its draws' moments may be off by, relatively, for an order in time that some of them have lost.
         some: the positions of an axis that stand for all of it, in sums and means and wherever nodes are asked for at them.
     """
 
-    def __init__(self, replicates: int, seed: int, some: Callable[[Axis], Int[np.ndarray, " kept"]]):
-        self.replicates, self.seed, self.some = replicates, seed, some
+    def __init__(self, replicates: int, some: Callable[[Axis], Int[np.ndarray, " kept"]]):
+        self.replicates, self.some = replicates, some
         self.drawn: dict[Hashable, np.ndarray] = {}
         self.doubt = 0.0
 
     def random(self, *what: int) -> np.random.Generator:
         """Where the numbers of one thing come from, whatever was drawn before it."""
-        return np.random.default_rng([self.seed, *what])
+        return np.random.default_rng(what)
 
     def values(self, view: View, frame: Sequence[Axis], positions: Positions) -> Float[np.ndarray, "..."]:
         """A view at some positions of a frame, (positions or 1 ..., replicates or 1): 1 where it does not have an axis."""
@@ -107,7 +107,7 @@ class Drawing:
             return made
         if in_order(node):  # its order is lost
             self.doubt = LOOSE
-        return _drawn(node, positions, self.replicates, self.random(node.id))
+        return _drawn(node, positions, self.replicates, self.random(content(node)))
 
     def _added(self, node: Sum, positions: Positions) -> np.ndarray:
         found = [
@@ -210,8 +210,12 @@ def _drawn(node: Node, positions: Positions, replicates: int, rng: np.random.Gen
         return own
     law = marginal(node)
     latents = gaussian(law.correlation, node.axes, positions, replicates, rng)
-    values = np.broadcast_to(law.values, (*[axis.classes for axis in node.axes], len(Z)))
+    classes = [axis.classes for axis in node.axes]
     labels = [axis.label_array[kept] for axis, kept in zip(node.axes, positions, strict=True)]
+    if law.gaussian:
+        mean, deviation = (np.broadcast_to(x, classes)[np.ix_(*labels)] for x in (law.mean, law.deviation))
+        return mean + deviation * latents
+    values = np.broadcast_to(law.values, (*classes, len(Z)))
     out = np.empty_like(latents)
     for cell in np.ndindex(*values.shape[:-1]):
         index = np.ix_(

@@ -184,7 +184,7 @@ def slice_of_weights(node: Node, k: int, position: int) -> Leaf | None:
     if along != k or whole is None:
         return None
     axes = (*node.axes[:k], *node.axes[k + 1 :])
-    part = graph.make(Leaf, axes, (), ("step", node.id, position))
+    part = graph.make(Leaf, axes, (), ("step", node, position))
     table = Table(axes, np.take(node.table.mean, 0, axis=k), np.take(node.table.second, 0, axis=k))
     part.settle(table, odd=True, kurtosis=node.kurtosis, transport=node.transport)
     for other in whole:

@@ -18,7 +18,7 @@ from varscale.theory.graph import layout
 from varscale.theory.graph.expressions import roots
 from varscale.theory.graph.layout import Atom, Value
 from varscale.theory.graph.linear_nodes import weight_of
-from varscale.theory.graph.lookups import INDICES, PICKERS, Gather, GatherParams
+from varscale.theory.graph.lookups import INDICES, Gather, GatherParams
 from varscale.theory.graph.nodes import (
     Array,
     Graph,
@@ -221,11 +221,11 @@ def looked_up(interpreter: Context, d: Any, shape: Sequence[int], x: Value, ids:
     if labels is not None and index_axes and row_axes:
         own = axes[0].label_array
         classes = tuple(int(labels[np.argmax(own == c)]) for c in range(axes[0].classes))
-    if known is None:
-        picker = base_ids(ids.node)
-        which = PICKERS.put(interpreter.graph, picker.id, picker).id
-    else:
-        which = _stored(interpreter.graph, known, [x.shape[k] for k in picked])
+    which = (
+        base_ids(ids.node)
+        if known is None
+        else _stored(interpreter.graph, known, [x.shape[k] for k in picked])
+    )
     node = interpreter.graph.make(
         Gather, axes, [view], GatherParams(tuple(row_axes), index_axes, frozen, rows, classes, which)
     )

@@ -42,8 +42,7 @@ def bits(interpreter: Context, key: Any, shape: tuple[int, ...], width: int) -> 
     if isinstance(key, Opaque):
         name = ("bits", np.asarray(jax.random.key_data(key.key)).tobytes(), tuple(shape), width)
     else:
-        interpreter.graph.count += 1
-        name = ("bits", interpreter.graph.count, tuple(shape), width)
+        name = ("bits", key.node, key.dims, tuple(shape), width)
     numbers = _uniform_bits(width)
     floats = numbers.astype(float)
     mean, square = float(WEIGHTS @ floats), float(WEIGHTS @ floats**2)
@@ -126,7 +125,7 @@ def as_weight(interpreter: Context, x: Value) -> Value:
     if found is None or isinstance(x.node, Constant | Array):
         return x
     mean, square, kurtosis, values = found
-    weight = interpreter.graph.make(Leaf, x.node.axes, (), ("weight", x.node.id))
+    weight = interpreter.graph.make(Leaf, x.node.axes, (), ("weight", x.node))
     weight.settle(
         independent(mean, square, weight.axes), odd=mean == 0, kurtosis=kurtosis, transport=_quantiles(values)
     )
@@ -159,7 +158,7 @@ def _stacked_weight(interpreter: Context, one: Value, x: Value) -> Value:
     """Independent copies of a weight along a first dimension."""
     assert isinstance(one.node, Leaf)
     axes = (Axis(x.shape[0]), *one.node.axes)
-    weight = interpreter.graph.make(Leaf, axes, (), ("weight", x.node.id))
+    weight = interpreter.graph.make(Leaf, axes, (), ("weight", x.node))
     table = independent(one.node.table.total_mean, one.node.table.mean_square, axes)
     weight.settle(table, odd=bool(one.node.odd), kurtosis=one.node.kurtosis, transport=one.node.transport)
     shifted = tuple(
@@ -177,7 +176,7 @@ def another(interpreter: Context, x: Value, number: int) -> Value:
     """An independent weight of the same law; `number` tells it from others."""
     source = x.node
     assert isinstance(source, Leaf)
-    weight = interpreter.graph.make(Leaf, source.axes, (), ("weight", source.id, number))
+    weight = interpreter.graph.make(Leaf, source.axes, (), ("weight", source, number))
     weight.settle(source.table, odd=bool(source.odd), kurtosis=source.kurtosis, transport=source.transport)
     return Value(weight, x.dims)
 
@@ -186,10 +185,8 @@ def another(interpreter: Context, x: Value, number: int) -> Value:
 def qr(interpreter: Context, eqn: Any, *xs: Value) -> list[Value]:
     """Haar: E[q²] = 1/m for an m × n factor. The triangle only lends its signs, which Haar measure does not feel: ones."""
     shape = eqn.outvars[0].aval.shape
-    interpreter.graph.count += 1
-    q = interpreter.leaf(
-        ("orthonormal", interpreter.graph.count), shape, 0.0, 1.0 / max(shape[-2:]), odd=True
-    )
+    name = ("orthonormal", *((x.node, x.dims) for x in xs))
+    q = interpreter.leaf(name, shape, 0.0, 1.0 / max(shape[-2:]), odd=True)
     return [q, *(full(interpreter.graph, 1.0, v.aval.shape) for v in eqn.outvars[1:])]
 
 

@@ -79,7 +79,7 @@ def written(params: dict[str, Any]) -> str:
     """The equations of a loop, and the numbers in it."""
     jaxpr, literals = _compat.sub_jaxpr(params["jaxpr"])
     digests = [hashlib.sha1(np.asarray(x).tobytes()).hexdigest() for x in literals if not _is_key_array(x)]
-    keys = [id(x) for x in literals if _is_key_array(x)]
+    keys = [jax.random.key_data(x).tolist() for x in literals if _is_key_array(x)]
     return f"{params['length']} {params['reverse']} {digests} {keys} {jaxpr}"
 
 

@@ -74,6 +74,11 @@ class Operand:
         return tuple(self.aval.shape)[self.stacked :]
 
     @property
+    def identity(self) -> tuple[Any, ...]:
+        """What tells it from other operands."""
+        return tuple((x.node, x.dims) for x in self.value), self.key, str(self.aval), self.stacked, self.nudge
+
+    @property
     def random(self) -> bool:
         return any(not isinstance(x.node, Constant | Array) for x in self.value)
 
@@ -125,7 +130,7 @@ class Loop:
         sizes: at which sizes it is run.
         replicates: how many draws of all its operands it is run on.
         batch: how many of these are run at a time.
-        seed: where these come from; another one for every loop, whose weights would otherwise be the same.
+        is_region: whether it is equations that are run once.
     """
 
     params: dict[str, Any]
@@ -133,18 +138,11 @@ class Loop:
     sizes: Sizes
     replicates: int
     batch: int
-    seed: int
-
-    @property
-    def is_region(self) -> bool:
-        """Whether it is equations that are run once."""
-        return self.seed == 0
+    is_region: bool
 
     @functools.cached_property
     def drawing(self) -> Drawing:
-        return Drawing(
-            self.replicates, self.seed, lambda axis: evenly(axis.size, self.sizes.shape([axis.size])[0])
-        )
+        return Drawing(self.replicates, lambda axis: evenly(axis.size, self.sizes.shape([axis.size])[0]))
 
     def positions(self, x: Value, *, stacked: bool) -> list[np.ndarray]:
         """Which positions of a value's node are drawn, axis by axis."""
@@ -259,12 +257,18 @@ class Loop:
 
 
 def enough(loop: Loop, bound: float) -> Loop:
-    """The loop on twice as many draws until its outputs' mean squares are known to this, or there are too many numbers."""
+    """The loop on so many draws that its outputs' mean squares are known to this, or as many numbers as there may be.
+
+    The error goes by the root of the draws, and so tells how often they have to be doubled.
+    """
     if bound == math.inf:
         return loop
     largest = max(numbers[0].size for numbers in loop.outputs)
     while loop.error > bound and 2 * loop.replicates * largest <= _DRAWN_NUMBERS:
-        loop = dataclasses.replace(loop, replicates=2 * loop.replicates)
+        needed = 2 * math.log2(min(loop.error / bound, _DRAWN_NUMBERS))
+        most = math.log2(_DRAWN_NUMBERS / (loop.replicates * largest))
+        doublings = int(min(max(needed, 1), most))
+        loop = dataclasses.replace(loop, replicates=loop.replicates << doublings)
     return loop
 
 

@@ -17,6 +17,7 @@ from varscale.theory.domain.accuracy import LOOSE
 from varscale.theory.domain.axes import Axis
 from varscale.theory.domain.random_arrays import gaussian
 from varscale.theory.domain.tables import Table, lift
+from varscale.theory.graph.content import content, hashed
 from varscale.theory.graph.layout import Atom, Value, materialize, merged
 from varscale.theory.graph.nodes import (
     UNKNOWN,
@@ -204,7 +205,7 @@ def _arriving(node: Looped, cotangent: np.ndarray, replicates: int, notes: Backw
     readers = [x for x in notes.loops if x.deps & node.deps == node.deps and x.loop is not node.loop]
     if not node.loop.is_region:
         notes.doubts[node.id] = LOOSE if len(readers) > len(sent) else Looped.gradient_doubt
-    return drawn + gaussian(rest, node.axes, positions, replicates, np.random.default_rng(node.id))
+    return drawn + gaussian(rest, node.axes, positions, replicates, np.random.default_rng(content(node)))
 
 
 def _carried_back(
@@ -303,11 +304,10 @@ def over_time(
     operands += [operand(x, v.aval, stacked=True) for x, v in streams]
     is_region = bound < math.inf
     sizes, replicates = at_own_size(p, operands) or shrunk(p, operands)
-    # Regions are all drawn from one seed: what two of them read is the same in both.
-    seed = 0 if is_region else graph.count
-    loop = enough(Loop(p, tuple(operands), sizes, replicates, replicates, seed), bound)
-    mark = ("loop", graph.count)
-    _LOOPS.put(graph, mark, loop)
+    loop = Loop(p, tuple(operands), sizes, replicates, replicates, is_region)
+    operands_and_sizes = [x.identity for x in operands], sizes.smaller, replicates
+    mark = ("loop", hashed(loop.program.written, operands_and_sizes, bound, added))
+    loop = _LOOPS.once(graph, mark, lambda: enough(loop, bound))
     steps(graph).add(p["length"])
     views, place = [], 0
     for x in operands:
