@@ -20,7 +20,7 @@ LEFT = {
     "uses of the store outside graph/store.py": 1,
     "names bound to a lambda": 0,
     "names defined in two files": 0,
-    "files over 400 lines": 2,
+    "files over 400 lines": 0,
     "lines over 110 columns outside docstrings": 0,
 }
 COLUMNS = 110

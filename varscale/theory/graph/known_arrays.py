@@ -143,18 +143,18 @@ def known_cross(a: View, b: View, frame: Sequence[Axis]) -> np.ndarray | None:
         is_known_array(a.node) and is_known_array(b.node)
     ):
         return None
-    first, second = (_over(view, frame)[None] for view in (a, b))
-    return estimated_products(first, second, frame)[0]
+    sizes = [axis.size for axis in frame]
+    first, second = (np.broadcast_to(numbers_over(view, frame), sizes).astype(float) for view in (a, b))
+    return estimated_products(first[None], second[None], frame)[0]
 
 
-def _over(view: View, frame: Sequence[Axis]) -> np.ndarray:
+def numbers_over(view: View, frame: Sequence[Axis]) -> np.ndarray:
+    """The entries of a known array over a frame, 1 long where it is constant."""
     order = np.argsort(view.bind)
     shape = [1] * len(frame)
     for k in order:
         shape[view.bind[k]] = view.node.axes[k].size
-    return np.broadcast_to(
-        _values(view.node).transpose(order).reshape(shape), [a.size for a in frame]
-    ).astype(float)
+    return _values(view.node).transpose(order).reshape(shape)
 
 
 def _values(node: Node) -> np.ndarray:

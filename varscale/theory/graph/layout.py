@@ -45,20 +45,14 @@ class Value:
 
 
 def value(node: Node, shape: Sequence[int]) -> Value:
-    """The tensor whose dimensions of size > 1 are the node's axes in order."""
+    """The tensor whose dimensions of other sizes than 1 are the node's axes in order; a constant has none."""
     axes = iter(range(len(node.axes)))
-    return Value(
-        node,
-        tuple(
-            (Atom(n, next(axes)),) if n > 1 and node.axes else (Atom(n, None),) if n > 1 else ()
-            for n in shape
-        ),
-    )
+    return Value(node, tuple((Atom(n, next(axes, None)),) if n != 1 else () for n in shape))
 
 
 def full(graph: Graph, number_: float, shape: Sequence[int]) -> Value:
     """A constant tensor."""
-    return Value(number(graph, number_), tuple((Atom(n, None),) if n != 1 else () for n in shape))
+    return value(number(graph, number_), shape)
 
 
 def without_entries(graph: Graph, eqn: Any, ins: list[Any]) -> list[Any] | None:

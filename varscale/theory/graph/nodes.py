@@ -17,10 +17,10 @@ import numpy as np
 
 from varscale.theory.domain.axes import Axis
 from varscale.theory.domain.tables import Table, constant, estimate, independent, lift
+from varscale.theory.graph.marks import Marked
 from varscale.theory.graph.store import BackwardNotes, Fact, evaluated
 
 Pullback = Callable[[np.ndarray], np.ndarray]
-HOWS = ("exact", "quadrature", "sampled", "assumed")
 _IN_ORDER = tuple(range(64))
 UNKNOWN = 9.0  # by convention, the doubt of what may be many times as large
 
@@ -45,18 +45,6 @@ class View(NamedTuple):
     def mean(self, frame: Sequence[Axis]) -> np.ndarray:
         """E[x_i] by class of a place in the frame, (classes or 1...)."""
         return lift(self.node.table.mean, self.node.axes, self.bind, frame, pairs=False)
-
-
-class Marked:
-    """What is worked out once, and marked while it is (`Graph.flag`).
-
-    Attributes:
-        flagged: the worst way, in the order of `HOWS`, in which a step of the working was taken; None where none was marked.
-        doubt: a bound on the relative error that those steps may have made.
-    """
-
-    flagged: str | None = None
-    doubt: float = 0.0
 
 
 class Node(Marked):
@@ -273,9 +261,8 @@ class Graph:
 
     def flag(self, how: str, doubt: float) -> None:
         """Mark the node or pair that is being computed: it rests on `how`, with this relative error at most."""
-        for node in self.computing[-1:]:
-            node.flagged = max(node.flagged or "exact", how, key=HOWS.index)
-            node.doubt = max(node.doubt, doubt)
+        for marked in self.computing[-1:]:
+            marked.mark(how, doubt)
 
 
 _NUMBERS: Fact[Hashable, np.ndarray] = Fact()  # of known arrays, by digest

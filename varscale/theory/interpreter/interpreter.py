@@ -15,7 +15,7 @@ To teach it a primitive, register a rule: a function of the interpreter, the equ
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -25,29 +25,28 @@ from varscale import _compat
 from varscale.programs.scopes import opened
 from varscale.theory.domain.axes import Axis
 from varscale.theory.domain.tables import independent
-from varscale.theory.graph.content import hashed
 from varscale.theory.graph.failures import UNCOVERED, PredictionError, located, told
-from varscale.theory.graph.known_arrays import all_given, computed, entries, is_known_array, note, numbers
-from varscale.theory.graph.layout import Value, align, full, value, without_entries
-from varscale.theory.graph.nodes import Array, Constant, Graph, Node, View, array, leaf
+from varscale.theory.graph.layout import Value, align, value, without_entries
+from varscale.theory.graph.nodes import Graph, leaf
 from varscale.theory.graph.normal_form import apply
-from varscale.theory.graph.store import Fact
-from varscale.theory.integrals.primitives import of_known
 from varscale.theory.interpreter import registered  # noqa: F401  (rules, and laws of their nodes)
+from varscale.theory.interpreter.folding import (
+    ENTERED,
+    concrete,
+    folded,
+    folded_elementwise,
+    known,
+    note_moved,
+)
 from varscale.theory.interpreter.regions import Regions, blocks, within
 from varscale.theory.interpreter.rows import Place
-from varscale.theory.propagation.doubts import has_values
 from varscale.theory.rules.equations import live_equations, scans, used_variables
 from varscale.theory.rules.random import input_leaf, is_weight
-from varscale.theory.rules.registry import ELEMENTWISE_OR_LAYOUT, RULES, Complex, Opaque, Rule, parts
+from varscale.theory.rules.registry import ELEMENTWISE_OR_LAYOUT, RULES, Complex, Opaque, Rule
 from varscale.theory.rules.sampled_regions import drawn_region, placeholder
 
-_FOLDED: Fact[Hashable, Node | None] = Fact()  # known numbers computed by elementwise primitives
-
-MOST_FOLDED = 1 << 26  # elements up to which known numbers are computed with rather than described
 _DERIVATIVES = {"jvp", "transpose"}
 _NUDGE = 1e-24  # variance: far below the epsilon of a norm, far above rounding of what is zero
-_MOST_EVALUATED = 1 << 22  # of which jax computes so many at a time
 
 
 class Interpreter:
@@ -180,16 +179,13 @@ class Interpreter:
         if self.place is not None:
             self._places[eqn] = self.place
         try:
-            if any(isinstance(x, Opaque) for x in ins) and name not in _KEYED:
-                outs = self.fold(eqn, ins)
-            else:
-                outs = None if name in _KEYED else without_entries(self.graph, eqn, ins)
-                if outs is None and name not in ELEMENTWISE_OR_LAYOUT:
-                    outs = self.fold(eqn, ins)
-                if outs is None:
-                    outs = self._handler(eqn, ins)(self, eqn, *ins)
-                    if name in _MOVING:
-                        self._note_given(eqn, ins, outs)
+            keyed = any(isinstance(x, Opaque) for x in ins)
+            outs = None if keyed or name in ENTERED else without_entries(self.graph, eqn, ins)
+            if outs is None and (keyed or name not in ELEMENTWISE_OR_LAYOUT):
+                outs = folded(self.graph, eqn, ins)
+            if outs is None:
+                outs = self._handler(eqn, ins)(self, eqn, *ins)
+                note_moved(eqn, ins, outs)
         except (PredictionError, jax.errors.JAXTypeError):
             raise
         except Exception as error:
@@ -213,138 +209,19 @@ class Interpreter:
 
     def known(self, const: Any) -> Any:
         """The value of a known array."""
-        if hasattr(const, "dtype") and jax.numpy.issubdtype(const.dtype, jax.dtypes.prng_key):
-            return Opaque(const)
-        values = np.asarray(const)
-        if values.dtype.kind == "c":
-            return Complex(self.known(np.real(values)), self.known(np.imag(values)))
-        if values.dtype.kind not in "biuf":
-            values = values.astype(np.float64)
-        # A scalar NaN is a literal of the code (jnp.var has one, in a branch not taken).
-        if values.ndim and values.dtype.kind == "f" and np.isnan(values).any():
-            raise PredictionError("an array of the model contains NaN")
-        values = values.astype(np.float64) if values.dtype.kind == "f" else values
-        shape = values.shape
-        node = array(self.graph, values.reshape([n for n in shape if n != 1]))
-        return full(self.graph, node.params, shape) if isinstance(node, Constant) else value(node, shape)
+        return known(self.graph, const)
 
     def concrete(self, x: Any, dtype: Any = None) -> np.ndarray | None:
         """The numbers of a known value; None where it is random or too large."""
-        if isinstance(x, Complex):
-            re, im = self.concrete(x.re), self.concrete(x.im)
-            return None if re is None or im is None else (re + 1j * im).astype(dtype or complex)
-        if not isinstance(x, Value) or math.prod(x.shape) > MOST_FOLDED:
-            return None
-        if isinstance(x.node, Constant):
-            return np.full(x.shape, x.node.params).astype(dtype or float)
-        if not isinstance(x.node, Array):
-            return None
-        found = entries(x)
-        return found.astype(dtype) if found is not None and dtype is not None else found
-
-    def fold(self, eqn: Any, ins: Sequence[Any]) -> list[Any] | None:
-        """Evaluate an equation whose inputs are all known; None where one is not."""
-        if eqn.primitive.name in _NEVER_FOLDED or not all(
-            isinstance(x, Opaque | Value | Complex) for x in ins
-        ):
-            return None
-        if sum(math.prod(v.aval.shape) for v in eqn.outvars) > _MOST_EVALUATED:
-            return None
-        known: list[Any] = []
-        for x, v in zip(ins, eqn.invars, strict=True):
-            known.append(x.key if isinstance(x, Opaque) else self.concrete(x, v.aval.dtype))
-            if known[-1] is None:
-                return (
-                    [self.unknown_key(eqn, ins)]
-                    if any(isinstance(y, Opaque) for y in ins)
-                    else self._fold_given(eqn, ins)
-                )
-        if not ins and eqn.primitive.name not in ("iota", "random_seed"):
-            return None
-        return [self.known(o) for o in _evaluated(eqn, known)]
-
-    def _fold_given(self, eqn: Any, ins: Sequence[Any]) -> list[Any] | None:
-        """Compute an equation all of whose inputs are given; None where one is not, or where real numbers are only moved."""
-        if any(isinstance(x, Opaque) for x in ins):
-            return None
-        own = [part for x in ins for part in parts(x)]
-        if not all_given(own) or (eqn.primitive.name in _MOVING and len(own) == len(ins)):
-            return None
-        with np.errstate(all="ignore"):
-            outs = _evaluated(eqn, [_given_numbers(x) for x in ins])
-        return [self._computed(np.asarray(o), [part.node for part in own]) for o in outs]
-
-    def _computed(self, out: np.ndarray, sources: Sequence[Node]) -> Any:
-        """The value of what was computed from given arrays: whole numbers are as good as literals."""
-        if out.dtype.kind == "c":
-            return Complex(self._computed(np.real(out), sources), self._computed(np.imag(out), sources))
-        if out.dtype.kind in "biu" or not np.isfinite(out).all():
-            return self.known(out)
-        axes = [Axis(n) for n in out.shape if n != 1]
-        node = computed(self.graph, out.reshape([a.size for a in axes]), axes, sources)
-        return (
-            full(self.graph, node.params, out.shape) if isinstance(node, Constant) else value(node, out.shape)
-        )
-
-    def _note_given(self, eqn: Any, ins: Sequence[Any], outs: Any) -> None:
-        """Of an equation that moves entries of given arrays, how the numbers that it makes are worked out."""
-        sizes = [math.prod(v.aval.shape) for v in eqn.outvars]
-        if max(sizes) > _MOST_EVALUATED or min(sizes) == 0 or not all_given(ins):
-            return
-        for i, out in enumerate(outs if isinstance(outs, list | tuple) else [outs]):
-            note(out, lambda i=i: np.asarray(_evaluated(eqn, [entries(x) for x in ins])[i], float))
-
-    def unknown_key(self, eqn: Any, ins: Sequence[Any]) -> Opaque:
-        """The key that stands for one derived from something random: one for equal derivations, and no other's."""
-        derived = [x.key if isinstance(x, Opaque) else [(p.node, p.dims) for p in parts(x)] for x in ins]
-        keys = jax.random.key(hashed(eqn.primitive.name, eqn.params, derived) >> 33)
-        shape = eqn.outvars[0].aval.shape
-        return Opaque(jax.random.split(keys, shape) if shape else keys)
+        return concrete(x, dtype)
 
     def elementwise(self, name: str, *xs: Value, extra: tuple[Any, ...] = ()) -> Value:
         """An elementwise primitive of values of one shape (sizes of 1 broadcast)."""
         _, frame, views, layout = align(xs)
-        if all(is_known_array(v.node) for v in views):
-            key = (name, extra, frame, tuple((v.node.id, v.bind) for v in views))
-            folded = _FOLDED.once(self.graph, key, lambda: self._fold_elementwise(name, extra, frame, views))
-            if folded is not None:
-                return (
-                    Value(folded, layout)
-                    if folded.axes
-                    else full(self.graph, folded.params, Value(folded, layout).shape)
-                )
-        node = apply(self.graph, name, extra, frame, views)
+        node = folded_elementwise(name, extra, frame, views) or apply(self.graph, name, extra, frame, views)
         if not node.axes:
             layout = tuple(tuple(a._replace(axis=None) for a in dim) for dim in layout)
         return Value(node, layout)
-
-    def _fold_elementwise(
-        self, name: str, extra: Any, frame: Sequence[Axis], views: Sequence[View]
-    ) -> Node | None:
-        literal = all(isinstance(v.node, Constant | Array) for v in views)
-        if math.prod(a.size for a in frame) > (MOST_FOLDED if literal else _MOST_EVALUATED):
-            return None
-        known = []
-        for node, bind in views:
-            if isinstance(node, Constant):
-                known.append(np.float64(node.params))
-                continue
-            order = sorted(range(len(bind)), key=lambda k, b=bind: b[k])
-            shape = [1] * len(frame)
-            for k in order:
-                shape[bind[k]] = node.axes[k].size
-            known.append(numbers(node).transpose(order).reshape(shape))  # pyright: ignore
-        if not literal and not has_values(name, known):
-            return None  # a rule says so
-        with np.errstate(all="ignore"):
-            if name == "square":
-                name, known = "mul", known * 2
-            out = np.broadcast_to(
-                of_known("add" if name == "add_any" else name, extra, known), [a.size for a in frame]
-            )
-        if literal or out.dtype.kind in "biu":
-            return array(self.graph, out, frame)
-        return computed(self.graph, out, frame, [v.node for v in views]) if np.isfinite(out).all() else None
 
     def leaf(
         self, name: Any, shape: Sequence[int], mean: float, second_moment: float, *, odd: bool, **law: Any
@@ -360,23 +237,8 @@ def unruled(interpreter: Interpreter, eqn: Any, *xs: Any) -> list[Any]:
     return drawn_region(interpreter, eqn, xs, f'no rule covers it (to add one: @vs.theory.rule("{name}"))')
 
 
-_KEYED = {
-    "random_bits",
-    "jit",
-    "pjit",
-    "scan",
-    "while",
-    "cond",
-    "custom_jvp_call",
-    "custom_vjp_call",
-    "remat2",
-    "closed_call",
-    "checkpoint",
-    "region",
-}
-_NEVER_FOLDED = _KEYED | {"rng_bit_generator"}
 # Complex numbers pass through these as they are.
-_WHOLE = (_KEYED - {"random_bits"}) | {
+_WHOLE = (ENTERED - {"random_bits"}) | {
     "complex",
     "real",
     "imag",
@@ -391,40 +253,3 @@ _WHOLE = (_KEYED - {"random_bits"}) | {
 def _is_complex(eqn: Any) -> bool:
     """Whether a real value becomes a complex one."""
     return any(getattr(v.aval, "dtype", None) is not None and v.aval.dtype.kind == "c" for v in eqn.outvars)
-
-
-# Entries are moved, repeated or left out, of which classes and blocks tell more than one class for all would.
-_MOVING = {
-    "broadcast_in_dim",
-    "concatenate",
-    "dynamic_slice",
-    "expand_dims",
-    "gather",
-    "pad",
-    "reshape",
-    "rev",
-    "slice",
-    "split",
-    "squeeze",
-    "tile",
-    "transpose",
-}
-
-
-def _given_numbers(x: Value | Complex) -> np.ndarray | None:
-    """The numbers of a given value, complex ones of a complex one."""
-    if isinstance(x, Value):
-        return entries(x)
-    re, im = entries(x.re), entries(x.im)
-    return None if re is None or im is None else re + 1j * im
-
-
-def _evaluated(eqn: Any, known: Sequence[Any]) -> list[Any]:
-    """What an equation makes of numbers or keys."""
-    args = [
-        x if hasattr(x, "_base_array") else jax.numpy.asarray(x, v.aval.dtype)
-        for x, v in zip(known, eqn.invars, strict=True)
-    ]
-    with jax.ensure_compile_time_eval(), jax.numpy_dtype_promotion("standard"):
-        out = eqn.primitive.bind(*args, **eqn.params)
-    return list(out) if eqn.primitive.multiple_results else [out]

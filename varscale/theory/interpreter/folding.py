@@ -1,0 +1,211 @@
+"""Known numbers: equations that read nothing else are computed, by jax or number by number, up to a size.
+
+Literal arrays fold into literal arrays. What is computed from given inputs stays given: it depends on them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from varscale.theory.domain.axes import Axis
+from varscale.theory.graph.content import hashed
+from varscale.theory.graph.failures import PredictionError
+from varscale.theory.graph.known_arrays import (
+    all_given,
+    computed,
+    entries,
+    is_known_array,
+    note,
+    numbers_over,
+)
+from varscale.theory.graph.layout import Value, value
+from varscale.theory.graph.nodes import Array, Constant, Graph, Node, View, array
+from varscale.theory.graph.store import Fact
+from varscale.theory.integrals.primitives import of_known
+from varscale.theory.propagation.doubts import has_values
+from varscale.theory.rules.registry import Complex, Opaque, parts
+
+MOST_FOLDED = 1 << 26  # elements up to which known numbers are computed with rather than described
+_MOST_EVALUATED = 1 << 22  # of which jax computes so many at a time
+
+# Equations that rules enter, whatever they read.
+ENTERED = {
+    "random_bits",
+    "jit",
+    "pjit",
+    "scan",
+    "while",
+    "cond",
+    "custom_jvp_call",
+    "custom_vjp_call",
+    "remat2",
+    "closed_call",
+    "checkpoint",
+    "region",
+}
+_NEVER_FOLDED = ENTERED | {"rng_bit_generator"}
+# Entries are moved, repeated or left out, of which classes and blocks tell more than one class for all would.
+_MOVING = {
+    "broadcast_in_dim",
+    "concatenate",
+    "dynamic_slice",
+    "expand_dims",
+    "gather",
+    "pad",
+    "reshape",
+    "rev",
+    "slice",
+    "split",
+    "squeeze",
+    "tile",
+    "transpose",
+}
+
+
+def known(graph: Graph, const: Any) -> Any:
+    """The value of a known array.
+
+    Raises:
+        PredictionError: it contains NaN.
+    """
+    if hasattr(const, "dtype") and jax.numpy.issubdtype(const.dtype, jax.dtypes.prng_key):
+        return Opaque(const)
+    values = np.asarray(const)
+    if values.dtype.kind == "c":
+        return Complex(known(graph, np.real(values)), known(graph, np.imag(values)))
+    # A scalar NaN is a literal of the code (jnp.var has one, in a branch not taken).
+    if values.ndim and values.dtype.kind == "f" and np.isnan(values).any():
+        raise PredictionError("an array of the model contains NaN")
+    values = values if values.dtype.kind in "biu" else values.astype(np.float64)
+    return value(array(graph, values.reshape([n for n in values.shape if n != 1])), values.shape)
+
+
+def concrete(x: Any, dtype: Any = None) -> np.ndarray | None:
+    """The numbers of a known value; None where it is random or too large."""
+    if isinstance(x, Complex):
+        re, im = concrete(x.re), concrete(x.im)
+        return None if re is None or im is None else (re + 1j * im).astype(dtype or complex)
+    if not isinstance(x, Value) or math.prod(x.shape) > MOST_FOLDED:
+        return None
+    if isinstance(x.node, Constant):
+        return np.full(x.shape, x.node.params).astype(dtype or float)
+    if not isinstance(x.node, Array):
+        return None
+    found = entries(x)
+    return found.astype(dtype) if found is not None and dtype is not None else found
+
+
+def folded(graph: Graph, eqn: Any, ins: Sequence[Any]) -> list[Any] | None:
+    """The outputs of an equation whose inputs are all known; None where one is not, or where a rule says more."""
+    name = eqn.primitive.name
+    if name in _NEVER_FOLDED or sum(math.prod(v.aval.shape) for v in eqn.outvars) > _MOST_EVALUATED:
+        return None
+    if not ins and name not in ("iota", "random_seed"):
+        return None
+    if all(map(_is_literal, ins)):
+        literal = [
+            x.key if isinstance(x, Opaque) else concrete(x, v.aval.dtype)
+            for x, v in zip(ins, eqn.invars, strict=True)
+        ]
+        return [known(graph, out) for out in _evaluated(eqn, literal)]
+    if any(isinstance(x, Opaque) for x in ins):
+        return [_unknown_key(eqn, ins)]
+    sources = [part for x in ins for part in parts(x)]
+    if not all_given(sources) or (name in _MOVING and len(sources) == len(ins)):
+        return None
+    with np.errstate(all="ignore"):
+        outs = _evaluated(eqn, [_given_numbers(x) for x in ins])
+    return [_given(graph, np.asarray(out), [part.node for part in sources]) for out in outs]
+
+
+def _is_literal(x: Any) -> bool:
+    """Whether it is a random key, or numbers that are known and few enough."""
+    few = isinstance(x, Opaque) or math.prod(x.shape) <= MOST_FOLDED
+    return few and (isinstance(x, Opaque) or all(isinstance(p.node, Constant | Array) for p in parts(x)))
+
+
+def _unknown_key(eqn: Any, ins: Sequence[Any]) -> Opaque:
+    """The key that stands for one derived from something random: one for equal derivations, and no other's."""
+    derived = [x.key if isinstance(x, Opaque) else [(p.node, p.dims) for p in parts(x)] for x in ins]
+    key = jax.random.key(hashed(eqn.primitive.name, eqn.params, derived) >> 33)
+    shape = eqn.outvars[0].aval.shape
+    return Opaque(jax.random.split(key, shape) if shape else key)
+
+
+def _given(graph: Graph, out: np.ndarray, sources: Sequence[Node]) -> Any:
+    """The value of what was computed from given arrays: whole numbers are as good as literals."""
+    if out.dtype.kind == "c":
+        return Complex(_given(graph, np.real(out), sources), _given(graph, np.imag(out), sources))
+    if out.dtype.kind in "biu" or not np.isfinite(out).all():
+        return known(graph, out)
+    axes = [Axis(n) for n in out.shape if n != 1]
+    return value(computed(graph, out.reshape([a.size for a in axes]), axes, sources), out.shape)
+
+
+def note_moved(eqn: Any, ins: Sequence[Any], outs: Any) -> None:
+    """Of an equation that only moves entries of given arrays, note how the numbers that it makes are worked out."""
+    if eqn.primitive.name not in _MOVING or not all_given(ins):
+        return
+    sizes = [math.prod(v.aval.shape) for v in eqn.outvars]
+    if max(sizes) > _MOST_EVALUATED or min(sizes) == 0:
+        return
+    for i, out in enumerate(outs if isinstance(outs, list | tuple) else [outs]):
+        note(out, lambda i=i: np.asarray(_evaluated(eqn, [entries(x) for x in ins])[i], float))
+
+
+def folded_elementwise(name: str, extra: Any, frame: Sequence[Axis], views: Sequence[View]) -> Node | None:
+    """The node of an elementwise primitive of known numbers; None where one is not known, or has no value."""
+    if not all(is_known_array(view.node) for view in views):
+        return None
+    key = (name, extra, tuple(frame), tuple(views))
+    graph = views[0].node.graph
+    return _FOLDED.once(graph, key, lambda: _number_by_number(graph, name, extra, frame, views))
+
+
+def _number_by_number(
+    graph: Graph, name: str, extra: Any, frame: Sequence[Axis], views: Sequence[View]
+) -> Node | None:
+    literal = all(isinstance(view.node, Constant | Array) for view in views)
+    sizes = [axis.size for axis in frame]
+    if math.prod(sizes) > (MOST_FOLDED if literal else _MOST_EVALUATED):
+        return None
+    numbers = [
+        np.float64(view.node.params) if isinstance(view.node, Constant) else numbers_over(view, frame)
+        for view in views
+    ]
+    if not literal and not has_values(name, numbers):
+        return None  # a rule says so
+    with np.errstate(all="ignore"):
+        if name == "square":
+            name, numbers = "mul", numbers * 2
+        out = np.broadcast_to(of_known("add" if name == "add_any" else name, extra, numbers), sizes)
+    if literal or out.dtype.kind in "biu":
+        return array(graph, out, frame)
+    return computed(graph, out, frame, [view.node for view in views]) if np.isfinite(out).all() else None
+
+
+def _given_numbers(x: Value | Complex) -> np.ndarray | None:
+    """The numbers of a given value, complex ones of a complex one."""
+    if isinstance(x, Value):
+        return entries(x)
+    re, im = entries(x.re), entries(x.im)
+    return None if re is None or im is None else re + 1j * im
+
+
+def _evaluated(eqn: Any, known: Sequence[Any]) -> list[Any]:
+    """What an equation makes of numbers or keys."""
+    args = [
+        x if hasattr(x, "_base_array") else jax.numpy.asarray(x, v.aval.dtype)
+        for x, v in zip(known, eqn.invars, strict=True)
+    ]
+    with jax.ensure_compile_time_eval(), jax.numpy_dtype_promotion("standard"):
+        out = eqn.primitive.bind(*args, **eqn.params)
+    return list(out) if eqn.primitive.multiple_results else [out]
+
+
+_FOLDED: Fact[Hashable, Node | None] = Fact()  # known numbers computed by elementwise primitives
