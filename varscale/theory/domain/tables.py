@@ -145,7 +145,7 @@ class Table:
     @functools.cached_property
     def variance(self) -> float:
         """E[x²] − E[x]² over all elements."""
-        return max(self.mean_square - self.total_mean**2, 0.0)
+        return max(self.mean_square - self.total_mean * self.total_mean, 0.0)
 
     @functools.cached_property
     def square_of_mean(self) -> float:

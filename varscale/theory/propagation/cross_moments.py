@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from varscale.theory.domain.axes import Axis, averaging, contract_axis
+from varscale.theory.domain.axes import Axis, apply_axis, averaging, class_shares, contract_axis
 from varscale.theory.domain.tables import lift
 from varscale.theory.graph.convolutions import WindowSum
 from varscale.theory.graph.expressions import IDENTITIES, Apply, Mean, Sum, roots, swapped
@@ -280,14 +282,42 @@ def _apart(a: View, b: View) -> bool:
     return all(p == q or (p not in b.bind and q not in a.bind) for p, q in zip(a.bind, b.bind, strict=True))
 
 
+MOST_INTEGRALS = (
+    10_000  # types over which functions of two places are integrated one by one: a matter of time
+)
+
+
 def _placed(second: np.ndarray, a: View, b: View, frame: tuple[Axis, ...]) -> np.ndarray:
-    """Where two places of an axis differ, its indices are unrelated (equal one time in n)."""
+    """Where two places of an axis differ, its indices are unrelated: equal one time in n, if of one class."""
     axes, bind = list(a.node.axes), list(a.bind)
+    many = math.prod(axis.types for axis in frame) > MOST_INTEGRALS
     for k in reversed(range(len(axes))):
-        if a.bind[k] != b.bind[k]:
-            second = contract_axis(second, k, axes[k].any_pair)
+        axis, p, q = axes[k], a.bind[k], b.bind[k]
+        if p == q:
+            continue
+        if many or axis.classes == 1 or p in b.bind or q in a.bind:
+            second = contract_axis(second, k, axis.any_pair)
             del axes[k], bind[k]
+            continue
+        apart = apply_axis(second, k, _free_pairs(axis))
+        apart = apart.reshape(*second.shape[:k], axis.classes, axis.classes, *second.shape[k + 1 :])
+        for d, place in ((k, p), (k + 1, q)):
+            apart = apply_axis(apart, d, class_shares(frame[place], axis))
+            apart = np.take(apart, frame[place].first if d == k else frame[place].second, axis=d)
+        second = apart
+        axes[k : k + 1], bind[k : k + 1] = [frame[p], frame[q]], [p, q]
     return lift(second, axes, bind, frame, pairs=True)
+
+
+@functools.cache
+def _free_pairs(axis: Axis) -> np.ndarray:
+    """Weights of types for an index of one class and an unrelated one of another, (classes², types)."""
+    c = axis.classes
+    equal = np.diag(1 / axis.counts)
+    weights = np.zeros((c, c, axis.types))
+    weights[np.arange(c), np.arange(c), np.arange(c)] = np.diag(equal)
+    weights.reshape(c * c, -1)[:, c:] = np.diag((1 - equal).ravel())
+    return weights.reshape(c * c, -1)
 
 
 MEASURED_TOGETHER: Fact[tuple[int, ...], np.ndarray] = Fact()  # E[a_i b_j] by type of two given leaves
