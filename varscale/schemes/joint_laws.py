@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +41,7 @@ class Factor(Initializer):
 
     def _check_shape(self, shape: tuple[int, ...]) -> None:
         width, rank = (math.prod(shape[a] for a in axes) for axes in (self.in_axes, self.out_axes))
-        if self._writes:
+        if self.writes:
             width, rank = rank, width
         if rank % self.heads or rank // self.heads > width:
             raise ValueError(
@@ -49,7 +49,7 @@ class Factor(Initializer):
             )
 
     @property
-    def _writes(self) -> bool:
+    def writes(self) -> bool:
         """Whether it is the factor that writes the stream, which is transposed."""
         return self.tag == 1 and self.side == "right"
 
@@ -61,11 +61,11 @@ class Factor(Initializer):
         inputs, outputs = (math.prod(shape[a] for a in axes) for axes in (self.in_axes, self.out_axes))
 
         def one(key: Key[Array, ""]) -> Float[Array, "inputs outputs"]:
-            width, rank = (outputs, inputs) if self._writes else (inputs, outputs)
+            width, rank = (outputs, inputs) if self.writes else (inputs, outputs)
             keys = jax.random.split(jax.random.fold_in(key, self.tag), self.heads)
             made = jax.vmap(lambda k: self._half(k, width, rank // self.heads, dtype))(keys)  # heads, width, rank a head
             joined = jnp.moveaxis(made, 0, 1).reshape(width, rank)
-            return joined.T if self._writes else joined
+            return joined.T if self.writes else joined
 
         def draw(key: Key[Array, ""]) -> Inexact[Array, "*shape"]:
             maps = jax.vmap(one)(jax.random.split(key, math.prod(shape[a] for a in batch)))
@@ -88,6 +88,12 @@ class Together(Fused):
     maker: ClassVar[str] = "together"
 
     shared: str = ""
+
+    def cut(self, weights: np.ndarray) -> list[tuple[Any, np.ndarray]]:
+        """The law of each block, and the block."""
+        laws = self._laws(weights.shape)
+        ends = np.cumsum([size for _, size in laws])[:-1]
+        return [(init, block) for (init, _), block in zip(laws, np.split(weights, ends, self.axis), strict=True)]
 
     def _draw(
         self, key: Key[Array, ""], shape: tuple[int, ...], dtype: np.dtype, out_sharding: OutSharding

@@ -16,6 +16,7 @@ from varscale.programs.patterns import canonical
 from varscale.programs.trees import is_collections, open_tree, to_numpy
 from varscale.reporting.layout import Column, terminal_width, text_table, wrapped
 from varscale.schemes.description import Piece, pieces
+from varscale.schemes.joint_verification import products
 from varscale.schemes.laws import Declared
 from varscale.testing.claims import VarianceClaim
 from varscale.testing.goodness import distribution_function, within_bound
@@ -77,7 +78,7 @@ class Verification:
 
     Attributes:
         scheme: of the plan.
-        verdicts: one a leaf, in the order of the plan.
+        verdicts: one a leaf, in the order of the plan; then one a pair of factors that are drawn together.
         alpha: the chance that a plan which was applied is refuted in any leaf.
     """
 
@@ -123,7 +124,8 @@ def verify(plan: Plan, params: Any, *, alpha: float = 1e-9) -> Verification:
 
     Second moments have exact p-values (χ² of normal weights, Cramér's bound of other known laws), means and distribution
     functions proven bounds; constants, zeros and orthogonal maps are equalities up to rounding. Leaves that keep the model's
-    own law, and laws that nothing is known of, are only tested to be finite.
+    own law, and laws that nothing is known of, are only tested to be finite. Of factors that are drawn together, as those of
+    `mimetic`, the product has a verdict of its own.
 
     Args:
         plan: the plan.
@@ -175,9 +177,13 @@ def _verdicts(plan: Plan, values: dict[str, Any], alpha: float) -> Iterator[Leaf
     for leaf in plan.leaves:
         weights = to_numpy(values[canonical(leaf.path)], leaf.path)
         tested.append((leaf, *_tested(leaf, weights)))
-    level = alpha / max(1, sum(len(findings) for _, _, findings in tested))
+    together = list(products(plan, values))
+    count = sum(len(findings) for _, _, findings in (*tested, *together))
+    level = alpha / max(1, count)
     for leaf, ratio, findings in tested:
         yield LeafVerdict(leaf.path, repr(leaf.law), ratio, findings, level, tested=len(findings) > 1)
+    for paths, law, findings in together:
+        yield LeafVerdict(paths, law, math.nan, findings, level)
 
 
 def _tested(leaf: PlannedLeaf, weights: np.ndarray) -> tuple[float, tuple[Finding, ...]]:
