@@ -38,17 +38,6 @@ class Scheme:
     laws: Callable[[], Any]
 
 
-# GPT-2's .02 is for streams of 768; √(2/64) is as large beside a stream of 64. CompleteP's laws are those of the base width.
-SCHEMES = {
-    "plain": Scheme("plain", vs.schemes.he),
-    "GPT-2": Scheme("pre-norm", lambda: vs.schemes.gpt2(math.sqrt(2 / 64))),
-    "DeepNorm": Scheme("deep-norm", vs.schemes.deepnorm),
-    "Fixup": Scheme("fixup", vs.schemes.fixup),
-    "CompleteP": Scheme("complete-p", vs.schemes.he),
-}
-FOUR = [name for name in SCHEMES if name != "plain"]
-
-
 @dataclass(frozen=True)
 class Sizes:
     """Of the nets and of their training."""
@@ -62,6 +51,23 @@ class Sizes:
 
 
 SIZES = Sizes()
+
+
+def _complete_p(model: Any, x: Any) -> vs.Plan:
+    """CompleteP relative to the same net of the least depth, whose laws are He's."""
+    base = model.clone(depth=SIZES.depths[0])
+    return vs.schemes.completep(base=base, laws=vs.schemes.he()).at_any_width(model, x)
+
+
+# GPT-2's .02 is for streams of 768; √(2/64) is as large beside a stream of 64.
+SCHEMES = {
+    "plain": Scheme("plain", vs.schemes.he),
+    "GPT-2": Scheme("pre-norm", lambda: vs.schemes.gpt2(math.sqrt(2 / 64))),
+    "DeepNorm": Scheme("deep-norm", vs.schemes.deepnorm),
+    "Fixup": Scheme("fixup", vs.schemes.fixup),
+    "CompleteP": Scheme("complete-p", lambda: _complete_p),
+}
+FOUR = [name for name in SCHEMES if name != "plain"]
 
 
 @functools.partial(jax.jit, static_argnames=("name", "depth", "sizes"))
@@ -98,7 +104,7 @@ def look(keys, x, labels, *, name: str, depth: int, sizes: Sizes) -> dict[str, F
             return cross_entropy(outputs[0], labels[batch])
 
         batches = minibatches(key_batches, len(x), sizes.batch, sizes.steps)
-        losses = fit(loss, optax.adam(sizes.rate), params, batches)[1]
+        losses = fit(loss, plan.optimizer(optax.adam(sizes.rate)), params, batches)[1]
         return {"signal": jnp.log(squares), "gradient": jnp.log(back), "loss": losses}
 
     return jax.vmap(one)(keys)

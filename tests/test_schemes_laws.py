@@ -25,6 +25,7 @@ from schemes_models import (
 )  # fmt: skip
 
 import varscale as vs
+from experiments.nets.residual_towers import ResidualTower
 from varscale.schemes import deepnorm, fixup, nf_resnet, ppo, rezero, skipinit, subln, t5, t_fixup
 
 D, FF, GATED, BLOCKS, TOKENS = 64, 256, 128, 3, 200
@@ -276,6 +277,14 @@ def test_fixup(layers):
     assert plan["scale3"].multiplier("adam_learning_rate") == 0.1
     assert {r.status for r in plan.requirements} == {"present"}
     assert {r.status for r in fixup()(ResidualNet(layers), PICTURES).requirements} == {"missing"}
+
+
+def test_fixup_knows_scalars_that_a_scan_stacks():
+    plan = fixup()(ResidualTower("fixup", 16, 3), jax.ShapeDtypeStruct((4, 8), jnp.float32))
+    scalars = [leaf for leaf in plan if leaf.shape == (3,)]
+    assert len(scalars) == 5
+    assert {leaf.multiplier("adam_learning_rate") for leaf in scalars} == {0.1}
+    assert [leaf.path for leaf in scalars if leaf.law == vs.ones] == ["blocks/multiplier"]
 
 
 def test_gates():

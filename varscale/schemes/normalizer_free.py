@@ -52,7 +52,7 @@ def fixup(*, mode: Mode = "fan_in", distribution: DistributionName = "normal") -
     def rule(subject: Subject) -> Choice:
         if _is_gate(subject):
             return Choice(ones, "the branch's multiplier: 1, its learning rate a tenth", _TENTH)
-        if subject.role == "vector" and math.prod(subject.shape) == 1:
+        if subject.role == "vector" and _is_scalar(subject):
             return Choice(zeros, "a scalar bias: 0, its learning rate a tenth", _TENTH)
         if subject.role == "readout":
             return Choice(zeros, "0: the readout")
@@ -77,6 +77,11 @@ def fixup(*, mode: Mode = "fan_in", distribution: DistributionName = "normal") -
             yield Requirement("multiplier of the branch", where, 1.0, None, status, mend)
 
     return Scheme(words, rule, check=needs_additions(words), requires=lambda s, leaves: tuple(requires(s, leaves)))
+
+
+def _is_scalar(subject: Subject) -> bool:
+    """Whether it is one number, or one a layer where a loop stacks them."""
+    return math.prod(n for axis, n in enumerate(subject.shape) if axis not in subject.main.batch_axes) == 1
 
 
 def t_fixup(*, distribution: DistributionName = "normal") -> Scheme:
