@@ -54,7 +54,7 @@ SIZES = Sizes()
 
 
 def _complete_p(model: Any, x: Any) -> vs.Plan:
-    """CompleteP relative to the same net of the least depth, whose laws are He's."""
+    """CompleteP relative to the same net of the least depth, whose laws are He's; its learning rates are the same at any depth."""
     base = model.clone(depth=min(SIZES.depths[0], model.depth))
     return vs.schemes.completep(base=base, laws=vs.schemes.he()).at_any_width(model, x)
 
@@ -104,7 +104,7 @@ def look(keys, x, labels, *, name: str, depth: int, sizes: Sizes) -> dict[str, F
             return cross_entropy(outputs[0], labels[batch])
 
         batches = minibatches(key_batches, len(x), sizes.batch, sizes.steps)
-        losses = fit(loss, plan.optimizer(optax.adam(sizes.rate)), params, batches)[1]
+        losses = fit(loss, optax.adam(sizes.rate), params, batches)[1]
         return {"signal": jnp.log(squares), "gradient": jnp.log(back), "loss": losses}
 
     return jax.vmap(one)(keys)
