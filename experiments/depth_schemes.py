@@ -54,7 +54,7 @@ SIZES = Sizes()
 
 
 def _complete_p(model: Any, x: Any) -> vs.Plan:
-    """CompleteP relative to the same net of the least depth, whose laws are He's; its learning rates are the same at any depth."""
+    """CompleteP relative to the same net of the least depth, whose laws are He's: its learning rates do not depend on depth."""
     base = model.clone(depth=min(SIZES.depths[0], model.depth))
     return vs.schemes.completep(base=base, laws=vs.schemes.he()).at_any_width(model, x)
 
