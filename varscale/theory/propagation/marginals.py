@@ -155,14 +155,18 @@ def latent(table: Table, deviation: np.ndarray, values: np.ndarray | None, *, lo
     pairs = by_type(scale, axes, second=False) * by_type(scale, axes, second=True)
     rho = np.clip(covariance / np.maximum(pairs, 1e-300), -1.0, 1.0)
     if values is not None and not lognormal:
-        a = values @ HERMITE
-        a[..., 0] = 0
-        ai, aj = by_type(a, axes, second=False), by_type(a, axes, second=True)
-        whole = np.sqrt(np.sum(ai**2, -1) * np.sum(aj**2, -1))
-        rho = solved(ai * aj / np.maximum(whole, 1e-300)[..., None], rho)
+        ai, aj = (by_type(values @ HERMITE, axes, second=second) for second in (False, True))
+        rho = correlation_behind(ai, aj, rho)
     rho = np.array(np.broadcast_to(rho, [a.types for a in axes]))
     rho[tuple(slice(0, a.classes) for a in axes)] = 1.0
     return rho
+
+
+def correlation_behind(a: np.ndarray, b: np.ndarray, rho: np.ndarray) -> np.ndarray:
+    """Correlations of two normals whose functions, of Hermite coefficients a and b, have the correlations `rho`."""
+    a, b = (np.where(np.arange(x.shape[-1]) > 0, x, 0.0) for x in (a, b))
+    whole = np.sqrt(np.sum(a**2, -1) * np.sum(b**2, -1))
+    return solved(a * b / np.maximum(whole, 1e-300)[..., None], rho)
 
 
 Environment = dict[View, np.ndarray]  # values of the roots of a tree, over its frame
@@ -298,9 +302,7 @@ def latent_cross(a: View, b: View, frame: Sequence[Axis]) -> np.ndarray:
     rho = np.clip(covariance / np.maximum(scales[0] * scales[1], 1e-300), -1.0, 1.0)
     if all(line is _STRAIGHT_LINE for line in lines):
         return rho
-    ai, bj = (np.where(np.arange(line.shape[-1]) > 0, line, 0.0) for line in lines)
-    whole = np.sqrt(np.sum(ai**2, -1) * np.sum(bj**2, -1))
-    return solved(ai * bj / np.maximum(whole, 1e-300)[..., None], rho)
+    return correlation_behind(lines[0], lines[1], rho)
 
 
 _STRAIGHT_LINE = np.eye(DEGREE)[1]  # Hermite coefficients of a normal

@@ -28,15 +28,15 @@ from varscale.theory.domain.axes import Axis, pool
 from varscale.theory.graph.expressions import Apply, Sum, roots, roots_of
 from varscale.theory.graph.known_arrays import MEASURED
 from varscale.theory.graph.nodes import Array, Leaf, Node, View
-from varscale.theory.graph.reshapes import Merge, Permute, Split
 from varscale.theory.graph.store import once_per_node
-from varscale.theory.integrals.hermite_series import HERMITE, POINTS, solved
+from varscale.theory.integrals.hermite_series import HERMITE, POINTS
 from varscale.theory.integrals.mehler import mehler
 from varscale.theory.propagation.cross_moments import dependent
 from varscale.theory.propagation.marginals import (
     Marginal,
     along,
     concentrated,
+    correlation_behind,
     independent_factors,
     marginal,
     over_classes,
@@ -214,15 +214,11 @@ def excess_of_apply(node: Apply, offsets: Offsets) -> Excess:
         if not live:
             continue
         known = changed = over_frame(usual(factor.node), factor, rank)
-        for root in live:
-            found = of_view(root, offsets, rank)
-            if len(live) == 1:
-                known, changed = _at_both(factor, factor, root, found.excess, node.axes)
-            else:
-                share = _share(found.excess, root, rank, offsets)
-                other = known * (1 + share)
-                changed = np.where(np.abs(other - known) > np.abs(changed - known), other, changed)
-                doubt = max(doubt, LOOSE * float(np.max(np.abs(share))))
+        if len(live) > 1:
+            doubt = max(doubt, ROUGH)
+        else:
+            found = of_view(live[0], offsets, rank)
+            known, changed = _at_both(factor, factor, live[0], found.excess, node.axes)
             doubt = max(doubt, found.doubt)
         before, after = before * known, after * changed
     # Factors that read a norm's scale were taken at its mean, which the moments of the whole need not be.
@@ -258,49 +254,5 @@ def _line(f: View, root: View, frame: Sequence[Axis]) -> np.ndarray:
 
 def latent_by_distance(law: Marginal, pairs: np.ndarray) -> np.ndarray:
     """Correlations of the normals behind a root, from its own."""
-    squares = np.square(over_classes(law.values, law.root.axes) @ HERMITE)
-    squares[0] = 0.0
-    return solved(squares / squares.sum(), pairs)
-
-
-def _share(excess: np.ndarray, root: View, rank: int, offsets: Offsets) -> np.ndarray:
-    """The excess as a share of what two equal places have."""
-    before = over_frame(usual(root.node), root, rank)
-    equal = before
-    for k, _ in offsets:
-        if before.shape[k] > 1:
-            equal = np.broadcast_to(equal.take([0], k), before.shape)
-    return excess / np.maximum(np.abs(equal), 1e-300)
-
-
-@excess_of.register(Permute)
-def excess_of_permute(node: Permute, offsets: Offsets) -> Excess:
-    found = excess(node.args[0].node, tuple(sorted((node.params[k], distance) for k, distance in offsets)))
-    return Excess(found.excess.transpose(node.params), found.doubt)
-
-
-@excess_of.register(Split)
-def excess_of_split(node: Split, offsets: Offsets) -> Excess:
-    first, sizes = node.params
-    parts = range(first, first + len(sizes))
-    if any(k in parts for k, _ in offsets):
-        return nothing(node, ROUGH)
-    found = excess(node.args[0].node, tuple((k if k < first else k - len(sizes) + 1, d) for k, d in offsets))
-    same, other = (np.expand_dims(found.excess.take([i], first), [*parts][1:]) for i in (0, 1))
-    out = np.array(np.broadcast_to(other, (2,) * len(node.axes)))
-    out[tuple(slice(0, 1) if k in parts else slice(None) for k in range(out.ndim))] = same
-    return Excess(out, found.doubt)
-
-
-@excess_of.register(Merge)
-def excess_of_merge(node: Merge, offsets: Offsets) -> Excess:
-    first, count = node.params
-    if any(k == first for k, _ in offsets):
-        return nothing(node, ROUGH)
-    source = node.args[0].node
-    found = excess(source, tuple((k if k < first else k + count - 1, d) for k, d in offsets))
-    same = whole = found.excess
-    for k in reversed(range(first, first + count)):
-        same, whole = same.take(0, k), sum_of_both_indices(whole, k, source.axes[k].size)
-    n = node.axes[first].size
-    return Excess(np.stack([same, (whole - n * same) / (n * (n - 1))], axis=first), found.doubt)
+    line = over_classes(law.values, law.root.axes) @ HERMITE
+    return correlation_behind(line, line, pairs)
