@@ -1,7 +1,6 @@
 """Every module that registers rules, or laws of kinds of nodes: imported for that, and read by nobody."""
 
 from varscale.theory.propagation import (  # noqa: F401
-    conditional_samples,
     cross_axis_maps,
     products,
     pullbacks,
