@@ -74,8 +74,9 @@ def _response(node: Apply, main: View) -> float:
 
 def _of_few_terms(main: View, scales: Sequence[View]) -> tuple[float, bool]:
     """Excess kurtosis of sums of few terms, and whether the norm is over other axes than that of their units."""
-    centred = isinstance(main.node, Sum) and main.node.is_centred
-    view = largest_term(main.node).within(main.bind) if centred else main
+    whole, view = main.node, main
+    if isinstance(whole, Sum) and whole.is_centred:
+        view = largest_term(whole).within(main.bind)
     node = view.node
     if not isinstance(node, Conv | Contract):
         return 0.0, True
