@@ -93,7 +93,11 @@ class _Walk:
             called = None if inner is None else _compat.sub_jaxpr(inner)[0]
             if eqn.primitive.name == "name" and str(eqn.params["name"]).startswith((MODULE, WITHIN)):
                 self._taps[eqn.outvars[0]] = _Tap(ins[0])
-            elif called is not None and len(called.invars) == len(ins) and eqn.primitive.name not in _WHOLE:
+            elif (
+                called is not None
+                and len(called.invars) == len(ins)
+                and eqn.primitive.name not in _CALLED_AGAIN
+            ):
                 # A body may be called again: its variables are those of the call that is walked.
                 outer, self._taps = self._taps, dict(zip(called.invars, ins, strict=True))
                 self.run(called, called.eqns)
@@ -105,4 +109,4 @@ class _Walk:
                     tap.readers += 1
 
 
-_WHOLE = ("scan", "while", "cond")
+_CALLED_AGAIN = ("scan", "while", "cond")
