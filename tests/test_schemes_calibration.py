@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import varscale as vs
+from varscale.schemes import calibration
 
 FUNCTIONS = {"tanh": jnp.tanh, "relu": nn.relu, "gelu": nn.gelu, "silu": nn.silu, "sin": jnp.sin}
 
@@ -246,3 +247,31 @@ def test_a_bias_that_is_larger_than_the_target():
     plan = vs.calibrate(model, x)
     assert "the bias beside it has the second moment 4" in plan.notes[0]
     assert vs.predict(model, x, scheme=plan, backward=False).output.second_moment == pytest.approx(5, rel=0.1)
+
+
+class GridBlock(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return x + nn.MultiHeadDotProductAttention(num_heads=2)(nn.LayerNorm()(x))
+
+
+class Grid(nn.Module):
+    """Attention over places of a grid: known positions keep its two axes apart."""
+
+    @nn.compact
+    def __call__(self, x):
+        places = [jnp.sin(axis * (1 + jnp.arange(8))[None]) for axis in jnp.mgrid[:3, :3].reshape(2, 9, 1)]
+        x = nn.Dense(16, name="first")(x).reshape(-1, 9, 16) + jnp.concatenate(places, 1)[None]
+        for _ in range(2):
+            x = GridBlock()(x)
+        return x
+
+
+def test_softmax_over_two_axes_in_blocks_that_are_traced_once(monkeypatch):
+    monkeypatch.setattr(calibration, "_CHECKS", 3)  # of ten: the parts that are drawn cost the time
+    x = jax.ShapeDtypeStruct((2, 3, 3, 8), jnp.float32)
+    plan = vs.calibrate(Grid(), x)
+    rows = vs.predict(Grid(), x, scheme=plan, backward=False).rows
+    ends = {row.path: row.typical for row in rows if row.path.endswith(("first", "query", "key", "value", "out"))}
+    assert len(ends) == 9
+    assert ends == pytest.approx(dict.fromkeys(ends, 1.0), rel=0.15)  # 1.9 after the first

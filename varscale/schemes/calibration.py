@@ -93,14 +93,15 @@ def calibrate(
     checked_distribution(distribution)
     words = f"calibrate(target={target:g}, direction={direction!r})"
     base, kept = _unit_plan(words, model, x, rows, distribution, params, method)
-    program, given, laws = faces.program(model, method=method), faces.as_inputs(x), Laws(distribution)
+    given, laws = faces.as_inputs(x), Laws(distribution)
     tied, corrections = _Tied(), dict[Place, float]()
     best: tuple[float, Plan] | None = None
     for _ in range(_CHECKS):
         found, biased = [], {}
         for _ in range(_WALKS):
             interpreter = Calibrating(target, direction, tied.scales, laws, corrections)
-            walked = walkable(interpreter, program, given, params, base)
+            # A program of its own: one that was traced before is made of pieces, whose equations have no rows.
+            walked = walkable(interpreter, faces.program(model, method=method), given, params, base)
             interpreter.places = places_of(walked, {leaf.path: leaf for leaf in base if leaf.why == _CHOSEN})
             walked.run(interpreter)
             found, biased = interpreter.found, interpreter.biased

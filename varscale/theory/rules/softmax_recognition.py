@@ -57,7 +57,9 @@ def softmax_of(interpreter: Context, top: Value, bottom: Value) -> Value | None:
     random, allowed = logits(num.args[0], num.axes)
     if random is None:
         return None
-    key, frame, args = one_key_axis(mean.params), list(num.axes), [random]
+    if len(mean.params) > 1:  # drawn where that can be; else a division as any other
+        return Value(random.node, top.dims) if interpreter.ask("a softmax over several axes") else None
+    (key,), frame, args = mean.params, list(num.axes), [random]
     if allowed is not None:
         frame = _row_classes(frame, random, allowed, key)
     doubt = max(_bias_by_place(random, key), _lost_likeness(frame, allowed, key))
