@@ -91,13 +91,18 @@ class TestTheTrace:
 
     def test_unused_and_random_biases(self):
         class Net(nn.Module):
+            width: int = 4
+
             @nn.compact
             def __call__(self, x):
                 self.param("nobody", nn.initializers.ones, (3,))
-                return nn.Dense(4, bias_init=nn.initializers.normal(0.1))(x)
+                return nn.Dense(self.width, bias_init=nn.initializers.normal(0.1))(x)
 
         audit = vs.audit(Net(), ROWS)
         assert found(audit) == [("VS116", "nobody")]
+        wide = vs.audit(Net(2048), ROWS)  # what is read elsewhere, such as a temperature, costs nothing
+        assert found(wide) == []
+        assert ("VS116", "nobody") in found(wide, "info")
         assert ("VS117", "Dense_0/bias") in found(audit, "info")
 
     def test_inputs(self):
@@ -116,7 +121,7 @@ class TestTheTrace:
 
         assert {code for code, _ in found(vs.audit(factory, ROWS))} >= {"VS101", "VS103"}
         audit = vs.audit(lambda p, x: x @ p["w"], ROWS, params={"w": jnp.ones((64, 64)) * 0.1, "v": jnp.ones(3)})
-        assert ("VS116", "v") in found(audit)
+        assert ("VS116", "v") in found(audit, "info")
         assert ("VS105", "w") in found(audit)
 
 

@@ -223,13 +223,18 @@ def _name(function: str) -> str:
 
 
 def check_uses(parameters: Sequence[ParameterUses]) -> Iterator[Finding]:
-    """Parameters that nothing reads."""
-    unused = [p.path for p in parameters if not p.uses]
-    for path in unused:
-        yield Finding(
-            "VS116", "warning", path, "the forward pass never reads it: it takes memory, and no gradient reaches it.", None,
-            "remove it, or read it in __call__",
-        )  # fmt: skip
+    """Parameters that nothing reads.
+
+    A vector or scalar among a thousand times as many numbers costs nothing, and is often read elsewhere: a mask token in
+    masked training, a temperature in the loss.
+    """
+    numbers = sum(math.prod(p.shape) for p in parameters)
+    for p in parameters:
+        if p.uses:
+            continue
+        is_small = max(p.shape, default=1) == math.prod(p.shape) < numbers / 1000
+        told = "the forward pass never reads it: it takes memory, and no gradient reaches it."
+        yield Finding("VS116", "info" if is_small else "warning", p.path, told, None, "remove it, or read it in __call__")
 
 
 def check_biases(
