@@ -151,3 +151,20 @@ class Mean(Node):
 
     def prepare(self) -> None:
         self.odd, self.positive = self.args[0].node.odd, self.args[0].node.positive
+
+
+def weighted_sum(view: View) -> tuple[list[tuple[float, View]], float]:
+    """A view as a weighted sum of views over its frame, sums of sums written out, and a number."""
+    node, bind = view
+    if isinstance(node, Sum):
+        parts, offset = list(zip(node.params, node.args, strict=True)), 0.0
+    elif isinstance(node, Apply) and node.params[0] == "affine":
+        parts, offset = [(node.params[1][0], node.args[0])], node.params[1][1]
+    else:
+        return [(1.0, view)], 0.0
+    out: list[tuple[float, View]] = []
+    for c, child in parts:
+        inner, shift = weighted_sum(child.within(bind))
+        out += [(c * d, v) for d, v in inner]
+        offset += c * shift
+    return out, offset

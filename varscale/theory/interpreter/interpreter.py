@@ -43,7 +43,7 @@ from varscale.theory.interpreter.rows import Place
 from varscale.theory.rules.equations import live_equations, scans, used_variables
 from varscale.theory.rules.random import input_leaf, is_weight
 from varscale.theory.rules.registry import ELEMENTWISE_OR_LAYOUT, RULES, Complex, Opaque, Rule
-from varscale.theory.rules.sampled_regions import drawn_region, placeholder
+from varscale.theory.rules.sampled_regions import drawn_region
 
 _DERIVATIVES = {"jvp", "transpose"}
 _NUDGE = 1e-24  # variance: far below the epsilon of a norm, far above rounding of what is zero
@@ -189,9 +189,9 @@ class Interpreter:
         except (PredictionError, jax.errors.JAXTypeError):
             raise
         except Exception as error:
-            if not isinstance(error, UNCOVERED) or not self.ask(told(error)):
+            if not isinstance(error, UNCOVERED):
                 raise located(error, eqn) from error
-            outs = [placeholder(self, v.aval) for v in eqn.outvars]
+            outs = drawn_region(self, eqn, ins, told(error))
         finally:
             self.graph.origin = outer
         return list(outs) if isinstance(outs, list | tuple) else [outs]

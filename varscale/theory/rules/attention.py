@@ -38,7 +38,7 @@ import numpy as np
 
 from varscale.theory.domain.axes import Axis, contract_axis
 from varscale.theory.domain.tables import lift
-from varscale.theory.graph.expressions import Apply, Sum, roots
+from varscale.theory.graph.expressions import Apply, roots, weighted_sum
 from varscale.theory.graph.linear_nodes import Contract, weight_of
 from varscale.theory.graph.nodes import Leaf, View
 from varscale.theory.graph.store import BackwardNotes
@@ -174,34 +174,26 @@ def scores(weights: Softmax) -> Scores | None:
     return Scores(View(node, bind), slope, queries, keys, place) if queries.tokens and keys.tokens else None
 
 
-def _query_key_product(view: View) -> tuple[float, View] | None:
-
-    node, bind = view
-    if isinstance(node, Contract):
-        return (1.0, view) if weight_of(node) is None else None
-    if isinstance(node, Apply) and node.params[0] == "affine":
-        terms = [(node.params[1][0], node.args[0])]
-    else:
-        terms = list(zip(node.params, node.args, strict=True)) if isinstance(node, Sum) else []
-    for c, term in terms:
-        found = _query_key_product(term.within(bind))
-        if found is not None:
-            return c * c * found[0], found[1]
+def _query_key_product(logits: View) -> tuple[float, View] | None:
+    """The square of what a product of queries and keys is multiplied by among the terms of logits, and that product."""
+    for c, term in weighted_sum(logits)[0]:
+        if isinstance(term.node, Contract) and weight_of(term.node) is None:
+            return c * c, term
     return None
 
 
 def _weighted(view: View, along: int) -> Tokens | None:
     """Of logits that weights make, what they make them of: tokens along an axis of the frame; None where they make none."""
-    node, bind = view
-    if isinstance(node, Sum) or (isinstance(node, Apply) and node.params[0] == "affine"):
-        return next((t for term in node.args if (t := _weighted(term.within(bind), along)) is not None), None)
-    weight = weight_of(node) if isinstance(node, Contract) else None
-    if weight is None:
-        return None
-    summed = range(len(node.axes), len(node.axes) + len(node.params))
-    keys = {i for i, k in enumerate(bind) if k == along}
-    found = [tokens_of(v, keys, summed) for v in node.args if v.node is not weight]
-    return next((t for t in found if t.tokens and t.features), None)
+    for _, (node, bind) in weighted_sum(view)[0]:
+        weight = weight_of(node) if isinstance(node, Contract) else None
+        if weight is None:
+            continue
+        summed = range(len(node.axes), len(node.axes) + len(node.params))
+        keys = {i for i, k in enumerate(bind) if k == along}
+        found = [tokens_of(v, keys, summed) for v in node.args if v.node is not weight]
+        if (tokens := next((t for t in found if t.tokens and t.features), None)) is not None:
+            return tokens
+    return None
 
 
 @gain_of_queries.register(Softmax)

@@ -27,6 +27,7 @@ from varscale.theory.graph.nodes import (
     second_moments,
 )
 from varscale.theory.graph.normal_form import affine
+from varscale.theory.graph.reshapes import Rearranged
 from varscale.theory.graph.store import BackwardNotes
 from varscale.theory.propagation.cross_moments import cross, dependent, mean_product
 from varscale.theory.propagation.doubts import lost_excess
@@ -34,12 +35,13 @@ from varscale.theory.propagation.fluctuations import averaged, with_own_weights
 from varscale.theory.propagation.inherited_fluctuations import Spread, combine, propagated
 from varscale.theory.propagation.pullbacks import sum_out
 from varscale.theory.propagation.shared_tokens import shared_tokens
+from varscale.theory.rules.alike_keys import of_alike_keys
 from varscale.theory.rules.attention import SHARED_DOUBT, note_values, tilted
 from varscale.theory.rules.masks import told_apart
 from varscale.theory.rules.random import as_weight, law
 from varscale.theory.rules.reductions import mean
 from varscale.theory.rules.registry import Context, rule
-from varscale.theory.rules.row_gram import of_alike_keys, own_products
+from varscale.theory.rules.sampled_regions import drawn_region
 from varscale.theory.rules.softmax import Softmax
 from varscale.theory.rules.transposed import applied_back
 
@@ -108,7 +110,7 @@ def _dependent(node: Contract, mean: np.ndarray, second: np.ndarray) -> tuple[np
     share = float(np.max(np.abs(paired)) / max(np.max(np.abs(second)), 1e-300))
     if share > 1e-3:  # exact for Gaussian factors; a product of two that share a root is not quite
         node.graph.flag("assumed", min(ROUGH * share, LOOSE))
-    return after, own_products(node, second + paired)
+    return after, second + paired
 
 
 def _of_shared_tokens(node: Contract, second: np.ndarray) -> np.ndarray:
@@ -366,6 +368,28 @@ def _with_itself(
 
 
 @rule("dot_general")
-def dot_general(interpreter: Context, eqn: Any, x: Value, y: Value) -> Value:
+def dot_general(interpreter: Context, eqn: Any, x: Value, y: Value) -> Any:
+    """A contraction; products of rows with rows are drawn, the diagonal being no entry like the others."""
     contracted, batch = eqn.params["dimension_numbers"]
+    if _meets_itself(x, y, contracted, batch):
+        return drawn_region(interpreter, eqn, (x, y), "rows meet themselves in a product")
     return contract(interpreter, x, y, contracted, batch)
+
+
+def _is_weight(node: Node) -> bool:
+    """Whether it is zero-mean weights, their entries moved or not."""
+    while isinstance(node, Rearranged):
+        node = node.args[0].node
+    return isinstance(node, Leaf) and bool(node.odd) and not node.is_input
+
+
+def _meets_itself(x: Value, y: Value, contracted: Any, batch: Any) -> bool:
+    """Whether free dimensions of two arrays may be one, read twice: each of its positions then meets itself."""
+    nodes = [strip(v)[1].node for v in (x, y)]
+    if not dependent(*nodes) or any(isinstance(node, Softmax) or _is_weight(node) for node in nodes):
+        return False
+    sizes = [
+        {n for d, n in enumerate(v.shape) if n > 1 and d not in (*summed, *shared)}
+        for v, summed, shared in zip((x, y), contracted, batch, strict=True)
+    ]
+    return bool(sizes[0] & sizes[1])

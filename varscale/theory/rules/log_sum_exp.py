@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import numpy as np
 from scipy import special
 
 from varscale.theory.domain.tables import Table
-from varscale.theory.graph.expressions import Apply, Mean, Sum, roots
+from varscale.theory.graph.expressions import Apply, Mean, roots
 from varscale.theory.graph.layout import Value
 from varscale.theory.graph.nodes import Node, View, cross_by_kind, pullback, second_moments
 from varscale.theory.graph.normal_form import affine, total
@@ -63,7 +62,7 @@ def log_sum_exp_of(interpreter: Context, x: Value) -> Value | None:
     random, allowed = logits(powers.args[0], powers.axes)
     if random is None or allowed is not None or tuple(random.node.axes) != tuple(powers.axes):
         return None
-    terms, offset = _as_weighted_sum(powers.args[0])
+    terms, offset = weighted_sum(powers.args[0])
     taken = [(c, v) for c, v in terms if all(isinstance(r.node, Extreme) for r in roots(v.node))]
     if any(b in axes for _, view in taken for b in view.bind):
         return None
@@ -90,21 +89,3 @@ def _positive_multiple(node: Node) -> tuple[Node, float]:
             break
         node = node.args[0].node
     return node, scale
-
-
-def _as_weighted_sum(view: View) -> tuple[list[tuple[float, View]], float]:
-    """A view as a weighted sum and a number."""
-    node, bind = view
-    parts: Sequence[tuple[float, View]]
-    if isinstance(node, Sum):
-        parts, offset = list(zip(node.params, node.args, strict=True)), 0.0
-    elif isinstance(node, Apply) and node.params[0] == "affine":
-        parts, offset = [(node.params[1][0], node.args[0])], node.params[1][1]
-    else:
-        return [(1.0, view)], 0.0
-    out: list[tuple[float, View]] = []
-    for c, child in parts:
-        inner, shift = _as_weighted_sum(child.within(bind))
-        out += [(c * d, v) for d, v in inner]
-        offset += c * shift
-    return out, offset

@@ -24,7 +24,7 @@ from varscale.theory.graph.convolutions import (
     tap_pairs,
     tap_reads,
 )
-from varscale.theory.graph.layout import Atom, Value, full
+from varscale.theory.graph.layout import Atom, Value
 from varscale.theory.graph.nodes import Node, View, cross_by_kind, pullback, second_moments
 from varscale.theory.graph.normal_form import affine
 from varscale.theory.graph.store import BackwardNotes
@@ -43,7 +43,7 @@ from varscale.theory.propagation.spatial_windows import (
 )
 from varscale.theory.rules.convolution import prepared
 from varscale.theory.rules.drawn_nodes import draw, pooled_estimate
-from varscale.theory.rules.reductions import bounded, fewest_terms, is_identity, outside, restored
+from varscale.theory.rules.reductions import bounded, fewest_terms, outside, restored
 from varscale.theory.rules.registry import Context, rule
 
 
@@ -322,22 +322,3 @@ def reduce_window_min(interpreter: Context, eqn: Any, x: Value, *_: Value) -> Va
     turned = interpreter.elementwise("neg", x)
     out = _window_node(interpreter, eqn, turned, WindowMax)
     return Value(affine(out.node, -1.0, 0.0), out.dims)
-
-
-@rule("reduce_window")
-def reduce_window(interpreter: Context, eqn: Any, x: Value, initial: Value) -> Any:
-    """The general form, whose body is max, min or add; every window has the initial value in it, once."""
-    jaxpr = eqn.params["jaxpr"]
-    names = [e.primitive.name for e in getattr(jaxpr, "jaxpr", jaxpr).eqns]
-    start = initial.constant
-    if names not in (["max"], ["min"], ["add"]) or start is None:
-        raise NotImplementedError(
-            f"a window reduction by {names} from {'what is random' if start is None else start}"
-        )
-    if names == ["add"]:
-        out = _window_node(interpreter, eqn, x, WindowSum)
-        return Value(affine(out.node, 1.0, start), out.dims)
-    out = (reduce_window_max if names == ["max"] else reduce_window_min)(interpreter, eqn, x)
-    if is_identity(start, names[0]):
-        return out
-    return interpreter.elementwise(names[0], out, full(interpreter.graph, start, out.shape))

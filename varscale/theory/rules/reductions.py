@@ -177,11 +177,6 @@ def bounded(count: int, width: float) -> float:
     return float(max((weights @ Z**2) / (weights @ sphere_squares(width)) - 1, 0.0))
 
 
-def is_identity(start: float, name: str) -> bool:
-    """Whether a maximum or minimum is nothing else for having started with this: the least number there is, or as good as."""
-    return (start if name == "max" else -start) <= -_IMMENSE
-
-
 IncreasingSteps = list[tuple[str, float, float]]
 
 

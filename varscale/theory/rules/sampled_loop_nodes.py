@@ -34,7 +34,7 @@ from varscale.theory.integrals.hermite_series import POINTS, WEIGHTS, Z
 from varscale.theory.propagation.fluctuations import fluctuations
 from varscale.theory.propagation.inherited_fluctuations import Spread, combine, propagated
 from varscale.theory.propagation.sample_moments import by_level, cross_moments, pooled, steps, table_of_draws
-from varscale.theory.propagation.sampler import evenly, picked
+from varscale.theory.propagation.sampler import evenly, in_order, picked
 from varscale.theory.rules.registry import Complex, Context, Opaque, parts
 from varscale.theory.rules.sampled_loop import (
     CannotDraw,
@@ -303,6 +303,8 @@ def over_time(
     ]
     operands += [operand(x, v.aval, stacked=True) for x, v in streams]
     is_region = bound < math.inf
+    if is_region and not whole_numbers and _applied_before(operands):
+        raise CannotDraw("random weights that it reads were applied before it")
     sizes, replicates = at_own_size(p, operands) or shrunk(p, operands)
     loop = Loop(p, tuple(operands), sizes, replicates, replicates, is_region)
     operands_and_sizes = [x.identity for x in operands], sizes.smaller, replicates
@@ -342,6 +344,13 @@ def over_time(
         out.append(Complex(*made) if len(made) == 2 else made[0])
     _NUDGED.put(graph, mark, {i: out[k].node for i, k in enumerate(added) if k >= 0})
     return out
+
+
+def _applied_before(operands: Sequence[Operand]) -> bool:
+    """Whether a region reads weights, and what was made with them outside it: drawn apart, they would be unrelated."""
+    weights = [part.node for x in operands if x.weight for part in x.value]
+    others = [part.node for x in operands if not x.weight for part in x.value if not in_order(part.node)]
+    return any(w.odd & other.deps for w in weights for other in others)
 
 
 def _agreed(numbers: np.ndarray, aval: Any) -> np.ndarray | None:

@@ -49,10 +49,13 @@ def drawn_region(interpreter: Context, eqn: Any, xs: Sequence[Any], reason: str)
         return _run_on_draws(
             interpreter, ClosedJaxpr(jaxpr, []), list(given.values()), (), whole_numbers=True
         )
-    except CannotDraw as trouble:
+    except PredictionError:
+        raise
+    except (
+        Exception
+    ) as trouble:  # whatever an equation may raise that is run on numbers it was not written for
         raise PredictionError(
-            f"primitive {eqn.primitive.name!r} at {source(eqn)}: {reason}, and it cannot be drawn: "
-            f"{trouble}; "
+            f"primitive {eqn.primitive.name!r} at {source(eqn)}: {reason}, and it cannot be drawn: {trouble}; "
             "write it with jnp.where, or predict a smaller model"
         ) from None
 

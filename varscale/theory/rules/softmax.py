@@ -25,7 +25,6 @@ from varscale.theory.integrals.softmax_jacobian import (
 from varscale.theory.propagation.inherited_fluctuations import NONE, Spread, propagated
 from varscale.theory.propagation.pullbacks import sum_out
 from varscale.theory.rules.logit_distributions import standard_law
-from varscale.theory.rules.row_gram import of_own_keys
 
 # Variance of logits from where on the largest of them has all the weight, but for the reciprocal of its root.
 _LARGEST = 1e4
@@ -238,7 +237,7 @@ def second_moments_of_softmax(node: Softmax) -> Table:
         node.graph.flag("assumed", math.expm1(min(known, 3.0)))
     if node.deviation.max() > _NO_LOGITS:
         node.graph.flag("assumed", UNKNOWN)
-    if (doubt := max(_law_doubt(node), of_own_keys(node.args[0].node))) > 0:
+    if (doubt := _law_doubt(node)) > 0:
         node.graph.flag("assumed", doubt)
     rows = node.rows()
     seen, shared, deviation = node.seen, node.shared, node.deviation
