@@ -8,7 +8,7 @@ import numpy as np
 from scipy import special
 
 from varscale.theory.domain.tables import Table
-from varscale.theory.graph.expressions import Apply, Mean, roots
+from varscale.theory.graph.expressions import Apply, Mean, roots, weighted_sum
 from varscale.theory.graph.layout import Value
 from varscale.theory.graph.nodes import Node, View, cross_by_kind, pullback, second_moments
 from varscale.theory.graph.normal_form import affine, total
