@@ -37,7 +37,22 @@ def inside_a_scan(kernels, x):
     return jax.lax.scan(lambda x, kernel: (x + region(kernel, x), None), x, kernels)[0]
 
 
-@pytest.mark.parametrize("model", [beside_its_input, twice_with_tied_weights, inside_a_scan])
+def rows_with_rows(kernels, x):
+    """Of the entries of a product of an array with itself those where a row meets itself are larger."""
+    h = x @ kernels[0]
+    return h @ h.T
+
+
+def decoder_with_tied_weights(kernels, x):
+    """Weights that a region reads were applied before it: it is the scope around both that is drawn."""
+    h = jnp.tanh(x @ kernels[0])
+    with jax.named_scope("decoder"):
+        return region(kernels[0].T, h)
+
+
+@pytest.mark.parametrize(
+    "model", [beside_its_input, twice_with_tied_weights, inside_a_scan, rows_with_rows, decoder_with_tied_weights]
+)
 def test_region(model):
     row = vs.predict(model, X, params=kernels).output
 

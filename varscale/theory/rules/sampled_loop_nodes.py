@@ -348,9 +348,10 @@ def over_time(
 
 def _applied_before(operands: Sequence[Operand]) -> bool:
     """Whether a region reads weights, and what was made with them outside it: drawn apart, they would be unrelated."""
-    weights = [part.node for x in operands if x.weight for part in x.value]
-    others = [part.node for x in operands if not x.weight for part in x.value if not in_order(part.node)]
-    return any(w.odd & other.deps for w in weights for other in others)
+    parts = [part.node for x in operands for part in x.value]
+    weights = [node for node in parts if isinstance(node, Leaf) and not (node.is_input or node.is_bits)]
+    others = [node for node in parts if not isinstance(node, Leaf) and not in_order(node)]
+    return any(w.deps & other.deps for w in weights for other in others)
 
 
 def _agreed(numbers: np.ndarray, aval: Any) -> np.ndarray | None:
