@@ -55,8 +55,8 @@ def drawn_region(interpreter: Context, eqn: Any, xs: Sequence[Any], reason: str)
         Exception
     ) as trouble:  # whatever an equation may raise that is run on numbers it was not written for
         raise PredictionError(
-            f"primitive {eqn.primitive.name!r} at {source(eqn)}: {reason}, and it cannot be drawn: {trouble}; "
-            "write it with jnp.where, or predict a smaller model"
+            f"primitive {eqn.primitive.name!r} at {source(eqn)}: {reason}, and it cannot be drawn: "
+            f"{trouble}; write it with jnp.where, or predict a smaller model"
         ) from None
 
 
