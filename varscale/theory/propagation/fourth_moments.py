@@ -14,27 +14,32 @@ How far the mean of finitely many squares is from its expectation follows from E
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Hashable, Sequence
 
 import numpy as np
+from scipy import special
 
+from varscale.theory.domain.accuracy import NEGLIGIBLE
 from varscale.theory.domain.axes import Axis, contract_axis, refine
 from varscale.theory.domain.tables import by_type, full_types, lift, means_by_type
 from varscale.theory.graph.convolutions import Conv
 from varscale.theory.graph.expressions import Apply, Sum, roots, roots_of
 from varscale.theory.graph.factors import factors
 from varscale.theory.graph.linear_nodes import Contract, weight_of
+from varscale.theory.graph.lookups import Gather
 from varscale.theory.graph.nodes import Array, Constant, Leaf, Node, View
 from varscale.theory.graph.normal_form import apply
 from varscale.theory.graph.store import Fact, once_per_node
-from varscale.theory.integrals.hermite_series import HERMITE, WEIGHTS, power_series
+from varscale.theory.integrals.hermite_series import HERMITE, WEIGHTS, Z, power_series
 from varscale.theory.propagation.marginals import (
     Environment,
     along,
     at_means,
     concentrated,
     evaluate,
+    grid,
     independent_factors,
     integral_key,
     largest_term,
@@ -45,6 +50,7 @@ from varscale.theory.propagation.marginals import (
 from varscale.theory.propagation.products import product_second
 from varscale.theory.propagation.sample_moments import order_correlation
 from varscale.theory.propagation.scale_responses import cofactors
+from varscale.theory.propagation.token_gram import overlap, own_part, tokens_of
 
 
 def kurtosis_shift(node: Apply) -> tuple[float, float]:
@@ -174,6 +180,9 @@ def square_pairs(node: Node) -> tuple[np.ndarray, np.ndarray]:
     for factor in parts:
         own = [r for r in roots_of(factor) if not isinstance(r.node, Array)]
         live = [r for r in own if len(own) == 1 or not concentrated(r.node)]
+        bits = [r for r in live if isinstance(r.node, Leaf) and r.node.is_bits]
+        if len(bits) + 1 == len(live):
+            live = [r for r in live if r not in bits]
         if len(live) > 1 and math.prod(axis.size for axis in frame) <= _FEW_NUMBERS:
             pairs = pairs * refine(_joint_pairs(factor, frame), frame)
         if len(live) != 1:
@@ -181,8 +190,9 @@ def square_pairs(node: Node) -> tuple[np.ndarray, np.ndarray]:
         (root,) = live
         if concentrated(root.node) and len(parts) > 1:
             continue  # a norm's scale: its fluctuations are those of what it normalises
-        fixed = at_means([r for r in own if r != root], frame)
-        found = _square_coefficients(factor, frame, fixed)
+        bits = [r for r in bits if r != root]
+        fixed = at_means([r for r in own if r != root and r not in bits], frame)
+        found = _over_bits(factor, frame, fixed, bits)
         if found is None:
             continue
         a, whole = found[0].copy(), found[1]
@@ -200,11 +210,67 @@ def square_pairs(node: Node) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _products(a: np.ndarray, whole: np.ndarray, root: View, frame: tuple[Axis, ...]) -> np.ndarray:
-    """E[g_i g_j] by type of a function of one root, from its Hermite coefficients and mean square by class."""
+    """E[g_i g_j] by type of a function of one root, from its Hermite coefficients and mean square by class.
+
+    Over draws the correlation ρ of two entries has a variance v (`_correlation_scatter`). Of n directions, v = 1/n, it has the
+    fourth moment k v² with k = 3/(1 + 2v), as ρ + (−s, 0, s) has for s² = k v and weights (1, 2k − 2, 1)/2k: exact at n = 1.
+    """
     rho = lift(_correlation(root.node), root.node.axes, root.bind, frame, pairs=True)
     ai, aj = (by_type(a, frame, second=second) for second in (False, True))
     alike = np.sqrt(by_type(whole, frame, second=False) * by_type(whole, frame, second=True))
-    return np.where(rho >= 1 - 1e-9, alike, power_series(ai * aj, rho))
+    out = power_series(ai * aj, rho)
+    v = lift(_correlation_scatter(root.node), root.node.axes, root.bind, frame, pairs=True)
+    if np.any(v > NEGLIGIBLE):
+        k = 3 / (1 + 2 * v)
+        ends = (power_series(ai * aj, np.clip(rho + sign * np.sqrt(k * v), -1, 1)) for sign in (-1, 1))
+        out = out + (sum(ends) / 2 - out) / k
+    return np.where(rho >= 1 - 1e-9, alike, out)
+
+
+@once_per_node
+def _correlation_scatter(node: Node) -> np.ndarray:
+    """Variance over draws of the correlation of two tokens of one unit, by type: their inputs overlap by chance.
+
+    What the weights of a unit add to it, whose squared norm is one for all tokens, is in `fluctuations.with_own_weights`.
+    """
+    out = np.zeros(node.frame_types)
+    if isinstance(node, Gather):  # rows of a table: two are one and the same, or they are not
+        rate = np.clip(node.table.covariance / max(node.table.variance, 1e-300), 0, 1)
+        return rate * (1 - rate)
+    if isinstance(node, Sum):
+        for c, view in zip(node.params, node.args, strict=True):
+            share = c * c * view.node.table.mean_square / max(node.table.mean_square, 1e-300)
+            inner = _correlation_scatter(view.node)
+            out = out + share**2 * lift(inner, view.node.axes, view.bind, node.axes, pairs=True)
+    if not isinstance(node, Contract) or (weight := weight_of(node)) is None:
+        return out
+    for view in node.args:
+        x = tokens_of(view, range(len(node.axes)), range(len(node.axes), len(node.frame)))
+        if view.node is weight or not (x.tokens and x.features):
+            continue
+        own = min(own_part(x) / max(x.node.table.mean_square, 1e-300), 1.0)
+        equal = [axis.agrees.astype(float) for axis in node.axes]
+        one_unit = [np.ones_like(e) if k in view.bind else e for k, e in enumerate(equal)]
+        differ, same = (
+            functools.reduce(np.multiply.outer, lines, np.array(1.0)) for lines in (one_unit, equal)
+        )
+        out = out + max(overlap(x) - 1 / x.count, 0.0) * own**2 * (differ - same)
+    return out
+
+
+def _over_bits(
+    f: View, frame: Sequence[Axis], fixed: Environment, bits: Sequence[View]
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """`_square_coefficients`, averaged over random bits, of which each entry has its own: a mask's."""
+    if not bits:
+        return _square_coefficients(f, frame, fixed)
+    found = []
+    for z in special.ndtri(np.linspace(0.025, 0.975, 20)):
+        at = {b: np.interp([z], Z, over_classes(grid(b, frame), frame)) for b in bits}
+        env = fixed | {b: x.reshape([1] * (len(frame) + 1)) for b, x in at.items()}
+        found.append(_square_coefficients(f, frame, env) or (0.0, 0.0))
+    coefficients, whole = (sum(part) / len(found) for part in zip(*found, strict=True))
+    return (coefficients, whole) if np.any(coefficients) else None
 
 
 def _joint_pairs(factor: View, frame: tuple[Axis, ...]) -> np.ndarray:

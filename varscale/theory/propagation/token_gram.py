@@ -297,9 +297,10 @@ def _overlap_of_sum(x: Tokens, node: Sum) -> tuple[list[Tokens], OverlapRule]:
 def _overlap_of_apply(x: Tokens, node: Apply) -> tuple[list[Tokens], OverlapRule]:
     """A function's overlap moves with its roots' by E[f' f'] of two tokens; what is not linear in them is as good as white."""
     found = [(view, tokens_of(view, x.tokens, x.features)) for view in roots(node)]
+    numbers_only = any(y.tokens and not y.features for _, y in found)
     found = [(view, y) for view, y in found if y.tokens and y.features]
-    if not found:
-        return [], lambda _: white(x)
+    if not found:  # a number a token, times weights: tokens are all along one direction
+        return [], lambda _: Mixture((), 1.0) if numbers_only and node.params[0] == "mul" else white(x)
     own = max(own_part(x), 1e-300)
     slopes = []
     for view, y in found:
