@@ -264,12 +264,12 @@ def _over_bits(
     """`_square_coefficients`, averaged over random bits, of which each entry has its own: a mask's."""
     if not bits:
         return _square_coefficients(f, frame, fixed)
-    found = []
-    for z in special.ndtri(np.linspace(0.025, 0.975, 20)):
+    coefficients, whole, points = np.zeros(()), np.zeros(()), np.linspace(0.025, 0.975, 20)
+    for z in special.ndtri(points):
         at = {b: np.interp([z], Z, over_classes(grid(b, frame), frame)) for b in bits}
         env = fixed | {b: x.reshape([1] * (len(frame) + 1)) for b, x in at.items()}
-        found.append(_square_coefficients(f, frame, env) or (0.0, 0.0))
-    coefficients, whole = (sum(part) / len(found) for part in zip(*found, strict=True))
+        if (found := _square_coefficients(f, frame, env)) is not None:
+            coefficients, whole = coefficients + found[0] / len(points), whole + found[1] / len(points)
     return (coefficients, whole) if np.any(coefficients) else None
 
 
