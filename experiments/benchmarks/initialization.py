@@ -48,18 +48,19 @@ def _contender(name: str, model: str, llama: tuple[int, int, int, int] | None) -
     import varscale as vs
     from experiments.nets.whole_models import linen_model, nnx_factory
 
+    initialize = vs.initialize  # imported here, as flax's init is
     keys = iter(jax.block_until_ready([jax.random.key(seed) for seed in range(2)]))
     if name in ("ours nnx", "nnx", "nnx jit"):
         factory = nnx_factory(model)
         build: dict[str, Callable[[], Any]] = {
-            "ours nnx": lambda: vs.initialize(factory, next(keys)),
+            "ours nnx": lambda: initialize(factory, next(keys)),
             "nnx": lambda: factory(nnx.Rngs(next(keys))),
             "nnx jit": lambda: nnx.jit(lambda key: factory(nnx.Rngs(key)))(next(keys)),
         }
         return lambda: jax.block_until_ready(jax.tree.leaves(nnx.state(build[name]())))
     module, x = linen_model(model, llama)
     calls: dict[str, Callable[[], Any]] = {
-        "ours": lambda: vs.initialize(module, next(keys), x),
+        "ours": lambda: initialize(module, next(keys), x),
         "flax eager": lambda: module.init(next(keys), x),
         "flax jit": lambda: jax.jit(module.init)(next(keys), x),
     }

@@ -25,7 +25,7 @@ from varscale.initialization.formulas import Formula
 from varscale.initialization.host_memory import empty
 
 _TILE = 1024
-_FEW, _MANY = 128, 1024  # tiles a call: few take little memory, many make calls cheap
+_FEW, _MANY = 64, 1024  # tiles a call: few take little memory, many make calls cheap
 _LARGE = 2**26  # numbers of a model from which on calls are to be cheap
 _SMALL = 2**20  # numbers that it takes no time worth saving to draw
 
