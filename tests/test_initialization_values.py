@@ -96,6 +96,17 @@ class Mixed(nn.Module):
         return embed.attend(x * noise.value + gamma + beta)
 
 
+class Streamed(nn.Module):
+    """Variables drawn from streams of their own."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Dense(3)(x)
+        mask = self.variable("noise", "mask", lambda: jax.random.uniform(self.make_rng("dropout"), (1, 3)))
+        self.variable("noise", "key", lambda: self.make_rng("noise"))
+        return x * mask.value
+
+
 class Normed(nn.Module):
     @nn.compact
     def __call__(self, x):
@@ -129,21 +140,28 @@ def test_lifted_transformations():
 
 
 def test_layers_laws_streams_and_collections():
-    key = jax.random.key(7)
     account = check(Mixed(), TOKENS)
     assert account["noise/key"].how == "state"
     assert account.of(how="orthogonal")  # the recurrent kernels
-    streams = {"params": key, "dropout": jax.random.key(1)}
-    assert_same(vs.initialize(Mixed(), streams, TOKENS), jax.jit(Mixed().init)(streams, TOKENS))
+
+
+def test_streams_with_keys_of_their_own():
+    streams = {"params": jax.random.key(7), "dropout": jax.random.key(1)}  # "noise" has none: its keys come from "params"
+    ours = vs.initialize(Streamed(), streams, X)
+    assert_same(ours, jax.jit(Streamed().init)(streams, X))
+    assert not np.array_equal(ours["noise"]["mask"], vs.initialize(Streamed(), streams["params"], X)["noise"]["mask"])
 
 
 def test_sums_and_data_are_named_and_exact_on_request():
-    account = check(Normed(), except_for=("standard", "/u", "sigma", "mean"))
+    key = jax.random.key(2)
+    reference = jax.jit(Normed().init)(key, X)
+    ours, account = vs.initialize(Normed(), key, X, account=True)
+    account.verify(ours)
+    assert_same(ours, reference, ("standard", "/u", "sigma", "mean"))
     assert account["params/standard"].how == "reduction"
     assert account["params/mean"].how == "data"
     assert "reduction" in {account[path].how for path in account.entries if path.startswith("batch_stats")}
-    key = jax.random.key(2)
-    assert_same(vs.initialize(Normed(), key, X, exact=True), jax.jit(Normed().init)(key, X))
+    assert_same(vs.initialize(Normed(), key, X, exact=True), reference)
     with pytest.raises(ValueError, match=r"x: .*params/mean.*ShapeDtypeStruct"):
         vs.initialize(Normed(), key, jax.ShapeDtypeStruct(X.shape, X.dtype))
 
@@ -190,9 +208,16 @@ def test_an_nnx_factory():
     assert model.tied is model.embed
     account.verify(nnx.state(model))
     assert str(model.dropout.rngs.key[...].dtype) == "key<fry>"
-    streams = {"params": key, "dropout": jax.random.key(1)}
+
+
+def test_an_nnx_factory_with_several_streams():
+    factory = functools.partial(nnx.LoRALinear, 8, 4, lora_rank=2)
+    streams = {"params": jax.random.key(5), "dropout": jax.random.key(1)}
+    dropping = lambda rngs: nnx.Sequential(factory(rngs=rngs), nnx.Dropout(0.1, rngs=rngs))  # noqa: E731
+    theirs = nnx.jit(lambda keys: dropping(nnx.Rngs(**keys)))(streams)
+    assert_same(nnx.state(vs.initialize(dropping, streams)), nnx.state(theirs))
     assert_same(
-        nnx.state(vs.initialize(functools.partial(Net), streams)), nnx.state(nnx.jit(lambda k: Net(nnx.Rngs(**k)))(streams))
+        nnx.state(vs.initialize(factory, streams)), nnx.state(nnx.jit(lambda keys: factory(rngs=nnx.Rngs(**keys)))(streams))
     )
 
 
@@ -209,7 +234,8 @@ def test_a_thousand_layers():
 
     model = vs.initialize(Deep, jax.random.key(0))
     rngs = nnx.Rngs(jax.random.key(0))
-    some = [nnx.Linear(1, 1, rngs=rngs) for _ in range(1000)][999]
+    rngs.default.count[...] = jnp.uint32(2 * 999)  # keys that the layers before took, one a kernel and one a bias
+    some = nnx.Linear(1, 1, rngs=rngs)
     np.testing.assert_allclose(model.layers[999].kernel[...], some.kernel[...], rtol=1e-6)
 
 
