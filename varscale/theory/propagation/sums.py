@@ -178,17 +178,11 @@ def _joined(a: _Part, b: _Part, axes: Sequence[Axis]) -> bool:
 def _correlation_of_terms(a: View, b: View, axes: Sequence[Axis]) -> np.ndarray:
     """Correlation of two terms at one place, by class."""
     covariance = cross(a, b, axes) - mean_product(a, b, axes)
-    scales = [lift(marginal_deviation(v), v.node.axes, v.bind, axes, pairs=False) for v in (a, b)]
+    scales = [lift(marginal(v.node).deviation, v.node.axes, v.bind, axes, pairs=False) for v in (a, b)]
     out = covariance / np.maximum(
         by_type(scales[0], axes, second=False) * by_type(scales[1], axes, second=True), 1e-300
     )
     return out[tuple(slice(0, axis.classes) for axis in axes)]
-
-
-def marginal_deviation(view: View) -> np.ndarray:
-    """Standard deviations of a term by class."""
-    table = view.node.table
-    return np.sqrt(np.maximum(table.diagonal - table.mean**2, 0.0))
 
 
 def _correlations(latents: Sequence[View], axes: Sequence[Axis], cell: tuple[int, ...]) -> np.ndarray:
