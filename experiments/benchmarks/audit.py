@@ -28,7 +28,7 @@ from experiments.nets.healthy_constructions import HEALTHY
 from experiments.nets.healthy_publications import PUBLICATIONS
 from experiments.nets.planted_defects import DEFECTS, Defect
 from varscale.auditing.findings import Audit, Finding, ordered
-from varscale.auditing.measured import drawing, measuring
+from varscale.auditing.measured import drawn, measuring
 from varscale.programs.patterns import matches
 
 
@@ -46,9 +46,9 @@ def alarms(audit: Audit, defect: Defect | None = None) -> list[Finding]:
 def of_keys(model: Any, x: Any, of_trace: Audit, seeds: Iterable[int]) -> Iterator[Audit]:
     """What `vs.audit(model, x, key=...)` finds with each key; the trace is audited and the run compiled once."""
     assert of_trace.report is not None
-    draw, measure = drawing(model, x), None
+    measure = None
     for seed in seeds:
-        params = draw(jax.random.key(seed))
+        params = drawn(model, jax.random.key(seed), x)
         measure = measure or measuring(model, x, params, of_trace.report)
         yield Audit(ordered([*of_trace.findings, *measure(params)]), of_trace.report)
 

@@ -15,8 +15,7 @@ from flax import nnx
 from varscale.auditing import maps, norms, settings, signal, streams
 from varscale.auditing.findings import LEVELS, Audit, Finding, ordered, silenced
 from varscale.auditing.inputs import check_inputs
-from varscale.auditing.measured import drawing, is_described, measuring
-from varscale.initialization.initialize import initialize
+from varscale.auditing.measured import drawn, is_described, measuring
 from varscale.initialization.laws import applied
 from varscale.programs import faces
 from varscale.report import Report, Row
@@ -79,7 +78,7 @@ def audit(
     scheme = applied(scheme, model, x, params=given, method=method)
     report, found = traced(model, x, given, fresh, scheme, method)
     if key is not None and params is None:
-        params = drawing(model, x, method)(key) if scheme is None else initialize(model, key, x, scheme=scheme, method=method)
+        params = drawn(model, key, x, scheme, method)
     if params is not None:
         found += measuring(model, x, params, report, fresh=fresh, loss=loss, labels=labels, method=method)(params)
     elif loss is not None or labels is not None:

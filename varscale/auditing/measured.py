@@ -16,6 +16,7 @@ from varscale.auditing.findings import Finding
 from varscale.auditing.leaves import check_finite, summary
 from varscale.auditing.losses import check_loss, check_prior, checked_labels, cross_entropy
 from varscale.auditing.parameters import check_laws, checked, of_weight
+from varscale.initialization.initialize import initialize
 from varscale.measuring.probe import prober
 from varscale.programs import faces
 from varscale.programs.trees import open_tree
@@ -23,19 +24,18 @@ from varscale.report import FirstNonfinite, Report
 from varscale.usage.table import uses
 
 
-def drawing(model: Any, x: Any, method: str | None = None) -> Callable[[Any], Any]:
-    """The function from a key to the parameters that the model's own init draws, compiled once.
+def drawn(model: Any, key: Any, x: Any, scheme: Any = None, method: str | None = None) -> Any:
+    """The parameters that the model's own init draws, or a scheme; of an nnx factory the state.
 
     Raises:
         ValueError: the model has no init.
     """
-    program = faces.program(model, method=method)
-    init = program.init
-    if init is None:
+    if faces.program(model, method=method).init is None:
         raise ValueError("key must be None for a model that holds its parameters, or is given them: there is nothing to draw")
     given = faces.as_inputs(x)
     inputs = faces.Inputs(*jax.tree.map(_filled, (given.args, dict(given.kwargs)), is_leaf=is_described))
-    return jax.jit(lambda key: init(key, inputs))
+    made = initialize(model, key, inputs, scheme="declared" if scheme is None else scheme, method=method)
+    return nnx.split(made)[1] if isinstance(made, nnx.Module) else made
 
 
 def measuring(
