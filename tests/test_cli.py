@@ -33,6 +33,14 @@ class Small(nnx.Module):
 
 def softer(x):
     return jax.nn.relu(x) / 2
+
+class Wide(nn.Module):
+    width: int
+
+def fails():
+    raise RuntimeError("no config")
+
+NUMBER = 3
 """
 
 
@@ -93,13 +101,19 @@ def test_audit_parameters(folder, capsys):
     ("arguments", "message"),
     [
         (("audit", "some_models:Nothing", "-i", "f32[8,32]"), "some_models has no 'Nothing'; it has"),
-        (("audit", "no_module:Net", "-i", "f32[8,32]"), "cannot import no_module"),
+        (("audit", "no_module:Net", "-i", "f32[8,32]"), "No module named 'no_module'"),
         (("audit", "some_models", "-i", "f32[8,32]"), "target must be module:name"),
         (("audit", "some_models:Deep"), "--input is missing"),
         (("audit", "some_models:Deep", "-i", "f32[8"), "--input must be like"),
         (("audit", "some_models:Deep", "-i", "f32[8,32]", "--keyword", "train"), "--keyword must be name=value"),
         (("audit", "some_models:Deep", "-i", "f32[8,32]", "--ignore", "blocks"), "ignore must hold codes"),
         (("audit-parameters", "nothing.safetensors"), "nothing.safetensors"),
+        (("audit", "some_models:Deep", "-i", "f33[8,32]"), "there is no dtype float33"),
+        (("audit", "some_models:Deep", "-i", "i32[8,32]:9..0"), "must not end below its start"),
+        (("audit", "some_models:fails", "-i", "f32[8,32]"), "RuntimeError: no config"),
+        (("audit", "some_models:NUMBER", "-i", "f32[8,32]"), "must be a flax module or a function, not 3"),
+        (("audit", "some_models:Wide", "-i", "f32[8,32]"), "Wide needs width"),
+        (("gain", "some_models:nothing"), "some_models has no 'nothing'"),
         (("gain", "no_activation"), "neither in jax.nn nor in jax.numpy"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 from flax import linen as nn
@@ -259,6 +260,44 @@ def test_muon_takes_the_dimension_numbers_in_nnx():
         by_role = {role: optax.sgd(0.1) for role in ("embedding", "hidden", "readout", "vector", "norm scale", "input")}
         chosen = optax.partition(by_role, found.labels())
         jax.eval_shape(chosen.update, pure, nnx.as_pure(jax.eval_shape(chosen.init, parameters)), pure)
+
+
+def test_a_step_of_muon_orthogonalises_each_map():
+    """One real step: the singular values of each matrix that the program applies become nearly equal, layer by layer."""
+
+    class Body(nn.Module):
+        @nn.compact
+        def __call__(self, x, _):
+            return x + nn.Dense(16, name="dense")(nn.relu(x)), None
+
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.Conv(16, (3,), name="conv")(x)
+            x = nn.MultiHeadDotProductAttention(2, name="attention")(x)
+            x, _ = nn.scan(Body, variable_axes={"params": 0}, split_rngs={"params": True}, length=3)(name="layers")(x, None)
+            experts = self.param("experts", nn.initializers.lecun_normal(batch_axis=0), (2, 16, 16))
+            return nn.Dense(5, name="head")(jnp.einsum("bti,eio->bto", x, experts))
+
+    x = jnp.zeros((2, 4, 8))
+    params = jax.eval_shape(Net().init, jax.random.key(0), x)["params"]
+    leaves, tree = jax.tree.flatten(params)
+    rng = np.random.default_rng(0)
+    # The gradients' outputs differ in size by up to 100.
+    gradients = tree.unflatten([np.float32(rng.normal(size=p.shape) * np.logspace(0, -2, p.shape[-1])) for p in leaves])
+    optimizer = muon(1.0, muon_weight_dimension_numbers=uses(Net(), x).muon_dimension_numbers())
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        updates, _ = jax.jit(lambda g: optimizer.update(g, optimizer.init(g), g))(gradients)
+
+    def ratios(tree):
+        """The largest over the middle singular value of each of the 10 matrices; the smallest of a square one may be 0."""
+        matrices = [tree["conv"]["kernel"].reshape(24, 16), *tree["layers"]["dense"]["kernel"], *tree["experts"]]
+        matrices += [tree["attention"][name]["kernel"].reshape(16, 16) for name in ("query", "key", "value", "out")]
+        values = [np.linalg.svd(np.asarray(matrix), compute_uv=False) for matrix in matrices]
+        return np.array([v[0] / v[8] for v in values])
+
+    assert (ratios(gradients) > 4).all()
+    assert (ratios(updates) < 2).all()
 
 
 def test_a_thousand_layers():

@@ -228,7 +228,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         with _patience(" ".join(sys.argv[1:3] if arguments is None else arguments[:2])):
             result = command.result()
         status = command.show(result)
-    except (UsageError, ValueError, TypeError, KeyError, ImportError, AttributeError, OSError) as error:
+    except (UsageError, ValueError, TypeError, LookupError, ImportError, AttributeError, RuntimeError, OSError) as error:
         told = str(error).strip().splitlines() or [type(error).__name__]
         print(f"varscale: error: {told[0]}", file=sys.stderr)
         status = WRONG_USE
@@ -236,10 +236,37 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def resolved(target: str) -> Any:
-    """The model that module:name says.
+    """The model that module:name says: what it is, or what it returns where it takes no argument.
 
     Raises:
-        UsageError: there is none.
+        UsageError: there is none, or it needs arguments that nobody gives.
+    """
+    found = imported(target)
+    if isinstance(found, nn.Module | nnx.Module):
+        return found
+    if not callable(found):
+        raise UsageError(f"target {target!r} must be a flax module or a function, not {found!r}")
+    needed = [
+        p.name
+        for p in inspect.signature(found).parameters.values()
+        if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+    ]
+    if inspect.isclass(found) and (more := [name for name in needed if name != "rngs"]):
+        told = f"target {target!r}: {found.__name__} needs {', '.join(more)}"
+        raise UsageError(f"{told}: give a function of no argument that returns one")
+    if inspect.isclass(found) and issubclass(found, nnx.Module):
+        return lambda rngs: found(rngs=rngs)  # pyright: ignore[reportCallIssue]
+    if needed:
+        return found
+    with _told_as(target):
+        return found()
+
+
+def imported(target: str) -> Any:
+    """What module:name says.
+
+    Raises:
+        UsageError: there is no such module, it does not import, or it has no such name.
     """
     module_name, _, name = target.partition(":")
     if not name:
@@ -247,25 +274,23 @@ def resolved(target: str) -> Any:
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     module_name = module_name.removesuffix(".py").replace("/", ".")
-    try:
+    with _told_as(target):
         found: Any = importlib.import_module(module_name)
-    except ImportError as error:
-        raise UsageError(f"target {target!r}: cannot import {module_name}: {error}") from error
     for part in name.split("."):
         if not hasattr(found, part):
             near = [other for other in dir(found) if not other.startswith("_")][:8]
             raise UsageError(f"target {target!r}: {module_name} has no {part!r}; it has {', '.join(near)}")
         found = getattr(found, part)
-    if isinstance(found, nn.Module | nnx.Module):
-        return found
-    if inspect.isclass(found) and issubclass(found, nnx.Module):
-        return lambda rngs: found(rngs=rngs)  # pyright: ignore[reportCallIssue]
-    needed = [
-        p
-        for p in inspect.signature(found).parameters.values()
-        if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
-    ]
-    return found if needed else found()
+    return found
+
+
+@contextlib.contextmanager
+def _told_as(target: str) -> Iterator[None]:
+    """Whatever a stranger's module raises is a wrong target, in one line."""
+    try:
+        yield
+    except Exception as error:
+        raise UsageError(f"target {target!r}: {type(error).__name__}: {error}") from error
 
 
 def parsed_input(text: str, key: Any = None) -> Any:
@@ -281,10 +306,16 @@ def parsed_input(text: str, key: Any = None) -> Any:
     if found is None:
         raise UsageError(f'--input must be like "f32[8,224,224,3]", "bf16[2,16]" or "i32[2,128]:0..999", not {text!r}')
     kind = found["kind"]
-    dtype = jnp.dtype("bool" if kind == "bool" else _DTYPES[kind] + (found["bits"] or "32"))
+    name = "bool" if kind == "bool" else _DTYPES[kind] + (found["bits"] or "32")
+    try:
+        dtype = jnp.dtype(name)
+    except TypeError as error:
+        raise UsageError(f"--input {text!r}: there is no dtype {name}") from error
     shape = tuple(int(n) for n in found["shape"].split(",") if n.strip())
     if found["high"] is not None:
         low, high = int(found["low"]), int(found["high"])
+        if low > high:
+            raise UsageError(f"--input {text!r}: the range must not end below its start")
         return np.random.default_rng(0).integers(low, high + 1, shape).astype(dtype)
     if key is None:
         return jax.ShapeDtypeStruct(shape, dtype)
@@ -308,19 +339,11 @@ def parsed_keyword(text: str) -> tuple[str, Any]:
 
 def _activation(name: str) -> Any:
     if ":" in name:
-        return resolved_function(name)
+        return imported(name)
     for home in (jax.nn, jnp):
         if callable(found := getattr(home, name, None)):
             return found
     raise UsageError(f"activation {name!r} is neither in jax.nn nor in jax.numpy; give module:function for one of your own")
-
-
-def resolved_function(target: str) -> Any:
-    """The function that module:name says, uncalled."""
-    module_name, _, name = target.partition(":")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    return getattr(importlib.import_module(module_name), name)
 
 
 def _show(result: Any, as_json: bool) -> None:
