@@ -170,7 +170,7 @@ DEFECTS = {
         drawn=True,
     ),
     "unused parameter": Defect("VS116", "gate", Leftover(False), Leftover(True), ROWS),
-    "random bias": Defect("VS117", "layers_0/bias", plain(HE, depth=2, bias_init=normal(0.3)), plain(HE, depth=2), ROWS),
+    "random bias": Defect("VS117", "layers_*/bias", plain(HE, depth=2, bias_init=normal(0.3)), plain(HE, depth=2), ROWS),
     "constant key": Defect("VS118", "layers_2/kernel", plain(own_key, depth=2), plain(HE, depth=2), ROWS),
     "pixels of 0 to 255": Defect("VS119", "", nn.Dense(4), nn.Dense(4), pixels(False), pixels(True)),
     "constant columns": Defect("VS119", "", nn.Dense(4), nn.Dense(4), columns(False), columns(True)),
