@@ -101,7 +101,7 @@ def _measure(name: str, model: str, llama: tuple[int, int, int, int] | None, war
     cold, processor, peak = time.perf_counter() - begin, time.process_time() - processor, _peak()
     sizes = _sizes(result)
     del result
-    found = {
+    found: dict[str, float] = {
         "import": imported, "cold": cold, "cpu": processor, "memory": (peak - bare) / sum(sizes),
         "largest": max(sizes) / sum(sizes), "bytes": sum(sizes),
     }  # fmt: skip
@@ -109,7 +109,9 @@ def _measure(name: str, model: str, llama: tuple[int, int, int, int] | None, war
         begin = time.perf_counter()
         call()
         found["warm"] = time.perf_counter() - begin
-    return found | ({"temporary": _temporary(model, llama)} if name == "ours" else {})
+    if name == "ours":
+        found["temporary"] = _temporary(model, llama)
+    return found
 
 
 def _in_a_process(name: str, model: str, llama: tuple[int, int, int, int] | None, warms: bool) -> dict[str, float]:
