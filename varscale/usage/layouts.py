@@ -48,7 +48,9 @@ def of(axes: Axes, which: Sequence[int]) -> tuple[int, ...]:
 
 
 def reshaped(axes: Axes, shape: Sequence[int]) -> Axes | None:
-    """The layout after a row-major reshape; None where an axis would hold a broken run."""
+    """The layout after a row-major reshape; None where an axis would hold a broken run, or there are no numbers."""
+    if 0 in shape:
+        return None
     pending = [atom for atoms in axes for atom in atoms if atom.size != 1][::-1]
     result: list[tuple[Atom, ...]] = []
     for n in shape:
