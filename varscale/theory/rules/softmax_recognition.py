@@ -108,22 +108,28 @@ def _lost_likeness(frame: Sequence[Axis], allowed: View | None, key: int) -> flo
     if allowed is None or key not in allowed.bind:
         return 0.0
     assert isinstance(allowed.node, Array)
-    values, keys = allowed.node.values, allowed.bind.index(key)
-    n = values.shape[keys]
-    rows = [k for k, size in enumerate(values.shape) if size == n and k != keys]
+    keys, sizes = allowed.bind.index(key), [axis.size for axis in allowed.node.axes]
+    rows = [k for k, size in enumerate(sizes) if size == sizes[keys] and k != keys]
     if not rows:
         return 0.0
-    p = np.moveaxis(values, (rows[-1], keys), (-2, -1)).reshape(-1, n, n)[0]
+    lost = _lost_by_classes(allowed.node, rows[-1], keys, frame[allowed.bind[rows[-1]]])
+    before = _WINDOWS.of(allowed.node.graph).setdefault(None, 0)
+    _WINDOWS.put(allowed.node.graph, None, before + (lost > NEXT_ORDER))
+    return lost if before else 0.0
+
+
+@once_per_node
+def _lost_by_classes(mask: Array, row: int, key: int, axis: Axis) -> float:
+    """|1 − tr P S Pᵀ by the classes of rows / tr P S Pᵀ| of a mask whose rows are along the axis `row`; one for all layers."""
+    n = axis.size
+    p = np.moveaxis(mask.values, (row, key), (-2, -1)).reshape(-1, n, n)[0]
     p = p / np.maximum(p.sum(-1, keepdims=True), 1.0)
-    shared, axis = p @ p.T, frame[allowed.bind[rows[-1]]]
+    shared = p @ p.T
     table = estimated_products(p.T, p.T, [axis]).sum(0)
     types = axis.classes + axis.label_array[:, None] * axis.classes + axis.label_array
     pooled = np.where(np.eye(n, dtype=bool), shared, table[types])
     own, known = (float(((p @ x) * p).sum()) for x in (shared, pooled))
-    lost = abs(1 - known / own)
-    before = _WINDOWS.of(allowed.node.graph).setdefault(None, 0)
-    _WINDOWS.put(allowed.node.graph, None, before + (lost > NEXT_ORDER))
-    return lost if before else 0.0
+    return abs(1 - known / own)
 
 
 def _takes_paddings_for_tokens(frame: Sequence[Axis], allowed: View, key: int) -> bool:
