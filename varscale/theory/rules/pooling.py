@@ -24,6 +24,7 @@ from varscale.theory.graph.convolutions import (
     tap_pairs,
     tap_reads,
 )
+from varscale.theory.graph.expressions import Apply
 from varscale.theory.graph.layout import Atom, Value
 from varscale.theory.graph.nodes import Node, View, cross_by_kind, pullback, second_moments
 from varscale.theory.graph.normal_form import affine
@@ -301,6 +302,13 @@ def _window_node(interpreter: Context, eqn: Any, x: Value, kind: type[WindowSum]
     node = interpreter.graph.make(
         kind, axes, [View(x.node, tuple(range(len(x.node.axes))))], WindowSumParams(windows, xd, tuple(od))
     )
+    inner = x.node
+    while isinstance(inner, Apply) and inner.params[0] == "affine":
+        inner = inner.args[0].node
+    if isinstance(inner, WindowSum):
+        node.gradient_doubt = (
+            1.0  # cotangents of the inner windows are alike where they are near: up to twice as much
+        )
     return Value(node, tuple((Atom(n, k),) if k is not None else () for n, k in zip(shape, od, strict=True)))
 
 
