@@ -10,6 +10,30 @@ from varscale.theory.graph.nodes import Node, View, number
 from varscale.theory.graph.normal_form import apply
 from varscale.theory.graph.store import once_per_node
 
+# Functions whose derivative is zero wherever they have one.
+_STEPS = {
+    "gt",
+    "lt",
+    "ge",
+    "le",
+    "eq",
+    "ne",
+    "sign",
+    "floor",
+    "ceil",
+    "round",
+    "is_finite",
+    "convert",
+    "bitcast",
+    "and",
+    "or",
+    "xor",
+    "not",
+    "shift_left",
+    "shift_right_logical",
+    "shift_right_arithmetic",
+}
+
 
 def derivative(node: Node, target: View) -> View | None:
     """∂node/∂target over the node's frame, by the chain rule through its tree; None where it does not depend on it."""
@@ -75,31 +99,7 @@ def _partial(name: str, extra: tuple[Any, ...], k: int, args: Sequence[View], bu
             return build("mul", View(number(graph, float(y)), ()), build(name, args[0], extra=(y - 1,)))
         case "exp":
             return build("exp", args[0])
-        case (
-            "gt"
-            | "lt"
-            | "ge"
-            | "le"
-            | "eq"
-            | "ne"
-            | "sign"
-            | "floor"
-            | "ceil"
-            | "round"
-            | "is_finite"
-            | "convert"
-        ):
-            return None
-        case (
-            "bitcast"
-            | "and"
-            | "or"
-            | "xor"
-            | "not"
-            | "shift_left"
-            | "shift_right_logical"
-            | "shift_right_arithmetic"
-        ):
+        case _ if name in _STEPS:
             return None
         case _:
             return build(f"∂{k}{name}", *args, extra=extra)

@@ -101,6 +101,8 @@ def swapped(second: np.ndarray, axes: Sequence[Axis]) -> np.ndarray:
 
 def roots_of(*views: View) -> list[View]:
     """The roots of trees over one frame, as views over that frame, each once."""
+    if len(views) == 1 and views[0].bind == tuple(range(len(views[0].node.axes))):
+        return list(roots(views[0].node))
     return list(dict.fromkeys(root.within(view.bind) for view in views for root in roots(view.node)))
 
 

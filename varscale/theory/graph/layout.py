@@ -33,7 +33,7 @@ class Value:
     node: Node
     dims: tuple[Dim, ...]
 
-    @property
+    @functools.cached_property
     def shape(self) -> tuple[int, ...]:
         """The tensor's shape."""
         return tuple(math.prod(atom.size for atom in dim) for dim in self.dims)

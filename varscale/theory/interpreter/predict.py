@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Collection, Sequence
@@ -189,6 +190,7 @@ def _predicted(
         return summarize(interpreter, program, found, weights(laws, uses), shares, backward=backward)
 
     first, found = _settled(interpreter, walk, report)
+    first = dataclasses.replace(first, notes=(*first.notes, *interpreter.regions.note))
     if not backward or all(
         not isinstance(x, Value) or x.constant is None for _, of, x in found if of in (None, "scope")
     ):

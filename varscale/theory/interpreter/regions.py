@@ -65,10 +65,16 @@ class Regions:
             )
         self.changed = True
 
+    @property
+    def note(self) -> tuple[str, ...]:
+        """One sentence on what is drawn, and how often the model was walked for that; none where nothing is."""
+        drawn = ", ".join(repr(scope) if scope else "the whole model" for scope in self.drawn)
+        return (f"Drawn as regions: {drawn} ({self.walks} walks of the model).",) if drawn else ()
+
     def again(self) -> bool:
         """Begin the next walk, if there has to be one."""
         changed, self.changed, self.drawn = self.changed, False, tuple(self.scopes)
-        self.walks += changed or self.walks == 0
+        self.walks += 1
         return changed
 
 
@@ -197,20 +203,13 @@ def as_one(
     structs = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in invars]
     found: list[_Evaluated] = []
 
-    def sizes(*operands: Any) -> list[Any]:
-        found.append(_Evaluated(None))
+    def nudged(operands: Sequence[Any], given: Sequence[Any] | None) -> list[Any]:
+        found.append(_Evaluated(None if given is None else iter(given)))
         found[-1].parameters = [x for v, x in zip(invars, operands, strict=True) if is_parameter(v)]
         return found[-1].outputs(eqns, dict(zip(invars, operands, strict=True)), outvars, piece)
 
-    jax.eval_shape(sizes, *structs)
-    nudges = found[-1].wanted
-
-    def nudged(operands: Sequence[Any], given: Sequence[Any]) -> list[Any]:
-        found.append(_Evaluated(iter(given)))
-        found[-1].parameters = [x for v, x in zip(invars, operands, strict=True) if is_parameter(v)]
-        return found[-1].outputs(eqns, dict(zip(invars, operands, strict=True)), outvars, piece)
-
-    jaxpr = jax.make_jaxpr(nudged)(structs, nudges)
+    jax.eval_shape(lambda operands: nudged(operands, None), structs)
+    jaxpr = jax.make_jaxpr(nudged)(structs, found[-1].wanted)
     last = found[-1]
     variables = [*outvars, *map(_Marked, jaxpr.out_avals[len(outvars) :])]
     rows = [(*row, variables[i]) for row, i in zip(last.rows, last.marked, strict=True)]
