@@ -13,7 +13,8 @@ import varscale
 ROOT = pathlib.Path(varscale.__file__).parent
 # From the ground. A room's name is the first part of the module's path; `transfer` stands apart.
 FLOOR = {
-    "_compat": 0, "gaussian": 0, "programs": 0, "reporting": 0,
+    "_compat": 0, "arguments": 0,
+    "programs": 0, "reporting": 0, "gaussian": 1,
     "report": 1,
     "initializers": 2, "measuring": 2, "usage": 2,
     "initialization": 3,

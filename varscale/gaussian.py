@@ -22,6 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
+from varscale.arguments import real_number
+
 Elementwise = Callable[[jax.Array], jax.Array]
 
 _ORDER = 16
@@ -164,22 +166,6 @@ def _resolve(f: Elementwise, mean: float, std: float, cuts: np.ndarray) -> tuple
     left, right, values = (np.concatenate(parts) for parts in zip(*done, strict=True))
     order = np.argsort(left)
     return left[order], right[order], values[order]
-
-
-def real_number(name: str, value: object) -> float:
-    """A Python float of an argument, NaN and infinities included.
-
-    Raises:
-        TypeError: not a real number, or a traced one; the message names the argument.
-    """
-    if isinstance(value, (bool, np.bool_, str, bytes)):
-        raise TypeError(f"{name} must be a number, not {value!r}")
-    try:
-        return float(value)  # pyright: ignore[reportArgumentType]
-    except jax.errors.ConcretizationTypeError as error:
-        raise TypeError(f"{name} must be a concrete number, not a traced value") from error
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"{name} must be a number, not {value!r}") from error
 
 
 def _checked(name: str, value: float, low: float = -math.inf, high: float = math.inf) -> float:

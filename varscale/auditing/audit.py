@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 
 from varscale.auditing import maps, norms, settings, signal, streams
-from varscale.auditing.findings import LEVELS, Audit, Finding, ordered, silenced
+from varscale.auditing.findings import LEVELS, Audit, Finding, Level, ordered, silenced
 from varscale.auditing.inputs import check_inputs
 from varscale.auditing.measured import drawn, is_described, measuring
 from varscale.initialization.laws import applied
@@ -120,7 +120,8 @@ def traced(model: Any, x: Any, given: Any, fresh: bool, scheme: Any, method: str
         found += norms.check_epsilon(whole.rows, program_uses.epsilons)
         found += norms.check_softmax(whole.rows, program_uses.attentions)
         found += norms.check_logits(parameters, report)
-        worst = min((f.level for f in found if f.code in ("VS101", "VS102")), key=LEVELS.index, default=None)
+        levels: list[Level] = [f.level for f in found if f.code in ("VS101", "VS102")]
+        worst = min(levels, key=LEVELS.index, default=None)
         found += maps.check_biases(parameters, report.weights, report, worst)
     if not _holds_no_laws(model) and not isinstance(model, nnx.Module):
         plan = streams.outlined(model, x, method, scheme)

@@ -28,7 +28,7 @@ def outlined(model: Any, x: Any, method: str | None, scheme: Any = None) -> Outl
 def check_streams(plan: Outline) -> Iterator[Finding]:
     """Leaves that are drawn from the same random words, and leaves drawn from a key that is always the same."""
     once, again = plan.sources(jax.random.key(0)), plan.sources(jax.random.key(1))
-    first: dict[tuple[bytes, bytes], str] = {}
+    first: dict[tuple[bytes, bytes | None], str] = {}
     for leaf, words, others in zip(plan.trace.leaves, once, again, strict=True):
         path = leaf.path.removeprefix("params/")
         if not words or not leaf.is_weight or math.prod(leaf.shape) < 2:

@@ -47,7 +47,8 @@ def reinitialize(params: P, laws_by_pattern: Mapping[Pattern, laws.Law] | Any, k
     if not isinstance(laws_by_pattern, Mapping) and not hasattr(laws_by_pattern, "laws_of"):
         declared = isinstance(laws_by_pattern, str) and laws_by_pattern == "declared"
         if laws.is_unapplied(laws_by_pattern):
-            raise TypeError(f"laws must be the plan of a scheme: scheme(model, x), not {laws_by_pattern.call} alone")
+            call = getattr(laws_by_pattern, "call", laws_by_pattern)
+            raise TypeError(f"laws must be the plan of a scheme: scheme(model, x), not {call} alone")
         raise (ValueError if declared else TypeError)(
             "laws must be a mapping from path patterns to initializers, not "
             f"{laws_by_pattern!r}" + ": a model that exists no longer holds its initializers (flax drops them); give the "

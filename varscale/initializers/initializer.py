@@ -17,7 +17,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Inexact, Key, UInt32
 
-from varscale.gaussian import real_number
+from varscale.arguments import real_number
 from varscale.initializers.fans import checked_shape
 from varscale.initializers.sampling import OutSharding, checked_key
 

@@ -7,7 +7,6 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
 from varscale import _compat
@@ -94,7 +93,7 @@ def entries_of(i: int, shape: tuple[int, ...]) -> np.ndarray | None:
 
 def number(x: Any) -> complex | None:
     """The number that a constant is, or the first that is not zero of many."""
-    if isinstance(x, jax.core.Tracer) or not hasattr(x, "dtype") or not np.issubdtype(x.dtype, np.number) or np.size(x) > 4096:
+    if _compat.is_tracer(x) or not hasattr(x, "dtype") or not np.issubdtype(x.dtype, np.number) or np.size(x) > 4096:
         return complex(x) if isinstance(x, int | float | complex) else None
     numbers = np.ravel(np.asarray(x))
     nonzero = numbers[numbers != 0]
@@ -166,13 +165,9 @@ def joined(ins: Sequence[Known], eqn: Any) -> Known:
         signals = [x for x in ins if isinstance(x, Signal)]
         if signals:
             return Signal(frozenset().union(*(x.near for x in signals), *(x.atoms for x in terms)))
-    kept = [x.entries for x in terms]
-    entries = np.concatenate(kept, eqn.params["dimension"]) if len(kept) == len(ins) and None not in map(_none, kept) else None
+    kept = [x.entries for x in terms if x.entries is not None]
+    entries = np.concatenate(kept, eqn.params["dimension"]) if len(kept) == len(ins) else None
     same = {frozenset(x.monomials) for x in terms}
     if len(same) == 1:
         return Term(terms[0].monomials, entries)
     return Term(((1, frozenset({("of", frozenset().union(*(x.parameters for x in terms)))})),), entries)
-
-
-def _none(x: Any) -> Any:
-    return None if x is None else 0

@@ -113,7 +113,8 @@ class _Reader:
 
     def __init__(self, paths: Sequence[str], shapes: Sequence[tuple[int, ...]]):
         self.found = Recurrences()
-        self._paths, self._shapes = paths, shapes
+        self._paths: dict[int, str] = dict(enumerate(paths))
+        self._shapes = shapes
         self._maps: list[Map] = []
         self._weighted: set[int] = set()  # parameters of poles whose exponentials were multiplied with weights
         self._rules: dict[str, Callable[..., Known]] = {
@@ -172,7 +173,7 @@ class _Reader:
         return [self._unknown(eqn.primitive.name, ins)] * len(eqn.outvars)
 
     def _unknown(self, name: str, ins: Sequence[Known]) -> Known:
-        signals, terms = ([x for x in ins if isinstance(x, kind)] for kind in (Signal, Term))
+        signals, terms = [x for x in ins if isinstance(x, Signal)], [x for x in ins if isinstance(x, Term)]
         near = frozenset().union(*(x.near for x in signals), *(x.atoms for x in terms))
         if signals:
             decays = {x.decay for x in signals} if name in _SUMS else {None}
@@ -260,8 +261,9 @@ class _Reader:
             return few(Term((*x.monomials, *y.monomials)))
         if isinstance(x, Signal) and isinstance(y, Term):
             shape = eqn.outvars[0].aval.shape
-            known = y.entries is not None and sum(n > 1 for n in y.entries.shape) <= 1
-            shifts = (*x.shifts, np.broadcast_to(y.entries, shape)) if known else x.shifts  # pyright: ignore[reportArgumentType]
+            shifts = x.shifts
+            if y.entries is not None and sum(n > 1 for n in y.entries.shape) <= 1:
+                shifts = (*shifts, np.broadcast_to(y.entries, shape))
             return Signal(x.near | y.atoms, x.made_by, shifts)
         return dataclasses.replace(x, gate=(), state=False) if isinstance(x, Signal) else x
 

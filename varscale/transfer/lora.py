@@ -106,7 +106,7 @@ def lora_init(
         adapter = _Adapter(path, lora.lora_a[...], lora.lora_b[...], None if kernel is None else kernel[...])
         a, b, rest = _started(adapter, key, init, alpha, rank_stabilized)
         lora.lora_a[...], lora.lora_b[...] = a, b
-        if rest is not None:
+        if kernel is not None and rest is not None:
             kernel[...] = rest
     return made
 

@@ -175,7 +175,9 @@ def _number_by_number(
     if math.prod(sizes) > (MOST_FOLDED if literal else _MOST_EVALUATED):
         return None
     numbers = [
-        np.float64(view.node.params) if isinstance(view.node, Constant) else numbers_over(view, frame)
+        np.asarray(view.node.params, np.float64)
+        if isinstance(view.node, Constant)
+        else numbers_over(view, frame)
         for view in views
     ]
     if not literal and not has_values(name, numbers):
