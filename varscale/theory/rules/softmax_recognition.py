@@ -7,9 +7,8 @@ from collections.abc import Hashable, Sequence
 
 import numpy as np
 
-from varscale.theory.domain.accuracy import NEXT_ORDER
+from varscale.theory.domain.accuracy import LEADING_ORDER, NEXT_ORDER
 from varscale.theory.domain.axes import Axis, affordable, join, labelled
-from varscale.theory.domain.tables import estimated_products
 from varscale.theory.graph.expressions import Apply, Mean, Sum, roots
 from varscale.theory.graph.layout import Value
 from varscale.theory.graph.linear_nodes import Contract
@@ -63,7 +62,7 @@ def softmax_of(interpreter: Context, top: Value, bottom: Value) -> Value | None:
     if allowed is not None:
         frame = _row_classes(frame, random, allowed, key)
     doubt = max(_bias_by_place(random, key), _lost_likeness(frame, allowed, key))
-    if doubt > NEXT_ORDER and interpreter.ask("attention by distance", whole=True):
+    if doubt > LEADING_ORDER and interpreter.ask("attention by distance", whole=True):
         return Value(random.node, top.dims)
     if allowed is not None:
         args += _rows_filled(allowed, key)
@@ -124,12 +123,13 @@ def _lost_by_classes(mask: Array, row: int, key: int, axis: Axis) -> float:
     n = axis.size
     p = np.moveaxis(mask.values, (row, key), (-2, -1)).reshape(-1, n, n)[0]
     p = p / np.maximum(p.sum(-1, keepdims=True), 1.0)
-    shared = p @ p.T
-    table = estimated_products(p.T, p.T, [axis]).sum(0)
-    types = axis.classes + axis.label_array[:, None] * axis.classes + axis.label_array
-    pooled = np.where(np.eye(n, dtype=bool), shared, table[types])
-    own, known = (float(((p @ x) * p).sum()) for x in (shared, pooled))
-    return abs(1 - known / own)
+    shared, weights = p @ p.T, p.T @ p
+    own, diagonal = float(np.sum(shared * weights)), np.diag(shared)
+    of = np.eye(axis.classes)[axis.label_array]  # which class each row is of
+    sums = of.T @ shared @ of - np.diag(of.T @ diagonal)
+    means = sums / np.maximum(np.outer(axis.counts, axis.counts) - np.diag(axis.counts), 1.0)
+    weighed = of.T @ weights @ of - np.diag(of.T @ np.diag(weights))
+    return abs(1 - float(np.sum(means * weighed) + diagonal @ np.diag(weights)) / own)
 
 
 def _takes_paddings_for_tokens(frame: Sequence[Axis], allowed: View, key: int) -> bool:
