@@ -21,7 +21,7 @@ class Mamba2(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        inner, past = 2 * WIDTH, np.tril(np.ones((x.shape[1],) * 2, np.float32))
+        inner, past = 2 * WIDTH, np.tril(np.ones((x.shape[1],) * 2, bool))[None, :, :, None]
         x = nn.Dense(WIDTH)(x)
         for i in range(2):
             y = nn.RMSNorm()(x)
@@ -32,7 +32,7 @@ class Mamba2(nn.Module):
             step = nn.softplus(nn.Dense(self.heads)(y))
             rate = jnp.exp(self.param(f"log_rate_{i}", lambda key: jnp.log(jnp.arange(1.0, self.heads + 1))))
             total = jnp.cumsum(-rate * step, axis=1)
-            decay = jnp.exp(total[:, :, None] - total[:, None]) * past[None, :, :, None]
+            decay = jnp.exp(jnp.where(past, total[:, :, None] - total[:, None], -jnp.inf))
             weights = (c @ jnp.swapaxes(b, 1, 2))[..., None] * decay * step[:, None]
             u = u.reshape(*u.shape[:2], self.heads, -1)
             out = jnp.einsum("btsh,bshd->bthd", weights, u)

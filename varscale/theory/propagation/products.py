@@ -34,6 +34,7 @@ from varscale.theory.propagation.marginals import (
 )
 
 MOST_VARIABLES = 5  # roots of one cubature: points in twice as many dimensions are too few for more
+_MOST_INTEGRALS = 8000  # of one function, a millisecond each; with more its module is drawn
 
 
 class _Group:
@@ -265,6 +266,9 @@ def _cubature(group: _Group, frame: Sequence[Axis], fixed: Environment) -> tuple
     grids = [np.broadcast_to(grid(v, frame), (*classes, len(Z))) for v in views]
     mean, second = np.empty(classes), np.empty(types)
     first_class, second_class = ([getattr(a, w) for a in frame] for w in ("first", "second"))
+    keys = np.round(rho, 4).reshape(-1, k * k)
+    if len(keys) > _MOST_INTEGRALS and (n := len(np.unique(keys, axis=0))) > _MOST_INTEGRALS:
+        raise NotImplementedError(f"a function of {k} arrays with {n} different correlations")
     done: dict[tuple[object, ...], float] = {}
     z = sobol(2 * k)
 
