@@ -138,7 +138,11 @@ def _fixed_point(layer: _Layer) -> float:
     while growth and _SMALLEST < q < _OVERFLOW:
         after = layer.growth(factor * q)
         if after * growth < 0:
-            root = brentq(lambda x: layer.second_moment(x) / x - 1, q, factor * q, xtol=1e-300, rtol=1e-13)  # pyright: ignore
+
+            def excess(x: float) -> float:
+                return layer.second_moment(x) / x - 1
+
+            root = brentq(excess, q, factor * q, xtol=1e-300, rtol=1e-13)  # pyright: ignore[reportArgumentType]
             q = float(root)  # pyright: ignore[reportArgumentType]
             break
         q, growth = factor * q, after or growth
