@@ -142,7 +142,7 @@ def _fixed_point(layer: _Layer) -> float:
             def excess(x: float) -> float:
                 return layer.second_moment(x) / x - 1
 
-            root = brentq(excess, q, factor * q, xtol=1e-300, rtol=1e-13)  # pyright: ignore[reportArgumentType]
+            root = brentq(excess, q, factor * q, xtol=1e-300, rtol=1e-13)  # pyright: ignore
             q = float(root)  # pyright: ignore[reportArgumentType]
             break
         q, growth = factor * q, after or growth
