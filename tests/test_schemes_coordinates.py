@@ -134,7 +134,7 @@ def test_the_table_and_the_picture():
     assert "(output)" in str(found)
     assert len(found.plot().axes) == 3
     assert found.to_records()[0]["widths"] == WIDTHS
-    with pytest.raises(KeyError, match="no row 'nothing'"):
+    with pytest.raises(KeyError, match="no row has the path 'nothing'"):
         found["nothing"]
 
 

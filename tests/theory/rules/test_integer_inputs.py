@@ -61,7 +61,7 @@ def test_one_hot_rows_are_drawn_as_rows():
     assert rows is not None
     axes = rows.node.axes
     whole = [np.arange(axis.size) for axis in axes]
-    drawn = Drawing(5, 0, lambda axis: np.arange(axis.size)).values(View(rows.node, (0, 1, 2)), axes, whole)
+    drawn = Drawing(5, lambda axis: np.arange(axis.size)).values(View(rows.node, (0, 1, 2)), axes, whole)
     features = rows.dims[2][0].axis
     assert set(np.unique(drawn)) == {0.0, 1.0}
     np.testing.assert_array_equal(drawn.sum(axis=features), 1)

@@ -82,7 +82,7 @@ def gradient_scale(
             doubt += (2 * abs(ratio) * spread.bend + abs(curvature) * spread.point / 2) * (
                 other.id not in scales
             )
-        return GradientScale(1.0, doubt, passed, 0.0, -1.0)  # nothing is left along what was normalised
+        return GradientScale(1.0, doubt, passed, 0.0, -1.0 if _over_all_units(node, held) else 0.0)
     derivative, slopes, mine = inherited(slope.node), log_slopes(slope.node), kernel(root.node)
     together = later * shared(derivative.places, inherited(node).places) + unit * _with_slope(node, slope)
     own = sum(
@@ -97,6 +97,15 @@ def gradient_scale(
         own=own,
         radial=radial * stretched + 2 * slopes.get(root.node, 0.0),
     )
+
+
+def _over_all_units(node: Apply, held: Sequence[View]) -> bool:
+    """Whether a norm's scale is a sample's own, over all units: then nothing of a gradient is left along what was normalised.
+
+    Past a matrix that holds of the sum over all units alone, and not of one unit over samples or of one group of units.
+    """
+    kept = sorted({place for view in held for place in view.bind})
+    return 0 < len(kept) < len(node.axes) and kept == list(range(len(kept)))
 
 
 def log_slopes(node: Node) -> dict[Node, float]:
