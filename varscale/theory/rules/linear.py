@@ -27,7 +27,6 @@ from varscale.theory.graph.nodes import (
     second_moments,
 )
 from varscale.theory.graph.normal_form import affine
-from varscale.theory.graph.reshapes import Rearranged
 from varscale.theory.graph.store import BackwardNotes
 from varscale.theory.propagation.cross_moments import cross, dependent, mean_product
 from varscale.theory.propagation.doubts import lost_excess
@@ -38,6 +37,7 @@ from varscale.theory.propagation.shared_tokens import shared_tokens
 from varscale.theory.rules.alike_keys import of_alike_keys
 from varscale.theory.rules.attention import SHARED_DOUBT, note_values, tilted
 from varscale.theory.rules.masks import told_apart
+from varscale.theory.rules.own_products import meets_itself
 from varscale.theory.rules.random import as_weight, law
 from varscale.theory.rules.reductions import mean
 from varscale.theory.rules.registry import Context, rule
@@ -371,25 +371,6 @@ def _with_itself(
 def dot_general(interpreter: Context, eqn: Any, x: Value, y: Value) -> Any:
     """A contraction; products of rows with rows are drawn, the diagonal being no entry like the others."""
     contracted, batch = eqn.params["dimension_numbers"]
-    if _meets_itself(x, y, contracted, batch):
+    if meets_itself(strip(x)[1], strip(y)[1], contracted, batch):
         return drawn_region(interpreter, eqn, (x, y), "rows meet themselves in a product")
     return contract(interpreter, x, y, contracted, batch)
-
-
-def _is_weight(node: Node) -> bool:
-    """Whether it is zero-mean weights, their entries moved or not."""
-    while isinstance(node, Rearranged):
-        node = node.args[0].node
-    return isinstance(node, Leaf) and bool(node.odd) and not node.is_input
-
-
-def _meets_itself(x: Value, y: Value, contracted: Any, batch: Any) -> bool:
-    """Whether free dimensions of two arrays may be one, read twice: each of its positions then meets itself."""
-    nodes = [strip(v)[1].node for v in (x, y)]
-    if not dependent(*nodes) or any(isinstance(node, Softmax) or _is_weight(node) for node in nodes):
-        return False
-    sizes = [
-        {n for d, n in enumerate(v.shape) if n > 1 and d not in (*summed, *shared)}
-        for v, summed, shared in zip((x, y), contracted, batch, strict=True)
-    ]
-    return bool(sizes[0] & sizes[1])
