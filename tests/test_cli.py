@@ -115,6 +115,9 @@ def test_audit_parameters(folder, capsys):
         (("audit", "some_models:Wide", "-i", "f32[8,32]"), "Wide needs width"),
         (("gain", "some_models:nothing"), "some_models has no 'nothing'"),
         (("gain", "no_activation"), "neither in jax.nn nor in jax.numpy"),
+        (("audit",), "MODULE:NAME"),
+        (("audits", "some_models:Deep"), "Available subcommands: audit, predict"),
+        (("audit", "some_models:Deep", "--key", "first"), "Error parsing --key"),
     ],
 )
 def test_wrong_use_is_one_line(folder, capsys, arguments, message):

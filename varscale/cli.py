@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import importlib
 import inspect
+import io
 import os
 import re
 import sys
@@ -223,7 +224,7 @@ Command = (
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command; exits with 0 (clean), 1 (findings) or 2 (wrong use, or a model that cannot be read)."""
-    command: Any = tyro.cli(Command, prog="varscale", args=arguments, description=__doc__)  # pyright: ignore[reportArgumentType]
+    command = _parsed(arguments)
     try:
         with _patience(" ".join(sys.argv[1:3] if arguments is None else arguments[:2])):
             result = command.result()
@@ -233,6 +234,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"varscale: error: {told[0]}", file=sys.stderr)
         status = WRONG_USE
     sys.exit(status)
+
+
+def _parsed(arguments: Sequence[str] | None) -> Any:
+    """The command that is asked for; wrong arguments are told in one line, as all errors are."""
+    told = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(told):
+            return tyro.cli(Command, prog="varscale", args=arguments, description=__doc__)  # pyright: ignore[reportArgumentType]
+    except SystemExit as ended:
+        if ended.code == WRONG_USE:
+            _, *lines = filter(None, (line.strip("│╭╰╮╯─ ") for line in told.getvalue().splitlines()))
+            text, _, rest = " ".join(lines).partition("For full helptext, run")
+            print(f"varscale: error: {text.strip().rstrip('.')}; see {rest.strip(': ')}", file=sys.stderr)
+        raise
 
 
 def resolved(target: str) -> Any:
