@@ -8,6 +8,7 @@ the nodes on it; what is worked out here is the rest, Σ_{p≠q} E[s_p s_q] over
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -244,11 +245,15 @@ def _part_here(p: _Path, q: _Path, terms: int) -> bool:
 def _paths(terms: list[_Term]) -> list[_Path]:
     """The paths through the terms of a sum, or through one function, as far down as those of two of them can meet."""
     starts, out = list(_starts(terms)), []
-    for start in starts:
-        others = [p.root.node for p in starts if p is not start and (p.term != start.term or len(terms) == 1)]
-        if not others:
-            continue
-        lowest = min(map(_first_below, others))
+    lowest_of: dict[int, int] = {}  # by term, or by path where there is one term
+    groups = [start.term if len(terms) > 1 else i for i, start in enumerate(starts)]
+    for group, start in zip(groups, starts, strict=True):
+        lowest_of[group] = min(_first_below(start.root.node), lowest_of.get(group, sys.maxsize))
+    if len(lowest_of) < 2:
+        return []
+    two = sorted(lowest_of, key=lowest_of.__getitem__)[:2]
+    for group, start in zip(groups, starts, strict=True):
+        lowest = lowest_of[two[group == two[0]]]  # of the others
         waiting = [start]
         while waiting and len(out) < _MOST_PATHS:
             path = waiting.pop()
