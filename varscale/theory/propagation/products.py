@@ -34,7 +34,7 @@ from varscale.theory.propagation.marginals import (
 )
 
 MOST_VARIABLES = 5  # roots of one cubature: points in twice as many dimensions are too few for more
-_MOST_INTEGRALS = 8000  # of one function, a millisecond each; with more its module is drawn
+_MOST_INTEGRALS = 8000  # of one function, some milliseconds each; with more its module is drawn
 
 
 class _Group:
