@@ -143,8 +143,8 @@ class BackwardNotes:
     Attributes:
         values: by softmax, the tokens that the values are made of which it weighs.
         gains: by product, the argument whose cotangent gains something, and what it gains by type.
-        sent: by output of a loop, draws of the cotangents that other loops sent it.
-        loops: the outputs of loops that the pass has been through.
+        sent: by output of a region, draws of the cotangents that other regions sent it.
+        regions: the outputs of regions that the pass has been through.
         inside: what flows into outputs of regions inside these.
         doubts: by node, the relative error of its pullback, where that is not its kind's `gradient_doubt`.
     """
@@ -152,6 +152,6 @@ class BackwardNotes:
     values: dict[int, Any] = dataclasses.field(default_factory=dict)
     gains: dict[int, tuple[int, np.ndarray]] = dataclasses.field(default_factory=dict)
     sent: dict[int, list[np.ndarray]] = dataclasses.field(default_factory=dict)
-    loops: list[Any] = dataclasses.field(default_factory=list)
+    regions: list[Any] = dataclasses.field(default_factory=list)
     inside: list[FlowInside] = dataclasses.field(default_factory=list)
     doubts: dict[int, float] = dataclasses.field(default_factory=dict)

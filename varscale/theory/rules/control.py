@@ -20,10 +20,9 @@ from varscale.theory.rules.axis import slice_of_weights, take
 from varscale.theory.rules.concatenation import concatenate
 from varscale.theory.rules.equations import used_variables
 from varscale.theory.rules.random import bits
+from varscale.theory.rules.region_draws import CannotDraw
 from varscale.theory.rules.registry import STACKED, Complex, Context, Opaque, map_parts, rule
-from varscale.theory.rules.sampled_loop import CannotDraw
-from varscale.theory.rules.sampled_loop_nodes import over_time
-from varscale.theory.rules.sampled_regions import drawn_region
+from varscale.theory.rules.sampled_regions import drawn_alone, drawn_region
 
 _CALLS = {
     "jit": "jaxpr",
@@ -95,12 +94,11 @@ def _goes_by_derivatives(eqn: Any) -> bool:
 _MOST_TRIED = 1 << 22  # numbers of which a function is tried
 _STEADY = 1e-2
 _FEW_STEPS = 4  # of a loop over time that are taken one by one
-_OUTLINED = 2  # steps whose outputs say over which axes those of all are: the first may begin with a constant
 
 
 @rule("scan")
 def scan(interpreter: Context, eqn: Any, *xs: Any) -> list[Any]:
-    """Over layers, every step in turn; over time, where the same weights act at every step, as `loops` does it.
+    """Over layers, every step in turn; over time, where the same weights act at every step, as a region.
 
     What no output that is read depends on is left out: of an init's scan over layers the layers themselves, so that its steps
     draw weights and do nothing else. Outputs left out are None.
@@ -111,12 +109,10 @@ def scan(interpreter: Context, eqn: Any, *xs: Any) -> list[Any]:
     layers = any(isinstance(x, Value) and _stacks_weights(x) for x in streams)
     if not layers and any(kept[: len(carry)]) and p["length"] > _FEW_STEPS:
         try:
-            return over_time(
-                interpreter, eqn, xs, _first_steps(interpreter, p, xs, _OUTLINED, named=False)[-1]
-            )
+            return drawn_alone(interpreter, eqn, xs, whole_numbers=False, time=len(carry))
         except CannotDraw:
             pass
-    steps = _first_steps(interpreter, p, xs, p["length"], named=layers, kept=kept)
+    steps = _walked(interpreter, p, xs, named=layers, kept=kept)
     if p["reverse"]:
         steps.reverse()
     last = steps[0 if p["reverse"] else -1][: len(carry)]
@@ -148,23 +144,16 @@ def _needed(p: dict[str, Any], read: Sequence[bool]) -> list[bool]:
         kept = more
 
 
-def _first_steps(
-    interpreter: Context,
-    p: dict[str, Any],
-    xs: Sequence[Any],
-    count: int,
-    *,
-    named: bool,
-    kept: Sequence[bool] = (),
+def _walked(
+    interpreter: Context, p: dict[str, Any], xs: Sequence[Any], *, named: bool, kept: Sequence[bool]
 ) -> list[list[Any]]:
-    """Outputs of the first steps of a scan, those that are not kept None; stacked weights are one fresh weight a step."""
+    """Outputs of the steps of a scan, those that are not kept None; stacked weights are one fresh weight a step."""
     length = p["length"]
     jaxpr, literals = _compat.sub_jaxpr(p["jaxpr"])
-    kept = kept or [True] * len(jaxpr.outvars)
     jaxpr = jaxpr.replace(outvars=[v for v, keep in zip(jaxpr.outvars, kept, strict=True) if keep])
     fixed, carry, streams = _compat.scan_operands(p, xs)
     out: list[list[Any]] = []
-    for step in list(reversed(range(length)) if p["reverse"] else range(length))[:count]:
+    for step in reversed(range(length)) if p["reverse"] else range(length):
         now = [index(interpreter, x, step, length) for x in streams]
         made = iter(interpreter.run(jaxpr, literals, [*fixed, *carry, *now], step if named else None))
         out.append([next(made) if keep else None for keep in kept])

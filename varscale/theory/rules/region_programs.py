@@ -1,4 +1,4 @@
-"""What a loop or a region computes, compiled: once for all that compute the same."""
+"""What a region computes, compiled: once for all that compute the same."""
 
 from __future__ import annotations
 
@@ -12,24 +12,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from varscale import _compat
 from varscale.theory.rules.region_sizes import Sizes, run
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """What a loop computes; equal where the same equations do it at the same sizes, so that equal layers are compiled once.
+    """What a region computes; equal where the same equations do it at the same sizes: equal layers are compiled once.
 
     Attributes:
-        params: the equation's parameters.
-        sizes: at which sizes it is run.
+        jaxpr: its equations, closed.
+        sizes: at which sizes they are run.
         shapes: the sizes that are made smaller, and how small.
-        written: its equations.
+        written: the equations, and the numbers in them.
         weights: which operands are independent zero-mean weights.
         floating: which operands gradients flow into.
     """
 
-    params: dict[str, Any] = dataclasses.field(compare=False)
+    jaxpr: Any = dataclasses.field(compare=False)
     sizes: Sizes = dataclasses.field(compare=False)
     shapes: tuple[tuple[int, int], ...]
     written: str
@@ -38,17 +37,8 @@ class Program:
 
     def run(self, *operands: Any) -> list[jax.Array]:
         """One run: every output at the smaller sizes, the parts of complex ones in succession."""
-        jaxpr, literals = _compat.sub_jaxpr(self.params["jaxpr"])
-        fixed, carry, streams = _compat.scan_operands(self.params, list(operands))
-
-        def step(now: list[Any], row: list[Any]) -> tuple[list[Any], list[Any]]:
-            out = run(jaxpr, literals, [*fixed, *now, *row], self.weights, self.sizes)
-            return out[: len(now)], out[len(now) :]
-
-        last, rows = jax.lax.scan(
-            step, carry, streams, length=self.params["length"], reverse=self.params["reverse"]
-        )
-        return [part for x in (*last, *rows) for part in _real_arrays(x)]
+        out = run(self.jaxpr.jaxpr, self.jaxpr.consts, operands, self.weights, self.sizes)
+        return [part for x in out for part in _real_arrays(x)]
 
     def back(self, which: int, operands: Sequence[Any], seed: jax.Array) -> Any:
         """Cotangents of the floating operands, given those of one output."""
@@ -75,12 +65,13 @@ def back_all(program: Program, which: int, operands: list[Any], seed: jax.Array)
     return jax.vmap(lambda xs, g: program.back(which, xs, g))(operands, seed)
 
 
-def written(params: dict[str, Any]) -> str:
-    """The equations of a loop, and the numbers in it."""
-    jaxpr, literals = _compat.sub_jaxpr(params["jaxpr"])
-    digests = [hashlib.sha1(np.asarray(x).tobytes()).hexdigest() for x in literals if not _is_key_array(x)]
-    keys = [jax.random.key_data(x).tolist() for x in literals if _is_key_array(x)]
-    return f"{params['length']} {params['reverse']} {digests} {keys} {jaxpr}"
+def written(jaxpr: Any) -> str:
+    """Equations, and the numbers in them."""
+    digests = [
+        hashlib.sha1(np.asarray(x).tobytes()).hexdigest() for x in jaxpr.consts if not _is_key_array(x)
+    ]
+    keys = [jax.random.key_data(x).tolist() for x in jaxpr.consts if _is_key_array(x)]
+    return f"{digests} {keys} {jaxpr.jaxpr}"
 
 
 def _is_key_array(x: Any) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -330,21 +330,29 @@ _RULES.update(dict.fromkeys(("cumsum", "cumprod", "cummax", "cummin", "cumlogsum
 def work(jaxpr: Any, sizes: Sizes) -> float:
     """Multiplications in one run at these sizes, roughly."""
     total = 0.0
-    for eqn in jaxpr.eqns:
-        inner = sub_jaxpr_of(eqn)
-        if inner is not None:
-            total += eqn.params.get("length", 1) * work(_compat.sub_jaxpr(inner)[0], sizes)
-            continue
+    for eqn, times in _every_equation(jaxpr):
         terms = 1.0
         if eqn.primitive.name == "dot_general":
-            terms = math.prod(
-                sizes.shape([eqn.invars[0].aval.shape[k] for k in eqn.params["dimension_numbers"][0][0]])
-            )
+            summed = eqn.params["dimension_numbers"][0][0]
+            terms = math.prod(sizes.shape([eqn.invars[0].aval.shape[k] for k in summed]))
         elif eqn.primitive.name == "conv_general_dilated":
-            kernel = eqn.invars[1].aval.shape
-            terms = (
-                math.prod(sizes.shape(kernel))
-                / sizes.shape(kernel)[eqn.params["dimension_numbers"].rhs_spec[0]]
-            )
-        total += terms * sum(math.prod(sizes.shape(v.aval.shape)) for v in eqn.outvars)
+            kernel = sizes.shape(eqn.invars[1].aval.shape)
+            terms = math.prod(kernel) / kernel[eqn.params["dimension_numbers"].rhs_spec[0]]
+        total += times * terms * sum(math.prod(sizes.shape(v.aval.shape)) for v in eqn.outvars)
     return total
+
+
+def numbers_held(jaxpr: Any, sizes: Sizes) -> float:
+    """Numbers in all arrays of one run at these sizes."""
+    made = ((times, v.aval.shape) for eqn, times in _every_equation(jaxpr) for v in eqn.outvars)
+    return sum(times * math.prod(sizes.shape(shape)) for times, shape in made)
+
+
+def _every_equation(jaxpr: Any, times: int = 1) -> Iterator[tuple[Any, int]]:
+    """The equations of a jaxpr and of the calls and loops in it, each with how often it is run."""
+    for eqn in jaxpr.eqns:
+        inner = sub_jaxpr_of(eqn)
+        if inner is None:
+            yield eqn, times
+        else:
+            yield from _every_equation(_compat.sub_jaxpr(inner)[0], times * eqn.params.get("length", 1))

@@ -16,9 +16,8 @@ from flax import linen as nn
 from jax import lax
 
 from varscale.theory import predict
+from varscale.theory.rules.region_draws import CannotDraw, Operand, sizes_to_run
 from varscale.theory.rules.region_sizes import CannotShrink, Sizes, run, work
-from varscale.theory.rules.sampled_loop import CannotDraw, Operand
-from varscale.theory.rules.sampled_loop import shrunk as sizes_of
 
 STEPS, WIDTH = 24, 32
 INPUT = jax.ShapeDtypeStruct((4, STEPS, WIDTH), jnp.float32)
@@ -328,14 +327,14 @@ def squared_on(width):
     """A thousand steps of h @ h, whose sums may cancel, so that it does not shrink."""
     struct = jax.ShapeDtypeStruct((width, width), jnp.float32)
     jaxpr = jax.make_jaxpr(lambda x: lax.scan(lambda h, _: (h @ h, None), x, None, length=1000)[0])(struct)
-    return jaxpr.eqns[0].params, [Operand((), None, struct, False, False)]
+    return jaxpr, [Operand((), None, struct, False)]
 
 
 def test_a_loop_that_does_not_shrink_is_drawn_less_often():
-    sizes, replicates = sizes_of(*squared_on(256))
+    sizes, replicates = sizes_to_run(*squared_on(256))
     assert (dict(sizes.smaller), replicates) == ({}, 4)
 
 
 def test_a_loop_too_large_to_run_is_said_so():
     with pytest.raises(CannotDraw):
-        sizes_of(*squared_on(1 << 13))
+        sizes_to_run(*squared_on(1 << 13))

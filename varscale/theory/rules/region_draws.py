@@ -1,7 +1,7 @@
-"""Loops over time, run on drawn weights, inputs and states, at some of their units and samples.
+"""Draws of a region: equations run on drawn weights, inputs and states, at some of their units and samples.
 
-The same weights act at every step, so steps are correlated in ways that no step alone tells. Taken one by one, T steps have T²
-cross-moments; drawn, a thousand of them take a second.
+A loop over time is one such equation. The same weights act at every step, so steps are correlated in ways that no step alone
+tells. Taken one by one, T steps have T² cross-moments; drawn, a thousand of them take a second.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from varscale.theory.propagation.sampler import Drawing, evenly
 from varscale.theory.propagation.scale_responses import SCALE_STEP
 from varscale.theory.rules.equations import sub_jaxpr_of
 from varscale.theory.rules.region_programs import Program, back_all, run_all, written
-from varscale.theory.rules.region_sizes import CannotShrink, Sizes, run, work
+from varscale.theory.rules.region_sizes import CannotShrink, Sizes, numbers_held, run, work
 from varscale.theory.rules.registry import Opaque, parts
 
 _REPLICATES = 16
@@ -33,30 +33,25 @@ _MOST_REPLICATES = 64
 _FEWEST_REPLICATES = 4
 _TAIL = 1e-4  # probability that the mean of draws is further off than is said
 _DRAWN_NUMBERS = 1 << 22  # numbers that the draws of one array of a region may hold
-_WORK = 2e10  # multiplications that a loop should take
+_WORK = 2e10  # multiplications that a region should take
 _HELD_NUMBERS = 1 << 28  # numbers that all draws of all its equations should be
-_MOST_WORK = (
-    1e12  # multiplications that one which does not shrink may take: steps taken one by one would take longer
-)
-_FEWEST_UNITS = (
-    32  # units that are left of a layer: what n units differ by from infinitely many is of order 1/n
-)
+_MOST_WORK = 1e12  # multiplications that one which does not shrink may take
+_FEWEST_UNITS = 32  # units left of a layer: what n units differ by from infinitely many is of order 1/n
 _SAMPLES = 4  # samples drawn of a batch
 
 
 class CannotDraw(Exception):
-    """A loop that reads what cannot be drawn, or that even at its smallest is too much to run."""
+    """A region that reads what cannot be drawn, or that even at its smallest is too much to run."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Operand:
-    """An operand of a loop.
+    """An operand of a region.
 
     Attributes:
         value: the parts of its value, each dimension of one atom at most; none for a random key.
         key: the key, where it is one.
         aval: its shape and type.
-        stacked: whether it has a row a step.
         weight: whether it is independent zero-mean weights.
         nudge: whether it is zeros that are added to an output where it is made.
     """
@@ -64,33 +59,27 @@ class Operand:
     value: tuple[Value, ...]
     key: Any
     aval: Any
-    stacked: bool
     weight: bool
     nudge: bool = False
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        """Its shape at one step."""
-        return tuple(self.aval.shape)[self.stacked :]
-
-    @property
     def identity(self) -> tuple[Any, ...]:
         """What tells it from other operands."""
-        return tuple((x.node, x.dims) for x in self.value), self.key, str(self.aval), self.stacked, self.nudge
+        return tuple((x.node, x.dims) for x in self.value), self.key, str(self.aval), self.nudge
 
     @property
     def random(self) -> bool:
         return any(not isinstance(x.node, Constant | Array) for x in self.value)
 
 
-def operand(x: Any, aval: Any, *, stacked: bool, nudge: bool = False) -> Operand:
-    """An operand of a loop, of its value.
+def operand(x: Any, aval: Any, *, nudge: bool) -> Operand:
+    """An operand of a region, of its value.
 
     Raises:
         CannotDraw: it is random whole numbers (ids), whose law is not their moments.
     """
     if isinstance(x, Opaque):
-        return Operand((), x.key, aval, stacked, False)
+        return Operand((), x.key, aval, False)
     known = jnp.issubdtype(aval.dtype, jnp.inexact) or all(
         isinstance(v.node, Constant | Array) for v in parts(x)
     )
@@ -101,10 +90,8 @@ def operand(x: Any, aval: Any, *, stacked: bool, nudge: bool = False) -> Operand
         for d in range(len(part.dims)):
             part = merged(part, d)
         flat.append(part)
-    weight = (
-        all(isinstance(p.node, Leaf) and p.node.odd and not p.node.is_input for p in flat) and not stacked
-    )
-    return Operand(tuple(flat), None, aval, stacked, weight and len(aval.shape) > 1, nudge)
+    weight = all(isinstance(p.node, Leaf) and p.node.odd and not p.node.is_input for p in flat)
+    return Operand(tuple(flat), None, aval, weight and len(aval.shape) > 1, nudge)
 
 
 _COMPARED = {"lt", "le", "gt", "ge", "eq", "ne"}
@@ -121,49 +108,40 @@ def _is_decided(node: Node) -> bool:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Loop:
-    """A scan over time.
+class RegionDraws:
+    """A region on draws of its operands.
 
     Attributes:
-        params: the equation's parameters.
-        operands: its constants, its carry and its streams.
-        sizes: at which sizes it is run.
-        replicates: how many draws of all its operands it is run on.
+        jaxpr: its equations, closed.
+        operands: what they read.
+        sizes: at which sizes they are run.
+        replicates: how many draws of all its operands they are run on.
         batch: how many of these are run at a time.
-        is_region: whether it is equations that are run once.
     """
 
-    params: dict[str, Any]
+    jaxpr: Any
     operands: tuple[Operand, ...]
     sizes: Sizes
     replicates: int
     batch: int
-    is_region: bool
 
     @functools.cached_property
     def drawing(self) -> Drawing:
         return Drawing(self.replicates, lambda axis: evenly(axis.size, self.sizes.shape([axis.size])[0]))
 
-    def positions(self, x: Value, *, stacked: bool) -> list[np.ndarray]:
+    def positions(self, x: Value) -> list[np.ndarray]:
         """Which positions of a value's node are drawn, axis by axis."""
-        out: list[np.ndarray] = [np.zeros(0, int)] * len(x.node.axes)
-        for d, dim in enumerate(x.dims):
-            for atom in dim:
-                if atom.axis is not None:
-                    kept = atom.size if stacked and d == 0 else self.sizes.shape([atom.size])[0]
-                    out[atom.axis] = evenly(atom.size, kept)
-        return out
+        return [evenly(axis.size, self.sizes.shape([axis.size])[0]) for axis in x.node.axes]
 
-    def draw(self, x: Value, *, stacked: bool) -> np.ndarray:
+    def draw(self, x: Value) -> np.ndarray:
         """A value drawn at its smaller sizes, (replicates, ...)."""
-        numbers = self.drawing.whole(x.node, self.positions(x, stacked=stacked))
-        sizes = [n if stacked and d == 0 else self.sizes.shape([n])[0] for d, n in enumerate(x.shape)]
+        numbers = self.drawing.whole(x.node, self.positions(x))
         axes = [a.axis for dim in x.dims for a in dim if a.axis is not None]
         numbers = numbers.transpose([0, *(1 + k for k in axes)])
         lengths = iter(numbers.shape[1:])
         shape = [next(lengths) if any(a.axis is not None for a in dim) else 1 for dim in x.dims]
         numbers = numbers.reshape(len(numbers), *shape)
-        return np.broadcast_to(numbers, (self.replicates, *sizes))
+        return np.broadcast_to(numbers, (self.replicates, *self.sizes.shape(x.shape)))
 
     @functools.cached_property
     def drawn(self) -> list[Any]:
@@ -174,7 +152,7 @@ class Loop:
                 split = jax.vmap(lambda key: jax.random.split(key, self.replicates), out_axes=1)
                 out.append(split(x.key.reshape(-1)).reshape(self.replicates, *x.key.shape))
                 continue
-            re, *im = [self.draw(part, stacked=x.stacked) for part in x.value]
+            re, *im = [self.draw(part) for part in x.value]
             out.append((re + 1j * im[0] if im else re).astype(x.aval.dtype))
         return out
 
@@ -185,7 +163,7 @@ class Loop:
             i for i, x in enumerate(self.operands) if x.value and np.issubdtype(x.aval.dtype, np.inexact)
         )
         weights, shapes = tuple(x.weight for x in self.operands), tuple(sorted(self.sizes.smaller.items()))
-        return Program(self.params, self.sizes, shapes, written(self.params), weights, floating)
+        return Program(self.jaxpr, self.sizes, shapes, written(self.jaxpr), weights, floating)
 
     def run_on(self, operands: Sequence[Any]) -> list[np.ndarray]:
         """Outputs on given draws of the operands, so many at a time: what is compiled does not depend on how many there are."""
@@ -201,8 +179,8 @@ class Loop:
 
     @functools.cached_property
     def outputs(self) -> list[np.ndarray]:
-        """Outputs on draws of the operands, (replicates, ...)."""
-        return [_numbers(x) for x in self._outputs]
+        """Outputs on draws of the operands, (replicates, ...), dimensions of size 1 left out."""
+        return [_numbers(x).reshape(len(x), *(n for n in x.shape[1:] if n > 1)) for x in self._outputs]
 
     @functools.cached_property
     def undefined(self) -> bool:
@@ -233,18 +211,17 @@ class Loop:
     @property
     def memory(self) -> int:
         """Bytes that a backward pass keeps of one draw, roughly."""
-        jaxpr, _ = _compat.sub_jaxpr(self.params["jaxpr"])
-        made = (v.aval.shape for eqn in jaxpr.eqns for v in eqn.outvars)
-        return 4 * self.params["length"] * sum(math.prod(self.sizes.shape(shape)) for shape in made)
+        return int(4 * numbers_held(self.jaxpr.jaxpr, self.sizes))
 
     @property
     def width_ratio(self) -> float:
         """How many units each one that is left stands for."""
-        weights = [n for x in self.operands if x.weight for n in x.shape]
+        weights = [n for x in self.operands if x.weight for n in x.aval.shape]
         return max((self.sizes.ratio([n]) for n in weights), default=1.0)
 
     def back(self, which: int, seed: np.ndarray) -> list[np.ndarray | None]:
         """Cotangents of the operands, (replicates, ...), given those of one output; none for keys and whole numbers."""
+        seed = seed.astype(np.float32).reshape(len(seed), *self._outputs[which].shape[1:])
         out: list[np.ndarray | None] = [None] * len(self.operands)
         parts = []
         for start in range(0, len(seed), self.batch):
@@ -256,20 +233,18 @@ class Loop:
         return out
 
 
-def enough(loop: Loop, bound: float) -> Loop:
-    """The loop on so many draws that its outputs' mean squares are known to this, or as many numbers as there may be.
+def enough(draws: RegionDraws, bound: float) -> RegionDraws:
+    """So many draws that the outputs' mean squares are known to this, or as many numbers as there may be.
 
     The error goes by the root of the draws, and so tells how often they have to be doubled.
     """
-    if bound == math.inf:
-        return loop
-    largest = max(numbers[0].size for numbers in loop.outputs)
-    while loop.error > bound and 2 * loop.replicates * largest <= _DRAWN_NUMBERS:
-        needed = 2 * math.log2(min(loop.error / bound, _DRAWN_NUMBERS))
-        most = math.log2(_DRAWN_NUMBERS / (loop.replicates * largest))
+    largest = max((numbers[0].size for numbers in draws.outputs), default=1)
+    while draws.error > bound and 2 * draws.replicates * largest <= _DRAWN_NUMBERS:
+        needed = 2 * math.log2(min(draws.error / bound, _DRAWN_NUMBERS))
+        most = math.log2(_DRAWN_NUMBERS / (draws.replicates * largest))
         doublings = int(min(max(needed, 1), most))
-        loop = dataclasses.replace(loop, replicates=loop.replicates << doublings)
-    return loop
+        draws = dataclasses.replace(draws, replicates=draws.replicates << doublings)
+    return draws
 
 
 def relative_error(squares: np.ndarray) -> float:
@@ -287,39 +262,26 @@ def _numbers(x: Any) -> np.ndarray:
     return np.nan_to_num(np.asarray(x).astype(np.float32), nan=0.0, posinf=0.0, neginf=0.0)
 
 
-def at_own_size(params: dict[str, Any], operands: Sequence[Operand]) -> tuple[Sizes, int] | None:
-    """A number of draws on which it can be run at its own sizes; None where it is too large for a few."""
-    jaxpr, _ = _compat.sub_jaxpr(params["jaxpr"])
-    sizes = Sizes({})
-    cost = 4 * params["length"] * work(jaxpr, sizes)
-    numbers = params["length"] * sum(math.prod(v.aval.shape) for eqn in jaxpr.eqns for v in eqn.outvars)
-    fits = min(_WORK / max(cost, 1.0), _HELD_NUMBERS / max(numbers, 1))
-    return (sizes, int(min(fits, _REPLICATES))) if fits >= _REPLICATES / 2 else None
-
-
-def shrunk(params: dict[str, Any], operands: Sequence[Operand]) -> tuple[Sizes, int]:
-    """Sizes, and a number of draws, at which a loop can be run.
+def sizes_to_run(jaxpr: Any, operands: Sequence[Operand]) -> tuple[Sizes, int]:
+    """Sizes, and a number of draws, at which equations can be run: their own, or fewer samples, or fewer units, too.
 
     Raises:
         CannotDraw: there are none.
     """
-    jaxpr, _ = _compat.sub_jaxpr(params["jaxpr"])
+    cost = 4 * work(jaxpr.jaxpr, Sizes({}))  # backward takes about three times as much
+    fits = min(_WORK / max(cost, 1.0), _HELD_NUMBERS / max(numbers_held(jaxpr.jaxpr, Sizes({})), 1))
+    if fits >= _REPLICATES / 2:
+        return Sizes({}), int(min(fits, _REPLICATES))
     weights = [x.weight for x in operands]
     operands = [x for x in operands if not x.nudge]
-    units = {
-        n for x in operands if x.weight or (x.value and not x.stacked and len(x.shape) == 1) for n in x.shape
-    }
-    samples = {n for x in operands if x.value for n in x.shape} - units
+    units = {n for x in operands if x.weight or (x.value and len(x.aval.shape) == 1) for n in x.aval.shape}
+    samples = {n for x in operands if x.value for n in x.aval.shape} - units
+    every, steps = all_sizes(jaxpr.jaxpr)
     # Kernels of several gates laid side by side are as many times as wide as a layer.
-    units |= {
-        n
-        for n in _all_sizes(jaxpr) - samples
-        if any(n % unit == 0 for unit in units if unit >= _FEWEST_UNITS)
-    }
-    told = {n for x in operands for v in x.value for n in _told_apart(v, stacked=x.stacked)}
-    kept: set[int] = {n for n in units | samples if n < 2 * _SAMPLES} | told
-    ratio = 1
-    few = {n: _divisor(n) for n in samples}
+    units |= {n for n in every - samples if any(n % m == 0 for m in units if m >= _FEWEST_UNITS)}
+    kept = {n for n in units | samples if n < 2 * _SAMPLES} | steps
+    kept |= {n for x in operands for v in x.value for n in _told_apart(v.node)}
+    ratio, few = 1, {n: _divisor(n) for n in samples}
     while True:
         smaller = {
             n: n // ratio
@@ -328,12 +290,11 @@ def shrunk(params: dict[str, Any], operands: Sequence[Operand]) -> tuple[Sizes, 
         }
         smaller.update({n: m for n, m in few.items() if n not in kept and m < n})
         sizes = Sizes(smaller)
-        trouble = _unfit(params, weights, sizes)
+        trouble = _unfit(jaxpr, weights, sizes)
         if trouble:
             kept |= trouble
             continue
-        # Backward takes about three times as much.
-        cost = 4 * params["length"] * work(jaxpr, sizes)
+        cost = 4 * work(jaxpr.jaxpr, sizes)
         if cost * _REPLICATES <= _WORK:
             return sizes, int(np.clip(_WORK / cost, _REPLICATES, _MOST_REPLICATES))
         if any(n // (2 * ratio) >= _FEWEST_UNITS for n in units - kept):
@@ -344,17 +305,19 @@ def shrunk(params: dict[str, Any], operands: Sequence[Operand]) -> tuple[Sizes, 
             raise CannotDraw("it is too large at its smallest")
 
 
-def _all_sizes(jaxpr: Any) -> set[int]:
-    """The sizes of all axes in a jaxpr."""
-    out = {n for eqn in jaxpr.eqns for v in eqn.outvars for n in getattr(v.aval, "shape", ())}
-    inner = [sub for eqn in jaxpr.eqns if (sub := sub_jaxpr_of(eqn)) is not None]
-    return out.union(*(_all_sizes(_compat.sub_jaxpr(sub)[0]) for sub in inner))
+def all_sizes(jaxpr: Any) -> tuple[set[int], set[int]]:
+    """The sizes of all axes in a jaxpr, and how many steps its loops have."""
+    sizes = {n for eqn in jaxpr.eqns for v in eqn.outvars for n in getattr(v.aval, "shape", ())}
+    steps = {eqn.params["length"] for eqn in jaxpr.eqns if eqn.primitive.name == "scan"}
+    for inner in filter(None, map(sub_jaxpr_of, jaxpr.eqns)):
+        more, loops = all_sizes(_compat.sub_jaxpr(inner)[0])
+        sizes, steps = sizes | more, steps | loops
+    return sizes, steps
 
 
-def _told_apart(x: Value, *, stacked: bool) -> set[int]:
-    """Sizes of the axes of a value, but for time's, along which positions differ."""
-    own = [x.node.axes[a.axis] for dim in x.dims[stacked:] for a in dim if a.axis is not None]
-    return {axis.size for axis in own if isinstance(x.node, Array) or axis.classes > 1}
+def _told_apart(node: Node) -> set[int]:
+    """Sizes of the axes along which positions differ."""
+    return {axis.size for axis in node.axes if isinstance(node, Array) or axis.classes > 1}
 
 
 def _divisor(n: int) -> int:
@@ -362,16 +325,15 @@ def _divisor(n: int) -> int:
     return next(m for m in range(min(_SAMPLES, n), n + 1) if n % m == 0)
 
 
-def _unfit(params: dict[str, Any], weights: Sequence[bool], sizes: Sizes) -> set[int]:
-    """Sizes that have to stay for a step to end with the carry it began with; none where it does."""
-    jaxpr, literals = _compat.sub_jaxpr(params["jaxpr"])
-    args = [jax.ShapeDtypeStruct(sizes.shape(v.aval.shape), v.aval.dtype) for v in jaxpr.invars]
+def _unfit(jaxpr: Any, weights: Sequence[bool], sizes: Sizes) -> set[int]:
+    """Sizes that have to stay for outputs to have the sizes that they should; none where they do."""
+    args = [jax.ShapeDtypeStruct(sizes.shape(v.aval.shape), v.aval.dtype) for v in jaxpr.jaxpr.invars]
     try:
-        outs = jax.eval_shape(lambda *xs: run(jaxpr, literals, list(xs), weights, sizes), *args)
+        outs = jax.eval_shape(lambda *xs: run(jaxpr.jaxpr, jaxpr.consts, list(xs), weights, sizes), *args)
     except CannotShrink as trouble:
         return set(trouble.sizes) & set(sizes.smaller)
     except TypeError:
         return set(sizes.smaller)
-    if any(out.shape != sizes.shape(v.aval.shape) for out, v in zip(outs, jaxpr.outvars, strict=True)):
+    if any(out.shape != sizes.shape(aval.shape) for out, aval in zip(outs, jaxpr.out_avals, strict=True)):
         return set(sizes.smaller)
     return set()

@@ -1,0 +1,242 @@
+"""Outputs of a region: their moments, pooled from draws, and the cotangents that flow back through it."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import numpy as np
+from scipy import special
+
+from varscale.theory.domain.accuracy import LOOSE
+from varscale.theory.domain.axes import Axis
+from varscale.theory.domain.random_arrays import gaussian
+from varscale.theory.domain.tables import Table, lift
+from varscale.theory.graph.content import content
+from varscale.theory.graph.layout import Value
+from varscale.theory.graph.nodes import (
+    UNKNOWN,
+    Leaf,
+    Node,
+    View,
+    cross_by_kind,
+    known_samples,
+    pullback,
+    second_moments,
+)
+from varscale.theory.graph.store import BackwardNotes, Fact, FlowInside
+from varscale.theory.integrals.hermite_series import POINTS, WEIGHTS, Z
+from varscale.theory.propagation.fluctuations import fluctuations
+from varscale.theory.propagation.inherited_fluctuations import Spread, combine, propagated
+from varscale.theory.propagation.sample_moments import cross_moments, pooled, table_of_draws
+from varscale.theory.propagation.sampler import evenly, picked
+from varscale.theory.rules.region_draws import Operand, RegionDraws, relative_error
+
+_MEMORY = 2**28  # bytes of the states that a backward pass keeps
+_SMALLER_DOUBT = 0.1  # set on the validation grid: of a gradient at sizes smaller than the whole
+
+DRAWS: Fact[Hashable, RegionDraws] = Fact()
+# By region: the output that each operand is added to where it is made.
+NUDGED: Fact[Hashable, dict[int, Any]] = Fact()
+
+
+class RegionOutput(Node):
+    """An output of a region; `params` is (the region's key, which of its outputs, whether time is its first axis)."""
+
+    how = "sampled"
+    timed = True
+
+    @property
+    def draws(self) -> RegionDraws:
+        return DRAWS.of(self.graph)[self.params[0]]
+
+    @property
+    def numbers(self) -> np.ndarray:
+        """What was drawn, (replicates, positions along its axes)."""
+        return self.draws.outputs[self.params[1]]
+
+    @property
+    def positions(self) -> list[np.ndarray]:
+        """The positions along its axes that were drawn."""
+        return _positions(self.axes, self.numbers.shape[1:])
+
+    @functools.cached_property
+    def fluctuation(self) -> Spread:
+        """Of its mean square: what it hands on of its inputs', and what finitely many units and the weights' draw give it.
+
+        Two samples of one draw share its weights and nothing else, so the covariance of their mean squares is due to them.
+        """
+        draws, which = self.draws, self.params[1]
+        inputs = [v.node for x in draws.operands if x.random and not x.weight for v in x.value]
+        loudest = max(inputs, key=lambda node: math.prod(a.size for a in node.axes), default=None)
+        numbers = self.numbers.astype(float) ** 2
+        samples = 1 + self.params[2]
+        each = numbers.mean(axis=tuple(k for k in range(1, numbers.ndim) if k != samples))
+        shared = 0.0
+        if each.ndim == 2 and each.shape[1] > 1:
+            n = each.shape[1]
+            pairs = (each.sum(axis=1) ** 2 - (each**2).sum(axis=1)) / (n * (n - 1))
+            shared = float(pairs.mean() / max(each.mean() ** 2, 1e-300)) - 1
+        own = {~self.id: math.sqrt(max(shared, 0.0) / draws.width_ratio)}
+        inherited = combine([(draws.response[which], fluctuations(loudest))] if loudest is not None else [])
+        return dataclasses.replace(inherited, sources={**inherited.sources, **own})
+
+
+@known_samples.register(RegionOutput)
+def known_samples_of_region(node: RegionOutput) -> np.ndarray:
+    return node.numbers
+
+
+@second_moments.register(RegionOutput)
+def second_moments_of_region(node: RegionOutput) -> Table:
+    table = table_of_draws(node, node.numbers, node.positions)
+    if node.draws.undefined:
+        node.graph.flag("assumed", UNKNOWN)  # draws are none of what it is defined on (a factorization, say)
+    if node.draws.drawing.doubt:
+        node.graph.flag("assumed", node.draws.drawing.doubt)
+    node.drawn = _drawn_quantiles(node)
+    return table
+
+
+def _drawn_quantiles(node: RegionOutput) -> np.ndarray:
+    """Its values on the normal grid, class by class."""
+    out = np.empty((*[a.classes for a in node.axes], POINTS))
+    labels = [a.label_array[p] for a, p in zip(node.axes, node.positions, strict=True)]
+    for cell in np.ndindex(*out.shape[:-1]):
+        own = node.numbers
+        for k, (label, c) in enumerate(zip(labels, cell, strict=True)):
+            own = np.compress(label == c, own, axis=1 + k)
+        line = np.sort(own, axis=None)
+        drawn = np.interp(special.ndtr(Z) * len(line) - 0.5, np.arange(len(line)), line)
+        # The grid ends where the draws do: what their tails lack is made up for by the rest.
+        scale = math.sqrt(
+            max(WEIGHTS @ drawn**2, 1e-300) / max(float(np.mean(line.astype(float) ** 2)), 1e-300)
+        )
+        out[cell] = drawn / scale
+    return out
+
+
+@pullback.register(RegionOutput)
+def pullback_of_region(
+    node: RegionOutput, cotangent: np.ndarray, notes: BackwardNotes
+) -> list[np.ndarray | None]:
+    draws = node.draws
+    replicates = int(np.clip(_MEMORY / max(draws.memory, 1), 2, draws.replicates))
+    arriving, doubt = _arriving(node, np.broadcast_to(cotangent, node.frame_types), replicates, notes)
+    notes.regions.append(node)
+    out: list[np.ndarray | None] = []
+    back = draws.back(node.params[1], arriving)
+    notes.doubts[node.id] = max(
+        (_chance(passed) for passed, x in zip(back, draws.operands, strict=True) if _is_value(x)), default=0.0
+    ) + max(doubt, _SMALLER_DOUBT if draws.sizes.smaller else 0.0)
+    for i, inner in (NUDGED.get(node.graph, node.params[0]) or {}).items():
+        passed = back[i]
+        if passed is not None and inner is not node:
+            notes.inside.append(FlowInside(inner, _second_inside(inner, passed), _chance(passed)))
+    for x, passed in zip(draws.operands, back, strict=True):
+        for part, value in enumerate(x.value):
+            if passed is None or not x.random:
+                out.append(None)
+                continue
+            # jax's cotangent of x + iy is ∂/∂x − i ∂/∂y
+            real = (np.real(passed) if part == 0 else -np.imag(passed)).astype(np.float32)
+            out.append(_carried_back(node, value, real, notes))
+    return out
+
+
+def _second_inside(inner: RegionOutput, passed: np.ndarray) -> np.ndarray:
+    """Second moments by type of the cotangents that flow into an output inside its region."""
+    own = passed.reshape(len(passed), *inner.numbers.shape[1:])
+    return pooled(own, inner.axes, inner.positions).second
+
+
+def _is_value(x: Operand) -> bool:
+    """Whether it is something that other rows are made of, and no parameter."""
+    return any(not isinstance(v.node, Leaf) or v.node.is_input for v in x.value) and x.random
+
+
+def _chance(passed: np.ndarray | None) -> float:
+    """How far the mean square of cotangents may be off by chance."""
+    if passed is None:
+        return 0.0
+    return relative_error(np.mean(np.square(np.abs(passed), dtype=float).reshape(len(passed), -1), axis=1))
+
+
+def _arriving(
+    node: RegionOutput, cotangent: np.ndarray, replicates: int, notes: BackwardNotes
+) -> tuple[np.ndarray, float]:
+    """Draws of its cotangents: those that regions which read it sent back, in their order in time, and Gaussian ones.
+
+    Returns:
+        The draws, and the doubt of cotangents that lost their order in time between another region and this one.
+    """
+    positions = node.positions
+    sent = notes.sent.get(node.id, [])
+    drawn, rest = np.zeros((replicates, *map(len, positions))), cotangent
+    for numbers in sent:
+        drawn = drawn + picked(numbers, node.axes, positions, replicates)
+        rest = rest - pooled(numbers, node.axes, _positions(node.axes, numbers.shape[1:])).second
+    readers = [x for x in notes.regions if x.deps & node.deps == node.deps and x.draws is not node.draws]
+    fresh = gaussian(rest, node.axes, positions, replicates, np.random.default_rng(content(node)))
+    return drawn + fresh, LOOSE if node.params[2] and len(readers) > len(sent) else 0.0
+
+
+def _carried_back(node: RegionOutput, value: Value, passed: np.ndarray, notes: BackwardNotes) -> np.ndarray:
+    """Second moments of a node's cotangents by type, from cotangents of the operand that it is."""
+    copies = tuple(1 + d for d, dim in enumerate(value.dims) if all(a.axis is None for a in dim))
+    numbers = passed.sum(axis=copies)
+    axes = [a.axis for dim in value.dims for a in dim if a.axis is not None]
+    numbers = numbers.transpose([0, *(1 + axes.index(k) for k in range(len(axes)))])
+    if isinstance(value.node, RegionOutput):
+        notes.sent.setdefault(value.node.id, []).append(numbers)
+    return pooled(numbers, value.node.axes, node.draws.positions(value)).second
+
+
+@cross_by_kind.register(RegionOutput)
+def cross_by_kind_of_region(node: RegionOutput, a: View, b: View, frame: Sequence[Axis]) -> np.ndarray | None:
+    """Against another output, or what the region reads: both are drawn together.
+
+    Regions on as many draws read the same numbers.
+    """
+    place = dict(zip(a.bind, range(len(node.axes)), strict=True))
+    other = b.node
+    if any(outer not in place for outer in b.bind):
+        return None
+    positions, mine = node.positions, node.numbers
+    own = tuple(place[outer] for outer in b.bind)
+    if isinstance(other, RegionOutput) and (
+        other.params[0] == node.params[0] or node.draws.replicates == other.draws.replicates
+    ):
+        theirs = other.numbers
+        if other.axes != tuple(node.axes[k] for k in own):
+            return None
+    elif other.id > node.id:
+        return None
+    else:
+        drawn = node.draws.drawing.values(View(other, own), node.axes, positions)
+        theirs = np.broadcast_to(np.moveaxis(drawn, -1, 0), mine.shape)
+    if theirs.shape != mine.shape:
+        order = [0, *(1 + k for k in own)]
+        theirs = np.broadcast_to(_spread_out(theirs, order, mine.ndim), mine.shape)
+    return lift(cross_moments(mine, theirs, node.axes, positions), node.axes, a.bind, frame, pairs=True)
+
+
+@propagated.register(RegionOutput)
+def propagated_of_region(node: RegionOutput) -> Spread:
+    return node.fluctuation
+
+
+def _spread_out(numbers: np.ndarray, order: Sequence[int], rank: int) -> np.ndarray:
+    """Axes at their places among `rank`, with 1 elsewhere."""
+    moved = numbers.transpose(np.argsort(order))
+    shape = [1] * rank
+    for k, n in zip(sorted(order), moved.shape, strict=True):
+        shape[k] = n
+    return moved.reshape(shape)
+
+
+def _positions(axes: Sequence[Axis], lengths: Sequence[int]) -> list[np.ndarray]:
+    return [evenly(a.size, n) for a, n in zip(axes, lengths, strict=True)]
