@@ -229,10 +229,10 @@ class WindowSum(Node):
 
     def prepare(self) -> None:
         self.odd, self.positive = self.args[0].node.odd, self.args[0].node.positive
-        # Windows that overlap have places in common with the next ones.
-        self.local |= any(
-            w is not None and (w.taps - 1) * w.dilation >= w.stride for w in self.params.windows
-        )
+        overlaps = [
+            1 - w.stride / ((w.taps - 1) * w.dilation + 1) for w in self.params.windows if w is not None
+        ]
+        self.near = max(self.near, *overlaps)
 
     def axes_in(self) -> list[Axis]:
         return [ONE if k is None else self.args[0].node.axes[k] for k in self.params.x_dims]

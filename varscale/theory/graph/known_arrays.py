@@ -41,7 +41,7 @@ class Computed(Leaf):
 
     def prepare(self) -> None:
         MEASURED.put(self.graph, self.id, self.values)
-        self.positive, self.local = bool(self.values.min() >= 0), True
+        self.positive, self.near = bool(self.values.min() >= 0), 1.0
         self.kurtosis, self.random = 3.0, False
 
     @functools.cached_property
@@ -54,6 +54,12 @@ class Computed(Leaf):
 @second_moments.register(Computed)
 def second_moments_of_computed(node: Computed) -> Table:
     return estimate(node.values, node.axes)
+
+
+def measured(node: Node, values: np.ndarray) -> None:
+    """Note that the moments of a leaf are those of known numbers, (sizes of its axes...)."""
+    node.near = 1.0
+    MEASURED.put(node.graph, node.id, values)
 
 
 def scatter_of_given(node: Computed, axes: Collection[int]) -> float:

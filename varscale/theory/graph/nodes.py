@@ -69,7 +69,8 @@ class Node(Marked):
         collects: whether its entries are entries, or weighted sums of entries, of its first argument, by known indices.
         timed: whether it is known by draws along time, which hold more than its moments by type (`draws`).
         shares: whether it is shares that add up to 1, positive but no norm's scale.
-        local: whether places near one another along an axis may be more alike than others: known numbers are in it.
+        near: the share of their variance that near places may have in common beyond what any two have: 1 where known numbers
+            are in it, of windows that overlap the part of one that the next one reads.
         how: how good its rule is where nothing is marked, one of `HOWS`.
         gradient_doubt: relative error that its pullback may add.
         drawn: its values on the normal grid, where it was drawn and is not to be taken for Gaussian.
@@ -95,7 +96,7 @@ class Node(Marked):
         self.even = functools.reduce(lambda bits, view: bits & view.node.unseen, args, self.deps)
         self.odd = 0
         self.positive = False
-        self.local = any(view.node.local for view in args)
+        self.near = max((view.node.near for view in args), default=0.0)
         self.depth = 1 + max((view.node.depth for view in args), default=0)
         self._table: Table | None = None
         self.prepare()
@@ -345,7 +346,7 @@ class Array(Node):
 
     def prepare(self) -> None:
         self.positive = bool(self.values.size and np.min(self.values) >= 0)
-        self.local = True
+        self.near = 1.0
 
     def table_over(self, axes: Sequence[Axis]) -> Table:
         """Its table with finer classes."""

@@ -19,7 +19,7 @@ from varscale.report import Report
 from varscale.theory.domain.axes import Axis
 from varscale.theory.domain.tables import Moments, Table, estimate, independent
 from varscale.theory.graph.failures import PredictionError, located
-from varscale.theory.graph.known_arrays import MOST_COMPUTED
+from varscale.theory.graph.known_arrays import MOST_COMPUTED, measured
 from varscale.theory.graph.layout import Value, full
 from varscale.theory.graph.nodes import Graph, Leaf
 from varscale.theory.interpreter.draws import beside_draws
@@ -39,7 +39,6 @@ from varscale.theory.interpreter.taps import through
 from varscale.theory.interpreter.tracing import Draws, Trace, drawing, execution_order, first_pass, traced
 from varscale.theory.interpreter.uses import weights
 from varscale.theory.propagation.cross_moments import MEASURED_TOGETHER, together
-from varscale.theory.propagation.spatial_correlation import measured
 from varscale.theory.rules.equations import live_equations
 from varscale.theory.rules.integer_inputs import unknown
 from varscale.theory.rules.padding import PADDED, filled_shapes, is_mask

@@ -24,5 +24,4 @@ from varscale.theory.rules import (  # noqa: F401
     random,
     reductions,
     softmax_recognition,
-    spatial_correlation,
 )

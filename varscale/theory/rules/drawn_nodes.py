@@ -19,13 +19,7 @@ from varscale.theory.propagation.marginals import concentrated, evaluate, margin
 _MOST_DRAWN = 2_000_000  # elements drawn for one node
 
 
-def draw(
-    node: Node,
-    sizes: Sequence[int],
-    replicates: int,
-    rng: np.random.Generator,
-    latents: Callable[[View], np.ndarray] | None = None,
-) -> np.ndarray:
+def draw(node: Node, sizes: Sequence[int], replicates: int, rng: np.random.Generator) -> np.ndarray:
     """Arrays with a node's law at other sizes: its roots are drawn, its tree is evaluated. (replicates, *sizes)
 
     The scale of a norm is a number here, as it is in quadrature: what it normalises is Gaussian given it, x = √v·z, so that
@@ -36,7 +30,6 @@ def draw(
         sizes: how many positions of each of its axes.
         replicates: how many arrays.
         rng: where random numbers come from.
-        latents: draws the normals behind a root, (replicates, its sizes...); by default any two positions are alike.
     """
     env: dict[Any, np.ndarray] = {}
     every = roots(node)
@@ -53,12 +46,9 @@ def draw(
             drawn = np.repeat(numbers[None], replicates, 0)
         else:
             law = marginal(root.node)
-            if latents is None:
-                plain = [Axis(axis.size) for axis in root.node.axes]
-                rho = pool(law.correlation, root.node.axes)
-                normals = gaussian(rho, plain, [np.arange(n) for n in own], replicates, rng)
-            else:
-                normals = latents(root)
+            plain = [Axis(axis.size) for axis in root.node.axes]
+            rho = pool(law.correlation, root.node.axes)
+            normals = gaussian(rho, plain, [np.arange(n) for n in own], replicates, rng)
             line = np.asarray(law.values, float)
             for axis in root.node.axes:
                 line = np.tensordot(axis.counts / axis.size, line, axes=(0, 0))

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from varscale.theory.domain.accuracy import LEADING_ORDER
-from varscale.theory.domain.axes import Axis, apply_axis, refine
+from varscale.theory.domain.axes import Axis, apply_axis
 from varscale.theory.domain.axis_maps import adjoint
-from varscale.theory.domain.tables import Table, full_along, lift, means_by_type
+from varscale.theory.domain.tables import Table, full_along, means_by_type
 from varscale.theory.graph.convolutions import (
     ONE,
     Window,
@@ -26,42 +26,17 @@ from varscale.theory.graph.convolutions import (
 )
 from varscale.theory.graph.expressions import Apply
 from varscale.theory.graph.layout import Atom, Value
-from varscale.theory.graph.nodes import Node, View, cross_by_kind, pullback, second_moments
+from varscale.theory.graph.nodes import View, cross_by_kind, pullback, second_moments
 from varscale.theory.graph.normal_form import affine
 from varscale.theory.graph.store import BackwardNotes
-from varscale.theory.propagation.cross_moments import cross
+from varscale.theory.propagation.cross_moments import cross, unsure
 from varscale.theory.propagation.doubts import lost_excess
 from varscale.theory.propagation.inherited_fluctuations import Spread, inherited, propagated
 from varscale.theory.propagation.shared_component import of_an_average
-from varscale.theory.propagation.spatial_correlation import excess
-from varscale.theory.propagation.spatial_windows import (
-    Reader,
-    all_alike,
-    latents,
-    of_places,
-    of_windows,
-    read,
-)
 from varscale.theory.rules.convolution import prepared
 from varscale.theory.rules.drawn_nodes import draw, pooled_estimate
 from varscale.theory.rules.reductions import bounded, fewest_terms, outside, restored
 from varscale.theory.rules.registry import Context, rule
-
-
-def window_sums(node: WindowSum, distances: Mapping[int, int] | None) -> np.ndarray:
-    """Second moments of sums over the windows, by "same" and "different" along a node's axes.
-
-    Args:
-        node: the sums.
-        distances: along which of its axes "different" means so far apart; None: windows, too, are over places that are as
-            alike as any.
-    """
-    return _met(node, node.args[0].node, distances, of_windows)
-
-
-def window_sums_against(node: WindowSum, y: Node, distances: Mapping[int, int] | None) -> np.ndarray:
-    """The same of sums and places of an array over the axes of what is summed."""
-    return _met(node, y, distances, of_places)
 
 
 @second_moments.register(WindowSum)
@@ -72,33 +47,32 @@ def second_moments_of_window_sum(node: WindowSum) -> Table:
         None if w is None else tap_means(w, a, o)
         for w, a, o in zip(windows, node.axes_in(), node.axes_out(), strict=True)
     ]
-    second = node._carry(table.second, node.pair_maps(), xd, od)
-    if node.args[0].node.local:
-        second = second + refine(window_sums(node, {}) - window_sums(node, None), node.axes)
-    return Table(node.axes, node._carry(table.mean, means, xd, od), second)
+    out = Table(
+        node.axes, node._carry(table.mean, means, xd, od), node._carry(table.second, node.pair_maps(), xd, od)
+    )
+    taps = math.prod(w.taps for w in windows if w is not None)
+    if doubt := near_places(node, out.mean_square, taps**2 * table.mean_square):
+        node.graph.flag("quadrature", doubt)
+    return out
 
 
-def _met(
-    node: WindowSum, y: Node, distances: Mapping[int, int] | None, reader: Callable[[Window, int], Reader]
-) -> np.ndarray:
-    weights: dict[int, list[dict[int, float]]] = {}
-    x = node.args[0].node
-    for window, k, o in zip(*node.params, strict=True):
-        if k is None:
-            continue
-        apart = None if o is None or distances is None else distances.get(o)
-        if window is not None:
-            met = reader(window, x.axes[k].size)
-            lines = [met.apart(0)]
-            if o is not None:
-                lines.append(met.elsewhere() if apart is None else met.apart(apart))
-            weights[k] = lines if distances is not None else [all_alike(line) for line in lines]
-        elif apart is not None:
-            weights[k] = [{0: 1.0}, {apart: 1.0}]
-    out = read(x, y, weights)
-    order = [(k, o) for k, o in zip(*node.params[1:], strict=True) if k is not None]
-    out = out.transpose([k for k, _ in order]).reshape([2 for _, o in order if o is not None])
-    return out.transpose(np.argsort([o for _, o in order if o is not None]))
+def near_places(node: WindowSum, second: float, alike: float) -> float:
+    """How far a mean square may be off for near places being more alike than any two, which is all that types of pairs know.
+
+    Args:
+        node: sums or maxima over windows.
+        second: their mean square, of places that are as alike as any two.
+        alike: the same, were all places of a window one; near ones go a share `near` of the way.
+
+    Raises:
+        NotImplementedError: known numbers are in what the windows read, of which near ones may be one.
+    """
+    near = node.args[0].node.near
+    if near == 1:
+        raise NotImplementedError(
+            "windows over known numbers, of which near ones may be more alike than others"
+        )
+    return near * abs(alike / max(second, 1e-300) - 1)
 
 
 @pullback.register(WindowSum)
@@ -132,9 +106,7 @@ def cross_by_kind_of_window_sum(
     for place, window in read.values():
         if window is not None:
             out = apply_axis(full_along(out, place, frame[place]), place, tap_reads(window, frame[place]))
-    if x.local and x.axes == b.node.axes and [read[k][0] for k in range(len(x.axes))] == list(b.bind):
-        gain = window_sums_against(node, b.node, {}) - window_sums_against(node, b.node, None)
-        out = out + lift(refine(gain, node.axes), node.axes, a.bind, frame, pairs=True)
+    unsure(x.graph, "quadrature", x.near)
     return out
 
 
@@ -170,11 +142,6 @@ def second_moments_of_window_max(node: WindowMax) -> Table:
     windows, xd, od = node.params
     source = node.args[0].node
     x, cut = _drawn_windows(node)
-    # Of what a few numbers decide there is no Gaussian tail; what places share does not add to the largest.
-    taps = math.prod(w.taps for w in windows if w is not None)
-    node.graph.flag("sampled", bounded(taps, fewest_terms(source)) + lost_excess(source))
-    if source.local:
-        node.graph.flag("sampled", excess(source, tuple((k, 1) for k in sorted(cut))).doubt)
     law = _law(node, x)
     for k, (span, step, dilation) in cut.items():
         view = np.lib.stride_tricks.sliding_window_view(x, span, axis=k + 1)
@@ -189,28 +156,26 @@ def second_moments_of_window_max(node: WindowMax) -> Table:
     ]
     x = x[(slice(None), *(slice(None) if i in live else 0 for i in range(len(order))))]
     placed = [o for k, o in zip(xd, od, strict=True) if k is not None and o is not None]
-    return _with_law(
-        pooled_estimate(x.transpose([0, *(int(i) + 1 for i in np.argsort(placed))]), node.axes), *law
-    )
+    drawn = pooled_estimate(x.transpose([0, *(int(i) + 1 for i in np.argsort(placed))]), node.axes)
+    out = _with_law(drawn, *law)
+    # Of what a few numbers decide there is no Gaussian tail; what places share does not add to the largest.
+    taps = math.prod(w.taps for w in windows if w is not None)
+    near = near_places(node, out.mean_square, source.table.mean_square)
+    node.graph.flag("sampled", bounded(taps, fewest_terms(source)) + lost_excess(source) + near)
+    return out
 
 
 def _drawn_windows(node: WindowMax) -> tuple[np.ndarray, dict[int, tuple[int, int, int]]]:
-    """Draws of two windows along each axis, and how each is cut into them: span, step, dilation.
-
-    They are next to one another, or, where what is near is more alike, anywhere.
-    """
+    """Draws of two windows along each axis, next to one another, and how each is cut into them: span, step, dilation."""
     source = node.args[0].node
     windows = {k: w for w, k in zip(*node.params[:2], strict=True) if k is not None and w is not None}
     sizes, cut = [min(axis.size, 2) for axis in source.axes], {}
     for k, w in windows.items():
         span = min((w.taps - 1) * w.dilation + 1, source.axes[k].size)
-        step = span if source.local else w.stride
-        sizes[k] = 2 * span if source.local else min(source.axes[k].size, 2 * step + span)
-        cut[k] = (span, step, w.dilation)
+        sizes[k] = min(source.axes[k].size, 2 * w.stride + span)
+        cut[k] = (span, w.stride, w.dilation)
     replicates, rng = int(np.clip(3e6 / math.prod(sizes), 16, 20_000)), np.random.default_rng(0)
-    if not source.local:
-        return draw(source, sizes, replicates, rng), cut
-    return draw(source, sizes, replicates, rng, lambda root: latents(root, sizes, cut, replicates, rng)), cut
+    return draw(source, sizes, replicates, rng), cut
 
 
 def _law(node: WindowMax, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
