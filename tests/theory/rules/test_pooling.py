@@ -38,6 +38,7 @@ def test_pools_of_pictures_are_drawn():
     assert row.how == "sampled"
     assert row.error_bound < 0.25
     assert row.holds
+    assert row.measured is not None
     assert abs(noise.second_moment / row.measured - 1) > row.error_bound
 
 
