@@ -1,6 +1,9 @@
 """What an audit finds: each planted defect, at its place, and nothing in its mended twin or in healthy constructions."""
 
+import dataclasses
 import json
+import pathlib
+import re
 from collections.abc import Callable
 
 import jax
@@ -12,6 +15,7 @@ from flax import nnx, serialization
 
 import varscale as vs
 from experiments.nets.healthy_constructions import HEALTHY
+from varscale.auditing import findings
 from varscale.auditing.findings import Audit, AuditError, Finding, ordered, read_baseline, silenced, since
 
 ROWS = jax.ShapeDtypeStruct((16, 64), jnp.float32)
@@ -235,12 +239,21 @@ class TestTheResult:
 
     @pytest.mark.parametrize("ignore", [["VS101"], ["VS101:blocks/*/head"], ["VS101:**"]])
     def test_ignore(self, ignore):
-        kept, count = silenced(self.FINDINGS, ignore)
-        assert ([f.code for f in kept], count) == (["VS103"], 1)
+        left = silenced(self.FINDINGS, ignore)
+        assert ([f.code for f in left.kept], left.count, left.notes) == (["VS103"], 1, ())
+
+    def test_entries_that_silence_nothing_are_named(self):
+        audit = vs.audit(nn.Dense(3), ROWS, ignore=["VS104:blok/*", "VS101"])
+        assert audit.table().splitlines()[-2:] == ["Nothing to silence: VS104:blok/*, VS101.", "Found nothing."]
+        assert vs.audit_parameters({}, ignore=["VS113"]).notes[1] == "Nothing to silence: VS113."
 
     def test_ignore_wants_codes(self):
         with pytest.raises(ValueError, match="ignore must hold codes"):
             silenced(self.FINDINGS, ["blocks"])
+        with pytest.raises(ValueError, match="no code 'VS999'; codes go from VS101 to VS125"):
+            silenced((), ["VS999"])
+        with pytest.raises(ValueError, match="never closes it"):
+            silenced((), ["VS104:{a"])
         with pytest.raises(TypeError, match="sequence of codes"):
             silenced(self.FINDINGS, "VS101")
 
@@ -253,6 +266,25 @@ class TestTheResult:
         file.write_text("[]")
         with pytest.raises(ValueError, match="not the JSON of an audit"):
             read_baseline(file)
+
+    def test_a_new_place_or_a_worse_level_is_new(self, tmp_path):
+        """A finding that tells of several layers passes layer by layer."""
+        alike = [Finding("VS104", "warning", f"blocks_{i}/kernel", "off.") for i in range(3)]
+        file = tmp_path / "old.json"
+        file.write_text(Audit(ordered(alike)).to_json())
+        added = Finding("VS104", "warning", "blocks_3/kernel", "off.")
+        later = since(Audit(ordered([*alike[1:], added])), read_baseline(file))
+        assert ([f.path for f in later.findings], later.silenced) == (["blocks_3/kernel"], 2)
+        worse = dataclasses.replace(alike[0], level="error")
+        assert since(Audit((worse,)), read_baseline(file)).findings == (worse,)
+        assert since(Audit((dataclasses.replace(worse, level="info"),)), read_baseline(file)).findings == ()
+
+    def test_the_guide_lists_every_code(self):
+        room = pathlib.Path(findings.__file__).parent
+        listed = re.findall(r"^\| (VS\d+) \|", (room / "README.md").read_text(), re.MULTILINE)
+        written = {code for file in room.glob("*.py") for code in re.findall(r'"(VS\d+)"', file.read_text())}
+        assert tuple(listed) == findings.CODES
+        assert written == set(findings.CODES)
 
     def test_json(self):
         written = json.loads(Audit(ordered(self.FINDINGS)).to_json())
@@ -267,6 +299,9 @@ class TestTheResult:
         alike = [Finding("VS104", "warning", f"blocks_{i}/kernel", "off.") for i in range(6)]
         (one,) = ordered(alike)
         assert one.path == "blocks_0/kernel"
+        assert [f.path for f in one.alike] == [f.path for f in alike]
+        assert ordered(ordered(alike)) == (one,)
+        assert len(ordered([Finding("VS119", "info", "", "pixels."), Finding("VS119", "info", "", "constant columns.")])) == 2
         assert one.message.endswith("The same at blocks_1/kernel, blocks_2/kernel, blocks_3/kernel and 2 more.")
 
 

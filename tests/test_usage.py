@@ -300,6 +300,46 @@ def test_a_step_of_muon_orthogonalises_each_map():
     assert (ratios(updates) < 2).all()
 
 
+def test_a_step_of_muon_on_an_nnx_model():
+    """One real step of `nnx.Optimizer`: hidden and input maps, stacked layers too, move along orthogonal matrices."""
+
+    @nnx.split_rngs(splits=2)
+    @nnx.vmap
+    def stacked(rngs):
+        return nnx.Linear(16, 16, rngs=rngs)
+
+    class Net(nnx.Module):
+        def __init__(self, rngs):
+            self.embed = nnx.Embed(50, 16, rngs=rngs)
+            self.conv = nnx.Conv(16, 16, (3,), rngs=rngs)
+            self.attention = nnx.MultiHeadAttention(2, 16, decode=False, rngs=rngs)
+            self.layers = stacked(rngs)
+            self.norm = nnx.RMSNorm(16, rngs=rngs)
+            self.head = nnx.Linear(16, 50, rngs=rngs)
+
+        def __call__(self, ids):
+            x = self.attention(nnx.relu(self.conv(self.embed(ids))))
+            x = nnx.scan(lambda x, layer: x + layer(nnx.relu(x)), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)(x, self.layers)
+            return self.head(self.norm(x))
+
+    model = Net(nnx.Rngs(0))
+    before = jax.tree.map(np.array, nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+    rng = np.random.default_rng(0)
+    drawn = jax.tree.map(
+        lambda p: np.float32(rng.normal(size=p.shape) * np.logspace(0, -2, p.shape[-1])), nnx.state(model, nnx.Param)
+    )
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        chosen = muon(1.0, muon_weight_dimension_numbers=uses(model, IDS).muon_dimension_numbers())
+        nnx.jit(lambda net, optimizer, g: optimizer.update(net, g))(model, nnx.Optimizer(model, chosen, wrt=nnx.Param), drawn)
+    after = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    moved = jax.tree.map(lambda new, old: np.asarray(new) - old, after, before)
+    matrices = [moved["conv"]["kernel"].reshape(48, 16), *moved["layers"]["kernel"]]
+    matrices += [moved["attention"][name]["kernel"].reshape(16, 16) for name in ("query", "key", "value", "out")]
+    values = [np.linalg.svd(matrix, compute_uv=False) for matrix in matrices]
+    assert all(v[0] < 2 * v[8] for v in values)
+    assert all(np.all(moved[name][leaf]) for name, leaf in (("embed", "embedding"), ("norm", "scale"), ("head", "bias")))
+
+
 def test_a_thousand_layers():
     def deep(params, x):
         for w in params:

@@ -58,14 +58,15 @@ def audit(
             is that cross-entropy where none is given. Negative ones do not count.
         fresh: whether `params` were just drawn; False for trained ones, of which laws and scales are no finding.
         key: a key to draw the parameters with, by the model's own init, or by the scheme.
-        ignore: codes ("VS104"), or codes with a glob over paths ("VS101:blocks/*/head"), to leave out.
+        ignore: codes ("VS104"), or codes with a glob over paths ("VS101:blocks/*/head"), to leave out; the summary names
+            entries that left out nothing.
         scheme: the laws to audit in place of the model's own, as `vs.initialize` takes them: a `vs.Plan` or a scheme, what of
             which the program lacks is a finding, or a mapping from path patterns to initializers.
         method: the method to audit in place of `__call__`.
 
     Raises:
         PredictionError: the model cannot be predicted; the message names the line.
-        ValueError: the model does not trace on `x`, or an entry of `ignore` is no code.
+        ValueError: the model does not trace on `x`, or an entry of `ignore` names no code that there is.
 
     >>> import jax, varscale as vs
     >>> from flax import linen as nn
@@ -85,8 +86,8 @@ def audit(
         raise ValueError("loss and labels need params, or a key to draw them with: without numbers the loss has no value")
     sampled = sum(row.how == "sampled" for row in report.rows)
     notes = (f"{sampled} of {len(report.rows)} rows were drawn to be predicted.",) if sampled else ()
-    kept, count = silenced(ordered(found), ignore)
-    return Audit(kept, report, notes, count)
+    left = silenced(found, ignore)
+    return Audit(ordered(left.kept), report, notes + left.notes, left.count)
 
 
 def traced(model: Any, x: Any, given: Any, fresh: bool, scheme: Any, method: str | None) -> tuple[Report, list[Finding]]:

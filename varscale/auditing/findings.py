@@ -10,7 +10,7 @@ import pathlib
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 from varscale.programs.patterns import matches_row
 from varscale.report import Report
@@ -19,7 +19,10 @@ from varscale.reporting.layout import Style, terminal_width, wrapped
 Level = Literal["error", "warning", "info"]
 LEVELS: tuple[Level, ...] = get_args(Level)
 _STYLES: dict[Level, Style] = {"error": "red", "warning": "yellow", "info": "plain"}
-_CODES = {"red": "31", "yellow": "33", "plain": "0"}
+ERROR_FACTOR = 1e3  # of the second moment over the whole depth
+WARNING_FACTOR = ERROR_FACTOR**0.5  # at twice the depth it is an error
+CODES = tuple(f"VS{number}" for number in range(101, 126))  # README.md says what each is
+_ESCAPES = {"red": "31", "yellow": "33", "plain": "0"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +38,7 @@ class Finding:
         mend: the one line that mends it; "" where there is none.
         scheme: the same as laws, where it is one: paths of parameters to initializers, which
             `vs.initialize(model, key, x, scheme=finding.scheme)` draws by and `vs.audit(model, x, scheme=...)` audits.
+        alike: where this one tells of several layers that are alike but for their number, the finding of each, the first too.
     """
 
     code: str
@@ -44,6 +48,7 @@ class Finding:
     figure: float | None = None
     mend: str = ""
     scheme: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False, repr=False)
+    alike: tuple[Finding, ...] = dataclasses.field(default=(), compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.level not in LEVELS:
@@ -130,7 +135,7 @@ class Audit:
             figure = "" if finding.figure is None else f"  [{finding.figure:.4g}]"
             head = f"{finding.code} {finding.level:8s}{finding.path or 'the model'}{figure}"
             style = _STYLES[finding.level]
-            painted = f"\x1b[{_CODES[style]}m{head}\x1b[0m" if color and style != "plain" else head
+            painted = f"\x1b[{_ESCAPES[style]}m{head}\x1b[0m" if color and style != "plain" else head
             lines += [painted, *("  " + line for line in wrapped(finding.message, width - 2).splitlines())]
             if finding.mend:
                 lines += ["  -> " + line.strip() for line in wrapped(finding.mend, width - 5).splitlines()]
@@ -176,38 +181,64 @@ class Audit:
 
 
 def _record(finding: Finding) -> dict[str, Any]:
-    """A finding as JSON takes it: without its laws, which are objects."""
+    """A finding as JSON takes it: without its laws, which are objects; `alike` are the paths of those it tells of."""
     figure = finding.figure
     known = {name: value for name, value in vars(finding).items() if name != "scheme"}
+    known["alike"] = [other.path for other in finding.alike]
     return known | {"figure": figure if figure is None or math.isfinite(figure) else str(figure)}
 
 
 def ordered(findings: Iterable[Finding]) -> tuple[Finding, ...]:
     """The findings by level, then as they came; those of layers that are alike but for their number are one."""
-    groups: dict[tuple[str, str, str], list[Finding]] = {}
-    for finding in findings:
-        groups.setdefault((finding.code, finding.level, re.sub(r"\d+", "*", finding.path)), []).append(finding)
-    joined = [
-        dataclasses.replace(
-            first, message=first.message + _others(rest), scheme={p: law for f in (first, *rest) for p, law in f.scheme.items()}
-        )
-        for first, *rest in groups.values()
-    ]
+    groups: dict[tuple[str, str, str, int], list[Finding]] = {}
+    seen: Counter[tuple[str, str, str]] = Counter()
+    for finding in single(findings):
+        here = finding.code, finding.level, finding.path
+        groups.setdefault((finding.code, finding.level, re.sub(r"\d+", "*", finding.path), seen[here]), []).append(finding)
+        seen[here] += 1  # a second finding of one code and place says something else
+    joined = [_joined(group) if len(group) > 1 else group[0] for group in groups.values()]
     return tuple(sorted(joined, key=lambda finding: LEVELS.index(finding.level)))
+
+
+def single(findings: Iterable[Finding]) -> list[Finding]:
+    """The findings one by one, those of layers that are alike too."""
+    return [one for finding in findings for one in finding.alike or (finding,)]
+
+
+def _joined(group: Sequence[Finding]) -> Finding:
+    """One finding that tells of all of a group."""
+    first, *rest = group
+    laws = {path: law for finding in group for path, law in finding.scheme.items()}
+    return dataclasses.replace(first, message=first.message + _others(rest), scheme=laws, alike=tuple(group))
 
 
 def _others(rest: Sequence[Finding]) -> str:
     """Where else the same was found."""
-    if not rest:
-        return ""
     places = list(dict.fromkeys(finding.path for finding in rest if finding.path))
-    if not places:
-        return f" The same in {len(rest)} more places."
     return f" The same at {', '.join(places[:3])}" + (f" and {len(places) - 3} more." if len(places) > 3 else ".")
 
 
-def silenced(findings: Sequence[Finding], ignore: Sequence[str]) -> tuple[tuple[Finding, ...], int]:
-    """The findings that `ignore` leaves, and how many it silenced.
+class Silenced(NamedTuple):
+    """What `ignore` leaves.
+
+    Attributes:
+        kept: the findings that no entry names, one by one.
+        count: how many were left out.
+        idle: the entries that left out none.
+    """
+
+    kept: tuple[Finding, ...]
+    count: int
+    idle: tuple[str, ...]
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """One line about the entries that left out nothing: a path may be misspelled, or the finding be mended."""
+        return (f"Nothing to silence: {', '.join(self.idle)}.",) if self.idle else ()
+
+
+def silenced(findings: Iterable[Finding], ignore: Sequence[str]) -> Silenced:
+    """The findings that `ignore` leaves.
 
     Args:
         findings: all of them.
@@ -215,38 +246,51 @@ def silenced(findings: Sequence[Finding], ignore: Sequence[str]) -> tuple[tuple[
 
     Raises:
         TypeError: `ignore` is one string.
-        ValueError: an entry begins with no code.
+        ValueError: an entry begins with no code that there is, or its glob is none.
     """
     if isinstance(ignore, str):
         raise TypeError(f"ignore must be a sequence of codes, such as ({ignore!r},), not the string {ignore!r}")
     rules = []
-    for entry in ignore:
-        code, _, pattern = str(entry).partition(":")
+    for entry in map(str, ignore):
+        code, _, pattern = entry.partition(":")
         if not (code.startswith("VS") and code[2:].isdigit()):
             raise ValueError(f'ignore must hold codes such as "VS104" or "VS101:blocks/*/head", not {entry!r}')
-        rules.append((code, pattern))
+        if code not in CODES:
+            raise ValueError(f"ignore: there is no code {code!r}; codes go from {CODES[0]} to {CODES[-1]}")
+        matches_row(pattern, "")  # a glob that is none is an error whatever was found
+        rules.append((entry, code, pattern))
+    used, kept, each = set(), [], single(findings)
+    for finding in each:
+        hits = [e for e, code, glob in rules if code == finding.code and (not glob or matches_row(glob, finding.path))]
+        used.update(hits)
+        if not hits:
+            kept.append(finding)
+    return Silenced(tuple(kept), len(each) - len(kept), tuple(dict.fromkeys(e for e, *_ in rules if e not in used)))
 
-    def is_silenced(finding: Finding) -> bool:
-        return any(code == finding.code and (not pattern or matches_row(pattern, finding.path)) for code, pattern in rules)
 
-    kept = tuple(finding for finding in findings if not is_silenced(finding))
-    return kept, len(findings) - len(kept)
-
-
-def read_baseline(file: str | os.PathLike[str]) -> frozenset[tuple[str, str]]:
-    """The (code, path) of the findings in a file that `Audit.to_json` wrote.
+def read_baseline(file: str | os.PathLike[str]) -> dict[tuple[str, str], Level]:
+    """The level by code and path of the findings in a file that `Audit.to_json` wrote.
 
     Raises:
         ValueError: the file holds no audit.
     """
     try:
-        written = json.loads(pathlib.Path(file).read_text())
-        return frozenset((finding["code"], finding["path"]) for finding in written["findings"])
-    except (ValueError, KeyError, TypeError) as error:
+        written = json.loads(pathlib.Path(file).read_text())["findings"]
+        known = {(f["code"], path): f["level"] for f in written for path in f.get("alike") or [f["path"]]}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"baseline {os.fspath(file)!r} is not the JSON of an audit: {error}") from error
+    if wrong := next((level for level in known.values() if level not in LEVELS), None):
+        raise ValueError(f"baseline {os.fspath(file)!r} is not the JSON of an audit: there is no level {wrong!r}")
+    return known
 
 
-def since(audit: Audit, baseline: frozenset[tuple[str, str]]) -> Audit:
-    """The audit without what an older one already found."""
-    new = tuple(finding for finding in audit.findings if (finding.code, finding.path) not in baseline)
-    return dataclasses.replace(audit, findings=new, silenced=audit.silenced + len(audit.findings) - len(new))
+def since(audit: Audit, baseline: Mapping[tuple[str, str], Level]) -> Audit:
+    """The audit without what an older one already found; what has become more serious since is new."""
+
+    def is_new(finding: Finding) -> bool:
+        level = baseline.get((finding.code, finding.path))
+        return level is None or LEVELS.index(finding.level) < LEVELS.index(level)
+
+    each = single(audit.findings)
+    new = [finding for finding in each if is_new(finding)]
+    return dataclasses.replace(audit, findings=ordered(new), silenced=audit.silenced + len(each) - len(new))

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from varscale import gaussian
-from varscale.auditing.findings import Finding, Level
+from varscale.auditing.findings import WARNING_FACTOR, Finding, Level
 from varscale.initializers.fans import Fans, Mode, compute_fans
 from varscale.initializers.fixed import normal
 from varscale.initializers.scaling import for_activation, lecun_normal, variance_scaling
@@ -179,7 +179,7 @@ def check_gains(found: Sequence[Map], *, moves: bool) -> Iterator[Finding]:
     for function, off in by_function.items():
         whole = math.exp(sum(math.log(m.keeps) for m in off))
         worst = off[0]
-        level: Level = "warning" if moves and not 1 / 30 < whole < 30 else "info"
+        level: Level = "warning" if moves and not 1 / WARNING_FACTOR < whole < WARNING_FACTOR else "info"
         told = f"after {function} it multiplies the second moment by {worst.keeps:.3g}"
         told += f" at a second moment of 1, as in {len(off) - 1} more" if len(off) > 1 else ""
         kept = float(gaussian.second_moment(_ACTIVATIONS[function]))

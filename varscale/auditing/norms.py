@@ -12,7 +12,7 @@ from varscale.usage.table import Uses
 
 _LARGEST_EPSILON = 0.1  # what is added to a variance and is larger is no guard against division by zero
 _COLLAPSED = 3.0  # deviation of scores from which on one key has most of the weight
-_DROWNED, _LOST = 100.0, 1e4  # times that the first branches make a stream larger: worth a word; as in no usual model
+_DROWNED, _LOST = 100.0, 1e4  # ratio of variances: of a stream's amplitude its start is then a tenth, a hundredth
 _UNIFORM = 1e-2  # and below which weights differ by a hundredth
 
 

@@ -65,8 +65,9 @@ one weight stored twice). A readout that repeats its embedding gives each input 
         *check_laws(summaries, laws),
         *leaves.check_usual([s for s in summaries if s.path not in laws]),
     ]
-    kept, count = silenced(ordered(found), ignore)
-    return Audit(kept, None, () if summaries else ("There is no floating-point parameter to audit.",), count)
+    left = silenced(found, ignore)
+    notes = () if summaries else ("There is no floating-point parameter to audit.",)
+    return Audit(ordered(left.kept), None, notes + left.notes, left.count)
 
 
 def checked(summaries: Sequence[Summary]) -> Iterator[Finding]:

@@ -11,13 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 from scipy import stats
 
-from varscale.auditing.findings import Finding, Level
+from varscale.auditing.findings import ERROR_FACTOR, WARNING_FACTOR, Finding, Level
 from varscale.auditing.maps import Mend
 from varscale.report import Report, Row
 
-ERROR = 1e3  # factor in the second moment over the whole depth
-WARNING = 30.0
-GRADIENT_WARNING = 100.0  # in the squared norm: the first layers learn ten times slower than the last
+# In the squared norm. Steps of the first layers are then ten times smaller than those of the last, and any one learning rate is
+# off by √10 for one of the two. Batch norms before relu alone reach it in 12 layers, π/(π − 1) each (Yang et al. 2019).
+GRADIENT_WARNING = 100.0
+_GROWN = 8.0  # factor of a stream's second moment: what the last branch changes is then an eighth, relative, of the first's
 _CHANCE = 5e-7  # of a false finding about the rows of one draw
 _FEWEST = 4  # layers of a kind that make a trend
 _ALIKE = 0.995  # correlation at which samples count as one
@@ -125,7 +126,7 @@ def check_gradient(report: Report, mend: Mend) -> Iterator[Finding]:
 
 def check_stream(report: Report, additions: int, mend: Mend) -> Iterator[Finding]:
     """A residual stream that grows with depth without vanishing or exploding."""
-    grown = [trend for trend in trends(report.rows, signal) if 8 < trend.total < WARNING]
+    grown = [trend for trend in trends(report.rows, signal) if _GROWN < trend.total < WARNING_FACTOR]
     if additions < _FEWEST or not grown:
         return
     worst = max(grown, key=lambda trend: trend.total)
@@ -183,7 +184,7 @@ def check_draw(measured: Report, predicted: Report) -> Iterator[Finding]:
 
 def _level(total: float) -> Level | None:
     size = abs(math.log(total))
-    return "error" if size > math.log(ERROR) else "warning" if size > math.log(WARNING) else None
+    return "error" if size > math.log(ERROR_FACTOR) else "warning" if size > math.log(WARNING_FACTOR) else None
 
 
 def _reach(trend: Trend) -> str:

@@ -237,9 +237,10 @@ def _correlation_scatter(node: Node) -> np.ndarray:
     if isinstance(node, Gather):  # rows of a table: two are one and the same, or they are not
         rate = np.clip(node.table.covariance / max(node.table.variance, 1e-300), 0, 1)
         return rate * (1 - rate)
-    if isinstance(node, Sum):
+    whole = node.table.mean_square
+    if isinstance(node, Sum) and whole > 0:  # the mean of what is centred is 0, or below it by rounding
         for c, view in zip(node.params, node.args, strict=True):
-            share = c * c * view.node.table.mean_square / max(node.table.mean_square, 1e-300)
+            share = c * c * view.node.table.mean_square / whole
             inner = _correlation_scatter(view.node)
             out = out + share**2 * lift(inner, view.node.axes, view.bind, node.axes, pairs=True)
     if not isinstance(node, Contract) or (weight := weight_of(node)) is None:
