@@ -253,7 +253,9 @@ def integral_key(view: View) -> Hashable | None:
 
 def term_shares(node: Sum) -> np.ndarray:
     """c² E[x²] of each term of a sum, over all of them; by rounding the mean of what is centred may be below 0."""
-    squares = [c * c * max(view.node.table.mean_square, 0.0) for c, view in zip(node.params, node.args, strict=True)]
+    squares = [
+        c * c * max(view.node.table.mean_square, 0.0) for c, view in zip(node.params, node.args, strict=True)
+    ]
     return np.array(squares) / max(sum(squares), 1e-300)
 
 
