@@ -249,6 +249,34 @@ def test_a_bias_that_is_larger_than_the_target():
     assert vs.predict(model, x, scheme=plan, backward=False).output.second_moment == pytest.approx(5, rel=0.1)
 
 
+class Experts(nn.Module):
+    """Each position goes to the two experts with the largest gates."""
+
+    @nn.compact
+    def __call__(self, x):
+        top, which = jax.lax.top_k(nn.softmax(nn.Dense(4, use_bias=False, name="gates")(x)), 2)
+        chosen = jnp.sum(jax.nn.one_hot(which, 4) * top[..., None], axis=-2)
+        kernels = self.param("experts", nn.initializers.lecun_normal(batch_axis=0), (4, 16, 16))
+        return jnp.einsum("btd,edf,bte->btf", x, kernels, chosen)
+
+
+class Routed(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Dense(16, name="first")(x)
+        x = x + Experts(name="mixture")(nn.RMSNorm()(x))
+        return nn.Dense(4, name="head")(x)
+
+
+def test_experts_that_are_drawn_do_not_keep_the_rows_after_them_from_the_target():
+    """Each prediction has the same draws: with its own, rows differ by a few per cent from one to the next."""
+    x = described(2, 6, 8)
+    plan = vs.calibrate(Routed(), x)
+    found = typicals(Routed(), x, plan)
+    assert {"first", "mixture/gates", "head"} <= set(found)
+    assert found == pytest.approx(dict.fromkeys(found, 1.0), rel=1e-6)
+
+
 class GridBlock(nn.Module):
     @nn.compact
     def __call__(self, x):

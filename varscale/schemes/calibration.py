@@ -27,7 +27,8 @@ _DIRECTIONS = ("forward", "backward", "both")
 _WALKS = 30  # over a model with tied kernels
 _CLOSE = 1e-9  # of the logarithm of a tied kernel's mean
 _CHECKS = 10  # predictions under the plan, where parts of it are drawn or approximated
-_OFF = 5e-7  # of the target
+_OFF = 5e-7  # of the target, where corrections end
+_TOLERANCE = 1e-6  # of the target, beyond which a plan's notes name the row
 _WIDE = 4.0  # a factor that a single draw may be off before the plan warns
 _KERNELS = frozenset({"input", "hidden", "readout", "depthwise", "expert"})
 
@@ -95,7 +96,8 @@ def calibrate(
     base, kept = _unit_plan(words, model, x, rows, distribution, params, method)
     given, laws = faces.as_inputs(x), Laws(distribution)
     tied, corrections = _Tied(), dict[Place, float]()
-    best: tuple[float, Plan] | None = None
+    best: Plan | None = None
+    least = math.inf
     for _ in range(_CHECKS):
         found, biased = [], {}
         for _ in range(_WALKS):
@@ -118,13 +120,15 @@ def calibrate(
         report = predict(model, x, params=params, scheme=plan, backward=False, method=method)
         ratios = _ratios({row.path: row.typical for row in report.rows}, found, target, biased)
         off = max((abs(ratio - 1) for ratio in ratios.values()), default=0.0)
-        if best is None or off < best[0]:
-            best = off, plan
+        if best is None or off < least:
+            best, least = dataclasses.replace(plan, notes=(*plan.notes, *_missed(found, ratios))), off
         if off <= _OFF:
             break
-        corrections |= {place: corrections.get(place, 1.0) / ratio for place, ratio in ratios.items()}
+        # What is right stays as it is, to the bit: choices that are drawn (the largest k) jump where their numbers hardly move.
+        wrong = {place: ratio for place, ratio in ratios.items() if abs(ratio - 1) > _OFF / 2}
+        corrections |= {place: corrections.get(place, 1.0) / ratio for place, ratio in wrong.items()}
     assert best is not None
-    return best[1]
+    return best
 
 
 def _ratios(
@@ -147,6 +151,16 @@ def _ratios(
         if len(told) == len(group):
             ratios |= {place: math.exp(sum(told) / len(told)) for place, _ in group}
     return ratios
+
+
+def _missed(found: Sequence[Set], ratios: Mapping[Place, float]) -> list[str]:
+    """The products that corrections did not bring to the target: the model draws something that jumps with its scale."""
+    off = {one.row or one.kernel.path: ratios[one.place] for one in found if abs(ratios.get(one.place, 1.0) - 1) > _TOLERANCE}
+    return [
+        f"{row}: its typical second moment is {ratio:.7g} times the target by vs.predict. It follows from drawn numbers that "
+        f"jump where this scale moves, and {_CHECKS} corrections did not settle it; vs.lsuv rescales drawn weights."
+        for row, ratio in off.items()
+    ]
 
 
 _CHOSEN = "calibrated"

@@ -2,12 +2,14 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 import varscale as vs
 from varscale.theory.domain.axes import Axis
 from varscale.theory.graph.content import content, hashed
 from varscale.theory.graph.expressions import Sum
 from varscale.theory.graph.nodes import Graph, Node, View, leaf
+from varscale.theory.graph.normal_form import affine
 
 WIDTH = 24
 
@@ -34,6 +36,18 @@ def test_a_layer_that_is_inserted_changes_no_draws_of_a_region():
     assert (alone.second_moment, alone.band) == (beside.second_moment, beside.band)
 
 
+def test_another_variance_of_the_weights_rescales_the_draws():
+    def scaled(std):
+        def drawn(key):
+            return {name: std * w for name, w in weights(key).items()}
+
+        return vs.predict(sorted_products, jax.ShapeDtypeStruct((6, WIDTH), jnp.float32), params=drawn)["region"]
+
+    small, large = scaled(1e-3), scaled(3e-3)  # where tanh is linear
+    assert small.how == "sampled"
+    np.testing.assert_allclose(large.second_moment / small.second_moment, 3.0**4, rtol=1e-4)  # with other draws a per cent off
+
+
 def summed(graph: Graph, *names: str) -> Node:
     """A sum of leaves, made in this order."""
     leaves = {name: leaf(graph, name, (Axis(4),), 0.0, 1.0, odd=True) for name in names}
@@ -46,5 +60,7 @@ def test_content_is_that_of_equal_nodes_alone():
     leaf(second, "unrelated", (Axis(3),), 0.0, 1.0, odd=True)
     assert content(summed(first, "a", "b")) == content(summed(second, "b", "a"))
     assert content(summed(first, "a", "b")) != content(summed(second, "a", "c"))
+    assert content(affine(summed(first, "a", "b"), 2.0, 0.0)) == content(affine(summed(first, "a", "b"), 3.0, 0.0))
+    assert content(affine(summed(first, "a", "b"), 2.0, 0.0)) != content(affine(summed(first, "a", "b"), -2.0, 0.0))
     assert hashed(jax.random.key(0)) != hashed(jax.random.key(1))
     assert hashed(jnp.ones(2)) != hashed(jnp.ones((2, 1)))

@@ -1,7 +1,8 @@
 """What nodes are made of, as numbers: equal for one array in two graphs, whatever else these hold.
 
 Nodes are told apart by their ids, which depend on what was built before. Draws come from content instead: a model has the
-same ones beside another model, and a layer keeps its own when another is inserted.
+same ones beside another model, and a layer keeps its own when another is inserted. Of factors only the signs count: under
+another variance of its weights a model has the same draws, rescaled, and a prediction is a smooth function of the variances.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import jax
 import numpy as np
 
 from varscale.theory.domain.axes import Axis
-from varscale.theory.graph.expressions import Sum
+from varscale.theory.graph.expressions import Apply, Sum
 from varscale.theory.graph.nodes import Node
 from varscale.theory.graph.store import once_per_node
 
@@ -24,7 +25,9 @@ def content(node: Node) -> int:
     """A hash, 64 bits, of a node's kind, axes and parameters, and of its arguments' content."""
     args = [(content(child), bind) for child, bind in node.args]
     if isinstance(node, Sum):  # whose terms are in the order in which they were built
-        args, params = sorted(zip(args, node.params, strict=True)), ()
+        args, params = sorted(zip(args, np.sign(node.params).tolist(), strict=True)), ()
+    elif isinstance(node, Apply) and node.params[0] == "affine":
+        params = np.sign(node.params[1]).tolist()
     else:
         params = node.params
     return hashed(type(node).__name__, node.axes, params, args)

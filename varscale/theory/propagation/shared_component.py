@@ -291,7 +291,8 @@ def _few(root: Node) -> TypeGuard[Conv]:
 
 def _channels(root: Node, places: frozenset[int], x: Node, x_places: frozenset[int]) -> Channels | None:
     """The law of a root's channels, which has its K and its C."""
-    read, whole, common = common_part(x, x_places), root.table.mean_square, _common(root, places)
+    read, whole = common_part(x, x_places), root.table.mean_square
+    common = max(_common(root, places), 0.0)  # a difference of tables may round below
     if _averaged(root) is not None:
         if read.channels is None:
             return None
@@ -316,7 +317,7 @@ def _channels(root: Node, places: frozenset[int], x: Node, x_places: frozenset[i
     )  # of a unit's squared weights
     spread = math.sqrt(math.log1p(excess)) * drawn[:, :1]
     return Channels(means, np.broadcast_to(np.exp(spread), means.shape), units, np.zeros((2, 2))).of(
-        whole, max(common, 0.0)
+        whole, common
     )
 
 
