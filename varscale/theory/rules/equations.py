@@ -12,21 +12,6 @@ from typing import Any
 from varscale import _compat
 from varscale.programs.pieces import live
 
-# What depends on shapes, and so cannot be evaluated at a few positions only.
-_MOVES = (
-    "slice",
-    "reshape",
-    "squeeze",
-    "transpose",
-    "concatenate",
-    "pad",
-    "dot_general",
-    "gather",
-    "iota",
-    "rev",
-    "dynamic_slice",
-)
-
 
 def scans(eqns: Sequence[Any]) -> list[int]:
     """Where associative scans begin: arrays cut in halves, these combined and cut in halves again, and interleaved."""
@@ -69,20 +54,6 @@ def _halved(eqn: Any, offset: int) -> int | None:
         axes[0]
         if len(axes) == 1 and [s for s in starts if s] == [offset][:offset] and starts[axes[0]] == offset
         else None
-    )
-
-
-def is_elementwise(eqn: Any) -> bool:
-    """Whether an equation can be evaluated on arrays of any shape."""
-    inner = sub_jaxpr_of(eqn)
-    if inner is not None:
-        return all(is_elementwise(e) for e in _compat.sub_jaxpr(inner)[0].eqns)
-    ranks = {v.aval.ndim for v in (*eqn.invars, *eqn.outvars) if v.aval.ndim}
-    name = eqn.primitive.name
-    return (
-        len(ranks) <= 1
-        and name not in _MOVES
-        and not name.startswith(("cum", "reduce", "scatter", "arg", "sort", "conv_"))
     )
 
 

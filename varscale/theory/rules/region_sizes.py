@@ -15,10 +15,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from varscale import _compat
-from varscale.theory.rules.equations import is_elementwise, sub_jaxpr_of
+from varscale.theory.rules.equations import sub_jaxpr_of
+from varscale.theory.rules.registry import ELEMENTWISE_OR_LAYOUT
 
 _ROUNDED = 2.0**-8  # how far a count may be off in bfloat16, and the n − 1 of a variance
 
@@ -112,9 +114,9 @@ def _equation(eqn: Any, ins: list[Any], weights: list[bool], sizes: Sizes) -> li
         return _bound(eqn, ins, {})
     if name in _RULES:
         return _RULES[name](eqn, ins, weights, sizes)
-    if inner is None and is_elementwise(eqn):
-        return _bound(eqn, ins, {})
-    raise CannotShrink(sizes.changed([*eqn.invars, *eqn.outvars]))
+    if inner is not None or name not in ELEMENTWISE_OR_LAYOUT | _ALONG_AN_AXIS:
+        raise CannotShrink(sizes.changed([*eqn.invars, *eqn.outvars]))
+    return _alike_everywhere(eqn, ins, sizes)
 
 
 def _bound(eqn: Any, ins: Sequence[Any], params: Mapping[str, Any]) -> list[Any]:
@@ -155,56 +157,54 @@ def _keeps_law(eqn: Any, weights: Sequence[bool]) -> bool:
     return name in _REARRANGES or (name in ("mul", "div") and all(v.aval.ndim == 0 for v in others))
 
 
-def _reshape(eqn: Any, ins: list[Any], weights: list[bool], sizes: Sizes) -> list[Any]:
-    shape = sizes.shape(eqn.params["new_sizes"])
-    if math.prod(shape) != ins[0].size:
+_ALONG_AN_AXIS = {"concatenate", "pad", "reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or"}
+_ALONG_AN_AXIS |= {"argmax", "argmin", "sort", "top_k", "rev", "fft"}
+_ALONG_AN_AXIS |= {"cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp"}
+
+
+def _alike_everywhere(
+    eqn: Any, ins: Sequence[Any], sizes: Sizes, params: Mapping[str, Any] | None = None
+) -> list[Any]:
+    """What acts alike at every position of the axes that shrink, if its outputs then have the sizes that they should."""
+    _keep_size(_where_positions_matter(eqn), sizes)
+    shapes = {k: sizes.shape(eqn.params[k]) for k in ("shape", "new_sizes", "sizes") if k in eqn.params}
+    expected = [sizes.shape(v.aval.shape) for v in eqn.outvars]
+    try:
+        out = _bound(eqn, ins, {**shapes, **(params or {})})
+    except (TypeError, ValueError):
+        out = []
+    if [x.shape for x in out] != expected:
         raise CannotShrink(sizes.changed([*eqn.invars, *eqn.outvars]))
-    return [jnp.reshape(ins[0], shape)]
+    return out
 
 
-def _broadcast(eqn: Any, ins: list[Any], weights: list[bool], sizes: Sizes) -> list[Any]:
-    return [
-        lax.broadcast_in_dim(ins[0], sizes.shape(eqn.params["shape"]), eqn.params["broadcast_dimensions"])
-    ]
+def _where_positions_matter(eqn: Any) -> list[int]:
+    """Sizes of the axes whose positions are told apart, or counted."""
+    name, p = eqn.primitive.name, eqn.params
+    if name == "iota":
+        return [p["shape"][p["dimension"]]]
+    if name not in _ALONG_AN_AXIS - {"concatenate"}:
+        return []
+    shape = eqn.invars[0].aval.shape
+    if name == "pad":
+        return [n for n, padding in zip(shape, p["padding_config"], strict=True) if any(padding)]
+    if name == "fft":
+        return list(shape[len(shape) - len(p["fft_lengths"]) :])
+    axes = p.get("axes", p.get("dimensions", [p.get("axis", p.get("dimension", len(shape) - 1))]))
+    return [shape[k] for k in axes]
 
 
 def _blocks(eqn: Any, ins: list[Any], weights: list[bool], sizes: Sizes) -> list[Any]:
     """Blocks of the smaller axis, where the blocks of the whole one are multiples of what a position stands for."""
-    starts, limits = list(eqn.params["start_indices"]), list(eqn.params["limit_indices"])
-    strides = list(eqn.params["strides"] or [1] * len(starts))
-    for k, (n, kept) in enumerate(zip(eqn.invars[0].aval.shape, ins[0].shape, strict=True)):
-        if n == kept:
-            continue
-        ratio = n // kept
-        cut = limits[k] - starts[k]
-        if cut == n and strides[k] == 1:
-            limits[k] = kept
-        elif (
-            n % kept
-            or starts[k] % ratio
-            or limits[k] % ratio
-            or strides[k] != 1
-            or sizes.shape([cut]) != (cut // ratio,)
-        ):
-            raise CannotShrink([n, cut])
-        else:
-            starts[k], limits[k] = starts[k] // ratio, limits[k] // ratio
-    return [lax.slice(ins[0], starts, limits, strides)]
-
-
-def _split(eqn: Any, ins: list[Any], weights: list[bool], sizes: Sizes) -> list[Any]:
-    pieces, axis = sizes.shape(eqn.params["sizes"]), eqn.params["axis"]
-    if sum(pieces) != ins[0].shape[axis]:
-        raise CannotShrink([*eqn.params["sizes"], eqn.invars[0].aval.shape[axis]])
-    return list(lax.split(ins[0], pieces, axis))
-
-
-def _concatenate(eqn: Any, ins: list[Any], weights: list[bool], sizes: Sizes) -> list[Any]:
-    k = eqn.params["dimension"]
-    whole = eqn.outvars[0].aval.shape[k]
-    if sizes.shape([whole]) != (sum(x.shape[k] for x in ins),):
-        raise CannotShrink([whole, *(v.aval.shape[k] for v in eqn.invars)])
-    return _bound(eqn, ins, {})
+    p, (shape, kept) = eqn.params, (eqn.invars[0].aval.shape, ins[0].shape)
+    ratios = [n // m for n, m in zip(shape, kept, strict=True)]
+    starts, limits = (np.array(p[name]) for name in ("start_indices", "limit_indices"))
+    strides = np.array(p["strides"] or np.ones_like(starts))
+    cut = [k for k, r in enumerate(ratios) if starts[k] % r or limits[k] % r or (r > 1 and strides[k] > 1)]
+    if cut:
+        raise CannotShrink([shape[k] for k in cut])
+    smaller = {"start_indices": tuple(starts // ratios), "limit_indices": tuple(limits // ratios)}
+    return _alike_everywhere(eqn, ins, sizes, smaller)
 
 
 def _summed(eqn: Any, ins: list[Any], weights: list[bool], sizes: Sizes) -> list[Any]:
@@ -276,55 +276,12 @@ def _looped(eqn: Any, ins: list[Any], weights: list[bool], sizes: Sizes) -> list
     return [*last, *rows]
 
 
-def _random(eqn: Any, ins: list[Any], weights: list[bool], sizes: Sizes) -> list[Any]:
-    return _bound(eqn, ins, {"shape": sizes.shape(eqn.params["shape"])})
-
-
-def _iota(eqn: Any, ins: list[Any], weights: list[bool], sizes: Sizes) -> list[Any]:
-    _keep_size([eqn.params["shape"][eqn.params["dimension"]]], sizes)
-    return _bound(eqn, ins, {"shape": sizes.shape(eqn.params["shape"])})
-
-
-def _padded(eqn: Any, ins: list[Any], weights: list[bool], sizes: Sizes) -> list[Any]:
-    config = eqn.params["padding_config"]
-    _keep_size([n for n, pad in zip(eqn.invars[0].aval.shape, config, strict=True) if any(pad)], sizes)
-    return _bound(eqn, ins, {})
-
-
-def _along_some(eqn: Any, ins: list[Any], weights: list[bool], sizes: Sizes) -> list[Any]:
-    """What acts along some axes, alike at every position of the others."""
-    shape, p = eqn.invars[0].aval.shape, eqn.params
-    own = p.get("axes", p.get("dimensions", [p.get("axis", p.get("dimension", len(shape) - 1))]))
-    own = range(len(shape) - len(p["fft_lengths"]), len(shape)) if "fft_lengths" in p else own
-    _keep_size([shape[k] for k in own], sizes)
-    return _bound(eqn, ins, {})
-
-
-def _plain(eqn: Any, ins: list[Any], weights: list[bool], sizes: Sizes) -> list[Any]:
-    """What says nothing of sizes."""
-    return _bound(eqn, ins, {})
-
-
 _RULES: dict[str, Callable[[Any, list[Any], list[bool], Sizes], list[Any]]] = {
-    "reshape": _reshape,
-    "broadcast_in_dim": _broadcast,
     "slice": _blocks,
-    "split": _split,
-    "concatenate": _concatenate,
     "reduce_sum": _summed,
     "dot_general": _matrix_product,
     "conv_general_dilated": _convolution,
-    "random_bits": _random,
-    "iota": _iota,
-    "pad": _padded,
-    "transpose": _plain,
-    "squeeze": _plain,
 }
-_RULES.update(
-    dict.fromkeys(("reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or"), _along_some)
-)
-_RULES.update(dict.fromkeys(("argmax", "argmin", "sort", "top_k", "rev", "fft"), _along_some))
-_RULES.update(dict.fromkeys(("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp"), _along_some))
 
 
 def work(jaxpr: Any, sizes: Sizes) -> float:
