@@ -201,7 +201,7 @@ class Biased(nn.Module):
 def test_known_logits_are_drawn():
     """Logits that are known numbers are no Gaussian ones: those that vary much have the model drawn, the others a doubt."""
     with jax.numpy_rank_promotion("allow"):
-        small, large = (vs.predict(Biased(slope), INPUT, backward=False).output for slope in (0.003, 0.5))
+        small, large = (vs.predict(Biased(slope), INPUT, backward=False).output for slope in (0.01, 0.5))
     assert (small.how, large.how) == ("assumed", "sampled")
     assert max(small.error_bound, large.error_bound) < 0.15
 
@@ -306,40 +306,30 @@ def test_who_may_see_no_key_sees_all_alike(added, lengths):
     assert abs(row.second_moment / squares.mean() - 1) <= 0.06 + 4 * error
 
 
-@pytest.mark.parametrize(("noise", "doubted"), [(jax.random.gumbel, True), (jax.random.normal, False)])
-def test_noise_on_logits_that_is_not_normal_is_in_doubt(noise, doubted):
-    """Gumbel noise at a temperature of a half makes the largest weight larger than a normal of its variance would."""
-
-    def f(params, x, key):
-        logits = x @ params["w"]
-        return nn.softmax((logits + noise(key, logits.shape)) / 0.5)
-
-    given = vs.inputs(jax.ShapeDtypeStruct((256, WIDTH), jnp.float32), jax.random.key(0))
-    weights = lambda key: {"w": jax.random.normal(key, (WIDTH, 16)) / WIDTH**0.5}  # noqa: E731
-    row = vs.predict(f, given, params=weights, backward=False).output
-    assert (row.error_bound > 0.17) == doubted  # how much a sample's own weights vary is .13
-    x = jax.random.normal(jax.random.key(1), (1 << 16, 16))
-    drawn = jnp.mean(nn.softmax((x + noise(jax.random.key(2), x.shape)) / 0.5) ** 2)  # to .3 %
-    assert abs(row.second_moment / drawn - 1) < row.error_bound + 0.02
+NOT_GAUSSIAN = {
+    "relu": lambda z: 3 * jax.nn.relu(z),
+    "distances": lambda z: -2 * jnp.square(z),
+    "gumbel": lambda z: 2 * (z - jnp.log(-jnp.log(jax.random.uniform(jax.random.key(2), z.shape, minval=1e-6)))),
+}
 
 
-@pytest.mark.parametrize(
-    "f",
-    [
-        pytest.param(lambda z: 3 * jax.nn.relu(z), id="relu"),
-        pytest.param(lambda z: -2 * jnp.square(z), id="distances"),
-        pytest.param(lambda z: 2 * z * jnp.roll(z, 1, 0), id="products"),
-    ],
-)
-def test_softmax_of_logits_that_are_not_gaussian(f):
-    """20000 rows of 16 with a fixed key, within four standard errors and 1 %; Gaussian logits are off by 34 to 61 %."""
+@pytest.mark.parametrize("kind", NOT_GAUSSIAN)
+def test_softmax_of_logits_that_are_not_gaussian_is_drawn(kind):
+    """20000 rows of 16 with a fixed key, within four standard errors and the bound; Gaussian logits are off by 17 to 61 %."""
     struct = jax.ShapeDtypeStruct((20_000, 16), jnp.float32)
-    softmax = lambda z: jax.nn.softmax(f(z), axis=-1)  # noqa: E731
+    softmax = lambda z: jax.nn.softmax(NOT_GAUSSIAN[kind](z), axis=-1)  # noqa: E731
     row = vs.predict(lambda _, z: softmax(z), struct, params={}, backward=False).output
     squares = np.asarray(jnp.mean(jnp.square(softmax(jax.random.normal(jax.random.key(0), struct.shape))), axis=1))
     error = squares.std() / squares.mean() / len(squares) ** 0.5
-    assert abs(row.second_moment / squares.mean() - 1) <= 0.01 + 4 * error
-    assert row.error_bound <= 0.1
+    assert row.how == "sampled"
+    assert abs(row.second_moment / squares.mean() - 1) <= row.error_bound + 4 * error
+    assert row.error_bound <= 0.15
+
+
+def test_capped_logits_are_as_good_as_gaussian():
+    capped = lambda _, z: jax.nn.softmax(50 * jnp.tanh(z / 50), axis=-1)  # noqa: E731
+    struct = jax.ShapeDtypeStruct((64, 16), jnp.float32)
+    assert vs.predict(capped, struct, params={}, backward=False).output.how == "quadrature"
 
 
 @pytest.mark.parametrize("scale", [1.0, 8**0.5])

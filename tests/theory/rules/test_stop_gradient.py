@@ -60,7 +60,7 @@ def scaled_tanh(factor):
     return f
 
 
-def test_backward_rules_that_are_no_derivatives_are_in_doubt():
+def test_backward_rules_of_a_function_s_own_are_in_doubt():
     plain, same, other = (rows(f)[0] for f in (jnp.tanh, scaled_tanh(1.0), scaled_tanh(-3.0)))
-    assert (same.gradient, same.gradient_error_bound) == (plain.gradient, plain.gradient_error_bound)
+    assert same.gradient == plain.gradient
     assert abs(9 * plain.gradient / other.gradient - 1) <= other.gradient_error_bound

@@ -22,7 +22,6 @@ class GatherParams(NamedTuple):
         index_axes: the axes of the output that are the indices'.
         rates: P(same row) over the types of the indices, flat; None: rows are as likely as one another.
         rows: how many rows there are.
-        classes: where rows have classes and the indices are one known axis, those of the rows behind its own classes.
         ids: the indices: the key of known ones in the store, or the node of unknown ones.
     """
 
@@ -30,7 +29,6 @@ class GatherParams(NamedTuple):
     index_axes: tuple[int, ...]
     rates: Any
     rows: Any
-    classes: Any
     ids: Any
 
 
@@ -61,10 +59,8 @@ class Gather(Node):
 
     @property
     def indexed(self) -> list[Axis]:
-        """The axes of the indices; without their classes where those are the rows'."""
-        return [
-            Axis(self.axes[k].size) if self.params.classes else self.axes[k] for k in self.params.index_axes
-        ]
+        """The axes of the indices."""
+        return [self.axes[k] for k in self.params.index_axes]
 
     def rates(self) -> np.ndarray:
         """P(same row) over the types of the indices."""

@@ -46,14 +46,10 @@ _SPACING = 0.1  # of logarithms of variances at which integrals are taken
 _ROUND = 10  # steps of ln u to which a grid is rounded up, so that one serves many layers
 
 
-Law = tuple[float, ...] | None  # standardized values on the normal grid, where logits are not Gaussian
-
-
-def _grid(variance: float, keys: float, law: Law = None) -> tuple[int, int]:
+def _grid(variance: float, keys: float) -> tuple[int, int]:
     """First and last step of ln u between which there is mass, for up to this many keys of up to this variance."""
-    low, high = (-5.0, 5.0) if law is None else (min(law), max(law))
     # of a logit; the sum's is as far above it as there are keys
-    first, last = -high * math.sqrt(variance) - math.log(keys) - 18, -low * math.sqrt(variance) + 14
+    first, last = -5 * math.sqrt(variance) - math.log(keys) - 18, 5 * math.sqrt(variance) + 14
     return _ROUND * math.floor(first / _STEP / _ROUND), _ROUND * math.ceil(last / _STEP / _ROUND)
 
 
@@ -65,7 +61,7 @@ def _coordinate_on_sphere(directions: float) -> Float[np.ndarray, " points"]:
 
 @functools.lru_cache(maxsize=1024)
 def _laplace(
-    log_variance: float, first: int, last: int, stride: int, directions: float, law: Law
+    log_variance: float, first: int, last: int, stride: int, directions: float
 ) -> Float[np.ndarray, "moments u"]:
     """Of a key, x = u e^l: what `_between` reads off at other variances.
 
@@ -73,7 +69,7 @@ def _laplace(
     smooth in the logarithm of the variance, along which moments themselves grow like exponentials.
     """
     density = _coordinate_on_sphere(directions)
-    z, weights = (Z if law is None else np.array(law))[::stride], density[::stride] / density[::stride].sum()
+    z, weights = Z[::stride], density[::stride] / density[::stride].sum()
     logits = math.exp(log_variance / 2) * z / math.sqrt(weights @ z**2)
     x = np.exp(np.minimum(logits + _STEP * np.arange(first, last)[:, None], _GONE))
     left = np.exp(-x)
@@ -88,14 +84,14 @@ def _laplace(
 
 
 def _between(
-    variances: Float[np.ndarray, " keys"], first: int, last: int, directions: float, law: Law
+    variances: Float[np.ndarray, " keys"], first: int, last: int, directions: float
 ) -> Float[np.ndarray, "moments keys u"]:
     """Of keys with these variances: ln φ(u), and over φ E[f e^{−x}] for f = x, x², x³, l x and (l x)², x = u e^l.
 
     Of many variances they are read off between those at e^{k/10}, which serve all layers and classes of keys, by polynomials of
     degree five: exact to 1e-6 up to a variance of 4, to 1e-4 up to 100.
     """
-    reach = _RESOLVED / math.sqrt(float(variances.max())) if law is None else 1.0
+    reach = _RESOLVED / math.sqrt(float(variances.max()))
     stride = max(k for k in _STRIDES if k <= max(reach, 1))
     logarithms = np.log(variances)
     places = logarithms / _SPACING
@@ -103,7 +99,7 @@ def _between(
     nodes = range(int(below.min()) - 2, int(below.max()) + 4)
     few = len(variances) <= len(nodes)
     taken = [float(x) for x in logarithms] if few else [k * _SPACING for k in nodes]
-    found = np.stack([_laplace(x, first, last, stride, directions, law) for x in taken], axis=1)
+    found = np.stack([_laplace(x, first, last, stride, directions) for x in taken], axis=1)
     if not few:
         parts = [weight[:, None] * found[:, below + i - nodes[0]] for i, weight in _lagrange(places - below)]
         found = np.sum(parts, axis=0)
@@ -123,21 +119,19 @@ def weight_moments(
     counts: Float[np.ndarray, "*rows classes"],
     variances: Float[np.ndarray, "*rows classes"],
     directions: float = math.inf,
-    law: Law = None,
 ) -> WeightMoments:
-    """Exact moments of softmax weights over independent logits, Gaussian, projections of points on a sphere, or of any law.
+    """Exact moments of softmax weights over independent logits, Gaussian or projections of points on a sphere.
 
     Args:
         counts: keys in each class.
         variances: variance of their logits.
         directions: of the sphere that keys lie on, 3 at least; infinitely many where logits are Gaussian.
-        law: of logits that are not, their values on the normal grid, with mean 0 and variance 1.
     """
     n, rows = counts.reshape(-1, counts.shape[-1]), np.arange(counts[..., 0].size)[:, None]
     distinct, place = np.unique(variances, return_inverse=True)
     place = place.reshape(n.shape)
-    first, last = _grid(float(distinct.max()), float(n.sum(-1).max()), law)
-    log_phi, first, second, third, pull, pull_square = _between(distinct, first, last, directions, law)
+    first, last = _grid(float(distinct.max()), float(n.sum(-1).max()))
+    log_phi, first, second, third, pull, pull_square = _between(distinct, first, last, directions)
     members = np.zeros((len(n), len(distinct)))
     np.add.at(members, (rows, place), n)
     measure = np.exp(members @ log_phi) * _STEP  # the powers of u are in x: what is left of du is d ln u

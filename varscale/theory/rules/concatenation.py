@@ -3,23 +3,32 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from varscale.theory.domain.accuracy import NEXT_ORDER
+from varscale.theory.domain.accuracy import LEADING_ORDER
 from varscale.theory.domain.axes import MOST_CLASSES, Axis, apply_axis, labelled, pair_map, sliced
 from varscale.theory.domain.axis_maps import entry_map, pair_counts
 from varscale.theory.domain.tables import Table
 from varscale.theory.graph import layout
 from varscale.theory.graph.axis_nodes import Concat
 from varscale.theory.graph.layout import Atom, Value
-from varscale.theory.graph.nodes import Constant, Node, View, cross_by_kind, part_of, pullback, second_moments
+from varscale.theory.graph.nodes import (
+    Array,
+    Constant,
+    Leaf,
+    Node,
+    View,
+    cross_by_kind,
+    part_of,
+    pullback,
+    second_moments,
+)
 from varscale.theory.graph.normal_form import broadcast
 from varscale.theory.graph.reshapes import permute
-from varscale.theory.graph.store import BackwardNotes, Fact
+from varscale.theory.graph.store import BackwardNotes
 from varscale.theory.propagation.cross_moments import cross
 from varscale.theory.propagation.doubts import lost_excess, lost_excess_of
 from varscale.theory.propagation.inherited_fluctuations import Spread, combine, inherited, propagated
@@ -27,12 +36,7 @@ from varscale.theory.propagation.pullbacks import sum_out
 from varscale.theory.rules.axis import take, take_node
 from varscale.theory.rules.registry import Context, elementwise_or_layout, rule
 
-_MOST_JOINED = (
-    64  # joined arrays that are cut open for each other: a recurrence unrolled by hand has T² pairs of them
-)
-_MANY_PARTS = 6  # parts up to which every pair is computed
-_MANY_UNLIKE = 24  # the same where distance does not tell how alike two parts are
-_CHECKED = 12  # pairs of many parts that are computed to see whether it does
+_MANY_PARTS = 24  # parts up to which every pair is computed; more are drawn where that can be
 
 
 @part_of.register(Concat)
@@ -94,11 +98,12 @@ def _pairs_with(node: Concat, other: Concat) -> np.ndarray:
     whole = node.axes[k]
     second = np.zeros([a.types for a in node.axes])
     starts, ours, others = np.cumsum([0, *sizes]), node.parts(), other.parts()
-    stands = len(sizes) > _MANY_PARTS and _alike_by_distance(node, other)
+    if many := len(sizes) > _MANY_PARTS:
+        node.graph.flag("assumed", LEADING_ORDER)
     for i, (view, mine, shares) in enumerate(ours):
         for j, (that, theirs, other_shares) in enumerate(others):
             if mine[k] == theirs[k]:
-                first, last = _stand_in(i, j) if stands and i != j else (i, j)
+                first, last = _stand_in(i, j) if many and i != j else (i, j)
                 table = cross(ours[first][0], others[last][0], mine)
                 table = np.broadcast_to(table, [a.types for a in mine])
                 second += apply_axis(table, k, _part_pairs(whole, mine[k], sizes[i], starts[i], starts[j]))
@@ -107,23 +112,6 @@ def _pairs_with(node: Concat, other: Concat) -> np.ndarray:
                 matrix = _part_pair_shares(shares, other_shares, whole)
                 second[(slice(None),) * k + (slice(whole.classes, None),)] += apply_axis(table, k, matrix)
     return second
-
-
-def _alike_by_distance(node: Concat, other: Concat) -> bool:
-    """Whether pairs of parts are to be taken for those a power of two apart; as some are not, all of them are in doubt."""
-    ours, others = node.parts(), other.parts()
-    n, off, frame = len(ours), 0.0, ours[0][1]
-    if any(part[1] != frame for part in (*ours, *others)):
-        return False
-    apart = [(i, j) for i in range(n) for j in range(n) if i != j and _stand_in(i, j) != (i, j)]
-    for i, j in apart[:: max(len(apart) // _CHECKED, 1)]:
-        found, taken = (cross(ours[p][0], others[q][0], frame) for p, q in ((i, j), _stand_in(i, j)))
-        most = math.sqrt(ours[i][0].node.table.mean_square * others[j][0].node.table.mean_square)
-        off = max(off, float(np.abs(found - taken).max()) / max(most, 1e-300))
-    if off > NEXT_ORDER and n <= _MANY_UNLIKE:
-        return False
-    node.graph.flag("assumed", off) if off > NEXT_ORDER else None
-    return True
 
 
 def _stand_in(i: int, j: int) -> tuple[int, int]:
@@ -144,11 +132,6 @@ def cross_by_kind_of_concat(node: Concat, a: View, b: View, frame: Sequence[Axis
     """Against anything that runs over the same axis: cut that where the parts meet."""
     k, sizes = node.params
     place = a.bind[k]
-    if (
-        _JOINED.once(node.graph, None, lambda: sum(isinstance(n, Concat) for n in node.graph.nodes.values()))
-        > _MOST_JOINED
-    ):
-        return None
     pieces, start = [], 0
     for n in sizes:
         child, bind = b
@@ -260,8 +243,12 @@ def concatenate_rule(interpreter: Context, eqn: Any, *xs: Value) -> Value:
 
 
 def concatenated(interpreter: Context, xs: Sequence[Value], d: int) -> Value:
-    """One after another along dimension d; empty parts left out."""
+    """One after another along dimension d; empty parts left out. Very many, unless they are known or inputs, are drawn."""
     live = [x for x in xs if x.shape[d] > 0]
+    made = [x for x in live if not isinstance(x.node, Array | Constant | Leaf)]
+    if len(made) > _MANY_PARTS and interpreter.ask("many arrays are joined"):
+        shape = [sum(x.shape[d] for x in live) if k == d else n for k, n in enumerate(live[0].shape)]
+        return layout.full(interpreter.graph, 0.0, shape)
     return live[0] if len(live) == 1 else concatenate(interpreter.graph, live, d)
 
 
@@ -321,6 +308,3 @@ def _part_pair_shares(a: np.ndarray, b: np.ndarray, whole: Axis) -> np.ndarray:
     pairs = np.einsum("ac,bd->abcd", a * whole.counts[:, None], b * whole.counts[:, None])
     total = whole.pairs[whole.classes :].reshape(whole.classes, whole.classes, 1, 1)
     return (pairs / np.maximum(total, 1.0)).reshape(whole.classes**2, -1)
-
-
-_JOINED: Fact[None, int] = Fact()  # how many joined arrays the model has

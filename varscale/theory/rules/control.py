@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
-import jax
-import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 
@@ -55,7 +52,7 @@ def call(interpreter: Context, eqn: Any, *xs: Any) -> list[Any]:
     )
     jaxpr, consts = _compat.sub_jaxpr(inner)
     out = interpreter.run(jaxpr, consts, xs)
-    if eqn.primitive.name.startswith("custom_vjp_call") and not _goes_by_derivatives(eqn):
+    if eqn.primitive.name.startswith("custom_vjp_call"):  # its backward rule need not be its derivative
         return [
             interpreter.elementwise("own_gradient", y) if isinstance(y, Value) and y.node.axes else y
             for y in out
@@ -63,36 +60,6 @@ def call(interpreter: Context, eqn: Any, *xs: Any) -> list[Any]:
     return out
 
 
-def _goes_by_derivatives(eqn: Any) -> bool:
-    """Whether the backward rule that a function brings with it gives its derivatives, by what both give for normal numbers."""
-    if any(_compat.is_literal(v) for v in eqn.invars) or len(set(eqn.invars)) < len(eqn.invars):
-        return False
-    shapes = [v.aval for v in eqn.invars]
-    jaxpr = next((eqn.params[k] for k in ("call_jaxpr", "fun_jaxpr") if k in eqn.params), None)
-    if sum(math.prod(a.shape) for a in shapes) > _MOST_TRIED or not isinstance(
-        jaxpr, jax.extend.core.ClosedJaxpr
-    ):
-        return False
-    rng = np.random.default_rng(0)
-    numbers = [jnp.asarray(rng.standard_normal(a.shape), a.dtype) for a in shapes if a.dtype.kind == "f"]
-    if len(numbers) < len(shapes):
-        return False
-    own = jax.extend.core.ClosedJaxpr(
-        jaxpr.jaxpr.replace(constvars=[], invars=eqn.invars, outvars=eqn.outvars, eqns=[eqn]), []
-    )
-    with jax.ensure_compile_time_eval():
-        try:
-            gradients = []
-            for way in (own, jaxpr):
-                out, back = jax.vjp(jax.extend.core.jaxpr_as_fun(way), *numbers)
-                gradients.append(back([jnp.ones_like(y) for y in out]))
-        except Exception:  # whatever a function may raise that is tried out of its place
-            return False
-    return all(np.allclose(a, b, rtol=_STEADY, atol=_STEADY) for a, b in zip(*gradients, strict=True))
-
-
-_MOST_TRIED = 1 << 22  # numbers of which a function is tried
-_STEADY = 1e-2
 _FEW_STEPS = 4  # of a loop over time that are taken one by one
 
 

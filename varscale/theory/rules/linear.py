@@ -16,16 +16,7 @@ from varscale.theory.graph.expressions import Apply, Sum, roots, swapped
 from varscale.theory.graph.layout import Atom, Value, align, full
 from varscale.theory.graph.linear_nodes import Contract, weight_of
 from varscale.theory.graph.lookups import Gather
-from varscale.theory.graph.nodes import (
-    Array,
-    Constant,
-    Leaf,
-    Node,
-    View,
-    cross_by_kind,
-    pullback,
-    second_moments,
-)
+from varscale.theory.graph.nodes import Array, Leaf, View, cross_by_kind, pullback, second_moments
 from varscale.theory.graph.normal_form import affine
 from varscale.theory.graph.store import BackwardNotes
 from varscale.theory.propagation.cross_moments import cross, dependent, mean_product
@@ -235,52 +226,10 @@ def strip(x: Value) -> tuple[float, Value]:
     return 1.0, x
 
 
-Term = tuple[float, "Value | None", Value]
-
-
-def loosened(x: Value, contracted: Sequence[int]) -> list[Term]:
-    """A value as a sum of terms: a number, a factor that is constant along the contracted dimensions, and the rest.
-
-    The factors are known or drawn with the parameters. Left inside the sum such a factor would be averaged, and what else
-    depends on it (a rate of decay, say) could not know it. Empty where no term has one.
-    """
-    summed = {a.axis for d in contracted for a in x.dims[d] if a.axis is not None}
-    whole = View(x.node, tuple(range(len(x.node.axes))))
-    terms = list(zip(x.node.params, x.node.args, strict=True)) if isinstance(x.node, Sum) else [(1.0, whole)]
-    found = [(c, _constant_factor(view, summed)) for c, view in terms]
-    if all(factor is None for _, (factor, _) in found):
-        return []
-    return [(c, None if f is None else _seen_through(x, f), _seen_through(x, rest)) for c, (f, rest) in found]
-
-
-def _constant_factor(view: View, summed: set[int]) -> tuple[View | None, View]:
-    """A factor without the summed axes, and the rest, as views over one frame."""
-    if isinstance(view.node, Apply) and view.node.params[0] == "mul":
-        for factor, rest in (view.node.args, view.node.args[::-1]):
-            factor, rest = factor.within(view.bind), rest.within(view.bind)
-            if not summed.intersection(factor.bind) and _is_known_or_weight(factor.node):
-                return factor, rest
-    return None, view
-
-
-def _is_known_or_weight(node: Node) -> bool:
-    """Whether it is known or drawn with the parameters."""
-    if isinstance(node, Apply | Sum):
-        return all(_is_known_or_weight(view.node) for view in node.args)
-    return isinstance(node, Array | Constant) or (isinstance(node, Leaf) and not node.is_input)
-
-
 def drawn(interpreter: Context, x: Value) -> Value:
     """What an init draws and goes on to multiply, as the weight it is."""
     found = law(x.node) if isinstance(x.node, Apply) else None
     return as_weight(interpreter, x) if found is not None and found.mean == 0 else x
-
-
-def _seen_through(x: Value, view: View) -> Value:
-    """An argument of an elementwise node, with the dimensions of the node's value."""
-    place = {b: k for k, b in enumerate(view.bind)}
-    dims = tuple(tuple(a._replace(axis=place.get(a.axis)) for a in dim) for dim in x.dims)  # pyright: ignore
-    return Value(view.node, dims)
 
 
 def contract(
@@ -303,19 +252,6 @@ def contract(
     c, x = strip(x)
     d, y = strip(y)
     x, y = (told_apart(drawn(interpreter, v)) for v in (x, y))
-    for mine, summed, placed in (
-        (x, cx, lambda f: (*(f.dims[k] for k in bx), *(f.dims[k] for k in fx), *[()] * len(fy))),
-        (y, cy, lambda f: (*(f.dims[k] for k in by), *[()] * len(fx), *(f.dims[k] for k in fy))),
-    ):
-        outs = []
-        for c_term, factor, rest in loosened(mine, summed):
-            pair = (rest, y) if mine is x else (x, rest)
-            out = contract(interpreter, *pair, contracted, batch)
-            if factor is not None:
-                out = interpreter.elementwise("mul", out, Value(factor.node, placed(factor)))
-            outs.append(Value(affine(out.node, c * d * c_term, 0.0), out.dims))
-        if outs:
-            return functools.reduce(lambda a, b: interpreter.elementwise("add", a, b), outs)
     # One frame: batch, x's free, y's free, contracted; each operand has size 1 where the other's free
     # dimensions are.
     xs = Value(

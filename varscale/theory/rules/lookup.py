@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from varscale.theory.domain.accuracy import NEGLIGIBLE
-from varscale.theory.domain.axes import Axis, apply_axis, contract_axis, labelled
-from varscale.theory.domain.axis_maps import AxisMap, adjoint, entry_map, pair_counts
+from varscale.theory.domain.accuracy import LEADING_ORDER
+from varscale.theory.domain.axes import Axis, contract_axis, labelled
+from varscale.theory.domain.axis_maps import entry_map
 from varscale.theory.domain.tables import Table, lift
 from varscale.theory.graph import layout
+from varscale.theory.graph.axis_nodes import mapped
 from varscale.theory.graph.expressions import roots
 from varscale.theory.graph.layout import Atom, Value
 from varscale.theory.graph.linear_nodes import weight_of
@@ -33,28 +34,20 @@ from varscale.theory.graph.store import BackwardNotes
 from varscale.theory.propagation.cross_moments import cross
 from varscale.theory.propagation.sampler import in_order
 from varscale.theory.rules.axis import take
-from varscale.theory.rules.padding import classed_axes, repeat_rates, unresolved
+from varscale.theory.rules.padding import classed_axes, has_more_lengths, repeat_rates
 from varscale.theory.rules.registry import Context, rule
 from varscale.theory.rules.sampled_regions import drawn_region
 
 
 @second_moments.register(Gather)
 def second_moments_of_gather(node: Gather) -> Table:
-    row_axes, places, _, _, classes, _ = node.params
+    row_axes, places = node.params[:2]
     view = node.args[0]
     table = view.node.table
-    if classes:
-        lines = _line_map(node)
-        moved = (
-            apply_axis(x, row_axes[0], counts)
-            for x, counts in ((table.mean, lines.means()), (table.second, pair_counts(lines)))
-        )
-        order = np.argsort([places[0] if k in row_axes else b for k, b in enumerate(view.bind)])
-        return Table(node.axes, *(x.transpose(order) for x in moved))
     if node.known is not None and any(axis.labels for axis in node.indexed):
         ids = node.known.reshape([axis.size for axis in node.indexed])
-        doubt = unresolved(node.graph, ids, node.indexed, node.rates())
-        node.graph.flag("assumed" if doubt > NEGLIGIBLE else "quadrature", doubt)
+        if has_more_lengths(node.graph, ids):
+            node.graph.flag("assumed", LEADING_ORDER)
     mean = table.mean
     for k in sorted(row_axes, reverse=True):
         mean = contract_axis(mean, k, table.axes[k].counts / table.axes[k].size)
@@ -73,13 +66,6 @@ def second_moments_of_gather(node: Gather) -> Table:
         mean_shape[k] = node.axes[k].classes
     mean = np.broadcast_to(mean.transpose(order).reshape(mean_shape), [a.classes for a in node.axes])
     return Table(node.axes, np.array(mean), np.array(np.broadcast_to(second, [a.types for a in node.axes])))
-
-
-def _line_map(node: Gather) -> AxisMap:
-    """Known indices along one axis that pick along one, as a map from rows to indices."""
-    (row,), (index,) = node.params.row_axes, node.params.index_axes
-    assert node.known is not None
-    return entry_map(np.arange(len(node.known)), node.known, node.axes[index], node.args[0].node.axes[row])
 
 
 @cross_by_kind.register(Gather)
@@ -115,23 +101,15 @@ def pullback_of_gather(node: Gather, cotangent: np.ndarray, notes: BackwardNotes
     """Cotangents add up in the rows they came from: a row gets as many pairs of them as there are indices that agree."""
     row_axes, index_axes, _, rows = node.params[:4]
     source, bind = node.args[0].node.axes, node.args[0].bind
-    if node.line is not None:
-        lines, (index,) = _line_map(node), index_axes
-        out = np.moveaxis(
-            apply_axis(cotangent, index, adjoint(pair_counts(lines), lines.out, lines.inner)), index, 0
-        )
-    else:
-        axes = [node.axes[k] for k in index_axes]
-        pairs = functools.reduce(np.multiply.outer, [a.pairs for a in axes], np.array(1.0))
-        rate = node.rates()
-        same, other = (
-            np.tensordot(w, cotangent, axes=(range(len(axes)), index_axes))
-            for w in (pairs * rate / rows, pairs * (1 - rate) / max(rows * (rows - 1), 1))
-        )
-        own = functools.reduce(
-            np.logical_and.outer, [source[k].agrees for k in sorted(row_axes)], np.array(True)
-        )
-        out = np.multiply.outer(own, same) + np.multiply.outer(~own, other)
+    axes = [node.axes[k] for k in index_axes]
+    pairs = functools.reduce(np.multiply.outer, [a.pairs for a in axes], np.array(1.0))
+    rate = node.rates()
+    same, other = (
+        np.tensordot(w, cotangent, axes=(range(len(axes)), index_axes))
+        for w in (pairs * rate / rows, pairs * (1 - rate) / max(rows * (rows - 1), 1))
+    )
+    own = functools.reduce(np.logical_and.outer, [source[k].agrees for k in sorted(row_axes)], np.array(True))
+    out = np.multiply.outer(own, same) + np.multiply.outer(~own, other)
     # Row axes come first here, then the others in the order of this node's axes; they go where the table has
     # them.
     kept = [k for k in range(len(source)) if k not in row_axes]
@@ -190,13 +168,11 @@ def looked_up(interpreter: Context, d: Any, shape: Sequence[int], x: Value, ids:
         x = layout.merged(layout.materialize(x, [dim]), dim)
     batch = [k for k in range(len(shape)) if k not in d.offset_dims]
     rows = math.prod(x.shape[k] for k in picked)
-    line = (
-        known.ravel().astype(int)
-        if known is not None and known.size == max(known.shape) and len(picked) == 1
-        else None
-    )
-    labels = _row_labels(x, picked[0], line) if line is not None else None
-    axes, rates, index_atoms = _index_axes(interpreter.graph, ids, known, [shape[k] for k in batch], labels)
+    if known is not None and known.size == max(known.shape) and len(picked) == 1:
+        axis = x.node.axes[x.dims[picked[0]][0].axis] if x.dims[picked[0]] else Axis(1)
+        if axis.classes > 1:
+            return _mapped_rows(x, d, shape, batch, np.clip(known.ravel().astype(int), 0, axis.size - 1))
+    axes, rates, index_atoms = _index_axes(interpreter.graph, ids, known, [shape[k] for k in batch])
     dims: list[tuple[Atom, ...]] = [()] * len(shape)
     for k, atoms in zip(batch, index_atoms, strict=True):
         dims[k] = atoms
@@ -217,17 +193,13 @@ def looked_up(interpreter: Context, d: Any, shape: Sequence[int], x: Value, ids:
             bind[axis] = -1
     view = View(x.node, tuple(bind[k] for k in range(len(x.node.axes))))
     frozen = None if rates is None else tuple(np.round(rates, 12).ravel())
-    classes: tuple[int, ...] = ()
-    if labels is not None and index_axes and row_axes:
-        own = axes[0].label_array
-        classes = tuple(int(labels[np.argmax(own == c)]) for c in range(axes[0].classes))
     which = (
         base_ids(ids.node)
         if known is None
         else _stored(interpreter.graph, known, [x.shape[k] for k in picked])
     )
     node = interpreter.graph.make(
-        Gather, axes, [view], GatherParams(tuple(row_axes), index_axes, frozen, rows, classes, which)
+        Gather, axes, [view], GatherParams(tuple(row_axes), index_axes, frozen, rows, which)
     )
     return Value(node, tuple(dims))
 
@@ -241,22 +213,25 @@ def _stored(graph: Graph, known: np.ndarray, sizes: Sequence[int]) -> str:
     return key
 
 
-def _row_labels(x: Value, d: int, ids: np.ndarray) -> np.ndarray | None:
-    """The class of the row that each index looks up."""
-    place = x.dims[d][0].axis if x.dims[d] else None
-    axis = None if place is None else x.node.axes[place]
-    if axis is None or axis.classes == 1:
-        return None
-    return axis.label_array[np.clip(ids, 0, axis.size - 1)]
+def _mapped_rows(x: Value, d: Any, shape: Sequence[int], batch: Sequence[int], line: np.ndarray) -> Value:
+    """Rows of unlike classes by known indices along one axis, as a map of that axis."""
+    (picked,) = d.start_index_map
+    k = x.dims[picked][0].axis
+    assert k is not None
+    axis = x.node.axes[k]
+    rows = entry_map(np.arange(len(line)), line, labelled(axis.label_array[line]), axis)
+    dims: list[tuple[Atom, ...]] = [
+        (Atom(n, k),) if j in batch and n > 1 else () for j, n in enumerate(shape)
+    ]
+    for own, out in zip([j for j in range(len(x.dims)) if j != picked], d.offset_dims, strict=True):
+        dims[out] = x.dims[own]
+    return Value(mapped(x.node, k, rows), tuple(dims))
 
 
 def _index_axes(
-    graph: Graph, ids: Value, known: np.ndarray | None, shape: Sequence[int], labels: np.ndarray | None
+    graph: Graph, ids: Value, known: np.ndarray | None, shape: Sequence[int]
 ) -> tuple[list[Axis], np.ndarray | None, list[tuple[Atom, ...]]]:
-    """Axes of the indices, their repeat rates (None: unknown, as good as uniform) and the atoms of the batch dimensions.
-
-    A line of known indices has the classes of the rows that they look up, others have those that tell paddings apart.
-    """
+    """Axes of the indices, their repeat rates (None: unknown, as good as uniform) and the atoms of the batch dimensions."""
     atoms: list[tuple[Atom, ...]] = []
     count = 0
     for k, n in enumerate(shape):
@@ -270,7 +245,5 @@ def _index_axes(
         return [Axis(a.size) for dim in atoms for a in dim if a.axis is not None], None, atoms
     _, codes = np.unique(known.reshape(-1, known.shape[-1]), axis=0, return_inverse=True)
     codes = codes.reshape([n for n in shape if n > 1])
-    if labels is not None:
-        return [labelled(labels)], repeat_rates(codes, [Axis(len(labels))]), atoms
     axes = classed_axes(graph, codes)
     return axes, repeat_rates(codes, axes), atoms

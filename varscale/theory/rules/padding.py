@@ -2,7 +2,7 @@
 
 Whether a place is padding depends on its row and its position together. Rows of one length are a class, and so are positions
 between two lengths: in each pair of a class of rows and a class of positions there are then only ids, or only paddings. Of
-more lengths than a few, those most alike are one class, and what that leaves out is in doubt (`unresolved`).
+more lengths than a few, those most alike are one class, and what that leaves out is in doubt (`has_more_lengths`).
 """
 
 from __future__ import annotations
@@ -93,32 +93,11 @@ def classed_axes(graph: Graph, ids: Int[np.ndarray, "..."]) -> list[Axis]:
     return axes
 
 
-def unresolved(
-    graph: Graph, ids: Int[np.ndarray, "..."], axes: Sequence[Axis], rates: Float[np.ndarray, "..."]
-) -> float:
-    """Relative error of E[(mean of a row's rows of a table that are no paddings)²], by rates of its classes: 0 where exact.
-
-    Of n ids of which n_v are of one value it is Σ n_v²/n²; by classes, of which a share m of N positions is no padding,
-    1/n + Σ_pq (m_p N_p m_q N_q − δ m_p N_p) r_pq/n², for rows of each class.
-    """
+def has_more_lengths(graph: Graph, ids: Int[np.ndarray, "..."]) -> bool:
+    """Whether ids are filled up from more lengths than rows are told apart by."""
     rows = _as_rows(ids)
-    field = filled_up(rows) if len(axes) <= 2 and rows.shape in padded(graph) else None
-    if field is None:
-        return 0.0
-    before, along = axes[0] if len(axes) == 2 else None, axes[-1]
-    known = np.maximum((~field).sum(axis=1), 1)
-    true, by_class = np.zeros(len(rows)), np.zeros(len(rows))
-    members = np.eye(along.classes)[along.label_array]
-    within = rates[:, along.classes :] if before else rates[None, along.classes :]
-    for b, (row, pads) in enumerate(zip(rows, field, strict=True)):
-        true[b] = np.sum(np.unique(row[~pads], return_counts=True)[1].astype(float) ** 2) / known[b] ** 2
-    labels = before.label_array if before else np.zeros(len(rows), int)
-    for c in range(labels.max() + 1):
-        alike = labels == c
-        number = (~field[alike]).mean(axis=0) @ members
-        pairs = (np.outer(number, number) - np.diag(number)).ravel()
-        by_class[alike] = 1 / known[alike] + pairs @ within[c] / known[alike] ** 2
-    return abs(float(by_class.mean() / max(true.mean(), 1e-300)) - 1)
+    field = filled_up(rows) if rows.shape in padded(graph) else None
+    return field is not None and len(np.unique(field.sum(axis=1))) > MOST_LENGTHS + 1
 
 
 def is_mask(graph: Graph, numbers: Float[np.ndarray, "..."]) -> bool:

@@ -24,7 +24,6 @@ from varscale.theory.integrals.softmax_jacobian import (
 )
 from varscale.theory.propagation.inherited_fluctuations import NONE, Spread, propagated
 from varscale.theory.propagation.pullbacks import sum_out
-from varscale.theory.rules.logit_distributions import standard_law
 
 # Variance of logits from where on the largest of them has all the weight, but for the reciprocal of its root.
 _LARGEST = 1e4
@@ -125,9 +124,8 @@ class Softmax(Node):
             _rounded(nodes * variances, 3),
         )
         directions = float(_rounded(np.array(self.directions), 2)) if self.directions < 1e4 else math.inf
-        law = standard_law(self.args[0].node)
-        key = ("weights", members.shape, members.tobytes(), variances.tobytes(), directions, law)
-        found = _WEIGHTS.once(self.graph, key, lambda: weight_moments(members, variances, directions, law))
+        key = ("weights", members.shape, members.tobytes(), variances.tobytes(), directions)
+        found = _WEIGHTS.once(self.graph, key, lambda: weight_moments(members, variances, directions))
         # Of what goes with the logits' variance only its ratio to that is used, query by query.
         found = found._replace(pull=found.pull / nodes[..., 0], own_pull=found.own_pull / nodes[..., 0])
         return WeightMoments(*(np.tensordot([2 / 3, 1 / 6, 1 / 6], x, axes=1) for x in found))
@@ -176,19 +174,6 @@ class Softmax(Node):
         gain = np.maximum(self.weights.pull / variance - across, 0.0)
         return self.read(gain) * np.clip(by_rows / self.read(variance), -1, 1)
 
-    def _known(self) -> float:
-        """What known numbers among the logits, a bias by position, add to their variance along the keys."""
-        own = self.args[0]
-        terms = (
-            zip(own.node.params, own.node.args, strict=True) if isinstance(own.node, Sum) else [(1.0, own)]
-        )
-        out = 0.0
-        for c, term in terms:
-            if isinstance(term.node, Array):
-                second = np.broadcast_to(term.within(own.bind).second(self.axes), self.frame_types)
-                out += c * c * float((apart(self.by_key(second), self.shared) * self.own[..., None]).max())
-        return out
-
     def by_key(self, second: np.ndarray) -> np.ndarray:
         """A type array with the keys' axis last."""
         return np.moveaxis(second, self.params, -1)
@@ -232,13 +217,8 @@ def _query_spread(node: Softmax) -> float:
 
 @second_moments.register(Softmax)
 def second_moments_of_softmax(node: Softmax) -> Table:
-    known = node._known()
-    if known > 1e-4:  # taken for Gaussian as the rest: a lognormal's E[p²] goes by e^{s²}
-        node.graph.flag("assumed", math.expm1(min(known, 3.0)))
     if node.deviation.max() > _NO_LOGITS:
         node.graph.flag("assumed", UNKNOWN)
-    if (doubt := _law_doubt(node)) > 0:
-        node.graph.flag("assumed", doubt)
     rows = node.rows()
     seen, shared, deviation = node.seen, node.shared, node.deviation
     c, sizes = node.keys.classes, node.keys.counts
@@ -320,20 +300,6 @@ def _tilted_shares(node: Softmax) -> np.ndarray:
             for j in (False, True)
         ]
     )
-
-
-def _law_doubt(node: Softmax) -> float:
-    """Of logits that are not Gaussian, what the keys of a row share need not leave the law of the rest as it was.
-
-    That is what the law makes of equal keys, of which as large a part is in doubt as is shared.
-    """
-    law, variance = standard_law(node.args[0].node), node.args[0].node.table.variance
-    if law is None or variance <= 0:
-        return 0.0
-    own = float(np.mean(node.deviation[(0,) * len(node.rows())]))
-    keys, own = np.array([float(node.seen.sum(-1).max())]), min(own, variance, _LARGEST)
-    found, plain = (weight_moments(keys, np.array([max(own, 1e-12)]), law=x).square[0] for x in (law, None))
-    return float((1 - own / variance) * abs(found / plain - 1))
 
 
 def _doubt(node: Softmax, share: float | None) -> float:

@@ -7,7 +7,7 @@ from collections.abc import Hashable, Sequence
 
 import numpy as np
 
-from varscale.theory.domain.accuracy import LEADING_ORDER, NEXT_ORDER
+from varscale.theory.domain.accuracy import LEADING_ORDER, NEGLIGIBLE, NEXT_ORDER
 from varscale.theory.domain.axes import Axis, affordable, join, labelled
 from varscale.theory.graph.expressions import Apply, Mean, Sum, roots
 from varscale.theory.graph.layout import Value
@@ -15,6 +15,8 @@ from varscale.theory.graph.linear_nodes import Contract
 from varscale.theory.graph.nodes import Array, Constant, Node, View, array
 from varscale.theory.graph.normal_form import apply, total
 from varscale.theory.graph.store import Fact, once_per_node
+from varscale.theory.integrals.hermite_series import WEIGHTS, Z
+from varscale.theory.propagation.marginals import along, concentrated, marginal
 from varscale.theory.rules.padding import padded
 from varscale.theory.rules.reductions import Extreme
 from varscale.theory.rules.registry import Context, recognise
@@ -61,6 +63,9 @@ def softmax_of(interpreter: Context, top: Value, bottom: Value) -> Value | None:
     (key,), frame, args = mean.params, list(num.axes), [random]
     if allowed is not None:
         frame = _row_classes(frame, random, allowed, key)
+    gaussian = _is_nearly_gaussian(random.node)
+    if not gaussian and interpreter.ask("a softmax of logits that are not Gaussian"):
+        return Value(random.node, top.dims)
     doubt = max(_bias_by_place(random, key), _lost_likeness(frame, allowed, key))
     if doubt > LEADING_ORDER and interpreter.ask("attention by distance", whole=True):
         return Value(random.node, top.dims)
@@ -69,9 +74,9 @@ def softmax_of(interpreter: Context, top: Value, bottom: Value) -> Value | None:
         if isinstance(args[1].node, Constant):  # rows see every key or none
             args = [View(apply(interpreter.graph, "mul", (), tuple(frame), [random, args[2]]), random.bind)]
     node = interpreter.graph.make(Softmax, frame, args, key)
-    if doubt > NEXT_ORDER:
-        node.flagged, node.doubt, node.gradient_doubt = "assumed", doubt, doubt
-    if allowed is not None and _takes_paddings_for_tokens(frame, allowed, key):
+    if doubt > NEGLIGIBLE:
+        node.flagged, node.doubt, node.gradient_doubt = "assumed", doubt, max(doubt, NEXT_ORDER)
+    if not gaussian or (allowed is not None and _takes_paddings_for_tokens(frame, allowed, key)):
         node.flagged, node.doubt = "assumed", 1.0
     return Value(node, top.dims)
 
@@ -85,6 +90,22 @@ def one_key_axis(axes: Sequence[int]) -> int:
     if len(axes) > 1:
         raise NotImplementedError("a softmax over several axes")
     return axes[0]
+
+
+def _is_nearly_gaussian(node: Node) -> bool:
+    """Whether logits are sums of products, or a function of one normal that is as good as linear (a soft cap, far out)."""
+    terms = node.args if isinstance(node, Sum) else [View(node, tuple(range(len(node.axes))))]
+    if all(isinstance(view.node, Contract | Array) for view in terms):
+        return True
+    live = [root for root in roots(node) if not concentrated(root.node)]
+    if isinstance(node, Apply):
+        line = along(terms[0], node.axes, *live) if len(live) == 1 else np.zeros(len(Z))
+    elif (law := marginal(node)).gaussian:
+        return True
+    else:
+        line = law.values
+    variance = line**2 @ WEIGHTS - (line @ WEIGHTS) ** 2
+    return bool(np.all((line * Z @ WEIGHTS) ** 2 > (1 - NEGLIGIBLE) * variance))
 
 
 def _bias_by_place(random: View, key: int) -> float:
