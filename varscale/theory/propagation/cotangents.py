@@ -130,10 +130,14 @@ def cotangents(
                 done.add(node, dataclasses.replace(part, mask=None))
             if node.id < lowest or isinstance(node, Leaf):
                 continue
+            part = dataclasses.replace(
+                part, doubt=part.doubt + max((fork.doubt for fork in forks(node)), default=0.0)
+            )
             for fork in forks(node):
-                pending.add(
-                    fork.root.node, Cotangent(fork.back(part.second, node.axes), part.doubt, few=part.few)
-                )
+                if not fork.doubt:
+                    pending.add(
+                        fork.root.node, Cotangent(fork.back(part.second, node.axes), part.doubt, few=part.few)
+                    )
             if isinstance(node, Apply):
                 _elementwise(node, part, asked, within, pending, inside)
                 continue
