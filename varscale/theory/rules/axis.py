@@ -1,4 +1,4 @@
-"""Structure: what changes places and sizes only. A slice is a map on the classes of one axis."""
+"""Slices, splits, reversals, broadcasts and reshapes: entries keep their values and change their places."""
 
 from __future__ import annotations
 

@@ -65,10 +65,10 @@ _FEW_STEPS = 4  # of a loop over time that are taken one by one
 
 @rule("scan")
 def scan(interpreter: Context, eqn: Any, *xs: Any) -> list[Any]:
-    """Over layers, every step in turn; over time, where the same weights act at every step, as a region.
+    """A scan over layers step by step; one over time, where the same weights act at every step, as a region.
 
-    What no output that is read depends on is left out: of an init's scan over layers the layers themselves, so that its steps
-    draw weights and do nothing else. Outputs left out are None.
+    Outputs that are not read, and what only they depend on, are left out (None): of an init's scan over layers the layers
+    themselves, so that its steps draw weights and do nothing else.
     """
     p = eqn.params
     kept = _needed(p, [v in interpreter.used for v in eqn.outvars])

@@ -32,7 +32,7 @@ from varscale.theory.propagation.fourth_moments import excess_kurtosis
 from varscale.theory.propagation.inherited_fluctuations import Spread, combine, propagated
 from varscale.theory.propagation.marginals import scatter_of
 from varscale.theory.propagation.shared_component import of_few
-from varscale.theory.rules.linear import strip
+from varscale.theory.rules.linear import without_factor
 from varscale.theory.rules.registry import Context, rule
 from varscale.theory.rules.sampled_regions import drawn_region
 
@@ -180,8 +180,8 @@ def conv(interpreter: Context, eqn: Any, x: Value, w: Value) -> Any:
     p = eqn.params
     if p["batch_group_count"] != 1 or w.node.deps & interpreter.graph.inputs:
         return drawn_region(interpreter, eqn, (x, w), "its kernel is no weight")
-    cx, x = strip(x)
-    cw, w = strip(w)
+    cx, x = without_factor(x)
+    cw, w = without_factor(w)
     x, w = prepared(x), prepared(w)
     dims = p["dimension_numbers"]
     shape = eqn.outvars[0].aval.shape

@@ -14,7 +14,7 @@ from varscale.programs.pieces import live
 
 
 def scans(eqns: Sequence[Any]) -> list[int]:
-    """Where associative scans begin: arrays cut in halves, these combined and cut in halves again, and interleaved."""
+    """Where associative scans begin: an array cut in halves, of every other position each, which are interleaved again."""
     found, start = [], 0
     for i, eqn in enumerate(eqns):
         axis = _halved(eqn, 0) if i >= start else None
@@ -22,17 +22,13 @@ def scans(eqns: Sequence[Any]) -> list[int]:
             continue
         array, rest = eqn.invars[0], eqns[i + 1 :]
         again = any(_halved(e, 1) == axis and e.invars[0] is array for e in rest)
-        inner = any(
-            _halved(e, k) == axis and e.invars[0].aval.shape[axis] == array.aval.shape[axis] // 2
-            for e in rest
-            for k in (0, 1)
-        )
+        size = array.aval.shape[axis]
         whole = (
             j
             for j, e in enumerate(rest)
-            if _dilates(e) and e.outvars[0].aval.shape[axis] == array.aval.shape[axis]
+            if _dilates(e) and e.outvars[0].aval.shape[axis : axis + 1] == (size,)
         )
-        end = next(whole, None) if again and inner else None
+        end = next(whole, None) if again else None
         if end is not None:
             found.append(i)
             start = i + end

@@ -19,7 +19,7 @@ from varscale.theory.graph.expressions import Apply
 from varscale.theory.graph.layout import Value
 from varscale.theory.graph.nodes import UNKNOWN, Leaf, Node
 from varscale.theory.integrals.hermite_series import Z
-from varscale.theory.rules.lookup import looked_up
+from varscale.theory.rules.lookup import rows_by_index
 from varscale.theory.rules.registry import Context
 
 _TURNED = {"lt": "gt", "le": "ge", "gt": "lt", "ge": "le", "eq": "eq", "ne": "ne"}
@@ -79,7 +79,7 @@ def _one_hot(interpreter: Context, shape: Sequence[int], x: Value, known: np.nda
     rows = lax.GatherDimensionNumbers(
         offset_dims=(len(rest),), collapsed_slice_dims=(0,), start_index_map=(0,)
     )
-    found = looked_up(interpreter, rows, (*rest, len(line)), interpreter.known(np.eye(len(line))), ids)
+    found = rows_by_index(interpreter, rows, (*rest, len(line)), interpreter.known(np.eye(len(line))), ids)
     found.node.drawn = (special.ndtr(Z) >= 1 - 1 / len(line)).astype(
         float
     )  # one or nothing, and neither normal nor lognormal

@@ -27,7 +27,7 @@ from varscale.theory.propagation.pullbacks import sum_out
 from varscale.theory.propagation.shared_tokens import shared_tokens
 from varscale.theory.rules.alike_keys import of_alike_keys
 from varscale.theory.rules.attention import SHARED_DOUBT, note_values, tilted
-from varscale.theory.rules.masks import told_apart
+from varscale.theory.rules.masks import classed_by_energy
 from varscale.theory.rules.own_products import meets_itself
 from varscale.theory.rules.random import as_weight, law
 from varscale.theory.rules.reductions import mean
@@ -216,8 +216,8 @@ def tied(x: View, y: View) -> tuple[View, View] | None:
     return None
 
 
-def strip(x: Value) -> tuple[float, Value]:
-    """A value without its constant factor: scaled copies of one weight are one weight."""
+def without_factor(x: Value) -> tuple[float, Value]:
+    """The constant factor of a value, and the rest: scaled copies of one weight are one weight."""
     node = x.node
     if isinstance(node, Apply) and node.params[0] == "affine" and node.params[1][1] == 0:
         inner = node.args[0]
@@ -226,8 +226,8 @@ def strip(x: Value) -> tuple[float, Value]:
     return 1.0, x
 
 
-def drawn(interpreter: Context, x: Value) -> Value:
-    """What an init draws and goes on to multiply, as the weight it is."""
+def as_drawn_weight(interpreter: Context, x: Value) -> Value:
+    """A zero-mean function of random bits, as the weight leaf that it is (an initializer that multiplies its own draws)."""
     found = law(x.node) if isinstance(x.node, Apply) else None
     return as_weight(interpreter, x) if found is not None and found.mean == 0 else x
 
@@ -249,9 +249,9 @@ def contract(
     is_inner = all(x.shape[k] == 1 for k in fx) and all(y.shape[k] == 1 for k in fy)
     if is_inner and {r.node for r in roots(x.node)} & {r.node for r in roots(y.node)}:
         return _with_itself(interpreter, x, y, (cx, cy), (bx, by))
-    c, x = strip(x)
-    d, y = strip(y)
-    x, y = (told_apart(drawn(interpreter, v)) for v in (x, y))
+    c, x = without_factor(x)
+    d, y = without_factor(y)
+    x, y = (classed_by_energy(as_drawn_weight(interpreter, v)) for v in (x, y))
     # One frame: batch, x's free, y's free, contracted; each operand has size 1 where the other's free
     # dimensions are.
     xs = Value(
@@ -307,6 +307,6 @@ def _with_itself(
 def dot_general(interpreter: Context, eqn: Any, x: Value, y: Value) -> Any:
     """A contraction; products of rows with rows are drawn, the diagonal being no entry like the others."""
     contracted, batch = eqn.params["dimension_numbers"]
-    if meets_itself(strip(x)[1], strip(y)[1], contracted, batch):
+    if meets_itself(without_factor(x)[1], without_factor(y)[1], contracted, batch):
         return drawn_region(interpreter, eqn, (x, y), "rows meet themselves in a product")
     return contract(interpreter, x, y, contracted, batch)

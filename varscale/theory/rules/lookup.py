@@ -156,12 +156,12 @@ def gather(interpreter: Context, eqn: Any, x: Value, ids: Value) -> Any:
     collapsed = set(d.collapsed_slice_dims)
     whole = all(s == n for k, (s, n) in enumerate(zip(sizes, x.shape, strict=True)) if k not in collapsed)
     if set(d.start_index_map) == collapsed and whole and not d.operand_batching_dims:
-        return looked_up(interpreter, d, shape, x, ids)
+        return rows_by_index(interpreter, d, shape, x, ids)
 
     return drawn_region(interpreter, eqn, (x, ids), "entries are looked up one by one")[0]
 
 
-def looked_up(interpreter: Context, d: Any, shape: Sequence[int], x: Value, ids: Value) -> Value:
+def rows_by_index(interpreter: Context, d: Any, shape: Sequence[int], x: Value, ids: Value) -> Value:
     """Rows of a table, its axes `d.start_index_map`, by index."""
     known, picked = interpreter.concrete(ids), tuple(d.start_index_map)
     for dim in range(len(x.dims)):

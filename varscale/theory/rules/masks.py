@@ -1,7 +1,7 @@
-"""Known numbers whose rows have more or less of them: masks on weights, the matrices of a transform.
+"""Masked weights and fixed matrices, whose rows have unequal energy.
 
-What a row adds up goes by its own energy, and what meets it along the other axes by theirs: a triangular mask on a weight (an
-autoregressive net's) hides much of the first inputs and little of the last. Positions of unlike energy are told apart by class.
+A triangular mask on a weight (an autoregressive net's) hides much of the first inputs and little of the last, so that outputs
+differ in their second moments by position. Positions are classed by the mean square of what they read.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from varscale.theory.graph.nodes import Array, Leaf, Node, View
 from varscale.theory.graph.store import once_per_node
 
 
-def told_apart(x: Value) -> Value:
-    """An operand of a product, known or a weight under a mask, with classes where its rows differ."""
+def classed_by_energy(x: Value) -> Value:
+    """An operand of a product that is known, or a weight under a mask, with classes where the energy of its rows differs."""
     node = x.node
     own = roots(node)
     arrays = [

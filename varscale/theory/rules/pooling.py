@@ -35,7 +35,12 @@ from varscale.theory.propagation.inherited_fluctuations import Spread, inherited
 from varscale.theory.propagation.shared_component import of_an_average
 from varscale.theory.rules.convolution import prepared
 from varscale.theory.rules.drawn_nodes import draw, pooled_estimate
-from varscale.theory.rules.reductions import bounded, fewest_terms, outside, restored
+from varscale.theory.rules.reductions import (
+    after_increasing_steps,
+    before_increasing_steps,
+    bounded,
+    fewest_terms,
+)
 from varscale.theory.rules.registry import Context, rule
 
 
@@ -284,9 +289,9 @@ def reduce_window_sum(interpreter: Context, eqn: Any, x: Value) -> Value:
 
 @rule("reduce_window_max")
 def reduce_window_max(interpreter: Context, eqn: Any, x: Value, *_: Value) -> Value:
-    inner, steps = outside(x)
+    inner, steps = before_increasing_steps(x)
     largest = _window_node(interpreter, eqn, inner, WindowMax)
-    return restored(interpreter, largest, steps, (x, inner))
+    return after_increasing_steps(interpreter, largest, steps, (x, inner))
 
 
 @rule("reduce_window_min")

@@ -168,7 +168,7 @@ def _stacked_weight(interpreter: Context, one: Value, x: Value) -> Value:
 
 
 def is_weight(x: Any) -> bool:
-    """Whether a parameter is a random leaf that stands for itself alone."""
+    """Whether a parameter is a random leaf that no other parameter is made of."""
     return isinstance(x, Value) and isinstance(x.node, Leaf) and x.node.name[0] == "weight"
 
 

@@ -40,7 +40,7 @@ def propagated_of_mean(node: Mean) -> Spread:
     return of_an_average(node, inherited(inner))
 
 
-def over(x: Value, dims: Sequence[int]) -> tuple[list[int], Value]:
+def axes_behind(x: Value, dims: Sequence[int]) -> tuple[list[int], Value]:
     """The node's axes behind some dimensions, and the layout without them."""
     axes = [a.axis for d in dims for a in x.dims[d] if a.axis is not None]
     left = [k for k in range(len(x.node.axes)) if k not in axes]
@@ -60,7 +60,7 @@ def without_axes(x: Value, node: Node) -> Value:
 
 def mean(x: Value, dims: Sequence[int]) -> Value:
     """The mean over dimensions."""
-    axes, left = over(x, dims)
+    axes, left = axes_behind(x, dims)
     return without_axes(left, mean_node(x.node, axes))
 
 
@@ -73,19 +73,19 @@ def reduce_sum(interpreter: Context, eqn: Any, x: Value) -> Value:
 
 
 class OneOfMany(Node):
-    """What one of many that are alike decides, any of them as likely: an extreme, and what is as smooth as that."""
+    """A symmetric function of exchangeable entries that one of them decides: a maximum, a log Σ exp."""
 
     follows_shifts = True
 
     @property
     def reduced(self) -> tuple[int, ...]:
-        """The axes that the many are along."""
+        """The axes that are reduced."""
         raise NotImplementedError(type(self).__name__)
 
     def sampled(
         self, reduce: Callable[[np.ndarray, tuple[int, ...]], np.ndarray], count: int | None = None
     ) -> Table:
-        """Its moments: the reduced axes whole, the others two long."""
+        """Moments by sampling: the reduced axes at full size, the others at two positions."""
         axes, source = self.reduced, self.args[0].node
         count = count or math.prod(source.axes[k].size for k in axes)
         # The larger the set, the more the tail decides; and of what a few numbers decide there is no Gaussian
@@ -152,7 +152,7 @@ def pullback_of_extreme(
 
 
 def fewest_terms(node: Node) -> float:
-    """The fewest numbers that a position was made from by weights, anywhere on the way."""
+    """The smallest fan-in of the products with weights on the way to a node."""
     width, seen, pending = math.inf, {node.id}, [node]
     while pending:
         node = pending.pop()
@@ -180,7 +180,7 @@ def bounded(count: int, width: float) -> float:
 IncreasingSteps = list[tuple[str, float, float]]
 
 
-def outside(x: Value) -> tuple[Value, IncreasingSteps]:
+def before_increasing_steps(x: Value) -> tuple[Value, IncreasingSteps]:
     """max f(x) = f(max x) for increasing f: what is inside a chain of increasing steps, and the steps, innermost first."""
     steps: IncreasingSteps = []
     while isinstance(node := x.node, Apply):
@@ -203,12 +203,12 @@ def outside(x: Value) -> tuple[Value, IncreasingSteps]:
     return x, steps[::-1]
 
 
-def restored(
+def after_increasing_steps(
     interpreter: Context, x: Value, steps: IncreasingSteps, taken: tuple[Value, Value] | None = None
 ) -> Value:
-    """The increasing steps, taken again on extremes.
+    """The increasing steps, applied to extremes.
 
-    `taken` is what `outside` was given and what it gave: what flows back into the first goes where that into the second goes.
+    `taken` is the argument of `before_increasing_steps` and its result: a cotangent of the one goes where the other's goes.
     """
     extremes = x.node
     for name, c, d in steps:
@@ -241,14 +241,14 @@ def _to_extremes(node: Node, cotangent: np.ndarray) -> np.ndarray:
 @rule("reduce_max", "reduce_min")
 def reduce_max(interpreter: Context, eqn: Any, x: Value) -> Value:
     dims = [d % len(x.dims) for d in eqn.params["axes"]]
-    source, (x, steps) = x, outside(x)
-    axes, left = over(x, dims)
+    source, (x, steps) = x, before_increasing_steps(x)
+    axes, left = axes_behind(x, dims)
     if not axes:
-        return restored(interpreter, left, steps)
+        return after_increasing_steps(interpreter, left, steps)
     count = math.prod(x.node.axes[k].size for k in axes)
     sign = 1.0 if eqn.primitive.name == "reduce_max" else -1.0
     kept = [a for k, a in enumerate(x.node.axes) if k not in axes]
     node = interpreter.graph.make(
         Extreme, kept, [View(x.node, tuple(range(len(x.node.axes))))], (tuple(sorted(axes)), sign, count)
     )
-    return restored(interpreter, without_axes(left, node), steps, (source, x))
+    return after_increasing_steps(interpreter, without_axes(left, node), steps, (source, x))

@@ -64,7 +64,7 @@ class Operand:
 
     @property
     def identity(self) -> tuple[Any, ...]:
-        """What tells it from other operands."""
+        """What distinguishes it from other operands."""
         return tuple((x.node, x.dims) for x in self.value), self.key, str(self.aval), self.nudge
 
     @property
@@ -196,13 +196,13 @@ class RegionDraws:
     @functools.cached_property
     def response(self) -> list[float]:
         """By output: d ln E[y²] / d ln q, where q is the second moment of all that it reads and that is no weight."""
-        louder = [
+        scaled = [
             x * np.sqrt(1 + SCALE_STEP).astype(x.dtype)
             if o.random and not o.weight and np.issubdtype(x.dtype, np.inexact)
             else x
             for x, o in zip(self.drawn, self.operands, strict=True)
         ]
-        pairs = zip(map(_numbers, self.run_on(louder)), self.outputs, strict=True)
+        pairs = zip(map(_numbers, self.run_on(scaled)), self.outputs, strict=True)
         return [
             float(np.log(np.mean(a**2) / np.mean(b**2)) / np.log1p(SCALE_STEP)) if np.any(b) else 0.0
             for a, b in pairs
@@ -233,7 +233,7 @@ class RegionDraws:
         return out
 
 
-def enough(draws: RegionDraws, bound: float) -> RegionDraws:
+def with_enough_draws(draws: RegionDraws, bound: float) -> RegionDraws:
     """So many draws that the outputs' mean squares are known to this, or as many numbers as there may be.
 
     The error goes by the root of the draws, and so tells how often they have to be doubled.

@@ -65,13 +65,13 @@ class RegionOutput(Node):
 
     @functools.cached_property
     def fluctuation(self) -> Spread:
-        """Of its mean square: what it hands on of its inputs', and what finitely many units and the weights' draw give it.
+        """Of its mean square: what it inherits from its largest input, and what the draw of finitely many weights adds.
 
         Two samples of one draw share its weights and nothing else, so the covariance of their mean squares is due to them.
         """
         draws, which = self.draws, self.params[1]
         inputs = [v.node for x in draws.operands if x.random and not x.weight for v in x.value]
-        loudest = max(inputs, key=lambda node: math.prod(a.size for a in node.axes), default=None)
+        largest = max(inputs, key=lambda node: math.prod(a.size for a in node.axes), default=None)
         numbers = self.numbers.astype(float) ** 2
         samples = 1 + self.params[2]
         each = numbers.mean(axis=tuple(k for k in range(1, numbers.ndim) if k != samples))
@@ -81,7 +81,7 @@ class RegionOutput(Node):
             pairs = (each.sum(axis=1) ** 2 - (each**2).sum(axis=1)) / (n * (n - 1))
             shared = float(pairs.mean() / max(each.mean() ** 2, 1e-300)) - 1
         own = {~self.id: math.sqrt(max(shared, 0.0) / draws.width_ratio)}
-        inherited = combine([(draws.response[which], fluctuations(loudest))] if loudest is not None else [])
+        inherited = combine([(draws.response[which], fluctuations(largest))] if largest is not None else [])
         return dataclasses.replace(inherited, sources={**inherited.sources, **own})
 
 

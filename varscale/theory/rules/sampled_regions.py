@@ -26,9 +26,9 @@ from varscale.theory.rules.region_draws import (
     Operand,
     RegionDraws,
     all_sizes,
-    enough,
     operand,
     sizes_to_run,
+    with_enough_draws,
 )
 from varscale.theory.rules.region_outputs import DRAWS, NUDGED, RegionOutput
 from varscale.theory.rules.registry import Complex, Context, Opaque, rule
@@ -141,7 +141,7 @@ def _outputs(
     draws = RegionDraws(jaxpr, tuple(operands), sizes, replicates, replicates)
     identities = [x.identity for x in operands], sizes.smaller, replicates
     mark = ("region", hashed(draws.program.written, identities, tuple(nudged)))
-    draws = DRAWS.once(graph, mark, lambda: enough(draws, _BOUND))
+    draws = DRAWS.once(graph, mark, lambda: with_enough_draws(draws, _BOUND))
     steps(graph).update(all_sizes(jaxpr.jaxpr)[1])
     views, place = [], 0
     for part in (part for x in operands for part in x.value):

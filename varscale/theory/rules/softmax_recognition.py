@@ -66,7 +66,7 @@ def softmax_of(interpreter: Context, top: Value, bottom: Value) -> Value | None:
     gaussian = _is_nearly_gaussian(random.node)
     if not gaussian and interpreter.ask("a softmax of logits that are not Gaussian"):
         return Value(random.node, top.dims)
-    doubt = max(_bias_by_place(random, key), _lost_likeness(frame, allowed, key))
+    doubt = max(_bias_by_place(random, key), _windowed_before(allowed, key))
     if doubt > LEADING_ORDER and interpreter.ask("attention by distance", whole=True):
         return Value(random.node, top.dims)
     if allowed is not None:
@@ -119,38 +119,31 @@ def _bias_by_place(random: View, key: int) -> float:
     return math.expm1(min(sum(variances), 3.0))
 
 
-def _lost_likeness(frame: Sequence[Axis], allowed: View | None, key: int) -> float:
-    """What classes of rows do not know of outputs that share keys: of tr P S Pᵀ, with P the rows of a mask and S = P Pᵀ.
+def _windowed_before(allowed: View | None, key: int) -> float:
+    """How much of their keys two rows do not share, of a mask behind another whose rows share as little; else 0.
 
-    Within a window the next attention reads rows that are near each other, which share more than two of their classes do on
-    average. So nothing is lost where no earlier mask was such a one.
+    Classes of rows by their number of keys do not tell which keys these are. Behind a window a row reads rows near one another,
+    which share more keys than two of their classes do on average.
     """
     if allowed is None or key not in allowed.bind:
         return 0.0
     assert isinstance(allowed.node, Array)
     keys, sizes = allowed.bind.index(key), [axis.size for axis in allowed.node.axes]
     rows = [k for k, size in enumerate(sizes) if size == sizes[keys] and k != keys]
-    if not rows:
-        return 0.0
-    lost = _lost_by_classes(allowed.node, rows[-1], keys, frame[allowed.bind[rows[-1]]])
+    apart = _keys_apart(allowed.node, rows[-1], keys) if rows else 0.0
     before = _WINDOWS.of(allowed.node.graph).setdefault(None, 0)
-    _WINDOWS.put(allowed.node.graph, None, before + (lost > NEXT_ORDER))
-    return lost if before else 0.0
+    _WINDOWS.put(allowed.node.graph, None, before + (apart > NEXT_ORDER))
+    return apart if before else 0.0
 
 
 @once_per_node
-def _lost_by_classes(mask: Array, row: int, key: int, axis: Axis) -> float:
-    """|1 − tr P S Pᵀ by the classes of rows / tr P S Pᵀ| of a mask whose rows are along the axis `row`; one for all layers."""
-    n = axis.size
-    p = np.moveaxis(mask.values, (row, key), (-2, -1)).reshape(-1, n, n)[0]
-    p = p / np.maximum(p.sum(-1, keepdims=True), 1.0)
-    shared, weights = p @ p.T, p.T @ p
-    own, diagonal = float(np.sum(shared * weights)), np.diag(shared)
-    of = np.eye(axis.classes)[axis.label_array]  # which class each row is of
-    sums = of.T @ shared @ of - np.diag(of.T @ diagonal)
-    means = sums / np.maximum(np.outer(axis.counts, axis.counts) - np.diag(axis.counts), 1.0)
-    weighed = of.T @ weights @ of - np.diag(of.T @ np.diag(weights))
-    return abs(1 - float(np.sum(means * weighed) + diagonal @ np.diag(weights)) / own)
+def _keys_apart(mask: Array, row: int, key: int) -> float:
+    """1 − E[|A ∩ B| / min(|A|, |B|)] over the sets of keys A, B that two rows see: 0 of a causal mask, or of paddings."""
+    n = mask.axes[row].size
+    seen = np.moveaxis(mask.values, (row, key), (-2, -1)).reshape(-1, n, n)[0].astype(np.float32)
+    seen = seen[seen.any(axis=-1)]
+    number = seen.sum(axis=-1)
+    return 1 - float(np.mean(seen @ seen.T / np.minimum.outer(number, number))) if len(seen) else 0.0
 
 
 def _takes_paddings_for_tokens(frame: Sequence[Axis], allowed: View, key: int) -> bool:
