@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import functools
-import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from varscale.theory.domain.axes import Axis, apply_axis, averaging, class_shares, contract_axis
+from varscale.theory.domain.accuracy import NEGLIGIBLE
+from varscale.theory.domain.axes import Axis, averaging, contract_axis
 from varscale.theory.domain.tables import lift
 from varscale.theory.graph.convolutions import WindowSum
 from varscale.theory.graph.expressions import IDENTITIES, Apply, Mean, Sum, roots, swapped
@@ -139,7 +138,6 @@ ORDER = (
     "affine functions",
     "terms of a sum",
     "average against a function",
-    "one pair of axes in two places",
     "law of functions",
     "kinds of nodes",
     "other places",
@@ -234,11 +232,6 @@ def _projected(a: View, b: View, frame: tuple[Axis, ...]) -> np.ndarray | None:
     return None
 
 
-@strategy("one pair of axes in two places")
-def _elsewhere_apart(a: View, b: View, frame: tuple[Axis, ...]) -> np.ndarray | None:
-    return _elsewhere(a, b, frame) if _apart(a, b) else None
-
-
 @strategy("kinds of nodes")
 def _by_kind(a: View, b: View, frame: tuple[Axis, ...]) -> np.ndarray | None:
     """Leaves measured together, or what the kind of one of the nodes knows."""
@@ -275,49 +268,23 @@ def _of_terms(x: View, y: View, frame: tuple[Axis, ...]) -> np.ndarray:
     return out
 
 
-def _apart(a: View, b: View) -> bool:
-    """Whether neither runs over a place where the other has a different axis of its own."""
-    if a.bind == b.bind or a.node.axes != b.node.axes:
-        return False
-    return all(p == q or (p not in b.bind and q not in a.bind) for p, q in zip(a.bind, b.bind, strict=True))
-
-
-MOST_INTEGRALS = (
-    10_000  # types over which functions of two places are integrated one by one: a matter of time
-)
-
-
 def _placed(second: np.ndarray, a: View, b: View, frame: tuple[Axis, ...]) -> np.ndarray:
-    """Where two places of an axis differ, its indices are unrelated: equal one time in n, if of one class."""
+    """Where two places of an axis differ, its indices are unrelated: equal one time in n."""
     axes, bind = list(a.node.axes), list(a.bind)
-    many = math.prod(axis.types for axis in frame) > MOST_INTEGRALS
     for k in reversed(range(len(axes))):
         axis, p, q = axes[k], a.bind[k], b.bind[k]
         if p == q:
             continue
-        if many or axis.classes == 1 or p in b.bind or q in a.bind:
-            second = contract_axis(second, k, axis.any_pair)
-            del axes[k], bind[k]
-            continue
-        apart = apply_axis(second, k, _free_pairs(axis))
-        apart = apart.reshape(*second.shape[:k], axis.classes, axis.classes, *second.shape[k + 1 :])
-        for d, place in ((k, p), (k + 1, q)):
-            apart = apply_axis(apart, d, class_shares(frame[place], axis))
-            apart = np.take(apart, frame[place].first if d == k else frame[place].second, axis=d)
-        second = apart
-        axes[k : k + 1], bind[k : k + 1] = [frame[p], frame[q]], [p, q]
+        others = second.take(range(axis.classes, axis.types), axis=k)
+        if (
+            np.max(np.ptp(others, axis=k)) > NEGLIGIBLE * np.max(np.abs(others))
+            and p not in b.bind
+            and q not in a.bind
+        ):
+            raise NotImplementedError("two places of an axis whose classes differ")
+        second = contract_axis(second, k, axis.any_pair)
+        del axes[k], bind[k]
     return lift(second, axes, bind, frame, pairs=True)
-
-
-@functools.cache
-def _free_pairs(axis: Axis) -> np.ndarray:
-    """Weights of types for an index of one class and an unrelated one of another, (classes², types)."""
-    c = axis.classes
-    equal = np.diag(1 / axis.counts)
-    weights = np.zeros((c, c, axis.types))
-    weights[np.arange(c), np.arange(c), np.arange(c)] = np.diag(equal)
-    weights.reshape(c * c, -1)[:, c:] = np.diag((1 - equal).ravel())
-    return weights.reshape(c * c, -1)
 
 
 MEASURED_TOGETHER: Fact[tuple[int, ...], np.ndarray] = Fact()  # E[a_i b_j] by type of two given leaves

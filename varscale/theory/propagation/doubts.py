@@ -208,6 +208,14 @@ def mark_weights(views: Sequence[View]) -> None:
             view.node.graph.flag("assumed", 2 / terms)
 
 
+def refuse_two_places(views: Sequence[View]) -> None:
+    """Refuse a function of x_i and x_j over all i and j: where i = j all units are at once, which no correlation says."""
+    seen: dict[Node, View] = {}
+    for view in views:
+        if not isinstance(view.node, Array | Constant) and seen.setdefault(view.node, view) != view:
+            raise NotImplementedError("a function of one array at two places of an axis")
+
+
 def _is_curved(node: Node) -> bool:
     """Whether a root is a sum that is not jointly Gaussian with its terms."""
     if not isinstance(node, Sum) or node.is_variance:

@@ -17,7 +17,13 @@ from varscale.theory.graph.store import Fact
 from varscale.theory.integrals.hermite_series import WEIGHTS, Z, sobol
 from varscale.theory.integrals.mehler import Series, mehler, on_grid
 from varscale.theory.propagation.cross_moments import cross, dependent, mean_product, strategy
-from varscale.theory.propagation.doubts import mark_average, mark_depthwise, mark_sums, mark_weights
+from varscale.theory.propagation.doubts import (
+    mark_average,
+    mark_depthwise,
+    mark_sums,
+    mark_weights,
+    refuse_two_places,
+)
 from varscale.theory.propagation.marginals import (
     Environment,
     concentrated,
@@ -126,6 +132,7 @@ def _product(xs: list[View], frame: Sequence[Axis], env: Environment) -> np.ndar
 def product_moments(view: View, frame: Sequence[Axis]) -> tuple[np.ndarray, np.ndarray]:
     """E[f_i] by class and E[f_i f_j] by type, (classes or 1...) and (types or 1...)."""
     c, f = factors(view)
+    refuse_two_places(roots_of(view))
     groups, fixed = _groups(f, f, frame)
     mean, second = np.full((1,) * len(frame), c), np.full((1,) * len(frame), c * c)
     for group in groups:
@@ -295,23 +302,9 @@ def _cubature(group: _Group, frame: Sequence[Axis], fixed: Environment) -> tuple
         inner[cell] = factored(rho[cell], graph)  # the types (c = c) come first on every axis
         firsts[cell] = tree(group.f, cell, z[:, :k] @ inner[cell].T)
         mean[cell] = np.mean(firsts[cell])
-    twins = _twins(views)
-    if twins is not None:
-        i, j, share, elsewhere = twins
-        for cell in np.ndindex(*classes):
-            mean[cell], second[cell] = 0.0, 0.0
-            for weight, correlation in ((share, 1.0), (1 - share, elsewhere)):
-                met = rho[cell].copy()
-                met[i, j] = met[j, i] = correlation
-                latents = z[:, :k] @ factored(met, graph).T
-                first = tree(group.f, cell, latents)
-                mean[cell] += weight * np.mean(first)
-                second[cell] += weight * np.mean(first * tree(group.g, cell, latents))
     if not group.g:
         return mean, second
     for index in np.ndindex(*types):
-        if twins and all(t < c for t, c in zip(index, classes, strict=True)):
-            continue
         ci = tuple(int(f[t]) for f, t in zip(first_class, index, strict=True))
         cj = tuple(int(s[t]) for s, t in zip(second_class, index, strict=True))
         key = (ci, cj, tuple(np.round(rho[index].ravel(), 4)))
@@ -320,24 +313,6 @@ def _cubature(group: _Group, frame: Sequence[Axis], fixed: Environment) -> tuple
             done[key] = float(np.mean(firsts[ci] * tree(group.g, cj, latents)))
         second[index] = done[key]
     return mean, second
-
-
-def _twins(views: Sequence[View]) -> tuple[int, int, float, float] | None:
-    """Two of the roots that are one array read at two places of one axis (an outer product); None where no two are, or more.
-
-    Returns:
-        Which two, how often the places are one (one time in n: the diagonal), and the latent correlation where they are not.
-    """
-    pairs = [(i, j) for i in range(len(views)) for j in range(i) if views[i].node is views[j].node]
-    if len(pairs) != 1:
-        return None
-    ((i, j),) = pairs
-    node = views[i].node
-    moved = [k for k, (p, q) in enumerate(zip(views[i].bind, views[j].bind, strict=True)) if p != q]
-    if len(moved) != 1 or any(axis.classes > 1 for axis in node.axes):
-        return None
-    different = tuple(int(k == moved[0]) for k in range(len(node.axes)))
-    return i, j, 1 / node.axes[moved[0]].size, float(marginal(node).correlation[different])
 
 
 INTEGRATED: Fact[Hashable, tuple[np.ndarray, Series]] = Fact()  # functions of one root, by form

@@ -153,11 +153,8 @@ class _Path(NamedTuple):
 def forks(node: Node) -> list[Fork]:
     """The values at which paths from a sum or a function meet first; each is looked for from the latest node down."""
     start = _Path(0, View(node, tuple(range(len(node.axes)))))
-    waiting = (
-        [path._replace(branch=i) for i, path in enumerate(_below(start))]
-        if isinstance(node, Apply | Sum)
-        else []
-    )
+    branches = list(_below(start)) if isinstance(node, Apply | Sum) else []
+    waiting = [path._replace(branch=i) for i, path in enumerate(branches)]
     found = []
     while len({path.branch for path in waiting}) > 1 and len(waiting) <= _MOST_PATHS:
         top = max(waiting, key=lambda path: path.view.node.id).view.node
@@ -168,7 +165,9 @@ def forks(node: Node) -> list[Fork]:
         for p, q in pairs:
             if p.place == q.place:
                 met.setdefault(p.place, []).append((p, q))
-            elif bool(p.over) != bool(q.over) and (p.over or q.over) in node.args:
+            elif bool(p.over) != bool(q.over) and not any(
+                isinstance(branches[x.branch].view.node, Sum) for x in (p, q)
+            ):
                 found.append(
                     Fork(p.view, np.zeros(()), None, 2 * abs(p.factor * q.factor) / max(p.reduced, q.reduced))
                 )

@@ -7,18 +7,18 @@ import numpy as np
 from varscale.theory.domain.axes import apply_axis, contract_axis, sliced
 from varscale.theory.domain.tables import Table, by_type
 from varscale.theory.graph.axis_nodes import Take
-from varscale.theory.graph.expressions import IDENTITIES, Apply, Mean, Sum, roots, swapped
+from varscale.theory.graph.expressions import IDENTITIES, Apply, Mean, Sum, swapped
 from varscale.theory.graph.nodes import UNKNOWN, View, second_moments
 from varscale.theory.propagation.cross_moments import pair
-from varscale.theory.propagation.doubts import mark_undefined
+from varscale.theory.propagation.doubts import mark_undefined, refuse_two_places
 from varscale.theory.propagation.products import product_moments
 from varscale.theory.propagation.shared_tokens import gained_in_common
-from varscale.theory.propagation.sums import coincidences
 
 
 @second_moments.register(Sum)
 def second_moments_of_sum(node: Sum) -> Table:
 
+    refuse_two_places(node.args)
     mean, unsure = np.zeros([a.classes for a in node.axes]), []
     second = np.zeros([a.types for a in node.axes])
     for c, x in zip(node.params, node.args, strict=True):
@@ -81,8 +81,6 @@ def elementwise_table(node: Apply) -> Table:
             second = c * c * second
         return Table(node.axes, c * mean + d, np.array(np.broadcast_to(second, node.frame_types)))
     mark_undefined(node)
-    if met := max((coincidences(root.node) for root in roots(node)), default=0.0):
-        node.graph.flag("quadrature", met)
     mean, second = product_moments(view, node.axes)
     classes = [a.classes for a in node.axes]
     return Table(

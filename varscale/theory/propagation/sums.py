@@ -9,14 +9,13 @@ from typing import NamedTuple
 import numpy as np
 from scipy import special
 
-from varscale.theory.domain.accuracy import NEGLIGIBLE
 from varscale.theory.domain.axes import Axis
 from varscale.theory.domain.tables import Table, by_type, lift
 from varscale.theory.graph.expressions import Apply, Sum, roots_of
 from varscale.theory.graph.factors import connected
-from varscale.theory.graph.nodes import Constant, Node, View
+from varscale.theory.graph.nodes import Constant, View
 from varscale.theory.integrals.hermite_series import POINTS, WEIGHTS, Z, sobol
-from varscale.theory.propagation.cross_moments import MOST_INTEGRALS, cross, dependent, mean_product
+from varscale.theory.propagation.cross_moments import cross, dependent, mean_product
 from varscale.theory.propagation.marginals import (
     Environment,
     along,
@@ -26,7 +25,6 @@ from varscale.theory.propagation.marginals import (
     grid,
     latent_cross,
     marginal,
-    placed,
     quantiles_of_kind,
 )
 
@@ -53,52 +51,6 @@ class _Part(NamedTuple):
 
 def sum_quantiles(root: Sum, table: Table, deviation: np.ndarray) -> np.ndarray | None:
     """Quantiles of a sum on the normal grid, (classes..., points), moments matched; None where it is as good as Gaussian."""
-    return _of_two_places(root, table, deviation, _of_parts(root, table, deviation))
-
-
-def _two_places(root: Sum) -> list[tuple[int, int, int]]:
-    """The axes of x, with their two places, over which a x_i + b x_j reads i and j freely; [] of anything else."""
-    first, last = root.args[0], root.args[-1]
-    if len(root.args) != 2 or first.node is not last.node:
-        return []
-    x, frame = first.node, root.axes
-    met = [(k, p, q) for k, (p, q) in enumerate(zip(first.bind, last.bind, strict=True)) if p != q]
-    rare = math.prod(x.axes[k].size for k, *_ in met) > 1 / NEGLIGIBLE
-    many = math.prod(axis.types for axis in frame) > MOST_INTEGRALS
-    return (
-        [] if rare or many or any(x.axes[k] != frame[p] or x.axes[k] != frame[q] for k, p, q in met) else met
-    )
-
-
-def coincidences(root: Node) -> float:
-    """How often i = j in a x_i + b x_j, over how often not: where it is, all units are at once, which no correlation says."""
-    met = _two_places(root) if isinstance(root, Sum) else []
-    return 1 / (math.prod(root.args[0].node.axes[k].size for k, *_ in met) - 1) if met else 0.0
-
-
-def _of_two_places(
-    root: Sum, table: Table, deviation: np.ndarray, parts: np.ndarray | None
-) -> np.ndarray | None:
-    """a x_i + b x_j over all i and j: the law of (a + b) x_i where i = j, mixed with that of its parts where not."""
-    met = _two_places(root)
-    if not met:
-        return parts
-    first, x, frame = root.args[0], root.args[0].node, root.axes
-    same = sum(root.params) * placed(marginal(x).values, first, frame)
-    same = np.broadcast_to(same, (*table.mean.shape, POINTS))
-    out = np.empty(same.shape)
-    for cell in np.ndindex(*table.mean.shape):
-        share = math.prod((cell[p] == cell[q]) / x.axes[k].counts[cell[p]] for k, p, q in met)
-        mean, variance = table.mean[cell], deviation[cell] ** 2
-        shape = Z if parts is None else (parts[cell] - mean) / max(deviation[cell], 1e-300)
-        varied = WEIGHTS @ same[cell] ** 2 - (WEIGHTS @ same[cell]) ** 2
-        rest = math.sqrt(max(variance - share * varied, 0.0) / (1 - share)) if share < 1 else 0.0
-        both = np.concatenate([same[cell], mean + rest * shape])
-        out[cell] = _ordered(both, np.concatenate([share * WEIGHTS, (1 - share) * WEIGHTS]))
-    return out
-
-
-def _of_parts(root: Sum, table: Table, deviation: np.ndarray) -> np.ndarray | None:
     if any(isinstance(view.node, Constant) for view in root.args):
         return None
     parts = [
