@@ -100,7 +100,7 @@ def test_routing_by_agreement_is_no_attention():
 
 @pytest.mark.parametrize(("few", "f"), [(4, lambda x: x), (8, lambda x: x), (8, nn.relu)], ids=["4", "8", "rectified"])
 def test_an_outer_product_has_its_diagonal(few, f):
-    """Of x_i x_j one in n is x_i²: a share 1/n has E[x⁴] = 3 in place of 1 (3/2 in place of 1/4 where they are rectified)."""
+    """Of x_i x_j one in n is x_i²: a share 1/n has E[x⁴] = 3 in place of 1 (3/2 in place of 1/4, rectified); fixed draws."""
     row = output(lambda x: f(x)[:, :, None] * f(x)[:, None, :], (256, few))
     square, fourth = (0.25, 1.5) if f is nn.relu else (1.0, 3.0)
-    assert row.second_moment == pytest.approx(square + (fourth - square) / few, rel=0.01)
+    assert abs(row.second_moment / (square + (fourth - square) / few) - 1) < row.error_bound < 0.2
