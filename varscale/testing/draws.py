@@ -31,8 +31,21 @@ def key_of(*case: object, salt: str = "") -> Key[Array, ""]:
 
 @partial(jax.jit, static_argnames=("function", "vectorize"))
 def _map_compiled(function: Callable[[Key[Array, ""]], PyTree], vectorize: bool, keys: Key[Array, " n"]) -> PyTree:
-    # Mapped, XLA compiles the function as it is, in a fraction of the time that the vectorized one takes.
-    return jax.vmap(function)(keys) if vectorize else jax.lax.map(function, keys)
+    if vectorize:
+        return jax.vmap(function)(keys)
+    # Mapped, XLA compiles the function as it is, in a fraction of the time that the vectorized one takes. On the CPU a
+    # loop copies all its results in every step where they are small floats; bits are written in place.
+    stored = jax.lax.map(lambda key: jax.tree.map(lambda leaf: _bitcast(leaf, _stored(leaf.dtype)), function(key)), keys)
+    return jax.tree.map(lambda leaf, shape: _bitcast(leaf, shape.dtype), stored, jax.eval_shape(function, keys[0]))
+
+
+def _stored(dtype: Any) -> Any:
+    small = jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < 4
+    return jnp.dtype(f"uint{8 * dtype.itemsize}") if small else dtype
+
+
+def _bitcast(leaf: Array, dtype: Any) -> Array:
+    return leaf if leaf.dtype == dtype else jax.lax.bitcast_convert_type(leaf, dtype)
 
 
 def map_keys(
@@ -54,13 +67,15 @@ def map_keys(
     if together is None:
         together = -(-count // min(-(-count * entries // _ENTRIES_A_CALL), count))
     rounds = -(-count // together)
-    source = jax.random.split(key, (rounds, together))
+    # XLA compiles a split once for each size: the sizes are powers of 2, and what is split beyond the rounds stays unused.
+    source = jax.random.split(key, (1 << (rounds - 1).bit_length(), together))
     try:
         parts: Iterable[PyTree] = [
-            jax.tree.map(np.asarray, _map_compiled(function, entries < _VECTORIZED_BELOW, keys)) for keys in source
+            jax.tree.map(np.asarray, _map_compiled(function, entries < _VECTORIZED_BELOW, source[index]))
+            for index in range(rounds)
         ]
     except (jax.errors.JAXTypeError, NotImplementedError):
-        flat = source.reshape(-1)[: min(count, _EAGER_CALLS)]
+        flat = source.reshape(-1, *key.shape)[: min(count, _EAGER_CALLS)]
         parts = [jax.tree.map(lambda leaf: np.asarray(leaf)[None], function(one)) for one in flat]
     return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
 

@@ -103,14 +103,20 @@ class RoundedLaw:
 
     @functools.cached_property
     def _squares(self) -> tuple[Float[np.ndarray, " nodes"], Float[np.ndarray, " nodes"]]:
-        """Squares with their probabilities, magnitudes below 1e-5 counted as 0: their share of `E[z²]` is below 1e-10."""
+        """Squares with the logarithms of their probabilities, magnitudes below 1e-5 counted as 0: their share of `E[z²]` is
+        below 1e-10.
+        """
         near, far = self.values < 1e-5, (self.values >= 1e-5) & (self.masses > 0)
-        return np.append(0.0, self.values[far] ** 2), np.append(self.masses[near].sum(), self.masses[far])
+        zero = self.masses[near].sum()
+        squares, masses = self.values[far] ** 2, self.masses[far]
+        return (np.append(0.0, squares), np.log(np.append(zero, masses))) if zero > 0 else (squares, np.log(masses))
 
     def log_mgf(self, theta: float) -> float:
         """`ln E[exp(θz²)]`; see `varscale.testing.tails.Law`."""
-        squares, masses = self._squares
-        return float(special.logsumexp(theta * squares, b=masses))
+        squares, log_masses = self._squares
+        exponents = theta * squares + log_masses
+        peak = float(exponents.max())
+        return peak + math.log(float(np.exp(exponents - peak).sum()))
 
 
 def is_low_precision(dtype: DTypeLike) -> bool:

@@ -6,7 +6,7 @@ import functools
 import math
 from collections.abc import Callable
 
-from scipy import optimize, stats
+from scipy import optimize, special
 
 from varscale.testing.tails import Law, batches_for, log_mean_square, second_moment_of
 
@@ -75,7 +75,7 @@ def plan_samples(alpha: float, beta: float, ratio: float, kurtosis: float = 3.0)
     if kurtosis == 1:
         return 1
     target = abs(math.log(ratio))
-    first_order = 2 * ((stats.norm.isf(alpha / 2) + stats.norm.isf(beta)) / target) ** 2
+    first_order = 2 * ((_normal_quantile(alpha / 2) + _normal_quantile(beta)) / target) ** 2
 
     def excess(log_count: float) -> float:
         return math.log(_chi_square_detectable(math.exp(log_count), alpha, beta)) - target
@@ -87,10 +87,14 @@ def plan_samples(alpha: float, beta: float, ratio: float, kurtosis: float = 3.0)
 
 
 def _chi_square_detectable(degrees: float, alpha: float, beta: float) -> float:
-    chi = stats.chi2(degrees)
-    up = chi.isf(alpha / 2) / max(chi.ppf(beta), 1e-300)
-    down = chi.isf(beta) / max(chi.ppf(alpha / 2), 1e-300)
-    return float(max(up, down))
+    # `scipy.stats` calls the same functions, after checks that take longer than they do.
+    lower, upper = (lambda p: 2 * special.gammaincinv(degrees / 2, p)), (lambda p: special.chdtri(degrees, p))
+    return float(max(upper(alpha / 2) / max(lower(beta), 1e-300), upper(beta) / max(lower(alpha / 2), 1e-300)))
+
+
+def _normal_quantile(tail: float) -> float:
+    """Where `P(z > x)` is `tail`."""
+    return -float(special.ndtri(tail))
 
 
 Resolution = tuple[float, float, float]
@@ -136,8 +140,8 @@ def unknown_law_resolution(kurtosis: float, count: float, alpha: float, beta: fl
     """As `known_law_resolution`, from an estimated kurtosis, by batches that must agree."""
     batches = batches_for(alpha)
     error = math.sqrt(max(kurtosis - 1, 0.0) * batches / count)
-    width = float(stats.norm.isf((alpha / 2) ** (1 / batches))) * error
-    detectable = width + float(stats.norm.isf(beta / batches)) * error
+    width = _normal_quantile((alpha / 2) ** (1 / batches)) * error
+    detectable = width + _normal_quantile(beta / batches) * error
     return math.exp(-width), math.exp(width), math.exp(min(detectable, 700.0))
 
 
@@ -157,4 +161,4 @@ def samples_for(resolve: Callable[[float], Resolution], ratio: float, least: int
 def detectable_mean(count: float, alpha: float, beta: float) -> float:
     """The common mean, in standard deviations, that `count` symmetric weights reveal with power `1 − beta`."""
     # The symmetric bound exceeds the Gaussian tail by 3.178: its threshold is the Gaussian's at a level so much smaller.
-    return float(stats.norm.isf(alpha / 2 / 3.179) + stats.norm.isf(beta)) / math.sqrt(count)
+    return (_normal_quantile(alpha / 2 / 3.179) + _normal_quantile(beta)) / math.sqrt(count)
