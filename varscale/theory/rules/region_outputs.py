@@ -205,37 +205,23 @@ def cross_by_kind_of_region(node: RegionOutput, a: View, b: View, frame: Sequenc
     other = b.node
     if any(outer not in place for outer in b.bind):
         return None
-    positions, mine = node.positions, node.numbers
-    own = tuple(place[outer] for outer in b.bind)
-    if isinstance(other, RegionOutput) and (
+    alike = isinstance(other, RegionOutput) and (
         other.params[0] == node.params[0] or node.draws.replicates == other.draws.replicates
-    ):
-        theirs = other.numbers
-        if other.axes != tuple(node.axes[k] for k in own):
-            return None
-    elif other.id > node.id:
+    )
+    if not alike and other.id > node.id:
         return None
-    else:
-        drawn = node.draws.drawing.values(View(other, own), node.axes, positions)
-        theirs = np.broadcast_to(np.moveaxis(drawn, -1, 0), mine.shape)
-    if theirs.shape != mine.shape:
-        order = [0, *(1 + k for k in own)]
-        theirs = np.broadcast_to(_spread_out(theirs, order, mine.ndim), mine.shape)
-    return lift(cross_moments(mine, theirs, node.axes, positions), node.axes, a.bind, frame, pairs=True)
+    positions = node.positions
+    own = View(other, tuple(place[outer] for outer in b.bind))
+    theirs = np.moveaxis(node.draws.drawing.values(own, node.axes, positions), -1, 0)
+    theirs = np.broadcast_to(theirs, node.numbers.shape)
+    return lift(
+        cross_moments(node.numbers, theirs, node.axes, positions), node.axes, a.bind, frame, pairs=True
+    )
 
 
 @propagated.register(RegionOutput)
 def propagated_of_region(node: RegionOutput) -> Spread:
     return node.fluctuation
-
-
-def _spread_out(numbers: np.ndarray, order: Sequence[int], rank: int) -> np.ndarray:
-    """Axes at their places among `rank`, with 1 elsewhere."""
-    moved = numbers.transpose(np.argsort(order))
-    shape = [1] * rank
-    for k, n in zip(sorted(order), moved.shape, strict=True):
-        shape[k] = n
-    return moved.reshape(shape)
 
 
 def _positions(axes: Sequence[Axis], lengths: Sequence[int]) -> list[np.ndarray]:
