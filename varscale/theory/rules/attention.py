@@ -120,30 +120,12 @@ class Scores(NamedTuple):
 def attention_of(node: Any) -> Attention | None:
     """The attention that a contraction is; None where it is none."""
     for weights, v in (node.args, node.args[::-1]):
-        p, mixed_by = _before_mixing(weights)
-        p, kept = _before_dropout(p)
+        p, kept = _before_dropout(weights)
         # Shares of something else than what is added up, a capsule's of those above it, are no weights of an
         # average.
         if isinstance(p.node, Softmax) and len(node.axes) <= p.bind[p.node.params] in v.bind:
-            return Attention(node, p.node, p.bind, v, kept * mixed_by)
+            return Attention(node, p.node, p.bind, v, kept)
     return None
-
-
-def _before_mixing(weights: View) -> tuple[View, float]:
-    """Weights before heads were mixed, Σ_h b_gh p_h, and the mean square n E[b²] that this leaves of them.
-
-    Heads are alike, and those of one mixture are of independent b: it follows the queries as one of them does.
-    """
-    node = weights.node
-    if not isinstance(node, Contract) or len(node.params) != 1 or (mixing := weight_of(node)) is None:
-        return weights, 1.0
-    heads = len(node.axes)
-    b, p = sorted(node.args, key=lambda v: v.node is not mixing)
-    into = [k for k in b.bind if k != heads]
-    if b.node is not mixing or len(b.bind) != 2 or len(into) != 1 or into[0] in p.bind or heads not in p.bind:
-        return weights, 1.0
-    place = [*range(heads), into[0]]
-    return p.within(place).within(weights.bind), node.width * mixing.table.mean_square
 
 
 def _before_dropout(weights: View) -> tuple[View, float]:
@@ -179,20 +161,6 @@ def _query_key_product(logits: View) -> tuple[float, View] | None:
     for c, term in weighted_sum(logits)[0]:
         if isinstance(term.node, Contract) and weight_of(term.node) is None:
             return c * c, term
-    return None
-
-
-def _weighted(view: View, along: int) -> Tokens | None:
-    """Of logits that weights make, what they make them of: tokens along an axis of the frame; None where they make none."""
-    for _, (node, bind) in weighted_sum(view)[0]:
-        weight = weight_of(node) if isinstance(node, Contract) else None
-        if weight is None:
-            continue
-        summed = range(len(node.axes), len(node.axes) + len(node.params))
-        keys = {i for i, k in enumerate(bind) if k == along}
-        found = [tokens_of(v, keys, summed) for v in node.args if v.node is not weight]
-        if (tokens := next((t for t in found if t.tokens and t.features), None)) is not None:
-            return tokens
     return None
 
 
@@ -259,14 +227,10 @@ def key_directions_of_softmax(weights: Softmax) -> float:
 
 @logit_scatter.register(Softmax)
 def logit_scatter_of_softmax(weights: Softmax) -> float:
-    """Relative variance, between queries, of the logits' variance (3.); in a product of both d is counted once.
-
-    Of logits w x_k that weights w make of anything else (of one key, or of all heads' logits for it) it is 2 V of that.
-    """
+    """Relative variance, between queries, of the logits' variance (3.); in a product of both d is counted once."""
     found = scores(weights)
     if found is None:
-        keys = _weighted(weights.args[0], weights.params)
-        return 0.0 if keys is None else 2 * overlap(keys)
+        return 0.0
     out = 1 / found.keys.count
     for side in (found.keys, found.queries):
         tokens = projected(side)

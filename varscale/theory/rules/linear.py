@@ -303,10 +303,28 @@ def _with_itself(
     return Value(out.node, (*out.dims, *[()] * (len(x.dims) + len(y.dims) - len(bx) * 2 - len(cx) * 2)))
 
 
+def _mixes_heads(weight: Value, x: Value, contracted: Sequence[int]) -> bool:
+    """Whether weights mix softmax weights, or products of queries and keys, along an axis that both factors have."""
+    node, along = weight.node, {a.axis for d in contracted for a in x.dims[d] if a.axis is not None}
+    if not (isinstance(node, Leaf) and node.odd and not node.is_input and along):
+        return False
+    shares = [r for r in roots(x.node) if isinstance(r.node, Softmax)]
+    if shares:
+        return all(along <= set(r.bind) - {r.bind[r.node.params]} for r in shares)
+    product = without_factor(x)[1].node
+    return (
+        isinstance(product, Contract)
+        and weight_of(product) is None
+        and all(along <= set(v.bind) for v in product.args)
+    )
+
+
 @rule("dot_general")
 def dot_general(interpreter: Context, eqn: Any, x: Value, y: Value) -> Any:
-    """A contraction; products of rows with rows are drawn, the diagonal being no entry like the others."""
+    """A contraction; rows with rows are drawn, the diagonal being no entry like the others, and heads that weights mix."""
     contracted, batch = eqn.params["dimension_numbers"]
+    if _mixes_heads(x, y, contracted[1]) or _mixes_heads(y, x, contracted[0]):
+        return drawn_region(interpreter, eqn, (x, y), "weights mix heads")
     if meets_itself(without_factor(x)[1], without_factor(y)[1], contracted, batch):
         return drawn_region(interpreter, eqn, (x, y), "rows meet themselves in a product")
     return contract(interpreter, x, y, contracted, batch)
