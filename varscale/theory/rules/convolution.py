@@ -174,6 +174,13 @@ def axes_of(x: Value, order: Sequence[int]) -> tuple[int | None, ...]:
     return tuple(x.dims[d][0].axis if x.dims[d] else None for d in order)
 
 
+def axes_above_one(logical: Sequence[Axis]) -> tuple[list[Axis], tuple[int | None, ...]]:
+    """The axes of more than one position, and the place of each dimension's among them (None: it has one position)."""
+    axes = [axis for axis in logical if axis.size > 1]
+    places = iter(range(len(axes)))
+    return axes, tuple(next(places) if axis.size > 1 else None for axis in logical)
+
+
 @rule("conv_general_dilated")
 def conv(interpreter: Context, eqn: Any, x: Value, w: Value) -> Any:
     """A convolution of weights; one whose kernel is made of inputs, or differs from sample to sample, is drawn."""
@@ -192,8 +199,6 @@ def conv(interpreter: Context, eqn: Any, x: Value, w: Value) -> Any:
             zip(p["window_strides"], p["padding"], p["lhs_dilation"], p["rhs_dilation"], strict=True)
         )
     )
-    axes: list[Axis] = []
-    od: list[int | None] = []
     logical = [
         x.node.axes[xd[0]] if xd[0] is not None else ONE,
         w.node.axes[wd[0]] if wd[0] is not None else ONE,
@@ -202,13 +207,10 @@ def conv(interpreter: Context, eqn: Any, x: Value, w: Value) -> Any:
         output_axis(win, x.node.axes[k] if k is not None else ONE)
         for win, k in zip(windows, xd[2:], strict=True)
     ]
-    for axis in logical:
-        od.append(len(axes) if axis.size > 1 else None)
-        if axis.size > 1:
-            axes.append(axis)
+    axes, od = axes_above_one(logical)
     views = [View(x.node, tuple(range(len(x.node.axes)))), View(w.node, tuple(range(len(w.node.axes))))]
     node = interpreter.graph.make(
-        Conv, axes, views, ConvParams(p["feature_group_count"], windows, xd, wd, tuple(od))
+        Conv, axes, views, ConvParams(p["feature_group_count"], windows, xd, wd, od)
     )
     out: list[tuple[Atom, ...]] = [()] * len(shape)
     for k, d in enumerate(dims.out_spec):

@@ -33,7 +33,7 @@ from varscale.theory.propagation.cross_moments import cross, unsure
 from varscale.theory.propagation.doubts import lost_excess
 from varscale.theory.propagation.inherited_fluctuations import Spread, inherited, propagated
 from varscale.theory.propagation.shared_component import of_an_average
-from varscale.theory.rules.convolution import prepared
+from varscale.theory.rules.convolution import axes_above_one, prepared
 from varscale.theory.rules.drawn_nodes import draw, pooled_estimate
 from varscale.theory.rules.reductions import (
     after_increasing_steps,
@@ -260,17 +260,12 @@ def _window_node(interpreter: Context, eqn: Any, x: Value, kind: type[WindowSum]
         )
     )
     xd = tuple(dim[0].axis if dim else None for dim in x.dims)
-    axes: list[Axis] = []
-    od: list[int | None] = []
-    for window, k in zip(windows, xd, strict=True):
-        axis = ONE if k is None else x.node.axes[k]
-        if window is not None:
-            axis = output_axis(window, axis)
-        od.append(len(axes) if axis.size > 1 else None)
-        if axis.size > 1:
-            axes.append(axis)
+    read = [ONE if k is None else x.node.axes[k] for k in xd]
+    axes, od = axes_above_one(
+        [axis if w is None else output_axis(w, axis) for w, axis in zip(windows, read, strict=True)]
+    )
     node = interpreter.graph.make(
-        kind, axes, [View(x.node, tuple(range(len(x.node.axes))))], WindowSumParams(windows, xd, tuple(od))
+        kind, axes, [View(x.node, tuple(range(len(x.node.axes))))], WindowSumParams(windows, xd, od)
     )
     inner = x.node
     while isinstance(inner, Apply) and inner.params[0] == "affine":

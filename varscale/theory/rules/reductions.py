@@ -19,7 +19,7 @@ from varscale.theory.graph.layout import Atom, Value
 from varscale.theory.graph.linear_nodes import weight_of
 from varscale.theory.graph.nodes import UNKNOWN, Constant, Node, View, cross_by_kind, pullback, second_moments
 from varscale.theory.graph.normal_form import affine, mean_node
-from varscale.theory.graph.store import BackwardNotes
+from varscale.theory.graph.store import BackwardNotes, once_per_node
 from varscale.theory.integrals.hermite_series import Z, sphere_squares
 from varscale.theory.propagation.cross_moments import cross, mean_product
 from varscale.theory.propagation.fluctuations import fluctuations
@@ -151,17 +151,11 @@ def pullback_of_extreme(
     return [out]
 
 
+@once_per_node
 def fewest_terms(node: Node) -> float:
     """The smallest fan-in of the products with weights on the way to a node."""
-    width, seen, pending = math.inf, {node.id}, [node]
-    while pending:
-        node = pending.pop()
-        if weight_of(node) is not None:
-            width = min(width, math.inf if node.width is None else float(node.width))
-        before = {v.node.id: v.node for v in node.args if v.node.id not in seen}
-        seen.update(before)
-        pending += before.values()
-    return width
+    own = math.inf if weight_of(node) is None or node.width is None else float(node.width)
+    return min([own, *(fewest_terms(view.node) for view in node.args)])
 
 
 @functools.cache

@@ -13,7 +13,7 @@ from varscale.theory.domain.axes import Axis, apply_axis
 from varscale.theory.domain.tables import Table, by_type, lift
 from varscale.theory.graph.expressions import Apply, Sum
 from varscale.theory.graph.nodes import UNKNOWN, Array, Node, pullback, second_moments
-from varscale.theory.graph.store import BackwardNotes, Fact
+from varscale.theory.graph.store import BackwardNotes, Fact, once_per_node
 from varscale.theory.integrals.softmax import WeightMoments, weight_moments
 from varscale.theory.integrals.softmax_jacobian import (
     apart,
@@ -34,7 +34,6 @@ _PLACED_DOUBT = 1.5  # of cotangents where weights and values share tokens, whos
 
 _KEYS: Fact[Hashable, tuple[np.ndarray, np.ndarray]] = Fact()  # by mask
 _WEIGHTS: Fact[Hashable, WeightMoments] = Fact()
-_PLACED: Fact[int, dict[int, bool]] = Fact()  # by size of the keys' axis
 
 
 @functools.singledispatch
@@ -321,23 +320,14 @@ def propagated_of_softmax(node: Softmax) -> Spread:
     return NONE
 
 
+@once_per_node
 def _adds_known_along(node: Node, size: int) -> bool:
     """Whether known numbers that vary along an axis of this size were added to what a node was made from."""
-    known = _PLACED.once(node.graph, size, dict)
-    pending = [node]
-    while pending:
-        top = pending[-1]
-        before = [v.node for v in top.args if v.node.id not in known]
-        if before:
-            pending += before
-            continue
-        pending.pop()
-        here = isinstance(top, Sum | Apply) and any(
-            isinstance(v.node, Array) and len(v.bind) > 1 and size in [a.size for a in v.node.axes]
-            for v in top.args
-        )
-        known[top.id] = here or any(known[v.node.id] for v in top.args)
-    return known[node.id]
+    here = isinstance(node, Sum | Apply) and any(
+        isinstance(v.node, Array) and len(v.bind) > 1 and size in [a.size for a in v.node.axes]
+        for v in node.args
+    )
+    return here or any(_adds_known_along(v.node, size) for v in node.args)
 
 
 def _rounded(x: np.ndarray, digits: int) -> np.ndarray:
