@@ -267,7 +267,7 @@ class Calibrating(Interpreter):
             return None
         ones = np.zeros(x.node.frame_types)
         ones[tuple(slice(0, axis.classes) for axis in x.node.axes)] = 1.0
-        passed = [gradient for gradient, _ in cotangents([(x.node, ones)], before).values()]
+        passed = [gradient for gradient, *_ in cotangents([(x.node, ones)], before).values()]
         if not passed or not max(passed) > 0:
             return None
         fan_out = kernel.use.fan_out / max(1, kernel.use.parts)

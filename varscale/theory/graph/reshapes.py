@@ -199,6 +199,13 @@ def merge(node: Node, k: int, count: int) -> Node:
     return graph.make(Merge, axes, [View(node, tuple(range(len(node.axes))))], (k, count))
 
 
+def constant_along(node: Node, k: int) -> bool:
+    """Whether all entries along an axis are one: an elementwise node or a sum of what has no such axis."""
+    return node.entrywise and all(
+        k not in v.bind or constant_along(v.node, v.bind.index(k)) for v in node.args
+    )
+
+
 def permute(node: Node, order: Sequence[int]) -> Node:
     """`node` with its axes in another order, for the few rules that need a given one."""
     if tuple(order) == tuple(range(len(order))):

@@ -195,7 +195,7 @@ def _predicted(
     ):
         return first
     interpreter.nudged = True
-    return _settled(interpreter, walk, lambda found: with_gradients(first, found, shares))[0]
+    return _settled(interpreter, walk, lambda found: with_gradients(interpreter, first, found, shares))[0]
 
 
 Walked = list[tuple[str, str | None, Any]]
@@ -211,8 +211,9 @@ def _settled(
     while True:
         try:
             found = walk()
-            if not interpreter.regions.again():
-                return report(found), found
+            made = None if interpreter.regions.changed else report(found)
+            if not interpreter.regions.again() and made is not None:
+                return made, found
         except Exception as error:
             known = error if isinstance(error, PredictionError) else located(error)
             interpreter.ask_for(known)

@@ -19,7 +19,7 @@ from varscale.theory.graph.nodes import UNKNOWN, Node
 from varscale.theory.interpreter.interpreter import Interpreter
 from varscale.theory.interpreter.taps import Through
 from varscale.theory.propagation.cotangents import cotangents
-from varscale.theory.propagation.error_bounds import provenance
+from varscale.theory.propagation.error_bounds import doubt_of, provenance
 from varscale.theory.propagation.fluctuations import fluctuations
 from varscale.theory.rules.complex import modulus
 from varscale.theory.rules.registry import Complex
@@ -31,6 +31,8 @@ _WIDEST_BAND = (
 # Set on the validation grid, not derived, both: of gradient independence itself, at width 256; of a band
 # where first order finds no fluctuation at all, what second order and a norm's epsilon leave.
 GRADIENT_BASE, _ROUNDING = 0.05, 4e-3
+# A relative error of gradients, and the share of rows that may have it, beyond which the model is drawn.
+_MUCH, _MANY = 0.1, 0.1
 _UNBOUNDED = 1e50  # a mean square that only the large numbers which stand for infinities have
 
 
@@ -52,18 +54,21 @@ def summarize(
     values = {path: x for path, _, x in found if isinstance(x, Value) and math.prod(x.shape) > 0}
     for x in values.values():
         _ = x.node.table
-    gradients = _gradients(values) if backward else {}
+    gradients = _gradients(interpreter, values) if backward else {}
     at_rows = {path: _at_row(x, gradients.get(x.node.id), shares.get(path)) for path, x in values.items()}
     rows = tuple(_row(path, kinds[path], x, at_rows[path]) for path, x in values.items())
     return Report(rows, dict(weights))
 
 
 def with_gradients(
-    report: Report, nudged: Iterable[tuple[str, str | None, Any]], shares: Mapping[str, Through]
+    interpreter: Interpreter,
+    report: Report,
+    nudged: Iterable[tuple[str, str | None, Any]],
+    shares: Mapping[str, Through],
 ) -> Report:
     """The report with the gradients, where it has none, of a walk in which what is one known number was nudged."""
     values = {path: x for path, _, x in nudged if isinstance(x, Value) and math.prod(x.shape) > 0}
-    gradients = _gradients(values)
+    gradients = _gradients(interpreter, values)
     rows = []
     for row in report.rows:
         x = values.get(row.path)
@@ -115,6 +120,11 @@ def _row(path: str, kind: str, x: Value, gradient: tuple[float, float] | None) -
     mean = table.total_mean
     second, typical, band = of_one_draw(x.node)
     how, error_bound = provenance(x.node)
+    if (
+        how == "sampled"
+    ):  # the middle of the band was drawn, too: two standard errors, of the four that bound it
+        reach = math.exp(min(doubt_of(x.node), 1.0) / 2)
+        band = (band[0] / reach, band[1] * reach)
     return Row(
         path=path,
         kind=kind,
@@ -178,7 +188,8 @@ def correlation(x: Value, dims: list[int]) -> float | None:
     return (size * free / table.mean_square - 1) / (size - 1)
 
 
-def _gradients(values: Mapping[str, Value]) -> dict[int, tuple[float, float]]:
+def _gradients(interpreter: Interpreter, values: Mapping[str, Value]) -> dict[int, tuple[float, float]]:
+    """Gradients by node, with their doubts; asks for a region where windows and copies of near places leave many in doubt."""
     paths = [p for p in values if p == "" or p.startswith("[")] or list(values)[-1:]
     seeds = []
     aliases: dict[int, set[Any]] = {}
@@ -192,4 +203,6 @@ def _gradients(values: Mapping[str, Value]) -> dict[int, tuple[float, float]]:
         aliases.setdefault(node.id, set()).add(x.dims)
     found = cotangents(seeds, [x.node for x in values.values()])
     # Of several outputs that are one array in other shapes, a change of one is no change of the others.
-    return {i: (g, doubt + len(aliases.get(i, {None})) - 1) for i, (g, doubt) in found.items()}
+    if sum(lost > _MUCH for *_, lost in found.values()) > _MANY * len(found):
+        interpreter.regions.ask("", "gradients of windows over near places")
+    return {i: (g, doubt + len(aliases.get(i, {None})) - 1) for i, (g, doubt, _) in found.items()}

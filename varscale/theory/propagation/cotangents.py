@@ -27,6 +27,7 @@ from varscale.theory.propagation.error_bounds import doubt_of
 from varscale.theory.propagation.fourth_moments import mean_squared_correlation
 from varscale.theory.propagation.gradient_fluctuations import gradient_scale, summed_scale
 from varscale.theory.propagation.marginals import along, concentrated, largest_term, term_shares
+from varscale.theory.propagation.near_places import pulled_back
 from varscale.theory.propagation.products import product_second
 from varscale.theory.propagation.pullbacks import forks, mean_square, sum_out
 from varscale.theory.propagation.scale_responses import cofactors
@@ -48,6 +49,8 @@ class Cotangent:
         own: the same, through the last derivative it was multiplied by.
         radial: its part along the node's values over that along any other direction, less one.
         unit: what a unit's square, relative, adds to ln(mean square), for the unit's part in the sum that comes next.
+        near: how much more than any two near places have in common at most, relative to the mean square.
+        lost: the part of `doubt` that comes of that.
     """
 
     second: np.ndarray
@@ -58,6 +61,8 @@ class Cotangent:
     own: float = 0.0
     radial: float = 0.0
     unit: float = 0.0
+    near: float = 0.0
+    lost: float = 0.0
 
 
 class Cotangents:
@@ -98,14 +103,14 @@ def _added_cotangents(parts: Sequence[Cotangent], axes: tuple[Axis, ...]) -> Cot
     doubt = float(weights @ [p.doubt for p in parts]) / max(kept, 1e-12 * whole)
     few = whole / max(float(weights @ [1 / p.few for p in parts]), 1e-300)
     second, scale = np.sum([p.second for p in parts], axis=0), sum(p.scale for p in parts)
-    rest = zip(*((p.own, p.radial, p.unit) for p in parts), strict=True)
-    own, radial, unit = (float(weights @ line) / whole for line in rest)
-    return Cotangent(second, doubt, parts[0].mask, few, scale, own, radial, unit)
+    rest = zip(*((p.own, p.radial, p.unit, p.near, p.lost) for p in parts), strict=True)
+    own, radial, unit, near, lost = (float(weights @ line) / whole for line in rest)
+    return Cotangent(second, doubt, parts[0].mask, few, scale, own, radial, unit, near, lost)
 
 
 def cotangents(
     outputs: Iterable[tuple[Node, np.ndarray]], watched: Sequence[Node]
-) -> dict[int, tuple[float, float]]:
+) -> dict[int, tuple[float, float, float]]:
     """Second moments of the cotangents at watched nodes, averaged over their elements, each with a bound on its relative error.
 
     Args:
@@ -113,7 +118,7 @@ def cotangents(
         watched: the nodes asked for.
 
     Returns:
-        Node id to second moment and doubt; a watched node that no cotangent reaches is not in it.
+        Node id to second moment, doubt, and the part of it that near places leave; without nodes that no cotangent reaches.
     """
     pending, done, inside = Cotangents(), Cotangents(), Cotangents()
     notes, within = BackwardNotes(), {}
@@ -135,9 +140,8 @@ def cotangents(
             )
             for fork in forks(node):
                 if not fork.doubt:
-                    pending.add(
-                        fork.root.node, Cotangent(fork.back(part.second, node.axes), part.doubt, few=part.few)
-                    )
+                    back = Cotangent(fork.back(part.second, node.axes), part.doubt, few=part.few)
+                    pending.add(fork.root.node, dataclasses.replace(back, near=part.near, lost=part.lost))
             if isinstance(node, Apply):
                 _elementwise(node, part, asked, within, pending, inside)
                 continue
@@ -146,15 +150,15 @@ def cotangents(
                 if back is not None:
                     mask = _mask_of_term(node, i, part.mask) if isinstance(node, Sum) else None
                     over = summed_scale(node, i, part.scale, part.radial, part.unit)
-                    doubt = part.doubt + notes.doubts.get(node.id, node.gradient_doubt)
-                    back = over.growth * back
-                    pending.add(
-                        view.node, Cotangent(back, doubt, mask, few, over.passed, 0.0, over.radial, over.unit)
-                    )
+                    near = pulled_back(node, i, part.near, back)
+                    doubt = part.doubt + notes.doubts.get(node.id, node.gradient_doubt) + near.doubt
+                    rest = (few, over.passed, 0.0, over.radial, over.unit, near.excess)
+                    found = Cotangent(over.growth * back, doubt, mask, *rest, part.lost + near.doubt)
+                    pending.add(view.node, found)
             while notes.inside:
                 inner, second, doubt = notes.inside.pop()
                 done.add(inner, Cotangent(second, part.doubt + doubt, few=few))
-    out: dict[int, tuple[float, float]] = {}
+    out: dict[int, tuple[float, float, float]] = {}
     rows = {n.id for n in watched}
     for n in watched:
         inner, scale = _copied(n)
@@ -164,10 +168,8 @@ def cotangents(
         if found:
             whole = _added_cotangents(found, whole_of.axes)
             factor = scale**2 if whole_of is inner else 1.0
-            out[n.id] = (
-                mean_square(whole.second, whole_of.axes) / factor,
-                whole.doubt + _few_numbers(whole.few),
-            )
+            square = mean_square(whole.second, whole_of.axes) / factor
+            out[n.id] = (square, whole.doubt + _few_numbers(whole.few), whole.lost)
     return out
 
 
@@ -237,13 +239,15 @@ def _elementwise(
             along_itself = max(1 + part.radial, 0.0) * _projection(node, root, held[0], part)
             back = (back - along_itself) * inverse
             doubt += ROUGH * (inverse - 1) + doubt_of(root.node)  # 1/v is off by as much as v is
+        scales_of = (over.passed, over.own, over.radial)
         pending.add(
-            root.node, Cotangent(back, doubt, _mask(node, root), part.few, over.passed, over.own, over.radial)
+            root.node,
+            Cotangent(back, doubt, _mask(node, root), part.few, *scales_of, near=part.near, lost=part.lost),
         )
     for view in _within(node, asked, within):
         back = _through(node, view, part)
         if back is not None:
-            inside.add(view.node, Cotangent(back, part.doubt, few=part.few))
+            inside.add(view.node, Cotangent(back, part.doubt, few=part.few, lost=part.lost))
 
 
 @once_per_node

@@ -27,6 +27,7 @@ from varscale.theory.graph.reshapes import Merge, Permute, Split
 from varscale.theory.graph.store import once_per_node
 from varscale.theory.integrals.hermite_series import Z
 from varscale.theory.propagation.marginals import evaluate, marginal
+from varscale.theory.propagation.near_places import repeats
 
 TERMS = 32  # terms of a sum that stand for all
 
@@ -35,6 +36,11 @@ TERMS = 32  # terms of a sum that stand for all
 def in_order(node: Node) -> bool:
     """Whether a node depends on what is known by its draws, whose order in time its moments by type do not hold."""
     return node.timed or any(in_order(view.node) for view in node.args)
+
+
+def _is_ordered(node: Node) -> bool:
+    """Whether entries at given places have more in common than moments by type say, so that moves are drawn as moves."""
+    return in_order(node) or repeats(node)
 
 
 @functools.singledispatch
@@ -80,7 +86,8 @@ class Drawing:
     def whole(self, node: Node, positions: Positions) -> Float[np.ndarray, "replicates ..."]:
         """A node at some positions of its own axes."""
         view = View(node, tuple(range(len(node.axes))))
-        return np.moveaxis(self.values(view, node.axes, positions), -1, 0)
+        values = np.moveaxis(self.values(view, node.axes, positions), -1, 0)
+        return np.broadcast_to(values, (len(values), *map(len, positions)))
 
     def _at(self, node: Node, positions: Positions) -> np.ndarray:
         """A root at these positions, (replicates or 1, ...); where all stand for others, among what is drawn for those."""
@@ -225,7 +232,7 @@ def sampled_from_mean(node: Mean, drawing: Drawing, positions: Positions) -> np.
 
 @sampled_from.register(Permute)
 def sampled_from_permute(node: Permute, drawing: Drawing, positions: Positions) -> np.ndarray | None:
-    if not in_order(node):
+    if not _is_ordered(node):
         return None
     source = node.args[0].node
     values = drawing.whole(source, [positions[node.params.index(k)] for k in range(len(source.axes))])
@@ -234,7 +241,7 @@ def sampled_from_permute(node: Permute, drawing: Drawing, positions: Positions) 
 
 @sampled_from.register(Take)
 def sampled_from_take(node: Take, drawing: Drawing, positions: Positions) -> np.ndarray | None:
-    if not in_order(node):
+    if not _is_ordered(node):
         return None
     source, (k, start, _, step) = node.args[0].node, node.params
     dropped = len(source.axes) > len(node.axes)
@@ -250,7 +257,7 @@ def sampled_from_take(node: Take, drawing: Drawing, positions: Positions) -> np.
 @sampled_from.register(Split)
 def sampled_from_split(node: Split, drawing: Drawing, positions: Positions) -> np.ndarray | None:
     """The positions of an axis that those of its factors are."""
-    if not in_order(node):
+    if not _is_ordered(node):
         return None
     k, sizes = node.params
     factors = list(positions[k : k + len(sizes)])
@@ -262,7 +269,7 @@ def sampled_from_split(node: Split, drawing: Drawing, positions: Positions) -> n
 @sampled_from.register(Merge)
 def sampled_from_merge(node: Merge, drawing: Drawing, positions: Positions) -> np.ndarray | None:
     """The factors' positions that those of the whole are, each with each, and of those the ones that were asked for."""
-    if not in_order(node):
+    if not _is_ordered(node):
         return None
     k, count = node.params
     source = node.args[0].node

@@ -31,10 +31,11 @@ from varscale.theory.propagation.fluctuations import averaged, of_a_group, with_
 from varscale.theory.propagation.fourth_moments import excess_kurtosis
 from varscale.theory.propagation.inherited_fluctuations import Spread, combine, propagated
 from varscale.theory.propagation.marginals import scatter_of
+from varscale.theory.propagation.near_places import repeats
 from varscale.theory.propagation.shared_component import of_few
 from varscale.theory.rules.linear import without_factor
 from varscale.theory.rules.registry import Context, rule
-from varscale.theory.rules.sampled_regions import drawn_region
+from varscale.theory.rules.sampled_regions import drawn_region, placeholder
 
 
 def _logical(node: Conv, array: np.ndarray, dims: Sequence[int | None]) -> np.ndarray:
@@ -187,6 +188,8 @@ def conv(interpreter: Context, eqn: Any, x: Value, w: Value) -> Any:
     p = eqn.params
     if p["batch_group_count"] != 1 or w.node.deps & interpreter.graph.inputs:
         return drawn_region(interpreter, eqn, (x, w), "its kernel is no weight")
+    if repeats(w.node) and interpreter.ask("a kernel that repeats itself", whole=True):
+        return placeholder(interpreter, eqn.outvars[0].aval)
     cx, x = without_factor(x)
     cw, w = without_factor(w)
     x, w = prepared(x), prepared(w)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from scipy import special
 
 from varscale.theory.domain.accuracy import LEADING_ORDER
 from varscale.theory.domain.axes import Axis, apply_axis
@@ -24,14 +25,16 @@ from varscale.theory.graph.convolutions import (
     tap_pairs,
     tap_reads,
 )
-from varscale.theory.graph.expressions import Apply
 from varscale.theory.graph.layout import Atom, Value
 from varscale.theory.graph.nodes import View, cross_by_kind, pullback, second_moments
 from varscale.theory.graph.normal_form import affine
-from varscale.theory.graph.store import BackwardNotes
+from varscale.theory.graph.store import BackwardNotes, Fact
+from varscale.theory.integrals.hermite_series import WEIGHTS, Z
 from varscale.theory.propagation.cross_moments import cross, unsure
 from varscale.theory.propagation.doubts import lost_excess
 from varscale.theory.propagation.inherited_fluctuations import Spread, inherited, propagated
+from varscale.theory.propagation.marginals import quantiles_of_kind
+from varscale.theory.propagation.near_places import Near, pulled_back, repeats
 from varscale.theory.propagation.shared_component import of_an_average
 from varscale.theory.rules.convolution import axes_above_one, prepared
 from varscale.theory.rules.drawn_nodes import draw, pooled_estimate
@@ -42,6 +45,7 @@ from varscale.theory.rules.reductions import (
     fewest_terms,
 )
 from varscale.theory.rules.registry import Context, rule
+from varscale.theory.rules.sampled_regions import placeholder
 
 
 @second_moments.register(WindowSum)
@@ -152,6 +156,7 @@ def second_moments_of_window_max(node: WindowMax) -> Table:
         view = np.lib.stride_tricks.sliding_window_view(x, span, axis=k + 1)
         x = view[..., ::dilation].max(axis=-1)
         x = np.moveaxis(np.moveaxis(x, k + 1, 0)[::step], 0, k + 1)
+    _LAWS.put(node.graph, node.id, _standardized(x))
     order = [k for k in xd if k is not None]
     x = x.transpose([0, *(k + 1 for k in order)])
     live = [
@@ -168,6 +173,23 @@ def second_moments_of_window_max(node: WindowMax) -> Table:
     near = near_places(node, out.mean_square, source.table.mean_square)
     node.graph.flag("sampled", bounded(taps, fewest_terms(source)) + lost_excess(source) + near)
     return out
+
+
+_LAWS: Fact[int, np.ndarray] = Fact()  # of maxima, less their mean over their deviation, on the normal grid
+_MAXIMA_SORTED = 200_000  # maxima that a law is taken from
+
+
+def _standardized(x: np.ndarray) -> np.ndarray:
+    """Quantiles of draws on the normal grid, of mean 0 and variance 1."""
+    line = np.quantile(x.ravel()[:: max(x.size // _MAXIMA_SORTED, 1)], special.ndtr(Z))
+    line = line - WEIGHTS @ line
+    return line / max(math.sqrt(WEIGHTS @ line**2), 1e-300)
+
+
+@quantiles_of_kind.register(WindowMax)
+def quantiles_of_window_max(root: WindowMax, table: Table, deviation: np.ndarray) -> np.ndarray | None:
+    """Maxima are skew: what follows a norm sees it."""
+    return table.mean[..., None] + deviation[..., None] * _LAWS.of(root.graph)[root.id]
 
 
 def _drawn_windows(node: WindowMax) -> tuple[np.ndarray, dict[int, tuple[int, int, int]]]:
@@ -228,6 +250,13 @@ def pullback_of_window_max(
     return [out]
 
 
+@pulled_back.register(WindowMax)
+def pulled_back_of_window_max(node: WindowMax, i: int, excess: float, back: np.ndarray) -> Near:
+    """Of the windows over an entry a share is fed by it, and one window's cotangent goes to one entry."""
+    met = math.prod(max(w.taps / w.stride, 1.0) for w in node.params.windows if w is not None)
+    return Near(excess, excess * (met - 1))
+
+
 def _own_share(node: WindowMax, cotangent: np.ndarray) -> np.ndarray:
     """Cotangents of the windows over an entry, one by one."""
     maps = [
@@ -250,6 +279,8 @@ def _window_node(interpreter: Context, eqn: Any, x: Value, kind: type[WindowSum]
     p = eqn.params
     shape = eqn.outvars[0].aval.shape
     x = prepared(x)
+    if repeats(x.node) and interpreter.ask("windows over copies of near places", whole=True):
+        return placeholder(interpreter, eqn.outvars[0].aval)
     rank = len(shape)
     dilation = p.get("window_dilation") or (1,) * rank
     base = p.get("base_dilation") or (1,) * rank
@@ -267,13 +298,6 @@ def _window_node(interpreter: Context, eqn: Any, x: Value, kind: type[WindowSum]
     node = interpreter.graph.make(
         kind, axes, [View(x.node, tuple(range(len(x.node.axes))))], WindowSumParams(windows, xd, od)
     )
-    inner = x.node
-    while isinstance(inner, Apply) and inner.params[0] == "affine":
-        inner = inner.args[0].node
-    if isinstance(inner, WindowSum):
-        node.gradient_doubt = (
-            1.0  # cotangents of the inner windows are alike where they are near: up to twice as much
-        )
     return Value(node, tuple((Atom(n, k),) if k is not None else () for n, k in zip(shape, od, strict=True)))
 
 
