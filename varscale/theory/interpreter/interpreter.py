@@ -43,7 +43,7 @@ from varscale.theory.interpreter.rows import Place
 from varscale.theory.rules.equations import live_equations, scans, used_variables
 from varscale.theory.rules.random import input_leaf, is_weight
 from varscale.theory.rules.registry import ELEMENTWISE_OR_LAYOUT, RULES, Complex, Opaque, Rule
-from varscale.theory.rules.sampled_regions import drawn_region
+from varscale.theory.rules.sampled_regions import drawn_region, placeholder
 
 _DERIVATIVES = {"jvp", "transpose"}
 _NUDGE = 1e-24  # variance: far below the epsilon of a norm, far above rounding of what is zero
@@ -131,6 +131,9 @@ class Interpreter:
                 eqns, outputs, place, scopes, kept, lambda v: is_weight(env.get(v))
             ):
                 count = place.rows.entered
+                if not silent and self.regions.waits(self._scope_of(place, eqn)):  # the next walk draws it
+                    env.update((v, placeholder(self, v.aval)) for v in eqn.outvars)
+                    continue
                 self.place, self.entering = None if silent else place, eqn
                 self._step(eqn, env)
                 if self.nudged and eqn.primitive.name == "name":

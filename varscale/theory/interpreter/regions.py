@@ -71,6 +71,10 @@ class Regions:
         drawn = ", ".join(repr(scope) if scope else "the whole model" for scope in self.drawn)
         return (f"Drawn as regions: {drawn} ({self.walks} walks of the model).",) if drawn else ()
 
+    def waits(self, path: str) -> bool:
+        """Whether a path is of a scope that was asked for in this walk, so that nothing in it needs to be worked out."""
+        return self.changed and any(scope not in self.drawn and within(path, scope) for scope in self.scopes)
+
     def again(self) -> bool:
         """Begin the next walk, if there has to be one."""
         changed, self.changed, self.drawn = self.changed, False, tuple(self.scopes)

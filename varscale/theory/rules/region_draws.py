@@ -35,6 +35,7 @@ _TAIL = 1e-4  # probability that the mean of draws is further off than is said
 _DRAWN_NUMBERS = 1 << 22  # numbers that the draws of one array of a region may hold
 _WORK = 2e10  # multiplications that a region should take
 _HELD_NUMBERS = 1 << 28  # numbers that all draws of all its equations should be
+_SHORT = 1e9  # multiplications that take less time than it takes to compile them
 _MOST_WORK = 1e12  # multiplications that one which does not shrink may take
 _FEWEST_UNITS = 32  # units left of a layer: what n units differ by from infinitely many is of order 1/n
 _SAMPLES = 4  # samples drawn of a batch
@@ -70,6 +71,11 @@ class Operand:
     @property
     def random(self) -> bool:
         return any(not isinstance(x.node, Constant | Array) for x in self.value)
+
+    @property
+    def is_value(self) -> bool:
+        """Whether it is something that other rows are made of, and no parameter."""
+        return self.random and any(not isinstance(x.node, Leaf) or x.node.is_input for x in self.value)
 
 
 def operand(x: Any, aval: Any, *, nudge: bool) -> Operand:
@@ -160,10 +166,13 @@ class RegionDraws:
     def program(self) -> Program:
         """What is compiled."""
         floating = tuple(
-            i for i, x in enumerate(self.operands) if x.value and np.issubdtype(x.aval.dtype, np.inexact)
+            i
+            for i, x in enumerate(self.operands)
+            if (x.nudge or x.is_value) and np.issubdtype(x.aval.dtype, np.inexact)
         )
         weights, shapes = tuple(x.weight for x in self.operands), tuple(sorted(self.sizes.smaller.items()))
-        return Program(self.jaxpr, self.sizes, shapes, written(self.jaxpr), weights, floating)
+        short = self.batch * work(self.jaxpr.jaxpr, self.sizes) < _SHORT
+        return Program(self.jaxpr, self.sizes, shapes, written(self.jaxpr), weights, floating, short)
 
     def run_on(self, operands: Sequence[Any]) -> list[np.ndarray]:
         """Outputs on given draws of the operands, so many at a time: what is compiled does not depend on how many there are."""
@@ -220,13 +229,18 @@ class RegionDraws:
         return max((self.sizes.ratio([n]) for n in weights), default=1.0)
 
     def back(self, which: int, seed: np.ndarray) -> list[np.ndarray | None]:
-        """Cotangents of the operands, (replicates, ...), given those of one output; none for keys and whole numbers."""
+        """Cotangents of the operands, (replicates, ...), given those of one output; None where none are asked of."""
         seed = seed.astype(np.float32).reshape(len(seed), *self._outputs[which].shape[1:])
         out: list[np.ndarray | None] = [None] * len(self.operands)
         parts = []
         for start in range(0, len(seed), self.batch):
             some = slice(start, min(start + self.batch, len(seed)))
-            parts.append(back_all(self.program, which, [x[some] for x in self.drawn], seed[some]))
+            seeds = [
+                seed[some] if i == which else np.zeros((some.stop - start, *x.shape[1:]), np.float32)
+                for i, x in enumerate(self._outputs)
+                if np.issubdtype(x.dtype, np.inexact)
+            ]
+            parts.append(back_all(self.program, [x[some] for x in self.drawn], seeds))
         for i, *found in zip(self.program.floating, *parts, strict=True):
             x = np.concatenate([np.asarray(part) for part in found])
             out[i] = x if np.iscomplexobj(x) else _numbers(x)

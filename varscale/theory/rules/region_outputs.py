@@ -19,7 +19,6 @@ from varscale.theory.graph.content import content
 from varscale.theory.graph.layout import Value
 from varscale.theory.graph.nodes import (
     UNKNOWN,
-    Leaf,
     Node,
     View,
     cross_by_kind,
@@ -33,7 +32,7 @@ from varscale.theory.propagation.fluctuations import fluctuations
 from varscale.theory.propagation.inherited_fluctuations import Spread, combine, propagated
 from varscale.theory.propagation.sample_moments import cross_moments, pooled, table_of_draws
 from varscale.theory.propagation.sampler import evenly, picked
-from varscale.theory.rules.region_draws import Operand, RegionDraws, relative_error
+from varscale.theory.rules.region_draws import RegionDraws, relative_error
 
 _MEMORY = 2**28  # bytes of the states that a backward pass keeps
 _SMALLER_DOUBT = 0.1  # set on the validation grid: of a gradient at sizes smaller than the whole
@@ -125,12 +124,13 @@ def pullback_of_region(
 ) -> list[np.ndarray | None]:
     draws = node.draws
     replicates = int(np.clip(_MEMORY / max(draws.memory, 1), 2, draws.replicates))
+    replicates -= replicates % min(draws.batch, replicates)  # each size of a batch is compiled
     arriving, doubt = _arriving(node, np.broadcast_to(cotangent, node.frame_types), replicates, notes)
     notes.regions.append(node)
     out: list[np.ndarray | None] = []
     back = draws.back(node.params[1], arriving)
     notes.doubts[node.id] = max(
-        (_chance(passed) for passed, x in zip(back, draws.operands, strict=True) if _is_value(x)), default=0.0
+        (_chance(passed) for passed, x in zip(back, draws.operands, strict=True) if x.is_value), default=0.0
     ) + max(doubt, _SMALLER_DOUBT if draws.sizes.smaller else 0.0)
     for i, inner in (NUDGED.get(node.graph, node.params[0]) or {}).items():
         passed = back[i]
@@ -151,11 +151,6 @@ def _second_inside(inner: RegionOutput, passed: np.ndarray) -> np.ndarray:
     """Second moments by type of the cotangents that flow into an output inside its region."""
     own = passed.reshape(len(passed), *inner.numbers.shape[1:])
     return pooled(own, inner.axes, inner.positions).second
-
-
-def _is_value(x: Operand) -> bool:
-    """Whether it is something that other rows are made of, and no parameter."""
-    return any(not isinstance(v.node, Leaf) or v.node.is_input for v in x.value) and x.random
 
 
 def _chance(passed: np.ndarray | None) -> float:

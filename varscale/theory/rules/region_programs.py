@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 from collections.abc import Sequence
 from typing import Any
@@ -25,7 +24,8 @@ class Program:
         shapes: the sizes that are made smaller, and how small.
         written: the equations, and the numbers in them.
         weights: which operands are independent zero-mean weights.
-        floating: which operands gradients flow into.
+        floating: which operands cotangents are asked of.
+        short: whether it takes less time to run it than to compile it.
     """
 
     jaxpr: Any = dataclasses.field(compare=False)
@@ -34,35 +34,51 @@ class Program:
     written: str
     weights: tuple[bool, ...]
     floating: tuple[int, ...]
+    short: bool = dataclasses.field(compare=False)
 
     def run(self, *operands: Any) -> list[jax.Array]:
         """One run: every output at the smaller sizes, the parts of complex ones in succession."""
         out = run(self.jaxpr.jaxpr, self.jaxpr.consts, operands, self.weights, self.sizes)
         return [part for x in out for part in _real_arrays(x)]
 
-    def back(self, which: int, operands: Sequence[Any], seed: jax.Array) -> Any:
-        """Cotangents of the floating operands, given those of one output."""
+    def back(self, operands: Sequence[Any], seeds: Sequence[jax.Array]) -> Any:
+        """Cotangents of the floating operands, given those of all outputs that are real numbers."""
 
-        def f(*xs: jax.Array) -> jax.Array:
+        def f(*xs: jax.Array) -> list[jax.Array]:
             whole = list(operands)
             for i, x in zip(self.floating, xs, strict=True):
                 whole[i] = x
-            return self.run(*whole)[which]
+            return [x for x in self.run(*whole) if jnp.issubdtype(x.dtype, jnp.inexact)]
 
         out, pull = jax.vjp(f, *[operands[i] for i in self.floating])
-        return pull(seed.astype(out.dtype))
+        return pull([seed.astype(x.dtype) for seed, x in zip(seeds, out, strict=True)])
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def run_all(program: Program, operands: list[Any]) -> list[jax.Array]:
-    """Its outputs on some draws of its operands."""
+def _run_all(program: Program, operands: list[Any]) -> list[jax.Array]:
     return jax.vmap(lambda xs: program.run(*xs))(operands)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def back_all(program: Program, which: int, operands: list[Any], seed: jax.Array) -> Any:
-    """Cotangents of its floating operands, draw by draw, given those of one output."""
-    return jax.vmap(lambda xs, g: program.back(which, xs, g))(operands, seed)
+def _back_all(program: Program, operands: list[Any], seeds: list[Any]) -> Any:
+    return jax.vmap(program.back)(operands, seeds)
+
+
+def _compiled(f: Any) -> tuple[Any, Any]:
+    """As it is for programs that run for long; for others with LLVM's optimizations off, which take longer than they save."""
+    quickly = {"xla_backend_optimization_level": 0}
+    return jax.jit(f, static_argnums=0), jax.jit(f, static_argnums=0, compiler_options=quickly)
+
+
+_RUN, _BACK = _compiled(_run_all), _compiled(_back_all)
+
+
+def run_all(program: Program, operands: list[Any]) -> list[jax.Array]:
+    """Its outputs on some draws of its operands."""
+    return _RUN[program.short](program, operands)
+
+
+def back_all(program: Program, operands: list[Any], seeds: list[Any]) -> Any:
+    """Cotangents of its floating operands, draw by draw, given those of its real outputs: one program for all of them."""
+    return _BACK[program.short](program, operands, seeds)
 
 
 def written(jaxpr: Any) -> str:
