@@ -40,10 +40,25 @@ _RHO_POWERS = _RHO[:, None] ** np.arange(DEGREE)
 
 
 def power_series(coefficients: np.ndarray, rho: np.ndarray) -> np.ndarray:
-    """Σ c_k ρ^k, coefficients along the last axis (shapes otherwise broadcast)."""
-    powers = np.empty((coefficients.shape[-1], *np.shape(rho)))
-    powers[0], powers[1:] = 1.0, rho
-    return np.einsum("...k,k...->...", coefficients, np.multiply.accumulate(powers, axis=0))
+    """Σ c_k ρ^k, coefficients along the last axis (shapes otherwise broadcast), by Horner's rule."""
+    terms = np.ascontiguousarray(np.moveaxis(coefficients, -1, 0))
+    out = np.zeros(np.broadcast_shapes(coefficients.shape[:-1], np.shape(rho)))
+    for term in terms[::-1]:
+        out *= rho
+        out += term
+    return out
+
+
+_THREADED = 200_000  # numbers in a matrix from which on a product with it is worth the start of threads
+
+
+def on_one_thread(x: np.ndarray, matrix: np.ndarray) -> np.ndarray:
+    """x @ matrix; of a small matrix in blocks of rows for which BLAS starts no threads: they take longer than the product."""
+    if matrix.size > _THREADED:
+        return x @ matrix
+    flat, rows = x.reshape(-1, x.shape[-1]), _THREADED // matrix.size
+    blocks = [flat[start : start + rows] @ matrix for start in range(0, len(flat), rows)]
+    return np.concatenate(blocks).reshape(*x.shape[:-1], matrix.shape[-1])
 
 
 _FALLS = (0.5, 1.5, 2.5)  # of a jump, of a kink, of a jump in the second derivative

@@ -9,7 +9,15 @@ import numpy as np
 
 from varscale.theory.domain.axes import Axis
 from varscale.theory.domain.tables import by_type
-from varscale.theory.integrals.hermite_series import DEGREE, HERMITE, WEIGHTS, Z, power_series, tail
+from varscale.theory.integrals.hermite_series import (
+    DEGREE,
+    HERMITE,
+    WEIGHTS,
+    Z,
+    on_one_thread,
+    power_series,
+    tail,
+)
 
 _CONVERGED = 1e-12  # what rounding leaves of a series that has converged
 
@@ -50,15 +58,15 @@ class Series(NamedTuple):
 
 def mehler(fi: np.ndarray, gj: np.ndarray, frame: Sequence[Axis]) -> Series:
     """For functions given on the grid by class, (classes or 1..., points)."""
-    ai = fi @ HERMITE
-    bj = ai if gj is fi else gj @ HERMITE
+    ai = on_one_thread(fi, HERMITE)
+    bj = ai if gj is fi else on_one_thread(gj, HERMITE)
     both, opposite = (_read_pairs(_class_pairs(fi, g, WEIGHTS), fi, gj, frame) for g in (gj, gj[..., ::-1]))
     return Series(both, opposite, by_type(ai, frame, second=False) * by_type(bj, frame, second=True))
 
 
 def _class_pairs(fi: np.ndarray, gj: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """E[f_c(z) g_c'(z)] for every class of f with every class of g, one matrix product."""
-    return (fi.reshape(-1, fi.shape[-1]) * weights) @ gj.reshape(-1, gj.shape[-1]).T
+    return on_one_thread(fi.reshape(-1, fi.shape[-1]) * weights, gj.reshape(-1, gj.shape[-1]).T)
 
 
 def _read_pairs(pairs: np.ndarray, fi: np.ndarray, gj: np.ndarray, frame: Sequence[Axis]) -> np.ndarray:
