@@ -170,11 +170,7 @@ class Table:
 
 def means_by_type(mean: np.ndarray, axes: Sequence[Axis], other: np.ndarray | None = None) -> np.ndarray:
     """E[x_i] E[y_j] by type (1 long where there is one class), y = x by default."""
-    first, second = mean, mean if other is None else other
-    for k, axis in enumerate(axes):
-        if axis.classes > 1:
-            first, second = np.take(first, axis.first, axis=k), np.take(second, axis.second, axis=k)
-    return first * second
+    return by_type(mean, axes, second=False) * by_type(mean if other is None else other, axes, second=True)
 
 
 def constant(value: float, axes: tuple[Axis, ...] = ()) -> Table:
@@ -215,6 +211,15 @@ def lift(
             out = apply_axis(out, k, lift_types(new, old) if pairs else class_shares(new, old))
         shape[bind[source]] = out.shape[k]
     return out.reshape(shape)
+
+
+def over_frame(array: np.ndarray, bind: Sequence[int], rank: int) -> np.ndarray:
+    """Axis k of an array at place bind[k] of a frame, 1 long at its other places; further axes stay last."""
+    shape = [1] * rank
+    for place, n in zip(bind, array.shape, strict=False):
+        shape[place] = n
+    order = [*np.argsort(bind), *range(len(bind), array.ndim)]
+    return array.transpose([int(k) for k in order]).reshape(*shape, *array.shape[len(bind) :])
 
 
 def put_together(

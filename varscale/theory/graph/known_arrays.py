@@ -17,7 +17,7 @@ import numpy as np
 from scipy import special
 
 from varscale.theory.domain.axes import Axis
-from varscale.theory.domain.tables import Table, estimate, estimated_products
+from varscale.theory.domain.tables import Table, estimate, estimated_products, over_frame
 from varscale.theory.graph.layout import Value
 from varscale.theory.graph.nodes import Array, Constant, Graph, Leaf, Node, View, number, second_moments
 from varscale.theory.graph.reshapes import Permute, Rearranged
@@ -156,11 +156,7 @@ def known_cross(a: View, b: View, frame: Sequence[Axis]) -> np.ndarray | None:
 
 def numbers_over(view: View, frame: Sequence[Axis]) -> np.ndarray:
     """The entries of a known array over a frame, 1 long where it is constant."""
-    order = np.argsort(view.bind)
-    shape = [1] * len(frame)
-    for k in order:
-        shape[view.bind[k]] = view.node.axes[k].size
-    return _values(view.node).transpose(order).reshape(shape)
+    return over_frame(_values(view.node), view.bind, len(frame))
 
 
 def _values(node: Node) -> np.ndarray:

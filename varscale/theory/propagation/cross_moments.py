@@ -8,7 +8,7 @@ import numpy as np
 
 from varscale.theory.domain.accuracy import NEGLIGIBLE
 from varscale.theory.domain.axes import Axis, averaging, contract_axis
-from varscale.theory.domain.tables import lift
+from varscale.theory.domain.tables import lift, means_by_type
 from varscale.theory.graph.convolutions import WindowSum
 from varscale.theory.graph.expressions import IDENTITIES, Apply, Mean, Sum, roots, swapped
 from varscale.theory.graph.known_arrays import known_cross
@@ -119,13 +119,7 @@ def largest_correlation(a: View, b: View) -> float:
 
 def mean_product(a: View, b: View, frame: Sequence[Axis]) -> np.ndarray:
     """E[a_i] E[b_j] by type."""
-    ma, mb = a.mean(frame), b.mean(frame)
-    for k, axis in enumerate(frame):
-        if ma.shape[k] > 1:
-            ma = np.take(ma, axis.first, axis=k)
-        if mb.shape[k] > 1:
-            mb = np.take(mb, axis.second, axis=k)
-    return ma * mb
+    return means_by_type(a.mean(frame), frame, b.mean(frame))
 
 
 Strategy = Callable[[View, View, tuple[Axis, ...]], np.ndarray | None]

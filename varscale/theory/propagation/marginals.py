@@ -21,7 +21,7 @@ from scipy import special
 
 from varscale.theory.domain.accuracy import NEGLIGIBLE, NEXT_ORDER
 from varscale.theory.domain.axes import Axis, apply_axis, class_shares
-from varscale.theory.domain.tables import Table, by_type, lift
+from varscale.theory.domain.tables import Table, by_type, lift, over_frame
 from varscale.theory.graph.expressions import Apply, Mean, Sum, form, roots, roots_of
 from varscale.theory.graph.factors import connected, factors
 from varscale.theory.graph.nodes import Array, Constant, Graph, Leaf, Node, View
@@ -184,15 +184,7 @@ def placed(values: np.ndarray, view: View, frame: Sequence[Axis]) -> np.ndarray:
     for k, (axis, place) in enumerate(zip(view.node.axes, view.bind, strict=True)):
         if axis.labels != frame[place].labels:
             values = apply_axis(values, k, class_shares(frame[place], axis))
-    return _place(values, view.bind, len(frame))
-
-
-def _place(values: np.ndarray, bind: Sequence[int], rank: int) -> np.ndarray:
-    order = sorted(range(len(bind)), key=lambda k: bind[k])
-    shape = [1] * rank
-    for k in order:
-        shape[bind[k]] = values.shape[k]
-    return values.transpose([*order, len(bind)]).reshape(*shape, values.shape[-1])
+    return over_frame(values, view.bind, len(frame))
 
 
 def evaluate(

@@ -35,22 +35,8 @@ def sum_out(second: np.ndarray, frame: Sequence[Axis], view: View) -> np.ndarray
     for place, k in enumerate(kept):
         own = view.node.axes[view.bind.index(k)]
         if own.labels != frame[k].labels:
-            out = apply_axis(out, place, coarsen(frame[k], own))
+            out = apply_axis(out, place, lift_types(own, frame[k]))
     return out.transpose([kept.index(b) for b in view.bind]) if view.bind else out
-
-
-def coarsen(fine: Axis, coarse: Axis) -> np.ndarray:
-    """Averages of a type array over the pairs that a coarser classing pools, (coarse types, fine types)."""
-    index = lift_types(fine, coarse)
-    if index.ndim == 2:
-        return (
-            lift_types(coarse, fine)
-            if lift_types(coarse, fine).ndim == 2
-            else np.eye(fine.types)[lift_types(coarse, fine)]
-        )
-    out = np.zeros((coarse.types, fine.types))
-    out[index, np.arange(fine.types)] = np.maximum(fine.pairs, 1e-12)
-    return out / np.maximum(out.sum(axis=1, keepdims=True), 1e-300)
 
 
 def mean_square(second: np.ndarray, axes: tuple[Axis, ...]) -> float:

@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from varscale.theory.domain.accuracy import LOOSE
 from varscale.theory.domain.axes import Axis
 from varscale.theory.domain.random_arrays import Positions, gaussian
+from varscale.theory.domain.tables import over_frame
 from varscale.theory.graph.axis_nodes import Concat, Take
 from varscale.theory.graph.content import content
 from varscale.theory.graph.expressions import Mean, Sum, roots, roots_of
@@ -80,7 +81,7 @@ class Drawing:
         env = {}
         for root in roots_of(view):
             numbers = self._at(root.node, [positions[place] for place in root.bind])
-            env[root] = _over_the_frame(numbers, root.bind, len(frame))
+            env[root] = over_frame(np.moveaxis(numbers, 0, -1), root.bind, len(frame))
         return evaluate(view, frame, env)
 
     def whole(self, node: Node, positions: Positions) -> Float[np.ndarray, "replicates ..."]:
@@ -172,32 +173,12 @@ def picked(known: np.ndarray, axes: Sequence[Axis], positions: Positions, replic
     return known[(draw, *index)]
 
 
-def _over_the_frame(numbers: np.ndarray, bind: Sequence[int], rank: int) -> np.ndarray:
-    """(replicates, own axes...) over the frame, the replicates last."""
-    order = sorted(range(len(bind)), key=lambda k: bind[k])
-    shape = [1] * rank
-    for k in order:
-        shape[bind[k]] = numbers.shape[1 + k]
-    return np.moveaxis(numbers.transpose([0, *(1 + k for k in order)]).reshape(-1, *shape), 0, -1)
-
-
-@functools.singledispatch
-def sample_of_kind(
-    node: Node, positions: Positions, replicates: int, rng: np.random.Generator
-) -> np.ndarray | None:
-    """A root's values at positions of its axes, (replicates, ...), by the law of its kind; None where that is its marginal."""
-    return None
-
-
 def _drawn(node: Node, positions: Positions, replicates: int, rng: np.random.Generator) -> np.ndarray:
     """A root's values at these positions, (replicates or 1, ...)."""
     if isinstance(node, Array):
         return np.asarray(node.values, float)[np.ix_(*positions)][None]
     if is_known_array(node) and (known := numbers(node)) is not None:
         return np.asarray(known, float)[np.ix_(*positions)][None]
-    own = sample_of_kind(node, positions, replicates, rng)
-    if own is not None:
-        return own
     law = marginal(node)
     latents = gaussian(law.correlation, node.axes, positions, replicates, rng)
     classes = [axis.classes for axis in node.axes]
@@ -326,9 +307,7 @@ def _weighed(node: Contract, drawing: Drawing, positions: Positions) -> np.ndarr
     whole = [*positions, *terms]
     values = drawing.values(x, node.frame, whole)
     drawn = _weights(weights.node, drawing, [whole[k] for k in weights.bind]) * math.sqrt(ratio)
-    order = sorted(range(len(weights.bind)), key=weights.bind.__getitem__)
-    shape = [len(whole[k]) if k in weights.bind else 1 for k in range(len(whole))]
-    out = summed(values, drawn.transpose([1 + k for k in order] + [0]).reshape(*shape, -1), len(positions))
+    out = summed(values, over_frame(np.moveaxis(drawn, 0, -1), weights.bind, len(whole)), len(positions))
     return _known_scale(node, out)
 
 
@@ -356,10 +335,8 @@ def summed(x: np.ndarray, y: np.ndarray, kept: int) -> np.ndarray:
     return np.stack([np.einsum(spec, *pair, optimize=True) for pair in pairs])
 
 
-@sample_of_kind.register(Gather)
-def sample_of_kind_of_gather(
-    node: Gather, positions: Sequence[np.ndarray], replicates: int, rng: np.random.Generator
-) -> np.ndarray | None:
+@sampled_from.register(Gather)
+def sampled_from_gather(node: Gather, drawing: Drawing, positions: Positions) -> np.ndarray | None:
     """Rows of known numbers by indices that are drawn, at these positions of its axes, (replicates, ...)."""
     if not isinstance(node.args[0].node, Array) or node.known is not None:
         return None
@@ -369,6 +346,7 @@ def sample_of_kind_of_gather(
     kept = [k for k in range(len(table.axes)) if k not in row_axes]
     rows = table.values.transpose([*row_axes, *kept]).reshape(-1, *[table.axes[k].size for k in kept])
     rows = rows[np.ix_(np.arange(len(rows)), *[positions[bind[k]] for k in kept])]
-    out = rows[rng.integers(len(rows), size=(replicates, *[len(positions[k]) for k in index_axes]))]
+    size = (drawing.replicates, *(len(positions[k]) for k in index_axes))
+    out = rows[drawing.random(content(node)).integers(len(rows), size=size)]
     order = np.argsort([*index_axes, *(bind[k] for k in kept)])
     return out.transpose([0, *(1 + int(k) for k in order)])

@@ -49,9 +49,10 @@ class _Part(NamedTuple):
         return self.live[0] if len(self.live) == 1 else self.view
 
 
-def sum_quantiles(root: Sum, table: Table, deviation: np.ndarray) -> np.ndarray | None:
+@quantiles_of_kind.register(Sum)
+def quantiles_of_sum(root: Sum, table: Table, deviation: np.ndarray) -> np.ndarray | None:
     """Quantiles of a sum on the normal grid, (classes..., points), moments matched; None where it is as good as Gaussian."""
-    if any(isinstance(view.node, Constant) for view in root.args):
+    if root.is_variance or any(isinstance(view.node, Constant) for view in root.args):
         return None
     parts = [
         _Part(c, view, _shaping(view, root.axes)) for c, view in zip(root.params, root.args, strict=True)
@@ -192,8 +193,3 @@ def _term_on_grid(view: View, live: Sequence[View], axes: Sequence[Axis]) -> np.
         env[root] = np.interp(latents[:, i], Z, line).reshape((1,) * len(axes) + (-1,))
     drawn = np.broadcast_to(evaluate(view, axes, env).ravel(), weights.shape)
     return _ordered(drawn, weights).reshape((1,) * len(axes) + (-1,))
-
-
-@quantiles_of_kind.register(Sum)
-def quantiles_of_kind_of_sum(root: Sum, table: Table, deviation: np.ndarray) -> np.ndarray | None:
-    return None if root.is_variance else sum_quantiles(root, table, deviation)

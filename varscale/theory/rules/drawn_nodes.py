@@ -10,7 +10,7 @@ import numpy as np
 
 from varscale.theory.domain.axes import Axis, pool, refine
 from varscale.theory.domain.random_arrays import gaussian
-from varscale.theory.domain.tables import Table, estimate
+from varscale.theory.domain.tables import Table, estimate, over_frame
 from varscale.theory.graph.expressions import roots
 from varscale.theory.graph.nodes import Array, Node, View
 from varscale.theory.integrals.hermite_series import Z
@@ -53,12 +53,7 @@ def draw(node: Node, sizes: Sequence[int], replicates: int, rng: np.random.Gener
             for axis in root.node.axes:
                 line = np.tensordot(axis.counts / axis.size, line, axes=(0, 0))
             drawn = np.interp(normals, Z, line)
-        shape = [1] * len(sizes)
-        for k, b in enumerate(root.bind):
-            shape[b] = own[k]
-        order = sorted(range(len(root.bind)), key=lambda k, b=root.bind: b[k])
-        drawn = drawn.transpose([0, *(k + 1 for k in order)]).reshape(replicates, *shape)
-        env[root] = np.moveaxis(drawn, 0, -1)
+        env[root] = over_frame(np.moveaxis(drawn, 0, -1), root.bind, len(sizes))
     out = evaluate(View(node, tuple(range(len(node.axes)))), node.axes, env)
     return np.moveaxis(np.broadcast_to(out, (*sizes, replicates)), -1, 0)
 
