@@ -8,7 +8,7 @@ import varscale as vs
 from experiments.lab.data import prose, synthetic
 from experiments.lab.experiment import Run, Settings
 from experiments.learning_rate_transfer import Sweep
-from experiments.nets.transfer_nets import SIZE, Perceptron, Task, best_octave, characters, final_losses
+from experiments.nets.transfer_nets import SIZE, Perceptron, Task, best_octave, characters
 
 
 def test_the_best_rate_is_the_vertex_of_the_parabola():
@@ -28,26 +28,38 @@ def test_the_text_is_there():
     assert len(prose()) > 40_000
 
 
-def test_a_sweep_trains_and_its_claims_compare_the_ends():
+def sweep(sizes, octaves, task=None, standard=-1.0):
+    return Sweep(
+        "digits", "width", Perceptron, sizes, lambda base: vs.schemes.mup(base=base), "μP", task, octaves, standard, "x"
+    )
+
+
+def test_a_sweep_trains_at_every_size_and_rate():
     samples = synthetic()
     task = Task(samples.features, samples.labels, 16, 20, 20)
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        losses = final_losses(Perceptron(8), None, task, jax.random.split(jax.random.key(0), 2), [2.0**-12, 2.0**-4, 2.0**9])
-        assert losses.shape == (2, 3)
-        assert losses[:, 1].mean() < losses[:, 0].mean() < losses[:, 2].mean()
-        sweep = Sweep(
-            "digits",
-            "width",
-            Perceptron,
-            (4, 8),
-            lambda base: vs.schemes.mup(base=base),
-            "μP",
-            task,
-            np.arange(-7.0, -3.0),
-            "x",
-        )
-        found = sweep.losses(Run(Settings(quick=True, seeds=2)))
-    assert found["scheme"].shape == found["plain"].shape == (2, 2, 4)
-    claims = sweep.claims(found)
-    assert [claim.unit for claim in claims] == ["octaves of the learning rate"] * 3
-    assert claims[0].measured.seeds == 2
+        found = sweep((4, 8), (-12.0, -4.0, 9.0), task).losses(Run(Settings(quick=True, seeds=2)))
+    assert found["scheme"].shape == found["plain"].shape == (2, 2, 3)
+    slow, good, fast = found["plain"][1].mean(axis=0)
+    assert good < slow < fast
+
+
+@pytest.mark.parametrize(
+    ("scheme", "plain", "verdicts"),
+    [
+        (0.2, -0.6, ["holds", "holds", "holds"]),
+        (0.6, -0.6, ["does not hold", "holds", "holds"]),  # nearer to another law than to none
+        (0.0, -0.1, ["holds", "does not hold", "does not hold"]),  # less than three doublings at rates an octave apart resolve
+    ],
+)
+def test_claims_are_about_the_slope_over_all_sizes(scheme, plain, verdicts):
+    octaves, sizes = np.arange(-8.0, 0.0), (32, 64, 128, 256)
+
+    def losses(slope):
+        best = -4.0 + slope * np.log2(np.array(sizes) / 32)
+        return np.exp((octaves - best[:, None, None] - np.array([[-1e-3], [1e-3]])) ** 2)
+
+    made = sweep(sizes, octaves)
+    claims = made.claims({"scheme": losses(scheme), "plain": losses(plain)})
+    assert made.slopes(losses(plain)) == pytest.approx([plain] * 2)
+    assert [claim.verdict for claim in claims] == verdicts
