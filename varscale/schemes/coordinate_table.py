@@ -131,8 +131,11 @@ class CoordinateRow:
 
     @property
     def _change_vanishes(self) -> bool:
-        """Scores divided by d_head change by 1/√d_head as long as queries and keys have not turned towards each other."""
-        limit = -0.75 if self.kind == ROW else -SHRINKAGE
+        """Scores divided by d_head change by 1/√d_head as long as queries and keys have not turned towards each other.
+
+        What reads values of a fixed size changes likewise as long as these have not grown out of their start.
+        """
+        limit = -0.75 if self.kind == ROW or self.follows_fixed else -SHRINKAGE
         return self.change.shrinks and self.change.exponent < limit
 
     @property
