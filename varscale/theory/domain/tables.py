@@ -15,7 +15,6 @@ from jaxtyping import Float
 from varscale.theory.domain.axes import (
     Axis,
     apply_axis,
-    averaging,
     class_shares,
     lift_types,
     merge_types,
@@ -146,11 +145,6 @@ class Table:
     def variance(self) -> float:
         """E[x²] − E[x]² over all elements."""
         return max(self.mean_square - self.total_mean * self.total_mean, 0.0)
-
-    @functools.cached_property
-    def square_of_mean(self) -> float:
-        """E[(mean of all elements)²]."""
-        return float(averaging(self.axes, frozenset(range(len(self.axes)))) @ self.second.ravel())
 
     @functools.cached_property
     def diagonal(self) -> Float[np.ndarray, "..."]:

@@ -145,11 +145,12 @@ def computed(graph: Graph, values: np.ndarray, axes: Sequence[Axis], sources: Se
 
 def known_cross(a: View, b: View, frame: Sequence[Axis]) -> np.ndarray | None:
     """E[a_i b_j] by type of two given arrays, over pairs of places; None of what is not given, or is too large."""
-    if math.prod(axis.size for axis in frame) > MOST_COMPUTED or not (
+    sizes = [axis.size for axis in frame]
+    largest = max(math.prod(axis.size for axis in view.node.axes) for view in (a, b))
+    if math.prod(sizes) > max(MOST_COMPUTED, largest) or not (
         is_known_array(a.node) and is_known_array(b.node)
     ):
         return None
-    sizes = [axis.size for axis in frame]
     first, second = (np.broadcast_to(numbers_over(view, frame), sizes).astype(float) for view in (a, b))
     return estimated_products(first[None], second[None], frame)[0]
 

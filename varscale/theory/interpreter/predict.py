@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
+import functools
 import math
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
@@ -19,9 +19,9 @@ from varscale.report import Report
 from varscale.theory.domain.axes import Axis
 from varscale.theory.domain.tables import Moments, Table, estimate, independent
 from varscale.theory.graph.failures import PredictionError, located
-from varscale.theory.graph.known_arrays import MOST_COMPUTED, measured
+from varscale.theory.graph.known_arrays import measured
 from varscale.theory.graph.layout import Value, full
-from varscale.theory.graph.nodes import Graph, Leaf
+from varscale.theory.graph.nodes import Leaf
 from varscale.theory.interpreter.draws import beside_draws
 from varscale.theory.interpreter.interpreter import Interpreter
 from varscale.theory.interpreter.parameters import (
@@ -38,7 +38,6 @@ from varscale.theory.interpreter.summary import summarize, with_gradients
 from varscale.theory.interpreter.taps import through
 from varscale.theory.interpreter.tracing import Draws, Trace, drawing, execution_order, first_pass, traced
 from varscale.theory.interpreter.uses import weights
-from varscale.theory.propagation.cross_moments import MEASURED_TOGETHER, together
 from varscale.theory.rules.equations import live_equations
 from varscale.theory.rules.integer_inputs import unknown
 from varscale.theory.rules.padding import PADDED, filled_shapes, is_mask
@@ -266,7 +265,7 @@ class _Split:
     def values(self, interpreter: Interpreter) -> list[Any]:
         PADDED.put(interpreter.graph, None, filled_shapes(self.leaves))
         made = [input_value(interpreter, self.leaves[i], self._name(i)) for i in self.places]
-        related(interpreter.graph, [(self.leaves[i], x) for i, x in zip(self.places, made, strict=True)])
+        related([(self.leaves[i], x) for i, x in zip(self.places, made, strict=True)])
         return made
 
     def _name(self, i: int) -> str:
@@ -288,17 +287,16 @@ def _is_measured(x: Any) -> bool:
     return not described and jnp.issubdtype(x.dtype, jnp.floating)
 
 
-def related(graph: Graph, inputs: Sequence[tuple[Any, Any]]) -> None:
-    """Notes that given arrays may go together, and of those too large to be multiplied each time the cross-moments."""
-    leaves: dict[Leaf, np.ndarray] = {}
-    for x, made in inputs:
-        if _is_measured(x) and isinstance(made, Value) and isinstance(made.node, Leaf):
-            leaves[made.node] = np.asarray(x, np.float64).reshape([axis.size for axis in made.node.axes])
-    for (a, x), (b, y) in itertools.combinations(leaves.items(), 2):
-        a.deps = b.deps = a.deps | b.deps
-        if a.axes == b.axes and x.size > MOST_COMPUTED and together(a, b) not in MEASURED_TOGETHER.of(graph):
-            whole, one, other = (estimate(z, a.axes) for z in (x + y, x, y))
-            MEASURED_TOGETHER.put(graph, together(a, b), (whole.second - one.second - other.second) / 2)
+def related(inputs: Sequence[tuple[Any, Any]]) -> None:
+    """Notes that given arrays may go together."""
+    leaves = [
+        made.node
+        for x, made in inputs
+        if _is_measured(x) and isinstance(made, Value) and isinstance(made.node, Leaf)
+    ]
+    every = functools.reduce(lambda bits, node: bits | node.deps, leaves, 0)
+    for node in leaves:
+        node.deps = every
 
 
 def _struct(x: Any) -> jax.ShapeDtypeStruct:

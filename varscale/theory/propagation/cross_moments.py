@@ -15,7 +15,7 @@ from varscale.theory.graph.known_arrays import known_cross
 from varscale.theory.graph.marks import Marked
 from varscale.theory.graph.nodes import Array, Constant, Graph, Node, View, cross_by_kind, number
 from varscale.theory.graph.reshapes import Permute
-from varscale.theory.graph.store import Fact, evaluated
+from varscale.theory.graph.store import evaluated
 
 
 class Pair(Marked):
@@ -228,14 +228,9 @@ def _projected(a: View, b: View, frame: tuple[Axis, ...]) -> np.ndarray | None:
 
 @strategy("kinds of nodes")
 def _by_kind(a: View, b: View, frame: tuple[Axis, ...]) -> np.ndarray | None:
-    """Leaves measured together, or what the kind of one of the nodes knows."""
+    """What the kind of one of the nodes knows."""
     for x, y, turn in _later_first(a, b):
-        measured = MEASURED_TOGETHER.get(x.node.graph, together(x.node, y.node))
-        if measured is not None and x.bind == y.bind:
-            out = lift(measured, x.node.axes, x.bind, frame, pairs=True)
-        else:
-            out = cross_by_kind(x.node, x, y, frame)
-        if out is not None:
+        if (out := cross_by_kind(x.node, x, y, frame)) is not None:
             return swapped(out, frame) if turn else out
     return None
 
@@ -279,11 +274,3 @@ def _placed(second: np.ndarray, a: View, b: View, frame: tuple[Axis, ...]) -> np
         second = contract_axis(second, k, axis.any_pair)
         del axes[k], bind[k]
     return lift(second, axes, bind, frame, pairs=True)
-
-
-MEASURED_TOGETHER: Fact[tuple[int, ...], np.ndarray] = Fact()  # E[a_i b_j] by type of two given leaves
-
-
-def together(a: Node, b: Node) -> tuple[int, ...]:
-    """The key of two leaves that were measured together."""
-    return tuple(sorted((a.id, b.id)))

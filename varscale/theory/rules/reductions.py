@@ -29,8 +29,6 @@ from varscale.theory.propagation.shared_component import of_an_average
 from varscale.theory.rules.drawn_nodes import sample_map
 from varscale.theory.rules.registry import Context, rule
 
-_IMMENSE = 1e9  # as far from 0 as what stands for infinity is, at least
-
 
 @propagated.register(Mean)
 def propagated_of_mean(node: Mean) -> Spread:
