@@ -1,5 +1,6 @@
 """A strict session: no silent dtype or rank promotion, eight CPU devices, one deterministic Hypothesis profile."""
 
+import gc
 import importlib.metadata
 import os
 
@@ -32,6 +33,13 @@ QUICK = frozenset({
     "test_mean_field.py", "test_usage.py", "test_testing_tails.py", "test_initialization_values.py::test_an_nnx_factory",
     "test_transfer_files.py", "test_transfer_graft.py", "test_transfer_rearrange.py", "test_transfer_resize.py",
 })  # fmt: skip
+
+
+def pytest_collection_finish():
+    # A tenth of the time went to collections of garbage that found none: what is imported stays, traces hold many objects.
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
 
 
 def pytest_collection_modifyitems(items):
