@@ -170,7 +170,8 @@ def signal_claims(found: dict[str, np.ndarray], depths: tuple[int, ...]) -> list
             [
                 (
                     name,
-                    near(0.0, 0.6, source="what L branches add together does not depend on L"),
+                    # Nearer to none than to that of branches whose scale does not depend on L, which add L in all.
+                    near(0.0, math.log(high / low) / 2, source="what L branches add together does not depend on L"),
                     over_seeds(_grown(found, name, high, "signal") - _grown(found, name, low, "signal")),
                 )
                 for name in FOUR

@@ -234,6 +234,24 @@ def test_laws_may_be_a_scheme_of_the_base():
     assert [plan[f"layers_{i}/kernel"].std for i in (0, 2, 4)] == pytest.approx([0.02, 0.01, 0.005])
 
 
+def test_a_table_of_numbers_keeps_them():
+    """Sines and cosines have a mean, and a standard deviation that depends on the width a little."""
+
+    class Placed(nn.Module):
+        width: int
+
+        @nn.compact
+        def __call__(self, x):
+            turns = jnp.arange(4.0)[:, None] * 0.1 ** jnp.linspace(0, 1, self.width // 2)[None]
+            table = self.param("places", lambda _: jnp.concatenate([jnp.sin(turns), jnp.cos(turns)], axis=1))
+            return nn.Dense(3, name="head")(nn.Dense(self.width, name="first")(x) + table)
+
+    plan = vs.schemes.mup(base=Placed(BASE))(Placed(48), X)
+    assert plan["places"].why.startswith("input: as declared, numbers with a mean")
+    drawn, own = (vs.initialize(Placed(48), jax.random.key(0), X, **how)["params"] for how in ({"scheme": plan}, {}))
+    assert jnp.array_equal(drawn["places"], own["places"])
+
+
 def test_the_base_itself_has_multipliers_of_one():
     plan = vs.schemes.mup(base=mlp(BASE)).at_any_width(mlp(BASE), X)
     assert all(leaf.multipliers == () for leaf in plan)

@@ -226,6 +226,8 @@ class _Laws:
         told = f"{position}: the base's std {before:.4g}" + ("" if scaling.std == 1 else f" × {scaling.std:.4g}")
         if math.isclose(std, known.std, rel_tol=1e-6) and (known.mean or known.std == 0 or not known.distribution):
             return law, told
+        if known.mean and not known.distribution and scaling.std == 1:
+            return law, f"{position}: as declared, numbers with a mean, such as a table of sines and cosines"
         if known.mean:
             raise ValueError(
                 f"{name}: {leaf.path!r} has mean {known.mean:.4g} and a standard deviation that depends on the width; give its "
