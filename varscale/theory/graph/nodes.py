@@ -219,6 +219,7 @@ class Graph:
         symmetric: bits of the leaves of which either sign is as likely.
         inputs: bits of the leaves that are inputs of the model.
         origin: the equation that is being interpreted.
+        undrawn: whether what should be drawn cannot be, so that moments have to do, with their doubts.
     """
 
     def __init__(self) -> None:
@@ -232,6 +233,7 @@ class Graph:
         self.store: dict[Any, dict[Any, Any]] = {}
         self.derived: dict[int, list[tuple[Node, Pullback, float]]] = {}
         self.origin: Any = None
+        self.undrawn = False
 
     def derive(self, source: Node, node: Node, back: Pullback, doubt: float = 0.0) -> Node:
         """Note that `node` was rebuilt from the roots of `source` (a part, a mean): its cotangents are the source's too.

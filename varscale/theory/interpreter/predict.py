@@ -217,7 +217,9 @@ def _settled(
             known = error if isinstance(error, PredictionError) else located(error)
             interpreter.ask_for(known)
             if not interpreter.regions.again():  # else it met a placeholder, or what will now be drawn
-                raise known from error
+                if interpreter.graph.undrawn:
+                    raise known from error
+                interpreter.graph.undrawn = True
 
 
 def _equations(detail: str | Collection[str]) -> Collection[str] | None:
