@@ -174,7 +174,8 @@ class Conv(Node):
         x_axes, o_axes = self._axes(self.args[0].node, xd), self._axes(self, od)
         w_axes = self._axes(self.args[1].node, wd)
         reads = [range(1) if w_axes[k].size == 1 else range(w_axes[k].types) for k in range(1, len(w_axes))]
-        result = 0.0
+        outs = x_axes if transposed else o_axes
+        result = np.zeros([1 if axis.size == 1 else axis.types for axis in outs])
         for index in np.ndindex(*[len(r) for r in reads]):
             weight = w_second[(slice(None), *index)]
             if not np.any(weight):
@@ -203,7 +204,7 @@ class Conv(Node):
                 shape[1] = -1
                 term = term * weight.reshape(shape)
             result = result + share * term
-        return np.asarray(result)
+        return result
 
     def _own(self, array: np.ndarray, dims: Sequence[int | None]) -> np.ndarray:
         kept = array.reshape([n for n, k in zip(array.shape, dims, strict=True) if k is not None])

@@ -28,26 +28,14 @@ from varscale.theory.graph.nodes import Array, Constant, Graph, Node, View, arra
 from varscale.theory.graph.store import Fact
 from varscale.theory.integrals.primitives import of_known
 from varscale.theory.propagation.doubts import has_values
+from varscale.theory.rules.equations import CALLS
 from varscale.theory.rules.registry import Complex, Opaque, parts
 
 MOST_FOLDED = 1 << 26  # elements up to which known numbers are computed with rather than described
 _MOST_EVALUATED = 1 << 22  # of which jax computes so many at a time
 
 # Equations that rules enter, whatever they read.
-ENTERED = {
-    "random_bits",
-    "jit",
-    "pjit",
-    "scan",
-    "while",
-    "cond",
-    "custom_jvp_call",
-    "custom_vjp_call",
-    "remat2",
-    "closed_call",
-    "checkpoint",
-    "region",
-}
+ENTERED = {"random_bits", "scan", "while", "cond", "region", *CALLS}
 _NEVER_FOLDED = ENTERED | {"rng_bit_generator"}
 # Entries are moved, repeated or left out, of which classes and blocks tell more than one class for all would.
 _MOVING = {

@@ -15,42 +15,21 @@ from varscale.theory.graph.layout import Value
 from varscale.theory.graph.nodes import Leaf
 from varscale.theory.rules.axis import slice_of_weights, take
 from varscale.theory.rules.concatenation import concatenate
-from varscale.theory.rules.equations import used_variables
+from varscale.theory.rules.equations import CALLS, sub_jaxpr_of, used_variables
 from varscale.theory.rules.random import bits
 from varscale.theory.rules.region_draws import CannotDraw
 from varscale.theory.rules.registry import STACKED, Complex, Context, Opaque, map_parts, rule
 from varscale.theory.rules.sampled_regions import drawn_alone, drawn_region
 
-_CALLS = {
-    "jit": "jaxpr",
-    "pjit": "jaxpr",
-    "closed_call": "call_jaxpr",
-    "core_call": "call_jaxpr",
-    "custom_jvp_call": "call_jaxpr",
-    "custom_vjp_call": "call_jaxpr",
-    "custom_vjp_call_jaxpr": "fun_jaxpr",
-    "remat": "jaxpr",
-    "remat2": "jaxpr",
-    "checkpoint": "jaxpr",
-    "custom_lin": "call_jaxpr",
-    "run_state": "jaxpr",
-}
 
-
-@rule(*_CALLS)
+@rule(*CALLS, "custom_lin", "run_state")
 def call(interpreter: Context, eqn: Any, *xs: Any) -> list[Any]:
     """A function is what is inside it; the library's own sampler is random bits by another name."""
     if eqn.params.get("name") == "fast_random_bits":
         aval = eqn.outvars[0].aval
         key = next((x for x in xs if isinstance(x, Opaque)), None)
         return [bits(interpreter, key or tuple(xs), aval.shape, aval.dtype.itemsize * 8)]
-    name = _CALLS[eqn.primitive.name]
-    inner = (
-        eqn.params[name]
-        if name in eqn.params
-        else eqn.params["jaxpr" if "jaxpr" in eqn.params else "call_jaxpr"]
-    )
-    jaxpr, consts = _compat.sub_jaxpr(inner)
+    jaxpr, consts = _compat.sub_jaxpr(sub_jaxpr_of(eqn))
     out = interpreter.run(jaxpr, consts, xs)
     if eqn.primitive.name.startswith("custom_vjp_call"):  # its backward rule need not be its derivative
         return [

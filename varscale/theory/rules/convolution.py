@@ -55,8 +55,6 @@ def second_moments_of_conv(node: Conv) -> Table:
         node.graph.flag(*("quadrature", 1 / node.width) if fresh else ("assumed", UNKNOWN))
     x, w = (v.node.table for v in node.args)
     second = node.carry(_logical(node, x.second, xd), _logical(node, w.second, wd))
-    if second.ndim == 0:  # a kernel of zeros
-        second = np.zeros([1 if k is None else node.axes[k].types for k in od])
     mean = np.zeros([1 if k is None else node.axes[k].classes for k in od])
     if np.any(w.mean) and np.any(x.mean):
         x_axes, o_axes = node._axes(node.args[0].node, xd), node._axes(node, od)
@@ -75,15 +73,7 @@ def pullback_of_conv(node: Conv, cotangent: np.ndarray, notes: BackwardNotes) ->
     back = node.carry(
         _logical(node, cotangent, od), _logical(node, node.args[1].node.table.second, wd), transposed=True
     )
-    if back.ndim == 0:  # a kernel of zeros
-        return [np.zeros(node.args[0].node.frame_types), None]
-    own = _own_of(node, back, xd, node.args[0].node)
-    return [own, None]
-
-
-def _own_of(node: Conv, array: np.ndarray, dims: Sequence[int | None], argument: Node) -> np.ndarray:
-    out = node._own(array, dims)
-    return np.broadcast_to(out, [a.types for a in argument.axes])
+    return [np.broadcast_to(node._own(back, xd), node.args[0].node.frame_types), None]
 
 
 @cross_by_kind.register(Conv)
@@ -109,8 +99,6 @@ def cross_by_kind_of_conv(node: Conv, a: View, b: View, frame: Sequence[Axis]) -
         _logical(node, table, node.params.x_dims),
         _logical(node, node.args[1].node.table.second, node.params.w_dims),
     )
-    if second.ndim == 0:  # a kernel of zeros
-        return np.zeros((1,) * len(frame))
     return lift(node._own(second, node.params.out_dims), node.axes, a.bind, frame, pairs=True)
 
 

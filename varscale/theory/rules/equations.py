@@ -12,6 +12,9 @@ from typing import Any
 from varscale import _compat
 from varscale.programs.pieces import live
 
+CALLS = ("jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint")
+CALLS += ("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr")
+
 
 def scans(eqns: Sequence[Any]) -> list[int]:
     """Where associative scans begin: an array cut in halves, of every other position each, which are interleaved again."""

@@ -16,18 +16,14 @@ from varscale.theory.graph.store import BackwardNotes
 from varscale.theory.rules.reductions import Extreme, OneOfMany, cross_by_kind_of_one_of_many
 from varscale.theory.rules.registry import Context, recognise
 from varscale.theory.rules.softmax import Softmax
-from varscale.theory.rules.softmax_recognition import logits, one_key_axis
+from varscale.theory.rules.softmax_recognition import logits
 
 
 class LogSumExp(OneOfMany):
-    """log Σ exp along an axis; `params` is (that axis,). Between the largest and that and ln n: sampled as the largest is."""
+    """log Σ exp along an axis, between the largest and that plus ln n, and sampled as the largest is; `params` is ((axis,),)."""
 
     how = "sampled"
     gradient_doubt = 0.15
-
-    @property
-    def reduced(self) -> tuple[int, ...]:
-        return self.params
 
 
 cross_by_kind.register(LogSumExp, cross_by_kind_of_one_of_many)
@@ -44,7 +40,7 @@ def pullback_of_log_sum_exp(
 ) -> list[np.ndarray | None]:
     """A logit gets its share of the cotangent."""
     source = node.args[0].node
-    (key,) = node.params
+    (key,) = node.reduced
     shares = node.graph.make(Softmax, source.axes, [View(source, tuple(range(len(source.axes))))], key)
     return [np.expand_dims(cotangent, key) * shares.table.second]
 
@@ -58,7 +54,8 @@ def log_sum_exp_of(interpreter: Context, x: Value) -> Value | None:
     powers, axes = inner.args[0].node, inner.params
     if not (isinstance(powers, Apply) and powers.params[0] == "exp"):
         return None
-    one_key_axis(axes)
+    if len(axes) > 1:
+        raise NotImplementedError("a softmax over several axes")
     random, allowed = logits(powers.args[0], powers.axes)
     if random is None or allowed is not None or tuple(random.node.axes) != tuple(powers.axes):
         return None
@@ -68,7 +65,7 @@ def log_sum_exp_of(interpreter: Context, x: Value) -> Value | None:
         return None
     place = {k: i for i, k in enumerate(k for k in range(len(powers.axes)) if k not in axes)}
     graph = interpreter.graph
-    unit = graph.make(LogSumExp, inner.axes, [random], axes)
+    unit = graph.make(LogSumExp, inner.axes, [random], (axes,))
     count = math.prod(powers.axes[k].size for k in axes)
     views = [
         View(unit, tuple(range(len(inner.axes)))),

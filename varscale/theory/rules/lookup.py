@@ -42,8 +42,7 @@ from varscale.theory.rules.sampled_regions import drawn_region
 @second_moments.register(Gather)
 def second_moments_of_gather(node: Gather) -> Table:
     row_axes, places = node.params[:2]
-    view = node.args[0]
-    table = view.node.table
+    table = node.args[0].node.table
     if node.known is not None and any(axis.labels for axis in node.indexed):
         ids = node.known.reshape([axis.size for axis in node.indexed])
         if has_more_lengths(node.graph, ids):
@@ -52,20 +51,13 @@ def second_moments_of_gather(node: Gather) -> Table:
     for k in sorted(row_axes, reverse=True):
         mean = contract_axis(mean, k, table.axes[k].counts / table.axes[k].size)
     same, other = _same_and_different(table.second, table.axes, row_axes, node.params.rows)
-    kept = [node.args[0].bind[k] for k in range(len(table.axes)) if k not in row_axes]
-    order = np.argsort(kept)
-    shape = [1] * len(node.axes)
-    for k in kept:
-        shape[k] = node.axes[k].types
-    same, other = same.transpose(order).reshape(shape), other.transpose(order).reshape(shape)
-    rate_shape = [axis.types if k in places else 1 for k, axis in enumerate(node.axes)]
-    rate = node.rates().reshape(rate_shape)
-    second = rate * same + (1 - rate) * other
-    mean_shape = [1] * len(node.axes)
-    for k in kept:
-        mean_shape[k] = node.axes[k].classes
-    mean = np.broadcast_to(mean.transpose(order).reshape(mean_shape), [a.classes for a in node.axes])
-    return Table(node.axes, np.array(mean), np.array(np.broadcast_to(second, [a.types for a in node.axes])))
+    kept = [k for k in range(len(table.axes)) if k not in row_axes]
+    own, bind = [table.axes[k] for k in kept], [node.args[0].bind[k] for k in kept]
+    rate = lift(node.rates(), node.indexed, places, node.axes, pairs=True)
+    same, other = (lift(x, own, bind, node.axes, pairs=True) for x in (same, other))
+    second = np.broadcast_to(rate * same + (1 - rate) * other, node.frame_types)
+    mean = np.broadcast_to(lift(mean, own, bind, node.axes, pairs=False), [a.classes for a in node.axes])
+    return Table(node.axes, np.array(mean), np.array(second))
 
 
 @cross_by_kind.register(Gather)

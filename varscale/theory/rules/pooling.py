@@ -157,16 +157,10 @@ def second_moments_of_window_max(node: WindowMax) -> Table:
         x = view[..., ::dilation].max(axis=-1)
         x = np.moveaxis(np.moveaxis(x, k + 1, 0)[::step], 0, k + 1)
     _LAWS.put(node.graph, node.id, _standardized(x))
-    order = [k for k in xd if k is not None]
-    x = x.transpose([0, *(k + 1 for k in order)])
-    live = [
-        i
-        for i, (k, o) in enumerate((k, o) for k, o in zip(xd, od, strict=True) if k is not None)
-        if o is not None
-    ]
-    x = x[(slice(None), *(slice(None) if i in live else 0 for i in range(len(order))))]
-    placed = [o for k, o in zip(xd, od, strict=True) if k is not None and o is not None]
-    drawn = pooled_estimate(x.transpose([0, *(int(i) + 1 for i in np.argsort(placed))]), node.axes)
+    place = dict(zip(xd, od, strict=True))
+    live = [k for k in range(len(source.axes)) if place[k] is not None]
+    x = x[(slice(None), *(slice(None) if k in live else 0 for k in range(len(source.axes))))]
+    drawn = pooled_estimate(x.transpose([0, *(1 + np.argsort([place[k] for k in live]))]), node.axes)
     out = _with_law(drawn, *law)
     # Of what a few numbers decide there is no Gaussian tail; what places share does not add to the largest.
     taps = math.prod(w.taps for w in windows if w is not None)

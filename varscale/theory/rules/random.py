@@ -49,11 +49,6 @@ def bits(interpreter: Context, key: Any, shape: tuple[int, ...], width: int) -> 
     return interpreter.leaf(name, shape, mean, square, odd=False, transport=numbers)
 
 
-@rule("rng_uniform")
-def rng_uniform(interpreter: Context, eqn: Any, low: Value, high: Value) -> Value:
-    raise NotImplementedError("rng_uniform: use jax.random")
-
-
 class ParameterLaw(NamedTuple):
     """A parameter's mean, second moment and kurtosis E[w⁴]/E[w²]², and its values on the normal grid where it is not normal."""
 

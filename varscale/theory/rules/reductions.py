@@ -71,14 +71,17 @@ def reduce_sum(interpreter: Context, eqn: Any, x: Value) -> Value:
 
 
 class OneOfMany(Node):
-    """A symmetric function of exchangeable entries that one of them decides: a maximum, a log Σ exp."""
+    """A symmetric function of exchangeable entries that one of them decides: a maximum, a log Σ exp.
+
+    `params` begins with their axes.
+    """
 
     follows_shifts = True
 
     @property
     def reduced(self) -> tuple[int, ...]:
         """The axes that are reduced."""
-        raise NotImplementedError(type(self).__name__)
+        return self.params[0]
 
     def sampled(
         self, reduce: Callable[[np.ndarray, tuple[int, ...]], np.ndarray], count: int | None = None
@@ -118,10 +121,6 @@ class Extreme(OneOfMany):
 
     how = "sampled"
     gradient_doubt = LEADING_ORDER
-
-    @property
-    def reduced(self) -> tuple[int, ...]:
-        return self.params[0]
 
 
 cross_by_kind.register(Extreme, cross_by_kind_of_one_of_many)

@@ -19,7 +19,7 @@ import numpy as np
 from jax import lax
 
 from varscale import _compat
-from varscale.theory.rules.equations import sub_jaxpr_of
+from varscale.theory.rules.equations import CALLS, sub_jaxpr_of
 from varscale.theory.rules.registry import ELEMENTWISE_OR_LAYOUT
 
 _ROUNDED = 2.0**-8  # how far a count may be off in bfloat16, and the n − 1 of a variance
@@ -105,7 +105,7 @@ def _equation(eqn: Any, ins: list[Any], weights: list[bool], sizes: Sizes) -> li
     name, inner = eqn.primitive.name, sub_jaxpr_of(eqn)
     if not sizes.smaller and inner is not None:
         return list(_compat.evaluated(eqn, ins))
-    if inner is not None and name in _INLINED:
+    if inner is not None and name in CALLS:
         jaxpr, consts = _compat.sub_jaxpr(inner)
         return run(jaxpr, consts, ins, weights, sizes)
     if name == "scan":
@@ -124,16 +124,6 @@ def _bound(eqn: Any, ins: Sequence[Any], params: Mapping[str, Any]) -> list[Any]
     return list(out) if eqn.primitive.multiple_results else [out]
 
 
-_INLINED = {
-    "jit",
-    "pjit",
-    "closed_call",
-    "custom_jvp_call",
-    "custom_vjp_call",
-    "remat2",
-    "checkpoint",
-    "remat",
-}
 _REARRANGES = {
     "transpose",
     "reshape",

@@ -81,17 +81,6 @@ def softmax_of(interpreter: Context, top: Value, bottom: Value) -> Value | None:
     return Value(node, top.dims)
 
 
-def one_key_axis(axes: Sequence[int]) -> int:
-    """The axis of the keys.
-
-    Raises:
-        NotImplementedError: they are along several; the module is drawn.
-    """
-    if len(axes) > 1:
-        raise NotImplementedError("a softmax over several axes")
-    return axes[0]
-
-
 def _is_nearly_gaussian(node: Node) -> bool:
     """Whether logits are sums of products, or a function of one normal that is as good as linear (a soft cap, far out)."""
     terms = node.args if isinstance(node, Sum) else [View(node, tuple(range(len(node.axes))))]
