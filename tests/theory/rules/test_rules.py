@@ -12,7 +12,7 @@ from scipy import special
 
 import varscale as vs
 from varscale.theory import Moments, predict
-from varscale.theory.domain.axes import Axis, labelled, split_axis
+from varscale.theory.domain.axes import Axis, averaging, labelled, split_axis
 from varscale.theory.domain.random_arrays import gaussian
 from varscale.theory.domain.tables import estimate, independent
 from varscale.theory.graph.convolutions import Window, hits, output_axis, tap_pairs
@@ -37,7 +37,8 @@ def test_estimate_enumerates_every_pair(rows, columns):
     seen = counts > 0
     np.testing.assert_allclose(table.second[seen], sums[seen] / counts[seen], atol=1e-12)
     assert table.mean_square == pytest.approx(np.mean(x**2))
-    assert table.square_of_mean == pytest.approx(np.mean(x) ** 2, abs=1e-12)
+    every = averaging(axes, frozenset((0, 1)))
+    assert every @ table.second.ravel() == pytest.approx(np.mean(x) ** 2, abs=1e-12)
 
 
 def test_gaussian_draws_and_estimates_invert_each_other():
