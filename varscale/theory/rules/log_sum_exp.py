@@ -20,7 +20,7 @@ from varscale.theory.rules.softmax_recognition import logits
 
 
 class LogSumExp(OneOfMany):
-    """log Σ exp along an axis, between the largest and that plus ln n, and sampled as the largest is; `params` is ((axis,),)."""
+    """log Σ exp along an axis, between the largest and that plus ln n, and sampled as the largest is; `params`: ((axis,),)."""
 
     how = "sampled"
     gradient_doubt = 0.15
