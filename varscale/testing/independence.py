@@ -88,9 +88,12 @@ def paired_slices(weights: Weights) -> Finding:
         if length < 2:
             continue
         chosen = np.sort(generator.permutation(length)[:_PAIRED_SLICES])
-        slices = np.moveaxis(weights, axis, 0)[chosen].reshape(len(chosen), -1)
-        if slices.shape[1] > _PAIRED_ENTRIES:
-            slices = slices[:, np.sort(generator.permutation(slices.shape[1])[:_PAIRED_ENTRIES])]
+        slices = np.moveaxis(weights, axis, 0)
+        if (entries := math.prod(slices.shape[1:])) > _PAIRED_ENTRIES:
+            sample = np.sort(generator.permutation(entries)[:_PAIRED_ENTRIES])
+            slices = slices[(chosen[:, None], *np.unravel_index(sample, slices.shape[1:]))]
+        else:
+            slices = slices[chosen].reshape(len(chosen), -1)
         squares = np.square(slices)
         products, scale = np.abs(slices @ slices.T), np.sqrt(squares @ squares.T)
         np.fill_diagonal(products, 0.0)
