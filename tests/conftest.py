@@ -35,6 +35,19 @@ QUICK = frozenset({
 })  # fmt: skip
 
 
+# Files of many programs that run once and are compared within tolerances: XLA optimizes nothing in them.
+UNOPTIMIZED = frozenset({
+    "test_auditing.py", "test_auditing_defects.py", "test_probe_numbers.py", "test_probe_rows.py", "test_schemes_optimizers.py",
+    "test_schemes_unit_variance.py", "test_transfer_fine_tune.py", "test_transfer_graft.py", "test_transfer_lora.py",
+})  # fmt: skip
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    fast = "--xla_backend_optimization_level=1" in os.environ["XLA_FLAGS"]
+    jax.config.update("jax_disable_most_optimizations", fast and item.path.name in UNOPTIMIZED)
+
+
 def pytest_collection_finish():
     # A tenth of the time went to collections of garbage that found none: what is imported stays, traces hold many objects.
     gc.collect()
