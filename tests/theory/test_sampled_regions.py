@@ -107,3 +107,13 @@ def test_what_even_draws_cannot_cover_is_an_error():
     strange.def_abstract_eval(lambda x: x)
     with pytest.raises(PredictionError, match=r"'strange' at test_sampled_regions\.py"):
         vs.predict(lambda kernels, x: strange.bind(x @ kernels[0]), X, params=kernels)
+
+
+def test_a_walk_skips_what_it_has_asked_to_draw(monkeypatch):
+    """Once an equation without a rule has asked for the whole model, no rule is entered: all is drawn."""
+    entered = []
+    inner = RULES["tanh"]
+    monkeypatch.setitem(RULES, "tanh", lambda *args: entered.append(1) or inner(*args))
+    report = vs.predict(lambda w, x: jnp.tanh(jnp.sort(x @ w[0], axis=-1)), X, params=kernels, backward=False)
+    assert any("the whole model" in note for note in report.notes)
+    assert not entered

@@ -61,6 +61,17 @@ def on_one_thread(x: np.ndarray, matrix: np.ndarray) -> np.ndarray:
     return np.concatenate(blocks).reshape(*x.shape[:-1], matrix.shape[-1])
 
 
+def read_off(line: Float[np.ndarray, " points"], z: Float[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
+    """A function given on the grid at other points, straight between its own: `np.interp`, which searches for them."""
+    place = (z - Z[0]) * ((POINTS - 1) / (Z[-1] - Z[0]))
+    np.clip(place, 0, POINTS - 1, out=place)
+    below = np.minimum(place.astype(np.int32), POINTS - 2)
+    place -= below
+    place *= np.diff(line)[below]
+    place += line[below]
+    return place
+
+
 _FALLS = (0.5, 1.5, 2.5)  # of a jump, of a kink, of a jump in the second derivative
 _TAIL_AT = np.concatenate([[0.0], np.geomspace(1e-7, 50, 500)])
 

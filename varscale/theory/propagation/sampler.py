@@ -26,7 +26,7 @@ from varscale.theory.graph.lookups import Gather
 from varscale.theory.graph.nodes import UNKNOWN, Array, Node, View, known_samples
 from varscale.theory.graph.reshapes import Merge, Permute, Split
 from varscale.theory.graph.store import once_per_node
-from varscale.theory.integrals.hermite_series import Z
+from varscale.theory.integrals.hermite_series import Z, read_off
 from varscale.theory.propagation.marginals import evaluate, marginal
 from varscale.theory.propagation.near_places import repeats
 
@@ -187,12 +187,14 @@ def _drawn(node: Node, positions: Positions, replicates: int, rng: np.random.Gen
         mean, deviation = (np.broadcast_to(x, classes)[np.ix_(*labels)] for x in (law.mean, law.deviation))
         return mean + deviation * latents
     values = np.broadcast_to(law.values, (*classes, len(Z)))
+    if math.prod(classes) == 1:
+        return read_off(values.ravel(), latents)
     out = np.empty_like(latents)
     for cell in np.ndindex(*values.shape[:-1]):
         index = np.ix_(
             np.arange(replicates), *[np.flatnonzero(own == c) for own, c in zip(labels, cell, strict=True)]
         )
-        out[index] = np.interp(latents[index], Z, values[cell])
+        out[index] = read_off(values[cell], latents[index])
     return out
 
 

@@ -13,7 +13,7 @@ from varscale.theory.domain.random_arrays import gaussian
 from varscale.theory.domain.tables import Table, estimate, over_frame
 from varscale.theory.graph.expressions import roots
 from varscale.theory.graph.nodes import Array, Node, View
-from varscale.theory.integrals.hermite_series import Z
+from varscale.theory.integrals.hermite_series import read_off
 from varscale.theory.propagation.marginals import concentrated, evaluate, marginal
 
 _MOST_DRAWN = 2_000_000  # elements drawn for one node
@@ -52,7 +52,7 @@ def draw(node: Node, sizes: Sequence[int], replicates: int, rng: np.random.Gener
             line = np.asarray(law.values, float)
             for axis in root.node.axes:
                 line = np.tensordot(axis.counts / axis.size, line, axes=(0, 0))
-            drawn = np.interp(normals, Z, line)
+            drawn = read_off(line, normals)
         env[root] = over_frame(np.moveaxis(drawn, 0, -1), root.bind, len(sizes))
     out = evaluate(View(node, tuple(range(len(node.axes)))), node.axes, env)
     return np.moveaxis(np.broadcast_to(out, (*sizes, replicates)), -1, 0)
