@@ -152,7 +152,17 @@ class TestTheLoss:
         params = vs.initialize(self.NET, KEY, self.X, scheme=found[0].scheme)
         assert vs.audit(self.NET, self.X, params=params, labels=self.LABELS, scheme=found[0].scheme).findings == ()
 
-    @pytest.mark.parametrize("labels", [LABELS[:-1], LABELS + 3, LABELS / 2])
+    @pytest.mark.parametrize("shape", [(400,), (400, 1)])
+    def test_rare_positives_of_one_logit(self, shape):
+        """ln 2 at step 0 against H(.05) = .1985."""
+        net = nn.Sequential([nn.Dense(1, kernel_init=nn.initializers.normal(0.01))])
+        labels = self.LABELS.reshape(shape)
+        found = [f for f in vs.audit(net, self.X, key=KEY, labels=labels).findings if f.code == "VS120"]
+        assert found[0].figure == pytest.approx(np.log(2) - 0.1985, abs=0.05)
+        params = vs.initialize(net, KEY, self.X, scheme=found[0].scheme)
+        assert vs.audit(net, self.X, params=params, labels=labels, scheme=found[0].scheme).findings == ()
+
+    @pytest.mark.parametrize("labels", [LABELS[:-1], LABELS + 3, LABELS / 2, -1 - LABELS])
     def test_labels_that_do_not_fit(self, labels):
         with pytest.raises(ValueError, match="labels must be"):
             vs.audit(self.NET, self.X, key=KEY, labels=labels)

@@ -91,6 +91,23 @@ def test_on_a_terminal_tables_are_shown_too(folder, capsys, monkeypatch):
     assert (status, "ParameterUses" in out, "layer/kernel" in out) == (0, False, True)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            (),
+            "A command is missing. Available subcommands: audit, predict, probe, uses, audit-parameters, gain; see varscale --help",
+        ),
+        (("gain", "--bogus"), "Unrecognized options: --bogus; see varscale --help"),
+    ],
+)
+def test_wrong_arguments_on_a_terminal_are_one_plain_line(capsys, monkeypatch, arguments, message):
+    """There the argument parser writes colours and frames."""
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert run(capsys, *arguments) == (2, "", f"varscale: error: {message}\n")
+
+
 def test_audit_parameters(folder, capsys):
     vs.transfer.save("x.safetensors", {"a": {"kernel": jnp.full((4, 4), 0.5)}})
     status, out, _ = run(capsys, "audit-parameters", "x.safetensors")

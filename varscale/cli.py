@@ -29,6 +29,7 @@ from varscale.auditing.findings import Audit, read_baseline, since
 CLEAN, FOUND, WRONG_USE = 0, 1, 2
 _SLOW = 2.0  # seconds after which the terminal shows that something is going on
 _DTYPES = {"f": "float", "bf": "bfloat", "i": "int", "u": "uint", "c": "complex"}
+_ESCAPE = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]")
 _SPEC = re.compile(r"(?P<kind>bf|f|i|u|c|bool)(?P<bits>\d*)\[(?P<shape>[\d,\s]*)\](?::(?P<low>-?\d+)\.\.(?P<high>-?\d+))?")
 
 
@@ -244,8 +245,10 @@ def _parsed(arguments: Sequence[str] | None) -> Any:
             return tyro.cli(Command, prog="varscale", args=arguments, description=__doc__)  # pyright: ignore[reportArgumentType]
     except SystemExit as ended:
         if ended.code == WRONG_USE:
-            _, *lines = filter(None, (line.strip("│╭╰╮╯─ ") for line in told.getvalue().splitlines()))
+            plain = _ESCAPE.sub("", told.getvalue())  # a terminal gets colours, and frames of "─" or "-"
+            lines = [line.strip("│| ") for line in plain.splitlines()[1:] if re.search(r"\w", line)]
             text, _, rest = " ".join(lines).partition("For full helptext, run")
+            text = text.replace("Unrecognized options: Available", "A command is missing. Available")
             print(f"varscale: error: {text.strip().rstrip('.')}; see {rest.strip(': ')}", file=sys.stderr)
         raise
 

@@ -23,7 +23,8 @@ from varscale.schemes.plan import Plan
 from varscale.theory import predict
 from varscale.usage.table import uses
 
-_EQUATIONS = ("rsqrt", "sqrt", "dot_general")  # whose rows tell of norms and softmaxes
+_EQUATIONS = ("rsqrt", "sqrt", "dot_general", "conv_general_dilated")  # whose rows tell of norms and softmaxes
+_LAYERS = _EQUATIONS[2:]  # and of a function without modules what its layers are
 
 
 def audit(
@@ -54,8 +55,9 @@ def audit(
         params: parameters to audit.
         loss: a function of the model's output that returns a scalar, such as the cross-entropy against given labels: with
             `params` or `key` its value is compared with that of knowing nothing, and gradients are checked to be finite.
-        labels: class of each output: the cross-entropy at step 0 is compared with the entropy of their frequencies; the loss
-            is that cross-entropy where none is given. Negative ones do not count.
+        labels: class of each output, or 0 and 1 in the output's own shape (of one logit without its axis too): the
+            cross-entropy at step 0 is compared with the entropy of their frequencies; the loss is that cross-entropy where
+            none is given. Negative ones do not count.
         fresh: whether `params` were just drawn; False for trained ones, of which laws and scales are no finding.
         key: a key to draw the parameters with, by the model's own init, or by the scheme.
         ignore: codes ("VS104"), or codes with a glob over paths ("VS101:blocks/*/head"), to leave out; the summary names
@@ -102,14 +104,20 @@ def traced(model: Any, x: Any, given: Any, fresh: bool, scheme: Any, method: str
         method: the method in place of `__call__`.
     """
     whole = predict(model, x, params=given, scheme=scheme, detail=_EQUATIONS, method=method)
-    report = dataclasses.replace(whole, rows=tuple(row for row in whole.rows if not _is_equation(row)))
+    modules = tuple(row for row in whole.rows if not _is_equation(row))
+    layers = () if any(_is_module(row) for row in modules) else tuple(row for row in whole.rows if row.kind in _LAYERS)
+    report = dataclasses.replace(whole, rows=layers + modules)
     program_uses = uses(model, x, params=given, method=method)
     parameters = program_uses.parameters
     linear = maps.maps(parameters, report.weights)
     found: list[Finding] = []
     if fresh:
         mend = maps.signal_mend(linear, parameters, program_uses.additions)
-        found += signal.check_signal(report, mend, maps.output_scales(parameters))
+        scales = maps.output_scales(parameters)
+        found += signal.check_signal(report, mend, scales)
+        if not found:
+            chained = not (program_uses.additions or program_uses.epsilons)
+            found += signal.check_ends(report, linear, mend, scales, chained=chained)
         found += signal.check_gradient(report, mend)
         found += maps.check_gains(linear, moves=bool(found))
         found += signal.check_stream(report, program_uses.additions, mend)
@@ -117,7 +125,7 @@ def traced(model: Any, x: Any, given: Any, fresh: bool, scheme: Any, method: str
         found += signal.check_rank(report, maps.readouts(parameters), maps.rank_mend(parameters, report.weights))
         found += maps.check_recurrence(linear)
         found += maps.check_fans(linear)
-        found += maps.check_units(linear, report)
+        found += maps.check_units(parameters, report)
         found += norms.check_epsilon(whole.rows, program_uses.epsilons)
         found += norms.check_softmax(whole.rows, program_uses.attentions)
         found += norms.check_logits(parameters, report)
@@ -157,6 +165,11 @@ def _holds_no_laws(model: Any) -> bool:
 def _is_equation(row: Row) -> bool:
     """Whether a row is that of an equation: it is named after its primitive."""
     return re.split("[#@]", row.path.rpartition("/")[2])[0] == row.kind
+
+
+def _is_module(row: Row) -> bool:
+    """Whether a row is that of a module, and not of the model's own output."""
+    return bool(row.path) and not row.path.startswith("[")
 
 
 def _is_key(x: Any) -> bool:

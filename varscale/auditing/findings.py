@@ -138,7 +138,8 @@ class Audit:
             painted = f"\x1b[{_ESCAPES[style]}m{head}\x1b[0m" if color and style != "plain" else head
             lines += [painted, *("  " + line for line in wrapped(finding.message, width - 2).splitlines())]
             if finding.mend:
-                lines += ["  -> " + line.strip() for line in wrapped(finding.mend, width - 5).splitlines()]
+                first, *rest = wrapped(finding.mend, width - 5).splitlines()
+                lines += ["  -> " + first, *("     " + line for line in rest)]
         lines += [wrapped(note, width) for note in self.notes]
         return "\n".join([*lines, f"Found {self.counts()}."])
 

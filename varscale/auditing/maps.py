@@ -23,6 +23,7 @@ _ACTIVATIONS = {
     "sigmoid": jax.nn.sigmoid, "elu": jax.nn.elu, "selu": jax.nn.selu, "softplus": jax.nn.softplus, "mish": jax.nn.mish,
     "sin": jax.numpy.sin, "relu6": jax.nn.relu6,
 }  # fmt: skip
+_FAR = math.log(WARNING_FACTOR)
 _SHAPE_LAWS = (1.0, 2.0, 1 / 3)  # variance times fan of lecun, he and PyTorch's uniform
 _ALIVE = 0.01  # share of positive inputs below which a rectifier's units are called dead
 _FEW_STEPS, _CHAOTIC = 4, 4.0  # steps of a loop over time; factor of the second moment in each
@@ -41,6 +42,15 @@ class Map:
     @property
     def path(self) -> str:
         return self.parameter.path
+
+    @property
+    def module(self) -> str:
+        return self.path.rpartition("/")[0]
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is read once, ends no residual branch, and no norm takes its scale away."""
+        return self.parameter.times == len(self.parameter.uses) and self.use.ends is None and not self.use.normalised_after
 
     @property
     def second_moment(self) -> float:
@@ -98,10 +108,16 @@ class Mend:
 def signal_mend(found: Sequence[Map], parameters: Sequence[ParameterUses], additions: int) -> Mend:
     """What keeps the signal: gains that fit, or residual branches that end smaller."""
     off = _gains_off(found)
-    if off:
-        function = off[0].use.before
-        line = f"kernel_init=vs.for_activation({_name(function)})" + (f" after {function}" if len(off) > 1 else "")
-        return Mend(line, {m.path: for_activation(_ACTIVATIONS[m.use.before]) for m in off})
+    # A first layer has no activation to make up for; that a law is He's there does no harm.
+    first = [m for m in found if m.use.reads_input and not m.use.before and m.plain and abs(math.log(m.keeps)) > _FAR]
+    if off or first:
+        lines, scheme = [], {m.path: for_activation(_ACTIVATIONS[m.use.before]) for m in off}
+        if off:
+            function = off[0].use.before
+            lines.append(f"kernel_init=vs.for_activation({_name(function)})" + (f" after {function}" if len(off) > 1 else ""))
+        if first:
+            lines.append("kernel_init=vs.lecun_normal()" + " in the first layer" * bool(off))
+        return Mend(", ".join(lines), scheme | {m.path: lecun_normal() for m in first})
     ends = [m for m in found if m.use.ends is not None]
     if ends and additions:
         # Whatever it was drawn from: of variance 1/(fan_in · additions) the branches together add as much as one does.
@@ -123,9 +139,7 @@ def _gains_off(found: Sequence[Map]) -> list[Map]:
         for m in found
         if m.use.before in _ACTIVATIONS
         and m.use.role == "hidden"
-        and m.parameter.times == len(m.parameter.uses)
-        and m.use.ends is None
-        and not m.use.normalised_after
+        and m.plain
         and m.scale is not None
         and not 0.9 < m.keeps < 1.1
     ]
@@ -278,37 +292,38 @@ def check_biases(
     )  # fmt: skip
 
 
-def check_units(found: Sequence[Map], report: Report) -> Iterator[Finding]:
+def check_units(parameters: Sequence[ParameterUses], report: Report) -> Iterator[Finding]:
     """Functions that are flat where most of their inputs are: dead units, saturated units."""
     rows = {row.path: row for row in report.rows}
-    for m in found:
-        module = m.path.rpartition("/")[0]
-        row = rows.get(module)
-        if row is None or row.error_bound > 0.5 or not 0 < row.second_moment < math.inf:
+    for p in parameters:
+        use, row = p.main, rows.get(p.path.rpartition("/")[0])
+        if use is None or not use.reduction_axes or use.role == "embedding" or row is None or not row.path:
             continue
-        if m.use.after in ("relu", "relu6", "relu squared"):
-            yield from _dead(m, row)
+        if row.error_bound > 0.5 or not 0 < row.second_moment < math.inf:
             continue
-        flat = _BOUNDED.get(m.use.after)
+        if use.after in ("relu", "relu6", "relu squared"):
+            yield from _dead(p.path, use, row)
+            continue
+        flat = _BOUNDED.get(use.after)
         share = 0.0 if flat is None else math.erfc(flat / math.sqrt(2 * row.second_moment))
         if flat is not None and share > 0.5:
-            told = f"{share:.0%} of what {m.use.after} reads from it lies beyond ±{flat:g}, where the function is flat: "
+            told = f"{share:.0%} of what {use.after} reads from it lies beyond ±{flat:g}, where the function is flat: "
             told += f"gradients through it are small (E[x²] is {row.second_moment:.3g})."
             line, law = "kernel_init=vs.lecun_normal()", lecun_normal()
-            if m.use.before in _ACTIVATIONS:
-                line = f"kernel_init=vs.for_activation({_name(m.use.before)})"
-                law = for_activation(_ACTIVATIONS[m.use.before])
-            yield Finding("VS106", "warning", m.path, told, share, line, {m.path: law})
+            if use.before in _ACTIVATIONS:
+                line = f"kernel_init=vs.for_activation({_name(use.before)})"
+                law = for_activation(_ACTIVATIONS[use.before])
+            yield Finding("VS106", "warning", p.path, told, share, line, {p.path: law})
 
 
-def _dead(m: Map, row: Row) -> Iterator[Finding]:
+def _dead(path: str, use: OneUse, row: Row) -> Iterator[Finding]:
     """A finding where hardly any input of a rectifier is positive."""
     share = 0.5 * math.erfc(-row.mean / math.sqrt(2 * row.variance)) if row.variance else float(row.mean > 0)
     if share < _ALIVE:
-        bias = f"{m.path.rpartition('/')[0]}/bias"
-        told = f"only {share:.2g} of what {m.use.after} reads from it is positive (mean {row.mean:.3g}, deviation "
+        told = f"only {share:.2g} of what {use.after} reads from it is positive (mean {row.mean:.3g}, deviation "
         told += f"{math.sqrt(row.variance):.3g}): the other units are dead, they put out 0 and get no gradient."
-        yield Finding("VS106", "warning", m.path, told, share, "bias_init=vs.zeros", {bias: zeros})
+        bias = f"{path.rpartition('/')[0]}/bias"
+        yield Finding("VS106", "warning", path, told, share, "bias_init=vs.zeros", {bias: zeros})
 
 
 def _by_factor(ratio: float) -> Level:

@@ -14,7 +14,7 @@ from flax import nnx
 from varscale.auditing import signal
 from varscale.auditing.findings import Finding
 from varscale.auditing.leaves import check_finite, summary
-from varscale.auditing.losses import check_loss, check_prior, checked_labels, cross_entropy
+from varscale.auditing.losses import Labels, check_loss, check_prior, checked_labels
 from varscale.auditing.parameters import check_laws, checked, of_weight
 from varscale.initialization.initialize import initialize
 from varscale.measuring.probe import prober
@@ -61,15 +61,16 @@ def measuring(
         report: what is predicted.
         fresh: whether they were just drawn.
         loss: a function of the output that returns a scalar.
-        labels: class of each output.
+        labels: class of each output, or 0 and 1 in its shape.
         method: the method in place of `__call__`.
 
     Raises:
         ValueError: the labels do not fit the output.
     """
+    known: Labels | None = None
     if labels is not None:
-        labels = checked_labels(labels, report)
-        loss = cross_entropy(labels) if loss is None else loss
+        known = checked_labels(labels, report)
+        loss = known.loss if loss is None else loss
     inputs = _drawn_inputs(x)
     if inputs is None:
         return lambda params: _numbers(params, report, fresh)
@@ -90,9 +91,9 @@ def measuring(
             yield from signal.check_draw(measured, report)
         if cost is not None:
             value = float(cost(program.parameters if holds else params))
-            yield from check_loss(value, report)
-            if labels is not None:
-                yield from check_prior(value, labels, report, uses(model, inputs, params=params, method=method).parameters)
+            yield from check_loss(value, known.classes if known else math.prod(report.output.shape[-1:]))
+            if known is not None:
+                yield from check_prior(value, known, uses(model, inputs, params=params, method=method).parameters)
 
     return lambda params: [*_numbers(params, report, fresh), *found(params)]
 

@@ -12,7 +12,7 @@ import numpy as np
 from scipy import stats
 
 from varscale.auditing.findings import ERROR_FACTOR, WARNING_FACTOR, Finding, Level
-from varscale.auditing.maps import Mend
+from varscale.auditing.maps import Map, Mend
 from varscale.report import Report, Row
 
 # In the squared norm. Steps of the first layers are then ten times smaller than those of the last, and any one learning rate is
@@ -106,6 +106,36 @@ def check_signal(report: Report, mend: Mend, scales: Mapping[str, float]) -> Ite
     told += _reach(worst) + "."
     at = next(row.path for row, value in zip(worst.rows, worst.values, strict=True) if _level(value / worst.values[0]) == level)
     yield Finding("VS101", level, at, told, worst.total, mend.line, mend.scheme)
+
+
+def check_ends(
+    report: Report, found: Sequence[Map], mend: Mend, scales: Mapping[str, float], *, chained: bool
+) -> Iterator[Finding]:
+    """The signal of the last hidden layer against what the first one reads: of nets that are too shallow for a trend.
+
+    Args:
+        report: the predicted rows.
+        found: the model's random maps.
+        mend: what keeps the signal.
+        scales: by row, the constant that the program multiplies it by before it is read.
+        chained: whether each layer reads the one before alone: no norms, no residual additions. Elsewhere a small map may be
+            one that little depends on, and only what explodes is told.
+    """
+    hidden = {m.module: m for m in found if m.use.role in ("input", "hidden") and m.plain}
+    rows = [row for row in report.rows if row.path in hidden and row.error_bound <= 1 and 0 < row.second_moment < math.inf]
+    read = [row.second_moment / (m.use.fan_in * m.second_moment) for row in rows if (m := hidden[row.path]).use.reads_input]
+    values = [(row.typical or row.second_moment) * scales.get(row.path, 1.0) ** 2 for row in rows]
+    if not read or len(rows) < 2:
+        return
+    start = min(read, key=lambda value: abs(math.log(values[-1] / value)))  # of several inputs the one nearest to the end
+    level = _level(values[-1] / start)
+    if level is None or (values[-1] < start and not chained):
+        return
+    at, value = next((row.path, v) for row, v in zip(rows, values, strict=True) if _level(v / start) == level)
+    told = f"the second moment is {start:.3g} where the first layer reads it, {value:.3g} here and {values[-1]:.3g} at "
+    told += f"{rows[-1].path}: the signal {'shrinks' if values[-1] < start else 'grows'} by a factor of "
+    told += f"{(values[-1] / start) ** (1 / len(rows)):.3g} a layer."
+    yield Finding("VS101", level, at, told, values[-1] / start, mend.line, mend.scheme)
 
 
 def check_gradient(report: Report, mend: Mend) -> Iterator[Finding]:
