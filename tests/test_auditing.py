@@ -4,6 +4,7 @@ import dataclasses
 import json
 import pathlib
 import re
+import zipfile
 from collections.abc import Callable
 
 import jax
@@ -148,6 +149,14 @@ class TestTheNumbers:
         assert [(f.code, f.path) for f in audit.at_least("warning")] == [("VS113", "head/kernel"), ("VS113", "other")]
         assert audit.findings[0].figure == pytest.approx(factor)
 
+    def test_a_transposed_copy(self):
+        """Equal, it is one weight stored twice, which may be meant; a scaled one is a shared key."""
+        w = jax.random.normal(KEY, (100, 64))
+        for factor, level in ((1.0, "warning"), (0.125, "error")):
+            (one,) = vs.audit_parameters({"embedding": w, "head": {"kernel": factor * w.T}}).at_least("warning")
+            assert (one.code, one.level, one.path, one.figure) == ("VS113", level, "head/kernel", pytest.approx(factor))
+            assert "'embedding', transposed" in one.message
+
     def test_independent_leaves_are_not_related(self):
         """200 leaves, 20,000 pairs: a false pair has a chance below 1e-40 each."""
         leaves = {
@@ -207,6 +216,17 @@ class TestTheNumbers:
             file.write_bytes(file.read_bytes()[:-100])
             with pytest.raises(ValueError, match=name):
                 vs.audit_parameters(file)
+
+    @pytest.mark.parametrize("name", ["pytorch_model.bin", "old.pt"])
+    def test_pickles_are_not_read(self, tmp_path, name):
+        file = tmp_path / name
+        if name == "old.pt":
+            file.write_bytes(b"\x80\x02.")
+        else:
+            with zipfile.ZipFile(file, "w") as archive:
+                archive.writestr("archive/data.pkl", b"\x80\x02.")
+        with pytest.raises(ValueError, match=f"{name}' was not read: PyTorch pickles"):
+            vs.audit_parameters(file)
 
     def test_an_empty_tree(self):
         audit = vs.audit_parameters({})

@@ -22,9 +22,14 @@ def read(file: str | os.PathLike[str]) -> Any:
 
     Raises:
         FileNotFoundError: nothing stands there.
-        ValueError: it is damaged, holds pickled objects, or is of another format.
+        ValueError: it is damaged, is or holds a pickle, or is of another format.
     """
     path = pathlib.Path(file)
+    if path.is_file() and _is_pickle(path):
+        told = "PyTorch pickles run code and are not read. Save safetensors.torch.save_file(model.state_dict(), ...)"
+        raise ValueError(f"{os.fspath(file)!r} was not read: {told}")
+    if path.is_file() and path.suffix == ".npz" and not zipfile.is_zipfile(path):
+        raise ValueError(f"{os.fspath(file)!r} was not read: it is no whole .npz file")
     try:
         if path.suffix == ".msgpack":
             return serialization.msgpack_restore(path.read_bytes())
@@ -36,6 +41,15 @@ def read(file: str | os.PathLike[str]) -> Any:
     except Exception as error:  # msgpack, zipfile and NumPy each have several of their own for what is damaged
         raise ValueError(f"{os.fspath(file)!r} was not read: {str(error) or type(error).__name__}") from error
     return load(path, allow_nonfinite=True)
+
+
+def _is_pickle(path: pathlib.Path) -> bool:
+    """Whether it is what `torch.save` writes: a zip file with a pickle in it, or formerly the pickle alone."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            return any(name.endswith("/data.pkl") for name in archive.namelist())
+    with path.open("rb") as file:
+        return path.suffix in (".bin", ".pt", ".pth", ".ckpt") and file.read(1) == b"\x80"
 
 
 def _holds_arrays(path: pathlib.Path) -> bool:

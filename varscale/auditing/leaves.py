@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,7 @@ class Summary:
         smallest: the smallest.
         largest: the largest.
         prefix: the first of them, flat, as float64.
+        transposed: the same of a matrix's transpose; empty of others.
         distinct: how many different values among the first 65536.
         repeats: axes of size above 1 along which all slices are equal.
     """
@@ -47,6 +48,7 @@ class Summary:
     smallest: float
     largest: float
     prefix: np.ndarray
+    transposed: np.ndarray
     distinct: int
     repeats: tuple[int, ...]
 
@@ -108,8 +110,16 @@ def summary(path: str, leaf: Any) -> Summary:
     head = _real(flat[: 1 << 16])
     return Summary(
         path, tuple(array.shape), str(array.dtype), size, nonfinite, shift + first, variance + (shift + first) ** 2,
-        central / variance**2 if variance > 0 else math.nan, low, high, head[:_PREFIX], len(np.unique(head)), _repeats(array),
+        central / variance**2 if variance > 0 else math.nan, low, high, head[:_PREFIX], _transposed(array),
+        len(np.unique(head)), _repeats(array),
     )  # fmt: skip
+
+
+def _transposed(array: np.ndarray) -> np.ndarray:
+    """The first numbers of a matrix's transpose."""
+    if array.ndim != 2 or 0 in array.shape:
+        return np.empty(0)
+    return _real(array.T[: -(-_PREFIX // array.shape[0])].reshape(-1)[:_PREFIX])
 
 
 def _real(x: np.ndarray) -> np.ndarray:
@@ -187,35 +197,53 @@ def check_streams(leaves: Sequence[Summary]) -> Iterator[Finding]:
     """
     first: dict[tuple[int, bytes], Summary] = {}
     for leaf in (leaf for leaf in leaves if leaf.random):
-        other = None
-        for n in (length for length in (256, 128, 64, 32) if length <= len(leaf.prefix)):
-            head = leaf.prefix[:n]
-            above = head > np.median(head)
-            key = n, np.packbits(above if above[0] else ~above).tobytes()
-            other = other or first.get(key)
+        ways = [line for line in (leaf.prefix, leaf.transposed) if len(line)]
+        others = [(other, line) for line in ways if (other := _first(first, line)) is not None]
+        for key in _signs(leaf.prefix):
             first.setdefault(key, leaf)
-        if other is not None and (found := _related(other, leaf)) is not None:
+        if found := next(filter(None, (_related(other, leaf, line) for other, line in others)), None):
             yield found
 
 
-def _related(one: Summary, other: Summary) -> Finding | None:
-    """The finding about two leaves of the same stream, if they are."""
-    n = min(len(one.prefix), len(other.prefix))
-    a, b = one.prefix[:n], other.prefix[:n]
+def _signs(prefix: np.ndarray) -> Iterator[tuple[int, bytes]]:
+    """Which of the first n numbers lie above their median, for several n."""
+    for n in (length for length in (256, 128, 64, 32) if length <= len(prefix)):
+        above = prefix[:n] > np.median(prefix[:n])
+        yield n, np.packbits(above if above[0] else ~above).tobytes()
+
+
+def _first(known: Mapping[tuple[int, bytes], Summary], prefix: np.ndarray) -> Summary | None:
+    """The first leaf whose numbers begin alike."""
+    return next((known[key] for key in _signs(prefix) if key in known), None)
+
+
+def _related(one: Summary, other: Summary, numbers: np.ndarray) -> Finding | None:
+    """The finding about two leaves of the same stream, if they are.
+
+    Args:
+        one: the first of them.
+        other: the second.
+        numbers: the second's first numbers, of itself or of its transpose.
+    """
+    n = min(len(one.prefix), len(numbers))
+    a, b = one.prefix[:n], numbers[:n]
     correlation = float(np.corrcoef(a, b)[0, 1])
     ratio = float(a @ b / (a @ a))
+    name, shape = repr(one.path), other.shape
+    if numbers is not other.prefix:
+        name, shape = f"{name}, transposed", shape[::-1]
     if abs(correlation) > 0.999:
         equal = bool(np.array_equal(a, b))
         alike = "equal to" if equal else f"{ratio:.4g} times"
-        told = f"its numbers are {alike} those of {one.path!r}: both were drawn from one key (or are one weight stored twice)."
+        told = f"its numbers are {alike} those of {name}: both were drawn from one key (or are one weight stored twice)."
         told += " A readout that repeats its embedding gives each input token a logit of its own."
         figure = 1.0 if equal else ratio
     elif n >= 128 and abs(correlation) > 0.9:
-        told = f"its numbers and those of {one.path!r} have a correlation of {correlation:.3f}: both were drawn from one key."
+        told = f"its numbers and those of {name} have a correlation of {correlation:.3f}: both were drawn from one key."
         figure = correlation
     else:
         return None
-    level = "warning" if figure == 1.0 and one.shape == other.shape else "error"
+    level = "warning" if figure == 1.0 and one.shape == shape else "error"
     return Finding(
         "VS113", level, other.path, told, figure, "give each its own key: jax.random.split(key), or self.make_rng in linen"
     )
