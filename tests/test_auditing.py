@@ -75,6 +75,38 @@ class TestTheTrace:
         assert "vs.for_activation(jax.nn.relu)" in audit.findings[2].mend
         assert found(vs.audit(deep(vs.for_activation(jax.nn.relu)), ROWS)) == []
 
+    @pytest.mark.parametrize("deviation", [1e-3, 2.0])
+    def test_a_net_too_shallow_for_a_trend(self, deviation):
+        """The ends of the whole depth are compared: 64 σ²/2 a layer, whatever the layers are called; the mend removes it."""
+
+        class Named(nn.Module):
+            @nn.compact
+            def __call__(self, x):
+                for name in ("first", "second", "third"):
+                    x = nn.relu(nn.Dense(64, kernel_init=nn.initializers.normal(deviation), name=name)(x))
+                return nn.Dense(3, name="out")(x)
+
+        audit = vs.audit(Named(), ROWS)
+        assert (audit.findings[0].code, audit.findings[0].level) == ("VS101", "error")
+        assert audit.findings[0].path == ("second" if deviation < 1 else "third")
+        assert audit.findings[0].figure == pytest.approx((32 * deviation**2) ** 2, rel=0.05)
+        assert found(vs.audit(Named(), ROWS, scheme=audit.findings[0].scheme)) == []
+
+    def test_a_deep_function_without_modules(self):
+        def deep(params, x):
+            for w in params:
+                x = jnp.tanh(x @ w)
+            return x
+
+        draws = [np.asarray(jax.random.normal(key, (64, 64))) for key in jax.random.split(KEY, 8)]
+        audit = vs.audit(deep, ROWS, params=[0.01 * w for w in draws])
+        assert {code for code, _ in found(audit)} == {"VS101", "VS102", "VS103"}
+        assert found(vs.audit(deep, ROWS, params=[0.125 * w for w in draws])) == []
+
+    def test_orthogonal_kernels_saturate_too(self):
+        audit = vs.audit(deep(nn.initializers.orthogonal(10.0), act=jnp.tanh, depth=3), ROWS)
+        assert any(code == "VS106" for code, _ in found(audit))
+
     def test_a_saturated_net(self):
         audit = vs.audit(deep(nn.initializers.normal(1.0), act=jnp.tanh, depth=5), ROWS)
         saturated = next(f for f in audit.findings if f.code == "VS106")

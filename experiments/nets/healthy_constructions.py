@@ -194,8 +194,9 @@ class ActorCritic(nn.Module):
 
     @nn.compact
     def __call__(self, x):
+        x = x / 255.0
         for features, size, stride in ((32, 8, 4), (64, 4, 2)):
-            x = nn.relu(nn.Conv(features, (size, size), strides=(stride, stride), padding="VALID")(x / 255.0))
+            x = nn.relu(nn.Conv(features, (size, size), strides=(stride, stride), padding="VALID")(x))
         x = nn.relu(nn.Dense(64)(x.reshape(x.shape[0], -1)))
         return nn.log_softmax(nn.Dense(4)(x)), nn.Dense(1)(x)
 

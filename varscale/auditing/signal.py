@@ -123,19 +123,22 @@ def check_ends(
     """
     hidden = {m.module: m for m in found if m.use.role in ("input", "hidden") and m.plain}
     rows = [row for row in report.rows if row.path in hidden and row.error_bound <= 1 and 0 < row.second_moment < math.inf]
-    read = [row.second_moment / (m.use.fan_in * m.second_moment) for row in rows if (m := hidden[row.path]).use.reads_input]
-    values = [(row.typical or row.second_moment) * scales.get(row.path, 1.0) ** 2 for row in rows]
-    if not read or len(rows) < 2:
+    read = [row.second_moment / (m.use.fan_in * m.second_moment) for row in rows for m in (hidden[row.path],)]
+    first = [value for row, value in zip(rows, read, strict=True) if hidden[row.path].use.reads_input]
+    if not first or len(rows) < 2:
         return
-    start = min(read, key=lambda value: abs(math.log(values[-1] / value)))  # of several inputs the one nearest to the end
-    level = _level(values[-1] / start)
-    if level is None or (values[-1] < start and not chained):
+    made = [(row.typical or row.second_moment) * scales.get(row.path, 1.0) ** 2 for row in rows]
+    start = min(first, key=lambda value: abs(math.log(made[-1] / value)))  # of several inputs the one nearest to the end
+    shrinks = made[-1] < start
+    # A constant between a layer and a function that is not homogeneous, as SIREN's 30, shows only in what the next layer reads.
+    values = [(max if shrinks else min)(pair) for pair in zip(made, read, strict=True)]
+    if _level(values[-1] / start) != "error" or (shrinks and not chained):
         return
-    at, value = next((row.path, v) for row, v in zip(rows, values, strict=True) if _level(v / start) == level)
-    told = f"the second moment is {start:.3g} where the first layer reads it, {value:.3g} here and {values[-1]:.3g} at "
-    told += f"{rows[-1].path}: the signal {'shrinks' if values[-1] < start else 'grows'} by a factor of "
-    told += f"{(values[-1] / start) ** (1 / len(rows)):.3g} a layer."
-    yield Finding("VS101", level, at, told, values[-1] / start, mend.line, mend.scheme)
+    at, value = next((row.path, v) for row, v in zip(rows, values, strict=True) if _level(v / start) == "error")
+    last = "" if at == rows[-1].path else f" and {values[-1]:.3g} at {rows[-1].path}"
+    told = f"the second moment is {start:.3g} where the first layer reads it, {value:.3g} here{last}: the signal "
+    told += f"{'shrinks' if shrinks else 'grows'} by a factor of {(values[-1] / start) ** (1 / len(rows)):.3g} a layer."
+    yield Finding("VS101", "error", at, told, values[-1] / start, mend.line, mend.scheme)
 
 
 def check_gradient(report: Report, mend: Mend) -> Iterator[Finding]:
