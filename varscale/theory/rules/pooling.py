@@ -157,10 +157,11 @@ def second_moments_of_window_max(node: WindowMax) -> Table:
         x = view[..., ::dilation].max(axis=-1)
         x = np.moveaxis(np.moveaxis(x, k + 1, 0)[::step], 0, k + 1)
     _LAWS.put(node.graph, node.id, _standardized(x))
-    place = dict(zip(xd, od, strict=True))
-    live = [k for k in range(len(source.axes)) if place[k] is not None]
-    x = x[(slice(None), *(slice(None) if k in live else 0 for k in range(len(source.axes))))]
-    drawn = pooled_estimate(x.transpose([0, *(1 + np.argsort([place[k] for k in live]))]), node.axes)
+    by_axis = dict(zip(xd, od, strict=True))
+    places = [by_axis[k] for k in range(len(source.axes))]
+    x = x[(slice(None), *(0 if place is None else slice(None) for place in places))]
+    order = np.argsort([place for place in places if place is not None])
+    drawn = pooled_estimate(x.transpose([0, *(1 + order)]), node.axes)
     out = _with_law(drawn, *law)
     # Of what a few numbers decide there is no Gaussian tail; what places share does not add to the largest.
     taps = math.prod(w.taps for w in windows if w is not None)
