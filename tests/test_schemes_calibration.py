@@ -277,6 +277,21 @@ def test_experts_that_are_drawn_do_not_keep_the_rows_after_them_from_the_target(
     assert found == pytest.approx(dict.fromkeys(found, 1.0), rel=1e-6)
 
 
+class Pictures(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.max_pool(nn.relu(nn.Conv(4, (3, 3), name="first")(x)), (2, 2), (2, 2))
+        return nn.Dense(3, name="head")(nn.LayerNorm()(x.reshape(len(x), -1)))
+
+
+def test_a_model_that_is_drawn_as_a_whole_is_calibrated_by_predictions():
+    """Neighbouring pixels of pictures are alike: no walk leads through a window over them."""
+    x = jnp.cumsum(jnp.cumsum(jax.random.normal(jax.random.key(0), (3, 8, 8, 2)), 1), 2) / 8
+    plan = vs.calibrate(Pictures(), x, target=2.0)
+    found = typicals(Pictures(), x, plan)
+    assert found == pytest.approx(dict.fromkeys(["first", "head"], 2.0), rel=1e-6)
+
+
 class GridBlock(nn.Module):
     @nn.compact
     def __call__(self, x):

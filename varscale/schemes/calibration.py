@@ -19,6 +19,7 @@ from varscale.schemes.calibrating_walk import Calibrating, Direction, Laws, Plac
 from varscale.schemes.laws import graded
 from varscale.schemes.plan import Plan, PlannedLeaf
 from varscale.schemes.scheme import Choice, Scheme, Subject, spread
+from varscale.theory.graph.failures import UNCOVERED, PredictionError
 from varscale.theory.interpreter.parameters import abstract
 from varscale.theory.interpreter.predict import predict, walkable
 from varscale.usage.parameters import ParameterUses
@@ -56,7 +57,8 @@ def calibrate(
     Kernels of layers that a scan stacks get a variance a layer. A kernel that is used in several places has one variance: the
     geometric mean of what it makes is the target. Kept as declared: biases, norms, tables that are looked up, kernels that are
     declared to be zero or another constant, and kernels that a loop over time uses at each step (`vs.lsuv` rescales these).
-    Where the walk rests on draws or approximations, a prediction under the plan checks it and mends what is off.
+    Where the walk rests on draws or approximations, a prediction under the plan checks it and mends what is off. A model that
+    `vs.predict` draws as a whole is calibrated by predictions alone, each kernel by the rows of its module.
 
     Args:
         model: a linen module, an nnx factory `lambda rngs: Net(..., rngs=rngs)`, an nnx instance, or a plain function
@@ -105,7 +107,12 @@ def calibrate(
             # A program of its own: one that was traced before is made of pieces, whose equations have no rows.
             walked = walkable(interpreter, faces.program(model, method=method), given, params, base)
             interpreter.places = places_of(walked, {leaf.path: leaf for leaf in base if leaf.why == _CHOSEN})
-            walked.run(interpreter)
+            try:
+                walked.run(interpreter)
+            except (PredictionError, *UNCOVERED):
+                if direction != "forward":
+                    raise
+                return _by_predictions(base, kept, model, x, target, distribution, params, method)
             found, biased = interpreter.found, interpreter.biased
             missing = {leaf.path for leaf in base if leaf.why == _CHOSEN} - {one.kernel.path for one in found}
             if missing:  # the others are calibrated with these as they are
@@ -153,13 +160,78 @@ def _ratios(
     return ratios
 
 
+def _by_predictions(
+    base: Plan, kept: Mapping[str, PlannedLeaf], model: Any, x: Any, target: float, distribution: DistributionName,
+    params: Any, method: str | None,
+) -> Plan:  # fmt: skip
+    """The plan of a model through which no walk leads: the scales at which predictions have the target, by Broyden's method.
+
+    In logarithms a row is nearly linear in the scales: its own kernel's counts once, those before it once or not at all.
+    """
+
+    def planned(logs: Mapping[str, float]) -> Plan:
+        laws = {path: spread(distribution, base[path].fan_in ** -0.5 * math.exp(log)) for path, log in logs.items()}
+        leaves = (
+            dataclasses.replace(leaf, law=laws[leaf.path], why=f"typical E[y²] = {target:g}, by predictions of the whole")
+            if leaf.path in laws
+            else kept.get(leaf.path, leaf)
+            for leaf in base
+        )
+        return dataclasses.replace(base, leaves=tuple(leaves))
+
+    def rows_of(plan: Plan) -> dict[str, list[Any]]:
+        report = predict(model, x, params=params, scheme=plan, backward=False, method=method)
+        rows: dict[str, list[Any]] = {}
+        for row in report.rows:
+            rows.setdefault(row.path.split("@")[0].split("#")[0], []).append(row)
+        paths = [leaf.path for leaf in base]
+        made = {path: rows.get(path.rpartition("/")[0], []) for path in kept if _alone(path, paths)}
+        return {path: of for path, of in made.items() if of and all(row.typical and row.typical > 0 for row in of)}
+
+    def off(rows: Mapping[str, list[Any]]) -> np.ndarray:
+        """Half the logarithm of each kernel's rows over the target."""
+        return np.array([0.5 * np.mean([math.log(row.typical / target) for row in rows[path]]) for path in paths])
+
+    first = rows_of(planned(dict.fromkeys(kept, 0.0)))
+    paths = list(first)
+    if not paths:
+        raise ValueError(
+            "model is drawn as a whole, and no module of it has one kernel and a row: use vs.lsuv on drawn weights"
+        )
+    logs, answer, found, inverse = np.zeros(len(paths)), off(first), first, np.eye(len(paths))
+    for _ in range(_WALKS):
+        if np.max(np.abs(np.expm1(2 * answer))) <= _OFF:
+            break
+        step = -inverse @ answer
+        logs = logs + step
+        found = rows_of(planned(dict(zip(paths, logs, strict=True))))
+        change, answer = off(found) - answer, off(found)
+        inverse += np.outer(step - inverse @ change, step @ inverse) / (step @ inverse @ change)
+    ratios = {path: math.exp(2 * log) for path, log in zip(paths, answer, strict=True)}
+    reach = {path: max(max(row.band[1] / row.typical, row.typical / row.band[0]) for row in found[path]) for path in paths}
+    plan = planned(dict(zip(paths, logs, strict=True)))
+    return dataclasses.replace(plan, notes=(*plan.notes, *_wide(list(reach.items())), *_told_off(ratios)))
+
+
+def _alone(path: str, paths: Sequence[str]) -> bool:
+    """Whether a kernel's module holds it, a bias at most and no modules: then the module's row is what the kernel makes."""
+    module = path.rpartition("/")[0]
+    beside = [other.removeprefix(f"{module}/") for other in paths if other.startswith(f"{module}/") and other != path]
+    return bool(module) and beside in ([], ["bias"])
+
+
 def _missed(found: Sequence[Set], ratios: Mapping[Place, float]) -> list[str]:
     """The products that corrections did not bring to the target: the model draws something that jumps with its scale."""
-    off = {one.row or one.kernel.path: ratios[one.place] for one in found if abs(ratios.get(one.place, 1.0) - 1) > _TOLERANCE}
+    return _told_off({one.row or one.kernel.path: ratios.get(one.place, 1.0) for one in found})
+
+
+def _told_off(ratios: Mapping[str, float]) -> list[str]:
+    """The rows whose typical second moment is not the target."""
     return [
         f"{row}: its typical second moment is {ratio:.7g} times the target by vs.predict. It follows from drawn numbers that "
         f"jump where this scale moves, and {_CHECKS} corrections did not settle it; vs.lsuv rescales drawn weights."
-        for row, ratio in off.items()
+        for row, ratio in ratios.items()
+        if abs(ratio - 1) > _TOLERANCE
     ]
 
 
@@ -269,15 +341,17 @@ def _warnings(found: Sequence[Set], biased: Mapping[str, float]) -> list[str]:
         f"{path}: the bias beside it has the second moment {own:.4g} already, so the product alone has the target."
         for path, own in biased.items()
     ]
-    wide = [(k, one) for k, one in enumerate(found) if one.reach > _WIDE]
+    return told + _wide([(one.kernel.path + "".join(f"@{step}" for step in one.steps), one.reach) for one in found])
+
+
+def _wide(reach: Sequence[tuple[str, float]]) -> list[str]:
+    """A warning from the kernel on, in order of depth, whose product differs widely from draw to draw."""
+    wide = [(k, name) for k, (name, factor) in enumerate(reach) if factor > _WIDE]
     if not wide:
-        return told
-    k, first = wide[0]
-    name = first.kernel.path + "".join(f"@{step}" for step in first.steps)
-    worst = max(one.reach for _, one in wide)
+        return []
+    k, name = wide[0]
     return [
-        *told,
-        f"From {name} on (kernel {k + 1} of {len(found)} in depth) the second moment of a single draw may differ from its "
-        f"typical value by more than a factor {_WIDE:g} (up to {worst:.3g}): normalise, widen, or rescale the drawn weights on "
-        "data with vs.lsuv.",
+        f"From {name} on (kernel {k + 1} of {len(reach)} in depth) the second moment of a single draw may differ from its "
+        f"typical value by more than a factor {_WIDE:g} (up to {max(factor for _, factor in reach):.3g}): normalise, widen, or "
+        "rescale the drawn weights on data with vs.lsuv."
     ]
