@@ -57,14 +57,22 @@ def _contender(name: str, model: str, llama: tuple[int, int, int, int] | None) -
             "nnx": lambda: factory(nnx.Rngs(next(keys))),
             "nnx jit": lambda: nnx.jit(lambda key: factory(nnx.Rngs(key)))(next(keys)),
         }
-        return lambda: jax.block_until_ready(jax.tree.leaves(nnx.state(build[name]())))
+        return lambda: _ready(build[name]())
     module, x = linen_model(model, llama)
     calls: dict[str, Callable[[], Any]] = {
         "ours": lambda: initialize(module, next(keys), x),
         "flax eager": lambda: module.init(next(keys), x),
         "flax jit": lambda: jax.jit(module.init)(next(keys), x),
     }
-    return lambda: jax.block_until_ready(calls[name]())
+    return lambda: _ready(calls[name]())
+
+
+def _ready(result: Any) -> Any:
+    """A result, once all arrays are computed: to take an nnx model apart first would take longer than to make some of it."""
+    import jax
+
+    jax.block_until_ready(jax.live_arrays())
+    return result
 
 
 def _sizes(result: Any) -> list[int]:
@@ -72,8 +80,10 @@ def _sizes(result: Any) -> list[int]:
     if hasattr(result, "parameters"):
         return [p.numel() * p.element_size() for p in result.parameters()]
     import jax
+    from flax import nnx
 
-    return [x.nbytes for x in jax.tree.leaves(result) if hasattr(x, "nbytes") and "key" not in str(x.dtype)]
+    leaves = jax.tree.leaves(nnx.state(result) if isinstance(result, nnx.Module) else result)
+    return [x.nbytes for x in leaves if hasattr(x, "nbytes") and "key" not in str(x.dtype)]
 
 
 def _temporary(model: str, llama: tuple[int, int, int, int] | None) -> int:

@@ -9,6 +9,7 @@ several devices, every leaf has a program of its own (`drawing`).
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +26,7 @@ from varscale.initialization.formulas import Formula
 from varscale.initialization.host_memory import empty
 
 _TILE = 1024
-_FEW, _MANY = 64, 1024  # tiles a call: few take little memory, many make calls cheap
+_FEW, _MANY = 80, 1024  # tiles a call: few take little memory, many make calls cheap
 _LARGE = 2**26  # numbers of a model from which on calls are to be cheap
 _SMALL = 2**20  # numbers that it takes no time worth saving to draw
 
@@ -150,8 +151,8 @@ def drawn(leaves: Sequence[Leaf]) -> list[np.ndarray]:
             for call in waiting:
                 call()
 
-    count = max(1, min(os.cpu_count() or 1, len(calls)))
-    with ThreadPoolExecutor(count) as pool:
+    count = min((os.cpu_count() or 1) + 1, len(calls))  # one more than cores: one copies while the others draw
+    with ThreadPoolExecutor(max(1, count)) as pool:
         for future in [pool.submit(work) for _ in range(count)]:
             future.result()
     return arrays
@@ -163,25 +164,26 @@ class _Group:
     def __init__(self, program: Tiles, leaves: Sequence[Leaf], arrays: Sequence[np.ndarray]):
         self.compiled, self.count = compiled(program), program.count
         draws = [len(leaf.words) for leaf in leaves]
+        self.targets = [row for x, count in zip(arrays, draws, strict=True) for row in x.reshape(count, -1)]
         self.words = np.concatenate([leaf.words for leaf in leaves])
         self.factors = np.repeat(np.asarray([leaf.factor for leaf in leaves]), draws)
-        self.targets = [row for x, count in zip(arrays, draws, strict=True) for row in x.reshape(count, -1)]
         tiles = np.repeat([-(-leaf.size // _TILE) for leaf in leaves], draws)
         self.ends = np.cumsum(tiles)
         self.begins = self.ends - tiles
+        row = np.repeat(np.arange(len(tiles), dtype=np.uint32), tiles)
+        self.row = np.pad(row, (0, -len(row) % self.count), mode="edge")  # the target that each tile belongs to
 
     def calls(self) -> list[Callable[[], None]]:
         """What draws all tiles."""
-        return [lambda first=first: self.draw(first) for first in range(0, self.ends[-1], self.count)]
+        return [functools.partial(self.draw, first) for first in range(0, len(self.row), self.count)]
 
     def draw(self, first: int) -> None:
         """Draw the tiles from this one on, and copy them to where they belong."""
-        tiles = np.minimum(np.arange(first, first + self.count), self.ends[-1] - 1)
-        draw = np.searchsorted(self.ends, tiles, side="right")
-        offset = ((tiles - self.begins[draw]) * _TILE).astype(np.uint32)
-        numbers = np.asarray(self.compiled(self.words[draw], offset, self.factors[draw])).reshape(-1)
-        for i in range(draw[0], draw[-1] + 1):
-            begin, end = max(self.begins[i], first), min(self.ends[i], first + self.count)
-            row = self.targets[i][(begin - self.begins[i]) * _TILE : (end - self.begins[i]) * _TILE]
-            start = (begin - first) * _TILE
-            row[...] = numbers[start : start + len(row)]
+        end = first + self.count
+        row = self.row[first:end]
+        offsets = ((np.arange(first, end) - self.begins[row]) * _TILE).astype(np.uint32)
+        numbers = np.asarray(self.compiled(self.words[row], offsets, self.factors[row])).reshape(-1)
+        for i in range(row[0], row[-1] + 1):
+            start = max(self.begins[i], first)
+            target = self.targets[i][(start - self.begins[i]) * _TILE : (end - self.begins[i]) * _TILE]
+            target[...] = numbers[(start - first) * _TILE :][: len(target)]
