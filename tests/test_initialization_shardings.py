@@ -121,6 +121,8 @@ def test_wrong_places_are_refused():
         )
     with pytest.raises(ValueError, match=r"'batch_stats/BatchNorm_0/mean' of shape \(6,\) cannot be laid out"):
         initialize(out_shardings=lambda path, shape: NamedSharding(mesh, P("b") if shape == (6,) else P()))
+    with pytest.raises(ValueError, match=r"of shape \(6,\) cannot be laid out"):
+        initialize(out_shardings=NamedSharding(mesh, P(None, "a")))
     with pytest.raises(ValueError, match="out_shardings must be 'declared'"):
         initialize(out_shardings="all")
     with pytest.raises(TypeError, match="must have a jax"):

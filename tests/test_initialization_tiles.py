@@ -121,5 +121,7 @@ def test_arrays_of_the_host_are_taken_over_without_a_copy() -> None:
     arrays = empty(shapes, dtypes)
     assert [(x.shape, x.dtype) for x in arrays] == [(s, np.dtype(d)) for s, d in zip(shapes, dtypes, strict=True)]
     assert all(x.flags.writeable and x.__array_interface__["data"][0] % 64 == 0 for x in arrays if x.size)
-    taken = jax.device_put(arrays[0])
-    assert taken.unsafe_buffer_pointer() == arrays[0].__array_interface__["data"][0]
+    large, small = arrays[0], empty([(2**19 + 3,)], [np.float32])[0]
+    small[...] = 1
+    for array in (large, small):
+        assert jax.device_put(array).unsafe_buffer_pointer() == array.__array_interface__["data"][0]

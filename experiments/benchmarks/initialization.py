@@ -149,9 +149,11 @@ class Settings:
 
 
 def _llama_sizes(billions: float) -> tuple[int, int, int, int]:
-    """Depth, width, inner width and vocabulary: that of the 8-billion model, cut in depth."""
-    layer, ends = 4096 * 4096 * 2.5 + 3 * 4096 * 14336, 2 * 128256 * 4096
-    return max(1, round((billions * 1e9 - ends) / layer)), 4096, 14336, 128256
+    """Depth, width, inner width and vocabulary: those of the 8-billion model, cut in depth; below 2 billion a narrower one."""
+    width = 4096 if billions >= 2 else 2048 if billions >= 0.5 else 768
+    inner, vocabulary = 7 * width // 2, 128256 if width == 4096 else 32000
+    layer, ends = 2.5 * width * width + 3 * width * inner, 2 * vocabulary * width
+    return max(1, round((billions * 1e9 - ends) / layer)), width, inner, vocabulary
 
 
 Rounds = Mapping[str, list[dict[str, float]]]

@@ -61,7 +61,7 @@ def _checked(place: Any, leaf: Leaf) -> Sharding:
         raise TypeError(f"out_shardings: {leaf.path!r} must have a jax.sharding.Sharding or PartitionSpec, not {place!r}")
     try:
         place.shard_shape(leaf.shape)
-    except ValueError as error:
+    except (ValueError, IndexError) as error:
         raise ValueError(
             f"out_shardings: {leaf.path!r} of shape {leaf.shape} cannot be laid out by {place}: {error}"
         ) from error
