@@ -277,6 +277,19 @@ def test_experts_that_are_drawn_do_not_keep_the_rows_after_them_from_the_target(
     assert found == pytest.approx(dict.fromkeys(found, 1.0), rel=1e-6)
 
 
+class Patches(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Conv(8, (2, 2), strides=2, name="patches")(x).reshape(2, 9, 8)
+        return nn.Dense(3, name="head")(x + self.param("positions", nn.initializers.normal(0.5), (1, 9, 8)))
+
+
+def test_what_is_added_to_a_reshaped_product_is_no_bias_of_it():
+    x = described(2, 6, 6, 3)
+    found = typicals(Patches(), x, vs.calibrate(Patches(), x))
+    assert found == pytest.approx({"patches": 1.0, "head": 1.0}, rel=1e-6)
+
+
 class Pictures(nn.Module):
     @nn.compact
     def __call__(self, x):

@@ -236,6 +236,8 @@ class Calibrating(Interpreter):
             if not (isinstance(one, Value) and isinstance(other, Value)) or one.node.id not in self._bare:
                 continue
             at, product = self._bare[one.node.id]
+            if one.dims != product.dims:  # reshaped: what is added, such as a table of positions, is no bias of the layer
+                continue
             made = self.found[at]
             if other.constant == 0:
                 self._bare.setdefault(out.node.id, (at, out))
