@@ -92,6 +92,17 @@ class TestTheTrace:
         assert audit.findings[0].figure == pytest.approx((32 * deviation**2) ** 2, rel=0.05)
         assert found(vs.audit(Named(), ROWS, scheme=audit.findings[0].scheme)) == []
 
+    def test_an_average_over_places_is_no_vanishing_signal(self):
+        """Odd features are averaged over 4096 places; the laws keep the signal."""
+
+        class Pooled(nn.Module):
+            @nn.compact
+            def __call__(self, x):
+                x = jnp.tanh(nn.Conv(16, (3, 3))(x)).mean((1, 2))
+                return nn.Dense(3)(jnp.tanh(nn.Dense(16)(x)))
+
+        assert found(vs.audit(Pooled(), jax.ShapeDtypeStruct((2, 64, 64, 3), jnp.float32))) == []
+
     def test_a_deep_function_without_modules(self):
         def deep(params, x):
             for w in params:

@@ -134,6 +134,10 @@ def check_ends(
     values = [(max if shrinks else min)(pair) for pair in zip(made, read, strict=True)]
     if _level(values[-1] / start) != "error" or (shrinks and not chained):
         return
+    # What averages or sums over places does is not the laws' doing.
+    laws = sum(math.log(m.use.fan_in * m.second_moment * (m.scale or 1.0) ** 2) for m in (hidden[row.path] for row in rows))
+    if abs(laws) < math.log(WARNING_FACTOR) or (laws < 0) != shrinks:
+        return
     at, value = next((row.path, v) for row, v in zip(rows, values, strict=True) if _level(v / start) == "error")
     last = "" if at == rows[-1].path else f" and {values[-1]:.3g} at {rows[-1].path}"
     told = f"the second moment is {start:.3g} where the first layer reads it, {value:.3g} here{last}: the signal "
