@@ -25,7 +25,7 @@ from varscale.theory.graph.normal_form import affine, apply
 from varscale.theory.graph.store import BackwardNotes, once_per_node
 from varscale.theory.propagation.error_bounds import doubt_of
 from varscale.theory.propagation.fourth_moments import mean_squared_correlation
-from varscale.theory.propagation.gradient_fluctuations import gradient_scale, summed_scale
+from varscale.theory.propagation.gradient_fluctuations import gradient_scale, norm_by_place, summed_scale
 from varscale.theory.propagation.marginals import along, concentrated, largest_term, term_shares
 from varscale.theory.propagation.near_places import pulled_back
 from varscale.theory.propagation.products import product_second
@@ -238,7 +238,8 @@ def _elementwise(
             inverse = _inverse_scale(root, held[0])
             along_itself = max(1 + part.radial, 0.0) * _projection(node, root, held[0], part)
             back = (back - along_itself) * inverse
-            doubt += ROUGH * (inverse - 1) + doubt_of(root.node)  # 1/v is off by as much as v is
+            # 1/v is off by as much as v is, and by how much it varies from place to place.
+            doubt += ROUGH * (inverse - 1) + doubt_of(root.node) + norm_by_place(root, held[0])
         scales_of = (over.passed, over.own, over.radial)
         pending.add(
             root.node,

@@ -29,8 +29,9 @@ from typing import NamedTuple
 import numpy as np
 
 from varscale.theory.domain.accuracy import ROUGH
+from varscale.theory.graph.convolutions import Conv
 from varscale.theory.graph.expressions import Apply, Sum, roots
-from varscale.theory.graph.nodes import Constant, Leaf, Node, View
+from varscale.theory.graph.nodes import UNKNOWN, Constant, Leaf, Node, View
 from varscale.theory.integrals.hermite_series import WEIGHTS
 from varscale.theory.propagation.error_bounds import doubt_of
 from varscale.theory.propagation.inherited_fluctuations import (
@@ -40,7 +41,7 @@ from varscale.theory.propagation.inherited_fluctuations import (
     root_responses,
     shared,
 )
-from varscale.theory.propagation.marginals import along, concentrated, over_classes, term_shares
+from varscale.theory.propagation.marginals import along, concentrated, largest_term, over_classes, term_shares
 from varscale.theory.propagation.scale_responses import responses
 
 _WIDEST_COVARIANCE = 1.0  # sum of covariances at one layer beyond which first order says nothing
@@ -175,3 +176,17 @@ def _with_slope(node: Apply, slope: View) -> float:
         return 0.0
     f, d = (line / max(float(line @ WEIGHTS), 1e-300) for line in lines)
     return float((f * d) @ WEIGHTS - 1) / max(float(f**2 @ WEIGHTS) - 1, 1e-9)
+
+
+def norm_by_place(root: View, scale: View) -> float:
+    """The doubt of gradients behind a norm at each place of given numbers, of which some places are louder than others.
+
+    E[1/v] E[v] is 1 + P for a lognormal v of relative variance P between places: that of what a window reads, its taps alike.
+    """
+    if root.node.near < 1 or len(scale.bind) < 2:
+        return 0.0
+    node = root.node
+    while isinstance(node, Sum) and node.is_centred:
+        node = largest_term(node).node
+    taps = math.prod(w.taps for w in node.params.windows) if isinstance(node, Conv) else 1
+    return min(kernel(node).point * taps, UNKNOWN)

@@ -130,11 +130,13 @@ def inherited(node: Node) -> Spread:
     for root, told in root_responses(node).items():
         spread = kernel(root)
         terms.append((told.slope, spread))
-        own = weighted([(told.place, spread.places)])
+        own = weighted([(told.place, _of_one_sample(root) or spread.places)])
         for other, theirs in places.items():
             together = shared(own, theirs)  # E[F G] = E[F] E[G] exp(Cov[ln F, ln G]) of two factors
             if _within_one_factor(node, root, other):
-                bent += abs(together)
+                of_both = [_of_one_sample(r) or kernel(r).places for r in (root, other)]
+                entered = any(isinstance(r, Leaf) for r in (root, other))
+                bent += max(abs(together), abs(shared(*of_both)) if entered else 0.0)
             else:
                 growth *= math.exp(float(np.clip(together, -1, 1)))
         places[root] = own
@@ -151,6 +153,13 @@ def inherited(node: Node) -> Spread:
     )
     found.sources.update(_scalings(node))
     return found
+
+
+def _of_one_sample(root: Node) -> dict[Hashable, float]:
+    """The source of a described input's mean square over features, which an entry of its goes with as what reads all does."""
+    if not (isinstance(root, Leaf) and root.is_input and root.axes and root.table.variance > 0):
+        return {}
+    return {root.id: math.sqrt(math.log1p(fresh(root, (len(root.axes) - 1,))))}
 
 
 def _within_one_factor(node: Apply, a: Node, b: Node) -> bool:
