@@ -18,7 +18,7 @@ from varscale.theory.domain.axes import Axis
 from varscale.theory.domain.tables import Moments, Table, estimate, independent
 from varscale.theory.graph.expressions import roots
 from varscale.theory.graph.layout import Value, full, value
-from varscale.theory.graph.nodes import Leaf
+from varscale.theory.graph.nodes import UNKNOWN, Leaf
 from varscale.theory.interpreter.interpreter import Interpreter
 from varscale.theory.interpreter.repeats import first_alike, output_recipes
 from varscale.theory.interpreter.tracing import Trace
@@ -65,7 +65,13 @@ def init_laws(interpreter: Interpreter, drawing: Trace, inputs: Sequence[Any]) -
 
 def _drawn_parameter(interpreter: Interpreter, x: Any, shared: set[int]) -> Any:
     """One parameter: a weight of its own, unless other parameters are made from the same draws."""
-    if isinstance(x, Opaque) or shared.intersection(r.node.id for r in roots(x.node)):
+    if isinstance(x, Opaque):
+        return x
+    own = [r.node for r in roots(x.node) if r.node.id in shared]
+    for made in own:
+        if not isinstance(made, Leaf):  # a spectral norm's vector, which init has turned by the weights
+            made.flagged, made.doubt = "assumed", UNKNOWN
+    if own:
         return x
     return as_weight(interpreter, x)
 

@@ -6,11 +6,13 @@ from typing import Any
 
 import numpy as np
 
-from varscale.theory.domain.axes import Axis, grouped
+from varscale.theory.domain.accuracy import LEADING_ORDER
+from varscale.theory.domain.axes import MOST_CLASSES, Axis, grouped
 from varscale.theory.domain.axis_maps import AxisMap, entry_map
 from varscale.theory.graph.axis_nodes import mapped
 from varscale.theory.graph.layout import Value, materialize, merged
 from varscale.theory.rules.registry import Context, rule
+from varscale.theory.rules.sampled_regions import placeholder
 
 
 def lower_triangle(axis: Axis, *, reverse: bool = False) -> AxisMap:
@@ -30,4 +32,8 @@ def cumsum(interpreter: Context, eqn: Any, x: Value) -> Value:
         return x  # one position
     k = x.dims[d][0].axis
     assert k is not None
+    table = x.node.table
+    drifts = x.node.axes[k].size > MOST_CLASSES and table.total_mean**2 > LEADING_ORDER * table.mean_square
+    if drifts and interpreter.ask("running sums that drift over more places than are told apart"):
+        return placeholder(interpreter, eqn.outvars[0].aval)
     return Value(mapped(x.node, k, lower_triangle(x.node.axes[k], reverse=eqn.params["reverse"])), x.dims)
