@@ -183,10 +183,11 @@ def norm_by_place(root: View, scale: View) -> float:
 
     E[1/v] E[v] is 1 + P for a lognormal v of relative variance P between places: that of what a window reads, its taps alike.
     """
-    if root.node.near < 1 or len(scale.bind) < 2:
-        return 0.0
     node = root.node
     while isinstance(node, Sum) and node.is_centred:
         node = largest_term(node).node
+    given = (isinstance(v.node, Leaf) and v.node.is_input and v.node.near == 1 for v in node.args)
+    if len(scale.bind) < 2 or not any(given):
+        return 0.0
     taps = math.prod(w.taps for w in node.params.windows) if isinstance(node, Conv) else 1
     return min(kernel(node).point * taps, UNKNOWN)
