@@ -32,6 +32,7 @@ def initialize(
     the result. The init is traced once; leaves whose random operations are equal share one compiled program. A law that sums
     over an axis may differ in the last places: the account names such leaves, and `exact=True` takes them from the model's own
     whole init. Leaves that depend on the model's input are computed from it as flax does.
+    Under a mesh with explicit axes the bits are those that the jitted init has there, which may differ in the last place.
 
     Args:
         model: a linen module, or an nnx factory `lambda rngs: Net(..., rngs=rngs)` (which needs no x).
