@@ -167,6 +167,8 @@ def total(graph: Graph, weights: Sequence[float], axes: tuple[Axis, ...], views:
         known = terms[key][0] if key in terms else 0.0
         terms[key] = (0.0 if alike(known, -c) else _unrounded(known + c), view)
     live = [(c, v) for c, v in terms.values() if c != 0]
+    if (opened := _cancelled(live)) is not None:
+        return affine(total(graph, [c for c, _ in opened], axes, [v for _, v in opened]), 1.0, offset)
     if not live:
         return number(graph, offset)
     if len(live) == 1:
@@ -176,6 +178,32 @@ def total(graph: Graph, weights: Sequence[float], axes: tuple[Axis, ...], views:
     if _is_variance(node):
         node.is_variance = node.positive = True
     return affine(node, 1.0, offset)
+
+
+def _cancelled(terms: Sequence[tuple[float, View]]) -> list[tuple[float, View]] | None:
+    """A sum of sums of which parts cancel (what was taken from logits and given back), without those; None where none do."""
+    if len(terms) < 2 or not any(isinstance(v.node, Sum) for _, v in terms):
+        return None
+    parts = [
+        [(c * d, child.within(v.bind)) for d, child in zip(v.node.params, v.node.args, strict=True)]
+        if isinstance(v.node, Sum)
+        else [(c, v)]
+        for c, v in terms
+    ]
+    uses: dict[View, list[tuple[int, float]]] = {}
+    for i, part in enumerate(parts):
+        for c, view in part:
+            uses.setdefault(view, []).append((i, c))
+    gone = {
+        i for found in uses.values() if len(found) > 1 and sum(c for _, c in found) == 0 for i, _ in found
+    }
+    if not gone:
+        return None
+    return [
+        t
+        for i, (term, part) in enumerate(zip(terms, parts, strict=True))
+        for t in (part if i in gone else [term])
+    ]
 
 
 def _bare(view: View) -> tuple[float, float, View]:
