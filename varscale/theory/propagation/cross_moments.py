@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from varscale.theory.domain.accuracy import NEGLIGIBLE
-from varscale.theory.domain.axes import Axis, averaging, contract_axis
+from varscale.theory.domain.axes import Axis, apply_axis, averaging, class_shares, contract_axis
 from varscale.theory.domain.tables import lift, means_by_type
 from varscale.theory.graph.convolutions import WindowSum
 from varscale.theory.graph.expressions import IDENTITIES, Apply, Mean, Sum, roots, swapped
@@ -258,18 +260,42 @@ def _of_terms(x: View, y: View, frame: tuple[Axis, ...]) -> np.ndarray:
 
 
 def _placed(second: np.ndarray, a: View, b: View, frame: tuple[Axis, ...]) -> np.ndarray:
-    """Where two places of an axis differ, its indices are unrelated: equal one time in n."""
+    """Where two places of an axis differ, its indices are unrelated: equal one time in n, if of one class."""
     axes, bind = list(a.node.axes), list(a.bind)
+    many = math.prod(axis.types for axis in frame) > _MOST_TYPES
     for k in reversed(range(len(axes))):
         axis, p, q = axes[k], a.bind[k], b.bind[k]
         if p == q:
             continue
-        others = second.take(range(axis.classes, axis.types), axis=k)
-        apart = float(np.max(np.ptp(others, axis=k)) / max(np.max(np.abs(others)), 1e-300))
-        if apart > NEGLIGIBLE and p not in b.bind and q not in a.bind:
-            if not a.node.graph.undrawn:
-                raise NotImplementedError("two places of an axis whose classes differ")
-            unsure(a.node.graph, "assumed", min(apart, 1.0))
-        second = contract_axis(second, k, axis.any_pair)
-        del axes[k], bind[k]
+        if many or axis.classes == 1 or p in b.bind or q in a.bind:
+            others = second.take(range(axis.classes, axis.types), axis=k)
+            apart = float(np.max(np.ptp(others, axis=k)) / max(np.max(np.abs(others)), 1e-300))
+            if apart > NEGLIGIBLE and p not in b.bind and q not in a.bind:
+                if not a.node.graph.undrawn:
+                    raise NotImplementedError("two places of an axis of many classes")
+                unsure(a.node.graph, "assumed", min(apart, 1.0))
+            second = contract_axis(second, k, axis.any_pair)
+            del axes[k], bind[k]
+            continue
+        apart = apply_axis(second, k, _free_pairs(axis))
+        apart = apart.reshape(*second.shape[:k], axis.classes, axis.classes, *second.shape[k + 1 :])
+        for d, place in ((k, p), (k + 1, q)):
+            apart = apply_axis(apart, d, class_shares(frame[place], axis))
+            apart = np.take(apart, frame[place].first if d == k else frame[place].second, axis=d)
+        second = apart
+        axes[k : k + 1], bind[k : k + 1] = [frame[p], frame[q]], [p, q]
     return lift(second, axes, bind, frame, pairs=True)
+
+
+_MOST_TYPES = 100_000  # of pairs of indices, where two places of an axis differ: a matter of memory
+
+
+@functools.cache
+def _free_pairs(axis: Axis) -> np.ndarray:
+    """Weights of types for an index of one class and an unrelated one of another, (classes², types)."""
+    c = axis.classes
+    equal = np.diag(1 / axis.counts)
+    weights = np.zeros((c, c, axis.types))
+    weights[np.arange(c), np.arange(c), np.arange(c)] = np.diag(equal)
+    weights.reshape(c * c, -1)[:, c:] = np.diag((1 - equal).ravel())
+    return weights.reshape(c * c, -1)
