@@ -38,10 +38,11 @@ class Scaled(nn.Module):
     """A layer that reads a function of its input."""
 
     scaling: Callable[[jax.Array], jax.Array]
+    after: Callable[[jax.Array], jax.Array] = lambda y: y
 
     @nn.compact
     def __call__(self, x):
-        return nn.Dense(4, kernel_init=nn.initializers.orthogonal())(self.scaling(x))
+        return self.after(nn.Dense(4, kernel_init=nn.initializers.orthogonal())(self.scaling(x)))
 
 
 class LanguageModel(nn.Module):
@@ -124,6 +125,23 @@ class TestTheTrace:
         assert saturated.figure == pytest.approx(0.69, abs=0.02)  # P(|N(0, 64 · .394)| > 2)
         assert saturated.path.startswith("layers_")
 
+    @pytest.mark.parametrize(("constant", "flagged"), [(0.01, False), (30.0, True)])
+    def test_a_constant_inside_a_bounded_function(self, constant, flagged):
+        """What tanh(c y) reads is c y: neither a small c nor a large one is overlooked."""
+
+        class Net(nn.Module):
+            law: Callable[..., jax.Array]
+
+            @nn.compact
+            def __call__(self, x):
+                return nn.Dense(4)(jnp.tanh(constant * nn.Dense(64, kernel_init=self.law, name="first")(x)))
+
+        findings = vs.audit(Net(nn.initializers.normal(1 / 8 if flagged else 1 / 8 / constant)), ROWS).findings
+        saturated = [f for f in findings if f.code == "VS106"]
+        assert [f.path for f in saturated] == ["first/kernel"] * flagged
+        for finding in saturated:
+            assert not found(vs.audit(Net(finding.scheme["first/kernel"]), ROWS))
+
     def test_an_epsilon_that_dominates(self):
         audit = vs.audit(LanguageModel(deviation=1e-4), IDS)
         # The branches are larger than such tokens, and attention's averages make them alike.
@@ -159,6 +177,8 @@ class TestTheTrace:
         assert found(vs.audit(nn.Dense(4), pixels / 128 - 1)) == []
         assert found(vs.audit(Scaled(lambda x: x / 255.0), pixels)) == []  # the model scales its inputs itself
         assert found(vs.audit(Scaled(lambda x: x * 1.0), pixels)) == [("VS119", "")]
+        batch_norm = Scaled(lambda x: x, after=nn.BatchNorm(use_running_average=False))  # takes the scale away
+        assert found(vs.audit(batch_norm, pixels)) == []
         constant = np.concatenate([np.random.default_rng(0).normal(size=(16, 60)), np.zeros((16, 4))], 1).astype(np.float32)
         assert [f.figure for f in vs.audit(nn.Dense(4), constant).findings if f.code == "VS119"] == [4.0]
 

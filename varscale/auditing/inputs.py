@@ -30,6 +30,7 @@ def check_inputs(
     if not first:
         return
     read = _read(linear, report)
+    normed = all(use.normalised_after for use in first)
     as_it_is = any(use.input_scale == 1 and not use.before for use in first)
     for name, x in inputs:
         numbers = np.asarray(x)
@@ -38,12 +39,11 @@ def check_inputs(
         numbers = numbers.astype(np.float64)
         square, mean = float(np.mean(numbers**2)), float(np.mean(numbers))
         if square > _LARGE and (as_it_is if read is None else read > _LARGE):
-            told = (
-                f"{name} has a mean square of {square:.4g}: the first layer's law expects about 1, so everything after it is "
-            )
-            told += f"{math.sqrt(square):.3g} times too large."
+            told = f"{name} has a mean square of {square:.4g}: the first layer's law expects about 1, so "
+            told += "what it makes is" if normed else "everything after it is"
+            told += f" {math.sqrt(square):.3g} times too large{', until the norm behind it' if normed else ''}."
             fix = "x = x / 255 - 0.5" if numbers.min() >= 0 and numbers.max() <= 255 else "x = (x - x.mean(0)) / x.std(0)"
-            yield Finding("VS119", "warning", "", told, square, fix)
+            yield Finding("VS119", "info" if normed else "warning", "", told, square, fix)
         elif mean**2 > 0.9 * square > 0 and as_it_is:
             told = (
                 f"{name} has mean {mean:.3g} and mean square {square:.3g}: nearly all of it is a constant, which samples share."

@@ -305,14 +305,19 @@ def check_units(parameters: Sequence[ParameterUses], report: Report) -> Iterator
             yield from _dead(p.path, use, row)
             continue
         flat = _BOUNDED.get(use.after)
-        share = 0.0 if flat is None else math.erfc(flat / math.sqrt(2 * row.second_moment))
-        if flat is not None and share > 0.5:
+        if flat is None or use.function_scale is None:
+            continue
+        square = row.second_moment * use.function_scale**2
+        if (share := math.erfc(flat / math.sqrt(2 * square))) > 0.5:
             told = f"{share:.0%} of what {use.after} reads from it lies beyond ±{flat:g}, where the function is flat: "
-            told += f"gradients through it are small (E[x²] is {row.second_moment:.3g})."
+            told += f"gradients through it are small (E[x²] is {square:.3g})."
             line, law = "kernel_init=vs.lecun_normal()", lecun_normal()
             if use.before in _ACTIVATIONS:
                 line = f"kernel_init=vs.for_activation({_name(use.before)})"
                 law = for_activation(_ACTIVATIONS[use.before])
+            if use.function_scale != 1:
+                scale = 1 / use.function_scale**2
+                line, law = f"kernel_init=vs.variance_scaling({scale:.4g})", variance_scaling(scale)
             yield Finding("VS106", "warning", p.path, told, share, line, {p.path: law})
 
 

@@ -46,6 +46,7 @@ class Use:
         input_scale: the constant that its input was multiplied by since the value before; None where it is not known.
         kernel_scale: likewise the parameter itself.
         output_scale: likewise its output, before anything else reads it.
+        function_scale: likewise inside the first function of its output that a constant does not pass through.
     """
 
     parameter: int
@@ -81,6 +82,7 @@ class Use:
     input_scale: float | None = 1.0
     kernel_scale: float | None = 1.0
     output_scale: float | None = 1.0
+    function_scale: float | None = 1.0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -83,6 +83,7 @@ class Flow:
         direct: whether no other value has joined since the last linear map.
         score: where it is a product of two activations.
         scale: the constant that it was multiplied by since its anchor, outside of functions; None where it is not known.
+        function_scale: likewise inside the first function that a constant does not pass through.
         mixed: of a product of two activations, the uses that made a side no function was applied to: experts weighted by gates.
         gates: parameters that it was multiplied by since its anchor, but for those of normalisations.
         stream: the residual stream that it was computed from; None before the first addition.
@@ -104,6 +105,7 @@ class Flow:
     direct: bool = False
     score: Score | None = None
     scale: float | None = 1.0
+    function_scale: float | None = 1.0
     mixed: frozenset[Source] = frozenset()
     gates: frozenset[int] = frozenset()
     stream: int | None = None

@@ -126,6 +126,7 @@ class Walk:
                 use.output_scale = x.scale
             if x.direct and not use.after:
                 use.after = x.functions or frozenset({"norm"} if x.normalised else ())
+                use.function_scale = x.function_scale
 
     # -- the walk -------------------------------------------------------------------------------------------------------
 
@@ -207,7 +208,11 @@ class Walk:
     def _function(self, name: str, x: Value) -> Value:
         if not isinstance(x, Flow):
             return x
-        return dataclasses.replace(x, functions=x.functions | {name}, scale=x.scale if name in _HOMOGENEOUS else 1.0)
+        functions = x.functions | {name}
+        if name in _HOMOGENEOUS:
+            return dataclasses.replace(x, functions=functions)
+        inner = x.scale if x.functions <= _HOMOGENEOUS else x.function_scale
+        return dataclasses.replace(x, functions=functions, scale=1.0, function_scale=inner)
 
     def _combined(self, name: str, eqn: Any, values: list[Value]) -> Value:
         shape = eqn.outvars[0].aval.shape
