@@ -25,7 +25,7 @@ from varscale.theory.graph.normal_form import affine, apply
 from varscale.theory.graph.store import BackwardNotes, once_per_node
 from varscale.theory.propagation.error_bounds import doubt_of
 from varscale.theory.propagation.fourth_moments import mean_squared_correlation
-from varscale.theory.propagation.gradient_fluctuations import gradient_scale, norm_by_place, summed_scale
+from varscale.theory.propagation.gradient_fluctuations import gradient_scale, norm_of_given, summed_scale
 from varscale.theory.propagation.marginals import along, concentrated, largest_term, term_shares
 from varscale.theory.propagation.near_places import pulled_back
 from varscale.theory.propagation.products import product_second
@@ -239,7 +239,9 @@ def _elementwise(
             along_itself = max(1 + part.radial, 0.0) * _projection(node, root, held[0], part)
             back = (back - along_itself) * inverse
             # 1/v is off by as much as v is, and by how much it varies from place to place.
-            doubt += ROUGH * (inverse - 1) + doubt_of(root.node) + norm_by_place(root, held[0])
+            doubt += ROUGH * (inverse - 1) + doubt_of(root.node) + norm_of_given(root, held[0])
+            if root.node.near == 1 and len(root.bind) > len(held[0].bind) + 1:
+                doubt += _inverse_scale(root, held[0], power=1) / inverse - 1
         scales_of = (over.passed, over.own, over.radial)
         pending.add(
             root.node,
@@ -350,17 +352,18 @@ def _projection(node: Apply, root: View, scale: View, part: Cotangent) -> np.nda
     return out
 
 
-def _inverse_scale(root: View, scale: View) -> float:
+def _inverse_scale(root: View, scale: View, power: int = 2) -> float:
     """E[1/v] E[v] of a norm's variance v, the mean of squares of its root over n positions: 1/(1 − r), r = Var[v]/E[v]².
 
     r is that of jointly Gaussian positions (`mean_squared_correlation`), and v is taken for a gamma variable, as it is for
     independent ones (1/(1 − 2/n)). Its E[1/v] is infinite from r = 1 on: there the factor stops at 10, and is in doubt. In the
-    forward pass it drops out, since y is normalised by itself; in the gradient 1/v stands alone.
+    forward pass it drops out, since y is normalised by itself; in the gradient 1/v stands alone. Near places of a given picture
+    are more alike than others of their type: power=1 gives the factor of places that are equal or free, in that proportion.
     """
     table = root.node.table
     ratio = 2 * (
-        mean_squared_correlation(table.second, root, scale)
-        - mean_squared_correlation(table.outer, root, scale)
+        mean_squared_correlation(table.second, root, scale, power)
+        - mean_squared_correlation(table.outer, root, scale, power)
     )
     return 1 / (1 - min(ratio * (1 - _normalised_before(root.node, scale)), 0.9))
 

@@ -132,7 +132,7 @@ def _is_mean_square(node: Node) -> bool:
     return node.averages or (isinstance(node, Sum) and node.is_variance)
 
 
-def mean_squared_correlation(second: np.ndarray, main: View, scale: View) -> float:
+def mean_squared_correlation(second: np.ndarray, main: View, scale: View, power: int = 2) -> float:
     """The mean of M_ij² / (E[x_i²] E[x_j²]) over the pairs of positions that one norm averages over.
 
     For jointly Gaussian x, Cov[x_i², x_j²] = 2 C_ij² + 4 m_i m_j C_ij = 2 (E[x_i x_j]² − m_i² m_j²). So a norm's variance v has
@@ -142,10 +142,11 @@ def mean_squared_correlation(second: np.ndarray, main: View, scale: View) -> flo
         second: M by type of the root's pairs.
         main: the root x that is normalised, over a frame.
         scale: the norm's variance, over the same frame: along the axes that it lacks it is a mean.
+        power: 1 for the most that it can be where a type's pairs differ, but have one sign: ρ² ≤ |ρ|.
     """
     table = main.node.table
     sizes = means_by_type(np.sqrt(np.maximum(table.diagonal, 1e-300)), table.axes)
-    out = np.clip(full_types(second, table.axes) / sizes, -1, 1) ** 2
+    out = np.abs(np.clip(full_types(second, table.axes) / sizes, -1, 1)) ** power
     for k in reversed(range(len(table.axes))):
         axis = table.axes[k]
         out = contract_axis(out, k, axis.same if main.bind[k] in scale.bind else axis.any_pair)

@@ -178,16 +178,20 @@ def _with_slope(node: Apply, slope: View) -> float:
     return float((f * d) @ WEIGHTS - 1) / max(float(f**2 @ WEIGHTS) - 1, 1e-9)
 
 
-def norm_by_place(root: View, scale: View) -> float:
-    """The doubt of gradients behind a norm at each place of given numbers, of which some places are louder than others.
+def norm_of_given(root: View, scale: View) -> float:
+    """The doubt of gradients behind a norm of a linear map of given numbers with places, by E[1/v] E[v] of its variance v.
 
-    E[1/v] E[v] is 1 + P for a lognormal v of relative variance P between places: that of what a window reads, its taps alike.
+    Of a norm at each place, some places are louder than others: it is 1 + P for a lognormal v of relative variance P between
+    places, that of what a window reads, its taps alike. Of a norm over places, v = w'Σw of a unit has as few terms that count
+    as Σ, the covariance of what windows read: one or two for a smooth picture, where E[1/v] is not finite.
     """
     node = root.node
     while isinstance(node, Sum) and node.is_centred:
         node = largest_term(node).node
     given = (isinstance(v.node, Leaf) and v.node.is_input and v.node.near == 1 for v in node.args)
-    if len(scale.bind) < 2 or not any(given):
+    if not any(given):
         return 0.0
+    if len(scale.bind) < 2:
+        return UNKNOWN if len(root.bind) > len(scale.bind) + 1 else 0.0
     taps = math.prod(w.taps for w in node.params.windows) if isinstance(node, Conv) else 1
     return min(kernel(node).point * taps, UNKNOWN)
