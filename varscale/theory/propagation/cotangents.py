@@ -32,8 +32,7 @@ from varscale.theory.propagation.products import product_second
 from varscale.theory.propagation.pullbacks import forks, mean_square, sum_out
 from varscale.theory.propagation.scale_responses import cofactors
 
-# Set on the validation grid, not derived, both.
-_MASK_DOUBT = 0.03  # a step of a stream, whose derivatives are a Markov chain only in the main
+_MASK_DOUBT = 0.03  # set, not derived: a stream's derivatives are a Markov chain only in the main
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -238,7 +237,6 @@ def _elementwise(
             inverse = _inverse_scale(root, held[0])
             along_itself = max(1 + part.radial, 0.0) * _projection(node, root, held[0], part)
             back = (back - along_itself) * inverse
-            # 1/v is off by as much as v is, and by how much it varies from place to place.
             doubt += ROUGH * (inverse - 1) + doubt_of(root.node) + norm_of_given(root, held[0])
             if root.node.near == 1 and len(root.bind) > len(held[0].bind) + 1:
                 doubt += _inverse_scale(root, held[0], power=1) / inverse - 1
@@ -357,8 +355,8 @@ def _inverse_scale(root: View, scale: View, power: int = 2) -> float:
 
     r is that of jointly Gaussian positions (`mean_squared_correlation`), and v is taken for a gamma variable, as it is for
     independent ones (1/(1 − 2/n)). Its E[1/v] is infinite from r = 1 on: there the factor stops at 10, and is in doubt. In the
-    forward pass it drops out, since y is normalised by itself; in the gradient 1/v stands alone. Near places of a given picture
-    are more alike than others of their type: power=1 gives the factor of places that are equal or free, in that proportion.
+    forward pass it drops out, since y is normalised by itself; in the gradient 1/v stands alone. With power=1 the pairs of a
+    type are equal or free, in that proportion: near places of a picture are more alike than others.
     """
     table = root.node.table
     ratio = 2 * (
