@@ -39,8 +39,8 @@ QUICK = frozenset({
 UNOPTIMIZED = frozenset({
     "test_auditing.py", "test_auditing_defects.py", "test_initializers_contract.py", "test_initializers_structured.py",
     "test_measuring_monitor.py", "test_measuring_monitor_nnx.py", "test_probe_numbers.py", "test_probe_rows.py",
-    "test_replays.py", "test_schemes_optimizers.py", "test_schemes_unit_variance.py", "test_transfer_fine_tune.py",
-    "test_transfer_graft.py", "test_transfer_lora.py", "test_usage.py",
+    "test_auditing_result.py", "test_replays.py", "test_schemes_optimizers.py", "test_schemes_unit_variance.py",
+    "test_transfer_fine_tune.py", "test_transfer_graft.py", "test_transfer_lora.py", "test_usage.py",
 })  # fmt: skip
 
 
