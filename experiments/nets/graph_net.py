@@ -70,7 +70,7 @@ def rows_times(matrix: Rows, x: Float[Array, "columns features"]) -> Float[Array
 @rows_times.def_vmap
 def _side_by_side(runs, batched, matrix, x):
     if not batched[1] or any(jax.tree.leaves(batched[0])):
-        raise NotImplementedError("one matrix, many x")
+        raise ValueError("rows_times is mapped over x alone: one matrix, many x")
     beside = rows_times(matrix, x.transpose(1, 0, 2).reshape(x.shape[1], -1))
     return beside.reshape(len(beside), runs, -1).transpose(1, 0, 2), True
 
