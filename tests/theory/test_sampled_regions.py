@@ -9,7 +9,7 @@ import pytest
 from jax.extend.core import Primitive
 
 import varscale as vs
-from varscale.theory.graph.failures import PredictionError
+from varscale.theory.graph.store import PredictionError
 from varscale.theory.rules.registry import RULES
 
 SAMPLES, WIDTH, DEPTH = 16, 32, 3

@@ -19,7 +19,7 @@ from varscale.schemes.calibrating_walk import Calibrating, Direction, Laws, Plac
 from varscale.schemes.laws import graded
 from varscale.schemes.plan import Plan, PlannedLeaf
 from varscale.schemes.scheme import Choice, Scheme, Subject, spread
-from varscale.theory.graph.failures import UNCOVERED, PredictionError
+from varscale.theory.graph.store import UNCOVERED, PredictionError
 from varscale.theory.interpreter.parameters import abstract
 from varscale.theory.interpreter.predict import predict, walkable
 from varscale.usage.parameters import ParameterUses

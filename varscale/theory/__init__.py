@@ -13,7 +13,7 @@ of which the first and second moments are kept, by the type of an index pair. Th
 """
 
 from varscale.theory.domain.tables import Moments
-from varscale.theory.graph.failures import PredictionError
+from varscale.theory.graph.store import PredictionError
 from varscale.theory.integrals.primitives import FUNCTIONS
 from varscale.theory.interpreter.interpreter import Interpreter
 from varscale.theory.interpreter.predict import predict

@@ -8,8 +8,7 @@ import pytest
 
 import varscale as vs
 from varscale.theory.graph.nodes import Graph, Leaf, View
-from varscale.theory.integrals.hermite_series import Z
-from varscale.theory.integrals.mehler import mehler
+from varscale.theory.integrals.hermite_series import Z, mehler
 from varscale.theory.integrals.primitives import function
 from varscale.theory.interpreter.interpreter import Interpreter
 from varscale.theory.propagation.marginals import factored

@@ -7,20 +7,23 @@ primitives themselves; no table of activations is needed, and no intermediate st
 from __future__ import annotations
 
 import functools
+import hashlib
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
+import jax
 import numpy as np
 
 from varscale.theory.domain.axes import Axis
-from varscale.theory.graph.nodes import Constant, Node, View
+from varscale.theory.graph.nodes import Constant, Node, View, number
 from varscale.theory.graph.store import Fact, once_per_node
 from varscale.theory.integrals.primitives import POSITIVE
 
-IDENTITIES = (
-    "stop_gradient",
-    "own_gradient",
-)  # forward; backward, nothing comes through one, and what it likes the other
+T = TypeVar("T")
+
+# Forward; backward, nothing comes through one, and what it likes the other.
+IDENTITIES = ("stop_gradient", "own_gradient")
 
 
 class Apply(Node):
@@ -120,6 +123,9 @@ def _roots(node: Apply) -> tuple[View, ...]:
     return tuple(sorted(roots_of(*node.args), key=lambda view: (view.node.id, view.bind)))
 
 
+_FORMS: Fact[Hashable, int] = Fact()  # the number of each form
+
+
 @once_per_node
 def form(node: Node) -> int:
     """A number that is equal for trees which are one function of their roots, these taken in the order of `roots`."""
@@ -129,11 +135,8 @@ def form(node: Node) -> int:
         places = tuple(own[r.node.id, r.within(bind).bind] for r in roots(child))
         parts.append(child.params if isinstance(child, Constant) else (form(child), bind, places))
     known = _FORMS.of(node.graph)
-    content = (node.params if isinstance(node, Apply) else None, node.axes, tuple(parts))
-    return known.setdefault(content, len(known))
-
-
-_FORMS: Fact[Hashable, int] = Fact()  # the number of each form
+    key = (node.params if isinstance(node, Apply) else None, node.axes, tuple(parts))
+    return known.setdefault(key, len(known))
 
 
 def alike(c: float, d: float) -> bool:
@@ -170,3 +173,78 @@ def weighted_sum(view: View) -> tuple[list[tuple[float, View]], float]:
         out += [(c * d, v) for d, v in inner]
         offset += c * shift
     return out, offset
+
+
+@once_per_node
+def content(node: Node) -> int:
+    """A hash, 64 bits, of a node's kind, axes and parameters, and of its arguments' content."""
+    args = [(content(child), bind) for child, bind in node.args]
+    if isinstance(node, Sum):  # whose terms are in the order in which they were built
+        args, params = sorted(zip(args, np.sign(node.params).tolist(), strict=True)), ()
+    elif isinstance(node, Apply) and node.params[0] == "affine":
+        params = np.sign(node.params[1]).tolist()
+    else:
+        params = node.params
+    return hashed(type(node).__name__, node.axes, params, args)
+
+
+def hashed(*parts: Any) -> int:
+    """A hash, 64 bits, of numbers, text, arrays, random keys and nodes, and of containers of these."""
+    return int.from_bytes(hashlib.sha1(_written(parts).encode()).digest()[:8], "big")
+
+
+def _written(x: Any) -> str:
+    if isinstance(x, tuple | list | frozenset):
+        return f"({','.join(map(_written, x))})"
+    if isinstance(x, Mapping):
+        return _written(sorted((str(key), _written(value)) for key, value in x.items()))
+    if isinstance(x, Node):
+        return f"node {content(x)}"
+    if isinstance(x, Axis):
+        return f"{x.size} {x.labels!r}"
+    if isinstance(x, jax.Array) and jax.numpy.issubdtype(x.dtype, jax.dtypes.prng_key):
+        x = np.asarray(jax.random.key_data(x))
+    if isinstance(x, np.ndarray | jax.Array):
+        return f"{x.shape} {x.dtype} {hashlib.sha1(np.ascontiguousarray(x).tobytes()).hexdigest()}"
+    if callable(x):
+        return getattr(x, "__qualname__", type(x).__qualname__)
+    return repr(x)
+
+
+def factors(view: View) -> tuple[float, list[View]]:
+    """A tree as a number times the factors of its products."""
+    node, bind = view
+    if isinstance(node, Constant):
+        return node.params, []
+    if isinstance(node, Apply):
+        name, extra = node.params
+        args = [child.within(bind) for child in node.args]
+        if name == "mul":
+            (c, f), (d, g) = (factors(a) for a in args)
+            return c * d, f + g
+        if name == "affine" and extra[1] == 0:
+            c, f = factors(args[0])
+            return c * extra[0], f
+        if name in IDENTITIES:
+            return factors(args[0])
+        if name == "div":
+            c, f = factors(args[0])
+            one = View(_reciprocal(args[1].node), args[1].bind)
+            return c, [*f, one]
+    return 1.0, [view]
+
+
+def _reciprocal(node: Node) -> Node:
+    identity = tuple(range(len(node.axes)))
+    return node.graph.make(
+        Apply, node.axes, [View(number(node.graph, 1.0), ()), View(node, identity)], ("div", ())
+    )
+
+
+def connected(items: Iterable[T], joined: Callable[[T, T], object]) -> list[list[T]]:
+    """Items in groups, so that no two of different groups are joined."""
+    groups: list[list[T]] = []
+    for item in items:
+        mine = [group for group in groups if any(joined(item, other) for other in group)]
+        groups = [g for g in groups if g not in mine] + [[*(x for g in mine for x in g), item]]
+    return groups

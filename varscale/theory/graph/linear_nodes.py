@@ -1,16 +1,21 @@
-"""Contractions: linear nodes of two arguments, one of which is often weights."""
+"""Linear nodes: contractions, one of whose arguments is often weights; slices, concatenations and maps of one axis; lookups."""
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import math
-from typing import TypeGuard
+from collections.abc import Hashable
+from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
 
-from varscale.theory.domain.axes import Axis, contract_axis
+from varscale.theory.domain.axes import Axis, contract_axis, pair_map
+from varscale.theory.domain.axis_maps import AxisMap
 from varscale.theory.domain.tables import full_types
-from varscale.theory.graph.nodes import Leaf, Node, View
+from varscale.theory.graph.nodes import Constant, Leaf, Node, View
 from varscale.theory.graph.reshapes import Rearranged
+from varscale.theory.graph.store import Fact
 
 
 class Contract(Node):
@@ -81,3 +86,133 @@ def _sources(node: Node) -> list[Node]:
         node = node.args[0].node
         out.append(node)
     return out
+
+
+class Take(Node):
+    """A slice of one axis; `params` is (axis, start, stop, step). One position left drops the axis."""
+
+    moves = True
+
+    def prepare(self) -> None:
+        self.odd, self.positive = self.args[0].node.odd, self.args[0].node.positive
+
+    def types_map(self, new: Axis | None, classes: np.ndarray) -> np.ndarray:
+        """The map from types of the whole axis to those of the slice, (new, old); of one position "the same" alone."""
+        return pair_map(classes) if new is not None else pair_map(classes)[:1]
+
+
+class Concat(Node):
+    """Arrays one after another along an axis, each part a class; `params` is (axis, sizes)."""
+
+    def prepare(self) -> None:
+        odd = -1
+        for view in self.args:
+            odd &= view.node.odd if not (isinstance(view.node, Constant) and view.node.params == 0) else -1
+        self.odd = max(odd, 0)
+        self.positive = all(v.node.positive for v in self.args)
+
+    def parts(self) -> list[tuple[View, tuple[Axis, ...], np.ndarray]]:
+        """Each argument, its frame, and the share of each class of the whole that its classes take (whole, own)."""
+        k, sizes = self.params
+        out, start = [], 0
+        whole = self.axes[k]
+        for view, n in zip(self.args, sizes, strict=True):
+            own = next((view.node.axes[j] for j, b in enumerate(view.bind) if b == k), None)
+            axis = own or Axis(max(n, 2))
+            shares = np.zeros((whole.classes, axis.classes))
+            np.add.at(shares, (whole.label_array[start : start + n], axis.label_array[:n]), 1.0)
+            out.append((view, (*self.axes[:k], axis, *self.axes[k + 1 :]), shares / whole.counts[:, None]))
+            start += n
+        return out
+
+
+_MAPS: Fact[Hashable, AxisMap] = Fact()  # by a digest of the entries, and the axes
+
+
+class AxisMapped(Node):
+    """y_p = Σ_i A_pi x_i along one axis; `params` is (axis, key of the map)."""
+
+    @property
+    def axis_map(self) -> AxisMap:
+        """A."""
+        return _MAPS.of(self.graph)[self.params[1]]
+
+    def prepare(self) -> None:
+        x = self.args[0].node
+        self.odd, self.positive = x.odd, x.positive and bool(np.all(self.axis_map.weights >= 0))
+
+
+def mapped(node: Node, k: int, axis_map: AxisMap) -> AxisMapped:
+    """A map of axis k of a node.
+
+    Args:
+        node: x.
+        k: which of its axes the map is of, `axis_map.inner`.
+        axis_map: A; its `out` is the axis of y, of size 2 or more.
+    """
+    entries = [np.ascontiguousarray(x) for x in (axis_map.rows, axis_map.columns, axis_map.weights)]
+    digest = hashlib.sha1(b"".join(x.tobytes() for x in entries)).hexdigest()
+    key = (digest, axis_map.out, axis_map.inner)
+    _MAPS.put(node.graph, key, axis_map)
+    axes = (*node.axes[:k], axis_map.out, *node.axes[k + 1 :])
+    return node.graph.make(AxisMapped, axes, [View(node, tuple(range(len(axes))))], (k, key))
+
+
+INDICES: Fact[Any, np.ndarray] = Fact()  # known indices by digest
+
+
+class GatherParams(NamedTuple):
+    """What is looked up where.
+
+    Attributes:
+        row_axes: the axes of the table along which rows are.
+        index_axes: the axes of the output that are the indices'.
+        rates: P(same row) over the types of the indices, flat; None: rows are as likely as one another.
+        rows: how many rows there are.
+        ids: the indices: the key of known ones in the store, or the node of unknown ones.
+    """
+
+    row_axes: tuple[int, ...]
+    index_axes: tuple[int, ...]
+    rates: Any
+    rows: Any
+    ids: Any
+
+
+class Gather(Node):
+    """Rows of a table by index; the frame of its view is this node's axes and then the rows' own."""
+
+    params: GatherParams
+    collects = True
+
+    def prepare(self) -> None:
+        """What indices are computed from decides, too: the nearest row is no row like others, and may turn with the table."""
+        self.odd, self.positive = self.args[0].node.odd, self.args[0].node.positive
+        picker = self.params.ids
+        if isinstance(picker, Node):
+            self.deps |= picker.deps
+            self.odd &= picker.unseen
+            self.even &= picker.unseen
+
+    @property
+    def known(self) -> np.ndarray | None:
+        """The indices, flat, where they are known."""
+        return INDICES.get(self.graph, self.params.ids)
+
+    @property
+    def line(self) -> np.ndarray | None:
+        """The known indices where they run over one axis and pick along one."""
+        return self.known if len(self.params.row_axes) == len(self.params.index_axes) == 1 else None
+
+    @property
+    def indexed(self) -> list[Axis]:
+        """The axes of the indices."""
+        return [self.axes[k] for k in self.params.index_axes]
+
+    def rates(self) -> np.ndarray:
+        """P(same row) over the types of the indices."""
+        rates, rows = self.params.rates, self.params.rows
+        if rates is not None:
+            return np.array(rates).reshape([axis.types for axis in self.indexed])
+        same = functools.reduce(np.logical_and.outer, [axis.agrees for axis in self.indexed], np.array(True))
+        return np.where(same, 1.0, 1.0 / rows)

@@ -17,8 +17,7 @@ import numpy as np
 
 from varscale.theory.domain.axes import Axis
 from varscale.theory.domain.tables import Table, constant, estimate, independent, lift
-from varscale.theory.graph.marks import Marked
-from varscale.theory.graph.store import BackwardNotes, Fact, evaluated
+from varscale.theory.graph.store import BackwardNotes, Fact, Marked, evaluated
 
 Pullback = Callable[[np.ndarray], np.ndarray]
 _IN_ORDER = tuple(range(64))
@@ -74,7 +73,6 @@ class Node(Marked):
         how: how good its rule is where nothing is marked, one of `HOWS`.
         gradient_doubt: relative error that its pullback may add.
         drawn: its values on the normal grid, where it was drawn and is not to be taken for Gaussian.
-        origin: the equation that was being interpreted when it was made; None of what belongs to none.
         depth: nodes on the longest way to it from a leaf or known numbers.
     """
 
@@ -88,7 +86,6 @@ class Node(Marked):
     shares: ClassVar[bool] = False
     gradient_doubt: float = 0.0
     drawn: np.ndarray | None = None
-    origin: Any = None
 
     def __init__(self, graph: Graph, id_: int, axes: tuple[Axis, ...], args: tuple[View, ...], params: Any):
         self.graph, self.id, self.axes, self.args, self.params = graph, id_, axes, args, params

@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 
 from varscale.theory.domain.axes import Axis
-from varscale.theory.graph.expressions import IDENTITIES, Apply, Mean, Sum, alike, roots, roots_of
-from varscale.theory.graph.factors import factors
+from varscale.theory.graph.expressions import IDENTITIES, Apply, Mean, Sum, alike, factors, roots, roots_of
 from varscale.theory.graph.nodes import Array, Constant, Graph, Node, View, array, cut_inside, number, rebuild
 from varscale.theory.graph.reshapes import Split
 from varscale.theory.graph.store import once_per_node

@@ -1,17 +1,22 @@
-"""What a graph knows besides its nodes: facts by key, each kind of them declared once at the top of the module that writes it.
+"""What a graph knows besides its nodes, by what way it was worked out, and what goes wrong meanwhile.
 
-A fact is written when it is first worked out and never changes, so what is asked before makes no difference to what is asked
-after. What nodes of one backward pass tell one another is no fact: it lives as long as the pass (`BackwardNotes`).
+FACTS are kept by key, each kind of them declared once at the top of the module that writes it. A fact is written when it is
+first worked out and never changes, so what is asked before makes no difference to what is asked after. What nodes of one
+backward pass tell one another is no fact: it lives as long as the pass (`BackwardNotes`).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import traceback
 from collections.abc import Callable, Hashable
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
+
+from varscale import _compat
+from varscale.programs.scopes import opened
 
 K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
@@ -155,3 +160,73 @@ class BackwardNotes:
     regions: list[Any] = dataclasses.field(default_factory=list)
     inside: list[FlowInside] = dataclasses.field(default_factory=list)
     doubts: dict[int, float] = dataclasses.field(default_factory=dict)
+
+
+class PredictionError(ValueError):
+    """A model that cannot be predicted; the message says why, where, and what to do.
+
+    Attributes:
+        equation: the equation that the rules do not cover; None of any other failure.
+    """
+
+    equation: Any = None
+
+
+UNCOVERED = (
+    NotImplementedError,
+    RecursionError,
+)  # what a rule raises that does not cover an equation: it may be drawn
+
+
+def source(eqn: Any) -> str:
+    """Where an equation was written: "model.py:12 (Block)", inside a piece the path in that."""
+    path = opened(eqn)[1].removeprefix("/")
+    return _compat.source_line(eqn) + (f" ({path})" if path else "")
+
+
+def told(error: Exception) -> str:
+    """What an error says."""
+    return f"{type(error).__name__}: {error}"
+
+
+def located(error: Exception, eqn: Any = None) -> PredictionError:
+    """The error with the equation that it belongs to: its primitive, source line and module path.
+
+    Moments are computed when they are asked for, which may be many equations later: then the equation is the one that made
+    the innermost node which was being computed.
+
+    Args:
+        error: what was raised.
+        eqn: the equation that was being interpreted; None where all were.
+    """
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        for name in ("self", "node"):
+            node = frame.f_locals.get(name)
+            if isinstance(node, Marked) and node.origin is not None:
+                eqn = node.origin
+    where = "" if eqn is None else f"primitive {eqn.primitive.name!r} at {source(eqn)}: "
+    found = PredictionError(where + told(error))
+    found.equation = eqn if isinstance(error, UNCOVERED) else None
+    return found
+
+
+HOWS = ("exact", "quadrature", "sampled", "assumed")  # from the best to the worst
+
+
+class Marked:
+    """What is worked out once, and marked while it is (`Graph.flag`).
+
+    Attributes:
+        flagged: the worst way, in the order of `HOWS`, in which a step of the working was taken; None where none was marked.
+        doubt: a bound on the relative error that those steps may have made.
+        origin: the equation that was being interpreted when it was made; None of what belongs to none.
+    """
+
+    flagged: str | None = None
+    doubt: float = 0.0
+    origin: Any = None
+
+    def mark(self, how: str, doubt: float) -> None:
+        """It rests on `how`, with this relative error at most."""
+        self.flagged = max(self.flagged or "exact", how, key=HOWS.index)
+        self.doubt = max(self.doubt, doubt)

@@ -24,7 +24,7 @@ from jaxtyping import Float
 from scipy.interpolate import CubicSpline
 from scipy.special import roots_genlaguerre
 
-from varscale.theory.domain.accuracy import NEGLIGIBLE
+from varscale.theory.domain.tables import NEGLIGIBLE
 
 _LOG_STEP = 0.25
 LOG_SCALES = _LOG_STEP * np.arange(-12, 13)  # of Q, where F is known; beyond, it is a power of Q

@@ -19,8 +19,7 @@ from varscale.programs import faces
 from varscale.programs.program import Inputs, Program
 from varscale.report import Report, Row
 from varscale.theory.domain.axes import Axis
-from varscale.theory.domain.random_arrays import gaussian
-from varscale.theory.domain.tables import Moments
+from varscale.theory.domain.tables import Moments, gaussian
 from varscale.theory.interpreter.parameters import is_function, path_string
 from varscale.usage.parameters import named_leaves
 from varscale.usage.table import uses

@@ -13,8 +13,7 @@ import jax
 import numpy as np
 
 from varscale.theory.domain.axes import Axis
-from varscale.theory.graph.content import hashed
-from varscale.theory.graph.failures import PredictionError
+from varscale.theory.graph.expressions import hashed
 from varscale.theory.graph.known_arrays import (
     all_given,
     computed,
@@ -25,7 +24,7 @@ from varscale.theory.graph.known_arrays import (
 )
 from varscale.theory.graph.layout import Value, value
 from varscale.theory.graph.nodes import Array, Constant, Graph, Node, View, array
-from varscale.theory.graph.store import Fact
+from varscale.theory.graph.store import Fact, PredictionError
 from varscale.theory.integrals.primitives import of_known
 from varscale.theory.propagation.doubts import has_values
 from varscale.theory.rules.equations import CALLS

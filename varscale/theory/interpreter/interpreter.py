@@ -25,10 +25,10 @@ from varscale import _compat
 from varscale.programs.scopes import opened
 from varscale.theory.domain.axes import Axis
 from varscale.theory.domain.tables import independent
-from varscale.theory.graph.failures import UNCOVERED, PredictionError, located, told
 from varscale.theory.graph.layout import Value, align, value, without_entries
 from varscale.theory.graph.nodes import Graph, leaf
 from varscale.theory.graph.normal_form import apply
+from varscale.theory.graph.store import UNCOVERED, PredictionError, located, told
 from varscale.theory.interpreter import registered  # noqa: F401  (rules, and laws of their nodes)
 from varscale.theory.interpreter.folding import (
     ENTERED,

@@ -18,10 +18,10 @@ from varscale.programs.faces import Inputs, Program
 from varscale.report import Report
 from varscale.theory.domain.axes import Axis
 from varscale.theory.domain.tables import Moments, Table, estimate, independent
-from varscale.theory.graph.failures import PredictionError, located
 from varscale.theory.graph.known_arrays import measured
 from varscale.theory.graph.layout import Value, full
 from varscale.theory.graph.nodes import Leaf
+from varscale.theory.graph.store import PredictionError, located
 from varscale.theory.interpreter.draws import beside_draws
 from varscale.theory.interpreter.interpreter import Interpreter
 from varscale.theory.interpreter.parameters import (

@@ -15,9 +15,8 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from scipy import special
 
-from varscale.theory.domain.accuracy import ROUGH
 from varscale.theory.domain.axes import Axis, contract_axis, refine
-from varscale.theory.domain.tables import by_type, full_types
+from varscale.theory.domain.tables import ROUGH, by_type, full_types
 from varscale.theory.graph.derivatives import derivative
 from varscale.theory.graph.expressions import Apply, Sum, roots
 from varscale.theory.graph.nodes import UNKNOWN, Array, Constant, Leaf, Node, View, pullback

@@ -23,9 +23,9 @@ from varscale.theory.domain.axis_maps import (
     pair_counts,
 )
 from varscale.theory.domain.tables import Table, full_along, lift
-from varscale.theory.graph.axis_nodes import AxisMapped, Concat, Take
 from varscale.theory.graph.convolutions import ONE
 from varscale.theory.graph.expressions import Mean
+from varscale.theory.graph.linear_nodes import AxisMapped, Concat, Take
 from varscale.theory.graph.nodes import Constant, Node, View, cross_by_kind, pullback, second_moments
 from varscale.theory.graph.normal_form import mean_node
 from varscale.theory.graph.reshapes import Merge, Split, split

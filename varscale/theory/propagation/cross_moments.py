@@ -8,16 +8,14 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from varscale.theory.domain.accuracy import NEGLIGIBLE
 from varscale.theory.domain.axes import Axis, apply_axis, averaging, class_shares, contract_axis
-from varscale.theory.domain.tables import lift, means_by_type
+from varscale.theory.domain.tables import NEGLIGIBLE, lift, means_by_type
 from varscale.theory.graph.convolutions import WindowSum
 from varscale.theory.graph.expressions import IDENTITIES, Apply, Mean, Sum, roots, swapped
 from varscale.theory.graph.known_arrays import known_cross
-from varscale.theory.graph.marks import Marked
 from varscale.theory.graph.nodes import Array, Constant, Graph, Node, View, cross_by_kind, number
 from varscale.theory.graph.reshapes import Permute
-from varscale.theory.graph.store import evaluated
+from varscale.theory.graph.store import Marked, evaluated
 
 
 class Pair(Marked):

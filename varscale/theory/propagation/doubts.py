@@ -14,11 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from varscale.theory.domain.accuracy import LOOSE, NEGLIGIBLE, ROUGH
 from varscale.theory.domain.axes import Axis
+from varscale.theory.domain.tables import LOOSE, NEGLIGIBLE, ROUGH
 from varscale.theory.graph.convolutions import Conv
-from varscale.theory.graph.expressions import Apply, Mean, Sum, roots, roots_of
-from varscale.theory.graph.factors import factors
+from varscale.theory.graph.expressions import Apply, Mean, Sum, factors, roots, roots_of
 from varscale.theory.graph.linear_nodes import weight_of
 from varscale.theory.graph.nodes import UNKNOWN, Array, Constant, Leaf, Node, View
 from varscale.theory.graph.reshapes import Merge

@@ -11,9 +11,8 @@ from __future__ import annotations
 import math
 
 from varscale.theory.graph.expressions import Apply, Sum
-from varscale.theory.graph.marks import HOWS
 from varscale.theory.graph.nodes import UNKNOWN, Array, Constant, Leaf, Node
-from varscale.theory.graph.store import once_per_node
+from varscale.theory.graph.store import HOWS, once_per_node
 from varscale.theory.propagation.cross_moments import mean_of_product
 from varscale.theory.propagation.fluctuations import fluctuations
 from varscale.theory.propagation.marginals import concentrated

@@ -21,14 +21,11 @@ from collections.abc import Hashable, Sequence
 import numpy as np
 from scipy import special
 
-from varscale.theory.domain.accuracy import NEGLIGIBLE
 from varscale.theory.domain.axes import Axis, contract_axis, refine
-from varscale.theory.domain.tables import by_type, full_types, lift, means_by_type
+from varscale.theory.domain.tables import NEGLIGIBLE, by_type, full_types, lift, means_by_type
 from varscale.theory.graph.convolutions import Conv
-from varscale.theory.graph.expressions import Apply, Sum, roots, roots_of
-from varscale.theory.graph.factors import factors
-from varscale.theory.graph.linear_nodes import Contract, weight_of
-from varscale.theory.graph.lookups import Gather
+from varscale.theory.graph.expressions import Apply, Sum, factors, roots, roots_of
+from varscale.theory.graph.linear_nodes import Contract, Gather, weight_of
 from varscale.theory.graph.nodes import Array, Constant, Leaf, Node, View
 from varscale.theory.graph.normal_form import apply
 from varscale.theory.graph.store import Fact, once_per_node

@@ -28,7 +28,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from varscale.theory.domain.accuracy import ROUGH
+from varscale.theory.domain.tables import ROUGH
 from varscale.theory.graph.convolutions import Conv
 from varscale.theory.graph.expressions import Apply, Sum, roots
 from varscale.theory.graph.nodes import UNKNOWN, Constant, Leaf, Node, View

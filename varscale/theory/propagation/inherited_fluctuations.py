@@ -9,10 +9,9 @@ from collections.abc import Hashable, Sequence
 
 import numpy as np
 
-from varscale.theory.domain.accuracy import LOOSE, NEGLIGIBLE
 from varscale.theory.domain.axes import contract_axis
-from varscale.theory.graph.expressions import Apply, Sum, roots
-from varscale.theory.graph.factors import factors
+from varscale.theory.domain.tables import LOOSE, NEGLIGIBLE
+from varscale.theory.graph.expressions import Apply, Sum, factors, roots
 from varscale.theory.graph.known_arrays import Computed, scatter_of_given
 from varscale.theory.graph.nodes import Array, Constant, Leaf, Node, View
 from varscale.theory.graph.reshapes import Rearranged

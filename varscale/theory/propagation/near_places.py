@@ -17,8 +17,7 @@ from varscale.theory.domain.axes import pool
 from varscale.theory.domain.tables import full_types
 from varscale.theory.graph.convolutions import WindowSum
 from varscale.theory.graph.expressions import Mean
-from varscale.theory.graph.linear_nodes import Contract
-from varscale.theory.graph.lookups import Gather
+from varscale.theory.graph.linear_nodes import Contract, Gather
 from varscale.theory.graph.nodes import Array, Leaf, Node
 from varscale.theory.graph.reshapes import Merge, constant_along
 

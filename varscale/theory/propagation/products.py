@@ -7,15 +7,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from varscale.theory.domain.accuracy import NEGLIGIBLE, ROUGH
 from varscale.theory.domain.axes import Axis
-from varscale.theory.domain.tables import by_type, lift, means_by_type
-from varscale.theory.graph.expressions import Apply, roots_of
-from varscale.theory.graph.factors import connected, factors
+from varscale.theory.domain.tables import NEGLIGIBLE, ROUGH, by_type, lift, means_by_type
+from varscale.theory.graph.expressions import Apply, connected, factors, roots_of
 from varscale.theory.graph.nodes import Array, Node, View
 from varscale.theory.graph.store import Fact
-from varscale.theory.integrals.hermite_series import WEIGHTS, Z, sobol
-from varscale.theory.integrals.mehler import Series, mehler, on_grid
+from varscale.theory.integrals.hermite_series import WEIGHTS, Series, Z, mehler, on_grid, sobol
 from varscale.theory.propagation.cross_moments import cross, dependent, mean_product, strategy
 from varscale.theory.propagation.doubts import (
     mark_average,

@@ -16,8 +16,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from varscale.theory.domain.axes import Axis, grouped
-from varscale.theory.domain.random_arrays import Positions
-from varscale.theory.domain.tables import Table, estimated_products, lift
+from varscale.theory.domain.tables import Positions, Table, estimated_products, lift
 from varscale.theory.graph.linear_nodes import applies_weights, operands
 from varscale.theory.graph.nodes import Array, Graph, Leaf, Node, View
 from varscale.theory.graph.store import Fact

@@ -13,16 +13,11 @@ from collections.abc import Callable, Hashable, Sequence
 import numpy as np
 from jaxtyping import Float, Int
 
-from varscale.theory.domain.accuracy import LOOSE
 from varscale.theory.domain.axes import Axis
-from varscale.theory.domain.random_arrays import Positions, gaussian
-from varscale.theory.domain.tables import over_frame
-from varscale.theory.graph.axis_nodes import Concat, Take
-from varscale.theory.graph.content import content
-from varscale.theory.graph.expressions import Mean, Sum, roots, roots_of
+from varscale.theory.domain.tables import LOOSE, Positions, gaussian, over_frame
+from varscale.theory.graph.expressions import Mean, Sum, content, roots, roots_of
 from varscale.theory.graph.known_arrays import is_known_array, numbers
-from varscale.theory.graph.linear_nodes import Contract, applies_weights, operands
-from varscale.theory.graph.lookups import Gather
+from varscale.theory.graph.linear_nodes import Concat, Contract, Gather, Take, applies_weights, operands
 from varscale.theory.graph.nodes import UNKNOWN, Array, Node, View, known_samples
 from varscale.theory.graph.reshapes import Merge, Permute, Split
 from varscale.theory.graph.store import once_per_node

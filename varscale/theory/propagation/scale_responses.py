@@ -8,8 +8,8 @@ from collections.abc import Hashable, Sequence
 import numpy as np
 from jaxtyping import Float
 
-from varscale.theory.domain.accuracy import NEGLIGIBLE
 from varscale.theory.domain.axes import Axis
+from varscale.theory.domain.tables import NEGLIGIBLE
 from varscale.theory.graph.expressions import Apply, Sum, roots, roots_of
 from varscale.theory.graph.nodes import Array, Leaf, Node, View
 from varscale.theory.graph.store import Fact, once_per_node

@@ -6,8 +6,8 @@ import numpy as np
 
 from varscale.theory.domain.axes import apply_axis, contract_axis, sliced
 from varscale.theory.domain.tables import Table, by_type
-from varscale.theory.graph.axis_nodes import Take
 from varscale.theory.graph.expressions import IDENTITIES, Apply, Mean, Sum, swapped
+from varscale.theory.graph.linear_nodes import Take
 from varscale.theory.graph.nodes import UNKNOWN, View, second_moments
 from varscale.theory.propagation.cross_moments import pair
 from varscale.theory.propagation.doubts import mark_undefined, refuse_two_places

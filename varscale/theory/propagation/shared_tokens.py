@@ -21,9 +21,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from varscale.theory.domain.accuracy import LEADING_ORDER
 from varscale.theory.domain.axes import Axis, contract_axis
-from varscale.theory.domain.tables import full_types, lift
+from varscale.theory.domain.tables import LEADING_ORDER, full_types, lift
 from varscale.theory.graph.expressions import Apply, Sum, roots
 from varscale.theory.graph.known_arrays import is_known_array, numbers
 from varscale.theory.graph.linear_nodes import Contract, weight_of

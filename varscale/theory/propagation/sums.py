@@ -11,8 +11,7 @@ from scipy import special
 
 from varscale.theory.domain.axes import Axis
 from varscale.theory.domain.tables import Table, by_type, lift
-from varscale.theory.graph.expressions import Apply, Sum, roots_of
-from varscale.theory.graph.factors import connected
+from varscale.theory.graph.expressions import Apply, Sum, connected, roots_of
 from varscale.theory.graph.nodes import Constant, View
 from varscale.theory.integrals.hermite_series import POINTS, WEIGHTS, Z, sobol
 from varscale.theory.propagation.cross_moments import cross, dependent, mean_product

@@ -14,9 +14,9 @@ from varscale.theory.domain.axes import Axis, apply_axis, sliced
 from varscale.theory.domain.axis_maps import adjoint, pair_counts, slice_map
 from varscale.theory.domain.tables import Table
 from varscale.theory.graph import layout
-from varscale.theory.graph.axis_nodes import Take
 from varscale.theory.graph.expressions import roots
 from varscale.theory.graph.layout import Atom, Value
+from varscale.theory.graph.linear_nodes import Take
 from varscale.theory.graph.nodes import (
     Array,
     Constant,

@@ -8,13 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from varscale.theory.domain.accuracy import LEADING_ORDER
 from varscale.theory.domain.axes import MOST_CLASSES, Axis, apply_axis, labelled, pair_map, sliced
 from varscale.theory.domain.axis_maps import entry_map, pair_counts
-from varscale.theory.domain.tables import Table
+from varscale.theory.domain.tables import LEADING_ORDER, Table
 from varscale.theory.graph import layout
-from varscale.theory.graph.axis_nodes import Concat
 from varscale.theory.graph.layout import Atom, Value
+from varscale.theory.graph.linear_nodes import Concat
 from varscale.theory.graph.nodes import (
     Array,
     Constant,

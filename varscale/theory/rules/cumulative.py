@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from varscale.theory.domain.accuracy import LEADING_ORDER
 from varscale.theory.domain.axes import MOST_CLASSES, Axis, grouped
 from varscale.theory.domain.axis_maps import AxisMap, entry_map
-from varscale.theory.graph.axis_nodes import mapped
+from varscale.theory.domain.tables import LEADING_ORDER
 from varscale.theory.graph.layout import Value, materialize, merged
+from varscale.theory.graph.linear_nodes import mapped
 from varscale.theory.rules.registry import Context, rule
 from varscale.theory.rules.sampled_regions import placeholder
 

@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 
 from varscale.theory.domain.axes import Axis, pool, refine
-from varscale.theory.domain.random_arrays import gaussian
-from varscale.theory.domain.tables import Table, estimate, over_frame
+from varscale.theory.domain.tables import Table, estimate, gaussian, over_frame
 from varscale.theory.graph.expressions import roots
 from varscale.theory.graph.nodes import Array, Node, View
 from varscale.theory.integrals.hermite_series import read_off

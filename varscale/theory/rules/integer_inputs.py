@@ -14,9 +14,9 @@ from jax import lax
 from scipy import special
 
 from varscale.theory.graph import layout
-from varscale.theory.graph.axis_nodes import Concat
 from varscale.theory.graph.expressions import Apply
 from varscale.theory.graph.layout import Value
+from varscale.theory.graph.linear_nodes import Concat
 from varscale.theory.graph.nodes import UNKNOWN, Leaf, Node
 from varscale.theory.integrals.hermite_series import Z
 from varscale.theory.rules.lookup import rows_by_index

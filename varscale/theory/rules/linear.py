@@ -9,13 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from varscale.theory.domain.accuracy import LOOSE, NEGLIGIBLE, ROUGH
 from varscale.theory.domain.axes import Axis, contract_axis
-from varscale.theory.domain.tables import Table, means_by_type
+from varscale.theory.domain.tables import LOOSE, NEGLIGIBLE, ROUGH, Table, means_by_type
 from varscale.theory.graph.expressions import Apply, Sum, roots, swapped
 from varscale.theory.graph.layout import Atom, Value, align, full
-from varscale.theory.graph.linear_nodes import Contract, weight_of
-from varscale.theory.graph.lookups import Gather
+from varscale.theory.graph.linear_nodes import Contract, Gather, weight_of
 from varscale.theory.graph.nodes import Array, Leaf, View, cross_by_kind, pullback, second_moments
 from varscale.theory.graph.normal_form import affine
 from varscale.theory.graph.store import BackwardNotes

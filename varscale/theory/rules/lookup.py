@@ -10,16 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from varscale.theory.domain.accuracy import LEADING_ORDER
 from varscale.theory.domain.axes import Axis, contract_axis, labelled
 from varscale.theory.domain.axis_maps import entry_map
-from varscale.theory.domain.tables import Table, lift
+from varscale.theory.domain.tables import LEADING_ORDER, Table, lift
 from varscale.theory.graph import layout
-from varscale.theory.graph.axis_nodes import mapped
 from varscale.theory.graph.expressions import roots
 from varscale.theory.graph.layout import Atom, Value
-from varscale.theory.graph.linear_nodes import weight_of
-from varscale.theory.graph.lookups import INDICES, Gather, GatherParams
+from varscale.theory.graph.linear_nodes import INDICES, Gather, GatherParams, mapped, weight_of
 from varscale.theory.graph.nodes import (
     Array,
     Graph,

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from varscale.theory.domain.accuracy import NEGLIGIBLE
 from varscale.theory.domain.axes import Axis, affordable, grouped, join
+from varscale.theory.domain.tables import NEGLIGIBLE
 from varscale.theory.graph.expressions import Apply, roots
 from varscale.theory.graph.layout import Value
 from varscale.theory.graph.nodes import Array, Leaf, Node, View

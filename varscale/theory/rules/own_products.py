@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from varscale.theory.domain.accuracy import NEGLIGIBLE
+from varscale.theory.domain.tables import NEGLIGIBLE
 from varscale.theory.graph.layout import Value, align
 from varscale.theory.graph.nodes import Leaf, Node
 from varscale.theory.graph.reshapes import Rearranged

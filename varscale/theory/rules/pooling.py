@@ -10,10 +10,9 @@ from typing import Any
 import numpy as np
 from scipy import special
 
-from varscale.theory.domain.accuracy import LEADING_ORDER
 from varscale.theory.domain.axes import Axis, apply_axis
 from varscale.theory.domain.axis_maps import adjoint
-from varscale.theory.domain.tables import Table, full_along, means_by_type
+from varscale.theory.domain.tables import LEADING_ORDER, Table, full_along, means_by_type
 from varscale.theory.graph.convolutions import (
     ONE,
     Window,

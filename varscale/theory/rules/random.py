@@ -12,8 +12,7 @@ from scipy import special
 
 from varscale.theory.domain.axes import Axis
 from varscale.theory.domain.tables import independent
-from varscale.theory.graph.expressions import Apply, roots
-from varscale.theory.graph.factors import factors
+from varscale.theory.graph.expressions import Apply, factors, roots
 from varscale.theory.graph.layout import Atom, Value, full, value
 from varscale.theory.graph.nodes import Array, Constant, Leaf, Node, View
 from varscale.theory.graph.store import Fact

@@ -10,9 +10,8 @@ from typing import Any
 import numpy as np
 from scipy import special
 
-from varscale.theory.domain.accuracy import LEADING_ORDER, NEXT_ORDER
 from varscale.theory.domain.axes import Axis
-from varscale.theory.domain.tables import Table
+from varscale.theory.domain.tables import LEADING_ORDER, NEXT_ORDER, Table
 from varscale.theory.graph import layout
 from varscale.theory.graph.expressions import Apply, Mean
 from varscale.theory.graph.layout import Atom, Value

@@ -11,11 +11,9 @@ from typing import Any
 import numpy as np
 from scipy import special
 
-from varscale.theory.domain.accuracy import LOOSE
 from varscale.theory.domain.axes import Axis
-from varscale.theory.domain.random_arrays import gaussian
-from varscale.theory.domain.tables import Table, lift
-from varscale.theory.graph.content import content
+from varscale.theory.domain.tables import LOOSE, Table, gaussian, lift
+from varscale.theory.graph.expressions import content
 from varscale.theory.graph.layout import Value
 from varscale.theory.graph.nodes import (
     UNKNOWN,

@@ -15,10 +15,10 @@ from varscale import _compat
 from varscale.theory.domain.axes import Axis
 from varscale.theory.domain.tables import independent
 from varscale.theory.graph import layout
-from varscale.theory.graph.content import hashed
-from varscale.theory.graph.failures import PredictionError, source, told
+from varscale.theory.graph.expressions import hashed
 from varscale.theory.graph.layout import Value, value
 from varscale.theory.graph.nodes import Leaf, View
+from varscale.theory.graph.store import PredictionError, source, told
 from varscale.theory.propagation.sample_moments import by_level, steps
 from varscale.theory.propagation.sampler import in_order
 from varscale.theory.rules.region_draws import (

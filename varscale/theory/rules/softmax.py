@@ -8,18 +8,18 @@ from collections.abc import Hashable
 
 import numpy as np
 
-from varscale.theory.domain.accuracy import LEADING_ORDER, LOOSE, NEXT_ORDER
 from varscale.theory.domain.axes import Axis, apply_axis
-from varscale.theory.domain.tables import Table, by_type, lift
+from varscale.theory.domain.tables import LEADING_ORDER, LOOSE, NEXT_ORDER, Table, by_type, lift
 from varscale.theory.graph.expressions import Apply, Sum
 from varscale.theory.graph.nodes import UNKNOWN, Array, Node, pullback, second_moments
 from varscale.theory.graph.store import BackwardNotes, Fact, once_per_node
-from varscale.theory.integrals.softmax import WeightMoments, weight_moments
-from varscale.theory.integrals.softmax_jacobian import (
+from varscale.theory.integrals.softmax import (
+    WeightMoments,
     apart,
     balance,
     in_common,
     weighed_in_both,
+    weight_moments,
     where_weighed,
 )
 from varscale.theory.propagation.inherited_fluctuations import NONE, Spread, propagated

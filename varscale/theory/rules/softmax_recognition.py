@@ -7,8 +7,8 @@ from collections.abc import Hashable, Sequence
 
 import numpy as np
 
-from varscale.theory.domain.accuracy import LEADING_ORDER, NEGLIGIBLE, NEXT_ORDER
 from varscale.theory.domain.axes import Axis, affordable, join, labelled
+from varscale.theory.domain.tables import LEADING_ORDER, NEGLIGIBLE, NEXT_ORDER
 from varscale.theory.graph.expressions import Apply, Mean, Sum, roots
 from varscale.theory.graph.layout import Value
 from varscale.theory.graph.linear_nodes import Contract

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from varscale.theory.domain.axes import Axis, labelled
-from varscale.theory.graph.axis_nodes import mapped
+from varscale.theory.graph.linear_nodes import mapped
 from varscale.theory.graph.nodes import Graph, leaf
 from varscale.theory.interpreter import interpreter  # noqa: F401  (registers the laws of kinds of nodes)
 from varscale.theory.rules.cumulative import lower_triangle

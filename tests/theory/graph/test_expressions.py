@@ -6,8 +6,7 @@ import numpy as np
 
 import varscale as vs
 from varscale.theory.domain.axes import Axis
-from varscale.theory.graph.content import content, hashed
-from varscale.theory.graph.expressions import Sum
+from varscale.theory.graph.expressions import Sum, content, hashed
 from varscale.theory.graph.nodes import Graph, Node, View, leaf
 from varscale.theory.graph.normal_form import affine
 
