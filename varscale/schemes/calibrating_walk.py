@@ -21,8 +21,8 @@ from varscale.theory.interpreter.predict import Walkable
 from varscale.theory.interpreter.summary import of_one_draw
 from varscale.theory.propagation.cotangents import cotangents
 from varscale.theory.propagation.error_bounds import provenance
-from varscale.theory.rules.equations import live_equations
 from varscale.theory.rules.random import as_weight
+from varscale.theory.rules.registry import live_equations
 from varscale.usage import layouts
 from varscale.usage.handlers import HANDLERS
 from varscale.usage.notes import Use

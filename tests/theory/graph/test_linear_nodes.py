@@ -7,7 +7,7 @@ from varscale.theory.domain.axes import Axis, labelled
 from varscale.theory.graph.linear_nodes import mapped
 from varscale.theory.graph.nodes import Graph, leaf
 from varscale.theory.interpreter import interpreter  # noqa: F401  (registers the laws of kinds of nodes)
-from varscale.theory.rules.cumulative import lower_triangle
+from varscale.theory.rules.axis import lower_triangle
 
 
 def test_maps_of_equal_entries_over_axes_of_other_classes():

@@ -13,7 +13,7 @@ import pytest
 from flax import linen as nn
 
 from varscale.theory import predict
-from varscale.theory.rules.equations import live_equations, scans
+from varscale.theory.rules.registry import live_equations, scans
 
 
 @pytest.fixture(autouse=True)

@@ -27,8 +27,7 @@ from varscale.theory.graph.nodes import Array, Constant, Graph, Node, View, arra
 from varscale.theory.graph.store import Fact, PredictionError
 from varscale.theory.integrals.primitives import of_known
 from varscale.theory.propagation.doubts import has_values
-from varscale.theory.rules.equations import CALLS
-from varscale.theory.rules.registry import Complex, Opaque, parts
+from varscale.theory.rules.registry import CALLS, Complex, Opaque, parts
 
 MOST_FOLDED = 1 << 26  # elements up to which known numbers are computed with rather than described
 _MOST_EVALUATED = 1 << 22  # of which jax computes so many at a time

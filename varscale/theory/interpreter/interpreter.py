@@ -40,9 +40,17 @@ from varscale.theory.interpreter.folding import (
 )
 from varscale.theory.interpreter.regions import Regions, blocks, within
 from varscale.theory.interpreter.rows import Place
-from varscale.theory.rules.equations import live_equations, scans, used_variables
 from varscale.theory.rules.random import input_leaf, is_weight
-from varscale.theory.rules.registry import ELEMENTWISE_OR_LAYOUT, RULES, Complex, Opaque, Rule
+from varscale.theory.rules.registry import (
+    ELEMENTWISE_OR_LAYOUT,
+    RULES,
+    Complex,
+    Opaque,
+    Rule,
+    live_equations,
+    scans,
+    used_variables,
+)
 from varscale.theory.rules.sampled_regions import drawn_region, placeholder
 
 _DERIVATIVES = {"jvp", "transpose"}

@@ -38,11 +38,10 @@ from varscale.theory.interpreter.summary import summarize, with_gradients
 from varscale.theory.interpreter.taps import through
 from varscale.theory.interpreter.tracing import Draws, Trace, drawing, execution_order, first_pass, traced
 from varscale.theory.interpreter.uses import weights
-from varscale.theory.rules.equations import live_equations
-from varscale.theory.rules.integer_inputs import unknown
+from varscale.theory.rules.lookup import unknown
 from varscale.theory.rules.padding import PADDED, filled_shapes, is_mask
 from varscale.theory.rules.random import input_leaf
-from varscale.theory.rules.registry import Complex, Opaque
+from varscale.theory.rules.registry import Complex, Opaque, live_equations
 from varscale.usage.parameters import uses_in
 
 _DETAILS = ("modules", "equations")

@@ -17,7 +17,7 @@ from varscale import _compat
 from varscale.programs.marks import FIELD, MODULE, WITHIN
 from varscale.programs.pieces import PIECE
 from varscale.programs.scopes import opened, whole_path
-from varscale.theory.rules.equations import sub_jaxpr_of
+from varscale.theory.rules.registry import sub_jaxpr_of
 
 _PARTS = "/.[#"  # what may follow the path of a module in that of a part of it
 _ENTERED = {

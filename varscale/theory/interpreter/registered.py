@@ -11,11 +11,9 @@ from varscale.theory.propagation import (  # noqa: F401
 from varscale.theory.rules import (  # noqa: F401
     attention,
     axis,
-    complex,
     concatenation,
     control,
     convolution,
-    cumulative,
     elementwise,
     linear,
     log_sum_exp,

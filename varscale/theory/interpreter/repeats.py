@@ -11,7 +11,7 @@ import numpy as np
 
 from varscale import _compat
 from varscale.programs.pieces import PIECE
-from varscale.theory.rules.equations import live_equations
+from varscale.theory.rules.registry import live_equations
 
 
 class Recipe(NamedTuple):

@@ -21,7 +21,7 @@ from varscale.theory.interpreter.taps import Through
 from varscale.theory.propagation.cotangents import cotangents
 from varscale.theory.propagation.error_bounds import doubt_of, provenance
 from varscale.theory.propagation.fluctuations import fluctuations
-from varscale.theory.rules.complex import modulus
+from varscale.theory.rules.elementwise import modulus
 from varscale.theory.rules.registry import Complex
 
 _BAND = 2.5758  # 99 % of a normal

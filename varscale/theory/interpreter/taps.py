@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from varscale import _compat
 from varscale.programs.marks import MODULE, WITHIN
-from varscale.theory.rules.equations import live, sub_jaxpr_of
+from varscale.theory.rules.registry import live, sub_jaxpr_of
 
 
 class Through(NamedTuple):

@@ -15,7 +15,7 @@ from varscale.programs.caches import fresh_traces
 from varscale.programs.pieces import PIECE
 from varscale.programs.program import Program
 from varscale.theory.graph.store import PredictionError
-from varscale.theory.rules.equations import live_equations
+from varscale.theory.rules.registry import live_equations
 
 _INIT_SEED = 0  # laws do not depend on the seed
 

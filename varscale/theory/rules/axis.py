@@ -1,4 +1,4 @@
-"""Slices, splits, reversals, broadcasts and reshapes: entries keep their values and change their places."""
+"""Slices, splits, reversals, broadcasts and reshapes, where entries keep their values and change places; cumulative sums."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from varscale.theory.domain.axes import Axis, apply_axis, sliced
-from varscale.theory.domain.axis_maps import adjoint, pair_counts, slice_map
-from varscale.theory.domain.tables import Table
+from varscale.theory.domain.axes import MOST_CLASSES, Axis, apply_axis, grouped, sliced
+from varscale.theory.domain.axis_maps import AxisMap, adjoint, entry_map, pair_counts, slice_map
+from varscale.theory.domain.tables import LEADING_ORDER, Table
 from varscale.theory.graph import layout
 from varscale.theory.graph.expressions import roots
-from varscale.theory.graph.layout import Atom, Value
-from varscale.theory.graph.linear_nodes import Take
+from varscale.theory.graph.layout import Atom, Value, materialize, merged
+from varscale.theory.graph.linear_nodes import Take, mapped
 from varscale.theory.graph.nodes import (
     Array,
     Constant,
@@ -32,7 +32,7 @@ from varscale.theory.graph.nodes import (
 from varscale.theory.graph.reshapes import Permute, permute
 from varscale.theory.graph.store import BackwardNotes, Fact
 from varscale.theory.rules.registry import Context, elementwise_or_layout, rule
-from varscale.theory.rules.sampled_regions import drawn_region
+from varscale.theory.rules.sampled_regions import drawn_region, placeholder
 
 # By leaf: along which axis it is sliced, and it and what multiplies it entry by entry where it is weights
 # only read in slices.
@@ -281,3 +281,27 @@ elementwise_or_layout(
     "iota",
     "rev",
 )
+
+
+def lower_triangle(axis: Axis, *, reverse: bool = False) -> AxisMap:
+    """y_p = Σ_{i ≤ p} x_i, or i ≥ p in reverse; outputs are classed by how many terms they have."""
+    rows, columns = np.tril_indices(axis.size)
+    if reverse:
+        rows, columns = columns, rows
+    terms = np.bincount(rows, minlength=axis.size).astype(float)
+    return entry_map(rows, columns, grouped(terms[:, None]), axis)
+
+
+@rule("cumsum")
+def cumsum(interpreter: Context, eqn: Any, x: Value) -> Value:
+    d = eqn.params["axis"]
+    x = merged(materialize(x, [d]), d)
+    if not x.dims[d]:
+        return x  # one position
+    k = x.dims[d][0].axis
+    assert k is not None
+    table = x.node.table
+    drifts = x.node.axes[k].size > MOST_CLASSES and table.total_mean**2 > LEADING_ORDER * table.mean_square
+    if drifts and interpreter.ask("running sums that drift over more places than are told apart"):
+        return placeholder(interpreter, eqn.outvars[0].aval)
+    return Value(mapped(x.node, k, lower_triangle(x.node.axes[k], reverse=eqn.params["reverse"])), x.dims)

@@ -15,10 +15,19 @@ from varscale.theory.graph.layout import Value
 from varscale.theory.graph.nodes import Leaf
 from varscale.theory.rules.axis import slice_of_weights, take
 from varscale.theory.rules.concatenation import concatenate
-from varscale.theory.rules.equations import CALLS, sub_jaxpr_of, used_variables
 from varscale.theory.rules.random import bits
 from varscale.theory.rules.region_draws import CannotDraw
-from varscale.theory.rules.registry import STACKED, Complex, Context, Opaque, map_parts, rule
+from varscale.theory.rules.registry import (
+    CALLS,
+    STACKED,
+    Complex,
+    Context,
+    Opaque,
+    map_parts,
+    rule,
+    sub_jaxpr_of,
+    used_variables,
+)
 from varscale.theory.rules.sampled_regions import drawn_alone, drawn_region
 
 

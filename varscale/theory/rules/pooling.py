@@ -36,12 +36,13 @@ from varscale.theory.propagation.marginals import quantiles_of_kind
 from varscale.theory.propagation.near_places import Near, pulled_back, repeats
 from varscale.theory.propagation.shared_component import of_an_average
 from varscale.theory.rules.convolution import axes_above_one, prepared
-from varscale.theory.rules.drawn_nodes import draw, pooled_estimate
 from varscale.theory.rules.reductions import (
     after_increasing_steps,
     before_increasing_steps,
     bounded,
+    draw,
     fewest_terms,
+    pooled_estimate,
 )
 from varscale.theory.rules.registry import Context, rule
 from varscale.theory.rules.sampled_regions import placeholder

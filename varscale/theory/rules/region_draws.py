@@ -23,10 +23,9 @@ from varscale.theory.graph.layout import Value, merged
 from varscale.theory.graph.nodes import Array, Constant, Leaf, Node
 from varscale.theory.propagation.sampler import Drawing, evenly
 from varscale.theory.propagation.scale_responses import SCALE_STEP
-from varscale.theory.rules.equations import sub_jaxpr_of
 from varscale.theory.rules.region_programs import Program, back_all, run_all, written
 from varscale.theory.rules.region_sizes import CannotShrink, Sizes, numbers_held, run, work
-from varscale.theory.rules.registry import Opaque, parts
+from varscale.theory.rules.registry import Opaque, parts, sub_jaxpr_of
 
 _REPLICATES = 16
 _MOST_REPLICATES = 64

@@ -19,8 +19,7 @@ import numpy as np
 from jax import lax
 
 from varscale import _compat
-from varscale.theory.rules.equations import CALLS, sub_jaxpr_of
-from varscale.theory.rules.registry import ELEMENTWISE_OR_LAYOUT
+from varscale.theory.rules.registry import CALLS, ELEMENTWISE_OR_LAYOUT, sub_jaxpr_of
 
 _ROUNDED = 2.0**-8  # how far a count may be off in bfloat16, and the n − 1 of a variance
 

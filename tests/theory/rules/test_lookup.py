@@ -14,7 +14,7 @@ import varscale as vs
 from varscale.theory.graph.nodes import View
 from varscale.theory.interpreter.interpreter import Interpreter
 from varscale.theory.propagation.sampler import Drawing
-from varscale.theory.rules.integer_inputs import compared, unknown
+from varscale.theory.rules.lookup import compared, unknown
 
 IDS = jax.ShapeDtypeStruct((8, 32), jnp.int32)
 LENGTHS = jax.ShapeDtypeStruct((8,), jnp.int32)
