@@ -13,7 +13,7 @@ from varscale.theory.graph.nodes import View
 from varscale.theory.interpreter.interpreter import Interpreter
 from varscale.theory.interpreter.tracing import first_pass
 from varscale.theory.propagation.marginals import integral_key
-from varscale.theory.propagation.products import INTEGRATED
+from varscale.theory.propagation.second_moments import INTEGRATED
 
 X = jax.ShapeDtypeStruct((8, 64), jnp.float32)
 KERNEL = nn.initializers.normal(1 / 8)  # width 64: keeps the scale

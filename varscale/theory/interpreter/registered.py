@@ -1,14 +1,9 @@
 """Every module that registers rules, or laws of kinds of nodes: imported for that, and read by nobody."""
 
-from varscale.theory.propagation import (  # noqa: F401
-    cross_axis_maps,
-    products,
-    pullbacks,
-    sample_moments,
-    second_moments,
-    sums,
-)
-from varscale.theory.rules import (  # noqa: F401
+# ruff: noqa: F401
+
+from varscale.theory.propagation import cross_axis_maps, pullbacks, sample_moments, second_moments, sums
+from varscale.theory.rules import (
     attention,
     axis,
     concatenation,

@@ -23,13 +23,11 @@ from varscale.theory.graph.nodes import UNKNOWN, Array, Constant, Leaf, Node, Vi
 from varscale.theory.graph.normal_form import affine, apply
 from varscale.theory.graph.store import BackwardNotes, once_per_node
 from varscale.theory.propagation.error_bounds import doubt_of
+from varscale.theory.propagation.fluctuations import gradient_scale, norm_of_given, summed_scale
 from varscale.theory.propagation.fourth_moments import mean_squared_correlation
-from varscale.theory.propagation.gradient_fluctuations import gradient_scale, norm_of_given, summed_scale
-from varscale.theory.propagation.marginals import along, concentrated, largest_term, term_shares
-from varscale.theory.propagation.near_places import pulled_back
-from varscale.theory.propagation.products import product_second
-from varscale.theory.propagation.pullbacks import forks, mean_square, sum_out
-from varscale.theory.propagation.scale_responses import cofactors
+from varscale.theory.propagation.marginals import along, cofactors, concentrated, largest_term, term_shares
+from varscale.theory.propagation.pullbacks import forks, mean_square, pulled_back, sum_out
+from varscale.theory.propagation.second_moments import product_second
 
 _MASK_DOUBT = 0.03  # set, not derived: a stream's derivatives are a Markov chain only in the main
 
@@ -232,6 +230,7 @@ def _elementwise(
         over = gradient_scale(node, root, slope, held, (part.scale, part.radial, part.unit))
         back = back * over.growth
         doubt = part.doubt + over.doubt + _MASK_DOUBT * (part.mask is not None) + own_gradients(node)
+        doubt += 2 * max((doubt_of(r.node) for r in roots(slope.node) if r not in held), default=0.0)
         if held:
             inverse = _inverse_scale(root, held[0])
             along_itself = max(1 + part.radial, 0.0) * _projection(node, root, held[0], part)

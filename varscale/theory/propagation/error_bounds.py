@@ -15,8 +15,8 @@ from varscale.theory.graph.nodes import UNKNOWN, Array, Constant, Leaf, Node
 from varscale.theory.graph.store import HOWS, once_per_node
 from varscale.theory.propagation.cross_moments import mean_of_product
 from varscale.theory.propagation.fluctuations import fluctuations
+from varscale.theory.propagation.inherited_fluctuations import responses
 from varscale.theory.propagation.marginals import concentrated
-from varscale.theory.propagation.scale_responses import responses
 
 # Set on the validation grid, not derived, both: what is left where every rule is exact (the cell of a kink,
 # second order in 1/width, a norm's epsilon).

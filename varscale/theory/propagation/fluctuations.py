@@ -9,6 +9,26 @@ Where that ratio is not the same at all q, the mean shifts, too, and the logarit
 
 That the logarithm is normal, with a variance that adds up layer by layer, is a theorem for products of random matrices and for
 gradients of ReLU nets (Hanin & Nica 2020); elsewhere it is assumed.
+
+Backward, a gradient is a product of derivatives along all layers, each a function of a random scale. With
+D_k = E[f_k'(√Q_k z)²], the scales Q_k of later layers inherit those of earlier ones, and the D_k are correlated:
+
+    E[Π D_k] = Π E[D_k] · exp(Σ_{j<k} Cov[ln D_j, ln D_k])
+
+Going back, one number is enough for the sum: a = d ln(gradient²)/d ln Q at a layer, through all later ones. Past a function
+whose mean square answers to Q in the ratio s, and whose derivative's does in the ratio d,
+
+    Σ gains a s d ln(1 + P),    a → s a + d,
+
+where P is the relative variance of Q at one place.
+
+What is of order 1/n for sums over n units adds up over layers where it is amplified. Given h = W x, a gradient Wᵀ g is the
+radial x (h·g)/|x|² and one across x that does not depend on h (so is a Gaussian matrix, given what it makes of one vector).
+Let 1 + e be the radial energy over that of any other direction; with u = f²/E[f²] (a unit's part in the next scale),
+q = E[h²], F = E[f²] and D = E[f'²],
+
+    at W    Σ gains e/n
+    at f    Σ gains (a + e) (E[u f'²]/D − 1)/n,    e → e s²F/(q D) + 2 d.
 """
 
 from __future__ import annotations
@@ -16,19 +36,28 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Hashable, Sequence
+from typing import NamedTuple
 
-from varscale.theory.graph.expressions import roots
-from varscale.theory.graph.nodes import Array, Constant, Leaf, Node, View
+import numpy as np
+
+from varscale.theory.domain.tables import ROUGH
+from varscale.theory.graph.convolutions import Conv
+from varscale.theory.graph.expressions import Apply, Sum, roots
+from varscale.theory.graph.nodes import UNKNOWN, Array, Constant, Leaf, Node, View
 from varscale.theory.graph.store import once_per_node
-from varscale.theory.propagation.fourth_moments import free_share
+from varscale.theory.integrals.hermite_series import WEIGHTS
+from varscale.theory.propagation.fourth_moments import free_share, fresh, origin
 from varscale.theory.propagation.inherited_fluctuations import (
     NONE,
     Spread,
-    fresh,
     inherited,
-    origin,
+    kernel,
+    responses,
+    root_responses,
+    shared,
     weighted,
 )
+from varscale.theory.propagation.marginals import along, concentrated, largest_term, over_classes, term_shares
 from varscale.theory.propagation.shared_component import channel_scatter
 
 
@@ -83,3 +112,156 @@ def fluctuations(node: Node) -> Spread:
     source = origin(node)
     sources[source] = sources.get(source, 0.0) + own
     return dataclasses.replace(base, sources=sources)
+
+
+_WIDEST_COVARIANCE = 1.0  # sum of covariances at one layer beyond which first order says nothing
+
+
+class GradientScale(NamedTuple):
+    """What a derivative does: the growth of its mean square, what is in doubt, a of later layers and its own, e."""
+
+    growth: float
+    doubt: float
+    passed: float
+    own: float
+    radial: float
+
+
+def gradient_scale(
+    node: Apply, root: View, slope: View, held: Sequence[View], above: tuple[float, float, float]
+) -> GradientScale:
+    """What the fluctuations of a tree's roots do to the cotangent that goes through it to one of them.
+
+    Args:
+        node: the tree.
+        root: one of its roots.
+        slope: the derivative towards it.
+        held: a norm's scales, which have a rule of their own.
+        above: at the tree, a, e, and what a unit's relative square adds to the logarithm.
+    """
+    later, radial, unit = above
+    scales = {view.node.id for view in held}
+    passed = later * log_slopes(node).get(root.node, 0.0)
+    if isinstance(slope.node, Constant):
+        return GradientScale(1.0, 0.0, passed, 0.0, 0.0 if held else radial)
+    if held:
+        doubt = 0.0
+        for other, (ratio, curvature) in (
+            responses(slope.node).items() if isinstance(slope.node, Apply) else ()
+        ):
+            spread = kernel(other)
+            doubt += (2 * abs(ratio) * spread.bend + abs(curvature) * spread.point / 2) * (
+                other.id not in scales
+            )
+        return GradientScale(1.0, doubt, passed, 0.0, -1.0 if _over_all_units(node, held) else 0.0)
+    derivative, slopes, mine = inherited(slope.node), log_slopes(slope.node), kernel(root.node)
+    together = later * shared(derivative.places, inherited(node).places) + unit * _with_slope(node, slope)
+    own = sum(
+        d * (1.0 if other is root.node else _regression(kernel(other), mine)) for other, d in slopes.items()
+    )
+    flat = max(root.node.table.mean_square * slope.node.table.mean_square, 1e-300)
+    stretched = log_slopes(node).get(root.node, 0.0) ** 2 * node.table.mean_square / flat
+    return GradientScale(
+        growth=(1 + derivative.shift) * math.exp(_limited(together)),
+        doubt=derivative.bend + ROUGH * abs(together),
+        passed=passed,
+        own=own,
+        radial=radial * stretched + 2 * slopes.get(root.node, 0.0),
+    )
+
+
+def _over_all_units(node: Apply, held: Sequence[View]) -> bool:
+    """Whether a norm's scale is a sample's own, over all units: then nothing of a gradient is left along what was normalised.
+
+    Past a matrix that holds of the sum over all units alone, and not of one unit over samples or of one group of units.
+    """
+    kept = sorted({place for view in held for place in view.bind})
+    return 0 < len(kept) < len(node.axes) and kept == list(range(len(kept)))
+
+
+def log_slopes(node: Node) -> dict[Node, float]:
+    """d ln E[f²]/d ln Q by root."""
+    return (
+        {root: found.slope for root, found in root_responses(node).items()}
+        if isinstance(node, Apply)
+        else {node: 1.0}
+    )
+
+
+def scale_share(node: Node, i: int) -> float:
+    """d ln Q/d ln Q_i of a node's second moment in its argument's: a term's share of a sum, all of it elsewhere."""
+    if not isinstance(node, Sum) or i in node.centring:
+        return 1.0
+    return float(term_shares(node)[i])
+
+
+class SummedScale(NamedTuple):
+    """What a node that is linear in its arguments makes of what a gradient depends on; `growth` is that of its mean square."""
+
+    growth: float
+    passed: float
+    radial: float
+    unit: float
+
+
+def summed_scale(node: Node, i: int, later: float, radial: float, unit: float) -> SummedScale:
+    """What a node that is not elementwise passes on to its i-th argument.
+
+    Args:
+        node: the node.
+        i: which of its arguments.
+        later: a at the node.
+        radial: e at the node.
+        unit: what a unit's relative square adds to the logarithm.
+    """
+    share = scale_share(node, i)
+    sampled = max((1 + kernel(node).point) / (1 + inherited(node.args[i].node).point) - 1, 0.0)
+    if not sampled:
+        return SummedScale(1.0, later * share, radial * share, unit * share)
+    weighted = any(isinstance(v.node, Leaf) and v.node.random and not v.node.is_input for v in node.args)
+    radial = radial if weighted or isinstance(node, Sum) else 0.0
+    growth = 1 + _limited(radial / (node.width or math.inf))
+    return SummedScale(growth, later * share, radial * share, (later + radial) * share * sampled)
+
+
+def _regression(other: Spread, mine: Spread) -> float:
+    """What of one logarithm goes with another, at one place: a regression."""
+    return shared(other.places, mine.places) / max(shared(mine.places, mine.places), 1e-12)
+
+
+def _limited(x: float) -> float:
+    return float(np.clip(x, -_WIDEST_COVARIANCE, _WIDEST_COVARIANCE))
+
+
+def _with_slope(node: Apply, slope: View) -> float:
+    """(E[f² f'²]/(E[f²] E[f'²]) − 1)/(E[f⁴]/E[f²]² − 1) of a function of one root: how f'² goes with f² from unit to unit."""
+    view = View(node, tuple(range(len(node.axes))))
+    live = [r for r in roots(node) if not concentrated(r.node)]
+    if len(live) != 1:
+        return 0.0
+    lines = []
+    for x in (view, slope):
+        lines.append(over_classes(np.square(along(x, node.axes, *live)), node.axes))
+    if any(line.shape != WEIGHTS.shape for line in lines):
+        return 0.0
+    f, d = (line / max(float(line @ WEIGHTS), 1e-300) for line in lines)
+    return float((f * d) @ WEIGHTS - 1) / max(float(f**2 @ WEIGHTS) - 1, 1e-9)
+
+
+def norm_of_given(root: View, scale: View) -> float:
+    """The doubt of gradients behind a norm of a linear map of given numbers with places, by E[1/v] E[v] of its variance v.
+
+    Of a norm at each place, some places are louder than others: it is 1 + P for a lognormal v of relative variance P between
+    places, that of what a window reads, its taps alike. Of a norm over places, v = w'Σw of a unit has as few terms that count
+    as Σ, the covariance of what windows read: one or two for a smooth picture, where E[1/v] is not finite.
+    """
+    node = root.node
+    while isinstance(node, Sum) and node.is_centred:
+        node = largest_term(node).node
+    given = (isinstance(v.node, Leaf) and v.node.is_input and v.node.near == 1 for v in node.args)
+    if not any(given):
+        return 0.0
+    if len(scale.bind) < 2:
+        return UNKNOWN if len(root.bind) > len(scale.bind) + 1 else 0.0
+    taps = math.prod(w.taps for w in node.params.windows) if isinstance(node, Conv) else 1
+    return min(kernel(node).point * taps, UNKNOWN)

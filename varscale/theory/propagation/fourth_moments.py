@@ -25,15 +25,18 @@ from varscale.theory.domain.axes import Axis, contract_axis, refine
 from varscale.theory.domain.tables import NEGLIGIBLE, by_type, full_types, lift, means_by_type
 from varscale.theory.graph.convolutions import Conv
 from varscale.theory.graph.expressions import Apply, Sum, factors, roots, roots_of
+from varscale.theory.graph.known_arrays import Computed, scatter_of_given
 from varscale.theory.graph.linear_nodes import Contract, Gather, weight_of
 from varscale.theory.graph.nodes import Array, Constant, Leaf, Node, View
 from varscale.theory.graph.normal_form import apply
+from varscale.theory.graph.reshapes import Rearranged
 from varscale.theory.graph.store import Fact, once_per_node
 from varscale.theory.integrals.hermite_series import HERMITE, WEIGHTS, Z, power_series
 from varscale.theory.propagation.marginals import (
     Environment,
     along,
     at_means,
+    cofactors,
     concentrated,
     evaluate,
     grid,
@@ -44,9 +47,8 @@ from varscale.theory.propagation.marginals import (
     over_classes,
     placed,
 )
-from varscale.theory.propagation.products import product_second
 from varscale.theory.propagation.sample_moments import order_correlation
-from varscale.theory.propagation.scale_responses import cofactors
+from varscale.theory.propagation.second_moments import product_second
 from varscale.theory.propagation.token_gram import overlap, own_part, tokens_of
 
 
@@ -150,6 +152,65 @@ def mean_squared_correlation(second: np.ndarray, main: View, scale: View, power:
     return float(out)
 
 
+def origin(node: Node) -> int:
+    """The root whose sampled units a node's are: a function of a root, or a centred copy, fluctuates with it."""
+    while True:
+        if isinstance(node, Apply):
+            own = [r.node for r in roots(node) if not concentrated(r.node)]
+            if len(own) != 1:
+                return node.id
+            node = own[0]
+        elif isinstance(node, Sum) and node.is_centred:
+            node = largest_term(node).node
+        elif isinstance(node, Rearranged):
+            node = node.args[0].node
+        else:
+            return node.id
+
+
+def fresh(node: Node, axes: Sequence[int]) -> float:
+    """Relative variance of the mean of x² over `axes`, the other axes held, from sampling alone."""
+    return _fresh(node, tuple(axes))
+
+
+@once_per_node
+def _fresh(node: Node, over: tuple[int, ...]) -> float:
+    axes = set(over)
+    if isinstance(node, Computed):
+        return scatter_of_given(node, axes)
+    source = _rearranged(node, axes)
+    if source is not None:
+        return fresh(*source)
+    pairs, squares = square_pairs(node)
+    for k in reversed(range(len(node.axes))):
+        axis = node.axes[k]
+        if k not in axes:
+            pairs = pairs.take(range(axis.classes), axis=k) if pairs.shape[k] > 1 else pairs
+            continue
+        pairs = contract_axis(pairs, k, axis.any_pair) if pairs.shape[k] > 1 else pairs.take(0, axis=k)
+        squares = (
+            contract_axis(squares, k, axis.counts / axis.size)
+            if squares.shape[k] > 1
+            else squares.take(0, axis=k)
+        )
+    # Places that are held are what they are: that some are larger than others is no chance.
+    varied = np.where(squares > 0, pairs / np.maximum(squares, 1e-150) ** 2, 1.0)
+    held = [axis for k, axis in enumerate(node.axes) if k not in axes]
+    excess = float(over_classes(varied, held)) - 1.0
+    return excess if excess > _EXCESS_ROUNDING else 0.0
+
+
+def _rearranged(node: Node, axes: set[int]) -> tuple[Node, tuple[int, ...]] | None:
+    """What a split, merged or permuted array was before, and which of its axes these are; None where some are parts of one."""
+    if not isinstance(node, Rearranged):
+        return None
+    before = {j for k in axes for j in node.before(k)}
+    if axes != {k for k in range(len(node.axes)) if before.issuperset(node.before(k))}:
+        return None
+    return node.args[0].node, tuple(sorted(before))
+
+
+_EXCESS_ROUNDING = 1e-12  # what rounding leaves of a relative variance that is zero
 _FEW_NUMBERS = 64  # numbers, from where on what a function of several roots leaves to chance is not asked for
 
 

@@ -276,6 +276,28 @@ def concentrated(root: Node) -> bool:
     return mean != 0 and ((root.positive and scale) or variance < NEGLIGIBLE * mean**2)
 
 
+@once_per_node
+def cofactors(node: Node) -> dict[View, list[View]]:
+    """The roots of a tree that fluctuate, each with the concentrated ones that are its own scale (a norm's variance)."""
+    own = [
+        r
+        for r in roots(node)
+        if not isinstance(r.node, Array) and not (isinstance(r.node, Leaf) and not r.node.is_input)
+    ]
+    live = [r for r in own if not concentrated(r.node)] or own
+    out = {r: [r] for r in live}
+    for scale in own:
+        if scale in live:
+            continue
+        partners = [r for r in live if r.node.deps & scale.node.deps]
+        if partners:
+            main = max(partners, key=lambda r: (r.node.deps & scale.node.deps).bit_count())
+            out[main].append(scale)
+        else:
+            out[scale] = [scale]
+    return out
+
+
 def latent_cross(a: View, b: View, frame: Sequence[Axis]) -> np.ndarray:
     """`latent` of two different roots, from their cross-moments: correlations by type of the frame, (types or 1...)."""
     covariance = cross(a, b, frame) - mean_product(a, b, frame)

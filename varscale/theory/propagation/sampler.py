@@ -23,7 +23,7 @@ from varscale.theory.graph.reshapes import Merge, Permute, Split
 from varscale.theory.graph.store import once_per_node
 from varscale.theory.integrals.hermite_series import Z, read_off
 from varscale.theory.propagation.marginals import evaluate, marginal
-from varscale.theory.propagation.near_places import repeats
+from varscale.theory.propagation.pullbacks import repeats
 
 TERMS = 32  # terms of a sum that stand for all
 

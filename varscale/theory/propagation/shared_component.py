@@ -33,17 +33,16 @@ from varscale.theory.graph.linear_nodes import Contract
 from varscale.theory.graph.nodes import Leaf, Node, View
 from varscale.theory.graph.store import once_per_node
 from varscale.theory.integrals.hermite_series import Z
+from varscale.theory.propagation.fourth_moments import fresh, origin
 from varscale.theory.propagation.inherited_fluctuations import (
+    SCALE_STEP,
     Spread,
-    fresh,
     inherited,
     kernel,
-    origin,
     shared,
     weighted,
 )
 from varscale.theory.propagation.marginals import concentrated, evaluate
-from varscale.theory.propagation.scale_responses import SCALE_STEP
 
 _CHANNELS, _POPULATION_SAMPLES = 2048, 4  # of a population
 _OF_FEW = 8192  # channels where they are far from normal, and those with the other sign

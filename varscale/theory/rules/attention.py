@@ -42,8 +42,8 @@ from varscale.theory.graph.expressions import Apply, roots, weighted_sum
 from varscale.theory.graph.linear_nodes import Contract, weight_of
 from varscale.theory.graph.nodes import Leaf, View
 from varscale.theory.graph.store import BackwardNotes
+from varscale.theory.propagation.marginals import cofactors
 from varscale.theory.propagation.pullbacks import sum_out
-from varscale.theory.propagation.scale_responses import cofactors
 from varscale.theory.propagation.token_gram import (
     Mixture,
     OverlapRule,

@@ -31,7 +31,7 @@ from varscale.theory.propagation.fluctuations import averaged, of_a_group, with_
 from varscale.theory.propagation.fourth_moments import excess_kurtosis
 from varscale.theory.propagation.inherited_fluctuations import Spread, combine, propagated
 from varscale.theory.propagation.marginals import scatter_of
-from varscale.theory.propagation.near_places import repeats
+from varscale.theory.propagation.pullbacks import repeats
 from varscale.theory.propagation.shared_component import of_few
 from varscale.theory.rules.linear import without_factor
 from varscale.theory.rules.registry import Context, rule

@@ -33,7 +33,7 @@ from varscale.theory.propagation.cross_moments import cross, unsure
 from varscale.theory.propagation.doubts import lost_excess
 from varscale.theory.propagation.inherited_fluctuations import Spread, inherited, propagated
 from varscale.theory.propagation.marginals import quantiles_of_kind
-from varscale.theory.propagation.near_places import Near, pulled_back, repeats
+from varscale.theory.propagation.pullbacks import Near, pulled_back, repeats
 from varscale.theory.propagation.shared_component import of_an_average
 from varscale.theory.rules.convolution import axes_above_one, prepared
 from varscale.theory.rules.reductions import (

@@ -21,8 +21,8 @@ from varscale import _compat
 from varscale.theory.graph.expressions import Apply
 from varscale.theory.graph.layout import Value, merged
 from varscale.theory.graph.nodes import Array, Constant, Leaf, Node
+from varscale.theory.propagation.inherited_fluctuations import SCALE_STEP
 from varscale.theory.propagation.sampler import Drawing, evenly
-from varscale.theory.propagation.scale_responses import SCALE_STEP
 from varscale.theory.rules.region_programs import Program, back_all, run_all, written
 from varscale.theory.rules.region_sizes import CannotShrink, Sizes, numbers_held, run, work
 from varscale.theory.rules.registry import Opaque, parts, sub_jaxpr_of

@@ -12,7 +12,7 @@ from varscale.theory.integrals.hermite_series import Z, mehler
 from varscale.theory.integrals.primitives import function
 from varscale.theory.interpreter.interpreter import Interpreter
 from varscale.theory.propagation.marginals import factored
-from varscale.theory.propagation.products import product_second
+from varscale.theory.propagation.second_moments import product_second
 
 relu = jax.nn.relu
 
