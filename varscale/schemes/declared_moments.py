@@ -15,9 +15,9 @@ from varscale.initializers.distributions import DistributionName
 from varscale.programs import faces
 from varscale.theory.graph.layout import Value
 from varscale.theory.graph.nodes import Leaf
+from varscale.theory.interpreter.inputs import input_value
 from varscale.theory.interpreter.interpreter import Interpreter
 from varscale.theory.interpreter.parameters import init_laws
-from varscale.theory.interpreter.predict import input_value
 from varscale.theory.interpreter.tracing import traced
 from varscale.usage.parameters import named_leaves
 

@@ -29,7 +29,6 @@ from varscale.theory.graph.layout import Value, align, value, without_entries
 from varscale.theory.graph.nodes import Graph, leaf
 from varscale.theory.graph.normal_form import apply
 from varscale.theory.graph.store import UNCOVERED, PredictionError, located, told
-from varscale.theory.interpreter import registered  # noqa: F401  (rules, and laws of their nodes)
 from varscale.theory.interpreter.folding import (
     ENTERED,
     concrete,
@@ -40,6 +39,23 @@ from varscale.theory.interpreter.folding import (
 )
 from varscale.theory.interpreter.regions import Regions, blocks, within
 from varscale.theory.interpreter.rows import Place
+
+# These register rules, and laws of kinds of nodes.
+from varscale.theory.propagation import cross_axis_maps, pullbacks, sample_moments, second_moments, sums  # noqa: F401
+from varscale.theory.rules import (  # noqa: F401
+    attention,
+    axis,
+    concatenation,
+    control,
+    convolution,
+    elementwise,
+    linear,
+    lookup,
+    pooling,
+    random,
+    reductions,
+    softmax_recognition,
+)
 from varscale.theory.rules.random import input_leaf, is_weight
 from varscale.theory.rules.registry import (
     ELEMENTWISE_OR_LAYOUT,

@@ -20,8 +20,7 @@ from varscale.theory.graph.expressions import roots
 from varscale.theory.graph.layout import Value, full, value
 from varscale.theory.graph.nodes import UNKNOWN, Leaf
 from varscale.theory.interpreter.interpreter import Interpreter
-from varscale.theory.interpreter.repeats import first_alike, output_recipes
-from varscale.theory.interpreter.tracing import Trace
+from varscale.theory.interpreter.tracing import Trace, first_alike, output_recipes
 from varscale.theory.rules.random import another, as_weight, is_weight
 from varscale.theory.rules.registry import Complex, Opaque, map_parts, parts
 from varscale.usage.parameters import named_leaves

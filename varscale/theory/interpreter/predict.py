@@ -3,26 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-import math
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
 from varscale.initialization.laws import applied
 from varscale.programs import faces
 from varscale.programs.faces import Inputs, Program
 from varscale.report import Report
-from varscale.theory.domain.axes import Axis
-from varscale.theory.domain.tables import Moments, Table, estimate, independent
-from varscale.theory.graph.known_arrays import measured
-from varscale.theory.graph.layout import Value, full
-from varscale.theory.graph.nodes import Leaf
+from varscale.theory.graph.layout import Value
 from varscale.theory.graph.store import PredictionError, located
 from varscale.theory.interpreter.draws import beside_draws
+from varscale.theory.interpreter.inputs import TracedInputs
 from varscale.theory.interpreter.interpreter import Interpreter
 from varscale.theory.interpreter.parameters import (
     abstract,
@@ -32,20 +25,13 @@ from varscale.theory.interpreter.parameters import (
     laid_parameters,
     path_string,
 )
-from varscale.theory.interpreter.rows import Place, Rows, joined
-from varscale.theory.interpreter.sample_scales import sample_axis
-from varscale.theory.interpreter.summary import summarize, with_gradients
-from varscale.theory.interpreter.taps import through
+from varscale.theory.interpreter.rows import Place, Rows, joined, through
+from varscale.theory.interpreter.summary import summarize, weights, with_gradients
 from varscale.theory.interpreter.tracing import Draws, Trace, drawing, execution_order, first_pass, traced
-from varscale.theory.interpreter.uses import weights
-from varscale.theory.rules.lookup import unknown
-from varscale.theory.rules.padding import PADDED, filled_shapes, is_mask
-from varscale.theory.rules.random import input_leaf
-from varscale.theory.rules.registry import Complex, Opaque, live_equations
+from varscale.theory.rules.registry import live_equations
 from varscale.usage.parameters import uses_in
 
 _DETAILS = ("modules", "equations")
-_MODEL_SEED = 0  # laws do not depend on the seed
 
 
 def predict(
@@ -121,7 +107,7 @@ class Walkable(NamedTuple):
     forward: Trace
     numbers: Sequence[int]
     parameters: _Parameters
-    split: _Split
+    split: TracedInputs
 
     def run(self, interpreter: Interpreter) -> list[Any]:
         """What the interpreter makes of it: the values of the rows."""
@@ -133,7 +119,7 @@ class Walkable(NamedTuple):
 
 def walkable(interpreter: Interpreter, program: Program, given: Inputs, params: Any, scheme: Any) -> Walkable:
     """A model's forward pass, its parameters' laws read with an interpreter."""
-    split = _Split(given)
+    split = TracedInputs(given)
     parameters = _parameters(interpreter, program, params, split)
     if scheme is not None:
         laws = laid_parameters(interpreter, parameters.shapes, parameters.values, scheme)
@@ -234,7 +220,7 @@ class _Parameters(NamedTuple):
     draws: Draws | None = None
 
 
-def _forward(program: Program, parameters: _Parameters, split: _Split) -> tuple[Trace, Sequence[int]]:
+def _forward(program: Program, parameters: _Parameters, split: TracedInputs) -> tuple[Trace, Sequence[int]]:
     """The forward pass from parameters and inputs to rows, and the numbers of the parameters it takes."""
     if parameters.draws is not None and parameters.draws.forward is not None:
         return parameters.draws.forward, parameters.draws.used
@@ -246,130 +232,7 @@ def _forward(program: Program, parameters: _Parameters, split: _Split) -> tuple[
     return traced(forward, parameters.shapes, split.structs), range(len(parameters.values))
 
 
-class _Split:
-    """Inputs apart: arrays and descriptions of arrays, which are traced, and everything else, which is passed as it is."""
-
-    def __init__(self, given: Inputs):
-        self.leaves, self.tree = jax.tree_util.tree_flatten(
-            (given.args, dict(given.kwargs)), is_leaf=lambda x: isinstance(x, Moments)
-        )
-        self.places = [i for i, x in enumerate(self.leaves) if isinstance(x, Moments) or faces.is_dynamic(x)]
-        self.structs = [_struct(self.leaves[i]) for i in self.places]
-
-    def join(self, dynamic: list[Any]) -> Inputs:
-        flat = list(self.leaves)
-        for i, x in zip(self.places, dynamic, strict=True):
-            flat[i] = x
-        args, kwargs = jax.tree_util.tree_unflatten(self.tree, flat)
-        return Inputs(args, kwargs)
-
-    def values(self, interpreter: Interpreter) -> list[Any]:
-        PADDED.put(interpreter.graph, None, filled_shapes(self.leaves))
-        made = [input_value(interpreter, self.leaves[i], self._name(i)) for i in self.places]
-        related([(self.leaves[i], x) for i, x in zip(self.places, made, strict=True)])
-        return made
-
-    def _name(self, i: int) -> str:
-        """The place where its numbers are first given: an array that is given twice is one."""
-        x = self.leaves[i]
-        return f"input {next(j for j in self.places if j == i or _same_numbers(self.leaves[j], x))}"
-
-
-def _same_numbers(x: Any, y: Any) -> bool:
-    """Whether both are arrays of the same numbers, not descriptions of arrays or keys."""
-    if not (_is_measured(x) and _is_measured(y)):
-        return False
-    return x is y or (x.shape == y.shape and x.dtype == y.dtype and np.array_equal(x, y))
-
-
-def _is_measured(x: Any) -> bool:
-    """Whether it is an array of real floating-point numbers, whose moments are estimated."""
-    described = isinstance(x, Moments | jax.ShapeDtypeStruct)
-    return not described and jnp.issubdtype(x.dtype, jnp.floating)
-
-
-def related(inputs: Sequence[tuple[Any, Any]]) -> None:
-    """Notes that given arrays may go together."""
-    leaves = [
-        made.node
-        for x, made in inputs
-        if _is_measured(x) and isinstance(made, Value) and isinstance(made.node, Leaf)
-    ]
-    every = functools.reduce(lambda bits, node: bits | node.deps, leaves, 0)
-    for node in leaves:
-        node.deps = every
-
-
-def _struct(x: Any) -> jax.ShapeDtypeStruct:
-    if isinstance(x, Moments):
-        return jax.ShapeDtypeStruct(x.shape, jnp.dtype(x.dtype))
-    dtype = x.dtype
-    if dtype in (np.float64, np.int64, np.uint64, np.complex128):
-        dtype = jax.dtypes.canonicalize_dtype(dtype)  # 32 bits, unless x64 is on
-    return jax.ShapeDtypeStruct(x.shape, dtype)
-
-
-def input_value(interpreter: Interpreter, x: Any, name: str) -> Any:
-    """An input as a value: known numbers, or a leaf with its law.
-
-    Raises:
-        ValueError: it contains NaN or infinities.
-    """
-    graph = interpreter.graph
-    shape = tuple(x.shape)
-    axes = tuple(Axis(n) for n in shape if n != 1)
-    if math.prod(shape) == 0:
-        raise ValueError(f"{name} has shape {shape}: it is empty")
-    if isinstance(x, Moments):
-        second = x.second()
-        second = second[tuple(slice(None) if n != 1 else 0 for n in shape)]
-        table = Table(axes, np.full([1] * len(axes), float(x.mean)), second)
-        return input_leaf(interpreter, name, shape, table, odd=False)
-    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-        return Opaque(
-            x
-            if isinstance(x, jax.Array)
-            else jax.random.split(jax.random.key(_MODEL_SEED), shape)
-            if shape
-            else jax.random.key(_MODEL_SEED)
-        )
-    kind = np.dtype(x.dtype).kind if np.dtype(x.dtype).kind != "V" else "f"
-    if kind == "c":
-        return Complex(
-            *(input_value(interpreter, part, f"{name} ({which} part)") for which, part in _parts(x))
-        )
-    if isinstance(x, jax.ShapeDtypeStruct):
-        if kind == "b":
-            return full(graph, 1.0, shape)
-        if kind in "iu":
-            return unknown(interpreter, name, shape)
-        return input_leaf(interpreter, name, shape, independent(0.0, 1.0, axes), odd=True)
-    numbers = np.asarray(x)
-    if kind in "iub":
-        return interpreter.known(numbers)
-    numbers = numbers.astype(np.float64)
-    if not np.all(np.isfinite(numbers)):
-        raise ValueError(f"{name} contains NaN or infinities")
-    if np.all(numbers == numbers.flat[0]):
-        return full(graph, float(numbers.flat[0]), shape)
-    if is_mask(graph, numbers):
-        return interpreter.known(numbers)
-    if len(shape) > 1 and shape[0] > 1:
-        axes = (sample_axis(numbers), *axes[1:])
-    numbers = numbers.reshape([a.size for a in axes])
-    made = input_leaf(interpreter, name, shape, estimate(numbers, axes), odd=False)
-    measured(made.node, numbers)
-    return made
-
-
-def _parts(x: Any) -> list[tuple[str, Any]]:
-    """The parts of a complex input; of one that is only described, two that have E|x|² = 1 between them."""
-    if not isinstance(x, jax.ShapeDtypeStruct):
-        return [("real", np.real(x)), ("imaginary", np.imag(x))]
-    return [(which, Moments(0.0, 0.5, shape=x.shape)) for which in ("real", "imaginary")]
-
-
-def _parameters(interpreter: Interpreter, program: Program, params: Any, split: _Split) -> _Parameters:
+def _parameters(interpreter: Interpreter, program: Program, params: Any, split: TracedInputs) -> _Parameters:
 
     if params is None:
         params = program.parameters

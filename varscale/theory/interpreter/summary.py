@@ -15,14 +15,15 @@ from varscale.report import How, Report, Row, Weight
 from varscale.theory.domain.axes import averaging
 from varscale.theory.domain.tables import Table
 from varscale.theory.graph.layout import Value
-from varscale.theory.graph.nodes import UNKNOWN, Node
+from varscale.theory.graph.nodes import UNKNOWN, Leaf, Node
 from varscale.theory.interpreter.interpreter import Interpreter
-from varscale.theory.interpreter.taps import Through
+from varscale.theory.interpreter.rows import Through
 from varscale.theory.propagation.cotangents import cotangents
 from varscale.theory.propagation.error_bounds import doubt_of, provenance
 from varscale.theory.propagation.fluctuations import fluctuations
 from varscale.theory.rules.elementwise import modulus
 from varscale.theory.rules.registry import Complex
+from varscale.usage.parameters import ParameterUses
 
 _BAND = 2.5758  # 99 % of a normal
 _WIDEST_BAND = (
@@ -206,3 +207,35 @@ def _gradients(interpreter: Interpreter, values: Mapping[str, Value]) -> dict[in
     if sum(lost > _MUCH for *_, lost in found.values()) > _MANY * len(found):
         interpreter.regions.ask("", "gradients of windows over near places")
     return {i: (g, doubt + len(aliases.get(i, {None})) - 1) for i, (g, doubt, _) in found.items()}
+
+
+# E[w⁴]/E[w²]² of the laws that are told by name: a normal one, one truncated at ±2 deviations, a uniform one.
+_KURTOSIS = {"normal": 3.0, "truncated normal": 2.3655, "uniform": 1.8}
+_MAPS = ("linear", "convolution", "depthwise", "lookup")
+
+
+def weights(parameters: Iterable[tuple[str, Any]], uses: Mapping[str, ParameterUses]) -> dict[str, Weight]:
+    """The law and the use of every parameter that is random, by path.
+
+    Args:
+        parameters: path and value of each.
+        uses: what the forward pass does with those that it takes.
+    """
+    out: dict[str, Weight] = {}
+    for path, value in parameters:
+        if not isinstance(value, Value) or not isinstance(value.node, Leaf):
+            continue
+        found = [use for use in uses[path].uses if use.kind in _MAPS] if path in uses else []
+        # A table that is looked up and read out by is a linear map where it is read out.
+        main = max(found, key=lambda use: (use.fan_in, use.fan_out), default=None)
+        fan_in, fan_out = (main.fan_in, main.fan_out) if main is not None else (None, None)
+        variance = value.node.table.variance
+        ratio = 1 / (fan_in * variance) if fan_in and variance > 0 else None
+        times = sum(use.times * use.layers for use in found)
+        kurtosis = value.node.kurtosis
+        name = next((name for name, known in _KURTOSIS.items() if abs(kurtosis - known) < 0.02), "random")
+        law = f"{name}(std={variance**0.5:.4g})"
+        out[path] = Weight(
+            path, value.shape, law, value.node.table.total_mean, variance, fan_in, fan_out, times, ratio
+        )
+    return out

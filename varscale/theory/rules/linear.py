@@ -23,10 +23,8 @@ from varscale.theory.propagation.fluctuations import averaged, with_own_weights
 from varscale.theory.propagation.inherited_fluctuations import Spread, combine, propagated
 from varscale.theory.propagation.pullbacks import sum_out
 from varscale.theory.propagation.shared_tokens import shared_tokens
-from varscale.theory.rules.alike_keys import of_alike_keys
-from varscale.theory.rules.attention import SHARED_DOUBT, note_values, tilted
-from varscale.theory.rules.masks import classed_by_energy
-from varscale.theory.rules.own_products import meets_itself
+from varscale.theory.rules.attention import SHARED_DOUBT, note_values, of_alike_keys, tilted
+from varscale.theory.rules.operands import classed_by_energy, meets_itself
 from varscale.theory.rules.random import as_weight, law
 from varscale.theory.rules.reductions import mean
 from varscale.theory.rules.registry import Context, rule

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import varscale as vs
-from varscale.theory.interpreter.sample_scales import sample_axis
+from varscale.theory.interpreter.inputs import sample_axis
 
 RNG = np.random.default_rng(0)
 NOISE = RNG.standard_normal((16, 8, 64)).astype(np.float32)
