@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 import varscale as vs
-from varscale.theory.domain.axes import MOST_CLASSES, Axis, class_shares, join, labelled, split_axis
+from varscale.theory.domain.axes import MOST_CLASSES, Axis, join, labelled
+from varscale.theory.domain.axis_maps import class_shares, split_axis
 from varscale.theory.graph.layout import Value
 from varscale.theory.graph.nodes import Node, View, leaf, second_moments
 from varscale.theory.graph.normal_form import affine, apply, mean_node

@@ -12,7 +12,8 @@ from scipy import special
 
 import varscale as vs
 from varscale.theory import Moments, predict
-from varscale.theory.domain.axes import Axis, averaging, labelled, split_axis
+from varscale.theory.domain.axes import Axis, averaging, labelled
+from varscale.theory.domain.axis_maps import split_axis
 from varscale.theory.domain.tables import estimate, gaussian, independent
 from varscale.theory.graph.convolutions import Window, hits, output_axis, tap_pairs
 from varscale.theory.integrals.primitives import FUNCTIONS as FUNCTION_TABLE

@@ -102,20 +102,9 @@ class Axis:
         return weights / (self.size * (self.size - 1))
 
     @functools.cached_property
-    def pooling(self) -> Float[np.ndarray, "2 types"]:
-        """`same` and `different`."""
-        return np.stack([self.same, self.different])
-
-    @functools.cached_property
     def any_pair(self) -> Float[np.ndarray, " types"]:
         """Weights that average over all pairs: the second moment of a mean."""
         return self.pairs / self.size**2
-
-    @functools.cached_property
-    def swap(self) -> Int[np.ndarray, " types"]:
-        """The type of (j, i) for each type of (i, j)."""
-        c = self.classes
-        return np.concatenate([np.arange(c), c + np.arange(c * c).reshape(c, c).T.ravel()])
 
 
 def labelled(labels: Sequence[int] | np.ndarray) -> Axis:
@@ -130,8 +119,7 @@ def labelled(labels: Sequence[int] | np.ndarray) -> Axis:
         return Axis(len(labels))
     if len(first) > 256:
         raise ValueError(f"labels must name at most 256 classes of positions, not {len(first)}")
-    rank = np.empty(len(first), int)
-    rank[np.argsort(first)] = np.arange(len(first))
+    rank = np.argsort(np.argsort(first))
     return Axis(len(labels), rank[inverse.ravel()].astype(np.uint8).tobytes())
 
 
@@ -169,69 +157,21 @@ def grouped(signatures: Float[np.ndarray, "size features"], most: int = MOST_CLA
     rows, inverse, counts = np.unique(
         np.round(signatures, 9), axis=0, return_inverse=True, return_counts=True
     )
-    rows, weight, members = list(rows), list(counts.astype(float)), [{i} for i in range(len(rows))]
+    labels, weight = inverse.ravel(), counts.astype(float)
     if len(rows) > 64:  # far more kinds than classes: cut by rank, finer where signatures are small
-        order = np.argsort(np.stack(rows).sum(axis=1))
-        position = np.empty(len(rows), int)
-        position[order] = np.arange(len(rows))
-        bins = np.minimum((most * np.log1p(position) / math.log1p(len(rows))).astype(int), most - 1)
-        return labelled(bins[inverse.ravel()])
+        rank = np.argsort(np.argsort(rows.sum(axis=1)))
+        return labelled(
+            np.minimum((most * np.log1p(rank) / math.log1p(len(rows))).astype(int), most - 1)[labels]
+        )
     while len(rows) > most:
-        stack, w = np.stack(rows), np.array(weight)
-        gap = np.abs(stack[:, None] - stack[None]).sum(axis=-1) * np.minimum(w[:, None], w[None])
+        gap = np.abs(rows[:, None] - rows[None]).sum(axis=-1) * np.minimum(weight[:, None], weight[None])
         gap[np.tril_indices(len(rows))] = np.inf
         i, j = (int(n) for n in np.unravel_index(int(np.argmin(gap)), gap.shape))
         rows[i] = (rows[i] * weight[i] + rows[j] * weight[j]) / (weight[i] + weight[j])
         weight[i] += weight[j]
-        members[i] |= members[j]
-        del rows[j], weight[j], members[j]
-    label = {k: c for c, group in enumerate(members) for k in group}
-    return labelled([label[int(k)] for k in inverse.ravel()])
-
-
-@functools.cache
-def class_shares(fine: Axis, coarse: Axis) -> Float[np.ndarray, "fine coarse"]:
-    """Share of each class of `fine` that lies in each class of `coarse` (0 and 1 where it refines it)."""
-    table = np.zeros((fine.classes, coarse.classes))
-    np.add.at(table, (fine.label_array, coarse.label_array), 1.0)
-    return table / fine.counts[:, None]
-
-
-def pair_map(classes: Float[np.ndarray, "new old"]) -> Float[np.ndarray, "newtypes oldtypes"]:
-    """The map on types made by a map on classes that keeps positions apart."""
-    new, old = classes.shape
-    out = np.zeros((new + new * new, old + old * old))
-    out[:new, :old] = classes
-    out[new:, old:] = np.einsum("ac,bd->abcd", classes, classes).reshape(new * new, old * old)
-    return out
-
-
-def _pair_shares(new: Axis, old: Axis) -> Float[np.ndarray, "newtypes oldtypes"]:
-    """Share of the pairs of each type of one classing that are of each type of another."""
-    counts = class_shares(new, old) * new.counts[:, None]
-    out = pair_map(class_shares(new, old))
-    met = np.einsum("ac,bd->abcd", counts, counts)
-    met -= np.einsum("ab,cd,ac->abcd", np.eye(new.classes), np.eye(old.classes), counts)
-    pairs = met.reshape(new.classes**2, old.classes**2)
-    total = pairs.sum(axis=1, keepdims=True)
-    # A class of one position has no pair that differs.
-    out[new.classes :, old.classes :] = np.where(
-        total > 0, pairs / np.maximum(total, 1.0), out[new.classes :, old.classes :]
-    )
-    return out
-
-
-@functools.cache
-def lift_types(
-    fine: Axis, coarse: Axis
-) -> Int[np.ndarray, " finetypes"] | Float[np.ndarray, "finetypes coarsetypes"]:
-    """How a table over `coarse` reads over `fine`: an index a type where `fine` refines `coarse`, else an averaging matrix."""
-    shares = class_shares(fine, coarse)
-    if not np.all((shares == 0) | (shares == 1)):
-        return _pair_shares(fine, coarse)
-    to = shares.argmax(axis=1)
-    c = coarse.classes
-    return np.concatenate([to, (c + to[:, None] * c + to[None]).ravel()])
+        rows, weight = np.delete(rows, j, axis=0), np.delete(weight, j)
+        labels = np.where(labels == j, i, labels - (labels > j))
+    return labelled(labels)
 
 
 def apply_axis(array: np.ndarray, axis: int, matrix: np.ndarray) -> np.ndarray:
@@ -257,7 +197,7 @@ def pool(second: np.ndarray, axes: Sequence[Axis]) -> Float[np.ndarray, "..."]:
     """A type array with the classes of every axis pooled: "the same" and "different" along each, shape (2,) * rank."""
     for k, axis in enumerate(axes):
         if axis.classes > 1:
-            second = apply_axis(second, k, axis.pooling)
+            second = apply_axis(second, k, np.stack([axis.same, axis.different]))
     return second
 
 
@@ -282,78 +222,6 @@ def averaging(axes: tuple[Axis, ...], free: frozenset[int]) -> Float[np.ndarray,
     """Weights of a type array, row-major, that average over pairs which run freely along some axes and agree along the rest."""
     weights = [axis.any_pair if k in free else axis.same for k, axis in enumerate(axes)]
     return functools.reduce(np.multiply.outer, weights, np.array(1.0)).ravel()
-
-
-@functools.cache
-def split_axis(axis: Axis, sizes: tuple[int, ...]) -> tuple[tuple[Axis, ...], Int[np.ndarray, " types"]]:
-    """Row-major factors of an axis, and the type of the whole for each combination of the factors' types.
-
-    Returns:
-        The factor axes; an index array of shape (types of factor 1, types of factor 2, ...).
-    """
-    grid = axis.label_array.reshape(sizes)
-    factors = tuple(
-        _factor(np.moveaxis(grid, k, 0).reshape(n, -1), axis.classes) for k, n in enumerate(sizes)
-    )
-    classes = factor_classes(axis, factors)
-    i = classes[np.ix_(*[f.first for f in factors])]
-    j = classes[np.ix_(*[f.second for f in factors])]
-    same = np.ones([f.types for f in factors], bool)
-    for k, f in enumerate(factors):
-        shape = [1] * len(factors)
-        shape[k] = f.types
-        same &= f.agrees.reshape(shape)
-    return factors, np.where(same, i, axis.classes + i * axis.classes + j)
-
-
-def _factor(rows: Int[np.ndarray, "size others"], classes: int) -> Axis:
-    """Positions of a factor classed by the classes they meet, by how many of each where there are too many kinds."""
-    kinds = np.unique(rows, axis=0, return_inverse=True)[1].ravel()
-    if kinds.max() < 2 * MOST_CLASSES:
-        return labelled(kinds)
-    return grouped(np.stack([(rows == c).mean(axis=1) for c in range(classes)], axis=1))
-
-
-def factor_classes(axis: Axis, factors: Sequence[Axis]) -> Int[np.ndarray, "..."]:
-    """The class of the whole for each combination of the factors' classes: the one that most of its positions have."""
-    cells = [f.label_array for f in factors]
-    counts = np.zeros([*(f.classes for f in factors), axis.classes], int)
-    grid = axis.label_array.reshape([f.size for f in factors])
-    np.add.at(counts, (*np.ix_(*cells), grid), 1)
-    return counts.argmax(axis=-1)
-
-
-def merge_types(second: np.ndarray, k: int, factors: Sequence[Axis], whole: Axis) -> np.ndarray:
-    """A type array over factors, averaged into the types of their product (which has one class, or the factors' own)."""
-    if whole.classes > 1:
-        built, types = split_axis(whole, tuple(f.size for f in factors))
-        if all(_refines(f, b) for b, f in zip(built, factors, strict=True)):
-            weights = functools.reduce(np.multiply.outer, [f.pairs for f in factors])
-            types = types[np.ix_(*[lift_types(f, b) for b, f in zip(built, factors, strict=True)])]
-            matrix = np.zeros((whole.types, types.size))
-            np.add.at(matrix, (types.ravel(), np.arange(types.size)), weights.ravel())
-            matrix /= np.maximum(matrix.sum(axis=1, keepdims=True), 1e-300)
-            return _onto(second, k, len(factors), matrix)
-    pairs = functools.reduce(np.multiply.outer, [f.pairs for f in factors])
-    same = functools.reduce(np.multiply.outer, [f.pairs * f.agrees for f in factors])
-    different = pairs - same
-    matrix = np.stack([(w / w.sum()).ravel() for w in (same, different)])
-    if whole.classes > 1:
-        matrix = np.concatenate(
-            [np.repeat(matrix[:1], whole.classes, 0), np.repeat(matrix[1:], whole.classes**2, 0)]
-        )
-    return _onto(second, k, len(factors), matrix)
-
-
-def _refines(fine: Axis, coarse: Axis) -> bool:
-    """Whether each class of one classing lies in one class of the other."""
-    return bool(np.isin(class_shares(fine, coarse), (0.0, 1.0)).all())
-
-
-def _onto(second: np.ndarray, k: int, count: int, matrix: np.ndarray) -> np.ndarray:
-    shape = second.shape
-    flat = second.reshape(*shape[:k], -1, *shape[k + count :])
-    return np.moveaxis(np.tensordot(matrix, flat, axes=(1, k)), 0, k)
 
 
 @functools.cache

@@ -21,11 +21,13 @@ cotangents back with the same weights.
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Float, Int
 
-from varscale.theory.domain.axes import Axis
+from varscale.theory.domain.axes import MOST_CLASSES, Axis, apply_axis, grouped, labelled
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -86,9 +88,9 @@ def slice_map(span: tuple[int, int | None, int], out: Axis, inner: Axis) -> Axis
     return entry_map(np.arange(len(columns)), columns, out, inner)
 
 
-def identity_map(axis: Axis) -> AxisMap:
-    """y = x."""
-    return entry_map(np.arange(axis.size), np.arange(axis.size), axis, axis)
+def identity_map(axis: Axis, inner: Axis | None = None) -> AxisMap:
+    """y = x, over axes of which the inputs' may have other classes."""
+    return entry_map(np.arange(axis.size), np.arange(axis.size), axis, inner or axis)
 
 
 def pair_counts(a: AxisMap, b: AxisMap | None = None) -> Float[np.ndarray, "types_out types_in"]:
@@ -155,3 +157,79 @@ def adjoint(
     return (counts * out.pairs[: counts.shape[0], None]).T / np.where(inner.pairs > 0, inner.pairs, 1.0)[
         : counts.shape[1], None
     ]
+
+
+@functools.cache
+def class_shares(fine: Axis, coarse: Axis) -> Float[np.ndarray, "fine coarse"]:
+    """Share of each class of `fine` that lies in each class of `coarse` (0 and 1 where it refines it)."""
+    return identity_map(fine, coarse).means()
+
+
+def pair_map(classes: Float[np.ndarray, "new old"]) -> Float[np.ndarray, "newtypes oldtypes"]:
+    """The map on types made by a map on classes that keeps positions apart."""
+    new, old = classes.shape
+    out = np.zeros((new + new * new, old + old * old))
+    out[:new, :old] = classes
+    out[new:, old:] = np.kron(classes, classes)
+    return out
+
+
+@functools.cache
+def lift_types(
+    fine: Axis, coarse: Axis
+) -> Int[np.ndarray, " finetypes"] | Float[np.ndarray, "finetypes coarsetypes"]:
+    """How a table over `coarse` reads over `fine`: an index a type where `fine` refines `coarse`, else an averaging matrix."""
+    shares, c = class_shares(fine, coarse), coarse.classes
+    if not np.isin(shares, (0, 1)).all():
+        # A class of one position has no pair that differs.
+        met = fine.pairs[:, None] > 0
+        return np.where(met, pair_counts(identity_map(fine, coarse)), pair_map(shares))
+    to = shares.argmax(axis=1)
+    return np.concatenate([to, (c + to[:, None] * c + to[None]).ravel()])
+
+
+@functools.cache
+def split_axis(axis: Axis, sizes: tuple[int, ...]) -> tuple[tuple[Axis, ...], Int[np.ndarray, " types"]]:
+    """Row-major factors of an axis, and the type of the whole for each combination of the factors' types.
+
+    Returns:
+        The factor axes; an index array of shape (types of factor 1, types of factor 2, ...).
+    """
+    grid = axis.label_array.reshape(sizes)
+    factors = tuple(
+        _factor(np.moveaxis(grid, k, 0).reshape(n, -1), axis.classes) for k, n in enumerate(sizes)
+    )
+    classes = factor_classes(axis, factors)
+    i, j = (classes[np.ix_(*x)] for x in ([f.first for f in factors], [f.second for f in factors]))
+    same = functools.reduce(np.logical_and.outer, [f.agrees for f in factors])
+    return factors, np.where(same, i, axis.classes + i * axis.classes + j)
+
+
+def _factor(rows: Int[np.ndarray, "size others"], classes: int) -> Axis:
+    """Positions of a factor classed by the classes they meet, by how many of each where there are too many kinds."""
+    kinds = np.unique(rows, axis=0, return_inverse=True)[1].ravel()
+    if kinds.max() < 2 * MOST_CLASSES:
+        return labelled(kinds)
+    return grouped(np.stack([(rows == c).mean(axis=1) for c in range(classes)], axis=1))
+
+
+def factor_classes(axis: Axis, factors: Sequence[Axis]) -> Int[np.ndarray, "..."]:
+    """The class of the whole for each combination of the factors' classes: the one that most of its positions have."""
+    counts = np.zeros([*(f.classes for f in factors), axis.classes], int)
+    grid = axis.label_array.reshape([f.size for f in factors])
+    np.add.at(counts, (*np.ix_(*(f.label_array for f in factors)), grid), 1)
+    return counts.argmax(axis=-1)
+
+
+def merge_types(second: np.ndarray, k: int, factors: Sequence[Axis], whole: Axis) -> np.ndarray:
+    """A type array over factors, averaged into the types of their product."""
+    own, types = split_axis(whole, tuple(f.size for f in factors))
+    for i, (axis, factor) in enumerate(zip(own, factors, strict=True)):
+        if axis != factor:
+            second = apply_axis(second, k + i, lift_types(axis, factor))
+    matrix = np.zeros((whole.types, types.size))
+    pairs = functools.reduce(np.multiply.outer, [axis.pairs for axis in own])
+    np.add.at(matrix, (types.ravel(), np.arange(types.size)), pairs.ravel())
+    matrix /= np.maximum(matrix.sum(axis=1, keepdims=True), 1e-300)
+    shape = second.shape
+    return apply_axis(second.reshape(*shape[:k], -1, *shape[k + len(factors) :]), k, matrix)

@@ -12,15 +12,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from varscale.theory.domain.axes import (
-    Axis,
-    apply_axis,
-    class_shares,
-    lift_types,
-    merge_types,
-    shares,
-    split_axis,
-)
+from varscale.theory.domain.axes import Axis, apply_axis, shares
+from varscale.theory.domain.axis_maps import class_shares, lift_types, merge_types, split_axis
 
 Positions = Sequence[Int[np.ndarray, " kept"]]
 NEGLIGIBLE = 1e-3  # relative size of an effect that is left out
@@ -67,8 +60,19 @@ class Moments:
                 f"and the last: shape must "
                 f"have 3 or more, not {self.shape}"
             )
+        square = self.mean**2
         for name, axes in self._shared().items():
-            self._check(name, math.prod(self.shape[k] for k in axes))
+            value, count = getattr(self, name), math.prod(self.shape[k] for k in axes)
+            # Numbers that share one correlation can have none below −1/(count − 1) about their mean.
+            least = (square - (self.second_moment - square) / max(count - 1, 1)) / max(
+                self.second_moment, 1e-300
+            )
+            if value is not None and not max(-1.0, least) - 1e-9 <= value <= 1 + 1e-9:
+                raise ValueError(
+                    f"{name} of {count} entries with mean {self.mean!r} and second_moment "
+                    f"{self.second_moment!r} must lie in "
+                    f"[{max(-1.0, least):.6g}, 1], not {value!r}: no random numbers have such moments"
+                )
 
     def _shared(self) -> dict[str, range]:
         """The axes that each correlation is about."""
@@ -77,38 +81,23 @@ class Moments:
             "position_correlation": range(1, len(self.shape) - 1),
         }
 
-    def _check(self, name: str, count: int) -> None:
-        """Numbers that share one correlation, `count` of them, can have none below −1/(count − 1) about their mean."""
-        value, square = getattr(self, name), self.mean**2
-        if value is None:
-            return
-        scale = max(self.second_moment, 1e-300)
-        least = max(-1.0, (square - (self.second_moment - square) / max(count - 1, 1)) / scale)
-        if not least - 1e-9 <= value <= 1 + 1e-9:
-            raise ValueError(
-                f"{name} of {count} entries with mean {self.mean!r} and second_moment "
-                f"{self.second_moment!r} must lie in "
-                f"[{least:.6g}, 1], not {value!r}: no random numbers have such moments"
-            )
-
     def second(self) -> Float[np.ndarray, "..."]:
         """E[x_i x_j] by which axes agree, shape (2,) * ndim, 0 for "same" and 1 for "different"."""
         k, square = len(self.shape), float(self.mean) ** 2
         variance = float(self.second_moment) - square
         table = np.full((2,) * k, square)
         table[(0,) * k] = self.second_moment
-        shared = self._shared()
-        given = {name: getattr(self, name) for name in shared}
-        about_mean = {  # correlations about the mean: none where none is given
-            name: 0.0 if value is None else (value * self.second_moment - square) / max(variance, 1e-300)
-            for name, value in given.items()
-        }
+        shared, about_mean = self._shared(), dict[str, float]()
+        for name in shared:  # the correlation about the mean: none where none is given
+            value = getattr(self, name)
+            about_mean[name] = (
+                0.0 if value is None else (value * self.second_moment - square) / max(variance, 1e-300)
+            )
         for index in itertools.product((0, 1), repeat=k):
             apart = {a for a in range(k) if index[a] and self.shape[a] > 1}
-            if not apart or apart - {a for axes in shared.values() for a in axes}:
-                continue
-            about = [c for name, c in about_mean.items() if apart.intersection(shared[name])]
-            table[index] = square + variance * math.prod(about)
+            if apart and apart <= {a for axes in shared.values() for a in axes}:
+                about = [about_mean[name] for name in shared if apart.intersection(shared[name])]
+                table[index] = square + variance * math.prod(about)
         return table
 
 
@@ -128,11 +117,8 @@ class Table:
 
     def over(self, axes: tuple[Axis, ...]) -> Table:
         """The same array with other classes on its axes."""
-        if axes == self.axes:
-            return self
-        own = range(len(axes))
         mean, second = (
-            lift(x, self.axes, own, axes, pairs=pairs)
+            lift(x, self.axes, range(len(axes)), axes, pairs=pairs)
             for x, pairs in ((self.mean, False), (self.second, True))
         )
         return Table(axes, mean, second)
@@ -173,13 +159,6 @@ def means_by_type(mean: np.ndarray, axes: Sequence[Axis], other: np.ndarray | No
     return by_type(mean, axes, second=False) * by_type(mean if other is None else other, axes, second=True)
 
 
-def constant(value: float, axes: tuple[Axis, ...] = ()) -> Table:
-    """The table of a constant."""
-    return Table(
-        axes, np.full([a.classes for a in axes], value), np.full([a.types for a in axes], value * value)
-    )
-
-
 def independent(mean: float, second_moment: float, axes: tuple[Axis, ...]) -> Table:
     """Independent entries with one mean and second moment."""
     mean = float(mean)
@@ -202,15 +181,11 @@ def lift(
     """
     if tuple(bind) == tuple(range(len(frame))) and tuple(axes) == tuple(frame):
         return array
-    order = sorted(range(len(axes)), key=lambda k: bind[k])
-    out = array.transpose(order)
-    shape = [1] * len(frame)
-    for k, source in enumerate(order):
-        old, new = axes[source], frame[bind[source]]
+    for k, (old, place) in enumerate(zip(axes, bind, strict=True)):
+        new = frame[place]
         if old.labels != new.labels:
-            out = apply_axis(out, k, lift_types(new, old) if pairs else class_shares(new, old))
-        shape[bind[source]] = out.shape[k]
-    return out.reshape(shape)
+            array = apply_axis(array, k, lift_types(new, old) if pairs else class_shares(new, old))
+    return over_frame(array, bind, len(frame))
 
 
 def over_frame(array: np.ndarray, bind: Sequence[int], rank: int) -> np.ndarray:
@@ -218,8 +193,8 @@ def over_frame(array: np.ndarray, bind: Sequence[int], rank: int) -> np.ndarray:
     shape = [1] * rank
     for place, n in zip(bind, array.shape, strict=False):
         shape[place] = n
-    order = [*np.argsort(bind), *range(len(bind), array.ndim)]
-    return array.transpose([int(k) for k in order]).reshape(*shape, *array.shape[len(bind) :])
+    order = [*sorted(range(len(bind)), key=bind.__getitem__), *range(len(bind), array.ndim)]
+    return array.transpose(order).reshape(*shape, *array.shape[len(bind) :])
 
 
 def put_together(
@@ -272,22 +247,21 @@ def estimated_products(
         for k in reversed(range(len(axes))):
             if not agree[k]:
                 summed = [apply_axis(z, 1 + k, _members(axes[k])) for z in summed]
-        letters = iter("abcdefghijklmnopqrstuvwxy")
-        left, right, out = "z", "z", "z"
-        for k in range(len(axes)):
-            i = next(letters)
-            j = i if agree[k] else next(letters)
-            left, right, out = left + i, right + j, out + (i if agree[k] else i + j)
-        first, other = summed[0], summed[-1]
-        product = (
-            first * other if left == right else np.einsum(f"{left},{right}->{out}", first, other)
-        )  # ten times as fast
+        # One letter an axis on which pairs agree, two where they run freely.
+        first = "".join(chr(ord("A") + 2 * k) for k in range(len(axes)))
+        other = "".join(i if g else chr(ord(i) + 1) for i, g in zip(first, agree, strict=True))
+        out = "".join(i if g else i + j for i, j, g in zip(first, other, agree, strict=True))
+        product = (  # the first is ten times as fast
+            summed[0] * summed[-1]
+            if all(agree)
+            else np.einsum(f"...{first},...{other}->...{out}", summed[0], summed[-1])
+        )
+        product = product.reshape(
+            len(x), *(a.size if g else a.classes**2 for a, g in zip(axes, agree, strict=True))
+        )
         for k in range(len(axes)):
             if agree[k]:
                 product = apply_axis(product, 1 + k, _members(axes[k]))
-            else:
-                shape = product.shape
-                product = product.reshape(*shape[: 1 + k], -1, *shape[3 + k :])
         block = tuple(
             slice(0, a.classes) if g else slice(a.classes, None) for a, g in zip(axes, agree, strict=True)
         )

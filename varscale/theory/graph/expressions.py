@@ -97,8 +97,10 @@ class Sum(Node):
 def swapped(second: np.ndarray, axes: Sequence[Axis]) -> np.ndarray:
     """E[y_i x_j] by type (1 long where it is constant), from E[x_i y_j]."""
     for k, axis in enumerate(axes):
-        if axis.classes > 1 and second.shape[k] > 1:
-            second = np.take(second, axis.swap, axis=k)
+        c = axis.classes
+        if c > 1 and second.shape[k] > 1:
+            types = [*range(c), *(c + np.arange(c * c).reshape(c, c).T.ravel())]
+            second = np.take(second, types, axis=k)
     return second
 
 

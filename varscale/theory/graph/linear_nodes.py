@@ -10,8 +10,8 @@ from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
 
-from varscale.theory.domain.axes import Axis, contract_axis, pair_map
-from varscale.theory.domain.axis_maps import AxisMap
+from varscale.theory.domain.axes import Axis, contract_axis
+from varscale.theory.domain.axis_maps import AxisMap, pair_map
 from varscale.theory.domain.tables import full_types
 from varscale.theory.graph.nodes import Constant, Leaf, Node, View
 from varscale.theory.graph.reshapes import Rearranged

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 import numpy as np
 
 from varscale.theory.domain.axes import Axis
-from varscale.theory.domain.tables import Table, constant, estimate, independent, lift
+from varscale.theory.domain.tables import Table, estimate, independent, lift
 from varscale.theory.graph.store import BackwardNotes, Fact, Marked, evaluated
 
 Pullback = Callable[[np.ndarray], np.ndarray]
@@ -280,7 +280,7 @@ class Constant(Node):
 
 @second_moments.register(Constant)
 def second_moments_of_constant(node: Constant) -> Table:
-    return constant(node.params)
+    return independent(node.params, node.params * node.params, ())
 
 
 class Leaf(Node):

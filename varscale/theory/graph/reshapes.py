@@ -10,14 +10,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from varscale.theory.domain.axes import (
-    Axis,
-    affordable,
-    contract_axis,
-    factor_classes,
-    merge_types,
-    split_axis,
-)
+from varscale.theory.domain.axes import Axis, affordable, contract_axis
+from varscale.theory.domain.axis_maps import factor_classes, merge_types, split_axis
 from varscale.theory.domain.tables import Table, lift, put_together
 from varscale.theory.graph.nodes import (
     UNKNOWN,

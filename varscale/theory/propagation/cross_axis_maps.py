@@ -13,14 +13,16 @@ from typing import NamedTuple
 
 import numpy as np
 
-from varscale.theory.domain.axes import Axis, apply_axis, join, merge_types, split_axis
+from varscale.theory.domain.axes import Axis, apply_axis, join
 from varscale.theory.domain.axis_maps import (
     AxisMap,
     adjoint,
     class_counts,
     entry_map,
     identity_map,
+    merge_types,
     pair_counts,
+    split_axis,
 )
 from varscale.theory.domain.tables import Table, full_along, lift
 from varscale.theory.graph.convolutions import ONE

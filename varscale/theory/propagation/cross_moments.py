@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from varscale.theory.domain.axes import Axis, apply_axis, averaging, class_shares, contract_axis
+from varscale.theory.domain.axes import Axis, apply_axis, averaging, contract_axis
+from varscale.theory.domain.axis_maps import class_shares
 from varscale.theory.domain.tables import NEGLIGIBLE, lift, means_by_type
 from varscale.theory.graph.convolutions import WindowSum
 from varscale.theory.graph.expressions import IDENTITIES, Apply, Mean, Sum, roots, swapped

@@ -19,7 +19,8 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 import numpy as np
 from scipy import special
 
-from varscale.theory.domain.axes import Axis, apply_axis, class_shares
+from varscale.theory.domain.axes import Axis, apply_axis
+from varscale.theory.domain.axis_maps import class_shares
 from varscale.theory.domain.tables import NEGLIGIBLE, NEXT_ORDER, Table, by_type, lift, over_frame
 from varscale.theory.graph.expressions import Apply, Mean, Sum, connected, factors, form, roots, roots_of
 from varscale.theory.graph.nodes import Array, Constant, Graph, Leaf, Node, View

@@ -20,7 +20,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from varscale.theory.domain.axes import Axis, apply_axis, contract_axis, lift_types, pool, shares
+from varscale.theory.domain.axes import Axis, apply_axis, contract_axis, pool, shares
+from varscale.theory.domain.axis_maps import lift_types
 from varscale.theory.domain.tables import full_types
 from varscale.theory.graph.convolutions import WindowSum
 from varscale.theory.graph.derivatives import derivative

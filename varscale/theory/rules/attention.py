@@ -36,7 +36,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from varscale.theory.domain.axes import Axis, apply_axis, contract_axis, lift_types
+from varscale.theory.domain.axes import Axis, apply_axis, contract_axis
+from varscale.theory.domain.axis_maps import lift_types
 from varscale.theory.domain.tables import lift
 from varscale.theory.graph.expressions import Apply, roots, weighted_sum
 from varscale.theory.graph.linear_nodes import Contract, weight_of

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from varscale.theory.domain.axes import MOST_CLASSES, Axis, apply_axis, labelled, pair_map, sliced
-from varscale.theory.domain.axis_maps import entry_map, pair_counts
+from varscale.theory.domain.axes import MOST_CLASSES, Axis, apply_axis, labelled, sliced
+from varscale.theory.domain.axis_maps import entry_map, pair_counts, pair_map
 from varscale.theory.domain.tables import LEADING_ORDER, Table
 from varscale.theory.graph import layout
 from varscale.theory.graph.layout import Atom, Value
