@@ -11,6 +11,7 @@ import numpy as np
 
 from varscale.theory.domain.axes import Axis, apply_axis, grouped
 from varscale.theory.domain.axis_maps import AxisMap, adjoint, entry_map, identity_map, pair_counts
+from varscale.theory.domain.tables import estimated_products
 from varscale.theory.graph.nodes import Node
 
 ONE = Axis(1)  # a dimension of size 1: only the type "same"
@@ -74,6 +75,15 @@ def tap_pairs(window: Window, axis: Axis, out: Axis) -> tuple[np.ndarray, np.nda
     taps = (entry_map(outputs, at[:, t], out, axis) for t in range(window.taps))
     same = np.sum([pair_counts(tap) for tap in taps], axis=0)
     return same, pair_counts(window_map(window, axis, out)) - same
+
+
+@functools.cache
+def tap_scatter(window: Window, axis: Axis, out: Axis) -> np.ndarray:
+    """E[n²]/E[n]² by type of output pair, n the taps by which both outputs read an input: of a dilated input not all pairs do."""
+    reads = (hits(window, axis.size) >= 0).T.astype(float)
+    both = (reads[:, None] * reads).reshape(-1, window.size_out)
+    shared, squares = (estimated_products(x, x, [out]).sum(axis=0) for x in (reads, both))
+    return np.where(shared > 0, squares / np.maximum(shared, 1e-150) ** 2, 1.0)
 
 
 @functools.cache

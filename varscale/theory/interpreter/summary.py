@@ -121,11 +121,9 @@ def _row(path: str, kind: str, x: Value, gradient: tuple[float, float] | None) -
     mean = table.total_mean
     second, typical, band = of_one_draw(x.node)
     how, error_bound = provenance(x.node)
-    if (
-        how == "sampled"
-    ):  # the middle of the band was drawn, too: two standard errors, of the four that bound it
-        reach = math.exp(min(doubt_of(x.node), 1.0) / 2)
-        band = (band[0] / reach, band[1] * reach)
+    # The middle of a band is in doubt, too; of what was drawn, by two standard errors of the four that bound it.
+    reach = math.exp(min(doubt_of(x.node), 1.0) / (2 if how == "sampled" else 1))
+    band = (band[0] / reach, band[1] * reach)
     return Row(
         path=path,
         kind=kind,

@@ -16,14 +16,14 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Collection, Hashable, Sequence
 
 import numpy as np
 from scipy import special
 
 from varscale.theory.domain.axes import Axis, contract_axis, refine
 from varscale.theory.domain.tables import NEGLIGIBLE, by_type, full_types, lift, means_by_type
-from varscale.theory.graph.convolutions import Conv
+from varscale.theory.graph.convolutions import Conv, tap_scatter
 from varscale.theory.graph.expressions import Apply, Sum, factors, roots, roots_of
 from varscale.theory.graph.known_arrays import Computed, scatter_of_given
 from varscale.theory.graph.linear_nodes import Contract, Gather, weight_of
@@ -49,7 +49,7 @@ from varscale.theory.propagation.marginals import (
 )
 from varscale.theory.propagation.sample_moments import order_correlation
 from varscale.theory.propagation.second_moments import product_second
-from varscale.theory.propagation.token_gram import overlap, own_part, tokens_of
+from varscale.theory.propagation.token_gram import Tokens, overlap, own_part, patch_overlap, tokens_of
 
 
 def kurtosis_shift(node: Apply) -> tuple[float, float]:
@@ -302,6 +302,8 @@ def _correlation_scatter(node: Node) -> np.ndarray:
             share = c * c * view.node.table.mean_square / whole
             inner = _correlation_scatter(view.node)
             out = out + share**2 * lift(inner, view.node.axes, view.bind, node.axes, pairs=True)
+    if isinstance(node, Conv) and weight_of(node) is not None:
+        return _patch_scatter(node)
     if not isinstance(node, Contract) or (weight := weight_of(node)) is None:
         return out
     for view in node.args:
@@ -309,13 +311,30 @@ def _correlation_scatter(node: Node) -> np.ndarray:
         if view.node is weight or not (x.tokens and x.features):
             continue
         own = min(own_part(x) / max(x.node.table.mean_square, 1e-300), 1.0)
-        equal = [axis.agrees.astype(float) for axis in node.axes]
-        one_unit = [np.ones_like(e) if k in view.bind else e for k, e in enumerate(equal)]
-        differ, same = (
-            functools.reduce(np.multiply.outer, lines, np.array(1.0)) for lines in (one_unit, equal)
-        )
-        out = out + max(overlap(x) - 1 / x.count, 0.0) * own**2 * (differ - same)
+        out = out + max(overlap(x) - 1 / x.count, 0.0) * own**2 * _of_one_unit(node, view.bind)
     return out
+
+
+def _of_one_unit(node: Node, tokens: Collection[int]) -> np.ndarray:
+    """By type, 1 of two tokens of one unit, else 0."""
+    equal = [axis.agrees.astype(float) for axis in node.axes]
+    one_unit = [np.ones_like(e) if k in tokens else e for k, e in enumerate(equal)]
+    differ, same = (functools.reduce(np.multiply.outer, lines, np.array(1.0)) for lines in (one_unit, equal))
+    return differ - same
+
+
+def _patch_scatter(node: Conv) -> np.ndarray:
+    """The same of a convolution: given patches overlap more than white ones, and not all pairs of a type share as many taps."""
+    _, windows, dims, _, places = node.params
+    x, shared = node.args[0].node, np.ones([1] * len(node.axes))
+    for window, before, k in zip(windows, dims[2:], places[2:], strict=True):
+        if k is not None and before is not None:
+            line = tap_scatter(window, x.axes[before], node.axes[k])
+            shared = shared * line.reshape([-1 if j == k else 1 for j in range(len(node.axes))])
+    tokens = tuple(k for d, k in enumerate(places) if k is not None and d != 1)
+    own = own_part(Tokens(node, tokens, ())) / max(node.table.mean_square, 1e-300)
+    excess = max(patch_overlap(node) - 1 / node.width, 0.0) * min(own, 1.0) ** 2
+    return marginal(node).correlation ** 2 * (shared - 1) + excess * _of_one_unit(node, tokens)
 
 
 def _over_bits(

@@ -18,7 +18,7 @@ import numpy as np
 
 from varscale.theory.domain.axes import Axis, averaging, contract_axis
 from varscale.theory.domain.tables import full_types, means_by_type
-from varscale.theory.graph.convolutions import Conv
+from varscale.theory.graph.convolutions import Conv, hits
 from varscale.theory.graph.derivatives import derivative
 from varscale.theory.graph.expressions import Apply, Sum, roots
 from varscale.theory.graph.known_arrays import is_known_array, numbers
@@ -113,10 +113,33 @@ def _measured(x: Tokens) -> np.ndarray:
     found = found.transpose([*others, *x.tokens, *x.features]).reshape(sizes).astype(float)
     found = found[evenly(sizes[0], _MOST_OTHERS)][:, evenly(sizes[1], _MOST_TOKENS)]
     pairs = found @ found.transpose(0, 2, 1)
-    different = ~np.eye(found.shape[1], dtype=bool)
+    return _own_overlaps(pairs)
+
+
+def _own_overlaps(pairs: np.ndarray) -> np.ndarray:
+    """Products of tokens, (others, tokens, tokens), less what any two share, relative to what one has of its own."""
+    different = ~np.eye(pairs.shape[1], dtype=bool)
     between = pairs[:, different]
     own = np.mean(pairs[:, ~different]) - between.mean()
     return (between - between.mean()) / own if own > 1e-9 * np.abs(pairs).max() else np.zeros_like(between)
+
+
+@once_per_node
+def patch_overlap(node: Conv) -> float:
+    """V of what a convolution reads for each output: measured, where that is given; else as good as white."""
+    groups, windows, dims, *_ = node.params
+    x = numbers(node.args[0].node)
+    if groups > 1 or x is None:
+        return 1 / node.width
+    x = x.transpose([k for k in dims if k is not None])
+    x = x[tuple(None if k is None else slice(None) for k in dims)][evenly(x.shape[0], _MOST_OTHERS)]
+    for d, window in enumerate(windows):
+        k = 2 * d + 2
+        at = hits(window, x.shape[k])[evenly(window.size_out, _MOST_OTHERS)]
+        x = x.take(at, axis=k)
+        x = x * (at >= 0).reshape(*[1] * k, *at.shape, *[1] * (x.ndim - k - 2))
+    rows = x.transpose([*range(0, x.ndim, 2), *range(1, x.ndim, 2)]).reshape(math.prod(x.shape[::2]), -1)
+    return float(np.mean(_own_overlaps((rows @ rows.T)[None]) ** 2))
 
 
 def projected(x: Tokens) -> Tokens | None:
@@ -189,8 +212,8 @@ def _token_sources(x: Tokens) -> tuple[list[Tokens], OverlapRule]:
             return [
                 tokens_of(max(parts, key=lambda part: part[0])[1], x.tokens, x.features)
             ], lambda _: Mixture((1.0,))
-    if isinstance(node, Conv) and weight_of(node) is not None:  # of patches that are as good as white
-        return [], lambda _: Mixture((), 1 / x.count + 1 / node.width)
+    if isinstance(node, Conv) and weight_of(node) is not None:
+        return [], lambda _: Mixture((), 1 / x.count + patch_overlap(node))
     if isinstance(node, Sum):
         return _overlap_of_sum(x, node)
     if isinstance(node, Apply):

@@ -14,6 +14,7 @@ from scipy import special
 from varscale.theory.domain.axes import Axis
 from varscale.theory.domain.tables import LOOSE, Table, gaussian, lift
 from varscale.theory.graph.expressions import content
+from varscale.theory.graph.known_arrays import is_known_array
 from varscale.theory.graph.layout import Value
 from varscale.theory.graph.nodes import (
     UNKNOWN,
@@ -27,7 +28,7 @@ from varscale.theory.graph.nodes import (
 from varscale.theory.graph.store import BackwardNotes, Fact, FlowInside
 from varscale.theory.integrals.hermite_series import POINTS, WEIGHTS, Z
 from varscale.theory.propagation.fluctuations import fluctuations
-from varscale.theory.propagation.inherited_fluctuations import Spread, combine, propagated
+from varscale.theory.propagation.inherited_fluctuations import Spread, combine, fresh, propagated
 from varscale.theory.propagation.sample_moments import cross_moments, pooled, table_of_draws
 from varscale.theory.propagation.sampler import evenly, picked
 from varscale.theory.rules.region_draws import RegionDraws, relative_error
@@ -64,20 +65,27 @@ class RegionOutput(Node):
     def fluctuation(self) -> Spread:
         """Of its mean square: what it inherits from its largest input, and what the draw of finitely many weights adds.
 
-        Two samples of one draw share its weights and nothing else, so the covariance of their mean squares is due to them.
+        Two samples of one draw share its weights and nothing else, so the covariance of their mean squares is due to them; where
+        inputs are given, all that varies is.
         """
         draws, which = self.draws, self.params[1]
         inputs = [v.node for x in draws.operands if x.random and not x.weight for v in x.value]
+        inputs = [x for x in inputs if not is_known_array(x)]
         largest = max(inputs, key=lambda node: math.prod(a.size for a in node.axes), default=None)
         numbers = self.numbers.astype(float) ** 2
         samples = 1 + self.params[2]
-        each = numbers.mean(axis=tuple(k for k in range(1, numbers.ndim) if k != samples))
-        shared = 0.0
-        if each.ndim == 2 and each.shape[1] > 1:
-            n = each.shape[1]
-            pairs = (each.sum(axis=1) ** 2 - (each**2).sum(axis=1)) / (n * (n - 1))
-            shared = float(pairs.mean() / max(each.mean() ** 2, 1e-300)) - 1
-        own = {~self.id: math.sqrt(max(shared, 0.0) / draws.width_ratio)}
+        each = numbers.mean(axis=tuple(k for k in range(1, numbers.ndim) if k != samples)).reshape(
+            len(numbers), -1
+        )
+        n, whole = each.shape[1], np.maximum(each.mean(axis=1), 1e-150)
+        shared = float(np.log(whole).var())
+        if inputs:
+            pairs = ((n * whole) ** 2 - (each**2).sum(axis=1)) / max(n * (n - 1), 1)
+            shared = float(pairs.mean() / whole.mean() ** 2) - 1
+        shared = shared / draws.width_ratio - fresh(
+            self, range(len(self.axes))
+        )  # which comes with its own units
+        own = {~self.id: math.sqrt(max(shared, 0.0))}
         inherited = combine([(draws.response[which], fluctuations(largest))] if largest is not None else [])
         return dataclasses.replace(inherited, sources={**inherited.sources, **own})
 
