@@ -79,7 +79,7 @@ def tap_pairs(window: Window, axis: Axis, out: Axis) -> tuple[np.ndarray, np.nda
 
 @functools.cache
 def tap_scatter(window: Window, axis: Axis, out: Axis) -> np.ndarray:
-    """E[n²]/E[n]² by type of output pair, n the taps by which both outputs read an input: of a dilated input not all pairs do."""
+    """E[n²]/E[n]² by type of output pair, n the taps by which both read an input: where that is dilated, not all pairs do."""
     reads = (hits(window, axis.size) >= 0).T.astype(float)
     both = (reads[:, None] * reads).reshape(-1, window.size_out)
     shared, squares = (estimated_products(x, x, [out]).sum(axis=0) for x in (reads, both))

@@ -65,8 +65,8 @@ class RegionOutput(Node):
     def fluctuation(self) -> Spread:
         """Of its mean square: what it inherits from its largest input, and what the draw of finitely many weights adds.
 
-        Two samples of one draw share its weights and nothing else, so the covariance of their mean squares is due to them; where
-        inputs are given, all that varies is.
+        Two samples of one draw share its weights and nothing else, so the covariance of their mean squares is due to them; of
+        given inputs all that varies is.
         """
         draws, which = self.draws, self.params[1]
         inputs = [v.node for x in draws.operands if x.random and not x.weight for v in x.value]
