@@ -121,7 +121,7 @@ def _row(path: str, kind: str, x: Value, gradient: tuple[float, float] | None) -
     mean = table.total_mean
     second, typical, band = of_one_draw(x.node)
     how, error_bound = provenance(x.node)
-    # The middle of a band is in doubt, too; of what was drawn, by two standard errors of the four that bound it.
+    # The middle of a band is in doubt, too: of what was drawn by two of the standard errors that bound it.
     reach = math.exp(min(doubt_of(x.node), 1.0) / (2 if how == "sampled" else 1))
     band = (band[0] / reach, band[1] * reach)
     return Row(
