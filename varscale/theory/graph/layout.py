@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -42,6 +42,11 @@ class Value:
     def constant(self) -> float | None:
         """The number it equals everywhere, if it is one."""
         return self.node.params if isinstance(self.node, Constant) else None
+
+
+def renumbered(dims: Sequence[Dim], place: Mapping[int, int]) -> tuple[Dim, ...]:
+    """Dimensions over axes of other numbers; along axes that are not in `place` the value is constant."""
+    return tuple(tuple(Atom(n, None if k is None else place.get(k)) for n, k in dim) for dim in dims)
 
 
 def value(node: Node, shape: Sequence[int]) -> Value:

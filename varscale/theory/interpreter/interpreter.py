@@ -70,7 +70,6 @@ from varscale.theory.rules.registry import (
     Opaque,
     Rule,
     live_equations,
-    scans,
     used_variables,
 )
 from varscale.theory.rules.sampled_regions import drawn_region, placeholder
@@ -130,15 +129,12 @@ class Interpreter:
         return [self.known(v.val) if _compat.is_literal(v) else env[v] for v in jaxpr.outvars]
 
     def _mark(self, eqns: Sequence[Any], place: Place) -> None:
-        """Ask for regions of what no rule covers, seen from the equations: recurrences, and derivatives inside the model."""
-        derived = [i for i, eqn in enumerate(eqns) if _DERIVATIVES & _compat.transforms(eqn)]
-        for i, reason in (
-            *((i, "a recurrence") for i in scans(eqns)),
-            *((i, "a derivative") for i in derived),
-        ):
-            path = self._scope_of(place, eqns[i])
-            if not any(within(path, scope) for scope in self.regions.drawn):
-                self.regions.ask(path, reason)
+        """Ask for regions of derivatives inside the model, which no rule covers."""
+        for eqn in eqns:
+            if _DERIVATIVES & _compat.transforms(eqn):
+                path = self._scope_of(place, eqn)
+                if not any(within(path, scope) for scope in self.regions.drawn):
+                    self.regions.ask(path, "a derivative")
 
     def _step(self, eqn: Any, env: dict[Any, Any]) -> None:
         ins = [self.known(v.val) if _compat.is_literal(v) else env[v] for v in eqn.invars]

@@ -34,6 +34,7 @@ from varscale.theory.propagation.inherited_fluctuations import Spread, combine, 
 from varscale.theory.propagation.pullbacks import sum_out
 from varscale.theory.rules.axis import take, take_node
 from varscale.theory.rules.registry import Context, elementwise_or_layout, rule
+from varscale.theory.rules.sampled_regions import drawn_region
 
 _MANY_PARTS = 24  # parts up to which every pair is computed; more are drawn where that can be
 
@@ -202,7 +203,7 @@ def lost_excess_of_concat(node: Concat) -> float:
     return max(lost_excess(view.node) for view in node.args)
 
 
-def concatenate(graph: Any, xs: Sequence[Value], d: int, classes: bool = True) -> Value:
+def concatenate(graph: Any, xs: Sequence[Value], d: int) -> Value:
     """Values one after another along dimension d."""
     xs = [layout.merged(x, d) for x in xs]
     sizes = [x.shape[d] for x in xs]
@@ -222,7 +223,7 @@ def concatenate(graph: Any, xs: Sequence[Value], d: int, classes: bool = True) -
         part = axis.label_array if axis is not None else np.zeros(n, int)
         labels += [offset + int(c) for c in part]
         offset += int(max(part)) + 1
-    whole = labelled(labels) if classes and len(set(labels)) <= 2 * MOST_CLASSES else Axis(sum(sizes))
+    whole = labelled(labels) if len(set(labels)) <= 2 * MOST_CLASSES else Axis(sum(sizes))
     binds = [View(v.node, tuple(0 if b == own[i] else place[b] for b in v.bind)) for i, v in enumerate(views)]
     node = graph.make(Concat, (whole, *(frame[k] for k in others)), binds, (0, tuple(sizes)))
     out = [
@@ -276,26 +277,18 @@ def tile(interpreter: Context, eqn: Any, x: Value) -> Value:
 
 
 @rule("pad")
-def pad(interpreter: Context, eqn: Any, x: Value, fill: Value) -> Value:
-    """A concatenation with the fill; negative padding cuts; dilation interleaves, counted as one class."""
-    for d, (low, high, inner) in enumerate(eqn.params["padding_config"]):
-        n = x.shape[d]
-        if inner and n > 1:
-            added = (n - 1) * inner
-            side = layout.full(
-                interpreter.graph,
-                fill.constant or 0.0,
-                [added if k == d else m for k, m in enumerate(x.shape)],
-            )
-            x = concatenate(interpreter.graph, [x, side], d, classes=False)
-            n += added
-        x = take(x, d, max(-low, 0), n - max(-high, 0), 1)
-        parts = []
-        for size in (max(low, 0), max(high, 0)):
-            shape = [size if k == d else m for k, m in enumerate(x.shape)]
-            parts.append(layout.broadcast_in_dim(fill, shape, ()) if size else None)
-        parts = [p for p in (parts[0], x, parts[1]) if p is not None and p.shape[d] > 0]
-        x = parts[0] if len(parts) == 1 else concatenate(interpreter.graph, parts, d)
+def pad(interpreter: Context, eqn: Any, x: Value, fill: Value) -> Any:
+    """A concatenation with the fill; negative padding cuts. Entries spread apart (by an associative scan) are drawn."""
+    config = eqn.params["padding_config"]
+    if any(inner and n > 1 for n, (_, _, inner) in zip(x.shape, config, strict=True)):
+        return drawn_region(interpreter, eqn, (x, fill), "entries are spread apart, as in a recurrence")
+    for d, (low, high, _) in enumerate(config):
+        x = take(x, d, max(-low, 0), x.shape[d] - max(-high, 0), 1)
+        before, after = (
+            layout.broadcast_in_dim(fill, [max(n, 0) if k == d else m for k, m in enumerate(x.shape)], ())
+            for n in (low, high)
+        )
+        x = concatenated(interpreter, (before, x, after), d)
     return x
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from varscale import _compat
 from varscale.programs.pieces import live
 from varscale.theory.graph.layout import Value
-from varscale.theory.graph.nodes import Graph, Leaf
+from varscale.theory.graph.nodes import Graph
 from varscale.theory.graph.store import Fact
 
 Rule = Callable[..., Any]
@@ -47,11 +47,11 @@ def elementwise_or_layout(*names: str) -> None:
     ELEMENTWISE_OR_LAYOUT.update(names)
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
 class Opaque:
     """A random key: known exactly, so that equal keys give equal bits."""
 
-    def __init__(self, key: Any):
-        self.key = key
+    key: Any
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -80,11 +80,6 @@ def map_parts(f: Callable[[Any], Any], x: Any) -> Any:
     return Complex(f(x.re), f(x.im)) if isinstance(x, Complex) else f(x)
 
 
-def is_leaf(x: Any) -> bool:
-    """Whether a value is a random leaf itself."""
-    return isinstance(x, Value) and isinstance(x.node, Leaf)
-
-
 class Context(Protocol):
     """The walk over a jaxpr, as rules see it (`interpreter.interpreter.Interpreter`).
 
@@ -106,11 +101,9 @@ class Context(Protocol):
 
     def known(self, const: Any) -> Any:
         """The value of a known array."""
-        ...
 
     def concrete(self, x: Any, dtype: Any = None) -> np.ndarray | None:
         """The numbers of a known value; None where it is random or too large."""
-        ...
 
     def elementwise(self, name: str, *xs: Value, extra: tuple[Any, ...] = ()) -> Value:
         """An elementwise primitive of values of one shape (sizes of 1 broadcast)."""
@@ -122,7 +115,6 @@ class Context(Protocol):
 
     def refuse(self, scope: str, reason: str) -> None:
         """Say that a region cannot be drawn."""
-        ...
 
     def leaf(
         self, name: Any, shape: Sequence[int], mean: float, second_moment: float, *, odd: bool, **law: Any
@@ -158,46 +150,6 @@ def recognise(name: str) -> Callable[[Recogniser], Recogniser]:
 
 CALLS = ("jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint")
 CALLS += ("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr")
-
-
-def scans(eqns: Sequence[Any]) -> list[int]:
-    """Where associative scans begin: an array cut in halves, of every other position each, which are interleaved again."""
-    found, start = [], 0
-    for i, eqn in enumerate(eqns):
-        axis = _halved(eqn, 0) if i >= start else None
-        if axis is None:
-            continue
-        array, rest = eqn.invars[0], eqns[i + 1 :]
-        again = any(_halved(e, 1) == axis and e.invars[0] is array for e in rest)
-        size = array.aval.shape[axis]
-        whole = (
-            j
-            for j, e in enumerate(rest)
-            if _dilates(e) and e.outvars[0].aval.shape[axis : axis + 1] == (size,)
-        )
-        end = next(whole, None) if again else None
-        if end is not None:
-            found.append(i)
-            start = i + end
-    return found
-
-
-def _dilates(eqn: Any) -> bool:
-    """Whether it puts one zero between any two entries."""
-    return eqn.primitive.name == "pad" and any(interior == 1 for *_, interior in eqn.params["padding_config"])
-
-
-def _halved(eqn: Any, offset: int) -> int | None:
-    """The axis along which a slice takes every other position from this one on, and all along the rest."""
-    if eqn.primitive.name != "slice" or eqn.params["strides"] is None:
-        return None
-    starts, strides = eqn.params["start_indices"], eqn.params["strides"]
-    axes = [k for k, step in enumerate(strides) if step == 2]
-    return (
-        axes[0]
-        if len(axes) == 1 and [s for s in starts if s] == [offset][:offset] and starts[axes[0]] == offset
-        else None
-    )
 
 
 def sub_jaxpr_of(eqn: Any) -> Any:
