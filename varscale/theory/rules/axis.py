@@ -60,9 +60,7 @@ def transpose_rule(interpreter: Context, eqn: Any, x: Value) -> Value:
 @rule("rev")
 def rev(interpreter: Context, eqn: Any, x: Value) -> Value:
     """Reversal renumbers positions: each meets another one of the array it was made from."""
-    for d in eqn.params["dimensions"]:
-        x = take(x, d, x.shape[d] - 1, -1, -1)
-    return x
+    return functools.reduce(lambda x, d: take(x, d, x.shape[d] - 1, None, -1), eqn.params["dimensions"], x)
 
 
 @pullback.register(Take)
@@ -86,90 +84,70 @@ def _slice_adjoint(old: Axis, span: tuple[Any, ...]) -> tuple[np.ndarray, bool]:
     return (matrix if new is not None else matrix[:, :1]), new is not None
 
 
-def _slice(span: Sequence[int]) -> tuple[int, int | None, int]:
-    start, stop, step = span
-    return start, (None if step < 0 and stop < 0 else stop), step
-
-
-def take(x: Value, d: int, start: int, stop: int, step: int) -> Value:
-    """x[start:stop:step] along dimension d (stop = −1 with a negative step means to the beginning)."""
-    n = x.shape[d]
-    positions = range(n)[slice(*_slice((start, stop, step)))]
-    if len(positions) == n and step == 1:
+def take(x: Value, d: int, start: int, stop: int | None, step: int = 1) -> Value:
+    """x[start:stop:step] along dimension d."""
+    n, dim = x.shape[d], x.dims[d]
+    size = len(range(n)[start:stop:step])
+    if size == n and (step == 1 or n == 1):
         return x
-    if not positions:
+    if not size:
         return layout.full(x.node.graph, 0.0, [0 if k == d else m for k, m in enumerate(x.shape)])
-    if step > 1 and n % step == 0 and start < step and len(positions) == n // step:
+    if step > 1 and n % step == 0 and start < step and size == n // step:
         # Every step-th position is one index of a factor of the axis.
         cut = layout.reshape(x, (*x.shape[:d], n // step, step, *x.shape[d + 1 :]))
-        one = take(cut, d + 1, start, start + 1, 1)
+        one = take(cut, d + 1, start, start + 1)
         return layout.transpose(one, [k for k in range(len(one.dims)) if k != d + 1])
-    dim = x.dims[d]
-    # A slice along the leading factor of a product, or of blocks of it, is a slice of that factor.
-    if len(dim) > 1 and step == 1 and dim:
-        inner = math.prod(a.size for a in dim[1:])
-        if start % inner == 0 and stop % inner == 0:
-            a, b = start // inner, stop // inner
-            lead = take(Value(x.node, (*x.dims[:d], dim[:1], dim[1:], *x.dims[d + 1 :])), d, a, b, 1)
-            return Value(lead.node, (*lead.dims[:d], (*lead.dims[d], *lead.dims[d + 1]), *lead.dims[d + 2 :]))
+    inner = math.prod(a.size for a in dim[1:])
+    if len(dim) > 1 and step == 1 and stop is not None and start % inner == stop % inner == 0:
+        # A slice along the leading factor of a product, or of blocks of it, is a slice of that factor.
+        apart = Value(x.node, (*x.dims[:d], dim[:1], dim[1:], *x.dims[d + 1 :]))
+        lead = take(apart, d, start // inner, stop // inner)
+        return Value(lead.node, (*lead.dims[:d], lead.dims[d] + lead.dims[d + 1], *lead.dims[d + 2 :]))
     x = layout.merged(x, d)
-    (atom,) = x.dims[d] or (Atom(1, None),)
-    if atom.axis is None:
-        new: tuple[Atom, ...] = (Atom(len(positions), None),) if len(positions) > 1 else ()
-        return Value(x.node, (*x.dims[:d], new, *x.dims[d + 1 :]))
-    node = take_node(x.node, atom.axis, start, stop, step)
-    return _resized(x, node, d, atom.axis, len(positions))
-
-
-def _resized(x: Value, node: Node, d: int, k: int, size: int) -> Value:
-    """`x` over `node`, in which axis k (dimension d) has another size; an axis of size 1 is gone."""
-    if isinstance(node, Constant):
-        dims = [tuple(Atom(a.size, None) for a in dim) for dim in x.dims]
-        dims[d] = (Atom(size, None),) if size > 1 else ()
-        return Value(node, tuple(dims))
-    gone = size == 1
-    dims = [
-        tuple(a if a.axis is None or a.axis < k or not gone else Atom(a.size, a.axis - 1) for a in dim)
-        for dim in x.dims
-    ]
-    dims[d] = () if gone else (Atom(size, k),)
+    k, node = x.dims[d][0].axis, x.node
+    place = {j: j - (size == 1 and k is not None and j > k) for j in range(len(node.axes))}
+    if k is not None:
+        node = take_node(node, k, start, stop, step)
+    dims = list(layout.renumbered(x.dims, {} if isinstance(node, Constant) else place))
+    dims[d] = (Atom(size, None if isinstance(node, Constant) else k),) if size > 1 else ()
     return Value(node, tuple(dims))
 
 
-def take_node(node: Node, k: int, start: int, stop: int, step: int) -> Node:
+def take_view(view: View, place: int, start: int, stop: int | None, step: int = 1) -> View:
+    """A slice along one place of a view's frame; an axis of one position is gone, though its place in the frame is not."""
+    node, bind = view
+    if place not in bind:
+        return view
+    j = bind.index(place)
+    part = take_node(node, j, start, stop, step)
+    gone = len(part.axes) < len(bind)
+    return View(part, () if isinstance(part, Constant) else (*bind[:j], *bind[j + gone :]))
+
+
+def take_node(node: Node, k: int, start: int, stop: int | None, step: int = 1) -> Node:
     """A slice of axis k, pushed through elementwise nodes to their roots."""
-    graph, old = node.graph, node.axes[k]
-    new, _ = sliced(old, *_slice((start, stop, step)))
-    axes = (*node.axes[:k], *([new] if new is not None else []), *node.axes[k + 1 :])
+    graph, old, span = node.graph, node.axes[k], (start, stop, step)
+    if span == (0, old.size, 1):
+        return node
+    new, _ = sliced(old, *span)
+    axes = (*node.axes[:k], *([] if new is None else [new]), *node.axes[k + 1 :])
     if isinstance(node, Array):
-        index = [slice(None)] * len(node.axes)
-        index[k] = slice(*_slice((start, stop, step)))
-        numbers = node.values[tuple(index)]
+        numbers = node.values[(slice(None),) * k + (slice(*span),)]
         return array(graph, numbers.squeeze(k) if new is None else numbers, axes)
     if node.entrywise:
-        args = []
-        for child, bind in node.args:
-            if k in bind:
-                j = bind.index(k)
-                child = take_node(child, j, start, stop, step)
-                if new is None and not isinstance(child, Constant):
-                    bind = (*bind[:j], *bind[j + 1 :])
-                bind = () if isinstance(child, Constant) else bind
-            args.append(View(child, tuple(b - (new is None and b > k) for b in bind)))
-        span = _slice((start, stop, step))
-        return graph.derive(node, rebuild(node, axes, args), lambda g: part_pullback(g, k, old, span))
-    inside = _taken_inside(node, k, start, stop, step)
+        cut = (take_view(view, k, *span) for view in node.args)
+        views = [View(child, tuple(b - (new is None and b > k) for b in bind)) for child, bind in cut]
+        inside = rebuild(node, axes, views)
+    else:
+        inside = _taken_inside(node, k, span)
     if inside is not None:
-        span = _slice((start, stop, step))
         return graph.derive(node, inside, lambda g: part_pullback(g, k, old, span))
     # Of a matrix rows may be read alone and together (positions): only stacked matrices are taken apart.
     if new is None and len(node.axes) > 2 and (part := slice_of_weights(node, k, start)) is not None:
         return part
-    if step == 1 and (part := part_of(node, k, start, stop)) is not None:
+    if step == 1 and stop is not None and (part := part_of(node, k, start, stop)) is not None:
         return part
-    return graph.make(
-        Take, axes, [View(node, tuple(range(len(node.axes))))], (k, *_slice((start, stop, step)))
-    )
+    return graph.make(Take, axes, [View(node, tuple(range(len(node.axes))))], (k, *span))
 
 
 def slice_of_weights(node: Node, k: int, position: int) -> Leaf | None:
@@ -185,7 +163,7 @@ def slice_of_weights(node: Node, k: int, position: int) -> Leaf | None:
         return None
     axes = (*node.axes[:k], *node.axes[k + 1 :])
     part = graph.make(Leaf, axes, (), ("step", node, position))
-    table = Table(axes, np.take(node.table.mean, 0, axis=k), np.take(node.table.second, 0, axis=k))
+    table = Table(axes, node.table.mean.take(0, k), node.table.second.take(0, k))
     part.settle(table, odd=True, kurtosis=node.kurtosis, transport=node.transport)
     for other in whole:
         other.deps, other.odd = other.deps | part.deps, 0
@@ -205,39 +183,38 @@ def _only_sliced(node: Leaf, k: int) -> list[Node] | None:
     return whole
 
 
-def _taken_inside(node: Node, k: int, start: int, stop: int, step: int) -> Node | None:
+def _taken_inside(node: Node, k: int, span: tuple[int, int | None, int]) -> Node | None:
     """The slice of what a node is made from, made into such a node again: of averages, of axes in another order, of slices."""
-    inside = cut_inside(node, k, lambda x, j: take_node(x, j, start, stop, step))
-    if inside is not None:
-        return inside
-    if isinstance(node, Permute):
-        source, at = node.args[0].node, node.params[k]
-        part = take_node(source, at, start, stop, step)
+    inside = cut_inside(node, k, lambda x, j: take_node(x, j, *span))
+    source = node.args[0].node if node.args else node
+    if inside is None and isinstance(node, Permute):
+        at = node.params[k]
+        part = take_node(source, at, *span)
         if len(part.axes) == len(source.axes):
             return permute(part, node.params)
         return permute(part, [j - (j > at) for j in node.params if j != at]) if part.axes else part
-    if isinstance(node, Take) and node.params[0] == k and len(node.axes) == len(node.args[0].node.axes):
-        source, span = node.args[0].node, node.params[1:]
-        left = range(source.axes[k].size)[slice(*span)][slice(*_slice((start, stop, step)))]
-        return take_node(source, k, left.start, left.stop, left.step)
-    return None
+    if (
+        inside is None
+        and isinstance(node, Take)
+        and node.params[0] == k
+        and len(node.axes) == len(source.axes)
+    ):
+        left = range(source.axes[k].size)[slice(*node.params[1:])][slice(*span)]
+        return take_node(source, k, left.start, left.stop if left.stop >= 0 else None, left.step)
+    return inside
 
 
 @rule("slice")
 def slice_(interpreter: Context, eqn: Any, x: Value) -> Value:
     p = eqn.params
-    strides = p["strides"] or (1,) * len(x.dims)
-    for d, (start, stop, step) in enumerate(
-        zip(p["start_indices"], p["limit_indices"], strides, strict=True)
-    ):
-        x = take(x, d, start, stop, step)
-    return x
+    spans = zip(p["start_indices"], p["limit_indices"], p["strides"] or (1,) * len(x.dims), strict=True)
+    return functools.reduce(lambda x, span: take(x, span[0], *span[1]), enumerate(spans), x)
 
 
 @rule("split")
 def split_rule(interpreter: Context, eqn: Any, x: Value) -> list[Value]:
     edges = np.cumsum([0, *eqn.params["sizes"]])
-    return [take(x, eqn.params["axis"], int(a), int(b), 1) for a, b in itertools.pairwise(edges)]
+    return [take(x, eqn.params["axis"], int(a), int(b)) for a, b in itertools.pairwise(edges)]
 
 
 @rule("dynamic_slice")
@@ -251,15 +228,14 @@ def dynamic_slice(interpreter: Context, eqn: Any, x: Value, *starts: Value) -> A
                 interpreter, eqn, (x, *starts), "a slice of unlike positions from a random one on"
             )
         first = int(np.clip(0 if start is None else start, 0, x.shape[d] - size))
-        out = take(out, d, first, first + size, 1)
+        out = take(out, d, first, first + size)
     return out
 
 
 def _differ_along(x: Value, d: int) -> bool:
     """Whether positions of a dimension are told apart, by classes or by known numbers."""
-    axes = [a.axis for a in x.dims[d] if a.axis is not None]
-    known = [set(root.bind) for root in roots(x.node) if isinstance(root.node, Array)]
-    return any(x.node.axes[k].classes > 1 or any(k in bind for bind in known) for k in axes)
+    known = {k for root in roots(x.node) if isinstance(root.node, Array) for k in root.bind}
+    return any(a.axis is not None and (x.node.axes[a.axis].classes > 1 or a.axis in known) for a in x.dims[d])
 
 
 @rule("iota")

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from varscale.theory.domain.axes import MOST_CLASSES, Axis, apply_axis, labelled, sliced
-from varscale.theory.domain.axis_maps import entry_map, pair_counts, pair_map
+from varscale.theory.domain.axis_maps import entry_map, pair_counts, slice_map
 from varscale.theory.domain.tables import LEADING_ORDER, Table
 from varscale.theory.graph import layout
+from varscale.theory.graph.convolutions import ONE
 from varscale.theory.graph.layout import Atom, Value
 from varscale.theory.graph.linear_nodes import Concat
 from varscale.theory.graph.nodes import (
@@ -32,7 +34,7 @@ from varscale.theory.propagation.cross_moments import cross
 from varscale.theory.propagation.doubts import lost_excess, lost_excess_of
 from varscale.theory.propagation.inherited_fluctuations import Spread, combine, inherited, propagated
 from varscale.theory.propagation.pullbacks import sum_out
-from varscale.theory.rules.axis import take, take_node
+from varscale.theory.rules.axis import take, take_view
 from varscale.theory.rules.registry import Context, elementwise_or_layout, rule
 from varscale.theory.rules.sampled_regions import drawn_region
 
@@ -41,46 +43,32 @@ _MANY_PARTS = 24  # parts up to which every pair is computed; more are drawn whe
 
 @part_of.register(Concat)
 def part_of_concat(node: Concat, k: int, start: int, stop: int) -> Node | None:
-    """The positions start, ..., stop − 1 of axis k, where that is what the parts are joined along."""
+    """Positions start, ..., stop − 1 of axis k, where the parts are joined along it: what is left of each, joined."""
     along, sizes = node.params
-    edges = np.cumsum([0, *sizes])
-    i = int(np.searchsorted(edges, start, side="right")) - 1
     if k != along:
         return None
-    if stop > edges[i + 1]:
-        return _across(node, start, stop)
-    child, bind = node.args[i]
-    if isinstance(child, Constant):
-        return child
-    whole = k not in bind or stop - start == sizes[i]
-    missing = [j for j in range(len(node.axes)) if j not in bind and (j != k or stop - start > 1)]
-    if missing:  # along those axes it is constant
-        along_them = (Axis(stop - start) if j == k else node.axes[j] for j in missing)
+    spans = [(max(start - at, 0), min(stop - at, n)) for at, n in _starts(sizes)]
+    left = [
+        (take_view(view, k, *span), span[1] - span[0])
+        for view, span in zip(node.args, spans, strict=True)
+        if span[0] < span[1]
+    ]
+    if len(left) > 1:
+        whole, _ = sliced(node.axes[k], start, stop, 1)
+        assert whole is not None
+        axes = (*node.axes[:k], whole, *node.axes[k + 1 :])
+        return node.graph.make(Concat, axes, [view for view, _ in left], (k, tuple(n for _, n in left)))
+    ((child, bind), n) = left[0]
+    missing = [j for j in range(len(node.axes)) if j not in bind and (j != k or n > 1)]
+    if missing and not isinstance(child, Constant):  # along those axes it is constant
+        along_them = (Axis(n) if j == k else node.axes[j] for j in missing)
         child, bind = broadcast(child, (*child.axes, *along_them)), (*bind, *missing)
-    own = permute(child, [int(m) for m in np.argsort(bind)])
-    return own if whole else take_node(own, k, start - int(edges[i]), stop - int(edges[i]), 1)
+    return permute(child, [int(m) for m in np.argsort(bind)])
 
 
-def _across(node: Concat, start: int, stop: int) -> Node:
-    """Positions that several parts hold: what is left of each, joined."""
-    k, sizes = node.params
-    left, views, at = [], [], 0
-    for (child, bind), n in zip(node.args, sizes, strict=True):
-        low, high = max(start - at, 0), min(stop - at, n)
-        at += n
-        if low >= high:
-            continue
-        if k in bind and high - low < n:
-            j = bind.index(k)
-            child = take_node(child, j, low, high, 1)
-            bind = (
-                () if isinstance(child, Constant) else bind if high - low > 1 else (*bind[:j], *bind[j + 1 :])
-            )
-        left.append(high - low)
-        views.append(View(child, bind))
-    whole, _ = sliced(node.axes[k], start, stop, 1)
-    assert whole is not None
-    return node.graph.make(Concat, (*node.axes[:k], whole, *node.axes[k + 1 :]), views, (k, tuple(left)))
+def _starts(sizes: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Where each part begins, and its size."""
+    return zip(itertools.accumulate(sizes, initial=0), sizes, strict=False)
 
 
 @second_moments.register(Concat)
@@ -97,7 +85,7 @@ def _pairs_with(node: Concat, other: Concat) -> np.ndarray:
     k, sizes = node.params
     whole = node.axes[k]
     second = np.zeros([a.types for a in node.axes])
-    starts, ours, others = np.cumsum([0, *sizes]), node.parts(), other.parts()
+    starts, ours, others = [at for at, _ in _starts(sizes)], node.parts(), other.parts()
     if many := len(sizes) > _MANY_PARTS:
         node.graph.flag("assumed", LEADING_ORDER)
     for i, (view, mine, shares) in enumerate(ours):
@@ -131,19 +119,9 @@ def _part_pairs(whole: Axis, part: Axis, size: int, first: int, second: int) -> 
 def cross_by_kind_of_concat(node: Concat, a: View, b: View, frame: Sequence[Axis]) -> np.ndarray | None:
     """Against anything that runs over the same axis: cut that where the parts meet."""
     k, sizes = node.params
-    place = a.bind[k]
-    pieces, start = [], 0
-    for n in sizes:
-        child, bind = b
-        if place in bind:
-            j = bind.index(place)
-            child = take_node(child, j, start, start + n, 1)
-            gone = isinstance(child, Constant) or len(child.axes) < len(bind)
-            bind = () if isinstance(child, Constant) else (*bind[:j], *bind[j + gone :])
-        pieces.append(View(child, bind))
-        start += n
-    graph, axes = node.graph, tuple(frame)
+    place, graph, axes = a.bind[k], node.graph, tuple(frame)
     mine = graph.make(Concat, axes, [v.within(a.bind) for v in node.args], (place, sizes))
+    pieces = [take_view(b, place, at, at + n) for at, n in _starts(sizes)]
     return _pairs_with(mine, graph.make(Concat, axes, pieces, (place, sizes)))
 
 
@@ -167,24 +145,17 @@ def _unlike_parts(node: Concat, a: View, b: View, mine: Axis, theirs: Axis) -> n
 
 @pullback.register(Concat)
 def pullback_of_concat(node: Concat, cotangent: np.ndarray, notes: BackwardNotes) -> list[np.ndarray | None]:
-
+    """Of each part the slice of the cotangent."""
     out: list[np.ndarray | None] = []
     k, sizes = node.params
-    whole = node.axes[k]
-    for (view, frame, shares), n in zip(node.parts(), sizes, strict=True):
+    for (view, frame, _), (at, n) in zip(node.parts(), _starts(sizes), strict=True):
         if isinstance(view.node, Constant):
             out.append(None)
             continue
-        axis = frame[k]
-        back = (shares * whole.counts[:, None]).T
-        back /= np.maximum(back.sum(axis=1, keepdims=True), 1e-300)
-        part = apply_axis(cotangent, k, pair_map(back))
-        if n == 1:
-            part = np.take(part, [0], axis=k).squeeze(k)
-            rest = (*frame[:k], *frame[k + 1 :])
-            out.append(sum_out(part, rest, View(view.node, tuple(b - (b > k) for b in view.bind))))
-        else:
-            out.append(sum_out(part, (*frame[:k], axis, *frame[k + 1 :]), view))
+        gone, axis = n == 1, ONE if n == 1 else frame[k]
+        part = apply_axis(cotangent, k, pair_counts(slice_map((at, at + n, 1), axis, node.axes[k])))
+        rest = View(view.node, tuple(b - (gone and b > k) for b in view.bind))
+        out.append(sum_out(part.take(0, k) if gone else part, (*frame[:k], *frame[k + gone :]), rest))
     return out
 
 
@@ -206,35 +177,27 @@ def lost_excess_of_concat(node: Concat) -> float:
 def concatenate(graph: Any, xs: Sequence[Value], d: int) -> Value:
     """Values one after another along dimension d."""
     xs = [layout.merged(x, d) for x in xs]
-    sizes = [x.shape[d] for x in xs]
-    # The other dimensions must be factored alike: align them with this one taken out of the way.
-    rest = [Value(x.node, (*x.dims[:d], (), *x.dims[d + 1 :], x.dims[d])) for x in xs]
-    pieces: list[Value] = []
-    for x in rest:
-        pieces.append(Value(x.node, x.dims[:-1] + tuple(x.dims[-1] if y is x else () for y in rest)))
-    pieces, frame, views, dims = layout.align(pieces)
-    own = [next((atom.axis for atom in dims[len(xs[0].dims) + i]), None) for i in range(len(xs))]
-    others = [k for k in range(len(frame)) if k not in own]
-    place = {k: i + 1 for i, k in enumerate(others)}
-    labels: list[int] = []
-    offset = 0
-    for k, n in zip(own, sizes, strict=True):
-        axis = frame[k] if k is not None else None
-        part = axis.label_array if axis is not None else np.zeros(n, int)
-        labels += [offset + int(c) for c in part]
-        offset += int(max(part)) + 1
-    whole = labelled(labels) if len(set(labels)) <= 2 * MOST_CLASSES else Axis(sum(sizes))
-    binds = [View(v.node, tuple(0 if b == own[i] else place[b] for b in v.bind)) for i, v in enumerate(views)]
-    node = graph.make(Concat, (whole, *(frame[k] for k in others)), binds, (0, tuple(sizes)))
-    out = [
-        tuple(a if a.axis is None else Atom(a.size, place[a.axis]) for a in dim)
-        for dim in dims[: len(xs[0].dims)]
+    sizes, rank = [x.shape[d] for x in xs], len(xs[0].dims)
+    # The other dimensions must be factored alike: align them, each one's own being a further dimension.
+    apart = [
+        Value(
+            x.node,
+            (*x.dims[:d], (), *x.dims[d + 1 :], *(x.dims[d] if i == j else () for j in range(len(xs)))),
+        )
+        for i, x in enumerate(xs)
     ]
-    out[d] = (Atom(sum(sizes), 0),)
-    for j in range(len(out)):  # a dimension along which every part is constant
-        if not out[j] and xs[0].shape[j] > 1:
-            out[j] = (Atom(xs[0].shape[j], None),)
-    return Value(node, tuple(out))
+    _, frame, views, dims = layout.align(apart)
+    own = [next((atom.axis for atom in dim), None) for dim in dims[rank:]]
+    others = [k for k in range(len(frame)) if k not in own]
+    parts = [np.zeros(n, int) if k is None else frame[k].label_array for k, n in zip(own, sizes, strict=True)]
+    offsets = itertools.accumulate((int(part.max()) + 1 for part in parts), initial=0)
+    labels = np.concatenate([part + offset for part, offset in zip(parts, offsets, strict=False)])
+    whole = labelled(labels) if len(set(labels)) <= 2 * MOST_CLASSES else Axis(sum(sizes))
+    place = {k: i + 1 for i, k in enumerate(others)} | {k: 0 for k in own if k is not None}
+    binds = [View(child, tuple(place[b] for b in bind)) for child, bind in views]
+    node = graph.make(Concat, (whole, *(frame[k] for k in others)), binds, (0, tuple(sizes)))
+    out = layout.renumbered(dims[:rank], place)
+    return Value(node, (*out[:d], (Atom(sum(sizes), 0),), *out[d + 1 :]))
 
 
 @rule("concatenate")
@@ -264,7 +227,7 @@ def stack_rule(interpreter: Context, eqn: Any, *xs: Value) -> Value:
 def unstack(interpreter: Context, eqn: Any, x: Value) -> list[Value]:
     d = eqn.params["axis"]
     kept = [k for k in range(len(x.dims)) if k != d]
-    return [layout.transpose(take(x, d, i, i + 1, 1), kept) for i in range(x.shape[d])]
+    return [layout.transpose(take(x, d, i, i + 1), kept) for i in range(x.shape[d])]
 
 
 @rule("tile")
@@ -283,7 +246,7 @@ def pad(interpreter: Context, eqn: Any, x: Value, fill: Value) -> Any:
     if any(inner and n > 1 for n, (_, _, inner) in zip(x.shape, config, strict=True)):
         return drawn_region(interpreter, eqn, (x, fill), "entries are spread apart, as in a recurrence")
     for d, (low, high, _) in enumerate(config):
-        x = take(x, d, max(-low, 0), x.shape[d] - max(-high, 0), 1)
+        x = take(x, d, max(-low, 0), x.shape[d] - max(-high, 0))
         before, after = (
             layout.broadcast_in_dim(fill, [max(n, 0) if k == d else m for k, m in enumerate(x.shape)], ())
             for n in (low, high)

@@ -112,7 +112,7 @@ def index(interpreter: Context, x: Any, step: int, length: int) -> Any:
             return Value(
                 part, layout.renumbered(x.dims[1:], {j: j - (j > k) for j in range(len(x.node.axes))})
             )
-    one = take(x, 0, step, step + 1, 1)
+    one = take(x, 0, step, step + 1)
     return layout.transpose(one, range(1, len(one.dims)))
 
 

@@ -148,7 +148,7 @@ def gather(interpreter: Context, eqn: Any, x: Value, ids: Value) -> Any:
         starts = dict(zip(d.start_index_map, known.ravel().astype(int), strict=True))
         for dim, size in enumerate(sizes):
             start = int(np.clip(starts.get(dim, 0), 0, x.shape[dim] - size))
-            x = take(x, dim, start, start + size, 1)
+            x = take(x, dim, start, start + size)
         return layout.reshape(x, shape)
     if in_order(x.node):
         return drawn_region(interpreter, eqn, (x, ids), "steps of a loop are picked, which differ")[0]
