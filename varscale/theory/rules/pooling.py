@@ -36,14 +36,7 @@ from varscale.theory.propagation.marginals import quantiles_of_kind
 from varscale.theory.propagation.pullbacks import Near, pulled_back, repeats
 from varscale.theory.propagation.shared_component import of_an_average
 from varscale.theory.rules.convolution import axes_above_one, prepared
-from varscale.theory.rules.reductions import (
-    after_increasing_steps,
-    before_increasing_steps,
-    bounded,
-    draw,
-    fewest_terms,
-    pooled_estimate,
-)
+from varscale.theory.rules.reductions import bounded, draw, fewest_terms, of_increasing, pooled_estimate
 from varscale.theory.rules.registry import Context, rule
 from varscale.theory.rules.sampled_regions import placeholder
 
@@ -303,9 +296,7 @@ def reduce_window_sum(interpreter: Context, eqn: Any, x: Value) -> Value:
 
 @rule("reduce_window_max")
 def reduce_window_max(interpreter: Context, eqn: Any, x: Value, *_: Value) -> Value:
-    inner, steps = before_increasing_steps(x)
-    largest = _window_node(interpreter, eqn, inner, WindowMax)
-    return after_increasing_steps(interpreter, largest, steps, (x, inner))
+    return of_increasing(interpreter, x, lambda inner: _window_node(interpreter, eqn, inner, WindowMax))
 
 
 @rule("reduce_window_min")

@@ -17,7 +17,7 @@ from varscale.theory.domain.axes import Axis, pool, refine
 from varscale.theory.domain.tables import LEADING_ORDER, NEXT_ORDER, Table, estimate, gaussian, over_frame
 from varscale.theory.graph import layout
 from varscale.theory.graph.expressions import Apply, Mean, roots
-from varscale.theory.graph.layout import Atom, Value
+from varscale.theory.graph.layout import Value
 from varscale.theory.graph.linear_nodes import weight_of
 from varscale.theory.graph.nodes import (
     UNKNOWN,
@@ -51,33 +51,22 @@ def propagated_of_mean(node: Mean) -> Spread:
 def axes_behind(x: Value, dims: Sequence[int]) -> tuple[list[int], Value]:
     """The node's axes behind some dimensions, and the layout without them."""
     axes = [a.axis for d in dims for a in x.dims[d] if a.axis is not None]
-    left = [k for k in range(len(x.node.axes)) if k not in axes]
-    place = {k: i for i, k in enumerate(left)}
+    left = (k for k in range(len(x.node.axes)) if k not in axes)
     kept = [dim for d, dim in enumerate(x.dims) if d not in dims]
-    return axes, Value(
-        x.node,
-        tuple(tuple(a if a.axis is None else Atom(a.size, place[a.axis]) for a in dim) for dim in kept),
-    )
-
-
-def without_axes(x: Value, node: Node) -> Value:
-    """A layout over `node`; if it became a constant, no atom has an axis."""
-    dims = x.dims if node.axes else tuple(tuple(Atom(a.size, None) for a in dim) for dim in x.dims)
-    return Value(node, dims)
+    return axes, Value(x.node, layout.renumbered(kept, {k: i for i, k in enumerate(left)}))
 
 
 def mean(x: Value, dims: Sequence[int]) -> Value:
     """The mean over dimensions."""
     axes, left = axes_behind(x, dims)
-    return without_axes(left, mean_node(x.node, axes))
+    node = mean_node(x.node, axes)
+    return Value(node, left.dims if node.axes else layout.renumbered(left.dims, {}))
 
 
 @rule("reduce_sum")
 def reduce_sum(interpreter: Context, eqn: Any, x: Value) -> Value:
-    dims = [d % len(x.dims) for d in eqn.params["axes"]]
-    count = math.prod(x.shape[d] for d in dims)
-    out = mean(x, dims)
-    return without_axes(out, affine(out.node, float(count), 0.0))
+    out = mean(x, eqn.params["axes"])
+    return Value(affine(out.node, float(math.prod(x.shape[d] for d in eqn.params["axes"])), 0.0), out.dims)
 
 
 class OneOfMany(Node):
@@ -102,7 +91,10 @@ class OneOfMany(Node):
         # The larger the set, the more the tail decides; and of what a few numbers decide there is no Gaussian
         # tail.
         self.graph.flag("sampled", NEXT_ORDER * math.log(count) + bounded(count, fewest_terms(source)))
-        return sample_map([source], [set(axes)], self.axes, lambda x: reduce(x, tuple(k + 1 for k in axes)))
+        sizes = [a.size if k in axes else min(a.size, 2) for k, a in enumerate(source.axes)]
+        replicates = int(np.clip(_MOST_DRAWN / math.prod(sizes), 16, 20_000))
+        drawn = draw(source, sizes, replicates, np.random.default_rng(0))
+        return pooled_estimate(reduce(drawn, tuple(k + 1 for k in axes)), self.axes)
 
 
 @cross_by_kind.register(OneOfMany)
@@ -147,15 +139,10 @@ def pullback_of_extreme(
     node: Extreme, cotangent: np.ndarray, notes: BackwardNotes
 ) -> list[np.ndarray | None]:
     """Each cotangent goes to the one entry that was the extreme: one in `count`, and no two of a window share it."""
-    axes, _, _ = node.params
-    source = node.args[0].node.axes
-    out = cotangent
-    for k in sorted(axes):
-        n = source[k].size
-        types = np.zeros(source[k].types)
-        types[: source[k].classes] = 1 / n
-        out = np.moveaxis(np.multiply.outer(types, out), 0, k)
-    return [out]
+    for k in sorted(node.reduced):
+        axis = node.args[0].node.axes[k]
+        cotangent = np.moveaxis(np.multiply.outer(axis.agrees / axis.size, cotangent), 0, k)
+    return [cotangent]
 
 
 @once_per_node
@@ -178,81 +165,59 @@ def bounded(count: int, width: float) -> float:
     return float(max((weights @ Z**2) / (weights @ sphere_squares(width)) - 1, 0.0))
 
 
-IncreasingSteps = list[tuple[str, float, float]]
+def of_increasing(interpreter: Context, x: Value, extreme: Callable[[Value], Value]) -> Value:
+    """max f(x) = f(max x) for increasing f: the extremes of what a chain of increasing steps is made of, and the steps on them.
 
-
-def before_increasing_steps(x: Value) -> tuple[Value, IncreasingSteps]:
-    """max f(x) = f(max x) for increasing f: what is inside a chain of increasing steps, and the steps, innermost first."""
-    steps: IncreasingSteps = []
-    while isinstance(node := x.node, Apply):
-        name, extra = node.params
-        numbers = [v.node.params for v in node.args if isinstance(v.node, Constant)]
-        inner = [v for v in node.args if not isinstance(v.node, Constant)]
-        if len(inner) != 1 or len(inner[0].bind) != len(node.axes):
-            break
-        if name == "affine" and extra[0] > 0:
-            steps.append((name, *extra))
-        elif name == "max":
-            steps.append((name, numbers[0], 0.0))
-        else:
-            break
-        place = {b: k for k, b in enumerate(inner[0].bind)}
-        dims = tuple(
-            tuple(a if a.axis is None else a._replace(axis=place[a.axis]) for a in dim) for dim in x.dims
-        )
-        x = Value(inner[0].node, dims)
-    return x, steps[::-1]
-
-
-def after_increasing_steps(
-    interpreter: Context, x: Value, steps: IncreasingSteps, taken: tuple[Value, Value] | None = None
-) -> Value:
-    """The increasing steps, applied to extremes.
-
-    `taken` is the argument of `before_increasing_steps` and its result: a cotangent of the one goes where the other's goes.
+    A cotangent of f(x) goes where that of x does.
     """
-    extremes = x.node
-    for name, c, d in steps:
-        if name == "affine":
-            x = Value(affine(x.node, c, d), x.dims)
+    inner, steps = x, list[Apply]()
+    while isinstance(node := inner.node, Apply):
+        varied = [v for v in node.args if not isinstance(v.node, Constant)]
+        name, extra = node.params
+        increases = name == "max" or (name == "affine" and extra[0] > 0)
+        if not increases or len(varied) != 1 or len(varied[0].bind) != len(node.axes):
+            break
+        steps.append(node)
+        place = {b: k for k, b in enumerate(varied[0].bind)}
+        inner = Value(varied[0].node, layout.renumbered(inner.dims, place))
+    extremes = out = extreme(inner)
+    for step in reversed(steps):
+        if step.params[0] == "affine":
+            out = Value(affine(out.node, *step.params[1]), out.dims)
         else:
-            x = interpreter.elementwise("max", x, layout.full(interpreter.graph, c, x.shape))
-    if steps and taken is not None and x.node.axes == extremes.axes:
-        source, inner = taken
-        if extremes.args[0].node is inner.node:
-            own, other = (
-                [a.axis for dim in y.dims for a in dim if a.axis is not None] for y in (source, inner)
-            )
-            order = [other[own.index(k)] for k in range(len(own))]
-            # A minimum above a floor is met at many places at once, which share what flows back.
-            doubt = UNKNOWN if isinstance(extremes, Extreme) and extremes.params[1] < 0 else LEADING_ORDER
-            interpreter.graph.derive(
-                source.node, x.node, lambda g: _to_extremes(extremes, g).transpose(order), doubt
-            )
-    return x
+            floor = next(v.node.params for v in step.args if isinstance(v.node, Constant))
+            out = interpreter.elementwise("max", out, layout.full(interpreter.graph, floor, out.shape))
+    node = extremes.node
+    if steps and out.node.axes == node.axes and any(view.node is inner.node for view in node.args):
+        own, other = ([a.axis for dim in y.dims for a in dim if a.axis is not None] for y in (x, inner))
+        order = [other[own.index(k)] for k in range(len(own))]
 
+        def back(cotangent: np.ndarray) -> np.ndarray:
+            (to_inner,) = pullback(node, np.broadcast_to(cotangent, node.frame_types), BackwardNotes())
+            assert to_inner is not None
+            return to_inner.transpose(order)
 
-def _to_extremes(node: Node, cotangent: np.ndarray) -> np.ndarray:
-    """Second moments by type of the cotangents at the places that extremes are taken over."""
-    (back,) = pullback(node, np.broadcast_to(cotangent, node.frame_types), BackwardNotes())
-    assert back is not None
-    return back
+        # A minimum above a floor is met at many places at once, which share what flows back.
+        doubt = UNKNOWN if isinstance(node, Extreme) and node.params[1] < 0 else LEADING_ORDER
+        interpreter.graph.derive(x.node, out.node, back, doubt)
+    return out
 
 
 @rule("reduce_max", "reduce_min")
 def reduce_max(interpreter: Context, eqn: Any, x: Value) -> Value:
-    dims = [d % len(x.dims) for d in eqn.params["axes"]]
-    source, (x, steps) = x, before_increasing_steps(x)
-    axes, left = axes_behind(x, dims)
-    if not axes:
-        return after_increasing_steps(interpreter, left, steps)
-    count = math.prod(x.node.axes[k].size for k in axes)
     sign = 1.0 if eqn.primitive.name == "reduce_max" else -1.0
-    kept = [a for k, a in enumerate(x.node.axes) if k not in axes]
-    node = interpreter.graph.make(
-        Extreme, kept, [View(x.node, tuple(range(len(x.node.axes))))], (tuple(sorted(axes)), sign, count)
-    )
-    return after_increasing_steps(interpreter, without_axes(left, node), steps, (source, x))
+
+    def extreme(inner: Value) -> Value:
+        axes, left = axes_behind(inner, eqn.params["axes"])
+        if not axes:
+            return left
+        count = math.prod(inner.node.axes[k].size for k in axes)
+        kept = [a for k, a in enumerate(inner.node.axes) if k not in axes]
+        view = View(inner.node, tuple(range(len(inner.node.axes))))
+        node = interpreter.graph.make(Extreme, kept, [view], (tuple(sorted(axes)), sign, count))
+        return Value(node, left.dims)
+
+    return of_increasing(interpreter, x, extreme)
 
 
 _MOST_DRAWN = 2_000_000  # elements drawn for one node
@@ -270,63 +235,31 @@ def draw(node: Node, sizes: Sequence[int], replicates: int, rng: np.random.Gener
         replicates: how many arrays.
         rng: where random numbers come from.
     """
-    env: dict[Any, np.ndarray] = {}
-    every = roots(node)
-    held = {
-        r for r in every if concentrated(r.node) and any(r.node.deps & o.node.deps for o in every if o != r)
-    }
+    env, every = dict[Any, np.ndarray](), roots(node)
     # Trees are evaluated over a frame with the replicates last, as quadrature points are.
     for root in every:
-        own = [sizes[b] for b in root.bind]
-        if root in held:
-            drawn = np.full((replicates, *own), root.node.table.total_mean)
-        elif isinstance(root.node, Array):
-            numbers = np.asarray(root.node.values, float)[tuple(slice(0, n) for n in own)]
-            drawn = np.repeat(numbers[None], replicates, 0)
+        x, own = root.node, [sizes[b] for b in root.bind]
+        if concentrated(x) and any(x.deps & other.node.deps for other in every if other != root):
+            drawn = np.full((1, *[1] * len(own)), x.table.total_mean)
+        elif isinstance(x, Array):
+            drawn = np.asarray(x.values, float)[tuple(slice(0, n) for n in own)][None]
         else:
-            law = marginal(root.node)
-            plain = [Axis(axis.size) for axis in root.node.axes]
-            rho = pool(law.correlation, root.node.axes)
-            normals = gaussian(rho, plain, [np.arange(n) for n in own], replicates, rng)
+            law, plain = marginal(x), [Axis(axis.size) for axis in x.axes]
             line = np.asarray(law.values, float)
-            for axis in root.node.axes:
+            for axis in x.axes:
                 line = np.tensordot(axis.counts / axis.size, line, axes=(0, 0))
-            drawn = read_off(line, normals)
+            positions = [np.arange(n) for n in own]
+            drawn = read_off(line, gaussian(pool(law.correlation, x.axes), plain, positions, replicates, rng))
         env[root] = over_frame(np.moveaxis(drawn, 0, -1), root.bind, len(sizes))
     out = evaluate(View(node, tuple(range(len(node.axes)))), node.axes, env)
     return np.moveaxis(np.broadcast_to(out, (*sizes, replicates)), -1, 0)
 
 
-def sample_map(
-    nodes: Sequence[Node],
-    whole: Sequence[set[int]],
-    axes: Sequence[Axis],
-    f: Callable[..., np.ndarray],
-    small: int = 2,
-) -> Table:
-    """Moments of f of some nodes, their axes in `whole` kept at full size and the others reduced to `small`."""
-    sizes = [
-        [a.size if k in keep else min(a.size, small) for k, a in enumerate(n.axes)]
-        for n, keep in zip(nodes, whole, strict=True)
-    ]
-    replicates = int(np.clip(_MOST_DRAWN / max(sum(math.prod(s) for s in sizes), 1), 16, 20_000))
-    rng = np.random.default_rng(0)
-    out = f(*[draw(n, s, replicates, rng) for n, s in zip(nodes, sizes, strict=True)])
-    return pooled_estimate(out, axes)
-
-
 def pooled_estimate(samples: np.ndarray, axes: Sequence[Axis]) -> Table:
     """A table with one class an axis, from replicates (first axis) at reduced sizes."""
-    reduced = [Axis(n) for n in samples.shape[1:]]
-    keep = [k for k, a in enumerate(reduced) if a.size > 1]
-    squeezed = samples.reshape(len(samples), *[reduced[k].size for k in keep])
-    live = [reduced[k] for k in keep]
     # The replicates are one more axis, of which only "the same" is wanted.
-    table = estimate(squeezed, [Axis(len(samples)), *live])
-    second, mean = table.second[0], table.mean.reshape([1] * len(live))
-    for k in range(len(axes)):
-        if k not in keep:
-            second = np.repeat(np.expand_dims(second, k), 2, axis=k)
-            mean = np.expand_dims(mean, k)
-    mean = np.broadcast_to(mean, [a.classes for a in axes])
-    return Table(tuple(axes), np.array(mean), refine(second, axes))
+    second = estimate(samples, [Axis(n) for n in samples.shape]).second[0]
+    for k, n in enumerate(samples.shape[1:]):
+        second = second if n > 1 else second.take([0, 0], k)
+    mean = np.full([axis.classes for axis in axes], samples.mean())
+    return Table(tuple(axes), mean, refine(second, axes))
