@@ -38,8 +38,8 @@ def call(interpreter: Context, eqn: Any, *xs: Any) -> list[Any]:
     """A function is what is inside it; the library's own sampler is random bits by another name."""
     if eqn.params.get("name") == "fast_random_bits":
         aval = eqn.outvars[0].aval
-        key = next((x for x in xs if isinstance(x, Opaque)), None)
-        return [bits(interpreter, key or tuple(xs), aval.shape, aval.dtype.itemsize * 8)]
+        keys = [x for x in xs if isinstance(x, Opaque)][:1] or xs
+        return [bits(interpreter, keys, aval.shape, aval.dtype.itemsize * 8)]
     out = interpreter.run(*_compat.sub_jaxpr(sub_jaxpr_of(eqn)), xs)
     if not eqn.primitive.name.startswith("custom_vjp_call"):
         return out

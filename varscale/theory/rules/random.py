@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,38 +13,34 @@ from scipy import special
 from varscale.theory.domain.axes import Axis
 from varscale.theory.domain.tables import independent
 from varscale.theory.graph.expressions import Apply, factors, roots
-from varscale.theory.graph.layout import Atom, Value, full, value
+from varscale.theory.graph.layout import Value, full, renumbered, value
 from varscale.theory.graph.nodes import Array, Constant, Leaf, Node, View
+from varscale.theory.graph.normal_form import affine
 from varscale.theory.graph.store import Fact
 from varscale.theory.integrals.hermite_series import WEIGHTS, Z
 from varscale.theory.propagation.marginals import evaluate
 from varscale.theory.rules.registry import STACKED, Context, Opaque, elementwise_or_layout, rule
-
-
-def _uniform_bits(width: int) -> np.ndarray:
-    """Quantiles of uniform bits on the normal grid."""
-    largest = np.nextafter(2.0**width, 0.0) if width > 52 else 2.0**width - 1
-    return np.minimum(np.floor(special.ndtr(Z) * 2.0**width), largest).astype(f"u{width // 8}")
-
 
 _NORMAL = 0.02  # from 3: what the grid leaves of a normal's kurtosis
 
 
 @rule("random_bits")
 def random_bits(interpreter: Context, eqn: Any, key: Any) -> Value:
-    shape, width = eqn.outvars[0].aval.shape, eqn.params["bit_width"]
-    return bits(interpreter, key, shape, width)
+    return bits(interpreter, (key,), eqn.outvars[0].aval.shape, eqn.params["bit_width"])
 
 
-def bits(interpreter: Context, key: Any, shape: tuple[int, ...], width: int) -> Value:
-    """Uniform bits: the same for the same key."""
-    if isinstance(key, Opaque):
-        name = ("bits", np.asarray(jax.random.key_data(key.key)).tobytes(), tuple(shape), width)
-    else:
-        name = ("bits", key.node, key.dims, tuple(shape), width)
-    numbers = _uniform_bits(width)
-    floats = numbers.astype(float)
-    mean, square = float(WEIGHTS @ floats), float(WEIGHTS @ floats**2)
+def bits(interpreter: Context, keys: Sequence[Any], shape: tuple[int, ...], width: int) -> Value:
+    """Uniform bits: the same for the same keys."""
+    marks = (
+        np.asarray(jax.random.key_data(key.key)).tobytes()
+        if isinstance(key, Opaque)
+        else (key.node, key.dims)
+        for key in keys
+    )
+    largest = np.nextafter(2.0**width, 0.0) if width > 52 else 2.0**width - 1
+    numbers = np.minimum(np.floor(special.ndtr(Z) * 2.0**width), largest).astype(f"u{width // 8}")
+    mean, square = (float(WEIGHTS @ numbers.astype(float) ** k) for k in (1, 2))
+    name = ("bits", *marks, tuple(shape), width)
     return interpreter.leaf(name, shape, mean, square, odd=False, transport=numbers)
 
 
@@ -60,42 +56,38 @@ class ParameterLaw(NamedTuple):
 def law(node: Node) -> ParameterLaw | None:
     """The law of an elementwise function of one random leaf; None for anything else."""
     own = roots(node)
-    if len(own) != 1:
+    if len(own) != 1 or set(own[0].bind) != set(range(len(node.axes))):
         return None
-    view, base = own[0], own[0].node
-    while base.args and not isinstance(base, Apply) and len(base.args) == 1:
+    base = own[0].node
+    while not isinstance(base, Apply) and len(base.args) == 1:
         base = base.args[0].node
     if not isinstance(base, Leaf) or base.odd or not base.is_bits:
         return None
-    if set(view.bind) != set(range(len(node.axes))):
-        return None
+    return _LAWS.once(node.graph, (_chain_of(node), base.params[-1]), lambda: _integrated(node))
 
-    def integrated() -> ParameterLaw:
-        values = evaluate(View(node, tuple(range(len(node.axes)))), node.axes, {}).reshape(-1, len(Z))
-        values = np.asarray(values[0], float)
-        mean, square, fourth = (float(WEIGHTS @ values**k) for k in (1, 2, 4))
-        if abs(mean) < 1e-6 * math.sqrt(max(square, 1e-300)):
-            mean = 0.0
-        kurtosis = fourth / max(square**2, 1e-300)
-        normal = mean == 0 and abs(kurtosis - 3) < _NORMAL
-        return ParameterLaw(mean, square, kurtosis, None if normal else values.tobytes())
 
-    return _LAWS.once(node.graph, (_chain_of(node), base.params[-1]), integrated)
+def _integrated(node: Node) -> ParameterLaw:
+    """The law of a function of one leaf, on the normal grid."""
+    values = evaluate(View(node, tuple(range(len(node.axes)))), node.axes, {}).reshape(-1, len(Z))[0]
+    values = np.asarray(values, float)
+    mean, square, fourth = (float(WEIGHTS @ values**k) for k in (1, 2, 4))
+    mean = 0.0 if abs(mean) < 1e-6 * math.sqrt(max(square, 1e-300)) else mean
+    kurtosis = fourth / max(square**2, 1e-300)
+    normal = mean == 0 and abs(kurtosis - 3) < _NORMAL
+    return ParameterLaw(mean, square, kurtosis, None if normal else values.tobytes())
 
 
 def _scaled_law(node: Node) -> ParameterLaw | None:
     """The law of a weight over positive numbers made of it, which many entries make (a spectral norm): taken for constants."""
     parts = factors(View(node, tuple(range(len(node.axes)))))[1]
-    drawn = [
-        found for view in parts if len(view.bind) == len(node.axes) and (found := law(view.node)) is not None
-    ]
+    drawn = [law(view.node) for view in parts if len(view.bind) == len(node.axes)]
     scales = [view for view in parts if not view.bind and view.node.positive]
-    if len(drawn) != 1 or len(scales) != len(parts) - 1:
+    if len(drawn) != 1 or drawn[0] is None or len(scales) != len(parts) - 1:
         return None
-    (own,), square = drawn, node.table.mean_square
-    ratio = math.sqrt(square / max(own.second_moment, 1e-300))
-    values = None if own.values is None else (ratio * np.frombuffer(own.values)).tobytes()
-    return ParameterLaw(ratio * own.mean, square, own.kurtosis, values)
+    mean, square, kurtosis, values = drawn[0]
+    ratio = math.sqrt(node.table.mean_square / max(square, 1e-300))
+    scaled = None if values is None else (ratio * np.frombuffer(values)).tobytes()
+    return ParameterLaw(ratio * mean, ratio**2 * square, kurtosis, scaled)
 
 
 def _chain_of(node: Node) -> Hashable:
@@ -107,58 +99,36 @@ def _chain_of(node: Node) -> Hashable:
 
 def as_weight(interpreter: Context, x: Value) -> Value:
     """A parameter drawn by a chain on random bits, as a leaf with the law of that chain."""
-    stacked = STACKED.get(interpreter.graph, (x.node.id, x.dims))
-    if stacked is not None and len({law(step.node) for step in stacked}) == 1:
-        # Drawn by a scan, a slice a step, from one law.
-        one = as_weight(interpreter, stacked[0])
-        if isinstance(one.node, Leaf):
-            return _stacked_weight(interpreter, one, x)
-    if (graded := _graded_weight(interpreter, x)) is not None:
-        return graded
-    found = law(x.node) or _scaled_law(x.node)
-    if found is None or isinstance(x.node, Constant | Array):
+    graph, node = interpreter.graph, x.node
+    if isinstance(node, Constant | Array):
         return x
-    mean, square, kurtosis, values = found
-    weight = interpreter.graph.make(Leaf, x.node.axes, (), ("weight", x.node))
-    weight.settle(
-        independent(mean, square, weight.axes), odd=mean == 0, kurtosis=kurtosis, transport=_quantiles(values)
-    )
-    return Value(weight, x.dims)
+    steps = STACKED.get(graph, (node.id, x.dims))  # drawn by a scan, a slice a step
+    laws = {law(part.node) or _scaled_law(part.node) for part in steps or [x]}
+    if len(laws) > 1 or (found := laws.pop()) is None:
+        return _graded_weight(interpreter, x)
+    axes = node.axes if steps is None else (Axis(x.shape[0]), *node.axes[1:])
+    values = None if found.values is None else np.frombuffer(found.values)
+    weight = graph.make(Leaf, axes, (), ("weight", node))
+    table = independent(found.mean, found.second_moment, axes)
+    return Value(weight.settle(table, odd=found.mean == 0, kurtosis=found.kurtosis, transport=values), x.dims)
 
 
-def _graded_weight(interpreter: Context, x: Value) -> Value | None:
-    """Draws of one law times known numbers, one a layer, say: a weight times these."""
-    scale, parts = factors(View(x.node, tuple(range(len(x.node.axes)))))
+def _graded_weight(interpreter: Context, x: Value) -> Value:
+    """Draws of one law times known numbers, one a layer, say, as a weight times these; else what it was."""
+    whole = tuple(range(len(x.node.axes)))
+    scale, parts = factors(View(x.node, whole))
     known = [view for view in parts if isinstance(view.node, Array)]
     drawn = [view for view in parts if not isinstance(view.node, Array)]
-    if not known or len(drawn) != 1 or drawn[0].bind != tuple(range(len(x.node.axes))):
-        return None
+    if not known or len(drawn) != 1 or drawn[0].bind != whole:
+        return x
     weight = as_weight(interpreter, Value(drawn[0].node, x.dims))
     if not isinstance(weight.node, Leaf):
-        return None
-    made = interpreter.elementwise("mul", weight, full(x.node.graph, scale, [1] * len(x.dims)))
-    for view in known:
-        place = {b: k for k, b in enumerate(view.bind)}
-        dims = tuple(tuple(Atom(a.size, place[a.axis]) for a in dim if a.axis in place) for dim in x.dims)
-        made = interpreter.elementwise("mul", made, Value(view.node, dims))
+        return x
+    made = Value(affine(weight.node, scale, 0.0), x.dims)
+    for node, bind in known:
+        numbers = Value(node, renumbered(x.dims, {b: k for k, b in enumerate(bind)}))
+        made = interpreter.elementwise("mul", made, numbers)
     return made
-
-
-def _quantiles(values: bytes | None) -> np.ndarray | None:
-    return None if values is None else np.frombuffer(values)
-
-
-def _stacked_weight(interpreter: Context, one: Value, x: Value) -> Value:
-    """Independent copies of a weight along a first dimension."""
-    assert isinstance(one.node, Leaf)
-    axes = (Axis(x.shape[0]), *one.node.axes)
-    weight = interpreter.graph.make(Leaf, axes, (), ("weight", x.node))
-    table = independent(one.node.table.total_mean, one.node.table.mean_square, axes)
-    weight.settle(table, odd=bool(one.node.odd), kurtosis=one.node.kurtosis, transport=one.node.transport)
-    shifted = tuple(
-        tuple(a if a.axis is None else a._replace(axis=a.axis + 1) for a in dim) for dim in one.dims
-    )
-    return Value(weight, ((Atom(x.shape[0], 0),), *shifted))
 
 
 def is_weight(x: Any) -> bool:
