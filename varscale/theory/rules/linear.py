@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from varscale.theory.domain.axes import Axis, contract_axis
-from varscale.theory.domain.tables import LOOSE, NEGLIGIBLE, ROUGH, Table, means_by_type
+from varscale.theory.domain.tables import LOOSE, NEGLIGIBLE, ROUGH, Table, full_along, means_by_type
 from varscale.theory.graph.expressions import Apply, Sum, roots, swapped
 from varscale.theory.graph.layout import Atom, Value, align, full
 from varscale.theory.graph.linear_nodes import Contract, Gather, weight_of
-from varscale.theory.graph.nodes import Array, Leaf, View, cross_by_kind, pullback, second_moments
+from varscale.theory.graph.nodes import UNKNOWN, Array, Leaf, View, cross_by_kind, pullback, second_moments
 from varscale.theory.graph.normal_form import affine
 from varscale.theory.graph.store import BackwardNotes
 from varscale.theory.propagation.cross_moments import cross, dependent, mean_product
@@ -30,7 +31,6 @@ from varscale.theory.rules.reductions import mean
 from varscale.theory.rules.registry import Context, rule
 from varscale.theory.rules.sampled_regions import drawn_region
 from varscale.theory.rules.softmax import Softmax
-from varscale.theory.rules.transposed import applied_back
 
 _LIKENESS = 1e-2  # of a mean square, what keys that are alike add to it that is not
 
@@ -155,37 +155,29 @@ def pullback_of_contract(
 @cross_by_kind.register(Contract)
 def cross_by_kind_of_contract(node: Contract, a: View, b: View, frame: Sequence[Axis]) -> np.ndarray | None:
     """The same weights on two inputs: as one contraction, with the inputs' cross-moment in place of their second moment."""
-    other = b.node
-    weights = weight_of(node), weight_of(other)
+    weights = weight_of(node), weight_of(b.node)
     if None not in weights and weights[0] is not weights[1]:
         return np.zeros((1,) * len(frame))  # each is linear in a weight that is as good as fresh
-    if not isinstance(other, Contract) or len(other.params) != len(node.params):
+    if not isinstance(b.node, Contract) or [p.size for p in node.params] != [p.size for p in b.node.params]:
         return None
     wide = (*frame, *node.params)
     extra = tuple(range(len(frame), len(wide)))
-    mine = [v.within((*a.bind, *extra)) for v in node.args]
-    theirs = [v.within((*b.bind, *extra)) for v in other.args]
-    if [p.size for p in node.params] != [p.size for p in other.params]:
-        return None
-    for i in (1, 0):
-        for j in (1, 0):
-            if mine[i].node is theirs[j].node and mine[i].bind == theirs[j].bind:
-                table = cross(mine[1 - i], theirs[1 - j], wide) * mine[i].second(wide)
-                for d in reversed(extra):
-                    table = np.broadcast_to(table, [*table.shape[:d], wide[d].types, *table.shape[d + 1 :]])
-                    table = contract_axis(table, d, wide[d].pairs)
-                return table
+    mine, theirs = ([v.within((*view.bind, *extra)) for v in view.node.args] for view in (a, b))
+    for i, j in itertools.product((1, 0), repeat=2):
+        if mine[i] == theirs[j]:
+            table = cross(mine[1 - i], theirs[1 - j], wide) * mine[i].second(wide)
+            for d in reversed(extra):
+                table = contract_axis(full_along(table, d, wide[d]), d, wide[d].pairs)
+            return table
     return None
 
 
 @propagated.register(Contract)
 def propagated_of_contract(node: Contract) -> Spread:
     """Both arguments' scales; and each, where it is weights, what they make of the other."""
-    parts = []
-    for view in node.args:
-        summed = [k for k, b in enumerate(view.bind) if b >= len(node.axes)]
-        parts.append((1.0, averaged(view.node, summed)))
-    spread = combine(parts)
+    spread = combine(
+        [(1.0, averaged(x, [k for k, b in enumerate(bind) if b >= len(node.axes)])) for x, bind in node.args]
+    )
     for mine, other in (node.args, node.args[::-1]):
         units = math.prod(
             axis.size for k, axis in enumerate(node.axes) if k in mine.bind and k not in other.bind
@@ -194,22 +186,44 @@ def propagated_of_contract(node: Contract) -> Spread:
     return spread
 
 
+def _made_of(x: View, leaf: Leaf) -> Iterator[View]:
+    """What an array is made of, entry by entry, as far as it depends on a weight."""
+    seen, pending = set[View](), [x]
+    while pending:
+        view = pending.pop()
+        if view in seen or not leaf.deps & view.node.deps:
+            continue
+        seen.add(view)
+        yield view
+        if isinstance(view.node, Apply | Sum | Softmax):
+            pending += [child.within(view.bind) for child in view.node.args]
+
+
 def tied(x: View, y: View) -> tuple[View, View] | None:
     """The argument x and, over its axes, the rows of the weight y that it adds up; None where it has none."""
     if not isinstance(y.node, Leaf) or not y.node.odd & x.node.deps:
         return None
-    seen: set[tuple[int, tuple[int, ...]]] = set()
-    pending = [View(x.node, tuple(range(len(x.node.axes))))]
-    while pending:
-        view = pending.pop()
-        if (view.node.id, view.bind) in seen or not y.node.odd & view.node.deps:
-            continue
-        seen.add((view.node.id, view.bind))
-        if isinstance(view.node, Gather) and view.node.args[0].node is y.node:
-            return x, view
-        if isinstance(view.node, Apply | Sum):
-            pending += [child.within(view.bind) for child in view.node.args]
-    return None
+    found = _made_of(View(x.node, tuple(range(len(x.node.axes)))), y.node)
+    rows = (view for view in found if isinstance(view.node, Gather) and view.node.args[0].node is y.node)
+    return next(((x, view) for view in rows), None)
+
+
+def _applied_back(weight: View, other: View, outer: int) -> bool:
+    """Whether what a weight is applied to was made by its transpose: tied autoencoders, Hopfield layers, energies' gradients.
+
+    By Stein's lemma, E[Σ_a f(w_a · x) w_aj | x] = n σ² E[f'] x_j: it goes with x. A weight applied twice the same way has no
+    such term. `outer` axes of the product's frame are kept.
+    """
+    leaf = weight.node
+    if not (isinstance(leaf, Leaf) and leaf.random and leaf.odd & other.node.deps and not leaf.is_input):
+        return False
+    now = {k for k, b in enumerate(weight.bind) if b >= outer}
+    return any(
+        v.node is leaf and not now & {k for k, b in enumerate(v.bind) if b >= len(view.node.axes)}
+        for view in _made_of(other, leaf)
+        if isinstance(view.node, Contract)
+        for v in view.node.args
+    )
 
 
 def without_factor(x: Value) -> tuple[float, Value]:
@@ -278,9 +292,12 @@ def contract(
     layout = tuple(dim or ((Atom(n, None),) if n > 1 else ()) for dim, n in zip(layout, shape, strict=True))
     params = tuple(frame[k] for k in contracted_axes)
     axes = [frame[k] for k in kept]
-    node = applied_back(interpreter.graph, axes, params, views) or interpreter.graph.make(
-        Contract, axes, views, params
-    )
+    doubtful = any(_applied_back(v, w, len(axes)) for v, w in (views, views[::-1]))
+    if doubtful and interpreter.ask("a weight is applied, and then its transpose", whole=True):
+        return full(interpreter.graph, 0.0, shape)
+    node = interpreter.graph.make(Contract, axes, views, params)
+    if doubtful:
+        node.flagged, node.doubt = "assumed", UNKNOWN
     return Value(affine(node, scale, 0.0), layout)
 
 
