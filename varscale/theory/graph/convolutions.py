@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from varscale.theory.domain.axes import Axis, apply_axis, grouped
+from varscale.theory.domain.axes import Axis, apply_axis, grouped, pool
 from varscale.theory.domain.axis_maps import AxisMap, adjoint, entry_map, identity_map, pair_counts
 from varscale.theory.domain.tables import estimated_products
 from varscale.theory.graph.nodes import Node
@@ -97,9 +97,29 @@ def tap_reads(window: Window, axis: Axis) -> np.ndarray:
     return pair_counts(window_map(window, axis, axis), identity_map(axis))
 
 
-def squeeze_types(matrix: np.ndarray, out: Axis, axis: Axis) -> np.ndarray:
+def squeeze_types(matrix: Any, out: Axis, axis: Axis) -> np.ndarray:
     """Only the type "same" where an axis has one position."""
     return matrix[: 1 if out.size == 1 else None, : 1 if axis.size == 1 else None]
+
+
+Dims = Sequence[int | None]  # which axis each dimension is of; None: its size is 1
+
+
+def dim_axes(node: Node, dims: Dims) -> list[Axis]:
+    """The axes of a node by dimension."""
+    return [ONE if k is None else node.axes[k] for k in dims]
+
+
+def by_dim(array: np.ndarray, dims: Dims) -> np.ndarray:
+    """An array over axes as one over dimensions."""
+    out = array.transpose([k for k in dims if k is not None])
+    return out[tuple(None if k is None else slice(None) for k in dims)]
+
+
+def by_axis(array: np.ndarray, dims: Dims) -> np.ndarray:
+    """An array over dimensions as one over axes."""
+    kept = array.reshape([n for n, k in zip(array.shape, dims, strict=True) if k is not None])
+    return kept.transpose(np.argsort([k for k in dims if k is not None]))
 
 
 class ConvParams(NamedTuple):
@@ -132,97 +152,49 @@ class Conv(Node):
         # reads.
         self.gradient_doubt = _FEW_TERMS / self.width
 
-    def _axes(self, node: Node, dims: Sequence[int | None]) -> list[Axis]:
-        return [ONE if k is None else node.axes[k] for k in dims]
-
     @property
     def width(self) -> float:
         """Terms in a sum."""
-        groups, windows, xd, *_ = self.params
-        x_axes = self._axes(self.args[0].node, xd)
-        return x_axes[1].size / groups * math.prod(w.taps for w in windows)
+        channels = dim_axes(self.args[0].node, self.params.x_dims)[1].size
+        return channels / self.params.groups * math.prod(w.taps for w in self.params.windows)
 
-    def channels(self) -> dict[int, np.ndarray]:
-        """Channel pairs behind a pair of output channels, (types_out, types_in): by w's same (0) and another (1) input."""
-        groups, _, xd, _wd, od = self.params
-        c = self._axes(self.args[0].node, xd)[1]
-        o = self._axes(self, od)[1]
+    def channels(self) -> tuple[np.ndarray, np.ndarray]:
+        """Channel pairs behind a pair of output channels, (types_out, types_in): by w's same input, and by two of them."""
+        groups, _, xd, _, od = self.params
+        c, o = dim_axes(self.args[0].node, xd)[1], dim_axes(self, od)[1]
         own = c.size / groups
         # Within one group the channels agree with w's input index: the counts of all channels, thinned by the
         # groups.
         agree = np.concatenate([c.counts, np.zeros(c.types - c.classes)]) / groups
         differ = np.concatenate([np.zeros(c.classes), c.pairs[c.classes :]])
-        differ *= own * (own - 1) / max(differ.sum(), 1e-300)
-        apart_same, apart_other = (
-            np.concatenate([np.zeros(c.classes), c.pairs[c.classes :]]) for _ in range(2)
-        )
-        apart_same *= own / max(apart_same.sum(), 1e-300)
-        apart_other *= own * (own - 1) / max(apart_other.sum(), 1e-300)
+        differ /= max(differ.sum(), 1e-300)
         together = (o.size / groups - 1) / (o.size - 1) if o.size > 1 and groups > 1 else 1.0
-        tables = []
-        for inside, outside in ((agree, apart_same), (differ, apart_other)):
-            rows = np.repeat((together * inside + (1 - together) * outside)[None], o.types, 0)
-            rows[: o.classes] = inside
-            if o.size == 1:
-                rows = rows[:1]
-            tables.append(rows[:, :1] if c.size == 1 else rows)
-        return {0: tables[0], 1: tables[1]}
-
-    def spaces(self) -> list[tuple[np.ndarray, np.ndarray]]:
-        _groups, windows, xd, _wd, od = self.params
-        xs, os = self._axes(self.args[0].node, xd)[2:], self._axes(self, od)[2:]
-        out = []
-        for window, a, o in zip(windows, xs, os, strict=True):
-            same, other = tap_pairs(window, a, o)
-            out.append((squeeze_types(same, o, a), squeeze_types(other, o, a)))
-        return out
+        one = np.repeat((together * agree + (1 - together) * own * differ)[None], o.types, 0)
+        one[: o.classes] = agree
+        two = np.repeat((own * (own - 1) * differ)[None], o.types, 0)
+        return squeeze_types(one, o, c), squeeze_types(two, o, c)
 
     def carry(self, x_second: np.ndarray, w_second: np.ndarray, *, transposed: bool = False) -> np.ndarray:
-        """Second moments by type of the output, from those of input and weights (logical dims); or of the input's cotangent."""
-        _groups, _windows, xd, wd, od = self.params
-        channel, space = self.channels(), self.spaces()
-        x_axes, o_axes = self._axes(self.args[0].node, xd), self._axes(self, od)
-        w_axes = self._axes(self.args[1].node, wd)
-        reads = [range(1) if w_axes[k].size == 1 else range(w_axes[k].types) for k in range(1, len(w_axes))]
-        outs = x_axes if transposed else o_axes
-        result = np.zeros([1 if axis.size == 1 else axis.types for axis in outs])
-        for index in np.ndindex(*[len(r) for r in reads]):
-            weight = w_second[(slice(None), *index)]
+        """Second moments by type of the output, from those of input and weights (by dimension); or of the input's cotangent."""
+        x_axes, o_axes = dim_axes(self.args[0].node, self.params.x_dims), dim_axes(self, self.params.out_dims)
+        meeting = [self.channels()]
+        for window, a, o in zip(self.params.windows, x_axes[2:], o_axes[2:], strict=True):
+            one, two = tap_pairs(window, a, o)
+            meeting.append((squeeze_types(one, o, a), squeeze_types(two, o, a)))
+        # Classes within w's own axes do not change how its taps meet the input.
+        w_second = pool(w_second, [ONE, *dim_axes(self.args[1].node, self.params.w_dims)[1:]])
+        result = np.zeros([1 if a.size == 1 else a.types for a in (x_axes if transposed else o_axes)])
+        for apart in np.ndindex(*w_second.shape[1:]):
+            weight = w_second[(slice(None), *apart)]
             if not np.any(weight):
                 continue
-            # Classes within w's own axes do not change how its taps meet the input.
-            kinds = [int(t >= w_axes[k + 1].classes) for k, t in enumerate(index)]
-            share = math.prod(
-                w_axes[k + 1].pairs[t] / w_axes[k + 1].pairs[_block(w_axes[k + 1], kinds[k])].sum()
-                if w_axes[k + 1].size > 1
-                else 1.0
-                for k, t in enumerate(index)
-            )
-            maps = [channel[kinds[0]], *(space[k][kinds[k + 1]] for k in range(len(space)))]
-            term = x_second
-            if transposed:
-                shape = [1] * term.ndim
-                shape[1] = -1
-                term = term * weight.reshape(shape)
-            for k, matrix in enumerate(maps):
-                o, a = o_axes[k + 1], x_axes[k + 1]
-                if transposed:
-                    matrix = adjoint(matrix, o, a)
-                term = apply_axis(term, k + 1, matrix)
-            if not transposed:
-                shape = [1] * term.ndim
-                shape[1] = -1
-                term = term * weight.reshape(shape)
-            result = result + share * term
+            weight = weight.reshape(1, -1, *[1] * (x_second.ndim - 2))
+            term = x_second * weight if transposed else x_second
+            for k, (maps, kind) in enumerate(zip(meeting, apart, strict=True), 1):
+                matrix = adjoint(maps[kind], o_axes[k], x_axes[k]) if transposed else maps[kind]
+                term = apply_axis(term, k, matrix)
+            result = result + (term if transposed else term * weight)
         return result
-
-    def _own(self, array: np.ndarray, dims: Sequence[int | None]) -> np.ndarray:
-        kept = array.reshape([n for n, k in zip(array.shape, dims, strict=True) if k is not None])
-        return kept.transpose(np.argsort([k for k in dims if k is not None]))
-
-
-def _block(axis: Axis, kind: int) -> slice:
-    return slice(axis.classes, None) if kind else slice(0, axis.classes)
 
 
 class WindowSumParams(NamedTuple):
@@ -245,33 +217,24 @@ class WindowSum(Node):
         ]
         self.near = max(self.near, *overlaps)
 
-    def axes_in(self) -> list[Axis]:
-        return [ONE if k is None else self.args[0].node.axes[k] for k in self.params.x_dims]
+    def maps(self, of: Callable[[Window, Axis, Axis], np.ndarray]) -> list[np.ndarray | None]:
+        """By dimension, a matrix of how it is read, of the axis that is read, and of the output's."""
+        windows, xd, od = self.params
+        read = zip(windows, dim_axes(self.args[0].node, xd), dim_axes(self, od), strict=True)
+        return [None if window is None else of(window, a, o) for window, a, o in read]
 
-    def axes_out(self) -> list[Axis]:
-        return [ONE if k is None else self.axes[k] for k in self.params.out_dims]
-
-    def _carry(
-        self,
-        array: np.ndarray,
-        maps: Sequence[np.ndarray | None],
-        inward: Sequence[int | None],
-        outward: Sequence[int | None],
+    def carried(
+        self, array: np.ndarray, maps: Sequence[np.ndarray | None], *, back: bool = False
     ) -> np.ndarray:
-        out = array.transpose([k for k in inward if k is not None])
-        out = out[tuple(None if k is None else slice(None) for k in inward)]
+        """An array over the input's axes, mapped by dimension, over its own; or back."""
+        inward, outward = (self.params.x_dims, self.params.out_dims)[:: -1 if back else 1]
+        out = by_dim(array, inward)
         for d, matrix in enumerate(maps):
             if matrix is not None:
                 out = apply_axis(out, d, matrix)
-        kept = out.reshape([n for n, k in zip(out.shape, outward, strict=True) if k is not None])
-        return kept.transpose(np.argsort([k for k in outward if k is not None]))
+        return by_axis(out, outward)
 
-    def pair_maps(self) -> list[np.ndarray | None]:
-        maps: list[np.ndarray | None] = []
-        for window, a, o in zip(self.params.windows, self.axes_in(), self.axes_out(), strict=True):
-            if window is None:
-                maps.append(None)
-                continue
-            same, other = tap_pairs(window, a, o)
-            maps.append(squeeze_types(same + other, o, a))
-        return maps
+
+def window_pairs(window: Window, axis: Axis, out: Axis) -> np.ndarray:
+    """Pairs of places behind a pair of windows."""
+    return squeeze_types(sum(tap_pairs(window, axis, out)), out, axis)

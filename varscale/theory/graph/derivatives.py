@@ -10,8 +10,8 @@ from varscale.theory.graph.nodes import Node, View, number
 from varscale.theory.graph.normal_form import apply
 from varscale.theory.graph.store import once_per_node
 
-# Functions whose derivative is zero wherever they have one.
-_STEPS = {
+# Whose derivative is zero wherever they have one, or by decree; of a choice by what it is chosen by.
+_FLAT = {
     "gt",
     "lt",
     "ge",
@@ -32,66 +32,48 @@ _STEPS = {
     "shift_left",
     "shift_right_logical",
     "shift_right_arithmetic",
+    "stop_gradient",
+    "select_n",
 }
 
 
 def derivative(node: Node, target: View) -> View | None:
     """∂node/∂target over the node's frame, by the chain rule through its tree; None where it does not depend on it."""
-    graph = node.graph
     if node is target.node:
-        return View(number(graph, 1.0), ()) if target.bind == tuple(range(len(node.axes))) else None
-    if not isinstance(node, Apply):
-        return None
-    return _chain(node, target)
+        return View(number(node.graph, 1.0), ()) if target == node.whole else None
+    return _chain(node, target) if isinstance(node, Apply) else None
 
 
 @once_per_node
 def _chain(node: Apply, target: View) -> View | None:
-    graph, axes = node.graph, node.axes
-    whole = tuple(range(len(axes)))
     name, extra = node.params
 
     def build(op: str, *views: View, extra: tuple[Any, ...] = ()) -> View:
-        out = apply(graph, op, extra, axes, views)
-        return View(out, whole if out.axes else ())
+        return apply(node.graph, op, extra, node.axes, views).whole
 
     total: View | None = None
     for k, arg in enumerate(node.args):
         places = {b: i for i, b in enumerate(arg.bind)}
-        if not all(b in places for b in target.bind):
-            continue
-        inner = derivative(arg.node, View(target.node, tuple(places[b] for b in target.bind)))
-        if inner is None:
-            continue
-        inner = inner.within(arg.bind)
-        outer = _partial(name, extra, k, node.args, build)
-        if outer is None:
-            continue
-        term = build("mul", outer, inner)
-        total = term if total is None else build("add", total, term)
+        inner = derivative(arg.node, View(target.node, tuple(places.get(b, -1) for b in target.bind)))
+        outer = None if inner is None else _partial(name, extra, k, node.args, build)
+        if inner is not None and outer is not None:
+            term = build("mul", outer, inner.within(arg.bind))
+            total = term if total is None else build("add", total, term)
     return total
 
 
 def _partial(name: str, extra: tuple[Any, ...], k: int, args: Sequence[View], build: Any) -> View | None:
     """∂(primitive)/∂(argument k): in closed form where that keeps products apart, by a central difference otherwise."""
     graph = args[k].node.graph
-    one = View(number(graph, 1.0), ())
     match name:
-        case "stop_gradient":
-            return None
-        case "add" | "own_gradient":
-            return one
-        case "sub":
-            return one if k == 0 else View(number(graph, -1.0), ())
-        case "affine":
-            return View(number(graph, extra[0]), ())
+        case "add" | "own_gradient" | "sub" | "affine":
+            c = extra[0] if name == "affine" else -1.0 if name == "sub" and k else 1.0
+            return View(number(graph, c), ())
         case "mul":
             return args[1 - k]
         case "div" if k == 0:
-            return build("div", one, args[1])
-        case "select_n":
-            if k == 0:
-                return None
+            return build("div", View(number(graph, 1.0), ()), args[1])
+        case "select_n" if k:
             picks = [View(number(graph, float(i == k)), ()) for i in range(1, len(args))]
             return build("select_n", args[0], *picks)
         case "integer_pow" | "power":
@@ -99,7 +81,7 @@ def _partial(name: str, extra: tuple[Any, ...], k: int, args: Sequence[View], bu
             return build("mul", View(number(graph, float(y)), ()), build(name, args[0], extra=(y - 1,)))
         case "exp":
             return build("exp", args[0])
-        case _ if name in _STEPS:
+        case _ if name in _FLAT:
             return None
         case _:
             return build(f"∂{k}{name}", *args, extra=extra)

@@ -35,31 +35,22 @@ class Apply(Node):
     def prepare(self) -> None:
         name, extra = self.params
         nodes = [view.node for view in self.args]
-        if name == "affine":
-            self.odd = nodes[0].odd if extra[1] == 0 else 0
-            self.positive = nodes[0].positive and extra[0] >= 0 and extra[1] >= 0
-        elif name in IDENTITIES:
-            self.odd, self.positive = nodes[0].odd, nodes[0].positive
-        elif name == "mul":
-            self.odd = (nodes[0].odd & nodes[1].unseen) | (nodes[1].odd & nodes[0].unseen)
-            self.even |= nodes[0].odd & nodes[1].odd & self.graph.symmetric
-            self.positive = nodes[0].positive and nodes[1].positive
-        elif name == "div":
-            self.odd = nodes[0].odd & nodes[1].unseen
-            self.even |= nodes[0].odd & nodes[1].odd & self.graph.symmetric
-            self.positive = nodes[0].positive and nodes[1].positive
-        elif name == "integer_pow":
-            self.even |= 0 if extra[0] % 2 else nodes[0].odd & self.graph.symmetric
-            self.positive = extra[0] % 2 == 0 or nodes[0].positive
-        elif name == "power":
-            self.positive = True  # a root: of what is negative there is none
-        elif name == "max":
-            self.positive = any(n.positive for n in nodes)
-        elif name in ("add", "min", "select_n"):
+        x, y = nodes[0], nodes[-1]
+        if name in ("mul", "div"):
+            self.odd = (x.odd & y.unseen) | (y.odd & x.unseen if name == "mul" else 0)
+            self.even |= x.odd & y.odd & self.graph.symmetric
+            self.positive = x.positive and y.positive
+        elif name == "affine" or name in IDENTITIES:
+            c, d = extra or (1.0, 0.0)
+            self.odd = x.odd if d == 0 else 0
+            self.positive = x.positive and c >= 0 and d >= 0
+        elif name == "abs" or (name == "integer_pow" and extra[0] % 2 == 0):
+            self.even |= x.odd & self.graph.symmetric
+            self.positive = True
+        elif name in ("add", "min", "select_n", "integer_pow"):
             self.positive = all(n.positive for n in nodes)
-        else:
-            self.even |= nodes[0].odd & self.graph.symmetric if name == "abs" else 0
-            self.positive = name in POSITIVE
+        else:  # there is no root of what is negative
+            self.positive = name in POSITIVE or (name == "max" and any(n.positive for n in nodes))
 
 
 class Sum(Node):
@@ -69,10 +60,7 @@ class Sum(Node):
     is_variance: bool = False  # mean(x²) − mean(x)², which no rounding makes negative here
 
     def prepare(self) -> None:
-        odd = -1
-        for view in self.args:
-            odd &= view.node.odd
-        self.odd = odd
+        self.odd = functools.reduce(lambda bits, view: bits & view.node.odd, self.args, -1)
         self.positive = all(c >= 0 for c in self.params) and all(v.node.positive for v in self.args)
 
     @property
@@ -116,7 +104,7 @@ def roots(node: Node) -> tuple[View, ...]:
     if isinstance(node, Constant):
         return ()
     if not isinstance(node, Apply):
-        return (View(node, tuple(range(len(node.axes)))),)
+        return (node.whole,)
     return _roots(node)
 
 
@@ -230,17 +218,10 @@ def factors(view: View) -> tuple[float, list[View]]:
         if name in IDENTITIES:
             return factors(args[0])
         if name == "div":
-            c, f = factors(args[0])
-            one = View(_reciprocal(args[1].node), args[1].bind)
-            return c, [*f, one]
+            (c, f), (below, place) = factors(args[0]), args[1]
+            over = [View(number(node.graph, 1.0), ()), below.whole]
+            return c, [*f, View(node.graph.make(Apply, below.axes, over, ("div", ())), place)]
     return 1.0, [view]
-
-
-def _reciprocal(node: Node) -> Node:
-    identity = tuple(range(len(node.axes)))
-    return node.graph.make(
-        Apply, node.axes, [View(number(node.graph, 1.0), ()), View(node, identity)], ("div", ())
-    )
 
 
 def connected(items: Iterable[T], joined: Callable[[T, T], object]) -> list[list[T]]:

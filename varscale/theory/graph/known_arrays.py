@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
-from collections.abc import Callable, Collection, Hashable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,13 +20,12 @@ from varscale.theory.domain.axes import Axis
 from varscale.theory.domain.tables import Table, estimate, estimated_products, over_frame
 from varscale.theory.graph.layout import Value
 from varscale.theory.graph.nodes import Array, Constant, Graph, Leaf, Node, View, number, second_moments
-from varscale.theory.graph.reshapes import Permute, Rearranged
+from varscale.theory.graph.reshapes import Permute, Rearranged, unmoved
 from varscale.theory.graph.store import Fact
 from varscale.theory.integrals.hermite_series import Z
 
-# The numbers of a node over its axes, or what works them out; of computed nodes, by what identifies them.
+# The numbers of a node over its axes, or what works them out.
 MEASURED: Fact[int, np.ndarray | Callable[[], np.ndarray]] = Fact()
-_COMPUTED: Fact[Hashable, np.ndarray] = Fact()
 
 MOST_COMPUTED = 1 << 22  # entries up to which given numbers are computed with rather than described
 
@@ -34,26 +33,18 @@ MOST_COMPUTED = 1 << 22  # entries up to which given numbers are computed with r
 class Computed(Leaf):
     """What is computed from given arrays; `params` is ("input", digest). It depends on all that they depend on."""
 
-    @property
-    def values(self) -> np.ndarray:
-        """The numbers, over its axes."""
-        return _COMPUTED.of(self.graph)[self.params]
-
-    def prepare(self) -> None:
-        MEASURED.put(self.graph, self.id, self.values)
-        self.positive, self.near = bool(self.values.min() >= 0), 1.0
-        self.kurtosis, self.random = 3.0, False
+    kurtosis, random = 3.0, False
 
     @functools.cached_property
     def transport(self) -> np.ndarray:
         """Its numbers in order, on the normal grid."""
-        values = np.sort(self.values, axis=None)
+        values = np.sort(_values(self), axis=None)
         return values[np.minimum((special.ndtr(Z) * values.size).astype(int), values.size - 1)]
 
 
 @second_moments.register(Computed)
 def second_moments_of_computed(node: Computed) -> Table:
-    return estimate(node.values, node.axes)
+    return estimate(_values(node), node.axes)
 
 
 def measured(node: Node, values: np.ndarray) -> None:
@@ -65,7 +56,7 @@ def measured(node: Node, values: np.ndarray) -> None:
 def scatter_of_given(node: Computed, axes: Collection[int]) -> float:
     """Relative variance of the mean of x² over some axes: between places of the others, or that of a mean over all samples."""
     held = [k for k in range(len(node.axes)) if k not in axes]
-    means = np.square(node.values).mean(axis=tuple(axes if held else range(1, len(node.axes))))
+    means = np.square(_values(node)).mean(axis=tuple(axes if held else range(1, len(node.axes))))
     return float(means.var() / max(means.mean(), 1e-300) ** 2) / (1 if held else len(means))
 
 
@@ -92,8 +83,7 @@ def numbers(node: Node) -> np.ndarray | None:
 
 def is_known_array(node: Node) -> bool:
     """Whether its entries are known numbers."""
-    while isinstance(node, Rearranged):
-        node = node.args[0].node
+    node = unmoved(node)
     return isinstance(node, Array | Constant) or node.id in MEASURED.of(node.graph)
 
 
@@ -137,8 +127,9 @@ def computed(graph: Graph, values: np.ndarray, axes: Sequence[Axis], sources: Se
         if tuple(a.size for a in node.axes) == values.shape and np.array_equal(_values(node), values):
             return node
     key = ("input", "computed", hashlib.sha1(values.tobytes()).hexdigest(), values.shape)
-    _COMPUTED.put(graph, key, values)
     made = graph.make(Computed, axes, (), key)
+    measured(made, values)
+    made.positive = bool(values.min() >= 0)
     made.deps |= functools.reduce(lambda bits, node: bits | node.deps, sources, 0)
     return made
 

@@ -74,44 +74,27 @@ def without_entries(graph: Graph, eqn: Any, ins: list[Any]) -> list[Any] | None:
 
 def split_atom(x: Value, d: int, place: int, sizes: tuple[int, ...]) -> Value:
     """Factor one atom of dimension d."""
-    atom = x.dims[d][place]
-    if atom.axis is None:
-        new, node, shift = tuple(Atom(n, None) for n in sizes), x.node, 0
-    else:
-        node, shift = split(x.node, atom.axis, sizes), len(sizes) - 1
-        new = tuple(Atom(n, atom.axis + i) for i, n in enumerate(sizes))
-
-    def moved(a: Atom) -> Atom:
-        return (
-            a if a.axis is None or atom.axis is None or a.axis <= atom.axis else Atom(a.size, a.axis + shift)
-        )
-
-    dims = [tuple(moved(a) for a in dim) for dim in x.dims]
+    k, node, dims = x.dims[d][place].axis, x.node, list(x.dims)
+    if k is not None:
+        node = split(node, k, sizes)
+        dims = list(renumbered(dims, {j: j + (len(sizes) - 1) * (j > k) for j in range(len(x.node.axes))}))
+    new = [Atom(n, None if k is None else k + i) for i, n in enumerate(sizes)]
     dims[d] = (*dims[d][:place], *new, *dims[d][place + 1 :])
     return Value(node, tuple(dims))
 
 
 def merged(x: Value, d: int) -> Value:
     """`x` with dimension d made of one atom at most."""
-    dim = x.dims[d]
-    if len(dim) <= 1:
+    real = [a.axis for a in x.dims[d] if a.axis is not None]
+    if len(x.dims[d]) <= 1:
         return x
-    size = math.prod(a.size for a in dim)
-    real = [a.axis for a in dim if a.axis is not None]
-    if not real:
-        return Value(x.node, (*x.dims[:d], (Atom(size, None),), *x.dims[d + 1 :]))
-    if len(real) < len(dim):
-        x = materialize(x, [d])
-        dim = x.dims[d]
-        real = [a.axis for a in dim if a.axis is not None]
-    others = [k for k in range(len(x.node.axes)) if k not in real]
-    order = others + real
-    node = merge(permute(x.node, order), len(others), len(real))
-    place = {k: i for i, k in enumerate(others)}
-    dims = [
-        tuple(a if a.axis is None else Atom(a.size, place.get(a.axis, 0)) for a in other) for other in x.dims
-    ]
-    dims[d] = (Atom(size, len(others)),)
+    if 0 < len(real) < len(x.dims[d]):
+        return merged(materialize(x, [d]), d)
+    node, dims, others = x.node, list(x.dims), [k for k in range(len(x.node.axes)) if k not in real]
+    if real:
+        node = merge(permute(node, others + real), len(others), len(real))
+        dims = list(renumbered(dims, {k: i for i, k in enumerate(others)} | dict.fromkeys(real, 0)))
+    dims[d] = (Atom(x.shape[d], len(others) if real else None),)
     return Value(node, tuple(dims))
 
 
@@ -119,16 +102,13 @@ def materialize(x: Value, dims: Sequence[int]) -> Value:
     """Give the constant atoms of these dimensions axes of their own (a broadcast node)."""
     axes, new = list(x.node.axes), list(x.dims)
     for d in dims:
-        atoms = []
-        for atom in x.dims[d]:
+        for i, atom in enumerate(new[d]):
             if atom.axis is None:
+                new[d] = (*new[d][:i], Atom(atom.size, len(axes)), *new[d][i + 1 :])
                 axes.append(Axis(atom.size))
-                atom = Atom(atom.size, len(axes) - 1)
-            atoms.append(atom)
-        new[d] = tuple(atoms)
     if len(axes) == len(x.node.axes):
         return x
-    return Value(broadcast(x.node, tuple(axes)), tuple(new))
+    return Value(broadcast(x.node, axes), tuple(new))
 
 
 def transpose(x: Value, order: Sequence[int]) -> Value:
@@ -167,19 +147,15 @@ def reshape(x: Value, shape: Sequence[int]) -> Value:
             elif (common := math.gcd(need, size)) > 1 and len(flat.dims[0]) < 12:
                 flat = split_atom(flat, 0, place, (common, size // common))
                 continue
+            elif len(flat.dims[0]) > 1:
+                return reshape(merged(materialize(flat, [0]), 0), shape)
             else:
-                return (
-                    reshape(merged(materialize(flat, [0]), 0), shape)
-                    if len(flat.dims[0]) > 1
-                    else _impossible(x, shape)
+                raise ValueError(
+                    f"cannot reshape {x.shape} to {shape}: an axis of size {x.shape} does not factor so"
                 )
             place += 1
         dims.append((start, place))
     return Value(flat.node, tuple(flat.dims[0][a:b] for a, b in dims))
-
-
-def _impossible(x: Value, shape: tuple[int, ...]) -> Value:
-    raise ValueError(f"cannot reshape {x.shape} to {shape}: an axis of size {x.shape} does not factor so")
 
 
 def align(values: Sequence[Value]) -> tuple[list[Value], tuple[Axis, ...], list[View], tuple[Dim, ...]]:
@@ -209,20 +185,15 @@ def _framed(
     binds: list[dict[int, int]] = [{} for _ in operands]
     layout: list[Dim] = []
     for d in range(len(operands[0][0])):
-        longest = max((dims[d] for dims, _ in operands), key=len)
         atoms: list[Atom] = []
-        for place, atom in enumerate(longest):
-            axis: Axis | None = None
-            for bind, (dims, axes) in zip(binds, operands, strict=True):
-                mine = dims[d][place].axis if dims[d] else None
-                if mine is not None:
-                    axis = axes[mine] if axis is None else join(axis, axes[mine])
-                    bind[mine] = len(frame)
-            if axis is None:
-                atoms.append(Atom(atom.size, None))
-            else:
-                atoms.append(Atom(atom.size, len(frame)))
-                frame.append(axis)
+        for place, atom in enumerate(max((dims[d] for dims, _ in operands), key=len)):
+            mine = [(i, dims[d][place].axis) for i, (dims, _) in enumerate(operands) if dims[d]]
+            real = [(i, k) for i, k in mine if k is not None]
+            atoms.append(Atom(atom.size, len(frame) if real else None))
+            for i, k in real:
+                binds[i][k] = len(frame)
+            if real:
+                frame.append(functools.reduce(join, [operands[i][1][k] for i, k in real]))
         layout.append(tuple(atoms))
     return (
         affordable(tuple(frame)),

@@ -11,10 +11,10 @@ from typing import Any, NamedTuple, TypeGuard
 import numpy as np
 
 from varscale.theory.domain.axes import Axis, contract_axis
-from varscale.theory.domain.axis_maps import AxisMap, pair_map
+from varscale.theory.domain.axis_maps import AxisMap
 from varscale.theory.domain.tables import full_types
 from varscale.theory.graph.nodes import Constant, Leaf, Node, View
-from varscale.theory.graph.reshapes import Rearranged
+from varscale.theory.graph.reshapes import unmoved
 from varscale.theory.graph.store import Fact
 
 
@@ -61,9 +61,7 @@ def weight_of(node: Node) -> Leaf | None:
         node = node.args[0].node
     if node.width is None:
         return None
-    for source, _ in node.args:
-        while isinstance(source, Rearranged):
-            source = source.args[0].node
+    for source in (unmoved(view.node) for view in node.args):
         if isinstance(source, Leaf) and source.odd and not source.is_input:
             return source
     return None
@@ -76,16 +74,7 @@ def applies_weights(node: Node) -> TypeGuard[Contract]:
 def operands(node: Contract) -> tuple[View, View]:
     """The weights of a product, and what they multiply."""
     x, y = node.args
-    return (x, y) if weight_of(node) in (x.node, *_sources(x.node)) else (y, x)
-
-
-def _sources(node: Node) -> list[Node]:
-    """What a rearranged array is rearranged from."""
-    out = []
-    while len(node.args) == 1:
-        node = node.args[0].node
-        out.append(node)
-    return out
+    return (x, y) if weight_of(node) is unmoved(x.node) else (y, x)
 
 
 class Take(Node):
@@ -96,19 +85,13 @@ class Take(Node):
     def prepare(self) -> None:
         self.odd, self.positive = self.args[0].node.odd, self.args[0].node.positive
 
-    def types_map(self, new: Axis | None, classes: np.ndarray) -> np.ndarray:
-        """The map from types of the whole axis to those of the slice, (new, old); of one position "the same" alone."""
-        return pair_map(classes) if new is not None else pair_map(classes)[:1]
-
 
 class Concat(Node):
     """Arrays one after another along an axis, each part a class; `params` is (axis, sizes)."""
 
     def prepare(self) -> None:
-        odd = -1
-        for view in self.args:
-            odd &= view.node.odd if not (isinstance(view.node, Constant) and view.node.params == 0) else -1
-        self.odd = max(odd, 0)
+        parts = [v.node for v in self.args if not (isinstance(v.node, Constant) and v.node.params == 0)]
+        self.odd = max(functools.reduce(lambda bits, node: bits & node.odd, parts, -1), 0)
         self.positive = all(v.node.positive for v in self.args)
 
     def parts(self) -> list[tuple[View, tuple[Axis, ...], np.ndarray]]:

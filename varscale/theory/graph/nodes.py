@@ -38,8 +38,7 @@ class View(NamedTuple):
 
     def second(self, frame: Sequence[Axis]) -> np.ndarray:
         """E[x_i x_j] by type of a pair of places in the frame, (types or 1...)."""
-        table = self.node.table
-        return lift(table.second, self.node.axes, self.bind, frame, pairs=True)
+        return lift(self.node.table.second, self.node.axes, self.bind, frame, pairs=True)
 
     def mean(self, frame: Sequence[Axis]) -> np.ndarray:
         """E[x_i] by class of a place in the frame, (classes or 1...)."""
@@ -102,6 +101,11 @@ class Node(Marked):
         """Set `odd` and `positive`."""
 
     @property
+    def whole(self) -> View:
+        """It, read over its own axes."""
+        return View(self, tuple(range(len(self.axes))))
+
+    @property
     def unseen(self) -> int:
         """Bits of the leaves whose sign it does not see."""
         return self.even | ~self.deps
@@ -142,9 +146,6 @@ class Node(Marked):
     def frame_types(self) -> tuple[int, ...]:
         """The shape of a type array over its axes."""
         return tuple(axis.types for axis in self.axes)
-
-    def __repr__(self) -> str:
-        return f"<{type(self).__name__} {self.id} {[a.size for a in self.axes]}>"
 
 
 @functools.singledispatch
@@ -254,11 +255,6 @@ class Graph:
             self.count += 1
         return node  # pyright: ignore[reportReturnType]
 
-    def fresh_leaf(self) -> int:
-        """The bit of a new random leaf."""
-        self.leaves += 1
-        return 1 << self.leaves
-
     def flag(self, how: str, doubt: float) -> None:
         """Mark the node or pair that is being computed: it rests on `how`, with this relative error at most."""
         for marked in self.computing[-1:]:
@@ -288,18 +284,16 @@ class Leaf(Node):
 
     @property
     def name(self) -> tuple[Any, ...]:
-        """What tells it from other leaves; the first entry says of which kind it is."""
+        """What tells it from other leaves; the first entry says of which kind it is.
+
+        Of the kind "orthonormal" its rows or columns are an orthonormal basis, drawn evenly over all of them.
+        """
         return self.params if isinstance(self.params, tuple) else (self.params,)
 
     @property
     def is_input(self) -> bool:
         """Whether it is an input of the model: other leaves belong to one initialization."""
         return self.name[0] == "input"
-
-    @property
-    def orthonormal(self) -> bool:
-        """Whether its rows or columns are an orthonormal basis, drawn evenly over all of them."""
-        return self.name[0] == "orthonormal"
 
     @property
     def is_bits(self) -> bool:
@@ -326,7 +320,8 @@ class Leaf(Node):
         """
         if self._table is None:
             self._table = table
-            self.deps = self.graph.fresh_leaf()
+            self.graph.leaves += 1
+            self.deps = 1 << self.graph.leaves
             self.odd = self.deps if odd else 0
             self.graph.inputs |= self.deps if self.is_input else 0
             if odd and (transport is None or np.allclose(transport, -transport[..., ::-1])):

@@ -37,7 +37,14 @@ class Rearranged(Node):
 
     def before(self, k: int) -> tuple[int, ...]:
         """The axes of its argument that axis k is, is made of, or is a factor of."""
-        raise NotImplementedError(type(self).__name__)
+        raise NotImplementedError
+
+
+def unmoved(node: Node) -> Node:
+    """What a rearranged array is rearranged from."""
+    while isinstance(node, Rearranged):
+        node = node.args[0].node
+    return node
 
 
 class Split(Rearranged):
@@ -47,41 +54,32 @@ class Split(Rearranged):
         first, sizes = self.params
         return (k if k < first else max(first, k - len(sizes) + 1),)
 
+    def finest(self) -> tuple[tuple[Axis, ...], np.ndarray]:
+        """Its axes with all classes of the whole, and the type of the whole for each combination of the factors' types."""
+        k, sizes = self.params
+        whole = self.args[0].node.axes
+        factors, types = split_axis(whole[k], sizes)
+        return (*whole[:k], *factors, *whole[k + 1 :]), types
+
     def reindex(self, second: np.ndarray) -> np.ndarray:
         """A type array of the whole, read over the factors."""
-        k, _, types = _factored(self)
-        return lift(
-            np.take(second, types, axis=k), _finest(self), range(len(self.axes)), self.axes, pairs=True
-        )
-
-
-def _factored(node: Split) -> tuple[int, tuple[Axis, ...], np.ndarray]:
-    k, sizes = node.params
-    return (k, *split_axis(node.args[0].node.axes[k], sizes))
-
-
-def _finest(node: Split) -> tuple[Axis, ...]:
-    """Its axes with all classes of the whole."""
-    k, factors, _ = _factored(node)
-    whole = node.args[0].node.axes
-    return (*whole[:k], *factors, *whole[k + 1 :])
+        axes, types = self.finest()
+        second = np.take(second, types, axis=self.params[0])
+        return lift(second, axes, range(len(axes)), self.axes, pairs=True)
 
 
 @second_moments.register(Split)
 def second_moments_of_split(node: Split) -> Table:
-    k, factors, _ = _factored(node)
-    table = node.args[0].node.table
-    whole, classes = table.axes[k], factor_classes(table.axes[k], factors)
+    k, sizes = node.params
+    table, (axes, _) = node.args[0].node.table, node.finest()
+    factors = axes[k : k + len(sizes)]
+    classes = factor_classes(table.axes[k], factors)
     read = classes[np.ix_(*[f.label_array for f in factors])].ravel()
-    strangers = float(np.mean(read != whole.label_array))
+    strangers = float(np.mean(read != table.axes[k].label_array))
     if strangers > 0:  # positions of other classes, which factors with few classes cannot tell apart
-        squares = table.diagonal
-        node.graph.flag(
-            "assumed", min(strangers * float(np.ptp(squares)) / max(table.mean_square, 1e-300), UNKNOWN)
-        )
-    mean = lift(
-        np.take(table.mean, classes, axis=k), _finest(node), range(len(node.axes)), node.axes, pairs=False
-    )
+        doubt = strangers * float(np.ptp(table.diagonal)) / max(table.mean_square, 1e-300)
+        node.graph.flag("assumed", min(doubt, UNKNOWN))
+    mean = lift(np.take(table.mean, classes, axis=k), axes, range(len(axes)), node.axes, pairs=False)
     return Table(node.axes, mean, node.reindex(table.second))
 
 
@@ -175,7 +173,7 @@ def split(node: Node, k: int, sizes: tuple[int, ...]) -> Node:
             return source
     if isinstance(node, Array):
         return _reshaped(node, axes)
-    return graph.make(Split, axes, [View(node, tuple(range(len(node.axes))))], (k, sizes))
+    return graph.make(Split, axes, [node.whole], (k, sizes))
 
 
 def merge(node: Node, k: int, count: int) -> Node:
@@ -190,7 +188,7 @@ def merge(node: Node, k: int, count: int) -> Node:
     axes = (*node.axes[:k], whole, *node.axes[k + count :])
     if isinstance(node, Array):
         return _reshaped(node, axes)
-    return graph.make(Merge, axes, [View(node, tuple(range(len(node.axes))))], (k, count))
+    return graph.make(Merge, axes, [node.whole], (k, count))
 
 
 def constant_along(node: Node, k: int) -> bool:

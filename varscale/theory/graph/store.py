@@ -110,27 +110,22 @@ class Fact(Generic[K, V]):
         return known[key]
 
 
-class OncePerNode(Generic[V]):
-    """A function of a node, and of further hashable arguments, that is worked out once for each."""
+def once_per_node(work: Callable[..., V]) -> Callable[..., V]:
+    """Decorate a function of a node, and of further hashable arguments, to be worked out once for each."""
+    fact = Fact[Any, V]()
 
-    def __init__(self, work: Callable[..., V]):
-        self.work, self.fact = work, Fact[Any, V]()
-        functools.update_wrapper(self, work)
+    @functools.wraps(work)
+    def known(node: Any, *args: Hashable) -> V:
+        found, key = fact.of(node.graph), (node.id, *args)
 
-    def __call__(self, node: Any, *args: Hashable) -> V:
-        known, key = self.fact.of(node.graph), (node.id, *args)
+        def once() -> V:
+            if key not in found:
+                found[key] = work(node, *args)
+            return found[key]
 
-        def work() -> V:
-            if key not in known:
-                known[key] = self.work(node, *args)
-            return known[key]
+        return found[key] if key in found else evaluated(node.graph, once)
 
-        return known[key] if key in known else evaluated(node.graph, work)
-
-
-def once_per_node(work: Callable[..., V]) -> OncePerNode[V]:
-    """Decorate a function of a node (and hashable arguments) to be worked out once for each."""
-    return OncePerNode(work)
+    return known
 
 
 class FlowInside(NamedTuple):

@@ -197,7 +197,7 @@ POSITIVE = {
     "exp",
     "exp2",
     "logistic",
-    "abs",
+    "power",
     "sqrt",
     "rsqrt",
     "gt",

@@ -216,13 +216,13 @@ _FEW_NUMBERS = 64  # numbers, from where on what a function of several roots lea
 
 def free_share(weight: Leaf, terms: float, units: int) -> float:
     """What of a product's mean square is up to the draw: nothing where it turns its input, some where it projects it."""
-    return max(1 - units / terms, 0.0) if weight.orthonormal else 1.0
+    return max(1 - units / terms, 0.0) if weight.name[0] == "orthonormal" else 1.0
 
 
 def _kept_norm(node: Node) -> float:
     """The share of its mean square's own fluctuations that a product lacks, since its input has fixed it."""
     weight = weight_of(node) if isinstance(node, Contract) else None
-    if weight is None or not weight.orthonormal or not isinstance(node, Contract):
+    if weight is None or weight.name[0] != "orthonormal" or not isinstance(node, Contract):
         return 0.0
     inputs = [view.bind for view in node.args if not view.node.deps & weight.deps]
     units = math.prod(axis.size for k, axis in enumerate(node.axes) if not any(k in bind for bind in inputs))

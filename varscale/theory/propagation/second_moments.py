@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from varscale.theory.domain.axes import Axis, apply_axis, contract_axis, sliced
+from varscale.theory.domain.axis_maps import pair_map
 from varscale.theory.domain.tables import NEGLIGIBLE, ROUGH, Table, by_type, lift, means_by_type
 from varscale.theory.graph.expressions import (
     IDENTITIES,
@@ -372,7 +373,7 @@ def second_moments_of_take(node: Take) -> Table:
     new, classes = sliced(table.axes[k], *span)
     mean, second = (
         apply_axis(table.mean, k, classes),
-        apply_axis(table.second, k, node.types_map(new, classes)),
+        apply_axis(table.second, k, pair_map(classes)[: 1 if new is None else None]),
     )
     if new is None:
         mean, second = mean.squeeze(k), second.squeeze(k)

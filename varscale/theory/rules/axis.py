@@ -155,7 +155,7 @@ def slice_of_weights(node: Node, k: int, position: int) -> Leaf | None:
 
     What reads the whole afterwards depends on the slices, and is not taken for independent of them.
     """
-    if not isinstance(node, Leaf) or node.orthonormal:
+    if not isinstance(node, Leaf) or node.name[0] == "orthonormal":
         return None
     graph = node.graph
     along, whole = _SLICED.once(graph, node.id, lambda: (k, _only_sliced(node, k)))

@@ -17,6 +17,9 @@ from varscale.theory.graph.convolutions import (
     Conv,
     ConvParams,
     Window,
+    by_axis,
+    by_dim,
+    dim_axes,
     output_axis,
     tap_means,
     tap_pairs,
@@ -38,12 +41,6 @@ from varscale.theory.rules.registry import Context, rule
 from varscale.theory.rules.sampled_regions import drawn_region, placeholder
 
 
-def _logical(node: Conv, array: np.ndarray, dims: Sequence[int | None]) -> np.ndarray:
-    """An array over a node's axes as one over the logical dims."""
-    out = array.transpose([k for k in dims if k is not None])
-    return out[tuple(None if k is None else slice(None) for k in dims)]
-
-
 @second_moments.register(Conv)
 def second_moments_of_conv(node: Conv) -> Table:
 
@@ -54,26 +51,24 @@ def second_moments_of_conv(node: Conv) -> Table:
         fresh = weight_of(node) is not None
         node.graph.flag(*("quadrature", 1 / node.width) if fresh else ("assumed", UNKNOWN))
     x, w = (v.node.table for v in node.args)
-    second = node.carry(_logical(node, x.second, xd), _logical(node, w.second, wd))
+    second = node.carry(by_dim(x.second, xd), by_dim(w.second, wd))
     mean = np.zeros([1 if k is None else node.axes[k].classes for k in od])
     if np.any(w.mean) and np.any(x.mean):
-        x_axes, o_axes = node._axes(node.args[0].node, xd), node._axes(node, od)
-        term = _logical(node, x.mean, xd)
+        x_axes, o_axes = dim_axes(node.args[0].node, xd), dim_axes(node, od)
+        term = by_dim(x.mean, xd)
         channels = x_axes[1].counts[: x_axes[1].classes] / groups
         term = np.repeat(np.tensordot(term, channels, axes=(1, 0))[:, None], o_axes[1].classes, axis=1)
         for k, window in enumerate(windows):
             term = apply_axis(term, k + 2, tap_means(window, x_axes[k + 2], o_axes[k + 2]))
         mean = mean + term * w.total_mean
-    return Table(node.axes, node._own(mean, od), node._own(second, od))
+    return Table(node.axes, by_axis(mean, od), by_axis(second, od))
 
 
 @pullback.register(Conv)
 def pullback_of_conv(node: Conv, cotangent: np.ndarray, notes: BackwardNotes) -> list[np.ndarray | None]:
     _groups, _windows, xd, wd, od = node.params
-    back = node.carry(
-        _logical(node, cotangent, od), _logical(node, node.args[1].node.table.second, wd), transposed=True
-    )
-    return [np.broadcast_to(node._own(back, xd), node.args[0].node.frame_types), None]
+    back = node.carry(by_dim(cotangent, od), by_dim(node.args[1].node.table.second, wd), transposed=True)
+    return [np.broadcast_to(by_axis(back, xd), node.args[0].node.frame_types), None]
 
 
 @cross_by_kind.register(Conv)
@@ -96,10 +91,9 @@ def cross_by_kind_of_conv(node: Conv, a: View, b: View, frame: Sequence[Axis]) -
     identity = tuple(range(len(x.axes)))
     table = np.broadcast_to(cross(View(x, identity), View(y, identity), x.axes), [ax.types for ax in x.axes])
     second = node.carry(
-        _logical(node, table, node.params.x_dims),
-        _logical(node, node.args[1].node.table.second, node.params.w_dims),
+        by_dim(table, node.params.x_dims), by_dim(node.args[1].node.table.second, node.params.w_dims)
     )
-    return lift(node._own(second, node.params.out_dims), node.axes, a.bind, frame, pairs=True)
+    return lift(by_axis(second, node.params.out_dims), node.axes, a.bind, frame, pairs=True)
 
 
 def _own_part_of_input(x: Node, dims: Sequence[int | None]) -> float:
@@ -133,7 +127,7 @@ def scatter_of_conv(node: Conv) -> np.ndarray | None:
     weights = node.args[1].node
     if taps == 1 or not isinstance(weights, Leaf) or not weights.odd:
         return None
-    inputs = node._axes(node.args[0].node, xd)
+    inputs = dim_axes(node.args[0].node, xd)
     meeting, same = np.ones([1] * len(node.axes)), np.ones([1] * len(node.axes), bool)
     for dim, k in enumerate(od):
         if k is None:

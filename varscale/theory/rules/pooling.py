@@ -18,11 +18,13 @@ from varscale.theory.graph.convolutions import (
     Window,
     WindowSum,
     WindowSumParams,
+    dim_axes,
     output_axis,
     squeeze_types,
     tap_means,
     tap_pairs,
     tap_reads,
+    window_pairs,
 )
 from varscale.theory.graph.layout import Atom, Value
 from varscale.theory.graph.nodes import View, cross_by_kind, pullback, second_moments
@@ -43,16 +45,10 @@ from varscale.theory.rules.sampled_regions import placeholder
 
 @second_moments.register(WindowSum)
 def second_moments_of_window_sum(node: WindowSum) -> Table:
-    windows, xd, od = node.params
     table = node.args[0].node.table
-    means = [
-        None if w is None else tap_means(w, a, o)
-        for w, a, o in zip(windows, node.axes_in(), node.axes_out(), strict=True)
-    ]
-    out = Table(
-        node.axes, node._carry(table.mean, means, xd, od), node._carry(table.second, node.pair_maps(), xd, od)
-    )
-    taps = math.prod(w.taps for w in windows if w is not None)
+    mean = node.carried(table.mean, node.maps(tap_means))
+    out = Table(node.axes, mean, node.carried(table.second, node.maps(window_pairs)))
+    taps = math.prod(w.taps for w in node.params.windows if w is not None)
     if doubt := near_places(node, out.mean_square, taps**2 * table.mean_square):
         node.graph.flag("quadrature", doubt)
     return out
@@ -81,12 +77,8 @@ def near_places(node: WindowSum, second: float, alike: float) -> float:
 def pullback_of_window_sum(
     node: WindowSum, cotangent: np.ndarray, notes: BackwardNotes
 ) -> list[np.ndarray | None]:
-    _, xd, od = node.params
-    maps = [
-        None if m is None else adjoint(m, o, a)
-        for m, a, o in zip(node.pair_maps(), node.axes_in(), node.axes_out(), strict=True)
-    ]
-    return [node._carry(cotangent, maps, od, xd)]
+    maps = node.maps(lambda window, a, o: adjoint(window_pairs(window, a, o), o, a))
+    return [node.carried(cotangent, maps, back=True)]
 
 
 @cross_by_kind.register(WindowSum)
@@ -199,13 +191,13 @@ def _law(node: WindowMax, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     source = node.args[0].node
     maps: list[np.ndarray | None] = []
     reals: dict[int, np.ndarray] = {}  # by axis: how many places of a window there are, by its class
-    for window, k, axis in zip(windows, xd, node.axes_out(), strict=True):
+    for window, k, axis in zip(windows, xd, dim_axes(node, od), strict=True):
         taps = None if window is None or k is None else tap_means(window, source.axes[k], axis)
         if taps is not None and k is not None:
             reals[k] = np.maximum(taps.sum(axis=1), 1.0)
             taps = taps / reals[k][:, None]
         maps.append(taps)
-    squares = node._carry(source.table.diagonal, maps, xd, od) / max(source.table.mean_square, 1e-300)
+    squares = node.carried(source.table.diagonal, maps) / max(source.table.mean_square, 1e-300)
     dilations = {k: w.dilation for k, w in zip(xd, windows, strict=True) if w is not None}
 
     @functools.cache
@@ -220,7 +212,7 @@ def _law(node: WindowMax, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     law = np.empty([2, *shape])
     for cell in np.ndindex(*shape):
         law[(slice(None), *cell)] = moments(tuple(round(float(real[cell[k]])) for k, real in reals.items()))
-    mean, square = (node._carry(y, [None] * len(xd), xd, od) for y in law)
+    mean, square = (node.carried(y, []) for y in law)
     return mean * np.sqrt(squares), square * squares
 
 
@@ -247,11 +239,8 @@ def pulled_back_of_window_max(node: WindowMax, i: int, excess: float, back: np.n
 
 def _own_share(node: WindowMax, cotangent: np.ndarray) -> np.ndarray:
     """Cotangents of the windows over an entry, one by one."""
-    maps = [
-        None if window is None else adjoint(squeeze_types(tap_pairs(window, a, o)[0], o, a), o, a)
-        for window, a, o in zip(node.params.windows, node.axes_in(), node.axes_out(), strict=True)
-    ]
-    return node._carry(cotangent, maps, node.params.out_dims, node.params.x_dims)
+    maps = node.maps(lambda window, a, o: adjoint(squeeze_types(tap_pairs(window, a, o)[0], o, a), o, a))
+    return node.carried(cotangent, maps, back=True)
 
 
 def _with_law(table: Table, mean: np.ndarray, square: np.ndarray) -> Table:
