@@ -130,19 +130,13 @@ def _fixed_point(layer: _Layer) -> float:
         q *= 1 + growth
         if q == 0:
             return 0.0
-        try:
-            growth = layer.growth(q) if q < _OVERFLOW else growth
-        except ValueError as error:  # the activation overflows
-            raise ValueError(diverges) from error
+        if q < _OVERFLOW:
+            growth = _unless_it_overflows(layer.growth, q, math.inf)
     factor = 2.0 if growth > 0 else 0.5
     while growth and _SMALLEST < q < _OVERFLOW:
-        after = layer.growth(factor * q)
+        after = _unless_it_overflows(layer.growth, factor * q, math.inf)
         if after * growth < 0:
-
-            def excess(x: float) -> float:
-                return layer.second_moment(x) / x - 1
-
-            root = brentq(excess, q, factor * q, xtol=1e-300, rtol=1e-13)  # pyright: ignore
+            root = brentq(lambda x: layer.second_moment(x) / x - 1, q, factor * q, xtol=1e-300, rtol=1e-13)
             q = float(root)  # pyright: ignore[reportArgumentType]
             break
         q, growth = factor * q, after or growth
@@ -265,7 +259,7 @@ def critical(activation: Activation, bias_variance: float = 0.0) -> Critical:
     ):
         points.append((vanishing, 0.0))
     grid = [float(x) for x in range(*_LOG_Q)]
-    values = [_or_nan(excess, x) for x in grid]
+    values = [_unless_it_overflows(excess, x, math.nan) for x in grid]
     noise = [_EDGE_NOISE * (math.exp(x) + bias_variance) for x in grid]
     for i in range(len(grid) - 1):
         # NaN compares as False; what is within the noise of 0 is no change of sign.
@@ -278,20 +272,17 @@ def critical(activation: Activation, bias_variance: float = 0.0) -> Critical:
             f"{gaussian.name_of(activation)} has no fixed "
             "point q at which χ = 1"
         )
-    found = [
-        Critical(1 / square, q, _is_stable(_Layer(activation, 1 / square, bias_variance), q))
-        for square, q in points
-    ]
+    found = []
+    for square, q in points:
+        layer = _Layer(activation, 1 / square, bias_variance)
+        stable = layer.slope(q) <= 1 + _EDGE_NOISE if q else layer.growth(_EDGE_NOISE) <= 0
+        found.append(Critical(1 / square, q, stable))
     return min(found, key=lambda point: (not point.stable, point.q))
 
 
-def _is_stable(layer: _Layer, q: float) -> bool:
-    return layer.slope(q) <= 1 + _EDGE_NOISE if q else layer.growth(_EDGE_NOISE) <= 0
-
-
-def _or_nan(f: Callable[[float], float], x: float) -> float:
-    """f(x), or NaN where the activation overflows."""
+def _unless_it_overflows(f: Callable[[float], float], x: float, otherwise: float) -> float:
+    """f(x), or another number where the activation overflows."""
     try:
         return f(x)
     except ValueError:
-        return math.nan
+        return otherwise

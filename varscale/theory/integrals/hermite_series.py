@@ -178,19 +178,15 @@ def mehler(fi: np.ndarray, gj: np.ndarray, frame: Sequence[Axis]) -> Series:
     """For functions given on the grid by class, (classes or 1..., points)."""
     ai = on_one_thread(fi, HERMITE)
     bj = ai if gj is fi else on_one_thread(gj, HERMITE)
-    both, opposite = (_read_pairs(_class_pairs(fi, g, WEIGHTS), fi, gj, frame) for g in (gj, gj[..., ::-1]))
+    both, opposite = (_pairs(fi, g, frame) for g in (gj, gj[..., ::-1]))
     return Series(both, opposite, by_type(ai, frame, second=False) * by_type(bj, frame, second=True))
 
 
-def _class_pairs(fi: np.ndarray, gj: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """E[f_c(z) g_c'(z)] for every class of f with every class of g, one matrix product."""
-    return on_one_thread(fi.reshape(-1, fi.shape[-1]) * weights, gj.reshape(-1, gj.shape[-1]).T)
-
-
-def _read_pairs(pairs: np.ndarray, fi: np.ndarray, gj: np.ndarray, frame: Sequence[Axis]) -> np.ndarray:
-    """A (classes of f, classes of g) matrix read by type."""
-    index = [
+def _pairs(fi: np.ndarray, gj: np.ndarray, frame: Sequence[Axis]) -> np.ndarray:
+    """E[f(z) g(z)] by type: one matrix product for every class of f with every class of g."""
+    pairs = on_one_thread(fi.reshape(-1, len(Z)) * WEIGHTS, gj.reshape(-1, len(Z)).T)
+    i, j = (
         by_type(np.arange(x[..., 0].size).reshape(x.shape[:-1]), frame, second=second)
         for x, second in ((fi, False), (gj, True))
-    ]
-    return pairs[index[0], index[1]]
+    )
+    return pairs[i, j]

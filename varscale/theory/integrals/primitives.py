@@ -101,18 +101,7 @@ def _guard(f: Callable[..., Any]) -> Callable[..., Any]:
 
 def _integer_pow(x: Any, y: Any) -> Any:
     """x^y, for the powers that activations and variances take by multiplication: NumPy's own takes ten times as long."""
-    match y:
-        case 2:
-            return x * x
-        case 3:
-            return x * x * x
-        case _:
-            return np.power(x, float(y))
-
-
-def _finite(x: Any) -> Any:
-    """Infinities stand for places that are masked: numbers large enough to do so, and small enough to be squared."""
-    return np.clip(x, -1e30, 1e30)
+    return x * x if y == 2 else x * x * x if y == 3 else np.power(x, float(y))
 
 
 _COMPARISONS = {
@@ -170,8 +159,9 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "rem": _guard(np.fmod),
     "nextafter": np.nextafter,
     "clamp": lambda low, x, high: np.minimum(np.maximum(x, low), high),
+    # Infinities stand for masked places: numbers large enough to do so, small enough to be squared.
     "select_n": lambda which, *cases: np.select(
-        [np.asarray(which) == i for i in range(len(cases))], [_finite(c) for c in cases]
+        [np.asarray(which) == i for i in range(len(cases))], [np.clip(c, -1e30, 1e30) for c in cases]
     ),
     **{name: _compare(ufunc) for name, ufunc in _COMPARISONS.items()},
     "and": _logical_or_bits(np.logical_and, np.bitwise_and),
@@ -194,6 +184,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
 _LOGIC = {"and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor, "not": np.logical_not}
 
 POSITIVE = {
+    "abs",
     "exp",
     "exp2",
     "logistic",

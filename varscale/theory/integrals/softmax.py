@@ -47,19 +47,6 @@ _SPACING = 0.1  # of logarithms of variances at which integrals are taken
 _ROUND = 10  # steps of ln u to which a grid is rounded up, so that one serves many layers
 
 
-def _grid(variance: float, keys: float) -> tuple[int, int]:
-    """First and last step of ln u between which there is mass, for up to this many keys of up to this variance."""
-    # of a logit; the sum's is as far above it as there are keys
-    first, last = -5 * math.sqrt(variance) - math.log(keys) - 18, 5 * math.sqrt(variance) + 14
-    return _ROUND * math.floor(first / _STEP / _ROUND), _ROUND * math.ceil(last / _STEP / _ROUND)
-
-
-def _coordinate_on_sphere(directions: float) -> Float[np.ndarray, " points"]:
-    """One coordinate of a point on the sphere of radius √d in d directions, on the normal grid: (1 − z²/d)^{(d − 3)/2}."""
-    d = max(directions, 3.0)
-    return WEIGHTS if d == math.inf else np.maximum(1 - Z**2 / d, 0) ** ((d - 3) / 2)
-
-
 @functools.lru_cache(maxsize=1024)
 def _laplace(
     log_variance: float, first: int, last: int, stride: int, directions: float
@@ -69,7 +56,9 @@ def _laplace(
     These are ln(−ln φ(u)) and, of E[f e^{−x}]/φ, the logarithms for f = x, x², x³ and (l x)² and the ratio of f = l x to f = x:
     smooth in the logarithm of the variance, along which moments themselves grow like exponentials.
     """
-    density = _coordinate_on_sphere(directions)
+    # The density of one coordinate of a point on the sphere of radius √d: a normal one where d is infinite.
+    d = max(directions, 3.0)
+    density = WEIGHTS if d == math.inf else np.maximum(1 - Z**2 / d, 0) ** ((d - 3) / 2)
     z, weights = Z[::stride], density[::stride] / density[::stride].sum()
     logits = math.exp(log_variance / 2) * z / math.sqrt(weights @ z**2)
     x = np.exp(np.minimum(logits + _STEP * np.arange(first, last)[:, None], _GONE))
@@ -131,7 +120,10 @@ def weight_moments(
     n, rows = counts.reshape(-1, counts.shape[-1]), np.arange(counts[..., 0].size)[:, None]
     distinct, place = np.unique(variances, return_inverse=True)
     place = place.reshape(n.shape)
-    first, last = _grid(float(distinct.max()), float(n.sum(-1).max()))
+    # Steps of ln u between which there is mass: of a logit, and of their sum as far above as there are keys.
+    reach = 5 * math.sqrt(float(distinct.max()))
+    first = _ROUND * math.floor((-reach - math.log(float(n.sum(-1).max())) - 18) / _STEP / _ROUND)
+    last = _ROUND * math.ceil((reach + 14) / _STEP / _ROUND)
     log_phi, first, second, third, pull, pull_square = _between(distinct, first, last, directions)
     members = np.zeros((len(n), len(distinct)))
     np.add.at(members, (rows, place), n)
