@@ -23,8 +23,17 @@ from varscale.theory.graph.layout import Value, merged
 from varscale.theory.graph.nodes import Array, Constant, Leaf, Node
 from varscale.theory.propagation.inherited_fluctuations import SCALE_STEP
 from varscale.theory.propagation.sampler import Drawing, evenly
-from varscale.theory.rules.region_programs import Program, back_all, run_all, written
-from varscale.theory.rules.region_sizes import CannotShrink, Sizes, numbers_held, run, work
+from varscale.theory.rules.region_sizes import (
+    BACK,
+    RUN,
+    CannotShrink,
+    Program,
+    Sizes,
+    numbers_held,
+    run,
+    work,
+    written,
+)
 from varscale.theory.rules.registry import Opaque, parts, sub_jaxpr_of
 
 _REPLICATES = 16
@@ -169,15 +178,15 @@ class RegionDraws:
             for i, x in enumerate(self.operands)
             if (x.nudge or x.is_value) and np.issubdtype(x.aval.dtype, np.inexact)
         )
-        weights, shapes = tuple(x.weight for x in self.operands), tuple(sorted(self.sizes.smaller.items()))
+        weights = tuple(x.weight for x in self.operands)
         short = self.batch * work(self.jaxpr.jaxpr, self.sizes) < _SHORT
-        return Program(self.jaxpr, self.sizes, shapes, written(self.jaxpr), weights, floating, short)
+        return Program(self.jaxpr, self.sizes, written(self.jaxpr), weights, floating, short)
 
     def run_on(self, operands: Sequence[Any]) -> list[np.ndarray]:
         """Outputs on given draws of the operands, so many at a time: what is compiled does not depend on how many there are."""
-        starts = range(0, self.replicates, self.batch)
+        starts, program = range(0, self.replicates, self.batch), self.program
         batches = [
-            run_all(self.program, [x[start : start + self.batch] for x in operands]) for start in starts
+            RUN[program.short](program, [x[start : start + self.batch] for x in operands]) for start in starts
         ]
         return [np.concatenate([np.asarray(x) for x in parts]) for parts in zip(*batches, strict=True)]
 
@@ -239,7 +248,7 @@ class RegionDraws:
                 for i, x in enumerate(self._outputs)
                 if np.issubdtype(x.dtype, np.inexact)
             ]
-            parts.append(back_all(self.program, [x[some] for x in self.drawn], seeds))
+            parts.append(BACK[self.program.short](self.program, [x[some] for x in self.drawn], seeds))
         for i, *found in zip(self.program.floating, *parts, strict=True):
             x = np.concatenate([np.asarray(part) for part in found])
             out[i] = x if np.iscomplexobj(x) else _numbers(x)
@@ -285,26 +294,21 @@ def sizes_to_run(jaxpr: Any, operands: Sequence[Operand]) -> tuple[Sizes, int]:
     fits = min(_WORK / max(cost, 1.0), _HELD_NUMBERS / max(numbers_held(jaxpr.jaxpr, Sizes({})), 1))
     if fits >= _REPLICATES / 2:
         return Sizes({}), int(min(fits, _REPLICATES))
-    weights = [x.weight for x in operands]
-    operands = [x for x in operands if not x.nudge]
-    units = {n for x in operands if x.weight or (x.value and len(x.aval.shape) == 1) for n in x.aval.shape}
-    samples = {n for x in operands if x.value for n in x.aval.shape} - units
+    read = [x for x in operands if not x.nudge]
+    units = {n for x in read if x.weight or (x.value and len(x.aval.shape) == 1) for n in x.aval.shape}
+    samples = {n for x in read if x.value for n in x.aval.shape} - units
     every, steps = all_sizes(jaxpr.jaxpr)
     # Kernels of several gates laid side by side are as many times as wide as a layer.
     units |= {n for n in every - samples if any(n % m == 0 for m in units if m >= _FEWEST_UNITS)}
-    kept = {n for n in units | samples if n < 2 * _SAMPLES} | steps
-    kept |= {n for x in operands for v in x.value for n in _told_apart(v.node)}
-    ratio, few = 1, {n: _divisor(n) for n in samples}
+    nodes = [v.node for x in read for v in x.value]
+    apart = {a.size for node in nodes for a in node.axes if isinstance(node, Array) or a.classes > 1}
+    kept = {n for n in units | samples if n < 2 * _SAMPLES} | steps | apart
+    few = {n: next(m for m in range(min(_SAMPLES, n), n + 1) if n % m == 0) for n in samples}
+    ratio = 1
     while True:
-        smaller = {
-            n: n // ratio
-            for n in units - kept
-            if n % ratio == 0 and n // ratio >= _FEWEST_UNITS and ratio > 1
-        }
-        smaller.update({n: m for n, m in few.items() if n not in kept and m < n})
-        sizes = Sizes(smaller)
-        trouble = _unfit(jaxpr, weights, sizes)
-        if trouble:
+        fewer = {n: n // ratio for n in units if n % ratio == 0 and n // ratio >= _FEWEST_UNITS}
+        sizes = Sizes({n: m for n, m in {**fewer, **few}.items() if n not in kept and m < n})
+        if trouble := _unfit(jaxpr, [x.weight for x in operands], sizes):
             kept |= trouble
             continue
         cost = 4 * work(jaxpr.jaxpr, sizes)
@@ -328,25 +332,12 @@ def all_sizes(jaxpr: Any) -> tuple[set[int], set[int]]:
     return sizes, steps
 
 
-def _told_apart(node: Node) -> set[int]:
-    """Sizes of the axes along which positions differ."""
-    return {axis.size for axis in node.axes if isinstance(node, Array) or axis.classes > 1}
-
-
-def _divisor(n: int) -> int:
-    """The smallest divisor of a batch that still is some samples."""
-    return next(m for m in range(min(_SAMPLES, n), n + 1) if n % m == 0)
-
-
 def _unfit(jaxpr: Any, weights: Sequence[bool], sizes: Sizes) -> set[int]:
     """Sizes that have to stay for outputs to have the sizes that they should; none where they do."""
     args = [jax.ShapeDtypeStruct(sizes.shape(v.aval.shape), v.aval.dtype) for v in jaxpr.jaxpr.invars]
     try:
         outs = jax.eval_shape(lambda *xs: run(jaxpr.jaxpr, jaxpr.consts, list(xs), weights, sizes), *args)
-    except CannotShrink as trouble:
-        return set(trouble.sizes) & set(sizes.smaller)
-    except TypeError:
-        return set(sizes.smaller)
-    if any(out.shape != sizes.shape(aval.shape) for out, aval in zip(outs, jaxpr.out_avals, strict=True)):
-        return set(sizes.smaller)
-    return set()
+    except (CannotShrink, TypeError) as trouble:
+        return set(getattr(trouble, "sizes", sizes.smaller)) & set(sizes.smaller)
+    fit = [out.shape for out in outs] == [sizes.shape(aval.shape) for aval in jaxpr.out_avals]
+    return set() if fit else set(sizes.smaller)

@@ -1,4 +1,4 @@
-"""A jaxpr run at smaller sizes: fewer units and samples than it was traced for, sums scaled as if there were all of them.
+"""What a region computes: at its own sizes or at smaller ones, compiled once for all regions that compute the same.
 
 What a layer does to the moments of its input depends on its width only through the terms of its sums. So a loop that is far
 too large to be run is run on some of its units: a product with independent zero-mean weights over n' of n terms is multiplied
@@ -9,19 +9,27 @@ there are. Of any other sum it is not known whether its terms add up or cancel, 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 
 from varscale import _compat
 from varscale.theory.rules.registry import CALLS, ELEMENTWISE_OR_LAYOUT, sub_jaxpr_of
 
 _ROUNDED = 2.0**-8  # how far a count may be off in bfloat16, and the n − 1 of a variance
+_PRODUCTS = {"dot_general", "conv_general_dilated"}
+_ALONG_AN_AXIS = {"concatenate", "pad", "reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or"}
+_ALONG_AN_AXIS |= {"argmax", "argmin", "sort", "top_k", "rev", "fft"}
+_ALONG_AN_AXIS |= {"cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp"}
+_REARRANGES = {"transpose", "reshape", "squeeze", "slice", "split", "convert_element_type"}
+_REARRANGES |= {"copy", "stop_gradient", "neg", "name"}
 
 
 class CannotShrink(ValueError):
@@ -45,9 +53,81 @@ class Sizes:
         """How many positions each one that is left stands for."""
         return math.prod(n / self.smaller.get(n, n) for n in sizes)
 
-    def changed(self, variables: Sequence[Any]) -> list[int]:
-        """The sizes of these variables that shrink."""
-        return [n for v in variables for n in v.aval.shape if self.smaller.get(n, n) != n]
+    def changed(self, sizes: Iterable[int]) -> list[int]:
+        """Those that shrink."""
+        return [n for n in sizes if self.smaller.get(n, n) != n]
+
+    def keep(self, sizes: Iterable[int]) -> None:
+        """Raise CannotShrink where one of them shrinks."""
+        if changed := self.changed(sizes):
+            raise CannotShrink(changed)
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """What a region computes; equal where the same equations do it at the same sizes: equal layers are compiled once.
+
+    Attributes:
+        jaxpr: its equations, closed.
+        sizes: at which sizes they are run.
+        written: the equations, and the numbers in them.
+        weights: which operands are independent zero-mean weights.
+        floating: which operands cotangents are asked of.
+        short: whether it takes less time to run it than to compile it.
+    """
+
+    jaxpr: Any = dataclasses.field(compare=False)
+    sizes: Sizes = dataclasses.field(hash=False)
+    written: str
+    weights: tuple[bool, ...]
+    floating: tuple[int, ...]
+    short: bool = dataclasses.field(compare=False)
+
+    def run(self, *operands: Any) -> list[jax.Array]:
+        """One run: every output at the smaller sizes, the parts of complex ones in succession; of keys nothing is told."""
+        out = list[jax.Array]()
+        for x in run(self.jaxpr.jaxpr, self.jaxpr.consts, operands, self.weights, self.sizes):
+            is_key = jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+            out += [jnp.zeros(())] if is_key else [x.real, x.imag] if jnp.iscomplexobj(x) else [x]
+        return out
+
+    def back(self, operands: Sequence[Any], seeds: Sequence[jax.Array]) -> Any:
+        """Cotangents of the floating operands, given those of all outputs that are real numbers."""
+
+        def f(*xs: jax.Array) -> list[jax.Array]:
+            whole = list(operands)
+            for i, x in zip(self.floating, xs, strict=True):
+                whole[i] = x
+            return [x for x in self.run(*whole) if jnp.issubdtype(x.dtype, jnp.inexact)]
+
+        out, pull = jax.vjp(f, *[operands[i] for i in self.floating])
+        return pull([seed.astype(x.dtype) for seed, x in zip(seeds, out, strict=True)])
+
+
+def _run_all(program: Program, operands: list[Any]) -> list[jax.Array]:
+    return jax.vmap(lambda xs: program.run(*xs))(operands)
+
+
+def _back_all(program: Program, operands: list[Any], seeds: list[Any]) -> Any:
+    return jax.vmap(program.back)(operands, seeds)
+
+
+def _compiled(f: Any) -> tuple[Any, Any]:
+    """As it is for programs that run for long; for others with LLVM's optimizations off, which take longer than they save."""
+    quickly = {"xla_backend_optimization_level": 0}
+    return jax.jit(f, static_argnums=0), jax.jit(f, static_argnums=0, compiler_options=quickly)
+
+
+# By whether the program is short: its outputs on some draws of its operands, and the cotangents of its floating operands,
+# draw by draw, given those of its real outputs.
+RUN, BACK = _compiled(_run_all), _compiled(_back_all)
+
+
+def written(jaxpr: Any) -> str:
+    """Equations, and the numbers in them."""
+    is_key = [jnp.issubdtype(getattr(x, "dtype", float), jax.dtypes.prng_key) for x in jaxpr.consts]
+    numbers = [jax.random.key_data(x) if key else x for x, key in zip(jaxpr.consts, is_key, strict=True)]
+    return f"{[hashlib.sha1(np.asarray(x).tobytes()).hexdigest() for x in numbers]} {jaxpr.jaxpr}"
 
 
 def run(
@@ -65,14 +145,14 @@ def run(
     Raises:
         CannotShrink: something in it needs sizes that were to shrink.
     """
-    fixed = [n for const in consts for n in jnp.shape(const) if sizes.smaller.get(n, n) != n]
-    if fixed:
-        raise CannotShrink(fixed)
+    if not sizes.smaller:
+        return jaxpr_as_fun(ClosedJaxpr(jaxpr, consts))(*args)
+    sizes.keep(n for const in consts for n in jnp.shape(const))
     env = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *args), strict=True))
     known = {v for v, weight in zip(jaxpr.invars, weights, strict=True) if weight}
     for eqn in jaxpr.eqns:
         if eqn.primitive.name == "reduce_sum" and not _is_averaged(eqn, jaxpr):
-            _keep_size([eqn.invars[0].aval.shape[k] for k in eqn.params["axes"]], sizes)
+            sizes.keep(eqn.invars[0].aval.shape[k] for k in eqn.params["axes"])
         ins = [v.val if _compat.is_literal(v) else env[v] for v in eqn.invars]
         own = [not _compat.is_literal(v) and v in known for v in eqn.invars]
         env.update(zip(eqn.outvars, _equation(eqn, ins, own, sizes), strict=True))
@@ -84,57 +164,15 @@ def run(
 def _is_averaged(eqn: Any, jaxpr: Any) -> bool:
     """Whether a sum is only ever divided by how many terms it has."""
     (total,) = eqn.outvars
-    uses = [other for other in jaxpr.eqns if total in [v for v in other.invars if not _compat.is_literal(v)]]
+    uses = [other for other in jaxpr.eqns if any(v is total for v in other.invars)]
     count = math.prod(eqn.invars[0].aval.shape[k] for k in eqn.params["axes"])
-    return total not in [v for v in jaxpr.outvars if not _compat.is_literal(v)] and all(
+    return not any(v is total for v in jaxpr.outvars) and all(
         use.primitive.name == "div"
         and use.invars[0] is total
         and _compat.is_literal(use.invars[1])
         and math.isclose(float(use.invars[1].val), count, rel_tol=_ROUNDED)
         for use in uses
     )
-
-
-def _keep_size(summed: Sequence[int], sizes: Sizes) -> None:
-    if sizes.ratio(summed) != 1:
-        raise CannotShrink([n for n in summed if sizes.shape([n]) != (n,)])
-
-
-def _equation(eqn: Any, ins: list[Any], weights: list[bool], sizes: Sizes) -> list[Any]:
-    name, inner = eqn.primitive.name, sub_jaxpr_of(eqn)
-    if not sizes.smaller and inner is not None:
-        return list(_compat.evaluated(eqn, ins))
-    if inner is not None and name in CALLS:
-        jaxpr, consts = _compat.sub_jaxpr(inner)
-        return run(jaxpr, consts, ins, weights, sizes)
-    if name == "scan":
-        return _looped(eqn, ins, weights, sizes)
-    if not sizes.changed([*eqn.invars, *eqn.outvars]):
-        return _bound(eqn, ins, {})
-    if name in _RULES:
-        return _RULES[name](eqn, ins, weights, sizes)
-    if inner is not None or name not in ELEMENTWISE_OR_LAYOUT | _ALONG_AN_AXIS:
-        raise CannotShrink(sizes.changed([*eqn.invars, *eqn.outvars]))
-    return _alike_everywhere(eqn, ins, sizes)
-
-
-def _bound(eqn: Any, ins: Sequence[Any], params: Mapping[str, Any]) -> list[Any]:
-    out = eqn.primitive.bind(*ins, **{**eqn.params, **params})
-    return list(out) if eqn.primitive.multiple_results else [out]
-
-
-_REARRANGES = {
-    "transpose",
-    "reshape",
-    "squeeze",
-    "slice",
-    "split",
-    "convert_element_type",
-    "copy",
-    "stop_gradient",
-    "neg",
-    "name",
-}
 
 
 def _keeps_law(eqn: Any, weights: Sequence[bool]) -> bool:
@@ -146,107 +184,83 @@ def _keeps_law(eqn: Any, weights: Sequence[bool]) -> bool:
     return name in _REARRANGES or (name in ("mul", "div") and all(v.aval.ndim == 0 for v in others))
 
 
-_ALONG_AN_AXIS = {"concatenate", "pad", "reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or"}
-_ALONG_AN_AXIS |= {"argmax", "argmin", "sort", "top_k", "rev", "fft"}
-_ALONG_AN_AXIS |= {"cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp"}
-
-
-def _alike_everywhere(
-    eqn: Any, ins: Sequence[Any], sizes: Sizes, params: Mapping[str, Any] | None = None
-) -> list[Any]:
-    """What acts alike at every position of the axes that shrink, if its outputs then have the sizes that they should."""
-    _keep_size(_where_positions_matter(eqn), sizes)
-    shapes = {k: sizes.shape(eqn.params[k]) for k in ("shape", "new_sizes", "sizes") if k in eqn.params}
-    expected = [sizes.shape(v.aval.shape) for v in eqn.outvars]
+def _equation(eqn: Any, ins: list[Any], weights: list[bool], sizes: Sizes) -> list[Any]:
+    name, p, inner = eqn.primitive.name, eqn.params, sub_jaxpr_of(eqn)
+    changed = sizes.changed(n for v in (*eqn.invars, *eqn.outvars) for n in v.aval.shape)
+    if inner is not None and name in CALLS:
+        return run(*_compat.sub_jaxpr(inner), ins, weights, sizes)
+    if name == "scan":
+        return _looped(eqn, ins, weights, sizes)
+    if not changed:
+        return _bound(eqn, ins, {}) if inner is None else list(_compat.evaluated(eqn, ins))
+    if name in _PRODUCTS:
+        return [_product(eqn, ins, weights, sizes)]
+    if name == "reduce_sum":
+        ratio = sizes.ratio([eqn.invars[0].aval.shape[k] for k in p["axes"]])
+        return [_bound(eqn, ins, {})[0] * jnp.asarray(ratio, ins[0].dtype)]
+    if inner is not None or name not in ELEMENTWISE_OR_LAYOUT | _ALONG_AN_AXIS | {"slice"}:
+        raise CannotShrink(changed)
+    sizes.keep(_where_positions_matter(eqn, sizes))
+    params = {k: sizes.shape(p[k]) for k in ("shape", "new_sizes", "sizes") if k in p}
+    if name == "slice":
+        shapes = eqn.invars[0].aval.shape, ins[0].shape
+        for k in ("start_indices", "limit_indices"):
+            params[k] = tuple(i * m // n for i, n, m in zip(p[k], *shapes, strict=True))
     try:
-        out = _bound(eqn, ins, {**shapes, **(params or {})})
+        out = _bound(eqn, ins, params)
     except (TypeError, ValueError):
         out = []
-    if [x.shape for x in out] != expected:
-        raise CannotShrink(sizes.changed([*eqn.invars, *eqn.outvars]))
+    if [x.shape for x in out] != [sizes.shape(v.aval.shape) for v in eqn.outvars]:
+        raise CannotShrink(changed)
     return out
 
 
-def _where_positions_matter(eqn: Any) -> list[int]:
-    """Sizes of the axes whose positions are told apart, or counted."""
+def _bound(eqn: Any, ins: Sequence[Any], params: Mapping[str, Any]) -> list[Any]:
+    out = eqn.primitive.bind(*ins, **{**eqn.params, **params})
+    return list(out) if eqn.primitive.multiple_results else [out]
+
+
+def _where_positions_matter(eqn: Any, sizes: Sizes) -> list[int]:
+    """Sizes of the axes whose positions are told apart, or counted, or cut elsewhere than between what positions stand for."""
     name, p = eqn.primitive.name, eqn.params
-    if name == "iota":
-        return [p["shape"][p["dimension"]]]
-    if name not in _ALONG_AN_AXIS - {"concatenate"}:
-        return []
-    shape = eqn.invars[0].aval.shape
+    shape = p["shape"] if name == "iota" else eqn.invars[0].aval.shape
     if name == "pad":
         return [n for n, padding in zip(shape, p["padding_config"], strict=True) if any(padding)]
+    if name == "slice":
+        cuts = zip(
+            shape, p["start_indices"], p["limit_indices"], p["strides"] or [1] * len(shape), strict=True
+        )
+        return [n for n, *ends, step in cuts if step > 1 or any(end % sizes.ratio([n]) for end in ends)]
     if name == "fft":
         return list(shape[len(shape) - len(p["fft_lengths"]) :])
+    if name not in _ALONG_AN_AXIS - {"concatenate"} | {"iota"}:
+        return []
     axes = p.get("axes", p.get("dimensions", [p.get("axis", p.get("dimension", len(shape) - 1))]))
     return [shape[k] for k in axes]
 
 
-def _blocks(eqn: Any, ins: list[Any], weights: list[bool], sizes: Sizes) -> list[Any]:
-    """Blocks of the smaller axis, where the blocks of the whole one are multiples of what a position stands for."""
-    p, (shape, kept) = eqn.params, (eqn.invars[0].aval.shape, ins[0].shape)
-    ratios = [n // m for n, m in zip(shape, kept, strict=True)]
-    starts, limits = (np.array(p[name]) for name in ("start_indices", "limit_indices"))
-    strides = np.array(p["strides"] or np.ones_like(starts))
-    cut = [k for k, r in enumerate(ratios) if starts[k] % r or limits[k] % r or (r > 1 and strides[k] > 1)]
-    if cut:
-        raise CannotShrink([shape[k] for k in cut])
-    smaller = {"start_indices": tuple(starts // ratios), "limit_indices": tuple(limits // ratios)}
-    return _alike_everywhere(eqn, ins, sizes, smaller)
+def _product(eqn: Any, ins: list[Any], weights: list[bool], sizes: Sizes) -> jax.Array:
+    """A product; where one operand is weights, each term, and each one that flows back, stands for so many.
 
-
-def _summed(eqn: Any, ins: list[Any], weights: list[bool], sizes: Sizes) -> list[Any]:
-    ratio = sizes.ratio([eqn.invars[0].aval.shape[k] for k in eqn.params["axes"]])
-    return [_bound(eqn, ins, {})[0] * jnp.asarray(ratio, ins[0].dtype)]
-
-
-def _matrix_product(eqn: Any, ins: list[Any], weights: list[bool], sizes: Sizes) -> list[Any]:
-    (cx, cy), (bx, by) = eqn.params["dimension_numbers"]
-    shapes = [v.aval.shape for v in eqn.invars]
-    terms = [shapes[0][k] for k in cx]
+    A convolution is one of fewer channels and samples, on every position of the image.
+    """
+    p, shapes = eqn.params, [v.aval.shape for v in eqn.invars]
+    if eqn.primitive.name == "dot_general":
+        summed, others = p["dimension_numbers"]
+    else:
+        spec = p["dimension_numbers"]
+        summed, others = (spec.lhs_spec[1:2], spec.rhs_spec[1:2]), (spec.lhs_spec[2:], spec.rhs_spec[2:])
+        sizes.keep(shape[k] for shape, window in zip(shapes, others, strict=True) for k in window)
+        if p["feature_group_count"] * p["batch_group_count"] > 1:
+            sizes.keep([*shapes[1], shapes[0][spec.lhs_spec[1]]])
+    terms, (out,) = [shapes[0][k] for k in summed[0]], _bound(eqn, ins, {})
     if sum(weights) != 1:
-        _keep_size(terms, sizes)
-        return _bound(eqn, ins, {})
-    summed, batch = ((cx, bx), (cy, by))[weights[1]]
-    free = [n for k, n in enumerate(shapes[weights[1]]) if k not in summed and k not in batch]
-    return [_weighted_product(eqn, ins, int(weights[1]), sizes.ratio(terms), sizes.ratio(free))]
-
-
-def _convolution(eqn: Any, ins: list[Any], weights: list[bool], sizes: Sizes) -> list[Any]:
-    """Fewer channels and samples, on every position of the image."""
-    spec, kernel = eqn.params["dimension_numbers"], eqn.invars[1].aval.shape
-    _keep_size([eqn.invars[0].aval.shape[k] for k in spec.lhs_spec[2:]], sizes)
-    _keep_size([kernel[k] for k in spec.rhs_spec[2:]], sizes)
-    groups = eqn.params["feature_group_count"] * eqn.params["batch_group_count"]
-    outputs, inputs = (kernel[k] for k in spec.rhs_spec[:2])
-    if groups > 1 or sum(weights) != 1:
-        _keep_size([outputs, inputs], sizes)
-        return _bound(eqn, ins, {})
-    return [_weighted_product(eqn, ins, 1, sizes.ratio([inputs]), sizes.ratio([outputs]))]
-
-
-def _weighted_product(eqn: Any, ins: Sequence[Any], which: int, terms: float, free: float) -> jax.Array:
-    """A product with weights, operand `which`, where each term, and each one that flows back, stands for this many."""
-
-    def product(x: jax.Array, y: jax.Array) -> jax.Array:
-        return _bound(eqn, [x, y], {})[0]
-
-    @jax.custom_vjp
-    def scaled(x: jax.Array, y: jax.Array) -> jax.Array:
-        out = product(x, y)
-        return out * jnp.asarray(math.sqrt(terms), out.dtype)
-
-    def ahead(x: jax.Array, y: jax.Array) -> tuple[jax.Array, Any]:
-        return scaled(x, y), (x, y)
-
-    def back(operands: Any, cotangent: jax.Array) -> tuple[jax.Array, ...]:
-        passed = list(jax.vjp(product, *operands)[1](cotangent))
-        passed[1 - which] *= jnp.asarray(math.sqrt(free), passed[1 - which].dtype)
-        return tuple(passed)
-
-    scaled.defvjp(ahead, back)
-    return scaled(*ins)
+        sizes.keep(terms)
+        return out
+    which = weights.index(True)
+    free = [n for k, n in enumerate(shapes[which]) if k not in (*summed[which], *others[which])]
+    ahead, back = (jnp.asarray(math.sqrt(sizes.ratio(own)), out.dtype) for own in (terms, free))
+    return back * out + lax.stop_gradient((ahead - back) * out)
 
 
 def _looped(eqn: Any, ins: list[Any], weights: list[bool], sizes: Sizes) -> list[Any]:
@@ -259,18 +273,9 @@ def _looped(eqn: Any, ins: list[Any], weights: list[bool], sizes: Sizes) -> list
         out = run(jaxpr, literals, [*fixed, *now, *row], [*own, *first, *stacked], sizes)
         return out[: len(now)], out[len(now) :]
 
-    last, rows = lax.scan(
-        step, list(carry), list(streams), length=eqn.params["length"], reverse=eqn.params["reverse"]
-    )
+    length, reverse = eqn.params["length"], eqn.params["reverse"]
+    last, rows = lax.scan(step, list(carry), list(streams), length=length, reverse=reverse)
     return [*last, *rows]
-
-
-_RULES: dict[str, Callable[[Any, list[Any], list[bool], Sizes], list[Any]]] = {
-    "slice": _blocks,
-    "reduce_sum": _summed,
-    "dot_general": _matrix_product,
-    "conv_general_dilated": _convolution,
-}
 
 
 def work(jaxpr: Any, sizes: Sizes) -> float:
