@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -20,7 +20,7 @@ from varscale.programs.program import Inputs, Program
 from varscale.report import Report, Row
 from varscale.theory.domain.axes import Axis
 from varscale.theory.domain.tables import Moments, gaussian
-from varscale.theory.interpreter.parameters import is_function, path_string
+from varscale.theory.interpreter.parameters import is_function, is_law, path_string
 from varscale.usage.parameters import named_leaves
 from varscale.usage.table import uses
 
@@ -63,10 +63,12 @@ def beside_draws(
     program = faces.program(model, method=method)
     if program.init is None and program.parameters is None:
         program = faces.program(scoped(model))
-    variables = _variables(program, params)
-    if scheme is not None:
-        variables = _laid(variables, scheme)
-    network = Network(program, variables, _input_sampler(model, given, params, method), method or "__call__")
+    network = Network(
+        program,
+        _variables(program, params, scheme),
+        _input_sampler(model, given, params, method),
+        method or "__call__",
+    )
     backward = any(row.gradient is not None for row in report.rows)
     measured = measured_draws(network, jax.random.key(_DRAWS_SEED), count, backward=backward)
     rows = tuple(_row_beside(row, measured[row.path]) if row.path in measured else row for row in report.rows)
@@ -77,12 +79,14 @@ def _row_beside(row: Row, numbers: Float[np.ndarray, "count statistics=3"]) -> R
     """A predicted row with what was measured."""
     _, square, gradient = numbers.T
     second, error, holds = _agreement(square, row.second_moment, row.typical, row.error_bound)
+    low, high = row.band or (0.0, math.inf)
+    within = float(np.mean((square >= low * (1 - 1e-6)) & (square <= high * (1 + 1e-6))))
     found = dataclasses.replace(
         row,
         measured=second,
         measured_error=error,
         holds=holds,
-        draws_in_band=_share_in_band(square, row.band),
+        draws_in_band=None if row.band is None else within,
     )
     if row.gradient is None or row.gradient_error_bound is None or not np.all(np.isfinite(gradient)):
         return found
@@ -103,47 +107,29 @@ def _agreement(
     mean, error = float(square.mean()), float(square.std(ddof=1) / math.sqrt(len(square)))
     if not math.isfinite(mean):
         return mean, error, not math.isfinite(predicted)
-    if np.all(square > 0) and predicted > 0:
-        logs = np.log(square)
-        spread = float(logs.std(ddof=1))
-        if spread > _RARE:
-            expected = predicted * math.exp(-(spread**2) / 2) if typical is None else typical
-            of_spread = spread**2 / math.sqrt(2 * len(square)) if typical is None else 0.0
-            off = abs(math.log(expected) - float(logs.mean()))
-            return (
-                mean,
-                error,
-                off <= math.log1p(bound) + _STANDARD_ERRORS * (spread / math.sqrt(len(square)) + of_spread),
-            )
-    return (
-        mean,
-        error,
-        bool(abs(predicted - mean) <= bound * max(mean, predicted) + _STANDARD_ERRORS * error + 1e-6 * mean),
-    )
+    reach = bound * max(mean, predicted) + _STANDARD_ERRORS * error + 1e-6 * mean
+    logs = np.log(square) if np.all(square > 0) and predicted > 0 else np.zeros(len(square))
+    spread = float(logs.std(ddof=1))
+    if spread <= _RARE:
+        return mean, error, bool(abs(predicted - mean) <= reach)
+    expected = predicted * math.exp(-(spread**2) / 2) if typical is None else typical
+    of_spread = spread**2 / math.sqrt(2 * len(square)) if typical is None else 0.0
+    reach = math.log1p(bound) + _STANDARD_ERRORS * (spread / math.sqrt(len(square)) + of_spread)
+    return mean, error, abs(math.log(expected) - float(logs.mean())) <= reach
 
 
-def _share_in_band(square: Float[np.ndarray, " count"], band: tuple[float, float] | None) -> float | None:
-    return (
-        None
-        if band is None
-        else float(np.mean((square >= band[0] * (1 - 1e-6)) & (square <= band[1] * (1 + 1e-6))))
-    )
-
-
-def _variables(program: Program, params: Any) -> Callable[[Any, Inputs], Any]:
-    """Key and inputs -> the model's variables, from what `predict` was given for parameters.
+def _variables(program: Program, params: Any, scheme: Any) -> Callable[[Any, Inputs], Any]:
+    """Key and inputs -> the model's variables, from what `predict` was given for parameters, and the laws of a scheme.
 
     Raises:
         ValueError: they are given as arrays.
     """
-    if params is None and program.init is not None:
-        return program.init
-    if callable(params) and is_function(params):
-        return lambda key, x: params(key)
-    if params is None or all(
-        isinstance(law, jax.Array | np.ndarray)
-        for law in jax.tree_util.tree_leaves(params, is_leaf=_is_one_law)
-    ):
+    laws = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_law)[0]
+    by_init, by_function = (
+        params is None and program.init is not None,
+        callable(params) and is_function(params),
+    )
+    if not (by_init or by_function or any(not isinstance(law, jax.Array | np.ndarray) for _, law in laws)):
         raise ValueError(
             "draws needs parameters that are drawn, not arrays, which are one draw: give the laws "
             "(of an nnx model the "
@@ -151,59 +137,42 @@ def _variables(program: Program, params: Any) -> Callable[[Any, Inputs], Any]:
         )
 
     def init(key: Any, x: Inputs) -> Any:
-        declared = params if program.init is None else program.init(key, x)
-        laws = {
-            path_string(path): law
-            for path, law in jax.tree_util.tree_flatten_with_path(params, is_leaf=_is_one_law)[0]
-        }
-        flat, tree = jax.tree_util.tree_flatten_with_path(declared, is_leaf=_is_one_law)
-        keys = jax.random.split(jax.random.fold_in(key, 1), max(len(flat), 1))
-        drawn = [
-            _drawn_leaf(laws.get(path_string(path), leaf), leaf, k)
-            for (path, leaf), k in zip(flat, keys, strict=True)
+        found = params(key) if by_function else params if program.init is None else program.init(key, x)
+        if not (by_init or by_function):
+            given = {path_string(path): law for path, law in laws}
+            own = jax.tree_util.tree_flatten_with_path(found, is_leaf=is_law)[0]
+            found = _drawn(
+                found, [given.get(path_string(path), leaf) for path, leaf in own], jax.random.fold_in(key, 1)
+            )
+        if scheme is None:
+            return found
+        leaves = jax.tree_util.tree_leaves(found)
+        named = [
+            (name.path, tuple(leaf.shape), leaf.dtype, name.learned)
+            for name, leaf in zip(named_leaves(found), leaves, strict=True)
         ]
-        return jax.tree_util.tree_unflatten(tree, drawn)
+        hits = zip(laid(scheme, named, "scheme"), leaves, strict=True)
+        own = [leaf if hit is None else hit.law for hit, leaf in hits]
+        return _drawn(found, own, jax.random.fold_in(key, 2))
 
     return init
 
 
-def _laid(variables: Callable[[Any, Inputs], Any], scheme: Any) -> Callable[[Any, Inputs], Any]:
-    """The model's variables, those drawn by the laws of a scheme that it lays laws on."""
-
-    def init(key: Any, x: Inputs) -> Any:
-        own = variables(key, x)
-        leaves, tree = jax.tree_util.tree_flatten(own)
-        named = zip(named_leaves(own), leaves, strict=True)
-        hits = laid(
-            scheme,
-            [(name.path, tuple(leaf.shape), leaf.dtype, name.learned) for name, leaf in named],
-            "scheme",
-        )
-        keys = jax.random.split(jax.random.fold_in(key, 2), max(len(leaves), 1))
-        drawn = [
-            leaf if hit is None else hit.law(k, leaf.shape, leaf.dtype)
-            for hit, leaf, k in zip(hits, leaves, keys, strict=True)
-        ]
-        return jax.tree_util.tree_unflatten(tree, drawn)
-
-    return init
-
-
-def _is_one_law(x: Any) -> bool:
-    return isinstance(x, Moments) or is_function(x)
-
-
-def _drawn_leaf(law: Any, leaf: Any, key: Any) -> Any:
-    """One parameter, from an array, an initializer, a variance or moments."""
-    if isinstance(law, Moments):
-        return law.mean + math.sqrt(law.second_moment - law.mean**2) * jax.random.normal(
-            key, law.shape, law.dtype
-        )
-    if callable(law):
-        return law(key, leaf.shape, leaf.dtype)
-    if isinstance(law, int | float) and not isinstance(law, bool) and not isinstance(leaf, int | float):
-        return math.sqrt(law) * jax.random.normal(key, leaf.shape, leaf.dtype)
-    return jnp.asarray(law)
+def _drawn(variables: Any, laws: Sequence[Any], key: Any) -> Any:
+    """Variables drawn anew, leaf by leaf: from an array, an initializer, a variance or moments."""
+    leaves, tree = jax.tree_util.tree_flatten(variables, is_leaf=is_law)
+    drawn = []
+    for law, leaf, k in zip(laws, leaves, jax.random.split(key, max(len(leaves), 1)), strict=False):
+        if isinstance(law, Moments):
+            deviation = math.sqrt(law.second_moment - law.mean**2)
+            drawn.append(law.mean + deviation * jax.random.normal(k, law.shape, law.dtype))
+        elif callable(law):
+            drawn.append(law(k, leaf.shape, leaf.dtype))
+        elif isinstance(law, int | float) and not isinstance(law, bool) and not isinstance(leaf, int | float):
+            drawn.append(math.sqrt(law) * jax.random.normal(k, leaf.shape, leaf.dtype))
+        else:
+            drawn.append(jnp.asarray(law))
+    return jax.tree_util.tree_unflatten(tree, drawn)
 
 
 def _input_sampler(model: Any, given: Inputs, params: Any, method: str | None) -> Callable[[Any], Inputs]:
@@ -217,36 +186,29 @@ def _input_sampler(model: Any, given: Inputs, params: Any, method: str | None) -
     )
     described = [i for i, x in enumerate(leaves) if isinstance(x, jax.ShapeDtypeStruct | Moments)]
     whole = [i for i in described if jnp.issubdtype(leaves[i].dtype, jnp.integer)]
-    count = _vocabulary(model, given, params, method, len(whole)) if whole else 0
+    count = (
+        0  # rows of the table in which ids are looked up; one of several inputs may hold lengths or positions
+    )
+    if whole:
+        own = None if params is None or is_function(params) else params
+        found = uses(model, given, params=own, method=method) if len(whole) == 1 else ()
+        tables = [p.shape[0] for p in found if p.role == "embedding"]
+        if not tables:
+            raise ValueError(
+                "draws needs inputs of whole numbers as arrays: from a ShapeDtypeStruct their range is not known"
+            )
+        count = min(tables)
 
     def sample(key: Any) -> Inputs:
         found = list(leaves)
         for i, k in zip(described, jax.random.split(key, max(len(described), 1)), strict=False):
+            shape, dtype = leaves[i].shape, leaves[i].dtype
             found[i] = (
-                jax.random.randint(k, leaves[i].shape, 0, count, leaves[i].dtype)
-                if i in whole
-                else _drawn_input(leaves[i], k)
+                jax.random.randint(k, shape, 0, count, dtype) if i in whole else _drawn_input(leaves[i], k)
             )
         return Inputs(*jax.tree_util.tree_unflatten(tree, found))
 
     return sample
-
-
-def _vocabulary(model: Any, given: Inputs, params: Any, method: str | None, count: int) -> int:
-    """Number of rows of the table in which ids are looked up.
-
-    Raises:
-        ValueError: no table, or several inputs of whole numbers: one of them may hold lengths or positions.
-    """
-    tables = []
-    if count == 1:
-        own = None if params is None or is_function(params) else params
-        tables = [p.shape[0] for p in uses(model, given, params=own, method=method) if p.role == "embedding"]
-    if not tables:
-        raise ValueError(
-            "draws needs inputs of whole numbers as arrays: from a ShapeDtypeStruct their range is not known"
-        )
-    return min(tables)
 
 
 def _drawn_input(x: Any, key: Any) -> Any:

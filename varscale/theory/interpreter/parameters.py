@@ -44,11 +44,21 @@ def init_laws(interpreter: Interpreter, drawing: Trace, inputs: Sequence[Any]) -
     def interpreted(which: Sequence[int]) -> dict[int, Any]:
         part = jaxpr.replace(outvars=[outputs[i] for i in which])
         outs = interpreter.run(part, drawing.constants, inputs)
-        shared = _shared_leaves(outs)
-        return {
-            i: map_parts(lambda part: _drawn_parameter(interpreter, part, shared), x)
-            for i, x in zip(which, outs, strict=True)
-        }
+        nodes = {part.node.id: part.node for x in outs if not isinstance(x, Opaque) for part in parts(x)}
+        count = collections.Counter(r.id for node in nodes.values() for r in {r.node for r in roots(node)})
+        shared = {id_ for id_, n in count.items() if n > 1}  # leaves that several parameters are functions of
+
+        def parameter(x: Any) -> Any:
+            """One of them: a weight of its own, unless others are made from the same draws."""
+            own = [] if isinstance(x, Opaque) else [r.node for r in roots(x.node) if r.node.id in shared]
+            for made in own:
+                if not isinstance(
+                    made, Leaf
+                ):  # a spectral norm's vector, which init has turned by the weights
+                    made.flagged, made.doubt = "assumed", UNKNOWN
+            return x if own or isinstance(x, Opaque) else as_weight(interpreter, x)
+
+        return {i: map_parts(parameter, x) for i, x in zip(which, outs, strict=True)}
 
     recipes = output_recipes(jaxpr)
     first = first_alike(recipes)
@@ -60,26 +70,6 @@ def init_laws(interpreter: Interpreter, drawing: Trace, inputs: Sequence[Any]) -
         if i not in values:
             values[i] = another(interpreter, values[j], i) if recipes[i].keys else values[j]
     return [values[i] for i in range(len(outputs))]
-
-
-def _drawn_parameter(interpreter: Interpreter, x: Any, shared: set[int]) -> Any:
-    """One parameter: a weight of its own, unless other parameters are made from the same draws."""
-    if isinstance(x, Opaque):
-        return x
-    own = [r.node for r in roots(x.node) if r.node.id in shared]
-    for made in own:
-        if not isinstance(made, Leaf):  # a spectral norm's vector, which init has turned by the weights
-            made.flagged, made.doubt = "assumed", UNKNOWN
-    if own:
-        return x
-    return as_weight(interpreter, x)
-
-
-def _shared_leaves(outs: Sequence[Any]) -> set[int]:
-    """Random leaves that several different parameters are functions of."""
-    nodes = {part.node.id: part.node for x in outs if not isinstance(x, Opaque) for part in parts(x)}
-    count = collections.Counter(id_ for node in nodes.values() for id_ in {r.node.id for r in roots(node)})
-    return {id_ for id_, n in count.items() if n > 1}
 
 
 def given_parameters(
@@ -101,20 +91,13 @@ def given_parameters(
         TypeError: a leaf is of no known kind.
     """
     if shapes is None:
-        flat, tree = jax.tree_util.tree_flatten_with_path(params, is_leaf=_is_law)
-        structs = [_described(x, path_string(path)) for path, x in flat]
-        values = [
-            _given_parameter(interpreter, x, path_string(path), struct)
-            for (path, x), struct in zip(flat, structs, strict=True)
-        ]
-        return jax.tree_util.tree_unflatten(tree, structs), values
+        shapes = jax.tree_util.tree_map_with_path(_described, params, is_leaf=is_law)
     names = set(shapes) if isinstance(shapes, dict) else set()
     if "params" in names and not (hasattr(params, "keys") and "params" in set(params.keys())):
         params = {"params": params}
     missing = names - set(params.keys()) if names and hasattr(params, "keys") else set()
     flat_shapes, _ = jax.tree_util.tree_flatten_with_path(shapes)
-    filled = {path_string(p): v for (p, _), v in zip(flat_shapes, declared or [], strict=True)}
-    given = {path_string(p): x for p, x in jax.tree_util.tree_flatten_with_path(params, is_leaf=_is_law)[0]}
+    given = {path_string(p): x for p, x in jax.tree_util.tree_flatten_with_path(params, is_leaf=is_law)[0]}
     expected = [path_string(p) for p, _ in flat_shapes]
     absent = [p for p in expected if p not in given and p.split("/")[0] not in missing]
     extra = [p for p in given if p not in expected]
@@ -123,8 +106,8 @@ def given_parameters(
             f"params must have the model's structure: missing {absent[:4]}, unexpected {extra[:4]}"
         )
     values = [
-        _given_parameter(interpreter, given[path], path, struct) if path in given else filled[path]
-        for path, (_, struct) in zip(expected, flat_shapes, strict=True)
+        _given_parameter(interpreter, given[path], path, struct) if path in given else own
+        for path, (_, struct), own in zip(expected, flat_shapes, declared or expected, strict=True)
     ]
     return shapes, values
 
@@ -182,7 +165,7 @@ def abstract(params: Any) -> Any:
     )
 
 
-def _is_law(x: Any) -> bool:
+def is_law(x: Any) -> bool:
     """Whether it is one leaf of a tree of parameters, though jax may not take it for one: `Moments`, an initializer."""
     return isinstance(x, Moments) or is_function(x)
 
@@ -192,18 +175,16 @@ def is_function(x: Any) -> bool:
     return callable(x) and not hasattr(x, "get_value") and jax.tree_util.all_leaves([x])
 
 
-def _described(x: Any, path: str) -> jax.ShapeDtypeStruct:
+def _described(path: Any, x: Any) -> jax.ShapeDtypeStruct:
     """The shape of a plain function's parameter.
 
     Raises:
         TypeError: it does not tell.
     """
-    if isinstance(x, Moments):
-        return jax.ShapeDtypeStruct(x.shape, jax.numpy.dtype(x.dtype))
     if hasattr(x, "shape") and hasattr(x, "dtype"):
-        return jax.ShapeDtypeStruct(x.shape, x.dtype)
+        return jax.ShapeDtypeStruct(x.shape, jax.numpy.dtype(x.dtype) if isinstance(x, Moments) else x.dtype)
     raise TypeError(
-        f"params[{path!r}] of a plain function must be an array or vs.Moments with a shape, not "
+        f"params[{path_string(path)!r}] of a plain function must be an array or vs.Moments with a shape, not "
         f"{x!r}; or give params as a "
         "function of a key"
     )

@@ -18,6 +18,7 @@ import numpy as np
 from scipy import special
 
 from varscale import _compat
+from varscale.theory.domain.axes import Axis
 from varscale.theory.graph.expressions import Apply
 from varscale.theory.graph.layout import Value, merged
 from varscale.theory.graph.nodes import Array, Constant, Leaf, Node
@@ -70,11 +71,6 @@ class Operand:
     aval: Any
     weight: bool
     nudge: bool = False
-
-    @property
-    def identity(self) -> tuple[Any, ...]:
-        """What distinguishes it from other operands."""
-        return tuple((x.node, x.dims) for x in self.value), self.key, str(self.aval), self.nudge
 
     @property
     def random(self) -> bool:
@@ -141,20 +137,18 @@ class RegionDraws:
 
     @functools.cached_property
     def drawing(self) -> Drawing:
-        return Drawing(self.replicates, lambda axis: evenly(axis.size, self.sizes.shape([axis.size])[0]))
+        return Drawing(self.replicates, self.positions)
 
-    def positions(self, x: Value) -> list[np.ndarray]:
-        """Which positions of a value's node are drawn, axis by axis."""
-        return [evenly(axis.size, self.sizes.shape([axis.size])[0]) for axis in x.node.axes]
+    def positions(self, axis: Axis) -> np.ndarray:
+        """Which positions along an axis are drawn."""
+        return evenly(axis.size, *self.sizes.shape([axis.size]))
 
     def draw(self, x: Value) -> np.ndarray:
         """A value drawn at its smaller sizes, (replicates, ...)."""
-        numbers = self.drawing.whole(x.node, self.positions(x))
-        axes = [a.axis for dim in x.dims for a in dim if a.axis is not None]
-        numbers = numbers.transpose([0, *(1 + k for k in axes)])
-        lengths = iter(numbers.shape[1:])
-        shape = [next(lengths) if any(a.axis is not None for a in dim) else 1 for dim in x.dims]
-        numbers = numbers.reshape(len(numbers), *shape)
+        numbers = self.drawing.whole(x.node, [self.positions(axis) for axis in x.node.axes])
+        axes = [next((a.axis for a in dim if a.axis is not None), None) for dim in x.dims]
+        numbers = numbers.transpose([0, *(1 + k for k in axes if k is not None)])
+        numbers = np.expand_dims(numbers, [1 + d for d, k in enumerate(axes) if k is None])
         return np.broadcast_to(numbers, (self.replicates, *self.sizes.shape(x.shape)))
 
     @functools.cached_property
@@ -191,18 +185,14 @@ class RegionDraws:
         return [np.concatenate([np.asarray(x) for x in parts]) for parts in zip(*batches, strict=True)]
 
     @functools.cached_property
-    def _outputs(self) -> list[np.ndarray]:
+    def raw(self) -> list[np.ndarray]:
+        """Outputs on draws of the operands, (replicates, ...), as they come out of the program."""
         return self.run_on(self.drawn)
 
     @functools.cached_property
     def outputs(self) -> list[np.ndarray]:
-        """Outputs on draws of the operands, (replicates, ...), dimensions of size 1 left out."""
-        return [_numbers(x).reshape(len(x), *(n for n in x.shape[1:] if n > 1)) for x in self._outputs]
-
-    @functools.cached_property
-    def undefined(self) -> bool:
-        """Whether a draw has no value."""
-        return any(bool(np.isnan(x).any()) for x in self._outputs if np.issubdtype(x.dtype, np.inexact))
+        """The same in finite numbers, dimensions of size 1 left out."""
+        return [_numbers(x).reshape(len(x), *(n for n in x.shape[1:] if n > 1)) for x in self.raw]
 
     @functools.cached_property
     def error(self) -> float:
@@ -225,27 +215,16 @@ class RegionDraws:
             for a, b in pairs
         ]
 
-    @property
-    def memory(self) -> int:
-        """Bytes that a backward pass keeps of one draw, roughly."""
-        return int(4 * numbers_held(self.jaxpr.jaxpr, self.sizes))
-
-    @property
-    def width_ratio(self) -> float:
-        """How many units each one that is left stands for."""
-        weights = [n for x in self.operands if x.weight for n in x.aval.shape]
-        return max((self.sizes.ratio([n]) for n in weights), default=1.0)
-
     def back(self, which: int, seed: np.ndarray) -> list[np.ndarray | None]:
         """Cotangents of the operands, (replicates, ...), given those of one output; None where none are asked of."""
-        seed = seed.astype(np.float32).reshape(len(seed), *self._outputs[which].shape[1:])
+        seed = seed.astype(np.float32).reshape(len(seed), *self.raw[which].shape[1:])
         out: list[np.ndarray | None] = [None] * len(self.operands)
         parts = []
         for start in range(0, len(seed), self.batch):
             some = slice(start, min(start + self.batch, len(seed)))
             seeds = [
                 seed[some] if i == which else np.zeros((some.stop - start, *x.shape[1:]), np.float32)
-                for i, x in enumerate(self._outputs)
+                for i, x in enumerate(self.raw)
                 if np.issubdtype(x.dtype, np.inexact)
             ]
             parts.append(BACK[self.program.short](self.program, [x[some] for x in self.drawn], seeds))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Hashable, Sequence
 from typing import Any
@@ -32,6 +31,7 @@ from varscale.theory.propagation.inherited_fluctuations import Spread, combine, 
 from varscale.theory.propagation.sample_moments import cross_moments, pooled, table_of_draws
 from varscale.theory.propagation.sampler import evenly, picked
 from varscale.theory.rules.region_draws import RegionDraws, relative_error
+from varscale.theory.rules.region_sizes import numbers_held
 
 _MEMORY = 2**28  # bytes of the states that a backward pass keeps
 _SMALLER_DOUBT = 0.1  # set on the validation grid: of a gradient at sizes smaller than the whole
@@ -61,34 +61,6 @@ class RegionOutput(Node):
         """The positions along its axes that were drawn."""
         return _positions(self.axes, self.numbers.shape[1:])
 
-    @functools.cached_property
-    def fluctuation(self) -> Spread:
-        """Of its mean square: what it inherits from its largest input, and what the draw of finitely many weights adds.
-
-        Two samples of one draw share its weights and nothing else, so the covariance of their mean squares is due to them; of
-        given inputs all that varies is.
-        """
-        draws, which = self.draws, self.params[1]
-        inputs = [v.node for x in draws.operands if x.random and not x.weight for v in x.value]
-        inputs = [x for x in inputs if not is_known_array(x)]
-        largest = max(inputs, key=lambda node: math.prod(a.size for a in node.axes), default=None)
-        numbers = self.numbers.astype(float) ** 2
-        samples = 1 + self.params[2]
-        each = numbers.mean(axis=tuple(k for k in range(1, numbers.ndim) if k != samples)).reshape(
-            len(numbers), -1
-        )
-        n, whole = each.shape[1], np.maximum(each.mean(axis=1), 1e-150)
-        shared = float(np.log(whole).var())
-        if inputs:
-            pairs = ((n * whole) ** 2 - (each**2).sum(axis=1)) / max(n * (n - 1), 1)
-            shared = float(pairs.mean() / whole.mean() ** 2) - 1
-        shared = shared / draws.width_ratio - fresh(
-            self, range(len(self.axes))
-        )  # which comes with its own units
-        own = {~self.id: math.sqrt(max(shared, 0.0))}
-        inherited = combine([(draws.response[which], fluctuations(largest))] if largest is not None else [])
-        return dataclasses.replace(inherited, sources={**inherited.sources, **own})
-
 
 @known_samples.register(RegionOutput)
 def known_samples_of_region(node: RegionOutput) -> np.ndarray:
@@ -98,7 +70,7 @@ def known_samples_of_region(node: RegionOutput) -> np.ndarray:
 @second_moments.register(RegionOutput)
 def second_moments_of_region(node: RegionOutput) -> Table:
     table = table_of_draws(node, node.numbers, node.positions)
-    if node.draws.undefined:
+    if any(np.isnan(x).any() for x in node.draws.raw if np.issubdtype(x.dtype, np.inexact)):
         node.graph.flag("assumed", UNKNOWN)  # draws are none of what it is defined on (a factorization, say)
     if node.draws.drawing.doubt:
         node.graph.flag("assumed", node.draws.drawing.doubt)
@@ -129,7 +101,10 @@ def pullback_of_region(
     node: RegionOutput, cotangent: np.ndarray, notes: BackwardNotes
 ) -> list[np.ndarray | None]:
     draws = node.draws
-    replicates = int(np.clip(_MEMORY / max(draws.memory, 1), 2, draws.replicates))
+    kept = 4 * numbers_held(
+        draws.jaxpr.jaxpr, draws.sizes
+    )  # bytes that a backward pass keeps of one draw, roughly
+    replicates = int(np.clip(_MEMORY / max(kept, 1), 2, draws.replicates))
     replicates -= replicates % min(draws.batch, replicates)  # each size of a batch is compiled
     arriving, doubt = _arriving(node, np.broadcast_to(cotangent, node.frame_types), replicates, notes)
     notes.regions.append(node)
@@ -141,7 +116,9 @@ def pullback_of_region(
     for i, inner in (NUDGED.get(node.graph, node.params[0]) or {}).items():
         passed = back[i]
         if passed is not None and inner is not node:
-            notes.inside.append(FlowInside(inner, _second_inside(inner, passed), _chance(passed)))
+            own = passed.reshape(len(passed), *inner.numbers.shape[1:])
+            second = pooled(own, inner.axes, inner.positions).second
+            notes.inside.append(FlowInside(inner, second, _chance(passed)))
     for x, passed in zip(draws.operands, back, strict=True):
         for part, value in enumerate(x.value):
             if passed is None or not x.random:
@@ -151,12 +128,6 @@ def pullback_of_region(
             real = (np.real(passed) if part == 0 else -np.imag(passed)).astype(np.float32)
             out.append(_carried_back(node, value, real, notes))
     return out
-
-
-def _second_inside(inner: RegionOutput, passed: np.ndarray) -> np.ndarray:
-    """Second moments by type of the cotangents that flow into an output inside its region."""
-    own = passed.reshape(len(passed), *inner.numbers.shape[1:])
-    return pooled(own, inner.axes, inner.positions).second
 
 
 def _chance(passed: np.ndarray | None) -> float:
@@ -193,7 +164,7 @@ def _carried_back(node: RegionOutput, value: Value, passed: np.ndarray, notes: B
     numbers = numbers.transpose([0, *(1 + axes.index(k) for k in range(len(axes)))])
     if isinstance(value.node, RegionOutput):
         notes.sent.setdefault(value.node.id, []).append(numbers)
-    return pooled(numbers, value.node.axes, node.draws.positions(value)).second
+    return pooled(numbers, value.node.axes, list(map(node.draws.positions, value.node.axes))).second
 
 
 @cross_by_kind.register(RegionOutput)
@@ -222,7 +193,29 @@ def cross_by_kind_of_region(node: RegionOutput, a: View, b: View, frame: Sequenc
 
 @propagated.register(RegionOutput)
 def propagated_of_region(node: RegionOutput) -> Spread:
-    return node.fluctuation
+    """Of its mean square: what it inherits from its largest input, and what the draw of finitely many weights adds.
+
+    Two samples of one draw share its weights and nothing else, so the covariance of their mean squares is due to them; of
+    given inputs all that varies is.
+    """
+    draws, which = node.draws, node.params[1]
+    inputs = [v.node for x in draws.operands if x.random and not x.weight for v in x.value]
+    inputs = [x for x in inputs if not is_known_array(x)]
+    largest = max(inputs, key=lambda x: math.prod(a.size for a in x.axes), default=None)
+    numbers, samples = node.numbers.astype(float) ** 2, 1 + node.params[2]
+    each = numbers.mean(axis=tuple(k for k in range(1, numbers.ndim) if k != samples))
+    each = each.reshape(len(numbers), -1)
+    n, whole = each.shape[1], np.maximum(each.mean(axis=1), 1e-150)
+    shared = float(np.log(whole).var())
+    if inputs:
+        pairs = ((n * whole) ** 2 - (each**2).sum(axis=1)) / max(n * (n - 1), 1)
+        shared = float(pairs.mean() / whole.mean() ** 2) - 1
+    # Each unit that is left stands for several; what comes with the output's own units is left out.
+    weights = [n for x in draws.operands if x.weight for n in x.aval.shape]
+    shared /= max((draws.sizes.ratio([n]) for n in weights), default=1.0)
+    own = math.sqrt(max(shared - fresh(node, range(len(node.axes))), 0.0))
+    inherited = combine([(draws.response[which], fluctuations(largest))] if largest is not None else [])
+    return dataclasses.replace(inherited, sources={**inherited.sources, ~node.id: own})
 
 
 def _positions(axes: Sequence[Axis], lengths: Sequence[int]) -> list[np.ndarray]:

@@ -139,7 +139,8 @@ def _outputs(
     graph = interpreter.graph
     sizes, replicates = sizes_to_run(jaxpr, operands)
     draws = RegionDraws(jaxpr, tuple(operands), sizes, replicates, replicates)
-    identities = [x.identity for x in operands], sizes.smaller, replicates
+    read = [([(v.node, v.dims) for v in x.value], x.key, str(x.aval), x.nudge) for x in operands]
+    identities = read, sizes.smaller, replicates
     mark = ("region", hashed(draws.program.written, identities, tuple(nudged)))
     draws = DRAWS.once(graph, mark, lambda: with_enough_draws(draws, _BOUND))
     steps(graph).update(all_sizes(jaxpr.jaxpr)[1])
@@ -203,21 +204,15 @@ def _output(
     return value(graph.make(RegionOutput, axes, views, (*name, timed)), tuple(shape))
 
 
-def _outline(interpreter: Context, aval: Any) -> Any:
-    """A value over axes of one class each, of an array or of the parts of a complex one."""
-    axes = tuple(Axis(n) for n in aval.shape if n != 1)
-    node = interpreter.graph.make(Leaf, axes, (), ("outline", tuple(aval.shape)))
-    own = value(node.settle(independent(0.0, 1.0, axes), odd=False, random=False), aval.shape)
-    return Complex(own, own) if aval.dtype.kind == "c" else own
-
-
 def placeholder(interpreter: Context, aval: Any) -> Any:
-    """What stands for an output in a walk that is not the last."""
+    """What stands for an output in a walk that is not the last: moments of independent standard normals."""
+    shape = tuple(aval.shape)
     if jax.numpy.issubdtype(aval.dtype, jax.dtypes.prng_key):
         key = jax.random.key(0)
-        return Opaque(jax.random.split(key, aval.shape) if aval.shape else key)
-    return (
-        layout.full(interpreter.graph, 0.0, aval.shape)
-        if aval.dtype.kind in "iub"
-        else _outline(interpreter, aval)
-    )
+        return Opaque(jax.random.split(key, shape) if shape else key)
+    if aval.dtype.kind in "iub":
+        return layout.full(interpreter.graph, 0.0, shape)
+    axes = tuple(Axis(n) for n in shape if n != 1)
+    node = interpreter.graph.make(Leaf, axes, (), ("outline", shape))
+    own = value(node.settle(independent(0.0, 1.0, axes), odd=False, random=False), shape)
+    return Complex(own, own) if aval.dtype.kind == "c" else own
