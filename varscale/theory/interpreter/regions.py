@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -134,25 +134,33 @@ def blocks(
         is_parameter: whether a variable holds a parameter, once it is reached.
     """
     paths = [opened(eqn, place.path, place.piece)[1] for eqn in eqns] if scopes else []
-    spans = sorted(span for scope in scopes if (span := _span(paths, scope)) is not None)
+    own = {scope: [i for i, path in enumerate(paths) if within(path, scope)] for scope in scopes}
+    # From the first to the last; what is between reads of them or is read by them, or may as well be. Overlaps are one span.
+    spans: list[_Span] = []
+    for span in sorted(_Span(places[0], places[-1] + 1, scope) for scope, places in own.items() if places):
+        if spans and span.start < spans[-1].stop:
+            spans[-1] = spans[-1]._replace(stop=max(span.stop, spans[-1].stop))
+        else:
+            spans.append(span)
     at = 0
-    for start, stop, scope in _separate(spans):
+    for start, stop, scope in spans:
         yield from ((i, i + 1, eqns[i]) for i in range(at, start))
-        own = eqns[start:stop]
-        before = _keys(own)
+        before = _keys(eqns[start:stop])
         yield from ((start, start, eqn) for eqn in before)
-        own = [eqn for eqn in own if eqn not in before]
+        inside = [eqn for eqn in eqns[start:stop] if eqn not in before]
         read = {v for eqn in (*eqns[:start], *eqns[stop:]) for v in eqn.invars if not _compat.is_literal(v)}
         read |= {v for v in (*outputs, *kept) if not _compat.is_literal(v)}
-        yield start, stop, as_one(own, read, place.piece, scope, is_parameter)
+        yield start, stop, as_one(inside, read, place.piece, scope, is_parameter)
         at = stop
     yield from ((i, i + 1, eqns[i]) for i in range(at, len(eqns)))
 
 
-def _span(paths: Sequence[str], scope: str) -> tuple[int, int, str] | None:
-    """From the first to the last equation of a scope; what is between reads of it or is read by it, or may as well be."""
-    own = [i for i, path in enumerate(paths) if within(path, scope)]
-    return (own[0], own[-1] + 1, scope) if own else None
+class _Span(NamedTuple):
+    """The equations of a scope: from the first one to before `stop`."""
+
+    start: int
+    stop: int
+    scope: str
 
 
 def within(path: str, scope: str) -> bool:
@@ -160,31 +168,17 @@ def within(path: str, scope: str) -> bool:
     return not scope or path == scope or (path.startswith(scope) and path[len(scope)] in _PARTS)
 
 
-def _separate(spans: Sequence[tuple[int, int, str]]) -> list[tuple[int, int, str]]:
-    """Spans that overlap as one."""
-    out: list[tuple[int, int, str]] = []
-    for start, stop, scope in spans:
-        if out and start < out[-1][1]:
-            out[-1] = (out[-1][0], max(stop, out[-1][1]), out[-1][2])
-        else:
-            out.append((start, stop, scope))
-    return out
-
-
 def _keys(eqns: Sequence[Any]) -> list[Any]:
     """The equations that make random keys of keys and numbers from outside: keys are known, and drawn from anew by the walk."""
     inside, found = {v for eqn in eqns for v in eqn.outvars}, []
     for eqn in eqns:
-        if all(map(_is_random_key, eqn.outvars)) and not any(
+        dtypes = [getattr(v.aval, "dtype", jnp.int32) for v in eqn.outvars]
+        if all(jnp.issubdtype(x, jax.dtypes.prng_key) for x in dtypes) and not any(
             v in inside for v in eqn.invars if not _compat.is_literal(v)
         ):
             found.append(eqn)
             inside -= set(eqn.outvars)
     return found
-
-
-def _is_random_key(var: Any) -> bool:
-    return jnp.issubdtype(getattr(var.aval, "dtype", jnp.int32), jax.dtypes.prng_key)
 
 
 def as_one(
@@ -207,22 +201,20 @@ def as_one(
     structs = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in invars]
     found: list[_Evaluated] = []
 
-    def nudged(operands: Sequence[Any], given: Sequence[Any] | None) -> list[Any]:
-        found.append(_Evaluated(None if given is None else iter(given)))
-        found[-1].parameters = [x for v, x in zip(invars, operands, strict=True) if is_parameter(v)]
-        return found[-1].outputs(eqns, dict(zip(invars, operands, strict=True)), outvars, piece)
+    def outputs(operands: Sequence[Any], given: Sequence[Any] | None) -> list[Any]:
+        parameters = [x for v, x in zip(invars, operands, strict=True) if is_parameter(v)]
+        found.append(_Evaluated(None if given is None else iter(given), parameters))
+        env = dict(zip(invars, operands, strict=True))
+        found[-1].run(eqns, env, set(outvars), piece)
+        return found[-1].close([env[v] for v in outvars])
 
-    jax.eval_shape(lambda operands: nudged(operands, None), structs)
-    jaxpr = jax.make_jaxpr(nudged)(structs, found[-1].wanted)
+    jax.eval_shape(lambda operands: outputs(operands, None), structs)
+    jaxpr = jax.make_jaxpr(outputs)(structs, found[-1].wanted)
     last = found[-1]
     variables = [*outvars, *map(_Marked, jaxpr.out_avals[len(outvars) :])]
     rows = [(*row, variables[i]) for row, i in zip(last.rows, last.marked, strict=True)]
-    return Region(
-        invars,
-        variables,
-        {"scope": scope, "jaxpr": jaxpr, "nudged": last.nudged, "rows": rows},
-        eqns[0].source_info,
-    )
+    params = {"scope": scope, "jaxpr": jaxpr, "nudged": last.nudged, "rows": rows}
+    return Region(invars, variables, params, eqns[0].source_info)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -232,107 +224,92 @@ class _Marked:
     aval: Any
 
 
+@dataclasses.dataclass(eq=False)
 class _Evaluated:
     """One evaluation of a region's equations.
 
     Attributes:
-        wanted: the arrays that are added to what modules put out, in order.
-        rows: path, steps and field of what modules inside put out.
+        given: what is added to outputs; None for zeros.
         parameters: the operands that are parameters.
+        rows: path, steps and field of what modules inside put out.
         steps: which steps of loops over layers it is in.
-        nudged: for each of the arrays, which output it is added to.
+        wanted: the arrays that are added to what modules put out, in order.
+        nudged: for each of these, which output it is added to.
         marked: for each of the rows, which output it is.
     """
 
-    def __init__(self, given: Iterator[Any] | None):
-        self.given = given
-        self.wanted: list[jax.ShapeDtypeStruct] = []
-        self.parameters: list[Any] = []
-        self.rows: list[tuple[str, tuple[int, ...], str]] = []
-        self.steps: list[int] = []
-        self.nudged: list[int] = []
-        self.marked: list[int] = []
-        self._made: list[Any] = []
-        self._marked: list[Any] = []
+    given: Iterator[Any] | None
+    parameters: list[Any]
+    rows: list[tuple[str, tuple[int, ...], str]] = dataclasses.field(default_factory=list)
+    steps: list[int] = dataclasses.field(default_factory=list)
+    wanted: list[jax.ShapeDtypeStruct] = dataclasses.field(default_factory=list)
+    nudged: list[Any] = dataclasses.field(default_factory=list)
+    marked: list[Any] = dataclasses.field(default_factory=list)
 
-    def outputs(
-        self, eqns: Sequence[Any], env: dict[Any, Any], outvars: Sequence[Any], piece: str
-    ) -> list[Any]:
-        self._run(eqns, env, set(outvars), piece)
-        out = [env[v] for v in outvars]
-        for x in self._marked:
+    def close(self, out: list[Any]) -> list[Any]:
+        """All outputs: those that are read outside, and what modules put out; arrays become their numbers."""
+        for x in self.marked:
             if not any(x is y for y in out):
                 out.append(x)
         where = {id(x): i for i, x in reversed(list(enumerate(out)))}
-        self.nudged = [where[id(x)] for x in self._made]
-        self.marked = [where[id(x)] for x in self._marked]
+        self.nudged, self.marked = ([where[id(x)] for x in arrays] for arrays in (self.nudged, self.marked))
         return out
 
-    def _run(self, eqns: Sequence[Any], env: dict[Any, Any], outvars: set[Any], piece: str) -> None:
+    def run(self, eqns: Sequence[Any], env: dict[Any, Any], outvars: set[Any], piece: str) -> None:
+        """Evaluate equations in an environment; what is in `outvars` is added to."""
         for eqn in eqns:
             ins = [v.val if _compat.is_literal(v) else env[v] for v in eqn.invars]
             name, inner = eqn.primitive.name, sub_jaxpr_of(eqn)
             if name in _ENTERED and inner is not None:
-                jaxpr, consts = _compat.sub_jaxpr(inner)
-                own = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *ins), strict=True))
                 inner_piece = opened(eqn, "", piece)[1] if eqn.params.get("name") == PIECE else piece
-                self._run(jaxpr.eqns, own, set(), inner_piece)
-                outs = [v.val if _compat.is_literal(v) else own[v] for v in jaxpr.outvars]
+                outs = self._called(inner, ins, inner_piece)
             elif name == "scan" and self._is_over_layers(eqn, ins):
                 outs = self._layers(eqn.params, ins, piece)
+            elif inner is not None:
+                outs = _compat.evaluated(eqn, ins)
+            elif name == "name" and eqn.params["name"].startswith((MODULE, WITHIN)):
+                where, field, arrays = eqn.params["name"].split(FIELD)
+                outs = [self._nudged(ins[0])]
+                self.marked += outs
+                field = "" if self.steps and arrays == "1" else field
+                self.rows.append((whole_path(where, piece), tuple(self.steps), field))
             else:
-                outs = self._evaluated(eqn, ins, piece)
+                found = eqn.primitive.bind(*ins, **eqn.params)
+                outs = found if eqn.primitive.multiple_results else [found]
             env.update(
                 (v, self._nudged(x) if v in outvars else x) for v, x in zip(eqn.outvars, outs, strict=True)
             )
 
+    def _called(self, jaxpr: Any, args: Sequence[Any], piece: str) -> list[Any]:
+        jaxpr, consts = _compat.sub_jaxpr(jaxpr)
+        env = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *args), strict=True))
+        self.run(jaxpr.eqns, env, set(), piece)
+        return [v.val if _compat.is_literal(v) else env[v] for v in jaxpr.outvars]
+
     def _is_over_layers(self, eqn: Any, ins: Sequence[Any]) -> bool:
         """Whether a scan takes a parameter a step, and modules are called in it."""
         _, _, streams = _compat.scan_operands(eqn.params, list(ins))
-        parameters = any(x is y for x in streams for y in self.parameters)
         return (
-            parameters
+            any(x is y for x in streams for y in self.parameters)
             and eqn.params["length"] <= _MOST_LAYERS
             and _has_marks(_compat.sub_jaxpr(eqn.params["jaxpr"])[0])
         )
 
     def _layers(self, params: dict[str, Any], ins: Sequence[Any], piece: str) -> list[Any]:
         """A scan over layers, step by step, whose modules have rows of their own."""
-        jaxpr, consts = _compat.sub_jaxpr(params["jaxpr"])
         fixed, carry, streams = _compat.scan_operands(params, list(ins))
-        order = range(params["length"])[:: -1 if params["reverse"] else 1]
         stacked: dict[int, list[Any]] = {}
-        for step in order:
-            given = [*consts, *fixed, *carry, *(x[step] for x in streams)]
-            own = dict(zip((*jaxpr.constvars, *jaxpr.invars), given, strict=True))
+        for step in range(params["length"])[:: -1 if params["reverse"] else 1]:
             self.steps.append(step)
-            self._run(jaxpr.eqns, own, set(), piece)
+            outs = self._called(params["jaxpr"], [*fixed, *carry, *(x[step] for x in streams)], piece)
             self.steps.pop()
-            outs = [v.val if _compat.is_literal(v) else own[v] for v in jaxpr.outvars]
             carry, stacked[step] = outs[: len(carry)], outs[len(carry) :]
-        return [
-            *carry,
-            *(jnp.stack(rows) for rows in zip(*(stacked[k] for k in sorted(stacked)), strict=True)),
-        ]
-
-    def _evaluated(self, eqn: Any, ins: Sequence[Any], piece: str) -> Sequence[Any]:
-        if sub_jaxpr_of(eqn) is not None:
-            return _compat.evaluated(eqn, ins)
-        mark = eqn.params.get("name") if eqn.primitive.name == "name" else None
-        if mark is not None and mark.startswith((MODULE, WITHIN)):
-            where, field, arrays = mark.split(FIELD)
-            self._marked.append(self._nudged(ins[0]))
-            self.rows.append(
-                (whole_path(where, piece), tuple(self.steps), "" if self.steps and arrays == "1" else field)
-            )
-            return self._marked[-1:]
-        found = eqn.primitive.bind(*ins, **eqn.params)
-        return list(found) if eqn.primitive.multiple_results else [found]
+        rows = zip(*(stacked[k] for k in sorted(stacked)), strict=True)
+        return [*carry, *map(jnp.stack, rows)]
 
     def _nudged(self, x: Any) -> Any:
-        if not jnp.issubdtype(x.dtype, jnp.floating) or any(x is y for y in self._made):
+        if not jnp.issubdtype(x.dtype, jnp.floating) or any(x is y for y in self.nudged):
             return x
         self.wanted.append(jax.ShapeDtypeStruct(x.shape, x.dtype))
-        x = x + (jnp.zeros_like(x) if self.given is None else next(self.given))
-        self._made.append(x)
-        return x
+        self.nudged.append(x + (jnp.zeros_like(x) if self.given is None else next(self.given)))
+        return self.nudged[-1]
