@@ -124,11 +124,8 @@ def _variables(program: Program, params: Any, scheme: Any) -> Callable[[Any, Inp
     Raises:
         ValueError: they are given as arrays.
     """
-    laws = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_law)[0]
-    by_init, by_function = (
-        params is None and program.init is not None,
-        callable(params) and is_function(params),
-    )
+    laws, start = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_law)[0], program.init
+    by_init, by_function = (params is None and start is not None, callable(params) and is_function(params))
     if not (by_init or by_function or any(not isinstance(law, jax.Array | np.ndarray) for _, law in laws)):
         raise ValueError(
             "draws needs parameters that are drawn, not arrays, which are one draw: give the laws "
@@ -137,11 +134,11 @@ def _variables(program: Program, params: Any, scheme: Any) -> Callable[[Any, Inp
         )
 
     def init(key: Any, x: Inputs) -> Any:
-        found = params(key) if by_function else params if program.init is None else program.init(key, x)
+        found = params(key) if by_function else start(key, x) if start is not None else params
         if not (by_init or by_function):
             given = {path_string(path): law for path, law in laws}
             own = jax.tree_util.tree_flatten_with_path(found, is_leaf=is_law)[0]
-            found = _drawn(
+            found = _drawn_by(
                 found, [given.get(path_string(path), leaf) for path, leaf in own], jax.random.fold_in(key, 1)
             )
         if scheme is None:
@@ -153,12 +150,12 @@ def _variables(program: Program, params: Any, scheme: Any) -> Callable[[Any, Inp
         ]
         hits = zip(laid(scheme, named, "scheme"), leaves, strict=True)
         own = [leaf if hit is None else hit.law for hit, leaf in hits]
-        return _drawn(found, own, jax.random.fold_in(key, 2))
+        return _drawn_by(found, own, jax.random.fold_in(key, 2))
 
     return init
 
 
-def _drawn(variables: Any, laws: Sequence[Any], key: Any) -> Any:
+def _drawn_by(variables: Any, laws: Sequence[Any], key: Any) -> Any:
     """Variables drawn anew, leaf by leaf: from an array, an initializer, a variance or moments."""
     leaves, tree = jax.tree_util.tree_flatten(variables, is_leaf=is_law)
     drawn = []

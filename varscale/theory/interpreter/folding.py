@@ -99,13 +99,19 @@ def folded(graph: Graph, eqn: Any, ins: Sequence[Any]) -> list[Any] | None:
             for x, v in zip(ins, eqn.invars, strict=True)
         ]
         return [known(graph, out) for out in _evaluated(eqn, literal)]
-    if any(isinstance(x, Opaque) for x in ins):
-        return [_unknown_key(eqn, ins)]
+    if any(
+        isinstance(x, Opaque) for x in ins
+    ):  # a key derived from something random: one for equal derivations
+        derived = [x.key if isinstance(x, Opaque) else [(p.node, p.dims) for p in parts(x)] for x in ins]
+        key = jax.random.key(hashed(name, eqn.params, derived) >> 33)
+        shape = eqn.outvars[0].aval.shape
+        return [Opaque(jax.random.split(key, shape) if shape else key)]
     sources = [part for x in ins for part in parts(x)]
     if not all_given(sources) or (name in _MOVING and len(sources) == len(ins)):
         return None
     with np.errstate(all="ignore"):
-        outs = _evaluated(eqn, [_given_numbers(x) for x in ins])
+        numbers: Any = [[entries(part) for part in parts(x)] for x in ins]
+        outs = _evaluated(eqn, [re + 1j * im[0] if im else re for re, *im in numbers])
     return [_given(graph, np.asarray(out), [part.node for part in sources]) for out in outs]
 
 
@@ -113,14 +119,6 @@ def _is_literal(x: Any) -> bool:
     """Whether it is a random key, or numbers that are known and few enough."""
     few = isinstance(x, Opaque) or math.prod(x.shape) <= MOST_FOLDED
     return few and (isinstance(x, Opaque) or all(isinstance(p.node, Constant | Array) for p in parts(x)))
-
-
-def _unknown_key(eqn: Any, ins: Sequence[Any]) -> Opaque:
-    """The key that stands for one derived from something random: one for equal derivations, and no other's."""
-    derived = [x.key if isinstance(x, Opaque) else [(p.node, p.dims) for p in parts(x)] for x in ins]
-    key = jax.random.key(hashed(eqn.primitive.name, eqn.params, derived) >> 33)
-    shape = eqn.outvars[0].aval.shape
-    return Opaque(jax.random.split(key, shape) if shape else key)
 
 
 def _given(graph: Graph, out: np.ndarray, sources: Sequence[Node]) -> Any:
@@ -175,14 +173,6 @@ def _number_by_number(
     if literal or out.dtype.kind in "biu":
         return array(graph, out, frame)
     return computed(graph, out, frame, [view.node for view in views]) if np.isfinite(out).all() else None
-
-
-def _given_numbers(x: Value | Complex) -> np.ndarray | None:
-    """The numbers of a given value, complex ones of a complex one."""
-    if isinstance(x, Value):
-        return entries(x)
-    re, im = entries(x.re), entries(x.im)
-    return None if re is None or im is None else re + 1j * im
 
 
 def _evaluated(eqn: Any, known: Sequence[Any]) -> list[Any]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -48,22 +47,28 @@ class TracedInputs:
         flat = list(self.leaves)
         for i, x in zip(self.places, dynamic, strict=True):
             flat[i] = x
-        args, kwargs = jax.tree_util.tree_unflatten(self.tree, flat)
-        return Inputs(args, kwargs)
+        return Inputs(*jax.tree_util.tree_unflatten(self.tree, flat))
 
     def values(self, interpreter: Interpreter) -> list[Any]:
+        """Their values; given arrays may go together, and one that is given twice is one."""
         PADDED.put(interpreter.graph, None, filled_shapes(self.leaves))
-        made = [input_value(interpreter, self.leaves[i], self._name(i)) for i in self.places]
-        related([(self.leaves[i], x) for i, x in zip(self.places, made, strict=True)])
+        given = [self.leaves[i] for i in self.places]
+        made = []
+        for k, x in enumerate(given):
+            first = next(j for j, y in enumerate(given) if j == k or _is_same(x, y))
+            made.append(input_value(interpreter, x, f"input {self.places[first]}"))
+        nodes = [
+            value.node
+            for x, value in zip(given, made, strict=True)
+            if _is_measured(x) and isinstance(value, Value) and isinstance(value.node, Leaf)
+        ]
+        every = functools.reduce(lambda bits, node: bits | node.deps, nodes, 0)
+        for node in nodes:
+            node.deps = every
         return made
 
-    def _name(self, i: int) -> str:
-        """The place where its numbers are first given: an array that is given twice is one."""
-        x = self.leaves[i]
-        return f"input {next(j for j in self.places if j == i or _same_numbers(self.leaves[j], x))}"
 
-
-def _same_numbers(x: Any, y: Any) -> bool:
+def _is_same(x: Any, y: Any) -> bool:
     """Whether both are arrays of the same numbers, not descriptions of arrays or keys."""
     if not (_is_measured(x) and _is_measured(y)):
         return False
@@ -76,25 +81,10 @@ def _is_measured(x: Any) -> bool:
     return not described and jnp.issubdtype(x.dtype, jnp.floating)
 
 
-def related(inputs: Sequence[tuple[Any, Any]]) -> None:
-    """Notes that given arrays may go together."""
-    leaves = [
-        made.node
-        for x, made in inputs
-        if _is_measured(x) and isinstance(made, Value) and isinstance(made.node, Leaf)
-    ]
-    every = functools.reduce(lambda bits, node: bits | node.deps, leaves, 0)
-    for node in leaves:
-        node.deps = every
-
-
 def _struct(x: Any) -> jax.ShapeDtypeStruct:
-    if isinstance(x, Moments):
-        return jax.ShapeDtypeStruct(x.shape, jnp.dtype(x.dtype))
-    dtype = x.dtype
-    if dtype in (np.float64, np.int64, np.uint64, np.complex128):
-        dtype = jax.dtypes.canonicalize_dtype(dtype)  # 32 bits, unless x64 is on
-    return jax.ShapeDtypeStruct(x.shape, dtype)
+    # 32 bits, unless x64 is on; keys are of no such type.
+    wide = x.dtype in (np.float64, np.int64, np.uint64, np.complex128) and not isinstance(x, Moments)
+    return jax.ShapeDtypeStruct(x.shape, jax.dtypes.canonicalize_dtype(x.dtype) if wide else x.dtype)
 
 
 def input_value(interpreter: Interpreter, x: Any, name: str) -> Any:
@@ -114,18 +104,15 @@ def input_value(interpreter: Interpreter, x: Any, name: str) -> Any:
         table = Table(axes, np.full([1] * len(axes), float(x.mean)), second)
         return input_leaf(interpreter, name, shape, table, odd=False)
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-        return Opaque(
-            x
-            if isinstance(x, jax.Array)
-            else jax.random.split(jax.random.key(_MODEL_SEED), shape)
-            if shape
-            else jax.random.key(_MODEL_SEED)
-        )
+        key = jax.random.key(_MODEL_SEED)
+        return Opaque(x if isinstance(x, jax.Array) else jax.random.split(key, shape) if shape else key)
     kind = np.dtype(x.dtype).kind if np.dtype(x.dtype).kind != "V" else "f"
     if kind == "c":
-        return Complex(
-            *(input_value(interpreter, part, f"{name} ({which} part)") for which, part in _parts(x))
-        )
+        # Of one that is only described, two parts that have E|x|² = 1 between them.
+        described = isinstance(x, jax.ShapeDtypeStruct)
+        both = [Moments(0.0, 0.5, shape=shape)] * 2 if described else [np.real(x), np.imag(x)]
+        names = f"{name} (real part)", f"{name} (imaginary part)"
+        return Complex(*(input_value(interpreter, part, of) for part, of in zip(both, names, strict=True)))
     if isinstance(x, jax.ShapeDtypeStruct):
         if kind == "b":
             return full(graph, 1.0, shape)
@@ -148,13 +135,6 @@ def input_value(interpreter: Interpreter, x: Any, name: str) -> Any:
     made = input_leaf(interpreter, name, shape, estimate(numbers, axes), odd=False)
     measured(made.node, numbers)
     return made
-
-
-def _parts(x: Any) -> list[tuple[str, Any]]:
-    """The parts of a complex input; of one that is only described, two that have E|x|² = 1 between them."""
-    if not isinstance(x, jax.ShapeDtypeStruct):
-        return [("real", np.real(x)), ("imaginary", np.imag(x))]
-    return [(which, Moments(0.0, 0.5, shape=x.shape)) for which in ("real", "imaginary")]
 
 
 def sample_axis(numbers: Float[np.ndarray, "samples ..."]) -> Axis:

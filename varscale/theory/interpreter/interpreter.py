@@ -22,7 +22,7 @@ import jax
 import numpy as np
 
 from varscale import _compat
-from varscale.programs.scopes import opened
+from varscale.programs.scopes import ends, opened
 from varscale.theory.domain.axes import Axis
 from varscale.theory.domain.tables import independent
 from varscale.theory.graph.layout import Value, align, value, without_entries
@@ -106,18 +106,10 @@ class Interpreter:
         self, jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], step: int | None = None
     ) -> list[Any]:
         """The outputs of a jaxpr, given values of its constants and inputs; `step` says which of a loop's it is."""
-        if step is not None:
-            self.steps.append(step)
-            try:
-                return self.run(jaxpr, consts, args)
-            finally:
-                self.steps.pop()
-        env, outer = dict[Any, Any](), self.used
-        self.used = used_variables(jaxpr)
-        for var, const in zip(jaxpr.constvars, consts, strict=True):
-            env[var] = self.known(const)
-        for var, arg in zip(jaxpr.invars, args, strict=True):
-            env[var] = arg
+        inputs = [*map(self.known, consts), *args]
+        env = dict(zip((*jaxpr.constvars, *jaxpr.invars), inputs, strict=True))
+        outer, self.used = self.used, used_variables(jaxpr)
+        self.steps += [] if step is None else [step]
         try:
             if self.place is not None:
                 self._watched(live_equations(jaxpr), jaxpr.outvars, env)
@@ -126,6 +118,8 @@ class Interpreter:
                     self._step(eqn, env)
         finally:
             self.used = outer
+            if step is not None:
+                self.steps.pop()
         return [self.known(v.val) if _compat.is_literal(v) else env[v] for v in jaxpr.outvars]
 
     def _mark(self, eqns: Sequence[Any], place: Place) -> None:
@@ -147,12 +141,13 @@ class Interpreter:
         place = outer if entered is None else outer.within(entered)
         silent = place.loops != len(self.steps)
         place.rows.entered += not silent
-        ends = {} if silent else place.ends(eqns, outputs)
+        keeps_scopes = place.rows.scopes and not silent
+        ended = ends(eqns, outputs, place.path, place.piece) if keeps_scopes else {}
         try:
             scopes = () if silent else self.regions.drawn
             if not silent:
                 self._mark(eqns, place)
-            kept = [var for ended in ends.values() for _, var in ended]
+            kept = [var for found in ended.values() for _, var in found]
             for start, stop, eqn in blocks(
                 eqns, outputs, place, scopes, kept, lambda v: is_weight(env.get(v))
             ):
@@ -169,7 +164,7 @@ class Interpreter:
                 for path, steps, field, var in eqn.params["rows"] if eqn.primitive.name == "region" else ():
                     place.rows.add(path, [*self.steps, *steps], "module", env[var], field)
                 for i in range(start, stop):
-                    for scope, var in ends.get(i, ()):
+                    for scope, var in ended.get(i, ()):
                         place.rows.add(scope.path, self.steps, "scope", env[var])
         finally:
             self.place, self.entering = outer, entered
@@ -188,10 +183,6 @@ class Interpreter:
 
     def _scope_of(self, place: Place, eqn: Any) -> str:
         return opened(eqn, place.path, place.piece)[1]
-
-    def refuse(self, scope: str, reason: str) -> None:
-        """Say that a region cannot be drawn."""
-        self.regions.refuse(scope, reason)
 
     def _nudge(self, x: Any) -> Any:
         if not isinstance(x, Value) or x.constant is None or math.prod(x.shape) <= 1:
@@ -228,13 +219,12 @@ class Interpreter:
     def _handler(self, eqn: Any, ins: Sequence[Any]) -> Rule:
         """The rule of an equation; of one with complex operands, the one for parts; where there is none, sampling."""
         name = eqn.primitive.name
+        made_complex = any(getattr(v.aval, "dtype", np.dtype(float)).kind == "c" for v in eqn.outvars)
         if name not in _WHOLE and (
-            any(isinstance(x, Complex) for x in ins) or (name in RULES and _is_complex(eqn))
+            any(isinstance(x, Complex) for x in ins) or (name in RULES and made_complex)
         ):
             return RULES["complex operands"]
-        if name in RULES:
-            return RULES[name]
-        return unruled
+        return RULES.get(name, unruled)
 
     def known(self, const: Any) -> Any:
         """The value of a known array."""
@@ -277,8 +267,3 @@ _WHOLE = (ENTERED - {"random_bits"}) | {
     "copy_p",
     "device_put",
 }
-
-
-def _is_complex(eqn: Any) -> bool:
-    """Whether a real value becomes a complex one."""
-    return any(getattr(v.aval, "dtype", None) is not None and v.aval.dtype.kind == "c" for v in eqn.outvars)

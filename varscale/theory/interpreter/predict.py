@@ -27,7 +27,7 @@ from varscale.theory.interpreter.parameters import (
 )
 from varscale.theory.interpreter.rows import Place, Rows, joined, through
 from varscale.theory.interpreter.summary import summarize, weights, with_gradients
-from varscale.theory.interpreter.tracing import Draws, Trace, drawing, execution_order, first_pass, traced
+from varscale.theory.interpreter.tracing import INIT_SEED, Draws, Trace, execution_order, first_pass, traced
 from varscale.theory.rules.registry import live_equations
 from varscale.usage.parameters import uses_in
 
@@ -124,7 +124,15 @@ def walkable(interpreter: Interpreter, program: Program, given: Inputs, params: 
     if scheme is not None:
         laws = laid_parameters(interpreter, parameters.shapes, parameters.values, scheme)
         parameters = parameters._replace(values=laws)
-    return Walkable(*_forward(program, parameters, split), parameters, split)
+    if parameters.draws is not None and parameters.draws.forward is not None:
+        return Walkable(parameters.draws.forward, parameters.draws.used, parameters, split)
+
+    def forward(variables: Any, dynamic: list[Any]) -> Any:
+        output, captures = program.apply(variables, split.join(dynamic))
+        return faces.grouped(captures, output)
+
+    trace = traced(forward, parameters.shapes, split.structs)
+    return Walkable(trace, range(len(parameters.values)), parameters, split)
 
 
 def _predicted(
@@ -145,28 +153,26 @@ def _predicted(
         )
 
     kind = "scope" if program.init is None and program.parameters is None else "module"
+    of_equations = None if detail == "equations" else () if detail == "modules" else detail
+
+    tree = jax.tree_util.tree_structure(forward.shapes)
 
     def walk() -> Walked:
-        rows = Rows(scopes=kind == "scope", equations=_equations(detail))
+        rows = Rows(scopes=kind == "scope", equations=of_equations)
         interpreter.place = Place(rows)
         values = walked.run(interpreter)
         interpreter.place = None
-        outputs = jax.tree_util.tree_unflatten(jax.tree_util.tree_structure(forward.shapes), values)
+        outputs = jax.tree_util.tree_unflatten(tree, values)
         captured = {call: outputs[call] for call in execution_order(forward.jaxpr, forward.shapes)}
         return list(joined(rows.made, captured, kind))
 
-    numbers = jax.tree_util.tree_unflatten(
-        jax.tree_util.tree_structure(forward.shapes), range(len(forward.jaxpr.outvars))
-    )
+    numbers = jax.tree_util.tree_unflatten(tree, range(len(forward.jaxpr.outvars)))
     order = {path: i for rows in numbers.values() for path, i in rows.items()}
     shares = through(forward.jaxpr, order, list(numbers[""])) if backward else {}
     flat = jax.tree_util.tree_flatten_with_path(parameters.shapes)[0]
     named = [(path_string(path), tuple(leaf.shape)) for path, leaf in flat]
-    program_of = forward.jaxpr.replace(
-        eqns=live_equations(forward.jaxpr)
-    )  # without those that draw its parameters
-    found_uses = uses_in(program_of, forward.constants, [named[i] for i in walked.numbers])
-    uses = {of.path: of for of in found_uses}
+    computing = forward.jaxpr.replace(eqns=live_equations(forward.jaxpr))  # not what draws its parameters
+    uses = {of.path: of for of in uses_in(computing, forward.constants, [named[i] for i in walked.numbers])}
 
     def report(found: Walked) -> Report:
         laws = zip((path for path, _ in named), parameters.values, strict=True)
@@ -207,29 +213,12 @@ def _settled(
                 interpreter.graph.undrawn = True
 
 
-def _equations(detail: str | Collection[str]) -> Collection[str] | None:
-    """The primitives whose equations have rows; None for all."""
-    return None if detail == "equations" else () if detail == "modules" else detail
-
-
 class _Parameters(NamedTuple):
     """A model's parameters: their shapes, as a tree; their values; how they are drawn, where its own init draws them."""
 
     shapes: Any
     values: list[Any]
     draws: Draws | None = None
-
-
-def _forward(program: Program, parameters: _Parameters, split: TracedInputs) -> tuple[Trace, Sequence[int]]:
-    """The forward pass from parameters and inputs to rows, and the numbers of the parameters it takes."""
-    if parameters.draws is not None and parameters.draws.forward is not None:
-        return parameters.draws.forward, parameters.draws.used
-
-    def forward(variables: Any, dynamic: list[Any]) -> Any:
-        output, captures = program.apply(variables, split.join(dynamic))
-        return faces.grouped(captures, output)
-
-    return traced(forward, parameters.shapes, split.structs), range(len(parameters.values))
 
 
 def _parameters(interpreter: Interpreter, program: Program, params: Any, split: TracedInputs) -> _Parameters:
@@ -241,16 +230,16 @@ def _parameters(interpreter: Interpreter, program: Program, params: Any, split: 
         return _Parameters(drawn.drawing.shapes, init_laws(interpreter, drawn.drawing, inputs), drawn)
     if params is not None and program.init is None and not is_function(params):
         return _Parameters(*given_parameters(interpreter, params, None, None))
-    if program.init is not None:
-        init = program.init
-        trace = drawing(lambda key, dynamic: init(key, split.join(dynamic)), split)
+    init, given = program.init, params
+    if init is not None:
+        trace = traced(lambda dynamic: init(jax.random.key(INIT_SEED), split.join(dynamic)), split.structs)
     elif params is None:
         raise ValueError(
             "params must be given for a plain function: arrays, or a function of a key that returns them"
         )
     else:
-        trace, params = drawing(lambda key, _: params(key), split), None
+        trace, given = traced(lambda _: params(jax.random.key(INIT_SEED)), split.structs), None
     values = init_laws(interpreter, trace, inputs)
-    if params is None:
+    if given is None:
         return _Parameters(trace.shapes, values)
-    return _Parameters(*given_parameters(interpreter, params, trace.shapes, values))
+    return _Parameters(*given_parameters(interpreter, given, trace.shapes, values))

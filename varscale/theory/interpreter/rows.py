@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from varscale import _compat
 from varscale.programs.marks import FIELD, MODULE, WITHIN
 from varscale.programs.pieces import PIECE, live
-from varscale.programs.scopes import Scope, ends, is_floating, opened, whole_path
+from varscale.programs.scopes import is_floating, opened, whole_path
 from varscale.theory.rules.registry import sub_jaxpr_of
 
 _LOOPS = {"scan", "while"}
@@ -86,10 +86,6 @@ class Place:
         path = opened(eqn, self.path, self.piece)[1]
         piece = path if eqn.params.get("name") == PIECE else self.piece
         return Place(self.rows, path, self.loops + (eqn.primitive.name in _LOOPS), piece)
-
-    def ends(self, eqns: Sequence[Any], outputs: Sequence[Any]) -> dict[int, list[tuple[Scope, Any]]]:
-        """The scopes that end with each equation, the innermost first, and what each puts out, where they have rows."""
-        return ends(eqns, outputs, self.path, self.piece) if self.rows.scopes else {}
 
     def note(self, eqn: Any, env: Mapping[Any, Any], steps: Sequence[int]) -> None:
         """A row for what a module puts out; where equations are asked for, one for each array that another computes."""
@@ -196,49 +192,35 @@ def through(jaxpr: Any, rows: Mapping[str, int], own: Sequence[str]) -> dict[str
         own: the rows of the model's own outputs.
     """
     ends = [jaxpr.outvars[rows[path]] for path in own]
-    walk = _Walk()
-    walk.run(jaxpr, live(jaxpr.replace(outvars=ends), jaxpr.eqns))
+    taps: dict[Any, _Tap] = {}
+    _tapped(live(jaxpr.replace(outvars=ends), jaxpr.eqns), taps)
     for atom in ends:
-        for tap in walk.tap(atom).chain():
+        for tap in _tap(taps, atom).chain():
             tap.ends += 1
     found = {}
     for path, number in rows.items():
-        tap = walk.tap(jaxpr.outvars[number])
+        tap = _tap(taps, jaxpr.outvars[number])
         root = list(tap.chain())[-1]
         found[path] = Through(tap.readers > 0, root.readers > tap.readers, tap.ends, root.ends)
     return found
 
 
-class _Walk:
-    """A walk that follows arrays through marks and calls."""
-
-    def __init__(self) -> None:
-        self._taps: dict[Any, _Tap] = {}
-
-    def tap(self, atom: Any) -> _Tap:
-        return _Tap() if _compat.is_literal(atom) else self._taps.setdefault(atom, _Tap())
-
-    def run(self, jaxpr: Any, eqns: Sequence[Any]) -> None:
-        for eqn in eqns:
-            ins = [self.tap(v) for v in eqn.invars]
-            inner = sub_jaxpr_of(eqn)
-            called = None if inner is None else _compat.sub_jaxpr(inner)[0]
-            if eqn.primitive.name == "name" and str(eqn.params["name"]).startswith((MODULE, WITHIN)):
-                self._taps[eqn.outvars[0]] = _Tap(ins[0])
-            elif (
-                called is not None
-                and len(called.invars) == len(ins)
-                and eqn.primitive.name not in _CALLED_AGAIN
-            ):
-                # A body may be called again: its variables are those of the call that is walked.
-                outer, self._taps = self._taps, dict(zip(called.invars, ins, strict=True))
-                self.run(called, called.eqns)
-                made = [self.tap(v) for v in called.outvars]
-                self._taps = outer
-                self._taps.update(zip(eqn.outvars, made, strict=True))
-            else:
-                for tap in (tap for x in ins for tap in x.chain()):
-                    tap.readers += 1
+def _tap(taps: dict[Any, _Tap], atom: Any) -> _Tap:
+    return _Tap() if _compat.is_literal(atom) else taps.setdefault(atom, _Tap())
 
 
-_CALLED_AGAIN = ("scan", "while", "cond")
+def _tapped(eqns: Sequence[Any], taps: dict[Any, _Tap]) -> None:
+    """Follow arrays through marks and calls."""
+    for eqn in eqns:
+        ins, inner, name = [_tap(taps, v) for v in eqn.invars], sub_jaxpr_of(eqn), eqn.primitive.name
+        called = None if inner is None else _compat.sub_jaxpr(inner)[0]
+        if name == "name" and str(eqn.params["name"]).startswith((MODULE, WITHIN)):
+            taps[eqn.outvars[0]] = _Tap(ins[0])
+        elif called is not None and len(called.invars) == len(ins) and name not in ("scan", "while", "cond"):
+            # A body may be called again: its variables are those of the call that is walked.
+            own = dict(zip(called.invars, ins, strict=True))
+            _tapped(called.eqns, own)
+            taps.update(zip(eqn.outvars, [_tap(own, v) for v in called.outvars], strict=True))
+        else:
+            for tap in (tap for x in ins for tap in x.chain()):
+                tap.readers += 1

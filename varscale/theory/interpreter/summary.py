@@ -50,14 +50,21 @@ def summarize(
 
     `shares` says what of the gradient at a row's array flows through the row.
     """
-    found = [(path, kind, _real(interpreter, x)) for path, kind, x in outputs]
+    # Of complex numbers it is the modulus that is measured and predicted.
+    found = [
+        (path, kind, modulus(interpreter, x) if isinstance(x, Complex) else x) for path, kind, x in outputs
+    ]
     kinds = {path: kind or _kind(program, path) for path, kind, _ in found}
     values = {path: x for path, _, x in found if isinstance(x, Value) and math.prod(x.shape) > 0}
     for x in values.values():
         _ = x.node.table
     gradients = _gradients(interpreter, values) if backward else {}
-    at_rows = {path: _at_row(x, gradients.get(x.node.id), shares.get(path)) for path, x in values.items()}
-    rows = tuple(_row(path, kinds[path], x, at_rows[path]) for path, x in values.items())
+    at_rows = {
+        path: _at_row(x, gradients[x.node.id], shares.get(path))
+        for path, x in values.items()
+        if x.node.id in gradients
+    }
+    rows = tuple(_row(path, kinds[path], x, at_rows.get(path)) for path, x in values.items())
     return Report(rows, dict(weights))
 
 
@@ -69,23 +76,15 @@ def with_gradients(
 ) -> Report:
     """The report with the gradients, where it has none, of a walk in which what is one known number was nudged."""
     values = {path: x for path, _, x in nudged if isinstance(x, Value) and math.prod(x.shape) > 0}
-    gradients = _gradients(interpreter, values)
-    rows = []
-    for row in report.rows:
+    gradients, rows = _gradients(interpreter, values), list(report.rows)
+    for i, row in enumerate(rows):
         x = values.get(row.path)
-        if x is not None and row.gradient is None:
-            found = _at_row(x, gradients.get(x.node.id), shares.get(row.path))
-            if found is not None:
-                row = dataclasses.replace(
-                    row, gradient=found[0], gradient_error_bound=float(GRADIENT_BASE + found[1])
-                )
-        rows.append(row)
+        if x is not None and row.gradient is None and x.node.id in gradients:
+            gradient, doubt = _at_row(x, gradients[x.node.id], shares.get(row.path))
+            rows[i] = dataclasses.replace(
+                row, gradient=gradient, gradient_error_bound=float(GRADIENT_BASE + doubt)
+            )
     return dataclasses.replace(report, rows=tuple(rows))
-
-
-def _real(interpreter: Interpreter, x: Any) -> Any:
-    """Of complex numbers it is the modulus that is measured and predicted."""
-    return modulus(interpreter, x) if isinstance(x, Complex) else x
 
 
 def _kind(program: Program, path: str) -> str:
@@ -93,32 +92,14 @@ def _kind(program: Program, path: str) -> str:
     return program.kinds.get(module, program.kind if module == "" else "array")
 
 
-def _is_bounded(x: Value) -> bool:
-    """Whether its moments are those of numbers, and not of what stands for infinities: those have nothing that fluctuates."""
-    return x.node.table.mean_square < _UNBOUNDED
-
-
-def _unbounded(path: str, kind: str, x: Value) -> Row:
-    """The row of an equation among whose numbers are infinities, which masks put there and a softmax takes away."""
-    return Row(
-        path,
-        kind,
-        x.shape,
-        x.node.table.total_mean,
-        math.inf,
-        math.inf,
-        math.inf,
-        (0.0, math.inf),
-        how="assumed",
-        error_bound=math.inf,
-    )
-
-
 def _row(path: str, kind: str, x: Value, gradient: tuple[float, float] | None) -> Row:
     table = x.node.table
-    if not _is_bounded(x):
-        return _unbounded(path, kind, x)
-    mean = table.total_mean
+    mean, infinite = table.total_mean, math.inf
+    if table.mean_square >= _UNBOUNDED:  # infinities, which masks put there and a softmax takes away
+        band = (0.0, infinite)
+        return Row(
+            path, kind, x.shape, mean, infinite, infinite, infinite, band, how="assumed", error_bound=infinite
+        )
     second, typical, band = of_one_draw(x.node)
     how, error_bound = provenance(x.node)
     # The middle of a band is in doubt, too: of what was drawn by two of the standard errors that bound it.
@@ -156,21 +137,12 @@ def of_one_draw(node: Node) -> tuple[float, float, tuple[float, float]]:
     return second, typical, (typical * math.exp(lean - reach), typical * math.exp(lean + reach))
 
 
-def _at_row(x: Value, found: tuple[float, float] | None, share: Through | None) -> tuple[float, float] | None:
+def _at_row(x: Value, found: tuple[float, float], share: Through | None) -> tuple[float, float]:
     """The gradient at a row and its doubt, from those at the row's node."""
-    if found is None:
-        return None
-    gradient, doubt = _of_one_copy(x, *found)
-    return (gradient, doubt) if share is None else share.of(gradient, doubt, UNKNOWN)
-
-
-def _of_one_copy(x: Value, gradient: float, doubt: float) -> tuple[float, float]:
-    """The gradient at one place of a value that repeats: copies share the node's evenly, if theirs are independent.
-
-    If all n are one and the same, each has 1/n² of it rather than 1/n.
-    """
+    # Copies share the node's evenly, if theirs are independent. If all n are one and the same, each has 1/n² of it, not 1/n.
     copies = math.prod(a.size for dim in x.dims for a in dim if a.axis is None)
-    return gradient / copies, doubt + (copies - 1)
+    gradient, doubt = found[0] / copies, found[1] + (copies - 1)
+    return (gradient, doubt) if share is None else share.of(gradient, doubt, UNKNOWN)
 
 
 def correlation(x: Value, dims: list[int]) -> float | None:

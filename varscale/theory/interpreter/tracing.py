@@ -18,7 +18,7 @@ from varscale.programs.program import Program
 from varscale.theory.graph.store import PredictionError
 from varscale.theory.rules.registry import live_equations
 
-_INIT_SEED = 0  # laws do not depend on the seed
+INIT_SEED = 0  # laws do not depend on the seed
 
 
 class Trace(NamedTuple):
@@ -65,11 +65,6 @@ def traced(f: Callable[..., Any], *args: Any) -> Trace:
     return Trace(jaxpr.jaxpr, jaxpr.consts, shapes)
 
 
-def drawing(init: Callable[[Any, Any], Any], split: Any) -> Trace:
-    """How `init`, a function of a key and inputs, draws parameters."""
-    return traced(lambda dynamic: init(jax.random.key(_INIT_SEED), dynamic), split.structs)
-
-
 def first_pass(program: Program, split: Any) -> Draws | None:
     """How a model draws its parameters, and the forward pass that it does on the way if it is the one it does ever after.
 
@@ -78,7 +73,7 @@ def first_pass(program: Program, split: Any) -> Draws | None:
     alike: list[bool] = []
 
     def both(dynamic: Any) -> Any:
-        key = jax.random.key(_INIT_SEED)
+        key = jax.random.key(INIT_SEED)
         variables, output, captures, same = program.start(key, split.join(dynamic))  # pyright: ignore
         alike.append(same)
         return variables, faces.grouped(captures, output)
@@ -94,20 +89,11 @@ def first_pass(program: Program, split: Any) -> Draws | None:
     if not alike[-1] or not used.keys().isdisjoint(jaxpr.invars):
         return Draws(drawing, None, ())
     forward = jaxpr.replace(invars=[*used, *jaxpr.invars], outvars=outputs)
-    if any(map(_draws, live_equations(forward))):
-        return Draws(
-            drawing, None, ()
-        )  # drawn inside a loop, say: what it computes with is not what it returns
+    atoms = (v for eqn in live_equations(forward) for v in (*eqn.invars, *eqn.outvars))
+    if any(jnp.issubdtype(getattr(v.aval, "dtype", bool), jax.dtypes.prng_key) for v in atoms):
+        # Drawn inside a loop, say: what it computes with is not what it returns.
+        return Draws(drawing, None, ())
     return Draws(drawing, Trace(forward, constants, rows), tuple(used.values()))
-
-
-def _draws(eqn: Any) -> bool:
-    """Whether an equation takes or makes random keys."""
-    return any(_is_key(getattr(v.aval, "dtype", np.dtype(bool))) for v in (*eqn.invars, *eqn.outvars))
-
-
-def _is_key(dtype: Any) -> bool:
-    return not isinstance(dtype, np.dtype) and jnp.issubdtype(dtype, jax.dtypes.prng_key)
 
 
 def execution_order(jaxpr: Any, shapes: Mapping[str, Mapping[str, Any]]) -> list[str]:

@@ -194,7 +194,7 @@ def _equation(eqn: Any, ins: list[Any], weights: list[bool], sizes: Sizes) -> li
     if not changed:
         return _bound(eqn, ins, {}) if inner is None else list(_compat.evaluated(eqn, ins))
     if name in _PRODUCTS:
-        return [_product(eqn, ins, weights, sizes)]
+        return [_contracted(eqn, ins, weights, sizes)]
     if name == "reduce_sum":
         ratio = sizes.ratio([eqn.invars[0].aval.shape[k] for k in p["axes"]])
         return [_bound(eqn, ins, {})[0] * jnp.asarray(ratio, ins[0].dtype)]
@@ -239,7 +239,7 @@ def _where_positions_matter(eqn: Any, sizes: Sizes) -> list[int]:
     return [shape[k] for k in axes]
 
 
-def _product(eqn: Any, ins: list[Any], weights: list[bool], sizes: Sizes) -> jax.Array:
+def _contracted(eqn: Any, ins: list[Any], weights: list[bool], sizes: Sizes) -> jax.Array:
     """A product; where one operand is weights, each term, and each one that flows back, stands for so many.
 
     A convolution is one of fewer channels and samples, on every position of the image.

@@ -87,10 +87,12 @@ class Context(Protocol):
         graph: the nodes built so far.
         place: where rows are kept; None where none are.
         used: the variables that are read of the jaxpr that is being interpreted.
+        regions: the scopes that are drawn, or cannot be.
     """
 
     graph: Graph
     place: Any
+    regions: Any
     used: frozenset[Any]
 
     def run(
@@ -112,9 +114,6 @@ class Context(Protocol):
     def ask(self, reason: str, *, whole: bool = False) -> bool:
         """Ask for a region of the module that the walk is in, or of the whole model; False where there is none to be had."""
         ...
-
-    def refuse(self, scope: str, reason: str) -> None:
-        """Say that a region cannot be drawn."""
 
     def leaf(
         self, name: Any, shape: Sequence[int], mean: float, second_moment: float, *, odd: bool, **law: Any

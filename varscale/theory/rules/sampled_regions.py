@@ -105,12 +105,10 @@ def region_rule(interpreter: Context, eqn: Any, *xs: Any) -> list[Any]:
         if scope and _applied_before(operands):
             raise CannotDraw("random weights that it reads were applied before it")
         return _outputs(interpreter, jaxpr, operands, nudged, whole_numbers=not scope)
-    except CannotDraw as trouble:
-        interpreter.refuse(scope, str(trouble))
     except (
         Exception
     ) as error:  # whatever equations may raise that are run on numbers they were not written for
-        interpreter.refuse(scope, told(error))
+        interpreter.regions.refuse(scope, str(error) if isinstance(error, CannotDraw) else told(error))
     return [placeholder(interpreter, aval) for aval in jaxpr.out_avals]
 
 
