@@ -125,8 +125,9 @@ def _variables(program: Program, params: Any, scheme: Any) -> Callable[[Any, Inp
         ValueError: they are given as arrays.
     """
     laws, start = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_law)[0], program.init
-    by_init, by_function = (params is None and start is not None, callable(params) and is_function(params))
-    if not (by_init or by_function or any(not isinstance(law, jax.Array | np.ndarray) for _, law in laws)):
+    function = params if callable(params) and is_function(params) else None
+    by_tree = function is None and (params is not None or start is None)
+    if by_tree and all(isinstance(law, jax.Array | np.ndarray) for _, law in laws):
         raise ValueError(
             "draws needs parameters that are drawn, not arrays, which are one draw: give the laws "
             "(of an nnx model the "
@@ -134,8 +135,8 @@ def _variables(program: Program, params: Any, scheme: Any) -> Callable[[Any, Inp
         )
 
     def init(key: Any, x: Inputs) -> Any:
-        found = params(key) if by_function else start(key, x) if start is not None else params
-        if not (by_init or by_function):
+        found = function(key) if function else start(key, x) if start is not None else params
+        if by_tree:
             given = {path_string(path): law for path, law in laws}
             own = jax.tree_util.tree_flatten_with_path(found, is_leaf=is_law)[0]
             found = _drawn_by(
@@ -192,7 +193,8 @@ def _input_sampler(model: Any, given: Inputs, params: Any, method: str | None) -
         tables = [p.shape[0] for p in found if p.role == "embedding"]
         if not tables:
             raise ValueError(
-                "draws needs inputs of whole numbers as arrays: from a ShapeDtypeStruct their range is not known"
+                "draws needs inputs of whole numbers as arrays: from a ShapeDtypeStruct their range is "
+                "not known"
             )
         count = min(tables)
 

@@ -135,7 +135,7 @@ def blocks(
     """
     paths = [opened(eqn, place.path, place.piece)[1] for eqn in eqns] if scopes else []
     own = {scope: [i for i, path in enumerate(paths) if within(path, scope)] for scope in scopes}
-    # From the first to the last; what is between reads of them or is read by them, or may as well be. Overlaps are one span.
+    # What is between the first and the last reads of them or is read by them, or may as well be.
     spans: list[_Span] = []
     for span in sorted(_Span(places[0], places[-1] + 1, scope) for scope, places in own.items() if places):
         if spans and span.start < spans[-1].stop:

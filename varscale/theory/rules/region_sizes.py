@@ -118,8 +118,8 @@ def _compiled(f: Any) -> tuple[Any, Any]:
     return jax.jit(f, static_argnums=0), jax.jit(f, static_argnums=0, compiler_options=quickly)
 
 
-# By whether the program is short: its outputs on some draws of its operands, and the cotangents of its floating operands,
-# draw by draw, given those of its real outputs.
+# By whether the program is short: its outputs on some draws of its operands, and the cotangents of its
+# floating operands, draw by draw, given those of its real outputs.
 RUN, BACK = _compiled(_run_all), _compiled(_back_all)
 
 
