@@ -139,7 +139,7 @@ def of_one_draw(node: Node) -> tuple[float, float, tuple[float, float]]:
 
 def _at_row(x: Value, found: tuple[float, float], share: Through | None) -> tuple[float, float]:
     """The gradient at a row and its doubt, from those at the row's node."""
-    # Copies share the node's evenly, if theirs are independent; if all n are one, each has 1/n² of it, not 1/n.
+    # Copies share the node's evenly, if independent; if all n are one, each has 1/n² of it rather than 1/n.
     copies = math.prod(a.size for dim in x.dims for a in dim if a.axis is None)
     gradient, doubt = found[0] / copies, found[1] + (copies - 1)
     return (gradient, doubt) if share is None else share.of(gradient, doubt, UNKNOWN)
