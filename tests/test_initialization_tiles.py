@@ -13,7 +13,7 @@ from jax.nn import initializers as theirs
 import varscale as vs
 from varscale.initialization import formulas, tiles, tracing
 from varscale.initialization.drawing import Drawing
-from varscale.initialization.host_memory import empty
+from varscale.initialization.host_memory import reserved
 from varscale.initialization.outline import outline
 from varscale.initialization.tracing import trace
 
@@ -118,10 +118,10 @@ def test_arrays_of_the_host_are_taken_over_without_a_copy() -> None:
     """In huge pages and in small ones (from 256 MB on; they are not touched here), whatever the dtype."""
     shapes = [(2**27, 2), (0, 3), (), (5,)]
     dtypes = [np.int8, np.float32, jnp.bfloat16, np.float64]
-    arrays = empty(shapes, dtypes)
+    arrays = [space.array for space in reserved(shapes, dtypes)]
     assert [(x.shape, x.dtype) for x in arrays] == [(s, np.dtype(d)) for s, d in zip(shapes, dtypes, strict=True)]
     assert all(x.flags.writeable and x.__array_interface__["data"][0] % 64 == 0 for x in arrays if x.size)
-    large, small = arrays[0], empty([(2**19 + 3,)], [np.float32])[0]
+    large, small = arrays[0], reserved([(2**19 + 3,)], [np.float32])[0].array
     small[...] = 1
     for array in (large, small):
         assert jax.device_put(array).unsafe_buffer_pointer() == array.__array_interface__["data"][0]

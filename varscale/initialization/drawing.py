@@ -144,11 +144,12 @@ class _Lowered:
     """A program that is traced and lowered, and compiled when first asked for."""
 
     def __init__(self, lowered: Any):
-        self._lowered = lowered
+        self._lowered: Any = lowered
 
     @functools.cached_property
     def compiled(self) -> Any:
-        return self._lowered.compile()
+        lowered, self._lowered = self._lowered, None
+        return lowered.compile()
 
 
 class Told:
@@ -195,9 +196,12 @@ def compile_all(programs: Sequence[Any]) -> None:
 
     They are lowered in this thread: jax's settings, such as `jax.enable_x64`, may hold for it alone.
     """
-    distinct = sorted(set(programs), key=lambda p: -p.cost)
-    with concurrent.futures.ThreadPoolExecutor(max(1, min(len(distinct), os.cpu_count() or 1))) as pool:
-        waiting = [pool.submit(getattr, _lowered(program), "compiled") for program in distinct]
+    if not programs:
+        return
+    *others, last = sorted(set(programs), key=lambda p: -p.cost)
+    with concurrent.futures.ThreadPoolExecutor(max(1, min(len(others), os.cpu_count() or 1))) as pool:
+        waiting = [pool.submit(getattr, _lowered(program), "compiled") for program in others]
+        compiled(last)  # by this thread: what memory that takes serves it again
         for future in waiting:
             future.result()
 

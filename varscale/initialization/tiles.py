@@ -8,6 +8,7 @@ several devices, every leaf has a program of its own (`drawing`).
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 import os
@@ -23,10 +24,11 @@ from varscale import _compat
 from varscale.initialization import formulas
 from varscale.initialization.drawing import Drawing, LaidDrawing, compiled
 from varscale.initialization.formulas import Formula
-from varscale.initialization.host_memory import empty
+from varscale.initialization.host_memory import Space, reserved
 
 _TILE = 1024
-_FEW, _MANY = 80, 1024  # tiles a call: few take little memory, many make calls cheap
+_FEW, _MANY = 112, 1024  # tiles a call: few take little memory, many make calls cheap
+_AHEAD = 2  # calls that a thread has started when it waits for the first of them
 _LARGE = 2**26  # numbers of a model from which on calls are to be cheap
 _SMALL = 2**20  # numbers that it takes no time worth saving to draw
 
@@ -135,55 +137,68 @@ def fits(draws: int, size: int) -> bool:
 
 def drawn(leaves: Sequence[Leaf]) -> list[np.ndarray]:
     """The leaves, drawn by all cores, as arrays of the host that jax takes over without a copy."""
-    arrays = empty([leaf.shape for leaf in leaves], [leaf.program.formula.dtype for leaf in leaves])
+    spaces = reserved([leaf.shape for leaf in leaves], [leaf.program.formula.dtype for leaf in leaves])
     groups: dict[Tiles, list[int]] = {}
     for i, leaf in enumerate(leaves):
         groups.setdefault(leaf.program, []).append(i)
-    calls: list[Callable[[], None]] = []
+    calls: list[Callable[[], Callable[[], None]]] = []
     for program, chosen in groups.items():
-        calls += _Group(program, [leaves[i] for i in chosen], [arrays[i] for i in chosen]).calls()
-    waiting: Iterator[Callable[[], None]] = iter(calls)  # of a list: threads may share it
-
+        calls += _Group(program, [leaves[i] for i in chosen], [spaces[i] for i in chosen]).calls()
+    waiting: Iterator[Callable[[], Callable[[], None]]] = iter(calls)  # of a list: threads may share it
     has_x64 = bool(jax.config.jax_enable_x64)  # pyright: ignore[reportAttributeAccessIssue]
 
     def work() -> None:
+        running: collections.deque[Callable[[], None]] = collections.deque()
         with jax.enable_x64(has_x64):  # may hold for the thread that calls alone
             for call in waiting:
-                call()
+                running.append(call())
+                if len(running) > _AHEAD:
+                    running.popleft()()
+            for finish in running:
+                finish()
 
-    count = min((os.cpu_count() or 1) + 1, len(calls))  # one more than cores: one copies while the others draw
-    with ThreadPoolExecutor(max(1, count)) as pool:
-        for future in [pool.submit(work) for _ in range(count)]:
+    others = min(len(calls), (os.cpu_count() or 1) // 2) - 1  # XLA shares a call between cores; one thread copies for two
+    with ThreadPoolExecutor(max(1, others)) as pool:
+        helping = [pool.submit(work) for _ in range(others)]
+        work()
+        for future in helping:
             future.result()
-    return arrays
+    return [space.array for space in spaces]
 
 
 class _Group:
     """The leaves of one program, as one row of tiles."""
 
-    def __init__(self, program: Tiles, leaves: Sequence[Leaf], arrays: Sequence[np.ndarray]):
+    def __init__(self, program: Tiles, leaves: Sequence[Leaf], spaces: Sequence[Space]):
         self.compiled, self.count = compiled(program), program.count
+        self.draws = [(space, leaf.size, i) for space, leaf in zip(spaces, leaves, strict=True) for i in range(len(leaf.words))]
         draws = [len(leaf.words) for leaf in leaves]
-        self.targets = [row for x, count in zip(arrays, draws, strict=True) for row in x.reshape(count, -1)]
         self.words = np.concatenate([leaf.words for leaf in leaves])
         self.factors = np.repeat(np.asarray([leaf.factor for leaf in leaves]), draws)
         tiles = np.repeat([-(-leaf.size // _TILE) for leaf in leaves], draws)
         self.ends = np.cumsum(tiles)
         self.begins = self.ends - tiles
         row = np.repeat(np.arange(len(tiles), dtype=np.uint32), tiles)
-        self.row = np.pad(row, (0, -len(row) % self.count), mode="edge")  # the target that each tile belongs to
+        self.row = np.pad(row, (0, -len(row) % self.count), mode="edge")  # the draw that each tile belongs to
 
-    def calls(self) -> list[Callable[[], None]]:
-        """What draws all tiles."""
-        return [functools.partial(self.draw, first) for first in range(0, len(self.row), self.count)]
+    def calls(self) -> list[Callable[[], Callable[[], None]]]:
+        """What starts to draw all tiles, and gives what waits for them."""
+        return [functools.partial(self.start, first) for first in range(0, len(self.row), self.count)]
 
-    def draw(self, first: int) -> None:
-        """Draw the tiles from this one on, and copy them to where they belong."""
+    def start(self, first: int) -> Callable[[], None]:
+        """Start to draw the tiles from this one on."""
         end = first + self.count
         row = self.row[first:end]
         offsets = ((np.arange(first, end) - self.begins[row]) * _TILE).astype(np.uint32)
-        numbers = np.asarray(self.compiled(self.words[row], offsets, self.factors[row])).reshape(-1)
-        for i in range(row[0], row[-1] + 1):
+        return functools.partial(self.finish, first, self.compiled(self.words[row], offsets, self.factors[row]))
+
+    def finish(self, first: int, tiles: jax.Array) -> None:
+        """Copy drawn tiles to where they belong."""
+        end = first + self.count
+        numbers = np.asarray(tiles).reshape(-1)
+        for i in range(self.row[first], self.row[end - 1] + 1):
+            space, size, place = self.draws[i]
             start = max(self.begins[i], first)
-            target = self.targets[i][(start - self.begins[i]) * _TILE : (end - self.begins[i]) * _TILE]
-            target[...] = numbers[(start - first) * _TILE :][: len(target)]
+            begin, stop = (start - self.begins[i]) * _TILE, min(size, (end - self.begins[i]) * _TILE)
+            source = (start - first) * _TILE
+            space.write(place * size + begin, numbers[source : source + stop - begin])

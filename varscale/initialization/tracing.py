@@ -180,6 +180,7 @@ class _Kept:
     def __init__(self, call: _Call):
         self._call, self._trace = call, _trace(call)
         self._serves_once = not self._trace.lasts
+        gc.collect(1)  # what is kept grows old now: no collection during the next call is to look through it
 
     def get(self) -> Trace:
         found = self._trace
