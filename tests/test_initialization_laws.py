@@ -1,5 +1,7 @@
 """Laws by pattern, values that are given, and models that exist: what is drawn anew, and what is left to the bit."""
 
+from functools import partial
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -126,6 +128,36 @@ def test_given_values_are_not_drawn(declared, inside):
         draw(given={"head": {"bias": np.ones(3)}})
 
 
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("head/bias", np.ones(12, np.complex64), "has dtype complex64, which the model's leaf of dtype float32 cannot hold"),
+        ("head/bias", np.array([None] * 12), "has dtype object; give numbers"),
+        ("head/bias", np.array(["a"] * 12), "has dtype <U1; give numbers"),
+    ],
+)
+def test_given_values_that_a_leaf_cannot_hold(path, value, message):
+    with pytest.raises(TypeError, match=f"given: '{path}' {message}"):
+        draw(given={path: value})
+    with pytest.raises(ValueError, match=f"given: the model's leaf 'params/{path}' is given two values"):
+        draw(given={path: np.ones(12), f"params/{path}": np.ones(12)})
+
+
+def test_given_state_of_a_random_generator():
+    rngs = {"key": vs.fast_key(9), "count": 7}
+    model, _ = vs.initialize(Model, KEY, given={"drop": {"rngs": rngs}})
+    found = model.drop.rngs.key[...]
+    assert found == jax.random.key(9)
+    assert found.dtype == jax.random.key(9).dtype
+    assert model.drop.rngs.count[...] == 7
+    for name, value, dtype, own in (
+        ("key", jax.random.key(0, impl="rbg"), "key<rbg>", "key<fry>"), ("key", 1.0, "float64", "key<fry>"),
+        ("count", 7.0, "float64", "uint32"),
+    ):  # fmt: skip
+        with pytest.raises(TypeError, match=f"dtype {dtype}, which the model's leaf of dtype {own} cannot hold"):
+            vs.initialize(Model, KEY, given={"drop": {"rngs": {name: value}}})
+
+
 def test_nothing_and_everything_given(declared):
     everything, account = draw(given=declared)
     assert not changed(declared, everything)
@@ -183,10 +215,48 @@ def test_bad_schemes():
         draw(scheme={"head/kernel": vs.fused(vs.he_normal(), 5)})
     with pytest.raises(TypeError, match="dtype must be a floating"):
         draw(dtype=jnp.int32)
+    with pytest.raises(TypeError, match="dtype must be a floating dtype, to round floating parameters to, not complex64"):
+        draw(dtype=jnp.complex64)
     with pytest.raises(TypeError, match="key must be a PRNG key"):
         vs.initialize(Net(), 0, X)
     with pytest.raises(TypeError, match="model must be a linen module or an nnx factory"):
         vs.initialize(lambda params, x: x, KEY, X)
+
+
+@pytest.mark.parametrize("law", [vs.he_normal, jax.nn.initializers.lecun_normal, nn.initializers.zeros_init])
+def test_laws_that_were_not_called(law):
+    with pytest.raises(TypeError, match=rf"is {law.__name__}, which makes initializers: call it, {law.__name__}\(\)"):
+        draw(scheme={"head/kernel": law})
+
+
+def test_random_keys_among_parameters_have_no_law():
+    class Keyed(nn.Module):
+        @nn.compact
+        def __call__(self):
+            self.param("key", lambda key: key)
+            self.param("scale", nn.initializers.normal(), (3,))
+
+    variables = vs.initialize(Keyed(), KEY, scheme={"**": vs.ones}, dtype=jnp.bfloat16)
+    assert jnp.issubdtype(variables["params"]["key"].dtype, jax.dtypes.prng_key)
+    np.testing.assert_array_equal(variables["params"]["scale"], 1)
+
+
+def test_jitted_functions_may_close_over_the_key(declared):
+    """Leaves that depend on the data are traced too."""
+
+    class Centred(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            self.variable("statistics", "mean", x.mean)
+            return nn.Dense(3)(x)
+
+    x = jnp.arange(8.0).reshape(2, 4)
+    ours, own = (jax.jit(lambda x, f=f: f(KEY, x))(x) for f in (partial(vs.initialize, Centred()), Centred().init))
+    jax.tree.map(np.testing.assert_array_equal, ours, own)
+    assert jax.vmap(lambda x: vs.initialize(Centred(), KEY, x)["statistics"]["mean"])(x).shape == (2,)
+    tree, law = {"a": x, "b": x}, {"a": vs.normal(1.0)}
+    jitted = jax.jit(lambda tree: vs.reinitialize(tree, law, KEY))(tree)
+    np.testing.assert_array_equal(jitted["a"], vs.reinitialize(tree, law, KEY)["a"])
 
 
 def test_fast_keys_draw_the_same_and_leave_no_trace():
@@ -197,6 +267,7 @@ def test_fast_keys_draw_the_same_and_leave_no_trace():
     assert model.drop.rngs.key[...].dtype == KEY.dtype
     other = vs.initialize(Model, KEY)
     np.testing.assert_array_equal(model.body.kernel[...], other.body.kernel[...])
-    for bad in ("a", 1.5, True, None):
+    assert jax.jit(vs.fast_key)(3) == fast
+    for bad in ("a", 1.5, True, None, np.bool_(True), np.arange(3)):
         with pytest.raises(TypeError, match="key must be a PRNG key"):
             vs.fast_key(bad)

@@ -20,6 +20,11 @@ _THREEFRY = frozenset({"key<fry>", "key<varscale_fry>"})
 Words = np.ndarray
 
 
+def is_traced(key: Any) -> bool:
+    """Whether what is made of a key has no numbers yet: it is a tracer, or a jitted function closes over it."""
+    return _compat.is_tracer(jax.random.key_data(key))
+
+
 def threefry_2x32(key: Words, high: Words, low: Words) -> tuple[Words, Words]:
     """The Threefry-2x32 hash of the counters (high, low) under keys of shape (*batch, 2), in NumPy.
 
@@ -70,11 +75,12 @@ class _Frame:
 class Derivation:
     """The derived values of a trace for one key.
 
-    Where the key is a tracer (inside jit or vmap), values are jax's; otherwise they are NumPy arrays, keys as their raw words.
+    Where keys are traced (inside jit, or mapped by vmap), values are jax's; otherwise they are NumPy arrays, keys as their raw
+    words.
     """
 
-    def __init__(self, keys: Mapping[Value, Any]):
-        self.traced = any(map(_compat.is_tracer, keys.values()))
+    def __init__(self, keys: Mapping[Value, Any], *, traced: bool = False):
+        self.traced = traced or any(map(is_traced, keys.values()))
         self.partitionable = _compat.threefry_is_partitionable()
         given = dict(keys) if self.traced else {v: np.asarray(jax.random.key_data(k)) for v, k in keys.items()}
         self.top = _Frame(None, 0, None, given)

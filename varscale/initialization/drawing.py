@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import math
 import os
+import threading
 from collections.abc import Hashable, Sequence
 from typing import Any
 
@@ -141,15 +142,19 @@ def settings() -> Hashable:
 
 
 class _Lowered:
-    """A program that is traced and lowered, and compiled when first asked for."""
+    """A program that is traced and lowered, and compiled when first asked for, by whichever thread asks first."""
 
     def __init__(self, lowered: Any):
-        self._lowered: Any = lowered
+        self._lowered, self._compiled = lowered, None
+        self._lock = threading.Lock()
 
-    @functools.cached_property
+    @property
     def compiled(self) -> Any:
-        lowered, self._lowered = self._lowered, None
-        return lowered.compile()
+        with self._lock:
+            if self._compiled is None:
+                self._compiled = self._lowered.compile()
+                self._lowered = None
+        return self._compiled
 
 
 class Told:

@@ -5,16 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
+import jax
+import jax.numpy as jnp
 
-from varscale.programs.trees import Leaf, is_abstract, is_collections, open_tree
+from varscale.programs.trees import Leaf, is_abstract, is_collections, open_tree, to_numpy
+
+_KINDS = (jnp.bool_, jnp.integer, jnp.floating, jnp.complexfloating)
 
 
 def given_values(given: Any, leaves: Sequence[Leaf]) -> dict[str, Any]:
     """The given values by the path of the leaf they are for.
 
     Raises:
-        ValueError: a value has no leaf, or another shape than it.
+        TypeError: a value holds no numbers, or numbers that the dtype of its leaf cannot hold.
+        ValueError: a value has no leaf or another shape than it, or a leaf is given two values.
     """
     if given is None:
         return {}
@@ -30,5 +34,27 @@ def given_values(given: Any, leaves: Sequence[Leaf]) -> dict[str, Any]:
             raise ValueError(f"given: the model has no leaf {leaf.path!r} (it has {close}{', ...' if len(known) > 4 else ''})")
         if leaf.shape != known[path].shape:
             raise ValueError(f"given: {leaf.path!r} has shape {leaf.shape}, and the model's leaf {known[path].shape}")
-        found[path] = leaf.value if hasattr(leaf.value, "dtype") else np.asarray(leaf.value)
+        if path in found:
+            raise ValueError(f"given: the model's leaf {path!r} is given two values")
+        value = leaf.value if isinstance(leaf.value, jax.Array) else to_numpy(leaf.value, leaf.path, "given")
+        _check_dtype(leaf.path, value.dtype, known[path].dtype)
+        found[path] = _plain_key(value) if jnp.issubdtype(value.dtype, jax.dtypes.prng_key) else value
     return found
+
+
+def _plain_key(key: Any) -> Any:
+    """A key that is not of our own implementation."""
+    is_own = "varscale" in str(key.dtype)
+    return jax.random.wrap_key_data(jax.random.key_data(key), impl="threefry2x32") if is_own else key
+
+
+def _check_dtype(path: str, dtype: Any, own: Any) -> None:
+    """Integers may become floating numbers and these complex ones, never the other way round; keys stay keys of their kind."""
+    if jnp.issubdtype(own, jax.dtypes.prng_key) or jnp.issubdtype(dtype, jax.dtypes.prng_key):
+        dtype, own = (str(x).replace("varscale_", "") for x in (dtype, own))
+        kept = dtype == own
+    else:
+        place, wanted = (next(i for i, kind in enumerate(_KINDS) if jnp.issubdtype(x, kind)) for x in (dtype, own))
+        kept = place <= wanted
+    if not kept:
+        raise TypeError(f"given: {path!r} has dtype {dtype}, which the model's leaf of dtype {own} cannot hold")

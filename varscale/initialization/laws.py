@@ -15,7 +15,7 @@ import numpy as np
 
 from varscale import _compat
 from varscale.initialization.chains import params_text
-from varscale.initialization.derivation import fold_in
+from varscale.initialization.derivation import fold_in, is_traced
 from varscale.initialization.graph import Value, is_key
 from varscale.initializers.combinators import Fused
 from varscale.initializers.initializer import Initializer
@@ -133,7 +133,22 @@ def _checked(law: Any, where: str, argument: str) -> Law:
         )
     if not callable(law) or inspect.isclass(law):
         raise TypeError(f"{argument}: the law of {where!r} must be an initializer (key, shape, dtype) -> weights, not {law!r}")
+    if _makes_laws(law):
+        called = getattr(law, "__name__", repr(law))
+        raise TypeError(f"{argument}: the law of {where!r} is {called}, which makes initializers: call it, {called}()")
     return law
+
+
+def _makes_laws(law: Law) -> bool:
+    """Whether it is a function such as `he_normal`, that was not called."""
+    try:
+        parameters = inspect.signature(law).parameters.values()
+    except (TypeError, ValueError):
+        return False
+    required = [p for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    known = {"in_axis", "out_axis", "batch_axis", "dtype", "stddev", "scale", "column_axis", "fans"}
+    names = {p.name for p in parameters}
+    return not required and (not names or not known.isdisjoint(names)) and "key" not in names
 
 
 def _names_collection(pattern: Pattern, path: str) -> bool:
@@ -287,7 +302,7 @@ def own_words(key: Any, path: str, law: Law) -> Any:
     """
     path = getattr(law, "shared", "") or path
     word = np.uint32(int.from_bytes(hashlib.sha256(path.encode()).digest()[:4], "big"))
-    if _compat.is_tracer(key) or jax.random.key_impl(key) != "threefry2x32":
+    if is_traced(key) or jax.random.key_impl(key) != "threefry2x32":
         return jax.random.key_data(jax.random.fold_in(key, word))
     return fold_in(np.asarray(jax.random.key_data(key)), word)
 

@@ -102,7 +102,8 @@ class Outline:
         """The derived values for a key (or a mapping from stream to key), and its keys."""
         keys = list(map(checked_key, jax.tree_util.tree_leaves(key)))
         graphs = [self.trace.graph, *([self.trace.retraced()] if self.uses_own_hash else [])]
-        return Derivation({v: key for graph in graphs for v, key in zip(graph.keys, keys, strict=True)}), keys
+        of_data = any(e.how == "data" for e in self.account.entries.values()) and any(map(_compat.is_tracer, self.trace.arrays))
+        return Derivation({v: key for graph in graphs for v, key in zip(graph.keys, keys, strict=True)}, traced=of_data), keys
 
     def _tiled(self, indices: Sequence[int], derivation: Derivation, key: Any) -> dict[int, tiles.Leaf]:
         """The leaves that are drawn tile by tile."""
@@ -247,10 +248,13 @@ def outline(
         given: values for some leaves.
         exact: whether reductions are taken from the model's own whole init.
     """
-    planner = _Planner(trace, key, None if dtype is None else checked_dtype(dtype), exact)
+    planner = _Planner(trace, key, _rounded(dtype), exact)
     places = placement.shardings(out_shardings, trace.leaves, trace.tree)
     values = given_values(given, trace.leaves)
-    described = [(leaf.path, leaf.shape, leaf.dtype, p) for leaf, p in zip(trace.leaves, trace.parameters, strict=True)]
+    described = [
+        (leaf.path, leaf.shape, leaf.dtype, p and not is_rng_key(leaf.dtype))
+        for leaf, p in zip(trace.leaves, trace.parameters, strict=True)
+    ]
     by_scheme = (
         [None] * len(described) if isinstance(scheme, str) and scheme == "declared" else laws.laid(scheme, described, "scheme")
     )
@@ -259,9 +263,16 @@ def outline(
     return planner.outline(tuple(places))
 
 
+def _rounded(dtype: Any) -> np.dtype | None:
+    found = None if dtype is None else checked_dtype(dtype)
+    if found is not None and not jnp.issubdtype(found, jnp.floating):
+        raise TypeError(f"dtype must be a floating dtype, to round floating parameters to, not {found}")
+    return found
+
+
 def declared(trace: Trace, key: Any, dtype: Any, exact: bool) -> Outline:
     """The outline of the declared laws, where flax's own init puts them; kept with the trace, if no leaf depends on data."""
-    told = jax.random.key_impl(checked_key(main_key(key))), settings(), None if dtype is None else checked_dtype(dtype), exact
+    told = jax.random.key_impl(checked_key(main_key(key))), settings(), _rounded(dtype), exact
     kept = trace.graph.outlines.get(told)
     if kept is not None:
         return dataclasses.replace(kept, trace=trace)

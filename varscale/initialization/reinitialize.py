@@ -7,10 +7,9 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from varscale import _compat
 from varscale.initialization import laws, tiles
+from varscale.initialization.derivation import is_traced
 from varscale.initialization.drawing import LaidDrawing, compile_all, compiled, settings
 from varscale.initializers.sampling import checked_key
 from varscale.programs.patterns import Pattern
@@ -31,7 +30,8 @@ def reinitialize(params: P, laws_by_pattern: Mapping[Pattern, laws.Law] | Any, k
         key: a PRNG key; every leaf is drawn with a key of its own, derived from this and its path.
 
     Returns:
-        The parameters or the model, of the same kind; new leaves have the dtype and the sharding of the old ones.
+        The parameters or the model, of the same kind; new leaves have the dtype (float32 for float64,
+            unless `jax_enable_x64` is set) and the sharding of the old ones.
 
     Raises:
         TypeError: laws_by_pattern is no mapping, a law no initializer, key no key.
@@ -69,11 +69,11 @@ def reinitialize(params: P, laws_by_pattern: Mapping[Pattern, laws.Law] | Any, k
         path, shape, dtype, _ = described[i]
         laws.check(hit, path, shape, dtype, jax.random.key_impl(typed), "laws")
         programs[i] = LaidDrawing(
-            hit.law, laws.name(hit.law), laws.plain_core(shape), jax.random.key_impl(typed), (np.dtype(dtype),),
-            (_place(values[i]),), None, settings(),
+            hit.law, laws.name(hit.law), laws.plain_core(shape), jax.random.key_impl(typed),
+            (jax.dtypes.canonicalize_dtype(dtype),), (_place(values[i]),), None, settings(),
         )  # fmt: skip
     words = {i: laws.own_words(typed, described[i][0], program.law) for i, program in programs.items()}
-    traced = _compat.is_tracer(typed)
+    traced = is_traced(typed)
     tiled = {} if traced else tiles.tiled(programs, {i: lambda i=i: [words[i]] for i in programs})
     if not traced:
         compile_all([tiled[i].program if i in tiled else program for i, program in programs.items()])

@@ -85,21 +85,21 @@ def is_abstract(value: Any) -> bool:
     return isinstance(value, jax.ShapeDtypeStruct)
 
 
-def to_numpy(value: Any, path: str) -> np.ndarray:
-    """A leaf's numbers on the host; tensors of PyTorch are read without importing it.
+def to_numpy(value: Any, path: str, name: str = "pretrained") -> np.ndarray:
+    """A leaf's numbers on the host; tensors of PyTorch are read without importing it. Errors call the tree by `name`.
 
     Raises:
       TypeError: the leaf has a shape but no numbers, or is of a kind numpy cannot hold.
     """
     if is_abstract(value):
-        raise TypeError(f"pretrained: {path!r} is a jax.ShapeDtypeStruct: it has a shape but no numbers to move")
+        raise TypeError(f"{name}: {path!r} is a jax.ShapeDtypeStruct: it has a shape but no numbers to move")
     if hasattr(value, "detach"):
         value = value.detach().cpu()
         if "bfloat16" in str(value.dtype):  # numpy has none of its own, and PyTorch does not know ml_dtypes'
             return np.asarray(value.float()).astype(jax.numpy.bfloat16)
     array = np.asarray(value)
     if array.dtype.kind in "OUSMm":
-        raise TypeError(f"pretrained: {path!r} has dtype {array.dtype}; give numbers")
+        raise TypeError(f"{name}: {path!r} has dtype {array.dtype}; give numbers")
     return array
 
 
