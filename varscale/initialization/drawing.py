@@ -145,7 +145,8 @@ class _Lowered:
     """A program that is traced and lowered, and compiled when first asked for, by whichever thread asks first."""
 
     def __init__(self, lowered: Any):
-        self._lowered, self._compiled = lowered, None
+        self._lowered: Any = lowered
+        self._compiled: Any = None
         self._lock = threading.Lock()
 
     @property

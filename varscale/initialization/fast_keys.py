@@ -17,8 +17,8 @@ def fast_key(seed_or_key: Any) -> Key[Array, ""]:
 
     The key is of a PRNG implementation of its own, made by `jax.extend.random.define_prng_impl`; what is split or folded from
     it is so too. `jax.random.poisson`, which asks for threefry by name, refuses it. It cannot be mixed with other keys in one
-    array or stored in a checkpoint; `vs.initialize` leaves none in a model: the random streams of an nnx model drawn with a fast
-    key hold plain keys.
+    array or stored in a checkpoint; `vs.initialize` leaves none in a model: the random streams of an nnx model drawn with a
+    fast key hold plain keys.
 
     Args:
         seed_or_key: an integer seed (also as an array), or a key; keys of other implementations than threefry are returned as
