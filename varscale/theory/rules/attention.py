@@ -9,11 +9,11 @@ equal weights, one over the number of directions that tokens differ in (`token_g
     depend on the weights, and E[(Σ p v)²] gains Var[v] · V · (E[(Σ p l)²]/s² − Σ p²): what moves along the logits, less what is
     counted without it.
 
-2.  What queries' cotangents gain (`overlapping`). A query's cotangent is W_k C W_vᵀ g, of mean square E[tr C²]. A token with
-    itself adds Σ p² to it, the part that independence gives; two different ones add (1 − Σ p²)² V.
+2.  What queries' cotangents gain (`gain_of_queries`). A query's cotangent is W_k C W_vᵀ g, of mean square E[tr C²]. A token
+    with itself adds Σ p² to it, the part that independence gives; two different ones add (1 − Σ p²)² V.
 
-3.  How the logits' variance differs from query to query (`scattered`). It is qᵀ A q with A the keys' covariance; for Gaussian q
-    of covariance B its relative variance is 2 tr (A B)²/(tr A B)², of which each projection to d features adds 1/d.
+3.  How the logits' variance differs from query to query (`logit_scatter`). It is qᵀ A q with A the keys' covariance; for
+    Gaussian q of covariance B its relative variance is 2 tr (A B)²/(tr A B)², of which each projection to d features adds 1/d.
 
 4.  How alike two outputs are (`mixed`). A part τ of an output's own, that of 1., is C q: it overlaps with another's as the
     queries do. Of the rest, lognormal weights of logits that differ by s² between queries make b = s²/(e^{s²} − 1) of what the
@@ -24,7 +24,7 @@ equal weights, one over the number of directions that tokens differ in (`token_g
     Where rows see different keys that is no chance: of the weights' own a part 1 − c is the mask's, and of b and 1/T only the
     part c, or its square, is left.
 
-5.  Normalised tokens lie on a sphere (`sphere`), so that logits have less than a Gaussian's tails.
+5.  Normalised tokens lie on a sphere (`key_directions`), so that logits have less than a Gaussian's tails.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from varscale.theory.domain.axes import Axis, apply_axis, contract_axis
+from varscale.theory.domain.axes import apply_axis, contract_axis
 from varscale.theory.domain.axis_maps import lift_types
 from varscale.theory.domain.tables import lift
 from varscale.theory.graph.expressions import Apply, roots, weighted_sum
@@ -47,7 +47,6 @@ from varscale.theory.propagation.marginals import cofactors
 from varscale.theory.propagation.pullbacks import sum_out
 from varscale.theory.propagation.token_gram import (
     Mixture,
-    OverlapRule,
     Tokens,
     TokenSources,
     overlap,
@@ -94,11 +93,6 @@ class Attention(NamedTuple):
         features = [k for k in self.values.bind if k not in self.place]
         return tokens_of(self.values, [self.key], features)
 
-    def queries(self) -> Tokens | None:
-        """Queries of one head, as tokens; None where the logits are no product of queries and keys."""
-        found = scores(self.weights)
-        return found and found.queries
-
 
 class Scores(NamedTuple):
     """The product of queries and keys that logits are made of.
@@ -142,10 +136,12 @@ def _before_dropout(weights: View) -> tuple[View, float]:
 
 def scores(weights: Softmax) -> Scores | None:
     """What the logits of softmax weights are, where they are a product of queries and keys, and what is added to it."""
-    found = _query_key_product(weights.args[0])
-    if found is None:
+    terms = weighted_sum(weights.args[0])[0]
+    products = ((c, v) for c, v in terms if isinstance(v.node, Contract) and weight_of(v.node) is None)
+    slope, product = next(products, (0.0, weights.args[0]))
+    if not slope:
         return None
-    slope, (node, bind) = found
+    node, bind = product
     along = {i for i, k in enumerate(bind) if k == weights.params}
     place = next((i for i, v in enumerate(node.args) if not along & set(v.bind)), None)
     if place is None:
@@ -154,15 +150,7 @@ def scores(weights: Softmax) -> Scores | None:
     summed = range(len(node.axes), len(node.axes) + len(node.params))
     # Heads and samples are along axes that both have.
     queries, keys = tokens_of(query, set(query.bind) - set(key.bind), summed), tokens_of(key, along, summed)
-    return Scores(View(node, bind), slope, queries, keys, place) if queries.tokens and keys.tokens else None
-
-
-def _query_key_product(logits: View) -> tuple[float, View] | None:
-    """The square of what a product of queries and keys is multiplied by among the terms of logits, and that product."""
-    for c, term in weighted_sum(logits)[0]:
-        if isinstance(term.node, Contract) and weight_of(term.node) is None:
-            return c * c, term
-    return None
+    return Scores(product, slope**2, queries, keys, place) if queries.tokens and keys.tokens else None
 
 
 @gain_of_queries.register(Softmax)
@@ -246,31 +234,28 @@ def tilted(node: Any) -> np.ndarray | float:
     attention = attention_of(node)
     if attention is None:
         return 0.0
-    seen_by_both = _same_tokens(attention)
+    key, v, p = attention.key, attention.values, attention.weights
+    tokens, found = projected(attention.projections()), scores(p)
+    if tokens is None or not p.deps & tokens.node.deps:
+        return 0.0
+    keys = None if found is None else projected(found.keys)
+    seen_by_both = (
+        overlap(tokens) if keys is None else shared_overlap(keys, tokens)
+    )  # V of what they have in common
     if not seen_by_both:
         return 0.0
-    key, v, p = attention.key, attention.values, attention.weights
     frame = node.frame
     values = np.broadcast_to(
         v.second(frame), [n if (k in v.bind) else 1 for k, n in enumerate(a.types for a in frame)]
     )
-    deviation = np.maximum(_deviation(values, key, frame[key]), 0.0)
+    # What a value varies by along the keys, those of one class compared with each other.
+    c = frame[key].classes
+    differ = np.take(values, range(c), axis=key) - np.take(values, c + np.arange(c) * (c + 1), axis=key)
+    deviation = contract_axis(np.maximum(differ, 0.0), key, frame[key].counts / frame[key].size)
     rows = p.rows()
     gain = lift(p.tilt, [p.axes[k] for k in rows], [attention.place[k] for k in rows], frame, pairs=True)
     gain = gain.squeeze(key)
     return np.broadcast_to(deviation * gain * seen_by_both * attention.kept, node.frame_types)
-
-
-def _same_tokens(attention: Attention) -> float:
-    """V of the tokens that weights and values have in common; none of tokens of which the weights do not depend on any."""
-    values, found = projected(attention.projections()), scores(attention.weights)
-    if values is None:
-        return 0.0
-    weights = attention.weights
-    if not weights.deps & values.node.deps:
-        return 0.0
-    keys = None if found is None else projected(found.keys)
-    return overlap(values) if keys is None else shared_overlap(keys, values)
 
 
 def note_values(node: Contract, notes: BackwardNotes) -> None:
@@ -281,14 +266,17 @@ def note_values(node: Contract, notes: BackwardNotes) -> None:
         notes.values[attention.weights.id] = values
 
 
-def mixed(x: Tokens, attention: Attention) -> tuple[list[Tokens], OverlapRule]:
+@sources_of_mixture.register(Contract)
+def mixed(node: Contract, x: Tokens) -> TokenSources | None:
     """How the overlap of two outputs Σ p v is made of that of two values and of two queries (4.)."""
-    values, queries = attention.projections(), attention.queries()
-    if queries is None or not (values.tokens and values.features and queries.tokens):
+    attention = attention_of(node)
+    if attention is None:
+        return None
+    values, found = attention.projections(), scores(attention.weights)
+    source = None if found is None else projected(found.queries)
+    if found is None or source is None or not (values.tokens and values.features and found.queries.tokens):
         return [], lambda _: white(x)
-    source = projected(queries)
-    if source is None:
-        return [], lambda _: white(x)
+    queries = found.queries
     heads = math.prod(x.node.axes[k].size for k in x.features if k in attention.place)
     p = attention.weights
     keys = float(p.seen.sum(-1).mean())
@@ -325,19 +313,6 @@ def _squared(directions: float, samples: float) -> float:
     """V after the square of a sample covariance: Tr C⁴ / (Tr C²)² by Marchenko and Pastur, λ = directions / samples."""
     ratio = directions / samples
     return (1 + 6 * ratio + 6 * ratio**2 + ratio**3) / (1 + ratio) ** 2 / directions
-
-
-def _deviation(values: np.ndarray, key: int, axis: Axis) -> np.ndarray:
-    """What a value varies by along the keys, those of one class compared with each other."""
-    c = axis.classes
-    differ = np.take(values, range(c), axis=key) - np.take(values, c + np.arange(c) * (c + 1), axis=key)
-    return contract_axis(np.maximum(differ, 0.0), key, axis.counts / axis.size)
-
-
-@sources_of_mixture.register(Contract)
-def sources_of_mixture_of_contract(node: Contract, x: Tokens) -> TokenSources | None:
-    attention = attention_of(node)
-    return None if attention is None else mixed(x, attention)
 
 
 def of_alike_keys(weights: View, values: View, node: Any, square: float) -> float:

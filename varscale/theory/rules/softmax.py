@@ -8,8 +8,8 @@ from collections.abc import Hashable
 
 import numpy as np
 
-from varscale.theory.domain.axes import Axis, apply_axis
-from varscale.theory.domain.tables import LEADING_ORDER, LOOSE, NEXT_ORDER, Table, by_type, lift
+from varscale.theory.domain.axes import Axis
+from varscale.theory.domain.tables import LEADING_ORDER, LOOSE, NEXT_ORDER, Table, by_type, estimate, lift
 from varscale.theory.graph.expressions import Apply, Sum
 from varscale.theory.graph.nodes import UNKNOWN, Array, Node, pullback, second_moments
 from varscale.theory.graph.store import BackwardNotes, Fact, once_per_node
@@ -114,7 +114,8 @@ class Softmax(Node):
         own = tuple(slice(0, self.axes[k].classes) for k in self.rows())
         variances = np.clip(self.deviation[own], 1e-12, _LARGEST)
         counts = np.broadcast_to(self.seen, variances.shape)
-        spread = _query_spread(self)
+        # Gauss and Hermite's step: √3 relative deviations of the logits' variance between queries.
+        spread = min(math.sqrt(3.0 * logit_scatter(self)), 0.95)
         nodes = np.array([1.0, 1 + spread, max(1 - spread, 0.05)]).reshape(3, *[1] * variances.ndim)
         # Rows see the same keys: where variances agree to three digits, one quadrature serves them all, and
         # other layers too.
@@ -197,21 +198,9 @@ def _mean_inverse(node: Softmax) -> np.ndarray:
     assert isinstance(mask, Array)
     keys = tuple(k for k, b in enumerate(bind) if b == node.params)
     seen = mask.values.sum(axis=keys) * (1 if keys else node.keys.size)
-    inverse = 1 / np.maximum(seen, 1.0)
     left = [b for b in bind if b != node.params]
-    for i, b in enumerate(left):
-        onehot = np.eye(node.axes[b].classes)[node.axes[b].label_array].T / node.axes[b].counts[:, None]
-        inverse = apply_axis(inverse, i, onehot)
-    shape = [1] * len(node.axes)
-    for i, k in enumerate(node.rows()):
-        if k in left:
-            shape[i] = inverse.shape[sorted(left).index(k)]
-    return inverse.transpose(np.argsort(np.argsort(left)) if inverse.ndim else ()).reshape(shape)
-
-
-def _query_spread(node: Softmax) -> float:
-    """The step of Gauss and Hermite's three-point rule: √3 relative deviations of the logits' variance between queries."""
-    return min(math.sqrt(3.0 * logit_scatter(node)), 0.95)
+    inverse = estimate(1 / np.maximum(seen, 1.0), [node.axes[b] for b in left])
+    return node.by_key(lift(inverse.mean, inverse.axes, left, node.axes, pairs=False))
 
 
 @second_moments.register(Softmax)
@@ -274,7 +263,15 @@ def pullback_of_softmax(
     whole = (passed * axis.counts).sum(-1)[..., None, None]
     lost = whole * ahead[..., :, None] * behind[..., None, :]
     lost = lost - passed[..., :, None] * behind[..., None, :] - ahead[..., :, None] * passed[..., None, :]
-    keep = np.where(node.own[..., None], node.read(keep), 1 - _tilted_shares(node).sum(0) + overlap)
+    variance = node.read(node.deviation[tuple(slice(0, node.axes[k].classes) for k in node.rows())])
+    correlation = node.deviation / np.maximum(variance, 1e-12)
+    # E[p_ik² p_jk]/E[p_ik p_jk], and the same of the other row.
+    apart_of, one = where_weighed(node.weights)
+    shares = [
+        weighed_in_both(node.read(apart_of, second=j), node.read(one, second=j), correlation)
+        for j in (False, True)
+    ]
+    keep = np.where(node.own[..., None], node.read(keep), 1 - (shares[0] + shares[1]) + overlap)
     same = (
         np.where(node.own[..., None], np.maximum(passed, 0.0), passed) * np.clip(keep, 0, 1)
         + within * p[..., :c]
@@ -286,19 +283,6 @@ def pullback_of_softmax(
     out = np.concatenate([same, lost.reshape(*same.shape[:-1], c * c)], axis=-1)
     back = sum_out(np.moveaxis(out, -1, node.params), node.axes, node.args[0])
     return [back, *[None] * (len(node.args) - 1)]
-
-
-def _tilted_shares(node: Softmax) -> np.ndarray:
-    """E[p_ik² p_jk]/E[p_ik p_jk] by type of the rows and class of key, and the same of the other row."""
-    variance = node.read(node.deviation[tuple(slice(0, node.axes[k].classes) for k in node.rows())])
-    correlation = node.deviation / np.maximum(variance, 1e-12)
-    other, one = where_weighed(node.weights)
-    return np.stack(
-        [
-            weighed_in_both(node.read(other, second=j), node.read(one, second=j), correlation)
-            for j in (False, True)
-        ]
-    )
 
 
 def _doubt(node: Softmax, share: float | None) -> float:

@@ -32,17 +32,9 @@ from varscale.theory.rules.reductions import Extreme, OneOfMany, cross_by_kind_o
 from varscale.theory.rules.registry import Context, recognise
 from varscale.theory.rules.softmax import Softmax
 
-# Masks made of known arrays: whole rows where none is seen; which rows see any; products of masks; where a
-# choice is made.
-_FILLED: Fact[Hashable, Node] = Fact()
-_SEEING: Fact[Hashable, Node] = Fact()
+# Made of known masks: whole rows where none is seen; which rows see any; products; where a choice is made.
 _MASKS: Fact[Hashable, Node] = Fact()
-_KEPT: Fact[Hashable, Node] = Fact()
-
-
-_WINDOWS: Fact[None, int] = (
-    Fact()
-)  # how many masks there were whose rows share more keys with those near them
+_WINDOWS: Fact[None, int] = Fact()  # masks whose rows share more keys with those near them
 
 MASKED = -1e4  # a logit below this is a mask, not a number
 _NOTHING_LEFT = 50.0  # a difference of logits that takes all of a key's weight, whatever else they add
@@ -86,7 +78,11 @@ def softmax_of(interpreter: Context, top: Value, bottom: Value) -> Value | None:
     node = interpreter.graph.make(Softmax, frame, args, key)
     if doubt > NEGLIGIBLE:
         node.flagged, node.doubt, node.gradient_doubt = "assumed", doubt, max(doubt, NEXT_ORDER)
-    if not gaussian or (allowed is not None and _takes_paddings_for_tokens(frame, allowed, key)):
+    # Where keys that may be paddings are not told apart, of which a mask by sample hides some, weights of a row
+    # are spread over paddings, all alike, where it sees words: of outputs that can be as much again.
+    padded_keys = {size for _, size in padded(interpreter.graph)} & {frame[key].size}
+    by_sample = allowed is not None and key in allowed.bind and len(allowed.bind) > 1
+    if not gaussian or (by_sample and padded_keys and frame[key].labels is None):
         node.flagged, node.doubt = "assumed", 1.0
     return Value(node, top.dims)
 
@@ -145,16 +141,6 @@ def _keys_apart(mask: Array, row: int, key: int) -> float:
     return 1 - float(np.mean(seen @ seen.T / np.minimum.outer(number, number))) if len(seen) else 0.0
 
 
-def _takes_paddings_for_tokens(frame: Sequence[Axis], allowed: View, key: int) -> bool:
-    """Whether keys that may be paddings are not told apart, of which a mask by sample hides some.
-
-    Weights of a row are then spread over paddings, all alike, where it sees words: of outputs that can be as much again.
-    """
-    sizes = {size for _, size in padded(allowed.node.graph)}
-    unclassed = frame[key].size in sizes and frame[key].labels is None
-    return unclassed and key in allowed.bind and len(allowed.bind) > 1
-
-
 def _rows_filled(allowed: View, key: int) -> list[View]:
     """The mask, and, where some rows see no key (of paddings that ask), which do; the others then see all, all alike."""
     mask, bind = allowed
@@ -165,8 +151,8 @@ def _rows_filled(allowed: View, key: int) -> list[View]:
         return [allowed]
     graph = mask.graph
     left = tuple(b for b in bind if b != key)
-    filled = _FILLED.once(graph, (mask.id, keys), lambda: array(graph, mask.values | ~some))
-    rows = _SEEING.once(graph, (mask.id, keys), lambda: array(graph, np.any(mask.values, axis=keys)))
+    filled = _MASKS.once(graph, ("filled", mask.id, keys), lambda: array(graph, mask.values | ~some))
+    rows = _MASKS.once(graph, ("rows", mask.id, keys), lambda: array(graph, np.any(mask.values, axis=keys)))
     return [View(x, bound if x.axes else ()) for x, bound in ((filled, bind), (rows, left))]
 
 
@@ -222,39 +208,31 @@ def _classes_by_keys(mask: Node, keys: tuple[int, ...], most: int) -> list[Axis]
 
 def logits(view: View, axes: Sequence[Axis]) -> tuple[View | None, View | None]:
     """The random logits and the mask (1 where a key is allowed) of the argument of the exponential."""
-    masks: list[View] = []
-    terms = _random_terms(view, masks)
+    masks, graph = list[View](), view.node.graph
     terms = [
         (c, v)
-        for c, v in terms
-        if not all(isinstance(r.node, Extreme) for r in roots(v.node)) and roots(v.node)
+        for c, v in _random_terms(view, masks)
+        if not all(isinstance(r.node, Extreme) for r in roots(v.node))  # nor constants, which have no roots
     ]
-    if not terms:
+    node = total(graph, [c for c, _ in terms], tuple(axes), [v for _, v in terms]) if terms else None
+    if node is None or isinstance(node, Constant):
         return None, None
-    graph = view.node.graph
-    identity = tuple(range(len(axes)))
-    node = total(graph, [c for c, _ in terms], tuple(axes), [v for _, v in terms])
-    if isinstance(node, Constant):
-        return None, None
-    random = View(node, identity)
-    if not masks:
-        return random, None
-    frame = sorted({b for m in masks for b in m.bind})
+    random = View(node, tuple(range(len(axes))))
+    frame = tuple(sorted({b for m in masks for b in m.bind}))
+    if not masks or (len(masks) == 1 and masks[0].bind == frame):
+        return random, masks[0] if masks else None
+    sizes = tuple(axes[b].size for b in frame)
 
     def product() -> Node:
-        out = np.ones([axes[b].size for b in frame])
+        out = np.ones(sizes)
         for m in masks:
             assert isinstance(m.node, Array)
-            order = sorted(range(len(m.bind)), key=lambda k, b=m.bind: b[k])
             shape = [axes[b].size if b in m.bind else 1 for b in frame]
-            out = out * m.node.values.transpose(order).reshape(shape)
+            out = out * m.node.values.transpose(np.argsort(m.bind)).reshape(shape)
         return array(graph, out)
 
-    sizes = tuple(axes[b].size for b in frame)
-    if len(masks) == 1 and masks[0].bind == tuple(frame):
-        return random, masks[0]
     mask = _MASKS.once(graph, (tuple((m.node.id, m.bind) for m in masks), sizes), product)
-    return random, (None if isinstance(mask, Constant) else View(mask, tuple(frame)))
+    return random, (None if isinstance(mask, Constant) else View(mask, frame))
 
 
 def _mask_level(known: Array) -> float | None:
@@ -279,24 +257,18 @@ def _random_terms(view: View, masks: list[View]) -> list[tuple[float, View]]:
         ]
     if isinstance(node, Apply) and node.params[0] == "affine":
         return [(node.params[1][0] * c, t) for c, t in _random_terms(node.args[0].within(bind), masks)]
-    if (
-        isinstance(node, Apply)
-        and node.params[0] == "select_n"
-        and isinstance(node.args[0].node, Array)
-        and len(node.args) == 3
-    ):
-        which, where = node.args[0]
-        assert isinstance(which, Array)
+    chosen = node.args[0] if isinstance(node, Apply) and node.params[0] == "select_n" else view
+    if len(node.args) == 3 and isinstance(which := chosen.node, Array):
         for keep, drop in ((1, 2), (2, 1)):
             other = node.args[drop].node
             if isinstance(other, Constant) and other.params < MASKED:
-                allowed = _KEPT.once(
+                allowed = _MASKS.once(
                     graph, (which.params, keep), lambda k=keep: array(graph, which.values == k - 1)
                 )
-                masks.append(View(allowed, tuple(bind[b] for b in where)))
+                masks.append(View(allowed, tuple(bind[b] for b in chosen.bind)))
                 return _random_terms(node.args[keep].within(bind), masks)
     if isinstance(node, Array) and (level := _mask_level(node)) is not None:
-        allowed = _KEPT.once(graph, (node.params, None), lambda: array(graph, node.values > level))
+        allowed = _MASKS.once(graph, (node.params, None), lambda: array(graph, node.values > level))
         if isinstance(allowed, Array):
             masks.append(View(allowed, bind))
         kept = node.values[node.values > level]
@@ -334,7 +306,17 @@ def pullback_of_log_sum_exp(
 @recognise("log")
 def log_sum_exp_of(interpreter: Context, x: Value) -> Value | None:
     """log x, if x is Σ exp of logits less their largest, as log Σ exp of the logits less their largest."""
-    inner, scale = _positive_multiple(x.node)
+    inner, scale = (
+        x.node,
+        1.0,
+    )  # what is added up, times a positive number; the absolute value of what is positive is itself
+    while isinstance(inner, Apply) and inner.args[0].bind == tuple(range(len(inner.axes))):
+        name, extra = inner.params
+        if name == "affine" and extra[0] > 0 and extra[1] == 0:
+            scale *= extra[0]
+        elif not (name == "abs" and inner.args[0].node.positive):
+            break
+        inner = inner.args[0].node
     if not isinstance(inner, Mean) or tuple(inner.axes) != tuple(x.node.axes):
         return None
     powers, axes = inner.args[0].node, inner.params
@@ -359,16 +341,3 @@ def log_sum_exp_of(interpreter: Context, x: Value) -> Value | None:
     ]
     node = total(graph, [1.0, *(c for c, _ in taken)], inner.axes, views)
     return Value(affine(node, 1.0, offset + math.log(scale / count)), x.dims)
-
-
-def _positive_multiple(node: Node) -> tuple[Node, float]:
-    """What a node is a positive number times; the absolute value of what is positive is itself."""
-    scale = 1.0
-    while isinstance(node, Apply) and node.args[0].bind == tuple(range(len(node.axes))):
-        name, extra = node.params
-        if name == "affine" and extra[0] > 0 and extra[1] == 0:
-            scale *= extra[0]
-        elif not (name == "abs" and node.args[0].node.positive):
-            break
-        node = node.args[0].node
-    return node, scale
