@@ -136,7 +136,6 @@ ORDER = (
     "law of functions",
     "kinds of nodes",
     "other places",
-    "samples",
 )
 STRATEGIES: dict[str, Strategy] = {}
 

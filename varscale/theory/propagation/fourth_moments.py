@@ -47,7 +47,6 @@ from varscale.theory.propagation.marginals import (
     over_classes,
     placed,
 )
-from varscale.theory.propagation.sample_moments import order_correlation
 from varscale.theory.propagation.second_moments import product_second
 from varscale.theory.propagation.token_gram import Tokens, overlap, own_part, patch_overlap, tokens_of
 
@@ -274,7 +273,7 @@ def _products(a: np.ndarray, whole: np.ndarray, root: View, frame: tuple[Axis, .
     Over draws the correlation ρ of two entries has a variance v (`_correlation_scatter`). Of n directions, v = 1/n, it has the
     fourth moment k v² with k = 3/(1 + 2v), as ρ + (−s, 0, s) has for s² = k v and weights (1, 2k − 2, 1)/2k: exact at n = 1.
     """
-    rho = lift(_correlation(root.node), root.node.axes, root.bind, frame, pairs=True)
+    rho = lift(marginal(root.node).correlation, root.node.axes, root.bind, frame, pairs=True)
     ai, aj = (by_type(a, frame, second=second) for second in (False, True))
     alike = np.sqrt(by_type(whole, frame, second=False) * by_type(whole, frame, second=True))
     out = power_series(ai * aj, rho)
@@ -379,12 +378,6 @@ def _square_coefficients(
 
     mark = None if fixed else integral_key(f)
     return integrated() if mark is None else _SQUARED.once(f.node.graph, (mark, tuple(frame)), integrated)
-
-
-def _correlation(root: Node) -> np.ndarray:
-    """A root's latent correlations by type, as far as it has an order in time those of draws."""
-    ordered = order_correlation(root)
-    return marginal(root).correlation if ordered is None else refine(ordered, root.axes)
 
 
 _SQUARED: Fact[Hashable, tuple[np.ndarray, np.ndarray] | None] = (

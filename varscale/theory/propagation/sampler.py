@@ -13,8 +13,8 @@ from collections.abc import Callable, Hashable, Sequence
 import numpy as np
 from jaxtyping import Float, Int
 
-from varscale.theory.domain.axes import Axis
-from varscale.theory.domain.tables import LOOSE, Positions, gaussian, over_frame
+from varscale.theory.domain.axes import Axis, grouped
+from varscale.theory.domain.tables import LOOSE, Positions, Table, estimated_products, gaussian, over_frame
 from varscale.theory.graph.expressions import Mean, Sum, content, roots, roots_of
 from varscale.theory.graph.known_arrays import is_known_array, numbers
 from varscale.theory.graph.linear_nodes import Concat, Contract, Gather, Take, applies_weights, operands
@@ -208,53 +208,30 @@ def sampled_from_mean(node: Mean, drawing: Drawing, positions: Positions) -> np.
     return drawing.whole(source, there).mean(axis=tuple(1 + k for k in node.params))
 
 
-@sampled_from.register(Permute)
-def sampled_from_permute(node: Permute, drawing: Drawing, positions: Positions) -> np.ndarray | None:
+@sampled_from.register(Permute | Split | Merge | Take)
+def sampled_from_moved(node: Node, drawing: Drawing, positions: Positions) -> np.ndarray | None:
+    """Entries of one array in another order, where that matters: `index` is where each is along the array's axes."""
     if not _is_ordered(node):
         return None
-    source = node.args[0].node
-    values = drawing.whole(source, [positions[node.params.index(k)] for k in range(len(source.axes))])
-    return values.transpose([0, *(1 + k for k in node.params)])
-
-
-@sampled_from.register(Take)
-def sampled_from_take(node: Take, drawing: Drawing, positions: Positions) -> np.ndarray | None:
-    if not _is_ordered(node):
-        return None
-    source, (k, start, _, step) = node.args[0].node, node.params
-    dropped = len(source.axes) > len(node.axes)
-    there = list(positions)
-    there[k : k + (not dropped)] = [np.array([start]) if dropped else start + step * positions[k]]
-    if step < 0 and not dropped:
-        there[k] = there[k][::-1]
-    values = drawing.whole(source, there)
-    values = np.flip(values, 1 + k) if step < 0 and not dropped else values
-    return values.squeeze(1 + k) if dropped else values
-
-
-@sampled_from.register(Split)
-def sampled_from_split(node: Split, drawing: Drawing, positions: Positions) -> np.ndarray | None:
-    """The positions of an axis that those of its factors are."""
-    if not _is_ordered(node):
-        return None
-    k, sizes = node.params
-    factors = list(positions[k : k + len(sizes)])
-    at = np.ravel_multi_index(np.meshgrid(*factors, indexing="ij"), sizes).ravel()
-    values = drawing.whole(node.args[0].node, [*positions[:k], at, *positions[k + len(sizes) :]])
-    return values.reshape(*values.shape[: 1 + k], *map(len, factors), *values.shape[2 + k :])
-
-
-@sampled_from.register(Merge)
-def sampled_from_merge(node: Merge, drawing: Drawing, positions: Positions) -> np.ndarray | None:
-    """The factors' positions that those of the whole are, each with each, and of those the ones that were asked for."""
-    if not _is_ordered(node):
-        return None
-    k, count = node.params
-    source = node.args[0].node
-    places = np.unravel_index(positions[k], [a.size for a in source.axes[k : k + count]])
-    own = [np.unique(place, return_inverse=True) for place in places]
-    values = drawing.whole(source, [*positions[:k], *(kept for kept, _ in own), *positions[k + 1 :]])
-    return values[(*[slice(None)] * (1 + k), *(index for _, index in own))]
+    source, mesh = node.args[0].node, np.ix_(*positions)
+    k, *more = node.params
+    if isinstance(node, Permute):
+        index = [mesh[node.params.index(d)] for d in range(len(mesh))]
+    elif isinstance(node, Split):
+        factors = mesh[k : k + len(more[0])]
+        index = [*mesh[:k], np.ravel_multi_index(factors, more[0]), *mesh[k + len(factors) :]]
+    elif isinstance(node, Merge):
+        sizes = [axis.size for axis in source.axes[k : k + more[0]]]
+        index = [*mesh[:k], *np.unravel_index(mesh[k], sizes), *mesh[k + 1 :]]
+    elif len(source.axes) > len(node.axes):
+        index = [*mesh[:k], np.full([1] * len(mesh), more[0]), *mesh[k:]]
+    else:
+        index = [*mesh[:k], more[0] + more[2] * mesh[k], *mesh[k + 1 :]]
+    own = [np.unique(at, return_inverse=True) for at in index]
+    values = drawing.whole(source, [kept for kept, _ in own])
+    return values[
+        (slice(None), *(place.reshape(at.shape) for (_, place), at in zip(own, index, strict=True)))
+    ]
 
 
 @sampled_from.register(Concat)
@@ -347,3 +324,74 @@ def sampled_from_gather(node: Gather, drawing: Drawing, positions: Positions) ->
     out = rows[drawing.random(content(node)).integers(len(rows), size=size)]
     order = np.argsort([*index_axes, *(bind[k] for k in kept)])
     return out.transpose([0, *(1 + int(k) for k in order)])
+
+
+_POOLED = 2_000_000  # numbers that moments by type are estimated from
+_CORRELATED_REPLICATES = 16  # draws that correlations are estimated from
+_MOST_PAIRED, _FEW_PAIRED = 256, 3  # positions of the longest axis, and of the others, that are paired
+_SCORES = 4.0  # standard errors that a mean is trusted to; within them it is taken for zero
+_LEVEL = 0.02  # positions whose second moments differ by less, relatively, are one class
+
+
+def pooled(numbers: np.ndarray, axes: Sequence[Axis], positions: Positions) -> Table:
+    """Moments by class and type, from draws at some positions, (replicates, positions...)."""
+    (numbers,), small = _thinned([numbers], axes, positions)
+    mean = np.mean(numbers, axis=0, dtype=float)
+    for k, axis in enumerate(small):
+        mean = np.stack(
+            [mean.compress(axis.label_array == c, axis=k).mean(axis=k) for c in range(axis.classes)], axis=k
+        )
+    return Table(tuple(axes), mean, estimated_products(numbers, numbers, small).mean(axis=0))
+
+
+def _thinned(
+    drawn: Sequence[np.ndarray], axes: Sequence[Axis], positions: Positions
+) -> tuple[list[np.ndarray], list[Axis]]:
+    """Draws and the axes that they are over; of very many the first of the last axis."""
+    shape = drawn[0].shape
+    kept, last = [list(range(n)) for n in shape[1:]], len(shape) - 2
+    most = max(_POOLED // max(drawn[0].size // max(shape[-1], 1), 1), 4)
+    if kept and axes[last].classes == 1 and len(kept[last]) > most:
+        drawn, kept[last] = [x[..., :most] for x in drawn], kept[last][:most]
+    small = [reduced(a, p[own]) for a, p, own in zip(axes, positions, kept, strict=True)]
+    return [np.asarray(x, float) for x in drawn], small
+
+
+def table_of_draws(node: Node, numbers: np.ndarray, positions: Sequence[np.ndarray]) -> Table:
+    """The table of a node that was drawn, (replicates, positions...); it is flagged with the error of so many draws.
+
+    A mean that may be zero by its standard error is: a loop changes sign with its weights unless something breaks that.
+    """
+    table, within = pooled(numbers, node.axes, positions), tuple(range(1, numbers.ndim))
+    squares = np.mean(numbers.astype(float) ** 2, axis=within)
+    node.graph.flag(
+        "sampled", _SCORES * float(squares.std() / max(squares.mean(), 1e-300)) / math.sqrt(len(squares))
+    )
+    means = numbers.mean(axis=within)
+    if abs(means.mean()) < _SCORES * means.std() / math.sqrt(len(means)):
+        return Table(table.axes, np.zeros_like(table.mean), table.second)
+    return table
+
+
+def by_level(squares: Float[np.ndarray, "size arrays"]) -> Axis:
+    """Positions classed by the second moments that some arrays have there, on a logarithmic scale down to a thousandth."""
+    levels = np.log(np.maximum(squares, 1e-30) / np.maximum(squares.max(axis=0), 1e-30) + 1e-3)
+    return grouped(np.round(levels / _LEVEL) * _LEVEL)
+
+
+def cross_moments(
+    x: Float[np.ndarray, "..."], y: Float[np.ndarray, "..."], axes: Sequence[Axis], positions: Positions
+) -> Float[np.ndarray, "..."]:
+    """E[x_i y_j] by type, from draws of both, (replicates, positions...); 0 where that may be all it is."""
+    mean, error = _drawn_products(x, y, axes, positions)
+    # Most loops change sign with weights that what else there is does not have.
+    return np.where(np.abs(mean) > _SCORES * error, mean, 0.0)
+
+
+def _drawn_products(
+    x: Float[np.ndarray, "..."], y: Float[np.ndarray, "..."], axes: Sequence[Axis], positions: Positions
+) -> tuple[Float[np.ndarray, "..."], Float[np.ndarray, "..."]]:
+    """E[x_i y_j] by type, and its standard error, from draws of both, (replicates, positions...)."""
+    (x, y), small = _thinned([x, y], axes, positions)
+    found = estimated_products(x, y, small)
+    return found.mean(axis=0), found.std(axis=0) / math.sqrt(len(found) - 1)

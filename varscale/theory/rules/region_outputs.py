@@ -27,9 +27,9 @@ from varscale.theory.graph.nodes import (
 from varscale.theory.graph.store import BackwardNotes, Fact, FlowInside
 from varscale.theory.integrals.hermite_series import POINTS, WEIGHTS, Z
 from varscale.theory.propagation.fluctuations import fluctuations
-from varscale.theory.propagation.inherited_fluctuations import Spread, combine, fresh, propagated
-from varscale.theory.propagation.sample_moments import cross_moments, pooled, table_of_draws
-from varscale.theory.propagation.sampler import evenly, picked
+from varscale.theory.propagation.fourth_moments import fresh
+from varscale.theory.propagation.inherited_fluctuations import Spread, combine, propagated
+from varscale.theory.propagation.sampler import cross_moments, evenly, picked, pooled, table_of_draws
 from varscale.theory.rules.region_draws import RegionDraws, relative_error
 from varscale.theory.rules.region_sizes import numbers_held
 

@@ -19,13 +19,11 @@ from varscale.theory.graph.expressions import hashed
 from varscale.theory.graph.layout import Value, value
 from varscale.theory.graph.nodes import Leaf, View
 from varscale.theory.graph.store import PredictionError, source, told
-from varscale.theory.propagation.sample_moments import by_level, steps
-from varscale.theory.propagation.sampler import in_order
+from varscale.theory.propagation.sampler import by_level, in_order
 from varscale.theory.rules.region_draws import (
     CannotDraw,
     Operand,
     RegionDraws,
-    all_sizes,
     operand,
     sizes_to_run,
     with_enough_draws,
@@ -141,7 +139,6 @@ def _outputs(
     identities = read, sizes.smaller, replicates
     mark = ("region", hashed(draws.program.written, identities, tuple(nudged)))
     draws = DRAWS.once(graph, mark, lambda: with_enough_draws(draws, _BOUND))
-    steps(graph).update(all_sizes(jaxpr.jaxpr)[1])
     views, place = [], 0
     for part in (part for x in operands for part in x.value):
         views.append(View(part.node, tuple(range(place, place + len(part.node.axes)))))
