@@ -21,6 +21,7 @@ ABSENT = {
         "Sum": 'the strategy "terms of a sum"',
         "Permute": 'the strategy "axes in another order"',
         "Softmax": NO_LAW,
+        "AxisMapped": NO_LAW,
     },
 }
 

@@ -7,7 +7,6 @@ E[y_p z_q] = Σ A_pi B_qj E[x_i x'_j] (`domain.axis_maps`).
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -19,7 +18,6 @@ from varscale.theory.domain.axis_maps import (
     adjoint,
     class_counts,
     entry_map,
-    identity_map,
     merge_types,
     pair_counts,
     split_axis,
@@ -27,8 +25,8 @@ from varscale.theory.domain.axis_maps import (
 from varscale.theory.domain.tables import Table, full_along, lift
 from varscale.theory.graph.convolutions import ONE
 from varscale.theory.graph.expressions import Mean
-from varscale.theory.graph.linear_nodes import AxisMapped, Concat, Take
-from varscale.theory.graph.nodes import Constant, Node, View, cross_by_kind, pullback, second_moments
+from varscale.theory.graph.linear_nodes import AxisMapped, Take
+from varscale.theory.graph.nodes import Constant, View, cross_by_kind, pullback, second_moments
 from varscale.theory.graph.normal_form import mean_node
 from varscale.theory.graph.reshapes import Merge, Split, split
 from varscale.theory.graph.store import BackwardNotes
@@ -41,12 +39,12 @@ class Reading(NamedTuple):
     """How one axis of an array is read: the entries of a span in their order, or their mean.
 
     Attributes:
-        axis: the axis of the array; None where it does not have it, and so is the same at all positions.
+        axis: the axis of the array.
         place: where in the frame the entries are; None of a mean, and of a single entry.
         span: start, stop, step.
     """
 
-    axis: int | None
+    axis: int
     place: int | None
     span: Span
 
@@ -57,8 +55,6 @@ def cross_by_kind_of_mean(node: Mean, a: View, b: View, frame: Sequence[Axis]) -
     x, mine = _before_means(a)
     if isinstance(b.node, Mean):
         y, theirs = _before_means(b)
-        x, mine = _in_factors(x, mine, theirs)
-        y, theirs = _in_factors(y, theirs, mine)
         met = _matched(mine, [(k, reading.span[1]) for k, reading in enumerate(theirs)])
         if met is not None and len(met) == len(theirs):
             return _read_together(x, mine, y, [theirs[k] for k in met], frame)
@@ -87,10 +83,8 @@ def cross_by_kind_of_take(node: Take, a: View, b: View, frame: Sequence[Axis]) -
     y, other = _before_slice(b) if isinstance(b.node, Take) else (b, None)
     if x.node.axes == b.node.axes and (*x.bind[:k], *x.bind[k + 1 :]) == (*b.bind[:k], *b.bind[k + 1 :]):
         y, other = View(b.node, x.bind), _all_entries(b, k)
-    if other is None or y.node.axes[other.axis or 0].size != size:
-        if reading.place in b.bind or is_cut(b.node):
-            return None
-        y, other = b, Reading(None, None, (0, size, 1))
+    if other is None or y.node.axes[other.axis].size != size:
+        return None
     return _read_together(x, [reading], y, [other], frame)
 
 
@@ -136,9 +130,8 @@ def _read_together(
     for i, pair in enumerate(zip(mine, theirs, strict=True)):
         own = []
         for view, bind, reading in zip((x, y), binds, pair, strict=True):
-            if reading.axis is not None:
-                bind[reading.axis] = at + i
-                own.append(view.node.axes[reading.axis])
+            bind[reading.axis] = at + i
+            own.append(view.node.axes[reading.axis])
         inner.append(functools.reduce(join, own))
     views = [View(view.node, tuple(bind)) for view, bind in zip((x, y), binds, strict=True)]
     table = cross(views[0], views[1], (*axes, *inner))
@@ -178,43 +171,6 @@ def _axis_map(span: Span, out: Axis | None, axis: Axis) -> AxisMap:
     if out is None:
         return entry_map(np.zeros(len(columns), int), columns, ONE, axis, 1 / len(columns))
     return entry_map(np.arange(len(columns)), columns, out, axis)
-
-
-def is_cut(node: Node) -> bool:
-    """Whether a node is made from given positions of an axis that it may no longer have, which a slice can have too or lack."""
-    pending, seen = [node], set()
-    while pending:
-        node = pending.pop()
-        if node.moves and _entries(node) < _entries(node.args[0].node):
-            return True
-        if node.id not in seen and (
-            node.moves or node.averages or node.entrywise or isinstance(node, Concat)
-        ):
-            seen.add(node.id)
-            pending += [view.node for view in node.args]
-    return False
-
-
-def _entries(node: Node) -> int:
-    return math.prod(axis.size for axis in node.axes)
-
-
-def _in_factors(x: View, mine: list[Reading], theirs: Sequence[Reading]) -> tuple[View, list[Reading]]:
-    """What is averaged over some axes, one of them split into factors where the other is averaged over these."""
-    sizes, whole = [reading.span[1] for reading in theirs], []
-    for reading in mine:
-        if reading.span[1] in sizes:
-            sizes.remove(reading.span[1])
-        else:
-            whole.append(reading.axis)
-    if len(whole) != 1 or len(sizes) < 2 or x.node.axes[whole[0]].size != math.prod(sizes):
-        return x, mine
-    (k,) = whole
-    source = split(x.node, k, tuple(sizes))
-    axes = [j + (j > k) * (len(sizes) - 1) for j in (reading.axis or 0 for reading in mine) if j != k]
-    read = [*axes, *range(k, k + len(sizes))]
-    bind = (*x.bind[:k], *(-1 for _ in sizes), *x.bind[k + 1 :])
-    return View(source, bind), [Reading(j, None, (0, source.axes[j].size, 1)) for j in read]
 
 
 def _matched(readings: Sequence[Reading], axes: Sequence[tuple[int, int]]) -> list[int] | None:
@@ -310,17 +266,3 @@ def pullback_of_axis_mapped(
 ) -> list[np.ndarray | None]:
     own = node.axis_map
     return [apply_axis(cotangent, node.params[0], adjoint(pair_counts(own), own.out, own.inner))]
-
-
-@cross_by_kind.register(AxisMapped)
-def cross_by_kind_of_axis_mapped(
-    node: AxisMapped, a: View, b: View, frame: Sequence[Axis]
-) -> np.ndarray | None:
-    """E[y_p b_q] from E[x_i b_q], of a map whose outputs are as many as its inputs."""
-    own, place = node.axis_map, a.bind[node.params[0]]
-    if own.out.size != own.inner.size:
-        return None
-    axis = frame[place]
-    found = cross(View(node.args[0].node, a.bind), b, frame)
-    counts = pair_counts(entry_map(own.rows, own.columns, axis, axis, own.weights), identity_map(axis))
-    return apply_axis(full_along(found, place, axis), place, counts)

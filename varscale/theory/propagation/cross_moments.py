@@ -105,19 +105,6 @@ def unsure(graph: Graph, how: str, doubt: float) -> None:
         )
 
 
-def largest_correlation(a: View, b: View) -> float:
-    """A bound on |Cov(a, b)| / √(Var a · Var b): what one of them has along the other's axes alone, it only has by its mean."""
-    bound = 1.0
-    for mine, other in ((a, b), (b, a)):
-        table = mine.node.table
-        spare = frozenset(k for k, place in enumerate(mine.bind) if place not in other.bind)
-        if table.variance <= 0:
-            return 0.0
-        averaged = float(averaging(table.axes, spare) @ table.second.ravel()) - table.total_mean**2
-        bound *= min(max(averaged, 0.0) / table.variance, 1.0) ** 0.5
-    return bound
-
-
 def mean_product(a: View, b: View, frame: Sequence[Axis]) -> np.ndarray:
     """E[a_i] E[b_j] by type."""
     return means_by_type(a.mean(frame), frame, b.mean(frame))
@@ -135,25 +122,12 @@ ORDER = (
     "average against a function",
     "law of functions",
     "kinds of nodes",
-    "other places",
 )
 STRATEGIES: dict[str, Strategy] = {}
 
 
 def strategy(name: str) -> Callable[[Strategy], Strategy]:
-    """Register a way to work out cross-moments under a name of `ORDER`.
-
-    Args:
-        name: one of `ORDER`.
-
-    Returns:
-        A decorator of a function of two views over a frame (tuple of axes): E[a_i b_j] by type, or None.
-
-    Raises:
-        ValueError: the name is none of `ORDER`, or taken.
-    """
-    if name not in ORDER or name in STRATEGIES:
-        raise ValueError(f"name must be one of {[n for n in ORDER if n not in STRATEGIES]}, not {name!r}")
+    """Register a way to work out E[a_i b_j] by type of two views over a frame, or None, under a name of `ORDER`."""
 
     def register(work: Strategy) -> Strategy:
         STRATEGIES[name] = work
@@ -162,17 +136,25 @@ def strategy(name: str) -> Callable[[Strategy], Strategy]:
     return register
 
 
+def either_way(work: Strategy) -> Strategy:
+    """A strategy that opens its first argument, for both: the node that is further from the leaves is opened first."""
+
+    @functools.wraps(work)
+    def opened(a: View, b: View, frame: tuple[Axis, ...]) -> np.ndarray | None:
+        for x, y in sorted(((a, b), (b, a)), key=lambda pair: (-pair[0].node.depth, -pair[0].node.id)):
+            if (out := work(x, y, frame)) is not None:
+                return out if x is a else swapped(out, frame)
+        return None
+
+    return opened
+
+
 def _expand(a: View, b: View, frame: tuple[Axis, ...]) -> np.ndarray:
     for name in ORDER:
         if (out := STRATEGIES[name](a, b, frame)) is not None:
             return out
-    unsure(a.node.graph, "assumed", largest_correlation(a, b))
+    unsure(a.node.graph, "assumed", 1.0)
     return mean_product(a, b, frame)
-
-
-def _later_first(a: View, b: View) -> list[tuple[View, View, bool]]:
-    """Both orders of two views, and whether they are turned; first the node that is further from the leaves."""
-    return sorted(((a, b, False), (b, a, True)), key=lambda t: (-t[0].node.depth, -t[0].node.id))
 
 
 strategy("known numbers")(known_cross)
@@ -180,10 +162,8 @@ strategy("known numbers")(known_cross)
 
 @strategy("axes in another order")
 def _permuted(a: View, b: View, frame: tuple[Axis, ...]) -> np.ndarray | None:
-    if not (isinstance(a.node, Permute) or isinstance(b.node, Permute)):
-        return None
     x, y = (v.node.args[0].within(v.bind) if isinstance(v.node, Permute) else v for v in (a, b))
-    return cross(x, y, frame)
+    return None if (x, y) == (a, b) else cross(x, y, frame)
 
 
 @strategy("one node twice")
@@ -193,68 +173,44 @@ def _same_node(a: View, b: View, frame: tuple[Axis, ...]) -> np.ndarray | None:
 
 
 @strategy("affine functions")
-def _affine(a: View, b: View, frame: tuple[Axis, ...]) -> np.ndarray | None:
-    for x, y, turn in ((a, b, False), (b, a, True)):
-        if isinstance(x.node, Apply) and x.node.params[0] in ("affine", *IDENTITIES):
-            c, d = x.node.params[1] or (1.0, 0.0)
-            inner = x.node.args[0].within(x.bind)
-            one = View(number(x.node.graph, 1.0), ())
-            out = c * cross(inner, y, frame) + (d * mean_product(one, y, frame) if d else 0.0)
-            return swapped(out, frame) if turn else out
-    return None
+@either_way
+def _affine(x: View, y: View, frame: tuple[Axis, ...]) -> np.ndarray | None:
+    if not isinstance(x.node, Apply) or x.node.params[0] not in ("affine", *IDENTITIES):
+        return None
+    c, d = x.node.params[1] or (1.0, 0.0)
+    out = c * cross(x.node.args[0].within(x.bind), y, frame)
+    return out + d * mean_product(View(number(x.node.graph, 1.0), ()), y, frame) if d else out
 
 
 @strategy("terms of a sum")
-def _terms(a: View, b: View, frame: tuple[Axis, ...]) -> np.ndarray | None:
-    """The later node is the one to open, but a sum is not, against an elementwise function of it or of what is made of it."""
-    for x, y, turn in _later_first(a, b):
-        read = isinstance(y.node, Apply) and any(root.node.depth >= x.node.depth for root in roots(y.node))
-        if isinstance(x.node, Sum) and not read:
-            out = _of_terms(x, y, frame)
-            return swapped(out, frame) if turn else out
-    return None
-
-
-@strategy("average against a function")
-def _projected(a: View, b: View, frame: tuple[Axis, ...]) -> np.ndarray | None:
-    """An average of a function of x against a function of x: by projection, which needs no law of the average."""
-    for x, y, turn in ((a, b, False), (b, a, True)):
-        if isinstance(x.node, Mean | WindowSum) and isinstance(y.node, Apply):
-            out = cross_by_kind(x.node, x, y, frame)
-            if out is not None:
-                return swapped(out, frame) if turn else out
-    return None
-
-
-@strategy("kinds of nodes")
-def _by_kind(a: View, b: View, frame: tuple[Axis, ...]) -> np.ndarray | None:
-    """What the kind of one of the nodes knows."""
-    for x, y, turn in _later_first(a, b):
-        if (out := cross_by_kind(x.node, x, y, frame)) is not None:
-            return swapped(out, frame) if turn else out
-    return None
-
-
-@strategy("other places")
-def _elsewhere(a: View, b: View, frame: tuple[Axis, ...]) -> np.ndarray | None:
-    """Two nodes over the same axes, read in different places."""
-    if a.bind == b.bind or a.node.axes != b.node.axes:
+@either_way
+def _terms(x: View, y: View, frame: tuple[Axis, ...]) -> np.ndarray | None:
+    """A sum is not opened against a function of it or of what is made of it; a term's doubt weighs what the term does in it."""
+    read = isinstance(y.node, Apply) and any(root.node.depth >= x.node.depth for root in roots(y.node))
+    if read or not isinstance(x.node, Sum):
         return None
-    axes, own = a.node.axes, tuple(range(len(a.node.axes)))
-    second = np.broadcast_to(cross(View(a.node, own), View(b.node, own), axes), a.node.frame_types)
-    return _placed(second, a, b, frame)
-
-
-def _of_terms(x: View, y: View, frame: tuple[Axis, ...]) -> np.ndarray:
-    """A sum against y, term by term; each one's doubt weighs what the term weighs in the sum."""
-    out, graph = np.zeros((1,) * len(frame)), x.node.graph
+    out = np.zeros((1,) * len(frame))
     for c, term in zip(x.node.params, x.node.args, strict=True):
         found = pair(term.within(x.bind), y, frame)
         out = out + c * found.moment
         if found.flagged:
             share = abs(c) * (term.node.table.variance / max(x.node.table.variance, 1e-300)) ** 0.5
-            unsure(graph, found.flagged, min(share * found.doubt, 1.0))
+            unsure(x.node.graph, found.flagged, min(share * found.doubt, 1.0))
     return out
+
+
+@strategy("average against a function")
+@either_way
+def _projected(x: View, y: View, frame: tuple[Axis, ...]) -> np.ndarray | None:
+    """An average of a function of x against a function of x: by projection, which needs no law of the average."""
+    known = isinstance(x.node, Mean | WindowSum) and isinstance(y.node, Apply)
+    return cross_by_kind(x.node, x, y, frame) if known else None
+
+
+@strategy("kinds of nodes")
+@either_way
+def _by_kind(x: View, y: View, frame: tuple[Axis, ...]) -> np.ndarray | None:
+    return cross_by_kind(x.node, x, y, frame)
 
 
 def _placed(second: np.ndarray, a: View, b: View, frame: tuple[Axis, ...]) -> np.ndarray:

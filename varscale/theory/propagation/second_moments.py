@@ -334,12 +334,9 @@ def law_of_functions(a: View, b: View, frame: tuple[Axis, ...]) -> np.ndarray | 
 @second_moments.register(Sum)
 def second_moments_of_sum(node: Sum) -> Table:
     refuse_two_places(node.args)
-    mean, unsure = np.zeros([a.classes for a in node.axes]), []
-    second = np.zeros([a.types for a in node.axes])
-    for c, x in zip(node.params, node.args, strict=True):
-        mean = mean + c * x.mean(node.axes)
-        second = second + c * c * x.second(node.axes)
+    mean, second, unsure = np.zeros([a.classes for a in node.axes]), np.zeros(node.frame_types), []
     for i, (c, x) in enumerate(zip(node.params, node.args, strict=True)):
+        mean, second = mean + c * x.mean(node.axes), second + c * c * x.second(node.axes)
         for d, y in zip(node.params[:i], node.args[:i], strict=True):
             found = pair(x, y, node.axes)
             product = c * d * np.broadcast_to(found.moment, second.shape)
