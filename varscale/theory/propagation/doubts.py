@@ -222,15 +222,12 @@ def _is_curved(node: Node) -> bool:
     return node.table.variance > NEGLIGIBLE * node.table.total_mean**2 and not marginal(node).gaussian
 
 
-@once_per_node
-def lost_excess(node: Node) -> float:
-    """By how much of a mean square two near places may share more than two places of the merged axes do on average."""
-    return lost_excess_of(node)
-
-
 @functools.singledispatch
 def lost_excess_of(node: Node) -> float:
-    """`lost_excess` of a kind of node, worked out: what a linear map of one array leaves of its input's."""
+    """By how much of a mean square two near places may share more than two places of the merged axes do on average.
+
+    Of most kinds what a linear map of one array leaves of its input's.
+    """
     if isinstance(node, Leaf | Array | Constant):
         return 0.0
     below = [v.node for v in node.args if not isinstance(v.node, Leaf | Array | Constant)]
@@ -268,3 +265,6 @@ def lost_excess_of_sum(node: Sum) -> float:
 @lost_excess_of.register(Apply)
 def lost_excess_of_apply(node: Apply) -> float:
     return max((lost_excess(r.node) for r in roots(node) if not concentrated(r.node)), default=0.0)
+
+
+lost_excess = once_per_node(lost_excess_of)

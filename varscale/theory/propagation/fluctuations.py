@@ -118,13 +118,23 @@ _WIDEST_COVARIANCE = 1.0  # sum of covariances at one layer beyond which first o
 
 
 class GradientScale(NamedTuple):
-    """What a derivative does: the growth of its mean square, what is in doubt, a of later layers and its own, e."""
+    """What a node does to a cotangent.
+
+    Attributes:
+        growth: of its mean square.
+        doubt: relative error of that.
+        passed: a, of later layers.
+        own: what a derivative adds to a.
+        radial: e.
+        unit: what a unit's relative square adds to the logarithm.
+    """
 
     growth: float
     doubt: float
     passed: float
     own: float
     radial: float
+    unit: float = 0.0
 
 
 def gradient_scale(
@@ -140,93 +150,52 @@ def gradient_scale(
         above: at the tree, a, e, and what a unit's relative square adds to the logarithm.
     """
     later, radial, unit = above
-    scales = {view.node.id for view in held}
-    passed = later * log_slopes(node).get(root.node, 0.0)
+    ratio = log_slopes(node).get(root.node, 0.0)
     if isinstance(slope.node, Constant):
-        return GradientScale(1.0, 0.0, passed, 0.0, 0.0 if held else radial)
+        return GradientScale(1.0, 0.0, later * ratio, 0.0, 0.0 if held else radial)
     if held:
-        doubt = 0.0
-        for other, (ratio, curvature) in (
-            responses(slope.node).items() if isinstance(slope.node, Apply) else ()
-        ):
+        scales, doubt = {view.node.id for view in held}, 0.0
+        for other, (own, curvature) in (
+            responses(slope.node) if isinstance(slope.node, Apply) else {}
+        ).items():
             spread = kernel(other)
-            doubt += (2 * abs(ratio) * spread.bend + abs(curvature) * spread.point / 2) * (
-                other.id not in scales
-            )
-        return GradientScale(1.0, doubt, passed, 0.0, -1.0 if _over_all_units(node, held) else 0.0)
-    derivative, slopes, mine = inherited(slope.node), log_slopes(slope.node), kernel(root.node)
+            if other.id not in scales:
+                doubt += 2 * abs(own) * spread.bend + abs(curvature) * spread.point / 2
+        # Nothing of a gradient is left along what a sample's own scale, over all units, normalises. Past a
+        # matrix that holds of the sum over all units, not of one unit over samples or of one group of units.
+        kept = sorted({place for view in held for place in view.bind})
+        of_all_units = 0 < len(kept) < len(node.axes) and kept == list(range(len(kept)))
+        return GradientScale(1.0, doubt, later * ratio, 0.0, -1.0 if of_all_units else 0.0)
+    derivative, own = inherited(slope.node), log_slopes(slope.node).get(root.node, 0.0)
     together = later * shared(derivative.places, inherited(node).places) + unit * _with_slope(node, slope)
-    own = sum(
-        d * (1.0 if other is root.node else _regression(kernel(other), mine)) for other, d in slopes.items()
-    )
     flat = max(root.node.table.mean_square * slope.node.table.mean_square, 1e-300)
-    stretched = log_slopes(node).get(root.node, 0.0) ** 2 * node.table.mean_square / flat
     return GradientScale(
         growth=(1 + derivative.shift) * math.exp(_limited(together)),
         doubt=derivative.bend + ROUGH * abs(together),
-        passed=passed,
+        passed=later * ratio,
         own=own,
-        radial=radial * stretched + 2 * slopes.get(root.node, 0.0),
+        radial=radial * ratio**2 * node.table.mean_square / flat + 2 * own,
     )
-
-
-def _over_all_units(node: Apply, held: Sequence[View]) -> bool:
-    """Whether a norm's scale is a sample's own, over all units: then nothing of a gradient is left along what was normalised.
-
-    Past a matrix that holds of the sum over all units alone, and not of one unit over samples or of one group of units.
-    """
-    kept = sorted({place for view in held for place in view.bind})
-    return 0 < len(kept) < len(node.axes) and kept == list(range(len(kept)))
 
 
 def log_slopes(node: Node) -> dict[Node, float]:
     """d ln E[f²]/d ln Q by root."""
-    return (
-        {root: found.slope for root, found in root_responses(node).items()}
-        if isinstance(node, Apply)
-        else {node: 1.0}
-    )
+    if not isinstance(node, Apply):
+        return {node: 1.0}
+    return {root: found.slope for root, found in root_responses(node).items()}
 
 
-def scale_share(node: Node, i: int) -> float:
-    """d ln Q/d ln Q_i of a node's second moment in its argument's: a term's share of a sum, all of it elsewhere."""
-    if not isinstance(node, Sum) or i in node.centring:
-        return 1.0
-    return float(term_shares(node)[i])
-
-
-class SummedScale(NamedTuple):
-    """What a node that is linear in its arguments makes of what a gradient depends on; `growth` is that of its mean square."""
-
-    growth: float
-    passed: float
-    radial: float
-    unit: float
-
-
-def summed_scale(node: Node, i: int, later: float, radial: float, unit: float) -> SummedScale:
-    """What a node that is not elementwise passes on to its i-th argument.
-
-    Args:
-        node: the node.
-        i: which of its arguments.
-        later: a at the node.
-        radial: e at the node.
-        unit: what a unit's relative square adds to the logarithm.
-    """
-    share = scale_share(node, i)
+def summed_scale(node: Node, i: int, later: float, radial: float, unit: float) -> GradientScale:
+    """What a node that is linear in its arguments passes on to its i-th argument, in which Q has the ratio `share`."""
+    share = float(term_shares(node)[i]) if isinstance(node, Sum) and i not in node.centring else 1.0
     sampled = max((1 + kernel(node).point) / (1 + inherited(node.args[i].node).point) - 1, 0.0)
     if not sampled:
-        return SummedScale(1.0, later * share, radial * share, unit * share)
+        return GradientScale(1.0, 0.0, later * share, 0.0, radial * share, unit * share)
     weighted = any(isinstance(v.node, Leaf) and v.node.random and not v.node.is_input for v in node.args)
     radial = radial if weighted or isinstance(node, Sum) else 0.0
     growth = 1 + _limited(radial / (node.width or math.inf))
-    return SummedScale(growth, later * share, radial * share, (later + radial) * share * sampled)
-
-
-def _regression(other: Spread, mine: Spread) -> float:
-    """What of one logarithm goes with another, at one place: a regression."""
-    return shared(other.places, mine.places) / max(shared(mine.places, mine.places), 1e-12)
+    unit = (later + radial) * share * sampled
+    return GradientScale(growth, 0.0, later * share, 0.0, radial * share, unit)
 
 
 def _limited(x: float) -> float:
@@ -235,14 +204,10 @@ def _limited(x: float) -> float:
 
 def _with_slope(node: Apply, slope: View) -> float:
     """(E[f² f'²]/(E[f²] E[f'²]) − 1)/(E[f⁴]/E[f²]² − 1) of a function of one root: how f'² goes with f² from unit to unit."""
-    view = View(node, tuple(range(len(node.axes))))
     live = [r for r in roots(node) if not concentrated(r.node)]
-    if len(live) != 1:
-        return 0.0
-    lines = []
-    for x in (view, slope):
-        lines.append(over_classes(np.square(along(x, node.axes, *live)), node.axes))
-    if any(line.shape != WEIGHTS.shape for line in lines):
+    views = (View(node, tuple(range(len(node.axes)))), slope)
+    lines = [over_classes(np.square(along(x, node.axes, *live)), node.axes) for x in views]
+    if len(live) != 1 or any(line.shape != WEIGHTS.shape for line in lines):
         return 0.0
     f, d = (line / max(float(line @ WEIGHTS), 1e-300) for line in lines)
     return float((f * d) @ WEIGHTS - 1) / max(float(f**2 @ WEIGHTS) - 1, 1e-9)

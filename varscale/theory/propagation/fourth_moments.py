@@ -21,14 +21,13 @@ from collections.abc import Collection, Hashable, Sequence
 import numpy as np
 from scipy import special
 
-from varscale.theory.domain.axes import Axis, contract_axis, refine
+from varscale.theory.domain.axes import Axis, contract_axis
 from varscale.theory.domain.tables import NEGLIGIBLE, by_type, full_types, lift, means_by_type
 from varscale.theory.graph.convolutions import Conv, tap_scatter
 from varscale.theory.graph.expressions import Apply, Sum, factors, roots, roots_of
 from varscale.theory.graph.known_arrays import Computed, scatter_of_given
 from varscale.theory.graph.linear_nodes import Contract, Gather, weight_of
 from varscale.theory.graph.nodes import Array, Constant, Leaf, Node, View
-from varscale.theory.graph.normal_form import apply
 from varscale.theory.graph.reshapes import Rearranged
 from varscale.theory.graph.store import Fact, once_per_node
 from varscale.theory.integrals.hermite_series import HERMITE, WEIGHTS, Z, power_series
@@ -47,7 +46,6 @@ from varscale.theory.propagation.marginals import (
     over_classes,
     placed,
 )
-from varscale.theory.propagation.second_moments import product_second
 from varscale.theory.propagation.token_gram import Tokens, overlap, own_part, patch_overlap, tokens_of
 
 
@@ -210,7 +208,6 @@ def _rearranged(node: Node, axes: set[int]) -> tuple[Node, tuple[int, ...]] | No
 
 
 _EXCESS_ROUNDING = 1e-12  # what rounding leaves of a relative variance that is zero
-_FEW_NUMBERS = 64  # numbers, from where on what a function of several roots leaves to chance is not asked for
 
 
 def free_share(weight: Leaf, terms: float, units: int) -> float:
@@ -241,8 +238,6 @@ def square_pairs(node: Node) -> tuple[np.ndarray, np.ndarray]:
         bits = [r for r in live if isinstance(r.node, Leaf) and r.node.is_bits]
         if len(bits) + 1 == len(live):
             live = [r for r in live if r not in bits]
-        if len(live) > 1 and math.prod(axis.size for axis in frame) <= _FEW_NUMBERS:
-            pairs = pairs * refine(_joint_pairs(factor, frame), frame)
         if len(live) != 1:
             continue
         (root,) = live
@@ -349,14 +344,6 @@ def _over_bits(
         if (found := _square_coefficients(f, frame, env)) is not None:
             coefficients, whole = coefficients + found[0] / len(points), whole + found[1] / len(points)
     return (coefficients, whole) if np.any(coefficients) else None
-
-
-def _joint_pairs(factor: View, frame: tuple[Axis, ...]) -> np.ndarray:
-    """The same of a function of several roots, all that they share included."""
-    coarse = tuple(Axis(axis.size) for axis in frame)
-    square = View(apply(factor.node.graph, "integer_pow", (2,), frame, [factor]), tuple(range(len(frame))))
-    mean = product_second(factor, factor, coarse)[(0,) * len(frame)]
-    return product_second(square, square, coarse) / mean**2 if mean > 0 else np.ones([1] * len(frame))
 
 
 def _square_coefficients(

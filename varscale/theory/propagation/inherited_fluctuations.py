@@ -20,6 +20,7 @@ from varscale.theory.integrals.lognormal import LOG_SCALES, WIDEST, Response, Sc
 from varscale.theory.propagation.fourth_moments import fresh, kurtosis_shift
 from varscale.theory.propagation.marginals import (
     Environment,
+    along,
     cofactors,
     evaluate,
     independent_factors,
@@ -185,15 +186,9 @@ def shared(a: dict[Hashable, float], b: dict[Hashable, float]) -> float:
     return sum(c * b[key] for key, c in a.items() if key in b)
 
 
-@once_per_node
-def kernel(node: Node) -> Spread:
-    """What a root's scale inherits: the fluctuations of the inputs it is linear in."""
-    return propagated(node)
-
-
 @functools.singledispatch
 def propagated(node: Node) -> Spread:
-    """`kernel` of a kind of node, worked out: of one that is linear in its one argument, what that argument's scale does."""
+    """What a root's scale inherits: of one that is linear in its one argument, what that argument's scale does."""
     return inherited(node.args[0].node) if node.args else NONE
 
 
@@ -210,6 +205,9 @@ def propagated_of_sum(node: Sum) -> Spread:
     if node.is_centred:
         return inherited(largest_term(node).node)
     return combine([(float(s), inherited(v.node)) for s, v in zip(term_shares(node), node.args, strict=True)])
+
+
+kernel = once_per_node(propagated)
 
 
 @once_per_node
@@ -275,18 +273,11 @@ def _scalings(node: Apply) -> dict[Hashable, float]:
     """Sources of a product's random scales: the mean square of n drawn numbers varies by (E[f⁴]/E[f²]² − 1)/n."""
     found = {}
     for factor in factors(View(node, tuple(range(len(node.axes)))))[1]:
-        own = roots(factor.node)
-        if (
-            len(own) == 1
-            and isinstance(own[0].node, Leaf)
-            and not own[0].node.is_input
-            and own[0].node.random
-        ):
-            squares = np.asarray(evaluate(factor, node.axes, {}), float) ** 2
-            line = over_classes(squares, node.axes)
-            units = math.prod(axis.size for axis in own[0].node.axes)
-            if line.size > 1 and line @ WEIGHTS > 0:
-                found[~own[0].node.id] = math.sqrt(
-                    max(line**2 @ WEIGHTS / (line @ WEIGHTS) ** 2 - 1, 0.0) / units
-                )
+        (root, _), *others = roots(factor.node)
+        if not others and isinstance(root, Leaf) and root.random and not root.is_input:
+            squares = over_classes(np.square(along(factor, node.axes, *roots_of(factor))), node.axes)
+            units = math.prod(axis.size for axis in root.axes)
+            if squares.size > 1 and squares @ WEIGHTS > 0:
+                excess = squares**2 @ WEIGHTS / (squares @ WEIGHTS) ** 2 - 1
+                found[~root.id] = math.sqrt(max(excess, 0.0) / units)
     return found

@@ -352,8 +352,8 @@ def _of_unit_length(rows: np.ndarray) -> np.ndarray:
     return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-300)
 
 
-@once_per_node
-def scatter(node: Node) -> np.ndarray | None:
+@functools.singledispatch
+def scatter_of(node: Node) -> np.ndarray | None:
     """Variance over weights of the correlation of two entries, by type of pair; None where there is none.
 
     Given the weights of a convolution, y_p and y_q have not the correlation of their inputs. It is off by
@@ -365,12 +365,6 @@ def scatter(node: Node) -> np.ndarray | None:
     A function with E[f f'] = S(ρ) gains S″(ρ)/2 times that variance: little for each pair of places, but places near one
     another are what the mean over a picture is made of. Where a sum is over many channels as well it is small.
     """
-    return scatter_of(node)
-
-
-@functools.singledispatch
-def scatter_of(root: Node) -> np.ndarray | None:
-    """`scatter` of a kind of node, worked out."""
     return None
 
 
@@ -386,3 +380,6 @@ def scatter_of_sum(root: Sum) -> np.ndarray | None:
         if (own := scatter(view.node)) is not None
     ]
     return np.asarray(sum(found)) if found else None
+
+
+scatter = once_per_node(scatter_of)

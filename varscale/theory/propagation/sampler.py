@@ -327,8 +327,6 @@ def sampled_from_gather(node: Gather, drawing: Drawing, positions: Positions) ->
 
 
 _POOLED = 2_000_000  # numbers that moments by type are estimated from
-_CORRELATED_REPLICATES = 16  # draws that correlations are estimated from
-_MOST_PAIRED, _FEW_PAIRED = 256, 3  # positions of the longest axis, and of the others, that are paired
 _SCORES = 4.0  # standard errors that a mean is trusted to; within them it is taken for zero
 _LEVEL = 0.02  # positions whose second moments differ by less, relatively, are one class
 

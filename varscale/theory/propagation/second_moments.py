@@ -229,17 +229,18 @@ def _mehler(variables: Sequence[View], fi: np.ndarray, gj: np.ndarray, frame: Se
     return _at_correlations(mehler(on_grid(fi), on_grid(gj), frame), x, frame)
 
 
+def _correlation(root: View, frame: Sequence[Axis]) -> np.ndarray:
+    """Latent correlations of a root by type of a frame."""
+    return lift(marginal(root.node).correlation, root.node.axes, root.bind, frame, pairs=True)
+
+
 def _at_correlations(series: Series, root: View, frame: Sequence[Axis]) -> np.ndarray:
     """E[f g] by type at a root's correlations, and at what they are given the weights."""
-    axes = root.node.axes
-    out = series.at(lift(marginal(root.node).correlation, axes, root.bind, frame, pairs=True))
-    variance = scatter(root.node)
+    rho, variance = _correlation(root, frame), scatter(root.node)
     if variance is None:
-        return out
-    rho, variance = (
-        lift(x, axes, root.bind, frame, pairs=True) for x in (marginal(root.node).correlation, variance)
-    )
-    return out + series.curvature(rho) * variance / 2
+        return series.at(rho)
+    variance = lift(variance, root.node.axes, root.bind, frame, pairs=True)
+    return series.at(rho) + series.curvature(rho) * variance / 2
 
 
 def _pairwise(group: _Group, frame: Sequence[Axis], fixed: Environment) -> np.ndarray:
@@ -273,7 +274,7 @@ def _cubature(group: _Group, frame: Sequence[Axis], fixed: Environment) -> tuple
     types, classes = [a.types for a in frame], [a.classes for a in frame]
     rho = np.empty((*types, k, k))
     for i, a in enumerate(views):
-        rho[..., i, i] = lift(marginal(a.node).correlation, a.node.axes, a.bind, frame, pairs=True)
+        rho[..., i, i] = _correlation(a, frame)
         for j, b in enumerate(views):
             if i != j:
                 rho[..., i, j] = latent_cross(a, b, frame)
