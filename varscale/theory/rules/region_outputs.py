@@ -171,16 +171,16 @@ def _carried_back(node: RegionOutput, value: Value, passed: np.ndarray, notes: B
 def cross_by_kind_of_region(node: RegionOutput, a: View, b: View, frame: Sequence[Axis]) -> np.ndarray | None:
     """Against another output, or what the region reads: both are drawn together.
 
-    Regions on as many draws read the same numbers.
+    Regions read the same numbers, as far as both have draws.
     """
     place = dict(zip(a.bind, range(len(node.axes)), strict=True))
     other = b.node
     if any(outer not in place for outer in b.bind):
         return None
-    alike = isinstance(other, RegionOutput) and (
-        other.params[0] == node.params[0] or node.draws.replicates == other.draws.replicates
-    )
-    if not alike and other.id > node.id:
+    drawn = other  # what it is a slice of, or in another order: a second direction's steps
+    while drawn.moves:
+        drawn = drawn.args[0].node
+    if not isinstance(drawn, RegionOutput) and other.id > node.id:
         return None
     positions = node.positions
     own = View(other, tuple(place[outer] for outer in b.bind))
