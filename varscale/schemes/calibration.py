@@ -58,7 +58,7 @@ def calibrate(
     geometric mean of what it makes is the target. Kept as declared: biases, norms, tables that are looked up, kernels that are
     declared to be zero or another constant, and kernels that a loop over time uses at each step (`vs.lsuv` rescales these).
     Where the walk rests on draws or approximations, a prediction under the plan checks it and mends what is off. A model that
-    `vs.predict` draws as a whole is calibrated by predictions alone, each kernel by the rows of its module.
+    `vs.predict` draws as a whole is calibrated by predictions alone, each kernel by the rows of its module, and forward only.
 
     Args:
         model: a linen module, an nnx factory `lambda rngs: Net(..., rngs=rngs)`, an nnx instance, or a plain function
@@ -80,7 +80,8 @@ def calibrate(
 
     Raises:
         TypeError: the model or an input is of no known kind.
-        ValueError: an argument is outside its range, the model cannot be predicted, has no kernels, or a pattern matches none.
+        ValueError: an argument is outside its range, the model cannot be predicted, has no kernels, or a pattern matches none;
+            the direction is not "forward" and `vs.predict` draws the model as a whole.
 
     Example:
         >>> import flax.linen as nn, jax, varscale as vs
@@ -109,9 +110,12 @@ def calibrate(
             interpreter.places = places_of(walked, {leaf.path: leaf for leaf in base if leaf.why == _CHOSEN})
             try:
                 walked.run(interpreter)
-            except (PredictionError, *UNCOVERED):
+            except (PredictionError, *UNCOVERED) as error:
                 if direction != "forward":
-                    raise
+                    raise ValueError(
+                        f"direction={direction!r} must follow gradients through the model from kernel to kernel, and vs.predict "
+                        f"draws this one as a whole ({error}): direction='forward' calibrates it, by the rows of its modules"
+                    ) from error
                 return _by_predictions(base, kept, model, x, target, distribution, params, method)
             found, biased = interpreter.found, interpreter.biased
             missing = {leaf.path for leaf in base if leaf.why == _CHOSEN} - {one.kernel.path for one in found}

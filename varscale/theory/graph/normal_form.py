@@ -21,6 +21,11 @@ from varscale.theory.integrals.primitives import function
 
 @rebuild.register(Apply)
 def rebuild_of_apply(node: Apply, axes: tuple[Axis, ...], args: Sequence[View]) -> Node:
+    name, extra = node.params
+    if name == "mul" and any(
+        isinstance(v.node, Constant) for v in args
+    ):  # one layer's number, of those of all layers
+        return apply(node.graph, name, extra, axes, args)
     return node.graph.make(Apply, axes, args, node.params)
 
 

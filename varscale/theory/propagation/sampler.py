@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import math
-import string
 from collections.abc import Callable, Hashable, Sequence
 
 import numpy as np
@@ -301,12 +300,30 @@ def _known_scale(node: Node, out: np.ndarray) -> np.ndarray:
 
 
 def summed(x: np.ndarray, y: np.ndarray, kept: int) -> np.ndarray:
-    """Σ x·y over the axes after the first `kept`, of arrays (positions or 1..., draws or 1): (draws, positions...)."""
-    letters = string.ascii_lowercase[: x.ndim - 1]
-    spec = f"{letters},{letters}->{letters[:kept]}"
-    draws = np.broadcast_shapes(x.shape, y.shape)[-1]
-    pairs = ((z[..., min(r, z.shape[-1] - 1)] for z in (x, y)) for r in range(draws))
-    return np.stack([np.einsum(spec, *pair, optimize=True) for pair in pairs])
+    """Σ x·y over the axes after the first `kept`, of arrays (positions or 1..., draws or 1): (draws, positions...).
+
+    One matrix product a draw: axes that both have are batches or are summed over, others are rows or columns.
+    """
+    rank = x.ndim - 1
+    x, y = (np.moveaxis(z, -1, 0) for z in (x, y))
+    for k in range(kept, rank):  # where one is constant, the other is summed over first
+        if x.shape[1 + k] == 1 or y.shape[1 + k] == 1:
+            x, y = (z.sum(1 + k, keepdims=True) for z in (x, y))
+    both = [k for k in range(rank) if x.shape[1 + k] > 1 and y.shape[1 + k] > 1]
+    batch, inner = [k for k in both if k < kept], [k for k in both if k >= kept]
+    columns = [k for k in range(kept) if k not in both and y.shape[1 + k] > 1]
+    rows = [k for k in range(kept) if k not in both and k not in columns]
+
+    def matrices(z: np.ndarray, *groups: list[int]) -> np.ndarray:
+        sizes = [math.prod(z.shape[1 + k] for k in group) for group in groups]
+        order = [1 + k for group in groups for k in group]
+        rest = [1 + k for k in range(rank) if 1 + k not in order]  # of size 1
+        return z.transpose([0, *order, *rest]).reshape(len(z), *sizes)
+
+    out = matrices(x, batch, rows, inner) @ matrices(y, batch, inner, columns)
+    order = [*batch, *rows, *columns]
+    sizes = [max(x.shape[1 + k], y.shape[1 + k]) for k in order]
+    return out.reshape(len(out), *sizes).transpose([0, *(1 + int(k) for k in np.argsort(order))])
 
 
 @sampled_from.register(Gather)
