@@ -113,8 +113,8 @@ def calibrate(
             except (PredictionError, *UNCOVERED) as error:
                 if direction != "forward":
                     raise ValueError(
-                        f"direction={direction!r} must follow gradients through the model from kernel to kernel, and vs.predict "
-                        f"draws this one as a whole ({error}): direction='forward' calibrates it, by the rows of its modules"
+                        f"direction={direction!r} must follow gradients from kernel to kernel, and vs.predict "
+                        f"draws this one as a whole ({error}): direction='forward' calibrates it by the rows of its modules"
                     ) from error
                 return _by_predictions(base, kept, model, x, target, distribution, params, method)
             found, biased = interpreter.found, interpreter.biased
