@@ -171,6 +171,16 @@ def test_stacked_layers_have_a_variance_each_and_a_deep_narrow_net_is_warned_of(
     assert vs.Plan.from_json(plan.to_json()) == plan
 
 
+def test_the_walk_and_the_prediction_agree_on_stacked_layers(monkeypatch):
+    """One check of a plan for stacked layers passes, whatever their depth: their laws keep their kurtosis, layer by layer."""
+    predictions = []
+    monkeypatch.setattr(calibration, "predict", lambda *args, **kwargs: predictions.append(1) or vs.predict(*args, **kwargs))
+    model, x = Deep(20, 8), described(4, 8)
+    found = typicals(model, x, vs.calibrate(model, x))
+    assert found == pytest.approx(dict.fromkeys(found, 1.0), rel=5e-7)
+    assert len(predictions) <= 1
+
+
 def test_a_kernel_with_several_uses_has_one_variance():
     class Shared(nn.Module):
         @nn.compact
@@ -303,6 +313,9 @@ def test_a_model_that_is_drawn_as_a_whole_is_calibrated_by_predictions():
     plan = vs.calibrate(Pictures(), x, target=2.0)
     found = typicals(Pictures(), x, plan)
     assert found == pytest.approx(dict.fromkeys(["first", "head"], 2.0), rel=1e-6)
+    for direction in ("backward", "both"):
+        with pytest.raises(ValueError, match=rf"direction='{direction}' must follow gradients .* draws this one as a whole"):
+            vs.calibrate(Pictures(), x, direction=direction)
 
 
 class GridBlock(nn.Module):
