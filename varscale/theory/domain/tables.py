@@ -342,7 +342,7 @@ def _effect(
         factor = np.take(factor, labels[k], axis=place)
     sizes = [len(labels[k]) for k in mine]
     noise = rng.standard_normal((replicates, *sizes, total))
-    effect = (factor @ noise[..., None])[..., 0].reshape([replicates, *sizes, *classes])
+    effect = np.moveaxis(factor @ np.moveaxis(noise, 0, -1), -1, 0).reshape([replicates, *sizes, *classes])
     for place, k in enumerate(others):
         effect = np.take(effect, labels[k], axis=1 + at + place)
     return effect.transpose([0, *(1 + i for i in np.argsort([*mine, *others]))])

@@ -30,7 +30,7 @@ from varscale.theory.rules.registry import (
     sub_jaxpr_of,
     used_variables,
 )
-from varscale.theory.rules.sampled_regions import drawn_alone, drawn_region
+from varscale.theory.rules.sampled_regions import drawn_alone, drawn_region, placeholder
 
 
 @rule(*CALLS, "custom_lin", "run_state")
@@ -63,6 +63,8 @@ def scan(interpreter: Context, eqn: Any, *xs: Any) -> list[Any]:
     fixed, carry, streams = _compat.scan_operands(p, xs)
     layers = any(isinstance(x, Value) and _stacks_weights(x) for x in streams)
     if not layers and any(kept[: len(carry)]) and p["length"] > _FEW_STEPS:
+        if interpreter.regions.changed:  # the next walk draws it
+            return [placeholder(interpreter, v.aval) for v in eqn.outvars]
         with contextlib.suppress(CannotDraw):
             return drawn_alone(interpreter, eqn, xs, whole_numbers=False, time=len(carry))
     literals, jaxpr = _compat.sub_jaxpr(p["jaxpr"])[1], _of_outputs(jaxpr, kept)

@@ -197,23 +197,24 @@ class RegionDraws:
     @functools.cached_property
     def error(self) -> float:
         """The largest relative error of an output's mean square over so many draws."""
-        flat = (x.reshape(len(x), -1).astype(float) for x in self.outputs)
-        return max((relative_error(np.mean(x**2, axis=1)) for x in flat), default=0.0)
+        flat = (x.reshape(len(x), -1) for x in self.outputs)
+        squares = (np.einsum("ij,ij->i", x, x, dtype=float) / max(x.shape[1], 1) for x in flat)
+        return max(map(relative_error, squares), default=0.0)
 
     @functools.cached_property
     def response(self) -> list[float]:
-        """By output: d ln E[y²] / d ln q, where q is the second moment of all that it reads and that is no weight."""
+        """By output: d ln E[y²] / d ln q on the first batch, q the second moment of all that it reads and that is no weight."""
         scaled = [
-            x * np.sqrt(1 + SCALE_STEP).astype(x.dtype)
+            x[: self.batch] * np.sqrt(1 + SCALE_STEP).astype(x.dtype)
             if o.random and not o.weight and np.issubdtype(x.dtype, np.inexact)
-            else x
+            else x[: self.batch]
             for x, o in zip(self.drawn, self.operands, strict=True)
         ]
-        pairs = zip(map(_numbers, self.run_on(scaled)), self.outputs, strict=True)
-        return [
-            float(np.log(np.mean(a**2) / np.mean(b**2)) / np.log1p(SCALE_STEP)) if np.any(b) else 0.0
-            for a, b in pairs
+        moments = [
+            (float(np.mean(_numbers(a) ** 2)), float(np.mean(b[: self.batch] ** 2)))
+            for a, b in zip(run_all(self.program, scaled), self.outputs, strict=True)
         ]
+        return [math.log(a / b) / math.log1p(SCALE_STEP) if a > 0 and b > 0 else 0.0 for a, b in moments]
 
     def back(self, which: int, seed: np.ndarray) -> list[np.ndarray | None]:
         """Cotangents of the operands, (replicates, ...), given those of one output; None where none are asked of."""
@@ -237,14 +238,16 @@ class RegionDraws:
 def with_enough_draws(draws: RegionDraws, bound: float) -> RegionDraws:
     """So many draws that the outputs' mean squares are known to this, or as many numbers as there may be.
 
-    The error goes by the root of the draws, and so tells how often they have to be doubled.
+    The error goes by the root of the draws, and so tells how many more batches there have to be; by Student's law it is more
+    than that of few.
     """
     largest = max((numbers[0].size for numbers in draws.outputs), default=1)
-    while draws.error > bound and 2 * draws.replicates * largest <= _DRAWN_NUMBERS:
-        needed = 2 * math.log2(min(draws.error / bound, _DRAWN_NUMBERS))
-        most = math.log2(_DRAWN_NUMBERS / (draws.replicates * largest))
-        doublings = int(min(max(needed, 1), most))
-        draws = dataclasses.replace(draws, replicates=draws.replicates << doublings)
+    most = _DRAWN_NUMBERS // max(draws.batch * largest, 1)
+    while draws.error > bound and draws.replicates < draws.batch * most:
+        surer = special.ndtri(1 - _TAIL / 2) / special.stdtrit(draws.replicates - 1, 1 - _TAIL / 2)
+        batches = math.ceil(draws.replicates * (draws.error / bound) ** 2 * surer / draws.batch)
+        batches = min(max(batches, draws.replicates // draws.batch + 1), most)
+        draws = dataclasses.replace(draws, replicates=draws.batch * batches)
     return draws
 
 
@@ -260,7 +263,8 @@ def relative_error(squares: np.ndarray) -> float:
 
 
 def _numbers(x: Any) -> np.ndarray:
-    return np.nan_to_num(np.asarray(x).astype(np.float32), nan=0.0, posinf=0.0, neginf=0.0)
+    x = np.asarray(x, np.float32)
+    return x if np.isfinite(x).all() else np.nan_to_num(x, nan=0.0, posinf=0.0, neginf=0.0)
 
 
 def sizes_to_run(jaxpr: Any, operands: Sequence[Operand]) -> tuple[Sizes, int]:

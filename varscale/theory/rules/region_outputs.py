@@ -34,6 +34,7 @@ from varscale.theory.rules.region_draws import RegionDraws, relative_error
 from varscale.theory.rules.region_sizes import numbers_held
 
 _MEMORY = 2**28  # bytes of the states that a backward pass keeps
+_MOST_IN_ORDER = 1 << 19  # numbers that a law is read off
 _SMALLER_DOUBT = 0.1  # set on the validation grid: of a gradient at sizes smaller than the whole
 
 DRAWS: Fact[Hashable, RegionDraws] = Fact()
@@ -86,11 +87,11 @@ def _drawn_quantiles(node: RegionOutput) -> np.ndarray:
         own = node.numbers
         for k, (label, c) in enumerate(zip(labels, cell, strict=True)):
             own = np.compress(label == c, own, axis=1 + k)
-        line = np.sort(own, axis=None)
+        line = np.sort(own.ravel()[evenly(own.size, _MOST_IN_ORDER)])
         drawn = np.interp(special.ndtr(Z) * len(line) - 0.5, np.arange(len(line)), line)
         # The grid ends where the draws do: what their tails lack is made up for by the rest.
         scale = math.sqrt(
-            max(WEIGHTS @ drawn**2, 1e-300) / max(float(np.mean(line.astype(float) ** 2)), 1e-300)
+            max(WEIGHTS @ drawn**2, 1e-300) / max(float(np.mean(np.square(own, dtype=float))), 1e-300)
         )
         out[cell] = drawn / scale
     return out
