@@ -176,18 +176,18 @@ class RegionDraws:
         short = self.batch * work(self.jaxpr.jaxpr, self.sizes) < _SHORT
         return Program(self.jaxpr, self.sizes, written(self.jaxpr), weights, floating, short)
 
-    def run_on(self, operands: Sequence[Any]) -> list[np.ndarray]:
-        """Outputs on given draws of the operands, so many at a time: what is compiled does not depend on how many there are."""
-        starts, program = range(0, self.replicates, self.batch), self.program
-        batches = [
-            RUN[program.short](program, [x[start : start + self.batch] for x in operands]) for start in starts
-        ]
-        return [np.concatenate([np.asarray(x) for x in parts]) for parts in zip(*batches, strict=True)]
+    def _run(self, operands: Sequence[Any]) -> list[jax.Array]:
+        return RUN[self.program.short](self.program, operands)
 
     @functools.cached_property
     def raw(self) -> list[np.ndarray]:
-        """Outputs on draws of the operands, (replicates, ...), as they come out of the program."""
-        return self.run_on(self.drawn)
+        """Outputs on draws of the operands, (replicates, ...), as they come out of the program.
+
+        They are run so many at a time: what is compiled does not depend on how many there are.
+        """
+        starts = range(0, self.replicates, self.batch)
+        batches = [self._run([x[start : start + self.batch] for x in self.drawn]) for start in starts]
+        return [np.concatenate([np.asarray(x) for x in parts]) for parts in zip(*batches, strict=True)]
 
     @functools.cached_property
     def outputs(self) -> list[np.ndarray]:
@@ -212,7 +212,7 @@ class RegionDraws:
         ]
         moments = [
             (float(np.mean(_numbers(a) ** 2)), float(np.mean(b[: self.batch] ** 2)))
-            for a, b in zip(run_all(self.program, scaled), self.outputs, strict=True)
+            for a, b in zip(self._run(scaled), self.outputs, strict=True)
         ]
         return [math.log(a / b) / math.log1p(SCALE_STEP) if a > 0 and b > 0 else 0.0 for a, b in moments]
 

@@ -203,7 +203,7 @@ def propagated_of_region(node: RegionOutput) -> Spread:
     inputs = [v.node for x in draws.operands if x.random and not x.weight for v in x.value]
     inputs = [x for x in inputs if not is_known_array(x)]
     largest = max(inputs, key=lambda x: math.prod(a.size for a in x.axes), default=None)
-    numbers, samples = node.numbers.astype(float) ** 2, 1 + node.params[2]
+    numbers, samples = np.square(node.numbers, dtype=float), 1 + node.params[2]
     each = numbers.mean(axis=tuple(k for k in range(1, numbers.ndim) if k != samples))
     each = each.reshape(len(numbers), -1)
     n, whole = each.shape[1], np.maximum(each.mean(axis=1), 1e-150)
