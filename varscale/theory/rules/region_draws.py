@@ -246,7 +246,7 @@ def with_enough_draws(draws: RegionDraws, bound: float) -> RegionDraws:
     while draws.error > bound and draws.replicates < draws.batch * most:
         surer = special.ndtri(1 - _TAIL / 2) / special.stdtrit(draws.replicates - 1, 1 - _TAIL / 2)
         batches = math.ceil(draws.replicates * (draws.error / bound) ** 2 * surer / draws.batch)
-        batches = min(max(batches, draws.replicates // draws.batch + 1), most)
+        batches = min(max(batches, 2 * draws.replicates // draws.batch), most)
         draws = dataclasses.replace(draws, replicates=draws.batch * batches)
     return draws
 
