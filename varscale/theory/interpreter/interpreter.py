@@ -213,7 +213,7 @@ class Interpreter:
     def _handler(self, eqn: Any, ins: Sequence[Any]) -> Rule:
         """The rule of an equation; of one with complex operands, the one for parts; where there is none, sampling."""
         name = eqn.primitive.name
-        made_complex = any(getattr(v.aval, "dtype", np.dtype(float)).kind == "c" for v in eqn.outvars)
+        made_complex = any(getattr(getattr(v.aval, "dtype", None), "kind", "") == "c" for v in eqn.outvars)
         if name not in _WHOLE and (
             any(isinstance(x, Complex) for x in ins) or (name in RULES and made_complex)
         ):
