@@ -111,6 +111,13 @@ def materialize(x: Value, dims: Sequence[int]) -> Value:
     return Value(broadcast(x.node, axes), tuple(new))
 
 
+def separated(x: Value) -> Value:
+    """Every dimension one axis of its own, or of size 1."""
+    for d in range(len(x.dims)):
+        x = merged(materialize(x, [d]), d)
+    return x
+
+
 def transpose(x: Value, order: Sequence[int]) -> Value:
     """Dimensions in another order."""
     return Value(x.node, tuple(x.dims[d] for d in order))

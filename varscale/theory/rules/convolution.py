@@ -146,13 +146,6 @@ def scatter_of_conv(node: Conv) -> np.ndarray | None:
     return np.where(same, 0.0, met / (node.width * (node.width + weights.kurtosis - 1)))
 
 
-def prepared(x: Value) -> Value:
-    """Every dimension one axis of its own, or of size 1."""
-    for d in range(len(x.dims)):
-        x = layout.merged(layout.materialize(x, [d]), d)
-    return x
-
-
 def axes_of(x: Value, order: Sequence[int]) -> tuple[int | None, ...]:
     return tuple(x.dims[d][0].axis if x.dims[d] else None for d in order)
 
@@ -174,7 +167,7 @@ def conv(interpreter: Context, eqn: Any, x: Value, w: Value) -> Any:
         return placeholder(interpreter, eqn.outvars[0].aval)
     cx, x = without_factor(x)
     cw, w = without_factor(w)
-    x, w = prepared(x), prepared(w)
+    x, w = layout.separated(x), layout.separated(w)
     dims = p["dimension_numbers"]
     shape = eqn.outvars[0].aval.shape
     xd, wd = axes_of(x, dims.lhs_spec), axes_of(w, dims.rhs_spec)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -73,26 +74,20 @@ def cross_by_kind_of_gather(node: Gather, a: View, b: View, frame: Sequence[Axis
     weights = weight_of(node), weight_of(b.node)
     if None not in weights and weights[0] is not weights[1]:
         return np.zeros((1,) * len(frame))
-    other = b.node
-    if not isinstance(other, Gather) or node.args[0].node.axes != other.args[0].node.axes:
+    other, x = b.node, node.args[0].node
+    if not isinstance(other, Gather) or x.axes != other.args[0].node.axes:
         return None
-    if node.line is not None and other.line is not None and a.bind == b.bind:
-        return None  # how often two lookups of one line agree is in doubt
-    x, y = node.args[0].node, other.args[0].node
+    if node.known is not None and other.known is not None:
+        return None  # how often they agree is in doubt
     row_axes, rows = node.params.row_axes, node.params.rows
     kept = [k for k in range(len(x.axes)) if k not in row_axes]
-    places = [[view.bind[n.args[0].bind[k]] for k in kept] for n, view in ((node, a), (other, b))]
-    if row_axes != other.params.row_axes or places[0] != places[1]:
+    places, others = ([v.bind[v.node.args[0].bind[k]] for k in kept] for v in (a, b))
+    if row_axes != other.params.row_axes or places != others:
         return None
     own = tuple(range(len(x.axes)))
-    table = np.broadcast_to(cross(View(x, own), View(y, own), x.axes), x.frame_types)
+    table = np.broadcast_to(cross(View(x, own), View(other.args[0].node, own), x.axes), x.frame_types)
     same, different = _same_and_different(table, x.axes, row_axes, rows)
-    rate = 1 / rows
-    if node.known is not None and other.known is not None:
-        one, two = (np.bincount(i, minlength=rows) / len(i) for i in (node.known, other.known))
-        rate = float(one[:rows] @ two[:rows])
-    second = rate * same + (1 - rate) * different
-    return lift(second, [x.axes[k] for k in kept], places[0], frame, pairs=True)
+    return lift((same + (rows - 1) * different) / rows, [x.axes[k] for k in kept], places, frame, pairs=True)
 
 
 @pullback.register(Gather)
@@ -128,10 +123,7 @@ def _same_and_different(
 
 def base_ids(node: Node) -> Node:
     """The random or known index behind the wrap-around of negative ones."""
-    while not isinstance(node, Array | Leaf):
-        own = roots(node)
-        if len(own) != 1 or own[0].node is node:
-            return node
+    while not isinstance(node, Array | Leaf) and len(own := roots(node)) == 1 and own[0].node is not node:
         node = own[0].node
     return node
 
@@ -139,68 +131,54 @@ def base_ids(node: Node) -> Node:
 @rule("gather")
 def gather(interpreter: Context, eqn: Any, x: Value, ids: Value) -> Any:
     """One known index is a slice, rows by index are a lookup; what is picked otherwise is sampled."""
-    p, shape = eqn.params, eqn.outvars[0].aval.shape
-    d = p["dimension_numbers"]
+    d, sizes, shape = eqn.params["dimension_numbers"], eqn.params["slice_sizes"], eqn.outvars[0].aval.shape
     if x.constant is not None:
         return layout.full(interpreter.graph, x.constant, shape)
-    known, sizes = interpreter.concrete(ids), p["slice_sizes"]
-    if known is not None and known.reshape(-1, known.shape[-1]).shape[0] == 1:
+    known = interpreter.concrete(ids)
+    if known is not None and known.size == known.shape[-1]:
         starts = dict(zip(d.start_index_map, known.ravel().astype(int), strict=True))
         for dim, size in enumerate(sizes):
             start = int(np.clip(starts.get(dim, 0), 0, x.shape[dim] - size))
             x = take(x, dim, start, start + size)
         return layout.reshape(x, shape)
     if in_order(x.node):
-        return drawn_region(interpreter, eqn, (x, ids), "steps of a loop are picked, which differ")[0]
+        return drawn_region(interpreter, eqn, (x, ids), "steps of a loop are picked, which differ")
     collapsed = set(d.collapsed_slice_dims)
     whole = all(s == n for k, (s, n) in enumerate(zip(sizes, x.shape, strict=True)) if k not in collapsed)
     if set(d.start_index_map) == collapsed and whole and not d.operand_batching_dims:
         return rows_by_index(interpreter, d, shape, x, ids)
-
-    return drawn_region(interpreter, eqn, (x, ids), "entries are looked up one by one")[0]
+    return drawn_region(interpreter, eqn, (x, ids), "entries are looked up one by one")
 
 
 def rows_by_index(interpreter: Context, d: Any, shape: Sequence[int], x: Value, ids: Value) -> Value:
     """Rows of a table, its axes `d.start_index_map`, by index."""
-    known, picked = interpreter.concrete(ids), tuple(d.start_index_map)
-    for dim in range(len(x.dims)):
-        x = layout.merged(layout.materialize(x, [dim]), dim)
+    graph, known, picked = interpreter.graph, interpreter.concrete(ids), tuple(d.start_index_map)
+    x = layout.separated(x)
+    axis_of: Any = [dim[0].axis if dim else None for dim in x.dims]
     batch = [k for k in range(len(shape)) if k not in d.offset_dims]
-    rows = math.prod(x.shape[k] for k in picked)
+    kept = list(zip((k for k in range(len(x.dims)) if k not in picked), d.offset_dims, strict=True))
     if known is not None and known.size == max(known.shape) and len(picked) == 1:
-        axis = x.node.axes[x.dims[picked[0]][0].axis] if x.dims[picked[0]] else Axis(1)
-        if axis.classes > 1:
-            return _mapped_rows(x, d, shape, batch, np.clip(known.ravel().astype(int), 0, axis.size - 1))
-    axes, rates, index_atoms = _index_axes(interpreter.graph, ids, known, [shape[k] for k in batch])
-    dims: list[tuple[Atom, ...]] = [()] * len(shape)
-    for k, atoms in zip(batch, index_atoms, strict=True):
-        dims[k] = atoms
-    index_axes = tuple(range(len(axes)))
-    bind: dict[int, int] = {}
-    row_axes: list[int] = []
-    kept = [k for k in range(len(x.dims)) if k not in picked]
-    for k, out in zip(kept, d.offset_dims, strict=True):
+        k = axis_of[picked[0]]
+        if k is not None and x.node.axes[k].classes > 1:  # rows of unlike classes: a map of the axis
+            axis = x.node.axes[k]
+            line = np.clip(known.ravel().astype(int), 0, axis.size - 1)
+            rows = entry_map(np.arange(len(line)), line, labelled(axis.label_array[line]), axis)
+            places = {j: (Atom(shape[j], k),) if shape[j] > 1 else () for j in batch}
+            places |= {out: x.dims[own] for own, out in kept}
+            return Value(mapped(x.node, k, rows), tuple(places[j] for j in range(len(shape))))
+    axes, rates, index_atoms = _index_axes(graph, ids, known, [shape[k] for k in batch])
+    dims, indices, bind = dict(zip(batch, index_atoms, strict=True)), tuple(range(len(axes))), {}
+    for k, out in kept:
+        dims[out] = (Atom(x.shape[k], len(axes)),) if x.dims[k] else ()
         if x.dims[k]:
-            axis = x.dims[k][0].axis
-            assert axis is not None
-            bind[axis] = len(axes)
-            dims[out] = (Atom(x.shape[k], len(axes)),)
-            axes.append(x.node.axes[axis])
-    for k in picked:
-        if x.dims[k] and (axis := x.dims[k][0].axis) is not None:
-            row_axes.append(axis)
-            bind[axis] = -1
-    view = View(x.node, tuple(bind[k] for k in range(len(x.node.axes))))
+            bind[axis_of[k]] = len(axes)
+            axes.append(x.node.axes[axis_of[k]])
+    view = View(x.node, tuple(bind.get(k, -1) for k in range(len(x.node.axes))))
     frozen = None if rates is None else tuple(np.round(rates, 12).ravel())
-    which = (
-        base_ids(ids.node)
-        if known is None
-        else _stored(interpreter.graph, known, [x.shape[k] for k in picked])
-    )
-    node = interpreter.graph.make(
-        Gather, axes, [view], GatherParams(tuple(row_axes), index_axes, frozen, rows, which)
-    )
-    return Value(node, tuple(dims))
+    which = base_ids(ids.node) if known is None else _stored(graph, known, [x.shape[k] for k in picked])
+    row_axes = tuple(axis_of[k] for k in picked if x.dims[k])
+    params = GatherParams(row_axes, indices, frozen, math.prod(x.shape[k] for k in picked), which)
+    return Value(graph.make(Gather, axes, [view], params), tuple(dims[k] for k in range(len(shape))))
 
 
 def _stored(graph: Graph, known: np.ndarray, sizes: Sequence[int]) -> str:
@@ -212,40 +190,21 @@ def _stored(graph: Graph, known: np.ndarray, sizes: Sequence[int]) -> str:
     return key
 
 
-def _mapped_rows(x: Value, d: Any, shape: Sequence[int], batch: Sequence[int], line: np.ndarray) -> Value:
-    """Rows of unlike classes by known indices along one axis, as a map of that axis."""
-    (picked,) = d.start_index_map
-    k = x.dims[picked][0].axis
-    assert k is not None
-    axis = x.node.axes[k]
-    rows = entry_map(np.arange(len(line)), line, labelled(axis.label_array[line]), axis)
-    dims: list[tuple[Atom, ...]] = [
-        (Atom(n, k),) if j in batch and n > 1 else () for j, n in enumerate(shape)
-    ]
-    for own, out in zip([j for j in range(len(x.dims)) if j != picked], d.offset_dims, strict=True):
-        dims[out] = x.dims[own]
-    return Value(mapped(x.node, k, rows), tuple(dims))
-
-
 def _index_axes(
     graph: Graph, ids: Value, known: np.ndarray | None, shape: Sequence[int]
 ) -> tuple[list[Axis], np.ndarray | None, list[tuple[Atom, ...]]]:
     """Axes of the indices, their repeat rates (None: unknown, as good as uniform) and the atoms of the batch dimensions."""
-    atoms: list[tuple[Atom, ...]] = []
-    count = 0
-    for k, n in enumerate(shape):
-        # Unknown indices differ along the axes they run over, and repeat along those they are broadcast on.
-        mine = ids.dims[k] if known is None else (Atom(n, 0),) if n > 1 else ()
-        atoms.append(
-            tuple(atom if atom.axis is None else Atom(atom.size, count + i) for i, atom in enumerate(mine))
-        )
-        count += sum(atom.axis is not None for atom in mine)
-    if known is None:
-        return [Axis(a.size) for dim in atoms for a in dim if a.axis is not None], None, atoms
-    _, codes = np.unique(known.reshape(-1, known.shape[-1]), axis=0, return_inverse=True)
-    codes = codes.reshape([n for n in shape if n > 1])
-    axes = classed_axes(graph, codes)
-    return axes, repeat_rates(codes, axes), atoms
+    if known is not None:
+        _, codes = np.unique(known.reshape(-1, known.shape[-1]), axis=0, return_inverse=True)
+        codes, count = codes.reshape([n for n in shape if n > 1]), itertools.count()
+        axes = classed_axes(graph, codes)
+        return axes, repeat_rates(codes, axes), [(Atom(n, next(count)),) if n > 1 else () for n in shape]
+    # Unknown indices differ along the axes they run over, and repeat along those they are broadcast on.
+    own = ids.dims[: len(shape)]
+    sizes = [atom.size for dim in own for atom in dim if atom.axis is not None]
+    place = itertools.count()
+    atoms = [tuple(Atom(n, None if k is None else next(place)) for n, k in dim) for dim in own]
+    return [Axis(n) for n in sizes], None, atoms
 
 
 _TURNED = {"lt": "gt", "le": "ge", "gt": "lt", "ge": "le", "eq": "eq", "ne": "ne"}
@@ -295,17 +254,16 @@ def _one_hot(interpreter: Context, shape: Sequence[int], x: Value, known: np.nda
     if len(along) != 1 or any(atom.axis is not None for atom in x.dims[along[0]]):
         return None
     (d,) = along
-    line = np.moveaxis(known, d, 0).reshape(len(known) if d == 0 else known.shape[d], -1)[:, 0]
+    line = np.moveaxis(known, d, 0).reshape(known.shape[d], -1)[:, 0]
     if len(np.unique(line)) < len(line):
         return None
     rest = [n for k, n in enumerate(shape) if k != d]
-    ids = layout.broadcast_in_dim(
-        Value(x.node, tuple(dim for k, dim in enumerate(x.dims) if k != d)), rest, range(len(rest))
-    )
+    ids = Value(x.node, (*x.dims[:d], *x.dims[d + 1 :]))
     rows = lax.GatherDimensionNumbers(
         offset_dims=(len(rest),), collapsed_slice_dims=(0,), start_index_map=(0,)
     )
-    found = rows_by_index(interpreter, rows, (*rest, len(line)), interpreter.known(np.eye(len(line))), ids)
+    spread = layout.broadcast_in_dim(ids, rest, range(len(rest)))
+    found = rows_by_index(interpreter, rows, (*rest, len(line)), interpreter.known(np.eye(len(line))), spread)
     found.node.drawn = (special.ndtr(Z) >= 1 - 1 / len(line)).astype(
         float
     )  # one or nothing, and neither normal nor lognormal

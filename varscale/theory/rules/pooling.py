@@ -26,7 +26,7 @@ from varscale.theory.graph.convolutions import (
     tap_reads,
     window_pairs,
 )
-from varscale.theory.graph.layout import Atom, Value
+from varscale.theory.graph.layout import Atom, Value, separated
 from varscale.theory.graph.nodes import View, cross_by_kind, pullback, second_moments
 from varscale.theory.graph.normal_form import affine
 from varscale.theory.graph.store import BackwardNotes, Fact
@@ -37,7 +37,7 @@ from varscale.theory.propagation.inherited_fluctuations import Spread, inherited
 from varscale.theory.propagation.marginals import quantiles_of_kind
 from varscale.theory.propagation.pullbacks import Near, pulled_back, repeats
 from varscale.theory.propagation.shared_component import of_an_average
-from varscale.theory.rules.convolution import axes_above_one, prepared
+from varscale.theory.rules.convolution import axes_above_one
 from varscale.theory.rules.reductions import bounded, draw, fewest_terms, of_increasing, pooled_estimate
 from varscale.theory.rules.registry import Context, rule
 from varscale.theory.rules.sampled_regions import placeholder
@@ -255,7 +255,7 @@ def _with_law(table: Table, mean: np.ndarray, square: np.ndarray) -> Table:
 def _window_node(interpreter: Context, eqn: Any, x: Value, kind: type[WindowSum]) -> Value:
     p = eqn.params
     shape = eqn.outvars[0].aval.shape
-    x = prepared(x)
+    x = separated(x)
     if repeats(x.node) and interpreter.ask("windows over copies of near places", whole=True):
         return placeholder(interpreter, eqn.outvars[0].aval)
     rank = len(shape)
