@@ -41,59 +41,55 @@ from varscale.theory.rules.registry import Context, rule
 from varscale.theory.rules.sampled_regions import drawn_region, placeholder
 
 
+def _carried(node: Conv, second: np.ndarray) -> np.ndarray:
+    """Second moments by type of what a convolution makes of an input with these."""
+    _, _, xd, wd, od = node.params
+    weights = by_dim(node.args[1].node.table.second, wd)
+    return by_axis(node.carry(by_dim(second, xd), weights), od)
+
+
 @second_moments.register(Conv)
 def second_moments_of_conv(node: Conv) -> Table:
-
-    groups, windows, xd, wd, od = node.params
-    if dependent(*(v.node for v in node.args)):
+    groups, windows, xd, _, od = node.params
+    x, w = (v.node for v in node.args)
+    if dependent(x, w):
         # A weight that was applied before is as good as fresh; of data with their own crop the terms may all
         # be equal.
         fresh = weight_of(node) is not None
         node.graph.flag(*("quadrature", 1 / node.width) if fresh else ("assumed", UNKNOWN))
-    x, w = (v.node.table for v in node.args)
-    second = node.carry(by_dim(x.second, xd), by_dim(w.second, wd))
-    mean = np.zeros([1 if k is None else node.axes[k].classes for k in od])
-    if np.any(w.mean) and np.any(x.mean):
-        x_axes, o_axes = dim_axes(node.args[0].node, xd), dim_axes(node, od)
-        term = by_dim(x.mean, xd)
+    mean = np.zeros([a.classes for a in node.axes])
+    if np.any(w.table.mean) and np.any(x.table.mean):
+        x_axes, o_axes = dim_axes(x, xd), dim_axes(node, od)
         channels = x_axes[1].counts[: x_axes[1].classes] / groups
-        term = np.repeat(np.tensordot(term, channels, axes=(1, 0))[:, None], o_axes[1].classes, axis=1)
+        term = np.tensordot(by_dim(x.table.mean, xd), channels, axes=(1, 0))[:, None]
+        term = np.repeat(term, o_axes[1].classes, axis=1)
         for k, window in enumerate(windows):
             term = apply_axis(term, k + 2, tap_means(window, x_axes[k + 2], o_axes[k + 2]))
-        mean = mean + term * w.total_mean
-    return Table(node.axes, by_axis(mean, od), by_axis(second, od))
+        mean = by_axis(term * w.table.total_mean, od)
+    return Table(node.axes, mean, _carried(node, x.table.second))
 
 
 @pullback.register(Conv)
 def pullback_of_conv(node: Conv, cotangent: np.ndarray, notes: BackwardNotes) -> list[np.ndarray | None]:
-    _groups, _windows, xd, wd, od = node.params
-    back = node.carry(by_dim(cotangent, od), by_dim(node.args[1].node.table.second, wd), transposed=True)
+    _, _, xd, wd, od = node.params
+    weights = by_dim(node.args[1].node.table.second, wd)
+    back = node.carry(by_dim(cotangent, od), weights, transposed=True)
     return [np.broadcast_to(by_axis(back, xd), node.args[0].node.frame_types), None]
 
 
 @cross_by_kind.register(Conv)
 def cross_by_kind_of_conv(node: Conv, a: View, b: View, frame: Sequence[Axis]) -> np.ndarray | None:
-    """One kernel on two inputs."""
-    other = b.node
-    weights = weight_of(node), weight_of(other)
+    """The same weights on two inputs, whose cross-moment takes the place of their second moment."""
+    weights = weight_of(node), weight_of(b.node)
     if None not in weights and weights[0] is not weights[1]:
         return np.zeros((1,) * len(frame))
-    if (
-        not isinstance(other, Conv)
-        or other.params != node.params
-        or a.bind != b.bind
-        or other.args[1] != node.args[1]
-    ):
+    same = isinstance(b.node, Conv) and (b.node.params, b.node.args[1]) == (node.params, node.args[1])
+    x, own = node.args[0].node, tuple(range(len(node.args[0].node.axes)))
+    if not same or a.bind != b.bind or b.node.args[0].node.axes != x.axes:
         return None
-    x, y = node.args[0].node, other.args[0].node
-    if x.axes != y.axes:
-        return None
-    identity = tuple(range(len(x.axes)))
-    table = np.broadcast_to(cross(View(x, identity), View(y, identity), x.axes), [ax.types for ax in x.axes])
-    second = node.carry(
-        by_dim(table, node.params.x_dims), by_dim(node.args[1].node.table.second, node.params.w_dims)
-    )
-    return lift(by_axis(second, node.params.out_dims), node.axes, a.bind, frame, pairs=True)
+    table = cross(View(x, own), View(b.node.args[0].node, own), x.axes)
+    second = _carried(node, np.broadcast_to(table, x.frame_types))
+    return lift(second, node.axes, a.bind, frame, pairs=True)
 
 
 def _own_part_of_input(x: Node, dims: Sequence[int | None]) -> float:
@@ -109,12 +105,10 @@ def _own_part_of_input(x: Node, dims: Sequence[int | None]) -> float:
 def propagated_of_conv(node: Conv) -> Spread:
     x = node.args[0].node
     groups, windows, xd, _, od = node.params
-    taps = math.prod(w.taps for w in windows)
-    channels = 1 if xd[1] is None else x.axes[xd[1]].size
-    summed = [k for k in xd[1:2] if k is not None]
+    taps, summed = math.prod(w.taps for w in windows), [k for k in xd[1:2] if k is not None]
     spread = combine([(1.0, averaged(x, summed, taps))])
     units = 1 if od[1] is None else node.axes[od[1]].size
-    out = with_own_weights(spread, node, node.args[1], x, taps * channels / groups, units)
+    out = with_own_weights(spread, node, node.args[1], x, node.width, units)
     if (varied := of_few(node)) is not None:  # what weights of its own add is in the law of its channels
         out = dataclasses.replace(out, sources=spread.sources, shape=out.shape + (1 - 1 / taps) * varied)
     return dataclasses.replace(out, shape=out.shape + of_a_group(x, summed, groups) / taps)
@@ -124,30 +118,22 @@ def propagated_of_conv(node: Conv) -> Spread:
 def scatter_of_conv(node: Conv) -> np.ndarray | None:
     _, windows, xd, _, od = node.params
     taps = math.prod(w.taps for w in windows)
-    weights = node.args[1].node
+    x, weights = (view.node for view in node.args)
     if taps == 1 or not isinstance(weights, Leaf) or not weights.odd:
         return None
-    inputs = dim_axes(node.args[0].node, xd)
+    inputs = dim_axes(x, xd)
     meeting, same = np.ones([1] * len(node.axes)), np.ones([1] * len(node.axes), bool)
     for dim, k in enumerate(od):
         if k is None:
             continue
-        axis = node.axes[k]
-        own = np.arange(axis.types) < axis.classes
-        line = own.astype(float)
+        axis, shape = node.axes[k], [-1 if j == k else 1 for j in range(len(node.axes))]
+        line = axis.agrees.astype(float)
         if dim >= 2:  # of two places along a spatial axis, the pairs of taps that read one input
-            one_tap, two_taps = tap_pairs(windows[dim - 2], inputs[dim], axis)
-            line = (one_tap + two_taps)[:, : inputs[dim].classes].sum(axis=1)
-        shape = [1] * len(node.axes)
-        shape[k] = -1
-        meeting, same = meeting * line.reshape(shape), same & own.reshape(shape)
-    x = node.args[0].node
+            pairs = np.add(*tap_pairs(windows[dim - 2], inputs[dim], axis))
+            line = pairs[:, : inputs[dim].classes].sum(axis=1)
+        meeting, same = meeting * line.reshape(shape), same & axis.agrees.reshape(shape)
     met = meeting * node.width / taps * (1 + excess_kurtosis(x) / 2) * _own_part_of_input(x, xd) ** 2
     return np.where(same, 0.0, met / (node.width * (node.width + weights.kurtosis - 1)))
-
-
-def axes_of(x: Value, order: Sequence[int]) -> tuple[int | None, ...]:
-    return tuple(x.dims[d][0].axis if x.dims[d] else None for d in order)
 
 
 def axes_above_one(logical: Sequence[Axis]) -> tuple[list[Axis], tuple[int | None, ...]]:
@@ -168,31 +154,29 @@ def conv(interpreter: Context, eqn: Any, x: Value, w: Value) -> Any:
     cx, x = without_factor(x)
     cw, w = without_factor(w)
     x, w = layout.separated(x), layout.separated(w)
-    dims = p["dimension_numbers"]
-    shape = eqn.outvars[0].aval.shape
-    xd, wd = axes_of(x, dims.lhs_spec), axes_of(w, dims.rhs_spec)
+    dims, shape = p["dimension_numbers"], eqn.outvars[0].aval.shape
+    xd, wd = (
+        tuple(v.dims[d][0].axis if v.dims[d] else None for d in order)
+        for v, order in ((x, dims.lhs_spec), (w, dims.rhs_spec))
+    )
+    read, weights = (
+        [ONE if k is None else v.node.axes[k] for k in places] for v, places in ((x, xd), (w, wd))
+    )
     windows = tuple(
-        Window(shape[dims.out_spec[k + 2]], w.shape[dims.rhs_spec[k + 2]], s, pad[0], ld, rd)
-        for k, (s, pad, ld, rd) in enumerate(
-            zip(p["window_strides"], p["padding"], p["lhs_dilation"], p["rhs_dilation"], strict=True)
+        Window(shape[d], w.shape[e], stride, low, dilation, apart)
+        for d, e, stride, (low, _), dilation, apart in zip(
+            dims.out_spec[2:],
+            dims.rhs_spec[2:],
+            p["window_strides"],
+            p["padding"],
+            p["lhs_dilation"],
+            p["rhs_dilation"],
+            strict=True,
         )
     )
-    logical = [
-        x.node.axes[xd[0]] if xd[0] is not None else ONE,
-        w.node.axes[wd[0]] if wd[0] is not None else ONE,
-    ]
-    logical += [
-        output_axis(win, x.node.axes[k] if k is not None else ONE)
-        for win, k in zip(windows, xd[2:], strict=True)
-    ]
-    axes, od = axes_above_one(logical)
-    views = [View(x.node, tuple(range(len(x.node.axes)))), View(w.node, tuple(range(len(w.node.axes))))]
-    node = interpreter.graph.make(
-        Conv, axes, views, ConvParams(p["feature_group_count"], windows, xd, wd, od)
-    )
-    out: list[tuple[Atom, ...]] = [()] * len(shape)
-    for k, d in enumerate(dims.out_spec):
-        place = od[k]
-        out[d] = (Atom(shape[d], place),) if place is not None else ()
-
-    return Value(affine(node, cx * cw, 0.0), tuple(out))
+    axes, od = axes_above_one([read[0], weights[0], *map(output_axis, windows, read[2:])])
+    views = [View(v.node, tuple(range(len(v.node.axes)))) for v in (x, w)]
+    params = ConvParams(p["feature_group_count"], windows, xd, wd, od)
+    node = interpreter.graph.make(Conv, axes, views, params)
+    out = {d: () if k is None else (Atom(shape[d], k),) for d, k in zip(dims.out_spec, od, strict=True)}
+    return Value(affine(node, cx * cw, 0.0), tuple(out[d] for d in range(len(shape))))

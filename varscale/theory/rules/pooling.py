@@ -28,7 +28,6 @@ from varscale.theory.graph.convolutions import (
 )
 from varscale.theory.graph.layout import Atom, Value, separated
 from varscale.theory.graph.nodes import View, cross_by_kind, pullback, second_moments
-from varscale.theory.graph.normal_form import affine
 from varscale.theory.graph.store import BackwardNotes, Fact
 from varscale.theory.integrals.hermite_series import WEIGHTS, Z
 from varscale.theory.propagation.cross_moments import cross, unsure
@@ -89,13 +88,12 @@ def cross_by_kind_of_window_sum(
     windows, xd, od = node.params
     x, read = node.args[0].node, {}
     for window, k, o in zip(windows, xd, od, strict=True):
-        if k is None or o is None:
-            if k != o:
-                return None  # the only place of an axis is no axis of the frame
-            continue
-        if window is not None and window.size_out != x.axes[k].size:
+        if k is not None and o is not None and (window is None or window.size_out == x.axes[k].size):
+            read[k] = (a.bind[o], window)
+        elif k != o:  # the only place of an axis is no axis of the frame; a stride leaves places out
             return None
-        read[k] = (a.bind[o], window)
+    if len(read) < len(x.axes):
+        return None
     out = cross(View(x, tuple(read[k][0] for k in range(len(x.axes)))), b, frame)
     for place, window in read.values():
         if window is not None:
@@ -291,6 +289,5 @@ def reduce_window_max(interpreter: Context, eqn: Any, x: Value, *_: Value) -> Va
 @rule("reduce_window_min")
 def reduce_window_min(interpreter: Context, eqn: Any, x: Value, *_: Value) -> Value:
     """A minimum is the maximum of the negative, with its sign turned."""
-    turned = interpreter.elementwise("neg", x)
-    out = _window_node(interpreter, eqn, turned, WindowMax)
-    return Value(affine(out.node, -1.0, 0.0), out.dims)
+    largest = _window_node(interpreter, eqn, interpreter.elementwise("neg", x), WindowMax)
+    return interpreter.elementwise("neg", largest)
