@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable
 from typing import Any, Protocol
 
 import numpy as np
@@ -88,38 +88,25 @@ class Context(Protocol):
         place: where rows are kept; None where none are.
         used: the variables that are read of the jaxpr that is being interpreted.
         regions: the scopes that are drawn, or cannot be.
+        run: (jaxpr, consts, args, step=None), the outputs of a jaxpr; `step` says which of a loop's it is.
+        known: (const), the value of a known array.
+        concrete: (x, dtype=None), the numbers of a known value; None where it is random or too large.
+        elementwise: (name, *xs, extra=()), an elementwise primitive of values of one shape (sizes of 1 broadcast).
+        ask: (reason, whole=False), ask for a region of the module that the walk is in, or of the whole model; False where
+            there is none to be had.
+        leaf: (name, shape, mean, second_moment, *, odd, **law), a new random tensor with independent entries.
     """
 
     graph: Graph
     place: Any
     regions: Any
     used: frozenset[Any]
-
-    def run(
-        self, jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], step: int | None = None
-    ) -> list[Any]:
-        """The outputs of a jaxpr, given values of its constants and inputs; `step` says which of a loop's it is."""
-        ...
-
-    def known(self, const: Any) -> Any:
-        """The value of a known array."""
-
-    def concrete(self, x: Any, dtype: Any = None) -> np.ndarray | None:
-        """The numbers of a known value; None where it is random or too large."""
-
-    def elementwise(self, name: str, *xs: Value, extra: tuple[Any, ...] = ()) -> Value:
-        """An elementwise primitive of values of one shape (sizes of 1 broadcast)."""
-        ...
-
-    def ask(self, reason: str, *, whole: bool = False) -> bool:
-        """Ask for a region of the module that the walk is in, or of the whole model; False where there is none to be had."""
-        ...
-
-    def leaf(
-        self, name: Any, shape: Sequence[int], mean: float, second_moment: float, *, odd: bool, **law: Any
-    ) -> Value:
-        """A new random tensor with independent entries."""
-        ...
+    run: Callable[..., list[Any]]
+    known: Callable[[Any], Any]
+    concrete: Callable[..., np.ndarray | None]
+    elementwise: Callable[..., Value]
+    ask: Callable[..., bool]
+    leaf: Callable[..., Value]
 
 
 STACKED: Fact[Hashable, list[Any]] = Fact()  # the values of the steps that a stacked value is made of
