@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from varscale.theory.domain.axes import Axis, contract_axis
+from varscale.theory.domain.axes import Axis, averaging, contract_axis
 from varscale.theory.domain.tables import LOOSE, NEGLIGIBLE, ROUGH, Table, full_along, means_by_type
 from varscale.theory.graph.expressions import Apply, Sum, roots, swapped
-from varscale.theory.graph.layout import Atom, Value, align, full
+from varscale.theory.graph.layout import Value, align, full, renumbered
 from varscale.theory.graph.linear_nodes import Contract, Gather, weight_of
 from varscale.theory.graph.nodes import UNKNOWN, Array, Leaf, View, cross_by_kind, pullback, second_moments
 from varscale.theory.graph.normal_form import affine
@@ -122,16 +122,12 @@ def _tied(
     E[y_v²] gains (Σ_d E[x_d w_{v,d}])² where v is the row that x was looked up from, with probability 1/V.
     """
     axes = x.node.axes
-    together = np.broadcast_to(cross(View(x.node, tuple(range(len(axes)))), rows, axes), x.node.frame_types)
-    for axis in axes:
-        together = contract_axis(together, 0, axis.same)
+    both = np.broadcast_to(cross(View(x.node, tuple(range(len(axes)))), rows, axes), x.node.frame_types)
+    shift = float(averaging(axes, frozenset()) @ both.ravel()) * node.width
     table = next(v for v in node.args if v is not x)
     own = math.prod(axis.size for k, axis in enumerate(node.axes) if k in table.bind)
-    shift = float(together) * node.width
-    same = [a.agrees.astype(float) for a in node.axes]
-    return mean + shift / own, second + shift**2 / own * functools.reduce(
-        np.multiply.outer, same, np.array(1.0)
-    )
+    same = functools.reduce(np.multiply.outer, [a.agrees for a in node.axes], np.array(1.0))
+    return mean + shift / own, second + shift**2 / own * same
 
 
 @pullback.register(Contract)
@@ -253,67 +249,38 @@ def contract(
     (cx, cy), (bx, by) = contracted, batch
     fx = [d for d in range(len(x.dims)) if d not in (*cx, *bx)]
     fy = [d for d in range(len(y.dims)) if d not in (*cy, *by)]
-    if x.constant == 0 or y.constant == 0:
-        sizes = [x.shape[k] for k in (*bx, *fx)] + [y.shape[k] for k in fy]
-        return full(x.node.graph, 0.0, sizes)
-    is_inner = all(x.shape[k] == 1 for k in fx) and all(y.shape[k] == 1 for k in fy)
-    if is_inner and {r.node for r in roots(x.node)} & {r.node for r in roots(y.node)}:
-        return _with_itself(interpreter, x, y, (cx, cy), (bx, by))
-    c, x = without_factor(x)
-    d, y = without_factor(y)
-    x, y = (classed_by_energy(as_drawn_weight(interpreter, v)) for v in (x, y))
+    (c, x), (d, y) = without_factor(x), without_factor(y)
+    # An inner product of two functions of one root is the sum of one function: a norm's x · x/|x|.
+    alone = all(x.shape[k] == 1 for k in fx) and all(y.shape[k] == 1 for k in fy)
+    alone = alone and not {r.node for r in roots(x.node)}.isdisjoint(r.node for r in roots(y.node))
+    if not alone:
+        x, y = (classed_by_energy(as_drawn_weight(interpreter, v)) for v in (x, y))
     # One frame: batch, x's free, y's free, contracted; each operand has size 1 where the other's free
     # dimensions are.
-    xs = Value(
-        x.node,
-        (*(x.dims[k] for k in bx), *(x.dims[k] for k in fx), *[()] * len(fy), *(x.dims[k] for k in cx)),
-    )
-    ys = Value(
-        y.node,
-        (*(y.dims[k] for k in by), *[()] * len(fx), *(y.dims[k] for k in fy), *(y.dims[k] for k in cy)),
-    )
-    outer = len(bx) + len(fx) + len(fy)
+    xs = Value(x.node, (*(x.dims[k] for k in (*bx, *fx)), *[()] * len(fy), *(x.dims[k] for k in cx)))
+    ys = Value(y.node, (*(y.dims[k] for k in by), *[()] * len(fx), *(y.dims[k] for k in (*fy, *cy))))
+    outer, terms = len(bx) + len(fx) + len(fy), math.prod(x.shape[k] for k in cx)
+    nothing = full(interpreter.graph, 0.0, np.broadcast_shapes(xs.shape, ys.shape)[:outer])
+    if 0.0 in (x.constant, y.constant):
+        return nothing
     _, frame, views, dims = align([xs, ys])
-    # Terms that repeat because both operands are constant along a factor of a contracted dimension.
-    constant = math.prod(a.size for dim in dims[outer:] for a in dim if a.axis is None)
-    contracted_axes = [a.axis for dim in dims[outer:] for a in dim if a.axis is not None]
-    kept = [k for k in range(len(frame)) if k not in contracted_axes]
-    place = {k: i for i, k in enumerate([*kept, *contracted_axes])}
-    if not contracted_axes and constant == 1 and not any(x.shape[k] > 1 for k in cx):
-        out = interpreter.elementwise("mul", xs, ys)
-        return Value(affine(out.node, c * d, 0.0), out.dims[:outer])
+    summed = [a.axis for dim in dims[outer:] for a in dim if a.axis is not None]
+    if alone or not summed:
+        out = mean(interpreter.elementwise("mul", xs, ys), range(outer, outer + len(cx)))
+        return Value(affine(out.node, c * d * terms, 0.0), out.dims)
+    kept = [k for k in range(len(frame)) if k not in summed]
+    place = {k: i for i, k in enumerate([*kept, *summed])}
     views = [View(v.node, tuple(place[b] for b in v.bind)) for v in views]
-    scale = c * d * constant
-    layout = tuple(
-        tuple(a if a.axis is None else Atom(a.size, place[a.axis]) for a in dim) for dim in dims[:outer]
-    )
-    free = [(x.dims, k) for k in (*bx, *fx)] + [(y.dims, k) for k in fy]
-    shape = [math.prod(a.size for a in source[k]) for source, k in free]
-    layout = tuple(dim or ((Atom(n, None),) if n > 1 else ()) for dim, n in zip(layout, shape, strict=True))
-    params = tuple(frame[k] for k in contracted_axes)
-    axes = [frame[k] for k in kept]
-    doubtful = any(_applied_back(v, w, len(axes)) for v, w in (views, views[::-1]))
+    doubtful = any(_applied_back(v, w, len(kept)) for v, w in (views, views[::-1]))
     if doubtful and interpreter.ask("a weight is applied, and then its transpose", whole=True):
-        return full(interpreter.graph, 0.0, shape)
+        return nothing
+    axes, params = [frame[k] for k in kept], tuple(frame[k] for k in summed)
     node = interpreter.graph.make(Contract, axes, views, params)
     if doubtful:
         node.flagged, node.doubt = "assumed", UNKNOWN
-    return Value(affine(node, scale, 0.0), layout)
-
-
-def _with_itself(
-    interpreter: Context,
-    x: Value,
-    y: Value,
-    contracted: tuple[Sequence[int], ...],
-    batch: tuple[Sequence[int], ...],
-) -> Value:
-    """An inner product of two functions of one root: the sum of one function, a norm's x · x/|x|."""
-    (cx, cy), (bx, by) = contracted, batch
-    one = [Value(v.node, tuple(v.dims[k] for k in (*b, *c))) for v, b, c in ((x, bx, cx), (y, by, cy))]
-    out = mean(interpreter.elementwise("mul", *one), range(len(bx), len(bx) + len(cx)))
-    out = Value(affine(out.node, math.prod(x.shape[k] for k in cx), 0.0), out.dims)
-    return Value(out.node, (*out.dims, *[()] * (len(x.dims) + len(y.dims) - len(bx) * 2 - len(cx) * 2)))
+    # Terms repeat where both operands are constant along a factor of a contracted dimension.
+    scale = c * d * terms / math.prod(axis.size for axis in params)
+    return Value(affine(node, scale, 0.0), renumbered(dims[:outer], place))
 
 
 def _mixes_heads(weight: Value, x: Value, contracted: Sequence[int]) -> bool:
