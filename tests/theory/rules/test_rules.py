@@ -18,7 +18,7 @@ from varscale.theory.domain.tables import estimate, gaussian, independent
 from varscale.theory.graph.convolutions import Window, hits, output_axis, tap_pairs
 from varscale.theory.integrals.primitives import FUNCTIONS as FUNCTION_TABLE
 from varscale.theory.integrals.softmax import weight_moments
-from varscale.theory.rules.padding import repeat_rates
+from varscale.theory.rules.lookup import repeat_rates
 
 
 @given(st.lists(st.integers(0, 2), min_size=2, max_size=6), st.lists(st.integers(0, 1), min_size=2, max_size=5))

@@ -23,8 +23,7 @@ from varscale.theory.graph.known_arrays import measured
 from varscale.theory.graph.layout import Value, full
 from varscale.theory.graph.nodes import Leaf
 from varscale.theory.interpreter.interpreter import Interpreter
-from varscale.theory.rules.lookup import unknown
-from varscale.theory.rules.padding import PADDED, filled_shapes, is_mask
+from varscale.theory.rules.lookup import PADDED, filled_shapes, is_mask, unknown
 from varscale.theory.rules.random import input_leaf
 from varscale.theory.rules.registry import Complex, Opaque
 

@@ -91,12 +91,11 @@ def stop_gradient(interpreter: Context, eqn: Any, x: Any) -> Any:
     A maximum that softmax takes from its logits has no gradient anyway; what is made of weights alone is left as it is, since
     no row asks for the gradients of weights: a spectral norm is |Wᵀv|, whether it stops at v or not.
     """
-    return map_parts(lambda part: stopped(interpreter, part), x) if isinstance(x, Complex | Value) else x
-
-
-def stopped(interpreter: Context, x: Value) -> Value:
+    if isinstance(x, Complex):
+        return map_parts(lambda part: stop_gradient(interpreter, eqn, part), x)
     if (
-        isinstance(x.node, Leaf | Array)
+        not isinstance(x, Value)
+        or isinstance(x.node, Leaf | Array)
         or not x.node.deps & x.node.graph.inputs
         or all(isinstance(r.node, OneOfMany) for r in roots(x.node))
     ):
@@ -104,18 +103,21 @@ def stopped(interpreter: Context, x: Value) -> Value:
     return interpreter.elementwise("stop_gradient", x)
 
 
-_OTHERS = (
+elementwise_or_layout(
+    *_NAMES,
     "stop_gradient",
     "add_any",
     "square",
     "integer_pow",
     "convert_element_type",
     "bitcast_convert_type",
+    *_IDENTITIES,
 )
-elementwise_or_layout(*_NAMES, *_OTHERS, *_IDENTITIES)
 
-
+# Equations that do to a complex number what they do to its parts, though they are functions of numbers.
 _ELEMENTWISE = {"neg", "sub", "add", "add_any"}
+# Those that are no elementwise functions and do to a complex number what they do to neither of its parts.
+_MIXING = {"integer_pow", "square", "dot_general", "conv_general_dilated", "reduce_prod", "cumprod", "fft"}
 
 
 FUNCTIONS["hypot"] = np.hypot
@@ -127,42 +129,28 @@ def modulus(interpreter: Context, x: Complex) -> Value:
     return interpreter.elementwise("hypot", x.re, x.im)
 
 
-def _as_complex(interpreter: Context, x: Value | Complex) -> Complex:
-    """A real value as a complex one."""
-    return x if isinstance(x, Complex) else Complex(x, full(interpreter.graph, 0.0, x.shape))
-
-
-def _is_real(x: Any) -> bool:
-    return not isinstance(x, Complex) or x.im.constant == 0
-
-
 @rule("complex operands")
 def complex_operands(interpreter: Context, eqn: Any, *xs: Any) -> Any:
     """An equation on complex numbers that acts on their parts alike; any other is drawn."""
-    name, whole = eqn.primitive.name, [_as_complex(interpreter, x) for x in xs]
+    name, graph = eqn.primitive.name, interpreter.graph
+    whole = [x if isinstance(x, Complex) else Complex(x, full(graph, 0.0, x.shape)) for x in xs]
+    is_real = [x.im.constant == 0 for x in whole]
     if name == "convert_element_type":
         return whole[0] if eqn.params["new_dtype"].kind == "c" else whole[0].re
     if name == "abs":
         return modulus(interpreter, whole[0])
     if name == "conj":
         return Complex(whole[0].re, interpreter.elementwise("neg", whole[0].im))
-    if name in ("mul", "div") and any(map(_is_real, whole[name == "div" :])):
-        x, y = whole if _is_real(whole[1]) else whole[::-1]
+    if name in ("mul", "div") and (is_real[1] or (name == "mul" and is_real[0])):
+        x, y = whole if is_real[1] else whole[::-1]
         return map_parts(lambda part: interpreter.elementwise(name, part, y.re), x)
     moves = name in RULES and name not in FUNCTIONS and name not in _MIXING
     if not moves and name not in _ELEMENTWISE:
         return drawn_region(interpreter, eqn, xs, "it mixes the parts of complex numbers")
-    handler = RULES[name]
-    re, im = (
-        handler(interpreter, eqn, *[parts(x)[k] if isinstance(x, Complex) else x for x in xs]) for k in (0, 1)
-    )
+    re, im = (RULES[name](interpreter, eqn, *(parts(x)[k % len(parts(x))] for x in xs)) for k in (0, 1))
     if isinstance(re, list | tuple):
         return [Complex(a, b) for a, b in zip(re, im, strict=True)]
     return Complex(re, im)
-
-
-# Equations that are no elementwise functions and do to a complex number what they do to neither of its parts.
-_MIXING = {"integer_pow", "square", "dot_general", "conv_general_dilated", "reduce_prod", "cumprod", "fft"}
 
 
 @rule("fft")
@@ -175,11 +163,6 @@ def complex_(interpreter: Context, eqn: Any, re: Value, im: Value) -> Complex:
     return Complex(re, im)
 
 
-@rule("real")
+@rule("real", "imag")
 def real(interpreter: Context, eqn: Any, x: Complex) -> Value:
-    return x.re
-
-
-@rule("imag")
-def imag(interpreter: Context, eqn: Any, x: Complex) -> Value:
-    return x.im
+    return x.re if eqn.primitive.name == "real" else x.im

@@ -27,7 +27,7 @@ from varscale.theory.graph.normal_form import affine, apply, total
 from varscale.theory.graph.store import BackwardNotes, Fact, once_per_node
 from varscale.theory.integrals.hermite_series import WEIGHTS, Z
 from varscale.theory.propagation.marginals import along, concentrated, marginal
-from varscale.theory.rules.padding import padded
+from varscale.theory.rules.lookup import padded
 from varscale.theory.rules.reductions import Extreme, OneOfMany, cross_by_kind_of_one_of_many
 from varscale.theory.rules.registry import Context, recognise
 from varscale.theory.rules.softmax import Softmax
