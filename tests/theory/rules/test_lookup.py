@@ -1,12 +1,10 @@
 """Ids and lengths of which only the shape is given: one-hot rows, masks that are all true, and numbers nobody can know.
 
-Given ids with paddings, whose keys are masked (rows of unlike lengths, filled up behind or in front), each by a z-test at an error
-rate of 1e-6 beside the stated error bound, which has to be below 15 % or flagged, on 100 nets for the given ids. That it has power:
-with paddings taken for tokens like others, outputs of attention would be twice as large as they are, and a mean over a row's ids
-by a third.
+Given ids with paddings, whose keys are masked (rows of unlike lengths, filled up behind or in front), each by a z-test at an
+error rate of 1e-6 beside the stated error bound, which has to be below 15 % or flagged, on 100 nets for the given ids. That it
+has power: with paddings taken for tokens like others, outputs of attention would be twice as large as they are, and a mean over
+a row's ids by a third.
 """
-
-from __future__ import annotations
 
 import functools
 import itertools

@@ -10,13 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from varscale.theory.domain.axes import Axis, averaging, contract_axis
+from varscale.theory.domain.axes import Axis, averaging, contract_axis, shares
 from varscale.theory.domain.tables import LOOSE, NEGLIGIBLE, ROUGH, Table, full_along, means_by_type
+from varscale.theory.graph.derivatives import derivative
 from varscale.theory.graph.expressions import Apply, Sum, roots, swapped
 from varscale.theory.graph.layout import Value, align, full, renumbered
 from varscale.theory.graph.linear_nodes import Contract, Gather, weight_of
-from varscale.theory.graph.nodes import UNKNOWN, Array, Leaf, View, cross_by_kind, pullback, second_moments
-from varscale.theory.graph.normal_form import affine
+from varscale.theory.graph.nodes import Array, Leaf, Node, View, cross_by_kind, pullback, second_moments
+from varscale.theory.graph.normal_form import affine, forward, total
 from varscale.theory.graph.store import BackwardNotes
 from varscale.theory.propagation.cross_moments import cross, dependent, mean_product
 from varscale.theory.propagation.doubts import lost_excess
@@ -182,44 +183,78 @@ def propagated_of_contract(node: Contract) -> Spread:
     return spread
 
 
-def _made_of(x: View, leaf: Leaf) -> Iterator[View]:
-    """What an array is made of, entry by entry, as far as it depends on a weight."""
-    seen, pending = set[View](), [x]
+def _uses(view: View, leaf: Node) -> Iterator[tuple[float, View]]:
+    """Products with a weight, and rows of it, that a view is an elementwise function of, each with its mean derivative."""
+    pending = [(1.0, view)]
     while pending:
-        view = pending.pop()
-        if view in seen or not leaf.deps & view.node.deps:
+        slope, (node, bind) = pending.pop()
+        if not leaf.deps & node.deps:
             continue
-        seen.add(view)
-        yield view
-        if isinstance(view.node, Apply | Sum | Softmax):
-            pending += [child.within(view.bind) for child in view.node.args]
+        if isinstance(node, Contract | Gather) and any(v.node is leaf for v in node.args):
+            yield slope, View(node, bind)
+        elif isinstance(node, Sum):
+            pending += [(c * slope, x.within(bind)) for c, x in zip(node.params, node.args, strict=True)]
+        elif isinstance(node, Softmax):  # ∂p/∂l = p (1 − p)
+            share = node.table.total_mean - node.table.mean_square
+            pending.append((share * slope, node.args[0].within(bind)))
+        elif isinstance(node, Apply):
+            for root in roots(node):
+                found = derivative(forward(node), root) if leaf.deps & root.node.deps else None
+                if found is not None:
+                    mean = np.broadcast_to(found.mean(node.axes), [a.classes for a in node.axes])
+                    pending.append((float(shares(node.axes) @ mean.ravel()) * slope, root.within(bind)))
 
 
 def tied(x: View, y: View) -> tuple[View, View] | None:
     """The argument x and, over its axes, the rows of the weight y that it adds up; None where it has none."""
     if not isinstance(y.node, Leaf) or not y.node.odd & x.node.deps:
         return None
-    found = _made_of(View(x.node, tuple(range(len(x.node.axes)))), y.node)
-    rows = (view for view in found if isinstance(view.node, Gather) and view.node.args[0].node is y.node)
-    return next(((x, view) for view in rows), None)
+    found = (view for _, view in _uses(x.node.whole, y.node) if isinstance(view.node, Gather))
+    return next(((x, view) for view in found), None)
 
 
-def _applied_back(weight: View, other: View, outer: int) -> bool:
-    """Whether what a weight is applied to was made by its transpose: tied autoencoders, Hopfield layers, energies' gradients.
+def _brought_back(weight: View, other: View, outer: int, params: Sequence[Axis]) -> list[tuple[float, View]]:
+    """Of a product with a weight, its mean given what the weight's transpose was applied to before: terms c·x.
 
-    By Stein's lemma, E[Σ_a f(w_a · x) w_aj | x] = n σ² E[f'] x_j: it goes with x. A weight applied twice the same way has no
-    such term. `outer` axes of the product's frame are kept.
+    By Stein's lemma, for Gaussian W with independent entries of variance σ² and h = W x, over n units,
+
+        E[Σ_a f(h_a) W_aj | x] = σ² Σ_a E[f'(h_a) ∂h_a/∂W_aj] = n σ² E[f'] x_j.
+
+    What is left about this mean has, to leading order in 1/n, the moments of a product with fresh weights, which any is taken
+    for. A weight applied twice the same way has no such term: ∂h_a/∂W_ja is x_j for one a out of n.
+
+    Args:
+        weight: the weight, over the frame of the product.
+        other: what it multiplies.
+        outer: how many axes the product has; those that it sums follow.
+        params: those that it sums.
     """
     leaf = weight.node
     if not (isinstance(leaf, Leaf) and leaf.random and leaf.odd & other.node.deps and not leaf.is_input):
-        return False
-    now = {k for k, b in enumerate(weight.bind) if b >= outer}
-    return any(
-        v.node is leaf and not now & {k for k, b in enumerate(v.bind) if b >= len(view.node.axes)}
-        for view in _made_of(other, leaf)
-        if isinstance(view.node, Contract)
-        for v in view.node.args
-    )
+        return []
+    if sum(b >= outer for b in weight.bind) < len(params):
+        return []
+    scale = math.prod(axis.size for axis in params) * leaf.table.mean_square
+    terms = ((slope, _before(used, weight, outer)) for slope, used in _uses(other, leaf))
+    return [(slope * scale, x) for slope, x in terms if x is not None]
+
+
+def _before(used: View, weight: View, outer: int) -> View | None:
+    """What a weight was applied to, read where its transpose leaves it; None if this is not its transpose."""
+    first, place = used.node, dict(enumerate(used.bind))  # of the first product's axes, in the second's frame
+    if not isinstance(first, Contract):
+        return None
+    applied, x = sorted(first.args, key=lambda v: v.node is not weight.node)
+    for mine, theirs in zip(applied.bind, weight.bind, strict=True):
+        if mine < len(first.axes):  # its units, which the second one sums
+            if place[mine] != theirs or theirs < outer:
+                return None
+        elif theirs >= outer or theirs in used.bind:
+            return None
+        else:
+            place[mine] = theirs
+    moved = tuple(place.get(b, outer) for b in x.bind)
+    return None if any(b >= outer for b in moved) else View(x.node, moved)
 
 
 def without_factor(x: Value) -> tuple[float, Value]:
@@ -260,9 +295,8 @@ def contract(
     xs = Value(x.node, (*(x.dims[k] for k in (*bx, *fx)), *[()] * len(fy), *(x.dims[k] for k in cx)))
     ys = Value(y.node, (*(y.dims[k] for k in by), *[()] * len(fx), *(y.dims[k] for k in (*fy, *cy))))
     outer, terms = len(bx) + len(fx) + len(fy), math.prod(x.shape[k] for k in cx)
-    nothing = full(interpreter.graph, 0.0, np.broadcast_shapes(xs.shape, ys.shape)[:outer])
     if 0.0 in (x.constant, y.constant):
-        return nothing
+        return full(interpreter.graph, 0.0, np.broadcast_shapes(xs.shape, ys.shape)[:outer])
     _, frame, views, dims = align([xs, ys])
     summed = [a.axis for dim in dims[outer:] for a in dim if a.axis is not None]
     if alone or not summed:
@@ -271,13 +305,13 @@ def contract(
     kept = [k for k in range(len(frame)) if k not in summed]
     place = {k: i for i, k in enumerate([*kept, *summed])}
     views = [View(v.node, tuple(place[b] for b in v.bind)) for v in views]
-    doubtful = any(_applied_back(v, w, len(kept)) for v, w in (views, views[::-1]))
-    if doubtful and interpreter.ask("a weight is applied, and then its transpose", whole=True):
-        return nothing
-    axes, params = [frame[k] for k in kept], tuple(frame[k] for k in summed)
+    axes, params = tuple(frame[k] for k in kept), tuple(frame[k] for k in summed)
     node = interpreter.graph.make(Contract, axes, views, params)
-    if doubtful:
-        node.flagged, node.doubt = "assumed", UNKNOWN
+    for weight, other in (views, views[::-1]):
+        if found := _brought_back(weight, other, len(axes), params):
+            own, back = [1.0, *(a for a, _ in found)], [node.whole, *(x for _, x in found)]
+            node = total(interpreter.graph, own, axes, back)
+            break
     # Terms repeat where both operands are constant along a factor of a contracted dimension.
     scale = c * d * terms / math.prod(axis.size for axis in params)
     return Value(affine(node, scale, 0.0), renumbered(dims[:outer], place))
