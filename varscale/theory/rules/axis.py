@@ -31,7 +31,7 @@ from varscale.theory.graph.nodes import (
 )
 from varscale.theory.graph.reshapes import Permute, permute
 from varscale.theory.graph.store import BackwardNotes, Fact
-from varscale.theory.rules.registry import Context, elementwise_or_layout, rule
+from varscale.theory.rules.registry import ELEMENTWISE_OR_LAYOUT, Context, rule
 from varscale.theory.rules.sampled_regions import drawn_region, placeholder
 
 # By leaf: along which axis it is sliced, and it and what multiplies it entry by entry where it is weights
@@ -147,7 +147,7 @@ def take_node(node: Node, k: int, start: int, stop: int | None, step: int = 1) -
         return part
     if step == 1 and stop is not None and (part := part_of(node, k, start, stop)) is not None:
         return part
-    return graph.make(Take, axes, [View(node, tuple(range(len(node.axes))))], (k, *span))
+    return graph.make(Take, axes, [node.whole], (k, *span))
 
 
 def slice_of_weights(node: Node, k: int, position: int) -> Leaf | None:
@@ -245,17 +245,19 @@ def iota(interpreter: Context, eqn: Any, *_: Value) -> Value:
     return layout.broadcast_in_dim(numbers, p["shape"], (p["dimension"],))
 
 
-elementwise_or_layout(
-    "tile",
-    "broadcast_in_dim",
-    "reshape",
-    "squeeze",
-    "expand_dims",
-    "transpose",
-    "slice",
-    "split",
-    "iota",
-    "rev",
+ELEMENTWISE_OR_LAYOUT.update(
+    {
+        "tile",
+        "broadcast_in_dim",
+        "reshape",
+        "squeeze",
+        "expand_dims",
+        "transpose",
+        "slice",
+        "split",
+        "iota",
+        "rev",
+    }
 )
 
 

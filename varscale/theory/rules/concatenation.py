@@ -35,7 +35,7 @@ from varscale.theory.propagation.doubts import lost_excess, lost_excess_of
 from varscale.theory.propagation.inherited_fluctuations import Spread, combine, inherited, propagated
 from varscale.theory.propagation.pullbacks import sum_out
 from varscale.theory.rules.axis import take, take_view
-from varscale.theory.rules.registry import Context, elementwise_or_layout, rule
+from varscale.theory.rules.registry import Context, rule
 from varscale.theory.rules.sampled_regions import drawn_region
 
 _MANY_PARTS = 24  # parts up to which every pair is computed; more are drawn where that can be
@@ -253,9 +253,6 @@ def pad(interpreter: Context, eqn: Any, x: Value, fill: Value) -> Any:
         )
         x = concatenated(interpreter, (before, x, after), d)
     return x
-
-
-elementwise_or_layout("tile")
 
 
 def _part_pair_shares(a: np.ndarray, b: np.ndarray, whole: Axis) -> np.ndarray:

@@ -84,10 +84,10 @@ def cross_by_kind_of_conv(node: Conv, a: View, b: View, frame: Sequence[Axis]) -
     if None not in weights and weights[0] is not weights[1]:
         return np.zeros((1,) * len(frame))
     same = isinstance(b.node, Conv) and (b.node.params, b.node.args[1]) == (node.params, node.args[1])
-    x, own = node.args[0].node, tuple(range(len(node.args[0].node.axes)))
+    x = node.args[0].node
     if not same or a.bind != b.bind or b.node.args[0].node.axes != x.axes:
         return None
-    table = cross(View(x, own), View(b.node.args[0].node, own), x.axes)
+    table = cross(x.whole, b.node.args[0].node.whole, x.axes)
     second = _carried(node, np.broadcast_to(table, x.frame_types))
     return lift(second, node.axes, a.bind, frame, pairs=True)
 
@@ -175,7 +175,7 @@ def conv(interpreter: Context, eqn: Any, x: Value, w: Value) -> Any:
         )
     )
     axes, od = axes_above_one([read[0], weights[0], *map(output_axis, windows, read[2:])])
-    views = [View(v.node, tuple(range(len(v.node.axes)))) for v in (x, w)]
+    views = [v.node.whole for v in (x, w)]
     params = ConvParams(p["feature_group_count"], windows, xd, wd, od)
     node = interpreter.graph.make(Conv, axes, views, params)
     out = {d: () if k is None else (Atom(shape[d], k),) for d, k in zip(dims.out_spec, od, strict=True)}

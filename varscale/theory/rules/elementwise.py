@@ -16,11 +16,11 @@ from varscale.theory.integrals.primitives import FUNCTIONS, POSITIVE
 from varscale.theory.rules.lookup import compared
 from varscale.theory.rules.reductions import OneOfMany
 from varscale.theory.rules.registry import (
+    ELEMENTWISE_OR_LAYOUT,
     RECOGNISERS,
     RULES,
     Complex,
     Context,
-    elementwise_or_layout,
     map_parts,
     parts,
     rule,
@@ -103,15 +103,17 @@ def stop_gradient(interpreter: Context, eqn: Any, x: Any) -> Any:
     return interpreter.elementwise("stop_gradient", x)
 
 
-elementwise_or_layout(
-    *_NAMES,
-    "stop_gradient",
-    "add_any",
-    "square",
-    "integer_pow",
-    "convert_element_type",
-    "bitcast_convert_type",
-    *_IDENTITIES,
+ELEMENTWISE_OR_LAYOUT.update(
+    {
+        *_NAMES,
+        "stop_gradient",
+        "add_any",
+        "square",
+        "integer_pow",
+        "convert_element_type",
+        "bitcast_convert_type",
+        *_IDENTITIES,
+    }
 )
 
 # Equations that do to a complex number what they do to its parts, though they are functions of numbers.

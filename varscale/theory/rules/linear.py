@@ -123,7 +123,7 @@ def _tied(
     E[y_v²] gains (Σ_d E[x_d w_{v,d}])² where v is the row that x was looked up from, with probability 1/V.
     """
     axes = x.node.axes
-    both = np.broadcast_to(cross(View(x.node, tuple(range(len(axes)))), rows, axes), x.node.frame_types)
+    both = np.broadcast_to(cross(x.node.whole, rows, axes), x.node.frame_types)
     shift = float(averaging(axes, frozenset()) @ both.ravel()) * node.width
     table = next(v for v in node.args if v is not x)
     own = math.prod(axis.size for k, axis in enumerate(node.axes) if k in table.bind)

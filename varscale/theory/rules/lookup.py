@@ -95,8 +95,7 @@ def cross_by_kind_of_gather(node: Gather, a: View, b: View, frame: Sequence[Axis
     places, others = ([v.bind[v.node.args[0].bind[k]] for k in kept] for v in (a, b))
     if row_axes != other.params.row_axes or places != others:
         return None
-    own = tuple(range(len(x.axes)))
-    table = np.broadcast_to(cross(View(x, own), View(other.args[0].node, own), x.axes), x.frame_types)
+    table = np.broadcast_to(cross(x.whole, other.args[0].node.whole, x.axes), x.frame_types)
     same, different = _same_and_different(table, x.axes, row_axes, rows)
     return lift((same + (rows - 1) * different) / rows, [x.axes[k] for k in kept], places, frame, pairs=True)
 

@@ -222,9 +222,10 @@ def pullback_of_window_max(
     (spread,) = pullback_of_window_sum(node, cotangent, notes)
     assert spread is not None
     # Each window feeds one entry: of the pairs of taps only those of one window and one entry remain.
+    maps = node.maps(lambda window, a, o: adjoint(squeeze_types(tap_pairs(window, a, o)[0], o, a), o, a))
     diagonal = tuple(slice(0, a.classes) for a in node.args[0].node.axes)
     out = spread / taps**2
-    out[diagonal] = _own_share(node, cotangent)[diagonal] / taps
+    out[diagonal] = node.carried(cotangent, maps, back=True)[diagonal] / taps
     return [out]
 
 
@@ -233,12 +234,6 @@ def pulled_back_of_window_max(node: WindowMax, i: int, excess: float, back: np.n
     """Of the windows over an entry a share is fed by it, and one window's cotangent goes to one entry."""
     met = math.prod(max(w.taps / w.stride, 1.0) for w in node.params.windows if w is not None)
     return Near(excess, excess * (met - 1))
-
-
-def _own_share(node: WindowMax, cotangent: np.ndarray) -> np.ndarray:
-    """Cotangents of the windows over an entry, one by one."""
-    maps = node.maps(lambda window, a, o: adjoint(squeeze_types(tap_pairs(window, a, o)[0], o, a), o, a))
-    return node.carried(cotangent, maps, back=True)
 
 
 def _with_law(table: Table, mean: np.ndarray, square: np.ndarray) -> Table:
@@ -270,9 +265,7 @@ def _window_node(interpreter: Context, eqn: Any, x: Value, kind: type[WindowSum]
     axes, od = axes_above_one(
         [axis if w is None else output_axis(w, axis) for w, axis in zip(windows, read, strict=True)]
     )
-    node = interpreter.graph.make(
-        kind, axes, [View(x.node, tuple(range(len(x.node.axes))))], WindowSumParams(windows, xd, od)
-    )
+    node = interpreter.graph.make(kind, axes, [x.node.whole], WindowSumParams(windows, xd, od))
     return Value(node, tuple((Atom(n, k),) if k is not None else () for n, k in zip(shape, od, strict=True)))
 
 

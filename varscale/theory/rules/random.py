@@ -19,7 +19,7 @@ from varscale.theory.graph.normal_form import affine
 from varscale.theory.graph.store import Fact
 from varscale.theory.integrals.hermite_series import WEIGHTS, Z
 from varscale.theory.propagation.marginals import evaluate
-from varscale.theory.rules.registry import STACKED, Context, Opaque, elementwise_or_layout, rule
+from varscale.theory.rules.registry import ELEMENTWISE_OR_LAYOUT, STACKED, Context, Opaque, rule
 
 _NORMAL = 0.02  # from 3: what the grid leaves of a normal's kurtosis
 
@@ -68,7 +68,7 @@ def law(node: Node) -> ParameterLaw | None:
 
 def _integrated(node: Node) -> ParameterLaw:
     """The law of a function of one leaf, on the normal grid."""
-    values = evaluate(View(node, tuple(range(len(node.axes)))), node.axes, {}).reshape(-1, len(Z))[0]
+    values = evaluate(node.whole, node.axes, {}).reshape(-1, len(Z))[0]
     values = np.asarray(values, float)
     mean, square, fourth = (float(WEIGHTS @ values**k) for k in (1, 2, 4))
     mean = 0.0 if abs(mean) < 1e-6 * math.sqrt(max(square, 1e-300)) else mean
@@ -79,7 +79,7 @@ def _integrated(node: Node) -> ParameterLaw:
 
 def _scaled_law(node: Node) -> ParameterLaw | None:
     """The law of a weight over positive numbers made of it, which many entries make (a spectral norm): taken for constants."""
-    parts = factors(View(node, tuple(range(len(node.axes)))))[1]
+    parts = factors(node.whole)[1]
     drawn = [law(view.node) for view in parts if len(view.bind) == len(node.axes)]
     scales = [view for view in parts if not view.bind and view.node.positive]
     if len(drawn) != 1 or drawn[0] is None or len(scales) != len(parts) - 1:
@@ -161,7 +161,7 @@ def input_leaf(interpreter: Context, name: str, shape: tuple[int, ...], table: A
     return value(node, shape)
 
 
-elementwise_or_layout("random_bits")
+ELEMENTWISE_OR_LAYOUT.add("random_bits")
 
 
 _LAWS: Fact[Hashable, ParameterLaw] = Fact()  # by chain: kernels of one fan-in are drawn by one

@@ -213,8 +213,7 @@ def reduce_max(interpreter: Context, eqn: Any, x: Value) -> Value:
             return left
         count = math.prod(inner.node.axes[k].size for k in axes)
         kept = [a for k, a in enumerate(inner.node.axes) if k not in axes]
-        view = View(inner.node, tuple(range(len(inner.node.axes))))
-        node = interpreter.graph.make(Extreme, kept, [view], (tuple(sorted(axes)), sign, count))
+        node = interpreter.graph.make(Extreme, kept, [inner.node.whole], (tuple(sorted(axes)), sign, count))
         return Value(node, left.dims)
 
     return of_increasing(interpreter, x, extreme)
@@ -251,7 +250,7 @@ def draw(node: Node, sizes: Sequence[int], replicates: int, rng: np.random.Gener
             positions = [np.arange(n) for n in own]
             drawn = read_off(line, gaussian(pool(law.correlation, x.axes), plain, positions, replicates, rng))
         env[root] = over_frame(np.moveaxis(drawn, 0, -1), root.bind, len(sizes))
-    out = evaluate(View(node, tuple(range(len(node.axes)))), node.axes, env)
+    out = evaluate(node.whole, node.axes, env)
     return np.moveaxis(np.broadcast_to(out, (*sizes, replicates)), -1, 0)
 
 

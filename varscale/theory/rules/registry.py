@@ -39,12 +39,8 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
     return register
 
 
+# Primitives whose rules handle known numbers themselves, without writing them out.
 ELEMENTWISE_OR_LAYOUT: set[str] = set()
-
-
-def elementwise_or_layout(*names: str) -> None:
-    """Primitives whose rules handle known numbers themselves, without writing them out."""
-    ELEMENTWISE_OR_LAYOUT.update(names)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
