@@ -23,7 +23,7 @@ from varscale.theory.graph.expressions import Apply
 from varscale.theory.graph.layout import Value, merged
 from varscale.theory.graph.nodes import Array, Constant, Leaf, Node
 from varscale.theory.propagation.inherited_fluctuations import SCALE_STEP
-from varscale.theory.propagation.sampler import Drawing, evenly
+from varscale.theory.propagation.sampler import Drawing, evenly, in_order
 from varscale.theory.rules.region_sizes import (
     BACK,
     RUN,
@@ -102,6 +102,14 @@ def operand(x: Any, aval: Any, *, nudge: bool) -> Operand:
         flat.append(part)
     weight = all(isinstance(p.node, Leaf) and p.node.odd and not p.node.is_input for p in flat)
     return Operand(tuple(flat), None, aval, weight and len(aval.shape) > 1, nudge)
+
+
+def applied_before(operands: Sequence[Operand]) -> bool:
+    """Whether a region reads weights, and what was made with them outside it: drawn apart, they would be unrelated."""
+    parts = [part.node for x in operands for part in x.value]
+    weights = [node for node in parts if isinstance(node, Leaf) and not (node.is_input or node.is_bits)]
+    others = [node for node in parts if not isinstance(node, Leaf) and not in_order(node)]
+    return any(w.deps & other.deps for w in weights for other in others)
 
 
 _COMPARED = {"lt", "le", "gt", "ge", "eq", "ne"}
@@ -260,6 +268,13 @@ def relative_error(squares: np.ndarray) -> float:
         else 0.0
     )
     return float(special.stdtrit(n - 1, 1 - _TAIL / 2)) * scatter / math.sqrt(n - 1)
+
+
+def error_of_cotangents(passed: np.ndarray | None) -> float:
+    """How far the mean square of cotangents may be off by chance."""
+    if passed is None:
+        return 0.0
+    return relative_error(np.mean(np.square(np.abs(passed), dtype=float).reshape(len(passed), -1), axis=1))
 
 
 def _numbers(x: Any) -> np.ndarray:

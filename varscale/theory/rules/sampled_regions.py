@@ -1,39 +1,242 @@
-"""Regions: equations that are run on joint draws of all that they read, since no rule covers them; loops over time, too."""
+"""Regions: equations run on joint draws of all that they read, since no rule covers them; loops over time, too.
+
+Moments of a region's outputs are pooled from the draws, and cotangents flow back through them draw by draw.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr
+from scipy import special
 
 from varscale import _compat
 from varscale.theory.domain.axes import Axis
-from varscale.theory.domain.tables import independent
-from varscale.theory.graph import layout
-from varscale.theory.graph.expressions import hashed
-from varscale.theory.graph.layout import Value, value
-from varscale.theory.graph.nodes import Leaf, View
-from varscale.theory.graph.store import PredictionError, source, told
-from varscale.theory.propagation.sampler import by_level, in_order
+from varscale.theory.domain.tables import LOOSE, Table, gaussian, independent, lift
+from varscale.theory.graph.expressions import content, hashed
+from varscale.theory.graph.known_arrays import is_known_array
+from varscale.theory.graph.layout import Value, full, value
+from varscale.theory.graph.nodes import (
+    UNKNOWN,
+    Leaf,
+    Node,
+    View,
+    cross_by_kind,
+    known_samples,
+    pullback,
+    second_moments,
+)
+from varscale.theory.graph.store import BackwardNotes, Fact, FlowInside, PredictionError, source, told
+from varscale.theory.integrals.hermite_series import POINTS, WEIGHTS, Z
+from varscale.theory.propagation.fluctuations import fluctuations
+from varscale.theory.propagation.fourth_moments import fresh
+from varscale.theory.propagation.inherited_fluctuations import Spread, combine, propagated
+from varscale.theory.propagation.sampler import (
+    by_level,
+    cross_moments,
+    evenly,
+    picked,
+    pooled,
+    table_of_draws,
+)
 from varscale.theory.rules.region_draws import (
     CannotDraw,
     Operand,
     RegionDraws,
+    applied_before,
+    error_of_cotangents,
     operand,
     sizes_to_run,
     with_enough_draws,
 )
-from varscale.theory.rules.region_outputs import DRAWS, NUDGED, RegionOutput
+from varscale.theory.rules.region_sizes import numbers_held
 from varscale.theory.rules.registry import Complex, Context, Opaque, rule
 
-_BOUND = (
-    0.1  # relative error to which a region's mean squares should be known: 15 % with what its readers add
-)
+_BOUND = 0.1  # relative error to which mean squares should be known: 15 % with what readers add
+_MEMORY = 2**28  # bytes of the states that a backward pass keeps
+_MOST_IN_ORDER = 1 << 19  # numbers that a law is read off
+_SMALLER_DOUBT = 0.1  # set on the validation grid: of a gradient at sizes smaller than the whole
+
+DRAWS: Fact[Hashable, RegionDraws] = Fact()
+# By region: the output that each operand is added to where it is made.
+NUDGED: Fact[Hashable, dict[int, Any]] = Fact()
+
+
+class RegionOutput(Node):
+    """An output of a region; `params` is (the region's key, which of its outputs, whether time is its first axis)."""
+
+    how = "sampled"
+    timed = True
+
+    @property
+    def draws(self) -> RegionDraws:
+        return DRAWS.of(self.graph)[self.params[0]]
+
+    @property
+    def numbers(self) -> np.ndarray:
+        """What was drawn, (replicates, positions along its axes)."""
+        return self.draws.outputs[self.params[1]]
+
+    @property
+    def positions(self) -> list[np.ndarray]:
+        """The positions along its axes that were drawn."""
+        return _positions(self.axes, self.numbers.shape[1:])
+
+
+@known_samples.register(RegionOutput)
+def known_samples_of_region(node: RegionOutput) -> np.ndarray:
+    return node.numbers
+
+
+@second_moments.register(RegionOutput)
+def second_moments_of_region(node: RegionOutput) -> Table:
+    table = table_of_draws(node, node.numbers, node.positions)
+    if any(np.isnan(x).any() for x in node.draws.raw if np.issubdtype(x.dtype, np.inexact)):
+        node.graph.flag("assumed", UNKNOWN)  # draws are none of what it is defined on (a factorization, say)
+    if node.draws.drawing.doubt:
+        node.graph.flag("assumed", node.draws.drawing.doubt)
+    node.drawn = _drawn_quantiles(node)
+    return table
+
+
+def _drawn_quantiles(node: RegionOutput) -> np.ndarray:
+    """Its values on the normal grid, class by class."""
+    out = np.empty((*[a.classes for a in node.axes], POINTS))
+    labels = [a.label_array[p] for a, p in zip(node.axes, node.positions, strict=True)]
+    for cell in np.ndindex(*out.shape[:-1]):
+        own = node.numbers
+        for k, (label, c) in enumerate(zip(labels, cell, strict=True)):
+            own = np.compress(label == c, own, axis=1 + k)
+        line = np.sort(own.ravel()[evenly(own.size, _MOST_IN_ORDER)])
+        drawn = np.interp(special.ndtr(Z) * len(line) - 0.5, np.arange(len(line)), line)
+        # The grid ends where the draws do: what their tails lack is made up for by the rest.
+        square = max(float(np.mean(np.square(own, dtype=float))), 1e-300)
+        scale = math.sqrt(max(WEIGHTS @ drawn**2, 1e-300) / square)
+        out[cell] = drawn / scale
+    return out
+
+
+@pullback.register(RegionOutput)
+def pullback_of_region(
+    node: RegionOutput, cotangent: np.ndarray, notes: BackwardNotes
+) -> list[np.ndarray | None]:
+    draws = node.draws
+    kept = 4 * numbers_held(draws.jaxpr.jaxpr, draws.sizes)  # bytes a draw, roughly
+    replicates = int(np.clip(_MEMORY / max(kept, 1), 2, draws.replicates))
+    replicates -= replicates % min(draws.batch, replicates)  # each size of a batch is compiled
+    arriving, doubt = _arriving(node, np.broadcast_to(cotangent, node.frame_types), replicates, notes)
+    notes.regions.append(node)
+    out: list[np.ndarray | None] = []
+    back = draws.back(node.params[1], arriving)
+    notes.doubts[node.id] = max(
+        (error_of_cotangents(passed) for passed, x in zip(back, draws.operands, strict=True) if x.is_value),
+        default=0.0,
+    ) + max(doubt, _SMALLER_DOUBT if draws.sizes.smaller else 0.0)
+    for i, inner in (NUDGED.get(node.graph, node.params[0]) or {}).items():
+        passed = back[i]
+        if passed is not None and inner is not node:
+            own = passed.reshape(len(passed), *inner.numbers.shape[1:])
+            second = pooled(own, inner.axes, inner.positions).second
+            notes.inside.append(FlowInside(inner, second, error_of_cotangents(passed)))
+    for x, passed in zip(draws.operands, back, strict=True):
+        for part, own in enumerate(x.value):
+            if passed is None or not x.random:
+                out.append(None)
+                continue
+            # jax's cotangent of x + iy is ∂/∂x − i ∂/∂y
+            real = (np.real(passed) if part == 0 else -np.imag(passed)).astype(np.float32)
+            out.append(_carried_back(node, own, real, notes))
+    return out
+
+
+def _arriving(
+    node: RegionOutput, cotangent: np.ndarray, replicates: int, notes: BackwardNotes
+) -> tuple[np.ndarray, float]:
+    """Draws of its cotangents: those that regions which read it sent back, in their order in time, and Gaussian ones.
+
+    Returns:
+        The draws, and the doubt of cotangents that lost their order in time between another region and this one.
+    """
+    positions = node.positions
+    sent = notes.sent.get(node.id, [])
+    drawn, rest = np.zeros((replicates, *map(len, positions))), cotangent
+    for numbers in sent:
+        drawn = drawn + picked(numbers, node.axes, positions, replicates)
+        rest = rest - pooled(numbers, node.axes, _positions(node.axes, numbers.shape[1:])).second
+    readers = [x for x in notes.regions if x.deps & node.deps == node.deps and x.draws is not node.draws]
+    drawn += gaussian(rest, node.axes, positions, replicates, np.random.default_rng(content(node)))
+    return drawn, LOOSE if node.params[2] and len(readers) > len(sent) else 0.0
+
+
+def _carried_back(node: RegionOutput, value: Value, passed: np.ndarray, notes: BackwardNotes) -> np.ndarray:
+    """Second moments of a node's cotangents by type, from cotangents of the operand that it is."""
+    copies = tuple(1 + d for d, dim in enumerate(value.dims) if all(a.axis is None for a in dim))
+    numbers = passed.sum(axis=copies)
+    axes = [a.axis for dim in value.dims for a in dim if a.axis is not None]
+    numbers = numbers.transpose([0, *(1 + axes.index(k) for k in range(len(axes)))])
+    if isinstance(value.node, RegionOutput):
+        notes.sent.setdefault(value.node.id, []).append(numbers)
+    return pooled(numbers, value.node.axes, list(map(node.draws.positions, value.node.axes))).second
+
+
+@cross_by_kind.register(RegionOutput)
+def cross_by_kind_of_region(node: RegionOutput, a: View, b: View, frame: Sequence[Axis]) -> np.ndarray | None:
+    """Against another output, or what the region reads: both are drawn together.
+
+    Regions read the same numbers, as far as both have draws.
+    """
+    place = dict(zip(a.bind, range(len(node.axes)), strict=True))
+    other = b.node
+    if any(outer not in place for outer in b.bind):
+        return None
+    drawn = other  # what it is a slice of, or in another order: a second direction's steps
+    while drawn.moves:
+        drawn = drawn.args[0].node
+    if not isinstance(drawn, RegionOutput) and other.id > node.id:
+        return None
+    positions = node.positions
+    own = View(other, tuple(place[outer] for outer in b.bind))
+    theirs = np.moveaxis(node.draws.drawing.values(own, node.axes, positions), -1, 0)
+    theirs = np.broadcast_to(theirs, node.numbers.shape)
+    table = cross_moments(node.numbers, theirs, node.axes, positions)
+    return lift(table, node.axes, a.bind, frame, pairs=True)
+
+
+@propagated.register(RegionOutput)
+def propagated_of_region(node: RegionOutput) -> Spread:
+    """Of its mean square: what it inherits from its largest input, and what the draw of finitely many weights adds.
+
+    Two samples of one draw share its weights and nothing else, so the covariance of their mean squares is due to them; of
+    given inputs all that varies is.
+    """
+    draws, which = node.draws, node.params[1]
+    inputs = [v.node for x in draws.operands if x.random and not x.weight for v in x.value]
+    inputs = [x for x in inputs if not is_known_array(x)]
+    largest = max(inputs, key=lambda x: math.prod(a.size for a in x.axes), default=None)
+    numbers, samples = np.square(node.numbers, dtype=float), 1 + node.params[2]
+    each = numbers.mean(axis=tuple(k for k in range(1, numbers.ndim) if k != samples))
+    each = each.reshape(len(numbers), -1)
+    n, whole = each.shape[1], np.maximum(each.mean(axis=1), 1e-150)
+    shared = float(np.log(whole).var())
+    if inputs:
+        pairs = ((n * whole) ** 2 - (each**2).sum(axis=1)) / max(n * (n - 1), 1)
+        shared = float(pairs.mean() / whole.mean() ** 2) - 1
+    # Each unit that is left stands for several; what comes with the output's own units is left out.
+    weights = [n for x in draws.operands if x.weight for n in x.aval.shape]
+    shared /= max((draws.sizes.ratio([n]) for n in weights), default=1.0)
+    own = math.sqrt(max(shared - fresh(node, range(len(node.axes))), 0.0))
+    inherited = combine([(draws.response[which], fluctuations(largest))] if largest is not None else [])
+    return dataclasses.replace(inherited, sources={**inherited.sources, ~node.id: own})
+
+
+def _positions(axes: Sequence[Axis], lengths: Sequence[int]) -> list[np.ndarray]:
+    return [evenly(a.size, n) for a, n in zip(axes, lengths, strict=True)]
 
 
 def drawn_region(interpreter: Context, eqn: Any, xs: Sequence[Any], reason: str) -> list[Any]:
@@ -57,9 +260,7 @@ def drawn_region(interpreter: Context, eqn: Any, xs: Sequence[Any], reason: str)
         return drawn_alone(interpreter, eqn, xs, whole_numbers=True)
     except PredictionError:
         raise
-    except (
-        Exception
-    ) as trouble:  # whatever an equation may raise that is run on numbers it was not written for
+    except Exception as trouble:  # whatever is raised on numbers that an equation was not written for
         raise PredictionError(
             f"primitive {eqn.primitive.name!r} at {source(eqn)}: {reason}, and it cannot be drawn: "
             f"{trouble}; write it with jnp.where, or predict a smaller model"
@@ -94,13 +295,13 @@ def region_rule(interpreter: Context, eqn: Any, *xs: Any) -> list[Any]:
     """The equations of a scope, drawn; where that cannot be, it is said to the walk."""
     jaxpr, nudged, scope = eqn.params["jaxpr"], eqn.params["nudged"], eqn.params["scope"]
     avals = jaxpr.in_avals
-    still = [layout.full(interpreter.graph, 0.0, aval.shape) for aval in avals[len(xs) :]]
+    still = [full(interpreter.graph, 0.0, aval.shape) for aval in avals[len(xs) :]]
     try:
         operands = [
             operand(x, aval, nudge=k >= len(xs))
             for k, (x, aval) in enumerate(zip((*xs, *still), avals, strict=True))
         ]
-        if scope and _applied_before(operands):
+        if scope and applied_before(operands):
             raise CannotDraw("random weights that it reads were applied before it")
         return _outputs(interpreter, jaxpr, operands, nudged, whole_numbers=not scope)
     except (
@@ -119,15 +320,9 @@ def _outputs(
     whole_numbers: bool,
     time: int | None = None,
 ) -> list[Any]:
-    """The outputs of equations, drawn.
+    """The outputs of equations, drawn, as `drawn_alone` has them.
 
-    Args:
-        interpreter: the walk.
-        jaxpr: the equations.
-        operands: what they read; last come zeros that are added to outputs where they are made.
-        nudged: which output each of these is added to.
-        whole_numbers: whether random whole numbers may come out.
-        time: the output from which on they have a row a step; None where none has.
+    Last of the operands come zeros that are added to outputs where they are made: `nudged` says to which.
 
     Raises:
         CannotDraw: they cannot be run.
@@ -136,8 +331,7 @@ def _outputs(
     sizes, replicates = sizes_to_run(jaxpr, operands)
     draws = RegionDraws(jaxpr, tuple(operands), sizes, replicates, replicates)
     read = [([(v.node, v.dims) for v in x.value], x.key, str(x.aval), x.nudge) for x in operands]
-    identities = read, sizes.smaller, replicates
-    mark = ("region", hashed(draws.program.written, identities, tuple(nudged)))
+    mark = ("region", hashed(draws.program.written, (read, sizes.smaller, replicates), tuple(nudged)))
     draws = DRAWS.once(graph, mark, lambda: with_enough_draws(draws, _BOUND))
     views, place = [], 0
     for part in (part for x in operands for part in x.value):
@@ -158,14 +352,6 @@ def _outputs(
     start = len(operands) - len(nudged)
     NUDGED.put(graph, mark, {start + i: out[k].node for i, k in enumerate(nudged)})
     return out
-
-
-def _applied_before(operands: Sequence[Operand]) -> bool:
-    """Whether a region reads weights, and what was made with them outside it: drawn apart, they would be unrelated."""
-    parts = [part.node for x in operands for part in x.value]
-    weights = [node for node in parts if isinstance(node, Leaf) and not (node.is_input or node.is_bits)]
-    others = [node for node in parts if not isinstance(node, Leaf) and not in_order(node)]
-    return any(w.deps & other.deps for w in weights for other in others)
 
 
 def _known_output(interpreter: Context, numbers: np.ndarray, aval: Any, *, timed: bool) -> Any:
@@ -206,7 +392,7 @@ def placeholder(interpreter: Context, aval: Any) -> Any:
         key = jax.random.key(0)
         return Opaque(jax.random.split(key, shape) if shape else key)
     if aval.dtype.kind in "iub":
-        return layout.full(interpreter.graph, 0.0, shape)
+        return full(interpreter.graph, 0.0, shape)
     axes = tuple(Axis(n) for n in shape if n != 1)
     node = interpreter.graph.make(Leaf, axes, (), ("outline", shape))
     own = value(node.settle(independent(0.0, 1.0, axes), odd=False, random=False), shape)

@@ -78,8 +78,8 @@ def softmax_of(interpreter: Context, top: Value, bottom: Value) -> Value | None:
     node = interpreter.graph.make(Softmax, frame, args, key)
     if doubt > NEGLIGIBLE:
         node.flagged, node.doubt, node.gradient_doubt = "assumed", doubt, max(doubt, NEXT_ORDER)
-    # Where keys that may be paddings are not told apart, of which a mask by sample hides some, weights of a row
-    # are spread over paddings, all alike, where it sees words: of outputs that can be as much again.
+    # Where keys that may be paddings are not told apart, of which a mask by sample hides some, weights are
+    # spread over paddings, all alike, where a row sees words: of outputs that can be as much again.
     padded_keys = {size for _, size in padded(interpreter.graph)} & {frame[key].size}
     by_sample = allowed is not None and key in allowed.bind and len(allowed.bind) > 1
     if not gaussian or (by_sample and padded_keys and frame[key].labels is None):
