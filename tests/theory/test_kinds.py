@@ -21,7 +21,6 @@ ABSENT = {
         "Sum": 'the strategy "terms of a sum"',
         "Permute": 'the strategy "axes in another order"',
         "Softmax": NO_LAW,
-        "AxisMapped": NO_LAW,
     },
 }
 

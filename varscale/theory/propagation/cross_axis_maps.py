@@ -18,6 +18,7 @@ from varscale.theory.domain.axis_maps import (
     adjoint,
     class_counts,
     entry_map,
+    identity_map,
     merge_types,
     pair_counts,
     split_axis,
@@ -266,3 +267,17 @@ def pullback_of_axis_mapped(
 ) -> list[np.ndarray | None]:
     own = node.axis_map
     return [apply_axis(cotangent, node.params[0], adjoint(pair_counts(own), own.out, own.inner))]
+
+
+@cross_by_kind.register(AxisMapped)
+def cross_by_kind_of_axis_mapped(
+    node: AxisMapped, a: View, b: View, frame: Sequence[Axis]
+) -> np.ndarray | None:
+    """E[y_p b_q] from E[x_i b_q], of a map whose outputs are as many as its inputs."""
+    own, place = node.axis_map, a.bind[node.params[0]]
+    if own.out.size != own.inner.size:
+        return None
+    axis = frame[place]
+    found = cross(View(node.args[0].node, a.bind), b, frame)
+    counts = pair_counts(entry_map(own.rows, own.columns, axis, axis, own.weights), identity_map(axis))
+    return apply_axis(full_along(found, place, axis), place, counts)
