@@ -141,6 +141,38 @@ def test_a_linear_general_has_its_axes_flattened():
     assert np.allclose(made, base.kernel[...].reshape(8, 6), atol=1e-6)
 
 
+class SharedKernel(nnx.Module):
+    """Two adapters around one layer."""
+
+    def __init__(self, rngs):
+        base = nnx.Linear(8, 8, rngs=rngs)
+        self.one = nnx.LoRA(8, 2, 8, base_module=base, rngs=rngs)
+        self.two = nnx.LoRA(8, 2, 8, base_module=base, rngs=rngs)
+
+    def __call__(self, x):
+        return self.two(self.one(x))
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_a_kernel_that_two_adapters_share_is_left_alone(init):
+    """What one takes off it, the other would miss."""
+    model, x = SharedKernel(nnx.Rngs(0)), X[:, :8]
+    for patterns in ("**", "one"):
+        with pytest.raises(ValueError, match="'one' shares one with 'two'"):
+            vs.transfer.lora_init(model, KEY, init, patterns=patterns)
+    assert jnp.array_equal(vs.transfer.lora_init(model, KEY, "gaussian")(x), model(x))
+    adapters = {name: {"lora_a": jnp.zeros((8, 2)), "lora_b": jnp.zeros((2, 8))} for name in ("one", "two")}
+    with pytest.raises(ValueError, match="'layer/one' shares one with 'layer/two'"):
+        vs.transfer.lora_init({"layer": {"kernel": jnp.eye(8), **adapters}}, KEY, init)
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_a_kernel_of_integers_is_refused(init):
+    tree = {"kernel": jnp.eye(4, dtype=jnp.int8), "lora_a": jnp.zeros((4, 2)), "lora_b": jnp.zeros((2, 4))}
+    with pytest.raises(ValueError, match=r"floating-point numbers .*, not int8"):
+        vs.transfer.lora_init(tree, KEY, init)
+
+
 def test_bad_input(model):
     lora_init = vs.transfer.lora_init
     with pytest.raises(TypeError, match="model"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 import jax
@@ -80,7 +80,7 @@ def lora_init(
         TypeError: model is neither an nnx module nor a tree of arrays.
         ValueError: it holds no adapter, a pattern matches none, init is unknown, alpha is not positive; the shapes of an
             adapter are not those of one; the rank is odd under "orthogonal"; under "pissa" or "olora" an adapter has no kernel
-            of its shape, or a rank above min(in, out).
+            of its shape, one that another adapter adapts, too, or one of integers, or a rank above min(in, out).
 
     >>> import jax, jax.numpy as jnp, varscale as vs
     >>> from flax import nnx
@@ -101,7 +101,9 @@ def lora_init(
     held = _held(made)
     if not held:
         raise ValueError(f"model must hold an nnx.LoRA or nnx.LoRALinear, and {type(model).__name__} holds none")
-    for path in _caught(patterns, list(held)):
+    caught = _caught(patterns, list(held))
+    _check_own_kernels(init, caught, {path: kernel if kernel is None else id(kernel) for path, (_, kernel) in held.items()})
+    for path in caught:
         lora, kernel = held[path]
         adapter = _Adapter(path, lora.lora_a[...], lora.lora_b[...], None if kernel is None else kernel[...])
         a, b, rest = _started(adapter, key, init, alpha, rank_stabilized)
@@ -133,9 +135,12 @@ def _of_tree(params: Any, key: Any, init: Init, alpha: float | None, rank_stabil
             "model must hold adapters: leaves lora_a and lora_b in one module, or an nnx.LoRA; the tree holds none"
         )
     modules = {module.removeprefix("params/"): module for module in held}
-    for module in (modules[name] for name in _caught(patterns, list(modules))):
+    kernels = {name: _kernel_of(module, values) for name, module in modules.items()}
+    caught = _caught(patterns, list(modules))
+    _check_own_kernels(init, caught, kernels)
+    for name in caught:
+        module, kernel = modules[name], kernels[name]
         a_path, b_path = held[module], f"{module}/lora_b".lstrip("/")
-        kernel = _kernel_of(module, values)
         adapter = _Adapter(module, values[a_path], values[b_path], None if kernel is None else values[kernel])
         values[a_path], values[b_path], rest = _started(adapter, key, init, alpha, rank_stabilized)
         if kernel is not None and rest is not None:
@@ -168,6 +173,23 @@ def _caught(patterns: Any, paths: Sequence[str]) -> list[str]:
     return [path for path in paths if any(matches(pattern, path) for pattern in several)]
 
 
+def _check_own_kernels(init: Init, paths: Sequence[str], kernels: Mapping[str, Hashable]) -> None:
+    """Refuse what would be taken off a kernel that another adapter adapts, too: each of them adds only its own product.
+
+    Raises:
+        ValueError: an adapter's kernel is another's.
+    """
+    for path in paths if init in _OF_THE_KERNEL else ():
+        others = [
+            other for other, kernel in kernels.items() if other != path and kernel is not None and kernel == kernels[path]
+        ]
+        if others:
+            raise ValueError(
+                f"init={init!r} takes what an adapter starts with off its kernel, and {path!r} shares one with {others[0]!r}: "
+                'give each a kernel of its own, or use "uniform", "gaussian" or "orthogonal"'
+            )
+
+
 def _batch(a: tuple[int, ...], b: tuple[int, ...], kernel: tuple[int, ...] | None) -> int | None:
     """How many leading axes are layers; None where the shapes are not those of an adapter (of this kernel, if one is given)."""
     for k in range(min(len(a), len(b)) - 1):
@@ -195,6 +217,8 @@ def _started(
         raise ValueError(f"init={init!r} is made of the kernel that {adapter.path!r} adapts by {shapes}, and there is {has}")
     if k is None:
         raise ValueError(f"{adapter.path!r}: A and B must have shapes (*layers, *in, r) and (*layers, r, *out), not {shapes}")
+    if kernel is not None and not jnp.issubdtype(kernel.dtype, jnp.floating):
+        raise ValueError(f"init={init!r} needs a kernel of real floating-point numbers at {adapter.path!r}, not {kernel.dtype}")
     layers, rank = shapes[0][:k], shapes[0][-1]
     n, m = math.prod(shapes[0][k:-1]), math.prod(shapes[1][k + 1 :])
     scale = 1.0 if alpha is None else alpha / math.sqrt(rank) if rank_stabilized else alpha / rank
