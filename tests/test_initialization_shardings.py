@@ -123,6 +123,10 @@ def test_wrong_places_are_refused():
         initialize(out_shardings=lambda path, shape: NamedSharding(mesh, P("b") if shape == (6,) else P()))
     with pytest.raises(ValueError, match=r"of shape \(6,\) cannot be laid out"):
         initialize(out_shardings=NamedSharding(mesh, P(None, "a")))
+    with pytest.raises(ValueError, match=r"of shape \(6,\) cannot be laid out .* it names 2 axes, and the leaf has 1"):
+        initialize(out_shardings=NamedSharding(mesh, P(None, None)))
+    with jax.set_mesh(mesh), pytest.raises(ValueError, match=r"'params/Dense_0/kernel' of shape .* cannot be laid out"):
+        initialize(out_shardings=lambda path, shape: P("a", "a") if len(shape) == 2 else P())
     with pytest.raises(ValueError, match="out_shardings must be 'declared'"):
         initialize(out_shardings="all")
     with pytest.raises(TypeError, match="must have a jax"):

@@ -48,6 +48,7 @@ def shardings(out_shardings: Any, leaves: Sequence[Leaf], tree: Any) -> list[Sha
 def _checked(place: Any, leaf: Leaf) -> Sharding:
     if place is None:
         place = PartitionSpec()
+    mesh: Any = None
     if isinstance(place, PartitionSpec):
         mesh = _mesh(leaf.path)
         names = {name for entry in place for name in (entry if isinstance(entry, tuple) else (entry,)) if name is not None}
@@ -56,16 +57,18 @@ def _checked(place: Any, leaf: Leaf) -> Sharding:
                 f"out_shardings: {leaf.path!r} is split along {', '.join(unknown)}, and the mesh has the axes "
                 f"{', '.join(map(str, mesh.axis_names))}"
             )
-        place = NamedSharding(mesh, place)
-    if not isinstance(place, Sharding):
+    elif not isinstance(place, Sharding):
         raise TypeError(f"out_shardings: {leaf.path!r} must have a jax.sharding.Sharding or PartitionSpec, not {place!r}")
     try:
-        place.shard_shape(leaf.shape)
-    except (ValueError, IndexError) as error:
+        found = NamedSharding(mesh, place) if isinstance(place, PartitionSpec) else place
+        if isinstance(found, NamedSharding) and len(found.spec) > len(leaf.shape):
+            raise ValueError(f"it names {len(found.spec)} axes, and the leaf has {len(leaf.shape)}")
+        found.shard_shape(leaf.shape)
+    except Exception as error:  # jax's own of an axis named twice is no ValueError
         raise ValueError(
             f"out_shardings: {leaf.path!r} of shape {leaf.shape} cannot be laid out by {place}: {error}"
         ) from error
-    return place
+    return found
 
 
 def _current_mesh() -> Any:
