@@ -100,6 +100,23 @@ def test_keys_that_cannot_promise_it_are_named():
     assert "rbg" in account.notes[0]
 
 
+@pytest.mark.parametrize("wanted", [None, "declared"])
+def test_initializers_that_lay_out_on_explicit_axes(wanted):
+    class Laid(nn.Module):
+        @nn.compact
+        def __call__(self):
+            self.param("kernel", lambda key: jax.random.normal(key, (8, 16), out_sharding=P("a", None)))
+            self.param("bias", lambda key: jax.random.normal(key, (8,)))
+
+    mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(jax.sharding.AxisType.Explicit,) * 2)
+    with jax.set_mesh(mesh):
+        ours = vs.initialize(Laid(), KEY, out_shardings=wanted)["params"]
+        own = jax.jit(Laid().init)(KEY)["params"]
+    for name, x in ours.items():
+        assert x.sharding.is_equivalent_to(own[name].sharding, x.ndim)
+        np.testing.assert_array_equal(x, own[name])
+
+
 def test_wrong_places_are_refused():
     mesh = mesh_of((2, 4))
     initialize = functools.partial(vs.initialize, Net(), KEY, X)

@@ -48,8 +48,8 @@ def initialize(
         dtype: what floating parameters are rounded to after the draw; default: as declared.
         out_shardings: where leaves lie: a tree of shardings, a function of (path, shape), or "declared" for flax's partitioning
             metadata (linen's boxes and logical rules, nnx's `sharding` and `out_sharding`). Each device draws its own part.
-            None is where flax's own init puts them: the default device, or every device of the mesh that is set, and nnx
-            variables that are sharded eagerly as their metadata says.
+            None is where flax's own init puts them: the default device, or every device of the mesh that is set; nnx
+            variables that are sharded eagerly as their metadata says, and what an initializer lays out on explicit axes there.
         given: a tree of values for some leaves; only the others are drawn.
         exact: compute laws that sum over an axis, and leaves that depend on data, by the model's own whole jitted init.
         account: whether to return an account of every leaf too.

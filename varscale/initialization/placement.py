@@ -18,9 +18,9 @@ def shardings(out_shardings: Any, leaves: Sequence[Leaf], tree: Any) -> list[Sha
 
     Args:
         out_shardings: None, for where flax's own init puts them: the default device, or all devices of the mesh that is set;
-            nnx variables that are sharded eagerly, as their metadata says; "declared", for flax's partitioning metadata; a
-            sharding or `PartitionSpec` for all leaves; a function of (path, shape); or a tree of shardings, of which an inner
-            node's holds for all below it.
+            nnx variables that are sharded eagerly, as their metadata says, and arrays on explicit axes as their type says;
+            "declared", for flax's partitioning metadata, else that type; a sharding or `PartitionSpec` for all leaves; a
+            function of (path, shape); or a tree of shardings, of which an inner node's holds for all below it.
         leaves: the leaves of the model.
         tree: the tree of shapes that they are from, with its metadata.
 
@@ -31,11 +31,12 @@ def shardings(out_shardings: Any, leaves: Sequence[Leaf], tree: Any) -> list[Sha
     if out_shardings is None:
         mesh = _compat.set_mesh()
         everywhere = None if mesh is None else NamedSharding(mesh, PartitionSpec())
-        return [everywhere if p is None else _checked(p, leaf) for p, leaf in zip(_eager(tree), leaves, strict=True)]
+        own = [_of_type(leaf) if p is None else p for p, leaf in zip(_eager(tree), leaves, strict=True)]
+        return [everywhere if p is None else _checked(p, leaf) for p, leaf in zip(own, leaves, strict=True)]
     if isinstance(out_shardings, str):
         if out_shardings != "declared":
             raise ValueError(f"out_shardings must be 'declared', a tree or a function of (path, shape), not {out_shardings!r}")
-        wanted = _declared(tree)
+        wanted = [_of_type(leaf) if p is None else p for p, leaf in zip(_declared(tree), leaves, strict=True)]
     elif isinstance(out_shardings, Sharding | PartitionSpec):
         wanted = [out_shardings] * len(leaves)
     elif callable(out_shardings):
@@ -43,6 +44,12 @@ def shardings(out_shardings: Any, leaves: Sequence[Leaf], tree: Any) -> list[Sha
     else:
         wanted = _of_tree(out_shardings, leaves)
     return [_checked(place, leaf) for place, leaf in zip(wanted, leaves, strict=True)]
+
+
+def _of_type(leaf: Leaf) -> PartitionSpec | None:
+    """Where an initializer itself laid a leaf out: axes of a mesh that are explicit are part of an array's type."""
+    own = getattr(leaf.value, "sharding", None)
+    return own.spec if isinstance(own, NamedSharding) and any(own.spec) and _current_mesh() is not None else None
 
 
 def _checked(place: Any, leaf: Leaf) -> Sharding:
