@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from scipy import special
 
-from varscale.theory.domain.axes import Axis
-from varscale.theory.domain.tables import Table, estimate, estimated_products, over_frame
+from varscale.theory.domain.axes import Axis, shares
+from varscale.theory.domain.tables import NEGLIGIBLE, Table, estimate, estimated_products, over_frame
 from varscale.theory.graph.layout import Value
 from varscale.theory.graph.nodes import Array, Constant, Graph, Leaf, Node, View, number, second_moments
 from varscale.theory.graph.reshapes import Permute, Rearranged, unmoved
@@ -27,6 +27,7 @@ from varscale.theory.integrals.hermite_series import Z
 # The numbers of a node over its axes, or what works them out.
 MEASURED: Fact[int, np.ndarray | Callable[[], np.ndarray]] = Fact()
 
+_ALIKE = 0.3  # half the mean squared step between neighbours is so much below the variance: chance makes less of noise
 MOST_COMPUTED = 1 << 22  # entries up to which given numbers are computed with rather than described
 
 
@@ -49,8 +50,36 @@ def second_moments_of_computed(node: Computed) -> Table:
 
 def measured(node: Node, values: np.ndarray) -> None:
     """Note that the moments of a leaf are those of known numbers, (sizes of its axes...)."""
-    node.near = 1.0
+    node.near = _likeness(values)
     MEASURED.put(node.graph, node.id, values)
+
+
+def _likeness(values: np.ndarray) -> float:
+    """1 of numbers whose neighbours are more alike than any two, along an axis between samples and features; 0 of noise.
+
+    Numbers without such an axis may be copied along one: 1.
+    """
+    for k in range(1, values.ndim - 1):
+        step, whole = np.square(np.diff(values, axis=k)).mean() / 2, values.var(axis=k, ddof=1).mean()
+        if step < (1 - _ALIKE) * whole:
+            return 1.0
+    return float(values.ndim < 3)
+
+
+def scales_samples(views: Sequence[View], frame: Sequence[Axis]) -> bool:
+    """Whether an input that differs from sample to sample is one factor of all features, and classes do not tell its numbers.
+
+    Of such numbers m, E[(Σ m x)² / (Σ m)²] is not E[(Σ m x)²] E[1 / (Σ m)²], nor is a norm of m x one of what varies little;
+    and functions f(m w) of one feature m are not normal given weights w.
+    """
+    for node, bind in views:
+        read = is_known_array(node) or (isinstance(node, Leaf) and node.is_input)
+        if read and 0 in bind and len(frame) - 1 not in bind:
+            table = node.table
+            told = float(np.square(table.mean).ravel() @ shares(table.axes))
+            if table.mean_square - told > NEGLIGIBLE * table.mean_square:
+                return any(view.node.deps & ~node.graph.inputs for view in views)
+    return False
 
 
 def scatter_of_given(node: Computed, axes: Collection[int]) -> float:

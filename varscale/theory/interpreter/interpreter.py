@@ -25,8 +25,9 @@ from varscale import _compat
 from varscale.programs.scopes import ends, opened
 from varscale.theory.domain.axes import Axis
 from varscale.theory.domain.tables import independent
+from varscale.theory.graph.known_arrays import scales_samples
 from varscale.theory.graph.layout import Value, align, value, without_entries
-from varscale.theory.graph.nodes import Graph, leaf
+from varscale.theory.graph.nodes import UNKNOWN, Graph, leaf
 from varscale.theory.graph.normal_form import apply
 from varscale.theory.graph.store import UNCOVERED, PredictionError, located, told
 from varscale.theory.interpreter.folding import (
@@ -232,6 +233,9 @@ class Interpreter:
         """An elementwise primitive of values of one shape (sizes of 1 broadcast)."""
         _, frame, views, layout = align(xs)
         node = folded_elementwise(name, extra, frame, views) or apply(self.graph, name, extra, frame, views)
+        if name in ("mul", "div", "select_n") and scales_samples(views, frame):
+            if not self.ask("given numbers that scale samples", whole=True):
+                node.flagged, node.doubt = "assumed", UNKNOWN
         if not node.axes:
             layout = tuple(tuple(a._replace(axis=None) for a in dim) for dim in layout)
         return Value(node, layout)

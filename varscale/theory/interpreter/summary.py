@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
 import numpy as np
+from scipy import special
 
 from varscale.programs.faces import Program
 from varscale.report import How, Report, Row, Weight
@@ -25,7 +26,8 @@ from varscale.theory.rules.elementwise import modulus
 from varscale.theory.rules.registry import Complex
 from varscale.usage.parameters import ParameterUses
 
-_BAND = 2.5758  # 99 % of a normal
+_BAND, _OUTSIDE = 2.5758, 0.005  # 99 % of a normal, and what is below
+_FEW = 0.1  # of ln(mean square): beyond that one of few squares, a gamma variable, may be as small as no lognormal one
 _WIDEST_BAND = (
     25.0  # of ln(mean square): beyond that a draw can be anything, and the row's error_bound says so
 )
@@ -134,7 +136,11 @@ def of_one_draw(node: Node) -> tuple[float, float, tuple[float, float]]:
     typical = second * math.exp(-variance / 2 - skew / 6)
     reach = _BAND * math.sqrt(variance) + _ROUNDING
     lean = (_BAND**2 - 1) * skew / 6 / max(variance, 1e-300)  # Cornish and Fisher
-    return second, typical, (typical * math.exp(lean - reach), typical * math.exp(lean + reach))
+    low = typical * math.exp(lean - reach)
+    if variance > _FEW:
+        shape = max(1 / variance, 0.5)
+        low = min(low, second * float(special.gammaincinv(shape, _OUTSIDE)) / shape)
+    return second, typical, (low, typical * math.exp(lean + reach))
 
 
 def _at_row(x: Value, found: tuple[float, float], share: Through | None) -> tuple[float, float]:

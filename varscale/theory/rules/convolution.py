@@ -24,6 +24,7 @@ from varscale.theory.graph.convolutions import (
     tap_means,
     tap_pairs,
 )
+from varscale.theory.graph.known_arrays import is_known_array
 from varscale.theory.graph.layout import Atom, Value
 from varscale.theory.graph.linear_nodes import weight_of
 from varscale.theory.graph.nodes import UNKNOWN, Leaf, Node, View, cross_by_kind, pullback, second_moments
@@ -149,7 +150,11 @@ def conv(interpreter: Context, eqn: Any, x: Value, w: Value) -> Any:
     p = eqn.params
     if p["batch_group_count"] != 1 or w.node.deps & interpreter.graph.inputs:
         return drawn_region(interpreter, eqn, (x, w), "its kernel is no weight")
-    if repeats(w.node) and interpreter.ask("a kernel that repeats itself", whole=True):
+    taps = math.prod(w.shape[k] for k in p["dimension_numbers"].rhs_spec[2:])
+    smooth = taps > 1 and x.node.near == 1 and is_known_array(x.node)
+    if (smooth and interpreter.ask("windows over given places that are alike", whole=True)) or (
+        repeats(w.node) and interpreter.ask("a kernel that repeats itself", whole=True)
+    ):
         return placeholder(interpreter, eqn.outvars[0].aval)
     cx, x = without_factor(x)
     cw, w = without_factor(w)
