@@ -66,14 +66,14 @@ def _likeness(values: np.ndarray) -> float:
     return float(values.ndim < 3)
 
 
-def scales_samples(views: Sequence[View], frame: Sequence[Axis]) -> bool:
+def scales_samples(views: Sequence[View], frame: Sequence[Axis], *, curved: bool) -> bool:
     """Whether an input that differs from sample to sample is one factor of all features, and classes do not tell its numbers.
 
-    Of such numbers m, E[(Σ m x)² / (Σ m)²] is not E[(Σ m x)²] E[1 / (Σ m)²], nor is a norm of m x one of what varies little;
-    and functions f(m w) of one feature m are not normal given weights w.
+    Of such numbers m, E[(Σ m x)² / (Σ m)²] is not E[(Σ m x)²] E[1 / (Σ m)²], nor is a norm of m x one of what varies little.
+    What a curved function of weights w makes of one feature, f(m w), has as few directions.
     """
     for node, bind in views:
-        read = is_known_array(node) or (isinstance(node, Leaf) and node.is_input)
+        read = isinstance(node, Leaf) and node.is_input if curved else is_known_array(node)
         if read and 0 in bind and len(frame) - 1 not in bind:
             table = node.table
             told = float(np.square(table.mean).ravel() @ shares(table.axes))

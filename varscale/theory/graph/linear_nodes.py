@@ -67,6 +67,19 @@ def weight_of(node: Node) -> Leaf | None:
     return None
 
 
+def crossed(*factors: View) -> bool:
+    """Whether one of two factors is what weights make of the other: of x (w·x), whose scale is one for all features."""
+    for (x, _), (y, _) in (factors, factors[::-1]):
+        seen: set[Node] = set()
+        reached = [y] if x.deps and weight_of(y) is not None else []
+        for node in reached:  # grows: each node once
+            if node is x:
+                return True
+            reached += {v.node: None for v in node.args if v.node.depth >= x.depth and v.node not in seen}
+            seen.update(v.node for v in node.args)
+    return False
+
+
 def applies_weights(node: Node) -> TypeGuard[Contract]:
     return isinstance(node, Contract) and weight_of(node) is not None
 

@@ -25,8 +25,10 @@ from varscale import _compat
 from varscale.programs.scopes import ends, opened
 from varscale.theory.domain.axes import Axis
 from varscale.theory.domain.tables import independent
+from varscale.theory.graph.expressions import roots_of
 from varscale.theory.graph.known_arrays import scales_samples
 from varscale.theory.graph.layout import Value, align, value, without_entries
+from varscale.theory.graph.linear_nodes import crossed
 from varscale.theory.graph.nodes import UNKNOWN, Graph, leaf
 from varscale.theory.graph.normal_form import apply
 from varscale.theory.graph.store import UNCOVERED, PredictionError, located, told
@@ -70,6 +72,7 @@ from varscale.theory.rules.registry import (
 from varscale.theory.rules.sampled_regions import drawn_region, placeholder
 
 _DERIVATIVES = {"jvp", "transpose"}
+_SCALING, _LINEAR = ("mul", "div", "select_n"), ("add", "add_any", "sub", "neg", "convert", "stop_gradient")
 _NUDGE = 1e-24  # variance: far below the epsilon of a norm, far above rounding of what is zero
 
 
@@ -233,7 +236,11 @@ class Interpreter:
         """An elementwise primitive of values of one shape (sizes of 1 broadcast)."""
         _, frame, views, layout = align(xs)
         node = folded_elementwise(name, extra, frame, views) or apply(self.graph, name, extra, frame, views)
-        if name in ("mul", "div", "select_n") and scales_samples(views, frame):
+        curved = name not in _SCALING
+        if name not in _LINEAR and (
+            scales_samples(roots_of(*views) if curved else views, frame, curved=curved)
+            or (name == "mul" and crossed(*views))
+        ):
             if not self.ask("given numbers that scale samples", whole=True):
                 node.flagged, node.doubt = "assumed", UNKNOWN
         if not node.axes:

@@ -69,7 +69,9 @@ def softmax_of(interpreter: Context, top: Value, bottom: Value) -> Value | None:
     if not gaussian and interpreter.ask("a softmax of logits that are not Gaussian"):
         return Value(random.node, top.dims)
     doubt = max(_bias_by_place(random, key), _windowed_before(allowed, key))
-    if doubt > LEADING_ORDER and interpreter.ask("attention by distance", whole=True):
+    if max(doubt, _learned_bias(random, key)) > LEADING_ORDER and interpreter.ask(
+        "attention by distance", whole=True
+    ):
         return Value(random.node, top.dims)
     if allowed is not None:
         args += _rows_filled(allowed, key)
@@ -112,6 +114,13 @@ def _bias_by_place(random: View, key: int) -> float:
         if isinstance(v.node, Array) and key in v.bind
     ]
     return math.expm1(min(sum(variances), 3.0))
+
+
+def _learned_bias(random: View, key: int) -> float:
+    """The variance of weights among the logits that no input goes with: one draw of them serves all samples."""
+    terms = zip(random.node.params, random.node.args, strict=True) if isinstance(random.node, Sum) else ()
+    weights = [(c, v) for c, v in terms if v.node.deps and not v.node.deps & v.node.graph.inputs]
+    return sum(c * c * v.node.table.variance for c, v in weights if key in v.bind)
 
 
 def _windowed_before(allowed: View | None, key: int) -> float:
