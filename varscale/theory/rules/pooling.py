@@ -221,11 +221,18 @@ def pullback_of_window_max(
     taps = math.prod(w.taps for w in node.params.windows if w is not None)
     (spread,) = pullback_of_window_sum(node, cotangent, notes)
     assert spread is not None
-    # Each window feeds one entry: of the pairs of taps only those of one window and one entry remain.
+    # Each window feeds one entry: of the pairs of taps those of one window and one entry remain, and of two
+    # windows that share o of their n entries those of one, which is the largest of all 2n − o.
     maps = node.maps(lambda window, a, o: adjoint(squeeze_types(tap_pairs(window, a, o)[0], o, a), o, a))
     diagonal = tuple(slice(0, a.classes) for a in node.args[0].node.axes)
+    own = node.carried(cotangent, maps, back=True)
+    windows = [w for w in node.params.windows if w is not None]
+    steps = [w.taps - w.stride * np.abs(np.arange(-w.taps, w.taps + 1)) for w in windows]
+    shared = functools.reduce(np.multiply.outer, [np.maximum(step, 0) for step in steps])
+    shared = shared[(shared > 0) & (shared < taps)]
+    both = float((shared / (2 * taps - shared)).sum() / max(shared.sum(), 1))
     out = spread / taps**2
-    out[diagonal] = node.carried(cotangent, maps, back=True)[diagonal] / taps
+    out[diagonal] = own[diagonal] / taps + (spread - own)[diagonal] * both
     return [out]
 
 
