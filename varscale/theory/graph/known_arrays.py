@@ -27,7 +27,7 @@ from varscale.theory.integrals.hermite_series import Z
 # The numbers of a node over its axes, or what works them out.
 MEASURED: Fact[int, np.ndarray | Callable[[], np.ndarray]] = Fact()
 
-_ALIKE = 0.3  # half the mean squared step between neighbours is so much below the variance: chance makes less of noise
+_SMOOTH = 0.3  # by which share of the variance half a squared step to a neighbour is less
 MOST_COMPUTED = 1 << 22  # entries up to which given numbers are computed with rather than described
 
 
@@ -61,12 +61,12 @@ def _likeness(values: np.ndarray) -> float:
     """
     for k in range(1, values.ndim - 1):
         step, whole = np.square(np.diff(values, axis=k)).mean() / 2, values.var(axis=k, ddof=1).mean()
-        if step < (1 - _ALIKE) * whole:
+        if step < (1 - _SMOOTH) * whole:
             return 1.0
     return float(values.ndim < 3)
 
 
-def scales_samples(views: Sequence[View], frame: Sequence[Axis], *, curved: bool) -> bool:
+def scales_samples(views: Sequence[View], frame: Sequence[Axis], curved: bool) -> bool:
     """Whether an input that differs from sample to sample is one factor of all features, and classes do not tell its numbers.
 
     Of such numbers m, E[(Σ m x)² / (Σ m)²] is not E[(Σ m x)²] E[1 / (Σ m)²], nor is a norm of m x one of what varies little.

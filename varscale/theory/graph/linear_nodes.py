@@ -67,7 +67,7 @@ def weight_of(node: Node) -> Leaf | None:
     return None
 
 
-def crossed(*factors: View) -> bool:
+def feeds_itself(*factors: View) -> bool:
     """Whether one of two factors is what weights make of the other: of x (w·x), whose scale is one for all features."""
     for (x, _), (y, _) in (factors, factors[::-1]):
         seen: set[Node] = set()

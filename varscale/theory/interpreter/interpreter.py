@@ -28,7 +28,7 @@ from varscale.theory.domain.tables import independent
 from varscale.theory.graph.expressions import roots_of
 from varscale.theory.graph.known_arrays import scales_samples
 from varscale.theory.graph.layout import Value, align, value, without_entries
-from varscale.theory.graph.linear_nodes import crossed
+from varscale.theory.graph.linear_nodes import feeds_itself
 from varscale.theory.graph.nodes import UNKNOWN, Graph, leaf
 from varscale.theory.graph.normal_form import apply
 from varscale.theory.graph.store import UNCOVERED, PredictionError, located, told
@@ -237,12 +237,11 @@ class Interpreter:
         _, frame, views, layout = align(xs)
         node = folded_elementwise(name, extra, frame, views) or apply(self.graph, name, extra, frame, views)
         curved = name not in _SCALING
-        if name not in _LINEAR and (
-            scales_samples(roots_of(*views) if curved else views, frame, curved=curved)
-            or (name == "mul" and crossed(*views))
+        scaled = name not in _LINEAR and scales_samples(roots_of(*views) if curved else views, frame, curved)
+        if (scaled or (name == "mul" and feeds_itself(*views))) and not self.ask(
+            "one scale of all features", whole=True
         ):
-            if not self.ask("given numbers that scale samples", whole=True):
-                node.flagged, node.doubt = "assumed", UNKNOWN
+            node.flagged, node.doubt = "assumed", UNKNOWN
         if not node.axes:
             layout = tuple(tuple(a._replace(axis=None) for a in dim) for dim in layout)
         return Value(node, layout)

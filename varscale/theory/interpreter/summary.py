@@ -14,7 +14,7 @@ from scipy import special
 from varscale.programs.faces import Program
 from varscale.report import How, Report, Row, Weight
 from varscale.theory.domain.axes import averaging
-from varscale.theory.domain.tables import Table
+from varscale.theory.domain.tables import NEXT_ORDER, Table
 from varscale.theory.graph.layout import Value
 from varscale.theory.graph.nodes import UNKNOWN, Leaf, Node
 from varscale.theory.interpreter.interpreter import Interpreter
@@ -26,8 +26,7 @@ from varscale.theory.rules.elementwise import modulus
 from varscale.theory.rules.registry import Complex
 from varscale.usage.parameters import ParameterUses
 
-_BAND, _OUTSIDE = 2.5758, 0.005  # 99 % of a normal, and what is below
-_FEW = 0.1  # of ln(mean square): beyond that one of few squares, a gamma variable, may be as small as no lognormal one
+_BAND, _BELOW = 2.5758, 0.005  # 99 % of a normal, and the share below them
 _WIDEST_BAND = (
     25.0  # of ln(mean square): beyond that a draw can be anything, and the row's error_bound says so
 )
@@ -137,9 +136,9 @@ def of_one_draw(node: Node) -> tuple[float, float, tuple[float, float]]:
     reach = _BAND * math.sqrt(variance) + _ROUNDING
     lean = (_BAND**2 - 1) * skew / 6 / max(variance, 1e-300)  # Cornish and Fisher
     low = typical * math.exp(lean - reach)
-    if variance > _FEW:
+    if variance > 2 * NEXT_ORDER:  # it may be one of few squares, a gamma variable, with more below
         shape = max(1 / variance, 0.5)
-        low = min(low, second * float(special.gammaincinv(shape, _OUTSIDE)) / shape)
+        low = min(low, second * float(special.gammaincinv(shape, _BELOW)) / shape)
     return second, typical, (low, typical * math.exp(lean + reach))
 
 
