@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from scipy import ndimage
 
 import varscale as vs
@@ -50,3 +51,16 @@ def test_windows_of_overlapping_windows_are_in_doubt():
         for stride in (1, 3)
     )
     assert apart.error_bound < 0.06 < 0.1 < overlapping.error_bound
+
+
+@pytest.mark.parametrize(("taps", "stride", "right"), [(3, 2, 1.017e-4), (3, 1, 8.54e-5), (2, 2, 5.407e-5)])
+def test_gradients_of_windows_that_share_their_largest_entry(taps, stride, right):
+    """Behind a mean they are one number, which adds up at an entry; of 200 draws, each within .4 %."""
+
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.max_pool(nn.Conv(8, (1, 1), name="conv")(x), (taps, taps), (stride, stride)).mean((1, 2))
+
+    row = vs.predict(Net(), jax.ShapeDtypeStruct((2, 17, 17, 4), jnp.float32))["conv"]
+    assert row.gradient == pytest.approx(right, rel=0.02)
