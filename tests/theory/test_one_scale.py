@@ -1,4 +1,4 @@
-"""One scale of all features of a sample, beside what it scales: masks, a single feature, x (w·x); drawn with the whole model."""
+"""One scale of all features of a sample, beside what it scales: masks, a single feature, x (w·x). All are drawn."""
 
 import flax.linen as nn
 import jax
