@@ -234,3 +234,20 @@ def sliced(axis: Axis, start: int, stop: int, step: int) -> tuple[Axis | None, F
     classes = np.zeros((new.classes, axis.classes))
     classes[new.label_array, labels] = 1
     return new, classes
+
+
+def reduced(axis: Axis, positions: Int[np.ndarray, " kept"]) -> Axis:
+    """The axis that these positions make, its classes numbered as the whole one's (each has one of them at least)."""
+    return Axis(
+        len(positions),
+        None if axis.labels is None else axis.label_array[positions].astype(np.uint8).tobytes(),
+    )
+
+
+_LEVEL = 0.02  # positions whose second moments differ by less, relatively, are one class
+
+
+def by_level(squares: Float[np.ndarray, "size arrays"]) -> Axis:
+    """Positions classed by the second moments that some arrays have there, on a logarithmic scale down to a thousandth."""
+    levels = np.log(np.maximum(squares, 1e-30) / np.maximum(squares.max(axis=0), 1e-30) + 1e-3)
+    return grouped(np.round(levels / _LEVEL) * _LEVEL)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Hashable, Sequence
 import numpy as np
 from jaxtyping import Float, Int
 
-from varscale.theory.domain.axes import Axis, grouped
+from varscale.theory.domain.axes import Axis, reduced
 from varscale.theory.domain.tables import LOOSE, Positions, Table, estimated_products, gaussian, over_frame
 from varscale.theory.graph.expressions import Mean, Sum, content, roots, roots_of
 from varscale.theory.graph.known_arrays import is_known_array, numbers
@@ -42,14 +42,6 @@ def _is_ordered(node: Node) -> bool:
 def sampled_from(node: Node, drawing: Drawing, positions: Positions) -> np.ndarray | None:
     """A node at some positions of its axes, (replicates or 1, ...); None where its law is all that is known of it."""
     return None
-
-
-def reduced(axis: Axis, positions: Int[np.ndarray, " kept"]) -> Axis:
-    """The axis that these positions make, its classes numbered as the whole one's (each has one of them at least)."""
-    return Axis(
-        len(positions),
-        None if axis.labels is None else axis.label_array[positions].astype(np.uint8).tobytes(),
-    )
 
 
 class Drawing:
@@ -345,7 +337,6 @@ def sampled_from_gather(node: Gather, drawing: Drawing, positions: Positions) ->
 
 _POOLED = 2_000_000  # numbers that moments by type are estimated from
 _SCORES = 4.0  # standard errors that a mean is trusted to; within them it is taken for zero
-_LEVEL = 0.02  # positions whose second moments differ by less, relatively, are one class
 
 
 def pooled(numbers: np.ndarray, axes: Sequence[Axis], positions: Positions) -> Table:
@@ -386,12 +377,6 @@ def table_of_draws(node: Node, numbers: np.ndarray, positions: Sequence[np.ndarr
     if abs(means.mean()) < _SCORES * means.std() / math.sqrt(len(means)):
         return Table(table.axes, np.zeros_like(table.mean), table.second)
     return table
-
-
-def by_level(squares: Float[np.ndarray, "size arrays"]) -> Axis:
-    """Positions classed by the second moments that some arrays have there, on a logarithmic scale down to a thousandth."""
-    levels = np.log(np.maximum(squares, 1e-30) / np.maximum(squares.max(axis=0), 1e-30) + 1e-3)
-    return grouped(np.round(levels / _LEVEL) * _LEVEL)
 
 
 def cross_moments(

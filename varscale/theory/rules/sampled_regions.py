@@ -17,7 +17,7 @@ from jax.extend.core import ClosedJaxpr
 from scipy import special
 
 from varscale import _compat
-from varscale.theory.domain.axes import Axis
+from varscale.theory.domain.axes import Axis, by_level
 from varscale.theory.domain.tables import LOOSE, Table, gaussian, independent, lift
 from varscale.theory.graph.expressions import content, hashed
 from varscale.theory.graph.known_arrays import is_known_array
@@ -37,14 +37,7 @@ from varscale.theory.integrals.hermite_series import POINTS, WEIGHTS, Z
 from varscale.theory.propagation.fluctuations import fluctuations
 from varscale.theory.propagation.fourth_moments import fresh
 from varscale.theory.propagation.inherited_fluctuations import Spread, combine, propagated
-from varscale.theory.propagation.sampler import (
-    by_level,
-    cross_moments,
-    evenly,
-    picked,
-    pooled,
-    table_of_draws,
-)
+from varscale.theory.propagation.sampler import cross_moments, evenly, picked, pooled, table_of_draws
 from varscale.theory.rules.region_draws import (
     CannotDraw,
     Operand,
