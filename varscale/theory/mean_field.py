@@ -6,9 +6,10 @@ In the limit of infinite width (Poole et al. 2016; Schoenholz et al. 2017; on th
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -87,9 +88,8 @@ class _Layer:
     def correlation(self, c: float, q: float) -> float:
         squares = self._squares(q)
         beyond = gaussian.second_moment(self.activation, 0.0, q) - squares.sum()
-        if beyond * c**_TERMS < _NOISE * q:
-            pair = float(squares @ c ** np.arange(_TERMS))
-        else:
+        pair = float(squares @ c ** np.arange(_TERMS))
+        if beyond * c**_TERMS >= _NOISE * q:
             pair = gaussian.pair(self.activation, self.activation, c, 0.0, q)
         return (self.weight_variance * pair + self.bias_variance) / q
 
@@ -107,16 +107,13 @@ class _Layer:
         return gaussian.hermite_coefficients(self.activation, _TERMS - 1, 0.0, q) ** 2
 
     def chi(self, q: float) -> float:
-        if self.weight_variance == 0:
-            return 0.0
-        return self.weight_variance * _slope_square(self.activation, q)
+        return self.weight_variance and self.weight_variance * _slope_square(self.activation, q)
 
 
 def _slope_square(activation: Activation, q: float) -> float:
     """E[φ'(√q z)²], infinite where φ jumps."""
-    if gaussian.jumps(activation, 0.0, q):
-        return math.inf
-    return gaussian.derivative_second_moment(activation, 0.0, q)
+    jumps = gaussian.jumps(activation, 0.0, q)
+    return math.inf if jumps else gaussian.derivative_second_moment(activation, 0.0, q)
 
 
 def _fixed_point(layer: _Layer) -> float:
@@ -136,8 +133,10 @@ def _fixed_point(layer: _Layer) -> float:
     while growth and _SMALLEST < q < _OVERFLOW:
         after = _unless_it_overflows(layer.growth, factor * q, math.inf)
         if after * growth < 0:
-            root = brentq(lambda x: layer.second_moment(x) / x - 1, q, factor * q, xtol=1e-300, rtol=1e-13)
-            q = float(root)  # pyright: ignore[reportArgumentType]
+            root: Any = brentq(
+                lambda x: layer.second_moment(x) / x - 1, q, factor * q, xtol=1e-300, rtol=np.float64(1e-13)
+            )
+            q = float(root)
             break
         q, growth = factor * q, after or growth
     else:
@@ -258,13 +257,14 @@ def critical(activation: Activation, bias_variance: float = 0.0) -> Critical:
         and gaussian.second_moment(activation, 0.0, _ZERO) < 2 * vanishing * _ZERO
     ):
         points.append((vanishing, 0.0))
-    grid = [float(x) for x in range(*_LOG_Q)]
-    values = [_unless_it_overflows(excess, x, math.nan) for x in grid]
-    noise = [_EDGE_NOISE * (math.exp(x) + bias_variance) for x in grid]
-    for i in range(len(grid) - 1):
-        # NaN compares as False; what is within the noise of 0 is no change of sign.
-        if values[i] * values[i + 1] < 0 and abs(values[i]) > noise[i] and abs(values[i + 1]) > noise[i + 1]:
-            q = math.exp(float(brentq(excess, grid[i], grid[i + 1], xtol=1e-12)))  # pyright: ignore
+    found = [(float(x), _unless_it_overflows(excess, x, math.nan)) for x in range(*_LOG_Q)]
+    # NaN compares as False; what is within the noise of 0 is no change of sign.
+    told = [
+        (x, y) if abs(y) > _EDGE_NOISE * (math.exp(x) + bias_variance) else (x, math.nan) for x, y in found
+    ]
+    for (low, one), (high, other) in itertools.pairwise(told):
+        if one * other < 0:
+            q = math.exp(float(brentq(excess, low, high, xtol=1e-12)))  # pyright: ignore
             points.append((_slope_square(activation, q), q))
     if not points:
         raise ValueError(
@@ -272,12 +272,12 @@ def critical(activation: Activation, bias_variance: float = 0.0) -> Critical:
             f"{gaussian.name_of(activation)} has no fixed "
             "point q at which χ = 1"
         )
-    found = []
+    edges = []
     for square, q in points:
         layer = _Layer(activation, 1 / square, bias_variance)
         stable = layer.slope(q) <= 1 + _EDGE_NOISE if q else layer.growth(_EDGE_NOISE) <= 0
-        found.append(Critical(1 / square, q, stable))
-    return min(found, key=lambda point: (not point.stable, point.q))
+        edges.append(Critical(1 / square, q, stable))
+    return min(edges, key=lambda point: (not point.stable, point.q))
 
 
 def _unless_it_overflows(f: Callable[[float], float], x: float, otherwise: float) -> float:

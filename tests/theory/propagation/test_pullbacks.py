@@ -8,9 +8,9 @@ import pytest
 
 import varscale as vs
 from varscale.theory.domain.axes import Axis
+from varscale.theory.graph.linear_nodes import merge
 from varscale.theory.graph.nodes import Graph, leaf
 from varscale.theory.graph.normal_form import broadcast
-from varscale.theory.graph.reshapes import merge
 from varscale.theory.propagation.pullbacks import copies, repeats
 
 INPUT = jax.ShapeDtypeStruct((32, 64), jnp.float32)

@@ -58,6 +58,11 @@ class Axis:
         )
 
     @functools.cached_property
+    def members(self) -> Float[np.ndarray, "classes size"]:
+        """Which positions are of each class, 1 or 0."""
+        return np.eye(self.classes)[self.label_array].T
+
+    @functools.cached_property
     def counts(self) -> Float[np.ndarray, " classes"]:
         """Positions in each class."""
         return (
@@ -69,14 +74,12 @@ class Axis:
     @functools.cached_property
     def first(self) -> Int[np.ndarray, " types"]:
         """Class of i in each type."""
-        c = np.arange(self.classes)
-        return np.concatenate([c, np.repeat(c, self.classes)])
+        return np.concatenate([np.arange(self.classes), np.repeat(np.arange(self.classes), self.classes)])
 
     @functools.cached_property
     def second(self) -> Int[np.ndarray, " types"]:
         """Class of j in each type."""
-        c = np.arange(self.classes)
-        return np.concatenate([c, np.tile(c, self.classes)])
+        return np.concatenate([np.arange(self.classes), np.tile(np.arange(self.classes), self.classes)])
 
     @functools.cached_property
     def agrees(self) -> Bool[np.ndarray, " types"]:
@@ -97,9 +100,7 @@ class Axis:
     @functools.cached_property
     def different(self) -> Float[np.ndarray, " types"]:
         """Weights that average over the pairs i ≠ j."""
-        weights = self.pairs.copy()
-        weights[: self.classes] = 0
-        return weights / (self.size * (self.size - 1))
+        return self.pairs * ~self.agrees / (self.size * (self.size - 1))
 
     @functools.cached_property
     def any_pair(self) -> Float[np.ndarray, " types"]:
@@ -231,9 +232,7 @@ def sliced(axis: Axis, start: int, stop: int, step: int) -> tuple[Axis | None, F
     if len(labels) == 1:
         return None, np.eye(axis.classes)[labels]
     new = labelled(labels)
-    classes = np.zeros((new.classes, axis.classes))
-    classes[new.label_array, labels] = 1
-    return new, classes
+    return new, np.eye(axis.classes)[labels[np.unique(new.label_array, return_index=True)[1]]]
 
 
 def reduced(axis: Axis, positions: Int[np.ndarray, " kept"]) -> Axis:

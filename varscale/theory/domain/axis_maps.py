@@ -64,8 +64,7 @@ class AxisMap:
 
     def means(self) -> Float[np.ndarray, "classes_out classes_in"]:
         """E[y_p] by class of output, as weights of the class means of the inputs."""
-        members = np.eye(self.out.classes)[self.out.label_array].T
-        return members @ self._by_output / self.out.counts[:, None]
+        return self.out.members @ self._by_output / self.out.counts[:, None]
 
 
 def entry_map(
@@ -107,12 +106,11 @@ def pair_counts(a: AxisMap, b: AxisMap | None = None) -> Float[np.ndarray, "type
     out, inner = a.out, a.inner
     co, ci = out.classes, inner.classes
     (rows_a, columns_a), (rows_b, columns_b) = ((m._by_output, m._by_input) for m in (a, b))
-    outs, ins = np.eye(co)[out.label_array], np.eye(ci)[inner.label_array]
     own = np.zeros((co, ci))
     np.add.at(own, (out.label_array[a.rows], inner.label_array[a.columns]), a.weights * _at_the_entries(b, a))
-    within = np.einsum("pc,pd,pf->cdf", outs, rows_a, rows_b)
-    meet = np.einsum("ic,ie,id->ced", columns_a, columns_b, ins)
-    total = np.einsum("cd,ef->cedf", outs.T @ rows_a, outs.T @ rows_b)
+    within = np.einsum("cp,pd,pf->cdf", out.members, rows_a, rows_b)
+    meet = np.einsum("ic,ie,di->ced", columns_a, columns_b, inner.members)
+    total = np.einsum("cd,ef->cedf", out.members @ rows_a, out.members @ rows_b)
     same_out, same_in = np.eye(co), np.eye(ci)
     meet_apart = meet - np.einsum("ce,cd->ced", same_out, own)
     table = np.zeros((out.types, inner.types))
@@ -128,10 +126,9 @@ def pair_counts(a: AxisMap, b: AxisMap | None = None) -> Float[np.ndarray, "type
 
 def class_counts(a: AxisMap, b: AxisMap) -> Float[np.ndarray, "classes_a classes_b types_in"]:
     """Mean weight of the input pairs of each type behind any two outputs, of maps of one axis to two, by class of each."""
-    ins = np.eye(a.inner.classes)[a.inner.label_array]
-    columns = [m._by_input / m.out.counts for m in (a, b)]
-    meet = np.einsum("ic,ie,id->ced", *columns, ins)
-    total = np.einsum("cd,ef->cedf", *(x.T @ ins for x in columns))
+    ins, columns = a.inner.members, [m._by_input / m.out.counts for m in (a, b)]
+    meet = np.einsum("ic,ie,di->ced", *columns, ins)
+    total = np.einsum("cd,ef->cedf", *(x.T @ ins.T for x in columns))
     apart = total - np.einsum("ced,df->cedf", meet, np.eye(a.inner.classes))
     return np.concatenate([meet, apart.reshape(*meet.shape[:2], -1)], axis=-1)
 

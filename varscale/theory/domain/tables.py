@@ -223,14 +223,8 @@ def estimate(values: Float[np.ndarray, "..."], axes: Sequence[Axis]) -> Table:
     x = np.asarray(values, float).reshape([1, *(axis.size for axis in axes)])
     mean = x[0]
     for k, axis in enumerate(axes):
-        mean = apply_axis(mean, k, _members(axis) / axis.counts[:, None])
+        mean = apply_axis(mean, k, axis.members / axis.counts[:, None])
     return Table(tuple(axes), mean, estimated_products(x, x, axes)[0])
-
-
-@functools.cache
-def _members(axis: Axis) -> np.ndarray:
-    """Which positions are of each class, (classes, size)."""
-    return np.eye(axis.classes)[axis.label_array].T
 
 
 def estimated_products(
@@ -246,7 +240,7 @@ def estimated_products(
         summed = [x] if x is y else [x, y]
         for k in reversed(range(len(axes))):
             if not agree[k]:
-                summed = [apply_axis(z, 1 + k, _members(axes[k])) for z in summed]
+                summed = [apply_axis(z, 1 + k, axes[k].members) for z in summed]
         # One letter an axis on which pairs agree, two where they run freely.
         first = "".join(chr(ord("A") + 2 * k) for k in range(len(axes)))
         other = "".join(i if g else chr(ord(i) + 1) for i, g in zip(first, agree, strict=True))
@@ -261,7 +255,7 @@ def estimated_products(
         )
         for k in range(len(axes)):
             if agree[k]:
-                product = apply_axis(product, 1 + k, _members(axes[k]))
+                product = apply_axis(product, 1 + k, axes[k].members)
         block = tuple(
             slice(0, a.classes) if g else slice(a.classes, None) for a, g in zip(axes, agree, strict=True)
         )
@@ -326,23 +320,16 @@ def _effect(
     rng: np.random.Generator,
 ) -> np.ndarray:
     """One effect: independent along the axes in `own`, correlated between the classes of the others."""
-    mine = [k for k, anew in enumerate(own) if anew]
-    others = [k for k, anew in enumerate(own) if not anew]
-    classes = [axes[k].classes for k in others]
-    square = part.transpose([*mine, *others]).reshape(
-        [axes[k].classes for k in mine] + [n for c in classes for n in (c, c)]
-    )
-    at = len(mine)
+    mine, others = ([k for k, anew in enumerate(own) if anew is which] for which in (True, False))
+    at, sizes, classes = len(mine), [len(labels[k]) for k in mine], [axes[k].classes for k in others]
+    each, total = [axes[k].classes for k in mine], math.prod(classes)
+    square = part.transpose([*mine, *others]).reshape([*each, *(n for c in classes for n in (c, c))])
     pairs = [*range(at), *range(at, square.ndim, 2), *range(at + 1, square.ndim, 2)]
-    total = math.prod(classes)
-    matrix = square.transpose(pairs).reshape([axes[k].classes for k in mine] + [total, total])
+    matrix = square.transpose(pairs).reshape([*each, total, total])
     values, vectors = np.linalg.eigh((matrix + np.swapaxes(matrix, -1, -2)) / 2)
     factor = vectors * np.sqrt(np.maximum(values, 0.0))[..., None, :]
-    for place, k in enumerate(mine):
-        factor = np.take(factor, labels[k], axis=place)
-    sizes = [len(labels[k]) for k in mine]
+    factor = factor[np.ix_(*[labels[k] for k in mine])]
     noise = rng.standard_normal((replicates, *sizes, total))
     effect = np.moveaxis(factor @ np.moveaxis(noise, 0, -1), -1, 0).reshape([replicates, *sizes, *classes])
-    for place, k in enumerate(others):
-        effect = np.take(effect, labels[k], axis=1 + at + place)
+    effect = effect[(slice(None), *np.ix_(*map(range, sizes), *[labels[k] for k in others]))]
     return effect.transpose([0, *(1 + i for i in np.argsort([*mine, *others]))])

@@ -212,10 +212,8 @@ class WindowSum(Node):
 
     def prepare(self) -> None:
         self.odd, self.positive = self.args[0].node.odd, self.args[0].node.positive
-        overlaps = [
-            1 - w.stride / ((w.taps - 1) * w.dilation + 1) for w in self.params.windows if w is not None
-        ]
-        self.near = max(self.near, *overlaps)
+        real = [w for w in self.params.windows if w is not None]
+        self.near = max(self.near, *(1 - w.stride / ((w.taps - 1) * w.dilation + 1) for w in real))
 
     def maps(self, of: Callable[[Window, Axis, Axis], np.ndarray]) -> list[np.ndarray | None]:
         """By dimension, a matrix of how it is read, of the axis that is read, and of the output's."""

@@ -87,8 +87,7 @@ def swapped(second: np.ndarray, axes: Sequence[Axis]) -> np.ndarray:
     for k, axis in enumerate(axes):
         c = axis.classes
         if c > 1 and second.shape[k] > 1:
-            types = [*range(c), *(c + np.arange(c * c).reshape(c, c).T.ravel())]
-            second = np.take(second, types, axis=k)
+            second = np.take(second, [*range(c), *(c + np.arange(c * c).reshape(c, c).T.ravel())], axis=k)
     return second
 
 
@@ -143,9 +142,6 @@ class Mean(Node):
     @property
     def reduced(self) -> tuple[int, ...]:
         return self.params
-
-    def prepare(self) -> None:
-        self.odd, self.positive = self.args[0].node.odd, self.args[0].node.positive
 
 
 def weighted_sum(view: View) -> tuple[list[tuple[float, View]], float]:

@@ -19,8 +19,8 @@ from scipy import special
 from varscale.theory.domain.axes import Axis, shares
 from varscale.theory.domain.tables import NEGLIGIBLE, Table, estimate, estimated_products, over_frame
 from varscale.theory.graph.layout import Value
+from varscale.theory.graph.linear_nodes import Permute, Rearranged, unmoved
 from varscale.theory.graph.nodes import Array, Constant, Graph, Leaf, Node, View, number, second_moments
-from varscale.theory.graph.reshapes import Permute, Rearranged, unmoved
 from varscale.theory.graph.store import Fact
 from varscale.theory.integrals.hermite_series import Z
 
@@ -101,12 +101,9 @@ def numbers(node: Node) -> np.ndarray | None:
         MEASURED.put(node.graph, node.id, found)
     if found is None and isinstance(node, Rearranged):
         inner = numbers(node.args[0].node)
-        if inner is not None:
-            return (
-                inner.transpose(node.params)
-                if isinstance(node, Permute)
-                else inner.reshape([a.size for a in node.axes])
-            )
+        if inner is not None and isinstance(node, Permute):
+            return inner.transpose(node.params)
+        return None if inner is None else inner.reshape([a.size for a in node.axes])
     return found
 
 

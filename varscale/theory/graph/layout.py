@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from varscale.theory.domain.axes import MOST_CLASSES, Axis, affordable, grouped, join
+from varscale.theory.graph.linear_nodes import merge, permute, split
 from varscale.theory.graph.nodes import Array, Constant, Graph, Node, View, array, number
 from varscale.theory.graph.normal_form import broadcast
-from varscale.theory.graph.reshapes import merge, permute, split
 
 
 class Atom(NamedTuple):
@@ -63,13 +63,11 @@ def full(graph: Graph, number_: float, shape: Sequence[int]) -> Value:
 def without_entries(graph: Graph, eqn: Any, ins: list[Any]) -> list[Any] | None:
     """The outputs of an equation where arrays of size 0 decide them: there are none, or nothing is added; else None."""
     shapes = [getattr(v.aval, "shape", (1,)) for v in eqn.outvars]
-    if shapes and not any(map(math.prod, shapes)):
+    gone, name = any(not math.prod(getattr(v.aval, "shape", ())) for v in eqn.invars), eqn.primitive.name
+    nothing = shapes and not any(map(math.prod, shapes))
+    if nothing or (gone and name in ("dot_general", "conv_general_dilated")):
         return [full(graph, 0.0, shape) for shape in shapes]
-    if all(math.prod(getattr(v.aval, "shape", ())) for v in eqn.invars):
-        return None
-    if eqn.primitive.name in ("dot_general", "conv_general_dilated"):
-        return [full(graph, 0.0, shape) for shape in shapes]
-    return [ins[0]] if eqn.primitive.name.startswith(("scatter", "dynamic_update_slice")) else None
+    return [ins[0]] if gone and name.startswith(("scatter", "dynamic_update_slice")) else None
 
 
 def split_atom(x: Value, d: int, place: int, sizes: tuple[int, ...]) -> Value:
@@ -165,22 +163,25 @@ def reshape(x: Value, shape: Sequence[int]) -> Value:
     return Value(flat.node, tuple(flat.dims[0][a:b] for a, b in dims))
 
 
-def align(values: Sequence[Value]) -> tuple[list[Value], tuple[Axis, ...], list[View], tuple[Dim, ...]]:
-    """Read tensors of one shape (dimensions of size 1 broadcast) over one frame.
+class Aligned(NamedTuple):
+    """The axes of a frame, a view over it of each of several tensors, and the layout of what is made of them."""
 
-    Returns:
-        The values with their dimensions factored alike; the frame's axes; a view of each value over it; the frame's layout.
-    """
+    axes: tuple[Axis, ...]
+    views: list[View]
+    dims: tuple[Dim, ...]
+
+
+def align(values: Sequence[Value]) -> Aligned:
+    """Read tensors of one shape (dimensions of size 1 broadcast) over one frame."""
     rank = max(len(x.dims) for x in values)
-    values = [_classed(x) for x in values]
-    xs = [x if len(x.dims) == rank else Value(x.node, ((),) * (rank - len(x.dims)) + x.dims) for x in values]
+    xs = [Value(x.node, ((),) * (rank - len(x.dims)) + x.dims) for x in map(_classed, values)]
     for d in range(rank):
         xs = _factor_alike(xs, d)
     frame, binds, layout = _framed(tuple((x.dims, x.node.axes) for x in xs))
     views = [
         View(_refined(x.node, [frame[k] for k in bind]), bind) for x, bind in zip(xs, binds, strict=True)
     ]
-    return xs, frame, views, layout
+    return Aligned(frame, views, layout)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -227,16 +228,12 @@ def _refined(node: Node, axes: Sequence[Axis]) -> Node:
     return node
 
 
-def _sizes(dim: Dim) -> list[int]:
-    return [atom.size for atom in dim]
-
-
 def _factor_alike(xs: list[Value], d: int) -> list[Value]:
     """Split the atoms of dimension d until all tensors that are not of size 1 there have the same sizes."""
     place = 0
     while True:
         live = [i for i, x in enumerate(xs) if x.dims[d]]
-        if all(_sizes(xs[i].dims[d]) == _sizes(xs[live[0]].dims[d]) for i in live[1:]):
+        if len({tuple(atom.size for atom in xs[i].dims[d]) for i in live}) <= 1:
             return xs
         sizes = [xs[i].dims[d][place].size for i in live]
         step = math.gcd(*sizes)

@@ -1,21 +1,204 @@
-"""Linear nodes: contractions, one of whose arguments is often weights; slices, concatenations and maps of one axis; lookups."""
+"""Linear nodes: entries moved (an axis cut into factors, axes merged or permuted), contractions, maps of an axis, lookups.
+
+Elementwise nodes and sums let what moves entries through to what they are made of, and means let through what happens to the
+axes that they leave: the normal form in which equal things are equal nodes.
+"""
 
 from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import math
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
 
-from varscale.theory.domain.axes import Axis, contract_axis
-from varscale.theory.domain.axis_maps import AxisMap
-from varscale.theory.domain.tables import full_types
-from varscale.theory.graph.nodes import Constant, Leaf, Node, View
-from varscale.theory.graph.reshapes import unmoved
-from varscale.theory.graph.store import Fact
+from varscale.theory.domain.axes import Axis, affordable, contract_axis
+from varscale.theory.domain.axis_maps import AxisMap, entry_map, factor_classes, merge_types, split_axis
+from varscale.theory.domain.tables import Table, full_types, lift, put_together
+from varscale.theory.graph.nodes import (
+    UNKNOWN,
+    Array,
+    Constant,
+    Leaf,
+    Node,
+    View,
+    array,
+    cut_inside,
+    pullback,
+    rebuild,
+    second_moments,
+)
+from varscale.theory.graph.store import BackwardNotes, Fact
+
+
+class Rearranged(Node):
+    """The entries of one array, each once, at other places."""
+
+    moves = True
+
+    def before(self, k: int) -> tuple[int, ...]:
+        """The axes of its argument that axis k is, is made of, or is a factor of."""
+        raise NotImplementedError
+
+
+def unmoved(node: Node) -> Node:
+    """What a rearranged array is rearranged from."""
+    while isinstance(node, Rearranged):
+        node = node.args[0].node
+    return node
+
+
+class Split(Rearranged):
+    """One axis as row-major factors; `params` is (axis, sizes). Classes of the whole are theirs, if not too many."""
+
+    def before(self, k: int) -> tuple[int, ...]:
+        first, sizes = self.params
+        return (k if k < first else max(first, k - len(sizes) + 1),)
+
+    def finest(self) -> tuple[tuple[Axis, ...], np.ndarray]:
+        """Its axes with all classes of the whole, and the type of the whole for each combination of the factors' types."""
+        k, sizes = self.params
+        whole = self.args[0].node.axes
+        factors, types = split_axis(whole[k], sizes)
+        return (*whole[:k], *factors, *whole[k + 1 :]), types
+
+    def reindex(self, second: np.ndarray) -> np.ndarray:
+        """A type array of the whole, read over the factors."""
+        axes, types = self.finest()
+        second = np.take(second, types, axis=self.params[0])
+        return lift(second, axes, range(len(axes)), self.axes, pairs=True)
+
+
+@second_moments.register(Split)
+def second_moments_of_split(node: Split) -> Table:
+    k, sizes = node.params
+    table, (axes, _) = node.args[0].node.table, node.finest()
+    factors = axes[k : k + len(sizes)]
+    classes = factor_classes(table.axes[k], factors)
+    read = classes[np.ix_(*[f.label_array for f in factors])].ravel()
+    strangers = float(np.mean(read != table.axes[k].label_array))
+    if strangers > 0:  # positions of other classes, which factors with few classes cannot tell apart
+        doubt = strangers * float(np.ptp(table.diagonal)) / max(table.mean_square, 1e-300)
+        node.graph.flag("assumed", min(doubt, UNKNOWN))
+    mean = lift(np.take(table.mean, classes, axis=k), axes, range(len(axes)), node.axes, pairs=False)
+    return Table(node.axes, mean, node.reindex(table.second))
+
+
+@pullback.register(Split)
+def pullback_of_split(node: Split, cotangent: np.ndarray, notes: BackwardNotes) -> list[np.ndarray | None]:
+    return [put_together(cotangent, node.axes, node.args[0].node.axes, *node.params)]
+
+
+class Merge(Rearranged):
+    """Adjacent axes as one, row-major; `params` is (first axis, how many)."""
+
+    def before(self, k: int) -> tuple[int, ...]:
+        first, count = self.params
+        return tuple(range(first, first + count)) if k == first else (k if k < first else k + count - 1,)
+
+    def reindex(self, second: np.ndarray) -> np.ndarray:
+        """A type array of the factors, averaged over the pairs of each type of the whole."""
+        k, count = self.params
+        return merge_types(second, k, self.args[0].node.axes[k : k + count], self.axes[k])
+
+
+@second_moments.register(Merge)
+def second_moments_of_merge(node: Merge) -> Table:
+    k, count = node.params
+    table = node.args[0].node.table
+    mean = table.mean
+    for axis in table.axes[k : k + count]:
+        mean = contract_axis(mean, k, axis.counts / axis.size)
+    return Table(node.axes, np.expand_dims(mean, k), node.reindex(table.second))
+
+
+@pullback.register(Merge)
+def pullback_of_merge(node: Merge, cotangent: np.ndarray, notes: BackwardNotes) -> list[np.ndarray | None]:
+    (k, count), inner = node.params, node.args[0].node.axes
+    factors, types = split_axis(node.axes[k], tuple(f.size for f in inner[k : k + count]))
+    axes = (*inner[:k], *factors, *inner[k + count :])
+    return [lift(np.take(cotangent, types, axis=k), axes, range(len(axes)), inner, pairs=True)]
+
+
+class Permute(Rearranged):
+    """Axes in another order; `params` is the order."""
+
+    def before(self, k: int) -> tuple[int, ...]:
+        return (self.params[k],)
+
+
+@second_moments.register(Permute)
+def second_moments_of_permute(node: Permute) -> Table:
+    table = node.args[0].node.table
+    return Table(node.axes, table.mean.transpose(node.params), table.second.transpose(node.params))
+
+
+@pullback.register(Permute)
+def pullback_of_permute(
+    node: Permute, cotangent: np.ndarray, notes: BackwardNotes
+) -> list[np.ndarray | None]:
+    return [cotangent.transpose(np.argsort(node.params))]
+
+
+def split(node: Node, k: int, sizes: tuple[int, ...]) -> Node:
+    """`node` with axis k as row-major factors of these sizes (each ≥ 2)."""
+    graph, more = node.graph, len(sizes) - 1
+    axes = affordable((*node.axes[:k], *split_axis(node.axes[k], sizes)[0], *node.axes[k + 1 :]))
+    if node.entrywise:
+        views = []
+        for child, bind in node.args:
+            places = (range(b, b + more + 1) if b == k else [b + more * (b > k)] for b in bind)
+            child = split(child, bind.index(k), sizes) if k in bind else child
+            views.append(View(child, tuple(itertools.chain(*places))))
+        made = rebuild(node, axes, views)
+    else:
+        made = cut_inside(node, k, lambda x, j: split(x, j, sizes))
+    if made is not None:
+        return graph.derive(node, made, lambda g: put_together(g, made.axes, node.axes, k, sizes))
+    if isinstance(node, Merge) and node.params[0] == k:
+        source = node.args[0].node
+        if tuple(a.size for a in source.axes[k : k + node.params[1]]) == sizes:
+            return source
+    if isinstance(node, Array):
+        return array(graph, node.values.reshape([a.size for a in axes]), axes)
+    return graph.make(Split, axes, [node.whole], (k, sizes))
+
+
+def merge(node: Node, k: int, count: int) -> Node:
+    """`node` with axes k, ..., k + count − 1 as one."""
+    sizes = tuple(a.size for a in node.axes[k : k + count])
+    if count == 1:
+        return node
+    if isinstance(node, Split) and node.params == (k, sizes):
+        return node.args[0].node
+    axes = (*node.axes[:k], Axis(math.prod(sizes)), *node.axes[k + count :])
+    if isinstance(node, Array):
+        return array(node.graph, node.values.reshape([a.size for a in axes]), axes)
+    return node.graph.make(Merge, axes, [node.whole], (k, count))
+
+
+def constant_along(node: Node, k: int) -> bool:
+    """Whether all entries along an axis are one: an elementwise node or a sum of what has no such axis."""
+    return node.entrywise and all(
+        k not in v.bind or constant_along(v.node, v.bind.index(k)) for v in node.args
+    )
+
+
+def permute(node: Node, order: Sequence[int]) -> Node:
+    """`node` with its axes in another order, for the few rules that need a given one."""
+    if tuple(order) == tuple(range(len(order))):
+        return node
+    axes = tuple(node.axes[k] for k in order)
+    if isinstance(node, Array):
+        return array(node.graph, node.values.transpose(order), axes)
+    if isinstance(node, Permute):
+        source, bind = node.args[0]
+        return permute(source, [bind.index(k) for k in order])
+    inverse = tuple(int(i) for i in np.argsort(order))
+    return node.graph.make(Permute, axes, [View(node, inverse)], tuple(order))
 
 
 class Contract(Node):
@@ -95,9 +278,6 @@ class Take(Node):
 
     moves = True
 
-    def prepare(self) -> None:
-        self.odd, self.positive = self.args[0].node.odd, self.args[0].node.positive
-
 
 class Concat(Node):
     """Arrays one after another along an axis, each part a class; `params` is (axis, sizes)."""
@@ -111,13 +291,11 @@ class Concat(Node):
         """Each argument, its frame, and the share of each class of the whole that its classes take (whole, own)."""
         k, sizes = self.params
         out, start = [], 0
-        whole = self.axes[k]
         for view, n in zip(self.args, sizes, strict=True):
             own = next((view.node.axes[j] for j, b in enumerate(view.bind) if b == k), None)
             axis = own or Axis(max(n, 2))
-            shares = np.zeros((whole.classes, axis.classes))
-            np.add.at(shares, (whole.label_array[start : start + n], axis.label_array[:n]), 1.0)
-            out.append((view, (*self.axes[:k], axis, *self.axes[k + 1 :]), shares / whole.counts[:, None]))
+            shares = entry_map(np.arange(start, start + n), np.arange(n), self.axes[k], axis).means()
+            out.append((view, (*self.axes[:k], axis, *self.axes[k + 1 :]), shares))
             start += n
         return out
 
@@ -183,7 +361,6 @@ class Gather(Node):
 
     def prepare(self) -> None:
         """What indices are computed from decides, too: the nearest row is no row like others, and may turn with the table."""
-        self.odd, self.positive = self.args[0].node.odd, self.args[0].node.positive
         picker = self.params.ids
         if isinstance(picker, Node):
             self.deps |= picker.deps

@@ -63,6 +63,9 @@ class Node(Marked):
         entrywise: whether each entry is made of one entry of every argument, so that what moves entries moves the arguments'.
         moves: whether its entries are entries of its one argument at other places, some of them perhaps left out.
         averages: whether it is the mean of its one argument over the axes `params`.
+        width: terms in each of its sums, where it is one linear map of two arguments, the second often weights; else None.
+        reduced: the axes of its argument that it does not have.
+        is_centred: whether it is an array less its own mean over some axes: a sum, a mean among its terms.
         follows_shifts: whether it reduces the axes `reduced` of its one argument, its derivatives along them adding up to 1.
         collects: whether its entries are entries, or weighted sums of entries, of its first argument, by known indices.
         timed: whether it is known by draws along time, which hold more than its moments by type (`draws`).
@@ -83,6 +86,9 @@ class Node(Marked):
     collects: ClassVar[bool] = False
     timed: ClassVar[bool] = False
     shares: ClassVar[bool] = False
+    width: float | None = None
+    reduced: tuple[int, ...] = ()
+    is_centred: bool = False
     gradient_doubt: float = 0.0
     drawn: np.ndarray | None = None
 
@@ -90,15 +96,16 @@ class Node(Marked):
         self.graph, self.id, self.axes, self.args, self.params = graph, id_, axes, args, params
         self.deps = functools.reduce(lambda bits, view: bits | view.node.deps, args, 0)
         self.even = functools.reduce(lambda bits, view: bits & view.node.unseen, args, self.deps)
-        self.odd = 0
-        self.positive = False
+        # What moves, averages or reads entries of one array turns its sign with it.
+        own = args[0].node if self.moves or self.averages or self.collects else None
+        self.odd, self.positive = (0, False) if own is None else (own.odd, own.positive)
         self.near = max((view.node.near for view in args), default=0.0)
         self.depth = 1 + max((view.node.depth for view in args), default=0)
         self._table: Table | None = None
         self.prepare()
 
     def prepare(self) -> None:
-        """Set `odd` and `positive`."""
+        """Set `odd` and `positive`, where they are not those of its one argument."""
 
     @property
     def whole(self) -> View:
@@ -109,21 +116,6 @@ class Node(Marked):
     def unseen(self) -> int:
         """Bits of the leaves whose sign it does not see."""
         return self.even | ~self.deps
-
-    @property
-    def width(self) -> float | None:
-        """Terms in each of its sums, where it is one linear map of two arguments, the second often weights; else None."""
-        return None
-
-    @property
-    def reduced(self) -> tuple[int, ...]:
-        """The axes of its argument that it does not have."""
-        return ()
-
-    @property
-    def is_centred(self) -> bool:
-        """Whether it is an array less its own mean over some axes: a sum, a mean among its terms."""
-        return False
 
     @property
     def table(self) -> Table:
@@ -222,7 +214,6 @@ class Graph:
 
     def __init__(self) -> None:
         self.nodes: dict[Hashable, Node] = {}
-        self.count = 0
         self.leaves = 0
         self.symmetric = self.inputs = 0
         self.computing: list[Marked] = []
@@ -250,9 +241,8 @@ class Graph:
         key = (kind, tuple((v.node.id, v.bind) for v in args), params, tuple(axes))
         node = self.nodes.get(key)
         if node is None:
-            node = self.nodes[key] = kind(self, self.count, tuple(axes), tuple(args), params)
+            node = self.nodes[key] = kind(self, len(self.nodes), tuple(axes), tuple(args), params)
             node.origin = self.origin
-            self.count += 1
         return node  # pyright: ignore[reportReturnType]
 
     def flag(self, how: str, doubt: float) -> None:

@@ -1,4 +1,4 @@
-"""Elementwise nodes, sums and means in a normal form: two ways of writing one array are one node."""
+"""Elementwise nodes, sums, means and derivatives in a normal form: two ways of writing one array are one node."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import numpy as np
 
 from varscale.theory.domain.axes import Axis
 from varscale.theory.graph.expressions import IDENTITIES, Apply, Mean, Sum, alike, factors, roots_of
+from varscale.theory.graph.linear_nodes import Split
 from varscale.theory.graph.nodes import Array, Constant, Graph, Node, View, array, cut_inside, number, rebuild
-from varscale.theory.graph.reshapes import Split
 from varscale.theory.graph.store import once_per_node
 from varscale.theory.integrals.primitives import function
 
@@ -227,22 +227,18 @@ def mean_node(node: Node, axes: Sequence[int]) -> Node:
 def _mean_node(node: Node, axes: tuple[int, ...]) -> Node:
     graph = node.graph
     left = tuple(a for k, a in enumerate(node.axes) if k not in axes)
-    new = {k: i for i, k in enumerate(k for k in range(len(node.axes)) if k not in axes)}
+    new = {k: k - sum(j < k for j in axes) for k in range(len(node.axes)) if k not in axes}
     if isinstance(node, Array):
         return array(graph, node.values.mean(axis=axes), left)
 
     def inside(view: View) -> View:
-        averaged = mean_node(view.node, [j for j, b in enumerate(view.bind) if b in axes])
-        return View(
-            averaged,
-            () if isinstance(averaged, Constant) else tuple(new[b] for b in view.bind if b not in axes),
-        )
-
-    def spread(cotangent: np.ndarray) -> np.ndarray:
-        return mean_pullback(cotangent, axes, node.axes)
+        mean = mean_node(view.node, [j for j, b in enumerate(view.bind) if b in axes])
+        places = tuple(new[b] for b in view.bind if b not in axes)
+        return View(mean, () if isinstance(mean, Constant) else places)
 
     if isinstance(node, Sum):
-        return graph.derive(node, total(graph, node.params, left, [inside(v) for v in node.args]), spread)
+        own, mean = node.axes, total(graph, node.params, left, [inside(v) for v in node.args])
+        return graph.derive(node, mean, lambda g: mean_pullback(g, axes, own))
     if isinstance(node, Apply) and node.params[0] == "affine":
         return _scaled(inside(node.args[0]), left, *node.params[1])
     if isinstance(node, Apply) and node.params[0] == "integer_pow":
@@ -250,10 +246,8 @@ def _mean_node(node: Node, axes: tuple[int, ...]) -> Node:
     if isinstance(node, Apply) and node.params[0] in ("mul", "div"):
         x, y = node.args
         # A factor that is constant along the axes comes out.
-        if not any(b in axes for b in y.bind) or (
-            node.params[0] == "mul" and not any(b in axes for b in x.bind)
-        ):
-            return apply(graph, node.params[0], node.params[1], left, [inside(x), inside(y)])
+        if not set(axes) & set(y.bind) or (node.params[0] == "mul" and not set(axes) & set(x.bind)):
+            return apply(graph, node.params[0], (), left, [inside(x), inside(y)])
         if (product := _factors_apart(node, axes)) is not None:
             return mean_node(product, axes)
     if isinstance(node, Mean):
@@ -296,3 +290,80 @@ def _powers_apart(node: Apply, axes: Sequence[int]) -> Node:
     powers = [apply(graph, name, extra, x.node.axes, [x.node.whole]) for x in parts]
     views = [View(x, view.bind if x.axes else ()) for x, view in zip(powers, parts, strict=True)]
     return apply(graph, inner.params[0], (), node.axes, views)
+
+
+# Whose derivative is zero wherever they have one, or by decree; of a choice by what it is chosen by.
+_FLAT = {
+    "gt",
+    "lt",
+    "ge",
+    "le",
+    "eq",
+    "ne",
+    "sign",
+    "floor",
+    "ceil",
+    "round",
+    "is_finite",
+    "convert",
+    "bitcast",
+    "and",
+    "or",
+    "xor",
+    "not",
+    "shift_left",
+    "shift_right_logical",
+    "shift_right_arithmetic",
+    "stop_gradient",
+    "select_n",
+}
+
+
+def derivative(node: Node, target: View) -> View | None:
+    """∂node/∂target over the node's frame, by the chain rule through its tree; None where it does not depend on it."""
+    if node is target.node:
+        return View(number(node.graph, 1.0), ()) if target == node.whole else None
+    return _chain(node, target) if isinstance(node, Apply) else None
+
+
+@once_per_node
+def _chain(node: Apply, target: View) -> View | None:
+    name, extra = node.params
+
+    def build(op: str, *views: View, extra: tuple[Any, ...] = ()) -> View:
+        return apply(node.graph, op, extra, node.axes, views).whole
+
+    total: View | None = None
+    for k, arg in enumerate(node.args):
+        places = {b: i for i, b in enumerate(arg.bind)}
+        inner = derivative(arg.node, View(target.node, tuple(places.get(b, -1) for b in target.bind)))
+        outer = None if inner is None else _partial(name, extra, k, node.args, build)
+        if inner is not None and outer is not None:
+            term = build("mul", outer, inner.within(arg.bind))
+            total = term if total is None else build("add", total, term)
+    return total
+
+
+def _partial(name: str, extra: tuple[Any, ...], k: int, args: Sequence[View], build: Any) -> View | None:
+    """∂(primitive)/∂(argument k): in closed form where that keeps products apart, by a central difference otherwise."""
+    graph = args[k].node.graph
+    match name:
+        case "add" | "own_gradient" | "sub" | "affine":
+            c = extra[0] if name == "affine" else -1.0 if name == "sub" and k else 1.0
+            return View(number(graph, c), ())
+        case "mul":
+            return args[1 - k]
+        case "div" if k == 0:
+            return build("div", View(number(graph, 1.0), ()), args[1])
+        case "select_n" if k:
+            picks = [View(number(graph, float(i == k)), ()) for i in range(1, len(args))]
+            return build("select_n", args[0], *picks)
+        case "integer_pow" | "power":
+            y = extra[0]
+            return build("mul", View(number(graph, float(y)), ()), build(name, args[0], extra=(y - 1,)))
+        case "exp":
+            return build("exp", args[0])
+        case _ if name in _FLAT:
+            return None
+        case _:
+            return build(f"∂{k}{name}", *args, extra=extra)

@@ -8,12 +8,12 @@ that of f' and g' (Price 1958).
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float
+from numpy.polynomial.hermite_e import hermevander
 from scipy import special
 
 from varscale.theory.domain.axes import Axis
@@ -30,14 +30,8 @@ WEIGHTS /= WEIGHTS.sum()
 DEGREE = 40
 
 
-def _hermite() -> Float[np.ndarray, "degree points"]:
-    h = [np.ones_like(Z), Z]
-    for k in range(1, DEGREE - 1):
-        h.append((Z * h[k] - math.sqrt(k) * h[k - 1]) / math.sqrt(k + 1))
-    return np.stack(h)
-
-
-HERMITE = (_hermite() * WEIGHTS).T  # values on the grid -> orthonormal Hermite coefficients
+# Values on the grid -> orthonormal Hermite coefficients.
+HERMITE = hermevander(Z, DEGREE - 1) / np.sqrt(special.factorial(np.arange(DEGREE))) * WEIGHTS[:, None]
 _RHO = np.sin(
     np.linspace(-np.pi / 2, np.pi / 2, 129)
 )  # correlations, closer together where series turn steeply

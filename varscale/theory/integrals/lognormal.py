@@ -108,16 +108,18 @@ def response(
 
 
 def _of_a_curve(scale: Scale, common: float, line: np.ndarray) -> Response:
-    log_f = _extended(line)
+    spline = CubicSpline(LOG_SCALES, line)
     whole = max(min(math.log1p(scale.place), WIDEST), common)
     centre = math.log(scale.growth)
-    values = np.exp(log_f(centre - whole / 2 + math.sqrt(whole) * _NODES)[0])
-    growth = float(_SHARES @ values)
-    other = growth if scale.place < _NARROW else float(_gamma_mean(scale.place, centre, log_f))
+    values = np.exp(_log_f(spline, centre - whole / 2 + math.sqrt(whole) * _NODES)[0])
+    growth = other = float(_SHARES @ values)
+    if scale.place >= _NARROW:
+        nodes, weights = roots_genlaguerre(len(_NODES), 1 / scale.place - 1)
+        other = weights @ np.exp(_log_f(spline, centre + np.log(nodes * scale.place))[0]) / weights.sum()
     # The common part, and what is different at every place about it.
     t = centre - common / 2 + math.sqrt(common) * _NODES[:, None]
     own = whole - common
-    level, slope, bend = log_f(t - own / 2 + math.sqrt(own) * _NODES[None, :])
+    level, slope, bend = _log_f(spline, t - own / 2 + math.sqrt(own) * _NODES[None, :])
     weights = _SHARES * np.exp(level - level.max())
     weights = weights / weights.sum(axis=1, keepdims=True)
     first = np.sum(weights * slope, axis=1)
@@ -134,19 +136,8 @@ def _of_a_curve(scale: Scale, common: float, line: np.ndarray) -> Response:
     )
 
 
-def _gamma_mean(place: float, centre: float, log_f: Callable[[np.ndarray], tuple[np.ndarray, ...]]) -> float:
-    nodes, weights = roots_genlaguerre(len(_NODES), 1 / place - 1)
-    return weights @ np.exp(log_f(centre + np.log(nodes * place))[0]) / weights.sum()
-
-
-def _extended(line: np.ndarray) -> Callable[[np.ndarray], tuple[np.ndarray, ...]]:
+def _log_f(spline: CubicSpline, t: np.ndarray) -> list[np.ndarray]:
     """ln F and its first two derivatives in ln Q: a spline through what is known of it, straight beyond."""
-    spline = CubicSpline(LOG_SCALES, line)
-    slopes, bends = spline.derivative(), spline.derivative(2)
-
-    def at(t: np.ndarray) -> tuple[np.ndarray, ...]:
-        inside = np.clip(t, LOG_SCALES[0], LOG_SCALES[-1])
-        slope = slopes(inside)
-        return spline(inside) + slope * (t - inside), slope, np.where(t == inside, bends(inside), 0.0)
-
-    return at
+    inside = np.clip(t, LOG_SCALES[0], LOG_SCALES[-1])
+    level, slope, bend = (spline(inside, order) for order in range(3))
+    return [level + slope * (t - inside), slope, np.where(t == inside, bend, 0.0)]

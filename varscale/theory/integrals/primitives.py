@@ -54,14 +54,13 @@ def _convert(x: np.ndarray, kind: str) -> np.ndarray:
 
 
 def _bitcast(x: np.ndarray, dtype: str) -> np.ndarray:
-    target = np.dtype(getattr(ml_dtypes, dtype)) if hasattr(ml_dtypes, dtype) else np.dtype(dtype)
+    target = np.dtype(getattr(ml_dtypes, dtype, dtype))
     x = np.asarray(x)
-    if x.dtype.kind == "f":  # its sign bit, say
-        x = x.astype(f"f{target.itemsize}")
-    elif x.dtype.itemsize != target.itemsize:  # bits that were averaged over classes come as wider integers
-        x = x.astype(f"u{target.itemsize}")
-    out = np.ascontiguousarray(x).view(target) if x.ndim else np.asarray(x).reshape(1).view(target)[0]
-    return np.asarray(out).astype(float) if target.kind not in "iu" else np.asarray(out)
+    if x.dtype.kind == "f" or x.dtype.itemsize != target.itemsize:
+        # Its sign bit, say; bits that were averaged over classes come as wider integers.
+        x = x.astype(f"{'f' if x.dtype.kind == 'f' else 'u'}{target.itemsize}")
+    out = np.ascontiguousarray(x).view(target).reshape(x.shape)
+    return out if target.kind in "iu" else out.astype(float)
 
 
 # A difference of differences divides their rounding, 1e-8 near 0, by its own step, which is therefore wider.

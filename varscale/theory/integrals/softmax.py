@@ -144,7 +144,7 @@ def weight_moments(
 
 def where_weighed(weights: WeightMoments) -> tuple[np.ndarray, np.ndarray]:
     """E[p²]/E[p] and E[p³]/E[p²] of a key: its share where another row weighs it that has nothing, or all, in common."""
-    first, square, cube = (np.maximum(x, 1e-300) for x in (weights.first, weights.square, weights.cube))
+    first, square, cube = (np.maximum(x, 1e-300) for x in weights[:3])
     return square / first, cube / square
 
 

@@ -234,7 +234,7 @@ class Interpreter:
 
     def elementwise(self, name: str, *xs: Value, extra: tuple[Any, ...] = ()) -> Value:
         """An elementwise primitive of values of one shape (sizes of 1 broadcast)."""
-        _, frame, views, layout = align(xs)
+        frame, views, layout = align(xs)
         node = folded_elementwise(name, extra, frame, views) or apply(self.graph, name, extra, frame, views)
         curved = name not in _SCALING
         scaled = name not in _LINEAR and scales_samples(roots_of(*views) if curved else views, frame, curved)

@@ -17,10 +17,9 @@ from scipy import special
 
 from varscale.theory.domain.axes import Axis, contract_axis, refine
 from varscale.theory.domain.tables import ROUGH, by_type, full_types
-from varscale.theory.graph.derivatives import derivative
 from varscale.theory.graph.expressions import Apply, Sum, roots
 from varscale.theory.graph.nodes import UNKNOWN, Array, Constant, Leaf, Node, View, pullback
-from varscale.theory.graph.normal_form import affine, apply
+from varscale.theory.graph.normal_form import affine, apply, derivative
 from varscale.theory.graph.store import BackwardNotes, once_per_node
 from varscale.theory.propagation.error_bounds import doubt_of
 from varscale.theory.propagation.fluctuations import gradient_scale, norm_of_given, summed_scale

@@ -26,10 +26,9 @@ from varscale.theory.domain.axis_maps import (
 from varscale.theory.domain.tables import Table, full_along, lift
 from varscale.theory.graph.convolutions import ONE
 from varscale.theory.graph.expressions import Mean
-from varscale.theory.graph.linear_nodes import AxisMapped, Take
+from varscale.theory.graph.linear_nodes import AxisMapped, Merge, Split, Take, split
 from varscale.theory.graph.nodes import Constant, View, cross_by_kind, pullback, second_moments
 from varscale.theory.graph.normal_form import mean_node
-from varscale.theory.graph.reshapes import Merge, Split, split
 from varscale.theory.graph.store import BackwardNotes
 from varscale.theory.propagation.cross_moments import cross
 

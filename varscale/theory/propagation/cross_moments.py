@@ -14,8 +14,8 @@ from varscale.theory.domain.tables import NEGLIGIBLE, lift, means_by_type
 from varscale.theory.graph.convolutions import WindowSum
 from varscale.theory.graph.expressions import IDENTITIES, Apply, Mean, Sum, roots, swapped
 from varscale.theory.graph.known_arrays import known_cross
+from varscale.theory.graph.linear_nodes import Permute
 from varscale.theory.graph.nodes import Array, Constant, Graph, Node, View, cross_by_kind, number
-from varscale.theory.graph.reshapes import Permute
 from varscale.theory.graph.store import Marked, evaluated
 
 

@@ -18,9 +18,8 @@ from varscale.theory.domain.axes import Axis
 from varscale.theory.domain.tables import LOOSE, NEGLIGIBLE, ROUGH
 from varscale.theory.graph.convolutions import Conv
 from varscale.theory.graph.expressions import Apply, Mean, Sum, factors, roots, roots_of
-from varscale.theory.graph.linear_nodes import weight_of
+from varscale.theory.graph.linear_nodes import Merge, weight_of
 from varscale.theory.graph.nodes import UNKNOWN, Array, Constant, Leaf, Node, View
-from varscale.theory.graph.reshapes import Merge
 from varscale.theory.graph.store import once_per_node
 from varscale.theory.integrals.hermite_series import WEIGHTS
 from varscale.theory.integrals.primitives import function

@@ -26,9 +26,8 @@ from varscale.theory.domain.tables import NEGLIGIBLE, by_type, full_types, lift,
 from varscale.theory.graph.convolutions import Conv, tap_scatter
 from varscale.theory.graph.expressions import Apply, Sum, factors, roots, roots_of
 from varscale.theory.graph.known_arrays import Computed, scatter_of_given
-from varscale.theory.graph.linear_nodes import Contract, Gather, weight_of
+from varscale.theory.graph.linear_nodes import Contract, Gather, Rearranged, weight_of
 from varscale.theory.graph.nodes import Array, Constant, Leaf, Node, View
-from varscale.theory.graph.reshapes import Rearranged
 from varscale.theory.graph.store import Fact, once_per_node
 from varscale.theory.integrals.hermite_series import HERMITE, WEIGHTS, Z, power_series
 from varscale.theory.propagation.marginals import (

@@ -23,8 +23,8 @@ from varscale.theory.domain.axes import Axis, apply_axis
 from varscale.theory.domain.axis_maps import class_shares
 from varscale.theory.domain.tables import NEGLIGIBLE, NEXT_ORDER, Table, by_type, lift, over_frame
 from varscale.theory.graph.expressions import Apply, Mean, Sum, connected, factors, form, roots, roots_of
+from varscale.theory.graph.linear_nodes import Rearranged
 from varscale.theory.graph.nodes import Array, Constant, Graph, Leaf, Node, View
-from varscale.theory.graph.reshapes import Rearranged
 from varscale.theory.graph.store import once_per_node
 from varscale.theory.integrals.hermite_series import DEGREE, HERMITE, POINTS, Z, solved
 from varscale.theory.integrals.primitives import function

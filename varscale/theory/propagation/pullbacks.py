@@ -24,12 +24,10 @@ from varscale.theory.domain.axes import Axis, apply_axis, contract_axis, pool, s
 from varscale.theory.domain.axis_maps import lift_types
 from varscale.theory.domain.tables import full_types
 from varscale.theory.graph.convolutions import WindowSum
-from varscale.theory.graph.derivatives import derivative
 from varscale.theory.graph.expressions import Apply, Mean, Sum, roots
-from varscale.theory.graph.linear_nodes import Contract, Gather
+from varscale.theory.graph.linear_nodes import Contract, Gather, Merge, constant_along
 from varscale.theory.graph.nodes import Array, Constant, Leaf, Node, View, number, pullback
-from varscale.theory.graph.normal_form import apply, mean_pullback
-from varscale.theory.graph.reshapes import Merge, constant_along
+from varscale.theory.graph.normal_form import apply, derivative, mean_pullback
 from varscale.theory.graph.store import BackwardNotes, once_per_node
 from varscale.theory.propagation.marginals import cofactors
 

@@ -16,9 +16,18 @@ from varscale.theory.domain.axes import Axis, reduced
 from varscale.theory.domain.tables import LOOSE, Positions, Table, estimated_products, gaussian, over_frame
 from varscale.theory.graph.expressions import Mean, Sum, content, roots, roots_of
 from varscale.theory.graph.known_arrays import is_known_array, numbers
-from varscale.theory.graph.linear_nodes import Concat, Contract, Gather, Take, applies_weights, operands
+from varscale.theory.graph.linear_nodes import (
+    Concat,
+    Contract,
+    Gather,
+    Merge,
+    Permute,
+    Split,
+    Take,
+    applies_weights,
+    operands,
+)
 from varscale.theory.graph.nodes import UNKNOWN, Array, Node, View, known_samples
-from varscale.theory.graph.reshapes import Merge, Permute, Split
 from varscale.theory.graph.store import once_per_node
 from varscale.theory.integrals.hermite_series import Z, read_off
 from varscale.theory.propagation.marginals import evaluate, marginal

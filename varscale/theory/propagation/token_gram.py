@@ -19,12 +19,11 @@ import numpy as np
 from varscale.theory.domain.axes import Axis, averaging, contract_axis
 from varscale.theory.domain.tables import full_types, means_by_type
 from varscale.theory.graph.convolutions import Conv, hits
-from varscale.theory.graph.derivatives import derivative
 from varscale.theory.graph.expressions import Apply, Sum, roots
 from varscale.theory.graph.known_arrays import is_known_array, numbers
-from varscale.theory.graph.linear_nodes import Concat, Contract, Gather, Take, weight_of
+from varscale.theory.graph.linear_nodes import Concat, Contract, Gather, Rearranged, Take, weight_of
 from varscale.theory.graph.nodes import Constant, Node, View
-from varscale.theory.graph.reshapes import Rearranged
+from varscale.theory.graph.normal_form import derivative
 from varscale.theory.graph.store import Fact, once_per_node
 from varscale.theory.propagation.sampler import evenly
 

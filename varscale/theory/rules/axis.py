@@ -16,7 +16,7 @@ from varscale.theory.domain.tables import LEADING_ORDER, Table
 from varscale.theory.graph import layout
 from varscale.theory.graph.expressions import roots
 from varscale.theory.graph.layout import Atom, Value, materialize, merged
-from varscale.theory.graph.linear_nodes import Take, mapped
+from varscale.theory.graph.linear_nodes import Permute, Take, mapped, permute
 from varscale.theory.graph.nodes import (
     Array,
     Constant,
@@ -29,7 +29,6 @@ from varscale.theory.graph.nodes import (
     pullback,
     rebuild,
 )
-from varscale.theory.graph.reshapes import Permute, permute
 from varscale.theory.graph.store import BackwardNotes, Fact
 from varscale.theory.rules.registry import ELEMENTWISE_OR_LAYOUT, Context, rule
 from varscale.theory.rules.sampled_regions import drawn_region, placeholder

@@ -15,7 +15,7 @@ from varscale.theory.domain.tables import LEADING_ORDER, Table
 from varscale.theory.graph import layout
 from varscale.theory.graph.convolutions import ONE
 from varscale.theory.graph.layout import Atom, Value
-from varscale.theory.graph.linear_nodes import Concat
+from varscale.theory.graph.linear_nodes import Concat, permute
 from varscale.theory.graph.nodes import (
     Array,
     Constant,
@@ -28,7 +28,6 @@ from varscale.theory.graph.nodes import (
     second_moments,
 )
 from varscale.theory.graph.normal_form import broadcast
-from varscale.theory.graph.reshapes import permute
 from varscale.theory.graph.store import BackwardNotes
 from varscale.theory.propagation.cross_moments import cross
 from varscale.theory.propagation.doubts import lost_excess, lost_excess_of
@@ -186,7 +185,7 @@ def concatenate(graph: Any, xs: Sequence[Value], d: int) -> Value:
         )
         for i, x in enumerate(xs)
     ]
-    _, frame, views, dims = layout.align(apart)
+    frame, views, dims = layout.align(apart)
     own = [next((atom.axis for atom in dim), None) for dim in dims[rank:]]
     others = [k for k in range(len(frame)) if k not in own]
     parts = [np.zeros(n, int) if k is None else frame[k].label_array for k, n in zip(own, sizes, strict=True)]

@@ -12,12 +12,11 @@ import numpy as np
 
 from varscale.theory.domain.axes import Axis, averaging, contract_axis, shares
 from varscale.theory.domain.tables import LOOSE, NEGLIGIBLE, ROUGH, Table, full_along, means_by_type
-from varscale.theory.graph.derivatives import derivative
 from varscale.theory.graph.expressions import Apply, Sum, roots, swapped
 from varscale.theory.graph.layout import Value, align, full, renumbered
 from varscale.theory.graph.linear_nodes import Contract, Gather, weight_of
 from varscale.theory.graph.nodes import Array, Leaf, Node, View, cross_by_kind, pullback, second_moments
-from varscale.theory.graph.normal_form import affine, forward, total
+from varscale.theory.graph.normal_form import affine, derivative, forward, total
 from varscale.theory.graph.store import BackwardNotes
 from varscale.theory.propagation.cross_moments import cross, dependent, mean_product
 from varscale.theory.propagation.doubts import lost_excess
@@ -297,7 +296,7 @@ def contract(
     outer, terms = len(bx) + len(fx) + len(fy), math.prod(x.shape[k] for k in cx)
     if 0.0 in (x.constant, y.constant):
         return full(interpreter.graph, 0.0, np.broadcast_shapes(xs.shape, ys.shape)[:outer])
-    _, frame, views, dims = align([xs, ys])
+    frame, views, dims = align([xs, ys])
     summed = [a.axis for dim in dims[outer:] for a in dim if a.axis is not None]
     if alone or not summed:
         out = mean(interpreter.elementwise("mul", xs, ys), range(outer, outer + len(cx)))

@@ -16,8 +16,8 @@ from varscale.theory.domain.axes import Axis, affordable, grouped, join
 from varscale.theory.domain.tables import NEGLIGIBLE
 from varscale.theory.graph.expressions import Apply, roots
 from varscale.theory.graph.layout import Value, align
+from varscale.theory.graph.linear_nodes import Rearranged
 from varscale.theory.graph.nodes import Array, Leaf, Node, View
-from varscale.theory.graph.reshapes import Rearranged
 from varscale.theory.graph.store import once_per_node
 from varscale.theory.propagation.cross_moments import dependent, mean_of_product
 from varscale.theory.rules.softmax import Softmax
@@ -95,6 +95,6 @@ def meets_itself(x: Value, y: Value, contracted: Any, batch: Any) -> bool:
     alone = [d for d in range(len(x.dims)) if d not in dict(pairs)]
     xs = Value(x.node, (*(x.dims[d] for d, _ in pairs), *(x.dims[d] for d in alone), *[()] * len(left)))
     ys = Value(y.node, (*(y.dims[e] for _, e in pairs), *[()] * len(alone), *(y.dims[e] for e in left)))
-    _, frame, (a, b), _ = align([xs, ys])
+    frame, (a, b), _ = align([xs, ys])
     apart = mean_of_product(a, b, tuple(frame)) - a.node.table.total_mean * b.node.table.total_mean
     return abs(apart) > NEGLIGIBLE * (a.node.table.variance * b.node.table.variance) ** 0.5
