@@ -13,7 +13,6 @@ are its columns. It is of order n²V against n for the rest. What a token's own 
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -23,7 +22,7 @@ import numpy as np
 
 from varscale.theory.domain.axes import Axis, contract_axis
 from varscale.theory.domain.tables import LEADING_ORDER, full_types, lift
-from varscale.theory.graph.expressions import Apply, Sum, roots
+from varscale.theory.graph.expressions import Apply, roots
 from varscale.theory.graph.known_arrays import is_known_array, numbers
 from varscale.theory.graph.linear_nodes import Contract, weight_of
 from varscale.theory.graph.nodes import Array, View
@@ -91,112 +90,28 @@ def gained_in_common(node: Apply) -> np.ndarray | float:
             for other in (h for h in parts if h not in (f, g)):
                 term = term * other.second(node.axes)
             gain = gain + term
-        alike = _lengths(f, g) if varied else None
-        if alike is None and varied:
+        if varied:
             _doubt_lengths(f, g)
-        elif alike:
-            own = f.second(node.axes) * g.second(node.axes) * alike
-            for other in (h for h in parts if h not in (f, g)):
-                own = own * other.second(node.axes)
-            both = set(f.bind) & set(g.bind)
-            agree = [a.agrees if k in both else np.ones(a.types, bool) for k, a in enumerate(node.axes)]
-            gain = gain + full_types(own, node.axes) * functools.reduce(
-                np.multiply.outer, agree, np.array(1.0)
-            )
     return gain
 
 
-def _lengths(f: View, g: View) -> float | None:
-    """Cov(|x_a|², |y_a|²) relative to the means, of given tokens a that factors are made of, one of them by projection.
-
-    A projection has the mean square |x_a|²/D of what it projects, so that E[f² g²] gains that much where a token meets itself.
-    None where what they are made of is not given.
-    """
-    if [_projected_factor(view) for view in (f, g)] == [None, None]:
-        return None
-    tokens = _tokens(f, g)
-    lengths = [_squared_lengths(view, tokens) for view in (f, g)]
-    if lengths[0] is None or lengths[1] is None:
-        return None
-    out = float(np.mean(lengths[0] * lengths[1]))
-    for own, other in ((f, g), (g, f)):
-        if _projected_factor(own) is not None and other.node.deps & own.node.odd:
-            # The other is made of this very projection, of which D features vary by 2/D; it may go by another
-            # power of them.
-            width = math.prod(
-                own.node.axes[k].size for k, place in enumerate(own.bind) if place not in tokens
-            )
-            out *= 1 + 2 / width
-            own.node.graph.flag("quadrature", 2 / width)
-    return out - 1
-
-
 def _doubt_lengths(f: View, g: View) -> None:
-    """A given factor, and one made of the same input in some other way: how large they are may go together.
+    """A given factor, or a projection of given tokens, and one made of the same: how large they are may go together.
 
-    By as much as the given one varies from token to token, for all that is known of the other.
+    A projection has the mean square |x_a|²/D of what it projects. E[f² g²] is off by as much as |x_a|² varies, for all that is
+    known of the other.
     """
-    for given, other in ((f, g), (g, f)):
-        squares = (
-            _squared_lengths(given, _tokens(f, g))
-            if is_known_array(given.node) and given.node.deps & other.node.deps
-            else None
+    for own, other in ((f, g), (g, f)):
+        weight = weight_of(own.node) if isinstance(own.node, Contract) else None
+        given = (
+            next((v for v in own.node.args if v.node is not weight), own).node
+            if weight is not None
+            else own.node
         )
-        if squares is not None and not is_known_array(other.node):
-            given.node.graph.flag("assumed", min(float(squares.var()), 1.0))
-
-
-def _tokens(f: View, g: View) -> list[int]:
-    """Axes that two factors have in common, and what they are projections of has, too."""
-    found = set(f.bind) & set(g.bind)
-    for view in (f, g):
-        for own in roots(view.node):
-            root = own.within(view.bind)
-            source = _projected_factor(root)
-            found &= set((source or root).bind) if source is not None or len(roots(view.node)) == 1 else found
-    return sorted(found)
-
-
-def _projected_factor(view: View) -> View | None:
-    """What a factor is a projection of by weights, over the factor's frame, and the axes that are added up as −1, −2, ...."""
-    node = view.node
-    weight = weight_of(node) if isinstance(node, Contract) else None
-    source = None if weight is None else next((v for v in node.args if v.node is not weight), None)
-    return None if source is None else source.within((*view.bind, *range(-len(node.params), 0)))
-
-
-def _squared_lengths(view: View, tokens: Sequence[int]) -> np.ndarray | None:
-    """E[|x_a|² | what is given], relative to its mean, along some axes of a frame; None where that is not known.
-
-    Products of what is independent multiply them, and sums of what is uncorrelated add them.
-    """
-    node, bind = view
-    if is_known_array(node):
-        values = numbers(node)
-        if values is None or not set(tokens) <= set(bind):
-            return None
-        squares = np.square(values.astype(float)).mean(
-            tuple(k for k, place in enumerate(bind) if place not in tokens)
-        )
-        squares = squares.transpose(np.argsort([place for place in bind if place in tokens]))
-        return squares / max(float(squares.mean()), 1e-300)
-    if (source := _projected_factor(view)) is not None:
-        return _squared_lengths(source, tokens)
-    if not isinstance(node, Apply | Sum):
-        return None
-    name = node.params[0] if isinstance(node, Apply) else "add"
-    if name not in ("add", "sub", "mul") and not (name == "affine" and node.params[1][1] == 0):
-        return None
-    found = [x for v in node.args if (x := _squared_lengths(v.within(bind), tokens)) is not None]
-    if len(found) < len(node.args):
-        return None
-    if name == "mul":
-        out = functools.reduce(np.multiply, found)
-    else:
-        weights = node.params if isinstance(node, Sum) else [1.0] * len(found)
-        parts = [c * c * v.node.table.mean_square for c, v in zip(weights, node.args, strict=True)]
-        out = sum(c * x for c, x in zip(parts, found, strict=True))
-    return np.asarray(out) / max(float(np.mean(out)), 1e-300)
+        values = numbers(given) if is_known_array(given) and given.deps & other.node.deps else None
+        if values is not None and not is_known_array(other.node):
+            squares = np.square(values.astype(float)).mean(axis=-1)
+            given.graph.flag("assumed", min(float(squares.var() / max(squares.mean(), 1e-300) ** 2), 1.0))
 
 
 def _varies(factor: View) -> bool:
