@@ -278,22 +278,18 @@ def _mask_of_term(node: Sum, i: int, mask: View | None) -> View | None:
 
 
 def _with_sum_written_out(node: Node, target: Sum) -> Node:
-    """An elementwise tree with one of its roots, a sum, written out."""
+    """An elementwise tree with one of its roots, a sum, written out as a tree of its terms."""
     if node is target:
-        return _written_out(target)
+        whole = tuple(range(len(target.axes)))
+        terms = [
+            View(affine(x.node, c, 0.0), x.bind) for c, x in zip(target.params, target.args, strict=True)
+        ]
+        add = functools.partial(target.graph.make, Apply, target.axes, params=("add", ()))
+        return functools.reduce(lambda a, b: View(add([a, b]), whole), terms).node
     if not isinstance(node, Apply) or all(root.node is not target for root in roots(node)):
         return node
     args = [View(_with_sum_written_out(child, target), bind) for child, bind in node.args]
     return node.graph.make(Apply, node.axes, args, node.params)
-
-
-def _written_out(target: Sum) -> Node:
-    """A sum as an elementwise tree of its terms."""
-    whole = tuple(range(len(target.axes)))
-    terms = [View(affine(x.node, c, 0.0), x.bind) for c, x in zip(target.params, target.args, strict=True)]
-    return functools.reduce(
-        lambda a, b: View(target.graph.make(Apply, target.axes, [a, b], ("add", ())), whole), terms
-    ).node
 
 
 def _through(node: Apply, target: View, part: Cotangent, scales: Sequence[View] = ()) -> np.ndarray | None:
@@ -309,18 +305,12 @@ def _through(node: Apply, target: View, part: Cotangent, scales: Sequence[View] 
         held = along(slope, node.axes)[..., 0]
         squares = by_type(held, node.axes, second=False) * by_type(held, node.axes, second=True)
     elif part.mask is not None and not isinstance(slope.node, Constant):
-        squares = slope.second(node.axes) * _following(node, slope, part.mask)
+        coarse = tuple(Axis(a.size) for a in node.axes)
+        alone = np.maximum(product_second(slope, slope, coarse), 1e-300)
+        squares = slope.second(node.axes) * _given_last(node, slope, part.mask) / refine(alone, node.axes)
     else:
         squares = slope.second(node.axes)
     return sum_out(part.second * squares, node.axes, target)
-
-
-def _following(node: Apply, slope: View, last: View) -> np.ndarray:
-    """E[m_i m_j l_i l_j] / (E[m_i m_j] E[l_i l_j]) of a derivative m and the last one l, by type, classes pooled."""
-    coarse = tuple(Axis(a.size) for a in node.axes)
-    return _given_last(node, slope, last) / refine(
-        np.maximum(product_second(slope, slope, coarse), 1e-300), node.axes
-    )
 
 
 def _given_last(node: Apply, x: View, last: View) -> np.ndarray:

@@ -160,10 +160,12 @@ def mark_sums(views: Sequence[View]) -> None:
 
     Of (relu a + relu b)·a, the sum is not jointly Gaussian with a.
     """
-    own = roots_of(*views)
-    inside = [
-        set(roots_of(*(t.within(x.bind) for t in x.node.args))) if _is_curved(x.node) else None for x in own
-    ]
+    own, inside = roots_of(*views), []
+    for x in own:
+        summed = isinstance(x.node, Sum) and not x.node.is_variance
+        varied = summed and x.node.table.variance > NEGLIGIBLE * x.node.table.total_mean**2
+        curved = varied and not marginal(x.node).gaussian
+        inside.append(set(roots_of(*(t.within(x.bind) for t in x.node.args))) if curved else None)
     for i, terms in enumerate(inside):
         if terms and any(terms & (inside[j] or {x}) for j, x in enumerate(own) if j != i):
             own[i].node.graph.flag("assumed", ROUGH)
@@ -212,13 +214,6 @@ def refuse_two_places(views: Sequence[View]) -> None:
     for view in views:
         if not isinstance(view.node, Array | Constant) and seen.setdefault(view.node, view) != view:
             raise NotImplementedError("a function of one array at two places of an axis")
-
-
-def _is_curved(node: Node) -> bool:
-    """Whether a root is a sum that is not jointly Gaussian with its terms."""
-    if not isinstance(node, Sum) or node.is_variance:
-        return False
-    return node.table.variance > NEGLIGIBLE * node.table.total_mean**2 and not marginal(node).gaussian
 
 
 @functools.singledispatch

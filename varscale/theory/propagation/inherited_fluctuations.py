@@ -110,14 +110,9 @@ def _varied_square(
 
 def _power(scale: Node, main: Node) -> float:
     """The power of a root's mean square that a norm's scale goes by: 1; of a mean of |x| it is 1/2, behind another norm 0."""
-    inner = _averaged_by(scale)
-    return responses(inner)[main][0] / 2 if isinstance(inner, Apply) and main in responses(inner) else 1.0
-
-
-def _averaged_by(scale: Node) -> Node | None:
-    """What a norm's scale is the mean of; of a variance, the squares."""
     terms = [view.node for view in scale.args] if isinstance(scale, Sum) and scale.is_variance else [scale]
-    return next((term.args[0].node for term in terms if term.averages), None)
+    inner = next((term.args[0].node for term in terms if term.averages), None)  # of a variance, the squares
+    return responses(inner)[main][0] / 2 if isinstance(inner, Apply) and main in responses(inner) else 1.0
 
 
 _VARIED: Fact[Hashable, list[float]] = Fact()  # mean squares at several scales of a root, by form

@@ -42,11 +42,6 @@ def in_order(node: Node) -> bool:
     return node.timed or any(in_order(view.node) for view in node.args)
 
 
-def _is_ordered(node: Node) -> bool:
-    """Whether entries at given places have more in common than moments by type say, so that moves are drawn as moves."""
-    return in_order(node) or repeats(node)
-
-
 @functools.singledispatch
 def sampled_from(node: Node, drawing: Drawing, positions: Positions) -> np.ndarray | None:
     """A node at some positions of its axes, (replicates or 1, ...); None where its law is all that is known of it."""
@@ -210,8 +205,8 @@ def sampled_from_mean(node: Mean, drawing: Drawing, positions: Positions) -> np.
 
 @sampled_from.register(Permute | Split | Merge | Take)
 def sampled_from_moved(node: Node, drawing: Drawing, positions: Positions) -> np.ndarray | None:
-    """Entries of one array in another order, where that matters: `index` is where each is along the array's axes."""
-    if not _is_ordered(node):
+    """Entries of one array in another order, where more is known of given places than moments by type say."""
+    if not (in_order(node) or repeats(node)):
         return None
     source, mesh = node.args[0].node, np.ix_(*positions)
     k, *more = node.params
@@ -392,15 +387,8 @@ def cross_moments(
     x: Float[np.ndarray, "..."], y: Float[np.ndarray, "..."], axes: Sequence[Axis], positions: Positions
 ) -> Float[np.ndarray, "..."]:
     """E[x_i y_j] by type, from draws of both, (replicates, positions...); 0 where that may be all it is."""
-    mean, error = _drawn_products(x, y, axes, positions)
-    # Most loops change sign with weights that what else there is does not have.
-    return np.where(np.abs(mean) > _SCORES * error, mean, 0.0)
-
-
-def _drawn_products(
-    x: Float[np.ndarray, "..."], y: Float[np.ndarray, "..."], axes: Sequence[Axis], positions: Positions
-) -> tuple[Float[np.ndarray, "..."], Float[np.ndarray, "..."]]:
-    """E[x_i y_j] by type, and its standard error, from draws of both, (replicates, positions...)."""
     (x, y), small = _thinned([x, y], axes, positions)
     found = estimated_products(x, y, small)
-    return found.mean(axis=0), found.std(axis=0) / math.sqrt(len(found) - 1)
+    mean, error = found.mean(axis=0), found.std(axis=0) / math.sqrt(len(found) - 1)
+    # Most loops change sign with weights that what else there is does not have.
+    return np.where(np.abs(mean) > _SCORES * error, mean, 0.0)

@@ -216,17 +216,13 @@ def product_second(f_view: View, g_view: View, frame: Sequence[Axis]) -> np.ndar
             out = out * _pairwise(group, frame, fixed)
         else:
             fi, gj = (_product(side, frame, group.known(fixed)) for side in (group.f, group.g))
-            out = out * _mehler(group.variables, fi, gj, frame)
+            if group.variables:
+                series = mehler(on_grid(fi), on_grid(gj), frame)
+                out = out * _at_correlations(series, group.variables[0], frame)
+            else:
+                out = out * by_type(fi[..., 0], frame, second=False) * by_type(gj[..., 0], frame, second=True)
     mark_depthwise(f_view, g_view)
     return out
-
-
-def _mehler(variables: Sequence[View], fi: np.ndarray, gj: np.ndarray, frame: Sequence[Axis]) -> np.ndarray:
-    """E[f_i g_j] by type of two functions of one root at most."""
-    if not variables:
-        return by_type(fi[..., 0], frame, second=False) * by_type(gj[..., 0], frame, second=True)
-    (x,) = variables
-    return _at_correlations(mehler(on_grid(fi), on_grid(gj), frame), x, frame)
 
 
 def _correlation(root: View, frame: Sequence[Axis]) -> np.ndarray:

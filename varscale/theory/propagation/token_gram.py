@@ -220,21 +220,7 @@ def _token_sources(x: Tokens) -> tuple[list[Tokens], OverlapRule]:
     if isinstance(node, Contract):
         summed = range(len(node.axes), len(node.frame))
         if weight_of(node) is not None:
-            inputs = [tokens_of(v, x.tokens, summed) for v in node.args]
-            rows = [
-                tokens_of(v, x.features, summed)
-                for v, y in zip(node.args, inputs, strict=True)
-                if not y.tokens
-            ]
-            inputs = [y for y in inputs if y.tokens and y.features]
-            if (
-                len(inputs) == 1
-                and inputs[0].node.args == ()
-                and len(rows) == 1
-                and rows[0].tokens
-                and rows[0].features
-            ):
-                return [*inputs, *rows], lambda parts: _of_columns(x, rows[0], *parts)
+            inputs = [y for v in node.args if (y := tokens_of(v, x.tokens, summed)).tokens and y.features]
             if len(inputs) == 1:
                 return inputs, lambda _: Mixture((1.0,), 1 / x.count)
         if (mixed := sources_of_mixture(node, x)) is not None:
@@ -246,17 +232,6 @@ def _token_sources(x: Tokens) -> tuple[list[Tokens], OverlapRule]:
         ):  # what the tokens are multiplied with is none of theirs
             return with_tokens, lambda _: Mixture((1.0,), 1 / x.count)
     return [], lambda _: white(x)
-
-
-def _of_columns(x: Tokens, rows: Tokens, weights: float, integral_key: float) -> Mixture:
-    """Columns of a product X W are as many as weights have: two overlap by w C w', C = XᵀX, and V = tr C²/(tr C)².
-
-    That is the mean over all pairs of rows of the square of their product: each is one with itself, and others overlap by V of
-    the rows. What all rows share is a cross-moment of any two, and no chance. With other products of the same weights they have
-    V of those in common.
-    """
-    own = min(own_part(rows) / max(rows.node.table.mean_square, 1e-300), 1.0)
-    return Mixture((1.0, 0.0), 1 / x.count + (1 - 1 / x.count) * own**2 * integral_key - weights)
 
 
 def _tokens_before_reshape(x: Tokens, node: Rearranged) -> Tokens:
@@ -275,11 +250,7 @@ def _taken(x: Tokens, node: Node) -> tuple[list[Tokens], OverlapRule]:
     while isinstance(inner.node, Rearranged):
         inner = _tokens_before_reshape(inner, inner.node)
     sources, rule = sources_of(inner)  # what all features have of their own, other slices do not share
-    return sources, lambda parts: _with_more(rule(parts), fewer)
-
-
-def _with_more(mixture: Mixture, variance: float) -> Mixture:
-    return mixture._replace(variance=mixture.variance + variance)
+    return sources, lambda parts: (own := rule(parts))._replace(variance=own.variance + fewer)
 
 
 def _tokens_before_slice(x: Tokens, node: Node) -> Tokens:
