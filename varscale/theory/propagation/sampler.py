@@ -14,19 +14,10 @@ from jaxtyping import Float, Int
 
 from varscale.theory.domain.axes import Axis, reduced
 from varscale.theory.domain.tables import LOOSE, Positions, Table, estimated_products, gaussian, over_frame
+from varscale.theory.graph import linear_nodes as linear
 from varscale.theory.graph.expressions import Mean, Sum, content, roots, roots_of
 from varscale.theory.graph.known_arrays import is_known_array, numbers
-from varscale.theory.graph.linear_nodes import (
-    Concat,
-    Contract,
-    Gather,
-    Merge,
-    Permute,
-    Split,
-    Take,
-    applies_weights,
-    operands,
-)
+from varscale.theory.graph.linear_nodes import Concat, Contract, Gather, Take, applies_weights, operands
 from varscale.theory.graph.nodes import UNKNOWN, Array, Node, View, known_samples
 from varscale.theory.graph.store import once_per_node
 from varscale.theory.integrals.hermite_series import Z, read_off
@@ -203,19 +194,19 @@ def sampled_from_mean(node: Mean, drawing: Drawing, positions: Positions) -> np.
     return drawing.whole(source, there).mean(axis=tuple(1 + k for k in node.params))
 
 
-@sampled_from.register(Permute | Split | Merge | Take)
+@sampled_from.register(linear.Permute | linear.Split | linear.Merge | Take)
 def sampled_from_moved(node: Node, drawing: Drawing, positions: Positions) -> np.ndarray | None:
     """Entries of one array in another order, where more is known of given places than moments by type say."""
     if not (in_order(node) or repeats(node)):
         return None
     source, mesh = node.args[0].node, np.ix_(*positions)
     k, *more = node.params
-    if isinstance(node, Permute):
+    if isinstance(node, linear.Permute):
         index = [mesh[node.params.index(d)] for d in range(len(mesh))]
-    elif isinstance(node, Split):
+    elif isinstance(node, linear.Split):
         factors = mesh[k : k + len(more[0])]
         index = [*mesh[:k], np.ravel_multi_index(factors, more[0]), *mesh[k + len(factors) :]]
-    elif isinstance(node, Merge):
+    elif isinstance(node, linear.Merge):
         sizes = [axis.size for axis in source.axes[k : k + more[0]]]
         index = [*mesh[:k], *np.unravel_index(mesh[k], sizes), *mesh[k + 1 :]]
     elif len(source.axes) > len(node.axes):
