@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import stats
 
 import varscale as vs
 from experiments.benchmarks.architectures import MLP
@@ -50,7 +51,9 @@ def test_means_typical_values_and_bands(name, gain):
     assert row.second_moment == pytest.approx(drawn.mean(), rel=4 * mean_error + 0.02)
     assert row.typical == pytest.approx(math.exp(logs.mean()), rel=4 * log_error + 0.03)
     inside = np.mean((drawn >= row.band[0]) & (drawn <= row.band[1]))
-    assert inside == pytest.approx(0.99, abs=0.006)  # 8 standard errors of the count
+    assert inside > 0.984  # 8 standard errors of the count
+    # Not much wider than a normal's, though widened by what its middle may be off.
+    assert math.log(row.band[1] / row.band[0]) < 1.15 * 2 * stats.norm.isf(0.005) * logs.std()
 
 
 @pytest.mark.parametrize(("name", "gain"), [("silu", 2.0), ("gelu", 1.0)])

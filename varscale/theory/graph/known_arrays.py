@@ -72,6 +72,8 @@ def scales_samples(views: Sequence[View], frame: Sequence[Axis], curved: bool) -
     Of such numbers m, E[(Σ m x)² / (Σ m)²] is not E[(Σ m x)²] E[1 / (Σ m)²], nor is a norm of m x one of what varies little.
     What a curved function of weights w makes of one feature, f(m w), has as few directions.
     """
+    if any(0 in bind and node.deps and not node.deps & node.graph.inputs for node, bind in views):
+        return False  # an axis of weights, and so not of samples
     for node, bind in views:
         read = isinstance(node, Leaf) and node.is_input if curved else is_known_array(node)
         if read and 0 in bind and len(frame) - 1 not in bind:

@@ -135,11 +135,15 @@ def of_one_draw(node: Node) -> tuple[float, float, tuple[float, float]]:
     typical = second * math.exp(-variance / 2 - skew / 6)
     reach = _BAND * math.sqrt(variance) + _ROUNDING
     lean = (_BAND**2 - 1) * skew / 6 / max(variance, 1e-300)  # Cornish and Fisher
-    low = typical * math.exp(lean - reach)
-    if variance > 2 * NEXT_ORDER:  # it may be one of few squares, a gamma variable, with more below
-        shape = max(1 / variance, 0.5)
-        low = min(low, second * float(special.gammaincinv(shape, _BELOW)) / shape)
-    return second, typical, (low, typical * math.exp(lean + reach))
+    down = reach
+    few = min(max((c * c for c in spread.sources.values()), default=0.0), variance)
+    if (
+        few > 2 * NEXT_ORDER
+    ):  # the largest part may be one of few squares, a gamma variable: more of it is below
+        shape = max(1 / few, 0.5)
+        gamma = -math.log(float(special.gammaincinv(shape, _BELOW)) / shape) - few / 2
+        down = math.sqrt(reach**2 + max(gamma**2 - _BAND**2 * few, 0.0))
+    return second, typical, (typical * math.exp(lean - down), typical * math.exp(lean + reach))
 
 
 def _at_row(x: Value, found: tuple[float, float], share: Through | None) -> tuple[float, float]:

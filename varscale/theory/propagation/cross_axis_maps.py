@@ -7,6 +7,7 @@ E[y_p z_q] = Σ A_pi B_qj E[x_i x'_j] (`domain.axis_maps`).
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -26,8 +27,8 @@ from varscale.theory.domain.axis_maps import (
 from varscale.theory.domain.tables import Table, full_along, lift
 from varscale.theory.graph.convolutions import ONE
 from varscale.theory.graph.expressions import Mean
-from varscale.theory.graph.linear_nodes import AxisMapped, Merge, Split, Take, split
-from varscale.theory.graph.nodes import Constant, View, cross_by_kind, pullback, second_moments
+from varscale.theory.graph.linear_nodes import AxisMapped, Concat, Merge, Split, Take, split
+from varscale.theory.graph.nodes import Constant, Node, View, cross_by_kind, pullback, second_moments
 from varscale.theory.graph.normal_form import mean_node
 from varscale.theory.graph.store import BackwardNotes
 from varscale.theory.propagation.cross_moments import cross
@@ -39,12 +40,12 @@ class Reading(NamedTuple):
     """How one axis of an array is read: the entries of a span in their order, or their mean.
 
     Attributes:
-        axis: the axis of the array.
+        axis: the axis of the array; None where it does not have it, and so is the same at all positions.
         place: where in the frame the entries are; None of a mean, and of a single entry.
         span: start, stop, step.
     """
 
-    axis: int
+    axis: int | None
     place: int | None
     span: Span
 
@@ -83,8 +84,10 @@ def cross_by_kind_of_take(node: Take, a: View, b: View, frame: Sequence[Axis]) -
     y, other = _before_slice(b) if isinstance(b.node, Take) else (b, None)
     if x.node.axes == b.node.axes and (*x.bind[:k], *x.bind[k + 1 :]) == (*b.bind[:k], *b.bind[k + 1 :]):
         y, other = View(b.node, x.bind), _all_entries(b, k)
-    if other is None or y.node.axes[other.axis].size != size:
-        return None
+    if other is None or y.node.axes[other.axis or 0].size != size:
+        if reading.place in b.bind or _is_cut(b.node):
+            return None
+        y, other = b, Reading(None, None, (0, size, 1))
     return _read_together(x, [reading], y, [other], frame)
 
 
@@ -130,8 +133,9 @@ def _read_together(
     for i, pair in enumerate(zip(mine, theirs, strict=True)):
         own = []
         for view, bind, reading in zip((x, y), binds, pair, strict=True):
-            bind[reading.axis] = at + i
-            own.append(view.node.axes[reading.axis])
+            if reading.axis is not None:
+                bind[reading.axis] = at + i
+                own.append(view.node.axes[reading.axis])
         inner.append(functools.reduce(join, own))
     views = [View(view.node, tuple(bind)) for view, bind in zip((x, y), binds, strict=True)]
     table = cross(views[0], views[1], (*axes, *inner))
@@ -171,6 +175,25 @@ def _axis_map(span: Span, out: Axis | None, axis: Axis) -> AxisMap:
     if out is None:
         return entry_map(np.zeros(len(columns), int), columns, ONE, axis, 1 / len(columns))
     return entry_map(np.arange(len(columns)), columns, out, axis)
+
+
+def _is_cut(node: Node) -> bool:
+    """Whether a node is made from given positions of an axis that it may no longer have, which a slice can have too or lack."""
+    pending, seen = [node], set()
+    while pending:
+        node = pending.pop()
+        if node.moves and _entries(node) < _entries(node.args[0].node):
+            return True
+        if node.id not in seen and (
+            node.moves or node.averages or node.entrywise or isinstance(node, Concat)
+        ):
+            pending += [view.node for view in node.args]
+        seen.add(node.id)
+    return False
+
+
+def _entries(node: Node) -> int:
+    return math.prod(axis.size for axis in node.axes)
 
 
 def _matched(readings: Sequence[Reading], axes: Sequence[tuple[int, int]]) -> list[int] | None:

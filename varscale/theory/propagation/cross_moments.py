@@ -153,8 +153,21 @@ def _expand(a: View, b: View, frame: tuple[Axis, ...]) -> np.ndarray:
     for name in ORDER:
         if (out := STRATEGIES[name](a, b, frame)) is not None:
             return out
-    unsure(a.node.graph, "assumed", 1.0)
+    unsure(a.node.graph, "assumed", _largest_correlation(a, b))
     return mean_product(a, b, frame)
+
+
+def _largest_correlation(a: View, b: View) -> float:
+    """A bound on |Cov(a, b)| / √(Var a · Var b): what one of them has along the other's axes alone, it only has by its mean."""
+    bound = 1.0
+    for mine, other in ((a, b), (b, a)):
+        table = mine.node.table
+        spare = frozenset(k for k, place in enumerate(mine.bind) if place not in other.bind)
+        if table.variance <= 0:
+            return 0.0
+        averaged = float(averaging(table.axes, spare) @ table.second.ravel()) - table.total_mean**2
+        bound *= min(max(averaged, 0.0) / table.variance, 1.0) ** 0.5
+    return bound
 
 
 strategy("known numbers")(known_cross)

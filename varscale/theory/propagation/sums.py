@@ -1,4 +1,4 @@
-"""The law of a sum of parts that are not all Gaussian: its parts are convolved as if they were independent."""
+"""The law of a sum of parts that are not all Gaussian: independent parts are convolved, correlated ones drawn together."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import numpy as np
 from scipy import special
 
 from varscale.theory.domain.axes import Axis
-from varscale.theory.domain.tables import Table
-from varscale.theory.graph.expressions import Apply, Sum, roots_of
+from varscale.theory.domain.tables import Table, by_type, lift
+from varscale.theory.graph.expressions import Apply, Sum, connected, roots_of
 from varscale.theory.graph.nodes import Constant, View
 from varscale.theory.integrals.hermite_series import POINTS, WEIGHTS, Z, sobol
-from varscale.theory.propagation.cross_moments import dependent
+from varscale.theory.propagation.cross_moments import cross, dependent, mean_product
 from varscale.theory.propagation.marginals import (
     Environment,
     along,
@@ -31,6 +31,8 @@ _MOST_CELLS = 9
 # Share of a term's variance that is linear in a normal, above which the term is as good as Gaussian.
 _LINEAR_SHARE = 0.995
 _MOST_ROOTS = 3  # live roots of one term: a normal, its scale, and a gate on both
+# Parts correlated by less: the square of it, times an excess kurtosis of a few, is lost of the fourth moment.
+_CORRELATED = 0.1
 
 
 class _Part(NamedTuple):
@@ -39,6 +41,11 @@ class _Part(NamedTuple):
     weight: float
     view: View
     live: tuple[View, ...]
+
+    @property
+    def latent(self) -> View:
+        """What is a function of one normal; a function of several, a normal scaled by another, is taken for one of its own."""
+        return self.live[0] if len(self.live) == 1 else self.view
 
 
 @quantiles_of_kind.register(Sum)
@@ -59,11 +66,19 @@ def quantiles_of_sum(root: Sum, table: Table, deviation: np.ndarray) -> np.ndarr
         len(cells) > _MOST_CELLS
     ):  # one shape for all, that of the most common class: mean and deviation stay each class's own
         cells = [tuple(int(np.argmax(a.counts)) for a in root.axes)]
+    together = connected(parts, lambda a, b: _joined(a, b, root.axes))
     shapes = np.empty((*shape, POINTS))
     for cell in cells:
         line = np.zeros(POINTS)
-        for part in parts:
-            line = _convolved(line, part.weight * _part_on_grid(part, root.axes, cell))
+        for group in together:
+            own = [p.weight * _part_on_grid(p, root.axes, cell) for p in group]
+            if len(own) > 1:
+                own = [
+                    _drawn_together(
+                        own, factored(_correlations([p.latent for p in group], root.axes, cell), root.graph)
+                    )
+                ]
+            line = _convolved(line, own[0])
         mean = WEIGHTS @ line
         std = math.sqrt(max(WEIGHTS @ line**2 - mean**2, 1e-300))
         shapes[cell if len(cells) > 1 else ...] = (line - mean) / std
@@ -97,6 +112,29 @@ def _points(normals: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     wide = 1 + 2 / k
     points = sobol(k)
     return points * math.sqrt(wide) @ normals.T, np.exp(-np.sum(points**2, axis=1) * (wide - 1) / 2)
+
+
+def _drawn_together(lines: Sequence[np.ndarray], normals: np.ndarray) -> np.ndarray:
+    """Quantiles of a sum of functions of correlated normals, these given as rows over independent ones."""
+    latents, weights = _points(normals)
+    total = np.sum([np.interp(latents[:, i], Z, line) for i, line in enumerate(lines)], axis=0)
+    return _ordered(total, weights)
+
+
+def _joined(a: _Part, b: _Part, axes: Sequence[Axis]) -> bool:
+    if not (a.live or b.live) or not dependent(a.latent.node, b.latent.node):
+        return False
+    return bool(np.max(np.abs(_correlation_of_terms(a.view, b.view, axes))) > _CORRELATED)
+
+
+def _correlation_of_terms(a: View, b: View, axes: Sequence[Axis]) -> np.ndarray:
+    """Correlation of two terms at one place, by class."""
+    covariance = cross(a, b, axes) - mean_product(a, b, axes)
+    scales = [lift(marginal(v.node).deviation, v.node.axes, v.bind, axes, pairs=False) for v in (a, b)]
+    out = covariance / np.maximum(
+        by_type(scales[0], axes, second=False) * by_type(scales[1], axes, second=True), 1e-300
+    )
+    return out[tuple(slice(0, axis.classes) for axis in axes)]
 
 
 def _correlations(latents: Sequence[View], axes: Sequence[Axis], cell: tuple[int, ...]) -> np.ndarray:
