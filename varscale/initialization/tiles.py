@@ -28,7 +28,7 @@ from varscale.initialization.host_memory import Space, reserved
 
 _TILE = 1024
 _FEW, _MANY = 112, 1024  # tiles a call: few take little memory, many make calls cheap
-_AHEAD = 2  # calls that a thread has started when it waits for the first of them
+_AHEAD = 1  # calls that a thread has started when it waits for the first of them
 _LARGE = 2**26  # numbers of a model from which on calls are to be cheap
 _SMALL = 2**20  # numbers that it takes no time worth saving to draw
 
@@ -157,7 +157,7 @@ def drawn(leaves: Sequence[Leaf]) -> list[np.ndarray]:
             for finish in running:
                 finish()
 
-    others = min(len(calls), (os.cpu_count() or 1) // 2) - 1  # XLA shares a call between cores; one thread copies for two
+    others = min(len(calls), os.cpu_count() or 1) - 1
     with ThreadPoolExecutor(max(1, others)) as pool:
         helping = [pool.submit(work) for _ in range(others)]
         work()
