@@ -16,6 +16,8 @@ from flax import linen as nn
 from jax import lax
 
 from varscale.theory import predict
+from varscale.theory.domain.axes import Axis
+from varscale.theory.propagation import sampler
 from varscale.theory.rules.region_draws import CannotDraw, Operand, sizes_to_run
 from varscale.theory.rules.region_sizes import CannotShrink, Sizes, run, work
 
@@ -338,3 +340,12 @@ def test_a_loop_that_does_not_shrink_is_drawn_less_often():
 def test_a_loop_too_large_to_run_is_said_so():
     with pytest.raises(CannotDraw):
         sizes_to_run(*squared_on(1 << 13))
+
+
+def test_the_mean_square_of_many_draws_is_that_of_all_units(monkeypatch):
+    """Pairs of units are counted on some of them: those of large scale may not be among these."""
+    monkeypatch.setattr(sampler, "_POOLED", 256)
+    scales = np.where(np.arange(32) < 3, 5.0, 1.0)
+    numbers = np.random.default_rng(0).normal(size=(16, 4, 32)) * scales
+    table = sampler.pooled(numbers, (Axis(4), Axis(32)), (np.arange(4), np.arange(32)))
+    assert table.mean_square == pytest.approx(np.mean(numbers**2), rel=1e-12)

@@ -336,8 +336,11 @@ _SCORES = 4.0  # standard errors that a mean is trusted to; within them it is ta
 
 def pooled(numbers: np.ndarray, axes: Sequence[Axis], positions: Positions) -> Table:
     """Moments by class and type, from draws at some positions, (replicates, positions...)."""
+    square = float(np.mean(np.square(numbers, dtype=float)))
     (numbers,), small = _thinned([numbers], axes, positions)
-    mean = np.mean(numbers, axis=0, dtype=float)
+    # Units that differ in scale (of several heads, say) are not all among those that are left.
+    numbers = numbers * math.sqrt(square / max(float(np.mean(numbers**2)), 1e-300))
+    mean = np.mean(numbers, axis=0)
     for k, axis in enumerate(small):
         mean = np.stack(
             [mean.compress(axis.label_array == c, axis=k).mean(axis=k) for c in range(axis.classes)], axis=k
@@ -348,12 +351,13 @@ def pooled(numbers: np.ndarray, axes: Sequence[Axis], positions: Positions) -> T
 def _thinned(
     drawn: Sequence[np.ndarray], axes: Sequence[Axis], positions: Positions
 ) -> tuple[list[np.ndarray], list[Axis]]:
-    """Draws and the axes that they are over; of very many the first of the last axis."""
+    """Draws and the axes that they are over; of very many some of the last axis, from all over it."""
     shape = drawn[0].shape
-    kept, last = [list(range(n)) for n in shape[1:]], len(shape) - 2
+    kept, last = [np.arange(n) for n in shape[1:]], len(shape) - 2
     most = max(_POOLED // max(drawn[0].size // max(shape[-1], 1), 1), 4)
     if kept and axes[last].classes == 1 and len(kept[last]) > most:
-        drawn, kept[last] = [x[..., :most] for x in drawn], kept[last][:most]
+        kept[last] = evenly(len(kept[last]), most)
+        drawn = [x[..., kept[last]] for x in drawn]
     small = [reduced(a, p[own]) for a, p, own in zip(axes, positions, kept, strict=True)]
     return [np.asarray(x, float) for x in drawn], small
 
