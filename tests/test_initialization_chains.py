@@ -57,6 +57,9 @@ def test_equal_laws_share_one_program_that_needs_no_memory():
 def test_the_outline_is_shown_before_and_verified_after():
     plan = planned(Stack(), jax.ShapeDtypeStruct(X.shape, X.dtype))
     assert "params/first/Dense_0/kernel" in plan.table(200)
+    narrow = plan.account.table(60)
+    assert max(map(len, narrow.splitlines())) <= 60
+    assert "Not shown at this width: " in narrow
     params = plan.draw(KEY)
     plan.account.verify(params)
     with pytest.raises(ValueError, match=r"not those of the account: .*kernel is bfloat16\[3, 8, 8\], not float32"):

@@ -60,9 +60,11 @@ def test_nnx_factory_and_instance_agree():
     assert set(rename(captures, output)) == set(rows)
 
 
-@pytest.mark.parametrize(("model", "method", "error"), [(3, None, TypeError), (Twice(), "decode", ValueError)])
+@pytest.mark.parametrize(
+    ("model", "method", "error"), [(3, None, TypeError), (Twice(), "decode", ValueError), (Twice(), Twice.__call__, TypeError)]
+)
 def test_bad_models_are_named(model, method, error):
-    with pytest.raises(error, match=r"model must be|method must name"):
+    with pytest.raises(error, match=r"model must be|method must name|method must be the name .* which is method='__call__'"):
         program(model, method=method)
 
 

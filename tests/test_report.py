@@ -22,6 +22,7 @@ class TestLookUp:
     def test_rows_are_found_by_path_and_the_output_is_the_model(self, report):
         assert report["a/b"].second_moment == 1.0
         assert report.output.path == ""
+        assert tuple(report) == report.rows
         with pytest.raises(KeyError, match="no row 'a/c' in this report of 3 rows; nearest: 'a/b'"):
             report["a/c"]
 

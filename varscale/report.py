@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from varscale.programs.patterns import Pattern, rows_caught
@@ -54,6 +54,9 @@ class Report:
         paths = [row.path for row in self.rows]
         near = difflib.get_close_matches(str(path), paths, n=4, cutoff=0.3) or paths[:4]
         raise KeyError(f"no row {path!r} in this report of {len(paths)} rows; nearest: {', '.join(map(repr, near))}")
+
+    def __iter__(self) -> Iterator[Row]:
+        return iter(self.rows)
 
     def __len__(self) -> int:
         return len(self.rows)

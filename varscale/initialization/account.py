@@ -9,8 +9,9 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from varscale.programs.tables import shape_text, table_text
+from varscale.programs.tables import shape_text
 from varscale.programs.trees import open_tree
+from varscale.reporting.layout import Column, terminal_width, text_table, wrapped
 
 How = Literal["constant", "elementwise", "orthogonal", "reduction", "data", "state", "given", "untouched"]
 
@@ -100,13 +101,28 @@ class Account:
             counts[entry.how] = counts.get(entry.how, 0) + 1
         return ", ".join([f"{count} {how}" for how, count in counts.items()]) + "".join(f"; {note}" for note in self.notes)
 
-    def table(self, width: int = 120) -> str:
-        """All leaves, one a line, in the order of the tree. `width` is in characters."""
-        rows = [
-            (e.path, shape_text(e.shape), str(e.dtype), e.origin, e.law, e.how, "; ".join(e.notes))
-            for e in self.entries.values()
+    def table(self, width: int | None = None) -> str:
+        """All leaves, one a line, in the order of the tree; columns that do not fit are named below.
+
+        Args:
+            width: columns of the terminal; None for the terminal's own, 80 where there is none.
+
+        Raises:
+            ValueError: `width` is below 40.
+        """
+        width, entries = terminal_width(width), tuple(self.entries.values())
+        columns = [
+            Column("leaf", tuple(self.entries), is_left=True),
+            Column("shape", tuple(shape_text(e.shape) for e in entries), 0),
+            Column("dtype", tuple(str(e.dtype) for e in entries), 4),
+            Column("origin", tuple(e.origin for e in entries), 2, is_left=True),
+            Column("how", tuple(e.how for e in entries), 1, is_left=True),
+            Column("law", tuple(e.law for e in entries), 3, is_left=True),
+            Column("notes", tuple("; ".join(e.notes) for e in entries), 5, is_left=True),
         ]
-        return table_text(str(self), ("leaf", "shape", "dtype", "origin", "law", "how", "notes"), rows, width)
+        shown, missing = text_table([c for c in columns if any(c.cells)], width)
+        told = [str(self), *([f"Not shown at this width: {', '.join(missing)}."] if missing else [])]
+        return "\n".join([shown, *(wrapped(line, width) for line in told)])
 
 
 def is_rng_key(dtype: Any) -> bool:

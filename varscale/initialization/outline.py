@@ -66,7 +66,7 @@ class Outline:
     account: Account
     uses_own_hash: bool
 
-    def table(self, width: int = 120) -> str:
+    def table(self, width: int | None = None) -> str:
         """What will be done, one leaf a line."""
         return self.account.table(width)
 

@@ -17,7 +17,7 @@ from varscale.initialization.chains import Chain, chain
 from varscale.initialization.graph import Value, open_trace
 from varscale.initialization.identity import identity, is_fixed, surroundings
 from varscale.initializers.sampling import checked_key, unrolled_key
-from varscale.programs.faces import Inputs, as_inputs, is_dynamic
+from varscale.programs.faces import Inputs, as_inputs, is_dynamic, method_name
 from varscale.programs.trees import Leaf, is_collections, open_tree
 
 
@@ -259,9 +259,7 @@ def _face(model: Any, method: str | None) -> _Face:
     from flax import nnx
 
     if isinstance(model, nn.Module):
-        name = method or "__call__"
-        if not callable(getattr(model, name, None)):
-            raise ValueError(f"method must name a method of {type(model).__name__}, not {method!r}")
+        name = method_name(model, method)
         return _Face(
             type(model).__name__,
             lambda key, args, kwargs: model.init(key, *args, method=name, **kwargs),

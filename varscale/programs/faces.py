@@ -41,6 +41,22 @@ def as_inputs(x: Any) -> Inputs:
     return Inputs((x,), {})
 
 
+def method_name(model: Any, method: str | None) -> str:
+    """The name of the method that runs: `method`, or `__call__` where it is None.
+
+    Raises:
+        TypeError: method is no name, such as the method itself.
+        ValueError: the model has no such method.
+    """
+    name = "__call__" if method is None else method
+    if not isinstance(name, str):
+        told = f", which is method={name.__name__!r}" if hasattr(type(model), getattr(name, "__name__", "")) else ""
+        raise TypeError(f"method must be the name of a method of {type(model).__name__}, not {method!r}{told}")
+    if not callable(getattr(model, name, None)):
+        raise ValueError(f"method must name a method of {type(model).__name__}, not {method!r}")
+    return name
+
+
 def program(model: Any, *, method: str | None = None) -> Program:
     """The program behind `model`.
 
@@ -58,19 +74,14 @@ def program(model: Any, *, method: str | None = None) -> Program:
 
 
 def _program(model: Any, method: str | None) -> Program:
-    name = method or "__call__"
     if isinstance(model, nn.Module):
-        if not callable(getattr(model, name, None)):
-            raise ValueError(f"method must name a method of {type(model).__name__}, not {method!r}")
-        return linen_program(model, name)
+        return linen_program(model, method_name(model, method))
     if isinstance(model, nnx.Module):
-        if not callable(getattr(model, name, None)):
-            raise ValueError(f"method must name a method of {type(model).__name__}, not {method!r}")
-        return instance_program(model, name)
+        return instance_program(model, method_name(model, method))
     if isinstance(getattr(model, "module", None), nn.Module):
         return _program(model.module, method)
     if callable(model) and (build := _factory(model)) is not None:
-        return factory_program(build, name)
+        return factory_program(build, method or "__call__")
     made = model.func if isinstance(model, functools.partial) else model
     if isinstance(made, type) and issubclass(made, nnx.Module):
         told = f"`functools.partial({made.__name__}, ...)` with all that it takes but rngs"
