@@ -17,7 +17,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -187,11 +187,17 @@ def apply_axis(array: np.ndarray, axis: int, matrix: np.ndarray) -> np.ndarray:
 
 
 def contract_axis(array: np.ndarray, axis: int, weights: np.ndarray) -> np.ndarray:
-    """Sum one axis away under `weights`."""
-    before, after = array.shape[:axis], array.shape[axis:][1:]
-    return (weights @ array.reshape(math.prod(before), len(weights), math.prod(after))).reshape(
-        before + after
-    )
+    """Sum one axis away under `weights`; along it the array is constant where it is 1 long."""
+    before, n, after = array.shape[:axis], array.shape[axis], array.shape[axis:][1:]
+    weights = weights if n == len(weights) else weights.sum(keepdims=True)
+    return (weights @ array.reshape(math.prod(before), n, math.prod(after))).reshape(before + after)
+
+
+def contract_axes(array: np.ndarray, weights: Mapping[int, np.ndarray]) -> np.ndarray:
+    """Sum several axes away, each under its own weights."""
+    for k in sorted(weights, reverse=True):
+        array = contract_axis(array, k, weights[k])
+    return array
 
 
 def pool(second: np.ndarray, axes: Sequence[Axis]) -> Float[np.ndarray, "..."]:

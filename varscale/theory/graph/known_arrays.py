@@ -34,7 +34,7 @@ MOST_COMPUTED = 1 << 22  # entries up to which given numbers are computed with r
 class Computed(Leaf):
     """What is computed from given arrays; `params` is ("input", digest). It depends on all that they depend on."""
 
-    kurtosis, random = 3.0, False
+    kurtosis = 3.0
 
     @functools.cached_property
     def transport(self) -> np.ndarray:

@@ -11,13 +11,14 @@ import hashlib
 import itertools
 import math
 from collections.abc import Hashable, Sequence
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from varscale.theory.domain.axes import Axis, affordable, contract_axis
+from varscale.theory.domain.axes import Axis, affordable, contract_axes, contract_axis
 from varscale.theory.domain.axis_maps import AxisMap, entry_map, factor_classes, merge_types, split_axis
 from varscale.theory.domain.tables import Table, full_types, lift, put_together
+from varscale.theory.graph.convolutions import Conv
 from varscale.theory.graph.nodes import (
     UNKNOWN,
     Array,
@@ -232,22 +233,43 @@ class Contract(Node):
     def contract(self, second: np.ndarray) -> np.ndarray:
         """Sum a type array of the frame over the contracted axes."""
         frame = self.frame
-        second = full_types(second, frame)
-        for k in reversed(range(len(self.axes), len(frame))):
-            second = contract_axis(second, k, frame[k].pairs)
-        return second
+        pairs = {k: frame[k].pairs for k in range(len(self.axes), len(frame))}
+        return contract_axes(full_types(second, frame), pairs)
+
+
+class AppliedWeights(NamedTuple):
+    """Random weights that a node applies.
+
+    Attributes:
+        leaf: the weights, as they were drawn.
+        view: the argument that they are.
+        x: the argument that they multiply.
+        units: the axes of the node along which it has weights of its own.
+    """
+
+    leaf: Leaf
+    view: View
+    x: View
+    units: tuple[int, ...]
+
+
+def applied_weights(node: Node) -> list[AppliedWeights]:
+    """The arguments of a contraction or convolution that are random weights of mean zero; of other nodes none."""
+    found = []
+    for view, x in (node.args, node.args[::-1]) if node.width is not None else ():
+        leaf = unmoved(view.node)
+        if isinstance(leaf, Leaf) and leaf.odd and not leaf.is_input:
+            own = [k for k in view.bind if k < len(node.axes) and k not in x.bind]
+            units = node.params.out_dims[1:2] if isinstance(node, Conv) else sorted(own)
+            found.append(AppliedWeights(leaf, view, x, tuple(k for k in units if k is not None)))
+    return found
 
 
 def weight_of(node: Node) -> Leaf | None:
     """The random weight that a linear node applies, if it applies one; looking up, adding up and cutting are linear too."""
-    while len(node.args) >= 1 and (node.moves or node.collects):
+    while node.args and (node.moves or node.collects):
         node = node.args[0].node
-    if node.width is None:
-        return None
-    for source in (unmoved(view.node) for view in node.args):
-        if isinstance(source, Leaf) and source.odd and not source.is_input:
-            return source
-    return None
+    return next((applied.leaf for applied in applied_weights(node)), None)
 
 
 def feeds_itself(*factors: View) -> bool:
@@ -261,16 +283,6 @@ def feeds_itself(*factors: View) -> bool:
             reached += {v.node: None for v in node.args if v.node.depth >= x.depth and v.node not in seen}
             seen.update(v.node for v in node.args)
     return False
-
-
-def applies_weights(node: Node) -> TypeGuard[Contract]:
-    return isinstance(node, Contract) and weight_of(node) is not None
-
-
-def operands(node: Contract) -> tuple[View, View]:
-    """The weights of a product, and what they multiply."""
-    x, y = node.args
-    return (x, y) if weight_of(node) is unmoved(x.node) else (y, x)
 
 
 class Take(Node):

@@ -66,6 +66,9 @@ class Node(Marked):
         width: terms in each of its sums, where it is one linear map of two arguments, the second often weights; else None.
         reduced: the axes of its argument that it does not have.
         is_centred: whether it is an array less its own mean over some axes: a sum, a mean among its terms.
+        is_input: whether it is an input of the model: other leaves belong to one initialization.
+        is_bits: whether it is random bits, which have no gradient.
+        is_drawn: whether it is a leaf that varies between initializations, and no input.
         follows_shifts: whether it reduces the axes `reduced` of its one argument, its derivatives along them adding up to 1.
         collects: whether its entries are entries, or weighted sums of entries, of its first argument, by known indices.
         timed: whether it is known by draws along time, which hold more than its moments by type (`draws`).
@@ -89,6 +92,9 @@ class Node(Marked):
     width: float | None = None
     reduced: tuple[int, ...] = ()
     is_centred: bool = False
+    is_input: bool = False
+    is_bits: bool = False
+    is_drawn: bool = False
     gradient_doubt: float = 0.0
     drawn: np.ndarray | None = None
 
@@ -280,15 +286,8 @@ class Leaf(Node):
         """
         return self.params if isinstance(self.params, tuple) else (self.params,)
 
-    @property
-    def is_input(self) -> bool:
-        """Whether it is an input of the model: other leaves belong to one initialization."""
-        return self.name[0] == "input"
-
-    @property
-    def is_bits(self) -> bool:
-        """Whether it is random bits, which have no gradient."""
-        return self.name[0] == "bits"
+    def prepare(self) -> None:
+        self.is_input, self.is_bits = (self.name[0] == kind for kind in ("input", "bits"))
 
     def settle(
         self,
@@ -316,7 +315,7 @@ class Leaf(Node):
             self.graph.inputs |= self.deps if self.is_input else 0
             if odd and (transport is None or np.allclose(transport, -transport[..., ::-1])):
                 self.graph.symmetric |= self.deps
-            self.kurtosis, self.transport, self.random = kurtosis, transport, random
+            self.kurtosis, self.transport, self.is_drawn = kurtosis, transport, random and not self.is_input
         return self
 
 

@@ -215,7 +215,7 @@ def _elementwise(
     """Pass a cotangent through an elementwise tree to its roots, and to the watched nodes inside it."""
     scales = cofactors(node)
     for root in roots(node):
-        if isinstance(root.node, Leaf) and root.node.is_bits:
+        if root.node.is_bits:
             continue
         group = scales.get(root)
         if group is None and any(root in g[1:] for g in scales.values()):

@@ -70,7 +70,7 @@ def with_own_weights(spread: Spread, node: Node, view: View, x: Node, terms: flo
     weight = view.node
     while weight.args and len(weight.args) == 1:
         weight = weight.args[0].node
-    if not isinstance(weight, Leaf) or weight.is_input or not weight.random:
+    if not isinstance(weight, Leaf) or not weight.is_drawn:
         return spread
     noise = math.sqrt(max(weight.kurtosis - 1, 0.0) / terms / units * free_share(weight, terms, units))
     common = min(inherited(x).point, spread.point)
@@ -80,7 +80,7 @@ def with_own_weights(spread: Spread, node: Node, view: View, x: Node, terms: flo
 
 def averaged(node: Node, axes: Sequence[int], taps: int = 1) -> Spread:
     """A node's fluctuations when it enters a contraction over these axes (at several taps): what one output sees."""
-    if isinstance(node, Leaf | Array | Constant) and not (isinstance(node, Leaf) and node.is_input):
+    if isinstance(node, Leaf | Array | Constant) and not node.is_input:
         return NONE
     if all(r.node.shares for r in roots(node)):
         # Attention weights are fixed by kernels over all units, which fluctuate less than one unit's outputs.
@@ -191,7 +191,7 @@ def summed_scale(node: Node, i: int, later: float, radial: float, unit: float) -
     sampled = max((1 + kernel(node).point) / (1 + inherited(node.args[i].node).point) - 1, 0.0)
     if not sampled:
         return GradientScale(1.0, 0.0, later * share, 0.0, radial * share, unit * share)
-    weighted = any(isinstance(v.node, Leaf) and v.node.random and not v.node.is_input for v in node.args)
+    weighted = any(v.node.is_drawn for v in node.args)
     radial = radial if weighted or isinstance(node, Sum) else 0.0
     growth = 1 + _limited(radial / (node.width or math.inf))
     unit = (later + radial) * share * sampled
@@ -223,7 +223,7 @@ def norm_of_given(root: View, scale: View) -> float:
     node = root.node
     while isinstance(node, Sum) and node.is_centred:
         node = largest_term(node).node
-    given = (isinstance(v.node, Leaf) and v.node.is_input and v.node.near == 1 for v in node.args)
+    given = (v.node.is_input and v.node.near == 1 for v in node.args)
     if not any(given):
         return 0.0
     if len(scale.bind) < 2:

@@ -234,7 +234,7 @@ def square_pairs(node: Node) -> tuple[np.ndarray, np.ndarray]:
     for factor in parts:
         own = [r for r in roots_of(factor) if not isinstance(r.node, Array)]
         live = [r for r in own if len(own) == 1 or not concentrated(r.node)]
-        bits = [r for r in live if isinstance(r.node, Leaf) and r.node.is_bits]
+        bits = [r for r in live if r.node.is_bits]
         if len(bits) + 1 == len(live):
             live = [r for r in live if r not in bits]
         if len(live) != 1:

@@ -241,7 +241,7 @@ def inherited(node: Node) -> Spread:
 
 def _of_one_sample(root: Node) -> dict[Hashable, float]:
     """The source of a described input's mean square over features, which an entry of its goes with as what reads all does."""
-    if not (isinstance(root, Leaf) and root.is_input and root.axes and root.table.variance > 0):
+    if not (root.is_input and root.axes and root.table.variance > 0):
         return {}
     return {root.id: math.sqrt(math.log1p(fresh(root, (len(root.axes) - 1,))))}
 
@@ -269,7 +269,7 @@ def _scalings(node: Apply) -> dict[Hashable, float]:
     found = {}
     for factor in factors(View(node, tuple(range(len(node.axes)))))[1]:
         (root, _), *others = roots(factor.node)
-        if not others and isinstance(root, Leaf) and root.random and not root.is_input:
+        if not others and root.is_drawn:
             squares = over_classes(np.square(along(factor, node.axes, *roots_of(factor))), node.axes)
             units = math.prod(axis.size for axis in root.axes)
             if squares.size > 1 and squares @ WEIGHTS > 0:

@@ -185,10 +185,8 @@ def _below(path: _Path) -> Iterator[_Path]:
         # A norm's groups have a rule of their own.
         grouped = {member for group in cofactors(node).values() if len(group) > 1 for member in group}
         for root in roots(node):
-            bits = isinstance(root.node, Leaf) and root.node.is_bits
-            slope = (
-                None if bits or isinstance(root.node, Array) or root in grouped else derivative(node, root)
-            )
+            known = root.node.is_bits or isinstance(root.node, Array)
+            slope = None if known or root in grouped else derivative(node, root)
             if slope is not None:
                 yield path._replace(view=root.within(bind), slope=slope.within(bind))
     elif node.follows_shifts and path.over is None and path.slope is None:

@@ -17,7 +17,7 @@ from varscale.theory.domain.tables import LOOSE, Positions, Table, estimated_pro
 from varscale.theory.graph import linear_nodes as linear
 from varscale.theory.graph.expressions import Mean, Sum, content, roots, roots_of
 from varscale.theory.graph.known_arrays import is_known_array, numbers
-from varscale.theory.graph.linear_nodes import Concat, Contract, Gather, Take, applies_weights, operands
+from varscale.theory.graph.linear_nodes import Concat, Contract, Gather, Take, applied_weights
 from varscale.theory.graph.nodes import UNKNOWN, Array, Node, View, known_samples
 from varscale.theory.graph.store import once_per_node
 from varscale.theory.integrals.hermite_series import Z, read_off
@@ -239,7 +239,7 @@ def sampled_from_concat(node: Concat, drawing: Drawing, positions: Positions) ->
 
 @sampled_from.register(Contract)
 def sampled_from_contract(node: Contract, drawing: Drawing, positions: Positions) -> np.ndarray | None:
-    if applies_weights(node):
+    if applied_weights(node):
         return _weighed(node, drawing, positions) if in_order(node) or _is_narrow(node) else None
     if not in_order(node) or any(len(drawing.some(a)) < a.size for a in node.params):
         return None
@@ -250,9 +250,9 @@ def sampled_from_contract(node: Contract, drawing: Drawing, positions: Positions
 
 def _is_narrow(node: Contract) -> bool:
     """Whether it has few terms, or what it multiplies is made of few: then its units are not independent."""
-    inside = [root.node for root in roots(operands(node)[1].node)]
+    inside = [root.node for root in roots(applied_weights(node)[0].x.node)]
     inside += [view.node for x in inside if isinstance(x, Sum) for view in x.args]
-    return any(applies_weights(x) and x.width <= TERMS for x in (node, *inside))
+    return any(isinstance(x, Contract) and applied_weights(x) and x.width <= TERMS for x in (node, *inside))
 
 
 def _weighed(node: Contract, drawing: Drawing, positions: Positions) -> np.ndarray:
@@ -261,7 +261,7 @@ def _weighed(node: Contract, drawing: Drawing, positions: Positions) -> np.ndarr
     Its moments by type say neither what order in time its argument has, nor that products of one narrow argument share its
     norm.
     """
-    weights, x = operands(node)
+    _, weights, x, _ = applied_weights(node)[0]
     terms = [drawing.some(a) for a in node.params]
     ratio = math.prod(a.size / len(kept) for a, kept in zip(node.params, terms, strict=True))
     whole = [*positions, *terms]

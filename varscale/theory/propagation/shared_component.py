@@ -30,7 +30,7 @@ from varscale.theory.domain.axes import contract_axis
 from varscale.theory.graph.convolutions import Conv, WindowSum
 from varscale.theory.graph.expressions import Apply, roots
 from varscale.theory.graph.linear_nodes import Contract
-from varscale.theory.graph.nodes import Leaf, Node, View
+from varscale.theory.graph.nodes import Node, View
 from varscale.theory.graph.store import once_per_node
 from varscale.theory.integrals.hermite_series import Z
 from varscale.theory.propagation.fourth_moments import fresh, origin
@@ -217,7 +217,7 @@ def _read_by(root: Node, places: frozenset[int]) -> tuple[Node, frozenset[int]] 
     if not isinstance(root, Conv | Contract):
         return None
     for x, w in (root.args, root.args[::-1]):
-        if not isinstance(w.node, Leaf) or w.node.is_input or not w.node.random or not w.node.odd:
+        if not (w.node.is_drawn and w.node.odd):
             continue
         if isinstance(root, Conv):
             xd = root.params.x_dims

@@ -229,7 +229,7 @@ def _brought_back(weight: View, other: View, outer: int, params: Sequence[Axis])
         params: those that it sums.
     """
     leaf = weight.node
-    if not (isinstance(leaf, Leaf) and leaf.random and leaf.odd & other.node.deps and not leaf.is_input):
+    if not (leaf.is_drawn and leaf.odd & other.node.deps):
         return []
     if sum(b >= outer for b in weight.bind) < len(params):
         return []
