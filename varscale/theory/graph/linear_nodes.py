@@ -214,9 +214,7 @@ class Contract(Node):
 
     def prepare(self) -> None:
         x, y = (v.node for v in self.args)
-        own = weight_of(self)
-        # A weight that was applied before is as good as fresh: what its earlier uses leave behind is of order
-        # 1/width.
+        own = weight_of(self)  # applied before, it is as good as fresh: what that leaves is of order 1/width
         self.odd = (x.odd & y.unseen) | (y.odd & x.unseen) | (own.odd if own else 0)
         self.positive = x.positive and y.positive
 
@@ -238,19 +236,12 @@ class Contract(Node):
 
 
 class AppliedWeights(NamedTuple):
-    """Random weights that a node applies.
+    """Random weights that a node applies."""
 
-    Attributes:
-        leaf: the weights, as they were drawn.
-        view: the argument that they are.
-        x: the argument that they multiply.
-        units: the axes of the node along which it has weights of its own.
-    """
-
-    leaf: Leaf
-    view: View
-    x: View
-    units: tuple[int, ...]
+    leaf: Leaf  # as they were drawn
+    view: View  # as they are read
+    x: View  # what they multiply
+    units: tuple[int, ...]  # axes of the node along which it has weights of its own
 
 
 def applied_weights(node: Node) -> list[AppliedWeights]:
