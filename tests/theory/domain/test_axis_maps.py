@@ -7,7 +7,7 @@ import pytest
 
 from varscale.theory.domain.axes import Axis, labelled
 from varscale.theory.domain.axis_maps import adjoint, entry_map, identity_map, pair_counts, slice_map
-from varscale.theory.graph.convolutions import Window, hits, output_axis, tap_pairs, tap_reads
+from varscale.theory.graph.convolutions import Window, hits, output_axis, tap_pairs
 
 INNER = labelled([0, 0, 1, 1, 1, 2, 2, 0, 0, 1, 1, 2])
 
@@ -21,9 +21,7 @@ def kind(axis, i, j):
 def enumerated(a, b):
     """Mean weight of input pairs by type behind output pairs by type, pair by pair."""
     table, number = np.zeros((a.out.types, a.inner.types)), np.zeros(a.out.types)
-    first, second = np.zeros((a.out.size, a.inner.size)), np.zeros((a.out.size, a.inner.size))
-    np.add.at(first, (a.rows, a.columns), a.weights)
-    np.add.at(second, (b.rows, b.columns), b.weights)
+    first, second = a.matrix.toarray(), b.matrix.toarray()
     for p, q in itertools.product(range(a.out.size), repeat=2):
         row = kind(a.out, p, q)
         number[row] += 1
@@ -83,9 +81,7 @@ def test_moments_and_cotangents_have_one_inner_product():
 
 def test_means_are_those_of_classes():
     a, x = MAPS["segments"], np.array([1.0, -2.0, 3.0])
-    dense = np.zeros((a.out.size, a.inner.size))
-    np.add.at(dense, (a.rows, a.columns), a.weights)
-    y = dense @ x[INNER.label_array]
+    y = a.matrix @ x[INNER.label_array]
     expected = [y[a.out.label_array == c].mean() for c in range(a.out.classes)]
     np.testing.assert_allclose(a.means() @ x, expected)
 
@@ -105,7 +101,11 @@ def test_taps_are_the_map_tap_by_tap(window):
 
 
 def test_reads_are_the_window_against_the_identity():
-    window = Window(12, 3, 1, 1, 1, 1)
-    np.testing.assert_allclose(
-        tap_reads(window, INNER), enumerated(window_map(window, INNER, INNER), identity_map(INNER)), atol=1e-12
-    )
+    read, own = window_map(Window(12, 3, 1, 1, 1, 1), INNER, INNER), identity_map(INNER)
+    np.testing.assert_allclose(pair_counts(read, own), enumerated(read, own), atol=1e-12)
+
+
+def test_one_output_position_has_one_type_of_pair():
+    """A mean over an axis: of two positions of it a share 1/12 is one position, by class of both."""
+    mean = entry_map(np.zeros(12, int), np.arange(12), Axis(1), INNER, 1 / 12)
+    np.testing.assert_allclose(pair_counts(mean), INNER.any_pair[None])

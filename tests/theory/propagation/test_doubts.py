@@ -14,7 +14,8 @@ from scipy import stats
 
 import varscale as vs
 from varscale.theory.domain.axes import Axis, labelled
-from varscale.theory.graph.convolutions import Window, tap_reads
+from varscale.theory.domain.axis_maps import identity_map, pair_counts
+from varscale.theory.graph.convolutions import Window, window_map
 
 TOKENS, WIDTH = 32, 64
 
@@ -153,7 +154,8 @@ def test_what_a_window_reads_against_each_place(axis, window):
             sums[kind(p, place)] += sum(by_type[kind(i, place)] for i in read if 0 <= i < n)
             pairs[kind(p, place)] += 1
     seen = pairs > 0
-    np.testing.assert_allclose((tap_reads(window, axis) @ by_type)[seen], (sums / np.maximum(pairs, 1))[seen], atol=1e-12)
+    reads = pair_counts(window_map(window, axis, axis), identity_map(axis))
+    np.testing.assert_allclose((reads @ by_type)[seen], (sums / np.maximum(pairs, 1))[seen], atol=1e-12)
 
 
 def test_the_mean_over_a_picture_of_a_stream_around_a_depthwise_convolution():

@@ -200,12 +200,12 @@ def test_classes_are_counted_before_they_are_written_down():
     with pytest.raises(ValueError, match="at most 256 classes of positions, not 300"):
         labelled(range(300))
     mixed = labelled(np.random.default_rng(0).integers(0, 6, size=4096))
-    factors, types = split_axis(mixed, (512, 8))
+    factors, _, types, _ = split_axis(mixed, (512, 8))
     assert [factor.size for factor in factors] == [512, 8]
     assert max(factor.classes for factor in factors) <= 2 * MOST_CLASSES
     assert types.shape == tuple(factor.types for factor in factors)
     blocks = labelled(np.arange(4096) // 8 % 6)
-    factors, types = split_axis(blocks, (512, 8))
+    factors, _, types, _ = split_axis(blocks, (512, 8))
     np.testing.assert_array_equal(types[:6, 0], np.arange(6))  # what factors can tell apart stays exact
 
 

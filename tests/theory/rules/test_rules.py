@@ -57,7 +57,7 @@ def test_gaussian_draws_and_estimates_invert_each_other():
 
 @given(st.integers(2, 4), st.integers(2, 4))
 def test_splitting_an_axis_agrees_only_where_both_factors_do(a, b):
-    factors, types = split_axis(Axis(a * b), (a, b))
+    factors, _, types, _ = split_axis(Axis(a * b), (a, b))
     assert [f.size for f in factors] == [a, b]
     np.testing.assert_array_equal(types, [[0, 1], [1, 1]])
 

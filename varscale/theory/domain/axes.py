@@ -17,7 +17,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -31,8 +31,20 @@ class Axis:
     """An axis of `size` positions.
 
     Attributes:
-        size: number of positions, at least 2 (axes of size 1 carry nothing and are dropped).
+        size: number of positions. Axes of size 1 carry nothing, and arrays have none.
         labels: the class of each position as bytes, numbered from 0 in order of appearance; None where there is one class.
+        classes: how many classes there are, C.
+        types: how many types of index pairs, C + C²: those of pairs i = j come first. Of one position there is one type.
+        label_array: the class of each position.
+        members: which positions are of each class, 1 or 0.
+        counts: positions in each class.
+        first: class of i in each type.
+        second: class of j in each type.
+        agrees: which types are of pairs i = j.
+        pairs: ordered index pairs of each type; they sum to size².
+        same: weights of the types that average over the pairs i = j.
+        different: weights that average over the pairs i ≠ j.
+        any_pair: weights that average over all pairs: the second moment of a mean.
     """
 
     size: int
@@ -40,71 +52,54 @@ class Axis:
 
     @functools.cached_property
     def classes(self) -> int:
-        """How many classes there are, C."""
         return 1 if self.labels is None else max(self.labels) + 1
 
     @functools.cached_property
     def types(self) -> int:
-        """How many types of index pairs there are, C + C²: those of pairs i = j come first."""
-        return self.classes + self.classes**2
+        return self.classes + self.classes**2 if self.size > 1 else 1
 
     @functools.cached_property
     def label_array(self) -> Int[np.ndarray, " size"]:
-        """The class of each position."""
-        return (
-            np.zeros(self.size, int)
-            if self.labels is None
-            else np.frombuffer(self.labels, np.uint8).astype(int)
-        )
+        labels = bytes(self.size) if self.labels is None else self.labels
+        return np.frombuffer(labels, np.uint8).astype(int)
 
     @functools.cached_property
     def members(self) -> Float[np.ndarray, "classes size"]:
-        """Which positions are of each class, 1 or 0."""
         return np.eye(self.classes)[self.label_array].T
 
     @functools.cached_property
     def counts(self) -> Float[np.ndarray, " classes"]:
-        """Positions in each class."""
-        return (
-            np.array([float(self.size)])
-            if self.labels is None
-            else np.bincount(self.label_array).astype(float)
-        )
+        return np.array([self.size]) * 1.0 if self.labels is None else np.bincount(self.label_array) * 1.0
 
     @functools.cached_property
     def first(self) -> Int[np.ndarray, " types"]:
-        """Class of i in each type."""
-        return np.concatenate([np.arange(self.classes), np.repeat(np.arange(self.classes), self.classes)])
+        c = self.classes
+        return np.concatenate([np.arange(c), np.repeat(np.arange(c), c)])[: self.types]
 
     @functools.cached_property
     def second(self) -> Int[np.ndarray, " types"]:
-        """Class of j in each type."""
-        return np.concatenate([np.arange(self.classes), np.tile(np.arange(self.classes), self.classes)])
+        c = self.classes
+        return np.concatenate([np.arange(c), np.tile(np.arange(c), c)])[: self.types]
 
     @functools.cached_property
     def agrees(self) -> Bool[np.ndarray, " types"]:
-        """Which types are of pairs i = j."""
         return np.arange(self.types) < self.classes
 
     @functools.cached_property
     def pairs(self) -> Float[np.ndarray, " types"]:
-        """Ordered index pairs of each type; they sum to size²."""
         n = self.counts
-        return np.concatenate([n, (np.outer(n, n) - np.diag(n)).ravel()])
+        return np.concatenate([n, (np.outer(n, n) - np.diag(n)).ravel()])[: self.types]
 
     @functools.cached_property
     def same(self) -> Float[np.ndarray, " types"]:
-        """Weights that average over the pairs i = j."""
-        return np.concatenate([self.counts / self.size, np.zeros(self.classes**2)])
+        return self.pairs * self.agrees / self.size
 
     @functools.cached_property
     def different(self) -> Float[np.ndarray, " types"]:
-        """Weights that average over the pairs i ≠ j."""
         return self.pairs * ~self.agrees / (self.size * (self.size - 1))
 
     @functools.cached_property
     def any_pair(self) -> Float[np.ndarray, " types"]:
-        """Weights that average over all pairs: the second moment of a mean."""
         return self.pairs / self.size**2
 
 
@@ -146,11 +141,8 @@ def join(a: Axis, b: Axis) -> Axis:
     if a.labels is None:
         return b
     both = a.label_array * b.classes + b.label_array
-    if len(np.unique(both)) <= 2 * MOST_CLASSES:
-        return labelled(both)
-    return grouped(
-        np.concatenate([np.eye(x.classes)[x.label_array] for x in (a, b)], axis=1), 2 * MOST_CLASSES
-    )
+    fine = len(np.unique(both)) <= 2 * MOST_CLASSES
+    return labelled(both) if fine else grouped(np.concatenate([a.members, b.members]).T, 2 * MOST_CLASSES)
 
 
 def grouped(signatures: Float[np.ndarray, "size features"], most: int = MOST_CLASSES) -> Axis:
@@ -200,6 +192,11 @@ def contract_axes(array: np.ndarray, weights: Mapping[int, np.ndarray]) -> np.nd
     return array
 
 
+def without_equal(sums: np.ndarray, classes: int) -> None:
+    """Of sums over pairs by type (first axis), turn those over any two positions into those over two different, in place."""
+    sums[classes + np.arange(classes) * (classes + 1)] -= sums[:classes]
+
+
 def pool(second: np.ndarray, axes: Sequence[Axis]) -> Float[np.ndarray, "..."]:
     """A type array with the classes of every axis pooled: "the same" and "different" along each, shape (2,) * rank."""
     for k, axis in enumerate(axes):
@@ -216,19 +213,21 @@ def refine(second: np.ndarray, axes: Sequence[Axis]) -> Float[np.ndarray, "..."]
     return out
 
 
+def outer(weights: Iterable[np.ndarray]) -> Float[np.ndarray, " cells"]:
+    """The product of weights along several axes, row-major."""
+    return functools.reduce(np.multiply.outer, weights, np.array(1.0)).ravel()
+
+
 @functools.cache
 def shares(axes: tuple[Axis, ...]) -> Float[np.ndarray, " cells"]:
     """The share of an array's elements in each combination of classes, row-major."""
-    return functools.reduce(
-        np.multiply.outer, [axis.counts / axis.size for axis in axes], np.array(1.0)
-    ).ravel()
+    return outer(axis.counts / axis.size for axis in axes)
 
 
 @functools.cache
 def averaging(axes: tuple[Axis, ...], free: frozenset[int]) -> Float[np.ndarray, " types"]:
     """Weights of a type array, row-major, that average over pairs which run freely along some axes and agree along the rest."""
-    weights = [axis.any_pair if k in free else axis.same for k, axis in enumerate(axes)]
-    return functools.reduce(np.multiply.outer, weights, np.array(1.0)).ravel()
+    return outer(axis.any_pair if k in free else axis.same for k, axis in enumerate(axes))
 
 
 @functools.cache
@@ -243,10 +242,8 @@ def sliced(axis: Axis, start: int, stop: int, step: int) -> tuple[Axis | None, F
 
 def reduced(axis: Axis, positions: Int[np.ndarray, " kept"]) -> Axis:
     """The axis that these positions make, its classes numbered as the whole one's (each has one of them at least)."""
-    return Axis(
-        len(positions),
-        None if axis.labels is None else axis.label_array[positions].astype(np.uint8).tobytes(),
-    )
+    labels = axis.label_array[positions].astype(np.uint8).tobytes()
+    return Axis(len(positions), labels if axis.labels else None)
 
 
 _LEVEL = 0.02  # positions whose second moments differ by less, relatively, are one class

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from varscale.theory.domain.axes import Axis, apply_axis, shares
-from varscale.theory.domain.axis_maps import class_shares, lift_types, merge_types, split_axis
+from varscale.theory.domain.axes import Axis, apply_axis, outer, shares, without_equal
+from varscale.theory.domain.axis_maps import class_shares, lift_types, split_axis
 
 Positions = Sequence[Int[np.ndarray, " kept"]]
 NEGLIGIBLE = 1e-3  # relative size of an effect that is left out
@@ -45,60 +45,42 @@ class Moments:
     position_correlation: float | None = None
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.mean) and math.isfinite(self.second_moment)):
-            raise ValueError(
-                f"mean and second_moment must be finite, not {self.mean!r} and {self.second_moment!r}"
-            )
-        if self.second_moment < self.mean**2 * (1 - 1e-12):
-            raise ValueError(
-                f"second_moment must be at least mean² = {self.mean**2!r}, not {self.second_moment!r}"
-            )
         object.__setattr__(self, "shape", tuple(int(n) for n in self.shape))
+        mean, second, square = self.mean, self.second_moment, self.mean**2
+        if not (math.isfinite(mean) and math.isfinite(second)):
+            raise ValueError(f"mean and second_moment must be finite, not {mean!r} and {second!r}")
+        if second < square * (1 - 1e-12):
+            raise ValueError(f"second_moment must be at least mean² = {square!r}, not {second!r}")
         if self.position_correlation is not None and self.shape and len(self.shape) < 3:
             raise ValueError(
                 f"position_correlation={self.position_correlation!r} is about axes between the first "
-                f"and the last: shape must "
-                f"have 3 or more, not {self.shape}"
+                f"and the last: shape must have 3 or more, not {self.shape}"
             )
-        square = self.mean**2
         for name, axes in self._shared().items():
-            value, count = getattr(self, name), math.prod(self.shape[k] for k in axes)
+            value, count = getattr(self, name), math.prod(axes)
             # Numbers that share one correlation can have none below −1/(count − 1) about their mean.
-            least = (square - (self.second_moment - square) / max(count - 1, 1)) / max(
-                self.second_moment, 1e-300
-            )
-            if value is not None and not max(-1.0, least) - 1e-9 <= value <= 1 + 1e-9:
+            least = max(-1.0, (square - (second - square) / max(count - 1, 1)) / max(second, 1e-300))
+            if value is not None and not least - 1e-9 <= value <= 1 + 1e-9:
                 raise ValueError(
-                    f"{name} of {count} entries with mean {self.mean!r} and second_moment "
-                    f"{self.second_moment!r} must lie in "
-                    f"[{max(-1.0, least):.6g}, 1], not {value!r}: no random numbers have such moments"
+                    f"{name} of {count} entries with mean {mean!r} and second_moment {second!r} must lie in "
+                    f"[{least:.6g}, 1], not {value!r}: no random numbers have such moments"
                 )
 
-    def _shared(self) -> dict[str, range]:
-        """The axes that each correlation is about."""
-        return {
-            "sample_correlation": range(min(1, len(self.shape))),
-            "position_correlation": range(1, len(self.shape) - 1),
-        }
+    def _shared(self) -> dict[str, tuple[int, ...]]:
+        """The sizes of the axes that each correlation is about."""
+        return {"sample_correlation": self.shape[:1], "position_correlation": self.shape[1:-1]}
 
     def second(self) -> Float[np.ndarray, "..."]:
         """E[x_i x_j] by which axes agree, shape (2,) * ndim, 0 for "same" and 1 for "different"."""
-        k, square = len(self.shape), float(self.mean) ** 2
+        square, correlation = float(self.mean) ** 2, np.ones(())
         variance = float(self.second_moment) - square
-        table = np.full((2,) * k, square)
-        table[(0,) * k] = self.second_moment
-        shared, about_mean = self._shared(), dict[str, float]()
-        for name in shared:  # the correlation about the mean: none where none is given
-            value = getattr(self, name)
-            about_mean[name] = (
-                0.0 if value is None else (value * self.second_moment - square) / max(variance, 1e-300)
-            )
-        for index in itertools.product((0, 1), repeat=k):
-            apart = {a for a in range(k) if index[a] and self.shape[a] > 1}
-            if apart and apart <= {a for axes in shared.values() for a in axes}:
-                about = [about_mean[name] for name in shared if apart.intersection(shared[name])]
-                table[index] = square + variance * math.prod(about)
-        return table
+        for name, axes in (*self._shared().items(), ("features", self.shape[1:][-1:])):
+            value = getattr(self, name, None)  # none where it is not given, and of features
+            about_mean = 0.0 if value is None else value * self.second_moment - square
+            apart = np.full((2,) * len(axes), about_mean / max(variance, 1e-300))
+            apart[(0,) * len(axes)] = 1.0
+            correlation = np.multiply.outer(correlation, apart)
+        return square + variance * correlation
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -109,6 +91,12 @@ class Table:
         axes: its axes.
         mean: E[x_i] by class, shape (C₁, ..., C_k).
         second: E[x_i x_j] by type of index pair, shape (types₁, ..., types_k).
+        total_mean: E[x] over all elements.
+        mean_square: E[x²] over all elements.
+        variance: E[x²] − E[x]² over all elements.
+        diagonal: E[x_i²] by class.
+        outer: E[x_i] E[x_j] by type.
+        covariance: E[x_i x_j] − E[x_i] E[x_j] by type.
     """
 
     axes: tuple[Axis, ...]
@@ -117,40 +105,32 @@ class Table:
 
     def over(self, axes: tuple[Axis, ...]) -> Table:
         """The same array with other classes on its axes."""
-        mean, second = (
-            lift(x, self.axes, range(len(axes)), axes, pairs=pairs)
-            for x, pairs in ((self.mean, False), (self.second, True))
-        )
-        return Table(axes, mean, second)
+        places = range(len(axes))
+        mean = lift(self.mean, self.axes, places, axes, pairs=False)
+        return Table(axes, mean, lift(self.second, self.axes, places, axes, pairs=True))
 
     @functools.cached_property
     def total_mean(self) -> float:
-        """E[x] over all elements."""
         return float(shares(self.axes) @ self.mean.ravel())
 
     @functools.cached_property
     def mean_square(self) -> float:
-        """E[x²] over all elements."""
         return float(shares(self.axes) @ self.diagonal.ravel())
 
     @functools.cached_property
     def variance(self) -> float:
-        """E[x²] − E[x]² over all elements."""
         return max(self.mean_square - self.total_mean * self.total_mean, 0.0)
 
     @functools.cached_property
     def diagonal(self) -> Float[np.ndarray, "..."]:
-        """E[x_i²] by class, shape (C₁, ..., C_k)."""
         return self.second[tuple(slice(0, axis.classes) for axis in self.axes)]
 
     @functools.cached_property
     def outer(self) -> Float[np.ndarray, "..."]:
-        """E[x_i] E[x_j] by type."""
         return means_by_type(self.mean, self.axes)
 
     @functools.cached_property
     def covariance(self) -> Float[np.ndarray, "..."]:
-        """E[x_i x_j] − E[x_i] E[x_j] by type."""
         return self.second - self.outer
 
 
@@ -197,20 +177,51 @@ def over_frame(array: np.ndarray, bind: Sequence[int], rank: int) -> np.ndarray:
     return array.transpose(order).reshape(*shape, *array.shape[len(bind) :])
 
 
-def put_together(
-    second: np.ndarray, axes: Sequence[Axis], whole: Sequence[Axis], k: int, sizes: tuple[int, ...]
+def _finest(
+    axes: Sequence[Axis], k: int, sizes: tuple[int, ...], pairs: bool
+) -> tuple[tuple[Axis, ...], np.ndarray]:
+    """Axes of which axis k is cut into row-major factors, with all its classes, and its class (type) for each of theirs."""
+    factors = split_axis(axes[k], sizes)
+    return (*axes[:k], *factors.axes, *axes[k + 1 :]), factors.types if pairs else factors.classes
+
+
+def taken_apart(
+    array: np.ndarray,
+    axes: Sequence[Axis],
+    k: int,
+    sizes: tuple[int, ...],
+    out: Sequence[Axis],
+    *,
+    pairs: bool,
 ) -> np.ndarray:
-    """A type array over `axes`, of which some are the row-major factors of axis k of `whole`, read over `whole`."""
-    factors, _ = split_axis(whole[k], sizes)
-    finest = (*whole[:k], *factors, *whole[k + 1 :])
-    fine = lift(np.array(full_types(second, axes)), axes, range(len(axes)), finest, pairs=True)
-    return merge_types(fine, k, factors, whole[k])
+    """A class (type) array read over `out`, which has row-major factors of axis k of `axes`."""
+    finest, places = _finest(axes, k, sizes, pairs)
+    return lift(np.take(array, places, axis=k), finest, range(len(out)), out, pairs=pairs)
+
+
+def put_together(
+    array: np.ndarray,
+    axes: Sequence[Axis],
+    k: int,
+    sizes: tuple[int, ...],
+    out: Sequence[Axis],
+    *,
+    pairs: bool,
+) -> np.ndarray:
+    """A class (type) array averaged over `out`, of which axis k is the row-major product of some of `axes`."""
+    finest, places = _finest(out, k, sizes, pairs)
+    shape = [axis.types if pairs else axis.classes for axis in axes]
+    fine = lift(np.broadcast_to(array, shape), axes, range(len(axes)), finest, pairs=pairs)
+    matrix = np.zeros((out[k].types if pairs else out[k].classes, places.size))
+    own = finest[k : k + len(sizes)]
+    matrix[places.ravel(), np.arange(places.size)] = outer(a.pairs if pairs else a.counts for a in own)
+    matrix /= np.maximum(matrix.sum(axis=1, keepdims=True), 1e-300)
+    return apply_axis(fine.reshape(*fine.shape[:k], -1, *fine.shape[k + len(sizes) :]), k, matrix)
 
 
 def full_types(array: np.ndarray, frame: Sequence[Axis]) -> np.ndarray:
     """Broadcast to every type of the frame."""
-    types = tuple(axis.types for axis in frame)
-    return array if array.shape == types else np.broadcast_to(array, types)
+    return np.broadcast_to(array, tuple(axis.types for axis in frame))
 
 
 def full_along(array: np.ndarray, k: int, axis: Axis) -> np.ndarray:
@@ -234,44 +245,37 @@ def estimated_products(
 
     The pairs that differ along an axis come from sums over classes, less the pairs that agree: linear, axis by axis.
     """
+    rank, cells = len(axes), [slice(0, axis.classes) for axis in axes]
     second = np.zeros([len(x), *(axis.types for axis in axes)])
-    for agree in itertools.product((True, False), repeat=len(axes)):
+    for agree in itertools.product((True, False), repeat=rank):
         # Sums of x_i y_j over pairs that agree on some axes and run freely over the others.
+        fixed, free = ([k for k, same in enumerate(agree) if same is which] for which in (True, False))
         summed = [x] if x is y else [x, y]
-        for k in reversed(range(len(axes))):
-            if not agree[k]:
-                summed = [apply_axis(z, 1 + k, axes[k].members) for z in summed]
-        # One letter an axis on which pairs agree, two where they run freely.
-        first = "".join(chr(ord("A") + 2 * k) for k in range(len(axes)))
-        other = "".join(i if g else chr(ord(i) + 1) for i, g in zip(first, agree, strict=True))
-        out = "".join(i if g else i + j for i, j, g in zip(first, other, agree, strict=True))
+        for k in free[::-1]:
+            summed = [apply_axis(z, 1 + k, axes[k].members) for z in summed]
+        theirs = [k if same else rank + k for k, same in enumerate(agree)]
+        kept = [p for k in range(rank) for p in dict.fromkeys((k, theirs[k]))]
         product = (  # the first is ten times as fast
-            summed[0] * summed[-1]
-            if all(agree)
-            else np.einsum(f"...{first},...{other}->...{out}", summed[0], summed[-1])
+            np.einsum(summed[0], [..., *range(rank)], summed[-1], [..., *theirs], [..., *kept])
+            if free
+            else summed[0] * summed[-1]
         )
-        product = product.reshape(
-            len(x), *(a.size if g else a.classes**2 for a, g in zip(axes, agree, strict=True))
+        sizes = [axis.size if same else axis.classes**2 for axis, same in zip(axes, agree, strict=True)]
+        product = product.reshape(len(x), *sizes)
+        for k in fixed:
+            product = apply_axis(product, 1 + k, axes[k].members)
+        second[:, *(c if same else slice(c.stop, None) for c, same in zip(cells, agree, strict=True))] = (
+            product
         )
-        for k in range(len(axes)):
-            if agree[k]:
-                product = apply_axis(product, 1 + k, axes[k].members)
-        block = tuple(
-            slice(0, a.classes) if g else slice(a.classes, None) for a, g in zip(axes, agree, strict=True)
-        )
-        second[:, *block] = product
     return per_pair(second, axes)
 
 
 def per_pair(sums: np.ndarray, axes: Sequence[Axis]) -> np.ndarray:
     """Means by type (of the last axes) from sums over pairs of positions, those that differ counted with those that agree."""
-    before = sums.ndim - len(axes)
-    for k, axis in enumerate(axes):
-        s = np.moveaxis(sums, before + k, 0)
-        c = axis.classes
-        s[c + np.arange(c) * (c + 1)] -= s[:c]
-        pairs = axis.pairs.reshape(-1, *[1] * (sums.ndim - 1))
-        s /= np.where(pairs > 0, pairs, 1.0)
+    for k, axis in enumerate(axes, sums.ndim - len(axes)):
+        s, c = np.moveaxis(sums, k, 0), axis.classes
+        without_equal(s, c)
+        s /= np.where(axis.pairs > 0, axis.pairs, 1.0).reshape(-1, *[1] * (sums.ndim - 1))
         alone = np.flatnonzero(axis.pairs == 0)  # a class of one position has no pair that differs
         s[alone] = s[(alone - c) // (c + 1)]
     return sums

@@ -5,12 +5,12 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from varscale.theory.domain.axes import Axis, apply_axis, grouped, pool
-from varscale.theory.domain.axis_maps import AxisMap, adjoint, entry_map, identity_map, pair_counts
+from varscale.theory.domain.axis_maps import AxisMap, adjoint, entry_map, pair_counts
 from varscale.theory.domain.tables import estimated_products
 from varscale.theory.graph.nodes import Node
 
@@ -52,16 +52,11 @@ def output_axis(window: Window, axis: Axis) -> Axis:
     return ONE if window.size_out == 1 else grouped(np.concatenate([seen, taps], axis=1).astype(float))
 
 
+@functools.cache
 def window_map(window: Window, axis: Axis, out: Axis) -> AxisMap:
     """Sums over the window, as a map of the axis."""
     rows = np.repeat(np.arange(window.size_out), window.taps)
     return entry_map(rows, hits(window, axis.size).ravel(), out, axis)
-
-
-@functools.cache
-def tap_means(window: Window, axis: Axis, out: Axis) -> np.ndarray:
-    """Mean number of taps of each class of output in each class of input, (C_out, C_in)."""
-    return window_map(window, axis, out).means()
 
 
 @functools.cache
@@ -72,8 +67,7 @@ def tap_pairs(window: Window, axis: Axis, out: Axis) -> tuple[np.ndarray, np.nda
         For pairs of the same tap; for pairs of two different taps.
     """
     at, outputs = hits(window, axis.size), np.arange(window.size_out)
-    taps = (entry_map(outputs, at[:, t], out, axis) for t in range(window.taps))
-    same = np.sum([pair_counts(tap) for tap in taps], axis=0)
+    same = np.sum([pair_counts(entry_map(outputs, tap, out, axis)) for tap in at.T], axis=0)
     return same, pair_counts(window_map(window, axis, out)) - same
 
 
@@ -84,22 +78,6 @@ def tap_scatter(window: Window, axis: Axis, out: Axis) -> np.ndarray:
     both = (reads[:, None] * reads).reshape(-1, window.size_out)
     shared, squares = (estimated_products(x, x, [out]).sum(axis=0) for x in (reads, both))
     return np.where(shared > 0, squares / np.maximum(shared, 1e-150) ** 2, 1.0)
-
-
-@functools.cache
-def tap_reads(window: Window, axis: Axis) -> np.ndarray:
-    """Mean number of taps for each type of pair (output, place) and of pair (what the tap reads, that place).
-
-    Args:
-        window: how it is read, as many outputs as inputs.
-        axis: the places.
-    """
-    return pair_counts(window_map(window, axis, axis), identity_map(axis))
-
-
-def squeeze_types(matrix: Any, out: Axis, axis: Axis) -> np.ndarray:
-    """Only the type "same" where an axis has one position."""
-    return matrix[: 1 if out.size == 1 else None, : 1 if axis.size == 1 else None]
 
 
 Dims = Sequence[int | None]  # which axis each dimension is of; None: its size is 1
@@ -148,13 +126,11 @@ class Conv(Node):
     def prepare(self) -> None:
         x, w = (v.node for v in self.args)
         self.odd = (x.odd & w.unseen) | (w.odd & x.unseen)
-        # A sum of few terms (a depthwise one has nine) is not Gaussian, and its sign follows the channel it
-        # reads.
+        # A sum of few terms (a depthwise one: nine) is not Gaussian: its sign follows the channel it reads.
         self.gradient_doubt = _FEW_TERMS / self.width
 
     @property
     def width(self) -> float:
-        """Terms in a sum."""
         channels = dim_axes(self.args[0].node, self.params.x_dims)[1].size
         return channels / self.params.groups * math.prod(w.taps for w in self.params.windows)
 
@@ -163,32 +139,24 @@ class Conv(Node):
         groups, _, xd, _, od = self.params
         c, o = dim_axes(self.args[0].node, xd)[1], dim_axes(self, od)[1]
         own = c.size / groups
-        # Within one group the channels agree with w's input index: the counts of all channels, thinned by the
-        # groups.
-        agree = np.concatenate([c.counts, np.zeros(c.types - c.classes)]) / groups
-        differ = np.concatenate([np.zeros(c.classes), c.pairs[c.classes :]])
+        # Within one group channels agree with w's input index: the counts of all channels, thinned by groups.
+        agree, differ = c.pairs * c.agrees / groups, c.pairs * ~c.agrees
         differ /= max(differ.sum(), 1e-300)
         together = (o.size / groups - 1) / (o.size - 1) if o.size > 1 and groups > 1 else 1.0
-        one = np.repeat((together * agree + (1 - together) * own * differ)[None], o.types, 0)
-        one[: o.classes] = agree
-        two = np.repeat((own * (own - 1) * differ)[None], o.types, 0)
-        return squeeze_types(one, o, c), squeeze_types(two, o, c)
+        one = np.where(o.agrees[:, None], agree, together * agree + (1 - together) * own * differ)
+        return one, np.broadcast_to(own * (own - 1) * differ, one.shape)
 
     def carry(self, x_second: np.ndarray, w_second: np.ndarray, *, transposed: bool = False) -> np.ndarray:
         """Second moments by type of the output, from those of input and weights (by dimension); or of the input's cotangent."""
         x_axes, o_axes = dim_axes(self.args[0].node, self.params.x_dims), dim_axes(self, self.params.out_dims)
-        meeting = [self.channels()]
-        for window, a, o in zip(self.params.windows, x_axes[2:], o_axes[2:], strict=True):
-            one, two = tap_pairs(window, a, o)
-            meeting.append((squeeze_types(one, o, a), squeeze_types(two, o, a)))
+        meeting = [self.channels(), *map(tap_pairs, self.params.windows, x_axes[2:], o_axes[2:])]
         # Classes within w's own axes do not change how its taps meet the input.
         w_second = pool(w_second, [ONE, *dim_axes(self.args[1].node, self.params.w_dims)[1:]])
-        result = np.zeros([1 if a.size == 1 else a.types for a in (x_axes if transposed else o_axes)])
+        result = np.zeros([a.types for a in (x_axes if transposed else o_axes)])
         for apart in np.ndindex(*w_second.shape[1:]):
-            weight = w_second[(slice(None), *apart)]
+            weight = w_second[(slice(None), *apart)].reshape(1, -1, *[1] * (x_second.ndim - 2))
             if not np.any(weight):
                 continue
-            weight = weight.reshape(1, -1, *[1] * (x_second.ndim - 2))
             term = x_second * weight if transposed else x_second
             for k, (maps, kind) in enumerate(zip(meeting, apart, strict=True), 1):
                 matrix = adjoint(maps[kind], o_axes[k], x_axes[k]) if transposed else maps[kind]
@@ -215,11 +183,11 @@ class WindowSum(Node):
         real = [w for w in self.params.windows if w is not None]
         self.near = max(self.near, *(1 - w.stride / ((w.taps - 1) * w.dilation + 1) for w in real))
 
-    def maps(self, of: Callable[[Window, Axis, Axis], np.ndarray]) -> list[np.ndarray | None]:
-        """By dimension, a matrix of how it is read, of the axis that is read, and of the output's."""
+    def maps(self, of: Callable[[AxisMap], np.ndarray]) -> list[np.ndarray | None]:
+        """By dimension, a matrix that belongs to the map of the axis."""
         windows, xd, od = self.params
         read = zip(windows, dim_axes(self.args[0].node, xd), dim_axes(self, od), strict=True)
-        return [None if window is None else of(window, a, o) for window, a, o in read]
+        return [None if window is None else of(window_map(window, a, o)) for window, a, o in read]
 
     def carried(
         self, array: np.ndarray, maps: Sequence[np.ndarray | None], *, back: bool = False
@@ -231,8 +199,3 @@ class WindowSum(Node):
             if matrix is not None:
                 out = apply_axis(out, d, matrix)
         return by_axis(out, outward)
-
-
-def window_pairs(window: Window, axis: Axis, out: Axis) -> np.ndarray:
-    """Pairs of places behind a pair of windows."""
-    return squeeze_types(sum(tap_pairs(window, axis, out)), out, axis)

@@ -11,9 +11,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from varscale.theory.domain.axes import MOST_CLASSES, Axis, affordable, grouped, join
-from varscale.theory.graph.linear_nodes import merge, permute, split
+from varscale.theory.domain.axis_maps import split_axis
+from varscale.theory.domain.tables import put_together
+from varscale.theory.graph.linear_nodes import Merge, Permute, Split
 from varscale.theory.graph.nodes import Array, Constant, Graph, Node, View, array, number
-from varscale.theory.graph.normal_form import broadcast
+from varscale.theory.graph.normal_form import broadcast, cut_inside
 
 
 class Atom(NamedTuple):
@@ -68,6 +70,47 @@ def without_entries(graph: Graph, eqn: Any, ins: list[Any]) -> list[Any] | None:
     if nothing or (gone and name in ("dot_general", "conv_general_dilated")):
         return [full(graph, 0.0, shape) for shape in shapes]
     return [ins[0]] if gone and name.startswith(("scatter", "dynamic_update_slice")) else None
+
+
+def split(node: Node, k: int, sizes: tuple[int, ...]) -> Node:
+    """`node` with axis k as row-major factors of these sizes (each ≥ 2)."""
+    graph = node.graph
+    axes = affordable((*node.axes[:k], *split_axis(node.axes[k], sizes).axes, *node.axes[k + 1 :]))
+    if (made := cut_inside(node, k, axes, lambda x, j: split(x, j, sizes))) is not None:
+        back = functools.partial(put_together, axes=made.axes, k=k, sizes=sizes, out=node.axes, pairs=True)
+        return graph.derive(node, made, back)
+    if isinstance(node, Merge) and node.params == (k, sizes):
+        return node.args[0].node
+    if isinstance(node, Array):
+        return array(graph, node.values.reshape([a.size for a in axes]), axes)
+    return graph.make(Split, axes, [node.whole], (k, sizes))
+
+
+def merge(node: Node, k: int, count: int) -> Node:
+    """`node` with axes k, ..., k + count − 1 as one."""
+    sizes = tuple(a.size for a in node.axes[k : k + count])
+    if count == 1:
+        return node
+    if isinstance(node, Split) and node.params == (k, sizes):
+        return node.args[0].node
+    axes = (*node.axes[:k], Axis(math.prod(sizes)), *node.axes[k + count :])
+    if isinstance(node, Array):
+        return array(node.graph, node.values.reshape([a.size for a in axes]), axes)
+    return node.graph.make(Merge, axes, [node.whole], (k, sizes))
+
+
+def permute(node: Node, order: Sequence[int]) -> Node:
+    """`node` with its axes in another order, for the few rules that need a given one."""
+    if tuple(order) == tuple(range(len(order))):
+        return node
+    axes = tuple(node.axes[k] for k in order)
+    if isinstance(node, Array):
+        return array(node.graph, node.values.transpose(order), axes)
+    if isinstance(node, Permute):
+        source, bind = node.args[0]
+        return permute(source, [bind.index(k) for k in order])
+    inverse = tuple(int(i) for i in np.argsort(order))
+    return node.graph.make(Permute, axes, [View(node, inverse)], tuple(order))
 
 
 def split_atom(x: Value, d: int, place: int, sizes: tuple[int, ...]) -> Value:
@@ -141,24 +184,15 @@ def reshape(x: Value, shape: Sequence[int]) -> Value:
     dims: list[tuple[int, int]] = []
     place = 0
     for n in shape:
-        start, need = place, n
-        while need > 1:
+        start = place
+        while n > 1:
             size = flat.dims[0][place].size
-            if need % size == 0:
-                need //= size
-            elif size % need == 0:
-                flat = split_atom(flat, 0, place, (need, size // need))
-                need = 1
-            elif (common := math.gcd(need, size)) > 1 and len(flat.dims[0]) < 12:
-                flat = split_atom(flat, 0, place, (common, size // common))
-                continue
-            elif len(flat.dims[0]) > 1:
+            common = math.gcd(n, size)
+            if common == 1:  # no factor of one is one of the other: all atoms become one
                 return reshape(merged(materialize(flat, [0]), 0), shape)
-            else:
-                raise ValueError(
-                    f"cannot reshape {x.shape} to {shape}: an axis of size {x.shape} does not factor so"
-                )
-            place += 1
+            if common < size:
+                flat = split_atom(flat, 0, place, (common, size // common))
+            n, place = n // common, place + 1
         dims.append((start, place))
     return Value(flat.node, tuple(flat.dims[0][a:b] for a, b in dims))
 

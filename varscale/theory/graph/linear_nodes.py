@@ -8,40 +8,43 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import itertools
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from varscale.theory.domain.axes import Axis, affordable, contract_axes, contract_axis
-from varscale.theory.domain.axis_maps import AxisMap, entry_map, factor_classes, merge_types, split_axis
-from varscale.theory.domain.tables import Table, full_types, lift, put_together
+from varscale.theory.domain.axes import Axis, contract_axes
+from varscale.theory.domain.axis_maps import AxisMap, entry_map, split_axis
+from varscale.theory.domain.tables import Table, full_types, put_together, taken_apart
 from varscale.theory.graph.convolutions import Conv
-from varscale.theory.graph.nodes import (
-    UNKNOWN,
-    Array,
-    Constant,
-    Leaf,
-    Node,
-    View,
-    array,
-    cut_inside,
-    pullback,
-    rebuild,
-    second_moments,
-)
+from varscale.theory.graph.nodes import UNKNOWN, Constant, Leaf, Node, View, pullback, second_moments
 from varscale.theory.graph.store import BackwardNotes, Fact
 
 
 class Rearranged(Node):
-    """The entries of one array, each once, at other places."""
+    """The entries of one array, each once, at other places.
+
+    Attributes:
+        strangers: share of them that are of another class than what their place is taken for.
+    """
 
     moves = True
 
+    @property
+    def strangers(self) -> float:
+        return 0.0
+
     def before(self, k: int) -> tuple[int, ...]:
         """The axes of its argument that axis k is, is made of, or is a factor of."""
+        raise NotImplementedError
+
+    def carried(self, array: np.ndarray, *, pairs: bool) -> np.ndarray:
+        """A class (with `pairs` a type) array of the argument, read over its own axes."""
+        raise NotImplementedError
+
+    def back(self, second: np.ndarray) -> np.ndarray:
+        """A type array over its own axes, read over the argument's."""
         raise NotImplementedError
 
 
@@ -55,73 +58,34 @@ def unmoved(node: Node) -> Node:
 class Split(Rearranged):
     """One axis as row-major factors; `params` is (axis, sizes). Classes of the whole are theirs, if not too many."""
 
+    @property
+    def strangers(self) -> float:
+        k, sizes = self.params
+        return split_axis(self.args[0].node.axes[k], sizes).strangers
+
     def before(self, k: int) -> tuple[int, ...]:
         first, sizes = self.params
         return (k if k < first else max(first, k - len(sizes) + 1),)
 
-    def finest(self) -> tuple[tuple[Axis, ...], np.ndarray]:
-        """Its axes with all classes of the whole, and the type of the whole for each combination of the factors' types."""
-        k, sizes = self.params
-        whole = self.args[0].node.axes
-        factors, types = split_axis(whole[k], sizes)
-        return (*whole[:k], *factors, *whole[k + 1 :]), types
+    def carried(self, array: np.ndarray, *, pairs: bool) -> np.ndarray:
+        return taken_apart(array, self.args[0].node.axes, *self.params, self.axes, pairs=pairs)
 
-    def reindex(self, second: np.ndarray) -> np.ndarray:
-        """A type array of the whole, read over the factors."""
-        axes, types = self.finest()
-        second = np.take(second, types, axis=self.params[0])
-        return lift(second, axes, range(len(axes)), self.axes, pairs=True)
-
-
-@second_moments.register(Split)
-def second_moments_of_split(node: Split) -> Table:
-    k, sizes = node.params
-    table, (axes, _) = node.args[0].node.table, node.finest()
-    factors = axes[k : k + len(sizes)]
-    classes = factor_classes(table.axes[k], factors)
-    read = classes[np.ix_(*[f.label_array for f in factors])].ravel()
-    strangers = float(np.mean(read != table.axes[k].label_array))
-    if strangers > 0:  # positions of other classes, which factors with few classes cannot tell apart
-        doubt = strangers * float(np.ptp(table.diagonal)) / max(table.mean_square, 1e-300)
-        node.graph.flag("assumed", min(doubt, UNKNOWN))
-    mean = lift(np.take(table.mean, classes, axis=k), axes, range(len(axes)), node.axes, pairs=False)
-    return Table(node.axes, mean, node.reindex(table.second))
-
-
-@pullback.register(Split)
-def pullback_of_split(node: Split, cotangent: np.ndarray, notes: BackwardNotes) -> list[np.ndarray | None]:
-    return [put_together(cotangent, node.axes, node.args[0].node.axes, *node.params)]
+    def back(self, second: np.ndarray) -> np.ndarray:
+        return put_together(second, self.axes, *self.params, self.args[0].node.axes, pairs=True)
 
 
 class Merge(Rearranged):
-    """Adjacent axes as one, row-major; `params` is (first axis, how many)."""
+    """Adjacent axes as one, row-major; `params` is (first axis, sizes)."""
 
     def before(self, k: int) -> tuple[int, ...]:
-        first, count = self.params
-        return tuple(range(first, first + count)) if k == first else (k if k < first else k + count - 1,)
+        first, more = self.params[0], len(self.params[1]) - 1
+        return tuple(range(first, first + more + 1)) if k == first else (k if k < first else k + more,)
 
-    def reindex(self, second: np.ndarray) -> np.ndarray:
-        """A type array of the factors, averaged over the pairs of each type of the whole."""
-        k, count = self.params
-        return merge_types(second, k, self.args[0].node.axes[k : k + count], self.axes[k])
+    def carried(self, array: np.ndarray, *, pairs: bool) -> np.ndarray:
+        return put_together(array, self.args[0].node.axes, *self.params, self.axes, pairs=pairs)
 
-
-@second_moments.register(Merge)
-def second_moments_of_merge(node: Merge) -> Table:
-    k, count = node.params
-    table = node.args[0].node.table
-    mean = table.mean
-    for axis in table.axes[k : k + count]:
-        mean = contract_axis(mean, k, axis.counts / axis.size)
-    return Table(node.axes, np.expand_dims(mean, k), node.reindex(table.second))
-
-
-@pullback.register(Merge)
-def pullback_of_merge(node: Merge, cotangent: np.ndarray, notes: BackwardNotes) -> list[np.ndarray | None]:
-    (k, count), inner = node.params, node.args[0].node.axes
-    factors, types = split_axis(node.axes[k], tuple(f.size for f in inner[k : k + count]))
-    axes = (*inner[:k], *factors, *inner[k + count :])
-    return [lift(np.take(cotangent, types, axis=k), axes, range(len(axes)), inner, pairs=True)]
+    def back(self, second: np.ndarray) -> np.ndarray:
+        return taken_apart(second, self.axes, *self.params, self.args[0].node.axes, pairs=True)
 
 
 class Permute(Rearranged):
@@ -130,55 +94,32 @@ class Permute(Rearranged):
     def before(self, k: int) -> tuple[int, ...]:
         return (self.params[k],)
 
+    def carried(self, array: np.ndarray, *, pairs: bool) -> np.ndarray:
+        return array.transpose(self.params)
 
+    def back(self, second: np.ndarray) -> np.ndarray:
+        return second.transpose(np.argsort(self.params))
+
+
+@second_moments.register(Split)
+@second_moments.register(Merge)
 @second_moments.register(Permute)
-def second_moments_of_permute(node: Permute) -> Table:
+def second_moments_of_rearranged(node: Rearranged) -> Table:
     table = node.args[0].node.table
-    return Table(node.axes, table.mean.transpose(node.params), table.second.transpose(node.params))
+    if node.strangers > 0:  # which factors with few classes cannot tell apart
+        doubt = node.strangers * float(np.ptp(table.diagonal)) / max(table.mean_square, 1e-300)
+        node.graph.flag("assumed", min(doubt, UNKNOWN))
+    mean = node.carried(table.mean, pairs=False)
+    return Table(node.axes, mean, node.carried(table.second, pairs=True))
 
 
+@pullback.register(Split)
+@pullback.register(Merge)
 @pullback.register(Permute)
-def pullback_of_permute(
-    node: Permute, cotangent: np.ndarray, notes: BackwardNotes
+def pullback_of_rearranged(
+    node: Rearranged, cotangent: np.ndarray, notes: BackwardNotes
 ) -> list[np.ndarray | None]:
-    return [cotangent.transpose(np.argsort(node.params))]
-
-
-def split(node: Node, k: int, sizes: tuple[int, ...]) -> Node:
-    """`node` with axis k as row-major factors of these sizes (each ≥ 2)."""
-    graph, more = node.graph, len(sizes) - 1
-    axes = affordable((*node.axes[:k], *split_axis(node.axes[k], sizes)[0], *node.axes[k + 1 :]))
-    if node.entrywise:
-        views = []
-        for child, bind in node.args:
-            places = (range(b, b + more + 1) if b == k else [b + more * (b > k)] for b in bind)
-            child = split(child, bind.index(k), sizes) if k in bind else child
-            views.append(View(child, tuple(itertools.chain(*places))))
-        made = rebuild(node, axes, views)
-    else:
-        made = cut_inside(node, k, lambda x, j: split(x, j, sizes))
-    if made is not None:
-        return graph.derive(node, made, lambda g: put_together(g, made.axes, node.axes, k, sizes))
-    if isinstance(node, Merge) and node.params[0] == k:
-        source = node.args[0].node
-        if tuple(a.size for a in source.axes[k : k + node.params[1]]) == sizes:
-            return source
-    if isinstance(node, Array):
-        return array(graph, node.values.reshape([a.size for a in axes]), axes)
-    return graph.make(Split, axes, [node.whole], (k, sizes))
-
-
-def merge(node: Node, k: int, count: int) -> Node:
-    """`node` with axes k, ..., k + count − 1 as one."""
-    sizes = tuple(a.size for a in node.axes[k : k + count])
-    if count == 1:
-        return node
-    if isinstance(node, Split) and node.params == (k, sizes):
-        return node.args[0].node
-    axes = (*node.axes[:k], Axis(math.prod(sizes)), *node.axes[k + count :])
-    if isinstance(node, Array):
-        return array(node.graph, node.values.reshape([a.size for a in axes]), axes)
-    return node.graph.make(Merge, axes, [node.whole], (k, count))
+    return [node.back(cotangent)]
 
 
 def constant_along(node: Node, k: int) -> bool:
@@ -186,20 +127,6 @@ def constant_along(node: Node, k: int) -> bool:
     return node.entrywise and all(
         k not in v.bind or constant_along(v.node, v.bind.index(k)) for v in node.args
     )
-
-
-def permute(node: Node, order: Sequence[int]) -> Node:
-    """`node` with its axes in another order, for the few rules that need a given one."""
-    if tuple(order) == tuple(range(len(order))):
-        return node
-    axes = tuple(node.axes[k] for k in order)
-    if isinstance(node, Array):
-        return array(node.graph, node.values.transpose(order), axes)
-    if isinstance(node, Permute):
-        source, bind = node.args[0]
-        return permute(source, [bind.index(k) for k in order])
-    inverse = tuple(int(i) for i in np.argsort(order))
-    return node.graph.make(Permute, axes, [View(node, inverse)], tuple(order))
 
 
 class Contract(Node):
@@ -327,7 +254,7 @@ def mapped(node: Node, k: int, axis_map: AxisMap) -> AxisMapped:
         k: which of its axes the map is of, `axis_map.inner`.
         axis_map: A; its `out` is the axis of y, of size 2 or more.
     """
-    entries = [np.ascontiguousarray(x) for x in (axis_map.rows, axis_map.columns, axis_map.weights)]
+    entries = (axis_map.matrix.indptr, axis_map.matrix.indices, axis_map.matrix.data)
     digest = hashlib.sha1(b"".join(x.tobytes() for x in entries)).hexdigest()
     key = (digest, axis_map.out, axis_map.inner)
     _MAPS.put(node.graph, key, axis_map)

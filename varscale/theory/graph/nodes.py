@@ -174,18 +174,6 @@ def known_samples(node: Node) -> np.ndarray | None:
 
 
 @functools.singledispatch
-def rebuild(node: Node, axes: tuple[Axis, ...], args: Sequence[View]) -> Node:
-    """An `entrywise` node over other axes and arguments, of which each entry is made as it is here."""
-    raise NotImplementedError(type(node).__name__)
-
-
-@functools.singledispatch
-def cut_inside(node: Node, k: int, cut: Callable[[Node, int], Node]) -> Node | None:
-    """The node of which its argument takes a cut of axis k in its place; None where its kind does not let cuts through."""
-    return None
-
-
-@functools.singledispatch
 def part_of(node: Node, k: int, start: int, stop: int) -> Node | None:
     """Positions start, ..., stop − 1 of axis k without a slice of the whole; None where there is no simpler way."""
     return None

@@ -14,24 +14,9 @@ import numpy as np
 from varscale.theory.domain.axes import Axis
 from varscale.theory.graph.expressions import IDENTITIES, Apply, Mean, Sum, alike, factors, roots_of
 from varscale.theory.graph.linear_nodes import Split
-from varscale.theory.graph.nodes import Array, Constant, Graph, Node, View, array, cut_inside, number, rebuild
+from varscale.theory.graph.nodes import Array, Constant, Graph, Node, View, array, number
 from varscale.theory.graph.store import once_per_node
 from varscale.theory.integrals.primitives import function
-
-
-@rebuild.register(Apply)
-def rebuild_of_apply(node: Apply, axes: tuple[Axis, ...], args: Sequence[View]) -> Node:
-    name, extra = node.params
-    if name == "mul" and any(
-        isinstance(v.node, Constant) for v in args
-    ):  # one layer's number, of those of all layers
-        return apply(node.graph, name, extra, axes, args)
-    return node.graph.make(Apply, axes, args, node.params)
-
-
-@rebuild.register(Sum)
-def rebuild_of_sum(node: Sum, axes: tuple[Axis, ...], args: Sequence[View]) -> Node:
-    return total(node.graph, node.params, axes, args)
 
 
 @once_per_node
@@ -199,13 +184,32 @@ def _is_variance(node: Sum) -> bool:
     return found == mean and alike(c, scale) and alike(d, shift)
 
 
-@cut_inside.register(Mean)
-def cut_inside_of_mean(node: Mean, k: int, cut: Callable[[Node, int], Node]) -> Node:
-    """The mean of what was cut: a part of a normalised row is still known to be normalised by the row's own mean."""
-    inner = node.args[0].node
-    at = [j for j in range(len(inner.axes)) if j not in node.params][k]
-    part = cut(inner, at)
-    return mean_node(part, [j if j < at else j + len(part.axes) - len(inner.axes) for j in node.params])
+def cut_inside(node: Node, k: int, axes: tuple[Axis, ...], cut: Callable[[Node, int], Node]) -> Node | None:
+    """The node over `axes` whose arguments take a cut of its axis k (into several, or of one position) in its place.
+
+    Each entry of an elementwise node is made as it was. A part of a row less its mean is still known to be less the row's own
+    mean. None where the kind of node lets no cuts through.
+    """
+    if isinstance(node, Mean):
+        inner = node.args[0].node
+        at = [j for j in range(len(inner.axes)) if j not in node.params][k]
+        part = cut(inner, at)
+        return mean_node(part, [j if j < at else j + len(part.axes) - len(inner.axes) for j in node.params])
+    if not isinstance(node, Apply | Sum):
+        return None
+    more, views = len(axes) - len(node.axes), []
+    for child, bind in node.args:
+        places = (range(b, b + more + 1) if b == k else [b + more * (b > k)] for b in bind)
+        part = cut(child, bind.index(k)) if k in bind else child
+        views.append(View(part, () if isinstance(part, Constant) else tuple(itertools.chain(*places))))
+    if isinstance(node, Sum):
+        return total(node.graph, node.params, axes, views)
+    name, extra = node.params
+    if name == "mul" and any(
+        isinstance(v.node, Constant) for v in views
+    ):  # one layer's number of all layers'
+        return apply(node.graph, name, extra, axes, views)
+    return node.graph.make(Apply, axes, views, node.params)
 
 
 def mean_pullback(cotangent: np.ndarray, reduced: Sequence[int], axes: Sequence[Axis]) -> np.ndarray:

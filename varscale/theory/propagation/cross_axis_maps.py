@@ -20,14 +20,14 @@ from varscale.theory.domain.axis_maps import (
     class_counts,
     entry_map,
     identity_map,
-    merge_types,
     pair_counts,
     split_axis,
 )
-from varscale.theory.domain.tables import Table, full_along, lift
+from varscale.theory.domain.tables import Table, full_along, lift, put_together
 from varscale.theory.graph.convolutions import ONE
 from varscale.theory.graph.expressions import Mean
-from varscale.theory.graph.linear_nodes import AxisMapped, Concat, Merge, Split, Take, split
+from varscale.theory.graph.layout import split
+from varscale.theory.graph.linear_nodes import AxisMapped, Concat, Merge, Split, Take
 from varscale.theory.graph.nodes import Constant, Node, View, cross_by_kind, pullback, second_moments
 from varscale.theory.graph.normal_form import mean_node
 from varscale.theory.graph.store import BackwardNotes
@@ -243,16 +243,15 @@ def _put_together(x: View, y: View, frame: Sequence[Axis]) -> np.ndarray:
     (axis, *others) = [view.node.axes[view.bind.index(last)] for view in views if last in view.bind]
     axis = join(axis, *others) if others else axis
     wide = (*(frame[p] for p in place), axis)
-    factors, types = split_axis(axis, tuple(frame[p].size for p in gone))
-    table = np.take(np.broadcast_to(cross(*views, wide), [a.types for a in wide]), types, axis=last)
-    return lift(table, (*wide[:-1], *factors), (*place, *gone), frame, pairs=True)
+    factors = split_axis(axis, tuple(frame[p].size for p in gone))
+    table = np.take(np.broadcast_to(cross(*views, wide), [a.types for a in wide]), factors.types, axis=last)
+    return lift(table, (*wide[:-1], *factors.axes), (*place, *gone), frame, pairs=True)
 
 
 def _taken_apart(x: View, y: View, frame: Sequence[Axis]) -> np.ndarray:
     """An axis that was put together, read as its factors, into which y's is split."""
-    k, count = x.node.params
-    source, at, more = x.node.args[0].node, x.bind[k], count - 1
-    sizes = tuple(axis.size for axis in source.axes[k : k + count])
+    (k, sizes), source, count = x.node.params, x.node.args[0].node, len(x.node.params[1])
+    at, more = x.bind[k], count - 1
 
     def widened(bind: Sequence[int], cut: int | None) -> tuple[int, ...]:
         """Places in the wider frame; the axis `cut`, if any, becomes the factors."""
@@ -266,14 +265,13 @@ def _taken_apart(x: View, y: View, frame: Sequence[Axis]) -> np.ndarray:
         View(source, widened(x.bind, k)),
         View(y.node if cut is None else split(y.node, cut, sizes), widened(y.bind, cut)),
     )
-    factors = list(split_axis(frame[at], sizes)[0])
+    factors = list(split_axis(frame[at], sizes).axes)
     for node, bind in views:
         for axis, p in zip(node.axes, bind, strict=True):
             if at <= p < at + count:
                 factors[p - at] = join(factors[p - at], axis)
     wide = (*frame[:at], *factors, *frame[at + 1 :])
-    table = np.array(np.broadcast_to(cross(*views, wide), [a.types for a in wide]))
-    return merge_types(table, at, factors, frame[at])
+    return put_together(cross(*views, wide), wide, at, sizes, frame, pairs=True)
 
 
 @second_moments.register(AxisMapped)
@@ -301,5 +299,5 @@ def cross_by_kind_of_axis_mapped(
         return None
     axis = frame[place]
     found = cross(View(node.args[0].node, a.bind), b, frame)
-    counts = pair_counts(entry_map(own.rows, own.columns, axis, axis, own.weights), identity_map(axis))
+    counts = pair_counts(AxisMap(own.matrix, axis, axis), identity_map(axis))
     return apply_axis(full_along(found, place, axis), place, counts)

@@ -232,7 +232,7 @@ def lost_excess_of(node: Node) -> float:
 @lost_excess_of.register(Merge)
 def lost_excess_of_merge(node: Merge) -> float:
     source = node.args[0].node
-    k, count = node.params
+    k, count = node.params[0], len(node.params[1])
     table = source.table
     second = table.second[tuple(slice(None) if k <= d < k + count else 0 for d in range(len(source.axes)))]
     pairs = functools.reduce(

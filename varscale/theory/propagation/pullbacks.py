@@ -274,9 +274,8 @@ def _less_alike(node: Node, back: np.ndarray, axes: Sequence[int]) -> float:
 def copies(node: Node) -> float:
     """How many places near one another hold one and the same entry: of what is looked up, or merged with repeats of itself."""
     if isinstance(node, Merge):
-        k, count = node.params
-        source = node.args[0].node
-        return math.prod(source.axes[j].size for j in range(k, k + count) if constant_along(source, j))
+        source, (k, sizes) = node.args[0].node, node.params
+        return math.prod(n for j, n in enumerate(sizes, k) if constant_along(source, j))
     source = node.args[0].node
     if (
         not isinstance(node, Gather)

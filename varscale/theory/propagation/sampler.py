@@ -207,8 +207,7 @@ def sampled_from_moved(node: Node, drawing: Drawing, positions: Positions) -> np
         factors = mesh[k : k + len(more[0])]
         index = [*mesh[:k], np.ravel_multi_index(factors, more[0]), *mesh[k + len(factors) :]]
     elif isinstance(node, linear.Merge):
-        sizes = [axis.size for axis in source.axes[k : k + more[0]]]
-        index = [*mesh[:k], *np.unravel_index(mesh[k], sizes), *mesh[k + 1 :]]
+        index = [*mesh[:k], *np.unravel_index(mesh[k], more[0]), *mesh[k + 1 :]]
     elif len(source.axes) > len(node.axes):
         index = [*mesh[:k], np.full([1] * len(mesh), more[0]), *mesh[k:]]
     else:

@@ -15,20 +15,10 @@ from varscale.theory.domain.axis_maps import AxisMap, adjoint, entry_map, pair_c
 from varscale.theory.domain.tables import LEADING_ORDER, Table
 from varscale.theory.graph import layout
 from varscale.theory.graph.expressions import roots
-from varscale.theory.graph.layout import Atom, Value, materialize, merged
-from varscale.theory.graph.linear_nodes import Permute, Take, mapped, permute
-from varscale.theory.graph.nodes import (
-    Array,
-    Constant,
-    Leaf,
-    Node,
-    View,
-    array,
-    cut_inside,
-    part_of,
-    pullback,
-    rebuild,
-)
+from varscale.theory.graph.layout import Atom, Value, materialize, merged, permute
+from varscale.theory.graph.linear_nodes import Permute, Take, mapped
+from varscale.theory.graph.nodes import Array, Constant, Leaf, Node, View, array, part_of, pullback
+from varscale.theory.graph.normal_form import cut_inside
 from varscale.theory.graph.store import BackwardNotes, Fact
 from varscale.theory.rules.registry import ELEMENTWISE_OR_LAYOUT, Context, rule
 from varscale.theory.rules.sampled_regions import drawn_region, placeholder
@@ -133,13 +123,8 @@ def take_node(node: Node, k: int, start: int, stop: int | None, step: int = 1) -
     if isinstance(node, Array):
         numbers = node.values[(slice(None),) * k + (slice(*span),)]
         return array(graph, numbers.squeeze(k) if new is None else numbers, axes)
-    if node.entrywise:
-        cut = (take_view(view, k, *span) for view in node.args)
-        views = [View(child, tuple(b - (new is None and b > k) for b in bind)) for child, bind in cut]
-        inside = rebuild(node, axes, views)
-    else:
-        inside = _taken_inside(node, k, span)
-    if inside is not None:
+    inside = cut_inside(node, k, axes, lambda x, j: take_node(x, j, *span))
+    if inside is not None or (inside := _taken_inside(node, k, span)) is not None:
         return graph.derive(node, inside, lambda g: part_pullback(g, k, old, span))
     # Of a matrix rows may be read alone and together (positions): only stacked matrices are taken apart.
     if new is None and len(node.axes) > 2 and (part := slice_of_weights(node, k, start)) is not None:
@@ -183,24 +168,18 @@ def _only_sliced(node: Leaf, k: int) -> list[Node] | None:
 
 
 def _taken_inside(node: Node, k: int, span: tuple[int, int | None, int]) -> Node | None:
-    """The slice of what a node is made from, made into such a node again: of averages, of axes in another order, of slices."""
-    inside = cut_inside(node, k, lambda x, j: take_node(x, j, *span))
+    """The slice of what axes in another order, or a slice, are made from; None of other nodes."""
     source = node.args[0].node if node.args else node
-    if inside is None and isinstance(node, Permute):
+    if isinstance(node, Permute):
         at = node.params[k]
         part = take_node(source, at, *span)
         if len(part.axes) == len(source.axes):
             return permute(part, node.params)
         return permute(part, [j - (j > at) for j in node.params if j != at]) if part.axes else part
-    if (
-        inside is None
-        and isinstance(node, Take)
-        and node.params[0] == k
-        and len(node.axes) == len(source.axes)
-    ):
+    if isinstance(node, Take) and node.params[0] == k and len(node.axes) == len(source.axes):
         left = range(source.axes[k].size)[slice(*node.params[1:])][slice(*span)]
         return take_node(source, k, left.start, left.stop if left.stop >= 0 else None, left.step)
-    return inside
+    return None
 
 
 @rule("slice")

@@ -14,8 +14,8 @@ from varscale.theory.domain.axis_maps import entry_map, pair_counts, slice_map
 from varscale.theory.domain.tables import LEADING_ORDER, Table
 from varscale.theory.graph import layout
 from varscale.theory.graph.convolutions import ONE
-from varscale.theory.graph.layout import Atom, Value
-from varscale.theory.graph.linear_nodes import Concat, permute
+from varscale.theory.graph.layout import Atom, Value, permute
+from varscale.theory.graph.linear_nodes import Concat
 from varscale.theory.graph.nodes import (
     Array,
     Constant,

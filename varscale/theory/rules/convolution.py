@@ -21,8 +21,8 @@ from varscale.theory.graph.convolutions import (
     by_dim,
     dim_axes,
     output_axis,
-    tap_means,
     tap_pairs,
+    window_map,
 )
 from varscale.theory.graph.known_arrays import is_known_array
 from varscale.theory.graph.layout import Atom, Value
@@ -65,7 +65,7 @@ def second_moments_of_conv(node: Conv) -> Table:
         term = np.tensordot(by_dim(x.table.mean, xd), channels, axes=(1, 0))[:, None]
         term = np.repeat(term, o_axes[1].classes, axis=1)
         for k, window in enumerate(windows):
-            term = apply_axis(term, k + 2, tap_means(window, x_axes[k + 2], o_axes[k + 2]))
+            term = apply_axis(term, k + 2, window_map(window, x_axes[k + 2], o_axes[k + 2]).means())
         mean = by_axis(term * w.table.total_mean, od)
     return Table(node.axes, mean, _carried(node, x.table.second))
 

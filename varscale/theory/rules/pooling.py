@@ -11,7 +11,7 @@ import numpy as np
 from scipy import special
 
 from varscale.theory.domain.axes import Axis, apply_axis
-from varscale.theory.domain.axis_maps import adjoint
+from varscale.theory.domain.axis_maps import AxisMap, adjoint, identity_map, pair_counts
 from varscale.theory.domain.tables import LEADING_ORDER, Table, full_along, means_by_type
 from varscale.theory.graph.convolutions import (
     ONE,
@@ -20,11 +20,8 @@ from varscale.theory.graph.convolutions import (
     WindowSumParams,
     dim_axes,
     output_axis,
-    squeeze_types,
-    tap_means,
     tap_pairs,
-    tap_reads,
-    window_pairs,
+    window_map,
 )
 from varscale.theory.graph.layout import Atom, Value, separated
 from varscale.theory.graph.nodes import View, cross_by_kind, pullback, second_moments
@@ -45,8 +42,8 @@ from varscale.theory.rules.sampled_regions import placeholder
 @second_moments.register(WindowSum)
 def second_moments_of_window_sum(node: WindowSum) -> Table:
     table = node.args[0].node.table
-    mean = node.carried(table.mean, node.maps(tap_means))
-    out = Table(node.axes, mean, node.carried(table.second, node.maps(window_pairs)))
+    mean = node.carried(table.mean, node.maps(AxisMap.means))
+    out = Table(node.axes, mean, node.carried(table.second, node.maps(pair_counts)))
     taps = math.prod(w.taps for w in node.params.windows if w is not None)
     if doubt := near_places(node, out.mean_square, taps**2 * table.mean_square):
         node.graph.flag("quadrature", doubt)
@@ -76,7 +73,7 @@ def near_places(node: WindowSum, second: float, alike: float) -> float:
 def pullback_of_window_sum(
     node: WindowSum, cotangent: np.ndarray, notes: BackwardNotes
 ) -> list[np.ndarray | None]:
-    maps = node.maps(lambda window, a, o: adjoint(window_pairs(window, a, o), o, a))
+    maps = node.maps(lambda own: adjoint(pair_counts(own), own.out, own.inner))
     return [node.carried(cotangent, maps, back=True)]
 
 
@@ -97,7 +94,9 @@ def cross_by_kind_of_window_sum(
     out = cross(View(x, tuple(read[k][0] for k in range(len(x.axes)))), b, frame)
     for place, window in read.values():
         if window is not None:
-            out = apply_axis(full_along(out, place, frame[place]), place, tap_reads(window, frame[place]))
+            axis = frame[place]
+            counts = pair_counts(window_map(window, axis, axis), identity_map(axis))
+            out = apply_axis(full_along(out, place, axis), place, counts)
     unsure(x.graph, "quadrature", x.near)
     return out
 
@@ -190,7 +189,7 @@ def _law(node: WindowMax, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     maps: list[np.ndarray | None] = []
     reals: dict[int, np.ndarray] = {}  # by axis: how many places of a window there are, by its class
     for window, k, axis in zip(windows, xd, dim_axes(node, od), strict=True):
-        taps = None if window is None or k is None else tap_means(window, source.axes[k], axis)
+        taps = None if window is None or k is None else window_map(window, source.axes[k], axis).means()
         if taps is not None and k is not None:
             reals[k] = np.maximum(taps.sum(axis=1), 1.0)
             taps = taps / reals[k][:, None]
@@ -223,7 +222,9 @@ def pullback_of_window_max(
     assert spread is not None
     # Each window feeds one entry: of the pairs of taps those of one window and one entry remain, and of two
     # windows that share o of their n entries those of one, which is the largest of all 2n − o.
-    maps = node.maps(lambda window, a, o: adjoint(squeeze_types(tap_pairs(window, a, o)[0], o, a), o, a))
+    windows, xd, od = node.params
+    read = zip(windows, dim_axes(node.args[0].node, xd), dim_axes(node, od), strict=True)
+    maps = [None if w is None else adjoint(tap_pairs(w, a, o)[0], o, a) for w, a, o in read]
     diagonal = tuple(slice(0, a.classes) for a in node.args[0].node.axes)
     own = node.carried(cotangent, maps, back=True)
     windows = [w for w in node.params.windows if w is not None]
