@@ -115,11 +115,11 @@ def evaluated(eqn: Any, inputs: Sequence[Any]) -> list[Any]:
     """The outputs of one equation, given its inputs."""
     names = [v for v in eqn.invars if not is_literal(v)]
     values = dict(zip(names, (x for v, x in zip(eqn.invars, inputs, strict=True) if not is_literal(v)), strict=True))
-    bare = _one_equation(eqn, tuple(values))
+    bare = one_equation(eqn, tuple(values))
     return jax.extend.core.jaxpr_as_fun(bare)(*values.values())
 
 
-def _one_equation(eqn: Any, inputs: tuple[Any, ...]) -> Any:
+def one_equation(eqn: Any, inputs: tuple[Any, ...]) -> Any:
     jaxpr = _empty_jaxpr().replace(invars=list(inputs), outvars=list(eqn.outvars), eqns=[eqn], effects=eqn.effects)
     return jax.extend.core.ClosedJaxpr(jaxpr, ())
 

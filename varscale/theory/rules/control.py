@@ -66,7 +66,7 @@ def scan(interpreter: Context, eqn: Any, *xs: Any) -> list[Any]:
         if interpreter.regions.changed:  # the next walk draws it
             return [placeholder(interpreter, v.aval) for v in eqn.outvars]
         with contextlib.suppress(CannotDraw):
-            return drawn_alone(interpreter, eqn, xs, whole_numbers=False, time=len(carry))
+            return drawn_alone(interpreter, eqn, xs, time=len(carry))
     literals, jaxpr = _compat.sub_jaxpr(p["jaxpr"])[1], _of_outputs(jaxpr, kept)
     steps: list[list[Any]] = [[]] * p["length"]
     for step in reversed(range(p["length"])) if p["reverse"] else range(p["length"]):

@@ -17,7 +17,6 @@ import jax.numpy as jnp
 import numpy as np
 from scipy import special
 
-from varscale import _compat
 from varscale.theory.domain.axes import Axis
 from varscale.theory.graph.expressions import Apply
 from varscale.theory.graph.layout import Value, merged
@@ -25,20 +24,19 @@ from varscale.theory.graph.nodes import Array, Constant, Leaf, Node
 from varscale.theory.propagation.inherited_fluctuations import SCALE_STEP
 from varscale.theory.propagation.sampler import Drawing, evenly, in_order
 from varscale.theory.rules.region_sizes import (
-    BACK,
-    RUN,
     CannotShrink,
     Program,
     Sizes,
+    every_equation,
     numbers_held,
+    over_draws,
     run,
     work,
     written,
 )
-from varscale.theory.rules.registry import Opaque, parts, sub_jaxpr_of
+from varscale.theory.rules.registry import Opaque, parts
 
 _REPLICATES = 16
-_MOST_REPLICATES = 64
 _FEWEST_REPLICATES = 4
 _TAIL = 1e-4  # probability that the mean of draws is further off than is said
 _DRAWN_NUMBERS = 1 << 22  # numbers that the draws of one array of a region may hold
@@ -90,16 +88,9 @@ def operand(x: Any, aval: Any, *, nudge: bool) -> Operand:
     """
     if isinstance(x, Opaque):
         return Operand((), x.key, aval, False)
-    known = jnp.issubdtype(aval.dtype, jnp.inexact) or all(
-        isinstance(v.node, Constant | Array) for v in parts(x)
-    )
-    if not known and not all(_is_decided(v.node) for v in parts(x)):
+    if not (jnp.issubdtype(aval.dtype, jnp.inexact) or all(_is_decided(v.node) for v in parts(x))):
         raise CannotDraw("random whole numbers are read by it")
-    flat = []
-    for part in parts(x):
-        for d in range(len(part.dims)):
-            part = merged(part, d)
-        flat.append(part)
+    flat = [functools.reduce(merged, range(len(part.dims)), part) for part in parts(x)]
     weight = all(isinstance(p.node, Leaf) and p.node.odd and not p.node.is_input for p in flat)
     return Operand(tuple(flat), None, aval, weight and len(aval.shape) > 1, nudge)
 
@@ -117,12 +108,10 @@ _COMBINED = {"convert", "and", "or", "not", "min", "max"}
 
 
 def _is_decided(node: Node) -> bool:
-    """Whether it is comparisons of real numbers, or logic of such: as good as what is compared when it is drawn."""
-    if not isinstance(node, Apply):
-        return isinstance(node, Constant | Array)
-    return node.params[0] in _COMPARED or (
-        node.params[0] in _COMBINED and all(_is_decided(view.node) for view in node.args)
-    )
+    """Whether it is known, comparisons of real numbers, or logic of such: as good as what is compared when it is drawn."""
+    name = node.params[0] if isinstance(node, Apply) else None
+    combined = name in _COMBINED and all(_is_decided(view.node) for view in node.args)
+    return combined or name in _COMPARED or isinstance(node, Constant | Array)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -184,18 +173,17 @@ class RegionDraws:
         short = self.batch * work(self.jaxpr.jaxpr, self.sizes) < _SHORT
         return Program(self.jaxpr, self.sizes, written(self.jaxpr), weights, floating, short)
 
-    def _run(self, operands: Sequence[Any]) -> list[jax.Array]:
-        return RUN[self.program.short](self.program, operands)
+    def _in_batches(self, method: Any, count: int, *arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """A method of the program on `count` draws, so many at a time: what is compiled does not depend on how many."""
+        f = over_draws(method, short=self.program.short)
+        batches = [slice(start, min(start + self.batch, count)) for start in range(0, count, self.batch)]
+        found = [f(self.program, *([x[some] for x in own] for own in arrays)) for some in batches]
+        return [np.concatenate([np.asarray(x) for x in parts]) for parts in zip(*found, strict=True)]
 
     @functools.cached_property
     def raw(self) -> list[np.ndarray]:
-        """Outputs on draws of the operands, (replicates, ...), as they come out of the program.
-
-        They are run so many at a time: what is compiled does not depend on how many there are.
-        """
-        starts = range(0, self.replicates, self.batch)
-        batches = [self._run([x[start : start + self.batch] for x in self.drawn]) for start in starts]
-        return [np.concatenate([np.asarray(x) for x in parts]) for parts in zip(*batches, strict=True)]
+        """Outputs on draws of the operands, (replicates, ...), as they come out of the program."""
+        return self._in_batches(Program.run, self.replicates, self.drawn)
 
     @functools.cached_property
     def outputs(self) -> list[np.ndarray]:
@@ -215,32 +203,26 @@ class RegionDraws:
         scaled = [
             x[: self.batch] * np.sqrt(1 + SCALE_STEP).astype(x.dtype)
             if o.random and not o.weight and np.issubdtype(x.dtype, np.inexact)
-            else x[: self.batch]
+            else x
             for x, o in zip(self.drawn, self.operands, strict=True)
         ]
         moments = [
             (float(np.mean(_numbers(a) ** 2)), float(np.mean(b[: self.batch] ** 2)))
-            for a, b in zip(self._run(scaled), self.outputs, strict=True)
+            for a, b in zip(self._in_batches(Program.run, self.batch, scaled), self.outputs, strict=True)
         ]
         return [math.log(a / b) / math.log1p(SCALE_STEP) if a > 0 and b > 0 else 0.0 for a, b in moments]
 
     def back(self, which: int, seed: np.ndarray) -> list[np.ndarray | None]:
         """Cotangents of the operands, (replicates, ...), given those of one output; None where none are asked of."""
-        seed = seed.astype(np.float32).reshape(len(seed), *self.raw[which].shape[1:])
-        out: list[np.ndarray | None] = [None] * len(self.operands)
-        parts = []
-        for start in range(0, len(seed), self.batch):
-            some = slice(start, min(start + self.batch, len(seed)))
-            seeds = [
-                seed[some] if i == which else np.zeros((some.stop - start, *x.shape[1:]), np.float32)
-                for i, x in enumerate(self.raw)
-                if np.issubdtype(x.dtype, np.inexact)
-            ]
-            parts.append(BACK[self.program.short](self.program, [x[some] for x in self.drawn], seeds))
-        for i, *found in zip(self.program.floating, *parts, strict=True):
-            x = np.concatenate([np.asarray(part) for part in found])
-            out[i] = x if np.iscomplexobj(x) else _numbers(x)
-        return out
+        seeds = [np.zeros((len(seed), *x.shape[1:]), np.float32) for x in self.raw]
+        seeds[which] = seed.astype(np.float32).reshape(seeds[which].shape)
+        real = [x for x, out in zip(seeds, self.raw, strict=True) if np.issubdtype(out.dtype, np.inexact)]
+        found = self._in_batches(Program.back, len(seed), self.drawn, real)
+        passed = {
+            i: x if np.iscomplexobj(x) else _numbers(x)
+            for i, x in zip(self.program.floating, found, strict=True)
+        }
+        return [passed.get(i) for i in range(len(self.operands))]
 
 
 def with_enough_draws(draws: RegionDraws, bound: float) -> RegionDraws:
@@ -295,47 +277,29 @@ def sizes_to_run(jaxpr: Any, operands: Sequence[Operand]) -> tuple[Sizes, int]:
     read = [x for x in operands if not x.nudge]
     units = {n for x in read if x.weight or (x.value and len(x.aval.shape) == 1) for n in x.aval.shape}
     samples = {n for x in read if x.value for n in x.aval.shape} - units
-    every, steps = all_sizes(jaxpr.jaxpr)
+    every = {n for eqn, _ in every_equation(jaxpr.jaxpr) for v in eqn.outvars for n in v.aval.shape}
     # Kernels of several gates laid side by side are as many times as wide as a layer.
     units |= {n for n in every - samples if any(n % m == 0 for m in units if m >= _FEWEST_UNITS)}
     nodes = [v.node for x in read for v in x.value]
     apart = {a.size for node in nodes for a in node.axes if isinstance(node, Array) or a.classes > 1}
-    kept = {n for n in units | samples if n < 2 * _SAMPLES} | steps | apart
+    kept = {n for n in units | samples if n < 2 * _SAMPLES} | apart
     few = {n: next(m for m in range(min(_SAMPLES, n), n + 1) if n % m == 0) for n in samples}
-    ratio = 1
+    ratio, weights = 1, [x.weight for x in operands]
     while True:
         fewer = {n: n // ratio for n in units if n % ratio == 0 and n // ratio >= _FEWEST_UNITS}
         sizes = Sizes({n: m for n, m in {**fewer, **few}.items() if n not in kept and m < n})
-        if trouble := _unfit(jaxpr, [x.weight for x in operands], sizes):
-            kept |= trouble
+        inputs = [jax.ShapeDtypeStruct(sizes.shape(x.shape), x.dtype) for x in jaxpr.in_avals]
+        try:
+            jax.eval_shape(
+                functools.partial(run, jaxpr.jaxpr, jaxpr.consts, weights=weights, sizes=sizes), inputs
+            )
+        except CannotShrink as trouble:
+            kept |= trouble.sizes
             continue
-        cost = 4 * work(jaxpr.jaxpr, sizes)
-        if cost * _REPLICATES <= _WORK:
-            return sizes, int(np.clip(_WORK / cost, _REPLICATES, _MOST_REPLICATES))
-        if any(n // (2 * ratio) >= _FEWEST_UNITS for n in units - kept):
+        fits = _WORK / (4 * work(jaxpr.jaxpr, sizes))
+        if fits < _REPLICATES and any(n // (2 * ratio) >= _FEWEST_UNITS for n in units - kept):
             ratio *= 2
-        elif cost * _FEWEST_REPLICATES <= _MOST_WORK:
-            return sizes, int(np.clip(_WORK / cost, _FEWEST_REPLICATES, _REPLICATES))
-        else:
+        elif fits * _MOST_WORK < _WORK * _FEWEST_REPLICATES:
             raise CannotDraw("it is too large at its smallest")
-
-
-def all_sizes(jaxpr: Any) -> tuple[set[int], set[int]]:
-    """The sizes of all axes in a jaxpr, and how many steps its loops have."""
-    sizes = {n for eqn in jaxpr.eqns for v in eqn.outvars for n in getattr(v.aval, "shape", ())}
-    steps = {eqn.params["length"] for eqn in jaxpr.eqns if eqn.primitive.name == "scan"}
-    for inner in filter(None, map(sub_jaxpr_of, jaxpr.eqns)):
-        more, loops = all_sizes(_compat.sub_jaxpr(inner)[0])
-        sizes, steps = sizes | more, steps | loops
-    return sizes, steps
-
-
-def _unfit(jaxpr: Any, weights: Sequence[bool], sizes: Sizes) -> set[int]:
-    """Sizes that have to stay for outputs to have the sizes that they should; none where they do."""
-    args = [jax.ShapeDtypeStruct(sizes.shape(v.aval.shape), v.aval.dtype) for v in jaxpr.jaxpr.invars]
-    try:
-        outs = jax.eval_shape(lambda *xs: run(jaxpr.jaxpr, jaxpr.consts, list(xs), weights, sizes), *args)
-    except (CannotShrink, TypeError) as trouble:
-        return set(getattr(trouble, "sizes", sizes.smaller)) & set(sizes.smaller)
-    fit = [out.shape for out in outs] == [sizes.shape(aval.shape) for aval in jaxpr.out_avals]
-    return set() if fit else set(sizes.smaller)
+        else:
+            return sizes, int(np.clip(fits, _FEWEST_REPLICATES, _REPLICATES))

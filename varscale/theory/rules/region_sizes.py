@@ -9,9 +9,10 @@ there are. Of any other sum it is not known whether its terms add up or cancel, 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -25,14 +26,23 @@ from varscale.theory.rules.registry import CALLS, ELEMENTWISE_OR_LAYOUT, sub_jax
 
 _ROUNDED = 2.0**-8  # how far a count may be off in bfloat16, and the n − 1 of a variance
 _PRODUCTS = {"dot_general", "conv_general_dilated"}
-_ALONG_AN_AXIS = {"concatenate", "pad", "reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or"}
-_ALONG_AN_AXIS |= {"argmax", "argmin", "sort", "top_k", "rev", "fft"}
-_ALONG_AN_AXIS |= {"cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp"}
+_ALONG_AN_AXIS = {
+    "iota",
+    "reduce_max",
+    "reduce_min",
+    "reduce_prod",
+    "reduce_and",
+    "reduce_or",
+    "argmax",
+    "argmin",
+}
+_ALONG_AN_AXIS |= {"sort", "top_k", "rev", "cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp"}
+_OTHERS = {"concatenate", "pad", "slice", "fft", "reduce_sum"}  # that can be run at smaller sizes
 _REARRANGES = {"transpose", "reshape", "squeeze", "slice", "split", "convert_element_type"}
 _REARRANGES |= {"copy", "stop_gradient", "neg", "name"}
 
 
-class CannotShrink(ValueError):
+class CannotShrink(Exception):
     """A primitive that depends on how many positions there are; `sizes` are those it has to keep."""
 
     def __init__(self, sizes: Sequence[int]):
@@ -53,13 +63,9 @@ class Sizes:
         """How many positions each one that is left stands for."""
         return math.prod(n / self.smaller.get(n, n) for n in sizes)
 
-    def changed(self, sizes: Iterable[int]) -> list[int]:
-        """Those that shrink."""
-        return [n for n in sizes if self.smaller.get(n, n) != n]
-
     def keep(self, sizes: Iterable[int]) -> None:
         """Raise CannotShrink where one of them shrinks."""
-        if changed := self.changed(sizes):
+        if changed := [n for n in sizes if n in self.smaller]:
             raise CannotShrink(changed)
 
 
@@ -83,8 +89,8 @@ class Program:
     floating: tuple[int, ...]
     short: bool = dataclasses.field(compare=False)
 
-    def run(self, *operands: Any) -> list[jax.Array]:
-        """One run: every output at the smaller sizes, the parts of complex ones in succession; of keys nothing is told."""
+    def run(self, operands: Sequence[Any]) -> list[jax.Array]:
+        """Every output of one run at the smaller sizes, the parts of complex ones in succession; of keys nothing is told."""
         out = list[jax.Array]()
         for x in run(self.jaxpr.jaxpr, self.jaxpr.consts, operands, self.weights, self.sizes):
             is_key = jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
@@ -95,32 +101,22 @@ class Program:
         """Cotangents of the floating operands, given those of all outputs that are real numbers."""
 
         def f(*xs: jax.Array) -> list[jax.Array]:
-            whole = list(operands)
-            for i, x in zip(self.floating, xs, strict=True):
-                whole[i] = x
-            return [x for x in self.run(*whole) if jnp.issubdtype(x.dtype, jnp.inexact)]
+            given = {**dict(enumerate(operands)), **dict(zip(self.floating, xs, strict=True))}
+            return [x for x in self.run(list(given.values())) if jnp.issubdtype(x.dtype, jnp.inexact)]
 
         out, pull = jax.vjp(f, *[operands[i] for i in self.floating])
         return pull([seed.astype(x.dtype) for seed, x in zip(seeds, out, strict=True)])
 
 
-def _run_all(program: Program, operands: list[Any]) -> list[jax.Array]:
-    return jax.vmap(lambda xs: program.run(*xs))(operands)
-
-
-def _back_all(program: Program, operands: list[Any], seeds: list[Any]) -> Any:
-    return jax.vmap(program.back)(operands, seeds)
-
-
-def _compiled(f: Any) -> tuple[Any, Any]:
-    """As it is for programs that run for long; for others with LLVM's optimizations off, which take longer than they save."""
-    quickly = {"xla_backend_optimization_level": 0}
-    return jax.jit(f, static_argnums=0), jax.jit(f, static_argnums=0, compiler_options=quickly)
-
-
-# By whether the program is short: its outputs on some draws of its operands, and the cotangents of its
-# floating operands, draw by draw, given those of its real outputs.
-RUN, BACK = _compiled(_run_all), _compiled(_back_all)
+@functools.cache
+def over_draws(method: Callable[..., Any], *, short: bool) -> Callable[..., Any]:
+    """A method of programs over draws of all that it takes; LLVM's optimizations take longer than they save a short one."""
+    options = {"xla_backend_optimization_level": 0} if short else None
+    return jax.jit(
+        lambda program, *draws: jax.vmap(functools.partial(method, program))(*draws),
+        static_argnums=0,
+        compiler_options=options,
+    )
 
 
 def written(jaxpr: Any) -> str:
@@ -155,10 +151,20 @@ def run(
             sizes.keep(eqn.invars[0].aval.shape[k] for k in eqn.params["axes"])
         ins = [v.val if _compat.is_literal(v) else env[v] for v in eqn.invars]
         own = [not _compat.is_literal(v) and v in known for v in eqn.invars]
-        env.update(zip(eqn.outvars, _equation(eqn, ins, own, sizes), strict=True))
+        try:
+            out = _equation(eqn, ins, own, sizes)
+        except (TypeError, ValueError):  # shapes that do not fit
+            out = []
+        if [jnp.shape(x) for x in out] != [sizes.shape(v.aval.shape) for v in eqn.outvars]:
+            raise CannotShrink(_changed(eqn, sizes))
+        env.update(zip(eqn.outvars, out, strict=True))
         if any(own) and _keeps_law(eqn, own):
             known.update(eqn.outvars)
     return [v.val if _compat.is_literal(v) else env[v] for v in jaxpr.outvars]
+
+
+def _changed(eqn: Any, sizes: Sizes) -> list[int]:
+    return [n for v in (*eqn.invars, *eqn.outvars) for n in v.aval.shape if n in sizes.smaller]
 
 
 def _is_averaged(eqn: Any, jaxpr: Any) -> bool:
@@ -185,38 +191,27 @@ def _keeps_law(eqn: Any, weights: Sequence[bool]) -> bool:
 
 
 def _equation(eqn: Any, ins: list[Any], weights: list[bool], sizes: Sizes) -> list[Any]:
+    """Its outputs, of the sizes that the primitive gives them."""
     name, p, inner = eqn.primitive.name, eqn.params, sub_jaxpr_of(eqn)
-    changed = sizes.changed(n for v in (*eqn.invars, *eqn.outvars) for n in v.aval.shape)
     if inner is not None and name in CALLS:
         return run(*_compat.sub_jaxpr(inner), ins, weights, sizes)
     if name == "scan":
         return _looped(eqn, ins, weights, sizes)
-    if not changed:
-        return _bound(eqn, ins, {}) if inner is None else list(_compat.evaluated(eqn, ins))
-    if name in _PRODUCTS:
-        return [_contracted(eqn, ins, weights, sizes)]
-    if name == "reduce_sum":
-        ratio = sizes.ratio([eqn.invars[0].aval.shape[k] for k in p["axes"]])
-        return [_bound(eqn, ins, {})[0] * jnp.asarray(ratio, ins[0].dtype)]
-    if inner is not None or name not in ELEMENTWISE_OR_LAYOUT | _ALONG_AN_AXIS | {"slice"}:
-        raise CannotShrink(changed)
+    if not _changed(eqn, sizes):
+        return list(_compat.evaluated(eqn, ins))
+    if inner is not None or name not in ELEMENTWISE_OR_LAYOUT | _ALONG_AN_AXIS | _OTHERS | _PRODUCTS:
+        return []
     sizes.keep(_where_positions_matter(eqn, sizes))
     params = {k: sizes.shape(p[k]) for k in ("shape", "new_sizes", "sizes") if k in p}
     if name == "slice":
         shapes = eqn.invars[0].aval.shape, ins[0].shape
         for k in ("start_indices", "limit_indices"):
             params[k] = tuple(i * m // n for i, n, m in zip(p[k], *shapes, strict=True))
-    try:
-        out = _bound(eqn, ins, params)
-    except (TypeError, ValueError):
-        out = []
-    if [x.shape for x in out] != [sizes.shape(v.aval.shape) for v in eqn.outvars]:
-        raise CannotShrink(changed)
-    return out
-
-
-def _bound(eqn: Any, ins: Sequence[Any], params: Mapping[str, Any]) -> list[Any]:
-    out = eqn.primitive.bind(*ins, **{**eqn.params, **params})
+    out = eqn.primitive.bind(*ins, **{**p, **params})
+    if name in _PRODUCTS:
+        return [_of_all_terms(eqn, out, weights, sizes)]
+    if name == "reduce_sum":
+        return [out * jnp.asarray(sizes.ratio([eqn.invars[0].aval.shape[k] for k in p["axes"]]), out.dtype)]
     return list(out) if eqn.primitive.multiple_results else [out]
 
 
@@ -227,33 +222,28 @@ def _where_positions_matter(eqn: Any, sizes: Sizes) -> list[int]:
     if name == "pad":
         return [n for n, padding in zip(shape, p["padding_config"], strict=True) if any(padding)]
     if name == "slice":
-        cuts = zip(
-            shape, p["start_indices"], p["limit_indices"], p["strides"] or [1] * len(shape), strict=True
-        )
-        return [n for n, *ends, step in cuts if step > 1 or any(end % sizes.ratio([n]) for end in ends)]
+        cuts = zip(shape, p["start_indices"], p["limit_indices"], strict=True)
+        return [n for n, *ends in cuts if any(end % sizes.ratio([n]) for end in ends)]
     if name == "fft":
         return list(shape[len(shape) - len(p["fft_lengths"]) :])
-    if name not in _ALONG_AN_AXIS - {"concatenate"} | {"iota"}:
+    if name == "conv_general_dilated":
+        spec, kernel = p["dimension_numbers"], eqn.invars[1].aval.shape
+        apart = [*(shape[k] for k in spec.lhs_spec[2:]), *(kernel[k] for k in spec.rhs_spec[2:])]
+        single = p["feature_group_count"] * p["batch_group_count"] == 1
+        return apart if single else [*apart, *kernel, shape[spec.lhs_spec[1]]]
+    if name not in _ALONG_AN_AXIS:
         return []
     axes = p.get("axes", p.get("dimensions", [p.get("axis", p.get("dimension", len(shape) - 1))]))
     return [shape[k] for k in axes]
 
 
-def _contracted(eqn: Any, ins: list[Any], weights: list[bool], sizes: Sizes) -> jax.Array:
-    """A product; where one operand is weights, each term, and each one that flows back, stands for so many.
-
-    A convolution is one of fewer channels and samples, on every position of the image.
-    """
-    p, shapes = eqn.params, [v.aval.shape for v in eqn.invars]
-    if eqn.primitive.name == "dot_general":
-        summed, others = p["dimension_numbers"]
-    else:
-        spec = p["dimension_numbers"]
-        summed, others = (spec.lhs_spec[1:2], spec.rhs_spec[1:2]), (spec.lhs_spec[2:], spec.rhs_spec[2:])
-        sizes.keep(shape[k] for shape, window in zip(shapes, others, strict=True) for k in window)
-        if p["feature_group_count"] * p["batch_group_count"] > 1:
-            sizes.keep([*shapes[1], shapes[0][spec.lhs_spec[1]]])
-    terms, (out,) = [shapes[0][k] for k in summed[0]], _bound(eqn, ins, {})
+def _of_all_terms(eqn: Any, out: jax.Array, weights: list[bool], sizes: Sizes) -> jax.Array:
+    """A product; where one operand is weights, each term, and each one that flows back, stands for so many."""
+    shapes, (summed, others) = [v.aval.shape for v in eqn.invars], eqn.params["dimension_numbers"][:2]
+    if eqn.primitive.name == "conv_general_dilated":
+        x, w, _ = eqn.params["dimension_numbers"]
+        summed, others = (x[1:2], w[1:2]), (x[2:], w[2:])
+    terms = [shapes[0][k] for k in summed[0]]
     if sum(weights) != 1:
         sizes.keep(terms)
         return out
@@ -265,23 +255,23 @@ def _contracted(eqn: Any, ins: list[Any], weights: list[bool], sizes: Sizes) -> 
 
 def _looped(eqn: Any, ins: list[Any], weights: list[bool], sizes: Sizes) -> list[Any]:
     """A scan of known length, step by step at the smaller sizes."""
+    sizes.keep([eqn.params["length"]])
     jaxpr, literals = _compat.sub_jaxpr(eqn.params["jaxpr"])
     fixed, carry, streams = _compat.scan_operands(eqn.params, ins)
-    own, first, stacked = _compat.scan_operands(eqn.params, weights)
 
     def step(now: list[Any], row: list[Any]) -> tuple[list[Any], list[Any]]:
-        out = run(jaxpr, literals, [*fixed, *now, *row], [*own, *first, *stacked], sizes)
+        out = run(jaxpr, literals, [*fixed, *now, *row], weights, sizes)
         return out[: len(now)], out[len(now) :]
 
     length, reverse = eqn.params["length"], eqn.params["reverse"]
-    last, rows = lax.scan(step, list(carry), list(streams), length=length, reverse=reverse)
+    last, rows = lax.scan(step, carry, streams, length=length, reverse=reverse)
     return [*last, *rows]
 
 
 def work(jaxpr: Any, sizes: Sizes) -> float:
     """Multiplications in one run at these sizes, roughly."""
     total = 0.0
-    for eqn, times in _every_equation(jaxpr):
+    for eqn, times in every_equation(jaxpr):
         terms = 1.0
         if eqn.primitive.name == "dot_general":
             summed = eqn.params["dimension_numbers"][0][0]
@@ -295,15 +285,14 @@ def work(jaxpr: Any, sizes: Sizes) -> float:
 
 def numbers_held(jaxpr: Any, sizes: Sizes) -> float:
     """Numbers in all arrays of one run at these sizes."""
-    made = ((times, v.aval.shape) for eqn, times in _every_equation(jaxpr) for v in eqn.outvars)
+    made = ((times, v.aval.shape) for eqn, times in every_equation(jaxpr) for v in eqn.outvars)
     return sum(times * math.prod(sizes.shape(shape)) for times, shape in made)
 
 
-def _every_equation(jaxpr: Any, times: int = 1) -> Iterator[tuple[Any, int]]:
+def every_equation(jaxpr: Any, times: int = 1) -> Iterator[tuple[Any, int]]:
     """The equations of a jaxpr and of the calls and loops in it, each with how often it is run."""
     for eqn in jaxpr.eqns:
-        inner = sub_jaxpr_of(eqn)
-        if inner is None:
+        if (inner := sub_jaxpr_of(eqn)) is None:
             yield eqn, times
         else:
-            yield from _every_equation(_compat.sub_jaxpr(inner)[0], times * eqn.params.get("length", 1))
+            yield from every_equation(_compat.sub_jaxpr(inner)[0], times * eqn.params.get("length", 1))

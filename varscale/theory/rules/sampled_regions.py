@@ -18,13 +18,12 @@ from scipy import special
 
 from varscale import _compat
 from varscale.theory.domain.axes import Axis, by_level
-from varscale.theory.domain.tables import LOOSE, Table, gaussian, independent, lift
+from varscale.theory.domain.tables import LOOSE, Table, gaussian, lift
 from varscale.theory.graph.expressions import content, hashed
 from varscale.theory.graph.known_arrays import is_known_array
 from varscale.theory.graph.layout import Value, full, value
 from varscale.theory.graph.nodes import (
     UNKNOWN,
-    Leaf,
     Node,
     View,
     cross_by_kind,
@@ -103,9 +102,8 @@ def _drawn_quantiles(node: RegionOutput) -> np.ndarray:
     out = np.empty((*[a.classes for a in node.axes], POINTS))
     labels = [a.label_array[p] for a, p in zip(node.axes, node.positions, strict=True)]
     for cell in np.ndindex(*out.shape[:-1]):
-        own = node.numbers
-        for k, (label, c) in enumerate(zip(labels, cell, strict=True)):
-            own = np.compress(label == c, own, axis=1 + k)
+        places = np.ix_(*[np.flatnonzero(label == c) for label, c in zip(labels, cell, strict=True)])
+        own = node.numbers[(slice(None), *places)]
         line = np.sort(own.ravel()[evenly(own.size, _MOST_IN_ORDER)])
         drawn = np.interp(special.ndtr(Z) * len(line) - 0.5, np.arange(len(line)), line)
         # The grid ends where the draws do: what their tails lack is made up for by the rest.
@@ -184,20 +182,15 @@ def cross_by_kind_of_region(node: RegionOutput, a: View, b: View, frame: Sequenc
 
     Regions read the same numbers, as far as both have draws.
     """
-    place = dict(zip(a.bind, range(len(node.axes)), strict=True))
-    other = b.node
-    if any(outer not in place for outer in b.bind):
-        return None
-    drawn = other  # what it is a slice of, or in another order: a second direction's steps
-    while drawn.moves:
+    place, drawn = dict(zip(a.bind, range(len(node.axes)), strict=True)), b.node
+    while drawn.moves:  # a slice of another output, or that in another order: a second direction's steps
         drawn = drawn.args[0].node
-    if not isinstance(drawn, RegionOutput) and other.id > node.id:
+    if not set(b.bind) <= set(a.bind) or not (isinstance(drawn, RegionOutput) or b.node.id <= node.id):
         return None
-    positions = node.positions
-    own = View(other, tuple(place[outer] for outer in b.bind))
-    theirs = np.moveaxis(node.draws.drawing.values(own, node.axes, positions), -1, 0)
+    own = View(b.node, tuple(place[outer] for outer in b.bind))
+    theirs = np.moveaxis(node.draws.drawing.values(own, node.axes, node.positions), -1, 0)
     theirs = np.broadcast_to(theirs, node.numbers.shape)
-    table = cross_moments(node.numbers, theirs, node.axes, positions)
+    table = cross_moments(node.numbers, theirs, node.axes, node.positions)
     return lift(table, node.axes, a.bind, frame, pairs=True)
 
 
@@ -250,7 +243,7 @@ def drawn_region(interpreter: Context, eqn: Any, xs: Sequence[Any], reason: str)
     if interpreter.ask(f"{eqn.primitive.name}: {reason}"):
         return [placeholder(interpreter, v.aval) for v in eqn.outvars]
     try:
-        return drawn_alone(interpreter, eqn, xs, whole_numbers=True)
+        return drawn_alone(interpreter, eqn, xs)
     except PredictionError:
         raise
     except Exception as trouble:  # whatever is raised on numbers that an equation was not written for
@@ -260,27 +253,23 @@ def drawn_region(interpreter: Context, eqn: Any, xs: Sequence[Any], reason: str)
         ) from None
 
 
-def drawn_alone(
-    interpreter: Context, eqn: Any, xs: Sequence[Any], *, whole_numbers: bool, time: int | None = None
-) -> list[Any]:
+def drawn_alone(interpreter: Context, eqn: Any, xs: Sequence[Any], *, time: int | None = None) -> list[Any]:
     """The outputs of one equation, drawn.
 
     Args:
         interpreter: the walk.
         eqn: the equation.
         xs: its operands' values.
-        whole_numbers: whether random whole numbers may come out of it, of which the moments are known and no more.
-        time: the output from which on they have a row a step; None where none has.
+        time: the output from which on they have a row a step; None where none has. Of a loop no random whole numbers may
+            come out, of which the moments are known and no more.
 
     Raises:
         CannotDraw: it cannot be drawn, at any size.
     """
     given = {v: x for v, x in zip(eqn.invars, xs, strict=True) if not _compat.is_literal(v)}
-    jaxpr = jax.make_jaxpr(lambda: 0)().jaxpr.replace(
-        constvars=[], invars=list(given), outvars=eqn.outvars, eqns=[eqn]
-    )
     operands = [operand(x, v.aval, nudge=False) for v, x in given.items()]
-    return _outputs(interpreter, ClosedJaxpr(jaxpr, []), operands, (), whole_numbers=whole_numbers, time=time)
+    alone = _compat.one_equation(eqn, tuple(given))
+    return _outputs(interpreter, alone, operands, (), whole_numbers=time is None, time=time)
 
 
 @rule("region")
@@ -332,32 +321,22 @@ def _outputs(
         place += len(part.node.axes)
     which, out = 0, list[Any]()
     for k, aval in enumerate(jaxpr.out_avals):
-        timed = time is not None and k >= time
-        made = _known_output(interpreter, draws.outputs[which], aval, timed=timed)
-        if made is None and not (whole_numbers or jnp.issubdtype(aval.dtype, jnp.inexact)):
+        timed, numbers = time is not None and k >= time, draws.outputs[which]
+        real = jnp.issubdtype(aval.dtype, jnp.inexact)
+        if jnp.issubdtype(aval.dtype, jax.dtypes.prng_key) and not timed:
+            out.append(placeholder(interpreter, aval))  # as random as any other
+        elif not real and numbers[0].size == math.prod(aval.shape) and not np.any(numbers != numbers[:1]):
+            out.append(interpreter.known(numbers[0].reshape(aval.shape).astype(aval.dtype)))
+        elif real or whole_numbers:
+            indices = range(which, which + 1 + (aval.dtype.kind == "c"))
+            found = [_output(graph, draws, (mark, i), views, aval.shape, timed=timed) for i in indices]
+            out.append(Complex(*found) if len(found) == 2 else found[0])
+        else:
             raise CannotDraw("random whole numbers come out of it")
-        if made is None:
-            parts = range(which, which + 1 + (aval.dtype.kind == "c"))
-            found = [_output(graph, draws, (mark, i), views, aval.shape, timed=timed) for i in parts]
-            made = Complex(*found) if len(found) == 2 else found[0]
-        out.append(made)
-        which += 1 + isinstance(made, Complex)
+        which += 1 + isinstance(out[-1], Complex)
     start = len(operands) - len(nudged)
     NUDGED.put(graph, mark, {start + i: out[k].node for i, k in enumerate(nudged)})
     return out
-
-
-def _known_output(interpreter: Context, numbers: np.ndarray, aval: Any, *, timed: bool) -> Any:
-    """An output of which all is known: a key, as random as any other; whole numbers that are the same in all draws."""
-    if jnp.issubdtype(aval.dtype, jax.dtypes.prng_key):
-        if timed:
-            raise CannotDraw("a random key comes out of it")
-        return placeholder(interpreter, aval)
-    if jnp.issubdtype(aval.dtype, jnp.inexact):
-        return None
-    if numbers[0].size != math.prod(aval.shape) or np.any(numbers != numbers[:1]):
-        return None
-    return interpreter.known(numbers[0].reshape(aval.shape).astype(aval.dtype))
 
 
 def _output(
@@ -381,12 +360,9 @@ def _output(
 def placeholder(interpreter: Context, aval: Any) -> Any:
     """What stands for an output in a walk that is not the last: moments of independent standard normals."""
     shape = tuple(aval.shape)
-    if jax.numpy.issubdtype(aval.dtype, jax.dtypes.prng_key):
-        key = jax.random.key(0)
-        return Opaque(jax.random.split(key, shape) if shape else key)
+    if jnp.issubdtype(aval.dtype, jax.dtypes.prng_key):
+        return Opaque(jax.random.split(jax.random.key(0), shape))
     if aval.dtype.kind in "iub":
         return full(interpreter.graph, 0.0, shape)
-    axes = tuple(Axis(n) for n in shape if n != 1)
-    node = interpreter.graph.make(Leaf, axes, (), ("outline", shape))
-    own = value(node.settle(independent(0.0, 1.0, axes), odd=False, random=False), shape)
+    own = interpreter.leaf(("outline", shape), shape, 0.0, 1.0, odd=False, random=False)
     return Complex(own, own) if aval.dtype.kind == "c" else own
