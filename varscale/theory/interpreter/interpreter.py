@@ -54,7 +54,6 @@ from varscale.theory.rules import (  # noqa: F401
     elementwise,
     linear,
     lookup,
-    pooling,
     random,
     reductions,
     softmax_recognition,
