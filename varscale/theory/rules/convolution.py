@@ -144,7 +144,7 @@ def _axes_of(x: Value, order: Sequence[int]) -> tuple[int | None, ...]:
     return tuple(x.dims[d][0].axis if x.dims[d] else None for d in order)
 
 
-def _numbered(logical: Sequence[Axis]) -> tuple[list[Axis], tuple[int | None, ...]]:
+def _above_one(logical: Sequence[Axis]) -> tuple[list[Axis], tuple[int | None, ...]]:
     """The axes of more than one position, and the place of each dimension's among them (None: it has one position)."""
     axes = [axis for axis in logical if axis.size > 1]
     places = iter(range(len(axes)))
@@ -172,7 +172,7 @@ def conv(interpreter: Context, eqn: Any, x: Value, w: Value) -> Any:
     )
     xd, wd = _axes_of(x, in_spec), _axes_of(w, w_spec)
     batch, _, *places = dim_axes(x.node, xd)
-    axes, od = _numbered([batch, dim_axes(w.node, wd)[0], *map(output_axis, windows, places)])
+    axes, od = _above_one([batch, dim_axes(w.node, wd)[0], *map(output_axis, windows, places)])
     params = ConvParams(p["feature_group_count"], windows, xd, wd, od)
     node = interpreter.graph.make(Conv, axes, [x.node.whole, w.node.whole], params)
     dims = [() if k is None else (Atom(node.axes[k].size, k),) for k in od]
@@ -330,11 +330,7 @@ def _law(node: WindowMax, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def pullback_of_window_max(
     node: WindowMax, cotangent: np.ndarray, notes: BackwardNotes
 ) -> list[np.ndarray | None]:
-    """Each window feeds one entry.
-
-    Of the pairs of taps those of one window and one entry remain, and of two windows that share o of their n entries those
-    of one, which is the largest of all 2n − o.
-    """
+    """Each window feeds one entry, and two that share o of their n entries feed one where it is the largest of all 2n − o."""
     windows, xd, od = node.params
     (spread,) = pullback_of_window_sum(node, cotangent, notes)
     assert spread is not None
@@ -374,7 +370,7 @@ def _window_node(interpreter: Context, eqn: Any, x: Value, kind: type[WindowSum]
         )
     )
     xd = _axes_of(x, range(len(windows)))
-    axes, od = _numbered(
+    axes, od = _above_one(
         [
             axis if w is None else output_axis(w, axis)
             for w, axis in zip(windows, dim_axes(x.node, xd), strict=True)
