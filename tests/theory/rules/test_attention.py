@@ -134,14 +134,12 @@ def test_overlaps_are_sums_of_independent_parts():
     with pytest.MonkeyPatch.context() as patch, jax.numpy_rank_promotion("allow"):
         patch.setattr(attention, "overlap", watched)
         vs.predict(Block(causal=True), INPUT, backward=False)
-    mixtures = overlaps.MIXTURES.of(tokens[0].node.graph)
 
     @functools.cache
     def parts(x):
-        sources, _ = overlaps.sources_of(x)
-        mixture = mixtures[x]
+        mixture = overlaps.mixture(x)
         out = {x: np.sqrt(max(mixture.variance, 0.0))}
-        for weight, source in zip(mixture.weights, sources, strict=True):
+        for weight, source in zip(mixture.weights, mixture.sources, strict=True):
             for part, amplitude in parts(source).items():
                 out[part] = out.get(part, 0.0) + weight * amplitude
         return out

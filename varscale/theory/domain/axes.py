@@ -225,9 +225,14 @@ def shares(axes: tuple[Axis, ...]) -> Float[np.ndarray, " cells"]:
 
 
 @functools.cache
-def averaging(axes: tuple[Axis, ...], free: frozenset[int]) -> Float[np.ndarray, " types"]:
-    """Weights of a type array, row-major, that average over pairs which run freely along some axes and agree along the rest."""
-    return outer(axis.any_pair if k in free else axis.same for k, axis in enumerate(axes))
+def averaging(
+    axes: tuple[Axis, ...], free: frozenset[int] = frozenset(), apart: frozenset[int] = frozenset()
+) -> Float[np.ndarray, " types"]:
+    """Weights of a type array, row-major, that average over pairs: free along some axes, apart or equal along the others."""
+    return outer(
+        axis.any_pair if k in free else axis.different if k in apart else axis.same
+        for k, axis in enumerate(axes)
+    )
 
 
 @functools.cache

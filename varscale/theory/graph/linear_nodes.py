@@ -208,6 +208,10 @@ class Take(Node):
 
     moves = True
 
+    def before(self, k: int) -> tuple[int, ...]:
+        """The axis of its argument that axis k is."""
+        return (k + (k >= self.params[0] and len(self.args[0].node.axes) > len(self.axes)),)
+
 
 class Concat(Node):
     """Arrays one after another along an axis, each part a class; `params` is (axis, sizes)."""

@@ -212,7 +212,6 @@ class Graph:
         self.symmetric = self.inputs = 0
         self.computing: list[Marked] = []
         self.nested = 0
-        self.pairs: dict[Hashable, Any] = {}
         self.store: dict[Any, dict[Any, Any]] = {}
         self.derived: dict[int, list[tuple[Node, Pullback, float]]] = {}
         self.origin: Any = None

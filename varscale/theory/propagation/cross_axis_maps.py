@@ -7,8 +7,9 @@ E[y_p z_q] = Σ A_pi B_qj E[x_i x'_j] (`domain.axis_maps`).
 from __future__ import annotations
 
 import functools
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Container, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -21,18 +22,20 @@ from varscale.theory.domain.axis_maps import (
     entry_map,
     identity_map,
     pair_counts,
+    slice_map,
     split_axis,
 )
-from varscale.theory.domain.tables import Table, full_along, lift, put_together
+from varscale.theory.domain.tables import NEGLIGIBLE, Table, full_along, full_types, lift, put_together
 from varscale.theory.graph.convolutions import ONE
 from varscale.theory.graph.expressions import Mean
 from varscale.theory.graph.layout import split
 from varscale.theory.graph.linear_nodes import AxisMapped, Concat, Merge, Split, Take
 from varscale.theory.graph.nodes import Constant, Node, View, cross_by_kind, pullback, second_moments
 from varscale.theory.graph.normal_form import mean_node
-from varscale.theory.graph.store import BackwardNotes
-from varscale.theory.propagation.cross_moments import cross
+from varscale.theory.graph.store import BackwardNotes, once_per_node
+from varscale.theory.propagation.cross_moments import cross, strategy, unsure
 
+_MOST_TYPES = 100_000  # of pairs of indices, where two places of an axis differ: a matter of memory
 Span = tuple[int, int, int]
 
 
@@ -53,22 +56,19 @@ class Reading(NamedTuple):
 @cross_by_kind.register(Mean)
 def cross_by_kind_of_mean(node: Mean, a: View, b: View, frame: Sequence[Axis]) -> np.ndarray | None:
     """E[mean(x) y] where y is a mean or a slice over the same axes, or runs over them; else y, too, is averaged."""
-    x, mine = _before_means(a)
-    if isinstance(b.node, Mean):
-        y, theirs = _before_means(b)
-        met = _matched(mine, [(k, reading.span[1]) for k, reading in enumerate(theirs)])
+    x, mine = _opened(a)
+    if isinstance(b.node, Mean | Take):
+        y, theirs = _opened(b)
+        met = _matched(mine, theirs)
+        if isinstance(b.node, Take):
+            met = theirs if (y.node.axes, (theirs[0].axis,)) == (x.node.axes, node.params) else None
         if met is not None and len(met) == len(theirs):
-            return _read_together(x, mine, y, [theirs[k] for k in met], frame)
-    if isinstance(b.node, Take):
-        y, reading = _before_slice(b)
-        if y.node.axes == x.node.axes and node.params == (reading.axis,) and reading.place not in a.bind:
-            return _read_together(x, mine, y, [reading], frame)
+            return _read_together(x, mine, y, met, frame)
     # Axes of y that mean(x) does not run over: what x is averaged over, or y may be averaged over them, too.
     spare = [k for k, place in enumerate(b.bind) if place not in a.bind]
-    met = _matched(mine, [(k, b.node.axes[k].size) for k in spare])
+    met = _matched(mine, _all_entries(b, spare))
     if met is not None:
-        y = View(b.node, tuple(-1 if k in met else place for k, place in enumerate(b.bind)))
-        return _read_together(x, mine, y, [_all_entries(b, k) for k in met], frame)
+        return _read_together(x, mine, b, met, frame)
     if not spare or any(b.node.axes[k].labels is not None for k in spare):
         return None
     averaged = mean_node(b.node, spare)
@@ -79,37 +79,70 @@ def cross_by_kind_of_mean(node: Mean, a: View, b: View, frame: Sequence[Axis]) -
 @cross_by_kind.register(Take)
 def cross_by_kind_of_take(node: Take, a: View, b: View, frame: Sequence[Axis]) -> np.ndarray | None:
     """Two slices of things over one axis, or a slice and all of it, which meet where one position is in both."""
-    x, reading = _before_slice(a)
+    x, mine = _opened(a)
     k, size = node.params[0], x.node.axes[node.params[0]].size
-    y, other = _before_slice(b) if isinstance(b.node, Take) else (b, None)
-    if x.node.axes == b.node.axes and (*x.bind[:k], *x.bind[k + 1 :]) == (*b.bind[:k], *b.bind[k + 1 :]):
-        y, other = View(b.node, x.bind), _all_entries(b, k)
-    if other is None or y.node.axes[other.axis or 0].size != size:
-        if reading.place in b.bind or _is_cut(b.node):
-            return None
-        y, other = b, Reading(None, None, (0, size, 1))
-    return _read_together(x, [reading], y, [other], frame)
+    if (x.node.axes, x.bind) == (b.node.axes, (*b.bind[:k], -1, *b.bind[k + 1 :])):
+        return _read_together(x, mine, b, _all_entries(b, [k]), frame)
+    if isinstance(b.node, Take):
+        y, theirs = _opened(b)
+        if y.node.axes[b.node.params[0]].size == size:
+            return _read_together(x, mine, y, theirs, frame)
+    if mine[0].place in b.bind or _is_cut(b.node):
+        return None
+    return _read_together(x, mine, b, [Reading(None, None, (0, size, 1))], frame)
 
 
-def _before_means(view: View) -> tuple[View, list[Reading]]:
-    """What is averaged, −1 for the places of the axes that are, and these."""
-    source, reduced, own = view.node.args[0].node, view.node.params, iter(view.bind)
-    bind = tuple(-1 if k in reduced else next(own) for k in range(len(source.axes)))
-    return View(source, bind), [Reading(k, None, (0, source.axes[k].size, 1)) for k in reduced]
+@strategy("one node twice")
+def _same_node(a: View, b: View, frame: tuple[Axis, ...]) -> np.ndarray | None:
+    """One node with its axes in two places: along those its indices are unrelated, equal one time in n, if of one class."""
+    if a.node is not b.node:
+        return None
+    many = math.prod(axis.types for axis in frame) > _MOST_TYPES
+    apart = [k for k, (p, q) in enumerate(zip(a.bind, b.bind, strict=True)) if p != q]
+    told = [k for k in apart if a.bind[k] not in b.bind and b.bind[k] not in a.bind]
+    for k in told if many else ():
+        _doubt_classes(a.node, k)
+    averaged = [k for k in apart if many or k not in told or a.node.axes[k].classes == 1]
+    mine, theirs = (_all_entries(view, apart, averaged) for view in (a, b))
+    return _read_together(a, mine, b, theirs, frame)
 
 
-def _before_slice(view: View) -> tuple[View, Reading]:
-    """What a slice was cut from, −1 for the place of the axis that was cut, and that."""
-    k, *span = view.node.params
-    source = view.node.args[0].node
-    left = len(view.node.axes) == len(source.axes)
-    bind = (*view.bind[:k], -1, *view.bind[k + left :])
-    return View(source, bind), Reading(k, view.bind[k] if left else None, (span[0], span[1], span[2]))
+def _doubt_classes(node: Node, k: int) -> None:
+    """Refuse to average an axis over its classes where that changes the moments of two positions."""
+    apart = node.table.second.take(range(node.axes[k].classes, node.axes[k].types), axis=k)
+    varied = float(np.max(np.ptp(apart, axis=k)) / max(np.max(np.abs(apart)), 1e-300))
+    if varied > NEGLIGIBLE:
+        if not node.graph.undrawn:
+            raise NotImplementedError("two places of an axis of many classes")
+        unsure(node.graph, "assumed", min(varied, 1.0))
 
 
-def _all_entries(view: View, k: int) -> Reading:
-    """All entries of an axis."""
-    return Reading(k, view.bind[k], (0, view.node.axes[k].size, 1))
+def _opened(view: View) -> tuple[View, list[Reading]]:
+    """What is averaged or was sliced, −1 for the places of the axes that are, and these."""
+    source, bind = view.node.args[0].node, list(view.bind)
+    read = [Reading(k, None, (0, source.axes[k].size, 1)) for k in view.node.reduced]
+    if isinstance(view.node, Take):
+        k, *span = view.node.params
+        read = [
+            Reading(k, bind.pop(k) if len(source.axes) == len(bind) else None, (span[0], span[1], span[2]))
+        ]
+    for reading in read:
+        bind.insert(reading.axis or 0, -1)
+    return View(source, tuple(bind)), read
+
+
+def _all_entries(view: View, axes: Iterable[int], averaged: Container[int] = ()) -> list[Reading]:
+    """All entries of some axes, or the mean of them."""
+    return [Reading(k, None if k in averaged else view.bind[k], (0, view.node.axes[k].size, 1)) for k in axes]
+
+
+def _matched(mine: Sequence[Reading], theirs: Sequence[Reading]) -> list[Reading] | None:
+    """Those of `theirs` that are of axes as large as mine, each taken once; None where one is missing."""
+    left, out = list(theirs), []
+    for reading in mine:
+        out += [other for other in left if other.span[1] == reading.span[1]][:1]
+        left = [other for other in left if other not in out]
+    return out if len(out) == len(mine) else None
 
 
 def _read_together(
@@ -118,33 +151,32 @@ def _read_together(
     """E[x_i y_j] by type where both are read along some axes, pair by pair the same ones; None where others are in their place.
 
     Args:
-        x: the first array, −1 for the places of the axes that are read.
+        x: the first array; the places of the axes that are read do not count.
         mine: how they are.
         y: the second.
         theirs: likewise.
         frame: the frame.
     """
-    read = {reading.place for reading in (*mine, *theirs)} - {None}
-    if read & {*x.bind, *y.bind}:
-        return None
+    pairs, views = list(zip(mine, theirs, strict=True)), []
+    read = {reading.place for pair in pairs for reading in pair}
     places = [p for p in range(len(frame)) if p not in read]
-    axes, inner, at = [frame[p] for p in places], [], len(places)
-    binds = [[places.index(p) if p >= 0 else -1 for p in view.bind] for view in (x, y)]
-    for i, pair in enumerate(zip(mine, theirs, strict=True)):
-        own = []
-        for view, bind, reading in zip((x, y), binds, pair, strict=True):
-            if reading.axis is not None:
-                bind[reading.axis] = at + i
-                own.append(view.node.axes[reading.axis])
-        inner.append(functools.reduce(join, own))
-    views = [View(view.node, tuple(bind)) for view, bind in zip((x, y), binds, strict=True)]
+    for view, own in ((x, mine), (y, theirs)):
+        at = {reading.axis: len(places) + i for i, reading in enumerate(own)}
+        if any(p in read for k, p in enumerate(view.bind) if k not in at):
+            return None
+        bind = (at[k] if k in at else places.index(p) for k, p in enumerate(view.bind))
+        views.append(View(view.node, tuple(bind)))
+    at, axes = len(places), [frame[p] for p in places]
+    inner = [
+        functools.reduce(join, (v.node.axes[v.bind.index(i)] for v in views if i in v.bind))
+        for i in range(at, at + len(pairs))
+    ]
     table = cross(views[0], views[1], (*axes, *inner))
-    for axis, pair in zip(inner, zip(mine, theirs, strict=True), strict=True):
-        outs = [None if reading.place is None else frame[reading.place] for reading in pair]
-        together = pair[0].place is not None and pair[0].place == pair[1].place
-        counts = _pairs_read(axis, (pair[0].span, pair[1].span), (outs[0], outs[1]), together)
+    for axis, (one, other) in zip(inner, pairs, strict=True):
+        outs = [None if r.place is None else frame[r.place] for r in (one, other)]
+        counts = _pairs_read(axis, (one.span, other.span), (outs[0], outs[1]), one.place == other.place)
         table = np.tensordot(full_along(table, at, axis), counts, axes=(at, -1))
-        here = dict.fromkeys(reading.place for reading in pair if reading.place is not None)
+        here = dict.fromkeys(r.place for r in (one, other) if r.place is not None)
         axes, places = [*axes, *(frame[p] for p in here)], [*places, *here]
     return lift(table, axes, places, frame, pairs=True)
 
@@ -161,64 +193,50 @@ def _pairs_read(
         outs: the axis of each one's entries; None where the mean of them is read.
         together: whether both are over one axis, and so by one type.
     """
-    a, b = (_axis_map(span, out, axis) for span, out in zip(spans, outs, strict=True))
-    if together:
+    maps = []
+    for span, out in zip(spans, outs, strict=True):
+        at = np.arange(axis.size)[slice(*span)]
+        one = entry_map(np.zeros_like(at), at, ONE, axis, 1 / len(at))
+        maps.append(one if out is None else slice_map(span, out, axis))
+    a, b = maps
+    if together and outs[0] is not None:
         counts = pair_counts(a, b)
         return counts / np.maximum(counts.sum(axis=1, keepdims=True), 1e-300)
     first, second = 0 if outs[0] is None else a.out.first, 0 if outs[1] is None else b.out.second
     return class_counts(a, b)[first][..., second, :]
 
 
-def _axis_map(span: Span, out: Axis | None, axis: Axis) -> AxisMap:
-    """The entries of a span in their order, over an axis, or the mean of them."""
-    columns = np.arange(axis.size)[slice(*span)]
-    if out is None:
-        return entry_map(np.zeros(len(columns), int), columns, ONE, axis, 1 / len(columns))
-    return entry_map(np.arange(len(columns)), columns, out, axis)
-
-
+@once_per_node
 def _is_cut(node: Node) -> bool:
     """Whether a node is made from given positions of an axis that it may no longer have, which a slice can have too or lack."""
-    pending, seen = [node], set()
-    while pending:
-        node = pending.pop()
-        if node.moves and _entries(node) < _entries(node.args[0].node):
-            return True
-        if node.id not in seen and (
-            node.moves or node.averages or node.entrywise or isinstance(node, Concat)
-        ):
-            pending += [view.node for view in node.args]
-        seen.add(node.id)
-    return False
-
-
-def _entries(node: Node) -> int:
-    return math.prod(axis.size for axis in node.axes)
-
-
-def _matched(readings: Sequence[Reading], axes: Sequence[tuple[int, int]]) -> list[int] | None:
-    """Axes (each with its size) as large as those that are read, each taken once; None where one is missing."""
-    out: list[int] = []
-    for reading in readings:
-        found = next((k for k, n in axes if n == reading.span[1] and k not in out), None)
-        if found is None:
-            return None
-        out.append(found)
-    return out
-
-
-@cross_by_kind.register(Merge)
-def cross_by_kind_of_merge(node: Merge, a: View, b: View, frame: Sequence[Axis]) -> np.ndarray | None:
-    return _taken_apart(a, b, frame)
+    if isinstance(node, Take) and node.axes != node.args[0].node.axes:
+        return True
+    through = node.moves or node.averages or node.entrywise or isinstance(node, Concat)
+    return through and any(_is_cut(view.node) for view in node.args)
 
 
 @cross_by_kind.register(Split)
 def cross_by_kind_of_split(node: Split, a: View, b: View, frame: Sequence[Axis]) -> np.ndarray | None:
-    """None where b cannot be read over the axis that was split."""
-    own = _factor_places(a)
-    if not set(own) & set(b.bind) or (isinstance(b.node, Split) and _factor_places(b) == own):
-        return _put_together(a, b, frame)
-    return None
+    """The factors of an axis as the axis that they are of: b's too, if it has them all; None where it has others of them."""
+    gone = _factor_places(a)
+    if set(gone) & set(b.bind) and not (isinstance(b.node, Split) and _factor_places(b) == gone):
+        return None
+    kept = [p for p in range(len(frame)) if p not in gone]
+    place = {p: i for i, p in enumerate([*kept, gone[0]])}
+    views = [
+        View(
+            v.node.args[0].node if gone[0] in v.bind else v.node,
+            tuple(place[p] for p in v.bind if p in place),
+        )
+        for v in (a, b)
+    ]
+    axis = functools.reduce(
+        join, (v.node.axes[v.bind.index(len(kept))] for v in views if len(kept) in v.bind)
+    )
+    wide = (*(frame[p] for p in kept), axis)
+    factors = split_axis(axis, tuple(frame[p].size for p in gone))
+    table = np.take(full_types(cross(views[0], views[1], wide), wide), factors.types, axis=-1)
+    return lift(table, (*wide[:-1], *factors.axes), (*kept, *gone), frame, pairs=True)
 
 
 def _factor_places(view: View) -> tuple[int, ...]:
@@ -226,52 +244,21 @@ def _factor_places(view: View) -> tuple[int, ...]:
     return view.bind[k : k + len(sizes)]
 
 
-def _put_together(x: View, y: View, frame: Sequence[Axis]) -> np.ndarray:
-    """The factors of an axis, read as the axis that they are of: y's too, where it has them."""
-    gone = _factor_places(x)
-    place = {p: i for i, p in enumerate(p for p in range(len(frame)) if p not in gone)}
-    last = len(place)
-
-    def whole(view: View) -> View:
-        rest = tuple(place[p] for p in view.bind if p not in gone)
-        if len(rest) == len(view.bind):
-            return View(view.node, rest)
-        k = view.node.params[0]
-        return View(view.node.args[0].node, (*rest[:k], last, *rest[k:]))
-
-    views = whole(x), whole(y)
-    (axis, *others) = [view.node.axes[view.bind.index(last)] for view in views if last in view.bind]
-    axis = join(axis, *others) if others else axis
-    wide = (*(frame[p] for p in place), axis)
-    factors = split_axis(axis, tuple(frame[p].size for p in gone))
-    table = np.take(np.broadcast_to(cross(*views, wide), [a.types for a in wide]), factors.types, axis=last)
-    return lift(table, (*wide[:-1], *factors.axes), (*place, *gone), frame, pairs=True)
-
-
-def _taken_apart(x: View, y: View, frame: Sequence[Axis]) -> np.ndarray:
-    """An axis that was put together, read as its factors, into which y's is split."""
-    (k, sizes), source, count = x.node.params, x.node.args[0].node, len(x.node.params[1])
-    at, more = x.bind[k], count - 1
-
-    def widened(bind: Sequence[int], cut: int | None) -> tuple[int, ...]:
-        """Places in the wider frame; the axis `cut`, if any, becomes the factors."""
-        own: list[tuple[int, ...]] = [((p,) if p < at else (p + more,)) for p in bind]
-        if cut is not None:
-            own[cut] = tuple(range(at, at + count))
-        return tuple(p for places in own for p in places)
-
-    cut = y.bind.index(at) if at in y.bind else None
-    views = (
-        View(source, widened(x.bind, k)),
-        View(y.node if cut is None else split(y.node, cut, sizes), widened(y.bind, cut)),
-    )
+@cross_by_kind.register(Merge)
+def cross_by_kind_of_merge(node: Merge, a: View, b: View, frame: Sequence[Axis]) -> np.ndarray | None:
+    """An axis that was put together, read as its factors, into which b's is split."""
+    sizes, at = node.params[1], a.bind[node.params[0]]
+    other = split(b.node, b.bind.index(at), sizes) if at in b.bind else b.node
+    views, count = [], len(sizes)
+    for x, bind in ((node.args[0].node, a.bind), (other, b.bind)):
+        wide = (range(at, at + count) if p == at else [p + (count - 1) * (p > at)] for p in bind)
+        views.append(View(x, tuple(itertools.chain(*wide))))
     factors = list(split_axis(frame[at], sizes).axes)
-    for node, bind in views:
-        for axis, p in zip(node.axes, bind, strict=True):
-            if at <= p < at + count:
-                factors[p - at] = join(factors[p - at], axis)
+    for axis, p in ((axis, p) for v in views for axis, p in zip(v.node.axes, v.bind, strict=True)):
+        if at <= p < at + count:
+            factors[p - at] = join(factors[p - at], axis)
     wide = (*frame[:at], *factors, *frame[at + 1 :])
-    return put_together(cross(*views, wide), wide, at, sizes, frame, pairs=True)
+    return put_together(cross(views[0], views[1], wide), wide, at, sizes, frame, pairs=True)
 
 
 @second_moments.register(AxisMapped)
@@ -297,7 +284,6 @@ def cross_by_kind_of_axis_mapped(
     own, place = node.axis_map, a.bind[node.params[0]]
     if own.out.size != own.inner.size:
         return None
-    axis = frame[place]
-    found = cross(View(node.args[0].node, a.bind), b, frame)
+    axis, found = frame[place], cross(View(node.args[0].node, a.bind), b, frame)
     counts = pair_counts(AxisMap(own.matrix, axis, axis), identity_map(axis))
     return apply_axis(full_along(found, place, axis), place, counts)

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from varscale.theory.domain.axes import Axis, apply_axis, averaging, contract_axis
-from varscale.theory.domain.axis_maps import class_shares
-from varscale.theory.domain.tables import NEGLIGIBLE, lift, means_by_type
+from varscale.theory.domain.axes import Axis, averaging
+from varscale.theory.domain.tables import full_types, means_by_type, over_frame
 from varscale.theory.graph.convolutions import WindowSum
 from varscale.theory.graph.expressions import IDENTITIES, Apply, Mean, Sum, roots, swapped
 from varscale.theory.graph.known_arrays import known_cross
 from varscale.theory.graph.linear_nodes import Permute
 from varscale.theory.graph.nodes import Array, Constant, Graph, Node, View, cross_by_kind, number
-from varscale.theory.graph.store import Marked, evaluated
+from varscale.theory.graph.store import Marked, once_per_node
 
 
 class Pair(Marked):
@@ -55,43 +53,32 @@ def pair(a: View, b: View, frame: Sequence[Axis]) -> Pair:
     if a == b:
         return Pair(a.second(frame))
     read = sorted({*a.bind, *b.bind})
-    if len(read) < len(frame):
-        return _over_more(a, b, frame, read)
-    key = ("cross", na.id, a.bind, nb.id, b.bind, tuple(frame))
-    graph = na.graph
-
-    def work() -> Pair:
-        if key not in graph.pairs:
-            found = Pair(np.zeros(()))
-            graph.computing.append(found)
-            try:
-                found.moment = _expand(a, b, tuple(frame))
-            finally:
-                graph.computing.pop()
-            graph.pairs[key] = found
-        return graph.pairs[key]
-
-    return graph.pairs[key] if key in graph.pairs else evaluated(graph, work)
+    if len(read) == len(frame):
+        return _expanded(na, a, b, tuple(frame))
+    views = [View(view.node, tuple(map(read.index, view.bind))) for view in (a, b)]
+    found = pair(views[0], views[1], [frame[p] for p in read])
+    return Pair(over_frame(found.moment, read, len(frame)), found.flagged, found.doubt)
 
 
-def _over_more(a: View, b: View, frame: Sequence[Axis], read: Sequence[int]) -> Pair:
-    """A frame of which some axes are read by neither."""
-    place = [read.index(p) if p in read else -1 for p in range(len(frame))]
-    found = pair(a.within(place), b.within(place), [frame[p] for p in read])
-    if found.moment.ndim == 0:
-        return found
-    own = iter(found.moment.shape)
-    return Pair(
-        found.moment.reshape([next(own) if p in read else 1 for p in range(len(frame))]),
-        found.flagged,
-        found.doubt,
-    )
+@once_per_node
+def _expanded(node: Node, a: View, b: View, frame: tuple[Axis, ...]) -> Pair:
+    """Of a view of this node, by the first strategy that knows it."""
+    found = Pair(np.zeros(()))
+    node.graph.computing.append(found)
+    try:
+        worked_out = (STRATEGIES[name](a, b, frame) for name in ORDER)
+        moment = next((out for out in worked_out if out is not None), None)
+        if moment is None:
+            unsure(node.graph, "assumed", _largest_correlation(a, b))
+        found.moment = mean_product(a, b, frame) if moment is None else moment
+    finally:
+        node.graph.computing.pop()
+    return found
 
 
 def mean_of_product(a: View, b: View, frame: tuple[Axis, ...]) -> float:
     """E[a_i b_i] over all elements of the frame."""
-    moment = np.broadcast_to(pair(a, b, frame).moment, [axis.types for axis in frame])
-    return float(averaging(frame, frozenset()) @ moment.ravel())
+    return float(averaging(frame) @ full_types(pair(a, b, frame).moment, frame).ravel())
 
 
 def unsure(graph: Graph, how: str, doubt: float) -> None:
@@ -149,14 +136,6 @@ def either_way(work: Strategy) -> Strategy:
     return opened
 
 
-def _expand(a: View, b: View, frame: tuple[Axis, ...]) -> np.ndarray:
-    for name in ORDER:
-        if (out := STRATEGIES[name](a, b, frame)) is not None:
-            return out
-    unsure(a.node.graph, "assumed", _largest_correlation(a, b))
-    return mean_product(a, b, frame)
-
-
 def _largest_correlation(a: View, b: View) -> float:
     """A bound on |Cov(a, b)| / √(Var a · Var b): what one of them has along the other's axes alone, it only has by its mean."""
     bound = 1.0
@@ -177,12 +156,6 @@ strategy("known numbers")(known_cross)
 def _permuted(a: View, b: View, frame: tuple[Axis, ...]) -> np.ndarray | None:
     x, y = (v.node.args[0].within(v.bind) if isinstance(v.node, Permute) else v for v in (a, b))
     return None if (x, y) == (a, b) else cross(x, y, frame)
-
-
-@strategy("one node twice")
-def _same_node(a: View, b: View, frame: tuple[Axis, ...]) -> np.ndarray | None:
-    """One node read with its axes in two places."""
-    return _placed(a.node.table.second, a, b, frame) if a.node is b.node else None
 
 
 @strategy("affine functions")
@@ -224,45 +197,3 @@ def _projected(x: View, y: View, frame: tuple[Axis, ...]) -> np.ndarray | None:
 @either_way
 def _by_kind(x: View, y: View, frame: tuple[Axis, ...]) -> np.ndarray | None:
     return cross_by_kind(x.node, x, y, frame)
-
-
-def _placed(second: np.ndarray, a: View, b: View, frame: tuple[Axis, ...]) -> np.ndarray:
-    """Where two places of an axis differ, its indices are unrelated: equal one time in n, if of one class."""
-    axes, bind = list(a.node.axes), list(a.bind)
-    many = math.prod(axis.types for axis in frame) > _MOST_TYPES
-    for k in reversed(range(len(axes))):
-        axis, p, q = axes[k], a.bind[k], b.bind[k]
-        if p == q:
-            continue
-        if many or axis.classes == 1 or p in b.bind or q in a.bind:
-            others = second.take(range(axis.classes, axis.types), axis=k)
-            apart = float(np.max(np.ptp(others, axis=k)) / max(np.max(np.abs(others)), 1e-300))
-            if apart > NEGLIGIBLE and p not in b.bind and q not in a.bind:
-                if not a.node.graph.undrawn:
-                    raise NotImplementedError("two places of an axis of many classes")
-                unsure(a.node.graph, "assumed", min(apart, 1.0))
-            second = contract_axis(second, k, axis.any_pair)
-            del axes[k], bind[k]
-            continue
-        apart = apply_axis(second, k, _free_pairs(axis))
-        apart = apart.reshape(*second.shape[:k], axis.classes, axis.classes, *second.shape[k + 1 :])
-        for d, place in ((k, p), (k + 1, q)):
-            apart = apply_axis(apart, d, class_shares(frame[place], axis))
-            apart = np.take(apart, frame[place].first if d == k else frame[place].second, axis=d)
-        second = apart
-        axes[k : k + 1], bind[k : k + 1] = [frame[p], frame[q]], [p, q]
-    return lift(second, axes, bind, frame, pairs=True)
-
-
-_MOST_TYPES = 100_000  # of pairs of indices, where two places of an axis differ: a matter of memory
-
-
-@functools.cache
-def _free_pairs(axis: Axis) -> np.ndarray:
-    """Weights of types for an index of one class and an unrelated one of another, (classes², types)."""
-    c = axis.classes
-    equal = np.diag(1 / axis.counts)
-    weights = np.zeros((c, c, axis.types))
-    weights[np.arange(c), np.arange(c), np.arange(c)] = np.diag(equal)
-    weights.reshape(c * c, -1)[:, c:] = np.diag((1 - equal).ravel())
-    return weights.reshape(c * c, -1)

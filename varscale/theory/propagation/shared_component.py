@@ -26,36 +26,34 @@ import numpy as np
 from jaxtyping import Float
 from scipy.special import ndtri
 
-from varscale.theory.domain.axes import contract_axis
-from varscale.theory.graph.convolutions import Conv, WindowSum
+from varscale.theory.domain.axes import averaging
+from varscale.theory.graph.convolutions import Conv, Dims, WindowSum
 from varscale.theory.graph.expressions import Apply, roots
-from varscale.theory.graph.linear_nodes import Contract
-from varscale.theory.graph.nodes import Node, View
+from varscale.theory.graph.linear_nodes import applied_weights
+from varscale.theory.graph.nodes import Node
 from varscale.theory.graph.store import once_per_node
 from varscale.theory.integrals.hermite_series import Z
 from varscale.theory.propagation.fourth_moments import fresh, origin
 from varscale.theory.propagation.inherited_fluctuations import (
     SCALE_STEP,
     Spread,
+    combine,
     inherited,
     kernel,
     shared,
-    weighted,
 )
 from varscale.theory.propagation.marginals import concentrated, evaluate
 
 _CHANNELS, _POPULATION_SAMPLES = 2048, 4  # of a population
 _OF_FEW = 8192  # channels where they are far from normal, and those with the other sign
-# Channels that are read together, from where on what they make is taken for normal: not derived, a matter of
-# time.
+# Channels read together, from which on what they make is taken for normal: not derived, a matter of time.
 _MANY_CHANNELS = 8
-_SHARED_BY_SAMPLES = (
-    0.98  # share of what places have in common that samples share, too, from where on they are as one
-)
+# Share of what places have in common that samples share, too, from where on they are as one.
+_SHARED_BY_SAMPLES = 0.98
 _POINTS, _POINT_WEIGHTS = np.polynomial.hermite_e.hermegauss(16)
 _POINT_WEIGHTS = _POINT_WEIGHTS / _POINT_WEIGHTS.sum()
 
-Sources = dict[Hashable, float]
+Places = frozenset[int]  # axes of a node that places are along
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -107,20 +105,16 @@ class Shared:
     """How the common part of a node fluctuates.
 
     Attributes:
-        inherited: coefficient of ln C on each source, of what its inputs hand on.
-        sources: with what its own channels add.
-        shift: of C, relative to its value for infinitely many units.
-        bend: what of that is in doubt.
+        inherited: what its inputs hand on to ln C.
+        sources: coefficients of what its own channels add.
         scatter: relative variance of K that its own channels add; None where they are normal, or not known.
         channels: what it makes of them; None where their law is not known.
         units: how many there are.
         passed: what of the covariance of (K, C) of one of them comes with what it reads.
     """
 
-    inherited: Sources
-    sources: Sources
-    shift: float
-    bend: float
+    inherited: Spread
+    sources: dict[Hashable, float]
     scatter: float | None = None
     channels: ChannelMoments | None = None
     units: int = 1
@@ -130,19 +124,10 @@ class Shared:
 def of_an_average(node: Node, whole: Spread) -> Spread:
     """What a sum or mean over places makes of the fluctuations of a mean square, `whole`, and of what places have in common."""
     below = _averaged(node)
-    if below is None:
+    if below is None or (part := common_part(*below)).channels is None:
         return whole
-    x, places = below
-    shared = common_part(x, places)
-    if shared.channels is None:
-        return whole
-
-    alone, together = _shares_of_mean(node, x, places)
-    sources = weighted([(alone, whole.sources), (together, shared.inherited)])
-    shift, bend = (
-        alone * getattr(whole, name) + together * getattr(shared, name) for name in ("shift", "bend")
-    )
-    return dataclasses.replace(whole, sources=sources, shift=shift, bend=bend)
+    found = combine(list(zip(_shares_of_mean(node, *below), (whole, part.inherited), strict=True)))
+    return dataclasses.replace(whole, sources=found.sources, shift=found.shift, bend=found.bend)
 
 
 def channel_scatter(node: Node) -> float | None:
@@ -150,16 +135,13 @@ def channel_scatter(node: Node) -> float | None:
     own = roots(node)
     if len(own) != 1 or (_averaged(own[0].node) is None and not _few(own[0].node)):
         return None
-    return common_part(node, frozenset(own[0].bind[k] for k in _place_axes(own[0].node))).scatter
+    return common_part(node, frozenset(own[0].bind[k] for k in _own_places(own[0].node))).scatter
 
 
 def of_few(node: Conv) -> float | None:
     """By how much more K of the few channels that an output reads varies than of all; None: they are many, or not known."""
-    if not _few(node):
-        return None
-    below = _read_by(node, _place_axes(node))
-    read = common_part(*below) if below is not None else None
-    if read is None or read.channels is None:
+    below = _read_by(node, _own_places(node)) if _few(node) else None
+    if below is None or (read := common_part(*below)).channels is None:
         return None
     return float(read.channels.scatter()[0, 0]) * (1 / _group(node) - 1 / read.units)
 
@@ -170,125 +152,97 @@ def _group(node: Conv) -> int:
     return 1 if channels is None else node.args[0].node.axes[channels].size // node.params.groups
 
 
-def _units(root: Node, x: Node) -> list[int]:
-    """The axes along which a product with weights has weights of its own."""
-    if isinstance(root, Conv):
-        return [k for k in root.params.out_dims[1:2] if k is not None]
-    shared = {k for view in root.args if view.node is x for k in view.bind}
-    return [k for k in range(len(root.axes)) if k not in shared]
+def _few(root: Node) -> TypeGuard[Conv]:
+    """Whether it is a convolution of which each output reads a few of the channels."""
+    return isinstance(root, Conv) and _group(root) < _MANY_CHANNELS
 
 
-def _place_axes(root: Node) -> frozenset[int]:
+def _windowed(node: Conv | WindowSum, dims: Dims) -> Places:
+    """The axes of the dimensions that windows are over, the last ones where there are fewer windows."""
+    windows = node.params.windows
+    read = zip(dims[len(dims) - len(windows) :], windows, strict=True)
+    return frozenset(k for k, window in read if k is not None and window is not None)
+
+
+def _own_places(root: Node) -> Places:
     """The axes of places of a convolution, or of an average that leaves some."""
-    if isinstance(root, Conv):
-        return frozenset(k for k in root.params.out_dims[2:] if k is not None)
-    windows, _, od = root.params if not root.averages else ((), (), ())
-    return frozenset(k for k, window in zip(od, windows, strict=True) if window is not None and k is not None)
+    if isinstance(root, Conv) or type(root) is WindowSum:
+        return _windowed(root, root.params.out_dims)
+    return frozenset()
 
 
-def _root(node: Node, places: frozenset[int]) -> tuple[Node, frozenset[int]]:
+def _root(node: Node, places: Places) -> tuple[Node, Places]:
     """The one root of a function, and which of its axes these places are; the node itself where it has not just one."""
     own = roots(node)
-    if (
-        not isinstance(node, Apply)
-        or len(own) != 1
-        or not places <= set(own[0].bind)
-        or concentrated(own[0].node)
-    ):
+    one = isinstance(node, Apply) and len(own) == 1 and places <= {*own[0].bind}
+    if not one or concentrated(own[0].node):
         return node, places
     return own[0].node, frozenset(k for k, b in enumerate(own[0].bind) if b in places)
 
 
-def _averaged(node: Node) -> tuple[Node, frozenset[int]] | None:
+def _averaged(node: Node) -> tuple[Node, Places] | None:
     """What is averaged or summed over places, and which of its axes they are."""
     if type(node) is WindowSum:
-        windows, xd, _ = node.params
-        return node.args[0].node, frozenset(
-            k for k, window in zip(xd, windows, strict=True) if window is not None and k is not None
-        )
+        return node.args[0].node, _windowed(node, node.params.x_dims)
     return (node.args[0].node, frozenset(node.params)) if node.averages else None
 
 
-def _read_by(root: Node, places: frozenset[int]) -> tuple[Node, frozenset[int]] | None:
+def _read_by(root: Node, places: Places) -> tuple[Node, Places] | None:
     """What a root adds up over random weights or averages over places, and which of its axes these are."""
-    below = _averaged(root)
-    if below is not None:
-        return below if places == _place_axes(root) else None
-    if not isinstance(root, Conv | Contract):
+    if (isinstance(root, Conv) or _averaged(root) is not None) and places != _own_places(root):
         return None
-    for x, w in (root.args, root.args[::-1]):
-        if not (w.node.is_drawn and w.node.odd):
-            continue
-        if isinstance(root, Conv):
-            xd = root.params.x_dims
-            return (
-                (x.node, frozenset(k for k in xd[2:] if k is not None))
-                if places == _place_axes(root)
-                else None
-            )
-        if places <= set(x.bind) and not places & set(w.bind):
-            return x.node, frozenset(k for k, b in enumerate(x.bind) if b in places)
-    return None
+    for weight, view, (x, bind), _ in applied_weights(root):
+        if weight.is_drawn and isinstance(root, Conv):
+            return x, _windowed(root, root.params.x_dims)
+        if weight.is_drawn and places <= {*bind} and not places & {*view.bind}:
+            return x, frozenset(k for k, b in enumerate(bind) if b in places)
+    return _averaged(root)
 
 
-def _shares_of_mean(node: Node, x: Node, places: frozenset[int]) -> tuple[float, float]:
+def _shares_of_mean(node: Node, x: Node, places: Places) -> tuple[float, float]:
     """What of the mean square of a sum or mean over places is from a place and itself, and what from two of them."""
-    if node.averages:
-        alone = x.table.mean_square / math.prod(x.axes[k].size for k in places)
-    else:
-        alone = x.table.mean_square * math.prod(
-            window.taps for window in node.params.windows if window is not None
-        )
-    share = min(alone / max(node.table.mean_square, 1e-300), 1.0)
+    taps = (
+        1 / math.prod(x.axes[k].size for k in places)
+        if node.averages
+        else math.prod(window.taps for window in node.params.windows if window is not None)
+    )
+    share = min(x.table.mean_square * taps / max(node.table.mean_square, 1e-300), 1.0)
     return share, 1 - share
 
 
 @once_per_node
-def common_part(node: Node, places: frozenset[int]) -> Shared:
+def common_part(node: Node, places: Places) -> Shared:
     """How what a node has in common along these axes fluctuates."""
     root, own_places = _root(node, places)
     below = _read_by(root, own_places)
-    channels = _channels(root, own_places, *below) if below is not None else None
-    if below is None or channels is None:
-        base = inherited(node)
-        own: Sources = {origin(node): math.sqrt(fresh(node, range(len(node.axes))))}
-        return Shared(base.sources, weighted([(1.0, base.sources), (1.0, own)]), base.shift, base.bend)
-    read, scale, averages = common_part(*below), kernel(root), _averaged(root) is not None
-    few = _few(root) and read.channels is not None
+    if below is None or (channels := _channels(root, own_places, *below)) is None:
+        return Shared(inherited(node), {origin(node): math.sqrt(fresh(node, range(len(node.axes))))})
+    read, averaged = common_part(*below), _averaged(root) is not None
     made, jacobian, hessian = _answer(node, root, channels)
-    levels = [scale.sources, read.inherited if averages else read.sources]
-    handed = weighted(list(zip(jacobian[1], levels, strict=True)))
-    passed = jacobian @ channels.read @ jacobian.T
-    scatter = (made.scatter() - passed) / channels.units
-    whole, common = (math.log1p(max(float(scatter[k, k]), 0.0)) for k in (0, 1))
-    along = float(
-        np.clip(scatter[0, 1] / math.sqrt(max(whole, 1e-300)), -math.sqrt(common), math.sqrt(common))
-    )
-    own = {origin(node): along, ("common part", node.id): math.sqrt(max(common - along**2, 0.0))}
-    together = np.array([[shared(x, y) for y in levels] for x in levels])
-    shift = float(jacobian[1] @ [scale.shift, read.shift] + np.sum(hessian * together) / 2)
-    bend = float(np.abs(jacobian[1]) @ [scale.bend, read.bend])
+    levels = kernel(root), combine([(1.0, read.inherited), (0.0 if averaged else 1.0, Spread(read.sources))])
+    handed = combine(list(zip(jacobian[1], levels, strict=True)))
+    together = np.array([[shared(a.sources, b.sources) for b in levels] for a in levels])
+    shift, bend = handed.shift + float(np.sum(hessian * together) / 2), handed.bend
+    few = _few(root) and read.channels is not None
     if few:  # of which moments by type know the second ones alone
         bend += math.sqrt(made.scatter()[1, 1] / len(made.mean))  # a population's own error
         shift = (1 + shift) * math.exp(made.levels()[1]) / max(_common(node, places), 1e-300) - 1
+    passed = jacobian @ channels.read @ jacobian.T
+    scatter = (made.scatter() - passed) / channels.units
+    whole, common = (math.log1p(max(float(scatter[k, k]), 0.0)) for k in (0, 1))
+    most = math.sqrt(common)
+    along = float(np.clip(scatter[0, 1] / math.sqrt(max(whole, 1e-300)), -most, most))
     return Shared(
-        inherited=handed,
-        sources=weighted([(1.0, handed), (1.0, own)]),
-        shift=shift,
-        bend=bend,
-        scatter=whole if averages or few else None,
+        dataclasses.replace(handed, shift=shift, bend=bend),
+        {origin(node): along, ("common part", node.id): math.sqrt(max(common - along**2, 0.0))},
+        scatter=whole if averaged or few else None,
         channels=made,
         units=channels.units,
         passed=passed,
     )
 
 
-def _few(root: Node) -> TypeGuard[Conv]:
-    """Whether it is a convolution of which each output reads a few of the channels."""
-    return isinstance(root, Conv) and _group(root) < _MANY_CHANNELS
-
-
-def _channels(root: Node, places: frozenset[int], x: Node, x_places: frozenset[int]) -> Channels | None:
+def _channels(root: Node, places: Places, x: Node, x_places: Places) -> Channels | None:
     """The law of a root's channels, which has its K and its C."""
     read, whole = common_part(x, x_places), root.table.mean_square
     common = max(_common(root, places), 0.0)  # a difference of tables may round below
@@ -299,47 +253,41 @@ def _channels(root: Node, places: frozenset[int], x: Node, x_places: frozenset[i
         mean, square = read.channels
         row = np.array([[alone, together], [0.0, 1.0]])
         found = Channels(mean, np.maximum(square - mean**2, 0.0), read.units, row @ read.passed @ row.T)
-        return found.of(whole, common if places else whole * (1 - alone))
+        common = common if places else whole * (1 - alone)
+        return found.of(whole, common)
     if np.any(root.table.mean):
         return None
-    own = _units(root, x)
+    weight, *_, own = next(applied for applied in applied_weights(root) if applied.leaf.is_drawn)
     units = math.prod(root.axes[k].size for k in own)
     if _few(root) and read.channels is not None:
-        return _of_few(root, read, units).of(whole, common)
-    others = frozenset(range(len(root.axes))) - set(own)
-    between = float(np.clip(_common(root, others) / max(common, 1e-300), 0.0, 1.0))
-    drawn = _normals((1 if between > _SHARED_BY_SAMPLES else _POPULATION_SAMPLES) + 2)
-    means = math.sqrt(between) * drawn[:, 1:2] + math.sqrt(1 - between) * drawn[:, 2:]
-    weights = next(view.node for view in root.args if view.node is not x)
-    excess = max(getattr(weights, "kurtosis", 3.0) - 1, 0.0) / max(
-        root.width or 1, 1
-    )  # of a unit's squared weights
-    spread = math.sqrt(math.log1p(excess)) * drawn[:, :1]
-    return Channels(means, np.broadcast_to(np.exp(spread), means.shape), units, np.zeros((2, 2))).of(
-        whole, common
-    )
+        found = _of_few(root, read.channels, units)
+    else:
+        others = frozenset(range(len(root.axes))).difference(own)
+        between = float(np.clip(_common(root, others) / max(common, 1e-300), 0.0, 1.0))
+        drawn = _normals((1 if between > _SHARED_BY_SAMPLES else _POPULATION_SAMPLES) + 2)
+        means = math.sqrt(between) * drawn[:, 1:2] + math.sqrt(1 - between) * drawn[:, 2:]
+        excess = max(weight.kurtosis - 1, 0.0) / max(root.width or 1, 1)  # of a unit's squared weights
+        spread = math.sqrt(math.log1p(excess)) * drawn[:, :1]
+        found = Channels(means, np.broadcast_to(np.exp(spread), means.shape), units, np.zeros((2, 2)))
+    return found.of(whole, common)
 
 
-def _of_few(root: Conv, read: Shared, units: int) -> Channels:
+def _of_few(root: Conv, read: ChannelMoments, units: int) -> Channels:
     """Sums over a few channels, of one weight a tap and channel."""
-    assert read.channels is not None
-    mean, square = read.channels
-    rest = np.maximum(square - mean**2, 0.0)
+    rest = np.maximum(read.square - read.mean**2, 0.0)
     group, taps = _group(root), math.prod(w.taps for w in root.params.windows)
     law = getattr(root.args[1].node, "transport", None)
     rng = np.random.default_rng(1)
-    common, own = (np.zeros((_OF_FEW, mean.shape[1])) for _ in range(2))
+    common, own = (np.zeros((_OF_FEW, rest.shape[1])) for _ in range(2))
     for _ in range(group):
         weights = rng.standard_normal((_OF_FEW, taps))
         weights = weights if law is None else np.interp(weights, Z, law.reshape(-1, len(Z))[0])
-        at = rng.permutation(_OF_FEW) % len(mean)
-        common += weights.sum(axis=1, keepdims=True) * mean[at]
+        at = rng.permutation(_OF_FEW) % len(rest)
+        common += weights.sum(axis=1, keepdims=True) * read.mean[at]
         own += np.sum(weights**2, axis=1, keepdims=True) * rest[at]
-    common, own = (
-        np.concatenate([common, -common]),
-        np.concatenate([own, own]),
-    )  # weights of either sign are as likely
-    return Channels(common, own, units, read.channels.scatter() / group)
+    # Weights of either sign are as likely.
+    either = np.concatenate([common, -common]), np.concatenate([own, own])
+    return Channels(*either, units, read.scatter() / group)
 
 
 def _normals(columns: int) -> Float[np.ndarray, "channels columns"]:
@@ -349,12 +297,9 @@ def _normals(columns: int) -> Float[np.ndarray, "channels columns"]:
     return np.stack([rng.permutation(even) for _ in range(columns)], axis=1)
 
 
-def _common(node: Node, places: frozenset[int]) -> float:
+def _common(node: Node, places: Places) -> float:
     """C of a node, along these axes."""
-    common = node.table.second
-    for k in reversed(range(len(node.axes))):
-        common = contract_axis(common, k, node.axes[k].different if k in places else node.axes[k].same)
-    return float(common)
+    return float(averaging(node.axes, apart=places) @ node.table.second.ravel())
 
 
 def _made(node: Node, root: Node, channels: Channels) -> ChannelMoments:
@@ -363,9 +308,8 @@ def _made(node: Node, root: Node, channels: Channels) -> ChannelMoments:
         return ChannelMoments(channels.common, channels.common**2 + channels.own)
     (view,) = roots(node)
     values = channels.common[..., None] + np.sqrt(channels.own)[..., None] * _POINTS
-    shape = (1,) * len(node.axes)
-    out = evaluate(View(node, tuple(range(len(node.axes)))), node.axes, {view: values.reshape(*shape, -1)})
-    out = np.asarray(out, float).reshape(-1)[-values.size :].reshape(values.shape)
+    line = values.reshape(*[1] * len(node.axes), -1)
+    out = np.asarray(evaluate(node.whole, node.axes, {view: line}), float).reshape(values.shape)
     return ChannelMoments(out @ _POINT_WEIGHTS, out**2 @ _POINT_WEIGHTS)
 
 

@@ -48,13 +48,13 @@ from varscale.theory.propagation.pullbacks import sum_out
 from varscale.theory.propagation.token_gram import (
     Mixture,
     Tokens,
-    TokenSources,
+    covariance,
+    mixture_of_sum,
     overlap,
     own_beyond_pairs,
     own_part,
     projected,
     shared_overlap,
-    sources_of_mixture,
     tokens_of,
     white,
 )
@@ -266,8 +266,8 @@ def note_values(node: Contract, notes: BackwardNotes) -> None:
         notes.values[attention.weights.id] = values
 
 
-@sources_of_mixture.register(Contract)
-def mixed(node: Contract, x: Tokens) -> TokenSources | None:
+@mixture_of_sum.register(Contract)
+def mixed(node: Contract, x: Tokens) -> Mixture | None:
     """How the overlap of two outputs Σ p v is made of that of two values and of two queries (4.)."""
     attention = attention_of(node)
     if attention is None:
@@ -275,7 +275,7 @@ def mixed(node: Contract, x: Tokens) -> TokenSources | None:
     values, found = attention.projections(), scores(attention.weights)
     source = None if found is None else projected(found.queries)
     if found is None or source is None or not (values.tokens and values.features and found.queries.tokens):
-        return [], lambda _: white(x)
+        return white(x)
     queries = found.queries
     heads = math.prod(x.node.axes[k].size for k in x.features if k in attention.place)
     p = attention.weights
@@ -284,17 +284,13 @@ def mixed(node: Contract, x: Tokens) -> TokenSources | None:
     variance = own_beyond_pairs(p.deviation.mean(-1), [p.axes[k] for k in p.rows()], rows)
     chance = _by_chance(p, rows)
     slope = chance * (variance / math.expm1(variance) if 0 < variance < 50 else float(variance <= 0))
-
-    def combined(parts: Sequence[float]) -> Mixture:
-        gain = own_beyond_pairs(np.asarray(tilted(x.node)), x.node.axes, x.tokens)
-        tilt = float(np.clip(gain / max(own_part(x), 1e-300), 0, 1))
-        v_values, v_tokens = parts
-        noise = (1 - tilt) ** 2 * (chance**2 / keys + v_values + slope**2 / queries.count)
-        noise += tilt**2 * (3 / queries.count + _squared(1 / v_tokens, keys) - v_tokens)
-        noise += 2 * tilt * (1 - tilt) / values.count
-        return Mixture((0.0, (1 - tilt) * slope + tilt), noise / heads)
-
-    return [values, source], combined
+    gain = own_beyond_pairs(np.asarray(tilted(x.node)), x.node.axes, x.tokens)
+    tilt = float(np.clip(gain / max(own_part(x), 1e-300), 0, 1))
+    v_values, v_tokens = (covariance(tokens, tokens) for tokens in (values, source))
+    noise = (1 - tilt) ** 2 * (chance**2 / keys + v_values + slope**2 / queries.count)
+    noise += tilt**2 * (3 / queries.count + _squared(1 / v_tokens, keys) - v_tokens)
+    noise += 2 * tilt * (1 - tilt) / values.count
+    return Mixture([values, source], [0.0, (1 - tilt) * slope + tilt], noise / heads)
 
 
 def _by_chance(p: Softmax, rows: Sequence[int]) -> float:

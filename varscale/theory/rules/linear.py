@@ -23,7 +23,7 @@ from varscale.theory.propagation.doubts import lost_excess
 from varscale.theory.propagation.fluctuations import averaged, with_own_weights
 from varscale.theory.propagation.inherited_fluctuations import Spread, combine, propagated
 from varscale.theory.propagation.pullbacks import sum_out
-from varscale.theory.propagation.shared_tokens import shared_tokens
+from varscale.theory.propagation.shared_tokens import gained_by_sum
 from varscale.theory.rules.attention import SHARED_DOUBT, note_values, of_alike_keys, tilted
 from varscale.theory.rules.operands import classed_by_energy, meets_itself
 from varscale.theory.rules.random import as_weight, law
@@ -55,7 +55,7 @@ def second_moments_of_contract(node: Contract) -> Table:
     elif not any(isinstance(v.node, Softmax) for v in node.args):
         if dependent(x.node, y.node):
             mean, second = _dependent(node, mean, second)
-        second = _of_shared_tokens(node, second)
+        second = second + gained_by_sum(node, second)
     table = Table(node.axes, np.array(mean), second + (tilt := tilted(node)))
     if np.any(tilt):
         gained = Table(node.axes, np.array(mean), np.broadcast_to(tilt, node.frame_types)).mean_square
@@ -98,20 +98,6 @@ def _dependent(node: Contract, mean: np.ndarray, second: np.ndarray) -> tuple[np
     if share > 1e-3:  # exact for Gaussian factors; a product of two that share a root is not quite
         node.graph.flag("assumed", min(ROUGH * share, LOOSE))
     return after, second + paired
-
-
-def _of_shared_tokens(node: Contract, second: np.ndarray) -> np.ndarray:
-    """What two activations made of the same tokens, or by the same weights, gain besides."""
-    found = shared_tokens(node)
-    if not np.any(found.second):
-        return second
-    whole, gained = (
-        Table(node.axes, np.zeros(()), np.broadcast_to(x, node.frame_types)).mean_square
-        for x in (second, found.second)
-    )
-    share = gained / max(whole + gained, 1e-300)
-    node.graph.flag("quadrature", found.doubt * share + found.left_out * (1 - share))
-    return second + found.second
 
 
 def _tied(
