@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-import gc
-from collections.abc import Iterator
 from typing import Any
 
 from varscale.initialization.laws import applied
 from varscale.initialization.outline import declared, outline
 from varscale.initialization.tracing import trace
+from varscale.programs.caches import without_collection
 
 
 def initialize(
@@ -72,7 +70,7 @@ def initialize(
     True
     """
     scheme = applied(scheme, model, x, method=method)
-    with _no_collection():
+    with without_collection():
         traced = trace(model, key, x, method)
         if isinstance(scheme, str) and scheme == "declared" and out_shardings is None and given is None:
             plan = declared(traced, key, dtype, exact)
@@ -80,17 +78,3 @@ def initialize(
             plan = outline(traced, key, scheme=scheme, dtype=dtype, out_shardings=out_shardings, given=given, exact=exact)
         result = plan.draw(key)
     return (result, plan.finished()) if account or given is not None else result
-
-
-@contextlib.contextmanager
-def _no_collection() -> Iterator[None]:
-    """Without collections of garbage: a trace makes so many objects that Python would look through all there are, for a tenth
-    of the time that a whole model takes.
-    """
-    collects = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if collects:
-            gc.enable()

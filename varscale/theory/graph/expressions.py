@@ -32,6 +32,10 @@ class Apply(Node):
     how = "quadrature"
     entrywise = True
 
+    @property
+    def sources(self) -> Sequence[Node]:
+        return [view.node for view in roots(self)]
+
     def prepare(self) -> None:
         name, extra = self.params
         nodes = [view.node for view in self.args]

@@ -119,6 +119,11 @@ class Node(Marked):
         return View(self, tuple(range(len(self.axes))))
 
     @property
+    def sources(self) -> Sequence[Node]:
+        """What its moments are made from: its arguments; of a tree of elementwise functions, its roots."""
+        return [view.node for view in self.args]
+
+    @property
     def unseen(self) -> int:
         """Bits of the leaves whose sign it does not see."""
         return self.even | ~self.deps
@@ -183,10 +188,7 @@ def unknown_below(node: Node) -> list[Node]:
     """What a node's moments are made from, as far as it is not known, each after what it is made from itself."""
     found, waiting = {node.id: node}, [node]
     while waiting:
-        below = waiting.pop()
-        while below.entrywise and not below.is_centred and len(below.args) == 1:
-            below = below.args[0].node
-        for source, _ in below.args:
+        for source in waiting.pop().sources:
             if source._table is None and source.id not in found:
                 found[source.id] = source
                 waiting.append(source)

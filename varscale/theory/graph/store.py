@@ -91,7 +91,7 @@ class Fact(Generic[K, V]):
 
     def of(self, graph: HasStore) -> dict[K, V]:
         """All that one graph knows of this kind."""
-        return graph.store.setdefault(self, {})
+        return graph.store[self] if self in graph.store else graph.store.setdefault(self, {})
 
     def get(self, graph: HasStore, key: K) -> V | None:
         """What is known, or None."""
@@ -117,13 +117,15 @@ def once_per_node(work: Callable[..., V]) -> Callable[..., V]:
     @functools.wraps(work)
     def known(node: Any, *args: Hashable) -> V:
         found, key = fact.of(node.graph), (node.id, *args)
+        if key in found:
+            return found[key]
 
         def once() -> V:
             if key not in found:
                 found[key] = work(node, *args)
             return found[key]
 
-        return found[key] if key in found else evaluated(node.graph, once)
+        return evaluated(node.graph, once)
 
     return known
 

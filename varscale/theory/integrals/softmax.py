@@ -91,8 +91,8 @@ def _between(
     taken = [float(x) for x in logarithms] if few else [k * _SPACING for k in nodes]
     found = np.stack([_laplace(x, first, last, stride, directions) for x in taken], axis=1)
     if not few:
-        parts = [weight[:, None] * found[:, below + i - nodes[0]] for i, weight in _lagrange(places - below)]
-        found = np.sum(parts, axis=0)
+        lines = _lagrange(places - below)
+        found = sum((weight[:, None] * found[:, below + i - nodes[0]] for i, weight in lines), np.zeros(()))
     phi, x, x2, x3, lx2 = np.exp(found[:5])
     return np.stack([-phi, x, x2, x3, found[5] * x, lx2])
 

@@ -149,7 +149,8 @@ class Interpreter:
                 eqns, outputs, place, scopes, kept, lambda v: is_weight(env.get(v))
             ):
                 count = place.rows.entered
-                if not silent and self.regions.waits(self._scope_of(place, eqn)):  # the next walk draws it
+                asked = not silent and self.regions.changed
+                if asked and self.regions.waits(self._scope_of(place, eqn)):  # the next walk draws it
                     env.update((v, placeholder(self, v.aval)) for v in eqn.outvars)
                     continue
                 self.place, self.entering = None if silent else place, eqn

@@ -10,6 +10,7 @@ import jax
 
 from varscale.initialization.laws import applied
 from varscale.programs import faces
+from varscale.programs.caches import without_collection
 from varscale.programs.faces import Inputs, Program
 from varscale.report import Report
 from varscale.theory.graph.layout import Value
@@ -135,6 +136,7 @@ def walkable(interpreter: Interpreter, program: Program, given: Inputs, params: 
     return Walkable(trace, range(len(parameters.values)), parameters, split)
 
 
+@without_collection()
 def _predicted(
     program: Program,
     given: Inputs,

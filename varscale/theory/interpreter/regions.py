@@ -73,7 +73,7 @@ class Regions:
 
     def waits(self, path: str) -> bool:
         """Whether a path is of a scope that was asked for in this walk, so that nothing in it needs to be worked out."""
-        return self.changed and any(scope not in self.drawn and within(path, scope) for scope in self.scopes)
+        return any(scope not in self.drawn and within(path, scope) for scope in self.scopes)
 
     def again(self) -> bool:
         """Begin the next walk, if there has to be one."""

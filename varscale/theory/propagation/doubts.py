@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,8 +20,8 @@ from varscale.theory.graph.convolutions import Conv
 from varscale.theory.graph.expressions import Apply, Mean, Sum, factors, roots, roots_of
 from varscale.theory.graph.linear_nodes import Merge, weight_of
 from varscale.theory.graph.nodes import UNKNOWN, Array, Constant, Leaf, Node, View
-from varscale.theory.graph.store import once_per_node
-from varscale.theory.integrals.hermite_series import WEIGHTS
+from varscale.theory.graph.store import Fact, once_per_node
+from varscale.theory.integrals.hermite_series import WEIGHTS, on_grid
 from varscale.theory.integrals.primitives import function
 from varscale.theory.propagation.cross_moments import dependent, unsure
 from varscale.theory.propagation.marginals import (
@@ -29,6 +29,7 @@ from varscale.theory.propagation.marginals import (
     at_means,
     concentrated,
     evaluate,
+    integral_key,
     marginal,
     over_classes,
 )
@@ -58,19 +59,32 @@ def has_values(name: str, numbers: Sequence[np.ndarray]) -> bool:
     return outside is None or not np.any(outside(*numbers))
 
 
+# Functions of Gaussian roots, by form, that have values and mean squares.
+_SOUND: Fact[Hashable, bool] = Fact()
+
+
 def mark_undefined(node: Apply) -> None:
     """Flag a node whose functions have no values where they are asked for, or no finite mean square."""
+    sound = _SOUND.of(node.graph)
     for own in _by_root(node).values():
+        mark = tuple(integral_key(factor) for factor, _ in own), node.axes
+        if mark in sound:
+            continue
         env: Environment = {}
         values = np.ones(1)
         for factor, held in own:
             env.update(at_means(held, node.axes))
             values = _within_domain("mul", ())(values, evaluate(factor, node.axes, env, _within_domain))
-        outside = np.isnan(np.broadcast_to(values, (*values.shape[:-1], len(WEIGHTS))))
-        if np.max(outside @ WEIGHTS) > _NEGLIGIBLE:
-            node.graph.flag("assumed", UNBOUNDED)
-        elif doubt := _unresolved(np.nan_to_num(values), node.axes):
+        outside = np.isnan(values)
+        if outside.any():
+            if np.max(on_grid(outside) @ WEIGHTS) > _NEGLIGIBLE:
+                node.graph.flag("assumed", UNBOUNDED)
+                continue
+            values = np.nan_to_num(values)
+        if doubt := _unresolved(values, node.axes):
             node.graph.flag("assumed" if doubt == UNBOUNDED else "quadrature", doubt)
+        elif None not in mark[0]:
+            sound[mark] = True
 
 
 def _within_domain(name: str, extra: tuple[Any, ...]) -> Callable[..., np.ndarray]:
@@ -79,11 +93,11 @@ def _within_domain(name: str, extra: tuple[Any, ...]) -> Callable[..., np.ndarra
     def at(*xs: np.ndarray) -> np.ndarray:
         out = np.asarray(function(name, extra)(*xs), float)
         if name == "mul":
-            return np.where((xs[0] == 0) | (xs[1] == 0), 0.0, out)
-        undefined = () if name == "select_n" else [np.isnan(x) for x in xs]
+            return np.where((xs[0] == 0) | (xs[1] == 0), 0.0, out) if np.isnan(out).any() else out
+        undefined = [] if name == "select_n" else [found for x in xs if (found := np.isnan(x)).any()]
         if name in _OUTSIDE:
-            undefined = [*undefined, _OUTSIDE[name](*xs)]
-        return np.where(functools.reduce(np.logical_or, undefined), np.nan, out) if len(undefined) else out
+            undefined.append(_OUTSIDE[name](*xs))
+        return np.where(functools.reduce(np.logical_or, undefined), np.nan, out) if undefined else out
 
     return at
 

@@ -19,7 +19,7 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 import numpy as np
 from scipy import special
 
-from varscale.theory.domain.axes import Axis, apply_axis
+from varscale.theory.domain.axes import Axis, apply_axis, contract_axis
 from varscale.theory.domain.axis_maps import class_shares
 from varscale.theory.domain.tables import NEGLIGIBLE, NEXT_ORDER, Table, by_type, lift, over_frame
 from varscale.theory.graph.expressions import Apply, Mean, Sum, connected, factors, form, roots, roots_of
@@ -230,7 +230,7 @@ def along(view: View, frame: Sequence[Axis], *live: View) -> np.ndarray:
 def over_classes(line: np.ndarray, axes: Sequence[Axis]) -> np.ndarray:
     """Values on the normal grid, (classes or 1..., points), averaged over all places: each class counts by its own."""
     for axis in axes:
-        line = np.tensordot(axis.counts / axis.size, line, axes=(0, 0)) if line.shape[0] > 1 else line[0]
+        line = contract_axis(line, 0, axis.counts / axis.size) if line.shape[0] > 1 else line[0]
     return line
 
 

@@ -32,7 +32,7 @@ from varscale.theory.rules.reductions import Extreme, OneOfMany, cross_by_kind_o
 from varscale.theory.rules.registry import Context, recognise
 from varscale.theory.rules.softmax import Softmax
 
-# Made of known masks: whole rows where none is seen; which rows see any; products; where a choice is made.
+# Made of known masks: products; where a choice is made.
 _MASKS: Fact[Hashable, Node] = Fact()
 _WINDOWS: Fact[None, int] = Fact()  # masks whose rows share more keys with those near them
 
@@ -155,14 +155,19 @@ def _rows_filled(allowed: View, key: int) -> list[View]:
     mask, bind = allowed
     assert isinstance(mask, Array)
     keys = tuple(k for k, b in enumerate(bind) if b == key)
-    some = np.sum(mask.values != 0, axis=keys, keepdims=True) > 0
-    if some.all():
+    if not (found := _filled(mask, keys)):
         return [allowed]
-    graph = mask.graph
     left = tuple(b for b in bind if b != key)
-    filled = _MASKS.once(graph, ("filled", mask.id, keys), lambda: array(graph, mask.values | ~some))
-    rows = _MASKS.once(graph, ("rows", mask.id, keys), lambda: array(graph, np.any(mask.values, axis=keys)))
-    return [View(x, bound if x.axes else ()) for x, bound in ((filled, bind), (rows, left))]
+    return [View(x, bound if x.axes else ()) for x, bound in zip(found, (bind, left), strict=True)]
+
+
+@once_per_node
+def _filled(mask: Array, keys: tuple[int, ...]) -> tuple[Node, ...]:
+    """A mask whose rows without a key see all, and which rows see any; nothing where all do."""
+    some = np.any(mask.values, axis=keys, keepdims=True)
+    if some.all():
+        return ()
+    return array(mask.graph, mask.values | ~some), array(mask.graph, some.squeeze(keys))
 
 
 def _row_classes(frame: list[Axis], random: View, allowed: View, key: int) -> list[Axis]:
