@@ -92,6 +92,17 @@ def test_the_nearest_row_is_no_row_like_others(nearest):
     assert drawn.agrees(row.second_moment, row.error_bound, *drawn.drawn(one, 200))
 
 
+def test_one_array_at_two_scales_is_drawn_at_both():
+    """Both have the same random numbers, so that the products of two entries are (3/2)² times as large, exactly."""
+
+    def products(kernels, x):
+        y = (x @ kernels[0])[:, :2]
+        return [jnp.cumprod(c * y, axis=1)[:, 1] for c in (2.0, 3.0)]
+
+    small, large = vs.predict(products, X, params=kernels, backward=False).rows
+    assert large.second_moment / small.second_moment == pytest.approx(1.5**4, rel=1e-4)
+
+
 def test_an_equation_that_a_rule_does_not_cover_is_drawn(monkeypatch):
     def rule(interpreter, eqn, x):
         raise NotImplementedError("sines of arrays")

@@ -61,14 +61,14 @@ NUDGED: Fact[Hashable, dict[int, Any]] = Fact()
 
 
 class RegionOutput(Node):
-    """An output of a region; `params` is (the region's key, which of its outputs, whether time is its first axis)."""
+    """An output of a region; `params` is (its mark, which of its outputs, whether time is its first axis)."""
 
     how = "sampled"
     timed = True
 
     @property
     def draws(self) -> RegionDraws:
-        return DRAWS.of(self.graph)[self.params[0]]
+        return DRAWS.of(self.graph)[_key(self.params[0], self.args)]
 
     @property
     def numbers(self) -> np.ndarray:
@@ -129,7 +129,7 @@ def pullback_of_region(
         (error_of_cotangents(passed) for passed, x in zip(back, draws.operands, strict=True) if x.is_value),
         default=0.0,
     ) + max(doubt, _SMALLER_DOUBT if draws.sizes.smaller else 0.0)
-    for i, inner in (NUDGED.get(node.graph, node.params[0]) or {}).items():
+    for i, inner in (NUDGED.get(node.graph, _key(node.params[0], node.args)) or {}).items():
         passed = back[i]
         if passed is not None and inner is not node:
             own = passed.reshape(len(passed), *inner.numbers.shape[1:])
@@ -314,11 +314,12 @@ def _outputs(
     draws = RegionDraws(jaxpr, tuple(operands), sizes, replicates, replicates)
     read = [([(v.node, v.dims) for v in x.value], x.key, str(x.aval), x.nudge) for x in operands]
     mark = ("region", hashed(draws.program.written, (read, sizes.smaller, replicates), tuple(nudged)))
-    draws = DRAWS.once(graph, mark, lambda: with_enough_draws(draws, _BOUND))
     views, place = [], 0
     for part in (part for x in operands for part in x.value):
         views.append(View(part.node, tuple(range(place, place + len(part.node.axes)))))
         place += len(part.node.axes)
+    key = _key(mark, views)
+    draws = DRAWS.once(graph, key, lambda: with_enough_draws(draws, _BOUND))
     which, out = 0, list[Any]()
     for k, aval in enumerate(jaxpr.out_avals):
         timed, numbers = time is not None and k >= time, draws.outputs[which]
@@ -335,8 +336,13 @@ def _outputs(
             raise CannotDraw("random whole numbers come out of it")
         which += 1 + isinstance(out[-1], Complex)
     start = len(operands) - len(nudged)
-    NUDGED.put(graph, mark, {start + i: out[k].node for i, k in enumerate(nudged)})
+    NUDGED.put(graph, key, {start + i: out[k].node for i, k in enumerate(nudged)})
     return out
+
+
+def _key(mark: Hashable, views: Sequence[View]) -> Hashable:
+    """One array at two scales is two operands: their content, and so the mark, is the same."""
+    return mark, tuple(view.node.id for view in views)
 
 
 def _output(
