@@ -61,6 +61,23 @@ def test_mimetic_packed_in_thirds():
         mimetic((-1.0, 0.0))
 
 
+@pytest.mark.parametrize(("packed", "message"), [(False, "query 32, key 16"), (True, "head by head")])
+def test_mimetic_needs_a_key_for_each_query_in_one_run(packed, message):
+    def attend(p, x):
+        if packed:
+            q, k, v = jnp.split((x @ p["qkv"]).reshape(2, 5, 4, 24), 3, axis=-1)
+        else:
+            q, k, v = (
+                jnp.repeat((x @ p[name]).reshape(2, 5, -1, 8), n, axis=2) for name, n in zip("qkv", (1, 2, 2), strict=True)
+            )
+        return x + nn.dot_product_attention(q, k, v).reshape(2, 5, 32) @ p["o"]
+
+    shapes = {"qkv": (32, 96), "o": (32, 32)} if packed else {"q": (32, 32), "k": (32, 16), "v": (32, 16), "o": (32, 32)}
+    params = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
+    with pytest.raises(ValueError, match=message):
+        mimetic()(attend, jax.ShapeDtypeStruct((2, 5, 32), jnp.float32), params=params)
+
+
 def test_products_of_mimetic_factors_are_verified():
     """Refuted wrongly once in 1e9; twice the noise, a lost identity, and a key of its own for each factor are found."""
     plan = mimetic()(Decoder(1), IDS)

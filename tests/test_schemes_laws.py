@@ -313,6 +313,21 @@ def test_nf_resnet():
     assert [r.status for r in missing] == ["missing"] * 4 + ["present"] + ["missing"] * 3
 
 
+def test_a_branch_may_be_scaled_before_its_activation():
+    """x + α f(γ gelu(β x)): the formula of the paper; β passes through a relu alone."""
+    gamma, beta = 1.700926, 1.04**-0.5
+
+    def net(p, x):
+        for i, scale in enumerate((1.0, beta)):
+            x = x + 0.2 * (gamma * jax.nn.gelu(scale * x) @ p[i])
+        return x
+
+    params = [jax.ShapeDtypeStruct((8, 8), jnp.float32)] * 2
+    plan = nf_resnet()(net, jax.ShapeDtypeStruct((4, 8), jnp.float32), params=params)
+    assert [(r.status, round(r.found, 3)) for r in plan.requirements[2:]] == [("present", 1.0), ("present", round(beta, 3))]
+    assert plan["1"].std == pytest.approx(8**-0.5)
+
+
 def test_ppo():
     x = jax.ShapeDtypeStruct((3, 8), jnp.float32)
     plan = ppo()(lambda rngs: ActorCritic(rngs), x)

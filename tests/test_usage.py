@@ -57,6 +57,21 @@ def test_an_mlp():
     assert found.additions == 0
 
 
+def test_rows_of_known_places_are_a_table_of_positions():
+    """Looked up by `arange`, as GPT-2's; a table of relative places is one where it is added to scores."""
+
+    def model(p, ids):
+        x = p["tokens"][ids] + p["positions"][jnp.broadcast_to(jnp.arange(6), ids.shape)]
+        apart = p["relative"][jnp.arange(6)[:, None] - jnp.arange(6)[None]]
+        return jax.nn.softmax(x @ x.mT + apart[None, ..., 0]) @ x @ p["head"]
+
+    shapes = {"tokens": (30, 8), "positions": (9, 8), "relative": (11, 1), "head": (8, 30)}
+    params = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
+    found = uses(model, IDS, params=params)
+    roles = {"tokens": "embedding", "positions": "position", "relative": "position", "head": "readout"}
+    assert {path: found[path].role for path in roles} == roles
+
+
 def test_a_transformer():
     found = uses(LanguageModel(), IDS)
     assert found.additions == 4

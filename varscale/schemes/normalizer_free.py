@@ -19,6 +19,7 @@ from varscale.schemes.requirements import branch_scales, looked_up
 from varscale.schemes.residuals import needs_additions, needs_gates
 from varscale.schemes.scheme import Choice, Scheme, Subject, checked_convention, spread
 from varscale.schemes.structure import Structure
+from varscale.usage.branches import times
 from varscale.usage.parameters import OneUse
 
 _TENTH = (("adam_learning_rate", 0.1), ("sgd_learning_rate", 0.1))
@@ -187,10 +188,10 @@ def nf_resnet(alpha: float = 0.2, *, distribution: DistributionName = "normal", 
     words = f"nf_resnet(alpha={alpha:g}, distribution={distribution!r}, convention={convention!r})"
 
     def in_program(structure: Structure, use: OneUse) -> bool:
-        """Whether the program multiplies what a kernel reads by γ."""
-        gamma, scale = _gain(use.before, convention), use.input_scale
+        """Whether the program multiplies what a kernel reads by γ; by β too, before the activation or after it, or not."""
+        gamma, scale = _gain(use.before, convention), times(use.input_scale, use.before_scale)
         beta = _betas(structure, alpha)[use.branch] if use.branch is not None and use.position == 0 else 1.0
-        return gamma == 1 or (scale is not None and math.isclose(scale, beta * gamma, rel_tol=0.01))
+        return gamma == 1 or (scale is not None and any(math.isclose(scale, b * gamma, rel_tol=0.01) for b in (beta, 1.0)))
 
     def rule(subject: Subject) -> Choice:
         if _is_gate(subject):
@@ -210,7 +211,7 @@ def nf_resnet(alpha: float = 0.2, *, distribution: DistributionName = "normal", 
             if use is None or use.branch is None or use.position != 0 or not use.reduction_axes:
                 continue
             beta, gamma = betas[use.branch], _gain(use.before, convention)
-            scale = use.input_scale
+            scale = times(use.input_scale, use.before_scale)
             if in_program(structure, use) and scale is not None:
                 scale /= gamma
             mend = f"multiply the branch's input by {beta:.4g}"

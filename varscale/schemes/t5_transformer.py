@@ -42,11 +42,11 @@ def t5(*, distribution: DistributionName = "normal") -> Scheme:
         return 1
 
     def rule(subject: Subject) -> Choice:
+        if subject.role == "position" or (subject.is_table and subject.main.stream is None):
+            return Choice(spread("normal", _width(subject.structure) ** -0.5), "1/√d: it begins no stream")
         if not subject.is_matrix:
             return subject.kept()
         if subject.is_table:
-            if subject.main.stream is None:
-                return Choice(spread("normal", _width(subject.structure) ** -0.5), "1/√d: it begins no stream")
             return Choice(spread("normal", 1.0), "unit rows")
         std, head = subject.fan_in**-0.5, unscaled(subject.structure, subject.uses.path)
         law = subject.by_part(lambda names, _: spread(distribution, std * head**-0.5 if names == {"query"} else std))

@@ -20,7 +20,7 @@ def _linear(walk: Walk, view: View, x: Flow, use: Use, shape: Sequence[int], axe
     use.batch = tuple(sorted(view.batch))
     use.steps, use.depth, use.before, use.raw = view.steps, x.depth, x.functions, x.raw
     use.normalised, use.layout, use.region = x.normalised, axes, view.region
-    use.input_scale, use.kernel_scale = x.scale, view.scale
+    use.input_scale, use.before_scale, use.kernel_scale = x.scale, x.function_scale, view.scale
     use.reads = frozenset(source.use for source in x.sources)
     use.stream, use.maps = x.stream, x.maps
     walk.close(x, read=True)
@@ -196,7 +196,8 @@ def gather(walk: Walk, eqn: Any, values: list[Value]) -> Value:
                 axes[at] = operand.axes[k]
         features = [k for k in kept if sizes[k] > 1]
         if not isinstance(index, Flow):
-            return dataclasses.replace(operand, axes=tuple(axes))
+            placed = sum(n > 1 for k, n in enumerate(shape) if k not in numbers.offset_dims)
+            return dataclasses.replace(operand, axes=tuple(axes), placed=operand.placed + placed)
         looked_up = [k for k in range(len(sizes)) if k not in features]
         use = Use(
             operand.parameter,

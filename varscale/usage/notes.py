@@ -47,6 +47,7 @@ class Use:
         kernel_scale: likewise the parameter itself.
         output_scale: likewise its output, before anything else reads it.
         function_scale: likewise inside the first function of its output that a constant does not pass through.
+        before_scale: likewise inside that of its input.
     """
 
     parameter: int
@@ -83,6 +84,7 @@ class Use:
     kernel_scale: float | None = 1.0
     output_scale: float | None = 1.0
     function_scale: float | None = 1.0
+    before_scale: float | None = 1.0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -55,6 +55,7 @@ class OneUse:
         kernel_scale: likewise the parameter itself.
         output_scale: likewise its output.
         function_scale: likewise its output inside `after`, where a constant does not pass through it: tanh(c y).
+        before_scale: likewise its input inside `before`.
         layers: how many kernels a loop over layers takes from it, one at a time.
     """
 
@@ -81,6 +82,7 @@ class OneUse:
     kernel_scale: float | None = 1.0
     output_scale: float | None = 1.0
     function_scale: float | None = 1.0
+    before_scale: float | None = 1.0
     layers: int = 1
 
 
@@ -284,7 +286,7 @@ def _told(use: Use, shape: tuple[int, ...], start: int) -> OneUse:
         _role(use, shape), use.fan_in, use.fan_out, use.reduction, use.output, tuple(sorted({*use.batch, *use.shared})),
         use.steps, use.raw, before, after, use.normalised_after, use.depth, use.ends, _parts(use),
         use.kind, _packed(use), use.branch, use.stream, use.maps - start, use.input_scale, use.kernel_scale, use.output_scale,
-        use.function_scale,
+        use.function_scale, use.before_scale,
         math.prod(shape[axis] for axis in use.batch),
     )  # fmt: skip
 

@@ -264,7 +264,7 @@ class Walk:
         kind = {"add": "shift", "add_any": "shift", "sub": "shift", "mul": "scale", "div": "scale"}.get(name, "other")
         axes = layouts.of(view.axes, range(len(view.axes)))
         normalised = x.normalised or (x.reduced and bool(x.functions & {"rsqrt", "sqrt"}))
-        places = sum(layouts.size([a for a in atoms if a.axis is not None]) > 1 for atoms in view.axes)
+        places = sum(layouts.size([a for a in atoms if a.axis is not None]) > 1 for atoms in view.axes) + view.placed
         sources = self.note_all(
             Use(
                 view.parameter,
@@ -300,6 +300,7 @@ class Walk:
                 wide, ancestors=union, sources=sources, functions=functions, reduced=x.reduced and y.reduced,
                 score=x.score or y.score, maps=max(x.maps, y.maps), depth=max(x.depth, y.depth),
                 scale=1.0 if functions else wide.scale,
+                function_scale=next((z.function_scale for z in (x, y) if z.functions), 1.0),
             )  # fmt: skip
         self.close(x)
         self.close(y)
