@@ -14,7 +14,7 @@ from experiments.benchmarks.architectures import MLP, Recurrent, Residual, Trans
 from varscale.programs import faces, replays
 from varscale.programs.pieces import PIECE
 from varscale.theory import predict
-from varscale.theory.interpreter.tracing import first_pass
+from varscale.theory.interpreter.predict import first_pass
 
 X = jax.ShapeDtypeStruct((8, 32), jnp.float32)
 DEPTH = 5

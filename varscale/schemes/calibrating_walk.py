@@ -18,7 +18,7 @@ from varscale.theory.graph.nodes import Node
 from varscale.theory.graph.normal_form import affine
 from varscale.theory.interpreter.interpreter import Interpreter
 from varscale.theory.interpreter.predict import Walkable
-from varscale.theory.interpreter.summary import of_one_draw
+from varscale.theory.interpreter.rows import of_one_draw
 from varscale.theory.propagation.cotangents import cotangents
 from varscale.theory.propagation.error_bounds import provenance
 from varscale.theory.rules.random import as_weight
@@ -101,7 +101,7 @@ class Places(NamedTuple):
 
 def places_of(walked: Walkable, chosen: Mapping[str, PlannedLeaf]) -> Places:
     """The uses of the chosen kernels and of biases."""
-    names = named_leaves(walked.parameters.shapes)
+    names = named_leaves(walked.shapes)
     jaxpr = walked.forward.jaxpr
     jaxpr = jaxpr.replace(eqns=live_equations(jaxpr))  # others draw the weights that are given here
     walk = Walk(HANDLERS)

@@ -18,7 +18,7 @@ from varscale.theory.graph.nodes import Leaf
 from varscale.theory.interpreter.inputs import input_value
 from varscale.theory.interpreter.interpreter import Interpreter
 from varscale.theory.interpreter.parameters import init_laws
-from varscale.theory.interpreter.tracing import traced
+from varscale.theory.interpreter.predict import traced
 from varscale.usage.parameters import named_leaves
 
 # E[w⁴]/E[w²]² of each distribution.
@@ -58,7 +58,7 @@ def moments(model: Any, x: Any, method: str | None) -> dict[str, Moments]:
     structs = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in arrays]
     trace = traced(lambda given: init(jax.random.key(0), join(given)), structs)
     interpreter = Interpreter()
-    values = init_laws(interpreter, trace, [input_value(interpreter, a, f"input {i}") for i, a in enumerate(structs)])
+    values = init_laws(interpreter, *trace[:2], [input_value(interpreter, a, f"input {i}") for i, a in enumerate(structs)])
     found: dict[str, Moments] = {}
     for (path, _), value in zip(named_leaves(trace.shapes), values, strict=True):
         if isinstance(value, Value) and isinstance(value.node, Leaf):

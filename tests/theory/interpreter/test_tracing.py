@@ -12,7 +12,8 @@ from varscale.theory import predict
 from varscale.theory.graph.expressions import form
 from varscale.theory.graph.nodes import View
 from varscale.theory.interpreter.interpreter import Interpreter
-from varscale.theory.interpreter.tracing import first_alike, first_pass, output_recipes
+from varscale.theory.interpreter.parameters import first_alike, output_recipes
+from varscale.theory.interpreter.predict import first_pass
 from varscale.theory.propagation.marginals import integral_key
 from varscale.theory.propagation.second_moments import INTEGRATED
 

@@ -25,9 +25,7 @@ from varscale.usage.parameters import named_leaves
 from varscale.usage.table import uses
 
 _DRAWS_SEED = 0
-_STANDARD_ERRORS = (
-    4.0  # standard errors: a sound row is further off than its bound and these once in 16000 times
-)
+_STANDARD_ERRORS = 4.0  # a sound row is further off than its bound and these once in 16000 times
 # Standard deviation of ln(mean square) above which the mean of e^x is ruled by draws that a sample does not
 # hold.
 _RARE = 0.5
@@ -51,9 +49,7 @@ def beside_draws(
     Raises:
         ValueError: the parameters are arrays; whole numbers are described, not given, and no table says of which range.
     """
-    size = sum(4 * math.prod(w.shape) for w in report.weights.values()) + sum(
-        4 * math.prod(row.shape) for row in report.rows
-    )
+    size = sum(4 * math.prod(x.shape) for x in (*report.weights.values(), *report.rows))
     if size > MOST_BYTES:
         note = (
             f"No networks drawn: parameters and outputs take {size / 2**30:.1f} GiB, above "
@@ -63,12 +59,8 @@ def beside_draws(
     program = faces.program(model, method=method)
     if program.init is None and program.parameters is None:
         program = faces.program(scoped(model))
-    network = Network(
-        program,
-        _variables(program, params, scheme),
-        _input_sampler(model, given, params, method),
-        method or "__call__",
-    )
+    sampler = _input_sampler(model, given, params, method)
+    network = Network(program, _variables(program, params, scheme), sampler, method or "__call__")
     backward = any(row.gradient is not None for row in report.rows)
     measured = measured_draws(network, jax.random.key(_DRAWS_SEED), count, backward=backward)
     rows = tuple(_row_beside(row, measured[row.path]) if row.path in measured else row for row in report.rows)
@@ -81,12 +73,9 @@ def _row_beside(row: Row, numbers: Float[np.ndarray, "count statistics=3"]) -> R
     second, error, holds = _agreement(square, row.second_moment, row.typical, row.error_bound)
     low, high = row.band or (0.0, math.inf)
     within = float(np.mean((square >= low * (1 - 1e-6)) & (square <= high * (1 + 1e-6))))
+    in_band = None if row.band is None else within
     found = dataclasses.replace(
-        row,
-        measured=second,
-        measured_error=error,
-        holds=holds,
-        draws_in_band=None if row.band is None else within,
+        row, measured=second, measured_error=error, holds=holds, draws_in_band=in_band
     )
     if row.gradient is None or row.gradient_error_bound is None or not np.all(np.isfinite(gradient)):
         return found
@@ -124,10 +113,10 @@ def _variables(program: Program, params: Any, scheme: Any) -> Callable[[Any, Inp
     Raises:
         ValueError: they are given as arrays.
     """
-    laws, start = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_law)[0], program.init
-    function = params if callable(params) and is_function(params) else None
+    start, function = program.init, params if is_function(params) else None
     by_tree = function is None and (params is not None or start is None)
-    if by_tree and all(isinstance(law, jax.Array | np.ndarray) for _, law in laws):
+    laws = {path_string(path): law for path, law in _laws_of(params)}
+    if by_tree and all(isinstance(law, jax.Array | np.ndarray) for law in laws.values()):
         raise ValueError(
             "draws needs parameters that are drawn, not arrays, which are one draw: give the laws "
             "(of an nnx model the "
@@ -137,23 +126,22 @@ def _variables(program: Program, params: Any, scheme: Any) -> Callable[[Any, Inp
     def init(key: Any, x: Inputs) -> Any:
         found = function(key) if function else start(key, x) if start is not None else params
         if by_tree:
-            given = {path_string(path): law for path, law in laws}
-            own = jax.tree_util.tree_flatten_with_path(found, is_leaf=is_law)[0]
-            found = _drawn_by(
-                found, [given.get(path_string(path), leaf) for path, leaf in own], jax.random.fold_in(key, 1)
-            )
+            own = [laws.get(path_string(path), leaf) for path, leaf in _laws_of(found)]
+            found = _drawn_by(found, own, jax.random.fold_in(key, 1))
         if scheme is None:
             return found
         leaves = jax.tree_util.tree_leaves(found)
-        named = [
-            (name.path, tuple(leaf.shape), leaf.dtype, name.learned)
-            for name, leaf in zip(named_leaves(found), leaves, strict=True)
-        ]
+        names = zip(named_leaves(found), leaves, strict=True)
+        named = [(name.path, tuple(leaf.shape), leaf.dtype, name.learned) for name, leaf in names]
         hits = zip(laid(scheme, named, "scheme"), leaves, strict=True)
         own = [leaf if hit is None else hit.law for hit, leaf in hits]
         return _drawn_by(found, own, jax.random.fold_in(key, 2))
 
     return init
+
+
+def _laws_of(variables: Any) -> list[tuple[Any, Any]]:
+    return jax.tree_util.tree_leaves_with_path(variables, is_leaf=is_law)
 
 
 def _drawn_by(variables: Any, laws: Sequence[Any], key: Any) -> Any:

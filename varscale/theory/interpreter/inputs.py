@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
 from typing import Any
 
 import jax
@@ -22,10 +23,9 @@ from varscale.theory.domain.tables import Moments, Table, estimate, independent
 from varscale.theory.graph.known_arrays import measured
 from varscale.theory.graph.layout import Value, full
 from varscale.theory.graph.nodes import Leaf
-from varscale.theory.interpreter.interpreter import Interpreter
 from varscale.theory.rules.lookup import PADDED, filled_shapes, is_mask, unknown
 from varscale.theory.rules.random import input_leaf
-from varscale.theory.rules.registry import Complex, Opaque
+from varscale.theory.rules.registry import Complex, Context, Opaque
 
 _MODEL_SEED = 0  # laws do not depend on the seed
 _ALIKE_SCALES = 0.02  # variance of ln s² in a class, which is the relative error of E[1/s²] there
@@ -33,45 +33,38 @@ _MOST_SORTED = 256  # samples that are clustered; of more, those between two of 
 
 
 class TracedInputs:
-    """Inputs apart: arrays and descriptions of arrays, which are traced, and everything else, which is passed as it is."""
+    """The arrays and descriptions of arrays of a model's inputs; everything else is passed as it is.
+
+    Attributes:
+        arrays: these.
+        join: puts others in their places.
+        structs: their shapes, of 32 bits unless x64 is on.
+    """
 
     def __init__(self, given: Inputs):
-        self.leaves, self.tree = jax.tree_util.tree_flatten(
-            (given.args, dict(given.kwargs)), is_leaf=lambda x: isinstance(x, Moments)
-        )
-        self.places = [i for i, x in enumerate(self.leaves) if isinstance(x, Moments) or faces.is_dynamic(x)]
-        self.structs = [_struct(self.leaves[i]) for i in self.places]
-
-    def join(self, dynamic: list[Any]) -> Inputs:
-        flat = list(self.leaves)
-        for i, x in zip(self.places, dynamic, strict=True):
-            flat[i] = x
-        return Inputs(*jax.tree_util.tree_unflatten(self.tree, flat))
-
-    def values(self, interpreter: Interpreter) -> list[Any]:
-        """Their values; given arrays may go together, and one that is given twice is one."""
-        PADDED.put(interpreter.graph, None, filled_shapes(self.leaves))
-        given = [self.leaves[i] for i in self.places]
-        made = []
-        for k, x in enumerate(given):
-            first = next(j for j, y in enumerate(given) if j == k or _is_same(x, y))
-            made.append(input_value(interpreter, x, f"input {self.places[first]}"))
-        nodes = [
-            value.node
-            for x, value in zip(given, made, strict=True)
-            if _is_measured(x) and isinstance(value, Value) and isinstance(value.node, Leaf)
+        self.arrays, self.join = faces.split(given)
+        wide = [
+            not isinstance(x, Moments) and x.dtype in (np.float64, np.int64, np.uint64, np.complex128)
+            for x in self.arrays
         ]
-        every = functools.reduce(lambda bits, node: bits | node.deps, nodes, 0)
-        for node in nodes:
-            node.deps = every
+        self.structs = [
+            jax.ShapeDtypeStruct(x.shape, jax.dtypes.canonicalize_dtype(x.dtype) if is_wide else x.dtype)
+            for x, is_wide in zip(self.arrays, wide, strict=True)
+        ]
+
+    def values(self, interpreter: Context) -> list[Any]:
+        """Their values; given arrays may go together, and one that is given twice is one."""
+        PADDED.put(interpreter.graph, None, filled_shapes(self.arrays))
+        made, leaves = [], list[Leaf]()
+        for k, x in enumerate(self.arrays):
+            first = next(j for j, y in enumerate(self.arrays) if j == k or _is_same(x, y))
+            made.append(input_value(interpreter, x, f"input {first}"))
+            if _is_measured(x) and isinstance(made[k], Value) and isinstance(made[k].node, Leaf):
+                leaves.append(made[k].node)
+        every = functools.reduce(operator.or_, (leaf.deps for leaf in leaves), 0)
+        for leaf in leaves:
+            leaf.deps = every
         return made
-
-
-def _is_same(x: Any, y: Any) -> bool:
-    """Whether both are arrays of the same numbers, not descriptions of arrays or keys."""
-    if not (_is_measured(x) and _is_measured(y)):
-        return False
-    return x is y or (x.shape == y.shape and x.dtype == y.dtype and np.array_equal(x, y))
 
 
 def _is_measured(x: Any) -> bool:
@@ -80,26 +73,26 @@ def _is_measured(x: Any) -> bool:
     return not described and jnp.issubdtype(x.dtype, jnp.floating)
 
 
-def _struct(x: Any) -> jax.ShapeDtypeStruct:
-    # 32 bits, unless x64 is on; keys are of no such type.
-    wide = x.dtype in (np.float64, np.int64, np.uint64, np.complex128) and not isinstance(x, Moments)
-    return jax.ShapeDtypeStruct(x.shape, jax.dtypes.canonicalize_dtype(x.dtype) if wide else x.dtype)
+def _is_same(x: Any, y: Any) -> bool:
+    """Whether both are arrays of the same numbers, not descriptions of arrays or keys."""
+    if not (_is_measured(x) and _is_measured(y)):
+        return False
+    return x.shape == y.shape and x.dtype == y.dtype and np.array_equal(x, y)
 
 
-def input_value(interpreter: Interpreter, x: Any, name: str) -> Any:
+def input_value(interpreter: Context, x: Any, name: str) -> Any:
     """An input as a value: known numbers, or a leaf with its law.
 
     Raises:
         ValueError: it contains NaN or infinities.
     """
-    graph = interpreter.graph
-    shape = tuple(x.shape)
+    graph, shape = interpreter.graph, tuple(x.shape)
     axes = tuple(Axis(n) for n in shape if n != 1)
+    described = isinstance(x, jax.ShapeDtypeStruct)
     if math.prod(shape) == 0:
         raise ValueError(f"{name} has shape {shape}: it is empty")
     if isinstance(x, Moments):
-        second = x.second()
-        second = second[tuple(slice(None) if n != 1 else 0 for n in shape)]
+        second = x.second()[tuple(slice(None) if n != 1 else 0 for n in shape)]
         table = Table(axes, np.full([1] * len(axes), float(x.mean)), second)
         return input_leaf(interpreter, name, shape, table, odd=False)
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
@@ -108,15 +101,14 @@ def input_value(interpreter: Interpreter, x: Any, name: str) -> Any:
     kind = np.dtype(x.dtype).kind if np.dtype(x.dtype).kind != "V" else "f"
     if kind == "c":
         # Of one that is only described, two parts that have E|x|² = 1 between them.
-        described = isinstance(x, jax.ShapeDtypeStruct)
         both = [Moments(0.0, 0.5, shape=shape)] * 2 if described else [np.real(x), np.imag(x)]
         names = f"{name} (real part)", f"{name} (imaginary part)"
         return Complex(*(input_value(interpreter, part, of) for part, of in zip(both, names, strict=True)))
-    if isinstance(x, jax.ShapeDtypeStruct):
-        if kind == "b":
-            return full(graph, 1.0, shape)
-        if kind in "iu":
-            return unknown(interpreter, name, shape)
+    if described and kind == "b":
+        return full(graph, 1.0, shape)
+    if described and kind in "iu":
+        return unknown(interpreter, name, shape)
+    if described:
         return input_leaf(interpreter, name, shape, independent(0.0, 1.0, axes), odd=True)
     numbers = np.asarray(x)
     if kind in "iub":
@@ -143,17 +135,13 @@ def sample_axis(numbers: Float[np.ndarray, "samples ..."]) -> Axis:
     """
     squares = np.mean(np.square(numbers, dtype=np.float64).reshape(len(numbers), -1), axis=1)
     positive = squares > 0
-    labels = np.zeros(len(numbers), int)
-    if positive.sum() > 1:
-        logs, chance = (
-            np.log(squares[positive]),
-            2 / (numbers.size // len(numbers)),
-        )  # variance of ln of a mean of n squares
-        if logs.var() > _ALIKE_SCALES + 2 * chance:
-            labels[positive] = 1 + _classes_by_scale(logs, MOST_CLASSES - (not positive.all()))
-        else:
-            labels[positive] = 1
-    return labelled(labels) if len(np.unique(labels)) > 1 else Axis(len(numbers))
+    labels, logs = positive.astype(int), np.log(squares[positive])
+    if len(logs) < 2:
+        return Axis(len(numbers))
+    # Beyond twice the variance of ln of a mean of n squares, 2/n.
+    if logs.var() > _ALIKE_SCALES + 4 / (numbers.size // len(numbers)):
+        labels[positive] += _classes_by_scale(logs, MOST_CLASSES - (not positive.all()))
+    return labelled(labels)
 
 
 def _classes_by_scale(logs: Float[np.ndarray, " samples"], most: int) -> np.ndarray:

@@ -119,14 +119,6 @@ class Interpreter:
                 self.steps.pop()
         return [self.known(v.val) if _compat.is_literal(v) else env[v] for v in jaxpr.outvars]
 
-    def _mark(self, eqns: Sequence[Any], place: Place) -> None:
-        """Ask for regions of derivatives inside the model, which no rule covers."""
-        for eqn in eqns:
-            if _DERIVATIVES & _compat.transforms(eqn):
-                path = self._scope_of(place, eqn)
-                if not any(within(path, scope) for scope in self.regions.drawn):
-                    self.regions.ask(path, "a derivative")
-
     def _step(self, eqn: Any, env: dict[Any, Any]) -> None:
         ins = [self.known(v.val) if _compat.is_literal(v) else env[v] for v in eqn.invars]
         env.update(zip(eqn.outvars, self.equation(eqn, ins), strict=True))
@@ -141,13 +133,15 @@ class Interpreter:
         keeps_scopes = place.rows.scopes and not silent
         ended = ends(eqns, outputs, place.path, place.piece) if keeps_scopes else {}
         try:
-            scopes = () if silent else self.regions.drawn
-            if not silent:
-                self._mark(eqns, place)
+            drawn = () if silent else self.regions.drawn
+            for eqn in () if silent else eqns:  # no rule covers derivatives inside the model
+                if _DERIVATIVES & _compat.transforms(eqn):
+                    path = self._scope_of(place, eqn)
+                    if not any(within(path, scope) for scope in drawn):
+                        self.regions.ask(path, "a derivative")
             kept = [var for found in ended.values() for _, var in found]
-            for start, stop, eqn in blocks(
-                eqns, outputs, place, scopes, kept, lambda v: is_weight(env.get(v))
-            ):
+            parts = blocks(eqns, outputs, place, drawn, kept, lambda v: is_weight(env.get(v)))
+            for start, stop, eqn in parts:
                 count = place.rows.entered
                 asked = not silent and self.regions.changed
                 if asked and self.regions.waits(self._scope_of(place, eqn)):  # the next walk draws it
@@ -186,9 +180,8 @@ class Interpreter:
         if not isinstance(x, Value) or x.constant is None or math.prod(x.shape) <= 1:
             return x
         table = independent(0.0, _NUDGE, tuple(Axis(n) for n in x.shape if n != 1))
-        return self.elementwise(
-            "add", x, input_leaf(self, f"nudge {self.graph.leaves}", x.shape, table, odd=True)
-        )
+        nudge = input_leaf(self, f"nudge {self.graph.leaves}", x.shape, table, odd=True)
+        return self.elementwise("add", x, nudge)
 
     def equation(self, eqn: Any, ins: list[Any]) -> list[Any]:
         """The outputs of one equation."""
@@ -197,8 +190,9 @@ class Interpreter:
         if self.place is not None:
             self._places[eqn] = self.place
         try:
-            keyed = any(isinstance(x, Opaque) for x in ins)
-            outs = None if keyed or name in ENTERED else without_entries(self.graph, eqn, ins)
+            keyed, outs = any(isinstance(x, Opaque) for x in ins), None
+            if not keyed and name not in ENTERED:
+                outs = without_entries(self.graph, eqn, ins)
             if outs is None and (keyed or name not in ELEMENTWISE_OR_LAYOUT):
                 outs = folded(self.graph, eqn, ins)
             if outs is None:
@@ -218,11 +212,8 @@ class Interpreter:
         """The rule of an equation; of one with complex operands, the one for parts; where there is none, sampling."""
         name = eqn.primitive.name
         made_complex = any(getattr(getattr(v.aval, "dtype", None), "kind", "") == "c" for v in eqn.outvars)
-        if name not in _WHOLE and (
-            any(isinstance(x, Complex) for x in ins) or (name in RULES and made_complex)
-        ):
-            return RULES["complex operands"]
-        return RULES.get(name, unruled)
+        mixed = any(isinstance(x, Complex) for x in ins) or (name in RULES and made_complex)
+        return RULES["complex operands"] if mixed and name not in _WHOLE else RULES.get(name, unruled)
 
     def known(self, const: Any) -> Any:
         """The value of a known array."""
@@ -261,13 +252,6 @@ def unruled(interpreter: Interpreter, eqn: Any, *xs: Any) -> list[Any]:
 
 
 # Complex numbers pass through these as they are.
-_WHOLE = (ENTERED - {"random_bits"}) | {
-    "complex",
-    "real",
-    "imag",
-    "fft",
-    "stop_gradient",
-    "copy",
-    "copy_p",
-    "device_put",
-}
+_WHOLE = (ENTERED - {"random_bits"}).union(
+    ["complex", "real", "imag", "fft", "stop_gradient", "copy", "copy_p", "device_put"]
+)

@@ -1,79 +1,155 @@
-"""The laws of a model's parameters: read from its own init by interpreting it, measured on arrays, or given."""
+"""The laws of a model's parameters: read from its own init by interpreting it, measured on arrays, or given.
+
+Outputs of an init that the same equations compute from keys of their own are alike; the first of them is interpreted.
+"""
 
 from __future__ import annotations
 
 import collections
 import itertools
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from scipy import special
 
+from varscale import _compat
 from varscale.initialization.laws import laid
 from varscale.initialization.laws import name as law_name
+from varscale.programs.pieces import PIECE
+from varscale.report import Weight
 from varscale.theory.domain.axes import Axis
 from varscale.theory.domain.tables import Moments, Table, estimate, independent
 from varscale.theory.graph.expressions import roots
 from varscale.theory.graph.layout import Value, full, value
 from varscale.theory.graph.nodes import UNKNOWN, Leaf
 from varscale.theory.interpreter.interpreter import Interpreter
-from varscale.theory.interpreter.tracing import Trace, first_alike, output_recipes
 from varscale.theory.rules.random import another, as_weight, is_weight
-from varscale.theory.rules.registry import Complex, Opaque, map_parts, parts
-from varscale.usage.parameters import named_leaves
+from varscale.theory.rules.registry import Complex, Opaque, live_equations, map_parts, parts
+from varscale.usage.parameters import ParameterUses, named_leaves
 
 _FACTORY_SEED = 0
+# E[w⁴]/E[w²]² of the laws that are told by name: a normal one, one truncated at ±2 deviations, a uniform one.
+_KURTOSIS = {"normal": 3.0, "truncated normal": 2.3655, "uniform": 1.8}
+_MAPS = ("linear", "convolution", "depthwise", "lookup")
 
 
 def path_string(path: Any) -> str:
-    """A parameter's path joined with "/", the collection "params" left out."""
-    keys = [
-        k for k in path if not (isinstance(k, jax.tree_util.GetAttrKey) and k.name == "value")
-    ]  # of boxes
-    parts = [str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", k)))) for k in keys]
-    return "/".join(parts[1:] if parts and parts[0] == "params" else parts)
+    """A parameter's path joined with "/", the collection "params" left out, and the values of boxes."""
+    keys = [k for k in path if not (isinstance(k, jax.tree_util.GetAttrKey) and k.name == "value")]
+    names = [str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", k)))) for k in keys]
+    return "/".join(names[1:] if names[:1] == ["params"] else names)
 
 
-def init_laws(interpreter: Interpreter, drawing: Trace, inputs: Sequence[Any]) -> list[Any]:
-    """Leaf by leaf, values with the laws that parameters are drawn from; nothing is drawn."""
-    jaxpr, outputs = drawing.jaxpr, drawing.jaxpr.outvars
+class Recipe(NamedTuple):
+    """How a variable is computed, random keys apart.
+
+    Attributes:
+        number: equal for equal computations, whatever the keys they draw from; 0 for a key itself.
+        keys: the numbers of those keys, in the order of their first use.
+    """
+
+    number: int
+    keys: tuple[int, ...]
+
+
+def first_alike(recipes: Sequence[Recipe]) -> list[int]:
+    """For each output, the first one that the same equations compute from keys that no other output draws from.
+
+    Outputs that draw from no key are alike where they are the same.
+    """
+    uses = collections.Counter(key for recipe in recipes for key in recipe.keys)
+    found: dict[Hashable, int] = {}
+    alone = [recipe.number > 0 and all(uses[key] == 1 for key in recipe.keys) for recipe in recipes]
+    return [
+        found.setdefault(r.number, i) if own else i
+        for i, (r, own) in enumerate(zip(recipes, alone, strict=True))
+    ]
+
+
+def output_recipes(jaxpr: Any) -> list[Recipe]:
+    """The recipes of a jaxpr's outputs."""
+    numbers: dict[Hashable, int] = collections.defaultdict(lambda: len(numbers) + 1)
+    known = {v: Recipe(numbers["given", i], ()) for i, v in enumerate([*jaxpr.constvars, *jaxpr.invars])}
+
+    def recipe(atom: Any) -> Recipe:
+        if not _compat.is_literal(atom):
+            return known[atom]
+        return Recipe(numbers["literal", atom.aval, np.asarray(atom.val).tobytes()], ())
+
+    inside: dict[int, list[Recipe]] = {}
+    for eqn in live_equations(jaxpr):
+        operands = [recipe(atom) for atom in eqn.invars]
+        keys = tuple(dict.fromkeys(key for operand in operands for key in operand.keys))
+        drawn = tuple((operand.number, tuple(map(keys.index, operand.keys))) for operand in operands)
+        params = tuple((name, _identity(x)) for name, x in sorted(eqn.params.items()))
+        own = [keys] * len(eqn.outvars)
+        if eqn.params.get("name") == PIECE:
+            # It may draw many parameters from one key. If it draws some of them from the same bits, that is
+            # found out when it is interpreted.
+            inner = eqn.params["jaxpr"]
+            if id(inner) not in inside:
+                inside[id(inner)] = output_recipes(inner.jaxpr)
+            own = [
+                tuple(numbers[key, place] for key in keys) if r.keys else ()
+                for place, r in enumerate(inside[id(inner)])
+            ]
+        for place, (var, keys) in enumerate(zip(eqn.outvars, own, strict=True)):
+            content = (eqn.primitive, params, place, drawn)
+            is_key = jax.numpy.issubdtype(var.aval.dtype, jax.dtypes.prng_key)
+            known[var] = Recipe(0, (numbers[content, keys],)) if is_key else Recipe(numbers[content], keys)
+    return [recipe(atom) for atom in jaxpr.outvars]
+
+
+def _identity(x: Any) -> Hashable:
+    """A parameter of an equation as a key of a dictionary; what has no hash is only itself."""
+    try:
+        hash(x)
+    except TypeError:
+        return ("object", id(x))
+    return x
+
+
+def init_laws(
+    interpreter: Interpreter, jaxpr: Any, constants: Sequence[Any], inputs: Sequence[Any]
+) -> list[Any]:
+    """Values with the laws that parameters are drawn from, the outputs of an init's jaxpr; nothing is drawn."""
 
     def interpreted(which: Sequence[int]) -> dict[int, Any]:
-        part = jaxpr.replace(outvars=[outputs[i] for i in which])
-        outs = interpreter.run(part, drawing.constants, inputs)
-        nodes = {part.node.id: part.node for x in outs if not isinstance(x, Opaque) for part in parts(x)}
-        count = collections.Counter(r.id for node in nodes.values() for r in {r.node for r in roots(node)})
-        shared = {id_ for id_, n in count.items() if n > 1}  # leaves that several parameters are functions of
+        part = jaxpr.replace(outvars=[jaxpr.outvars[i] for i in which])
+        outs = interpreter.run(part, constants, inputs)
+        nodes = {part.node for x in outs if not isinstance(x, Opaque) for part in parts(x)}
+        count = collections.Counter(r for node in nodes for r in {r.node for r in roots(node)})
 
         def parameter(x: Any) -> Any:
             """One of them: a weight of its own, unless others are made from the same draws."""
-            own = [] if isinstance(x, Opaque) else [r.node for r in roots(x.node) if r.node.id in shared]
-            for made in own:
+            if isinstance(x, Opaque):
+                return x
+            shared = [r.node for r in roots(x.node) if count[r.node] > 1]
+            for made in shared:
                 if not isinstance(
                     made, Leaf
                 ):  # a spectral norm's vector, which init has turned by the weights
                     made.flagged, made.doubt = "assumed", UNKNOWN
-            return x if own or isinstance(x, Opaque) else as_weight(interpreter, x)
+            return x if shared else as_weight(interpreter, x)
 
         return {i: map_parts(parameter, x) for i, x in zip(which, outs, strict=True)}
 
     recipes = output_recipes(jaxpr)
     first = first_alike(recipes)
     values = interpreted(sorted(set(first)))
-    values |= interpreted(
-        [i for i, j in enumerate(first) if i != j and recipes[i].keys and not is_weight(values[j])]
-    )
-    for i, j in enumerate(first):
+    again = [(i, j) for i, j in enumerate(first) if i != j]
+    values |= interpreted([i for i, j in again if recipes[i].keys and not is_weight(values[j])])
+    for i, j in again:
         if i not in values:
             values[i] = another(interpreter, values[j], i) if recipes[i].keys else values[j]
-    return [values[i] for i in range(len(outputs))]
+    return [values[i] for i in range(len(first))]
 
 
 def given_parameters(
-    interpreter: Interpreter, params: Any, shapes: Any, declared: list[Any] | None
+    interpreter: Interpreter, params: Any, shapes: Any, declared: Sequence[Any]
 ) -> tuple[Any, list[Any]]:
     """Parameters given as arrays, initializers, variances or `Moments`, in the structure of the model's own where it has one.
 
@@ -93,23 +169,21 @@ def given_parameters(
     if shapes is None:
         shapes = jax.tree_util.tree_map_with_path(_described, params, is_leaf=is_law)
     names = set(shapes) if isinstance(shapes, dict) else set()
-    if "params" in names and not (hasattr(params, "keys") and "params" in set(params.keys())):
+    if "params" in names and "params" not in getattr(params, "keys", tuple)():
         params = {"params": params}
     missing = names - set(params.keys()) if names and hasattr(params, "keys") else set()
-    flat_shapes, _ = jax.tree_util.tree_flatten_with_path(shapes)
-    given = {path_string(p): x for p, x in jax.tree_util.tree_flatten_with_path(params, is_leaf=is_law)[0]}
-    expected = [path_string(p) for p, _ in flat_shapes]
-    absent = [p for p in expected if p not in given and p.split("/")[0] not in missing]
-    extra = [p for p in given if p not in expected]
+    structs = {path_string(p): x for p, x in jax.tree_util.tree_leaves_with_path(shapes)}
+    given = {path_string(p): x for p, x in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_law)}
+    absent = [p for p in structs if p not in given and p.split("/")[0] not in missing]
+    extra = [p for p in given if p not in structs]
     if absent or extra:
         raise ValueError(
             f"params must have the model's structure: missing {absent[:4]}, unexpected {extra[:4]}"
         )
-    values = [
+    return shapes, [
         _given_parameter(interpreter, given[path], path, struct) if path in given else own
-        for path, (_, struct), own in zip(expected, flat_shapes, declared or expected, strict=True)
+        for (path, struct), own in zip(structs.items(), declared or structs, strict=True)
     ]
-    return shapes, values
 
 
 def laid_parameters(interpreter: Interpreter, shapes: Any, values: Sequence[Any], scheme: Any) -> list[Any]:
@@ -123,19 +197,16 @@ def laid_parameters(interpreter: Interpreter, shapes: Any, values: Sequence[Any]
     """
     structs = jax.tree_util.tree_leaves(shapes)
     named_structs = zip(named_leaves(shapes), structs, strict=True)
-    hits = laid(
-        scheme, [(name.path, tuple(s.shape), s.dtype, name.learned) for name, s in named_structs], "scheme"
-    )
-    found = list(values)
-    first: dict[Any, Any] = {}
-    for i, (hit, struct) in enumerate(zip(hits, structs, strict=True)):
+    leaves = [(name.path, tuple(s.shape), s.dtype, name.learned) for name, s in named_structs]
+    found, first = list(values), {}
+    for i, (hit, struct) in enumerate(zip(laid(scheme, leaves, "scheme"), structs, strict=True)):
         if hit is None:
             continue
         key = (law_name(hit.law), tuple(struct.shape), struct.dtype)
         if is_weight(first.get(key)):
             found[i] = another(interpreter, first[key], i)
-            continue
-        found[i] = first[key] = _laid_parameter(interpreter, hit.law, struct, i)
+        else:
+            found[i] = first[key] = _laid_parameter(interpreter, hit.law, struct, i)
     return found
 
 
@@ -143,15 +214,16 @@ def _laid_parameter(interpreter: Interpreter, law: Any, struct: Any, number: int
     """A parameter under a law: a weight, or one times factors, such as those of layers that are stacked in it."""
     shape, dtype = tuple(struct.shape), struct.dtype
     if hasattr(law, "spread"):
-        factors = jax.make_jaxpr(lambda w: w * jax.numpy.asarray(law.spread(shape), dtype))(struct)
-        (out,) = interpreter.run(
-            factors.jaxpr, factors.consts, [_laid_parameter(interpreter, law.init, struct, number)]
-        )
-        return out
+        drawn = _laid_parameter(interpreter, law.init, struct, number)
+        return _run(interpreter, lambda w: w * jax.numpy.asarray(law.spread(shape), dtype), (struct, drawn))
     # A key of its own: what is drawn from one key is one and the same.
-    traced = jax.make_jaxpr(lambda: law(jax.random.key(number), shape, dtype))()
-    (out,) = interpreter.run(traced.jaxpr, traced.consts, [])
-    return as_weight(interpreter, out)
+    return as_weight(interpreter, _run(interpreter, lambda: law(jax.random.key(number), shape, dtype)))
+
+
+def _run(interpreter: Interpreter, function: Any, *operands: tuple[Any, Any]) -> Any:
+    """The value of a function of operands, each given by its shape and its value."""
+    traced = jax.make_jaxpr(function)(*(struct for struct, _ in operands))
+    return interpreter.run(traced.jaxpr, traced.consts, [x for _, x in operands])[0]
 
 
 def abstract(params: Any) -> Any:
@@ -185,8 +257,7 @@ def _described(path: Any, x: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(x.shape, jax.numpy.dtype(x.dtype) if isinstance(x, Moments) else x.dtype)
     raise TypeError(
         f"params[{path_string(path)!r}] of a plain function must be an array or vs.Moments with a shape, not "
-        f"{x!r}; or give params as a "
-        "function of a key"
+        f"{x!r}; or give params as a function of a key"
     )
 
 
@@ -194,6 +265,12 @@ def _given_parameter(interpreter: Interpreter, x: Any, path: str, struct: Any) -
     """One parameter, given."""
     shape = tuple(struct.shape)
     axes = tuple(Axis(n) for n in shape if n != 1)
+
+    def leaf(table: Table, kurtosis: float = 3.0) -> Value:
+        node = interpreter.graph.make(Leaf, table.axes, (), ("given", path))
+        odd = bool(np.all(table.mean == 0) and np.count_nonzero(table.second) <= 1)
+        return value(node.settle(table, odd=odd, kurtosis=kurtosis), shape)
+
     if jax.numpy.issubdtype(struct.dtype, jax.dtypes.prng_key):
         return Opaque(x if isinstance(x, jax.Array) else jax.random.key(_FACTORY_SEED))
     if isinstance(x, Moments):
@@ -201,33 +278,24 @@ def _given_parameter(interpreter: Interpreter, x: Any, path: str, struct: Any) -
             raise ValueError(
                 f"params[{path!r}] must have independent entries: correlations are an input's, not {x!r}'s"
             )
-        return named(interpreter, path, shape, independent(x.mean, x.second_moment, axes))
+        return leaf(independent(x.mean, x.second_moment, axes))
     if isinstance(x, jax.ShapeDtypeStruct):
         raise TypeError(
-            f"params[{path!r}] is a ShapeDtypeStruct, which has no law; give an array, an initializer "
-            f"or a variance"
+            f"params[{path!r}] is a ShapeDtypeStruct, which has no law; give an array, an initializer or a variance"
         )
     if callable(x):
-        jaxpr = jax.make_jaxpr(lambda: x(jax.random.key(_FACTORY_SEED), shape, struct.dtype))()
-        (out,) = interpreter.run(jaxpr.jaxpr, jaxpr.consts, [])
-        return as_weight(interpreter, out)
+        drawn = _run(interpreter, lambda: x(jax.random.key(_FACTORY_SEED), shape, struct.dtype))
+        return as_weight(interpreter, drawn)
     if isinstance(x, int | float) and not isinstance(x, bool):
         if not np.isfinite(x) or x < 0:
             raise ValueError(f"params[{path!r}] as a variance must be finite and not negative, not {x!r}")
-        return (
-            named(interpreter, path, shape, independent(0.0, float(x), axes))
-            if x
-            else full(interpreter.graph, 0.0, shape)
-        )
+        return leaf(independent(0.0, float(x), axes)) if x else full(interpreter.graph, 0.0, shape)
     numbers = np.asarray(x)
     if numbers.shape != shape:
         raise ValueError(f"params[{path!r}] must have shape {shape}, not {numbers.shape}")
     if numbers.dtype.kind == "c":
-        real = jax.ShapeDtypeStruct(shape, np.real(numbers).dtype)
-        pair = {"real": np.real(numbers), "imag": np.imag(numbers)}
-        return Complex(
-            *(_given_parameter(interpreter, part, f"{path}.{name}", real) for name, part in pair.items())
-        )
+        pair = {f"{path}.real": np.real(numbers), f"{path}.imag": np.imag(numbers)}
+        return Complex(*(_given_parameter(interpreter, part, name, part) for name, part in pair.items()))
     if numbers.dtype.kind in "iub":
         return interpreter.known(numbers)
     numbers = numbers.astype(np.float64)
@@ -236,9 +304,7 @@ def _given_parameter(interpreter: Interpreter, x: Any, path: str, struct: Any) -
     if numbers.size == 0 or np.all(numbers == numbers.flat[0]):
         return full(interpreter.graph, float(numbers.flat[0]) if numbers.size else 0.0, shape)
     kurtosis = float(np.mean(numbers**4) / np.mean(numbers**2) ** 2)
-    return named(
-        interpreter, path, shape, measured_law(numbers.reshape([a.size for a in axes]), axes), kurtosis
-    )
+    return leaf(measured_law(numbers.reshape([a.size for a in axes]), axes), kurtosis)
 
 
 # Chances that a mean, and each correlation, of independent entries is taken for real: four and five
@@ -265,11 +331,24 @@ def measured_law(numbers: np.ndarray, axes: tuple[Axis, ...]) -> Table:
     return independent(0.0, square, axes)
 
 
-def named(
-    interpreter: Interpreter, path: str, shape: tuple[int, ...], table: Table, kurtosis: float = 3.0
-) -> Value:
-    """A weight leaf with a table."""
-    node = interpreter.graph.make(Leaf, table.axes, (), ("given", path))
-    odd = bool(np.all(table.mean == 0) and np.count_nonzero(table.second) <= 1)
-    node.settle(table, odd=odd, kurtosis=kurtosis)
-    return value(node, shape)
+def weights(parameters: Iterable[tuple[str, Any]], uses: Mapping[str, ParameterUses]) -> dict[str, Weight]:
+    """The law and the use of every parameter that is random, by path.
+
+    Args:
+        parameters: path and value of each.
+        uses: what the forward pass does with those that it takes.
+    """
+    out: dict[str, Weight] = {}
+    for path, x in parameters:
+        if not isinstance(x, Value) or not isinstance(x.node, Leaf):
+            continue
+        table, kurtosis = x.node.table, x.node.kurtosis
+        found = [use for use in uses[path].uses if use.kind in _MAPS] if path in uses else []
+        # A table that is looked up and read out by is a linear map where it is read out.
+        fans = max(((use.fan_in, use.fan_out) for use in found), default=(None, None))
+        ratio = 1 / (fans[0] * table.variance) if fans[0] and table.variance > 0 else None
+        times = sum(use.times * use.layers for use in found)
+        name = next((name for name, known in _KURTOSIS.items() if abs(kurtosis - known) < 0.02), "random")
+        law = f"{name}(std={table.variance**0.5:.4g})"
+        out[path] = Weight(path, x.shape, law, table.total_mean, table.variance, *fans, times, ratio)
+    return out

@@ -1,17 +1,23 @@
-"""From a model to a Report: read its parameters' laws, walk its forward pass, ask for the moments of every module's output."""
+"""From a model to a Report: its traces, the walk over its forward pass, the moments of every module's output.
+
+One trace gives both the laws of the parameters and the forward pass, where one pass does both.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
+from varscale import _compat
 from varscale.initialization.laws import applied
-from varscale.programs import faces
-from varscale.programs.caches import without_collection
+from varscale.programs import faces, failures
+from varscale.programs.caches import fresh_traces, without_collection
 from varscale.programs.faces import Inputs, Program
+from varscale.programs.pieces import PIECE
 from varscale.report import Report
 from varscale.theory.graph.layout import Value
 from varscale.theory.graph.store import PredictionError, located
@@ -25,14 +31,14 @@ from varscale.theory.interpreter.parameters import (
     is_function,
     laid_parameters,
     path_string,
+    weights,
 )
-from varscale.theory.interpreter.rows import Place, Rows, joined, through
-from varscale.theory.interpreter.summary import summarize, weights, with_gradients
-from varscale.theory.interpreter.tracing import INIT_SEED, Draws, Trace, execution_order, first_pass, traced
+from varscale.theory.interpreter.rows import Found, Place, Rows, joined, summarize, through, with_gradients
 from varscale.theory.rules.registry import live_equations
 from varscale.usage.parameters import uses_in
 
 _DETAILS = ("modules", "equations")
+_INIT_SEED = 0  # laws do not depend on the seed
 
 
 def predict(
@@ -89,10 +95,85 @@ def predict(
         raise ValueError(f"draws must be None or a whole number of networks, 2 or more, not {draws!r}")
     given = faces.as_inputs(x)
     scheme = applied(scheme, model, given, params=abstract(params), method=method)
-    report = _predicted(
-        faces.program(model, method=method), given, params, scheme, backward=backward, detail=detail
-    )
+    program = faces.program(model, method=method)
+    equations = None if detail == "equations" else () if detail == "modules" else detail
+    report = _predicted(program, given, params, scheme, backward=backward, equations=equations)
     return report if draws is None else beside_draws(report, model, given, params, draws, method, scheme)
+
+
+class Trace(NamedTuple):
+    """A traced function.
+
+    Attributes:
+        jaxpr: its jaxpr.
+        constants: values of the jaxpr's constants.
+        shapes: shapes of its outputs, as a tree.
+    """
+
+    jaxpr: Any
+    constants: Sequence[Any]
+    shapes: Any
+
+
+def traced(f: Callable[..., Any], *args: Any) -> Trace:
+    """The trace of a function of these shapes.
+
+    Raises:
+        ValueError: it does not trace.
+    """
+    try:
+        with fresh_traces():
+            jaxpr, shapes = jax.make_jaxpr(f, return_shape=True)(*args)
+    except PredictionError:
+        raise
+    except Exception as error:
+        raise ValueError(f"the model does not trace on these inputs: {failures.told(error)}") from error
+    return Trace(jaxpr.jaxpr, jaxpr.consts, shapes)
+
+
+class Draws(NamedTuple):
+    """How a model draws its parameters.
+
+    Attributes:
+        drawing: inputs to parameters.
+        forward: parameters (those of `used`) and inputs to rows, where the pass that drew them is the forward pass too.
+        used: places of the parameters that `forward` takes.
+    """
+
+    drawing: Trace
+    forward: Trace | None = None
+    used: Sequence[int] = ()
+
+
+def first_pass(program: Program, split: Any) -> Draws | None:
+    """How a model draws its parameters, and the forward pass that it does on the way if it is the one it does ever after.
+
+    None where it does not trace: modules that transform all variables of another (a spectral norm) take captures for some.
+    """
+    alike: list[bool] = []
+
+    def both(dynamic: Any) -> Any:
+        key = jax.random.key(_INIT_SEED)
+        variables, output, captures, same = program.start(key, split.join(dynamic))  # pyright: ignore
+        alike.append(same)
+        return variables, faces.grouped(captures, output)
+
+    try:
+        jaxpr, constants, (variables, rows) = traced(both, split.structs)
+    except ValueError:
+        return None
+    count = len(jax.tree_util.tree_leaves(variables))
+    drawn, outputs = jaxpr.outvars[:count], jaxpr.outvars[count:]
+    drawing = Trace(jaxpr.replace(outvars=drawn), constants, variables)
+    used = {v: i for i, v in reversed(list(enumerate(drawn))) if not _compat.is_literal(v)}
+    if not alike[-1] or not used.keys().isdisjoint(jaxpr.invars):
+        return Draws(drawing)
+    forward = jaxpr.replace(invars=[*used, *jaxpr.invars], outvars=outputs)
+    atoms = (v for eqn in live_equations(forward) for v in (*eqn.invars, *eqn.outvars))
+    # A key is drawn from inside a loop, say: what it computes with is not what it returns.
+    if any(jnp.issubdtype(getattr(v.aval, "dtype", bool), jax.dtypes.prng_key) for v in atoms):
+        return Draws(drawing)
+    return Draws(drawing, Trace(forward, constants, rows), tuple(used.values()))
 
 
 class Walkable(NamedTuple):
@@ -101,39 +182,60 @@ class Walkable(NamedTuple):
     Attributes:
         forward: its trace, from parameters and inputs to rows.
         numbers: which parameters it takes, in their order.
-        parameters: all parameters.
+        shapes: the shapes of all parameters, as a tree.
+        values: the values of all parameters.
         split: the inputs.
     """
 
     forward: Trace
     numbers: Sequence[int]
-    parameters: _Parameters
+    shapes: Any
+    values: Sequence[Any]
     split: TracedInputs
 
     def run(self, interpreter: Interpreter) -> list[Any]:
         """What the interpreter makes of it: the values of the rows."""
-        taken = [self.parameters.values[i] for i in self.numbers]
-        return interpreter.run(
-            self.forward.jaxpr, self.forward.constants, [*taken, *self.split.values(interpreter)]
-        )
+        taken = [self.values[i] for i in self.numbers]
+        operands = [*taken, *self.split.values(interpreter)]
+        return interpreter.run(self.forward.jaxpr, self.forward.constants, operands)
 
 
 def walkable(interpreter: Interpreter, program: Program, given: Inputs, params: Any, scheme: Any) -> Walkable:
     """A model's forward pass, its parameters' laws read with an interpreter."""
     split = TracedInputs(given)
-    parameters = _parameters(interpreter, program, params, split)
+    shapes, values, drawn = _parameters(interpreter, program, params, split)
     if scheme is not None:
-        laws = laid_parameters(interpreter, parameters.shapes, parameters.values, scheme)
-        parameters = parameters._replace(values=laws)
-    if parameters.draws is not None and parameters.draws.forward is not None:
-        return Walkable(parameters.draws.forward, parameters.draws.used, parameters, split)
+        values = laid_parameters(interpreter, shapes, values, scheme)
+    if drawn is not None and drawn.forward is not None:
+        return Walkable(drawn.forward, drawn.used, shapes, values, split)
 
     def forward(variables: Any, dynamic: list[Any]) -> Any:
         output, captures = program.apply(variables, split.join(dynamic))
         return faces.grouped(captures, output)
 
-    trace = traced(forward, parameters.shapes, split.structs)
-    return Walkable(trace, range(len(parameters.values)), parameters, split)
+    return Walkable(traced(forward, shapes, split.structs), range(len(values)), shapes, values, split)
+
+
+def _parameters(
+    interpreter: Interpreter, program: Program, params: Any, split: TracedInputs
+) -> tuple[Any, list[Any], Draws | None]:
+    """A model's parameters: their shapes, as a tree; their values; how its own init draws them, where one pass does both."""
+    params = program.parameters if params is None else params
+    inputs, init = split.values(interpreter), program.init
+    if params is None and program.start is not None and (drawn := first_pass(program, split)) is not None:
+        return drawn.drawing.shapes, init_laws(interpreter, *drawn.drawing[:2], inputs), drawn
+    if params is not None and init is None and not is_function(params):
+        return *given_parameters(interpreter, params, None, ()), None
+    if init is None and params is None:
+        raise ValueError(
+            "params must be given for a plain function: arrays, or a function of a key that returns them"
+        )
+    key = jax.random.key(_INIT_SEED)
+    trace = traced(lambda dynamic: init(key, split.join(dynamic)) if init else params(key), split.structs)
+    values = init_laws(interpreter, *trace[:2], inputs)
+    if init is None or params is None:
+        return trace.shapes, values, None
+    return *given_parameters(interpreter, params, trace.shapes, values), None
 
 
 @without_collection()
@@ -144,58 +246,50 @@ def _predicted(
     scheme: Any,
     *,
     backward: bool,
-    detail: str | Collection[str],
+    equations: Collection[str] | None,
 ) -> Report:
     interpreter = Interpreter()
     walked = walkable(interpreter, program, given, params, scheme)
-    forward, parameters = walked.forward, walked.parameters
+    forward = walked.forward
     if not forward.shapes[""]:
         raise ValueError(
             f"model {program.kinds.get('', program.kind)} returns no array: there is nothing to predict"
         )
-
     kind = "scope" if program.init is None and program.parameters is None else "module"
-    of_equations = None if detail == "equations" else () if detail == "modules" else detail
-
     tree = jax.tree_util.tree_structure(forward.shapes)
 
-    def walk() -> Walked:
-        rows = Rows(scopes=kind == "scope", equations=of_equations)
+    def walk() -> list[Found]:
+        rows = Rows(scopes=kind == "scope", equations=equations)
         interpreter.place = Place(rows)
-        values = walked.run(interpreter)
+        outputs = jax.tree_util.tree_unflatten(tree, walked.run(interpreter))
         interpreter.place = None
-        outputs = jax.tree_util.tree_unflatten(tree, values)
-        captured = {call: outputs[call] for call in execution_order(forward.jaxpr, forward.shapes)}
+        captured = {call: outputs[call] for call in _execution_order(forward.jaxpr, forward.shapes)}
         return list(joined(rows.made, captured, kind))
 
     numbers = jax.tree_util.tree_unflatten(tree, range(len(forward.jaxpr.outvars)))
     order = {path: i for rows in numbers.values() for path, i in rows.items()}
-    shares = through(forward.jaxpr, order, list(numbers[""])) if backward else {}
-    flat = jax.tree_util.tree_flatten_with_path(parameters.shapes)[0]
-    named = [(path_string(path), tuple(leaf.shape)) for path, leaf in flat]
+    shares = through(forward.jaxpr, order, list(numbers[""])) if backward else None
+    leaves = jax.tree_util.tree_leaves_with_path(walked.shapes)
+    named = [(path_string(path), tuple(leaf.shape)) for path, leaf in leaves]
     computing = forward.jaxpr.replace(eqns=live_equations(forward.jaxpr))  # not what draws its parameters
     uses = {of.path: of for of in uses_in(computing, forward.constants, [named[i] for i in walked.numbers])}
 
-    def report(found: Walked) -> Report:
-        laws = zip((path for path, _ in named), parameters.values, strict=True)
-        return summarize(interpreter, program, found, weights(laws, uses), shares, backward=backward)
+    def report(found: list[Found]) -> Report:
+        laws = zip((path for path, _ in named), walked.values, strict=True)
+        return summarize(interpreter, program, found, weights(laws, uses), shares)
 
     first, found = _settled(interpreter, walk, report)
     first = dataclasses.replace(first, notes=(*first.notes, *interpreter.regions.note))
-    if not backward or all(
-        not isinstance(x, Value) or x.constant is None for _, of, x in found if of in (None, "scope")
-    ):
+    rows = [x for _, of, x in found if of in (None, "scope") and isinstance(x, Value)]
+    if shares is None or all(x.constant is None for x in rows):
         return first
     interpreter.nudged = True
     return _settled(interpreter, walk, lambda found: with_gradients(interpreter, first, found, shares))[0]
 
 
-Walked = list[tuple[str, str | None, Any]]
-
-
 def _settled(
-    interpreter: Interpreter, walk: Callable[[], Walked], report: Callable[[Walked], Report]
-) -> tuple[Report, Walked]:
+    interpreter: Interpreter, walk: Callable[[], list[Found]], report: Callable[[list[Found]], Report]
+) -> tuple[Report, list[Found]]:
     """The report of the first walk that asks for no further region, and what it found.
 
     A region is added, or refused, once, so there is one.
@@ -215,33 +309,29 @@ def _settled(
                 interpreter.graph.undrawn = True
 
 
-class _Parameters(NamedTuple):
-    """A model's parameters: their shapes, as a tree; their values; how they are drawn, where its own init draws them."""
+def _execution_order(jaxpr: Any, shapes: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Calls by the equation that makes the first of what they put out; those that end together from the innermost out.
 
-    shapes: Any
-    values: list[Any]
-    draws: Draws | None = None
+    The model itself is the last.
+    """
+    at = iter(_places(jaxpr))
+    where = {call: [next(at) for _ in shapes[call]] for call in shapes}
+    return sorted(shapes, key=lambda call: (call == "", where[call][:1], -call.count("/")))
 
 
-def _parameters(interpreter: Interpreter, program: Program, params: Any, split: TracedInputs) -> _Parameters:
+def _places(jaxpr: Any) -> list[tuple[int, ...]]:
+    """For each output, which equation makes it and which of its outputs it is; inside a piece also where in that."""
+    made = {var: (i, eqn, j) for i, eqn in enumerate(jaxpr.eqns) for j, var in enumerate(eqn.outvars)}
+    inner: dict[int, list[tuple[int, ...]]] = {}
 
-    if params is None:
-        params = program.parameters
-    inputs = split.values(interpreter)
-    if params is None and program.start is not None and (drawn := first_pass(program, split)) is not None:
-        return _Parameters(drawn.drawing.shapes, init_laws(interpreter, drawn.drawing, inputs), drawn)
-    if params is not None and program.init is None and not is_function(params):
-        return _Parameters(*given_parameters(interpreter, params, None, None))
-    init, given = program.init, params
-    if init is not None:
-        trace = traced(lambda dynamic: init(jax.random.key(INIT_SEED), split.join(dynamic)), split.structs)
-    elif params is None:
-        raise ValueError(
-            "params must be given for a plain function: arrays, or a function of a key that returns them"
-        )
-    else:
-        trace, given = traced(lambda _: params(jax.random.key(INIT_SEED)), split.structs), None
-    values = init_laws(interpreter, trace, inputs)
-    if given is None:
-        return _Parameters(trace.shapes, values)
-    return _Parameters(*given_parameters(interpreter, given, trace.shapes, values))
+    def place(var: Any) -> tuple[int, ...]:
+        if _compat.is_literal(var) or var not in made:
+            return (-1, 0)
+        i, eqn, j = made[var]
+        if eqn.params.get("name") != PIECE:
+            return (i, j)
+        if i not in inner:
+            inner[i] = _places(eqn.params["jaxpr"].jaxpr)
+        return (i, *inner[i][j])
+
+    return [place(var) for var in jaxpr.outvars]

@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 
 from varscale import _compat
-from varscale.programs.marks import FIELD, MODULE, WITHIN
 from varscale.programs.pieces import PIECE
-from varscale.programs.scopes import opened, whole_path
+from varscale.programs.scopes import opened
+from varscale.theory.interpreter.rows import is_mark, marked_row
 from varscale.theory.rules.registry import sub_jaxpr_of
 
 _PARTS = "/.[#"  # what may follow the path of a module in that of a part of it
@@ -27,6 +27,7 @@ _ENTERED = {
     "checkpoint",
     "closed_call",
 }  # calls whose modules have rows of their own
+_MOST_LAYERS = 64  # steps of a loop over layers that are written out
 
 
 @dataclasses.dataclass
@@ -58,12 +59,9 @@ class Regions:
     def refuse(self, scope: str, reason: str) -> None:
         """Take a scope away for good; where what comes out of it is in the way, the scope around it takes its place."""
         asked = self.scopes.pop(scope, reason)
-        self.refused[scope] = reason
+        self.refused[scope], self.changed = reason, True
         if scope and reason.startswith("random"):
-            self.ask(
-                scope[: max(scope.rfind(c) for c in _PARTS)] if any(c in scope for c in _PARTS) else "", asked
-            )
-        self.changed = True
+            self.ask(scope[: max(0, *(scope.rfind(c) for c in _PARTS))], asked)
 
     @property
     def note(self) -> tuple[str, ...]:
@@ -82,16 +80,10 @@ class Regions:
         return changed
 
 
-_MOST_LAYERS = 64  # steps of a loop over layers that are written out
-
-
 def _has_marks(jaxpr: Any) -> bool:
     """Whether modules are called in it."""
-    return any(
-        (eqn.primitive.name == "name" and eqn.params["name"].startswith((MODULE, WITHIN)))
-        or (sub_jaxpr_of(eqn) is not None and _has_marks(_compat.sub_jaxpr(sub_jaxpr_of(eqn))[0]))
-        for eqn in jaxpr.eqns
-    )
+    inner = [sub for eqn in jaxpr.eqns if (sub := sub_jaxpr_of(eqn)) is not None]
+    return any(map(is_mark, jaxpr.eqns)) or any(_has_marks(_compat.sub_jaxpr(sub)[0]) for sub in inner)
 
 
 class _RegionPrimitive:
@@ -209,8 +201,7 @@ def as_one(
         return found[-1].close([env[v] for v in outvars])
 
     jax.eval_shape(lambda operands: outputs(operands, None), structs)
-    jaxpr = jax.make_jaxpr(outputs)(structs, found[-1].wanted)
-    last = found[-1]
+    jaxpr, last = jax.make_jaxpr(outputs)(structs, found[-1].wanted), found[-1]
     variables = [*outvars, *map(_Marked, jaxpr.out_avals[len(outvars) :])]
     rows = [(*row, variables[i]) for row, i in zip(last.rows, last.marked, strict=True)]
     params = {"scope": scope, "jaxpr": jaxpr, "nudged": last.nudged, "rows": rows}
@@ -248,9 +239,8 @@ class _Evaluated:
 
     def close(self, out: list[Any]) -> list[Any]:
         """All outputs: those that are read outside, and what modules put out; arrays become their numbers."""
-        for x in self.marked:
-            if not any(x is y for y in out):
-                out.append(x)
+        known = {id(x) for x in out}
+        out += {id(x): x for x in self.marked if id(x) not in known}.values()
         where = {id(x): i for i, x in reversed(list(enumerate(out)))}
         self.nudged, self.marked = ([where[id(x)] for x in arrays] for arrays in (self.nudged, self.marked))
         return out
@@ -267,12 +257,11 @@ class _Evaluated:
                 outs = self._layers(eqn.params, ins, piece)
             elif inner is not None:
                 outs = _compat.evaluated(eqn, ins)
-            elif name == "name" and eqn.params["name"].startswith((MODULE, WITHIN)):
-                where, field, arrays = eqn.params["name"].split(FIELD)
+            elif is_mark(eqn):
                 outs = [self._nudged(ins[0])]
                 self.marked += outs
-                field = "" if self.steps and arrays == "1" else field
-                self.rows.append((whole_path(where, piece), tuple(self.steps), field))
+                path, field = marked_row(eqn, piece, self.steps)
+                self.rows.append((path, tuple(self.steps), field))
             else:
                 found = eqn.primitive.bind(*ins, **eqn.params)
                 outs = found if eqn.primitive.multiple_results else [found]

@@ -1,4 +1,4 @@
-"""Rows as the walk meets them: what modules and `jax.named_scope` blocks put out, and every equation where that is asked for.
+"""Rows: what modules, `jax.named_scope` blocks and equations put out, what of a gradient flows through it, and its report.
 
 What a module puts out carries a mark (`faces.named`). A scope is read from the name stacks of its equations and puts out
 what is used after it: the largest such array, the last of equals. Calls are entered, and so are loops over layers, whose rows
@@ -9,16 +9,51 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import math
+import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+from scipy import special
 
 from varscale import _compat
+from varscale.programs.faces import Program
 from varscale.programs.marks import FIELD, MODULE, WITHIN
 from varscale.programs.pieces import PIECE, live
 from varscale.programs.scopes import is_floating, opened, whole_path
-from varscale.theory.rules.registry import sub_jaxpr_of
+from varscale.report import How, Report, Row, Weight
+from varscale.theory.domain.axes import averaging
+from varscale.theory.domain.tables import NEXT_ORDER
+from varscale.theory.graph.layout import Value
+from varscale.theory.graph.nodes import UNKNOWN, Node
+from varscale.theory.propagation.cotangents import cotangents
+from varscale.theory.propagation.error_bounds import doubt_of, provenance
+from varscale.theory.propagation.fluctuations import fluctuations
+from varscale.theory.rules.elementwise import modulus
+from varscale.theory.rules.registry import Complex, Context, sub_jaxpr_of
 
 _LOOPS = {"scan", "while"}
+_BAND, _BELOW = 2.5758, 0.005  # 99 % of a normal, and the share below them
+# Of ln(mean square): beyond that a draw can be anything, and the row's error_bound says so.
+_WIDEST_BAND = 25.0
+# Set on the validation grid, not derived, both: of gradient independence itself, at width 256; of a band
+# where first order finds no fluctuation at all, what second order and a norm's epsilon leave.
+GRADIENT_BASE, _ROUNDING = 0.05, 4e-3
+# A relative error of gradients, and the share of rows that may have it, beyond which the model is drawn.
+_MUCH, _MANY = 0.1, 0.1
+_UNBOUNDED = 1e50  # a mean square that only the large numbers which stand for infinities have
+
+
+def is_mark(eqn: Any) -> bool:
+    """Whether an equation says of an array that a module puts it out."""
+    return eqn.primitive.name == "name" and str(eqn.params["name"]).startswith((MODULE, WITHIN))
+
+
+def marked_row(eqn: Any, piece: str, steps: Sequence[int]) -> tuple[str, str]:
+    """The path of the row that a mark tells of, and which array of it. The body of a scan returns (x, None), x alone."""
+    where, field, arrays = eqn.params["name"].split(FIELD)
+    return whole_path(where, piece), "" if steps and arrays == "1" else field
 
 
 class Made(NamedTuple):
@@ -89,29 +124,22 @@ class Place:
 
     def note(self, eqn: Any, env: Mapping[Any, Any], steps: Sequence[int]) -> None:
         """A row for what a module puts out; where equations are asked for, one for each array that another computes."""
-        mark = eqn.params.get("name") if eqn.primitive.name == "name" else None
-        if mark is not None and mark.startswith((MODULE, WITHIN)):
-            where, field, arrays = mark.split(FIELD)
-            path = whole_path(where, self.piece)
-            # The body of a scan returns (x, None): "path@step" where there is one array, else "path@step[0]".
-            self.rows.add(
-                path, steps, "module", env[eqn.outvars[0]], "" if steps and arrays == "1" else field
-            )
-            return
-        if self.rows.equations is not None and eqn.primitive.name not in self.rows.equations:
-            return
-        path = "/".join(filter(None, [opened(eqn, self.path, self.piece)[1], eqn.primitive.name]))
-        for j, var in enumerate(eqn.outvars):
-            if is_floating(var):
-                self.rows.add(
-                    path, steps, eqn.primitive.name, env[var], f"[{j}]" if len(eqn.outvars) > 1 else ""
-                )
+        name = eqn.primitive.name
+        if is_mark(eqn):
+            path, field = marked_row(eqn, self.piece, steps)
+            self.rows.add(path, steps, "module", env[eqn.outvars[0]], field)
+        elif self.rows.equations is None or name in self.rows.equations:
+            path = "/".join(filter(None, [opened(eqn, self.path, self.piece)[1], name]))
+            for j, var in enumerate(eqn.outvars):
+                if is_floating(var):
+                    self.rows.add(path, steps, name, env[var], f"[{j}]" if len(eqn.outvars) > 1 else "")
 
 
-def joined(
-    made: Sequence[Made], captured: Mapping[str, Mapping[str, Any]], kind: str
-) -> Iterator[tuple[str, str | None, Any]]:
-    """Rows in execution order, as (path, kind where it is no module's, value).
+Found = tuple[str, str | None, Any]  # a row: path, kind where it is no module's, value
+
+
+def joined(made: Sequence[Made], captured: Mapping[str, Mapping[str, Any]], kind: str) -> Iterator[Found]:
+    """Rows in execution order.
 
     Args:
         made: what the walk made.
@@ -121,27 +149,17 @@ def joined(
     """
     modules = {m.call for m in made if m.kind == "module" and not m.stepped}
     stacked = {m.call for m in made if m.kind == "module" and m.stepped} - modules
-    left = {call: dict(rows) for call, rows in captured.items() if call not in stacked}
-    waiting = collections.deque(
-        call for call in left if call not in modules
-    )  # those that the walk did not meet
+    left = {call: rows for call, rows in captured.items() if call not in stacked}
     order = {call: i for i, call in enumerate(left)}
-
-    def upto(call: str) -> Iterator[tuple[str, str | None, Any]]:
-        while waiting and order[waiting[0]] < order[call]:
-            for path, value in left.pop(waiting.popleft()).items():
-                yield path, None, value
-        for path, value in left.pop(call, {}).items():
-            yield path, None, value
-
+    unmet = [call for call in left if call not in modules]
     for m in made:
         if m.kind == "module" and captured.get(m.call) and m.call not in stacked:
-            yield from upto(m.call)
+            ready = [call for call in unmet if call in left and order[call] < order[m.call]]
+            for call in (*ready, m.call):
+                yield from ((path, None, value) for path, value in left.pop(call, {}).items())
         elif m.kind in (kind, "module") or m.kind not in ("module", "scope"):
             yield m.path, None if m.kind == "module" else m.kind, m.value
-    for rows in left.values():
-        for path, value in rows.items():
-            yield path, None, value
+    yield from ((path, None, value) for rows in left.values() for path, value in rows.items())
 
 
 class Through(NamedTuple):
@@ -159,12 +177,12 @@ class Through(NamedTuple):
     ends: int
     all_ends: int
 
-    def of(self, whole: float, doubt: float, unknown: float) -> tuple[float, float]:
+    def of(self, whole: float, doubt: float) -> tuple[float, float]:
         """Its gradient and doubt, where those at the array are `whole` and `doubt`; cotangents of outputs are independent."""
         inner = max(whole - self.all_ends, 0.0)
         gradient = self.ends + (inner if self.reads else 0.0)
         if self.reads and gradient:
-            return gradient, doubt * whole / gradient + (unknown if self.beside else 0.0)
+            return gradient, doubt * whole / gradient + (UNKNOWN if self.beside else 0.0)
         return gradient, doubt if gradient == whole else 0.0
 
 
@@ -214,7 +232,7 @@ def _tapped(eqns: Sequence[Any], taps: dict[Any, _Tap]) -> None:
     for eqn in eqns:
         ins, inner, name = [_tap(taps, v) for v in eqn.invars], sub_jaxpr_of(eqn), eqn.primitive.name
         called = None if inner is None else _compat.sub_jaxpr(inner)[0]
-        if name == "name" and str(eqn.params["name"]).startswith((MODULE, WITHIN)):
+        if is_mark(eqn):
             taps[eqn.outvars[0]] = _Tap(ins[0])
         elif called is not None and len(called.invars) == len(ins) and name not in ("scan", "while", "cond"):
             # A body may be called again: its variables are those of the call that is walked.
@@ -224,3 +242,142 @@ def _tapped(eqns: Sequence[Any], taps: dict[Any, _Tap]) -> None:
         else:
             for tap in (tap for x in ins for tap in x.chain()):
                 tap.readers += 1
+
+
+def summarize(
+    interpreter: Context,
+    program: Program,
+    outputs: Iterable[Found],
+    weights: Mapping[str, Weight],
+    shares: Mapping[str, Through] | None,
+) -> Report:
+    """The report of a walk.
+
+    Args:
+        interpreter: what has walked.
+        program: the model.
+        outputs: its rows.
+        weights: the laws of the parameters.
+        shares: what of the gradient at a row's array flows through the row; None where no gradients are asked for.
+    """
+    kinds, values = {}, {}
+    for path, kind, x in outputs:
+        # Of complex numbers it is the modulus that is measured and predicted.
+        x = modulus(interpreter, x) if isinstance(x, Complex) else x
+        if isinstance(x, Value) and math.prod(x.shape) > 0:
+            _ = x.node.table
+            kinds[path], values[path] = kind or _kind(program, path), x
+    gradients = {} if shares is None else _gradients(interpreter, values, shares)
+    rows = tuple(_row(path, kinds[path], x, *gradients.get(path, (None, None))) for path, x in values.items())
+    return Report(rows, dict(weights))
+
+
+def with_gradients(
+    interpreter: Context, report: Report, nudged: Iterable[Found], shares: Mapping[str, Through]
+) -> Report:
+    """The report with the gradients, where it has none, of a walk in which what is one known number was nudged."""
+    values = {path: x for path, _, x in nudged if isinstance(x, Value) and math.prod(x.shape) > 0}
+    found = _gradients(interpreter, values, shares)
+    rows = [
+        dataclasses.replace(row, gradient=found[row.path][0], gradient_error_bound=found[row.path][1])
+        if row.gradient is None and row.path in found
+        else row
+        for row in report.rows
+    ]
+    return dataclasses.replace(report, rows=tuple(rows))
+
+
+def _kind(program: Program, path: str) -> str:
+    module = re.sub(r"(#\d+|@\d+|\[.*\]|\.\w+)+$", "", path)
+    return program.kinds.get(module, program.kind if module == "" else "array")
+
+
+def _row(path: str, kind: str, x: Value, gradient: float | None, gradient_bound: float | None) -> Row:
+    table, infinite = x.node.table, math.inf
+    mean = table.total_mean
+    if table.mean_square >= _UNBOUNDED:  # infinities, which masks put there and a softmax takes away
+        moments = (mean, infinite, infinite, infinite, (0.0, infinite))
+        return Row(path, kind, x.shape, *moments, how="assumed", error_bound=infinite)
+    second, typical, (low, high) = of_one_draw(x.node)
+    how, error_bound = provenance(x.node)
+    # The middle of a band is in doubt, too: of what was drawn by two of the standard errors that bound it.
+    reach = math.exp(min(doubt_of(x.node), 1.0) / (2 if how == "sampled" else 1))
+    samples, places = len(x.shape) > 1 and x.shape[0] > 1, math.prod(x.shape[1:-1]) > 1
+    return Row(
+        path=path,
+        kind=kind,
+        shape=x.shape,
+        mean=mean,
+        second_moment=second,
+        variance=max(second - mean**2, 0.0),
+        typical=typical,
+        band=(low / reach, high * reach),
+        sample_correlation=_correlation_along(x, x.dims[:1]) if samples else None,
+        position_correlation=_correlation_along(x, x.dims[1:-1]) if places else None,
+        gradient=gradient,
+        how=cast(How, how),
+        error_bound=error_bound,
+        gradient_error_bound=gradient_bound,
+    )
+
+
+def of_one_draw(node: Node) -> tuple[float, float, tuple[float, float]]:
+    """Of a node's mean square over initializations: its mean, its median, and what 99 % of them lie between."""
+    spread = fluctuations(node)
+    second = node.table.mean_square * (1 + spread.shift)
+    variance = min(spread.variance, _WIDEST_BAND)
+    skew = float(np.clip(spread.skew, -(variance**1.5), variance**1.5))
+    typical = second * math.exp(-variance / 2 - skew / 6)
+    down = reach = _BAND * math.sqrt(variance) + _ROUNDING
+    lean = (_BAND**2 - 1) * skew / 6 / max(variance, 1e-300)  # Cornish and Fisher
+    few = min(max((c * c for c in spread.sources.values()), default=0.0), variance)
+    # The largest part may be one of few squares, a gamma variable: more of it is below.
+    if few > 2 * NEXT_ORDER:
+        shape = max(1 / few, 0.5)
+        gamma = -math.log(float(special.gammaincinv(shape, _BELOW)) / shape) - few / 2
+        down = math.sqrt(reach**2 + max(gamma**2 - _BAND**2 * few, 0.0))
+    return second, typical, (typical * math.exp(lean - down), typical * math.exp(lean + reach))
+
+
+def _correlation_along(x: Value, dims: Iterable[Any]) -> float | None:
+    """E[x x'] / E[x²] for pairs that differ in position along `dims` and agree elsewhere."""
+    table = x.node.table
+    axes = [a.axis for dim in dims for a in dim if a.axis is not None]
+    if table.mean_square == 0 or not axes:
+        return 1.0 if table.mean_square else None
+    free = float(averaging(table.axes, frozenset(axes)) @ table.second.ravel())
+    size = math.prod(table.axes[k].size for k in axes)
+    # All pairs of positions, less those that agree.
+    return (size * free / table.mean_square - 1) / (size - 1)
+
+
+def _gradients(
+    interpreter: Context, values: Mapping[str, Value], shares: Mapping[str, Through]
+) -> dict[str, tuple[float, float]]:
+    """Gradients at rows, and bounds on their relative errors; asks for a region where near places leave many in doubt."""
+    copies = {
+        path: math.prod(a.size for dim in x.dims for a in dim if a.axis is None) for path, x in values.items()
+    }
+    seeds = []
+    outputs: dict[int, set[Any]] = collections.defaultdict(set)
+    for path in [p for p in values if p == "" or p.startswith("[")] or list(values)[-1:]:
+        node = values[path].node
+        second = np.zeros(node.frame_types)
+        second[tuple(slice(0, a.classes) for a in node.axes)] = float(copies[path])
+        seeds.append((node, second))
+        outputs[node.id].add(values[path].dims)
+    found = cotangents(seeds, [x.node for x in values.values()])
+    if sum(lost > _MUCH for *_, lost in found.values()) > _MANY * len(found):
+        interpreter.regions.ask("", "gradients of windows over near places")
+    gradients = {}
+    for path, x in values.items():
+        if x.node.id in found:
+            gradient, doubt, _ = found[x.node.id]
+            # Of several outputs that are one array in other shapes, a change of one is no change of the others.
+            # Copies share it evenly, if independent; if all n are one, each has 1/n² of it rather than 1/n.
+            doubt += max(len(outputs[x.node.id]) - 1, 0) + copies[path] - 1
+            gradient = gradient / copies[path]
+            if path in shares:
+                gradient, doubt = shares[path].of(gradient, doubt)
+            gradients[path] = gradient, float(GRADIENT_BASE + doubt)
+    return gradients
