@@ -37,38 +37,30 @@ ENTERED = {"random_bits", "scan", "while", "cond", "region", *CALLS}
 _NEVER_FOLDED = ENTERED | {"rng_bit_generator"}
 # Entries are moved, repeated or left out, of which classes and blocks tell more than one class for all would.
 _MOVING = {
-    "broadcast_in_dim",
-    "concatenate",
-    "dynamic_slice",
-    "expand_dims",
-    "gather",
-    "pad",
-    "reshape",
-    "rev",
-    "slice",
-    "split",
-    "squeeze",
-    "tile",
-    "transpose",
-}
+    "broadcast_in_dim", "concatenate", "dynamic_slice", "expand_dims", "gather", "pad", "reshape", "rev",
+    "slice", "split", "squeeze", "tile", "transpose",
+}  # fmt: skip
 
 
-def known(graph: Graph, const: Any) -> Any:
-    """The value of a known array.
+def known(graph: Graph, const: Any, sources: Sequence[Node] = ()) -> Any:
+    """The value of known numbers, or of what was computed from given arrays: whole numbers are as good as literals.
 
     Raises:
-        PredictionError: it contains NaN.
+        PredictionError: they contain NaN.
     """
     if hasattr(const, "dtype") and jax.numpy.issubdtype(const.dtype, jax.dtypes.prng_key):
         return Opaque(const)
     values = np.asarray(const)
     if values.dtype.kind == "c":
-        return Complex(known(graph, np.real(values)), known(graph, np.imag(values)))
+        return Complex(*(known(graph, part, sources) for part in (np.real(values), np.imag(values))))
+    sizes = [n for n in values.shape if n != 1]
+    if sources and values.dtype.kind not in "biu" and np.isfinite(values).all():
+        return value(computed(graph, values.reshape(sizes), [*map(Axis, sizes)], sources), values.shape)
     # A scalar NaN is a literal of the code (jnp.var has one, in a branch not taken).
     if values.ndim and values.dtype.kind == "f" and np.isnan(values).any():
         raise PredictionError("an array of the model contains NaN")
     values = values if values.dtype.kind in "biu" else values.astype(np.float64)
-    return value(array(graph, values.reshape([n for n in values.shape if n != 1])), values.shape)
+    return value(array(graph, values.reshape(sizes)), values.shape)
 
 
 def concrete(x: Any, dtype: Any = None) -> np.ndarray | None:
@@ -94,14 +86,11 @@ def folded(graph: Graph, eqn: Any, ins: Sequence[Any]) -> list[Any] | None:
     if not ins and name not in ("iota", "random_seed"):
         return None
     if all(map(_is_literal, ins)):
-        literal = [
-            x.key if isinstance(x, Opaque) else concrete(x, v.aval.dtype)
-            for x, v in zip(ins, eqn.invars, strict=True)
-        ]
+        pairs = zip(ins, eqn.invars, strict=True)
+        literal = [x.key if isinstance(x, Opaque) else concrete(x, v.aval.dtype) for x, v in pairs]
         return [known(graph, out) for out in _evaluated(eqn, literal)]
-    if any(
-        isinstance(x, Opaque) for x in ins
-    ):  # a key derived from something random: one for equal derivations
+    if any(isinstance(x, Opaque) for x in ins):
+        # A key derived from something random: one for equal derivations.
         derived = [x.key if isinstance(x, Opaque) else [(p.node, p.dims) for p in parts(x)] for x in ins]
         key = jax.random.key(hashed(name, eqn.params, derived) >> 33)
         shape = eqn.outvars[0].aval.shape
@@ -112,23 +101,14 @@ def folded(graph: Graph, eqn: Any, ins: Sequence[Any]) -> list[Any] | None:
     with np.errstate(all="ignore"):
         numbers: Any = [[entries(part) for part in parts(x)] for x in ins]
         outs = _evaluated(eqn, [re + 1j * im[0] if im else re for re, *im in numbers])
-    return [_given(graph, np.asarray(out), [part.node for part in sources]) for out in outs]
+    return [known(graph, out, [part.node for part in sources]) for out in outs]
 
 
 def _is_literal(x: Any) -> bool:
     """Whether it is a random key, or numbers that are known and few enough."""
-    few = isinstance(x, Opaque) or math.prod(x.shape) <= MOST_FOLDED
-    return few and (isinstance(x, Opaque) or all(isinstance(p.node, Constant | Array) for p in parts(x)))
-
-
-def _given(graph: Graph, out: np.ndarray, sources: Sequence[Node]) -> Any:
-    """The value of what was computed from given arrays: whole numbers are as good as literals."""
-    if out.dtype.kind == "c":
-        return Complex(_given(graph, np.real(out), sources), _given(graph, np.imag(out), sources))
-    if out.dtype.kind in "biu" or not np.isfinite(out).all():
-        return known(graph, out)
-    axes = [Axis(n) for n in out.shape if n != 1]
-    return value(computed(graph, out.reshape([a.size for a in axes]), axes, sources), out.shape)
+    return isinstance(x, Opaque) or (
+        math.prod(x.shape) <= MOST_FOLDED and all(isinstance(p.node, Constant | Array) for p in parts(x))
+    )
 
 
 def note_moved(eqn: Any, ins: Sequence[Any], outs: Any) -> None:
@@ -146,33 +126,29 @@ def folded_elementwise(name: str, extra: Any, frame: Sequence[Axis], views: Sequ
     """The node of an elementwise primitive of known numbers; None where one is not known, or has no value."""
     if not all(is_known_array(view.node) for view in views):
         return None
-    key = (name, extra, tuple(frame), tuple(views))
-    graph = views[0].node.graph
-    return _FOLDED.once(graph, key, lambda: _number_by_number(graph, name, extra, frame, views))
+    graph, sizes = views[0].node.graph, [axis.size for axis in frame]
 
+    def number_by_number() -> Node | None:
+        literal = all(isinstance(view.node, Constant | Array) for view in views)
+        if math.prod(sizes) > (MOST_FOLDED if literal else _MOST_EVALUATED):
+            return None
+        numbers = [
+            np.asarray(view.node.params, np.float64)
+            if isinstance(view.node, Constant)
+            else numbers_over(view, frame)
+            for view in views
+        ]
+        if not literal and not has_values(name, numbers):
+            return None  # a rule says so
+        known_as, operands = ("mul", numbers * 2) if name == "square" else (name, numbers)
+        with np.errstate(all="ignore"):
+            out = of_known("add" if known_as == "add_any" else known_as, extra, operands)
+        out = np.broadcast_to(out, sizes)
+        if literal or out.dtype.kind in "biu":
+            return array(graph, out, frame)
+        return computed(graph, out, frame, [v.node for v in views]) if np.isfinite(out).all() else None
 
-def _number_by_number(
-    graph: Graph, name: str, extra: Any, frame: Sequence[Axis], views: Sequence[View]
-) -> Node | None:
-    literal = all(isinstance(view.node, Constant | Array) for view in views)
-    sizes = [axis.size for axis in frame]
-    if math.prod(sizes) > (MOST_FOLDED if literal else _MOST_EVALUATED):
-        return None
-    numbers = [
-        np.asarray(view.node.params, np.float64)
-        if isinstance(view.node, Constant)
-        else numbers_over(view, frame)
-        for view in views
-    ]
-    if not literal and not has_values(name, numbers):
-        return None  # a rule says so
-    with np.errstate(all="ignore"):
-        if name == "square":
-            name, numbers = "mul", numbers * 2
-        out = np.broadcast_to(of_known("add" if name == "add_any" else name, extra, numbers), sizes)
-    if literal or out.dtype.kind in "biu":
-        return array(graph, out, frame)
-    return computed(graph, out, frame, [view.node for view in views]) if np.isfinite(out).all() else None
+    return _FOLDED.once(graph, (name, extra, tuple(frame), tuple(views)), number_by_number)
 
 
 def _evaluated(eqn: Any, known: Sequence[Any]) -> list[Any]:

@@ -27,7 +27,7 @@ from varscale.theory.rules.lookup import PADDED, filled_shapes, is_mask, unknown
 from varscale.theory.rules.random import input_leaf
 from varscale.theory.rules.registry import Complex, Context, Opaque
 
-_MODEL_SEED = 0  # laws do not depend on the seed
+MODEL_SEED = 0  # laws do not depend on the seed
 _ALIKE_SCALES = 0.02  # variance of ln s² in a class, which is the relative error of E[1/s²] there
 _MOST_SORTED = 256  # samples that are clustered; of more, those between two of these go with the nearest
 
@@ -96,7 +96,7 @@ def input_value(interpreter: Context, x: Any, name: str) -> Any:
         table = Table(axes, np.full([1] * len(axes), float(x.mean)), second)
         return input_leaf(interpreter, name, shape, table, odd=False)
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-        key = jax.random.key(_MODEL_SEED)
+        key = jax.random.key(MODEL_SEED)
         return Opaque(x if isinstance(x, jax.Array) else jax.random.split(key, shape) if shape else key)
     kind = np.dtype(x.dtype).kind if np.dtype(x.dtype).kind != "V" else "f"
     if kind == "c":

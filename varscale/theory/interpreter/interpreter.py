@@ -252,6 +252,6 @@ def unruled(interpreter: Interpreter, eqn: Any, *xs: Any) -> list[Any]:
 
 
 # Complex numbers pass through these as they are.
-_WHOLE = (ENTERED - {"random_bits"}).union(
-    ["complex", "real", "imag", "fft", "stop_gradient", "copy", "copy_p", "device_put"]
-)
+_WHOLE = (ENTERED - {"random_bits"}) | {
+    "complex", "real", "imag", "fft", "stop_gradient", "copy", "copy_p", "device_put",
+}  # fmt: skip

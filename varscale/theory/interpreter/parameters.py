@@ -25,12 +25,12 @@ from varscale.theory.domain.tables import Moments, Table, estimate, independent
 from varscale.theory.graph.expressions import roots
 from varscale.theory.graph.layout import Value, full, value
 from varscale.theory.graph.nodes import UNKNOWN, Leaf
+from varscale.theory.interpreter.inputs import MODEL_SEED
 from varscale.theory.interpreter.interpreter import Interpreter
 from varscale.theory.rules.random import another, as_weight, is_weight
 from varscale.theory.rules.registry import Complex, Opaque, live_equations, map_parts, parts
 from varscale.usage.parameters import ParameterUses, named_leaves
 
-_FACTORY_SEED = 0
 # E[w⁴]/E[w²]² of the laws that are told by name: a normal one, one truncated at ±2 deviations, a uniform one.
 _KURTOSIS = {"normal": 3.0, "truncated normal": 2.3655, "uniform": 1.8}
 _MAPS = ("linear", "convolution", "depthwise", "lookup")
@@ -229,7 +229,7 @@ def _run(interpreter: Interpreter, function: Any, *operands: tuple[Any, Any]) ->
 def abstract(params: Any) -> Any:
     """The parameters of a plain function, given as `predict` takes them, as abstract arrays; None for None."""
     if is_function(params):
-        return jax.eval_shape(params, jax.random.key(_FACTORY_SEED))
+        return jax.eval_shape(params, jax.random.key(MODEL_SEED))
     return jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if isinstance(leaf, Moments) else leaf,
         params,
@@ -272,7 +272,7 @@ def _given_parameter(interpreter: Interpreter, x: Any, path: str, struct: Any) -
         return value(node.settle(table, odd=odd, kurtosis=kurtosis), shape)
 
     if jax.numpy.issubdtype(struct.dtype, jax.dtypes.prng_key):
-        return Opaque(x if isinstance(x, jax.Array) else jax.random.key(_FACTORY_SEED))
+        return Opaque(x if isinstance(x, jax.Array) else jax.random.key(MODEL_SEED))
     if isinstance(x, Moments):
         if (x.sample_correlation, x.position_correlation) != (None, None):
             raise ValueError(
@@ -281,10 +281,11 @@ def _given_parameter(interpreter: Interpreter, x: Any, path: str, struct: Any) -
         return leaf(independent(x.mean, x.second_moment, axes))
     if isinstance(x, jax.ShapeDtypeStruct):
         raise TypeError(
-            f"params[{path!r}] is a ShapeDtypeStruct, which has no law; give an array, an initializer or a variance"
+            f"params[{path!r}] is a ShapeDtypeStruct, which has no law; give an array, an initializer "
+            "or a variance"
         )
     if callable(x):
-        drawn = _run(interpreter, lambda: x(jax.random.key(_FACTORY_SEED), shape, struct.dtype))
+        drawn = _run(interpreter, lambda: x(jax.random.key(MODEL_SEED), shape, struct.dtype))
         return as_weight(interpreter, drawn)
     if isinstance(x, int | float) and not isinstance(x, bool):
         if not np.isfinite(x) or x < 0:

@@ -22,7 +22,7 @@ from varscale.report import Report
 from varscale.theory.graph.layout import Value
 from varscale.theory.graph.store import PredictionError, located
 from varscale.theory.interpreter.draws import beside_draws
-from varscale.theory.interpreter.inputs import TracedInputs
+from varscale.theory.interpreter.inputs import MODEL_SEED, TracedInputs
 from varscale.theory.interpreter.interpreter import Interpreter
 from varscale.theory.interpreter.parameters import (
     abstract,
@@ -38,7 +38,6 @@ from varscale.theory.rules.registry import live_equations
 from varscale.usage.parameters import uses_in
 
 _DETAILS = ("modules", "equations")
-_INIT_SEED = 0  # laws do not depend on the seed
 
 
 def predict(
@@ -153,7 +152,7 @@ def first_pass(program: Program, split: Any) -> Draws | None:
     alike: list[bool] = []
 
     def both(dynamic: Any) -> Any:
-        key = jax.random.key(_INIT_SEED)
+        key = jax.random.key(MODEL_SEED)
         variables, output, captures, same = program.start(key, split.join(dynamic))  # pyright: ignore
         alike.append(same)
         return variables, faces.grouped(captures, output)
@@ -230,8 +229,12 @@ def _parameters(
         raise ValueError(
             "params must be given for a plain function: arrays, or a function of a key that returns them"
         )
-    key = jax.random.key(_INIT_SEED)
-    trace = traced(lambda dynamic: init(key, split.join(dynamic)) if init else params(key), split.structs)
+    key = jax.random.key(MODEL_SEED)
+
+    def draw(dynamic: list[Any]) -> Any:
+        return params(key) if init is None else init(key, split.join(dynamic))  # pyright: ignore
+
+    trace = traced(draw, split.structs)
     values = init_laws(interpreter, *trace[:2], inputs)
     if init is None or params is None:
         return trace.shapes, values, None

@@ -373,7 +373,7 @@ def _gradients(
     for path, x in values.items():
         if x.node.id in found:
             gradient, doubt, _ = found[x.node.id]
-            # Of several outputs that are one array in other shapes, a change of one is no change of the others.
+            # Of several outputs that are one array in other shapes, a change of one is none of the others.
             # Copies share it evenly, if independent; if all n are one, each has 1/n² of it rather than 1/n.
             doubt += max(len(outputs[x.node.id]) - 1, 0) + copies[path] - 1
             gradient = gradient / copies[path]
