@@ -27,6 +27,7 @@ from varscale.theory.graph.normal_form import affine, apply, total
 from varscale.theory.graph.store import BackwardNotes, Fact, once_per_node
 from varscale.theory.integrals.hermite_series import WEIGHTS, Z
 from varscale.theory.propagation.marginals import along, concentrated, marginal
+from varscale.theory.propagation.sampler import evenly
 from varscale.theory.rules.lookup import padded
 from varscale.theory.rules.reductions import Extreme, OneOfMany, cross_by_kind_of_one_of_many
 from varscale.theory.rules.registry import Context, recognise
@@ -39,6 +40,7 @@ _WINDOWS: Fact[None, int] = Fact()  # masks whose rows share more keys with thos
 MASKED = -1e4  # a logit below this is a mask, not a number
 _NOTHING_LEFT = 50.0  # a difference of logits that takes all of a key's weight, whatever else they add
 _ROW_CLASSES = 8
+_ROWS_COMPARED = 512  # rows of a mask that are compared with each other
 
 
 @recognise("div")
@@ -145,7 +147,8 @@ def _keys_apart(mask: Array, row: int, key: int) -> float:
     """1 − E[|A ∩ B| / min(|A|, |B|)] over the sets of keys A, B that two rows see: 0 of a causal mask, or of paddings."""
     n = mask.axes[row].size
     seen = np.moveaxis(mask.values, (row, key), (-2, -1)).reshape(-1, n, n)[0].astype(np.float32)
-    seen = seen[seen.any(axis=-1)]
+    rows = np.flatnonzero(seen.any(axis=-1))
+    seen = seen[rows[evenly(len(rows), _ROWS_COMPARED)]]
     number = seen.sum(axis=-1)
     return 1 - float(np.mean(seen @ seen.T / np.minimum.outer(number, number))) if len(seen) else 0.0
 
