@@ -36,7 +36,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Hashable, Sequence
-from typing import NamedTuple
 
 import numpy as np
 
@@ -117,85 +116,90 @@ def fluctuations(node: Node) -> Spread:
 _WIDEST_COVARIANCE = 1.0  # sum of covariances at one layer beyond which first order says nothing
 
 
-class GradientScale(NamedTuple):
-    """What a node does to a cotangent.
+@dataclasses.dataclass(frozen=True, eq=False)
+class Cotangent:
+    """What flows back into a node.
 
     Attributes:
-        growth: of its mean square.
-        doubt: relative error of that.
-        passed: a, of later layers.
-        own: what a derivative adds to a.
-        radial: e.
-        unit: what a unit's relative square adds to the logarithm.
+        second: second moments by type.
+        doubt: bound on their relative error.
+        mask: the derivative it was multiplied by last, where nothing random came between: a stream's next one is correlated.
+        few: the fewest numbers that it passed through.
+        scale: a = d ln(mean square)/d ln Q, Q the second moment of the node's values at the same place, through later layers.
+        own: the same, through the last derivative it was multiplied by.
+        radial: e: its part along the node's values over that along any other direction, less one.
+        unit: what a unit's square, relative, adds to ln(mean square), for the unit's part in the sum that comes next.
+        near: how much more than any two near places have in common at most, relative to the mean square.
+        lost: the part of `doubt` that comes of that.
     """
 
-    growth: float
-    doubt: float
-    passed: float
-    own: float
-    radial: float
+    second: np.ndarray
+    doubt: float = 0.0
+    mask: View | None = None
+    few: float = math.inf
+    scale: float = 0.0
+    own: float = 0.0
+    radial: float = 0.0
     unit: float = 0.0
+    near: float = 0.0
+    lost: float = 0.0
 
 
-def gradient_scale(
-    node: Apply, root: View, slope: View, held: Sequence[View], above: tuple[float, float, float]
-) -> GradientScale:
-    """What the fluctuations of a tree's roots do to the cotangent that goes through it to one of them.
+def gradient_scale(node: Apply, root: View, slope: View, held: Sequence[View], part: Cotangent) -> Cotangent:
+    """What the fluctuations of a tree's roots make of the cotangent that goes through it to one of them.
 
     Args:
         node: the tree.
         root: one of its roots.
         slope: the derivative towards it.
         held: a norm's scales, which have a rule of their own.
-        above: at the tree, a, e, and what a unit's relative square adds to the logarithm.
+        part: the tree's cotangent.
     """
-    later, radial, unit = above
-    ratio = log_slopes(node).get(root.node, 0.0)
+    ratio = _slope_in(root.node, node)
+    passed = dataclasses.replace(part, scale=part.scale * ratio, own=0.0, unit=0.0)
     if isinstance(slope.node, Constant):
-        return GradientScale(1.0, 0.0, later * ratio, 0.0, 0.0 if held else radial)
+        return dataclasses.replace(passed, radial=0.0 if held else part.radial)
     if held:
-        scales, doubt = {view.node.id for view in held}, 0.0
-        for other, (own, curvature) in (
-            responses(slope.node) if isinstance(slope.node, Apply) else {}
-        ).items():
-            spread = kernel(other)
-            if other.id not in scales:
-                doubt += 2 * abs(own) * spread.bend + abs(curvature) * spread.point / 2
+        scales, doubt = {view.node for view in held}, part.doubt
+        for other, (slope_in, curvature) in responses(slope.node).items():
+            if other not in scales:
+                spread = kernel(other)
+                doubt += 2 * abs(slope_in) * spread.bend + abs(curvature) * spread.point / 2
         # Nothing of a gradient is left along what a sample's own scale, over all units, normalises. Past a
         # matrix that holds of the sum over all units, not of one unit over samples or of one group of units.
         kept = sorted({place for view in held for place in view.bind})
         of_all_units = 0 < len(kept) < len(node.axes) and kept == list(range(len(kept)))
-        return GradientScale(1.0, doubt, later * ratio, 0.0, -1.0 if of_all_units else 0.0)
-    derivative, own = inherited(slope.node), log_slopes(slope.node).get(root.node, 0.0)
-    together = later * shared(derivative.places, inherited(node).places) + unit * _with_slope(node, slope)
+        return dataclasses.replace(passed, doubt=doubt, radial=-1.0 if of_all_units else 0.0)
+    derivative, own = inherited(slope.node), _slope_in(root.node, slope.node)
+    together = part.scale * shared(derivative.places, inherited(node).places)
+    together += part.unit * _with_slope(node, slope)
     flat = max(root.node.table.mean_square * slope.node.table.mean_square, 1e-300)
-    return GradientScale(
-        growth=(1 + derivative.shift) * math.exp(_limited(together)),
-        doubt=derivative.bend + ROUGH * abs(together),
-        passed=later * ratio,
+    return dataclasses.replace(
+        passed,
+        second=part.second * ((1 + derivative.shift) * math.exp(_limited(together))),
+        doubt=part.doubt + derivative.bend + ROUGH * abs(together),
         own=own,
-        radial=radial * ratio**2 * node.table.mean_square / flat + 2 * own,
+        radial=part.radial * ratio**2 * node.table.mean_square / flat + 2 * own,
     )
 
 
-def log_slopes(node: Node) -> dict[Node, float]:
-    """d ln E[f²]/d ln Q by root."""
-    if not isinstance(node, Apply):
-        return {node: 1.0}
-    return {root: found.slope for root, found in root_responses(node).items()}
+def _slope_in(root: Node, node: Node) -> float:
+    """d ln E[f²]/d ln Q of a tree f."""
+    found = root_responses(node).get(root)
+    return 0.0 if found is None else found.slope
 
 
-def summed_scale(node: Node, i: int, later: float, radial: float, unit: float) -> GradientScale:
-    """What a node that is linear in its arguments passes on to its i-th argument, in which Q has the ratio `share`."""
+def summed_scale(node: Node, i: int, part: Cotangent) -> Cotangent:
+    """What the fluctuations of a node's i-th argument, in which the node is linear, make of its cotangent."""
     share = float(term_shares(node)[i]) if isinstance(node, Sum) and i not in node.centring else 1.0
     sampled = max((1 + kernel(node).point) / (1 + inherited(node.args[i].node).point) - 1, 0.0)
+    scale, radial, unit = part.scale * share, part.radial * share, part.unit * share
     if not sampled:
-        return GradientScale(1.0, 0.0, later * share, 0.0, radial * share, unit * share)
-    weighted = any(v.node.is_drawn for v in node.args)
-    radial = radial if weighted or isinstance(node, Sum) else 0.0
-    growth = 1 + _limited(radial / (node.width or math.inf))
-    unit = (later + radial) * share * sampled
-    return GradientScale(growth, 0.0, later * share, 0.0, radial * share, unit)
+        return dataclasses.replace(part, scale=scale, radial=radial, unit=unit)
+    if not (isinstance(node, Sum) or any(v.node.is_drawn for v in node.args)):
+        radial = 0.0
+    growth, unit = 1 + _limited(radial / (node.width or math.inf)), (scale + radial) * sampled
+    return dataclasses.replace(part, second=growth * part.second, scale=scale, radial=radial, unit=unit)
 
 
 def _limited(x: float) -> float:

@@ -252,7 +252,7 @@ def _within_one_factor(node: Apply, a: Node, b: Node) -> bool:
 
 
 @once_per_node
-def root_responses(node: Apply) -> dict[Node, Response]:
+def root_responses(node: Node) -> dict[Node, Response]:
     """What a tree makes of the random scale of each of its roots."""
     out: dict[Node, Response] = {}
     for root, (slope, curvature) in responses(node).items():

@@ -20,30 +20,29 @@ from typing import NamedTuple
 
 import numpy as np
 
-from varscale.theory.domain.axes import Axis, apply_axis, contract_axis, pool, shares
+from varscale.theory.domain.axes import Axis, apply_axis, contract_axes, pool, shares
 from varscale.theory.domain.axis_maps import lift_types
 from varscale.theory.domain.tables import full_types
 from varscale.theory.graph.convolutions import WindowSum
-from varscale.theory.graph.expressions import Apply, Mean, Sum, roots
+from varscale.theory.graph.expressions import Apply, Mean, Sum, roots, swapped
 from varscale.theory.graph.linear_nodes import Contract, Gather, Merge, constant_along
-from varscale.theory.graph.nodes import Array, Constant, Leaf, Node, View, number, pullback
-from varscale.theory.graph.normal_form import apply, derivative, mean_pullback
+from varscale.theory.graph.nodes import Array, Leaf, Node, View, number, pullback
+from varscale.theory.graph.normal_form import derivative, mean_pullback
 from varscale.theory.graph.store import BackwardNotes, once_per_node
+from varscale.theory.propagation.cross_moments import cross
 from varscale.theory.propagation.marginals import cofactors
 
 
 def sum_out(second: np.ndarray, frame: Sequence[Axis], view: View) -> np.ndarray:
     """A frame's cotangent moments, summed over the axes that the viewed node does not have, by the node's own types."""
-    out = np.array(full_types(second, frame))
-    for k in reversed(range(len(frame))):
-        if k not in view.bind:
-            out = contract_axis(out, k, frame[k].pairs)
-    kept = [k for k in range(len(frame)) if k in view.bind]
+    kept = sorted(view.bind)
+    lacking = {k: axis.pairs for k, axis in enumerate(frame) if k not in kept}
+    out = contract_axes(full_types(second, frame), lacking)
     for place, k in enumerate(kept):
         own = view.node.axes[view.bind.index(k)]
         if own.labels != frame[k].labels:
             out = apply_axis(out, place, lift_types(own, frame[k]))
-    return out.transpose([kept.index(b) for b in view.bind]) if view.bind else out
+    return out.transpose([kept.index(b) for b in view.bind])
 
 
 def mean_square(second: np.ndarray, axes: tuple[Axis, ...]) -> float:
@@ -53,26 +52,19 @@ def mean_square(second: np.ndarray, axes: tuple[Axis, ...]) -> float:
 
 def centred(second: np.ndarray, axes: Sequence[int], frame: Sequence[Axis]) -> np.ndarray:
     """A cotangent less its mean over some axes: E[(g − ḡ)(g' − ḡ')] = E[g g'] − E[ḡ ḡ'] for exchangeable positions."""
-    mean = np.array(full_types(second, frame))
-    for k in axes:
-        mean = np.repeat(np.expand_dims(contract_axis(mean, k, frame[k].any_pair), k), frame[k].types, axis=k)
-    return second - mean
+    return second - np.expand_dims(contract_axes(second, {k: frame[k].any_pair for k in axes}), tuple(axes))
 
 
 @pullback.register(Sum)
 def pullback_of_sum(node: Sum, cotangent: np.ndarray, notes: BackwardNotes) -> list[np.ndarray | None]:
-
-    centred_by = node.centring
     out: list[np.ndarray | None] = []
     for i, (c, view) in enumerate(zip(node.params, node.args, strict=True)):
-        if i in centred_by.values():
-            out.append(None)
-            continue
         passed = cotangent
-        if i in centred_by:
-            mean = node.args[centred_by[i]]
+        if i in node.centring:
+            mean = node.args[node.centring[i]]
             passed = centred(cotangent, [k for k in view.bind if k not in mean.bind], node.axes)
-        out.append(c * c * sum_out(passed, node.axes, view))
+        taken = i in node.centring.values()
+        out.append(None if taken else c * c * sum_out(passed, node.axes, view))
     return out
 
 
@@ -91,13 +83,11 @@ class Fork(NamedTuple):
         root: the value, in the frame of the node, or of what a reduction of the node's reduces.
         squares: Σ E[s_p s_q] over pairs of paths, by type.
         over: the mean that all of them go through first, as the node's argument; None where they go through none.
-        doubt: relative error of the cotangent for pairs of paths of which one goes through a reduction and the other does not.
     """
 
     root: View
     squares: np.ndarray
     over: View | None
-    doubt: float
 
     def back(self, cotangent: np.ndarray, frame: Sequence[Axis]) -> np.ndarray:
         """What the pairs of paths add to the value's cotangent, from the node's."""
@@ -106,6 +96,13 @@ class Fork(NamedTuple):
             cotangent = mean_pullback(sum_out(cotangent, frame, self.over), self.over.node.reduced, inner)
             frame = inner
         return sum_out(full_types(cotangent, frame) * self.squares, frame, self.root)
+
+
+class Forks(NamedTuple):
+    """The forks of a node, and the relative error of its cotangent for paths of which one alone goes through a reduction."""
+
+    found: list[Fork]
+    doubt: float
 
 
 class _Path(NamedTuple):
@@ -117,6 +114,7 @@ class _Path(NamedTuple):
         factor: product of the weights of the sums on the way.
         slope: derivative of the function on the way; None where it is 1.
         over: the reduction on the way, as the node's argument: its derivatives along what it reduces add up to 1.
+        summed: whether it begins with a sum.
     """
 
     branch: int
@@ -124,15 +122,7 @@ class _Path(NamedTuple):
     factor: float = 1.0
     slope: View | None = None
     over: View | None = None
-
-    @property
-    def reduced(self) -> int:
-        """Over how many places the reduction is."""
-        return (
-            math.prod(self.over.node.args[0].node.axes[k].size for k in self.over.node.reduced)
-            if self.over
-            else 1
-        )
+    summed: bool = False
 
     @property
     def place(self) -> Hashable:
@@ -143,34 +133,32 @@ class _Path(NamedTuple):
 
 
 @once_per_node
-def forks(node: Node) -> list[Fork]:
+def forks(node: Node) -> Forks:
     """The values at which paths from a sum or a function meet first; each is looked for from the latest node down."""
-    start = _Path(0, View(node, tuple(range(len(node.axes)))))
-    branches = list(_below(start)) if isinstance(node, Apply | Sum) else []
-    waiting = [path._replace(branch=i) for i, path in enumerate(branches)]
-    found = []
+    waiting = [
+        path._replace(branch=i, summed=isinstance(path.view.node, Sum))
+        for i, path in enumerate(_below(_Path(0, node.whole)) if isinstance(node, Apply | Sum) else ())
+    ]
+    found, doubt = list[Fork](), 0.0
     while len({path.branch for path in waiting}) > 1 and len(waiting) <= _MOST_PATHS:
         top = max(waiting, key=lambda path: path.view.node.id).view.node
         here = [path for path in waiting if path.view.node is top]
         waiting = [path for path in waiting if path.view.node is not top]
         pairs = [(p, q) for p, q in itertools.combinations(here, 2) if p.branch != q.branch]
-        met: dict[Hashable, list[tuple[_Path, _Path]]] = {}
+        met: dict[Hashable, Fork] = {}
         for p, q in pairs:
+            over = p.over or q.over
             if p.place == q.place:
-                met.setdefault(p.place, []).append((p, q))
-            elif bool(p.over) != bool(q.over) and not any(
-                isinstance(branches[x.branch].view.node, Sum) for x in (p, q)
-            ):
-                found.append(
-                    Fork(p.view, np.zeros(()), None, 2 * abs(p.factor * q.factor) / max(p.reduced, q.reduced))
-                )
-        for (p, q), *others in met.values():
-            axes = node.axes if p.over is None else p.over.node.args[0].node.axes
-            squares = [_product_of_slopes(axes, *both) for both in ((p, q), *others)]
-            found.append(Fork(p.view, np.sum(squares, axis=0), p.over, 0.0))
+                squares = _product_of_slopes(over.node.args[0].node.axes if over else node.axes, p, q)
+                before = met.get(p.place, Fork(p.view, np.zeros(()), p.over))
+                met[p.place] = before._replace(squares=before.squares + squares)
+            elif over and not (p.over and q.over) and not (p.summed or q.summed):
+                reduced = math.prod(over.node.args[0].node.axes[k].size for k in over.node.reduced)
+                doubt = max(doubt, 2 * abs(p.factor * q.factor) / reduced)
+        found += met.values()
         if not pairs:
             waiting += [inner for path in here for inner in _below(path)]
-    return found
+    return Forks(found, doubt)
 
 
 def _below(path: _Path) -> Iterator[_Path]:
@@ -185,24 +173,18 @@ def _below(path: _Path) -> Iterator[_Path]:
         # A norm's groups have a rule of their own.
         grouped = {member for group in cofactors(node).values() if len(group) > 1 for member in group}
         for root in roots(node):
-            known = root.node.is_bits or isinstance(root.node, Array)
-            slope = None if known or root in grouped else derivative(node, root)
-            if slope is not None:
+            known = root.node.is_bits or isinstance(root.node, Array) or root in grouped
+            if not known and (slope := derivative(node, root)) is not None:
                 yield path._replace(view=root.within(bind), slope=slope.within(bind))
     elif node.follows_shifts and path.over is None and path.slope is None:
-        inner = node.args[0].node
-        yield path._replace(view=View(inner, tuple(range(len(inner.axes)))), over=path.view)
+        yield path._replace(view=node.args[0].node.whole, over=path.view)
 
 
 def _product_of_slopes(axes: tuple[Axis, ...], p: _Path, q: _Path) -> np.ndarray:
     """E[s_p s_q] + E[s_q s_p] by type."""
-    graph, factor = p.view.node.graph, p.factor * q.factor
-    constant = View(number(graph, 1.0), ())
-    one, other = (path.slope or constant for path in (p, q))
-    if isinstance(one.node, Constant) and isinstance(other.node, Constant):
-        return np.full([axis.types for axis in axes], 2 * factor * one.node.params * other.node.params)
-    both = View(apply(graph, "add", (), axes, [one, other]), tuple(range(len(axes))))
-    return factor * (both.second(axes) - one.second(axes) - other.second(axes))
+    constant = View(number(p.view.node.graph, 1.0), ())
+    squares = cross(p.slope or constant, q.slope or constant, axes)
+    return p.factor * q.factor * (squares + swapped(squares, axes))
 
 
 class Near(NamedTuple):
