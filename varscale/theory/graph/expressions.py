@@ -61,7 +61,6 @@ class Sum(Node):
     """A weighted sum of arrays with different roots; `params` are the weights. A root itself."""
 
     entrywise = True
-    is_variance: bool = False  # mean(x²) − mean(x)², which no rounding makes negative here
 
     def prepare(self) -> None:
         self.odd = functools.reduce(lambda bits, view: bits & view.node.odd, self.args, -1)

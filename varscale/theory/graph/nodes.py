@@ -66,6 +66,7 @@ class Node(Marked):
         width: terms in each of its sums, where it is one linear map of two arguments, the second often weights; else None.
         reduced: the axes of its argument that it does not have.
         is_centred: whether it is an array less its own mean over some axes: a sum, a mean among its terms.
+        is_variance: whether it is mean(x²) − mean(x)², which no rounding makes negative here.
         is_input: whether it is an input of the model: other leaves belong to one initialization.
         is_bits: whether it is random bits, which have no gradient.
         is_drawn: whether it is a leaf that varies between initializations, and no input.
@@ -92,6 +93,7 @@ class Node(Marked):
     width: float | None = None
     reduced: tuple[int, ...] = ()
     is_centred: bool = False
+    is_variance: bool = False
     is_input: bool = False
     is_bits: bool = False
     is_drawn: bool = False

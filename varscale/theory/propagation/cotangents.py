@@ -24,7 +24,7 @@ from varscale.theory.graph.store import BackwardNotes, once_per_node
 from varscale.theory.propagation.error_bounds import doubt_of
 from varscale.theory.propagation.fluctuations import Cotangent, gradient_scale, norm_of_given, summed_scale
 from varscale.theory.propagation.fourth_moments import mean_squared_correlation
-from varscale.theory.propagation.marginals import along, cofactors, concentrated, largest_term, term_shares
+from varscale.theory.propagation.marginals import along, cofactors, concentrated, term_shares, uncentred
 from varscale.theory.propagation.pullbacks import forks, mean_square, pulled_back, sum_out
 from varscale.theory.propagation.second_moments import product_second
 
@@ -321,9 +321,7 @@ def _inverse_scale(root: View, scale: View, power: int = 2) -> float:
 
 def _normalised_before(node: Node, scale: View) -> float:
     """The part of a norm's variance that cannot fluctuate: Σ share² over the terms that a norm has just put out."""
-    while isinstance(node, Sum) and node.is_centred:
-        node = largest_term(node).node
-    out = 0.0
+    node, out = uncentred(node.whole).node, 0.0
     for share, (term, _) in zip(term_shares(node), node.args, strict=True) if isinstance(node, Sum) else ():
         groups = [g for g in cofactors(term).values() if len(g) == 2] if isinstance(term, Apply) else []
         # A function of one normalised array, of as many axes.

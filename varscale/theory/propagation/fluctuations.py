@@ -42,6 +42,7 @@ import numpy as np
 from varscale.theory.domain.tables import ROUGH
 from varscale.theory.graph.convolutions import Conv
 from varscale.theory.graph.expressions import Apply, Sum, roots
+from varscale.theory.graph.linear_nodes import applied_weights
 from varscale.theory.graph.nodes import UNKNOWN, Array, Constant, Leaf, Node, View
 from varscale.theory.graph.store import once_per_node
 from varscale.theory.integrals.hermite_series import WEIGHTS
@@ -56,25 +57,25 @@ from varscale.theory.propagation.inherited_fluctuations import (
     shared,
     weighted,
 )
-from varscale.theory.propagation.marginals import along, concentrated, largest_term, over_classes, term_shares
+from varscale.theory.propagation.marginals import along, concentrated, over_classes, term_shares, uncentred
 from varscale.theory.propagation.shared_component import channel_scatter
 
 
-def with_own_weights(spread: Spread, node: Node, view: View, x: Node, terms: float, units: int) -> Spread:
-    """A unit's weights have a squared norm that varies by (κ − 1)/terms from unit to unit, and is one for all samples.
+def with_own_weights(spread: Spread, node: Node) -> Spread:
+    """A unit's weights have a squared norm that varies by (κ − 1)/n from unit to unit, and is one for all samples.
 
-    At one place the sum's fourth moment is 3 (1 + p) for Gaussian weights and inputs whose squares' mean varies by p; others,
-    of kurtosis κ, add (κ − 3) E[x⁴]/(terms E[x²]²). Of p, what is sampled has this 1/terms in it; what all terms share has not.
+    At one place a sum of n terms has fourth moment 3 (1 + p) for Gaussian weights and inputs whose squares' mean varies by p;
+    others, of kurtosis κ, add (κ − 3) E[x⁴]/(n E[x²]²). What is sampled has this 1/n in p; what all terms share has not.
     """
-    weight = view.node
-    while weight.args and len(weight.args) == 1:
-        weight = weight.args[0].node
-    if not isinstance(weight, Leaf) or not weight.is_drawn:
-        return spread
-    noise = math.sqrt(max(weight.kurtosis - 1, 0.0) / terms / units * free_share(weight, terms, units))
-    common = min(inherited(x).point, spread.point)
-    shape = max((weight.kurtosis - 3) / 3 * (spread.point - common + (1 + common) / terms), -spread.point)
-    return dataclasses.replace(spread, sources={**spread.sources, ~node.id: noise}, shape=shape)
+    terms = node.width or 1
+    for leaf, _, x, own in applied_weights(node):
+        units = math.prod(node.axes[k].size for k in own)
+        noise = math.sqrt(max(leaf.kurtosis - 1, 0.0) / terms / units * free_share(leaf, terms, units))
+        common = min(inherited(x.node).point, spread.point)
+        shape = (leaf.kurtosis - 3) / 3 * (spread.point - common + (1 + common) / terms)
+        sources = {**spread.sources, ~node.id: noise}
+        spread = dataclasses.replace(spread, sources=sources, shape=max(shape, -spread.point))
+    return spread
 
 
 def averaged(node: Node, axes: Sequence[int], taps: int = 1) -> Spread:
@@ -85,7 +86,7 @@ def averaged(node: Node, axes: Sequence[int], taps: int = 1) -> Spread:
         # Attention weights are fixed by kernels over all units, which fluctuate less than one unit's outputs.
         return NONE
     spread = fluctuations(node)
-    units: dict[Hashable, float] = {origin(node): math.sqrt(math.log1p(fresh(node, axes) / taps))}
+    units: dict[Hashable, float] = {origin(node): math.sqrt(math.log1p(fresh(node, tuple(axes)) / taps))}
     return dataclasses.replace(spread, places=weighted([(1.0, inherited(node).places), (1.0, units)]))
 
 
@@ -97,20 +98,16 @@ def of_a_group(node: Node, axes: Sequence[int], groups: int) -> float:
     n = math.prod(node.axes[k].size for k in axes)
     if groups == 1 or n == 1:
         return 0.0
-    return max(fresh(node, ()) - fresh(node, axes), 0.0) * (groups - 1) / (n - 1)
+    return max(fresh(node, ()) - fresh(node, tuple(axes)), 0.0) * (groups - 1) / (n - 1)
 
 
 @once_per_node
 def fluctuations(node: Node) -> Spread:
     """Fluctuations of a node's mean square: inherited, and from sampling finitely many units."""
-    base = inherited(node)
-    scatter = channel_scatter(node)
+    base, scatter = inherited(node), channel_scatter(node)
     chance = fresh(node, range(len(node.axes))) if scatter is None else scatter
-    own = math.sqrt(max(chance, 0.0))
-    sources = dict(base.sources)
-    source = origin(node)
-    sources[source] = sources.get(source, 0.0) + own
-    return dataclasses.replace(base, sources=sources)
+    own = {origin(node): math.sqrt(max(chance, 0.0))}
+    return dataclasses.replace(base, sources=weighted([(1.0, base.sources), (1.0, own)]))
 
 
 _WIDEST_COVARIANCE = 1.0  # sum of covariances at one layer beyond which first order says nothing
@@ -209,8 +206,7 @@ def _limited(x: float) -> float:
 def _with_slope(node: Apply, slope: View) -> float:
     """(E[f² f'²]/(E[f²] E[f'²]) − 1)/(E[f⁴]/E[f²]² − 1) of a function of one root: how f'² goes with f² from unit to unit."""
     live = [r for r in roots(node) if not concentrated(r.node)]
-    views = (View(node, tuple(range(len(node.axes)))), slope)
-    lines = [over_classes(np.square(along(x, node.axes, *live)), node.axes) for x in views]
+    lines = [over_classes(np.square(along(x, node.axes, *live)), node.axes) for x in (node.whole, slope)]
     if len(live) != 1 or any(line.shape != WEIGHTS.shape for line in lines):
         return 0.0
     f, d = (line / max(float(line @ WEIGHTS), 1e-300) for line in lines)
@@ -224,11 +220,8 @@ def norm_of_given(root: View, scale: View) -> float:
     places, that of what a window reads, its taps alike. Of a norm over places, v = w'Σw of a unit has as few terms that count
     as Σ, the covariance of what windows read: one or two for a smooth picture, where E[1/v] is not finite.
     """
-    node = root.node
-    while isinstance(node, Sum) and node.is_centred:
-        node = largest_term(node).node
-    given = (v.node.is_input and v.node.near == 1 for v in node.args)
-    if not any(given):
+    node = uncentred(root).node
+    if not any(v.node.is_input and v.node.near == 1 for v in node.args):
         return 0.0
     if len(scale.bind) < 2:
         return UNKNOWN if len(root.bind) > len(scale.bind) + 1 else 0.0

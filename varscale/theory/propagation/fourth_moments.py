@@ -21,12 +21,12 @@ from collections.abc import Collection, Hashable, Sequence
 import numpy as np
 from scipy import special
 
-from varscale.theory.domain.axes import Axis, contract_axis
+from varscale.theory.domain.axes import Axis, averaging, contract_axes
 from varscale.theory.domain.tables import NEGLIGIBLE, by_type, full_types, lift, means_by_type
 from varscale.theory.graph.convolutions import Conv, tap_scatter
 from varscale.theory.graph.expressions import Apply, Sum, factors, roots, roots_of
 from varscale.theory.graph.known_arrays import Computed, scatter_of_given
-from varscale.theory.graph.linear_nodes import Contract, Gather, Rearranged, weight_of
+from varscale.theory.graph.linear_nodes import Contract, Gather, Rearranged, applied_weights, unmoved
 from varscale.theory.graph.nodes import Array, Constant, Leaf, Node, View
 from varscale.theory.graph.store import Fact, once_per_node
 from varscale.theory.integrals.hermite_series import HERMITE, WEIGHTS, Z, power_series
@@ -40,10 +40,10 @@ from varscale.theory.propagation.marginals import (
     grid,
     independent_factors,
     integral_key,
-    largest_term,
     marginal,
     over_classes,
     placed,
+    uncentred,
 )
 from varscale.theory.propagation.token_gram import Tokens, overlap, own_part, patch_overlap, tokens_of
 
@@ -66,7 +66,7 @@ def kurtosis_shift(node: Apply) -> tuple[float, float]:
 def _response(node: Apply, main: View) -> float:
     """a_4 / (√24 a_0) of the square of all factors that read a root, the other roots held at their means."""
     product = np.ones(len(WEIGHTS))
-    for factor in factors(View(node, tuple(range(len(node.axes)))))[1]:
+    for factor in factors(node.whole)[1]:
         if main in roots_of(factor):
             product = product * over_classes(np.square(along(factor, node.axes, main)), node.axes)
     a = product @ HERMITE
@@ -75,28 +75,13 @@ def _response(node: Apply, main: View) -> float:
 
 def _of_few_terms(main: View, scales: Sequence[View]) -> tuple[float, bool]:
     """Excess kurtosis of sums of few terms, and whether the norm is over other axes than that of their units."""
-    whole, view = main.node, main
-    if isinstance(whole, Sum) and whole.is_centred:
-        view = largest_term(whole).within(main.bind)
-    node = view.node
-    if not isinstance(node, Conv | Contract):
-        return 0.0, True
-    x, w = next(
-        ((x, w) for x, w in (node.args, node.args[::-1]) if isinstance(w.node, Leaf) and not w.node.is_input),
-        (None, None),
-    )
-    if x is None or w is None:
-        return 0.0, True
-    if isinstance(node, Conv):
-        channels = node.params.out_dims[1]
-        units = set() if channels is None else {view.bind[channels]}
-    else:
-        units = {view.bind[k] for k in range(len(node.axes)) if k in w.bind and k not in x.bind}
-    inside = bool(units) and all(units <= set(scale.bind) for scale in scales)
-    if not units or not (inside or (isinstance(node, Conv) and node.params.groups > 1)):
-        return 0.0, True
-    own = getattr(w.node, "kurtosis", 3.0)
-    return excess_kurtosis(x.node) * own / (node.width + own - 1), inside
+    node, bind = uncentred(main)
+    for leaf, _, x, own in applied_weights(node):
+        units = {bind[k] for k in own}
+        inside = all(units <= set(scale.bind) for scale in scales)
+        if units and (inside or (isinstance(node, Conv) and node.params.groups > 1)):
+            return excess_kurtosis(x.node) * leaf.kurtosis / ((node.width or 1) + leaf.kurtosis - 1), inside
+    return 0.0, True
 
 
 def excess_kurtosis(node: Node) -> float:
@@ -104,7 +89,7 @@ def excess_kurtosis(node: Node) -> float:
     live = [r for r in roots(node) if not concentrated(r.node)]
     if not isinstance(node, Apply) or len(live) != 1:
         return 0.0
-    values = along(View(node, tuple(range(len(node.axes)))), node.axes, *live)
+    values = along(node.whole, node.axes, *live)
     if values.shape[-1] != len(WEIGHTS):
         return 0.0
     values = values - (values @ WEIGHTS)[..., None]
@@ -114,17 +99,15 @@ def excess_kurtosis(node: Node) -> float:
 
 def _on_a_sphere(main: View, scales: Sequence[View]) -> tuple[float, bool]:
     """Excess kurtosis of Gaussian units over the root of their mean square, and whether their mean is a small part of it."""
-    scale = next((s for s in scales if _is_mean_square(s.node) and len(s.bind) < len(main.bind)), None)
+    scale = next(
+        (s for s in scales if (s.node.averages or s.node.is_variance) and len(s.bind) < len(main.bind)), None
+    )
     own = marginal(main.node)
     if scale is None or not own.gaussian:
         return 0.0, True
     r = mean_squared_correlation(main.node.table.covariance, main, scale)
     centred = bool(np.sum(own.mean**2) <= 0.1 * np.sum(own.mean**2 + own.deviation**2))
     return -6 / (max(1 / max(r, 1e-12), 1.0) + 2), centred
-
-
-def _is_mean_square(node: Node) -> bool:
-    return node.averages or (isinstance(node, Sum) and node.is_variance)
 
 
 def mean_squared_correlation(second: np.ndarray, main: View, scale: View, power: int = 2) -> float:
@@ -141,69 +124,42 @@ def mean_squared_correlation(second: np.ndarray, main: View, scale: View, power:
     """
     table = main.node.table
     sizes = means_by_type(np.sqrt(np.maximum(table.diagonal, 1e-300)), table.axes)
-    out = np.abs(np.clip(full_types(second, table.axes) / sizes, -1, 1)) ** power
-    for k in reversed(range(len(table.axes))):
-        axis = table.axes[k]
-        out = contract_axis(out, k, axis.same if main.bind[k] in scale.bind else axis.any_pair)
-    return float(out)
+    ratios = np.abs(np.clip(full_types(second, table.axes) / sizes, -1, 1)) ** power
+    free = frozenset(k for k, place in enumerate(main.bind) if place not in scale.bind)
+    return float(averaging(table.axes, free) @ ratios.ravel())
 
 
 def origin(node: Node) -> int:
     """The root whose sampled units a node's are: a function of a root, or a centred copy, fluctuates with it."""
     while True:
         if isinstance(node, Apply):
-            own = [r.node for r in roots(node) if not concentrated(r.node)]
-            if len(own) != 1:
-                return node.id
-            node = own[0]
-        elif isinstance(node, Sum) and node.is_centred:
-            node = largest_term(node).node
-        elif isinstance(node, Rearranged):
-            node = node.args[0].node
+            below = [r.node for r in roots(node) if not concentrated(r.node)]
         else:
+            below = [unmoved(uncentred(node.whole).node)]
+        if len(below) != 1 or below[0] is node:
             return node.id
-
-
-def fresh(node: Node, axes: Sequence[int]) -> float:
-    """Relative variance of the mean of x² over `axes`, the other axes held, from sampling alone."""
-    return _fresh(node, tuple(axes))
+        node = below[0]
 
 
 @once_per_node
-def _fresh(node: Node, over: tuple[int, ...]) -> float:
-    axes = set(over)
+def fresh(node: Node, axes: Collection[int]) -> float:
+    """Relative variance of the mean of x² over `axes`, the other axes held, from sampling alone."""
+    over = set(axes)
     if isinstance(node, Computed):
-        return scatter_of_given(node, axes)
-    source = _rearranged(node, axes)
-    if source is not None:
-        return fresh(*source)
+        return scatter_of_given(node, over)
+    if isinstance(node, Rearranged):
+        before = {j for k in over for j in node.before(k)}
+        if over == {k for k in range(len(node.axes)) if before.issuperset(node.before(k))}:
+            return fresh(node.args[0].node, tuple(sorted(before)))
     pairs, squares = square_pairs(node)
-    for k in reversed(range(len(node.axes))):
-        axis = node.axes[k]
-        if k not in axes:
-            pairs = pairs.take(range(axis.classes), axis=k) if pairs.shape[k] > 1 else pairs
-            continue
-        pairs = contract_axis(pairs, k, axis.any_pair) if pairs.shape[k] > 1 else pairs.take(0, axis=k)
-        squares = (
-            contract_axis(squares, k, axis.counts / axis.size)
-            if squares.shape[k] > 1
-            else squares.take(0, axis=k)
-        )
+    pairs = contract_axes(pairs, {k: node.axes[k].any_pair for k in over})
+    squares = contract_axes(squares, {k: node.axes[k].counts / node.axes[k].size for k in over})
     # Places that are held are what they are: that some are larger than others is no chance.
+    held = [axis for k, axis in enumerate(node.axes) if k not in over]
+    pairs = pairs[tuple(slice(0, axis.classes) for axis in held)]
     varied = np.where(squares > 0, pairs / np.maximum(squares, 1e-150) ** 2, 1.0)
-    held = [axis for k, axis in enumerate(node.axes) if k not in axes]
     excess = float(over_classes(varied, held)) - 1.0
     return excess if excess > _EXCESS_ROUNDING else 0.0
-
-
-def _rearranged(node: Node, axes: set[int]) -> tuple[Node, tuple[int, ...]] | None:
-    """What a split, merged or permuted array was before, and which of its axes these are; None where some are parts of one."""
-    if not isinstance(node, Rearranged):
-        return None
-    before = {j for k in axes for j in node.before(k)}
-    if axes != {k for k in range(len(node.axes)) if before.issuperset(node.before(k))}:
-        return None
-    return node.args[0].node, tuple(sorted(before))
 
 
 _EXCESS_ROUNDING = 1e-12  # what rounding leaves of a relative variance that is zero
@@ -216,12 +172,9 @@ def free_share(weight: Leaf, terms: float, units: int) -> float:
 
 def _kept_norm(node: Node) -> float:
     """The share of its mean square's own fluctuations that a product lacks, since its input has fixed it."""
-    weight = weight_of(node) if isinstance(node, Contract) else None
-    if weight is None or weight.name[0] != "orthonormal" or not isinstance(node, Contract):
-        return 0.0
-    inputs = [view.bind for view in node.args if not view.node.deps & weight.deps]
-    units = math.prod(axis.size for k, axis in enumerate(node.axes) if not any(k in bind for bind in inputs))
-    return 1 - free_share(weight, node.width, units)
+    own = applied_weights(node) if isinstance(node, Contract) else ()
+    units = [(leaf, math.prod(node.axes[k].size for k in units)) for leaf, _, _, units in own]
+    return max((1 - free_share(leaf, node.width or 1, n) for leaf, n in units), default=0.0)
 
 
 @once_per_node
@@ -234,29 +187,24 @@ def square_pairs(node: Node) -> tuple[np.ndarray, np.ndarray]:
     for factor in parts:
         own = [r for r in roots_of(factor) if not isinstance(r.node, Array)]
         live = [r for r in own if len(own) == 1 or not concentrated(r.node)]
-        bits = [r for r in live if r.node.is_bits]
-        if len(bits) + 1 == len(live):
-            live = [r for r in live if r not in bits]
-        if len(live) != 1:
+        bits = [r for r in live if r.node.is_bits] if len(live) > 1 else []
+        live = [r for r in live if r not in bits]
+        # A norm's scale does not count: its fluctuations are those of what it normalises.
+        if len(live) != 1 or (concentrated(live[0].node) and len(parts) > 1):
             continue
         (root,) = live
-        if concentrated(root.node) and len(parts) > 1:
-            continue  # a norm's scale: its fluctuations are those of what it normalises
-        bits = [r for r in bits if r != root]
         fixed = at_means([r for r in own if r != root and r not in bits], frame)
-        found = _over_bits(factor, frame, fixed, bits)
+        found = _square_coefficients(factor, frame, fixed, bits)
         if found is None:
             continue
-        a, whole = found[0].copy(), found[1]
-        if root.node.id in scales:
-            # Normalised: the mean square of the root cannot fluctuate; nor can its mean, where that was taken
-            # away.
-            gone = slice(1, 3) if root.node.is_centred else slice(2, 3)
-            whole = whole - np.sum(a[..., gone] ** 2, axis=-1)
-            a[..., gone] = 0.0
-        elif kept := _kept_norm(root.node):
-            whole = whole - kept * a[..., 2] ** 2
-            a[..., 2] *= math.sqrt(1 - kept)
+        kept, gone = _kept_norm(root.node), slice(2, 3)
+        if (
+            root.node.id in scales
+        ):  # its mean square cannot fluctuate; nor can its mean, where that was taken away
+            kept, gone = 1.0, slice(1 if root.node.is_centred else 2, 3)
+        a = found[0].copy()
+        whole = found[1] - kept * np.sum(a[..., gone] ** 2, axis=-1)
+        a[..., gone] *= math.sqrt(1 - kept)
         pairs, means = pairs * _products(a, whole, root, frame), means * a[..., 0]
     return pairs, means
 
@@ -285,26 +233,24 @@ def _correlation_scatter(node: Node) -> np.ndarray:
 
     What the weights of a unit add to it, whose squared norm is one for all tokens, is in `fluctuations.with_own_weights`.
     """
-    out = np.zeros(node.frame_types)
+    out, whole = np.zeros(node.frame_types), node.table.mean_square
     if isinstance(node, Gather):  # rows of a table: two are one and the same, or they are not
         rate = np.clip(node.table.covariance / max(node.table.variance, 1e-300), 0, 1)
         return rate * (1 - rate)
-    whole = node.table.mean_square
     if isinstance(node, Sum) and whole > 0:  # the mean of what is centred is 0, or below it by rounding
         for c, view in zip(node.params, node.args, strict=True):
             share = c * c * view.node.table.mean_square / whole
             inner = _correlation_scatter(view.node)
             out = out + share**2 * lift(inner, view.node.axes, view.bind, node.axes, pairs=True)
-    if isinstance(node, Conv) and weight_of(node) is not None:
-        return _patch_scatter(node)
-    if not isinstance(node, Contract) or (weight := weight_of(node)) is None:
-        return out
-    for view in node.args:
-        x = tokens_of(view, range(len(node.axes)), range(len(node.axes), len(node.frame)))
-        if view.node is weight or not (x.tokens and x.features):
-            continue
-        own = min(own_part(x) / max(x.node.table.mean_square, 1e-300), 1.0)
-        out = out + max(overlap(x) - 1 / x.count, 0.0) * own**2 * _of_one_unit(node, view.bind)
+    for applied in applied_weights(node)[:1]:
+        if isinstance(node, Conv):
+            return _patch_scatter(node)
+        x = tokens_of(
+            applied.x, range(len(node.axes)), range(len(node.axes), len(node.axes) + len(node.params))
+        )
+        if x.tokens and x.features:
+            own = min(own_part(x) / max(x.node.table.mean_square, 1e-300), 1.0)
+            out = max(overlap(x) - 1 / x.count, 0.0) * own**2 * _of_one_unit(node, applied.x.bind)
     return out
 
 
@@ -330,25 +276,13 @@ def _patch_scatter(node: Conv) -> np.ndarray:
     return marginal(node).correlation ** 2 * (shared - 1) + excess * _of_one_unit(node, tokens)
 
 
-def _over_bits(
+def _square_coefficients(
     f: View, frame: Sequence[Axis], fixed: Environment, bits: Sequence[View]
 ) -> tuple[np.ndarray, np.ndarray] | None:
-    """`_square_coefficients`, averaged over random bits, of which each entry has its own: a mask's."""
-    if not bits:
-        return _square_coefficients(f, frame, fixed)
-    coefficients, whole, points = np.zeros(()), np.zeros(()), np.linspace(0.025, 0.975, 20)
-    for z in special.ndtri(points):
-        at = {b: np.interp([z], Z, over_classes(grid(b, frame), frame)) for b in bits}
-        env = fixed | {b: x.reshape([1] * (len(frame) + 1)) for b, x in at.items()}
-        if (found := _square_coefficients(f, frame, env)) is not None:
-            coefficients, whole = coefficients + found[0] / len(points), whole + found[1] / len(points)
-    return (coefficients, whole) if np.any(coefficients) else None
+    """By class, Hermite coefficients of f² and E[f⁴]; None where f does not vary or is zero.
 
-
-def _square_coefficients(
-    f: View, frame: Sequence[Axis], fixed: Environment
-) -> tuple[np.ndarray, np.ndarray] | None:
-    """By class, Hermite coefficients of f² and E[f⁴]; None where f does not vary or is zero."""
+    They are averaged over random bits, of which each entry has its own: a mask's.
+    """
     own = marginal(f.node) if not isinstance(f.node, Apply | Constant) else None
     if own is not None and own.gaussian:
         m, s = own.mean, own.deviation
@@ -356,13 +290,18 @@ def _square_coefficients(
         return (a, np.sum(a * a, axis=-1)) if np.any(a[..., 0] > 0) else None
 
     def integrated() -> tuple[np.ndarray, np.ndarray] | None:
-        squares = np.asarray(evaluate(f, frame, fixed), float) ** 2
+        lines = {b: over_classes(grid(b, frame), frame) for b in bits}
+        points = special.ndtri(np.linspace(0.025, 0.975, 20)) if bits else (0.0,)
+        drawn = (
+            {b: np.full((1,) * (len(frame) + 1), np.interp(z, Z, lines[b])) for b in bits} for z in points
+        )
+        squares = np.stack([np.asarray(evaluate(f, frame, fixed | at), float) ** 2 for at in drawn])
         if squares.shape[-1] == 1:
             return None
-        a = squares @ HERMITE
-        return (a, squares**2 @ WEIGHTS) if np.any(a[..., 0] > 0) else None
+        a = squares.mean(axis=0) @ HERMITE
+        return (a, (squares**2).mean(axis=0) @ WEIGHTS) if np.any(a[..., 0] > 0) else None
 
-    mark = None if fixed else integral_key(f)
+    mark = None if fixed or bits else integral_key(f)
     return integrated() if mark is None else _SQUARED.once(f.node.graph, (mark, tuple(frame)), integrated)
 
 

@@ -19,15 +19,14 @@ from varscale.theory.integrals.hermite_series import WEIGHTS
 from varscale.theory.integrals.lognormal import LOG_SCALES, WIDEST, Response, Scale, response
 from varscale.theory.propagation.fourth_moments import fresh, kurtosis_shift
 from varscale.theory.propagation.marginals import (
-    Environment,
     along,
     cofactors,
     evaluate,
     independent_factors,
     integral_key,
-    largest_term,
     over_classes,
     term_shares,
+    uncentred,
 )
 
 SCALE_STEP = 0.1  # relative step in q for the ratio and the curvature
@@ -45,10 +44,9 @@ def responses(node: Node) -> dict[Node, tuple[float, float]]:
     for group in cofactors(node).values():
         low, middle, high = _levels(node, group, (1 - SCALE_STEP, 1.0, 1 + SCALE_STEP))
         slope = math.log(high / low) / math.log((1 + SCALE_STEP) / (1 - SCALE_STEP))
-        curvature = (high - 2 * middle + low) / SCALE_STEP**2 / middle
-        s, c = out.get(group[0].node, (0.0, 0.0))
-        slope, curvature = (float(np.clip(x, -_STEEPEST, _STEEPEST)) for x in (slope, curvature))
-        out[group[0].node] = s + slope, c + curvature
+        found = np.array([slope, (high - 2 * middle + low) / SCALE_STEP**2 / middle])
+        slope, curvature = out.get(group[0].node, (0.0, 0.0)) + np.clip(found, -_STEEPEST, _STEEPEST)
+        out[group[0].node] = float(slope), float(curvature)
     return out
 
 
@@ -61,29 +59,22 @@ def response_curve(node: Node, root: Node) -> Float[np.ndarray, " scales"]:
 
 def _levels(node: Node, group: list[View], ratios: tuple[float, ...]) -> Float[np.ndarray, " ratios"]:
     """E[f²], up to a factor, where the second moment of a group's first root is so many times its own."""
-    moments = np.ones(len(ratios))
-    for factor in independent_factors(node):
-        own = roots_of(factor)
-        mine = [r for r in own if r in group]
-        if mine:
-            moments *= _varied_square(factor, node.axes, own, mine, group, ratios)
-    return np.maximum(moments, 1e-300)
+    read = [factor for factor in independent_factors(node) if set(roots_of(factor)) & set(group)]
+    levels = [_varied_square(factor, node.axes, group, ratios) for factor in read]
+    return np.maximum(np.prod([np.ones(len(ratios)), *levels], axis=0), 1e-300)
 
 
 def _varied_square(
-    factor: View,
-    frame: Sequence[Axis],
-    own: Sequence[View],
-    mine: Sequence[View],
-    group: Sequence[View],
-    ratios: tuple[float, ...],
+    factor: View, frame: Sequence[Axis], group: Sequence[View], ratios: tuple[float, ...]
 ) -> list[float]:
     """E[f²] of a factor where the second moment of a group's first root is so many times its own.
 
     The others of the group, mean squares mostly, vary as `_power` says; what is not varied is held at its mean.
     """
-    main = group[0] if group[0] in mine else mine[0]
+    own = roots_of(factor)
+    main = next(r for r in group if r in own)
     powers = [0.0 if r not in group else 0.5 if r == group[0] else _power(r.node, group[0].node) for r in own]
+
     if not isinstance(factor.node, Apply):
         return [ratio ** (2 * powers[0]) if main.node.table.mean_square > 0 else 0.0 for ratio in ratios]
 
@@ -96,21 +87,19 @@ def _varied_square(
         out = []
         for ratio in ratios:
             scaled = [x * ratio**power for x, power in zip(values, powers, strict=True)]
-            env: Environment = dict(zip(own, scaled, strict=True))
-            squares = np.square(np.asarray(evaluate(factor, frame, env), float))
-            line = over_classes(squares, frame)
+            squares = np.square(evaluate(factor, frame, dict(zip(own, scaled, strict=True))))
+            line = over_classes(np.asarray(squares, float), frame)
             out.append(float(line @ WEIGHTS) if line.size > 1 else float(line[0]))
         return out
 
     mark = integral_key(factor)
-    if mark is None:
-        return varied()
-    return _VARIED.once(main.node.graph, (mark, tuple(frame), own.index(main), tuple(powers), ratios), varied)
+    key = (mark, tuple(frame), own.index(main), tuple(powers), ratios)
+    return varied() if mark is None else _VARIED.once(main.node.graph, key, varied)
 
 
 def _power(scale: Node, main: Node) -> float:
     """The power of a root's mean square that a norm's scale goes by: 1; of a mean of |x| it is 1/2, behind another norm 0."""
-    terms = [view.node for view in scale.args] if isinstance(scale, Sum) and scale.is_variance else [scale]
+    terms = [view.node for view in scale.args] if scale.is_variance else [scale]
     inner = next((term.args[0].node for term in terms if term.averages), None)  # of a variance, the squares
     return responses(inner)[main][0] / 2 if isinstance(inner, Apply) and main in responses(inner) else 1.0
 
@@ -198,7 +187,7 @@ def propagated_of_sum(node: Sum) -> Spread:
     if node.positive:
         return combine([(1.0, kernel(node.args[int(np.argmax(node.params))].node))])
     if node.is_centred:
-        return inherited(largest_term(node).node)
+        return inherited(uncentred(node.whole).node)
     return combine([(float(s), inherited(v.node)) for s, v in zip(term_shares(node), node.args, strict=True)])
 
 
@@ -267,7 +256,7 @@ def root_responses(node: Node) -> dict[Node, Response]:
 def _scalings(node: Apply) -> dict[Hashable, float]:
     """Sources of a product's random scales: the mean square of n drawn numbers varies by (E[f⁴]/E[f²]² − 1)/n."""
     found = {}
-    for factor in factors(View(node, tuple(range(len(node.axes)))))[1]:
+    for factor in factors(node.whole)[1]:
         (root, _), *others = roots(factor.node)
         if not others and root.is_drawn:
             squares = over_classes(np.square(along(factor, node.axes, *roots_of(factor))), node.axes)

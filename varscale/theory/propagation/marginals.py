@@ -255,6 +255,13 @@ def largest_term(node: Sum) -> View:
     return node.args[int(np.argmax(term_shares(node)))]
 
 
+def uncentred(view: View) -> View:
+    """What a mean was taken away from, as often as one was."""
+    while isinstance(view.node, Sum) and view.node.is_centred:
+        view = largest_term(view.node).within(view.bind)
+    return view
+
+
 def independent_factors(node: Node) -> list[View]:
     """The factors of an elementwise tree over its own frame, those that read a common fluctuating root as one: x·Φ(x)."""
     view = View(node, tuple(range(len(node.axes))))

@@ -105,11 +105,10 @@ def cross_by_kind_of_conv(node: Conv, a: View, b: View, frame: Sequence[Axis]) -
 @propagated.register(Conv)
 def propagated_of_conv(node: Conv) -> Spread:
     x = node.args[0].node
-    groups, windows, xd, _, od = node.params
+    groups, windows, xd, *_ = node.params
     taps, summed = math.prod(w.taps for w in windows), [k for k in xd[1:2] if k is not None]
     spread = combine([(1.0, averaged(x, summed, taps))])
-    units = 1 if od[1] is None else node.axes[od[1]].size
-    out = with_own_weights(spread, node, node.args[1], x, node.width, units)
+    out = with_own_weights(spread, node)
     if (varied := of_few(node)) is not None:  # what weights of its own add is in the law of its channels
         out = dataclasses.replace(out, sources=spread.sources, shape=out.shape + (1 - 1 / taps) * varied)
     return dataclasses.replace(out, shape=out.shape + of_a_group(x, summed, groups) / taps)

@@ -157,15 +157,8 @@ def cross_by_kind_of_contract(node: Contract, a: View, b: View, frame: Sequence[
 @propagated.register(Contract)
 def propagated_of_contract(node: Contract) -> Spread:
     """Both arguments' scales; and each, where it is weights, what they make of the other."""
-    spread = combine(
-        [(1.0, averaged(x, [k for k, b in enumerate(bind) if b >= len(node.axes)])) for x, bind in node.args]
-    )
-    for mine, other in (node.args, node.args[::-1]):
-        units = math.prod(
-            axis.size for k, axis in enumerate(node.axes) if k in mine.bind and k not in other.bind
-        )
-        spread = with_own_weights(spread, node, mine, other.node, node.width, units)
-    return spread
+    parts = [(x, [k for k, b in enumerate(bind) if b >= len(node.axes)]) for x, bind in node.args]
+    return with_own_weights(combine([(1.0, averaged(*part)) for part in parts]), node)
 
 
 def _uses(view: View, leaf: Node) -> Iterator[tuple[float, View]]:
