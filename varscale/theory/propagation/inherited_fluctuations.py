@@ -60,8 +60,8 @@ def response_curve(node: Node, root: Node) -> Float[np.ndarray, " scales"]:
 def _levels(node: Node, group: list[View], ratios: tuple[float, ...]) -> Float[np.ndarray, " ratios"]:
     """E[f²], up to a factor, where the second moment of a group's first root is so many times its own."""
     read = [factor for factor in independent_factors(node) if set(roots_of(factor)) & set(group)]
-    levels = [_varied_square(factor, node.axes, group, ratios) for factor in read]
-    return np.maximum(np.prod([np.ones(len(ratios)), *levels], axis=0), 1e-300)
+    levels = [[1.0] * len(ratios), *(_varied_square(factor, node.axes, group, ratios) for factor in read)]
+    return np.maximum(np.prod(np.array(levels), axis=0), 1e-300)
 
 
 def _varied_square(
