@@ -175,12 +175,6 @@ def cross_by_kind(node: Node, a: View, b: View, frame: Sequence[Axis]) -> np.nda
 
 
 @functools.singledispatch
-def known_samples(node: Node) -> np.ndarray | None:
-    """The samples that a node is known by, in their order in time, (replicates, positions evenly spread...); else None."""
-    return None
-
-
-@functools.singledispatch
 def part_of(node: Node, k: int, start: int, stop: int) -> Node | None:
     """Positions start, ..., stop − 1 of axis k without a slice of the whole; None where there is no simpler way."""
     return None

@@ -12,13 +12,13 @@ from collections.abc import Callable, Hashable, Sequence
 import numpy as np
 from jaxtyping import Float, Int
 
-from varscale.theory.domain.axes import Axis, reduced
+from varscale.theory.domain.axes import Axis, apply_axis, reduced
 from varscale.theory.domain.tables import LOOSE, Positions, Table, estimated_products, gaussian, over_frame
 from varscale.theory.graph import linear_nodes as linear
 from varscale.theory.graph.expressions import Mean, Sum, content, roots, roots_of
 from varscale.theory.graph.known_arrays import is_known_array, numbers
-from varscale.theory.graph.linear_nodes import Concat, Contract, Gather, Take, applied_weights
-from varscale.theory.graph.nodes import UNKNOWN, Array, Node, View, known_samples
+from varscale.theory.graph.linear_nodes import AppliedWeights, Concat, Contract, Gather, Take, applied_weights
+from varscale.theory.graph.nodes import UNKNOWN, Array, Node, View
 from varscale.theory.graph.store import once_per_node
 from varscale.theory.integrals.hermite_series import Z, read_off
 from varscale.theory.propagation.marginals import evaluate, marginal
@@ -53,10 +53,6 @@ class Drawing:
         self.drawn: dict[Hashable, np.ndarray] = {}
         self.doubt = 0.0
 
-    def random(self, *what: int) -> np.random.Generator:
-        """Where the numbers of one thing come from, whatever was drawn before it."""
-        return np.random.default_rng(what)
-
     def values(self, view: View, frame: Sequence[Axis], positions: Positions) -> Float[np.ndarray, "..."]:
         """A view at some positions of a frame, (positions or 1 ..., replicates or 1): 1 where it does not have an axis."""
         env = {}
@@ -67,73 +63,46 @@ class Drawing:
 
     def whole(self, node: Node, positions: Positions) -> Float[np.ndarray, "replicates ..."]:
         """A node at some positions of its own axes."""
-        view = View(node, tuple(range(len(node.axes))))
-        values = np.moveaxis(self.values(view, node.axes, positions), -1, 0)
-        return np.broadcast_to(values, (len(values), *map(len, positions)))
+        return _over_positions(self.values(node.whole, node.axes, positions), positions)
 
     def _at(self, node: Node, positions: Positions) -> np.ndarray:
         """A root at these positions, (replicates or 1, ...); where all stand for others, among what is drawn for those."""
         usual = [self.some(axis) for axis in node.axes]
-        found = [_places_among(asked, among) for asked, among in zip(positions, usual, strict=True)]
-        places = [place for place in found if place is not None]
-        if len(places) < len(found):
-            return self._known(node, positions)
-        drawn = self._known(node, usual)
-        for k, (place, among) in enumerate(zip(places, usual, strict=True)):
-            drawn = drawn if len(place) == len(among) else np.take(drawn, place, axis=1 + k)
-        return drawn
-
-    def _known(self, node: Node, positions: Positions) -> np.ndarray:
-        key = node.id, tuple(kept.tobytes() for kept in positions)
+        if not all(np.isin(asked, among).all() for asked, among in zip(positions, usual, strict=True)):
+            usual = positions
+        key = node.id, tuple(kept.tobytes() for kept in usual)
         if key not in self.drawn:
-            self.drawn[key] = self._fresh(node, positions).astype(np.float32)
-        return self.drawn[key]
+            self.drawn[key] = self._fresh(node, usual).astype(np.float32)
+        drawn = self.drawn[key]
+        for k, (asked, among) in enumerate(zip(positions, usual, strict=True), 1):
+            drawn = drawn if len(asked) == len(among) else drawn.take(np.searchsorted(among, asked), axis=k)
+        return drawn
 
     def _fresh(self, node: Node, positions: Positions) -> np.ndarray:
         """A root at these positions, (replicates or 1, ...)."""
-        if isinstance(node, Sum) and self.is_drawn_whole(node):
-            return self._added(node, positions)
-        if in_order(node):
-            known = known_samples(node)
-            if known is not None:
-                return picked(known, node.axes, positions, self.replicates)
         made = sampled_from(node, self, positions)
         if made is not None:
             return made
         if in_order(node):  # its order is lost
             self.doubt = LOOSE
-        return _drawn(node, positions, self.replicates, self.random(content(node)))
+        return _drawn(node, positions, self.replicates)
 
-    def _added(self, node: Sum, positions: Positions) -> np.ndarray:
-        found = [
-            c * self.values(term, node.axes, positions)
-            for c, term in zip(node.params, node.args, strict=True)
-        ]
-        shape = [len(kept) for kept in positions]
-        out = sum(found, np.zeros(1, np.float32))
-        return np.moveaxis(np.broadcast_to(out, (*shape, out.shape[-1])), -1, 0)
 
-    def is_drawn_whole(self, node: Node) -> bool:
-        """Whether a mean, or the means among a sum's terms, are over so many drawn positions that they are as good as all."""
-        if isinstance(node, Sum):
-            return all(self.is_drawn_whole(view.node) for view in node.args if isinstance(view.node, Mean))
-        averaged = [node.args[0].node.axes[k] for k in node.params]
-        sizes = math.prod(axis.size for axis in averaged)
-        return math.prod(len(self.some(axis)) for axis in averaged) >= min(sizes, TERMS)
+def is_drawn_whole(mean: Node, drawing: Drawing) -> bool:
+    """Whether a mean is over so many drawn positions that they are as good as all."""
+    averaged = [mean.args[0].node.axes[k] for k in mean.params]
+    whole = math.prod(axis.size for axis in averaged)
+    return math.prod(len(drawing.some(axis)) for axis in averaged) >= min(whole, TERMS)
+
+
+def _over_positions(values: np.ndarray, positions: Positions) -> np.ndarray:
+    """Values at some positions, (positions or 1 ..., draws), as (draws, positions...)."""
+    return np.moveaxis(np.broadcast_to(values, (*map(len, positions), values.shape[-1])), -1, 0)
 
 
 def evenly(size: int, most: int) -> Int[np.ndarray, " kept"]:
     """Positions evenly spread along an axis of this size, all of them where they are no more."""
     return np.linspace(0, size - 1, min(size, most)).round().astype(int)
-
-
-def _places_among(
-    asked: Int[np.ndarray, " kept"], among: Int[np.ndarray, " some"]
-) -> Int[np.ndarray, " kept"] | None:
-    """Where positions are among others, both in ascending order; None where one is not."""
-    places = np.searchsorted(among, asked)
-    inside = places < len(among)
-    return places if inside.all() and np.array_equal(among[places], asked) else None
 
 
 def picked(known: np.ndarray, axes: Sequence[Axis], positions: Positions, replicates: int) -> np.ndarray:
@@ -154,27 +123,21 @@ def picked(known: np.ndarray, axes: Sequence[Axis], positions: Positions, replic
     return known[(draw, *index)]
 
 
-def _drawn(node: Node, positions: Positions, replicates: int, rng: np.random.Generator) -> np.ndarray:
-    """A root's values at these positions, (replicates or 1, ...)."""
-    if isinstance(node, Array):
-        return np.asarray(node.values, float)[np.ix_(*positions)][None]
+def _drawn(node: Node, positions: Positions, replicates: int) -> np.ndarray:
+    """A root's values at these positions by its own moments, (replicates or 1, ...)."""
     if is_known_array(node) and (known := numbers(node)) is not None:
         return np.asarray(known, float)[np.ix_(*positions)][None]
-    law = marginal(node)
+    law, rng = marginal(node), np.random.default_rng(content(node))
     latents = gaussian(law.correlation, node.axes, positions, replicates, rng)
     classes = [axis.classes for axis in node.axes]
     labels = [axis.label_array[kept] for axis, kept in zip(node.axes, positions, strict=True)]
     if law.gaussian:
         mean, deviation = (np.broadcast_to(x, classes)[np.ix_(*labels)] for x in (law.mean, law.deviation))
         return mean + deviation * latents
-    values = np.broadcast_to(law.values, (*classes, len(Z)))
-    if math.prod(classes) == 1:
-        return read_off(values.ravel(), latents)
-    out = np.empty_like(latents)
-    for cell in np.ndindex(*values.shape[:-1]):
-        index = np.ix_(
-            np.arange(replicates), *[np.flatnonzero(own == c) for own, c in zip(labels, cell, strict=True)]
-        )
+    values, out = np.broadcast_to(law.values, (*classes, len(Z))), np.empty_like(latents)
+    for cell in np.ndindex(*classes):
+        own = [np.flatnonzero(label == c) for label, c in zip(labels, cell, strict=True)]
+        index = np.ix_(np.arange(replicates), *own)
         out[index] = read_off(values[cell], latents[index])
     return out
 
@@ -184,10 +147,20 @@ def _drawn(node: Node, positions: Positions, replicates: int, rng: np.random.Gen
 _TOO_MUCH = 2.0
 
 
+@sampled_from.register(Sum)
+def sampled_from_sum(node: Sum, drawing: Drawing, positions: Positions) -> np.ndarray | None:
+    """The terms, where all means among them are as good as of all."""
+    if not all(is_drawn_whole(view.node, drawing) for view in node.args if isinstance(view.node, Mean)):
+        return None
+    terms = zip(node.params, node.args, strict=True)
+    found = [c * drawing.values(term, node.axes, positions) for c, term in terms]
+    return _over_positions(sum(found, np.zeros(1, np.float32)), positions)
+
+
 @sampled_from.register(Mean)
 def sampled_from_mean(node: Mean, drawing: Drawing, positions: Positions) -> np.ndarray | None:
     """The mean of what is drawn, where that is as good as all."""
-    if not drawing.is_drawn_whole(node):
+    if not is_drawn_whole(node, drawing):
         return None
     source, own = node.args[0].node, iter(positions)
     there = [drawing.some(a) if k in node.params else next(own) for k, a in enumerate(source.axes)]
@@ -199,47 +172,41 @@ def sampled_from_moved(node: Node, drawing: Drawing, positions: Positions) -> np
     """Entries of one array in another order, where more is known of given places than moments by type say."""
     if not (in_order(node) or repeats(node)):
         return None
-    source, mesh = node.args[0].node, np.ix_(*positions)
-    k, *more = node.params
+    source, mesh, (k, *more) = node.args[0].node, list(np.ix_(*positions)), node.params
     if isinstance(node, linear.Permute):
-        index = [mesh[node.params.index(d)] for d in range(len(mesh))]
+        mesh = [mesh[d] for d in np.argsort(node.params)]
     elif isinstance(node, linear.Split):
-        factors = mesh[k : k + len(more[0])]
-        index = [*mesh[:k], np.ravel_multi_index(factors, more[0]), *mesh[k + len(factors) :]]
+        n = len(more[0])
+        mesh[k : k + n] = [np.ravel_multi_index(tuple(mesh[k : k + n]), more[0])]
     elif isinstance(node, linear.Merge):
-        index = [*mesh[:k], *np.unravel_index(mesh[k], more[0]), *mesh[k + 1 :]]
+        mesh[k : k + 1] = np.unravel_index(mesh[k], more[0])
     elif len(source.axes) > len(node.axes):
-        index = [*mesh[:k], np.full([1] * len(mesh), more[0]), *mesh[k:]]
+        mesh.insert(k, np.full([1] * len(mesh), more[0]))
     else:
-        index = [*mesh[:k], more[0] + more[2] * mesh[k], *mesh[k + 1 :]]
-    own = [np.unique(at, return_inverse=True) for at in index]
-    values = drawing.whole(source, [kept for kept, _ in own])
-    return values[
-        (slice(None), *(place.reshape(at.shape) for (_, place), at in zip(own, index, strict=True)))
-    ]
+        mesh[k] = more[0] + more[2] * mesh[k]
+    own = [np.unique(at, return_inverse=True) for at in mesh]
+    places = (place.reshape(at.shape) for (_, place), at in zip(own, mesh, strict=True))
+    return drawing.whole(source, [kept for kept, _ in own])[(slice(None), *places)]
 
 
 @sampled_from.register(Concat)
 def sampled_from_concat(node: Concat, drawing: Drawing, positions: Positions) -> np.ndarray:
     """The parts, each at those of the positions that lie in it."""
-    along, sizes = node.params
-    start, found = 0, []
+    (along, sizes), start, found = node.params, 0, []
     for size, part in zip(sizes, node.args, strict=True):
         inside = positions[along][(positions[along] >= start) & (positions[along] < start + size)] - start
         start += size
+        there = [inside if k == along else kept for k, kept in enumerate(positions)]
         if len(inside):
-            there = [inside if k == along else kept for k, kept in enumerate(positions)]
-            values = drawing.values(part, node.axes, there)
-            found.append(np.broadcast_to(values, (*map(len, there), values.shape[-1])))
-    replicates = max(x.shape[-1] for x in found)
-    wide = [np.broadcast_to(x, (*x.shape[:-1], replicates)) for x in found]
-    return np.moveaxis(np.concatenate(wide, axis=along), -1, 0)
+            found.append(_over_positions(drawing.values(part, node.axes, there), there))
+    replicates = max(map(len, found))
+    return np.concatenate([np.broadcast_to(x, (replicates, *x.shape[1:])) for x in found], axis=1 + along)
 
 
 @sampled_from.register(Contract)
 def sampled_from_contract(node: Contract, drawing: Drawing, positions: Positions) -> np.ndarray | None:
-    if applied_weights(node):
-        return _weighed(node, drawing, positions) if in_order(node) or _is_narrow(node) else None
+    if applied := applied_weights(node):
+        return _weighed(node, applied[0], drawing, positions) if in_order(node) or _is_narrow(node) else None
     if not in_order(node) or any(len(drawing.some(a)) < a.size for a in node.params):
         return None
     there = [*positions, *(np.arange(a.size) for a in node.params)]
@@ -254,31 +221,22 @@ def _is_narrow(node: Contract) -> bool:
     return any(isinstance(x, Contract) and applied_weights(x) and x.width <= TERMS for x in (node, *inside))
 
 
-def _weighed(node: Contract, drawing: Drawing, positions: Positions) -> np.ndarray:
-    """A product with weights, multiplied out with drawn ones; some of the terms for all.
+def _weighed(node: Contract, applied: AppliedWeights, drawing: Drawing, positions: Positions) -> np.ndarray:
+    """A product with weights, multiplied out with drawn ones, the same wherever they are applied; some of the terms for all.
 
     Its moments by type say neither what order in time its argument has, nor that products of one narrow argument share its
-    norm.
+    norm. It is scaled to the mean square that is known; far from it, what was drawn apart belongs together.
     """
-    _, weights, x, _ = applied_weights(node)[0]
+    _, (weights, bind), x, _ = applied
     terms = [drawing.some(a) for a in node.params]
     ratio = math.prod(a.size / len(kept) for a, kept in zip(node.params, terms, strict=True))
-    whole = [*positions, *terms]
-    values = drawing.values(x, node.frame, whole)
-    drawn = _weights(weights.node, drawing, [whole[k] for k in weights.bind]) * math.sqrt(ratio)
-    out = summed(values, over_frame(np.moveaxis(drawn, 0, -1), weights.bind, len(whole)), len(positions))
-    return _known_scale(node, out)
-
-
-def _weights(weights: Node, drawing: Drawing, positions: Positions) -> np.ndarray:
-    """Weights at some positions, (replicates, ...): the same wherever they are applied."""
-    rng = drawing.random(content(weights), *(int(kept.sum()) for kept in positions))
-    shape = (drawing.replicates, *map(len, positions))
-    return rng.standard_normal(shape, np.float32) * math.sqrt(weights.table.mean_square)
-
-
-def _known_scale(node: Node, out: np.ndarray) -> np.ndarray:
-    """What was drawn, scaled to the mean square that is known; far from it, what was drawn apart belongs together."""
+    there = [*positions, *terms]
+    own = [there[k] for k in bind]
+    rng = np.random.default_rng((content(weights), *(int(kept.sum()) for kept in own)))
+    drawn = rng.standard_normal((drawing.replicates, *map(len, own)), np.float32)
+    drawn = drawn * math.sqrt(weights.table.mean_square) * math.sqrt(ratio)
+    values = drawing.values(x, node.frame, there)
+    out = summed(values, over_frame(np.moveaxis(drawn, 0, -1), bind, len(there)), len(positions))
     excess = float(np.mean(np.square(out, dtype=float))) / max(node.table.mean_square, 1e-300)
     if not 1 / _TOO_MUCH < excess < _TOO_MUCH:
         node.graph.flag("assumed", UNKNOWN)
@@ -315,16 +273,14 @@ def summed(x: np.ndarray, y: np.ndarray, kept: int) -> np.ndarray:
 @sampled_from.register(Gather)
 def sampled_from_gather(node: Gather, drawing: Drawing, positions: Positions) -> np.ndarray | None:
     """Rows of known numbers by indices that are drawn, at these positions of its axes, (replicates, ...)."""
-    if not isinstance(node.args[0].node, Array) or node.known is not None:
+    (table, bind), (row_axes, index_axes, *_) = node.args[0], node.params
+    if not isinstance(table, Array) or node.known is not None:
         return None
-    row_axes, index_axes = node.params[:2]
-    table, bind = node.args[0].node, node.args[0].bind
-    assert isinstance(table, Array)
     kept = [k for k in range(len(table.axes)) if k not in row_axes]
     rows = table.values.transpose([*row_axes, *kept]).reshape(-1, *[table.axes[k].size for k in kept])
     rows = rows[np.ix_(np.arange(len(rows)), *[positions[bind[k]] for k in kept])]
     size = (drawing.replicates, *(len(positions[k]) for k in index_axes))
-    out = rows[drawing.random(content(node)).integers(len(rows), size=size)]
+    out = rows[np.random.default_rng(content(node)).integers(len(rows), size=size)]
     order = np.argsort([*index_axes, *(bind[k] for k in kept)])
     return out.transpose([0, *(1 + int(k) for k in order)])
 
@@ -341,9 +297,7 @@ def pooled(numbers: np.ndarray, axes: Sequence[Axis], positions: Positions) -> T
     numbers = numbers * math.sqrt(square / max(float(np.mean(numbers**2)), 1e-300))
     mean = np.mean(numbers, axis=0)
     for k, axis in enumerate(small):
-        mean = np.stack(
-            [mean.compress(axis.label_array == c, axis=k).mean(axis=k) for c in range(axis.classes)], axis=k
-        )
+        mean = apply_axis(mean, k, axis.members / axis.counts[:, None])
     return Table(tuple(axes), mean, estimated_products(numbers, numbers, small).mean(axis=0))
 
 

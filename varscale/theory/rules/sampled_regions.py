@@ -22,21 +22,22 @@ from varscale.theory.domain.tables import LOOSE, Table, gaussian, lift
 from varscale.theory.graph.expressions import content, hashed
 from varscale.theory.graph.known_arrays import is_known_array
 from varscale.theory.graph.layout import Value, full, value
-from varscale.theory.graph.nodes import (
-    UNKNOWN,
-    Node,
-    View,
-    cross_by_kind,
-    known_samples,
-    pullback,
-    second_moments,
-)
+from varscale.theory.graph.nodes import UNKNOWN, Node, View, cross_by_kind, pullback, second_moments
 from varscale.theory.graph.store import BackwardNotes, Fact, FlowInside, PredictionError, source, told
 from varscale.theory.integrals.hermite_series import POINTS, WEIGHTS, Z
 from varscale.theory.propagation.fluctuations import fluctuations
 from varscale.theory.propagation.fourth_moments import fresh
 from varscale.theory.propagation.inherited_fluctuations import Spread, combine, propagated
-from varscale.theory.propagation.sampler import cross_moments, evenly, picked, pooled, table_of_draws
+from varscale.theory.propagation.sampler import (
+    Drawing,
+    cross_moments,
+    evenly,
+    in_order,
+    picked,
+    pooled,
+    sampled_from,
+    table_of_draws,
+)
 from varscale.theory.rules.region_draws import (
     CannotDraw,
     Operand,
@@ -81,9 +82,9 @@ class RegionOutput(Node):
         return _positions(self.axes, self.numbers.shape[1:])
 
 
-@known_samples.register(RegionOutput)
-def known_samples_of_region(node: RegionOutput) -> np.ndarray:
-    return node.numbers
+@sampled_from.register(RegionOutput)
+def sampled_from_region(node: RegionOutput, drawing: Drawing, positions: Positions) -> np.ndarray | None:
+    return picked(node.numbers, node.axes, positions, drawing.replicates) if in_order(node) else None
 
 
 @second_moments.register(RegionOutput)
