@@ -22,10 +22,10 @@ from varscale.theory.graph.nodes import UNKNOWN, Array, Constant, Leaf, Node, Vi
 from varscale.theory.graph.normal_form import affine, apply, derivative
 from varscale.theory.graph.store import BackwardNotes, once_per_node
 from varscale.theory.propagation.error_bounds import doubt_of
-from varscale.theory.propagation.fluctuations import Cotangent, gradient_scale, norm_of_given, summed_scale
+from varscale.theory.propagation.fluctuations import gradient_scale, norm_of_given, summed_scale
 from varscale.theory.propagation.fourth_moments import mean_squared_correlation
 from varscale.theory.propagation.marginals import along, cofactors, concentrated, term_shares, uncentred
-from varscale.theory.propagation.pullbacks import forks, mean_square, pulled_back, sum_out
+from varscale.theory.propagation.pullbacks import Cotangent, forks, mean_square, pulled_back, sum_out
 from varscale.theory.propagation.second_moments import product_second
 
 _MASK_DOUBT = 0.03  # set, not derived: a stream's derivatives are a Markov chain only in the main
@@ -154,8 +154,7 @@ class _Backward:
         met = forks(node)
         part = dataclasses.replace(part, doubt=part.doubt + met.doubt)
         for fork in met.found:
-            back = Cotangent(fork.back(part.second, node.axes), part.doubt, few=part.few)
-            self.pending.add(fork.root.node, dataclasses.replace(back, near=part.near, lost=part.lost))
+            self.pending.add(fork.root.node, fork.back(part, node.axes))
         if isinstance(node, Apply):
             self.through_function(node, part)
             return
@@ -165,17 +164,14 @@ class _Backward:
         ):
             if back is None:
                 continue
-            near = pulled_back(node, i, part.near, back)
             passed = dataclasses.replace(
                 part,
                 second=back,
-                doubt=part.doubt + self.notes.doubts.get(node.id, node.gradient_doubt) + near.doubt,
+                doubt=part.doubt + self.notes.doubts.get(node.id, node.gradient_doubt),
                 mask=_mask_of_term(node, view, part.mask) if isinstance(node, Sum) else None,
                 few=few,
-                near=near.excess,
-                lost=part.lost + near.doubt,
             )
-            self.pending.add(view.node, summed_scale(node, i, passed))
+            self.pending.add(view.node, summed_scale(node, i, pulled_back(node, i, passed)))
         while self.notes.inside:
             inner, second, doubt = self.notes.inside.pop()
             self.done.add(inner, Cotangent(second, part.doubt + doubt, few=few))

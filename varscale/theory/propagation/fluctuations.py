@@ -58,6 +58,7 @@ from varscale.theory.propagation.inherited_fluctuations import (
     weighted,
 )
 from varscale.theory.propagation.marginals import along, concentrated, over_classes, term_shares, uncentred
+from varscale.theory.propagation.pullbacks import Cotangent
 from varscale.theory.propagation.shared_component import channel_scatter
 
 
@@ -106,40 +107,11 @@ def fluctuations(node: Node) -> Spread:
     """Fluctuations of a node's mean square: inherited, and from sampling finitely many units."""
     base, scatter = inherited(node), channel_scatter(node)
     chance = fresh(node, range(len(node.axes))) if scatter is None else scatter
-    own = {origin(node): math.sqrt(max(chance, 0.0))}
+    own: dict[Hashable, float] = {origin(node): math.sqrt(max(chance, 0.0))}
     return dataclasses.replace(base, sources=weighted([(1.0, base.sources), (1.0, own)]))
 
 
 _WIDEST_COVARIANCE = 1.0  # sum of covariances at one layer beyond which first order says nothing
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Cotangent:
-    """What flows back into a node.
-
-    Attributes:
-        second: second moments by type.
-        doubt: bound on their relative error.
-        mask: the derivative it was multiplied by last, where nothing random came between: a stream's next one is correlated.
-        few: the fewest numbers that it passed through.
-        scale: a = d ln(mean square)/d ln Q, Q the second moment of the node's values at the same place, through later layers.
-        own: the same, through the last derivative it was multiplied by.
-        radial: e: its part along the node's values over that along any other direction, less one.
-        unit: what a unit's square, relative, adds to ln(mean square), for the unit's part in the sum that comes next.
-        near: how much more than any two near places have in common at most, relative to the mean square.
-        lost: the part of `doubt` that comes of that.
-    """
-
-    second: np.ndarray
-    doubt: float = 0.0
-    mask: View | None = None
-    few: float = math.inf
-    scale: float = 0.0
-    own: float = 0.0
-    radial: float = 0.0
-    unit: float = 0.0
-    near: float = 0.0
-    lost: float = 0.0
 
 
 def gradient_scale(node: Apply, root: View, slope: View, held: Sequence[View], part: Cotangent) -> Cotangent:

@@ -12,6 +12,7 @@ much the whole model is drawn.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -31,6 +32,39 @@ from varscale.theory.graph.normal_form import derivative, mean_pullback
 from varscale.theory.graph.store import BackwardNotes, once_per_node
 from varscale.theory.propagation.cross_moments import cross
 from varscale.theory.propagation.marginals import cofactors
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Cotangent:
+    """What flows back into a node.
+
+    Attributes:
+        second: second moments by type.
+        doubt: bound on their relative error.
+        mask: the derivative it was multiplied by last, where nothing random came between: a stream's next one is correlated.
+        few: the fewest numbers that it passed through.
+        scale: a = d ln(mean square)/d ln Q, Q the second moment of the node's values at the same place, through later layers.
+        own: the same, through the last derivative it was multiplied by.
+        radial: e: its part along the node's values over that along any other direction, less one.
+        unit: what a unit's square, relative, adds to ln(mean square), for the unit's part in the sum that comes next.
+        near: how much more than any two near places have in common at most, relative to the mean square.
+        lost: the part of `doubt` that comes of that.
+    """
+
+    second: np.ndarray
+    doubt: float = 0.0
+    mask: View | None = None
+    few: float = math.inf
+    scale: float = 0.0
+    own: float = 0.0
+    radial: float = 0.0
+    unit: float = 0.0
+    near: float = 0.0
+    lost: float = 0.0
+
+    def with_near(self, near: float, doubt: float = 0.0) -> Cotangent:
+        """What near places have in common at most, and what is in doubt of the mean square for it."""
+        return dataclasses.replace(self, near=near, doubt=self.doubt + doubt, lost=self.lost + doubt)
 
 
 def sum_out(second: np.ndarray, frame: Sequence[Axis], view: View) -> np.ndarray:
@@ -89,13 +123,15 @@ class Fork(NamedTuple):
     squares: np.ndarray
     over: View | None
 
-    def back(self, cotangent: np.ndarray, frame: Sequence[Axis]) -> np.ndarray:
+    def back(self, part: Cotangent, frame: Sequence[Axis]) -> Cotangent:
         """What the pairs of paths add to the value's cotangent, from the node's."""
+        second = part.second
         if self.over is not None:
             inner = self.over.node.args[0].node.axes
-            cotangent = mean_pullback(sum_out(cotangent, frame, self.over), self.over.node.reduced, inner)
+            second = mean_pullback(sum_out(second, frame, self.over), self.over.node.reduced, inner)
             frame = inner
-        return sum_out(full_types(cotangent, frame) * self.squares, frame, self.root)
+        second = sum_out(full_types(second, frame) * self.squares, frame, self.root)
+        return Cotangent(second, part.doubt, few=part.few, near=part.near, lost=part.lost)
 
 
 class Forks(NamedTuple):
@@ -187,60 +223,44 @@ def _product_of_slopes(axes: tuple[Axis, ...], p: _Path, q: _Path) -> np.ndarray
     return p.factor * q.factor * (squares + swapped(squares, axes))
 
 
-class Near(NamedTuple):
-    """What cotangents of near places have in common beyond any two.
-
-    Attributes:
-        excess: at most, relative to their mean square, after a pullback.
-        doubt: relative error of the mean square that the pullback adds for it.
-    """
-
-    excess: float
-    doubt: float = 0.0
-
-
 @functools.singledispatch
-def pulled_back(node: Node, i: int, excess: float, back: np.ndarray) -> Near:
-    """`Near` of argument i of a kind of node, given the excess of its own cotangent and the moments of the argument's.
+def pulled_back(node: Node, i: int, part: Cotangent) -> Cotangent:
+    """The cotangent of argument i of a kind of node, with what near places have in common as the node leaves it.
 
     Most kinds pass cotangents on place by place; a convolution with fresh weights at places as far apart.
     """
-    return Near(excess)
+    return part
 
 
 @pulled_back.register(Mean)
-def pulled_back_of_mean(node: Mean, i: int, excess: float, back: np.ndarray) -> Near:
-    return Near(0.0)
+def pulled_back_of_mean(node: Mean, i: int, part: Cotangent) -> Cotangent:
+    return part.with_near(0.0)
 
 
 @pulled_back.register(WindowSum)
-def pulled_back_of_window_sum(node: WindowSum, i: int, excess: float, back: np.ndarray) -> Near:
+def pulled_back_of_window_sum(node: WindowSum, i: int, part: Cotangent) -> Cotangent:
     """An entry is in as many windows as there are taps a stride, and those of one window have its cotangent."""
     windows = [(k, w) for w, k in zip(*node.params[:2], strict=True) if w is not None and k is not None]
     met = math.prod(max(w.taps / w.stride, 1.0) for _, w in windows)
-    alike = _less_alike(node.args[0].node, back, [k for k, w in windows if w.taps > 1])
-    return Near(max(alike, excess), excess * (met - 1))
+    alike = _less_alike(node.args[0].node, part.second, [k for k, w in windows if w.taps > 1])
+    return part.with_near(max(alike, part.near), part.near * (met - 1))
 
 
 @pulled_back.register(Gather)
-def pulled_back_of_gather(node: Gather, i: int, excess: float, back: np.ndarray) -> Near:
-    return Near(excess, excess * (copies(node) - 1) if i == 0 else 0.0)
-
-
 @pulled_back.register(Merge)
-def pulled_back_of_merge(node: Merge, i: int, excess: float, back: np.ndarray) -> Near:
-    return Near(excess, excess * (copies(node) - 1))
+def pulled_back_of_copies(node: Gather | Merge, i: int, part: Cotangent) -> Cotangent:
+    return part.with_near(part.near, part.near * (copies(node) - 1) if i == 0 else 0.0)
 
 
 @pulled_back.register(Contract)
-def pulled_back_of_contract(node: Contract, i: int, excess: float, back: np.ndarray) -> Near:
+def pulled_back_of_contract(node: Contract, i: int, part: Cotangent) -> Cotangent:
     """A known matrix along an axis: of a cotangent's terms the products of any two are in doubt, too."""
     x, matrix = node.args[i], node.args[1 - i].node
     if not isinstance(matrix, Array) or not node.params:
-        return Near(excess)
+        return part
     sums, squares = np.square(matrix.values.sum()), np.square(matrix.values).sum() * matrix.axes[0].size
-    axes = [k for k, place in enumerate(x.bind) if place >= len(node.axes)]
-    return Near(max(_less_alike(x.node, back, axes), excess), excess * max(float(sums / squares) - 1, 0.0))
+    alike = _less_alike(x.node, part.second, [k for k, b in enumerate(x.bind) if b >= len(node.axes)])
+    return part.with_near(max(alike, part.near), part.near * max(float(sums / squares) - 1, 0.0))
 
 
 def _less_alike(node: Node, back: np.ndarray, axes: Sequence[int]) -> float:
@@ -259,13 +279,9 @@ def copies(node: Node) -> float:
         source, (k, sizes) = node.args[0].node, node.params
         return math.prod(n for j, n in enumerate(sizes, k) if constant_along(source, j))
     source = node.args[0].node
-    if (
-        not isinstance(node, Gather)
-        or node.line is None
-        or (isinstance(source, Leaf) and not source.is_input)
-    ):
-        return 1.0
-    return len(node.line) / len(np.unique(node.line))
+    drawn = isinstance(source, Leaf) and not source.is_input
+    known = node.line if isinstance(node, Gather) and not drawn else None
+    return 1.0 if known is None else len(known) / len(np.unique(known))
 
 
 def repeats(node: Node) -> bool:

@@ -44,7 +44,7 @@ from varscale.theory.propagation.fluctuations import averaged, of_a_group, with_
 from varscale.theory.propagation.fourth_moments import excess_kurtosis
 from varscale.theory.propagation.inherited_fluctuations import Spread, combine, inherited, propagated
 from varscale.theory.propagation.marginals import quantiles_of_kind, scatter_of
-from varscale.theory.propagation.pullbacks import Near, pulled_back, repeats
+from varscale.theory.propagation.pullbacks import Cotangent, pulled_back, repeats
 from varscale.theory.propagation.shared_component import of_an_average, of_few
 from varscale.theory.rules.linear import without_factor
 from varscale.theory.rules.reductions import bounded, draw, fewest_terms, of_increasing, pooled_estimate
@@ -348,10 +348,10 @@ def pullback_of_window_max(
 
 
 @pulled_back.register(WindowMax)
-def pulled_back_of_window_max(node: WindowMax, i: int, excess: float, back: np.ndarray) -> Near:
+def pulled_back_of_window_max(node: WindowMax, i: int, part: Cotangent) -> Cotangent:
     """Of the windows over an entry a share is fed by it, and one window's cotangent goes to one entry."""
     met = math.prod(max(w.taps / w.stride, 1.0) for w in node.params.windows if w is not None)
-    return Near(excess, excess * (met - 1))
+    return part.with_near(part.near, part.near * (met - 1))
 
 
 def _window_node(interpreter: Context, eqn: Any, x: Value, kind: type[WindowSum]) -> Value:

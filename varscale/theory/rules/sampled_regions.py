@@ -18,7 +18,7 @@ from scipy import special
 
 from varscale import _compat
 from varscale.theory.domain.axes import Axis, by_level
-from varscale.theory.domain.tables import LOOSE, Table, gaussian, lift
+from varscale.theory.domain.tables import LOOSE, Positions, Table, gaussian, lift
 from varscale.theory.graph.expressions import content, hashed
 from varscale.theory.graph.known_arrays import is_known_array
 from varscale.theory.graph.layout import Value, full, value
