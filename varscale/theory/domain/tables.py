@@ -16,6 +16,8 @@ from varscale.theory.domain.axes import Axis, apply_axis, outer, shares, without
 from varscale.theory.domain.axis_maps import class_shares, lift_types, split_axis
 
 Positions = Sequence[Int[np.ndarray, " kept"]]
+Axes = Sequence[Axis]
+Factoring = tuple[int, ...]
 NEGLIGIBLE = 1e-3  # relative size of an effect that is left out
 # Relative errors of what is not derived, set on the validation grid (`experiments/benchmarks/accuracy.py`):
 # what a next order adds, what is known to leading order, what is known roughly, what is known to a factor.
@@ -177,22 +179,14 @@ def over_frame(array: np.ndarray, bind: Sequence[int], rank: int) -> np.ndarray:
     return array.transpose(order).reshape(*shape, *array.shape[len(bind) :])
 
 
-def _finest(
-    axes: Sequence[Axis], k: int, sizes: tuple[int, ...], pairs: bool
-) -> tuple[tuple[Axis, ...], np.ndarray]:
+def _finest(axes: Axes, k: int, sizes: Factoring, pairs: bool) -> tuple[tuple[Axis, ...], np.ndarray]:
     """Axes of which axis k is cut into row-major factors, with all its classes, and its class (type) for each of theirs."""
     factors = split_axis(axes[k], sizes)
     return (*axes[:k], *factors.axes, *axes[k + 1 :]), factors.types if pairs else factors.classes
 
 
 def taken_apart(
-    array: np.ndarray,
-    axes: Sequence[Axis],
-    k: int,
-    sizes: tuple[int, ...],
-    out: Sequence[Axis],
-    *,
-    pairs: bool,
+    array: np.ndarray, axes: Axes, out: Axes, k: int, sizes: Factoring, *, pairs: bool
 ) -> np.ndarray:
     """A class (type) array read over `out`, which has row-major factors of axis k of `axes`."""
     finest, places = _finest(axes, k, sizes, pairs)
@@ -200,13 +194,7 @@ def taken_apart(
 
 
 def put_together(
-    array: np.ndarray,
-    axes: Sequence[Axis],
-    k: int,
-    sizes: tuple[int, ...],
-    out: Sequence[Axis],
-    *,
-    pairs: bool,
+    array: np.ndarray, axes: Axes, out: Axes, k: int, sizes: Factoring, *, pairs: bool
 ) -> np.ndarray:
     """A class (type) array averaged over `out`, of which axis k is the row-major product of some of `axes`."""
     finest, places = _finest(out, k, sizes, pairs)

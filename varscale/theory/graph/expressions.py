@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import math
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -37,24 +38,23 @@ class Apply(Node):
         return [view.node for view in roots(self)]
 
     def prepare(self) -> None:
-        name, extra = self.params
-        nodes = [view.node for view in self.args]
-        x, y = nodes[0], nodes[-1]
-        if name in ("mul", "div"):
-            self.odd = (x.odd & y.unseen) | (y.odd & x.unseen if name == "mul" else 0)
-            self.even |= x.odd & y.odd & self.graph.symmetric
-            self.positive = x.positive and y.positive
-        elif name == "affine" or name in IDENTITIES:
-            c, d = extra or (1.0, 0.0)
-            self.odd = x.odd if d == 0 else 0
-            self.positive = x.positive and c >= 0 and d >= 0
-        elif name == "abs" or (name == "integer_pow" and extra[0] % 2 == 0):
-            self.even |= x.odd & self.graph.symmetric
-            self.positive = True
-        elif name in ("add", "min", "select_n", "integer_pow"):
-            self.positive = all(n.positive for n in nodes)
-        else:  # there is no root of what is negative
-            self.positive = name in POSITIVE or (name == "max" and any(n.positive for n in nodes))
+        (name, extra), nodes = self.params, [view.node for view in self.args]
+        x, y, symmetric = nodes[0], nodes[-1], self.graph.symmetric
+        match name:
+            case "mul" | "div":
+                self.odd = (x.odd & y.unseen) | (y.odd & x.unseen if name == "mul" else 0)
+                self.even |= x.odd & y.odd & symmetric
+                self.positive = x.positive and y.positive
+            case "affine" | "stop_gradient" | "own_gradient":
+                c, d = extra or (1.0, 0.0)
+                self.odd, self.positive = x.odd * (d == 0), x.positive and c >= 0 and d >= 0
+            case "abs" | "integer_pow" if name == "abs" or extra[0] % 2 == 0:
+                self.even |= x.odd & symmetric
+                self.positive = True
+            case "add" | "min" | "select_n" | "integer_pow":
+                self.positive = all(n.positive for n in nodes)
+            case _:  # there is no root of what is negative
+                self.positive = name in POSITIVE or (name == "max" and any(n.positive for n in nodes))
 
 
 class Sum(Node):
@@ -73,14 +73,12 @@ class Sum(Node):
     @functools.cached_property
     def centring(self) -> dict[int, int]:
         """Terms that another term takes the mean of away: index of the term to index of its mean."""
-        found = {}
-        for j, (d, mean) in enumerate(zip(self.params, self.args, strict=True)):
-            for i, (c, view) in enumerate(zip(self.params, self.args, strict=True)):
-                if not mean.node.averages or not alike(d, -c):
-                    continue
+        terms, found = list(enumerate(zip(self.params, (view.node for view in self.args), strict=True))), {}
+        for (j, (d, mean)), (i, (c, node)) in itertools.product(terms, terms):
+            if mean.averages and alike(d, -c):
                 # A mean less the mean over more axes is centred too.
-                wider = view.node.averages and set(view.node.params) < set(mean.node.params)
-                if mean.node.args[0].node is (view.node.args[0].node if wider else view.node):
+                wider = node.averages and set(node.params) < set(mean.params)
+                if mean.args[0].node is (node.args[0].node if wider else node):
                     found[i] = j
         return found
 
@@ -96,22 +94,16 @@ def swapped(second: np.ndarray, axes: Sequence[Axis]) -> np.ndarray:
 
 def roots_of(*views: View) -> list[View]:
     """The roots of trees over one frame, as views over that frame, each once."""
-    if len(views) == 1 and views[0].bind == tuple(range(len(views[0].node.axes))):
+    if len(views) == 1 and views[0] == views[0].node.whole:
         return list(roots(views[0].node))
     return list(dict.fromkeys(root.within(view.bind) for view in views for root in roots(view.node)))
 
 
+@once_per_node
 def roots(node: Node) -> tuple[View, ...]:
     """The roots of an elementwise tree, as views over its frame; a node that is not elementwise is its own root."""
-    if isinstance(node, Constant):
-        return ()
     if not isinstance(node, Apply):
-        return (node.whole,)
-    return _roots(node)
-
-
-@once_per_node
-def _roots(node: Apply) -> tuple[View, ...]:
+        return () if isinstance(node, Constant) else (node.whole,)
     return tuple(sorted(roots_of(*node.args), key=lambda view: (view.node.id, view.bind)))
 
 
@@ -147,20 +139,25 @@ class Mean(Node):
         return self.params
 
 
+def scale_and_shift(view: View) -> tuple[float, float, View]:
+    """c, d and what a view is c · + d of, in whatever order of axes; of a number c is 0."""
+    c, d = 1.0, 0.0
+    while isinstance(view.node, Apply) and view.node.params[0] == "affine":
+        scale, shift = view.node.params[1]
+        c, d, view = c * scale, d + c * shift, view.node.args[0].within(view.bind)
+    return (0.0, d + c * view.node.params, view) if isinstance(view.node, Constant) else (c, d, view)
+
+
 def weighted_sum(view: View) -> tuple[list[tuple[float, View]], float]:
     """A view as a weighted sum of views over its frame, sums of sums written out, and a number."""
-    node, bind = view
-    if isinstance(node, Sum):
-        parts, offset = list(zip(node.params, node.args, strict=True)), 0.0
-    elif isinstance(node, Apply) and node.params[0] == "affine":
-        parts, offset = [(node.params[1][0], node.args[0])], node.params[1][1]
-    else:
-        return [(1.0, view)], 0.0
+    c, offset, view = scale_and_shift(view)
+    if not isinstance(view.node, Sum):
+        return [(c, view)] if c else [], offset
     out: list[tuple[float, View]] = []
-    for c, child in parts:
-        inner, shift = weighted_sum(child.within(bind))
-        out += [(c * d, v) for d, v in inner]
-        offset += c * shift
+    for weight, child in zip(view.node.params, view.node.args, strict=True):
+        inner, shift = weighted_sum(child.within(view.bind))
+        out += [(c * weight * d, v) for d, v in inner]
+        offset += c * weight * shift
     return out, offset
 
 
@@ -183,40 +180,38 @@ def hashed(*parts: Any) -> int:
 
 
 def _written(x: Any) -> str:
-    if isinstance(x, tuple | list | frozenset):
-        return f"({','.join(map(_written, x))})"
-    if isinstance(x, Mapping):
-        return _written(sorted((str(key), _written(value)) for key, value in x.items()))
-    if isinstance(x, Node):
-        return f"node {content(x)}"
-    if isinstance(x, Axis):
-        return f"{x.size} {x.labels!r}"
     if isinstance(x, jax.Array) and jax.numpy.issubdtype(x.dtype, jax.dtypes.prng_key):
         x = np.asarray(jax.random.key_data(x))
-    if isinstance(x, np.ndarray | jax.Array):
-        return f"{x.shape} {x.dtype} {hashlib.sha1(np.ascontiguousarray(x).tobytes()).hexdigest()}"
-    if callable(x):
-        return getattr(x, "__qualname__", type(x).__qualname__)
-    return repr(x)
+    match x:
+        case tuple() | list() | frozenset():
+            return f"({','.join(map(_written, x))})"
+        case Mapping():
+            return _written(sorted((str(key), _written(value)) for key, value in x.items()))
+        case Node():
+            return f"node {content(x)}"
+        case Axis():
+            return f"{x.size} {x.labels!r}"
+        case np.ndarray() | jax.Array():
+            return f"{x.shape} {x.dtype} {hashlib.sha1(np.ascontiguousarray(x).tobytes()).hexdigest()}"
+    return getattr(x, "__qualname__", type(x).__qualname__) if callable(x) else repr(x)
 
 
 def factors(view: View) -> tuple[float, list[View]]:
     """A tree as a number times the factors of its products."""
     node, bind = view
-    if isinstance(node, Constant):
-        return node.params, []
-    if isinstance(node, Apply):
-        name, extra = node.params
-        args = [child.within(bind) for child in node.args]
-        if name == "mul":
+    if not isinstance(node, Apply):
+        return (node.params, []) if isinstance(node, Constant) else (1.0, [view])
+    (name, extra), args = node.params, [child.within(bind) for child in node.args]
+    match name:
+        case "mul":
             (c, f), (d, g) = (factors(a) for a in args)
             return c * d, f + g
-        if name == "affine" and extra[1] == 0:
+        case "affine" if extra[1] == 0:
             c, f = factors(args[0])
             return c * extra[0], f
-        if name in IDENTITIES:
+        case "stop_gradient" | "own_gradient":
             return factors(args[0])
-        if name == "div":
+        case "div":
             (c, f), (below, place) = factors(args[0]), args[1]
             over = [View(number(node.graph, 1.0), ()), below.whole]
             return c, [*f, View(node.graph.make(Apply, below.axes, over, ("div", ())), place)]

@@ -49,21 +49,17 @@ def second_moments_of_computed(node: Computed) -> Table:
 
 
 def measured(node: Node, values: np.ndarray) -> None:
-    """Note that the moments of a leaf are those of known numbers, (sizes of its axes...)."""
-    node.near = _likeness(values)
-    MEASURED.put(node.graph, node.id, values)
+    """Note that the moments of a leaf are those of known numbers, (sizes of its axes...).
 
-
-def _likeness(values: np.ndarray) -> float:
-    """1 of numbers whose neighbours are more alike than any two, along an axis between samples and features; 0 of noise.
-
-    Numbers without such an axis may be copied along one: 1.
+    Its neighbours are near where they are more alike than any two along an axis between samples and features; numbers without
+    such an axis may be copied along one.
     """
-    for k in range(1, values.ndim - 1):
-        step, whole = np.square(np.diff(values, axis=k)).mean() / 2, values.var(axis=k, ddof=1).mean()
-        if step < (1 - _SMOOTH) * whole:
-            return 1.0
-    return float(values.ndim < 3)
+    smooth = (
+        np.square(np.diff(values, axis=k)).mean() / 2 < (1 - _SMOOTH) * values.var(axis=k, ddof=1).mean()
+        for k in range(1, values.ndim - 1)
+    )
+    node.near = float(values.ndim < 3 or any(smooth))
+    MEASURED.put(node.graph, node.id, values)
 
 
 def scales_samples(views: Sequence[View], frame: Sequence[Axis], curved: bool) -> bool:
@@ -93,20 +89,15 @@ def scatter_of_given(node: Computed, axes: Collection[int]) -> float:
 
 def numbers(node: Node) -> np.ndarray | None:
     """The entries of a node over its axes, where they are given or computed from what is; else None."""
-    if isinstance(node, Array):
-        return node.values
-    if isinstance(node, Constant):
-        return np.full([a.size for a in node.axes], node.params)
+    if isinstance(node, Array | Constant):
+        return node.values if isinstance(node, Array) else np.array(node.params)
     found = MEASURED.get(node.graph, node.id)
     if callable(found):
-        found = found()
-        MEASURED.put(node.graph, node.id, found)
-    if found is None and isinstance(node, Rearranged):
-        inner = numbers(node.args[0].node)
-        if inner is not None and isinstance(node, Permute):
-            return inner.transpose(node.params)
-        return None if inner is None else inner.reshape([a.size for a in node.axes])
-    return found
+        found = MEASURED.put(node.graph, node.id, found())
+    if found is None and isinstance(node, Rearranged) and (inner := numbers(node.args[0].node)) is not None:
+        sizes = [axis.size for axis in node.axes]
+        found = inner.transpose(node.params) if isinstance(node, Permute) else inner.reshape(sizes)
+    return found  # pyright: ignore[reportReturnType]
 
 
 def is_known_array(node: Node) -> bool:
@@ -122,14 +113,11 @@ def all_given(values: Sequence[Any]) -> bool:
 
 def entries(x: Value) -> np.ndarray | None:
     """The numbers of a value, in its shape."""
-    found = numbers(x.node)
-    if found is None:
+    if (found := numbers(x.node)) is None:
         return None
     atoms = [a for dim in x.dims for a in dim]
-    order = [a.axis for a in atoms if a.axis is not None]
-    found = (found.transpose(order) if order else found).reshape(
-        [a.size if a.axis is not None else 1 for a in atoms]
-    )
+    found = found.transpose([a.axis for a in atoms if a.axis is not None])
+    found = found[tuple(None if a.axis is None else slice(None) for a in atoms)]
     return np.broadcast_to(found, [a.size for a in atoms]).reshape(x.shape)
 
 
@@ -165,10 +153,8 @@ def computed(graph: Graph, values: np.ndarray, axes: Sequence[Axis], sources: Se
 def known_cross(a: View, b: View, frame: Sequence[Axis]) -> np.ndarray | None:
     """E[a_i b_j] by type of two given arrays, over pairs of places; None of what is not given, or is too large."""
     sizes = [axis.size for axis in frame]
-    largest = max(math.prod(axis.size for axis in view.node.axes) for view in (a, b))
-    if math.prod(sizes) > max(MOST_COMPUTED, largest) or not (
-        is_known_array(a.node) and is_known_array(b.node)
-    ):
+    most = max(MOST_COMPUTED, *(math.prod(axis.size for axis in view.node.axes) for view in (a, b)))
+    if math.prod(sizes) > most or not (is_known_array(a.node) and is_known_array(b.node)):
         return None
     first, second = (np.broadcast_to(numbers_over(view, frame), sizes).astype(float) for view in (a, b))
     return estimated_products(first[None], second[None], frame)[0]

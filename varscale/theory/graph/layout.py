@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -30,19 +31,24 @@ Dim = tuple[Atom, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Value:
-    """A tensor: dimension d is the row-major product of the atoms dims[d]; every axis of the node is some atom's."""
+    """A tensor: dimension d is the row-major product of the atoms dims[d]; every axis of the node is some atom's.
+
+    Attributes:
+        node: its node.
+        dims: the atoms of each dimension.
+        shape: the tensor's shape.
+        constant: the number that it equals everywhere, if it is one.
+    """
 
     node: Node
     dims: tuple[Dim, ...]
 
     @functools.cached_property
     def shape(self) -> tuple[int, ...]:
-        """The tensor's shape."""
         return tuple(math.prod(atom.size for atom in dim) for dim in self.dims)
 
     @property
     def constant(self) -> float | None:
-        """The number it equals everywhere, if it is one."""
         return self.node.params if isinstance(self.node, Constant) else None
 
 
@@ -130,7 +136,7 @@ def merged(x: Value, d: int) -> Value:
     if len(x.dims[d]) <= 1:
         return x
     if 0 < len(real) < len(x.dims[d]):
-        return merged(materialize(x, [d]), d)
+        return merged(materialize(x, d), d)
     node, dims, others = x.node, list(x.dims), [k for k in range(len(x.node.axes)) if k not in real]
     if real:
         node = merge(permute(node, others + real), len(others), len(real))
@@ -139,24 +145,17 @@ def merged(x: Value, d: int) -> Value:
     return Value(node, tuple(dims))
 
 
-def materialize(x: Value, dims: Sequence[int]) -> Value:
-    """Give the constant atoms of these dimensions axes of their own (a broadcast node)."""
-    axes, new = list(x.node.axes), list(x.dims)
-    for d in dims:
-        for i, atom in enumerate(new[d]):
-            if atom.axis is None:
-                new[d] = (*new[d][:i], Atom(atom.size, len(axes)), *new[d][i + 1 :])
-                axes.append(Axis(atom.size))
-    if len(axes) == len(x.node.axes):
-        return x
-    return Value(broadcast(x.node, axes), tuple(new))
+def materialize(x: Value, d: int) -> Value:
+    """Give the constant atoms of a dimension axes of their own (a broadcast node)."""
+    new, places = [Axis(n) for n, k in x.dims[d] if k is None], itertools.count(len(x.node.axes))
+    dim = tuple(Atom(n, next(places) if k is None else k) for n, k in x.dims[d])
+    node = broadcast(x.node, (*x.node.axes, *new)) if new else x.node
+    return Value(node, (*x.dims[:d], dim, *x.dims[d + 1 :]))
 
 
 def separated(x: Value) -> Value:
     """Every dimension one axis of its own, or of size 1."""
-    for d in range(len(x.dims)):
-        x = merged(materialize(x, [d]), d)
-    return x
+    return functools.reduce(lambda x, d: merged(materialize(x, d), d), range(len(x.dims)), x)
 
 
 def transpose(x: Value, order: Sequence[int]) -> Value:
@@ -189,7 +188,7 @@ def reshape(x: Value, shape: Sequence[int]) -> Value:
             size = flat.dims[0][place].size
             common = math.gcd(n, size)
             if common == 1:  # no factor of one is one of the other: all atoms become one
-                return reshape(merged(materialize(flat, [0]), 0), shape)
+                return reshape(merged(materialize(flat, 0), 0), shape)
             if common < size:
                 flat = split_atom(flat, 0, place, (common, size // common))
             n, place = n // common, place + 1
@@ -212,10 +211,12 @@ def align(values: Sequence[Value]) -> Aligned:
     for d in range(rank):
         xs = _factor_alike(xs, d)
     frame, binds, layout = _framed(tuple((x.dims, x.node.axes) for x in xs))
-    views = [
-        View(_refined(x.node, [frame[k] for k in bind]), bind) for x, bind in zip(xs, binds, strict=True)
+    # Known numbers take the classes of the frame, so that what they say of each is kept.
+    seen = [[frame[k] for k in bind] for bind in binds]
+    nodes = [
+        x.node.over(own) if isinstance(x.node, Array) else x.node for x, own in zip(xs, seen, strict=True)
     ]
-    return Aligned(frame, views, layout)
+    return Aligned(frame, list(map(View, nodes, binds)), layout)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -246,20 +247,11 @@ def _framed(
 
 def _classed(x: Value) -> Value:
     """Known numbers along one axis tell its positions apart (the degrees of a graph): one class a number, where few."""
-    if isinstance(x.node, Array) and len(x.node.axes) == 1 and x.node.axes[0].labels is None:
-        numbers = x.node.values.astype(float)
-        if len(np.unique(numbers)) <= 2 * MOST_CLASSES < len(numbers):
-            return Value(
-                array(x.node.graph, x.node.values, [grouped(numbers[:, None], 2 * MOST_CLASSES)]), x.dims
-            )
-    return x
-
-
-def _refined(node: Node, axes: Sequence[Axis]) -> Node:
-    """Known numbers with the classes of the frame they are read over, so that what they say of each is kept."""
-    if isinstance(node, Array) and tuple(axes) != node.axes:
-        return node.graph.make(Array, axes, (), node.params)
-    return node
+    if not isinstance(x.node, Array) or len(x.node.axes) != 1 or x.node.axes[0].labels is not None:
+        return x
+    numbers = x.node.values.astype(float)
+    few = len(np.unique(numbers)) <= 2 * MOST_CLASSES < len(numbers)
+    return Value(x.node.over([grouped(numbers[:, None], 2 * MOST_CLASSES)]), x.dims) if few else x
 
 
 def _factor_alike(xs: list[Value], d: int) -> list[Value]:

@@ -68,10 +68,10 @@ class Split(Rearranged):
         return (k if k < first else max(first, k - len(sizes) + 1),)
 
     def carried(self, array: np.ndarray, *, pairs: bool) -> np.ndarray:
-        return taken_apart(array, self.args[0].node.axes, *self.params, self.axes, pairs=pairs)
+        return taken_apart(array, self.args[0].node.axes, self.axes, *self.params, pairs=pairs)
 
     def back(self, second: np.ndarray) -> np.ndarray:
-        return put_together(second, self.axes, *self.params, self.args[0].node.axes, pairs=True)
+        return put_together(second, self.axes, self.args[0].node.axes, *self.params, pairs=True)
 
 
 class Merge(Rearranged):
@@ -82,10 +82,10 @@ class Merge(Rearranged):
         return tuple(range(first, first + more + 1)) if k == first else (k if k < first else k + more,)
 
     def carried(self, array: np.ndarray, *, pairs: bool) -> np.ndarray:
-        return put_together(array, self.args[0].node.axes, *self.params, self.axes, pairs=pairs)
+        return put_together(array, self.args[0].node.axes, self.axes, *self.params, pairs=pairs)
 
     def back(self, second: np.ndarray) -> np.ndarray:
-        return taken_apart(second, self.axes, *self.params, self.args[0].node.axes, pairs=True)
+        return taken_apart(second, self.axes, self.args[0].node.axes, *self.params, pairs=True)
 
 
 class Permute(Rearranged):
@@ -247,7 +247,7 @@ class AxisMapped(Node):
 
     def prepare(self) -> None:
         x = self.args[0].node
-        self.odd, self.positive = x.odd, x.positive and bool(np.all(self.axis_map.weights >= 0))
+        self.odd, self.positive = x.odd, x.positive and bool(np.all(self.axis_map.matrix.data >= 0))
 
 
 def mapped(node: Node, k: int, axis_map: AxisMap) -> AxisMapped:

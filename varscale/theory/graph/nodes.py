@@ -80,6 +80,10 @@ class Node(Marked):
         gradient_doubt: relative error that its pullback may add.
         drawn: its values on the normal grid, where it was drawn and is not to be taken for Gaussian.
         depth: nodes on the longest way to it from a leaf or known numbers.
+        whole: it, read over its own axes.
+        unseen: bits of the leaves whose sign it does not see.
+        table: its moments, worked out when they are first asked for.
+        frame_types: the shape of a type array over its axes.
     """
 
     how: ClassVar[str] = "exact"
@@ -117,7 +121,6 @@ class Node(Marked):
 
     @property
     def whole(self) -> View:
-        """It, read over its own axes."""
         return View(self, tuple(range(len(self.axes))))
 
     @property
@@ -127,16 +130,14 @@ class Node(Marked):
 
     @property
     def unseen(self) -> int:
-        """Bits of the leaves whose sign it does not see."""
         return self.even | ~self.deps
 
     @property
     def table(self) -> Table:
-        """Its moments, worked out when they are first asked for."""
         if self._table is None and not self.graph.nested:
             for node in unknown_below(self):
                 evaluated(self.graph, node._computed)
-        return evaluated(self.graph, self._computed) if self._table is None else self._table
+        return self._table or evaluated(self.graph, self._computed)
 
     def _computed(self) -> Table:
         if self._table is None:
@@ -149,7 +150,6 @@ class Node(Marked):
 
     @functools.cached_property
     def frame_types(self) -> tuple[int, ...]:
-        """The shape of a type array over its axes."""
         return tuple(axis.types for axis in self.axes)
 
 
@@ -183,11 +183,10 @@ def part_of(node: Node, k: int, start: int, stop: int) -> Node | None:
 def unknown_below(node: Node) -> list[Node]:
     """What a node's moments are made from, as far as it is not known, each after what it is made from itself."""
     found, waiting = {node.id: node}, [node]
-    while waiting:
-        for source in waiting.pop().sources:
-            if source._table is None and source.id not in found:
-                found[source.id] = source
-                waiting.append(source)
+    for below in waiting:  # grows: each node once
+        new = {x.id: x for x in below.sources if x._table is None and x.id not in found}
+        found |= new
+        waiting += new.values()
     return [found[i] for i in sorted(found)]
 
 
@@ -243,7 +242,6 @@ class Graph:
 
 
 _NUMBERS: Fact[Hashable, np.ndarray] = Fact()  # of known arrays, by digest
-_TABLES: Fact[Hashable, Table] = Fact()  # of known arrays, with finer classes
 
 
 class Constant(Node):
@@ -261,17 +259,15 @@ def second_moments_of_constant(node: Constant) -> Table:
 
 
 class Leaf(Node):
-    """A random array with known moments: a weight, an input, random bits. `params` is its name."""
+    """A random array with known moments: a weight, an input, random bits. `params` is its name.
 
-    @property
-    def name(self) -> tuple[Any, ...]:
-        """What tells it from other leaves; the first entry says of which kind it is.
-
-        Of the kind "orthonormal" its rows or columns are an orthonormal basis, drawn evenly over all of them.
-        """
-        return self.params if isinstance(self.params, tuple) else (self.params,)
+    Attributes:
+        name: what tells it from other leaves; the first entry says of which kind it is. Of the kind "orthonormal" its rows or
+            columns are an orthonormal basis, drawn evenly over all of them.
+    """
 
     def prepare(self) -> None:
+        self.name = self.params if isinstance(self.params, tuple) else (self.params,)
         self.is_input, self.is_bits = (self.name[0] == kind for kind in ("input", "bits"))
 
     def settle(
@@ -305,22 +301,19 @@ class Leaf(Node):
 
 
 class Array(Node):
-    """Known numbers; `params` is (digest, index into the graph's store). Its table pools them by class."""
+    """Known numbers `values` over its axes; `params` is their digest. Its table pools them by class."""
 
     @property
     def values(self) -> np.ndarray:
-        """The numbers, over its axes."""
         return _NUMBERS.of(self.graph)[self.params]
 
     def prepare(self) -> None:
         self.positive = bool(self.values.size and np.min(self.values) >= 0)
         self.near = 1.0
 
-    def table_over(self, axes: Sequence[Axis]) -> Table:
-        """Its table with finer classes."""
-        if tuple(axes) == self.axes:
-            return self.table
-        return _TABLES.once(self.graph, (self.id, tuple(axes)), lambda: estimate(self.values, axes))
+    def over(self, axes: Sequence[Axis]) -> Array:
+        """The same numbers, over axes with other classes."""
+        return self.graph.make(Array, axes, (), self.params)
 
 
 @second_moments.register(Array)

@@ -12,11 +12,20 @@ from typing import Any
 import numpy as np
 
 from varscale.theory.domain.axes import Axis
-from varscale.theory.graph.expressions import IDENTITIES, Apply, Mean, Sum, alike, factors, roots_of
+from varscale.theory.graph.expressions import (
+    IDENTITIES,
+    Apply,
+    Mean,
+    Sum,
+    alike,
+    factors,
+    roots_of,
+    scale_and_shift,
+)
 from varscale.theory.graph.linear_nodes import Split
 from varscale.theory.graph.nodes import Array, Constant, Graph, Node, View, array, number
 from varscale.theory.graph.store import once_per_node
-from varscale.theory.integrals.primitives import function
+from varscale.theory.integrals.primitives import BITWISE, COMPARISONS, function
 
 
 @once_per_node
@@ -26,7 +35,7 @@ def forward(node: Node) -> Node:
         return node
     args = [View(forward(child), bind) for child, bind in node.args]
     if node.params[0] in IDENTITIES:
-        return _over(args[0], node.axes)
+        return _scaled(args[0], node.axes)
     return node.graph.make(Apply, node.axes, args, node.params) if args != list(node.args) else node
 
 
@@ -37,18 +46,7 @@ def _unrounded(c: float) -> float:
 
 def affine(node: Node, c: float, d: float) -> Node:
     """c·node + d."""
-    c = _unrounded(c)
-    if c == 1 and d == 0:
-        return node
-    if isinstance(node, Constant):
-        return number(node.graph, c * node.params + d)
-    if c == 0:
-        return number(node.graph, d)
-    if isinstance(node, Apply) and node.params[0] == "affine":
-        (inner, bind), (c0, d0) = node.args[0], node.params[1]
-        if inner.axes == node.axes and bind == inner.whole.bind:
-            return affine(inner, c * c0, c * d0 + d)
-    return node.graph.make(Apply, node.axes, [node.whole], ("affine", (float(c), float(d))))
+    return _scaled(node.whole, node.axes, c, d)
 
 
 def broadcast(node: Node, axes: Sequence[Axis]) -> Node:
@@ -56,16 +54,20 @@ def broadcast(node: Node, axes: Sequence[Axis]) -> Node:
     return node.graph.make(Apply, axes, [node.whole], ("affine", (1.0, 0.0)))
 
 
-def _over(view: View, axes: Sequence[Axis]) -> Node:
-    """The view as a node over the whole frame; a number is what it is."""
-    node, bind = view
-    if isinstance(node, Constant) or (bind == tuple(range(len(axes))) and tuple(node.axes) == tuple(axes)):
+def _scaled(view: View, axes: Sequence[Axis], c: float = 1.0, d: float = 0.0) -> Node:
+    """c·view + d over a frame; a number is what it is."""
+    node, c = view.node, _unrounded(c)
+    if isinstance(node, Constant) or c == 0:
+        return number(node.graph, c * node.params + d if c else d)
+    if view != node.whole or node.axes != tuple(axes):
+        view, c, d = View(affine(node, c, d), view.bind), 1.0, 0.0
+    elif c == 1 and d == 0:
         return node
-    return node.graph.make(Apply, axes, [view], ("affine", (1.0, 0.0)))
-
-
-def _scaled(view: View, axes: Sequence[Axis], c: float, d: float) -> Node:
-    return _over(View(affine(view.node, c, d), view.bind), axes)
+    elif isinstance(node, Apply) and node.params[0] == "affine":
+        inner, (scale, shift) = node.args[0], node.params[1]
+        if inner == inner.node.whole and inner.node.axes == node.axes:
+            return _scaled(inner, axes, c * scale, c * shift + d)
+    return node.graph.make(Apply, axes, [view], ("affine", (float(c), float(d))))
 
 
 def apply(
@@ -79,38 +81,28 @@ def apply(
     (x, y), (c, d) = (views[0], views[-1]), (constants[0], constants[-1])
     match name:
         case "add" | "add_any" | "sub":
-            sign = -1.0 if name == "sub" else 1.0
-            if d is not None:
-                return _scaled(x, axes, 1.0, sign * d)
-            if c is not None:
-                return _scaled(y, axes, sign, c)
-            if x == y:
-                return _scaled(x, axes, 1 + sign, 0.0)
             mine, others = (set(roots_of(view)) for view in views)
-            if not (mine <= others or others <= mine):
-                return total(graph, (1.0, sign), axes, views)
-            return graph.make(Apply, axes, views, (name.removesuffix("_any"), extra))
+            if mine and others and x != y and (mine <= others or others <= mine):
+                return graph.make(Apply, axes, views, (name.removesuffix("_any"), extra))
+            return total(graph, (1.0, -1.0 if name == "sub" else 1.0), axes, views)
         case "mul" if d is not None:
-            return _scaled(x, axes, d, 0.0)
+            return _scaled(x, axes, d)
         case "mul" if c is not None:
-            return _scaled(y, axes, c, 0.0)
-        case "mul" if x == y:
+            return _scaled(y, axes, c)
+        case "mul" | "square" if x == y:
             return apply(graph, "integer_pow", (2,), axes, [x])
         case "div" if d:
-            return _scaled(x, axes, 1 / d, 0.0)
+            return _scaled(x, axes, 1 / d)
         case "neg":
-            return _scaled(x, axes, -1.0, 0.0)
-        case "square":
-            return apply(graph, "integer_pow", (2,), axes, [x])
+            return _scaled(x, axes, -1.0)
         case "pow" if d is not None:
             return apply(graph, "integer_pow" if d % 1 == 0 else "power", (d,), axes, [x])
         case "integer_pow" if extra[0] == 1:
-            return _over(x, axes)
+            return _scaled(x, axes)
         case "select_n" if c is not None:
-            return _over(views[1 + int(c)], axes)
+            return _scaled(views[1 + int(c)], axes)
         case "select_n" if len(views) == 3 and 0 in constants and constants[1:].count(None) == 1:
-            # A branch of zeros makes the choice a factor, 1 or 0, and factors that are independent multiply
-            # exactly.
+            # A branch of zeros makes the choice a factor, 1 or 0: independent factors multiply exactly.
             kept = constants.index(None, 1)
             branches = [View(number(graph, float(k == kept)), ()) for k in (1, 2)]
             which = graph.make(Apply, x.node.axes, [x.node.whole, *branches], ("select_n", ()))
@@ -123,7 +115,7 @@ def total(graph: Graph, weights: Sequence[float], axes: tuple[Axis, ...], views:
     terms: dict[View, float] = {}
     offset = 0.0
     for c, view in zip(weights, views, strict=True):
-        scale, shift, view = _bare(view)
+        scale, shift, view = scale_and_shift(view)
         known, c, offset = terms.get(view, 0.0), c * scale, offset + c * shift
         terms[view] = 0.0 if alike(known, -c) else _unrounded(known + c)
     live = [(c, view) for view, c in terms.items() if c != 0]
@@ -159,28 +151,17 @@ def _cancelled(terms: Sequence[tuple[float, View]]) -> list[tuple[float, View]] 
     return list(itertools.chain(*opened)) if gone else None
 
 
-def _bare(view: View) -> tuple[float, float, View]:
-    """What a view is c· + d of, in whatever order of axes: c, d, and that; c = 0 of a number."""
-    c, d = 1.0, 0.0
-    while isinstance(view.node, Apply) and view.node.params[0] == "affine":
-        scale, shift = view.node.params[1]
-        c, d, view = c * scale, d + c * shift, view.node.args[0].within(view.bind)
-    return (0.0, d + c * view.node.params, view) if isinstance(view.node, Constant) else (c, d, view)
-
-
 def _is_variance(node: Sum) -> bool:
     """Whether it is the mean of squares less the square of the mean of the same over the same axes."""
     if len(node.args) != 2 or not alike(node.params[0], -node.params[1]):
         return False
     plus, minus = (node.args[i] for i in np.argsort(node.params)[::-1])
-    if not isinstance(plus.node, Mean):
-        return False
-    squares, reduced = plus.node.args[0].node, plus.node.params
+    squares = plus.node.args[0].node if isinstance(plus.node, Mean) else plus.node
     if not all(isinstance(x, Apply) and x.params == ("integer_pow", (2,)) for x in (squares, minus.node)):
         return False
-    scale, shift, mean = _bare(minus.node.args[0].within(minus.bind))
-    own = mean_node(_over(squares.args[0], squares.axes), reduced)
-    c, d, found = _bare(View(own, plus.bind))
+    scale, shift, mean = scale_and_shift(minus.node.args[0].within(minus.bind))
+    own = mean_node(_scaled(squares.args[0], squares.axes), plus.node.params)
+    c, d, found = scale_and_shift(View(own, plus.bind))
     return found == mean and alike(c, scale) and alike(d, shift)
 
 
@@ -232,36 +213,33 @@ def _mean_node(node: Node, axes: tuple[int, ...]) -> Node:
     graph = node.graph
     left = tuple(a for k, a in enumerate(node.axes) if k not in axes)
     new = {k: k - sum(j < k for j in axes) for k in range(len(node.axes)) if k not in axes}
-    if isinstance(node, Array):
-        return array(graph, node.values.mean(axis=axes), left)
 
     def inside(view: View) -> View:
         mean = mean_node(view.node, [j for j, b in enumerate(view.bind) if b in axes])
         places = tuple(new[b] for b in view.bind if b not in axes)
         return View(mean, () if isinstance(mean, Constant) else places)
 
-    if isinstance(node, Sum):
-        own, mean = node.axes, total(graph, node.params, left, [inside(v) for v in node.args])
-        return graph.derive(node, mean, lambda g: mean_pullback(g, axes, own))
-    if isinstance(node, Apply) and node.params[0] == "affine":
-        return _scaled(inside(node.args[0]), left, *node.params[1])
     if isinstance(node, Apply) and node.params[0] == "integer_pow":
         node = _powers_apart(node, axes)
-    if isinstance(node, Apply) and node.params[0] in ("mul", "div"):
-        x, y = node.args
-        # A factor that is constant along the axes comes out.
-        if not set(axes) & set(y.bind) or (node.params[0] == "mul" and not set(axes) & set(x.bind)):
-            return apply(graph, node.params[0], (), left, [inside(x), inside(y)])
-        if (product := _factors_apart(node, axes)) is not None:
-            return mean_node(product, axes)
-    if isinstance(node, Mean):
-        places = [k for k in range(len(node.args[0].node.axes)) if k not in node.params]
-        return mean_node(node.args[0].node, [*node.params, *(places[k] for k in axes)])
-    if isinstance(node, Split):
-        k, sizes = node.params
-        factors = range(k, k + len(sizes))
-        if set(factors) <= set(axes):  # all factors of an axis are the axis
-            whole = [j if j < k else j - len(sizes) + 1 for j in axes if j not in factors]
+    match node, node.params:
+        case Array(), _:
+            return array(graph, node.values.mean(axis=axes), left)
+        case Sum(), weights:
+            back = functools.partial(mean_pullback, reduced=axes, axes=node.axes)
+            return graph.derive(node, total(graph, weights, left, [inside(v) for v in node.args]), back)
+        case Apply(), ("affine", extra):
+            return _scaled(inside(node.args[0]), left, *extra)
+        case Apply(), ("mul" | "div" as name, extra):
+            varied = [bool(set(axes) & set(view.bind)) for view in node.args]
+            if not varied[1] or (name == "mul" and not varied[0]):  # what is constant along them comes out
+                return apply(graph, name, extra, left, [inside(view) for view in node.args])
+            if (product := _factors_apart(node, axes)) is not None:
+                return mean_node(product, axes)
+        case Mean(), reduced:
+            places = [k for k in range(len(node.args[0].node.axes)) if k not in reduced]
+            return mean_node(node.args[0].node, [*reduced, *(places[k] for k in axes)])
+        case Split(), (k, sizes) if {*range(k, k + len(sizes))} <= {*axes}:  # all factors are the axis
+            whole = [j if j < k else j - len(sizes) + 1 for j in axes if j not in range(k, k + len(sizes))]
             return mean_node(node.args[0].node, [k, *whole])
     return graph.make(Mean, left, [node.whole], axes)
 
@@ -285,42 +263,18 @@ def _factors_apart(node: Apply, axes: Sequence[int]) -> Node | None:
 
 def _powers_apart(node: Apply, axes: Sequence[int]) -> Node:
     """(x y)ⁿ as xⁿ yⁿ, where one factor is constant along the axes: the scale of a norm comes out of the next norm's mean."""
-    (inner, bind), (name, extra), graph = node.args[0], node.params, node.graph
-    if not isinstance(inner, Apply) or inner.params[0] not in ("mul", "div"):
-        return node
-    parts = [view.within(bind) for view in inner.args]
+    (inner, bind), (name, extra) = node.args[0], node.params
+    product = isinstance(inner, Apply) and inner.params[0] in ("mul", "div")
+    parts = [view.within(bind) for view in inner.args] if product else []
     if all(any(b in axes for b in view.bind) for view in parts):
         return node
-    powers = [apply(graph, name, extra, x.node.axes, [x.node.whole]) for x in parts]
-    views = [View(x, view.bind if x.axes else ()) for x, view in zip(powers, parts, strict=True)]
-    return apply(graph, inner.params[0], (), node.axes, views)
+    powers = [View(apply(node.graph, name, extra, x.axes, [x.whole]), bind) for x, bind in parts]
+    return apply(node.graph, inner.params[0], (), node.axes, powers)
 
 
 # Whose derivative is zero wherever they have one, or by decree; of a choice by what it is chosen by.
-_FLAT = {
-    "gt",
-    "lt",
-    "ge",
-    "le",
-    "eq",
-    "ne",
-    "sign",
-    "floor",
-    "ceil",
-    "round",
-    "is_finite",
-    "convert",
-    "bitcast",
-    "and",
-    "or",
-    "xor",
-    "not",
-    "shift_left",
-    "shift_right_logical",
-    "shift_right_arithmetic",
-    "stop_gradient",
-    "select_n",
-}
+_STEPS = {"sign", "floor", "ceil", "round", "is_finite", "convert", "bitcast", "stop_gradient", "select_n"}
+_FLAT = _STEPS | COMPARISONS.keys() | BITWISE.keys()
 
 
 def derivative(node: Node, target: View) -> View | None:

@@ -12,28 +12,42 @@ from scipy import special
 _TINY = 1e-300
 
 
-def _like(x: Any, y: Any) -> tuple[np.ndarray, np.ndarray]:
+def _like(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Two operands of a bitwise operation: the one that is a plain number takes the other's integer type."""
-    x, y = np.asarray(x), np.asarray(y)
-    if x.dtype.kind == "f":
-        x = x.astype(
-            np.uint64 if np.max(x, initial=0.0) >= 2.0**63 else np.int64
-        )  # the upper half of 64 random bits
+    if x.dtype.kind == "f":  # the upper half of 64 random bits is no signed number
+        x = x.astype(np.uint64 if np.max(x, initial=0.0) >= 2.0**63 else np.int64)
         x = x.astype(y.dtype) if y.dtype.kind in "ui" else x
     return x, y.astype(x.dtype) if y.dtype.kind == "f" else y
 
 
-def _bitwise(ufunc: Any) -> Callable[..., np.ndarray]:
-    return lambda x, y: ufunc(*_like(x, y))
+COMPARISONS = {
+    "gt": np.greater,
+    "lt": np.less,
+    "ge": np.greater_equal,
+    "le": np.less_equal,
+    "eq": np.equal,
+    "ne": np.not_equal,
+}
+_LOGICAL = {"and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor, "not": np.logical_not}
+BITWISE = {
+    "and": np.bitwise_and,
+    "or": np.bitwise_or,
+    "xor": np.bitwise_xor,
+    "not": np.bitwise_not,
+    "shift_right_logical": np.right_shift,
+    "shift_right_arithmetic": np.right_shift,
+    "shift_left": np.left_shift,
+}
 
 
-def _logical_or_bits(logical: Any, bitwise: Any) -> Callable[..., np.ndarray]:
-    """`and`, `or`, `xor` of booleans (kept as 0 and 1) and of random bits."""
+def _on_bits(name: str) -> Callable[..., np.ndarray]:
+    """A bitwise operation; of booleans, which are kept as 0 and 1, the logical one."""
 
-    def f(x: Any, y: Any) -> np.ndarray:
-        x, y = np.asarray(x), np.asarray(y)
-        bits = x.dtype.kind in "ui" or y.dtype.kind in "ui"
-        return bitwise(*_like(x, y)) if bits else logical(x, y).astype(float)
+    def f(*operands: Any) -> np.ndarray:
+        xs = [np.asarray(x) for x in operands]
+        if name in _LOGICAL and not any(x.dtype.kind in "ui" for x in xs):
+            return _LOGICAL[name](*xs).astype(float)
+        return BITWISE[name](*(_like(*xs) if len(xs) == 2 else xs))
 
     return f
 
@@ -44,13 +58,9 @@ def _compare(ufunc: Any) -> Callable[..., np.ndarray]:
 
 def _convert(x: np.ndarray, kind: str) -> np.ndarray:
     x = np.asarray(x)
-    if kind.startswith("uint"):
-        return x.astype(kind)
-    if kind == "b":
-        return (x != 0).astype(float)
     if kind in "iu":
         return x if x.dtype.kind in "iu" else np.trunc(x)
-    return x.astype(float)
+    return (x != 0).astype(float) if kind == "b" else x.astype(kind if kind.startswith("uint") else float)
 
 
 def _bitcast(x: np.ndarray, dtype: str) -> np.ndarray:
@@ -103,15 +113,6 @@ def _integer_pow(x: Any, y: Any) -> Any:
     return x * x if y == 2 else x * x * x if y == 3 else np.power(x, float(y))
 
 
-_COMPARISONS = {
-    "gt": np.greater,
-    "lt": np.less,
-    "ge": np.greater_equal,
-    "le": np.less_equal,
-    "eq": np.equal,
-    "ne": np.not_equal,
-}
-
 FUNCTIONS: dict[str, Callable[..., Any]] = {
     "stop_gradient": lambda x: x,
     "own_gradient": lambda x: x,
@@ -162,17 +163,9 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "select_n": lambda which, *cases: np.select(
         [np.asarray(which) == i for i in range(len(cases))], [np.clip(c, -1e30, 1e30) for c in cases]
     ),
-    **{name: _compare(ufunc) for name, ufunc in _COMPARISONS.items()},
-    "and": _logical_or_bits(np.logical_and, np.bitwise_and),
-    "or": _logical_or_bits(np.logical_or, np.bitwise_or),
-    "xor": _logical_or_bits(np.logical_xor, np.bitwise_xor),
-    "not": lambda x: (
-        np.bitwise_not(x) if np.asarray(x).dtype.kind in "ui" else np.logical_not(x).astype(float)
-    ),
+    **{name: _compare(ufunc) for name, ufunc in COMPARISONS.items()},
+    **{name: _on_bits(name) for name in BITWISE},
     "is_finite": lambda x: np.isfinite(x).astype(float),
-    "shift_right_logical": _bitwise(np.right_shift),
-    "shift_right_arithmetic": _bitwise(np.right_shift),
-    "shift_left": _bitwise(np.left_shift),
     "affine": lambda x, c, d: c * x + d,
     "integer_pow": _guard(_integer_pow),
     "power": _guard(lambda x, y: np.power(x, y)),
@@ -180,35 +173,15 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "bitcast": _bitcast,
 }
 
-_LOGIC = {"and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor, "not": np.logical_not}
-
-POSITIVE = {
-    "abs",
-    "exp",
-    "exp2",
-    "logistic",
-    "power",
-    "sqrt",
-    "rsqrt",
-    "gt",
-    "lt",
-    "ge",
-    "le",
-    "eq",
-    "ne",
-    "and",
-    "or",
-    "not",
-    "is_finite",
-}
+_NOT_NEGATIVE = {"abs", "exp", "exp2", "logistic", "power", "sqrt", "rsqrt", "and", "or", "not", "is_finite"}
+POSITIVE = _NOT_NEGATIVE | COMPARISONS.keys()
 
 
 def function(name: str, extra: tuple[Any, ...]) -> Callable[..., np.ndarray]:
     """The NumPy function of an elementwise node: a primitive with its static parameters, or "∂k name", its derivative."""
     if name.startswith("∂"):
-        return partial(
-            function(name[2:], extra), int(name[1]), _SECOND_STEP if name[2:].startswith("∂") else _FIRST_STEP
-        )
+        step = _SECOND_STEP if name[2:].startswith("∂") else _FIRST_STEP
+        return partial(function(name[2:], extra), int(name[1]), step)
     f = FUNCTIONS[name]
     return (lambda *xs: f(*xs, *extra)) if extra else f
 
@@ -216,9 +189,8 @@ def function(name: str, extra: tuple[Any, ...]) -> Callable[..., np.ndarray]:
 def of_known(name: str, extra: tuple[Any, ...], xs: Sequence[np.ndarray]) -> np.ndarray:
     """A primitive of known numbers. What is true or false stays boolean, an eighth as large, and is read as 0 and 1."""
     boolean = [np.asarray(x).dtype == bool for x in xs]
-    if name in _COMPARISONS:
-        return _COMPARISONS[name](*xs)
-    if name in _LOGIC and all(boolean):
-        return _LOGIC[name](*xs)
+    raw = COMPARISONS.get(name) or (_LOGICAL.get(name) if all(boolean) else None)
+    if raw is not None:
+        return raw(*xs)
     numbers = [np.asarray(x, float) if b else x for x, b in zip(xs, boolean, strict=True)]
     return np.asarray(function(name, extra)(*numbers))

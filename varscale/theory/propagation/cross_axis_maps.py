@@ -258,7 +258,7 @@ def cross_by_kind_of_merge(node: Merge, a: View, b: View, frame: Sequence[Axis])
         if at <= p < at + count:
             factors[p - at] = join(factors[p - at], axis)
     wide = (*frame[:at], *factors, *frame[at + 1 :])
-    return put_together(cross(views[0], views[1], wide), wide, at, sizes, frame, pairs=True)
+    return put_together(cross(views[0], views[1], wide), wide, frame, at, sizes, pairs=True)
 
 
 @second_moments.register(AxisMapped)

@@ -251,7 +251,7 @@ def lower_triangle(axis: Axis, *, reverse: bool = False) -> AxisMap:
 @rule("cumsum")
 def cumsum(interpreter: Context, eqn: Any, x: Value) -> Value:
     d = eqn.params["axis"]
-    x = merged(materialize(x, [d]), d)
+    x = merged(materialize(x, d), d)
     if not x.dims[d]:
         return x  # one position
     k = x.dims[d][0].axis

@@ -83,7 +83,7 @@ class Softmax(Node):
         second = self.args[0].second(self.axes)
         for node, bind in self.args[2:]:
             assert isinstance(node, Array)
-            seeing = node.table_over([self.axes[b] for b in bind])
+            seeing = node.over([self.axes[b] for b in bind]).table
             second = second * lift(seeing.second, seeing.axes, bind, self.axes, pairs=True)
         return apart(self.by_key(np.broadcast_to(second, self.frame_types)), self.shared)
 
@@ -94,7 +94,7 @@ class Softmax(Node):
             return None
         view = self.args[1]
         assert isinstance(view.node, Array)
-        return view.node.table_over([self.axes[b] for b in view.bind])
+        return view.node.over([self.axes[b] for b in view.bind]).table
 
     @property
     def counts(self) -> tuple[np.ndarray, np.ndarray]:
