@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from varscale.theory.domain.axes import Axis
+from varscale.theory.domain.axes import Axis, outer
 from varscale.theory.domain.tables import LOOSE, NEGLIGIBLE, ROUGH
 from varscale.theory.graph.convolutions import Conv
 from varscale.theory.graph.expressions import Apply, Mean, Sum, factors, roots, roots_of
@@ -105,14 +105,11 @@ def _within_domain(name: str, extra: tuple[Any, ...]) -> Callable[..., np.ndarra
 def _by_root(node: Apply) -> dict[View | None, list[tuple[View, list[View]]]]:
     """Factors by the one root of theirs that fluctuates, each with those that do not."""
     out: dict[View | None, list[tuple[View, list[View]]]] = {}
-    for factor in factors(View(node, tuple(range(len(node.axes)))))[1]:
+    for factor in factors(node.whole)[1]:
         own = roots_of(factor)
         live = [r for r in own if not concentrated(r.node)]
-        if len(live) > 1 or any(
-            isinstance(r.node, Array) or (isinstance(r.node, Leaf) and r.node.is_bits) for r in own
-        ):
-            continue
-        out.setdefault(live[0] if live else None, []).append((factor, [r for r in own if r not in live]))
+        if len(live) <= 1 and not any(isinstance(r.node, Array) or r.node.is_bits for r in own):
+            out.setdefault(live[0] if live else None, []).append((factor, [r for r in own if r not in live]))
     return out
 
 
@@ -245,21 +242,13 @@ def lost_excess_of(node: Node) -> float:
 
 @lost_excess_of.register(Merge)
 def lost_excess_of_merge(node: Merge) -> float:
-    source = node.args[0].node
-    k, count = node.params[0], len(node.params[1])
-    table = source.table
-    second = table.second[tuple(slice(None) if k <= d < k + count else 0 for d in range(len(source.axes)))]
-    pairs = functools.reduce(
-        np.multiply.outer, [axis.pairs for axis in source.axes[k : k + count]], np.array(1.0)
-    )
-    agree = functools.reduce(
-        np.logical_and.outer, [a.agrees for a in source.axes[k : k + count]], np.array(True)
-    )
-    apart = np.where(agree, 0.0, pairs)
+    source, (k, sizes) = node.args[0].node, node.params
+    table, factors = source.table, source.axes[k : k + len(sizes)]
+    second = table.second[(0,) * k][(..., *[0] * (len(source.axes) - k - len(sizes)))]
+    apart = outer(axis.pairs for axis in factors) * (outer(axis.agrees for axis in factors) == 0)
     if not apart.any():
         return lost_excess(source)
-    usual = float((apart * second).sum() / apart.sum())
-    most = float(second[apart > 0].max())
+    usual, most = float(apart @ second.ravel() / apart.sum()), float(second.ravel()[apart > 0].max())
     return (most - usual) / max(table.mean_square, 1e-300) + lost_excess(source)
 
 

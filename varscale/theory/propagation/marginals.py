@@ -21,7 +21,16 @@ from scipy import special
 
 from varscale.theory.domain.axes import Axis, apply_axis, contract_axis
 from varscale.theory.domain.axis_maps import class_shares
-from varscale.theory.domain.tables import NEGLIGIBLE, NEXT_ORDER, Table, by_type, lift, over_frame
+from varscale.theory.domain.tables import (
+    NEGLIGIBLE,
+    NEXT_ORDER,
+    Table,
+    by_type,
+    full_types,
+    lift,
+    means_by_type,
+    over_frame,
+)
 from varscale.theory.graph.expressions import Apply, Mean, Sum, connected, factors, form, roots, roots_of
 from varscale.theory.graph.linear_nodes import Rearranged
 from varscale.theory.graph.nodes import Array, Constant, Graph, Leaf, Node, View
@@ -56,9 +65,16 @@ class Marginal:
 
     @functools.cached_property
     def correlation(self) -> np.ndarray:
-        """Latent correlations by type."""
-        table = self.root.table
-        return latent(table, self.deviation, self.quantiles, lognormal=_is_lognormal(self.root, table))
+        """By type, of the normals behind it: those that give it its covariance (Nataf 1962); 1 where i = j."""
+        table, axes, values = self.root.table, self.root.axes, self.quantiles
+        covariance, scale = table.covariance, self.deviation
+        if _is_lognormal(self.root, table):  # for which there is a closed form
+            scale, values = np.sqrt(np.log1p(np.square(scale / table.mean))), None
+            covariance = np.log1p(np.maximum(covariance / table.outer, -1 + 1e-15))
+        lines = [None if values is None else by_type(values @ HERMITE, axes, second=s) for s in (False, True)]
+        rho = np.array(full_types(_behind(covariance, means_by_type(scale, axes), lines), axes))
+        rho[tuple(slice(0, a.classes) for a in axes)] = 1.0
+        return rho
 
     @functools.cached_property
     def rounded(self) -> bytes:
@@ -98,23 +114,15 @@ def quantiles_of_kind(root: Node, table: Table, deviation: np.ndarray) -> np.nda
 def quantiles(root: Node) -> np.ndarray | None:
     """Values of a root that is not Gaussian on the normal grid, (classes..., points); None where it is."""
     table, deviation = root.table, marginal(root).deviation
-    if isinstance(root, Leaf):
-        return (
-            None if root.transport is None else np.broadcast_to(root.transport, (*table.mean.shape, POINTS))
-        )
-    if root.drawn is not None:
-        return np.broadcast_to(root.drawn, (*table.mean.shape, POINTS))
     if isinstance(root, Array):
         return followed(root, root)
-    if root.moves:
-        source = root.args[0].node  # other places, the same law
-        if all(a.classes == 1 for a in source.axes) and isinstance(source, Leaf | Array | Rearranged):
-            inner = quantiles(source)
-            return (
-                None
-                if inner is None
-                else np.broadcast_to(inner.reshape(-1, POINTS)[0], (*table.mean.shape, POINTS))
-            )
+    line = root.transport if isinstance(root, Leaf) else root.drawn
+    source = root.args[0].node if root.moves and line is None else None  # other places, the same law
+    moved = isinstance(source, Leaf | Array | Rearranged) and all(a.classes == 1 for a in source.axes)
+    if moved and (inner := quantiles(source)) is not None:
+        line = inner.reshape(-1, POINTS)[0]
+    if line is not None or moved or isinstance(root, Leaf):
+        return None if line is None else np.broadcast_to(line, (*table.mean.shape, POINTS))
     shape = quantiles_of_kind(root, table, deviation)
     if shape is not None:
         return np.maximum(shape, 0.0) if root.positive else shape
@@ -136,34 +144,18 @@ def followed(array: Array, leader: Array) -> np.ndarray:
     return out
 
 
-def latent(table: Table, deviation: np.ndarray, values: np.ndarray | None, *, lognormal: bool) -> np.ndarray:
-    """Correlations of the normals behind a root, by type: those that give it its covariance (Nataf 1962); 1 where i = j.
+def _behind(covariance: np.ndarray, scales: np.ndarray, lines: Sequence[np.ndarray | None]) -> np.ndarray:
+    """Correlations of two normals of which functions have this covariance, by type.
 
     Args:
-        table: the root's moments.
-        deviation: its standard deviations by class.
-        values: its values on the normal grid, (classes..., points); None where it is Gaussian.
-        lognormal: whether it is lognormal, for which there is a closed form.
+        covariance: the functions'.
+        scales: the product of their standard deviations.
+        lines: their Hermite coefficients; None of a straight line.
     """
-    axes, covariance = table.axes, table.covariance
-    if lognormal:
-        scale = np.sqrt(np.log1p(np.square(deviation / table.mean)))
-        covariance = np.log1p(np.maximum(covariance / table.outer, -1 + 1e-15))
-    else:
-        scale = deviation
-    pairs = by_type(scale, axes, second=False) * by_type(scale, axes, second=True)
-    rho = np.clip(covariance / np.maximum(pairs, 1e-300), -1.0, 1.0)
-    if values is not None and not lognormal:
-        ai, aj = (by_type(values @ HERMITE, axes, second=second) for second in (False, True))
-        rho = correlation_behind(ai, aj, rho)
-    rho = np.array(np.broadcast_to(rho, [a.types for a in axes]))
-    rho[tuple(slice(0, a.classes) for a in axes)] = 1.0
-    return rho
-
-
-def correlation_behind(a: np.ndarray, b: np.ndarray, rho: np.ndarray) -> np.ndarray:
-    """Correlations of two normals whose functions, of Hermite coefficients a and b, have the correlations `rho`."""
-    a, b = (np.where(np.arange(x.shape[-1]) > 0, x, 0.0) for x in (a, b))
+    rho = np.clip(covariance / np.maximum(scales, 1e-300), -1.0, 1.0)
+    if all(line is None for line in lines):
+        return rho
+    a, b = (np.eye(DEGREE)[1] if line is None else line * (np.arange(DEGREE) > 0) for line in lines)
     whole = np.sqrt(np.sum(a**2, -1) * np.sum(b**2, -1))
     return solved(a * b / np.maximum(whole, 1e-300)[..., None], rho)
 
@@ -197,22 +189,23 @@ def evaluate(
     while waiting:
         last = waiting[-1]
         node, bind = last
-        args = (
-            [child.within(bind) for child in node.args] if isinstance(node, Apply) and last not in env else []
-        )
-        if missing := [x for x in args if x not in env]:
-            waiting += missing
-            continue
-        waiting.pop()
+        args = [child.within(bind) for child in node.args] if isinstance(node, Apply) else []
         if last in env:
-            continue
-        if isinstance(node, Apply):
+            waiting.pop()
+        elif missing := [x for x in args if x not in env]:
+            waiting += missing
+        elif isinstance(node, Apply):
             with np.errstate(all="ignore"):
                 env[last] = function(*node.params)(*(env[x] for x in args))
         else:
             constant = isinstance(node, Constant)
             env[last] = np.full((1,) * (len(frame) + 1), node.params) if constant else grid(last, frame)
     return env[view]
+
+
+def in_class(values: np.ndarray, cell: Sequence[int]) -> np.ndarray:
+    """Values at one class of each axis of a frame, from (classes or 1..., points)."""
+    return values[tuple(c if n > 1 else 0 for c, n in zip(cell, values.shape, strict=False))]
 
 
 def at_means(held: Iterable[View], frame: Sequence[Axis]) -> Environment:
@@ -264,13 +257,10 @@ def uncentred(view: View) -> View:
 
 def independent_factors(node: Node) -> list[View]:
     """The factors of an elementwise tree over its own frame, those that read a common fluctuating root as one: x·Φ(x)."""
-    view = View(node, tuple(range(len(node.axes))))
-    parts = factors(view)[1]
+    parts = factors(node.whole)[1]
     reads = {factor: {r for r in roots_of(factor) if not concentrated(r.node)} for factor in parts}
     return [
-        functools.reduce(
-            lambda a, b: View(node.graph.make(Apply, node.axes, [a, b], ("mul", ())), view.bind), group
-        )
+        functools.reduce(lambda a, b: node.graph.make(Apply, node.axes, [a, b], ("mul", ())).whole, group)
         for group in connected(parts, lambda f, g: reads[f] & reads[g])
     ]
 
@@ -294,40 +284,24 @@ def cofactors(node: Node) -> dict[View, list[View]]:
     ]
     live = [r for r in own if not concentrated(r.node)] or own
     out = {r: [r] for r in live}
-    for scale in own:
-        if scale in live:
-            continue
-        partners = [r for r in live if r.node.deps & scale.node.deps]
-        if partners:
-            main = max(partners, key=lambda r: (r.node.deps & scale.node.deps).bit_count())
-            out[main].append(scale)
-        else:
-            out[scale] = [scale]
+    for scale in (r for r in own if r not in live):
+        partners = (r for r in live if r.node.deps & scale.node.deps)
+        main = max(partners, key=lambda r: (r.node.deps & scale.node.deps).bit_count(), default=scale)
+        out.setdefault(main, []).append(scale)
     return out
 
 
 def latent_cross(a: View, b: View, frame: Sequence[Axis]) -> np.ndarray:
-    """`latent` of two different roots, from their cross-moments: correlations by type of the frame, (types or 1...)."""
-    covariance = cross(a, b, frame) - mean_product(a, b, frame)
-    lines, scales = [], []
+    """Correlations of the normals behind two roots, from their cross-moments, by type of the frame, (types or 1...)."""
+    scales, lines = [], []
     for view, second in ((a, False), (b, True)):
         own = marginal(view.node)
-        scales.append(
-            by_type(lift(own.deviation, view.node.axes, view.bind, frame, pairs=False), frame, second=second)
-        )
-        line = (
-            None
-            if isinstance(view.node, Apply) or own.gaussian
-            else placed(own.values, view, frame) @ HERMITE
-        )
-        lines.append(_STRAIGHT_LINE if line is None else by_type(line, frame, second=second))
-    rho = np.clip(covariance / np.maximum(scales[0] * scales[1], 1e-300), -1.0, 1.0)
-    if all(line is _STRAIGHT_LINE for line in lines):
-        return rho
-    return correlation_behind(lines[0], lines[1], rho)
-
-
-_STRAIGHT_LINE = np.eye(DEGREE)[1]  # Hermite coefficients of a normal
+        straight = isinstance(view.node, Apply) or own.gaussian
+        line = None if straight else placed(own.values, view, frame) @ HERMITE
+        lines.append(None if line is None else by_type(line, frame, second=second))
+        scales.append(lift(own.deviation, view.node.axes, view.bind, frame, pairs=False))
+    covariance = cross(a, b, frame) - mean_product(a, b, frame)
+    return _behind(covariance, means_by_type(scales[0], frame, scales[1]), lines)
 
 
 def factored(rho: np.ndarray, graph: Graph) -> np.ndarray:

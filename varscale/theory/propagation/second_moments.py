@@ -5,12 +5,14 @@ Independent groups of roots multiply; a group of one root is a Mehler sum, a lar
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from varscale.theory.domain.axes import Axis, apply_axis, contract_axis, sliced
+from varscale.theory.domain.axes import Axis, apply_axis, contract_axes, sliced
 from varscale.theory.domain.axis_maps import pair_map
 from varscale.theory.domain.tables import NEGLIGIBLE, ROUGH, Table, by_type, lift, means_by_type
 from varscale.theory.graph.expressions import (
@@ -44,6 +46,7 @@ from varscale.theory.propagation.marginals import (
     factored,
     followed,
     grid,
+    in_class,
     integral_key,
     latent_cross,
     marginal,
@@ -56,15 +59,13 @@ MOST_VARIABLES = 5  # roots of one cubature: points in twice as many dimensions 
 _MOST_INTEGRALS = 8000  # of one function, some milliseconds each; with more its module is drawn
 
 
-class _Group:
+class _Group(NamedTuple):
     """Factors of f (read at i) and of g (read at j) that share roots; those roots; known arrays that go with one of them."""
 
-    def __init__(self, f: list[View], g: list[View], variables: list[View], followers: dict[View, _Follower]):
-        self.f, self.g, self.variables, self.followers = f, g, variables, followers
-
-    def known(self, fixed: Environment) -> Environment:
-        """What is fixed, and the followers on the grid of what they follow."""
-        return {**fixed, **{k: follower.grid for k, follower in self.followers.items()}}
+    f: list[View]
+    g: list[View]
+    variables: list[View]
+    followers: dict[View, _Follower]
 
 
 class _Follower(NamedTuple):
@@ -76,13 +77,13 @@ class _Follower(NamedTuple):
 
 def _followers(variables: Sequence[View], frame: Sequence[Axis]) -> dict[View, _Follower]:
     """Known arrays over axes that an earlier one is over, too."""
+    arrays = {view: view.node for view in variables if isinstance(view.node, Array)}
     leaders: dict[tuple[int, ...], View] = {}
     out = {}
-    for view in variables:
-        if isinstance(view.node, Array):
-            leader = leaders.setdefault(view.bind, view)
-            if leader is not view and isinstance(leader.node, Array) and leader.node.axes == view.node.axes:
-                out[view] = _Follower(leader, placed(followed(view.node, leader.node), view, frame))
+    for view, node in arrays.items():
+        leader = leaders.setdefault(view.bind, view)
+        if leader is not view and arrays[leader].axes == node.axes:
+            out[view] = _Follower(leader, placed(followed(node, arrays[leader]), view, frame))
     return out
 
 
@@ -90,39 +91,33 @@ def _groups(f: list[View], g: list[View], frame: Sequence[Axis]) -> tuple[list[_
     """Sort factors into independent groups; concentrated roots that depend on the others become their means."""
     mark_sums([*f, *g])
     mark_weights([*f, *g])
+    reads = {x: roots_of(x) for x in (*f, *g)}
     variables = roots_of(*f, *g)
     rest = [v for v in variables if not concentrated(v.node)]
     fixed: Environment = {}
-    for v in variables if len(variables) > 1 and rest else ():
-        alone = not any(v.node.deps & r.node.deps for r in rest) and all(
-            roots_of(x) == [v] for x in (*f, *g) if v in roots_of(x)
-        )
-        if v not in rest and not alone:
+    for v in (v for v in variables if v not in rest) if rest else ():
+        alone = all(own == [v] for own in reads.values() if v in own)
+        if not alone or any(v.node.deps & r.node.deps for r in rest):
             # A norm's own scale: mean(x²)·s(v)² at v = mean(x²) is an identity, so the mean is the right
             # number, not E[s²].
             fixed[v] = v.mean(frame)[..., None]
     followers = _followers([v for v in variables if v not in fixed], frame)
     variables = [v for v in variables if v not in fixed and v not in followers]
-
-    def own(x: View) -> list[View]:
-        """The variables of a factor."""
-        found = (followers[k].leader if k in followers else k for k in roots_of(x))
-        return [k for k in dict.fromkeys(found) if k in variables]
-
-    together = [set(own(x)) for x in (*f, *g)]
+    together = {
+        x: {followers[v].leader if v in followers else v for v in own}.intersection(variables)
+        for x, own in reads.items()
+    }
     sets = connected(
-        variables, lambda a, b: any({a, b} <= read for read in together) or _correlated(a, b, frame)
+        variables, lambda a, b: any({a, b} <= own for own in together.values()) or _correlated(a, b, frame)
     )
-    groups: dict[int, _Group] = {}
-    for side, xs in enumerate((f, g)):
-        for x in xs:
-            home = next((i for i, found in enumerate(sets) if {*own(x)} & {*found}), -1)
-            if home not in groups:
-                members = [k for k in variables if home >= 0 and k in sets[home]]
-                with_them = {k: follower for k, follower in followers.items() if follower.leader in members}
-                groups[home] = _Group([], [], members, with_them)
-            (groups[home].g if side else groups[home].f).append(x)
-    return list(groups.values()), fixed
+    out = []
+    for mine in (*sets, None):
+        sides = [[x for x in xs if (together[x] & {*mine} if mine else not together[x])] for xs in (f, g)]
+        members = [v for v in variables if mine and v in mine]
+        if any(sides):
+            own = {v: follower for v, follower in followers.items() if follower.leader in members}
+            out.append(_Group(sides[0], sides[1], members, own))
+    return out, fixed
 
 
 def _correlated(a: View, b: View, frame: Sequence[Axis]) -> bool:
@@ -147,39 +142,63 @@ def product_moments(view: View, frame: Sequence[Axis]) -> tuple[np.ndarray, np.n
     c, f = factors(view)
     refuse_two_places(roots_of(view))
     groups, fixed = _groups(f, f, frame)
-    mean, second = np.full((1,) * len(frame), c), np.full((1,) * len(frame), c * c)
-    for group in groups:
-        if len(group.variables) > 1:
-            own, pairs = _cubature(group, frame, fixed)
-        elif group.variables and (known := _in_closed_form(group.f, group.variables[0], frame)) is not None:
-            own, pairs = known
-        else:
-            own, pairs = _of_one_root(group, frame, fixed)
-        mean, second = mean * own, second * pairs
+    mean, second = _multiplied(groups, frame, fixed)
     for scale in fixed:
         mark_average(f, scale, frame)
+    return c * mean, c * c * second
+
+
+def product_second(f_view: View, g_view: View, frame: Sequence[Axis]) -> np.ndarray:
+    """E[f_i g_j] by type, (types or 1...)."""
+    (c, f), (d, g) = factors(f_view), factors(g_view)
+    groups, fixed = _groups(f, g, frame)
+    _, second = _multiplied(groups, frame, fixed)
+    mark_depthwise(f_view, g_view)
+    return c * d * second
+
+
+def _multiplied(
+    groups: Sequence[_Group], frame: Sequence[Axis], fixed: Environment
+) -> tuple[np.ndarray, np.ndarray]:
+    """E[Πf] by class and E[Πf Πg] by type of independent groups."""
+    mean, second = np.ones((1,) * len(frame)), np.ones((1,) * len(frame))
+    for group in groups:
+        own, pairs = _of_group(group, frame, fixed)
+        mean, second = mean * own, second * pairs
     return mean, second
 
 
-def _of_one_root(group: _Group, frame: Sequence[Axis], fixed: Environment) -> tuple[np.ndarray, np.ndarray]:
-    """Means by class, (classes or 1...), and second moments by type, (types or 1...), of a group with one root at most."""
+def _of_group(group: _Group, frame: Sequence[Axis], fixed: Environment) -> tuple[np.ndarray, np.ndarray]:
+    """The same of one group: in closed form, as a series where f and g have one root each, else by a cubature."""
+    known = {**fixed, **{v: follower.grid for v, follower in group.followers.items()}}
 
     def integrated() -> tuple[np.ndarray, Series]:
-        values = _product(group.f, frame, group.known(fixed))
-        return values @ WEIGHTS if values.shape[-1] > 1 else values[..., 0], mehler(
-            on_grid(values), on_grid(values), frame
-        )
+        fi = _product(group.f, frame, known)
+        gj = fi if group.f == group.g else _product(group.g, frame, known)
+        return on_grid(fi) @ WEIGHTS, mehler(on_grid(fi), on_grid(gj), frame)
 
     if not group.variables:
-        values = _product(group.f, frame, group.known(fixed))[..., 0]
-        return values, by_type(values, frame, second=False) * by_type(values, frame, second=True)
-    (root,) = group.variables
-    alone = all(roots_of(x) == [root] for x in group.f)
-    marks = [integral_key(x) for x in group.f] if alone else [None]
-    if None in marks:
+        fi, gj = (_product(xs, frame, known)[..., 0] for xs in (group.f, group.g))
+        return fi, means_by_type(fi, frame, gj)
+    root, *others = group.variables
+    if others:
+        sides = [
+            group.f,
+            group.g,
+            *([v for v in roots_of(*xs) if v not in fixed] for xs in (group.f, group.g)),
+        ]
+        if group.followers or any(len(side) > 1 for side in sides) or not all(sides):
+            return _cubature(group, frame, fixed)
         mean, series = integrated()
+        return mean, series.at(latent_cross(sides[2][0], sides[3][0], frame))
+    if group.f != group.g:
+        mean, series = integrated()
+    elif (moments := _in_closed_form(group.f, root, frame)) is not None:
+        return moments
     else:
-        mean, series = INTEGRATED.once(root.node.graph, (tuple(marks), tuple(frame)), integrated)
+        marks = [integral_key(x) if roots_of(x) == [root] else None for x in group.f]
+        key = (tuple(marks), tuple(frame))
+        mean, series = integrated() if None in marks else INTEGRATED.once(root.node.graph, key, integrated)
     return mean, _at_correlations(series, root, frame)
 
 
@@ -206,25 +225,6 @@ def _in_closed_form(
     return lifted[0], lifted[1]
 
 
-def product_second(f_view: View, g_view: View, frame: Sequence[Axis]) -> np.ndarray:
-    """E[f_i g_j] by type, (types or 1...)."""
-    (c, f), (d, g) = factors(f_view), factors(g_view)
-    groups, fixed = _groups(f, g, frame)
-    out = np.full((1,) * len(frame), c * d)
-    for group in groups:
-        if len(group.variables) > 1:
-            out = out * _pairwise(group, frame, fixed)
-        else:
-            fi, gj = (_product(side, frame, group.known(fixed)) for side in (group.f, group.g))
-            if group.variables:
-                series = mehler(on_grid(fi), on_grid(gj), frame)
-                out = out * _at_correlations(series, group.variables[0], frame)
-            else:
-                out = out * by_type(fi[..., 0], frame, second=False) * by_type(gj[..., 0], frame, second=True)
-    mark_depthwise(f_view, g_view)
-    return out
-
-
 def _correlation(root: View, frame: Sequence[Axis]) -> np.ndarray:
     """Latent correlations of a root by type of a frame."""
     return lift(marginal(root.node).correlation, root.node.axes, root.bind, frame, pairs=True)
@@ -237,16 +237,6 @@ def _at_correlations(series: Series, root: View, frame: Sequence[Axis]) -> np.nd
         return series.at(rho)
     variance = lift(variance, root.node.axes, root.bind, frame, pairs=True)
     return series.at(rho) + series.curvature(rho) * variance / 2
-
-
-def _pairwise(group: _Group, frame: Sequence[Axis], fixed: Environment) -> np.ndarray:
-    """E[f_i g_j] by type of a group of several roots: one series where f and g have one root each, else a cubature."""
-    fv, gv = ([v for v in roots_of(*side) if v not in fixed] for side in (group.f, group.g))
-    if not group.followers and len(fv) == 1 and len(gv) == 1 and len(group.f) == 1 and len(group.g) == 1:
-        fi, gj = (evaluate(x, frame, dict(fixed)) for x in (group.f[0], group.g[0]))
-        return mehler(on_grid(fi), on_grid(gj), frame).at(latent_cross(fv[0], gv[0], frame))
-    mean, second = _cubature(group, frame, fixed)
-    return second if group.g else by_type(mean, frame, second=False)
 
 
 def _nearest(latents: np.ndarray) -> np.ndarray:
@@ -263,58 +253,47 @@ def _root_values(node: Node, latents: np.ndarray, line: np.ndarray) -> np.ndarra
 
 def _cubature(group: _Group, frame: Sequence[Axis], fixed: Environment) -> tuple[np.ndarray, np.ndarray]:
     """Means of Πf by class and second moments of Πf·Πg by type, over the joint normal of all their roots."""
-    views = [v for v in roots_of(*group.f, *group.g) if v not in fixed and v not in group.followers]
+    views = group.variables
     graph, k = views[0].node.graph, len(views)
     if k > MOST_VARIABLES:
         graph.flag("assumed", ROUGH)
     types, classes = [a.types for a in frame], [a.classes for a in frame]
     rho = np.empty((*types, k, k))
-    for i, a in enumerate(views):
-        rho[..., i, i] = _correlation(a, frame)
-        for j, b in enumerate(views):
-            if i != j:
-                rho[..., i, j] = latent_cross(a, b, frame)
-    grids = [np.broadcast_to(grid(v, frame), (*classes, len(Z))) for v in views]
-    mean, second = np.empty(classes), np.empty(types)
-    first_class, second_class = ([getattr(a, w) for a in frame] for w in ("first", "second"))
+    for (i, a), (j, b) in itertools.product(enumerate(views), repeat=2):
+        rho[..., i, j] = _correlation(a, frame) if i == j else latent_cross(a, b, frame)
+    grids = [grid(view, frame) for view in views]
     keys = np.round(rho, 4).reshape(-1, k * k)
     if len(keys) > _MOST_INTEGRALS and (n := len(np.unique(keys, axis=0))) > _MOST_INTEGRALS:
         raise NotImplementedError(f"a function of {k} arrays with {n} different correlations")
-    done: dict[tuple[object, ...], float] = {}
     z = sobol(2 * k)
 
-    def tree(xs: list[View], cell: tuple[int, ...], latents: np.ndarray) -> np.ndarray:
-        env: Environment = {
-            view: _root_values(view.node, latents[:, n], grids[n][cell]).reshape((1,) * len(frame) + (-1,))
-            for n, view in enumerate(views)
-        }
-        for key, (leader, values) in group.followers.items():
-            line = np.broadcast_to(values, (*classes, len(Z)))[cell]
-            env[key] = line[_nearest(latents[:, views.index(leader)])].reshape((1,) * len(frame) + (-1,))
-        for key, value in fixed.items():
-            at = tuple(c if value.shape[d] > 1 else 0 for d, c in enumerate(cell))
-            env[key] = value[at].reshape((1,) * len(frame) + (-1,))
-        out = np.ones(1)
-        for x in xs:
-            values = evaluate(x, frame, env)
-            at = tuple(c if values.shape[d] > 1 else 0 for d, c in enumerate(cell))
-            out = out * values[at]
-        return out
+    def product(xs: list[View], cell: tuple[int, ...], latents: np.ndarray) -> np.ndarray:
+        lines = {v: in_class(value, cell) for v, value in fixed.items()}
+        for i, view in enumerate(views):
+            lines[view] = _root_values(view.node, latents[:, i], in_class(grids[i], cell))
+        for view, (leader, values) in group.followers.items():
+            lines[view] = in_class(values, cell)[_nearest(latents[:, views.index(leader)])]
+        env: Environment = {v: line.reshape(*[1] * len(frame), -1) for v, line in lines.items()}
+        values = (in_class(evaluate(x, frame, env), cell) for x in xs)
+        return functools.reduce(np.multiply, values, np.ones(1))
 
-    inner, firsts = {}, {}
+    inner, firsts, mean = {}, {}, np.empty(classes)
     for cell in np.ndindex(*classes):
         inner[cell] = factored(rho[cell], graph)  # the types (c = c) come first on every axis
-        firsts[cell] = tree(group.f, cell, z[:, :k] @ inner[cell].T)
+        firsts[cell] = product(group.f, cell, z[:, :k] @ inner[cell].T)
         mean[cell] = np.mean(firsts[cell])
     if not group.g:
-        return mean, second
+        return mean, by_type(mean, frame, second=False)
+    second, done = np.empty(types), dict[Hashable, float]()
     for index in np.ndindex(*types):
-        ci = tuple(int(f[t]) for f, t in zip(first_class, index, strict=True))
-        cj = tuple(int(s[t]) for s, t in zip(second_class, index, strict=True))
+        ci, cj = (
+            tuple(int(which[t]) for which, t in zip(read, index, strict=True))
+            for read in ([a.first for a in frame], [a.second for a in frame])
+        )
         key = (ci, cj, tuple(np.round(rho[index].ravel(), 4)))
         if key not in done:
             latents = z @ continued(inner[ci], rho[index], rho[cj], graph).T
-            done[key] = float(np.mean(firsts[ci] * tree(group.g, cj, latents)))
+            done[key] = float(np.mean(firsts[ci] * product(group.g, cj, latents)))
         second[index] = done[key]
     return mean, second
 
@@ -331,16 +310,17 @@ def law_of_functions(a: View, b: View, frame: tuple[Axis, ...]) -> np.ndarray | 
 @second_moments.register(Sum)
 def second_moments_of_sum(node: Sum) -> Table:
     refuse_two_places(node.args)
-    mean, second, unsure = np.zeros([a.classes for a in node.axes]), np.zeros(node.frame_types), []
-    for i, (c, x) in enumerate(zip(node.params, node.args, strict=True)):
-        mean, second = mean + c * x.mean(node.axes), second + c * c * x.second(node.axes)
-        for d, y in zip(node.params[:i], node.args[:i], strict=True):
-            found = pair(x, y, node.axes)
-            product = c * d * np.broadcast_to(found.moment, second.shape)
-            second = second + product + swapped(product, node.axes)
-            if found.flagged:
-                both = (x.node.table.variance * y.node.table.variance) ** 0.5
-                unsure.append((found.flagged, 2 * abs(c * d) * both * found.doubt))
+    terms = list(zip(node.params, node.args, strict=True))
+    mean = np.zeros([a.classes for a in node.axes]) + sum(c * x.mean(node.axes) for c, x in terms)
+    second = np.zeros(node.frame_types) + sum(c * c * x.second(node.axes) for c, x in terms)
+    unsure = []
+    for (d, y), (c, x) in itertools.combinations(terms, 2):
+        found = pair(x, y, node.axes)
+        product = c * d * found.moment
+        second = second + product + swapped(product, node.axes)
+        if found.flagged:
+            both = (x.node.table.variance * y.node.table.variance) ** 0.5
+            unsure.append((found.flagged, 2 * abs(c * d) * both * found.doubt))
     table = Table(node.axes, mean, second)
     for how, error in unsure:
         node.graph.flag(how, min(error / max(table.mean_square, 1e-300), UNKNOWN))
@@ -350,14 +330,9 @@ def second_moments_of_sum(node: Sum) -> Table:
 @second_moments.register(Mean)
 def second_moments_of_mean(node: Mean) -> Table:
     table = node.args[0].node.table
-    mean, second = table.mean, table.second
-    for k in reversed(node.params):
-        axis = table.axes[k]
-        mean, second = (
-            contract_axis(mean, k, axis.counts / axis.size),
-            contract_axis(second, k, axis.any_pair),
-        )
-    return Table(node.axes, mean, second)
+    axes = {k: table.axes[k] for k in node.params}
+    mean = contract_axes(table.mean, {k: axis.counts / axis.size for k, axis in axes.items()})
+    return Table(node.axes, mean, contract_axes(table.second, {k: axis.any_pair for k, axis in axes.items()}))
 
 
 @second_moments.register(Take)
@@ -365,12 +340,9 @@ def second_moments_of_take(node: Take) -> Table:
     k, *span = node.params
     table = node.args[0].node.table
     new, classes = sliced(table.axes[k], *span)
-    mean, second = (
-        apply_axis(table.mean, k, classes),
-        apply_axis(table.second, k, pair_map(classes)[: 1 if new is None else None]),
-    )
+    mean, second = apply_axis(table.mean, k, classes), apply_axis(table.second, k, pair_map(classes))
     if new is None:
-        mean, second = mean.squeeze(k), second.squeeze(k)
+        mean, second = mean.squeeze(k), second.take(0, axis=k)
     return Table(node.axes, mean, second)
 
 
@@ -386,7 +358,7 @@ def second_moments_of_apply(node: Apply) -> Table:
         mean = c * mean + d
     else:
         mark_undefined(node)
-        mean, second = product_moments(View(node, tuple(range(len(node.axes)))), node.axes)
+        mean, second = product_moments(node.whole, node.axes)
         if name in ("mul", "add", "sub"):
             second = second + gained_in_common(node)
     mean = np.broadcast_to(mean, [a.classes for a in node.axes])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -10,10 +11,10 @@ import numpy as np
 from scipy import special
 
 from varscale.theory.domain.axes import Axis
-from varscale.theory.domain.tables import Table, by_type, lift
+from varscale.theory.domain.tables import Table, full_types, lift, means_by_type
 from varscale.theory.graph.expressions import Apply, Sum, connected, roots_of
 from varscale.theory.graph.nodes import Constant, View
-from varscale.theory.integrals.hermite_series import POINTS, WEIGHTS, Z, sobol
+from varscale.theory.integrals.hermite_series import POINTS, WEIGHTS, Z, on_grid, sobol
 from varscale.theory.propagation.cross_moments import cross, dependent, mean_product
 from varscale.theory.propagation.marginals import (
     Environment,
@@ -22,6 +23,7 @@ from varscale.theory.propagation.marginals import (
     evaluate,
     factored,
     grid,
+    in_class,
     latent_cross,
     marginal,
     quantiles_of_kind,
@@ -62,10 +64,8 @@ def quantiles_of_sum(root: Sum, table: Table, deviation: np.ndarray) -> np.ndarr
         return None
     shape = tuple(a.classes for a in root.axes)
     cells = list(np.ndindex(*shape))
-    if (
-        len(cells) > _MOST_CELLS
-    ):  # one shape for all, that of the most common class: mean and deviation stay each class's own
-        cells = [tuple(int(np.argmax(a.counts)) for a in root.axes)]
+    if len(cells) > _MOST_CELLS:  # one shape for all: mean and deviation stay each class's own
+        cells = [_most_common(root.axes)]
     together = connected(parts, lambda a, b: _joined(a, b, root.axes))
     shapes = np.empty((*shape, POINTS))
     for cell in cells:
@@ -73,16 +73,18 @@ def quantiles_of_sum(root: Sum, table: Table, deviation: np.ndarray) -> np.ndarr
         for group in together:
             own = [p.weight * _part_on_grid(p, root.axes, cell) for p in group]
             if len(own) > 1:
-                own = [
-                    _drawn_together(
-                        own, factored(_correlations([p.latent for p in group], root.axes, cell), root.graph)
-                    )
-                ]
+                values, weights = _drawn([p.latent for p in group], own, root.axes, cell)
+                own = [_ordered(values.sum(axis=0), weights)]
             line = _convolved(line, own[0])
         mean = WEIGHTS @ line
         std = math.sqrt(max(WEIGHTS @ line**2 - mean**2, 1e-300))
         shapes[cell if len(cells) > 1 else ...] = (line - mean) / std
     return table.mean[..., None] + deviation[..., None] * shapes
+
+
+def _most_common(axes: Sequence[Axis]) -> tuple[int, ...]:
+    """The class of each axis that most of its positions have."""
+    return tuple(int(np.argmax(a.counts)) for a in axes)
 
 
 def _convolved(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -103,57 +105,47 @@ def _ordered(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
     return np.interp(Z, scores, values[order])
 
 
-def _points(normals: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Points of correlated normals, these given as rows over k independent ones, and the points' weights.
+def _drawn(
+    latents: Sequence[View], lines: Sequence[np.ndarray], axes: Sequence[Axis], cell: tuple[int, ...]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Values of functions of correlated normals, those behind some views in one class, and how much each point weighs.
 
-    They are spread by √(1 + 2/k), which reaches further into the tails at the cost of 1 − e^{−2/k} of them.
+    Points are spread by √(1 + 2/k), which reaches further into the tails at the cost of 1 − e^{−2/k} of them.
+
+    Args:
+        latents: the views, k of them.
+        lines: the functions on the normal grid.
+        axes: the frame.
+        cell: the class.
+
+    Returns:
+        (k, points) and (points,).
     """
-    k = len(normals)
-    wide = 1 + 2 / k
-    points = sobol(k)
-    return points * math.sqrt(wide) @ normals.T, np.exp(-np.sum(points**2, axis=1) * (wide - 1) / 2)
-
-
-def _drawn_together(lines: Sequence[np.ndarray], normals: np.ndarray) -> np.ndarray:
-    """Quantiles of a sum of functions of correlated normals, these given as rows over independent ones."""
-    latents, weights = _points(normals)
-    total = np.sum([np.interp(latents[:, i], Z, line) for i, line in enumerate(lines)], axis=0)
-    return _ordered(total, weights)
+    rho = np.eye(k := len(latents))
+    for (i, a), (j, b) in itertools.combinations(enumerate(latents), 2):
+        if dependent(a.node, b.node):
+            rho[i, j] = rho[j, i] = full_types(latent_cross(b, a, axes), axes)[cell]
+    points, wide = sobol(k), 1 + 2 / k
+    at = points * math.sqrt(wide) @ factored(rho, latents[0].node.graph).T
+    values = np.stack([np.interp(z, Z, line) for z, line in zip(at.T, lines, strict=True)])
+    return values, np.exp(-np.sum(points**2, axis=1) * (wide - 1) / 2)
 
 
 def _joined(a: _Part, b: _Part, axes: Sequence[Axis]) -> bool:
+    """Whether two terms are correlated at one place, of any class, by more than goes unseen."""
     if not (a.live or b.live) or not dependent(a.latent.node, b.latent.node):
         return False
-    return bool(np.max(np.abs(_correlation_of_terms(a.view, b.view, axes))) > _CORRELATED)
-
-
-def _correlation_of_terms(a: View, b: View, axes: Sequence[Axis]) -> np.ndarray:
-    """Correlation of two terms at one place, by class."""
-    covariance = cross(a, b, axes) - mean_product(a, b, axes)
-    scales = [lift(marginal(v.node).deviation, v.node.axes, v.bind, axes, pairs=False) for v in (a, b)]
-    out = covariance / np.maximum(
-        by_type(scales[0], axes, second=False) * by_type(scales[1], axes, second=True), 1e-300
-    )
-    return out[tuple(slice(0, axis.classes) for axis in axes)]
-
-
-def _correlations(latents: Sequence[View], axes: Sequence[Axis], cell: tuple[int, ...]) -> np.ndarray:
-    """Correlations of the normals behind parts, in one class."""
-    types = [a.types for a in axes]
-    rho = np.eye(len(latents))
-    for i, a in enumerate(latents):
-        for j, b in enumerate(latents[:i]):
-            if dependent(a.node, b.node):
-                rho[i, j] = rho[j, i] = np.broadcast_to(latent_cross(a, b, axes), types)[cell]
-    return rho
+    covariance = cross(a.view, b.view, axes) - mean_product(a.view, b.view, axes)
+    views = (a.view, b.view)
+    mine, theirs = (lift(marginal(v.node).deviation, v.node.axes, v.bind, axes, pairs=False) for v in views)
+    found = np.abs(covariance) / np.maximum(means_by_type(mine, axes, theirs), 1e-300)
+    return bool(np.max(found[tuple(slice(0, axis.classes) for axis in axes)]) > _CORRELATED)
 
 
 def _part_on_grid(part: _Part, axes: Sequence[Axis], cell: tuple[int, ...]) -> np.ndarray:
     """A part on the normal grid, in one class."""
     if part.live:
-        return np.broadcast_to(
-            _term_on_grid(part.view, part.live, axes), (*[a.classes for a in axes], POINTS)
-        )[cell]
+        return on_grid(in_class(_term_on_grid(part.view, part.live, axes), cell))
     return part.view.node.table.total_mean + math.sqrt(part.view.node.table.variance) * Z
 
 
@@ -183,12 +175,10 @@ def _term_on_grid(view: View, live: Sequence[View], axes: Sequence[Axis]) -> np.
     """
     if len(live) == 1:
         return along(view, axes, *live)
-    cell = tuple(int(np.argmax(a.counts)) for a in axes)
-    latents, weights = _points(factored(_correlations(live, axes, cell), view.node.graph))
-    held = [r for r in roots_of(view) if r not in live]
-    env: Environment = {r: np.full((1,) * (len(axes) + 1), r.node.table.total_mean) for r in held}
-    for i, root in enumerate(live):
-        line = np.broadcast_to(grid(root, axes), (*[a.classes for a in axes], POINTS))[cell]
-        env[root] = np.interp(latents[:, i], Z, line).reshape((1,) * len(axes) + (-1,))
+    cell, one = _most_common(axes), [1] * len(axes)
+    lines = [on_grid(in_class(grid(root, axes), cell)) for root in live]
+    values, weights = _drawn(live, lines, axes, cell)
+    env: Environment = {root: line.reshape(*one, -1) for root, line in zip(live, values, strict=True)}
+    env |= {r: np.full((*one, 1), r.node.table.total_mean) for r in roots_of(view) if r not in live}
     drawn = np.broadcast_to(evaluate(view, axes, env).ravel(), weights.shape)
-    return _ordered(drawn, weights).reshape((1,) * len(axes) + (-1,))
+    return _ordered(drawn, weights).reshape(*one, -1)
