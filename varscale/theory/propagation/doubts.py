@@ -171,15 +171,14 @@ def mark_sums(views: Sequence[View]) -> None:
 
     Of (relu a + relu b)·a, the sum is not jointly Gaussian with a.
     """
-    own, inside = roots_of(*views), []
-    for x in own:
-        summed = isinstance(x.node, Sum) and not x.node.is_variance
-        varied = summed and x.node.table.variance > NEGLIGIBLE * x.node.table.total_mean**2
-        curved = varied and not marginal(x.node).gaussian
-        inside.append(set(roots_of(*(t.within(x.bind) for t in x.node.args))) if curved else None)
-    for i, terms in enumerate(inside):
-        if terms and any(terms & (inside[j] or {x}) for j, x in enumerate(own) if j != i):
-            own[i].node.graph.flag("assumed", ROUGH)
+    own = roots_of(*views)
+    sums = [x for x in own if isinstance(x.node, Sum) and not x.node.is_variance]
+    varied = [x for x in sums if x.node.table.variance > NEGLIGIBLE * x.node.table.total_mean**2]
+    curved = (x for x in varied if not marginal(x.node).gaussian)
+    inside = {x: set(roots_of(*(term.within(x.bind) for term in x.node.args))) for x in curved}
+    for x, terms in inside.items():
+        if any(terms & inside.get(y, {y}) for y in own if y != x):
+            x.node.graph.flag("assumed", ROUGH)
 
 
 def mark_depthwise(f: View, g: View) -> None:
@@ -190,17 +189,12 @@ def mark_depthwise(f: View, g: View) -> None:
     """
     for one, other in ((f, g), (g, f)):
         live = [root.node for root in roots_of(other) if not concentrated(root.node)]
-        if len(live) != 1 or not isinstance(live[0], Conv):
-            continue
-        (x, _), (w, _) = live[0].args
-        groups, channel = live[0].params.groups, live[0].params.x_dims[1]
-        if (
-            channel is not None
-            and x.axes[channel].size == groups
-            and dependent(one.node, x)
-            and not one.node.deps & w.deps
-        ):
-            unsure(one.node.graph, "assumed", LOOSE)
+        if len(live) == 1 and isinstance(live[0], Conv):
+            (x, _), (w, _) = live[0].args
+            channel = live[0].params.x_dims[1]
+            alone = channel is not None and x.axes[channel].size == live[0].params.groups
+            if alone and dependent(one.node, x) and not one.node.deps & w.deps:
+                unsure(one.node.graph, "assumed", LOOSE)
 
 
 def mark_weights(views: Sequence[View]) -> None:
@@ -209,11 +203,8 @@ def mark_weights(views: Sequence[View]) -> None:
     So it is of two sums whose inputs are alike in nothing but chance: their correlation is 0 on average, its square 1/n.
     """
     seen: dict[Node, View] = {}
-    for view in roots_of(*views):
-        if view.node.moves:
-            continue  # parts of what one packed kernel makes
-        weight = weight_of(view.node) or view.node
-        other = seen.setdefault(weight, view)
+    for view in (v for v in roots_of(*views) if not v.node.moves):  # parts of what one packed kernel makes
+        other = seen.setdefault(weight_of(view.node) or view.node, view)
         if other.node is not view.node:
             terms = min(x.node.width or math.inf for x in (view, other))
             view.node.graph.flag("assumed", 2 / terms)

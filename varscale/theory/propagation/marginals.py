@@ -293,6 +293,8 @@ def cofactors(node: Node) -> dict[View, list[View]]:
 
 def latent_cross(a: View, b: View, frame: Sequence[Axis]) -> np.ndarray:
     """Correlations of the normals behind two roots, from their cross-moments, by type of the frame, (types or 1...)."""
+    if a == b:
+        return lift(marginal(a.node).correlation, a.node.axes, a.bind, frame, pairs=True)
     scales, lines = [], []
     for view, second in ((a, False), (b, True)):
         own = marginal(view.node)

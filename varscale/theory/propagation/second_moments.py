@@ -59,6 +59,9 @@ MOST_VARIABLES = 5  # roots of one cubature: points in twice as many dimensions 
 _MOST_INTEGRALS = 8000  # of one function, some milliseconds each; with more its module is drawn
 
 
+_Follower = tuple[View, np.ndarray]  # what known numbers go with, and they on the normal grid of that
+
+
 class _Group(NamedTuple):
     """Factors of f (read at i) and of g (read at j) that share roots; those roots; known arrays that go with one of them."""
 
@@ -68,22 +71,15 @@ class _Group(NamedTuple):
     followers: dict[View, _Follower]
 
 
-class _Follower(NamedTuple):
-    """Known numbers over the axes of other known numbers: one position tells both."""
-
-    leader: View
-    grid: np.ndarray
-
-
 def _followers(variables: Sequence[View], frame: Sequence[Axis]) -> dict[View, _Follower]:
-    """Known arrays over axes that an earlier one is over, too."""
+    """Known arrays over axes that an earlier one is over, too: one position tells both."""
     arrays = {view: view.node for view in variables if isinstance(view.node, Array)}
     leaders: dict[tuple[int, ...], View] = {}
     out = {}
     for view, node in arrays.items():
         leader = leaders.setdefault(view.bind, view)
         if leader is not view and arrays[leader].axes == node.axes:
-            out[view] = _Follower(leader, placed(followed(node, arrays[leader]), view, frame))
+            out[view] = (leader, placed(followed(node, arrays[leader]), view, frame))
     return out
 
 
@@ -104,7 +100,7 @@ def _groups(f: list[View], g: list[View], frame: Sequence[Axis]) -> tuple[list[_
     followers = _followers([v for v in variables if v not in fixed], frame)
     variables = [v for v in variables if v not in fixed and v not in followers]
     together = {
-        x: {followers[v].leader if v in followers else v for v in own}.intersection(variables)
+        x: {followers[v][0] if v in followers else v for v in own}.intersection(variables)
         for x, own in reads.items()
     }
     sets = connected(
@@ -115,7 +111,7 @@ def _groups(f: list[View], g: list[View], frame: Sequence[Axis]) -> tuple[list[_
         sides = [[x for x in xs if (together[x] & {*mine} if mine else not together[x])] for xs in (f, g)]
         members = [v for v in variables if mine and v in mine]
         if any(sides):
-            own = {v: follower for v, follower in followers.items() if follower.leader in members}
+            own = {v: follower for v, follower in followers.items() if follower[0] in members}
             out.append(_Group(sides[0], sides[1], members, own))
     return out, fixed
 
@@ -170,73 +166,49 @@ def _multiplied(
 
 def _of_group(group: _Group, frame: Sequence[Axis], fixed: Environment) -> tuple[np.ndarray, np.ndarray]:
     """The same of one group: in closed form, as a series where f and g have one root each, else by a cubature."""
-    known = {**fixed, **{v: follower.grid for v, follower in group.followers.items()}}
+    env = {**fixed, **{view: values for view, (_, values) in group.followers.items()}}
 
     def integrated() -> tuple[np.ndarray, Series]:
-        fi = _product(group.f, frame, known)
-        gj = fi if group.f == group.g else _product(group.g, frame, known)
-        return on_grid(fi) @ WEIGHTS, mehler(on_grid(fi), on_grid(gj), frame)
+        fi = on_grid(_product(group.f, frame, env))
+        gj = fi if group.f == group.g else on_grid(_product(group.g, frame, env))
+        return fi @ WEIGHTS, mehler(fi, gj, frame)
 
     if not group.variables:
-        fi, gj = (_product(xs, frame, known)[..., 0] for xs in (group.f, group.g))
+        fi, gj = (_product(xs, frame, env)[..., 0] for xs in (group.f, group.g))
         return fi, means_by_type(fi, frame, gj)
-    root, *others = group.variables
-    if others:
-        sides = [
-            group.f,
-            group.g,
-            *([v for v in roots_of(*xs) if v not in fixed] for xs in (group.f, group.g)),
-        ]
-        if group.followers or any(len(side) > 1 for side in sides) or not all(sides):
+    first = last = group.variables[0]
+    if len(group.variables) > 1:
+        read = [[v for v in roots_of(*xs) if v not in fixed] for xs in (group.f, group.g)]
+        if group.followers or any(len(side) != 1 for side in (group.f, group.g, *read)):
             return _cubature(group, frame, fixed)
-        mean, series = integrated()
-        return mean, series.at(latent_cross(sides[2][0], sides[3][0], frame))
-    if group.f != group.g:
-        mean, series = integrated()
-    elif (moments := _in_closed_form(group.f, root, frame)) is not None:
+        (first,), (last,) = read
+    same = group.f == group.g
+    if same and (moments := _in_closed_form(group.f, first, frame)) is not None:
         return moments
-    else:
-        marks = [integral_key(x) if roots_of(x) == [root] else None for x in group.f]
-        key = (tuple(marks), tuple(frame))
-        mean, series = integrated() if None in marks else INTEGRATED.once(root.node.graph, key, integrated)
-    return mean, _at_correlations(series, root, frame)
+    marks = [integral_key(x) if same and roots_of(x) == [first] else None for x in group.f] or [None]
+    key = (tuple(marks), tuple(frame))
+    mean, series = integrated() if None in marks else INTEGRATED.once(first.node.graph, key, integrated)
+    rho = latent_cross(first, last, frame)
+    variance = scatter(first.node) if first == last else None
+    if variance is None:
+        return mean, series.at(rho)
+    variance = lift(variance, first.node.axes, first.bind, frame, pairs=True)  # of ρ, given the weights
+    return mean, series.at(rho) + series.curvature(rho) * variance / 2
 
 
 def _in_closed_form(
-    factors: Sequence[View], root: View, frame: Sequence[Axis]
+    xs: Sequence[View], root: View, frame: Sequence[Axis]
 ) -> tuple[np.ndarray, np.ndarray] | None:
     """Moments of a root itself, and of the square of a Gaussian one (Isserlis); None of anything else."""
-    if list(factors) == [root]:
+    if xs == [root]:
         return root.mean(frame), root.second(frame)
-    (node, bind), *others = factors
-    if (
-        others
-        or not isinstance(node, Apply)
-        or node.params != ("integer_pow", (2,))
-        or node.args[0].within(bind) != root
-    ):
+    (node, bind), table = xs[0], root.node.table
+    square = len(xs) == 1 and isinstance(node, Apply) and node.params == ("integer_pow", (2,))
+    if not square or node.args[0].within(bind) != root or not marginal(root.node).gaussian:
         return None
-    if not marginal(root.node).gaussian:
-        return None
-    table = root.node.table
-    square = table.diagonal
-    pairs = means_by_type(square, table.axes) + 2 * table.covariance * (table.second + table.outer)
-    lifted = [lift(x, table.axes, root.bind, frame, pairs=by) for x, by in ((square, False), (pairs, True))]
-    return lifted[0], lifted[1]
-
-
-def _correlation(root: View, frame: Sequence[Axis]) -> np.ndarray:
-    """Latent correlations of a root by type of a frame."""
-    return lift(marginal(root.node).correlation, root.node.axes, root.bind, frame, pairs=True)
-
-
-def _at_correlations(series: Series, root: View, frame: Sequence[Axis]) -> np.ndarray:
-    """E[f g] by type at a root's correlations, and at what they are given the weights."""
-    rho, variance = _correlation(root, frame), scatter(root.node)
-    if variance is None:
-        return series.at(rho)
-    variance = lift(variance, root.node.axes, root.bind, frame, pairs=True)
-    return series.at(rho) + series.curvature(rho) * variance / 2
+    pairs = means_by_type(table.diagonal, table.axes) + 2 * table.covariance * (table.second + table.outer)
+    mean = lift(table.diagonal, table.axes, root.bind, frame, pairs=False)
+    return mean, lift(pairs, table.axes, root.bind, frame, pairs=True)
 
 
 def _nearest(latents: np.ndarray) -> np.ndarray:
@@ -260,7 +232,7 @@ def _cubature(group: _Group, frame: Sequence[Axis], fixed: Environment) -> tuple
     types, classes = [a.types for a in frame], [a.classes for a in frame]
     rho = np.empty((*types, k, k))
     for (i, a), (j, b) in itertools.product(enumerate(views), repeat=2):
-        rho[..., i, j] = _correlation(a, frame) if i == j else latent_cross(a, b, frame)
+        rho[..., i, j] = latent_cross(a, b, frame)
     grids = [grid(view, frame) for view in views]
     keys = np.round(rho, 4).reshape(-1, k * k)
     if len(keys) > _MOST_INTEGRALS and (n := len(np.unique(keys, axis=0))) > _MOST_INTEGRALS:
