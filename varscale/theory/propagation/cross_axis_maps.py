@@ -101,20 +101,16 @@ def _same_node(a: View, b: View, frame: tuple[Axis, ...]) -> np.ndarray | None:
     apart = [k for k, (p, q) in enumerate(zip(a.bind, b.bind, strict=True)) if p != q]
     told = [k for k in apart if a.bind[k] not in b.bind and b.bind[k] not in a.bind]
     for k in told if many else ():
-        _doubt_classes(a.node, k)
+        axis = a.node.axes[k]
+        second = a.node.table.second.take(range(axis.classes, axis.types), axis=k)
+        varied = float(np.max(np.ptp(second, axis=k)) / max(np.max(np.abs(second)), 1e-300))
+        if varied > NEGLIGIBLE and not a.node.graph.undrawn:
+            raise NotImplementedError("two places of an axis of many classes")
+        if varied > NEGLIGIBLE:
+            unsure(a.node.graph, "assumed", min(varied, 1.0))
     averaged = [k for k in apart if many or k not in told or a.node.axes[k].classes == 1]
     mine, theirs = (_all_entries(view, apart, averaged) for view in (a, b))
     return _read_together(a, mine, b, theirs, frame)
-
-
-def _doubt_classes(node: Node, k: int) -> None:
-    """Refuse to average an axis over its classes where that changes the moments of two positions."""
-    apart = node.table.second.take(range(node.axes[k].classes, node.axes[k].types), axis=k)
-    varied = float(np.max(np.ptp(apart, axis=k)) / max(np.max(np.abs(apart)), 1e-300))
-    if varied > NEGLIGIBLE:
-        if not node.graph.undrawn:
-            raise NotImplementedError("two places of an axis of many classes")
-        unsure(node.graph, "assumed", min(varied, 1.0))
 
 
 def _opened(view: View) -> tuple[View, list[Reading]]:
@@ -150,12 +146,7 @@ def _read_together(
 ) -> np.ndarray | None:
     """E[x_i y_j] by type where both are read along some axes, pair by pair the same ones; None where others are in their place.
 
-    Args:
-        x: the first array; the places of the axes that are read do not count.
-        mine: how they are.
-        y: the second.
-        theirs: likewise.
-        frame: the frame.
+    The places that x and y name for these axes do not count: those of the readings do.
     """
     pairs, views = list(zip(mine, theirs, strict=True)), []
     read = {reading.place for pair in pairs for reading in pair}
@@ -187,11 +178,7 @@ def _pairs_read(
 ) -> np.ndarray:
     """The share of each type of pair of an axis in what two spans have, by type of the axes that their entries are over.
 
-    Args:
-        axis: the axis.
-        spans: the spans.
-        outs: the axis of each one's entries; None where the mean of them is read.
-        together: whether both are over one axis, and so by one type.
+    These are `outs`, None where the mean of a span is read; `together`: both are one axis, and so by one type.
     """
     maps = []
     for span, out in zip(spans, outs, strict=True):

@@ -147,10 +147,7 @@ def followed(array: Array, leader: Array) -> np.ndarray:
 def _behind(covariance: np.ndarray, scales: np.ndarray, lines: Sequence[np.ndarray | None]) -> np.ndarray:
     """Correlations of two normals of which functions have this covariance, by type.
 
-    Args:
-        covariance: the functions'.
-        scales: the product of their standard deviations.
-        lines: their Hermite coefficients; None of a straight line.
+    `scales` are the products of their standard deviations, `lines` their Hermite coefficients, None of a straight line.
     """
     rho = np.clip(covariance / np.maximum(scales, 1e-300), -1.0, 1.0)
     if all(line is None for line in lines):

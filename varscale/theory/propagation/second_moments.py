@@ -107,12 +107,11 @@ def _groups(f: list[View], g: list[View], frame: Sequence[Axis]) -> tuple[list[_
         variables, lambda a, b: any({a, b} <= own for own in together.values()) or _correlated(a, b, frame)
     )
     out = []
-    for mine in (*sets, None):
-        sides = [[x for x in xs if (together[x] & {*mine} if mine else not together[x])] for xs in (f, g)]
-        members = [v for v in variables if mine and v in mine]
+    for mine in (*map(set, sets), set()):  # those without a root are a group, too
+        sides = [[x for x in xs if together[x] <= mine and bool(together[x]) == bool(mine)] for xs in (f, g)]
+        own = {v: follower for v, follower in followers.items() if follower[0] in mine}
         if any(sides):
-            own = {v: follower for v, follower in followers.items() if follower[0] in members}
-            out.append(_Group(sides[0], sides[1], members, own))
+            out.append(_Group(sides[0], sides[1], [v for v in variables if v in mine], own))
     return out, fixed
 
 
@@ -127,10 +126,8 @@ def _correlated(a: View, b: View, frame: Sequence[Axis]) -> bool:
 
 def _product(xs: list[View], frame: Sequence[Axis], env: Environment) -> np.ndarray:
     """The product of factors of one root at most, on its grid, (classes or 1..., points or 1)."""
-    out = np.ones((1,) * (len(frame) + 1))
-    for x in xs:
-        out = out * evaluate(x, frame, env)
-    return out
+    ones = np.ones((1,) * (len(frame) + 1))
+    return functools.reduce(np.multiply, (evaluate(x, frame, env) for x in xs), ones)
 
 
 def product_moments(view: View, frame: Sequence[Axis]) -> tuple[np.ndarray, np.ndarray]:
@@ -243,11 +240,10 @@ def _cubature(group: _Group, frame: Sequence[Axis], fixed: Environment) -> tuple
         lines = {v: in_class(value, cell) for v, value in fixed.items()}
         for i, view in enumerate(views):
             lines[view] = _root_values(view.node, latents[:, i], in_class(grids[i], cell))
-        for view, (leader, values) in group.followers.items():
-            lines[view] = in_class(values, cell)[_nearest(latents[:, views.index(leader)])]
+        for view, (leader, line) in group.followers.items():
+            lines[view] = in_class(line, cell)[_nearest(latents[:, views.index(leader)])]
         env: Environment = {v: line.reshape(*[1] * len(frame), -1) for v, line in lines.items()}
-        values = (in_class(evaluate(x, frame, env), cell) for x in xs)
-        return functools.reduce(np.multiply, values, np.ones(1))
+        return functools.reduce(np.multiply, (in_class(evaluate(x, frame, env), cell) for x in xs), 1.0)
 
     inner, firsts, mean = {}, {}, np.empty(classes)
     for cell in np.ndindex(*classes):

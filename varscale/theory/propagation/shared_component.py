@@ -85,10 +85,12 @@ class Channels:
 
 
 class ChannelMoments(NamedTuple):
-    """What a function makes of channels, (channels, samples): its mean over places, and its mean square."""
+    """What a function makes of channels, (channels, samples): its mean over places, its mean square; the rest as theirs."""
 
     mean: np.ndarray
     square: np.ndarray
+    units: int
+    read: np.ndarray
 
     def levels(self) -> np.ndarray:
         """ln K and ln C."""
@@ -109,16 +111,12 @@ class Shared:
         sources: coefficients of what its own channels add.
         scatter: relative variance of K that its own channels add; None where they are normal, or not known.
         channels: what it makes of them; None where their law is not known.
-        units: how many there are.
-        passed: what of the covariance of (K, C) of one of them comes with what it reads.
     """
 
     inherited: Spread
     sources: dict[Hashable, float]
     scatter: float | None = None
     channels: ChannelMoments | None = None
-    units: int = 1
-    passed: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros((2, 2)))
 
 
 def of_an_average(node: Node, whole: Spread) -> Spread:
@@ -143,7 +141,7 @@ def of_few(node: Conv) -> float | None:
     below = _read_by(node, _own_places(node)) if _few(node) else None
     if below is None or (read := common_part(*below)).channels is None:
         return None
-    return float(read.channels.scatter()[0, 0]) * (1 / _group(node) - 1 / read.units)
+    return float(read.channels.scatter()[0, 0]) * (1 / _group(node) - 1 / read.channels.units)
 
 
 def _group(node: Conv) -> int:
@@ -227,8 +225,8 @@ def common_part(node: Node, places: Places) -> Shared:
     if few:  # of which moments by type know the second ones alone
         bend += math.sqrt(made.scatter()[1, 1] / len(made.mean))  # a population's own error
         shift = (1 + shift) * math.exp(made.levels()[1]) / max(_common(node, places), 1e-300) - 1
-    passed = jacobian @ channels.read @ jacobian.T
-    scatter = (made.scatter() - passed) / channels.units
+    made = made._replace(read=jacobian @ made.read @ jacobian.T)
+    scatter = (made.scatter() - made.read) / made.units
     whole, common = (math.log1p(max(float(scatter[k, k]), 0.0)) for k in (0, 1))
     most = math.sqrt(common)
     along = float(np.clip(scatter[0, 1] / math.sqrt(max(whole, 1e-300)), -most, most))
@@ -237,8 +235,6 @@ def common_part(node: Node, places: Places) -> Shared:
         {origin(node): along, ("common part", node.id): math.sqrt(max(common - along**2, 0.0))},
         scatter=whole if averaged or few else None,
         channels=made,
-        units=channels.units,
-        passed=passed,
     )
 
 
@@ -250,11 +246,10 @@ def _channels(root: Node, places: Places, x: Node, x_places: Places) -> Channels
         if read.channels is None:
             return None
         alone, together = _shares_of_mean(root, x, x_places)
-        mean, square = read.channels
+        mean, square, units, passed = read.channels
         row = np.array([[alone, together], [0.0, 1.0]])
-        found = Channels(mean, np.maximum(square - mean**2, 0.0), read.units, row @ read.passed @ row.T)
-        common = common if places else whole * (1 - alone)
-        return found.of(whole, common)
+        found = Channels(mean, np.maximum(square - mean**2, 0.0), units, row @ passed @ row.T)
+        return found.of(whole, common if places else whole * (1 - alone))
     if np.any(root.table.mean):
         return None
     weight, *_, own = next(applied for applied in applied_weights(root) if applied.leaf.is_drawn)
@@ -304,13 +299,14 @@ def _common(node: Node, places: Places) -> float:
 
 def _made(node: Node, root: Node, channels: Channels) -> ChannelMoments:
     """What a function of one root makes of its channels."""
+    rest = channels.units, channels.read
     if node is root:
-        return ChannelMoments(channels.common, channels.common**2 + channels.own)
+        return ChannelMoments(channels.common, channels.common**2 + channels.own, *rest)
     (view,) = roots(node)
     values = channels.common[..., None] + np.sqrt(channels.own)[..., None] * _POINTS
     line = values.reshape(*[1] * len(node.axes), -1)
     out = np.asarray(evaluate(node.whole, node.axes, {view: line}), float).reshape(values.shape)
-    return ChannelMoments(out @ _POINT_WEIGHTS, out**2 @ _POINT_WEIGHTS)
+    return ChannelMoments(out @ _POINT_WEIGHTS, out**2 @ _POINT_WEIGHTS, *rest)
 
 
 def _answer(node: Node, root: Node, channels: Channels) -> tuple[ChannelMoments, np.ndarray, np.ndarray]:

@@ -73,7 +73,7 @@ def quantiles_of_sum(root: Sum, table: Table, deviation: np.ndarray) -> np.ndarr
         for group in together:
             own = [p.weight * _part_on_grid(p, root.axes, cell) for p in group]
             if len(own) > 1:
-                values, weights = _drawn([p.latent for p in group], own, root.axes, cell)
+                values, weights = _points([p.latent for p in group], own, root.axes, cell)
                 own = [_ordered(values.sum(axis=0), weights)]
             line = _convolved(line, own[0])
         mean = WEIGHTS @ line
@@ -105,21 +105,12 @@ def _ordered(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
     return np.interp(Z, scores, values[order])
 
 
-def _drawn(
+def _points(
     latents: Sequence[View], lines: Sequence[np.ndarray], axes: Sequence[Axis], cell: tuple[int, ...]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Values of functions of correlated normals, those behind some views in one class, and how much each point weighs.
+    """Values of functions, `lines` on the normal grid, of the normals behind some views in one class; and the points' weights.
 
     Points are spread by √(1 + 2/k), which reaches further into the tails at the cost of 1 − e^{−2/k} of them.
-
-    Args:
-        latents: the views, k of them.
-        lines: the functions on the normal grid.
-        axes: the frame.
-        cell: the class.
-
-    Returns:
-        (k, points) and (points,).
     """
     rho = np.eye(k := len(latents))
     for (i, a), (j, b) in itertools.combinations(enumerate(latents), 2):
@@ -177,7 +168,7 @@ def _term_on_grid(view: View, live: Sequence[View], axes: Sequence[Axis]) -> np.
         return along(view, axes, *live)
     cell, one = _most_common(axes), [1] * len(axes)
     lines = [on_grid(in_class(grid(root, axes), cell)) for root in live]
-    values, weights = _drawn(live, lines, axes, cell)
+    values, weights = _points(live, lines, axes, cell)
     env: Environment = {root: line.reshape(*one, -1) for root, line in zip(live, values, strict=True)}
     env |= {r: np.full((*one, 1), r.node.table.total_mean) for r in roots_of(view) if r not in live}
     drawn = np.broadcast_to(evaluate(view, axes, env).ravel(), weights.shape)
