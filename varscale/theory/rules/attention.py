@@ -19,7 +19,8 @@ equal weights, one over the number of directions that tokens differ in (`token_g
     queries do. Of the rest, lognormal weights of logits that differ by s² between queries make b = s²/(e^{s²} − 1) of what the
     queries do: o = (τ + (1 − τ) b) o_x. Each of H heads adds overlaps of its own, so that these are divided by H:
         (1 − τ)² (1/T + V_v + b²/d)     sums over T keys, of values, by queries of d features;
-        τ² (3/d + V(C²) − V_x)          three projections, and C twice;
+        τ² (3/d + V(C²) − V_x)          three projections, and C twice: with λ = 1/(T V_x), by Marchenko and Pastur,
+                                        V(C²) = tr C⁴/(tr C²)² = V_x (1 + 6 λ + 6 λ² + λ³)/(1 + λ)²;
         2 τ (1 − τ)/d                   what either has of the other's direction.
     Where rows see different keys that is no chance: of the weights' own a part 1 − c is the mask's, and of b and 1/T only the
     part c, or its square, is left.
@@ -36,13 +37,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from varscale.theory.domain.axes import apply_axis, contract_axis
+from varscale.theory.domain.axes import apply_axis, contract_axis, shares
 from varscale.theory.domain.axis_maps import lift_types
 from varscale.theory.domain.tables import lift
 from varscale.theory.graph.expressions import Apply, roots, weighted_sum
 from varscale.theory.graph.linear_nodes import Contract, weight_of
 from varscale.theory.graph.nodes import Leaf, View
 from varscale.theory.graph.store import BackwardNotes
+from varscale.theory.integrals.softmax import apart
 from varscale.theory.propagation.marginals import cofactors
 from varscale.theory.propagation.pullbacks import sum_out
 from varscale.theory.propagation.token_gram import (
@@ -58,7 +60,6 @@ from varscale.theory.propagation.token_gram import (
     tokens_of,
     white,
 )
-from varscale.theory.rules.softmax import Softmax, gain_of_queries, key_directions, logit_scatter
 
 # Set on the validation grid, not derived, both. Of what outputs gain by following their queries: overlaps are
 # known to leading order, to a quarter there. Of what tokens share, which moves by the curvature of what made
@@ -70,18 +71,16 @@ class Attention(NamedTuple):
     """A contraction Σ p v of softmax weights with values.
 
     Attributes:
-        node: the contraction.
         weights: the softmax.
-        place: where the weights' axes are in its frame.
-        values: the values, over its frame.
+        place: where the weights' axes are in the contraction's frame.
+        values: the values, over that frame.
         kept: the mean of what dropout multiplies weights by, squared.
     """
 
-    node: Any
-    weights: Softmax
+    weights: Any
     place: tuple[int, ...]
     values: View
-    kept: float = 1.0
+    kept: float
 
     @property
     def key(self) -> int:
@@ -90,8 +89,7 @@ class Attention(NamedTuple):
 
     def projections(self) -> Tokens:
         """Values of one head, as tokens."""
-        features = [k for k in self.values.bind if k not in self.place]
-        return tokens_of(self.values, [self.key], features)
+        return tokens_of(self.values, [self.key], set(self.values.bind) - set(self.place))
 
 
 class Scores(NamedTuple):
@@ -115,26 +113,20 @@ class Scores(NamedTuple):
 def attention_of(node: Any) -> Attention | None:
     """The attention that a contraction is; None where it is none."""
     for weights, v in (node.args, node.args[::-1]):
-        p, kept = _before_dropout(weights)
+        p, kept = weights, 1.0
+        if isinstance(weights.node, Apply) and weights.node.params[0] == "mul":  # dropout, of each by itself
+            for x, mask in (weights.node.args, weights.node.args[::-1]):
+                drawn = all(isinstance(root.node, Leaf) and root.node.is_bits for root in roots(mask.node))
+                if drawn and x.node.shares and x.bind[x.node.params] in mask.bind:
+                    p, kept = x.within(weights.bind), mask.node.table.total_mean**2
         # Shares of something else than what is added up, a capsule's of those above it, are no weights of an
         # average.
-        if isinstance(p.node, Softmax) and len(node.axes) <= p.bind[p.node.params] in v.bind:
-            return Attention(node, p.node, p.bind, v, kept)
+        if p.node.shares and len(node.axes) <= p.bind[p.node.params] in v.bind:
+            return Attention(p.node, p.bind, v, kept)
     return None
 
 
-def _before_dropout(weights: View) -> tuple[View, float]:
-    """Weights before each was multiplied by a random number of its own, and the square of the mean of those."""
-    node = weights.node
-    if isinstance(node, Apply) and node.params[0] == "mul":
-        for p, mask in (node.args, node.args[::-1]):
-            drawn = all(isinstance(root.node, Leaf) and root.node.is_bits for root in roots(mask.node))
-            if drawn and isinstance(p.node, Softmax) and p.bind[p.node.params] in mask.bind:
-                return p.within(weights.bind), mask.node.table.total_mean**2
-    return weights, 1.0
-
-
-def scores(weights: Softmax) -> Scores | None:
+def scores(weights: Any) -> Scores | None:
     """What the logits of softmax weights are, where they are a product of queries and keys, and what is added to it."""
     terms = weighted_sum(weights.args[0])[0]
     products = ((c, v) for c, v in terms if isinstance(v.node, Contract) and weight_of(v.node) is None)
@@ -153,10 +145,7 @@ def scores(weights: Softmax) -> Scores | None:
     return Scores(product, slope**2, queries, keys, place) if queries.tokens and keys.tokens else None
 
 
-@gain_of_queries.register(Softmax)
-def gain_of_queries_of_softmax(
-    weights: Softmax, notes: BackwardNotes, passed: np.ndarray, kept: np.ndarray
-) -> float | None:
+def gain_of_queries(weights: Any, notes: BackwardNotes, passed: np.ndarray, kept: np.ndarray) -> float | None:
     """Second moment that queries' cotangents gain because keys and values see the same tokens (2.).
 
     It is left with the product of queries and keys, whose pullback adds it to what comes back from the softmax.
@@ -175,26 +164,20 @@ def gain_of_queries_of_softmax(
     if found is None or tokens is None or values is None:
         return None
     several = np.clip(1 - (weights.seen * weights.weights.square).sum(-1), 0, 1) ** 2
-    own = found.keys.node.table.mean_square
+    share = shared_overlap(tokens, values) * own_part(found.keys)
     gain = (
-        shared_overlap(tokens, values)
-        * own_part(found.keys)
-        / max(own, 1e-300)
-        * passed
-        * weights.read(several)
-        * weights.own
+        share / max(found.keys.node.table.mean_square, 1e-300) * passed * weights.read(several) * weights.own
     )
-    axes = [weights.axes[k] for k in weights.rows()]
+    axes = [weights.axes[k] for k in weights.rows]
     rows = functools.reduce(np.multiply.outer, [a.same for a in axes], np.array(1.0))
-    share = float((gain * rows).sum() / max(((gain + kept) * rows).sum(), 1e-300))
-    gain = np.multiply.outer(gain, weights.keys.agrees / weights.keys.size)
-    gain = found.slope * np.moveaxis(gain, -1, weights.params)
-    notes.gains[found.product.node.id] = found.place, sum_out(gain, weights.axes, found.product)
-    return share
+    part = float((gain * rows).sum() / max(((gain + kept) * rows).sum(), 1e-300))
+    gain = found.slope * np.multiply.outer(gain, weights.keys.agrees / weights.keys.size)
+    gain = sum_out(np.moveaxis(gain, -1, weights.params), weights.axes, found.product)
+    notes.gains[found.product.node.id] = found.place, gain
+    return part
 
 
-@key_directions.register(Softmax)
-def key_directions_of_softmax(weights: Softmax) -> float:
+def key_directions(weights: Any) -> float:
     """Directions of the sphere on which a norm has put the tokens of the keys; infinite if they are as good as Gaussian.
 
     Tokens' squared norms vary by 2 V if they are Gaussian. What a norm has left tokens m + x̃ is |m + x̃|²: that of x̃, which the
@@ -202,30 +185,24 @@ def key_directions_of_softmax(weights: Softmax) -> float:
     """
     found = scores(weights)
     tokens = None if found is None else projected(found.keys)
-    if (
-        tokens is None
-        or not isinstance(tokens.node, Apply)
-        or not any(len(g) > 1 for g in cofactors(tokens.node).values())
-    ):
+    if tokens is None or not any(len(group) > 1 for group in cofactors(tokens.node).values()):
         return math.inf
     own = own_part(tokens)
-    shared = tokens.node.table.mean_square - own
-    lack = 2 * overlap(tokens) - 4 * overlap(tokens) * max(shared, 0.0) / max(own, 1e-300)
+    shared = max(tokens.node.table.mean_square - own, 0.0)
+    lack = overlap(tokens) * (2 - 4 * shared / max(own, 1e-300))
     return max(2 / lack - 2, 3.0) if lack > 0 else math.inf
 
 
-@logit_scatter.register(Softmax)
-def logit_scatter_of_softmax(weights: Softmax) -> float:
+def logit_scatter(weights: Any) -> float:
     """Relative variance, between queries, of the logits' variance (3.); in a product of both d is counted once."""
     found = scores(weights)
     if found is None:
         return 0.0
     out = 1 / found.keys.count
-    for side in (found.keys, found.queries):
-        tokens = projected(side)
-        if tokens is not None:
-            own = 1.0 if side is found.keys else own_part(tokens) / max(tokens.node.table.mean_square, 1e-300)
-            out += overlap(tokens) * own**2
+    if (tokens := projected(found.keys)) is not None:
+        out += overlap(tokens)
+    if (tokens := projected(found.queries)) is not None:
+        out += overlap(tokens) * (own_part(tokens) / max(tokens.node.table.mean_square, 1e-300)) ** 2
     return 2 * out
 
 
@@ -239,23 +216,19 @@ def tilted(node: Any) -> np.ndarray | float:
     if tokens is None or not p.deps & tokens.node.deps:
         return 0.0
     keys = None if found is None else projected(found.keys)
-    seen_by_both = (
-        overlap(tokens) if keys is None else shared_overlap(keys, tokens)
-    )  # V of what they have in common
-    if not seen_by_both:
-        return 0.0
+    # V of what they have in common
+    seen_by_both = overlap(tokens) if keys is None else shared_overlap(keys, tokens)
     frame = node.frame
-    values = np.broadcast_to(
-        v.second(frame), [n if (k in v.bind) else 1 for k, n in enumerate(a.types for a in frame)]
-    )
+    sizes = [axis.types if k in v.bind else 1 for k, axis in enumerate(frame)]
+    values = np.broadcast_to(v.second(frame), sizes)
     # What a value varies by along the keys, those of one class compared with each other.
     c = frame[key].classes
     differ = np.take(values, range(c), axis=key) - np.take(values, c + np.arange(c) * (c + 1), axis=key)
     deviation = contract_axis(np.maximum(differ, 0.0), key, frame[key].counts / frame[key].size)
-    rows = p.rows()
+    rows = p.rows
     gain = lift(p.tilt, [p.axes[k] for k in rows], [attention.place[k] for k in rows], frame, pairs=True)
-    gain = gain.squeeze(key)
-    return np.broadcast_to(deviation * gain * seen_by_both * attention.kept, node.frame_types)
+    gain = deviation * gain.squeeze(key) * seen_by_both * attention.kept
+    return np.broadcast_to(gain, node.frame_types)
 
 
 def note_values(node: Contract, notes: BackwardNotes) -> None:
@@ -280,35 +253,31 @@ def mixed(node: Contract, x: Tokens) -> Mixture | None:
     heads = math.prod(x.node.axes[k].size for k in x.features if k in attention.place)
     p = attention.weights
     keys = float(p.seen.sum(-1).mean())
-    rows = [k for k, row in enumerate(p.rows()) if attention.place[row] in x.tokens]
-    variance = own_beyond_pairs(p.deviation.mean(-1), [p.axes[k] for k in p.rows()], rows)
+    rows = [k for k, row in enumerate(p.rows) if attention.place[row] in x.tokens]
+    variance = own_beyond_pairs(p.deviation.mean(-1), [p.axes[k] for k in p.rows], rows)
     chance = _by_chance(p, rows)
     slope = chance * (variance / math.expm1(variance) if 0 < variance < 50 else float(variance <= 0))
     gain = own_beyond_pairs(np.asarray(tilted(x.node)), x.node.axes, x.tokens)
     tilt = float(np.clip(gain / max(own_part(x), 1e-300), 0, 1))
     v_values, v_tokens = (covariance(tokens, tokens) for tokens in (values, source))
+    ratio = 1 / (v_tokens * keys)
+    squared = v_tokens * (1 + 6 * ratio + 6 * ratio**2 + ratio**3) / (1 + ratio) ** 2
     noise = (1 - tilt) ** 2 * (chance**2 / keys + v_values + slope**2 / queries.count)
-    noise += tilt**2 * (3 / queries.count + _squared(1 / v_tokens, keys) - v_tokens)
+    noise += tilt**2 * (3 / queries.count + squared - v_tokens)
     noise += 2 * tilt * (1 - tilt) / values.count
     return Mixture([values, source], [0.0, (1 - tilt) * slope + tilt], noise / heads)
 
 
-def _by_chance(p: Softmax, rows: Sequence[int]) -> float:
+
+def _by_chance(p: Any, rows: Sequence[int]) -> float:
     """What part of what a row of weights has of its own is due to the logits, the rest being that of the keys that it sees."""
-    classes = [p.axes[k] for k in p.rows()]
-    seen, shares = p.seen, p.seen * p.weights.first
-    whole = shares.sum(-1, keepdims=True)
-    drawn = (seen * p.weights.square - (shares / whole) ** 2 / np.maximum(seen, 1e-300)).sum(-1)
-    weights = functools.reduce(np.multiply.outer, [a.counts / a.size for a in classes], np.array(1.0))
+    classes = tuple(p.axes[k] for k in p.rows)
+    seen, whole = p.seen, p.seen * p.weights.first
+    mean = whole / whole.sum(-1, keepdims=True)
+    drawn = (seen * p.weights.square - mean**2 / np.maximum(seen, 1e-300)).sum(-1)
     squares = contract_axis(p.table.second, p.params, p.keys.same) * p.keys.size
     own = own_beyond_pairs(squares, classes, rows)
-    return float(np.clip((drawn * weights).sum() / max(own, 1e-300), 0, 1))
-
-
-def _squared(directions: float, samples: float) -> float:
-    """V after the square of a sample covariance: Tr C⁴ / (Tr C²)² by Marchenko and Pastur, λ = directions / samples."""
-    ratio = directions / samples
-    return (1 + 6 * ratio + 6 * ratio**2 + ratio**3) / (1 + ratio) ** 2 / directions
+    return float(np.clip(shares(classes) @ drawn.ravel() / max(own, 1e-300), 0, 1))
 
 
 def of_alike_keys(weights: View, values: View, node: Any, square: float) -> float:
@@ -325,38 +294,23 @@ def of_alike_keys(weights: View, values: View, node: Any, square: float) -> floa
         square: its mean square.
     """
     p: Any = weights.node
-    rows, axis, c = [p.axes[k] for k in p.rows()], p.keys, p.keys.classes
-    if c == 1:
+    rows, axis, c = tuple(p.axes[k] for k in p.rows), p.keys, p.keys.classes
+    place = weights.bind[p.params]
+    if c == 1 or place not in values.bind or node.frame[place] != axis:
         return 0.0
-    seen = p.seen
-    second = p.by_key(np.broadcast_to(p.args[0].second(p.axes), p.frame_types))
-    logits = second[(*(slice(a.classes) for a in rows), slice(c, None))].reshape(*seen.shape, c)
-    alike = np.where(seen > 1, np.maximum(_beyond_any_two(logits, seen), 0.0), 0.0)
-    shares = seen / np.maximum(seen.sum(-1, keepdims=True), 1e-300)
-    varied = shares**2 * (1 - shares) ** 2 * alike
-    for a in reversed(rows):
-        varied = np.tensordot(a.counts / a.size, varied, axes=(0, varied.ndim - 2))
-    table, place = values.node.table.second, weights.bind[p.params]
-    if place not in values.bind or node.frame[place] != axis:
-        return 0.0
+    logits = p.by_key(np.broadcast_to(p.args[0].second(p.axes), p.frame_types))
+    alike = _beyond_any_two(logits[tuple(slice(a.classes) for a in rows)], p.seen) * (p.seen > 1)
+    part = p.seen / np.maximum(p.seen.sum(-1, keepdims=True), 1e-300)
+    varied = shares(rows) @ (part**2 * (1 - part) ** 2 * alike).reshape(-1, c)
+    table = values.node.table.second
     for k in reversed(range(len(values.bind))):
-        own = values.node.axes[k]
-        table = (
-            apply_axis(table, k, lift_types(axis, own))
-            if values.bind[k] == place
-            else contract_axis(table, k, own.same)
-        )
-    apart = np.maximum(_beyond_any_two(table[c:].reshape(c, c), axis.counts), 0.0)
-    return min(float(varied @ apart) / max(square, 1e-300), 1.0)
+        own, here = values.node.axes[k], values.bind[k] == place
+        table = apply_axis(table, k, lift_types(axis, own)) if here else contract_axis(table, k, own.same)
+    return min(float(varied @ _beyond_any_two(table, axis.counts)) / max(square, 1e-300), 1.0)
 
 
-def _beyond_any_two(between: np.ndarray, counts: np.ndarray) -> np.ndarray:
+def _beyond_any_two(second: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """What two different keys of a class have in common, less what each has with any other, by class (..., classes)."""
-    between = (between + np.swapaxes(between, -1, -2)) / 2
-    pairs = np.maximum(counts[..., :, None] - np.eye(counts.shape[-1]), 0.0)
-    met = np.maximum(pairs.sum(-2), 1e-300)
-    common = (pairs * between).sum(-2) / met
-    whole = (counts * met * common).sum(-1, keepdims=True) / np.maximum(
-        (counts * met).sum(-1, keepdims=True), 1e-300
-    )
-    return np.diagonal(between, axis1=-2, axis2=-1) - 2 * common + whole
+    c = counts.shape[-1]
+    pairs = second[..., c:]
+    return np.maximum(apart(np.concatenate([pairs[..., :: c + 1], pairs], axis=-1), counts), 0.0)
