@@ -219,8 +219,8 @@ def pullback_of_softmax(
     keep = np.clip(np.where(own, keep, 1 - weighed + overlap), 0, 1)
     same = np.where(own, np.maximum(passed, 0.0), passed) * keep + within * p[..., :c]
     share = gain_of_queries(node, notes, (each * ahead * axis.counts).sum(-1), (same * axis.counts).sum(-1))
-    # Of the queries' and keys' cotangents a part is due to overlaps, known to leading order. Where tokens differ in
-    # known positions added to them, they share those too, and which are near each other.
+    # Of the queries' and keys' cotangents a part is due to overlaps, known to leading order. Where tokens
+    # differ in known positions added to them, they share those too, and which are near each other.
     next_one = LEADING_ORDER if any(a.classes > 1 for a in node.axes) else NEXT_ORDER
     doubt = LOOSE if share is None else LOOSE * share + next_one
     placed = _adds_known_along(node.args[0].node, axis.size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Hashable, Sequence
 
@@ -9,7 +10,7 @@ import numpy as np
 from scipy import special
 
 from varscale.theory.domain.axes import Axis, affordable, join, labelled
-from varscale.theory.domain.tables import LEADING_ORDER, NEGLIGIBLE, NEXT_ORDER, Table
+from varscale.theory.domain.tables import LEADING_ORDER, NEGLIGIBLE, NEXT_ORDER, Table, over_frame
 from varscale.theory.graph.expressions import Apply, Mean, Sum, roots, weighted_sum
 from varscale.theory.graph.layout import Value
 from varscale.theory.graph.linear_nodes import Contract
@@ -23,7 +24,7 @@ from varscale.theory.graph.nodes import (
     pullback,
     second_moments,
 )
-from varscale.theory.graph.normal_form import affine, apply, total
+from varscale.theory.graph.normal_form import affine, total
 from varscale.theory.graph.store import BackwardNotes, Fact, once_per_node
 from varscale.theory.integrals.hermite_series import WEIGHTS, Z
 from varscale.theory.propagation.marginals import along, concentrated, marginal
@@ -33,8 +34,7 @@ from varscale.theory.rules.reductions import Extreme, OneOfMany, cross_by_kind_o
 from varscale.theory.rules.registry import Context, recognise
 from varscale.theory.rules.softmax import Softmax
 
-# Made of known masks: products; where a choice is made.
-_MASKS: Fact[Hashable, Node] = Fact()
+_MASKS: Fact[Hashable, Node] = Fact()  # products of known masks
 _WINDOWS: Fact[None, int] = Fact()  # masks whose rows share more keys with those near them
 
 MASKED = -1e4  # a logit below this is a mask, not a number
@@ -43,50 +43,53 @@ _ROW_CLASSES = 8
 _ROWS_COMPARED = 512  # rows of a mask that are compared with each other
 
 
+def _mean_of_powers(node: Node) -> tuple[float, Mean] | None:
+    """c and the mean of exponentials that a node is the product of, c > 0; None of any other node."""
+    scale = 1.0
+    while isinstance(node, Apply) and node.args[0].bind == tuple(range(len(node.axes))):
+        name, extra = node.params
+        if name == "affine" and extra[0] > 0 and extra[1] == 0:
+            scale *= extra[0]
+        elif not (name == "abs" and node.args[0].node.positive):
+            return None
+        node = node.args[0].node
+    powers = node.args[0].node if isinstance(node, Mean) else None
+    exponential = isinstance(powers, Apply) and powers.params[0] == "exp"
+    return (scale, node) if isinstance(node, Mean) and exponential else None
+
+
 @recognise("div")
 def softmax_of(interpreter: Context, top: Value, bottom: Value) -> Value | None:
     """exp(x − max) / Σ exp(x − max), if that is what this division is."""
-    num, den = top.node, bottom.node
-    if not (
-        isinstance(num, Apply)
-        and num.params[0] == "exp"
-        and isinstance(den, Apply)
-        and den.params[0] == "affine"
-    ):
-        return None
-    mean = den.args[0].node
-    if not (isinstance(mean, Mean) and mean.args[0].node is num):
-        return None
-    if abs(den.params[1][0] - math.prod(num.axes[k].size for k in mean.params)) > 1e-6:
+    num, (scale, mean) = top.node, _mean_of_powers(bottom.node) or (0.0, bottom.node)
+    whole = isinstance(mean, Mean) and mean.args[0].node is num
+    if not whole or abs(scale - math.prod(num.axes[k].size for k in mean.params)) > 1e-6:
         return None
     random, allowed = logits(num.args[0], num.axes)
     if random is None:
         return None
+    placeholder = Value(random.node, top.dims)
     if len(mean.params) > 1:  # drawn where that can be; else a division as any other
-        return Value(random.node, top.dims) if interpreter.ask("a softmax over several axes") else None
+        return placeholder if interpreter.ask("a softmax over several axes") else None
     (key,), frame, args = mean.params, list(num.axes), [random]
     if allowed is not None:
         frame = _row_classes(frame, random, allowed, key)
+        args += _rows_filled(allowed.node, allowed.bind, key)
     gaussian = _is_nearly_gaussian(random.node)
     if not gaussian and interpreter.ask("a softmax of logits that are not Gaussian"):
-        return Value(random.node, top.dims)
-    doubt = max(_bias_by_place(random, key), _windowed_before(allowed, key))
-    if max(doubt, _learned_bias(random, key)) > LEADING_ORDER and interpreter.ask(
-        "attention by distance", whole=True
-    ):
-        return Value(random.node, top.dims)
-    if allowed is not None:
-        args += _rows_filled(allowed, key)
-        if isinstance(args[1].node, Constant):  # rows see every key or none
-            args = [View(apply(interpreter.graph, "mul", (), tuple(frame), [random, args[2]]), random.bind)]
+        return placeholder
+    placed, learned = _bias_variances(random, key)
+    doubt = max(math.expm1(min(placed, 3.0)), _windowed_before(allowed, key))
+    if max(doubt, learned) > LEADING_ORDER and interpreter.ask("attention by distance", whole=True):
+        return placeholder
     node = interpreter.graph.make(Softmax, frame, args, key)
     if doubt > NEGLIGIBLE:
         node.flagged, node.doubt, node.gradient_doubt = "assumed", doubt, max(doubt, NEXT_ORDER)
     # Where keys that may be paddings are not told apart, of which a mask by sample hides some, weights are
     # spread over paddings, all alike, where a row sees words: of outputs that can be as much again.
-    padded_keys = {size for _, size in padded(interpreter.graph)} & {frame[key].size}
     by_sample = allowed is not None and key in allowed.bind and len(allowed.bind) > 1
-    if not gaussian or (by_sample and padded_keys and frame[key].labels is None):
+    alike = frame[key].size in {size for _, size in padded(interpreter.graph)} and frame[key].labels is None
+    if not gaussian or (by_sample and alike):
         node.flagged, node.doubt = "assumed", 1.0
     return Value(node, top.dims)
 
@@ -107,22 +110,18 @@ def _is_nearly_gaussian(node: Node) -> bool:
     return bool(np.all((line * Z @ WEIGHTS) ** 2 > (1 - NEGLIGIBLE) * variance))
 
 
-def _bias_by_place(random: View, key: int) -> float:
-    """The relative error of Σ p² where known numbers among the logits vary along the keys: e^{s²} − 1, s² their variance."""
-    terms = zip(random.node.params, random.node.args, strict=True) if isinstance(random.node, Sum) else ()
-    variances = [
-        np.var(c * v.node.values, axis=v.bind.index(key)).mean()
-        for c, v in terms
-        if isinstance(v.node, Array) and key in v.bind
-    ]
-    return math.expm1(min(sum(variances), 3.0))
+def _bias_variances(random: View, key: int) -> tuple[float, float]:
+    """Variances along the keys of what no input goes with among the logits: of known numbers, and of weights.
 
-
-def _learned_bias(random: View, key: int) -> float:
-    """The variance of weights among the logits that no input goes with: one draw of them serves all samples."""
-    terms = zip(random.node.params, random.node.args, strict=True) if isinstance(random.node, Sum) else ()
-    weights = [(c, v) for c, v in terms if v.node.deps and not v.node.deps & v.node.graph.inputs]
-    return sum(c * c * v.node.table.variance for c, v in weights if key in v.bind)
+    One draw of the weights serves all samples. The known numbers' s² adds e^{s²} − 1 to Σ p².
+    """
+    placed, learned = 0.0, 0.0
+    for c, (node, bind) in weighted_sum(random)[0] if isinstance(random.node, Sum) else ():
+        if isinstance(node, Array) and key in bind:
+            placed += np.var(c * node.values, axis=bind.index(key)).mean()
+        elif key in bind and not node.deps & node.graph.inputs:
+            learned += c * c * node.table.variance
+    return placed, learned
 
 
 def _windowed_before(allowed: View | None, key: int) -> float:
@@ -133,44 +132,36 @@ def _windowed_before(allowed: View | None, key: int) -> float:
     """
     if allowed is None or key not in allowed.bind:
         return 0.0
-    assert isinstance(allowed.node, Array)
-    keys, sizes = allowed.bind.index(key), [axis.size for axis in allowed.node.axes]
-    rows = [k for k, size in enumerate(sizes) if size == sizes[keys] and k != keys]
-    apart = _keys_apart(allowed.node, rows[-1], keys) if rows else 0.0
-    before = _WINDOWS.of(allowed.node.graph).setdefault(None, 0)
-    _WINDOWS.put(allowed.node.graph, None, before + (apart > NEXT_ORDER))
+    graph, apart = allowed.node.graph, _keys_apart(allowed.node, allowed.bind.index(key))
+    before = _WINDOWS.get(graph, None) or 0
+    _WINDOWS.put(graph, None, before + (apart > NEXT_ORDER))
     return apart if before else 0.0
 
 
 @once_per_node
-def _keys_apart(mask: Array, row: int, key: int) -> float:
+def _keys_apart(mask: Array, key: int) -> float:
     """1 − E[|A ∩ B| / min(|A|, |B|)] over the sets of keys A, B that two rows see: 0 of a causal mask, or of paddings."""
-    n = mask.axes[row].size
-    seen = np.moveaxis(mask.values, (row, key), (-2, -1)).reshape(-1, n, n)[0].astype(np.float32)
-    rows = np.flatnonzero(seen.any(axis=-1))
-    seen = seen[rows[evenly(len(rows), _ROWS_COMPARED)]]
+    n = mask.axes[key].size
+    rows = [k for k, axis in enumerate(mask.axes) if axis.size == n and k != key]
+    if not rows:
+        return 0.0
+    seen = np.moveaxis(mask.values, (rows[-1], key), (-2, -1)).reshape(-1, n, n)[0].astype(np.float32)
+    seen = seen[seen.any(axis=-1)]
+    seen = seen[evenly(len(seen), _ROWS_COMPARED)]
     number = seen.sum(axis=-1)
     return 1 - float(np.mean(seen @ seen.T / np.minimum.outer(number, number))) if len(seen) else 0.0
 
 
-def _rows_filled(allowed: View, key: int) -> list[View]:
-    """The mask, and, where some rows see no key (of paddings that ask), which do; the others then see all, all alike."""
-    mask, bind = allowed
-    assert isinstance(mask, Array)
-    keys = tuple(k for k, b in enumerate(bind) if b == key)
-    if not (found := _filled(mask, keys)):
-        return [allowed]
-    left = tuple(b for b in bind if b != key)
-    return [View(x, bound if x.axes else ()) for x, bound in zip(found, (bind, left), strict=True)]
-
-
 @once_per_node
-def _filled(mask: Array, keys: tuple[int, ...]) -> tuple[Node, ...]:
-    """A mask whose rows without a key see all, and which rows see any; nothing where all do."""
-    some = np.any(mask.values, axis=keys, keepdims=True)
+def _rows_filled(mask: Array, bind: tuple[int, ...], key: int) -> list[View]:
+    """The mask, and, where some rows see no key (of paddings that ask), which do; the others then see all, all alike."""
+    graph, keys = mask.graph, tuple(k for k, b in enumerate(bind) if b == key)
+    some = mask.values.any(axis=keys, keepdims=True)
     if some.all():
-        return ()
-    return array(mask.graph, mask.values | ~some), array(mask.graph, some.squeeze(keys))
+        return [View(mask, bind)]
+    found = array(graph, mask.values | ~some), array(graph, some.squeeze(keys))
+    left = bind, tuple(b for b in bind if b != key)
+    return [View(x, places if x.axes else ()) for x, places in zip(found, left, strict=True)]
 
 
 def _row_classes(frame: list[Axis], random: View, allowed: View, key: int) -> list[Axis]:
@@ -180,45 +171,30 @@ def _row_classes(frame: list[Axis], random: View, allowed: View, key: int) -> li
     """
     mask, bind = allowed
     keys = tuple(k for k, b in enumerate(bind) if b == key)
-    left = [b for b in bind if b != key]
-    features = _features(random)
+    features = [v.node.params for _, v in weighted_sum(random)[0] if isinstance(v.node, Contract)]
+    features = max(features, key=lambda found: math.prod(axis.types for axis in found), default=())
     for most in range(_ROW_CLASSES, 0, -1):
-        classed = _classes_by_keys(mask, keys, most)
         found = list(frame)
-        for b, axis in zip(left, classed, strict=True):
+        for b, axis in zip((b for b in bind if b != key), _classes_by_keys(mask, keys, most), strict=True):
             found[b] = join(axis, frame[b])
         rows = {axis.size: axis for k, axis in enumerate(found) if k != key}
-        later = (
-            *(rows.get(axis.size, axis) if k == key else axis for k, axis in enumerate(found)),
-            *features,
-        )
+        keys_later = rows.get(found[key].size, found[key])
+        later = (*found[:key], keys_later, *found[key + 1 :], *features)
         if affordable(later) == later:
             return found
     return frame
 
 
-def _features(view: View) -> tuple[Axis, ...]:
-    """The axes that a product of queries and keys sums over."""
-    node = view.node
-    if isinstance(node, Contract):
-        return node.params
-    inside = [_features(child) for child in node.args] if isinstance(node, Apply | Sum) else []
-    return max(inside, key=lambda found: math.prod(axis.types for axis in found), default=())
-
-
 @once_per_node
-def _classes_by_keys(mask: Node, keys: tuple[int, ...], most: int) -> list[Axis]:
+def _classes_by_keys(mask: Array, keys: tuple[int, ...], most: int) -> list[Axis]:
     """The axes of a mask besides those of the keys, classed by how many keys a position sees."""
-    assert isinstance(mask, Array)
-    seen = mask.values.sum(axis=keys)
-    level = np.where(
-        seen > 0, np.log(np.maximum(seen, 1.0)), -1.0
-    )  # who sees none is in no class with others
-    out = []
+    seen, out = mask.values.sum(axis=keys), list[Axis]()
+    # who sees none is in no class with others
+    level = np.where(seen > 0, np.log(np.maximum(seen, 1.0)), -1.0)
     for i, size in enumerate(level.shape):
         mean = level.mean(axis=tuple(j for j in range(level.ndim) if j != i))
-        low, reach = mean.min(), float(np.ptp(mean))
-        bins = (most * (mean - low) / max(reach, 0.01)).astype(int)
+        reach = float(np.ptp(mean))
+        bins = (most * (mean - mean.min()) / max(reach, 0.01)).astype(int)
         out.append(labelled(np.minimum(bins, most - 1)) if reach > 0.01 else Axis(size))
     return out
 
@@ -234,22 +210,42 @@ def logits(view: View, axes: Sequence[Axis]) -> tuple[View | None, View | None]:
     node = total(graph, [c for c, _ in terms], tuple(axes), [v for _, v in terms]) if terms else None
     if node is None or isinstance(node, Constant):
         return None, None
-    random = View(node, tuple(range(len(axes))))
-    frame = tuple(sorted({b for m in masks for b in m.bind}))
-    if not masks or (len(masks) == 1 and masks[0].bind == frame):
-        return random, masks[0] if masks else None
-    sizes = tuple(axes[b].size for b in frame)
 
     def product() -> Node:
-        out = np.ones(sizes)
-        for m in masks:
-            assert isinstance(m.node, Array)
-            shape = [axes[b].size if b in m.bind else 1 for b in frame]
-            out = out * m.node.values.transpose(np.argsort(m.bind)).reshape(shape)
-        return array(graph, out)
+        return array(
+            graph, functools.reduce(np.multiply, (over_frame(*m, len(axes)) for m in known)).squeeze()
+        )
 
-    mask = _MASKS.once(graph, (tuple((m.node.id, m.bind) for m in masks), sizes), product)
-    return random, (None if isinstance(mask, Constant) else View(mask, frame))
+    known = [(m.node.values, m.bind) for m in masks if isinstance(m.node, Array)]
+    mask = _MASKS.once(graph, (*masks, len(axes)), product) if known else None
+    frame = tuple(sorted({b for _, bind in known for b in bind}))
+    return node.whole, (View(mask, frame) if isinstance(mask, Array) else None)
+
+
+def _random_terms(view: View, masks: list[View]) -> list[tuple[float, View]]:
+    """The terms of logits but for masks, which are appended to `masks`."""
+    node, bind = view
+    if isinstance(node, Sum) or (isinstance(node, Apply) and node.params[0] == "affine"):
+        return [(c * d, t) for c, child in weighted_sum(view)[0] for d, t in _random_terms(child, masks)]
+    which = node.args[0] if isinstance(node, Apply) and node.params[0] == "select_n" else view
+    if len(node.args) == 3 and isinstance(which.node, Array):
+        for keep, drop in ((1, 2), (2, 1)):
+            other = node.args[drop].node
+            if isinstance(other, Constant) and other.params < MASKED:
+                masks.append(View(_above(which.node, 0.5, keep == 2), which.within(bind).bind))
+                return _random_terms(node.args[keep].within(bind), masks)
+    if isinstance(node, Array) and (level := _mask_level(node)) is not None:
+        masks.append(View(_above(node, level), bind))
+        kept = node.values[node.values > level]
+        left = np.where(node.values > level, node.values, kept.mean() if kept.size else 0.0)
+        return [(1.0, View(array(node.graph, left), bind))] if np.ptp(left) > 0 else []
+    return [(1.0, view)]
+
+
+@once_per_node
+def _above(known: Array, level: float, above: bool = True) -> Node:
+    """Where known numbers are above a level, or not above it."""
+    return array(known.graph, (known.values > level) == above)
 
 
 def _mask_level(known: Array) -> float | None:
@@ -261,37 +257,6 @@ def _mask_level(known: Array) -> float | None:
     if low >= MASKED and low < high - _NOTHING_LEFT and set(np.unique(known.values)) == {low, high}:
         return (low + high) / 2
     return MASKED if low < MASKED else None
-
-
-def _random_terms(view: View, masks: list[View]) -> list[tuple[float, View]]:
-    node, bind = view
-    graph = node.graph
-    if isinstance(node, Sum):
-        return [
-            (c * d, t)
-            for c, child in zip(node.params, node.args, strict=True)
-            for d, t in _random_terms(child.within(bind), masks)
-        ]
-    if isinstance(node, Apply) and node.params[0] == "affine":
-        return [(node.params[1][0] * c, t) for c, t in _random_terms(node.args[0].within(bind), masks)]
-    chosen = node.args[0] if isinstance(node, Apply) and node.params[0] == "select_n" else view
-    if len(node.args) == 3 and isinstance(which := chosen.node, Array):
-        for keep, drop in ((1, 2), (2, 1)):
-            other = node.args[drop].node
-            if isinstance(other, Constant) and other.params < MASKED:
-                allowed = _MASKS.once(
-                    graph, (which.params, keep), lambda k=keep: array(graph, which.values == k - 1)
-                )
-                masks.append(View(allowed, tuple(bind[b] for b in chosen.bind)))
-                return _random_terms(node.args[keep].within(bind), masks)
-    if isinstance(node, Array) and (level := _mask_level(node)) is not None:
-        allowed = _MASKS.once(graph, (node.params, None), lambda: array(graph, node.values > level))
-        if isinstance(allowed, Array):
-            masks.append(View(allowed, bind))
-        kept = node.values[node.values > level]
-        left = np.where(node.values > level, node.values, kept.mean() if kept.size else 0.0)
-        return [(1.0, View(array(graph, left), bind))] if np.ptp(left) > 0 else []
-    return [(1.0, view)]
 
 
 class LogSumExp(OneOfMany):
@@ -323,38 +288,24 @@ def pullback_of_log_sum_exp(
 @recognise("log")
 def log_sum_exp_of(interpreter: Context, x: Value) -> Value | None:
     """log x, if x is Σ exp of logits less their largest, as log Σ exp of the logits less their largest."""
-    inner, scale = (
-        x.node,
-        1.0,
-    )  # what is added up, times a positive number; the absolute value of what is positive is itself
-    while isinstance(inner, Apply) and inner.args[0].bind == tuple(range(len(inner.axes))):
-        name, extra = inner.params
-        if name == "affine" and extra[0] > 0 and extra[1] == 0:
-            scale *= extra[0]
-        elif not (name == "abs" and inner.args[0].node.positive):
-            break
-        inner = inner.args[0].node
-    if not isinstance(inner, Mean) or tuple(inner.axes) != tuple(x.node.axes):
+    found = _mean_of_powers(x.node)
+    if found is None:
         return None
-    powers, axes = inner.args[0].node, inner.params
-    if not (isinstance(powers, Apply) and powers.params[0] == "exp"):
-        return None
+    (scale, mean), graph = found, interpreter.graph
+    powers, axes = mean.args[0].node, mean.params
     if len(axes) > 1:
         raise NotImplementedError("a softmax over several axes")
     random, allowed = logits(powers.args[0], powers.axes)
-    if random is None or allowed is not None or tuple(random.node.axes) != tuple(powers.axes):
-        return None
     terms, offset = weighted_sum(powers.args[0])
     taken = [(c, v) for c, v in terms if all(isinstance(r.node, Extreme) for r in roots(v.node))]
-    if any(b in axes for _, view in taken for b in view.bind):
+    if (
+        random is None
+        or allowed is not None
+        or random.node.axes != powers.axes
+        or any(axes[0] in view.bind for _, view in taken)
+    ):
         return None
-    place = {k: i for i, k in enumerate(k for k in range(len(powers.axes)) if k not in axes)}
-    graph = interpreter.graph
-    unit = graph.make(LogSumExp, inner.axes, [random], (axes,))
-    count = math.prod(powers.axes[k].size for k in axes)
-    views = [
-        View(unit, tuple(range(len(inner.axes)))),
-        *(View(v.node, tuple(place[b] for b in v.bind)) for _, v in taken),
-    ]
-    node = total(graph, [1.0, *(c for c, _ in taken)], inner.axes, views)
-    return Value(affine(node, 1.0, offset + math.log(scale / count)), x.dims)
+    unit = graph.make(LogSumExp, mean.axes, [random], (axes,))
+    views = [unit.whole, *(View(v.node, tuple(b - (b > axes[0]) for b in v.bind)) for _, v in taken)]
+    node = total(graph, [1.0, *(c for c, _ in taken)], mean.axes, views)
+    return Value(affine(node, 1.0, offset + math.log(scale / powers.axes[axes[0]].size)), x.dims)
