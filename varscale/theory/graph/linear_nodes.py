@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from varscale.theory.domain.axes import Axis, contract_axes
-from varscale.theory.domain.axis_maps import AxisMap, entry_map, split_axis
+from varscale.theory.domain.axis_maps import AxisMap, split_axis
 from varscale.theory.domain.tables import Table, full_types, put_together, taken_apart
 from varscale.theory.graph.convolutions import Conv
 from varscale.theory.graph.nodes import UNKNOWN, Constant, Leaf, Node, View, pullback, second_moments
@@ -220,18 +220,6 @@ class Concat(Node):
         parts = [v.node for v in self.args if not (isinstance(v.node, Constant) and v.node.params == 0)]
         self.odd = max(functools.reduce(lambda bits, node: bits & node.odd, parts, -1), 0)
         self.positive = all(v.node.positive for v in self.args)
-
-    def parts(self) -> list[tuple[View, tuple[Axis, ...], np.ndarray]]:
-        """Each argument, its frame, and the share of each class of the whole that its classes take (whole, own)."""
-        k, sizes = self.params
-        out, start = [], 0
-        for view, n in zip(self.args, sizes, strict=True):
-            own = next((view.node.axes[j] for j, b in enumerate(view.bind) if b == k), None)
-            axis = own or Axis(max(n, 2))
-            shares = entry_map(np.arange(start, start + n), np.arange(n), self.axes[k], axis).means()
-            out.append((view, (*self.axes[:k], axis, *self.axes[k + 1 :]), shares))
-            start += n
-        return out
 
 
 _MAPS: Fact[Hashable, AxisMap] = Fact()  # by a digest of the entries, and the axes

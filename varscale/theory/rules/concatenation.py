@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from varscale.theory.domain.axes import MOST_CLASSES, Axis, apply_axis, labelled, sliced
-from varscale.theory.domain.axis_maps import entry_map, pair_counts, slice_map
-from varscale.theory.domain.tables import LEADING_ORDER, Table
+from varscale.theory.domain.axes import MOST_CLASSES, Axis, apply_axis, labelled
+from varscale.theory.domain.axis_maps import AxisMap, adjoint, entry_map, pair_counts
+from varscale.theory.domain.tables import Table, full_types
 from varscale.theory.graph import layout
-from varscale.theory.graph.convolutions import ONE
 from varscale.theory.graph.layout import Atom, Value, permute
 from varscale.theory.graph.linear_nodes import Concat
 from varscale.theory.graph.nodes import (
@@ -40,121 +39,112 @@ from varscale.theory.rules.sampled_regions import drawn_region
 _MANY_PARTS = 24  # parts up to which every pair is computed; more are drawn where that can be
 
 
+class Part(NamedTuple):
+    """One of the arrays that are joined.
+
+    Attributes:
+        view: it, over a frame.
+        axes: that frame, with the part's own axis in place of the whole one.
+        where: the map of its axis to the whole one; all parts' maps add up to the whole.
+    """
+
+    view: View
+    axes: tuple[Axis, ...]
+    where: AxisMap
+
+
+def _parts(views: Sequence[View], sizes: Sequence[int], axes: Sequence[Axis], k: int) -> list[Part]:
+    """Arrays over a frame of axes, one after another along axis k."""
+    out = list[Part]()
+    for view, n, start in zip(views, sizes, itertools.accumulate(sizes, initial=0), strict=False):
+        own = view.node.axes[view.bind.index(k)] if k in view.bind else Axis(n)
+        out.append(Part(view, (*axes[:k], own, *axes[k + 1 :]), _placed_part(own, start, axes[k])))
+    return out
+
+
+@functools.cache
+def _placed_part(part: Axis, start: int, whole: Axis) -> AxisMap:
+    return entry_map(start + np.arange(part.size), np.arange(part.size), whole, part)
+
+
 @part_of.register(Concat)
 def part_of_concat(node: Concat, k: int, start: int, stop: int) -> Node | None:
-    """Positions start, ..., stop − 1 of axis k, where the parts are joined along it: what is left of each, joined."""
+    """Positions start, ..., stop − 1 of axis k, where the parts are joined along it and one of them has all these."""
     along, sizes = node.params
-    if k != along:
+    parts = zip(node.args, itertools.accumulate(sizes, initial=0), sizes, strict=False)
+    found = [(view, at) for view, at, n in parts if at <= start and stop <= at + n]
+    if k != along or not found:
         return None
-    spans = [(max(start - at, 0), min(stop - at, n)) for at, n in _starts(sizes)]
-    left = [
-        (take_view(view, k, *span), span[1] - span[0])
-        for view, span in zip(node.args, spans, strict=True)
-        if span[0] < span[1]
-    ]
-    if len(left) > 1:
-        whole, _ = sliced(node.axes[k], start, stop, 1)
-        assert whole is not None
-        axes = (*node.axes[:k], whole, *node.axes[k + 1 :])
-        return node.graph.make(Concat, axes, [view for view, _ in left], (k, tuple(n for _, n in left)))
-    ((child, bind), n) = left[0]
-    missing = [j for j in range(len(node.axes)) if j not in bind and (j != k or n > 1)]
+    (view, at), *_ = found
+    child, bind = take_view(view, k, start - at, stop - at)
+    missing = [j for j in range(len(node.axes)) if j not in bind and (j != k or stop - start > 1)]
     if missing and not isinstance(child, Constant):  # along those axes it is constant
-        along_them = (Axis(n) if j == k else node.axes[j] for j in missing)
+        along_them = (Axis(stop - start) if j == k else node.axes[j] for j in missing)
         child, bind = broadcast(child, (*child.axes, *along_them)), (*bind, *missing)
     return permute(child, [int(m) for m in np.argsort(bind)])
 
 
-def _starts(sizes: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Where each part begins, and its size."""
-    return zip(itertools.accumulate(sizes, initial=0), sizes, strict=False)
-
-
 @second_moments.register(Concat)
 def second_moments_of_concat(node: Concat) -> Table:
-    k, _ = node.params
-    mean = np.zeros([a.classes for a in node.axes])
-    for view, frame, shares in node.parts():
-        mean += apply_axis(np.broadcast_to(view.mean(frame), [a.classes for a in frame]), k, shares)
-    return Table(node.axes, mean, _pairs_with(node, node))
-
-
-def _pairs_with(node: Concat, other: Concat) -> np.ndarray:
-    """E[x_i y_j] by type, for y made of parts of the same sizes: every part with every part."""
     k, sizes = node.params
-    whole = node.axes[k]
-    second = np.zeros([a.types for a in node.axes])
-    starts, ours, others = [at for at, _ in _starts(sizes)], node.parts(), other.parts()
-    if many := len(sizes) > _MANY_PARTS:
-        node.graph.flag("assumed", LEADING_ORDER)
-    for i, (view, mine, shares) in enumerate(ours):
-        for j, (that, theirs, other_shares) in enumerate(others):
-            if mine[k] == theirs[k]:
-                first, last = _stand_in(i, j) if many and i != j else (i, j)
-                table = cross(ours[first][0], others[last][0], mine)
-                table = np.broadcast_to(table, [a.types for a in mine])
-                second += apply_axis(table, k, _part_pairs(whole, mine[k], sizes[i], starts[i], starts[j]))
-            else:
-                table = _unlike_parts(node, view, that, mine[k], theirs[k])
-                matrix = _part_pair_shares(shares, other_shares, whole)
-                second[(slice(None),) * k + (slice(whole.classes, None),)] += apply_axis(table, k, matrix)
+    mean, parts = np.zeros([a.classes for a in node.axes]), _parts(node.args, sizes, node.axes, k)
+    for view, axes, where in parts:
+        mean += apply_axis(np.broadcast_to(view.mean(axes), [a.classes for a in axes]), k, where.means())
+    return Table(node.axes, mean, _pairs(parts, parts, node.axes, k))
+
+
+def _pairs(ours: list[Part], others: list[Part], axes: Sequence[Axis], k: int) -> np.ndarray:
+    """E[x_i y_j] by type, for x and y joined of parts along axis k: every part with every part."""
+    second = np.zeros([a.types for a in axes])
+    for mine, theirs in itertools.product(ours, others):
+        if mine.axes == theirs.axes:
+            table = full_types(cross(mine.view, theirs.view, mine.axes), mine.axes)
+            second += apply_axis(table, k, pair_counts(mine.where, theirs.where))
+        else:
+            second[(slice(None),) * k + (slice(axes[k].classes, None),)] += _unlike(mine, theirs, k)
     return second
 
 
-def _stand_in(i: int, j: int) -> tuple[int, int]:
-    """Of many parts (the steps of a recurrence), those a power of two apart stand for those up to the next one."""
-    lag = 1 << (abs(i - j).bit_length() - 1)
-    return (i, i - lag) if i > j else (j - lag, j)
+def _unlike(mine: Part, theirs: Part, k: int) -> np.ndarray:
+    """E[a_i b_j] of parts of unlike axes, by type of the other axes and pair of classes of the whole along axis k.
 
-
-@functools.cache
-def _part_pairs(whole: Axis, part: Axis, size: int, first: int, second: int) -> np.ndarray:
-    """Pairs behind those of a joined axis of which one is in a part that begins here and one in a part that begins there."""
-    inside = np.arange(size)
-    return pair_counts(*(entry_map(start + inside, inside, whole, part) for start in (first, second)))
+    Their positions never agree: the product of class means on this axis, types elsewhere.
+    """
+    parts, last = (mine, theirs), len(mine.axes) - 1
+    frame = (*mine.axes[:k], *mine.axes[k + 1 :], *(part.axes[k] for part in parts))
+    views = (
+        View(part.view.node, tuple(last + i if b == k else b - (b > k) for b in part.view.bind))
+        for i, part in enumerate(parts)
+    )
+    # Each has one of the last two axes, so that pairs that agree along it and pairs that differ are the same.
+    table = full_types(cross(*views, frame), frame)[..., : frame[-2].classes, : frame[-1].classes]
+    whole = mine.where.out
+    counts = [part.where.means() * whole.counts[:, None] for part in parts]
+    matrix = np.kron(*counts) / np.maximum(whole.pairs[whole.classes :, None], 1.0)
+    return apply_axis(np.moveaxis(table.reshape(*table.shape[:last], -1), -1, k), k, matrix)
 
 
 @cross_by_kind.register(Concat)
 def cross_by_kind_of_concat(node: Concat, a: View, b: View, frame: Sequence[Axis]) -> np.ndarray | None:
     """Against anything that runs over the same axis: cut that where the parts meet."""
-    k, sizes = node.params
-    place, graph, axes = a.bind[k], node.graph, tuple(frame)
-    mine = graph.make(Concat, axes, [v.within(a.bind) for v in node.args], (place, sizes))
-    pieces = [take_view(b, place, at, at + n) for at, n in _starts(sizes)]
-    return _pairs_with(mine, graph.make(Concat, axes, pieces, (place, sizes)))
-
-
-def _unlike_parts(node: Concat, a: View, b: View, mine: Axis, theirs: Axis) -> np.ndarray:
-    """E[a_i b_j] of parts of unlike axes, by type of the other axes and pair of classes along this one.
-
-    Their positions never agree: the product of class means on this axis, types elsewhere.
-    """
-    k = node.params[0]
-    frame = (*node.axes[:k], *node.axes[k + 1 :], mine, theirs)
-    last = len(frame) - 2
-
-    def place(view: View, at: int) -> View:
-        return View(view.node, tuple(at if b == k else b - (b > k) for b in view.bind))
-
-    table = np.broadcast_to(cross(place(a, last), place(b, last + 1), frame), [ax.types for ax in frame])
-    table = np.take(table, mine.classes + mine.classes * np.arange(mine.classes), axis=last)
-    table = np.take(table, theirs.classes + np.arange(theirs.classes), axis=last + 1)
-    return np.moveaxis(table.reshape(*table.shape[:last], -1), -1, k)
+    (k, sizes), starts = node.params, itertools.accumulate(node.params[1], initial=0)
+    place = a.bind[k]
+    cut = [take_view(b, place, at, at + n) for at, n in zip(starts, sizes, strict=False)]
+    ours, theirs = (
+        _parts(views, sizes, frame, place) for views in ([v.within(a.bind) for v in node.args], cut)
+    )
+    return _pairs(ours, theirs, frame, place)
 
 
 @pullback.register(Concat)
 def pullback_of_concat(node: Concat, cotangent: np.ndarray, notes: BackwardNotes) -> list[np.ndarray | None]:
     """Of each part the slice of the cotangent."""
-    out: list[np.ndarray | None] = []
     k, sizes = node.params
-    for (view, frame, _), (at, n) in zip(node.parts(), _starts(sizes), strict=True):
-        if isinstance(view.node, Constant):
-            out.append(None)
-            continue
-        gone, axis = n == 1, ONE if n == 1 else frame[k]
-        part = apply_axis(cotangent, k, pair_counts(slice_map((at, at + n, 1), axis, node.axes[k])))
-        rest = View(view.node, tuple(b - (gone and b > k) for b in view.bind))
-        out.append(sum_out(part.take(0, k) if gone else part, (*frame[:k], *frame[k + gone :]), rest))
+    out = list[np.ndarray | None]()
+    for view, axes, where in _parts(node.args, sizes, node.axes, k):
+        counts = adjoint(pair_counts(where), where.out, where.inner)
+        part = sum_out(apply_axis(cotangent, k, counts), axes, view)
+        out.append(None if isinstance(view.node, Constant) else part)
     return out
 
 
@@ -199,9 +189,13 @@ def concatenate(graph: Any, xs: Sequence[Value], d: int) -> Value:
     return Value(node, (*out[:d], (Atom(sum(sizes), 0),), *out[d + 1 :]))
 
 
-@rule("concatenate")
+@rule("concatenate", "stack")
 def concatenate_rule(interpreter: Context, eqn: Any, *xs: Value) -> Value:
-    return concatenated(interpreter, xs, eqn.params["dimension"])
+    """One after another along a dimension, which of a stack is a new one."""
+    if (d := eqn.params.get("dimension")) is not None:
+        return concatenated(interpreter, xs, d)
+    d = eqn.params["axis"]
+    return concatenated(interpreter, [layout.reshape(x, (*x.shape[:d], 1, *x.shape[d:])) for x in xs], d)
 
 
 def concatenated(interpreter: Context, xs: Sequence[Value], d: int) -> Value:
@@ -212,14 +206,6 @@ def concatenated(interpreter: Context, xs: Sequence[Value], d: int) -> Value:
         shape = [sum(x.shape[d] for x in live) if k == d else n for k, n in enumerate(live[0].shape)]
         return layout.full(interpreter.graph, 0.0, shape)
     return live[0] if len(live) == 1 else concatenate(interpreter.graph, live, d)
-
-
-@rule("stack")
-def stack_rule(interpreter: Context, eqn: Any, *xs: Value) -> Value:
-    """A concatenation along a new axis."""
-    d = eqn.params["axis"]
-    shape = (*xs[0].shape[:d], 1, *xs[0].shape[d:])
-    return concatenated(interpreter, [layout.reshape(x, shape) for x in xs], d)
 
 
 @rule("unstack")
@@ -252,10 +238,3 @@ def pad(interpreter: Context, eqn: Any, x: Value, fill: Value) -> Any:
         )
         x = concatenated(interpreter, (before, x, after), d)
     return x
-
-
-def _part_pair_shares(a: np.ndarray, b: np.ndarray, whole: Axis) -> np.ndarray:
-    """Share of the pairs of each two classes of the whole that two parts' classes make up, (C², ca·cb)."""
-    pairs = np.einsum("ac,bd->abcd", a * whole.counts[:, None], b * whole.counts[:, None])
-    total = whole.pairs[whole.classes :].reshape(whole.classes, whole.classes, 1, 1)
-    return (pairs / np.maximum(total, 1.0)).reshape(whole.classes**2, -1)
