@@ -17,7 +17,7 @@ from varscale.theory.graph.layout import Value
 from varscale.theory.graph.nodes import Leaf
 from varscale.theory.rules.axis import slice_of_weights, take
 from varscale.theory.rules.concatenation import concatenate
-from varscale.theory.rules.random import bits
+from varscale.theory.rules.random import random_bits
 from varscale.theory.rules.region_draws import CannotDraw
 from varscale.theory.rules.registry import (
     CALLS,
@@ -37,9 +37,7 @@ from varscale.theory.rules.sampled_regions import drawn_alone, drawn_region, pla
 def call(interpreter: Context, eqn: Any, *xs: Any) -> list[Any]:
     """A function is what is inside it; the library's own sampler is random bits by another name."""
     if eqn.params.get("name") == "fast_random_bits":
-        aval = eqn.outvars[0].aval
-        keys = [x for x in xs if isinstance(x, Opaque)][:1] or xs
-        return [bits(interpreter, keys, aval.shape, aval.dtype.itemsize * 8)]
+        return [random_bits(interpreter, eqn, *([x for x in xs if isinstance(x, Opaque)][:1] or xs))]
     out = interpreter.run(*_compat.sub_jaxpr(sub_jaxpr_of(eqn)), xs)
     if not eqn.primitive.name.startswith("custom_vjp_call"):
         return out
@@ -70,7 +68,7 @@ def scan(interpreter: Context, eqn: Any, *xs: Any) -> list[Any]:
     literals, jaxpr = _compat.sub_jaxpr(p["jaxpr"])[1], _of_outputs(jaxpr, kept)
     steps: list[list[Any]] = [[]] * p["length"]
     for step in reversed(range(p["length"])) if p["reverse"] else range(p["length"]):
-        now = [index(interpreter, x, step, p["length"]) for x in streams]
+        now = [index(interpreter, x, step) for x in streams]
         made = iter(interpreter.run(jaxpr, literals, [*fixed, *carry, *now], step if layers else None))
         steps[step] = [next(made) if keep else None for keep in kept]
         carry = steps[step][: len(carry)]
@@ -100,20 +98,19 @@ def _needed(jaxpr: Any, p: dict[str, Any], read: list[bool]) -> list[bool]:
     return read if more == read else _needed(jaxpr, p, more)
 
 
-def index(interpreter: Context, x: Any, step: int, length: int) -> Any:
+def index(interpreter: Context, x: Any, step: int) -> Any:
     """x[step] of a stacked value."""
     if isinstance(x, Opaque):
         return Opaque(x.key[step])
     if isinstance(x, Complex):
-        return map_parts(lambda part: index(interpreter, part, step, length), x)
+        return map_parts(lambda part: index(interpreter, part, step), x)
     if (steps := STACKED.get(interpreter.graph, (x.node.id, x.dims))) is not None:
         return steps[step]
-    if len(x.dims[0]) == 1 and (k := x.dims[0][0].axis) is not None:
-        part = slice_of_weights(x.node, k, step)
-        if part is not None:
-            return Value(
-                part, layout.renumbered(x.dims[1:], {j: j - (j > k) for j in range(len(x.node.axes))})
-            )
+    k = x.dims[0][0].axis if len(x.dims[0]) == 1 else None
+    part = None if k is None else slice_of_weights(x.node, k, step)
+    if k is not None and part is not None:
+        kept = [j for j in range(len(x.node.axes)) if j != k]
+        return Value(part, layout.renumbered(x.dims[1:], {j: i for i, j in enumerate(kept)}))
     one = take(x, 0, step, step + 1)
     return layout.transpose(one, range(1, len(one.dims)))
 

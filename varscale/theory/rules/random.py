@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +14,7 @@ from varscale.theory.domain.axes import Axis
 from varscale.theory.domain.tables import independent
 from varscale.theory.graph.expressions import Apply, factors, roots
 from varscale.theory.graph.layout import Value, full, renumbered, value
-from varscale.theory.graph.nodes import Array, Constant, Leaf, Node, View
+from varscale.theory.graph.nodes import Array, Constant, Leaf, Node
 from varscale.theory.graph.normal_form import affine
 from varscale.theory.graph.store import Fact
 from varscale.theory.integrals.hermite_series import WEIGHTS, Z
@@ -25,11 +25,7 @@ _NORMAL = 0.02  # from 3: what the grid leaves of a normal's kurtosis
 
 
 @rule("random_bits")
-def random_bits(interpreter: Context, eqn: Any, key: Any) -> Value:
-    return bits(interpreter, (key,), eqn.outvars[0].aval.shape, eqn.params["bit_width"])
-
-
-def bits(interpreter: Context, keys: Sequence[Any], shape: tuple[int, ...], width: int) -> Value:
+def random_bits(interpreter: Context, eqn: Any, *keys: Any) -> Value:
     """Uniform bits: the same for the same keys."""
     marks = (
         np.asarray(jax.random.key_data(key.key)).tobytes()
@@ -37,6 +33,7 @@ def bits(interpreter: Context, keys: Sequence[Any], shape: tuple[int, ...], widt
         else (key.node, key.dims)
         for key in keys
     )
+    shape, width = eqn.outvars[0].aval.shape, 8 * eqn.outvars[0].aval.dtype.itemsize
     largest = np.nextafter(2.0**width, 0.0) if width > 52 else 2.0**width - 1
     numbers = np.minimum(np.floor(special.ndtr(Z) * 2.0**width), largest).astype(f"u{width // 8}")
     mean, square = (float(WEIGHTS @ numbers.astype(float) ** k) for k in (1, 2))
@@ -98,37 +95,31 @@ def _chain_of(node: Node) -> Hashable:
 
 
 def as_weight(interpreter: Context, x: Value) -> Value:
-    """A parameter drawn by a chain on random bits, as a leaf with the law of that chain."""
-    graph, node = interpreter.graph, x.node
-    if isinstance(node, Constant | Array):
-        return x
+    """A parameter drawn by a chain on random bits, as a leaf with the law of that chain; else what it was.
+
+    Draws of one law times known numbers, one a layer, say, are such a leaf times these.
+    """
+    (graph, node), (scale, parts) = (interpreter.graph, x.node), factors(x.node.whole)
+    known = [view for view in parts if isinstance(view.node, Array)]
+    if known:
+        drawn = [view.node for view in parts if view not in known]
+        weight = (
+            as_weight(interpreter, Value(drawn[0], x.dims)) if drawn and len(parts) - len(known) == 1 else x
+        )
+        made = Value(affine(weight.node, scale, 0.0), x.dims)
+        for source, bind in known:
+            numbers = Value(source, renumbered(x.dims, {b: k for k, b in enumerate(bind)}))
+            made = interpreter.elementwise("mul", made, numbers)
+        return made if isinstance(weight.node, Leaf) else x
     steps = STACKED.get(graph, (node.id, x.dims))  # drawn by a scan, a slice a step
     laws = {law(part.node) or _scaled_law(part.node) for part in steps or [x]}
     if len(laws) > 1 or (found := laws.pop()) is None:
-        return _graded_weight(interpreter, x)
+        return x
     axes = node.axes if steps is None else (Axis(x.shape[0]), *node.axes[1:])
     values = None if found.values is None else np.frombuffer(found.values)
     weight = graph.make(Leaf, axes, (), ("weight", node))
     table = independent(found.mean, found.second_moment, axes)
     return Value(weight.settle(table, odd=found.mean == 0, kurtosis=found.kurtosis, transport=values), x.dims)
-
-
-def _graded_weight(interpreter: Context, x: Value) -> Value:
-    """Draws of one law times known numbers, one a layer, say, as a weight times these; else what it was."""
-    whole = tuple(range(len(x.node.axes)))
-    scale, parts = factors(View(x.node, whole))
-    known = [view for view in parts if isinstance(view.node, Array)]
-    drawn = [view for view in parts if not isinstance(view.node, Array)]
-    if not known or len(drawn) != 1 or drawn[0].bind != whole:
-        return x
-    weight = as_weight(interpreter, Value(drawn[0].node, x.dims))
-    if not isinstance(weight.node, Leaf):
-        return x
-    made = Value(affine(weight.node, scale, 0.0), x.dims)
-    for node, bind in known:
-        numbers = Value(node, renumbered(x.dims, {b: k for k, b in enumerate(bind)}))
-        made = interpreter.elementwise("mul", made, numbers)
-    return made
 
 
 def is_weight(x: Any) -> bool:
