@@ -268,7 +268,6 @@ def mixed(node: Contract, x: Tokens) -> Mixture | None:
     return Mixture([values, source], [0.0, (1 - tilt) * slope + tilt], noise / heads)
 
 
-
 def _by_chance(p: Any, rows: Sequence[int]) -> float:
     """What part of what a row of weights has of its own is due to the logits, the rest being that of the keys that it sees."""
     classes = tuple(p.axes[k] for k in p.rows)
