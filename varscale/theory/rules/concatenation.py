@@ -116,8 +116,10 @@ def _unlike(mine: Part, theirs: Part, k: int) -> np.ndarray:
         View(part.view.node, tuple(last + i if b == k else b - (b > k) for b in part.view.bind))
         for i, part in enumerate(parts)
     )
-    # Each has one of the last two axes, so that pairs that agree along it and pairs that differ are the same.
-    table = full_types(cross(*views, frame), frame)[..., : frame[-2].classes, : frame[-1].classes]
+    # Each has one of the last two axes: of two classes along it only its own counts.
+    (c, n), (d, m) = ((axis.classes, axis.types) for axis in frame[last:])
+    at = np.minimum(c * np.arange(1, c + 1), n - 1)[:, None], np.minimum(d + np.arange(d), m - 1)
+    table = full_types(cross(*views, frame), frame)[(..., *at)]
     whole = mine.where.out
     counts = [part.where.means() * whole.counts[:, None] for part in parts]
     matrix = np.kron(*counts) / np.maximum(whole.pairs[whole.classes :, None], 1.0)
