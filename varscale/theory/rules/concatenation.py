@@ -90,10 +90,10 @@ def second_moments_of_concat(node: Concat) -> Table:
     mean, parts = np.zeros([a.classes for a in node.axes]), _parts(node.args, sizes, node.axes, k)
     for view, axes, where in parts:
         mean += apply_axis(np.broadcast_to(view.mean(axes), [a.classes for a in axes]), k, where.means())
-    return Table(node.axes, mean, _pairs(parts, parts, node.axes, k))
+    return Table(node.axes, mean, _joined_pairs(parts, parts, node.axes, k))
 
 
-def _pairs(ours: list[Part], others: list[Part], axes: Sequence[Axis], k: int) -> np.ndarray:
+def _joined_pairs(ours: list[Part], others: list[Part], axes: Sequence[Axis], k: int) -> np.ndarray:
     """E[x_i y_j] by type, for x and y joined of parts along axis k: every part with every part."""
     second = np.zeros([a.types for a in axes])
     for mine, theirs in itertools.product(ours, others):
@@ -135,7 +135,7 @@ def cross_by_kind_of_concat(node: Concat, a: View, b: View, frame: Sequence[Axis
     ours, theirs = (
         _parts(views, sizes, frame, place) for views in ([v.within(a.bind) for v in node.args], cut)
     )
-    return _pairs(ours, theirs, frame, place)
+    return _joined_pairs(ours, theirs, frame, place)
 
 
 @pullback.register(Concat)
