@@ -1,4 +1,9 @@
-"""Contractions: every matrix product, batched or not, of weights or of activations."""
+"""Contractions: every matrix product, batched or not, of weights or of activations.
+
+A triangular mask on a weight (an autoregressive net's) hides much of the first inputs and little of the last, so that outputs
+differ in their second moments by position. Positions are classed by the mean square of what they read. Of products of an
+array's rows with rows of its own the diagonal is no entry like the others.
+"""
 
 from __future__ import annotations
 
@@ -10,22 +15,21 @@ from typing import Any
 
 import numpy as np
 
-from varscale.theory.domain.axes import Axis, averaging, contract_axis, shares
+from varscale.theory.domain.axes import Axis, affordable, contract_axes, grouped, join, shares
 from varscale.theory.domain.tables import LOOSE, NEGLIGIBLE, ROUGH, Table, full_along, means_by_type
 from varscale.theory.graph.expressions import Apply, Sum, roots, swapped
 from varscale.theory.graph.layout import Value, align, full, renumbered
-from varscale.theory.graph.linear_nodes import Contract, Gather, weight_of
+from varscale.theory.graph.linear_nodes import Contract, Gather, unmoved, weight_of
 from varscale.theory.graph.nodes import Array, Leaf, Node, View, cross_by_kind, pullback, second_moments
 from varscale.theory.graph.normal_form import affine, derivative, forward, total
-from varscale.theory.graph.store import BackwardNotes
-from varscale.theory.propagation.cross_moments import cross, dependent, mean_product
+from varscale.theory.graph.store import BackwardNotes, once_per_node
+from varscale.theory.propagation.cross_moments import cross, dependent, mean_of_product, mean_product
 from varscale.theory.propagation.doubts import lost_excess
 from varscale.theory.propagation.fluctuations import averaged, with_own_weights
 from varscale.theory.propagation.inherited_fluctuations import Spread, combine, propagated
 from varscale.theory.propagation.pullbacks import sum_out
 from varscale.theory.propagation.shared_tokens import gained_by_sum
 from varscale.theory.rules.attention import SHARED_DOUBT, note_values, of_alike_keys, tilted
-from varscale.theory.rules.operands import classed_by_energy, meets_itself
 from varscale.theory.rules.random import as_weight, law
 from varscale.theory.rules.reductions import mean
 from varscale.theory.rules.registry import Context, rule
@@ -35,30 +39,30 @@ from varscale.theory.rules.softmax import Softmax
 _LIKENESS = 1e-2  # of a mean square, what keys that are alike add to it that is not
 
 
+def _summed(node: Contract, means: np.ndarray) -> np.ndarray:
+    """A class array of the frame, summed over the contracted axes."""
+    return contract_axes(means, {len(node.axes) + k: axis.counts for k, axis in enumerate(node.params)})
+
+
 @second_moments.register(Contract)
 def second_moments_of_contract(node: Contract) -> Table:
-
     x, y = node.args
     frame = node.frame
-    mean = np.broadcast_to(x.mean(frame) * y.mean(frame), [a.classes for a in frame])
+    mean = _summed(node, np.broadcast_to(x.mean(frame) * y.mean(frame), [a.classes for a in frame]))
     second = node.contract(x.second(frame) * y.second(frame))
-    for axis in reversed(node.params):
-        mean = contract_axis(mean, mean.ndim - 1, axis.counts)
-    found = next((t for a, b in ((x, y), (y, x)) if (t := tied(a, b)) is not None), None)
+    found = _rows_used(x, y) or _rows_used(y, x)
     if found is not None:
-        mean, second = _tied(node, *found, np.array(mean), second)
+        mean, second = _tied(node, *found, mean, second)
     elif (weight := weight_of(node)) is not None:
-        if any(
-            v.node.deps & weight.deps for v in node.args if v.node is not weight
-        ):  # as good as fresh, to this order
-            node.graph.flag("quadrature", 1 / node.width)
+        if any(v.node.deps & weight.deps for v in node.args if v.node is not weight):
+            node.graph.flag("quadrature", 1 / node.width)  # as good as fresh, to this order
     elif not any(isinstance(v.node, Softmax) for v in node.args):
         if dependent(x.node, y.node):
             mean, second = _dependent(node, mean, second)
         second = second + gained_by_sum(node, second)
     table = Table(node.axes, np.array(mean), second + (tilt := tilted(node)))
     if np.any(tilt):
-        gained = Table(node.axes, np.array(mean), np.broadcast_to(tilt, node.frame_types)).mean_square
+        gained = Table(node.axes, table.mean, np.broadcast_to(tilt, node.frame_types)).mean_square
         node.graph.flag("quadrature", SHARED_DOUBT + ROUGH * gained / max(table.mean_square, 1e-300))
     _doubt_averages(node, table.mean_square)
     return table
@@ -67,33 +71,22 @@ def second_moments_of_contract(node: Contract) -> Table:
 def _doubt_averages(node: Contract, square: float) -> None:
     """Of averages over tokens: keys that are alike; likeness in windows that were put together otherwise."""
     for weights, tokens in (node.args, node.args[::-1]):
-        if (
-            isinstance(weights.node, Softmax)
-            and (doubt := of_alike_keys(weights, tokens, node, square)) > _LIKENESS
-        ):
+        is_softmax = isinstance(weights.node, Softmax)
+        if is_softmax and (doubt := of_alike_keys(weights, tokens, node, square)) > _LIKENESS:
             node.graph.flag("assumed", doubt)
         if weights.node.shares and (near := lost_excess(tokens.node)) > NEGLIGIBLE:
-            node.graph.flag(
-                "quadrature", min(near * tokens.node.table.mean_square / max(square, 1e-300), 1.0)
-            )
+            of_all = near * tokens.node.table.mean_square / max(square, 1e-300)
+            node.graph.flag("quadrature", min(of_all, 1.0))
 
 
 def _dependent(node: Contract, mean: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Wick's pairings for jointly Gaussian x and y: E[x y]² and the exchange term besides the independent one."""
     x, y = node.args
     frame = node.frame
-    types = [a.types for a in frame]
-    both = np.broadcast_to(cross(x, y, frame) - mean_product(x, y, frame), types)
-    agree = both[tuple(slice(0, a.classes) for a in frame)]
-    shift = agree
-    for axis in reversed(node.params):
-        shift = contract_axis(shift, shift.ndim - 1, axis.counts)
-    after = mean + shift
-    paired = (
-        means_by_type(after, node.axes)
-        - means_by_type(mean, node.axes)
-        + node.contract(both * swapped(both, frame))
-    )
+    both = np.broadcast_to(cross(x, y, frame) - mean_product(x, y, frame), [a.types for a in frame])
+    after = mean + _summed(node, both[tuple(slice(0, a.classes) for a in frame)])
+    outer, inner = (means_by_type(own, node.axes) for own in (after, mean))
+    paired = outer - inner + node.contract(both * swapped(both, frame))
     share = float(np.max(np.abs(paired)) / max(np.max(np.abs(second)), 1e-300))
     if share > 1e-3:  # exact for Gaussian factors; a product of two that share a root is not quite
         node.graph.flag("assumed", min(ROUGH * share, LOOSE))
@@ -107,9 +100,7 @@ def _tied(
 
     E[y_v²] gains (Σ_d E[x_d w_{v,d}])² where v is the row that x was looked up from, with probability 1/V.
     """
-    axes = x.node.axes
-    both = np.broadcast_to(cross(x.node.whole, rows, axes), x.node.frame_types)
-    shift = float(averaging(axes, frozenset()) @ both.ravel()) * node.width
+    shift = mean_of_product(x.node.whole, rows, x.node.axes) * node.width
     table = next(v for v in node.args if v is not x)
     own = math.prod(axis.size for k, axis in enumerate(node.axes) if k in table.bind)
     same = functools.reduce(np.multiply.outer, [a.agrees for a in node.axes], np.array(1.0))
@@ -121,16 +112,14 @@ def pullback_of_contract(
     node: Contract, cotangent: np.ndarray, notes: BackwardNotes
 ) -> list[np.ndarray | None]:
     """Under gradient independence a cotangent passes through the transposed product with fresh weights."""
-    frame = node.frame
-    wide = cotangent.reshape(*cotangent.shape, *[1] * len(node.params))
-    x, y = node.args
     # What queries gain by overlaps of tokens comes with the cotangent that a softmax has sent back.
     place, gain = notes.gains.get(node.id, (None, 0.0))
     note_values(node, notes)
     out: list[np.ndarray | None] = []
-    for i, (mine, theirs) in enumerate(((x, y), (y, x))):
-        own = wide + np.reshape(gain, (*np.shape(gain), *[1] * len(node.params))) if i == place else wide
-        out.append(None if isinstance(mine.node, Array) else sum_out(own * theirs.second(frame), frame, mine))
+    for i, (mine, theirs) in enumerate((node.args, node.args[::-1])):
+        own = cotangent + gain if i == place else cotangent
+        own = own.reshape(*own.shape, *[1] * len(node.params)) * theirs.second(node.frame)
+        out.append(None if isinstance(mine.node, Array) else sum_out(own, node.frame, mine))
     return out
 
 
@@ -142,15 +131,13 @@ def cross_by_kind_of_contract(node: Contract, a: View, b: View, frame: Sequence[
         return np.zeros((1,) * len(frame))  # each is linear in a weight that is as good as fresh
     if not isinstance(b.node, Contract) or [p.size for p in node.params] != [p.size for p in b.node.params]:
         return None
-    wide = (*frame, *node.params)
-    extra = tuple(range(len(frame), len(wide)))
+    wide, extra = (*frame, *node.params), tuple(range(len(frame), len(frame) + len(node.params)))
     mine, theirs = ([v.within((*view.bind, *extra)) for v in view.node.args] for view in (a, b))
     for i, j in itertools.product((1, 0), repeat=2):
         if mine[i] == theirs[j]:
             table = cross(mine[1 - i], theirs[1 - j], wide) * mine[i].second(wide)
-            for d in reversed(extra):
-                table = contract_axis(full_along(table, d, wide[d]), d, wide[d].pairs)
-            return table
+            table = functools.reduce(lambda table, d: full_along(table, d, wide[d]), extra, table)
+            return contract_axes(table, {d: wide[d].pairs for d in extra})
     return None
 
 
@@ -183,12 +170,11 @@ def _uses(view: View, leaf: Node) -> Iterator[tuple[float, View]]:
                     pending.append((float(shares(node.axes) @ mean.ravel()) * slope, root.within(bind)))
 
 
-def tied(x: View, y: View) -> tuple[View, View] | None:
+def _rows_used(x: View, y: View) -> tuple[View, View] | None:
     """The argument x and, over its axes, the rows of the weight y that it adds up; None where it has none."""
     if not isinstance(y.node, Leaf) or not y.node.odd & x.node.deps:
         return None
-    found = (view for _, view in _uses(x.node.whole, y.node) if isinstance(view.node, Gather))
-    return next(((x, view) for view in found), None)
+    return next(((x, view) for _, view in _uses(x.node.whole, y.node) if isinstance(view.node, Gather)), None)
 
 
 def _brought_back(weight: View, other: View, outer: int, params: Sequence[Axis]) -> list[tuple[float, View]]:
@@ -208,9 +194,9 @@ def _brought_back(weight: View, other: View, outer: int, params: Sequence[Axis])
         params: those that it sums.
     """
     leaf = weight.node
-    if not (leaf.is_drawn and leaf.odd & other.node.deps):
-        return []
-    if sum(b >= outer for b in weight.bind) < len(params):
+    if not (leaf.is_drawn and leaf.odd & other.node.deps) or sum(b >= outer for b in weight.bind) < len(
+        params
+    ):
         return []
     scale = math.prod(axis.size for axis in params) * leaf.table.mean_square
     terms = ((slope, _before(used, weight, outer)) for slope, used in _uses(other, leaf))
@@ -219,20 +205,19 @@ def _brought_back(weight: View, other: View, outer: int, params: Sequence[Axis])
 
 def _before(used: View, weight: View, outer: int) -> View | None:
     """What a weight was applied to, read where its transpose leaves it; None if this is not its transpose."""
-    first, place = used.node, dict(enumerate(used.bind))  # of the first product's axes, in the second's frame
+    first = used.node
     if not isinstance(first, Contract):
         return None
     applied, x = sorted(first.args, key=lambda v: v.node is not weight.node)
-    for mine, theirs in zip(applied.bind, weight.bind, strict=True):
-        if mine < len(first.axes):  # its units, which the second one sums
-            if place[mine] != theirs or theirs < outer:
-                return None
-        elif theirs >= outer or theirs in used.bind:
-            return None
-        else:
-            place[mine] = theirs
-    moved = tuple(place.get(b, outer) for b in x.bind)
-    return None if any(b >= outer for b in moved) else View(x.node, moved)
+    pairs = list(zip(applied.bind, weight.bind, strict=True))
+    # Its units are those that the second product sums; what the first one sums are its outputs.
+    units = [(used.bind[mine], place) for mine, place in pairs if mine < len(first.axes)]
+    summed = {mine: place for mine, place in pairs if mine >= len(first.axes)}
+    if any(place < outer or place != own for own, place in units):
+        return None
+    moved = tuple({**dict(enumerate(used.bind)), **summed}.get(b, outer) for b in x.bind)
+    left = all(place < outer and place not in used.bind for place in summed.values())
+    return View(x.node, moved) if left and all(b < outer for b in moved) else None
 
 
 def without_factor(x: Value) -> tuple[float, Value]:
@@ -245,10 +230,50 @@ def without_factor(x: Value) -> tuple[float, Value]:
     return 1.0, x
 
 
-def as_drawn_weight(interpreter: Context, x: Value) -> Value:
-    """A zero-mean function of random bits, as the weight leaf that it is (an initializer that multiplies its own draws)."""
+def _operand(interpreter: Context, x: Value) -> Value:
+    """An operand of a product, one that is known, or a weight under a mask, with classes where the energy of its rows differs.
+
+    A zero-mean function of random bits is the weight that it is (an initializer that multiplies its own draws).
+    """
     found = law(x.node) if isinstance(x.node, Apply) else None
-    return as_weight(interpreter, x) if found is not None and found.mean == 0 else x
+    if found is not None and found.mean == 0:
+        x = as_weight(interpreter, x)
+    own, axes = roots(x.node), list(x.node.axes)
+    if any(view.node.is_input or not isinstance(view.node, Array | Leaf) for view in own):
+        return x
+    for known, bind in own:
+        for k, place in enumerate(bind if isinstance(known, Array) and len(bind) > 1 else ()):
+            axes[place] = join(axes[place], by_energy(known, k))
+    finer = affordable(tuple(axes))
+    return x if finer == x.node.axes else Value(_classed_over(x.node, finer), x.dims)
+
+
+@once_per_node
+def by_energy(node: Array, k: int) -> Axis:
+    """Axis k of known numbers, its positions classed by the sum of squares and the square of the sum along the others."""
+    rows = np.moveaxis(np.asarray(node.values, float), k, 0).reshape(node.axes[k].size, -1)
+    signatures = np.stack([np.mean(rows**2, axis=1), np.mean(rows, axis=1) ** 2], axis=1)
+    signatures /= max(float(signatures[:, 0].mean()), 1e-300)
+    return node.axes[k] if np.ptp(signatures, axis=0).max() < NEGLIGIBLE else grouped(signatures)
+
+
+def _classed_over(node: Node, axes: Sequence[Axis]) -> Node:
+    """The same elementwise tree over axes with finer classes."""
+    if not isinstance(node, Array | Apply):
+        return node
+    args = [View(_classed_over(x, [axes[b] for b in bind]), bind) for x, bind in node.args]
+    return node.graph.make(type(node), axes, args, node.params)
+
+
+def _over_one_frame(x: Value, y: Value, batch: Any, contracted: Any) -> tuple[Value, Value]:
+    """Batch dimensions, x's free ones, y's, contracted ones: two arrays over these, of size 1 where they are the other's."""
+    (bx, by), (cx, cy) = batch, contracted
+    fx, fy = (
+        [d for d in range(len(v.dims)) if d not in own] for v, own in ((x, (*bx, *cx)), (y, (*by, *cy)))
+    )
+    xs = (*(x.dims[d] for d in (*bx, *fx)), *[()] * len(fy), *(x.dims[d] for d in cx))
+    ys = (*(y.dims[d] for d in by), *[()] * len(fx), *(y.dims[d] for d in (*fy, *cy)))
+    return Value(x.node, xs), Value(y.node, ys)
 
 
 def contract(
@@ -259,37 +284,32 @@ def contract(
     batch: tuple[Sequence[int], ...],
 ) -> Value:
     """`lax.dot_general`: batch dimensions, then x's free ones, then y's."""
-    (cx, cy), (bx, by) = contracted, batch
-    fx = [d for d in range(len(x.dims)) if d not in (*cx, *bx)]
-    fy = [d for d in range(len(y.dims)) if d not in (*cy, *by)]
     (c, x), (d, y) = without_factor(x), without_factor(y)
+    x, y = _over_one_frame(x, y, batch, contracted)
+    outer, count = len(x.dims) - len(contracted[0]), len(batch[0])
+    terms = math.prod(x.shape[outer:])
     # An inner product of two functions of one root is the sum of one function: a norm's x · x/|x|.
-    alone = all(x.shape[k] == 1 for k in fx) and all(y.shape[k] == 1 for k in fy)
+    alone = all(n == m == 1 for n, m in zip(x.shape[count:outer], y.shape[count:outer], strict=True))
     alone = alone and not {r.node for r in roots(x.node)}.isdisjoint(r.node for r in roots(y.node))
     if not alone:
-        x, y = (classed_by_energy(as_drawn_weight(interpreter, v)) for v in (x, y))
-    # One frame: batch, x's free, y's free, contracted; each operand has size 1 where the other's free
-    # dimensions are.
-    xs = Value(x.node, (*(x.dims[k] for k in (*bx, *fx)), *[()] * len(fy), *(x.dims[k] for k in cx)))
-    ys = Value(y.node, (*(y.dims[k] for k in by), *[()] * len(fx), *(y.dims[k] for k in (*fy, *cy))))
-    outer, terms = len(bx) + len(fx) + len(fy), math.prod(x.shape[k] for k in cx)
+        x, y = _operand(interpreter, x), _operand(interpreter, y)
     if 0.0 in (x.constant, y.constant):
-        return full(interpreter.graph, 0.0, np.broadcast_shapes(xs.shape, ys.shape)[:outer])
-    frame, views, dims = align([xs, ys])
+        return full(interpreter.graph, 0.0, np.broadcast_shapes(x.shape, y.shape)[:outer])
+    frame, views, dims = align([x, y])
     summed = [a.axis for dim in dims[outer:] for a in dim if a.axis is not None]
     if alone or not summed:
-        out = mean(interpreter.elementwise("mul", xs, ys), range(outer, outer + len(cx)))
+        out = mean(interpreter.elementwise("mul", x, y), range(outer, len(x.dims)))
         return Value(affine(out.node, c * d * terms, 0.0), out.dims)
-    kept = [k for k in range(len(frame)) if k not in summed]
-    place = {k: i for i, k in enumerate([*kept, *summed])}
+    place = {k: i for i, k in enumerate([*(k for k in range(len(frame)) if k not in summed), *summed])}
     views = [View(v.node, tuple(place[b] for b in v.bind)) for v in views]
-    axes, params = tuple(frame[k] for k in kept), tuple(frame[k] for k in summed)
+    params = tuple(frame[k] for k in summed)
+    axes = tuple(axis for k, axis in enumerate(frame) if k not in summed)
     node = interpreter.graph.make(Contract, axes, views, params)
-    for weight, other in (views, views[::-1]):
-        if found := _brought_back(weight, other, len(axes), params):
-            own, back = [1.0, *(a for a, _ in found)], [node.whole, *(x for _, x in found)]
-            node = total(interpreter.graph, own, axes, back)
-            break
+    brought = (_brought_back(*own, len(axes), params) for own in (views, views[::-1]))
+    if found := next(filter(None, brought), None):
+        node = total(
+            interpreter.graph, [1.0, *(a for a, _ in found)], axes, [node.whole, *(x for _, x in found)]
+        )
     # Terms repeat where both operands are constant along a factor of a contracted dimension.
     scale = c * d * terms / math.prod(axis.size for axis in params)
     return Value(affine(node, scale, 0.0), renumbered(dims[:outer], place))
@@ -297,18 +317,37 @@ def contract(
 
 def _mixes_heads(weight: Value, x: Value, contracted: Sequence[int]) -> bool:
     """Whether weights mix softmax weights, or products of queries and keys, along an axis that both factors have."""
-    node, along = weight.node, {a.axis for d in contracted for a in x.dims[d] if a.axis is not None}
-    if not (isinstance(node, Leaf) and node.odd and not node.is_input and along):
+    along = {a.axis for d in contracted for a in x.dims[d] if a.axis is not None}
+    if not (weight.node.is_drawn and weight.node.odd and along):
         return False
-    shares = [r for r in roots(x.node) if isinstance(r.node, Softmax)]
-    if shares:
+    if shares := [r for r in roots(x.node) if isinstance(r.node, Softmax)]:
         return all(along <= set(r.bind) - {r.bind[r.node.params]} for r in shares)
     product = without_factor(x)[1].node
-    return (
-        isinstance(product, Contract)
-        and weight_of(product) is None
-        and all(along <= set(v.bind) for v in product.args)
-    )
+    activations = isinstance(product, Contract) and weight_of(product) is None
+    return activations and all(along <= set(v.bind) for v in product.args)
+
+
+def _meets_itself(x: Value, y: Value, contracted: Any, batch: Any) -> bool:
+    """Whether free dimensions of two arrays may be one, read twice: each of its positions then meets itself.
+
+    They are where entries at equal positions are correlated: queries and keys made by parts of one packed kernel are not.
+    """
+    whole = [unmoved(v.node) for v in (x, y)]
+    if not dependent(x.node, y.node) or any(isinstance(v.node, Softmax) for v in (x, y)):
+        return False
+    if any(node.is_drawn and node.odd for node in whole):
+        return False
+    here, there = ([*b, *c] for b, c in zip(batch, contracted, strict=True))
+    known = len(here)
+    for d, n in enumerate(x.shape):
+        free = [e for e, m in enumerate(y.shape) if m == n > 1 and e not in there]
+        if d not in here and free:
+            here, there = [*here, d], [*there, free[0]]
+    if len(here) == known:
+        return False
+    frame, (a, b), _ = align(_over_one_frame(x, y, (here, there), ((), ())))
+    apart = mean_of_product(a, b, tuple(frame)) - a.node.table.total_mean * b.node.table.total_mean
+    return abs(apart) > NEGLIGIBLE * (a.node.table.variance * b.node.table.variance) ** 0.5
 
 
 @rule("dot_general")
@@ -317,6 +356,6 @@ def dot_general(interpreter: Context, eqn: Any, x: Value, y: Value) -> Any:
     contracted, batch = eqn.params["dimension_numbers"]
     if _mixes_heads(x, y, contracted[1]) or _mixes_heads(y, x, contracted[0]):
         return drawn_region(interpreter, eqn, (x, y), "weights mix heads")
-    if meets_itself(without_factor(x)[1], without_factor(y)[1], contracted, batch):
+    if _meets_itself(without_factor(x)[1], without_factor(y)[1], contracted, batch):
         return drawn_region(interpreter, eqn, (x, y), "rows meet themselves in a product")
     return contract(interpreter, x, y, contracted, batch)
