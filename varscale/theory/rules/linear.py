@@ -305,7 +305,7 @@ def contract(
     params = tuple(frame[k] for k in summed)
     axes = tuple(axis for k, axis in enumerate(frame) if k not in summed)
     node = interpreter.graph.make(Contract, axes, views, params)
-    brought = (_brought_back(*own, len(axes), params) for own in (views, views[::-1]))
+    brought = (_brought_back(x, y, len(axes), params) for x, y in (views, views[::-1]))
     if found := next(filter(None, brought), None):
         node = total(
             interpreter.graph, [1.0, *(a for a, _ in found)], axes, [node.whole, *(x for _, x in found)]
