@@ -14,13 +14,13 @@ from varscale.theory.domain.axes import MOST_CLASSES, Axis, apply_axis, grouped,
 from varscale.theory.domain.axis_maps import AxisMap, adjoint, entry_map, pair_counts, slice_map
 from varscale.theory.domain.tables import LEADING_ORDER, Table
 from varscale.theory.graph import layout
-from varscale.theory.graph.expressions import roots
+from varscale.theory.graph.convolutions import ONE
 from varscale.theory.graph.layout import Atom, Value, materialize, merged, permute
 from varscale.theory.graph.linear_nodes import Permute, Take, mapped
 from varscale.theory.graph.nodes import Array, Constant, Leaf, Node, View, array, part_of, pullback
 from varscale.theory.graph.normal_form import cut_inside
 from varscale.theory.graph.store import BackwardNotes, Fact
-from varscale.theory.rules.registry import ELEMENTWISE_OR_LAYOUT, Context, rule
+from varscale.theory.rules.registry import Context, rule
 from varscale.theory.rules.sampled_regions import drawn_region, placeholder
 
 # By leaf: along which axis it is sliced, and it and what multiplies it entry by entry where it is weights
@@ -28,12 +28,12 @@ from varscale.theory.rules.sampled_regions import drawn_region, placeholder
 _SLICED: Fact[int, tuple[int, list[Node] | None]] = Fact()
 
 
-@rule("broadcast_in_dim")
+@rule("broadcast_in_dim", entrywise=True)
 def broadcast_rule(interpreter: Context, eqn: Any, x: Value, *_: Value) -> Value:
     return layout.broadcast_in_dim(x, eqn.params["shape"], eqn.params["broadcast_dimensions"])
 
 
-@rule("reshape", "squeeze", "expand_dims")
+@rule("reshape", "squeeze", "expand_dims", entrywise=True)
 def reshape_rule(interpreter: Context, eqn: Any, x: Value, *_: Value) -> Value:
     if eqn.primitive.name == "squeeze":
         kept = [d for d in range(len(x.dims)) if d not in {k % len(x.dims) for k in eqn.params["dimensions"]}]
@@ -41,12 +41,12 @@ def reshape_rule(interpreter: Context, eqn: Any, x: Value, *_: Value) -> Value:
     return layout.reshape(x, eqn.outvars[0].aval.shape)
 
 
-@rule("transpose")
+@rule("transpose", entrywise=True)
 def transpose_rule(interpreter: Context, eqn: Any, x: Value) -> Value:
     return layout.transpose(x, eqn.params["permutation"])
 
 
-@rule("rev")
+@rule("rev", entrywise=True)
 def rev(interpreter: Context, eqn: Any, x: Value) -> Value:
     """Reversal renumbers positions: each meets another one of the array it was made from."""
     return functools.reduce(lambda x, d: take(x, d, x.shape[d] - 1, None, -1), eqn.params["dimensions"], x)
@@ -60,17 +60,14 @@ def pullback_of_take(node: Take, cotangent: np.ndarray, notes: BackwardNotes) ->
 
 def part_pullback(cotangent: np.ndarray, k: int, old: Axis, span: Sequence[Any]) -> np.ndarray:
     """Cotangents of a slice of axis k read over the whole axis, averaged over each class."""
-    matrix, is_axis = _slice_adjoint(old, tuple(span))
-    return apply_axis(cotangent if is_axis else np.expand_dims(cotangent, k), k, matrix)
+    matrix = _slice_adjoint(old, tuple(span))
+    return apply_axis(cotangent if matrix.shape[1] > 1 else np.expand_dims(cotangent, k), k, matrix)
 
 
 @functools.cache
-def _slice_adjoint(old: Axis, span: tuple[Any, ...]) -> tuple[np.ndarray, bool]:
-    """Of a slice the map of cotangents, and whether it has an axis left, and not one position with the type "same" alone."""
-    new, _ = sliced(old, *span)
-    out = new or Axis(1)
-    matrix = adjoint(pair_counts(slice_map(span, out, old)), out, old)
-    return (matrix if new is not None else matrix[:, :1]), new is not None
+def _slice_adjoint(old: Axis, span: tuple[Any, ...]) -> np.ndarray:
+    new = sliced(old, *span)[0] or ONE
+    return adjoint(pair_counts(slice_map(span, new, old)), new, old)
 
 
 def take(x: Value, d: int, start: int, stop: int | None, step: int = 1) -> Value:
@@ -89,9 +86,9 @@ def take(x: Value, d: int, start: int, stop: int | None, step: int = 1) -> Value
     inner = math.prod(a.size for a in dim[1:])
     if len(dim) > 1 and step == 1 and stop is not None and start % inner == stop % inner == 0:
         # A slice along the leading factor of a product, or of blocks of it, is a slice of that factor.
-        apart = Value(x.node, (*x.dims[:d], dim[:1], dim[1:], *x.dims[d + 1 :]))
+        apart = layout.reshape(x, (*x.shape[:d], n // inner, inner, *x.shape[d + 1 :]))
         lead = take(apart, d, start // inner, stop // inner)
-        return Value(lead.node, (*lead.dims[:d], lead.dims[d] + lead.dims[d + 1], *lead.dims[d + 2 :]))
+        return layout.reshape(lead, (*x.shape[:d], size, *x.shape[d + 1 :]))
     x = layout.merged(x, d)
     k, node = x.dims[d][0].axis, x.node
     place = {j: j - (size == 1 and k is not None and j > k) for j in range(len(node.axes))}
@@ -182,14 +179,14 @@ def _taken_inside(node: Node, k: int, span: tuple[int, int | None, int]) -> Node
     return None
 
 
-@rule("slice")
+@rule("slice", entrywise=True)
 def slice_(interpreter: Context, eqn: Any, x: Value) -> Value:
     p = eqn.params
     spans = zip(p["start_indices"], p["limit_indices"], p["strides"] or (1,) * len(x.dims), strict=True)
     return functools.reduce(lambda x, span: take(x, span[0], *span[1]), enumerate(spans), x)
 
 
-@rule("split")
+@rule("split", entrywise=True)
 def split_rule(interpreter: Context, eqn: Any, x: Value) -> list[Value]:
     edges = np.cumsum([0, *eqn.params["sizes"]])
     return [take(x, eqn.params["axis"], int(a), int(b)) for a, b in itertools.pairwise(edges)]
@@ -197,46 +194,22 @@ def split_rule(interpreter: Context, eqn: Any, x: Value) -> list[Value]:
 
 @rule("dynamic_slice")
 def dynamic_slice(interpreter: Context, eqn: Any, x: Value, *starts: Value) -> Any:
-    """A start that is known is a slice; of positions that are all alike the first are as good as any, else it is drawn."""
-    known = [interpreter.concrete(start) for start in starts]
+    """From known starts on a slice; from random ones on it is drawn."""
     out = x
-    for d, (size, start) in enumerate(zip(eqn.params["slice_sizes"], known, strict=True)):
-        if start is None and size < x.shape[d] and _differ_along(x, d):
-            return drawn_region(
-                interpreter, eqn, (x, *starts), "a slice of unlike positions from a random one on"
-            )
-        first = int(np.clip(0 if start is None else start, 0, x.shape[d] - size))
+    for d, (size, start) in enumerate(zip(eqn.params["slice_sizes"], starts, strict=True)):
+        known = 0 if size == x.shape[d] else interpreter.concrete(start)
+        if known is None:
+            return drawn_region(interpreter, eqn, (x, *starts), "a slice from a random place on")
+        first = int(np.clip(known, 0, x.shape[d] - size))
         out = take(out, d, first, first + size)
     return out
 
 
-def _differ_along(x: Value, d: int) -> bool:
-    """Whether positions of a dimension are told apart, by classes or by known numbers."""
-    known = {k for root in roots(x.node) if isinstance(root.node, Array) for k in root.bind}
-    return any(a.axis is not None and (x.node.axes[a.axis].classes > 1 or a.axis in known) for a in x.dims[d])
-
-
-@rule("iota")
+@rule("iota", entrywise=True)
 def iota(interpreter: Context, eqn: Any, *_: Value) -> Value:
     p = eqn.params
     numbers = interpreter.known(np.arange(p["shape"][p["dimension"]]))
     return layout.broadcast_in_dim(numbers, p["shape"], (p["dimension"],))
-
-
-ELEMENTWISE_OR_LAYOUT.update(
-    {
-        "tile",
-        "broadcast_in_dim",
-        "reshape",
-        "squeeze",
-        "expand_dims",
-        "transpose",
-        "slice",
-        "split",
-        "iota",
-        "rev",
-    }
-)
 
 
 def lower_triangle(axis: Axis, *, reverse: bool = False) -> AxisMap:
@@ -252,11 +225,9 @@ def lower_triangle(axis: Axis, *, reverse: bool = False) -> AxisMap:
 def cumsum(interpreter: Context, eqn: Any, x: Value) -> Value:
     d = eqn.params["axis"]
     x = merged(materialize(x, d), d)
-    if not x.dims[d]:
+    k, table = x.dims[d][0].axis if x.dims[d] else None, x.node.table
+    if k is None:
         return x  # one position
-    k = x.dims[d][0].axis
-    assert k is not None
-    table = x.node.table
     drifts = x.node.axes[k].size > MOST_CLASSES and table.total_mean**2 > LEADING_ORDER * table.mean_square
     if drifts and interpreter.ask("running sums that drift over more places than are told apart"):
         return placeholder(interpreter, eqn.outvars[0].aval)

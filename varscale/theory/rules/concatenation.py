@@ -217,7 +217,7 @@ def unstack(interpreter: Context, eqn: Any, x: Value) -> list[Value]:
     return [layout.transpose(take(x, d, i, i + 1), kept) for i in range(x.shape[d])]
 
 
-@rule("tile")
+@rule("tile", entrywise=True)
 def tile(interpreter: Context, eqn: Any, x: Value) -> Value:
     """Copies one after another: a leading factor of the dimension along which nothing changes."""
     dims = [

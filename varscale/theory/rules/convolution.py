@@ -386,7 +386,7 @@ def reduce_window_sum(interpreter: Context, eqn: Any, x: Value) -> Value:
 
 @rule("reduce_window_max")
 def reduce_window_max(interpreter: Context, eqn: Any, x: Value, *_: Value) -> Value:
-    return of_increasing(interpreter, x, lambda inner: _window_node(interpreter, eqn, inner, WindowMax))
+    return of_increasing(x, lambda inner: _window_node(interpreter, eqn, inner, WindowMax))
 
 
 @rule("reduce_window_min")

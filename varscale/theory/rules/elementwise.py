@@ -15,16 +15,7 @@ from varscale.theory.graph.nodes import Array, Leaf
 from varscale.theory.integrals.primitives import FUNCTIONS, POSITIVE
 from varscale.theory.rules.lookup import compared
 from varscale.theory.rules.reductions import OneOfMany
-from varscale.theory.rules.registry import (
-    ELEMENTWISE_OR_LAYOUT,
-    RECOGNISERS,
-    RULES,
-    Complex,
-    Context,
-    map_parts,
-    parts,
-    rule,
-)
+from varscale.theory.rules.registry import RECOGNISERS, RULES, Complex, Context, map_parts, parts, rule
 from varscale.theory.rules.sampled_regions import drawn_region
 
 _OWN = {"affine", "convert", "bitcast", "integer_pow", "power", *IDENTITIES}
@@ -36,16 +27,11 @@ _IDENTITIES = (
     "optimization_barrier",
     "sharding_constraint",
     "device_put",
-    "name",
-    "pvary",
-    "pcast",
-    "mesh_cast",
-    "reshard",
-    "layout_constraint",
 )
+_IDENTITIES += ("name", "pvary", "pcast", "mesh_cast", "reshard", "layout_constraint")
 
 
-@rule(*_NAMES, "add_any", "square")
+@rule(*_NAMES, "add_any", "square", entrywise=True)
 def elementwise(interpreter: Context, eqn: Any, *xs: Value) -> Value:
     name = eqn.primitive.name
     for recognised in RECOGNISERS.get(name, ()):
@@ -56,12 +42,12 @@ def elementwise(interpreter: Context, eqn: Any, *xs: Value) -> Value:
     return interpreter.elementwise(name, *xs)
 
 
-@rule("integer_pow")
+@rule("integer_pow", entrywise=True)
 def integer_pow(interpreter: Context, eqn: Any, x: Value) -> Value:
     return interpreter.elementwise("integer_pow", x, extra=(eqn.params["y"],))
 
 
-@rule("convert_element_type")
+@rule("convert_element_type", entrywise=True)
 def convert(interpreter: Context, eqn: Any, x: Value) -> Value:
     old, new = eqn.invars[0].aval.dtype, eqn.params["new_dtype"]
     if old.kind == new.kind == "u" and old != new:
@@ -74,17 +60,17 @@ def convert(interpreter: Context, eqn: Any, x: Value) -> Value:
     return interpreter.elementwise("convert", x, extra=("f" if kinds.get(new.kind, 2) == 2 else new.kind,))
 
 
-@rule("bitcast_convert_type")
+@rule("bitcast_convert_type", entrywise=True)
 def bitcast(interpreter: Context, eqn: Any, x: Value) -> Value:
     return interpreter.elementwise("bitcast", x, extra=(str(eqn.params["new_dtype"]),))
 
 
-@rule(*_IDENTITIES)
+@rule(*_IDENTITIES, entrywise=True)
 def identity(interpreter: Context, eqn: Any, *xs: Value) -> list[Value]:
     return list(xs)
 
 
-@rule("stop_gradient")
+@rule("stop_gradient", entrywise=True)
 def stop_gradient(interpreter: Context, eqn: Any, x: Any) -> Any:
     """The same forward.
 
@@ -102,19 +88,6 @@ def stop_gradient(interpreter: Context, eqn: Any, x: Any) -> Any:
         return x
     return interpreter.elementwise("stop_gradient", x)
 
-
-ELEMENTWISE_OR_LAYOUT.update(
-    {
-        *_NAMES,
-        "stop_gradient",
-        "add_any",
-        "square",
-        "integer_pow",
-        "convert_element_type",
-        "bitcast_convert_type",
-        *_IDENTITIES,
-    }
-)
 
 # Equations that do to a complex number what they do to its parts, though they are functions of numbers.
 _ELEMENTWISE = {"neg", "sub", "add", "add_any"}

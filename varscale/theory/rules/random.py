@@ -19,12 +19,12 @@ from varscale.theory.graph.normal_form import affine
 from varscale.theory.graph.store import Fact
 from varscale.theory.integrals.hermite_series import WEIGHTS, Z
 from varscale.theory.propagation.marginals import evaluate
-from varscale.theory.rules.registry import ELEMENTWISE_OR_LAYOUT, STACKED, Context, Opaque, rule
+from varscale.theory.rules.registry import STACKED, Context, Opaque, rule
 
 _NORMAL = 0.02  # from 3: what the grid leaves of a normal's kurtosis
 
 
-@rule("random_bits")
+@rule("random_bits", entrywise=True)
 def random_bits(interpreter: Context, eqn: Any, *keys: Any) -> Value:
     """Uniform bits: the same for the same keys."""
     marks = (
@@ -150,9 +150,6 @@ def input_leaf(interpreter: Context, name: str, shape: tuple[int, ...], table: A
     node = interpreter.graph.make(Leaf, table.axes, (), ("input", name))
     node.settle(table, odd=odd, random=False)
     return value(node, shape)
-
-
-ELEMENTWISE_OR_LAYOUT.add("random_bits")
 
 
 _LAWS: Fact[Hashable, ParameterLaw] = Fact()  # by chain: kernels of one fan-in are drawn by one

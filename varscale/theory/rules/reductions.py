@@ -29,7 +29,7 @@ from varscale.theory.graph.nodes import (
     pullback,
     second_moments,
 )
-from varscale.theory.graph.normal_form import affine, mean_node
+from varscale.theory.graph.normal_form import affine, apply, mean_node
 from varscale.theory.graph.store import BackwardNotes, once_per_node
 from varscale.theory.integrals.hermite_series import Z, read_off, sphere_squares
 from varscale.theory.propagation.cross_moments import cross, mean_product
@@ -82,14 +82,11 @@ class OneOfMany(Node):
         """The axes that are reduced."""
         return self.params[0]
 
-    def sampled(
-        self, reduce: Callable[[np.ndarray, tuple[int, ...]], np.ndarray], count: int | None = None
-    ) -> Table:
+    def sampled(self, reduce: Callable[[np.ndarray, tuple[int, ...]], np.ndarray]) -> Table:
         """Moments by sampling: the reduced axes at full size, the others at two positions."""
         axes, source = self.reduced, self.args[0].node
-        count = count or math.prod(source.axes[k].size for k in axes)
-        # The larger the set, the more the tail decides; and of what a few numbers decide there is no Gaussian
-        # tail.
+        count = math.prod(source.axes[k].size for k in axes)
+        # The larger the set, the more the tail decides; of what a few numbers decide there is no Gaussian tail.
         self.graph.flag("sampled", NEXT_ORDER * math.log(count) + bounded(count, fewest_terms(source)))
         sizes = [a.size if k in axes else min(a.size, 2) for k, a in enumerate(source.axes)]
         replicates = int(np.clip(_MOST_DRAWN / math.prod(sizes), 16, 20_000))
@@ -119,7 +116,7 @@ def _is_gaussian(node: Node) -> bool:
 
 
 class Extreme(OneOfMany):
-    """Maximum (or minimum) over axes; `params` is (axes, sign, count). Sampled."""
+    """Maximum (or minimum) over axes; `params` is (axes, sign). Sampled."""
 
     how = "sampled"
     gradient_doubt = LEADING_ORDER
@@ -130,16 +127,16 @@ cross_by_kind.register(Extreme, cross_by_kind_of_one_of_many)
 
 @second_moments.register(Extreme)
 def second_moments_of_extreme(node: Extreme) -> Table:
-    _, sign, count = node.params
-    return node.sampled(lambda x, axes: (sign * x).max(axis=axes) * sign, count)
+    sign = node.params[1]
+    return node.sampled(lambda x, axes: (sign * x).max(axis=axes) * sign)
 
 
 @pullback.register(Extreme)
 def pullback_of_extreme(
     node: Extreme, cotangent: np.ndarray, notes: BackwardNotes
 ) -> list[np.ndarray | None]:
-    """Each cotangent goes to the one entry that was the extreme: one in `count`, and no two of a window share it."""
-    for k in sorted(node.reduced):
+    """Each cotangent goes to the one entry that was the extreme, of as many as there are; no two share it."""
+    for k in node.reduced:
         axis = node.args[0].node.axes[k]
         cotangent = np.moveaxis(np.multiply.outer(axis.agrees / axis.size, cotangent), 0, k)
     return [cotangent]
@@ -165,42 +162,38 @@ def bounded(count: int, width: float) -> float:
     return float(max((weights @ Z**2) / (weights @ sphere_squares(width)) - 1, 0.0))
 
 
-def of_increasing(interpreter: Context, x: Value, extreme: Callable[[Value], Value]) -> Value:
+def of_increasing(x: Value, extreme: Callable[[Value], Value]) -> Value:
     """max f(x) = f(max x) for increasing f: the extremes of what a chain of increasing steps is made of, and the steps on them.
 
     A cotangent of f(x) goes where that of x does.
     """
     inner, steps = x, list[Apply]()
-    while isinstance(node := inner.node, Apply):
-        varied = [v for v in node.args if not isinstance(v.node, Constant)]
-        name, extra = node.params
+    while isinstance(step := inner.node, Apply):
+        varied = [v for v in step.args if not isinstance(v.node, Constant)]
+        name, extra = step.params
         increases = name == "max" or (name == "affine" and extra[0] > 0)
-        if not increases or len(varied) != 1 or len(varied[0].bind) != len(node.axes):
+        if not increases or len(varied) != 1 or len(varied[0].bind) != len(step.axes):
             break
-        steps.append(node)
+        steps.append(step)
         place = {b: k for k, b in enumerate(varied[0].bind)}
         inner = Value(varied[0].node, layout.renumbered(inner.dims, place))
-    extremes = out = extreme(inner)
+    extremes = extreme(inner)
+    node = out = extremes.node
     for step in reversed(steps):
-        if step.params[0] == "affine":
-            out = Value(affine(out.node, *step.params[1]), out.dims)
-        else:
-            floor = next(v.node.params for v in step.args if isinstance(v.node, Constant))
-            out = interpreter.elementwise("max", out, layout.full(interpreter.graph, floor, out.shape))
-    node = extremes.node
-    if steps and out.node.axes == node.axes and any(view.node is inner.node for view in node.args):
+        views = [v if isinstance(v.node, Constant) else out.whole for v in step.args]
+        out = apply(out.graph, *step.params, out.axes, views)
+    if steps and out.axes == node.axes and any(view.node is inner.node for view in node.args):
         own, other = ([a.axis for dim in y.dims for a in dim if a.axis is not None] for y in (x, inner))
-        order = [other[own.index(k)] for k in range(len(own))]
 
         def back(cotangent: np.ndarray) -> np.ndarray:
             (to_inner,) = pullback(node, np.broadcast_to(cotangent, node.frame_types), BackwardNotes())
             assert to_inner is not None
-            return to_inner.transpose(order)
+            return to_inner.transpose([other[own.index(k)] for k in range(len(own))])
 
         # A minimum above a floor is met at many places at once, which share what flows back.
         doubt = UNKNOWN if isinstance(node, Extreme) and node.params[1] < 0 else LEADING_ORDER
-        interpreter.graph.derive(x.node, out.node, back, doubt)
-    return out
+        out.graph.derive(x.node, out, back, doubt)
+    return Value(out, extremes.dims)
 
 
 @rule("reduce_max", "reduce_min")
@@ -211,12 +204,11 @@ def reduce_max(interpreter: Context, eqn: Any, x: Value) -> Value:
         axes, left = axes_behind(inner, eqn.params["axes"])
         if not axes:
             return left
-        count = math.prod(inner.node.axes[k].size for k in axes)
         kept = [a for k, a in enumerate(inner.node.axes) if k not in axes]
-        node = interpreter.graph.make(Extreme, kept, [inner.node.whole], (tuple(sorted(axes)), sign, count))
+        node = interpreter.graph.make(Extreme, kept, [inner.node.whole], (tuple(sorted(axes)), sign))
         return Value(node, left.dims)
 
-    return of_increasing(interpreter, x, extreme)
+    return of_increasing(x, extreme)
 
 
 _MOST_DRAWN = 2_000_000  # elements drawn for one node

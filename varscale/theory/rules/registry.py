@@ -21,26 +21,27 @@ Rule = Callable[..., Any]
 RULES: dict[str, Rule] = {}
 
 
-def rule(*names: str) -> Callable[[Rule], Rule]:
+# Primitives whose rules handle known numbers themselves, without writing them out.
+ELEMENTWISE_OR_LAYOUT: set[str] = set()
+
+
+def rule(*names: str, entrywise: bool = False) -> Callable[[Rule], Rule]:
     """Register a rule for primitives of these names.
 
     Args:
         *names: primitive names as they appear in a jaxpr.
+        entrywise: whether they are elementwise functions or move entries, so that known numbers need not be written out.
 
     Returns:
         A decorator; the rule it takes is called as rule(interpreter, eqn, *values) and returns a value, or a list of them.
     """
 
     def register(f: Rule) -> Rule:
-        for name in names:
-            RULES[name] = f
+        RULES.update(dict.fromkeys(names, f))
+        ELEMENTWISE_OR_LAYOUT.update(names if entrywise else ())
         return f
 
     return register
-
-
-# Primitives whose rules handle known numbers themselves, without writing them out.
-ELEMENTWISE_OR_LAYOUT: set[str] = set()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
