@@ -86,7 +86,7 @@ class OneOfMany(Node):
         """Moments by sampling: the reduced axes at full size, the others at two positions."""
         axes, source = self.reduced, self.args[0].node
         count = math.prod(source.axes[k].size for k in axes)
-        # The larger the set, the more the tail decides; of what a few numbers decide there is no Gaussian tail.
+        # The larger the set, the more the tail decides; of what few numbers decide there is no Gaussian tail.
         self.graph.flag("sampled", NEXT_ORDER * math.log(count) + bounded(count, fewest_terms(source)))
         sizes = [a.size if k in axes else min(a.size, 2) for k, a in enumerate(source.axes)]
         replicates = int(np.clip(_MOST_DRAWN / math.prod(sizes), 16, 20_000))
@@ -180,8 +180,11 @@ def of_increasing(x: Value, extreme: Callable[[Value], Value]) -> Value:
     extremes = extreme(inner)
     node = out = extremes.node
     for step in reversed(steps):
-        views = [v if isinstance(v.node, Constant) else out.whole for v in step.args]
-        out = apply(out.graph, *step.params, out.axes, views)
+        (name, extra), views = (
+            step.params,
+            [v if isinstance(v.node, Constant) else out.whole for v in step.args],
+        )
+        out = apply(out.graph, name, extra, out.axes, views)
     if steps and out.axes == node.axes and any(view.node is inner.node for view in node.args):
         own, other = ([a.axis for dim in y.dims for a in dim if a.axis is not None] for y in (x, inner))
 
