@@ -26,13 +26,8 @@ class Pair(Marked):
 
 def dependent(a: Node, b: Node) -> bool:
     """Whether two nodes can be correlated at all."""
-    if a is b:
-        return True
-    if isinstance(a, Array) or isinstance(b, Array):
-        return False
-    if a.odd & b.unseen or b.odd & a.unseen:
-        return False
-    return bool(a.deps & b.deps)
+    apart = isinstance(a, Array) or isinstance(b, Array) or a.odd & b.unseen or b.odd & a.unseen
+    return a is b or (not apart and bool(a.deps & b.deps))
 
 
 def cross(a: View, b: View, frame: Sequence[Axis]) -> np.ndarray:
@@ -98,14 +93,12 @@ def mean_product(a: View, b: View, frame: Sequence[Axis]) -> np.ndarray:
 
 
 Strategy = Callable[[View, View, tuple[Axis, ...]], np.ndarray | None]
-# How E[a_i b_j] is worked out, the first that knows it: an order by what is exact before what is assumed, not
-# by node ids.
+# How E[a_i b_j] is worked out, by the first that knows it: what is exact comes before what is assumed.
 ORDER = (
     "known numbers",
     "axes in another order",
     "one node twice",
-    "affine functions",
-    "terms of a sum",
+    "weighted sums",
     "average against a function",
     "law of functions",
     "kinds of nodes",
@@ -158,30 +151,26 @@ def _permuted(a: View, b: View, frame: tuple[Axis, ...]) -> np.ndarray | None:
     return None if (x, y) == (a, b) else cross(x, y, frame)
 
 
-@strategy("affine functions")
-@either_way
-def _affine(x: View, y: View, frame: tuple[Axis, ...]) -> np.ndarray | None:
-    if not isinstance(x.node, Apply) or x.node.params[0] not in ("affine", *IDENTITIES):
-        return None
-    c, d = x.node.params[1] or (1.0, 0.0)
-    out = c * cross(x.node.args[0].within(x.bind), y, frame)
-    return out + d * mean_product(View(number(x.node.graph, 1.0), ()), y, frame) if d else out
-
-
-@strategy("terms of a sum")
+@strategy("weighted sums")
 @either_way
 def _terms(x: View, y: View, frame: tuple[Axis, ...]) -> np.ndarray | None:
     """A sum is not opened against a function of it or of what is made of it; a term's doubt weighs what the term does in it."""
-    read = isinstance(y.node, Apply) and any(root.node.depth >= x.node.depth for root in roots(y.node))
-    if read or not isinstance(x.node, Sum):
+    node, read = x.node, roots(y.node) if isinstance(y.node, Apply) else ()
+    if isinstance(node, Sum) and all(root.node.depth < node.depth for root in read):
+        weights, offset = node.params, 0.0
+    elif isinstance(node, Apply) and node.params[0] in ("affine", *IDENTITIES):
+        c, offset = node.params[1] or (1.0, 0.0)
+        weights = (c,)
+    else:
         return None
-    out = np.zeros((1,) * len(frame))
-    for c, term in zip(x.node.params, x.node.args, strict=True):
+    one = View(number(node.graph, 1.0), ())
+    out = offset * mean_product(one, y, frame) if offset else np.zeros((1,) * len(frame))
+    for c, term in zip(weights, node.args, strict=True):
         found = pair(term.within(x.bind), y, frame)
         out = out + c * found.moment
         if found.flagged:
-            share = abs(c) * (term.node.table.variance / max(x.node.table.variance, 1e-300)) ** 0.5
-            unsure(x.node.graph, found.flagged, min(share * found.doubt, 1.0))
+            share = abs(c) * (term.node.table.variance / max(node.table.variance, 1e-300)) ** 0.5
+            unsure(node.graph, found.flagged, min(share * found.doubt, 1.0))
     return out
 
 

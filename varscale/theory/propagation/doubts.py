@@ -25,7 +25,6 @@ from varscale.theory.integrals.hermite_series import WEIGHTS, on_grid
 from varscale.theory.integrals.primitives import function
 from varscale.theory.propagation.cross_moments import dependent, unsure
 from varscale.theory.propagation.marginals import (
-    Environment,
     at_means,
     concentrated,
     evaluate,
@@ -65,23 +64,18 @@ _SOUND: Fact[Hashable, bool] = Fact()
 
 def mark_undefined(node: Apply) -> None:
     """Flag a node whose functions have no values where they are asked for, or no finite mean square."""
-    sound = _SOUND.of(node.graph)
-    for own in _by_root(node).values():
-        mark = tuple(integral_key(factor) for factor, _ in own), node.axes
+    sound, both = _SOUND.of(node.graph), _within_domain("mul", ())
+    for live, own in _by_root(node).items():
+        mark = tuple(map(integral_key, own)), node.axes
         if mark in sound:
             continue
-        env: Environment = {}
-        values = np.ones(1)
-        for factor, held in own:
-            env.update(at_means(held, node.axes))
-            values = _within_domain("mul", ())(values, evaluate(factor, node.axes, env, _within_domain))
-        outside = np.isnan(values)
-        if outside.any():
-            if np.max(on_grid(outside) @ WEIGHTS) > _NEGLIGIBLE:
-                node.graph.flag("assumed", UNBOUNDED)
-                continue
+        env = at_means((r for r in roots_of(*own) if r != live), node.axes)
+        read = (evaluate(factor, node.axes, env, _within_domain) for factor in own)
+        values = functools.reduce(both, read, np.ones(1))
+        if (outside := np.isnan(values)).any():
             values = np.nan_to_num(values)
-        if doubt := _unresolved(values, node.axes):
+        lost = np.max(on_grid(outside) @ WEIGHTS) > _NEGLIGIBLE
+        if doubt := UNBOUNDED if lost else _unresolved(values, node.axes):
             node.graph.flag("assumed" if doubt == UNBOUNDED else "quadrature", doubt)
         elif None not in mark[0]:
             sound[mark] = True
@@ -102,25 +96,22 @@ def _within_domain(name: str, extra: tuple[Any, ...]) -> Callable[..., np.ndarra
     return at
 
 
-def _by_root(node: Apply) -> dict[View | None, list[tuple[View, list[View]]]]:
-    """Factors by the one root of theirs that fluctuates, each with those that do not."""
-    out: dict[View | None, list[tuple[View, list[View]]]] = {}
+def _by_root(node: Apply) -> dict[View | None, list[View]]:
+    """Factors by the one root of theirs that fluctuates."""
+    out: dict[View | None, list[View]] = {}
     for factor in factors(node.whole)[1]:
         own = roots_of(factor)
         live = [r for r in own if not concentrated(r.node)]
         if len(live) <= 1 and not any(isinstance(r.node, Array) or r.node.is_bits for r in own):
-            out.setdefault(live[0] if live else None, []).append((factor, [r for r in own if r not in live]))
+            out.setdefault(live[0] if live else None, []).append(factor)
     return out
 
 
 def _unresolved(values: np.ndarray, axes: Sequence[Axis]) -> float:
     """Doubt of a mean square for which the thirds of the grid differ: the error of a jump is a third of that, a pole's all."""
-    if values.shape[-1] != len(WEIGHTS):
-        return 0.0
     terms = over_classes(np.square(values), axes) * WEIGHTS
-    thirds = [3 * float(terms[i::3].sum()) for i in range(3)]
+    thirds, whole = [3 * float(terms[i::3].sum()) for i in range(3)], float(terms.sum())
     apart = max(thirds) - min(thirds)
-    whole = float(terms.sum())
     if apart <= 2 * _RESOLVED_GRID * whole:
         return 0.0
     return UNBOUNDED if apart > 2 * _LOST * whole else apart / 2 / 3 / whole
@@ -140,20 +131,13 @@ def mark_average(f: Sequence[View], scale: View, frame: Sequence[Axis]) -> None:
     if varied <= NEGLIGIBLE:
         return
     of_scale = [x for x in f if roots_of(x) == [scale]]
-    mixed = [x for x in f if scale in roots_of(x) and x not in of_scale]
-
-    def log_square(ratio: float) -> float:
-        found = [
-            evaluate(x, frame, {scale: np.full((1,) * (len(frame) + 1), ratio * table.total_mean)})
-            for x in of_scale
-        ]
-        return math.log(max(float(np.prod([np.max(np.abs(x)) for x in found])) ** 2, 1e-300))
-
-    power = (
-        -1.0
-        if mixed or not of_scale
-        else (log_square(1 + NEGLIGIBLE) - log_square(1 - NEGLIGIBLE)) / (2 * NEGLIGIBLE)
-    )
+    mixed = any(scale in roots_of(x) for x in f if x not in of_scale)
+    power, one = -1.0, [1] * len(frame)
+    if of_scale and not mixed:
+        env = {scale: table.total_mean * np.reshape([1 + NEGLIGIBLE, 1 - NEGLIGIBLE], (*one, 2))}
+        sizes = [np.abs(evaluate(x, frame, env)).reshape(-1, 2).max(axis=0) for x in of_scale]
+        up, down = np.log(np.maximum(np.prod(sizes, axis=0) ** 2, 1e-300))
+        power = float(up - down) / (2 * NEGLIGIBLE)
     if not (_of_squares(scale.node) and abs(power + 1) < _NORM):
         scale.node.graph.flag("assumed", min((abs(power) + power**2 / 2) * varied, UNKNOWN))
 
