@@ -53,7 +53,7 @@ from varscale.theory.propagation.marginals import (
     placed,
     scatter,
 )
-from varscale.theory.propagation.shared_tokens import gained_in_common
+from varscale.theory.propagation.token_gram import gained_in_common
 
 MOST_VARIABLES = 5  # roots of one cubature: points in twice as many dimensions are too few for more
 _MOST_INTEGRALS = 8000  # of one function, some milliseconds each; with more its module is drawn

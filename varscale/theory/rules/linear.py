@@ -28,7 +28,7 @@ from varscale.theory.propagation.doubts import lost_excess
 from varscale.theory.propagation.fluctuations import averaged, with_own_weights
 from varscale.theory.propagation.inherited_fluctuations import Spread, combine, propagated
 from varscale.theory.propagation.pullbacks import sum_out
-from varscale.theory.propagation.shared_tokens import gained_by_sum
+from varscale.theory.propagation.token_gram import gained_by_sum
 from varscale.theory.rules.attention import SHARED_DOUBT, note_values, of_alike_keys, tilted
 from varscale.theory.rules.random import as_weight, law
 from varscale.theory.rules.reductions import mean
