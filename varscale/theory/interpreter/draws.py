@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from varscale.initialization.laws import laid
 from varscale.measuring.draws import Network, measured_draws
 from varscale.measuring.scoped import scoped
 from varscale.programs import faces
@@ -20,8 +19,7 @@ from varscale.programs.program import Inputs, Program
 from varscale.report import Report, Row
 from varscale.theory.domain.axes import Axis
 from varscale.theory.domain.tables import Moments, gaussian
-from varscale.theory.interpreter.parameters import is_function, is_law, path_string
-from varscale.usage.parameters import named_leaves
+from varscale.theory.interpreter.parameters import is_function, is_law, laws_laid, path_string
 from varscale.usage.table import uses
 
 _DRAWS_SEED = 0
@@ -71,12 +69,10 @@ def _row_beside(row: Row, numbers: Float[np.ndarray, "count statistics=3"]) -> R
     """A predicted row with what was measured."""
     _, square, gradient = numbers.T
     second, error, holds = _agreement(square, row.second_moment, row.typical, row.error_bound)
-    low, high = row.band or (0.0, math.inf)
-    within = float(np.mean((square >= low * (1 - 1e-6)) & (square <= high * (1 + 1e-6))))
-    in_band = None if row.band is None else within
-    found = dataclasses.replace(
-        row, measured=second, measured_error=error, holds=holds, draws_in_band=in_band
-    )
+    found = dataclasses.replace(row, measured=second, measured_error=error, holds=holds)
+    if row.band is not None:
+        low, high = row.band[0] * (1 - 1e-6), row.band[1] * (1 + 1e-6)
+        found = dataclasses.replace(found, draws_in_band=float(np.mean((square >= low) & (square <= high))))
     if row.gradient is None or row.gradient_error_bound is None or not np.all(np.isfinite(gradient)):
         return found
     # The typical gradient is not predicted apart: it is the mean less half the variance of its logarithm.
@@ -96,10 +92,10 @@ def _agreement(
     mean, error = float(square.mean()), float(square.std(ddof=1) / math.sqrt(len(square)))
     if not math.isfinite(mean):
         return mean, error, not math.isfinite(predicted)
-    reach = bound * max(mean, predicted) + _STANDARD_ERRORS * error + 1e-6 * mean
     logs = np.log(square) if np.all(square > 0) and predicted > 0 else np.zeros(len(square))
     spread = float(logs.std(ddof=1))
     if spread <= _RARE:
+        reach = bound * max(mean, predicted) + _STANDARD_ERRORS * error + 1e-6 * mean
         return mean, error, bool(abs(predicted - mean) <= reach)
     expected = predicted * math.exp(-(spread**2) / 2) if typical is None else typical
     of_spread = spread**2 / math.sqrt(2 * len(square)) if typical is None else 0.0
@@ -119,8 +115,7 @@ def _variables(program: Program, params: Any, scheme: Any) -> Callable[[Any, Inp
     if by_tree and all(isinstance(law, jax.Array | np.ndarray) for law in laws.values()):
         raise ValueError(
             "draws needs parameters that are drawn, not arrays, which are one draw: give the laws "
-            "(of an nnx model the "
-            "factory), or compare these arrays: vs.probe(model, params, x).compare(vs.predict(model, x))"
+            "(of an nnx model the factory), or compare these arrays: vs.probe(model, params, x).compare(vs.predict(model, x))"
         )
 
     def init(key: Any, x: Inputs) -> Any:
@@ -130,10 +125,7 @@ def _variables(program: Program, params: Any, scheme: Any) -> Callable[[Any, Inp
             found = _drawn_by(found, own, jax.random.fold_in(key, 1))
         if scheme is None:
             return found
-        leaves = jax.tree_util.tree_leaves(found)
-        names = zip(named_leaves(found), leaves, strict=True)
-        named = [(name.path, tuple(leaf.shape), leaf.dtype, name.learned) for name, leaf in names]
-        hits = zip(laid(scheme, named, "scheme"), leaves, strict=True)
+        hits = zip(laws_laid(scheme, found), jax.tree_util.tree_leaves(found), strict=True)
         own = [leaf if hit is None else hit.law for hit, leaf in hits]
         return _drawn_by(found, own, jax.random.fold_in(key, 2))
 
@@ -167,39 +159,30 @@ def _input_sampler(model: Any, given: Inputs, params: Any, method: str | None) -
     Raises:
         ValueError: whole numbers are described, not given, and no table says of which range.
     """
-    leaves, tree = jax.tree_util.tree_flatten(
-        (given.args, dict(given.kwargs)), is_leaf=lambda x: isinstance(x, Moments)
-    )
-    described = [i for i, x in enumerate(leaves) if isinstance(x, jax.ShapeDtypeStruct | Moments)]
-    whole = [i for i in described if jnp.issubdtype(leaves[i].dtype, jnp.integer)]
-    count = (
-        0  # rows of the table in which ids are looked up; one of several inputs may hold lengths or positions
-    )
-    if whole:
+    arrays, join = faces.split(given)
+    described = [i for i, x in enumerate(arrays) if isinstance(x, jax.ShapeDtypeStruct | Moments)]
+    whole = sum(jnp.issubdtype(arrays[i].dtype, jnp.integer) for i in described)
+    tables: list[int] = []  # rows of those that ids are looked up in; one of several inputs may hold lengths
+    if whole == 1:
         own = None if params is None or is_function(params) else params
-        found = uses(model, given, params=own, method=method) if len(whole) == 1 else ()
+        found = uses(model, given, params=own, method=method)
         tables = [p.shape[0] for p in found if p.role == "embedding"]
-        if not tables:
-            raise ValueError(
-                "draws needs inputs of whole numbers as arrays: from a ShapeDtypeStruct their range is "
-                "not known"
-            )
-        count = min(tables)
+    if whole and not tables:
+        raise ValueError(
+            "draws needs inputs of whole numbers as arrays: from a ShapeDtypeStruct their range is not known"
+        )
 
     def sample(key: Any) -> Inputs:
-        found = list(leaves)
-        for i, k in zip(described, jax.random.split(key, max(len(described), 1)), strict=False):
-            shape, dtype = leaves[i].shape, leaves[i].dtype
-            found[i] = (
-                jax.random.randint(k, shape, 0, count, dtype) if i in whole else _drawn_input(leaves[i], k)
-            )
-        return Inputs(*jax.tree_util.tree_unflatten(tree, found))
+        keys = dict(zip(described, jax.random.split(key, max(len(described), 1)), strict=False))
+        return join([_drawn_input(x, keys[i], tables) if i in keys else x for i, x in enumerate(arrays)])
 
     return sample
 
 
-def _drawn_input(x: Any, key: Any) -> Any:
-    """An input of real numbers, drawn by its description: independent standard normals, or of these moments."""
+def _drawn_input(x: Any, key: Any, tables: Sequence[int]) -> Any:
+    """An input, drawn by its description: independent standard normals, numbers of these moments, rows of tables."""
+    if jnp.issubdtype(x.dtype, jnp.integer):
+        return jax.random.randint(key, x.shape, 0, min(tables), x.dtype)
     if isinstance(x, Moments):
         axes = tuple(Axis(n) for n in x.shape if n != 1)
         second = x.second()[tuple(slice(None) if n != 1 else 0 for n in x.shape)]
@@ -208,6 +191,4 @@ def _drawn_input(x: Any, key: Any) -> Any:
         return jnp.asarray(x.mean + about_mean.reshape(x.shape), x.dtype)
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         return jax.random.split(key, x.shape) if x.shape else key
-    if x.dtype == jnp.bool_:
-        return jnp.ones(x.shape, x.dtype)
-    return jax.random.normal(key, x.shape, x.dtype)
+    return jnp.ones(x.shape, bool) if x.dtype == jnp.bool_ else jax.random.normal(key, x.shape, x.dtype)

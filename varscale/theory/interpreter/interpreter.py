@@ -22,7 +22,7 @@ import jax
 import numpy as np
 
 from varscale import _compat
-from varscale.programs.scopes import ends, opened
+from varscale.programs.scopes import ends
 from varscale.theory.domain.axes import Axis
 from varscale.theory.domain.tables import independent
 from varscale.theory.graph.expressions import roots_of
@@ -130,13 +130,13 @@ class Interpreter:
         place = outer if entered is None else outer.within(entered)
         silent = place.loops != len(self.steps)
         place.rows.entered += not silent
-        keeps_scopes = place.rows.scopes and not silent
-        ended = ends(eqns, outputs, place.path, place.piece) if keeps_scopes else {}
+        scoped = place.rows.scopes and not silent
+        ended = ends(eqns, outputs, place.path, place.piece) if scoped else {}
         try:
             drawn = () if silent else self.regions.drawn
             for eqn in () if silent else eqns:  # no rule covers derivatives inside the model
                 if _DERIVATIVES & _compat.transforms(eqn):
-                    path = self._scope_of(place, eqn)
+                    path = place.scope_of(eqn)
                     if not any(within(path, scope) for scope in drawn):
                         self.regions.ask(path, "a derivative")
             kept = [var for found in ended.values() for _, var in found]
@@ -144,7 +144,7 @@ class Interpreter:
             for start, stop, eqn in parts:
                 count = place.rows.entered
                 asked = not silent and self.regions.changed
-                if asked and self.regions.waits(self._scope_of(place, eqn)):  # the next walk draws it
+                if asked and self.regions.waits(place.scope_of(eqn)):  # the next walk draws it
                     env.update((v, placeholder(self, v.aval)) for v in eqn.outvars)
                     continue
                 self.place, self.entering = None if silent else place, eqn
@@ -164,17 +164,13 @@ class Interpreter:
     def ask(self, reason: str, *, whole: bool = False) -> bool:
         """Ask for a region of the module that the walk is in, or of the whole model; False where there is none to be had."""
         place = self.place
-        return place is not None and self.regions.ask(
-            "" if whole else self._scope_of(place, self.entering), reason
-        )
+        scope = "" if whole or place is None else place.scope_of(self.entering)
+        return place is not None and self.regions.ask(scope, reason)
 
     def ask_for(self, error: PredictionError) -> bool:
         """Ask for a region of the module in which moments could not be worked out; False where there is none to be had."""
         place = self._places.get(error.equation)
-        return place is not None and self.regions.ask(self._scope_of(place, error.equation), str(error))
-
-    def _scope_of(self, place: Place, eqn: Any) -> str:
-        return opened(eqn, place.path, place.piece)[1]
+        return place is not None and self.regions.ask(place.scope_of(error.equation), str(error))
 
     def _nudge(self, x: Any) -> Any:
         if not isinstance(x, Value) or x.constant is None or math.prod(x.shape) <= 1:

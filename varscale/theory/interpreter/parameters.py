@@ -186,6 +186,13 @@ def given_parameters(
     ]
 
 
+def laws_laid(scheme: Any, variables: Any) -> Sequence[Any]:
+    """What a scheme lays on each leaf of a tree; None where it lays nothing."""
+    leaves = zip(named_leaves(variables), jax.tree_util.tree_leaves(variables), strict=True)
+    named = [(name.path, tuple(leaf.shape), leaf.dtype, name.learned) for name, leaf in leaves]
+    return laid(scheme, named, "scheme")
+
+
 def laid_parameters(interpreter: Interpreter, shapes: Any, values: Sequence[Any], scheme: Any) -> list[Any]:
     """The parameters' values, leaf by leaf, where a scheme lays laws on some of them.
 
@@ -195,11 +202,9 @@ def laid_parameters(interpreter: Interpreter, shapes: Any, values: Sequence[Any]
         values: their values without the scheme.
         scheme: what `varscale.initialization.laws.laid` takes.
     """
-    structs = jax.tree_util.tree_leaves(shapes)
-    named_structs = zip(named_leaves(shapes), structs, strict=True)
-    leaves = [(name.path, tuple(s.shape), s.dtype, name.learned) for name, s in named_structs]
     found, first = list(values), {}
-    for i, (hit, struct) in enumerate(zip(laid(scheme, leaves, "scheme"), structs, strict=True)):
+    hits = zip(laws_laid(scheme, shapes), jax.tree_util.tree_leaves(shapes), strict=True)
+    for i, (hit, struct) in enumerate(hits):
         if hit is None:
             continue
         key = (law_name(hit.law), tuple(struct.shape), struct.dtype)

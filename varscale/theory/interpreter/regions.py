@@ -125,7 +125,7 @@ def blocks(
         kept: variables that have rows.
         is_parameter: whether a variable holds a parameter, once it is reached.
     """
-    paths = [opened(eqn, place.path, place.piece)[1] for eqn in eqns] if scopes else []
+    paths = [place.scope_of(eqn) for eqn in eqns] if scopes else []
     own = {scope: [i for i, path in enumerate(paths) if within(path, scope)] for scope in scopes}
     # What is between the first and the last reads of them or is read by them, or may as well be.
     spans: list[_Span] = []

@@ -116,9 +116,13 @@ class Place:
     loops: int = 0
     piece: str = ""
 
+    def scope_of(self, eqn: Any) -> str:
+        """The path of the module that an equation is in."""
+        return opened(eqn, self.path, self.piece)[1]
+
     def within(self, eqn: Any) -> Place:
         """The place inside an equation."""
-        path = opened(eqn, self.path, self.piece)[1]
+        path = self.scope_of(eqn)
         piece = path if eqn.params.get("name") == PIECE else self.piece
         return Place(self.rows, path, self.loops + (eqn.primitive.name in _LOOPS), piece)
 
@@ -129,7 +133,7 @@ class Place:
             path, field = marked_row(eqn, self.piece, steps)
             self.rows.add(path, steps, "module", env[eqn.outvars[0]], field)
         elif self.rows.equations is None or name in self.rows.equations:
-            path = "/".join(filter(None, [opened(eqn, self.path, self.piece)[1], name]))
+            path = "/".join(filter(None, [self.scope_of(eqn), name]))
             for j, var in enumerate(eqn.outvars):
                 if is_floating(var):
                     self.rows.add(path, steps, name, env[var], f"[{j}]" if len(eqn.outvars) > 1 else "")
