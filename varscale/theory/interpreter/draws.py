@@ -115,7 +115,8 @@ def _variables(program: Program, params: Any, scheme: Any) -> Callable[[Any, Inp
     if by_tree and all(isinstance(law, jax.Array | np.ndarray) for law in laws.values()):
         raise ValueError(
             "draws needs parameters that are drawn, not arrays, which are one draw: give the laws "
-            "(of an nnx model the factory), or compare these arrays: vs.probe(model, params, x).compare(vs.predict(model, x))"
+            "(of an nnx model the factory), or compare these arrays: "
+            "vs.probe(model, params, x).compare(vs.predict(model, x))"
         )
 
     def init(key: Any, x: Inputs) -> Any:

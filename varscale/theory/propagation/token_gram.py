@@ -105,7 +105,8 @@ def overlap_before(x: Tokens, y: Tokens) -> float:
 def covariance(x: Tokens, y: Tokens) -> float:
     """What two overlaps have in common."""
     # Given numbers were there before all else.
-    later, other = sorted((x, y), key=lambda z: (not is_known_array(z.node), z.node.id, z[1:]), reverse=True)
+    both = [x, y] if x == y else sorted((x, y), key=lambda z: (not is_known_array(z.node), z.node.id, z[1:]))
+    other, later = both
     return _shared_with_earlier(later.node, later, other)
 
 
