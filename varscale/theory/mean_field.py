@@ -24,9 +24,8 @@ _FOLLOWED = 16
 _OVERFLOW, _SMALLEST = 1e12, 1e-12  # second moments beyond which a signal counts as exploded or vanished
 _ZERO = 1e-24  # in place of a second moment of 0, where a slope is asked for
 _NOISE = 1e-9  # relative accuracy of an expectation
-_TERMS = (
-    200  # of the Hermite series of the correlation map; where it has not converged, the pair is integrated
-)
+# Of the Hermite series of the correlation map; where it has not converged, the pair is integrated.
+_TERMS = 200
 _CRITICAL = 1e-3  # |χ − 1| below which the phase is called critical
 _LOG_Q = (-16, 12)  # natural logarithms of the second moments among which the edge of chaos is looked for
 _EDGE_NOISE = 1e-7  # relative accuracy of a difference of expectations there
@@ -58,10 +57,9 @@ class MeanField:
 
 
 def _depth(slope: float) -> float:
+    """Layers over which a deviation shrinks, or grows, by a factor e."""
     slope = abs(slope)
-    if slope < 1e-12:
-        return 0.0
-    return math.inf if abs(slope - 1) < _NOISE else abs(-1 / math.log(slope))
+    return 0.0 if slope < 1e-12 else math.inf if abs(slope - 1) < _NOISE else abs(1 / math.log(slope))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,12 +117,9 @@ def _slope_square(activation: Activation, q: float) -> float:
 def _fixed_point(layer: _Layer) -> float:
     """The second moment to which 1 converges: the map itself for some steps, then the first fixed point where it is heading."""
     variances = f"weight_variance={layer.weight_variance!r}, bias_variance={layer.bias_variance!r}"
-    diverges = f"the second moment diverges: no fixed point that 1 converges to at {variances}"
-    q, growth = 1.0, layer.growth(1.0)
-    for _ in range(_FOLLOWED):
-        if growth == 0 or q > _OVERFLOW:
-            break
-        q *= 1 + growth
+    q, growth, steps = 1.0, layer.growth(1.0), _FOLLOWED
+    while growth and q <= _OVERFLOW and steps:
+        q, steps = q * (1 + growth), steps - 1
         if q == 0:
             return 0.0
         if q < _OVERFLOW:
@@ -133,22 +128,22 @@ def _fixed_point(layer: _Layer) -> float:
     while growth and _SMALLEST < q < _OVERFLOW:
         after = _unless_it_overflows(layer.growth, factor * q, math.inf)
         if after * growth < 0:
-            root: Any = brentq(
-                lambda x: layer.second_moment(x) / x - 1, q, factor * q, xtol=1e-300, rtol=np.float64(1e-13)
+            ends = q, factor * q
+            q: Any = brentq(
+                lambda x: layer.second_moment(x) / x - 1, *ends, xtol=1e-300, rtol=np.float64(1e-13)
             )
-            q = float(root)
-            break
-        q, growth = factor * q, after or growth
-    else:
-        if growth > 0:
-            raise ValueError(diverges)
-        if growth < 0:
-            return 0.0
+            growth = 0.0
+        else:
+            q, growth = factor * q, after or growth
+    if growth > 0:
+        raise ValueError(f"the second moment diverges: no fixed point that 1 converges to at {variances}")
+    if growth < 0:
+        return 0.0
     if layer.slope(q) < -1:
         raise ValueError(
             f"the second moment does not settle: it swings around the fixed point {q:g} at {variances}"
         )
-    return q
+    return float(q)
 
 
 def _checked(**variances: float) -> None:
@@ -269,8 +264,7 @@ def critical(activation: Activation, bias_variance: float = 0.0) -> Critical:
     if not points:
         raise ValueError(
             f"no critical point: with bias_variance={bias_variance!r} activation "
-            f"{gaussian.name_of(activation)} has no fixed "
-            "point q at which χ = 1"
+            f"{gaussian.name_of(activation)} has no fixed point q at which χ = 1"
         )
     edges = []
     for square, q in points:
