@@ -24,9 +24,9 @@ from varscale.theory.propagation.marginals import (
     evaluate,
     independent_factors,
     integral_key,
+    largest_term,
     over_classes,
     term_shares,
-    uncentred,
 )
 
 SCALE_STEP = 0.1  # relative step in q for the ratio and the curvature
@@ -187,7 +187,7 @@ def propagated_of_sum(node: Sum) -> Spread:
     if node.positive:
         return combine([(1.0, kernel(node.args[int(np.argmax(node.params))].node))])
     if node.is_centred:
-        return inherited(uncentred(node.whole).node)
+        return inherited(largest_term(node).node)
     return combine([(float(s), inherited(v.node)) for s, v in zip(term_shares(node), node.args, strict=True)])
 
 
