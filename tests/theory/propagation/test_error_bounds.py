@@ -14,10 +14,13 @@ import varscale as vs
 from varscale.theory.domain.axes import MOST_CLASSES, Axis, join, labelled
 from varscale.theory.domain.axis_maps import class_shares, split_axis
 from varscale.theory.graph.layout import Value
-from varscale.theory.graph.nodes import Node, View, leaf, second_moments
+from varscale.theory.graph.linear_nodes import Concat
+from varscale.theory.graph.nodes import Graph, Node, View, leaf, second_moments
 from varscale.theory.graph.normal_form import affine, apply, mean_node
 from varscale.theory.interpreter.interpreter import Interpreter
 from varscale.theory.interpreter.parameters import measured_law
+from varscale.theory.propagation.cross_moments import STRATEGIES
+from varscale.theory.propagation.error_bounds import doubt_of
 from varscale.theory.rules.registry import RULES
 
 NONE = {"w": jnp.zeros(1)}
@@ -283,3 +286,29 @@ def test_correlations_that_there_is_no_place_for_are_errors():
     given = {"w": vs.Moments(shape=(4, 4), sample_correlation=0.5)}
     with pytest.raises(ValueError, match="independent entries"):
         vs.predict(lambda p, x: x @ p["w"], jax.ShapeDtypeStruct((8, 4), jnp.float32), params=given)
+
+
+@pytest.mark.parametrize("rule", ["weighted sums", "kinds of nodes"])
+def test_norms_do_not_forget_covariances_in_doubt(rule, monkeypatch):
+    """Without a rule for covariances of parts E[x²] of x less its mean and the norm's variance differ; a norm's rows have 1."""
+    monkeypatch.setitem(STRATEGIES, rule, lambda a, b, frame: None)
+
+    def normed(p, x):
+        h = x @ p["w"]
+        return jax.nn.standardize(h + jnp.roll(h, 1, -1), epsilon=0.0)
+
+    row = output(normed, jax.ShapeDtypeStruct((8, 32), "float32"), params={"w": vs.Moments(0.0, 1 / 32, (32, 64))})
+    assert 0.02 < abs(row.second_moment - 1) < row.error_bound < 0.2
+
+
+def test_norms_forget_doubts_about_the_scale_of_the_whole_row_only():
+    """Of two parts of a row one may be 1.5 times as large: the row's mean square over itself is 1, that part's is not."""
+    graph = Graph()
+    a, b = (leaf(graph, ("input", i), [Axis(8), Axis(16)], 0.0, 1.0, odd=True) for i in range(2))
+    a.mark("assumed", 0.5)
+    row = graph.make(Concat, [Axis(8), labelled([0] * 16 + [1] * 16)], [a.whole, b.whole], (1, (16, 16)))
+    mean = mean_node(apply(graph, "integer_pow", (2,), row.axes, [row.whole]), [1])
+    scale = View(apply(graph, "rsqrt", (), mean.axes, [mean.whole]), (0,))
+    normed, part = (apply(graph, "mul", (), x.axes, [x.whole, scale]) for x in (row, a))
+    assert doubt_of(normed) < 0.01
+    assert 0.5 <= doubt_of(part) < 1.1

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import math
 
-from varscale.theory.graph.expressions import Apply, Sum
-from varscale.theory.graph.nodes import UNKNOWN, Array, Constant, Leaf, Node
+from varscale.theory.graph.expressions import Apply, Sum, roots
+from varscale.theory.graph.nodes import UNKNOWN, Array, Constant, Leaf, Node, View
 from varscale.theory.graph.store import HOWS, once_per_node
 from varscale.theory.propagation.cross_moments import mean_of_product
 from varscale.theory.propagation.fluctuations import fluctuations
 from varscale.theory.propagation.inherited_fluctuations import responses
-from varscale.theory.propagation.marginals import concentrated
+from varscale.theory.propagation.marginals import cofactors, concentrated
 
 # Set on the validation grid, not derived, both: what is left where every rule is exact (the cell of a kink,
 # second order in 1/width, a norm's epsilon).
@@ -43,30 +43,48 @@ def doubt_of(node: Node) -> float:
 
 @once_per_node
 def _steps(node: Node) -> tuple[str, float]:
-    how, doubt = type(node).how, node.doubt
-    if node.flagged:
-        how = max(how, node.flagged, key=HOWS.index)
+    how, doubt = max(type(node).how, node.flagged or "exact", key=HOWS.index), node.doubt
     if isinstance(node, Leaf | Array | Constant):
         return how, doubt
     if isinstance(node, Apply):
         # A normalised function of a root forgets an error of its scale; an expansive one magnifies it.
         slopes = responses(node)
-        inner = {root: (_steps(root), abs(slope)) for root, (slope, _) in slopes.items()}
+        inner = [(_steps(root), abs(slope)) for root, (slope, _) in slopes.items()]
         # Of something drawn it is the law that is in doubt, not the scale.
         doubt += max((root.doubt for root in slopes if root.drawn is not None), default=0.0)
-        passed = [
-            h for (h, d), slope in inner.values() if h not in ("sampled", "assumed") or d * slope > 1e-3
-        ]
+        doubt += sum(_not_forgotten(*group) for group in cofactors(node).values())
+        passed = [h for (h, d), slope in inner if h not in ("sampled", "assumed") or d * slope > 1e-3]
         # Roots that vary together are one here; the errors of others need not cancel.
-        return max([how, *passed], key=HOWS.index), doubt + sum(d * slope for (_, d), slope in inner.values())
-    inner = [_steps(v.node) for v in node.args]
-    how = max([how, *(h for h, _ in inner)], key=HOWS.index)
-    doubts = [d for _, d in inner]
+        return max([how, *passed], key=HOWS.index), doubt + sum(d * slope for (_, d), slope in inner)
+    hows, doubts = zip(*(_steps(v.node) for v in node.args), strict=True) if node.args else ((), ())
+    how = max([how, *hows], key=HOWS.index)
     if isinstance(node, Sum) and any(doubts):
-        return how, min(
-            doubt + sum(w * d for w, d in zip(_error_weights(node), doubts, strict=True)), UNKNOWN
-        )
+        doubts = [w * d for w, d in zip(_error_weights(node), doubts, strict=True)]
+        return how, min(doubt + sum(doubts), UNKNOWN)
     return how, doubt + sum(doubts)
+
+
+def _not_forgotten(main: View, *scales: View) -> float:
+    """What a norm does not forget of the doubt about what it divides, x: it forgets that about the scale of the whole row.
+
+    A mean of squares v of the row itself is off as x is. But x less its mean and v may be worked out in two ways, by
+    covariances of parts that are in doubt: then E[x²]/E[v] is not 1. Of a part of the row, or of another array, x is off
+    and v is not.
+    """
+    out = 0.0
+    terms = main.node.args if isinstance(main.node, Sum) else ()
+    # What a mean was taken away from: a term that has more axes than all others.
+    whole = {t.node for t in terms if all(t is u or len(u.bind) < len(t.bind) for u in terms)}
+    for scale, _ in scales:
+        means = [view.node for view in scale.args] if scale.is_variance else [scale]
+        inner = next((mean.args[0].node for mean in means if mean.averages), scale)
+        read = {root.node for root in roots(inner)}
+        opened = {view.node for node in read if isinstance(node, Sum) for view in node.args}
+        if main.node not in read and not whole & (read | opened):
+            out += doubt_of(main.node) + doubt_of(scale) / 2
+        elif inner.params == ("integer_pow", (2,)) and (scale.is_variance or inner.args[0].node is main.node):
+            out += abs(main.node.table.mean_square / max(scale.table.total_mean, 1e-300) - 1)
+    return min(out, UNKNOWN)
 
 
 def _error_weights(node: Sum) -> list[float]:
