@@ -128,21 +128,18 @@ def attention_of(node: Any) -> Attention | None:
 
 def scores(weights: Any) -> Scores | None:
     """What the logits of softmax weights are, where they are a product of queries and keys, and what is added to it."""
-    terms = weighted_sum(weights.args[0])[0]
-    products = ((c, v) for c, v in terms if isinstance(v.node, Contract) and weight_of(v.node) is None)
-    slope, product = next(products, (0.0, weights.args[0]))
-    if not slope:
-        return None
-    node, bind = product
-    along = {i for i, k in enumerate(bind) if k == weights.params}
-    place = next((i for i, v in enumerate(node.args) if not along & set(v.bind)), None)
-    if place is None:
-        return None
-    query, key = node.args[place], node.args[1 - place]
-    summed = range(len(node.axes), len(node.axes) + len(node.params))
-    # Heads and samples are along axes that both have.
-    queries, keys = tokens_of(query, set(query.bind) - set(key.bind), summed), tokens_of(key, along, summed)
-    return Scores(product, slope**2, queries, keys, place) if queries.tokens and keys.tokens else None
+    for slope, product in weighted_sum(weights.args[0])[0]:
+        node, along = product.node, {i for i, k in enumerate(product.bind) if k == weights.params}
+        of_two = isinstance(node, Contract) and weight_of(node) is None
+        for place, query in enumerate(node.args if of_two else ()):
+            if not along & set(query.bind):
+                key, summed = node.args[1 - place], range(len(node.axes), len(node.axes) + len(node.params))
+                # Heads and samples are along axes that both have.
+                queries = tokens_of(query, set(query.bind) - set(key.bind), summed)
+                keys = tokens_of(key, along, summed)
+                known = queries.tokens and keys.tokens
+                return Scores(product, slope**2, queries, keys, place) if known else None
+    return None
 
 
 def gain_of_queries(weights: Any, notes: BackwardNotes, passed: np.ndarray, kept: np.ndarray) -> float | None:

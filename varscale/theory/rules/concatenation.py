@@ -220,10 +220,8 @@ def unstack(interpreter: Context, eqn: Any, x: Value) -> list[Value]:
 @rule("tile", entrywise=True)
 def tile(interpreter: Context, eqn: Any, x: Value) -> Value:
     """Copies one after another: a leading factor of the dimension along which nothing changes."""
-    dims = [
-        ((Atom(n, None),) if n > 1 else ()) + dim for n, dim in zip(eqn.params["reps"], x.dims, strict=True)
-    ]
-    return Value(x.node, tuple(dims))
+    copies = [(Atom(n, None),) if n > 1 else () for n in eqn.params["reps"]]
+    return Value(x.node, tuple(own + dim for own, dim in zip(copies, x.dims, strict=True)))
 
 
 @rule("pad")

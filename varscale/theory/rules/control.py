@@ -38,11 +38,10 @@ def call(interpreter: Context, eqn: Any, *xs: Any) -> list[Any]:
     """A function is what is inside it; the library's own sampler is random bits by another name."""
     if eqn.params.get("name") == "fast_random_bits":
         return [random_bits(interpreter, eqn, *([x for x in xs if isinstance(x, Opaque)][:1] or xs))]
-    out = interpreter.run(*_compat.sub_jaxpr(sub_jaxpr_of(eqn)), xs)
-    if not eqn.primitive.name.startswith("custom_vjp_call"):
-        return out
-    return [  # its backward rule need not be its derivative
-        interpreter.elementwise("own_gradient", y) if isinstance(y, Value) and y.node.axes else y for y in out
+    own = eqn.primitive.name.startswith("custom_vjp_call")  # its backward rule need not be its derivative
+    return [
+        interpreter.elementwise("own_gradient", y) if own and isinstance(y, Value) and y.node.axes else y
+        for y in interpreter.run(*_compat.sub_jaxpr(sub_jaxpr_of(eqn)), xs)
     ]
 
 
@@ -56,7 +55,7 @@ def scan(interpreter: Context, eqn: Any, *xs: Any) -> list[Any]:
     Outputs that are not read, and what only they depend on, are left out (None): of an init's scan over layers the layers
     themselves, so that its steps draw weights and do nothing else.
     """
-    p, jaxpr = eqn.params, _compat.sub_jaxpr(eqn.params["jaxpr"])[0]
+    p, (jaxpr, literals) = eqn.params, _compat.sub_jaxpr(eqn.params["jaxpr"])
     kept = _needed(jaxpr, p, [v in interpreter.used for v in eqn.outvars])
     fixed, carry, streams = _compat.scan_operands(p, xs)
     layers = any(isinstance(x, Value) and _stacks_weights(x) for x in streams)
@@ -65,7 +64,7 @@ def scan(interpreter: Context, eqn: Any, *xs: Any) -> list[Any]:
             return [placeholder(interpreter, v.aval) for v in eqn.outvars]
         with contextlib.suppress(CannotDraw):
             return drawn_alone(interpreter, eqn, xs, time=len(carry))
-    literals, jaxpr = _compat.sub_jaxpr(p["jaxpr"])[1], _of_outputs(jaxpr, kept)
+    jaxpr = jaxpr.replace(outvars=list(itertools.compress(jaxpr.outvars, kept)))
     steps: list[list[Any]] = [[]] * p["length"]
     for step in reversed(range(p["length"])) if p["reverse"] else range(p["length"]):
         now = [index(interpreter, x, step) for x in streams]
@@ -79,21 +78,14 @@ def scan(interpreter: Context, eqn: Any, *xs: Any) -> list[Any]:
 def _stacks_weights(x: Value) -> bool:
     """Whether a stream is made of weights that differ from step to step."""
     along = {a.axis for a in x.dims[0]}
-    return any(
-        isinstance(node, Leaf) and not (node.is_input or node.is_bits) and along & set(bind)
-        for node, bind in ((root.node, root.bind) for root in roots(x.node))
-    )
-
-
-def _of_outputs(jaxpr: Any, kept: Sequence[bool]) -> Any:
-    """A jaxpr with some of its outputs."""
-    return jaxpr.replace(outvars=list(itertools.compress(jaxpr.outvars, kept)))
+    weights = [(node, bind) for node, bind in roots(x.node) if isinstance(node, Leaf)]
+    return any(along & set(bind) and not (node.is_input or node.is_bits) for node, bind in weights)
 
 
 def _needed(jaxpr: Any, p: dict[str, Any], read: list[bool]) -> list[bool]:
     """Which outputs of a scan's body those that are read depend on, themselves included."""
     carry = _compat.scan_operands(p, jaxpr.invars)[1]
-    used = used_variables(_of_outputs(jaxpr, read))
+    used = used_variables(jaxpr.replace(outvars=list(itertools.compress(jaxpr.outvars, read))))
     more = [keep or (k < len(carry) and carry[k] in used) for k, keep in enumerate(read)]
     return read if more == read else _needed(jaxpr, p, more)
 
@@ -154,10 +146,10 @@ def while_(interpreter: Context, eqn: Any, *xs: Any) -> list[Any]:
     tested, fixed, state = xs[: p["cond_nconsts"]], xs[p["cond_nconsts"] : start], list(xs[start:])
     test, body = _compat.sub_jaxpr(p["cond_jaxpr"]), _compat.sub_jaxpr(p["body_jaxpr"])
     for _ in range(10_000):
-        known = interpreter.concrete(interpreter.run(*test, [*tested, *state])[0])
-        if known is None:
+        goes_on = interpreter.concrete(interpreter.run(*test, [*tested, *state])[0])
+        if goes_on is None:
             raise NotImplementedError("a loop whose end depends on random values; use a scan of known length")
-        if not known:
+        if not goes_on:
             return state
         state = interpreter.run(*body, [*fixed, *state])
     raise NotImplementedError("a loop of more than 10000 steps")

@@ -7,7 +7,7 @@ in doubt.
 
 Given ids may fill up rows to one length. Whether a place is padding depends on its row and its position together: rows of one
 length are a class, and so are positions between two lengths. Of more lengths than a few, those most alike are one class, and
-what that leaves out is in doubt (`has_more_lengths`).
+what that leaves out is in doubt.
 """
 
 from __future__ import annotations
@@ -62,8 +62,9 @@ _CLASSED: Fact[None, list[Any]] = Fact()  # where ids are filled up, and axes wi
 def second_moments_of_gather(node: Gather) -> Table:
     (row_axes, places, _, rows, _), (source, bind) = node.params, node.args[0]
     table, axes = source.table, source.axes
-    known = node.known if any(axis.labels for axis in node.indexed) else None
-    if known is not None and has_more_lengths(node.graph, known.reshape([a.size for a in node.indexed])):
+    ids = node.known if any(axis.labels for axis in node.indexed) else None
+    field = None if ids is None else _paddings(node.graph, ids.reshape([a.size for a in node.indexed]))
+    if field is not None and len(np.unique(field.sum(axis=1))) > MOST_LENGTHS + 1:  # than are told apart
         node.graph.flag("assumed", LEADING_ORDER)
     mean = contract_axes(table.mean, {k: axes[k].counts / axes[k].size for k in row_axes})
     same = contract_axes(table.second, {k: axes[k].same for k in row_axes})
@@ -165,9 +166,8 @@ def rows_by_index(
     kept = list(zip((k for k in range(len(x.dims)) if k not in picked), offsets, strict=True))
     batch, rows = [k for k in range(len(shape)) if k not in offsets], [x.shape[k] for k in picked]
     places, axes, rates = itertools.count(), list[Axis](), None
-    if (
-        known is None
-    ):  # they differ along the axes they run over, and repeat along those they are broadcast on
+    if known is None:
+        # They differ along the axes that they run over, and repeat along those that they are broadcast on.
         own = ids.dims[: len(batch)]
         axes = [Axis(atom.size) for dim in own for atom in dim if atom.axis is not None]
         atoms = [tuple(Atom(n, None if k is None else next(places)) for n, k in dim) for dim in own]
@@ -175,9 +175,8 @@ def rows_by_index(
     else:
         line = np.ravel_multi_index(tuple(known.reshape(-1, len(rows)).astype(int).T), rows, mode="clip")
         k = axis_of[picked[0]] if known.size == max(known.shape) and len(rows) == 1 else None
-        if (
-            k is not None and (axis := x.node.axes[k]).classes > 1
-        ):  # rows of unlike classes: a map of the axis
+        if k is not None and (axis := x.node.axes[k]).classes > 1:
+            # Rows of unlike classes: a map of the axis.
             found = entry_map(np.arange(len(line)), line, labelled(axis.label_array[line]), axis)
             dims = {j: (Atom(shape[j], k),) if shape[j] > 1 else () for j in batch}
             dims |= {out: x.dims[own] for own, out in kept}
@@ -281,8 +280,8 @@ def filled_up(ids: Int[np.ndarray, "rows positions"]) -> Bool[np.ndarray, "rows 
 def filled_shapes(given: Sequence[Any]) -> frozenset[tuple[int, ...]]:
     """The shapes (rows, positions) of given arrays of ids that are filled up."""
     arrays = (x for x in given if isinstance(x, np.ndarray | jax.Array) and np.ndim(x) > 1 and np.size(x) > 1)
-    rows = (_as_rows(x) for x in arrays if jnp.issubdtype(x.dtype, jnp.integer))
-    return frozenset(ids.shape for ids in rows if filled_up(ids) is not None)
+    ids = [_as_rows(x) for x in arrays if jnp.issubdtype(x.dtype, jnp.integer)]
+    return frozenset(rows.shape for rows in ids if filled_up(rows) is not None)
 
 
 def _as_rows(x: Any) -> np.ndarray:
@@ -309,12 +308,6 @@ def classed_axes(graph: Graph, ids: Int[np.ndarray, "..."]) -> list[Axis]:
     axes = [grouped(view, MOST_LENGTHS + 1) for view in views]
     seen.append((marks, tuple(axes)))
     return axes
-
-
-def has_more_lengths(graph: Graph, ids: Int[np.ndarray, "..."]) -> bool:
-    """Whether ids are filled up from more lengths than rows are told apart by."""
-    field = _paddings(graph, ids)
-    return field is not None and len(np.unique(field.sum(axis=1))) > MOST_LENGTHS + 1
 
 
 def is_mask(graph: Graph, numbers: Float[np.ndarray, "..."]) -> bool:

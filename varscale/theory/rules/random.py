@@ -53,20 +53,18 @@ class ParameterLaw(NamedTuple):
 def law(node: Node) -> ParameterLaw | None:
     """The law of an elementwise function of one random leaf; None for anything else."""
     own = roots(node)
-    if len(own) != 1 or set(own[0].bind) != set(range(len(node.axes))):
-        return None
-    base = own[0].node
+    whole = len(own) == 1 and set(own[0].bind) == set(range(len(node.axes)))
+    base = own[0].node if whole else node
     while not isinstance(base, Apply) and len(base.args) == 1:
         base = base.args[0].node
-    if not isinstance(base, Leaf) or base.odd or not base.is_bits:
+    if not whole or not isinstance(base, Leaf) or base.odd or not base.is_bits:
         return None
     return _LAWS.once(node.graph, (_chain_of(node), base.params[-1]), lambda: _integrated(node))
 
 
 def _integrated(node: Node) -> ParameterLaw:
     """The law of a function of one leaf, on the normal grid."""
-    values = evaluate(node.whole, node.axes, {}).reshape(-1, len(Z))[0]
-    values = np.asarray(values, float)
+    values = np.asarray(evaluate(node.whole, node.axes, {}).reshape(-1, len(Z))[0], float)
     mean, square, fourth = (float(WEIGHTS @ values**k) for k in (1, 2, 4))
     mean = 0.0 if abs(mean) < 1e-6 * math.sqrt(max(square, 1e-300)) else mean
     kurtosis = fourth / max(square**2, 1e-300)

@@ -174,9 +174,8 @@ def _row_classes(frame: list[Axis], random: View, allowed: View, key: int) -> li
     features = [v.node.params for _, v in weighted_sum(random)[0] if isinstance(v.node, Contract)]
     features = max(features, key=lambda found: math.prod(axis.types for axis in found), default=())
     for most in range(_ROW_CLASSES, 0, -1):
-        found = list(frame)
-        for b, axis in zip((b for b in bind if b != key), _classes_by_keys(mask, keys, most), strict=True):
-            found[b] = join(axis, frame[b])
+        classed = dict(zip((b for b in bind if b != key), _classes_by_keys(mask, keys, most), strict=True))
+        found = [join(classed[k], axis) if k in classed else axis for k, axis in enumerate(frame)]
         rows = {axis.size: axis for k, axis in enumerate(found) if k != key}
         keys_later = rows.get(found[key].size, found[key])
         later = (*found[:key], keys_later, *found[key + 1 :], *features)
@@ -188,15 +187,13 @@ def _row_classes(frame: list[Axis], random: View, allowed: View, key: int) -> li
 @once_per_node
 def _classes_by_keys(mask: Array, keys: tuple[int, ...], most: int) -> list[Axis]:
     """The axes of a mask besides those of the keys, classed by how many keys a position sees."""
-    seen, out = mask.values.sum(axis=keys), list[Axis]()
+    seen = mask.values.sum(axis=keys)
     # who sees none is in no class with others
     level = np.where(seen > 0, np.log(np.maximum(seen, 1.0)), -1.0)
-    for i, size in enumerate(level.shape):
-        mean = level.mean(axis=tuple(j for j in range(level.ndim) if j != i))
-        reach = float(np.ptp(mean))
-        bins = (most * (mean - mean.min()) / max(reach, 0.01)).astype(int)
-        out.append(labelled(np.minimum(bins, most - 1)) if reach > 0.01 else Axis(size))
-    return out
+    means = [level.mean(axis=tuple(j for j in range(level.ndim) if j != i)) for i in range(level.ndim)]
+    bins = [(most * (x - x.min()) / max(np.ptp(x), 0.01)).astype(int) for x in means]
+    differ = [most - 1 if np.ptp(x) > 0.01 else 0 for x in means]
+    return [labelled(np.minimum(x, last)) for x, last in zip(bins, differ, strict=True)]
 
 
 def logits(view: View, axes: Sequence[Axis]) -> tuple[View | None, View | None]:
