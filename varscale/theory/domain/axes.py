@@ -73,13 +73,11 @@ class Axis:
 
     @functools.cached_property
     def first(self) -> Int[np.ndarray, " types"]:
-        c = self.classes
-        return np.concatenate([np.arange(c), np.repeat(np.arange(c), c)])[: self.types]
+        return np.append(np.arange(self.classes), np.arange(self.classes**2) // self.classes)[: self.types]
 
     @functools.cached_property
     def second(self) -> Int[np.ndarray, " types"]:
-        c = self.classes
-        return np.concatenate([np.arange(c), np.tile(np.arange(c), c)])[: self.types]
+        return np.append(np.arange(self.classes), np.arange(self.classes**2) % self.classes)[: self.types]
 
     @functools.cached_property
     def agrees(self) -> Bool[np.ndarray, " types"]:

@@ -17,7 +17,6 @@ from varscale.theory.domain.axis_maps import class_shares, lift_types, split_axi
 
 Positions = Sequence[Int[np.ndarray, " kept"]]
 Axes = Sequence[Axis]
-Factoring = tuple[int, ...]
 NEGLIGIBLE = 1e-3  # relative size of an effect that is left out
 # Relative errors of what is not derived, set on the validation grid (`experiments/benchmarks/accuracy.py`):
 # what a next order adds, what is known to leading order, what is known roughly, what is known to a factor.
@@ -179,30 +178,20 @@ def over_frame(array: np.ndarray, bind: Sequence[int], rank: int) -> np.ndarray:
     return array.transpose(order).reshape(*shape, *array.shape[len(bind) :])
 
 
-def _finest(axes: Axes, k: int, sizes: Factoring, pairs: bool) -> tuple[tuple[Axis, ...], np.ndarray]:
-    """Axes of which axis k is cut into row-major factors, with all its classes, and its class (type) for each of theirs."""
-    factors = split_axis(axes[k], sizes)
-    return (*axes[:k], *factors.axes, *axes[k + 1 :]), factors.types if pairs else factors.classes
-
-
-def taken_apart(
-    array: np.ndarray, axes: Axes, out: Axes, k: int, sizes: Factoring, *, pairs: bool
+def regrouped(
+    array: np.ndarray, axes: Axes, out: Axes, k: int, sizes: tuple[int, ...], *, pairs: bool
 ) -> np.ndarray:
-    """A class (type) array read over `out`, which has row-major factors of axis k of `axes`."""
-    finest, places = _finest(axes, k, sizes, pairs)
-    return lift(np.take(array, places, axis=k), finest, range(len(out)), out, pairs=pairs)
-
-
-def put_together(
-    array: np.ndarray, axes: Axes, out: Axes, k: int, sizes: Factoring, *, pairs: bool
-) -> np.ndarray:
-    """A class (type) array averaged over `out`, of which axis k is the row-major product of some of `axes`."""
-    finest, places = _finest(out, k, sizes, pairs)
+    """A class (with `pairs` a type) array over `axes`, read over `out`: one has row-major factors of axis k of the other."""
+    whole = min(axes, out, key=len)
+    factors = split_axis(whole[k], sizes)
+    finest, places = (*whole[:k], *factors.axes, *whole[k + 1 :]), factors.types if pairs else factors.classes
+    if whole is axes:
+        return lift(np.take(array, places, axis=k), finest, range(len(out)), out, pairs=pairs)
     shape = [axis.types if pairs else axis.classes for axis in axes]
     fine = lift(np.broadcast_to(array, shape), axes, range(len(axes)), finest, pairs=pairs)
-    matrix = np.zeros((out[k].types if pairs else out[k].classes, places.size))
-    own = finest[k : k + len(sizes)]
-    matrix[places.ravel(), np.arange(places.size)] = outer(a.pairs if pairs else a.counts for a in own)
+    matrix = np.zeros((whole[k].types if pairs else whole[k].classes, places.size))
+    number = outer(axis.pairs if pairs else axis.counts for axis in factors.axes)
+    matrix[places.ravel(), np.arange(places.size)] = number
     matrix /= np.maximum(matrix.sum(axis=1, keepdims=True), 1e-300)
     return apply_axis(fine.reshape(*fine.shape[:k], -1, *fine.shape[k + len(sizes) :]), k, matrix)
 
@@ -252,9 +241,8 @@ def estimated_products(
         product = product.reshape(len(x), *sizes)
         for k in fixed:
             product = apply_axis(product, 1 + k, axes[k].members)
-        second[:, *(c if same else slice(c.stop, None) for c, same in zip(cells, agree, strict=True))] = (
-            product
-        )
+        block = (c if same else slice(c.stop, None) for c, same in zip(cells, agree, strict=True))
+        second[:, *block] = product
     return per_pair(second, axes)
 
 
@@ -295,9 +283,9 @@ def gaussian(
     for own in itertools.product((True, False), repeat=len(axes)):
         part = blocks
         for k, (axis, anew) in enumerate(zip(axes, own, strict=True)):
-            c = axis.classes
-            same, different = np.split(part, [c], axis=k)
-            part = same - np.take(different, np.arange(c) * (c + 1), axis=k) if anew else different
+            same, different = np.split(part, [axis.classes], axis=k)
+            alike = np.arange(axis.classes) * (axis.classes + 1)
+            part = same - np.take(different, alike, axis=k) if anew else different
         if np.max(np.abs(part)) > 1e-14:
             out += _effect(part, axes, labels, own, replicates, rng)
     return out

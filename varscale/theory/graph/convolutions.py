@@ -45,11 +45,9 @@ def hits(window: Window, size_in: int) -> np.ndarray:
 def output_axis(window: Window, axis: Axis) -> Axis:
     """Output positions classed by their taps in each class of the input; of too many kinds, those with as many merge first."""
     at = hits(window, axis.size)
-    seen = np.stack(
-        [((at >= 0) & (axis.label_array[at] == c)).sum(axis=1) for c in range(axis.classes)], axis=1
-    )
+    seen = np.append(axis.members, np.zeros((axis.classes, 1)), axis=1)[:, at].sum(axis=-1).T
     taps = 2 * window.taps * axis.size * seen.sum(axis=1, keepdims=True)
-    return ONE if window.size_out == 1 else grouped(np.concatenate([seen, taps], axis=1).astype(float))
+    return ONE if window.size_out == 1 else grouped(np.concatenate([seen, taps], axis=1))
 
 
 @functools.cache

@@ -13,7 +13,7 @@ import numpy as np
 
 from varscale.theory.domain.axes import MOST_CLASSES, Axis, affordable, grouped, join
 from varscale.theory.domain.axis_maps import split_axis
-from varscale.theory.domain.tables import put_together
+from varscale.theory.domain.tables import regrouped
 from varscale.theory.graph.linear_nodes import Merge, Permute, Split
 from varscale.theory.graph.nodes import Array, Constant, Graph, Node, View, array, number
 from varscale.theory.graph.normal_form import broadcast, cut_inside
@@ -83,7 +83,7 @@ def split(node: Node, k: int, sizes: tuple[int, ...]) -> Node:
     graph = node.graph
     axes = affordable((*node.axes[:k], *split_axis(node.axes[k], sizes).axes, *node.axes[k + 1 :]))
     if (made := cut_inside(node, k, axes, lambda x, j: split(x, j, sizes))) is not None:
-        back = functools.partial(put_together, axes=made.axes, k=k, sizes=sizes, out=node.axes, pairs=True)
+        back = functools.partial(regrouped, axes=made.axes, out=node.axes, k=k, sizes=sizes, pairs=True)
         return graph.derive(node, made, back)
     if isinstance(node, Merge) and node.params == (k, sizes):
         return node.args[0].node

@@ -16,24 +16,19 @@ import numpy as np
 
 from varscale.theory.domain.axes import Axis, contract_axes
 from varscale.theory.domain.axis_maps import AxisMap, split_axis
-from varscale.theory.domain.tables import Table, full_types, put_together, taken_apart
+from varscale.theory.domain.tables import Table, full_types, regrouped
 from varscale.theory.graph.convolutions import Conv
 from varscale.theory.graph.nodes import UNKNOWN, Constant, Leaf, Node, View, pullback, second_moments
 from varscale.theory.graph.store import BackwardNotes, Fact
 
 
 class Rearranged(Node):
-    """The entries of one array, each once, at other places.
+    """The entries of one array, each once, at other places: an axis cut into row-major factors of some sizes, or put together.
 
-    Attributes:
-        strangers: share of them that are of another class than what their place is taken for.
+    `params` is (axis of the whole, sizes).
     """
 
     moves = True
-
-    @property
-    def strangers(self) -> float:
-        return 0.0
 
     def before(self, k: int) -> tuple[int, ...]:
         """The axes of its argument that axis k is, is made of, or is a factor of."""
@@ -41,11 +36,11 @@ class Rearranged(Node):
 
     def carried(self, array: np.ndarray, *, pairs: bool) -> np.ndarray:
         """A class (with `pairs` a type) array of the argument, read over its own axes."""
-        raise NotImplementedError
+        return regrouped(array, self.args[0].node.axes, self.axes, *self.params, pairs=pairs)
 
     def back(self, second: np.ndarray) -> np.ndarray:
         """A type array over its own axes, read over the argument's."""
-        raise NotImplementedError
+        return regrouped(second, self.axes, self.args[0].node.axes, *self.params, pairs=True)
 
 
 def unmoved(node: Node) -> Node:
@@ -56,36 +51,19 @@ def unmoved(node: Node) -> Node:
 
 
 class Split(Rearranged):
-    """One axis as row-major factors; `params` is (axis, sizes). Classes of the whole are theirs, if not too many."""
-
-    @property
-    def strangers(self) -> float:
-        k, sizes = self.params
-        return split_axis(self.args[0].node.axes[k], sizes).strangers
+    """One axis as row-major factors. Classes of the whole are theirs, if not too many."""
 
     def before(self, k: int) -> tuple[int, ...]:
         first, sizes = self.params
         return (k if k < first else max(first, k - len(sizes) + 1),)
 
-    def carried(self, array: np.ndarray, *, pairs: bool) -> np.ndarray:
-        return taken_apart(array, self.args[0].node.axes, self.axes, *self.params, pairs=pairs)
-
-    def back(self, second: np.ndarray) -> np.ndarray:
-        return put_together(second, self.axes, self.args[0].node.axes, *self.params, pairs=True)
-
 
 class Merge(Rearranged):
-    """Adjacent axes as one, row-major; `params` is (first axis, sizes)."""
+    """Adjacent axes as one, row-major."""
 
     def before(self, k: int) -> tuple[int, ...]:
         first, more = self.params[0], len(self.params[1]) - 1
         return tuple(range(first, first + more + 1)) if k == first else (k if k < first else k + more,)
-
-    def carried(self, array: np.ndarray, *, pairs: bool) -> np.ndarray:
-        return put_together(array, self.args[0].node.axes, self.axes, *self.params, pairs=pairs)
-
-    def back(self, second: np.ndarray) -> np.ndarray:
-        return taken_apart(second, self.axes, self.args[0].node.axes, *self.params, pairs=True)
 
 
 class Permute(Rearranged):
@@ -106,8 +84,9 @@ class Permute(Rearranged):
 @second_moments.register(Permute)
 def second_moments_of_rearranged(node: Rearranged) -> Table:
     table = node.args[0].node.table
-    if node.strangers > 0:  # which factors with few classes cannot tell apart
-        doubt = node.strangers * float(np.ptp(table.diagonal)) / max(table.mean_square, 1e-300)
+    factors = split_axis(table.axes[node.params[0]], node.params[1]) if isinstance(node, Split) else None
+    if factors is not None and factors.strangers > 0:  # which factors with few classes cannot tell apart
+        doubt = factors.strangers * float(np.ptp(table.diagonal)) / max(table.mean_square, 1e-300)
         node.graph.flag("assumed", min(doubt, UNKNOWN))
     mean = node.carried(table.mean, pairs=False)
     return Table(node.axes, mean, node.carried(table.second, pairs=True))
@@ -136,7 +115,7 @@ class Contract(Node):
 
         E[(Σ_a x_ia y_aj) (Σ_b x_i'b y_bj')] = Σ_t (pairs of type t) M_x(i i', t) M_y(t, j j').
 
-    As a sum over many terms it is taken for Gaussian.
+    As a sum over many terms (`width`) it is taken for Gaussian. `frame` is its own axes, then the contracted ones.
     """
 
     def prepare(self) -> None:
@@ -147,19 +126,16 @@ class Contract(Node):
 
     @property
     def frame(self) -> tuple[Axis, ...]:
-        """What its arguments are read over: its own axes, then the contracted ones."""
         return (*self.axes, *self.params)
 
     @property
     def width(self) -> int:
-        """Terms in a sum."""
         return math.prod(a.size for a in self.params)
 
     def contract(self, second: np.ndarray) -> np.ndarray:
         """Sum a type array of the frame over the contracted axes."""
-        frame = self.frame
-        pairs = {k: frame[k].pairs for k in range(len(self.axes), len(frame))}
-        return contract_axes(full_types(second, frame), pairs)
+        pairs = {k: axis.pairs for k, axis in enumerate(self.params, len(self.axes))}
+        return contract_axes(full_types(second, self.frame), pairs)
 
 
 class AppliedWeights(NamedTuple):
@@ -226,11 +202,10 @@ _MAPS: Fact[Hashable, AxisMap] = Fact()  # by a digest of the entries, and the a
 
 
 class AxisMapped(Node):
-    """y_p = Σ_i A_pi x_i along one axis; `params` is (axis, key of the map)."""
+    """y_p = Σ_i A_pi x_i along one axis, A its `axis_map`; `params` is (axis, key of the map)."""
 
     @property
     def axis_map(self) -> AxisMap:
-        """A."""
         return _MAPS.of(self.graph)[self.params[1]]
 
     def prepare(self) -> None:
@@ -276,7 +251,13 @@ class GatherParams(NamedTuple):
 
 
 class Gather(Node):
-    """Rows of a table by index; the frame of its view is this node's axes and then the rows' own."""
+    """Rows of a table by index; the frame of its view is this node's axes and then the rows' own.
+
+    Attributes:
+        known: the indices, flat, where they are known.
+        line: the known indices where they run over one axis and pick along one.
+        indexed: the axes of the indices.
+    """
 
     params: GatherParams
     collects = True
@@ -291,17 +272,14 @@ class Gather(Node):
 
     @property
     def known(self) -> np.ndarray | None:
-        """The indices, flat, where they are known."""
         return INDICES.get(self.graph, self.params.ids)
 
     @property
     def line(self) -> np.ndarray | None:
-        """The known indices where they run over one axis and pick along one."""
         return self.known if len(self.params.row_axes) == len(self.params.index_axes) == 1 else None
 
     @property
     def indexed(self) -> list[Axis]:
-        """The axes of the indices."""
         return [self.axes[k] for k in self.params.index_axes]
 
     def rates(self) -> np.ndarray:

@@ -25,7 +25,7 @@ from varscale.theory.domain.axis_maps import (
     slice_map,
     split_axis,
 )
-from varscale.theory.domain.tables import NEGLIGIBLE, Table, full_along, full_types, lift, put_together
+from varscale.theory.domain.tables import NEGLIGIBLE, Table, full_along, full_types, lift, regrouped
 from varscale.theory.graph.convolutions import ONE
 from varscale.theory.graph.expressions import Mean
 from varscale.theory.graph.layout import split
@@ -245,7 +245,7 @@ def cross_by_kind_of_merge(node: Merge, a: View, b: View, frame: Sequence[Axis])
         if at <= p < at + count:
             factors[p - at] = join(factors[p - at], axis)
     wide = (*frame[:at], *factors, *frame[at + 1 :])
-    return put_together(cross(views[0], views[1], wide), wide, frame, at, sizes, pairs=True)
+    return regrouped(cross(views[0], views[1], wide), wide, frame, at, sizes, pairs=True)
 
 
 @second_moments.register(AxisMapped)
