@@ -277,15 +277,13 @@ _STEPS = {"sign", "floor", "ceil", "round", "is_finite", "convert", "bitcast", "
 _FLAT = _STEPS | COMPARISONS.keys() | BITWISE.keys()
 
 
+@once_per_node
 def derivative(node: Node, target: View) -> View | None:
     """∂node/∂target over the node's frame, by the chain rule through its tree; None where it does not depend on it."""
     if node is target.node:
         return View(number(node.graph, 1.0), ()) if target == node.whole else None
-    return _chain(node, target) if isinstance(node, Apply) else None
-
-
-@once_per_node
-def _chain(node: Apply, target: View) -> View | None:
+    if not isinstance(node, Apply):
+        return None
     name, extra = node.params
 
     def build(op: str, *views: View, extra: tuple[Any, ...] = ()) -> View:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -81,28 +80,23 @@ def _between(
     Of many variances they are read off between those at e^{k/10}, which serve all layers and classes of keys, by polynomials of
     degree five: exact to 1e-6 up to a variance of 4, to 1e-4 up to 100.
     """
-    reach = _RESOLVED / math.sqrt(float(variances.max()))
-    stride = max(k for k in _STRIDES if k <= max(reach, 1))
-    logarithms = np.log(variances)
-    places = logarithms / _SPACING
+    finest = max(_RESOLVED / math.sqrt(float(variances.max())), 1)
+    stride = max(k for k in _STRIDES if k <= finest)
+    logarithms, places = np.log(variances), np.log(variances) / _SPACING
     below = np.floor(places).astype(int)
     nodes = range(int(below.min()) - 2, int(below.max()) + 4)
     few = len(variances) <= len(nodes)
     taken = [float(x) for x in logarithms] if few else [k * _SPACING for k in nodes]
     found = np.stack([_laplace(x, first, last, stride, directions) for x in taken], axis=1)
-    if not few:
-        lines = _lagrange(places - below)
-        found = sum((weight[:, None] * found[:, below + i - nodes[0]] for i, weight in lines), np.zeros(()))
+    if not few:  # from three nodes on either side
+        between, read = (places - below)[:, None], np.zeros(())
+        for i in range(-2, 4):
+            others = np.array([k for k in range(-2, 4) if k != i])
+            weight = np.prod((between - others) / (i - others), axis=1)
+            read = read + weight[:, None] * found[:, below + i - nodes[0]]
+        found = read
     phi, x, x2, x3, lx2 = np.exp(found[:5])
     return np.stack([-phi, x, x2, x3, found[5] * x, lx2])
-
-
-def _lagrange(places: Float[np.ndarray, " keys"]) -> Iterator[tuple[int, Float[np.ndarray, " keys"]]]:
-    """Weights that read off at places between 0 and 1, from three nodes on either side."""
-    nodes = np.arange(-2, 4)
-    for i in nodes:
-        others = nodes[nodes != i]
-        yield int(i), np.prod((places[:, None] - others) / (i - others), axis=1)
 
 
 def weight_moments(
