@@ -40,17 +40,11 @@ Span = tuple[int, int, int]
 
 
 class Reading(NamedTuple):
-    """How one axis of an array is read: the entries of a span in their order, or their mean.
+    """How one axis of an array is read: the entries of a span in their order, or their mean."""
 
-    Attributes:
-        axis: the axis of the array; None where it does not have it, and so is the same at all positions.
-        place: where in the frame the entries are; None of a mean, and of a single entry.
-        span: start, stop, step.
-    """
-
-    axis: int | None
-    place: int | None
-    span: Span
+    axis: int | None  # of the array; None where it does not have it, and so is the same at all positions
+    place: int | None  # where in the frame the entries are; None of a mean, and of a single entry
+    span: Span  # start, stop, step
 
 
 @cross_by_kind.register(Mean)
@@ -61,7 +55,8 @@ def cross_by_kind_of_mean(node: Mean, a: View, b: View, frame: Sequence[Axis]) -
         y, theirs = _opened(b)
         met = _matched(mine, theirs)
         if isinstance(b.node, Take):
-            met = theirs if (y.node.axes, (theirs[0].axis,)) == (x.node.axes, node.params) else None
+            alike = (y.node.axes, (theirs[0].axis,)) == (x.node.axes, node.params)
+            met = theirs if alike and theirs[0].place not in a.bind else None
         if met is not None and len(met) == len(theirs):
             return _read_together(x, mine, y, met, frame)
     # Axes of y that mean(x) does not run over: what x is averaged over, or y may be averaged over them, too.
@@ -118,10 +113,9 @@ def _opened(view: View) -> tuple[View, list[Reading]]:
     source, bind = view.node.args[0].node, list(view.bind)
     read = [Reading(k, None, (0, source.axes[k].size, 1)) for k in view.node.reduced]
     if isinstance(view.node, Take):
-        k, *span = view.node.params
-        read = [
-            Reading(k, bind.pop(k) if len(source.axes) == len(bind) else None, (span[0], span[1], span[2]))
-        ]
+        k, start, stop, step = view.node.params
+        place = bind.pop(k) if len(source.axes) == len(bind) else None
+        read = [Reading(k, place, (start, stop, step))]
     for reading in read:
         bind.insert(reading.axis or 0, -1)
     return View(source, tuple(bind)), read

@@ -42,13 +42,7 @@ from varscale.theory.propagation.cross_moments import cross, mean_product
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Marginal:
-    """A root as a function of a standard normal; what is not asked for is not worked out.
-
-    Attributes:
-        root: the root.
-        mean: means by class.
-        deviation: standard deviations by class.
-    """
+    """A root as a function of a standard normal: means and standard deviations by class; the rest when it is asked for."""
 
     root: Node
     mean: np.ndarray
@@ -66,9 +60,11 @@ class Marginal:
     @functools.cached_property
     def correlation(self) -> np.ndarray:
         """By type, of the normals behind it: those that give it its covariance (Nataf 1962); 1 where i = j."""
-        table, axes, values = self.root.table, self.root.axes, self.quantiles
-        covariance, scale = table.covariance, self.deviation
-        if _is_lognormal(self.root, table):  # for which there is a closed form
+        root, table, axes = self.root, self.root.table, self.root.axes
+        covariance, scale, values = table.covariance, self.deviation, self.quantiles
+        known = isinstance(root, Leaf | Array) or root.moves or root.drawn is not None
+        summed = isinstance(root, Sum) and not root.is_variance
+        if root.positive and not known and not summed and np.all(table.mean > 0):  # lognormal: in closed form
             scale, values = np.sqrt(np.log1p(np.square(scale / table.mean))), None
             covariance = np.log1p(np.maximum(covariance / table.outer, -1 + 1e-15))
         lines = [None if values is None else by_type(values @ HERMITE, axes, second=s) for s in (False, True)]
@@ -95,13 +91,6 @@ def marginal(root: Node) -> Marginal:
     """The marginal of a root, computed once."""
     table = root.table
     return Marginal(root, table.mean, np.sqrt(np.maximum(table.diagonal - table.mean**2, 0.0)))
-
-
-def _is_lognormal(root: Node, table: Table) -> bool:
-    """Whether a root is positive and nothing but its first two moments says what law it has (`quantiles`)."""
-    known = isinstance(root, Leaf | Array) or root.moves or root.drawn is not None
-    summed = isinstance(root, Sum) and not root.is_variance
-    return root.positive and not known and not summed and bool(np.all(table.mean > 0))
 
 
 @functools.singledispatch
@@ -274,11 +263,7 @@ def concentrated(root: Node) -> bool:
 @once_per_node
 def cofactors(node: Node) -> dict[View, list[View]]:
     """The roots of a tree that fluctuate, each with the concentrated ones that are its own scale (a norm's variance)."""
-    own = [
-        r
-        for r in roots(node)
-        if not isinstance(r.node, Array) and not (isinstance(r.node, Leaf) and not r.node.is_input)
-    ]
+    own = [r for r in roots(node) if r.node.is_input or not isinstance(r.node, Array | Leaf)]
     live = [r for r in own if not concentrated(r.node)] or own
     out = {r: [r] for r in live}
     for scale in (r for r in own if r not in live):
@@ -311,11 +296,7 @@ def factored(rho: np.ndarray, graph: Graph) -> np.ndarray:
 def continued(first: np.ndarray, between: np.ndarray, second: np.ndarray, graph: Graph) -> np.ndarray:
     """The rows that continue a factor of some correlations to one of more: L = [[first, 0], [result]], (k, 2k).
 
-    Args:
-        first: the factor so far, (k, k).
-        between: the known ones' correlations with the further ones, (k, k).
-        second: the further ones', (k, k).
-        graph: what is marked where there is no such factor.
+    `between` are the correlations of the known ones with the further ones, `second` those of the further ones, (k, k) each.
     """
     shared = np.linalg.lstsq(first, between, rcond=1e-9)[0].T
     return _of_unit_length(np.concatenate([shared, _square_root(second - shared @ shared.T, graph)], axis=1))

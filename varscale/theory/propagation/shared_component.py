@@ -75,13 +75,14 @@ class Channels:
     def scaled(self, whole: float, common: float) -> Channels:
         """The same where K and C are so many times as large."""
         c, own = float(np.mean(self.common**2)), float(np.mean(self.own))
-        left = max(whole * (own + c) - common * c, 0.0) / max(own, 1e-300)
-        return dataclasses.replace(self, common=math.sqrt(common) * self.common, own=left * self.own)
+        return self.of(whole * (own + c), common * c)
 
     def of(self, whole: float, common: float) -> Channels:
         """The same with this K and this C."""
         c, own = float(np.mean(self.common**2)), float(np.mean(self.own))
-        return self.scaled(whole / max(own + c, 1e-300), common / max(c, 1e-300))
+        left = max(whole - common, 0.0) / max(own, 1e-300)
+        scale = math.sqrt(common / max(c, 1e-300))
+        return dataclasses.replace(self, common=scale * self.common, own=left * self.own)
 
 
 class ChannelMoments(NamedTuple):
@@ -310,11 +311,7 @@ def _made(node: Node, root: Node, channels: Channels) -> ChannelMoments:
 
 
 def _answer(node: Node, root: Node, channels: Channels) -> tuple[ChannelMoments, np.ndarray, np.ndarray]:
-    """What a function of one root makes of its channels, and how that follows (K, C) of the root.
-
-    Returns:
-        What it makes; derivatives of (ln K, ln C) by those of the root; what E[C] gains for each covariance of these, twice.
-    """
+    """What a function of one root makes of its channels, derivatives of (ln K, ln C) by the root's, and second ones of C."""
     made = _made(node, root, channels)
     if node is root:
         return made, np.eye(2), np.zeros((2, 2))
@@ -323,7 +320,7 @@ def _answer(node: Node, root: Node, channels: Channels) -> tuple[ChannelMoments,
     def levels(*steps: int) -> np.ndarray:
         return _made(node, root, channels.scaled(*np.exp(np.multiply(step, steps)))).levels()
 
-    pairs = [(levels(*way), levels(*(-x for x in way))) for way in ((1, 0), (0, 1), (1, 1))]
+    pairs = [(levels(i, j), levels(-i, -j)) for i, j in ((1, 0), (0, 1), (1, 1))]
     jacobian = np.stack([(up - down) / (2 * step) for up, down in pairs[:2]], axis=1)
     first, second, both = ((up + down - 2 * made.levels())[1] / step**2 for up, down in pairs)
     mixed = (both - first - second) / 2
