@@ -121,7 +121,7 @@ class Node(Marked):
 
     @property
     def whole(self) -> View:
-        return View(self, tuple(range(len(self.axes))))
+        return View(self, _IN_ORDER[: len(self.axes)])
 
     @property
     def sources(self) -> Sequence[Node]:
