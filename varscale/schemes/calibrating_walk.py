@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -13,15 +13,16 @@ from varscale.initializers.distributions import DistributionName
 from varscale.programs.marks import MODULE
 from varscale.schemes.plan import PlannedLeaf
 from varscale.schemes.scheme import spread
+from varscale.theory.domain.tables import independent
 from varscale.theory.graph.layout import Value
-from varscale.theory.graph.nodes import Node
+from varscale.theory.graph.nodes import Leaf, Node
 from varscale.theory.graph.normal_form import affine
 from varscale.theory.interpreter.interpreter import Interpreter
 from varscale.theory.interpreter.predict import Walkable
 from varscale.theory.interpreter.rows import of_one_draw
 from varscale.theory.propagation.cotangents import cotangents
 from varscale.theory.propagation.error_bounds import provenance
-from varscale.theory.rules.random import as_weight
+from varscale.theory.rules.random import as_weight, is_weight
 from varscale.theory.rules.registry import live_equations
 from varscale.usage import layouts
 from varscale.usage.handlers import HANDLERS
@@ -132,21 +133,29 @@ class Laws:
 
     def __init__(self, distribution: DistributionName):
         self._distribution: DistributionName = distribution
-        self._known: dict[float, float] = {}
+        self._known: dict[float, Leaf] = {}
 
     def applied(self, kernel: Kernel, scale: float) -> float:
         """The scale, as float32 has it."""
         if kernel.layer_axis is not None:
             return float(np.float32(scale))
-        return self._deviation(kernel.unit * scale) / self._deviation(kernel.unit)
+        stds = (self._read(std).table.mean_square ** 0.5 for std in (kernel.unit * scale, kernel.unit))
+        return next(stds) / next(stds)
 
-    def _deviation(self, std: float) -> float:
-        """The standard deviation that `vs.predict` reads from the law."""
+    def scaled(self, kernel: Kernel, weight: Value, scale: float) -> Value:
+        """A kernel of variance 1/fan_in with another standard deviation: the leaf that a prediction of the plan has there."""
+        node, law = weight.node, self._read(kernel.unit * scale)
+        made = node.graph.make(Leaf, node.axes, (), (*node.name, float(scale)))
+        table = independent(0.0, law.table.mean_square, node.axes)
+        return Value(made.settle(table, odd=True, kurtosis=law.kurtosis, transport=law.transport), weight.dims)
+
+    def _read(self, std: float) -> Leaf:
+        """What `vs.predict` reads from the law."""
         if std not in self._known:
             law, interpreter = spread(self._distribution, std), Interpreter()
             traced = jax.make_jaxpr(lambda: law(jax.random.key(0), (2,), np.dtype(np.float32)))()
             (out,) = interpreter.run(traced.jaxpr, traced.consts, [])
-            self._known[std] = math.sqrt(as_weight(interpreter, out).node.table.mean_square)
+            self._known[std] = as_weight(interpreter, out).node
         return self._known[std]
 
 
@@ -192,8 +201,17 @@ class Calibrating(Interpreter):
         kernel = self.places.kernels.get(place)
         if kernel is None or not isinstance(outs[0], Value):
             return outs
-        x = ins[1 - kernel.use.operand]
-        return [self._scaled(kernel, outs[0], x if isinstance(x, Value) else None)]
+        x, weight = ins[1 - kernel.use.operand], ins[kernel.use.operand]
+
+        def made(scale: float) -> Value:
+            """The product with a kernel of this scale, where that is a leaf: a scale beside it would be another node."""
+            if kernel.layer_axis is not None or not is_weight(weight):
+                return Value(affine(outs[0].node, self._laws.applied(kernel, scale), 0.0), outs[0].dims)
+            again = list(ins)
+            again[kernel.use.operand] = self._laws.scaled(kernel, weight, scale)
+            return super(Calibrating, self).equation(eqn, again)[0]
+
+        return [self._scaled(kernel, outs[0], x if isinstance(x, Value) else None, made)]
 
     def _named(self, path: str, out: Value) -> None:
         """Note the row of a product, if a module puts it out."""
@@ -207,8 +225,8 @@ class Calibrating(Interpreter):
         """The second moment that a product is to have here, so that a prediction finds the target."""
         return self._target * self._corrections.get((kernel.number, steps), 1.0)
 
-    def _scaled(self, kernel: Kernel, out: Value, x: Value | None) -> Value:
-        """The product, with the kernel's standard deviation set."""
+    def _scaled(self, kernel: Kernel, out: Value, x: Value | None, scaled: Callable[[float], Value]) -> Value:
+        """The product, with the kernel's standard deviation set; `scaled` makes it, from the factor."""
         second, typical, (low, high) = of_one_draw(out.node)
         if not math.isfinite(second) or not typical > 0:
             return out
@@ -225,10 +243,10 @@ class Calibrating(Interpreter):
             scale = self._tied.get(kernel.path, scale)
         applied = self._laws.applied(kernel, scale)
         self.found.append(Set(kernel, steps, scale, forward, backward, applied**2 * typical, reach, is_exact))
-        made = affine(out.node, applied, 0.0)
-        self._products[kernel.number] = made
-        self._bare[made.id] = len(self.found) - 1, out
-        return Value(made, out.dims)
+        made = scaled(scale)
+        self._products[kernel.number] = made.node
+        self._bare[made.node.id] = len(self.found) - 1, out
+        return made
 
     def _with_bias(self, ins: list[Any], out: Value) -> Value:
         """A sum; of a product and a bias that is not zero, with the kernel's standard deviation set anew."""

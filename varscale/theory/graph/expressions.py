@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from varscale.theory.domain.axes import Axis
-from varscale.theory.graph.nodes import Constant, Node, View, number
+from varscale.theory.graph.nodes import Constant, Leaf, Node, View, number
 from varscale.theory.graph.store import Fact, once_per_node
 from varscale.theory.integrals.primitives import POSITIVE
 
@@ -169,6 +169,8 @@ def content(node: Node) -> int:
         args, params = sorted(zip(args, np.sign(node.params).tolist(), strict=True)), ()
     elif isinstance(node, Apply) and node.params[0] == "affine":
         params = np.sign(node.params[1]).tolist()
+    elif isinstance(node, Leaf):
+        params = tuple(part for part in node.name if not isinstance(part, float))  # a scale is none of it
     else:
         params = node.params
     return hashed(type(node).__name__, node.axes, params, args)

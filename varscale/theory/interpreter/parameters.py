@@ -144,7 +144,7 @@ def init_laws(
     values |= interpreted([i for i, j in again if recipes[i].keys and not is_weight(values[j])])
     for i, j in again:
         if i not in values:
-            values[i] = another(interpreter, values[j], i) if recipes[i].keys else values[j]
+            values[i] = another(interpreter, values[j], values[j].node, i) if recipes[i].keys else values[j]
     return [values[i] for i in range(len(first))]
 
 
@@ -208,10 +208,10 @@ def laid_parameters(interpreter: Interpreter, shapes: Any, values: Sequence[Any]
         if hit is None:
             continue
         key = (law_name(hit.law), tuple(struct.shape), struct.dtype)
-        if is_weight(first.get(key)):
-            found[i] = another(interpreter, first[key], i)
-        else:
-            found[i] = first[key] = _laid_parameter(interpreter, hit.law, struct, i)
+        if not is_weight(first.get(key)):
+            first[key] = _laid_parameter(interpreter, hit.law, struct, i)
+        # Where a walk draws it, its numbers are those of its place, whatever its law.
+        found[i] = another(interpreter, first[key], "laid", i) if is_weight(first[key]) else first[key]
     return found
 
 

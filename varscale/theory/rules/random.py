@@ -125,11 +125,11 @@ def is_weight(x: Any) -> bool:
     return isinstance(x, Value) and isinstance(x.node, Leaf) and x.node.name[0] == "weight"
 
 
-def another(interpreter: Context, x: Value, number: int) -> Value:
-    """An independent weight of the same law; `number` tells it from others."""
+def another(interpreter: Context, x: Value, *name: Any) -> Value:
+    """An independent weight of the same law; `name` tells it from others."""
     source = x.node
     assert isinstance(source, Leaf)
-    weight = interpreter.graph.make(Leaf, source.axes, (), ("weight", source, number))
+    weight = interpreter.graph.make(Leaf, source.axes, (), ("weight", *name))
     weight.settle(source.table, odd=bool(source.odd), kurtosis=source.kurtosis, transport=source.transport)
     return Value(weight, x.dims)
 
