@@ -181,6 +181,33 @@ def test_the_walk_and_the_prediction_agree_on_stacked_layers(monkeypatch):
     assert len(predictions) <= 1
 
 
+class Residual(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return x + nn.Dense(16)(jnp.tanh(nn.Dense(16)(x)))
+
+
+class Blocks(nn.Module):
+    block: type[nn.Module]
+
+    @nn.compact
+    def __call__(self, x):
+        for _ in range(4):
+            x = self.block()(x)
+        return x
+
+
+@pytest.mark.parametrize("block", [Residual, nn.remat(Residual)])
+def test_the_check_of_a_plan_reads_the_row_of_every_kernel(block, monkeypatch):
+    """Also in blocks of one kind, which are traced once."""
+    seen, ratios = [], calibration._ratios
+    monkeypatch.setattr(calibration, "_ratios", lambda *args: seen.append((args[1], ratios(*args))) or seen[-1][1])
+    vs.calibrate(Blocks(block), described(4, 16))
+    ((found, read),) = seen
+    assert len(read) == len(found) == 8
+    assert max(abs(ratio - 1) for ratio in read.values()) < 5e-7
+
+
 def test_a_kernel_with_several_uses_has_one_variance():
     class Shared(nn.Module):
         @nn.compact

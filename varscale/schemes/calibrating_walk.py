@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from varscale.initializers.distributions import DistributionName
-from varscale.programs.marks import MODULE
+from varscale.measuring.sites import sub_jaxprs
 from varscale.schemes.plan import PlannedLeaf
 from varscale.schemes.scheme import spread
 from varscale.theory.domain.tables import independent
@@ -19,7 +19,8 @@ from varscale.theory.graph.nodes import Leaf, Node
 from varscale.theory.graph.normal_form import affine
 from varscale.theory.interpreter.interpreter import Interpreter
 from varscale.theory.interpreter.predict import Walkable
-from varscale.theory.interpreter.rows import of_one_draw
+from varscale.theory.interpreter.rows import Place as Where
+from varscale.theory.interpreter.rows import Rows, joined, of_one_draw
 from varscale.theory.propagation.cotangents import cotangents
 from varscale.theory.propagation.error_bounds import provenance
 from varscale.theory.rules.random import as_weight, is_weight
@@ -178,7 +179,7 @@ class Calibrating(Interpreter):
     ):
         super().__init__()
         self._laws, self._corrections = laws, corrections
-        self._rows: dict[str, int] = {}
+        self._at = Where(Rows(scopes=False, equations=()))
         self.places = Places({}, frozenset())
         self.found: list[Set] = []
         self.biased: dict[str, float] = {}
@@ -189,13 +190,17 @@ class Calibrating(Interpreter):
 
     def equation(self, eqn: Any, ins: list[Any]) -> list[Any]:
         self._around.append(id(eqn))
+        outer = self._at
+        if sub_jaxprs(eqn):
+            self._at = outer.within(eqn)
         try:
             outs = super().equation(eqn, ins)
             place = tuple(self._around)
         finally:
             self._around.pop()
-        if eqn.primitive.name == "name" and eqn.params["name"].startswith(MODULE) and isinstance(outs[0], Value):
-            self._named(eqn.params["name"].removeprefix(MODULE).split("|")[0], outs[0])
+            self._at = outer
+        if eqn.primitive.name == "name" and outer.loops == len(self.steps):
+            outer.note(eqn, dict(zip(eqn.outvars, outs, strict=True)), self.steps)
         if place in self.places.biases and isinstance(outs[0], Value):
             return [self._with_bias(ins, outs[0])]
         kernel = self.places.kernels.get(place)
@@ -213,13 +218,14 @@ class Calibrating(Interpreter):
 
         return [self._scaled(kernel, outs[0], x if isinstance(x, Value) else None, made)]
 
-    def _named(self, path: str, out: Value) -> None:
-        """Note the row of a product, if a module puts it out."""
-        path += "".join(f"@{step}" for step in self.steps)
-        count = self._rows[path] = self._rows.get(path, -1) + 1
-        at, _ = self._bare.get(out.node.id, (None, out))
-        if at is not None and self.found[at].row is None:  # the modules around it come later
-            self.found[at] = self.found[at]._replace(row=path + f"#{count}" * (count > 0))
+    def follow(self, walked: Walkable) -> None:
+        """Walk the program; of products that modules put out, note the rows as a prediction names them."""
+        self._at = Where(Rows(scopes=False, equations=()))  # laws were read before
+        captured = walked.captured(self)
+        for path, _, out in joined(self._at.rows.made, captured, "module"):
+            at, _ = self._bare.get(out.node.id, (None, out)) if isinstance(out, Value) else (None, out)
+            if at is not None and self.found[at].row is None:  # the modules around it come later
+                self.found[at] = self.found[at]._replace(row=path)
 
     def _goal(self, kernel: Kernel, steps: tuple[int, ...]) -> float:
         """The second moment that a product is to have here, so that a prediction finds the target."""

@@ -26,7 +26,7 @@ from varscale.usage.parameters import ParameterUses
 
 _DIRECTIONS = ("forward", "backward", "both")
 _WALKS = 30  # over a model with tied kernels
-_CLOSE = 1e-9  # of the logarithm of a tied kernel's mean
+_RESOLVED = 6e-8  # what float32 resolves of the logarithm of a tied kernel's standard deviation
 _CHECKS = 10  # predictions under the plan, where parts of it are drawn or approximated
 _OFF = 5e-7  # of the target, where corrections end
 _TOLERANCE = 1e-6  # of the target, beyond which a plan's notes name the row
@@ -105,11 +105,10 @@ def calibrate(
         found, biased = [], {}
         for _ in range(_WALKS):
             interpreter = Calibrating(target, direction, tied.scales, laws, corrections)
-            # A program of its own: one that was traced before is made of pieces, whose equations have no rows.
             walked = walkable(interpreter, faces.program(model, method=method), given, params, base)
             interpreter.places = places_of(walked, {leaf.path: leaf for leaf in base if leaf.why == _CHOSEN})
             try:
-                walked.run(interpreter)
+                interpreter.follow(walked)
             except (PredictionError, *UNCOVERED) as error:
                 if direction != "forward":
                     raise ValueError(
@@ -308,7 +307,7 @@ class _Tied:
                 step = math.log(scale) - self._last[path][0]
                 self._slopes[path] = float(np.clip((level - self._last[path][1]) / step, 0.3, 1e4))
             self._last[path] = math.log(scale), level
-            if abs(level) > _CLOSE:
+            if abs(level) > _RESOLVED * self._slopes[path]:
                 self.scales[path], done = scale * math.exp(-level / self._slopes[path]), False
         return done
 

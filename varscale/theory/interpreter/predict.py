@@ -198,6 +198,12 @@ class Walkable(NamedTuple):
         operands = [*taken, *self.split.values(interpreter)]
         return interpreter.run(self.forward.jaxpr, self.forward.constants, operands)
 
+    def captured(self, interpreter: Interpreter) -> dict[str, dict[str, Any]]:
+        """The same by call and row, in execution order."""
+        tree = jax.tree_util.tree_structure(self.forward.shapes)
+        outputs = jax.tree_util.tree_unflatten(tree, self.run(interpreter))
+        return {call: outputs[call] for call in _execution_order(self.forward.jaxpr, self.forward.shapes)}
+
 
 def walkable(interpreter: Interpreter, program: Program, given: Inputs, params: Any, scheme: Any) -> Walkable:
     """A model's forward pass, its parameters' laws read with an interpreter."""
@@ -264,9 +270,8 @@ def _predicted(
     def walk() -> list[Found]:
         rows = Rows(scopes=kind == "scope", equations=equations)
         interpreter.place = Place(rows)
-        outputs = jax.tree_util.tree_unflatten(tree, walked.run(interpreter))
+        captured = walked.captured(interpreter)
         interpreter.place = None
-        captured = {call: outputs[call] for call in _execution_order(forward.jaxpr, forward.shapes)}
         return list(joined(rows.made, captured, kind))
 
     numbers = jax.tree_util.tree_unflatten(tree, range(len(forward.jaxpr.outvars)))
