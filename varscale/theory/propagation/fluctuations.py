@@ -115,15 +115,7 @@ _WIDEST_COVARIANCE = 1.0  # sum of covariances at one layer beyond which first o
 
 
 def gradient_scale(node: Apply, root: View, slope: View, held: Sequence[View], part: Cotangent) -> Cotangent:
-    """What the fluctuations of a tree's roots make of the cotangent that goes through it to one of them.
-
-    Args:
-        node: the tree.
-        root: one of its roots.
-        slope: the derivative towards it.
-        held: a norm's scales, which have a rule of their own.
-        part: the tree's cotangent.
-    """
+    """A tree's cotangent past its `slope` towards a root, by the roots' fluctuations; a norm's scales are `held`."""
     ratio = _slope_in(root.node, node)
     passed = dataclasses.replace(part, scale=part.scale * ratio, own=0.0, unit=0.0)
     if isinstance(slope.node, Constant):

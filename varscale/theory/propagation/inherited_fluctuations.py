@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Hashable, Sequence
 
@@ -199,33 +200,26 @@ def inherited(node: Node) -> Spread:
     """Fluctuations handed on through an elementwise tree, without those of sampling its own units."""
     if not isinstance(node, Apply):
         return kernel(node)
-    terms, places, growth, bent, skew = [], {}, 1.0, 0.0, 0.0
-    for root, told in root_responses(node).items():
-        spread = kernel(root)
-        terms.append((told.slope, spread))
-        own = weighted([(told.place, _of_one_sample(root) or spread.places)])
-        for other, theirs in places.items():
-            together = shared(own, theirs)  # E[F G] = E[F] E[G] exp(Cov[ln F, ln G]) of two factors
-            if _within_one_factor(node, root, other):
-                of_both = [_of_one_sample(r) or kernel(r).places for r in (root, other)]
-                entered = any(isinstance(r, Leaf) for r in (root, other))
-                bent += max(abs(together), abs(shared(*of_both)) if entered else 0.0)
-            else:
-                growth *= math.exp(float(np.clip(together, -1, 1)))
-        places[root] = own
-        growth *= told.growth
-        bent += abs(told.slope) * spread.bend + told.doubt
-        skew += np.cbrt(told.skew)
+    told = root_responses(node)
+    own = {root: _of_one_sample(root) or kernel(root).places for root in told}
+    places = {root: weighted([(x.place, own[root])]) for root, x in told.items()}
+    growth = math.prod(x.growth for x in told.values())
+    bent = sum(abs(x.slope) * kernel(root).bend + x.doubt for root, x in told.items())
+    for a, b in itertools.combinations(places, 2):
+        together = shared(places[a], places[b])  # E[F G] = E[F] E[G] exp(Cov[ln F, ln G]) of two factors
+        if _within_one_factor(node, a, b):
+            entered = isinstance(a, Leaf) or isinstance(b, Leaf)
+            bent += max(abs(together), abs(shared(own[a], own[b])) if entered else 0.0)
+        else:
+            growth *= math.exp(float(np.clip(together, -1, 1)))
     shape, unsure = kurtosis_shift(node)
-    found = dataclasses.replace(
-        combine(terms),
+    return Spread(
+        weighted([(x.slope, kernel(root).sources) for root, x in told.items()]) | _scalings(node),
         shift=growth - 1 + shape,
         bend=bent + unsure,
-        places=weighted([(1.0, own) for own in places.values()]),
-        skew=skew**3,
+        skew=sum(np.cbrt(x.skew) for x in told.values()) ** 3,
+        places=weighted([(1.0, line) for line in places.values()]),
     )
-    found.sources.update(_scalings(node))
-    return found
 
 
 def _of_one_sample(root: Node) -> dict[Hashable, float]:
@@ -255,13 +249,13 @@ def root_responses(node: Node) -> dict[Node, Response]:
 
 def _scalings(node: Apply) -> dict[Hashable, float]:
     """Sources of a product's random scales: the mean square of n drawn numbers varies by (E[f⁴]/E[f²]² − 1)/n."""
-    found = {}
+    found: dict[Hashable, float] = {}
     for factor in factors(node.whole)[1]:
-        (root, _), *others = roots(factor.node)
-        if not others and root.is_drawn:
-            squares = over_classes(np.square(along(factor, node.axes, *roots_of(factor))), node.axes)
-            units = math.prod(axis.size for axis in root.axes)
+        own = roots_of(factor)
+        if len(own) == 1 and own[0].node.is_drawn:
+            squares = over_classes(np.square(along(factor, node.axes, *own)), node.axes)
             if squares.size > 1 and squares @ WEIGHTS > 0:
                 excess = squares**2 @ WEIGHTS / (squares @ WEIGHTS) ** 2 - 1
-                found[~root.id] = math.sqrt(max(excess, 0.0) / units)
+                units = math.prod(axis.size for axis in own[0].node.axes)
+                found[~own[0].node.id] = math.sqrt(max(excess, 0.0) / units)
     return found

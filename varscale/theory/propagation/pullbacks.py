@@ -286,14 +286,14 @@ def copies(node: Node) -> float:
 
 def repeats(node: Node) -> bool:
     """Whether near places of an array may be copies of one another, or averages of the same numbers, by known weights."""
-    pending, seen = [node], set()
-    while pending:
-        node = pending.pop()
-        if isinstance(node, Merge | Gather) and copies(node) > 1:
+    pending, seen = [node], {node}
+    for below in pending:  # grows
+        mixed = (
+            isinstance(below, Contract) and below.params and any(isinstance(x, Array) for x, _ in below.args)
+        )
+        if mixed or (isinstance(below, Merge | Gather) and copies(below) > 1):
             return True
-        if isinstance(node, Contract) and node.params and any(isinstance(v.node, Array) for v in node.args):
-            return True
-        if node.id not in seen and not isinstance(node, Mean):
-            seen.add(node.id)
-            pending += [view.node for view in node.args]
+        more = {} if isinstance(below, Mean) else {x: None for x, _ in below.args if x not in seen}
+        pending += more
+        seen.update(more)
     return False

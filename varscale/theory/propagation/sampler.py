@@ -110,17 +110,13 @@ def picked(known: np.ndarray, axes: Sequence[Axis], positions: Positions, replic
 
     Positions told apart, and all of an axis where all are known, are found by where they are; of others any will do.
     """
-    index, shift = [], np.zeros([1] * (len(axes) + 1), int)
-    for k, (axis, asked, n) in enumerate(zip(axes, positions, known.shape[1:], strict=True)):
-        if n == axis.size:
-            at, turn = asked, np.zeros(len(asked), int)
-        else:
-            at, turn = np.arange(len(asked)) % n, np.arange(len(asked)) // n
-        shape = [-1 if i == k else 1 for i in range(len(axes))]
-        index.append(at.reshape(1, *shape))
-        shift = shift + turn.reshape(1, *shape)
+    found = [
+        (np.zeros(len(asked), int), asked) if n == axis.size else np.divmod(np.arange(len(asked)), n)
+        for axis, asked, n in zip(axes, positions, known.shape[1:], strict=True)
+    ]
+    shift = sum(np.ix_(*[turn for turn, _ in found]), np.zeros(1, int))
     draw = (np.arange(replicates).reshape(-1, *[1] * len(axes)) + shift) % len(known)
-    return known[(draw, *index)]
+    return known[(draw, *np.ix_(*[at for _, at in found]))]
 
 
 def _drawn(node: Node, positions: Positions, replicates: int) -> np.ndarray:
@@ -305,14 +301,12 @@ def _thinned(
     drawn: Sequence[np.ndarray], axes: Sequence[Axis], positions: Positions
 ) -> tuple[list[np.ndarray], list[Axis]]:
     """Draws and the axes that they are over; of very many some of the last axis, from all over it."""
-    shape = drawn[0].shape
-    kept, last = [np.arange(n) for n in shape[1:]], len(shape) - 2
-    most = max(_POOLED // max(drawn[0].size // max(shape[-1], 1), 1), 4)
-    if kept and axes[last].classes == 1 and len(kept[last]) > most:
-        kept[last] = evenly(len(kept[last]), most)
-        drawn = [x[..., kept[last]] for x in drawn]
-    small = [reduced(a, p[own]) for a, p, own in zip(axes, positions, kept, strict=True)]
-    return [np.asarray(x, float) for x in drawn], small
+    n, last, there = drawn[0].shape[-1], drawn[0].ndim - 2, list(positions)
+    most = max(_POOLED // max(drawn[0].size // max(n, 1), 1), 4)
+    if last >= 0 and axes[last].classes == 1 and n > most:
+        kept = evenly(n, most)
+        drawn, there[last] = [x[..., kept] for x in drawn], there[last][kept]
+    return [np.asarray(x, float) for x in drawn], [reduced(a, p) for a, p in zip(axes, there, strict=True)]
 
 
 def table_of_draws(node: Node, numbers: np.ndarray, positions: Sequence[np.ndarray]) -> Table:
