@@ -54,8 +54,7 @@ _OUTSIDE: dict[str, Callable[..., Any]] = {
 
 def has_values(name: str, numbers: Sequence[np.ndarray]) -> bool:
     """Whether a function has a value at all of these."""
-    outside = _OUTSIDE.get(name)
-    return outside is None or not np.any(outside(*numbers))
+    return name not in _OUTSIDE or not np.any(_OUTSIDE[name](*numbers))
 
 
 # Functions of Gaussian roots, by form, that have values and mean squares.

@@ -57,8 +57,6 @@ from varscale.theory.propagation.token_gram import gained_in_common
 
 MOST_VARIABLES = 5  # roots of one cubature: points in twice as many dimensions are too few for more
 _MOST_INTEGRALS = 8000  # of one function, some milliseconds each; with more its module is drawn
-
-
 _Follower = tuple[View, np.ndarray]  # what known numbers go with, and they on the normal grid of that
 
 
@@ -254,10 +252,8 @@ def _cubature(group: _Group, frame: Sequence[Axis], fixed: Environment) -> tuple
         return mean, by_type(mean, frame, second=False)
     second, done = np.empty(types), dict[Hashable, float]()
     for index in np.ndindex(*types):
-        ci, cj = (
-            tuple(int(which[t]) for which, t in zip(read, index, strict=True))
-            for read in ([a.first for a in frame], [a.second for a in frame])
-        )
+        ci = tuple(axis.first[t] for axis, t in zip(frame, index, strict=True))
+        cj = tuple(axis.second[t] for axis, t in zip(frame, index, strict=True))
         key = (ci, cj, tuple(np.round(rho[index].ravel(), 4)))
         if key not in done:
             latents = z @ continued(inner[ci], rho[index], rho[cj], graph).T

@@ -80,8 +80,7 @@ class Channels:
     def of(self, whole: float, common: float) -> Channels:
         """The same with this K and this C."""
         c, own = float(np.mean(self.common**2)), float(np.mean(self.own))
-        left = max(whole - common, 0.0) / max(own, 1e-300)
-        scale = math.sqrt(common / max(c, 1e-300))
+        scale, left = math.sqrt(common / max(c, 1e-300)), max(whole - common, 0.0) / max(own, 1e-300)
         return dataclasses.replace(self, common=scale * self.common, own=left * self.own)
 
 
