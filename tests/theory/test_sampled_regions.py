@@ -43,6 +43,13 @@ def rows_with_rows(kernels, x):
     return h @ h.T
 
 
+def branch_that_ends_in_fresh_weights(kernels, x):
+    """Linear in weights of its own, whatever axes they are read over: unrelated to the stream that it is added to."""
+    with jax.named_scope("branch"):
+        y = region(kernels[0], x) @ kernels[1]
+    return x.reshape(SAMPLES, 4, -1) + y.reshape(SAMPLES, 4, -1)
+
+
 def decoder_with_tied_weights(kernels, x):
     """Weights that a region reads were applied before it: it is the scope around both that is drawn."""
     h = jnp.tanh(x @ kernels[0])
@@ -51,7 +58,15 @@ def decoder_with_tied_weights(kernels, x):
 
 
 @pytest.mark.parametrize(
-    "model", [beside_its_input, twice_with_tied_weights, inside_a_scan, rows_with_rows, decoder_with_tied_weights]
+    "model",
+    [
+        beside_its_input,
+        twice_with_tied_weights,
+        inside_a_scan,
+        rows_with_rows,
+        branch_that_ends_in_fresh_weights,
+        decoder_with_tied_weights,
+    ],
 )
 def test_region(model):
     row = vs.predict(model, X, params=kernels).output
@@ -68,6 +83,7 @@ def test_region(model):
 def test_region_is_known_to_its_bound():
     row = vs.predict(lambda kernels, x: region(kernels[0], x), X, params=kernels, backward=False).output
     assert row.error_bound < 0.2
+    assert vs.predict(branch_that_ends_in_fresh_weights, X, params=kernels, backward=False).output.error_bound < 0.15
 
 
 @pytest.mark.parametrize("nearest", [True, False])

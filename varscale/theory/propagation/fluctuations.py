@@ -52,12 +52,19 @@ from varscale.theory.propagation.inherited_fluctuations import (
     Spread,
     inherited,
     kernel,
-    responses,
+    response_to,
     root_responses,
     shared,
     weighted,
 )
-from varscale.theory.propagation.marginals import along, concentrated, over_classes, term_shares, uncentred
+from varscale.theory.propagation.marginals import (
+    along,
+    cofactors,
+    concentrated,
+    over_classes,
+    term_shares,
+    uncentred,
+)
 from varscale.theory.propagation.pullbacks import Cotangent
 from varscale.theory.propagation.shared_component import channel_scatter
 
@@ -121,11 +128,17 @@ def gradient_scale(node: Apply, root: View, slope: View, held: Sequence[View], p
     if isinstance(slope.node, Constant):
         return dataclasses.replace(passed, radial=0.0 if held else part.radial)
     if held:
+        # The derivative may lack what a norm normalises, and not its scale: the groups are the tree's.
         scales, doubt = {view.node for view in held}, part.doubt
-        for other, (slope_in, curvature) in responses(slope.node).items():
-            if other not in scales:
-                spread = kernel(other)
-                doubt += 2 * abs(slope_in) * spread.bend + abs(curvature) * spread.point / 2
+        for group in cofactors(node).values():
+            varied = {view.node for view in group} - scales
+            own = sorted(
+                (r for r in roots(slope.node) if r.node in varied), key=lambda r: r.node is not group[0].node
+            )
+            if own:
+                ratio_of, curvature = response_to(slope.node, own)
+                spread = kernel(own[0].node)
+                doubt += 2 * abs(ratio_of) * spread.bend + abs(curvature) * spread.point / 2
         # Nothing of a gradient is left along what a sample's own scale, over all units, normalises. Past a
         # matrix that holds of the sum over all units, not of one unit over samples or of one group of units.
         kept = sorted({place for view in held for place in view.bind})

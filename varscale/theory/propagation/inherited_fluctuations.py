@@ -43,12 +43,17 @@ def responses(node: Node) -> dict[Node, tuple[float, float]]:
     """
     out: dict[Node, tuple[float, float]] = {}
     for group in cofactors(node).values():
-        low, middle, high = _levels(node, group, (1 - SCALE_STEP, 1.0, 1 + SCALE_STEP))
-        slope = math.log(high / low) / math.log((1 + SCALE_STEP) / (1 - SCALE_STEP))
-        found = np.array([slope, (high - 2 * middle + low) / SCALE_STEP**2 / middle])
-        slope, curvature = out.get(group[0].node, (0.0, 0.0)) + np.clip(found, -_STEEPEST, _STEEPEST)
-        out[group[0].node] = float(slope), float(curvature)
+        found = response_to(node, group)
+        out[group[0].node] = found if group[0].node not in out else tuple(np.add(out[group[0].node], found))
     return out
+
+
+def response_to(node: Node, group: list[View]) -> tuple[float, float]:
+    """Ratio and curvature as the first of some roots varies, the others of the group with it."""
+    low, middle, high = _levels(node, group, (1 - SCALE_STEP, 1.0, 1 + SCALE_STEP))
+    slope = math.log(high / low) / math.log((1 + SCALE_STEP) / (1 - SCALE_STEP))
+    curvature = (high - 2 * middle + low) / SCALE_STEP**2 / middle
+    return float(np.clip(slope, -_STEEPEST, _STEEPEST)), float(np.clip(curvature, -_STEEPEST, _STEEPEST))
 
 
 def response_curve(node: Node, root: Node) -> Float[np.ndarray, " scales"]:

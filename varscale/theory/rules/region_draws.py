@@ -18,6 +18,7 @@ import numpy as np
 from scipy import special
 
 from varscale.theory.domain.axes import Axis
+from varscale.theory.domain.tables import NEGLIGIBLE
 from varscale.theory.graph.expressions import Apply
 from varscale.theory.graph.layout import Value, merged
 from varscale.theory.graph.nodes import Array, Constant, Leaf, Node
@@ -211,6 +212,26 @@ class RegionDraws:
             for a, b in zip(self._in_batches(Program.run, self.batch, scaled), self.outputs, strict=True)
         ]
         return [math.log(a / b) / math.log1p(SCALE_STEP) if a > 0 and b > 0 else 0.0 for a, b in moments]
+
+    @functools.cached_property
+    def odd(self) -> list[int]:
+        """By output: bits of the zero-mean weights that it is linear in: draw by draw another one is multiplied by −2."""
+        found = [0] * len(self.raw)
+        weights = [
+            (i, x.value[0].node.odd) for i, x in enumerate(self.operands) if x.weight and len(x.value) == 1
+        ]
+        for start in range(0, len(weights), self.batch):
+            some, turned = weights[start : start + self.batch], [x[: self.batch] for x in self.drawn]
+            for draw, (i, _) in enumerate(some):
+                turned[i] = np.array(turned[i])
+                turned[i][draw] *= -2
+            for k, (y, x) in enumerate(zip(self._run(turned), self.raw, strict=True)):
+                for draw, (_, bit) in enumerate(some):
+                    if np.allclose(
+                        y[draw], -2 * x[draw], rtol=0.0, atol=NEGLIGIBLE * np.abs(x[draw]).max(initial=0.0)
+                    ):
+                        found[k] |= bit
+        return found
 
     def back(self, which: int, seed: np.ndarray) -> list[np.ndarray | None]:
         """Cotangents of the operands, (replicates, ...), given those of one output; None where none are asked of."""

@@ -67,6 +67,9 @@ class RegionOutput(Node):
     how = "sampled"
     timed = True
 
+    def prepare(self) -> None:
+        self.odd = self.draws.odd[self.params[1]]
+
     @property
     def draws(self) -> RegionDraws:
         return DRAWS.of(self.graph)[_key(self.params[0], self.args)]
