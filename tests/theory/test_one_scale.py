@@ -87,3 +87,13 @@ def test_a_learned_bias_by_place_that_matters_is_drawn():
     wide, narrow = (vs.predict(LearnedBias(s), described(4, 12, 32), backward=False).output for s in (1.0, 0.02))
     assert (wide.how, narrow.how) == ("sampled", "quadrature")
     assert wide.band[1] / wide.band[0] > 1.3 * narrow.band[1] / narrow.band[0]
+
+
+def test_a_described_scale_of_samples_before_a_norm_is_drawn():
+    def normalised(params, x, scale):
+        h = (x @ params["w"]) * scale[:, None] + x @ params["v"]
+        return h / jnp.sqrt(jnp.mean(h**2, -1, keepdims=True) + 1e-6)
+
+    weights = {name: vs.Moments(0.0, 1 / 16, (16, 16)) for name in "vw"}
+    report = vs.predict(normalised, vs.inputs(described(8, 16), described(8)), params=weights, backward=False)
+    assert any("the whole model" in note for note in report.notes)

@@ -119,6 +119,43 @@ def test_pixels_shuffled_out_of_repeated_kernels_are_equal():
     assert abs(row.second_moment - 1) < row.error_bound < 0.25
 
 
+def test_values_less_their_mean_beside_another_term():
+    """A dueling head: of v + a − mean(a) the gradient at a is (1 − 1/n) of the output's, and that at v n times as large."""
+
+    class Dueling(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            a = nn.Dense(6)(x)
+            return jnp.broadcast_to(nn.Dense(1)(x), a.shape) + a - a.mean(-1, keepdims=True)
+
+    report = vs.predict(Dueling(), INPUT)
+    assert report["Dense_0"].gradient == pytest.approx(1 - 1 / 6, rel=1e-6)
+    assert report["Dense_1"].gradient == pytest.approx(6, rel=1e-6)
+
+
+class Gated(nn.Module):
+    """Blocks x + relu((1 + g) y + b), y normalised over samples and places, g and b of the sample; then a pool."""
+
+    pool: str
+
+    @nn.compact
+    def __call__(self, x, condition):
+        x = nn.Dense(16)(x)
+        for _ in range(2):
+            g, b = (y[:, None] for y in jnp.split(nn.Dense(32)(condition), 2, -1))
+            y = nn.BatchNorm(use_running_average=False, use_scale=False, use_bias=False)(nn.Dense(16)(x))
+            x = x + nn.relu(y + jnp.broadcast_to(g, y.shape) * y + jnp.broadcast_to(b, y.shape))
+        return nn.Dense(5)(getattr(x, self.pool)(1))
+
+
+@pytest.mark.parametrize("pool", ["mean", "max"])
+def test_gates_of_what_is_centred(pool):
+    """Places apart have nothing in common in the gate's slope y, so no ratio to it; a maximum passes on what is large."""
+    given = vs.inputs(*(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((4, 16, 8), (4, 8))))
+    report = vs.predict(Gated(pool), given, draws=100)
+    assert all(row.gradient_holds and row.gradient_error_bound < 0.5 for row in report)
+
+
 def test_networks_on_smooth_pictures_are_drawn():
     """v = w'Σw of a channel has few terms that count, and E[1/v] is some times 1/E[v]; of noise it has many."""
 

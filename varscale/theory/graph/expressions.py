@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import itertools
 import math
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -73,14 +72,22 @@ class Sum(Node):
     @functools.cached_property
     def centring(self) -> dict[int, int]:
         """Terms that another term takes the mean of away: index of the term to index of its mean."""
-        terms, found = list(enumerate(zip(self.params, (view.node for view in self.args), strict=True))), {}
-        for (j, (d, mean)), (i, (c, node)) in itertools.product(terms, terms):
-            if mean.averages and alike(d, -c):
-                # A mean less the mean over more axes is centred too.
-                wider = node.averages and set(node.params) < set(mean.params)
-                if mean.args[0].node is (node.args[0].node if wider else node):
-                    found[i] = j
-        return found
+        pairs = list(enumerate(zip(self.params, self.args, strict=True)))
+        return {
+            i: j
+            for j, (d, mean) in pairs
+            for i, (c, view) in pairs
+            if mean.node.averages and alike(d, -c) and is_mean_of(mean.node, view.node)
+        }
+
+
+def is_mean_of(mean: Node, node: Node) -> bool:
+    """Whether a node is the mean of another over some axes: of a sum the sum of means."""
+    if mean.averages:  # a mean less the mean over more axes is centred too
+        wider = node.averages and set(node.params) < set(mean.params)
+        return mean.args[0].node is (node.args[0].node if wider else node)
+    sums = isinstance(mean, Sum) and isinstance(node, Sum) and mean.params == node.params
+    return sums and all(is_mean_of(m.node, x.node) for m, x in zip(mean.args, node.args, strict=True))
 
 
 def swapped(second: np.ndarray, axes: Sequence[Axis]) -> np.ndarray:

@@ -71,7 +71,7 @@ def scales_samples(views: Sequence[View], frame: Sequence[Axis], curved: bool) -
     if any(0 in bind and node.deps and not node.deps & node.graph.inputs for node, bind in views):
         return False  # an axis of weights, and so not of samples
     for node, bind in views:
-        read = isinstance(node, Leaf) and node.is_input if curved else is_known_array(node)
+        read = (isinstance(node, Leaf) and node.is_input) or (not curved and is_known_array(node))
         if read and 0 in bind and len(frame) - 1 not in bind:
             table = node.table
             told = float(np.square(table.mean).ravel() @ shares(table.axes))

@@ -16,7 +16,7 @@ import numpy as np
 from scipy import special
 
 from varscale.theory.domain.axes import Axis, contract_axis, refine
-from varscale.theory.domain.tables import ROUGH, by_type, full_types
+from varscale.theory.domain.tables import NEGLIGIBLE, ROUGH, by_type, full_types
 from varscale.theory.graph.expressions import Apply, Sum, roots
 from varscale.theory.graph.nodes import UNKNOWN, Array, Constant, Leaf, Node, View, pullback
 from varscale.theory.graph.normal_form import affine, apply, derivative
@@ -25,7 +25,14 @@ from varscale.theory.propagation.error_bounds import doubt_of
 from varscale.theory.propagation.fluctuations import gradient_scale, norm_of_given, summed_scale
 from varscale.theory.propagation.fourth_moments import mean_squared_correlation
 from varscale.theory.propagation.marginals import along, cofactors, concentrated, term_shares, uncentred
-from varscale.theory.propagation.pullbacks import Cotangent, forks, mean_square, pulled_back, sum_out
+from varscale.theory.propagation.pullbacks import (
+    Cotangent,
+    forks,
+    mean_square,
+    pulled_back,
+    selected,
+    sum_out,
+)
 from varscale.theory.propagation.second_moments import product_second
 
 _MASK_DOUBT = 0.03  # set, not derived: a stream's derivatives are a Markov chain only in the main
@@ -168,7 +175,7 @@ class _Backward:
                 part,
                 second=back,
                 doubt=part.doubt + self.notes.doubts.get(node.id, node.gradient_doubt),
-                mask=_mask_of_term(node, view, part.mask) if isinstance(node, Sum) else None,
+                mask=_mask_of_term(node, view, part.mask) if isinstance(node, Sum) else selected(node),
                 few=few,
             )
             self.pending.add(view.node, summed_scale(node, i, pulled_back(node, i, passed)))
@@ -276,9 +283,12 @@ def _through(
     else:
         squares = slope.second(node.axes)
         if part.mask is not None and not isinstance(slope.node, Constant):
-            alone = product_second(slope, slope, tuple(Axis(a.size) for a in node.axes))
-            alone = refine(np.maximum(alone, 1e-300), node.axes)
-            squares = squares * _given_last(node, slope, part.mask) / alone
+            alone = refine(product_second(slope, slope, tuple(Axis(a.size) for a in node.axes)), node.axes)
+            given = _given_last(node, slope, part.mask)
+            # Of a slope that is centred, places apart have next to nothing in common, and no ratio.
+            alike = alone > NEGLIGIBLE * np.max(alone)
+            ratio = np.divide(given, alone, out=np.ones_like(given), where=alike)
+            squares = squares * ratio + np.where(alike, 0.0, given - alone)
     return sum_out(part.second * squares, node.axes, target)
 
 

@@ -25,7 +25,7 @@ from varscale.theory.domain.axes import Axis, apply_axis, contract_axes, pool, s
 from varscale.theory.domain.axis_maps import lift_types
 from varscale.theory.domain.tables import full_types
 from varscale.theory.graph.convolutions import WindowSum
-from varscale.theory.graph.expressions import Apply, Mean, Sum, roots, swapped
+from varscale.theory.graph.expressions import Apply, Mean, Sum, is_mean_of, roots, swapped
 from varscale.theory.graph.linear_nodes import Contract, Gather, Merge, constant_along
 from varscale.theory.graph.nodes import Array, Leaf, Node, View, number, pullback
 from varscale.theory.graph.normal_form import derivative, mean_pullback
@@ -84,9 +84,9 @@ def mean_square(second: np.ndarray, axes: tuple[Axis, ...]) -> float:
     return float(shares(axes) @ second[tuple(slice(0, axis.classes) for axis in axes)].ravel())
 
 
-def centred(second: np.ndarray, axes: Sequence[int], frame: Sequence[Axis]) -> np.ndarray:
-    """A cotangent less its mean over some axes: E[(g − ḡ)(g' − ḡ')] = E[g g'] − E[ḡ ḡ'] for exchangeable positions."""
-    return second - np.expand_dims(contract_axes(second, {k: frame[k].any_pair for k in axes}), tuple(axes))
+def averaged(second: np.ndarray, axes: Sequence[int], frame: Sequence[Axis]) -> np.ndarray:
+    """E[g ḡ'] = E[ḡ ḡ'] of the means ḡ of a cotangent over some axes, for exchangeable positions: E[(g − ḡ)²] is less by it."""
+    return np.expand_dims(contract_axes(second, {k: frame[k].any_pair for k in axes}), tuple(axes))
 
 
 @pullback.register(Sum)
@@ -96,7 +96,7 @@ def pullback_of_sum(node: Sum, cotangent: np.ndarray, notes: BackwardNotes) -> l
         passed = cotangent
         if i in node.centring:
             mean = node.args[node.centring[i]]
-            passed = centred(cotangent, [k for k in view.bind if k not in mean.bind], node.axes)
+            passed = cotangent - averaged(cotangent, [k for k in view.bind if k not in mean.bind], node.axes)
         taken = i in node.centring.values()
         out.append(None if taken else c * c * sum_out(passed, node.axes, view))
     return out
@@ -117,11 +117,13 @@ class Fork(NamedTuple):
         root: the value, in the frame of the node, or of what a reduction of the node's reduces.
         squares: Σ E[s_p s_q] over pairs of paths, by type.
         over: the mean that all of them go through first, as the node's argument; None where they go through none.
+        beside: axes of the frame over which one of them goes through a mean, and the other does not.
     """
 
     root: View
     squares: np.ndarray
     over: View | None
+    beside: tuple[int, ...] = ()
 
     def back(self, part: Cotangent, frame: Sequence[Axis]) -> Cotangent:
         """What the pairs of paths add to the value's cotangent, from the node's."""
@@ -130,6 +132,7 @@ class Fork(NamedTuple):
             inner = self.over.node.args[0].node.axes
             second = mean_pullback(sum_out(second, frame, self.over), self.over.node.reduced, inner)
             frame = inner
+        second = averaged(full_types(second, frame), self.beside, frame) if self.beside else second
         second = sum_out(full_types(second, frame) * self.squares, frame, self.root)
         return Cotangent(second, part.doubt, few=part.few, near=part.near, lost=part.lost)
 
@@ -150,7 +153,7 @@ class _Path(NamedTuple):
         factor: product of the weights of the sums on the way.
         slope: derivative of the function on the way; None where it is 1.
         over: the reduction on the way, as the node's argument: its derivatives along what it reduces add up to 1.
-        summed: whether it begins with a sum.
+        begins: the node's argument, or root, itself.
     """
 
     branch: int
@@ -158,7 +161,7 @@ class _Path(NamedTuple):
     factor: float = 1.0
     slope: View | None = None
     over: View | None = None
-    summed: bool = False
+    begins: Node | None = None
 
     @property
     def place(self) -> Hashable:
@@ -172,7 +175,7 @@ class _Path(NamedTuple):
 def forks(node: Node) -> Forks:
     """The values at which paths from a sum or a function meet first; each is looked for from the latest node down."""
     waiting = [
-        path._replace(branch=i, summed=isinstance(path.view.node, Sum))
+        path._replace(branch=i, begins=path.view.node)
         for i, path in enumerate(_below(_Path(0, node.whole)) if isinstance(node, Apply | Sum) else ())
     ]
     found, doubt = list[Fork](), 0.0
@@ -188,13 +191,34 @@ def forks(node: Node) -> Forks:
                 squares = _product_of_slopes(over.node.args[0].node.axes if over else node.axes, p, q)
                 before = met.get(p.place, Fork(p.view, np.zeros(()), p.over))
                 met[p.place] = before._replace(squares=before.squares + squares)
-            elif over and not (p.over and q.over) and not (p.summed or q.summed):
+            elif (
+                over
+                and not (p.over and q.over)
+                and (beside := _beside_its_mean(*((q, p) if p.over else (p, q))))
+            ):
+                found.append(beside)
+            elif over and not (p.over and q.over) and not any(isinstance(x.begins, Sum) for x in (p, q)):
                 reduced = math.prod(over.node.args[0].node.axes[k].size for k in over.node.reduced)
                 doubt = max(doubt, 2 * abs(p.factor * q.factor) / reduced)
         found += met.values()
         if not pairs:
             waiting += [inner for path in here for inner in _below(path)]
     return Forks(found, doubt)
+
+
+def _beside_its_mean(p: _Path, q: _Path) -> Fork | None:
+    """The fork of a value reached directly (p) and through its mean (q), where nothing bends on the way; else None.
+
+    Of a sum that is centred as a whole, as a norm does, there is none: what it takes away goes with its scale.
+    """
+    assert q.over is not None
+    lacking = [k for k in range(len(p.view.bind)) if k in q.over.node.reduced]
+    kept = tuple(b for k, b in enumerate(p.view.bind) if k not in lacking)
+    whole = p.begins is not None and q.begins is not None and is_mean_of(q.begins, p.begins)
+    if p.slope or q.slope or not q.over.node.averages or kept != q.over.bind or whole:
+        return None
+    beside = tuple(p.view.bind[k] for k in lacking)
+    return Fork(p.view, np.array(2 * p.factor * q.factor), None, beside)
 
 
 def _below(path: _Path) -> Iterator[_Path]:
@@ -221,6 +245,15 @@ def _product_of_slopes(axes: tuple[Axis, ...], p: _Path, q: _Path) -> np.ndarray
     constant = View(number(p.view.node.graph, 1.0), ())
     squares = cross(p.slope or constant, q.slope or constant, axes)
     return p.factor * q.factor * (squares + swapped(squares, axes))
+
+
+@functools.singledispatch
+def selected(node: Node) -> View | None:
+    """What decides which entries of its argument a node passes its cotangent on to: a function m of theirs, one in E[m²].
+
+    None where it goes to all alike.
+    """
+    return None
 
 
 @functools.singledispatch

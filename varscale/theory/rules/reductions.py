@@ -16,7 +16,7 @@ from scipy import special
 from varscale.theory.domain.axes import Axis, pool, refine
 from varscale.theory.domain.tables import LEADING_ORDER, NEXT_ORDER, Table, estimate, gaussian, over_frame
 from varscale.theory.graph import layout
-from varscale.theory.graph.expressions import Apply, Mean, roots
+from varscale.theory.graph.expressions import Apply, Mean, Sum, roots
 from varscale.theory.graph.layout import Value
 from varscale.theory.graph.linear_nodes import weight_of
 from varscale.theory.graph.nodes import (
@@ -36,6 +36,7 @@ from varscale.theory.propagation.cross_moments import cross, mean_product
 from varscale.theory.propagation.fluctuations import fluctuations
 from varscale.theory.propagation.inherited_fluctuations import Spread, combine, inherited, propagated
 from varscale.theory.propagation.marginals import concentrated, evaluate, marginal
+from varscale.theory.propagation.pullbacks import selected
 from varscale.theory.propagation.shared_component import of_an_average
 from varscale.theory.rules.registry import Context, rule
 
@@ -140,6 +141,22 @@ def pullback_of_extreme(
         axis = node.args[0].node.axes[k]
         cotangent = np.moveaxis(np.multiply.outer(axis.agrees / axis.size, cotangent), 0, k)
     return [cotangent]
+
+
+@selected.register(Extreme)
+def selected_by_extreme(node: Extreme) -> View | None:
+    return largest_of(node.args[0].node, node.params[2], node.params[1])
+
+
+def largest_of(x: Node, count: int, sign: int) -> View | None:
+    """√P(an entry is the largest of so many, given it): Φ(z)^((count − 1)/2) of independent Gaussian ones."""
+    if not isinstance(x, Apply | Sum) or concentrated(x):
+        return None
+    scale = sign / math.sqrt(2 * x.table.variance)
+    z = affine(x, scale, -scale * x.table.total_mean)
+    share = affine(apply(x.graph, "erf", (), x.axes, [z.whole]), 0.5, 0.5)
+    power = apply(x.graph, "integer_pow", (count - 1,), x.axes, [share.whole])
+    return apply(x.graph, "sqrt", (), x.axes, [power.whole]).whole
 
 
 @once_per_node

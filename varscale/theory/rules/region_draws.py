@@ -225,7 +225,9 @@ class RegionDraws:
             for draw, (i, _) in enumerate(some):
                 turned[i] = np.array(turned[i])
                 turned[i][draw] *= -2
-            for k, (y, x) in enumerate(zip(self._run(turned), self.raw, strict=True)):
+            for k, (y, x) in enumerate(
+                zip(self._in_batches(Program.run, self.batch, turned), self.raw, strict=True)
+            ):
                 for draw, (_, bit) in enumerate(some):
                     if np.allclose(
                         y[draw], -2 * x[draw], rtol=0.0, atol=NEGLIGIBLE * np.abs(x[draw]).max(initial=0.0)
