@@ -8,7 +8,7 @@ import pytest
 
 import varscale as vs
 from varscale.theory.domain.axes import Axis
-from varscale.theory.graph.linear_nodes import merge
+from varscale.theory.graph.layout import merge
 from varscale.theory.graph.nodes import Graph, leaf
 from varscale.theory.graph.normal_form import broadcast
 from varscale.theory.propagation.pullbacks import copies, repeats

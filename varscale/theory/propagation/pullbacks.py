@@ -84,7 +84,7 @@ def mean_square(second: np.ndarray, axes: tuple[Axis, ...]) -> float:
     return float(shares(axes) @ second[tuple(slice(0, axis.classes) for axis in axes)].ravel())
 
 
-def averaged(second: np.ndarray, axes: Sequence[int], frame: Sequence[Axis]) -> np.ndarray:
+def shared_by_mean(second: np.ndarray, axes: Sequence[int], frame: Sequence[Axis]) -> np.ndarray:
     """E[g ḡ'] = E[ḡ ḡ'] of the means ḡ of a cotangent over some axes, for exchangeable positions: E[(g − ḡ)²] is less by it."""
     return np.expand_dims(contract_axes(second, {k: frame[k].any_pair for k in axes}), tuple(axes))
 
@@ -96,7 +96,9 @@ def pullback_of_sum(node: Sum, cotangent: np.ndarray, notes: BackwardNotes) -> l
         passed = cotangent
         if i in node.centring:
             mean = node.args[node.centring[i]]
-            passed = cotangent - averaged(cotangent, [k for k in view.bind if k not in mean.bind], node.axes)
+            passed = cotangent - shared_by_mean(
+                cotangent, [k for k in view.bind if k not in mean.bind], node.axes
+            )
         taken = i in node.centring.values()
         out.append(None if taken else c * c * sum_out(passed, node.axes, view))
     return out
@@ -132,7 +134,7 @@ class Fork(NamedTuple):
             inner = self.over.node.args[0].node.axes
             second = mean_pullback(sum_out(second, frame, self.over), self.over.node.reduced, inner)
             frame = inner
-        second = averaged(full_types(second, frame), self.beside, frame) if self.beside else second
+        second = shared_by_mean(full_types(second, frame), self.beside, frame) if self.beside else second
         second = sum_out(full_types(second, frame) * self.squares, frame, self.root)
         return Cotangent(second, part.doubt, few=part.few, near=part.near, lost=part.lost)
 
