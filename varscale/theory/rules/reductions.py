@@ -145,17 +145,14 @@ def pullback_of_extreme(
 
 @selected.register(Extreme)
 def selected_by_extreme(node: Extreme) -> View | None:
-    return largest_of(node.args[0].node, node.params[2], node.params[1])
-
-
-def largest_of(x: Node, count: int, sign: int) -> View | None:
-    """√P(an entry is the largest of so many, given it): Φ(z)^((count − 1)/2) of independent Gaussian ones."""
+    """√P(an entry is the largest, given it): Φ(z)^((count − 1)/2) of independent Gaussian ones."""
+    x, (axes, sign) = node.args[0].node, node.params
     if not isinstance(x, Apply | Sum) or concentrated(x):
         return None
-    scale = sign / math.sqrt(2 * x.table.variance)
+    scale, others = sign / math.sqrt(2 * x.table.variance), math.prod(x.axes[k].size for k in axes) - 1
     z = affine(x, scale, -scale * x.table.total_mean)
     share = affine(apply(x.graph, "erf", (), x.axes, [z.whole]), 0.5, 0.5)
-    power = apply(x.graph, "integer_pow", (count - 1,), x.axes, [share.whole])
+    power = apply(x.graph, "integer_pow", (others,), x.axes, [share.whole])
     return apply(x.graph, "sqrt", (), x.axes, [power.whole]).whole
 
 
