@@ -112,17 +112,17 @@ def _unlike(mine: Part, theirs: Part, k: int) -> np.ndarray:
     """
     parts, last = (mine, theirs), len(mine.axes) - 1
     frame = (*mine.axes[:k], *mine.axes[k + 1 :], *(part.axes[k] for part in parts))
-    views = (
-        View(part.view.node, tuple(last + i if b == k else b - (b > k) for b in part.view.bind))
+    a, b = (
+        View(part.view.node, tuple(last + i if p == k else p - (p > k) for p in part.view.bind))
         for i, part in enumerate(parts)
     )
     # Each has one of the last two axes: of two classes along it only its own counts.
     (c, n), (d, m) = ((axis.classes, axis.types) for axis in frame[last:])
     at = np.minimum(c * np.arange(1, c + 1), n - 1)[:, None], np.minimum(d + np.arange(d), m - 1)
-    table = full_types(cross(*views, frame), frame)[(..., *at)]
+    table = full_types(cross(a, b, frame), frame)[(..., *at)]
     whole = mine.where.out
-    counts = [part.where.means() * whole.counts[:, None] for part in parts]
-    matrix = np.kron(*counts) / np.maximum(whole.pairs[whole.classes :, None], 1.0)
+    ours, others = (part.where.means() * whole.counts[:, None] for part in parts)
+    matrix = np.kron(ours, others) / np.maximum(whole.pairs[whole.classes :, None], 1.0)
     return apply_axis(np.moveaxis(table.reshape(*table.shape[:last], -1), -1, k), k, matrix)
 
 

@@ -175,8 +175,11 @@ def second_moments_of_softmax(node: Softmax) -> Table:
     other *= ((1 - same.sum(-1)) / np.maximum(other.sum((-1, -2)), 1e-300))[..., None, None]
     # Two rows. The excess of one key's weights in both: exact for equal logits, lognormal in their covariance
     # between.
-    shares = [node.read(share, second=j) for j in (False, True)]
-    ahead, behind = (s / np.maximum(node.read(seen, second=j), 1e-300) for j, s in enumerate(shares))
+    shares = [node.read(share), node.read(share, second=True)]
+    ahead, behind = (
+        shares[0] / np.maximum(n, 1e-300),
+        node.read(share / np.maximum(seen, 1e-300), second=True),
+    )
     variance = np.maximum(node.read(node.of_one(deviation)), 1e-12)
     most = np.minimum(variance, 50)
     excess = np.where(n > 0, square / np.maximum(ahead**2, 1e-300) - 1, 0.0)
@@ -212,8 +215,9 @@ def pullback_of_softmax(
     lost = lost + common * p[..., c:].reshape(common.shape)
     correlation = node.deviation / np.maximum(node.read(node.of_one(node.deviation)), 1e-12)
     # E[p_ik² p_jk]/E[p_ik p_jk], and the same of the other row.
+    unlike, alike = where_weighed(weights)
     weighed = sum(
-        weighed_in_both(*(node.read(x, second=j) for x in where_weighed(weights)), correlation)
+        weighed_in_both(node.read(unlike, second=j), node.read(alike, second=j), correlation)
         for j in (False, True)
     )
     keep = np.clip(np.where(own, keep, 1 - weighed + overlap), 0, 1)

@@ -156,10 +156,10 @@ def _keys_apart(mask: Array, key: int) -> float:
 def _rows_filled(mask: Array, bind: tuple[int, ...], key: int) -> list[View]:
     """The mask, and, where some rows see no key (of paddings that ask), which do; the others then see all, all alike."""
     graph, keys = mask.graph, tuple(k for k, b in enumerate(bind) if b == key)
-    some = mask.values.any(axis=keys, keepdims=True)
+    some = np.asarray(np.any(mask.values, axis=keys, keepdims=True))
     if some.all():
         return [View(mask, bind)]
-    found = array(graph, mask.values | ~some), array(graph, some.squeeze(keys))
+    found = array(graph, mask.values | ~some), array(graph, np.squeeze(some, keys))
     left = bind, tuple(b for b in bind if b != key)
     return [View(x, places if x.axes else ()) for x, places in zip(found, left, strict=True)]
 
