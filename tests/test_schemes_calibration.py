@@ -248,6 +248,30 @@ def test_what_keeps_its_law():
     assert found == pytest.approx(dict.fromkeys(found, 1.0), rel=1e-6)
 
 
+def test_a_kernel_that_the_program_normalises_keeps_its_law():
+    def model(p, x):
+        w = (p["w"] - p["w"].mean(0, keepdims=True)) / jnp.sqrt(p["w"].var(0, keepdims=True) + 1e-5)
+        return jax.nn.relu(x @ w) @ p["v"]
+
+    params = {"w": jnp.ones((16, 16)), "v": jnp.ones((16, 3))}
+    plan = vs.calibrate(
+        model, described(4, 16), params=lambda key: jax.tree.map(lambda w: vs.normal(0.1)(key, w.shape), params)
+    )
+    assert "normalises it" in plan["w"].why
+    assert plan["v"].why.startswith("typical")
+
+
+def test_a_kernel_that_reads_one_array_twice_is_checked_once():
+    class Symmetric(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            key = nn.Dense(8, use_bias=False, name="key")
+            return nn.Dense(16, name="value")(nn.softmax(key(x) @ key(x).mT) @ x)
+
+    model, x = Symmetric(), described(2, 5, 16)
+    assert typicals(model, x, vs.calibrate(model, x))["key"] == pytest.approx(1, rel=1e-6)
+
+
 def test_a_plain_function():
     def net(params, x):
         with jax.named_scope("one"):

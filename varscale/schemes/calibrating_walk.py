@@ -185,6 +185,8 @@ class Calibrating(Interpreter):
         self.biased: dict[str, float] = {}
         self._target, self._direction, self._tied = target, direction, tied
         self._around: list[int] = []
+        self._made: list[int] = []  # what was found at each product
+        self._alike: dict[int, list[int]] = {}  # products of one kernel with one array are one node
         self._products: dict[int, Node] = {}
         self._bare: dict[int, tuple[int, Value]] = {}
 
@@ -224,8 +226,9 @@ class Calibrating(Interpreter):
         captured = walked.captured(self)
         for path, _, out in joined(self._at.rows.made, captured, "module"):
             at, _ = self._bare.get(out.node.id, (None, out)) if isinstance(out, Value) else (None, out)
-            if at is not None and self.found[at].row is None:  # the modules around it come later
-                self.found[at] = self.found[at]._replace(row=path)
+            for k in [] if at is None else self._alike[self._made[at]]:
+                if self.found[k].row is None:  # the modules around it come later
+                    self.found[k] = self.found[k]._replace(row=path)
 
     def _goal(self, kernel: Kernel, steps: tuple[int, ...]) -> float:
         """The second moment that a product is to have here, so that a prediction finds the target."""
@@ -250,6 +253,8 @@ class Calibrating(Interpreter):
         applied = self._laws.applied(kernel, scale)
         self.found.append(Set(kernel, steps, scale, forward, backward, applied**2 * typical, reach, is_exact))
         made = scaled(scale)
+        self._made.append(made.node.id)
+        self._alike.setdefault(made.node.id, []).append(len(self.found) - 1)
         self._products[kernel.number] = made.node
         self._bare[made.node.id] = len(self.found) - 1, out
         return made

@@ -275,6 +275,8 @@ def _kept(parameter: ParameterUses) -> str | None:
         return "as declared: a table that is looked up"
     if not uses or parameter.role not in _KERNELS:
         return "as declared"
+    if any(use.normalised_kernel for use in uses):
+        return "as declared: the program normalises it, so that its scale has no effect"
     if any(use.times > 1 for use in uses):
         return "as declared: used at each step of a loop; vs.lsuv rescales it"
     return None
@@ -307,7 +309,7 @@ class _Tied:
                 step = math.log(scale) - self._last[path][0]
                 self._slopes[path] = float(np.clip((level - self._last[path][1]) / step, 0.3, 1e4))
             self._last[path] = math.log(scale), level
-            if abs(level) > _RESOLVED * self._slopes[path]:
+            if abs(level) > _RESOLVED * min(self._slopes[path], 4.0):
                 self.scales[path], done = scale * math.exp(-level / self._slopes[path]), False
         return done
 

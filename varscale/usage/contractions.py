@@ -21,6 +21,7 @@ def _linear(walk: Walk, view: View, x: Flow, use: Use, shape: Sequence[int], axe
     use.steps, use.depth, use.before, use.raw = view.steps, x.depth, x.functions, x.raw
     use.normalised, use.layout, use.region = x.normalised, axes, view.region
     use.input_scale, use.before_scale, use.kernel_scale = x.scale, x.function_scale, view.scale
+    use.normalised_kernel = view.normalised
     use.reads = frozenset(source.use for source in x.sources)
     use.stream, use.maps = x.stream, x.maps
     walk.close(x, read=True)

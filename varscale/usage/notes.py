@@ -48,6 +48,7 @@ class Use:
         output_scale: likewise its output, before anything else reads it.
         function_scale: likewise inside the first function of its output that a constant does not pass through.
         before_scale: likewise inside that of its input.
+        normalised_kernel: whether the parameter was divided by something made of itself.
     """
 
     parameter: int
@@ -85,6 +86,7 @@ class Use:
     output_scale: float | None = 1.0
     function_scale: float | None = 1.0
     before_scale: float | None = 1.0
+    normalised_kernel: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

@@ -56,6 +56,7 @@ class OneUse:
         output_scale: likewise its output.
         function_scale: likewise its output inside `after`, where a constant does not pass through it: tanh(c y).
         before_scale: likewise its input inside `before`.
+        normalised_kernel: whether it was divided by something made of itself before, so that its scale has no effect.
         layers: how many kernels a loop over layers takes from it, one at a time.
     """
 
@@ -83,6 +84,7 @@ class OneUse:
     output_scale: float | None = 1.0
     function_scale: float | None = 1.0
     before_scale: float | None = 1.0
+    normalised_kernel: bool = False
     layers: int = 1
 
 
@@ -286,7 +288,7 @@ def _told(use: Use, shape: tuple[int, ...], start: int) -> OneUse:
         _role(use, shape), use.fan_in, use.fan_out, use.reduction, use.output, tuple(sorted({*use.batch, *use.shared})),
         use.steps, use.raw, before, after, use.normalised_after, use.depth, use.ends, _parts(use),
         use.kind, _packed(use), use.branch, use.stream, use.maps - start, use.input_scale, use.kernel_scale, use.output_scale,
-        use.function_scale, use.before_scale,
+        use.function_scale, use.before_scale, use.normalised_kernel,
         math.prod(shape[axis] for axis in use.batch),
     )  # fmt: skip
 

@@ -22,6 +22,7 @@ class View:
         companions: parameters of the same shape that are joined with it, and so used as it is.
         region: (axis, start, stop) of each axis of which it is a slice; None where it is not known which entries it holds.
         scale: the constant that it was multiplied by; None where it is not known.
+        normalised: whether it was divided by something made of itself, so that its scale has no effect.
         placed: how many of its axes are known positions at which its rows were looked up.
     """
 
@@ -32,6 +33,7 @@ class View:
     companions: tuple[int, ...] = ()
     region: tuple[tuple[int, int, int], ...] | None = ()
     scale: float | None = 1.0
+    normalised: bool = False
     placed: int = 0
 
 

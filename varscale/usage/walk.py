@@ -223,7 +223,8 @@ class Walk:
             for view in views:
                 if view.parameter != kept.parameter:
                     self.note(Use(view.parameter, "factor", steps=view.steps, batch=tuple(sorted(view.batch))))
-            return dataclasses.replace(kept, scale=times(kept.scale, self._factor(name, eqn, values, kept)))
+            own = kept.normalised or (name in ("mul", "div") and [v.parameter for v in views] == [kept.parameter] * 2)
+            return dataclasses.replace(kept, scale=times(kept.scale, self._factor(name, eqn, values, kept)), normalised=own)
         x = flows[0]
         for y in flows[1:]:
             x = self._both(name, x, y, shape)
