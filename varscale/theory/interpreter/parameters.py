@@ -194,14 +194,7 @@ def laws_laid(scheme: Any, variables: Any) -> Sequence[Any]:
 
 
 def laid_parameters(interpreter: Interpreter, shapes: Any, values: Sequence[Any], scheme: Any) -> list[Any]:
-    """The parameters' values, leaf by leaf, where a scheme lays laws on some of them.
-
-    Args:
-        interpreter: what their nodes are made by.
-        shapes: the shapes of the parameters, as a tree.
-        values: their values without the scheme.
-        scheme: what `varscale.initialization.laws.laid` takes.
-    """
+    """The parameters' values, leaf by leaf, where a scheme (`varscale.initialization.laws.laid`) lays laws on some of them."""
     found, first = list(values), {}
     hits = zip(laws_laid(scheme, shapes), jax.tree_util.tree_leaves(shapes), strict=True)
     for i, (hit, struct) in enumerate(hits):
@@ -338,12 +331,7 @@ def measured_law(numbers: np.ndarray, axes: tuple[Axis, ...]) -> Table:
 
 
 def weights(parameters: Iterable[tuple[str, Any]], uses: Mapping[str, ParameterUses]) -> dict[str, Weight]:
-    """The law and the use of every parameter that is random, by path.
-
-    Args:
-        parameters: path and value of each.
-        uses: what the forward pass does with those that it takes.
-    """
+    """The law and the use of every parameter that is random, by path, as `uses` tells of those that the forward pass takes."""
     out: dict[str, Weight] = {}
     for path, x in parameters:
         if not isinstance(x, Value) or not isinstance(x.node, Leaf):

@@ -206,13 +206,7 @@ class _Tap:
 
 
 def through(jaxpr: Any, rows: Mapping[str, int], own: Sequence[str]) -> dict[str, Through]:
-    """What flows through each row.
-
-    Args:
-        jaxpr: the forward pass, marked.
-        rows: path of a row to its number among the outputs of the jaxpr.
-        own: the rows of the model's own outputs.
-    """
+    """What flows through each row (path -> number among the outputs) of a marked forward pass; `own`: the model's own rows."""
     ends = [jaxpr.outvars[rows[path]] for path in own]
     taps: dict[Any, _Tap] = {}
     _tapped(live(jaxpr.replace(outvars=ends), jaxpr.eqns), taps)
@@ -255,15 +249,7 @@ def summarize(
     weights: Mapping[str, Weight],
     shares: Mapping[str, Through] | None,
 ) -> Report:
-    """The report of a walk.
-
-    Args:
-        interpreter: what has walked.
-        program: the model.
-        outputs: its rows.
-        weights: the laws of the parameters.
-        shares: what of the gradient at a row's array flows through the row; None where no gradients are asked for.
-    """
+    """The report of a walk; `shares`: what of the gradient at a row's array flows through it, None where none are asked for."""
     kinds, values = {}, {}
     for path, kind, x in outputs:
         # Of complex numbers it is the modulus that is measured and predicted.
