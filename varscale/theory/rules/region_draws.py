@@ -194,9 +194,7 @@ class RegionDraws:
     @functools.cached_property
     def error(self) -> float:
         """The largest relative error of an output's mean square over so many draws."""
-        flat = (x.reshape(len(x), -1) for x in self.outputs)
-        squares = (np.einsum("ij,ij->i", x, x, dtype=float) / max(x.shape[1], 1) for x in flat)
-        return max(map(relative_error, squares), default=0.0)
+        return max(map(relative_error, self.outputs), default=0.0)
 
     @functools.cached_property
     def response(self) -> list[float]:
@@ -264,22 +262,15 @@ def with_enough_draws(draws: RegionDraws, bound: float) -> RegionDraws:
     return draws
 
 
-def relative_error(squares: np.ndarray) -> float:
-    """The relative error of the mean of some mean squares of independent draws: a t-quantile at 1e-4 of their logarithms."""
-    n, mean = len(squares), max(float(squares.mean()), 1e-300)
-    scatter = (
-        max(float(squares.std()) / mean, float(np.log(np.maximum(squares / mean, 1e-12)).std()))
-        if squares.any()
-        else 0.0
-    )
-    return float(special.stdtrit(n - 1, 1 - _TAIL / 2)) * scatter / math.sqrt(n - 1)
-
-
-def error_of_cotangents(passed: np.ndarray | None) -> float:
-    """How far the mean square of cotangents may be off by chance."""
-    if passed is None:
+def relative_error(draws: np.ndarray | None) -> float:
+    """How far the mean square of independent draws may be off by chance: a t-quantile at 1e-4 of their logarithms."""
+    if draws is None:
         return 0.0
-    return relative_error(np.mean(np.square(np.abs(passed), dtype=float).reshape(len(passed), -1), axis=1))
+    squares = np.mean(np.square(np.abs(draws), dtype=float).reshape(len(draws), -1), axis=1)
+    n, relative = len(squares), squares / max(float(squares.mean()), 1e-300)
+    logarithms = np.log(np.maximum(relative, 1e-12))
+    scatter = max(float(relative.std()), float(logarithms.std()) if squares.any() else 0.0)
+    return float(special.stdtrit(n - 1, 1 - _TAIL / 2)) * scatter / math.sqrt(n - 1)
 
 
 def _numbers(x: Any) -> np.ndarray:
@@ -317,7 +308,7 @@ def sizes_to_run(jaxpr: Any, operands: Sequence[Operand]) -> tuple[Sizes, int]:
                 functools.partial(run, jaxpr.jaxpr, jaxpr.consts, weights=weights, sizes=sizes), inputs
             )
         except CannotShrink as trouble:
-            kept |= trouble.sizes
+            kept |= trouble.args[0]
             continue
         fits = _WORK / (4 * work(jaxpr.jaxpr, sizes))
         if fits < _REPLICATES and any(n // (2 * ratio) >= _FEWEST_UNITS for n in units - kept):

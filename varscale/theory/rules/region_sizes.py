@@ -43,11 +43,7 @@ _REARRANGES |= {"copy", "stop_gradient", "neg", "name"}
 
 
 class CannotShrink(Exception):
-    """A primitive that depends on how many positions there are; `sizes` are those it has to keep."""
-
-    def __init__(self, sizes: Sequence[int]):
-        super().__init__(f"sizes {sorted(set(sizes))} have to stay")
-        self.sizes = frozenset(sizes)
+    """A primitive that depends on how many positions there are; its argument is the sizes that have to stay."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +61,7 @@ class Sizes:
 
     def keep(self, sizes: Iterable[int]) -> None:
         """Raise CannotShrink where one of them shrinks."""
-        if changed := [n for n in sizes if n in self.smaller]:
+        if changed := {n for n in sizes if n in self.smaller}:
             raise CannotShrink(changed)
 
 
@@ -121,8 +117,10 @@ def over_draws(method: Callable[..., Any], *, short: bool) -> Callable[..., Any]
 
 def written(jaxpr: Any) -> str:
     """Equations, and the numbers in them."""
-    is_key = [jnp.issubdtype(getattr(x, "dtype", float), jax.dtypes.prng_key) for x in jaxpr.consts]
-    numbers = [jax.random.key_data(x) if key else x for x, key in zip(jaxpr.consts, is_key, strict=True)]
+    numbers = [
+        jax.random.key_data(x) if jnp.issubdtype(getattr(x, "dtype", float), jax.dtypes.prng_key) else x
+        for x in jaxpr.consts
+    ]
     return f"{[hashlib.sha1(np.asarray(x).tobytes()).hexdigest() for x in numbers]} {jaxpr.jaxpr}"
 
 
@@ -163,8 +161,8 @@ def run(
     return [v.val if _compat.is_literal(v) else env[v] for v in jaxpr.outvars]
 
 
-def _changed(eqn: Any, sizes: Sizes) -> list[int]:
-    return [n for v in (*eqn.invars, *eqn.outvars) for n in v.aval.shape if n in sizes.smaller]
+def _changed(eqn: Any, sizes: Sizes) -> set[int]:
+    return {n for v in (*eqn.invars, *eqn.outvars) for n in v.aval.shape if n in sizes.smaller}
 
 
 def _is_averaged(eqn: Any, jaxpr: Any) -> bool:

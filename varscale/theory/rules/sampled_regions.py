@@ -43,8 +43,8 @@ from varscale.theory.rules.region_draws import (
     Operand,
     RegionDraws,
     applied_before,
-    error_of_cotangents,
     operand,
+    relative_error,
     sizes_to_run,
     with_enough_draws,
 )
@@ -130,7 +130,7 @@ def pullback_of_region(
     out: list[np.ndarray | None] = []
     back = draws.back(node.params[1], arriving)
     notes.doubts[node.id] = max(
-        (error_of_cotangents(passed) for passed, x in zip(back, draws.operands, strict=True) if x.is_value),
+        (relative_error(passed) for passed, x in zip(back, draws.operands, strict=True) if x.is_value),
         default=0.0,
     ) + max(doubt, _SMALLER_DOUBT if draws.sizes.smaller else 0.0)
     for i, inner in (NUDGED.get(node.graph, _key(node.params[0], node.args)) or {}).items():
@@ -138,15 +138,13 @@ def pullback_of_region(
         if passed is not None and inner is not node:
             own = passed.reshape(len(passed), *inner.numbers.shape[1:])
             second = pooled(own, inner.axes, inner.positions).second
-            notes.inside.append(FlowInside(inner, second, error_of_cotangents(passed)))
+            notes.inside.append(FlowInside(inner, second, relative_error(passed)))
     for x, passed in zip(draws.operands, back, strict=True):
-        for part, own in enumerate(x.value):
-            if passed is None or not x.random:
-                out.append(None)
-                continue
-            # jax's cotangent of x + iy is ∂/∂x − i ∂/∂y
-            real = (np.real(passed) if part == 0 else -np.imag(passed)).astype(np.float32)
-            out.append(_carried_back(node, own, real, notes))
+        if passed is None or not x.random:
+            out += [None] * len(x.value)
+        else:  # jax's cotangent of x + iy is ∂/∂x − i ∂/∂y
+            parts = zip(x.value, (np.real(passed), -np.imag(passed)), strict=False)
+            out += [_carried_back(node, own, part.astype(np.float32), notes) for own, part in parts]
     return out
 
 
@@ -206,8 +204,8 @@ def propagated_of_region(node: RegionOutput) -> Spread:
     given inputs all that varies is.
     """
     draws, which = node.draws, node.params[1]
-    inputs = [v.node for x in draws.operands if x.random and not x.weight for v in x.value]
-    inputs = [x for x in inputs if not is_known_array(x)]
+    read = (v.node for x in draws.operands if x.random and not x.weight for v in x.value)
+    inputs = [x for x in read if not is_known_array(x)]
     largest = max(inputs, key=lambda x: math.prod(a.size for a in x.axes), default=None)
     numbers, samples = np.square(node.numbers, dtype=float), 1 + node.params[2]
     each = numbers.mean(axis=tuple(k for k in range(1, numbers.ndim) if k != samples))
@@ -290,9 +288,7 @@ def region_rule(interpreter: Context, eqn: Any, *xs: Any) -> list[Any]:
         if scope and applied_before(operands):
             raise CannotDraw("random weights that it reads were applied before it")
         return _outputs(interpreter, jaxpr, operands, nudged, whole_numbers=not scope)
-    except (
-        Exception
-    ) as error:  # whatever equations may raise that are run on numbers they were not written for
+    except Exception as error:  # whatever is raised on numbers that equations were not written for
         interpreter.regions.refuse(scope, str(error) if isinstance(error, CannotDraw) else told(error))
     return [placeholder(interpreter, aval) for aval in jaxpr.out_avals]
 
