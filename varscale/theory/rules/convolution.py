@@ -387,10 +387,3 @@ def reduce_window_sum(interpreter: Context, eqn: Any, x: Value) -> Value:
 @rule("reduce_window_max")
 def reduce_window_max(interpreter: Context, eqn: Any, x: Value, *_: Value) -> Value:
     return of_increasing(x, lambda inner: _window_node(interpreter, eqn, inner, WindowMax))
-
-
-@rule("reduce_window_min")
-def reduce_window_min(interpreter: Context, eqn: Any, x: Value, *_: Value) -> Value:
-    """A minimum is the maximum of the negative, with its sign turned."""
-    largest = _window_node(interpreter, eqn, interpreter.elementwise("neg", x), WindowMax)
-    return interpreter.elementwise("neg", largest)

@@ -185,13 +185,8 @@ def _brought_back(weight: View, other: View, outer: int, params: Sequence[Axis])
         E[Σ_a f(h_a) W_aj | x] = σ² Σ_a E[f'(h_a) ∂h_a/∂W_aj] = n σ² E[f'] x_j.
 
     What is left about this mean has, to leading order in 1/n, the moments of a product with fresh weights, which any is taken
-    for. A weight applied twice the same way has no such term: ∂h_a/∂W_ja is x_j for one a out of n.
-
-    Args:
-        weight: the weight, over the frame of the product.
-        other: what it multiplies.
-        outer: how many axes the product has; those that it sums follow.
-        params: those that it sums.
+    for. A weight applied twice the same way has no such term: ∂h_a/∂W_ja is x_j for one a out of n. The product has `outer`
+    axes; those that it sums follow.
     """
     leaf = weight.node
     if not (leaf.is_drawn and leaf.odd & other.node.deps) or sum(b >= outer for b in weight.bind) < len(

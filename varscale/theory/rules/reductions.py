@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from scipy import special
 
-from varscale.theory.domain.axes import Axis, pool, refine
+from varscale.theory.domain.axes import Axis, contract_axes, pool, refine
 from varscale.theory.domain.tables import LEADING_ORDER, NEXT_ORDER, Table, estimate, gaussian, over_frame
 from varscale.theory.graph import layout
 from varscale.theory.graph.expressions import Apply, Mean, Sum, roots
@@ -171,8 +171,7 @@ def bounded(count: int, width: float) -> float:
     """
     if width == math.inf:
         return 0.0
-    share = special.ndtr(Z)
-    weights = np.diff(share**count, prepend=0.0)
+    weights = np.diff(special.ndtr(Z) ** count, prepend=0.0)
     return float(max((weights @ Z**2) / (weights @ sphere_squares(width)) - 1, 0.0))
 
 
@@ -236,12 +235,6 @@ def draw(node: Node, sizes: Sequence[int], replicates: int, rng: np.random.Gener
 
     The scale of a norm is a number here, as it is in quadrature: what it normalises is Gaussian given it, x = √v·z, so that
     x/√v is z whatever v is, and x/√(E v) with x drawn alone has the law of z. E[1/v] of v drawn apart would be left over.
-
-    Args:
-        node: the node.
-        sizes: how many positions of each of its axes.
-        replicates: how many arrays.
-        rng: where random numbers come from.
     """
     env, every = dict[Any, np.ndarray](), roots(node)
     # Trees are evaluated over a frame with the replicates last, as quadrature points are.
@@ -253,10 +246,8 @@ def draw(node: Node, sizes: Sequence[int], replicates: int, rng: np.random.Gener
             drawn = np.asarray(x.values, float)[tuple(slice(0, n) for n in own)][None]
         else:
             law, plain = marginal(x), [Axis(axis.size) for axis in x.axes]
-            line = np.asarray(law.values, float)
-            for axis in x.axes:
-                line = np.tensordot(axis.counts / axis.size, line, axes=(0, 0))
-            positions = [np.arange(n) for n in own]
+            counts = {k: axis.counts / axis.size for k, axis in enumerate(x.axes)}
+            line, positions = contract_axes(np.asarray(law.values, float), counts), list(map(np.arange, own))
             drawn = read_off(line, gaussian(pool(law.correlation, x.axes), plain, positions, replicates, rng))
         env[root] = over_frame(np.moveaxis(drawn, 0, -1), root.bind, len(sizes))
     out = evaluate(node.whole, node.axes, env)

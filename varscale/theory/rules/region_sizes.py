@@ -127,14 +127,7 @@ def written(jaxpr: Any) -> str:
 def run(
     jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], weights: Sequence[bool], sizes: Sizes
 ) -> list[Any]:
-    """The outputs of a jaxpr on smaller arrays.
-
-    Args:
-        jaxpr: what to run.
-        consts: its constants, at their own sizes.
-        args: its inputs at the smaller sizes.
-        weights: which of the inputs are independent zero-mean weights.
-        sizes: the sizes.
+    """The outputs of a jaxpr with constants of their own sizes on smaller inputs, of which some are independent weights.
 
     Raises:
         CannotShrink: something in it needs sizes that were to shrink.

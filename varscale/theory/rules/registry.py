@@ -116,12 +116,7 @@ RECOGNISERS: dict[str, list[Recogniser]] = {}
 def recognise(name: str) -> Callable[[Recogniser], Recogniser]:
     """Register a function that may see more in an elementwise primitive than the primitive: a softmax in a division.
 
-    Args:
-        name: the primitive.
-
-    Returns:
-        A decorator; the function it takes is called as f(context, *values), in the order of registration, and returns a value,
-        or None where it sees nothing.
+    It is called as f(context, *values), in the order of registration, and returns a value, or None where it sees nothing.
     """
 
     def register(f: Recogniser) -> Recogniser:

@@ -228,16 +228,7 @@ def _positions(axes: Sequence[Axis], lengths: Sequence[int]) -> list[np.ndarray]
 
 
 def drawn_region(interpreter: Context, eqn: Any, xs: Sequence[Any], reason: str) -> list[Any]:
-    """The outputs of an equation that no rule covers: those of a region around it, of the innermost module that has one.
-
-    Args:
-        interpreter: the walk.
-        eqn: the equation.
-        xs: its operands' values.
-        reason: why no rule covers it.
-
-    Returns:
-        Placeholders where a region was asked for, and all is walked again; else the outputs of the equation alone, drawn.
+    """The outputs of an equation that no rule covers, drawn; placeholders where a region around it was asked for.
 
     Raises:
         PredictionError: it cannot be drawn, at any size.
@@ -256,14 +247,7 @@ def drawn_region(interpreter: Context, eqn: Any, xs: Sequence[Any], reason: str)
 
 
 def drawn_alone(interpreter: Context, eqn: Any, xs: Sequence[Any], *, time: int | None = None) -> list[Any]:
-    """The outputs of one equation, drawn.
-
-    Args:
-        interpreter: the walk.
-        eqn: the equation.
-        xs: its operands' values.
-        time: the output from which on they have a row a step; None where none has. Of a loop no random whole numbers may
-            come out, of which the moments are known and no more.
+    """The outputs of one equation, drawn; of a loop those from `time` on have a row a step, and none is random whole numbers.
 
     Raises:
         CannotDraw: it cannot be drawn, at any size.
