@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable
 
 import numpy as np
 
 from varscale.theory.domain.axes import Axis
 from varscale.theory.domain.tables import LEADING_ORDER, LOOSE, NEXT_ORDER, Table, by_type, estimate, lift
 from varscale.theory.graph.expressions import Apply, Sum
-from varscale.theory.graph.nodes import UNKNOWN, Array, Constant, Node, pullback, second_moments
+from varscale.theory.graph.nodes import UNKNOWN, Array, Constant, Node, View, pullback, second_moments
 from varscale.theory.graph.store import BackwardNotes, Fact, once_per_node
 from varscale.theory.integrals.softmax import (
     WeightMoments,
@@ -61,8 +61,7 @@ class Softmax(Node):
         second = self.args[0].second(self.axes)
         for node, bind in self.args[2:]:
             assert isinstance(node, Array)
-            seeing = node.over([self.axes[b] for b in bind]).table
-            second = second * lift(seeing.second, seeing.axes, bind, self.axes, pairs=True)
+            second = second * View(node.over([self.axes[b] for b in bind]), bind).second(self.axes)
         return apart(self.by_key(np.broadcast_to(second, self.frame_types)), self.shared)
 
     @functools.cached_property
@@ -138,7 +137,7 @@ class Softmax(Node):
 
 @once_per_node
 def _keys_seen(
-    mask: Array, bind: Sequence[int], axes: tuple[Axis, ...], key: int
+    mask: Array, bind: tuple[int, ...], axes: tuple[Axis, ...], key: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Keys that a row sees, by class of the rows and of the keys; keys that two rows share, by type of the rows and class.
 
@@ -147,17 +146,12 @@ def _keys_seen(
     left, across = [b for b in bind if b != key], tuple(k for k, b in enumerate(bind) if b == key)
     members = mask.values.sum(axis=across) * (1 if across else axes[key].size)
     inverse = estimate(1 / np.maximum(members, 1.0), [axes[b] for b in left])
-    table, number = mask.over([axes[b] for b in bind]).table, axes[key].counts
-    seen, once = (
-        np.moveaxis(lift(x.mean, x.axes, places, axes, pairs=False), key, -1)
-        for x, places in ((table, bind), (inverse, left))
-    )
-    shared = np.moveaxis(lift(table.second, table.axes, bind, axes, pairs=True), key, -1)
-    whole = np.sum(
-        np.broadcast_to(seen * number, np.broadcast_shapes(seen.shape, once.shape, number.shape)), -1
-    )
-    seen = seen * number / np.maximum(once * whole[..., None], 1e-300)
-    return seen, shared[..., : len(number)] * number
+    finer, number = View(mask.over([axes[b] for b in bind]), bind), axes[key].counts
+    once = np.moveaxis(lift(inverse.mean, inverse.axes, left, axes, pairs=False), key, -1)
+    seen = np.moveaxis(finer.mean(axes), key, -1) * number
+    whole = np.broadcast_to(seen, np.broadcast_shapes(seen.shape, once.shape)).sum(-1, keepdims=True)
+    shared = np.moveaxis(finer.second(axes), key, -1)[..., : len(number)] * number
+    return seen / np.maximum(once * whole, 1e-300), shared
 
 
 @second_moments.register(Softmax)
