@@ -1,5 +1,7 @@
 """One scale of all features of a sample, beside what it scales: masks, a single feature, x (w·x). All are drawn."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -97,3 +99,18 @@ def test_a_described_scale_of_samples_before_a_norm_is_drawn():
     weights = {name: vs.Moments(0.0, 1 / 16, (16, 16)) for name in "vw"}
     report = vs.predict(normalised, vs.inputs(described(8, 16), described(8)), params=weights, backward=False)
     assert any("the whole model" in note for note in report.notes)
+
+
+def test_a_loop_over_steps_that_share_what_they_read_is_drawn():
+    """Σ of (x_t + x_{t−1}) v, twice as large as of as many independent ones; a loop over v alone is a region of its own."""
+
+    def summed(params, x, *, shift):
+        before = jnp.pad(x, ((0, 0), (1, 0), (0, 0)))[:, :-1] if shift else x[::-1]
+        steps = ((x + before) @ params["w"]).swapaxes(0, 1)
+        return jax.lax.scan(lambda carry, step: (jnp.tanh(0.9 * carry + 0.1 * step), None), jnp.zeros((4, 16)), steps)[0]
+
+    weights = {"w": vs.Moments(0.0, 1 / 16, (16, 16))}
+    for shift in (True, False):
+        net = functools.partial(summed, shift=shift)
+        report = vs.predict(net, described(4, 12, 16), params=weights, backward=False)
+        assert any("the whole model" in note for note in report.notes) is shift

@@ -26,7 +26,7 @@ from varscale.theory.domain.axis_maps import lift_types
 from varscale.theory.domain.tables import full_types
 from varscale.theory.graph.convolutions import WindowSum
 from varscale.theory.graph.expressions import Apply, Mean, Sum, is_mean_of, roots, swapped
-from varscale.theory.graph.linear_nodes import Contract, Gather, Merge, constant_along
+from varscale.theory.graph.linear_nodes import Concat, Contract, Gather, Merge, Take, constant_along
 from varscale.theory.graph.nodes import Array, Leaf, Node, View, number, pullback
 from varscale.theory.graph.normal_form import derivative, mean_pullback
 from varscale.theory.graph.store import BackwardNotes, once_per_node
@@ -332,3 +332,31 @@ def repeats(node: Node) -> bool:
         pending += more
         seen.update(more)
     return False
+
+
+def meets_itself(node: Node) -> bool:
+    """Whether near places of an array are made of the same entries: of an array and itself shifted along places, in one sum."""
+    pending, seen = [node], {node}
+    for below in pending:  # grows
+        read = roots(below) if isinstance(below, Apply) else below.args
+        shifted = [x for x, _ in read if _is_shifted(x)]
+        others = {x for x, _ in read} if isinstance(below, Apply | Sum) else set[Node]()
+        if any(others & _entries_of(x) for x in shifted):
+            return True
+        more = {x: None for x, _ in read if x not in seen}
+        pending += more
+        seen.update(more)
+    return False
+
+
+def _is_shifted(node: Node) -> bool:
+    """Whether it is a part of what was joined along places, which are no last axis."""
+    while isinstance(node, Take):
+        node = node.args[0].node
+    return isinstance(node, Concat) and node.params[0] < len(node.axes) - 1
+
+
+def _entries_of(node: Node) -> set[Node]:
+    """The arrays of which a node's entries are entries, or functions of them."""
+    read = roots(node) if isinstance(node, Apply) else node.args if isinstance(node, Concat | Take) else ()
+    return set[Node]().union(*(_entries_of(x) for x, _ in read)) if read else {node}

@@ -15,6 +15,7 @@ from varscale.theory.graph import layout
 from varscale.theory.graph.expressions import roots
 from varscale.theory.graph.layout import Value
 from varscale.theory.graph.nodes import Leaf
+from varscale.theory.propagation.pullbacks import meets_itself
 from varscale.theory.rules.axis import slice_of_weights, take
 from varscale.theory.rules.concatenation import concatenate
 from varscale.theory.rules.random import random_bits
@@ -60,6 +61,8 @@ def scan(interpreter: Context, eqn: Any, *xs: Any) -> list[Any]:
     fixed, carry, streams = _compat.scan_operands(p, xs)
     layers = any(isinstance(x, Value) and _stacks_weights(x) for x in streams)
     if not layers and any(kept[: len(carry)]) and p["length"] > _FEW_STEPS:
+        if any(isinstance(x, Value) and meets_itself(x.node) for x in streams):
+            interpreter.ask("a loop over steps that share what they read", whole=True)
         if interpreter.regions.changed:  # the next walk draws it
             return [placeholder(interpreter, v.aval) for v in eqn.outvars]
         with contextlib.suppress(CannotDraw):
