@@ -70,14 +70,13 @@ def scales_samples(views: Sequence[View], frame: Sequence[Axis], curved: bool) -
     """
     if any(0 in bind and node.deps and not node.deps & node.graph.inputs for node, bind in views):
         return False  # an axis of weights, and so not of samples
-    for node, bind in views:
-        read = (isinstance(node, Leaf) and node.is_input) or (not curved and is_known_array(node))
-        if read and 0 in bind and len(frame) - 1 not in bind:
-            table = node.table
-            told = float(np.square(table.mean).ravel() @ shares(table.axes))
-            if table.mean_square - told > NEGLIGIBLE * table.mean_square:
-                return any(view.node.deps & ~node.graph.inputs for view in views)
-    return False
+    read = [node for node, bind in views if 0 in bind and len(frame) - 1 not in bind]
+    tables = (x.table for x in read if x.is_input or (not curved and is_known_array(x)))
+    untold = any(
+        t.mean_square - np.square(t.mean).ravel() @ shares(t.axes) > NEGLIGIBLE * t.mean_square
+        for t in tables
+    )
+    return untold and any(node.deps & ~node.graph.inputs for node, _ in views)
 
 
 def scatter_of_given(node: Computed, axes: Collection[int]) -> float:

@@ -68,12 +68,11 @@ def evaluated(graph: HasStore, work: Callable[[], V]) -> V:
         while True:
             try:
                 result = waiting[-1]()
+                waiting.pop()
+                if not waiting:
+                    return result
             except _Postponed as postponed:
                 waiting.append(postponed.first)
-                continue
-            waiting.pop()
-            if not waiting:
-                return result
     finally:
         graph.nested = 0
 
