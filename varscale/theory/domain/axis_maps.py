@@ -26,7 +26,7 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
-from scipy import sparse
+from scipy import linalg, sparse
 
 from varscale.theory.domain.axes import MOST_CLASSES, Axis, grouped, labelled, without_equal
 
@@ -129,11 +129,7 @@ def class_shares(fine: Axis, coarse: Axis) -> Float[np.ndarray, "fine coarse"]:
 
 def pair_map(classes: Float[np.ndarray, "new old"]) -> Float[np.ndarray, "newtypes oldtypes"]:
     """The map on types made by a map on classes that keeps positions apart."""
-    new, old = classes.shape
-    out = np.zeros((new + new * new, old + old * old))
-    out[:new, :old] = classes
-    out[new:, old:] = np.kron(classes, classes)
-    return out
+    return linalg.block_diag(classes, np.kron(classes, classes))
 
 
 @functools.cache

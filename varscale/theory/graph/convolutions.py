@@ -122,15 +122,11 @@ class Conv(Node):
     params: ConvParams
 
     def prepare(self) -> None:
-        x, w = (v.node for v in self.args)
+        (x, w), (groups, windows, xd, *_) = (v.node for v in self.args), self.params
+        self.width = dim_axes(x, xd)[1].size / groups * math.prod(window.taps for window in windows)
         self.odd = (x.odd & w.unseen) | (w.odd & x.unseen)
         # A sum of few terms (a depthwise one: nine) is not Gaussian: its sign follows the channel it reads.
         self.gradient_doubt = _FEW_TERMS / self.width
-
-    @property
-    def width(self) -> float:
-        channels = dim_axes(self.args[0].node, self.params.x_dims)[1].size
-        return channels / self.params.groups * math.prod(w.taps for w in self.params.windows)
 
     def channels(self) -> tuple[np.ndarray, np.ndarray]:
         """Channel pairs behind a pair of output channels, (types_out, types_in): by w's same input, and by two of them."""

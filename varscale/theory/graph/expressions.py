@@ -62,12 +62,9 @@ class Sum(Node):
     entrywise = True
 
     def prepare(self) -> None:
+        self.is_centred = any(view.node.averages for view in self.args)
         self.odd = functools.reduce(lambda bits, view: bits & view.node.odd, self.args, -1)
         self.positive = all(c >= 0 for c in self.params) and all(v.node.positive for v in self.args)
-
-    @property
-    def is_centred(self) -> bool:
-        return any(view.node.averages for view in self.args)
 
     @functools.cached_property
     def centring(self) -> dict[int, int]:

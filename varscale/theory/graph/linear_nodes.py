@@ -120,6 +120,7 @@ class Contract(Node):
 
     def prepare(self) -> None:
         x, y = (v.node for v in self.args)
+        self.width = math.prod(a.size for a in self.params)
         own = weight_of(self)  # applied before, it is as good as fresh: what that leaves is of order 1/width
         self.odd = (x.odd & y.unseen) | (y.odd & x.unseen) | (own.odd if own else 0)
         self.positive = x.positive and y.positive
@@ -127,10 +128,6 @@ class Contract(Node):
     @property
     def frame(self) -> tuple[Axis, ...]:
         return (*self.axes, *self.params)
-
-    @property
-    def width(self) -> int:
-        return math.prod(a.size for a in self.params)
 
     def contract(self, second: np.ndarray) -> np.ndarray:
         """Sum a type array of the frame over the contracted axes."""
@@ -204,12 +201,8 @@ _MAPS: Fact[Hashable, AxisMap] = Fact()  # by a digest of the entries, and the a
 class AxisMapped(Node):
     """y_p = Σ_i A_pi x_i along one axis, A its `axis_map`; `params` is (axis, key of the map)."""
 
-    @property
-    def axis_map(self) -> AxisMap:
-        return _MAPS.of(self.graph)[self.params[1]]
-
     def prepare(self) -> None:
-        x = self.args[0].node
+        self.axis_map, x = _MAPS.of(self.graph)[self.params[1]], self.args[0].node
         self.odd, self.positive = x.odd, x.positive and bool(np.all(self.axis_map.matrix.data >= 0))
 
 
@@ -264,23 +257,14 @@ class Gather(Node):
 
     def prepare(self) -> None:
         """What indices are computed from decides, too: the nearest row is no row like others, and may turn with the table."""
-        picker = self.params.ids
+        row_axes, index_axes, _, _, picker = self.params
+        self.known = INDICES.get(self.graph, picker)
+        self.line = self.known if len(row_axes) == len(index_axes) == 1 else None
+        self.indexed = [self.axes[k] for k in index_axes]
         if isinstance(picker, Node):
             self.deps |= picker.deps
             self.odd &= picker.unseen
             self.even &= picker.unseen
-
-    @property
-    def known(self) -> np.ndarray | None:
-        return INDICES.get(self.graph, self.params.ids)
-
-    @property
-    def line(self) -> np.ndarray | None:
-        return self.known if len(self.params.row_axes) == len(self.params.index_axes) == 1 else None
-
-    @property
-    def indexed(self) -> list[Axis]:
-        return [self.axes[k] for k in self.params.index_axes]
 
     def rates(self) -> np.ndarray:
         """P(same row) over the types of the indices."""

@@ -205,10 +205,8 @@ class Graph:
 
     def __init__(self) -> None:
         self.nodes: dict[Hashable, Node] = {}
-        self.leaves = 0
-        self.symmetric = self.inputs = 0
+        self.leaves = self.symmetric = self.inputs = self.nested = 0
         self.computing: list[Marked] = []
-        self.nested = 0
         self.store: dict[Any, dict[Any, Any]] = {}
         self.derived: dict[int, list[tuple[Node, Pullback, float]]] = {}
         self.origin: Any = None
@@ -303,11 +301,8 @@ class Leaf(Node):
 class Array(Node):
     """Known numbers `values` over its axes; `params` is their digest. Its table pools them by class."""
 
-    @property
-    def values(self) -> np.ndarray:
-        return _NUMBERS.of(self.graph)[self.params]
-
     def prepare(self) -> None:
+        self.values = _NUMBERS.of(self.graph)[self.params]
         self.positive = bool(self.values.size and np.min(self.values) >= 0)
         self.near = 1.0
 

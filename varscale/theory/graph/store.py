@@ -118,13 +118,7 @@ def once_per_node(work: Callable[..., V]) -> Callable[..., V]:
         found, key = fact.of(node.graph), (node.id, *args)
         if key in found:
             return found[key]
-
-        def once() -> V:
-            if key not in found:
-                found[key] = work(node, *args)
-            return found[key]
-
-        return evaluated(node.graph, once)
+        return evaluated(node.graph, lambda: fact.once(node.graph, key, lambda: work(node, *args)))
 
     return known
 
