@@ -69,14 +69,18 @@ def _placed_part(part: Axis, start: int, whole: Axis) -> AxisMap:
 
 @part_of.register(Concat)
 def part_of_concat(node: Concat, k: int, start: int, stop: int) -> Node | None:
-    """Positions start, ..., stop − 1 of axis k, where the parts are joined along it and one of them has all these."""
+    """Positions start, ..., stop − 1 of axis k, where the parts are joined along it: what is left of each, joined."""
     along, sizes = node.params
-    parts = zip(node.args, itertools.accumulate(sizes, initial=0), sizes, strict=False)
-    found = [(view, at) for view, at, n in parts if at <= start and stop <= at + n]
-    if k != along or not found:
+    if k != along:
         return None
-    (view, at), *_ = found
-    child, bind = take_view(view, k, start - at, stop - at)
+    starts = itertools.accumulate(sizes, initial=0)
+    spans = [(max(start - at, 0), min(stop - at, n)) for at, n in zip(starts, sizes, strict=False)]
+    cut = [(view, span) for view, span in zip(node.args, spans, strict=True) if span[0] < span[1]]
+    left = [take_view(view, k, *span) for view, span in cut]
+    if len(left) > 1:
+        axes = (*node.axes[:k], labelled(node.axes[k].label_array[start:stop]), *node.axes[k + 1 :])
+        return node.graph.make(Concat, axes, left, (k, tuple(last - first for _, (first, last) in cut)))
+    child, bind = left[0]
     missing = [j for j in range(len(node.axes)) if j not in bind and (j != k or stop - start > 1)]
     if missing and not isinstance(child, Constant):  # along those axes it is constant
         along_them = (Axis(stop - start) if j == k else node.axes[j] for j in missing)
