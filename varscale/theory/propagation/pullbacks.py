@@ -339,9 +339,9 @@ def meets_itself(node: Node) -> bool:
     pending, seen = [node], {node}
     for below in pending:  # grows
         read = roots(below) if isinstance(below, Apply) else below.args
-        shifted = [x for x, _ in read if _is_shifted(x)]
-        others = {x for x, _ in read} if isinstance(below, Apply | Sum) else set[Node]()
-        if any(others & _entries_of(x) for x in shifted):
+        shifted = [_entries_of(x) for x, _ in read if _is_shifted(x)]
+        others = [_entries_of(x) for x, _ in read if not _is_shifted(x)]
+        if isinstance(below, Apply | Sum) and any(a & b for a, b in itertools.product(shifted, others)):
             return True
         more = {x: None for x, _ in read if x not in seen}
         pending += more
