@@ -129,7 +129,7 @@ def class_shares(fine: Axis, coarse: Axis) -> Float[np.ndarray, "fine coarse"]:
 
 def pair_map(classes: Float[np.ndarray, "new old"]) -> Float[np.ndarray, "newtypes oldtypes"]:
     """The map on types made by a map on classes that keeps positions apart."""
-    return linalg.block_diag(classes, np.kron(classes, classes))
+    return np.asarray(linalg.block_diag(classes, np.kron(classes, classes)))
 
 
 @functools.cache
