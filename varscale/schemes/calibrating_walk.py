@@ -146,6 +146,7 @@ class Laws:
     def scaled(self, kernel: Kernel, weight: Value, scale: float) -> Value:
         """A kernel of variance 1/fan_in with another standard deviation: the leaf that a prediction of the plan has there."""
         node, law = weight.node, self._read(kernel.unit * scale)
+        assert isinstance(node, Leaf)  # that is what a kernel is whose law the walk lays
         made = node.graph.make(Leaf, node.axes, (), (*node.name, float(scale)))
         table = independent(0.0, law.table.mean_square, node.axes)
         return Value(made.settle(table, odd=True, kurtosis=law.kurtosis, transport=law.transport), weight.dims)
@@ -156,7 +157,9 @@ class Laws:
             law, interpreter = spread(self._distribution, std), Interpreter()
             traced = jax.make_jaxpr(lambda: law(jax.random.key(0), (2,), np.dtype(np.float32)))()
             (out,) = interpreter.run(traced.jaxpr, traced.consts, [])
-            self._known[std] = as_weight(interpreter, out).node
+            node = as_weight(interpreter, out).node
+            assert isinstance(node, Leaf)
+            self._known[std] = node
         return self._known[std]
 
 

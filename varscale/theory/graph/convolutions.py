@@ -120,6 +120,7 @@ class Conv(Node):
     """A convolution."""
 
     params: ConvParams
+    width: float  # pyright: ignore[reportIncompatibleVariableOverride] set by prepare
 
     def prepare(self) -> None:
         (x, w), (groups, windows, xd, *_) = (v.node for v in self.args), self.params

@@ -118,6 +118,8 @@ class Contract(Node):
     As a sum over many terms (`width`) it is taken for Gaussian. `frame` is its own axes, then the contracted ones.
     """
 
+    width: float  # pyright: ignore[reportIncompatibleVariableOverride] set by prepare
+
     def prepare(self) -> None:
         x, y = (v.node for v in self.args)
         self.width = math.prod(a.size for a in self.params)

@@ -256,7 +256,9 @@ def summarize(
         x = modulus(interpreter, x) if isinstance(x, Complex) else x
         if isinstance(x, Value) and math.prod(x.shape) > 0:
             _ = x.node.table
-            kinds[path], values[path] = kind or _kind(program, path), x
+            module = re.sub(r"(#\d+|@\d+|\[.*\]|\.\w+)+$", "", path)
+            own = program.kinds.get(module, "array" if module else program.kind)
+            kinds[path], values[path] = kind or own, x
     gradients = {} if shares is None else _gradients(interpreter, values, shares)
     rows = tuple(_row(path, kinds[path], x, *gradients.get(path, (None, None))) for path, x in values.items())
     return Report(rows, dict(weights))
@@ -275,11 +277,6 @@ def with_gradients(
         for row in report.rows
     ]
     return dataclasses.replace(report, rows=tuple(rows))
-
-
-def _kind(program: Program, path: str) -> str:
-    module = re.sub(r"(#\d+|@\d+|\[.*\]|\.\w+)+$", "", path)
-    return program.kinds.get(module, program.kind if module == "" else "array")
 
 
 def _row(path: str, kind: str, x: Value, gradient: float | None, gradient_bound: float | None) -> Row:

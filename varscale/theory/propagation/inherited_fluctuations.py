@@ -210,13 +210,14 @@ def inherited(node: Node) -> Spread:
     places = {root: weighted([(x.place, own[root])]) for root, x in told.items()}
     growth = math.prod(x.growth for x in told.values())
     bent = sum(abs(x.slope) * kernel(root).bend + x.doubt for root, x in told.items())
+    mixed = [{r.node for r in roots(factor.node)} for factor in independent_factors(node)]
     for a, b in itertools.combinations(places, 2):
         together = shared(places[a], places[b])  # E[F G] = E[F] E[G] exp(Cov[ln F, ln G]) of two factors
-        if _within_one_factor(node, a, b):
+        if any({a, b} <= one for one in mixed):  # a sum of squares, say, has no covariance in its mean
             entered = isinstance(a, Leaf) or isinstance(b, Leaf)
             bent += max(abs(together), abs(shared(own[a], own[b])) if entered else 0.0)
         else:
-            growth *= math.exp(float(np.clip(together, -1, 1)))
+            growth *= math.exp(np.clip(together, -1, 1))
     shape, unsure = kurtosis_shift(node)
     return Spread(
         weighted([(x.slope, kernel(root).sources) for root, x in told.items()]) | _scalings(node),
@@ -232,11 +233,6 @@ def _of_one_sample(root: Node) -> dict[Hashable, float]:
     if not (root.is_input and root.axes and root.table.variance > 0):
         return {}
     return {root.id: math.sqrt(math.log1p(fresh(root, (len(root.axes) - 1,))))}
-
-
-def _within_one_factor(node: Apply, a: Node, b: Node) -> bool:
-    """Whether a tree mixes two roots otherwise than as a product: a sum of squares has no covariance in its mean."""
-    return any({a, b} <= {r.node for r in roots(factor.node)} for factor in independent_factors(node))
 
 
 @once_per_node

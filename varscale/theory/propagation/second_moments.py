@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Hashable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -234,14 +234,16 @@ def _cubature(group: _Group, frame: Sequence[Axis], fixed: Environment) -> tuple
         raise NotImplementedError(f"a function of {k} arrays with {n} different correlations")
     z = sobol(2 * k)
 
-    def product(xs: list[View], cell: tuple[int, ...], latents: np.ndarray) -> np.ndarray:
+    def product(xs: list[View], cell: tuple[Any, ...], latents: np.ndarray) -> np.ndarray:
         lines = {v: in_class(value, cell) for v, value in fixed.items()}
         for i, view in enumerate(views):
             lines[view] = _root_values(view.node, latents[:, i], in_class(grids[i], cell))
         for view, (leader, line) in group.followers.items():
             lines[view] = in_class(line, cell)[_nearest(latents[:, views.index(leader)])]
         env: Environment = {v: line.reshape(*[1] * len(frame), -1) for v, line in lines.items()}
-        return functools.reduce(np.multiply, (in_class(evaluate(x, frame, env), cell) for x in xs), 1.0)
+        return functools.reduce(
+            np.multiply, (in_class(evaluate(x, frame, env), cell) for x in xs), np.array(1.0)
+        )
 
     inner, firsts, mean = {}, {}, np.empty(classes)
     for cell in np.ndindex(*classes):

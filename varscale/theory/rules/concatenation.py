@@ -36,7 +36,7 @@ from varscale.theory.rules.axis import take, take_view
 from varscale.theory.rules.registry import Context, rule
 from varscale.theory.rules.sampled_regions import drawn_region
 
-_MANY_PARTS = 24  # parts up to which every pair is computed; more are drawn where that can be
+_MANY_PARTS = 24  # parts above which they are drawn with what they are joined for, where that can be
 
 
 class Part(NamedTuple):

@@ -250,7 +250,7 @@ def _mask_level(known: Array) -> float | None:
 
     So are numbers of two kinds, zeros for one, when the others leave a key nothing of its weight (windows that meet: −100).
     """
-    low, high = float(known.values.min()), float(known.values.max())
+    low, high = known.values.min(), known.values.max()
     if low >= MASKED and low < high - _NOTHING_LEFT and set(np.unique(known.values)) == {low, high}:
         return (low + high) / 2
     return MASKED if low < MASKED else None
