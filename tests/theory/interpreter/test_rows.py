@@ -56,3 +56,22 @@ def test_what_is_read_past_an_output_is_no_gradient_of_it():
     report = vs.predict(Skipped(), X)
     assert report["Dropout_0"].gradient_error_bound > 0.5
     assert report["Dense_0"].gradient_error_bound < 0.5
+
+
+class TwoReaders(nn.Module):
+    """Two branches, each behind a norm of its own, as in blocks whose attention and feed-forward part run side by side."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Dense(32, name="stem")(x)
+        one = nn.Dense(32, name="small", kernel_init=vs.normal(0.01))(nn.LayerNorm(name="norm_1")(x))
+        scaled = nn.LayerNorm(name="norm_2")(x)
+        return x + one + nn.Dense(32, name="large")(nn.LayerNorm(name="after")(scaled))
+
+
+def test_a_cotangent_that_two_equal_arrays_share_is_in_doubt():
+    report = vs.predict(TwoReaders(), jax.ShapeDtypeStruct((8, 32), "float32"))
+    # norm_1's cotangent is 1e-4 · 32 of the output's, norm_2's about 1: as one array both have the sum.
+    assert report["norm_1"].gradient_error_bound > 1
+    assert report["norm_2"].gradient_error_bound > 1
+    assert report["after"].gradient_error_bound < 0.2

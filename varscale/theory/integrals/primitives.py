@@ -52,10 +52,6 @@ def _on_bits(name: str) -> Callable[..., np.ndarray]:
     return f
 
 
-def _compare(ufunc: Any) -> Callable[..., np.ndarray]:
-    return lambda x, y: ufunc(x, y).astype(float)
-
-
 def _convert(x: np.ndarray, kind: str) -> np.ndarray:
     x = np.asarray(x)
     if kind in "iu":
@@ -158,7 +154,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "select_n": lambda which, *cases: np.select(
         [np.asarray(which) == i for i in range(len(cases))], [np.clip(c, -1e30, 1e30) for c in cases]
     ),
-    **{name: _compare(ufunc) for name, ufunc in COMPARISONS.items()},
+    **{name: lambda x, y, f=f: f(x, y).astype(float) for name, f in COMPARISONS.items()},
     **{name: _on_bits(name) for name in BITWISE},
     "is_finite": lambda x: np.isfinite(x).astype(float),
     "affine": lambda x, c, d: c * x + d,

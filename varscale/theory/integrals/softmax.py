@@ -136,12 +136,6 @@ def weight_moments(
     return WeightMoments(*(x.reshape((*counts.shape[:-1], *x.shape[1:])) for x in found))
 
 
-def where_weighed(weights: WeightMoments) -> tuple[np.ndarray, np.ndarray]:
-    """E[p²]/E[p] and E[p³]/E[p²] of a key: its share where another row weighs it that has nothing, or all, in common."""
-    first, square, cube = (np.maximum(x, 1e-300) for x in weights[:3])
-    return square / first, cube / square
-
-
 def weighed_in_both(apart: np.ndarray, one: np.ndarray, correlation: np.ndarray) -> np.ndarray:
     """E[p_i² p_j]/E[p_i p_j] of lognormal weights, from that of independent rows and of one row: geometric in the correlation.
 

@@ -26,7 +26,7 @@ from varscale.theory.graph.layout import Value, value
 from varscale.theory.graph.nodes import Array, Constant, Graph, Node, View, array
 from varscale.theory.graph.store import Fact, PredictionError
 from varscale.theory.integrals.primitives import of_known
-from varscale.theory.propagation.doubts import has_values
+from varscale.theory.propagation.doubts import OUTSIDE
 from varscale.theory.rules.registry import CALLS, Complex, Opaque, parts
 
 MOST_FOLDED = 1 << 26  # elements up to which known numbers are computed with rather than described
@@ -138,7 +138,7 @@ def folded_elementwise(name: str, extra: Any, frame: Sequence[Axis], views: Sequ
             else numbers_over(view, frame)
             for view in views
         ]
-        if not literal and not has_values(name, numbers):
+        if not literal and name in OUTSIDE and np.any(OUTSIDE[name](*numbers)):
             return None  # a rule says so
         known_as, operands = ("mul", numbers * 2) if name == "square" else (name, numbers)
         with np.errstate(all="ignore"):

@@ -6,7 +6,7 @@ One trace gives both the laws of the parameters and the forward pass, where one 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -199,10 +199,17 @@ class Walkable(NamedTuple):
         return interpreter.run(self.forward.jaxpr, self.forward.constants, operands)
 
     def captured(self, interpreter: Interpreter) -> dict[str, dict[str, Any]]:
-        """The same by call and row, in execution order."""
-        tree = jax.tree_util.tree_structure(self.forward.shapes)
-        outputs = jax.tree_util.tree_unflatten(tree, self.run(interpreter))
-        return {call: outputs[call] for call in _execution_order(self.forward.jaxpr, self.forward.shapes)}
+        """The same by call and row, in execution order: that of the equations that make what calls put out first.
+
+        Of calls that end together the innermost comes first; the model itself comes last.
+        """
+        shapes, at = self.forward.shapes, iter(_places(self.forward.jaxpr))
+        where = {call: [next(at) for _ in shapes[call]] for call in shapes}
+        outputs = jax.tree_util.tree_unflatten(jax.tree_util.tree_structure(shapes), self.run(interpreter))
+        return {
+            call: outputs[call]
+            for call in sorted(shapes, key=lambda call: (call == "", where[call][:1], -call.count("/")))
+        }
 
 
 def walkable(interpreter: Interpreter, program: Program, given: Inputs, params: Any, scheme: Any) -> Walkable:
@@ -315,16 +322,6 @@ def _settled(
                 if interpreter.graph.undrawn:
                     raise known from error
                 interpreter.graph.undrawn = True
-
-
-def _execution_order(jaxpr: Any, shapes: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Calls by the equation that makes the first of what they put out; those that end together from the innermost out.
-
-    The model itself is the last.
-    """
-    at = iter(_places(jaxpr))
-    where = {call: [next(at) for _ in shapes[call]] for call in shapes}
-    return sorted(shapes, key=lambda call: (call == "", where[call][:1], -call.count("/")))
 
 
 def _places(jaxpr: Any) -> list[tuple[int, ...]]:

@@ -174,12 +174,14 @@ class Through(NamedTuple):
         beside: whether the array is read past it, too.
         ends: how many of the model's own outputs are it.
         all_ends: how many are the array.
+        tap: the variable that holds it.
     """
 
     reads: bool
     beside: bool
     ends: int
     all_ends: int
+    tap: _Tap
 
     def of(self, whole: float, doubt: float) -> tuple[float, float]:
         """Its gradient and doubt, where those at the array are `whole` and `doubt`; cotangents of outputs are independent."""
@@ -197,12 +199,27 @@ class _Tap:
     parent: _Tap | None = None
     readers: int = 0
     ends: int = 0
+    sources: Sequence[_Tap] = ()
 
     def chain(self) -> Iterable[_Tap]:
         tap: _Tap | None = self
         while tap is not None:
             yield tap
             tap = tap.parent
+
+    def is_made_of(self, other: _Tap) -> bool:
+        """Whether an array is worked out from another, or is it."""
+        waiting, seen = [self], set()
+        while waiting:
+            tap = waiting.pop()
+            if tap not in seen:
+                seen.add(tap)
+                waiting += [x for source in tap.sources for x in source.chain()]
+        return other in seen
+
+    def is_part(self, other: _Tap) -> bool:
+        """Whether this variable's cotangent is less than the array's, which another holds, too, that is read past this one."""
+        return not other.is_made_of(self) and (other.readers > 1 or not self.is_made_of(other))
 
 
 def through(jaxpr: Any, rows: Mapping[str, int], own: Sequence[str]) -> dict[str, Through]:
@@ -217,7 +234,7 @@ def through(jaxpr: Any, rows: Mapping[str, int], own: Sequence[str]) -> dict[str
     for path, number in rows.items():
         tap = _tap(taps, jaxpr.outvars[number])
         root = list(tap.chain())[-1]
-        found[path] = Through(tap.readers > 0, root.readers > tap.readers, tap.ends, root.ends)
+        found[path] = Through(tap.readers > 0, root.readers > tap.readers, tap.ends, root.ends, root)
     return found
 
 
@@ -240,6 +257,8 @@ def _tapped(eqns: Sequence[Any], taps: dict[Any, _Tap]) -> None:
         else:
             for tap in (tap for x in ins for tap in x.chain()):
                 tap.readers += 1
+            for v in eqn.outvars:
+                _tap(taps, v).sources = ins
 
 
 def summarize(
@@ -291,13 +310,13 @@ def _row(path: str, kind: str, x: Value, gradient: float | None, gradient_bound:
     reach = math.exp(min(doubt_of(x.node), 1.0) / (2 if how == "sampled" else 1))
     samples, places = len(x.shape) > 1 and x.shape[0] > 1, math.prod(x.shape[1:-1]) > 1
     return Row(
-        path=path,
-        kind=kind,
-        shape=x.shape,
-        mean=mean,
-        second_moment=second,
-        variance=max(second - mean**2, 0.0),
-        typical=typical,
+        path,
+        kind,
+        x.shape,
+        mean,
+        second,
+        max(second - mean**2, 0.0),
+        typical,
         band=(low / reach, high * reach),
         sample_correlation=_correlation_along(x, x.dims[:1]) if samples else None,
         position_correlation=_correlation_along(x, x.dims[1:-1]) if places else None,
@@ -350,13 +369,17 @@ def _gradients(
     for path in [p for p in values if p == "" or p.startswith("[")] or list(values)[-1:]:
         node = values[path].node
         second = np.zeros(node.frame_types)
-        second[tuple(slice(0, a.classes) for a in node.axes)] = float(copies[path])
+        second[tuple(slice(a.classes) for a in node.axes)] = copies[path]
         seeds.append((node, second))
         outputs[node.id].add(values[path].dims)
     found = cotangents(seeds, [x.node for x in values.values()])
     if sum(lost > _MUCH for *_, lost in found.values()) > _MANY * len(found):
         interpreter.regions.ask("", "gradients of windows over near places")
     gradients = {}
+    held = collections.defaultdict(list)
+    for path, x in values.items():
+        if path in shares and shares[path].reads:
+            held[x].append(shares[path].tap)
     for path, x in values.items():
         if x.node.id in found:
             gradient, doubt, _ = found[x.node.id]
@@ -366,5 +389,7 @@ def _gradients(
             gradient = gradient / copies[path]
             if path in shares:
                 gradient, doubt = shares[path].of(gradient, doubt)
+                if others := sum(map(shares[path].tap.is_part, held[x])):
+                    gradient, doubt = gradient / (1 + others), doubt + UNKNOWN  # as if each had as much
             gradients[path] = gradient, float(GRADIENT_BASE + doubt)
     return gradients

@@ -109,13 +109,11 @@ def cotangents(
         if found := backward.found(whole_of):
             whole = _added_cotangents(found, whole_of.axes)
             square = mean_square(whole.second, whole_of.axes) / (scale**2 if whole_of is inner else 1.0)
-            out[n.id] = (square, whole.doubt + _few_numbers(whole.few), whole.lost)
+            # Where n numbers flow back, typical gradients lie below the mean: E ln χ²ₙ/n = ψ(n/2) − ln(n/2).
+            half = min(whole.few / 2, 1e18)
+            below = math.expm1(math.log(half) - float(special.digamma(half)))
+            out[n.id] = (square, whole.doubt + below, whole.lost)
     return out
-
-
-def _few_numbers(n: float) -> float:
-    """How far the typical gradient lies below the mean one where n numbers flow back: E ln χ²ₙ/n = ψ(n/2) − ln(n/2)."""
-    return 0.0 if n == math.inf else math.expm1(math.log(n / 2) - float(special.digamma(n / 2)))
 
 
 def _copied(node: Node) -> tuple[Node, float]:

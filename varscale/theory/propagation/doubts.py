@@ -37,7 +37,8 @@ UNBOUNDED = 1e9  # a doubt that stands for an infinite one, and can be multiplie
 _NEGLIGIBLE = 1e-6  # weight of places without a value: beyond 4.9 standard deviations there may be some
 _RESOLVED_GRID, _LOST = 0.05, 0.3  # relative differences between a grid and each third of it
 
-_OUTSIDE: dict[str, Callable[..., Any]] = {
+# Of functions that have no value somewhere: where that is.
+OUTSIDE: dict[str, Callable[..., Any]] = {
     "log": lambda x: x <= 0,
     "log1p": lambda x: x <= -1,
     "sqrt": lambda x: x < 0,
@@ -50,11 +51,6 @@ _OUTSIDE: dict[str, Callable[..., Any]] = {
     "erf_inv": lambda x: np.abs(x) >= 1,
     "acosh": lambda x: x < 1,
 }
-
-
-def has_values(name: str, numbers: Sequence[np.ndarray]) -> bool:
-    """Whether a function has a value at all of these."""
-    return name not in _OUTSIDE or not np.any(_OUTSIDE[name](*numbers))
 
 
 # Functions of Gaussian roots, by form, that have values and mean squares.
@@ -88,8 +84,8 @@ def _within_domain(name: str, extra: tuple[Any, ...]) -> Callable[..., np.ndarra
         if name == "mul":
             return np.where((xs[0] == 0) | (xs[1] == 0), 0.0, out) if np.isnan(out).any() else out
         undefined = [] if name == "select_n" else [found for x in xs if (found := np.isnan(x)).any()]
-        if name in _OUTSIDE:
-            undefined.append(_OUTSIDE[name](*xs))
+        if name in OUTSIDE:
+            undefined.append(OUTSIDE[name](*xs))
         return np.where(functools.reduce(np.logical_or, undefined), np.nan, out) if undefined else out
 
     return at

@@ -170,13 +170,6 @@ def free_share(weight: Leaf, terms: float, units: int) -> float:
     return max(1 - units / terms, 0.0) if weight.name[0] == "orthonormal" else 1.0
 
 
-def _kept_norm(node: Node) -> float:
-    """The share of its mean square's own fluctuations that a product lacks, since its input has fixed it."""
-    own = applied_weights(node) if isinstance(node, Contract) else ()
-    units = [(leaf, math.prod(node.axes[k].size for k in units)) for leaf, _, _, units in own]
-    return max((1 - free_share(leaf, node.width or 1, n) for leaf, n in units), default=0.0)
-
-
 @once_per_node
 def square_pairs(node: Node) -> tuple[np.ndarray, np.ndarray]:
     """E[x_i² x_j²] of an elementwise tree by type and E[x_i²] by class, up to a factor; 1 long where they do not vary."""
@@ -197,7 +190,11 @@ def square_pairs(node: Node) -> tuple[np.ndarray, np.ndarray]:
         found = _square_coefficients(factor, frame, fixed, bits)
         if found is None:
             continue
-        kept, gone = _kept_norm(root.node), slice(2, 3)
+        # The share of its mean square's own fluctuations that a product lacks, since its input has fixed it.
+        weights = applied_weights(root.node) if isinstance(root.node, Contract) else ()
+        units = [(w.leaf, math.prod(root.node.axes[k].size for k in w.units)) for w in weights]
+        kept = max((1 - free_share(leaf, root.node.width or 1, n) for leaf, n in units), default=0.0)
+        gone = slice(2, 3)
         if (
             root.node.id in scales
         ):  # its mean square cannot fluctuate; nor can its mean, where that was taken away

@@ -259,7 +259,13 @@ def _channels(root: Node, places: Places, x: Node, x_places: Places) -> Channels
     else:
         others = frozenset(range(len(root.axes))).difference(own)
         between = float(np.clip(_common(root, others) / max(common, 1e-300), 0.0, 1.0))
-        drawn = _normals((1 if between > _SHARED_BY_SAMPLES else _POPULATION_SAMPLES) + 2)
+        # Standard normals, each column spread as evenly as a normal is.
+        columns, rng = (
+            (1 if between > _SHARED_BY_SAMPLES else _POPULATION_SAMPLES) + 2,
+            np.random.default_rng(0),
+        )
+        even = ndtri((np.arange(_CHANNELS) + 0.5) / _CHANNELS)
+        drawn = np.stack([rng.permutation(even) for _ in range(columns)], axis=1)
         means = math.sqrt(between) * drawn[:, 1:2] + math.sqrt(1 - between) * drawn[:, 2:]
         excess = max(weight.kurtosis - 1, 0.0) / max(root.width or 1, 1)  # of a unit's squared weights
         spread = math.sqrt(math.log1p(excess)) * drawn[:, :1]
@@ -283,13 +289,6 @@ def _of_few(root: Conv, read: ChannelMoments, units: int) -> Channels:
     # Weights of either sign are as likely.
     either = np.concatenate([common, -common]), np.concatenate([own, own])
     return Channels(*either, units, read.scatter() / group)
-
-
-def _normals(columns: int) -> Float[np.ndarray, "channels columns"]:
-    """Standard normals, each column spread as evenly as a normal is."""
-    rng = np.random.default_rng(0)
-    even = ndtri((np.arange(_CHANNELS) + 0.5) / _CHANNELS)
-    return np.stack([rng.permutation(even) for _ in range(columns)], axis=1)
 
 
 def _common(node: Node, places: Places) -> float:

@@ -67,6 +67,8 @@ def quantiles_of_sum(root: Sum, table: Table, deviation: np.ndarray) -> np.ndarr
     if len(cells) > _MOST_CELLS:  # one shape for all: mean and deviation stay each class's own
         cells = [_most_common(root.axes)]
     together = connected(parts, lambda a, b: _joined(a, b, root.axes))
+    coarse = slice(None, None, 5)
+    pairs = np.multiply.outer(WEIGHTS[coarse], WEIGHTS[coarse]).ravel()
     shapes = np.empty((*shape, POINTS))
     for cell in cells:
         line = np.zeros(POINTS)
@@ -75,7 +77,9 @@ def quantiles_of_sum(root: Sum, table: Table, deviation: np.ndarray) -> np.ndarr
             if len(own) > 1:
                 values, weights = _points([p.latent for p in group], own, root.axes, cell)
                 own = [_ordered(values.sum(axis=0), weights)]
-            line = _convolved(line, own[0])
+            line = _ordered(
+                np.add.outer(line[coarse], own[0][coarse]).ravel(), pairs
+            )  # independent, tails included
         mean = WEIGHTS @ line
         std = math.sqrt(max(WEIGHTS @ line**2 - mean**2, 1e-300))
         shapes[cell if len(cells) > 1 else ...] = (line - mean) / std
@@ -85,13 +89,6 @@ def quantiles_of_sum(root: Sum, table: Table, deviation: np.ndarray) -> np.ndarr
 def _most_common(axes: Sequence[Axis]) -> tuple[int, ...]:
     """The class of each axis that most of its positions have."""
     return tuple(int(np.argmax(a.counts)) for a in axes)
-
-
-def _convolved(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Quantiles, on the normal grid, of the sum of two independent variables given so, tails included."""
-    coarse = slice(None, None, 5)
-    weights = np.multiply.outer(WEIGHTS[coarse], WEIGHTS[coarse]).ravel()
-    return _ordered(np.add.outer(a[coarse], b[coarse]).ravel(), weights)
 
 
 def _ordered(values: np.ndarray, weights: np.ndarray) -> np.ndarray:

@@ -113,13 +113,6 @@ def pullback_of_gather(node: Gather, cotangent: np.ndarray, notes: BackwardNotes
     return [out.transpose(np.argsort(order))]
 
 
-def base_ids(node: Node) -> Node:
-    """The random or known index behind the wrap-around of negative ones."""
-    while not isinstance(node, Array | Leaf) and len(own := roots(node)) == 1 and own[0].node is not node:
-        node = own[0].node
-    return node
-
-
 @rule("gather")
 def gather(interpreter: Context, eqn: Any, x: Value, ids: Value) -> Any:
     """One known index is a slice, rows by index are a lookup; what is picked otherwise is sampled."""
@@ -171,7 +164,13 @@ def rows_by_index(
         own = ids.dims[: len(batch)]
         axes = [Axis(atom.size) for dim in own for atom in dim if atom.axis is not None]
         atoms = [tuple(Atom(n, None if k is None else next(places)) for n, k in dim) for dim in own]
-        which = base_ids(ids.node)
+        which = ids.node  # or, behind the wrap-around of negative ones, the random or known index
+        while (
+            not isinstance(which, Array | Leaf)
+            and len(inner := roots(which)) == 1
+            and inner[0].node is not which
+        ):
+            which = inner[0].node
     else:
         line = np.ravel_multi_index(tuple(known.reshape(-1, len(rows)).astype(int).T), rows, mode="clip")
         k = axis_of[picked[0]] if known.size == max(known.shape) and len(rows) == 1 else None

@@ -20,7 +20,6 @@ from varscale.theory.integrals.softmax import (
     in_common,
     weighed_in_both,
     weight_moments,
-    where_weighed,
 )
 from varscale.theory.propagation.inherited_fluctuations import NONE, Spread, propagated
 from varscale.theory.propagation.pullbacks import sum_out
@@ -209,7 +208,9 @@ def pullback_of_softmax(
     lost = lost + common * p[..., c:].reshape(common.shape)
     correlation = node.deviation / np.maximum(node.read(node.of_one(node.deviation)), 1e-12)
     # E[p_ik² p_jk]/E[p_ik p_jk], and the same of the other row.
-    unlike, alike = where_weighed(weights)
+    # Of one key: its share where another row weighs it that has nothing, or all, in common.
+    first, square, cube = (np.maximum(x, 1e-300) for x in weights[:3])
+    unlike, alike = square / first, cube / square
     weighed = sum(
         weighed_in_both(node.read(unlike, second=j), node.read(alike, second=j), correlation)
         for j in (False, True)
