@@ -211,12 +211,14 @@ def forks(node: Node) -> Forks:
 def _beside_its_mean(p: _Path, q: _Path) -> Fork | None:
     """The fork of a value reached directly (p) and through its mean (q), where nothing bends on the way; else None.
 
-    Of a sum that is centred as a whole, as a norm does, there is none: what it takes away goes with its scale.
+    Of a sum that is centred as a whole, as a norm does, there is none: what it takes away goes with its scale. But a term that
+    lacks an axis of that mean (a time that is added at all places) collects what is left of it along the axis.
     """
-    assert q.over is not None
+    assert q.over is not None and p.begins is not None and q.begins is not None
     lacking = [k for k in range(len(p.view.bind)) if k in q.over.node.reduced]
     kept = tuple(b for k, b in enumerate(p.view.bind) if k not in lacking)
-    whole = p.begins is not None and q.begins is not None and is_mean_of(q.begins, p.begins)
+    lacks = len(p.begins.axes) - len(p.view.bind) > len(q.begins.axes) - len(q.over.bind)
+    whole = not lacks and is_mean_of(q.begins, p.begins)
     if p.slope or q.slope or not q.over.node.averages or kept != q.over.bind or whole:
         return None
     beside = tuple(p.view.bind[k] for k in lacking)
