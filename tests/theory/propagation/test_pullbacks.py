@@ -180,3 +180,21 @@ def test_copies_are_counted():
     assert repeats(repeated)
     assert copies(merge(x, 0, 2)) == 1
     assert not repeats(merge(x, 0, 2))
+
+
+class AddedAtAllPlaces(nn.Module):
+    """A vector that is added at all places, in front of a norm over places and groups of four features."""
+
+    @nn.compact
+    def __call__(self, x, t):
+        x = nn.Dense(16)(x) + nn.Dense(16, name="time")(t)[:, None, :]
+        x = x.reshape(*x.shape[:2], 4, 4)
+        return nn.Dense(8)(x - x.mean((1, 3), keepdims=True))
+
+
+def test_what_is_added_at_all_places_is_centred_with_them():
+    x = vs.inputs(jax.ShapeDtypeStruct((4, 64, 16), "float32"), jax.ShapeDtypeStruct((4, 8), "float32"))
+    row = vs.predict(AddedAtAllPlaces(), x)["time"]
+    # At each of 64 places the gradient's mean square is 8/4, and 1/4 of what they add up to is taken away.
+    assert row.gradient == pytest.approx(64 * 2 * (1 - 1 / 4), rel=row.gradient_error_bound)
+    assert row.gradient_error_bound < 0.15

@@ -391,5 +391,5 @@ def _gradients(
                 gradient, doubt = shares[path].of(gradient, doubt)
                 if others := sum(map(shares[path].tap.is_part, held[x])):
                     gradient, doubt = gradient / (1 + others), doubt + UNKNOWN  # as if each had as much
-            gradients[path] = gradient, float(GRADIENT_BASE + doubt)
+            gradients[path] = gradient, GRADIENT_BASE + doubt
     return gradients

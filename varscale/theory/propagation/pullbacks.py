@@ -17,7 +17,7 @@ import functools
 import itertools
 import math
 from collections.abc import Hashable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -162,8 +162,8 @@ class _Path(NamedTuple):
     view: View
     factor: float = 1.0
     slope: View | None = None
-    over: View | None = None
-    begins: Node | None = None
+    over: Any = None
+    begins: Any = None
 
     @property
     def place(self) -> Hashable:
@@ -193,15 +193,12 @@ def forks(node: Node) -> Forks:
                 squares = _product_of_slopes(over.node.args[0].node.axes if over else node.axes, p, q)
                 before = met.get(p.place, Fork(p.view, np.zeros(()), p.over))
                 met[p.place] = before._replace(squares=before.squares + squares)
-            elif (
-                over
-                and not (p.over and q.over)
-                and (beside := _beside_its_mean(*((q, p) if p.over else (p, q))))
-            ):
-                found.append(beside)
-            elif over and not (p.over and q.over) and not any(isinstance(x.begins, Sum) for x in (p, q)):
-                reduced = math.prod(over.node.args[0].node.axes[k].size for k in over.node.reduced)
-                doubt = max(doubt, 2 * abs(p.factor * q.factor) / reduced)
+            elif over and not (p.over and q.over):
+                if beside := _beside_its_mean(*((q, p) if p.over else (p, q))):
+                    found.append(beside)
+                elif not any(isinstance(x.begins, Sum) for x in (p, q)):
+                    reduced = math.prod(over.node.args[0].node.axes[k].size for k in over.node.reduced)
+                    doubt = max(doubt, 2 * abs(p.factor * q.factor) / reduced)
         found += met.values()
         if not pairs:
             waiting += [inner for path in here for inner in _below(path)]
@@ -214,7 +211,6 @@ def _beside_its_mean(p: _Path, q: _Path) -> Fork | None:
     Of a sum that is centred as a whole, as a norm does, there is none: what it takes away goes with its scale. But a term that
     lacks an axis of that mean (a time that is added at all places) collects what is left of it along the axis.
     """
-    assert q.over is not None and p.begins is not None and q.begins is not None
     lacking = [k for k in range(len(p.view.bind)) if k in q.over.node.reduced]
     kept = tuple(b for k, b in enumerate(p.view.bind) if k not in lacking)
     lacks = len(p.begins.axes) - len(p.view.bind) > len(q.begins.axes) - len(q.over.bind)
