@@ -1,10 +1,9 @@
 """Arrays of the host that jax takes over without a copy: where a model's leaves are drawn on a CPU.
 
-Most of the time that a large model takes there may be the system's, which finds memory and clears it. Huge pages are the
-cheapest while the system has some at hand; but a virtual machine may have given them back to its host, and to fetch one takes
-longer than to draw what it holds (measured, for 2 MB: .1 or 4.6 ms; small pages, 1 ms). So the large leaves of small models
-are put into huge pages, and large models into small pages, as jax's own arrays are. Small pages are asked for many at a time,
-just before they are written: that takes two thirds of the time of finding them one by one.
+Much of the time that a large model takes there is the system's, which finds memory and clears it. Small pages are asked for
+many at a time, just before they are written: that takes two thirds of the time of finding them one by one. Huge pages would
+be cheaper, but only while the system has some at hand: a virtual machine may have given them back to its host, and to fetch
+one takes longer than to draw what it holds (measured, for 2 MB: .1 or 4.6 ms; small pages, 1 ms).
 """
 
 from __future__ import annotations
@@ -13,15 +12,15 @@ import contextlib
 import dataclasses
 import math
 import mmap
+import sys
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 _ALIGNMENT = 64  # what jax asks of an array of the host to take it over without a copy
-_HUGE = 2**21  # bytes of a huge page
-_MANY = 2**28  # bytes that a system may not have at hand in huge pages
-_CAN_MAP = hasattr(mmap, "MADV_HUGEPAGE")
+_LARGE = 2**21  # bytes from which on an array has pages of its own
+_CAN_ASK = sys.platform == "linux"
 _POPULATE_WRITE = 23  # Linux's MADV_POPULATE_WRITE, which Python has no name for; systems before 5.14 refuse it
 
 
@@ -32,17 +31,15 @@ class Space:
     Attributes:
         array: its numbers.
         pages: the pages that it lies on, where these are its own.
-        start: where it begins in them, in bytes.
     """
 
     array: np.ndarray
     pages: mmap.mmap | None = None
-    start: int = 0
 
     def write(self, first: int, numbers: np.ndarray) -> None:
         """Write numbers from this position on, in row-major order."""
         if self.pages is not None:
-            begin = self.start + first * self.array.itemsize
+            begin = first * self.array.itemsize
             aligned = begin // mmap.PAGESIZE * mmap.PAGESIZE
             with contextlib.suppress(OSError):
                 self.pages.madvise(_POPULATE_WRITE, aligned, begin - aligned + numbers.nbytes)
@@ -57,8 +54,7 @@ def reserved(shapes: Sequence[tuple[int, ...]], dtypes: Sequence[Any]) -> list[S
         dtypes: of the arrays.
     """
     counts = [math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in zip(shapes, dtypes, strict=True)]
-    huge = sum(counts) < _MANY
-    raw = [_mapped(count, huge) if _CAN_MAP and count >= _HUGE else Space(_aligned(count)) for count in counts]
+    raw = [_mapped(count) if _CAN_ASK and count >= _LARGE else Space(_aligned(count)) for count in counts]
     return [
         dataclasses.replace(space, array=space.array.view(dtype).reshape(shape))
         for space, shape, dtype in zip(raw, shapes, dtypes, strict=True)
@@ -78,13 +74,7 @@ def _aligned(count: int) -> np.ndarray:
     return raw[start : start + count]
 
 
-def _mapped(count: int, huge: bool) -> Space:
-    """Bytes on pages of their own: on huge pages, if these are wanted, but for the rest that would not fill one."""
-    pages = mmap.mmap(-1, count + huge * _HUGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    raw = np.frombuffer(pages, np.uint8)
-    if not huge:
-        return Space(raw, pages)
-    start = -raw.__array_interface__["data"][0] % _HUGE
-    with contextlib.suppress(OSError):  # of a system that has none
-        pages.madvise(mmap.MADV_HUGEPAGE, start, count // _HUGE * _HUGE)
-    return Space(raw[start : start + count], pages, start)
+def _mapped(count: int) -> Space:
+    """Bytes on pages of their own."""
+    pages = mmap.mmap(-1, count, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return Space(np.frombuffer(pages, np.uint8), pages)

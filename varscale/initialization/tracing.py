@@ -320,7 +320,7 @@ def _nnx_face(factory: Callable[..., Any]) -> _Face:
 
     def build(state: Any) -> Any:
         model = nnx.merge(graphs[0], state)
-        gc.collect(1)  # a cycle of references that merge leaves would hold the arrays when the model is gone
+        gc.collect(0)  # a cycle of references that merge leaves would hold the arrays when the model is gone
         return model
 
     return _Face("model", init, build, parameters, keeps_raw=False, lasts=lambda: fixed[0])
