@@ -80,6 +80,13 @@ class Formula:
     scaled: np.dtype | None
     dtypes: tuple[np.dtype, ...]
 
+    @functools.cached_property
+    def _hash(self) -> int:
+        return hash((self.steps, self.keys, self.scaled, self.dtypes))
+
+    def __hash__(self) -> int:  # of dozens of steps, and asked for once a leaf
+        return self._hash
+
     @property
     def dtype(self) -> np.dtype:
         """Of the leaf."""
@@ -183,7 +190,13 @@ def _read(told: Told) -> Reading | None:
     if not isinstance(x, _Array) or reader.steps[x.step].repeats or x.shape != shape or not 0 < size < _MOST_NUMBERS:
         return None
     formula, factor = _finished(reader.steps, x.step, len(keys), dtype)
-    return Reading(formula, keys, splits, factor, size, shape)
+    return Reading(_one_of_equals(formula), keys, splits, factor, size, shape)
+
+
+@functools.lru_cache(maxsize=512)
+def _one_of_equals(formula: Formula) -> Formula:
+    """The same object for equal formulas, which compares with itself at once."""
+    return formula
 
 
 def _chain(reader: _Reader, found: Chain) -> Any:

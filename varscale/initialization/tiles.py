@@ -33,6 +33,16 @@ _LARGE = 2**26  # numbers of a model from which on calls are to be cheap
 _SMALL = 2**20  # numbers that it takes no time worth saving to draw
 
 
+def _one_word(even: jax.Array, odd: jax.Array) -> jax.Array:
+    low, high = (jax.lax.bitcast_convert_type(x, jnp.uint16).astype(jnp.uint32) for x in (even, odd))
+    return low | high << 16
+
+
+# How two neighbours become one number, by their bytes. A loop that draws both loads the constants of their formula once:
+# it takes four fifths of the time.
+_PAIRS: dict[int, Callable[[jax.Array, jax.Array], jax.Array]] = {2: _one_word, 4: jax.lax.complex}
+
+
 @dataclasses.dataclass(frozen=True)
 class Tiles:
     """The program that draws tiles of leaves with this formula.
@@ -72,10 +82,13 @@ class Tiles:
         return self.count * _TILE
 
     def __call__(self, words: jax.Array, offset: jax.Array, factor: jax.Array) -> jax.Array:
-        """The numbers of the tiles: traced by the program."""
-        index = offset[:, None] + jax.lax.broadcasted_iota(jnp.uint32, (self.count, _TILE), 1)
+        """The numbers of the tiles, as the program lays them out in memory: traced by the program."""
         keys = [(words[:, i, :1], words[:, i, 1:]) for i in range(self.formula.keys)]
-        return self.formula(keys, index, factor[:, None])
+        pair = _PAIRS.get(self.formula.dtype.itemsize) if jnp.issubdtype(self.formula.dtype, jnp.floating) else None
+        together = 1 if pair is None else 2
+        index = together * jax.lax.broadcasted_iota(jnp.uint32, (self.count, _TILE // together), 1) + offset[:, None]
+        drawn = [self.formula(keys, index + i, factor[:, None]) for i in range(together)]
+        return drawn[0] if pair is None else pair(*drawn)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,7 +183,7 @@ class _Group:
     """The leaves of one program, as one row of tiles."""
 
     def __init__(self, program: Tiles, leaves: Sequence[Leaf], spaces: Sequence[Space]):
-        self.compiled, self.count = compiled(program), program.count
+        self.compiled, self.count, self.dtype = compiled(program), program.count, program.formula.dtype
         self.draws = [(space, leaf.size, i) for space, leaf in zip(spaces, leaves, strict=True) for i in range(len(leaf.words))]
         draws = [len(leaf.words) for leaf in leaves]
         self.words = np.concatenate([leaf.words for leaf in leaves])
@@ -195,7 +208,7 @@ class _Group:
     def finish(self, first: int, tiles: jax.Array) -> None:
         """Copy drawn tiles to where they belong."""
         end = first + self.count
-        numbers = np.asarray(tiles).reshape(-1)
+        numbers = np.asarray(tiles).reshape(-1).view(self.dtype)
         for i in range(self.row[first], self.row[end - 1] + 1):
             space, size, place = self.draws[i]
             start = max(self.begins[i], first)
