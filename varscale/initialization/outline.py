@@ -80,13 +80,14 @@ class Outline:
         together: dict[int, list[Any]] = {}
         if any(self.tasks[i].whole for i in indices):
             together[0] = self._whole(keys)
-        host = dict(zip(tiled, tiles.drawn(list(tiled.values())), strict=True))
-        host |= {
+        finish = tiles.started(list(tiled.values()))  # other threads draw while this one lays out what needs no draw
+        constants = {
             i: filled(number, self.trace.leaves[i].shape, self.dtypes[i])
             for i in indices
             if (number := self.tasks[i].number) is not None and self.shardings[i] is None
         }
-        found = dict(zip(host, jax.device_put(list(host.values())), strict=True))  # at once: it is the calls that cost
+        found = dict(zip(constants, jax.device_put(list(constants.values())), strict=True))  # at once: the calls cost
+        found |= zip(tiled, jax.device_put(finish()), strict=True)
         return [found[i] if i in found else self._leaf(i, key, keys, derivation, together) for i in indices]
 
     def programs(self, key: Any) -> list[Any]:

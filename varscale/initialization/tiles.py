@@ -150,6 +150,11 @@ def fits(draws: int, size: int) -> bool:
 
 def drawn(leaves: Sequence[Leaf]) -> list[np.ndarray]:
     """The leaves, drawn by all cores, as arrays of the host that jax takes over without a copy."""
+    return started(leaves)()
+
+
+def started(leaves: Sequence[Leaf]) -> Callable[[], list[np.ndarray]]:
+    """Start to draw leaves on all cores but the caller's; what it returns helps them to the end and gives what `drawn` does."""
     spaces = reserved([leaf.shape for leaf in leaves], [leaf.program.formula.dtype for leaf in leaves])
     groups: dict[Tiles, list[int]] = {}
     for i, leaf in enumerate(leaves):
@@ -171,12 +176,17 @@ def drawn(leaves: Sequence[Leaf]) -> list[np.ndarray]:
                 finish()
 
     others = min(len(calls), os.cpu_count() or 1) - 1
-    with ThreadPoolExecutor(max(1, others)) as pool:
-        helping = [pool.submit(work) for _ in range(others)]
+    pool = ThreadPoolExecutor(max(1, others))
+    helping = [pool.submit(work) for _ in range(others)]
+    pool.shutdown(wait=False)  # takes no more work, and ends with what it has
+
+    def finish() -> list[np.ndarray]:
         work()
         for future in helping:
             future.result()
-    return [space.array for space in spaces]
+        return [space.array for space in spaces]
+
+    return finish
 
 
 class _Group:
