@@ -115,7 +115,7 @@ def graph_that_was_drawn():
 
 
 def test_arrays_of_the_host_are_taken_over_without_a_copy() -> None:
-    """In huge pages and in small ones (from 256 MB on; they are not touched here), whatever the dtype."""
+    """On pages of their own (from 2 MB on; not touched here) and on shared ones, whatever the dtype."""
     shapes = [(2**27, 2), (0, 3), (), (5,)]
     dtypes = [np.int8, np.float32, jnp.bfloat16, np.float64]
     arrays = [space.array for space in reserved(shapes, dtypes)]
