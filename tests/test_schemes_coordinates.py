@@ -6,13 +6,12 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from flax import linen as nn
 from flax import nnx
 
 import varscale as vs
-from varscale.schemes.coordinate_table import CoordinateRow, fit
+from varscale.schemes.coordinate_table import CoordinateCheck, CoordinateRow, fit
 from varscale.schemes.coordinates import _model
 
 WIDTHS = [48, 192]
@@ -24,17 +23,20 @@ def mlp(width):
     return nn.Sequential([nn.Dense(width), nn.relu, nn.Dense(width), nn.relu, nn.Dense(3)])
 
 
+def short(width):
+    return nn.Sequential([nn.Dense(width), nn.relu, nn.Dense(3)])
+
+
 class Attention(nn.Module):
-    """One pre-norm attention over embedded tokens, and a readout."""
+    """One attention over embedded tokens, and a readout."""
 
     width: int
 
     @nn.compact
     def __call__(self, ids):
         x = nn.Embed(30, self.width, embedding_init=nn.initializers.normal(1.0), name="embed")(ids)
-        h = nn.LayerNorm(name="norm")(x)
-        x = x + nn.MultiHeadDotProductAttention(num_heads=1, name="attention")(h, h)
-        return nn.Dense(30, name="head")(nn.LayerNorm(name="final")(x))
+        x = x + nn.MultiHeadDotProductAttention(num_heads=1, use_bias=False, name="attention")(x, x)
+        return nn.Dense(30, name="head")(x)
 
 
 def mup():
@@ -78,38 +80,71 @@ def test_the_standard_parametrization_is_not():
     assert not found.is_flat
 
 
+def readout(edited):
+    """The check of a net with one hidden layer, its plan edited: found after one step."""
+
+    def plan(model, x, *, method=None):
+        made = vs.schemes.mup(base=short(16))(model, x)
+        return edited(made, made["layers_2/kernel"].multiplier("adam_learning_rate"))
+
+    return vs.coordinate_check(short, WIDTHS, plan, X, steps=1, draws=4)
+
+
 def test_a_wrong_readout_is_found():
-    def too_fast(model, x, *, method=None):
-        return mup()(model, x).multiply("layers_4/kernel", adam_learning_rate=1.0)
-
-    def twice(model, x, *, method=None):
-        plan = mup()(model, x)
-        rate = plan["layers_4/kernel"].multiplier("adam_learning_rate")
-        return plan.multiply("layers_4/kernel", adam_learning_rate=rate**2).edit({"layers_4/kernel": vs.normal(0.3 * rate**2)})
-
-    assert check(too_fast)["layers_4"].grows
-    assert check(twice)["layers_4"].vanishes
+    too_fast = readout(lambda plan, rate: plan.multiply("layers_2/kernel", adam_learning_rate=1.0))
+    assert too_fast["layers_2"].update.exponent == pytest.approx(1, abs=0.3)
+    assert "what the update of its kernel adds grows" in too_fast["layers_2"].finding
+    assert too_fast["layers_0"].finding == ""
+    twice = readout(
+        lambda plan, rate: plan.multiply("layers_2/kernel", adam_learning_rate=rate**2).edit(
+            {"layers_2/kernel": vs.normal(0.3 * rate**2)}
+        )
+    )
+    assert twice["layers_2"].vanishes
 
 
 def test_a_zero_readout_is_no_error():
-    found = check(lambda model, x, *, method=None: mup()(model, x).edit({"layers_4/kernel": vs.zeros}))
-    assert not found["layers_4"].size_at(0).is_defined
+    found = readout(lambda plan, rate: plan.edit({"layers_2/kernel": vs.zeros}))
+    assert not found["layers_2"].size_at(0).is_defined
     assert found.findings == ()
 
 
 def test_a_missing_division_by_the_head_size_is_found_in_the_scores():
-    def losses(y):
-        return optax.softmax_cross_entropy_with_integer_labels(y, jnp.roll(IDS, 1, axis=0)).mean()
-
     def scores(attention):
         plan = vs.schemes.mup(base=Attention(16), attention=attention)
         rows = ["attention", "attention.scores", "attention/query"]
-        return vs.coordinate_check(Attention, [24, 160], plan, IDS, loss=losses, steps=1, draws=4, rows=rows)
+        return vs.coordinate_check(Attention, [24, 160], plan, IDS, steps=1, draws=4, rows=rows)
 
     right, wrong = scores(True), scores(False)
     assert right.findings == ()  # the query has the factor in its kernel, which is no error either
-    assert wrong["attention.scores"].grows
+    assert right["attention.scores"].size_at(0).exponent == pytest.approx(-0.5, abs=0.2)
+    assert wrong["attention.scores"].keeps_scores
     assert "divide the products of queries and keys by d_head" in " ".join(wrong.findings)
+
+
+class Layer(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+        return x + nn.Dense(x.shape[-1], use_bias=False, name="dense")(x), None
+
+
+class Scanned(nn.Module):
+    width: int
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Dense(self.width, use_bias=False, name="first")(x)
+        layers = nn.scan(Layer, variable_axes={"params": 0}, split_rngs={"params": True}, length=2)
+        return layers(name="layers")(x, None)[0]
+
+
+def test_the_update_of_a_kernel_is_what_its_change_makes_of_the_present_input():
+    found = vs.coordinate_check(Scanned, [4, 8], "declared", X, steps=2, draws=2)
+    np.testing.assert_allclose(found["first"].updates, found["first"].changes, rtol=1e-4)  # its input never changes
+    assert found["layers/dense@1"].updates.shape == (2, 2, 3)
+    assert np.all(found["layers/dense@1"].updates[:, :, 0] == 0)
+    assert np.all(found["layers/dense@1"].updates[:, :, 1] < found["layers/dense@1"].changes[:, :, 1])
+    assert found[""].updates is None
 
 
 class GroupedAttention(nn.Module):
@@ -155,6 +190,17 @@ class Tied(nn.Module):
         return embed.attend(embed(ids)) * (16 / self.width)
 
 
+class Untold(nn.Module):
+    """The same without the multiplier."""
+
+    width: int
+
+    @nn.compact
+    def __call__(self, ids):
+        embed = nn.Embed(30, self.width, embedding_init=nn.initializers.normal(1.0), name="embed")
+        return embed.attend(embed(ids))
+
+
 def test_a_tied_readout_is_told_with_the_multiplier_behind_it():
     found = vs.coordinate_check(Tied, [32, 128], vs.schemes.mup(base=Tied(16)), IDS, steps=1, draws=2)
     for what in ("sizes", "changes"):
@@ -172,7 +218,7 @@ def test_nnx_factories():
             return self.head(nnx.relu(self.norm(self.first(x))))
 
     plan = vs.schemes.mup(base=lambda rngs: Net(32, rngs))
-    found = vs.coordinate_check(lambda width, rngs: Net(width, rngs), WIDTHS, plan, X, steps=2, draws=3)
+    found = vs.coordinate_check(lambda width, rngs: Net(width, rngs), WIDTHS, plan, X, steps=1, draws=3)
     assert [row.path for row in found] == ["first", "norm", "head", ""]
     assert found.findings == ()
     assert _model(lambda width: lambda rngs: Net(width, rngs), 8)(nnx.Rngs(0)).first.kernel.shape == (8, 8)
@@ -197,6 +243,39 @@ def test_a_fit_recovers_a_power_law_and_its_error_rate():
     assert covered >= 384  # 99 %: fewer in one run of 1e5
     assert fit(widths[:2], np.array([[1.0, 1.1], [1.0, 1.2]])).half_width > 3 * 0.1  # two degrees of freedom
     assert not fit(widths, np.zeros((4, 2))).is_defined
+
+
+def test_what_is_not_known_well_enough_is_undecided():
+    rng = np.random.default_rng(0)
+
+    def row(exponent, noise, kind="Dense", **more):
+        values = np.array([32, 64, 128])[:, None, None] ** exponent * np.exp(noise * rng.normal(size=(3, 4, 2)))
+        return CoordinateRow("a", kind, (32, 64, 128), False, np.ones((3, 4, 2)), values, **more)
+
+    assert [row(0.0, noise).is_undecided for noise in (0.01, 1.0)] == [False, True]
+    assert not row(0.5, 0.01).is_undecided  # a finding
+    assert row(0.0, 0.01, updates=np.exp(rng.normal(size=(3, 4, 2)))).is_undecided
+    one_draw = CoordinateRow("a", "Dense", (32, 64), False, *2 * [np.ones((2, 1, 2))])
+    found = CoordinateCheck((32, 64), (one_draw,), np.ones((2, 1, 2)))
+    assert not found.findings
+    assert not found.is_flat
+    assert "Undecided" in found.table(80)
+    assert "flat." not in found.table(80).rpartition("\n")[2]
+
+
+def test_scores_that_do_not_shrink_before_training_are_findings_where_heads_grow():
+    def finding(size, grow):
+        sizes = np.array([32.0, 128.0])[:, None, None] ** size * np.ones((2, 3, 2))
+        return CoordinateRow("scores", "scores", (32, 128), False, sizes, np.ones((2, 3, 2)), heads_grow=grow).finding
+
+    assert "divide the products" in finding(0.0, True)
+    assert finding(0.0, False) == finding(-0.5, True) == ""
+
+
+def test_what_the_program_lacks_is_a_finding():
+    found = vs.coordinate_check(Untold, [32, 64], vs.schemes.mup(base=Untold(16)), IDS, steps=1, draws=2)
+    assert any(finding.startswith("missing: readout multiplier") for finding in found.findings)
+    assert not found.is_flat
 
 
 def test_rows_that_are_not_finite_are_findings():

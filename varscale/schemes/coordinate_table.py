@@ -14,11 +14,12 @@ from scipy import special
 from varscale.reporting.layout import Column, Style, terminal_width, text_table, wrapped
 from varscale.reporting.plots import COLORS, pyplot
 from varscale.reporting.rows_by_path import RowsByPath
-from varscale.schemes.scores import ROW
+from varscale.schemes.extra_rows import SCORES
 
-# Of an exponent; what is wrong grows or shrinks as √width or faster. At small widths what is sound shrinks a little: a sum of
-# few terms has not yet the size of its mean.
-GROWTH, SHRINKAGE = 0.2, 0.3
+# Of an exponent; what is wrong grows or shrinks as √width or faster, and growth is half of that. At small widths what is sound
+# shrinks a little: a sum of few terms has not yet the size of its mean.
+_ERROR = 0.5
+GROWTH, SHRINKAGE = _ERROR / 2, 0.3
 _CONFIDENCE = 0.99  # of an interval
 
 
@@ -42,7 +43,7 @@ class Fit:
 
     @property
     def grows(self) -> bool:
-        """Whether the exponent is above .2, and its interval above 0."""
+        """Whether the exponent is above .25, and its interval above 0."""
         return self.exponent > GROWTH and self.exponent - self.half_width > 0
 
     @property
@@ -54,6 +55,9 @@ class Fit:
         return f"{self.exponent:+.2f}" if self.is_defined else "-"
 
 
+_UNDEFINED = Fit(math.nan, math.inf, math.nan)
+
+
 def fit(widths: Sequence[int], values: Float[np.ndarray, "widths draws"]) -> Fit:
     """The power law through positive values.
 
@@ -61,7 +65,7 @@ def fit(widths: Sequence[int], values: Float[np.ndarray, "widths draws"]) -> Fit
     0.5
     """
     if not np.all(np.isfinite(values)) or np.any(values <= 0):
-        return Fit(math.nan, math.inf, math.nan)
+        return _UNDEFINED
     logs = np.log(values)
     x = np.repeat(np.log(widths), values.shape[1])
     x, y = x - x.mean(), logs.ravel()
@@ -84,7 +88,9 @@ class CoordinateRow:
         is_fixed: whether the output's shape does not depend on the width, as that of a readout.
         sizes: root mean square of the output, step 0 being before training.
         changes: root mean square of its difference to step 0.
+        updates: root mean square of what the updates of its kernels add, (W − W₀) x; None where it has none.
         follows_fixed: whether an earlier row of its module has a fixed shape and shrinks, as values do whose heads do not grow.
+        heads_grow: whether the heads of the model's attention grow with the width.
     """
 
     path: str
@@ -93,7 +99,9 @@ class CoordinateRow:
     is_fixed: bool
     sizes: Float[np.ndarray, "widths draws steps"]
     changes: Float[np.ndarray, "widths draws steps"]
+    updates: Float[np.ndarray, "widths draws steps"] | None = None
     follows_fixed: bool = False
+    heads_grow: bool = False
 
     def size_at(self, step: int) -> Fit:
         """The fit of the output's size after a step."""
@@ -111,18 +119,24 @@ class CoordinateRow:
     @property
     def steepest(self) -> int:
         """The step after which the change grows most with the width: what is unstable need not stay large."""
-        exponents = [self.change_at(step).exponent for step in range(1, self.sizes.shape[2])]
-        return 1 + int(np.argmax([-math.inf if math.isnan(e) else e for e in exponents]))
+        return 1 + int(np.argmax([_or_least(self.change_at(step)) for step in range(1, self.sizes.shape[2])]))
+
+    @property
+    def update(self) -> Fit:
+        """What the updates of its kernels add, after the step where it grows most; undefined where it has none."""
+        if self.updates is None:
+            return _UNDEFINED
+        return max((fit(self.widths, self.updates[:, :, step]) for step in range(1, self.sizes.shape[2])), key=_or_least)
 
     @property
     def may_shrink_at_first(self) -> bool:
         """Whether μP lets it shrink with the width before training: readouts and scores, what follows, and zeros."""
-        return self.is_fixed or self.follows_fixed or self.kind == ROW or not np.any(self.sizes[:, :, 0])
+        return self.is_fixed or self.follows_fixed or self.kind == SCORES or not np.any(self.sizes[:, :, 0])
 
     @property
     def grows(self) -> bool:
         """Whether its size or its change after some step grows with the width."""
-        return self.size_at(0).grows or self.size_at(-1).grows or self.change_at(self.steepest).grows
+        return any(f.grows for f in (self.size_at(0), self.size_at(-1), self.change_at(self.steepest), self.update))
 
     @property
     def vanishes(self) -> bool:
@@ -135,8 +149,26 @@ class CoordinateRow:
 
         What reads values of a fixed size changes likewise as long as these have not grown out of their start.
         """
-        limit = -0.75 if self.kind == ROW or self.follows_fixed else -SHRINKAGE
+        limit = -0.75 if self.kind == SCORES or self.follows_fixed else -SHRINKAGE
         return self.change.shrinks and self.change.exponent < limit
+
+    @property
+    def keeps_scores(self) -> bool:
+        """Whether scores of heads that grow do not shrink before training, as those divided by √d_head in place of d_head."""
+        first = self.size_at(0)
+        grown = self.kind == SCORES and self.heads_grow and first.is_defined
+        return grown and first.exponent > -_ERROR / 2 and first.exponent - first.half_width > -_ERROR
+
+    @property
+    def is_undecided(self) -> bool:
+        """Whether it has no finding, and some interval reaches the exponent ±.5 that an error shows."""
+        first, change = self.size_at(0), self.change
+        above = (first, self.size_at(-1), self.change_at(self.steepest), self.update)
+        below = (change,) if first.shrinks or self.may_shrink_at_first else (first, change)
+        # What may shrink by itself has less room, and is told by its growth.
+        below = () if self.kind == SCORES or self.follows_fixed or self.is_fixed else below
+        open_above = any(f.is_defined and f.exponent + f.half_width >= _ERROR for f in above)
+        return not self.finding and (open_above or any(f.is_defined and f.exponent - f.half_width <= -_ERROR for f in below))
 
     @property
     def is_finite(self) -> bool:
@@ -158,13 +190,19 @@ class CoordinateRow:
             told.append(_told(f"change after step {step}", steepest))
         if self._change_vanishes:
             told.append(_told(f"change after step {last}", self.change))
+        if self.update.grows:
+            told.append(_told("what the update of its kernel adds", self.update))
+        if self.keeps_scores:
+            told.append(f"size before training goes as width^{first}, where division by d_head gives width^-0.50")
         return f"{name}: {', '.join(told)}{self._advice()}" if told else ""
 
     def _advice(self) -> str:
-        if self.kind == ROW and self.grows:
+        if self.kind == SCORES and (self.grows or self.keeps_scores):
             return "; divide the products of queries and keys by d_head, not √d_head"
         if self.is_fixed and self.grows:
             return "; the readout's law or learning rate is not that of the width"
+        if self.update.grows:
+            return "; its learning rate is not that of the width"
         return ""
 
 
@@ -176,21 +214,28 @@ class CoordinateCheck(RowsByPath[CoordinateRow]):
         widths: in ascending order.
         rows: those that the models of all widths have.
         losses: of each width and draw, before training and after each step.
+        missing: requirements of the widest model's plan that its program lacks.
     """
 
     widths: tuple[int, ...]
     rows: tuple[CoordinateRow, ...]
     losses: Float[np.ndarray, "widths draws steps"]
+    missing: tuple[str, ...] = ()
 
     @property
     def findings(self) -> tuple[str, ...]:
-        """A sentence for every row that is not flat, in order of execution; () for a sound parametrization."""
-        return tuple(row.finding for row in self.rows if row.finding)
+        """A sentence for every row that is not flat, in order of execution, and for what the program lacks."""
+        return (*(row.finding for row in self.rows if row.finding), *self.missing)
+
+    @property
+    def undecided(self) -> tuple[str, ...]:
+        """Paths of the rows without a finding whose exponents are not known well enough to call them flat."""
+        return tuple(row.path for row in self.rows if row.is_undecided)
 
     @property
     def is_flat(self) -> bool:
-        """Whether no row has a finding."""
-        return not self.findings
+        """Whether there are no findings, and no row is undecided."""
+        return not self.findings and not self.undecided
 
     def table(self, width: int | None = None) -> str:
         """Exponents in the width, a line a row; findings below.
@@ -210,13 +255,20 @@ class CoordinateCheck(RowsByPath[CoordinateRow]):
             Column("size, last step", tuple(str(row.size_at(-1)) for row in self.rows), 3),
             Column("change, steepest", tuple(str(row.change_at(row.steepest)) for row in self.rows)),
             Column("change, last step", tuple(str(row.change) for row in self.rows), 0),
+            Column("update", tuple(str(row.update) for row in self.rows), 1),
             Column("±", tuple(f"{row.change.half_width:.2f}" for row in self.rows), 1),
             Column("spread", tuple(_number(row.change.spread) for row in self.rows), 4),
         ]
         text, missing = text_table(columns, width, styles=styles)
         told = [f"Exponents in the width, from {', '.join(map(str, self.widths))}: 0 where a row is flat."]
         told += [f"Not shown at this width: {', '.join(missing)}."] if missing else []
-        told += list(self.findings) or ["Every row is flat."]
+        told += list(self.findings)
+        if self.undecided:
+            some = ", ".join(path or "the output" for path in self.undecided[:3])
+            more = f" and {len(self.undecided) - 3} more" if len(self.undecided) > 3 else ""
+            why = "the interval of an exponent reaches the ±.5 of an error"
+            told.append(f"Undecided, as {why}: {some}{more}. Give more widths or more draws.")
+        told += ["Every row is flat."] if self.is_flat else []
         return "\n".join([text, *(wrapped(line, width) for line in told)])
 
     def __str__(self) -> str:
@@ -228,7 +280,7 @@ class CoordinateCheck(RowsByPath[CoordinateRow]):
             {
                 "path": row.path, "kind": row.kind, "widths": list(self.widths), "sizes": row.sizes.tolist(),
                 "changes": row.changes.tolist(), "exponent": row.change.exponent if row.change.is_defined else None,
-                "finding": row.finding,
+                "finding": row.finding, "is_undecided": row.is_undecided,
             }
             for row in self.rows
         ]  # fmt: skip
@@ -264,6 +316,10 @@ class CoordinateCheck(RowsByPath[CoordinateRow]):
             axes[0][-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
         plt.close(figure)
         return figure
+
+
+def _or_least(f: Fit) -> float:
+    return f.exponent if f.is_defined else -math.inf
 
 
 def _told(what: str, f: Fit) -> str:

@@ -21,9 +21,9 @@ from varscale.measuring.instrument import Instrumented, Measured, instrument
 from varscale.programs import faces
 from varscale.programs.patterns import Pattern
 from varscale.schemes.coordinate_table import CoordinateCheck, CoordinateRow
+from varscale.schemes.extra_rows import UPDATE, with_extra_rows
 from varscale.schemes.parametrization import Kind
 from varscale.schemes.relative import ATTENTION, READOUT, Relative
-from varscale.schemes.scores import with_scores
 from varscale.usage.parameters import named_leaves
 from varscale.usage.table import uses
 
@@ -48,8 +48,14 @@ def coordinate_check(
     """Train a model for a few steps at several widths, and fit how module outputs and their changes grow with the width.
 
     Where a model is parametrized so that its best learning rate is that of any width, every size and every change has the
-    exponent 0. Attention's scores have a row too, "attention.scores": what enters the softmax, before masks. One program is
-    compiled a width: all draws and steps are in it.
+    exponent 0. Attention's scores have a row too, "attention.scores": what enters the softmax, before masks; where heads grow
+    they must shrink before training, as scores divided by d_head do. Of each kernel it is told too what its update adds to the
+    output, (W − W₀) x, where a wrong learning rate shows after one step. One program is compiled a width: all draws and steps
+    are in it.
+
+    An error grows or shrinks as √width or faster. A row whose exponent's interval reaches ±.5 is undecided: more widths, a
+    wider range of widths or more draws narrow it. A batch of few examples shows updates best: they line up with what they were
+    made for, and the more examples there are, the wider a layer must be to show it.
 
     Args:
         factory: a function of a width that returns a linen module or an nnx factory `lambda rngs: Net(..., rngs=rngs)`; a
@@ -88,14 +94,18 @@ def coordinate_check(
     widths = _checked(widths, steps, draws)
     optimizer = optax.adam(0.01) if optimizer is None else optimizer
     key = jax.random.key(0) if key is None else key
-    found, losses = [], []
+    found, losses, terms, missing = [], [], [], ()
     for width in widths:
         model = _model(factory, width)
         run = _Run(model, _plan_of(plan, width, model, x, method), x, loss, optimizer, kind, rows, method)
         rows_of_width, loss_of_width = run.measured(jax.random.split(jax.random.fold_in(key, width), draws), steps)
         found.append(rows_of_width)
         losses.append(loss_of_width)
-    return CoordinateCheck(tuple(widths), tuple(_rows(widths, found)), np.stack(losses))
+        terms.append([attention.terms for attention in run.uses.attentions])
+        requirements = () if run.plan is None else run.plan.requirements
+        missing = tuple(str(requirement) for requirement in requirements if requirement.status == "missing")
+    heads_grow = all(len(set(of_attention)) == len(widths) for of_attention in zip(*terms, strict=False))
+    return CoordinateCheck(tuple(widths), tuple(_rows(widths, found, heads_grow)), np.stack(losses), missing)
 
 
 def _checked(widths: Sequence[int], steps: int, draws: int) -> list[int]:
@@ -163,9 +173,9 @@ class _Run:
         learned = [leaf.learned for leaf in named_leaves(drawn[0])]
         self.trained = [i for i, yes in enumerate(learned) if yes]
         leaves = jax.tree_util.tree_leaves(drawn[0])
-        counts = [True] * len(leaves) + [False] * len(self.arrays)
+        counts = [True] * 2 * len(leaves) + [False] * len(self.arrays)
         site = instrument(
-            with_scores(self._output), leaves, list(self.arrays), rows=self.rows, value=_whole, weights=counts,
+            with_extra_rows(self._output), leaves, leaves, list(self.arrays), rows=self.rows, value=_whole, weights=counts,
             method=self.method or "__call__",
         )  # fmt: skip
         stacked = [jnp.stack(xs) for xs in zip(*map(jax.tree_util.tree_leaves, drawn), strict=True)]
@@ -181,7 +191,7 @@ class _Run:
         """What was measured of each row, as the program would have it with its multipliers where they belong."""
         found = {row.path: row for row in site.read(numbers) if not row.averaged}
         for module, factor in self._factors():
-            for path in [path for path in found if re.split("[#@]", path)[0] == module]:
+            for path in [path for path in found if _module(path) == module]:
                 value = {name: x * factor**2 if name in ("size", "change") else x for name, x in found[path].value.items()}
                 found[path] = found[path]._replace(value=value)
         return found
@@ -197,7 +207,8 @@ class _Run:
                 # The program multiplies what the module puts out; of a tied table that is another method's output.
                 leaf = self.uses[requirement.where]
                 tied = leaf.main is not None and leaf.main.role == "embedding"
-                yield module + ".attend" * tied, leaf.uses[-1].output_scale or 1.0
+                for row in (module + ".attend", f"{module}.{UPDATE}") if tied else (module,):
+                    yield row, leaf.uses[-1].output_scale or 1.0
 
     def _variables(self, key: Any) -> Any:
         scheme = "declared" if self.plan is None else self.plan
@@ -217,7 +228,7 @@ class _Run:
             return full
 
         def loss(params: Any) -> tuple[Any, Any]:
-            output, numbers = site.run(whole(params), list(self.arrays))
+            output, numbers = site.run(whole(params), leaves, list(self.arrays))
             return self.loss(output), numbers
 
         def step(carry: Any, number: Any) -> tuple[Any, Any]:
@@ -271,26 +282,51 @@ def _reduced(site: Instrumented, now: Any, first: Any) -> Any:
     return dataclasses.replace(now, flat=both, layout=(*layout, *changes))
 
 
-def _rows(widths: Sequence[int], found: list[list[list[dict[str, Measured]]]]) -> list[CoordinateRow]:
+def _module(path: str) -> str:
+    """The path of the module that a row belongs to, with the method's name where it is another than `__call__`."""
+    return re.split("[#@]", path)[0]
+
+
+def _rows(widths: Sequence[int], found: list[list[list[dict[str, Measured]]]], heads_grow: bool) -> list[CoordinateRow]:
     """The rows that all widths have, in order of execution.
 
     Args:
         widths: of the models.
         found: by width, draw and step, what was measured of each row.
+        heads_grow: whether the heads of every attention do.
     """
-    common = set.intersection(*(set(draws[0][0]) for draws in found))
+    first = found[0][0][0]
+    common = [path for path in first if all(path in draws[0][0] for draws in found)]
 
-    def roots(path: str, what: str) -> np.ndarray:
-        values = [[[step[path].value[what] for step in draw] for draw in draws] for draws in found]
-        return np.sqrt(np.asarray(values, np.float64))
+    def squares(path: str, what: str) -> np.ndarray:
+        return np.asarray([[[step[path].value[what] for step in draw] for draw in draws] for draws in found], np.float64)
 
+    updates = dict[str, np.ndarray]()  # by the row that they are shown with
+    for path in common:
+        if first[path].kind == UPDATE:
+            shown = _updated(path, common)
+            updates[shown] = updates.get(shown, 0.0) + squares(path, "size")
     rows, narrow = [], set[str]()  # modules with a row of fixed shape that shrinks
-    for path, row in found[0][0][0].items():
-        if path in common:
-            is_fixed = len({draws[0][0][path].shape for draws in found}) == 1
-            follows = any(path == module or path.startswith(f"{module}/") for module in narrow)
-            sizes, changes = roots(path, "size"), roots(path, "change")
-            rows.append(CoordinateRow(path, row.kind, tuple(widths), is_fixed, sizes, changes, follows))
-            if is_fixed and "/" in path and rows[-1].size_at(0).shrinks:
-                narrow.add(path.rpartition("/")[0])
+    for path in common:
+        if first[path].kind == UPDATE:
+            continue
+        is_fixed = len({draws[0][0][path].shape for draws in found}) == 1
+        follows = any(path == module or path.startswith(f"{module}/") for module in narrow)
+        own = np.sqrt(updates[path]) if path in updates else None
+        rows.append(
+            CoordinateRow(
+                path, first[path].kind, tuple(widths), is_fixed, np.sqrt(squares(path, "size")),
+                np.sqrt(squares(path, "change")), own, follows, heads_grow,
+            )
+        )  # fmt: skip
+        if is_fixed and "/" in path and rows[-1].size_at(0).shrinks:
+            narrow.add(path.rpartition("/")[0])
     return rows
+
+
+def _updated(path: str, rows: Sequence[str]) -> str:
+    """The row that a kernel's update is shown with: that of its module, at the same step of loops over layers."""
+    module = _module(path).removesuffix(f".{UPDATE}")
+    steps = "".join(re.findall(r"@\d+", path))
+    shown = (f"{name}{steps}" for name in (f"{module}.attend", module))
+    return next((row for row in shown if row in rows), "")
