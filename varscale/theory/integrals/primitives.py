@@ -28,16 +28,10 @@ COMPARISONS = {
     "eq": np.equal,
     "ne": np.not_equal,
 }
-_LOGICAL = {"and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor, "not": np.logical_not}
-BITWISE = {
-    "and": np.bitwise_and,
-    "or": np.bitwise_or,
-    "xor": np.bitwise_xor,
-    "not": np.bitwise_not,
-    "shift_right_logical": np.right_shift,
-    "shift_right_arithmetic": np.right_shift,
-    "shift_left": np.left_shift,
-}
+_LOGICAL = {name: getattr(np, f"logical_{name}") for name in ("and", "or", "xor", "not")}
+_SHIFTS = {"shift_left": np.left_shift, "shift_right_logical": np.right_shift}
+BITWISE = {name: getattr(np, f"bitwise_{name}") for name in _LOGICAL} | _SHIFTS
+BITWISE["shift_right_arithmetic"] = np.right_shift
 
 
 def _on_bits(name: str) -> Callable[..., np.ndarray]:
@@ -69,31 +63,6 @@ def _bitcast(x: np.ndarray, dtype: str) -> np.ndarray:
     return out if target.kind in "iu" else out.astype(float)
 
 
-# A difference of differences divides their rounding, 1e-8 near 0, by its own step, which is therefore wider.
-_FIRST_STEP, _SECOND_STEP = (1e-5, 1e-3), (1e-3, 1.0)
-
-
-def partial(
-    f: Callable[..., np.ndarray], k: int, step: tuple[float, float] = _FIRST_STEP
-) -> Callable[..., np.ndarray]:
-    """∂f/∂(argument k), by a central difference in float64 (relative error 1e-9 where f is smooth, exact beside a corner).
-
-    Args:
-        f: a function.
-        k: which argument.
-        step: its share of the argument, and the least argument it is a share of.
-    """
-    share, least = step
-
-    def derivative(*xs: np.ndarray) -> np.ndarray:
-        step = share * np.maximum(np.abs(xs[k]), least)
-        up, down = list(xs), list(xs)
-        up[k], down[k] = xs[k] + step, xs[k] - step
-        return (f(*up) - f(*down)) / (2 * step)
-
-    return derivative
-
-
 def _guard(f: Callable[..., Any]) -> Callable[..., Any]:
     """Quadrature reaches 8 standard deviations out, where a function may overflow: a finite number instead."""
 
@@ -104,9 +73,14 @@ def _guard(f: Callable[..., Any]) -> Callable[..., Any]:
     return finite
 
 
+_NUMPY = "abs sign floor ceil round sin cos tan tanh atan atan2 asinh cbrt nextafter"  # the same in NumPy
+_OVERFLOWING = "asin acos acosh atanh sinh cosh pow"
 FUNCTIONS: dict[str, Callable[..., Any]] = {
-    "stop_gradient": lambda x: x,
-    "own_gradient": lambda x: x,
+    **{name: getattr(np, name) for name in _NUMPY.split()},
+    **{name: _guard(getattr(np, name)) for name in _OVERFLOWING.split()},
+    **{name: lambda x, y, f=f: f(x, y).astype(float) for name, f in COMPARISONS.items()},
+    **{name: _on_bits(name) for name in BITWISE},
+    **dict.fromkeys(("stop_gradient", "own_gradient"), lambda x: x),
     "add": np.add,
     "sub": np.subtract,
     "mul": np.multiply,
@@ -114,12 +88,12 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "max": np.maximum,
     "min": np.minimum,
     "neg": np.negative,
+    "rem": _guard(np.fmod),
     "exp": lambda x: np.exp(np.minimum(x, 300.0)),
     "exp2": lambda x: np.exp2(np.minimum(x, 400.0)),
     "log": lambda x: np.log(np.maximum(x, _TINY)),
     "log1p": lambda x: np.log1p(np.maximum(x, -1 + 1e-15)),
     "expm1": lambda x: np.expm1(np.minimum(x, 300.0)),
-    "tanh": np.tanh,
     "logistic": special.expit,
     "erf": special.erf,
     "erfc": special.erfc,
@@ -128,34 +102,11 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "digamma": _guard(special.digamma),
     "sqrt": lambda x: np.sqrt(np.maximum(x, 0.0)),
     "rsqrt": lambda x: 1 / np.sqrt(np.maximum(x, 1e-30)),
-    "cbrt": np.cbrt,
-    "abs": np.abs,
-    "sign": np.sign,
-    "floor": np.floor,
-    "ceil": np.ceil,
-    "round": np.round,
-    "sin": np.sin,
-    "cos": np.cos,
-    "tan": np.tan,
-    "asin": _guard(np.arcsin),
-    "acos": _guard(np.arccos),
-    "atan": np.arctan,
-    "atan2": np.arctan2,
-    "sinh": _guard(np.sinh),
-    "cosh": _guard(np.cosh),
-    "asinh": np.arcsinh,
-    "acosh": _guard(np.arccosh),
-    "atanh": _guard(np.arctanh),
-    "pow": _guard(np.power),
-    "rem": _guard(np.fmod),
-    "nextafter": np.nextafter,
     "clamp": lambda low, x, high: np.minimum(np.maximum(x, low), high),
     # Infinities stand for masked places: numbers large enough to do so, small enough to be squared.
     "select_n": lambda which, *cases: np.select(
         [np.asarray(which) == i for i in range(len(cases))], [np.clip(c, -1e30, 1e30) for c in cases]
     ),
-    **{name: lambda x, y, f=f: f(x, y).astype(float) for name, f in COMPARISONS.items()},
-    **{name: _on_bits(name) for name in BITWISE},
     "is_finite": lambda x: np.isfinite(x).astype(float),
     "affine": lambda x, c, d: c * x + d,
     # Powers that activations and variances take go by multiplication: NumPy's own takes ten times as long.
@@ -167,22 +118,34 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
 
 _NOT_NEGATIVE = {"abs", "exp", "exp2", "logistic", "power", "sqrt", "rsqrt", "and", "or", "not", "is_finite"}
 POSITIVE = _NOT_NEGATIVE | COMPARISONS.keys()
+# Of central differences: a share of the argument, and the least argument it is a share of. A difference of
+# differences divides their rounding, 1e-8 near 0, by its own step, which is therefore wider.
+_FIRST_STEP, _SECOND_STEP = (1e-5, 1e-3), (1e-3, 1.0)
 
 
 def function(name: str, extra: tuple[Any, ...]) -> Callable[..., np.ndarray]:
-    """The NumPy function of an elementwise node: a primitive with its static parameters, or "∂k name", its derivative."""
-    if name.startswith("∂"):
-        step = _SECOND_STEP if name[2:].startswith("∂") else _FIRST_STEP
-        return partial(function(name[2:], extra), int(name[1]), step)
-    f = FUNCTIONS[name]
-    return (lambda *xs: f(*xs, *extra)) if extra else f
+    """The NumPy function of an elementwise node: a primitive with its static parameters, or a derivative.
+
+    "∂k name" is ∂f/∂(argument k) by a central difference (relative error 1e-9 where f is smooth, exact beside a corner).
+    """
+    if not name.startswith("∂"):
+        f = FUNCTIONS[name]
+        return (lambda *xs: f(*xs, *extra)) if extra else f
+    whole, k = function(name[2:], extra), int(name[1])
+    share, least = _SECOND_STEP if name[2:].startswith("∂") else _FIRST_STEP
+
+    def derivative(*xs: np.ndarray) -> np.ndarray:
+        step = share * np.maximum(np.abs(xs[k]), least)
+        up, down = ((*xs[:k], x, *xs[k + 1 :]) for x in (xs[k] + step, xs[k] - step))
+        return (whole(*up) - whole(*down)) / (2 * step)
+
+    return derivative
 
 
 def of_known(name: str, extra: tuple[Any, ...], xs: Sequence[np.ndarray]) -> np.ndarray:
     """A primitive of known numbers. What is true or false stays boolean, an eighth as large, and is read as 0 and 1."""
-    boolean = [np.asarray(x).dtype == bool for x in xs]
-    raw = COMPARISONS.get(name) or (_LOGICAL.get(name) if all(boolean) else None)
+    xs = list(map(np.asarray, xs))
+    raw = COMPARISONS.get(name) or (_LOGICAL.get(name) if all(x.dtype == bool for x in xs) else None)
     if raw is not None:
         return raw(*xs)
-    numbers = [np.asarray(x, float) if b else x for x, b in zip(xs, boolean, strict=True)]
-    return np.asarray(function(name, extra)(*numbers))
+    return np.asarray(function(name, extra)(*(x.astype(float) if x.dtype == bool else x for x in xs)))
