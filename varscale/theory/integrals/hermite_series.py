@@ -20,21 +20,16 @@ from varscale.theory.domain.axes import Axis
 from varscale.theory.domain.tables import by_type
 
 # The trapezoidal rule on a Gaussian converges like exp(-2π²/h²): exact to rounding for smooth functions, to
-# h²/12 at a corner. A jump at t that falls inside a cell costs up to h φ(t)/2 of its height: .004 at most
-# (`domains` asks whether that matters). An even number of points keeps 0, where corners lie, in the middle of
-# a cell.
+# h²/12 at a corner. A jump at t inside a cell costs up to h φ(t)/2 of its height: .004 at most (`domains` asks
+# whether that matters). An even number of points keeps 0, where corners lie, in the middle of a cell.
 POINTS = 852
 Z = np.linspace(-8.5, 8.5, POINTS)
 WEIGHTS = np.exp(-(Z**2) / 2)
 WEIGHTS /= WEIGHTS.sum()
 DEGREE = 40
-
-
 # Values on the grid -> orthonormal Hermite coefficients.
 HERMITE = hermevander(Z, DEGREE - 1) / np.sqrt(special.factorial(np.arange(DEGREE))) * WEIGHTS[:, None]
-_RHO = np.sin(
-    np.linspace(-np.pi / 2, np.pi / 2, 129)
-)  # correlations, closer together where series turn steeply
+_RHO = np.sin(np.linspace(-np.pi / 2, np.pi / 2, 129))  # closer together where series turn steeply
 _RHO_POWERS = _RHO[:, None] ** np.arange(DEGREE)
 
 
@@ -62,8 +57,7 @@ def on_one_thread(x: np.ndarray, matrix: np.ndarray) -> np.ndarray:
 
 def read_off(line: Float[np.ndarray, " points"], z: Float[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
     """A function given on the grid at other points, straight between its own: `np.interp`, which searches for them."""
-    place = (z - Z[0]) * ((POINTS - 1) / (Z[-1] - Z[0]))
-    np.clip(place, 0, POINTS - 1, out=place)
+    place = np.clip((z - Z[0]) * ((POINTS - 1) / (Z[-1] - Z[0])), 0, POINTS - 1)
     below = np.minimum(place.astype(np.int32), POINTS - 2)
     place -= below
     place *= np.diff(line)[below]
@@ -86,11 +80,9 @@ def tail(rho: np.ndarray, fall: np.ndarray) -> np.ndarray:
     """Σ c_k ρ^k / Σ c_k over k ≥ DEGREE of coefficients that fall like k^{−fall − 1}; 0 for ρ < 0."""
     y = -(DEGREE - 0.5) * np.log(np.clip(rho, 1e-300, 1.0))
     place = np.clip(fall, _FALLS[0], _FALLS[-1]) - _FALLS[0]
-    parts = [
-        np.maximum(1 - np.abs(place - i), 0.0) * np.interp(y, _TAIL_AT, _tail_table(f))
-        for i, f in enumerate(_FALLS)
-    ]
-    return np.where(rho > 0, sum(parts), 0.0)
+    parts = (np.interp(y, _TAIL_AT, _tail_table(f)) for f in _FALLS)
+    mixed = sum(np.maximum(1 - np.abs(place - i), 0.0) * part for i, part in enumerate(parts))
+    return np.where(rho > 0, mixed, 0.0)
 
 
 def solved(coefficients: np.ndarray, target: np.ndarray) -> np.ndarray:
@@ -172,15 +164,11 @@ def mehler(fi: np.ndarray, gj: np.ndarray, frame: Sequence[Axis]) -> Series:
     """For functions given on the grid by class, (classes or 1..., points)."""
     ai = on_one_thread(fi, HERMITE)
     bj = ai if gj is fi else on_one_thread(gj, HERMITE)
-    both, opposite = (_pairs(fi, g, frame) for g in (gj, gj[..., ::-1]))
-    return Series(both, opposite, by_type(ai, frame, second=False) * by_type(bj, frame, second=True))
-
-
-def _pairs(fi: np.ndarray, gj: np.ndarray, frame: Sequence[Axis]) -> np.ndarray:
-    """E[f(z) g(z)] by type: one matrix product for every class of f with every class of g."""
-    pairs = on_one_thread(fi.reshape(-1, len(Z)) * WEIGHTS, gj.reshape(-1, len(Z)).T)
     i, j = (
         by_type(np.arange(x[..., 0].size).reshape(x.shape[:-1]), frame, second=second)
         for x, second in ((fi, False), (gj, True))
     )
-    return pairs[i, j]
+    # One matrix product for every class of f with every class of g.
+    weighted = fi.reshape(-1, POINTS) * WEIGHTS
+    both, opposite = (on_one_thread(weighted, g.reshape(-1, POINTS).T)[i, j] for g in (gj, gj[..., ::-1]))
+    return Series(both, opposite, by_type(ai, frame, second=False) * by_type(bj, frame, second=True))

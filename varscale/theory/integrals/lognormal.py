@@ -39,38 +39,23 @@ _NARROW = 1 / 150  # relative variance below which a gamma law and a lognormal o
 
 @dataclasses.dataclass(frozen=True)
 class Scale:
-    """A random scale.
+    """A random scale."""
 
-    Attributes:
-        growth: its mean over the one of infinitely many units; positive.
-        place: its relative variance at one place.
-        common: variance of what is common to all places, of the logarithm.
-        skew: third cumulant of that.
-    """
-
-    growth: float
-    place: float
-    common: float
-    skew: float
+    growth: float  # its mean over the one of infinitely many units; positive
+    place: float  # its relative variance at one place
+    common: float  # variance of what is common to all places, of the logarithm
+    skew: float  # third cumulant of that
 
 
 @dataclasses.dataclass(frozen=True)
 class Response:
-    """What a function makes of a scale.
+    """What a function makes of a scale."""
 
-    Attributes:
-        growth: of its mean square, over that of infinitely many units.
-        place: ratio of logarithms at one place, by their variances.
-        slope: ratio of the common part of logarithms.
-        skew: third cumulant of the common part.
-        doubt: of the growth, relative.
-    """
-
-    growth: float
-    place: float
-    slope: float
-    skew: float
-    doubt: float
+    growth: float  # of its mean square, over that of infinitely many units
+    place: float  # ratio of logarithms at one place, by their variances
+    slope: float  # ratio of the common part of logarithms
+    skew: float  # third cumulant of the common part
+    doubt: float = 0.0  # of the growth, relative
 
 
 def response(
@@ -87,14 +72,8 @@ def response(
     bend = curvature - slope * (slope - 1)
     common = min(scale.common, WIDEST)
     if abs(bend) * (scale.place + abs(scale.growth - 1)) < NEGLIGIBLE:
-        place = min(math.log1p(scale.place), WIDEST)
-        return Response(
-            growth=scale.growth**slope * math.exp(curvature * place / 2),
-            place=slope,
-            slope=slope,
-            skew=slope**3 * scale.skew + 3 * slope**2 * bend * common**2,
-            doubt=0.0,
-        )
+        growth = scale.growth**slope * math.exp(curvature * min(math.log1p(scale.place), WIDEST) / 2)
+        return Response(growth, slope, slope, slope**3 * scale.skew + 3 * slope**2 * bend * common**2)
     line = curve()
     steps = line[_NEAR]
     if np.max(np.abs(np.diff(steps, 3))) < _ROUGH and np.max(np.abs(np.diff(steps))) < _STEEP:
@@ -109,35 +88,27 @@ def response(
 
 def _of_a_curve(scale: Scale, common: float, line: np.ndarray) -> Response:
     spline = CubicSpline(LOG_SCALES, line)
-    whole = max(min(math.log1p(scale.place), WIDEST), common)
-    centre = math.log(scale.growth)
-    values = np.exp(_log_f(spline, centre - whole / 2 + math.sqrt(whole) * _NODES)[0])
+
+    def log_f(t: np.ndarray) -> list[np.ndarray]:
+        """ln F and its first two derivatives in ln Q: a spline through what is known of it, straight beyond."""
+        inside = np.clip(t, LOG_SCALES[0], LOG_SCALES[-1])
+        level, slope, bend = (spline(inside, order) for order in range(3))
+        return [level + slope * (t - inside), slope, np.where(t == inside, bend, 0.0)]
+
+    whole, centre = max(min(math.log1p(scale.place), WIDEST), common), math.log(scale.growth)
+    values = np.exp(log_f(centre - whole / 2 + math.sqrt(whole) * _NODES)[0])
     growth = other = float(_SHARES @ values)
     if scale.place >= _NARROW:
         nodes, weights = roots_genlaguerre(len(_NODES), 1 / scale.place - 1)
-        other = weights @ np.exp(_log_f(spline, centre + np.log(nodes * scale.place))[0]) / weights.sum()
+        other = weights @ np.exp(log_f(centre + np.log(nodes * scale.place))[0]) / weights.sum()
     # The common part, and what is different at every place about it.
-    t = centre - common / 2 + math.sqrt(common) * _NODES[:, None]
-    own = whole - common
-    level, slope, bend = _log_f(spline, t - own / 2 + math.sqrt(own) * _NODES[None, :])
+    t, own = centre - common / 2 + math.sqrt(common) * _NODES[:, None], whole - common
+    level, slope, bend = log_f(t - own / 2 + math.sqrt(own) * _NODES[None, :])
     weights = _SHARES * np.exp(level - level.max())
     weights = weights / weights.sum(axis=1, keepdims=True)
     first = np.sum(weights * slope, axis=1)
     second = np.sum(weights * (bend + slope**2), axis=1) - first**2
     s, c = float(_SHARES @ first), float(_SHARES @ second)
-    return Response(
-        growth=growth,
-        place=math.copysign(
-            math.sqrt(max(math.log(float(_SHARES @ values**2) / growth**2), 0.0) / max(whole, 1e-12)), s
-        ),
-        slope=s,
-        skew=s**3 * scale.skew + 3 * s**2 * c * common**2,
-        doubt=abs(growth - other) / growth,
-    )
-
-
-def _log_f(spline: CubicSpline, t: np.ndarray) -> list[np.ndarray]:
-    """ln F and its first two derivatives in ln Q: a spline through what is known of it, straight beyond."""
-    inside = np.clip(t, LOG_SCALES[0], LOG_SCALES[-1])
-    level, slope, bend = (spline(inside, order) for order in range(3))
-    return [level + slope * (t - inside), slope, np.where(t == inside, bend, 0.0)]
+    place = math.sqrt(max(math.log(float(_SHARES @ values**2) / growth**2), 0.0) / max(whole, 1e-12))
+    skew = s**3 * scale.skew + 3 * s**2 * c * common**2
+    return Response(growth, math.copysign(place, s), s, skew, abs(growth - other) / growth)
