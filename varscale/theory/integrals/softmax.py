@@ -33,8 +33,7 @@ class WeightMoments(NamedTuple):
     own_pull: Float[np.ndarray, "*rows"]
 
 
-# In ln u: the integrands are analytic and fall off on both sides, so that the trapezoidal rule is exact to
-# 1e-9.
+# In ln u: the integrands are analytic and fall off on both sides: the trapezoidal rule is exact to 1e-9.
 _STEP = 0.4
 # e^{−u e^l} grows again beyond |Im l| = π/2: on the normal grid a step h costs exp(−π²/(s h)), 1e-9 at s h =
 # 0.48, which is the whole grid's at s = 24; at s = 64 it costs 5e-4.
@@ -65,11 +64,9 @@ def _laplace(
     phi = left @ weights
     log_phi = np.where(phi > 0.5, np.log1p(np.maximum(np.expm1(-x) @ weights, -0.6)), np.log(phi))
     left = left * x
-    moments = np.stack([left, left * x, left * x * x, left * x * logits**2, left * logits]) @ weights
-    logarithms = np.log(np.maximum(moments[:4] / phi, _LEAST))
-    return np.stack(
-        [np.log(np.maximum(-log_phi, _LEAST)), *logarithms, moments[4] / np.maximum(moments[0], _LEAST)]
-    )
+    *moments, pull = np.stack([left, left * x, left * x * x, left * x * logits**2, left * logits]) @ weights
+    logarithms = np.log(np.maximum([-log_phi, *(moment / phi for moment in moments)], _LEAST))
+    return np.stack([*logarithms, pull / np.maximum(moments[0], _LEAST)])
 
 
 def _between(
@@ -82,11 +79,11 @@ def _between(
     """
     finest = max(_RESOLVED / math.sqrt(float(variances.max())), 1)
     stride = max(k for k in _STRIDES if k <= finest)
-    logarithms, places = np.log(variances), np.log(variances) / _SPACING
+    places = np.log(variances) / _SPACING
     below = np.floor(places).astype(int)
     nodes = range(int(below.min()) - 2, int(below.max()) + 4)
     few = len(variances) <= len(nodes)
-    taken = [float(x) for x in logarithms] if few else [k * _SPACING for k in nodes]
+    taken = [float(x) for x in np.log(variances)] if few else [k * _SPACING for k in nodes]
     found = np.stack([_laplace(x, first, last, stride, directions) for x in taken], axis=1)
     if not few:  # from three nodes on either side
         between, read = (places - below)[:, None], np.zeros(())
@@ -104,14 +101,11 @@ def weight_moments(
     variances: Float[np.ndarray, "*rows classes"],
     directions: float = math.inf,
 ) -> WeightMoments:
-    """Exact moments of softmax weights over independent logits, Gaussian or projections of points on a sphere.
+    """Exact moments of softmax weights over independent logits of given variances, `counts` keys of each class.
 
-    Args:
-        counts: keys in each class.
-        variances: variance of their logits.
-        directions: of the sphere that keys lie on, 3 at least; infinitely many where logits are Gaussian.
+    Logits are Gaussian, or projections of points on a sphere of so many directions, 3 at least.
     """
-    n, rows = counts.reshape(-1, counts.shape[-1]), np.arange(counts[..., 0].size)[:, None]
+    n = counts.reshape(-1, counts.shape[-1])
     distinct, place = np.unique(variances, return_inverse=True)
     place = place.reshape(n.shape)
     # Steps of ln u between which there is mass: of a logit, and of their sum as far above as there are keys.
@@ -120,7 +114,7 @@ def weight_moments(
     last = _ROUND * math.ceil((reach + 14) / _STEP / _ROUND)
     log_phi, first, second, third, pull, pull_square = _between(distinct, first, last, directions)
     members = np.zeros((len(n), len(distinct)))
-    np.add.at(members, (rows, place), n)
+    np.add.at(members, (np.arange(len(n))[:, None], place), n)
     measure = np.exp(members @ log_phi) * _STEP  # the powers of u are in x: what is left of du is d ln u
 
     def one(f: np.ndarray) -> np.ndarray:
@@ -149,16 +143,11 @@ def apart(second: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """What is each key's own in second moments by type of the keys (last axis): by class, (..., classes).
 
     S_a − 2 β_a + c, with β_a what a key shares with the others on average and c what any two share: of keys that share
-    u_a + u_b it leaves the independent part and the class's own.
-
-    Args:
-        second: second moments by type.
-        counts: keys of each class there are.
+    u_a + u_b it leaves the independent part and the class's own. There are `counts` keys of each class.
     """
     c = counts.shape[-1]
-    pairs = np.maximum(
-        counts[..., :, None] - np.eye(c), 1e-9 * np.eye(c)
-    )  # of a key of class b, the others of class a
+    # Of a key of class b, the others of class a.
+    pairs = np.maximum(counts[..., :, None] - np.eye(c), 1e-9 * np.eye(c))
     between = second[..., c:].reshape(*second.shape[:-1], c, c)
     between = (between + np.swapaxes(between, -1, -2)) / 2
     others = pairs.sum(-2)
@@ -171,10 +160,7 @@ def apart(second: np.ndarray, counts: np.ndarray) -> np.ndarray:
 def in_common(second: np.ndarray, ahead: np.ndarray, behind: np.ndarray) -> np.ndarray:
     """What cotangents of keys of two classes share, less what those of all keys do: each centred by its row's weights.
 
-    Args:
-        second: second moments by type of the keys (last axis).
-        ahead: what weight the keys of a class have in the first row.
-        behind: the same in the second row.
+    `second` is by type of the keys (last axis); `ahead` and `behind` are the weights of each class in the two rows.
     """
     c = ahead.shape[-1]
     between = second[..., c:].reshape(*second.shape[:-1], c, c)
@@ -186,8 +172,7 @@ def balance(same: np.ndarray, lost: np.ndarray, mean: np.ndarray, axis: Axis) ->
     """u_a m_b + m_a u_b, with u such that added to `lost` it makes the rows of a row's cotangents sum to zero."""
     others = axis.counts - np.eye(axis.classes)
     missing = -same - (others * lost).sum(-1)
-    system = (
-        np.eye(axis.classes) * (others * mean[..., None, :]).sum(-1)[..., None] + mean[..., :, None] * others
-    )
+    diagonal = (others * mean[..., None, :]).sum(-1)[..., None] * np.eye(axis.classes)
+    system = diagonal + mean[..., :, None] * others
     u = (np.linalg.pinv(system, rcond=1e-6) @ missing[..., None])[..., 0]
     return u[..., :, None] * mean[..., None, :] + mean[..., :, None] * u[..., None, :]
