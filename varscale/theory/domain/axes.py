@@ -211,15 +211,15 @@ def refine(second: np.ndarray, axes: Sequence[Axis]) -> Float[np.ndarray, "..."]
     return out
 
 
-def outer(weights: Iterable[np.ndarray]) -> Float[np.ndarray, " cells"]:
-    """The product of weights along several axes, row-major."""
-    return functools.reduce(np.multiply.outer, weights, np.array(1.0)).ravel()
+def outer(weights: Iterable[np.ndarray]) -> np.ndarray:
+    """The product of weights along several axes, w_ij... = u_i v_j ..."""
+    return functools.reduce(np.multiply.outer, weights, np.array(1.0))
 
 
 @functools.cache
 def shares(axes: tuple[Axis, ...]) -> Float[np.ndarray, " cells"]:
     """The share of an array's elements in each combination of classes, row-major."""
-    return outer(axis.counts / axis.size for axis in axes)
+    return outer(axis.counts / axis.size for axis in axes).ravel()
 
 
 @functools.cache
@@ -230,7 +230,7 @@ def averaging(
     return outer(
         axis.any_pair if k in free else axis.different if k in apart else axis.same
         for k, axis in enumerate(axes)
-    )
+    ).ravel()
 
 
 @functools.cache

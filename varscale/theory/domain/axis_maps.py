@@ -28,7 +28,7 @@ import numpy as np
 from jaxtyping import Float, Int
 from scipy import linalg, sparse
 
-from varscale.theory.domain.axes import MOST_CLASSES, Axis, grouped, labelled, without_equal
+from varscale.theory.domain.axes import MOST_CLASSES, Axis, grouped, labelled, outer, without_equal
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -172,8 +172,8 @@ def split_axis(axis: Axis, sizes: tuple[int, ...]) -> Factors:
     np.add.at(counts, (*mesh, grid), 1)
     classes = counts.argmax(axis=-1)
     i, j = (classes[np.ix_(*x)] for x in ([f.first for f in factors], [f.second for f in factors]))
-    same = functools.reduce(np.logical_and.outer, [f.agrees for f in factors])
-    types = np.where(same, i, axis.classes + i * axis.classes + j)
+    same = outer(f.agrees for f in factors)
+    types = np.where(same > 0, i, axis.classes + i * axis.classes + j)
     return Factors(factors, classes, types, float(np.mean(classes[mesh] != grid)))
 
 

@@ -191,7 +191,7 @@ def regrouped(
     fine = lift(np.broadcast_to(array, shape), axes, range(len(axes)), finest, pairs=pairs)
     matrix = np.zeros((whole[k].types if pairs else whole[k].classes, places.size))
     number = outer(axis.pairs if pairs else axis.counts for axis in factors.axes)
-    matrix[places.ravel(), np.arange(places.size)] = number
+    matrix[places.ravel(), np.arange(places.size)] = number.ravel()
     matrix /= np.maximum(matrix.sum(axis=1, keepdims=True), 1e-300)
     return apply_axis(fine.reshape(*fine.shape[:k], -1, *fine.shape[k + len(sizes) :]), k, matrix)
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from varscale.theory.domain.axes import Axis, contract_axes
+from varscale.theory.domain.axes import Axis, contract_axes, outer
 from varscale.theory.domain.axis_maps import AxisMap, split_axis
 from varscale.theory.domain.tables import Table, full_types, regrouped
 from varscale.theory.graph.convolutions import Conv
@@ -273,5 +273,5 @@ class Gather(Node):
         rates, rows = self.params.rates, self.params.rows
         if rates is not None:
             return np.array(rates).reshape([axis.types for axis in self.indexed])
-        same = functools.reduce(np.logical_and.outer, [axis.agrees for axis in self.indexed], np.array(True))
+        same = outer(axis.agrees for axis in self.indexed)
         return np.where(same, 1.0, 1.0 / rows)

@@ -215,7 +215,7 @@ def lost_excess_of_merge(node: Merge) -> float:
     source, (k, sizes) = node.args[0].node, node.params
     table, factors = source.table, source.axes[k : k + len(sizes)]
     second = table.second[(0,) * k][(..., *[0] * (len(source.axes) - k - len(sizes)))]
-    apart = outer(axis.pairs for axis in factors) * (outer(axis.agrees for axis in factors) == 0)
+    apart = (outer(axis.pairs for axis in factors) * (1 - outer(axis.agrees for axis in factors))).ravel()
     if not apart.any():
         return lost_excess(source)
     usual, most = float(apart @ second.ravel() / apart.sum()), float(second.ravel()[apart > 0].max())

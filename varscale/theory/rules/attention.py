@@ -30,14 +30,13 @@ equal weights, one over the number of directions that tokens differ in (`token_g
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from varscale.theory.domain.axes import apply_axis, contract_axis, shares
+from varscale.theory.domain.axes import apply_axis, contract_axis, outer, shares
 from varscale.theory.domain.axis_maps import lift_types
 from varscale.theory.domain.tables import lift
 from varscale.theory.graph.expressions import Apply, roots, weighted_sum
@@ -166,7 +165,7 @@ def gain_of_queries(weights: Any, notes: BackwardNotes, passed: np.ndarray, kept
         share / max(found.keys.node.table.mean_square, 1e-300) * passed * weights.read(several) * weights.own
     )
     axes = [weights.axes[k] for k in weights.rows]
-    rows = functools.reduce(np.multiply.outer, [a.same for a in axes], np.array(1.0))
+    rows = outer(a.same for a in axes)
     part = float((gain * rows).sum() / max(((gain + kept) * rows).sum(), 1e-300))
     gain = found.slope * np.multiply.outer(gain, weights.keys.agrees / weights.keys.size)
     gain = sum_out(np.moveaxis(gain, -1, weights.params), weights.axes, found.product)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from scipy import special
 
-from varscale.theory.domain.axes import Axis, apply_axis, contract_axes
+from varscale.theory.domain.axes import Axis, apply_axis, contract_axes, outer
 from varscale.theory.domain.axis_maps import AxisMap, adjoint, identity_map, pair_counts
 from varscale.theory.domain.tables import LEADING_ORDER, Table, full_along, lift, means_by_type
 from varscale.theory.graph.convolutions import (
@@ -128,8 +128,8 @@ def scatter_of_conv(node: Conv) -> np.ndarray | None:
         else np.add(*tap_pairs(windows[dim - 2], inputs[dim], axis))[:, : inputs[dim].classes].sum(axis=1)
         for k, axis in enumerate(node.axes)
     ]
-    meeting = functools.reduce(np.multiply.outer, lines, np.array(1.0))
-    same = functools.reduce(np.logical_and.outer, [axis.agrees for axis in node.axes], np.array(True))
+    meeting = outer(lines)
+    same = outer(axis.agrees for axis in node.axes)
     # The part of the input's mean square that is not common to all places.
     kinds = {k: axis.different if k in xd[2:] else axis.same for k, axis in enumerate(x.axes)}
     common = float(contract_axes(x.table.second, kinds)) / max(x.table.mean_square, 1e-300)
@@ -339,7 +339,7 @@ def pullback_of_window_max(
     own = node.carried(cotangent, maps, back=True)
     real = [w for w in windows if w is not None]
     taps, steps = _taps(node), [w.taps - w.stride * np.abs(np.arange(-w.taps, w.taps + 1)) for w in real]
-    shared = functools.reduce(np.multiply.outer, [np.maximum(step, 0) for step in steps])
+    shared = outer(np.maximum(step, 0) for step in steps)
     shared = shared[(shared > 0) & (shared < taps)]
     both = float((shared / (2 * taps - shared)).sum() / max(shared.sum(), 1))
     out = spread / taps**2

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from varscale.theory.domain.axes import Axis, affordable, contract_axes, grouped, join, shares
+from varscale.theory.domain.axes import Axis, affordable, contract_axes, grouped, join, outer, shares
 from varscale.theory.domain.tables import LOOSE, NEGLIGIBLE, ROUGH, Table, full_along, means_by_type
 from varscale.theory.graph.expressions import Apply, Sum, roots, swapped
 from varscale.theory.graph.layout import Value, align, full, renumbered
@@ -103,7 +103,7 @@ def _tied(
     shift = mean_of_product(x.node.whole, rows, x.node.axes) * node.width
     table = next(v for v in node.args if v is not x)
     own = math.prod(axis.size for k, axis in enumerate(node.axes) if k in table.bind)
-    same = functools.reduce(np.multiply.outer, [a.agrees for a in node.axes], np.array(1.0))
+    same = outer(a.agrees for a in node.axes)
     return mean + shift / own, second + shift**2 / own * same
 
 

@@ -12,7 +12,6 @@ what that leaves out is in doubt.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import itertools
 import math
@@ -25,7 +24,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 from scipy import special
 
-from varscale.theory.domain.axes import Axis, contract_axes, grouped, labelled
+from varscale.theory.domain.axes import Axis, contract_axes, grouped, labelled, outer
 from varscale.theory.domain.axis_maps import entry_map
 from varscale.theory.domain.tables import LEADING_ORDER, Table, lift, per_pair
 from varscale.theory.graph import layout
@@ -99,13 +98,13 @@ def pullback_of_gather(node: Gather, cotangent: np.ndarray, notes: BackwardNotes
     """Cotangents add up in the rows they came from: a row gets as many pairs of them as there are indices that agree."""
     row_axes, index_axes, _, rows = node.params[:4]
     source, bind, rate = node.args[0].node.axes, node.args[0].bind, node.rates()
-    pairs = functools.reduce(np.multiply.outer, [a.pairs for a in node.indexed], np.array(1.0))
+    pairs = outer(a.pairs for a in node.indexed)
     same, other = (
         np.tensordot(w, cotangent, axes=(range(len(index_axes)), index_axes))
         for w in (pairs * rate / rows, pairs * (1 - rate) / max(rows * (rows - 1), 1))
     )
-    own = functools.reduce(np.logical_and.outer, [source[k].agrees for k in sorted(row_axes)], np.array(True))
-    out = np.multiply.outer(own, same) + np.multiply.outer(~own, other)
+    own = outer(source[k].agrees for k in sorted(row_axes))
+    out = np.multiply.outer(own, same) + np.multiply.outer(1 - own, other)
     # Row axes come first here, then the others in the order of this node's axes; they go where the table has
     # them.
     kept = [k for k in range(len(source)) if k not in row_axes]

@@ -8,7 +8,7 @@ from collections.abc import Hashable
 
 import numpy as np
 
-from varscale.theory.domain.axes import Axis
+from varscale.theory.domain.axes import Axis, outer
 from varscale.theory.domain.tables import LEADING_ORDER, LOOSE, NEXT_ORDER, Table, by_type, estimate, lift
 from varscale.theory.graph.expressions import Apply, Sum
 from varscale.theory.graph.nodes import UNKNOWN, Array, Constant, Node, View, pullback, second_moments
@@ -102,9 +102,7 @@ class Softmax(Node):
     @functools.cached_property
     def own(self) -> np.ndarray:
         """Which types of the rows are a row with itself."""
-        return functools.reduce(
-            np.logical_and.outer, [self.axes[k].agrees for k in self.rows], np.array(True)
-        )
+        return outer(self.axes[k].agrees for k in self.rows) > 0
 
     @functools.cached_property
     def tilt(self) -> np.ndarray:
