@@ -28,27 +28,16 @@ MOST_TYPES = 1 << 18  # types of index pairs over all axes of an array, above wh
 
 @dataclasses.dataclass(frozen=True)
 class Axis:
-    """An axis of `size` positions.
+    """An axis of positions in C `classes`, with C + C² `types` of index pairs (i, j), those i = j first; one for one position.
 
-    Attributes:
-        size: number of positions. Axes of size 1 carry nothing, and arrays have none.
-        labels: the class of each position as bytes, numbered from 0 in order of appearance; None where there is one class.
-        classes: how many classes there are, C.
-        types: how many types of index pairs, C + C²: those of pairs i = j come first. Of one position there is one type.
-        label_array: the class of each position.
-        members: which positions are of each class, 1 or 0.
-        counts: positions in each class.
-        first: class of i in each type.
-        second: class of j in each type.
-        agrees: which types are of pairs i = j.
-        pairs: ordered index pairs of each type; they sum to size².
-        same: weights of the types that average over the pairs i = j.
-        different: weights that average over the pairs i ≠ j.
-        any_pair: weights that average over all pairs: the second moment of a mean.
+    `first` and `second` are the classes of i and j in each type, `pairs` how many ordered pairs it has: size² in all. `same`,
+    `different` and `any_pair` are weights of the types that average over pairs i = j, i ≠ j and all: E[(mean x)²] is the last.
     """
 
-    size: int
-    labels: bytes | None = None
+    size: int  # 1 carries nothing, and arrays have no such axes
+    labels: bytes | None = (
+        None  # the class of each position, numbered in order of appearance; None: one class
+    )
 
     @functools.cached_property
     def classes(self) -> int:
@@ -102,12 +91,7 @@ class Axis:
 
 
 def labelled(labels: Sequence[int] | np.ndarray) -> Axis:
-    """The axis whose positions have these class labels (any integers).
-
-    Raises:
-        ValueError: there are more classes than a byte tells apart.
-    """
-    labels = np.asarray(labels)
+    """The axis whose positions have these class labels (any integers); ValueError if they are more than a byte tells apart."""
     _, first, inverse = np.unique(labels, return_index=True, return_inverse=True)
     if len(first) == 1:
         return Axis(len(labels))
@@ -121,8 +105,7 @@ def labelled(labels: Sequence[int] | np.ndarray) -> Axis:
 def affordable(axes: tuple[Axis, ...]) -> tuple[Axis, ...]:
     """The axes of an array, of which the most finely classed lose their classes until there are few enough types in all.
 
-    Windows of a picture, with rows and columns of windows and of what is in each, have so many axes that a few classes on
-    every one of them would be millions of types.
+    Windows of a picture have so many axes that a few classes on every one of them would be millions of types.
     """
     kept = list(axes)
     while math.prod(axis.types for axis in kept) > MOST_TYPES and any(axis.labels for axis in kept):
@@ -145,19 +128,16 @@ def join(a: Axis, b: Axis) -> Axis:
 
 def grouped(signatures: Float[np.ndarray, "size features"], most: int = MOST_CLASSES) -> Axis:
     """Positions classed by what they see: one class a distinct signature, the nearest two merged until `most` remain."""
-    rows, inverse, counts = np.unique(
-        np.round(signatures, 9), axis=0, return_inverse=True, return_counts=True
-    )
+    near = np.round(signatures, 9)
+    rows, inverse, counts = np.unique(near, axis=0, return_inverse=True, return_counts=True)
     labels, weight = inverse.ravel(), counts.astype(float)
     if len(rows) > 64:  # far more kinds than classes: cut by rank, finer where signatures are small
-        rank = np.argsort(np.argsort(rows.sum(axis=1)))
-        return labelled(
-            np.minimum((most * np.log1p(rank) / math.log1p(len(rows))).astype(int), most - 1)[labels]
-        )
+        rank = most * np.log1p(np.argsort(np.argsort(rows.sum(axis=1)))) / math.log1p(len(rows))
+        return labelled(np.minimum(rank.astype(int), most - 1)[labels])
     while len(rows) > most:
         gap = np.abs(rows[:, None] - rows[None]).sum(axis=-1) * np.minimum(weight[:, None], weight[None])
         gap[np.tril_indices(len(rows))] = np.inf
-        i, j = (int(n) for n in np.unravel_index(int(np.argmin(gap)), gap.shape))
+        i, j = divmod(int(np.argmin(gap)), len(rows))
         rows[i] = (rows[i] * weight[i] + rows[j] * weight[j]) / (weight[i] + weight[j])
         weight[i] += weight[j]
         rows, weight = np.delete(rows, j, axis=0), np.delete(weight, j)
@@ -195,7 +175,7 @@ def without_equal(sums: np.ndarray, classes: int) -> None:
     sums[classes + np.arange(classes) * (classes + 1)] -= sums[:classes]
 
 
-def pool(second: np.ndarray, axes: Sequence[Axis]) -> Float[np.ndarray, "..."]:
+def pool(second: np.ndarray, axes: Sequence[Axis]) -> np.ndarray:
     """A type array with the classes of every axis pooled: "the same" and "different" along each, shape (2,) * rank."""
     for k, axis in enumerate(axes):
         if axis.classes > 1:
@@ -203,7 +183,7 @@ def pool(second: np.ndarray, axes: Sequence[Axis]) -> Float[np.ndarray, "..."]:
     return second
 
 
-def refine(second: np.ndarray, axes: Sequence[Axis]) -> Float[np.ndarray, "..."]:
+def refine(second: np.ndarray, axes: Sequence[Axis]) -> np.ndarray:
     """An array by "the same" and "different" along each axis (1 long where that is one), read by type."""
     out = np.broadcast_to(second, [2] * len(axes))
     for k, axis in enumerate(axes):
@@ -227,20 +207,17 @@ def averaging(
     axes: tuple[Axis, ...], free: frozenset[int] = frozenset(), apart: frozenset[int] = frozenset()
 ) -> Float[np.ndarray, " types"]:
     """Weights of a type array, row-major, that average over pairs: free along some axes, apart or equal along the others."""
-    return outer(
-        axis.any_pair if k in free else axis.different if k in apart else axis.same
-        for k, axis in enumerate(axes)
-    ).ravel()
+    weights = (a.any_pair if k in free else a.different if k in apart else a.same for k, a in enumerate(axes))
+    return outer(weights).ravel()
 
 
 @functools.cache
 def sliced(axis: Axis, start: int, stop: int, step: int) -> tuple[Axis | None, Float[np.ndarray, "new old"]]:
     """The axis left by a slice (None where one position is left), and which old classes its classes come from."""
     labels = axis.label_array[start:stop:step]
-    if len(labels) == 1:
-        return None, np.eye(axis.classes)[labels]
     new = labelled(labels)
-    return new, np.eye(axis.classes)[labels[np.unique(new.label_array, return_index=True)[1]]]
+    old = np.eye(axis.classes)[labels[np.unique(new.label_array, return_index=True)[1]]]
+    return new if len(labels) > 1 else None, old
 
 
 def reduced(axis: Axis, positions: Int[np.ndarray, " kept"]) -> Axis:

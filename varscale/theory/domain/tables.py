@@ -71,7 +71,7 @@ class Moments:
         """The sizes of the axes that each correlation is about."""
         return {"sample_correlation": self.shape[:1], "position_correlation": self.shape[1:-1]}
 
-    def second(self) -> Float[np.ndarray, "..."]:
+    def second(self) -> np.ndarray:
         """E[x_i x_j] by which axes agree, shape (2,) * ndim, 0 for "same" and 1 for "different"."""
         square, correlation = float(self.mean) ** 2, np.ones(())
         variance = float(self.second_moment) - square
@@ -86,29 +86,14 @@ class Moments:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Table:
-    """Moments of an array over `axes`.
+    """Moments of an array over `axes`: E[x], E[x²] and the variance over all its elements, and by class and type.
 
-    Attributes:
-        axes: its axes.
-        mean: E[x_i] by class, shape (C₁, ..., C_k).
-        second: E[x_i x_j] by type of index pair, shape (types₁, ..., types_k).
-        total_mean: E[x] over all elements.
-        mean_square: E[x²] over all elements.
-        variance: E[x²] − E[x]² over all elements.
-        diagonal: E[x_i²] by class.
-        outer: E[x_i] E[x_j] by type.
-        covariance: E[x_i x_j] − E[x_i] E[x_j] by type.
+    `diagonal` is E[x_i²] by class, `outer` is E[x_i] E[x_j] by type, and `covariance` E[x_i x_j] less that.
     """
 
     axes: tuple[Axis, ...]
-    mean: Float[np.ndarray, "..."]
-    second: Float[np.ndarray, "..."]
-
-    def over(self, axes: tuple[Axis, ...]) -> Table:
-        """The same array with other classes on its axes."""
-        places = range(len(axes))
-        mean = lift(self.mean, self.axes, places, axes, pairs=False)
-        return Table(axes, mean, lift(self.second, self.axes, places, axes, pairs=True))
+    mean: np.ndarray  # E[x_i] by class, (C₁, ..., C_k)
+    second: np.ndarray  # E[x_i x_j] by type of index pair, (types₁, ..., types_k)
 
     @functools.cached_property
     def total_mean(self) -> float:
@@ -123,19 +108,19 @@ class Table:
         return max(self.mean_square - self.total_mean * self.total_mean, 0.0)
 
     @functools.cached_property
-    def diagonal(self) -> Float[np.ndarray, "..."]:
+    def diagonal(self) -> np.ndarray:
         return self.second[tuple(slice(0, axis.classes) for axis in self.axes)]
 
     @functools.cached_property
-    def outer(self) -> Float[np.ndarray, "..."]:
+    def outer(self) -> np.ndarray:
         return means_by_type(self.mean, self.axes)
 
     @functools.cached_property
-    def covariance(self) -> Float[np.ndarray, "..."]:
+    def covariance(self) -> np.ndarray:
         return self.second - self.outer
 
 
-def means_by_type(mean: np.ndarray, axes: Sequence[Axis], other: np.ndarray | None = None) -> np.ndarray:
+def means_by_type(mean: np.ndarray, axes: Axes, other: np.ndarray | None = None) -> np.ndarray:
     """E[x_i] E[y_j] by type (1 long where there is one class), y = x by default."""
     return by_type(mean, axes, second=False) * by_type(mean if other is None else other, axes, second=True)
 
@@ -149,16 +134,11 @@ def independent(mean: float, second_moment: float, axes: tuple[Axis, ...]) -> Ta
 
 
 def lift(
-    array: np.ndarray, axes: Sequence[Axis], bind: Sequence[int], frame: Sequence[Axis], *, pairs: bool
+    array: np.ndarray, axes: Axes, bind: Sequence[int], frame: Sequence[Axis], *, pairs: bool
 ) -> np.ndarray:
-    """A class array (or, with `pairs`, a type array) read over a frame of axes.
+    """A class array (or, with `pairs`, a type array) over some axes, read over a frame: 1 long where it has none of its axes.
 
-    Args:
-        array: over the classes (types) of `axes`.
-        axes: the axes it has.
-        bind: the place in the frame of each.
-        frame: axes to read it over; where it has none of them it is constant, and the result has length 1 there.
-        pairs: whether `array` runs over types rather than classes.
+    `bind` is the place in the frame of each of `axes`.
     """
     if tuple(bind) == tuple(range(len(frame))) and tuple(axes) == tuple(frame):
         return array
@@ -206,7 +186,7 @@ def full_along(array: np.ndarray, k: int, axis: Axis) -> np.ndarray:
     return np.broadcast_to(array, (*array.shape[:k], axis.types, *array.shape[k + 1 :]))
 
 
-def estimate(values: Float[np.ndarray, "..."], axes: Sequence[Axis]) -> Table:
+def estimate(values: np.ndarray, axes: Axes) -> Table:
     """Moments of one real array, its entries pooled by class and by type."""
     x = np.asarray(values, float).reshape([1, *(axis.size for axis in axes)])
     mean = x[0]
@@ -216,37 +196,25 @@ def estimate(values: Float[np.ndarray, "..."], axes: Sequence[Axis]) -> Table:
 
 
 def estimated_products(
-    x: Float[np.ndarray, "draws ..."], y: Float[np.ndarray, "draws ..."], axes: Sequence[Axis]
+    x: Float[np.ndarray, "draws ..."], y: Float[np.ndarray, "draws ..."], axes: Axes
 ) -> Float[np.ndarray, "draws ..."]:
-    """E[x_i y_j] by type, pooled over the pairs of positions of each, draw by draw.
+    """E[x_i y_j] by type, pooled over the pairs of positions of each, draw by draw."""
 
-    The pairs that differ along an axis come from sums over classes, less the pairs that agree: linear, axis by axis.
-    """
-    rank, cells = len(axes), [slice(0, axis.classes) for axis in axes]
-    second = np.zeros([len(x), *(axis.types for axis in axes)])
-    for agree in itertools.product((True, False), repeat=rank):
-        # Sums of x_i y_j over pairs that agree on some axes and run freely over the others.
-        fixed, free = ([k for k, same in enumerate(agree) if same is which] for which in (True, False))
-        summed = [x] if x is y else [x, y]
-        for k in free[::-1]:
-            summed = [apply_axis(z, 1 + k, axes[k].members) for z in summed]
-        theirs = [k if same else rank + k for k, same in enumerate(agree)]
-        kept = [p for k in range(rank) for p in dict.fromkeys((k, theirs[k]))]
-        product = (  # the first is ten times as fast
-            np.einsum(summed[0], [..., *range(rank)], summed[-1], [..., *theirs], [..., *kept])
-            if free
-            else summed[0] * summed[-1]
-        )
-        sizes = [axis.size if same else axis.classes**2 for axis, same in zip(axes, agree, strict=True)]
-        product = product.reshape(len(x), *sizes)
-        for k in fixed:
-            product = apply_axis(product, 1 + k, axes[k].members)
-        block = (c if same else slice(c.stop, None) for c, same in zip(cells, agree, strict=True))
-        second[:, *block] = product
-    return per_pair(second, axes)
+    def sums(x: np.ndarray, y: np.ndarray, k: int) -> np.ndarray:
+        """From axis k on, over the positions of each class, and over all pairs of positions of each pair of classes."""
+        if k == len(axes):
+            return x * y
+        axis, at = axes[k], x.ndim - len(axes) + k
+        same = apply_axis(sums(x, y, k + 1), at, axis.members)
+        mine, theirs = (apply_axis(z, at, axis.members) for z in (x, y))
+        pairs = sums(np.expand_dims(mine, at + 1), np.expand_dims(theirs, at), k + 1)
+        pairs = pairs.reshape(*same.shape[:at], -1, *same.shape[at + 1 :])
+        return np.concatenate([same, pairs], axis=at)
+
+    return per_pair(sums(x, y, 0), axes)
 
 
-def per_pair(sums: np.ndarray, axes: Sequence[Axis]) -> np.ndarray:
+def per_pair(sums: np.ndarray, axes: Axes) -> np.ndarray:
     """Means by type (of the last axes) from sums over pairs of positions, those that differ counted with those that agree."""
     for k, axis in enumerate(axes, sums.ndim - len(axes)):
         s, c = np.moveaxis(sums, k, 0), axis.classes
@@ -257,7 +225,7 @@ def per_pair(sums: np.ndarray, axes: Sequence[Axis]) -> np.ndarray:
     return sums
 
 
-def by_type(x: np.ndarray, axes: Sequence[Axis], *, second: bool) -> np.ndarray:
+def by_type(x: np.ndarray, axes: Axes, *, second: bool) -> np.ndarray:
     """A class array (classes..., rest) read at i (or, with `second`, at j) of each type."""
     for k, axis in enumerate(axes):
         if x.shape[k] > 1:
@@ -266,16 +234,12 @@ def by_type(x: np.ndarray, axes: Sequence[Axis], *, second: bool) -> np.ndarray:
 
 
 def gaussian(
-    covariance: Float[np.ndarray, "..."],
-    axes: Sequence[Axis],
-    positions: Positions,
-    replicates: int,
-    rng: np.random.Generator,
+    covariance: np.ndarray, axes: Axes, positions: Positions, replicates: int, rng: np.random.Generator
 ) -> Float[np.ndarray, "replicates ..."]:
     """Zero-mean Gaussian arrays of a given covariance by type, at some positions of its axes.
 
     The law is that of a crossed random-effects model: for every set of axes, an effect that is drawn anew at each of their
-    positions and shared along the others, there with one value a class.
+    positions and shared along the others, there with one value a class, correlated between classes.
     """
     labels = [axis.label_array[kept] for axis, kept in zip(axes, positions, strict=True)]
     blocks = covariance.reshape([axis.types for axis in axes])
@@ -286,30 +250,19 @@ def gaussian(
             same, different = np.split(part, [axis.classes], axis=k)
             alike = np.arange(axis.classes) * (axis.classes + 1)
             part = same - np.take(different, alike, axis=k) if anew else different
-        if np.max(np.abs(part)) > 1e-14:
-            out += _effect(part, axes, labels, own, replicates, rng)
+        if np.max(np.abs(part)) <= 1e-14:
+            continue
+        mine, others = ([k for k, anew in enumerate(own) if anew is which] for which in (True, False))
+        at, sizes, classes = len(mine), [len(labels[k]) for k in mine], [axes[k].classes for k in others]
+        each, total = [axes[k].classes for k in mine], math.prod(classes)
+        square = part.transpose([*mine, *others]).reshape([*each, *(n for c in classes for n in (c, c))])
+        pairs = [*range(at), *range(at, square.ndim, 2), *range(at + 1, square.ndim, 2)]
+        matrix = square.transpose(pairs).reshape([*each, total, total])
+        values, vectors = np.linalg.eigh((matrix + np.swapaxes(matrix, -1, -2)) / 2)
+        factor = vectors * np.sqrt(np.maximum(values, 0.0))[..., None, :]
+        factor = factor[np.ix_(*[labels[k] for k in mine])]
+        noise = np.moveaxis(rng.standard_normal((replicates, *sizes, total)), 0, -1)
+        effect = np.moveaxis(factor @ noise, -1, 0).reshape([replicates, *sizes, *classes])
+        effect = effect[(slice(None), *np.ix_(*map(range, sizes), *[labels[k] for k in others]))]
+        out += effect.transpose([0, *(1 + i for i in np.argsort([*mine, *others]))])
     return out
-
-
-def _effect(
-    part: np.ndarray,
-    axes: Sequence[Axis],
-    labels: Sequence[np.ndarray],
-    own: Sequence[bool],
-    replicates: int,
-    rng: np.random.Generator,
-) -> np.ndarray:
-    """One effect: independent along the axes in `own`, correlated between the classes of the others."""
-    mine, others = ([k for k, anew in enumerate(own) if anew is which] for which in (True, False))
-    at, sizes, classes = len(mine), [len(labels[k]) for k in mine], [axes[k].classes for k in others]
-    each, total = [axes[k].classes for k in mine], math.prod(classes)
-    square = part.transpose([*mine, *others]).reshape([*each, *(n for c in classes for n in (c, c))])
-    pairs = [*range(at), *range(at, square.ndim, 2), *range(at + 1, square.ndim, 2)]
-    matrix = square.transpose(pairs).reshape([*each, total, total])
-    values, vectors = np.linalg.eigh((matrix + np.swapaxes(matrix, -1, -2)) / 2)
-    factor = vectors * np.sqrt(np.maximum(values, 0.0))[..., None, :]
-    factor = factor[np.ix_(*[labels[k] for k in mine])]
-    noise = rng.standard_normal((replicates, *sizes, total))
-    effect = np.moveaxis(factor @ np.moveaxis(noise, 0, -1), -1, 0).reshape([replicates, *sizes, *classes])
-    effect = effect[(slice(None), *np.ix_(*map(range, sizes), *[labels[k] for k in others]))]
-    return effect.transpose([0, *(1 + i for i in np.argsort([*mine, *others]))])
