@@ -33,15 +33,9 @@ from varscale.theory.domain.axes import MOST_CLASSES, Axis, grouped, labelled, o
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class AxisMap:
-    """y_p = Σ_i A_pi x_i along one axis.
+    """y_p = Σ_i A_pi x_i along one axis."""
 
-    Attributes:
-        matrix: A, sparse, (outputs, inputs).
-        out: the axis of the outputs.
-        inner: the axis of the inputs.
-    """
-
-    matrix: sparse.csr_array
+    matrix: sparse.csr_array  # (outputs, inputs)
     out: Axis
     inner: Axis
 
@@ -80,16 +74,11 @@ def identity_map(axis: Axis, inner: Axis | None = None) -> AxisMap:
 
 @functools.lru_cache(maxsize=1024)
 def pair_counts(a: AxisMap, b: AxisMap | None = None) -> Float[np.ndarray, "types_out types_in"]:
-    """Mean weight of the input pairs (i, j) of each type behind the output pairs (p, q) of each type.
+    """C with E[y_p z_q] by type = C E[x_i x'_j] by type, y made by the map a, z by b over the same axes (a by default).
 
-    Args:
-        a: the map of the first of each pair.
-        b: that of the second, over the same axes; None where it is the same map.
-
-    Returns:
-        C with E[y_p z_q] by type = C @ E[x_i x'_j] by type; 0 for types without pairs.
+    The mean weight of the input pairs of each type behind the output pairs of each type; 0 for types without pairs.
     """
-    out, inner, maps = a.out, a.inner, (a.matrix, a.matrix if b is None else b.matrix)
+    out, inner, maps = a.out, a.inner, (a.matrix, (b or a).matrix)
     outs, ins = out.members, inner.members
     own = outs @ ((maps[0] * maps[1]) @ ins.T)
     within = np.einsum("cp,pd,pf->cdf", outs, *(m @ ins.T for m in maps))
@@ -114,10 +103,7 @@ def class_counts(a: AxisMap, b: AxisMap) -> Float[np.ndarray, "classes_a classes
 def adjoint(
     counts: Float[np.ndarray, "types_out types_in"], out: Axis, inner: Axis
 ) -> Float[np.ndarray, "types_in types_out"]:
-    """The map of cotangents' second moments by type that belongs to one of values' (`pair_counts`).
-
-    An input pair gets from each output pair what it gave: the total weight between two types is the same both ways.
-    """
+    """The map of cotangents' second moments that belongs to one of values' (`pair_counts`): the total weights are the same."""
     return (counts * out.pairs[:, None]).T / np.where(inner.pairs > 0, inner.pairs, 1.0)[:, None]
 
 
@@ -147,19 +133,12 @@ def lift_types(
 
 
 class Factors(NamedTuple):
-    """An axis as row-major factors.
-
-    Attributes:
-        axes: the factors.
-        classes: the class of the whole for each combination of their classes: the one that most of its positions have.
-        types: the type of the whole for each combination of their types.
-        strangers: share of the positions that are of another class than that.
-    """
+    """An axis as row-major factors, for each combination of whose classes the whole has that of most of its positions."""
 
     axes: tuple[Axis, ...]
-    classes: Int[np.ndarray, "*classes"]
+    classes: Int[np.ndarray, "*classes"]  # of the whole
     types: Int[np.ndarray, "*types"]
-    strangers: float
+    strangers: float  # share of the positions that are of another class
 
 
 @functools.cache
@@ -172,8 +151,7 @@ def split_axis(axis: Axis, sizes: tuple[int, ...]) -> Factors:
     np.add.at(counts, (*mesh, grid), 1)
     classes = counts.argmax(axis=-1)
     i, j = (classes[np.ix_(*x)] for x in ([f.first for f in factors], [f.second for f in factors]))
-    same = outer(f.agrees for f in factors)
-    types = np.where(same > 0, i, axis.classes + i * axis.classes + j)
+    types = np.where(outer(f.agrees for f in factors) > 0, i, axis.classes + i * axis.classes + j)
     return Factors(factors, classes, types, float(np.mean(classes[mesh] != grid)))
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -46,63 +46,40 @@ class View(NamedTuple):
 
 
 class Node(Marked):
-    """One random array.
+    """One random array over `axes`, each of size 2 or more, made of `args` and of `params`, what else identifies it.
 
     A kind of node is data. How its moments follow from its arguments' (`second_moments`), how a cotangent passes back
     (`pullback`) and what it does to fluctuations (`propagated`) are functions that dispatch on the kind.
 
-    Attributes:
-        axes: its axes, each of size 2 or more.
-        args: views of its arguments over its own frame (for a contraction: over a wider one).
-        params: what else identifies it.
-        deps: bits of the random leaves it depends on.
-        odd: bits of the zero-mean leaves it is linear in, and of the symmetric ones that turn its sign with theirs: a product
-            with anything that does not see the sign of one of them has mean zero.
-        even: bits of the symmetric leaves whose sign it does not see, though it depends on them.
-        positive: whether it cannot be negative.
-        entrywise: whether each entry is made of one entry of every argument, so that what moves entries moves the arguments'.
-        moves: whether its entries are entries of its one argument at other places, some of them perhaps left out.
-        averages: whether it is the mean of its one argument over the axes `params`.
-        width: terms in each of its sums, where it is one linear map of two arguments, the second often weights; else None.
-        reduced: the axes of its argument that it does not have.
-        is_centred: whether it is an array less its own mean over some axes: a sum, a mean among its terms.
-        is_variance: whether it is mean(x²) − mean(x)², which no rounding makes negative here.
-        is_input: whether it is an input of the model: other leaves belong to one initialization.
-        is_bits: whether it is random bits, which have no gradient.
-        is_drawn: whether it is a leaf that varies between initializations, and no input.
-        follows_shifts: whether it reduces the axes `reduced` of its one argument, its derivatives along them adding up to 1.
-        collects: whether its entries are entries, or weighted sums of entries, of its first argument, by known indices.
-        timed: whether it is known by draws along time, which hold more than its moments by type (`draws`).
-        shares: whether it is shares that add up to 1, positive but no norm's scale.
-        near: the share of their variance that near places may have in common beyond what any two have: 1 where known numbers
-            are in it, of windows that overlap the part of one that the next one reads.
-        how: how good its rule is where nothing is marked, one of `HOWS`.
-        gradient_doubt: relative error that its pullback may add.
-        drawn: its values on the normal grid, where it was drawn and is not to be taken for Gaussian.
-        depth: nodes on the longest way to it from a leaf or known numbers.
-        whole: it, read over its own axes.
-        unseen: bits of the leaves whose sign it does not see.
-        table: its moments, worked out when they are first asked for.
-        frame_types: the shape of a type array over its axes.
+    Sets of random leaves are bits: `deps` those that it depends on; `odd` the zero-mean ones that it is linear in and the
+    symmetric ones that turn its sign with theirs (its product with what does not see the sign of one of them has mean zero);
+    `even` those of `deps`, `unseen` those of all, whose sign it does not see. `positive`: it cannot be negative. `near` is the
+    share of their variance that near places may have in common beyond what any two have: 1 where known numbers are in it, of
+    windows that overlap the part of one that the next one reads. `depth` is the longest way to it from a leaf or known numbers.
     """
 
-    how: ClassVar[str] = "exact"
-    entrywise: ClassVar[bool] = False
-    moves: ClassVar[bool] = False
-    averages: ClassVar[bool] = False
-    follows_shifts: ClassVar[bool] = False
-    collects: ClassVar[bool] = False
-    timed: ClassVar[bool] = False
-    shares: ClassVar[bool] = False
-    width: float | None = None
-    reduced: tuple[int, ...] = ()
-    is_centred: bool = False
-    is_variance: bool = False
-    is_input: bool = False
-    is_bits: bool = False
-    is_drawn: bool = False
-    gradient_doubt: float = 0.0
-    drawn: np.ndarray | None = None
+    how = "exact"  # how good its rule is where nothing is marked, one of `HOWS`
+    # Each entry is made of one entry of every argument, so that what moves entries moves the arguments'.
+    entrywise = False
+    moves = False  # its entries are entries of its one argument, some perhaps left out
+    averages = False  # the mean of its one argument over the axes `params`
+    follows_shifts = False  # its derivatives along the axes `reduced` add up to 1
+    collects: ClassVar[bool] = (
+        False  # entries of its first argument, or weighted sums of them, by known indices
+    )
+    timed = False  # known by draws along time, which hold more than moments by type
+    shares = False  # shares that add up to 1, positive but no norm's scale
+    width: float | None = None  # terms in each sum of a linear map of two arguments, the second often weights
+    reduced: tuple[int, ...] = ()  # the axes of its argument that it does not have
+    is_centred = False  # an array less its own mean over some axes: a sum, a mean among its terms
+    is_variance = False  # mean(x²) − mean(x)², which no rounding makes negative here
+    is_input = False  # of the model; other leaves belong to one initialization
+    is_bits = False  # random bits, which have no gradient
+    is_drawn = False  # a leaf that varies between initializations, and no input
+    gradient_doubt = 0.0  # relative error that its pullback may add
+    drawn: np.ndarray | None = (
+        None  # on the normal grid, where it was drawn and is not to be taken for Gaussian
+    )
 
     def __init__(self, graph: Graph, id_: int, axes: tuple[Axis, ...], args: tuple[View, ...], params: Any):
         self.graph, self.id, self.axes, self.args, self.params = graph, id_, axes, args, params
@@ -135,8 +112,13 @@ class Node(Marked):
     @property
     def table(self) -> Table:
         if self._table is None and not self.graph.nested:
-            for node in unknown_below(self):
-                evaluated(self.graph, node._computed)
+            found, waiting = {self.id: self}, [self]
+            for below in waiting:  # grows: what its moments are made from, each node once
+                new = {x.id: x for x in below.sources if x._table is None and x.id not in found}
+                found |= new
+                waiting += new.values()
+            for i in sorted(found):  # each after what it is made from itself
+                evaluated(self.graph, found[i]._computed)
         return self._table or evaluated(self.graph, self._computed)
 
     def _computed(self) -> Table:
@@ -161,10 +143,7 @@ def second_moments(node: Node) -> Table:
 
 @functools.singledispatch
 def pullback(node: Node, cotangent: np.ndarray, notes: BackwardNotes) -> list[np.ndarray | None]:
-    """Second moments, by type, of the cotangents of a node's arguments, given those of its own; None where none passes.
-
-    What a node tells earlier ones of the same backward pass goes by `notes`.
-    """
+    """Second moments, by type, of the cotangents of a node's arguments, given those of its own; None where none passes."""
     raise NotImplementedError(type(node).__name__)
 
 
@@ -180,27 +159,13 @@ def part_of(node: Node, k: int, start: int, stop: int) -> Node | None:
     return None
 
 
-def unknown_below(node: Node) -> list[Node]:
-    """What a node's moments are made from, as far as it is not known, each after what it is made from itself."""
-    found, waiting = {node.id: node}, [node]
-    for below in waiting:  # grows: each node once
-        new = {x.id: x for x in below.sources if x._table is None and x.id not in found}
-        found |= new
-        waiting += new.values()
-    return [found[i] for i in sorted(found)]
-
-
 N = TypeVar("N", bound=Node)
 
 
 class Graph:
     """The nodes of one prediction.
 
-    Attributes:
-        symmetric: bits of the leaves of which either sign is as likely.
-        inputs: bits of the leaves that are inputs of the model.
-        origin: the equation that is being interpreted.
-        undrawn: whether what should be drawn cannot be, so that moments have to do, with their doubts.
+    `symmetric` and `inputs` are bits: of the leaves of which either sign is as likely, and of the model's inputs.
     """
 
     def __init__(self) -> None:
@@ -209,14 +174,11 @@ class Graph:
         self.computing: list[Marked] = []
         self.store: dict[Any, dict[Any, Any]] = {}
         self.derived: dict[int, list[tuple[Node, Pullback, float]]] = {}
-        self.origin: Any = None
-        self.undrawn = False
+        self.origin: Any = None  # the equation that is being interpreted
+        self.undrawn = False  # what should be drawn cannot be, so that moments have to do, with their doubts
 
     def derive(self, source: Node, node: Node, back: Pullback, doubt: float = 0.0) -> Node:
-        """Note that `node` was rebuilt from the roots of `source` (a part, a mean): its cotangents are the source's too.
-
-        `doubt` is the relative error that carrying them back may add.
-        """
+        """Note that `node` was rebuilt from the roots of `source`: its cotangents are the source's too, with some doubt."""
         known = self.derived.setdefault(source.id, [])
         if node is not source and all(other is not node for other, *_ in known):
             known.append((node, back, doubt))
@@ -235,8 +197,8 @@ class Graph:
 
     def flag(self, how: str, doubt: float) -> None:
         """Mark the node or pair that is being computed: it rests on `how`, with this relative error at most."""
-        for marked in self.computing[-1:]:
-            marked.mark(how, doubt)
+        if self.computing:
+            self.computing[-1].mark(how, doubt)
 
 
 _NUMBERS: Fact[Hashable, np.ndarray] = Fact()  # of known arrays, by digest
@@ -259,9 +221,7 @@ def second_moments_of_constant(node: Constant) -> Table:
 class Leaf(Node):
     """A random array with known moments: a weight, an input, random bits. `params` is its name.
 
-    Attributes:
-        name: what tells it from other leaves; the first entry says of which kind it is. Of the kind "orthonormal" its rows or
-            columns are an orthonormal basis, drawn evenly over all of them.
+    The name's first entry says of which kind it is; rows or columns of the kind "orthonormal" are a random orthonormal basis.
     """
 
     def prepare(self) -> None:
@@ -277,14 +237,9 @@ class Leaf(Node):
         transport: np.ndarray | None = None,
         random: bool = True,
     ) -> Leaf:
-        """Give the leaf its law.
+        """Give the leaf its law: E[w⁴] / E[w²]², its quantile function on the normal grid where it is not Gaussian.
 
-        Args:
-            table: its moments.
-            odd: whether it is independent of everything else with mean zero (a weight is, real data are not).
-            kurtosis: E[w⁴] / E[w²]².
-            transport: its quantile function on the normal grid, where it is not Gaussian.
-            random: whether it varies between initializations.
+        `odd`: it is independent of everything else with mean zero; `random`: it varies between initializations.
         """
         if self._table is None:
             self._table = table
