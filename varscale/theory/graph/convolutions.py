@@ -15,10 +15,9 @@ from varscale.theory.domain.tables import estimated_products
 from varscale.theory.graph.nodes import Node
 
 ONE = Axis(1)  # a dimension of size 1: only the type "same"
-
-
 # Set on the validation grid, not derived: of a gradient through sums of n terms, n times this.
 _FEW_TERMS = 1.5
+Dims = tuple[int | None, ...]  # which axis each dimension is of; None: its size is 1
 
 
 class Window(NamedTuple):
@@ -59,11 +58,7 @@ def window_map(window: Window, axis: Axis, out: Axis) -> AxisMap:
 
 @functools.cache
 def tap_pairs(window: Window, axis: Axis, out: Axis) -> tuple[np.ndarray, np.ndarray]:
-    """Mean number of tap pairs for each type of output pair and of input pair, (types_out, types_in).
-
-    Returns:
-        For pairs of the same tap; for pairs of two different taps.
-    """
+    """Mean numbers of pairs of the same tap and of two taps by type of output and of input pair, (types_out, types_in)."""
     at, outputs = hits(window, axis.size), np.arange(window.size_out)
     same = np.sum([pair_counts(entry_map(outputs, tap, out, axis)) for tap in at.T], axis=0)
     return same, pair_counts(window_map(window, axis, out)) - same
@@ -76,9 +71,6 @@ def tap_scatter(window: Window, axis: Axis, out: Axis) -> np.ndarray:
     both = (reads[:, None] * reads).reshape(-1, window.size_out)
     shared, squares = (estimated_products(x, x, [out]).sum(axis=0) for x in (reads, both))
     return np.where(shared > 0, squares / np.maximum(shared, 1e-150) ** 2, 1.0)
-
-
-Dims = Sequence[int | None]  # which axis each dimension is of; None: its size is 1
 
 
 def dim_axes(node: Node, dims: Dims) -> list[Axis]:
@@ -99,21 +91,13 @@ def by_axis(array: np.ndarray, dims: Dims) -> np.ndarray:
 
 
 class ConvParams(NamedTuple):
-    """What a convolution is, beside its arguments.
-
-    Attributes:
-        groups: feature groups.
-        windows: how each spatial axis is read.
-        x_dims: which axis of x is (batch, channel, space...); None: size 1.
-        w_dims: which axis of w is (out, in, taps...).
-        out_dims: which axis of the output is (batch, channel, space...).
-    """
+    """What a convolution is, beside its arguments: its feature groups, and how each spatial axis is read."""
 
     groups: int
     windows: tuple[Window, ...]
-    x_dims: tuple[int | None, ...]
-    w_dims: tuple[int | None, ...]
-    out_dims: tuple[int | None, ...]
+    x_dims: Dims  # batch, channel, space...
+    w_dims: Dims  # out, in, taps...
+    out_dims: Dims  # batch, channel, space...
 
 
 class Conv(Node):
@@ -156,7 +140,7 @@ class Conv(Node):
             for k, (maps, kind) in enumerate(zip(meeting, apart, strict=True), 1):
                 matrix = adjoint(maps[kind], o_axes[k], x_axes[k]) if transposed else maps[kind]
                 term = apply_axis(term, k, matrix)
-            result = result + (term if transposed else term * weight)
+            result += term if transposed else term * weight
         return result
 
 
@@ -164,8 +148,8 @@ class WindowSumParams(NamedTuple):
     """The windows by dimension (None: a dimension that is not summed), and which axis each is of x and of the output."""
 
     windows: tuple[Window | None, ...]
-    x_dims: tuple[int | None, ...]
-    out_dims: tuple[int | None, ...]
+    x_dims: Dims
+    out_dims: Dims
 
 
 class WindowSum(Node):
@@ -189,8 +173,7 @@ class WindowSum(Node):
     ) -> np.ndarray:
         """An array over the input's axes, mapped by dimension, over its own; or back."""
         inward, outward = (self.params.x_dims, self.params.out_dims)[:: -1 if back else 1]
-        out = by_dim(array, inward)
+        array = by_dim(array, inward)
         for d, matrix in enumerate(maps):
-            if matrix is not None:
-                out = apply_axis(out, d, matrix)
-        return by_axis(out, outward)
+            array = array if matrix is None else apply_axis(array, d, matrix)
+        return by_axis(array, outward)
