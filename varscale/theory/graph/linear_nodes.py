@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,24 +23,45 @@ from varscale.theory.graph.store import BackwardNotes, Fact
 
 
 class Rearranged(Node):
-    """The entries of one array, each once, at other places: an axis cut into row-major factors of some sizes, or put together.
-
-    `params` is (axis of the whole, sizes).
-    """
+    """The entries of one array, each once, at other places; `params` is an axis of the whole and the sizes of its factors."""
 
     moves = True
 
-    def before(self, k: int) -> tuple[int, ...]:
-        """The axes of its argument that axis k is, is made of, or is a factor of."""
-        raise NotImplementedError
+    def carried(self, array: np.ndarray, *, pairs: bool, back: bool = False) -> np.ndarray:
+        """A class (with `pairs` a type) array of the argument, read over its own axes; or back."""
+        axes, out = (self.args[0].node.axes, self.axes)[:: -1 if back else 1]
+        return regrouped(array, axes, out, *self.params, pairs=pairs)
 
-    def carried(self, array: np.ndarray, *, pairs: bool) -> np.ndarray:
-        """A class (with `pairs` a type) array of the argument, read over its own axes."""
-        return regrouped(array, self.args[0].node.axes, self.axes, *self.params, pairs=pairs)
 
-    def back(self, second: np.ndarray) -> np.ndarray:
-        """A type array over its own axes, read over the argument's."""
-        return regrouped(second, self.axes, self.args[0].node.axes, *self.params, pairs=True)
+class Split(Rearranged):
+    """One axis as row-major factors. Classes of the whole are theirs, if not too many."""
+
+
+class Merge(Rearranged):
+    """Adjacent axes as one, row-major."""
+
+
+class Permute(Rearranged):
+    """Axes in another order; `params` is the order."""
+
+    def carried(self, array: np.ndarray, *, pairs: bool, back: bool = False) -> np.ndarray:
+        return array.transpose(np.argsort(self.params) if back else self.params)
+
+
+class Take(Node):
+    """A slice of one axis; `params` is (axis, start, stop, step). One position left drops the axis."""
+
+    moves = True
+
+
+def axes_before(node: Node, k: int) -> Sequence[int]:
+    """The axes of its argument that axis k of what moves entries is, is made of, or is a factor of."""
+    first, more = node.params[0], len(node.args[0].node.axes) - len(node.axes)
+    if isinstance(node, Permute):
+        return [node.params[k]]
+    if isinstance(node, Merge) and k == first:
+        return range(first, first + more + 1)
+    return [k if k < first else max(first, k + more)]
 
 
 def unmoved(node: Node) -> Node:
@@ -50,43 +71,16 @@ def unmoved(node: Node) -> Node:
     return node
 
 
-class Split(Rearranged):
-    """One axis as row-major factors. Classes of the whole are theirs, if not too many."""
-
-    def before(self, k: int) -> tuple[int, ...]:
-        first, sizes = self.params
-        return (k if k < first else max(first, k - len(sizes) + 1),)
-
-
-class Merge(Rearranged):
-    """Adjacent axes as one, row-major."""
-
-    def before(self, k: int) -> tuple[int, ...]:
-        first, more = self.params[0], len(self.params[1]) - 1
-        return tuple(range(first, first + more + 1)) if k == first else (k if k < first else k + more,)
-
-
-class Permute(Rearranged):
-    """Axes in another order; `params` is the order."""
-
-    def before(self, k: int) -> tuple[int, ...]:
-        return (self.params[k],)
-
-    def carried(self, array: np.ndarray, *, pairs: bool) -> np.ndarray:
-        return array.transpose(self.params)
-
-    def back(self, second: np.ndarray) -> np.ndarray:
-        return second.transpose(np.argsort(self.params))
-
-
 @second_moments.register(Split)
 @second_moments.register(Merge)
 @second_moments.register(Permute)
 def second_moments_of_rearranged(node: Rearranged) -> Table:
     table = node.args[0].node.table
-    factors = split_axis(table.axes[node.params[0]], node.params[1]) if isinstance(node, Split) else None
-    if factors is not None and factors.strangers > 0:  # which factors with few classes cannot tell apart
-        doubt = factors.strangers * float(np.ptp(table.diagonal)) / max(table.mean_square, 1e-300)
+    strangers = (
+        split_axis(table.axes[node.params[0]], node.params[1]).strangers if isinstance(node, Split) else 0
+    )
+    if strangers:  # whom factors with few classes cannot tell apart
+        doubt = strangers * float(np.ptp(table.diagonal)) / max(table.mean_square, 1e-300)
         node.graph.flag("assumed", min(doubt, UNKNOWN))
     mean = node.carried(table.mean, pairs=False)
     return Table(node.axes, mean, node.carried(table.second, pairs=True))
@@ -98,7 +92,7 @@ def second_moments_of_rearranged(node: Rearranged) -> Table:
 def pullback_of_rearranged(
     node: Rearranged, cotangent: np.ndarray, notes: BackwardNotes
 ) -> list[np.ndarray | None]:
-    return [node.back(cotangent)]
+    return [node.carried(cotangent, pairs=True, back=True)]
 
 
 def constant_along(node: Node, k: int) -> bool:
@@ -109,13 +103,11 @@ def constant_along(node: Node, k: int) -> bool:
 
 
 class Contract(Node):
-    """Σ x·y over the last `len(params)` axes of a frame; `params` is those axes (the frame is this node's axes and them).
+    """Σ x·y over the last axes of a frame, its `params`; a sum over many terms (`width`), and so taken for Gaussian.
 
-    For independent x and y second moments are exact: over the types t of the pairs of contracted indices (agreeing or not),
+    For independent x and y second moments are exact: over the types t of the pairs of contracted indices,
 
         E[(Σ_a x_ia y_aj) (Σ_b x_i'b y_bj')] = Σ_t (pairs of type t) M_x(i i', t) M_y(t, j j').
-
-    As a sum over many terms (`width`) it is taken for Gaussian. `frame` is its own axes, then the contracted ones.
     """
 
     width: float  # pyright: ignore[reportIncompatibleVariableOverride] set by prepare
@@ -129,6 +121,7 @@ class Contract(Node):
 
     @property
     def frame(self) -> tuple[Axis, ...]:
+        """Its own axes, then the contracted ones."""
         return (*self.axes, *self.params)
 
     def contract(self, second: np.ndarray) -> np.ndarray:
@@ -178,16 +171,6 @@ def feeds_itself(*factors: View) -> bool:
     return False
 
 
-class Take(Node):
-    """A slice of one axis; `params` is (axis, start, stop, step). One position left drops the axis."""
-
-    moves = True
-
-    def before(self, k: int) -> tuple[int, ...]:
-        """The axis of its argument that axis k is."""
-        return (k + (k >= self.params[0] and len(self.args[0].node.axes) > len(self.axes)),)
-
-
 class Concat(Node):
     """Arrays one after another along an axis, each part a class; `params` is (axis, sizes)."""
 
@@ -209,50 +192,30 @@ class AxisMapped(Node):
 
 
 def mapped(node: Node, k: int, axis_map: AxisMap) -> AxisMapped:
-    """A map of axis k of a node.
-
-    Args:
-        node: x.
-        k: which of its axes the map is of, `axis_map.inner`.
-        axis_map: A; its `out` is the axis of y, of size 2 or more.
-    """
-    entries = (axis_map.matrix.indptr, axis_map.matrix.indices, axis_map.matrix.data)
-    digest = hashlib.sha1(b"".join(x.tobytes() for x in entries)).hexdigest()
-    key = (digest, axis_map.out, axis_map.inner)
+    """A map of axis k of a node, to two positions or more."""
+    matrix = axis_map.matrix
+    entries = b"".join(x.tobytes() for x in (matrix.indptr, matrix.indices, matrix.data))
+    key = (hashlib.sha1(entries).hexdigest(), axis_map.out, axis_map.inner)
     _MAPS.put(node.graph, key, axis_map)
     axes = (*node.axes[:k], axis_map.out, *node.axes[k + 1 :])
-    return node.graph.make(AxisMapped, axes, [View(node, tuple(range(len(axes))))], (k, key))
+    return node.graph.make(AxisMapped, axes, [node.whole], (k, key))
 
 
 INDICES: Fact[Any, np.ndarray] = Fact()  # known indices by digest
 
 
 class GatherParams(NamedTuple):
-    """What is looked up where.
+    """What is looked up where."""
 
-    Attributes:
-        row_axes: the axes of the table along which rows are.
-        index_axes: the axes of the output that are the indices'.
-        rates: P(same row) over the types of the indices, flat; None: rows are as likely as one another.
-        rows: how many rows there are.
-        ids: the indices: the key of known ones in the store, or the node of unknown ones.
-    """
-
-    row_axes: tuple[int, ...]
-    index_axes: tuple[int, ...]
-    rates: Any
-    rows: Any
-    ids: Any
+    row_axes: tuple[int, ...]  # of the table, along which rows are
+    index_axes: tuple[int, ...]  # of the output, which are the indices'
+    rates: Any  # P(same row) over the types of the indices, flat; None: rows are as likely as one another
+    rows: Any  # how many there are
+    ids: Any  # the key of known indices, or the node of unknown ones
 
 
 class Gather(Node):
-    """Rows of a table by index; the frame of its view is this node's axes and then the rows' own.
-
-    Attributes:
-        known: the indices, flat, where they are known.
-        line: the known indices where they run over one axis and pick along one.
-        indexed: the axes of the indices.
-    """
+    """Rows of a table by index; the frame of its view is this node's axes and then the rows' own."""
 
     params: GatherParams
     collects = True
@@ -260,7 +223,7 @@ class Gather(Node):
     def prepare(self) -> None:
         """What indices are computed from decides, too: the nearest row is no row like others, and may turn with the table."""
         row_axes, index_axes, _, _, picker = self.params
-        self.known = INDICES.get(self.graph, picker)
+        self.known = INDICES.get(self.graph, picker)  # indices, flat
         self.line = self.known if len(row_axes) == len(index_axes) == 1 else None
         self.indexed = [self.axes[k] for k in index_axes]
         if isinstance(picker, Node):
@@ -270,8 +233,5 @@ class Gather(Node):
 
     def rates(self) -> np.ndarray:
         """P(same row) over the types of the indices."""
-        rates, rows = self.params.rates, self.params.rows
-        if rates is not None:
-            return np.array(rates).reshape([axis.types for axis in self.indexed])
-        same = outer(axis.agrees for axis in self.indexed)
-        return np.where(same, 1.0, 1.0 / rows)
+        same, rates = outer(axis.agrees for axis in self.indexed), self.params.rates
+        return np.where(same, 1.0, 1.0 / self.params.rows) if rates is None else np.reshape(rates, same.shape)

@@ -26,7 +26,14 @@ from varscale.theory.domain.tables import NEGLIGIBLE, by_type, full_types, lift,
 from varscale.theory.graph.convolutions import Conv, tap_scatter
 from varscale.theory.graph.expressions import Apply, Sum, factors, roots, roots_of
 from varscale.theory.graph.known_arrays import Computed, scatter_of_given
-from varscale.theory.graph.linear_nodes import Contract, Gather, Rearranged, applied_weights, unmoved
+from varscale.theory.graph.linear_nodes import (
+    Contract,
+    Gather,
+    Rearranged,
+    applied_weights,
+    axes_before,
+    unmoved,
+)
 from varscale.theory.graph.nodes import Array, Constant, Leaf, Node, View
 from varscale.theory.graph.store import Fact, once_per_node
 from varscale.theory.integrals.hermite_series import HERMITE, WEIGHTS, Z, power_series
@@ -148,8 +155,8 @@ def fresh(node: Node, axes: Collection[int]) -> float:
     if isinstance(node, Computed):
         return scatter_of_given(node, over)
     if isinstance(node, Rearranged):
-        before = {j for k in over for j in node.before(k)}
-        if over == {k for k in range(len(node.axes)) if before.issuperset(node.before(k))}:
+        before = {j for k in over for j in axes_before(node, k)}
+        if over == {k for k in range(len(node.axes)) if before.issuperset(axes_before(node, k))}:
             return fresh(node.args[0].node, tuple(sorted(before)))
     pairs, squares = square_pairs(node)
     pairs = contract_axes(pairs, {k: node.axes[k].any_pair for k in over})

@@ -39,6 +39,7 @@ from varscale.theory.graph.linear_nodes import (
     Rearranged,
     Take,
     applied_weights,
+    axes_before,
     weight_of,
 )
 from varscale.theory.graph.nodes import Array, Constant, Node, View
@@ -64,9 +65,8 @@ class Tokens(NamedTuple):
 
     def before(self) -> Tokens:
         """The same tokens before their entries were moved: their axes reordered, put together, taken apart, or one cut."""
-        assert isinstance(self.node, Rearranged | Take)
         tokens, features = (
-            tuple(sorted({j for k in axes for j in self.node.before(k)})) for axes in self[1:]
+            tuple(sorted({j for k in axes for j in axes_before(self.node, k)})) for axes in self[1:]
         )
         return Tokens(self.node.args[0].node, tokens, features)
 
