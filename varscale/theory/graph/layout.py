@@ -31,14 +31,7 @@ Dim = tuple[Atom, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Value:
-    """A tensor: dimension d is the row-major product of the atoms dims[d]; every axis of the node is some atom's.
-
-    Attributes:
-        node: its node.
-        dims: the atoms of each dimension.
-        shape: the tensor's shape.
-        constant: the number that it equals everywhere, if it is one.
-    """
+    """A tensor: dimension d is the row-major product of the atoms dims[d]; every axis of the node is some atom's."""
 
     node: Node
     dims: tuple[Dim, ...]
@@ -49,12 +42,13 @@ class Value:
 
     @property
     def constant(self) -> float | None:
+        """The number that it equals everywhere, if it is one."""
         return self.node.params if isinstance(self.node, Constant) else None
 
 
-def renumbered(dims: Sequence[Dim], place: Mapping[int, int]) -> tuple[Dim, ...]:
+def renumbered(dims: Sequence[Dim], place: Mapping[Any, int]) -> tuple[Dim, ...]:
     """Dimensions over axes of other numbers; along axes that are not in `place` the value is constant."""
-    return tuple(tuple(Atom(n, None if k is None else place.get(k)) for n, k in dim) for dim in dims)
+    return tuple(tuple(Atom(n, place.get(k)) for n, k in dim) for dim in dims)
 
 
 def value(node: Node, shape: Sequence[int]) -> Value:
@@ -119,17 +113,6 @@ def permute(node: Node, order: Sequence[int]) -> Node:
     return node.graph.make(Permute, axes, [View(node, inverse)], tuple(order))
 
 
-def split_atom(x: Value, d: int, place: int, sizes: tuple[int, ...]) -> Value:
-    """Factor one atom of dimension d."""
-    k, node, dims = x.dims[d][place].axis, x.node, list(x.dims)
-    if k is not None:
-        node = split(node, k, sizes)
-        dims = list(renumbered(dims, {j: j + (len(sizes) - 1) * (j > k) for j in range(len(x.node.axes))}))
-    new = [Atom(n, None if k is None else k + i) for i, n in enumerate(sizes)]
-    dims[d] = (*dims[d][:place], *new, *dims[d][place + 1 :])
-    return Value(node, tuple(dims))
-
-
 def merged(x: Value, d: int) -> Value:
     """`x` with dimension d made of one atom at most."""
     real = [a.axis for a in x.dims[d] if a.axis is not None]
@@ -137,12 +120,12 @@ def merged(x: Value, d: int) -> Value:
         return x
     if 0 < len(real) < len(x.dims[d]):
         return merged(materialize(x, d), d)
-    node, dims, others = x.node, list(x.dims), [k for k in range(len(x.node.axes)) if k not in real]
+    node, dims, others = x.node, x.dims, [k for k in range(len(x.node.axes)) if k not in real]
     if real:
         node = merge(permute(node, others + real), len(others), len(real))
-        dims = list(renumbered(dims, {k: i for i, k in enumerate(others)} | dict.fromkeys(real, 0)))
-    dims[d] = (Atom(x.shape[d], len(others) if real else None),)
-    return Value(node, tuple(dims))
+        dims = renumbered(dims, {k: i for i, k in enumerate(others)})
+    dim = (Atom(x.shape[d], len(others) if real else None),)
+    return Value(node, (*dims[:d], dim, *dims[d + 1 :]))
 
 
 def materialize(x: Value, d: int) -> Value:
@@ -172,6 +155,27 @@ def broadcast_in_dim(x: Value, shape: Sequence[int], places: Sequence[int]) -> V
     return Value(x.node, tuple(dims))
 
 
+def common_cuts(*shapes: Sequence[int]) -> list[int] | None:
+    """The products of the leading sizes of all shapes of one array, in order; None where one does not divide the next."""
+    cuts = sorted({1}.union(*(np.cumprod(sizes).tolist() for sizes in shapes)))
+    return None if any(b % a for a, b in itertools.pairwise(cuts)) else cuts
+
+
+def split_at(x: Value, d: int, cuts: Sequence[int]) -> Value:
+    """Dimension d factored so that these are the products of its leading atoms; those of its atoms are among them."""
+    for place, (start, stop) in enumerate(itertools.pairwise(cuts)):
+        (size, k), node, dims = x.dims[d][place], x.node, x.dims
+        if (sizes := (stop // start, size * start // stop))[1] == 1:
+            continue
+        if k is not None:
+            node = split(node, k, sizes)
+            dims = renumbered(dims, {j: j + (j > k) for j in range(len(x.node.axes))})
+        new = (Atom(n, None if k is None else k + i) for i, n in enumerate(sizes))
+        dim = (*dims[d][:place], *new, *dims[d][place + 1 :])
+        x = Value(node, (*dims[:d], dim, *dims[d + 1 :]))
+    return x
+
+
 def reshape(x: Value, shape: Sequence[int]) -> Value:
     """Row-major reshape: regroup the atoms, splitting and where need be merging them."""
     shape = tuple(shape)
@@ -180,20 +184,12 @@ def reshape(x: Value, shape: Sequence[int]) -> Value:
     if x.constant is not None:
         return full(x.node.graph, x.constant, shape)
     flat = Value(x.node, (tuple(a for dim in x.dims for a in dim),))
-    dims: list[tuple[int, int]] = []
-    place = 0
-    for n in shape:
-        start = place
-        while n > 1:
-            size = flat.dims[0][place].size
-            common = math.gcd(n, size)
-            if common == 1:  # no factor of one is one of the other: all atoms become one
-                return reshape(merged(materialize(flat, 0), 0), shape)
-            if common < size:
-                flat = split_atom(flat, 0, place, (common, size // common))
-            n, place = n // common, place + 1
-        dims.append((start, place))
-    return Value(flat.node, tuple(flat.dims[0][a:b] for a, b in dims))
+    cuts = common_cuts([a.size for a in flat.dims[0]], shape)
+    if cuts is None:  # no factor of one is one of the other: all atoms become one
+        return reshape(merged(materialize(flat, 0), 0), shape)
+    flat = split_at(flat, 0, cuts)
+    ends = [cuts.index(n) for n in (1, *np.cumprod(shape))]
+    return Value(flat.node, tuple(flat.dims[0][a:b] for a, b in itertools.pairwise(ends)))
 
 
 class Aligned(NamedTuple):
@@ -230,7 +226,7 @@ def _framed(
     for d in range(len(operands[0][0])):
         atoms: list[Atom] = []
         for place, atom in enumerate(max((dims[d] for dims, _ in operands), key=len)):
-            mine = [(i, dims[d][place].axis) for i, (dims, _) in enumerate(operands) if dims[d]]
+            mine = ((i, dims[d][place].axis) for i, (dims, _) in enumerate(operands) if dims[d])
             real = [(i, k) for i, k in mine if k is not None]
             atoms.append(Atom(atom.size, len(frame) if real else None))
             for i, k in real:
@@ -256,16 +252,5 @@ def _classed(x: Value) -> Value:
 
 def _factor_alike(xs: list[Value], d: int) -> list[Value]:
     """Split the atoms of dimension d until all tensors that are not of size 1 there have the same sizes."""
-    place = 0
-    while True:
-        live = [i for i, x in enumerate(xs) if x.dims[d]]
-        if len({tuple(atom.size for atom in xs[i].dims[d]) for i in live}) <= 1:
-            return xs
-        sizes = [xs[i].dims[d][place].size for i in live]
-        step = math.gcd(*sizes)
-        if step == 1:
-            return [merged(x, d) if x.dims[d] else x for x in xs]
-        for i, size in zip(live, sizes, strict=True):
-            if size != step:
-                xs[i] = split_atom(xs[i], d, place, (step, size // step))
-        place += 1
+    cuts = common_cuts(*([atom.size for atom in x.dims[d]] for x in xs))
+    return [(merged(x, d) if cuts is None else split_at(x, d, cuts)) if x.dims[d] else x for x in xs]
