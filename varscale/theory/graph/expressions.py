@@ -219,7 +219,7 @@ def factors(view: View) -> tuple[float, list[View]]:
             return factors(args[0])
         case "div":
             (c, f), (below, place) = factors(args[0]), args[1]
-            over = [View(number(node.graph, 1.0), ()), below.whole]
+            over = [number(node.graph, 1.0).whole, below.whole]
             return c, [*f, View(node.graph.make(Apply, below.axes, over, ("div", ())), place)]
     return 1.0, [view]
 

@@ -204,15 +204,20 @@ def align(values: Sequence[Value]) -> Aligned:
     """Read tensors of one shape (dimensions of size 1 broadcast) over one frame."""
     rank = max(len(x.dims) for x in values)
     xs = [Value(x.node, ((),) * (rank - len(x.dims)) + x.dims) for x in map(_classed, values)]
-    for d in range(rank):
-        xs = _factor_alike(xs, d)
+    for d in range(rank):  # of all tensors that are not of size 1 there, the atoms have the same sizes
+        cuts = common_cuts(*([atom.size for atom in x.dims[d]] for x in xs))
+        xs = [(merged(x, d) if cuts is None else split_at(x, d, cuts)) if x.dims[d] else x for x in xs]
     frame, binds, layout = _framed(tuple((x.dims, x.node.axes) for x in xs))
+    views = map(View, (x.node for x in xs), binds)
     # Known numbers take the classes of the frame, so that what they say of each is kept.
-    seen = [[frame[k] for k in bind] for bind in binds]
-    nodes = [
-        x.node.over(own) if isinstance(x.node, Array) else x.node for x, own in zip(xs, seen, strict=True)
-    ]
-    return Aligned(frame, list(map(View, nodes, binds)), layout)
+    return Aligned(
+        frame,
+        [
+            View(v.node.over([frame[k] for k in v.bind]), v.bind) if isinstance(v.node, Array) else v
+            for v in views
+        ],
+        layout,
+    )
 
 
 @functools.lru_cache(maxsize=4096)
@@ -248,9 +253,3 @@ def _classed(x: Value) -> Value:
     numbers = x.node.values.astype(float)
     few = len(np.unique(numbers)) <= 2 * MOST_CLASSES < len(numbers)
     return Value(x.node.over([grouped(numbers[:, None], 2 * MOST_CLASSES)]), x.dims) if few else x
-
-
-def _factor_alike(xs: list[Value], d: int) -> list[Value]:
-    """Split the atoms of dimension d until all tensors that are not of size 1 there have the same sizes."""
-    cuts = common_cuts(*([atom.size for atom in x.dims[d]] for x in xs))
-    return [(merged(x, d) if cuts is None else split_at(x, d, cuts)) if x.dims[d] else x for x in xs]

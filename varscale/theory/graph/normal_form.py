@@ -104,7 +104,7 @@ def apply(
         case "select_n" if len(views) == 3 and 0 in constants and constants[1:].count(None) == 1:
             # A branch of zeros makes the choice a factor, 1 or 0: independent factors multiply exactly.
             kept = constants.index(None, 1)
-            branches = [View(number(graph, float(k == kept)), ()) for k in (1, 2)]
+            branches = [number(graph, float(k == kept)).whole for k in (1, 2)]
             which = graph.make(Apply, x.node.axes, [x.node.whole, *branches], ("select_n", ()))
             return apply(graph, "mul", (), axes, [View(which, x.bind), views[kept]])
     return graph.make(Apply, axes, views, (name, extra))
@@ -182,14 +182,11 @@ def cut_inside(node: Node, k: int, axes: tuple[Axis, ...], cut: Callable[[Node, 
     for child, bind in node.args:
         places = (range(b, b + more + 1) if b == k else [b + more * (b > k)] for b in bind)
         part = cut(child, bind.index(k)) if k in bind else child
-        views.append(View(part, () if isinstance(part, Constant) else tuple(itertools.chain(*places))))
+        views.append(View(part, tuple(itertools.chain(*places))[: len(part.axes)]))  # of a number none
     if isinstance(node, Sum):
         return total(node.graph, node.params, axes, views)
-    name, extra = node.params
-    if name == "mul" and any(
-        isinstance(v.node, Constant) for v in views
-    ):  # one layer's number of all layers'
-        return apply(node.graph, name, extra, axes, views)
+    if node.params[0] == "mul" and any(isinstance(v.node, Constant) for v in views):
+        return apply(node.graph, *node.params, axes, views)  # one layer's number of all layers'
     return node.graph.make(Apply, axes, views, node.params)
 
 
@@ -212,12 +209,11 @@ def mean_node(node: Node, axes: Sequence[int]) -> Node:
 def _mean_node(node: Node, axes: tuple[int, ...]) -> Node:
     graph = node.graph
     left = tuple(a for k, a in enumerate(node.axes) if k not in axes)
-    new = {k: k - sum(j < k for j in axes) for k in range(len(node.axes)) if k not in axes}
 
     def inside(view: View) -> View:
         mean = mean_node(view.node, [j for j, b in enumerate(view.bind) if b in axes])
-        places = tuple(new[b] for b in view.bind if b not in axes)
-        return View(mean, () if isinstance(mean, Constant) else places)
+        places = tuple(b - sum(j < b for j in axes) for b in view.bind if b not in axes)
+        return View(mean, places[: len(mean.axes)])  # of a number none
 
     if isinstance(node, Apply) and node.params[0] == "integer_pow":
         node = _powers_apart(node, axes)
@@ -253,11 +249,11 @@ def _factors_apart(node: Apply, axes: Sequence[int]) -> Node | None:
     if not constant or not varied or set(roots_of(*varied)) & set(roots_of(*constant)):
         return None
 
-    def times(x: View, y: View) -> View:
-        return apply(node.graph, "mul", (), node.axes, [x, y]).whole
+    def built(name: str, extra: tuple[int, ...], *views: View) -> View:
+        return apply(node.graph, name, extra, node.axes, views).whole
 
-    powers = [apply(node.graph, "integer_pow", (parts.count(x),), node.axes, [x]).whole for x in varied]
-    product = times(functools.reduce(times, powers), functools.reduce(times, constant))
+    powers = (built("integer_pow", (parts.count(x),), x) for x in varied)
+    product = functools.reduce(functools.partial(built, "mul", ()), (*powers, *constant))
     return affine(product.node, number, 0.0)
 
 
@@ -281,7 +277,7 @@ _FLAT = _STEPS | COMPARISONS.keys() | BITWISE.keys()
 def derivative(node: Node, target: View) -> View | None:
     """∂node/∂target over the node's frame, by the chain rule through its tree; None where it does not depend on it."""
     if node is target.node:
-        return View(number(node.graph, 1.0), ()) if target == node.whole else None
+        return number(node.graph, 1.0).whole if target == node.whole else None
     if not isinstance(node, Apply):
         return None
     name, extra = node.params
@@ -293,33 +289,28 @@ def derivative(node: Node, target: View) -> View | None:
     for k, arg in enumerate(node.args):
         places = {b: i for i, b in enumerate(arg.bind)}
         inner = derivative(arg.node, View(target.node, tuple(places.get(b, -1) for b in target.bind)))
-        outer = None if inner is None else _partial(name, extra, k, node.args, build)
-        if inner is not None and outer is not None:
-            term = build("mul", outer, inner.within(arg.bind))
-            total = term if total is None else build("add", total, term)
+        if inner is None:
+            continue
+        match name:  # ∂(primitive)/∂(argument k)
+            case "add" | "own_gradient" | "sub" | "affine":
+                c = extra[0] if name == "affine" else -1.0 if name == "sub" and k else 1.0
+                outer = number(node.graph, c).whole
+            case "mul":
+                outer = node.args[1 - k]
+            case "div" if k == 0:
+                outer = build("div", number(node.graph, 1.0).whole, node.args[1])
+            case "select_n" if k:
+                picks = (number(node.graph, float(i == k)).whole for i in range(1, len(node.args)))
+                outer = build("select_n", node.args[0], *picks)
+            case "integer_pow" | "power":
+                power = build(name, arg, extra=(extra[0] - 1,))
+                outer = build("mul", number(node.graph, float(extra[0])).whole, power)
+            case "exp":
+                outer = build("exp", arg)
+            case _ if name in _FLAT:
+                continue
+            case _:  # where products need not be kept apart, by a central difference
+                outer = build(f"∂{k}{name}", *node.args, extra=extra)
+        term = build("mul", outer, inner.within(arg.bind))
+        total = term if total is None else build("add", total, term)
     return total
-
-
-def _partial(name: str, extra: tuple[Any, ...], k: int, args: Sequence[View], build: Any) -> View | None:
-    """∂(primitive)/∂(argument k): in closed form where that keeps products apart, by a central difference otherwise."""
-    graph = args[k].node.graph
-    match name:
-        case "add" | "own_gradient" | "sub" | "affine":
-            c = extra[0] if name == "affine" else -1.0 if name == "sub" and k else 1.0
-            return View(number(graph, c), ())
-        case "mul":
-            return args[1 - k]
-        case "div" if k == 0:
-            return build("div", View(number(graph, 1.0), ()), args[1])
-        case "select_n" if k:
-            picks = [View(number(graph, float(i == k)), ()) for i in range(1, len(args))]
-            return build("select_n", args[0], *picks)
-        case "integer_pow" | "power":
-            y = extra[0]
-            return build("mul", View(number(graph, float(y)), ()), build(name, args[0], extra=(y - 1,)))
-        case "exp":
-            return build("exp", args[0])
-        case _ if name in _FLAT:
-            return None
-        case _:
-            return build(f"∂{k}{name}", *args, extra=extra)
