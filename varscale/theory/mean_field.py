@@ -24,8 +24,7 @@ _FOLLOWED = 16
 _OVERFLOW, _SMALLEST = 1e12, 1e-12  # second moments beyond which a signal counts as exploded or vanished
 _ZERO = 1e-24  # in place of a second moment of 0, where a slope is asked for
 _NOISE = 1e-9  # relative accuracy of an expectation
-# Of the Hermite series of the correlation map; where it has not converged, the pair is integrated.
-_TERMS = 200
+_TERMS = 200  # of the Hermite series of the correlation map
 _CRITICAL = 1e-3  # |χ − 1| below which the phase is called critical
 _LOG_Q = (-16, 12)  # natural logarithms of the second moments among which the edge of chaos is looked for
 _EDGE_NOISE = 1e-7  # relative accuracy of a difference of expectations there
@@ -84,21 +83,15 @@ class _Layer:
         return self.weight_variance / (2 * q) * float(nodes.weights @ (nodes.values**2 * (nodes.z**2 - 1)))
 
     def correlation(self, c: float, q: float) -> float:
-        squares = self._squares(q)
-        beyond = gaussian.second_moment(self.activation, 0.0, q) - squares.sum()
-        pair = float(squares @ c ** np.arange(_TERMS))
-        if beyond * c**_TERMS >= _NOISE * q:
-            pair = gaussian.pair(self.activation, self.activation, c, 0.0, q)
+        square = gaussian.second_moment(self.activation, 0.0, q)
+        pair = _pair(self.activation, self._squares(q), square, c, q)
         return (self.weight_variance * pair + self.bias_variance) / q
 
     def correlation_slope(self, c: float, q: float) -> float:
         """dc'/dc = σw² E[φ'(u) φ'(v)] (Price's theorem)."""
-        slopes = self._squares(q)[1:] * np.arange(1, _TERMS)
-        beyond = self.chi(q) - self.weight_variance / q * slopes.sum()
-        if c == 0 or beyond * c ** (_TERMS - 1) < _NOISE or math.isinf(beyond):
-            return self.weight_variance / q * float(slopes @ c ** np.arange(_TERMS - 1))
-        slope = gaussian.derivative(self.activation)
-        return self.weight_variance * gaussian.pair(slope, slope, c, 0.0, q)
+        series = self._squares(q)[1:] * np.arange(1, _TERMS) / q
+        slope, square = gaussian.derivative(self.activation), _slope_square(self.activation, q)
+        return self.weight_variance * _pair(slope, series, square, c, q)
 
     def _squares(self, q: float) -> Float[np.ndarray, " terms"]:
         """Squared Hermite coefficients: Σ a_k² c^k = E[φ(u) φ(v)]."""
@@ -108,10 +101,18 @@ class _Layer:
         return self.weight_variance and self.weight_variance * _slope_square(self.activation, q)
 
 
+def _pair(f: Activation, series: np.ndarray, square: float, c: float, q: float) -> float:
+    """E[f(u) f(v)] as Σ series_k c^k, which is E[f²] at c = 1; integrated where the series has not converged."""
+    if square < math.inf and (square - series.sum()) * c ** len(series) >= _NOISE * square:
+        return gaussian.pair(f, f, c, 0.0, q)
+    return float(series @ c ** np.arange(len(series)))
+
+
 def _slope_square(activation: Activation, q: float) -> float:
     """E[φ'(√q z)²], infinite where φ jumps."""
-    jumps = gaussian.jumps(activation, 0.0, q)
-    return math.inf if jumps else gaussian.derivative_second_moment(activation, 0.0, q)
+    if gaussian.jumps(activation, 0.0, q):
+        return math.inf
+    return gaussian.derivative_second_moment(activation, 0.0, q)
 
 
 def _fixed_point(layer: _Layer) -> float:
@@ -128,10 +129,8 @@ def _fixed_point(layer: _Layer) -> float:
     while growth and _SMALLEST < q < _OVERFLOW:
         after = _unless_it_overflows(layer.growth, factor * q, math.inf)
         if after * growth < 0:
-            ends = q, factor * q
-            q: Any = brentq(
-                lambda x: layer.second_moment(x) / x - 1, *ends, xtol=1e-300, rtol=np.float64(1e-13)
-            )
+            exact = np.float64(1e-13)
+            q: Any = brentq(lambda x: layer.second_moment(x) / x - 1, q, factor * q, xtol=1e-300, rtol=exact)
             growth = 0.0
         else:
             q, growth = factor * q, after or growth
@@ -141,7 +140,7 @@ def _fixed_point(layer: _Layer) -> float:
         return 0.0
     if layer.slope(q) < -1:
         raise ValueError(
-            f"the second moment does not settle: it swings around the fixed point {q:g} at {variances}"
+            f"the second moment does not settle: it swings around its fixed point {q:g} at {variances}"
         )
     return float(q)
 
@@ -232,11 +231,9 @@ def critical(activation: Activation, bias_variance: float = 0.0) -> Critical:
     _checked(bias_variance=bias_variance)
     gaussian.second_moment(activation)  # says what is wrong with a callable that is no activation
 
-    # At q the edge needs σw² = 1/E[φ'²]; what is left over is the bias variance that makes q a fixed point
-    # there.
     def needed(q: float) -> float:
+        """The bias variance that makes q a fixed point at σw² = 1/E[φ'²]; with a slope of 0 or ∞ there is none."""
         square = _slope_square(activation, q)
-        # Without a slope, or with an infinite one, no weight variance does.
         return q - gaussian.second_moment(activation, 0.0, q) / square if 0 < square < math.inf else math.nan
 
     def excess(log_q: float) -> float:
@@ -247,10 +244,8 @@ def critical(activation: Activation, bias_variance: float = 0.0) -> Critical:
         return Critical(1 / _slope_square(activation, 1.0), 1.0)
     points = []
     vanishing = _slope_square(activation, _ZERO) if bias_variance == 0 else 0.0
-    if (
-        _EDGE_NOISE < vanishing < math.inf
-        and gaussian.second_moment(activation, 0.0, _ZERO) < 2 * vanishing * _ZERO
-    ):
+    steady = gaussian.second_moment(activation, 0.0, _ZERO) < 2 * vanishing * _ZERO
+    if steady and _EDGE_NOISE < vanishing < math.inf:
         points.append((vanishing, 0.0))
     found = [(float(x), _unless_it_overflows(excess, x, math.nan)) for x in range(*_LOG_Q)]
     # NaN compares as False; what is within the noise of 0 is no change of sign.
