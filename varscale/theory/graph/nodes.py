@@ -64,9 +64,7 @@ class Node(Marked):
     moves = False  # its entries are entries of its one argument, some perhaps left out
     averages = False  # the mean of its one argument over the axes `params`
     follows_shifts = False  # its derivatives along the axes `reduced` add up to 1
-    collects: ClassVar[bool] = (
-        False  # entries of its first argument, or weighted sums of them, by known indices
-    )
+    collects = False  # entries, or weighted sums of entries, of its first argument, by known indices
     timed = False  # known by draws along time, which hold more than moments by type
     shares = False  # shares that add up to 1, positive but no norm's scale
     width: float | None = None  # terms in each sum of a linear map of two arguments, the second often weights
@@ -112,7 +110,7 @@ class Node(Marked):
     @property
     def table(self) -> Table:
         if self._table is None and not self.graph.nested:
-            found, waiting = {self.id: self}, [self]
+            found, waiting = dict[int, Node]({self.id: self}), list[Node]([self])
             for below in waiting:  # grows: what its moments are made from, each node once
                 new = {x.id: x for x in below.sources if x._table is None and x.id not in found}
                 found |= new

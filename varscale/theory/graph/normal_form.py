@@ -185,8 +185,9 @@ def cut_inside(node: Node, k: int, axes: tuple[Axis, ...], cut: Callable[[Node, 
         views.append(View(part, tuple(itertools.chain(*places))[: len(part.axes)]))  # of a number none
     if isinstance(node, Sum):
         return total(node.graph, node.params, axes, views)
-    if node.params[0] == "mul" and any(isinstance(v.node, Constant) for v in views):
-        return apply(node.graph, *node.params, axes, views)  # one layer's number of all layers'
+    name, extra = node.params
+    if name == "mul" and any(isinstance(v.node, Constant) for v in views):
+        return apply(node.graph, name, extra, axes, views)  # one layer's number of all layers'
     return node.graph.make(Apply, axes, views, node.params)
 
 
