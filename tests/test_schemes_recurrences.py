@@ -130,6 +130,74 @@ def test_state_spaces(steps):
     assert steps or plan["d"].std == 1.0
 
 
+class VmappedSpace(nn.Module):
+    """A space of one feature, with the real parts of its poles as they are, clipped."""
+
+    @nn.compact
+    def __call__(self, u):
+        real, imaginary = (self.param(name, NORMAL, (3,)) for name in ("re", "im"))
+        c, step = self.param("c", NORMAL, (3, 2)), jnp.exp(self.param("log_step", NORMAL, (1,)))
+        poles = jnp.clip(real, None, -1e-4) + 1j * imaginary
+        kernel = (
+            (c[:, 0] + 1j * c[:, 1]) * (jnp.exp(poles * step) - 1) / poles @ jnp.exp(poles[:, None] * step * jnp.arange(5.0))
+        )
+        made = jnp.fft.irfft(jnp.fft.rfft(u, n=10) * jnp.fft.rfft(kernel.real, n=10), n=10)[:5]
+        return made + self.param("d", NORMAL, (1,)) * u
+
+
+def test_a_space_a_feature_has_its_poles_along_its_states():
+    features = nn.vmap(VmappedSpace, in_axes=1, out_axes=1, variable_axes={"params": 1}, split_rngs={"params": True})
+    plan = s4d()(features(), jax.ShapeDtypeStruct((5, 8), jnp.float32))
+    drawn = {leaf.path: leaf.law(jax.random.key(0), leaf.shape) for leaf in plan if leaf.path != "d"}
+    assert np.all(drawn["re"] == -0.5)
+    assert drawn["im"] == pytest.approx(np.broadcast_to(math.pi * np.arange(3)[:, None], (3, 8)))
+    assert plan["c"].std == pytest.approx(0.5**0.5)
+    assert plan["d"].std == 1.0
+
+
+class Selective(nn.Module):
+    """A block as the paper has it, by a parallel scan."""
+
+    @nn.compact
+    def __call__(self, x):
+        u = nn.silu(nn.Conv(8, (4,), feature_group_count=8, padding="CAUSAL", name="conv")(nn.Dense(8, name="in")(x)))
+        step, b, c = jnp.split(nn.Dense(2 + 6, use_bias=False, name="x")(u), [2, 5], -1)
+        step = nn.softplus(nn.Dense(8, name="dt")(step))
+        decay = jnp.exp(jnp.einsum("bld,dn->bldn", step, -jnp.exp(self.param("a_log", NORMAL, (8, 3)))))
+        drive = jnp.einsum("bld,bln,bld->bldn", step, b, u)
+        _, h = jax.lax.associative_scan(lambda p, q: (p[0] * q[0], q[0] * p[1] + q[1]), (decay, drive), axis=1)
+        return x + nn.Dense(8, name="out")(jnp.einsum("bldn,bln->bld", h, c) + u * self.param("d", NORMAL, (8,)))
+
+
+def test_the_sums_inside_a_recurrence_are_no_residual_additions():
+    plan = mamba()(nn.Sequential([Selective(), Selective()]), X)
+    for k in (0, 1):
+        assert plan[f"layers_{k}/out/kernel"].why == "PyTorch's Linear ÷ √2, the branches"
+        assert plan[f"layers_{k}/x/kernel"].why == "PyTorch's Linear: ±1/√fan_in"
+        assert plan[f"layers_{k}/conv/bias"].std == pytest.approx(0.5 / math.sqrt(3))  # of PyTorch's convolution of 4 taps
+        assert plan[f"layers_{k}/in/bias"].std == 0
+
+
+class NormedUnit(nn.Module):
+    """A linear recurrent unit on a norm's output, which its skip scales."""
+
+    @nn.compact
+    def __call__(self, x):
+        u = nn.LayerNorm(name="norm")(x)
+        decay = jnp.exp(-jnp.exp(self.param("nu", NORMAL, (6,))))
+        every = jnp.broadcast_to(decay, (2, 5, 6))
+        _, h = jax.lax.associative_scan(lambda p, q: (p[0] * q[0], q[0] * p[1] + q[1]), (every, nn.Dense(6)(u)), axis=1)
+        return x + nn.Dense(8, name="mix")(nn.gelu(nn.Dense(8, name="c")(h) + self.param("d", NORMAL, (8,)) * u))
+
+
+def test_a_skip_beside_a_recurrence_is_no_residual_addition():
+    plan = vs.schemes.gpt2()(nn.Sequential([NormedUnit(), NormedUnit()]), X)
+    assert {leaf.path for leaf in plan if leaf.std == pytest.approx(0.02 / math.sqrt(2))} == {
+        "layers_0/mix/kernel",
+        "layers_1/mix/kernel",
+    }
+
+
 def test_selective_state_spaces():
     model, x = ARCHITECTURES["Mamba"]
     plan = mamba()(model, x)
@@ -190,3 +258,28 @@ def test_gates(name):
         assert getattr(plan[path].law, "shared", "") == getattr(plan[forget].law, "shared", "")
     changed = {leaf.path for leaf in plan if not leaf.why.startswith("as declared")}
     assert changed == {forget, *([] if remember is None else [remember[0]])}
+
+
+class Written(nn.Module):
+    """An LSTM with gates in another order, and 1 added to the forget gate."""
+
+    @nn.compact
+    def __call__(self, x):
+        w, v = self.param("w", NORMAL, (8, 24)), self.param("v", NORMAL, (6, 24))
+        bias = self.param("bias", NORMAL, (24,))
+
+        def step(carry, now):
+            h, c = carry
+            cell, i, f, o = jnp.split(now @ w + h @ v + bias, 4, -1)
+            c = nn.sigmoid(f + 1) * c + nn.sigmoid(i) * jnp.tanh(cell)
+            return (nn.sigmoid(o) * jnp.tanh(c), c), None
+
+        return jax.lax.scan(step, 2 * (jnp.zeros((2, 6)),), jnp.swapaxes(x, 0, 1))[0][0]
+
+
+def test_a_constant_that_the_program_adds_to_a_gate_is_subtracted():
+    leaf = chrono(100)(Written(), X)["bias"]
+    cell, i, f, o = np.split(np.asarray(leaf.law(jax.random.key(0), leaf.shape)), 4)
+    assert not np.any([cell, o])
+    assert 0 <= (f + 1).min() < (f + 1).max() <= math.log(99)
+    assert i == pytest.approx(-(f + 1), abs=1e-5)

@@ -173,7 +173,7 @@ class LogUniform(Initializer):
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class LogOfUniform(Initializer):
-    """± log u for u uniform between two numbers. Made by `log_of_uniform`."""
+    """± log u for u uniform between two numbers, plus a constant. Made by `log_of_uniform`."""
 
     maker: ClassVar[str] = "log_of_uniform"
 
@@ -181,6 +181,7 @@ class LogOfUniform(Initializer):
     high: float
     sign: int = 1
     shared: str = ""
+    offset: float = 0.0
 
     def __post_init__(self) -> None:
         settle(self, low=checked_number("low", self.low, at_least=0.0), high=checked_number("high", self.high, above=0.0))
@@ -192,10 +193,10 @@ class LogOfUniform(Initializer):
     ) -> Inexact[Array, "*shape"]:
         def draw(key: Key[Array, ""]) -> Inexact[Array, "*shape"]:
             u = self.low + (self.high - self.low) * jax.random.uniform(key, shape, dtype)
-            return self.sign * jnp.log(jnp.maximum(u, jnp.finfo(dtype).tiny))
+            return self.sign * jnp.log(jnp.maximum(u, jnp.finfo(dtype).tiny)) + jnp.array(self.offset, dtype)
 
         return placed(draw, key, out_sharding)
 
     def uniformed(self, weights: Float[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]:
         """The uniform numbers behind weights."""
-        return (np.exp(self.sign * weights) - self.low) / (self.high - self.low)
+        return (np.exp(self.sign * (weights - self.offset)) - self.low) / (self.high - self.low)

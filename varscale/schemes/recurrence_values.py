@@ -1,11 +1,11 @@
-"""What the reader of recurrences knows of an array: a term of parameters, a signal, or a number."""
+"""What the reader of recurrences knows of an array: a term of parameters, a signal, or a number; and what it finds."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -51,10 +51,10 @@ class Signal:
     Attributes:
         near: atoms and numbers of linear maps, ("map", k), that it was made with since the last linear map.
         made_by: the linear map whose output it is, up to biases; None for none.
-        shifts: entries of the vectors that were added since.
+        shifts: entries of the vectors that were added since; offset: the constant.
         state: whether it is the state of a loop.
         gate: entries of the biases under the sigmoid that it is; () for none.
-        holds: of gate · state, the gate's; admits: of gate · something else.
+        holds: of gate · state, the gate's; admits: of gate · something else. Of all three the offset is that under the sigmoid.
         step: of softplus(map + bias) the map and the bias; exped: of exp(map + bias).
         decay: of such a step times exp(a): the parameter a, and the step.
         scaled: the parameter that it was last multiplied by.
@@ -63,6 +63,7 @@ class Signal:
     near: frozenset[Atom] = frozenset()
     made_by: int | None = None
     shifts: tuple[np.ndarray, ...] = dataclasses.field(default=(), compare=False)
+    offset: float = 0.0
     state: bool = False
     gate: tuple[np.ndarray, ...] = dataclasses.field(default=(), compare=False)
     holds: tuple[np.ndarray, ...] = dataclasses.field(default=(), compare=False)
@@ -84,6 +85,52 @@ class Map:
     scales: frozenset[int]
     terms: int
     near: frozenset[Atom]
+
+
+class Gate(NamedTuple):
+    """The bias of a gate: the run from `start` to `stop` of a leaf's last axis, which is `size` long.
+
+    `offset` is the constant that the program adds to it.
+    """
+
+    path: str
+    start: int
+    stop: int
+    size: int
+    offset: float
+
+
+@dataclasses.dataclass
+class Recurrences:
+    """What the parameters of a program are in its recurrences, by their paths.
+
+    Attributes:
+        decay: ν of exp(−exp(ν)).
+        phase: θ of exp(iθ) -> False, of exp(i exp(θ)) -> True.
+        normalizer: log γ, whose exponential multiplies what drives a recurrence -> its ν.
+        inputs: kernels before the recurrence of a ν -> how many terms they sum.
+        outputs: kernels after it -> the number of its states.
+        real: a of a state space: of −exp(a) -> True, of a itself -> False; imaginary: its b -> the shape of δ; steps: its δ.
+        weights: what multiplies its exponentials, or its states -> whether it is the real or imaginary part of complex numbers.
+        poles, step_kernel, step_bias: of a selective one.
+        skip: what multiplies activations that are added to the output of either.
+        gates: biases of forget gates and, as many or none, of the input gates beside them.
+    """
+
+    decay: set[str] = dataclasses.field(default_factory=set)
+    phase: dict[str, bool] = dataclasses.field(default_factory=dict)
+    normalizer: dict[str, str] = dataclasses.field(default_factory=dict)
+    inputs: dict[str, int] = dataclasses.field(default_factory=dict)
+    outputs: dict[str, int] = dataclasses.field(default_factory=dict)
+    real: dict[str, bool] = dataclasses.field(default_factory=dict)
+    imaginary: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    steps: set[str] = dataclasses.field(default_factory=set)
+    weights: dict[str, bool] = dataclasses.field(default_factory=dict)
+    poles: set[str] = dataclasses.field(default_factory=set)
+    step_kernel: set[str] = dataclasses.field(default_factory=set)
+    step_bias: set[str] = dataclasses.field(default_factory=set)
+    skip: set[str] = dataclasses.field(default_factory=set)
+    gates: list[tuple[Gate, Gate | None]] = dataclasses.field(default_factory=list)
 
 
 def entries_of(i: int, shape: tuple[int, ...]) -> np.ndarray | None:

@@ -3,7 +3,7 @@
 | what the program has | it is |
 |---|---|
 | exp(−exp(ν)), with exp(iθ) or exp(i exp(θ)) beside it | a linear recurrent unit's decay ν and phase θ |
-| exp(Δ(−exp(a) + i b)), Δ = exp(δ) | a diagonal state space's poles a and b and log step δ |
+| exp(Δ(−exp(a) + i b)) or exp(Δ(a + i b)), Δ = exp(δ) | a diagonal state space's poles a and b and log step δ |
 | exp(softplus(W x + δ) · (−exp(a))) | a selective state space's poles a, step kernel W and step bias δ |
 | sigmoid(z) · c + sigmoid(y) · ..., c the state of a loop | the bias in z: a forget gate; that in y: an input gate |
 
@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -24,8 +24,10 @@ from varscale import _compat
 from varscale.schemes.recurrence_values import (
     ENTRY,
     Atom,
+    Gate,
     Known,
     Map,
+    Recurrences,
     Signal,
     Term,
     entries_of,
@@ -44,48 +46,6 @@ _SAME = {"convert_element_type", "stop_gradient", "copy", "name", "optimization_
 _SAME |= {"sharding_constraint", "real", "imag", "conj", "rev"}
 _LAYOUT = {"reshape", "squeeze", "expand_dims", "transpose", "broadcast_in_dim", "slice"}
 _SUMS = {"reduce_sum", "cumsum"}
-
-
-class Gate(NamedTuple):
-    """The bias of a gate: the run from `start` to `stop` of a leaf's last axis, which is `size` long."""
-
-    path: str
-    start: int
-    stop: int
-    size: int
-
-
-@dataclasses.dataclass
-class Recurrences:
-    """What the parameters of a program are in its recurrences, by their paths.
-
-    Attributes:
-        decay: ν of exp(−exp(ν)).
-        phase: θ of exp(iθ) -> False, of exp(i exp(θ)) -> True.
-        normalizer: log γ, whose exponential multiplies what drives a recurrence -> its ν.
-        inputs: kernels before the recurrence of a ν -> how many terms they sum.
-        outputs: kernels after it -> the number of its states.
-        real, imaginary, steps: a, b and δ of a state space; weights: what multiplies its exponentials -> whether it is the
-            real or imaginary part of complex numbers.
-        poles, step_kernel, step_bias: of a selective one.
-        skip: what multiplies activations that are added to the output of either.
-        gates: biases of forget gates and, as many or none, of the input gates beside them.
-    """
-
-    decay: set[str] = dataclasses.field(default_factory=set)
-    phase: dict[str, bool] = dataclasses.field(default_factory=dict)
-    normalizer: dict[str, str] = dataclasses.field(default_factory=dict)
-    inputs: dict[str, int] = dataclasses.field(default_factory=dict)
-    outputs: dict[str, int] = dataclasses.field(default_factory=dict)
-    real: set[str] = dataclasses.field(default_factory=set)
-    imaginary: set[str] = dataclasses.field(default_factory=set)
-    steps: set[str] = dataclasses.field(default_factory=set)
-    weights: dict[str, bool] = dataclasses.field(default_factory=dict)
-    poles: set[str] = dataclasses.field(default_factory=set)
-    step_kernel: set[str] = dataclasses.field(default_factory=set)
-    step_bias: set[str] = dataclasses.field(default_factory=set)
-    skip: set[str] = dataclasses.field(default_factory=set)
-    gates: list[tuple[Gate, Gate | None]] = dataclasses.field(default_factory=list)
 
 
 def recurrences(uses: Uses) -> Recurrences:
@@ -121,6 +81,7 @@ class _Reader:
             "exp": self._exp, "neg": self._neg, "mul": self._mul, "div": self._div, "add": self._add, "add_any": self._add,
             "sub": self._sub, "complex": self._complex, "cos": self._turn, "sin": self._turn, "logistic": self._logistic,
             "log1p": self._log1p, "dot_general": self._dot, "conv_general_dilated": self._dot,
+            "max": self._clipped, "min": self._clipped,
         }  # fmt: skip
 
     # -- the walk -------------------------------------------------------------------------------------------------------
@@ -203,7 +164,7 @@ class _Reader:
         if isinstance(x, Signal) and isinstance(y, Term):
             return self._times(x, y)
         if isinstance(x, Signal):
-            return dataclasses.replace(x, gate=(), state=False, made_by=None, shifts=())
+            return dataclasses.replace(x, gate=(), state=False, made_by=None, shifts=(), offset=0.0)
         if not isinstance(x, Term):
             return x * y if isinstance(x, complex) and isinstance(y, complex) else None
         if isinstance(y, Term):
@@ -238,7 +199,12 @@ class _Reader:
         return few(Term(tuple((c, atoms) for atoms, c in made.items())))
 
     def _times(self, x: Signal, y: Term) -> Signal:
-        """A signal times a term."""
+        """A signal times a term; what multiplies the states of a state space is their weight."""
+        shapes = {self._shapes[i] for i in self._poles(x.near) if self._paths[i] in self.found.real}
+        if all(len(atoms) == 1 and min(atoms)[0] == "is" for _, atoms in y.monomials):
+            of_states = {i for i in y.parameters if shapes & {self._shapes[i], self._shapes[i][:-1]}}
+            self.found.weights.update((self._paths[i], len(of_states) > 1 or self._shapes[i] not in shapes) for i in of_states)
+            self._weighted |= self._poles(x.near) if of_states else set()
         rate = y.alone("exp")
         decay = (rate, x.step) if rate is not None and x.step is not None else None
         return Signal(x.near | y.atoms, decay=decay, scaled=y.alone("is"))
@@ -247,9 +213,9 @@ class _Reader:
         near = x.near | y.near
         for one, other in ((x, y), (y, x)):
             if one.gate and other.state:
-                return Signal(near, holds=one.gate)
+                return Signal(near, holds=one.gate, offset=one.offset)
         if x.gate or y.gate:
-            return Signal(near, admits=x.gate or y.gate)
+            return Signal(near, admits=x.gate or y.gate, offset=x.offset if x.gate else y.offset)
         return Signal(near)
 
     def _add(self, eqn: Any, x: Known, y: Known) -> Known:
@@ -264,8 +230,9 @@ class _Reader:
             shifts = x.shifts
             if y.entries is not None and sum(n > 1 for n in y.entries.shape) <= 1:
                 shifts = (*shifts, np.broadcast_to(y.entries, shape))
-            return Signal(x.near | y.atoms, x.made_by, shifts)
-        return dataclasses.replace(x, gate=(), state=False) if isinstance(x, Signal) else x
+            return Signal(x.near | y.atoms, x.made_by, shifts, x.offset)
+        added = y.real if isinstance(y, complex) else 0.0
+        return dataclasses.replace(x, gate=(), state=False, offset=x.offset + added) if isinstance(x, Signal) else x
 
     def _sub(self, eqn: Any, x: Known, y: Known) -> Known:
         if isinstance(x, Signal) and isinstance(y, Signal) and x.decay is not None and x.decay == y.decay:
@@ -275,19 +242,23 @@ class _Reader:
     def _sum(self, x: Signal, y: Signal) -> Signal:
         for one, other in ((x, y), (y, x)):
             if one.holds:
-                holds, admits = ([gate for x in xs if (gate := self._gate(x))] for xs in (one.holds, other.admits))
+                holds, admits = (
+                    [g for x in xs if (g := self._gate(x, of))] for xs, of in ((one.holds, one), (other.admits, other))
+                )
                 self.found.gates += [(gate, admits[-1] if admits else None) for gate in holds[-1:]]
             if other.scaled is not None and self._poles(one.near) and not self._poles(other.near):
                 self.found.skip.add(self._paths[other.scaled])
-        return Signal(x.near | y.near, x.made_by if x.made_by is not None else y.made_by, (*x.shifts, *y.shifts))
+        made_by = x.made_by if x.made_by is not None else y.made_by
+        return Signal(x.near | y.near, made_by, (*x.shifts, *y.shifts), x.offset + y.offset)
 
-    def _gate(self, entries: np.ndarray) -> Gate | None:
+    def _gate(self, entries: np.ndarray, signal: Signal) -> Gate | None:
         """The run of a bias that these are the entries of; None where they are none of one."""
         own = np.unique(entries)
         if not own.size or own[-1] - own[0] != own.size - 1:
             return None
         leaf = int(own[0]) // ENTRY
-        return Gate(self._paths[leaf], int(own[0]) % ENTRY, int(own[-1]) % ENTRY + 1, self._shapes[leaf][-1])
+        start, stop = int(own[0]) % ENTRY, int(own[-1]) % ENTRY + 1
+        return Gate(self._paths[leaf], start, stop, self._shapes[leaf][-1], signal.offset)
 
     def _complex(self, eqn: Any, x: Known, y: Known) -> Known:
         return self._add(eqn, x, self._mul(eqn, y, 1j)) if isinstance(y, Term | Signal) else x
@@ -315,6 +286,14 @@ class _Reader:
             made.add(("decay", frozenset(exps[0])))
         if len(exps) == 1 and len(exps[0]) == 2 and len(falls[0]) == 2:
             return frozenset({self._space(exps[0], turns)})
+        plain = [atoms for c, atoms in x.monomials if abs(complex(c).imag) <= abs(c) / 2 and len(atoms) == 2]
+        steps = {atom for atoms in turns if len(atoms) == 2 for atom in atoms if atom[0] == "exp"}
+        if len(plain) == len(steps) == len(x.monomials) - 1 == 1 and steps < plain[0]:
+            (own,) = plain[0] - steps
+            if own[0] == "is":
+                self.found.real[self._paths[own[1]]] = False
+                made = self._space({min(steps)[1]}, turns)
+                return frozenset({("pole", made[1] | {own[1]})})
         for atoms in turns:
             if len(atoms) == 1 and (atom := min(atoms, key=str))[0] in ("is", "exp"):
                 made.add(("turn", frozenset({atom[1]}), atom[0] == "exp"))
@@ -328,8 +307,8 @@ class _Reader:
         step = min(beside or exps, key=lambda i: (math.prod(self._shapes[i]), i))
         imaginary = {atom[1] for atoms in turns for atom in atoms if atom[0] == "is"}
         self.found.steps.add(self._paths[step])
-        self.found.real.update(self._paths[i] for i in exps - {step})
-        self.found.imaginary.update(self._paths[i] for i in imaginary)
+        self.found.real.update({self._paths[i]: True for i in exps - {step}})
+        self.found.imaginary.update((self._paths[i], self._shapes[step]) for i in imaginary)
         return ("pole", frozenset(exps | imaginary))
 
     def _turn(self, eqn: Any, x: Known) -> Known:
@@ -340,7 +319,12 @@ class _Reader:
         return self._unknown("cos", [x])
 
     def _logistic(self, eqn: Any, x: Known) -> Known:
-        return Signal(x.near, gate=x.shifts) if isinstance(x, Signal) else self._unknown("logistic", [x])
+        return Signal(x.near, gate=x.shifts, offset=x.offset) if isinstance(x, Signal) else self._unknown("logistic", [x])
+
+    def _clipped(self, eqn: Any, x: Known, y: Known) -> Known:
+        term, bound = (x, y) if isinstance(x, Term) else (y, x)
+        clips = isinstance(term, Term) and isinstance(bound, complex)
+        return term if clips else self._unknown("max", [x, y])
 
     def _log1p(self, eqn: Any, x: Known) -> Known:
         if isinstance(x, Signal) and x.exped is not None:
@@ -368,7 +352,7 @@ class _Reader:
     def _poles(self, near: frozenset[Atom]) -> set[int]:
         """The parameters of poles that something was made with."""
         owners = {i for atom in near if atom[0] != "map" for i in (atom[1] if isinstance(atom[1], frozenset) else atom[1:2])}
-        return {i for i in owners if self._paths[i] in (self.found.decay | self.found.real | self.found.poles)}
+        return {i for i in owners if self._paths[i] in {*self.found.decay, *self.found.real, *self.found.poles}}
 
     def leaves_recurrence(self, near: frozenset[Atom], kernel: frozenset[int] | None) -> None:
         """Note the kernels on both sides of a recurrence, where the signal that is read comes from one."""

@@ -16,12 +16,12 @@ import numpy as np
 
 from varscale.initializers.combinators import scaled
 from varscale.initializers.fixed import symmetric_uniform
-from varscale.initializers.initializer import checked_number
+from varscale.initializers.initializer import Initializer, checked_number
 from varscale.initializers.structured import constant, ones, zeros
 from varscale.programs.patterns import Pattern, matches, text
 from varscale.schemes.joint_laws import LogOfUniform, LogUniform, Ring, Together
 from varscale.schemes.laws import Law
-from varscale.schemes.recurrences import Gate, Recurrences
+from varscale.schemes.recurrence_values import Gate, Recurrences
 from varscale.schemes.scheme import Choice, Scheme, Subject, spread
 from varscale.schemes.structure import Structure
 
@@ -139,7 +139,7 @@ def s4d(
     Args:
         poles: "lin" or "inv".
         step: smallest and largest step size.
-        real: a pattern of log(−Re A), poles along its last axis, in place of what the program shows.
+        real: a pattern of log(−Re A), poles along its last axis, in place of what the program shows, which may be Re A itself.
         imaginary: likewise of Im A.
         steps: of log Δ.
         outputs: of C, complex, or of real and imaginary parts along a last axis of 2.
@@ -154,10 +154,14 @@ def s4d(
         raise ValueError(f"poles must be 'lin' or 'inv', not {poles!r}")
     words, law = f"s4d(poles={poles!r}, step={step})", LogUniform(*step)
 
-    def imaginary_part(subject: Subject, _: Any) -> Choice:
-        n = np.arange(subject.shape[-1])
+    def imaginary_part(subject: Subject, steps: tuple[int, ...] | None) -> Choice:
+        # The poles of one step lie along an axis that the steps do not have, or have one entry on.
+        alike = steps is not None and len(steps) == len(subject.shape)
+        axis = next((k for k, n in enumerate(steps) if n == 1 < subject.shape[k]), -1) if alike else -1
+        n = np.arange(subject.shape[axis])
         size = 2 * len(n)
         found = math.pi * n if poles == "lin" else size / math.pi * (size / (2 * n + 1) - 1)
+        found = found.reshape(-1, *[1] * (len(subject.shape) - 1 - axis if axis >= 0 else 0))
         return Choice(constant(found), "π n" if poles == "lin" else "N/π (N/(2n + 1) − 1)")
 
     def output(subject: Subject, is_part: bool | None) -> Choice:
@@ -166,10 +170,10 @@ def s4d(
 
     parts = (
         Part(
-            "real parts of poles", real, "**/log_A_real", lambda r: dict.fromkeys(r.real),
-            lambda s, _: Choice(constant(math.log(0.5)), "Re A = −½"), True,
+            "real parts of poles", real, "**/log_A_real", lambda r: r.real,
+            lambda s, is_log: Choice(constant(-0.5 if is_log is False else math.log(0.5)), "Re A = −½"), True,
         ),
-        Part("imaginary parts", imaginary, "**/A_imag", lambda r: dict.fromkeys(r.imaginary), imaginary_part, True),
+        Part("imaginary parts", imaginary, "**/A_imag", lambda r: r.imaginary, imaginary_part, True),
         Part(
             "steps", steps, "**/log_dt", lambda r: dict.fromkeys(r.steps),
             lambda s, _: Choice(law, "log-uniform step sizes"), True,
@@ -194,7 +198,8 @@ def mamba(
     """A = −(1, …, N) a channel; softplus of the step's bias log-uniform; its kernel uniform in ±1/√rank; D = 1.
 
     Kernels are as PyTorch's Linear has them, uniform in ±1/√fan_in, with what ends one of the L branches divided by √L; tables
-    have .02 and biases 0, as in the authors' code. Where a pole is a number a head (Mamba-2), A is uniform in −[1, 16].
+    have .02, biases of convolutions ±1/√fan_in and others 0, as in the authors' code. Where a pole is a number a head
+    (Mamba-2), A is uniform in −[1, 16].
 
     Args:
         step: smallest and largest step size.
@@ -221,7 +226,12 @@ def mamba(
             count = subject.structure.additions(subject.branch.stream)
             return Choice(scaled(spread("uniform", std), count**-0.5), f"PyTorch's Linear ÷ √{count}, the branches")
         if subject.uses.main is not None and subject.main.kind == "shift":
-            return Choice(zeros, "0: a bias")
+            beside = (p for p in subject.whole if p.main is not None and _module(p.path) == _module(subject.uses.path))
+            taps = next((p for p in beside if p.main and p.main.kind in ("convolution", "depthwise")), None)
+            if taps is None:
+                return Choice(zeros, "0: a bias")
+            terms = dataclasses.replace(subject, uses=taps).terms
+            return Choice(spread("uniform", (3 * terms) ** -0.5), "PyTorch's Conv1d: ±1/√fan_in")
         return subject.kept()
 
     def rates(subject: Subject, _: Any) -> Choice:
@@ -256,7 +266,7 @@ def chrono(
     """Biases of gates for dependences over up to `longest` steps: forget gate log U(1, longest − 1), input gate minus the same.
 
     All else keeps its declared laws, but that other gates that are packed in one bias with these get 0. A forget gate is a
-    sigmoid that multiplies the state of a loop: of a GRU the update gate.
+    sigmoid that multiplies the state of a loop: of a GRU the update gate. A constant that the program adds to it is subtracted.
 
     Args:
         longest: the largest time of a dependence, above 2.
@@ -278,8 +288,8 @@ def chrono(
         return Choice(law, "log U(1, longest − 1)" if sign > 0 else "minus the forget gate's")
 
     def all_gates(subject: Subject) -> Choice:
-        signs = {"i": -1, "f": 1}
-        return Choice(_packed([signs.get(g, 0) for g in gates], longest, subject.uses.path), "forget log U, input − log U")
+        laws = {name: LogOfUniform(1.0, longest - 1, sign) for name, sign in (("i", -1), ("f", 1))}
+        return Choice(_packed([laws.get(g, zeros) for g in gates], subject.uses.path), "forget log U, input − log U")
 
     own = (
         ("forget gate", forget, "**/hf/bias"),
@@ -298,22 +308,22 @@ def chrono(
 def _of_gates(gates: Sequence[tuple[Gate, Gate | None]], longest: float) -> dict[str, Choice]:
     """The law of each bias that holds gates: one that is all of a leaf shares the key of its cell's forget gate."""
     found: dict[str, Choice] = {}
-    signs: dict[str, list[int]] = {}
+    packed: dict[str, list[Initializer]] = {}
     for forget, remember in gates:
         for gate, sign in ((forget, 1), *([] if remember is None else [(remember, -1)])):
             length = gate.stop - gate.start
             if length == gate.size:
-                law = LogOfUniform(1.0, longest - 1, sign, f"{forget.path}/chrono")
+                law = LogOfUniform(1.0, longest - 1, sign, f"{forget.path}/chrono", -gate.offset)
                 found[gate.path] = Choice(law, "log U(1, longest − 1)" if sign > 0 else "minus the forget gate's")
             elif gate.size % length == 0 and gate.start % length == 0:
-                signs.setdefault(gate.path, [0] * (gate.size // length))[gate.start // length] = sign
+                own = LogOfUniform(1.0, longest - 1, sign, offset=-gate.offset)
+                packed.setdefault(gate.path, [zeros] * (gate.size // length))[gate.start // length] = own
     told = "forget log U, input − log U"
-    return {**found, **{path: Choice(_packed(each, longest, path), told) for path, each in signs.items()}}
+    return {**found, **{path: Choice(_packed(laws, path), told) for path, laws in packed.items()}}
 
 
-def _packed(signs: Sequence[int], longest: float, path: str) -> Law:
-    """The law of a bias that holds several gates: 1 for a forget gate, −1 for an input gate, 0 for others."""
-    laws = [zeros if sign == 0 else LogOfUniform(1.0, longest - 1, sign) for sign in signs]
+def _packed(laws: Sequence[Initializer], path: str) -> Law:
+    """The law of a bias that holds several gates."""
     return Together(tuple(laws), len(laws), -1, f"{path}/chrono")
 
 

@@ -7,7 +7,8 @@ import functools
 from collections.abc import Hashable
 from typing import Any
 
-from varscale.schemes.recurrences import Recurrences, recurrences
+from varscale.schemes.recurrence_values import Recurrences
+from varscale.schemes.recurrences import recurrences
 from varscale.usage.branches import Branch
 from varscale.usage.parameters import ParameterUses
 from varscale.usage.table import Uses

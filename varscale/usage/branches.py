@@ -169,6 +169,11 @@ def summands(x: Flow, y: Flow, maps_at: dict[int, int], in_time: bool) -> tuple[
         in_time: whether the shorter summand is made by a kernel that a loop over time repeats: gates add what they read at each
             step.
     """
+    for u in (x, y):
+        if u.gates and (u.functions or u.normalised) and u.maps == min(x.maps, y.maps):
+            return None  # D ⊙ u beside what a recurrence makes of u: u is no stream but what a branch has made of it
+        if (x.holds | y.holds) >> u.anchor & 1:
+            return None  # u + g ⊙ u, as a parallel recurrence has it: no branch ends here
     if y.ancestors >> x.anchor & 1 and y.maps > x.maps:
         return x, y, x.maps
     if x.ancestors >> y.anchor & 1 and x.maps > y.maps:
@@ -190,3 +195,12 @@ def summands(x: Flow, y: Flow, maps_at: dict[int, int], in_time: bool) -> tuple[
 def times(scale: float | None, number: float | None) -> float | None:
     """A product of two factors of which either may be unknown."""
     return None if scale is None or number is None or not math.isfinite(number) else scale * number
+
+
+def scaled_by_its_own(x: Flow, y: Flow) -> Flow | None:
+    """The value that is normalised where one of two is the other's own scale, reduced and inverted."""
+    for value, scale in ((x, y), (y, x)):
+        is_scale = scale.reduced and bool(scale.functions & {"rsqrt", "sqrt"})
+        if is_scale and scale.ancestors >> value.anchor & 1 and not value.reduced:
+            return value
+    return None

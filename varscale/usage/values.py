@@ -93,6 +93,8 @@ class Flow:
         stream: the residual stream that it was computed from; None before the first addition.
         added_to: of the sum of a stream and a branch, the anchor of the stream; 0 for none.
         offset: the constant that was added to it since it was reduced.
+        scaled: whether a parameter has scaled it, or what it was divided by, since it was normalised.
+        holds: the anchors, as bits, of what it was multiplied with or summed of by other activations since the last linear map.
     """
 
     anchor: int
@@ -115,6 +117,8 @@ class Flow:
     stream: int | None = None
     added_to: int = 0
     offset: float = 0.0
+    scaled: bool = False
+    holds: int = 0
 
     @property
     def raw(self) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 
 from varscale import _compat
 from varscale.usage import layouts
-from varscale.usage.branches import Residuals, summands, times
+from varscale.usage.branches import Residuals, scaled_by_its_own, summands, times
 from varscale.usage.notes import Attended, Use
 from varscale.usage.numbers import Numbers
 from varscale.usage.places import Places
@@ -282,17 +282,22 @@ class Walk:
             view,
         )
         self.anchored(sources, x)
-        return dataclasses.replace(x, gates=x.gates | {view.parameter}) if kind == "scale" and not normalised else x
+        if kind != "scale":
+            return x
+        if normalised and (x.reduced or not x.scaled):
+            return dataclasses.replace(x, scaled=True)
+        return dataclasses.replace(x, gates=x.gates | {view.parameter})
 
     def _both(self, name: str, x: Flow, y: Flow, shape: Sequence[int]) -> Flow:
         """Two activations combined entry by entry."""
         union = x.ancestors | y.ancestors
         wide = x if layouts.size([a for atoms in x.axes for a in atoms]) >= math.prod(shape) else y
         sources = x.sources | y.sources
-        if name in ("mul", "div") and (scaled := _scaled(x, y)) is not None:
+        if name in ("mul", "div") and (scaled := scaled_by_its_own(x, y)) is not None:
             return self.input(
-                shape, (x, y), axes=wide.axes, sources=sources, normalised=True, depth=scaled.depth, direct=scaled.direct
-            )
+                shape, (x, y), axes=wide.axes, sources=sources, normalised=True, depth=scaled.depth, direct=scaled.direct,
+                scaled=(y if scaled is x else x).scaled,
+            )  # fmt: skip
         if x.root == y.root or (x.reduced and x.ancestors & (1 << y.anchor)) or (y.reduced and y.ancestors & (1 << x.anchor)):
             functions = x.functions | y.functions | ({"mul"} if name == "mul" and (x.functions or y.functions) else set())
             if name == "div" and "exp" in functions and (x.reduced != y.reduced):
@@ -308,7 +313,7 @@ class Walk:
         if name in ("add", "add_any") and (pair := self._residual(x, y)) is not None:
             stream, branch, start = pair
             number, on = self.residuals.join(tuple(self._path), stream, branch, start)
-            for source in branch.sources or branch.mixed:
+            for source in (branch.sources or branch.mixed) - stream.sources:
                 self.uses[source.use].ends = number
             made = self.input(shape, (x, y), axes=wide.axes, sources=sources, depth=number, stream=on)
             return dataclasses.replace(made, added_to=stream.anchor)
@@ -317,7 +322,8 @@ class Walk:
         # A mask or a bias that is added to scores changes nothing of what they were multiplied by.
         scores = x if x.score is not None else y
         scale = scores.scale if scores.score is not None else 1.0
-        return self.input(shape, (x, y), axes=wide.axes, sources=sources, score=scores.score, scale=scale)
+        holds = x.holds | y.holds | 1 << x.anchor | 1 << y.anchor
+        return self.input(shape, (x, y), axes=wide.axes, sources=sources, score=scores.score, scale=scale, holds=holds)
 
     def _residual(self, x: Flow, y: Flow) -> tuple[Flow, Flow, int] | None:
         """(stream, branch, maps before both) of a residual addition; None for any other sum."""
@@ -381,15 +387,6 @@ class Walk:
         for role, sources in (("query", query), ("key", key)):
             for source in sources:
                 self.uses[source.use].roles.setdefault(source.part, set()).add(role)
-
-
-def _scaled(x: Flow, y: Flow) -> Flow | None:
-    """The value that is normalised where one of two is the other's own scale, reduced and inverted."""
-    for value, scale in ((x, y), (y, x)):
-        is_scale = scale.reduced and bool(scale.functions & {"rsqrt", "sqrt"})
-        if is_scale and scale.ancestors >> value.anchor & 1 and not value.reduced:
-            return value
-    return None
 
 
 def _entries(view: View) -> int:
