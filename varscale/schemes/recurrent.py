@@ -156,8 +156,8 @@ def s4d(
 
     def imaginary_part(subject: Subject, steps: tuple[int, ...] | None) -> Choice:
         # The poles of one step lie along an axis that the steps do not have, or have one entry on.
-        alike = steps is not None and len(steps) == len(subject.shape)
-        axis = next((k for k, n in enumerate(steps) if n == 1 < subject.shape[k]), -1) if alike else -1
+        alike = steps if steps is not None and len(steps) == len(subject.shape) else ()
+        axis = next((k for k, n in enumerate(alike) if n == 1 < subject.shape[k]), -1)
         n = np.arange(subject.shape[axis])
         size = 2 * len(n)
         found = math.pi * n if poles == "lin" else size / math.pi * (size / (2 * n + 1) - 1)
