@@ -17,8 +17,7 @@ ABSENT = {
     cross_by_kind: {
         **dict.fromkeys(("Constant", "Array", "Computed"), 'the strategies "known numbers" and independence'),
         "Leaf": "measured together, or independent",
-        "Apply": 'the strategies "affine functions" and "law of functions"',
-        "Sum": 'the strategy "terms of a sum"',
+        "Sum": 'the strategy "weighted sums"',
         "Permute": 'the strategy "axes in another order"',
         "Softmax": NO_LAW,
     },

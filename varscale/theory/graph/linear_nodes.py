@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from varscale.theory.domain.axes import Axis, contract_axes, outer
-from varscale.theory.domain.axis_maps import AxisMap, split_axis
+from varscale.theory.domain.axes import Axis, apply_axis, contract_axes, outer
+from varscale.theory.domain.axis_maps import AxisMap, adjoint, pair_counts, split_axis
 from varscale.theory.domain.tables import Table, full_types, regrouped
 from varscale.theory.graph.convolutions import Conv
 from varscale.theory.graph.nodes import UNKNOWN, Constant, Leaf, Node, View, pullback, second_moments
@@ -189,6 +189,21 @@ class AxisMapped(Node):
     def prepare(self) -> None:
         self.axis_map, x = _MAPS.of(self.graph)[self.params[1]], self.args[0].node
         self.odd, self.positive = x.odd, x.positive and bool(np.all(self.axis_map.matrix.data >= 0))
+
+
+@second_moments.register(AxisMapped)
+def second_moments_of_axis_mapped(node: AxisMapped) -> Table:
+    k, table = node.params[0], node.args[0].node.table
+    mean = apply_axis(table.mean, k, node.axis_map.means())
+    return Table(node.axes, mean, apply_axis(table.second, k, pair_counts(node.axis_map)))
+
+
+@pullback.register(AxisMapped)
+def pullback_of_axis_mapped(
+    node: AxisMapped, cotangent: np.ndarray, notes: BackwardNotes
+) -> list[np.ndarray | None]:
+    own = node.axis_map
+    return [apply_axis(cotangent, node.params[0], adjoint(pair_counts(own), own.out, own.inner))]
 
 
 def mapped(node: Node, k: int, axis_map: AxisMap) -> AxisMapped:

@@ -44,7 +44,7 @@ from varscale.theory.interpreter.regions import Regions, blocks, within
 from varscale.theory.interpreter.rows import Place
 
 # These register rules, and laws of kinds of nodes.
-from varscale.theory.propagation import cross_axis_maps, pullbacks, second_moments, sums  # noqa: F401
+from varscale.theory.propagation import pullbacks, second_moments, sums  # noqa: F401
 from varscale.theory.rules import (  # noqa: F401
     attention,
     axis,

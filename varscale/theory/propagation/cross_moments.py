@@ -1,20 +1,47 @@
-"""Cross-moments E[a_i b_j] of two arrays over one frame: zero by a fresh weight, the product of means, or expanded."""
+"""Cross-moments E[a_i b_j] of two arrays over one frame: zero by a fresh weight, the product of means, or expanded.
+
+Two nodes that read one axis, each all of it or a span, the entries in their order or the mean of them, have moments
+E[y_p z_q] = Σ A_pi B_qj E[x_i x'_j] (`domain.axis_maps`): of means, slices, splits and merges all that counts are pairs.
+"""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+import itertools
+import math
+from collections.abc import Callable, Container, Iterable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
-from varscale.theory.domain.axes import Axis, averaging
-from varscale.theory.domain.tables import full_types, means_by_type, over_frame
-from varscale.theory.graph.convolutions import WindowSum
+from varscale.theory.domain.axes import Axis, apply_axis, averaging, join
+from varscale.theory.domain.axis_maps import (
+    AxisMap,
+    class_counts,
+    entry_map,
+    identity_map,
+    pair_counts,
+    split_axis,
+)
+from varscale.theory.domain.tables import (
+    by_type,
+    full_along,
+    full_types,
+    lift,
+    means_by_type,
+    over_frame,
+    regrouped,
+)
+from varscale.theory.graph.convolutions import ONE, WindowSum
 from varscale.theory.graph.expressions import IDENTITIES, Apply, Mean, Sum, roots, swapped
 from varscale.theory.graph.known_arrays import known_cross
-from varscale.theory.graph.linear_nodes import Permute
-from varscale.theory.graph.nodes import Array, Constant, Graph, Node, View, cross_by_kind, number
+from varscale.theory.graph.layout import split
+from varscale.theory.graph.linear_nodes import AxisMapped, Merge, Permute, Split, Take
+from varscale.theory.graph.nodes import Constant, Graph, Node, View, cross_by_kind
+from varscale.theory.graph.normal_form import mean_node
 from varscale.theory.graph.store import Marked, once_per_node
+
+_MOST_TYPES = 100_000  # of pairs of indices, where two places of an axis differ: a matter of memory
 
 
 class Pair(Marked):
@@ -26,8 +53,7 @@ class Pair(Marked):
 
 def dependent(a: Node, b: Node) -> bool:
     """Whether two nodes can be correlated at all."""
-    apart = isinstance(a, Array) or isinstance(b, Array) or a.odd & b.unseen or b.odd & a.unseen
-    return a is b or (not apart and bool(a.deps & b.deps))
+    return a is b or not (a.odd & b.unseen or b.odd & a.unseen or not a.deps & b.deps)
 
 
 def cross(a: View, b: View, frame: Sequence[Axis]) -> np.ndarray:
@@ -40,18 +66,15 @@ def cross(a: View, b: View, frame: Sequence[Axis]) -> np.ndarray:
 
 def pair(a: View, b: View, frame: Sequence[Axis]) -> Pair:
     """The same with its flags, for those who know how much it matters to them."""
-    na, nb = a.node, b.node
-    if na.odd & nb.unseen or nb.odd & na.unseen:
+    if a.node.odd & b.node.unseen or b.node.odd & a.node.unseen:
         return Pair(np.zeros((1,) * len(frame)))
-    if isinstance(na, Constant) or isinstance(nb, Constant) or not dependent(na, nb):
-        return Pair(mean_product(a, b, frame))
-    if a == b:
-        return Pair(a.second(frame))
+    if a == b or not dependent(a.node, b.node):
+        return Pair(a.second(frame) if a == b else mean_product(a, b, frame))
     read = sorted({*a.bind, *b.bind})
     if len(read) == len(frame):
-        return _expanded(na, a, b, tuple(frame))
-    views = [View(view.node, tuple(map(read.index, view.bind))) for view in (a, b)]
-    found = pair(views[0], views[1], [frame[p] for p in read])
+        return _expanded(a.node, a, b, tuple(frame))
+    x, y = (View(v.node, tuple(map(read.index, v.bind))) for v in (a, b))
+    found = pair(x, y, [frame[p] for p in read])
     return Pair(over_frame(found.moment, read, len(frame)), found.flagged, found.doubt)
 
 
@@ -61,7 +84,7 @@ def _expanded(node: Node, a: View, b: View, frame: tuple[Axis, ...]) -> Pair:
     found = Pair(np.zeros(()))
     node.graph.computing.append(found)
     try:
-        worked_out = (STRATEGIES[name](a, b, frame) for name in ORDER)
+        worked_out = (work(a, b, frame) for work in STRATEGIES.values())
         moment = next((out for out in worked_out if out is not None), None)
         if moment is None:
             unsure(node.graph, "assumed", _largest_correlation(a, b))
@@ -82,9 +105,7 @@ def unsure(graph: Graph, how: str, doubt: float) -> None:
     Of a product of two standard normals E[x²y²] = 1 + 2ρ², and other nodes are no more sensitive to it than that.
     """
     if doubt > 0:
-        graph.flag(
-            how, doubt if any(isinstance(marked, Pair) for marked in graph.computing[-1:]) else 2 * doubt
-        )
+        graph.flag(how, doubt * (1 if any(isinstance(x, Pair) for x in graph.computing[-1:]) else 2))
 
 
 def mean_product(a: View, b: View, frame: Sequence[Axis]) -> np.ndarray:
@@ -92,34 +113,23 @@ def mean_product(a: View, b: View, frame: Sequence[Axis]) -> np.ndarray:
     return means_by_type(a.mean(frame), frame, b.mean(frame))
 
 
+def _largest_correlation(a: View, b: View) -> float:
+    """A bound on |Cov(a, b)| / √(Var a · Var b): what one of them has along the other's axes alone, it only has by its mean."""
+    bound = 1.0
+    for mine, other in ((a, b), (b, a)):
+        table = mine.node.table
+        spare = frozenset(k for k, place in enumerate(mine.bind) if place not in other.bind)
+        averaged = float(averaging(table.axes, spare) @ table.second.ravel()) - table.total_mean**2
+        bound *= (float(np.clip(averaged, 0.0, table.variance)) / max(table.variance, 1e-300)) ** 0.5
+    return bound
+
+
 Strategy = Callable[[View, View, tuple[Axis, ...]], np.ndarray | None]
-# How E[a_i b_j] is worked out, by the first that knows it: what is exact comes before what is assumed.
-ORDER = (
-    "known numbers",
-    "axes in another order",
-    "one node twice",
-    "weighted sums",
-    "average against a function",
-    "law of functions",
-    "kinds of nodes",
-)
-STRATEGIES: dict[str, Strategy] = {}
 
 
-def strategy(name: str) -> Callable[[Strategy], Strategy]:
-    """Register a way to work out E[a_i b_j] by type of two views over a frame, or None, under a name of `ORDER`."""
-
-    def register(work: Strategy) -> Strategy:
-        STRATEGIES[name] = work
-        return work
-
-    return register
-
-
-def either_way(work: Strategy) -> Strategy:
+def _either_way(work: Strategy) -> Strategy:
     """A strategy that opens its first argument, for both: the node that is further from the leaves is opened first."""
 
-    @functools.wraps(work)
     def opened(a: View, b: View, frame: tuple[Axis, ...]) -> np.ndarray | None:
         for x, y in sorted(((a, b), (b, a)), key=lambda pair: (-pair[0].node.depth, -pair[0].node.id)):
             if (out := work(x, y, frame)) is not None:
@@ -129,42 +139,21 @@ def either_way(work: Strategy) -> Strategy:
     return opened
 
 
-def _largest_correlation(a: View, b: View) -> float:
-    """A bound on |Cov(a, b)| / √(Var a · Var b): what one of them has along the other's axes alone, it only has by its mean."""
-    bound = 1.0
-    for mine, other in ((a, b), (b, a)):
-        table = mine.node.table
-        spare = frozenset(k for k, place in enumerate(mine.bind) if place not in other.bind)
-        if table.variance <= 0:
-            return 0.0
-        averaged = float(averaging(table.axes, spare) @ table.second.ravel()) - table.total_mean**2
-        bound *= min(max(averaged, 0.0) / table.variance, 1.0) ** 0.5
-    return bound
-
-
-strategy("known numbers")(known_cross)
-
-
-@strategy("axes in another order")
 def _permuted(a: View, b: View, frame: tuple[Axis, ...]) -> np.ndarray | None:
     x, y = (v.node.args[0].within(v.bind) if isinstance(v.node, Permute) else v for v in (a, b))
     return None if (x, y) == (a, b) else cross(x, y, frame)
 
 
-@strategy("weighted sums")
-@either_way
 def _terms(x: View, y: View, frame: tuple[Axis, ...]) -> np.ndarray | None:
     """A sum is not opened against a function of it or of what is made of it; a term's doubt weighs what the term does in it."""
     node, read = x.node, roots(y.node) if isinstance(y.node, Apply) else ()
     if isinstance(node, Sum) and all(root.node.depth < node.depth for root in read):
         weights, offset = node.params, 0.0
     elif isinstance(node, Apply) and node.params[0] in ("affine", *IDENTITIES):
-        c, offset = node.params[1] or (1.0, 0.0)
-        weights = (c,)
+        *weights, offset = node.params[1] or (1.0, 0.0)
     else:
         return None
-    one = View(number(node.graph, 1.0), ())
-    out = offset * mean_product(one, y, frame) if offset else np.zeros((1,) * len(frame))
+    out = offset * by_type(y.mean(frame), frame, second=True) if offset else np.zeros(())
     for c, term in zip(weights, node.args, strict=True):
         found = pair(term.within(x.bind), y, frame)
         out = out + c * found.moment
@@ -174,15 +163,221 @@ def _terms(x: View, y: View, frame: tuple[Axis, ...]) -> np.ndarray | None:
     return out
 
 
-@strategy("average against a function")
-@either_way
-def _projected(x: View, y: View, frame: tuple[Axis, ...]) -> np.ndarray | None:
+def _average_against_function(x: View, y: View, frame: tuple[Axis, ...]) -> np.ndarray | None:
     """An average of a function of x against a function of x: by projection, which needs no law of the average."""
     known = isinstance(x.node, Mean | WindowSum) and isinstance(y.node, Apply)
     return cross_by_kind(x.node, x, y, frame) if known else None
 
 
-@strategy("kinds of nodes")
-@either_way
+def _functions(a: View, b: View, frame: tuple[Axis, ...]) -> np.ndarray | None:
+    node = next((view.node for view in (a, b) if isinstance(view.node, Apply)), None)
+    return None if node is None else cross_by_kind(node, a, b, frame)
+
+
 def _by_kind(x: View, y: View, frame: tuple[Axis, ...]) -> np.ndarray | None:
     return cross_by_kind(x.node, x, y, frame)
+
+
+class Reading(NamedTuple):
+    """How one axis of an array is read: the entries of a span in their order, or their mean."""
+
+    axis: int  # of the array
+    place: int | None  # where in the frame the entries are; None of a mean, and of a single entry
+    span: tuple[int, int, int]  # start, stop, step
+
+
+@cross_by_kind.register(Mean)
+def cross_by_kind_of_mean(node: Mean, a: View, b: View, frame: Sequence[Axis]) -> np.ndarray | None:
+    """E[mean(x) y] where y is a mean or a slice over the same axes, or runs over them; else y, too, is averaged."""
+    x, mine = _opened(a)
+    if isinstance(b.node, Mean | Take):
+        y, theirs = _opened(b)
+        met = _matched(mine, theirs)
+        if isinstance(b.node, Take):
+            alike = (y.node.axes, (theirs[0].axis,)) == (x.node.axes, node.params)
+            met = theirs if alike and theirs[0].place not in a.bind else None
+        if met is not None and len(met) == len(theirs):
+            return _read_together(x, mine, y, met, frame)
+    # Axes of y that mean(x) does not run over: what x is averaged over, or y may be averaged over them, too.
+    spare = [k for k, place in enumerate(b.bind) if place not in a.bind]
+    if (met := _matched(mine, _all_entries(b, spare))) is not None:
+        return _read_together(x, mine, b, met, frame)
+    if not spare or any(b.node.axes[k].labels is not None for k in spare):
+        return None
+    averaged = mean_node(b.node, spare)
+    rest = tuple(place for k, place in enumerate(b.bind) if k not in spare)
+    return None if isinstance(averaged, Constant) else cross(a, View(averaged, rest), frame)
+
+
+@cross_by_kind.register(Take)
+def cross_by_kind_of_take(node: Take, a: View, b: View, frame: Sequence[Axis]) -> np.ndarray | None:
+    """Two slices of things over one axis, or a slice and all of it, which meet where one position is in both."""
+    (x, mine), k = _opened(a), node.params[0]
+    if (x.node.axes, x.bind) == (b.node.axes, (*b.bind[:k], -1, *b.bind[k + 1 :])):
+        return _read_together(x, mine, b, _all_entries(b, [k]), frame)
+    if not isinstance(b.node, Take):
+        return None
+    y, theirs = _opened(b)
+    alike = y.node.axes[b.node.params[0]].size == x.node.axes[k].size
+    return _read_together(x, mine, y, theirs, frame) if alike else None
+
+
+def _same_node(a: View, b: View, frame: tuple[Axis, ...]) -> np.ndarray | None:
+    """One node with its axes in two places: along those its indices are unrelated, equal one time in n, if of one class."""
+    if a.node is not b.node:
+        return None
+    many = math.prod(axis.types for axis in frame) > _MOST_TYPES
+    apart = [k for k, (p, q) in enumerate(zip(a.bind, b.bind, strict=True)) if p != q]
+    told = [k for k in apart if a.bind[k] not in b.bind and b.bind[k] not in a.bind]
+    if many and any(a.node.axes[k].classes > 1 for k in told):
+        if not a.node.graph.undrawn:
+            raise NotImplementedError("two places of an axis of many classes")
+        unsure(a.node.graph, "assumed", 1.0)
+    averaged = [k for k in apart if many or k not in told or a.node.axes[k].classes == 1]
+    mine, theirs = (_all_entries(view, apart, averaged) for view in (a, b))
+    return _read_together(a, mine, b, theirs, frame)
+
+
+# How E[a_i b_j] is worked out, by the first that knows it: what is exact comes before what is assumed.
+STRATEGIES: dict[str, Strategy] = {
+    "known numbers": known_cross,
+    "axes in another order": _permuted,
+    "one node twice": _same_node,
+    "weighted sums": _either_way(_terms),
+    "average against a function": _either_way(_average_against_function),
+    "law of functions": _functions,
+    "kinds of nodes": _either_way(_by_kind),
+}
+
+
+def _opened(view: View) -> tuple[View, list[Reading]]:
+    """What is averaged or was sliced, −1 for the places of the axes that are, and these."""
+    source, bind, node = view.node.args[0].node, list(view.bind), view.node
+    read = [Reading(k, None, (0, source.axes[k].size, 1)) for k in node.reduced]
+    if isinstance(node, Take):
+        k, *span = node.params
+        read = [Reading(k, bind.pop(k) if len(source.axes) == len(bind) else None, tuple(span))]
+    for reading in read:
+        bind.insert(reading.axis, -1)
+    return View(source, tuple(bind)), read
+
+
+def _all_entries(view: View, axes: Iterable[int], averaged: Container[int] = ()) -> list[Reading]:
+    """All entries of some axes, or the mean of them."""
+    return [Reading(k, None if k in averaged else view.bind[k], (0, view.node.axes[k].size, 1)) for k in axes]
+
+
+def _matched(mine: Sequence[Reading], theirs: Sequence[Reading]) -> list[Reading] | None:
+    """Those of `theirs` that are of axes as large as mine, each taken once; None where one is missing."""
+    left, out = list(theirs), []
+    for reading in mine:
+        out += [other for other in left if other.span[1] == reading.span[1]][:1]
+        left = [other for other in left if other not in out]
+    return out if len(out) == len(mine) else None
+
+
+def _axis_at(place: int, views: Iterable[View], *known: Axis) -> Axis:
+    """The axis that views over a frame have at a place of it: one with the classes of all."""
+    own = (v.node.axes[v.bind.index(place)] for v in views if place in v.bind)
+    return functools.reduce(join, (*known, *own))
+
+
+def _read_together(
+    x: View, mine: Sequence[Reading], y: View, theirs: Sequence[Reading], frame: Sequence[Axis]
+) -> np.ndarray | None:
+    """E[x_i y_j] by type where both are read along some axes, pair by pair the same ones; None where others are in their place.
+
+    The places that x and y name for these axes do not count: those of the readings do.
+    """
+    pairs, views = list(zip(mine, theirs, strict=True)), list[View]()
+    read = {reading.place for reading in (*mine, *theirs)}
+    places = [p for p in range(len(frame)) if p not in read]
+    for view, own in ((x, mine), (y, theirs)):
+        at = {reading.axis: len(places) + i for i, reading in enumerate(own)}
+        if any(p in read for k, p in enumerate(view.bind) if k not in at):
+            return None
+        bind = (at[k] if k in at else places.index(p) for k, p in enumerate(view.bind))
+        views.append(View(view.node, tuple(bind)))
+    at, axes = len(places), [frame[p] for p in places]
+    inner = [_axis_at(at + i, views) for i in range(len(pairs))]
+    table = cross(views[0], views[1], (*axes, *inner))
+    for axis, (one, other) in zip(inner, pairs, strict=True):
+        here = dict.fromkeys(r.place for r in (one, other) if r.place is not None)
+        outs = tuple(None if r.place is None else frame[r.place] for r in (one, other))
+        counts = _pairs_read(axis, (one.span, other.span), outs, one.place == other.place)
+        table = np.tensordot(full_along(table, at, axis), counts, axes=(at, -1))
+        axes, places = [*axes, *(frame[p] for p in here)], [*places, *here]
+    return lift(table, axes, places, frame, pairs=True)
+
+
+@functools.cache
+def _pairs_read(
+    axis: Axis, spans: tuple[tuple[int, int, int], ...], outs: tuple[Axis | None, ...], together: bool
+) -> np.ndarray:
+    """The share of each type of pair of an axis in what two spans have, by type of the axes that their entries are over.
+
+    These are `outs`, None where the mean of a span is read; `together`: both are one axis, and so by one type.
+    """
+    maps = []
+    for span, out in zip(spans, outs, strict=True):
+        at = np.arange(axis.size)[slice(*span)]
+        rows, weight = (0 * at, 1 / len(at)) if out is None else (np.arange(len(at)), 1.0)
+        maps.append(entry_map(rows, at, out or ONE, axis, weight))
+    a, b = maps
+    if together and outs[0] is not None:
+        return pair_counts(a, b)
+    first, second = 0 if outs[0] is None else a.out.first, 0 if outs[1] is None else b.out.second
+    return class_counts(a, b)[first][..., second, :]
+
+
+@cross_by_kind.register(Split)
+def cross_by_kind_of_split(node: Split, a: View, b: View, frame: Sequence[Axis]) -> np.ndarray | None:
+    """The factors of an axis as the axis that they are of: b's too, if it has them all; None where it has others of them."""
+    gone = _factor_places(a)
+    if set(gone) & set(b.bind) and not (isinstance(b.node, Split) and _factor_places(b) == gone):
+        return None
+    kept = [p for p in range(len(frame)) if p not in gone]
+    place = {p: i for i, p in enumerate([*kept, gone[0]])}
+    views = [
+        View(
+            v.node.args[0].node if gone[0] in v.bind else v.node,
+            tuple(place[p] for p in v.bind if p in place),
+        )
+        for v in (a, b)
+    ]
+    wide = (*(frame[p] for p in kept), _axis_at(len(kept), views))
+    factors = split_axis(wide[-1], node.params[1])
+    table = np.take(full_types(cross(views[0], views[1], wide), wide), factors.types, axis=-1)
+    return lift(table, (*wide[:-1], *factors.axes), (*kept, *gone), frame, pairs=True)
+
+
+def _factor_places(view: View) -> tuple[int, ...]:
+    k, sizes = view.node.params
+    return view.bind[k : k + len(sizes)]
+
+
+@cross_by_kind.register(Merge)
+def cross_by_kind_of_merge(node: Merge, a: View, b: View, frame: Sequence[Axis]) -> np.ndarray | None:
+    """An axis that was put together, read as its factors, into which b's is split."""
+    sizes, at = node.params[1], a.bind[node.params[0]]
+    other = split(b.node, b.bind.index(at), sizes) if at in b.bind else b.node
+    views, more = [], len(sizes) - 1
+    for x, bind in ((node.args[0].node, a.bind), (other, b.bind)):
+        wide = (range(at, at + more + 1) if p == at else [p + more * (p > at)] for p in bind)
+        views.append(View(x, tuple(itertools.chain(*wide))))
+    factors = (_axis_at(p, views, axis) for p, axis in enumerate(split_axis(frame[at], sizes).axes, at))
+    wide = (*frame[:at], *factors, *frame[at + 1 :])
+    return regrouped(cross(views[0], views[1], wide), wide, frame, at, sizes, pairs=True)
+
+
+@cross_by_kind.register(AxisMapped)
+def cross_by_kind_of_axis_mapped(
+    node: AxisMapped, a: View, b: View, frame: Sequence[Axis]
+) -> np.ndarray | None:
+    """E[y_p b_q] from E[x_i b_q], of a map whose outputs are as many as its inputs."""
+    own, place = node.axis_map, a.bind[node.params[0]]
+    if own.out.size != own.inner.size:
+        return None
+    axis, found = frame[place], cross(View(node.args[0].node, a.bind), b, frame)
+    counts = pair_counts(AxisMap(own.matrix, axis, axis), identity_map(axis))
+    return apply_axis(full_along(found, place, axis), place, counts)

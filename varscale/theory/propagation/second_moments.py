@@ -26,10 +26,10 @@ from varscale.theory.graph.expressions import (
     swapped,
 )
 from varscale.theory.graph.linear_nodes import Take
-from varscale.theory.graph.nodes import UNKNOWN, Array, Node, View, second_moments
+from varscale.theory.graph.nodes import UNKNOWN, Array, Node, View, cross_by_kind, second_moments
 from varscale.theory.graph.store import Fact
 from varscale.theory.integrals.hermite_series import WEIGHTS, Series, Z, mehler, on_grid, sobol
-from varscale.theory.propagation.cross_moments import cross, dependent, mean_product, pair, strategy
+from varscale.theory.propagation.cross_moments import cross, dependent, mean_product, pair
 from varscale.theory.propagation.doubts import (
     mark_average,
     mark_depthwise,
@@ -267,10 +267,10 @@ def _cubature(group: _Group, frame: Sequence[Axis], fixed: Environment) -> tuple
 INTEGRATED: Fact[Hashable, tuple[np.ndarray, Series]] = Fact()  # functions of one root, by form
 
 
-@strategy("law of functions")
-def law_of_functions(a: View, b: View, frame: tuple[Axis, ...]) -> np.ndarray | None:
+@cross_by_kind.register(Apply)
+def cross_by_kind_of_apply(node: Apply, a: View, b: View, frame: Sequence[Axis]) -> np.ndarray:
     """By the joint law of the roots of elementwise functions."""
-    return product_second(a, b, frame) if isinstance(a.node, Apply) or isinstance(b.node, Apply) else None
+    return product_second(a, b, frame)
 
 
 @second_moments.register(Sum)
