@@ -36,13 +36,17 @@ class View(NamedTuple):
             return self  # and so no copy for each node of an elementwise tree
         return View(self.node, tuple(map(outer.__getitem__, self.bind)))
 
+    def over(self, array: np.ndarray, frame: Sequence[Axis], *, pairs: bool) -> np.ndarray:
+        """A class (with `pairs` a type) array of the node, read over the frame, 1 long where it is constant."""
+        return lift(array, self.node.axes, self.bind, frame, pairs=pairs)
+
     def second(self, frame: Sequence[Axis]) -> np.ndarray:
         """E[x_i x_j] by type of a pair of places in the frame, (types or 1...)."""
-        return lift(self.node.table.second, self.node.axes, self.bind, frame, pairs=True)
+        return self.over(self.node.table.second, frame, pairs=True)
 
     def mean(self, frame: Sequence[Axis]) -> np.ndarray:
         """E[x_i] by class of a place in the frame, (classes or 1...)."""
-        return lift(self.node.table.mean, self.node.axes, self.bind, frame, pairs=False)
+        return self.over(self.node.table.mean, frame, pairs=False)
 
 
 class Node(Marked):

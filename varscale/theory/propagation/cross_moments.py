@@ -108,6 +108,11 @@ def unsure(graph: Graph, how: str, doubt: float) -> None:
         graph.flag(how, doubt * (1 if any(isinstance(x, Pair) for x in graph.computing[-1:]) else 2))
 
 
+def cross_covariance(a: View, b: View, frame: Sequence[Axis]) -> np.ndarray:
+    """E[a_i b_j] − E[a_i] E[b_j] by type."""
+    return cross(a, b, frame) - mean_product(a, b, frame)
+
+
 def mean_product(a: View, b: View, frame: Sequence[Axis]) -> np.ndarray:
     """E[a_i] E[b_j] by type."""
     return means_by_type(a.mean(frame), frame, b.mean(frame))

@@ -22,7 +22,7 @@ import numpy as np
 from scipy import special
 
 from varscale.theory.domain.axes import Axis, averaging, contract_axes
-from varscale.theory.domain.tables import NEGLIGIBLE, by_type, full_types, lift, means_by_type
+from varscale.theory.domain.tables import NEGLIGIBLE, by_type, full_types, means_by_type
 from varscale.theory.graph.convolutions import Conv, tap_scatter
 from varscale.theory.graph.expressions import Apply, Sum, factors, roots, roots_of
 from varscale.theory.graph.known_arrays import Computed, scatter_of_given
@@ -49,7 +49,6 @@ from varscale.theory.propagation.marginals import (
     integral_key,
     marginal,
     over_classes,
-    placed,
     uncentred,
 )
 from varscale.theory.propagation.token_gram import Tokens, overlap, own_part, patch_overlap, tokens_of
@@ -219,11 +218,11 @@ def _products(a: np.ndarray, whole: np.ndarray, root: View, frame: tuple[Axis, .
     Over draws the correlation ρ of two entries has a variance v (`_correlation_scatter`). Of n directions, v = 1/n, it has the
     fourth moment k v² with k = 3/(1 + 2v), as ρ + (−s, 0, s) has for s² = k v and weights (1, 2k − 2, 1)/2k: exact at n = 1.
     """
-    rho = lift(marginal(root.node).correlation, root.node.axes, root.bind, frame, pairs=True)
+    rho = root.over(marginal(root.node).correlation, frame, pairs=True)
     ai, aj = (by_type(a, frame, second=second) for second in (False, True))
     alike = np.sqrt(by_type(whole, frame, second=False) * by_type(whole, frame, second=True))
     out = power_series(ai * aj, rho)
-    v = lift(_correlation_scatter(root.node), root.node.axes, root.bind, frame, pairs=True)
+    v = root.over(_correlation_scatter(root.node), frame, pairs=True)
     if np.any(v > NEGLIGIBLE):
         k = 3 / (1 + 2 * v)
         ends = (power_series(ai * aj, np.clip(rho + sign * np.sqrt(k * v), -1, 1)) for sign in (-1, 1))
@@ -245,7 +244,7 @@ def _correlation_scatter(node: Node) -> np.ndarray:
         for c, view in zip(node.params, node.args, strict=True):
             share = c * c * view.node.table.mean_square / whole
             inner = _correlation_scatter(view.node)
-            out = out + share**2 * lift(inner, view.node.axes, view.bind, node.axes, pairs=True)
+            out = out + share**2 * view.over(inner, node.axes, pairs=True)
     for applied in applied_weights(node)[:1]:
         if isinstance(node, Conv):
             return _patch_scatter(node)
@@ -290,7 +289,7 @@ def _square_coefficients(
     own = marginal(f.node) if not isinstance(f.node, Apply | Constant) else None
     if own is not None and own.gaussian:
         m, s = own.mean, own.deviation
-        a = placed(np.stack([m * m + s * s, 2 * m * s, math.sqrt(2) * s * s], axis=-1), f, frame)
+        a = f.over(np.stack([m * m + s * s, 2 * m * s, math.sqrt(2) * s * s], axis=-1), frame, pairs=False)
         return (a, np.sum(a * a, axis=-1)) if np.any(a[..., 0] > 0) else None
 
     def integrated() -> tuple[np.ndarray, np.ndarray] | None:

@@ -19,25 +19,15 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 import numpy as np
 from scipy import special
 
-from varscale.theory.domain.axes import Axis, apply_axis, contract_axis
-from varscale.theory.domain.axis_maps import class_shares
-from varscale.theory.domain.tables import (
-    NEGLIGIBLE,
-    NEXT_ORDER,
-    Table,
-    by_type,
-    full_types,
-    lift,
-    means_by_type,
-    over_frame,
-)
+from varscale.theory.domain.axes import Axis, contract_axis
+from varscale.theory.domain.tables import NEGLIGIBLE, NEXT_ORDER, Table, by_type, full_types, means_by_type
 from varscale.theory.graph.expressions import Apply, Mean, Sum, connected, factors, form, roots, roots_of
 from varscale.theory.graph.linear_nodes import Rearranged
 from varscale.theory.graph.nodes import Array, Constant, Graph, Leaf, Node, View
 from varscale.theory.graph.store import once_per_node
 from varscale.theory.integrals.hermite_series import DEGREE, HERMITE, POINTS, Z, solved
 from varscale.theory.integrals.primitives import function
-from varscale.theory.propagation.cross_moments import cross, mean_product
+from varscale.theory.propagation.cross_moments import cross_covariance
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -151,17 +141,7 @@ Environment = dict[View, np.ndarray]  # values of the roots of a tree, over its 
 
 def grid(view: View, frame: Sequence[Axis]) -> np.ndarray:
     """A root's values over the frame's classes and the normal grid, (classes or 1..., points)."""
-    return placed(marginal(view.node).values, view, frame)
-
-
-def placed(values: np.ndarray, view: View, frame: Sequence[Axis]) -> np.ndarray:
-    """Values over a view's classes and the grid, over the frame's."""
-    if view.node.axes == tuple(frame) and view.bind == tuple(range(len(frame))):
-        return values
-    for k, (axis, place) in enumerate(zip(view.node.axes, view.bind, strict=True)):
-        if axis.labels != frame[place].labels:
-            values = apply_axis(values, k, class_shares(frame[place], axis))
-    return over_frame(values, view.bind, len(frame))
+    return view.over(marginal(view.node).values, frame, pairs=False)
 
 
 def evaluate(
@@ -276,40 +256,29 @@ def cofactors(node: Node) -> dict[View, list[View]]:
 def latent_cross(a: View, b: View, frame: Sequence[Axis]) -> np.ndarray:
     """Correlations of the normals behind two roots, from their cross-moments, by type of the frame, (types or 1...)."""
     if a == b:
-        return lift(marginal(a.node).correlation, a.node.axes, a.bind, frame, pairs=True)
-    scales, lines = [], []
-    for view, second in ((a, False), (b, True)):
-        own = marginal(view.node)
-        straight = isinstance(view.node, Apply) or own.gaussian
-        line = None if straight else placed(own.values, view, frame) @ HERMITE
-        lines.append(None if line is None else by_type(line, frame, second=second))
-        scales.append(lift(own.deviation, view.node.axes, view.bind, frame, pairs=False))
-    covariance = cross(a, b, frame) - mean_product(a, b, frame)
-    return _behind(covariance, means_by_type(scales[0], frame, scales[1]), lines)
+        return a.over(marginal(a.node).correlation, frame, pairs=True)
+    lines = [
+        None
+        if isinstance(view.node, Apply) or marginal(view.node).gaussian
+        else by_type(grid(view, frame) @ HERMITE, frame, second=second)
+        for view, second in ((a, False), (b, True))
+    ]
+    return _behind(cross_covariance(a, b, frame), deviations(a, b, frame), lines)
 
 
-def factored(rho: np.ndarray, graph: Graph) -> np.ndarray:
-    """L with unit rows and L Lᵀ = ρ, or the nearest there is; what that changes is in doubt."""
-    return _of_unit_length(_square_root(rho, graph))
+def deviations(a: View, b: View, frame: Sequence[Axis]) -> np.ndarray:
+    """Products of the standard deviations of a_i and b_j by type."""
+    of_a, of_b = (view.over(marginal(view.node).deviation, frame, pairs=False) for view in (a, b))
+    return means_by_type(of_a, frame, of_b)
 
 
-def continued(first: np.ndarray, between: np.ndarray, second: np.ndarray, graph: Graph) -> np.ndarray:
-    """The rows that continue a factor of some correlations to one of more: L = [[first, 0], [result]], (k, 2k).
-
-    `between` are the correlations of the known ones with the further ones, `second` those of the further ones, (k, k) each.
-    """
-    shared = np.linalg.lstsq(first, between, rcond=1e-9)[0].T
-    return _of_unit_length(np.concatenate([shared, _square_root(second - shared @ shared.T, graph)], axis=1))
-
-
-def _square_root(covariance: np.ndarray, graph: Graph) -> np.ndarray:
-    values, vectors = np.linalg.eigh(covariance)
+def factored(rho: np.ndarray, graph: Graph, known: np.ndarray | None = None) -> np.ndarray:
+    """L with unit rows and L Lᵀ = ρ, or the nearest there is; what that changes is in doubt. Its first columns may be known."""
+    shared = np.empty((len(rho), 0)) if known is None else known
+    values, vectors = np.linalg.eigh(rho - shared @ shared.T)
     if values[0] < -NEXT_ORDER:
         graph.flag("assumed", float(-values[0]))
-    return vectors * np.sqrt(np.clip(values, 0, None))
-
-
-def _of_unit_length(rows: np.ndarray) -> np.ndarray:
+    rows = np.concatenate([shared, vectors * np.sqrt(np.clip(values, 0, None))], axis=1)
     return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-300)
 
 
@@ -332,12 +301,10 @@ def scatter_of(node: Node) -> np.ndarray | None:
 @scatter_of.register(Sum)
 def scatter_of_sum(root: Sum) -> np.ndarray | None:
     """Independent terms share the correlation as they share the variance, of which a mean that is taken away is no part."""
-    terms = zip(root.params, root.args, strict=True)
     whole = max(root.table.mean_square, 1e-300)
     found = [
-        (c * c * view.node.table.mean_square / whole) ** 2
-        * lift(own, view.node.axes, view.bind, root.axes, pairs=True)
-        for c, view in terms
+        (c * c * view.node.table.mean_square / whole) ** 2 * view.over(own, root.axes, pairs=True)
+        for c, view in zip(root.params, root.args, strict=True)
         if (own := scatter(view.node)) is not None
     ]
     return np.asarray(sum(found)) if found else None

@@ -14,7 +14,7 @@ import numpy as np
 
 from varscale.theory.domain.axes import Axis, apply_axis, contract_axes, sliced
 from varscale.theory.domain.axis_maps import pair_map
-from varscale.theory.domain.tables import NEGLIGIBLE, ROUGH, Table, by_type, lift, means_by_type
+from varscale.theory.domain.tables import NEGLIGIBLE, ROUGH, Table, by_type, means_by_type
 from varscale.theory.graph.expressions import (
     IDENTITIES,
     Apply,
@@ -29,7 +29,7 @@ from varscale.theory.graph.linear_nodes import Take
 from varscale.theory.graph.nodes import UNKNOWN, Array, Node, View, cross_by_kind, second_moments
 from varscale.theory.graph.store import Fact
 from varscale.theory.integrals.hermite_series import WEIGHTS, Series, Z, mehler, on_grid, sobol
-from varscale.theory.propagation.cross_moments import cross, dependent, mean_product, pair
+from varscale.theory.propagation.cross_moments import cross_covariance, dependent, pair
 from varscale.theory.propagation.doubts import (
     mark_average,
     mark_depthwise,
@@ -41,7 +41,6 @@ from varscale.theory.propagation.doubts import (
 from varscale.theory.propagation.marginals import (
     Environment,
     concentrated,
-    continued,
     evaluate,
     factored,
     followed,
@@ -50,7 +49,6 @@ from varscale.theory.propagation.marginals import (
     integral_key,
     latent_cross,
     marginal,
-    placed,
     scatter,
 )
 from varscale.theory.propagation.token_gram import gained_in_common
@@ -77,7 +75,7 @@ def _followers(variables: Sequence[View], frame: Sequence[Axis]) -> dict[View, _
     for view, node in arrays.items():
         leader = leaders.setdefault(view.bind, view)
         if leader is not view and arrays[leader].axes == node.axes:
-            out[view] = (leader, placed(followed(node, arrays[leader]), view, frame))
+            out[view] = (leader, view.over(followed(node, arrays[leader]), frame, pairs=False))
     return out
 
 
@@ -117,9 +115,8 @@ def _correlated(a: View, b: View, frame: Sequence[Axis]) -> bool:
     """Whether two roots are correlated by more than is worth a cubature, anywhere in the frame."""
     if not dependent(a.node, b.node):
         return False
-    sa, sb = marginal(a.node).deviation, marginal(b.node).deviation
-    covariance = cross(a, b, frame) - mean_product(a, b, frame)
-    return bool(np.max(np.abs(covariance)) > NEGLIGIBLE * sa.max() * sb.max() + 1e-300)
+    largest = marginal(a.node).deviation.max() * marginal(b.node).deviation.max()
+    return bool(np.max(np.abs(cross_covariance(a, b, frame))) > NEGLIGIBLE * largest + 1e-300)
 
 
 def _product(xs: list[View], frame: Sequence[Axis], env: Environment) -> np.ndarray:
@@ -187,7 +184,7 @@ def _of_group(group: _Group, frame: Sequence[Axis], fixed: Environment) -> tuple
     variance = scatter(first.node) if first == last else None
     if variance is None:
         return mean, series.at(rho)
-    variance = lift(variance, first.node.axes, first.bind, frame, pairs=True)  # of ρ, given the weights
+    variance = first.over(variance, frame, pairs=True)  # of ρ, given the weights
     return mean, series.at(rho) + series.curvature(rho) * variance / 2
 
 
@@ -202,8 +199,7 @@ def _in_closed_form(
     if not square or node.args[0].within(bind) != root or not marginal(root.node).gaussian:
         return None
     pairs = means_by_type(table.diagonal, table.axes) + 2 * table.covariance * (table.second + table.outer)
-    mean = lift(table.diagonal, table.axes, root.bind, frame, pairs=False)
-    return mean, lift(pairs, table.axes, root.bind, frame, pairs=True)
+    return root.over(table.diagonal, frame, pairs=False), root.over(pairs, frame, pairs=True)
 
 
 def _nearest(latents: np.ndarray) -> np.ndarray:
@@ -258,7 +254,8 @@ def _cubature(group: _Group, frame: Sequence[Axis], fixed: Environment) -> tuple
         cj = tuple(axis.second[t] for axis, t in zip(frame, index, strict=True))
         key = (ci, cj, tuple(np.round(rho[index].ravel(), 4)))
         if key not in done:
-            latents = z @ continued(inner[ci], rho[index], rho[cj], graph).T
+            known = np.linalg.lstsq(inner[ci], rho[index], rcond=1e-9)[0].T
+            latents = z @ factored(rho[cj], graph, known).T
             done[key] = float(np.mean(firsts[ci] * product(group.g, cj, latents)))
         second[index] = done[key]
     return mean, second

@@ -11,15 +11,16 @@ import numpy as np
 from scipy import special
 
 from varscale.theory.domain.axes import Axis
-from varscale.theory.domain.tables import Table, full_types, lift, means_by_type
+from varscale.theory.domain.tables import Table, full_types
 from varscale.theory.graph.expressions import Apply, Sum, connected, roots_of
-from varscale.theory.graph.nodes import Constant, View
+from varscale.theory.graph.nodes import View
 from varscale.theory.integrals.hermite_series import POINTS, WEIGHTS, Z, on_grid, sobol
-from varscale.theory.propagation.cross_moments import cross, dependent, mean_product
+from varscale.theory.propagation.cross_moments import cross_covariance, dependent
 from varscale.theory.propagation.marginals import (
     Environment,
     along,
     concentrated,
+    deviations,
     evaluate,
     factored,
     grid,
@@ -53,7 +54,7 @@ class _Part(NamedTuple):
 @quantiles_of_kind.register(Sum)
 def quantiles_of_sum(root: Sum, table: Table, deviation: np.ndarray) -> np.ndarray | None:
     """Quantiles of a sum on the normal grid, (classes..., points), moments matched; None where it is as good as Gaussian."""
-    if root.is_variance or any(isinstance(view.node, Constant) for view in root.args):
+    if root.is_variance:
         return None
     parts = [
         _Part(c, view, _shaping(view, root.axes)) for c, view in zip(root.params, root.args, strict=True)
@@ -123,10 +124,8 @@ def _joined(a: _Part, b: _Part, axes: Sequence[Axis]) -> bool:
     """Whether two terms are correlated at one place, of any class, by more than goes unseen."""
     if not (a.live or b.live) or not dependent(a.latent.node, b.latent.node):
         return False
-    covariance = cross(a.view, b.view, axes) - mean_product(a.view, b.view, axes)
-    views = (a.view, b.view)
-    mine, theirs = (lift(marginal(v.node).deviation, v.node.axes, v.bind, axes, pairs=False) for v in views)
-    found = np.abs(covariance) / np.maximum(means_by_type(mine, axes, theirs), 1e-300)
+    views = a.view, b.view
+    found = np.abs(cross_covariance(*views, axes)) / np.maximum(deviations(*views, axes), 1e-300)
     return bool(np.max(found[tuple(slice(0, axis.classes) for axis in axes)]) > _CORRELATED)
 
 

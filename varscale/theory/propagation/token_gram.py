@@ -28,7 +28,7 @@ from typing import NamedTuple
 import numpy as np
 
 from varscale.theory.domain.axes import Axis, averaging, contract_axes
-from varscale.theory.domain.tables import LEADING_ORDER, Table, full_types, lift, means_by_type
+from varscale.theory.domain.tables import LEADING_ORDER, Table, full_types, means_by_type
 from varscale.theory.graph.convolutions import Conv, by_dim, hits
 from varscale.theory.graph.expressions import Apply, Sum, roots
 from varscale.theory.graph.known_arrays import is_known_array, numbers
@@ -333,11 +333,9 @@ def gained_in_common(node: Apply) -> np.ndarray | float:
     """What a product of factors without a common root gains, by type; of a sum with one in it, what that gains."""
     gain: np.ndarray | float = 0.0
     if node.params[0] != "mul":
-        for child, bind in node.args:
-            if isinstance(child, Apply) and np.any(own := gained_in_common(child)):
-                gain = gain + lift(
-                    full_types(np.asarray(own), child.axes), child.axes, bind, node.axes, pairs=True
-                )
+        for view in node.args:
+            if isinstance(view.node, Apply) and np.any(own := gained_in_common(view.node)):
+                gain = gain + view.over(full_types(np.asarray(own), view.node.axes), node.axes, pairs=True)
         return gain
     parts = independent_factors(node)
     for f, g in itertools.combinations(parts, 2):

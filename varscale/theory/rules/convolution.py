@@ -17,7 +17,7 @@ from scipy import special
 
 from varscale.theory.domain.axes import Axis, apply_axis, contract_axes, outer
 from varscale.theory.domain.axis_maps import AxisMap, adjoint, identity_map, pair_counts
-from varscale.theory.domain.tables import LEADING_ORDER, Table, full_along, lift, means_by_type
+from varscale.theory.domain.tables import LEADING_ORDER, Table, full_along, means_by_type
 from varscale.theory.graph.convolutions import (
     Conv,
     ConvParams,
@@ -99,7 +99,7 @@ def cross_by_kind_of_conv(node: Conv, a: View, b: View, frame: Sequence[Axis]) -
         return None
     table = cross(x.whole, b.node.args[0].node.whole, x.axes)
     second = _carried(node, np.broadcast_to(table, x.frame_types))
-    return lift(second, node.axes, a.bind, frame, pairs=True)
+    return a.over(second, frame, pairs=True)
 
 
 @propagated.register(Conv)

@@ -18,7 +18,7 @@ from scipy import special
 
 from varscale import _compat
 from varscale.theory.domain.axes import Axis, by_level
-from varscale.theory.domain.tables import LOOSE, Positions, Table, gaussian, lift
+from varscale.theory.domain.tables import LOOSE, Positions, Table, gaussian
 from varscale.theory.graph.expressions import content, hashed
 from varscale.theory.graph.known_arrays import is_known_array
 from varscale.theory.graph.layout import Value, full, value
@@ -193,7 +193,7 @@ def cross_by_kind_of_region(node: RegionOutput, a: View, b: View, frame: Sequenc
     theirs = np.moveaxis(node.draws.drawing.values(own, node.axes, node.positions), -1, 0)
     theirs = np.broadcast_to(theirs, node.numbers.shape)
     table = cross_moments(node.numbers, theirs, node.axes, node.positions)
-    return lift(table, node.axes, a.bind, frame, pairs=True)
+    return a.over(table, frame, pairs=True)
 
 
 @propagated.register(RegionOutput)
