@@ -56,45 +56,35 @@ _POINT_WEIGHTS = _POINT_WEIGHTS / _POINT_WEIGHTS.sum()
 Places = frozenset[int]  # axes of a node that places are along
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Channels:
-    """The law of one channel.
+class Channels(NamedTuple):
+    """The law of one channel, of one initialization a row and one sample a column.
 
     Attributes:
-        common: its part common to all places, m, of one initialization a row and one sample a column.
-        own: variance of the rest, s².
+        mean: its mean over places, m.
+        square: its mean square over places, m² + s².
         units: how many channels there are.
         read: what of the covariance of (K, C) of one channel comes with the channels that it reads.
     """
 
-    common: Float[np.ndarray, "channels samples"]
-    own: Float[np.ndarray, "channels samples"]
+    mean: Float[np.ndarray, "channels samples"]
+    square: Float[np.ndarray, "channels samples"]
     units: int
     read: Float[np.ndarray, "2 2"]
 
-    def scaled(self, whole: float, common: float) -> Channels:
-        """The same where K and C are so many times as large."""
-        c, own = float(np.mean(self.common**2)), float(np.mean(self.own))
-        return self.of(whole * (own + c), common * c)
+    @property
+    def own(self) -> Float[np.ndarray, "channels samples"]:
+        """Variance over places, s²."""
+        return np.maximum(self.square - self.mean**2, 0.0)
+
+    def totals(self) -> Float[np.ndarray, " 2"]:
+        """K and C."""
+        return np.maximum([np.mean(self.square), np.mean(self.mean**2)], 1e-300)
 
     def of(self, whole: float, common: float) -> Channels:
         """The same with this K and this C."""
-        c, own = float(np.mean(self.common**2)), float(np.mean(self.own))
-        scale, left = math.sqrt(common / max(c, 1e-300)), max(whole - common, 0.0) / max(own, 1e-300)
-        return dataclasses.replace(self, common=scale * self.common, own=left * self.own)
-
-
-class ChannelMoments(NamedTuple):
-    """What a function makes of channels, (channels, samples): its mean over places, its mean square; the rest as theirs."""
-
-    mean: np.ndarray
-    square: np.ndarray
-    units: int
-    read: np.ndarray
-
-    def levels(self) -> np.ndarray:
-        """ln K and ln C."""
-        return np.log(np.maximum([np.mean(self.square), np.mean(self.mean**2)], 1e-300))
+        k, c = self.totals()
+        ratio, left = common / c, max(whole - common, 0.0) / max(k - c, 1e-300)
+        return self._replace(mean=math.sqrt(ratio) * self.mean, square=ratio * self.mean**2 + left * self.own)
 
     def scatter(self) -> np.ndarray:
         """Covariance of K and C of one channel, each relative to its mean."""
@@ -102,8 +92,7 @@ class ChannelMoments(NamedTuple):
         return np.cov(both / np.maximum(both.mean(axis=1, keepdims=True), 1e-300))
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Shared:
+class Shared(NamedTuple):
     """How the common part of a node fluctuates.
 
     Attributes:
@@ -116,7 +105,7 @@ class Shared:
     inherited: Spread
     sources: dict[Hashable, float]
     scatter: float | None = None
-    channels: ChannelMoments | None = None
+    channels: Channels | None = None
 
 
 def of_an_average(node: Node, whole: Spread) -> Spread:
@@ -216,7 +205,7 @@ def common_part(node: Node, places: Places) -> Shared:
     if below is None or (channels := _channels(root, own_places, *below)) is None:
         return Shared(inherited(node), {origin(node): math.sqrt(fresh(node, range(len(node.axes))))})
     read, averaged = common_part(*below), _averaged(root) is not None
-    made, jacobian, hessian = _answer(node, root, channels)
+    made, (jacobian, hessian) = _made(node, root, channels), _answer(node, root, channels)
     levels = kernel(root), combine([(1.0, read.inherited), (0.0 if averaged else 1.0, Spread(read.sources))])
     handed = combine(list(zip(jacobian[1], levels, strict=True)))
     together = np.array([[shared(a.sources, b.sources) for b in levels] for a in levels])
@@ -224,7 +213,7 @@ def common_part(node: Node, places: Places) -> Shared:
     few = _few(root) and read.channels is not None
     if few:  # of which moments by type know the second ones alone
         bend += math.sqrt(made.scatter()[1, 1] / len(made.mean))  # a population's own error
-        shift = (1 + shift) * math.exp(made.levels()[1]) / max(_common(node, places), 1e-300) - 1
+        shift = (1 + shift) * float(made.totals()[1]) / max(_common(node, places), 1e-300) - 1
     made = made._replace(read=jacobian @ made.read @ jacobian.T)
     scatter = (made.scatter() - made.read) / made.units
     whole, common = (math.log1p(max(float(scatter[k, k]), 0.0)) for k in (0, 1))
@@ -246,10 +235,9 @@ def _channels(root: Node, places: Places, x: Node, x_places: Places) -> Channels
         if read.channels is None:
             return None
         alone, together = _shares_of_mean(root, x, x_places)
-        mean, square, units, passed = read.channels
         row = np.array([[alone, together], [0.0, 1.0]])
-        found = Channels(mean, np.maximum(square - mean**2, 0.0), units, row @ passed @ row.T)
-        return found.of(whole, common if places else whole * (1 - alone))
+        found = read.channels._replace(read=row @ read.channels.read @ row.T)
+        return found.of(whole, common if places else whole * together)
     if np.any(root.table.mean):
         return None
     weight, *_, own = next(applied for applied in applied_weights(root) if applied.leaf.is_drawn)
@@ -268,26 +256,26 @@ def _channels(root: Node, places: Places, x: Node, x_places: Places) -> Channels
         drawn = np.stack([rng.permutation(even) for _ in range(columns)], axis=1)
         means = math.sqrt(between) * drawn[:, 1:2] + math.sqrt(1 - between) * drawn[:, 2:]
         excess = max(weight.kurtosis - 1, 0.0) / max(root.width or 1, 1)  # of a unit's squared weights
-        spread = math.sqrt(math.log1p(excess)) * drawn[:, :1]
-        found = Channels(means, np.broadcast_to(np.exp(spread), means.shape), units, np.zeros((2, 2)))
+        own = np.exp(math.sqrt(math.log1p(excess)) * drawn[:, :1])
+        found = Channels(means, means**2 + own, units, np.zeros((2, 2)))
     return found.of(whole, common)
 
 
-def _of_few(root: Conv, read: ChannelMoments, units: int) -> Channels:
+def _of_few(root: Conv, read: Channels, units: int) -> Channels:
     """Sums over a few channels, of one weight a tap and channel."""
-    rest = np.maximum(read.square - read.mean**2, 0.0)
     group, taps = _group(root), math.prod(w.taps for w in root.params.windows)
     law = getattr(root.args[1].node, "transport", None)
     rng = np.random.default_rng(1)
-    common, own = (np.zeros((_OF_FEW, rest.shape[1])) for _ in range(2))
+    common, own = np.zeros((2, _OF_FEW, read.mean.shape[1]))
     for _ in range(group):
         weights = rng.standard_normal((_OF_FEW, taps))
         weights = weights if law is None else np.interp(weights, Z, law.reshape(-1, len(Z))[0])
-        at = rng.permutation(_OF_FEW) % len(rest)
+        at = rng.permutation(_OF_FEW) % len(read.mean)
         common += weights.sum(axis=1, keepdims=True) * read.mean[at]
-        own += np.sum(weights**2, axis=1, keepdims=True) * rest[at]
+        own += np.sum(weights**2, axis=1, keepdims=True) * read.own[at]
+    square = common**2 + own
     # Weights of either sign are as likely.
-    either = np.concatenate([common, -common]), np.concatenate([own, own])
+    either = np.concatenate([common, -common]), np.concatenate([square, square])
     return Channels(*either, units, read.scatter() / group)
 
 
@@ -296,33 +284,29 @@ def _common(node: Node, places: Places) -> float:
     return float(averaging(node.axes, apart=places) @ node.table.second.ravel())
 
 
-def _made(node: Node, root: Node, channels: Channels) -> ChannelMoments:
+def _made(node: Node, root: Node, channels: Channels) -> Channels:
     """What a function of one root makes of its channels."""
-    rest = channels.units, channels.read
     if node is root:
-        return ChannelMoments(channels.common, channels.common**2 + channels.own, *rest)
+        return channels
     (view,) = roots(node)
-    values = channels.common[..., None] + np.sqrt(channels.own)[..., None] * _POINTS
+    values = channels.mean[..., None] + np.sqrt(channels.own)[..., None] * _POINTS
     line = values.reshape(*[1] * len(node.axes), -1)
     out = np.asarray(evaluate(node.whole, node.axes, {view: line}), float).reshape(values.shape)
-    return ChannelMoments(out @ _POINT_WEIGHTS, out**2 @ _POINT_WEIGHTS, *rest)
+    return channels._replace(mean=out @ _POINT_WEIGHTS, square=out**2 @ _POINT_WEIGHTS)
 
 
-def _answer(node: Node, root: Node, channels: Channels) -> tuple[ChannelMoments, np.ndarray, np.ndarray]:
-    """What a function of one root makes of its channels, derivatives of (ln K, ln C) by the root's, and second ones of C."""
-    made = _made(node, root, channels)
+def _answer(node: Node, root: Node, channels: Channels) -> tuple[np.ndarray, np.ndarray]:
+    """Derivatives of (ln K, ln C) of a function of one root by the root's, and second ones of C, of lognormal K and C."""
     if node is root:
-        return made, np.eye(2), np.zeros((2, 2))
-    step = math.log1p(SCALE_STEP)
+        return np.eye(2), np.zeros((2, 2))
+    step, own = math.log1p(SCALE_STEP), channels.totals()
 
     def levels(*steps: int) -> np.ndarray:
-        return _made(node, root, channels.scaled(*np.exp(np.multiply(step, steps)))).levels()
+        return np.log(_made(node, root, channels.of(*own * np.exp(np.multiply(step, steps)))).totals())
 
-    pairs = [(levels(i, j), levels(-i, -j)) for i, j in ((1, 0), (0, 1), (1, 1))]
+    middle, pairs = levels(0, 0), [(levels(i, j), levels(-i, -j)) for i, j in ((1, 0), (0, 1), (1, 1))]
     jacobian = np.stack([(up - down) / (2 * step) for up, down in pairs[:2]], axis=1)
-    first, second, both = ((up + down - 2 * made.levels())[1] / step**2 for up, down in pairs)
+    first, second, both = ((up + down - 2 * middle)[1] / step**2 for up, down in pairs)
     mixed = (both - first - second) / 2
     slope = jacobian[1]
-    # C = exp(l(k, c)) of lognormal K and C with given means.
-    hessian = np.array([[first, mixed], [mixed, second]]) + np.outer(slope, slope) - np.diag(slope)
-    return made, jacobian, hessian
+    return jacobian, np.array([[first, mixed], [mixed, second]]) + np.outer(slope, slope) - np.diag(slope)
