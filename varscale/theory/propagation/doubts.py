@@ -67,10 +67,9 @@ def mark_undefined(node: Apply) -> None:
         env = at_means((r for r in roots_of(*own) if r != live), node.axes)
         read = (evaluate(factor, node.axes, env, _within_domain) for factor in own)
         values = functools.reduce(both, read, np.ones(1))
-        if (outside := np.isnan(values)).any():
-            values = np.nan_to_num(values)
+        outside = np.isnan(values)
         lost = np.max(on_grid(outside) @ WEIGHTS) > _NEGLIGIBLE
-        if doubt := UNBOUNDED if lost else _unresolved(values, node.axes):
+        if doubt := UNBOUNDED if lost else _unresolved(np.where(outside, 0.0, values), node.axes):
             node.graph.flag("assumed" if doubt == UNBOUNDED else "quadrature", doubt)
         elif None not in mark[0]:
             sound[mark] = True
@@ -133,28 +132,22 @@ def mark_average(f: Sequence[View], scale: View, frame: Sequence[Axis]) -> None:
         sizes = [np.abs(evaluate(x, frame, env)).reshape(-1, 2).max(axis=0) for x in of_scale]
         up, down = np.log(np.maximum(np.prod(sizes, axis=0) ** 2, 1e-300))
         power = float(up - down) / (2 * NEGLIGIBLE)
-    if not (_of_squares(scale.node) and abs(power + 1) < _NORM):
+    squares = scale.node.args[0].node if isinstance(scale.node, Mean) else None
+    of_squares = isinstance(squares, Apply) and squares.params == ("integer_pow", (2,))
+    if not ((of_squares or scale.node.is_variance) and abs(power + 1) < _NORM):
         scale.node.graph.flag("assumed", min((abs(power) + power**2 / 2) * varied, UNKNOWN))
 
 
-def _of_squares(node: Node) -> bool:
-    """Whether it is a mean of squares, or a variance: what a norm divides by."""
-    if isinstance(node, Sum):
-        return node.is_variance
-    squares = node.args[0].node if isinstance(node, Mean) else None
-    return isinstance(squares, Apply) and squares.params == ("integer_pow", (2,))
-
-
-def mark_sums(views: Sequence[View]) -> None:
-    """Flag factors of different roots made of one array, where one of those roots is a sum that is not Gaussian.
-
-    Of (relu a + relu b)·a, the sum is not jointly Gaussian with a.
-    """
-    own = roots_of(*views)
-    sums = [x for x in own if isinstance(x.node, Sum) and not x.node.is_variance]
-    varied = [x for x in sums if x.node.table.variance > NEGLIGIBLE * x.node.table.total_mean**2]
-    curved = (x for x in varied if not marginal(x.node).gaussian)
-    inside = {x: set(roots_of(*(term.within(x.bind) for term in x.node.args))) for x in curved}
+def mark_sums(own: Sequence[View]) -> None:
+    """Flag roots made of one array, one a sum that is not Gaussian: (relu a + relu b)·a is of no jointly Gaussian pair."""
+    inside = {
+        x: set(roots_of(*(term.within(x.bind) for term in x.node.args)))
+        for x in own
+        if isinstance(x.node, Sum)
+        and not x.node.is_variance
+        and x.node.table.variance > NEGLIGIBLE * x.node.table.total_mean**2
+        and not marginal(x.node).gaussian
+    }
     for x, terms in inside.items():
         if any(terms & inside.get(y, {y}) for y in own if y != x):
             x.node.graph.flag("assumed", ROUGH)
@@ -176,13 +169,13 @@ def mark_depthwise(f: View, g: View) -> None:
                 unsure(one.node.graph, "assumed", LOOSE)
 
 
-def mark_weights(views: Sequence[View]) -> None:
-    """Flag factors that one weight makes, or is: of u = Σ w x over n terms, E[w² u²] is (1 + 2/n) E[w²] E[u²].
+def mark_weights(own: Sequence[View]) -> None:
+    """Flag roots that one weight makes, or is: of u = Σ w x over n terms, E[w² u²] is (1 + 2/n) E[w²] E[u²].
 
     So it is of two sums whose inputs are alike in nothing but chance: their correlation is 0 on average, its square 1/n.
     """
     seen: dict[Node, View] = {}
-    for view in (v for v in roots_of(*views) if not v.node.moves):  # parts of what one packed kernel makes
+    for view in (v for v in own if not v.node.moves):  # parts of what one packed kernel makes
         other = seen.setdefault(weight_of(view.node) or view.node, view)
         if other.node is not view.node:
             terms = min(x.node.width or math.inf for x in (view, other))

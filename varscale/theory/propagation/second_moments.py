@@ -40,6 +40,7 @@ from varscale.theory.propagation.doubts import (
 )
 from varscale.theory.propagation.marginals import (
     Environment,
+    at_means,
     concentrated,
     evaluate,
     factored,
@@ -81,18 +82,21 @@ def _followers(variables: Sequence[View], frame: Sequence[Axis]) -> dict[View, _
 
 def _groups(f: list[View], g: list[View], frame: Sequence[Axis]) -> tuple[list[_Group], Environment]:
     """Sort factors into independent groups; concentrated roots that depend on the others become their means."""
-    mark_sums([*f, *g])
-    mark_weights([*f, *g])
-    reads = {x: roots_of(x) for x in (*f, *g)}
-    variables = roots_of(*f, *g)
+    reads, variables = {x: roots_of(x) for x in (*f, *g)}, roots_of(*f, *g)
+    mark_sums(variables)
+    mark_weights(variables)
     rest = [v for v in variables if not concentrated(v.node)]
-    fixed: Environment = {}
-    for v in (v for v in variables if v not in rest) if rest else ():
-        alone = all(own == [v] for own in reads.values() if v in own)
-        if not alone or any(v.node.deps & r.node.deps for r in rest):
-            # A norm's own scale: mean(x²)·s(v)² at v = mean(x²) is an identity, so the mean is the right
-            # number, not E[s²].
-            fixed[v] = v.mean(frame)[..., None]
+    # A norm's own scale: mean(x²)·s(v)² at v = mean(x²) is an identity: the mean is right, and not E[s²].
+    scales = (v for v in variables if v not in rest and rest)
+    fixed = at_means(
+        [
+            v
+            for v in scales
+            if any(own != [v] for own in reads.values() if v in own)
+            or any(v.node.deps & r.node.deps for r in rest)
+        ],
+        frame,
+    )
     followers = _followers([v for v in variables if v not in fixed], frame)
     variables = [v for v in variables if v not in fixed and v not in followers]
     together = {
@@ -130,7 +134,7 @@ def product_moments(view: View, frame: Sequence[Axis]) -> tuple[np.ndarray, np.n
     c, f = factors(view)
     refuse_two_places(roots_of(view))
     groups, fixed = _groups(f, f, frame)
-    mean, second = _multiplied(groups, frame, fixed)
+    mean, second = _multiplied(groups, fixed, frame)
     for scale in fixed:
         mark_average(f, scale, frame)
     return c * mean, c * c * second
@@ -139,14 +143,13 @@ def product_moments(view: View, frame: Sequence[Axis]) -> tuple[np.ndarray, np.n
 def product_second(f_view: View, g_view: View, frame: Sequence[Axis]) -> np.ndarray:
     """E[f_i g_j] by type, (types or 1...)."""
     (c, f), (d, g) = factors(f_view), factors(g_view)
-    groups, fixed = _groups(f, g, frame)
-    _, second = _multiplied(groups, frame, fixed)
+    _, second = _multiplied(*_groups(f, g, frame), frame)
     mark_depthwise(f_view, g_view)
     return c * d * second
 
 
 def _multiplied(
-    groups: Sequence[_Group], frame: Sequence[Axis], fixed: Environment
+    groups: Sequence[_Group], fixed: Environment, frame: Sequence[Axis]
 ) -> tuple[np.ndarray, np.ndarray]:
     """E[Πf] by class and E[Πf Πg] by type of independent groups."""
     mean, second = np.ones((1,) * len(frame)), np.ones((1,) * len(frame))
@@ -237,9 +240,7 @@ def _cubature(group: _Group, frame: Sequence[Axis], fixed: Environment) -> tuple
         for view, (leader, line) in group.followers.items():
             lines[view] = in_class(line, cell)[_nearest(latents[:, views.index(leader)])]
         env: Environment = {v: line.reshape(*[1] * len(frame), -1) for v, line in lines.items()}
-        return functools.reduce(
-            np.multiply, (in_class(evaluate(x, frame, env), cell) for x in xs), np.array(1.0)
-        )
+        return _product(xs, frame, env).ravel()
 
     inner, firsts, mean = {}, {}, np.empty(classes)
     for cell in np.ndindex(*classes):

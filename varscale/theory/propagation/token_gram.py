@@ -28,7 +28,7 @@ from typing import NamedTuple
 import numpy as np
 
 from varscale.theory.domain.axes import Axis, averaging, contract_axes
-from varscale.theory.domain.tables import LEADING_ORDER, Table, full_types, means_by_type
+from varscale.theory.domain.tables import LEADING_ORDER, full_types, means_by_type
 from varscale.theory.graph.convolutions import Conv, by_dim, hits
 from varscale.theory.graph.expressions import Apply, Sum, roots
 from varscale.theory.graph.known_arrays import is_known_array, numbers
@@ -87,26 +87,19 @@ def tokens_of(view: View, tokens: Iterable[int], features: Iterable[int]) -> Tok
     )
 
 
-def overlap(x: Tokens) -> float:
-    """V of these tokens."""
-    return float(np.clip(covariance(x, x), 1 / x.count, 1.0))
-
-
-def shared_overlap(x: Tokens, y: Tokens) -> float:
-    """E[o_x o_y], relative to what one token of each has of its own: V of what both were made of."""
-    return overlap(x) if x == y else float(np.clip(covariance(x, y), 0.0, 1.0))
+def overlap(x: Tokens, y: Tokens | None = None) -> float:
+    """V of these tokens; of two arrays E[o_x o_y] relative to the own parts of their tokens: V of what both are made of."""
+    return float(np.clip(covariance(x, y or x), 1 / x.count if y in (None, x) else 0.0, 1.0))
 
 
 def overlap_before(x: Tokens, y: Tokens) -> float:
     """The same of features of their own: of one array with itself, less what its features overlap by as if they were white."""
-    return shared_overlap(x, y) if x != y else max(overlap(x) - 1 / x.count, 0.0)
+    return overlap(x, y) if x != y else max(overlap(x) - 1 / x.count, 0.0)
 
 
 def covariance(x: Tokens, y: Tokens) -> float:
-    """What two overlaps have in common."""
-    # Given numbers were there before all else.
-    both = [x, y] if x == y else sorted((x, y), key=lambda z: (not is_known_array(z.node), z.node.id, z[1:]))
-    other, later = both
+    """What two overlaps have in common. Given numbers were there before all else."""
+    other, later = sorted((x, y), key=lambda z: (not is_known_array(z.node), z.node.id, z[1:]))
     return _shared_with_earlier(later.node, later, other)
 
 
@@ -126,11 +119,9 @@ def _shared_with_earlier(node: Node, later: Tokens, other: Tokens) -> float:
 
 def _measured(x: Tokens) -> np.ndarray:
     """The overlaps of each two given tokens, less what any two share, relative to what one has of its own."""
-    found = numbers(x.node)
-    assert found is not None
     others = [k for k in range(len(x.node.axes)) if k not in (*x.tokens, *x.features)]
     sizes = [math.prod(x.node.axes[k].size for k in axes) for axes in (others, *x[1:])]
-    found = found.transpose([*others, *x.tokens, *x.features]).reshape(sizes).astype(float)
+    found = np.asarray(numbers(x.node), float).transpose([*others, *x.tokens, *x.features]).reshape(sizes)
     found = found[evenly(sizes[0], _MOST_OTHERS)][:, evenly(sizes[1], _MOST_TOKENS)]
     return _own_overlaps(found @ found.transpose(0, 2, 1))
 
@@ -215,9 +206,7 @@ def _made_of(x: Tokens) -> Mixture | None:
             return _taken(x)
         case Gather() if len(node.params.row_axes) == 1:
             return _repeated(x, node)
-        case Concat() if (
-            node.params[0] not in x.features
-        ):  # the largest part that is no padding tells for all
+        case Concat() if node.params[0] not in x.features:  # the largest part that is no padding tells all
             parts = zip(node.args, node.params[1], strict=True)
             sizes = {v: n for v, n in parts if not isinstance(v.node, Constant)}
             return Mixture([tokens_of(max(sizes, key=sizes.__getitem__), *x[1:])], [1.0]) if sizes else None
@@ -250,12 +239,9 @@ def _taken(x: Tokens) -> Mixture:
     fewer = 1 / x.count - 1 / inner.count
     others = k in inner.tokens
     if not others and len(axes) > len(x.node.axes):
-        # Whether what they are a projection of has this axis, too: joined queries and keys have it by their
-        # weights alone.
-        source, along = (
-            projected(inner),
-            projected(Tokens(inner.node, (k,), tuple(j for j in axes if j != k))),
-        )
+        # Does what they are a projection of have this axis, too? Joined queries and keys have it by weights.
+        source = projected(inner)
+        along = projected(Tokens(inner.node, (k,), tuple(j for j in axes if j != k)))
         others = source is None or (along is not None and along.node is source.node)
     if others:
         return Mixture([inner], [0.0], covariance(inner, inner) + fewer)
@@ -319,10 +305,7 @@ def gained_by_sum(node: Contract, second: np.ndarray) -> np.ndarray | float:
     several = all(_others(side) > 0 for side in sides)
     tokens = {*summed, *(set(x.bind) & set(y.bind) if several else ())}
     gain = node.contract(overlap * _own_parts(x, y, node.frame, tokens))
-    whole, gained = (
-        Table(node.axes, np.zeros(()), np.broadcast_to(part, node.frame_types)).mean_square
-        for part in (second, gain)
-    )
+    whole, gained = (averaging(node.axes) @ full_types(part, node.axes).ravel() for part in (second, gain))
     share = gained / max(whole + gained, 1e-300)
     node.graph.flag("quadrature", LEADING_ORDER * share + 2 * overlap * (1 - share))
     return gain
@@ -338,8 +321,12 @@ def gained_in_common(node: Apply) -> np.ndarray | float:
                 gain = gain + view.over(full_types(np.asarray(own), view.node.axes), node.axes, pairs=True)
         return gain
     parts = independent_factors(node)
-    for f, g in itertools.combinations(parts, 2):
-        if not (f.node.deps & g.node.deps and _varies(f) and _varies(g)):
+    # Functions of what varies from token to token, and not of a norm's scale or of known numbers alone.
+    varied = [
+        f for f in parts if not all(isinstance(r.node, Array) or concentrated(r.node) for r in roots(f.node))
+    ]
+    for f, g in itertools.combinations(varied, 2):
+        if not f.node.deps & g.node.deps:
             continue
         overlaps = {k: v for k in set(f.bind) & set(g.bind) if (v := _along(f, g, k)) > 0}
         if overlaps:
@@ -364,11 +351,6 @@ def _doubt_lengths(f: View, g: View) -> None:
         if values is not None and not is_known_array(other.node):
             squares = np.square(values.astype(float)).mean(axis=-1)
             given.graph.flag("assumed", min(float(squares.var() / max(squares.mean(), 1e-300) ** 2), 1.0))
-
-
-def _varies(factor: View) -> bool:
-    """Whether it is a function of what varies from token to token, and not of a norm's scale or of known numbers alone."""
-    return not all(isinstance(r.node, Array) or concentrated(r.node) for r in roots(factor.node))
 
 
 def _along(f: View, g: View, k: int) -> float:

@@ -55,7 +55,6 @@ from varscale.theory.propagation.token_gram import (
     own_beyond_pairs,
     own_part,
     projected,
-    shared_overlap,
     tokens_of,
     white,
 )
@@ -160,7 +159,7 @@ def gain_of_queries(weights: Any, notes: BackwardNotes, passed: np.ndarray, kept
     if found is None or tokens is None or values is None:
         return None
     several = np.clip(1 - (weights.seen * weights.weights.square).sum(-1), 0, 1) ** 2
-    share = shared_overlap(tokens, values) * own_part(found.keys)
+    share = overlap(tokens, values) * own_part(found.keys)
     gain = (
         share / max(found.keys.node.table.mean_square, 1e-300) * passed * weights.read(several) * weights.own
     )
@@ -213,7 +212,7 @@ def tilted(node: Any) -> np.ndarray | float:
         return 0.0
     keys = None if found is None else projected(found.keys)
     # V of what they have in common
-    seen_by_both = overlap(tokens) if keys is None else shared_overlap(keys, tokens)
+    seen_by_both = overlap(tokens) if keys is None else overlap(keys, tokens)
     frame = node.frame
     sizes = [axis.types if k in v.bind else 1 for k, axis in enumerate(frame)]
     values = np.broadcast_to(v.second(frame), sizes)
