@@ -24,6 +24,7 @@ from varscale.theory.domain.axis_maps import (
     split_axis,
 )
 from varscale.theory.domain.tables import (
+    Axes,
     by_type,
     full_along,
     full_types,
@@ -56,7 +57,7 @@ def dependent(a: Node, b: Node) -> bool:
     return a is b or not (a.odd & b.unseen or b.odd & a.unseen or not a.deps & b.deps)
 
 
-def cross(a: View, b: View, frame: Sequence[Axis]) -> np.ndarray:
+def cross(a: View, b: View, frame: Axes) -> np.ndarray:
     """E[a_i b_j] by type, broadcastable to the frame's types; what is being computed gets the flags of it."""
     found = pair(a, b, frame)
     if found.flagged:
@@ -64,7 +65,7 @@ def cross(a: View, b: View, frame: Sequence[Axis]) -> np.ndarray:
     return found.moment
 
 
-def pair(a: View, b: View, frame: Sequence[Axis]) -> Pair:
+def pair(a: View, b: View, frame: Axes) -> Pair:
     """The same with its flags, for those who know how much it matters to them."""
     if a.node.odd & b.node.unseen or b.node.odd & a.node.unseen:
         return Pair(np.zeros((1,) * len(frame)))
@@ -108,12 +109,12 @@ def unsure(graph: Graph, how: str, doubt: float) -> None:
         graph.flag(how, doubt * (1 if any(isinstance(x, Pair) for x in graph.computing[-1:]) else 2))
 
 
-def cross_covariance(a: View, b: View, frame: Sequence[Axis]) -> np.ndarray:
+def cross_covariance(a: View, b: View, frame: Axes) -> np.ndarray:
     """E[a_i b_j] − E[a_i] E[b_j] by type."""
     return cross(a, b, frame) - mean_product(a, b, frame)
 
 
-def mean_product(a: View, b: View, frame: Sequence[Axis]) -> np.ndarray:
+def mean_product(a: View, b: View, frame: Axes) -> np.ndarray:
     """E[a_i] E[b_j] by type."""
     return means_by_type(a.mean(frame), frame, b.mean(frame))
 
@@ -179,10 +180,6 @@ def _functions(a: View, b: View, frame: tuple[Axis, ...]) -> np.ndarray | None:
     return None if node is None else cross_by_kind(node, a, b, frame)
 
 
-def _by_kind(x: View, y: View, frame: tuple[Axis, ...]) -> np.ndarray | None:
-    return cross_by_kind(x.node, x, y, frame)
-
-
 class Reading(NamedTuple):
     """How one axis of an array is read: the entries of a span in their order, or their mean."""
 
@@ -192,7 +189,7 @@ class Reading(NamedTuple):
 
 
 @cross_by_kind.register(Mean)
-def cross_by_kind_of_mean(node: Mean, a: View, b: View, frame: Sequence[Axis]) -> np.ndarray | None:
+def cross_by_kind_of_mean(node: Mean, a: View, b: View, frame: Axes) -> np.ndarray | None:
     """E[mean(x) y] where y is a mean or a slice over the same axes, or runs over them; else y, too, is averaged."""
     x, mine = _opened(a)
     if isinstance(b.node, Mean | Take):
@@ -215,7 +212,7 @@ def cross_by_kind_of_mean(node: Mean, a: View, b: View, frame: Sequence[Axis]) -
 
 
 @cross_by_kind.register(Take)
-def cross_by_kind_of_take(node: Take, a: View, b: View, frame: Sequence[Axis]) -> np.ndarray | None:
+def cross_by_kind_of_take(node: Take, a: View, b: View, frame: Axes) -> np.ndarray | None:
     """Two slices of things over one axis, or a slice and all of it, which meet where one position is in both."""
     (x, mine), k = _opened(a), node.params[0]
     if (x.node.axes, x.bind) == (b.node.axes, (*b.bind[:k], -1, *b.bind[k + 1 :])):
@@ -251,7 +248,7 @@ STRATEGIES: dict[str, Strategy] = {
     "weighted sums": _either_way(_terms),
     "average against a function": _either_way(_average_against_function),
     "law of functions": _functions,
-    "kinds of nodes": _either_way(_by_kind),
+    "kinds of nodes": _either_way(lambda x, y, frame: cross_by_kind(x.node, x, y, frame)),
 }
 
 
@@ -288,7 +285,7 @@ def _axis_at(place: int, views: Iterable[View], *known: Axis) -> Axis:
 
 
 def _read_together(
-    x: View, mine: Sequence[Reading], y: View, theirs: Sequence[Reading], frame: Sequence[Axis]
+    x: View, mine: Sequence[Reading], y: View, theirs: Sequence[Reading], frame: Axes
 ) -> np.ndarray | None:
     """E[x_i y_j] by type where both are read along some axes, pair by pair the same ones; None where others are in their place.
 
@@ -336,7 +333,7 @@ def _pairs_read(
 
 
 @cross_by_kind.register(Split)
-def cross_by_kind_of_split(node: Split, a: View, b: View, frame: Sequence[Axis]) -> np.ndarray | None:
+def cross_by_kind_of_split(node: Split, a: View, b: View, frame: Axes) -> np.ndarray | None:
     """The factors of an axis as the axis that they are of: b's too, if it has them all; None where it has others of them."""
     gone = _factor_places(a)
     if set(gone) & set(b.bind) and not (isinstance(b.node, Split) and _factor_places(b) == gone):
@@ -362,7 +359,7 @@ def _factor_places(view: View) -> tuple[int, ...]:
 
 
 @cross_by_kind.register(Merge)
-def cross_by_kind_of_merge(node: Merge, a: View, b: View, frame: Sequence[Axis]) -> np.ndarray | None:
+def cross_by_kind_of_merge(node: Merge, a: View, b: View, frame: Axes) -> np.ndarray | None:
     """An axis that was put together, read as its factors, into which b's is split."""
     sizes, at = node.params[1], a.bind[node.params[0]]
     other = split(b.node, b.bind.index(at), sizes) if at in b.bind else b.node
@@ -376,9 +373,7 @@ def cross_by_kind_of_merge(node: Merge, a: View, b: View, frame: Sequence[Axis])
 
 
 @cross_by_kind.register(AxisMapped)
-def cross_by_kind_of_axis_mapped(
-    node: AxisMapped, a: View, b: View, frame: Sequence[Axis]
-) -> np.ndarray | None:
+def cross_by_kind_of_axis_mapped(node: AxisMapped, a: View, b: View, frame: Axes) -> np.ndarray | None:
     """E[y_p b_q] from E[x_i b_q], of a map whose outputs are as many as its inputs."""
     own, place = node.axis_map, a.bind[node.params[0]]
     if own.out.size != own.inner.size:

@@ -60,11 +60,17 @@ _SOUND: Fact[Hashable, bool] = Fact()
 def mark_undefined(node: Apply) -> None:
     """Flag a node whose functions have no values where they are asked for, or no finite mean square."""
     sound, both = _SOUND.of(node.graph), _within_domain("mul", ())
-    for live, own in _by_root(node).items():
+    by_root: dict[View | None, list[View]] = {}  # factors by the one root of theirs that fluctuates
+    for factor in factors(node.whole)[1]:
+        own = roots_of(factor)
+        live = [r for r in own if not concentrated(r.node)]
+        if len(live) <= 1 and not any(isinstance(r.node, Array) or r.node.is_bits for r in own):
+            by_root.setdefault(live[0] if live else None, []).append(factor)
+    for root, own in by_root.items():
         mark = tuple(map(integral_key, own)), node.axes
         if mark in sound:
             continue
-        env = at_means((r for r in roots_of(*own) if r != live), node.axes)
+        env = at_means((r for r in roots_of(*own) if r != root), node.axes)
         read = (evaluate(factor, node.axes, env, _within_domain) for factor in own)
         values = functools.reduce(both, read, np.ones(1))
         outside = np.isnan(values)
@@ -88,17 +94,6 @@ def _within_domain(name: str, extra: tuple[Any, ...]) -> Callable[..., np.ndarra
         return np.where(functools.reduce(np.logical_or, undefined), np.nan, out) if undefined else out
 
     return at
-
-
-def _by_root(node: Apply) -> dict[View | None, list[View]]:
-    """Factors by the one root of theirs that fluctuates."""
-    out: dict[View | None, list[View]] = {}
-    for factor in factors(node.whole)[1]:
-        own = roots_of(factor)
-        live = [r for r in own if not concentrated(r.node)]
-        if len(live) <= 1 and not any(isinstance(r.node, Array) or r.node.is_bits for r in own):
-            out.setdefault(live[0] if live else None, []).append(factor)
-    return out
 
 
 def _unresolved(values: np.ndarray, axes: Sequence[Axis]) -> float:
@@ -196,8 +191,6 @@ def lost_excess_of(node: Node) -> float:
 
     Of most kinds what a linear map of one array leaves of its input's.
     """
-    if isinstance(node, Leaf | Array | Constant):
-        return 0.0
     below = [v.node for v in node.args if not isinstance(v.node, Leaf | Array | Constant)]
     linear = node.width is not None and len(below) == 1
     return max(map(lost_excess, below), default=0.0) if linear or node.moves else 0.0
@@ -206,13 +199,11 @@ def lost_excess_of(node: Node) -> float:
 @lost_excess_of.register(Merge)
 def lost_excess_of_merge(node: Merge) -> float:
     source, (k, sizes) = node.args[0].node, node.params
-    table, factors = source.table, source.axes[k : k + len(sizes)]
-    second = table.second[(0,) * k][(..., *[0] * (len(source.axes) - k - len(sizes)))]
+    factors, behind = source.axes[k : k + len(sizes)], len(source.axes) - k - len(sizes)
+    second = source.table.second[(0,) * k][(..., *[0] * behind)].ravel()
     apart = (outer(axis.pairs for axis in factors) * (1 - outer(axis.agrees for axis in factors))).ravel()
-    if not apart.any():
-        return lost_excess(source)
-    usual, most = float(apart @ second.ravel() / apart.sum()), float(second.ravel()[apart > 0].max())
-    return (most - usual) / max(table.mean_square, 1e-300) + lost_excess(source)
+    gap = float(second[apart > 0].max() - apart @ second / apart.sum())
+    return gap / max(source.table.mean_square, 1e-300) + lost_excess(source)
 
 
 @lost_excess_of.register(Sum)

@@ -19,8 +19,16 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 import numpy as np
 from scipy import special
 
-from varscale.theory.domain.axes import Axis, contract_axis
-from varscale.theory.domain.tables import NEGLIGIBLE, NEXT_ORDER, Table, by_type, full_types, means_by_type
+from varscale.theory.domain.axes import contract_axis
+from varscale.theory.domain.tables import (
+    NEGLIGIBLE,
+    NEXT_ORDER,
+    Axes,
+    Table,
+    by_type,
+    full_types,
+    means_by_type,
+)
 from varscale.theory.graph.expressions import Apply, Mean, Sum, connected, factors, form, roots, roots_of
 from varscale.theory.graph.linear_nodes import Rearranged
 from varscale.theory.graph.nodes import Array, Constant, Graph, Leaf, Node, View
@@ -139,16 +147,13 @@ def _behind(covariance: np.ndarray, scales: np.ndarray, lines: Sequence[np.ndarr
 Environment = dict[View, np.ndarray]  # values of the roots of a tree, over its frame
 
 
-def grid(view: View, frame: Sequence[Axis]) -> np.ndarray:
+def grid(view: View, frame: Axes) -> np.ndarray:
     """A root's values over the frame's classes and the normal grid, (classes or 1..., points)."""
     return view.over(marginal(view.node).values, frame, pairs=False)
 
 
 def evaluate(
-    view: View,
-    frame: Sequence[Axis],
-    env: Environment,
-    function: Callable[..., Callable[..., np.ndarray]] = function,
+    view: View, frame: Axes, env: Environment, function: Callable[..., Callable[..., np.ndarray]] = function
 ) -> np.ndarray:
     """A tree's values where `env` gives its roots'; roots not in `env` take their own grid. (classes or 1..., points or 1)."""
     waiting = [view]
@@ -174,19 +179,19 @@ def in_class(values: np.ndarray, cell: Sequence[int]) -> np.ndarray:
     return values[tuple(c if n > 1 else 0 for c, n in zip(cell, values.shape, strict=False))]
 
 
-def at_means(held: Iterable[View], frame: Sequence[Axis]) -> Environment:
+def at_means(held: Iterable[View], frame: Axes) -> Environment:
     """Roots held at their means, by class."""
     return {root: root.mean(frame)[..., None] for root in held}
 
 
-def along(view: View, frame: Sequence[Axis], *live: View) -> np.ndarray:
+def along(view: View, frame: Axes, *live: View) -> np.ndarray:
     """A tree's values along the grids of some of its roots, the others held at their means. (classes or 1..., points or 1)."""
     return np.asarray(
         evaluate(view, frame, at_means([r for r in roots_of(view) if r not in live], frame)), float
     )
 
 
-def over_classes(line: np.ndarray, axes: Sequence[Axis]) -> np.ndarray:
+def over_classes(line: np.ndarray, axes: Axes) -> np.ndarray:
     """Values on the normal grid, (classes or 1..., points), averaged over all places: each class counts by its own."""
     for axis in axes:
         line = contract_axis(line, 0, axis.counts / axis.size) if line.shape[0] > 1 else line[0]
@@ -253,7 +258,7 @@ def cofactors(node: Node) -> dict[View, list[View]]:
     return out
 
 
-def latent_cross(a: View, b: View, frame: Sequence[Axis]) -> np.ndarray:
+def latent_cross(a: View, b: View, frame: Axes) -> np.ndarray:
     """Correlations of the normals behind two roots, from their cross-moments, by type of the frame, (types or 1...)."""
     if a == b:
         return a.over(marginal(a.node).correlation, frame, pairs=True)
@@ -266,7 +271,7 @@ def latent_cross(a: View, b: View, frame: Sequence[Axis]) -> np.ndarray:
     return _behind(cross_covariance(a, b, frame), deviations(a, b, frame), lines)
 
 
-def deviations(a: View, b: View, frame: Sequence[Axis]) -> np.ndarray:
+def deviations(a: View, b: View, frame: Axes) -> np.ndarray:
     """Products of the standard deviations of a_i and b_j by type."""
     of_a, of_b = (view.over(marginal(view.node).deviation, frame, pairs=False) for view in (a, b))
     return means_by_type(of_a, frame, of_b)

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from varscale.theory.domain.axes import Axis, apply_axis, contract_axes, sliced
+from varscale.theory.domain.axes import apply_axis, contract_axes, sliced
 from varscale.theory.domain.axis_maps import pair_map
-from varscale.theory.domain.tables import NEGLIGIBLE, ROUGH, Table, by_type, means_by_type
+from varscale.theory.domain.tables import NEGLIGIBLE, ROUGH, Axes, Table, by_type, means_by_type
 from varscale.theory.graph.expressions import (
     IDENTITIES,
     Apply,
@@ -22,6 +22,7 @@ from varscale.theory.graph.expressions import (
     Sum,
     connected,
     factors,
+    roots,
     roots_of,
     swapped,
 )
@@ -68,7 +69,7 @@ class _Group(NamedTuple):
     followers: dict[View, _Follower]
 
 
-def _followers(variables: Sequence[View], frame: Sequence[Axis]) -> dict[View, _Follower]:
+def _followers(variables: Sequence[View], frame: Axes) -> dict[View, _Follower]:
     """Known arrays over axes that an earlier one is over, too: one position tells both."""
     arrays = {view: view.node for view in variables if isinstance(view.node, Array)}
     leaders: dict[tuple[int, ...], View] = {}
@@ -80,7 +81,7 @@ def _followers(variables: Sequence[View], frame: Sequence[Axis]) -> dict[View, _
     return out
 
 
-def _groups(f: list[View], g: list[View], frame: Sequence[Axis]) -> tuple[list[_Group], Environment]:
+def _groups(f: list[View], g: list[View], frame: Axes) -> tuple[list[_Group], Environment]:
     """Sort factors into independent groups; concentrated roots that depend on the others become their means."""
     reads, variables = {x: roots_of(x) for x in (*f, *g)}, roots_of(*f, *g)
     mark_sums(variables)
@@ -115,7 +116,7 @@ def _groups(f: list[View], g: list[View], frame: Sequence[Axis]) -> tuple[list[_
     return out, fixed
 
 
-def _correlated(a: View, b: View, frame: Sequence[Axis]) -> bool:
+def _correlated(a: View, b: View, frame: Axes) -> bool:
     """Whether two roots are correlated by more than is worth a cubature, anywhere in the frame."""
     if not dependent(a.node, b.node):
         return False
@@ -123,24 +124,13 @@ def _correlated(a: View, b: View, frame: Sequence[Axis]) -> bool:
     return bool(np.max(np.abs(cross_covariance(a, b, frame))) > NEGLIGIBLE * largest + 1e-300)
 
 
-def _product(xs: list[View], frame: Sequence[Axis], env: Environment) -> np.ndarray:
+def _product(xs: list[View], frame: Axes, env: Environment) -> np.ndarray:
     """The product of factors of one root at most, on its grid, (classes or 1..., points or 1)."""
     ones = np.ones((1,) * (len(frame) + 1))
     return functools.reduce(np.multiply, (evaluate(x, frame, env) for x in xs), ones)
 
 
-def product_moments(view: View, frame: Sequence[Axis]) -> tuple[np.ndarray, np.ndarray]:
-    """E[f_i] by class and E[f_i f_j] by type, (classes or 1...) and (types or 1...)."""
-    c, f = factors(view)
-    refuse_two_places(roots_of(view))
-    groups, fixed = _groups(f, f, frame)
-    mean, second = _multiplied(groups, fixed, frame)
-    for scale in fixed:
-        mark_average(f, scale, frame)
-    return c * mean, c * c * second
-
-
-def product_second(f_view: View, g_view: View, frame: Sequence[Axis]) -> np.ndarray:
+def product_second(f_view: View, g_view: View, frame: Axes) -> np.ndarray:
     """E[f_i g_j] by type, (types or 1...)."""
     (c, f), (d, g) = factors(f_view), factors(g_view)
     _, second = _multiplied(*_groups(f, g, frame), frame)
@@ -148,9 +138,7 @@ def product_second(f_view: View, g_view: View, frame: Sequence[Axis]) -> np.ndar
     return c * d * second
 
 
-def _multiplied(
-    groups: Sequence[_Group], fixed: Environment, frame: Sequence[Axis]
-) -> tuple[np.ndarray, np.ndarray]:
+def _multiplied(groups: Sequence[_Group], fixed: Environment, frame: Axes) -> tuple[np.ndarray, np.ndarray]:
     """E[Πf] by class and E[Πf Πg] by type of independent groups."""
     mean, second = np.ones((1,) * len(frame)), np.ones((1,) * len(frame))
     for group in groups:
@@ -159,9 +147,9 @@ def _multiplied(
     return mean, second
 
 
-def _of_group(group: _Group, frame: Sequence[Axis], fixed: Environment) -> tuple[np.ndarray, np.ndarray]:
+def _of_group(group: _Group, frame: Axes, fixed: Environment) -> tuple[np.ndarray, np.ndarray]:
     """The same of one group: in closed form, as a series where f and g have one root each, else by a cubature."""
-    env = {**fixed, **{view: values for view, (_, values) in group.followers.items()}}
+    env = fixed | {view: values for view, (_, values) in group.followers.items()}
 
     def integrated() -> tuple[np.ndarray, Series]:
         fi = on_grid(_product(group.f, frame, env))
@@ -184,16 +172,13 @@ def _of_group(group: _Group, frame: Sequence[Axis], fixed: Environment) -> tuple
     key = (tuple(marks), tuple(frame))
     mean, series = integrated() if None in marks else INTEGRATED.once(first.node.graph, key, integrated)
     rho = latent_cross(first, last, frame)
-    variance = scatter(first.node) if first == last else None
-    if variance is None:
-        return mean, series.at(rho)
-    variance = first.over(variance, frame, pairs=True)  # of ρ, given the weights
-    return mean, series.at(rho) + series.curvature(rho) * variance / 2
+    second = series.at(rho)
+    if first == last and (variance := scatter(first.node)) is not None:  # of ρ, given the weights
+        second = second + series.curvature(rho) * first.over(variance, frame, pairs=True) / 2
+    return mean, second
 
 
-def _in_closed_form(
-    xs: Sequence[View], root: View, frame: Sequence[Axis]
-) -> tuple[np.ndarray, np.ndarray] | None:
+def _in_closed_form(xs: Sequence[View], root: View, frame: Axes) -> tuple[np.ndarray, np.ndarray] | None:
     """Moments of a root itself, and of the square of a Gaussian one (Isserlis); None of anything else."""
     if xs == [root]:
         return root.mean(frame), root.second(frame)
@@ -217,7 +202,7 @@ def _root_values(node: Node, latents: np.ndarray, line: np.ndarray) -> np.ndarra
     return line[_nearest(latents)] if isinstance(node, Array) else np.interp(latents, Z, line)
 
 
-def _cubature(group: _Group, frame: Sequence[Axis], fixed: Environment) -> tuple[np.ndarray, np.ndarray]:
+def _cubature(group: _Group, frame: Axes, fixed: Environment) -> tuple[np.ndarray, np.ndarray]:
     """Means of Πf by class and second moments of Πf·Πg by type, over the joint normal of all their roots."""
     views = group.variables
     graph, k = views[0].node.graph, len(views)
@@ -266,7 +251,7 @@ INTEGRATED: Fact[Hashable, tuple[np.ndarray, Series]] = Fact()  # functions of o
 
 
 @cross_by_kind.register(Apply)
-def cross_by_kind_of_apply(node: Apply, a: View, b: View, frame: Sequence[Axis]) -> np.ndarray:
+def cross_by_kind_of_apply(node: Apply, a: View, b: View, frame: Axes) -> np.ndarray:
     """By the joint law of the roots of elementwise functions."""
     return product_second(a, b, frame)
 
@@ -322,7 +307,13 @@ def second_moments_of_apply(node: Apply) -> Table:
         mean = c * mean + d
     else:
         mark_undefined(node)
-        mean, second = product_moments(node.whole, node.axes)
+        refuse_two_places(roots(node))
+        c, f = factors(node.whole)
+        groups, fixed = _groups(f, f, node.axes)
+        mean, second = _multiplied(groups, fixed, node.axes)
+        mean, second = c * mean, c * c * second
+        for scale in fixed:
+            mark_average(f, scale, node.axes)
         if name in ("mul", "add", "sub"):
             second = second + gained_in_common(node)
     mean = np.broadcast_to(mean, [a.classes for a in node.axes])

@@ -10,8 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy import special
 
-from varscale.theory.domain.axes import Axis
-from varscale.theory.domain.tables import Table, full_types
+from varscale.theory.domain.tables import Axes, Table, full_types
 from varscale.theory.graph.expressions import Apply, Sum, connected, roots_of
 from varscale.theory.graph.nodes import View
 from varscale.theory.integrals.hermite_series import POINTS, WEIGHTS, Z, on_grid, sobol
@@ -74,7 +73,7 @@ def quantiles_of_sum(root: Sum, table: Table, deviation: np.ndarray) -> np.ndarr
     for cell in cells:
         line = np.zeros(POINTS)
         for group in together:
-            own = [p.weight * _part_on_grid(p, root.axes, cell) for p in group]
+            own = [p.weight * on_grid(in_class(_term_on_grid(*p[1:], root.axes), cell)) for p in group]
             if len(own) > 1:
                 values, weights = _points([p.latent for p in group], own, root.axes, cell)
                 own = [_ordered(values.sum(axis=0), weights)]
@@ -87,7 +86,7 @@ def quantiles_of_sum(root: Sum, table: Table, deviation: np.ndarray) -> np.ndarr
     return table.mean[..., None] + deviation[..., None] * shapes
 
 
-def _most_common(axes: Sequence[Axis]) -> tuple[int, ...]:
+def _most_common(axes: Axes) -> tuple[int, ...]:
     """The class of each axis that most of its positions have."""
     return tuple(int(np.argmax(a.counts)) for a in axes)
 
@@ -104,7 +103,7 @@ def _ordered(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
 
 
 def _points(
-    latents: Sequence[View], lines: Sequence[np.ndarray], axes: Sequence[Axis], cell: tuple[int, ...]
+    latents: Sequence[View], lines: Sequence[np.ndarray], axes: Axes, cell: tuple[int, ...]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Values of functions, `lines` on the normal grid, of the normals behind some views in one class; and the points' weights.
 
@@ -120,7 +119,7 @@ def _points(
     return values, np.exp(-np.sum(points**2, axis=1) * (wide - 1) / 2)
 
 
-def _joined(a: _Part, b: _Part, axes: Sequence[Axis]) -> bool:
+def _joined(a: _Part, b: _Part, axes: Axes) -> bool:
     """Whether two terms are correlated at one place, of any class, by more than goes unseen."""
     if not (a.live or b.live) or not dependent(a.latent.node, b.latent.node):
         return False
@@ -129,14 +128,7 @@ def _joined(a: _Part, b: _Part, axes: Sequence[Axis]) -> bool:
     return bool(np.max(found[tuple(slice(0, axis.classes) for axis in axes)]) > _CORRELATED)
 
 
-def _part_on_grid(part: _Part, axes: Sequence[Axis], cell: tuple[int, ...]) -> np.ndarray:
-    """A part on the normal grid, in one class."""
-    if part.live:
-        return on_grid(in_class(_term_on_grid(part.view, part.live, axes), cell))
-    return part.view.node.table.total_mean + math.sqrt(part.view.node.table.variance) * Z
-
-
-def _shaping(view: View, axes: Sequence[Axis]) -> tuple[View, ...]:
+def _shaping(view: View, axes: Axes) -> tuple[View, ...]:
     """The few roots of a term, over these axes, that give it its shape; none where there are none, or it is Gaussian."""
     node = view.node
     own = roots_of(view)
@@ -154,15 +146,16 @@ def _shaping(view: View, axes: Sequence[Axis]) -> tuple[View, ...]:
     return () if straight else tuple(live)
 
 
-def _term_on_grid(view: View, live: Sequence[View], axes: Sequence[Axis]) -> np.ndarray:
+def _term_on_grid(view: View, live: Sequence[View], axes: Axes) -> np.ndarray:
     """A term's quantiles on the normal grid, the roots that are not live held at their means, (classes or 1..., points).
 
-    Of one live root they are the term along its grid. A function of several is drawn, with the shape of the most common class:
+    Without live roots it is Gaussian, of one its values along its grid. A function of several is drawn, in the most common class:
     what is sampled as μ + e^s·ε has the law of a normal whose scale is another's exponential, heavy-tailed, and not a normal's.
     """
-    if len(live) == 1:
-        return along(view, axes, *live)
-    cell, one = _most_common(axes), [1] * len(axes)
+    table, cell, one = view.node.table, _most_common(axes), [1] * len(axes)
+    if len(live) < 2:
+        gaussian = np.reshape(table.total_mean + math.sqrt(table.variance) * Z, (*one, -1))
+        return along(view, axes, *live) if live else gaussian
     lines = [on_grid(in_class(grid(root, axes), cell)) for root in live]
     values, weights = _points(live, lines, axes, cell)
     env: Environment = {root: line.reshape(*one, -1) for root, line in zip(live, values, strict=True)}
