@@ -149,7 +149,7 @@ def _shaping(view: View, axes: Axes) -> tuple[View, ...]:
 def _term_on_grid(view: View, live: Sequence[View], axes: Axes) -> np.ndarray:
     """A term's quantiles on the normal grid, the roots that are not live held at their means, (classes or 1..., points).
 
-    Without live roots it is Gaussian, of one its values along its grid. A function of several is drawn, in the most common class:
+    Without live roots it is Gaussian, of one it is known along its grid. A function of several is drawn, in one class:
     what is sampled as μ + e^s·ε has the law of a normal whose scale is another's exponential, heavy-tailed, and not a normal's.
     """
     table, cell, one = view.node.table, _most_common(axes), [1] * len(axes)

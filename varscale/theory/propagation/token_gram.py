@@ -305,7 +305,9 @@ def gained_by_sum(node: Contract, second: np.ndarray) -> np.ndarray | float:
     several = all(_others(side) > 0 for side in sides)
     tokens = {*summed, *(set(x.bind) & set(y.bind) if several else ())}
     gain = node.contract(overlap * _own_parts(x, y, node.frame, tokens))
-    whole, gained = (averaging(node.axes) @ full_types(part, node.axes).ravel() for part in (second, gain))
+    whole, gained = (
+        float(averaging(node.axes) @ full_types(part, node.axes).ravel()) for part in (second, gain)
+    )
     share = gained / max(whole + gained, 1e-300)
     node.graph.flag("quadrature", LEADING_ORDER * share + 2 * overlap * (1 - share))
     return gain
