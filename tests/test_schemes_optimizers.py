@@ -72,8 +72,9 @@ def test_adamw_decays_every_leaf_alike():
         (optax.sign_sgd(0.1), "lion", lambda s: optax.sign_sgd(0.1 * s.adam)),
         (optax.rmsprop(0.1, eps=0.1), None, lambda s: optax.rmsprop(0.1 * s.adam, eps=0.1 * s.epsilon**2)),  # √(ν + ε)
         (optax.inject_hyperparams(optax.adam)(0.1), None, lambda s: optax.adam(0.1 * s.adam)),
+        (optax.MultiSteps(optax.lion(0.1), 1), None, lambda s: optax.lion(0.1 * s.adam)),
     ],
-    ids=["momentum", "sgd", "lion", "sign", "rmsprop", "injected"],
+    ids=["momentum", "sgd", "lion", "sign", "rmsprop", "injected", "several steps"],
 )
 def test_the_kind_of_other_optimizers(optimizer, kind, expected):
     close(stepped(scaled(optimizer, SCALINGS, kind=kind)), leafwise(expected), rtol=1e-4)

@@ -90,7 +90,9 @@ def scalings(plan: Plan) -> dict[str, Scaling]:
     }
 
 
-def scaled(optimizer: optax.GradientTransformation, multipliers: Mapping[str, Scaling], *, kind: Kind | None = None) -> Scaled:
+def scaled(
+    optimizer: optax.GradientTransformation | optax.MultiSteps, multipliers: Mapping[str, Scaling], *, kind: Kind | None = None
+) -> Scaled:
     """An optax optimizer whose learning rates and epsilon are multiplied leaf by leaf.
 
     Updates are multiplied after the optimizer; a decay of the optimizer's own, such as that of `optax.adamw`, is part of them
@@ -99,7 +101,7 @@ def scaled(optimizer: optax.GradientTransformation, multipliers: Mapping[str, Sc
     `optax.clip_by_global_norm`, must therefore stand outside: `optax.chain(optax.clip_by_global_norm(1.0), scaled(...))`.
 
     Args:
-        optimizer: any optax optimizer.
+        optimizer: any optax optimizer, `optax.MultiSteps` too.
         multipliers: by path of the parameter.
         kind: "adam", "lion", "sgd" or "muon", of an optimizer whose state does not tell, such as SGD without momentum.
 
@@ -116,6 +118,8 @@ def scaled(optimizer: optax.GradientTransformation, multipliers: Mapping[str, Sc
     >>> {name: round(float(u[0]), 4) for name, u in updates.items()}
     {'b': -0.1, 'w': -0.025}
     """
+    if isinstance(optimizer, optax.MultiSteps):
+        optimizer = optimizer.gradient_transformation()
     if not (isinstance(optimizer, tuple) and callable(getattr(optimizer, "update", None))):
         raise TypeError(f"optimizer must be an optax optimizer, not {optimizer!r}")
     if kind is not None and kind not in KINDS:

@@ -292,8 +292,8 @@ class _Reader:
             (own,) = plain[0] - steps
             if own[0] == "is":
                 self.found.real[self._paths[own[1]]] = False
-                made = self._space({min(steps)[1]}, turns)
-                return frozenset({("pole", made[1] | {own[1]})})
+                pole = self._space({min(steps)[1]}, turns)
+                return frozenset({("pole", pole[1] | {own[1]})})
         for atoms in turns:
             if len(atoms) == 1 and (atom := min(atoms, key=str))[0] in ("is", "exp"):
                 made.add(("turn", frozenset({atom[1]}), atom[0] == "exp"))
