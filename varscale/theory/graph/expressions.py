@@ -61,6 +61,11 @@ class Sum(Node):
 
     entrywise = True
 
+    @functools.cached_property
+    def terms(self) -> list[tuple[float, View]]:
+        """Weights and arrays."""
+        return list(zip(self.params, self.args, strict=True))
+
     def prepare(self) -> None:
         self.is_centred = any(view.node.averages for view in self.args)
         self.odd = functools.reduce(lambda bits, view: bits & view.node.odd, self.args, -1)
@@ -69,7 +74,7 @@ class Sum(Node):
     @functools.cached_property
     def centring(self) -> dict[int, int]:
         """Terms that another term takes the mean of away: index of the term to index of its mean."""
-        pairs = list(enumerate(zip(self.params, self.args, strict=True)))
+        pairs = list(enumerate(self.terms))
         return {
             i: j
             for j, (d, mean) in pairs
@@ -158,7 +163,7 @@ def weighted_sum(view: View) -> tuple[list[tuple[float, View]], float]:
     if not isinstance(view.node, Sum):
         return [(c, view)] if c else [], offset
     out: list[tuple[float, View]] = []
-    for weight, child in zip(view.node.params, view.node.args, strict=True):
+    for weight, child in view.node.terms:
         inner, shift = weighted_sum(child.within(view.bind))
         out += [(c * weight * d, v) for d, v in inner]
         offset += c * weight * shift

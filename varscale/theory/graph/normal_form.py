@@ -135,9 +135,7 @@ def total(graph: Graph, weights: Sequence[float], axes: tuple[Axis, ...], views:
 def _cancelled(terms: Sequence[tuple[float, View]]) -> list[tuple[float, View]] | None:
     """A sum of sums of which parts cancel (what was taken from logits and given back), without those; None where none do."""
     parts = [
-        [(c * d, child.within(v.bind)) for d, child in zip(v.node.params, v.node.args, strict=True)]
-        if isinstance(v.node, Sum)
-        else [(c, v)]
+        [(c * d, child.within(v.bind)) for d, child in v.node.terms] if isinstance(v.node, Sum) else [(c, v)]
         for c, v in terms
     ]
     uses = defaultdict[View, list[tuple[int, float]]](list)

@@ -257,9 +257,7 @@ def _with_sum_written_out(node: Node, target: Sum) -> Node:
     """An elementwise tree with one of its roots, a sum, written out as a tree of its terms."""
     add = functools.partial(node.graph.make, Apply, params=("add", ()))
     if node is target:
-        terms = (
-            View(affine(x.node, c, 0.0), x.bind) for c, x in zip(target.params, target.args, strict=True)
-        )
+        terms = (View(affine(x.node, c, 0.0), x.bind) for c, x in target.terms)
         return functools.reduce(lambda a, b: add(target.axes, [a, b]).whole, terms).node
     if not isinstance(node, Apply) or all(root.node is not target for root in roots(node)):
         return node

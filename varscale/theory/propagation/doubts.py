@@ -208,7 +208,7 @@ def lost_excess_of_merge(node: Merge) -> float:
 
 @lost_excess_of.register(Sum)
 def lost_excess_of_sum(node: Sum) -> float:
-    terms = [(c, v.node) for c, v in zip(node.params, node.args, strict=True) if not v.node.averages]
+    terms = [(c, v.node) for c, v in node.terms if not v.node.averages]
     whole = sum(c * c * x.table.mean_square for c, x in terms)
     return sum(c * c * x.table.mean_square / max(whole, 1e-300) * lost_excess(x) for c, x in terms)
 

@@ -94,7 +94,7 @@ def _error_weights(node: Sum) -> list[float]:
     own share. A number has no variance, and of an array less its own mean the two are off together.
     """
     taken = set(node.centring.values())
-    terms = list(zip(node.params, node.args, strict=True))
+    terms = node.terms
     weights = []
     for i, (c, view) in enumerate(terms):
         own = c * c * view.node.table.mean_square

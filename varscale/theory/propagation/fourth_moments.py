@@ -241,7 +241,7 @@ def _correlation_scatter(node: Node) -> np.ndarray:
         rate = np.clip(node.table.covariance / max(node.table.variance, 1e-300), 0, 1)
         return rate * (1 - rate)
     if isinstance(node, Sum) and whole > 0:  # the mean of what is centred is 0, or below it by rounding
-        for c, view in zip(node.params, node.args, strict=True):
+        for c, view in node.terms:
             share = c * c * view.node.table.mean_square / whole
             inner = _correlation_scatter(view.node)
             out = out + share**2 * view.over(inner, node.axes, pairs=True)

@@ -208,9 +208,7 @@ def integral_key(view: View) -> Hashable | None:
 
 def term_shares(node: Sum) -> np.ndarray:
     """c² E[x²] of each term of a sum, over all of them; by rounding the mean of what is centred may be below 0."""
-    squares = [
-        c * c * max(view.node.table.mean_square, 0.0) for c, view in zip(node.params, node.args, strict=True)
-    ]
+    squares = [c * c * max(view.node.table.mean_square, 0.0) for c, view in node.terms]
     return np.array(squares) / max(sum(squares), 1e-300)
 
 
@@ -309,7 +307,7 @@ def scatter_of_sum(root: Sum) -> np.ndarray | None:
     whole = max(root.table.mean_square, 1e-300)
     found = [
         (c * c * view.node.table.mean_square / whole) ** 2 * view.over(own, root.axes, pairs=True)
-        for c, view in zip(root.params, root.args, strict=True)
+        for c, view in root.terms
         if (own := scatter(view.node)) is not None
     ]
     return np.asarray(sum(found)) if found else None

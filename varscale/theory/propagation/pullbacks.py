@@ -92,7 +92,7 @@ def shared_by_mean(second: np.ndarray, axes: Sequence[int], frame: Sequence[Axis
 @pullback.register(Sum)
 def pullback_of_sum(node: Sum, cotangent: np.ndarray, notes: BackwardNotes) -> list[np.ndarray | None]:
     out: list[np.ndarray | None] = []
-    for i, (c, view) in enumerate(zip(node.params, node.args, strict=True)):
+    for i, (c, view) in enumerate(node.terms):
         passed = cotangent
         if i in node.centring:
             mean = node.args[node.centring[i]]
@@ -226,7 +226,7 @@ def _below(path: _Path) -> Iterator[_Path]:
     node, bind = path.view
     if isinstance(node, Sum) and path.over is None:
         centred = {*node.centring, *node.centring.values()}
-        for i, (c, view) in enumerate(zip(node.params, node.args, strict=True)):
+        for i, (c, view) in enumerate(node.terms):
             if i not in centred:
                 yield path._replace(view=view.within(bind), factor=path.factor * c)
     elif isinstance(node, Apply) and path.slope is None:

@@ -148,7 +148,7 @@ def sampled_from_sum(node: Sum, drawing: Drawing, positions: Positions) -> np.nd
     """The terms, where all means among them are as good as of all."""
     if not all(is_drawn_whole(view.node, drawing) for view in node.args if isinstance(view.node, Mean)):
         return None
-    terms = zip(node.params, node.args, strict=True)
+    terms = node.terms
     found = [c * drawing.values(term, node.axes, positions) for c, term in terms]
     return _over_positions(sum(found, np.zeros(1, np.float32)), positions)
 

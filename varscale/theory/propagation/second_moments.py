@@ -259,7 +259,7 @@ def cross_by_kind_of_apply(node: Apply, a: View, b: View, frame: Axes) -> np.nda
 @second_moments.register(Sum)
 def second_moments_of_sum(node: Sum) -> Table:
     refuse_two_places(node.args)
-    terms = list(zip(node.params, node.args, strict=True))
+    terms = node.terms
     mean = np.zeros([a.classes for a in node.axes]) + sum(c * x.mean(node.axes) for c, x in terms)
     second = np.zeros(node.frame_types) + sum(c * c * x.second(node.axes) for c, x in terms)
     unsure = []

@@ -55,9 +55,7 @@ def quantiles_of_sum(root: Sum, table: Table, deviation: np.ndarray) -> np.ndarr
     """Quantiles of a sum on the normal grid, (classes..., points), moments matched; None where it is as good as Gaussian."""
     if root.is_variance:
         return None
-    parts = [
-        _Part(c, view, _shaping(view, root.axes)) for c, view in zip(root.params, root.args, strict=True)
-    ]
+    parts = [_Part(c, view, _shaping(view, root.axes)) for c, view in root.terms]
     # A tenth of the variance moves a fourth moment by a hundredth: below that the sum is as good as Gaussian.
     alive = sum(p.weight**2 * p.view.node.table.variance for p in parts if p.live)
     if alive < 0.1 * max(table.variance, 1e-300):

@@ -253,7 +253,7 @@ def _taken(x: Tokens) -> Mixture:
 
 def _of_a_sum(x: Tokens, node: Sum) -> Mixture | None:
     """Branches of a stream: o = Σ w o_i, and what one has of another's direction."""
-    terms = [(c * c, tokens_of(v, *x[1:])) for c, v in zip(node.params, node.args, strict=True)]
+    terms = [(c * c, tokens_of(v, *x[1:])) for c, v in node.terms]
     terms = [(scale, y) for scale, y in terms if y.tokens and y.features]
     shares = np.array([scale * max(own_part(y), 0.0) for scale, y in terms])
     shares = shares / max(shares.sum(), 1e-300)

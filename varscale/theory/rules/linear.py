@@ -158,7 +158,7 @@ def _uses(view: View, leaf: Node) -> Iterator[tuple[float, View]]:
         if isinstance(node, Contract | Gather) and any(v.node is leaf for v in node.args):
             yield slope, View(node, bind)
         elif isinstance(node, Sum):
-            pending += [(c * slope, x.within(bind)) for c, x in zip(node.params, node.args, strict=True)]
+            pending += [(c * slope, x.within(bind)) for c, x in node.terms]
         elif isinstance(node, Softmax):  # ∂p/∂l = p (1 − p)
             share = node.table.total_mean - node.table.mean_square
             pending.append((share * slope, node.args[0].within(bind)))
