@@ -56,7 +56,7 @@ from varscale.theory.rules import (  # noqa: F401
     lookup,
     random,
     reductions,
-    softmax_recognition,
+    softmax,
 )
 from varscale.theory.rules.random import input_leaf, is_weight
 from varscale.theory.rules.registry import (

@@ -18,7 +18,7 @@ from varscale.theory.domain.axes import Axis, outer
 from varscale.theory.domain.tables import LOOSE, NEGLIGIBLE, ROUGH
 from varscale.theory.graph.convolutions import Conv
 from varscale.theory.graph.expressions import Apply, Mean, Sum, factors, roots, roots_of
-from varscale.theory.graph.linear_nodes import Merge, weight_of
+from varscale.theory.graph.linear_nodes import Concat, Merge, weight_of
 from varscale.theory.graph.nodes import UNKNOWN, Array, Constant, Leaf, Node, View
 from varscale.theory.graph.store import Fact, once_per_node
 from varscale.theory.integrals.hermite_series import WEIGHTS, on_grid
@@ -193,7 +193,8 @@ def lost_excess_of(node: Node) -> float:
     """
     below = [v.node for v in node.args if not isinstance(v.node, Leaf | Array | Constant)]
     linear = node.width is not None and len(below) == 1
-    return max(map(lost_excess, below), default=0.0) if linear or node.moves else 0.0
+    passed = linear or node.moves or isinstance(node, Concat)
+    return max(map(lost_excess, below), default=0.0) if passed else 0.0
 
 
 @lost_excess_of.register(Merge)

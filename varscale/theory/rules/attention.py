@@ -36,12 +36,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from varscale.theory.domain.axes import apply_axis, contract_axis, outer, shares
+from varscale.theory.domain.axes import apply_axis, averaging, contract_axis, outer, shares
 from varscale.theory.domain.axis_maps import lift_types
-from varscale.theory.domain.tables import lift
+from varscale.theory.domain.tables import full_along, lift
 from varscale.theory.graph.expressions import Apply, roots, weighted_sum
 from varscale.theory.graph.linear_nodes import Contract, weight_of
-from varscale.theory.graph.nodes import Leaf, View
+from varscale.theory.graph.nodes import View
 from varscale.theory.graph.store import BackwardNotes
 from varscale.theory.integrals.softmax import apart
 from varscale.theory.propagation.marginals import cofactors
@@ -66,19 +66,12 @@ SHARED_DOUBT = 0.03
 
 
 class Attention(NamedTuple):
-    """A contraction Σ p v of softmax weights with values.
+    """A contraction Σ p v of softmax weights with values."""
 
-    Attributes:
-        weights: the softmax.
-        place: where the weights' axes are in the contraction's frame.
-        values: the values, over that frame.
-        kept: the mean of what dropout multiplies weights by, squared.
-    """
-
-    weights: Any
-    place: tuple[int, ...]
-    values: View
-    kept: float
+    weights: Any  # the softmax
+    place: tuple[int, ...]  # where its axes are in the contraction's frame
+    values: View  # over that frame
+    kept: float  # the mean of what dropout multiplies weights by, squared
 
     @property
     def key(self) -> int:
@@ -91,21 +84,13 @@ class Attention(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """The product of queries and keys that logits are made of.
+    """The product of queries and keys, tokens of one head, that logits are made of."""
 
-    Attributes:
-        product: it, over the logits' frame.
-        slope: the square of what it is multiplied by.
-        queries: queries of one head, as tokens.
-        keys: keys of one head, as tokens.
-        place: which argument of the product the queries are.
-    """
-
-    product: View
-    slope: float
+    product: View  # over the logits' frame
+    slope: float  # the square of what it is multiplied by
     queries: Tokens
     keys: Tokens
-    place: int
+    place: int  # which argument of the product the queries are
 
 
 def attention_of(node: Any) -> Attention | None:
@@ -114,11 +99,10 @@ def attention_of(node: Any) -> Attention | None:
         p, kept = weights, 1.0
         if isinstance(weights.node, Apply) and weights.node.params[0] == "mul":  # dropout, of each by itself
             for x, mask in (weights.node.args, weights.node.args[::-1]):
-                drawn = all(isinstance(root.node, Leaf) and root.node.is_bits for root in roots(mask.node))
+                drawn = all(root.node.is_bits for root in roots(mask.node))
                 if drawn and x.node.shares and x.bind[x.node.params] in mask.bind:
                     p, kept = x.within(weights.bind), mask.node.table.total_mean**2
-        # Shares of something else than what is added up, a capsule's of those above it, are no weights of an
-        # average.
+        # Shares of what is not added up, a capsule's of those above it, are no weights of an average.
         if p.node.shares and len(node.axes) <= p.bind[p.node.params] in v.bind:
             return Attention(p.node, p.bind, v, kept)
     return None
@@ -131,7 +115,7 @@ def scores(weights: Any) -> Scores | None:
         of_two = isinstance(node, Contract) and weight_of(node) is None
         for place, query in enumerate(node.args if of_two else ()):
             if not along & set(query.bind):
-                key, summed = node.args[1 - place], range(len(node.axes), len(node.axes) + len(node.params))
+                key, summed = node.args[1 - place], range(len(node.axes), len(node.frame))
                 # Heads and samples are along axes that both have.
                 queries = tokens_of(query, set(query.bind) - set(key.bind), summed)
                 keys = tokens_of(key, along, summed)
@@ -143,30 +127,19 @@ def scores(weights: Any) -> Scores | None:
 def gain_of_queries(weights: Any, notes: BackwardNotes, passed: np.ndarray, kept: np.ndarray) -> float | None:
     """Second moment that queries' cotangents gain because keys and values see the same tokens (2.).
 
-    It is left with the product of queries and keys, whose pullback adds it to what comes back from the softmax.
-
-    Args:
-        weights: the softmax.
-        notes: of the backward pass: the values' tokens are read, the gain of the queries is written.
-        passed: by type of the rows, what a cotangent has of a key's own.
-        kept: by type of the rows, the mean square that the weights' Jacobian keeps of it.
-
-    Returns:
-        The part of the queries' cotangents that this is; none where it is not known.
+    Noted for the product of queries and keys, whose pullback adds it. By type of rows, `passed` is what a cotangent has of a
+    key's own, `kept` the mean square that the Jacobian keeps of it. Returns its share of the queries' cotangents, if known.
     """
     found, values = scores(weights), notes.values.get(weights.id)
-    tokens = None if found is None else projected(found.keys)
-    if found is None or tokens is None or values is None:
+    if found is None or values is None or (tokens := projected(found.keys)) is None:
         return None
     several = np.clip(1 - (weights.seen * weights.weights.square).sum(-1), 0, 1) ** 2
     share = overlap(tokens, values) * own_part(found.keys)
-    gain = (
-        share / max(found.keys.node.table.mean_square, 1e-300) * passed * weights.read(several) * weights.own
-    )
-    axes = [weights.axes[k] for k in weights.rows]
-    rows = outer(a.same for a in axes)
-    part = float((gain * rows).sum() / max(((gain + kept) * rows).sum(), 1e-300))
-    gain = found.slope * np.multiply.outer(gain, weights.keys.agrees / weights.keys.size)
+    share /= max(found.keys.node.table.mean_square, 1e-300)
+    gain = share * passed * weights.read(several) * outer(a.agrees for a in weights.row_axes)
+    own, keys = averaging(weights.row_axes), weights.keys
+    part = float(own @ gain.ravel() / max(own @ (gain + kept).ravel(), 1e-300))
+    gain = found.slope * np.multiply.outer(gain, keys.agrees / keys.size)
     gain = sum_out(np.moveaxis(gain, -1, weights.params), weights.axes, found.product)
     notes.gains[found.product.node.id] = found.place, gain
     return part
@@ -190,8 +163,7 @@ def key_directions(weights: Any) -> float:
 
 def logit_scatter(weights: Any) -> float:
     """Relative variance, between queries, of the logits' variance (3.); in a product of both d is counted once."""
-    found = scores(weights)
-    if found is None:
+    if (found := scores(weights)) is None:
         return 0.0
     out = 1 / found.keys.count
     if (tokens := projected(found.keys)) is not None:
@@ -203,53 +175,43 @@ def logit_scatter(weights: Any) -> float:
 
 def tilted(node: Any) -> np.ndarray | float:
     """What Σ p v gains because weights and values see the same tokens (1.), by type of the output of a contraction."""
-    attention = attention_of(node)
-    if attention is None:
+    if (attention := attention_of(node)) is None:
         return 0.0
-    key, v, p = attention.key, attention.values, attention.weights
+    (p, place, v, kept), key, frame = attention, attention.key, node.frame
     tokens, found = projected(attention.projections()), scores(p)
     if tokens is None or not p.deps & tokens.node.deps:
         return 0.0
     keys = None if found is None else projected(found.keys)
     # V of what they have in common
     seen_by_both = overlap(tokens) if keys is None else overlap(keys, tokens)
-    frame = node.frame
-    sizes = [axis.types if k in v.bind else 1 for k, axis in enumerate(frame)]
-    values = np.broadcast_to(v.second(frame), sizes)
     # What a value varies by along the keys, those of one class compared with each other.
-    c = frame[key].classes
+    values, c = full_along(v.second(frame), key, frame[key]), frame[key].classes
     differ = np.take(values, range(c), axis=key) - np.take(values, c + np.arange(c) * (c + 1), axis=key)
     deviation = contract_axis(np.maximum(differ, 0.0), key, frame[key].counts / frame[key].size)
-    rows = p.rows
-    gain = lift(p.tilt, [p.axes[k] for k in rows], [attention.place[k] for k in rows], frame, pairs=True)
-    gain = deviation * gain.squeeze(key) * seen_by_both * attention.kept
-    return np.broadcast_to(gain, node.frame_types)
+    gain = lift(p.tilt, p.row_axes, [place[k] for k in p.rows], frame, pairs=True).squeeze(key)
+    return np.broadcast_to(deviation * gain * seen_by_both * kept, node.frame_types)
 
 
 def note_values(node: Contract, notes: BackwardNotes) -> None:
     """Note which tokens the values of an attention are made of, for the cotangents behind its weights."""
     attention = attention_of(node)
-    values = None if attention is None else projected(attention.projections())
-    if attention is not None and values is not None:
+    if attention is not None and (values := projected(attention.projections())) is not None:
         notes.values[attention.weights.id] = values
 
 
 @mixture_of_sum.register(Contract)
 def mixed(node: Contract, x: Tokens) -> Mixture | None:
     """How the overlap of two outputs Σ p v is made of that of two values and of two queries (4.)."""
-    attention = attention_of(node)
-    if attention is None:
+    if (attention := attention_of(node)) is None:
         return None
-    values, found = attention.projections(), scores(attention.weights)
+    p, values, found = attention.weights, attention.projections(), scores(attention.weights)
     source = None if found is None else projected(found.queries)
     if found is None or source is None or not (values.tokens and values.features and found.queries.tokens):
         return white(x)
-    queries = found.queries
+    count, keys = found.queries.count, float(p.seen.sum(-1).mean())
     heads = math.prod(x.node.axes[k].size for k in x.features if k in attention.place)
-    p = attention.weights
-    keys = float(p.seen.sum(-1).mean())
     rows = [k for k, row in enumerate(p.rows) if attention.place[row] in x.tokens]
-    variance = own_beyond_pairs(p.deviation.mean(-1), [p.axes[k] for k in p.rows], rows)
+    variance = own_beyond_pairs(p.deviation.mean(-1), p.row_axes, rows)
     chance = _by_chance(p, rows)
     slope = chance * (variance / math.expm1(variance) if 0 < variance < 50 else float(variance <= 0))
     gain = own_beyond_pairs(np.asarray(tilted(x.node)), x.node.axes, x.tokens)
@@ -257,45 +219,36 @@ def mixed(node: Contract, x: Tokens) -> Mixture | None:
     v_values, v_tokens = (covariance(tokens, tokens) for tokens in (values, source))
     ratio = 1 / (v_tokens * keys)
     squared = v_tokens * (1 + 6 * ratio + 6 * ratio**2 + ratio**3) / (1 + ratio) ** 2
-    noise = (1 - tilt) ** 2 * (chance**2 / keys + v_values + slope**2 / queries.count)
-    noise += tilt**2 * (3 / queries.count + squared - v_tokens)
-    noise += 2 * tilt * (1 - tilt) / values.count
+    noise = (1 - tilt) ** 2 * (chance**2 / keys + v_values + slope**2 / count)
+    noise += tilt**2 * (3 / count + squared - v_tokens) + 2 * tilt * (1 - tilt) / values.count
     return Mixture([values, source], [0.0, (1 - tilt) * slope + tilt], noise / heads)
 
 
 def _by_chance(p: Any, rows: Sequence[int]) -> float:
     """What part of what a row of weights has of its own is due to the logits, the rest being that of the keys that it sees."""
-    classes = tuple(p.axes[k] for k in p.rows)
-    seen, whole = p.seen, p.seen * p.weights.first
+    whole = p.seen * p.weights.first
     mean = whole / whole.sum(-1, keepdims=True)
-    drawn = (seen * p.weights.square - mean**2 / np.maximum(seen, 1e-300)).sum(-1)
+    drawn = (p.seen * p.weights.square - mean**2 / np.maximum(p.seen, 1e-300)).sum(-1)
     squares = contract_axis(p.table.second, p.params, p.keys.same) * p.keys.size
-    own = own_beyond_pairs(squares, classes, rows)
-    return float(np.clip(shares(classes) @ drawn.ravel() / max(own, 1e-300), 0, 1))
+    own = own_beyond_pairs(squares, p.row_axes, rows)
+    return float(np.clip(shares(p.row_axes) @ drawn.ravel() / max(own, 1e-300), 0, 1))
 
 
 def of_alike_keys(weights: View, values: View, node: Any, square: float) -> float:
     """The doubt of taking keys of one class for independent where they are alike: mask tokens, say, which are one row repeated.
 
     With κ what the logits of two keys of a class have in common beyond any two, the weight of a class with the share f of keys
-    varies by f² (1 − f)² κ to leading order, of which independent logits have nothing. The sum over the keys varies by that
-    times the mean square by which the class's mean value differs from that of all.
-
-    Args:
-        weights: softmax weights, over the frame of the contraction.
-        values: what they add up.
-        node: the contraction.
-        square: its mean square.
+    varies by f² (1 − f)² κ to leading order, of which independent logits have nothing. The sum over the keys, a contraction of
+    this mean square, varies by that times the mean square by which the class's mean value differs from that of all.
     """
     p: Any = weights.node
-    rows, axis, c = tuple(p.axes[k] for k in p.rows), p.keys, p.keys.classes
-    place = weights.bind[p.params]
+    axis, c, place = p.keys, p.keys.classes, weights.bind[p.params]
     if c == 1 or place not in values.bind or node.frame[place] != axis:
         return 0.0
-    logits = p.by_key(np.broadcast_to(p.args[0].second(p.axes), p.frame_types))
-    alike = _beyond_any_two(logits[tuple(slice(a.classes) for a in rows)], p.seen) * (p.seen > 1)
+    logits = np.moveaxis(np.broadcast_to(p.args[0].second(p.axes), p.frame_types), p.params, -1)
+    alike = _beyond_any_two(p.of_one(logits), p.seen) * (p.seen > 1)
     part = p.seen / np.maximum(p.seen.sum(-1, keepdims=True), 1e-300)
-    varied = shares(rows) @ (part**2 * (1 - part) ** 2 * alike).reshape(-1, c)
+    varied = shares(p.row_axes) @ (part**2 * (1 - part) ** 2 * alike).reshape(-1, c)
     table = values.node.table.second
     for k in reversed(range(len(values.bind))):
         own, here = values.node.axes[k], values.bind[k] == place

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -29,7 +29,6 @@ from varscale.theory.graph.nodes import (
 from varscale.theory.graph.normal_form import broadcast
 from varscale.theory.graph.store import BackwardNotes
 from varscale.theory.propagation.cross_moments import cross
-from varscale.theory.propagation.doubts import lost_excess, lost_excess_of
 from varscale.theory.propagation.inherited_fluctuations import Spread, combine, inherited, propagated
 from varscale.theory.propagation.pullbacks import sum_out
 from varscale.theory.rules.axis import take, take_view
@@ -39,118 +38,99 @@ from varscale.theory.rules.sampled_regions import drawn_region
 _MANY_PARTS = 24  # parts above which they are drawn with what they are joined for, where that can be
 
 
-class Part(NamedTuple):
-    """One of the arrays that are joined.
-
-    Attributes:
-        view: it, over a frame.
-        axes: that frame, with the part's own axis in place of the whole one.
-        where: the map of its axis to the whole one; all parts' maps add up to the whole.
-    """
-
-    view: View
-    axes: tuple[Axis, ...]
-    where: AxisMap
-
-
-def _parts(views: Sequence[View], sizes: Sequence[int], axes: Sequence[Axis], k: int) -> list[Part]:
-    """Arrays over a frame of axes, one after another along axis k."""
-    out = list[Part]()
-    for view, n, start in zip(views, sizes, itertools.accumulate(sizes, initial=0), strict=False):
-        own = view.node.axes[view.bind.index(k)] if k in view.bind else Axis(n)
-        out.append(Part(view, (*axes[:k], own, *axes[k + 1 :]), _placed_part(own, start, axes[k])))
-    return out
+def _parts(
+    views: Sequence[View], sizes: Sequence[int], axes: Sequence[Axis], k: int
+) -> list[tuple[View, AxisMap]]:
+    """Arrays over a frame, one after another along axis k, each with the map of its axis to the whole one."""
+    own = [
+        v.node.axes[v.bind.index(k)] if k in v.bind else Axis(n) for v, n in zip(views, sizes, strict=True)
+    ]
+    starts = itertools.accumulate(sizes, initial=0)
+    return [(v, _placed(axis, at, axes[k])) for v, axis, at in zip(views, own, starts, strict=False)]
 
 
 @functools.cache
-def _placed_part(part: Axis, start: int, whole: Axis) -> AxisMap:
+def _placed(part: Axis, start: int, whole: Axis) -> AxisMap:
     return entry_map(start + np.arange(part.size), np.arange(part.size), whole, part)
 
 
 @part_of.register(Concat)
 def part_of_concat(node: Concat, k: int, start: int, stop: int) -> Node | None:
-    """Positions start, ..., stop − 1 of axis k, where the parts are joined along it: what is left of each, joined."""
+    """Positions start, ..., stop − 1 of axis k, where parts are joined along it: what is left of each, joined."""
     along, sizes = node.params
     if k != along:
         return None
     starts = itertools.accumulate(sizes, initial=0)
     spans = [(max(start - at, 0), min(stop - at, n)) for at, n in zip(starts, sizes, strict=False)]
-    cut = [(view, span) for view, span in zip(node.args, spans, strict=True) if span[0] < span[1]]
-    left = [take_view(view, k, *span) for view, span in cut]
+    cut = [(view, *span) for view, span in zip(node.args, spans, strict=True) if span[0] < span[1]]
+    left = [take_view(view, k, first, last) for view, first, last in cut]
+    whole = Axis(stop - start) if len(left) == 1 else labelled(node.axes[k].label_array[start:stop])
+    axes = (*node.axes[:k], whole, *node.axes[k + 1 :])
     if len(left) > 1:
-        axes = (*node.axes[:k], labelled(node.axes[k].label_array[start:stop]), *node.axes[k + 1 :])
-        return node.graph.make(Concat, axes, left, (k, tuple(last - first for _, (first, last) in cut)))
+        return node.graph.make(Concat, axes, left, (k, tuple(last - first for _, first, last in cut)))
     child, bind = left[0]
-    missing = [j for j in range(len(node.axes)) if j not in bind and (j != k or stop - start > 1)]
+    missing = [j for j, axis in enumerate(axes) if j not in bind and axis.size > 1]
     if missing and not isinstance(child, Constant):  # along those axes it is constant
-        along_them = (Axis(stop - start) if j == k else node.axes[j] for j in missing)
-        child, bind = broadcast(child, (*child.axes, *along_them)), (*bind, *missing)
-    return permute(child, [int(m) for m in np.argsort(bind)])
+        child, bind = broadcast(child, (*child.axes, *(axes[j] for j in missing))), (*bind, *missing)
+    return permute(child, np.argsort(bind).tolist())
 
 
 @second_moments.register(Concat)
 def second_moments_of_concat(node: Concat) -> Table:
-    k, sizes = node.params
-    mean, parts = np.zeros([a.classes for a in node.axes]), _parts(node.args, sizes, node.axes, k)
-    for view, axes, where in parts:
-        mean += apply_axis(np.broadcast_to(view.mean(axes), [a.classes for a in axes]), k, where.means())
-    return Table(node.axes, mean, _joined_pairs(parts, parts, node.axes, k))
+    (k, sizes), axes = node.params, node.axes
+    mean, parts = np.zeros([a.classes for a in axes]), _parts(node.args, sizes, axes, k)
+    for view, where in parts:
+        own = [where.inner if i == k else a for i, a in enumerate(axes)]
+        mean += apply_axis(np.broadcast_to(view.mean(own), [a.classes for a in own]), k, where.means())
+    return Table(axes, mean, _joined_pairs(parts, parts, axes, k))
 
 
-def _joined_pairs(ours: list[Part], others: list[Part], axes: Sequence[Axis], k: int) -> np.ndarray:
+def _joined_pairs(
+    ours: list[tuple[View, AxisMap]], others: list[tuple[View, AxisMap]], axes: Sequence[Axis], k: int
+) -> np.ndarray:
     """E[x_i y_j] by type, for x and y joined of parts along axis k: every part with every part."""
-    second = np.zeros([a.types for a in axes])
-    for mine, theirs in itertools.product(ours, others):
-        if mine.axes == theirs.axes:
-            table = full_types(cross(mine.view, theirs.view, mine.axes), mine.axes)
-            second += apply_axis(table, k, pair_counts(mine.where, theirs.where))
-        else:
-            second[(slice(None),) * k + (slice(axes[k].classes, None),)] += _unlike(mine, theirs, k)
+    second, (classes, pairs) = np.zeros([a.types for a in axes]), (axes[k].classes, axes[k].pairs)
+    for (a, mine), (b, theirs) in itertools.product(ours, others):
+        if mine.inner == theirs.inner:
+            own = (*axes[:k], mine.inner, *axes[k + 1 :])
+            second += apply_axis(full_types(cross(a, b, own), own), k, pair_counts(mine, theirs))
+            continue
+        # Positions of unlike axes never agree: a last axis for each, of which pairs of classes count.
+        last = len(axes) - 1
+        frame = (*axes[:k], *axes[k + 1 :], mine.inner, theirs.inner)
+        views = (
+            View(v.node, tuple(last + i if p == k else p - (p > k) for p in v.bind))
+            for i, v in enumerate((a, b))
+        )
+        # Of two classes along one of them only its own counts.
+        (c, n), (d, m) = ((axis.classes, axis.types) for axis in frame[last:])
+        at = np.minimum(c * np.arange(1, c + 1), n - 1)[:, None], np.minimum(d + np.arange(d), m - 1)
+        table = full_types(cross(*views, frame), frame)[(..., *at)]
+        members = (where.means() * where.out.counts[:, None] for where in (mine, theirs))
+        matrix = np.kron(*members) / np.maximum(pairs[classes:, None], 1.0)
+        table = np.moveaxis(table.reshape(*table.shape[:last], -1), -1, k)
+        second[(slice(None),) * k + (slice(classes, None),)] += apply_axis(table, k, matrix)
     return second
-
-
-def _unlike(mine: Part, theirs: Part, k: int) -> np.ndarray:
-    """E[a_i b_j] of parts of unlike axes, by type of the other axes and pair of classes of the whole along axis k.
-
-    Their positions never agree: the product of class means on this axis, types elsewhere.
-    """
-    parts, last = (mine, theirs), len(mine.axes) - 1
-    frame = (*mine.axes[:k], *mine.axes[k + 1 :], *(part.axes[k] for part in parts))
-    a, b = (
-        View(part.view.node, tuple(last + i if p == k else p - (p > k) for p in part.view.bind))
-        for i, part in enumerate(parts)
-    )
-    # Each has one of the last two axes: of two classes along it only its own counts.
-    (c, n), (d, m) = ((axis.classes, axis.types) for axis in frame[last:])
-    at = np.minimum(c * np.arange(1, c + 1), n - 1)[:, None], np.minimum(d + np.arange(d), m - 1)
-    table = full_types(cross(a, b, frame), frame)[(..., *at)]
-    whole = mine.where.out
-    ours, others = (part.where.means() * whole.counts[:, None] for part in parts)
-    matrix = np.kron(ours, others) / np.maximum(whole.pairs[whole.classes :, None], 1.0)
-    return apply_axis(np.moveaxis(table.reshape(*table.shape[:last], -1), -1, k), k, matrix)
 
 
 @cross_by_kind.register(Concat)
 def cross_by_kind_of_concat(node: Concat, a: View, b: View, frame: Sequence[Axis]) -> np.ndarray | None:
     """Against anything that runs over the same axis: cut that where the parts meet."""
     (k, sizes), starts = node.params, itertools.accumulate(node.params[1], initial=0)
-    place = a.bind[k]
+    place, mine = a.bind[k], [v.within(a.bind) for v in node.args]
     cut = [take_view(b, place, at, at + n) for at, n in zip(starts, sizes, strict=False)]
-    ours, theirs = (
-        _parts(views, sizes, frame, place) for views in ([v.within(a.bind) for v in node.args], cut)
-    )
+    ours, theirs = (_parts(views, sizes, frame, place) for views in (mine, cut))
     return _joined_pairs(ours, theirs, frame, place)
 
 
 @pullback.register(Concat)
 def pullback_of_concat(node: Concat, cotangent: np.ndarray, notes: BackwardNotes) -> list[np.ndarray | None]:
     """Of each part the slice of the cotangent."""
-    k, sizes = node.params
-    out = list[np.ndarray | None]()
-    for view, axes, where in _parts(node.args, sizes, node.axes, k):
-        counts = adjoint(pair_counts(where), where.out, where.inner)
-        part = sum_out(apply_axis(cotangent, k, counts), axes, view)
-        out.append(None if isinstance(view.node, Constant) else part)
+    (k, sizes), out = node.params, list[np.ndarray | None]()
+    for view, where in _parts(node.args, sizes, node.axes, k):
+        own = (*node.axes[:k], where.inner, *node.axes[k + 1 :])
+        part = apply_axis(cotangent, k, adjoint(pair_counts(where), where.out, where.inner))
+        out.append(None if isinstance(view.node, Constant) else sum_out(part, own, view))
     return out
 
 
@@ -158,15 +138,8 @@ def pullback_of_concat(node: Concat, cotangent: np.ndarray, notes: BackwardNotes
 def propagated_of_concat(node: Concat) -> Spread:
     """Of a mean of the parts' mean squares, each logarithm counts by its part's share: a padding of zeros changes nothing."""
     shares = [n * view.node.table.mean_square for view, n in zip(node.args, node.params[1], strict=True)]
-    whole = max(sum(shares), 1e-300)
-    return combine(
-        [(share / whole, inherited(view.node)) for share, view in zip(shares, node.args, strict=True)]
-    )
-
-
-@lost_excess_of.register(Concat)
-def lost_excess_of_concat(node: Concat) -> float:
-    return max(lost_excess(view.node) for view in node.args)
+    parts = zip(shares, node.args, strict=True)
+    return combine([(share / max(sum(shares), 1e-300), inherited(view.node)) for share, view in parts])
 
 
 def concatenate(graph: Any, xs: Sequence[Value], d: int) -> Value:
@@ -175,13 +148,10 @@ def concatenate(graph: Any, xs: Sequence[Value], d: int) -> Value:
     sizes, rank = [x.shape[d] for x in xs], len(xs[0].dims)
     # The other dimensions must be factored alike: align them, each one's own being a further dimension.
     apart = [
-        Value(
-            x.node,
-            (*x.dims[:d], (), *x.dims[d + 1 :], *(x.dims[d] if i == j else () for j in range(len(xs)))),
-        )
+        (*x.dims[:d], (), *x.dims[d + 1 :], *(x.dims[d] if i == j else () for j in range(len(xs))))
         for i, x in enumerate(xs)
     ]
-    frame, views, dims = layout.align(apart)
+    frame, views, dims = layout.align([Value(x.node, own) for x, own in zip(xs, apart, strict=True)])
     own = [next((atom.axis for atom in dim), None) for dim in dims[rank:]]
     others = [k for k in range(len(frame)) if k not in own]
     parts = [np.zeros(n, int) if k is None else frame[k].label_array for k, n in zip(own, sizes, strict=True)]
@@ -195,15 +165,6 @@ def concatenate(graph: Any, xs: Sequence[Value], d: int) -> Value:
     return Value(node, (*out[:d], (Atom(sum(sizes), 0),), *out[d + 1 :]))
 
 
-@rule("concatenate", "stack")
-def concatenate_rule(interpreter: Context, eqn: Any, *xs: Value) -> Value:
-    """One after another along a dimension, which of a stack is a new one."""
-    if (d := eqn.params.get("dimension")) is not None:
-        return concatenated(interpreter, xs, d)
-    d = eqn.params["axis"]
-    return concatenated(interpreter, [layout.reshape(x, (*x.shape[:d], 1, *x.shape[d:])) for x in xs], d)
-
-
 def concatenated(interpreter: Context, xs: Sequence[Value], d: int) -> Value:
     """One after another along dimension d; empty parts left out. Very many, unless they are known or inputs, are drawn."""
     live = [x for x in xs if x.shape[d] > 0]
@@ -214,18 +175,26 @@ def concatenated(interpreter: Context, xs: Sequence[Value], d: int) -> Value:
     return live[0] if len(live) == 1 else concatenate(interpreter.graph, live, d)
 
 
+@rule("concatenate", "stack")
+def concatenate_rule(interpreter: Context, eqn: Any, *xs: Value) -> Value:
+    """One after another along a dimension, which of a stack is a new one."""
+    (d,) = eqn.params.values()
+    if eqn.primitive.name == "stack":
+        xs = tuple(layout.reshape(x, (*x.shape[:d], 1, *x.shape[d:])) for x in xs)
+    return concatenated(interpreter, xs, d)
+
+
 @rule("unstack")
 def unstack(interpreter: Context, eqn: Any, x: Value) -> list[Value]:
     d = eqn.params["axis"]
-    kept = [k for k in range(len(x.dims)) if k != d]
-    return [layout.transpose(take(x, d, i, i + 1), kept) for i in range(x.shape[d])]
+    return [layout.reshape(take(x, d, i, i + 1), v.aval.shape) for i, v in enumerate(eqn.outvars)]
 
 
 @rule("tile", entrywise=True)
 def tile(interpreter: Context, eqn: Any, x: Value) -> Value:
     """Copies one after another: a leading factor of the dimension along which nothing changes."""
-    copies = [(Atom(n, None),) if n > 1 else () for n in eqn.params["reps"]]
-    return Value(x.node, tuple(own + dim for own, dim in zip(copies, x.dims, strict=True)))
+    copies = zip(eqn.params["reps"], x.dims, strict=True)
+    return Value(x.node, tuple((Atom(n, None), *dim) if n > 1 else dim for n, dim in copies))
 
 
 @rule("pad")

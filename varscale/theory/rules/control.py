@@ -27,6 +27,7 @@ from varscale.theory.rules.registry import (
     Context,
     Opaque,
     map_parts,
+    parts,
     rule,
     sub_jaxpr_of,
     used_variables,
@@ -53,15 +54,15 @@ _FEW_STEPS = 4  # of a loop over time that are taken one by one
 def scan(interpreter: Context, eqn: Any, *xs: Any) -> list[Any]:
     """A scan over layers step by step; one over time, where the same weights act at every step, as a region.
 
-    Outputs that are not read, and what only they depend on, are left out (None): of an init's scan over layers the layers
-    themselves, so that its steps draw weights and do nothing else.
+    Outputs that are not read, and what only they depend on, are left out (None): an init's steps draw weights, no more.
     """
     p, (jaxpr, literals) = eqn.params, _compat.sub_jaxpr(eqn.params["jaxpr"])
     kept = _needed(jaxpr, p, [v in interpreter.used for v in eqn.outvars])
     fixed, carry, streams = _compat.scan_operands(p, xs)
-    layers = any(isinstance(x, Value) and _stacks_weights(x) for x in streams)
+    values = [x for x in streams if isinstance(x, Value)]
+    layers = any(map(_stacks_weights, values))
     if not layers and any(kept[: len(carry)]) and p["length"] > _FEW_STEPS:
-        if any(isinstance(x, Value) and meets_itself(x.node) for x in streams):
+        if any(meets_itself(x.node) for x in values):
             interpreter.ask("a loop over steps that share what they read", whole=True)
         if interpreter.regions.changed:  # the next walk draws it
             return [placeholder(interpreter, v.aval) for v in eqn.outvars]
@@ -69,7 +70,7 @@ def scan(interpreter: Context, eqn: Any, *xs: Any) -> list[Any]:
             return drawn_alone(interpreter, eqn, xs, time=len(carry))
     jaxpr = jaxpr.replace(outvars=list(itertools.compress(jaxpr.outvars, kept)))
     steps: list[list[Any]] = [[]] * p["length"]
-    for step in reversed(range(p["length"])) if p["reverse"] else range(p["length"]):
+    for step in range(p["length"])[:: -1 if p["reverse"] else 1]:
         now = [index(interpreter, x, step) for x in streams]
         made = iter(interpreter.run(jaxpr, literals, [*fixed, *carry, *now], step if layers else None))
         steps[step] = [next(made) if keep else None for keep in kept]
@@ -81,8 +82,8 @@ def scan(interpreter: Context, eqn: Any, *xs: Any) -> list[Any]:
 def _stacks_weights(x: Value) -> bool:
     """Whether a stream is made of weights that differ from step to step."""
     along = {a.axis for a in x.dims[0]}
-    weights = [(node, bind) for node, bind in roots(x.node) if isinstance(node, Leaf)]
-    return any(along & set(bind) and not (node.is_input or node.is_bits) for node, bind in weights)
+    drawn = [(node, bind) for node, bind in roots(x.node) if isinstance(node, Leaf) and not node.is_bits]
+    return any(along & set(bind) and not node.is_input for node, bind in drawn)
 
 
 def _needed(jaxpr: Any, p: dict[str, Any], read: list[bool]) -> list[bool]:
@@ -99,29 +100,21 @@ def index(interpreter: Context, x: Any, step: int) -> Any:
         return Opaque(x.key[step])
     if isinstance(x, Complex):
         return map_parts(lambda part: index(interpreter, part, step), x)
-    if (steps := STACKED.get(interpreter.graph, (x.node.id, x.dims))) is not None:
-        return steps[step]
     k = x.dims[0][0].axis if len(x.dims[0]) == 1 else None
-    part = None if k is None else slice_of_weights(x.node, k, step)
-    if k is not None and part is not None:
-        kept = [j for j in range(len(x.node.axes)) if j != k]
-        return Value(part, layout.renumbered(x.dims[1:], {j: i for i, j in enumerate(kept)}))
-    one = take(x, 0, step, step + 1)
-    return layout.transpose(one, range(1, len(one.dims)))
+    if k is not None and (part := slice_of_weights(x.node, k, step)) is not None:
+        return Value(part, layout.renumbered(x.dims[1:], {j: j - (j > k) for j in range(len(x.node.axes))}))
+    return layout.transpose(take(x, 0, step, step + 1), range(1, len(x.dims)))
 
 
 def stack(interpreter: Context, steps: Sequence[Any]) -> Any:
-    """Values of all steps as one; indexing it gives them back."""
-    one, n = steps[0], len(steps)
-    if isinstance(one, Opaque):
+    """Values of all steps as one."""
+    if isinstance(one := steps[0], Opaque):
         return Opaque(jnp.stack([s.key for s in steps]))
     if isinstance(one, Complex):
-        return Complex(stack(interpreter, [s.re for s in steps]), stack(interpreter, [s.im for s in steps]))
-    places = range(1, len(one.shape) + 1)
+        return Complex(*(stack(interpreter, part) for part in zip(*map(parts, steps), strict=True)))
     if all(s == one for s in steps):
-        return layout.broadcast_in_dim(one, (n, *one.shape), places)
-    rows = [layout.broadcast_in_dim(s, (1, *s.shape), places) for s in steps]
-    out = concatenate(interpreter.graph, rows, 0)
+        return layout.broadcast_in_dim(one, (len(steps), *one.shape), range(1, len(one.dims) + 1))
+    out = concatenate(interpreter.graph, [layout.reshape(s, (1, *s.shape)) for s in steps], 0)
     STACKED.put(interpreter.graph, (out.node.id, out.dims), list(steps))
     return out
 
@@ -138,8 +131,8 @@ def cond(interpreter: Context, eqn: Any, which: Value, *xs: Any) -> list[Any]:
 @rule("platform_index")
 def platform_index(interpreter: Context, eqn: Any, *_: Any) -> Value:
     """Which of several implementations a platform takes: moments are those of any, so the default."""
-    found = (i for i, p in enumerate(eqn.params["platforms"]) if p is None or "cpu" in p)
-    return interpreter.known(np.int32(next(found, 0)))
+    default = (k for k, name in enumerate(eqn.params["platforms"]) if name is None or "cpu" in name)
+    return interpreter.known(np.int32(next(default, 0)))
 
 
 @rule("while")
@@ -149,10 +142,9 @@ def while_(interpreter: Context, eqn: Any, *xs: Any) -> list[Any]:
     tested, fixed, state = xs[: p["cond_nconsts"]], xs[p["cond_nconsts"] : start], list(xs[start:])
     test, body = _compat.sub_jaxpr(p["cond_jaxpr"]), _compat.sub_jaxpr(p["body_jaxpr"])
     for _ in range(10_000):
-        goes_on = interpreter.concrete(interpreter.run(*test, [*tested, *state])[0])
-        if goes_on is None:
-            raise NotImplementedError("a loop whose end depends on random values; use a scan of known length")
+        if (goes_on := interpreter.concrete(interpreter.run(*test, [*tested, *state])[0])) is None:
+            break
         if not goes_on:
             return state
         state = interpreter.run(*body, [*fixed, *state])
-    raise NotImplementedError("a loop of more than 10000 steps")
+    raise NotImplementedError("a loop of 10000 steps, or whose end is random; use a scan of known length")

@@ -1,9 +1,8 @@
 """Lookups: a row of a table for each index; two equal indices give the same row, so what counts is how often they repeat.
 
 Whole numbers of which only the shape is given are ids and lengths. Ids are uniform, so a row of `ids == arange(n)` is a row of
-the identity matrix, looked up by id. Masks are all true: an id is a valid one and no padding (`ids != 0`, `ids > 0`,
-`ids < n`), a length is the whole (`arange(n) < lengths`). What else is done with such numbers takes them for standard normals,
-in doubt.
+the identity matrix, looked up by id. Masks are all true: an id is a valid one and no padding (`ids != 0`, `ids < n`), a length
+is the whole (`arange(n) < lengths`). What else is done with such numbers takes them for standard normals, in doubt.
 
 Given ids may fill up rows to one length. Whether a place is padding depends on its row and its position together: rows of one
 length are a class, and so are positions between two lengths. Of more lengths than a few, those most alike are one class, and
@@ -61,8 +60,8 @@ _CLASSED: Fact[None, list[Any]] = Fact()  # where ids are filled up, and axes wi
 def second_moments_of_gather(node: Gather) -> Table:
     (row_axes, places, _, rows, _), (source, bind) = node.params, node.args[0]
     table, axes = source.table, source.axes
-    ids = node.known if any(axis.labels for axis in node.indexed) else None
-    field = None if ids is None else _paddings(node.graph, ids.reshape([a.size for a in node.indexed]))
+    ids, sizes = node.known, [axis.size for axis in node.indexed]
+    field = None if ids is None else _paddings(node.graph, ids.reshape(sizes))
     if field is not None and len(np.unique(field.sum(axis=1))) > MOST_LENGTHS + 1:  # than are told apart
         node.graph.flag("assumed", LEADING_ORDER)
     mean = contract_axes(table.mean, {k: axes[k].counts / axes[k].size for k in row_axes})
@@ -81,11 +80,10 @@ def second_moments_of_gather(node: Gather) -> Table:
 @cross_by_kind.register(Gather)
 def cross_by_kind_of_gather(node: Gather, a: View, b: View, frame: Sequence[Axis]) -> np.ndarray | None:
     """Two lookups of tables with the same rows: any index of one meets any of the other; in doubt where both are known."""
-    other, x = b.node, node.args[0].node
+    other, x, rows = b.node, node.args[0].node, node.params.row_axes
     if not isinstance(other, Gather) or (node.known is not None and other.known is not None):
         return None
-    y, rows = other.args[0].node, node.params.row_axes
-    kept = [k for k in range(len(x.axes)) if k not in rows]
+    y, kept = other.args[0].node, [k for k in range(len(x.axes)) if k not in rows]
     if x.axes != y.axes or rows != other.params.row_axes:
         return None
     places, others = ([v.bind[v.node.args[0].bind[k]] for k in kept] for v in (a, b))
@@ -96,20 +94,17 @@ def cross_by_kind_of_gather(node: Gather, a: View, b: View, frame: Sequence[Axis
 @pullback.register(Gather)
 def pullback_of_gather(node: Gather, cotangent: np.ndarray, notes: BackwardNotes) -> list[np.ndarray | None]:
     """Cotangents add up in the rows they came from: a row gets as many pairs of them as there are indices that agree."""
-    row_axes, index_axes, _, rows = node.params[:4]
-    source, bind, rate = node.args[0].node.axes, node.args[0].bind, node.rates()
+    row_axes, index_axes, _, rows, _ = node.params
+    (source, bind), rate = node.args[0], node.rates()
     pairs = outer(a.pairs for a in node.indexed)
-    same, other = (
-        np.tensordot(w, cotangent, axes=(range(len(index_axes)), index_axes))
-        for w in (pairs * rate / rows, pairs * (1 - rate) / max(rows * (rows - 1), 1))
-    )
-    own = outer(source[k].agrees for k in sorted(row_axes))
+    parts = pairs * rate / rows, pairs * (1 - rate) / max(rows * (rows - 1), 1)
+    same, other = (np.tensordot(part, cotangent, axes=len(index_axes)) for part in parts)
+    # Row axes come first, then the others in the order of this node's axes; they go where the table has them.
+    picked = sorted(row_axes)
+    kept = sorted(set(range(len(bind))) - set(picked), key=bind.__getitem__)
+    own = outer(source.axes[k].agrees for k in picked)
     out = np.multiply.outer(own, same) + np.multiply.outer(1 - own, other)
-    # Row axes come first here, then the others in the order of this node's axes; they go where the table has
-    # them.
-    kept = [k for k in range(len(source)) if k not in row_axes]
-    order = [*sorted(row_axes), *sorted(kept, key=lambda k: bind[k])]
-    return [out.transpose(np.argsort(order))]
+    return [out.transpose(np.argsort([*picked, *kept]))]
 
 
 @rule("gather")
@@ -127,9 +122,8 @@ def gather(interpreter: Context, eqn: Any, x: Value, ids: Value) -> Any:
         return layout.reshape(x, shape)
     if in_order(x.node):
         return drawn_region(interpreter, eqn, (x, ids), "steps of a loop are picked, which differ")
-    collapsed = set(d.collapsed_slice_dims)
-    whole = all(s == n for k, (s, n) in enumerate(zip(sizes, x.shape, strict=True)) if k not in collapsed)
-    if set(picked) != collapsed or not whole or d.operand_batching_dims:
+    cut = {k for k, (size, n) in enumerate(zip(sizes, x.shape, strict=True)) if size < n}
+    if not cut <= set(picked) == set(d.collapsed_slice_dims) or d.operand_batching_dims:
         return drawn_region(interpreter, eqn, (x, ids), "entries are looked up one by one")
     return rows_by_index(interpreter, x, ids, picked, d.offset_dims, shape)
 
@@ -142,58 +136,42 @@ def rows_by_index(
     offsets: Sequence[int],
     shape: Sequence[int],
 ) -> Value:
-    """Rows of a table by index.
+    """Rows of a table x along its dimensions `picked`, by indices whose last dimension is along these.
 
-    Args:
-        interpreter: the walk.
-        x: the table.
-        ids: the indices, its last dimension being along which of `picked` they are.
-        picked: the dimensions of the table that rows are along.
-        offsets: where the others are in the result.
-        shape: of the result; its other dimensions are those of the indices.
+    Its other dimensions are at `offsets` of the result, which has this shape; the rest are those of the indices.
     """
-    graph, known = interpreter.graph, interpreter.concrete(ids)
-    x = layout.separated(x)
-    axis_of: Any = [dim[0].axis if dim else None for dim in x.dims]
-    kept = list(zip((k for k in range(len(x.dims)) if k not in picked), offsets, strict=True))
-    batch, rows = [k for k in range(len(shape)) if k not in offsets], [x.shape[k] for k in picked]
-    places, axes, rates = itertools.count(), list[Axis](), None
+    graph, known, count = interpreter.graph, interpreter.concrete(ids), len(picked)
+    # The dimensions of the rows first; in what is made of it, those of the indices.
+    x = layout.transpose(x, [*picked, *(d for d in range(len(x.dims)) if d not in picked)])
+    x, batch = layout.separated(x), [d for d in range(len(shape)) if d not in offsets]
+    order, sizes, rows = np.argsort([*batch, *offsets]).tolist(), [shape[d] for d in batch], x.shape[:count]
+    cut = x.dims[:count], x.dims[count:]
+    row_axes, kept = ([a.axis for dim in dims for a in dim if a.axis is not None] for dims in cut)
     if known is None:
         # They differ along the axes that they run over, and repeat along those that they are broadcast on.
-        own = ids.dims[: len(batch)]
-        axes = [Axis(atom.size) for dim in own for atom in dim if atom.axis is not None]
-        atoms = [tuple(Atom(n, None if k is None else next(places)) for n, k in dim) for dim in own]
-        which = ids.node  # or, behind the wrap-around of negative ones, the random or known index
-        while (
-            not isinstance(which, Array | Leaf)
-            and len(inner := roots(which)) == 1
-            and inner[0].node is not which
-        ):
+        atoms = [atom for dim in ids.dims[: len(batch)] for atom in dim if atom.axis is not None]
+        axes, rates, which = [Axis(atom.size) for atom in atoms], None, ids.node
+        lines = layout.renumbered(ids.dims[: len(batch)], {atom.axis: i for i, atom in enumerate(atoms)})
+        # Behind the wrap-around of negative ones, the random or known index.
+        while len(inner := roots(which)) == 1 and inner[0].node is not which:
             which = inner[0].node
     else:
-        line = np.ravel_multi_index(tuple(known.reshape(-1, len(rows)).astype(int).T), rows, mode="clip")
-        k = axis_of[picked[0]] if known.size == max(known.shape) and len(rows) == 1 else None
-        if k is not None and (axis := x.node.axes[k]).classes > 1:
+        line = np.ravel_multi_index(tuple(known.reshape(-1, count).astype(int).T), rows, mode="clip")
+        table, places = line.reshape([n for n in sizes if n > 1]), itertools.count()
+        lines = [(Atom(n, next(places)),) if n > 1 else () for n in sizes]
+        if table.ndim == count == len(row_axes) == 1 and (axis := x.node.axes[row_axes[0]]).classes > 1:
             # Rows of unlike classes: a map of the axis.
             found = entry_map(np.arange(len(line)), line, labelled(axis.label_array[line]), axis)
-            dims = {j: (Atom(shape[j], k),) if shape[j] > 1 else () for j in batch}
-            dims |= {out: x.dims[own] for own, out in kept}
-            return Value(mapped(x.node, k, found), tuple(dims[j] for j in range(len(shape))))
-        table = line.reshape([shape[k] for k in batch if shape[k] > 1])
+            dims = (*layout.renumbered(lines, {0: row_axes[0]}), *x.dims[1:])
+            return layout.transpose(Value(mapped(x.node, row_axes[0], found), dims), order)
         axes, which = classed_axes(graph, table), hashlib.sha1(line.tobytes()).hexdigest()
         rates = tuple(np.round(repeat_rates(table, axes), 12).ravel())
-        atoms = [(Atom(shape[k], next(places)),) if shape[k] > 1 else () for k in batch]
         INDICES.put(graph, which, line)
-    dims, indices, bind = dict(zip(batch, atoms, strict=True)), tuple(range(len(axes))), {}
-    for k, out in kept:
-        dims[out] = (Atom(x.shape[k], len(axes)),) if x.dims[k] else ()
-        if x.dims[k]:
-            bind[axis_of[k]] = len(axes)
-            axes.append(x.node.axes[axis_of[k]])
-    view = View(x.node, tuple(bind.get(k, -1) for k in range(len(x.node.axes))))
-    row_axes = tuple(axis_of[k] for k in picked if x.dims[k])
-    params = GatherParams(row_axes, indices, rates, math.prod(rows), which)
-    return Value(graph.make(Gather, axes, [view], params), tuple(dims[k] for k in range(len(shape))))
+    place = {k: len(axes) + i for i, k in enumerate(kept)}
+    view = View(x.node, tuple(place.get(k, -1) for k in range(len(x.node.axes))))
+    params = GatherParams(tuple(row_axes), tuple(range(len(axes))), rates, math.prod(rows), which)
+    node = graph.make(Gather, [*axes, *(x.node.axes[k] for k in kept)], [view], params)
+    return layout.transpose(Value(node, (*lines, *layout.renumbered(x.dims[count:], place))), order)
 
 
 _TURNED = {"lt": "gt", "le": "ge", "gt": "lt", "ge": "le", "eq": "eq", "ne": "ne"}
@@ -217,7 +195,7 @@ def compared(interpreter: Context, name: str, shape: Sequence[int], x: Value, y:
         return None
     none, every = (layout.full(interpreter.graph, number, shape) for number in (0.0, 1.0))
     if name in ("eq", "ne"):
-        found = _one_hot(interpreter, shape, x, known) or none
+        found = _one_hot(interpreter, shape, x, y) or none
         return found if name == "eq" else interpreter.elementwise("sub", every, found)
     # Below a bound, but not below the positions that it is the number of, nor below zero.
     return every if name in ("gt", "ge") or (known.size == 1 and known.item() > 0) else none
@@ -233,20 +211,19 @@ def _is_unknown(node: Node) -> bool:
     return (shifted or node.moves) and _is_unknown(node.args[0].node)
 
 
-def _one_hot(interpreter: Context, shape: Sequence[int], x: Value, known: np.ndarray) -> Value | None:
+def _one_hot(interpreter: Context, shape: Sequence[int], x: Value, y: Value) -> Value | None:
     """Rows of the identity by id, where the known numbers are all different and along a dimension of their own."""
-    along = [d for d, n in enumerate(known.shape) if n > 1 and np.ptp(known, axis=d).any()]
-    if len(along) != 1 or any(atom.axis is not None for atom in x.dims[along[0]]):
+    along = [d for d, dim in enumerate(y.dims) for atom in dim if atom.axis is not None]
+    if len(along) != 1 or not isinstance(y.node, Array) or len(np.unique(y.node.values)) < shape[along[0]]:
         return None
     (d,) = along
-    line = np.moveaxis(known, d, 0).reshape(known.shape[d], -1)[:, 0]
-    if len(np.unique(line)) < len(line):
+    if any(atom.axis is not None for atom in x.dims[d]):
         return None
     rest = [n for k, n in enumerate(shape) if k != d]
     ids = layout.broadcast_in_dim(Value(x.node, (*x.dims[:d], *x.dims[d + 1 :])), rest, range(len(rest)))
-    found = rows_by_index(interpreter, interpreter.known(np.eye(len(line))), ids, (0,), (d,), shape)
+    found = rows_by_index(interpreter, interpreter.known(np.eye(shape[d])), ids, (0,), (d,), shape)
     # One or nothing, and neither normal nor lognormal.
-    found.node.drawn = (special.ndtr(Z) >= 1 - 1 / len(line)).astype(float)
+    found.node.drawn = (special.ndtr(Z) >= 1 - 1 / shape[d]).astype(float)
     return found
 
 
@@ -258,13 +235,13 @@ def filled_up(ids: Int[np.ndarray, "rows positions"]) -> Bool[np.ndarray, "rows 
     """
     if len(np.unique(ids)) < 3:  # a mask is no array of ids
         return None
-    for step in (1, -1):
+    for step in (-1, 1):
         turned = ids[:, ::step]
-        runs = np.logical_and.accumulate((turned == turned[:, -1:])[:, ::-1], axis=1)[:, ::-1]
-        values, last = np.unique(turned[:, -1], return_inverse=True)
+        runs = np.logical_and.accumulate(turned == turned[:, :1], axis=1)
+        values, ends = np.unique(turned[:, 0], return_inverse=True)
         repeated = runs.sum(axis=1)
-        most = int(np.argmax(np.bincount(last.ravel(), weights=repeated)))
-        runs &= (last.ravel() == most)[:, None]
+        most = int(np.argmax(np.bincount(ends.ravel(), weights=repeated)))
+        runs &= (ends.ravel() == most)[:, None]
         others, each_its_own = turned[~runs], 2 * runs.sum() < repeated[repeated > 1].sum()
         if each_its_own or runs.sum(axis=1).max() < 2 or len(np.unique(others)) < 2:
             continue  # positions that stand still, say
@@ -321,33 +298,20 @@ def padded(graph: Graph) -> frozenset[tuple[int, ...]]:
 def repeat_rates(ids: Int[np.ndarray, "..."], axes: Sequence[Axis]) -> Float[np.ndarray, "..."]:
     """P(ids_i = ids_j) by type of pair, of ids that are not negative: counts of equal pairs, axis by axis.
 
-    Pairs that agree on some axes and are of one value are Σ n_c n_c', with n_c of that value there in class c of the others.
+    Pairs that agree on some axes and are of one value are Σ n_c n_c', with n_c of that value there in class c.
     """
-    out, cells = np.zeros([axis.types for axis in axes]), [axis.classes for axis in axes]
-    places = np.indices(ids.shape).reshape(ids.ndim, -1)
-    classes = [axis.label_array[at] for axis, at in zip(axes, places, strict=True)]
-    for agree in itertools.product((True, False), repeat=ids.ndim):
-        fixed, free = ([k for k in range(ids.ndim) if agree[k] is which] for which in (True, False))
-        outer, inner = ([cells[k] for k in ks] for ks in (fixed, free))
-        sizes = [int(ids.max()) + 1, *(ids.shape[k] for k in fixed)]
-        lines = _as_one([ids.ravel(), *(places[k] for k in fixed)], sizes, ids.size)
-        _, first, line = np.unique(lines, return_index=True, return_inverse=True)
-        table = np.zeros((len(first), math.prod(inner)))
-        np.add.at(table, (line.ravel(), _as_one([classes[k] for k in free], inner, ids.size)), 1.0)
-        outside = _as_one([classes[k][first] for k in fixed], outer, len(first))
-        rows = [table[outside == c] for c in range(math.prod(outer))]
-        pairs = np.stack([n.T @ n for n in rows]).reshape([*outer, *inner, *inner])
-        # From (classes that agree, classes of i, classes of j) to classes, or pairs of them, of each axis in
-        # turn.
-        ahead, behind = [*fixed, *free].index, free.index
-        order = [
-            p for k in range(ids.ndim) for p in ([ahead(k)] if agree[k] else [ahead(k), ids.ndim + behind(k)])
-        ]
-        block = tuple(slice(0, c) if same else slice(c, None) for c, same in zip(cells, agree, strict=True))
-        out[block] = pairs.transpose(order).reshape(out[block].shape)
+    rank, places, cells = ids.ndim, np.indices(ids.shape).reshape(ids.ndim, -1), [a.classes for a in axes]
+    labels = tuple(axis.label_array[at] for axis, at in zip(axes, places, strict=True))
+    out, classes = np.zeros([axis.types for axis in axes]), np.ravel_multi_index(labels, cells)
+    for agree in itertools.product((True, False), repeat=rank):
+        fixed = [k for k, same in enumerate(agree) if same]
+        sizes = int(ids.max()) + 1, *(ids.shape[k] for k in fixed)
+        lines = np.unique(np.ravel_multi_index((ids.ravel(), *places[fixed]), sizes), return_inverse=True)[1]
+        table = np.zeros((lines.max() + 1, math.prod(cells)))
+        np.add.at(table, (lines.ravel(), classes), 1.0)
+        theirs = [k if same else rank + k for k, same in enumerate(agree)]
+        kept = [p for k in range(rank) for p in dict.fromkeys((k, theirs[k]))]
+        block = tuple(slice(c) if same else slice(c, None) for c, same in zip(cells, agree, strict=True))
+        pairs = np.einsum((table.T @ table).reshape(cells * 2), [*range(rank), *theirs], kept)
+        out[block] = pairs.reshape(out[block].shape)
     return per_pair(out, axes)
-
-
-def _as_one(numbers: Sequence[np.ndarray], sizes: Sequence[int], count: int) -> np.ndarray:
-    """Several numbers of each of `count` things as one, row-major."""
-    return np.ravel_multi_index((np.zeros(count, int), *numbers), (1, *sizes))

@@ -12,9 +12,9 @@ from scipy import special
 
 from varscale.theory.domain.axes import Axis
 from varscale.theory.domain.tables import independent
-from varscale.theory.graph.expressions import Apply, factors, roots
+from varscale.theory.graph.expressions import Apply, factors, form, roots
 from varscale.theory.graph.layout import Value, full, renumbered, value
-from varscale.theory.graph.nodes import Array, Constant, Leaf, Node
+from varscale.theory.graph.nodes import Array, Leaf, Node
 from varscale.theory.graph.normal_form import affine
 from varscale.theory.graph.store import Fact
 from varscale.theory.integrals.hermite_series import WEIGHTS, Z
@@ -27,12 +27,8 @@ _NORMAL = 0.02  # from 3: what the grid leaves of a normal's kurtosis
 @rule("random_bits", entrywise=True)
 def random_bits(interpreter: Context, eqn: Any, *keys: Any) -> Value:
     """Uniform bits: the same for the same keys."""
-    marks = (
-        np.asarray(jax.random.key_data(key.key)).tobytes()
-        if isinstance(key, Opaque)
-        else (key.node, key.dims)
-        for key in keys
-    )
+    data = (jax.random.key_data(x.key) if isinstance(x, Opaque) else x for x in keys)
+    marks = ((x.node, x.dims) if isinstance(x, Value) else np.asarray(x).tobytes() for x in data)
     shape, width = eqn.outvars[0].aval.shape, 8 * eqn.outvars[0].aval.dtype.itemsize
     largest = np.nextafter(2.0**width, 0.0) if width > 52 else 2.0**width - 1
     numbers = np.minimum(np.floor(special.ndtr(Z) * 2.0**width), largest).astype(f"u{width // 8}")
@@ -50,26 +46,29 @@ class ParameterLaw(NamedTuple):
     values: bytes | None
 
 
+_LAWS: Fact[Hashable, ParameterLaw] = Fact()  # by chain: kernels of one shape are drawn by one
+
+
 def law(node: Node) -> ParameterLaw | None:
     """The law of an elementwise function of one random leaf; None for anything else."""
+
+    def integrated() -> ParameterLaw:
+        values = np.asarray(evaluate(node.whole, node.axes, {}).reshape(-1, len(Z))[0], float)
+        mean, square, fourth = (float(WEIGHTS @ values**k) for k in (1, 2, 4))
+        mean = 0.0 if abs(mean) < 1e-6 * math.sqrt(max(square, 1e-300)) else mean
+        kurtosis = fourth / max(square**2, 1e-300)
+        normal = mean == 0 and abs(kurtosis - 3) < _NORMAL
+        return ParameterLaw(mean, square, kurtosis, None if normal else values.tobytes())
+
     own = roots(node)
-    whole = len(own) == 1 and set(own[0].bind) == set(range(len(node.axes)))
-    base = own[0].node if whole else node
+    if len(own) != 1 or set(own[0].bind) != set(range(len(node.axes))):
+        return None
+    base = own[0].node
     while not isinstance(base, Apply) and len(base.args) == 1:
         base = base.args[0].node
-    if not whole or not isinstance(base, Leaf) or base.odd or not base.is_bits:
+    if base.odd or not base.is_bits:
         return None
-    return _LAWS.once(node.graph, (_chain_of(node), base.params[-1]), lambda: _integrated(node))
-
-
-def _integrated(node: Node) -> ParameterLaw:
-    """The law of a function of one leaf, on the normal grid."""
-    values = np.asarray(evaluate(node.whole, node.axes, {}).reshape(-1, len(Z))[0], float)
-    mean, square, fourth = (float(WEIGHTS @ values**k) for k in (1, 2, 4))
-    mean = 0.0 if abs(mean) < 1e-6 * math.sqrt(max(square, 1e-300)) else mean
-    kurtosis = fourth / max(square**2, 1e-300)
-    normal = mean == 0 and abs(kurtosis - 3) < _NORMAL
-    return ParameterLaw(mean, square, kurtosis, None if normal else values.tobytes())
+    return _LAWS.once(node.graph, (form(node), base.params[-1]), integrated)
 
 
 def _scaled_law(node: Node) -> ParameterLaw | None:
@@ -85,33 +84,25 @@ def _scaled_law(node: Node) -> ParameterLaw | None:
     return ParameterLaw(ratio * mean, ratio**2 * square, kurtosis, scaled)
 
 
-def _chain_of(node: Node) -> Hashable:
-    """What an elementwise function of one leaf does, whatever the leaf."""
-    if isinstance(node, Apply):
-        return node.params, tuple(_chain_of(view.node) for view in node.args)
-    return node.params if isinstance(node, Constant) else "leaf"
-
-
 def as_weight(interpreter: Context, x: Value) -> Value:
     """A parameter drawn by a chain on random bits, as a leaf with the law of that chain; else what it was.
 
     Draws of one law times known numbers, one a layer, say, are such a leaf times these.
     """
     (graph, node), (scale, parts) = (interpreter.graph, x.node), factors(x.node.whole)
-    known = [view for view in parts if isinstance(view.node, Array)]
-    if known:
+    if known := [view for view in parts if isinstance(view.node, Array)]:
         drawn = [view.node for view in parts if view not in known]
-        weight = (
-            as_weight(interpreter, Value(drawn[0], x.dims)) if drawn and len(parts) - len(known) == 1 else x
-        )
-        made = Value(affine(weight.node, scale, 0.0), x.dims)
+        weight = as_weight(interpreter, Value(drawn[0], x.dims)).node if len(drawn) == 1 else node
+        if not isinstance(weight, Leaf):
+            return x
+        made = Value(affine(weight, scale, 0.0), x.dims)
         for source, bind in known:
             numbers = Value(source, renumbered(x.dims, {b: k for k, b in enumerate(bind)}))
             made = interpreter.elementwise("mul", made, numbers)
-        return made if isinstance(weight.node, Leaf) else x
+        return made
     steps = STACKED.get(graph, (node.id, x.dims))  # drawn by a scan, a slice a step
-    laws = {law(part.node) or _scaled_law(part.node) for part in steps or [x]}
-    if len(laws) > 1 or (found := laws.pop()) is None:
+    found, *others = {law(part.node) or _scaled_law(part.node) for part in steps or [x]}
+    if others or found is None:
         return x
     axes = node.axes if steps is None else (Axis(x.shape[0]), *node.axes[1:])
     values = None if found.values is None else np.frombuffer(found.values)
@@ -127,10 +118,10 @@ def is_weight(x: Any) -> bool:
 
 def another(interpreter: Context, x: Value, *name: Any) -> Value:
     """An independent weight of the same law; `name` tells it from others."""
-    source = x.node
-    assert isinstance(source, Leaf)
-    weight = interpreter.graph.make(Leaf, source.axes, (), ("weight", *name))
-    weight.settle(source.table, odd=bool(source.odd), kurtosis=source.kurtosis, transport=source.transport)
+    own = x.node
+    assert isinstance(own, Leaf)
+    weight = interpreter.graph.make(Leaf, own.axes, (), ("weight", *name))
+    weight.settle(own.table, odd=bool(own.odd), kurtosis=own.kurtosis, transport=own.transport)
     return Value(weight, x.dims)
 
 
@@ -139,15 +130,11 @@ def qr(interpreter: Context, eqn: Any, *xs: Value) -> list[Value]:
     """Haar: E[q²] = 1/m for an m × n factor. The triangle only lends its signs, which Haar measure does not feel: ones."""
     shape = eqn.outvars[0].aval.shape
     name = ("orthonormal", *((x.node, x.dims) for x in xs))
-    q = interpreter.leaf(name, shape, 0.0, 1.0 / max(shape[-2:]), odd=True)
+    q = interpreter.leaf(name, shape, 0.0, 1 / max(shape[-2:]), odd=True)
     return [q, *(full(interpreter.graph, 1.0, v.aval.shape) for v in eqn.outvars[1:])]
 
 
 def input_leaf(interpreter: Context, name: str, shape: tuple[int, ...], table: Any, *, odd: bool) -> Value:
     """An input with a given table."""
     node = interpreter.graph.make(Leaf, table.axes, (), ("input", name))
-    node.settle(table, odd=odd, random=False)
-    return value(node, shape)
-
-
-_LAWS: Fact[Hashable, ParameterLaw] = Fact()  # by chain: kernels of one fan-in are drawn by one
+    return value(node.settle(table, odd=odd, random=False), shape)

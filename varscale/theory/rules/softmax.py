@@ -1,4 +1,4 @@
-"""Softmax as a unit: its weights' moments (`integrals.softmax`), its Jacobian diag(p) − ppᵀ backward."""
+"""Softmax as a unit, recognised in what flax inlines, exp(x − max) / Σ exp(x − max); and log Σ exp."""
 
 from __future__ import annotations
 
@@ -7,12 +7,26 @@ import math
 from collections.abc import Hashable
 
 import numpy as np
+from scipy import special
 
-from varscale.theory.domain.axes import Axis, outer
-from varscale.theory.domain.tables import LEADING_ORDER, LOOSE, NEXT_ORDER, Table, by_type, estimate, lift
-from varscale.theory.graph.expressions import Apply, Sum
-from varscale.theory.graph.nodes import UNKNOWN, Array, Constant, Node, View, pullback, second_moments
+from varscale.theory.domain.axes import outer
+from varscale.theory.domain.tables import LEADING_ORDER, LOOSE, NEGLIGIBLE, NEXT_ORDER, Table, by_type
+from varscale.theory.graph.expressions import Apply, Mean, Sum, roots, weighted_sum
+from varscale.theory.graph.layout import Value
+from varscale.theory.graph.linear_nodes import Contract
+from varscale.theory.graph.nodes import (
+    UNKNOWN,
+    Array,
+    Constant,
+    Node,
+    View,
+    cross_by_kind,
+    pullback,
+    second_moments,
+)
+from varscale.theory.graph.normal_form import affine, total
 from varscale.theory.graph.store import BackwardNotes, Fact, once_per_node
+from varscale.theory.integrals.hermite_series import WEIGHTS, Z
 from varscale.theory.integrals.softmax import (
     WeightMoments,
     apart,
@@ -22,17 +36,21 @@ from varscale.theory.integrals.softmax import (
     weight_moments,
 )
 from varscale.theory.propagation.inherited_fluctuations import NONE, Spread, propagated
+from varscale.theory.propagation.marginals import along, concentrated, marginal
 from varscale.theory.propagation.pullbacks import sum_out
 from varscale.theory.rules.attention import gain_of_queries, key_directions, logit_scatter
+from varscale.theory.rules.lookup import padded
+from varscale.theory.rules.masks import keys_apart, keys_seen, logits, row_classes, rows_filled
+from varscale.theory.rules.reductions import Extreme, OneOfMany, cross_by_kind_of_one_of_many
+from varscale.theory.rules.registry import Context, recognise
 
 # Variance of logits from where on the largest of them has all the weight, but for the reciprocal of its root.
 _LARGEST = 1e4
 _NO_LOGITS = 1e8  # what numbers that hide keys (−10⁹) give them, where it is not known which they hide
-# Set on the validation grid, not derived, all of these.
-_PLACED_DOUBT = 1.5  # of cotangents where weights and values share tokens, whose overlaps are not known
-
+_PLACED_DOUBT = 1.5  # of cotangents where weights and values share tokens whose overlaps are not known; set
 
 _WEIGHTS: Fact[Hashable, WeightMoments] = Fact()
+_WINDOWS: Fact[None, int] = Fact()  # masks whose rows share more keys with those near them
 
 
 class Softmax(Node):
@@ -42,7 +60,9 @@ class Softmax(Node):
 
     Attributes:
         keys: the axis along which the weights add up to 1.
-        rows: its other axes: samples, heads and queries.
+        rows: the places of its other axes, `row_axes`: samples, heads and queries.
+        seen: keys that a row sees: by its class, and by the class of key.
+        shared: keys that two rows share: by their type, and by the class of key.
         directions: of the sphere that the tokens lie on which keys are projections of (`key_directions`).
     """
 
@@ -53,56 +73,45 @@ class Softmax(Node):
     def prepare(self) -> None:
         self.positive, self.keys = True, self.axes[self.params]
         self.rows = [k for k in range(len(self.axes)) if k != self.params]
+        self.row_axes, number = tuple(self.axes[k] for k in self.rows), self.keys.counts
+        masks = [view for view in self.args[1:2] if not isinstance(view.node, Constant)]
+        seen, shared = keys_seen(*masks[0], self.axes, self.params) if masks else (number, number)
+        self.seen = np.broadcast_to(seen, [*(a.classes for a in self.row_axes), len(number)])
+        self.shared = np.broadcast_to(shared, [*(a.types for a in self.row_axes), len(number)])
 
     @functools.cached_property
     def deviation(self) -> np.ndarray:
         """Covariance of the logits' deviations along the keys: by type of the rows, and by class of key."""
-        second = self.args[0].second(self.axes)
+        second = np.broadcast_to(self.args[0].second(self.axes), self.frame_types)
         for node, bind in self.args[2:]:
             assert isinstance(node, Array)
             second = second * View(node.over([self.axes[b] for b in bind]), bind).second(self.axes)
-        return apart(self.by_key(np.broadcast_to(second, self.frame_types)), self.shared)
+        return apart(np.moveaxis(second, self.params, -1), self.shared)
 
     @functools.cached_property
-    def seen(self) -> np.ndarray:
-        """Keys that a row sees: by its class, and by the class of key."""
-        return np.broadcast_to(self._counts[0], [self.axes[k].classes for k in (*self.rows, self.params)])
-
-    @functools.cached_property
-    def shared(self) -> np.ndarray:
-        """Keys that two rows share: by their type, and by the class of key."""
-        return np.broadcast_to(self._counts[1], [*(self.axes[k].types for k in self.rows), self.keys.classes])
-
-    @property
-    def _counts(self) -> tuple[np.ndarray, np.ndarray]:
-        masks = [view for view in self.args[1:2] if not isinstance(view.node, Constant)]
-        return _keys_seen(*masks[0], self.axes, self.params) if masks else (self.keys.counts,) * 2
+    def variance(self) -> np.ndarray:
+        """The same of a row with itself: by its class."""
+        return np.maximum(self.of_one(self.deviation), 1e-12)
 
     @functools.cached_property
     def weights(self) -> WeightMoments:
         """Weight moments for each class of row, averaged over the variances that queries of different norms give the logits.
 
-        They are normal to leading order, and averages over them by the three-point Gauss-Hermite rule, weights 2/3, 1/6, 1/6.
+        These are normal to leading order: three-point Gauss-Hermite rule, weights 2/3, 1/6, 1/6.
         """
-        variances = np.clip(self.of_one(self.deviation), 1e-12, _LARGEST)
         # Gauss and Hermite's step: √3 relative deviations of the logits' variance between queries.
         spread = min(math.sqrt(3.0 * logit_scatter(self)), 0.95)
-        nodes = np.array([1.0, 1 + spread, max(1 - spread, 0.05)]).reshape(3, *[1] * variances.ndim)
+        nodes = np.array([1.0, 1 + spread, max(1 - spread, 0.05)]).reshape(3, *[1] * self.variance.ndim)
         # Rows see the same keys: where variances agree to three digits, one quadrature serves them all, and
         # other layers too.
         members = np.broadcast_to(_rounded(self.seen, 5), (3, *self.seen.shape))
-        variances = _rounded(nodes * variances, 3)
+        variances = _rounded(nodes * np.minimum(self.variance, _LARGEST), 3)
         directions = float(_rounded(np.array(self.directions), 2)) if self.directions < 1e4 else math.inf
         key = (members.shape, members.tobytes(), variances.tobytes(), directions)
         found = _WEIGHTS.once(self.graph, key, lambda: weight_moments(members, variances, directions))
         # Of what goes with the logits' variance only its ratio to that is used, query by query.
         found = found._replace(pull=found.pull / nodes[..., 0], own_pull=found.own_pull / nodes[..., 0])
         return WeightMoments(*(np.tensordot([2 / 3, 1 / 6, 1 / 6], x, axes=1) for x in found))
-
-    @functools.cached_property
-    def own(self) -> np.ndarray:
-        """Which types of the rows are a row with itself."""
-        return outer(self.axes[k].agrees for k in self.rows) > 0
 
     @functools.cached_property
     def tilt(self) -> np.ndarray:
@@ -119,44 +128,19 @@ class Softmax(Node):
 
     def read(self, by_class: np.ndarray, *, second: bool = False) -> np.ndarray:
         """An array by class of the rows (then anything), read at i (or j) of every type of the rows."""
-        axes = [self.axes[k] for k in self.rows]
-        out = by_type(by_class, axes, second=second)
-        return np.broadcast_to(out, (*[a.types for a in axes], *out.shape[len(axes) :]))
+        out = by_type(by_class, self.row_axes, second=second)
+        return np.broadcast_to(out, (*(a.types for a in self.row_axes), *out.shape[len(self.rows) :]))
 
     def of_one(self, by_types: np.ndarray) -> np.ndarray:
         """An array by type of the rows (then anything), of a row with itself: by its class."""
-        return by_types[tuple(slice(0, self.axes[k].classes) for k in self.rows)]
-
-    def by_key(self, second: np.ndarray) -> np.ndarray:
-        """A type array with the keys' axis last."""
-        return np.moveaxis(second, self.params, -1)
-
-
-@once_per_node
-def _keys_seen(
-    mask: Array, bind: tuple[int, ...], axes: tuple[Axis, ...], key: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Keys that a row sees, by class of the rows and of the keys; keys that two rows share, by type of the rows and class.
-
-    The number of keys enters as 1/n, so that is what is averaged within a class.
-    """
-    left, across = [b for b in bind if b != key], tuple(k for k, b in enumerate(bind) if b == key)
-    members = mask.values.sum(axis=across) * (1 if across else axes[key].size)
-    inverse = estimate(1 / np.maximum(members, 1.0), [axes[b] for b in left])
-    finer, number = View(mask.over([axes[b] for b in bind]), bind), axes[key].counts
-    once = np.moveaxis(lift(inverse.mean, inverse.axes, left, axes, pairs=False), key, -1)
-    seen = np.moveaxis(finer.mean(axes), key, -1) * number
-    whole = np.broadcast_to(seen, np.broadcast_shapes(seen.shape, once.shape)).sum(-1, keepdims=True)
-    shared = np.moveaxis(finer.second(axes), key, -1)[..., : len(number)] * number
-    return seen / np.maximum(once * whole, 1e-300), shared
+        return by_types[tuple(slice(a.classes) for a in self.row_axes)]
 
 
 @second_moments.register(Softmax)
 def second_moments_of_softmax(node: Softmax) -> Table:
     if node.deviation.max() > _NO_LOGITS:
         node.graph.flag("assumed", UNKNOWN)
-    seen, weights, deviation = node.seen, node.weights, node.deviation
-    c, sizes = node.keys.classes, node.keys.counts
+    seen, weights, c = node.seen, node.weights, node.keys.classes
     share = seen * weights.first  # Σ of E[p] over a class of keys
     share = share / share.sum(-1, keepdims=True)
     # A row with itself.
@@ -166,23 +150,22 @@ def second_moments_of_softmax(node: Softmax) -> Table:
     other *= ((1 - same.sum(-1)) / np.maximum(other.sum((-1, -2)), 1e-300))[..., None, None]
     # Two rows. The excess of one key's weights in both: exact for equal logits, lognormal in their covariance
     # between.
-    shares = [node.read(share), node.read(share, second=True)]
-    ahead, behind = (
-        shares[0] / np.maximum(n, 1e-300),
-        node.read(share / np.maximum(seen, 1e-300), second=True),
+    each = share / np.maximum(seen, 1e-300)
+    (shares, ahead), (others, behind) = (
+        [node.read(x, second=j) for x in (share, each)] for j in (False, True)
     )
-    variance = np.maximum(node.read(node.of_one(deviation)), 1e-12)
+    variance = node.read(node.variance)
     most = np.minimum(variance, 50)
     excess = np.where(n > 0, square / np.maximum(ahead**2, 1e-300) - 1, 0.0)
-    excess = excess * np.expm1(np.clip(deviation, -variance, most)) / np.expm1(most)
+    excess = excess * np.expm1(np.clip(node.deviation, -variance, most)) / np.expm1(most)
     both = node.shared * ahead * behind * (1 + excess)
     both = both * np.minimum(1.0, 1.0 / np.maximum(both.sum(-1, keepdims=True), 1e-300))
-    unlike = shares[0][..., :, None] * shares[1][..., None, :] - diagonal * both[..., None]
-    own = node.own[..., None]
+    unlike = shares[..., :, None] * others[..., None, :] - diagonal * both[..., None]
+    own = outer(a.agrees for a in node.row_axes)[..., None] > 0
     same, other = np.where(own, same, both), np.where(own[..., None], other, unlike)
     second = np.concatenate([same, other.reshape(*other.shape[:-2], c * c)], axis=-1)
     second = second / np.maximum(node.keys.pairs, 1.0)
-    return Table(node.axes, *(np.moveaxis(x, -1, node.params) for x in (share / sizes, second)))
+    return Table(node.axes, *(np.moveaxis(x, -1, node.params) for x in (share / node.keys.counts, second)))
 
 
 @pullback.register(Softmax)
@@ -190,39 +173,36 @@ def pullback_of_softmax(
     node: Softmax, cotangent: np.ndarray, notes: BackwardNotes
 ) -> list[np.ndarray | None]:
     """∂p_k/∂l_j = p_k(δ − p_j): a cotangent's part common to the keys is lost, the rest is weighted by p."""
-    axis, c, own, weights = node.keys, node.keys.classes, node.own[..., None], node.weights
-    g, p = (node.by_key(x) for x in (np.broadcast_to(cotangent, node.frame_types), node.table.second))
+    c, counts, weights = node.keys.classes, node.keys.counts, node.weights
+    tables = np.broadcast_to(cotangent, node.frame_types), node.table.second, node.table.mean
+    g, p, mean = (np.moveaxis(x, node.params, -1) for x in tables)
+    mean, own = np.broadcast_to(mean, node.seen.shape), outer(a.agrees for a in node.row_axes)[..., None] > 0
     keep = 1 - 2 * weights.cube / np.maximum(weights.square, 1e-300)
     keep = node.read(keep + (node.seen * weights.square).sum(-1, keepdims=True))
-    overlap = (p[..., :c] * axis.counts).sum(-1, keepdims=True)
     each = apart(g, node.shared)
-    mean = np.broadcast_to(node.by_key(node.table.mean), node.seen.shape)
-    ahead, behind = node.read(mean), node.read(mean, second=True)
-    common = in_common(g, ahead * axis.counts, behind * axis.counts)
-    within = np.clip(np.diagonal(common, axis1=-2, axis2=-1) * (axis.counts > 1), 0, np.maximum(each, 0))
+    ahead, behind = (node.read(mean, second=j) for j in (False, True))
+    common = in_common(g, ahead * counts, behind * counts)
+    within = np.clip(np.diagonal(common, axis1=-2, axis2=-1) * (counts > 1), 0, np.maximum(each, 0))
     passed = (each - within) * p[..., :c]
-    lost = (passed * axis.counts).sum(-1)[..., None, None] * ahead[..., :, None] * behind[..., None, :]
+    lost = (passed * counts).sum(-1)[..., None, None] * ahead[..., :, None] * behind[..., None, :]
     lost = lost - passed[..., :, None] * behind[..., None, :] - ahead[..., :, None] * passed[..., None, :]
     lost = lost + common * p[..., c:].reshape(common.shape)
-    correlation = node.deviation / np.maximum(node.read(node.of_one(node.deviation)), 1e-12)
     # E[p_ik² p_jk]/E[p_ik p_jk], and the same of the other row.
     # Of one key: its share where another row weighs it that has nothing, or all, in common.
     first, square, cube = (np.maximum(x, 1e-300) for x in weights[:3])
-    unlike, alike = square / first, cube / square
-    weighed = sum(
-        weighed_in_both(node.read(unlike, second=j), node.read(alike, second=j), correlation)
-        for j in (False, True)
-    )
+    both = ([node.read(x, second=j) for x in (square / first, cube / square)] for j in (False, True))
+    weighed = sum(weighed_in_both(*x, node.deviation / node.read(node.variance)) for x in both)
+    overlap = (p[..., :c] * counts).sum(-1, keepdims=True)
     keep = np.clip(np.where(own, keep, 1 - weighed + overlap), 0, 1)
     same = np.where(own, np.maximum(passed, 0.0), passed) * keep + within * p[..., :c]
-    share = gain_of_queries(node, notes, (each * ahead * axis.counts).sum(-1), (same * axis.counts).sum(-1))
+    share = gain_of_queries(node, notes, (each * ahead * counts).sum(-1), (same * counts).sum(-1))
     # Of the queries' and keys' cotangents a part is due to overlaps, known to leading order. Where tokens
     # differ in known positions added to them, they share those too, and which are near each other.
     next_one = LEADING_ORDER if any(a.classes > 1 for a in node.axes) else NEXT_ORDER
     doubt = LOOSE if share is None else LOOSE * share + next_one
-    placed = _adds_known_along(node.args[0].node, axis.size)
+    placed = _adds_known_along(node.args[0].node, node.keys.size)
     notes.doubts[node.id] = _PLACED_DOUBT if placed else doubt
-    lost = lost + balance(same, lost, ahead, axis)
+    lost = lost + balance(same, lost, ahead, node.keys)
     out = np.concatenate([same, lost.reshape(*same.shape[:-1], c * c)], axis=-1)
     back = sum_out(np.moveaxis(out, -1, node.params), node.axes, node.args[0])
     return [back, *[None] * (len(node.args) - 1)]
@@ -248,3 +228,133 @@ def _rounded(x: np.ndarray, digits: int) -> np.ndarray:
     """To so many significant digits."""
     unit = 10.0 ** (np.floor(np.log10(np.maximum(x, 1e-300))) + 1 - digits)
     return np.round(x / unit) * unit
+
+
+def _mean_of_powers(node: Node) -> tuple[float, Mean] | None:
+    """c and the mean of exponentials that a node is the product of, c > 0; None of any other node."""
+    scale = 1.0
+    while isinstance(node, Apply) and node.args[0] == node.args[0].node.whole:
+        name, extra = node.params
+        if name == "affine" and extra[0] > 0 and extra[1] == 0:
+            scale *= extra[0]
+        elif not (name == "abs" and node.args[0].node.positive):
+            return None
+        node = node.args[0].node
+    powers = node.args[0].node if isinstance(node, Mean) else None
+    exponential = isinstance(powers, Apply) and powers.params[0] == "exp"
+    return (scale, node) if isinstance(node, Mean) and exponential else None
+
+
+@recognise("div")
+def softmax_of(interpreter: Context, top: Value, bottom: Value) -> Value | None:
+    """exp(x − max) / Σ exp(x − max), if that is what this division is."""
+    num, (scale, mean) = top.node, _mean_of_powers(bottom.node) or (0.0, bottom.node)
+    whole = isinstance(mean, Mean) and mean.args[0].node is num
+    if not whole or abs(scale - math.prod(num.axes[k].size for k in mean.params)) > 1e-6:
+        return None
+    random, allowed = logits(num.args[0], num.axes)
+    if random is None:
+        return None
+    placeholder, graph = Value(random.node, top.dims), interpreter.graph
+    if len(mean.params) > 1:  # drawn where that can be; else a division as any other
+        return placeholder if interpreter.ask("a softmax over several axes") else None
+    (key,), frame, args, unshared = mean.params, num.axes, [random], 0.0
+    if allowed is not None:
+        frame = row_classes(frame, random, allowed, key)
+        args += rows_filled(*allowed, key)
+        unshared = keys_apart(allowed.node, allowed.bind.index(key)) if key in allowed.bind else 0.0
+    gaussian = _is_nearly_gaussian(random.node)
+    if not gaussian and interpreter.ask("a softmax of logits that are not Gaussian"):
+        return placeholder
+    placed, learned = _bias_variances(random, key)
+    # Classes of rows by their number of keys do not tell which keys these are. Behind a window a row reads
+    # rows near one another, which share more keys than two of their classes do on average.
+    before = _WINDOWS.get(graph, None) or 0
+    _WINDOWS.put(graph, None, before + (unshared > NEXT_ORDER))
+    doubt = max(math.expm1(min(placed, 3.0)), unshared if before else 0.0)
+    if max(doubt, learned) > LEADING_ORDER and interpreter.ask("attention by distance", whole=True):
+        return placeholder
+    node = graph.make(Softmax, frame, args, key)
+    if doubt > NEGLIGIBLE:
+        node.flagged, node.doubt, node.gradient_doubt = "assumed", doubt, max(doubt, NEXT_ORDER)
+    # Where keys that may be paddings are not told apart, of which a mask by sample hides some, weights are
+    # spread over paddings, all alike, where a row sees words: of outputs that can be as much again.
+    by_sample = allowed is not None and key in allowed.bind and len(allowed.bind) > 1
+    alike = frame[key].size in {size for _, size in padded(graph)} and frame[key].labels is None
+    if not gaussian or (by_sample and alike):
+        node.flagged, node.doubt = "assumed", 1.0
+    return Value(node, top.dims)
+
+
+def _is_nearly_gaussian(node: Node) -> bool:
+    """Whether logits are sums of products, or a function of one normal that is as good as linear (a soft cap, far out)."""
+    if all(
+        isinstance(v.node, Contract | Array) for v in (node.args if isinstance(node, Sum) else [node.whole])
+    ):
+        return True
+    live = [root for root in roots(node) if not concentrated(root.node)]
+    if isinstance(node, Apply):
+        line = along(node.whole, node.axes, *live) if len(live) == 1 else np.zeros(len(Z))
+    elif (law := marginal(node)).gaussian:
+        return True
+    else:
+        line = law.values
+    variance = line**2 @ WEIGHTS - (line @ WEIGHTS) ** 2
+    return bool(np.all((line * Z @ WEIGHTS) ** 2 > (1 - NEGLIGIBLE) * variance))
+
+
+def _bias_variances(random: View, key: int) -> tuple[float, float]:
+    """Variances along the keys of what no input goes with among the logits: of known numbers, and of weights.
+
+    One draw of the weights serves all samples. The known numbers' s² adds e^{s²} − 1 to Σ p².
+    """
+    terms = weighted_sum(random)[0] if isinstance(random.node, Sum) else []
+    found = [(c, x, at.index(key)) for c, (x, at) in terms if key in at]
+    placed = sum(np.var(c * x.values, axis=k).mean() for c, x, k in found if isinstance(x, Array))
+    others = [(c, x) for c, x, _ in found if not isinstance(x, Array) and not x.deps & x.graph.inputs]
+    return placed, sum(c * c * x.table.variance for c, x in others)
+
+
+class LogSumExp(OneOfMany):
+    """log Σ exp along an axis, between the largest and that plus ln n, and sampled as the largest is; `params`: ((axis,),)."""
+
+    how = "sampled"
+    gradient_doubt = 0.15
+
+
+cross_by_kind.register(LogSumExp, cross_by_kind_of_one_of_many)
+
+
+@second_moments.register(LogSumExp)
+def second_moments_of_log_sum_exp(node: LogSumExp) -> Table:
+    return node.sampled(lambda x, axes: np.asarray(special.logsumexp(x, axis=axes)))
+
+
+@pullback.register(LogSumExp)
+def pullback_of_log_sum_exp(
+    node: LogSumExp, cotangent: np.ndarray, notes: BackwardNotes
+) -> list[np.ndarray | None]:
+    """A logit gets its share of the cotangent."""
+    source, (key,) = node.args[0].node, node.reduced
+    shares = node.graph.make(Softmax, source.axes, [source.whole], key)
+    return [np.expand_dims(cotangent, key) * shares.table.second]
+
+
+@recognise("log")
+def log_sum_exp_of(interpreter: Context, x: Value) -> Value | None:
+    """log x, if x is Σ exp of logits less their largest, as log Σ exp of the logits less their largest."""
+    if (found := _mean_of_powers(x.node)) is None:
+        return None
+    (scale, mean), graph, (key, *more) = found, interpreter.graph, found[1].params
+    if more:
+        raise NotImplementedError("a softmax over several axes")
+    powers = mean.args[0].node
+    (random, allowed), (terms, offset) = logits(powers.args[0], powers.axes), weighted_sum(powers.args[0])
+    taken = [(c, v) for c, v in terms if all(isinstance(r.node, Extreme) for r in roots(v.node))]
+    apart = any(key in view.bind for _, view in taken)
+    if random is None or allowed is not None or random.node.axes != powers.axes or apart:
+        return None
+    unit = graph.make(LogSumExp, mean.axes, [random], ((key,),))
+    views = [unit.whole, *(View(v.node, tuple(b - (b > key) for b in v.bind)) for _, v in taken)]
+    node = total(graph, [1.0, *(c for c, _ in taken)], mean.axes, views)
+    return Value(affine(node, 1.0, offset + math.log(scale / powers.axes[key].size)), x.dims)
