@@ -11,7 +11,7 @@ import numpy as np
 
 from varscale.theory.domain.axes import Axis, apply_axis, grouped, pool
 from varscale.theory.domain.axis_maps import AxisMap, adjoint, entry_map, pair_counts
-from varscale.theory.domain.tables import estimated_products
+from varscale.theory.domain.tables import LEADING_ORDER, estimated_products
 from varscale.theory.graph.nodes import Node
 
 ONE = Axis(1)  # a dimension of size 1: only the type "same"
@@ -107,8 +107,8 @@ class Conv(Node):
     width: float  # pyright: ignore[reportIncompatibleVariableOverride] set by prepare
 
     def prepare(self) -> None:
-        (x, w), (groups, windows, xd, *_) = (v.node for v in self.args), self.params
-        self.width = dim_axes(x, xd)[1].size / groups * math.prod(window.taps for window in windows)
+        (x, w), (groups, _, xd, *_) = (v.node for v in self.args), self.params
+        self.width = dim_axes(x, xd)[1].size / groups * taps_of(self)
         self.odd = (x.odd & w.unseen) | (w.odd & x.unseen)
         # A sum of few terms (a depthwise one: nine) is not Gaussian: its sign follows the channel it reads.
         self.gradient_doubt = _FEW_TERMS / self.width
@@ -125,23 +125,30 @@ class Conv(Node):
         one = np.where(o.agrees[:, None], agree, together * agree + (1 - together) * own * differ)
         return one, np.broadcast_to(own * (own - 1) * differ, one.shape)
 
-    def carry(self, x_second: np.ndarray, w_second: np.ndarray, *, transposed: bool = False) -> np.ndarray:
-        """Second moments by type of the output, from those of input and weights (by dimension); or of the input's cotangent."""
-        x_axes, o_axes = dim_axes(self.args[0].node, self.params.x_dims), dim_axes(self, self.params.out_dims)
-        meeting = [self.channels(), *map(tap_pairs, self.params.windows, x_axes[2:], o_axes[2:])]
+    def carry(self, second: np.ndarray, *, transposed: bool = False) -> np.ndarray:
+        """Second moments by type of the output, from those of the input; or of the input's cotangent, from the output's."""
+        (x, w), (_, windows, xd, wd, od) = (v.node for v in self.args), self.params
+        x_axes, o_axes = dim_axes(x, xd), dim_axes(self, od)
+        meeting = [self.channels(), *map(tap_pairs, windows, x_axes[2:], o_axes[2:])]
         # Classes within w's own axes do not change how its taps meet the input.
-        w_second = pool(w_second, [ONE, *dim_axes(self.args[1].node, self.params.w_dims)[1:]])
-        result = np.zeros([a.types for a in (x_axes if transposed else o_axes)])
+        w_second = pool(by_dim(w.table.second, wd), [ONE, *dim_axes(w, wd)[1:]])
+        given, result = by_dim(second, od if transposed else xd), np.zeros(())
         for apart in np.ndindex(*w_second.shape[1:]):
-            weight = w_second[(slice(None), *apart)].reshape(1, -1, *[1] * (x_second.ndim - 2))
+            weight = w_second[(slice(None), *apart)].reshape(1, -1, *[1] * (given.ndim - 2))
             if not np.any(weight):
                 continue
-            term = x_second * weight if transposed else x_second
+            term = given * weight if transposed else given
             for k, (maps, kind) in enumerate(zip(meeting, apart, strict=True), 1):
                 matrix = adjoint(maps[kind], o_axes[k], x_axes[k]) if transposed else maps[kind]
                 term = apply_axis(term, k, matrix)
-            result += term if transposed else term * weight
-        return result
+            result = result + (term if transposed else term * weight)
+        axes = x_axes if transposed else o_axes
+        return by_axis(np.broadcast_to(result, [a.types for a in axes]), xd if transposed else od)
+
+
+def taps_of(node: Conv | WindowSum) -> int:
+    """How many positions a window reads."""
+    return math.prod(window.taps for window in node.params.windows if window is not None)
 
 
 class WindowSumParams(NamedTuple):
@@ -177,3 +184,21 @@ class WindowSum(Node):
         for d, matrix in enumerate(maps):
             array = array if matrix is None else apply_axis(array, d, matrix)
         return by_axis(array, outward)
+
+
+class WindowMax(WindowSum):
+    """Maxima over windows: of whole ones, with the mean and variance of the smaller ones at borders counted in.
+
+    Backward, a cotangent goes to one entry of its window, and entries add up.
+
+    Attributes:
+        law: maxima less their mean over their deviation, on the normal grid; known with its moments.
+    """
+
+    how = "sampled"
+    gradient_doubt = LEADING_ORDER
+    law: np.ndarray
+
+    def prepare(self) -> None:
+        super().prepare()
+        self.odd = 0

@@ -55,7 +55,6 @@ from varscale.theory.rules import (  # noqa: F401
     linear,
     lookup,
     random,
-    reductions,
     softmax,
 )
 from varscale.theory.rules.random import input_leaf, is_weight
@@ -249,5 +248,5 @@ def unruled(interpreter: Interpreter, eqn: Any, *xs: Any) -> list[Any]:
 
 # Complex numbers pass through these as they are.
 _WHOLE = (ENTERED - {"random_bits"}) | {
-    "complex", "real", "imag", "fft", "stop_gradient", "copy", "copy_p", "device_put",
+    "complex", "real", "imag", "copy", "copy_p", "device_put",
 }  # fmt: skip

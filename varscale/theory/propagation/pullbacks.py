@@ -24,7 +24,7 @@ import numpy as np
 from varscale.theory.domain.axes import Axis, apply_axis, contract_axes, pool, shares
 from varscale.theory.domain.axis_maps import lift_types
 from varscale.theory.domain.tables import full_types
-from varscale.theory.graph.convolutions import WindowSum
+from varscale.theory.graph.convolutions import WindowMax, WindowSum
 from varscale.theory.graph.expressions import Apply, Mean, Sum, is_mean_of, roots, swapped
 from varscale.theory.graph.linear_nodes import Concat, Contract, Gather, Merge, Take, constant_along
 from varscale.theory.graph.nodes import Array, Leaf, Node, View, number, pullback
@@ -272,10 +272,11 @@ def pulled_back_of_mean(node: Mean, i: int, part: Cotangent) -> Cotangent:
 
 @pulled_back.register(WindowSum)
 def pulled_back_of_window_sum(node: WindowSum, i: int, part: Cotangent) -> Cotangent:
-    """An entry is in as many windows as there are taps a stride, and those of one window have its cotangent."""
+    """An entry is in as many windows as there are taps a stride, and those of one window have its cotangent; of maxima one."""
     windows = [(k, w) for w, k in zip(*node.params[:2], strict=True) if w is not None and k is not None]
     met = math.prod(max(w.taps / w.stride, 1.0) for _, w in windows)
-    alike = _less_alike(node.args[0].node, part.second, [k for k, w in windows if w.taps > 1])
+    summed = [] if isinstance(node, WindowMax) else [k for k, w in windows if w.taps > 1]
+    alike = _less_alike(node.args[0].node, part.second, summed)
     return part.with_near(max(alike, part.near), part.near * (met - 1))
 
 

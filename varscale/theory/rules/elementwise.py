@@ -1,37 +1,54 @@
-"""Elementwise primitives: one entry each; what they compute is in `integrals.primitives`.
+"""Elementwise primitives, one entry each, and reductions: what the former compute is in `integrals.primitives`.
 
+A sum is its count times a mean. Extremes, of which no formula gives the moments, are drawn by themselves, at other sizes.
 Complex numbers are pairs of real ones: moved, added and scaled part by part; all else is drawn.
 """
 
 from __future__ import annotations
 
+import functools
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+from scipy import special
 
-from varscale.theory.graph.expressions import IDENTITIES, roots
-from varscale.theory.graph.layout import Value, full
-from varscale.theory.graph.nodes import Array, Leaf
+from varscale.theory.domain.axes import Axis, contract_axes, pool, refine
+from varscale.theory.domain.tables import LEADING_ORDER, NEXT_ORDER, Table, estimate, gaussian, over_frame
+from varscale.theory.graph.expressions import IDENTITIES, Apply, Mean, Sum, roots
+from varscale.theory.graph.layout import Dim, Value, full, renumbered
+from varscale.theory.graph.linear_nodes import weight_of
+from varscale.theory.graph.nodes import (
+    UNKNOWN,
+    Array,
+    Constant,
+    Leaf,
+    Node,
+    View,
+    cross_by_kind,
+    pullback,
+    second_moments,
+)
+from varscale.theory.graph.normal_form import affine, apply, mean_node
+from varscale.theory.graph.store import BackwardNotes, once_per_node
+from varscale.theory.integrals.hermite_series import Z, read_off, sphere_squares
 from varscale.theory.integrals.primitives import FUNCTIONS, POSITIVE
+from varscale.theory.propagation.cross_moments import cross, mean_product
+from varscale.theory.propagation.fluctuations import fluctuations
+from varscale.theory.propagation.inherited_fluctuations import Spread, combine, inherited, propagated
+from varscale.theory.propagation.marginals import concentrated, evaluate, marginal
+from varscale.theory.propagation.pullbacks import selected
+from varscale.theory.propagation.shared_component import of_an_average
 from varscale.theory.rules.lookup import compared
-from varscale.theory.rules.reductions import OneOfMany
 from varscale.theory.rules.registry import RECOGNISERS, RULES, Complex, Context, map_parts, parts, rule
 from varscale.theory.rules.sampled_regions import drawn_region
 
-_OWN = {"affine", "convert", "bitcast", "integer_pow", "power", *IDENTITIES}
-_NAMES = [name for name in FUNCTIONS if name not in _OWN]
-_IDENTITIES = (
-    "copy",
-    "copy_p",
-    "reduce_precision",
-    "optimization_barrier",
-    "sharding_constraint",
-    "device_put",
-)
-_IDENTITIES += ("name", "pvary", "pcast", "mesh_cast", "reshard", "layout_constraint")
+# What jax names otherwise, or has static parameters of its own.
+_OWN = {"affine", "convert", "bitcast", "power", *IDENTITIES}
 
 
-@rule(*_NAMES, "add_any", "square", entrywise=True)
+@rule(*(FUNCTIONS.keys() - _OWN), "add_any", "square", entrywise=True)
 def elementwise(interpreter: Context, eqn: Any, *xs: Value) -> Value:
     name = eqn.primitive.name
     for recognised in RECOGNISERS.get(name, ()):
@@ -39,33 +56,26 @@ def elementwise(interpreter: Context, eqn: Any, *xs: Value) -> Value:
             return unit
     if len(xs) == 2 and (known := compared(interpreter, name, eqn.outvars[0].aval.shape, *xs)) is not None:
         return known
-    return interpreter.elementwise(name, *xs)
+    return interpreter.elementwise(name, *xs, extra=(eqn.params["y"],) if name == "integer_pow" else ())
 
 
-@rule("integer_pow", entrywise=True)
-def integer_pow(interpreter: Context, eqn: Any, x: Value) -> Value:
-    return interpreter.elementwise("integer_pow", x, extra=(eqn.params["y"],))
-
-
-@rule("convert_element_type", entrywise=True)
+@rule("convert_element_type", "bitcast_convert_type", entrywise=True)
 def convert(interpreter: Context, eqn: Any, x: Value) -> Value:
+    """Widening (bool to int to float) and rounding to a narrower float keep the numbers: moments in exact arithmetic."""
     old, new = eqn.invars[0].aval.dtype, eqn.params["new_dtype"]
+    if eqn.primitive.name == "bitcast_convert_type":
+        return interpreter.elementwise("bitcast", x, extra=(str(new),))
     if old.kind == new.kind == "u" and old != new:
         return interpreter.elementwise("convert", x, extra=(str(new),))
-    kinds = {"b": 0, "i": 1, "u": 1, "f": 2, "V": 2, "c": 3}
-    # Widening (bool to int to float) and rounding to a narrower float keep the numbers: moments in exact
-    # arithmetic.
-    if kinds.get(new.kind, 2) >= kinds.get(old.kind, 2) and not (old.kind == "u" and new.kind == "f"):
+    # Numbers of a kind are numbers of those after it; the rest are floats.
+    before, after = ({"b": 0, "i": 1, "u": 1, "c": 3}.get(of.kind, 2) for of in (old, new))
+    if after >= before and not (old.kind == "u" and new.kind == "f"):
         return x
-    return interpreter.elementwise("convert", x, extra=("f" if kinds.get(new.kind, 2) == 2 else new.kind,))
+    return interpreter.elementwise("convert", x, extra=("f" if after == 2 else new.kind,))
 
 
-@rule("bitcast_convert_type", entrywise=True)
-def bitcast(interpreter: Context, eqn: Any, x: Value) -> Value:
-    return interpreter.elementwise("bitcast", x, extra=(str(eqn.params["new_dtype"]),))
-
-
-@rule(*_IDENTITIES, entrywise=True)
+@rule("copy", "copy_p", "name", "reduce_precision", "optimization_barrier", "device_put", entrywise=True)
+@rule("sharding_constraint", "layout_constraint", "pvary", "pcast", "mesh_cast", "reshard", entrywise=True)
 def identity(interpreter: Context, eqn: Any, *xs: Value) -> list[Value]:
     return list(xs)
 
@@ -77,24 +87,18 @@ def stop_gradient(interpreter: Context, eqn: Any, x: Any) -> Any:
     A maximum that softmax takes from its logits has no gradient anyway; what is made of weights alone is left as it is, since
     no row asks for the gradients of weights: a spectral norm is |Wᵀv|, whether it stops at v or not.
     """
-    if isinstance(x, Complex):
-        return map_parts(lambda part: stop_gradient(interpreter, eqn, part), x)
-    if (
-        not isinstance(x, Value)
-        or isinstance(x.node, Leaf | Array)
-        or not x.node.deps & x.node.graph.inputs
-        or all(isinstance(r.node, OneOfMany) for r in roots(x.node))
-    ):
+    flows = (
+        isinstance(x, Value) and not isinstance(x.node, Leaf | Array) and x.node.deps & x.node.graph.inputs
+    )
+    if not flows or all(isinstance(r.node, OneOfMany) for r in roots(x.node)):
         return x
     return interpreter.elementwise("stop_gradient", x)
 
 
-# Equations that do to a complex number what they do to its parts, though they are functions of numbers.
-_ELEMENTWISE = {"neg", "sub", "add", "add_any"}
-# Those that are no elementwise functions and do to a complex number what they do to neither of its parts.
-_MIXING = {"integer_pow", "square", "dot_general", "conv_general_dilated", "reduce_prod", "cumprod", "fft"}
-
-
+# Functions of numbers that do to a complex one what they do to its parts.
+_ELEMENTWISE = {"neg", "sub", "add", "add_any", "stop_gradient"}
+# What is no function of numbers and yet makes a part of the result of both of a complex number.
+_MIXING = {"dot_general", "conv_general_dilated", "reduce_prod", "cumprod"}
 FUNCTIONS["hypot"] = np.hypot
 POSITIVE.add("hypot")
 
@@ -110,27 +114,20 @@ def complex_operands(interpreter: Context, eqn: Any, *xs: Any) -> Any:
     name, graph = eqn.primitive.name, interpreter.graph
     whole = [x if isinstance(x, Complex) else Complex(x, full(graph, 0.0, x.shape)) for x in xs]
     is_real = [x.im.constant == 0 for x in whole]
-    if name == "convert_element_type":
-        return whole[0] if eqn.params["new_dtype"].kind == "c" else whole[0].re
-    if name == "abs":
-        return modulus(interpreter, whole[0])
-    if name == "conj":
-        return Complex(whole[0].re, interpreter.elementwise("neg", whole[0].im))
-    if name in ("mul", "div") and (is_real[1] or (name == "mul" and is_real[0])):
-        x, y = whole if is_real[1] else whole[::-1]
-        return map_parts(lambda part: interpreter.elementwise(name, part, y.re), x)
-    moves = name in RULES and name not in FUNCTIONS and name not in _MIXING
-    if not moves and name not in _ELEMENTWISE:
+    match name:
+        case "convert_element_type":
+            return whole[0] if eqn.params["new_dtype"].kind == "c" else whole[0].re
+        case "abs":
+            return modulus(interpreter, whole[0])
+        case "conj":
+            return Complex(whole[0].re, interpreter.elementwise("neg", whole[0].im))
+        case "mul" | "div" if is_real[1] or (name == "mul" and is_real[0]):
+            x, y = whole if is_real[1] else whole[::-1]
+            return map_parts(lambda part: interpreter.elementwise(name, part, y.re), x)
+    if name not in _ELEMENTWISE and (name not in RULES or name in FUNCTIONS or name in _MIXING):
         return drawn_region(interpreter, eqn, xs, "it mixes the parts of complex numbers")
     re, im = (RULES[name](interpreter, eqn, *(parts(x)[k % len(parts(x))] for x in xs)) for k in (0, 1))
-    if isinstance(re, list | tuple):
-        return [Complex(a, b) for a, b in zip(re, im, strict=True)]
-    return Complex(re, im)
-
-
-@rule("fft")
-def fft(interpreter: Context, eqn: Any, x: Value | Complex) -> list[Any]:
-    return drawn_region(interpreter, eqn, (x,), "a transform")
+    return [*map(Complex, re, im)] if isinstance(re, list | tuple) else Complex(re, im)
 
 
 @rule("complex")
@@ -141,3 +138,219 @@ def complex_(interpreter: Context, eqn: Any, re: Value, im: Value) -> Complex:
 @rule("real", "imag")
 def real(interpreter: Context, eqn: Any, x: Complex) -> Value:
     return x.re if eqn.primitive.name == "real" else x.im
+
+
+@propagated.register(Mean)
+def propagated_of_mean(node: Mean) -> Spread:
+    inner = node.args[0].node
+    if isinstance(inner, Apply) and inner.params == ("integer_pow", (2,)):
+        return combine([(2.0, fluctuations(inner.args[0].node))])
+    return of_an_average(node, inherited(inner))
+
+
+def axes_behind(x: Value, dims: Sequence[int]) -> tuple[list[int], tuple[Dim, ...]]:
+    """The node's axes behind some dimensions, and the other dimensions without them."""
+    axes = [a.axis for d in dims for a in x.dims[d] if a.axis is not None]
+    left = (k for k in range(len(x.node.axes)) if k not in axes)
+    kept = [dim for d, dim in enumerate(x.dims) if d not in dims]
+    return axes, renumbered(kept, {k: i for i, k in enumerate(left)})
+
+
+def mean(x: Value, dims: Sequence[int]) -> Value:
+    """The mean over dimensions."""
+    axes, left = axes_behind(x, dims)
+    node = mean_node(x.node, axes)
+    return Value(node, left if node.axes else renumbered(left, {}))
+
+
+@rule("reduce_sum")
+def reduce_sum(interpreter: Context, eqn: Any, x: Value) -> Value:
+    axes = eqn.params["axes"]
+    out = mean(x, axes)
+    return Value(affine(out.node, float(math.prod(x.shape[d] for d in axes)), 0.0), out.dims)
+
+
+class OneOfMany(Node):
+    """A symmetric function of exchangeable entries that one of them decides: a maximum, a log Σ exp.
+
+    `params` begins with their axes.
+    """
+
+    follows_shifts = True
+
+    @property
+    def reduced(self) -> tuple[int, ...]:
+        """The axes that are reduced."""
+        return self.params[0]
+
+    def sampled(self, reduce: Callable[[np.ndarray, tuple[int, ...]], np.ndarray]) -> Table:
+        """Moments by sampling: the reduced axes at full size, the others at two positions."""
+        axes, source = self.reduced, self.args[0].node
+        count = math.prod(source.axes[k].size for k in axes)
+        # The larger the set, the more the tail decides; of what few numbers decide there is no Gaussian tail.
+        self.graph.flag("sampled", NEXT_ORDER * math.log(count) + bounded(count, fewest_terms(source)))
+        sizes = [a.size if k in axes else min(a.size, 2) for k, a in enumerate(source.axes)]
+        return pooled_estimate(reduce(draw(source, sizes), tuple(k + 1 for k in axes)), self.axes)
+
+
+@cross_by_kind.register(OneOfMany)
+def cross_by_kind_of_one_of_many(
+    node: OneOfMany, a: View, b: View, frame: Sequence[Axis]
+) -> np.ndarray | None:
+    """Σ E[∂f/∂x_k] Cov(x_k, y) = Cov(mean x, y) for Gaussians that are alike (Stein): the slopes add up to 1."""
+    x = node.args[0].node
+    if any(x.axes[k].labels for k in node.reduced) or not (_is_gaussian(x) and _is_gaussian(b.node)):
+        return None
+    mean = View(mean_node(x, node.reduced), a.bind)
+    return mean_product(a, b, frame) + cross(mean, b, frame) - mean_product(mean, b, frame)
+
+
+def _is_gaussian(node: Node) -> bool:
+    """Whether a node may be taken for Gaussian: no function of others, and of no law of its own."""
+    while isinstance(node, Apply) and node.params[0] == "affine":
+        node = node.args[0].node
+    return not isinstance(node, Apply | OneOfMany) and marginal(node).gaussian
+
+
+class Extreme(OneOfMany):
+    """Maximum (or minimum) over axes; `params` is (axes, sign). Sampled."""
+
+    how = "sampled"
+    gradient_doubt = LEADING_ORDER
+
+
+cross_by_kind.register(Extreme, cross_by_kind_of_one_of_many)
+
+
+@second_moments.register(Extreme)
+def second_moments_of_extreme(node: Extreme) -> Table:
+    sign = node.params[1]
+    return node.sampled(lambda x, axes: (sign * x).max(axis=axes) * sign)
+
+
+@pullback.register(Extreme)
+def pullback_of_extreme(
+    node: Extreme, cotangent: np.ndarray, notes: BackwardNotes
+) -> list[np.ndarray | None]:
+    """Each cotangent goes to the one entry that was the extreme, of as many as there are; no two share it."""
+    for k in node.reduced:
+        axis = node.args[0].node.axes[k]
+        cotangent = np.moveaxis(np.multiply.outer(axis.agrees / axis.size, cotangent), 0, k)
+    return [cotangent]
+
+
+@selected.register(Extreme)
+def selected_by_extreme(node: Extreme) -> View | None:
+    """√P(an entry is the largest, given it): Φ(z)^((count − 1)/2) of independent Gaussian ones."""
+    x, (axes, sign) = node.args[0].node, node.params
+    if not isinstance(x, Apply | Sum) or concentrated(x):
+        return None
+    scale, others = sign / math.sqrt(2 * x.table.variance), math.prod(x.axes[k].size for k in axes) - 1
+    z = affine(x, scale, -scale * x.table.total_mean)
+    share = affine(apply(x.graph, "erf", (), x.axes, [z.whole]), 0.5, 0.5)
+    return apply(x.graph, "power", (others / 2,), x.axes, [share.whole]).whole
+
+
+@once_per_node
+def fewest_terms(node: Node) -> float:
+    """The smallest fan-in of the products with weights on the way to a node."""
+    own = math.inf if weight_of(node) is None or node.width is None else float(node.width)
+    return min([own, *(fewest_terms(view.node) for view in node.args)])
+
+
+@functools.cache
+def bounded(count: int, width: float) -> float:
+    """By how much the largest square of `count` Gaussians exceeds that of one coordinate of points on a sphere.
+
+    What a norm makes of points of few dimensions lies on such a sphere, and its features are bounded there.
+    """
+    if width == math.inf:
+        return 0.0
+    weights = np.diff(special.ndtr(Z) ** count, prepend=0.0)
+    return float(max((weights @ Z**2) / (weights @ sphere_squares(width)) - 1, 0.0))
+
+
+def of_increasing(x: Value, extreme: Callable[[Value], Value]) -> Value:
+    """max f(x) = f(max x) for increasing f: the extremes of what a chain of increasing steps is made of, and the steps on them.
+
+    A cotangent of f(x) goes where that of x does.
+    """
+    inner, steps = x, list[Apply]()
+    while isinstance(step := inner.node, Apply):
+        varied = [v for v in step.args if not isinstance(v.node, Constant)]
+        name, extra = step.params
+        increases = name == "max" or (name == "affine" and extra[0] > 0)
+        if not increases or len(varied) != 1 or len(varied[0].bind) != len(step.axes):
+            break
+        steps.append(step)
+        place = {b: k for k, b in enumerate(varied[0].bind)}
+        inner = Value(varied[0].node, renumbered(inner.dims, place))
+    extremes = extreme(inner)
+    node = out = extremes.node
+    for step in reversed(steps):
+        views = [v if isinstance(v.node, Constant) else out.whole for v in step.args]
+        name, extra = step.params
+        out = apply(out.graph, name, extra, out.axes, views)
+    if steps and out.axes == node.axes and any(view.node is inner.node for view in node.args):
+        own, other = ([a.axis for dim in y.dims for a in dim if a.axis is not None] for y in (x, inner))
+
+        def back(cotangent: np.ndarray) -> np.ndarray:
+            (to_inner,) = pullback(node, np.broadcast_to(cotangent, node.frame_types), BackwardNotes())
+            assert to_inner is not None
+            return to_inner.transpose([other[own.index(k)] for k in range(len(own))])
+
+        # A minimum above a floor is met at many places at once, which share what flows back.
+        doubt = UNKNOWN if isinstance(node, Extreme) and node.params[1] < 0 else LEADING_ORDER
+        out.graph.derive(x.node, out, back, doubt)
+    return Value(out, extremes.dims)
+
+
+@rule("reduce_max", "reduce_min")
+def reduce_max(interpreter: Context, eqn: Any, x: Value) -> Value:
+    sign = 1.0 if eqn.primitive.name == "reduce_max" else -1.0
+
+    def extreme(inner: Value) -> Value:
+        axes, left = axes_behind(inner, eqn.params["axes"])
+        kept = [axis for k, axis in enumerate(inner.node.axes) if k not in axes]
+        views, params = [inner.node.whole], (tuple(sorted(axes)), sign)
+        return Value(interpreter.graph.make(Extreme, kept, views, params) if axes else inner.node, left)
+
+    return of_increasing(x, extreme)
+
+
+_MOST_DRAWN = 3_000_000  # elements drawn for one node
+
+
+def draw(node: Node, sizes: Sequence[int]) -> np.ndarray:
+    """Arrays with a node's law at other sizes: its roots are drawn, its tree is evaluated. (replicates, *sizes)
+
+    The scale of a norm is a number here, as it is in quadrature: what it normalises is Gaussian given it, x = √v·z, so that
+    x/√v is z whatever v is, and x/√(E v) with x drawn alone has the law of z. E[1/v] of v drawn apart would be left over.
+    """
+    env, every, rng = dict[Any, np.ndarray](), roots(node), np.random.default_rng(0)
+    replicates = int(np.clip(_MOST_DRAWN / math.prod(sizes), 16, 20_000))
+    # Trees are evaluated over a frame with the replicates last, as quadrature points are.
+    for root in every:
+        x, own = root.node, [sizes[b] for b in root.bind]
+        if concentrated(x) and any(x.deps & other.node.deps for other in every if other != root):
+            drawn = np.full((1, *[1] * len(own)), x.table.total_mean)
+        elif isinstance(x, Array):
+            drawn = np.asarray(x.values, float)[tuple(slice(0, n) for n in own)][None]
+        else:
+            law, plain = marginal(x), [Axis(axis.size) for axis in x.axes]
+            counts = {k: axis.counts / axis.size for k, axis in enumerate(x.axes)}
+            line, positions = contract_axes(np.asarray(law.values, float), counts), list(map(np.arange, own))
+            drawn = read_off(line, gaussian(pool(law.correlation, x.axes), plain, positions, replicates, rng))
+        env[root] = over_frame(np.moveaxis(drawn, 0, -1), root.bind, len(sizes))
+    out = evaluate(node.whole, node.axes, env)
+    return np.moveaxis(np.broadcast_to(out, (*sizes, replicates)), -1, 0)
+
+
+def pooled_estimate(samples: np.ndarray, axes: Sequence[Axis]) -> Table:
+    """A table with one class an axis, from replicates (first axis) at reduced sizes."""
+    # The replicates are one more axis, of which only "the same" is wanted.
+    second = estimate(samples, [Axis(n) for n in samples.shape]).second[0]
+    for k, n in enumerate(samples.shape[1:]):
+        second = second if n > 1 else second.take([0, 0], k)
+    mean = np.full([axis.classes for axis in axes], samples.mean())
+    return Table(tuple(axes), mean, refine(second, axes))

@@ -7,7 +7,6 @@ array's rows with rows of its own the diagonal is no entry like the others.
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 from collections.abc import Iterator, Sequence
@@ -15,13 +14,14 @@ from typing import Any
 
 import numpy as np
 
-from varscale.theory.domain.axes import Axis, affordable, contract_axes, grouped, join, outer, shares
-from varscale.theory.domain.tables import LOOSE, NEGLIGIBLE, ROUGH, Table, full_along, means_by_type
+from varscale.theory.domain.axes import Axis, affordable, contract_axes, grouped, join, outer
+from varscale.theory.domain.tables import LOOSE, NEGLIGIBLE, ROUGH, Table, full_types, means_by_type
+from varscale.theory.graph.convolutions import Conv
 from varscale.theory.graph.expressions import Apply, Sum, roots, swapped
 from varscale.theory.graph.layout import Value, align, full, renumbered
 from varscale.theory.graph.linear_nodes import Contract, Gather, unmoved, weight_of
 from varscale.theory.graph.nodes import Array, Leaf, Node, View, cross_by_kind, pullback, second_moments
-from varscale.theory.graph.normal_form import affine, derivative, forward, total
+from varscale.theory.graph.normal_form import affine
 from varscale.theory.graph.store import BackwardNotes, once_per_node
 from varscale.theory.propagation.cross_moments import cross, dependent, mean_of_product, mean_product
 from varscale.theory.propagation.doubts import lost_excess
@@ -30,8 +30,8 @@ from varscale.theory.propagation.inherited_fluctuations import Spread, combine, 
 from varscale.theory.propagation.pullbacks import sum_out
 from varscale.theory.propagation.token_gram import gained_by_sum
 from varscale.theory.rules.attention import SHARED_DOUBT, note_values, of_alike_keys, tilted
+from varscale.theory.rules.elementwise import mean
 from varscale.theory.rules.random import as_weight, law
-from varscale.theory.rules.reductions import mean
 from varscale.theory.rules.registry import Context, rule
 from varscale.theory.rules.sampled_regions import drawn_region
 from varscale.theory.rules.softmax import Softmax
@@ -50,9 +50,8 @@ def second_moments_of_contract(node: Contract) -> Table:
     frame = node.frame
     mean = _summed(node, np.broadcast_to(x.mean(frame) * y.mean(frame), [a.classes for a in frame]))
     second = node.contract(x.second(frame) * y.second(frame))
-    found = _rows_used(x, y) or _rows_used(y, x)
-    if found is not None:
-        mean, second = _tied(node, *found, mean, second)
+    if (tied := _tied(node)) is not None:
+        mean, second = mean + tied[0], second + tied[1]
     elif (weight := weight_of(node)) is not None:
         if any(v.node.deps & weight.deps for v in node.args if v.node is not weight):
             node.graph.flag("quadrature", 1 / node.width)  # as good as fresh, to this order
@@ -93,18 +92,21 @@ def _dependent(node: Contract, mean: np.ndarray, second: np.ndarray) -> tuple[np
     return after, second + paired
 
 
-def _tied(
-    node: Contract, x: View, rows: View, mean: np.ndarray, second: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """A table of rows read by the rows it was looked up from: one output in V is the product of a row with itself.
+def _tied(node: Contract) -> tuple[np.ndarray, np.ndarray] | None:
+    """What is added to means and second moments where rows of a table are read by rows looked up in it; else None.
 
-    E[y_v²] gains (Σ_d E[x_d w_{v,d}])² where v is the row that x was looked up from, with probability 1/V.
+    One output in V is a row with itself: E[y_v²] gains (Σ_d E[x_d w_{v,d}])² where x was row v, with probability 1/V.
     """
-    shift = mean_of_product(x.node.whole, rows, x.node.axes) * node.width
-    table = next(v for v in node.args if v is not x)
-    own = math.prod(axis.size for k, axis in enumerate(node.axes) if k in table.bind)
-    same = outer(a.agrees for a in node.axes)
-    return mean + shift / own, second + shift**2 / own * same
+    for x, table in (node.args, node.args[::-1]):
+        uses = _uses(x.node, table.node) if isinstance(table.node, Leaf) and table.node.odd else ()
+        rows = next((view for view in uses if isinstance(view.node, Gather)), None)
+        if rows is not None:
+            shift = mean_of_product(x.node.whole, rows, x.node.axes) * node.width
+            own = math.prod(axis.size for k, axis in enumerate(node.axes) if k in table.bind)
+            return np.array(shift / own), shift**2 / own * outer(a.agrees for a in node.axes).reshape(
+                node.frame_types
+            )
+    return None
 
 
 @pullback.register(Contract)
@@ -123,20 +125,27 @@ def pullback_of_contract(
     return out
 
 
-@cross_by_kind.register(Contract)
-def cross_by_kind_of_contract(node: Contract, a: View, b: View, frame: Sequence[Axis]) -> np.ndarray | None:
-    """The same weights on two inputs: as one contraction, with the inputs' cross-moment in place of their second moment."""
+@cross_by_kind.register(Contract | Conv)
+def cross_by_kind_of_products(
+    node: Contract | Conv, a: View, b: View, frame: Sequence[Axis]
+) -> np.ndarray | None:
+    """The same weights on two inputs: as one product, with the inputs' cross-moment in place of their second moment."""
     weights = weight_of(node), weight_of(b.node)
     if None not in weights and weights[0] is not weights[1]:
         return np.zeros((1,) * len(frame))  # each is linear in a weight that is as good as fresh
+    if isinstance(node, Conv):
+        x, y = (v.node.args[0].node if isinstance(v.node, Conv) else v.node for v in (a, b))
+        if (b.node.params, b.node.args[1:], b.bind, y.axes) != (node.params, node.args[1:], a.bind, x.axes):
+            return None
+        second = node.carry(np.broadcast_to(cross(x.whole, y.whole, x.axes), x.frame_types))
+        return a.over(second, frame, pairs=True)
     if not isinstance(b.node, Contract) or [p.size for p in node.params] != [p.size for p in b.node.params]:
         return None
     wide, extra = (*frame, *node.params), tuple(range(len(frame), len(frame) + len(node.params)))
     mine, theirs = ([v.within((*view.bind, *extra)) for v in view.node.args] for view in (a, b))
     for i, j in itertools.product((1, 0), repeat=2):
         if mine[i] == theirs[j]:
-            table = cross(mine[1 - i], theirs[1 - j], wide) * mine[i].second(wide)
-            table = functools.reduce(lambda table, d: full_along(table, d, wide[d]), extra, table)
+            table = full_types(cross(mine[1 - i], theirs[1 - j], wide) * mine[i].second(wide), wide)
             return contract_axes(table, {d: wide[d].pairs for d in extra})
     return None
 
@@ -148,71 +157,27 @@ def propagated_of_contract(node: Contract) -> Spread:
     return with_own_weights(combine([(1.0, averaged(*part)) for part in parts]), node)
 
 
-def _uses(view: View, leaf: Node) -> Iterator[tuple[float, View]]:
-    """Products with a weight, and rows of it, that a view is an elementwise function of, each with its mean derivative."""
-    pending = [(1.0, view)]
-    while pending:
-        slope, (node, bind) = pending.pop()
-        if not leaf.deps & node.deps:
-            continue
-        if isinstance(node, Contract | Gather) and any(v.node is leaf for v in node.args):
-            yield slope, View(node, bind)
-        elif isinstance(node, Sum):
-            pending += [(c * slope, x.within(bind)) for c, x in node.terms]
-        elif isinstance(node, Softmax):  # ∂p/∂l = p (1 − p)
-            share = node.table.total_mean - node.table.mean_square
-            pending.append((share * slope, node.args[0].within(bind)))
-        elif isinstance(node, Apply):
-            for root in roots(node):
-                found = derivative(forward(node), root) if leaf.deps & root.node.deps else None
-                if found is not None:
-                    mean = np.broadcast_to(found.mean(node.axes), [a.classes for a in node.axes])
-                    pending.append((float(shares(node.axes) @ mean.ravel()) * slope, root.within(bind)))
+def _uses(node: Node, leaf: Node) -> Iterator[View]:
+    """Products with a weight, and rows of it, that a node is an elementwise function of."""
+    pending = [node.whole]
+    for view in pending:  # grows
+        inner, bind = view
+        if isinstance(inner, Contract | Gather) and any(v.node is leaf for v in inner.args):
+            yield view
+        elif isinstance(inner, Apply | Sum | Softmax):
+            args = inner.args[:1] if isinstance(inner, Softmax) else inner.args
+            pending += [v.within(bind) for v in args if v.node.deps & leaf.deps]
 
 
-def _rows_used(x: View, y: View) -> tuple[View, View] | None:
-    """The argument x and, over its axes, the rows of the weight y that it adds up; None where it has none."""
-    if not isinstance(y.node, Leaf) or not y.node.odd & x.node.deps:
-        return None
-    return next(((x, view) for _, view in _uses(x.node.whole, y.node) if isinstance(view.node, Gather)), None)
-
-
-def _brought_back(weight: View, other: View, outer: int, params: Sequence[Axis]) -> list[tuple[float, View]]:
-    """Of a product with a weight, its mean given what the weight's transpose was applied to before: terms c·x.
-
-    By Stein's lemma, for Gaussian W with independent entries of variance σ² and h = W x, over n units,
-
-        E[Σ_a f(h_a) W_aj | x] = σ² Σ_a E[f'(h_a) ∂h_a/∂W_aj] = n σ² E[f'] x_j.
-
-    What is left about this mean has, to leading order in 1/n, the moments of a product with fresh weights, which any is taken
-    for. A weight applied twice the same way has no such term: ∂h_a/∂W_ja is x_j for one a out of n. The product has `outer`
-    axes; those that it sums follow.
-    """
-    leaf = weight.node
-    if not (leaf.is_drawn and leaf.odd & other.node.deps) or sum(b >= outer for b in weight.bind) < len(
-        params
-    ):
-        return []
-    scale = math.prod(axis.size for axis in params) * leaf.table.mean_square
-    terms = ((slope, _before(used, weight, outer)) for slope, used in _uses(other, leaf))
-    return [(slope * scale, x) for slope, x in terms if x is not None]
-
-
-def _before(used: View, weight: View, outer: int) -> View | None:
-    """What a weight was applied to, read where its transpose leaves it; None if this is not its transpose."""
-    first = used.node
-    if not isinstance(first, Contract):
-        return None
-    applied, x = sorted(first.args, key=lambda v: v.node is not weight.node)
-    pairs = list(zip(applied.bind, weight.bind, strict=True))
-    # Its units are those that the second product sums; what the first one sums are its outputs.
-    units = [(used.bind[mine], place) for mine, place in pairs if mine < len(first.axes)]
-    summed = {mine: place for mine, place in pairs if mine >= len(first.axes)}
-    if any(place < outer or place != own for own, place in units):
-        return None
-    moved = tuple({**dict(enumerate(used.bind)), **summed}.get(b, outer) for b in x.bind)
-    left = all(place < outer and place not in used.bind for place in summed.values())
-    return View(x.node, moved) if left and all(b < outer for b in moved) else None
+def _is_transposed(weight: Value, x: Value, contracted: Sequence[int]) -> bool:
+    """Whether a weight meets what its transpose made: W f(Wᵀ x) has x in it, where fresh weights would forget it."""
+    leaf, summed = weight.node, {a.axis for d in contracted for a in weight.dims[d]}
+    uses = (v.node for v in _uses(x.node, leaf) if isinstance(v.node, Contract)) if leaf.is_drawn else ()
+    return any(
+        v.node is leaf and summed != {k for k, b in enumerate(v.bind) if b >= len(first.axes)}
+        for first in uses
+        for v in first.args
+    )
 
 
 def without_factor(x: Value) -> tuple[float, Value]:
@@ -271,45 +236,6 @@ def _over_one_frame(x: Value, y: Value, batch: Any, contracted: Any) -> tuple[Va
     return Value(x.node, xs), Value(y.node, ys)
 
 
-def contract(
-    interpreter: Context,
-    x: Value,
-    y: Value,
-    contracted: tuple[Sequence[int], ...],
-    batch: tuple[Sequence[int], ...],
-) -> Value:
-    """`lax.dot_general`: batch dimensions, then x's free ones, then y's."""
-    (c, x), (d, y) = without_factor(x), without_factor(y)
-    x, y = _over_one_frame(x, y, batch, contracted)
-    outer, count = len(x.dims) - len(contracted[0]), len(batch[0])
-    terms = math.prod(x.shape[outer:])
-    # An inner product of two functions of one root is the sum of one function: a norm's x · x/|x|.
-    alone = all(n == m == 1 for n, m in zip(x.shape[count:outer], y.shape[count:outer], strict=True))
-    alone = alone and not {r.node for r in roots(x.node)}.isdisjoint(r.node for r in roots(y.node))
-    if not alone:
-        x, y = _operand(interpreter, x), _operand(interpreter, y)
-    if 0.0 in (x.constant, y.constant):
-        return full(interpreter.graph, 0.0, np.broadcast_shapes(x.shape, y.shape)[:outer])
-    frame, views, dims = align([x, y])
-    summed = [a.axis for dim in dims[outer:] for a in dim if a.axis is not None]
-    if alone or not summed:
-        out = mean(interpreter.elementwise("mul", x, y), range(outer, len(x.dims)))
-        return Value(affine(out.node, c * d * terms, 0.0), out.dims)
-    place = {k: i for i, k in enumerate([*(k for k in range(len(frame)) if k not in summed), *summed])}
-    views = [View(v.node, tuple(place[b] for b in v.bind)) for v in views]
-    params = tuple(frame[k] for k in summed)
-    axes = tuple(axis for k, axis in enumerate(frame) if k not in summed)
-    node = interpreter.graph.make(Contract, axes, views, params)
-    brought = (_brought_back(x, y, len(axes), params) for x, y in (views, views[::-1]))
-    if found := next(filter(None, brought), None):
-        node = total(
-            interpreter.graph, [1.0, *(a for a, _ in found)], axes, [node.whole, *(x for _, x in found)]
-        )
-    # Terms repeat where both operands are constant along a factor of a contracted dimension.
-    scale = c * d * terms / math.prod(axis.size for axis in params)
-    return Value(affine(node, scale, 0.0), renumbered(dims[:outer], place))
-
-
 def _mixes_heads(weight: Value, x: Value, contracted: Sequence[int]) -> bool:
     """Whether weights mix softmax weights, or products of queries and keys, along an axis that both factors have."""
     along = {a.axis for d in contracted for a in x.dims[d] if a.axis is not None}
@@ -347,10 +273,35 @@ def _meets_itself(x: Value, y: Value, contracted: Any, batch: Any) -> bool:
 
 @rule("dot_general")
 def dot_general(interpreter: Context, eqn: Any, x: Value, y: Value) -> Any:
-    """A contraction; rows with rows are drawn, the diagonal being no entry like the others, and heads that weights mix."""
+    """Batch dimensions, then x's free ones, then y's; drawn where its terms are no products of independent numbers."""
     contracted, batch = eqn.params["dimension_numbers"]
     if _mixes_heads(x, y, contracted[1]) or _mixes_heads(y, x, contracted[0]):
         return drawn_region(interpreter, eqn, (x, y), "weights mix heads")
+    if _is_transposed(x, y, contracted[0]) or _is_transposed(y, x, contracted[1]):
+        return drawn_region(interpreter, eqn, (x, y), "a weight meets what its transpose made")
     if _meets_itself(without_factor(x)[1], without_factor(y)[1], contracted, batch):
         return drawn_region(interpreter, eqn, (x, y), "rows meet themselves in a product")
-    return contract(interpreter, x, y, contracted, batch)
+    (c, x), (d, y) = without_factor(x), without_factor(y)
+    x, y = _over_one_frame(x, y, batch, contracted)
+    free, count = len(x.dims) - len(contracted[0]), len(batch[0])
+    terms = math.prod(x.shape[free:])
+    # An inner product of two functions of one root is the sum of one function: a norm's x · x/|x|.
+    alone = all(n == m == 1 for n, m in zip(x.shape[count:free], y.shape[count:free], strict=True))
+    alone = alone and not {r.node for r in roots(x.node)}.isdisjoint(r.node for r in roots(y.node))
+    if not alone:
+        x, y = _operand(interpreter, x), _operand(interpreter, y)
+    if 0.0 in (x.constant, y.constant):
+        return full(interpreter.graph, 0.0, np.broadcast_shapes(x.shape, y.shape)[:free])
+    frame, views, dims = align([x, y])
+    summed = [a.axis for dim in dims[free:] for a in dim if a.axis is not None]
+    if alone or not summed:
+        out = mean(interpreter.elementwise("mul", x, y), range(free, len(x.dims)))
+        return Value(affine(out.node, c * d * terms, 0.0), out.dims)
+    place = {k: i for i, k in enumerate([*(k for k in range(len(frame)) if k not in summed), *summed])}
+    views = [View(v.node, tuple(place[b] for b in v.bind)) for v in views]
+    params = tuple(frame[k] for k in summed)
+    axes = tuple(axis for k, axis in enumerate(frame) if k not in summed)
+    node = interpreter.graph.make(Contract, axes, views, params)
+    # Terms repeat where both operands are constant along a factor of a contracted dimension.
+    scale = c * d * terms / math.prod(axis.size for axis in params)
+    return Value(affine(node, scale, 0.0), renumbered(dims[:free], place))

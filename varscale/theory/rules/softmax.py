@@ -39,9 +39,9 @@ from varscale.theory.propagation.inherited_fluctuations import NONE, Spread, pro
 from varscale.theory.propagation.marginals import along, concentrated, marginal
 from varscale.theory.propagation.pullbacks import sum_out
 from varscale.theory.rules.attention import gain_of_queries, key_directions, logit_scatter
+from varscale.theory.rules.elementwise import Extreme, OneOfMany, cross_by_kind_of_one_of_many
 from varscale.theory.rules.lookup import padded
 from varscale.theory.rules.masks import keys_apart, keys_seen, logits, row_classes, rows_filled
-from varscale.theory.rules.reductions import Extreme, OneOfMany, cross_by_kind_of_one_of_many
 from varscale.theory.rules.registry import Context, recognise
 
 # Variance of logits from where on the largest of them has all the weight, but for the reciprocal of its root.
