@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -26,20 +27,9 @@ from varscale.theory.rules.registry import CALLS, ELEMENTWISE_OR_LAYOUT, sub_jax
 
 _ROUNDED = 2.0**-8  # how far a count may be off in bfloat16, and the n − 1 of a variance
 _PRODUCTS = {"dot_general", "conv_general_dilated"}
-_ALONG_AN_AXIS = {
-    "iota",
-    "reduce_max",
-    "reduce_min",
-    "reduce_prod",
-    "reduce_and",
-    "reduce_or",
-    "argmax",
-    "argmin",
-}
-_ALONG_AN_AXIS |= {"sort", "top_k", "rev", "cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp"}
-_OTHERS = {"concatenate", "pad", "slice", "fft", "reduce_sum"}  # that can be run at smaller sizes
 _REARRANGES = {"transpose", "reshape", "squeeze", "slice", "split", "convert_element_type"}
 _REARRANGES |= {"copy", "stop_gradient", "neg", "name"}
+_AXES = ("axes", "dimensions", "axis", "dimension")  # parameters that name axes whose positions are told apart
 
 
 class CannotShrink(Exception):
@@ -136,39 +126,39 @@ def run(
         return jaxpr_as_fun(ClosedJaxpr(jaxpr, consts))(*args)
     sizes.keep(n for const in consts for n in jnp.shape(const))
     env = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *args), strict=True))
-    known = {v for v, weight in zip(jaxpr.invars, weights, strict=True) if weight}
+    known = set(itertools.compress(map(id, jaxpr.invars), weights))
     for eqn in jaxpr.eqns:
         if eqn.primitive.name == "reduce_sum" and not _is_averaged(eqn, jaxpr):
             sizes.keep(eqn.invars[0].aval.shape[k] for k in eqn.params["axes"])
         ins = [v.val if _compat.is_literal(v) else env[v] for v in eqn.invars]
-        own = [not _compat.is_literal(v) and v in known for v in eqn.invars]
+        own = [id(v) in known for v in eqn.invars]
         try:
             out = _equation(eqn, ins, own, sizes)
         except (TypeError, ValueError):  # shapes that do not fit
             out = []
         if [jnp.shape(x) for x in out] != [sizes.shape(v.aval.shape) for v in eqn.outvars]:
-            raise CannotShrink(_changed(eqn, sizes))
+            sizes.keep(_all_sizes(eqn))
         env.update(zip(eqn.outvars, out, strict=True))
         if any(own) and _keeps_law(eqn, own):
-            known.update(eqn.outvars)
+            known.update(map(id, eqn.outvars))
     return [v.val if _compat.is_literal(v) else env[v] for v in jaxpr.outvars]
 
 
-def _changed(eqn: Any, sizes: Sizes) -> set[int]:
-    return {n for v in (*eqn.invars, *eqn.outvars) for n in v.aval.shape if n in sizes.smaller}
+def _all_sizes(eqn: Any) -> list[int]:
+    return [n for v in (*eqn.invars, *eqn.outvars) for n in v.aval.shape]
 
 
 def _is_averaged(eqn: Any, jaxpr: Any) -> bool:
     """Whether a sum is only ever divided by how many terms it has."""
     (total,) = eqn.outvars
-    uses = [other for other in jaxpr.eqns if any(v is total for v in other.invars)]
     count = math.prod(eqn.invars[0].aval.shape[k] for k in eqn.params["axes"])
     return not any(v is total for v in jaxpr.outvars) and all(
         use.primitive.name == "div"
         and use.invars[0] is total
         and _compat.is_literal(use.invars[1])
         and math.isclose(float(use.invars[1].val), count, rel_tol=_ROUNDED)
-        for use in uses
+        for use in jaxpr.eqns
+        if any(v is total for v in use.invars)
     )
 
 
@@ -183,22 +173,23 @@ def _keeps_law(eqn: Any, weights: Sequence[bool]) -> bool:
 
 def _equation(eqn: Any, ins: list[Any], weights: list[bool], sizes: Sizes) -> list[Any]:
     """Its outputs, of the sizes that the primitive gives them."""
-    name, p, inner = eqn.primitive.name, eqn.params, sub_jaxpr_of(eqn)
-    if inner is not None and name in CALLS:
+    name, p, inner = eqn.primitive.name, dict(eqn.params), sub_jaxpr_of(eqn)
+    if name in CALLS and inner is not None:
         return run(*_compat.sub_jaxpr(inner), ins, weights, sizes)
     if name == "scan":
-        return _looped(eqn, ins, weights, sizes)
-    if not _changed(eqn, sizes):
+        sizes.keep([p["length"]])
+        smaller = [jax.ShapeDtypeStruct(sizes.shape(x.shape), x.dtype) for x in inner.in_avals]
+        step = functools.partial(run, inner.jaxpr, inner.consts, weights=weights, sizes=sizes)
+        return eqn.primitive.bind(*ins, **{**p, "jaxpr": jax.make_jaxpr(step)(smaller)})
+    if sizes.smaller.keys().isdisjoint(_all_sizes(eqn)):
         return list(_compat.evaluated(eqn, ins))
-    if inner is not None or name not in ELEMENTWISE_OR_LAYOUT | _ALONG_AN_AXIS | _OTHERS | _PRODUCTS:
-        return []
-    sizes.keep(_where_positions_matter(eqn, sizes))
-    params = {k: sizes.shape(p[k]) for k in ("shape", "new_sizes", "sizes") if k in p}
+    sizes.keep(_all_sizes(eqn) if inner is not None else _where_positions_matter(eqn, sizes))
+    p |= {k: sizes.shape(p[k]) for k in ("shape", "new_sizes", "sizes") if k in p}
     if name == "slice":
         shapes = eqn.invars[0].aval.shape, ins[0].shape
         for k in ("start_indices", "limit_indices"):
-            params[k] = tuple(i * m // n for i, n, m in zip(p[k], *shapes, strict=True))
-    out = eqn.primitive.bind(*ins, **{**p, **params})
+            p[k] = tuple(i * m // n for i, n, m in zip(p[k], *shapes, strict=True))
+    out = eqn.primitive.bind(*ins, **p)
     if name in _PRODUCTS:
         return [_of_all_terms(eqn, out, weights, sizes)]
     if name == "reduce_sum":
@@ -206,7 +197,7 @@ def _equation(eqn: Any, ins: list[Any], weights: list[bool], sizes: Sizes) -> li
     return list(out) if eqn.primitive.multiple_results else [out]
 
 
-def _where_positions_matter(eqn: Any, sizes: Sizes) -> list[int]:
+def _where_positions_matter(eqn: Any, sizes: Sizes) -> Sequence[int]:
     """Sizes of the axes whose positions are told apart, or counted, or cut elsewhere than between what positions stand for."""
     name, p = eqn.primitive.name, eqn.params
     shape = p["shape"] if name == "iota" else eqn.invars[0].aval.shape
@@ -216,16 +207,16 @@ def _where_positions_matter(eqn: Any, sizes: Sizes) -> list[int]:
         cuts = zip(shape, p["start_indices"], p["limit_indices"], strict=True)
         return [n for n, *ends in cuts if any(end % sizes.ratio([n]) for end in ends)]
     if name == "fft":
-        return list(shape[len(shape) - len(p["fft_lengths"]) :])
+        return shape[len(shape) - len(p["fft_lengths"]) :]
     if name == "conv_general_dilated":
         spec, kernel = p["dimension_numbers"], eqn.invars[1].aval.shape
         apart = [*(shape[k] for k in spec.lhs_spec[2:]), *(kernel[k] for k in spec.rhs_spec[2:])]
         single = p["feature_group_count"] * p["batch_group_count"] == 1
         return apart if single else [*apart, *kernel, shape[spec.lhs_spec[1]]]
-    if name not in _ALONG_AN_AXIS:
+    if name in {"concatenate", "dot_general", "reduce_sum", *ELEMENTWISE_OR_LAYOUT} - {"iota", "rev"}:
         return []
-    axes = p.get("axes", p.get("dimensions", [p.get("axis", p.get("dimension", len(shape) - 1))]))
-    return [shape[k] for k in axes]
+    named = [p[k] for k in _AXES if k in p]
+    return [shape[k] for k in np.atleast_1d(*named)] if named else _all_sizes(eqn)
 
 
 def _of_all_terms(eqn: Any, out: jax.Array, weights: list[bool], sizes: Sizes) -> jax.Array:
@@ -242,21 +233,6 @@ def _of_all_terms(eqn: Any, out: jax.Array, weights: list[bool], sizes: Sizes) -
     free = [n for k, n in enumerate(shapes[which]) if k not in (*summed[which], *others[which])]
     ahead, back = (jnp.asarray(math.sqrt(sizes.ratio(own)), out.dtype) for own in (terms, free))
     return back * out + lax.stop_gradient((ahead - back) * out)
-
-
-def _looped(eqn: Any, ins: list[Any], weights: list[bool], sizes: Sizes) -> list[Any]:
-    """A scan of known length, step by step at the smaller sizes."""
-    sizes.keep([eqn.params["length"]])
-    jaxpr, literals = _compat.sub_jaxpr(eqn.params["jaxpr"])
-    fixed, carry, streams = _compat.scan_operands(eqn.params, ins)
-
-    def step(now: list[Any], row: list[Any]) -> tuple[list[Any], list[Any]]:
-        out = run(jaxpr, literals, [*fixed, *now, *row], weights, sizes)
-        return out[: len(now)], out[len(now) :]
-
-    length, reverse = eqn.params["length"], eqn.params["reverse"]
-    last, rows = lax.scan(step, carry, streams, length=length, reverse=reverse)
-    return [*last, *rows]
 
 
 def work(jaxpr: Any, sizes: Sizes) -> float:
