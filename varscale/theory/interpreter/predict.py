@@ -5,8 +5,9 @@ One trace gives both the laws of the parameters and the forward pass, where one 
 
 from __future__ import annotations
 
+import collections
 import dataclasses
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +18,6 @@ from varscale.initialization.laws import applied
 from varscale.programs import faces, failures
 from varscale.programs.caches import fresh_traces, without_collection
 from varscale.programs.faces import Inputs, Program
-from varscale.programs.pieces import PIECE
 from varscale.report import Report
 from varscale.theory.graph.layout import Value
 from varscale.theory.graph.store import PredictionError, located
@@ -155,7 +155,7 @@ def first_pass(program: Program, split: Any) -> Draws | None:
         key = jax.random.key(MODEL_SEED)
         variables, output, captures, same = program.start(key, split.join(dynamic))  # pyright: ignore
         alike.append(same)
-        return variables, faces.grouped(captures, output)
+        return variables, _in_order(captures, output)
 
     try:
         jaxpr, constants, (variables, rows) = traced(both, split.structs)
@@ -173,6 +173,11 @@ def first_pass(program: Program, split: Any) -> Draws | None:
     if any(jnp.issubdtype(getattr(v.aval, "dtype", bool), jax.dtypes.prng_key) for v in atoms):
         return Draws(drawing)
     return Draws(drawing, Trace(forward, constants, rows), tuple(used.values()))
+
+
+def _in_order(captures: Mapping[str, Any], output: Any) -> Mapping[str, Mapping[str, Any]]:
+    """What modules put out, in the order in which they did, as a tree that keeps it; the model's own output last."""
+    return collections.OrderedDict(faces.grouped(captures, output))
 
 
 class Walkable(NamedTuple):
@@ -199,17 +204,8 @@ class Walkable(NamedTuple):
         return interpreter.run(self.forward.jaxpr, self.forward.constants, operands)
 
     def captured(self, interpreter: Interpreter) -> dict[str, dict[str, Any]]:
-        """The same by call and row, in execution order: that of the equations that make what calls put out first.
-
-        Of calls that end together the innermost comes first; the model itself comes last.
-        """
-        shapes, at = self.forward.shapes, iter(_places(self.forward.jaxpr))
-        where = {call: [next(at) for _ in shapes[call]] for call in shapes}
-        outputs = jax.tree_util.tree_unflatten(jax.tree_util.tree_structure(shapes), self.run(interpreter))
-        return {
-            call: outputs[call]
-            for call in sorted(shapes, key=lambda call: (call == "", where[call][:1], -call.count("/")))
-        }
+        """The same by call and row, in execution order."""
+        return jax.tree_util.tree_unflatten(jax.tree_util.tree_structure(self.forward.shapes), self.run(interpreter))
 
 
 def walkable(interpreter: Interpreter, program: Program, given: Inputs, params: Any, scheme: Any) -> Walkable:
@@ -223,7 +219,7 @@ def walkable(interpreter: Interpreter, program: Program, given: Inputs, params: 
 
     def forward(variables: Any, dynamic: list[Any]) -> Any:
         output, captures = program.apply(variables, split.join(dynamic))
-        return faces.grouped(captures, output)
+        return _in_order(captures, output)
 
     return Walkable(traced(forward, shapes, split.structs), range(len(values)), shapes, values, split)
 
@@ -279,7 +275,7 @@ def _predicted(
         interpreter.place = Place(rows)
         captured = walked.captured(interpreter)
         interpreter.place = None
-        return list(joined(rows.made, captured, kind))
+        return list(joined(rows.made, captured))
 
     numbers = jax.tree_util.tree_unflatten(tree, range(len(forward.jaxpr.outvars)))
     order = {path: i for rows in numbers.values() for path, i in rows.items()}
@@ -322,21 +318,3 @@ def _settled(
                 if interpreter.graph.undrawn:
                     raise known from error
                 interpreter.graph.undrawn = True
-
-
-def _places(jaxpr: Any) -> list[tuple[int, ...]]:
-    """For each output, which equation makes it and which of its outputs it is; inside a piece also where in that."""
-    made = {var: (i, eqn, j) for i, eqn in enumerate(jaxpr.eqns) for j, var in enumerate(eqn.outvars)}
-    inner: dict[int, list[tuple[int, ...]]] = {}
-
-    def place(var: Any) -> tuple[int, ...]:
-        if _compat.is_literal(var) or var not in made:
-            return (-1, 0)
-        i, eqn, j = made[var]
-        if eqn.params.get("name") != PIECE:
-            return (i, j)
-        if i not in inner:
-            inner[i] = _places(eqn.params["jaxpr"].jaxpr)
-        return (i, *inner[i][j])
-
-    return [place(var) for var in jaxpr.outvars]

@@ -63,14 +63,12 @@ class Made(NamedTuple):
         call: scope and, from the second time on, which call of it: "Dense_0#1".
         path: the row's path: the call, and which steps of the loops around it.
         kind: "module", "scope", or the primitive of an equation.
-        stepped: whether that was in a loop over layers.
         value: what was made.
     """
 
     call: str
     path: str
     kind: str
-    stepped: bool
     value: Any
 
 
@@ -97,7 +95,7 @@ class Rows:
         count = self.counts[kind, path + field + at]
         self.counts[kind, path + field + at] += 1
         call = path + (f"#{count}" if count else "")
-        self.made.append(Made(call, call + at + field, kind, bool(steps), value))
+        self.made.append(Made(call, call + at + field, kind, value))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,27 +140,17 @@ class Place:
 Found = tuple[str, str | None, Any]  # a row: path, kind where it is no module's, value
 
 
-def joined(made: Sequence[Made], captured: Mapping[str, Mapping[str, Any]], kind: str) -> Iterator[Found]:
-    """Rows in execution order.
+def joined(made: Sequence[Made], captured: Mapping[str, Mapping[str, Any]]) -> Iterator[Found]:
+    """Rows in execution order: what the walk made, and what it met no mark of (booleans, arrays of NumPy).
 
-    Args:
-        made: what the walk made.
-        captured: what flax captured, in execution order: call -> {row path: array}. It is believed where both have a row,
-            but not where a loop over layers stacked it.
-        kind: "module" or "scope": which of the two has rows.
+    `captured`: what the calls in the model's own trace returned, in execution order: call -> {row path: array}.
     """
-    modules = {m.call for m in made if m.kind == "module" and not m.stepped}
-    stacked = {m.call for m in made if m.kind == "module" and m.stepped} - modules
-    left = {call: rows for call, rows in captured.items() if call not in stacked}
-    order = {call: i for i, call in enumerate(left)}
-    unmet = [call for call in left if call not in modules]
+    left = dict(captured)
     for m in made:
-        if m.kind == "module" and captured.get(m.call) and m.call not in stacked:
-            ready = [call for call in unmet if call in left and order[call] < order[m.call]]
-            for call in (*ready, m.call):
-                yield from ((path, None, value) for path, value in left.pop(call, {}).items())
-        elif m.kind in (kind, "module") or m.kind not in ("module", "scope"):
+        if m.kind != "module" or not captured.get(m.call):
             yield m.path, None if m.kind == "module" else m.kind, m.value
+        while m.kind == "module" and m.call in left:
+            yield from ((path, None, value) for path, value in left.pop(next(iter(left))).items())
     yield from ((path, None, value) for rows in left.values() for path, value in rows.items())
 
 

@@ -61,15 +61,19 @@ class Operand:
         value: the parts of its value, each dimension of one atom at most; none for a random key.
         key: the key, where it is one.
         aval: its shape and type.
-        weight: whether it is independent zero-mean weights.
         nudge: whether it is zeros that are added to an output where it is made.
     """
 
     value: tuple[Value, ...]
     key: Any
     aval: Any
-    weight: bool
     nudge: bool = False
+
+    @functools.cached_property
+    def weight(self) -> bool:
+        """Whether it is independent zero-mean weights."""
+        leaves = [x.node for x in self.value if isinstance(x.node, Leaf) and x.node.odd and not x.node.is_input]
+        return 0 < len(self.value) == len(leaves) and len(self.aval.shape) > 1
 
     @property
     def random(self) -> bool:
@@ -81,26 +85,25 @@ class Operand:
         return self.random and any(not isinstance(x.node, Leaf) or x.node.is_input for x in self.value)
 
 
-def operand(x: Any, aval: Any, *, nudge: bool) -> Operand:
+def operand(x: Any, aval: Any, *, nudge: bool = False) -> Operand:
     """An operand of a region, of its value.
 
     Raises:
         CannotDraw: it is random whole numbers (ids), whose law is not their moments.
     """
     if isinstance(x, Opaque):
-        return Operand((), x.key, aval, False)
+        return Operand((), x.key, aval)
     if not (jnp.issubdtype(aval.dtype, jnp.inexact) or all(_is_decided(v.node) for v in parts(x))):
         raise CannotDraw("random whole numbers are read by it")
-    flat = [functools.reduce(merged, range(len(part.dims)), part) for part in parts(x)]
-    weight = all(isinstance(p.node, Leaf) and p.node.odd and not p.node.is_input for p in flat)
-    return Operand(tuple(flat), None, aval, weight and len(aval.shape) > 1, nudge)
+    flat = (functools.reduce(merged, range(len(part.dims)), part) for part in parts(x))
+    return Operand(tuple(flat), None, aval, nudge)
 
 
 def applied_before(operands: Sequence[Operand]) -> bool:
     """Whether a region reads weights, and what was made with them outside it: drawn apart, they would be unrelated."""
-    parts = [part.node for x in operands for part in x.value]
-    weights = [node for node in parts if isinstance(node, Leaf) and not (node.is_input or node.is_bits)]
-    others = [node for node in parts if not isinstance(node, Leaf) and not in_order(node)]
+    nodes = [part.node for x in operands for part in x.value]
+    weights = [x for x in nodes if isinstance(x, Leaf) and not (x.is_input or x.is_bits)]
+    others = [x for x in nodes if not isinstance(x, Leaf) and not in_order(x)]
     return any(w.deps & other.deps for w in weights for other in others)
 
 
@@ -154,24 +157,21 @@ class RegionDraws:
         """Every operand, drawn: (replicates, ...)."""
         out = []
         for x in self.operands:
-            if not x.value:
+            if x.value:
+                re, *im = map(self.draw, x.value)
+                out.append((re + 1j * im[0] if im else re).astype(x.aval.dtype))
+            else:
                 split = jax.vmap(lambda key: jax.random.split(key, self.replicates), out_axes=1)
                 out.append(split(x.key.reshape(-1)).reshape(self.replicates, *x.key.shape))
-                continue
-            re, *im = [self.draw(part) for part in x.value]
-            out.append((re + 1j * im[0] if im else re).astype(x.aval.dtype))
         return out
 
     @functools.cached_property
     def program(self) -> Program:
         """What is compiled."""
-        floating = tuple(
-            i
-            for i, x in enumerate(self.operands)
-            if (x.nudge or x.is_value) and np.issubdtype(x.aval.dtype, np.inexact)
-        )
+        asked = [(x.nudge or x.is_value) and np.issubdtype(x.aval.dtype, np.inexact) for x in self.operands]
         weights = tuple(x.weight for x in self.operands)
         short = self.batch * work(self.jaxpr.jaxpr, self.sizes) < _SHORT
+        floating = tuple(np.flatnonzero(asked).tolist())
         return Program(self.jaxpr, self.sizes, written(self.jaxpr), weights, floating, short)
 
     def _in_batches(self, method: Any, count: int, *arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
@@ -192,11 +192,6 @@ class RegionDraws:
         return [_numbers(x).reshape(len(x), *(n for n in x.shape[1:] if n > 1)) for x in self.raw]
 
     @functools.cached_property
-    def error(self) -> float:
-        """The largest relative error of an output's mean square over so many draws."""
-        return max(map(relative_error, self.outputs), default=0.0)
-
-    @functools.cached_property
     def response(self) -> list[float]:
         """By output: d ln E[y²] / d ln q on the first batch, q the second moment of all that it reads and that is no weight."""
         scaled = [
@@ -205,31 +200,28 @@ class RegionDraws:
             else x
             for x, o in zip(self.drawn, self.operands, strict=True)
         ]
-        moments = [
-            (float(np.mean(_numbers(a) ** 2)), float(np.mean(b[: self.batch] ** 2)))
-            for a, b in zip(self._in_batches(Program.run, self.batch, scaled), self.outputs, strict=True)
+        after = [float(np.mean(_numbers(x) ** 2)) for x in self._in_batches(Program.run, self.batch, scaled)]
+        before = [float(np.mean(x[: self.batch] ** 2)) for x in self.outputs]
+        return [
+            math.log(a / b) / math.log1p(SCALE_STEP) if a > 0 and b > 0 else 0.0
+            for a, b in zip(after, before, strict=True)
         ]
-        return [math.log(a / b) / math.log1p(SCALE_STEP) if a > 0 and b > 0 else 0.0 for a, b in moments]
 
     @functools.cached_property
     def odd(self) -> list[int]:
         """By output: bits of the zero-mean weights that it is linear in: draw by draw another one is multiplied by −2."""
         found = [0] * len(self.raw)
-        weights = [
-            (i, x.value[0].node.odd) for i, x in enumerate(self.operands) if x.weight and len(x.value) == 1
-        ]
+        weights = [(i, x.value[0].node.odd) for i, x in enumerate(self.operands) if x.weight and len(x.value) < 2]
         for start in range(0, len(weights), self.batch):
-            some, turned = weights[start : start + self.batch], [x[: self.batch] for x in self.drawn]
+            some, turned = weights[start : start + self.batch], list(self.drawn)
             for draw, (i, _) in enumerate(some):
-                turned[i] = np.array(turned[i])
+                turned[i] = np.array(turned[i][: self.batch])
                 turned[i][draw] *= -2
-            for k, (y, x) in enumerate(
-                zip(self._in_batches(Program.run, self.batch, turned), self.raw, strict=True)
-            ):
+            ys = self._in_batches(Program.run, self.batch, turned)
+            for k, (y, x) in enumerate(zip(ys, self.raw, strict=True)):
                 for draw, (_, bit) in enumerate(some):
-                    if np.allclose(
-                        y[draw], -2 * x[draw], rtol=0.0, atol=NEGLIGIBLE * np.abs(x[draw]).max(initial=0.0)
-                    ):
+                    rounding = NEGLIGIBLE * np.abs(x[draw]).max(initial=0.0)
+                    if np.allclose(y[draw], -2 * x[draw], rtol=0.0, atol=rounding):
                         found[k] |= bit
         return found
 
@@ -239,10 +231,8 @@ class RegionDraws:
         seeds[which] = seed.astype(np.float32).reshape(seeds[which].shape)
         real = [x for x, out in zip(seeds, self.raw, strict=True) if np.issubdtype(out.dtype, np.inexact)]
         found = self._in_batches(Program.back, len(seed), self.drawn, real)
-        passed = {
-            i: x if np.iscomplexobj(x) else _numbers(x)
-            for i, x in zip(self.program.floating, found, strict=True)
-        }
+        clean = [x if np.iscomplexobj(x) else _numbers(x) for x in found]
+        passed = dict(zip(self.program.floating, clean, strict=True))
         return [passed.get(i) for i in range(len(self.operands))]
 
 
@@ -254,18 +244,19 @@ def with_enough_draws(draws: RegionDraws, bound: float) -> RegionDraws:
     """
     largest = max((numbers[0].size for numbers in draws.outputs), default=1)
     most = _DRAWN_NUMBERS // max(draws.batch * largest, 1)
-    while draws.error > bound and draws.replicates < draws.batch * most:
+    while draws.replicates < draws.batch * most:
+        error = max(map(relative_error, draws.outputs), default=0.0)
+        if error <= bound:
+            break
         surer = special.ndtri(1 - _TAIL / 2) / special.stdtrit(draws.replicates - 1, 1 - _TAIL / 2)
-        batches = math.ceil(draws.replicates * (draws.error / bound) ** 2 * surer / draws.batch)
+        batches = math.ceil(draws.replicates * (error / bound) ** 2 * surer / draws.batch)
         batches = min(max(batches, 2 * draws.replicates // draws.batch), most)
         draws = dataclasses.replace(draws, replicates=draws.batch * batches)
     return draws
 
 
-def relative_error(draws: np.ndarray | None) -> float:
+def relative_error(draws: np.ndarray) -> float:
     """How far the mean square of independent draws may be off by chance: a t-quantile at 1e-4 of their logarithms."""
-    if draws is None:
-        return 0.0
     squares = np.mean(np.square(np.abs(draws), dtype=float).reshape(len(draws), -1), axis=1)
     n, relative = len(squares), squares / max(float(squares.mean()), 1e-300)
     logarithms = np.log(np.maximum(relative, 1e-12))
@@ -274,8 +265,7 @@ def relative_error(draws: np.ndarray | None) -> float:
 
 
 def _numbers(x: Any) -> np.ndarray:
-    x = np.asarray(x, np.float32)
-    return x if np.isfinite(x).all() else np.nan_to_num(x, nan=0.0, posinf=0.0, neginf=0.0)
+    return np.nan_to_num(np.asarray(x, np.float32), nan=0.0, posinf=0.0, neginf=0.0)
 
 
 def sizes_to_run(jaxpr: Any, operands: Sequence[Operand]) -> tuple[Sizes, int]:
