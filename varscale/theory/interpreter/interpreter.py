@@ -140,7 +140,7 @@ class Interpreter:
                         self.regions.ask(path, "a derivative")
             kept = [var for found in ended.values() for _, var in found]
             parts = blocks(eqns, outputs, place, drawn, kept, lambda v: is_weight(env.get(v)))
-            for start, stop, eqn in parts:
+            for places, eqn in parts:
                 count = place.rows.entered
                 asked = not silent and self.regions.changed
                 if asked and self.regions.waits(place.scope_of(eqn)):  # the next walk draws it
@@ -154,7 +154,7 @@ class Interpreter:
                     place.note(eqn, env, self.steps)
                 for path, steps, field, var in eqn.params["rows"] if eqn.primitive.name == "region" else ():
                     place.rows.add(path, [*self.steps, *steps], "module", env[var], field)
-                for i in range(start, stop):
+                for i in places:
                     for scope, var in ended.get(i, ()):
                         place.rows.add(scope.path, self.steps, "scope", env[var])
         finally:

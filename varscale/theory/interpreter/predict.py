@@ -197,21 +197,22 @@ class Walkable(NamedTuple):
     values: Sequence[Any]
     split: TracedInputs
 
-    def run(self, interpreter: Interpreter) -> list[Any]:
-        """What the interpreter makes of it: the values of the rows."""
-        taken = [self.values[i] for i in self.numbers]
-        operands = [*taken, *self.split.values(interpreter)]
-        return interpreter.run(self.forward.jaxpr, self.forward.constants, operands)
-
     def captured(self, interpreter: Interpreter) -> dict[str, dict[str, Any]]:
-        """The same by call and row, in execution order."""
-        return jax.tree_util.tree_unflatten(jax.tree_util.tree_structure(self.forward.shapes), self.run(interpreter))
+        """What the interpreter makes of it: the values of the rows by call and path, in execution order."""
+        operands = [*(self.values[i] for i in self.numbers), *self.split.values(interpreter)]
+        outs = interpreter.run(self.forward.jaxpr, self.forward.constants, operands)
+        return jax.tree_util.tree_unflatten(jax.tree_util.tree_structure(self.forward.shapes), outs)
 
 
 def walkable(interpreter: Interpreter, program: Program, given: Inputs, params: Any, scheme: Any) -> Walkable:
     """A model's forward pass, its parameters' laws read with an interpreter."""
     split = TracedInputs(given)
-    shapes, values, drawn = _parameters(interpreter, program, params, split)
+    inputs, params = split.values(interpreter), program.parameters if params is None else params
+    drawn = first_pass(program, split) if params is None and program.start is not None else None
+    if drawn is not None:
+        shapes, values = drawn.drawing.shapes, init_laws(interpreter, *drawn.drawing[:2], inputs)
+    else:
+        shapes, values = _parameters(interpreter, program, params, split, inputs)
     if scheme is not None:
         values = laid_parameters(interpreter, shapes, values, scheme)
     if drawn is not None and drawn.forward is not None:
@@ -225,29 +226,21 @@ def walkable(interpreter: Interpreter, program: Program, given: Inputs, params: 
 
 
 def _parameters(
-    interpreter: Interpreter, program: Program, params: Any, split: TracedInputs
-) -> tuple[Any, list[Any], Draws | None]:
-    """A model's parameters: their shapes, as a tree; their values; how its own init draws them, where one pass does both."""
-    params = program.parameters if params is None else params
-    inputs, init = split.values(interpreter), program.init
-    if params is None and program.start is not None and (drawn := first_pass(program, split)) is not None:
-        return drawn.drawing.shapes, init_laws(interpreter, *drawn.drawing[:2], inputs), drawn
-    if params is not None and init is None and not is_function(params):
-        return *given_parameters(interpreter, params, None, ()), None
-    if init is None and params is None:
-        raise ValueError(
-            "params must be given for a plain function: arrays, or a function of a key that returns them"
-        )
-    key = jax.random.key(MODEL_SEED)
-
-    def draw(dynamic: list[Any]) -> Any:
-        return params(key) if init is None else init(key, split.join(dynamic))  # pyright: ignore
-
-    trace = traced(draw, split.structs)
+    interpreter: Interpreter, program: Program, params: Any, split: TracedInputs, inputs: Sequence[Any]
+) -> tuple[Any, list[Any]]:
+    """A model's parameters, given or of a pass that draws them alone: their shapes, as a tree, and their values."""
+    key, init = jax.random.key(MODEL_SEED), program.init
+    if init is None and not is_function(params):
+        if params is None:
+            raise ValueError(
+                "params must be given for a plain function: arrays, or a function of a key that returns them"
+            )
+        return given_parameters(interpreter, params, None, ())
+    trace = traced(lambda x: init(key, split.join(x)) if init is not None else params(key), split.structs)
     values = init_laws(interpreter, *trace[:2], inputs)
     if init is None or params is None:
-        return trace.shapes, values, None
-    return *given_parameters(interpreter, params, trace.shapes, values), None
+        return trace.shapes, values
+    return given_parameters(interpreter, params, trace.shapes, values)
 
 
 @without_collection()
@@ -267,19 +260,17 @@ def _predicted(
         raise ValueError(
             f"model {program.kinds.get('', program.kind)} returns no array: there is nothing to predict"
         )
-    kind = "scope" if program.init is None and program.parameters is None else "module"
-    tree = jax.tree_util.tree_structure(forward.shapes)
+    scopes = program.init is None and program.parameters is None
 
     def walk() -> list[Found]:
-        rows = Rows(scopes=kind == "scope", equations=equations)
+        rows = Rows(scopes, equations)
         interpreter.place = Place(rows)
         captured = walked.captured(interpreter)
         interpreter.place = None
         return list(joined(rows.made, captured))
 
-    numbers = jax.tree_util.tree_unflatten(tree, range(len(forward.jaxpr.outvars)))
-    order = {path: i for rows in numbers.values() for path, i in rows.items()}
-    shares = through(forward.jaxpr, order, list(numbers[""])) if backward else None
+    paths = [path for rows in forward.shapes.values() for path in rows]
+    taps = through(forward.jaxpr, paths, len(forward.shapes[""])) if backward else None
     leaves = jax.tree_util.tree_leaves_with_path(walked.shapes)
     named = [(path_string(path), tuple(leaf.shape)) for path, leaf in leaves]
     computing = forward.jaxpr.replace(eqns=live_equations(forward.jaxpr))  # not what draws its parameters
@@ -287,15 +278,16 @@ def _predicted(
 
     def report(found: list[Found]) -> Report:
         laws = zip((path for path, _ in named), walked.values, strict=True)
-        return summarize(interpreter, program, found, weights(laws, uses), shares)
+        made = summarize(interpreter, program, found, weights(laws, uses))
+        return made if taps is None else with_gradients(interpreter, made, found, taps)
 
     first, found = _settled(interpreter, walk, report)
     first = dataclasses.replace(first, notes=(*first.notes, *interpreter.regions.note))
     rows = [x for _, of, x in found if of in (None, "scope") and isinstance(x, Value)]
-    if shares is None or all(x.constant is None for x in rows):
+    if taps is None or all(x.constant is None for x in rows):
         return first
     interpreter.nudged = True
-    return _settled(interpreter, walk, lambda found: with_gradients(interpreter, first, found, shares))[0]
+    return _settled(interpreter, walk, lambda found: with_gradients(interpreter, first, found, taps))[0]
 
 
 def _settled(

@@ -7,8 +7,10 @@ one takes all equations of that module for one. A scope is added once, so this e
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import Any, NamedTuple
+import itertools
+import types
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,13 +22,8 @@ from varscale.theory.interpreter.rows import is_mark, marked_row
 from varscale.theory.rules.registry import sub_jaxpr_of
 
 _PARTS = "/.[#"  # what may follow the path of a module in that of a part of it
-_ENTERED = {
-    "jit",
-    "pjit",
-    "remat2",
-    "checkpoint",
-    "closed_call",
-}  # calls whose modules have rows of their own
+# Calls whose modules have rows of their own.
+_ENTERED = {"jit", "pjit", "remat2", "checkpoint", "closed_call"}
 _MOST_LAYERS = 64  # steps of a loop over layers that are written out
 
 
@@ -86,11 +83,6 @@ def _has_marks(jaxpr: Any) -> bool:
     return any(map(is_mark, jaxpr.eqns)) or any(_has_marks(_compat.sub_jaxpr(sub)[0]) for sub in inner)
 
 
-class _RegionPrimitive:
-    name = "region"
-    multiple_results = True
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class Region:
     """Equations of a jaxpr as one equation.
@@ -104,7 +96,7 @@ class Region:
     outvars: list[Any]
     params: dict[str, Any]
     source_info: Any
-    primitive = _RegionPrimitive()
+    primitive = types.SimpleNamespace(name="region", multiple_results=True)
 
 
 def blocks(
@@ -114,12 +106,12 @@ def blocks(
     scopes: Collection[str],
     kept: Sequence[Any],
     is_parameter: Callable[[Any], bool],
-) -> Iterator[tuple[int, int, Any]]:
-    """The equations, those of a scope as one: (the first one's place, the place after the last, equation).
+) -> Iterator[tuple[range, Any]]:
+    """The equations of a jaxpr with their places, those of a scope as one.
 
     Args:
-        eqns: the equations of a jaxpr.
-        outputs: its outputs.
+        eqns: the equations.
+        outputs: the jaxpr's outputs.
         place: where the walk is.
         scopes: the paths of the scopes.
         kept: variables that have rows.
@@ -128,31 +120,22 @@ def blocks(
     paths = [place.scope_of(eqn) for eqn in eqns] if scopes else []
     own = {scope: [i for i, path in enumerate(paths) if within(path, scope)] for scope in scopes}
     # What is between the first and the last reads of them or is read by them, or may as well be.
-    spans: list[_Span] = []
-    for span in sorted(_Span(places[0], places[-1] + 1, scope) for scope, places in own.items() if places):
-        if spans and span.start < spans[-1].stop:
-            spans[-1] = spans[-1]._replace(stop=max(span.stop, spans[-1].stop))
-        else:
-            spans.append(span)
+    spans = list[tuple[range, str]]()
+    for first, last, scope in sorted((places[0], places[-1], scope) for scope, places in own.items() if places):
+        if spans and first in spans[-1][0]:
+            around, scope = spans.pop()
+            first, last = around.start, max(last, around.stop - 1)
+        spans.append((range(first, last + 1), scope))
     at = 0
-    for start, stop, scope in spans:
-        yield from ((i, i + 1, eqns[i]) for i in range(at, start))
-        before = _keys(eqns[start:stop])
-        yield from ((start, start, eqn) for eqn in before)
-        inside = [eqn for eqn in eqns[start:stop] if eqn not in before]
-        read = {v for eqn in (*eqns[:start], *eqns[stop:]) for v in eqn.invars if not _compat.is_literal(v)}
-        read |= {v for v in (*outputs, *kept) if not _compat.is_literal(v)}
-        yield start, stop, as_one(inside, read, place.piece, scope, is_parameter)
-        at = stop
-    yield from ((i, i + 1, eqns[i]) for i in range(at, len(eqns)))
-
-
-class _Span(NamedTuple):
-    """The equations of a scope: from the first one to before `stop`."""
-
-    start: int
-    stop: int
-    scope: str
+    for span, scope in spans:
+        yield from ((range(i, i + 1), eqns[i]) for i in range(at, span.start))
+        at, inside = span.stop, [eqns[i] for i in span]
+        keys = _keys(inside)
+        yield from ((range(0), eqn) for eqn in keys)
+        read = [v for i, eqn in enumerate(eqns) if i not in span for v in eqn.invars]
+        read = {v for v in (*read, *outputs, *kept) if not _compat.is_literal(v)}
+        yield span, as_one([e for e in inside if e not in keys], read, place.piece, scope, is_parameter)
+    yield from ((range(i, i + 1), eqns[i]) for i in range(at, len(eqns)))
 
 
 def within(path: str, scope: str) -> bool:
@@ -162,14 +145,13 @@ def within(path: str, scope: str) -> bool:
 
 def _keys(eqns: Sequence[Any]) -> list[Any]:
     """The equations that make random keys of keys and numbers from outside: keys are known, and drawn from anew by the walk."""
-    inside, found = {v for eqn in eqns for v in eqn.outvars}, []
+    inside, found = {id(v) for eqn in eqns for v in eqn.outvars}, []
     for eqn in eqns:
         dtypes = [getattr(v.aval, "dtype", jnp.int32) for v in eqn.outvars]
-        if all(jnp.issubdtype(x, jax.dtypes.prng_key) for x in dtypes) and not any(
-            v in inside for v in eqn.invars if not _compat.is_literal(v)
-        ):
+        is_key = all(jnp.issubdtype(x, jax.dtypes.prng_key) for x in dtypes)
+        if is_key and inside.isdisjoint(map(id, eqn.invars)):
             found.append(eqn)
-            inside -= set(eqn.outvars)
+            inside -= set(map(id, eqn.outvars))
     return found
 
 
@@ -186,25 +168,29 @@ def as_one(
         is_parameter: whether a variable holds a parameter.
     """
     made = {v for eqn in eqns for v in eqn.outvars}
-    invars = list(
-        dict.fromkeys(v for e in eqns for v in e.invars if not _compat.is_literal(v) and v not in made)
-    )
+    inputs = (v for eqn in eqns for v in eqn.invars if not _compat.is_literal(v) and v not in made)
+    invars = list(dict.fromkeys(inputs))
     outvars = [v for eqn in eqns for v in eqn.outvars if v in read]
     structs = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in invars]
-    found: list[_Evaluated] = []
+    places, found = dict[int, int](), list[_Evaluation]()
 
-    def outputs(operands: Sequence[Any], given: Sequence[Any] | None) -> list[Any]:
-        parameters = [x for v, x in zip(invars, operands, strict=True) if is_parameter(v)]
-        found.append(_Evaluated(None if given is None else iter(given), parameters))
+    def outputs(operands: Sequence[Any], given: Iterable[Any]) -> list[Any]:
+        """What is read outside, and what modules put out beside that."""
         env = dict(zip(invars, operands, strict=True))
+        found.append(_Evaluation(iter(given), [env[v] for v in invars if is_parameter(v)]))
         found[-1].run(eqns, env, set(outvars), piece)
-        return found[-1].close([env[v] for v in outvars])
+        out = [env[v] for v in outvars]
+        out += {id(x): x for *_, x in found[-1].rows if not any(x is y for y in out)}.values()
+        places.update((id(x), i) for i, x in reversed(list(enumerate(out))))
+        return out
 
-    jax.eval_shape(lambda operands: outputs(operands, None), structs)
-    jaxpr, last = jax.make_jaxpr(outputs)(structs, found[-1].wanted), found[-1]
+    jax.eval_shape(lambda operands: outputs(operands, itertools.repeat(0.0)), structs)
+    wanted = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in found[0].nudged]
+    jaxpr = jax.make_jaxpr(outputs)(structs, wanted)
     variables = [*outvars, *map(_Marked, jaxpr.out_avals[len(outvars) :])]
-    rows = [(*row, variables[i]) for row, i in zip(last.rows, last.marked, strict=True)]
-    params = {"scope": scope, "jaxpr": jaxpr, "nudged": last.nudged, "rows": rows}
+    rows = [(*row, variables[places[id(x)]]) for *row, x in found[1].rows]
+    nudged = [places[id(x)] for x in found[1].nudged]
+    params = {"scope": scope, "jaxpr": jaxpr, "nudged": nudged, "rows": rows}
     return Region(invars, variables, params, eqns[0].source_info)
 
 
@@ -216,34 +202,22 @@ class _Marked:
 
 
 @dataclasses.dataclass(eq=False)
-class _Evaluated:
+class _Evaluation:
     """One evaluation of a region's equations.
 
     Attributes:
-        given: what is added to outputs; None for zeros.
+        given: what is added to outputs.
         parameters: the operands that are parameters.
-        rows: path, steps and field of what modules inside put out.
+        nudged: the arrays that it was added to, after that.
+        rows: path, steps and field of what modules inside put out, and that.
         steps: which steps of loops over layers it is in.
-        wanted: the arrays that are added to what modules put out, in order.
-        nudged: for each of these, which output it is added to.
-        marked: for each of the rows, which output it is.
     """
 
-    given: Iterator[Any] | None
+    given: Iterator[Any]
     parameters: list[Any]
-    rows: list[tuple[str, tuple[int, ...], str]] = dataclasses.field(default_factory=list)
-    steps: list[int] = dataclasses.field(default_factory=list)
-    wanted: list[jax.ShapeDtypeStruct] = dataclasses.field(default_factory=list)
     nudged: list[Any] = dataclasses.field(default_factory=list)
-    marked: list[Any] = dataclasses.field(default_factory=list)
-
-    def close(self, out: list[Any]) -> list[Any]:
-        """All outputs: those that are read outside, and what modules put out; arrays become their numbers."""
-        known = {id(x) for x in out}
-        out += {id(x): x for x in self.marked if id(x) not in known}.values()
-        where = {id(x): i for i, x in reversed(list(enumerate(out)))}
-        self.nudged, self.marked = ([where[id(x)] for x in arrays] for arrays in (self.nudged, self.marked))
-        return out
+    rows: list[tuple[Any, ...]] = dataclasses.field(default_factory=list)
+    steps: tuple[int, ...] = ()
 
     def run(self, eqns: Sequence[Any], env: dict[Any, Any], outvars: set[Any], piece: str) -> None:
         """Evaluate equations in an environment; what is in `outvars` is added to."""
@@ -255,16 +229,12 @@ class _Evaluated:
                 outs = self._called(inner, ins, inner_piece)
             elif name == "scan" and self._is_over_layers(eqn, ins):
                 outs = self._layers(eqn.params, ins, piece)
-            elif inner is not None:
-                outs = _compat.evaluated(eqn, ins)
             elif is_mark(eqn):
                 outs = [self._nudged(ins[0])]
-                self.marked += outs
                 path, field = marked_row(eqn, piece, self.steps)
-                self.rows.append((path, tuple(self.steps), field))
+                self.rows.append((path, self.steps, field, outs[0]))
             else:
-                found = eqn.primitive.bind(*ins, **eqn.params)
-                outs = found if eqn.primitive.multiple_results else [found]
+                outs = _compat.evaluated(eqn, ins)
             env.update(
                 (v, self._nudged(x) if v in outvars else x) for v, x in zip(eqn.outvars, outs, strict=True)
             )
@@ -277,28 +247,24 @@ class _Evaluated:
 
     def _is_over_layers(self, eqn: Any, ins: Sequence[Any]) -> bool:
         """Whether a scan takes a parameter a step, and modules are called in it."""
-        _, _, streams = _compat.scan_operands(eqn.params, list(ins))
-        return (
-            any(x is y for x in streams for y in self.parameters)
-            and eqn.params["length"] <= _MOST_LAYERS
-            and _has_marks(_compat.sub_jaxpr(eqn.params["jaxpr"])[0])
-        )
+        _, _, streams = _compat.scan_operands(eqn.params, ins)
+        stacked = any(x is y for x in streams for y in self.parameters)
+        return stacked and eqn.params["length"] <= _MOST_LAYERS and _has_marks(eqn.params["jaxpr"].jaxpr)
 
     def _layers(self, params: dict[str, Any], ins: Sequence[Any], piece: str) -> list[Any]:
         """A scan over layers, step by step, whose modules have rows of their own."""
-        fixed, carry, streams = _compat.scan_operands(params, list(ins))
-        stacked: dict[int, list[Any]] = {}
+        fixed, carry, streams = _compat.scan_operands(params, ins)
+        stacked, outer = list[list[Any]](), self.steps
         for step in range(params["length"])[:: -1 if params["reverse"] else 1]:
-            self.steps.append(step)
+            self.steps = (*outer, step)
             outs = self._called(params["jaxpr"], [*fixed, *carry, *(x[step] for x in streams)], piece)
-            self.steps.pop()
-            carry, stacked[step] = outs[: len(carry)], outs[len(carry) :]
-        rows = zip(*(stacked[k] for k in sorted(stacked)), strict=True)
-        return [*carry, *map(jnp.stack, rows)]
+            carry = outs[: len(carry)]
+            stacked.insert(0 if params["reverse"] else step, outs[len(carry) :])
+        self.steps = outer
+        return [*carry, *map(jnp.stack, zip(*stacked, strict=True))]
 
     def _nudged(self, x: Any) -> Any:
         if not jnp.issubdtype(x.dtype, jnp.floating) or any(x is y for y in self.nudged):
             return x
-        self.wanted.append(jax.ShapeDtypeStruct(x.shape, x.dtype))
-        self.nudged.append(x + (jnp.zeros_like(x) if self.given is None else next(self.given)))
+        self.nudged.append(x + next(self.given))
         return self.nudged[-1]

@@ -31,7 +31,7 @@ from varscale.theory.propagation.cotangents import cotangents
 from varscale.theory.propagation.error_bounds import doubt_of, provenance
 from varscale.theory.propagation.fluctuations import fluctuations
 from varscale.theory.rules.elementwise import modulus
-from varscale.theory.rules.registry import Complex, Context, sub_jaxpr_of
+from varscale.theory.rules.registry import CALLS, Complex, Context, sub_jaxpr_of
 
 _LOOPS = {"scan", "while"}
 _BAND, _BELOW = 2.5758, 0.005  # 99 % of a normal, and the share below them
@@ -154,48 +154,27 @@ def joined(made: Sequence[Made], captured: Mapping[str, Mapping[str, Any]]) -> I
     yield from ((path, None, value) for rows in left.values() for path, value in rows.items())
 
 
-class Through(NamedTuple):
-    """What of the cotangent at an array flows through one output that is this array.
+@dataclasses.dataclass(eq=False)
+class Tap:
+    """A name of an array: the variable that an equation makes, or what a mark calls it afterwards.
 
     Attributes:
-        reads: whether an equation that the model's outputs depend on reads it.
-        beside: whether the array is read past it, too.
-        ends: how many of the model's own outputs are it.
-        all_ends: how many are the array.
-        tap: the variable that holds it.
+        parent: its name before that.
+        readers: how many operands of equations that the model's outputs depend on are it, by this name or a later one.
+        ends: how many of the model's own outputs are.
+        sources: what the equation that makes it reads.
     """
 
-    reads: bool
-    beside: bool
-    ends: int
-    all_ends: int
-    tap: _Tap
-
-    def of(self, whole: float, doubt: float) -> tuple[float, float]:
-        """Its gradient and doubt, where those at the array are `whole` and `doubt`; cotangents of outputs are independent."""
-        inner = max(whole - self.all_ends, 0.0)
-        gradient = self.ends + (inner if self.reads else 0.0)
-        if self.reads and gradient:
-            return gradient, doubt * whole / gradient + (UNKNOWN if self.beside else 0.0)
-        return gradient, doubt if gradient == whole else 0.0
-
-
-@dataclasses.dataclass(eq=False)
-class _Tap:
-    """A name of an array: the variable that an equation makes, or what a mark calls it afterwards."""
-
-    parent: _Tap | None = None
+    parent: Tap | None = None
     readers: int = 0
     ends: int = 0
-    sources: Sequence[_Tap] = ()
+    sources: Sequence[Tap] = ()
 
-    def chain(self) -> Iterable[_Tap]:
-        tap: _Tap | None = self
-        while tap is not None:
-            yield tap
-            tap = tap.parent
+    def chain(self) -> list[Tap]:
+        """Its names, from this one back to the first, which all that is the array goes through."""
+        return [self, *([] if self.parent is None else self.parent.chain())]
 
-    def is_made_of(self, other: _Tap) -> bool:
+    def is_made_of(self, other: Tap) -> bool:
         """Whether an array is worked out from another, or is it."""
         waiting, seen = [self], set()
         while waiting:
@@ -205,39 +184,41 @@ class _Tap:
                 waiting += [x for source in tap.sources for x in source.chain()]
         return other in seen
 
-    def is_part(self, other: _Tap) -> bool:
+    def is_part(self, other: Tap) -> bool:
         """Whether this variable's cotangent is less than the array's, which another holds, too, that is read past this one."""
         return not other.is_made_of(self) and (other.readers > 1 or not self.is_made_of(other))
 
+    def share(self, whole: float, doubt: float) -> tuple[float, float]:
+        """Gradient and doubt of this name, of those at the array; cotangents of the model's outputs are independent."""
+        first = self.chain()[-1]
+        gradient = self.ends + (max(whole - first.ends, 0.0) if self.readers else 0.0)
+        if self.readers and gradient:
+            return gradient, doubt * whole / gradient + (UNKNOWN if first.readers > self.readers else 0.0)
+        return gradient, doubt if gradient == whole else 0.0
 
-def through(jaxpr: Any, rows: Mapping[str, int], own: Sequence[str]) -> dict[str, Through]:
-    """What flows through each row (path -> number among the outputs) of a marked forward pass; `own`: the model's own rows."""
-    ends = [jaxpr.outvars[rows[path]] for path in own]
-    taps: dict[Any, _Tap] = {}
+
+def through(jaxpr: Any, rows: Sequence[str], own: int) -> dict[str, Tap]:
+    """The names of the arrays that a marked pass returns, by row; the last `own` of them are the model's outputs."""
+    ends = jaxpr.outvars[-own:]
+    taps: dict[Any, Tap] = {}
     _tapped(live(jaxpr.replace(outvars=ends), jaxpr.eqns), taps)
-    for atom in ends:
-        for tap in _tap(taps, atom).chain():
-            tap.ends += 1
-    found = {}
-    for path, number in rows.items():
-        tap = _tap(taps, jaxpr.outvars[number])
-        root = list(tap.chain())[-1]
-        found[path] = Through(tap.readers > 0, root.readers > tap.readers, tap.ends, root.ends, root)
-    return found
+    for tap in (tap for atom in ends for tap in _tap(taps, atom).chain()):
+        tap.ends += 1
+    return {path: _tap(taps, atom) for path, atom in zip(rows, jaxpr.outvars, strict=True)}
 
 
-def _tap(taps: dict[Any, _Tap], atom: Any) -> _Tap:
-    return _Tap() if _compat.is_literal(atom) else taps.setdefault(atom, _Tap())
+def _tap(taps: dict[Any, Tap], atom: Any) -> Tap:
+    return Tap() if _compat.is_literal(atom) else taps.setdefault(atom, Tap())
 
 
-def _tapped(eqns: Sequence[Any], taps: dict[Any, _Tap]) -> None:
+def _tapped(eqns: Sequence[Any], taps: dict[Any, Tap]) -> None:
     """Follow arrays through marks and calls."""
     for eqn in eqns:
-        ins, inner, name = [_tap(taps, v) for v in eqn.invars], sub_jaxpr_of(eqn), eqn.primitive.name
-        called = None if inner is None else _compat.sub_jaxpr(inner)[0]
+        ins, name = [_tap(taps, v) for v in eqn.invars], eqn.primitive.name
+        called = _compat.sub_jaxpr(sub_jaxpr_of(eqn))[0] if name in CALLS else None
         if is_mark(eqn):
-            taps[eqn.outvars[0]] = _Tap(ins[0])
-        elif called is not None and len(called.invars) == len(ins) and name not in ("scan", "while", "cond"):
+            taps[eqn.outvars[0]] = Tap(ins[0])
+        elif called is not None and len(called.invars) == len(ins):
             # A body may be called again: its variables are those of the call that is walked.
             own = dict(zip(called.invars, ins, strict=True))
             _tapped(called.eqns, own)
@@ -250,43 +231,39 @@ def _tapped(eqns: Sequence[Any], taps: dict[Any, _Tap]) -> None:
 
 
 def summarize(
-    interpreter: Context,
-    program: Program,
-    outputs: Iterable[Found],
-    weights: Mapping[str, Weight],
-    shares: Mapping[str, Through] | None,
+    interpreter: Context, program: Program, found: Iterable[Found], weights: Mapping[str, Weight]
 ) -> Report:
-    """The report of a walk; `shares`: what of the gradient at a row's array flows through it, None where none are asked for."""
-    kinds, values = {}, {}
-    for path, kind, x in outputs:
-        # Of complex numbers it is the modulus that is measured and predicted.
-        x = modulus(interpreter, x) if isinstance(x, Complex) else x
-        if isinstance(x, Value) and math.prod(x.shape) > 0:
-            _ = x.node.table
-            module = re.sub(r"(#\d+|@\d+|\[.*\]|\.\w+)+$", "", path)
-            own = program.kinds.get(module, "array" if module else program.kind)
-            kinds[path], values[path] = kind or own, x
-    gradients = {} if shares is None else _gradients(interpreter, values, shares)
-    rows = tuple(_row(path, kinds[path], x, *gradients.get(path, (None, None))) for path, x in values.items())
-    return Report(rows, dict(weights))
+    """The report of a walk, without gradients."""
+    kinds = {path: kind for path, kind, _ in found if kind}
+    rows = []
+    for path, x in _arrays(interpreter, found).items():
+        module = re.sub(r"(#\d+|@\d+|\[.*\]|\.\w+)+$", "", path)
+        kind = kinds.get(path) or program.kinds.get(module, "array" if module else program.kind)
+        rows.append(_row(path, kind, x))
+    return Report(tuple(rows), dict(weights))
 
 
 def with_gradients(
-    interpreter: Context, report: Report, nudged: Iterable[Found], shares: Mapping[str, Through]
+    interpreter: Context, report: Report, found: Iterable[Found], taps: Mapping[str, Tap]
 ) -> Report:
-    """The report with the gradients, where it has none, of a walk in which what is one known number was nudged."""
-    values = {path: x for path, _, x in nudged if isinstance(x, Value) and math.prod(x.shape) > 0}
-    found = _gradients(interpreter, values, shares)
+    """The report with the gradients of a walk, where it has none; `taps`: the names of the rows' arrays."""
+    gradients = _gradients(interpreter, _arrays(interpreter, found), taps)
     rows = [
-        dataclasses.replace(row, gradient=found[row.path][0], gradient_error_bound=found[row.path][1])
-        if row.gradient is None and row.path in found
+        dataclasses.replace(row, gradient=gradients[row.path][0], gradient_error_bound=gradients[row.path][1])
+        if row.gradient is None and row.path in gradients
         else row
         for row in report.rows
     ]
     return dataclasses.replace(report, rows=tuple(rows))
 
 
-def _row(path: str, kind: str, x: Value, gradient: float | None, gradient_bound: float | None) -> Row:
+def _arrays(interpreter: Context, found: Iterable[Found]) -> dict[str, Value]:
+    """By row the array; of complex numbers it is the modulus that is measured and predicted."""
+    real = [(path, modulus(interpreter, x) if isinstance(x, Complex) else x) for path, _, x in found]
+    return {path: x for path, x in real if isinstance(x, Value) and math.prod(x.shape) > 0}
+
+
+def _row(path: str, kind: str, x: Value) -> Row:
     table, infinite = x.node.table, math.inf
     mean = table.total_mean
     if table.mean_square >= _UNBOUNDED:  # infinities, which masks put there and a softmax takes away
@@ -308,10 +285,8 @@ def _row(path: str, kind: str, x: Value, gradient: float | None, gradient_bound:
         band=(low / reach, high * reach),
         sample_correlation=_correlation_along(x, x.dims[:1]) if samples else None,
         position_correlation=_correlation_along(x, x.dims[1:-1]) if places else None,
-        gradient=gradient,
         how=cast(How, how),
         error_bound=error_bound,
-        gradient_error_bound=gradient_bound,
     )
 
 
@@ -346,38 +321,38 @@ def _correlation_along(x: Value, dims: Iterable[Any]) -> float | None:
 
 
 def _gradients(
-    interpreter: Context, values: Mapping[str, Value], shares: Mapping[str, Through]
+    interpreter: Context, arrays: Mapping[str, Value], taps: Mapping[str, Tap]
 ) -> dict[str, tuple[float, float]]:
     """Gradients at rows, and bounds on their relative errors; asks for a region where near places leave many in doubt."""
     copies = {
-        path: math.prod(a.size for dim in x.dims for a in dim if a.axis is None) for path, x in values.items()
+        path: math.prod(a.size for dim in x.dims for a in dim if a.axis is None) for path, x in arrays.items()
     }
+    outputs = [path for path in arrays if path == "" or path.startswith("[")] or list(arrays)[-1:]
     seeds = []
-    outputs: dict[int, set[Any]] = collections.defaultdict(set)
-    for path in [p for p in values if p == "" or p.startswith("[")] or list(values)[-1:]:
-        node = values[path].node
+    for path in outputs:
+        node = arrays[path].node
         second = np.zeros(node.frame_types)
         second[tuple(slice(a.classes) for a in node.axes)] = copies[path]
         seeds.append((node, second))
-        outputs[node.id].add(values[path].dims)
-    found = cotangents(seeds, [x.node for x in values.values()])
+    found = cotangents(seeds, [x.node for x in arrays.values()])
     if sum(lost > _MUCH for *_, lost in found.values()) > _MANY * len(found):
         interpreter.regions.ask("", "gradients of windows over near places")
     gradients = {}
     held = collections.defaultdict(list)
-    for path, x in values.items():
-        if path in shares and shares[path].reads:
-            held[x].append(shares[path].tap)
-    for path, x in values.items():
+    for path, x in arrays.items():
+        if path in taps and taps[path].readers:
+            held[x].append(taps[path].chain()[-1])
+    for path, x in arrays.items():
         if x.node.id in found:
             gradient, doubt, _ = found[x.node.id]
             # Of several outputs that are one array in other shapes, a change of one is none of the others.
             # Copies share it evenly, if independent; if all n are one, each has 1/n² of it rather than 1/n.
-            doubt += max(len(outputs[x.node.id]) - 1, 0) + copies[path] - 1
+            shapes = {arrays[end].dims for end in outputs if arrays[end].node is x.node}
+            doubt += max(len(shapes) - 1, 0) + copies[path] - 1
             gradient = gradient / copies[path]
-            if path in shares:
-                gradient, doubt = shares[path].of(gradient, doubt)
-                if others := sum(map(shares[path].tap.is_part, held[x])):
+            if path in taps:
+                gradient, doubt = taps[path].share(gradient, doubt)
+                if others := sum(map(taps[path].chain()[-1].is_part, held[x])):
                     gradient, doubt = gradient / (1 + others), doubt + UNKNOWN  # as if each had as much
             gradients[path] = gradient, GRADIENT_BASE + doubt
     return gradients
