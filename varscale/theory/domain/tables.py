@@ -155,7 +155,7 @@ def over_frame(array: np.ndarray, bind: Sequence[int], rank: int) -> np.ndarray:
     for place, n in zip(bind, array.shape, strict=False):
         shape[place] = n
     order = [*sorted(range(len(bind)), key=bind.__getitem__), *range(len(bind), array.ndim)]
-    return array.transpose(order).reshape(*shape, *array.shape[len(bind) :])
+    return array.transpose(order).reshape([*shape, *array.shape[len(bind) :]])
 
 
 def regrouped(

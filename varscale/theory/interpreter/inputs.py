@@ -1,6 +1,8 @@
-"""Inputs as values: known numbers, descriptions of arrays, and arrays whose moments are measured.
+"""Numbers that are known, and inputs: arrays whose moments are measured, and descriptions of arrays.
 
-Given samples are in classes of nearly one scale: a norm divides each by its own, and E[1/s²] is not 1/E[s²].
+Equations that read known numbers alone are computed, by jax or number by number, up to a size. Literal arrays fold into literal
+arrays; what is computed from given inputs stays given: it depends on them. Given samples are in classes of nearly one scale: a
+norm divides each by its own, and E[1/s²] is not 1/E[s²].
 """
 
 from __future__ import annotations
@@ -8,6 +10,7 @@ from __future__ import annotations
 import functools
 import math
 import operator
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import jax
@@ -20,16 +23,32 @@ from varscale.programs import faces
 from varscale.programs.faces import Inputs
 from varscale.theory.domain.axes import MOST_CLASSES, Axis, labelled
 from varscale.theory.domain.tables import Moments, Table, estimate, independent
-from varscale.theory.graph.known_arrays import measured
-from varscale.theory.graph.layout import Value, full
-from varscale.theory.graph.nodes import Leaf
+from varscale.theory.graph import known_arrays as arrays
+from varscale.theory.graph.expressions import hashed
+from varscale.theory.graph.known_arrays import all_given, entries, is_known_array
+from varscale.theory.graph.layout import Value, full, value
+from varscale.theory.graph.nodes import Array, Constant, Graph, Leaf, Node, View, array
+from varscale.theory.graph.store import Fact, PredictionError
+from varscale.theory.integrals.primitives import of_known
+from varscale.theory.propagation.doubts import OUTSIDE
 from varscale.theory.rules.lookup import PADDED, filled_shapes, is_mask, unknown
 from varscale.theory.rules.random import input_leaf
-from varscale.theory.rules.registry import Complex, Context, Opaque
+from varscale.theory.rules.registry import CALLS, Complex, Context, Opaque, parts
 
 MODEL_SEED = 0  # laws do not depend on the seed
+MOST_FOLDED = 1 << 26  # elements up to which known numbers are computed with rather than described
+_MOST_EVALUATED = 1 << 22  # of which jax computes so many at a time
 _ALIKE_SCALES = 0.02  # variance of ln s² in a class, which is the relative error of E[1/s²] there
 _MOST_SORTED = 256  # samples that are clustered; of more, those between two of these go with the nearest
+
+# Equations that rules enter, whatever they read.
+ENTERED = {"random_bits", "scan", "while", "cond", "region", *CALLS}
+# Entries are moved, repeated or left out, of which classes and blocks tell more than one class for all would.
+_MOVING = {
+    "broadcast_in_dim", "concatenate", "dynamic_slice", "expand_dims", "gather", "pad", "reshape", "rev",
+    "slice", "split", "squeeze", "tile", "transpose",
+}  # fmt: skip
+_FOLDED: Fact[Hashable, Node | None] = Fact()  # known numbers computed by elementwise primitives
 
 
 class TracedInputs:
@@ -43,14 +62,11 @@ class TracedInputs:
 
     def __init__(self, given: Inputs):
         self.arrays, self.join = faces.split(given)
-        wide = [
-            not isinstance(x, Moments) and x.dtype in (np.float64, np.int64, np.uint64, np.complex128)
+        dtypes = [
+            jax.dtypes.canonicalize_dtype(x.dtype) if isinstance(x.dtype, np.dtype) else x.dtype
             for x in self.arrays
         ]
-        self.structs = [
-            jax.ShapeDtypeStruct(x.shape, jax.dtypes.canonicalize_dtype(x.dtype) if is_wide else x.dtype)
-            for x, is_wide in zip(self.arrays, wide, strict=True)
-        ]
+        self.structs = [jax.ShapeDtypeStruct(x.shape, t) for x, t in zip(self.arrays, dtypes, strict=True)]
 
     def values(self, interpreter: Context) -> list[Any]:
         """Their values; given arrays may go together, and one that is given twice is one."""
@@ -69,8 +85,7 @@ class TracedInputs:
 
 def _is_measured(x: Any) -> bool:
     """Whether it is an array of real floating-point numbers, whose moments are estimated."""
-    described = isinstance(x, Moments | jax.ShapeDtypeStruct)
-    return not described and jnp.issubdtype(x.dtype, jnp.floating)
+    return not isinstance(x, Moments | jax.ShapeDtypeStruct) and jnp.issubdtype(x.dtype, jnp.floating)
 
 
 def _is_same(x: Any, y: Any) -> bool:
@@ -124,7 +139,7 @@ def input_value(interpreter: Context, x: Any, name: str) -> Any:
         axes = (sample_axis(numbers), *axes[1:])
     numbers = numbers.reshape([a.size for a in axes])
     made = input_leaf(interpreter, name, shape, estimate(numbers, axes), odd=False)
-    measured(made.node, numbers)
+    arrays.measured(made.node, numbers)
     return made
 
 
@@ -159,3 +174,119 @@ def _classes_by_scale(logs: Float[np.ndarray, " samples"], most: int) -> np.ndar
         if np.mean((logs - means[found]) ** 2) <= _ALIKE_SCALES:
             break
     return found
+
+
+def known(graph: Graph, const: Any, sources: Sequence[Node] = ()) -> Any:
+    """The value of known numbers, or of what was computed from given arrays: whole numbers are as good as literals.
+
+    Raises:
+        PredictionError: they contain NaN.
+    """
+    if hasattr(const, "dtype") and jax.numpy.issubdtype(const.dtype, jax.dtypes.prng_key):
+        return Opaque(const)
+    values = np.asarray(const)
+    if values.dtype.kind == "c":
+        return Complex(*(known(graph, part, sources) for part in (np.real(values), np.imag(values))))
+    sizes = [n for n in values.shape if n != 1]
+    if sources and values.dtype.kind not in "biu" and np.isfinite(values).all():
+        return value(
+            arrays.computed(graph, values.reshape(sizes), [*map(Axis, sizes)], sources), values.shape
+        )
+    # A scalar NaN is a literal of the code (jnp.var has one, in a branch not taken).
+    if values.ndim and values.dtype.kind == "f" and np.isnan(values).any():
+        raise PredictionError("an array of the model contains NaN")
+    values = values if values.dtype.kind in "biu" else values.astype(np.float64)
+    return value(array(graph, values.reshape(sizes)), values.shape)
+
+
+def concrete(x: Any, dtype: Any = None) -> np.ndarray | None:
+    """The numbers of a known value; None where it is random or too large."""
+    if isinstance(x, Complex):
+        re, im = concrete(x.re), concrete(x.im)
+        return None if re is None or im is None else (re + 1j * im).astype(dtype or complex)
+    if (
+        not isinstance(x, Value)
+        or not isinstance(x.node, Array | Constant)
+        or math.prod(x.shape) > MOST_FOLDED
+    ):
+        return None
+    found = entries(x)
+    return found.astype(dtype) if found is not None and dtype is not None else found
+
+
+def folded(graph: Graph, eqn: Any, ins: Sequence[Any]) -> list[Any] | None:
+    """The outputs of an equation whose inputs are all known; None where one is not, or where a rule says more."""
+    name = eqn.primitive.name
+    if name in ENTERED or name == "rng_bit_generator" or not (ins or name in ("iota", "random_seed")):
+        return None
+    if sum(math.prod(v.aval.shape) for v in eqn.outvars) > _MOST_EVALUATED:
+        return None
+    if all(
+        isinstance(x, Opaque)
+        or (all(isinstance(p.node, Array | Constant) for p in parts(x)) and math.prod(x.shape) <= MOST_FOLDED)
+        for x in ins
+    ):
+        pairs = zip(ins, eqn.invars, strict=True)
+        literal = [x.key if isinstance(x, Opaque) else concrete(x, v.aval.dtype) for x, v in pairs]
+        return [known(graph, out) for out in _evaluated(eqn, literal)]
+    if any(isinstance(x, Opaque) for x in ins):
+        # A key derived from something random: one for equal derivations.
+        derived = [x.key if isinstance(x, Opaque) else [(p.node, p.dims) for p in parts(x)] for x in ins]
+        key = jax.random.key(hashed(name, eqn.params, derived) >> 33)
+        shape = eqn.outvars[0].aval.shape
+        return [Opaque(jax.random.split(key, shape) if shape else key)]
+    sources = [part for x in ins for part in parts(x)]
+    if not all_given(sources) or (name in _MOVING and len(sources) == len(ins)):
+        return None
+    with np.errstate(all="ignore"):
+        numbers: Any = [[entries(part) for part in parts(x)] for x in ins]
+        outs = _evaluated(eqn, [re + 1j * im[0] if im else re for re, *im in numbers])
+    return [known(graph, out, [part.node for part in sources]) for out in outs]
+
+
+def note_moved(eqn: Any, ins: Sequence[Any], outs: Any) -> None:
+    """Of an equation that only moves entries of given arrays, note how the numbers that it makes are worked out."""
+    if eqn.primitive.name not in _MOVING or not all_given(ins):
+        return
+    sizes = [math.prod(v.aval.shape) for v in eqn.outvars]
+    if max(sizes) > _MOST_EVALUATED or min(sizes) == 0:
+        return
+    for i, out in enumerate(outs if isinstance(outs, list | tuple) else [outs]):
+        arrays.note(out, lambda i=i: np.asarray(_evaluated(eqn, [entries(x) for x in ins])[i], float))
+
+
+def folded_elementwise(name: str, extra: Any, frame: Sequence[Axis], views: Sequence[View]) -> Node | None:
+    """The node of an elementwise primitive of known numbers; None where one is not known, or has no value."""
+    if not all(is_known_array(view.node) for view in views):
+        return None
+    graph, sizes = views[0].node.graph, [axis.size for axis in frame]
+
+    def number_by_number() -> Node | None:
+        literal = all(isinstance(view.node, Constant | Array) for view in views)
+        if math.prod(sizes) > (MOST_FOLDED if literal else _MOST_EVALUATED):
+            return None
+        numbers = [arrays.numbers_over(view, frame) for view in views]
+        if not literal and name in OUTSIDE and np.any(OUTSIDE[name](*numbers)):
+            return None  # a rule says so
+        known_as, operands = {"square": ("mul", numbers * 2), "add_any": ("add", numbers)}.get(
+            name, (name, numbers)
+        )
+        with np.errstate(all="ignore"):
+            out = of_known(known_as, extra, operands)
+        out = np.broadcast_to(out, sizes)
+        if literal or out.dtype.kind in "biu":
+            return array(graph, out, frame)
+        return arrays.computed(graph, out, frame, [v.node for v in views]) if np.isfinite(out).all() else None
+
+    return _FOLDED.once(graph, (name, extra, tuple(frame), tuple(views)), number_by_number)
+
+
+def _evaluated(eqn: Any, known: Sequence[Any]) -> list[Any]:
+    """What an equation makes of numbers or keys."""
+    args = [
+        x if hasattr(x, "_base_array") else jax.numpy.asarray(x, v.aval.dtype)
+        for x, v in zip(known, eqn.invars, strict=True)
+    ]
+    with jax.ensure_compile_time_eval(), jax.numpy_dtype_promotion("standard"):
+        out = eqn.primitive.bind(*args, **eqn.params)
+    return list(out) if eqn.primitive.multiple_results else [out]

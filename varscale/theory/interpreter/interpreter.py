@@ -19,7 +19,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import numpy as np
 
 from varscale import _compat
 from varscale.programs.scopes import ends
@@ -32,7 +31,7 @@ from varscale.theory.graph.linear_nodes import feeds_itself
 from varscale.theory.graph.nodes import UNKNOWN, Graph, leaf
 from varscale.theory.graph.normal_form import apply
 from varscale.theory.graph.store import UNCOVERED, PredictionError, located, told
-from varscale.theory.interpreter.folding import (
+from varscale.theory.interpreter.inputs import (
     ENTERED,
     concrete,
     folded,
@@ -210,13 +209,11 @@ class Interpreter:
         mixed = any(isinstance(x, Complex) for x in ins) or (name in RULES and made_complex)
         return RULES["complex operands"] if mixed and name not in _WHOLE else RULES.get(name, unruled)
 
+    concrete = staticmethod(concrete)
+
     def known(self, const: Any) -> Any:
         """The value of a known array."""
         return known(self.graph, const)
-
-    def concrete(self, x: Any, dtype: Any = None) -> np.ndarray | None:
-        """The numbers of a known value; None where it is random or too large."""
-        return concrete(x, dtype)
 
     def elementwise(self, name: str, *xs: Value, extra: tuple[Any, ...] = ()) -> Value:
         """An elementwise primitive of values of one shape (sizes of 1 broadcast)."""

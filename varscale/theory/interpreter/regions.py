@@ -121,7 +121,9 @@ def blocks(
     own = {scope: [i for i, path in enumerate(paths) if within(path, scope)] for scope in scopes}
     # What is between the first and the last reads of them or is read by them, or may as well be.
     spans = list[tuple[range, str]]()
-    for first, last, scope in sorted((places[0], places[-1], scope) for scope, places in own.items() if places):
+    for first, last, scope in sorted(
+        (places[0], places[-1], scope) for scope, places in own.items() if places
+    ):
         if spans and first in spans[-1][0]:
             around, scope = spans.pop()
             first, last = around.start, max(last, around.stop - 1)

@@ -72,7 +72,9 @@ class Operand:
     @functools.cached_property
     def weight(self) -> bool:
         """Whether it is independent zero-mean weights."""
-        leaves = [x.node for x in self.value if isinstance(x.node, Leaf) and x.node.odd and not x.node.is_input]
+        leaves = [
+            x.node for x in self.value if isinstance(x.node, Leaf) and x.node.odd and not x.node.is_input
+        ]
         return 0 < len(self.value) == len(leaves) and len(self.aval.shape) > 1
 
     @property
@@ -211,7 +213,9 @@ class RegionDraws:
     def odd(self) -> list[int]:
         """By output: bits of the zero-mean weights that it is linear in: draw by draw another one is multiplied by −2."""
         found = [0] * len(self.raw)
-        weights = [(i, x.value[0].node.odd) for i, x in enumerate(self.operands) if x.weight and len(x.value) < 2]
+        weights = [
+            (i, x.value[0].node.odd) for i, x in enumerate(self.operands) if x.weight and len(x.value) < 2
+        ]
         for start in range(0, len(weights), self.batch):
             some, turned = weights[start : start + self.batch], list(self.drawn)
             for draw, (i, _) in enumerate(some):

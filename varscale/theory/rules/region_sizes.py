@@ -29,7 +29,12 @@ _ROUNDED = 2.0**-8  # how far a count may be off in bfloat16, and the n − 1 of
 _PRODUCTS = {"dot_general", "conv_general_dilated"}
 _REARRANGES = {"transpose", "reshape", "squeeze", "slice", "split", "convert_element_type"}
 _REARRANGES |= {"copy", "stop_gradient", "neg", "name"}
-_AXES = ("axes", "dimensions", "axis", "dimension")  # parameters that name axes whose positions are told apart
+_AXES = (
+    "axes",
+    "dimensions",
+    "axis",
+    "dimension",
+)  # parameters that name axes whose positions are told apart
 
 
 class CannotShrink(Exception):
