@@ -119,8 +119,8 @@ class BackwardNotes:
         self.values: dict[int, Any] = {}
         # By product, the argument whose cotangent gains something, and what it gains by type.
         self.gains: dict[int, tuple[int, np.ndarray]] = {}
-        # By output of a region, draws of the cotangents that other regions sent it.
-        self.sent: dict[int, list[np.ndarray]] = {}
+        # By output of a region, draws of the cotangents that other regions sent it, and their second moments.
+        self.sent: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {}
         # Outputs of regions that the pass has been through, and what flows into outputs of regions inside.
         self.regions: list[Any] = []
         self.inside: list[FlowInside] = []

@@ -19,7 +19,7 @@ from varscale.programs.program import Inputs, Program
 from varscale.report import Report, Row
 from varscale.theory.domain.axes import Axis
 from varscale.theory.domain.tables import Moments, gaussian
-from varscale.theory.interpreter.parameters import is_function, is_law, laws_laid, path_string
+from varscale.theory.interpreter.parameters import is_function, is_law, laws_laid, leaves_by_path
 from varscale.usage.table import uses
 
 _DRAWS_SEED = 0
@@ -111,7 +111,7 @@ def _variables(program: Program, params: Any, scheme: Any) -> Callable[[Any, Inp
     """
     start, function = program.init, params if is_function(params) else None
     by_tree = function is None and (params is not None or start is None)
-    laws = {path_string(path): law for path, law in _laws_of(params)}
+    laws = leaves_by_path(params)
     if by_tree and all(isinstance(law, jax.Array | np.ndarray) for law in laws.values()):
         raise ValueError(
             "draws needs parameters that are drawn, not arrays, which are one draw: give the laws "
@@ -122,7 +122,7 @@ def _variables(program: Program, params: Any, scheme: Any) -> Callable[[Any, Inp
     def init(key: Any, x: Inputs) -> Any:
         found = function(key) if function else start(key, x) if start is not None else params
         if by_tree:
-            own = [laws.get(path_string(path), leaf) for path, leaf in _laws_of(found)]
+            own = [laws.get(path, leaf) for path, leaf in leaves_by_path(found).items()]
             found = _drawn_by(found, own, jax.random.fold_in(key, 1))
         if scheme is None:
             return found
@@ -131,10 +131,6 @@ def _variables(program: Program, params: Any, scheme: Any) -> Callable[[Any, Inp
         return _drawn_by(found, own, jax.random.fold_in(key, 2))
 
     return init
-
-
-def _laws_of(variables: Any) -> list[tuple[Any, Any]]:
-    return jax.tree_util.tree_leaves_with_path(variables, is_leaf=is_law)
 
 
 def _drawn_by(variables: Any, laws: Sequence[Any], key: Any) -> Any:

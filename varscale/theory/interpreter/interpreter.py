@@ -103,16 +103,20 @@ class Interpreter:
         """The outputs of a jaxpr, given values of its constants and inputs; `step` says which of a loop's it is."""
         inputs = [*map(self.known, consts), *args]
         env = dict(zip((*jaxpr.constvars, *jaxpr.invars), inputs, strict=True))
-        outer, self.used = self.used, used_variables(jaxpr)
+        outer, place = (self.used, self.place, self.entering), self.place
+        if place is not None and self.entering is not None:
+            place = place.within(self.entering)
+        self.used = used_variables(jaxpr)
         self.steps += [] if step is None else [step]
         try:
-            if self.place is not None:
-                self._watched(live_equations(jaxpr), jaxpr.outvars, env)
-            else:
+            if place is not None and place.loops == len(self.steps):
+                self._watched(live_equations(jaxpr), jaxpr.outvars, env, place)
+            else:  # inside a loop that is not over layers
+                self.place = None
                 for eqn in live_equations(jaxpr):
                     self._step(eqn, env)
         finally:
-            self.used = outer
+            self.used, self.place, self.entering = outer
             if step is not None:
                 self.steps.pop()
         return [self.known(v.val) if _compat.is_literal(v) else env[v] for v in jaxpr.outvars]
@@ -121,43 +125,34 @@ class Interpreter:
         ins = [self.known(v.val) if _compat.is_literal(v) else env[v] for v in eqn.invars]
         env.update(zip(eqn.outvars, self.equation(eqn, ins), strict=True))
 
-    def _watched(self, eqns: Sequence[Any], outputs: Sequence[Any], env: dict[Any, Any]) -> None:
-        """The equations in turn, keeping rows of what they make, except inside a loop that is not over layers."""
-        outer, entered = self.place, self.entering
-        assert outer is not None
-        place = outer if entered is None else outer.within(entered)
-        silent = place.loops != len(self.steps)
-        place.rows.entered += not silent
-        scoped = place.rows.scopes and not silent
-        ended = ends(eqns, outputs, place.path, place.piece) if scoped else {}
-        try:
-            drawn = () if silent else self.regions.drawn
-            for eqn in () if silent else eqns:  # no rule covers derivatives inside the model
-                if _DERIVATIVES & _compat.transforms(eqn):
-                    path = place.scope_of(eqn)
-                    if not any(within(path, scope) for scope in drawn):
-                        self.regions.ask(path, "a derivative")
-            kept = [var for found in ended.values() for _, var in found]
-            parts = blocks(eqns, outputs, place, drawn, kept, lambda v: is_weight(env.get(v)))
-            for places, eqn in parts:
-                count = place.rows.entered
-                asked = not silent and self.regions.changed
-                if asked and self.regions.waits(place.scope_of(eqn)):  # the next walk draws it
-                    env.update((v, placeholder(self, v.aval)) for v in eqn.outvars)
-                    continue
-                self.place, self.entering = None if silent else place, eqn
-                self._step(eqn, env)
-                if self.nudged and eqn.primitive.name == "name":
-                    env[eqn.outvars[0]] = self._nudge(env[eqn.outvars[0]])
-                if not silent and count == place.rows.entered:
-                    place.note(eqn, env, self.steps)
-                for path, steps, field, var in eqn.params["rows"] if eqn.primitive.name == "region" else ():
-                    place.rows.add(path, [*self.steps, *steps], "module", env[var], field)
-                for i in places:
-                    for scope, var in ended.get(i, ()):
-                        place.rows.add(scope.path, self.steps, "scope", env[var])
-        finally:
-            self.place, self.entering = outer, entered
+    def _watched(
+        self, eqns: Sequence[Any], outputs: Sequence[Any], env: dict[Any, Any], place: Place
+    ) -> None:
+        """The equations in turn, keeping rows of what they make."""
+        rows, regions = place.rows, self.regions
+        rows.entered += 1
+        ended = ends(eqns, outputs, place.path, place.piece) if rows.scopes else {}
+        for eqn in eqns:  # no rule covers derivatives inside the model
+            path = place.scope_of(eqn) if _DERIVATIVES & _compat.transforms(eqn) else None
+            if path is not None and not any(within(path, scope) for scope in regions.drawn):
+                regions.ask(path, "a derivative")
+        kept = [var for found in ended.values() for _, var in found]
+        parts = blocks(eqns, outputs, place, regions.drawn, kept, lambda v: is_weight(env.get(v)))
+        for places, eqn in parts:
+            count = rows.entered
+            if regions.changed and regions.waits(place.scope_of(eqn)):  # the next walk draws it
+                env.update((v, placeholder(self, v.aval)) for v in eqn.outvars)
+                continue
+            self.place, self.entering = place, eqn
+            self._step(eqn, env)
+            if self.nudged and eqn.primitive.name == "name":
+                env[eqn.outvars[0]] = self._nudge(env[eqn.outvars[0]])
+            if count == rows.entered:
+                place.note(eqn, env, self.steps)
+            for path, steps, field, var in eqn.params["rows"] if eqn.primitive.name == "region" else ():
+                rows.add(path, [*self.steps, *steps], "module", env[var], field)
+            for scope, var in (end for i in places for end in ended.get(i, ())):
+                rows.add(scope.path, self.steps, "scope", env[var])
 
     def ask(self, reason: str, *, whole: bool = False) -> bool:
         """Ask for a region of the module that the walk is in, or of the whole model; False where there is none to be had."""

@@ -36,11 +36,14 @@ _KURTOSIS = {"normal": 3.0, "truncated normal": 2.3655, "uniform": 1.8}
 _MAPS = ("linear", "convolution", "depthwise", "lookup")
 
 
-def path_string(path: Any) -> str:
-    """A parameter's path joined with "/", the collection "params" left out, and the values of boxes."""
-    keys = [k for k in path if not (isinstance(k, jax.tree_util.GetAttrKey) and k.name == "value")]
-    names = [str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", k)))) for k in keys]
-    return "/".join(names[1:] if names[:1] == ["params"] else names)
+def leaves_by_path(tree: Any) -> dict[str, Any]:
+    """The leaves of a tree, laws among them, by path: joined with "/", without the collection "params" and boxes' values."""
+    found = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_law):
+        keys = [k for k in path if not (isinstance(k, jax.tree_util.GetAttrKey) and k.name == "value")]
+        names = [str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", k)))) for k in keys]
+        found["/".join(names[1:] if names[:1] == ["params"] else names)] = leaf
+    return found
 
 
 class Recipe(NamedTuple):
@@ -62,10 +65,9 @@ def first_alike(recipes: Sequence[Recipe]) -> list[int]:
     """
     uses = collections.Counter(key for recipe in recipes for key in recipe.keys)
     found: dict[Hashable, int] = {}
-    alone = [recipe.number > 0 and all(uses[key] == 1 for key in recipe.keys) for recipe in recipes]
     return [
-        found.setdefault(r.number, i) if own else i
-        for i, (r, own) in enumerate(zip(recipes, alone, strict=True))
+        found.setdefault(r.number, i) if r.number > 0 and all(uses[key] == 1 for key in r.keys) else i
+        for i, r in enumerate(recipes)
     ]
 
 
@@ -129,9 +131,7 @@ def init_laws(
                 return x
             shared = [r.node for r in roots(x.node) if count[r.node] > 1]
             for made in shared:
-                if not isinstance(
-                    made, Leaf
-                ):  # a spectral norm's vector, which init has turned by the weights
+                if not isinstance(made, Leaf):  # a spectral norm's vector, turned by the weights
                     made.flagged, made.doubt = "assumed", UNKNOWN
             return x if shared else as_weight(interpreter, x)
 
@@ -140,11 +140,11 @@ def init_laws(
     recipes = output_recipes(jaxpr)
     first = first_alike(recipes)
     values = interpreted(sorted(set(first)))
-    again = [(i, j) for i, j in enumerate(first) if i != j]
-    values |= interpreted([i for i, j in again if recipes[i].keys and not is_weight(values[j])])
-    for i, j in again:
+    drawn = [i for i, j in enumerate(first) if i != j and recipes[i].keys]
+    values |= interpreted([i for i in drawn if not is_weight(values[first[i]])])
+    for i, j in enumerate(first):
         if i not in values:
-            values[i] = another(interpreter, values[j], values[j].node, i) if recipes[i].keys else values[j]
+            values[i] = another(interpreter, values[j], values[j].node, i) if i in drawn else values[j]
     return [values[i] for i in range(len(first))]
 
 
@@ -166,14 +166,20 @@ def given_parameters(
         ValueError: the structure or a shape differs, or an array contains NaN.
         TypeError: a leaf is of no known kind.
     """
+    given = leaves_by_path(params)
     if shapes is None:
-        shapes = jax.tree_util.tree_map_with_path(_described, params, is_leaf=is_law)
+        for path, x in given.items():
+            if not (hasattr(x, "shape") and hasattr(x, "dtype")):
+                raise TypeError(
+                    f"params[{path!r}] of a plain function must be an array or vs.Moments with a shape, not "
+                    f"{x!r}; or give params as a function of a key"
+                )
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params, is_leaf=is_law)
     names = set(shapes) if isinstance(shapes, dict) else set()
     if "params" in names and "params" not in getattr(params, "keys", tuple)():
         params = {"params": params}
     missing = names - set(params.keys()) if names and hasattr(params, "keys") else set()
-    structs = {path_string(p): x for p, x in jax.tree_util.tree_leaves_with_path(shapes)}
-    given = {path_string(p): x for p, x in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_law)}
+    structs = leaves_by_path(shapes)
     absent = [p for p in structs if p not in given and p.split("/")[0] not in missing]
     extra = [p for p in given if p not in structs]
     if absent or extra:
@@ -229,9 +235,9 @@ def abstract(params: Any) -> Any:
     if is_function(params):
         return jax.eval_shape(params, jax.random.key(MODEL_SEED))
     return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if isinstance(leaf, Moments) else leaf,
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype) if isinstance(x, Moments) else x,
         params,
-        is_leaf=lambda leaf: isinstance(leaf, Moments),
+        is_leaf=is_law,
     )
 
 
@@ -243,20 +249,6 @@ def is_law(x: Any) -> bool:
 def is_function(x: Any) -> bool:
     """Whether it is called rather than opened; a tree of arrays may be callable too, as an Equinox module is."""
     return callable(x) and not hasattr(x, "get_value") and jax.tree_util.all_leaves([x])
-
-
-def _described(path: Any, x: Any) -> jax.ShapeDtypeStruct:
-    """The shape of a plain function's parameter.
-
-    Raises:
-        TypeError: it does not tell.
-    """
-    if hasattr(x, "shape") and hasattr(x, "dtype"):
-        return jax.ShapeDtypeStruct(x.shape, jax.numpy.dtype(x.dtype) if isinstance(x, Moments) else x.dtype)
-    raise TypeError(
-        f"params[{path_string(path)!r}] of a plain function must be an array or vs.Moments with a shape, not "
-        f"{x!r}; or give params as a function of a key"
-    )
 
 
 def _given_parameter(interpreter: Interpreter, x: Any, path: str, struct: Any) -> Any:

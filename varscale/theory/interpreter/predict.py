@@ -30,12 +30,20 @@ from varscale.theory.interpreter.parameters import (
     init_laws,
     is_function,
     laid_parameters,
-    path_string,
     weights,
 )
-from varscale.theory.interpreter.rows import Found, Place, Rows, joined, summarize, through, with_gradients
+from varscale.theory.interpreter.rows import (
+    Found,
+    Place,
+    Rows,
+    gradients_of,
+    joined,
+    summarize,
+    through,
+    with_gradients,
+)
 from varscale.theory.rules.registry import live_equations
-from varscale.usage.parameters import uses_in
+from varscale.usage.parameters import named_leaves, uses_in
 
 _DETAILS = ("modules", "equations")
 
@@ -271,15 +279,17 @@ def _predicted(
 
     paths = [path for rows in forward.shapes.values() for path in rows]
     taps = through(forward.jaxpr, paths, len(forward.shapes[""])) if backward else None
-    leaves = jax.tree_util.tree_leaves_with_path(walked.shapes)
-    named = [(path_string(path), tuple(leaf.shape)) for path, leaf in leaves]
+    leaves = zip(named_leaves(walked.shapes), jax.tree_util.tree_leaves(walked.shapes), strict=True)
+    named = [(name.path, tuple(leaf.shape)) for name, leaf in leaves]
     computing = forward.jaxpr.replace(eqns=live_equations(forward.jaxpr))  # not what draws its parameters
     uses = {of.path: of for of in uses_in(computing, forward.constants, [named[i] for i in walked.numbers])}
 
     def report(found: list[Found]) -> Report:
         laws = zip((path for path, _ in named), walked.values, strict=True)
-        made = summarize(interpreter, program, found, weights(laws, uses))
-        return made if taps is None else with_gradients(interpreter, made, found, taps)
+        gradients = (
+            {} if taps is None else gradients_of(interpreter, found, taps)
+        )  # like integrals are the first one's
+        return with_gradients(summarize(interpreter, program, found, weights(laws, uses)), gradients)
 
     first, found = _settled(interpreter, walk, report)
     first = dataclasses.replace(first, notes=(*first.notes, *interpreter.regions.note))
@@ -287,7 +297,9 @@ def _predicted(
     if taps is None or all(x.constant is None for x in rows):
         return first
     interpreter.nudged = True
-    return _settled(interpreter, walk, lambda found: with_gradients(interpreter, first, found, taps))[0]
+    return _settled(
+        interpreter, walk, lambda found: with_gradients(first, gradients_of(interpreter, found, taps))
+    )[0]
 
 
 def _settled(

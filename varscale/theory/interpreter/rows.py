@@ -243,11 +243,8 @@ def summarize(
     return Report(tuple(rows), dict(weights))
 
 
-def with_gradients(
-    interpreter: Context, report: Report, found: Iterable[Found], taps: Mapping[str, Tap]
-) -> Report:
-    """The report with the gradients of a walk, where it has none; `taps`: the names of the rows' arrays."""
-    gradients = _gradients(interpreter, _arrays(interpreter, found), taps)
+def with_gradients(report: Report, gradients: Mapping[str, tuple[float, float]]) -> Report:
+    """The report with gradients, and bounds on their errors, by row, where it has none."""
     rows = [
         dataclasses.replace(row, gradient=gradients[row.path][0], gradient_error_bound=gradients[row.path][1])
         if row.gradient is None and row.path in gradients
@@ -258,9 +255,14 @@ def with_gradients(
 
 
 def _arrays(interpreter: Context, found: Iterable[Found]) -> dict[str, Value]:
-    """By row the array; of complex numbers it is the modulus that is measured and predicted."""
-    real = [(path, modulus(interpreter, x) if isinstance(x, Complex) else x) for path, _, x in found]
-    return {path: x for path, x in real if isinstance(x, Value) and math.prod(x.shape) > 0}
+    """By row the array, whose moments are known from here on; of complex numbers it is the modulus that is measured."""
+    out = {}
+    for path, _, x in found:
+        x = modulus(interpreter, x) if isinstance(x, Complex) else x
+        if isinstance(x, Value) and math.prod(x.shape) > 0:
+            _ = x.node.table
+            out[path] = x
+    return out
 
 
 def _row(path: str, kind: str, x: Value) -> Row:
@@ -320,10 +322,11 @@ def _correlation_along(x: Value, dims: Iterable[Any]) -> float | None:
     return (size * free / table.mean_square - 1) / (size - 1)
 
 
-def _gradients(
-    interpreter: Context, arrays: Mapping[str, Value], taps: Mapping[str, Tap]
+def gradients_of(
+    interpreter: Context, found_rows: Iterable[Found], taps: Mapping[str, Tap]
 ) -> dict[str, tuple[float, float]]:
     """Gradients at rows, and bounds on their relative errors; asks for a region where near places leave many in doubt."""
+    arrays = _arrays(interpreter, found_rows)
     copies = {
         path: math.prod(a.size for dim in x.dims for a in dim if a.axis is None) for path, x in arrays.items()
     }

@@ -214,7 +214,7 @@ class RegionDraws:
         """By output: bits of the zero-mean weights that it is linear in: draw by draw another one is multiplied by −2."""
         found = [0] * len(self.raw)
         weights = [
-            (i, x.value[0].node.odd) for i, x in enumerate(self.operands) if x.weight and len(x.value) < 2
+            (i, x.value[0].node.odd) for i, x in enumerate(self.operands) if x.weight and len(x.value) == 1
         ]
         for start in range(0, len(weights), self.batch):
             some, turned = weights[start : start + self.batch], list(self.drawn)

@@ -183,8 +183,9 @@ def _equation(eqn: Any, ins: list[Any], weights: list[bool], sizes: Sizes) -> li
         return run(*_compat.sub_jaxpr(inner), ins, weights, sizes)
     if name == "scan":
         sizes.keep([p["length"]])
-        smaller = [jax.ShapeDtypeStruct(sizes.shape(x.shape), x.dtype) for x in inner.in_avals]
-        step = functools.partial(run, inner.jaxpr, inner.consts, weights=weights, sizes=sizes)
+        body = p["jaxpr"]
+        smaller = [jax.ShapeDtypeStruct(sizes.shape(x.shape), x.dtype) for x in body.in_avals]
+        step = functools.partial(run, body.jaxpr, body.consts, weights=weights, sizes=sizes)
         return eqn.primitive.bind(*ins, **{**p, "jaxpr": jax.make_jaxpr(step)(smaller)})
     if sizes.smaller.keys().isdisjoint(_all_sizes(eqn)):
         return list(_compat.evaluated(eqn, ins))

@@ -82,7 +82,7 @@ class RegionOutput(Node):
     @property
     def positions(self) -> list[np.ndarray]:
         """The positions along its axes that were drawn."""
-        return _positions(self.axes, self.numbers.shape[1:])
+        return list(map(evenly, (a.size for a in self.axes), self.numbers.shape[1:]))
 
 
 @sampled_from.register(RegionOutput)
@@ -127,24 +127,26 @@ def pullback_of_region(
     replicates -= replicates % min(draws.batch, replicates)  # each size of a batch is compiled
     arriving, doubt = _arriving(node, np.broadcast_to(cotangent, node.frame_types), replicates, notes)
     notes.regions.append(node)
-    out: list[np.ndarray | None] = []
     back = draws.back(node.params[1], arriving)
-    notes.doubts[node.id] = max(
-        (relative_error(passed) for passed, x in zip(back, draws.operands, strict=True) if x.is_value),
-        default=0.0,
-    ) + max(doubt, _SMALLER_DOUBT if draws.sizes.smaller else 0.0)
+    errors = [
+        relative_error(x) for x, o in zip(back, draws.operands, strict=True) if x is not None and o.is_value
+    ]
+    notes.doubts[node.id] = max(errors, default=0.0) + max(
+        doubt, _SMALLER_DOUBT if draws.sizes.smaller else 0.0
+    )
     for i, inner in (NUDGED.get(node.graph, _key(node.params[0], node.args)) or {}).items():
         passed = back[i]
         if passed is not None and inner is not node:
             own = passed.reshape(len(passed), *inner.numbers.shape[1:])
             second = pooled(own, inner.axes, inner.positions).second
             notes.inside.append(FlowInside(inner, second, relative_error(passed)))
+    out: list[np.ndarray | None] = []
     for x, passed in zip(draws.operands, back, strict=True):
         if passed is None or not x.random:
             out += [None] * len(x.value)
         else:  # jax's cotangent of x + iy is ∂/∂x − i ∂/∂y
-            parts = zip(x.value, (np.real(passed), -np.imag(passed)), strict=False)
-            out += [_carried_back(node, own, part.astype(np.float32), notes) for own, part in parts]
+            flows = zip(x.value, (np.real(passed), -np.imag(passed)), strict=False)
+            out += [_carried_back(node, part, flow.astype(np.float32), notes) for part, flow in flows]
     return out
 
 
@@ -156,26 +158,23 @@ def _arriving(
     Returns:
         The draws, and the doubt of cotangents that lost their order in time between another region and this one.
     """
-    positions = node.positions
-    sent = notes.sent.get(node.id, [])
-    drawn, rest = np.zeros((replicates, *map(len, positions))), cotangent
-    for numbers in sent:
-        drawn = drawn + picked(numbers, node.axes, positions, replicates)
-        rest = rest - pooled(numbers, node.axes, _positions(node.axes, numbers.shape[1:])).second
+    positions, sent = node.positions, notes.sent.get(node.id, [])
+    rest = cotangent - sum(second for _, second in sent)
+    drawn = gaussian(rest, node.axes, positions, replicates, np.random.default_rng(content(node)))
+    drawn = drawn + sum(picked(x, node.axes, positions, replicates) for x, _ in sent)
     readers = [x for x in notes.regions if x.deps & node.deps == node.deps and x.draws is not node.draws]
-    drawn += gaussian(rest, node.axes, positions, replicates, np.random.default_rng(content(node)))
     return drawn, LOOSE if node.params[2] and len(readers) > len(sent) else 0.0
 
 
 def _carried_back(node: RegionOutput, value: Value, passed: np.ndarray, notes: BackwardNotes) -> np.ndarray:
     """Second moments of a node's cotangents by type, from cotangents of the operand that it is."""
     copies = tuple(1 + d for d, dim in enumerate(value.dims) if all(a.axis is None for a in dim))
-    numbers = passed.sum(axis=copies)
     axes = [a.axis for dim in value.dims for a in dim if a.axis is not None]
-    numbers = numbers.transpose([0, *(1 + axes.index(k) for k in range(len(axes)))])
+    numbers = passed.sum(axis=copies).transpose([0, *(1 + np.argsort(axes))])
+    second = pooled(numbers, value.node.axes, list(map(node.draws.positions, value.node.axes))).second
     if isinstance(value.node, RegionOutput):
-        notes.sent.setdefault(value.node.id, []).append(numbers)
-    return pooled(numbers, value.node.axes, list(map(node.draws.positions, value.node.axes))).second
+        notes.sent.setdefault(value.node.id, []).append((numbers, second))
+    return second
 
 
 @cross_by_kind.register(RegionOutput)
@@ -223,10 +222,6 @@ def propagated_of_region(node: RegionOutput) -> Spread:
     return dataclasses.replace(inherited, sources={**inherited.sources, ~node.id: own})
 
 
-def _positions(axes: Sequence[Axis], lengths: Sequence[int]) -> list[np.ndarray]:
-    return [evenly(a.size, n) for a, n in zip(axes, lengths, strict=True)]
-
-
 def drawn_region(interpreter: Context, eqn: Any, xs: Sequence[Any], reason: str) -> list[Any]:
     """The outputs of an equation that no rule covers, drawn; placeholders where a region around it was asked for.
 
@@ -253,25 +248,21 @@ def drawn_alone(interpreter: Context, eqn: Any, xs: Sequence[Any], *, time: int 
         CannotDraw: it cannot be drawn, at any size.
     """
     given = {v: x for v, x in zip(eqn.invars, xs, strict=True) if not _compat.is_literal(v)}
-    operands = [operand(x, v.aval, nudge=False) for v, x in given.items()]
-    alone = _compat.one_equation(eqn, tuple(given))
-    return _outputs(interpreter, alone, operands, (), whole_numbers=time is None, time=time)
+    operands = [operand(x, v.aval) for v, x in given.items()]
+    return _outputs(interpreter, _compat.one_equation(eqn, tuple(given)), operands, (), time is None, time)
 
 
 @rule("region")
 def region_rule(interpreter: Context, eqn: Any, *xs: Any) -> list[Any]:
     """The equations of a scope, drawn; where that cannot be, it is said to the walk."""
-    jaxpr, nudged, scope = eqn.params["jaxpr"], eqn.params["nudged"], eqn.params["scope"]
-    avals = jaxpr.in_avals
-    still = [full(interpreter.graph, 0.0, aval.shape) for aval in avals[len(xs) :]]
+    jaxpr, scope = eqn.params["jaxpr"], eqn.params["scope"]
+    still = [full(interpreter.graph, 0.0, aval.shape) for aval in jaxpr.in_avals[len(xs) :]]
     try:
-        operands = [
-            operand(x, aval, nudge=k >= len(xs))
-            for k, (x, aval) in enumerate(zip((*xs, *still), avals, strict=True))
-        ]
+        pairs = zip((*xs, *still), jaxpr.in_avals, strict=True)
+        operands = [operand(x, aval, nudge=k >= len(xs)) for k, (x, aval) in enumerate(pairs)]
         if scope and applied_before(operands):
             raise CannotDraw("random weights that it reads were applied before it")
-        return _outputs(interpreter, jaxpr, operands, nudged, whole_numbers=not scope)
+        return _outputs(interpreter, jaxpr, operands, eqn.params["nudged"], not scope)
     except Exception as error:  # whatever is raised on numbers that equations were not written for
         interpreter.regions.refuse(scope, str(error) if isinstance(error, CannotDraw) else told(error))
     return [placeholder(interpreter, aval) for aval in jaxpr.out_avals]
@@ -282,11 +273,10 @@ def _outputs(
     jaxpr: ClosedJaxpr,
     operands: Sequence[Operand],
     nudged: Sequence[int],
-    *,
     whole_numbers: bool,
     time: int | None = None,
 ) -> list[Any]:
-    """The outputs of equations, drawn, as `drawn_alone` has them.
+    """The outputs of equations, drawn, as `drawn_alone` has them; whether `whole_numbers` that are random may be among them.
 
     Last of the operands come zeros that are added to outputs where they are made: `nudged` says to which.
 
@@ -304,6 +294,16 @@ def _outputs(
         place += len(part.node.axes)
     key = _key(mark, views)
     draws = DRAWS.once(graph, key, lambda: with_enough_draws(draws, _BOUND))
+
+    def output(which: int, shape: Sequence[int], timed: bool) -> Value:
+        """One real output over axes of one class each, but for time's, whose steps are classed by their mean squares."""
+        axes = [Axis(n) for n in shape if n != 1]
+        timed = timed and shape[0] > 1
+        if timed:
+            squares = draws.outputs[which].astype(float) ** 2
+            axes[0] = by_level(squares.mean(axis=(0, *range(2, squares.ndim)))[:, None])
+        return value(graph.make(RegionOutput, axes, views, (mark, which, timed)), tuple(shape))
+
     which, out = 0, list[Any]()
     for k, aval in enumerate(jaxpr.out_avals):
         timed, numbers = time is not None and k >= time, draws.outputs[which]
@@ -312,10 +312,10 @@ def _outputs(
             out.append(placeholder(interpreter, aval))  # as random as any other
         elif not real and numbers[0].size == math.prod(aval.shape) and not np.any(numbers != numbers[:1]):
             out.append(interpreter.known(numbers[0].reshape(aval.shape).astype(aval.dtype)))
+        elif aval.dtype.kind == "c":
+            out.append(Complex(output(which, aval.shape, timed), output(which + 1, aval.shape, timed)))
         elif real or whole_numbers:
-            indices = range(which, which + 1 + (aval.dtype.kind == "c"))
-            found = [_output(graph, draws, (mark, i), views, aval.shape, timed=timed) for i in indices]
-            out.append(Complex(*found) if len(found) == 2 else found[0])
+            out.append(output(which, aval.shape, timed))
         else:
             raise CannotDraw("random whole numbers come out of it")
         which += 1 + isinstance(out[-1], Complex)
@@ -327,24 +327,6 @@ def _outputs(
 def _key(mark: Hashable, views: Sequence[View]) -> Hashable:
     """One array at two scales is two operands: their content, and so the mark, is the same."""
     return mark, tuple(view.node.id for view in views)
-
-
-def _output(
-    graph: Any,
-    draws: RegionDraws,
-    name: tuple[Any, int],
-    views: Sequence[View],
-    shape: Sequence[int],
-    *,
-    timed: bool,
-) -> Value:
-    """One real output over axes of one class each, but for time's, whose steps are classed by their mean squares."""
-    axes = [Axis(n) for n in shape if n != 1]
-    timed = timed and shape[0] > 1
-    if timed:
-        squares = draws.outputs[name[1]].astype(float) ** 2
-        axes[0] = by_level(squares.mean(axis=(0, *range(2, squares.ndim)))[:, None])
-    return value(graph.make(RegionOutput, axes, views, (*name, timed)), tuple(shape))
 
 
 def placeholder(interpreter: Context, aval: Any) -> Any:
