@@ -126,8 +126,7 @@ def _variables(program: Program, params: Any, scheme: Any) -> Callable[[Any, Inp
             found = _drawn_by(found, own, jax.random.fold_in(key, 1))
         if scheme is None:
             return found
-        hits = zip(laws_laid(scheme, found), jax.tree_util.tree_leaves(found), strict=True)
-        own = [leaf if hit is None else hit.law for hit, leaf in hits]
+        own = [leaf if law is None else law for law, leaf in laws_laid(scheme, found)]
         return _drawn_by(found, own, jax.random.fold_in(key, 2))
 
     return init

@@ -125,14 +125,9 @@ def input_value(interpreter: Context, x: Any, name: str) -> Any:
         return unknown(interpreter, name, shape)
     if described:
         return input_leaf(interpreter, name, shape, independent(0.0, 1.0, axes), odd=True)
-    numbers = np.asarray(x)
-    if kind in "iub":
-        return interpreter.known(numbers)
-    numbers = numbers.astype(np.float64)
-    if not np.all(np.isfinite(numbers)):
-        raise ValueError(f"{name} contains NaN or infinities")
-    if np.all(numbers == numbers.flat[0]):
-        return full(graph, float(numbers.flat[0]), shape)
+    numbers = known_or_real(interpreter, x, name)
+    if not isinstance(numbers, np.ndarray):
+        return numbers
     if is_mask(graph, numbers):
         return interpreter.known(numbers)
     if len(shape) > 1 and shape[0] > 1:
@@ -141,6 +136,26 @@ def input_value(interpreter: Context, x: Any, name: str) -> Any:
     made = input_leaf(interpreter, name, shape, estimate(numbers, axes), odd=False)
     arrays.measured(made.node, numbers)
     return made
+
+
+def known_or_real(interpreter: Context, x: Any, name: str) -> Any:
+    """The value of whole numbers, and of one number everywhere; other real numbers in float64.
+
+    Raises:
+        ValueError: they contain NaN or infinities.
+    """
+    numbers = np.asarray(x)
+    if numbers.dtype.kind in "iub":
+        return interpreter.known(numbers)
+    numbers = numbers.astype(np.float64)
+    if not np.isfinite(numbers).all():
+        raise ValueError(f"{name} contains NaN or infinities")
+    constant = numbers.size == 0 or (numbers == numbers.flat[0]).all()
+    return (
+        full(interpreter.graph, float(numbers.flat[0]) if numbers.size else 0.0, numbers.shape)
+        if constant
+        else numbers
+    )
 
 
 def sample_axis(numbers: Float[np.ndarray, "samples ..."]) -> Axis:

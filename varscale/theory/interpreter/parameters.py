@@ -6,6 +6,7 @@ Outputs of an init that the same equations compute from keys of their own are al
 from __future__ import annotations
 
 import collections
+import functools
 import itertools
 import math
 from collections.abc import Hashable, Iterable, Mapping, Sequence
@@ -25,7 +26,7 @@ from varscale.theory.domain.tables import Moments, Table, estimate, independent
 from varscale.theory.graph.expressions import roots
 from varscale.theory.graph.layout import Value, full, value
 from varscale.theory.graph.nodes import UNKNOWN, Leaf
-from varscale.theory.interpreter.inputs import MODEL_SEED
+from varscale.theory.interpreter.inputs import MODEL_SEED, known_or_real
 from varscale.theory.interpreter.interpreter import Interpreter
 from varscale.theory.rules.random import another, as_weight, is_weight
 from varscale.theory.rules.registry import Complex, Opaque, live_equations, map_parts, parts
@@ -47,15 +48,10 @@ def leaves_by_path(tree: Any) -> dict[str, Any]:
 
 
 class Recipe(NamedTuple):
-    """How a variable is computed, random keys apart.
+    """How a variable is computed, random keys apart."""
 
-    Attributes:
-        number: equal for equal computations, whatever the keys they draw from; 0 for a key itself.
-        keys: the numbers of those keys, in the order of their first use.
-    """
-
-    number: int
-    keys: tuple[int, ...]
+    number: int  # equal for equal computations, whatever the keys they draw from; 0 for a key itself
+    keys: tuple[int, ...]  # the numbers of those keys, in the order of their first use
 
 
 def first_alike(recipes: Sequence[Recipe]) -> list[int]:
@@ -71,6 +67,7 @@ def first_alike(recipes: Sequence[Recipe]) -> list[int]:
     ]
 
 
+@functools.lru_cache(maxsize=256)
 def output_recipes(jaxpr: Any) -> list[Recipe]:
     """The recipes of a jaxpr's outputs."""
     numbers: dict[Hashable, int] = collections.defaultdict(lambda: len(numbers) + 1)
@@ -81,7 +78,6 @@ def output_recipes(jaxpr: Any) -> list[Recipe]:
             return known[atom]
         return Recipe(numbers["literal", atom.aval, np.asarray(atom.val).tobytes()], ())
 
-    inside: dict[int, list[Recipe]] = {}
     for eqn in live_equations(jaxpr):
         operands = [recipe(atom) for atom in eqn.invars]
         keys = tuple(dict.fromkeys(key for operand in operands for key in operand.keys))
@@ -89,15 +85,10 @@ def output_recipes(jaxpr: Any) -> list[Recipe]:
         params = tuple((name, _identity(x)) for name, x in sorted(eqn.params.items()))
         own = [keys] * len(eqn.outvars)
         if eqn.params.get("name") == PIECE:
-            # It may draw many parameters from one key. If it draws some of them from the same bits, that is
-            # found out when it is interpreted.
-            inner = eqn.params["jaxpr"]
-            if id(inner) not in inside:
-                inside[id(inner)] = output_recipes(inner.jaxpr)
-            own = [
-                tuple(numbers[key, place] for key in keys) if r.keys else ()
-                for place, r in enumerate(inside[id(inner)])
-            ]
+            # It may draw many parameters from one key. That it draws some of them from the same bits is found
+            # when it is interpreted.
+            inside = enumerate(output_recipes(eqn.params["jaxpr"].jaxpr))
+            own = [tuple(numbers[key, place] for key in keys) if r.keys else () for place, r in inside]
         for place, (var, keys) in enumerate(zip(eqn.outvars, own, strict=True)):
             content = (eqn.primitive, params, place, drawn)
             is_key = jax.numpy.issubdtype(var.aval.dtype, jax.dtypes.prng_key)
@@ -151,20 +142,10 @@ def init_laws(
 def given_parameters(
     interpreter: Interpreter, params: Any, shapes: Any, declared: Sequence[Any]
 ) -> tuple[Any, list[Any]]:
-    """Parameters given as arrays, initializers, variances or `Moments`, in the structure of the model's own where it has one.
+    """Shapes and values of parameters given as arrays, initializers, variances or `Moments`.
 
-    Args:
-        interpreter: what their nodes are made by.
-        params: a tree of them.
-        shapes: the shapes of the model's own parameters, as a tree; None for a plain function, which has none.
-        declared: the laws that its own init draws these from, leaf by leaf: those of a collection that is not given.
-
-    Returns:
-        The shapes, as a tree, and the values, leaf by leaf.
-
-    Raises:
-        ValueError: the structure or a shape differs, or an array contains NaN.
-        TypeError: a leaf is of no known kind.
+    `shapes`: a tree, as of the model's own; None for a plain function, which has none. `declared`: the laws of its own init,
+    leaf by leaf, which those of a collection that is not given have.
     """
     given = leaves_by_path(params)
     if shapes is None:
@@ -192,23 +173,26 @@ def given_parameters(
     ]
 
 
-def laws_laid(scheme: Any, variables: Any) -> Sequence[Any]:
-    """What a scheme lays on each leaf of a tree; None where it lays nothing."""
-    leaves = zip(named_leaves(variables), jax.tree_util.tree_leaves(variables), strict=True)
-    named = [(name.path, tuple(leaf.shape), leaf.dtype, name.learned) for name, leaf in leaves]
-    return laid(scheme, named, "scheme")
+def laws_laid(scheme: Any, variables: Any) -> list[tuple[Any, Any]]:
+    """By leaf of a tree the law that a scheme (`varscale.initialization.laws.laid`) lays on it, or None, and the leaf."""
+    leaves = jax.tree_util.tree_leaves(variables)
+    named = [
+        (name.path, tuple(leaf.shape), leaf.dtype, name.learned)
+        for name, leaf in zip(named_leaves(variables), leaves, strict=True)
+    ]
+    laws = (hit and hit.law for hit in laid(scheme, named, "scheme"))
+    return list(zip(laws, leaves, strict=True))
 
 
 def laid_parameters(interpreter: Interpreter, shapes: Any, values: Sequence[Any], scheme: Any) -> list[Any]:
-    """The parameters' values, leaf by leaf, where a scheme (`varscale.initialization.laws.laid`) lays laws on some of them."""
+    """The parameters' values, leaf by leaf, where a scheme lays laws on some of them."""
     found, first = list(values), {}
-    hits = zip(laws_laid(scheme, shapes), jax.tree_util.tree_leaves(shapes), strict=True)
-    for i, (hit, struct) in enumerate(hits):
-        if hit is None:
+    for i, (law, struct) in enumerate(laws_laid(scheme, shapes)):
+        if law is None:
             continue
-        key = (law_name(hit.law), tuple(struct.shape), struct.dtype)
+        key = (law_name(law), tuple(struct.shape), struct.dtype)
         if not is_weight(first.get(key)):
-            first[key] = _laid_parameter(interpreter, hit.law, struct, i)
+            first[key] = _laid_parameter(interpreter, law, struct, i)
         # Where a walk draws it, its numbers are those of its place, whatever its law.
         found[i] = another(interpreter, first[key], "laid", i) if is_weight(first[key]) else first[key]
     return found
@@ -263,12 +247,17 @@ def _given_parameter(interpreter: Interpreter, x: Any, path: str, struct: Any) -
 
     if jax.numpy.issubdtype(struct.dtype, jax.dtypes.prng_key):
         return Opaque(x if isinstance(x, jax.Array) else jax.random.key(MODEL_SEED))
+    if isinstance(x, int | float) and not isinstance(x, bool):
+        if not np.isfinite(x) or x < 0:
+            raise ValueError(f"params[{path!r}] as a variance must be finite and not negative, not {x!r}")
+        x = Moments(0.0, float(x))
     if isinstance(x, Moments):
         if (x.sample_correlation, x.position_correlation) != (None, None):
             raise ValueError(
                 f"params[{path!r}] must have independent entries: correlations are an input's, not {x!r}'s"
             )
-        return leaf(independent(x.mean, x.second_moment, axes))
+        law = independent(x.mean, x.second_moment, axes)
+        return leaf(law) if x.second_moment else full(interpreter.graph, 0.0, shape)
     if isinstance(x, jax.ShapeDtypeStruct):
         raise TypeError(
             f"params[{path!r}] is a ShapeDtypeStruct, which has no law; give an array, an initializer "
@@ -277,25 +266,17 @@ def _given_parameter(interpreter: Interpreter, x: Any, path: str, struct: Any) -
     if callable(x):
         drawn = _run(interpreter, lambda: x(jax.random.key(MODEL_SEED), shape, struct.dtype))
         return as_weight(interpreter, drawn)
-    if isinstance(x, int | float) and not isinstance(x, bool):
-        if not np.isfinite(x) or x < 0:
-            raise ValueError(f"params[{path!r}] as a variance must be finite and not negative, not {x!r}")
-        return leaf(independent(0.0, float(x), axes)) if x else full(interpreter.graph, 0.0, shape)
     numbers = np.asarray(x)
     if numbers.shape != shape:
         raise ValueError(f"params[{path!r}] must have shape {shape}, not {numbers.shape}")
     if numbers.dtype.kind == "c":
         pair = {f"{path}.real": np.real(numbers), f"{path}.imag": np.imag(numbers)}
         return Complex(*(_given_parameter(interpreter, part, name, part) for name, part in pair.items()))
-    if numbers.dtype.kind in "iub":
-        return interpreter.known(numbers)
-    numbers = numbers.astype(np.float64)
-    if not np.all(np.isfinite(numbers)):
-        raise ValueError(f"params[{path!r}] contains NaN or infinities")
-    if numbers.size == 0 or np.all(numbers == numbers.flat[0]):
-        return full(interpreter.graph, float(numbers.flat[0]) if numbers.size else 0.0, shape)
-    kurtosis = float(np.mean(numbers**4) / np.mean(numbers**2) ** 2)
-    return leaf(measured_law(numbers.reshape([a.size for a in axes]), axes), kurtosis)
+    found = known_or_real(interpreter, numbers, f"params[{path!r}]")
+    if not isinstance(found, np.ndarray):
+        return found
+    kurtosis = float(np.mean(found**4) / np.mean(found**2) ** 2)
+    return leaf(measured_law(found.reshape([a.size for a in axes]), axes), kurtosis)
 
 
 # Chances that a mean, and each correlation, of independent entries is taken for real: four and five

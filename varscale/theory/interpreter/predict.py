@@ -109,17 +109,11 @@ def predict(
 
 
 class Trace(NamedTuple):
-    """A traced function.
+    """A traced function."""
 
-    Attributes:
-        jaxpr: its jaxpr.
-        constants: values of the jaxpr's constants.
-        shapes: shapes of its outputs, as a tree.
-    """
-
-    jaxpr: Any
-    constants: Sequence[Any]
-    shapes: Any
+    jaxpr: Any  # its jaxpr
+    constants: Sequence[Any]  # values of the jaxpr's constants
+    shapes: Any  # shapes of its outputs, as a tree
 
 
 def traced(f: Callable[..., Any], *args: Any) -> Trace:
@@ -139,17 +133,12 @@ def traced(f: Callable[..., Any], *args: Any) -> Trace:
 
 
 class Draws(NamedTuple):
-    """How a model draws its parameters.
+    """How a model draws its parameters."""
 
-    Attributes:
-        drawing: inputs to parameters.
-        forward: parameters (those of `used`) and inputs to rows, where the pass that drew them is the forward pass too.
-        used: places of the parameters that `forward` takes.
-    """
-
-    drawing: Trace
+    drawing: Trace  # inputs to parameters
+    # Parameters (those of `used`) and inputs to rows, where the pass that drew them is the forward pass too
     forward: Trace | None = None
-    used: Sequence[int] = ()
+    used: Sequence[int] = ()  # places of the parameters that `forward` takes
 
 
 def first_pass(program: Program, split: Any) -> Draws | None:
@@ -189,21 +178,13 @@ def _in_order(captures: Mapping[str, Any], output: Any) -> Mapping[str, Mapping[
 
 
 class Walkable(NamedTuple):
-    """A forward pass, ready to be interpreted.
+    """A forward pass, ready to be interpreted."""
 
-    Attributes:
-        forward: its trace, from parameters and inputs to rows.
-        numbers: which parameters it takes, in their order.
-        shapes: the shapes of all parameters, as a tree.
-        values: the values of all parameters.
-        split: the inputs.
-    """
-
-    forward: Trace
-    numbers: Sequence[int]
-    shapes: Any
-    values: Sequence[Any]
-    split: TracedInputs
+    forward: Trace  # its trace, from parameters and inputs to rows
+    numbers: Sequence[int]  # which parameters it takes, in their order
+    shapes: Any  # the shapes of all parameters, as a tree
+    values: Sequence[Any]  # the values of all parameters
+    split: TracedInputs  # the inputs
 
     def captured(self, interpreter: Interpreter) -> dict[str, dict[str, Any]]:
         """What the interpreter makes of it: the values of the rows by call and path, in execution order."""

@@ -29,21 +29,14 @@ _MOST_LAYERS = 64  # steps of a loop over layers that are written out
 
 @dataclasses.dataclass
 class Regions:
-    """The scopes of a model that are drawn.
+    """The scopes of a model that are drawn."""
 
-    Attributes:
-        scopes: those asked for so far, by path, with the reason.
-        drawn: those that were when the walk began.
-        refused: those that cannot be drawn.
-        walks: how many walks there were.
-        changed: whether one was asked for, or refused, since the walk began.
-    """
-
+    # Those asked for so far, by path, with the reason
     scopes: dict[str, str] = dataclasses.field(default_factory=dict)
-    drawn: tuple[str, ...] = ()
-    refused: dict[str, str] = dataclasses.field(default_factory=dict)
-    walks: int = 0
-    changed: bool = False
+    drawn: tuple[str, ...] = ()  # those that were when the walk began
+    refused: dict[str, str] = dataclasses.field(default_factory=dict)  # those that cannot be drawn
+    walks: int = 0  # how many walks there were
+    changed: bool = False  # whether one was asked for, or refused, since the walk began
 
     def ask(self, scope: str, reason: str) -> bool:
         """Add a scope; False where it cannot be drawn, or is."""
@@ -205,21 +198,14 @@ class _Marked:
 
 @dataclasses.dataclass(eq=False)
 class _Evaluation:
-    """One evaluation of a region's equations.
+    """One evaluation of a region's equations."""
 
-    Attributes:
-        given: what is added to outputs.
-        parameters: the operands that are parameters.
-        nudged: the arrays that it was added to, after that.
-        rows: path, steps and field of what modules inside put out, and that.
-        steps: which steps of loops over layers it is in.
-    """
-
-    given: Iterator[Any]
-    parameters: list[Any]
-    nudged: list[Any] = dataclasses.field(default_factory=list)
+    given: Iterator[Any]  # what is added to outputs
+    parameters: list[Any]  # the operands that are parameters
+    nudged: list[Any] = dataclasses.field(default_factory=list)  # the arrays that it was added to, after that
+    # Path, steps and field of what modules inside put out, and that
     rows: list[tuple[Any, ...]] = dataclasses.field(default_factory=list)
-    steps: tuple[int, ...] = ()
+    steps: tuple[int, ...] = ()  # which steps of loops over layers it is in
 
     def run(self, eqns: Sequence[Any], env: dict[Any, Any], outvars: set[Any], piece: str) -> None:
         """Evaluate equations in an environment; what is in `outvars` is added to."""

@@ -57,38 +57,24 @@ def marked_row(eqn: Any, piece: str, steps: Sequence[int]) -> tuple[str, str]:
 
 
 class Made(NamedTuple):
-    """Something that the walk made.
+    """Something that the walk made."""
 
-    Attributes:
-        call: scope and, from the second time on, which call of it: "Dense_0#1".
-        path: the row's path: the call, and which steps of the loops around it.
-        kind: "module", "scope", or the primitive of an equation.
-        value: what was made.
-    """
-
-    call: str
-    path: str
-    kind: str
-    value: Any
+    call: str  # scope and, from the second time on, which call of it: "Dense_0#1"
+    path: str  # the row's path: the call, and which steps of the loops around it
+    kind: str  # "module", "scope", or the primitive of an equation
+    value: Any  # what was made
 
 
 @dataclasses.dataclass
 class Rows:
-    """What was made so far, in order.
+    """What was made so far, in order."""
 
-    Attributes:
-        scopes: whether `jax.named_scope` blocks have rows.
-        equations: primitives whose equations have rows of their own; None for all.
-        made: the rows.
-        counts: how often each kind of row was met at each path, step by step.
-        entered: how many jaxprs were entered.
-    """
-
-    scopes: bool
-    equations: Collection[str] | None
-    made: list[Made] = dataclasses.field(default_factory=list)
+    scopes: bool  # whether `jax.named_scope` blocks have rows
+    equations: Collection[str] | None  # primitives whose equations have rows of their own; None for all
+    made: list[Made] = dataclasses.field(default_factory=list)  # the rows
+    # How often each kind of row was met at each path, step by step
     counts: collections.Counter[tuple[str, str]] = dataclasses.field(default_factory=collections.Counter)
-    entered: int = 0
+    entered: int = 0  # how many jaxprs were entered
 
     def add(self, path: str, steps: Sequence[int], kind: str, value: Any, field: str = "") -> None:
         at = "".join(f"@{step}" for step in steps)
@@ -100,19 +86,12 @@ class Rows:
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Where the walk is.
+    """Where the walk is."""
 
-    Attributes:
-        rows: where rows are kept.
-        path: the scopes that the calls around it were made in.
-        loops: how many loops are around it.
-        piece: the path at which the piece that it is in is called.
-    """
-
-    rows: Rows
-    path: str = ""
-    loops: int = 0
-    piece: str = ""
+    rows: Rows  # where rows are kept
+    path: str = ""  # the scopes that the calls around it were made in
+    loops: int = 0  # how many loops are around it
+    piece: str = ""  # the path at which the piece that it is in is called
 
     def scope_of(self, eqn: Any) -> str:
         """The path of the module that an equation is in."""
@@ -156,19 +135,13 @@ def joined(made: Sequence[Made], captured: Mapping[str, Mapping[str, Any]]) -> I
 
 @dataclasses.dataclass(eq=False)
 class Tap:
-    """A name of an array: the variable that an equation makes, or what a mark calls it afterwards.
+    """A name of an array: the variable that an equation makes, or what a mark calls it afterwards."""
 
-    Attributes:
-        parent: its name before that.
-        readers: how many operands of equations that the model's outputs depend on are it, by this name or a later one.
-        ends: how many of the model's own outputs are.
-        sources: what the equation that makes it reads.
-    """
-
-    parent: Tap | None = None
+    parent: Tap | None = None  # its name before that
+    # How many operands of equations that the model's outputs depend on are it, by this name or a later one
     readers: int = 0
-    ends: int = 0
-    sources: Sequence[Tap] = ()
+    ends: int = 0  # how many of the model's own outputs are
+    sources: Sequence[Tap] = ()  # what the equation that makes it reads
 
     def chain(self) -> list[Tap]:
         """Its names, from this one back to the first, which all that is the array goes through."""

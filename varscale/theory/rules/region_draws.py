@@ -55,19 +55,13 @@ class CannotDraw(Exception):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Operand:
-    """An operand of a region.
+    """An operand of a region."""
 
-    Attributes:
-        value: the parts of its value, each dimension of one atom at most; none for a random key.
-        key: the key, where it is one.
-        aval: its shape and type.
-        nudge: whether it is zeros that are added to an output where it is made.
-    """
-
+    # The parts of its value, each dimension of one atom at most; none for a random key
     value: tuple[Value, ...]
-    key: Any
-    aval: Any
-    nudge: bool = False
+    key: Any  # the key, where it is one
+    aval: Any  # its shape and type
+    nudge: bool = False  # whether it is zeros that are added to an output where it is made
 
     @functools.cached_property
     def weight(self) -> bool:
@@ -122,21 +116,13 @@ def _is_decided(node: Node) -> bool:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class RegionDraws:
-    """A region on draws of its operands.
+    """A region on draws of its operands."""
 
-    Attributes:
-        jaxpr: its equations, closed.
-        operands: what they read.
-        sizes: at which sizes they are run.
-        replicates: how many draws of all its operands they are run on.
-        batch: how many of these are run at a time.
-    """
-
-    jaxpr: Any
-    operands: tuple[Operand, ...]
-    sizes: Sizes
-    replicates: int
-    batch: int
+    jaxpr: Any  # its equations, closed
+    operands: tuple[Operand, ...]  # what they read
+    sizes: Sizes  # at which sizes they are run
+    replicates: int  # how many draws of all its operands they are run on
+    batch: int  # how many of these are run at a time
 
     @functools.cached_property
     def drawing(self) -> Drawing:

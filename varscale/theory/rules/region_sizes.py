@@ -62,23 +62,14 @@ class Sizes:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """What a region computes; equal where the same equations do it at the same sizes: equal layers are compiled once.
+    """What a region computes; equal where the same equations do it at the same sizes: equal layers are compiled once."""
 
-    Attributes:
-        jaxpr: its equations, closed.
-        sizes: at which sizes they are run.
-        written: the equations, and the numbers in them.
-        weights: which operands are independent zero-mean weights.
-        floating: which operands cotangents are asked of.
-        short: whether it takes less time to run it than to compile it.
-    """
-
-    jaxpr: Any = dataclasses.field(compare=False)
-    sizes: Sizes = dataclasses.field(hash=False)
-    written: str
-    weights: tuple[bool, ...]
-    floating: tuple[int, ...]
-    short: bool = dataclasses.field(compare=False)
+    jaxpr: Any = dataclasses.field(compare=False)  # its equations, closed
+    sizes: Sizes = dataclasses.field(hash=False)  # at which sizes they are run
+    written: str  # the equations, and the numbers in them
+    weights: tuple[bool, ...]  # which operands are independent zero-mean weights
+    floating: tuple[int, ...]  # which operands cotangents are asked of
+    short: bool = dataclasses.field(compare=False)  # whether it takes less time to run it than to compile it
 
     def run(self, operands: Sequence[Any]) -> list[jax.Array]:
         """Every output of one run at the smaller sizes, the parts of complex ones in succession; of keys nothing is told."""
