@@ -90,8 +90,8 @@ def _part(closed: ClosedJaxpr, inputs: Sequence[Any], outputs: Sequence[Any], ou
 
 
 def is_key(x: Any) -> bool:
-    """Whether an array or a variable of a jaxpr is random keys."""
-    return jnp.issubdtype(getattr(x, "dtype", None) or x.aval.dtype, jax.dtypes.prng_key)
+    """Whether an array, its description or a variable of a jaxpr is random keys; what has no dtype is none."""
+    return jnp.issubdtype(getattr(getattr(x, "aval", x), "dtype", bool), jax.dtypes.prng_key)
 
 
 def _seeds(jaxpr: Any) -> bool:

@@ -15,6 +15,7 @@ from jaxtyping import Float
 from varscale.measuring.draws import Network, measured_draws
 from varscale.measuring.scoped import scoped
 from varscale.programs import faces
+from varscale.programs.pieces import is_key
 from varscale.programs.program import Inputs, Program
 from varscale.report import Report, Row
 from varscale.theory.domain.axes import Axis
@@ -35,14 +36,7 @@ def beside_draws(
 ) -> Report:
     """The report with what `count` drawn networks measured in each row; a note instead where the model is too large.
 
-    Args:
-        report: the prediction.
-        model: the model.
-        given: its inputs: arrays are the same for every network, descriptions of arrays are drawn anew.
-        params: as `predict` takes them: given arrays are the same for every network, laws are drawn anew.
-        count: number of networks, 2 or more.
-        method: the method to run in place of `__call__`.
-        scheme: laws in place of the parameters' own, as `predict` takes them.
+    Arrays among the inputs and the parameters are the same for every network; descriptions and laws are drawn anew.
 
     Raises:
         ValueError: the parameters are arrays; whole numbers are described, not given, and no table says of which range.
@@ -68,18 +62,17 @@ def beside_draws(
 def _row_beside(row: Row, numbers: Float[np.ndarray, "count statistics=3"]) -> Row:
     """A predicted row with what was measured."""
     _, square, gradient = numbers.T
-    second, error, holds = _agreement(square, row.second_moment, row.typical, row.error_bound)
-    found = dataclasses.replace(row, measured=second, measured_error=error, holds=holds)
+    found = _agreement(square, row.second_moment, row.typical, row.error_bound)
+    new: dict[str, Any] = dict(zip(("measured", "measured_error", "holds"), found, strict=True))
     if row.band is not None:
         low, high = row.band[0] * (1 - 1e-6), row.band[1] * (1 + 1e-6)
-        found = dataclasses.replace(found, draws_in_band=float(np.mean((square >= low) & (square <= high))))
-    if row.gradient is None or row.gradient_error_bound is None or not np.all(np.isfinite(gradient)):
-        return found
-    # The typical gradient is not predicted apart: it is the mean less half the variance of its logarithm.
-    second, error, holds = _agreement(gradient, row.gradient, None, row.gradient_error_bound)
-    return dataclasses.replace(
-        found, measured_gradient=second, measured_gradient_error=error, gradient_holds=holds
-    )
+        new["draws_in_band"] = float(np.mean((square >= low) & (square <= high)))
+    if row.gradient is not None and row.gradient_error_bound is not None and np.isfinite(gradient).all():
+        # The typical gradient is not predicted apart: it is the mean less half the variance of its logarithm.
+        found = _agreement(gradient, row.gradient, None, row.gradient_error_bound)
+        names = "measured_gradient", "measured_gradient_error", "gradient_holds"
+        new.update(zip(names, found, strict=True))
+    return dataclasses.replace(row, **new)
 
 
 def _agreement(
@@ -124,10 +117,10 @@ def _variables(program: Program, params: Any, scheme: Any) -> Callable[[Any, Inp
         if by_tree:
             own = [laws.get(path, leaf) for path, leaf in leaves_by_path(found).items()]
             found = _drawn_by(found, own, jax.random.fold_in(key, 1))
-        if scheme is None:
-            return found
-        own = [leaf if law is None else law for law, leaf in laws_laid(scheme, found)]
-        return _drawn_by(found, own, jax.random.fold_in(key, 2))
+        if scheme is not None:
+            own = [leaf if law is None else law for law, leaf in laws_laid(scheme, found)]
+            found = _drawn_by(found, own, jax.random.fold_in(key, 2))
+        return found
 
     return init
 
@@ -135,18 +128,17 @@ def _variables(program: Program, params: Any, scheme: Any) -> Callable[[Any, Inp
 def _drawn_by(variables: Any, laws: Sequence[Any], key: Any) -> Any:
     """Variables drawn anew, leaf by leaf: from an array, an initializer, a variance or moments."""
     leaves, tree = jax.tree_util.tree_flatten(variables, is_leaf=is_law)
-    drawn = []
-    for law, leaf, k in zip(laws, leaves, jax.random.split(key, max(len(leaves), 1)), strict=False):
+
+    def drawn(law: Any, leaf: Any, key: Any) -> Any:
+        if isinstance(law, int | float) and not isinstance(law, bool) and not isinstance(leaf, int | float):
+            law = Moments(0.0, law, leaf.shape, leaf.dtype)
         if isinstance(law, Moments):
             deviation = math.sqrt(law.second_moment - law.mean**2)
-            drawn.append(law.mean + deviation * jax.random.normal(k, law.shape, law.dtype))
-        elif callable(law):
-            drawn.append(law(k, leaf.shape, leaf.dtype))
-        elif isinstance(law, int | float) and not isinstance(law, bool) and not isinstance(leaf, int | float):
-            drawn.append(math.sqrt(law) * jax.random.normal(k, leaf.shape, leaf.dtype))
-        else:
-            drawn.append(jnp.asarray(law))
-    return jax.tree_util.tree_unflatten(tree, drawn)
+            return law.mean + deviation * jax.random.normal(key, law.shape, law.dtype)
+        return law(key, leaf.shape, leaf.dtype) if callable(law) else jnp.asarray(law)
+
+    keys = jax.random.split(key, max(len(leaves), 1))
+    return jax.tree_util.tree_unflatten(tree, list(map(drawn, laws, leaves, keys)))
 
 
 def _input_sampler(model: Any, given: Inputs, params: Any, method: str | None) -> Callable[[Any], Inputs]:
@@ -185,6 +177,6 @@ def _drawn_input(x: Any, key: Any, tables: Sequence[int]) -> Any:
         rng = np.random.default_rng(np.asarray(jax.random.key_data(key)).ravel())
         about_mean = gaussian(second - x.mean**2, axes, [np.arange(axis.size) for axis in axes], 1, rng)[0]
         return jnp.asarray(x.mean + about_mean.reshape(x.shape), x.dtype)
-    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+    if is_key(x):
         return jax.random.split(key, x.shape) if x.shape else key
     return jnp.ones(x.shape, bool) if x.dtype == jnp.bool_ else jax.random.normal(key, x.shape, x.dtype)

@@ -21,6 +21,7 @@ from scipy.cluster import hierarchy
 
 from varscale.programs import faces
 from varscale.programs.faces import Inputs
+from varscale.programs.pieces import is_key
 from varscale.theory.domain.axes import MOST_CLASSES, Axis, labelled
 from varscale.theory.domain.tables import Moments, Table, estimate, independent
 from varscale.theory.graph import known_arrays as arrays
@@ -110,7 +111,7 @@ def input_value(interpreter: Context, x: Any, name: str) -> Any:
         second = x.second()[tuple(slice(None) if n != 1 else 0 for n in shape)]
         table = Table(axes, np.full([1] * len(axes), float(x.mean)), second)
         return input_leaf(interpreter, name, shape, table, odd=False)
-    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+    if is_key(x):
         key = jax.random.key(MODEL_SEED)
         return Opaque(x if isinstance(x, jax.Array) else jax.random.split(key, shape) if shape else key)
     kind = np.dtype(x.dtype).kind if np.dtype(x.dtype).kind != "V" else "f"
@@ -197,7 +198,7 @@ def known(graph: Graph, const: Any, sources: Sequence[Node] = ()) -> Any:
     Raises:
         PredictionError: they contain NaN.
     """
-    if hasattr(const, "dtype") and jax.numpy.issubdtype(const.dtype, jax.dtypes.prng_key):
+    if is_key(const):
         return Opaque(const)
     values = np.asarray(const)
     if values.dtype.kind == "c":

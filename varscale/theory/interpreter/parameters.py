@@ -19,7 +19,7 @@ from scipy import special
 from varscale import _compat
 from varscale.initialization.laws import laid
 from varscale.initialization.laws import name as law_name
-from varscale.programs.pieces import PIECE
+from varscale.programs.pieces import PIECE, is_key
 from varscale.report import Weight
 from varscale.theory.domain.axes import Axis
 from varscale.theory.domain.tables import Moments, Table, estimate, independent
@@ -91,8 +91,9 @@ def output_recipes(jaxpr: Any) -> list[Recipe]:
             own = [tuple(numbers[key, place] for key in keys) if r.keys else () for place, r in inside]
         for place, (var, keys) in enumerate(zip(eqn.outvars, own, strict=True)):
             content = (eqn.primitive, params, place, drawn)
-            is_key = jax.numpy.issubdtype(var.aval.dtype, jax.dtypes.prng_key)
-            known[var] = Recipe(0, (numbers[content, keys],)) if is_key else Recipe(numbers[content], keys)
+            known[var] = (
+                Recipe(0, (numbers[content, keys],)) if is_key(var.aval) else Recipe(numbers[content], keys)
+            )
     return [recipe(atom) for atom in jaxpr.outvars]
 
 
@@ -245,7 +246,7 @@ def _given_parameter(interpreter: Interpreter, x: Any, path: str, struct: Any) -
         odd = bool(np.all(table.mean == 0) and np.count_nonzero(table.second) <= 1)
         return value(node.settle(table, odd=odd, kurtosis=kurtosis), shape)
 
-    if jax.numpy.issubdtype(struct.dtype, jax.dtypes.prng_key):
+    if is_key(struct):
         return Opaque(x if isinstance(x, jax.Array) else jax.random.key(MODEL_SEED))
     if isinstance(x, int | float) and not isinstance(x, bool):
         if not np.isfinite(x) or x < 0:

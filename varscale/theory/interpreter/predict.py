@@ -11,13 +11,13 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from varscale import _compat
 from varscale.initialization.laws import applied
 from varscale.programs import faces, failures
 from varscale.programs.caches import fresh_traces, without_collection
 from varscale.programs.faces import Inputs, Program
+from varscale.programs.pieces import is_key
 from varscale.report import Report
 from varscale.theory.graph.layout import Value
 from varscale.theory.graph.store import PredictionError, located
@@ -167,7 +167,7 @@ def first_pass(program: Program, split: Any) -> Draws | None:
     forward = jaxpr.replace(invars=[*used, *jaxpr.invars], outvars=outputs)
     atoms = (v for eqn in live_equations(forward) for v in (*eqn.invars, *eqn.outvars))
     # A key is drawn from inside a loop, say: what it computes with is not what it returns.
-    if any(jnp.issubdtype(getattr(v.aval, "dtype", bool), jax.dtypes.prng_key) for v in atoms):
+    if any(is_key(v) for v in atoms):
         return Draws(drawing)
     return Draws(drawing, Trace(forward, constants, rows), tuple(used.values()))
 

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from varscale import _compat
-from varscale.programs.pieces import PIECE
+from varscale.programs.pieces import PIECE, is_key
 from varscale.programs.scopes import opened
 from varscale.theory.interpreter.rows import is_mark, marked_row
 from varscale.theory.rules.registry import sub_jaxpr_of
@@ -142,9 +142,7 @@ def _keys(eqns: Sequence[Any]) -> list[Any]:
     """The equations that make random keys of keys and numbers from outside: keys are known, and drawn from anew by the walk."""
     inside, found = {id(v) for eqn in eqns for v in eqn.outvars}, []
     for eqn in eqns:
-        dtypes = [getattr(v.aval, "dtype", jnp.int32) for v in eqn.outvars]
-        is_key = all(jnp.issubdtype(x, jax.dtypes.prng_key) for x in dtypes)
-        if is_key and inside.isdisjoint(map(id, eqn.invars)):
+        if all(is_key(v) for v in eqn.outvars) and inside.isdisjoint(map(id, eqn.invars)):
             found.append(eqn)
             inside -= set(map(id, eqn.outvars))
     return found

@@ -134,7 +134,7 @@ class RegionDraws:
 
     def draw(self, x: Value) -> np.ndarray:
         """A value drawn at its smaller sizes, (replicates, ...)."""
-        numbers = self.drawing.whole(x.node, [self.positions(axis) for axis in x.node.axes])
+        numbers = self.drawing.whole(x.node, list(map(self.positions, x.node.axes)))
         axes = [next((a.axis for a in dim if a.axis is not None), None) for dim in x.dims]
         numbers = numbers.transpose([0, *(1 + k for k in axes if k is not None)])
         numbers = np.expand_dims(numbers, [1 + d for d, k in enumerate(axes) if k is None])
@@ -167,7 +167,7 @@ class RegionDraws:
         f = over_draws(method, short=self.program.short)
         batches = [slice(start, min(start + self.batch, count)) for start in range(0, count, self.batch)]
         found = [f(self.program, *([x[some] for x in own] for own in arrays)) for some in batches]
-        return [np.concatenate([np.asarray(x) for x in parts]) for parts in zip(*found, strict=True)]
+        return list(map(np.concatenate, zip(*found, strict=True)))
 
     @functools.cached_property
     def raw(self) -> list[np.ndarray]:
@@ -221,9 +221,9 @@ class RegionDraws:
         seeds[which] = seed.astype(np.float32).reshape(seeds[which].shape)
         real = [x for x, out in zip(seeds, self.raw, strict=True) if np.issubdtype(out.dtype, np.inexact)]
         found = self._in_batches(Program.back, len(seed), self.drawn, real)
-        clean = [x if np.iscomplexobj(x) else _numbers(x) for x in found]
-        passed = dict(zip(self.program.floating, clean, strict=True))
-        return [passed.get(i) for i in range(len(self.operands))]
+        passed = dict(zip(self.program.floating, found, strict=True))
+        clean = (passed.get(i) for i in range(len(self.operands)))
+        return [x if x is None or np.iscomplexobj(x) else _numbers(x) for x in clean]
 
 
 def with_enough_draws(draws: RegionDraws, bound: float) -> RegionDraws:

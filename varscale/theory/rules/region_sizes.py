@@ -23,6 +23,7 @@ from jax import lax
 from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 
 from varscale import _compat
+from varscale.programs.pieces import is_key
 from varscale.theory.rules.registry import CALLS, ELEMENTWISE_OR_LAYOUT, sub_jaxpr_of
 
 _ROUNDED = 2.0**-8  # how far a count may be off in bfloat16, and the n − 1 of a variance
@@ -75,8 +76,7 @@ class Program:
         """Every output of one run at the smaller sizes, the parts of complex ones in succession; of keys nothing is told."""
         out = list[jax.Array]()
         for x in run(self.jaxpr.jaxpr, self.jaxpr.consts, operands, self.weights, self.sizes):
-            is_key = jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
-            out += [jnp.zeros(())] if is_key else [x.real, x.imag] if jnp.iscomplexobj(x) else [x]
+            out += [jnp.zeros(())] if is_key(x) else [x.real, x.imag] if jnp.iscomplexobj(x) else [x]
         return out
 
     def back(self, operands: Sequence[Any], seeds: Sequence[jax.Array]) -> Any:
@@ -103,10 +103,7 @@ def over_draws(method: Callable[..., Any], *, short: bool) -> Callable[..., Any]
 
 def written(jaxpr: Any) -> str:
     """Equations, and the numbers in them."""
-    numbers = [
-        jax.random.key_data(x) if jnp.issubdtype(getattr(x, "dtype", float), jax.dtypes.prng_key) else x
-        for x in jaxpr.consts
-    ]
+    numbers = [jax.random.key_data(x) if is_key(x) else x for x in jaxpr.consts]
     return f"{[hashlib.sha1(np.asarray(x).tobytes()).hexdigest() for x in numbers]} {jaxpr.jaxpr}"
 
 

@@ -17,6 +17,7 @@ from jax.extend.core import ClosedJaxpr
 from scipy import special
 
 from varscale import _compat
+from varscale.programs.pieces import is_key
 from varscale.theory.domain.axes import Axis, by_level
 from varscale.theory.domain.tables import LOOSE, Positions, Table, gaussian
 from varscale.theory.graph.expressions import content, hashed
@@ -308,7 +309,7 @@ def _outputs(
     for k, aval in enumerate(jaxpr.out_avals):
         timed, numbers = time is not None and k >= time, draws.outputs[which]
         real = jnp.issubdtype(aval.dtype, jnp.inexact)
-        if jnp.issubdtype(aval.dtype, jax.dtypes.prng_key) and not timed:
+        if is_key(aval) and not timed:
             out.append(placeholder(interpreter, aval))  # as random as any other
         elif not real and numbers[0].size == math.prod(aval.shape) and not np.any(numbers != numbers[:1]):
             out.append(interpreter.known(numbers[0].reshape(aval.shape).astype(aval.dtype)))
@@ -332,7 +333,7 @@ def _key(mark: Hashable, views: Sequence[View]) -> Hashable:
 def placeholder(interpreter: Context, aval: Any) -> Any:
     """What stands for an output in a walk that is not the last: moments of independent standard normals."""
     shape = tuple(aval.shape)
-    if jnp.issubdtype(aval.dtype, jax.dtypes.prng_key):
+    if is_key(aval):
         return Opaque(jax.random.split(jax.random.key(0), shape))
     if aval.dtype.kind in "iub":
         return full(interpreter.graph, 0.0, shape)
