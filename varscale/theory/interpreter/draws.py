@@ -36,10 +36,7 @@ def beside_draws(
 ) -> Report:
     """The report with what `count` drawn networks measured in each row; a note instead where the model is too large.
 
-    Arrays among the inputs and the parameters are the same for every network; descriptions and laws are drawn anew.
-
-    Raises:
-        ValueError: the parameters are arrays; whole numbers are described, not given, and no table says of which range.
+    Arrays among the inputs are the same for every network; descriptions and laws are drawn anew.
     """
     size = sum(4 * math.prod(x.shape) for x in (*report.weights.values(), *report.rows))
     if size > MOST_BYTES:
@@ -97,11 +94,7 @@ def _agreement(
 
 
 def _variables(program: Program, params: Any, scheme: Any) -> Callable[[Any, Inputs], Any]:
-    """Key and inputs -> the model's variables, from what `predict` was given for parameters, and the laws of a scheme.
-
-    Raises:
-        ValueError: they are given as arrays.
-    """
+    """Key and inputs -> the model's variables, from what `predict` was given for parameters, and the laws of a scheme."""
     start, function = program.init, params if is_function(params) else None
     by_tree = function is None and (params is not None or start is None)
     laws = leaves_by_path(params)
@@ -142,11 +135,7 @@ def _drawn_by(variables: Any, laws: Sequence[Any], key: Any) -> Any:
 
 
 def _input_sampler(model: Any, given: Inputs, params: Any, method: str | None) -> Callable[[Any], Inputs]:
-    """Key -> inputs: arrays as given, descriptions of arrays as `predict` reads them.
-
-    Raises:
-        ValueError: whole numbers are described, not given, and no table says of which range.
-    """
+    """Key -> inputs: arrays as given, descriptions of arrays as `predict` reads them."""
     arrays, join = faces.split(given)
     described = [i for i, x in enumerate(arrays) if isinstance(x, jax.ShapeDtypeStruct | Moments)]
     whole = sum(jnp.issubdtype(arrays[i].dtype, jnp.integer) for i in described)

@@ -53,15 +53,10 @@ _FOLDED: Fact[Hashable, Node | None] = Fact()  # known numbers computed by eleme
 
 
 class TracedInputs:
-    """The arrays and descriptions of arrays of a model's inputs; everything else is passed as it is.
-
-    Attributes:
-        arrays: these.
-        join: puts others in their places.
-        structs: their shapes, of 32 bits unless x64 is on.
-    """
+    """The arrays and descriptions of arrays of a model's inputs; everything else is passed as it is."""
 
     def __init__(self, given: Inputs):
+        """Read `arrays`, `join` that puts others in their places, and `structs`: shapes, of 32 bits unless x64 is on."""
         self.arrays, self.join = faces.split(given)
         dtypes = [
             jax.dtypes.canonicalize_dtype(x.dtype) if isinstance(x.dtype, np.dtype) else x.dtype
@@ -97,11 +92,7 @@ def _is_same(x: Any, y: Any) -> bool:
 
 
 def input_value(interpreter: Context, x: Any, name: str) -> Any:
-    """An input as a value: known numbers, or a leaf with its law.
-
-    Raises:
-        ValueError: it contains NaN or infinities.
-    """
+    """An input as a value: known numbers, or a leaf with its law; ValueError where it contains NaN or infinities."""
     graph, shape = interpreter.graph, tuple(x.shape)
     axes = tuple(Axis(n) for n in shape if n != 1)
     described = isinstance(x, jax.ShapeDtypeStruct)
@@ -140,11 +131,7 @@ def input_value(interpreter: Context, x: Any, name: str) -> Any:
 
 
 def known_or_real(interpreter: Context, x: Any, name: str) -> Any:
-    """The value of whole numbers, and of one number everywhere; other real numbers in float64.
-
-    Raises:
-        ValueError: they contain NaN or infinities.
-    """
+    """The value of whole numbers, and of one number everywhere; other real numbers, which must be finite, in float64."""
     numbers = np.asarray(x)
     if numbers.dtype.kind in "iub":
         return interpreter.known(numbers)
@@ -162,42 +149,30 @@ def known_or_real(interpreter: Context, x: Any, name: str) -> Any:
 def sample_axis(numbers: Float[np.ndarray, "samples ..."]) -> Axis:
     """The first axis of given numbers, its positions in classes of samples whose mean squares are nearly one.
 
-    Samples that are all zero, as paddings are, are a class of their own.
+    Samples that are all zero, as paddings are, are a class of their own; of others there are as few classes as keep the
+    variance of ln s² within them below `_ALIKE_SCALES`.
     """
     squares = np.mean(np.square(numbers, dtype=np.float64).reshape(len(numbers), -1), axis=1)
     positive = squares > 0
     labels, logs = positive.astype(int), np.log(squares[positive])
     if len(logs) < 2:
         return Axis(len(numbers))
+    ends = np.unique(np.quantile(logs, np.linspace(0, 1, min(len(logs), _MOST_SORTED)), method="nearest"))
     # Beyond twice the variance of ln of a mean of n squares, 2/n.
-    if logs.var() > _ALIKE_SCALES + 4 / (numbers.size // len(numbers)):
-        labels[positive] += _classes_by_scale(logs, MOST_CLASSES - (not positive.all()))
+    if logs.var() > _ALIKE_SCALES + 4 / (numbers.size // len(numbers)) and len(ends) > 1:
+        nearest = np.abs(logs[:, None] - ends[None]).argmin(axis=1)
+        tree = hierarchy.ward(ends[:, None])
+        for count in range(2, MOST_CLASSES + 1 - (not positive.all())):
+            found = hierarchy.fcluster(tree, count, "maxclust")[nearest] - 1
+            labels[positive] = 1 + found
+            means = np.bincount(found, logs) / np.maximum(np.bincount(found), 1)
+            if np.mean((logs - means[found]) ** 2) <= _ALIKE_SCALES:
+                break
     return labelled(labels)
 
 
-def _classes_by_scale(logs: Float[np.ndarray, " samples"], most: int) -> np.ndarray:
-    """The class of each: as few as keep the variance within classes below `_ALIKE_SCALES`, at most `most`."""
-    ends = np.unique(np.quantile(logs, np.linspace(0, 1, min(len(logs), _MOST_SORTED)), method="nearest"))
-    found = np.zeros(len(logs), int)
-    if len(ends) < 2:
-        return found
-    nearest = np.abs(logs[:, None] - ends[None]).argmin(axis=1)
-    tree = hierarchy.ward(ends[:, None])
-    for count in range(2, most + 1):
-        found = hierarchy.fcluster(tree, count, "maxclust")[nearest] - 1
-        sizes = np.bincount(found)
-        means = np.bincount(found, logs) / np.maximum(sizes, 1)
-        if np.mean((logs - means[found]) ** 2) <= _ALIKE_SCALES:
-            break
-    return found
-
-
 def known(graph: Graph, const: Any, sources: Sequence[Node] = ()) -> Any:
-    """The value of known numbers, or of what was computed from given arrays: whole numbers are as good as literals.
-
-    Raises:
-        PredictionError: they contain NaN.
-    """
+    """The value of known numbers, or of what was computed from given arrays: whole numbers are as good as literals."""
     if is_key(const):
         return Opaque(const)
     values = np.asarray(const)

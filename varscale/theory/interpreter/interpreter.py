@@ -74,27 +74,20 @@ _NUDGE = 1e-24  # variance: far below the epsilon of a norm, far above rounding 
 
 
 class Interpreter:
-    """Interprets jaxprs over one graph.
-
-    Attributes:
-        graph: the nodes built so far.
-        place: where the walk is and where it keeps rows; None where it keeps none.
-        entering: the equation that is being interpreted there.
-        used: the variables that are read of the jaxpr that is being interpreted.
-        nudged: whether tiny random numbers are added to what a module puts out where that is one known number, which nothing
-            can be differentiated by.
-        steps: which steps of loops over layers it is in.
-        regions: the scopes that are drawn.
-    """
+    """Interprets jaxprs over one graph."""
 
     def __init__(self, graph: Graph | None = None):
-        self.graph = graph or Graph()
-        self.place: Place | None = None
-        self.entering: Any = None
-        self.used: frozenset[Any] = frozenset()
+        self.graph = graph or Graph()  # the nodes built so far
+        self.place: Place | None = None  # where the walk is and keeps rows; None where it keeps none
+        self.entering: Any = None  # the equation that is being interpreted there
+        self.used: frozenset[Any] = (
+            frozenset()
+        )  # variables that are read of the jaxpr that is being interpreted
+        # Whether tiny random numbers are added to what a module puts out where that is one known number, which
+        # nothing can be differentiated by.
         self.nudged = False
-        self.steps: list[int] = []
-        self.regions = Regions()
+        self.steps: list[int] = []  # which steps of loops over layers it is in
+        self.regions = Regions()  # the scopes that are drawn
         self._places: dict[Any, Place] = {}  # by equation
 
     def run(

@@ -117,11 +117,7 @@ class Trace(NamedTuple):
 
 
 def traced(f: Callable[..., Any], *args: Any) -> Trace:
-    """The trace of a function of these shapes.
-
-    Raises:
-        ValueError: it does not trace.
-    """
+    """The trace of a function of these shapes; ValueError where it does not trace."""
     try:
         with fresh_traces():
             jaxpr, shapes = jax.make_jaxpr(f, return_shape=True)(*args)
@@ -162,14 +158,12 @@ def first_pass(program: Program, split: Any) -> Draws | None:
     drawn, outputs = jaxpr.outvars[:count], jaxpr.outvars[count:]
     drawing = Trace(jaxpr.replace(outvars=drawn), constants, variables)
     used = {v: i for i, v in reversed(list(enumerate(drawn))) if not _compat.is_literal(v)}
-    if not alike[-1] or not used.keys().isdisjoint(jaxpr.invars):
-        return Draws(drawing)
     forward = jaxpr.replace(invars=[*used, *jaxpr.invars], outvars=outputs)
     atoms = (v for eqn in live_equations(forward) for v in (*eqn.invars, *eqn.outvars))
     # A key is drawn from inside a loop, say: what it computes with is not what it returns.
-    if any(is_key(v) for v in atoms):
-        return Draws(drawing)
-    return Draws(drawing, Trace(forward, constants, rows), tuple(used.values()))
+    if alike[-1] and used.keys().isdisjoint(jaxpr.invars) and not any(map(is_key, atoms)):
+        return Draws(drawing, Trace(forward, constants, rows), tuple(used.values()))
+    return Draws(drawing)
 
 
 def _in_order(captures: Mapping[str, Any], output: Any) -> Mapping[str, Mapping[str, Any]]:

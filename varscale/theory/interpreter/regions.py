@@ -102,13 +102,7 @@ def blocks(
 ) -> Iterator[tuple[range, Any]]:
     """The equations of a jaxpr with their places, those of a scope as one.
 
-    Args:
-        eqns: the equations.
-        outputs: the jaxpr's outputs.
-        place: where the walk is.
-        scopes: the paths of the scopes.
-        kept: variables that have rows.
-        is_parameter: whether a variable holds a parameter, once it is reached.
+    `place`: where the walk is; `kept`: variables that have rows; `is_parameter`: whether one holds a parameter, once reached.
     """
     paths = [place.scope_of(eqn) for eqn in eqns] if scopes else []
     own = {scope: [i for i, path in enumerate(paths) if within(path, scope)] for scope in scopes}
@@ -151,15 +145,7 @@ def _keys(eqns: Sequence[Any]) -> list[Any]:
 def as_one(
     eqns: Sequence[Any], read: set[Any], piece: str, scope: str, is_parameter: Callable[[Any], bool]
 ) -> Region:
-    """Equations as one.
-
-    Args:
-        eqns: the equations.
-        read: variables that are read outside.
-        piece: the path at which the piece that they are part of is called.
-        scope: the path of the scope that they are of.
-        is_parameter: whether a variable holds a parameter.
-    """
+    """Equations as one; `read`: variables that are read outside; `piece`: where the piece that they are part of is called."""
     made = {v for eqn in eqns for v in eqn.outvars}
     inputs = (v for eqn in eqns for v in eqn.invars if not _compat.is_literal(v) and v not in made)
     invars = list(dict.fromkeys(inputs))

@@ -23,7 +23,7 @@ from varscale.theory.graph.expressions import Apply
 from varscale.theory.graph.layout import Value, merged
 from varscale.theory.graph.nodes import Array, Constant, Leaf, Node
 from varscale.theory.propagation.inherited_fluctuations import SCALE_STEP
-from varscale.theory.propagation.sampler import Drawing, evenly, in_order
+from varscale.theory.propagation.sampler import Drawing, evenly
 from varscale.theory.rules.region_sizes import (
     CannotShrink,
     Program,
@@ -82,25 +82,13 @@ class Operand:
 
 
 def operand(x: Any, aval: Any, *, nudge: bool = False) -> Operand:
-    """An operand of a region, of its value.
-
-    Raises:
-        CannotDraw: it is random whole numbers (ids), whose law is not their moments.
-    """
+    """An operand of a region, of its value; none of random whole numbers (ids), whose law is not their moments."""
     if isinstance(x, Opaque):
         return Operand((), x.key, aval)
     if not (jnp.issubdtype(aval.dtype, jnp.inexact) or all(_is_decided(v.node) for v in parts(x))):
         raise CannotDraw("random whole numbers are read by it")
     flat = (functools.reduce(merged, range(len(part.dims)), part) for part in parts(x))
     return Operand(tuple(flat), None, aval, nudge)
-
-
-def applied_before(operands: Sequence[Operand]) -> bool:
-    """Whether a region reads weights, and what was made with them outside it: drawn apart, they would be unrelated."""
-    nodes = [part.node for x in operands for part in x.value]
-    weights = [x for x in nodes if isinstance(x, Leaf) and not (x.is_input or x.is_bits)]
-    others = [x for x in nodes if not isinstance(x, Leaf) and not in_order(x)]
-    return any(w.deps & other.deps for w in weights for other in others)
 
 
 _COMPARED = {"lt", "le", "gt", "ge", "eq", "ne"}
@@ -188,12 +176,9 @@ class RegionDraws:
             else x
             for x, o in zip(self.drawn, self.operands, strict=True)
         ]
-        after = [float(np.mean(_numbers(x) ** 2)) for x in self._in_batches(Program.run, self.batch, scaled)]
-        before = [float(np.mean(x[: self.batch] ** 2)) for x in self.outputs]
-        return [
-            math.log(a / b) / math.log1p(SCALE_STEP) if a > 0 and b > 0 else 0.0
-            for a, b in zip(after, before, strict=True)
-        ]
+        pairs = zip(self._in_batches(Program.run, self.batch, scaled), self.outputs, strict=True)
+        moments = [(float(np.mean(_numbers(a) ** 2)), float(np.mean(b[: self.batch] ** 2))) for a, b in pairs]
+        return [math.log(a / b) / math.log1p(SCALE_STEP) if a > 0 and b > 0 else 0.0 for a, b in moments]
 
     @functools.cached_property
     def odd(self) -> list[int]:
@@ -259,11 +244,7 @@ def _numbers(x: Any) -> np.ndarray:
 
 
 def sizes_to_run(jaxpr: Any, operands: Sequence[Operand]) -> tuple[Sizes, int]:
-    """Sizes, and a number of draws, at which equations can be run: their own, or fewer samples, or fewer units, too.
-
-    Raises:
-        CannotDraw: there are none.
-    """
+    """Sizes, and a number of draws, at which equations can be run: their own, or fewer samples, or fewer units, too."""
     cost = 4 * work(jaxpr.jaxpr, Sizes({}))  # backward takes about three times as much
     fits = min(_WORK / max(cost, 1.0), _HELD_NUMBERS / max(numbers_held(jaxpr.jaxpr, Sizes({})), 1))
     if fits >= _REPLICATES / 2:

@@ -112,8 +112,7 @@ def run(
 ) -> list[Any]:
     """The outputs of a jaxpr with constants of their own sizes on smaller inputs, of which some are independent weights.
 
-    Raises:
-        CannotShrink: something in it needs sizes that were to shrink.
+    CannotShrink where something in it needs sizes that were to shrink.
     """
     if not sizes.smaller:
         return jaxpr_as_fun(ClosedJaxpr(jaxpr, consts))(*args)

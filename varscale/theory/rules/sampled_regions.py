@@ -23,7 +23,7 @@ from varscale.theory.domain.tables import LOOSE, Positions, Table, gaussian
 from varscale.theory.graph.expressions import content, hashed
 from varscale.theory.graph.known_arrays import is_known_array
 from varscale.theory.graph.layout import Value, full, value
-from varscale.theory.graph.nodes import UNKNOWN, Node, View, cross_by_kind, pullback, second_moments
+from varscale.theory.graph.nodes import UNKNOWN, Leaf, Node, View, cross_by_kind, pullback, second_moments
 from varscale.theory.graph.store import BackwardNotes, Fact, FlowInside, PredictionError, source, told
 from varscale.theory.integrals.hermite_series import POINTS, WEIGHTS, Z
 from varscale.theory.propagation.fluctuations import fluctuations
@@ -43,7 +43,6 @@ from varscale.theory.rules.region_draws import (
     CannotDraw,
     Operand,
     RegionDraws,
-    applied_before,
     operand,
     relative_error,
     sizes_to_run,
@@ -156,8 +155,7 @@ def _arriving(
 ) -> tuple[np.ndarray, float]:
     """Draws of its cotangents: those that regions which read it sent back, in their order in time, and Gaussian ones.
 
-    Returns:
-        The draws, and the doubt of cotangents that lost their order in time between another region and this one.
+    With them the doubt of cotangents that lost their order in time between another region and this one.
     """
     positions, sent = node.positions, notes.sent.get(node.id, [])
     rest = cotangent - sum(second for _, second in sent)
@@ -224,11 +222,7 @@ def propagated_of_region(node: RegionOutput) -> Spread:
 
 
 def drawn_region(interpreter: Context, eqn: Any, xs: Sequence[Any], reason: str) -> list[Any]:
-    """The outputs of an equation that no rule covers, drawn; placeholders where a region around it was asked for.
-
-    Raises:
-        PredictionError: it cannot be drawn, at any size.
-    """
+    """The outputs of an equation that no rule covers, drawn; placeholders where a region around it was asked for."""
     if interpreter.ask(f"{eqn.primitive.name}: {reason}"):
         return [placeholder(interpreter, v.aval) for v in eqn.outvars]
     try:
@@ -243,11 +237,7 @@ def drawn_region(interpreter: Context, eqn: Any, xs: Sequence[Any], reason: str)
 
 
 def drawn_alone(interpreter: Context, eqn: Any, xs: Sequence[Any], *, time: int | None = None) -> list[Any]:
-    """The outputs of one equation, drawn; of a loop those from `time` on have a row a step, and none is random whole numbers.
-
-    Raises:
-        CannotDraw: it cannot be drawn, at any size.
-    """
+    """The outputs of one equation, drawn; of a loop those from `time` on have a row a step, none are random whole numbers."""
     given = {v: x for v, x in zip(eqn.invars, xs, strict=True) if not _compat.is_literal(v)}
     operands = [operand(x, v.aval) for v, x in given.items()]
     return _outputs(interpreter, _compat.one_equation(eqn, tuple(given)), operands, (), time is None, time)
@@ -261,7 +251,11 @@ def region_rule(interpreter: Context, eqn: Any, *xs: Any) -> list[Any]:
     try:
         pairs = zip((*xs, *still), jaxpr.in_avals, strict=True)
         operands = [operand(x, aval, nudge=k >= len(xs)) for k, (x, aval) in enumerate(pairs)]
-        if scope and applied_before(operands):
+        nodes = [part.node for x in operands for part in x.value]
+        weights = [x for x in nodes if isinstance(x, Leaf) and not (x.is_input or x.is_bits)]
+        others = [x for x in nodes if not isinstance(x, Leaf) and not in_order(x)]
+        if scope and any(w.deps & x.deps for w in weights for x in others):
+            # Drawn apart, weights and what was made with them outside would be unrelated.
             raise CannotDraw("random weights that it reads were applied before it")
         return _outputs(interpreter, jaxpr, operands, eqn.params["nudged"], not scope)
     except Exception as error:  # whatever is raised on numbers that equations were not written for
@@ -280,9 +274,6 @@ def _outputs(
     """The outputs of equations, drawn, as `drawn_alone` has them; whether `whole_numbers` that are random may be among them.
 
     Last of the operands come zeros that are added to outputs where they are made: `nudged` says to which.
-
-    Raises:
-        CannotDraw: they cannot be run.
     """
     graph = interpreter.graph
     sizes, replicates = sizes_to_run(jaxpr, operands)
