@@ -82,9 +82,9 @@ class Interpreter:
         self.entering: Any = None  # the equation that is being interpreted there
         self.used: frozenset[Any] = (
             frozenset()
-        )  # variables that are read of the jaxpr that is being interpreted
-        # Whether tiny random numbers are added to what a module puts out where that is one known number, which
-        # nothing can be differentiated by.
+        )  # variables that are read of the jaxpr that is run
+        # Whether tiny random numbers are added to what modules put out where that is one known number: nothing
+        # can be differentiated by it.
         self.nudged = False
         self.steps: list[int] = []  # which steps of loops over layers it is in
         self.regions = Regions()  # the scopes that are drawn
