@@ -80,11 +80,9 @@ class Interpreter:
         self.graph = graph or Graph()  # the nodes built so far
         self.place: Place | None = None  # where the walk is and keeps rows; None where it keeps none
         self.entering: Any = None  # the equation that is being interpreted there
-        self.used: frozenset[Any] = (
-            frozenset()
-        )  # variables that are read of the jaxpr that is run
-        # Whether tiny random numbers are added to what modules put out where that is one known number: nothing
-        # can be differentiated by it.
+        self.used: frozenset[Any] = frozenset()  # variables that are read of the jaxpr that is run
+        # Whether tiny random numbers are added to what modules put out where that is one number everywhere:
+        # nothing can be differentiated by it.
         self.nudged = False
         self.steps: list[int] = []  # which steps of loops over layers it is in
         self.regions = Regions()  # the scopes that are drawn
