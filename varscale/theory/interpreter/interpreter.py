@@ -47,7 +47,6 @@ from varscale.theory.propagation import pullbacks, second_moments, sums  # noqa:
 from varscale.theory.rules import (  # noqa: F401
     attention,
     axis,
-    concatenation,
     control,
     convolution,
     elementwise,

@@ -1,4 +1,4 @@
-"""Slices, splits, reversals, broadcasts and reshapes, where entries keep their values and change places; cumulative sums."""
+"""Entries that keep their values and change places: slices, joins, reversals, broadcasts, reshapes; and cumulative sums."""
 
 from __future__ import annotations
 
@@ -10,21 +10,35 @@ from typing import Any
 
 import numpy as np
 
-from varscale.theory.domain.axes import MOST_CLASSES, Axis, apply_axis, grouped, sliced
+from varscale.theory.domain.axes import MOST_CLASSES, Axis, apply_axis, grouped, labelled, sliced
 from varscale.theory.domain.axis_maps import AxisMap, adjoint, entry_map, pair_counts, slice_map
-from varscale.theory.domain.tables import LEADING_ORDER, Table
+from varscale.theory.domain.tables import LEADING_ORDER, Table, full_types
 from varscale.theory.graph import layout
 from varscale.theory.graph.convolutions import ONE
 from varscale.theory.graph.layout import Atom, Value, materialize, merged, permute
-from varscale.theory.graph.linear_nodes import Permute, Take, mapped
-from varscale.theory.graph.nodes import Array, Constant, Leaf, Node, View, array, part_of, pullback
-from varscale.theory.graph.normal_form import cut_inside
+from varscale.theory.graph.linear_nodes import Concat, Permute, Take, mapped
+from varscale.theory.graph.nodes import (
+    Array,
+    Constant,
+    Leaf,
+    Node,
+    View,
+    array,
+    cross_by_kind,
+    part_of,
+    pullback,
+    second_moments,
+)
+from varscale.theory.graph.normal_form import broadcast, cut_inside
 from varscale.theory.graph.store import BackwardNotes, Fact
+from varscale.theory.propagation.cross_moments import cross
+from varscale.theory.propagation.inherited_fluctuations import Spread, combine, inherited, propagated
+from varscale.theory.propagation.pullbacks import sum_out
 from varscale.theory.rules.registry import Context, rule
 from varscale.theory.rules.sampled_regions import drawn_region, placeholder
 
-# By leaf: along which axis it is sliced, and it and what multiplies it entry by entry where it is weights
-# only read in slices.
+_MANY_PARTS = 24  # parts above which they are drawn with what they are joined for, where that can be
+# By leaf: along which axis it is sliced; it and what multiplies it entry by entry, if weights read in slices only.
 _SLICED: Fact[int, tuple[int, list[Node] | None]] = Fact()
 
 
@@ -35,9 +49,6 @@ def broadcast_rule(interpreter: Context, eqn: Any, x: Value, *_: Value) -> Value
 
 @rule("reshape", "squeeze", "expand_dims", entrywise=True)
 def reshape_rule(interpreter: Context, eqn: Any, x: Value, *_: Value) -> Value:
-    if eqn.primitive.name == "squeeze":
-        kept = [d for d in range(len(x.dims)) if d not in {k % len(x.dims) for k in eqn.params["dimensions"]}]
-        return layout.transpose(x, kept)
     return layout.reshape(x, eqn.outvars[0].aval.shape)
 
 
@@ -81,8 +92,7 @@ def take(x: Value, d: int, start: int, stop: int | None, step: int = 1) -> Value
     if step > 1 and n % step == 0 and start < step and size == n // step:
         # Every step-th position is one index of a factor of the axis.
         cut = layout.reshape(x, (*x.shape[:d], n // step, step, *x.shape[d + 1 :]))
-        one = take(cut, d + 1, start, start + 1)
-        return layout.transpose(one, [k for k in range(len(one.dims)) if k != d + 1])
+        return layout.reshape(take(cut, d + 1, start, start + 1), (*x.shape[:d], size, *x.shape[d + 1 :]))
     inner = math.prod(a.size for a in dim[1:])
     if len(dim) > 1 and step == 1 and stop is not None and start % inner == stop % inner == 0:
         # A slice along the leading factor of a product, or of blocks of it, is a slice of that factor.
@@ -95,7 +105,7 @@ def take(x: Value, d: int, start: int, stop: int | None, step: int = 1) -> Value
     if k is not None:
         node = take_node(node, k, start, stop, step)
     dims = list(layout.renumbered(x.dims, {} if isinstance(node, Constant) else place))
-    dims[d] = (Atom(size, None if isinstance(node, Constant) else k),) if size > 1 else ()
+    dims[d] = tuple(Atom(size, atom.axis) for atom in dims[d] if size > 1)
     return Value(node, tuple(dims))
 
 
@@ -192,31 +202,15 @@ def split_rule(interpreter: Context, eqn: Any, x: Value) -> list[Value]:
     return [take(x, eqn.params["axis"], int(a), int(b)) for a, b in itertools.pairwise(edges)]
 
 
-@rule("dynamic_slice")
-def dynamic_slice(interpreter: Context, eqn: Any, x: Value, *starts: Value) -> Any:
-    """From known starts on a slice; from random ones on it is drawn."""
-    out = x
-    for d, (size, start) in enumerate(zip(eqn.params["slice_sizes"], starts, strict=True)):
-        known = 0 if size == x.shape[d] else interpreter.concrete(start)
-        if known is None:
-            return drawn_region(interpreter, eqn, (x, *starts), "a slice from a random place on")
-        first = int(np.clip(known, 0, x.shape[d] - size))
-        out = take(out, d, first, first + size)
-    return out
-
-
 @rule("iota", entrywise=True)
 def iota(interpreter: Context, eqn: Any, *_: Value) -> Value:
-    p = eqn.params
-    numbers = interpreter.known(np.arange(p["shape"][p["dimension"]]))
-    return layout.broadcast_in_dim(numbers, p["shape"], (p["dimension"],))
+    shape, d = eqn.params["shape"], eqn.params["dimension"]
+    return layout.broadcast_in_dim(interpreter.known(np.arange(shape[d])), shape, (d,))
 
 
 def lower_triangle(axis: Axis, *, reverse: bool = False) -> AxisMap:
     """y_p = Σ_{i ≤ p} x_i, or i ≥ p in reverse; outputs are classed by how many terms they have."""
-    rows, columns = np.tril_indices(axis.size)
-    if reverse:
-        rows, columns = columns, rows
+    rows, columns = np.tril_indices(axis.size)[:: -1 if reverse else 1]
     terms = np.bincount(rows, minlength=axis.size).astype(float)
     return entry_map(rows, columns, grouped(terms[:, None]), axis)
 
@@ -232,3 +226,175 @@ def cumsum(interpreter: Context, eqn: Any, x: Value) -> Value:
     if drifts and interpreter.ask("running sums that drift over more places than are told apart"):
         return placeholder(interpreter, eqn.outvars[0].aval)
     return Value(mapped(x.node, k, lower_triangle(x.node.axes[k], reverse=eqn.params["reverse"])), x.dims)
+
+
+Joined = tuple[View, AxisMap]  # one of several joined arrays, and the map of its axis to the whole one
+
+
+def _parts(xs: Sequence[View], sizes: Sequence[int], axes: Sequence[Axis], k: int) -> list[Joined]:
+    """Arrays over a frame, one after another along axis k."""
+    own = [x.node.axes[x.bind.index(k)] if k in x.bind else Axis(n) for x, n in zip(xs, sizes, strict=True)]
+    starts = itertools.accumulate(sizes, initial=0)
+    return [(x, _placed(axis, at, axes[k])) for x, axis, at in zip(xs, own, starts, strict=False)]
+
+
+@functools.cache
+def _placed(part: Axis, start: int, whole: Axis) -> AxisMap:
+    return entry_map(start + np.arange(part.size), np.arange(part.size), whole, part)
+
+
+@part_of.register(Concat)
+def part_of_concat(node: Concat, k: int, start: int, stop: int) -> Node | None:
+    """Positions start, ..., stop − 1 of axis k, where parts are joined along it: what is left of each, joined."""
+    along, sizes = node.params
+    if k != along:
+        return None
+    starts = itertools.accumulate(sizes, initial=0)
+    spans = [(max(start - at, 0), min(stop - at, n)) for at, n in zip(starts, sizes, strict=False)]
+    cut = [(view, *span) for view, span in zip(node.args, spans, strict=True) if span[0] < span[1]]
+    left = [take_view(view, k, first, last) for view, first, last in cut]
+    whole = Axis(stop - start) if len(left) == 1 else labelled(node.axes[k].label_array[start:stop])
+    axes = (*node.axes[:k], whole, *node.axes[k + 1 :])
+    if len(left) > 1:
+        return node.graph.make(Concat, axes, left, (k, tuple(last - first for _, first, last in cut)))
+    child, bind = left[0]
+    missing = [j for j, axis in enumerate(axes) if j not in bind and axis.size > 1]
+    if missing and not isinstance(child, Constant):  # along those axes it is constant
+        child, bind = broadcast(child, (*child.axes, *(axes[j] for j in missing))), (*bind, *missing)
+    return permute(child, np.argsort(bind).tolist())
+
+
+@second_moments.register(Concat)
+def second_moments_of_concat(node: Concat) -> Table:
+    (k, sizes), axes = node.params, node.axes
+    mean, parts = np.zeros([a.classes for a in axes]), _parts(node.args, sizes, axes, k)
+    for view, where in parts:
+        own = [where.inner if i == k else a for i, a in enumerate(axes)]
+        mean += apply_axis(np.broadcast_to(view.mean(own), [a.classes for a in own]), k, where.means())
+    return Table(axes, mean, _joined_pairs(parts, parts, axes, k))
+
+
+def _joined_pairs(ours: list[Joined], others: list[Joined], axes: Sequence[Axis], k: int) -> np.ndarray:
+    """E[x_i y_j] by type, for x and y joined of parts along axis k: every part with every part."""
+    second, (classes, pairs) = np.zeros([a.types for a in axes]), (axes[k].classes, axes[k].pairs)
+    for (a, mine), (b, theirs) in itertools.product(ours, others):
+        if mine.inner == theirs.inner:
+            own = (*axes[:k], mine.inner, *axes[k + 1 :])
+            second += apply_axis(full_types(cross(a, b, own), own), k, pair_counts(mine, theirs))
+            continue
+        # Positions of unlike axes never agree: a last axis for each, of which pairs of classes count.
+        last = len(axes) - 1
+        frame = (*axes[:k], *axes[k + 1 :], mine.inner, theirs.inner)
+        views = (
+            View(v.node, tuple(last + i if p == k else p - (p > k) for p in v.bind))
+            for i, v in enumerate((a, b))
+        )
+        # Of two classes along one of them only its own counts.
+        (c, n), (d, m) = ((axis.classes, axis.types) for axis in frame[last:])
+        at = np.minimum(c * np.arange(1, c + 1), n - 1)[:, None], np.minimum(d + np.arange(d), m - 1)
+        table = full_types(cross(*views, frame), frame)[(..., *at)]
+        members = (where.means() * where.out.counts[:, None] for where in (mine, theirs))
+        matrix = np.kron(*members) / np.maximum(pairs[classes:, None], 1.0)
+        table = np.moveaxis(table.reshape(*table.shape[:last], -1), -1, k)
+        second[(slice(None),) * k + (slice(classes, None),)] += apply_axis(table, k, matrix)
+    return second
+
+
+@cross_by_kind.register(Concat)
+def cross_by_kind_of_concat(node: Concat, a: View, b: View, frame: Sequence[Axis]) -> np.ndarray | None:
+    """Against anything that runs over the same axis: cut that where the parts meet."""
+    (k, sizes), starts = node.params, itertools.accumulate(node.params[1], initial=0)
+    place, mine = a.bind[k], [v.within(a.bind) for v in node.args]
+    cut = [take_view(b, place, at, at + n) for at, n in zip(starts, sizes, strict=False)]
+    ours, theirs = (_parts(views, sizes, frame, place) for views in (mine, cut))
+    return _joined_pairs(ours, theirs, frame, place)
+
+
+@pullback.register(Concat)
+def pullback_of_concat(node: Concat, cotangent: np.ndarray, notes: BackwardNotes) -> list[np.ndarray | None]:
+    """Of each part the slice of the cotangent."""
+    (k, sizes), out = node.params, list[np.ndarray | None]()
+    for view, where in _parts(node.args, sizes, node.axes, k):
+        own = (*node.axes[:k], where.inner, *node.axes[k + 1 :])
+        part = apply_axis(cotangent, k, adjoint(pair_counts(where), where.out, where.inner))
+        out.append(None if isinstance(view.node, Constant) else sum_out(part, own, view))
+    return out
+
+
+@propagated.register(Concat)
+def propagated_of_concat(node: Concat) -> Spread:
+    """Of a mean of the parts' mean squares, each logarithm counts by its part's share: a padding of zeros changes nothing."""
+    shares = [n * view.node.table.mean_square for view, n in zip(node.args, node.params[1], strict=True)]
+    parts = zip(shares, node.args, strict=True)
+    return combine([(share / max(sum(shares), 1e-300), inherited(view.node)) for share, view in parts])
+
+
+def concatenate(graph: Any, xs: Sequence[Value], d: int) -> Value:
+    """Values one after another along dimension d."""
+    xs = [layout.merged(x, d) for x in xs]
+    sizes, rank = [x.shape[d] for x in xs], len(xs[0].dims)
+    # The other dimensions must be factored alike: align them, each one's own being a further dimension.
+    apart = [
+        (*x.dims[:d], (), *x.dims[d + 1 :], *(x.dims[d] if i == j else () for j in range(len(xs))))
+        for i, x in enumerate(xs)
+    ]
+    frame, views, dims = layout.align([Value(x.node, own) for x, own in zip(xs, apart, strict=True)])
+    own = [next((atom.axis for atom in dim), None) for dim in dims[rank:]]
+    others = [k for k in range(len(frame)) if k not in own]
+    parts = [np.zeros(n, int) if k is None else frame[k].label_array for k, n in zip(own, sizes, strict=True)]
+    offsets = itertools.accumulate((int(part.max()) + 1 for part in parts), initial=0)
+    labels = np.concatenate([part + offset for part, offset in zip(parts, offsets, strict=False)])
+    whole = labelled(labels) if len(set(labels)) <= 2 * MOST_CLASSES else Axis(sum(sizes))
+    place = {k: i + 1 for i, k in enumerate(others)} | {k: 0 for k in own if k is not None}
+    binds = [View(child, tuple(place[b] for b in bind)) for child, bind in views]
+    node = graph.make(Concat, (whole, *(frame[k] for k in others)), binds, (0, tuple(sizes)))
+    out = layout.renumbered(dims[:rank], place)
+    return Value(node, (*out[:d], (Atom(sum(sizes), 0),), *out[d + 1 :]))
+
+
+def concatenated(interpreter: Context, xs: Sequence[Value], d: int) -> Value:
+    """One after another along dimension d; empty parts left out. Very many, unless they are known or inputs, are drawn."""
+    live = [x for x in xs if x.shape[d] > 0]
+    made = [x for x in live if not isinstance(x.node, Array | Constant | Leaf)]
+    if len(made) > _MANY_PARTS and interpreter.ask("many arrays are joined"):
+        shape = [sum(x.shape[d] for x in live) if k == d else n for k, n in enumerate(live[0].shape)]
+        return layout.full(interpreter.graph, 0.0, shape)
+    return live[0] if len(live) == 1 else concatenate(interpreter.graph, live, d)
+
+
+@rule("concatenate", "stack")
+def concatenate_rule(interpreter: Context, eqn: Any, *xs: Value) -> Value:
+    """One after another along a dimension, which of a stack is a new one."""
+    (d,) = eqn.params.values()
+    if eqn.primitive.name == "stack":
+        xs = tuple(layout.reshape(x, (*x.shape[:d], 1, *x.shape[d:])) for x in xs)
+    return concatenated(interpreter, xs, d)
+
+
+@rule("unstack")
+def unstack(interpreter: Context, eqn: Any, x: Value) -> list[Value]:
+    d = eqn.params["axis"]
+    return [layout.reshape(take(x, d, i, i + 1), v.aval.shape) for i, v in enumerate(eqn.outvars)]
+
+
+@rule("tile", entrywise=True)
+def tile(interpreter: Context, eqn: Any, x: Value) -> Value:
+    """Copies one after another: a leading factor of the dimension along which nothing changes."""
+    copies = zip(eqn.params["reps"], x.dims, strict=True)
+    return Value(x.node, tuple((Atom(n, None), *dim) if n > 1 else dim for n, dim in copies))
+
+
+@rule("pad")
+def pad(interpreter: Context, eqn: Any, x: Value, fill: Value) -> Any:
+    """A concatenation with the fill; negative padding cuts. Entries spread apart (by an associative scan) are drawn."""
+    config = eqn.params["padding_config"]
+    if any(spread and n > 1 for n, (*_, spread) in zip(x.shape, config, strict=True)):
+        return drawn_region(interpreter, eqn, (x, fill), "entries are spread apart, as in a recurrence")
+    for d, (low, high, _) in enumerate(config):
+        x = take(x, d, max(-low, 0), x.shape[d] - max(-high, 0))
+        before, after = (
+            layout.broadcast_in_dim(fill, [max(n, 0) if k == d else m for k, m in enumerate(x.shape)], ())
+            for n in (low, high)
+        )
+        x = concatenated(interpreter, (before, x, after), d)
+    return x

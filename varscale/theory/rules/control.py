@@ -16,8 +16,7 @@ from varscale.theory.graph.expressions import roots
 from varscale.theory.graph.layout import Value
 from varscale.theory.graph.nodes import Leaf
 from varscale.theory.propagation.pullbacks import meets_itself
-from varscale.theory.rules.axis import slice_of_weights, take
-from varscale.theory.rules.concatenation import concatenate
+from varscale.theory.rules.axis import concatenate, slice_of_weights, take
 from varscale.theory.rules.random import random_bits
 from varscale.theory.rules.region_draws import CannotDraw
 from varscale.theory.rules.registry import (

@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -107,6 +107,24 @@ def pullback_of_gather(node: Gather, cotangent: np.ndarray, notes: BackwardNotes
     return [out.transpose(np.argsort([*picked, *kept]))]
 
 
+def _slice_at(x: Value, starts: Mapping[int, Any], sizes: Sequence[int]) -> Value:
+    """x from some place on along each dimension, 0 where none is given, moved so that all of these sizes is within x."""
+    for d, size in enumerate(sizes):
+        start = int(np.clip(starts.get(d, 0), 0, x.shape[d] - size))
+        x = take(x, d, start, start + size)
+    return x
+
+
+@rule("dynamic_slice")
+def dynamic_slice(interpreter: Context, eqn: Any, x: Value, *starts: Value) -> Any:
+    """From known starts on a slice; from random ones on it is drawn."""
+    sizes = eqn.params["slice_sizes"]
+    known = {d: interpreter.concrete(at) for d, at in enumerate(starts) if sizes[d] < x.shape[d]}
+    if any(at is None for at in known.values()):
+        return drawn_region(interpreter, eqn, (x, *starts), "a slice from a random place on")
+    return _slice_at(x, known, sizes)
+
+
 @rule("gather")
 def gather(interpreter: Context, eqn: Any, x: Value, ids: Value) -> Any:
     """One known index is a slice, rows by index are a lookup; what is picked otherwise is sampled."""
@@ -116,10 +134,7 @@ def gather(interpreter: Context, eqn: Any, x: Value, ids: Value) -> Any:
     known, picked = interpreter.concrete(ids), d.start_index_map
     if known is not None and known.size == known.shape[-1]:
         starts = dict(zip(picked, known.ravel().astype(int), strict=True))
-        for dim, size in enumerate(sizes):
-            start = int(np.clip(starts.get(dim, 0), 0, x.shape[dim] - size))
-            x = take(x, dim, start, start + size)
-        return layout.reshape(x, shape)
+        return layout.reshape(_slice_at(x, starts, sizes), shape)
     if in_order(x.node):
         return drawn_region(interpreter, eqn, (x, ids), "steps of a loop are picked, which differ")
     cut = {k for k, (size, n) in enumerate(zip(sizes, x.shape, strict=True)) if size < n}
