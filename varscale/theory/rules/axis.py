@@ -38,7 +38,7 @@ from varscale.theory.rules.registry import Context, rule
 from varscale.theory.rules.sampled_regions import drawn_region, placeholder
 
 _MANY_PARTS = 24  # parts above which they are drawn with what they are joined for, where that can be
-# By leaf: along which axis it is sliced; it and what scales it entry by entry, if weights only read in slices.
+# By leaf: along which axis it is sliced; it and what scales it entrywise, if weights only read in slices.
 _SLICED: Fact[int, tuple[int, list[Node] | None]] = Fact()
 
 
