@@ -285,14 +285,14 @@ def _joined_pairs(ours: list[Joined], others: list[Joined], axes: Sequence[Axis]
         # Positions of unlike axes never agree: a last axis for each, of which pairs of classes count.
         last = len(axes) - 1
         frame = (*axes[:k], *axes[k + 1 :], mine.inner, theirs.inner)
-        views = (
+        x, y = (
             View(v.node, tuple(last + i if p == k else p - (p > k) for p in v.bind))
             for i, v in enumerate((a, b))
         )
         # Of two classes along one of them only its own counts.
         (c, n), (d, m) = ((axis.classes, axis.types) for axis in frame[last:])
         at = np.minimum(c * np.arange(1, c + 1), n - 1)[:, None], np.minimum(d + np.arange(d), m - 1)
-        table = full_types(cross(*views, frame), frame)[(..., *at)]
+        table = full_types(cross(x, y, frame), frame)[(..., *at)]
         members = (where.means() * where.out.counts[:, None] for where in (mine, theirs))
         matrix = np.kron(*members) / np.maximum(pairs[classes:, None], 1.0)
         table = np.moveaxis(table.reshape(*table.shape[:last], -1), -1, k)

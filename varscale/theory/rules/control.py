@@ -59,7 +59,10 @@ def scan(interpreter: Context, eqn: Any, *xs: Any) -> list[Any]:
     kept = _needed(jaxpr, p, [v in interpreter.used for v in eqn.outvars])
     fixed, carry, streams = _compat.scan_operands(p, xs)
     values = [x for x in streams if isinstance(x, Value)]
-    layers = any(map(_stacks_weights, values))
+    # Whether a stream is made of weights that differ from step to step.
+    read = [(x, *root) for x in values for root in roots(x.node) if isinstance(root.node, Leaf)]
+    drawn = [(x, bind) for x, leaf, bind in read if not (leaf.is_input or leaf.is_bits)]
+    layers = any(atom.axis in bind for x, bind in drawn for atom in x.dims[0])
     if not layers and any(kept[: len(carry)]) and p["length"] > _FEW_STEPS:
         if any(meets_itself(x.node) for x in values):
             interpreter.ask("a loop over steps that share what they read", whole=True)
@@ -76,13 +79,6 @@ def scan(interpreter: Context, eqn: Any, *xs: Any) -> list[Any]:
         carry = steps[step][: len(carry)]
     rows = list(zip(*steps, strict=True))[len(carry) :]
     return [*carry, *(None if row[0] is None else stack(interpreter, row) for row in rows)]
-
-
-def _stacks_weights(x: Value) -> bool:
-    """Whether a stream is made of weights that differ from step to step."""
-    along = {a.axis for a in x.dims[0]}
-    drawn = [(node, bind) for node, bind in roots(x.node) if isinstance(node, Leaf) and not node.is_bits]
-    return any(along & set(bind) and not node.is_input for node, bind in drawn)
 
 
 def _needed(jaxpr: Any, p: dict[str, Any], read: list[bool]) -> list[bool]:

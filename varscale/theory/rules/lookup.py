@@ -164,9 +164,9 @@ def rows_by_index(
     row_axes, kept = ([a.axis for dim in dims for a in dim if a.axis is not None] for dims in cut)
     if known is None:
         # They differ along the axes that they run over, and repeat along those that they are broadcast on.
-        atoms = [atom for dim in ids.dims[: len(batch)] for atom in dim if atom.axis is not None]
-        axes, rates, which = [Axis(atom.size) for atom in atoms], None, ids.node
-        lines = layout.renumbered(ids.dims[: len(batch)], {atom.axis: i for i, atom in enumerate(atoms)})
+        own = [atom.axis for dim in ids.dims[: len(batch)] for atom in dim if atom.axis is not None]
+        axes, rates, which = [Axis(ids.node.axes[k].size) for k in own], None, ids.node
+        lines = layout.renumbered(ids.dims[: len(batch)], {k: i for i, k in enumerate(own)})
         # Behind the wrap-around of negative ones, the random or known index.
         while len(inner := roots(which)) == 1 and inner[0].node is not which:
             which = inner[0].node
