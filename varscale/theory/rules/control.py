@@ -60,9 +60,9 @@ def scan(interpreter: Context, eqn: Any, *xs: Any) -> list[Any]:
     fixed, carry, streams = _compat.scan_operands(p, xs)
     values = [x for x in streams if isinstance(x, Value)]
     # Whether a stream is made of weights that differ from step to step.
-    read = [(x, *root) for x in values for root in roots(x.node) if isinstance(root.node, Leaf)]
-    drawn = [(x, bind) for x, leaf, bind in read if not (leaf.is_input or leaf.is_bits)]
-    layers = any(atom.axis in bind for x, bind in drawn for atom in x.dims[0])
+    read = [(x.dims[0], leaf, bind) for x in values for leaf, bind in roots(x.node) if isinstance(leaf, Leaf)]
+    drawn = [(dim, bind) for dim, leaf, bind in read if not (leaf.is_input or leaf.is_bits)]
+    layers = any(atom.axis in bind for dim, bind in drawn for atom in dim)
     if not layers and any(kept[: len(carry)]) and p["length"] > _FEW_STEPS:
         if any(meets_itself(x.node) for x in values):
             interpreter.ask("a loop over steps that share what they read", whole=True)

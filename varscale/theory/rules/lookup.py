@@ -327,6 +327,6 @@ def repeat_rates(ids: Int[np.ndarray, "..."], axes: Sequence[Axis]) -> Float[np.
         theirs = [k if same else rank + k for k, same in enumerate(agree)]
         kept = [p for k in range(rank) for p in dict.fromkeys((k, theirs[k]))]
         block = tuple(slice(c) if same else slice(c, None) for c, same in zip(cells, agree, strict=True))
-        pairs = np.einsum((table.T @ table).reshape(cells * 2), [*range(rank), *theirs], kept)
-        out[block] = pairs.reshape(out[block].shape)
+        pairs: Any = (table.T @ table).reshape(cells * 2)
+        out[block] = np.einsum(pairs, [*range(rank), *theirs], kept).reshape(out[block].shape)
     return per_pair(out, axes)
