@@ -43,3 +43,28 @@ def test_activations_without_a_name_and_without_a_point():
         vs.schemes.critical(0.3)(net(nn.relu), X)
     with pytest.raises(ValueError, match="bias_variance"):
         vs.schemes.critical(-1.0)
+
+
+class Layer(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+        return nn.relu(nn.Dense(100)(x)), None
+
+
+class Repeated(nn.Module):
+    """Layers that a scan stacks, and one that is used three times: the first of each reads a linear layer's output."""
+
+    @nn.compact
+    def __call__(self, x):
+        layers = nn.scan(Layer, variable_axes={"params": 0}, split_rngs={"params": True}, length=3)
+        x = layers(name="layers")(nn.Dense(100)(x), None)[0]
+        x, shared = nn.Dense(100)(x), nn.Dense(100, name="shared")
+        for _ in range(3):
+            x = nn.relu(shared(x))
+        return x
+
+
+def test_layers_of_a_scan_and_shared_ones_read_the_activation_before_most_of_them():
+    plan = vs.schemes.critical()(Repeated(), X)
+    assert 100 * plan["layers/Dense_0/kernel"].std ** 2 == pytest.approx(2)
+    assert 100 * plan["shared/kernel"].std ** 2 == pytest.approx(2)

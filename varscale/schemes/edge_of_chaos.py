@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import math
 from collections.abc import Callable
 from typing import Any
@@ -87,8 +88,10 @@ def critical(
             start = point(use.after, path).q - bias_variance
             variance = start if start > 0 else 1.0
             return Choice(spread(distribution, math.sqrt(variance / use.fan_in)), f"E[y²] = {variance + bias_variance:.4g}")
-        found = point(use.before, path)
-        why = f"χ = 1 of {use.before or 'the identity'}: σw² = {found.weight_variance:.5g}, q* = {found.q:.4g}"
+        reads = collections.Counter(each.before for each in subject.uses.uses if each.reduction_axes)
+        before = reads.most_common(1)[0][0]  # of a kernel with several uses, what most of them read
+        found = point(before, path)
+        why = f"χ = 1 of {before or 'the identity'}: σw² = {found.weight_variance:.5g}, q* = {found.q:.4g}"
         why += "" if found.stable else ", which repels"
         return Choice(spread(distribution, math.sqrt(found.weight_variance / use.fan_in)), why)
 

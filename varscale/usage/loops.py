@@ -51,7 +51,7 @@ def _next(walk: Walk, before: Value, after: Value, var: Any) -> Value:
         return state
     return walk.input(
         var.aval.shape, axes=state.axes, sources=state.sources, maps=state.maps, embedded=state.embedded, depth=before.depth,
-        stream=state.stream,
+        stream=state.stream, functions=state.functions, function_scale=state.function_scale,
     )  # fmt: skip
 
 
