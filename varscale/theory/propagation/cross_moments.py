@@ -6,6 +6,7 @@ E[y_p z_q] = Σ A_pi B_qj E[x_i x'_j] (`domain.axis_maps`): of means, slices, sp
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -15,17 +16,9 @@ from typing import NamedTuple
 import numpy as np
 
 from varscale.theory.domain.axes import Axis, apply_axis, averaging, join
-from varscale.theory.domain.axis_maps import (
-    AxisMap,
-    class_counts,
-    entry_map,
-    identity_map,
-    pair_counts,
-    split_axis,
-)
+from varscale.theory.domain.axis_maps import class_counts, entry_map, identity_map, pair_counts, split_axis
 from varscale.theory.domain.tables import (
     Axes,
-    by_type,
     full_along,
     full_types,
     lift,
@@ -159,7 +152,8 @@ def _terms(x: View, y: View, frame: tuple[Axis, ...]) -> np.ndarray | None:
         *weights, offset = node.params[1] or (1.0, 0.0)
     else:
         return None
-    out = offset * by_type(y.mean(frame), frame, second=True) if offset else np.zeros(())
+    shift = np.full((1,) * len(frame), offset)
+    out = means_by_type(shift, frame, y.mean(frame)) if offset else shift
     for c, term in zip(weights, node.args, strict=True):
         found = pair(term.within(x.bind), y, frame)
         out = out + c * found.moment
@@ -379,5 +373,5 @@ def cross_by_kind_of_axis_mapped(node: AxisMapped, a: View, b: View, frame: Axes
     if own.out.size != own.inner.size:
         return None
     axis, found = frame[place], cross(View(node.args[0].node, a.bind), b, frame)
-    counts = pair_counts(AxisMap(own.matrix, axis, axis), identity_map(axis))
+    counts = pair_counts(dataclasses.replace(own, out=axis, inner=axis), identity_map(axis))
     return apply_axis(full_along(found, place, axis), place, counts)

@@ -133,8 +133,13 @@ def mark_average(f: Sequence[View], scale: View, frame: Sequence[Axis]) -> None:
         scale.node.graph.flag("assumed", min((abs(power) + power**2 / 2) * varied, UNKNOWN))
 
 
-def mark_sums(own: Sequence[View]) -> None:
-    """Flag roots made of one array, one a sum that is not Gaussian: (relu a + relu b)·a is of no jointly Gaussian pair."""
+def mark_roots(own: Sequence[View]) -> None:
+    """Flag roots of a product that are not jointly Gaussian, or have one weight in them.
+
+    Roots made of one array, one a sum that is not Gaussian: of (relu a + relu b)·a. Roots that one weight makes, or is: of
+    u = Σ w x over n terms, E[w² u²] is (1 + 2/n) E[w²] E[u²]; so it is of two sums whose inputs are alike by chance: their
+    correlation is 0 on average, its square 1/n.
+    """
     inside = {
         x: set(roots_of(*(term.within(x.bind) for term in x.node.args)))
         for x in own
@@ -146,6 +151,11 @@ def mark_sums(own: Sequence[View]) -> None:
     for x, terms in inside.items():
         if any(terms & inside.get(y, {y}) for y in own if y != x):
             x.node.graph.flag("assumed", ROUGH)
+    seen: dict[Node, View] = {}
+    for view in (v for v in own if not v.node.moves):  # parts of what one packed kernel makes
+        other = seen.setdefault(weight_of(view.node) or view.node, view)
+        if other.node is not view.node:
+            view.node.graph.flag("assumed", 2 / min(x.node.width or math.inf for x in (view, other)))
 
 
 def mark_depthwise(f: View, g: View) -> None:
@@ -162,27 +172,6 @@ def mark_depthwise(f: View, g: View) -> None:
             alone = channel is not None and x.axes[channel].size == live[0].params.groups
             if alone and dependent(one.node, x) and not one.node.deps & w.deps:
                 unsure(one.node.graph, "assumed", LOOSE)
-
-
-def mark_weights(own: Sequence[View]) -> None:
-    """Flag roots that one weight makes, or is: of u = Σ w x over n terms, E[w² u²] is (1 + 2/n) E[w²] E[u²].
-
-    So it is of two sums whose inputs are alike in nothing but chance: their correlation is 0 on average, its square 1/n.
-    """
-    seen: dict[Node, View] = {}
-    for view in (v for v in own if not v.node.moves):  # parts of what one packed kernel makes
-        other = seen.setdefault(weight_of(view.node) or view.node, view)
-        if other.node is not view.node:
-            terms = min(x.node.width or math.inf for x in (view, other))
-            view.node.graph.flag("assumed", 2 / terms)
-
-
-def refuse_two_places(views: Sequence[View]) -> None:
-    """Refuse a function of x_i and x_j over all i and j: where i = j all units are at once, which no correlation says."""
-    seen: dict[Node, View] = {}
-    for view in views:
-        if not isinstance(view.node, Array | Constant) and seen.setdefault(view.node, view) != view:
-            raise NotImplementedError("a function of one array at two places of an axis")
 
 
 @functools.singledispatch

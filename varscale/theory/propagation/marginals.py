@@ -1,13 +1,10 @@
 """Moments of elementwise functions of jointly Gaussian (or Gaussian-copula) roots.
 
-A root is a monotone function T of a standard normal: m + s·z where it is Gaussian, a quantile function where it is not
-(random bits, known numbers, positive averages, sums of few things). A function of one root needs its Hermite coefficients a_k
-in z once; then every type of index pair with latent correlation ρ costs one polynomial, E[f(x_i) g(x_j)] = Σ a_k b_k ρ^k
-(`hermite_series`). Functions of several roots factor into independent groups; what does not factor is integrated by
-quasi-Monte Carlo.
-
-That the normals behind roots which are not Gaussian are JOINTLY normal, with the correlations that give the roots theirs, is
-an assumption: the Gaussian copula, as Nataf (1962) takes it. Two moments then say all; nothing is assumed of Gaussian roots.
+A root is a monotone function T of a standard normal: m + s·z where it is Gaussian, a quantile function where it is not (random
+bits, known numbers, positive averages, sums of few things). A function of one root needs its Hermite coefficients a_k in z
+once; then every type of index pair with latent correlation ρ costs one polynomial, E[f(x_i) g(x_j)] = Σ a_k b_k ρ^k
+(`hermite_series`). That the normals behind roots which are not Gaussian are JOINTLY normal, with the correlations that give the
+roots theirs, is an assumption: the Gaussian copula, as Nataf (1962) takes it. Nothing is assumed of Gaussian roots.
 """
 
 from __future__ import annotations
@@ -20,15 +17,7 @@ import numpy as np
 from scipy import special
 
 from varscale.theory.domain.axes import contract_axis
-from varscale.theory.domain.tables import (
-    NEGLIGIBLE,
-    NEXT_ORDER,
-    Axes,
-    Table,
-    by_type,
-    full_types,
-    means_by_type,
-)
+from varscale.theory.domain.tables import NEGLIGIBLE, NEXT_ORDER, Axes, Table, by_type, means_by_type
 from varscale.theory.graph.expressions import Apply, Mean, Sum, connected, factors, form, roots, roots_of
 from varscale.theory.graph.linear_nodes import Rearranged
 from varscale.theory.graph.nodes import Array, Constant, Graph, Leaf, Node, View
@@ -66,7 +55,7 @@ class Marginal:
             scale, values = np.sqrt(np.log1p(np.square(scale / table.mean))), None
             covariance = np.log1p(np.maximum(covariance / table.outer, -1 + 1e-15))
         lines = [None if values is None else by_type(values @ HERMITE, axes, second=s) for s in (False, True)]
-        rho = np.array(full_types(_behind(covariance, means_by_type(scale, axes), lines), axes))
+        rho = np.array(_behind(covariance, means_by_type(scale, axes), lines))
         rho[tuple(slice(0, a.classes) for a in axes)] = 1.0
         return rho
 
@@ -79,9 +68,8 @@ class Marginal:
     @functools.cached_property
     def values(self) -> np.ndarray:
         """On the normal grid, (classes..., points)."""
-        return (
-            self.mean[..., None] + self.deviation[..., None] * Z if self.quantiles is None else self.quantiles
-        )
+        line = self.mean[..., None] + self.deviation[..., None] * Z
+        return line if self.quantiles is None else self.quantiles
 
 
 @once_per_node

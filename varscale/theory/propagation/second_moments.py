@@ -31,14 +31,7 @@ from varscale.theory.graph.nodes import UNKNOWN, Array, Node, View, cross_by_kin
 from varscale.theory.graph.store import Fact
 from varscale.theory.integrals.hermite_series import WEIGHTS, Series, Z, mehler, on_grid, sobol
 from varscale.theory.propagation.cross_moments import cross_covariance, dependent, pair
-from varscale.theory.propagation.doubts import (
-    mark_average,
-    mark_depthwise,
-    mark_sums,
-    mark_undefined,
-    mark_weights,
-    refuse_two_places,
-)
+from varscale.theory.propagation.doubts import mark_average, mark_depthwise, mark_roots, mark_undefined
 from varscale.theory.propagation.marginals import (
     Environment,
     at_means,
@@ -57,6 +50,7 @@ from varscale.theory.propagation.token_gram import gained_in_common
 
 MOST_VARIABLES = 5  # roots of one cubature: points in twice as many dimensions are too few for more
 _MOST_INTEGRALS = 8000  # of one function, some milliseconds each; with more its module is drawn
+INTEGRATED: Fact[Hashable, tuple[np.ndarray, Series]] = Fact()  # functions of one root, by form
 _Follower = tuple[View, np.ndarray]  # what known numbers go with, and they on the normal grid of that
 
 
@@ -84,20 +78,13 @@ def _followers(variables: Sequence[View], frame: Axes) -> dict[View, _Follower]:
 def _groups(f: list[View], g: list[View], frame: Axes) -> tuple[list[_Group], Environment]:
     """Sort factors into independent groups; concentrated roots that depend on the others become their means."""
     reads, variables = {x: roots_of(x) for x in (*f, *g)}, roots_of(*f, *g)
-    mark_sums(variables)
-    mark_weights(variables)
+    mark_roots(variables)
     rest = [v for v in variables if not concentrated(v.node)]
+    joined = {v for own in reads.values() if len(own) > 1 for v in own}
     # A norm's own scale: mean(x²)·s(v)² at v = mean(x²) is an identity: the mean is right, and not E[s²].
-    scales = (v for v in variables if v not in rest and rest)
-    fixed = at_means(
-        [
-            v
-            for v in scales
-            if any(own != [v] for own in reads.values() if v in own)
-            or any(v.node.deps & r.node.deps for r in rest)
-        ],
-        frame,
-    )
+    scales = (v for v in variables if v not in rest)
+    held = (v for v in scales if v in joined or any(v.node.deps & r.node.deps for r in rest))
+    fixed = at_means(held if rest else (), frame)
     followers = _followers([v for v in variables if v not in fixed], frame)
     variables = [v for v in variables if v not in fixed and v not in followers]
     together = {
@@ -247,13 +234,18 @@ def _cubature(group: _Group, frame: Axes, fixed: Environment) -> tuple[np.ndarra
     return mean, second
 
 
-INTEGRATED: Fact[Hashable, tuple[np.ndarray, Series]] = Fact()  # functions of one root, by form
-
-
 @cross_by_kind.register(Apply)
 def cross_by_kind_of_apply(node: Apply, a: View, b: View, frame: Axes) -> np.ndarray:
     """By the joint law of the roots of elementwise functions."""
     return product_second(a, b, frame)
+
+
+def refuse_two_places(views: Sequence[View]) -> None:
+    """Refuse a function of x_i and x_j over all i and j: where i = j all units are at once, which no correlation says."""
+    seen: dict[Node, View] = {}
+    for view in views:
+        if not isinstance(view.node, Array) and seen.setdefault(view.node, view) != view:
+            raise NotImplementedError("a function of one array at two places of an axis")
 
 
 @second_moments.register(Sum)

@@ -28,20 +28,13 @@ from scipy.special import ndtri
 
 from varscale.theory.domain.axes import averaging
 from varscale.theory.graph.convolutions import Conv, Dims, WindowSum
-from varscale.theory.graph.expressions import Apply, roots
+from varscale.theory.graph.expressions import roots
 from varscale.theory.graph.linear_nodes import applied_weights
 from varscale.theory.graph.nodes import Node
 from varscale.theory.graph.store import once_per_node
 from varscale.theory.integrals.hermite_series import Z
 from varscale.theory.propagation.fourth_moments import fresh, origin
-from varscale.theory.propagation.inherited_fluctuations import (
-    SCALE_STEP,
-    Spread,
-    combine,
-    inherited,
-    kernel,
-    shared,
-)
+from varscale.theory.propagation.inherited_fluctuations import SCALE_STEP, Spread, combine, inherited, shared
 from varscale.theory.propagation.marginals import concentrated, evaluate
 
 _CHANNELS, _POPULATION_SAMPLES = 2048, 4  # of a population
@@ -57,19 +50,12 @@ Places = frozenset[int]  # axes of a node that places are along
 
 
 class Channels(NamedTuple):
-    """The law of one channel, of one initialization a row and one sample a column.
+    """The law of one channel, of one initialization a row and one sample a column."""
 
-    Attributes:
-        mean: its mean over places, m.
-        square: its mean square over places, m² + s².
-        units: how many channels there are.
-        read: what of the covariance of (K, C) of one channel comes with the channels that it reads.
-    """
-
-    mean: Float[np.ndarray, "channels samples"]
-    square: Float[np.ndarray, "channels samples"]
-    units: int
-    read: Float[np.ndarray, "2 2"]
+    mean: Float[np.ndarray, "channels samples"]  # over places, m
+    square: Float[np.ndarray, "channels samples"]  # its mean over places, m² + s²
+    units: int  # how many channels there are
+    read: Float[np.ndarray, "2 2"]  # the covariance of (K, C) of one channel that comes with those it reads
 
     @property
     def own(self) -> Float[np.ndarray, "channels samples"]:
@@ -93,19 +79,12 @@ class Channels(NamedTuple):
 
 
 class Shared(NamedTuple):
-    """How the common part of a node fluctuates.
+    """How the common part of a node fluctuates."""
 
-    Attributes:
-        inherited: what its inputs hand on to ln C.
-        sources: coefficients of what its own channels add.
-        scatter: relative variance of K that its own channels add; None where they are normal, or not known.
-        channels: what it makes of them; None where their law is not known.
-    """
-
-    inherited: Spread
-    sources: dict[Hashable, float]
-    scatter: float | None = None
-    channels: Channels | None = None
+    inherited: Spread  # what its inputs hand on to ln C
+    sources: dict[Hashable, float]  # coefficients of what its own channels add
+    scatter: float | None = None  # relative variance of K that these add; None: they are normal, or not known
+    channels: Channels | None = None  # what it makes of them; None: their law is not known
 
 
 def of_an_average(node: Node, whole: Spread) -> Spread:
@@ -161,8 +140,7 @@ def _own_places(root: Node) -> Places:
 def _root(node: Node, places: Places) -> tuple[Node, Places]:
     """The one root of a function, and which of its axes these places are; the node itself where it has not just one."""
     own = roots(node)
-    one = isinstance(node, Apply) and len(own) == 1 and places <= {*own[0].bind}
-    if not one or concentrated(own[0].node):
+    if len(own) != 1 or not places <= {*own[0].bind} or concentrated(own[0].node):
         return node, places
     return own[0].node, frozenset(k for k, b in enumerate(own[0].bind) if b in places)
 
@@ -206,7 +184,10 @@ def common_part(node: Node, places: Places) -> Shared:
         return Shared(inherited(node), {origin(node): math.sqrt(fresh(node, range(len(node.axes))))})
     read, averaged = common_part(*below), _averaged(root) is not None
     made, (jacobian, hessian) = _made(node, root, channels), _answer(node, root, channels)
-    levels = kernel(root), combine([(1.0, read.inherited), (0.0 if averaged else 1.0, Spread(read.sources))])
+    levels = (
+        inherited(root),
+        combine([(1.0, read.inherited), (0.0 if averaged else 1.0, Spread(read.sources))]),
+    )
     handed = combine(list(zip(jacobian[1], levels, strict=True)))
     together = np.array([[shared(a.sources, b.sources) for b in levels] for a in levels])
     shift, bend = handed.shift + float(np.sum(hessian * together) / 2), handed.bend

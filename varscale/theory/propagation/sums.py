@@ -75,9 +75,8 @@ def quantiles_of_sum(root: Sum, table: Table, deviation: np.ndarray) -> np.ndarr
             if len(own) > 1:
                 values, weights = _points([p.latent for p in group], own, root.axes, cell)
                 own = [_ordered(values.sum(axis=0), weights)]
-            line = _ordered(
-                np.add.outer(line[coarse], own[0][coarse]).ravel(), pairs
-            )  # independent, tails included
+            # Of independent groups, tails included.
+            line = _ordered(np.add.outer(line[coarse], own[0][coarse]).ravel(), pairs)
         mean = WEIGHTS @ line
         std = math.sqrt(max(WEIGHTS @ line**2 - mean**2, 1e-300))
         shapes[cell if len(cells) > 1 else ...] = (line - mean) / std

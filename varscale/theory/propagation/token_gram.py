@@ -1,20 +1,17 @@
 """How much the overlap of two tokens fluctuates: 1 over the number of directions they differ in; and what products gain by it.
 
 The overlap o = mean over features of x_k·x_k' of two tokens, less what any two share, has mean zero; relative to what one token
-has of its own, V = E[o²]. For white tokens of D features V = 1/D. An overlap is a weighted sum of others and what is its own,
-independent of them, so that what any two have in common is known: a layer that mixes features keeps it and adds 1/D of its own;
-an activation keeps the linear part (Price's theorem); branches of a stream, all functions of it, add up as o = Σ w o_i;
-attention adds most (`rules.attention`). To leading order in V, for Gaussian features and tokens alike.
+has of its own, V = E[o²], 1/D for white tokens of D features. An overlap is a weighted sum of others and what is its own,
+independent of them: a layer that mixes features keeps it and adds 1/D; an activation keeps the linear part (Price's theorem);
+branches of a stream add up as o = Σ w o_i; attention adds most (`rules.attention`). To leading order in V, of Gaussian tokens.
 
-Products of uncorrelated arrays that are made of the same tokens, or by the same weights, are not independent. Given what both
-were made of, S, entries of x at the tokens a and b have the covariance E[x_a x_b] + (own part of x) o_ab, and those of y
-likewise with the same o, so that
+Products of uncorrelated arrays made of the same tokens, or by the same weights, are not independent. Given what both were made
+of, entries of x at the tokens a and b have the covariance E[x_a x_b] + (own part of x) o_ab, of y likewise with the same o:
 
-    E[x_a y_a x_b y_b] = E[x_a x_b] E[y_a y_b] + V (own part of x) (own part of y),    a ≠ b:
+    E[x_a y_a x_b y_b] = E[x_a x_b] E[y_a y_b] + V (own part of x) (own part of y),    a ≠ b.
 
-of gated units, say; and a sum over tokens gains it for each pair of them. That is kᵀv of linear attention, where S is the
-sequence and V one over its features, and (x W)(y W)ᵀ, where S is W and tokens are its columns. It is of order n²V against n for
-the rest. What a token's own squared norm varies by, 2V, is left out.
+Gated units gain it, and sums over tokens for each pair of them: kᵀv of linear attention, (x W)(y W)ᵀ. It is of order n²V
+against n for the rest. What a token's own squared norm varies by, 2V, is left out.
 """
 
 from __future__ import annotations
@@ -40,7 +37,6 @@ from varscale.theory.graph.linear_nodes import (
     Take,
     applied_weights,
     axes_before,
-    weight_of,
 )
 from varscale.theory.graph.nodes import Array, Constant, Node, View
 from varscale.theory.graph.normal_form import derivative
@@ -49,6 +45,7 @@ from varscale.theory.propagation.marginals import concentrated, independent_fact
 from varscale.theory.propagation.sampler import evenly
 
 _MOST_TOKENS, _MOST_OTHERS = 128, 16  # given tokens that are compared with each other, and how often
+_MIXTURES: Fact[Tokens, Mixture] = Fact()
 
 
 class Tokens(NamedTuple):
@@ -105,10 +102,7 @@ def covariance(x: Tokens, y: Tokens) -> float:
 
 @once_per_node
 def _shared_with_earlier(node: Node, later: Tokens, other: Tokens) -> float:
-    """What is the later one's own the other cannot have: it is what the later one's sources have in common with the other.
-
-    Where both are given it is measured over pairs of tokens.
-    """
+    """What the later one's sources have in common with the other, which lacks its own; of given ones measured over pairs."""
     if is_known_array(node):
         first, second = _measured(later), _measured(other)
         return float(np.mean(first * second)) if first.shape == second.shape else 0.0
@@ -174,9 +168,6 @@ def own_beyond_pairs(second: np.ndarray, axes: Sequence[Axis], tokens: Sequence[
     return float(own @ full_types(second, axes).ravel()) * n / max(n - 1, 1)
 
 
-_MIXTURES: Fact[Tokens, Mixture] = Fact()
-
-
 def mixture(x: Tokens) -> Mixture:
     """Tokens that these are made of, and how their overlap is made of theirs; of given ones, none."""
     return _MIXTURES.once(x.node.graph, x, lambda: _made_of(x) or white(x))
@@ -210,7 +201,7 @@ def _made_of(x: Tokens) -> Mixture | None:
             parts = zip(node.args, node.params[1], strict=True)
             sizes = {v: n for v, n in parts if not isinstance(v.node, Constant)}
             return Mixture([tokens_of(max(sizes, key=sizes.__getitem__), *x[1:])], [1.0]) if sizes else None
-        case Conv() if weight_of(node) is not None:
+        case Conv() if applied_weights(node):
             return Mixture(variance=1 / x.count + patch_overlap(node))
         case Sum():
             return _of_a_sum(x, node)
@@ -276,10 +267,7 @@ def _of_a_function(x: Tokens, node: Apply) -> Mixture | None:
 
 
 def _repeated(x: Tokens, node: Gather) -> Mixture | None:
-    """Rows of a table: two tokens are the same row at the rate at which indices of their classes repeat.
-
-    Tokens count by what each has of its own that others of its class have not: paddings have nothing.
-    """
+    """Rows of a table, the same at the rate at which indices repeat; a token counts by what others of its class have not."""
     axes, rates, along = node.indexed, node.rates(), [k in x.tokens for k in node.params.index_axes]
     if not any(along):
         return None
@@ -341,14 +329,10 @@ def gained_in_common(node: Apply) -> np.ndarray | float:
 
 
 def _doubt_lengths(f: View, g: View) -> None:
-    """A given factor, or a projection of given tokens, and one made of the same: how large they are may go together.
-
-    A projection has the mean square |x_a|²/D of what it projects. E[f² g²] is off by as much as |x_a|² varies, for all that is
-    known of the other.
-    """
+    """A given factor or a projection of given tokens x, and one made of the same: E[f² g²] may be off as |x_a|² varies."""
     for own, other in ((f, g), (g, f)):
-        weight = weight_of(own.node) if isinstance(own.node, Contract) else None
-        given = own.node if weight is None else next(v.node for v in own.node.args if v.node is not weight)
+        applied = applied_weights(own.node) if isinstance(own.node, Contract) else ()
+        given = next((weights.x.node for weights in applied), own.node)
         values = numbers(given) if is_known_array(given) and given.deps & other.node.deps else None
         if values is not None and not is_known_array(other.node):
             squares = np.square(values.astype(float)).mean(axis=-1)
