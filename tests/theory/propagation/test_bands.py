@@ -118,3 +118,22 @@ def test_dropout_and_a_function(rate):
 
     squares = np.asarray(jax.lax.map(jax.jit(one), jax.random.split(jax.random.key(0), 300)))
     assert inside(row.band, squares) > 0.95
+
+
+def test_a_mean_that_is_added_centres_nothing():
+    """A norm of h + 3 mean(y) leaves the mean, which all tokens share: its sign decides how many units ReLU lets through."""
+
+    class Context(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            shared = nn.Dense(16, **NORMAL)(x).mean(axis=1, keepdims=True)
+            z = nn.RMSNorm(epsilon=0.0, use_scale=False)(nn.Dense(16, **NORMAL)(x) + 3 * shared)
+            return nn.Dense(64, **NORMAL)(nn.relu(z))
+
+    rng = np.random.default_rng(0)
+    x, w, v = (rng.standard_normal((2000, *shape)) for shape in ((32, 16), (16, 16), (16, 16)))
+    tokens = (x @ w).reshape(2000, 4, 8, 16) + 3 * (x @ v).reshape(2000, 4, 8, 16).mean(axis=2, keepdims=True)
+    kept = np.maximum(tokens / np.sqrt(np.mean(tokens**2, axis=-1, keepdims=True)), 0).reshape(2000, 32, 16)
+    samples = np.mean((kept @ rng.standard_normal((2000, 16, 64)) / 4) ** 2, axis=(1, 2))
+    row = vs.predict(Context(), jax.ShapeDtypeStruct((4, 8, 16), jnp.float32), backward=False).output
+    assert 0.97 < inside(row.band, samples) < 0.9999

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import math
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -67,7 +68,10 @@ class Sum(Node):
         return list(zip(self.params, self.args, strict=True))
 
     def prepare(self) -> None:
-        self.is_centred = any(view.node.averages for view in self.args)
+        pairs = itertools.permutations(self.terms, 2)
+        self.is_centred = any(
+            y.node.averages and alike(c, -d) and x.node.deps == y.node.deps for (c, x), (d, y) in pairs
+        )
         self.odd = functools.reduce(lambda bits, view: bits & view.node.odd, self.args, -1)
         self.positive = all(c >= 0 for c in self.params) and all(v.node.positive for v in self.args)
 

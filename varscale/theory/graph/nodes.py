@@ -73,7 +73,7 @@ class Node(Marked):
     shares = False  # shares that add up to 1, positive but no norm's scale
     width: float | None = None  # terms in each sum of a linear map of two arguments, the second often weights
     reduced: tuple[int, ...] = ()  # the axes of its argument that it does not have
-    is_centred = False  # an array less its own mean over some axes: a sum, a mean among its terms
+    is_centred = False  # an array less a mean of what it is made of, too: a sum of which that is a term
     is_variance = False  # mean(x²) − mean(x)², which no rounding makes negative here
     is_input = False  # of the model; other leaves belong to one initialization
     is_bits = False  # random bits, which have no gradient
