@@ -123,13 +123,13 @@ def _largest_correlation(a: View, b: View) -> float:
     return bound
 
 
-Strategy = Callable[[View, View, tuple[Axis, ...]], np.ndarray | None]
+Strategy = Callable[[View, View, Axes], np.ndarray | None]
 
 
 def _either_way(work: Strategy) -> Strategy:
     """A strategy that opens its first argument, for both: the node that is further from the leaves is opened first."""
 
-    def opened(a: View, b: View, frame: tuple[Axis, ...]) -> np.ndarray | None:
+    def opened(a: View, b: View, frame: Axes) -> np.ndarray | None:
         for x, y in sorted(((a, b), (b, a)), key=lambda pair: (-pair[0].node.depth, -pair[0].node.id)):
             if (out := work(x, y, frame)) is not None:
                 return out if x is a else swapped(out, frame)
@@ -138,12 +138,12 @@ def _either_way(work: Strategy) -> Strategy:
     return opened
 
 
-def _permuted(a: View, b: View, frame: tuple[Axis, ...]) -> np.ndarray | None:
+def _permuted(a: View, b: View, frame: Axes) -> np.ndarray | None:
     x, y = (v.node.args[0].within(v.bind) if isinstance(v.node, Permute) else v for v in (a, b))
     return None if (x, y) == (a, b) else cross(x, y, frame)
 
 
-def _terms(x: View, y: View, frame: tuple[Axis, ...]) -> np.ndarray | None:
+def _terms(x: View, y: View, frame: Axes) -> np.ndarray | None:
     """A sum is not opened against a function of it or of what is made of it; a term's doubt weighs what the term does in it."""
     node, read = x.node, roots(y.node) if isinstance(y.node, Apply) else ()
     if isinstance(node, Sum) and all(root.node.depth < node.depth for root in read):
@@ -163,13 +163,13 @@ def _terms(x: View, y: View, frame: tuple[Axis, ...]) -> np.ndarray | None:
     return out
 
 
-def _average_against_function(x: View, y: View, frame: tuple[Axis, ...]) -> np.ndarray | None:
+def _average_against_function(x: View, y: View, frame: Axes) -> np.ndarray | None:
     """An average of a function of x against a function of x: by projection, which needs no law of the average."""
     known = isinstance(x.node, Mean | WindowSum) and isinstance(y.node, Apply)
     return cross_by_kind(x.node, x, y, frame) if known else None
 
 
-def _functions(a: View, b: View, frame: tuple[Axis, ...]) -> np.ndarray | None:
+def _functions(a: View, b: View, frame: Axes) -> np.ndarray | None:
     node = next((view.node for view in (a, b) if isinstance(view.node, Apply)), None)
     return None if node is None else cross_by_kind(node, a, b, frame)
 
@@ -218,7 +218,7 @@ def cross_by_kind_of_take(node: Take, a: View, b: View, frame: Axes) -> np.ndarr
     return _read_together(x, mine, y, theirs, frame) if alike else None
 
 
-def _same_node(a: View, b: View, frame: tuple[Axis, ...]) -> np.ndarray | None:
+def _same_node(a: View, b: View, frame: Axes) -> np.ndarray | None:
     """One node with its axes in two places: along those its indices are unrelated, equal one time in n, if of one class."""
     if a.node is not b.node:
         return None
@@ -249,7 +249,7 @@ STRATEGIES: dict[str, Strategy] = {
 def _opened(view: View) -> tuple[View, list[Reading]]:
     """What is averaged or was sliced, −1 for the places of the axes that are, and these."""
     source, bind, node = view.node.args[0].node, list(view.bind), view.node
-    read = [Reading(k, None, (0, source.axes[k].size, 1)) for k in node.reduced]
+    read = _all_entries(source.whole, node.reduced, averaged=node.reduced)
     if isinstance(node, Take):
         k, *span = node.params
         read = [Reading(k, bind.pop(k) if len(source.axes) == len(bind) else None, tuple(span))]

@@ -1,8 +1,7 @@
 """Detectors: what the rules cannot see or leave out is flagged, by how much it may matter.
 
-They look for functions outside their domain and squares without an integral, where quadrature goes on with finite numbers; for
-factors of a product that are not as they are taken (averages and terms of the others, what one weight makes twice, depthwise
-convolutions); and for what merged axes forget of near places.
+They look for functions outside their domain and squares without an integral; for factors of a product that are not as they are
+taken (averages and terms of the others, one weight twice, depthwise convolutions); for what merged axes forget of near places.
 """
 
 from __future__ import annotations
@@ -14,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from varscale.theory.domain.axes import Axis, outer
-from varscale.theory.domain.tables import LOOSE, NEGLIGIBLE, ROUGH
+from varscale.theory.domain.axes import outer
+from varscale.theory.domain.tables import LOOSE, NEGLIGIBLE, ROUGH, Axes
 from varscale.theory.graph.convolutions import Conv
 from varscale.theory.graph.expressions import Apply, Mean, Sum, factors, roots, roots_of
 from varscale.theory.graph.linear_nodes import Concat, Merge, weight_of
@@ -96,7 +95,7 @@ def _within_domain(name: str, extra: tuple[Any, ...]) -> Callable[..., np.ndarra
     return at
 
 
-def _unresolved(values: np.ndarray, axes: Sequence[Axis]) -> float:
+def _unresolved(values: np.ndarray, axes: Axes) -> float:
     """Doubt of a mean square for which the thirds of the grid differ: the error of a jump is a third of that, a pole's all."""
     terms = over_classes(np.square(values), axes) * WEIGHTS
     thirds, whole = [3 * float(terms[i::3].sum()) for i in range(3)], float(terms.sum())
@@ -109,7 +108,7 @@ def _unresolved(values: np.ndarray, axes: Sequence[Axis]) -> float:
 _NORM = 0.1  # how far from −1 the logarithmic derivative of a norm's squared scale may be: its epsilon
 
 
-def mark_average(f: Sequence[View], scale: View, frame: Sequence[Axis]) -> None:
+def mark_average(f: Sequence[View], scale: View, frame: Axes) -> None:
     """Flag a product with a root that is held at its mean v and varies, unless a norm divides by it: mean(x²)/v is 1.
 
     With S = s² ∝ v^p, first order in Var[v] adds S′ Cov[g², v] + S″ E[g²] Var[v]/2 to E[g² s(v)²], relatively

@@ -277,14 +277,10 @@ def factored(rho: np.ndarray, graph: Graph, known: np.ndarray | None = None) -> 
 def scatter_of(node: Node) -> np.ndarray | None:
     """Variance over weights of the correlation of two entries, by type of pair; None where there is none.
 
-    Given the weights of a convolution, y_p and y_q have not the correlation of their inputs. It is off by
-
-        r = Σ w_t w_s / Σ w²   over the pairs of taps (t at p, s at q, t ≠ s) that read one input,
-
-    of mean 0 and variance N/(m (m + κ − 1)) where N pairs meet and a sum has m terms of kurtosis κ, times the square of the
-    part of the inputs' mean square that is not common to all places, and times 1 + excess/2 for inputs of an excess kurtosis.
-    A function with E[f f'] = S(ρ) gains S″(ρ)/2 times that variance: little for each pair of places, but places near one
-    another are what the mean over a picture is made of. Where a sum is over many channels as well it is small.
+    Given its weights, a convolution's y_p and y_q have the correlation of their inputs and Σ w_t w_s / Σ w² over the pairs of
+    taps (t at p, s at q, t ≠ s) that read one input, of mean 0 and variance N/(m (m + κ − 1)) where N pairs meet, a sum has m
+    terms of kurtosis κ, times the square of the part of the inputs' mean square that is not common to all places, times
+    1 + excess/2 for inputs of an excess kurtosis. A function with E[f f'] = S(ρ) gains S″(ρ)/2 times that variance.
     """
     return None
 

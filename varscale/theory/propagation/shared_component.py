@@ -1,18 +1,18 @@
 r"""What places share: how the part of a mean square that is common to all places differs from draw to draw.
 
 A channel of a convolution is, once its weights are drawn, m + v at every place: m common to all, v of variance s² and its own.
-Over places its mean square is K = E[m² + s²]; what an average over places keeps of it is C = E[m²], and that fluctuates more
-than K, from draw to draw, and otherwise. To first order, with F(K) = E[f²] and G(K, C) = E over channels of (E[f | m, s])²,
+Over places its mean square is K = E[m² + s²]; an average over places keeps C = E[m²] of it, which fluctuates more than K, and
+otherwise. To first order, with F(K) = E[f²] and G(K, C) = E over channels of (E[f | m, s])²,
 
     δln K′ = (∂ln F/∂ln K) δln K,   δln C′ = (∂ln G/∂ln K) δln K + (∂ln G/∂ln C) δln C,
 
 to which n channels add the covariance of (q_c, m_c²)/n, the mean square and the squared mean of one of them: where each reads
-few others (a depthwise convolution reads one), (m, s) of one channel is far from normal, and follows from that of those read.
-A sum or an average over places has a weighted mean of both fluctuations.
+few others (a depthwise convolution reads one), its (m, s) is far from normal, and follows from that of those read. A sum or an
+average over places has a weighted mean of both fluctuations.
 
 The law of one channel is a POPULATION, a few thousand drawn as the law says; m of different samples is jointly normal where
-many channels are read. Known of products with random weights, functions of one of them, and averages over places; what is
-made otherwise has its common part fluctuate as all of it.
+many are read. It is known of products with random weights, functions of one of them, and averages over places; else the common
+part fluctuates as all of it.
 """
 
 from __future__ import annotations
@@ -229,10 +229,8 @@ def _channels(root: Node, places: Places, x: Node, x_places: Places) -> Channels
         others = frozenset(range(len(root.axes))).difference(own)
         between = float(np.clip(_common(root, others) / max(common, 1e-300), 0.0, 1.0))
         # Standard normals, each column spread as evenly as a normal is.
-        columns, rng = (
-            (1 if between > _SHARED_BY_SAMPLES else _POPULATION_SAMPLES) + 2,
-            np.random.default_rng(0),
-        )
+        columns = 2 + (1 if between > _SHARED_BY_SAMPLES else _POPULATION_SAMPLES)
+        rng = np.random.default_rng(0)
         even = ndtri((np.arange(_CHANNELS) + 0.5) / _CHANNELS)
         drawn = np.stack([rng.permutation(even) for _ in range(columns)], axis=1)
         means = math.sqrt(between) * drawn[:, 1:2] + math.sqrt(1 - between) * drawn[:, 2:]

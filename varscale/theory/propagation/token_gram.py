@@ -24,8 +24,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from varscale.theory.domain.axes import Axis, averaging, contract_axes
-from varscale.theory.domain.tables import LEADING_ORDER, full_types, means_by_type
+from varscale.theory.domain.axes import averaging, contract_axes
+from varscale.theory.domain.tables import LEADING_ORDER, Axes, full_types, means_by_type
 from varscale.theory.graph.convolutions import Conv, by_dim, hits
 from varscale.theory.graph.expressions import Apply, Sum, roots
 from varscale.theory.graph.known_arrays import is_known_array, numbers
@@ -161,7 +161,7 @@ def own_part(x: Tokens) -> float:
     return own_beyond_pairs(x.node.table.second, x.node.axes, x.tokens)
 
 
-def own_beyond_pairs(second: np.ndarray, axes: Sequence[Axis], tokens: Sequence[int]) -> float:
+def own_beyond_pairs(second: np.ndarray, axes: Axes, tokens: Sequence[int]) -> float:
     """Second moments by type of one position of these axes, less those of two, averaged over all others."""
     n = math.prod(axes[k].size for k in tokens)
     own = averaging(tuple(axes)) - averaging(tuple(axes), free=frozenset(tokens))
@@ -347,12 +347,14 @@ def _along(f: View, g: View, k: int) -> float:
     return max(overlap_before(*sides), 0.0) if apart else 0.0
 
 
-def _own_parts(x: View, y: View, frame: Sequence[Axis], tokens: Collection[int]) -> np.ndarray:
+def _own_parts(x: View, y: View, frame: Axes, tokens: Collection[int]) -> np.ndarray:
     """By type, what a token has in common with itself that it has not with the other: of x times of y."""
-    seconds = [full_types(view.second(frame), frame) for view in (x, y)]
-    same = (contract_axes(second, {k: frame[k].same for k in tokens}) for second in seconds)
-    own = (np.expand_dims(s, tuple(sorted(tokens))) - t for s, t in zip(same, seconds, strict=True))
-    return np.multiply(*(np.maximum(part, 0.0) for part in own))
+    out = np.ones(())
+    for view in (x, y):
+        second = full_types(view.second(frame), frame)
+        same = contract_axes(second, {k: frame[k].same for k in tokens})
+        out = out * np.maximum(np.expand_dims(same, tuple(sorted(tokens))) - second, 0.0)
+    return out
 
 
 def _others(side: Tokens) -> int:
