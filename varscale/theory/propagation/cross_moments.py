@@ -334,13 +334,10 @@ def cross_by_kind_of_split(node: Split, a: View, b: View, frame: Axes) -> np.nda
         return None
     kept = [p for p in range(len(frame)) if p not in gone]
     place = {p: i for i, p in enumerate([*kept, gone[0]])}
-    views = [
-        View(
-            v.node.args[0].node if gone[0] in v.bind else v.node,
-            tuple(place[p] for p in v.bind if p in place),
-        )
-        for v in (a, b)
-    ]
+    views = []
+    for x, bind in (a, b):
+        source = x.args[0].node if gone[0] in bind else x
+        views.append(View(source, tuple(place[p] for p in bind if p in place)))
     wide = (*(frame[p] for p in kept), _axis_at(len(kept), views))
     factors = split_axis(wide[-1], node.params[1])
     table = np.take(full_types(cross(views[0], views[1], wide), wide), factors.types, axis=-1)

@@ -34,6 +34,7 @@ from varscale.theory.propagation.marginals import (
 
 UNBOUNDED = 1e9  # a doubt that stands for an infinite one, and can be multiplied by nothing
 _NEGLIGIBLE = 1e-6  # weight of places without a value: beyond 4.9 standard deviations there may be some
+_NORM = 0.1  # how far from −1 the logarithmic derivative of a norm's squared scale may be: its epsilon
 _RESOLVED_GRID, _LOST = 0.05, 0.3  # relative differences between a grid and each third of it
 
 # Of functions that have no value somewhere: where that is.
@@ -105,9 +106,6 @@ def _unresolved(values: np.ndarray, axes: Axes) -> float:
     return UNBOUNDED if apart > 2 * _LOST * whole else apart / 2 / 3 / whole
 
 
-_NORM = 0.1  # how far from −1 the logarithmic derivative of a norm's squared scale may be: its epsilon
-
-
 def mark_average(f: Sequence[View], scale: View, frame: Axes) -> None:
     """Flag a product with a root that is held at its mean v and varies, unless a norm divides by it: mean(x²)/v is 1.
 
@@ -120,9 +118,9 @@ def mark_average(f: Sequence[View], scale: View, frame: Axes) -> None:
         return
     of_scale = [x for x in f if roots_of(x) == [scale]]
     mixed = any(scale in roots_of(x) for x in f if x not in of_scale)
-    power, one = -1.0, [1] * len(frame)
+    power = -1.0
     if of_scale and not mixed:
-        env = {scale: table.total_mean * np.reshape([1 + NEGLIGIBLE, 1 - NEGLIGIBLE], (*one, 2))}
+        env = {scale: table.total_mean * np.reshape([1 + NEGLIGIBLE, 1 - NEGLIGIBLE], (*[1] * len(frame), 2))}
         sizes = [np.abs(evaluate(x, frame, env)).reshape(-1, 2).max(axis=0) for x in of_scale]
         up, down = np.log(np.maximum(np.prod(sizes, axis=0) ** 2, 1e-300))
         power = float(up - down) / (2 * NEGLIGIBLE)

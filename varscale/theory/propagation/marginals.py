@@ -174,9 +174,8 @@ def at_means(held: Iterable[View], frame: Axes) -> Environment:
 
 def along(view: View, frame: Axes, *live: View) -> np.ndarray:
     """A tree's values along the grids of some of its roots, the others held at their means. (classes or 1..., points or 1)."""
-    return np.asarray(
-        evaluate(view, frame, at_means([r for r in roots_of(view) if r not in live], frame)), float
-    )
+    held = at_means((r for r in roots_of(view) if r not in live), frame)
+    return np.asarray(evaluate(view, frame, held), float)
 
 
 def over_classes(line: np.ndarray, axes: Axes) -> np.ndarray:
@@ -227,7 +226,7 @@ def concentrated(root: Node) -> bool:
     if isinstance(root, Array | Leaf) or root.shares:
         return False
     mean, variance = root.table.total_mean, root.table.variance
-    scale = isinstance(root, Mean) or (isinstance(root, Sum) and root.is_variance)
+    scale = isinstance(root, Mean) or root.is_variance
     return mean != 0 and ((root.positive and scale) or variance < NEGLIGIBLE * mean**2)
 
 

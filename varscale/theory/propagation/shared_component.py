@@ -166,12 +166,9 @@ def _read_by(root: Node, places: Places) -> tuple[Node, Places] | None:
 
 def _shares_of_mean(node: Node, x: Node, places: Places) -> tuple[float, float]:
     """What of the mean square of a sum or mean over places is from a place and itself, and what from two of them."""
-    taps = (
-        1 / math.prod(x.axes[k].size for k in places)
-        if node.averages
-        else math.prod(window.taps for window in node.params.windows if window is not None)
-    )
-    share = min(x.table.mean_square * taps / max(node.table.mean_square, 1e-300), 1.0)
+    windows = () if node.averages else node.params.windows
+    taps = [w.taps for w in windows if w is not None] or [1 / x.axes[k].size for k in places]
+    share = min(x.table.mean_square * math.prod(taps) / max(node.table.mean_square, 1e-300), 1.0)
     return share, 1 - share
 
 
@@ -184,10 +181,7 @@ def common_part(node: Node, places: Places) -> Shared:
         return Shared(inherited(node), {origin(node): math.sqrt(fresh(node, range(len(node.axes))))})
     read, averaged = common_part(*below), _averaged(root) is not None
     made, (jacobian, hessian) = _made(node, root, channels), _answer(node, root, channels)
-    levels = (
-        inherited(root),
-        combine([(1.0, read.inherited), (0.0 if averaged else 1.0, Spread(read.sources))]),
-    )
+    levels = inherited(root), combine([(1.0, read.inherited), (1.0 - averaged, Spread(read.sources))])
     handed = combine(list(zip(jacobian[1], levels, strict=True)))
     together = np.array([[shared(a.sources, b.sources) for b in levels] for a in levels])
     shift, bend = handed.shift + float(np.sum(hessian * together) / 2), handed.bend

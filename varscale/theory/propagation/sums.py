@@ -16,7 +16,6 @@ from varscale.theory.graph.nodes import View
 from varscale.theory.integrals.hermite_series import POINTS, WEIGHTS, Z, on_grid, sobol
 from varscale.theory.propagation.cross_moments import cross_covariance, dependent
 from varscale.theory.propagation.marginals import (
-    Environment,
     along,
     concentrated,
     deviations,
@@ -130,9 +129,7 @@ def _shaping(view: View, axes: Axes) -> tuple[View, ...]:
     node = view.node
     own = roots_of(view)
     if len(own) == 1:
-        plain = (isinstance(node, Apply) and node.table.variance == 0) or (
-            own[0].node is node and marginal(node).gaussian
-        )
+        plain = node.table.variance == 0 if isinstance(node, Apply) else marginal(node).gaussian
         return () if plain else tuple(own)
     live = [r for r in own if not concentrated(r.node)]  # the scale of a norm is as good as a number
     if not 0 < len(live) <= _MOST_ROOTS:
@@ -155,7 +152,7 @@ def _term_on_grid(view: View, live: Sequence[View], axes: Axes) -> np.ndarray:
         return along(view, axes, *live) if live else gaussian
     lines = [on_grid(in_class(grid(root, axes), cell)) for root in live]
     values, weights = _points(live, lines, axes, cell)
-    env: Environment = {root: line.reshape(*one, -1) for root, line in zip(live, values, strict=True)}
+    env = {root: line.reshape(*one, -1) for root, line in zip(live, values, strict=True)}
     env |= {r: np.full((*one, 1), r.node.table.total_mean) for r in roots_of(view) if r not in live}
     drawn = np.broadcast_to(evaluate(view, axes, env).ravel(), weights.shape)
     return _ordered(drawn, weights).reshape(*one, -1)

@@ -62,10 +62,8 @@ class Tokens(NamedTuple):
 
     def before(self) -> Tokens:
         """The same tokens before their entries were moved: their axes reordered, put together, taken apart, or one cut."""
-        tokens, features = (
-            tuple(sorted({j for k in axes for j in axes_before(self.node, k)})) for axes in self[1:]
-        )
-        return Tokens(self.node.args[0].node, tokens, features)
+        own = (tuple(sorted({j for k in axes for j in axes_before(self.node, k)})) for axes in self[1:])
+        return Tokens(self.node.args[0].node, *own)
 
 
 class Mixture(NamedTuple):
@@ -79,9 +77,8 @@ class Mixture(NamedTuple):
 def tokens_of(view: View, tokens: Iterable[int], features: Iterable[int]) -> Tokens:
     """Tokens of a view over a frame, by the frame's axes."""
     place = {outer: k for k, outer in enumerate(view.bind)}
-    return Tokens(
-        view.node, *(tuple(sorted(place[k] for k in axes if k in place)) for axes in (tokens, features))
-    )
+    own = (tuple(sorted(place[k] for k in axes if k in place)) for axes in (tokens, features))
+    return Tokens(view.node, *own)
 
 
 def overlap(x: Tokens, y: Tokens | None = None) -> float:
@@ -293,9 +290,8 @@ def gained_by_sum(node: Contract, second: np.ndarray) -> np.ndarray | float:
     several = all(_others(side) > 0 for side in sides)
     tokens = {*summed, *(set(x.bind) & set(y.bind) if several else ())}
     gain = node.contract(overlap * _own_parts(x, y, node.frame, tokens))
-    whole, gained = (
-        float(averaging(node.axes) @ full_types(part, node.axes).ravel()) for part in (second, gain)
-    )
+    same = averaging(node.axes)
+    whole, gained = (float(same @ full_types(part, node.axes).ravel()) for part in (second, gain))
     share = gained / max(whole + gained, 1e-300)
     node.graph.flag("quadrature", LEADING_ORDER * share + 2 * overlap * (1 - share))
     return gain
