@@ -14,16 +14,7 @@ from varscale.theory.domain.tables import LEADING_ORDER, LOOSE, NEGLIGIBLE, NEXT
 from varscale.theory.graph.expressions import Apply, Mean, Sum, roots, weighted_sum
 from varscale.theory.graph.layout import Value
 from varscale.theory.graph.linear_nodes import Contract
-from varscale.theory.graph.nodes import (
-    UNKNOWN,
-    Array,
-    Constant,
-    Node,
-    View,
-    cross_by_kind,
-    pullback,
-    second_moments,
-)
+from varscale.theory.graph.nodes import UNKNOWN, Array, Node, View, cross_by_kind, pullback, second_moments
 from varscale.theory.graph.normal_form import affine, total
 from varscale.theory.graph.store import BackwardNotes, Fact, once_per_node
 from varscale.theory.integrals.hermite_series import WEIGHTS, Z
@@ -74,7 +65,7 @@ class Softmax(Node):
         self.positive, self.keys = True, self.axes[self.params]
         self.rows = [k for k in range(len(self.axes)) if k != self.params]
         self.row_axes, number = tuple(self.axes[k] for k in self.rows), self.keys.counts
-        masks = [view for view in self.args[1:2] if not isinstance(view.node, Constant)]
+        masks = [view for view in self.args[1:2] if isinstance(view.node, Array)]
         seen, shared = keys_seen(*masks[0], self.axes, self.params) if masks else (number, number)
         self.seen = np.broadcast_to(seen, [*(a.classes for a in self.row_axes), len(number)])
         self.shared = np.broadcast_to(shared, [*(a.types for a in self.row_axes), len(number)])
@@ -288,9 +279,8 @@ def softmax_of(interpreter: Context, top: Value, bottom: Value) -> Value | None:
 
 def _is_nearly_gaussian(node: Node) -> bool:
     """Whether logits are sums of products, or a function of one normal that is as good as linear (a soft cap, far out)."""
-    if all(
-        isinstance(v.node, Contract | Array) for v in (node.args if isinstance(node, Sum) else [node.whole])
-    ):
+    terms = node.args if isinstance(node, Sum) else [node.whole]
+    if all(isinstance(view.node, Contract | Array) for view in terms):
         return True
     live = [root for root in roots(node) if not concentrated(root.node)]
     if isinstance(node, Apply):
