@@ -227,7 +227,8 @@ class Calibrating(Interpreter):
         """Walk the program; of products that modules put out, note the rows as a prediction names them."""
         self._at = Where(Rows(scopes=False, equations=()))  # laws were read before
         captured = walked.captured(self)
-        for path, _, out in joined(self._at.rows.made, captured):
+        for row in joined(self._at.rows.made, captured):
+            out, path = row.value, row.path
             at, _ = self._bare.get(out.node.id, (None, out)) if isinstance(out, Value) else (None, out)
             for k in [] if at is None else self._alike[self._made[at]]:
                 if self.found[k].row is None:  # the modules around it come later

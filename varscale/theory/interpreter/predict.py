@@ -33,7 +33,7 @@ from varscale.theory.interpreter.parameters import (
     weights,
 )
 from varscale.theory.interpreter.rows import (
-    Found,
+    Made,
     Place,
     Rows,
     gradients_of,
@@ -104,16 +104,16 @@ def predict(
     scheme = applied(scheme, model, given, params=abstract(params), method=method)
     program = faces.program(model, method=method)
     equations = None if detail == "equations" else () if detail == "modules" else detail
-    report = _predicted(program, given, params, scheme, backward=backward, equations=equations)
+    report = _predicted(program, given, params, scheme, backward, equations)
     return report if draws is None else beside_draws(report, model, given, params, draws, method, scheme)
 
 
 class Trace(NamedTuple):
     """A traced function."""
 
-    jaxpr: Any  # its jaxpr
-    constants: Sequence[Any]  # values of the jaxpr's constants
-    shapes: Any  # shapes of its outputs, as a tree
+    jaxpr: Any
+    constants: Sequence[Any]
+    shapes: Any  # of its outputs, as a tree
 
 
 def traced(f: Callable[..., Any], *args: Any) -> Trace:
@@ -232,7 +232,6 @@ def _predicted(
     given: Inputs,
     params: Any,
     scheme: Any,
-    *,
     backward: bool,
     equations: Collection[str] | None,
 ) -> Report:
@@ -245,7 +244,7 @@ def _predicted(
         )
     scopes = program.init is None and program.parameters is None
 
-    def walk() -> list[Found]:
+    def walk() -> list[Made]:
         rows = Rows(scopes, equations)
         interpreter.place = Place(rows)
         captured = walked.captured(interpreter)
@@ -259,27 +258,26 @@ def _predicted(
     computing = forward.jaxpr.replace(eqns=live_equations(forward.jaxpr))  # not what draws its parameters
     uses = {of.path: of for of in uses_in(computing, forward.constants, [named[i] for i in walked.numbers])}
 
-    def report(found: list[Found]) -> Report:
+    def report(found: list[Made]) -> Report:
         laws = zip((path for path, _ in named), walked.values, strict=True)
-        gradients = (
-            {} if taps is None else gradients_of(interpreter, found, taps)
-        )  # like integrals are the first one's
+        # Gradients first: of integrals that are alike the first one asked for stands for all.
+        gradients = {} if taps is None else gradients_of(interpreter, found, taps)
         return with_gradients(summarize(interpreter, program, found, weights(laws, uses)), gradients)
 
     first, found = _settled(interpreter, walk, report)
     first = dataclasses.replace(first, notes=(*first.notes, *interpreter.regions.note))
-    rows = [x for _, of, x in found if of in (None, "scope") and isinstance(x, Value)]
-    if taps is None or all(x.constant is None for x in rows):
+    rows = [m.value for m in found if m.kind in ("module", "scope")]
+    if taps is None or not any(isinstance(x, Value) and x.constant is not None for x in rows):
         return first
     interpreter.nudged = True
-    return _settled(
-        interpreter, walk, lambda found: with_gradients(first, gradients_of(interpreter, found, taps))
-    )[0]
+    return _settled(interpreter, walk, lambda of: with_gradients(first, gradients_of(interpreter, of, taps)))[
+        0
+    ]
 
 
 def _settled(
-    interpreter: Interpreter, walk: Callable[[], list[Found]], report: Callable[[list[Found]], Report]
-) -> tuple[Report, list[Found]]:
+    interpreter: Interpreter, walk: Callable[[], list[Made]], report: Callable[[list[Made]], Report]
+) -> tuple[Report, list[Made]]:
     """The report of the first walk that asks for no further region, and what it found.
 
     A region is added, or refused, once, so there is one.

@@ -116,21 +116,18 @@ class Place:
                     self.rows.add(path, steps, name, env[var], f"[{j}]" if len(eqn.outvars) > 1 else "")
 
 
-Found = tuple[str, str | None, Any]  # a row: path, kind where it is no module's, value
-
-
-def joined(made: Sequence[Made], captured: Mapping[str, Mapping[str, Any]]) -> Iterator[Found]:
+def joined(made: Sequence[Made], captured: Mapping[str, Mapping[str, Any]]) -> Iterator[Made]:
     """Rows in execution order: what the walk made, and what it met no mark of (booleans, arrays of NumPy).
 
     `captured`: what the calls in the model's own trace returned, in execution order: call -> {row path: array}.
     """
     left = dict(captured)
-    for m in made:
+    for m in (*made, Made("", "", "module", None)):  # the model itself comes last
         if m.kind != "module" or not captured.get(m.call):
-            yield m.path, None if m.kind == "module" else m.kind, m.value
+            yield m
         while m.kind == "module" and m.call in left:
-            yield from ((path, None, value) for path, value in left.pop(next(iter(left))).items())
-    yield from ((path, None, value) for rows in left.values() for path, value in rows.items())
+            call = next(iter(left))
+            yield from (Made(call, path, "module", value) for path, value in left.pop(call).items())
 
 
 @dataclasses.dataclass(eq=False)
@@ -204,12 +201,12 @@ def _tapped(eqns: Sequence[Any], taps: dict[Any, Tap]) -> None:
 
 
 def summarize(
-    interpreter: Context, program: Program, found: Iterable[Found], weights: Mapping[str, Weight]
+    interpreter: Context, program: Program, made: Iterable[Made], weights: Mapping[str, Weight]
 ) -> Report:
     """The report of a walk, without gradients."""
-    kinds = {path: kind for path, kind, _ in found if kind}
+    kinds = {m.path: m.kind for m in made if m.kind != "module"}
     rows = []
-    for path, x in _arrays(interpreter, found).items():
+    for path, x in _arrays(interpreter, made).items():
         module = re.sub(r"(#\d+|@\d+|\[.*\]|\.\w+)+$", "", path)
         kind = kinds.get(path) or program.kinds.get(module, "array" if module else program.kind)
         rows.append(_row(path, kind, x))
@@ -227,14 +224,14 @@ def with_gradients(report: Report, gradients: Mapping[str, tuple[float, float]])
     return dataclasses.replace(report, rows=tuple(rows))
 
 
-def _arrays(interpreter: Context, found: Iterable[Found]) -> dict[str, Value]:
+def _arrays(interpreter: Context, made: Iterable[Made]) -> dict[str, Value]:
     """By row the array, whose moments are known from here on; of complex numbers it is the modulus that is measured."""
     out = {}
-    for path, _, x in found:
-        x = modulus(interpreter, x) if isinstance(x, Complex) else x
+    for m in made:
+        x = modulus(interpreter, m.value) if isinstance(m.value, Complex) else m.value
         if isinstance(x, Value) and math.prod(x.shape) > 0:
             _ = x.node.table
-            out[path] = x
+            out[m.path] = x
     return out
 
 
@@ -296,10 +293,10 @@ def _correlation_along(x: Value, dims: Iterable[Any]) -> float | None:
 
 
 def gradients_of(
-    interpreter: Context, found_rows: Iterable[Found], taps: Mapping[str, Tap]
+    interpreter: Context, made: Iterable[Made], taps: Mapping[str, Tap]
 ) -> dict[str, tuple[float, float]]:
     """Gradients at rows, and bounds on their relative errors; asks for a region where near places leave many in doubt."""
-    arrays = _arrays(interpreter, found_rows)
+    arrays = _arrays(interpreter, made)
     copies = {
         path: math.prod(a.size for dim in x.dims for a in dim if a.axis is None) for path, x in arrays.items()
     }
