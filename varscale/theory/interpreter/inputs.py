@@ -86,9 +86,7 @@ def _is_measured(x: Any) -> bool:
 
 def _is_same(x: Any, y: Any) -> bool:
     """Whether both are arrays of the same numbers, not descriptions of arrays or keys."""
-    if not (_is_measured(x) and _is_measured(y)):
-        return False
-    return x.shape == y.shape and x.dtype == y.dtype and np.array_equal(x, y)
+    return _is_measured(x) and _is_measured(y) and x.dtype == y.dtype and np.array_equal(x, y)
 
 
 def input_value(interpreter: Context, x: Any, name: str) -> Any:
@@ -105,16 +103,14 @@ def input_value(interpreter: Context, x: Any, name: str) -> Any:
     if is_key(x):
         key = jax.random.key(MODEL_SEED)
         return Opaque(x if isinstance(x, jax.Array) else jax.random.split(key, shape) if shape else key)
-    kind = np.dtype(x.dtype).kind if np.dtype(x.dtype).kind != "V" else "f"
+    kind = np.dtype(x.dtype).kind
     if kind == "c":
         # Of one that is only described, two parts that have E|x|² = 1 between them.
         both = [Moments(0.0, 0.5, shape=shape)] * 2 if described else [np.real(x), np.imag(x)]
         names = f"{name} (real part)", f"{name} (imaginary part)"
         return Complex(*(input_value(interpreter, part, of) for part, of in zip(both, names, strict=True)))
-    if described and kind == "b":
-        return full(graph, 1.0, shape)
-    if described and kind in "iu":
-        return unknown(interpreter, name, shape)
+    if described and kind in "biu":
+        return full(graph, 1.0, shape) if kind == "b" else unknown(interpreter, name, shape)
     if described:
         return input_leaf(interpreter, name, shape, independent(0.0, 1.0, axes), odd=True)
     numbers = known_or_real(interpreter, x, name)

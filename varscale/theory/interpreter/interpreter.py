@@ -26,7 +26,7 @@ from varscale.theory.domain.axes import Axis
 from varscale.theory.domain.tables import independent
 from varscale.theory.graph.expressions import roots_of
 from varscale.theory.graph.known_arrays import scales_samples
-from varscale.theory.graph.layout import Value, align, value, without_entries
+from varscale.theory.graph.layout import Value, align, renumbered, value, without_entries
 from varscale.theory.graph.linear_nodes import feeds_itself
 from varscale.theory.graph.nodes import UNKNOWN, Graph, leaf
 from varscale.theory.graph.normal_form import apply
@@ -211,7 +211,7 @@ class Interpreter:
         ):
             node.flagged, node.doubt = "assumed", UNKNOWN
         if not node.axes:
-            layout = tuple(tuple(a._replace(axis=None) for a in dim) for dim in layout)
+            layout = renumbered(layout, {})
         return Value(node, layout)
 
     def leaf(

@@ -291,16 +291,15 @@ def measured_law(numbers: np.ndarray, axes: tuple[Axis, ...]) -> Table:
     square, error = table.mean_square, np.sqrt(numbers.var() / numbers.size)
     if abs(table.total_mean) > special.ndtri(1 - _FALSE_MEAN / 2) * error:
         return table
-    for differ in itertools.product((0, 1), repeat=len(axes)):
+    for differ in [*itertools.product((0, 1), repeat=len(axes))][1:]:
         # The mean product over ordered pairs, each counted twice, has a standard error of q √(2/pairs). Sums
         # over all positions that differ, squared, once for each of those that agree: χ² with that many
         # degrees of freedom.
-        if any(differ):
-            agree = math.prod(axis.size for axis, apart in zip(axes, differ, strict=True) if not apart)
-            pairs = math.prod(axis.pairs[apart] for axis, apart in zip(axes, differ, strict=True))
-            limit = (special.chdtri(agree, _FALSE_CORRELATION) - agree) / math.sqrt(2 * agree)
-            if abs(table.second[differ]) > limit * square * math.sqrt(2 / pairs):
-                return table
+        agree = math.prod(axis.size for axis, apart in zip(axes, differ, strict=True) if not apart)
+        pairs = math.prod(axis.pairs[apart] for axis, apart in zip(axes, differ, strict=True))
+        limit = (special.chdtri(agree, _FALSE_CORRELATION) - agree) / math.sqrt(2 * agree)
+        if abs(table.second[differ]) > limit * square * math.sqrt(2 / pairs):
+            return table
     return independent(0.0, square, axes)
 
 

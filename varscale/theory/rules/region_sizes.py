@@ -83,7 +83,7 @@ class Program:
         """Cotangents of the floating operands, given those of all outputs that are real numbers."""
 
         def f(*xs: jax.Array) -> list[jax.Array]:
-            given = {**dict(enumerate(operands)), **dict(zip(self.floating, xs, strict=True))}
+            given = dict(enumerate(operands)) | dict(zip(self.floating, xs, strict=True))
             return [x for x in self.run(list(given.values())) if jnp.issubdtype(x.dtype, jnp.inexact)]
 
         out, pull = jax.vjp(f, *[operands[i] for i in self.floating])

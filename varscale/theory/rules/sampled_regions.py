@@ -93,7 +93,7 @@ def sampled_from_region(node: RegionOutput, drawing: Drawing, positions: Positio
 @second_moments.register(RegionOutput)
 def second_moments_of_region(node: RegionOutput) -> Table:
     table = table_of_draws(node, node.numbers, node.positions)
-    if any(np.isnan(x).any() for x in node.draws.raw if np.issubdtype(x.dtype, np.inexact)):
+    if any(np.isnan(x).any() for x in node.draws.raw):
         node.graph.flag("assumed", UNKNOWN)  # draws are none of what it is defined on (a factorization, say)
     if node.draws.drawing.doubt:
         node.graph.flag("assumed", node.draws.drawing.doubt)
