@@ -123,7 +123,7 @@ def _drawn_by(variables: Any, laws: Sequence[Any], key: Any) -> Any:
     leaves, tree = jax.tree_util.tree_flatten(variables, is_leaf=is_law)
 
     def drawn(law: Any, leaf: Any, key: Any) -> Any:
-        if isinstance(law, int | float) and not isinstance(law, bool) and not isinstance(leaf, int | float):
+        if isinstance(law, int | float) and not isinstance(law, bool) and hasattr(leaf, "shape"):
             law = Moments(0.0, law, leaf.shape, leaf.dtype)
         if isinstance(law, Moments):
             deviation = math.sqrt(law.second_moment - law.mean**2)
