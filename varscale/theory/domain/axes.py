@@ -90,6 +90,9 @@ class Axis:
         return self.pairs / self.size**2
 
 
+Axes = Sequence[Axis]
+
+
 def labelled(labels: Sequence[int] | np.ndarray) -> Axis:
     """The axis whose positions have these class labels (any integers); ValueError if they are more than a byte tells apart."""
     _, first, inverse = np.unique(labels, return_index=True, return_inverse=True)
@@ -175,7 +178,7 @@ def without_equal(sums: np.ndarray, classes: int) -> None:
     sums[classes + np.arange(classes) * (classes + 1)] -= sums[:classes]
 
 
-def pool(second: np.ndarray, axes: Sequence[Axis]) -> np.ndarray:
+def pool(second: np.ndarray, axes: Axes) -> np.ndarray:
     """A type array with the classes of every axis pooled: "the same" and "different" along each, shape (2,) * rank."""
     for k, axis in enumerate(axes):
         if axis.classes > 1:
@@ -183,7 +186,7 @@ def pool(second: np.ndarray, axes: Sequence[Axis]) -> np.ndarray:
     return second
 
 
-def refine(second: np.ndarray, axes: Sequence[Axis]) -> np.ndarray:
+def refine(second: np.ndarray, axes: Axes) -> np.ndarray:
     """An array by "the same" and "different" along each axis (1 long where that is one), read by type."""
     out = np.broadcast_to(second, [2] * len(axes))
     for k, axis in enumerate(axes):

@@ -87,7 +87,7 @@ def pair_counts(a: AxisMap, b: AxisMap | None = None) -> Float[np.ndarray, "type
     counts = np.block([[own, within.reshape(len(outs), -1)], [meet.reshape(-1, len(ins)), total]])
     without_equal(counts, out.classes)
     without_equal(counts.T, inner.classes)
-    return counts[: out.types, : inner.types] / np.where(out.pairs > 0, out.pairs, 1.0)[:, None]
+    return counts[: out.types, : inner.types] / np.maximum(out.pairs, 1.0)[:, None]
 
 
 def class_counts(a: AxisMap, b: AxisMap) -> Float[np.ndarray, "classes_a classes_b types_in"]:
@@ -104,7 +104,7 @@ def adjoint(
     counts: Float[np.ndarray, "types_out types_in"], out: Axis, inner: Axis
 ) -> Float[np.ndarray, "types_in types_out"]:
     """The map of cotangents' second moments that belongs to one of values' (`pair_counts`): the total weights are the same."""
-    return (counts * out.pairs[:, None]).T / np.where(inner.pairs > 0, inner.pairs, 1.0)[:, None]
+    return (counts * out.pairs[:, None]).T / np.maximum(inner.pairs, 1.0)[:, None]
 
 
 @functools.cache

@@ -12,11 +12,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from varscale.theory.domain.axes import Axis, apply_axis, outer, shares, without_equal
+from varscale.theory.domain.axes import Axes, Axis, apply_axis, outer, shares, without_equal
 from varscale.theory.domain.axis_maps import class_shares, lift_types, split_axis
 
 Positions = Sequence[Int[np.ndarray, " kept"]]
-Axes = Sequence[Axis]
 NEGLIGIBLE = 1e-3  # relative size of an effect that is left out
 # Relative errors of what is not derived, set on the validation grid (`experiments/benchmarks/accuracy.py`):
 # what a next order adds, what is known to leading order, what is known roughly, what is known to a factor.
@@ -133,9 +132,7 @@ def independent(mean: float, second_moment: float, axes: tuple[Axis, ...]) -> Ta
     return Table(axes, np.full([a.classes for a in axes], mean), second)
 
 
-def lift(
-    array: np.ndarray, axes: Axes, bind: Sequence[int], frame: Sequence[Axis], *, pairs: bool
-) -> np.ndarray:
+def lift(array: np.ndarray, axes: Axes, bind: Sequence[int], frame: Axes, *, pairs: bool) -> np.ndarray:
     """A class array (or, with `pairs`, a type array) over some axes, read over a frame: 1 long where it has none of its axes.
 
     `bind` is the place in the frame of each of `axes`.
@@ -176,7 +173,7 @@ def regrouped(
     return apply_axis(fine.reshape(*fine.shape[:k], -1, *fine.shape[k + len(sizes) :]), k, matrix)
 
 
-def full_types(array: np.ndarray, frame: Sequence[Axis]) -> np.ndarray:
+def full_types(array: np.ndarray, frame: Axes) -> np.ndarray:
     """Broadcast to every type of the frame."""
     return np.broadcast_to(array, tuple(axis.types for axis in frame))
 
@@ -219,7 +216,7 @@ def per_pair(sums: np.ndarray, axes: Axes) -> np.ndarray:
     for k, axis in enumerate(axes, sums.ndim - len(axes)):
         s, c = np.moveaxis(sums, k, 0), axis.classes
         without_equal(s, c)
-        s /= np.where(axis.pairs > 0, axis.pairs, 1.0).reshape(-1, *[1] * (sums.ndim - 1))
+        s /= np.maximum(axis.pairs, 1.0).reshape(-1, *[1] * (sums.ndim - 1))
         alone = np.flatnonzero(axis.pairs == 0)  # a class of one position has no pair that differs
         s[alone] = s[(alone - c) // (c + 1)]
     return sums

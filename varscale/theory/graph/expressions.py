@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 
-from varscale.theory.domain.axes import Axis
+from varscale.theory.domain.axes import Axes, Axis
 from varscale.theory.graph.nodes import Constant, Leaf, Node, View, number
 from varscale.theory.graph.store import Fact, once_per_node
 from varscale.theory.integrals.primitives import POSITIVE
@@ -39,7 +39,7 @@ class Apply(Node):
 
     def prepare(self) -> None:
         (name, extra), nodes = self.params, [view.node for view in self.args]
-        x, y, symmetric = nodes[0], nodes[-1], self.graph.symmetric
+        self.primitive, x, y, symmetric = name, nodes[0], nodes[-1], self.graph.symmetric
         match name:
             case "mul" | "div":
                 self.odd = (x.odd & y.unseen) | (y.odd & x.unseen if name == "mul" else 0)
@@ -96,7 +96,7 @@ def is_mean_of(mean: Node, node: Node) -> bool:
     return sums and all(is_mean_of(m.node, x.node) for m, x in zip(mean.args, node.args, strict=True))
 
 
-def swapped(second: np.ndarray, axes: Sequence[Axis]) -> np.ndarray:
+def swapped(second: np.ndarray, axes: Axes) -> np.ndarray:
     """E[y_i x_j] by type (1 long where it is constant), from E[x_i y_j]."""
     for k, axis in enumerate(axes):
         c = axis.classes
@@ -155,7 +155,7 @@ class Mean(Node):
 def scale_and_shift(view: View) -> tuple[float, float, View]:
     """c, d and what a view is c · + d of, in whatever order of axes; of a number c is 0."""
     c, d = 1.0, 0.0
-    while isinstance(view.node, Apply) and view.node.params[0] == "affine":
+    while view.node.primitive == "affine":
         scale, shift = view.node.params[1]
         c, d, view = c * scale, d + c * shift, view.node.args[0].within(view.bind)
     return (0.0, d + c * view.node.params, view) if isinstance(view.node, Constant) else (c, d, view)
@@ -180,7 +180,7 @@ def content(node: Node) -> int:
     args = [(content(child), bind) for child, bind in node.args]
     if isinstance(node, Sum):  # whose terms are in the order in which they were built
         args, params = sorted(zip(args, np.sign(node.params).tolist(), strict=True)), ()
-    elif isinstance(node, Apply) and node.params[0] == "affine":
+    elif node.primitive == "affine":
         params = np.sign(node.params[1]).tolist()
     elif isinstance(node, Leaf):
         params = tuple(part for part in node.name if not isinstance(part, float))  # a scale is none of it

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from scipy import special
 
-from varscale.theory.domain.axes import Axis, shares
+from varscale.theory.domain.axes import Axes, shares
 from varscale.theory.domain.tables import NEGLIGIBLE, Table, estimate, estimated_products, over_frame
 from varscale.theory.graph.layout import Value
 from varscale.theory.graph.linear_nodes import Permute, Rearranged, unmoved
@@ -62,7 +62,7 @@ def measured(node: Node, values: np.ndarray) -> None:
     MEASURED.put(node.graph, node.id, values)
 
 
-def scales_samples(views: Sequence[View], frame: Sequence[Axis], curved: bool) -> bool:
+def scales_samples(views: Sequence[View], frame: Axes, curved: bool) -> bool:
     """Whether an input that differs from sample to sample is one factor of all features, and classes do not tell its numbers.
 
     Of such numbers m, E[(Σ m x)² / (Σ m)²] is not E[(Σ m x)²] E[1 / (Σ m)²], nor is a norm of m x one of what varies little.
@@ -133,7 +133,7 @@ def note(x: Value, found: Callable[[], np.ndarray]) -> None:
         MEASURED.put(x.node.graph, x.node.id, over_axes)
 
 
-def computed(graph: Graph, values: np.ndarray, axes: Sequence[Axis], sources: Sequence[Node]) -> Node:
+def computed(graph: Graph, values: np.ndarray, axes: Axes, sources: Sequence[Node]) -> Node:
     """The node of numbers that were computed from given arrays."""
     values = np.ascontiguousarray(np.broadcast_to(values, [a.size for a in axes]), float)
     if (values == values.flat[0]).all():
@@ -149,7 +149,7 @@ def computed(graph: Graph, values: np.ndarray, axes: Sequence[Axis], sources: Se
     return made
 
 
-def known_cross(a: View, b: View, frame: Sequence[Axis]) -> np.ndarray | None:
+def known_cross(a: View, b: View, frame: Axes) -> np.ndarray | None:
     """E[a_i b_j] by type of two given arrays, over pairs of places; None of what is not given, or is too large."""
     sizes = [axis.size for axis in frame]
     most = max(MOST_COMPUTED, *(math.prod(axis.size for axis in view.node.axes) for view in (a, b)))
@@ -159,7 +159,7 @@ def known_cross(a: View, b: View, frame: Sequence[Axis]) -> np.ndarray | None:
     return estimated_products(first[None], second[None], frame)[0]
 
 
-def numbers_over(view: View, frame: Sequence[Axis]) -> np.ndarray:
+def numbers_over(view: View, frame: Axes) -> np.ndarray:
     """The entries of a known array over a frame, 1 long where it is constant."""
     return over_frame(_values(view.node), view.bind, len(frame))
 

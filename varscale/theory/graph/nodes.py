@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from varscale.theory.domain.axes import Axis
+from varscale.theory.domain.axes import Axes, Axis
 from varscale.theory.domain.tables import Table, estimate, independent, lift
 from varscale.theory.graph.store import BackwardNotes, Fact, Marked, evaluated
 
@@ -36,15 +36,15 @@ class View(NamedTuple):
             return self  # and so no copy for each node of an elementwise tree
         return View(self.node, tuple(map(outer.__getitem__, self.bind)))
 
-    def over(self, array: np.ndarray, frame: Sequence[Axis], *, pairs: bool) -> np.ndarray:
+    def over(self, array: np.ndarray, frame: Axes, *, pairs: bool) -> np.ndarray:
         """A class (with `pairs` a type) array of the node, read over the frame, 1 long where it is constant."""
         return lift(array, self.node.axes, self.bind, frame, pairs=pairs)
 
-    def second(self, frame: Sequence[Axis]) -> np.ndarray:
+    def second(self, frame: Axes) -> np.ndarray:
         """E[x_i x_j] by type of a pair of places in the frame, (types or 1...)."""
         return self.over(self.node.table.second, frame, pairs=True)
 
-    def mean(self, frame: Sequence[Axis]) -> np.ndarray:
+    def mean(self, frame: Axes) -> np.ndarray:
         """E[x_i] by class of a place in the frame, (classes or 1...)."""
         return self.over(self.node.table.mean, frame, pairs=False)
 
@@ -62,6 +62,7 @@ class Node(Marked):
     windows that overlap the part of one that the next one reads. `depth` is the longest way to it from a leaf or known numbers.
     """
 
+    primitive = ""  # of an elementwise node, its name
     how = "exact"  # how good its rule is where nothing is marked, one of `HOWS`
     # Each entry is made of one entry of every argument, so that what moves entries moves the arguments'.
     entrywise = False
@@ -150,7 +151,7 @@ def pullback(node: Node, cotangent: np.ndarray, notes: BackwardNotes) -> list[np
 
 
 @functools.singledispatch
-def cross_by_kind(node: Node, a: View, b: View, frame: Sequence[Axis]) -> np.ndarray | None:
+def cross_by_kind(node: Node, a: View, b: View, frame: Axes) -> np.ndarray | None:
     """E[a_i b_j] by type over a frame, broadcastable to it, of a view `a` of this node; None where its kind has no law."""
     return None
 
@@ -186,9 +187,7 @@ class Graph:
             known.append((node, back, doubt))
         return node
 
-    def make(
-        self, kind: type[N], axes: Sequence[Axis], args: Sequence[View] = (), params: Hashable = ()
-    ) -> N:
+    def make(self, kind: type[N], axes: Axes, args: Sequence[View] = (), params: Hashable = ()) -> N:
         """The node of this kind, arguments and parameters; the same one if it exists already."""
         key = (kind, tuple((v.node.id, v.bind) for v in args), params, tuple(axes))
         node = self.nodes.get(key)
@@ -263,7 +262,7 @@ class Array(Node):
         self.positive = bool(self.values.size and np.min(self.values) >= 0)
         self.near = 1.0
 
-    def over(self, axes: Sequence[Axis]) -> Array:
+    def over(self, axes: Axes) -> Array:
         """The same numbers, over axes with other classes."""
         return self.graph.make(Array, axes, (), self.params)
 
@@ -278,7 +277,7 @@ def number(graph: Graph, value: float) -> Node:
     return graph.make(Constant, (), (), float(value))
 
 
-def array(graph: Graph, values: np.ndarray, axes: Sequence[Axis] | None = None) -> Node:
+def array(graph: Graph, values: np.ndarray, axes: Axes | None = None) -> Node:
     """The node of known numbers, its axes of size 1 already dropped; a constant if they are all equal."""
     if values.size == 1 or (values.size and (values == values.flat[0]).all()):
         return number(graph, float(values.flat[0]))
@@ -289,14 +288,7 @@ def array(graph: Graph, values: np.ndarray, axes: Sequence[Axis] | None = None) 
 
 
 def leaf(
-    graph: Graph,
-    name: Hashable,
-    axes: Sequence[Axis],
-    mean: float,
-    second_moment: float,
-    *,
-    odd: bool,
-    **law: Any,
+    graph: Graph, name: Hashable, axes: Axes, mean: float, second_moment: float, *, odd: bool, **law: Any
 ) -> Leaf:
     """A leaf with independent entries."""
     node = graph.make(Leaf, axes, (), name)

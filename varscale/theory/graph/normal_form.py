@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from varscale.theory.domain.axes import Axis
+from varscale.theory.domain.axes import Axes, Axis
 from varscale.theory.graph.expressions import (
     IDENTITIES,
     Apply,
@@ -34,7 +34,7 @@ def forward(node: Node) -> Node:
     if not isinstance(node, Apply):
         return node
     args = [View(forward(child), bind) for child, bind in node.args]
-    if node.params[0] in IDENTITIES:
+    if node.primitive in IDENTITIES:
         return _scaled(args[0], node.axes)
     return node.graph.make(Apply, node.axes, args, node.params) if args != list(node.args) else node
 
@@ -49,12 +49,12 @@ def affine(node: Node, c: float, d: float) -> Node:
     return _scaled(node.whole, node.axes, c, d)
 
 
-def broadcast(node: Node, axes: Sequence[Axis]) -> Node:
+def broadcast(node: Node, axes: Axes) -> Node:
     """`node` with further axes along which it is constant; its own come first."""
     return node.graph.make(Apply, axes, [node.whole], ("affine", (1.0, 0.0)))
 
 
-def _scaled(view: View, axes: Sequence[Axis], c: float = 1.0, d: float = 0.0) -> Node:
+def _scaled(view: View, axes: Axes, c: float = 1.0, d: float = 0.0) -> Node:
     """c·view + d over a frame; a number is what it is."""
     node, c = view.node, _unrounded(c)
     if isinstance(node, Constant) or c == 0:
@@ -63,7 +63,7 @@ def _scaled(view: View, axes: Sequence[Axis], c: float = 1.0, d: float = 0.0) ->
         view, c, d = View(affine(node, c, d), view.bind), 1.0, 0.0
     elif c == 1 and d == 0:
         return node
-    elif isinstance(node, Apply) and node.params[0] == "affine":
+    elif node.primitive == "affine":
         inner, (scale, shift) = node.args[0], node.params[1]
         if inner == inner.node.whole and inner.node.axes == node.axes:
             return _scaled(inner, axes, c * scale, c * shift + d)
@@ -155,7 +155,7 @@ def _is_variance(node: Sum) -> bool:
         return False
     plus, minus = (node.args[i] for i in np.argsort(node.params)[::-1])
     squares = plus.node.args[0].node if isinstance(plus.node, Mean) else plus.node
-    if not all(isinstance(x, Apply) and x.params == ("integer_pow", (2,)) for x in (squares, minus.node)):
+    if not all(x.params == ("integer_pow", (2,)) for x in (squares, minus.node)):
         return False
     scale, shift, mean = scale_and_shift(minus.node.args[0].within(minus.bind))
     own = mean_node(_scaled(squares.args[0], squares.axes), plus.node.params)
@@ -189,7 +189,7 @@ def cut_inside(node: Node, k: int, axes: tuple[Axis, ...], cut: Callable[[Node, 
     return node.graph.make(Apply, axes, views, node.params)
 
 
-def mean_pullback(cotangent: np.ndarray, reduced: Sequence[int], axes: Sequence[Axis]) -> np.ndarray:
+def mean_pullback(cotangent: np.ndarray, reduced: Sequence[int], axes: Axes) -> np.ndarray:
     """The same cotangent at every position, over their number."""
     for k in sorted(reduced):
         cotangent = np.repeat(np.expand_dims(cotangent, k), axes[k].types, axis=k) / axes[k].size ** 2
@@ -214,7 +214,7 @@ def _mean_node(node: Node, axes: tuple[int, ...]) -> Node:
         places = tuple(b - sum(j < b for j in axes) for b in view.bind if b not in axes)
         return View(mean, places[: len(mean.axes)])  # of a number none
 
-    if isinstance(node, Apply) and node.params[0] == "integer_pow":
+    if node.primitive == "integer_pow":
         node = _powers_apart(node, axes)
     match node, node.params:
         case Array(), _:
@@ -259,8 +259,7 @@ def _factors_apart(node: Apply, axes: Sequence[int]) -> Node | None:
 def _powers_apart(node: Apply, axes: Sequence[int]) -> Node:
     """(x y)ⁿ as xⁿ yⁿ, where one factor is constant along the axes: the scale of a norm comes out of the next norm's mean."""
     (inner, bind), (name, extra) = node.args[0], node.params
-    product = isinstance(inner, Apply) and inner.params[0] in ("mul", "div")
-    parts = [view.within(bind) for view in inner.args] if product else []
+    parts = [view.within(bind) for view in inner.args] if inner.primitive in ("mul", "div") else []
     if all(any(b in axes for b in view.bind) for view in parts):
         return node
     powers = [View(apply(node.graph, name, extra, x.axes, [x.whole]), bind) for x, bind in parts]

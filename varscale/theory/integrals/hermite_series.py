@@ -8,7 +8,6 @@ that of f' and g' (Price 1958).
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -16,7 +15,7 @@ from jaxtyping import Float
 from numpy.polynomial.hermite_e import hermevander
 from scipy import special
 
-from varscale.theory.domain.axes import Axis
+from varscale.theory.domain.axes import Axes
 from varscale.theory.domain.tables import by_type
 
 # The trapezoidal rule on a Gaussian converges like exp(-2π²/h²): exact to rounding for smooth functions, to
@@ -160,7 +159,7 @@ class Series(NamedTuple):
         return power_series(self.coefficients[..., 2:] * k * (k - 1), rho)
 
 
-def mehler(fi: np.ndarray, gj: np.ndarray, frame: Sequence[Axis]) -> Series:
+def mehler(fi: np.ndarray, gj: np.ndarray, frame: Axes) -> Series:
     """For functions given on the grid by class, (classes or 1..., points)."""
     ai = on_one_thread(fi, HERMITE)
     bj = ai if gj is fi else on_one_thread(gj, HERMITE)
