@@ -1,15 +1,14 @@
 r"""Axes with classes, and the algebra of index pairs on them.
 
-The entries of a network's tensors are random, and those along one axis are interchangeable, once positions that really
-differ (the border of an image, early and late tokens under a causal mask, the halves of a concatenation) are told apart
-by a CLASS. Such an array is separately exchangeable (Aldous 1981; Hoover 1979): permuting positions of one class of an axis
-leaves its law as it is. All that second moments can then depend on is, for each axis, the TYPE of an index pair (i, j):
+Entries along one axis of a network's tensors are interchangeable, once positions that really differ (the border of an image,
+early and late tokens under a causal mask, the halves of a concatenation) are told apart by a CLASS: such an array is separately
+exchangeable (Aldous 1981; Hoover 1979). All that second moments then depend on is, for each axis, the TYPE of a pair (i, j):
 
     type c          i = j, in class c                       (the first C types)
     type (c, c')    i ≠ j, i in class c and j in class c'   (the next C² types)
 
-so an axis of any size has C + C² types, two where C = 1: "the same" and "different". Structure operations are linear
-maps on the types of one axis, and counts of pairs are all they need.
+so an axis of any size has C + C² types, two where C = 1: "the same" and "different". What moves, cuts or sums entries is a
+linear map on the types of one axis, which counts of pairs give.
 """
 
 from __future__ import annotations
@@ -35,9 +34,7 @@ class Axis:
     """
 
     size: int  # 1 carries nothing, and arrays have no such axes
-    labels: bytes | None = (
-        None  # the class of each position, numbered in order of appearance; None: one class
-    )
+    labels: bytes | None = None  # class of each position, numbered in order of appearance; None: one class
 
     @functools.cached_property
     def classes(self) -> int:

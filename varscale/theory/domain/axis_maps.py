@@ -1,13 +1,9 @@
 r"""Sparse linear maps of an axis, and the one theorem that counts what is behind a pair of their outputs.
 
 A window, a slice, a sum by segment, a lookup is y_p = Σ_i A_pi x_i along one axis, with few entries A_pi that are not zero.
-Of two such maps A and B the moment of a pair of outputs is
-
-    E[y_p z_q] = Σ_ij A_pi B_qj E[x_i x'_j],
-
-and E[x_i x'_j] depends on the TYPE of (i, j) alone: the class where i = j, the pair of classes elsewhere. So all that is
-needed is the total weight of the input pairs of each type behind the output pairs of each type. Four sums give it; with
-classes c, e of outputs and d, f of inputs,
+For two of them E[y_p z_q] = Σ_ij A_pi B_qj E[x_i x'_j], which depends on the type of (i, j) alone. So all that is needed is the
+total weight of the input pairs of each type behind the output pairs of each type. Four sums give it; with classes c, e of
+outputs and d, f of inputs,
 
     own[c, d]          = Σ_p Σ_i  A_pi B_pi                          one output, one input
     within[c, d, f]    = Σ_p (Σ_{i∈d} A_pi) (Σ_{j∈f} B_pj)            one output, any two inputs
@@ -100,9 +96,7 @@ def class_counts(a: AxisMap, b: AxisMap) -> Float[np.ndarray, "classes_a classes
     return np.moveaxis(counts, 0, -1)
 
 
-def adjoint(
-    counts: Float[np.ndarray, "types_out types_in"], out: Axis, inner: Axis
-) -> Float[np.ndarray, "types_in types_out"]:
+def adjoint(counts: np.ndarray, out: Axis, inner: Axis) -> Float[np.ndarray, "types_in types_out"]:
     """The map of cotangents' second moments that belongs to one of values' (`pair_counts`): the total weights are the same."""
     return (counts * out.pairs[:, None]).T / np.maximum(inner.pairs, 1.0)[:, None]
 
@@ -119,14 +113,11 @@ def pair_map(classes: Float[np.ndarray, "new old"]) -> Float[np.ndarray, "newtyp
 
 
 @functools.cache
-def lift_types(
-    fine: Axis, coarse: Axis
-) -> Int[np.ndarray, " finetypes"] | Float[np.ndarray, "finetypes coarsetypes"]:
+def lift_types(fine: Axis, coarse: Axis) -> np.ndarray:
     """How a table over `coarse` reads over `fine`: an index a type where `fine` refines `coarse`, else an averaging matrix."""
     shares, c = class_shares(fine, coarse), coarse.classes
     if not np.isin(shares, (0, 1)).all():
-        # A class of one position has no pair that differs.
-        met = fine.pairs[:, None] > 0
+        met = fine.pairs[:, None] > 0  # a class of one position has no pair that differs
         return np.where(met, pair_counts(identity_map(fine, coarse)), pair_map(shares))
     to = shares.argmax(axis=1)
     return np.concatenate([to, (c + to[:, None] * c + to[None]).ravel()])

@@ -192,10 +192,8 @@ def estimate(values: np.ndarray, axes: Axes) -> Table:
     return Table(tuple(axes), mean, estimated_products(x, x, axes)[0])
 
 
-def estimated_products(
-    x: Float[np.ndarray, "draws ..."], y: Float[np.ndarray, "draws ..."], axes: Axes
-) -> Float[np.ndarray, "draws ..."]:
-    """E[x_i y_j] by type, pooled over the pairs of positions of each, draw by draw."""
+def estimated_products(x: np.ndarray, y: np.ndarray, axes: Axes) -> Float[np.ndarray, "draws ..."]:
+    """E[x_i y_j] by type, pooled over the pairs of positions of each, draw by draw (along the first axis)."""
 
     def sums(x: np.ndarray, y: np.ndarray, k: int) -> np.ndarray:
         """From axis k on, over the positions of each class, and over all pairs of positions of each pair of classes."""

@@ -51,8 +51,7 @@ def second_moments_of_computed(node: Computed) -> Table:
 def measured(node: Node, values: np.ndarray) -> None:
     """Note that the moments of a leaf are those of known numbers, (sizes of its axes...).
 
-    Its neighbours are near where they are more alike than any two along an axis between samples and features; numbers without
-    such an axis may be copied along one.
+    Its neighbours are near where they are more alike than any two along an axis between samples and features, or may be copies.
     """
     smooth = (
         np.square(np.diff(values, axis=k)).mean() / 2 < (1 - _SMOOTH) * values.var(axis=k, ddof=1).mean()

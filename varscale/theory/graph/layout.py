@@ -207,24 +207,17 @@ def align(values: Sequence[Value]) -> Aligned:
     for d in range(rank):  # of all tensors that are not of size 1 there, the atoms have the same sizes
         cuts = common_cuts(*([atom.size for atom in x.dims[d]] for x in xs))
         xs = [(merged(x, d) if cuts is None else split_at(x, d, cuts)) if x.dims[d] else x for x in xs]
-    frame, binds, layout = _framed(tuple((x.dims, x.node.axes) for x in xs))
-    views = map(View, (x.node for x in xs), binds)
-    # Known numbers take the classes of the frame, so that what they say of each is kept.
-    return Aligned(
-        frame,
-        [
-            View(v.node.over([frame[k] for k in v.bind]), v.bind) if isinstance(v.node, Array) else v
-            for v in views
-        ],
-        layout,
-    )
+    found, binds = _framed(tuple((x.dims, x.node.axes) for x in xs))
+    nodes = [x.node for x in xs]
+    for i, (node, bind) in enumerate(zip(nodes, binds, strict=True)):
+        if isinstance(node, Array):  # it takes the classes of the frame, so that what it says of each is kept
+            nodes[i] = node.over([found.axes[k] for k in bind])
+    return found._replace(views=list(map(View, nodes, binds)))
 
 
 @functools.lru_cache(maxsize=4096)
-def _framed(
-    operands: tuple[tuple[tuple[Dim, ...], tuple[Axis, ...]], ...],
-) -> tuple[tuple[Axis, ...], tuple[tuple[int, ...], ...], tuple[Dim, ...]]:
-    """The frame of tensors whose dimensions are factored alike, the place in it of each one's axes, and its layout."""
+def _framed(operands: tuple[tuple[tuple[Dim, ...], tuple[Axis, ...]], ...]) -> tuple[Aligned, Sequence[Any]]:
+    """Tensors whose dimensions are factored alike over one frame, but for their views, and the places of each one's axes."""
     frame: list[Axis] = []
     binds: list[dict[int, int]] = [{} for _ in operands]
     layout: list[Dim] = []
@@ -239,11 +232,8 @@ def _framed(
             if real:
                 frame.append(functools.reduce(join, [operands[i][1][k] for i, k in real]))
         layout.append(tuple(atoms))
-    return (
-        affordable(tuple(frame)),
-        tuple(tuple(bind[k] for k in range(len(bind))) for bind in binds),
-        tuple(layout),
-    )
+    places = [tuple(bind[k] for k in range(len(bind))) for bind in binds]
+    return Aligned(affordable(tuple(frame)), [], tuple(layout)), places
 
 
 def _classed(x: Value) -> Value:

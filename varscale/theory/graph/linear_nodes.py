@@ -76,10 +76,9 @@ def unmoved(node: Node) -> Node:
 @second_moments.register(Permute)
 def second_moments_of_rearranged(node: Rearranged) -> Table:
     table = node.args[0].node.table
-    strangers = (
-        split_axis(table.axes[node.params[0]], node.params[1]).strangers if isinstance(node, Split) else 0
-    )
-    if strangers:  # whom factors with few classes cannot tell apart
+    k, *sizes = node.params
+    if isinstance(node, Split) and (strangers := split_axis(table.axes[k], *sizes).strangers):
+        # Whom factors with few classes cannot tell apart.
         doubt = strangers * float(np.ptp(table.diagonal)) / max(table.mean_square, 1e-300)
         node.graph.flag("assumed", min(doubt, UNKNOWN))
     mean = node.carried(table.mean, pairs=False)

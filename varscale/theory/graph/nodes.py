@@ -80,9 +80,7 @@ class Node(Marked):
     is_bits = False  # random bits, which have no gradient
     is_drawn = False  # a leaf that varies between initializations, and no input
     gradient_doubt = 0.0  # relative error that its pullback may add
-    drawn: np.ndarray | None = (
-        None  # on the normal grid, where it was drawn and is not to be taken for Gaussian
-    )
+    drawn: np.ndarray | None = None  # its values on the normal grid, where it is not to be taken for Gaussian
 
     def __init__(self, graph: Graph, id_: int, axes: tuple[Axis, ...], args: tuple[View, ...], params: Any):
         self.graph, self.id, self.axes, self.args, self.params = graph, id_, axes, args, params
