@@ -79,24 +79,24 @@ def split(node: Node, k: int, sizes: tuple[int, ...]) -> Node:
     if (made := cut_inside(node, k, axes, lambda x, j: split(x, j, sizes))) is not None:
         back = functools.partial(regrouped, axes=made.axes, out=node.axes, k=k, sizes=sizes, pairs=True)
         return graph.derive(node, made, back)
-    if isinstance(node, Merge) and node.params == (k, sizes):
+    return _rearranged(node, Split, Merge, axes, (k, sizes))
+
+
+def _rearranged(
+    node: Node, kind: type[Node], inverse: type[Node], axes: Sequence[Axis], params: tuple[Any, ...]
+) -> Node:
+    if isinstance(node, inverse) and node.params == params:
         return node.args[0].node
     if isinstance(node, Array):
-        return array(graph, node.values.reshape([a.size for a in axes]), axes)
-    return graph.make(Split, axes, [node.whole], (k, sizes))
+        return array(node.graph, node.values.reshape([a.size for a in axes]), axes)
+    return node.graph.make(kind, axes, [node.whole], params)
 
 
 def merge(node: Node, k: int, count: int) -> Node:
     """`node` with axes k, ..., k + count − 1 as one."""
     sizes = tuple(a.size for a in node.axes[k : k + count])
-    if count == 1:
-        return node
-    if isinstance(node, Split) and node.params == (k, sizes):
-        return node.args[0].node
     axes = (*node.axes[:k], Axis(math.prod(sizes)), *node.axes[k + count :])
-    if isinstance(node, Array):
-        return array(node.graph, node.values.reshape([a.size for a in axes]), axes)
-    return node.graph.make(Merge, axes, [node.whole], (k, sizes))
+    return node if count == 1 else _rearranged(node, Merge, Split, axes, (k, sizes))
 
 
 def permute(node: Node, order: Sequence[int]) -> Node:

@@ -267,8 +267,8 @@ def _powers_apart(node: Apply, axes: Sequence[int]) -> Node:
 
 
 # Whose derivative is zero wherever they have one, or by decree; of a choice by what it is chosen by.
-_STEPS = {"sign", "floor", "ceil", "round", "is_finite", "convert", "bitcast", "stop_gradient", "select_n"}
-_FLAT = _STEPS | COMPARISONS.keys() | BITWISE.keys()
+_STEPS = "sign floor ceil round is_finite convert bitcast stop_gradient select_n"
+_FLAT = {*_STEPS.split(), *COMPARISONS, *BITWISE}
 
 
 @once_per_node

@@ -36,14 +36,8 @@ def evaluated(graph: Any, work: Callable[[], V]) -> V:
     """
     if graph.nested >= _NESTED:
         raise _Postponed(work)
-    if graph.nested:
-        graph.nested += 1
-        try:
-            return work()
-        finally:
-            graph.nested -= 1
     waiting: list[Callable[[], Any]] = [work]
-    graph.nested = 1
+    graph.nested += 1
     try:
         while True:
             try:
@@ -52,9 +46,11 @@ def evaluated(graph: Any, work: Callable[[], V]) -> V:
                 if not waiting:
                     return result
             except _Postponed as postponed:
+                if graph.nested > 1:
+                    raise
                 waiting.append(postponed.args[0])
     finally:
-        graph.nested = 0
+        graph.nested -= 1
 
 
 class Fact(Generic[K, V]):

@@ -116,8 +116,8 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "bitcast": _bitcast,
 }
 
-_NOT_NEGATIVE = {"abs", "exp", "exp2", "logistic", "power", "sqrt", "rsqrt", "and", "or", "not", "is_finite"}
-POSITIVE = _NOT_NEGATIVE | COMPARISONS.keys()
+_NOT_NEGATIVE = "abs exp exp2 logistic power sqrt rsqrt and or not is_finite"
+POSITIVE = {*_NOT_NEGATIVE.split(), *COMPARISONS}
 # Of central differences: a share of the argument, and the least argument it is a share of. A difference of
 # differences divides their rounding, 1e-8 near 0, by its own step, which is therefore wider.
 _FIRST_STEP, _SECOND_STEP = (1e-5, 1e-3), (1e-3, 1.0)
