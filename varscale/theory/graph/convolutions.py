@@ -116,7 +116,7 @@ class Conv(Node):
     def channels(self) -> tuple[np.ndarray, np.ndarray]:
         """Channel pairs behind a pair of output channels, (types_out, types_in): by w's same input, and by two of them."""
         groups, _, xd, _, od = self.params
-        c, o = dim_axes(self.args[0].node, xd)[1], dim_axes(self, od)[1]
+        c, o = dim_axes(self.argument, xd)[1], dim_axes(self, od)[1]
         own = c.size / groups
         # Within one group channels agree with w's input index: the counts of all channels, thinned by groups.
         agree, differ = c.pairs * c.agrees / groups, c.pairs * ~c.agrees
@@ -165,14 +165,14 @@ class WindowSum(Node):
     params: WindowSumParams
 
     def prepare(self) -> None:
-        self.odd, self.positive = self.args[0].node.odd, self.args[0].node.positive
+        self.odd, self.positive = self.argument.odd, self.argument.positive
         real = [w for w in self.params.windows if w is not None]
         self.near = max(self.near, *(1 - w.stride / ((w.taps - 1) * w.dilation + 1) for w in real))
 
     def maps(self, of: Callable[[AxisMap], np.ndarray]) -> list[np.ndarray | None]:
         """By dimension, a matrix that belongs to the map of the axis."""
         windows, xd, od = self.params
-        read = zip(windows, dim_axes(self.args[0].node, xd), dim_axes(self, od), strict=True)
+        read = zip(windows, dim_axes(self.argument, xd), dim_axes(self, od), strict=True)
         return [None if window is None else of(window_map(window, a, o)) for window, a, o in read]
 
     def carried(

@@ -91,7 +91,7 @@ def is_mean_of(mean: Node, node: Node) -> bool:
     """Whether a node is the mean of another over some axes: of a sum the sum of means."""
     if mean.averages:  # a mean less the mean over more axes is centred too
         wider = node.averages and set(node.params) < set(mean.params)
-        return mean.args[0].node is (node.args[0].node if wider else node)
+        return mean.argument is (node.argument if wider else node)
     sums = isinstance(mean, Sum) and isinstance(node, Sum) and mean.params == node.params
     return sums and all(is_mean_of(m.node, x.node) for m, x in zip(mean.args, node.args, strict=True))
 

@@ -92,7 +92,7 @@ def numbers(node: Node) -> np.ndarray | None:
     found = MEASURED.get(node.graph, node.id)
     if callable(found):
         found = MEASURED.put(node.graph, node.id, found())
-    if found is None and isinstance(node, Rearranged) and (inner := numbers(node.args[0].node)) is not None:
+    if found is None and isinstance(node, Rearranged) and (inner := numbers(node.argument)) is not None:
         sizes = [axis.size for axis in node.axes]
         found = inner.transpose(node.params) if isinstance(node, Permute) else inner.reshape(sizes)
     return found  # pyright: ignore[reportReturnType]

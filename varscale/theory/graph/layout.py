@@ -86,7 +86,7 @@ def _rearranged(
     node: Node, kind: type[Node], inverse: type[Node], axes: Sequence[Axis], params: tuple[Any, ...]
 ) -> Node:
     if isinstance(node, inverse) and node.params == params:
-        return node.args[0].node
+        return node.argument
     if isinstance(node, Array):
         return array(node.graph, node.values.reshape([a.size for a in axes]), axes)
     return node.graph.make(kind, axes, [node.whole], params)

@@ -29,7 +29,7 @@ class Rearranged(Node):
 
     def carried(self, array: np.ndarray, *, pairs: bool, back: bool = False) -> np.ndarray:
         """A class (with `pairs` a type) array of the argument, read over its own axes; or back."""
-        axes, out = (self.args[0].node.axes, self.axes)[:: -1 if back else 1]
+        axes, out = (self.argument.axes, self.axes)[:: -1 if back else 1]
         return regrouped(array, axes, out, *self.params, pairs=pairs)
 
 
@@ -56,7 +56,7 @@ class Take(Node):
 
 def axes_before(node: Node, k: int) -> Sequence[int]:
     """The axes of its argument that axis k of what moves entries is, is made of, or is a factor of."""
-    first, more = node.params[0], len(node.args[0].node.axes) - len(node.axes)
+    first, more = node.params[0], len(node.argument.axes) - len(node.axes)
     if isinstance(node, Permute):
         return [node.params[k]]
     if isinstance(node, Merge) and k == first:
@@ -67,7 +67,7 @@ def axes_before(node: Node, k: int) -> Sequence[int]:
 def unmoved(node: Node) -> Node:
     """What a rearranged array is rearranged from."""
     while isinstance(node, Rearranged):
-        node = node.args[0].node
+        node = node.argument
     return node
 
 
@@ -75,7 +75,7 @@ def unmoved(node: Node) -> Node:
 @second_moments.register(Merge)
 @second_moments.register(Permute)
 def second_moments_of_rearranged(node: Rearranged) -> Table:
-    table = node.args[0].node.table
+    table = node.argument.table
     k, *sizes = node.params
     if isinstance(node, Split) and (strangers := split_axis(table.axes[k], *sizes).strangers):
         # Whom factors with few classes cannot tell apart.
@@ -153,7 +153,7 @@ def applied_weights(node: Node) -> list[AppliedWeights]:
 def weight_of(node: Node) -> Leaf | None:
     """The random weight that a linear node applies, if it applies one; looking up, adding up and cutting are linear too."""
     while node.args and (node.moves or node.collects):
-        node = node.args[0].node
+        node = node.argument
     return next((applied.leaf for applied in applied_weights(node)), None)
 
 
@@ -186,13 +186,13 @@ class AxisMapped(Node):
     """y_p = Σ_i A_pi x_i along one axis, A its `axis_map`; `params` is (axis, key of the map)."""
 
     def prepare(self) -> None:
-        self.axis_map, x = _MAPS.of(self.graph)[self.params[1]], self.args[0].node
+        self.axis_map, x = _MAPS.of(self.graph)[self.params[1]], self.argument
         self.odd, self.positive = x.odd, x.positive and bool(np.all(self.axis_map.matrix.data >= 0))
 
 
 @second_moments.register(AxisMapped)
 def second_moments_of_axis_mapped(node: AxisMapped) -> Table:
-    k, table = node.params[0], node.args[0].node.table
+    k, table = node.params[0], node.argument.table
     mean = apply_axis(table.mean, k, node.axis_map.means())
     return Table(node.axes, mean, apply_axis(table.second, k, pair_counts(node.axis_map)))
 

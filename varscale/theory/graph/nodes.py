@@ -102,6 +102,11 @@ class Node(Marked):
         return View(self, _IN_ORDER[: len(self.axes)])
 
     @property
+    def argument(self) -> Node:
+        """Its first argument, often the only one."""
+        return self.argument
+
+    @property
     def sources(self) -> Sequence[Node]:
         """What its moments are made from: its arguments; of a tree of elementwise functions, its roots."""
         return [view.node for view in self.args]

@@ -154,7 +154,7 @@ def _is_variance(node: Sum) -> bool:
     if len(node.args) != 2 or not alike(node.params[0], -node.params[1]):
         return False
     plus, minus = (node.args[i] for i in np.argsort(node.params)[::-1])
-    squares = plus.node.args[0].node if isinstance(plus.node, Mean) else plus.node
+    squares = plus.node.argument if isinstance(plus.node, Mean) else plus.node
     if not all(x.params == ("integer_pow", (2,)) for x in (squares, minus.node)):
         return False
     scale, shift, mean = scale_and_shift(minus.node.args[0].within(minus.bind))
@@ -170,7 +170,7 @@ def cut_inside(node: Node, k: int, axes: tuple[Axis, ...], cut: Callable[[Node, 
     mean. None where the kind of node lets no cuts through.
     """
     if isinstance(node, Mean):
-        inner = node.args[0].node
+        inner = node.argument
         at = [j for j in range(len(inner.axes)) if j not in node.params][k]
         part = cut(inner, at)
         return mean_node(part, [j if j < at else j + len(part.axes) - len(inner.axes) for j in node.params])
@@ -231,11 +231,11 @@ def _mean_node(node: Node, axes: tuple[int, ...]) -> Node:
             if (product := _factors_apart(node, axes)) is not None:
                 return mean_node(product, axes)
         case Mean(), reduced:
-            places = [k for k in range(len(node.args[0].node.axes)) if k not in reduced]
-            return mean_node(node.args[0].node, [*reduced, *(places[k] for k in axes)])
+            places = [k for k in range(len(node.argument.axes)) if k not in reduced]
+            return mean_node(node.argument, [*reduced, *(places[k] for k in axes)])
         case Split(), (k, sizes) if {*range(k, k + len(sizes))} <= {*axes}:  # all factors are the axis
             whole = [j if j < k else j - len(sizes) + 1 for j in axes if j not in range(k, k + len(sizes))]
-            return mean_node(node.args[0].node, [k, *whole])
+            return mean_node(node.argument, [k, *whole])
     return graph.make(Mean, left, [node.whole], axes)
 
 
