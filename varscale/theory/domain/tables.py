@@ -237,27 +237,27 @@ def gaussian(
     positions and shared along the others, there with one value a class, correlated between classes.
     """
     labels = [axis.label_array[kept] for axis, kept in zip(axes, positions, strict=True)]
-    blocks = covariance.reshape([axis.types for axis in axes])
-    out = np.zeros((replicates, *map(len, positions)))
-    for own in itertools.product((True, False), repeat=len(axes)):
-        part = blocks
+    rank, out = len(axes), np.zeros((replicates, *map(len, positions)))
+    for own in itertools.product((True, False), repeat=rank):
+        part, shape, places = covariance, list[int](), list[int]()
         for k, (axis, anew) in enumerate(zip(axes, own, strict=True)):
             same, different = np.split(part, [axis.classes], axis=k)
             alike = np.arange(axis.classes) * (axis.classes + 1)
             part = same - np.take(different, alike, axis=k) if anew else different
+            shape += [axis.classes] * (1 if anew else 2)
+            places += [k] if anew else [k, rank + k]
         if np.max(np.abs(part)) <= 1e-14:
             continue
         mine, others = ([k for k, anew in enumerate(own) if anew is which] for which in (True, False))
-        at, sizes, classes = len(mine), [len(labels[k]) for k in mine], [axes[k].classes for k in others]
-        each, total = [axes[k].classes for k in mine], math.prod(classes)
-        square = part.transpose([*mine, *others]).reshape([*each, *(n for c in classes for n in (c, c))])
-        pairs = [*range(at), *range(at, square.ndim, 2), *range(at + 1, square.ndim, 2)]
-        matrix = square.transpose(pairs).reshape([*each, total, total])
+        square = np.einsum(part.reshape(shape), places, [*mine, *others, *(rank + k for k in others)])
+        each, classes = square.shape[: len(mine)], [axes[k].classes for k in others]
+        matrix = square.reshape(*each, math.prod(classes), -1)
         values, vectors = np.linalg.eigh((matrix + np.swapaxes(matrix, -1, -2)) / 2)
         factor = vectors * np.sqrt(np.maximum(values, 0.0))[..., None, :]
-        factor = factor[np.ix_(*[labels[k] for k in mine])]
-        noise = np.moveaxis(rng.standard_normal((replicates, *sizes, total)), 0, -1)
-        effect = np.moveaxis(factor @ noise, -1, 0).reshape([replicates, *sizes, *classes])
-        effect = effect[(slice(None), *np.ix_(*map(range, sizes), *[labels[k] for k in others]))]
-        out += effect.transpose([0, *(1 + i for i in np.argsort([*mine, *others]))])
+        factor = factor.reshape(*each, *classes, -1)[np.ix_(*[labels[k] for k in mine])]
+        noise = rng.standard_normal((replicates, *factor.shape[: len(mine)], factor.shape[-1]))
+        ahead, behind = [rank, *mine, rank + 1], [*mine, *others, rank + 1]
+        effect = np.einsum(noise, ahead, factor, behind, [rank, *range(rank)])
+        at = (range(len(x)) if anew else x for x, anew in zip(labels, own, strict=True))
+        out += effect[np.ix_(range(replicates), *at)]
     return out
