@@ -258,6 +258,6 @@ def gaussian(
         noise = rng.standard_normal((replicates, *factor.shape[: len(mine)], factor.shape[-1]))
         ahead, behind = [rank, *mine, rank + 1], [*mine, *others, rank + 1]
         effect = np.einsum(noise, ahead, factor, behind, [rank, *range(rank)])
-        at = (range(len(x)) if anew else x for x, anew in zip(labels, own, strict=True))
-        out += effect[np.ix_(range(replicates), *at)]
+        at = (np.arange(len(x)) if anew else x for x, anew in zip(labels, own, strict=True))
+        out += effect[np.ix_(np.arange(replicates), *at)]
     return out

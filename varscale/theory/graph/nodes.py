@@ -104,7 +104,7 @@ class Node(Marked):
     @property
     def argument(self) -> Node:
         """Its first argument, often the only one."""
-        return self.argument
+        return self.args[0].node
 
     @property
     def sources(self) -> Sequence[Node]:

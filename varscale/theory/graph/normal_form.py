@@ -256,7 +256,7 @@ def _factors_apart(node: Apply, axes: Sequence[int]) -> Node | None:
     return affine(product.node, number, 0.0)
 
 
-def _powers_apart(node: Apply, axes: Sequence[int]) -> Node:
+def _powers_apart(node: Node, axes: Sequence[int]) -> Node:
     """(x y)ⁿ as xⁿ yⁿ, where one factor is constant along the axes: the scale of a norm comes out of the next norm's mean."""
     (inner, bind), (name, extra) = node.args[0], node.params
     parts = [view.within(bind) for view in inner.args] if inner.primitive in ("mul", "div") else []

@@ -115,7 +115,7 @@ def of_few(node: Conv) -> float | None:
 def _group(node: Conv) -> int:
     """How many channels an output reads."""
     channels = node.params.x_dims[1]
-    return 1 if channels is None else node.args[0].node.axes[channels].size // node.params.groups
+    return 1 if channels is None else node.argument.axes[channels].size // node.params.groups
 
 
 def _few(root: Node) -> TypeGuard[Conv]:
@@ -148,8 +148,8 @@ def _root(node: Node, places: Places) -> tuple[Node, Places]:
 def _averaged(node: Node) -> tuple[Node, Places] | None:
     """What is averaged or summed over places, and which of its axes they are."""
     if type(node) is WindowSum:
-        return node.args[0].node, _windowed(node, node.params.x_dims)
-    return (node.args[0].node, frozenset(node.params)) if node.averages else None
+        return node.argument, _windowed(node, node.params.x_dims)
+    return (node.argument, frozenset(node.params)) if node.averages else None
 
 
 def _read_by(root: Node, places: Places) -> tuple[Node, Places] | None:

@@ -66,7 +66,7 @@ def rev(interpreter: Context, eqn: Any, x: Value) -> Value:
 @pullback.register(Take)
 def pullback_of_take(node: Take, cotangent: np.ndarray, notes: BackwardNotes) -> list[np.ndarray | None]:
     k, *span = node.params
-    return [part_pullback(cotangent, k, node.args[0].node.axes[k], span)]
+    return [part_pullback(cotangent, k, node.argument.axes[k], span)]
 
 
 def part_pullback(cotangent: np.ndarray, k: int, old: Axis, span: Sequence[Any]) -> np.ndarray:
@@ -176,7 +176,7 @@ def _only_sliced(node: Leaf, k: int) -> list[Node] | None:
 
 def _taken_inside(node: Node, k: int, span: tuple[int, int | None, int]) -> Node | None:
     """The slice of what axes in another order, or a slice, are made from; None of other nodes."""
-    source = node.args[0].node if node.args else node
+    source = node.argument if node.args else node
     if isinstance(node, Permute):
         at = node.params[k]
         part = take_node(source, at, *span)
