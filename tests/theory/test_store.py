@@ -2,6 +2,7 @@
 
 import inspect
 import sys
+import types
 
 import flax.linen as nn
 import jax
@@ -14,7 +15,7 @@ from varscale.theory.graph.store import Fact, once_per_node
 from varscale.theory.interpreter.interpreter import Interpreter
 from varscale.theory.propagation.cotangents import cotangents
 from varscale.theory.propagation.error_bounds import provenance
-from varscale.theory.rules.linear import contract
+from varscale.theory.rules.linear import dot_general
 
 
 class Block(nn.Module):
@@ -101,16 +102,20 @@ def test_once_per_node_works_once_for_each_argument():
     assert work.__doc__ == "Say what was asked."
 
 
+def product(interpreter, x, w):
+    eqn = types.SimpleNamespace(params={"dimension_numbers": (((1,), (0,)), ((), ()))})
+    return dot_general(interpreter, eqn, x, w)
+
+
 def test_gradients_asked_twice_and_in_any_order_of_rows_are_the_same():
     def asked(order, times):
         interpreter = Interpreter()
         x = interpreter.leaf(("input", 0), (4, 16), 0.0, 1.0, odd=False)
         w, v = (interpreter.leaf(("weight", i), (16, 16), 0.0, 1 / 16, odd=True) for i in range(2))
-        contracted = (((1,), (0,)), ((), ()))
-        first = contract(interpreter, x, w, *contracted)
+        first = product(interpreter, x, w)
         bent = interpreter.elementwise("tanh", first)
         stream = interpreter.elementwise("add", bent, interpreter.elementwise("mul", bent, first))
-        out = contract(interpreter, stream, v, *contracted)
+        out = product(interpreter, stream, v)
         watched = [first.node, bent.node, stream.node]
         found = {}
         for _ in range(times):
@@ -152,7 +157,7 @@ def test_hundreds_of_layers_asked_from_the_top_down():
     x = interpreter.leaf("x", (4, 8), 0.0, 1.0, odd=True)
     for k in range(500):
         w = interpreter.leaf(("w", k), (8, 8), 0.0, 1e-4, odd=True)
-        branch = contract(interpreter, interpreter.elementwise("tanh", x), w, ((1,), (0,)), ((), ()))
+        branch = product(interpreter, interpreter.elementwise("tanh", x), w)
         x = interpreter.elementwise("add", x, branch)
     limit, frames = sys.getrecursionlimit(), len(inspect.stack())
     sys.setrecursionlimit(frames + 333)
