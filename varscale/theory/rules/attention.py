@@ -115,7 +115,7 @@ def scores(weights: Any) -> Scores | None:
         of_two = isinstance(node, Contract) and weight_of(node) is None
         for place, query in enumerate(node.args if of_two else ()):
             if not along & set(query.bind):
-                key, summed = node.args[1 - place], range(len(node.axes), len(node.frame))
+                key, summed = node.args[1 - place], range(len(node.axes), len(node.axes) + len(node.params))
                 # Heads and samples are along axes that both have.
                 queries = tokens_of(query, set(query.bind) - set(key.bind), summed)
                 keys = tokens_of(key, along, summed)

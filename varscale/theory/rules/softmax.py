@@ -181,8 +181,9 @@ def pullback_of_softmax(
     # E[p_ik² p_jk]/E[p_ik p_jk], and the same of the other row.
     # Of one key: its share where another row weighs it that has nothing, or all, in common.
     first, square, cube = (np.maximum(x, 1e-300) for x in weights[:3])
-    both = ([node.read(x, second=j) for x in (square / first, cube / square)] for j in (False, True))
-    weighed = sum(weighed_in_both(*x, node.deviation / node.read(node.variance)) for x in both)
+    unlike, alike, correlation = square / first, cube / square, node.deviation / node.read(node.variance)
+    both = ((node.read(unlike, second=j), node.read(alike, second=j)) for j in (False, True))
+    weighed = sum(weighed_in_both(two, one, correlation) for two, one in both)
     overlap = (p[..., :c] * counts).sum(-1, keepdims=True)
     keep = np.clip(np.where(own, keep, 1 - weighed + overlap), 0, 1)
     same = np.where(own, np.maximum(passed, 0.0), passed) * keep + within * p[..., :c]
