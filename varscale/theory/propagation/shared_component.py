@@ -39,10 +39,8 @@ from varscale.theory.propagation.marginals import concentrated, evaluate
 
 _CHANNELS, _POPULATION_SAMPLES = 2048, 4  # of a population
 _OF_FEW = 8192  # channels where they are far from normal, and those with the other sign
-# Channels read together, from which on what they make is taken for normal: not derived, a matter of time.
-_MANY_CHANNELS = 8
-# Share of what places have in common that samples share, too, from where on they are as one.
-_SHARED_BY_SAMPLES = 0.98
+_MANY_CHANNELS = 8  # read together, from which on what they make is taken for normal: a matter of time
+_SHARED_BY_SAMPLES = 0.98  # share of what places have in common that samples share, too: they are as one
 _POINTS, _POINT_WEIGHTS = np.polynomial.hermite_e.hermegauss(16)
 _POINT_WEIGHTS = _POINT_WEIGHTS / _POINT_WEIGHTS.sum()
 
@@ -68,9 +66,9 @@ class Channels(NamedTuple):
 
     def of(self, whole: float, common: float) -> Channels:
         """The same with this K and this C."""
-        k, c = self.totals()
-        ratio, left = common / c, max(whole - common, 0.0) / max(k - c, 1e-300)
-        return self._replace(mean=math.sqrt(ratio) * self.mean, square=ratio * self.mean**2 + left * self.own)
+        ratio, own = common / float(self.totals()[1]), self.own
+        own = own * (max(whole - common, 0.0) / max(float(np.mean(own)), 1e-300))
+        return self._replace(mean=math.sqrt(ratio) * self.mean, square=ratio * self.mean**2 + own)
 
     def scatter(self) -> np.ndarray:
         """Covariance of K and C of one channel, each relative to its mean."""
