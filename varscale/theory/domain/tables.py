@@ -184,12 +184,12 @@ def full_along(array: np.ndarray, k: int, axis: Axis) -> np.ndarray:
 
 
 def estimate(values: np.ndarray, axes: Axes) -> Table:
-    """Moments of one real array, its entries pooled by class and by type."""
-    x = np.asarray(values, float).reshape([1, *(axis.size for axis in axes)])
-    mean = x[0]
+    """Moments of one real array, or of several draws, (draws, ...), its entries pooled by class and by type."""
+    x = np.asarray(values, float).reshape([-1, *(axis.size for axis in axes)])
+    mean = x.mean(axis=0)
     for k, axis in enumerate(axes):
         mean = apply_axis(mean, k, axis.members / axis.counts[:, None])
-    return Table(tuple(axes), mean, estimated_products(x, x, axes)[0])
+    return Table(tuple(axes), mean, estimated_products(x, x, axes).mean(axis=0))
 
 
 def estimated_products(x: np.ndarray, y: np.ndarray, axes: Axes) -> Float[np.ndarray, "draws ..."]:

@@ -12,12 +12,27 @@ from collections.abc import Callable, Hashable, Sequence
 import numpy as np
 from jaxtyping import Float, Int
 
-from varscale.theory.domain.axes import Axis, apply_axis, reduced
-from varscale.theory.domain.tables import LOOSE, Positions, Table, estimated_products, gaussian, over_frame
-from varscale.theory.graph import linear_nodes as linear
+from varscale.theory.domain.axes import Axis, reduced
+from varscale.theory.domain.tables import (
+    LOOSE,
+    Positions,
+    Table,
+    estimate,
+    estimated_products,
+    gaussian,
+    over_frame,
+)
 from varscale.theory.graph.expressions import Mean, Sum, content, roots, roots_of
 from varscale.theory.graph.known_arrays import is_known_array, numbers
-from varscale.theory.graph.linear_nodes import AppliedWeights, Concat, Contract, Gather, Take, applied_weights
+from varscale.theory.graph.linear_nodes import (
+    Concat,
+    Contract,
+    Gather,
+    Permute,
+    Rearranged,
+    Take,
+    applied_weights,
+)
 from varscale.theory.graph.nodes import UNKNOWN, Array, Node, View
 from varscale.theory.graph.store import once_per_node
 from varscale.theory.integrals.hermite_series import Z, read_off
@@ -25,6 +40,9 @@ from varscale.theory.propagation.marginals import evaluate, marginal
 from varscale.theory.propagation.pullbacks import repeats
 
 TERMS = 32  # terms of a sum that stand for all
+_TOO_MUCH = (
+    2.0  # chosen, not derived: more than chance makes of a mean square over draws, in units of the known one
+)
 
 
 @once_per_node
@@ -40,64 +58,54 @@ def sampled_from(node: Node, drawing: Drawing, positions: Positions) -> np.ndarr
 
 
 class Drawing:
-    """Nodes drawn together: what they have in common is the same in all.
+    """Nodes drawn together, so many replicates: what they have in common is the same in all.
 
     Attributes:
-        replicates: how many draws.
-        doubt: what its draws' moments may be off by, relatively, for an order in time that some of them have lost.
-        some: the positions of an axis that stand for all of it, in sums and means and wherever nodes are asked for at them.
+        doubt: the relative error of its draws' moments, for an order in time that some of them have lost.
+        some: positions that stand for all of an axis, in sums and means and wherever nodes are asked for at them.
     """
 
     def __init__(self, replicates: int, some: Callable[[Axis], Int[np.ndarray, " kept"]]):
-        self.replicates, self.some = replicates, some
+        self.replicates, self.some, self.doubt = replicates, some, 0.0
         self.drawn: dict[Hashable, np.ndarray] = {}
-        self.doubt = 0.0
 
     def values(self, view: View, frame: Sequence[Axis], positions: Positions) -> Float[np.ndarray, "..."]:
         """A view at some positions of a frame, (positions or 1 ..., replicates or 1): 1 where it does not have an axis."""
         env = {}
         for root in roots_of(view):
-            numbers = self._at(root.node, [positions[place] for place in root.bind])
-            env[root] = over_frame(np.moveaxis(numbers, 0, -1), root.bind, len(frame))
+            drawn = self._root(root.node, [positions[place] for place in root.bind])
+            env[root] = over_frame(np.moveaxis(drawn, 0, -1), root.bind, len(frame))
         return evaluate(view, frame, env)
 
-    def whole(self, node: Node, positions: Positions) -> Float[np.ndarray, "replicates ..."]:
-        """A node at some positions of its own axes."""
-        return _over_positions(self.values(node.whole, node.axes, positions), positions)
+    def at(
+        self, view: View, frame: Sequence[Axis], positions: Positions
+    ) -> Float[np.ndarray, "replicates ..."]:
+        """A view at some positions of a frame."""
+        values = self.values(view, frame, positions)
+        return np.moveaxis(np.broadcast_to(values, (*map(len, positions), self.replicates)), -1, 0)
 
-    def _at(self, node: Node, positions: Positions) -> np.ndarray:
+    def _root(self, node: Node, positions: Positions) -> np.ndarray:
         """A root at these positions, (replicates or 1, ...); where all stand for others, among what is drawn for those."""
         usual = [self.some(axis) for axis in node.axes]
         if not all(np.isin(asked, among).all() for asked, among in zip(positions, usual, strict=True)):
             usual = positions
         key = node.id, tuple(kept.tobytes() for kept in usual)
         if key not in self.drawn:
-            self.drawn[key] = self._fresh(node, usual).astype(np.float32)
+            made = sampled_from(node, self, usual)
+            if made is None:
+                self.doubt = LOOSE if in_order(node) else self.doubt  # its order is lost
+                made = _drawn(node, usual, self.replicates)
+            self.drawn[key] = made.astype(np.float32)
         drawn = self.drawn[key]
         for k, (asked, among) in enumerate(zip(positions, usual, strict=True), 1):
             drawn = drawn if len(asked) == len(among) else drawn.take(np.searchsorted(among, asked), axis=k)
         return drawn
 
-    def _fresh(self, node: Node, positions: Positions) -> np.ndarray:
-        """A root at these positions, (replicates or 1, ...)."""
-        made = sampled_from(node, self, positions)
-        if made is not None:
-            return made
-        if in_order(node):  # its order is lost
-            self.doubt = LOOSE
-        return _drawn(node, positions, self.replicates)
-
-
-def is_drawn_whole(mean: Node, drawing: Drawing) -> bool:
-    """Whether a mean is over so many drawn positions that they are as good as all."""
-    averaged = [mean.args[0].node.axes[k] for k in mean.params]
-    whole = math.prod(axis.size for axis in averaged)
-    return math.prod(len(drawing.some(axis)) for axis in averaged) >= min(whole, TERMS)
-
-
-def _over_positions(values: np.ndarray, positions: Positions) -> np.ndarray:
-    """Values at some positions, (positions or 1 ..., draws), as (draws, positions...)."""
-    return np.moveaxis(np.broadcast_to(values, (*map(len, positions), values.shape[-1])), -1, 0)
+    def averages_all(self, mean: Node) -> bool:
+        """Whether a mean is over so many drawn positions that they are as good as all."""
+        axes = [mean.args[0].node.axes[k] for k in mean.params]
+        whole = math.prod(axis.size for axis in axes)
+        return math.prod(len(self.some(axis)) for axis in axes) >= min(whole, TERMS)
 
 
 def evenly(size: int, most: int) -> Int[np.ndarray, " kept"]:
@@ -138,95 +146,80 @@ def _drawn(node: Node, positions: Positions, replicates: int) -> np.ndarray:
     return out
 
 
-# Chosen, not derived: of a mean square over draws, in units of what it is known to be, more than chance makes
-# of it.
-_TOO_MUCH = 2.0
-
-
 @sampled_from.register(Sum)
 def sampled_from_sum(node: Sum, drawing: Drawing, positions: Positions) -> np.ndarray | None:
     """The terms, where all means among them are as good as of all."""
-    if not all(is_drawn_whole(view.node, drawing) for view in node.args if isinstance(view.node, Mean)):
+    if not all(drawing.averages_all(view.node) for view in node.args if isinstance(view.node, Mean)):
         return None
-    terms = node.terms
-    found = [c * drawing.values(term, node.axes, positions) for c, term in terms]
-    return _over_positions(sum(found, np.zeros(1, np.float32)), positions)
+    terms = (c * drawing.at(term, node.axes, positions) for c, term in node.terms)
+    return sum(terms, np.zeros(1, np.float32))
 
 
 @sampled_from.register(Mean)
 def sampled_from_mean(node: Mean, drawing: Drawing, positions: Positions) -> np.ndarray | None:
     """The mean of what is drawn, where that is as good as all."""
-    if not is_drawn_whole(node, drawing):
+    if not drawing.averages_all(node):
         return None
     source, own = node.args[0].node, iter(positions)
     there = [drawing.some(a) if k in node.params else next(own) for k, a in enumerate(source.axes)]
-    return drawing.whole(source, there).mean(axis=tuple(1 + k for k in node.params))
+    return drawing.at(source.whole, source.axes, there).mean(axis=tuple(1 + k for k in node.params))
 
 
-@sampled_from.register(linear.Permute | linear.Split | linear.Merge | Take)
-def sampled_from_moved(node: Node, drawing: Drawing, positions: Positions) -> np.ndarray | None:
+@sampled_from.register(Rearranged | Take)
+def sampled_from_moved(node: Rearranged | Take, drawing: Drawing, positions: Positions) -> np.ndarray | None:
     """Entries of one array in another order, where more is known of given places than moments by type say."""
     if not (in_order(node) or repeats(node)):
         return None
-    source, mesh, (k, *more) = node.args[0].node, list(np.ix_(*positions)), node.params
-    if isinstance(node, linear.Permute):
+    source, mesh = node.args[0].node, np.ix_(*positions)
+    if isinstance(node, Permute):
         mesh = [mesh[d] for d in np.argsort(node.params)]
-    elif isinstance(node, linear.Split):
-        n = len(more[0])
-        mesh[k : k + n] = [np.ravel_multi_index(tuple(mesh[k : k + n]), more[0])]
-    elif isinstance(node, linear.Merge):
-        mesh[k : k + 1] = np.unravel_index(mesh[k], more[0])
-    elif len(source.axes) > len(node.axes):
-        mesh.insert(k, np.full([1] * len(mesh), more[0]))
-    else:
-        mesh[k] = more[0] + more[2] * mesh[k]
+    elif isinstance(node, Take):
+        k, start, _, step = node.params
+        sliced = len(source.axes) == len(node.axes)
+        mesh = [*mesh[:k], start + step * mesh[k] if sliced else np.array(start), *mesh[k + sliced :]]
+    else:  # row-major, as its argument
+        here, there = ([axis.size for axis in x.axes] for x in (node, source))
+        mesh = np.unravel_index(np.ravel_multi_index(mesh, here), there)
     own = [np.unique(at, return_inverse=True) for at in mesh]
     places = (place.reshape(at.shape) for (_, place), at in zip(own, mesh, strict=True))
-    return drawing.whole(source, [kept for kept, _ in own])[(slice(None), *places)]
+    return drawing.at(source.whole, source.axes, [kept for kept, _ in own])[(slice(None), *places)]
 
 
 @sampled_from.register(Concat)
 def sampled_from_concat(node: Concat, drawing: Drawing, positions: Positions) -> np.ndarray:
     """The parts, each at those of the positions that lie in it."""
-    (along, sizes), start, found = node.params, 0, []
-    for size, part in zip(sizes, node.args, strict=True):
-        inside = positions[along][(positions[along] >= start) & (positions[along] < start + size)] - start
-        start += size
-        there = [inside if k == along else kept for k, kept in enumerate(positions)]
-        if len(inside):
-            found.append(_over_positions(drawing.values(part, node.axes, there), there))
-    replicates = max(map(len, found))
-    return np.concatenate([np.broadcast_to(x, (replicates, *x.shape[1:])) for x in found], axis=1 + along)
+    (along, sizes), found = node.params, []
+    for end, size, part in zip(np.cumsum(sizes), sizes, node.args, strict=True):
+        at = positions[along] - (end - size)
+        at = at[(at >= 0) & (at < size)]
+        there = [at if k == along else kept for k, kept in enumerate(positions)]
+        found += [drawing.at(part, node.axes, there)] if len(at) else []
+    return np.concatenate(found, axis=1 + along)
 
 
 @sampled_from.register(Contract)
 def sampled_from_contract(node: Contract, drawing: Drawing, positions: Positions) -> np.ndarray | None:
-    if applied := applied_weights(node):
-        return _weighed(node, applied[0], drawing, positions) if in_order(node) or _is_narrow(node) else None
-    if not in_order(node) or any(len(drawing.some(a)) < a.size for a in node.params):
-        return None
-    there = [*positions, *(np.arange(a.size) for a in node.params)]
-    x, y = (drawing.values(view, node.frame, there) for view in node.args)
-    return summed(x, y, len(positions))
-
-
-def _is_narrow(node: Contract) -> bool:
-    """Whether it has few terms, or what it multiplies is made of few: then its units are not independent."""
-    inside = [root.node for root in roots(applied_weights(node)[0].x.node)]
-    inside += [view.node for x in inside if isinstance(x, Sum) for view in x.args]
-    return any(isinstance(x, Contract) and applied_weights(x) and x.width <= TERMS for x in (node, *inside))
-
-
-def _weighed(node: Contract, applied: AppliedWeights, drawing: Drawing, positions: Positions) -> np.ndarray:
-    """A product with weights, multiplied out with drawn ones, the same wherever they are applied; some of the terms for all.
+    """A product, multiplied out: with weights that are drawn, the same wherever they are applied, some of its terms for all.
 
     Its moments by type say neither what order in time its argument has, nor that products of one narrow argument share its
-    norm. It is scaled to the mean square that is known; far from it, what was drawn apart belongs together.
+    norm; where it has many terms, and what it multiplies is made of many, its units are independent. With weights it is
+    scaled to the mean square that is known; far from it, what was drawn apart belongs together.
     """
-    _, (weights, bind), x, _ = applied
     terms = [drawing.some(a) for a in node.params]
     ratio = math.prod(a.size / len(kept) for a, kept in zip(node.params, terms, strict=True))
-    there = [*positions, *terms]
+    there, timed = [*positions, *terms], in_order(node)
+    if not (applied := applied_weights(node)):
+        if not timed or ratio != 1:
+            return None
+        x, y = (drawing.values(view, node.frame, there) for view in node.args)
+        return summed(x, y, len(positions))
+    _, (weights, bind), x, _ = applied[0]
+    made = [node, *(root.node for root in roots(x.node))]
+    made += [view.node for below in made if isinstance(below, Sum) for view in below.args]
+    if not timed and not any(
+        isinstance(n, Contract) and n.width <= TERMS and applied_weights(n) for n in made
+    ):
+        return None
     own = [there[k] for k in bind]
     rng = np.random.default_rng((content(weights), *(int(kept.sum()) for kept in own)))
     drawn = rng.standard_normal((drawing.replicates, *map(len, own)), np.float32)
@@ -240,30 +233,11 @@ def _weighed(node: Contract, applied: AppliedWeights, drawing: Drawing, position
 
 
 def summed(x: np.ndarray, y: np.ndarray, kept: int) -> np.ndarray:
-    """Σ x·y over the axes after the first `kept`, of arrays (positions or 1..., draws or 1): (draws, positions...).
-
-    One matrix product a draw: axes that both have are batches or are summed over, others are rows or columns.
-    """
-    rank = x.ndim - 1
-    x, y = (np.moveaxis(z, -1, 0) for z in (x, y))
-    for k in range(kept, rank):  # where one is constant, the other is summed over first
-        if x.shape[1 + k] == 1 or y.shape[1 + k] == 1:
-            x, y = (z.sum(1 + k, keepdims=True) for z in (x, y))
-    both = [k for k in range(rank) if x.shape[1 + k] > 1 and y.shape[1 + k] > 1]
-    batch, inner = [k for k in both if k < kept], [k for k in both if k >= kept]
-    columns = [k for k in range(kept) if k not in both and y.shape[1 + k] > 1]
-    rows = [k for k in range(kept) if k not in both and k not in columns]
-
-    def matrices(z: np.ndarray, *groups: list[int]) -> np.ndarray:
-        sizes = [math.prod(z.shape[1 + k] for k in group) for group in groups]
-        order = [1 + k for group in groups for k in group]
-        rest = [1 + k for k in range(rank) if 1 + k not in order]  # of size 1
-        return z.transpose([0, *order, *rest]).reshape(len(z), *sizes)
-
-    out = matrices(x, batch, rows, inner) @ matrices(y, batch, inner, columns)
-    order = [*batch, *rows, *columns]
-    sizes = [max(x.shape[1 + k], y.shape[1 + k]) for k in order]
-    return out.reshape(len(out), *sizes).transpose([0, *(1 + int(k) for k in np.argsort(order))])
+    """Σ x·y over the axes after the first `kept`, of arrays (positions or 1..., draws or 1): (draws, positions...)."""
+    pairs, draws = ((x, y), (y, x)), x.ndim - 1
+    own = [[k for k, n in enumerate(z.shape) if n > 1 or other.shape[k] == 1] for z, other in pairs]
+    x, y = (z.reshape([z.shape[k] for k in axes]) for z, axes in zip((x, y), own, strict=True))
+    return np.einsum(x, own[0], y, own[1], [draws, *range(kept)], optimize=True)
 
 
 @sampled_from.register(Gather)
@@ -272,13 +246,12 @@ def sampled_from_gather(node: Gather, drawing: Drawing, positions: Positions) ->
     (table, bind), (row_axes, index_axes, *_) = node.args[0], node.params
     if not isinstance(table, Array) or node.known is not None:
         return None
-    kept = [k for k in range(len(table.axes)) if k not in row_axes]
-    rows = table.values.transpose([*row_axes, *kept]).reshape(-1, *[table.axes[k].size for k in kept])
-    rows = rows[np.ix_(np.arange(len(rows)), *[positions[bind[k]] for k in kept])]
-    size = (drawing.replicates, *(len(positions[k]) for k in index_axes))
-    out = rows[np.random.default_rng(content(node)).integers(len(rows), size=size)]
-    order = np.argsort([*index_axes, *(bind[k] for k in kept)])
-    return out.transpose([0, *(1 + int(k) for k in order)])
+    sizes = [table.axes[k].size for k in row_axes]
+    lengths = [len(kept) if k in index_axes else 1 for k, kept in enumerate(positions)]
+    rng = np.random.default_rng(content(node))
+    drawn = np.unravel_index(rng.integers(math.prod(sizes), size=(drawing.replicates, *lengths)), sizes)
+    rows, mesh = dict(zip(row_axes, drawn, strict=True)), np.ix_(*positions)
+    return table.values[tuple(rows[k] if k in rows else mesh[place] for k, place in enumerate(bind))]
 
 
 _POOLED = 2_000_000  # numbers that moments by type are estimated from
@@ -290,11 +263,8 @@ def pooled(numbers: np.ndarray, axes: Sequence[Axis], positions: Positions) -> T
     square = float(np.mean(np.square(numbers, dtype=float)))
     (numbers,), small = _thinned([numbers], axes, positions)
     # Units that differ in scale (of several heads, say) are not all among those that are left.
-    numbers = numbers * math.sqrt(square / max(float(np.mean(numbers**2)), 1e-300))
-    mean = np.mean(numbers, axis=0)
-    for k, axis in enumerate(small):
-        mean = apply_axis(mean, k, axis.members / axis.counts[:, None])
-    return Table(tuple(axes), mean, estimated_products(numbers, numbers, small).mean(axis=0))
+    table = estimate(numbers * math.sqrt(square / max(float(np.mean(numbers**2)), 1e-300)), small)
+    return Table(tuple(axes), table.mean, table.second)
 
 
 def _thinned(

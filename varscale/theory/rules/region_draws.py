@@ -122,7 +122,7 @@ class RegionDraws:
 
     def draw(self, x: Value) -> np.ndarray:
         """A value drawn at its smaller sizes, (replicates, ...)."""
-        numbers = self.drawing.whole(x.node, list(map(self.positions, x.node.axes)))
+        numbers = self.drawing.at(x.node.whole, x.node.axes, list(map(self.positions, x.node.axes)))
         axes = [next((a.axis for a in dim if a.axis is not None), None) for dim in x.dims]
         numbers = numbers.transpose([0, *(1 + k for k in axes if k is not None)])
         numbers = np.expand_dims(numbers, [1 + d for d, k in enumerate(axes) if k is None])

@@ -188,8 +188,7 @@ def cross_by_kind_of_region(node: RegionOutput, a: View, b: View, frame: Sequenc
     if not set(b.bind) <= set(a.bind) or not (isinstance(drawn, RegionOutput) or b.node.id <= node.id):
         return None
     own = View(b.node, tuple(place[outer] for outer in b.bind))
-    theirs = np.moveaxis(node.draws.drawing.values(own, node.axes, node.positions), -1, 0)
-    theirs = np.broadcast_to(theirs, node.numbers.shape)
+    theirs = node.draws.drawing.at(own, node.axes, node.positions)
     table = cross_moments(node.numbers, theirs, node.axes, node.positions)
     return a.over(table, frame, pairs=True)
 
