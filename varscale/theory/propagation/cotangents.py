@@ -156,9 +156,9 @@ class _Backward:
             self.done.add(node, dataclasses.replace(part, mask=None))
         if node.id < self.first or isinstance(node, Leaf):
             return
-        met = forks(node)
-        part = dataclasses.replace(part, doubt=part.doubt + met.doubt)
-        for fork in met.found:
+        met, doubt = forks(node)
+        part = dataclasses.replace(part, doubt=part.doubt + doubt)
+        for fork in met:
             self.pending.add(fork.root.node, fork.back(part, node.axes))
         if isinstance(node, Apply):
             self.through_function(node, part)

@@ -36,11 +36,9 @@ from varscale.theory.propagation.marginals import cofactors
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Cotangent:
-    """What flows back into a node.
+    """What flows back into a node: its second moments by type, and a bound on their relative error.
 
     Attributes:
-        second: second moments by type.
-        doubt: bound on their relative error.
         mask: the derivative it was multiplied by last, where nothing random came between: a stream's next one is correlated.
         few: the fewest numbers that it passed through.
         scale: a = d ln(mean square)/d ln Q, Q the second moment of the node's values at the same place, through later layers.
@@ -61,10 +59,6 @@ class Cotangent:
     unit: float = 0.0
     near: float = 0.0
     lost: float = 0.0
-
-    def with_near(self, near: float, doubt: float = 0.0) -> Cotangent:
-        """What near places have in common at most, and what is in doubt of the mean square for it."""
-        return dataclasses.replace(self, near=near, doubt=self.doubt + doubt, lost=self.lost + doubt)
 
 
 def sum_out(second: np.ndarray, frame: Sequence[Axis], view: View) -> np.ndarray:
@@ -95,10 +89,8 @@ def pullback_of_sum(node: Sum, cotangent: np.ndarray, notes: BackwardNotes) -> l
     for i, (c, view) in enumerate(node.terms):
         passed = cotangent
         if i in node.centring:
-            mean = node.args[node.centring[i]]
-            passed = cotangent - shared_by_mean(
-                cotangent, [k for k in view.bind if k not in mean.bind], node.axes
-            )
+            centred = [k for k in view.bind if k not in node.args[node.centring[i]].bind]
+            passed = cotangent - shared_by_mean(cotangent, centred, node.axes)
         taken = i in node.centring.values()
         out.append(None if taken else c * c * sum_out(passed, node.axes, view))
     return out
@@ -116,9 +108,9 @@ class Fork(NamedTuple):
     """A value that a cotangent reaches by two paths or more.
 
     Attributes:
-        root: the value, in the frame of the node, or of what a reduction of the node's reduces.
+        root: the value, in the frame of the node, or of what `over` reduces.
         squares: Σ E[s_p s_q] over pairs of paths, by type.
-        over: the mean that all of them go through first, as the node's argument; None where they go through none.
+        over: the mean that all of them go through first, as the node's argument.
         beside: axes of the frame over which one of them goes through a mean, and the other does not.
     """
 
@@ -139,23 +131,15 @@ class Fork(NamedTuple):
         return Cotangent(second, part.doubt, few=part.few, near=part.near, lost=part.lost)
 
 
-class Forks(NamedTuple):
-    """The forks of a node, and the relative error of its cotangent for paths of which one alone goes through a reduction."""
-
-    found: list[Fork]
-    doubt: float
-
-
 class _Path(NamedTuple):
     """A way from a node down to a value.
 
     Attributes:
-        branch: number of the node's argument, or root, that it goes through.
+        branch: number of the node's argument, or root, that it goes through: `begins`.
         view: the value, in the node's frame, or in that of what `over` reduces.
         factor: product of the weights of the sums on the way.
         slope: derivative of the function on the way; None where it is 1.
         over: the reduction on the way, as the node's argument: its derivatives along what it reduces add up to 1.
-        begins: the node's argument, or root, itself.
     """
 
     branch: int
@@ -168,21 +152,22 @@ class _Path(NamedTuple):
     @property
     def place(self) -> Hashable:
         """Equal for paths to one value, in one frame: a sum of means over the same axes is the mean of a sum."""
-        if self.over is None or not self.over.node.averages:
-            return self.view, self.over
-        return self.view, self.over.node.params, self.over.node.args[0].node.axes, self.over.bind
+        over = self.over
+        mean = over is not None and over.node.averages
+        return self.view, (over.node.params, over.node.args[0].node.axes, over.bind) if mean else over
 
 
 @once_per_node
-def forks(node: Node) -> Forks:
-    """The values at which paths from a sum or a function meet first; each is looked for from the latest node down."""
-    waiting = [
-        path._replace(branch=i, begins=path.view.node)
-        for i, path in enumerate(_below(_Path(0, node.whole)) if isinstance(node, Apply | Sum) else ())
-    ]
-    found, doubt = list[Fork](), 0.0
+def forks(node: Node) -> tuple[list[Fork], float]:
+    """The values at which paths from a sum or a function meet first, each looked for from the latest node down.
+
+    With them the relative error of the node's cotangent for paths of which one alone goes through a reduction.
+    """
+    begun = enumerate(_below(_Path(0, node.whole)) if isinstance(node, Apply | Sum) else ())
+    waiting = [path._replace(branch=i, begins=path.view.node) for i, path in begun]
+    found, doubt, one = list[Fork](), 0.0, View(number(node.graph, 1.0), ())
     while len({path.branch for path in waiting}) > 1 and len(waiting) <= _MOST_PATHS:
-        top = max(waiting, key=lambda path: path.view.node.id).view.node
+        top = max((path.view.node for path in waiting), key=lambda below: below.id)
         here = [path for path in waiting if path.view.node is top]
         waiting = [path for path in waiting if path.view.node is not top]
         pairs = [(p, q) for p, q in itertools.combinations(here, 2) if p.branch != q.branch]
@@ -190,7 +175,9 @@ def forks(node: Node) -> Forks:
         for p, q in pairs:
             over = p.over or q.over
             if p.place == q.place:
-                squares = _product_of_slopes(over.node.args[0].node.axes if over else node.axes, p, q)
+                axes = over.node.args[0].node.axes if over else node.axes
+                squares = cross(p.slope or one, q.slope or one, axes)
+                squares = p.factor * q.factor * (squares + swapped(squares, axes))
                 before = met.get(p.place, Fork(p.view, np.zeros(()), p.over))
                 met[p.place] = before._replace(squares=before.squares + squares)
             elif over and not (p.over and q.over):
@@ -202,7 +189,7 @@ def forks(node: Node) -> Forks:
         found += met.values()
         if not pairs:
             waiting += [inner for path in here for inner in _below(path)]
-    return Forks(found, doubt)
+    return found, doubt
 
 
 def _beside_its_mean(p: _Path, q: _Path) -> Fork | None:
@@ -211,13 +198,13 @@ def _beside_its_mean(p: _Path, q: _Path) -> Fork | None:
     Of a sum that is centred as a whole, as a norm does, there is none: what it takes away goes with its scale. But a term that
     lacks an axis of that mean (a time that is added at all places) collects what is left of it along the axis.
     """
-    lacking = [k for k in range(len(p.view.bind)) if k in q.over.node.reduced]
-    kept = tuple(b for k, b in enumerate(p.view.bind) if k not in lacking)
-    lacks = len(p.begins.axes) - len(p.view.bind) > len(q.begins.axes) - len(q.over.bind)
+    mean, places = q.over, list(enumerate(p.view.bind))
+    kept = tuple(place for k, place in places if k not in mean.node.reduced)
+    lacks = len(p.begins.axes) - len(places) > len(q.begins.axes) - len(mean.bind)
     whole = not lacks and is_mean_of(q.begins, p.begins)
-    if p.slope or q.slope or not q.over.node.averages or kept != q.over.bind or whole:
+    if p.slope or q.slope or not mean.node.averages or kept != mean.bind or whole:
         return None
-    beside = tuple(p.view.bind[k] for k in lacking)
+    beside = tuple(place for k, place in places if k in mean.node.reduced)
     return Fork(p.view, np.array(2 * p.factor * q.factor), None, beside)
 
 
@@ -240,13 +227,6 @@ def _below(path: _Path) -> Iterator[_Path]:
         yield path._replace(view=node.args[0].node.whole, over=path.view)
 
 
-def _product_of_slopes(axes: tuple[Axis, ...], p: _Path, q: _Path) -> np.ndarray:
-    """E[s_p s_q] + E[s_q s_p] by type."""
-    constant = View(number(p.view.node.graph, 1.0), ())
-    squares = cross(p.slope or constant, q.slope or constant, axes)
-    return p.factor * q.factor * (squares + swapped(squares, axes))
-
-
 @functools.singledispatch
 def selected(node: Node) -> View | None:
     """What decides which entries of its argument a node passes its cotangent on to: a function m of theirs, one in E[m²].
@@ -257,54 +237,47 @@ def selected(node: Node) -> View | None:
 
 
 @functools.singledispatch
-def pulled_back(node: Node, i: int, part: Cotangent) -> Cotangent:
-    """The cotangent of argument i of a kind of node, with what near places have in common as the node leaves it.
+def overlaps(node: Node, i: int) -> tuple[Sequence[int], float]:
+    """Axes of argument i whose windows make near cotangents alike, and how many windows or copies meet in one entry.
 
     Most kinds pass cotangents on place by place; a convolution with fresh weights at places as far apart.
     """
-    return part
+    return (), 1.0
 
 
-@pulled_back.register(Mean)
-def pulled_back_of_mean(node: Mean, i: int, part: Cotangent) -> Cotangent:
-    return part.with_near(0.0)
-
-
-@pulled_back.register(WindowSum)
-def pulled_back_of_window_sum(node: WindowSum, i: int, part: Cotangent) -> Cotangent:
-    """An entry is in as many windows as there are taps a stride, and those of one window have its cotangent; of maxima one."""
+@overlaps.register(WindowSum)
+def overlaps_of_window_sum(node: WindowSum, i: int) -> tuple[Sequence[int], float]:
+    """Of sums those of one window have its cotangent, of maxima one."""
     windows = [(k, w) for w, k in zip(*node.params[:2], strict=True) if w is not None and k is not None]
-    met = math.prod(max(w.taps / w.stride, 1.0) for _, w in windows)
     summed = [] if isinstance(node, WindowMax) else [k for k, w in windows if w.taps > 1]
-    alike = _less_alike(node.args[0].node, part.second, summed)
-    return part.with_near(max(alike, part.near), part.near * (met - 1))
+    return summed, math.prod(max(w.taps / w.stride, 1.0) for _, w in windows)
 
 
-@pulled_back.register(Gather)
-@pulled_back.register(Merge)
-def pulled_back_of_copies(node: Gather | Merge, i: int, part: Cotangent) -> Cotangent:
-    return part.with_near(part.near, part.near * (copies(node) - 1) if i == 0 else 0.0)
+@overlaps.register(Gather | Merge)
+def overlaps_of_copies(node: Gather | Merge, i: int) -> tuple[Sequence[int], float]:
+    return (), 1.0 if i else copies(node)
 
 
-@pulled_back.register(Contract)
-def pulled_back_of_contract(node: Contract, i: int, part: Cotangent) -> Cotangent:
-    """A known matrix along an axis: of a cotangent's terms the products of any two are in doubt, too."""
+@overlaps.register(Contract)
+def overlaps_of_contract(node: Contract, i: int) -> tuple[Sequence[int], float]:
+    """Of a known matrix the products of any two of a cotangent's terms are in doubt, too."""
     x, matrix = node.args[i], node.args[1 - i].node
     if not isinstance(matrix, Array) or not node.params:
-        return part
+        return (), 1.0
     sums, squares = np.square(matrix.values.sum()), np.square(matrix.values).sum() * matrix.axes[0].size
-    alike = _less_alike(x.node, part.second, [k for k, b in enumerate(x.bind) if b >= len(node.axes)])
-    return part.with_near(max(alike, part.near), part.near * max(float(sums / squares) - 1, 0.0))
+    return [k for k, b in enumerate(x.bind) if b >= len(node.axes)], max(float(sums / squares), 1.0)
 
 
-def _less_alike(node: Node, back: np.ndarray, axes: Sequence[int]) -> float:
-    """How much less alike than the same two places along some axes are on average, relative to a mean square."""
-    if not axes:
-        return 0.0
-    table = pool(full_types(back, node.axes), node.axes)
-    own = float(table[(0,) * table.ndim])
-    other = float(table[tuple(1 if k in axes else 0 for k in range(table.ndim))])
-    return float(np.clip(1 - other / own, 0.0, 1.0)) if own > 0 else 0.0
+def pulled_back(node: Node, i: int, part: Cotangent) -> Cotangent:
+    """The cotangent of argument i, with what near places have in common as the node leaves it, and the doubt for it."""
+    (along, met), near = overlaps(node, i), 0.0 if node.averages else part.near
+    if along:  # how much less alike than the same two places along these axes are, relative to a mean square
+        axes = node.args[i].node.axes
+        table = pool(full_types(part.second, axes), axes)
+        own, other = table[(0,) * table.ndim], table[tuple(int(k in along) for k in range(table.ndim))]
+        near = max(near, float(np.clip(1 - other / own, 0.0, 1.0)) if own > 0 else 0.0)
+    lost = part.near * (met - 1)
+    return dataclasses.replace(part, near=near, doubt=part.doubt + lost, lost=part.lost + lost)
 
 
 def copies(node: Node) -> float:
@@ -318,34 +291,24 @@ def copies(node: Node) -> float:
     return 1.0 if known is None else len(known) / len(np.unique(known))
 
 
+@once_per_node
 def repeats(node: Node) -> bool:
     """Whether near places of an array may be copies of one another, or averages of the same numbers, by known weights."""
-    pending, seen = [node], {node}
-    for below in pending:  # grows
-        mixed = (
-            isinstance(below, Contract) and below.params and any(isinstance(x, Array) for x, _ in below.args)
-        )
-        if mixed or (isinstance(below, Merge | Gather) and copies(below) > 1):
-            return True
-        more = {} if isinstance(below, Mean) else {x: None for x, _ in below.args if x not in seen}
-        pending += more
-        seen.update(more)
-    return False
+    matrix = isinstance(node, Contract) and node.params and any(isinstance(x, Array) for x, _ in node.args)
+    if matrix or (isinstance(node, Merge | Gather) and copies(node) > 1):
+        return True
+    return not isinstance(node, Mean) and any(repeats(x) for x, _ in node.args)
 
 
+@once_per_node
 def meets_itself(node: Node) -> bool:
     """Whether near places of an array are made of the same entries: of an array and itself shifted along places, in one sum."""
-    pending, seen = [node], {node}
-    for below in pending:  # grows
-        read = roots(below) if isinstance(below, Apply) else below.args
-        shifted = [_entries_of(x) for x, _ in read if _is_shifted(x)]
-        others = [_entries_of(x) for x, _ in read if not _is_shifted(x)]
-        if isinstance(below, Apply | Sum) and any(a & b for a, b in itertools.product(shifted, others)):
-            return True
-        more = {x: None for x, _ in read if x not in seen}
-        pending += more
-        seen.update(more)
-    return False
+    read = [x for x, _ in (roots(node) if isinstance(node, Apply) else node.args)]
+    shifted = [_entries_of(x) for x in read if _is_shifted(x)]
+    others = [_entries_of(x) for x in read if not _is_shifted(x)]
+    if isinstance(node, Apply | Sum) and any(a & b for a, b in itertools.product(shifted, others)):
+        return True
+    return any(meets_itself(x) for x in read)
 
 
 def _is_shifted(node: Node) -> bool:
