@@ -16,7 +16,7 @@ import numpy as np
 from scipy import special
 
 from varscale.theory.domain.axes import Axis, contract_axis, refine
-from varscale.theory.domain.tables import NEGLIGIBLE, ROUGH, by_type, full_types
+from varscale.theory.domain.tables import NEGLIGIBLE, ROUGH, full_types, means_by_type
 from varscale.theory.graph.expressions import Apply, Sum, roots
 from varscale.theory.graph.nodes import UNKNOWN, Array, Constant, Leaf, Node, View, pullback
 from varscale.theory.graph.normal_form import affine, apply, derivative
@@ -42,22 +42,19 @@ class Cotangents:
     """Cotangents by node, those under one mask added up."""
 
     def __init__(self) -> None:
-        self.nodes: dict[int, Node] = {}
-        self.parts: dict[int, dict[View | None, Cotangent]] = {}
+        self.parts: dict[Node, dict[View | None, Cotangent]] = {}
 
     def add(self, node: Node, part: Cotangent) -> None:
-        if isinstance(node, Array | Constant):
-            return
-        self.nodes[node.id] = node
-        parts = self.parts.setdefault(node.id, {})
-        part = dataclasses.replace(part, second=full_types(part.second, node.axes))
-        known = [parts[part.mask]] if part.mask in parts else []
-        parts[part.mask] = _added_cotangents([*known, part], node.axes)
+        if not isinstance(node, Array | Constant):
+            parts = self.parts.setdefault(node, {})
+            part = dataclasses.replace(part, second=full_types(part.second, node.axes))
+            known = [parts[part.mask]] if part.mask in parts else []
+            parts[part.mask] = _added_cotangents([*known, part], node.axes)
 
     def pop(self) -> tuple[Node, list[Cotangent]]:
         """The latest node: all that flows into it has arrived, and what depends on its scale is shared out."""
-        node = self.nodes[max(self.parts)]
-        parts = list(self.parts.pop(node.id).values())
+        node = max(self.parts, key=lambda node: node.id)
+        parts = list(self.parts.pop(node).values())
         weights = np.array([abs(mean_square(p.second, node.axes)) for p in parts])
         weights = weights / max(float(weights.sum()), 1e-300)
         whole = sum(p.scale for p in parts) + float(weights @ [p.own for p in parts])
@@ -101,11 +98,11 @@ def cotangents(
         for part in parts:
             backward.pass_on(node, part)
     out: dict[int, tuple[float, float, float]] = {}
-    rows = {n.id for n in watched}
+    rows = set(watched)
     for n in watched:
         inner, scale = _copied(n)
         # Sums take the array behind a scaled copy, so that what flows into the copy arrives there.
-        whole_of = n if inner.id in rows and inner is not n and (scale != 1 or n.params[1][1] != 0) else inner
+        whole_of = n if inner in rows and inner is not n and (scale != 1 or n.params[1][1] != 0) else inner
         if found := backward.found(whole_of):
             whole = _added_cotangents(found, whole_of.axes)
             square = mean_square(whole.second, whole_of.axes) / (scale**2 if whole_of is inner else 1.0)
@@ -130,8 +127,7 @@ class _Backward:
     """One backward pass.
 
     Attributes:
-        asked: the watched nodes, and what was rebuilt from their roots.
-        first: the earliest of them.
+        asked: the watched nodes, and what was rebuilt from their roots; `first` is the earliest of them.
         pending: what has still to be passed on.
         done: what has arrived.
         inside: what arrives within elementwise trees.
@@ -139,20 +135,20 @@ class _Backward:
     """
 
     def __init__(self, watched: Sequence[Node]):
-        self.asked: dict[int, Node] = {}
+        self.asked: set[Node] = set()
         waiting = list(watched)
         for node in waiting:  # grows
-            self.asked[node.id] = node
+            self.asked.add(node)
             rebuilt = (other for other, *_ in node.graph.derived.get(node.id, ()))
-            waiting += [other for other in rebuilt if other.id not in self.asked]
-        self.first = min(self.asked, default=0)
+            waiting += [other for other in rebuilt if other not in self.asked]
+        self.first = min((node.id for node in self.asked), default=0)
         self.pending, self.done, self.inside = Cotangents(), Cotangents(), Cotangents()
         self.notes = BackwardNotes()
-        self.within: dict[int, list[View]] = {}
+        self.within: dict[Node, list[View]] = {}
 
     def pass_on(self, node: Node, part: Cotangent) -> None:
         """Pass what flows into a node to its arguments."""
-        if node.id in self.asked or not isinstance(node, Apply):
+        if node in self.asked or not isinstance(node, Apply):
             self.done.add(node, dataclasses.replace(part, mask=None))
         if node.id < self.first or isinstance(node, Leaf):
             return
@@ -164,18 +160,15 @@ class _Backward:
             self.through_function(node, part)
             return
         few = min(part.few, math.prod(a.size for a in node.axes))
-        for i, (view, back) in enumerate(
-            zip(node.args, pullback(node, part.second, self.notes), strict=True)
-        ):
+        backs = pullback(node, part.second, self.notes)
+        doubt = part.doubt + self.notes.doubts.get(node.id, node.gradient_doubt)
+        for i, (view, back) in enumerate(zip(node.args, backs, strict=True)):
             if back is None:
                 continue
-            passed = dataclasses.replace(
-                part,
-                second=back,
-                doubt=part.doubt + self.notes.doubts.get(node.id, node.gradient_doubt),
-                mask=_mask_of_term(node, view, part.mask) if isinstance(node, Sum) else selected(node),
-                few=few,
-            )
+            mask = _over_argument(part.mask, view, node) if isinstance(node, Sum) else selected(node)
+            if mask and isinstance(node, Sum):  # written out, it depends on this term
+                mask = View(_with_sum_written_out(mask.node, node), mask.bind)
+            passed = dataclasses.replace(part, second=back, doubt=doubt, mask=mask, few=few)
             self.pending.add(view.node, summed_scale(node, i, pulled_back(node, i, passed)))
         while self.notes.inside:
             inner, second, doubt = self.notes.inside.pop()
@@ -188,11 +181,11 @@ class _Backward:
             slope = None if root.node.is_bits else derivative(node, root)
             if slope is None or (root not in scales and any(root in g[1:] for g in scales.values())):
                 continue  # a norm's own scale: its part is the projection below
-            held = scales.get(root, [root])[1:]
+            held = scales.get(root, [])[1:]
             passed = dataclasses.replace(part, second=_through(node, root, slope, part, held))
             passed = gradient_scale(node, root, slope, held, passed)
-            back = passed.second
-            doubt = passed.doubt + _MASK_DOUBT * (part.mask is not None) + own_gradients(node)
+            back, doubt = passed.second, passed.doubt + own_gradients(node)
+            doubt += _MASK_DOUBT * (part.mask is not None)
             doubt += 2 * max((doubt_of(r.node) for r in roots(slope.node) if r not in held), default=0.0)
             if held:
                 inverse = _inverse_scale(root, held[0])
@@ -202,7 +195,7 @@ class _Backward:
                 if root.node.near == 1 and len(root.bind) > len(held[0].bind) + 1:
                     doubt += _inverse_scale(root, held[0], power=1) / inverse - 1
             fixed = all(concentrated(r.node) for r in roots(slope.node))
-            mask = None if fixed else _over_argument(slope, root, len(node.axes))
+            mask = None if fixed else _over_argument(slope, root, node)
             self.pending.add(root.node, dataclasses.replace(passed, second=back, doubt=doubt, mask=mask))
         for view in self.inside_of(node):
             if (slope := derivative(node, view)) is not None:
@@ -211,20 +204,20 @@ class _Backward:
 
     def inside_of(self, node: Apply) -> list[View]:
         """The watched nodes inside an elementwise tree, as views over its frame."""
-        if node.id not in self.within:
-            found = [
-                view.within(bind)
+        if node not in self.within:
+            found = {
+                view.within(bind): None
                 for child, bind in node.args
                 if isinstance(child, Apply)
                 for view in [child.whole, *self.inside_of(child)]
-                if view.node.id in self.asked
-            ]
-            self.within[node.id] = list(dict.fromkeys(found))
-        return self.within[node.id]
+                if view.node in self.asked
+            }
+            self.within[node] = list(found)
+        return self.within[node]
 
     def found(self, node: Node) -> list[Cotangent]:
         """The cotangents of a node: its own, and those of what was rebuilt from its roots, carried back."""
-        own = [c for store in (self.done, self.inside) for c in store.parts.get(node.id, {}).values()]
+        own = [c for store in (self.done, self.inside) for c in store.parts.get(node, {}).values()]
         return own + [
             dataclasses.replace(c, second=back(np.asarray(c.second)), doubt=c.doubt + doubt)
             for other, back, doubt in node.graph.derived.get(node.id, ())
@@ -240,29 +233,24 @@ def own_gradients(node: Node) -> float:
     return UNKNOWN if node.params[0] == "own_gradient" else max(own_gradients(v.node) for v in node.args)
 
 
-def _over_argument(view: View, argument: View, rank: int) -> View | None:
+def _over_argument(view: View | None, argument: View, node: Node) -> View | None:
     """A view over the axes of a node as one over an argument's; None where that has not as many."""
-    if sorted(argument.bind) != list(range(rank)):
+    places = range(len(node.axes))
+    if view is None or sorted(argument.bind) != list(places):
         return None
-    return view.within([argument.bind.index(k) for k in range(rank)])
-
-
-def _mask_of_term(node: Sum, term: View, mask: View | None) -> View | None:
-    """A mask over a sum's axes as one over a term's, the sum in it written out: it depends on that term."""
-    found = mask and _over_argument(mask, term, len(node.axes))
-    return found and View(_with_sum_written_out(found.node, node), found.bind)
+    return view.within([argument.bind.index(k) for k in places])
 
 
 def _with_sum_written_out(node: Node, target: Sum) -> Node:
     """An elementwise tree with one of its roots, a sum, written out as a tree of its terms."""
-    add = functools.partial(node.graph.make, Apply, params=("add", ()))
+    make = node.graph.make
     if node is target:
         terms = (View(affine(x.node, c, 0.0), x.bind) for c, x in target.terms)
-        return functools.reduce(lambda a, b: add(target.axes, [a, b]).whole, terms).node
+        return functools.reduce(lambda a, b: make(Apply, node.axes, [a, b], ("add", ())).whole, terms).node
     if not isinstance(node, Apply) or all(root.node is not target for root in roots(node)):
         return node
     args = [View(_with_sum_written_out(child, target), bind) for child, bind in node.args]
-    return node.graph.make(Apply, node.axes, args, node.params)
+    return make(Apply, node.axes, args, node.params)
 
 
 def _through(
@@ -274,8 +262,7 @@ def _through(
     the last (a Markov chain).
     """
     if scales and set(roots(slope.node)) <= set(scales):
-        held = along(slope, node.axes)[..., 0]
-        squares = by_type(held, node.axes, second=False) * by_type(held, node.axes, second=True)
+        squares = means_by_type(along(slope, node.axes)[..., 0], node.axes)
     else:
         squares = slope.second(node.axes)
         if part.mask is not None and not isinstance(slope.node, Constant):

@@ -153,8 +153,9 @@ class _Path(NamedTuple):
     def place(self) -> Hashable:
         """Equal for paths to one value, in one frame: a sum of means over the same axes is the mean of a sum."""
         over = self.over
-        mean = over is not None and over.node.averages
-        return self.view, (over.node.params, over.node.args[0].node.axes, over.bind) if mean else over
+        if over is not None and over.node.averages:
+            over = over.node.params, over.node.args[0].node.axes, over.bind
+        return self.view, over
 
 
 @once_per_node
