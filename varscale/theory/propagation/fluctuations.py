@@ -1,26 +1,20 @@
 r"""Finite width: how much the mean square of ONE initialization differs from its mean over initializations.
 
-The logarithm of a node's mean square has a variance over draws, which comes from sampling finitely many units (at each root,
-"fresh") and is handed on by each layer in the ratio s = d ln E[f²] / d ln q of its function to its input's second moment q.
-Where that ratio is not the same at all q, the mean shifts, too, and the logarithm leans to one side (`integrals.lognormal`).
-
-    ReLU at width n: s = 1, fresh (E f⁴/E[f²]² − 1)/n = 5/n a layer: ln of the norm drifts by −5/(2n)
-    a layer, though its mean is kept.
+The logarithm of a node's mean square has a variance over draws: it comes from sampling finitely many units (at each root,
+`fourth_moments.fresh`), and each layer multiplies it by s² (s = d ln E[f²]/d ln q of its function, q its input's second
+moment). Where s differs from q to q, the mean shifts, too, and the logarithm leans to one side (`integrals.lognormal`). Of ReLU
+at width n, s = 1 and fresh = (E f⁴/E[f²]² − 1)/n = 5/n: ln of the norm drifts by −5/(2n) a layer, though its mean is kept.
 
 That the logarithm is normal, with a variance that adds up layer by layer, is a theorem for products of random matrices and for
 gradients of ReLU nets (Hanin & Nica 2020); elsewhere it is assumed.
 
-Backward, a gradient is a product of derivatives along all layers, each a function of a random scale. With
-D_k = E[f_k'(√Q_k z)²], the scales Q_k of later layers inherit those of earlier ones, and the D_k are correlated:
+Backward, a gradient is a product of derivatives along all layers, each a function of a random scale: D_k = E[f_k'(√Q_k z)²].
+Scales Q_k of later layers inherit those of earlier ones, so that E[Π D_k] = Π E[D_k] · exp(Σ_{j<k} Cov[ln D_j, ln D_k]). Going
+back, one number is enough for the sum: a = d ln(gradient²)/d ln Q at a layer, through all later ones. Past a function whose
+mean square answers to Q in the ratio s, and whose derivative's does in the ratio d, with P the relative variance of Q at one
+place,
 
-    E[Π D_k] = Π E[D_k] · exp(Σ_{j<k} Cov[ln D_j, ln D_k])
-
-Going back, one number is enough for the sum: a = d ln(gradient²)/d ln Q at a layer, through all later ones. Past a function
-whose mean square answers to Q in the ratio s, and whose derivative's does in the ratio d,
-
-    Σ gains a s d ln(1 + P),    a → s a + d,
-
-where P is the relative variance of Q at one place.
+    Σ gains a s d ln(1 + P),    a → s a + d.
 
 What is of order 1/n for sums over n units adds up over layers where it is amplified. Given h = W x, a gradient Wᵀ g is the
 radial x (h·g)/|x|² and one across x that does not depend on h (so is a Gaussian matrix, given what it makes of one vector).
@@ -88,14 +82,13 @@ def with_own_weights(spread: Spread, node: Node) -> Spread:
 
 def averaged(node: Node, axes: Sequence[int], taps: int = 1) -> Spread:
     """A node's fluctuations when it enters a contraction over these axes (at several taps): what one output sees."""
-    if isinstance(node, Leaf | Array | Constant) and not node.is_input:
+    weights = isinstance(node, Leaf | Array | Constant) and not node.is_input
+    # Attention weights are fixed by kernels over all units, which fluctuate less than one unit's outputs.
+    if weights or all(r.node.shares for r in roots(node)):
         return NONE
-    if all(r.node.shares for r in roots(node)):
-        # Attention weights are fixed by kernels over all units, which fluctuate less than one unit's outputs.
-        return NONE
-    spread = fluctuations(node)
     units: dict[Hashable, float] = {origin(node): math.sqrt(math.log1p(fresh(node, tuple(axes)) / taps))}
-    return dataclasses.replace(spread, places=weighted([(1.0, inherited(node).places), (1.0, units)]))
+    places = weighted([(1.0, inherited(node).places), (1.0, units)])
+    return dataclasses.replace(fluctuations(node), places=places)
 
 
 def of_a_group(node: Node, axes: Sequence[int], groups: int) -> float:
@@ -130,15 +123,13 @@ def gradient_scale(node: Apply, root: View, slope: View, held: Sequence[View], p
     if held:
         # The derivative may lack what a norm normalises, and not its scale: the groups are the tree's.
         scales, doubt = {view.node for view in held}, part.doubt
-        for group in cofactors(node).values():
-            varied = {view.node for view in group} - scales
-            own = sorted(
-                (r for r in roots(slope.node) if r.node in varied), key=lambda r: r.node is not group[0].node
-            )
-            if own:
-                ratio_of, curvature = response_to(slope.node, own)
+        for first, *others in cofactors(node).values():
+            varied = {first.node, *(view.node for view in others)} - scales
+            own = [r for r in roots(slope.node) if r.node in varied]
+            if own := sorted(own, key=lambda r: r.node is not first.node):
+                ratio, curvature = response_to(slope.node, own)
                 spread = kernel(own[0].node)
-                doubt += 2 * abs(ratio_of) * spread.bend + abs(curvature) * spread.point / 2
+                doubt += 2 * abs(ratio) * spread.bend + abs(curvature) * spread.point / 2
         # Nothing of a gradient is left along what a sample's own scale, over all units, normalises. Past a
         # matrix that holds of the sum over all units, not of one unit over samples or of one group of units.
         kept = sorted({place for view in held for place in view.bind})
@@ -159,20 +150,18 @@ def gradient_scale(node: Apply, root: View, slope: View, held: Sequence[View], p
 
 def _slope_in(root: Node, node: Node) -> float:
     """d ln E[f²]/d ln Q of a tree f."""
-    found = root_responses(node).get(root)
-    return 0.0 if found is None else found.slope
+    found = root_responses(node)
+    return found[root].slope if root in found else 0.0
 
 
 def summed_scale(node: Node, i: int, part: Cotangent) -> Cotangent:
     """What the fluctuations of a node's i-th argument, in which the node is linear, make of its cotangent."""
     share = float(term_shares(node)[i]) if isinstance(node, Sum) and i not in node.centring else 1.0
     sampled = max((1 + kernel(node).point) / (1 + inherited(node.args[i].node).point) - 1, 0.0)
-    scale, radial, unit = part.scale * share, part.radial * share, part.unit * share
-    if not sampled:
-        return dataclasses.replace(part, scale=scale, radial=radial, unit=unit)
-    if not (isinstance(node, Sum) or any(v.node.is_drawn for v in node.args)):
-        radial = 0.0
-    growth, unit = 1 + _limited(radial / (node.width or math.inf)), (scale + radial) * sampled
+    scale, radial, unit, growth = part.scale * share, part.radial * share, part.unit * share, 1.0
+    if sampled:
+        radial = radial if isinstance(node, Sum) or any(v.node.is_drawn for v in node.args) else 0.0
+        growth, unit = 1 + _limited(radial / (node.width or math.inf)), (scale + radial) * sampled
     return dataclasses.replace(part, second=growth * part.second, scale=scale, radial=radial, unit=unit)
 
 

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from varscale.theory.domain.axes import Axis
 from varscale.theory.domain.tables import LOOSE, NEGLIGIBLE
 from varscale.theory.graph.expressions import Apply, Sum, factors, roots, roots_of
-from varscale.theory.graph.nodes import Array, Constant, Leaf, Node, View
+from varscale.theory.graph.nodes import Leaf, Node, View
 from varscale.theory.graph.store import Fact, once_per_node
 from varscale.theory.integrals.hermite_series import WEIGHTS
 from varscale.theory.integrals.lognormal import LOG_SCALES, WIDEST, Response, Scale, response
@@ -56,13 +56,6 @@ def response_to(node: Node, group: list[View]) -> tuple[float, float]:
     return float(np.clip(slope, -_STEEPEST, _STEEPEST)), float(np.clip(curvature, -_STEEPEST, _STEEPEST))
 
 
-def response_curve(node: Node, root: Node) -> Float[np.ndarray, " scales"]:
-    """ln E[f²] at LOG_SCALES of a root's second moment, less that at its own."""
-    groups = [group for group in cofactors(node).values() if group[0].node is root]
-    levels = [_levels(node, group, (1.0, *np.exp(LOG_SCALES))) for group in groups]
-    return np.sum([np.log(level[1:] / level[0]) for level in levels], axis=0)
-
-
 def _levels(node: Node, group: list[View], ratios: tuple[float, ...]) -> Float[np.ndarray, " ratios"]:
     """E[f²], up to a factor, where the second moment of a group's first root is so many times its own."""
     read = [factor for factor in independent_factors(node) if set(roots_of(factor)) & set(group)]
@@ -81,16 +74,12 @@ def _varied_square(
     main = next(r for r in group if r in own)
     powers = [0.0 if r not in group else 0.5 if r == group[0] else _power(r.node, group[0].node) for r in own]
 
-    if not isinstance(factor.node, Apply):
-        return [ratio ** (2 * powers[0]) if main.node.table.mean_square > 0 else 0.0 for ratio in ratios]
-
     def varied() -> list[float]:
-        table = main.node.table
+        table, out = main.node.table, list[float]()
         number = table.variance < NEGLIGIBLE * table.total_mean**2
         values = [
             evaluate(r, frame, {}) if r == main and not number else r.mean(frame)[..., None] for r in own
         ]
-        out = []
         for ratio in ratios:
             scaled = [x * ratio**power for x, power in zip(values, powers, strict=True)]
             squares = np.square(evaluate(factor, frame, dict(zip(own, scaled, strict=True))))
@@ -182,11 +171,6 @@ def propagated(node: Node) -> Spread:
     return inherited(node.args[0].node) if node.args else NONE
 
 
-@propagated.register(Leaf | Array | Constant)
-def propagated_of_leaf(node: Leaf | Array | Constant) -> Spread:
-    return NONE
-
-
 @propagated.register(Sum)
 def propagated_of_sum(node: Sum) -> Spread:
     """A centred array is its own scale; independent terms share the variance; a variance goes with the squares in it."""
@@ -242,10 +226,17 @@ def root_responses(node: Node) -> dict[Node, Response]:
     for root, (slope, curvature) in responses(node).items():
         spread = kernel(root)
         scale = Scale(max(1 + spread.shift, NEGLIGIBLE), spread.point, spread.variance, spread.skew)
-        found = response(scale, slope, curvature, functools.partial(response_curve, node, root))
+        found = response(scale, slope, curvature, functools.partial(_response_curve, node, root))
         shape = 1 + float(np.clip(curvature * spread.shape / 2, -LOOSE, LOOSE))
         out[root] = dataclasses.replace(found, growth=found.growth * shape)
     return out
+
+
+def _response_curve(node: Node, root: Node) -> Float[np.ndarray, " scales"]:
+    """ln E[f²] at LOG_SCALES of a root's second moment, less that at its own."""
+    groups = [group for group in cofactors(node).values() if group[0].node is root]
+    levels = [_levels(node, group, (1.0, *np.exp(LOG_SCALES))) for group in groups]
+    return np.sum([np.log(level[1:] / level[0]) for level in levels], axis=0)
 
 
 def _scalings(node: Apply) -> dict[Hashable, float]:
