@@ -17,7 +17,7 @@ from scipy import special
 
 from varscale.theory.domain.axes import Axis, contract_axis, refine
 from varscale.theory.domain.tables import NEGLIGIBLE, ROUGH, full_types, means_by_type
-from varscale.theory.graph.expressions import Apply, Sum, roots
+from varscale.theory.graph.expressions import Apply, Sum, roots, scale_and_shift
 from varscale.theory.graph.nodes import UNKNOWN, Array, Constant, Leaf, Node, View, pullback
 from varscale.theory.graph.normal_form import affine, apply, derivative
 from varscale.theory.graph.store import BackwardNotes, once_per_node
@@ -100,27 +100,19 @@ def cotangents(
     out: dict[int, tuple[float, float, float]] = {}
     rows = set(watched)
     for n in watched:
-        inner, scale = _copied(n)
         # Sums take the array behind a scaled copy, so that what flows into the copy arrives there.
-        whole_of = n if inner in rows and inner is not n and (scale != 1 or n.params[1][1] != 0) else inner
-        if found := backward.found(whole_of):
-            whole = _added_cotangents(found, whole_of.axes)
-            square = mean_square(whole.second, whole_of.axes) / (scale**2 if whole_of is inner else 1.0)
+        scale, shift, (inner, bind) = scale_and_shift(n.whole)
+        asked_itself = inner is not n and inner in rows and (scale, shift) != (1, 0)
+        if asked_itself or isinstance(inner, Apply | Constant) or len(bind) < len(n.axes):
+            scale, inner = 1.0, n
+        if found := backward.found(inner):
+            whole = _added_cotangents(found, inner.axes)
+            square = mean_square(whole.second, inner.axes) / scale**2
             # Where n numbers flow back, typical gradients lie below the mean: E ln χ²ₙ/n = ψ(n/2) − ln(n/2).
             half = min(whole.few / 2, 1e18)
             below = math.expm1(math.log(half) - float(special.digamma(half)))
             out[n.id] = (square, whole.doubt + below, whole.lost)
     return out
-
-
-def _copied(node: Node) -> tuple[Node, float]:
-    """The array that a node is a scaled and shifted copy of, over as many axes, and the scale."""
-    inner, scale = node, 1.0
-    while (
-        isinstance(inner, Apply) and inner.params[0] == "affine" and len(inner.args[0].bind) == len(node.axes)
-    ):
-        inner, scale = inner.args[0].node, scale * inner.params[1][0]
-    return (node, 1.0) if isinstance(inner, Apply) else (inner, scale)
 
 
 class _Backward:

@@ -22,7 +22,7 @@ import numpy as np
 from scipy import special
 
 from varscale.theory.domain.axes import Axis, averaging, contract_axes
-from varscale.theory.domain.tables import NEGLIGIBLE, by_type, full_types, means_by_type
+from varscale.theory.domain.tables import NEGLIGIBLE, by_type, full_types, means_by_type, over_frame
 from varscale.theory.graph.convolutions import Conv, tap_scatter
 from varscale.theory.graph.expressions import Apply, Sum, factors, roots, roots_of
 from varscale.theory.graph.known_arrays import Computed, scatter_of_given
@@ -55,11 +55,9 @@ from varscale.theory.propagation.token_gram import Tokens, overlap, own_part, pa
 
 
 def kurtosis_shift(node: Apply) -> tuple[float, float]:
-    """How a function of normalised units differs from that of Gaussian ones, for which they are taken.
+    """The relative shift of the second moment of a function of normalised units from that of Gaussian ones, and its doubt.
 
-    Returns:
-        The relative shift of its second moment, which is no more certain than it is large; and its size. It is left out where
-        units are not centred, or each reads an input of its own.
+    A shift is no more certain than it is large. It is left out where units are not centred, or each reads an input of its own.
     """
     shift, doubt = 0.0, 0.0
     for main, *scales in cofactors(node).values():
@@ -71,11 +69,9 @@ def kurtosis_shift(node: Apply) -> tuple[float, float]:
 
 def _response(node: Apply, main: View) -> float:
     """a_4 / (√24 a_0) of the square of all factors that read a root, the other roots held at their means."""
-    product = np.ones(len(WEIGHTS))
-    for factor in factors(node.whole)[1]:
-        if main in roots_of(factor):
-            product = product * over_classes(np.square(along(factor, node.axes, main)), node.axes)
-    a = product @ HERMITE
+    read = [along(factor, node.axes, main) for factor in factors(node.whole)[1] if main in roots_of(factor)]
+    lines = (over_classes(np.square(line), node.axes) for line in read)
+    a = functools.reduce(np.multiply, lines, np.ones(len(WEIGHTS))) @ HERMITE
     return float(a[4] / (math.sqrt(24) * a[0])) if a[0] > 0 else 0.0
 
 
@@ -105,28 +101,21 @@ def excess_kurtosis(node: Node) -> float:
 
 def _on_a_sphere(main: View, scales: Sequence[View]) -> tuple[float, bool]:
     """Excess kurtosis of Gaussian units over the root of their mean square, and whether their mean is a small part of it."""
-    scale = next(
-        (s for s in scales if (s.node.averages or s.node.is_variance) and len(s.bind) < len(main.bind)), None
-    )
+    means = [s for s in scales if (s.node.averages or s.node.is_variance) and len(s.bind) < len(main.bind)]
     own = marginal(main.node)
-    if scale is None or not own.gaussian:
+    if not means or not own.gaussian:
         return 0.0, True
-    r = mean_squared_correlation(main.node.table.covariance, main, scale)
+    r = mean_squared_correlation(main.node.table.covariance, main, means[0])
     centred = bool(np.sum(own.mean**2) <= 0.1 * np.sum(own.mean**2 + own.deviation**2))
     return -6 / (max(1 / max(r, 1e-12), 1.0) + 2), centred
 
 
 def mean_squared_correlation(second: np.ndarray, main: View, scale: View, power: int = 2) -> float:
-    """The mean of M_ij² / (E[x_i²] E[x_j²]) over the pairs of positions that one norm averages over.
+    """The mean of M_ij² / (E[x_i²] E[x_j²]), M given by type, over the pairs of positions that a norm of x averages over.
 
     For jointly Gaussian x, Cov[x_i², x_j²] = 2 C_ij² + 4 m_i m_j C_ij = 2 (E[x_i x_j]² − m_i² m_j²). So a norm's variance v has
-    Var[v]/E[v]² = 2 (this of E[x_i x_j] − this of m_i m_j), and 2 (this of C) for x less its mean.
-
-    Args:
-        second: M by type of the root's pairs.
-        main: the root x that is normalised, over a frame.
-        scale: the norm's variance, over the same frame: along the axes that it lacks it is a mean.
-        power: 1 for the most that it can be where a type's pairs differ, but have one sign: ρ² ≤ |ρ|.
+    Var[v]/E[v]² = 2 (this of E[x_i x_j] − this of m_i m_j), and 2 (this of C) for x less its mean. `scale` is v, a mean along
+    the axes that it lacks. With power=1 it is the most that it can be where a type's pairs differ, but have one sign: ρ² ≤ |ρ|.
     """
     table = main.node.table
     sizes = means_by_type(np.sqrt(np.maximum(table.diagonal, 1e-300)), table.axes)
@@ -194,7 +183,7 @@ def square_pairs(node: Node) -> tuple[np.ndarray, np.ndarray]:
         (root,) = live
         fixed = at_means([r for r in own if r != root and r not in bits], frame)
         found = _square_coefficients(factor, frame, fixed, bits)
-        if found is None:
+        if found is None or not np.any(found[0][..., 0] > 0):
             continue
         # The share of its mean square's own fluctuations that a product lacks, since its input has fixed it.
         weights = applied_weights(root.node) if isinstance(root.node, Contract) else ()
@@ -203,7 +192,7 @@ def square_pairs(node: Node) -> tuple[np.ndarray, np.ndarray]:
         gone = slice(2, 3)
         if (
             root.node.id in scales
-        ):  # its mean square cannot fluctuate; nor can its mean, where that was taken away
+        ):  # its mean square cannot fluctuate, nor its mean, where that was taken away
             kept, gone = 1.0, slice(1 if root.node.is_centred else 2, 3)
         a = found[0].copy()
         whole = found[1] - kept * np.sum(a[..., gone] ** 2, axis=-1)
@@ -248,9 +237,8 @@ def _correlation_scatter(node: Node) -> np.ndarray:
     for applied in applied_weights(node)[:1]:
         if isinstance(node, Conv):
             return _patch_scatter(node)
-        x = tokens_of(
-            applied.x, range(len(node.axes)), range(len(node.axes), len(node.axes) + len(node.params))
-        )
+        rank = len(node.axes)
+        x = tokens_of(applied.x, range(rank), range(rank, rank + len(node.params)))
         if x.tokens and x.features:
             own = min(own_part(x) / max(x.node.table.mean_square, 1e-300), 1.0)
             out = max(overlap(x) - 1 / x.count, 0.0) * own**2 * _of_one_unit(node, applied.x.bind)
@@ -272,17 +260,20 @@ def _patch_scatter(node: Conv) -> np.ndarray:
     for window, before, k in zip(windows, dims[2:], places[2:], strict=True):
         if k is not None and before is not None:
             line = tap_scatter(window, x.axes[before], node.axes[k])
-            shared = shared * line.reshape([-1 if j == k else 1 for j in range(len(node.axes))])
+            shared = shared * over_frame(line, (k,), len(node.axes))
     tokens = tuple(k for d, k in enumerate(places) if k is not None and d != 1)
     own = own_part(Tokens(node, tokens, ())) / max(node.table.mean_square, 1e-300)
     excess = max(patch_overlap(node) - 1 / node.width, 0.0) * min(own, 1.0) ** 2
     return marginal(node).correlation ** 2 * (shared - 1) + excess * _of_one_unit(node, tokens)
 
 
+_SQUARED: Fact[Hashable, tuple[np.ndarray, np.ndarray] | None] = Fact()  # `_square_coefficients`, by form
+
+
 def _square_coefficients(
     f: View, frame: Sequence[Axis], fixed: Environment, bits: Sequence[View]
 ) -> tuple[np.ndarray, np.ndarray] | None:
-    """By class, Hermite coefficients of f² and E[f⁴]; None where f does not vary or is zero.
+    """By class, Hermite coefficients of f² and E[f⁴]; None where f does not vary.
 
     They are averaged over random bits, of which each entry has its own: a mask's.
     """
@@ -290,24 +281,19 @@ def _square_coefficients(
     if own is not None and own.gaussian:
         m, s = own.mean, own.deviation
         a = f.over(np.stack([m * m + s * s, 2 * m * s, math.sqrt(2) * s * s], axis=-1), frame, pairs=False)
-        return (a, np.sum(a * a, axis=-1)) if np.any(a[..., 0] > 0) else None
+        return a, np.sum(a * a, axis=-1)
 
     def integrated() -> tuple[np.ndarray, np.ndarray] | None:
         lines = {b: over_classes(grid(b, frame), frame) for b in bits}
-        points = special.ndtri(np.linspace(0.025, 0.975, 20)) if bits else (0.0,)
-        drawn = (
-            {b: np.full((1,) * (len(frame) + 1), np.interp(z, Z, lines[b])) for b in bits} for z in points
+        points, flat = (
+            special.ndtri(np.linspace(0.025, 0.975, 20)) if bits else (0.0,),
+            (1,) * (len(frame) + 1),
         )
+        drawn = ({b: np.full(flat, np.interp(z, Z, line)) for b, line in lines.items()} for z in points)
         squares = np.stack([np.asarray(evaluate(f, frame, fixed | at), float) ** 2 for at in drawn])
         if squares.shape[-1] == 1:
             return None
-        a = squares.mean(axis=0) @ HERMITE
-        return (a, (squares**2).mean(axis=0) @ WEIGHTS) if np.any(a[..., 0] > 0) else None
+        return squares.mean(axis=0) @ HERMITE, (squares**2).mean(axis=0) @ WEIGHTS
 
     mark = None if fixed or bits else integral_key(f)
     return integrated() if mark is None else _SQUARED.once(f.node.graph, (mark, tuple(frame)), integrated)
-
-
-_SQUARED: Fact[Hashable, tuple[np.ndarray, np.ndarray] | None] = (
-    Fact()
-)  # Hermite coefficients of f² and E[f⁴], by form

@@ -21,8 +21,10 @@ from varscale.theory.integrals.lognormal import LOG_SCALES, WIDEST, Response, Sc
 from varscale.theory.propagation.fourth_moments import fresh, kurtosis_shift
 from varscale.theory.propagation.marginals import (
     along,
+    at_means,
     cofactors,
     evaluate,
+    grid,
     independent_factors,
     integral_key,
     largest_term,
@@ -72,23 +74,20 @@ def _varied_square(
     """
     own = roots_of(factor)
     main = next(r for r in group if r in own)
-    powers = [0.0 if r not in group else 0.5 if r == group[0] else _power(r.node, group[0].node) for r in own]
+    powers = {r: 0.5 if r == group[0] else _power(r.node, group[0].node) for r in own if r in group}
 
     def varied() -> list[float]:
-        table, out = main.node.table, list[float]()
-        number = table.variance < NEGLIGIBLE * table.total_mean**2
-        values = [
-            evaluate(r, frame, {}) if r == main and not number else r.mean(frame)[..., None] for r in own
-        ]
+        table, at, out = main.node.table, at_means(own, frame), list[float]()
+        if table.variance >= NEGLIGIBLE * table.total_mean**2:
+            at[main] = grid(main, frame)
         for ratio in ratios:
-            scaled = [x * ratio**power for x, power in zip(values, powers, strict=True)]
-            squares = np.square(evaluate(factor, frame, dict(zip(own, scaled, strict=True))))
-            line = over_classes(np.asarray(squares, float), frame)
+            scaled = {r: x * ratio ** powers.get(r, 0.0) for r, x in at.items()}
+            line = over_classes(np.square(evaluate(factor, frame, scaled), dtype=float), frame)
             out.append(float(line @ WEIGHTS) if line.size > 1 else float(line[0]))
         return out
 
     mark = integral_key(factor)
-    key = (mark, tuple(frame), own.index(main), tuple(powers), ratios)
+    key = (mark, tuple(frame), own.index(main), tuple(powers.get(r) for r in own), ratios)
     return varied() if mark is None else _VARIED.once(main.node.graph, key, varied)
 
 

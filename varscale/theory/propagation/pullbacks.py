@@ -307,9 +307,8 @@ def meets_itself(node: Node) -> bool:
     read = [x for x, _ in (roots(node) if isinstance(node, Apply) else node.args)]
     shifted = [_entries_of(x) for x in read if _is_shifted(x)]
     others = [_entries_of(x) for x in read if not _is_shifted(x)]
-    if isinstance(node, Apply | Sum) and any(a & b for a, b in itertools.product(shifted, others)):
-        return True
-    return any(meets_itself(x) for x in read)
+    met = isinstance(node, Apply | Sum) and any(a & b for a, b in itertools.product(shifted, others))
+    return met or any(meets_itself(x) for x in read)
 
 
 def _is_shifted(node: Node) -> bool:
