@@ -7,10 +7,10 @@ same roots, and its moments are taken exactly.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import numpy as np
 from scipy import special
@@ -47,7 +47,7 @@ class Cotangents:
     def add(self, node: Node, part: Cotangent) -> None:
         if not isinstance(node, Array | Constant):
             parts = self.parts.setdefault(node, {})
-            part = dataclasses.replace(part, second=full_types(part.second, node.axes))
+            part = replace(part, second=full_types(part.second, node.axes))
             known = [parts[part.mask]] if part.mask in parts else []
             parts[part.mask] = _added_cotangents([*known, part], node.axes)
 
@@ -59,7 +59,7 @@ class Cotangents:
         weights = weights / max(float(weights.sum()), 1e-300)
         whole = sum(p.scale for p in parts) + float(weights @ [p.own for p in parts])
         shared_out = zip(parts, weights, strict=True)
-        return node, [dataclasses.replace(p, scale=whole * w, own=0.0) for p, w in shared_out]
+        return node, [replace(p, scale=whole * w, own=0.0) for p, w in shared_out]
 
 
 _WEIGHED = ("own", "radial", "unit", "near", "lost")
@@ -141,11 +141,11 @@ class _Backward:
     def pass_on(self, node: Node, part: Cotangent) -> None:
         """Pass what flows into a node to its arguments."""
         if node in self.asked or not isinstance(node, Apply):
-            self.done.add(node, dataclasses.replace(part, mask=None))
+            self.done.add(node, replace(part, mask=None))
         if node.id < self.first or isinstance(node, Leaf):
             return
         met, doubt = forks(node)
-        part = dataclasses.replace(part, doubt=part.doubt + doubt)
+        part = replace(part, doubt=part.doubt + doubt)
         for fork in met:
             self.pending.add(fork.root.node, fork.back(part, node.axes))
         if isinstance(node, Apply):
@@ -160,7 +160,7 @@ class _Backward:
             mask = _over_argument(part.mask, view, node) if isinstance(node, Sum) else selected(node)
             if mask and isinstance(node, Sum):  # written out, it depends on this term
                 mask = View(_with_sum_written_out(mask.node, node), mask.bind)
-            passed = dataclasses.replace(part, second=back, doubt=doubt, mask=mask, few=few)
+            passed = replace(part, second=back, doubt=doubt, mask=mask, few=few)
             self.pending.add(view.node, summed_scale(node, i, pulled_back(node, i, passed)))
         while self.notes.inside:
             inner, second, doubt = self.notes.inside.pop()
@@ -174,7 +174,7 @@ class _Backward:
             if slope is None or (root not in scales and any(root in g[1:] for g in scales.values())):
                 continue  # a norm's own scale: its part is the projection below
             held = scales.get(root, [])[1:]
-            passed = dataclasses.replace(part, second=_through(node, root, slope, part, held))
+            passed = replace(part, second=_through(node, root, slope, part, held))
             passed = gradient_scale(node, root, slope, held, passed)
             back, doubt = passed.second, passed.doubt + own_gradients(node)
             doubt += _MASK_DOUBT * (part.mask is not None)
@@ -188,7 +188,7 @@ class _Backward:
                     doubt += _inverse_scale(root, held[0], power=1) / inverse - 1
             fixed = all(concentrated(r.node) for r in roots(slope.node))
             mask = None if fixed else _over_argument(slope, root, node)
-            self.pending.add(root.node, dataclasses.replace(passed, second=back, doubt=doubt, mask=mask))
+            self.pending.add(root.node, replace(passed, second=back, doubt=doubt, mask=mask))
         for view in self.inside_of(node):
             if (slope := derivative(node, view)) is not None:
                 back = _through(node, view, slope, part)
@@ -211,7 +211,7 @@ class _Backward:
         """The cotangents of a node: its own, and those of what was rebuilt from its roots, carried back."""
         own = [c for store in (self.done, self.inside) for c in store.parts.get(node, {}).values()]
         return own + [
-            dataclasses.replace(c, second=back(np.asarray(c.second)), doubt=c.doubt + doubt)
+            replace(c, second=back(np.asarray(c.second)), doubt=c.doubt + doubt)
             for other, back, doubt in node.graph.derived.get(node.id, ())
             for c in self.found(other)
         ]

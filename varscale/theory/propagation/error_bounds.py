@@ -93,15 +93,11 @@ def _error_weights(node: Sum) -> list[float]:
     A scale that is off by a factor enters with the term's product with the sum; a variance that is off alone, with the term's
     own share. A number has no variance, and of an array less its own mean the two are off together.
     """
-    taken = set(node.centring.values())
-    terms = node.terms
-    weights = []
+    taken, weights, terms = set(node.centring.values()), list[float](), node.terms
     for i, (c, view) in enumerate(terms):
+        others = (c * d * mean_of_product(view, x, node.axes) for j, (d, x) in enumerate(terms) if j != i)
         own = c * c * view.node.table.mean_square
-        scaled = own + sum(
-            c * d * mean_of_product(view, other, node.axes) for j, (d, other) in enumerate(terms) if j != i
-        )
-        weights.append(
-            0.0 if i in taken else abs(scaled) if concentrated(view.node) else max(own, abs(scaled))
-        )
-    return [w / max(node.table.mean_square, 1e-300) for w in weights]
+        scaled = abs(own + sum(others))
+        weight = scaled if concentrated(view.node) else max(own, scaled)
+        weights.append(0.0 if i in taken else weight / max(node.table.mean_square, 1e-300))
+    return weights

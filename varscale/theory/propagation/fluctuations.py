@@ -27,9 +27,9 @@ q = E[h²], F = E[f²] and D = E[f'²],
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Hashable, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -76,7 +76,7 @@ def with_own_weights(spread: Spread, node: Node) -> Spread:
         common = min(inherited(x.node).point, spread.point)
         shape = (leaf.kurtosis - 3) / 3 * (spread.point - common + (1 + common) / terms)
         sources = {**spread.sources, ~node.id: noise}
-        spread = dataclasses.replace(spread, sources=sources, shape=max(shape, -spread.point))
+        spread = replace(spread, sources=sources, shape=max(shape, -spread.point))
     return spread
 
 
@@ -88,7 +88,7 @@ def averaged(node: Node, axes: Sequence[int], taps: int = 1) -> Spread:
         return NONE
     units: dict[Hashable, float] = {origin(node): math.sqrt(math.log1p(fresh(node, tuple(axes)) / taps))}
     places = weighted([(1.0, inherited(node).places), (1.0, units)])
-    return dataclasses.replace(fluctuations(node), places=places)
+    return replace(fluctuations(node), places=places)
 
 
 def of_a_group(node: Node, axes: Sequence[int], groups: int) -> float:
@@ -108,7 +108,7 @@ def fluctuations(node: Node) -> Spread:
     base, scatter = inherited(node), channel_scatter(node)
     chance = fresh(node, range(len(node.axes))) if scatter is None else scatter
     own: dict[Hashable, float] = {origin(node): math.sqrt(max(chance, 0.0))}
-    return dataclasses.replace(base, sources=weighted([(1.0, base.sources), (1.0, own)]))
+    return replace(base, sources=weighted([(1.0, base.sources), (1.0, own)]))
 
 
 _WIDEST_COVARIANCE = 1.0  # sum of covariances at one layer beyond which first order says nothing
@@ -117,9 +117,9 @@ _WIDEST_COVARIANCE = 1.0  # sum of covariances at one layer beyond which first o
 def gradient_scale(node: Apply, root: View, slope: View, held: Sequence[View], part: Cotangent) -> Cotangent:
     """A tree's cotangent past its `slope` towards a root, by the roots' fluctuations; a norm's scales are `held`."""
     ratio = _slope_in(root.node, node)
-    passed = dataclasses.replace(part, scale=part.scale * ratio, own=0.0, unit=0.0)
+    passed = replace(part, scale=part.scale * ratio, own=0.0, unit=0.0)
     if isinstance(slope.node, Constant):
-        return dataclasses.replace(passed, radial=0.0 if held else part.radial)
+        return replace(passed, radial=0.0 if held else part.radial)
     if held:
         # The derivative may lack what a norm normalises, and not its scale: the groups are the tree's.
         scales, doubt = {view.node for view in held}, part.doubt
@@ -134,12 +134,12 @@ def gradient_scale(node: Apply, root: View, slope: View, held: Sequence[View], p
         # matrix that holds of the sum over all units, not of one unit over samples or of one group of units.
         kept = sorted({place for view in held for place in view.bind})
         of_all_units = 0 < len(kept) < len(node.axes) and kept == list(range(len(kept)))
-        return dataclasses.replace(passed, doubt=doubt, radial=-1.0 if of_all_units else 0.0)
+        return replace(passed, doubt=doubt, radial=-1.0 if of_all_units else 0.0)
     derivative, own = inherited(slope.node), _slope_in(root.node, slope.node)
     together = part.scale * shared(derivative.places, inherited(node).places)
     together += part.unit * _with_slope(node, slope)
     flat = max(root.node.table.mean_square * slope.node.table.mean_square, 1e-300)
-    return dataclasses.replace(
+    return replace(
         passed,
         second=part.second * ((1 + derivative.shift) * math.exp(_limited(together))),
         doubt=part.doubt + derivative.bend + ROUGH * abs(together),
@@ -162,7 +162,7 @@ def summed_scale(node: Node, i: int, part: Cotangent) -> Cotangent:
     if sampled:
         radial = radial if isinstance(node, Sum) or any(v.node.is_drawn for v in node.args) else 0.0
         growth, unit = 1 + _limited(radial / (node.width or math.inf)), (scale + radial) * sampled
-    return dataclasses.replace(part, second=growth * part.second, scale=scale, radial=radial, unit=unit)
+    return replace(part, second=growth * part.second, scale=scale, radial=radial, unit=unit)
 
 
 def _limited(x: float) -> float:

@@ -20,7 +20,6 @@ from varscale.theory.integrals.hermite_series import WEIGHTS
 from varscale.theory.integrals.lognormal import LOG_SCALES, WIDEST, Response, Scale, response
 from varscale.theory.propagation.fourth_moments import fresh, kurtosis_shift
 from varscale.theory.propagation.marginals import (
-    along,
     at_means,
     cofactors,
     evaluate,
@@ -202,8 +201,12 @@ def inherited(node: Node) -> Spread:
         else:
             growth *= math.exp(np.clip(together, -1, 1))
     shape, unsure = kurtosis_shift(node)
+    parts = ((f.node, roots_of(f)) for f in factors(node.whole)[1])
+    # Of a product's random scales: their mean square varies by that of n drawn numbers.
+    drawn = [(f, own[0].node) for f, own in parts if len(own) == 1 and own[0].node.is_drawn]
+    scales = {~leaf.id: math.sqrt(fresh(f, range(len(f.axes)))) for f, leaf in drawn}
     return Spread(
-        weighted([(x.slope, kernel(root).sources) for root, x in told.items()]) | _scalings(node),
+        weighted([(x.slope, kernel(root).sources) for root, x in told.items()]) | scales,
         shift=growth - 1 + shape,
         bend=bent + unsure,
         skew=sum(np.cbrt(x.skew) for x in told.values()) ** 3,
@@ -236,17 +239,3 @@ def _response_curve(node: Node, root: Node) -> Float[np.ndarray, " scales"]:
     groups = [group for group in cofactors(node).values() if group[0].node is root]
     levels = [_levels(node, group, (1.0, *np.exp(LOG_SCALES))) for group in groups]
     return np.sum([np.log(level[1:] / level[0]) for level in levels], axis=0)
-
-
-def _scalings(node: Apply) -> dict[Hashable, float]:
-    """Sources of a product's random scales: the mean square of n drawn numbers varies by (E[f⁴]/E[f²]² − 1)/n."""
-    found: dict[Hashable, float] = {}
-    for factor in factors(node.whole)[1]:
-        own = roots_of(factor)
-        if len(own) == 1 and own[0].node.is_drawn:
-            squares = over_classes(np.square(along(factor, node.axes, *own)), node.axes)
-            if squares.size > 1 and squares @ WEIGHTS > 0:
-                excess = squares**2 @ WEIGHTS / (squares @ WEIGHTS) ** 2 - 1
-                units = math.prod(axis.size for axis in own[0].node.axes)
-                found[~own[0].node.id] = math.sqrt(max(excess, 0.0) / units)
-    return found

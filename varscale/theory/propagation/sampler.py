@@ -261,22 +261,20 @@ _SCORES = 4.0  # standard errors that a mean is trusted to; within them it is ta
 def pooled(numbers: np.ndarray, axes: Sequence[Axis], positions: Positions) -> Table:
     """Moments by class and type, from draws at some positions, (replicates, positions...)."""
     square = float(np.mean(np.square(numbers, dtype=float)))
-    (numbers,), small = _thinned([numbers], axes, positions)
+    numbers, small = _thinned(numbers, axes, positions)
     # Units that differ in scale (of several heads, say) are not all among those that are left.
     table = estimate(numbers * math.sqrt(square / max(float(np.mean(numbers**2)), 1e-300)), small)
     return Table(tuple(axes), table.mean, table.second)
 
 
-def _thinned(
-    drawn: Sequence[np.ndarray], axes: Sequence[Axis], positions: Positions
-) -> tuple[list[np.ndarray], list[Axis]]:
+def _thinned(drawn: np.ndarray, axes: Sequence[Axis], positions: Positions) -> tuple[np.ndarray, list[Axis]]:
     """Draws and the axes that they are over; of very many some of the last axis, from all over it."""
-    n, last, there = drawn[0].shape[-1], drawn[0].ndim - 2, list(positions)
-    most = max(_POOLED // max(drawn[0].size // max(n, 1), 1), 4)
-    if last >= 0 and axes[last].classes == 1 and n > most:
+    n, there = drawn.shape[-1], list(positions)
+    most = max(_POOLED * n // max(drawn.size, 1), 4)
+    if axes and axes[-1].classes == 1 and n > most:
         kept = evenly(n, most)
-        drawn, there[last] = [x[..., kept] for x in drawn], there[last][kept]
-    return [np.asarray(x, float) for x in drawn], [reduced(a, p) for a, p in zip(axes, there, strict=True)]
+        drawn, there[-1] = drawn[..., kept], there[-1][kept]
+    return np.asarray(drawn, float), [reduced(a, p) for a, p in zip(axes, there, strict=True)]
 
 
 def table_of_draws(node: Node, numbers: np.ndarray, positions: Sequence[np.ndarray]) -> Table:
@@ -299,7 +297,7 @@ def cross_moments(
     x: Float[np.ndarray, "..."], y: Float[np.ndarray, "..."], axes: Sequence[Axis], positions: Positions
 ) -> Float[np.ndarray, "..."]:
     """E[x_i y_j] by type, from draws of both, (replicates, positions...); 0 where that may be all it is."""
-    (x, y), small = _thinned([x, y], axes, positions)
+    (x, small), (y, _) = (_thinned(z, axes, positions) for z in (x, y))
     found = estimated_products(x, y, small)
     mean, error = found.mean(axis=0), found.std(axis=0) / math.sqrt(len(found) - 1)
     # Most loops change sign with weights that what else there is does not have.
