@@ -15,7 +15,7 @@ from dataclasses import replace
 import numpy as np
 from scipy import special
 
-from varscale.theory.domain.axes import Axis, contract_axis, refine
+from varscale.theory.domain.axes import Axis, contract_axis, refine, shares
 from varscale.theory.domain.tables import NEGLIGIBLE, ROUGH, full_types, means_by_type
 from varscale.theory.graph.expressions import Apply, Sum, roots, scale_and_shift
 from varscale.theory.graph.nodes import UNKNOWN, Array, Constant, Leaf, Node, View, pullback
@@ -25,17 +25,15 @@ from varscale.theory.propagation.error_bounds import doubt_of
 from varscale.theory.propagation.fluctuations import gradient_scale, norm_of_given, summed_scale
 from varscale.theory.propagation.fourth_moments import mean_squared_correlation
 from varscale.theory.propagation.marginals import along, cofactors, concentrated, term_shares, uncentred
-from varscale.theory.propagation.pullbacks import (
-    Cotangent,
-    forks,
-    mean_square,
-    pulled_back,
-    selected,
-    sum_out,
-)
+from varscale.theory.propagation.pullbacks import Cotangent, forks, pulled_back, selected, sum_out
 from varscale.theory.propagation.second_moments import product_second
 
 _MASK_DOUBT = 0.03  # set, not derived: a stream's derivatives are a Markov chain only in the main
+
+
+def mean_square(second: np.ndarray, axes: tuple[Axis, ...]) -> float:
+    """The average over elements of a type array."""
+    return float(shares(axes) @ second[tuple(slice(0, axis.classes) for axis in axes)].ravel())
 
 
 class Cotangents:
@@ -83,12 +81,8 @@ def cotangents(
 ) -> dict[int, tuple[float, float, float]]:
     """Second moments of the cotangents at watched nodes, averaged over their elements, each with a bound on its relative error.
 
-    Args:
-        outputs: nodes with the second moments, by type, of the cotangents they are given.
-        watched: the nodes asked for.
-
-    Returns:
-        Node id to second moment, doubt, and the part of it that near places leave; without nodes that no cotangent reaches.
+    Outputs come with the second moments, by type, of the cotangents they are given. Returned are, by id of the nodes that a
+    cotangent reaches, second moment, doubt, and the part of it that near places leave.
     """
     backward = _Backward(watched)
     for node, second in outputs:
@@ -291,9 +285,8 @@ def _inverse_scale(root: View, scale: View, power: int = 2) -> float:
     """E[1/v] E[v] of a norm's variance v, the mean of squares of its root over n positions: 1/(1 − r), r = Var[v]/E[v]².
 
     r is that of jointly Gaussian positions (`mean_squared_correlation`), and v is taken for a gamma variable, as it is for
-    independent ones (1/(1 − 2/n)). Its E[1/v] is infinite from r = 1 on: there the factor stops at 10, and is in doubt. In the
-    forward pass it drops out, since y is normalised by itself; in the gradient 1/v stands alone. With power=1 the pairs of a
-    type are equal or free, in that proportion: near places of a picture are more alike than others.
+    independent ones (1/(1 − 2/n)); from r = .9 on, the factor stops at 10. In the gradient 1/v stands alone; forward, y is
+    normalised by itself. With power=1 a type's pairs are equal or free, as near places of a picture are, or far ones.
     """
     table = root.node.table
     second, outer = (mean_squared_correlation(m, root, scale, power) for m in (table.second, table.outer))

@@ -1,13 +1,12 @@
 """Pullbacks of the core kinds of nodes: second moments of the cotangents of their arguments.
 
-Forks are two paths that carry one cotangent to one value, whose contributions are correlated.
+A fork is two paths that carry one cotangent to one value. Of y = l + exp(l) the gradient at l is G(1 + e^l), and E[(1 + e^l)²]
+is not 1 + E[e^2l]. Each path's own part is passed back by the nodes on it; what is worked out here is the rest,
+Σ_{p≠q} E[s_p s_q] over pairs of paths with slopes s.
 
-Of y = l + exp(l) the gradient at l is G(1 + e^l), and E[(1 + e^l)²] is not 1 + E[e^2l]. Each path's own part is passed back by
-the nodes on it; what is worked out here is the rest, Σ_{p≠q} E[s_p s_q] over pairs of paths with slopes s.
-
-Places that copy or share numbers with their neighbours are taken for as alike as any two. Backward it is windows that make
-near cotangents alike, and copies and windows that overlap that add them up. What that may change is bounded here; where it is
-much the whole model is drawn.
+Places that copy or share numbers with their neighbours are taken for as alike as any two. Backward, windows make near
+cotangents alike, and copies and windows that overlap add them up. What that may change is bounded here; where it is much, the
+whole model is drawn.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from varscale.theory.domain.axes import Axis, apply_axis, contract_axes, pool, shares
+from varscale.theory.domain.axes import Axis, apply_axis, contract_axes, pool
 from varscale.theory.domain.axis_maps import lift_types
 from varscale.theory.domain.tables import full_types
 from varscale.theory.graph.convolutions import WindowMax, WindowSum
@@ -71,11 +70,6 @@ def sum_out(second: np.ndarray, frame: Sequence[Axis], view: View) -> np.ndarray
         if own.labels != frame[k].labels:
             out = apply_axis(out, place, lift_types(own, frame[k]))
     return out.transpose([kept.index(b) for b in view.bind])
-
-
-def mean_square(second: np.ndarray, axes: tuple[Axis, ...]) -> float:
-    """The average over elements of a type array."""
-    return float(shares(axes) @ second[tuple(slice(0, axis.classes) for axis in axes)].ravel())
 
 
 def shared_by_mean(second: np.ndarray, axes: Sequence[int], frame: Sequence[Axis]) -> np.ndarray:
