@@ -86,9 +86,9 @@ def averaged(node: Node, axes: Sequence[int], taps: int = 1) -> Spread:
     # Attention weights are fixed by kernels over all units, which fluctuate less than one unit's outputs.
     if weights or all(r.node.shares for r in roots(node)):
         return NONE
+    spread = fluctuations(node)
     units: dict[Hashable, float] = {origin(node): math.sqrt(math.log1p(fresh(node, tuple(axes)) / taps))}
-    places = weighted([(1.0, inherited(node).places), (1.0, units)])
-    return replace(fluctuations(node), places=places)
+    return replace(spread, places=weighted([(1.0, inherited(node).places), (1.0, units)]))
 
 
 def of_a_group(node: Node, axes: Sequence[int], groups: int) -> float:
