@@ -64,12 +64,10 @@ def sum_out(second: np.ndarray, frame: Sequence[Axis], view: View) -> np.ndarray
     """A frame's cotangent moments, summed over the axes that the viewed node does not have, by the node's own types."""
     kept = sorted(view.bind)
     lacking = {k: axis.pairs for k, axis in enumerate(frame) if k not in kept}
-    out = contract_axes(full_types(second, frame), lacking)
-    for place, k in enumerate(kept):
-        own = view.node.axes[view.bind.index(k)]
-        if own.labels != frame[k].labels:
-            out = apply_axis(out, place, lift_types(own, frame[k]))
-    return out.transpose([kept.index(b) for b in view.bind])
+    out = contract_axes(full_types(second, frame), lacking).transpose([kept.index(b) for b in view.bind])
+    for k, (own, place) in enumerate(zip(view.node.axes, view.bind, strict=True)):
+        out = out if own.labels == frame[place].labels else apply_axis(out, k, lift_types(own, frame[place]))
+    return out
 
 
 def shared_by_mean(second: np.ndarray, axes: Sequence[int], frame: Sequence[Axis]) -> np.ndarray:
@@ -233,10 +231,7 @@ def selected(node: Node) -> View | None:
 
 @functools.singledispatch
 def overlaps(node: Node, i: int) -> tuple[Sequence[int], float]:
-    """Axes of argument i whose windows make near cotangents alike, and how many windows or copies meet in one entry.
-
-    Most kinds pass cotangents on place by place; a convolution with fresh weights at places as far apart.
-    """
+    """Axes of argument i whose windows make near cotangents alike, and how many windows or copies meet in one entry."""
     return (), 1.0
 
 

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Hashable, Sequence
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Int
 
 from varscale.theory.domain.axes import Axis, reduced
 from varscale.theory.domain.tables import (
@@ -40,9 +40,7 @@ from varscale.theory.propagation.marginals import evaluate, marginal
 from varscale.theory.propagation.pullbacks import repeats
 
 TERMS = 32  # terms of a sum that stand for all
-_TOO_MUCH = (
-    2.0  # chosen, not derived: more than chance makes of a mean square over draws, in units of the known one
-)
+_TOO_MUCH = 2.0  # chosen, not derived: a mean square over draws, over the known one, that is no chance
 
 
 @once_per_node
@@ -69,7 +67,7 @@ class Drawing:
         self.replicates, self.some, self.doubt = replicates, some, 0.0
         self.drawn: dict[Hashable, np.ndarray] = {}
 
-    def values(self, view: View, frame: Sequence[Axis], positions: Positions) -> Float[np.ndarray, "..."]:
+    def values(self, view: View, frame: Sequence[Axis], positions: Positions) -> np.ndarray:
         """A view at some positions of a frame, (positions or 1 ..., replicates or 1): 1 where it does not have an axis."""
         env = {}
         for root in roots_of(view):
@@ -77,10 +75,8 @@ class Drawing:
             env[root] = over_frame(np.moveaxis(drawn, 0, -1), root.bind, len(frame))
         return evaluate(view, frame, env)
 
-    def at(
-        self, view: View, frame: Sequence[Axis], positions: Positions
-    ) -> Float[np.ndarray, "replicates ..."]:
-        """A view at some positions of a frame."""
+    def at(self, view: View, frame: Sequence[Axis], positions: Positions) -> np.ndarray:
+        """A view at some positions of a frame, (replicates, positions...)."""
         values = self.values(view, frame, positions)
         return np.moveaxis(np.broadcast_to(values, (*map(len, positions), self.replicates)), -1, 0)
 
@@ -114,9 +110,9 @@ def evenly(size: int, most: int) -> Int[np.ndarray, " kept"]:
 
 
 def picked(known: np.ndarray, axes: Sequence[Axis], positions: Positions, replicates: int) -> np.ndarray:
-    """Known draws at some positions. Where more are asked for than there are, those of other draws stand in.
+    """Known draws at some positions: found by where they are along an axis of which all are known; of others any will do.
 
-    Positions told apart, and all of an axis where all are known, are found by where they are; of others any will do.
+    Where more are asked for than there are, those of other draws stand in.
     """
     found = [
         (np.zeros(len(asked), int), asked) if n == axis.size else np.divmod(np.arange(len(asked)), n)
@@ -199,11 +195,10 @@ def sampled_from_concat(node: Concat, drawing: Drawing, positions: Positions) ->
 
 @sampled_from.register(Contract)
 def sampled_from_contract(node: Contract, drawing: Drawing, positions: Positions) -> np.ndarray | None:
-    """A product, multiplied out: with weights that are drawn, the same wherever they are applied, some of its terms for all.
+    """A product, multiplied out; with weights that are drawn, the same wherever they are applied, some of its terms for all.
 
-    Its moments by type say neither what order in time its argument has, nor that products of one narrow argument share its
-    norm; where it has many terms, and what it multiplies is made of many, its units are independent. With weights it is
-    scaled to the mean square that is known; far from it, what was drawn apart belongs together.
+    Its moments by type say neither what order in time its argument has, nor that units share the norm of what is narrow. With
+    weights it is scaled to the mean square that is known; far from it, what was drawn apart belongs together.
     """
     terms = [drawing.some(a) for a in node.params]
     ratio = math.prod(a.size / len(kept) for a, kept in zip(node.params, terms, strict=True))
@@ -293,9 +288,7 @@ def table_of_draws(node: Node, numbers: np.ndarray, positions: Sequence[np.ndarr
     return table
 
 
-def cross_moments(
-    x: Float[np.ndarray, "..."], y: Float[np.ndarray, "..."], axes: Sequence[Axis], positions: Positions
-) -> Float[np.ndarray, "..."]:
+def cross_moments(x: np.ndarray, y: np.ndarray, axes: Sequence[Axis], positions: Positions) -> np.ndarray:
     """E[x_i y_j] by type, from draws of both, (replicates, positions...); 0 where that may be all it is."""
     (x, small), (y, _) = (_thinned(z, axes, positions) for z in (x, y))
     found = estimated_products(x, y, small)
