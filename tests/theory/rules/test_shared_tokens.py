@@ -79,6 +79,7 @@ PROGRAMS = {
     "learned attention": lambda p, x, y: jax.nn.softmax(10 * p["w"]) @ (x[:, :WIDTH] @ p["v"]),
     "a weight and its transpose": lambda p, x, y: (x @ p["w"]) @ p["w"].T,
     "a residual around them": lambda p, x, y: x + jnp.tanh(x @ p["w"]) @ p["w"].T,
+    "a scaled weight and its transpose": lambda p, x, y: x + (x @ p["w"] / 2) @ (2 * p["w"]).T,
     "a rectified bias and the transpose": lambda p, x, y: jax.nn.relu(x @ p["w"] + 0.5) @ p["w"].T,
     "a Hopfield layer": _hopfield,
     "there and back twice": _there_and_back,

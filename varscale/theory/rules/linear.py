@@ -1,8 +1,7 @@
 """Contractions: every matrix product, batched or not, of weights or of activations.
 
-A triangular mask on a weight (an autoregressive net's) hides much of the first inputs and little of the last, so that outputs
-differ in their second moments by position. Positions are classed by the mean square of what they read. Of products of an
-array's rows with rows of its own the diagonal is no entry like the others.
+A triangular mask on a weight (an autoregressive net's) hides much of the first inputs and little of the last: positions of
+outputs are classed by the mean square of what they read.
 """
 
 from __future__ import annotations
@@ -126,9 +125,7 @@ def pullback_of_contract(
 
 
 @cross_by_kind.register(Contract | Conv)
-def cross_by_kind_of_products(
-    node: Contract | Conv, a: View, b: View, frame: Sequence[Axis]
-) -> np.ndarray | None:
+def cross_by_kind_of_products(node: Node, a: View, b: View, frame: Sequence[Axis]) -> np.ndarray | None:
     """The same weights on two inputs: as one product, with the inputs' cross-moment in place of their second moment."""
     weights = weight_of(node), weight_of(b.node)
     if None not in weights and weights[0] is not weights[1]:
@@ -277,12 +274,12 @@ def dot_general(interpreter: Context, eqn: Any, x: Value, y: Value) -> Any:
     contracted, batch = eqn.params["dimension_numbers"]
     if _mixes_heads(x, y, contracted[1]) or _mixes_heads(y, x, contracted[0]):
         return drawn_region(interpreter, eqn, (x, y), "weights mix heads")
-    if _is_transposed(x, y, contracted[0]) or _is_transposed(y, x, contracted[1]):
+    (c, a), (d, b) = without_factor(x), without_factor(y)
+    if _is_transposed(a, b, contracted[0]) or _is_transposed(b, a, contracted[1]):
         return drawn_region(interpreter, eqn, (x, y), "a weight meets what its transpose made")
-    if _meets_itself(without_factor(x)[1], without_factor(y)[1], contracted, batch):
+    if _meets_itself(a, b, contracted, batch):
         return drawn_region(interpreter, eqn, (x, y), "rows meet themselves in a product")
-    (c, x), (d, y) = without_factor(x), without_factor(y)
-    x, y = _over_one_frame(x, y, batch, contracted)
+    x, y = _over_one_frame(a, b, batch, contracted)
     free, count = len(x.dims) - len(contracted[0]), len(batch[0])
     terms = math.prod(x.shape[free:])
     # An inner product of two functions of one root is the sum of one function: a norm's x · x/|x|.

@@ -16,29 +16,37 @@ from varscale.theory.graph.nodes import Graph
 from varscale.theory.graph.store import Fact
 
 Rule = Callable[..., Any]
-
-
 RULES: dict[str, Rule] = {}
-
-
+RECOGNISERS: dict[str, list[Rule]] = {}
 # Primitives whose rules handle known numbers themselves, without writing them out.
 ELEMENTWISE_OR_LAYOUT: set[str] = set()
+STACKED: Fact[Hashable, list[Any]] = Fact()  # the values of the steps that a stacked value is made of
+CALLS = ("jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint")
+CALLS += ("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr")
 
 
 def rule(*names: str, entrywise: bool = False) -> Callable[[Rule], Rule]:
-    """Register a rule for primitives of these names.
+    """Register what is called as f(interpreter, eqn, *values) for primitives of these names, and gives a value or a list.
 
-    Args:
-        *names: primitive names as they appear in a jaxpr.
-        entrywise: whether they are elementwise functions or move entries, so that known numbers need not be written out.
-
-    Returns:
-        A decorator; the rule it takes is called as rule(interpreter, eqn, *values) and returns a value, or a list of them.
+    `entrywise` ones are elementwise functions or move entries, so that known numbers need not be written out.
     """
 
     def register(f: Rule) -> Rule:
         RULES.update(dict.fromkeys(names, f))
         ELEMENTWISE_OR_LAYOUT.update(names if entrywise else ())
+        return f
+
+    return register
+
+
+def recognise(name: str) -> Callable[[Rule], Rule]:
+    """Register a function that may see more in an elementwise primitive than the primitive: a softmax in a division.
+
+    It is called as f(context, *values), in the order of registration, and returns a value, or None where it sees nothing.
+    """
+
+    def register(f: Rule) -> Rule:
+        RECOGNISERS.setdefault(name, []).append(f)
         return f
 
     return register
@@ -104,30 +112,6 @@ class Context(Protocol):
     elementwise: Callable[..., Value]
     ask: Callable[..., bool]
     leaf: Callable[..., Value]
-
-
-STACKED: Fact[Hashable, list[Any]] = Fact()  # the values of the steps that a stacked value is made of
-
-
-Recogniser = Callable[..., Any]
-RECOGNISERS: dict[str, list[Recogniser]] = {}
-
-
-def recognise(name: str) -> Callable[[Recogniser], Recogniser]:
-    """Register a function that may see more in an elementwise primitive than the primitive: a softmax in a division.
-
-    It is called as f(context, *values), in the order of registration, and returns a value, or None where it sees nothing.
-    """
-
-    def register(f: Recogniser) -> Recogniser:
-        RECOGNISERS.setdefault(name, []).append(f)
-        return f
-
-    return register
-
-
-CALLS = ("jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint")
-CALLS += ("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr")
 
 
 def sub_jaxpr_of(eqn: Any) -> Any:
