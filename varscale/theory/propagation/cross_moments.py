@@ -148,7 +148,7 @@ def _terms(x: View, y: View, frame: Axes) -> np.ndarray | None:
     node, read = x.node, roots(y.node) if isinstance(y.node, Apply) else ()
     if isinstance(node, Sum) and all(root.node.depth < node.depth for root in read):
         weights, offset = node.params, 0.0
-    elif isinstance(node, Apply) and node.params[0] in ("affine", *IDENTITIES):
+    elif node.primitive in ("affine", *IDENTITIES):
         *weights, offset = node.params[1] or (1.0, 0.0)
     else:
         return None
@@ -248,7 +248,7 @@ STRATEGIES: dict[str, Strategy] = {
 
 def _opened(view: View) -> tuple[View, list[Reading]]:
     """What is averaged or was sliced, −1 for the places of the axes that are, and these."""
-    source, bind, node = view.node.args[0].node, list(view.bind), view.node
+    source, bind, node = view.node.argument, list(view.bind), view.node
     read = _all_entries(source.whole, node.reduced, averaged=node.reduced)
     if isinstance(node, Take):
         k, *span = node.params
@@ -336,7 +336,7 @@ def cross_by_kind_of_split(node: Split, a: View, b: View, frame: Axes) -> np.nda
     place = {p: i for i, p in enumerate([*kept, gone[0]])}
     views = []
     for x, bind in (a, b):
-        source = x.args[0].node if gone[0] in bind else x
+        source = x.argument if gone[0] in bind else x
         views.append(View(source, tuple(place[p] for p in bind if p in place)))
     wide = (*(frame[p] for p in kept), _axis_at(len(kept), views))
     factors = split_axis(wide[-1], node.params[1])
@@ -355,7 +355,7 @@ def cross_by_kind_of_merge(node: Merge, a: View, b: View, frame: Axes) -> np.nda
     sizes, at = node.params[1], a.bind[node.params[0]]
     other = split(b.node, b.bind.index(at), sizes) if at in b.bind else b.node
     views, more = [], len(sizes) - 1
-    for x, bind in ((node.args[0].node, a.bind), (other, b.bind)):
+    for x, bind in ((node.argument, a.bind), (other, b.bind)):
         wide = (range(at, at + more + 1) if p == at else [p + more * (p > at)] for p in bind)
         views.append(View(x, tuple(itertools.chain(*wide))))
     factors = (_axis_at(p, views, axis) for p, axis in enumerate(split_axis(frame[at], sizes).axes, at))
@@ -369,6 +369,6 @@ def cross_by_kind_of_axis_mapped(node: AxisMapped, a: View, b: View, frame: Axes
     own, place = node.axis_map, a.bind[node.params[0]]
     if own.out.size != own.inner.size:
         return None
-    axis, found = frame[place], cross(View(node.args[0].node, a.bind), b, frame)
+    axis, found = frame[place], cross(View(node.argument, a.bind), b, frame)
     counts = pair_counts(dataclasses.replace(own, out=axis, inner=axis), identity_map(axis))
     return apply_axis(full_along(found, place, axis), place, counts)

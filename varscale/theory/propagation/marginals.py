@@ -92,7 +92,7 @@ def quantiles(root: Node) -> np.ndarray | None:
     if isinstance(root, Array):
         return followed(root, root)
     line = root.transport if isinstance(root, Leaf) else root.drawn
-    source = root.args[0].node if root.moves and line is None else None  # other places, the same law
+    source = root.argument if root.moves and line is None else None  # other places, the same law
     moved = isinstance(source, Leaf | Array | Rearranged) and all(a.classes == 1 for a in source.axes)
     if moved and (inner := quantiles(source)) is not None:
         line = inner.reshape(-1, POINTS)[0]

@@ -170,7 +170,7 @@ def _in_closed_form(xs: Sequence[View], root: View, frame: Axes) -> tuple[np.nda
     if xs == [root]:
         return root.mean(frame), root.second(frame)
     (node, bind), table = xs[0], root.node.table
-    square = len(xs) == 1 and isinstance(node, Apply) and node.params == ("integer_pow", (2,))
+    square = len(xs) == 1 and node.params == ("integer_pow", (2,))
     if not square or node.args[0].within(bind) != root or not marginal(root.node).gaussian:
         return None
     pairs = means_by_type(table.diagonal, table.axes) + 2 * table.covariance * (table.second + table.outer)
@@ -270,7 +270,7 @@ def second_moments_of_sum(node: Sum) -> Table:
 
 @second_moments.register(Mean)
 def second_moments_of_mean(node: Mean) -> Table:
-    table = node.args[0].node.table
+    table = node.argument.table
     axes = {k: table.axes[k] for k in node.params}
     mean = contract_axes(table.mean, {k: axis.counts / axis.size for k, axis in axes.items()})
     return Table(node.axes, mean, contract_axes(table.second, {k: axis.any_pair for k, axis in axes.items()}))
@@ -279,7 +279,7 @@ def second_moments_of_mean(node: Mean) -> Table:
 @second_moments.register(Take)
 def second_moments_of_take(node: Take) -> Table:
     k, *span = node.params
-    table = node.args[0].node.table
+    table = node.argument.table
     new, classes = sliced(table.axes[k], *span)
     mean, second = apply_axis(table.mean, k, classes), apply_axis(table.second, k, pair_map(classes))
     if new is None:

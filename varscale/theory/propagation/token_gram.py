@@ -63,7 +63,7 @@ class Tokens(NamedTuple):
     def before(self) -> Tokens:
         """The same tokens before their entries were moved: their axes reordered, put together, taken apart, or one cut."""
         own = (tuple(sorted({j for k in axes for j in axes_before(self.node, k)})) for axes in self[1:])
-        return Tokens(self.node.args[0].node, *own)
+        return Tokens(self.node.argument, *own)
 
 
 class Mixture(NamedTuple):
@@ -129,7 +129,7 @@ def _own_overlaps(pairs: np.ndarray) -> np.ndarray:
 def patch_overlap(node: Conv) -> float:
     """V of what a convolution reads for each output: measured, where that is given; else as good as white."""
     groups, windows, dims, *_ = node.params
-    x = numbers(node.args[0].node)
+    x = numbers(node.argument)
     if groups > 1 or x is None:
         return 1 / node.width
     x = by_dim(x, dims)
@@ -223,7 +223,7 @@ def _of_a_product(x: Tokens, node: Contract) -> Mixture | None:
 
 def _taken(x: Tokens) -> Mixture:
     """A slice of one axis: of features the same tokens; of what tokens are made along, others, which overlap as much."""
-    inner, k, axes = x.before(), x.node.params[0], range(len(x.node.args[0].node.axes))
+    inner, k, axes = x.before(), x.node.params[0], range(len(x.node.argument.axes))
     fewer = 1 / x.count - 1 / inner.count
     others = k in inner.tokens
     if not others and len(axes) > len(x.node.axes):

@@ -79,7 +79,7 @@ def pullback_of_conv(node: Conv, cotangent: np.ndarray, notes: BackwardNotes) ->
 
 @propagated.register(Conv)
 def propagated_of_conv(node: Conv) -> Spread:
-    x, groups, taps = node.args[0].node, node.params.groups, taps_of(node)
+    x, groups, taps = node.argument, node.params.groups, taps_of(node)
     summed = [k for k in node.params.x_dims[1:2] if k is not None]
     spread = combine([(1.0, averaged(x, summed, taps))])
     out, shape = with_own_weights(spread, node), of_a_group(x, summed, groups) / taps
@@ -155,7 +155,7 @@ def near_places(node: WindowSum, second: float, alike: float) -> float:
 
     `alike` is what it would be, were all places of a window one; near ones go a share `near` of the way.
     """
-    near = node.args[0].node.near
+    near = node.argument.near
     if near == 1:
         raise NotImplementedError("windows over known numbers, of which near ones may be more alike")
     return near * abs(alike / max(second, 1e-300) - 1)
@@ -163,7 +163,7 @@ def near_places(node: WindowSum, second: float, alike: float) -> float:
 
 @second_moments.register(WindowSum)
 def second_moments_of_window_sum(node: WindowSum) -> Table:
-    table = node.args[0].node.table
+    table = node.argument.table
     mean = node.carried(table.mean, node.maps(AxisMap.means))
     out = Table(node.axes, mean, node.carried(table.second, node.maps(pair_counts)))
     if doubt := near_places(node, out.mean_square, taps_of(node) ** 2 * table.mean_square):
@@ -184,7 +184,7 @@ def cross_by_kind_of_window_sum(
     node: WindowSum, a: View, b: View, frame: Sequence[Axis]
 ) -> np.ndarray | None:
     """Places of another array over the same grid, against the places that a window reads."""
-    x, (windows, xd, od) = node.args[0].node, node.params
+    x, (windows, xd, od) = node.argument, node.params
     if [axis.size for axis in dim_axes(x, xd)] != [axis.size for axis in dim_axes(node, od)]:
         return None  # a stride leaves places out, a border makes some
     at = {k: a.bind[o] for k, o in zip(xd, od, strict=True) if k is not None and o is not None}
@@ -200,7 +200,7 @@ def cross_by_kind_of_window_sum(
 
 @propagated.register(WindowSum)
 def propagated_of_window_sum(node: WindowSum) -> Spread:
-    return of_an_average(node, inherited(node.args[0].node))
+    return of_an_average(node, inherited(node.argument))
 
 
 @cross_by_kind.register(WindowMax)
@@ -214,7 +214,7 @@ _MAXIMA_SORTED = 200_000  # maxima that a law is taken from
 @second_moments.register(WindowMax)
 def second_moments_of_window_max(node: WindowMax) -> Table:
     """From draws of two windows along each axis, next to one another."""
-    source, (windows, xd, od) = node.args[0].node, node.params
+    source, (windows, xd, od) = node.argument, node.params
     read = list(zip(windows, dim_axes(source, xd), strict=True))
     spans = [1 if w is None else min((w.taps - 1) * w.dilation + 1, axis.size) for w, axis in read]
     sizes = [min(a.size, 2 if w is None else 2 * w.stride + n) for (w, a), n in zip(read, spans, strict=True)]
@@ -249,7 +249,7 @@ def quantiles_of_window_max(root: WindowMax, table: Table, deviation: np.ndarray
 
 def _law(node: WindowMax, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Mean and mean square by class of window: of as many places as are in the array, of the mean square that they have."""
-    windows, table, taps = node.params.windows, node.args[0].node.table, node.maps(AxisMap.means)
+    windows, table, taps = node.params.windows, node.argument.table, node.maps(AxisMap.means)
     counts = [np.ones(1) if own is None else np.maximum(own.sum(axis=1), 1.0) for own in taps]
     shares = [None if own is None else own / n[:, None] for own, n in zip(taps, counts, strict=True)]
     squares = node.carried(table.diagonal, shares) / max(table.mean_square, 1e-300)
@@ -274,7 +274,7 @@ def pullback_of_window_max(
     node: WindowMax, cotangent: np.ndarray, notes: BackwardNotes
 ) -> list[np.ndarray | None]:
     """Each window feeds one entry, and two that share o of their n entries feed one where it is the largest of all 2n − o."""
-    (windows, xd, od), x, taps = node.params, node.args[0].node, taps_of(node)
+    (windows, xd, od), x, taps = node.params, node.argument, taps_of(node)
     read = list(zip(windows, dim_axes(x, xd), dim_axes(node, od), strict=True))
     same = [None if w is None else adjoint(tap_pairs(w, a, o)[0], o, a) for w, a, o in read]
     every = [None if w is None else adjoint(np.add(*tap_pairs(w, a, o)), o, a) for w, a, o in read]

@@ -142,9 +142,9 @@ def real(interpreter: Context, eqn: Any, x: Complex) -> Value:
 
 @propagated.register(Mean)
 def propagated_of_mean(node: Mean) -> Spread:
-    inner = node.args[0].node
-    if isinstance(inner, Apply) and inner.params == ("integer_pow", (2,)):
-        return combine([(2.0, fluctuations(inner.args[0].node))])
+    inner = node.argument
+    if inner.params == ("integer_pow", (2,)):
+        return combine([(2.0, fluctuations(inner.argument))])
     return of_an_average(node, inherited(inner))
 
 
@@ -185,7 +185,7 @@ class OneOfMany(Node):
 
     def sampled(self, reduce: Callable[[np.ndarray, tuple[int, ...]], np.ndarray]) -> Table:
         """Moments by sampling: the reduced axes at full size, the others at two positions."""
-        axes, source = self.reduced, self.args[0].node
+        axes, source = self.reduced, self.argument
         count = math.prod(source.axes[k].size for k in axes)
         # The larger the set, the more the tail decides; of what few numbers decide there is no Gaussian tail.
         self.graph.flag("sampled", NEXT_ORDER * math.log(count) + bounded(count, fewest_terms(source)))
@@ -198,7 +198,7 @@ def cross_by_kind_of_one_of_many(
     node: OneOfMany, a: View, b: View, frame: Sequence[Axis]
 ) -> np.ndarray | None:
     """Σ E[∂f/∂x_k] Cov(x_k, y) = Cov(mean x, y) for Gaussians that are alike (Stein): the slopes add up to 1."""
-    x = node.args[0].node
+    x = node.argument
     if any(x.axes[k].labels for k in node.reduced) or not (_is_gaussian(x) and _is_gaussian(b.node)):
         return None
     mean = View(mean_node(x, node.reduced), a.bind)
@@ -207,8 +207,8 @@ def cross_by_kind_of_one_of_many(
 
 def _is_gaussian(node: Node) -> bool:
     """Whether a node may be taken for Gaussian: no function of others, and of no law of its own."""
-    while isinstance(node, Apply) and node.params[0] == "affine":
-        node = node.args[0].node
+    while node.primitive == "affine":
+        node = node.argument
     return not isinstance(node, Apply | OneOfMany) and marginal(node).gaussian
 
 
@@ -234,7 +234,7 @@ def pullback_of_extreme(
 ) -> list[np.ndarray | None]:
     """Each cotangent goes to the one entry that was the extreme, of as many as there are; no two share it."""
     for k in node.reduced:
-        axis = node.args[0].node.axes[k]
+        axis = node.argument.axes[k]
         cotangent = np.moveaxis(np.multiply.outer(axis.agrees / axis.size, cotangent), 0, k)
     return [cotangent]
 
@@ -242,7 +242,7 @@ def pullback_of_extreme(
 @selected.register(Extreme)
 def selected_by_extreme(node: Extreme) -> View | None:
     """√P(an entry is the largest, given it): Φ(z)^((count − 1)/2) of independent Gaussian ones."""
-    x, (axes, sign) = node.args[0].node, node.params
+    x, (axes, sign) = node.argument, node.params
     if not isinstance(x, Apply | Sum) or concentrated(x):
         return None
     scale, others = sign / math.sqrt(2 * x.table.variance), math.prod(x.axes[k].size for k in axes) - 1

@@ -27,7 +27,7 @@ from varscale.theory.domain.axes import Axis, contract_axes, grouped, labelled, 
 from varscale.theory.domain.axis_maps import entry_map
 from varscale.theory.domain.tables import LEADING_ORDER, Table, lift, per_pair
 from varscale.theory.graph import layout
-from varscale.theory.graph.expressions import Apply, roots
+from varscale.theory.graph.expressions import roots
 from varscale.theory.graph.layout import Atom, Value
 from varscale.theory.graph.linear_nodes import INDICES, Concat, Gather, GatherParams, mapped
 from varscale.theory.graph.nodes import (
@@ -80,10 +80,10 @@ def second_moments_of_gather(node: Gather) -> Table:
 @cross_by_kind.register(Gather)
 def cross_by_kind_of_gather(node: Gather, a: View, b: View, frame: Sequence[Axis]) -> np.ndarray | None:
     """Two lookups of tables with the same rows: any index of one meets any of the other; in doubt where both are known."""
-    other, x, rows = b.node, node.args[0].node, node.params.row_axes
+    other, x, rows = b.node, node.argument, node.params.row_axes
     if not isinstance(other, Gather) or (node.known is not None and other.known is not None):
         return None
-    y, kept = other.args[0].node, [k for k in range(len(x.axes)) if k not in rows]
+    y, kept = other.argument, [k for k in range(len(x.axes)) if k not in rows]
     if x.axes != y.axes or rows != other.params.row_axes:
         return None
     places, others = ([v.bind[v.node.args[0].bind[k]] for k in kept] for v in (a, b))
@@ -222,8 +222,8 @@ def _is_unknown(node: Node) -> bool:
         return node.name[0] == "ids"
     if isinstance(node, Concat):
         return any(_is_unknown(view.node) for view in node.args)
-    shifted = isinstance(node, Apply) and node.params[0] == "affine" and node.params[1][0] > 0
-    return (shifted or node.moves) and _is_unknown(node.args[0].node)
+    shifted = node.primitive == "affine" and node.params[1][0] > 0
+    return (shifted or node.moves) and _is_unknown(node.argument)
 
 
 def _one_hot(interpreter: Context, shape: Sequence[int], x: Value, y: Value) -> Value | None:

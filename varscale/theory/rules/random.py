@@ -65,7 +65,7 @@ def law(node: Node) -> ParameterLaw | None:
         return None
     base = own[0].node
     while not isinstance(base, Apply) and len(base.args) == 1:
-        base = base.args[0].node
+        base = base.argument
     if base.odd or not base.is_bits:
         return None
     return _LAWS.once(node.graph, (form(node), base.params[-1]), integrated)
