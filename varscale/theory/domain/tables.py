@@ -257,7 +257,7 @@ def gaussian(
         factor = factor.reshape(*each, *classes, -1)[np.ix_(*[labels[k] for k in mine])]
         noise = rng.standard_normal((replicates, *factor.shape[: len(mine)], factor.shape[-1]))
         ahead, behind = [rank, *mine, rank + 1], [*mine, *others, rank + 1]
-        effect = np.einsum(noise, ahead, factor, behind, [rank, *range(rank)])
+        effect = np.einsum(noise, ahead, factor, behind, [rank, *range(rank)])  # pyright: ignore
         at = (np.arange(len(x)) if anew else x for x, anew in zip(labels, own, strict=True))
         out += effect[np.ix_(np.arange(replicates), *at)]
     return out
