@@ -15,12 +15,14 @@ from dataclasses import replace
 import numpy as np
 from scipy import special
 
-from varscale.theory.domain.axes import Axis, contract_axis, refine, shares
+from varscale.theory.domain.axes import Axis, contract_axes, contract_axis, refine, shares
 from varscale.theory.domain.tables import NEGLIGIBLE, ROUGH, full_types, means_by_type
 from varscale.theory.graph.expressions import Apply, Sum, roots, scale_and_shift
+from varscale.theory.graph.linear_nodes import applied_weights
 from varscale.theory.graph.nodes import UNKNOWN, Array, Constant, Leaf, Node, View, pullback
 from varscale.theory.graph.normal_form import affine, apply, derivative
 from varscale.theory.graph.store import BackwardNotes, once_per_node
+from varscale.theory.propagation.cross_moments import mean_of_product
 from varscale.theory.propagation.error_bounds import doubt_of
 from varscale.theory.propagation.fluctuations import gradient_scale, norm_of_given, summed_scale
 from varscale.theory.propagation.fourth_moments import mean_squared_correlation
@@ -60,7 +62,7 @@ class Cotangents:
         return node, [replace(p, scale=whole * w, own=0.0) for p, w in shared_out]
 
 
-_WEIGHED = ("own", "radial", "unit", "near", "lost")
+_WEIGHED = ("own", "radial", "unit", "near", "lost", "between")
 
 
 def _added_cotangents(parts: Sequence[Cotangent], axes: tuple[Axis, ...]) -> Cotangent:
@@ -139,7 +141,7 @@ class _Backward:
         if node.id < self.first or isinstance(node, Leaf):
             return
         met, doubt = forks(node)
-        part = replace(part, doubt=part.doubt + doubt)
+        part = replace(part, doubt=part.doubt + doubt + repeated(node))
         for fork in met:
             self.pending.add(fork.root.node, fork.back(part, node.axes))
         if isinstance(node, Apply):
@@ -176,6 +178,8 @@ class _Backward:
             if held:
                 inverse = _inverse_scale(root, held[0])
                 along_itself = max(1 + part.radial, 0.0) * _projection(node, root, slope, held[0], part)
+                between = part.between + _between_places(root, held[0], back, along_itself)
+                passed = replace(passed, between=min(between, UNKNOWN))
                 back = (back - along_itself) * inverse
                 doubt += ROUGH * (inverse - 1) + doubt_of(root.node) + norm_of_given(root, held[0])
                 if root.node.near == 1 and len(root.bind) > len(held[0].bind) + 1:
@@ -209,6 +213,34 @@ class _Backward:
             for other, back, doubt in node.graph.derived.get(node.id, ())
             for c in self.found(other)
         ]
+
+
+@once_per_node
+def repeated(node: Node) -> float:
+    """Relative covariance of g and Wᵀg at a sum x + W x whose x holds W x' of an earlier step: g holds Wᵀg' of a later one.
+
+    To first order that is what the terms have in common forward: 2 Σ |E[t_i t_j]| / E[x²] over pairs of one W.
+    """
+    terms = zip(node.params, node.args, strict=True) if isinstance(node, Sum) else ()
+    earlier, common = list[tuple[float, View]](), 0.0
+    for c, view in sorted(terms, key=lambda term: term[1].node.id):
+        if any(view.node.deps & before.node.deps for _, before in earlier):
+            for w, x in _terms_of_weights(c, view, ~0):
+                leaf = applied_weights(x.node)[0].leaf
+                alike = [y for term in earlier for y in _terms_of_weights(*term, leaf.deps)]
+                alike = [(v, y) for v, y in alike if applied_weights(y.node)[0].leaf is leaf]
+                common += sum(abs(w * v * mean_of_product(x, y, node.axes)) for v, y in alike)
+        earlier.append((c, view))
+    return 2 * common / max(node.table.mean_square, 1e-300)
+
+
+def _terms_of_weights(factor: float, view: View, leaves: int) -> list[tuple[float, View]]:
+    """The terms that random weights make, among them one of these leaves, in the sums that a view is, with their factors."""
+    pending = [(factor, view)]
+    for c, (x, bind) in pending:  # grows
+        if isinstance(x, Sum) and x.deps & leaves:
+            pending += [(c * d, y.within(bind)) for d, y in zip(x.params, x.args, strict=True)]
+    return [(c, x) for c, x in pending if applied_weights(x.node)]
 
 
 @once_per_node
@@ -279,6 +311,18 @@ def _projection(node: Apply, root: View, slope: View, scale: View, part: Cotange
             mean = contract_axis(out, k, axis.any_pair)
             out = np.stack([mean * same for same in axis.agrees], axis=k)
     return out
+
+
+def _between_places(root: View, scale: View, back: np.ndarray, taken: np.ndarray) -> float:
+    """What a sum over a norm's places may be off by: y of different places go together, `_projection` takes none to."""
+    table, axes = root.node.table, root.node.axes
+    normed = {k: axes[k].any_pair for k, place in enumerate(root.bind) if place not in scale.bind}
+    rest = tuple(axis for k, axis in enumerate(axes) if k not in normed)
+    alike, left, gone = (
+        mean_square(contract_axes(x, normed), rest) for x in (table.second, back - taken, taken)
+    )
+    places = math.prod(axes[k].size for k in normed)
+    return max(places * alike / max(table.mean_square, 1e-300) - 1, 0.0) * abs(gone) / max(abs(left), 1e-300)
 
 
 def _inverse_scale(root: View, scale: View, power: int = 2) -> float:

@@ -46,6 +46,7 @@ class Cotangent:
         unit: what a unit's square, relative, adds to ln(mean square), for the unit's part in the sum that comes next.
         near: how much more than any two near places have in common at most, relative to the mean square.
         lost: the part of `doubt` that comes of that.
+        between: what a sum over places may be off by, relatively.
     """
 
     second: np.ndarray
@@ -58,6 +59,7 @@ class Cotangent:
     unit: float = 0.0
     near: float = 0.0
     lost: float = 0.0
+    between: float = 0.0
 
 
 def sum_out(second: np.ndarray, frame: Sequence[Axis], view: View) -> np.ndarray:
@@ -267,7 +269,9 @@ def pulled_back(node: Node, i: int, part: Cotangent) -> Cotangent:
         own, other = table[(0,) * table.ndim], table[tuple(int(k in along) for k in range(table.ndim))]
         near = max(near, float(np.clip(1 - other / own, 0.0, 1.0)) if own > 0 else 0.0)
     lost = part.near * (met - 1)
-    return dataclasses.replace(part, near=near, doubt=part.doubt + lost, lost=part.lost + lost)
+    part = dataclasses.replace(part, near=near, doubt=part.doubt + lost, lost=part.lost + lost)
+    lacks = isinstance(node, Sum) and len(node.args[i].bind) < len(node.axes)
+    return dataclasses.replace(part, doubt=part.doubt + part.between, between=0.0) if lacks else part
 
 
 def copies(node: Node) -> float:

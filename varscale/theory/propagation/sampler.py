@@ -237,8 +237,15 @@ def summed(x: np.ndarray, y: np.ndarray, kept: int) -> np.ndarray:
 
 @sampled_from.register(Gather)
 def sampled_from_gather(node: Gather, drawing: Drawing, positions: Positions) -> np.ndarray | None:
-    """Rows of known numbers by indices that are drawn, at these positions of its axes, (replicates, ...)."""
+    """Rows of a table that is drawn by known indices, or of known numbers by drawn ones: (replicates or 1, ...)."""
     (table, bind), (row_axes, index_axes, *_) = node.args[0], node.params
+    if node.known is not None and len(row_axes) == 1:
+        ids = node.known.reshape([a.size for a in node.indexed])[np.ix_(*(positions[k] for k in index_axes))]
+        found, line = np.unique(ids, return_inverse=True)
+        there = [found if k in row_axes else positions[bind[k]] for k in range(len(table.axes))]
+        out = np.moveaxis(drawing.at(table.whole, table.axes, there), 1 + row_axes[0], 1)[:, line.reshape(ids.shape)]
+        order = np.argsort([*index_axes, *(b for k, b in enumerate(bind) if k not in row_axes)])
+        return out.transpose([0, *(1 + int(k) for k in order)])
     if not isinstance(table, Array) or node.known is not None:
         return None
     sizes = [table.axes[k].size for k in row_axes]

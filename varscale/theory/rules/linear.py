@@ -6,6 +6,7 @@ outputs are classed by the mean square of what they read.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Iterator, Sequence
@@ -25,7 +26,7 @@ from varscale.theory.graph.store import BackwardNotes, once_per_node
 from varscale.theory.propagation.cross_moments import cross, dependent, mean_of_product, mean_product
 from varscale.theory.propagation.doubts import lost_excess
 from varscale.theory.propagation.fluctuations import averaged, with_own_weights
-from varscale.theory.propagation.inherited_fluctuations import Spread, combine, propagated
+from varscale.theory.propagation.inherited_fluctuations import Spread, combine, propagated, shared
 from varscale.theory.propagation.pullbacks import sum_out
 from varscale.theory.propagation.token_gram import gained_by_sum
 from varscale.theory.rules.attention import SHARED_DOUBT, note_values, of_alike_keys, tilted
@@ -149,9 +150,14 @@ def cross_by_kind_of_products(node: Node, a: View, b: View, frame: Sequence[Axis
 
 @propagated.register(Contract)
 def propagated_of_contract(node: Contract) -> Spread:
-    """Both arguments' scales; and each, where it is weights, what they make of the other."""
-    parts = [(x, [k for k, b in enumerate(bind) if b >= len(node.axes)]) for x, bind in node.args]
-    return with_own_weights(combine([(1.0, averaged(*part)) for part in parts]), node)
+    """Both arguments' scales, which go together where one has all the places of the other; and what weights make of either."""
+    inner = [[k for k, b in enumerate(bind) if b >= len(node.axes)] for _, bind in node.args]
+    x, y = (averaged(view.node, axes) for view, axes in zip(node.args, inner, strict=True))
+    few, many = sorted(({b for b in bind if b < len(node.axes)} for _, bind in node.args), key=len)
+    apart = node.args[0].node is node.args[1].node or not few <= many
+    together = 0.0 if apart else min(shared(x.places, y.places), 1.0)
+    spread = combine([(1.0, x), (1.0, y)])
+    return with_own_weights(dataclasses.replace(spread, shift=spread.shift + math.expm1(together)), node)
 
 
 def _uses(node: Node, leaf: Node) -> Iterator[View]:

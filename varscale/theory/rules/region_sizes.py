@@ -92,8 +92,8 @@ class Program:
 
 @functools.cache
 def over_draws(method: Callable[..., Any], *, short: bool) -> Callable[..., Any]:
-    """A method of programs over draws of all that it takes; LLVM's optimizations take longer than they save a short one."""
-    options = {"xla_backend_optimization_level": 0} if short else None
+    """A method of programs over draws of all that it takes; optimizations take longer than they save a short one."""
+    options = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False} if short else None
     return jax.jit(
         lambda program, *draws: jax.vmap(functools.partial(method, program))(*draws),
         static_argnums=0,

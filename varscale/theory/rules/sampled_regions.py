@@ -197,8 +197,8 @@ def cross_by_kind_of_region(node: RegionOutput, a: View, b: View, frame: Sequenc
 def propagated_of_region(node: RegionOutput) -> Spread:
     """Of its mean square: what it inherits from its largest input, and what the draw of finitely many weights adds.
 
-    Two samples of one draw share its weights and nothing else, so the covariance of their mean squares is due to them; of
-    given inputs all that varies is.
+    Two samples of one draw share its weights, and what they read if that is given, so the covariance of their mean squares is
+    due to them. At least it is what the draws vary by beyond what is inherited, where they are of the region's own sizes.
     """
     draws, which = node.draws, node.params[1]
     read = (v.node for x in draws.operands if x.random and not x.weight for v in x.value)
@@ -215,8 +215,10 @@ def propagated_of_region(node: RegionOutput) -> Spread:
     # Each unit that is left stands for several; what comes with the output's own units is left out.
     weights = [n for x in draws.operands if x.weight for n in x.aval.shape]
     shared /= max((draws.sizes.ratio([n]) for n in weights), default=1.0)
-    own = math.sqrt(max(shared - fresh(node, range(len(node.axes))), 0.0))
     inherited = combine([(draws.response[which], fluctuations(largest))] if largest is not None else [])
+    if not draws.sizes.smaller:  # the draws themselves vary by no more than all of it
+        shared = max(shared, float(np.log(whole).var()) - inherited.variance)
+    own = math.sqrt(max(shared - fresh(node, range(len(node.axes))), 0.0))
     return dataclasses.replace(inherited, sources={**inherited.sources, ~node.id: own})
 
 
