@@ -243,7 +243,9 @@ def sampled_from_gather(node: Gather, drawing: Drawing, positions: Positions) ->
         ids = node.known.reshape([a.size for a in node.indexed])[np.ix_(*(positions[k] for k in index_axes))]
         found, line = np.unique(ids, return_inverse=True)
         there = [found if k in row_axes else positions[bind[k]] for k in range(len(table.axes))]
-        out = np.moveaxis(drawing.at(table.whole, table.axes, there), 1 + row_axes[0], 1)[:, line.reshape(ids.shape)]
+        out = np.moveaxis(drawing.at(table.whole, table.axes, there), 1 + row_axes[0], 1)[
+            :, line.reshape(ids.shape)
+        ]
         order = np.argsort([*index_axes, *(b for k, b in enumerate(bind) if k not in row_axes)])
         return out.transpose([0, *(1 + int(k) for k in order)])
     if not isinstance(table, Array) or node.known is not None:
