@@ -30,7 +30,7 @@ from varscale.theory.graph.convolutions import ONE, WindowSum
 from varscale.theory.graph.expressions import IDENTITIES, Apply, Mean, Sum, roots, swapped
 from varscale.theory.graph.known_arrays import known_cross
 from varscale.theory.graph.layout import split
-from varscale.theory.graph.linear_nodes import AxisMapped, Merge, Permute, Split, Take
+from varscale.theory.graph.linear_nodes import AxisMapped, Concat, Merge, Permute, Split, Take
 from varscale.theory.graph.nodes import Constant, Graph, Node, View, cross_by_kind
 from varscale.theory.graph.normal_form import mean_node
 from varscale.theory.graph.store import Marked, once_per_node
@@ -177,7 +177,7 @@ def _functions(a: View, b: View, frame: Axes) -> np.ndarray | None:
 class Reading(NamedTuple):
     """How one axis of an array is read: the entries of a span in their order, or their mean."""
 
-    axis: int  # of the array
+    axis: int | None  # of the array; None where it does not have it, and so is the same at all positions
     place: int | None  # where in the frame the entries are; None of a mean, and of a single entry
     span: tuple[int, int, int]  # start, stop, step
 
@@ -211,11 +211,20 @@ def cross_by_kind_of_take(node: Take, a: View, b: View, frame: Axes) -> np.ndarr
     (x, mine), k = _opened(a), node.params[0]
     if (x.node.axes, x.bind) == (b.node.axes, (*b.bind[:k], -1, *b.bind[k + 1 :])):
         return _read_together(x, mine, b, _all_entries(b, [k]), frame)
-    if not isinstance(b.node, Take):
+    if isinstance(b.node, Take) and b.node.argument.axes[b.node.params[0]].size == x.node.axes[k].size:
+        return _read_together(x, mine, *_opened(b), frame)
+    if mine[0].place in b.bind or _is_cut(b.node):
         return None
-    y, theirs = _opened(b)
-    alike = y.node.axes[b.node.params[0]].size == x.node.axes[k].size
-    return _read_together(x, mine, y, theirs, frame) if alike else None
+    return _read_together(x, mine, b, [Reading(None, None, (0, x.node.axes[k].size, 1))], frame)
+
+
+@once_per_node
+def _is_cut(node: Node) -> bool:
+    """Whether a node is made from given positions of an axis that it may no longer have, which a slice can have too or lack."""
+    if isinstance(node, Take) and node.axes != node.argument.axes:
+        return True
+    through = node.moves or node.averages or node.entrywise or isinstance(node, Concat)
+    return through and any(_is_cut(view.node) for view in node.args)
 
 
 def _same_node(a: View, b: View, frame: Axes) -> np.ndarray | None:
@@ -254,7 +263,7 @@ def _opened(view: View) -> tuple[View, list[Reading]]:
         k, *span = node.params
         read = [Reading(k, bind.pop(k) if len(source.axes) == len(bind) else None, tuple(span))]
     for reading in read:
-        bind.insert(reading.axis, -1)
+        bind.insert(reading.axis or 0, -1)
     return View(source, tuple(bind)), read
 
 
