@@ -77,12 +77,12 @@ def _not_forgotten(main: View, *scales: View) -> float:
     whole = {t.node for t in terms if all(t is u or len(u.bind) < len(t.bind) for u in terms)}
     for scale, _ in scales:
         means = [view.node for view in scale.args] if scale.is_variance else [scale]
-        inner = next((mean.args[0].node for mean in means if mean.averages), scale)
+        inner = next((mean.argument for mean in means if mean.averages), scale)
         read = {root.node for root in roots(inner)}
         opened = {view.node for node in read if isinstance(node, Sum) for view in node.args}
         if main.node not in read and not whole & (read | opened):
             out += doubt_of(main.node) + doubt_of(scale) / 2
-        elif inner.params == ("integer_pow", (2,)) and (scale.is_variance or inner.args[0].node is main.node):
+        elif inner.params == ("integer_pow", (2,)) and (scale.is_variance or inner.argument is main.node):
             out += abs(main.node.table.mean_square / max(scale.table.total_mean, 1e-300) - 1)
     return min(out, UNKNOWN)
 

@@ -145,7 +145,7 @@ def fresh(node: Node, axes: Collection[int]) -> float:
     if isinstance(node, Rearranged):
         before = {j for k in over for j in axes_before(node, k)}
         if over == {k for k in range(len(node.axes)) if before.issuperset(axes_before(node, k))}:
-            return fresh(node.args[0].node, tuple(sorted(before)))
+            return fresh(node.argument, tuple(sorted(before)))
     pairs, squares = square_pairs(node)
     pairs = contract_axes(pairs, {k: node.axes[k].any_pair for k in over})
     squares = contract_axes(squares, {k: node.axes[k].counts / node.axes[k].size for k in over})
@@ -256,7 +256,7 @@ def _of_one_unit(node: Node, tokens: Collection[int]) -> np.ndarray:
 def _patch_scatter(node: Conv) -> np.ndarray:
     """The same of a convolution: given patches overlap more than white ones, and not all pairs of a type share as many taps."""
     _, windows, dims, _, places = node.params
-    x, shared = node.args[0].node, np.ones([1] * len(node.axes))
+    x, shared = node.argument, np.ones([1] * len(node.axes))
     for window, before, k in zip(windows, dims[2:], places[2:], strict=True):
         if k is not None and before is not None:
             line = tap_scatter(window, x.axes[before], node.axes[k])

@@ -93,7 +93,7 @@ def _varied_square(
 def _power(scale: Node, main: Node) -> float:
     """The power of a root's mean square that a norm's scale goes by: 1; of a mean of |x| it is 1/2, behind another norm 0."""
     terms = [view.node for view in scale.args] if scale.is_variance else [scale]
-    inner = next((term.args[0].node for term in terms if term.averages), None)  # of a variance, the squares
+    inner = next((term.argument for term in terms if term.averages), None)  # of a variance, the squares
     return responses(inner)[main][0] / 2 if isinstance(inner, Apply) and main in responses(inner) else 1.0
 
 
@@ -166,7 +166,7 @@ def shared(a: dict[Hashable, float], b: dict[Hashable, float]) -> float:
 @functools.singledispatch
 def propagated(node: Node) -> Spread:
     """What a root's scale inherits: of one that is linear in its one argument, what that argument's scale does."""
-    return inherited(node.args[0].node) if node.args else NONE
+    return inherited(node.argument) if node.args else NONE
 
 
 @propagated.register(Sum)

@@ -92,7 +92,7 @@ def pullback_of_sum(node: Sum, cotangent: np.ndarray, notes: BackwardNotes) -> l
 
 @pullback.register(Mean)
 def pullback_of_mean(node: Mean, cotangent: np.ndarray, notes: BackwardNotes) -> list[np.ndarray | None]:
-    return [mean_pullback(cotangent, node.params, node.args[0].node.axes)]
+    return [mean_pullback(cotangent, node.params, node.argument.axes)]
 
 
 _MOST_PATHS = 64  # from one node: where there are more, they are not followed further down
@@ -117,7 +117,7 @@ class Fork(NamedTuple):
         """What the pairs of paths add to the value's cotangent, from the node's."""
         second = part.second
         if self.over is not None:
-            inner = self.over.node.args[0].node.axes
+            inner = self.over.node.argument.axes
             second = mean_pullback(sum_out(second, frame, self.over), self.over.node.reduced, inner)
             frame = inner
         second = shared_by_mean(full_types(second, frame), self.beside, frame) if self.beside else second
@@ -148,7 +148,7 @@ class _Path(NamedTuple):
         """Equal for paths to one value, in one frame: a sum of means over the same axes is the mean of a sum."""
         over = self.over
         if over is not None and over.node.averages:
-            over = over.node.params, over.node.args[0].node.axes, over.bind
+            over = over.node.params, over.node.argument.axes, over.bind
         return self.view, over
 
 
@@ -170,7 +170,7 @@ def forks(node: Node) -> tuple[list[Fork], float]:
         for p, q in pairs:
             over = p.over or q.over
             if p.place == q.place:
-                axes = over.node.args[0].node.axes if over else node.axes
+                axes = over.node.argument.axes if over else node.axes
                 squares = cross(p.slope or one, q.slope or one, axes)
                 squares = p.factor * q.factor * (squares + swapped(squares, axes))
                 before = met.get(p.place, Fork(p.view, np.zeros(()), p.over))
@@ -179,7 +179,7 @@ def forks(node: Node) -> tuple[list[Fork], float]:
                 if beside := _beside_its_mean(*((q, p) if p.over else (p, q))):
                     found.append(beside)
                 elif not any(isinstance(x.begins, Sum) for x in (p, q)):
-                    reduced = math.prod(over.node.args[0].node.axes[k].size for k in over.node.reduced)
+                    reduced = math.prod(over.node.argument.axes[k].size for k in over.node.reduced)
                     doubt = max(doubt, 2 * abs(p.factor * q.factor) / reduced)
         found += met.values()
         if not pairs:
@@ -219,7 +219,7 @@ def _below(path: _Path) -> Iterator[_Path]:
             if not known and (slope := derivative(node, root)) is not None:
                 yield path._replace(view=root.within(bind), slope=slope.within(bind))
     elif node.follows_shifts and path.over is None and path.slope is None:
-        yield path._replace(view=node.args[0].node.whole, over=path.view)
+        yield path._replace(view=node.argument.whole, over=path.view)
 
 
 @functools.singledispatch
@@ -277,9 +277,9 @@ def pulled_back(node: Node, i: int, part: Cotangent) -> Cotangent:
 def copies(node: Node) -> float:
     """How many places near one another hold one and the same entry: of what is looked up, or merged with repeats of itself."""
     if isinstance(node, Merge):
-        source, (k, sizes) = node.args[0].node, node.params
+        source, (k, sizes) = node.argument, node.params
         return math.prod(n for j, n in enumerate(sizes, k) if constant_along(source, j))
-    source = node.args[0].node
+    source = node.argument
     drawn = isinstance(source, Leaf) and not source.is_input
     known = node.line if isinstance(node, Gather) and not drawn else None
     return 1.0 if known is None else len(known) / len(np.unique(known))
@@ -307,7 +307,7 @@ def meets_itself(node: Node) -> bool:
 def _is_shifted(node: Node) -> bool:
     """Whether it is a part of what was joined along places, which are no last axis."""
     while isinstance(node, Take):
-        node = node.args[0].node
+        node = node.argument
     return isinstance(node, Concat) and node.params[0] < len(node.axes) - 1
 
 

@@ -99,7 +99,7 @@ class Drawing:
 
     def averages_all(self, mean: Node) -> bool:
         """Whether a mean is over so many drawn positions that they are as good as all."""
-        axes = [mean.args[0].node.axes[k] for k in mean.params]
+        axes = [mean.argument.axes[k] for k in mean.params]
         whole = math.prod(axis.size for axis in axes)
         return math.prod(len(self.some(axis)) for axis in axes) >= min(whole, TERMS)
 
@@ -156,7 +156,7 @@ def sampled_from_mean(node: Mean, drawing: Drawing, positions: Positions) -> np.
     """The mean of what is drawn, where that is as good as all."""
     if not drawing.averages_all(node):
         return None
-    source, own = node.args[0].node, iter(positions)
+    source, own = node.argument, iter(positions)
     there = [drawing.some(a) if k in node.params else next(own) for k, a in enumerate(source.axes)]
     return drawing.at(source.whole, source.axes, there).mean(axis=tuple(1 + k for k in node.params))
 
@@ -166,7 +166,7 @@ def sampled_from_moved(node: Rearranged | Take, drawing: Drawing, positions: Pos
     """Entries of one array in another order, where more is known of given places than moments by type say."""
     if not (in_order(node) or repeats(node)):
         return None
-    source, mesh = node.args[0].node, np.ix_(*positions)
+    source, mesh = node.argument, np.ix_(*positions)
     if isinstance(node, Permute):
         mesh = [mesh[d] for d in np.argsort(node.params)]
     elif isinstance(node, Take):

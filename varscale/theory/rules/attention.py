@@ -39,7 +39,7 @@ import numpy as np
 from varscale.theory.domain.axes import apply_axis, averaging, contract_axis, outer, shares
 from varscale.theory.domain.axis_maps import lift_types
 from varscale.theory.domain.tables import full_along, lift
-from varscale.theory.graph.expressions import Apply, roots, weighted_sum
+from varscale.theory.graph.expressions import roots, weighted_sum
 from varscale.theory.graph.linear_nodes import Contract, weight_of
 from varscale.theory.graph.nodes import View
 from varscale.theory.graph.store import BackwardNotes
@@ -97,7 +97,7 @@ def attention_of(node: Any) -> Attention | None:
     """The attention that a contraction is; None where it is none."""
     for weights, v in (node.args, node.args[::-1]):
         p, kept = weights, 1.0
-        if isinstance(weights.node, Apply) and weights.node.params[0] == "mul":  # dropout, of each by itself
+        if weights.node.primitive == "mul":  # dropout, of each by itself
             for x, mask in (weights.node.args, weights.node.args[::-1]):
                 drawn = all(root.node.is_bits for root in roots(mask.node))
                 if drawn and x.node.shares and x.bind[x.node.params] in mask.bind:

@@ -132,7 +132,7 @@ def cross_by_kind_of_products(node: Node, a: View, b: View, frame: Sequence[Axis
     if None not in weights and weights[0] is not weights[1]:
         return np.zeros((1,) * len(frame))  # each is linear in a weight that is as good as fresh
     if isinstance(node, Conv):
-        x, y = (v.node.args[0].node if isinstance(v.node, Conv) else v.node for v in (a, b))
+        x, y = (v.node.argument if isinstance(v.node, Conv) else v.node for v in (a, b))
         if (b.node.params, b.node.args[1:], b.bind, y.axes) != (node.params, node.args[1:], a.bind, x.axes):
             return None
         second = node.carry(np.broadcast_to(cross(x.whole, y.whole, x.axes), x.frame_types))
@@ -154,7 +154,7 @@ def propagated_of_contract(node: Contract) -> Spread:
     inner = [[k for k, b in enumerate(bind) if b >= len(node.axes)] for _, bind in node.args]
     x, y = (averaged(view.node, axes) for view, axes in zip(node.args, inner, strict=True))
     few, many = sorted(({b for b in bind if b < len(node.axes)} for _, bind in node.args), key=len)
-    apart = node.args[0].node is node.args[1].node or not few <= many
+    apart = node.argument is node.args[1].node or not few <= many
     together = 0.0 if apart else min(shared(x.places, y.places), 1.0)
     spread = combine([(1.0, x), (1.0, y)])
     return with_own_weights(dataclasses.replace(spread, shift=spread.shift + math.expm1(together)), node)
@@ -186,7 +186,7 @@ def _is_transposed(weight: Value, x: Value, contracted: Sequence[int]) -> bool:
 def without_factor(x: Value) -> tuple[float, Value]:
     """The constant factor of a value, and the rest: scaled copies of one weight are one weight."""
     node = x.node
-    if isinstance(node, Apply) and node.params[0] == "affine" and node.params[1][1] == 0:
+    if node.primitive == "affine" and node.params[1][1] == 0:
         inner = node.args[0]
         if inner.bind == tuple(range(len(node.axes))):
             return node.params[1][0], Value(inner.node, x.dims)

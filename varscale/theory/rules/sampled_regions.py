@@ -184,7 +184,7 @@ def cross_by_kind_of_region(node: RegionOutput, a: View, b: View, frame: Sequenc
     """
     place, drawn = dict(zip(a.bind, range(len(node.axes)), strict=True)), b.node
     while drawn.moves:  # a slice of another output, or that in another order: a second direction's steps
-        drawn = drawn.args[0].node
+        drawn = drawn.argument
     if not set(b.bind) <= set(a.bind) or not (isinstance(drawn, RegionOutput) or b.node.id <= node.id):
         return None
     own = View(b.node, tuple(place[outer] for outer in b.bind))

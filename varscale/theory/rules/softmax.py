@@ -192,7 +192,7 @@ def pullback_of_softmax(
     # differ in known positions added to them, they share those too, and which are near each other.
     next_one = LEADING_ORDER if any(a.classes > 1 for a in node.axes) else NEXT_ORDER
     doubt = LOOSE if share is None else LOOSE * share + next_one
-    placed = _adds_known_along(node.args[0].node, node.keys.size)
+    placed = _adds_known_along(node.argument, node.keys.size)
     notes.doubts[node.id] = _PLACED_DOUBT if placed else doubt
     lost = lost + balance(same, lost, ahead, node.keys)
     out = np.concatenate([same, lost.reshape(*same.shape[:-1], c * c)], axis=-1)
@@ -225,14 +225,14 @@ def _rounded(x: np.ndarray, digits: int) -> np.ndarray:
 def _mean_of_powers(node: Node) -> tuple[float, Mean] | None:
     """c and the mean of exponentials that a node is the product of, c > 0; None of any other node."""
     scale = 1.0
-    while isinstance(node, Apply) and node.args[0] == node.args[0].node.whole:
+    while isinstance(node, Apply) and node.args[0] == node.argument.whole:
         name, extra = node.params
         if name == "affine" and extra[0] > 0 and extra[1] == 0:
             scale *= extra[0]
-        elif not (name == "abs" and node.args[0].node.positive):
+        elif not (name == "abs" and node.argument.positive):
             return None
-        node = node.args[0].node
-    powers = node.args[0].node if isinstance(node, Mean) else None
+        node = node.argument
+    powers = node.argument if isinstance(node, Mean) else None
     exponential = isinstance(powers, Apply) and powers.params[0] == "exp"
     return (scale, node) if isinstance(node, Mean) and exponential else None
 
@@ -241,7 +241,7 @@ def _mean_of_powers(node: Node) -> tuple[float, Mean] | None:
 def softmax_of(interpreter: Context, top: Value, bottom: Value) -> Value | None:
     """exp(x − max) / Σ exp(x − max), if that is what this division is."""
     num, (scale, mean) = top.node, _mean_of_powers(bottom.node) or (0.0, bottom.node)
-    whole = isinstance(mean, Mean) and mean.args[0].node is num
+    whole = isinstance(mean, Mean) and mean.argument is num
     if not whole or abs(scale - math.prod(num.axes[k].size for k in mean.params)) > 1e-6:
         return None
     random, allowed = logits(num.args[0], num.axes)
@@ -326,7 +326,7 @@ def pullback_of_log_sum_exp(
     node: LogSumExp, cotangent: np.ndarray, notes: BackwardNotes
 ) -> list[np.ndarray | None]:
     """A logit gets its share of the cotangent."""
-    source, (key,) = node.args[0].node, node.reduced
+    source, (key,) = node.argument, node.reduced
     shares = node.graph.make(Softmax, source.axes, [source.whole], key)
     return [np.expand_dims(cotangent, key) * shares.table.second]
 
@@ -339,7 +339,7 @@ def log_sum_exp_of(interpreter: Context, x: Value) -> Value | None:
     (scale, mean), graph, (key, *more) = found, interpreter.graph, found[1].params
     if more:
         raise NotImplementedError("a softmax over several axes")
-    powers = mean.args[0].node
+    powers = mean.argument
     (random, allowed), (terms, offset) = logits(powers.args[0], powers.axes), weighted_sum(powers.args[0])
     taken = [(c, v) for c, v in terms if all(isinstance(r.node, Extreme) for r in roots(v.node))]
     apart = any(key in view.bind for _, view in taken)
