@@ -14,7 +14,7 @@ import varscale as vs
 from varscale.theory.graph.store import Fact, once_per_node
 from varscale.theory.interpreter.interpreter import Interpreter
 from varscale.theory.propagation.cotangents import cotangents
-from varscale.theory.propagation.error_bounds import provenance
+from varscale.theory.propagation.doubts import provenance
 from varscale.theory.rules.linear import dot_general
 
 

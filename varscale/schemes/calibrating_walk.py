@@ -22,7 +22,7 @@ from varscale.theory.interpreter.predict import Walkable
 from varscale.theory.interpreter.rows import Place as Where
 from varscale.theory.interpreter.rows import Rows, joined, of_one_draw
 from varscale.theory.propagation.cotangents import cotangents
-from varscale.theory.propagation.error_bounds import provenance
+from varscale.theory.propagation.doubts import provenance
 from varscale.theory.rules.random import as_weight, is_weight
 from varscale.theory.rules.registry import live_equations
 from varscale.usage import layouts

@@ -20,7 +20,7 @@ from varscale.theory.graph.normal_form import affine, apply, mean_node
 from varscale.theory.interpreter.interpreter import Interpreter
 from varscale.theory.interpreter.parameters import measured_law
 from varscale.theory.propagation.cross_moments import STRATEGIES
-from varscale.theory.propagation.error_bounds import doubt_of
+from varscale.theory.propagation.doubts import doubt_of
 from varscale.theory.rules.registry import RULES
 
 NONE = {"w": jnp.zeros(1)}

@@ -28,7 +28,7 @@ from varscale.theory.domain.tables import NEXT_ORDER
 from varscale.theory.graph.layout import Value
 from varscale.theory.graph.nodes import UNKNOWN, Node
 from varscale.theory.propagation.cotangents import cotangents
-from varscale.theory.propagation.error_bounds import doubt_of, provenance
+from varscale.theory.propagation.doubts import doubt_of, provenance
 from varscale.theory.propagation.fluctuations import fluctuations
 from varscale.theory.rules.elementwise import modulus
 from varscale.theory.rules.registry import CALLS, Complex, Context, sub_jaxpr_of

@@ -23,7 +23,7 @@ from varscale.theory.graph.nodes import UNKNOWN, Array, Constant, Leaf, Node, Vi
 from varscale.theory.graph.normal_form import affine, apply, derivative
 from varscale.theory.graph.store import BackwardNotes, once_per_node
 from varscale.theory.propagation.cross_moments import mean_of_product
-from varscale.theory.propagation.error_bounds import doubt_of
+from varscale.theory.propagation.doubts import doubt_of
 from varscale.theory.propagation.fluctuations import gradient_scale, norm_of_given, summed_scale
 from varscale.theory.propagation.fourth_moments import mean_squared_correlation
 from varscale.theory.propagation.marginals import along, cofactors, concentrated, term_shares, uncentred
