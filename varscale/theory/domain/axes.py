@@ -14,9 +14,9 @@ linear map on the types of one axis, which counts of pairs give.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache, cached_property, reduce
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -36,53 +36,53 @@ class Axis:
     size: int  # 1 carries nothing, and arrays have no such axes
     labels: bytes | None = None  # class of each position, numbered in order of appearance; None: one class
 
-    @functools.cached_property
+    @cached_property
     def classes(self) -> int:
         return 1 if self.labels is None else max(self.labels) + 1
 
-    @functools.cached_property
+    @cached_property
     def types(self) -> int:
         return self.classes + self.classes**2 if self.size > 1 else 1
 
-    @functools.cached_property
+    @cached_property
     def label_array(self) -> Int[np.ndarray, " size"]:
         labels = bytes(self.size) if self.labels is None else self.labels
         return np.frombuffer(labels, np.uint8).astype(int)
 
-    @functools.cached_property
+    @cached_property
     def members(self) -> Float[np.ndarray, "classes size"]:
         return np.eye(self.classes)[self.label_array].T
 
-    @functools.cached_property
+    @cached_property
     def counts(self) -> Float[np.ndarray, " classes"]:
         return np.array([self.size]) * 1.0 if self.labels is None else np.bincount(self.label_array) * 1.0
 
-    @functools.cached_property
+    @cached_property
     def first(self) -> Int[np.ndarray, " types"]:
         return np.append(np.arange(self.classes), np.arange(self.classes**2) // self.classes)[: self.types]
 
-    @functools.cached_property
+    @cached_property
     def second(self) -> Int[np.ndarray, " types"]:
         return np.append(np.arange(self.classes), np.arange(self.classes**2) % self.classes)[: self.types]
 
-    @functools.cached_property
+    @cached_property
     def agrees(self) -> Bool[np.ndarray, " types"]:
         return np.arange(self.types) < self.classes
 
-    @functools.cached_property
+    @cached_property
     def pairs(self) -> Float[np.ndarray, " types"]:
         n = self.counts
         return np.concatenate([n, (np.outer(n, n) - np.diag(n)).ravel()])[: self.types]
 
-    @functools.cached_property
+    @cached_property
     def same(self) -> Float[np.ndarray, " types"]:
         return self.pairs * self.agrees / self.size
 
-    @functools.cached_property
+    @cached_property
     def different(self) -> Float[np.ndarray, " types"]:
         return self.pairs * ~self.agrees / (self.size * (self.size - 1))
 
-    @functools.cached_property
+    @cached_property
     def any_pair(self) -> Float[np.ndarray, " types"]:
         return self.pairs / self.size**2
 
@@ -101,12 +101,9 @@ def labelled(labels: Sequence[int] | np.ndarray) -> Axis:
     return Axis(len(labels), rank[inverse.ravel()].astype(np.uint8).tobytes())
 
 
-@functools.cache
+@cache
 def affordable(axes: tuple[Axis, ...]) -> tuple[Axis, ...]:
-    """The axes of an array, of which the most finely classed lose their classes until there are few enough types in all.
-
-    Windows of a picture have so many axes that a few classes on every one of them would be millions of types.
-    """
+    """The axes of an array (of windows, many), the most finely classed without their classes until there are few types."""
     kept = list(axes)
     while math.prod(axis.types for axis in kept) > MOST_TYPES and any(axis.labels for axis in kept):
         k = max(range(len(kept)), key=lambda k: kept[k].types)
@@ -114,7 +111,7 @@ def affordable(axes: tuple[Axis, ...]) -> tuple[Axis, ...]:
     return tuple(kept)
 
 
-@functools.cache
+@cache
 def join(a: Axis, b: Axis) -> Axis:
     """The common refinement of two classings of the same positions; where it is too fine, its closest classes merged."""
     if a == b or b.labels is None:
@@ -193,16 +190,16 @@ def refine(second: np.ndarray, axes: Axes) -> np.ndarray:
 
 def outer(weights: Iterable[np.ndarray]) -> np.ndarray:
     """The product of weights along several axes, w_ij... = u_i v_j ..."""
-    return functools.reduce(np.multiply.outer, weights, np.array(1.0))
+    return reduce(np.multiply.outer, weights, np.array(1.0))
 
 
-@functools.cache
+@cache
 def shares(axes: tuple[Axis, ...]) -> Float[np.ndarray, " cells"]:
     """The share of an array's elements in each combination of classes, row-major."""
     return outer(axis.counts / axis.size for axis in axes).ravel()
 
 
-@functools.cache
+@cache
 def averaging(
     axes: tuple[Axis, ...], free: frozenset[int] = frozenset(), apart: frozenset[int] = frozenset()
 ) -> Float[np.ndarray, " types"]:
@@ -211,7 +208,7 @@ def averaging(
     return outer(weights).ravel()
 
 
-@functools.cache
+@cache
 def sliced(axis: Axis, start: int, stop: int, step: int) -> tuple[Axis | None, Float[np.ndarray, "new old"]]:
     """The axis left by a slice (None where one position is left), and which old classes its classes come from."""
     labels = axis.label_array[start:stop:step]

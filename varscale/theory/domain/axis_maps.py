@@ -17,7 +17,7 @@ cotangents back with the same weights.
 from __future__ import annotations
 
 import dataclasses
-import functools
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -62,18 +62,15 @@ def slice_map(span: tuple[int, int | None, int], out: Axis, inner: Axis) -> Axis
     return entry_map(np.arange(len(columns)), columns, out, inner)
 
 
-@functools.cache
+@cache
 def identity_map(axis: Axis, inner: Axis | None = None) -> AxisMap:
     """y = x, over axes of which the inputs' may have other classes."""
     return entry_map(np.arange(axis.size), np.arange(axis.size), axis, inner or axis)
 
 
-@functools.lru_cache(maxsize=1024)
+@lru_cache(maxsize=1024)
 def pair_counts(a: AxisMap, b: AxisMap | None = None) -> Float[np.ndarray, "types_out types_in"]:
-    """C with E[y_p z_q] by type = C E[x_i x'_j] by type, y made by the map a, z by b over the same axes (a by default).
-
-    The mean weight of the input pairs of each type behind the output pairs of each type; 0 for types without pairs.
-    """
+    """C with E[y_p z_q] by type = C E[x_i x'_j] by type, y = a(x), z = b(x') (b = a by default); 0 for types without pairs."""
     out, inner, maps = a.out, a.inner, (a.matrix, (b or a).matrix)
     outs, ins = out.members, inner.members
     own = outs @ ((maps[0] * maps[1]) @ ins.T)
@@ -101,7 +98,7 @@ def adjoint(counts: np.ndarray, out: Axis, inner: Axis) -> Float[np.ndarray, "ty
     return (counts * out.pairs[:, None]).T / np.maximum(inner.pairs, 1.0)[:, None]
 
 
-@functools.cache
+@cache
 def class_shares(fine: Axis, coarse: Axis) -> Float[np.ndarray, "fine coarse"]:
     """Share of each class of `fine` that lies in each class of `coarse` (0 and 1 where it refines it)."""
     return identity_map(fine, coarse).means()
@@ -112,7 +109,7 @@ def pair_map(classes: Float[np.ndarray, "new old"]) -> Float[np.ndarray, "newtyp
     return np.asarray(linalg.block_diag(classes, np.kron(classes, classes)))
 
 
-@functools.cache
+@cache
 def lift_types(fine: Axis, coarse: Axis) -> np.ndarray:
     """How a table over `coarse` reads over `fine`: an index a type where `fine` refines `coarse`, else an averaging matrix."""
     shares, c = class_shares(fine, coarse), coarse.classes
@@ -132,7 +129,7 @@ class Factors(NamedTuple):
     strangers: float  # share of the positions that are of another class
 
 
-@functools.cache
+@cache
 def split_axis(axis: Axis, sizes: tuple[int, ...]) -> Factors:
     """An axis as row-major factors of these sizes, classed by what they meet."""
     grid = axis.label_array.reshape(sizes)

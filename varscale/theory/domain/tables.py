@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 import itertools
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ NEGLIGIBLE = 1e-3  # relative size of an effect that is left out
 NEXT_ORDER, LEADING_ORDER, ROUGH, LOOSE = 0.05, 0.15, 0.3, 0.5
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Moments:
     """Moments of an input, in place of an array.
 
@@ -83,38 +83,35 @@ class Moments:
         return square + variance * correlation
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class Table:
-    """Moments of an array over `axes`: E[x], E[x²] and the variance over all its elements, and by class and type.
-
-    `diagonal` is E[x_i²] by class, `outer` is E[x_i] E[x_j] by type, and `covariance` E[x_i x_j] less that.
-    """
+    """Moments of an array: `diagonal` is E[x_i²] by class, `outer` E[x_i] E[x_j] by type, `covariance` E[x_i x_j] less that."""
 
     axes: tuple[Axis, ...]
     mean: np.ndarray  # E[x_i] by class, (C₁, ..., C_k)
     second: np.ndarray  # E[x_i x_j] by type of index pair, (types₁, ..., types_k)
 
-    @functools.cached_property
+    @cached_property
     def total_mean(self) -> float:
         return float(shares(self.axes) @ self.mean.ravel())
 
-    @functools.cached_property
+    @cached_property
     def mean_square(self) -> float:
         return float(shares(self.axes) @ self.diagonal.ravel())
 
-    @functools.cached_property
+    @cached_property
     def variance(self) -> float:
         return max(self.mean_square - self.total_mean * self.total_mean, 0.0)
 
-    @functools.cached_property
+    @cached_property
     def diagonal(self) -> np.ndarray:
         return self.second[tuple(slice(0, axis.classes) for axis in self.axes)]
 
-    @functools.cached_property
+    @cached_property
     def outer(self) -> np.ndarray:
         return means_by_type(self.mean, self.axes)
 
-    @functools.cached_property
+    @cached_property
     def covariance(self) -> np.ndarray:
         return self.second - self.outer
 
@@ -133,10 +130,7 @@ def independent(mean: float, second_moment: float, axes: tuple[Axis, ...]) -> Ta
 
 
 def lift(array: np.ndarray, axes: Axes, bind: Sequence[int], frame: Axes, *, pairs: bool) -> np.ndarray:
-    """A class array (or, with `pairs`, a type array) over some axes, read over a frame: 1 long where it has none of its axes.
-
-    `bind` is the place in the frame of each of `axes`.
-    """
+    """A class (with `pairs` a type) array over axes at the places `bind` of a frame, read over that: 1 long at other places."""
     if tuple(bind) == tuple(range(len(frame))) and tuple(axes) == tuple(frame):
         return array
     for k, (old, place) in enumerate(zip(axes, bind, strict=True)):
@@ -231,10 +225,9 @@ def by_type(x: np.ndarray, axes: Axes, *, second: bool) -> np.ndarray:
 def gaussian(
     covariance: np.ndarray, axes: Axes, positions: Positions, replicates: int, rng: np.random.Generator
 ) -> Float[np.ndarray, "replicates ..."]:
-    """Zero-mean Gaussian arrays of a given covariance by type, at some positions of its axes.
+    """Zero-mean Gaussian arrays of a given covariance by type, at some positions of its axes: crossed random effects.
 
-    The law is that of a crossed random-effects model: for every set of axes, an effect that is drawn anew at each of their
-    positions and shared along the others, there with one value a class, correlated between classes.
+    For every set of axes one effect, drawn anew at each of their positions; along the others one correlated value a class.
     """
     labels = [axis.label_array[kept] for axis, kept in zip(axes, positions, strict=True)]
     rank, out = len(axes), np.zeros((replicates, *map(len, positions)))

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -31,7 +31,7 @@ class Window(NamedTuple):
     dilation: int
 
 
-@functools.cache
+@cache
 def hits(window: Window, size_in: int) -> np.ndarray:
     """Input position of each (output position, tap), −1 where there is none."""
     n, taps, stride, low, input_dilation, dilation = window
@@ -40,7 +40,7 @@ def hits(window: Window, size_in: int) -> np.ndarray:
     return np.where(real, at // input_dilation, -1)
 
 
-@functools.cache
+@cache
 def output_axis(window: Window, axis: Axis) -> Axis:
     """Output positions classed by their taps in each class of the input; of too many kinds, those with as many merge first."""
     at = hits(window, axis.size)
@@ -49,14 +49,14 @@ def output_axis(window: Window, axis: Axis) -> Axis:
     return ONE if window.size_out == 1 else grouped(np.concatenate([seen, taps], axis=1))
 
 
-@functools.cache
+@cache
 def window_map(window: Window, axis: Axis, out: Axis) -> AxisMap:
     """Sums over the window, as a map of the axis."""
     rows = np.repeat(np.arange(window.size_out), window.taps)
     return entry_map(rows, hits(window, axis.size).ravel(), out, axis)
 
 
-@functools.cache
+@cache
 def tap_pairs(window: Window, axis: Axis, out: Axis) -> tuple[np.ndarray, np.ndarray]:
     """Mean numbers of pairs of the same tap and of two taps by type of output and of input pair, (types_out, types_in)."""
     at, outputs = hits(window, axis.size), np.arange(window.size_out)
@@ -64,7 +64,7 @@ def tap_pairs(window: Window, axis: Axis, out: Axis) -> tuple[np.ndarray, np.nda
     return same, pair_counts(window_map(window, axis, out)) - same
 
 
-@functools.cache
+@cache
 def tap_scatter(window: Window, axis: Axis, out: Axis) -> np.ndarray:
     """E[n²]/E[n]² by type of output pair, n the taps by which both read an input: where that is dilated, not all pairs do."""
     reads = (hits(window, axis.size) >= 0).T.astype(float)
@@ -187,17 +187,11 @@ class WindowSum(Node):
 
 
 class WindowMax(WindowSum):
-    """Maxima over windows: of whole ones, with the mean and variance of the smaller ones at borders counted in.
-
-    Backward, a cotangent goes to one entry of its window, and entries add up.
-
-    Attributes:
-        law: maxima less their mean over their deviation, on the normal grid; known with its moments.
-    """
+    """Maxima over windows, smaller ones at borders counted in. A cotangent goes to one entry of its window; entries add up."""
 
     how = "sampled"
     gradient_doubt = LEADING_ORDER
-    law: np.ndarray
+    law: np.ndarray  # maxima less their mean over their deviation, on the normal grid; known with its moments
 
     def prepare(self) -> None:
         super().prepare()

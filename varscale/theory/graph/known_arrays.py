@@ -64,8 +64,7 @@ def measured(node: Node, values: np.ndarray) -> None:
 def scales_samples(views: Sequence[View], frame: Axes, curved: bool) -> bool:
     """Whether an input that differs from sample to sample is one factor of all features, and classes do not tell its numbers.
 
-    Of such numbers m, E[(Σ m x)² / (Σ m)²] is not E[(Σ m x)²] E[1 / (Σ m)²], nor is a norm of m x one of what varies little.
-    What a curved function of weights w makes of one feature, f(m w), has as few directions.
+    Of such m, E[(Σ m x)² / (Σ m)²] is not E[(Σ m x)²] E[1 / (Σ m)²], and a curved f(m w) of weights has as few directions.
     """
     if any(0 in bind and node.deps and not node.deps & node.graph.inputs for node, bind in views):
         return False  # an axis of weights, and so not of samples

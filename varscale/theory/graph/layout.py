@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
 import math
 from collections.abc import Mapping, Sequence
+from functools import cached_property, lru_cache, partial, reduce
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -36,7 +36,7 @@ class Value:
     node: Node
     dims: tuple[Dim, ...]
 
-    @functools.cached_property
+    @cached_property
     def shape(self) -> tuple[int, ...]:
         return tuple(math.prod(atom.size for atom in dim) for dim in self.dims)
 
@@ -77,7 +77,7 @@ def split(node: Node, k: int, sizes: tuple[int, ...]) -> Node:
     graph = node.graph
     axes = affordable((*node.axes[:k], *split_axis(node.axes[k], sizes).axes, *node.axes[k + 1 :]))
     if (made := cut_inside(node, k, axes, lambda x, j: split(x, j, sizes))) is not None:
-        back = functools.partial(regrouped, axes=made.axes, out=node.axes, k=k, sizes=sizes, pairs=True)
+        back = partial(regrouped, axes=made.axes, out=node.axes, k=k, sizes=sizes, pairs=True)
         return graph.derive(node, made, back)
     return _rearranged(node, Split, Merge, axes, (k, sizes))
 
@@ -138,7 +138,7 @@ def materialize(x: Value, d: int) -> Value:
 
 def separated(x: Value) -> Value:
     """Every dimension one axis of its own, or of size 1."""
-    return functools.reduce(lambda x, d: merged(materialize(x, d), d), range(len(x.dims)), x)
+    return reduce(lambda x, d: merged(materialize(x, d), d), range(len(x.dims)), x)
 
 
 def transpose(x: Value, order: Sequence[int]) -> Value:
@@ -215,7 +215,7 @@ def align(values: Sequence[Value]) -> Aligned:
     return found._replace(views=list(map(View, nodes, binds)))
 
 
-@functools.lru_cache(maxsize=4096)
+@lru_cache(maxsize=4096)
 def _framed(operands: tuple[tuple[tuple[Dim, ...], tuple[Axis, ...]], ...]) -> tuple[Aligned, Sequence[Any]]:
     """Tensors whose dimensions are factored alike over one frame, but for their views, and the places of each one's axes."""
     frame: list[Axis] = []
@@ -230,7 +230,7 @@ def _framed(operands: tuple[tuple[tuple[Dim, ...], tuple[Axis, ...]], ...]) -> t
             for i, k in real:
                 binds[i][k] = len(frame)
             if real:
-                frame.append(functools.reduce(join, [operands[i][1][k] for i, k in real]))
+                frame.append(reduce(join, [operands[i][1][k] for i, k in real]))
         layout.append(tuple(atoms))
     places = [tuple(bind[k] for k in range(len(bind))) for bind in binds]
     return Aligned(affordable(tuple(frame)), [], tuple(layout)), places

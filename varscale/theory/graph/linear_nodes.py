@@ -71,9 +71,7 @@ def unmoved(node: Node) -> Node:
     return node
 
 
-@second_moments.register(Split)
-@second_moments.register(Merge)
-@second_moments.register(Permute)
+@second_moments.register(Rearranged)
 def second_moments_of_rearranged(node: Rearranged) -> Table:
     table = node.argument.table
     k, *sizes = node.params
@@ -81,13 +79,10 @@ def second_moments_of_rearranged(node: Rearranged) -> Table:
         # Whom factors with few classes cannot tell apart.
         doubt = strangers * float(np.ptp(table.diagonal)) / max(table.mean_square, 1e-300)
         node.graph.flag("assumed", min(doubt, UNKNOWN))
-    mean = node.carried(table.mean, pairs=False)
-    return Table(node.axes, mean, node.carried(table.second, pairs=True))
+    return Table(node.axes, node.carried(table.mean, pairs=False), node.carried(table.second, pairs=True))
 
 
-@pullback.register(Split)
-@pullback.register(Merge)
-@pullback.register(Permute)
+@pullback.register(Rearranged)
 def pullback_of_rearranged(
     node: Rearranged, cotangent: np.ndarray, notes: BackwardNotes
 ) -> list[np.ndarray | None]:

@@ -8,9 +8,9 @@ and broadcasts are no nodes at all. Two computations of the same thing are the s
 
 from __future__ import annotations
 
-import functools
 import hashlib
 from collections.abc import Callable, Hashable, Sequence
+from functools import cached_property, reduce, singledispatch
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -84,8 +84,8 @@ class Node(Marked):
 
     def __init__(self, graph: Graph, id_: int, axes: tuple[Axis, ...], args: tuple[View, ...], params: Any):
         self.graph, self.id, self.axes, self.args, self.params = graph, id_, axes, args, params
-        self.deps = functools.reduce(lambda bits, view: bits | view.node.deps, args, 0)
-        self.even = functools.reduce(lambda bits, view: bits & view.node.unseen, args, self.deps)
+        self.deps = reduce(lambda bits, view: bits | view.node.deps, args, 0)
+        self.even = reduce(lambda bits, view: bits & view.node.unseen, args, self.deps)
         # What moves, averages or reads entries of one array turns its sign with it.
         own = args[0].node if self.moves or self.averages or self.collects else None
         self.odd, self.positive = (0, False) if own is None else (own.odd, own.positive)
@@ -136,30 +136,30 @@ class Node(Marked):
                 self.graph.computing.pop()
         return self._table
 
-    @functools.cached_property
+    @cached_property
     def frame_types(self) -> tuple[int, ...]:
         return tuple(axis.types for axis in self.axes)
 
 
-@functools.singledispatch
+@singledispatch
 def second_moments(node: Node) -> Table:
     """The moments of a kind of node from those of its arguments: what `Node.table` works out when it is first asked for."""
     raise NotImplementedError(type(node).__name__)
 
 
-@functools.singledispatch
+@singledispatch
 def pullback(node: Node, cotangent: np.ndarray, notes: BackwardNotes) -> list[np.ndarray | None]:
     """Second moments, by type, of the cotangents of a node's arguments, given those of its own; None where none passes."""
     raise NotImplementedError(type(node).__name__)
 
 
-@functools.singledispatch
+@singledispatch
 def cross_by_kind(node: Node, a: View, b: View, frame: Axes) -> np.ndarray | None:
     """E[a_i b_j] by type over a frame, broadcastable to it, of a view `a` of this node; None where its kind has no law."""
     return None
 
 
-@functools.singledispatch
+@singledispatch
 def part_of(node: Node, k: int, start: int, stop: int) -> Node | None:
     """Positions start, ..., stop − 1 of axis k without a slice of the whole; None where there is no simpler way."""
     return None
@@ -169,10 +169,7 @@ N = TypeVar("N", bound=Node)
 
 
 class Graph:
-    """The nodes of one prediction.
-
-    `symmetric` and `inputs` are bits: of the leaves of which either sign is as likely, and of the model's inputs.
-    """
+    """The nodes of one prediction, with the bits of leaves of which either sign is as likely and of the model's inputs."""
 
     def __init__(self) -> None:
         self.nodes: dict[Hashable, Node] = {}
@@ -223,10 +220,7 @@ def second_moments_of_constant(node: Constant) -> Table:
 
 
 class Leaf(Node):
-    """A random array with known moments: a weight, an input, random bits. `params` is its name.
-
-    The name's first entry says of which kind it is; rows or columns of the kind "orthonormal" are a random orthonormal basis.
-    """
+    """A random array with known moments: a weight, an input, random bits; `params` is its name, first its kind."""
 
     def prepare(self) -> None:
         self.name = self.params if isinstance(self.params, tuple) else (self.params,)

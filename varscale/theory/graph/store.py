@@ -20,7 +20,6 @@ from varscale.programs.scopes import opened
 K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
 
-
 _NESTED = 24  # evaluations on Python's stack, beyond which they wait on an explicit one
 
 
@@ -31,8 +30,7 @@ class _Postponed(BaseException):
 def evaluated(graph: Any, work: Callable[[], V]) -> V:
     """The result of `work`, which may ask for others in the same way, as many in one another as there are layers.
 
-    Those nested a few deep just run. A deeper one is put off: what asked for it is given up, the one put off is worked out
-    from an explicit stack, and then what asked for it starts anew, and finds it known. `work` may be started several times.
+    Deeper ones are worked out from an explicit stack; what asked for one starts anew then: `work` may be started several times.
     """
     if graph.nested >= _NESTED:
         raise _Postponed(work)
@@ -146,10 +144,9 @@ def told(error: Exception) -> str:
 
 
 def located(error: Exception, eqn: Any = None) -> PredictionError:
-    """The error with the equation that it belongs to: its primitive, source line and module path.
+    """The error with the primitive, source line and path of its equation.
 
-    That is the one that made the innermost node which was being computed, many equations earlier perhaps; else the one that
-    was being interpreted.
+    That is the one that made the innermost node which was being computed; else the one that was being interpreted.
     """
     for frame, _ in traceback.walk_tb(error.__traceback__):
         for node in map(frame.f_locals.get, ("self", "node")):

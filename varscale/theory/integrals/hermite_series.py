@@ -103,10 +103,7 @@ def solved(coefficients: np.ndarray, target: np.ndarray) -> np.ndarray:
 
 @functools.lru_cache(maxsize=256)
 def sphere_squares(dimension: float) -> Float[np.ndarray, " points"]:
-    """x² of one coordinate x of a point on the sphere of radius √d, on the normal grid in the order of z².
-
-    x²/d is a Beta(1/2, (d − 1)/2) variable: 1 for d = 1, and nearer to z² the larger d is.
-    """
+    """x² of one coordinate of a point on the sphere of radius √d, in the order of z²: x²/d is Beta(1/2, (d − 1)/2)."""
     if dimension <= 1 + 1e-6:
         return np.ones_like(Z)
     return dimension * special.betaincinv(0.5, (dimension - 1) / 2, np.abs(2 * special.ndtr(Z) - 1))
@@ -131,10 +128,9 @@ def on_grid(values: np.ndarray) -> np.ndarray:
 
 
 class Series(NamedTuple):
-    """E[f(z_i) g(z_j)] of two functions of normals as a function of their correlation, by type.
+    """E[f(z_i) g(z_j)] by type, a function of the correlation: exact at ±1, Σ a_k b_k ρ^k elsewhere.
 
-    Exact for i and j the same and for opposites, Σ a_k b_k ρ^k elsewhere; what is beyond the degree (all of 1 − ρ behind deep
-    ReLUs) falls off with k as it began to.
+    What is beyond the degree (all of 1 − ρ behind deep ReLUs) falls off with k as it began to.
     """
 
     both: np.ndarray

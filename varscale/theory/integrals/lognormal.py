@@ -61,13 +61,9 @@ class Response:
 def response(
     scale: Scale, slope: float, curvature: float, curve: Callable[[], Float[np.ndarray, " scales"]]
 ) -> Response:
-    """What a function F makes of a scale.
+    """What a function F makes of a scale: of slope d ln F/d ln Q at that of infinitely many units, and curvature Q² F″/F.
 
-    Args:
-        scale: the scale.
-        slope: d ln F/d ln Q at that of infinitely many units.
-        curvature: Q² F″/F there.
-        curve: gives ln F at LOG_SCALES; asked only where a power of Q is not enough.
+    `curve` gives ln F at LOG_SCALES; it is asked only where a power of Q is not enough.
     """
     bend = curvature - slope * (slope - 1)
     common = min(scale.common, WIDEST)

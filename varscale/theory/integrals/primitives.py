@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,22 +13,7 @@ from scipy import special
 _TINY = 1e-300
 
 
-def _like(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Two operands of a bitwise operation: the one that is a plain number takes the other's integer type."""
-    if x.dtype.kind == "f":  # the upper half of 64 random bits is no signed number
-        x = x.astype(np.uint64 if np.max(x, initial=0.0) >= 2.0**63 else np.int64)
-        x = x.astype(y.dtype) if y.dtype.kind in "ui" else x
-    return x, y.astype(x.dtype) if y.dtype.kind == "f" else y
-
-
-COMPARISONS = {
-    "gt": np.greater,
-    "lt": np.less,
-    "ge": np.greater_equal,
-    "le": np.less_equal,
-    "eq": np.equal,
-    "ne": np.not_equal,
-}
+COMPARISONS = {name: getattr(operator, name) for name in ("gt", "lt", "ge", "le", "eq", "ne")}
 _LOGICAL = {name: getattr(np, f"logical_{name}") for name in ("and", "or", "xor", "not")}
 _SHIFTS = {"shift_left": np.left_shift, "shift_right_logical": np.right_shift}
 BITWISE = {name: getattr(np, f"bitwise_{name}") for name in _LOGICAL} | _SHIFTS
@@ -39,9 +25,17 @@ def _on_bits(name: str) -> Callable[..., np.ndarray]:
 
     def f(*operands: Any) -> np.ndarray:
         xs = [np.asarray(x) for x in operands]
-        if name in _LOGICAL and not any(x.dtype.kind in "ui" for x in xs):
+        whole = [x.dtype for x in xs if x.dtype.kind in "ui"]
+        if name in _LOGICAL and not whole:
             return _LOGICAL[name](*xs).astype(float)
-        return BITWISE[name](*(_like(*xs) if len(xs) == 2 else xs))
+        for i, x in enumerate(xs):
+            if (
+                x.dtype.kind == "f"
+            ):  # it takes the other's type; the upper half of 64 random bits is no signed number
+                x = x.astype(np.uint64 if np.max(x, initial=0.0) >= 2.0**63 else np.int64)
+                whole = whole or [x.dtype]
+                xs[i] = x.astype(whole[0])
+        return BITWISE[name](*xs)
 
     return f
 
@@ -73,7 +67,7 @@ def _guard(f: Callable[..., Any]) -> Callable[..., Any]:
     return finite
 
 
-_NUMPY = "abs sign floor ceil round sin cos tan tanh atan atan2 asinh cbrt nextafter"  # the same in NumPy
+_NUMPY = "add abs sign floor ceil round sin cos tan tanh atan atan2 asinh cbrt nextafter"  # the same in NumPy
 _OVERFLOWING = "asin acos acosh atanh sinh cosh pow"
 FUNCTIONS: dict[str, Callable[..., Any]] = {
     **{name: getattr(np, name) for name in _NUMPY.split()},
@@ -81,7 +75,6 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     **{name: lambda x, y, f=f: f(x, y).astype(float) for name, f in COMPARISONS.items()},
     **{name: _on_bits(name) for name in BITWISE},
     **dict.fromkeys(("stop_gradient", "own_gradient"), lambda x: x),
-    "add": np.add,
     "sub": np.subtract,
     "mul": np.multiply,
     "div": _guard(np.divide),

@@ -49,10 +49,9 @@ _ROUND = 10  # steps of ln u to which a grid is rounded up, so that one serves m
 def _laplace(
     log_variance: float, first: int, last: int, stride: int, directions: float
 ) -> Float[np.ndarray, "moments u"]:
-    """Of a key, x = u e^l: what `_between` reads off at other variances.
+    """Of a key, x = u e^l: ln(−ln φ(u)); of E[f e^{−x}]/φ logarithms for f = x, x², x³, (l x)² and the ratio of l x to x.
 
-    These are ln(−ln φ(u)) and, of E[f e^{−x}]/φ, the logarithms for f = x, x², x³ and (l x)² and the ratio of f = l x to f = x:
-    smooth in the logarithm of the variance, along which moments themselves grow like exponentials.
+    Smooth in the logarithm of the variance, along which moments themselves grow like exponentials.
     """
     # The density of one coordinate of a point on the sphere of radius √d: a normal one where d is infinite.
     d = max(directions, 3.0)
@@ -74,8 +73,7 @@ def _between(
 ) -> Float[np.ndarray, "moments keys u"]:
     """Of keys with these variances: ln φ(u), and over φ E[f e^{−x}] for f = x, x², x³, l x and (l x)², x = u e^l.
 
-    Of many variances they are read off between those at e^{k/10}, which serve all layers and classes of keys, by polynomials of
-    degree five: exact to 1e-6 up to a variance of 4, to 1e-4 up to 100.
+    Read off between those of variances e^{k/10} by polynomials of degree five: exact to 1e-6 up to 4, to 1e-4 up to 100.
     """
     finest = max(_RESOLVED / math.sqrt(float(variances.max())), 1)
     stride = max(k for k in _STRIDES if k <= finest)
@@ -131,19 +129,15 @@ def weight_moments(
 
 
 def weighed_in_both(apart: np.ndarray, one: np.ndarray, correlation: np.ndarray) -> np.ndarray:
-    """E[p_i² p_j]/E[p_i p_j] of lognormal weights, from that of independent rows and of one row: geometric in the correlation.
-
-    With logits of variance s² that is e^{(3/2 + ρ) s²} E[p_i].
-    """
+    """E[p_i² p_j]/E[p_i p_j] = e^{(3/2 + ρ) s²} E[p_i] of lognormal weights, from that of independent rows and of one row."""
     alike = np.clip(correlation, 0.0, 1.0)
     return apart ** (1 - alike) * one**alike
 
 
 def apart(second: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """What is each key's own in second moments by type of the keys (last axis): by class, (..., classes).
+    """What is each key's own in second moments by type of the keys (last axis), by class: S_a − 2 β_a + c.
 
-    S_a − 2 β_a + c, with β_a what a key shares with the others on average and c what any two share: of keys that share
-    u_a + u_b it leaves the independent part and the class's own. There are `counts` keys of each class.
+    β_a is what a key shares with the others on average, c what any two share: of u_a + u_b nothing is left.
     """
     c = counts.shape[-1]
     # Of a key of class b, the others of class a.
@@ -158,10 +152,7 @@ def apart(second: np.ndarray, counts: np.ndarray) -> np.ndarray:
 
 
 def in_common(second: np.ndarray, ahead: np.ndarray, behind: np.ndarray) -> np.ndarray:
-    """What cotangents of keys of two classes share, less what those of all keys do: each centred by its row's weights.
-
-    `second` is by type of the keys (last axis); `ahead` and `behind` are the weights of each class in the two rows.
-    """
+    """What cotangents of keys of two classes share by type (last axis), each centred by its row's weights of each class."""
     c = ahead.shape[-1]
     between = second[..., c:].reshape(*second.shape[:-1], c, c)
     between = between - np.einsum("...a,...ab->...b", ahead, between)[..., None, :]
