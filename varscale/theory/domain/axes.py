@@ -11,8 +11,6 @@ so an axis of any size has C + C² types, two where C = 1: "the same" and "diffe
 linear map on the types of one axis, which counts of pairs give.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence

@@ -14,8 +14,6 @@ and two different ones are any two less one and the same (inclusion and exclusio
 cotangents back with the same weights.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from functools import cache, lru_cache
 from typing import NamedTuple

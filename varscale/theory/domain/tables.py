@@ -1,7 +1,5 @@
 """The domain: means and second moments of a random array by the types of its index pairs; estimated from data, sampled from."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Sequence

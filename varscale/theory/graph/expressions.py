@@ -23,8 +23,7 @@ from varscale.theory.integrals.primitives import POSITIVE
 
 T = TypeVar("T")
 
-# Forward; backward, nothing comes through one, and what it likes the other.
-IDENTITIES = ("stop_gradient", "own_gradient")
+IDENTITIES = ("stop_gradient", "own_gradient")  # forward; backward nothing passes one, anything the other
 
 
 class Apply(Node):
@@ -64,7 +63,6 @@ class Sum(Node):
 
     @functools.cached_property
     def terms(self) -> list[tuple[float, View]]:
-        """Weights and arrays."""
         return list(zip(self.params, self.args, strict=True))
 
     def prepare(self) -> None:
@@ -78,11 +76,10 @@ class Sum(Node):
     @functools.cached_property
     def centring(self) -> dict[int, int]:
         """Terms that another term takes the mean of away: index of the term to index of its mean."""
-        pairs = list(enumerate(self.terms))
+        pairs = itertools.permutations(enumerate(self.terms), 2)
         return {
             i: j
-            for j, (d, mean) in pairs
-            for i, (c, view) in pairs
+            for (j, (d, mean)), (i, (c, view)) in pairs
             if mean.node.averages and alike(d, -c) and is_mean_of(mean.node, view.node)
         }
 

@@ -5,8 +5,6 @@ Where all that an equation reads is given, so is what it makes: it is computed, 
 Equations that only move entries keep the structure that rules see (classes, blocks); numbers are worked out when asked for.
 """
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import math

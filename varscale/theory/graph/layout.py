@@ -1,7 +1,5 @@
 """Values: a node and how a tensor's dimensions are made of its axes. Transposes, broadcasts and reshapes happen here alone."""
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import math

@@ -4,8 +4,6 @@ Elementwise nodes and sums let what moves entries through to what they are made 
 axes that they leave: the normal form in which equal things are equal nodes.
 """
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import math

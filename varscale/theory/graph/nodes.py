@@ -64,8 +64,7 @@ class Node(Marked):
 
     primitive = ""  # of an elementwise node, its name
     how = "exact"  # how good its rule is where nothing is marked, one of `HOWS`
-    # Each entry is made of one entry of every argument, so that what moves entries moves the arguments'.
-    entrywise = False
+    entrywise = False  # each entry is made of one entry of every argument: what moves entries moves theirs
     moves = False  # its entries are entries of its one argument, some perhaps left out
     averages = False  # the mean of its one argument over the axes `params`
     follows_shifts = False  # its derivatives along the axes `reduced` add up to 1

@@ -1,7 +1,5 @@
 """Elementwise nodes, sums, means and derivatives in a normal form: two ways of writing one array are one node."""
 
-from __future__ import annotations
-
 import functools
 import itertools
 import math

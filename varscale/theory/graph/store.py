@@ -109,17 +109,15 @@ class BackwardNotes:
     """What nodes of one backward pass tell those that come later in it, which are the earlier nodes."""
 
     def __init__(self) -> None:
-        # By softmax, the tokens that the values are made of which it weighs.
-        self.values: dict[int, Any] = {}
-        # By product, the argument whose cotangent gains something, and what it gains by type.
-        self.gains: dict[int, tuple[int, np.ndarray]] = {}
+        self.values: dict[int, Any] = {}  # by softmax, the tokens that the values are made of which it weighs
+        self.gains: dict[
+            int, tuple[int, np.ndarray]
+        ] = {}  # by product, which argument's gains, and what by type
         # By output of a region, draws of the cotangents that other regions sent it, and their second moments.
         self.sent: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {}
-        # Outputs of regions that the pass has been through, and what flows into outputs of regions inside.
-        self.regions: list[Any] = []
-        self.inside: list[FlowInside] = []
-        # By node, the relative error of its pullback, where that is not its kind's `gradient_doubt`.
-        self.doubts: dict[int, float] = {}
+        self.regions: list[Any] = []  # outputs of regions that the pass has been through
+        self.inside: list[FlowInside] = []  # what flows into outputs of regions inside those
+        self.doubts: dict[int, float] = {}  # by node, of its pullback, where not its kind's `gradient_doubt`
 
 
 class PredictionError(ValueError):
@@ -128,8 +126,7 @@ class PredictionError(ValueError):
     equation: Any = None  # that the rules do not cover; None of any other failure
 
 
-# What a rule raises that does not cover an equation: it may be drawn.
-UNCOVERED = (NotImplementedError, RecursionError)
+UNCOVERED = (NotImplementedError, RecursionError)  # from rules that do not cover an equation: it may be drawn
 
 
 def source(eqn: Any) -> str:
@@ -164,8 +161,7 @@ HOWS = ("exact", "quadrature", "sampled", "assumed")  # from the best to the wor
 class Marked:
     """What is worked out once, and marked while it is (`Graph.flag`)."""
 
-    # The worst way in which a step of the working was taken (`HOWS`); None where none was marked.
-    flagged: str | None = None
+    flagged: str | None = None  # the worst way in which a step of the working was taken (`HOWS`), if any
     doubt = 0.0  # a bound on the relative error that those steps may have made
     origin: Any = None  # the equation that was being interpreted when it was made
 

@@ -5,8 +5,6 @@ E[f(z) g(z')] = Σ a_k b_k ρ^k (Mehler 1866). Where g is linear one term is lef
 that of f' and g' (Price 1958).
 """
 
-from __future__ import annotations
-
 import functools
 from typing import NamedTuple
 
@@ -69,7 +67,7 @@ _TAIL_AT = np.concatenate([[0.0], np.geomspace(1e-7, 50, 500)])
 
 
 @functools.cache
-def _tail_table(fall: float) -> Float[np.ndarray, " points"]:
+def _tail_table(fall: float) -> np.ndarray:
     """fall ∫ x^{−fall − 1} e^{−yx} dx from 1 on, at x = t^{−1/fall}."""
     t = (np.arange(4000) + 0.5) / 4000
     return np.exp(-np.multiply.outer(_TAIL_AT, t ** (-1 / fall))).mean(axis=-1)
@@ -101,7 +99,7 @@ def solved(coefficients: np.ndarray, target: np.ndarray) -> np.ndarray:
     return rho.reshape(target.shape)
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache
 def sphere_squares(dimension: float) -> Float[np.ndarray, " points"]:
     """x² of one coordinate of a point on the sphere of radius √d, in the order of z²: x²/d is Beta(1/2, (d − 1)/2)."""
     if dimension <= 1 + 1e-6:

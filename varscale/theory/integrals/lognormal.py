@@ -13,14 +13,11 @@ and no order of an expansion in P has to be enough. What the law of Q beyond its
 which has the same: its tails are on the other side.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Callable
 
 import numpy as np
-from jaxtyping import Float
 from scipy.interpolate import CubicSpline
 from scipy.special import roots_genlaguerre
 
@@ -58,9 +55,7 @@ class Response:
     doubt: float = 0.0  # of the growth, relative
 
 
-def response(
-    scale: Scale, slope: float, curvature: float, curve: Callable[[], Float[np.ndarray, " scales"]]
-) -> Response:
+def response(scale: Scale, slope: float, curvature: float, curve: Callable[[], np.ndarray]) -> Response:
     """What a function F makes of a scale: of slope d ln F/d ln Q at that of infinitely many units, and curvature Q² F″/F.
 
     `curve` gives ln F at LOG_SCALES; it is asked only where a power of Q is not enough.

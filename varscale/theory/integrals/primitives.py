@@ -1,7 +1,5 @@
 """Elementwise primitives in NumPy float64: what quadrature evaluates a model's own activation chains with."""
 
-from __future__ import annotations
-
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any

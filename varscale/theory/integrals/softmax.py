@@ -9,8 +9,6 @@ one-dimensional expectations:
 exact for any n and any logit variance (the usual e^{s²}/n fails beyond s = 2). What all keys share cancels.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 from typing import NamedTuple
@@ -46,9 +44,7 @@ _ROUND = 10  # steps of ln u to which a grid is rounded up, so that one serves m
 
 
 @functools.lru_cache(maxsize=1024)
-def _laplace(
-    log_variance: float, first: int, last: int, stride: int, directions: float
-) -> Float[np.ndarray, "moments u"]:
+def _laplace(log_variance: float, first: int, last: int, stride: int, directions: float) -> np.ndarray:
     """Of a key, x = u e^l: ln(−ln φ(u)); of E[f e^{−x}]/φ logarithms for f = x, x², x³, (l x)² and the ratio of l x to x.
 
     Smooth in the logarithm of the variance, along which moments themselves grow like exponentials.
@@ -68,10 +64,8 @@ def _laplace(
     return np.stack([*logarithms, pull / np.maximum(moments[0], _LEAST)])
 
 
-def _between(
-    variances: Float[np.ndarray, " keys"], first: int, last: int, directions: float
-) -> Float[np.ndarray, "moments keys u"]:
-    """Of keys with these variances: ln φ(u), and over φ E[f e^{−x}] for f = x, x², x³, l x and (l x)², x = u e^l.
+def _between(variances: np.ndarray, first: int, last: int, directions: float) -> np.ndarray:
+    """By moment, key and u: ln φ(u) and, over φ, E[f e^{−x}] for f = x, x², x³, l x and (l x)², x = u e^l.
 
     Read off between those of variances e^{k/10} by polynomials of degree five: exact to 1e-6 up to 4, to 1e-4 up to 100.
     """
@@ -81,7 +75,7 @@ def _between(
     below = np.floor(places).astype(int)
     nodes = range(int(below.min()) - 2, int(below.max()) + 4)
     few = len(variances) <= len(nodes)
-    taken = [float(x) for x in np.log(variances)] if few else [k * _SPACING for k in nodes]
+    taken = np.log(variances).tolist() if few else [k * _SPACING for k in nodes]
     found = np.stack([_laplace(x, first, last, stride, directions) for x in taken], axis=1)
     if not few:  # from three nodes on either side
         between, read = (places - below)[:, None], np.zeros(())
@@ -121,7 +115,7 @@ def weight_moments(
     def two(f: np.ndarray) -> np.ndarray:
         return (f[place] * measure[:, None]) @ np.swapaxes(f[place], -1, -2)
 
-    others = n[:, :, None] * n[:, None, :] - np.eye(n.shape[-1]) * n[:, None]
+    others = n[:, None] * (n[:, :, None] - np.eye(n.shape[-1]))
     own_pull = np.sum(n * one(pull_square), -1)
     pulled = own_pull + np.sum(others * two(pull), (-1, -2))
     found = WeightMoments(one(first), one(second), one(third) / 2, two(first), pulled, own_pull)
@@ -140,8 +134,9 @@ def apart(second: np.ndarray, counts: np.ndarray) -> np.ndarray:
     β_a is what a key shares with the others on average, c what any two share: of u_a + u_b nothing is left.
     """
     c = counts.shape[-1]
-    # Of a key of class b, the others of class a.
-    pairs = np.maximum(counts[..., :, None] - np.eye(c), 1e-9 * np.eye(c))
+    pairs = np.maximum(
+        counts[..., :, None] - np.eye(c), 1e-9 * np.eye(c)
+    )  # the others of class a of one of b
     between = second[..., c:].reshape(*second.shape[:-1], c, c)
     between = (between + np.swapaxes(between, -1, -2)) / 2
     others = pairs.sum(-2)
