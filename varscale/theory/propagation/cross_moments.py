@@ -170,8 +170,8 @@ def _average_against_function(x: View, y: View, frame: Axes) -> np.ndarray | Non
 
 
 def _functions(a: View, b: View, frame: Axes) -> np.ndarray | None:
-    node = next((view.node for view in (a, b) if isinstance(view.node, Apply)), None)
-    return None if node is None else cross_by_kind(node, a, b, frame)
+    found = [v.node for v in (a, b) if isinstance(v.node, Apply)]
+    return cross_by_kind(found[0], a, b, frame) if found else None
 
 
 class Reading(NamedTuple):
@@ -201,7 +201,7 @@ def cross_by_kind_of_mean(node: Mean, a: View, b: View, frame: Axes) -> np.ndarr
     if not spare or any(b.node.axes[k].labels is not None for k in spare):
         return None
     averaged = mean_node(b.node, spare)
-    rest = tuple(place for k, place in enumerate(b.bind) if k not in spare)
+    rest = tuple(place for place in b.bind if place in a.bind)
     return None if isinstance(averaged, Constant) else cross(a, View(averaged, rest), frame)
 
 
@@ -274,10 +274,9 @@ def _all_entries(view: View, axes: Iterable[int], averaged: Container[int] = ())
 
 def _matched(mine: Sequence[Reading], theirs: Sequence[Reading]) -> list[Reading] | None:
     """Those of `theirs` that are of axes as large as mine, each taken once; None where one is missing."""
-    left, out = list(theirs), []
+    out = list[Reading]()
     for reading in mine:
-        out += [other for other in left if other.span[1] == reading.span[1]][:1]
-        left = [other for other in left if other not in out]
+        out += [r for r in theirs if r.span[1] == reading.span[1] and r not in out][:1]
     return out if len(out) == len(mine) else None
 
 
@@ -338,8 +337,13 @@ def _pairs_read(
 @cross_by_kind.register(Split)
 def cross_by_kind_of_split(node: Split, a: View, b: View, frame: Axes) -> np.ndarray | None:
     """The factors of an axis as the axis that they are of: b's too, if it has them all; None where it has others of them."""
-    gone = _factor_places(a)
-    if set(gone) & set(b.bind) and not (isinstance(b.node, Split) and _factor_places(b) == gone):
+    gone, *others = (
+        v.bind[k : k + len(sizes)]
+        for v in (a, b)
+        if isinstance(v.node, Split)
+        for k, sizes in [v.node.params]
+    )
+    if {*gone} & {*b.bind} and others != [gone]:
         return None
     kept = [p for p in range(len(frame)) if p not in gone]
     place = {p: i for i, p in enumerate([*kept, gone[0]])}
@@ -351,11 +355,6 @@ def cross_by_kind_of_split(node: Split, a: View, b: View, frame: Axes) -> np.nda
     factors = split_axis(wide[-1], node.params[1])
     table = np.take(full_types(cross(views[0], views[1], wide), wide), factors.types, axis=-1)
     return lift(table, (*wide[:-1], *factors.axes), (*kept, *gone), frame, pairs=True)
-
-
-def _factor_places(view: View) -> tuple[int, ...]:
-    k, sizes = view.node.params
-    return view.bind[k : k + len(sizes)]
 
 
 @cross_by_kind.register(Merge)

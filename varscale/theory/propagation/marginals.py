@@ -146,8 +146,7 @@ def evaluate(
     """A tree's values where `env` gives its roots'; roots not in `env` take their own grid. (classes or 1..., points or 1)."""
     waiting = [view]
     while waiting:
-        last = waiting[-1]
-        node, bind = last
+        node, bind = last = waiting[-1]
         args = [child.within(bind) for child in node.args] if isinstance(node, Apply) else []
         if last in env:
             waiting.pop()
@@ -174,8 +173,8 @@ def at_means(held: Iterable[View], frame: Axes) -> Environment:
 
 def along(view: View, frame: Axes, *live: View) -> np.ndarray:
     """A tree's values along the grids of some of its roots, the others held at their means. (classes or 1..., points or 1)."""
-    held = at_means((r for r in roots_of(view) if r not in live), frame)
-    return np.asarray(evaluate(view, frame, held), float)
+    held = (root for root in roots_of(view) if root not in live)
+    return np.asarray(evaluate(view, frame, at_means(held, frame)), float)
 
 
 def over_classes(line: np.ndarray, axes: Axes) -> np.ndarray:

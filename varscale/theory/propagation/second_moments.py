@@ -177,16 +177,13 @@ def _in_closed_form(xs: Sequence[View], root: View, frame: Axes) -> tuple[np.nda
     return root.over(table.diagonal, frame, pairs=False), root.over(pairs, frame, pairs=True)
 
 
-def _nearest(latents: np.ndarray) -> np.ndarray:
-    """The places on the normal grid."""
-    return np.clip(np.round((latents - Z[0]) / (Z[1] - Z[0])).astype(int), 0, len(Z) - 1)
-
-
 def _root_values(node: Node, latents: np.ndarray, line: np.ndarray) -> np.ndarray:
     """A root's values at normal scores; between the numbers of a known array there are none."""
     if marginal(node).gaussian:
         return line[0] + (latents - Z[0]) * ((line[-1] - line[0]) / (Z[-1] - Z[0]))
-    return line[_nearest(latents)] if isinstance(node, Array) else np.interp(latents, Z, line)
+    if isinstance(node, Array):
+        return line[np.clip(np.round((latents - Z[0]) / (Z[1] - Z[0])).astype(int), 0, len(Z) - 1)]
+    return np.interp(latents, Z, line)
 
 
 def _cubature(group: _Group, frame: Axes, fixed: Environment) -> tuple[np.ndarray, np.ndarray]:
@@ -199,7 +196,8 @@ def _cubature(group: _Group, frame: Axes, fixed: Environment) -> tuple[np.ndarra
     rho = np.empty((*types, k, k))
     for (i, a), (j, b) in itertools.product(enumerate(views), repeat=2):
         rho[..., i, j] = latent_cross(a, b, frame)
-    grids = [grid(view, frame) for view in views]
+    grids = {view: (i, grid(view, frame)) for i, view in enumerate(views)}
+    grids |= {view: (views.index(leader), line) for view, (leader, line) in group.followers.items()}
     keys = np.round(rho, 4).reshape(-1, k * k)
     if len(keys) > _MOST_INTEGRALS and (n := len(np.unique(keys, axis=0))) > _MOST_INTEGRALS:
         raise NotImplementedError(f"a function of {k} arrays with {n} different correlations")
@@ -207,10 +205,8 @@ def _cubature(group: _Group, frame: Axes, fixed: Environment) -> tuple[np.ndarra
 
     def product(xs: list[View], cell: tuple[Any, ...], latents: np.ndarray) -> np.ndarray:
         lines = {v: in_class(value, cell) for v, value in fixed.items()}
-        for i, view in enumerate(views):
-            lines[view] = _root_values(view.node, latents[:, i], in_class(grids[i], cell))
-        for view, (leader, line) in group.followers.items():
-            lines[view] = in_class(line, cell)[_nearest(latents[:, views.index(leader)])]
+        for view, (i, line) in grids.items():
+            lines[view] = _root_values(view.node, latents[:, i], in_class(line, cell))
         env: Environment = {v: line.reshape(*[1] * len(frame), -1) for v, line in lines.items()}
         return _product(xs, frame, env).ravel()
 
@@ -234,10 +230,7 @@ def _cubature(group: _Group, frame: Axes, fixed: Environment) -> tuple[np.ndarra
     return mean, second
 
 
-@cross_by_kind.register(Apply)
-def cross_by_kind_of_apply(node: Apply, a: View, b: View, frame: Axes) -> np.ndarray:
-    """By the joint law of the roots of elementwise functions."""
-    return product_second(a, b, frame)
+cross_by_kind.register(Apply, lambda node, a, b, frame: product_second(a, b, frame))
 
 
 def refuse_two_places(views: Sequence[View]) -> None:

@@ -269,8 +269,8 @@ def _repeated(x: Tokens, node: Gather) -> Mixture | None:
     if not any(along):
         return None
     met = [axis.different if mine else axis.same for axis, mine in zip(axes, along, strict=True)]
-    alike = [  # two of one class
-        a.classes + np.arange(a.classes) * (a.classes + 1) if mine else np.arange(a.classes)
+    alike = [
+        np.arange(a.classes) * (1 + mine * a.classes) + mine * a.classes
         for a, mine in zip(axes, along, strict=True)
     ]
     weights = functools.reduce(np.multiply.outer, met) * means_by_type(1 - rates[np.ix_(*alike)], axes)
