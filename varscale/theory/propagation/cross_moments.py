@@ -15,17 +15,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from varscale.theory.domain.axes import Axis, apply_axis, averaging, join
+from varscale.theory.domain.axes import Axes, Axis, apply_axis, averaging, join
 from varscale.theory.domain.axis_maps import class_counts, entry_map, identity_map, pair_counts, split_axis
-from varscale.theory.domain.tables import (
-    Axes,
-    full_along,
-    full_types,
-    lift,
-    means_by_type,
-    over_frame,
-    regrouped,
-)
+from varscale.theory.domain.tables import full_along, full_types, lift, means_by_type, over_frame, regrouped
 from varscale.theory.graph.convolutions import ONE, WindowSum
 from varscale.theory.graph.expressions import IDENTITIES, Apply, Mean, Sum, roots, swapped
 from varscale.theory.graph.known_arrays import known_cross
@@ -38,11 +30,13 @@ from varscale.theory.graph.store import Marked, once_per_node
 _MOST_TYPES = 100_000  # of pairs of indices, where two places of an axis differ: a matter of memory
 
 
+@dataclasses.dataclass(eq=False)
 class Pair(Marked):
     """E[a_i b_j] by type; `doubt` is how far the covariance may be off, relative to √(Var a · Var b), the largest there is."""
 
-    def __init__(self, moment: np.ndarray, flagged: str | None = None, doubt: float = 0.0):
-        self.moment, self.flagged, self.doubt = moment, flagged, doubt
+    moment: np.ndarray
+    flagged: str | None = None
+    doubt: float = 0.0
 
 
 def dependent(a: Node, b: Node) -> bool:
@@ -289,10 +283,7 @@ def _axis_at(place: int, views: Iterable[View], *known: Axis) -> Axis:
 def _read_together(
     x: View, mine: Sequence[Reading], y: View, theirs: Sequence[Reading], frame: Axes
 ) -> np.ndarray | None:
-    """E[x_i y_j] by type where both are read along some axes, pair by pair the same ones; None where others are in their place.
-
-    The places that x and y name for these axes do not count: those of the readings do.
-    """
+    """E[x_i y_j] by type, both read along some axes, pair by pair the same; placed as the readings; None if others are."""
     pairs, views = list(zip(mine, theirs, strict=True)), list[View]()
     read = {reading.place for reading in (*mine, *theirs)}
     places = [p for p in range(len(frame)) if p not in read]
@@ -304,7 +295,7 @@ def _read_together(
         views.append(View(view.node, tuple(bind)))
     at, axes = len(places), [frame[p] for p in places]
     inner = [_axis_at(at + i, views) for i in range(len(pairs))]
-    table = cross(views[0], views[1], (*axes, *inner))
+    table = cross(*views, (*axes, *inner))
     for axis, (one, other) in zip(inner, pairs, strict=True):
         here = dict.fromkeys(r.place for r in (one, other) if r.place is not None)
         outs = tuple(None if r.place is None else frame[r.place] for r in (one, other))
@@ -337,13 +328,8 @@ def _pairs_read(
 @cross_by_kind.register(Split)
 def cross_by_kind_of_split(node: Split, a: View, b: View, frame: Axes) -> np.ndarray | None:
     """The factors of an axis as the axis that they are of: b's too, if it has them all; None where it has others of them."""
-    gone, *others = (
-        v.bind[k : k + len(sizes)]
-        for v in (a, b)
-        if isinstance(v.node, Split)
-        for k, sizes in [v.node.params]
-    )
-    if {*gone} & {*b.bind} and others != [gone]:
+    gone = _factor_places(a)
+    if {*gone} & {*b.bind} and not (isinstance(b.node, Split) and _factor_places(b) == gone):
         return None
     kept = [p for p in range(len(frame)) if p not in gone]
     place = {p: i for i, p in enumerate([*kept, gone[0]])}
@@ -353,8 +339,13 @@ def cross_by_kind_of_split(node: Split, a: View, b: View, frame: Axes) -> np.nda
         views.append(View(source, tuple(place[p] for p in bind if p in place)))
     wide = (*(frame[p] for p in kept), _axis_at(len(kept), views))
     factors = split_axis(wide[-1], node.params[1])
-    table = np.take(full_types(cross(views[0], views[1], wide), wide), factors.types, axis=-1)
+    table = np.take(full_types(cross(*views, wide), wide), factors.types, axis=-1)
     return lift(table, (*wide[:-1], *factors.axes), (*kept, *gone), frame, pairs=True)
+
+
+def _factor_places(view: View) -> tuple[int, ...]:
+    k, sizes = view.node.params
+    return view.bind[k : k + len(sizes)]
 
 
 @cross_by_kind.register(Merge)
@@ -368,7 +359,7 @@ def cross_by_kind_of_merge(node: Merge, a: View, b: View, frame: Axes) -> np.nda
         views.append(View(x, tuple(itertools.chain(*wide))))
     factors = (_axis_at(p, views, axis) for p, axis in enumerate(split_axis(frame[at], sizes).axes, at))
     wide = (*frame[:at], *factors, *frame[at + 1 :])
-    return regrouped(cross(views[0], views[1], wide), wide, frame, at, sizes, pairs=True)
+    return regrouped(cross(*views, wide), wide, frame, at, sizes, pairs=True)
 
 
 @cross_by_kind.register(AxisMapped)

@@ -54,8 +54,7 @@ class Marginal:
         if root.positive and not known and not summed and np.all(table.mean > 0):  # lognormal: in closed form
             scale, values = np.sqrt(np.log1p(np.square(scale / table.mean))), None
             covariance = np.log1p(np.maximum(covariance / table.outer, -1 + 1e-15))
-        lines = [None if values is None else by_type(values @ HERMITE, axes, second=s) for s in (False, True)]
-        rho = np.array(_behind(covariance, means_by_type(scale, axes), lines))
+        rho = np.array(_behind(covariance, means_by_type(scale, axes), (values, values), axes))
         rho[tuple(slice(0, a.classes) for a in axes)] = 1.0
         return rho
 
@@ -88,9 +87,9 @@ def quantiles_of_kind(root: Node, table: Table, deviation: np.ndarray) -> np.nda
 @once_per_node
 def quantiles(root: Node) -> np.ndarray | None:
     """Values of a root that is not Gaussian on the normal grid, (classes..., points); None where it is."""
-    table, deviation = root.table, marginal(root).deviation
     if isinstance(root, Array):
         return followed(root, root)
+    table, deviation = root.table, marginal(root).deviation
     line = root.transport if isinstance(root, Leaf) else root.drawn
     source = root.argument if root.moves and line is None else None  # other places, the same law
     moved = isinstance(source, Leaf | Array | Rearranged) and all(a.classes == 1 for a in source.axes)
@@ -119,15 +118,22 @@ def followed(array: Array, leader: Array) -> np.ndarray:
     return out
 
 
-def _behind(covariance: np.ndarray, scales: np.ndarray, lines: Sequence[np.ndarray | None]) -> np.ndarray:
+def _behind(
+    covariance: np.ndarray, scales: np.ndarray, lines: Sequence[np.ndarray | None], axes: Axes
+) -> np.ndarray:
     """Correlations of two normals of which functions have this covariance, by type.
 
-    `scales` are the products of their standard deviations, `lines` their Hermite coefficients, None of a straight line.
+    `scales` are the products of their standard deviations, `lines` their values on the normal grid, None of a straight one.
     """
     rho = np.clip(covariance / np.maximum(scales, 1e-300), -1.0, 1.0)
     if all(line is None for line in lines):
         return rho
-    a, b = (np.eye(DEGREE)[1] if line is None else line * (np.arange(DEGREE) > 0) for line in lines)
+    a, b = (
+        np.eye(DEGREE)[1]
+        if line is None
+        else by_type(line @ HERMITE, axes, second=bool(k)) * (np.arange(DEGREE) > 0)
+        for k, line in enumerate(lines)
+    )
     whole = np.sqrt(np.sum(a**2, -1) * np.sum(b**2, -1))
     return solved(a * b / np.maximum(whole, 1e-300)[..., None], rho)
 
@@ -246,13 +252,9 @@ def latent_cross(a: View, b: View, frame: Axes) -> np.ndarray:
     """Correlations of the normals behind two roots, from their cross-moments, by type of the frame, (types or 1...)."""
     if a == b:
         return a.over(marginal(a.node).correlation, frame, pairs=True)
-    lines = [
-        None
-        if isinstance(view.node, Apply) or marginal(view.node).gaussian
-        else by_type(grid(view, frame) @ HERMITE, frame, second=second)
-        for view, second in ((a, False), (b, True))
-    ]
-    return _behind(cross_covariance(a, b, frame), deviations(a, b, frame), lines)
+    straight = [isinstance(x.node, Apply) or marginal(x.node).gaussian for x in (a, b)]
+    lines = [None if known else grid(x, frame) for x, known in zip((a, b), straight, strict=True)]
+    return _behind(cross_covariance(a, b, frame), deviations(a, b, frame), lines, frame)
 
 
 def deviations(a: View, b: View, frame: Axes) -> np.ndarray:
@@ -275,10 +277,10 @@ def factored(rho: np.ndarray, graph: Graph, known: np.ndarray | None = None) -> 
 def scatter_of(node: Node) -> np.ndarray | None:
     """Variance over weights of the correlation of two entries, by type of pair; None where there is none.
 
-    Given its weights, a convolution's y_p and y_q have the correlation of their inputs and Σ w_t w_s / Σ w² over the pairs of
-    taps (t at p, s at q, t ≠ s) that read one input, of mean 0 and variance N/(m (m + κ − 1)) where N pairs meet, a sum has m
-    terms of kurtosis κ, times the square of the part of the inputs' mean square that is not common to all places, times
-    1 + excess/2 for inputs of an excess kurtosis. A function with E[f f'] = S(ρ) gains S″(ρ)/2 times that variance.
+    Given its weights, a convolution's y_p and y_q have the correlation of their inputs and Σ w_t w_s / Σ w² over the N pairs of
+    taps (t at p, s at q, t ≠ s) that read one input, of mean 0 and variance N/(m (m + κ − 1)) for m terms of kurtosis κ, times
+    (the share of the inputs' mean square that is not common to all places)², times 1 + excess/2 for inputs of an excess
+    kurtosis. A function with E[f f'] = S(ρ) gains S″(ρ)/2 times that variance.
     """
     return None
 

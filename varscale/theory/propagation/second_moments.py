@@ -82,8 +82,8 @@ def _groups(f: list[View], g: list[View], frame: Axes) -> tuple[list[_Group], En
     rest = [v for v in variables if not concentrated(v.node)]
     joined = {v for own in reads.values() if len(own) > 1 for v in own}
     # A norm's own scale: mean(x²)·s(v)² at v = mean(x²) is an identity: the mean is right, and not E[s²].
-    scales = (v for v in variables if v not in rest)
-    held = (v for v in scales if v in joined or any(v.node.deps & r.node.deps for r in rest))
+    joined |= {v for v in variables if any(v.node.deps & r.node.deps for r in rest)}
+    held = (v for v in variables if v in joined and v not in rest)
     fixed = at_means(held if rest else (), frame)
     followers = _followers([v for v in variables if v not in fixed], frame)
     variables = [v for v in variables if v not in fixed and v not in followers]
@@ -99,7 +99,7 @@ def _groups(f: list[View], g: list[View], frame: Axes) -> tuple[list[_Group], En
         sides = [[x for x in xs if together[x] <= mine and bool(together[x]) == bool(mine)] for xs in (f, g)]
         own = {v: follower for v, follower in followers.items() if follower[0] in mine}
         if any(sides):
-            out.append(_Group(sides[0], sides[1], [v for v in variables if v in mine], own))
+            out.append(_Group(*sides, [v for v in variables if v in mine], own))
     return out, fixed
 
 
@@ -113,8 +113,8 @@ def _correlated(a: View, b: View, frame: Axes) -> bool:
 
 def _product(xs: list[View], frame: Axes, env: Environment) -> np.ndarray:
     """The product of factors of one root at most, on its grid, (classes or 1..., points or 1)."""
-    ones = np.ones((1,) * (len(frame) + 1))
-    return functools.reduce(np.multiply, (evaluate(x, frame, env) for x in xs), ones)
+    values = (evaluate(x, frame, env) for x in xs)
+    return functools.reduce(np.multiply, values, np.ones((1,) * (len(frame) + 1)))
 
 
 def product_second(f_view: View, g_view: View, frame: Axes) -> np.ndarray:
@@ -263,16 +263,14 @@ def second_moments_of_sum(node: Sum) -> Table:
 
 @second_moments.register(Mean)
 def second_moments_of_mean(node: Mean) -> Table:
-    table = node.argument.table
-    axes = {k: table.axes[k] for k in node.params}
+    table, axes = node.argument.table, {k: node.argument.axes[k] for k in node.params}
     mean = contract_axes(table.mean, {k: axis.counts / axis.size for k, axis in axes.items()})
     return Table(node.axes, mean, contract_axes(table.second, {k: axis.any_pair for k, axis in axes.items()}))
 
 
 @second_moments.register(Take)
 def second_moments_of_take(node: Take) -> Table:
-    k, *span = node.params
-    table = node.argument.table
+    (k, *span), table = node.params, node.argument.table
     new, classes = sliced(table.axes[k], *span)
     mean, second = apply_axis(table.mean, k, classes), apply_axis(table.second, k, pair_map(classes))
     if new is None:

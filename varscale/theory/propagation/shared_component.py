@@ -23,7 +23,6 @@ from collections.abc import Hashable
 from typing import NamedTuple, TypeGuard
 
 import numpy as np
-from jaxtyping import Float
 from scipy.special import ndtri
 
 from varscale.theory.domain.axes import averaging
@@ -48,19 +47,19 @@ Places = frozenset[int]  # axes of a node that places are along
 
 
 class Channels(NamedTuple):
-    """The law of one channel, of one initialization a row and one sample a column."""
+    """The law of one channel: of one initialization a row and one sample a column, (channels, samples)."""
 
-    mean: Float[np.ndarray, "channels samples"]  # over places, m
-    square: Float[np.ndarray, "channels samples"]  # its mean over places, m² + s²
+    mean: np.ndarray  # over places, m
+    square: np.ndarray  # its mean over places, m² + s²
     units: int  # how many channels there are
-    read: Float[np.ndarray, "2 2"]  # the covariance of (K, C) of one channel that comes with those it reads
+    read: np.ndarray  # the covariance of (K, C) of one channel that comes with those it reads, (2, 2)
 
     @property
-    def own(self) -> Float[np.ndarray, "channels samples"]:
+    def own(self) -> np.ndarray:
         """Variance over places, s²."""
         return np.maximum(self.square - self.mean**2, 0.0)
 
-    def totals(self) -> Float[np.ndarray, " 2"]:
+    def totals(self) -> np.ndarray:
         """K and C."""
         return np.maximum([np.mean(self.square), np.mean(self.mean**2)], 1e-300)
 

@@ -29,8 +29,7 @@ from varscale.theory.propagation.marginals import (
 )
 
 _MOST_CELLS = 9
-# Share of a term's variance that is linear in a normal, above which the term is as good as Gaussian.
-_LINEAR_SHARE = 0.995
+_LINEAR_SHARE = 0.995  # of a term's variance, linear in a normal: above it the term is as good as Gaussian
 _MOST_ROOTS = 3  # live roots of one term: a normal, its scale, and a gate on both
 # Parts correlated by less: the square of it, times an excess kurtosis of a few, is lost of the fourth moment.
 _CORRELATED = 0.1
@@ -59,14 +58,13 @@ def quantiles_of_sum(root: Sum, table: Table, deviation: np.ndarray) -> np.ndarr
     alive = sum(p.weight**2 * p.view.node.table.variance for p in parts if p.live)
     if alive < 0.1 * max(table.variance, 1e-300):
         return None
-    shape = tuple(a.classes for a in root.axes)
-    cells = list(np.ndindex(*shape))
+    cells = list(np.ndindex(table.mean.shape))
     if len(cells) > _MOST_CELLS:  # one shape for all: mean and deviation stay each class's own
         cells = [_most_common(root.axes)]
     together = connected(parts, lambda a, b: _joined(a, b, root.axes))
     coarse = slice(None, None, 5)
     pairs = np.multiply.outer(WEIGHTS[coarse], WEIGHTS[coarse]).ravel()
-    shapes = np.empty((*shape, POINTS))
+    shapes = np.empty((*table.mean.shape, POINTS))
     for cell in cells:
         line = np.zeros(POINTS)
         for group in together:
@@ -74,8 +72,7 @@ def quantiles_of_sum(root: Sum, table: Table, deviation: np.ndarray) -> np.ndarr
             if len(own) > 1:
                 values, weights = _points([p.latent for p in group], own, root.axes, cell)
                 own = [_ordered(values.sum(axis=0), weights)]
-            # Of independent groups, tails included.
-            line = _ordered(np.add.outer(line[coarse], own[0][coarse]).ravel(), pairs)
+            line = _ordered(np.add.outer(line[coarse], own[0][coarse]).ravel(), pairs)  # tails included
         mean = WEIGHTS @ line
         std = math.sqrt(max(WEIGHTS @ line**2 - mean**2, 1e-300))
         shapes[cell if len(cells) > 1 else ...] = (line - mean) / std
@@ -101,15 +98,12 @@ def _ordered(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
 def _points(
     latents: Sequence[View], lines: Sequence[np.ndarray], axes: Axes, cell: tuple[int, ...]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Values of functions, `lines` on the normal grid, of the normals behind some views in one class; and the points' weights.
-
-    Points are spread by √(1 + 2/k), which reaches further into the tails at the cost of 1 − e^{−2/k} of them.
-    """
+    """Values of functions, `lines` on the normal grid, of the normals behind views in one class; and the points' weights."""
     rho = np.eye(k := len(latents))
     for (i, a), (j, b) in itertools.combinations(enumerate(latents), 2):
         if dependent(a.node, b.node):
             rho[i, j] = rho[j, i] = full_types(latent_cross(b, a, axes), axes)[cell]
-    points, wide = sobol(k), 1 + 2 / k
+    points, wide = sobol(k), 1 + 2 / k  # by √(1 + 2/k): further into the tails at the cost of 1 − e^{−2/k}
     at = points * math.sqrt(wide) @ factored(rho, latents[0].node.graph).T
     values = np.stack([np.interp(z, Z, line) for z, line in zip(at.T, lines, strict=True)])
     return values, np.exp(-np.sum(points**2, axis=1) * (wide - 1) / 2)
@@ -126,8 +120,7 @@ def _joined(a: _Part, b: _Part, axes: Axes) -> bool:
 
 def _shaping(view: View, axes: Axes) -> tuple[View, ...]:
     """The few roots of a term, over these axes, that give it its shape; none where there are none, or it is Gaussian."""
-    node = view.node
-    own = roots_of(view)
+    node, own = view.node, roots_of(view)
     if len(own) == 1:
         plain = node.table.variance == 0 if isinstance(node, Apply) else marginal(node).gaussian
         return () if plain else tuple(own)
@@ -143,13 +136,13 @@ def _shaping(view: View, axes: Axes) -> tuple[View, ...]:
 def _term_on_grid(view: View, live: Sequence[View], axes: Axes) -> np.ndarray:
     """A term's quantiles on the normal grid, the roots that are not live held at their means, (classes or 1..., points).
 
-    Without live roots it is Gaussian, of one it is known along its grid. A function of several is drawn, in one class:
-    what is sampled as μ + e^s·ε has the law of a normal whose scale is another's exponential, heavy-tailed, and not a normal's.
+    Without live roots it is Gaussian. A function of several (μ + e^s·ε, heavy-tailed) is drawn, in one class.
     """
     table, cell, one = view.node.table, _most_common(axes), [1] * len(axes)
-    if len(live) < 2:
-        gaussian = np.reshape(table.total_mean + math.sqrt(table.variance) * Z, (*one, -1))
-        return along(view, axes, *live) if live else gaussian
+    if len(live) == 1:
+        return along(view, axes, *live)
+    if not live:
+        return np.reshape(table.total_mean + math.sqrt(table.variance) * Z, (*one, -1))
     lines = [on_grid(in_class(grid(root, axes), cell)) for root in live]
     values, weights = _points(live, lines, axes, cell)
     env = {root: line.reshape(*one, -1) for root, line in zip(live, values, strict=True)}

@@ -19,7 +19,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Container, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -74,10 +74,9 @@ class Mixture(NamedTuple):
     variance: float = 0.0
 
 
-def tokens_of(view: View, tokens: Iterable[int], features: Iterable[int]) -> Tokens:
+def tokens_of(view: View, tokens: Container[int], features: Container[int]) -> Tokens:
     """Tokens of a view over a frame, by the frame's axes."""
-    place = {outer: k for k, outer in enumerate(view.bind)}
-    own = (tuple(sorted(place[k] for k in axes if k in place)) for axes in (tokens, features))
+    own = (tuple(k for k, place in enumerate(view.bind) if place in axes) for axes in (tokens, features))
     return Tokens(view.node, *own)
 
 
