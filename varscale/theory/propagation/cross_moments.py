@@ -295,7 +295,7 @@ def _read_together(
         views.append(View(view.node, tuple(bind)))
     at, axes = len(places), [frame[p] for p in places]
     inner = [_axis_at(at + i, views) for i in range(len(pairs))]
-    table = cross(*views, (*axes, *inner))
+    table = cross(views[0], views[1], (*axes, *inner))
     for axis, (one, other) in zip(inner, pairs, strict=True):
         here = dict.fromkeys(r.place for r in (one, other) if r.place is not None)
         outs = tuple(None if r.place is None else frame[r.place] for r in (one, other))
@@ -339,7 +339,7 @@ def cross_by_kind_of_split(node: Split, a: View, b: View, frame: Axes) -> np.nda
         views.append(View(source, tuple(place[p] for p in bind if p in place)))
     wide = (*(frame[p] for p in kept), _axis_at(len(kept), views))
     factors = split_axis(wide[-1], node.params[1])
-    table = np.take(full_types(cross(*views, wide), wide), factors.types, axis=-1)
+    table = np.take(full_types(cross(views[0], views[1], wide), wide), factors.types, axis=-1)
     return lift(table, (*wide[:-1], *factors.axes), (*kept, *gone), frame, pairs=True)
 
 
@@ -359,7 +359,7 @@ def cross_by_kind_of_merge(node: Merge, a: View, b: View, frame: Axes) -> np.nda
         views.append(View(x, tuple(itertools.chain(*wide))))
     factors = (_axis_at(p, views, axis) for p, axis in enumerate(split_axis(frame[at], sizes).axes, at))
     wide = (*frame[:at], *factors, *frame[at + 1 :])
-    return regrouped(cross(*views, wide), wide, frame, at, sizes, pairs=True)
+    return regrouped(cross(views[0], views[1], wide), wide, frame, at, sizes, pairs=True)
 
 
 @cross_by_kind.register(AxisMapped)

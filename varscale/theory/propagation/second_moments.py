@@ -99,7 +99,7 @@ def _groups(f: list[View], g: list[View], frame: Axes) -> tuple[list[_Group], En
         sides = [[x for x in xs if together[x] <= mine and bool(together[x]) == bool(mine)] for xs in (f, g)]
         own = {v: follower for v, follower in followers.items() if follower[0] in mine}
         if any(sides):
-            out.append(_Group(*sides, [v for v in variables if v in mine], own))
+            out.append(_Group(sides[0], sides[1], [v for v in variables if v in mine], own))
     return out, fixed
 
 

@@ -10,9 +10,8 @@ to which n channels add the covariance of (q_c, m_c²)/n, the mean square and th
 few others (a depthwise convolution reads one), its (m, s) is far from normal, and follows from that of those read. A sum or an
 average over places has a weighted mean of both fluctuations.
 
-The law of one channel is a POPULATION, a few thousand drawn as the law says; m of different samples is jointly normal where
-many are read. It is known of products with random weights, functions of one of them, and averages over places; else the common
-part fluctuates as all of it.
+The law of one channel is a POPULATION, a few thousand drawn; m of different samples is jointly normal where many are read.
+It is known of products with random weights, functions of one, and averages; else C fluctuates as all of it.
 """
 
 from __future__ import annotations
@@ -65,8 +64,8 @@ class Channels(NamedTuple):
 
     def of(self, whole: float, common: float) -> Channels:
         """The same with this K and this C."""
-        ratio, own = common / float(self.totals()[1]), self.own
-        own = own * (max(whole - common, 0.0) / max(float(np.mean(own)), 1e-300))
+        ratio = common / float(self.totals()[1])
+        own = self.own * (max(whole - common, 0.0) / max(float(np.mean(self.own)), 1e-300))
         return self._replace(mean=math.sqrt(ratio) * self.mean, square=ratio * self.mean**2 + own)
 
     def scatter(self) -> np.ndarray:
@@ -104,9 +103,9 @@ def channel_scatter(node: Node) -> float | None:
 def of_few(node: Conv) -> float | None:
     """By how much more K of the few channels that an output reads varies than of all; None: they are many, or not known."""
     below = _read_by(node, _own_places(node)) if _few(node) else None
-    if below is None or (read := common_part(*below)).channels is None:
+    if below is None or (read := common_part(*below).channels) is None:
         return None
-    return float(read.channels.scatter()[0, 0]) * (1 / _group(node) - 1 / read.channels.units)
+    return float(read.scatter()[0, 0]) * (1 / _group(node) - 1 / read.units)
 
 
 def _group(node: Conv) -> int:
@@ -122,8 +121,7 @@ def _few(root: Node) -> TypeGuard[Conv]:
 
 def _windowed(node: Conv | WindowSum, dims: Dims) -> Places:
     """The axes of the dimensions that windows are over, the last ones where there are fewer windows."""
-    windows = node.params.windows
-    read = zip(dims[len(dims) - len(windows) :], windows, strict=True)
+    read = zip(reversed(dims), reversed(node.params.windows), strict=False)
     return frozenset(k for k, window in read if k is not None and window is not None)
 
 
@@ -136,10 +134,10 @@ def _own_places(root: Node) -> Places:
 
 def _root(node: Node, places: Places) -> tuple[Node, Places]:
     """The one root of a function, and which of its axes these places are; the node itself where it has not just one."""
-    own = roots(node)
-    if len(own) != 1 or not places <= {*own[0].bind} or concentrated(own[0].node):
+    (root, bind), *more = roots(node) or [node.whole]
+    if more or not places <= {*bind} or concentrated(root):
         return node, places
-    return own[0].node, frozenset(k for k, b in enumerate(own[0].bind) if b in places)
+    return root, frozenset(k for k, b in enumerate(bind) if b in places)
 
 
 def _averaged(node: Node) -> tuple[Node, Places] | None:
@@ -219,10 +217,11 @@ def _channels(root: Node, places: Places, x: Node, x_places: Places) -> Channels
     else:
         others = frozenset(range(len(root.axes))).difference(own)
         between = float(np.clip(_common(root, others) / max(common, 1e-300), 0.0, 1.0))
-        # Standard normals, each column spread as evenly as a normal is.
         columns = 2 + (1 if between > _SHARED_BY_SAMPLES else _POPULATION_SAMPLES)
-        rng = np.random.default_rng(0)
-        even = ndtri((np.arange(_CHANNELS) + 0.5) / _CHANNELS)
+        rng, even = (
+            np.random.default_rng(0),
+            ndtri((np.arange(_CHANNELS) + 0.5) / _CHANNELS),
+        )  # as a normal spreads
         drawn = np.stack([rng.permutation(even) for _ in range(columns)], axis=1)
         means = math.sqrt(between) * drawn[:, 1:2] + math.sqrt(1 - between) * drawn[:, 2:]
         excess = max(weight.kurtosis - 1, 0.0) / max(root.width or 1, 1)  # of a unit's squared weights
@@ -235,18 +234,15 @@ def _of_few(root: Conv, read: Channels, units: int) -> Channels:
     """Sums over a few channels, of one weight a tap and channel."""
     group, taps = _group(root), math.prod(w.taps for w in root.params.windows)
     law = getattr(root.args[1].node, "transport", None)
-    rng = np.random.default_rng(1)
-    common, own = np.zeros((2, _OF_FEW, read.mean.shape[1]))
+    rng, (common, own) = np.random.default_rng(1), np.zeros((2, _OF_FEW, read.mean.shape[1]))
     for _ in range(group):
         weights = rng.standard_normal((_OF_FEW, taps))
         weights = weights if law is None else np.interp(weights, Z, law.reshape(-1, len(Z))[0])
         at = rng.permutation(_OF_FEW) % len(read.mean)
         common += weights.sum(axis=1, keepdims=True) * read.mean[at]
         own += np.sum(weights**2, axis=1, keepdims=True) * read.own[at]
-    square = common**2 + own
-    # Weights of either sign are as likely.
-    either = np.concatenate([common, -common]), np.concatenate([square, square])
-    return Channels(*either, units, read.scatter() / group)
+    both = np.concatenate([common, -common])  # weights of either sign are as likely
+    return Channels(both, both**2 + np.concatenate([own, own]), units, read.scatter() / group)
 
 
 def _common(node: Node, places: Places) -> float:
@@ -258,10 +254,9 @@ def _made(node: Node, root: Node, channels: Channels) -> Channels:
     """What a function of one root makes of its channels."""
     if node is root:
         return channels
-    (view,) = roots(node)
     values = channels.mean[..., None] + np.sqrt(channels.own)[..., None] * _POINTS
-    line = values.reshape(*[1] * len(node.axes), -1)
-    out = np.asarray(evaluate(node.whole, node.axes, {view: line}), float).reshape(values.shape)
+    env = dict.fromkeys(roots(node), values.reshape(*[1] * len(node.axes), -1))
+    out = np.asarray(evaluate(node.whole, node.axes, env), float).reshape(values.shape)
     return channels._replace(mean=out @ _POINT_WEIGHTS, square=out**2 @ _POINT_WEIGHTS)
 
 
@@ -277,6 +272,5 @@ def _answer(node: Node, root: Node, channels: Channels) -> tuple[np.ndarray, np.
     middle, pairs = levels(0, 0), [(levels(i, j), levels(-i, -j)) for i, j in ((1, 0), (0, 1), (1, 1))]
     jacobian = np.stack([(up - down) / (2 * step) for up, down in pairs[:2]], axis=1)
     first, second, both = ((up + down - 2 * middle)[1] / step**2 for up, down in pairs)
-    mixed = (both - first - second) / 2
-    slope = jacobian[1]
+    mixed, slope = (both - first - second) / 2, jacobian[1]
     return jacobian, np.array([[first, mixed], [mixed, second]]) + np.outer(slope, slope) - np.diag(slope)

@@ -10,8 +10,8 @@ of, entries of x at the tokens a and b have the covariance E[x_a x_b] + (own par
 
     E[x_a y_a x_b y_b] = E[x_a x_b] E[y_a y_b] + V (own part of x) (own part of y),    a ≠ b.
 
-Gated units gain it, and sums over tokens for each pair of them: kᵀv of linear attention, (x W)(y W)ᵀ. It is of order n²V
-against n for the rest. What a token's own squared norm varies by, 2V, is left out.
+Gated units gain it, and sums over tokens for each pair of them: kᵀv of linear attention, (x W)(y W)ᵀ, of order n²V against n
+for the rest. What a token's own squared norm varies by, 2V, is left out.
 """
 
 from __future__ import annotations
@@ -223,8 +223,7 @@ def _of_a_product(x: Tokens, node: Contract) -> Mixture | None:
 def _taken(x: Tokens) -> Mixture:
     """A slice of one axis: of features the same tokens; of what tokens are made along, others, which overlap as much."""
     inner, k, axes = x.before(), x.node.params[0], range(len(x.node.argument.axes))
-    fewer = 1 / x.count - 1 / inner.count
-    others = k in inner.tokens
+    fewer, others = 1 / x.count - 1 / inner.count, k in inner.tokens
     if not others and len(axes) > len(x.node.axes):
         # Does what they are a projection of have this axis, too? Joined queries and keys have it by weights.
         source = projected(inner)
@@ -240,9 +239,8 @@ def _taken(x: Tokens) -> Mixture:
 
 def _of_a_sum(x: Tokens, node: Sum) -> Mixture | None:
     """Branches of a stream: o = Σ w o_i, and what one has of another's direction."""
-    terms = [(c * c, tokens_of(v, *x[1:])) for c, v in node.terms]
-    terms = [(scale, y) for scale, y in terms if y.tokens and y.features]
-    shares = np.array([scale * max(own_part(y), 0.0) for scale, y in terms])
+    terms = [(c, y) for c, v in node.terms if all((y := tokens_of(v, *x[1:]))[1:])]
+    shares = np.array([c * c * max(own_part(y), 0.0) for c, y in terms])
     shares = shares / max(shares.sum(), 1e-300)
     own = (1 - float(shares @ shares)) / x.count
     return Mixture([y for _, y in terms], shares.tolist(), own) if terms else None
@@ -286,8 +284,7 @@ def gained_by_sum(node: Contract, second: np.ndarray) -> np.ndarray | float:
     made_alike = x.node.deps & y.node.deps and all(len(side.tokens) == len(summed) for side in sides)
     if not made_alike or (overlap := overlap_before(*sides)) <= 0:
         return 0.0
-    several = all(_others(side) > 0 for side in sides)
-    tokens = {*summed, *(set(x.bind) & set(y.bind) if several else ())}
+    tokens = {*summed, *(set(x.bind) & set(y.bind) if all(map(_others, sides)) else ())}
     gain = node.contract(overlap * _own_parts(x, y, node.frame, tokens))
     same = averaging(node.axes)
     whole, gained = (float(same @ full_types(part, node.axes).ravel()) for part in (second, gain))
@@ -338,7 +335,7 @@ def _along(f: View, g: View, k: int) -> float:
     """V of what both were made of, for tokens along one axis; none where that has axes which they have not in common."""
     sides = [tokens_of(v, {k}, set(v.bind) - {k}) for v in (f, g)]
     common = len(set(f.bind) & set(g.bind))
-    apart = all(side.features for side in sides) and all(_others(side) < common for side in sides)
+    apart = all(side.features and _others(side) < common for side in sides)
     return max(overlap_before(*sides), 0.0) if apart else 0.0
 
 
