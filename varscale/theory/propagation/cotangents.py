@@ -58,11 +58,7 @@ class Cotangents:
         weights = np.array([abs(mean_square(p.second, node.axes)) for p in parts])
         weights = weights / max(float(weights.sum()), 1e-300)
         whole = sum(p.scale for p in parts) + float(weights @ [p.own for p in parts])
-        shared_out = zip(parts, weights, strict=True)
-        return node, [replace(p, scale=whole * w, own=0.0) for p, w in shared_out]
-
-
-_WEIGHED = ("own", "radial", "unit", "near", "lost", "between")
+        return node, [replace(p, scale=whole * w, own=0.0) for p, w in zip(parts, weights, strict=True)]
 
 
 def _added_cotangents(parts: Sequence[Cotangent], axes: tuple[Axis, ...]) -> Cotangent:
@@ -74,7 +70,8 @@ def _added_cotangents(parts: Sequence[Cotangent], axes: tuple[Axis, ...]) -> Cot
     whole = max(float(weights.sum()), 1e-300)
     doubt = float(weights @ [p.doubt for p in parts]) / max(abs(mean_square(second, axes)), 1e-12 * whole)
     few = whole / max(float(weights @ [1 / p.few for p in parts]), 1e-300)
-    rest = {name: float(weights @ [getattr(p, name) for p in parts]) / whole for name in _WEIGHED}
+    weighed = ("own", "radial", "unit", "near", "lost", "between")
+    rest = {name: float(weights @ [getattr(p, name) for p in parts]) / whole for name in weighed}
     return Cotangent(second, doubt, parts[0].mask, few, scale, **rest)
 
 
@@ -112,27 +109,18 @@ def cotangents(
 
 
 class _Backward:
-    """One backward pass.
-
-    Attributes:
-        asked: the watched nodes, and what was rebuilt from their roots; `first` is the earliest of them.
-        pending: what has still to be passed on.
-        done: what has arrived.
-        inside: what arrives within elementwise trees.
-        within: the nodes asked for within such trees.
-    """
+    """One backward pass: what has still to be passed on, and what has arrived, within elementwise trees, too."""
 
     def __init__(self, watched: Sequence[Node]):
-        self.asked: set[Node] = set()
+        self.asked: set[Node] = set()  # the watched nodes, and what was rebuilt from their roots
         waiting = list(watched)
         for node in waiting:  # grows
             self.asked.add(node)
             rebuilt = (other for other, *_ in node.graph.derived.get(node.id, ()))
             waiting += [other for other in rebuilt if other not in self.asked]
         self.first = min((node.id for node in self.asked), default=0)
-        self.pending, self.done, self.inside = Cotangents(), Cotangents(), Cotangents()
-        self.notes = BackwardNotes()
-        self.within: dict[Node, list[View]] = {}
+        self.pending, self.done, self.notes = Cotangents(), Cotangents(), BackwardNotes()
+        self.within: dict[Node, list[View]] = {}  # those asked for within elementwise trees
 
     def pass_on(self, node: Node, part: Cotangent) -> None:
         """Pass what flows into a node to its arguments."""
@@ -190,7 +178,7 @@ class _Backward:
         for view in self.inside_of(node):
             if (slope := derivative(node, view)) is not None:
                 back = _through(node, view, slope, part)
-                self.inside.add(view.node, Cotangent(back, part.doubt, few=part.few, lost=part.lost))
+                self.done.add(view.node, Cotangent(back, part.doubt, few=part.few, lost=part.lost))
 
     def inside_of(self, node: Apply) -> list[View]:
         """The watched nodes inside an elementwise tree, as views over its frame."""
@@ -207,8 +195,7 @@ class _Backward:
 
     def found(self, node: Node) -> list[Cotangent]:
         """The cotangents of a node: its own, and those of what was rebuilt from its roots, carried back."""
-        own = [c for store in (self.done, self.inside) for c in store.parts.get(node, {}).values()]
-        return own + [
+        return [*self.done.parts.get(node, {}).values()] + [
             replace(c, second=back(np.asarray(c.second)), doubt=c.doubt + doubt)
             for other, back, doubt in node.graph.derived.get(node.id, ())
             for c in self.found(other)
@@ -334,16 +321,12 @@ def _inverse_scale(root: View, scale: View, power: int = 2) -> float:
     """
     table = root.node.table
     second, outer = (mean_squared_correlation(m, root, scale, power) for m in (table.second, table.outer))
-    return 1 / (1 - min(2 * (second - outer) * (1 - _normalised_before(root.node, scale)), 0.9))
-
-
-def _normalised_before(node: Node, scale: View) -> float:
-    """The part of a norm's variance that cannot fluctuate: Σ share² over the terms that a norm has just put out."""
-    node, out = uncentred(node.whole).node, 0.0
+    # The part of v that cannot fluctuate: Σ share² over the terms that a norm has just put out.
+    node, fixed = uncentred(root.node.whole).node, 0.0
     for share, (term, _) in zip(term_shares(node), node.args, strict=True) if isinstance(node, Sum) else ():
         groups = [g for g in cofactors(term).values() if len(g) == 2] if isinstance(term, Apply) else []
         # A function of one normalised array, of as many axes.
         alone = len(groups) == 1 and len(groups[0][1].bind) == len(scale.bind)
         if alone and set(roots(term)) == set(groups[0]):
-            out += float(share) ** 2
-    return out
+            fixed += float(share) ** 2
+    return 1 / (1 - min(2 * (second - outer) * (1 - fixed), 0.9))

@@ -123,10 +123,10 @@ def gradient_scale(node: Apply, root: View, slope: View, held: Sequence[View], p
     if held:
         # The derivative may lack what a norm normalises, and not its scale: the groups are the tree's.
         scales, doubt = {view.node for view in held}, part.doubt
-        for first, *others in cofactors(node).values():
-            varied = {first.node, *(view.node for view in others)} - scales
+        for group in cofactors(node).values():
+            varied = {view.node for view in group} - scales
             own = [r for r in roots(slope.node) if r.node in varied]
-            if own := sorted(own, key=lambda r: r.node is not first.node):
+            if own := sorted(own, key=lambda r: r.node is not group[0].node):
                 ratio, curvature = response_to(slope.node, own)
                 spread = kernel(own[0].node)
                 doubt += 2 * abs(ratio) * spread.bend + abs(curvature) * spread.point / 2

@@ -21,7 +21,7 @@ from collections.abc import Collection, Hashable, Sequence
 import numpy as np
 from scipy import special
 
-from varscale.theory.domain.axes import Axis, averaging, contract_axes
+from varscale.theory.domain.axes import Axis, averaging, contract_axes, outer
 from varscale.theory.domain.tables import NEGLIGIBLE, by_type, full_types, means_by_type, over_frame
 from varscale.theory.graph.convolutions import Conv, tap_scatter
 from varscale.theory.graph.expressions import Apply, Sum, factors, roots, roots_of
@@ -189,11 +189,9 @@ def square_pairs(node: Node) -> tuple[np.ndarray, np.ndarray]:
         weights = applied_weights(root.node) if isinstance(root.node, Contract) else ()
         units = [(w.leaf, math.prod(root.node.axes[k].size for k in w.units)) for w in weights]
         kept = max((1 - free_share(leaf, root.node.width or 1, n) for leaf, n in units), default=0.0)
-        gone = slice(2, 3)
-        if (
-            root.node.id in scales
-        ):  # its mean square cannot fluctuate, nor its mean, where that was taken away
-            kept, gone = 1.0, slice(1 if root.node.is_centred else 2, 3)
+        # What a norm divides has a mean square that cannot fluctuate, nor its mean, where that was taken away.
+        normed = root.node.id in scales
+        kept, gone = 1.0 if normed else kept, slice(1 if normed and root.node.is_centred else 2, 3)
         a = found[0].copy()
         whole = found[1] - kept * np.sum(a[..., gone] ** 2, axis=-1)
         a[..., gone] *= math.sqrt(1 - kept)
@@ -249,8 +247,7 @@ def _of_one_unit(node: Node, tokens: Collection[int]) -> np.ndarray:
     """By type, 1 of two tokens of one unit, else 0."""
     equal = [axis.agrees.astype(float) for axis in node.axes]
     one_unit = [np.ones_like(e) if k in tokens else e for k, e in enumerate(equal)]
-    differ, same = (functools.reduce(np.multiply.outer, lines, np.array(1.0)) for lines in (one_unit, equal))
-    return differ - same
+    return outer(one_unit) - outer(equal)
 
 
 def _patch_scatter(node: Conv) -> np.ndarray:
@@ -285,10 +282,8 @@ def _square_coefficients(
 
     def integrated() -> tuple[np.ndarray, np.ndarray] | None:
         lines = {b: over_classes(grid(b, frame), frame) for b in bits}
-        points, flat = (
-            special.ndtri(np.linspace(0.025, 0.975, 20)) if bits else (0.0,),
-            (1,) * (len(frame) + 1),
-        )
+        points = special.ndtri(np.linspace(0.025, 0.975, 20)) if bits else (0.0,)
+        flat = (1,) * (len(frame) + 1)
         drawn = ({b: np.full(flat, np.interp(z, Z, line)) for b, line in lines.items()} for z in points)
         squares = np.stack([np.asarray(evaluate(f, frame, fixed | at), float) ** 2 for at in drawn])
         if squares.shape[-1] == 1:

@@ -44,8 +44,8 @@ def responses(node: Node) -> dict[Node, tuple[float, float]]:
     """
     out: dict[Node, tuple[float, float]] = {}
     for group in cofactors(node).values():
-        found = response_to(node, group)
-        out[group[0].node] = found if group[0].node not in out else tuple(np.add(out[group[0].node], found))
+        first = group[0].node
+        out[first] = tuple(np.add(out.get(first, 0.0), response_to(node, group)))
     return out
 
 
@@ -105,23 +105,15 @@ _FORGOTTEN = 1e-5  # a ratio below which what fluctuates is not handed on: a nor
 
 @dataclasses.dataclass(frozen=True)
 class Spread:
-    """Fluctuations of a mean square.
+    """Fluctuations of a mean square."""
 
-    Attributes:
-        sources: coefficient of ln(mean square) on each independent unit-variance source, by source.
-        shift: relative shift of its mean from the infinite-width value.
-        bend: what of that is in doubt.
-        skew: third cumulant of ln(mean square).
-        places: coefficient of ln(squared scale at one place), over draws, samples and positions, on each source.
-        shape: what a unit's own weights, where they are not Gaussian, add to that in the sum's fourth moment.
-    """
-
-    sources: dict[Hashable, float]
-    shift: float = 0.0
-    bend: float = 0.0
-    skew: float = 0.0
+    sources: dict[Hashable, float]  # coefficient of ln(mean square) on each independent unit-variance source
+    shift: float = 0.0  # relative shift of its mean from the infinite-width value
+    bend: float = 0.0  # what of that is in doubt
+    skew: float = 0.0  # third cumulant of ln(mean square)
+    # Coefficient of ln(squared scale at one place), over draws, samples and positions, on each source.
     places: dict[Hashable, float] = dataclasses.field(default_factory=dict)
-    shape: float = 0.0
+    shape: float = 0.0  # what a unit's own weights, not Gaussian, add to that in the sum's fourth moment
 
     @functools.cached_property
     def variance(self) -> float:
@@ -188,7 +180,10 @@ def inherited(node: Node) -> Spread:
     if not isinstance(node, Apply):
         return kernel(node)
     told = root_responses(node)
-    own = {root: _of_one_sample(root) or kernel(root).places for root in told}
+    own = {root: kernel(root).places for root in told}
+    # An entry of a described input goes with its mean square over features, as what reads all of them does.
+    for x in (x for x in told if x.is_input and x.axes and x.table.variance > 0):
+        own[x] = {x.id: math.sqrt(math.log1p(fresh(x, (len(x.axes) - 1,))))}
     places = {root: weighted([(x.place, own[root])]) for root, x in told.items()}
     growth = math.prod(x.growth for x in told.values())
     bent = sum(abs(x.slope) * kernel(root).bend + x.doubt for root, x in told.items())
@@ -212,13 +207,6 @@ def inherited(node: Node) -> Spread:
         skew=sum(np.cbrt(x.skew) for x in told.values()) ** 3,
         places=weighted([(1.0, line) for line in places.values()]),
     )
-
-
-def _of_one_sample(root: Node) -> dict[Hashable, float]:
-    """The source of a described input's mean square over features, which an entry of its goes with as what reads all does."""
-    if not (root.is_input and root.axes and root.table.variance > 0):
-        return {}
-    return {root.id: math.sqrt(math.log1p(fresh(root, (len(root.axes) - 1,))))}
 
 
 @once_per_node

@@ -35,31 +35,23 @@ from varscale.theory.propagation.marginals import cofactors
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Cotangent:
-    """What flows back into a node: its second moments by type, and a bound on their relative error.
-
-    Attributes:
-        mask: the derivative it was multiplied by last, where nothing random came between: a stream's next one is correlated.
-        few: the fewest numbers that it passed through.
-        scale: a = d ln(mean square)/d ln Q, Q the second moment of the node's values at the same place, through later layers.
-        own: the same, through the last derivative it was multiplied by.
-        radial: e: its part along the node's values over that along any other direction, less one.
-        unit: what a unit's square, relative, adds to ln(mean square), for the unit's part in the sum that comes next.
-        near: how much more than any two near places have in common at most, relative to the mean square.
-        lost: the part of `doubt` that comes of that.
-        between: what a sum over places may be off by, relatively.
-    """
+    """What flows back into a node: its second moments by type, and a bound on their relative error."""
 
     second: np.ndarray
     doubt: float = 0.0
+    # The derivative it was multiplied by last, where nothing random came between: a stream's next one is correlated.
     mask: View | None = None
-    few: float = math.inf
+    few: float = math.inf  # the fewest numbers that it passed through
+    # a = d ln(mean square)/d ln Q, Q the second moment of the node's values at one place, through later layers.
     scale: float = 0.0
-    own: float = 0.0
-    radial: float = 0.0
-    unit: float = 0.0
-    near: float = 0.0
-    lost: float = 0.0
-    between: float = 0.0
+    own: float = 0.0  # the same, through the last derivative it was multiplied by
+    radial: float = 0.0  # e: its part along the node's values over that along any other direction, less one
+    unit: float = 0.0  # what a unit's square, relative, adds to ln(mean square), for its part in the next sum
+    near: float = (
+        0.0  # how much more than any two near places have in common at most, relative to the mean square
+    )
+    lost: float = 0.0  # the part of `doubt` that comes of that
+    between: float = 0.0  # what a sum over places may be off by, relatively
 
 
 def sum_out(second: np.ndarray, frame: Sequence[Axis], view: View) -> np.ndarray:
@@ -99,19 +91,14 @@ _MOST_PATHS = 64  # from one node: where there are more, they are not followed f
 
 
 class Fork(NamedTuple):
-    """A value that a cotangent reaches by two paths or more.
+    """A value that a cotangent reaches by two paths or more."""
 
-    Attributes:
-        root: the value, in the frame of the node, or of what `over` reduces.
-        squares: Σ E[s_p s_q] over pairs of paths, by type.
-        over: the mean that all of them go through first, as the node's argument.
-        beside: axes of the frame over which one of them goes through a mean, and the other does not.
-    """
-
-    root: View
-    squares: np.ndarray
-    over: View | None
-    beside: tuple[int, ...] = ()
+    root: View  # the value, in the frame of the node, or of what `over` reduces
+    squares: np.ndarray  # Σ E[s_p s_q] over pairs of paths, by type
+    over: View | None  # the mean that all of them go through first, as the node's argument
+    beside: tuple[
+        int, ...
+    ] = ()  # axes of the frame over which one goes through a mean, and the other does not
 
     def back(self, part: Cotangent, frame: Sequence[Axis]) -> Cotangent:
         """What the pairs of paths add to the value's cotangent, from the node's."""
@@ -126,21 +113,13 @@ class Fork(NamedTuple):
 
 
 class _Path(NamedTuple):
-    """A way from a node down to a value.
+    """A way from a node down to a value."""
 
-    Attributes:
-        branch: number of the node's argument, or root, that it goes through: `begins`.
-        view: the value, in the node's frame, or in that of what `over` reduces.
-        factor: product of the weights of the sums on the way.
-        slope: derivative of the function on the way; None where it is 1.
-        over: the reduction on the way, as the node's argument: its derivatives along what it reduces add up to 1.
-    """
-
-    branch: int
-    view: View
-    factor: float = 1.0
-    slope: View | None = None
-    over: Any = None
+    branch: int  # number of the node's argument, or root, that it goes through: `begins`
+    view: View  # the value, in the node's frame, or in that of what `over` reduces
+    factor: float = 1.0  # product of the weights of the sums on the way
+    slope: View | None = None  # derivative of the function on the way; None where it is 1
+    over: Any = None  # the reduction on the way, as the node's argument: its derivatives along it add up to 1
     begins: Any = None
 
     @property
@@ -231,38 +210,25 @@ def selected(node: Node) -> View | None:
     return None
 
 
-@functools.singledispatch
-def overlaps(node: Node, i: int) -> tuple[Sequence[int], float]:
+def _overlaps(node: Node, i: int) -> tuple[Sequence[int], float]:
     """Axes of argument i whose windows make near cotangents alike, and how many windows or copies meet in one entry."""
+    if isinstance(node, WindowSum):  # of sums those of one window have its cotangent, of maxima one
+        windows = [(k, w) for w, k in zip(*node.params[:2], strict=True) if w is not None and k is not None]
+        summed = [] if isinstance(node, WindowMax) else [k for k, w in windows if w.taps > 1]
+        return summed, math.prod(max(w.taps / w.stride, 1.0) for _, w in windows)
+    if isinstance(node, Gather | Merge) and i == 0:
+        return (), copies(node)
+    if isinstance(node, Contract) and node.params and isinstance(matrix := node.args[1 - i].node, Array):
+        # The products of any two of a cotangent's terms are in doubt, too.
+        squares = np.square(matrix.values).sum() * matrix.axes[0].size
+        met = max(float(np.square(matrix.values.sum()) / squares), 1.0)
+        return [k for k, b in enumerate(node.args[i].bind) if b >= len(node.axes)], met
     return (), 1.0
-
-
-@overlaps.register(WindowSum)
-def overlaps_of_window_sum(node: WindowSum, i: int) -> tuple[Sequence[int], float]:
-    """Of sums those of one window have its cotangent, of maxima one."""
-    windows = [(k, w) for w, k in zip(*node.params[:2], strict=True) if w is not None and k is not None]
-    summed = [] if isinstance(node, WindowMax) else [k for k, w in windows if w.taps > 1]
-    return summed, math.prod(max(w.taps / w.stride, 1.0) for _, w in windows)
-
-
-@overlaps.register(Gather | Merge)
-def overlaps_of_copies(node: Gather | Merge, i: int) -> tuple[Sequence[int], float]:
-    return (), 1.0 if i else copies(node)
-
-
-@overlaps.register(Contract)
-def overlaps_of_contract(node: Contract, i: int) -> tuple[Sequence[int], float]:
-    """Of a known matrix the products of any two of a cotangent's terms are in doubt, too."""
-    x, matrix = node.args[i], node.args[1 - i].node
-    if not isinstance(matrix, Array) or not node.params:
-        return (), 1.0
-    sums, squares = np.square(matrix.values.sum()), np.square(matrix.values).sum() * matrix.axes[0].size
-    return [k for k, b in enumerate(x.bind) if b >= len(node.axes)], max(float(sums / squares), 1.0)
 
 
 def pulled_back(node: Node, i: int, part: Cotangent) -> Cotangent:
     """The cotangent of argument i, with what near places have in common as the node leaves it, and the doubt for it."""
-    (along, met), near = overlaps(node, i), 0.0 if node.averages else part.near
+    (along, met), near = _overlaps(node, i), 0.0 if node.averages else part.near
     if along:  # how much less alike than the same two places along these axes are, relative to a mean square
         axes = node.args[i].node.axes
         table = pool(full_types(part.second, axes), axes)
@@ -270,8 +236,9 @@ def pulled_back(node: Node, i: int, part: Cotangent) -> Cotangent:
         near = max(near, float(np.clip(1 - other / own, 0.0, 1.0)) if own > 0 else 0.0)
     lost = part.near * (met - 1)
     part = dataclasses.replace(part, near=near, doubt=part.doubt + lost, lost=part.lost + lost)
-    lacks = isinstance(node, Sum) and len(node.args[i].bind) < len(node.axes)
-    return dataclasses.replace(part, doubt=part.doubt + part.between, between=0.0) if lacks else part
+    if isinstance(node, Sum) and len(node.args[i].bind) < len(node.axes):
+        part = dataclasses.replace(part, doubt=part.doubt + part.between, between=0.0)
+    return part
 
 
 def copies(node: Node) -> float:

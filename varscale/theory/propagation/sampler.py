@@ -58,13 +58,14 @@ def sampled_from(node: Node, drawing: Drawing, positions: Positions) -> np.ndarr
 class Drawing:
     """Nodes drawn together, so many replicates: what they have in common is the same in all.
 
-    Attributes:
-        doubt: the relative error of its draws' moments, for an order in time that some of them have lost.
-        some: positions that stand for all of an axis, in sums and means and wherever nodes are asked for at them.
+    Positions that stand for all of an axis are `some`, in sums and means and wherever nodes are asked for at them.
     """
 
     def __init__(self, replicates: int, some: Callable[[Axis], Int[np.ndarray, " kept"]]):
-        self.replicates, self.some, self.doubt = replicates, some, 0.0
+        self.replicates, self.some = replicates, some
+        self.doubt = (
+            0.0  # relative error of its draws' moments, for an order in time that some of them have lost
+        )
         self.drawn: dict[Hashable, np.ndarray] = {}
 
     def values(self, view: View, frame: Sequence[Axis], positions: Positions) -> np.ndarray:
@@ -211,9 +212,8 @@ def sampled_from_contract(node: Contract, drawing: Drawing, positions: Positions
     _, (weights, bind), x, _ = applied[0]
     made = [node, *(root.node for root in roots(x.node))]
     made += [view.node for below in made if isinstance(below, Sum) for view in below.args]
-    if not timed and not any(
-        isinstance(n, Contract) and n.width <= TERMS and applied_weights(n) for n in made
-    ):
+    narrow = (n for n in made if isinstance(n, Contract) and n.width <= TERMS)
+    if not timed and not any(map(applied_weights, narrow)):
         return None
     own = [there[k] for k in bind]
     rng = np.random.default_rng((content(weights), *(int(kept.sum()) for kept in own)))
@@ -243,11 +243,9 @@ def sampled_from_gather(node: Gather, drawing: Drawing, positions: Positions) ->
         ids = node.known.reshape([a.size for a in node.indexed])[np.ix_(*(positions[k] for k in index_axes))]
         found, line = np.unique(ids, return_inverse=True)
         there = [found if k in row_axes else positions[bind[k]] for k in range(len(table.axes))]
-        out = np.moveaxis(drawing.at(table.whole, table.axes, there), 1 + row_axes[0], 1)[
-            :, line.reshape(ids.shape)
-        ]
+        rows = np.moveaxis(drawing.at(table.whole, table.axes, there), 1 + row_axes[0], 1)
         order = np.argsort([*index_axes, *(b for k, b in enumerate(bind) if k not in row_axes)])
-        return out.transpose([0, *(1 + int(k) for k in order)])
+        return rows[:, line.reshape(ids.shape)].transpose([0, *(1 + order)])
     if not isinstance(table, Array) or node.known is not None:
         return None
     sizes = [table.axes[k].size for k in row_axes]
@@ -288,9 +286,8 @@ def table_of_draws(node: Node, numbers: np.ndarray, positions: Sequence[np.ndarr
     """
     table, within = pooled(numbers, node.axes, positions), tuple(range(1, numbers.ndim))
     squares = np.mean(numbers.astype(float) ** 2, axis=within)
-    node.graph.flag(
-        "sampled", _SCORES * float(squares.std() / max(squares.mean(), 1e-300)) / math.sqrt(len(squares))
-    )
+    error = float(squares.std() / max(squares.mean(), 1e-300)) / math.sqrt(len(squares))
+    node.graph.flag("sampled", _SCORES * error)
     means = numbers.mean(axis=within)
     if abs(means.mean()) < _SCORES * means.std() / math.sqrt(len(means)):
         return Table(table.axes, np.zeros_like(table.mean), table.second)
