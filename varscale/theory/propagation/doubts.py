@@ -178,41 +178,29 @@ def mark_depthwise(f: View, g: View) -> None:
                 unsure(one.node.graph, "assumed", LOOSE)
 
 
-@functools.singledispatch
-def lost_excess_of(node: Node) -> float:
+@once_per_node
+def lost_excess(node: Node) -> float:
     """By how much of a mean square two near places may share more than two places of the merged axes do on average.
 
     Of most kinds what a linear map of one array leaves of its input's.
     """
+    if isinstance(node, Merge):
+        source, (k, sizes) = node.argument, node.params
+        merged, behind = source.axes[k : k + len(sizes)], len(source.axes) - k - len(sizes)
+        second = source.table.second[(0,) * k][(..., *[0] * behind)].ravel()
+        apart = (outer(axis.pairs for axis in merged) * (1 - outer(axis.agrees for axis in merged))).ravel()
+        gap = float(second[apart > 0].max() - apart @ second / apart.sum())
+        return gap / max(source.table.mean_square, 1e-300) + lost_excess(source)
+    if isinstance(node, Sum):
+        terms = [(c * c * v.node.table.mean_square, v.node) for c, v in node.terms if not v.node.averages]
+        whole = max(sum(square for square, _ in terms), 1e-300)
+        return sum(square / whole * lost_excess(x) for square, x in terms)
+    if isinstance(node, Apply):
+        return max((lost_excess(r.node) for r in roots(node) if not concentrated(r.node)), default=0.0)
     below = [v.node for v in node.args if not isinstance(v.node, Leaf | Array | Constant)]
     linear = node.width is not None and len(below) == 1
     passed = linear or node.moves or isinstance(node, Concat)
     return max(map(lost_excess, below), default=0.0) if passed else 0.0
-
-
-@lost_excess_of.register(Merge)
-def lost_excess_of_merge(node: Merge) -> float:
-    source, (k, sizes) = node.args[0].node, node.params
-    factors, behind = source.axes[k : k + len(sizes)], len(source.axes) - k - len(sizes)
-    second = source.table.second[(0,) * k][(..., *[0] * behind)].ravel()
-    apart = (outer(axis.pairs for axis in factors) * (1 - outer(axis.agrees for axis in factors))).ravel()
-    gap = float(second[apart > 0].max() - apart @ second / apart.sum())
-    return gap / max(source.table.mean_square, 1e-300) + lost_excess(source)
-
-
-@lost_excess_of.register(Sum)
-def lost_excess_of_sum(node: Sum) -> float:
-    terms = [(c, v.node) for c, v in node.terms if not v.node.averages]
-    whole = sum(c * c * x.table.mean_square for c, x in terms)
-    return sum(c * c * x.table.mean_square / max(whole, 1e-300) * lost_excess(x) for c, x in terms)
-
-
-@lost_excess_of.register(Apply)
-def lost_excess_of_apply(node: Apply) -> float:
-    return max((lost_excess(r.node) for r in roots(node) if not concentrated(r.node)), default=0.0)
-
-
-lost_excess = once_per_node(lost_excess_of)
 
 
 # Set on the validation grid, not derived, both: what is left where every rule is exact (the cell of a kink,

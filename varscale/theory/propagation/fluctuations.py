@@ -28,13 +28,13 @@ q = E[h²], F = E[f²] and D = E[f'²],
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 
 from varscale.theory.domain.tables import ROUGH
-from varscale.theory.graph.convolutions import Conv
+from varscale.theory.graph.convolutions import Conv, taps_of
 from varscale.theory.graph.expressions import Apply, Sum, roots
 from varscale.theory.graph.linear_nodes import applied_weights
 from varscale.theory.graph.nodes import UNKNOWN, Array, Constant, Leaf, Node, View
@@ -87,8 +87,8 @@ def averaged(node: Node, axes: Sequence[int], taps: int = 1) -> Spread:
     if weights or all(r.node.shares for r in roots(node)):
         return NONE
     spread = fluctuations(node)
-    units: dict[Hashable, float] = {origin(node): math.sqrt(math.log1p(fresh(node, tuple(axes)) / taps))}
-    return replace(spread, places=weighted([(1.0, inherited(node).places), (1.0, units)]))
+    units = math.sqrt(math.log1p(fresh(node, tuple(axes)) / taps))
+    return replace(spread, places=weighted([(1.0, inherited(node).places), (1.0, {origin(node): units})]))
 
 
 def of_a_group(node: Node, axes: Sequence[int], groups: int) -> float:
@@ -107,8 +107,8 @@ def fluctuations(node: Node) -> Spread:
     """Fluctuations of a node's mean square: inherited, and from sampling finitely many units."""
     base, scatter = inherited(node), channel_scatter(node)
     chance = fresh(node, range(len(node.axes))) if scatter is None else scatter
-    own: dict[Hashable, float] = {origin(node): math.sqrt(max(chance, 0.0))}
-    return replace(base, sources=weighted([(1.0, base.sources), (1.0, own)]))
+    own = math.sqrt(max(chance, 0.0))
+    return replace(base, sources=weighted([(1.0, base.sources), (1.0, {origin(node): own})]))
 
 
 _WIDEST_COVARIANCE = 1.0  # sum of covariances at one layer beyond which first order says nothing
@@ -191,5 +191,5 @@ def norm_of_given(root: View, scale: View) -> float:
         return 0.0
     if len(scale.bind) < 2:
         return UNKNOWN if len(root.bind) > len(scale.bind) + 1 else 0.0
-    taps = math.prod(w.taps for w in node.params.windows) if isinstance(node, Conv) else 1
+    taps = taps_of(node) if isinstance(node, Conv) else 1
     return min(kernel(node).point * taps, UNKNOWN)

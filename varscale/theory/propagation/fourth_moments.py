@@ -169,7 +169,7 @@ def free_share(weight: Leaf, terms: float, units: int) -> float:
 def square_pairs(node: Node) -> tuple[np.ndarray, np.ndarray]:
     """E[x_i² x_j²] of an elementwise tree by type and E[x_i²] by class, up to a factor; 1 long where they do not vary."""
     frame = node.axes
-    pairs, means = np.ones([1] * len(frame)), np.ones([1] * len(frame))
+    pairs = means = np.ones([1] * len(frame))
     scales = [g[0].node.id for g in cofactors(node).values() if len(g) > 1]
     parts = independent_factors(node)
     for factor in parts:
@@ -189,7 +189,7 @@ def square_pairs(node: Node) -> tuple[np.ndarray, np.ndarray]:
         weights = applied_weights(root.node) if isinstance(root.node, Contract) else ()
         units = [(w.leaf, math.prod(root.node.axes[k].size for k in w.units)) for w in weights]
         kept = max((1 - free_share(leaf, root.node.width or 1, n) for leaf, n in units), default=0.0)
-        # What a norm divides has a mean square that cannot fluctuate, nor its mean, where that was taken away.
+        # Of what a norm divides the mean square cannot fluctuate, nor the mean, where that was taken away.
         normed = root.node.id in scales
         kept, gone = 1.0 if normed else kept, slice(1 if normed and root.node.is_centred else 2, 3)
         a = found[0].copy()

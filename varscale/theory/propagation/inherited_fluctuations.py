@@ -196,10 +196,12 @@ def inherited(node: Node) -> Spread:
         else:
             growth *= math.exp(np.clip(together, -1, 1))
     shape, unsure = kurtosis_shift(node)
-    parts = ((f.node, roots_of(f)) for f in factors(node.whole)[1])
-    # Of a product's random scales: their mean square varies by that of n drawn numbers.
-    drawn = [(f, own[0].node) for f, own in parts if len(own) == 1 and own[0].node.is_drawn]
-    scales = {~leaf.id: math.sqrt(fresh(f, range(len(f.axes)))) for f, leaf in drawn}
+    scales = dict[Hashable, float]()
+    for f in factors(node.whole)[
+        1
+    ]:  # random scales have a mean square that varies by that of n drawn numbers
+        if len(alone := roots_of(f)) == 1 and alone[0].node.is_drawn:
+            scales[~alone[0].node.id] = math.sqrt(fresh(f.node, range(len(f.node.axes))))
     return Spread(
         weighted([(x.slope, kernel(root).sources) for root, x in told.items()]) | scales,
         shift=growth - 1 + shape,

@@ -39,10 +39,10 @@ class Cotangent:
 
     second: np.ndarray
     doubt: float = 0.0
-    # The derivative it was multiplied by last, where nothing random came between: a stream's next one is correlated.
+    # The last derivative it was multiplied by, if nothing random came between: a stream's next is correlated.
     mask: View | None = None
     few: float = math.inf  # the fewest numbers that it passed through
-    # a = d ln(mean square)/d ln Q, Q the second moment of the node's values at one place, through later layers.
+    # a = d ln(mean square)/d ln Q through later layers, Q the second moment of values at one place.
     scale: float = 0.0
     own: float = 0.0  # the same, through the last derivative it was multiplied by
     radial: float = 0.0  # e: its part along the node's values over that along any other direction, less one
@@ -107,7 +107,7 @@ class Fork(NamedTuple):
             inner = self.over.node.argument.axes
             second = mean_pullback(sum_out(second, frame, self.over), self.over.node.reduced, inner)
             frame = inner
-        second = shared_by_mean(full_types(second, frame), self.beside, frame) if self.beside else second
+        second = shared_by_mean(full_types(second, frame), self.beside, frame)
         second = sum_out(full_types(second, frame) * self.squares, frame, self.root)
         return Cotangent(second, part.doubt, few=part.few, near=part.near, lost=part.lost)
 
@@ -203,10 +203,7 @@ def _below(path: _Path) -> Iterator[_Path]:
 
 @functools.singledispatch
 def selected(node: Node) -> View | None:
-    """What decides which entries of its argument a node passes its cotangent on to: a function m of theirs, one in E[m²].
-
-    None where it goes to all alike.
-    """
+    """What decides which entries of its argument get a node's cotangent: a function m of theirs, one in E[m²]; None: all do."""
     return None
 
 
@@ -243,10 +240,10 @@ def pulled_back(node: Node, i: int, part: Cotangent) -> Cotangent:
 
 def copies(node: Node) -> float:
     """How many places near one another hold one and the same entry: of what is looked up, or merged with repeats of itself."""
-    if isinstance(node, Merge):
-        source, (k, sizes) = node.argument, node.params
-        return math.prod(n for j, n in enumerate(sizes, k) if constant_along(source, j))
     source = node.argument
+    if isinstance(node, Merge):
+        k, sizes = node.params
+        return math.prod(n for j, n in enumerate(sizes, k) if constant_along(source, j))
     drawn = isinstance(source, Leaf) and not source.is_input
     known = node.line if isinstance(node, Gather) and not drawn else None
     return 1.0 if known is None else len(known) / len(np.unique(known))

@@ -64,7 +64,7 @@ class Drawing:
     def __init__(self, replicates: int, some: Callable[[Axis], Int[np.ndarray, " kept"]]):
         self.replicates, self.some = replicates, some
         self.doubt = (
-            0.0  # relative error of its draws' moments, for an order in time that some of them have lost
+            0.0  # of its draws' moments, relatively, for an order in time that some of them have lost
         )
         self.drawn: dict[Hashable, np.ndarray] = {}
 
