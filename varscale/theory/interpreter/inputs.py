@@ -27,14 +27,14 @@ from varscale.theory.domain.tables import Moments, Table, estimate, independent
 from varscale.theory.graph import known_arrays as arrays
 from varscale.theory.graph.expressions import hashed
 from varscale.theory.graph.known_arrays import all_given, entries, is_known_array
-from varscale.theory.graph.layout import Value, full, value
+from varscale.theory.graph.layout import Value, full, value, without_entries
 from varscale.theory.graph.nodes import Array, Constant, Graph, Leaf, Node, View, array
 from varscale.theory.graph.store import Fact, PredictionError
 from varscale.theory.integrals.primitives import of_known
 from varscale.theory.propagation.doubts import OUTSIDE
 from varscale.theory.rules.lookup import PADDED, filled_shapes, is_mask, unknown
 from varscale.theory.rules.random import input_leaf
-from varscale.theory.rules.registry import CALLS, Complex, Context, Opaque, parts
+from varscale.theory.rules.registry import CALLS, ELEMENTWISE_OR_LAYOUT, Complex, Context, Opaque, parts
 
 MODEL_SEED = 0  # laws do not depend on the seed
 MOST_FOLDED = 1 << 26  # elements up to which known numbers are computed with rather than described
@@ -58,20 +58,18 @@ class TracedInputs:
     def __init__(self, given: Inputs):
         """Read `arrays`, `join` that puts others in their places, and `structs`: shapes, of 32 bits unless x64 is on."""
         self.arrays, self.join = faces.split(given)
-        dtypes = [
-            jax.dtypes.canonicalize_dtype(x.dtype) if isinstance(x.dtype, np.dtype) else x.dtype
-            for x in self.arrays
-        ]
-        self.structs = [jax.ShapeDtypeStruct(x.shape, t) for x, t in zip(self.arrays, dtypes, strict=True)]
+        canonical = functools.partial(jax.dtypes.canonicalize_dtype, allow_extended_dtype=True)
+        self.structs = [jax.ShapeDtypeStruct(x.shape, canonical(x.dtype)) for x in self.arrays]
 
     def values(self, interpreter: Context) -> list[Any]:
         """Their values; given arrays may go together, and one that is given twice is one."""
         PADDED.put(interpreter.graph, None, filled_shapes(self.arrays))
+        measured = [_is_measured(x) for x in self.arrays]
         made, leaves = [], list[Leaf]()
         for k, x in enumerate(self.arrays):
-            first = next(j for j, y in enumerate(self.arrays) if j == k or _is_same(x, y))
-            made.append(input_value(interpreter, x, f"input {first}"))
-            if _is_measured(x) and isinstance(made[k], Value) and isinstance(made[k].node, Leaf):
+            alike = (j for j in range(k) if measured[j] and measured[k] and np.array_equal(self.arrays[j], x))
+            made.append(input_value(interpreter, x, f"input {next(alike, k)}"))
+            if measured[k] and isinstance(made[k].node, Leaf):
                 leaves.append(made[k].node)
         every = functools.reduce(operator.or_, (leaf.deps for leaf in leaves), 0)
         for leaf in leaves:
@@ -82,11 +80,6 @@ class TracedInputs:
 def _is_measured(x: Any) -> bool:
     """Whether it is an array of real floating-point numbers, whose moments are estimated."""
     return not isinstance(x, Moments | jax.ShapeDtypeStruct) and jnp.issubdtype(x.dtype, jnp.floating)
-
-
-def _is_same(x: Any, y: Any) -> bool:
-    """Whether both are arrays of the same numbers, not descriptions of arrays or keys."""
-    return _is_measured(x) and _is_measured(y) and x.dtype == y.dtype and np.array_equal(x, y)
 
 
 def input_value(interpreter: Context, x: Any, name: str) -> Any:
@@ -134,12 +127,8 @@ def known_or_real(interpreter: Context, x: Any, name: str) -> Any:
     numbers = numbers.astype(np.float64)
     if not np.isfinite(numbers).all():
         raise ValueError(f"{name} contains NaN or infinities")
-    constant = numbers.size == 0 or (numbers == numbers.flat[0]).all()
-    return (
-        full(interpreter.graph, float(numbers.flat[0]) if numbers.size else 0.0, numbers.shape)
-        if constant
-        else numbers
-    )
+    first = float(numbers.flat[0]) if numbers.size else 0.0
+    return full(interpreter.graph, first, numbers.shape) if (numbers == first).all() else numbers
 
 
 def sample_axis(numbers: Float[np.ndarray, "samples ..."]) -> Axis:
@@ -191,22 +180,24 @@ def concrete(x: Any, dtype: Any = None) -> np.ndarray | None:
     if isinstance(x, Complex):
         re, im = concrete(x.re), concrete(x.im)
         return None if re is None or im is None else (re + 1j * im).astype(dtype or complex)
-    if (
-        not isinstance(x, Value)
-        or not isinstance(x.node, Array | Constant)
-        or math.prod(x.shape) > MOST_FOLDED
-    ):
-        return None
-    found = entries(x)
-    return found.astype(dtype) if found is not None and dtype is not None else found
+    is_literal = isinstance(x, Value) and isinstance(x.node, Array | Constant)
+    found = entries(x) if is_literal and math.prod(x.shape) <= MOST_FOLDED else None
+    return found if found is None or dtype is None else found.astype(dtype)
 
 
 def folded(graph: Graph, eqn: Any, ins: Sequence[Any]) -> list[Any] | None:
-    """The outputs of an equation whose inputs are all known; None where one is not, or where a rule says more."""
-    name = eqn.primitive.name
-    if name in ENTERED or name == "rng_bit_generator" or not (ins or name in ("iota", "random_seed")):
+    """The outputs of an equation of known inputs, or of none; None where one is not known, or where a rule says more."""
+    name, keyed = eqn.primitive.name, any(isinstance(x, Opaque) for x in ins)
+    if name in ENTERED:
         return None
-    if sum(math.prod(v.aval.shape) for v in eqn.outvars) > _MOST_EVALUATED:
+    if not keyed and (outs := without_entries(graph, eqn, ins)) is not None:
+        return outs
+    if name == "rng_bit_generator" or (name in ELEMENTWISE_OR_LAYOUT and not keyed):
+        return None
+    if (
+        not (ins or name in ("iota", "random_seed"))
+        or sum(math.prod(v.aval.shape) for v in eqn.outvars) > _MOST_EVALUATED
+    ):
         return None
     if all(
         isinstance(x, Opaque)
@@ -216,7 +207,7 @@ def folded(graph: Graph, eqn: Any, ins: Sequence[Any]) -> list[Any] | None:
         pairs = zip(ins, eqn.invars, strict=True)
         literal = [x.key if isinstance(x, Opaque) else concrete(x, v.aval.dtype) for x, v in pairs]
         return [known(graph, out) for out in _evaluated(eqn, literal)]
-    if any(isinstance(x, Opaque) for x in ins):
+    if keyed:
         # A key derived from something random: one for equal derivations.
         derived = [x.key if isinstance(x, Opaque) else [(p.node, p.dims) for p in parts(x)] for x in ins]
         key = jax.random.key(hashed(name, eqn.params, derived) >> 33)
@@ -231,18 +222,16 @@ def folded(graph: Graph, eqn: Any, ins: Sequence[Any]) -> list[Any] | None:
     return [known(graph, out, [part.node for part in sources]) for out in outs]
 
 
-def note_moved(eqn: Any, ins: Sequence[Any], outs: Any) -> None:
+def note_moved(eqn: Any, ins: Sequence[Any], outs: Sequence[Any]) -> None:
     """Of an equation that only moves entries of given arrays, note how the numbers that it makes are worked out."""
     if eqn.primitive.name not in _MOVING or not all_given(ins):
         return
     sizes = [math.prod(v.aval.shape) for v in eqn.outvars]
-    if max(sizes) > _MOST_EVALUATED or min(sizes) == 0:
-        return
-    for i, out in enumerate(outs if isinstance(outs, list | tuple) else [outs]):
+    for i, out in enumerate(outs if 0 < min(sizes) <= max(sizes) <= _MOST_EVALUATED else ()):
         arrays.note(out, lambda i=i: np.asarray(_evaluated(eqn, [entries(x) for x in ins])[i], float))
 
 
-def folded_elementwise(name: str, extra: Any, frame: Sequence[Axis], views: Sequence[View]) -> Node | None:
+def folded_node(name: str, extra: Any, frame: Sequence[Axis], views: Sequence[View]) -> Node | None:
     """The node of an elementwise primitive of known numbers; None where one is not known, or has no value."""
     if not all(is_known_array(view.node) for view in views):
         return None

@@ -26,45 +26,20 @@ from varscale.theory.domain.axes import Axis
 from varscale.theory.domain.tables import independent
 from varscale.theory.graph.expressions import roots_of
 from varscale.theory.graph.known_arrays import scales_samples
-from varscale.theory.graph.layout import Value, align, renumbered, value, without_entries
+from varscale.theory.graph.layout import Value, align, renumbered, value
 from varscale.theory.graph.linear_nodes import feeds_itself
 from varscale.theory.graph.nodes import UNKNOWN, Graph, leaf
 from varscale.theory.graph.normal_form import apply
 from varscale.theory.graph.store import UNCOVERED, PredictionError, located, told
-from varscale.theory.interpreter.inputs import (
-    ENTERED,
-    concrete,
-    folded,
-    folded_elementwise,
-    known,
-    note_moved,
-)
+from varscale.theory.interpreter.inputs import ENTERED, concrete, folded, folded_node, known, note_moved
 from varscale.theory.interpreter.regions import Regions, blocks, within
 from varscale.theory.interpreter.rows import Place
 
-# These register rules, and laws of kinds of nodes.
+# These register rules, and laws of kinds of nodes; so do those that others import.
 from varscale.theory.propagation import pullbacks, second_moments, sums  # noqa: F401
-from varscale.theory.rules import (  # noqa: F401
-    attention,
-    axis,
-    control,
-    convolution,
-    elementwise,
-    linear,
-    lookup,
-    random,
-    softmax,
-)
+from varscale.theory.rules import attention, axis, control, convolution, linear, softmax  # noqa: F401
 from varscale.theory.rules.random import input_leaf, is_weight
-from varscale.theory.rules.registry import (
-    ELEMENTWISE_OR_LAYOUT,
-    RULES,
-    Complex,
-    Opaque,
-    Rule,
-    live_equations,
-    used_variables,
-)
+from varscale.theory.rules.registry import RULES, Complex, live_equations, used_variables
 from varscale.theory.rules.sampled_regions import drawn_region, placeholder
 
 _DERIVATIVES = {"jvp", "transpose"}
@@ -93,11 +68,11 @@ class Interpreter:
         """The outputs of a jaxpr, given values of its constants and inputs; `step` says which of a loop's it is."""
         inputs = [*map(self.known, consts), *args]
         env = dict(zip((*jaxpr.constvars, *jaxpr.invars), inputs, strict=True))
-        outer, place = (self.used, self.place, self.entering), self.place
+        place, outer = self.place, (self.used, self.place, self.entering, self.steps)
         if place is not None and self.entering is not None:
             place = place.within(self.entering)
         self.used = used_variables(jaxpr)
-        self.steps += [] if step is None else [step]
+        self.steps = self.steps if step is None else [*self.steps, step]
         try:
             if place is not None and place.loops == len(self.steps):
                 self._watched(live_equations(jaxpr), jaxpr.outvars, env, place)
@@ -106,9 +81,7 @@ class Interpreter:
                 for eqn in live_equations(jaxpr):
                     self._step(eqn, env)
         finally:
-            self.used, self.place, self.entering = outer
-            if step is not None:
-                self.steps.pop()
+            self.used, self.place, self.entering, self.steps = outer
         return [self.known(v.val) if _compat.is_literal(v) else env[v] for v in jaxpr.outvars]
 
     def _step(self, eqn: Any, env: dict[Any, Any]) -> None:
@@ -169,30 +142,23 @@ class Interpreter:
         if self.place is not None:
             self._places[eqn] = self.place
         try:
-            keyed, outs = any(isinstance(x, Opaque) for x in ins), None
-            if not keyed and name not in ENTERED:
-                outs = without_entries(self.graph, eqn, ins)
-            if outs is None and (keyed or name not in ELEMENTWISE_OR_LAYOUT):
-                outs = folded(self.graph, eqn, ins)
-            if outs is None:
-                outs = self._handler(eqn, ins)(self, eqn, *ins)
+            if (outs := folded(self.graph, eqn, ins)) is None:
+                made_complex = any("complex" in str(getattr(v.aval, "dtype", "")) for v in eqn.outvars)
+                mixed = any(isinstance(x, Complex) for x in ins) or (name in RULES and made_complex)
+                by_parts = mixed and name not in _WHOLE
+                handler = RULES["complex operands"] if by_parts else RULES.get(name, unruled)
+                outs = handler(self, eqn, *ins)
+                outs = list(outs) if isinstance(outs, list | tuple) else [outs]
                 note_moved(eqn, ins, outs)
+            return outs
         except (PredictionError, jax.errors.JAXTypeError):
             raise
+        except UNCOVERED as error:
+            return drawn_region(self, eqn, ins, told(error))
         except Exception as error:
-            if not isinstance(error, UNCOVERED):
-                raise located(error, eqn) from error
-            outs = drawn_region(self, eqn, ins, told(error))
+            raise located(error, eqn) from error
         finally:
             self.graph.origin = outer
-        return list(outs) if isinstance(outs, list | tuple) else [outs]
-
-    def _handler(self, eqn: Any, ins: Sequence[Any]) -> Rule:
-        """The rule of an equation; of one with complex operands, the one for parts; where there is none, sampling."""
-        name = eqn.primitive.name
-        made_complex = any(getattr(getattr(v.aval, "dtype", None), "kind", "") == "c" for v in eqn.outvars)
-        mixed = any(isinstance(x, Complex) for x in ins) or (name in RULES and made_complex)
-        return RULES["complex operands"] if mixed and name not in _WHOLE else RULES.get(name, unruled)
 
     concrete = staticmethod(concrete)
 
@@ -203,16 +169,14 @@ class Interpreter:
     def elementwise(self, name: str, *xs: Value, extra: tuple[Any, ...] = ()) -> Value:
         """An elementwise primitive of values of one shape (sizes of 1 broadcast)."""
         frame, views, layout = align(xs)
-        node = folded_elementwise(name, extra, frame, views) or apply(self.graph, name, extra, frame, views)
+        node = folded_node(name, extra, frame, views) or apply(self.graph, name, extra, frame, views)
         curved = name not in _SCALING
         scaled = name not in _LINEAR and scales_samples(roots_of(*views) if curved else views, frame, curved)
         if (scaled or (name == "mul" and feeds_itself(*views))) and not self.ask(
             "one scale of all features", whole=True
         ):
             node.flagged, node.doubt = "assumed", UNKNOWN
-        if not node.axes:
-            layout = renumbered(layout, {})
-        return Value(node, layout)
+        return Value(node, layout if node.axes else renumbered(layout, {}))
 
     def leaf(
         self, name: Any, shape: Sequence[int], mean: float, second_moment: float, *, odd: bool, **law: Any
