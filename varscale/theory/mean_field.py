@@ -174,11 +174,9 @@ def mean_field(activation: Activation, weight_variance: float, bias_variance: fl
     _checked(weight_variance=weight_variance, bias_variance=bias_variance)
     layer = _Layer(activation, float(weight_variance), float(bias_variance))
     q = _fixed_point(layer)
-    at = q or _ZERO
-    chi = layer.chi(at)
-    c, slope_c = _fixed_correlation(layer, at, chi)
+    chi, slope = layer.chi(q or _ZERO), layer.slope(q or _ZERO)
+    c, slope_c = _fixed_correlation(layer, q or _ZERO, chi)
     phase = "critical" if abs(chi - 1) < _CRITICAL else "ordered" if chi < 1 else "chaotic"
-    slope = layer.slope(at)
     return MeanField(q, chi, c, slope, _depth(slope), _depth(slope_c), phase)
 
 
@@ -242,30 +240,27 @@ def critical(activation: Activation, bias_variance: float = 0.0) -> Critical:
     if bias_variance == 0 and all(abs(needed(q)) < _EDGE_NOISE * q for q in (1.0, 1e-6, 1e6)):
         # Homogeneous: every q is a fixed point at the edge, as for ReLU.
         return Critical(1 / _slope_square(activation, 1.0), 1.0)
-    points = []
+
+    def edge(q: float) -> Critical:
+        weight_variance = 1 / _slope_square(activation, q or _ZERO)
+        layer = _Layer(activation, weight_variance, bias_variance)
+        stable = layer.slope(q) <= 1 + _EDGE_NOISE if q else layer.growth(_EDGE_NOISE) <= 0
+        return Critical(weight_variance, q, stable)
+
     vanishing = _slope_square(activation, _ZERO) if bias_variance == 0 else 0.0
     steady = gaussian.second_moment(activation, 0.0, _ZERO) < 2 * vanishing * _ZERO
-    if steady and _EDGE_NOISE < vanishing < math.inf:
-        points.append((vanishing, 0.0))
-    found = [(float(x), _unless_it_overflows(excess, x, math.nan)) for x in range(*_LOG_Q)]
+    edges = [edge(0.0)] if steady and _EDGE_NOISE < vanishing < math.inf else []
+    found = [(x, _unless_it_overflows(excess, x, math.nan)) for x in range(*_LOG_Q)]
     # NaN compares as False; what is within the noise of 0 is no change of sign.
-    told = [
-        (x, y) if abs(y) > _EDGE_NOISE * (math.exp(x) + bias_variance) else (x, math.nan) for x, y in found
-    ]
+    told = [(x, y) for x, y in found if abs(y) > _EDGE_NOISE * (math.exp(x) + bias_variance)]
     for (low, one), (high, other) in itertools.pairwise(told):
-        if one * other < 0:
-            q = math.exp(float(brentq(excess, low, high, xtol=1e-12)))  # pyright: ignore
-            points.append((_slope_square(activation, q), q))
-    if not points:
+        if one * other < 0 and high == low + 1:
+            edges.append(edge(math.exp(float(brentq(excess, low, high, xtol=1e-12)))))  # pyright: ignore
+    if not edges:
         raise ValueError(
             f"no critical point: with bias_variance={bias_variance!r} activation "
             f"{gaussian.name_of(activation)} has no fixed point q at which χ = 1"
         )
-    edges = []
-    for square, q in points:
-        layer = _Layer(activation, 1 / square, bias_variance)
-        stable = layer.slope(q) <= 1 + _EDGE_NOISE if q else layer.growth(_EDGE_NOISE) <= 0
-        edges.append(Critical(1 / square, q, stable))
     return min(edges, key=lambda point: (not point.stable, point.q))
 
 

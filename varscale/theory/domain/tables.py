@@ -69,7 +69,7 @@ class Moments:
         return {"sample_correlation": self.shape[:1], "position_correlation": self.shape[1:-1]}
 
     def second(self) -> np.ndarray:
-        """E[x_i x_j] by which axes agree, shape (2,) * ndim, 0 for "same" and 1 for "different"."""
+        """E[x_i x_j] by which axes agree, 0 for "same" and 1 for "different": shape (2,) * (axes of more than one entry)."""
         square, correlation = float(self.mean) ** 2, np.ones(())
         variance = float(self.second_moment) - square
         for name, axes in (*self._shared().items(), ("features", self.shape[1:][-1:])):
@@ -78,7 +78,7 @@ class Moments:
             apart = np.full((2,) * len(axes), about_mean / max(variance, 1e-300))
             apart[(0,) * len(axes)] = 1.0
             correlation = np.multiply.outer(correlation, apart)
-        return square + variance * correlation
+        return (square + variance * correlation)[tuple(slice(None) if n != 1 else 0 for n in self.shape)]
 
 
 @dataclass(frozen=True, eq=False)

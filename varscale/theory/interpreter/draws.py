@@ -145,9 +145,7 @@ def _input_sampler(model: Any, given: Inputs, params: Any, method: str | None) -
         found = uses(model, given, params=own, method=method)
         tables = [p.shape[0] for p in found if p.role == "embedding"]
     if whole and not tables:
-        raise ValueError(
-            "draws needs inputs of whole numbers as arrays: from a ShapeDtypeStruct their range is not known"
-        )
+        raise ValueError("draws needs inputs of whole numbers as arrays: a ShapeDtypeStruct tells no range")
 
     def sample(key: Any) -> Inputs:
         keys = dict(zip(described, jax.random.split(key, max(len(described), 1)), strict=False))
@@ -162,9 +160,10 @@ def _drawn_input(x: Any, key: Any, tables: Sequence[int]) -> Any:
         return jax.random.randint(key, x.shape, 0, min(tables), x.dtype)
     if isinstance(x, Moments):
         axes = tuple(Axis(n) for n in x.shape if n != 1)
-        second = x.second()[tuple(slice(None) if n != 1 else 0 for n in x.shape)]
         rng = np.random.default_rng(np.asarray(jax.random.key_data(key)).ravel())
-        about_mean = gaussian(second - x.mean**2, axes, [np.arange(axis.size) for axis in axes], 1, rng)[0]
+        about_mean = gaussian(x.second() - x.mean**2, axes, [np.arange(axis.size) for axis in axes], 1, rng)[
+            0
+        ]
         return jnp.asarray(x.mean + about_mean.reshape(x.shape), x.dtype)
     if is_key(x):
         return jax.random.split(key, x.shape) if x.shape else key

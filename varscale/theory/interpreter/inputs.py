@@ -90,8 +90,7 @@ def input_value(interpreter: Context, x: Any, name: str) -> Any:
     if math.prod(shape) == 0:
         raise ValueError(f"{name} has shape {shape}: it is empty")
     if isinstance(x, Moments):
-        second = x.second()[tuple(slice(None) if n != 1 else 0 for n in shape)]
-        table = Table(axes, np.full([1] * len(axes), float(x.mean)), second)
+        table = Table(axes, np.full([1] * len(axes), float(x.mean)), x.second())
         return input_leaf(interpreter, name, shape, table, odd=False)
     if is_key(x):
         key = jax.random.key(MODEL_SEED)

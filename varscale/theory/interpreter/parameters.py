@@ -91,9 +91,8 @@ def output_recipes(jaxpr: Any) -> list[Recipe]:
             own = [tuple(numbers[key, place] for key in keys) if r.keys else () for place, r in inside]
         for place, (var, keys) in enumerate(zip(eqn.outvars, own, strict=True)):
             content = (eqn.primitive, params, place, drawn)
-            known[var] = (
-                Recipe(0, (numbers[content, keys],)) if is_key(var.aval) else Recipe(numbers[content], keys)
-            )
+            made = Recipe(0, (numbers[content, keys],)) if is_key(var.aval) else None
+            known[var] = made or Recipe(numbers[content], keys)
     return [recipe(atom) for atom in jaxpr.outvars]
 
 
@@ -143,10 +142,9 @@ def init_laws(
 def given_parameters(
     interpreter: Interpreter, params: Any, shapes: Any, declared: Sequence[Any]
 ) -> tuple[Any, list[Any]]:
-    """Shapes and values of parameters given as arrays, initializers, variances or `Moments`.
+    """Shapes and values of parameters given as arrays, initializers, variances or `Moments`; `shapes`: the model's, if any.
 
-    `shapes`: a tree, as of the model's own; None for a plain function, which has none. `declared`: the laws of its own init,
-    leaf by leaf, which those of a collection that is not given have.
+    `declared`: the laws of its own init, leaf by leaf, which those of a collection that is not given have.
     """
     given = leaves_by_path(params)
     if shapes is None:
@@ -156,7 +154,7 @@ def given_parameters(
                     f"params[{path!r}] of a plain function must be an array or vs.Moments with a shape, not "
                     f"{x!r}; or give params as a function of a key"
                 )
-        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params, is_leaf=is_law)
+        shapes = abstract(params)
     names = set(shapes) if isinstance(shapes, dict) else set()
     if "params" in names and "params" not in getattr(params, "keys", tuple)():
         params = {"params": params}
@@ -177,12 +175,9 @@ def given_parameters(
 def laws_laid(scheme: Any, variables: Any) -> list[tuple[Any, Any]]:
     """By leaf of a tree the law that a scheme (`varscale.initialization.laws.laid`) lays on it, or None, and the leaf."""
     leaves = jax.tree_util.tree_leaves(variables)
-    named = [
-        (name.path, tuple(leaf.shape), leaf.dtype, name.learned)
-        for name, leaf in zip(named_leaves(variables), leaves, strict=True)
-    ]
-    laws = (hit and hit.law for hit in laid(scheme, named, "scheme"))
-    return list(zip(laws, leaves, strict=True))
+    pairs = zip(named_leaves(variables), leaves, strict=True)
+    named = [(name.path, tuple(leaf.shape), leaf.dtype, name.learned) for name, leaf in pairs]
+    return [(hit and hit.law, leaf) for hit, leaf in zip(laid(scheme, named, "scheme"), leaves, strict=True)]
 
 
 def laid_parameters(interpreter: Interpreter, shapes: Any, values: Sequence[Any], scheme: Any) -> list[Any]:
@@ -219,11 +214,11 @@ def abstract(params: Any) -> Any:
     """The parameters of a plain function, given as `predict` takes them, as abstract arrays; None for None."""
     if is_function(params):
         return jax.eval_shape(params, jax.random.key(MODEL_SEED))
-    return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype) if isinstance(x, Moments) else x,
-        params,
-        is_leaf=is_law,
-    )
+
+    def abstracted(x: Any) -> Any:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype) if isinstance(x, Moments) else x
+
+    return jax.tree.map(abstracted, params, is_leaf=is_law)
 
 
 def is_law(x: Any) -> bool:

@@ -102,9 +102,8 @@ def predict(
         raise ValueError(f"draws must be None or a whole number of networks, 2 or more, not {draws!r}")
     given = faces.as_inputs(x)
     scheme = applied(scheme, model, given, params=abstract(params), method=method)
-    program = faces.program(model, method=method)
     equations = None if detail == "equations" else () if detail == "modules" else detail
-    report = _predicted(program, given, params, scheme, backward, equations)
+    report = _predicted(faces.program(model, method=method), given, params, scheme, backward, equations)
     return report if draws is None else beside_draws(report, model, given, params, draws, method, scheme)
 
 
@@ -228,12 +227,7 @@ def _parameters(
 
 @without_collection()
 def _predicted(
-    program: Program,
-    given: Inputs,
-    params: Any,
-    scheme: Any,
-    backward: bool,
-    equations: Collection[str] | None,
+    program: Program, given: Inputs, params: Any, scheme: Any, backward: bool, detail: Collection[str] | None
 ) -> Report:
     interpreter = Interpreter()
     walked = walkable(interpreter, program, given, params, scheme)
@@ -242,10 +236,9 @@ def _predicted(
         raise ValueError(
             f"model {program.kinds.get('', program.kind)} returns no array: there is nothing to predict"
         )
-    scopes = program.init is None and program.parameters is None
 
     def walk() -> list[Made]:
-        rows = Rows(scopes, equations)
+        rows = Rows(program.init is None and program.parameters is None, detail)
         interpreter.place = Place(rows)
         captured = walked.captured(interpreter)
         interpreter.place = None
@@ -270,9 +263,9 @@ def _predicted(
     if taps is None or not any(isinstance(x, Value) and x.constant is not None for x in rows):
         return first
     interpreter.nudged = True
-    return _settled(interpreter, walk, lambda of: with_gradients(first, gradients_of(interpreter, of, taps)))[
-        0
-    ]
+    return _settled(
+        interpreter, walk, lambda found: with_gradients(first, gradients_of(interpreter, found, taps))
+    )[0]
 
 
 def _settled(

@@ -78,8 +78,8 @@ class Rows:
 
     def add(self, path: str, steps: Sequence[int], kind: str, value: Any, field: str = "") -> None:
         at = "".join(f"@{step}" for step in steps)
-        count = self.counts[kind, path + field + at]
-        self.counts[kind, path + field + at] += 1
+        count = self.counts[key := (kind, path + field + at)]
+        self.counts[key] += 1
         call = path + (f"#{count}" if count else "")
         self.made.append(Made(call, call + at + field, kind, value))
 
@@ -205,7 +205,7 @@ def summarize(
 ) -> Report:
     """The report of a walk, without gradients."""
     kinds = {m.path: m.kind for m in made if m.kind != "module"}
-    rows = []
+    rows = list[Row]()
     for path, x in _arrays(interpreter, made).items():
         module = re.sub(r"(#\d+|@\d+|\[.*\]|\.\w+)+$", "", path)
         kind = kinds.get(path) or program.kinds.get(module, "array" if module else program.kind)
@@ -236,30 +236,19 @@ def _arrays(interpreter: Context, made: Iterable[Made]) -> dict[str, Value]:
 
 
 def _row(path: str, kind: str, x: Value) -> Row:
-    table, infinite = x.node.table, math.inf
-    mean = table.total_mean
-    if table.mean_square >= _UNBOUNDED:  # infinities, which masks put there and a softmax takes away
-        moments = (mean, infinite, infinite, infinite, (0.0, infinite))
-        return Row(path, kind, x.shape, *moments, how="assumed", error_bound=infinite)
+    mean = x.node.table.total_mean
+    if x.node.table.mean_square >= _UNBOUNDED:  # infinities, which masks put there and a softmax takes away
+        moments = (mean, *[math.inf] * 3, (0.0, math.inf))
+        return Row(path, kind, x.shape, *moments, how="assumed", error_bound=math.inf)
     second, typical, (low, high) = of_one_draw(x.node)
     how, error_bound = provenance(x.node)
     # The middle of a band is in doubt, too: of what was drawn by two of the standard errors that bound it.
     reach = math.exp(min(doubt_of(x.node), 1.0) / (2 if how == "sampled" else 1))
+    moments = (mean, second, max(second - mean**2, 0.0), typical, (low / reach, high * reach))
     samples, places = len(x.shape) > 1 and x.shape[0] > 1, math.prod(x.shape[1:-1]) > 1
-    return Row(
-        path,
-        kind,
-        x.shape,
-        mean,
-        second,
-        max(second - mean**2, 0.0),
-        typical,
-        band=(low / reach, high * reach),
-        sample_correlation=_correlation_along(x, x.dims[:1]) if samples else None,
-        position_correlation=_correlation_along(x, x.dims[1:-1]) if places else None,
-        how=cast(How, how),
-        error_bound=error_bound,
-    )
+    across = _correlation_along(x, x.dims[:1]) if samples else None
+    along = _correlation_along(x, x.dims[1:-1]) if places else None
+    return Row(path, kind, x.shape, *moments, across, along, how=cast(How, how), error_bound=error_bound)
 
 
 def of_one_draw(node: Node) -> tuple[float, float, tuple[float, float]]:
@@ -297,10 +286,9 @@ def gradients_of(
 ) -> dict[str, tuple[float, float]]:
     """Gradients at rows, and bounds on their relative errors; asks for a region where near places leave many in doubt."""
     arrays = _arrays(interpreter, made)
-    copies = {
-        path: math.prod(a.size for dim in x.dims for a in dim if a.axis is None) for path, x in arrays.items()
-    }
-    outputs = [path for path in arrays if path == "" or path.startswith("[")] or list(arrays)[-1:]
+    copied = {path: [a.size for dim in x.dims for a in dim if a.axis is None] for path, x in arrays.items()}
+    copies = {path: math.prod(sizes) for path, sizes in copied.items()}
+    outputs = [path for path in arrays if path[:1] in ("", "[")] or list(arrays)[-1:]
     seeds = []
     for path in outputs:
         node = arrays[path].node
@@ -310,8 +298,7 @@ def gradients_of(
     found = cotangents(seeds, [x.node for x in arrays.values()])
     if sum(lost > _MUCH for *_, lost in found.values()) > _MANY * len(found):
         interpreter.regions.ask("", "gradients of windows over near places")
-    gradients = {}
-    held = collections.defaultdict(list)
+    gradients, held = {}, collections.defaultdict(list)
     for path, x in arrays.items():
         if path in taps and taps[path].readers:
             held[x].append(taps[path].chain()[-1])
@@ -323,9 +310,9 @@ def gradients_of(
             shapes = {arrays[end].dims for end in outputs if arrays[end].node is x.node}
             doubt += max(len(shapes) - 1, 0) + copies[path] - 1
             gradient = gradient / copies[path]
-            if path in taps:
-                gradient, doubt = taps[path].share(gradient, doubt)
-                if others := sum(map(taps[path].chain()[-1].is_part, held[x])):
+            if tap := taps.get(path):
+                gradient, doubt = tap.share(gradient, doubt)
+                if others := sum(map(tap.chain()[-1].is_part, held[x])):
                     gradient, doubt = gradient / (1 + others), doubt + UNKNOWN  # as if each had as much
             gradients[path] = gradient, GRADIENT_BASE + doubt
     return gradients
