@@ -228,3 +228,8 @@ def by_level(squares: Float[np.ndarray, "size arrays"]) -> Axis:
     """Positions classed by the second moments that some arrays have there, on a logarithmic scale down to a thousandth."""
     levels = np.log(np.maximum(squares, 1e-30) / np.maximum(squares.max(axis=0), 1e-30) + 1e-3)
     return grouped(np.round(levels / _LEVEL) * _LEVEL)
+
+
+def axes_of(shape: Sequence[int]) -> tuple[Axis, ...]:
+    """Axes of one class each, of the sizes of a shape that are not 1."""
+    return tuple(Axis(int(n)) for n in shape if n != 1)

@@ -18,7 +18,7 @@ from varscale.programs import faces
 from varscale.programs.pieces import is_key
 from varscale.programs.program import Inputs, Program
 from varscale.report import Report, Row
-from varscale.theory.domain.axes import Axis
+from varscale.theory.domain.axes import axes_of
 from varscale.theory.domain.tables import Moments, gaussian
 from varscale.theory.interpreter.parameters import is_function, is_law, laws_laid, leaves_by_path
 from varscale.usage.table import uses
@@ -159,7 +159,7 @@ def _drawn_input(x: Any, key: Any, tables: Sequence[int]) -> Any:
     if jnp.issubdtype(x.dtype, jnp.integer):
         return jax.random.randint(key, x.shape, 0, min(tables), x.dtype)
     if isinstance(x, Moments):
-        axes = tuple(Axis(n) for n in x.shape if n != 1)
+        axes = axes_of(x.shape)
         rng = np.random.default_rng(np.asarray(jax.random.key_data(key)).ravel())
         about_mean = gaussian(x.second() - x.mean**2, axes, [np.arange(axis.size) for axis in axes], 1, rng)[
             0

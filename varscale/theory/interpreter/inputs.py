@@ -22,7 +22,7 @@ from scipy.cluster import hierarchy
 from varscale.programs import faces
 from varscale.programs.faces import Inputs
 from varscale.programs.pieces import is_key
-from varscale.theory.domain.axes import MOST_CLASSES, Axis, labelled
+from varscale.theory.domain.axes import MOST_CLASSES, Axis, axes_of, labelled
 from varscale.theory.domain.tables import Moments, Table, estimate, independent
 from varscale.theory.graph import known_arrays as arrays
 from varscale.theory.graph.expressions import hashed
@@ -85,7 +85,7 @@ def _is_measured(x: Any) -> bool:
 def input_value(interpreter: Context, x: Any, name: str) -> Any:
     """An input as a value: known numbers, or a leaf with its law; ValueError where it contains NaN or infinities."""
     graph, shape = interpreter.graph, tuple(x.shape)
-    axes = tuple(Axis(n) for n in shape if n != 1)
+    axes = axes_of(shape)
     described = isinstance(x, jax.ShapeDtypeStruct)
     if math.prod(shape) == 0:
         raise ValueError(f"{name} has shape {shape}: it is empty")
@@ -98,9 +98,9 @@ def input_value(interpreter: Context, x: Any, name: str) -> Any:
     kind = np.dtype(x.dtype).kind
     if kind == "c":
         # Of one that is only described, two parts that have E|x|² = 1 between them.
-        both = [Moments(0.0, 0.5, shape=shape)] * 2 if described else [np.real(x), np.imag(x)]
-        names = f"{name} (real part)", f"{name} (imaginary part)"
-        return Complex(*(input_value(interpreter, part, of) for part, of in zip(both, names, strict=True)))
+        re, im = [Moments(0.0, 0.5, shape)] * 2 if described else (np.real(x), np.imag(x))
+        re = input_value(interpreter, re, f"{name} (real part)")
+        return Complex(re, input_value(interpreter, im, f"{name} (imaginary part)"))
     if described and kind in "biu":
         return full(graph, 1.0, shape) if kind == "b" else unknown(interpreter, name, shape)
     if described:
@@ -136,7 +136,7 @@ def sample_axis(numbers: Float[np.ndarray, "samples ..."]) -> Axis:
     Samples that are all zero, as paddings are, are a class of their own; of others there are as few classes as keep the
     variance of ln s² within them below `_ALIKE_SCALES`.
     """
-    squares = np.mean(np.square(numbers, dtype=np.float64).reshape(len(numbers), -1), axis=1)
+    squares = np.mean(np.square(numbers, dtype=float).reshape(len(numbers), -1), axis=1)
     positive = squares > 0
     labels, logs = positive.astype(int), np.log(squares[positive])
     if len(logs) < 2:
@@ -149,7 +149,7 @@ def sample_axis(numbers: Float[np.ndarray, "samples ..."]) -> Axis:
         for count in range(2, MOST_CLASSES + 1 - (not positive.all())):
             found = hierarchy.fcluster(tree, count, "maxclust")[nearest] - 1
             labels[positive] = 1 + found
-            means = np.bincount(found, logs) / np.maximum(np.bincount(found), 1)
+            means = np.bincount(found, logs) / np.bincount(found)
             if np.mean((logs - means[found]) ** 2) <= _ALIKE_SCALES:
                 break
     return labelled(labels)
@@ -162,16 +162,14 @@ def known(graph: Graph, const: Any, sources: Sequence[Node] = ()) -> Any:
     values = np.asarray(const)
     if values.dtype.kind == "c":
         return Complex(*(known(graph, part, sources) for part in (np.real(values), np.imag(values))))
-    sizes = [n for n in values.shape if n != 1]
+    squeezed, shape = np.squeeze(values), values.shape
     if sources and values.dtype.kind not in "biu" and np.isfinite(values).all():
-        return value(
-            arrays.computed(graph, values.reshape(sizes), [*map(Axis, sizes)], sources), values.shape
-        )
+        return value(arrays.computed(graph, squeezed, axes_of(shape), sources), shape)
     # A scalar NaN is a literal of the code (jnp.var has one, in a branch not taken).
     if values.ndim and values.dtype.kind == "f" and np.isnan(values).any():
         raise PredictionError("an array of the model contains NaN")
-    values = values if values.dtype.kind in "biu" else values.astype(np.float64)
-    return value(array(graph, values.reshape(sizes)), values.shape)
+    numbers = squeezed if values.dtype.kind in "biu" else squeezed.astype(np.float64)
+    return value(array(graph, numbers), shape)
 
 
 def concrete(x: Any, dtype: Any = None) -> np.ndarray | None:

@@ -22,7 +22,7 @@ import jax
 
 from varscale import _compat
 from varscale.programs.scopes import ends
-from varscale.theory.domain.axes import Axis
+from varscale.theory.domain.axes import axes_of
 from varscale.theory.domain.tables import independent
 from varscale.theory.graph.expressions import roots_of
 from varscale.theory.graph.known_arrays import scales_samples
@@ -55,9 +55,7 @@ class Interpreter:
         self.place: Place | None = None  # where the walk is and keeps rows; None where it keeps none
         self.entering: Any = None  # the equation that is being interpreted there
         self.used: frozenset[Any] = frozenset()  # variables that are read of the jaxpr that is run
-        # Whether tiny random numbers are added to what modules put out where that is one number everywhere:
-        # nothing can be differentiated by it.
-        self.nudged = False
+        self.nudged = False  # whether modules' outputs that are one number get noise, to differentiate by
         self.steps: list[int] = []  # which steps of loops over layers it is in
         self.regions = Regions()  # the scopes that are drawn
         self._places: dict[Any, Place] = {}  # by equation
@@ -102,7 +100,7 @@ class Interpreter:
         kept = [var for found in ended.values() for _, var in found]
         parts = blocks(eqns, outputs, place, regions.drawn, kept, lambda v: is_weight(env.get(v)))
         for places, eqn in parts:
-            count = rows.entered
+            entered = rows.entered
             if regions.changed and regions.waits(place.scope_of(eqn)):  # the next walk draws it
                 env.update((v, placeholder(self, v.aval)) for v in eqn.outvars)
                 continue
@@ -110,7 +108,7 @@ class Interpreter:
             self._step(eqn, env)
             if self.nudged and eqn.primitive.name == "name":
                 env[eqn.outvars[0]] = self._nudge(env[eqn.outvars[0]])
-            if count == rows.entered:
+            if entered == rows.entered:
                 place.note(eqn, env, self.steps)
             for path, steps, field, var in eqn.params["rows"] if eqn.primitive.name == "region" else ():
                 rows.add(path, [*self.steps, *steps], "module", env[var], field)
@@ -131,7 +129,7 @@ class Interpreter:
     def _nudge(self, x: Any) -> Any:
         if not isinstance(x, Value) or x.constant is None or math.prod(x.shape) <= 1:
             return x
-        table = independent(0.0, _NUDGE, tuple(Axis(n) for n in x.shape if n != 1))
+        table = independent(0.0, _NUDGE, axes_of(x.shape))
         nudge = input_leaf(self, f"nudge {self.graph.leaves}", x.shape, table, odd=True)
         return self.elementwise("add", x, nudge)
 
@@ -182,8 +180,7 @@ class Interpreter:
         self, name: Any, shape: Sequence[int], mean: float, second_moment: float, *, odd: bool, **law: Any
     ) -> Value:
         """A new random tensor with independent entries."""
-        axes = [Axis(int(n)) for n in shape if n != 1]
-        return value(leaf(self.graph, name, axes, mean, second_moment, odd=odd, **law), shape)
+        return value(leaf(self.graph, name, axes_of(shape), mean, second_moment, odd=odd, **law), shape)
 
 
 def unruled(interpreter: Interpreter, eqn: Any, *xs: Any) -> list[Any]:

@@ -21,7 +21,7 @@ from varscale.initialization.laws import laid
 from varscale.initialization.laws import name as law_name
 from varscale.programs.pieces import PIECE, is_key
 from varscale.report import Weight
-from varscale.theory.domain.axes import Axis
+from varscale.theory.domain.axes import Axis, axes_of
 from varscale.theory.domain.tables import Moments, Table, estimate, independent
 from varscale.theory.graph.expressions import roots
 from varscale.theory.graph.layout import Value, full, value
@@ -39,11 +39,10 @@ _MAPS = ("linear", "convolution", "depthwise", "lookup")
 
 def leaves_by_path(tree: Any) -> dict[str, Any]:
     """The leaves of a tree, laws among them, by path: joined with "/", without the collection "params" and boxes' values."""
-    found = {}
+    found, of_box = {}, jax.tree_util.GetAttrKey("value")
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_law):
-        keys = [k for k in path if not (isinstance(k, jax.tree_util.GetAttrKey) and k.name == "value")]
-        names = [str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", k)))) for k in keys]
-        found["/".join(names[1:] if names[:1] == ["params"] else names)] = leaf
+        keys = tuple(key for key in path if key != of_box)
+        found[jax.tree_util.keystr(keys, simple=True, separator="/").removeprefix("params/")] = leaf
     return found
 
 
@@ -91,8 +90,8 @@ def output_recipes(jaxpr: Any) -> list[Recipe]:
             own = [tuple(numbers[key, place] for key in keys) if r.keys else () for place, r in inside]
         for place, (var, keys) in enumerate(zip(eqn.outvars, own, strict=True)):
             content = (eqn.primitive, params, place, drawn)
-            made = Recipe(0, (numbers[content, keys],)) if is_key(var.aval) else None
-            known[var] = made or Recipe(numbers[content], keys)
+            made = (0, (numbers[content, keys],)) if is_key(var.aval) else (numbers[content], keys)
+            known[var] = Recipe(*made)
     return [recipe(atom) for atom in jaxpr.outvars]
 
 
@@ -214,11 +213,10 @@ def abstract(params: Any) -> Any:
     """The parameters of a plain function, given as `predict` takes them, as abstract arrays; None for None."""
     if is_function(params):
         return jax.eval_shape(params, jax.random.key(MODEL_SEED))
-
-    def abstracted(x: Any) -> Any:
-        return jax.ShapeDtypeStruct(x.shape, x.dtype) if isinstance(x, Moments) else x
-
-    return jax.tree.map(abstracted, params, is_leaf=is_law)
+    struct = jax.ShapeDtypeStruct
+    return jax.tree.map(
+        lambda x: struct(x.shape, x.dtype) if isinstance(x, Moments) else x, params, is_leaf=is_law
+    )
 
 
 def is_law(x: Any) -> bool:
@@ -234,7 +232,7 @@ def is_function(x: Any) -> bool:
 def _given_parameter(interpreter: Interpreter, x: Any, path: str, struct: Any) -> Any:
     """One parameter, given."""
     shape = tuple(struct.shape)
-    axes = tuple(Axis(n) for n in shape if n != 1)
+    axes = axes_of(shape)
 
     def leaf(table: Table, kurtosis: float = 3.0) -> Value:
         node = interpreter.graph.make(Leaf, table.axes, (), ("given", path))

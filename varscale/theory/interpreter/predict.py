@@ -191,13 +191,13 @@ def walkable(interpreter: Interpreter, program: Program, given: Inputs, params: 
     split = TracedInputs(given)
     inputs, params = split.values(interpreter), program.parameters if params is None else params
     drawn = first_pass(program, split) if params is None and program.start is not None else None
-    if drawn is not None:
+    if drawn:
         shapes, values = drawn.drawing.shapes, init_laws(interpreter, *drawn.drawing[:2], inputs)
     else:
         shapes, values = _parameters(interpreter, program, params, split, inputs)
     if scheme is not None:
         values = laid_parameters(interpreter, shapes, values, scheme)
-    if drawn is not None and drawn.forward is not None:
+    if drawn and drawn.forward:
         return Walkable(drawn.forward, drawn.used, shapes, values, split)
 
     def forward(variables: Any, dynamic: list[Any]) -> Any:
@@ -218,7 +218,7 @@ def _parameters(
                 "params must be given for a plain function: arrays, or a function of a key that returns them"
             )
         return given_parameters(interpreter, params, None, ())
-    trace = traced(lambda x: init(key, split.join(x)) if init is not None else params(key), split.structs)
+    trace = traced(lambda x: init(key, split.join(x)) if init else params(key), split.structs)
     values = init_laws(interpreter, *trace[:2], inputs)
     if init is None or params is None:
         return trace.shapes, values

@@ -31,8 +31,7 @@ _MOST_LAYERS = 64  # steps of a loop over layers that are written out
 class Regions:
     """The scopes of a model that are drawn."""
 
-    # Those asked for so far, by path, with the reason
-    scopes: dict[str, str] = dataclasses.field(default_factory=dict)
+    scopes: dict[str, str] = dataclasses.field(default_factory=dict)  # asked for: the reason by path
     drawn: tuple[str, ...] = ()  # those that were when the walk began
     refused: dict[str, str] = dataclasses.field(default_factory=dict)  # those that cannot be drawn
     walks: int = 0  # how many walks there were
@@ -199,8 +198,8 @@ class _Evaluation:
             if name in _ENTERED and inner is not None:
                 inner_piece = opened(eqn, "", piece)[1] if eqn.params.get("name") == PIECE else piece
                 outs = self._called(inner, ins, inner_piece)
-            elif name == "scan" and self._is_over_layers(eqn, ins):
-                outs = self._layers(eqn.params, ins, piece)
+            elif name == "scan" and (made := self._layers(eqn.params, ins, piece)):
+                outs = made
             elif is_mark(eqn):
                 outs = [self._nudged(ins[0])]
                 path, field = marked_row(eqn, piece, self.steps)
@@ -217,15 +216,13 @@ class _Evaluation:
         self.run(jaxpr.eqns, env, set(), piece)
         return [v.val if _compat.is_literal(v) else env[v] for v in jaxpr.outvars]
 
-    def _is_over_layers(self, eqn: Any, ins: Sequence[Any]) -> bool:
-        """Whether a scan takes a parameter a step, and modules are called in it."""
-        _, _, streams = _compat.scan_operands(eqn.params, ins)
-        stacked = any(x is y for x in streams for y in self.parameters)
-        return stacked and eqn.params["length"] <= _MOST_LAYERS and _has_marks(eqn.params["jaxpr"].jaxpr)
-
     def _layers(self, params: dict[str, Any], ins: Sequence[Any], piece: str) -> list[Any]:
-        """A scan over layers, step by step, whose modules have rows of their own."""
+        """A scan over layers, which takes a parameter a step and has rows for its modules, step by step; [] of others."""
         fixed, carry, streams = _compat.scan_operands(params, ins)
+        if not any(x is y for x in streams for y in self.parameters):
+            return []
+        if params["length"] > _MOST_LAYERS or not _has_marks(params["jaxpr"].jaxpr):
+            return []
         stacked, outer = list[list[Any]](), self.steps
         for step in range(params["length"])[:: -1 if params["reverse"] else 1]:
             self.steps = (*outer, step)

@@ -205,7 +205,7 @@ def summarize(
 ) -> Report:
     """The report of a walk, without gradients."""
     kinds = {m.path: m.kind for m in made if m.kind != "module"}
-    rows = list[Row]()
+    rows = []
     for path, x in _arrays(interpreter, made).items():
         module = re.sub(r"(#\d+|@\d+|\[.*\]|\.\w+)+$", "", path)
         kind = kinds.get(path) or program.kinds.get(module, "array" if module else program.kind)
@@ -245,10 +245,8 @@ def _row(path: str, kind: str, x: Value) -> Row:
     # The middle of a band is in doubt, too: of what was drawn by two of the standard errors that bound it.
     reach = math.exp(min(doubt_of(x.node), 1.0) / (2 if how == "sampled" else 1))
     moments = (mean, second, max(second - mean**2, 0.0), typical, (low / reach, high * reach))
-    samples, places = len(x.shape) > 1 and x.shape[0] > 1, math.prod(x.shape[1:-1]) > 1
-    across = _correlation_along(x, x.dims[:1]) if samples else None
-    along = _correlation_along(x, x.dims[1:-1]) if places else None
-    return Row(path, kind, x.shape, *moments, across, along, how=cast(How, how), error_bound=error_bound)
+    correlations = [_correlation_along(x, dims) for dims in (x.dims[:-1][:1], x.dims[1:-1])]
+    return Row(path, kind, x.shape, *moments, *correlations, how=cast(How, how), error_bound=error_bound)
 
 
 def of_one_draw(node: Node) -> tuple[float, float, tuple[float, float]]:
@@ -270,11 +268,12 @@ def of_one_draw(node: Node) -> tuple[float, float, tuple[float, float]]:
 
 
 def _correlation_along(x: Value, dims: Iterable[Any]) -> float | None:
-    """E[x x'] / E[x²] for pairs that differ in position along `dims` and agree elsewhere."""
-    table = x.node.table
-    axes = [a.axis for dim in dims for a in dim if a.axis is not None]
-    if table.mean_square == 0 or not axes:
-        return 1.0 if table.mean_square else None
+    """E[x x'] / E[x²] for pairs that differ in position along `dims` and agree elsewhere; None where there are none."""
+    table, atoms = x.node.table, [a for dim in dims for a in dim]
+    if table.mean_square == 0 or math.prod(a.size for a in atoms) == 1:
+        return None
+    if not (axes := [a.axis for a in atoms if a.axis is not None]):
+        return 1.0
     free = float(averaging(table.axes, frozenset(axes)) @ table.second.ravel())
     size = math.prod(table.axes[k].size for k in axes)
     # All pairs of positions, less those that agree.
@@ -286,8 +285,9 @@ def gradients_of(
 ) -> dict[str, tuple[float, float]]:
     """Gradients at rows, and bounds on their relative errors; asks for a region where near places leave many in doubt."""
     arrays = _arrays(interpreter, made)
-    copied = {path: [a.size for dim in x.dims for a in dim if a.axis is None] for path, x in arrays.items()}
-    copies = {path: math.prod(sizes) for path, sizes in copied.items()}
+    copies = {
+        k: math.prod(a.size for dim in x.dims for a in dim if a.axis is None) for k, x in arrays.items()
+    }
     outputs = [path for path in arrays if path[:1] in ("", "[")] or list(arrays)[-1:]
     seeds = []
     for path in outputs:
