@@ -19,8 +19,7 @@ from scipy.optimize import brentq
 from varscale import gaussian
 
 Activation = Callable[[jax.Array], jax.Array]
-# Steps of the second moment's map that are taken; then its fixed point is bracketed where it was heading.
-_FOLLOWED = 16
+_FOLLOWED = 16  # steps of a map that are taken; then the second moment's fixed point is bracketed
 _OVERFLOW, _SMALLEST = 1e12, 1e-12  # second moments beyond which a signal counts as exploded or vanished
 _ZERO = 1e-24  # in place of a second moment of 0, where a slope is asked for
 _NOISE = 1e-9  # relative accuracy of an expectation

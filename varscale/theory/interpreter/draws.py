@@ -25,8 +25,7 @@ from varscale.usage.table import uses
 
 _DRAWS_SEED = 0
 _STANDARD_ERRORS = 4.0  # a sound row is further off than its bound and these once in 16000 times
-# Standard deviation of ln(mean square) above which the mean of e^x is ruled by draws that a sample does not
-# hold.
+# Standard deviation of ln(mean square) above which draws that a sample does not hold rule the mean of e^x.
 _RARE = 0.5
 MOST_BYTES = 2**32  # of parameters and outputs
 

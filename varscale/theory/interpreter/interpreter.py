@@ -112,8 +112,9 @@ class Interpreter:
                 place.note(eqn, env, self.steps)
             for path, steps, field, var in eqn.params["rows"] if eqn.primitive.name == "region" else ():
                 rows.add(path, [*self.steps, *steps], "module", env[var], field)
-            for scope, var in (end for i in places for end in ended.get(i, ())):
-                rows.add(scope.path, self.steps, "scope", env[var])
+            for i in places:
+                for scope, var in ended.get(i, ()):
+                    rows.add(scope.path, self.steps, "scope", env[var])
 
     def ask(self, reason: str, *, whole: bool = False) -> bool:
         """Ask for a region of the module that the walk is in, or of the whole model; False where there is none to be had."""

@@ -84,8 +84,7 @@ def output_recipes(jaxpr: Any) -> list[Recipe]:
         params = tuple((name, _identity(x)) for name, x in sorted(eqn.params.items()))
         own = [keys] * len(eqn.outvars)
         if eqn.params.get("name") == PIECE:
-            # It may draw many parameters from one key. That it draws some of them from the same bits is found
-            # when it is interpreted.
+            # It may draw many parameters from one key; which from the same bits, interpreting it will tell.
             inside = enumerate(output_recipes(eqn.params["jaxpr"].jaxpr))
             own = [tuple(numbers[key, place] for key in keys) if r.keys else () for place, r in inside]
         for place, (var, keys) in enumerate(zip(eqn.outvars, own, strict=True)):
@@ -154,10 +153,8 @@ def given_parameters(
                     f"{x!r}; or give params as a function of a key"
                 )
         shapes = abstract(params)
-    names = set(shapes) if isinstance(shapes, dict) else set()
-    if "params" in names and "params" not in getattr(params, "keys", tuple)():
-        params = {"params": params}
-    missing = names - set(params.keys()) if names and hasattr(params, "keys") else set()
+    names, keys = set(shapes) if isinstance(shapes, dict) else set(), {*getattr(params, "keys", tuple)()}
+    missing = names - ({"params"} if "params" in names - keys else keys)
     structs = leaves_by_path(shapes)
     absent = [p for p in structs if p not in given and p.split("/")[0] not in missing]
     extra = [p for p in given if p not in structs]
@@ -273,8 +270,7 @@ def _given_parameter(interpreter: Interpreter, x: Any, path: str, struct: Any) -
     return leaf(measured_law(found.reshape([a.size for a in axes]), axes), kurtosis)
 
 
-# Chances that a mean, and each correlation, of independent entries is taken for real: four and five
-# deviations of a normal.
+# Chances that a mean, and each correlation, of independent entries is taken for real: 4 and 5 deviations.
 _FALSE_MEAN, _FALSE_CORRELATION = 6e-5, 6e-7
 
 

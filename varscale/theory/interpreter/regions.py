@@ -22,8 +22,7 @@ from varscale.theory.interpreter.rows import is_mark, marked_row
 from varscale.theory.rules.registry import sub_jaxpr_of
 
 _PARTS = "/.[#"  # what may follow the path of a module in that of a part of it
-# Calls whose modules have rows of their own.
-_ENTERED = {"jit", "pjit", "remat2", "checkpoint", "closed_call"}
+_ENTERED = {"jit", "pjit", "remat2", "checkpoint", "closed_call"}  # calls whose modules have rows
 _MOST_LAYERS = 64  # steps of a loop over layers that are written out
 
 

@@ -35,8 +35,7 @@ from varscale.theory.rules.registry import CALLS, Complex, Context, sub_jaxpr_of
 
 _LOOPS = {"scan", "while"}
 _BAND, _BELOW = 2.5758, 0.005  # 99 % of a normal, and the share below them
-# Of ln(mean square): beyond that a draw can be anything, and the row's error_bound says so.
-_WIDEST_BAND = 25.0
+_WIDEST_BAND = 25.0  # of ln(mean square): beyond that a draw can be anything, as error_bound says
 # Set on the validation grid, not derived, both: of gradient independence itself, at width 256; of a band
 # where first order finds no fluctuation at all, what second order and a norm's epsilon leave.
 GRADIENT_BASE, _ROUNDING = 0.05, 4e-3
@@ -172,8 +171,9 @@ def through(jaxpr: Any, rows: Sequence[str], own: int) -> dict[str, Tap]:
     ends = jaxpr.outvars[-own:]
     taps: dict[Any, Tap] = {}
     _tapped(live(jaxpr.replace(outvars=ends), jaxpr.eqns), taps)
-    for tap in (tap for atom in ends for tap in _tap(taps, atom).chain()):
-        tap.ends += 1
+    for atom in ends:
+        for tap in _tap(taps, atom).chain():
+            tap.ends += 1
     return {path: _tap(taps, atom) for path, atom in zip(rows, jaxpr.outvars, strict=True)}
 
 
@@ -194,8 +194,9 @@ def _tapped(eqns: Sequence[Any], taps: dict[Any, Tap]) -> None:
             _tapped(called.eqns, own)
             taps.update(zip(eqn.outvars, [_tap(own, v) for v in called.outvars], strict=True))
         else:
-            for tap in (tap for x in ins for tap in x.chain()):
-                tap.readers += 1
+            for x in ins:
+                for tap in x.chain():
+                    tap.readers += 1
             for v in eqn.outvars:
                 _tap(taps, v).sources = ins
 
