@@ -109,9 +109,8 @@ def _pair(f: Activation, series: np.ndarray, square: float, c: float, q: float) 
 
 def _slope_square(activation: Activation, q: float) -> float:
     """E[φ'(√q z)²], infinite where φ jumps."""
-    if gaussian.jumps(activation, 0.0, q):
-        return math.inf
-    return gaussian.derivative_second_moment(activation, 0.0, q)
+    jumps = gaussian.jumps(activation, 0.0, q)
+    return math.inf if jumps else gaussian.derivative_second_moment(activation, 0.0, q)
 
 
 def _fixed_point(layer: _Layer) -> float:

@@ -64,7 +64,10 @@ class TracedInputs:
     def values(self, interpreter: Context) -> list[Any]:
         """Their values; given arrays may go together, and one that is given twice is one."""
         PADDED.put(interpreter.graph, None, filled_shapes(self.arrays))
-        measured = [_is_measured(x) for x in self.arrays]
+        measured = [
+            not isinstance(x, Moments | jax.ShapeDtypeStruct) and jnp.issubdtype(x.dtype, jnp.floating)
+            for x in self.arrays
+        ]
         made, leaves = [], list[Leaf]()
         for k, x in enumerate(self.arrays):
             alike = (j for j in range(k) if measured[j] and measured[k] and np.array_equal(self.arrays[j], x))
@@ -75,11 +78,6 @@ class TracedInputs:
         for leaf in leaves:
             leaf.deps = every
         return made
-
-
-def _is_measured(x: Any) -> bool:
-    """Whether it is an array of real floating-point numbers, whose moments are estimated."""
-    return not isinstance(x, Moments | jax.ShapeDtypeStruct) and jnp.issubdtype(x.dtype, jnp.floating)
 
 
 def input_value(interpreter: Context, x: Any, name: str) -> Any:
@@ -112,7 +110,7 @@ def input_value(interpreter: Context, x: Any, name: str) -> Any:
         return interpreter.known(numbers)
     if len(shape) > 1 and shape[0] > 1:
         axes = (sample_axis(numbers), *axes[1:])
-    numbers = numbers.reshape([a.size for a in axes])
+    numbers = np.squeeze(numbers)
     made = input_leaf(interpreter, name, shape, estimate(numbers, axes), odd=False)
     arrays.measured(made.node, numbers)
     return made

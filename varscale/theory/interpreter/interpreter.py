@@ -50,8 +50,8 @@ _NUDGE = 1e-24  # variance: far below the epsilon of a norm, far above rounding 
 class Interpreter:
     """Interprets jaxprs over one graph."""
 
-    def __init__(self, graph: Graph | None = None):
-        self.graph = graph or Graph()  # the nodes built so far
+    def __init__(self) -> None:
+        self.graph = Graph()  # the nodes built so far
         self.place: Place | None = None  # where the walk is and keeps rows; None where it keeps none
         self.entering: Any = None  # the equation that is being interpreted there
         self.used: frozenset[Any] = frozenset()  # variables that are read of the jaxpr that is run
@@ -118,9 +118,9 @@ class Interpreter:
 
     def ask(self, reason: str, *, whole: bool = False) -> bool:
         """Ask for a region of the module that the walk is in, or of the whole model; False where there is none to be had."""
-        place = self.place
-        scope = "" if whole or place is None else place.scope_of(self.entering)
-        return place is not None and self.regions.ask(scope, reason)
+        if self.place is None:
+            return False
+        return self.regions.ask("" if whole else self.place.scope_of(self.entering), reason)
 
     def ask_for(self, error: PredictionError) -> bool:
         """Ask for a region of the module in which moments could not be worked out; False where there is none to be had."""

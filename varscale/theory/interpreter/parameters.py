@@ -267,7 +267,7 @@ def _given_parameter(interpreter: Interpreter, x: Any, path: str, struct: Any) -
     if not isinstance(found, np.ndarray):
         return found
     kurtosis = float(np.mean(found**4) / np.mean(found**2) ** 2)
-    return leaf(measured_law(found.reshape([a.size for a in axes]), axes), kurtosis)
+    return leaf(measured_law(np.squeeze(found), axes), kurtosis)
 
 
 # Chances that a mean, and each correlation, of independent entries is taken for real: 4 and 5 deviations.

@@ -258,7 +258,7 @@ def _predicted(
         return with_gradients(summarize(interpreter, program, found, weights(laws, uses)), gradients)
 
     first, found = _settled(interpreter, walk, report)
-    first = dataclasses.replace(first, notes=(*first.notes, *interpreter.regions.note))
+    first = dataclasses.replace(first, notes=interpreter.regions.note)
     rows = [m.value for m in found if m.kind in ("module", "scope")]
     if taps is None or not any(isinstance(x, Value) and x.constant is not None for x in rows):
         return first

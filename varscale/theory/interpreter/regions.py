@@ -218,9 +218,8 @@ class _Evaluation:
     def _layers(self, params: dict[str, Any], ins: Sequence[Any], piece: str) -> list[Any]:
         """A scan over layers, which takes a parameter a step and has rows for its modules, step by step; [] of others."""
         fixed, carry, streams = _compat.scan_operands(params, ins)
-        if not any(x is y for x in streams for y in self.parameters):
-            return []
-        if params["length"] > _MOST_LAYERS or not _has_marks(params["jaxpr"].jaxpr):
+        stacked = any(x is y for x in streams for y in self.parameters)
+        if not stacked or params["length"] > _MOST_LAYERS or not _has_marks(params["jaxpr"].jaxpr):
             return []
         stacked, outer = list[list[Any]](), self.steps
         for step in range(params["length"])[:: -1 if params["reverse"] else 1]:

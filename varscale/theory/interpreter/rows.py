@@ -141,7 +141,7 @@ class Tap:
 
     def chain(self) -> list[Tap]:
         """Its names, from this one back to the first, which all that is the array goes through."""
-        return [self, *([] if self.parent is None else self.parent.chain())]
+        return [self, *(self.parent.chain() if self.parent else ())]
 
     def is_made_of(self, other: Tap) -> bool:
         """Whether an array is worked out from another, or is it."""
