@@ -31,12 +31,11 @@ equal weights, one over the number of directions that tokens differ in (`token_g
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from varscale.theory.domain.axes import apply_axis, averaging, contract_axis, outer, shares
+from varscale.theory.domain.axes import apply_axis, averaging, contract_axis, shares
 from varscale.theory.domain.axis_maps import lift_types
 from varscale.theory.domain.tables import full_along, lift
 from varscale.theory.graph.expressions import roots, weighted_sum
@@ -59,9 +58,8 @@ from varscale.theory.propagation.token_gram import (
     white,
 )
 
-# Set on the validation grid, not derived, both. Of what outputs gain by following their queries: overlaps are
-# known to leading order, to a quarter there. Of what tokens share, which moves by the curvature of what made
-# them times the variance of their overlaps: 3 %.
+# Of what tokens share, which moves by the curvature of what made them times the variance of their overlaps;
+# set on the validation grid, not derived.
 SHARED_DOUBT = 0.03
 
 
@@ -72,11 +70,7 @@ class Attention(NamedTuple):
     place: tuple[int, ...]  # where its axes are in the contraction's frame
     values: View  # over that frame
     kept: float  # the mean of what dropout multiplies weights by, squared
-
-    @property
-    def key(self) -> int:
-        """The frame's axis that keys are along."""
-        return self.place[self.weights.params]
+    key: int  # the frame's axis that keys are along
 
     def projections(self) -> Tokens:
         """Values of one head, as tokens."""
@@ -103,8 +97,8 @@ def attention_of(node: Any) -> Attention | None:
                 if drawn and x.node.shares and x.bind[x.node.params] in mask.bind:
                     p, kept = x.within(weights.bind), mask.node.table.total_mean**2
         # Shares of what is not added up, a capsule's of those above it, are no weights of an average.
-        if p.node.shares and len(node.axes) <= p.bind[p.node.params] in v.bind:
-            return Attention(p.node, p.bind, v, kept)
+        if p.node.shares and len(node.axes) <= (key := p.bind[p.node.params]) in v.bind:
+            return Attention(p.node, p.bind, v, kept, key)
     return None
 
 
@@ -125,18 +119,17 @@ def scores(weights: Any) -> Scores | None:
 
 
 def gain_of_queries(weights: Any, notes: BackwardNotes, passed: np.ndarray, kept: np.ndarray) -> float | None:
-    """Second moment that queries' cotangents gain because keys and values see the same tokens (2.).
+    """The share of queries' cotangents that they gain because keys and values see the same tokens (2.), if known.
 
-    Noted for the product of queries and keys, whose pullback adds it. By type of rows, `passed` is what a cotangent has of a
-    key's own, `kept` the mean square that the Jacobian keeps of it. Returns its share of the queries' cotangents, if known.
+    The pullback of the scores adds it. By type of rows, of a key's own a cotangent has `passed`, the Jacobian keeps `kept`.
     """
     found, values = scores(weights), notes.values.get(weights.id)
     if found is None or values is None or (tokens := projected(found.keys)) is None:
         return None
     several = np.clip(1 - (weights.seen * weights.weights.square).sum(-1), 0, 1) ** 2
-    share = overlap(tokens, values) * own_part(found.keys)
-    share /= max(found.keys.node.table.mean_square, 1e-300)
-    gain = share * passed * weights.read(several) * outer(a.agrees for a in weights.row_axes)
+    square = max(found.keys.node.table.mean_square, 1e-300)
+    share = overlap(tokens, values) * own_part(found.keys) / square
+    gain = share * passed * weights.read(several) * weights.own
     own, keys = averaging(weights.row_axes), weights.keys
     part = float(own @ gain.ravel() / max(own @ (gain + kept).ravel(), 1e-300))
     gain = found.slope * np.multiply.outer(gain, keys.agrees / keys.size)
@@ -165,11 +158,10 @@ def logit_scatter(weights: Any) -> float:
     """Relative variance, between queries, of the logits' variance (3.); in a product of both d is counted once."""
     if (found := scores(weights)) is None:
         return 0.0
-    out = 1 / found.keys.count
-    if (tokens := projected(found.keys)) is not None:
-        out += overlap(tokens)
-    if (tokens := projected(found.queries)) is not None:
-        out += overlap(tokens) * (own_part(tokens) / max(tokens.node.table.mean_square, 1e-300)) ** 2
+    keys, queries = projected(found.keys), projected(found.queries)
+    out = 1 / found.keys.count + (0.0 if keys is None else overlap(keys))
+    if queries is not None:
+        out += overlap(queries) * (own_part(queries) / max(queries.node.table.mean_square, 1e-300)) ** 2
     return 2 * out
 
 
@@ -177,12 +169,11 @@ def tilted(node: Any) -> np.ndarray | float:
     """What Σ p v gains because weights and values see the same tokens (1.), by type of the output of a contraction."""
     if (attention := attention_of(node)) is None:
         return 0.0
-    (p, place, v, kept), key, frame = attention, attention.key, node.frame
+    (p, place, v, kept, key), frame = attention, node.frame
     tokens, found = projected(attention.projections()), scores(p)
     if tokens is None or not p.deps & tokens.node.deps:
         return 0.0
     keys = None if found is None else projected(found.keys)
-    # V of what they have in common
     seen_by_both = overlap(tokens) if keys is None else overlap(keys, tokens)
     # What a value varies by along the keys, those of one class compared with each other.
     values, c = full_along(v.second(frame), key, frame[key]), frame[key].classes
@@ -212,7 +203,13 @@ def mixed(node: Contract, x: Tokens) -> Mixture | None:
     heads = math.prod(x.node.axes[k].size for k in x.features if k in attention.place)
     rows = [k for k, row in enumerate(p.rows) if attention.place[row] in x.tokens]
     variance = own_beyond_pairs(p.deviation.mean(-1), p.row_axes, rows)
-    chance = _by_chance(p, rows)
+    # What part of what a row of weights has of its own is due to the logits, not to the keys that it sees.
+    whole = p.seen * p.weights.first
+    mean = whole / whole.sum(-1, keepdims=True)
+    drawn = (p.seen * p.weights.square - mean**2 / np.maximum(p.seen, 1e-300)).sum(-1)
+    squares = contract_axis(p.table.second, p.params, p.keys.same) * p.keys.size
+    own = max(own_beyond_pairs(squares, p.row_axes, rows), 1e-300)
+    chance = float(np.clip(shares(p.row_axes) @ drawn.ravel() / own, 0, 1))
     slope = chance * (variance / math.expm1(variance) if 0 < variance < 50 else float(variance <= 0))
     gain = own_beyond_pairs(np.asarray(tilted(x.node)), x.node.axes, x.tokens)
     tilt = float(np.clip(gain / max(own_part(x), 1e-300), 0, 1))
@@ -224,22 +221,11 @@ def mixed(node: Contract, x: Tokens) -> Mixture | None:
     return Mixture([values, source], [0.0, (1 - tilt) * slope + tilt], noise / heads)
 
 
-def _by_chance(p: Any, rows: Sequence[int]) -> float:
-    """What part of what a row of weights has of its own is due to the logits, the rest being that of the keys that it sees."""
-    whole = p.seen * p.weights.first
-    mean = whole / whole.sum(-1, keepdims=True)
-    drawn = (p.seen * p.weights.square - mean**2 / np.maximum(p.seen, 1e-300)).sum(-1)
-    squares = contract_axis(p.table.second, p.params, p.keys.same) * p.keys.size
-    own = own_beyond_pairs(squares, p.row_axes, rows)
-    return float(np.clip(shares(p.row_axes) @ drawn.ravel() / max(own, 1e-300), 0, 1))
-
-
 def of_alike_keys(weights: View, values: View, node: Any, square: float) -> float:
     """The doubt of taking keys of one class for independent where they are alike: mask tokens, say, which are one row repeated.
 
     With κ what the logits of two keys of a class have in common beyond any two, the weight of a class with the share f of keys
-    varies by f² (1 − f)² κ to leading order, of which independent logits have nothing. The sum over the keys, a contraction of
-    this mean square, varies by that times the mean square by which the class's mean value differs from that of all.
+    varies by f² (1 − f)² κ to leading order: the sum, by that times the mean square of the class's mean value less that of all.
     """
     p: Any = weights.node
     axis, c, place = p.keys, p.keys.classes, weights.bind[p.params]

@@ -42,25 +42,28 @@ _MANY_PARTS = 24  # parts above which they are drawn with what they are joined f
 _SLICED: Fact[int, tuple[int, list[Node] | None]] = Fact()
 
 
-@rule("broadcast_in_dim", entrywise=True)
-def broadcast_rule(interpreter: Context, eqn: Any, x: Value, *_: Value) -> Value:
-    return layout.broadcast_in_dim(x, eqn.params["shape"], eqn.params["broadcast_dimensions"])
+_MOVES = ("broadcast_in_dim", "reshape", "squeeze", "expand_dims", "transpose", "rev", "slice", "tile")
 
 
-@rule("reshape", "squeeze", "expand_dims", entrywise=True)
-def reshape_rule(interpreter: Context, eqn: Any, x: Value, *_: Value) -> Value:
+@rule(*_MOVES, entrywise=True)
+def moved(interpreter: Context, eqn: Any, x: Value, *_: Value) -> Value:
+    """Entries of one array at other places."""
+    p = eqn.params
+    match eqn.primitive.name:
+        case "broadcast_in_dim":
+            return layout.broadcast_in_dim(x, p["shape"], p["broadcast_dimensions"])
+        case "transpose":
+            return layout.transpose(x, p["permutation"])
+        case "rev":  # each position meets another one of the array it was made from
+            return functools.reduce(lambda x, d: take(x, d, x.shape[d] - 1, None, -1), p["dimensions"], x)
+        case "slice":
+            starts, stops, steps = p["start_indices"], p["limit_indices"], p["strides"] or itertools.repeat(1)
+            spans = enumerate(zip(starts, stops, steps, strict=False))
+            return functools.reduce(lambda x, span: take(x, span[0], *span[1]), spans, x)
+        case "tile":  # a leading factor of the dimension along which nothing changes
+            copies = zip(p["reps"], x.dims, strict=True)
+            return Value(x.node, tuple((Atom(n, None), *dim) if n > 1 else dim for n, dim in copies))
     return layout.reshape(x, eqn.outvars[0].aval.shape)
-
-
-@rule("transpose", entrywise=True)
-def transpose_rule(interpreter: Context, eqn: Any, x: Value) -> Value:
-    return layout.transpose(x, eqn.params["permutation"])
-
-
-@rule("rev", entrywise=True)
-def rev(interpreter: Context, eqn: Any, x: Value) -> Value:
-    """Reversal renumbers positions: each meets another one of the array it was made from."""
-    return functools.reduce(lambda x, d: take(x, d, x.shape[d] - 1, None, -1), eqn.params["dimensions"], x)
 
 
 @pullback.register(Take)
@@ -83,22 +86,19 @@ def _slice_adjoint(old: Axis, span: tuple[Any, ...]) -> np.ndarray:
 
 def take(x: Value, d: int, start: int, stop: int | None, step: int = 1) -> Value:
     """x[start:stop:step] along dimension d."""
-    n, dim = x.shape[d], x.dims[d]
+    dim, (n, *after), before = x.dims[d], x.shape[d:], x.shape[:d]
     size = len(range(n)[start:stop:step])
     if size == n and (step == 1 or n == 1):
         return x
     if not size:
-        return layout.full(x.node.graph, 0.0, [0 if k == d else m for k, m in enumerate(x.shape)])
+        return layout.full(x.node.graph, 0.0, (*before, 0, *after))
     if step > 1 and n % step == 0 and start < step and size == n // step:
-        # Every step-th position is one index of a factor of the axis.
-        cut = layout.reshape(x, (*x.shape[:d], n // step, step, *x.shape[d + 1 :]))
-        return layout.reshape(take(cut, d + 1, start, start + 1), (*x.shape[:d], size, *x.shape[d + 1 :]))
+        cut = layout.reshape(x, (*before, n // step, step, *after))  # one index of a factor of the axis
+        return layout.reshape(take(cut, d + 1, start, start + 1), (*before, size, *after))
     inner = math.prod(a.size for a in dim[1:])
     if len(dim) > 1 and step == 1 and stop is not None and start % inner == stop % inner == 0:
-        # A slice along the leading factor of a product, or of blocks of it, is a slice of that factor.
-        apart = layout.reshape(x, (*x.shape[:d], n // inner, inner, *x.shape[d + 1 :]))
-        lead = take(apart, d, start // inner, stop // inner)
-        return layout.reshape(lead, (*x.shape[:d], size, *x.shape[d + 1 :]))
+        cut = layout.reshape(x, (*before, n // inner, inner, *after))  # a slice of the leading factor
+        return layout.reshape(take(cut, d, start // inner, stop // inner), (*before, size, *after))
     x = layout.merged(x, d)
     k, node = x.dims[d][0].axis, x.node
     place = {j: j - (size == 1 and k is not None and j > k) for j in range(len(node.axes))}
@@ -142,10 +142,7 @@ def take_node(node: Node, k: int, start: int, stop: int | None, step: int = 1) -
 
 
 def slice_of_weights(node: Node, k: int, position: int) -> Leaf | None:
-    """One position of an axis of independent weights: weights of their own. None of other nodes, or of one used as a whole.
-
-    What reads the whole afterwards depends on the slices, and is not taken for independent of them.
-    """
+    """One position of an axis of independent weights: weights of their own, on which the whole depends; None of other nodes."""
     if not isinstance(node, Leaf) or node.name[0] == "orthonormal":
         return None
     graph = node.graph
@@ -180,26 +177,21 @@ def _taken_inside(node: Node, k: int, span: tuple[int, int | None, int]) -> Node
     if isinstance(node, Permute):
         at = node.params[k]
         part = take_node(source, at, *span)
-        if len(part.axes) == len(source.axes):
-            return permute(part, node.params)
-        return permute(part, [j - (j > at) for j in node.params if j != at]) if part.axes else part
+        gone = len(part.axes) < len(source.axes)
+        order = [j - (gone and j > at) for j in node.params if not gone or j != at]
+        return permute(part, order) if part.axes else part
     if isinstance(node, Take) and node.params[0] == k and len(node.axes) == len(source.axes):
         left = range(source.axes[k].size)[slice(*node.params[1:])][slice(*span)]
         return take_node(source, k, left.start, left.stop if left.stop >= 0 else None, left.step)
     return None
 
 
-@rule("slice", entrywise=True)
-def slice_(interpreter: Context, eqn: Any, x: Value) -> Value:
-    p = eqn.params
-    spans = zip(p["start_indices"], p["limit_indices"], p["strides"] or (1,) * len(x.dims), strict=True)
-    return functools.reduce(lambda x, span: take(x, span[0], *span[1]), enumerate(spans), x)
-
-
-@rule("split", entrywise=True)
+@rule("split", "unstack", entrywise=True)
 def split_rule(interpreter: Context, eqn: Any, x: Value) -> list[Value]:
-    edges = np.cumsum([0, *eqn.params["sizes"]])
-    return [take(x, eqn.params["axis"], int(a), int(b)) for a, b in itertools.pairwise(edges)]
+    d = eqn.params["axis"]
+    edges = itertools.accumulate(eqn.params.get("sizes", (1,) * x.shape[d]), initial=0)
+    spans = zip(itertools.pairwise(edges), eqn.outvars, strict=True)
+    return [layout.reshape(take(x, d, *span), v.aval.shape) for span, v in spans]
 
 
 @rule("iota", entrywise=True)
@@ -233,9 +225,9 @@ Joined = tuple[View, AxisMap]  # one of several joined arrays, and the map of it
 
 def _parts(xs: Sequence[View], sizes: Sequence[int], axes: Sequence[Axis], k: int) -> list[Joined]:
     """Arrays over a frame, one after another along axis k."""
-    own = [x.node.axes[x.bind.index(k)] if k in x.bind else Axis(n) for x, n in zip(xs, sizes, strict=True)]
-    starts = itertools.accumulate(sizes, initial=0)
-    return [(x, _placed(axis, at, axes[k])) for x, axis, at in zip(xs, own, starts, strict=False)]
+    parts = zip(xs, sizes, itertools.accumulate(sizes, initial=0), strict=False)
+    found = ((x, x.node.axes[x.bind.index(k)] if k in x.bind else Axis(n), at) for x, n, at in parts)
+    return [(x, _placed(own, at, axes[k])) for x, own, at in found]
 
 
 @functools.cache
@@ -249,15 +241,14 @@ def part_of_concat(node: Concat, k: int, start: int, stop: int) -> Node | None:
     along, sizes = node.params
     if k != along:
         return None
-    starts = itertools.accumulate(sizes, initial=0)
-    spans = [(max(start - at, 0), min(stop - at, n)) for at, n in zip(starts, sizes, strict=False)]
-    cut = [(view, *span) for view, span in zip(node.args, spans, strict=True) if span[0] < span[1]]
-    left = [take_view(view, k, first, last) for view, first, last in cut]
-    whole = Axis(stop - start) if len(left) == 1 else labelled(node.axes[k].label_array[start:stop])
+    parts = zip(node.args, itertools.accumulate(sizes, initial=0), sizes, strict=False)
+    spans = [(view, max(start - at, 0), min(stop - at, n)) for view, at, n in parts]
+    cut = [(take_view(view, k, first, last), last - first) for view, first, last in spans if first < last]
+    whole = Axis(stop - start) if len(cut) == 1 else labelled(node.axes[k].label_array[start:stop])
     axes = (*node.axes[:k], whole, *node.axes[k + 1 :])
-    if len(left) > 1:
-        return node.graph.make(Concat, axes, left, (k, tuple(last - first for _, first, last in cut)))
-    child, bind = left[0]
+    if len(cut) > 1:
+        return node.graph.make(Concat, axes, [view for view, _ in cut], (k, tuple(n for _, n in cut)))
+    child, bind = cut[0][0]
     missing = [j for j, axis in enumerate(axes) if j not in bind and axis.size > 1]
     if missing and not isinstance(child, Constant):  # along those axes it is constant
         child, bind = broadcast(child, (*child.axes, *(axes[j] for j in missing))), (*bind, *missing)
@@ -313,12 +304,13 @@ def cross_by_kind_of_concat(node: Concat, a: View, b: View, frame: Sequence[Axis
 @pullback.register(Concat)
 def pullback_of_concat(node: Concat, cotangent: np.ndarray, notes: BackwardNotes) -> list[np.ndarray | None]:
     """Of each part the slice of the cotangent."""
-    (k, sizes), out = node.params, list[np.ndarray | None]()
-    for view, where in _parts(node.args, sizes, node.axes, k):
-        own = (*node.axes[:k], where.inner, *node.axes[k + 1 :])
-        part = apply_axis(cotangent, k, adjoint(pair_counts(where), where.out, where.inner))
-        out.append(None if isinstance(view.node, Constant) else sum_out(part, own, view))
-    return out
+    (k, sizes), axes = node.params, node.axes
+    parts = _parts(node.args, sizes, axes, k)
+    back = [apply_axis(cotangent, k, adjoint(pair_counts(at), at.out, at.inner)) for _, at in parts]
+    return [
+        None if isinstance(v.node, Constant) else sum_out(x, (*axes[:k], at.inner, *axes[k + 1 :]), v)
+        for x, (v, at) in zip(back, parts, strict=True)
+    ]
 
 
 @propagated.register(Concat)
@@ -334,11 +326,12 @@ def concatenate(graph: Any, xs: Sequence[Value], d: int) -> Value:
     xs = [layout.merged(x, d) for x in xs]
     sizes, rank = [x.shape[d] for x in xs], len(xs[0].dims)
     # The other dimensions must be factored alike: align them, each one's own being a further dimension.
+    empty = [()] * len(xs)
     apart = [
-        (*x.dims[:d], (), *x.dims[d + 1 :], *(x.dims[d] if i == j else () for j in range(len(xs))))
+        Value(x.node, (*x.dims[:d], (), *x.dims[d + 1 :], *empty[:i], x.dims[d], *empty[i + 1 :]))
         for i, x in enumerate(xs)
     ]
-    frame, views, dims = layout.align([Value(x.node, own) for x, own in zip(xs, apart, strict=True)])
+    frame, views, dims = layout.align(apart)
     own = [next((atom.axis for atom in dim), None) for dim in dims[rank:]]
     others = [k for k in range(len(frame)) if k not in own]
     parts = [np.zeros(n, int) if k is None else frame[k].label_array for k, n in zip(own, sizes, strict=True)]
@@ -364,24 +357,11 @@ def concatenated(interpreter: Context, xs: Sequence[Value], d: int) -> Value:
 
 @rule("concatenate", "stack")
 def concatenate_rule(interpreter: Context, eqn: Any, *xs: Value) -> Value:
-    """One after another along a dimension, which of a stack is a new one."""
+    """One after another along a dimension, a new one of a stack."""
     (d,) = eqn.params.values()
     if eqn.primitive.name == "stack":
         xs = tuple(layout.reshape(x, (*x.shape[:d], 1, *x.shape[d:])) for x in xs)
     return concatenated(interpreter, xs, d)
-
-
-@rule("unstack")
-def unstack(interpreter: Context, eqn: Any, x: Value) -> list[Value]:
-    d = eqn.params["axis"]
-    return [layout.reshape(take(x, d, i, i + 1), v.aval.shape) for i, v in enumerate(eqn.outvars)]
-
-
-@rule("tile", entrywise=True)
-def tile(interpreter: Context, eqn: Any, x: Value) -> Value:
-    """Copies one after another: a leading factor of the dimension along which nothing changes."""
-    copies = zip(eqn.params["reps"], x.dims, strict=True)
-    return Value(x.node, tuple((Atom(n, None), *dim) if n > 1 else dim for n, dim in copies))
 
 
 @rule("pad")

@@ -51,18 +51,17 @@ _FEW_STEPS = 4  # of a loop over time that are taken one by one
 
 @rule("scan")
 def scan(interpreter: Context, eqn: Any, *xs: Any) -> list[Any]:
-    """A scan over layers step by step; one over time, where the same weights act at every step, as a region.
-
-    Outputs that are not read, and what only they depend on, are left out (None): an init's steps draw weights, no more.
-    """
+    """A scan over layers step by step, over time (the same weights at every step) as a region; what is not read is None."""
     p, (jaxpr, literals) = eqn.params, _compat.sub_jaxpr(eqn.params["jaxpr"])
     kept = _needed(jaxpr, p, [v in interpreter.used for v in eqn.outvars])
     fixed, carry, streams = _compat.scan_operands(p, xs)
     values = [x for x in streams if isinstance(x, Value)]
-    # Whether a stream is made of weights that differ from step to step.
-    read = [(x.dims[0], leaf, bind) for x in values for leaf, bind in roots(x.node) if isinstance(leaf, Leaf)]
-    drawn = [(dim, bind) for dim, leaf, bind in read if not (leaf.is_input or leaf.is_bits)]
-    layers = any(atom.axis in bind for dim, bind in drawn for atom in dim)
+    layers = any(  # a stream is made of weights that differ from step to step
+        isinstance(leaf, Leaf) and not (leaf.is_input or leaf.is_bits) and atom.axis in bind
+        for x in values
+        for leaf, bind in roots(x.node)
+        for atom in x.dims[0]
+    )
     if not layers and any(kept[: len(carry)]) and p["length"] > _FEW_STEPS:
         if any(meets_itself(x.node) for x in values):
             interpreter.ask("a loop over steps that share what they read", whole=True)

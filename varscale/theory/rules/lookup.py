@@ -4,9 +4,8 @@ Whole numbers of which only the shape is given are ids and lengths. Ids are unif
 the identity matrix, looked up by id. Masks are all true: an id is a valid one and no padding (`ids != 0`, `ids < n`), a length
 is the whole (`arange(n) < lengths`). What else is done with such numbers takes them for standard normals, in doubt.
 
-Given ids may fill up rows to one length. Whether a place is padding depends on its row and its position together: rows of one
-length are a class, and so are positions between two lengths. Of more lengths than a few, those most alike are one class, and
-what that leaves out is in doubt.
+Given ids may fill up rows to one length. Whether a place is padding depends on its row and position together: rows of a length
+are a class, and so are positions between two lengths. Of many lengths those most alike are one class, with a doubt.
 """
 
 from __future__ import annotations
@@ -79,12 +78,12 @@ def second_moments_of_gather(node: Gather) -> Table:
 
 @cross_by_kind.register(Gather)
 def cross_by_kind_of_gather(node: Gather, a: View, b: View, frame: Sequence[Axis]) -> np.ndarray | None:
-    """Two lookups of tables with the same rows: any index of one meets any of the other; in doubt where both are known."""
+    """Two lookups of tables with the same rows: any index of one meets any of the other; None where both are known."""
     other, x, rows = b.node, node.argument, node.params.row_axes
     if not isinstance(other, Gather) or (node.known is not None and other.known is not None):
         return None
     y, kept = other.argument, [k for k in range(len(x.axes)) if k not in rows]
-    if x.axes != y.axes or rows != other.params.row_axes:
+    if (x.axes, rows) != (y.axes, other.params.row_axes):
         return None
     places, others = ([v.bind[v.node.args[0].bind[k]] for k in kept] for v in (a, b))
     table = contract_axes(cross(x.whole, y.whole, x.axes), {k: x.axes[k].any_pair for k in rows})
@@ -99,7 +98,7 @@ def pullback_of_gather(node: Gather, cotangent: np.ndarray, notes: BackwardNotes
     pairs = outer(a.pairs for a in node.indexed)
     parts = pairs * rate / rows, pairs * (1 - rate) / max(rows * (rows - 1), 1)
     same, other = (np.tensordot(part, cotangent, axes=len(index_axes)) for part in parts)
-    # Row axes come first, then the others in the order of this node's axes; they go where the table has them.
+    # Row axes first, then the others in the order of this node's axes.
     picked = sorted(row_axes)
     kept = sorted(set(range(len(bind))) - set(picked), key=bind.__getitem__)
     own = outer(source.axes[k].agrees for k in picked)
@@ -133,7 +132,7 @@ def gather(interpreter: Context, eqn: Any, x: Value, ids: Value) -> Any:
         return layout.full(interpreter.graph, x.constant, shape)
     known, picked = interpreter.concrete(ids), d.start_index_map
     if known is not None and known.size == known.shape[-1]:
-        starts = dict(zip(picked, known.ravel().astype(int), strict=True))
+        starts = dict(zip(picked, known.ravel(), strict=True))
         return layout.reshape(_slice_at(x, starts, sizes), shape)
     if in_order(x.node):
         return drawn_region(interpreter, eqn, (x, ids), "steps of a loop are picked, which differ")
@@ -151,31 +150,24 @@ def rows_by_index(
     offsets: Sequence[int],
     shape: Sequence[int],
 ) -> Value:
-    """Rows of a table x along its dimensions `picked`, by indices whose last dimension is along these.
-
-    Its other dimensions are at `offsets` of the result, which has this shape; the rest are those of the indices.
-    """
+    """Rows of a table x along dimensions `picked`, by the indices' last; its others are at `offsets` of the result's shape."""
     graph, known, count = interpreter.graph, interpreter.concrete(ids), len(picked)
-    # The dimensions of the rows first; in what is made of it, those of the indices.
     x = layout.transpose(x, [*picked, *(d for d in range(len(x.dims)) if d not in picked)])
     x, batch = layout.separated(x), [d for d in range(len(shape)) if d not in offsets]
     order, sizes, rows = np.argsort([*batch, *offsets]).tolist(), [shape[d] for d in batch], x.shape[:count]
     cut = x.dims[:count], x.dims[count:]
     row_axes, kept = ([a.axis for dim in dims for a in dim if a.axis is not None] for dims in cut)
     if known is None:
-        # They differ along the axes that they run over, and repeat along those that they are broadcast on.
         own = [atom.axis for dim in ids.dims[: len(batch)] for atom in dim if atom.axis is not None]
         axes, rates, which = [Axis(ids.node.axes[k].size) for k in own], None, ids.node
         lines = layout.renumbered(ids.dims[: len(batch)], {k: i for i, k in enumerate(own)})
-        # Behind the wrap-around of negative ones, the random or known index.
         while len(inner := roots(which)) == 1 and inner[0].node is not which:
-            which = inner[0].node
+            which = inner[0].node  # behind the wrap-around of negative ones
     else:
         line = np.ravel_multi_index(tuple(known.reshape(-1, count).astype(int).T), rows, mode="clip")
         table, places = line.reshape([n for n in sizes if n > 1]), itertools.count()
         lines = [(Atom(n, next(places)),) if n > 1 else () for n in sizes]
         if table.ndim == count == len(row_axes) == 1 and (axis := x.node.axes[row_axes[0]]).classes > 1:
-            # Rows of unlike classes: a map of the axis.
             found = entry_map(np.arange(len(line)), line, labelled(axis.label_array[line]), axis)
             dims = (*layout.renumbered(lines, {0: row_axes[0]}), *x.dims[1:])
             return layout.transpose(Value(mapped(x.node, row_axes[0], found), dims), order)
@@ -237,16 +229,14 @@ def _one_hot(interpreter: Context, shape: Sequence[int], x: Value, y: Value) -> 
     rest = [n for k, n in enumerate(shape) if k != d]
     ids = layout.broadcast_in_dim(Value(x.node, (*x.dims[:d], *x.dims[d + 1 :])), rest, range(len(rest)))
     found = rows_by_index(interpreter, interpreter.known(np.eye(shape[d])), ids, (0,), (d,), shape)
-    # One or nothing, and neither normal nor lognormal.
-    found.node.drawn = (special.ndtr(Z) >= 1 - 1 / shape[d]).astype(float)
+    found.node.drawn = (special.ndtr(Z) >= 1 - 1 / shape[d]).astype(float)  # one or nothing
     return found
 
 
 def filled_up(ids: Int[np.ndarray, "rows positions"]) -> Bool[np.ndarray, "rows positions"] | None:
     """Where rows are filled up, behind or in front, by one value; None where they are not.
 
-    Where a share q of the other ids is of that value, rows end by chance in runs of it of mean length q/(1 − q) and variance
-    q/(1 − q)².
+    Of a share q of the other ids, rows end by chance in runs of mean length q/(1 − q) and variance q/(1 − q)².
     """
     if len(np.unique(ids)) < 3:  # a mask is no array of ids
         return None
@@ -269,7 +259,7 @@ def filled_up(ids: Int[np.ndarray, "rows positions"]) -> Bool[np.ndarray, "rows 
 
 def filled_shapes(given: Sequence[Any]) -> frozenset[tuple[int, ...]]:
     """The shapes (rows, positions) of given arrays of ids that are filled up."""
-    arrays = (x for x in given if isinstance(x, np.ndarray | jax.Array) and np.ndim(x) > 1 and np.size(x) > 1)
+    arrays = (x for x in given if isinstance(x, np.ndarray | jax.Array) and x.ndim > 1 and x.size > 1)
     ids = [_as_rows(x) for x in arrays if jnp.issubdtype(x.dtype, jnp.integer)]
     return frozenset(rows.shape for rows in ids if filled_up(rows) is not None)
 
@@ -311,10 +301,7 @@ def padded(graph: Graph) -> frozenset[tuple[int, ...]]:
 
 
 def repeat_rates(ids: Int[np.ndarray, "..."], axes: Sequence[Axis]) -> Float[np.ndarray, "..."]:
-    """P(ids_i = ids_j) by type of pair, of ids that are not negative: counts of equal pairs, axis by axis.
-
-    Pairs that agree on some axes and are of one value are Σ n_c n_c', with n_c of that value there in class c.
-    """
+    """P(ids_i = ids_j) by type of pair, of ids ≥ 0: Σ n_c n_c' over values and what axes agree on, n_c of them in class c."""
     rank, places, cells = ids.ndim, np.indices(ids.shape).reshape(ids.ndim, -1), [a.classes for a in axes]
     labels = tuple(axis.label_array[at] for axis, at in zip(axes, places, strict=True))
     out, classes = np.zeros([axis.types for axis in axes]), np.ravel_multi_index(labels, cells)

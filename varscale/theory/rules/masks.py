@@ -33,20 +33,19 @@ def logits(view: View, axes: Sequence[Axis]) -> tuple[View | None, View | None]:
     node = total(graph, [c for c, _ in terms], tuple(axes), [v for _, v in terms])
     if isinstance(node, Constant):
         return None, None
-
-    def product() -> Node:
-        return array(graph, functools.reduce(np.multiply, known).squeeze())
-
     known = [over_frame(m.node.values, m.bind, len(axes)) for m in masks if isinstance(m.node, Array)]
-    mask = _MASKS.once(graph, (*masks, len(axes)), product) if known else None
+    if not known:
+        return node.whole, None
     frame = tuple(k for k in range(len(axes)) if any(m.shape[k] > 1 for m in known))
-    return node.whole, (View(mask, frame) if isinstance(mask, Array) else None)
+    key = (*masks, len(axes))
+    mask = _MASKS.once(graph, key, lambda: array(graph, functools.reduce(np.multiply, known).squeeze()))
+    return node.whole, View(mask, frame) if isinstance(mask, Array) else None
 
 
 def _random_terms(view: View, masks: list[View]) -> list[tuple[float, View]]:
-    """The terms of logits but for masks, which are appended to `masks`, and for what all keys share: numbers, the largest.
+    """The terms of logits but for masks, which go to `masks`, and for what all keys share: numbers, the largest.
 
-    A mask among them is below `MASKED`, or of two numbers, the lower of which leaves a key nothing (windows that meet: −100).
+    A mask is below `MASKED`, or of two numbers, the lower of which leaves a key nothing (windows that meet: −100).
     """
     node, bind = view
     if all(isinstance(root.node, Extreme) for root in roots(node)):
@@ -80,10 +79,7 @@ def _above(known: Array, level: float, above: bool = True) -> Node:
 def keys_seen(
     mask: Array, bind: tuple[int, ...], axes: tuple[Axis, ...], key: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Keys that a row sees, by class of the rows and of the keys; keys that two rows share, by type of the rows and class.
-
-    The number of keys enters as 1/n, so that is what is averaged within a class.
-    """
+    """Keys that a row sees, by class of both; keys that two rows share, by type and class. 1/n is averaged within a class."""
     left, across = [b for b in bind if b != key], tuple(k for k, b in enumerate(bind) if b == key)
     members = mask.values.sum(axis=across) * (1 if across else axes[key].size)
     table, number = estimate(mask.values, [axes[b] for b in bind]), axes[key].counts
@@ -123,10 +119,7 @@ def rows_filled(mask: Array, bind: tuple[int, ...], key: int) -> list[View]:
 
 
 def row_classes(frame: tuple[Axis, ...], random: View, allowed: View, key: int) -> tuple[Axis, ...]:
-    """Rows that see different numbers of keys belong to different classes, evenly in the logarithm of that number.
-
-    Where other axes have classes, too, there are as many as leave room for the product of queries and keys of the next layer.
-    """
+    """Axes with rows classed evenly in the logarithm of how many keys they see, as finely as the next layer's scores allow."""
     left = [b for b in allowed.bind if b != key]
     summed = [v.node.params for _, v in weighted_sum(random)[0] if isinstance(v.node, Contract)]
     features = max(summed, key=lambda found: math.prod(axis.types for axis in found), default=())
@@ -144,8 +137,7 @@ def row_classes(frame: tuple[Axis, ...], random: View, allowed: View, key: int) 
 def _classes_by_keys(mask: Array, bind: tuple[int, ...], key: int, most: int) -> list[Axis]:
     """The axes of a mask besides those of the keys, classed by how many keys a position sees."""
     seen = mask.values.sum(axis=tuple(k for k, b in enumerate(bind) if b == key))
-    # who sees none is in no class with others
-    level = np.where(seen > 0, np.log(np.maximum(seen, 1.0)), -1.0)
+    level = np.where(seen > 0, np.log(np.maximum(seen, 1.0)), -1.0)  # who sees none is in no other's class
     means = [level.mean(axis=tuple(j for j in range(level.ndim) if j != i)) for i in range(level.ndim)]
     spans = [span if (span := np.ptp(x)) > 0.01 else math.inf for x in means]
     bins = ((most * (x - x.min()) / span).astype(int) for x, span in zip(means, spans, strict=True))

@@ -72,7 +72,7 @@ def law(node: Node) -> ParameterLaw | None:
 
 
 def _scaled_law(node: Node) -> ParameterLaw | None:
-    """The law of a weight over positive numbers made of it, which many entries make (a spectral norm): taken for constants."""
+    """The law of a weight over positive numbers made of many entries of it (a spectral norm), which are taken for constants."""
     parts = factors(node.whole)[1]
     drawn = [law(view.node) for view in parts if len(view.bind) == len(node.axes)]
     scales = [view for view in parts if not view.bind and view.node.positive]
@@ -85,10 +85,7 @@ def _scaled_law(node: Node) -> ParameterLaw | None:
 
 
 def as_weight(interpreter: Context, x: Value) -> Value:
-    """A parameter drawn by a chain on random bits, as a leaf with the law of that chain; else what it was.
-
-    Draws of one law times known numbers, one a layer, say, are such a leaf times these.
-    """
+    """A parameter drawn by a chain on random bits, as a leaf of that law, times known numbers in it; else what it was."""
     (graph, node), (scale, parts) = (interpreter.graph, x.node), factors(x.node.whole)
     if known := [view for view in parts if isinstance(view.node, Array)]:
         drawn = [view.node for view in parts if view not in known]
@@ -97,8 +94,8 @@ def as_weight(interpreter: Context, x: Value) -> Value:
             return x
         made = Value(affine(weight, scale, 0.0), x.dims)
         for source, bind in known:
-            numbers = Value(source, renumbered(x.dims, {b: k for k, b in enumerate(bind)}))
-            made = interpreter.elementwise("mul", made, numbers)
+            dims = renumbered(x.dims, {b: k for k, b in enumerate(bind)})
+            made = interpreter.elementwise("mul", made, Value(source, dims))
         return made
     steps = STACKED.get(graph, (node.id, x.dims))  # drawn by a scan, a slice a step
     found, *others = {law(part.node) or _scaled_law(part.node) for part in steps or [x]}

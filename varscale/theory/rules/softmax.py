@@ -26,7 +26,7 @@ from varscale.theory.integrals.softmax import (
     weighed_in_both,
     weight_moments,
 )
-from varscale.theory.propagation.inherited_fluctuations import NONE, Spread, propagated
+from varscale.theory.propagation.inherited_fluctuations import NONE, propagated
 from varscale.theory.propagation.marginals import along, concentrated, marginal
 from varscale.theory.propagation.pullbacks import sum_out
 from varscale.theory.rules.attention import gain_of_queries, key_directions, logit_scatter
@@ -35,26 +35,20 @@ from varscale.theory.rules.lookup import padded
 from varscale.theory.rules.masks import keys_apart, keys_seen, logits, row_classes, rows_filled
 from varscale.theory.rules.registry import Context, recognise
 
-# Variance of logits from where on the largest of them has all the weight, but for the reciprocal of its root.
-_LARGEST = 1e4
+_LARGEST = 1e4  # variance of logits s² from where on the largest of them has all the weight but 1/s
 _NO_LOGITS = 1e8  # what numbers that hide keys (−10⁹) give them, where it is not known which they hide
 _PLACED_DOUBT = 1.5  # of cotangents where weights and values share tokens whose overlaps are not known; set
 
 _WEIGHTS: Fact[Hashable, WeightMoments] = Fact()
-_WINDOWS: Fact[None, int] = Fact()  # masks whose rows share more keys with those near them
+_WINDOWS: Fact[None, bool] = Fact()  # whether a mask's rows share more keys with those near them
 
 
 class Softmax(Node):
-    """Softmax along an axis of its logits, the keys'; `params` is that axis. Args: logits[, mask[, rows]].
+    """Softmax along an axis `params` of its logits, the keys'. Args: logits[, mask[, rows]].
 
-    Rows that the last is 0 for have equal logits: a mask has hidden all of them.
-
-    Attributes:
-        keys: the axis along which the weights add up to 1.
-        rows: the places of its other axes, `row_axes`: samples, heads and queries.
-        seen: keys that a row sees: by its class, and by the class of key.
-        shared: keys that two rows share: by their type, and by the class of key.
-        directions: of the sphere that the tokens lie on which keys are projections of (`key_directions`).
+    Rows that the last is 0 for have equal logits: a mask has hidden all of them. The other axes, `row_axes` at the places
+    `rows`, are samples, heads and queries. By class of key, a row sees so many keys (`seen`, by its class), and two rows share
+    so many (`shared`, by their type); `own` is 1 of a row with itself.
     """
 
     how = "quadrature"
@@ -65,6 +59,7 @@ class Softmax(Node):
         self.positive, self.keys = True, self.axes[self.params]
         self.rows = [k for k in range(len(self.axes)) if k != self.params]
         self.row_axes, number = tuple(self.axes[k] for k in self.rows), self.keys.counts
+        self.own = outer(a.agrees for a in self.row_axes)
         masks = [view for view in self.args[1:2] if isinstance(view.node, Array)]
         seen, shared = keys_seen(*masks[0], self.axes, self.params) if masks else (number, number)
         self.seen = np.broadcast_to(seen, [*(a.classes for a in self.row_axes), len(number)])
@@ -86,35 +81,27 @@ class Softmax(Node):
 
     @functools.cached_property
     def weights(self) -> WeightMoments:
-        """Weight moments for each class of row, averaged over the variances that queries of different norms give the logits.
-
-        These are normal to leading order: three-point Gauss-Hermite rule, weights 2/3, 1/6, 1/6.
-        """
-        # Gauss and Hermite's step: √3 relative deviations of the logits' variance between queries.
+        """Weight moments by class of row, averaged over queries' variances of logits by a three-point Gauss-Hermite rule."""
         spread = min(math.sqrt(3.0 * logit_scatter(self)), 0.95)
         nodes = np.array([1.0, 1 + spread, max(1 - spread, 0.05)]).reshape(3, *[1] * self.variance.ndim)
-        # Rows see the same keys: where variances agree to three digits, one quadrature serves them all, and
-        # other layers too.
+        # Where variances agree to three digits, one quadrature serves all rows, and other layers too.
         members = np.broadcast_to(_rounded(self.seen, 5), (3, *self.seen.shape))
         variances = _rounded(nodes * np.minimum(self.variance, _LARGEST), 3)
         directions = float(_rounded(np.array(self.directions), 2)) if self.directions < 1e4 else math.inf
         key = (members.shape, members.tobytes(), variances.tobytes(), directions)
         found = _WEIGHTS.once(self.graph, key, lambda: weight_moments(members, variances, directions))
-        # Of what goes with the logits' variance only its ratio to that is used, query by query.
+        # What goes with the logits' variance is used as its ratio to that.
         found = found._replace(pull=found.pull / nodes[..., 0], own_pull=found.own_pull / nodes[..., 0])
         return WeightMoments(*(np.tensordot([2 / 3, 1 / 6, 1 / 6], x, axes=1) for x in found))
 
     @functools.cached_property
     def tilt(self) -> np.ndarray:
-        """What the weights gain along the logits' direction, τ = E[(Σ p l)²]/s² − Σ p², times the rows' correlation.
-
-        On a sphere what is left across a direction falls with what is along it: there Σ p² l²/s² is in place of Σ p².
-        """
-        by_rows = self.deviation.mean(-1)
+        """Weights' gain along the logits, E[(Σ p l)²]/s² − Σ p² (on a sphere − Σ p² l²/s²), times the rows' correlation."""
+        by_rows, weights = self.deviation.mean(-1), self.weights
         variance = np.maximum(self.of_one(by_rows), 1e-12)
-        square = (self.seen * self.weights.square).sum(-1)
-        across = square if self.directions == math.inf else self.weights.own_pull / variance
-        gain = np.maximum(self.weights.pull / variance - across, 0.0)
+        normal = self.directions == math.inf
+        across = (self.seen * weights.square).sum(-1) if normal else weights.own_pull / variance
+        gain = np.maximum(weights.pull / variance - across, 0.0)
         return self.read(gain) * np.clip(by_rows / self.read(variance), -1, 1)
 
     def read(self, by_class: np.ndarray, *, second: bool = False) -> np.ndarray:
@@ -131,28 +118,25 @@ class Softmax(Node):
 def second_moments_of_softmax(node: Softmax) -> Table:
     if node.deviation.max() > _NO_LOGITS:
         node.graph.flag("assumed", UNKNOWN)
-    seen, weights, c = node.seen, node.weights, node.keys.classes
+    seen, weights, c, read = node.seen, node.weights, node.keys.classes, node.read
     share = seen * weights.first  # Σ of E[p] over a class of keys
     share = share / share.sum(-1, keepdims=True)
     # A row with itself.
-    n, diagonal, square = node.read(seen), np.eye(c, dtype=bool), node.read(weights.square)
+    n, diagonal, square = read(seen), np.eye(c, dtype=bool), read(weights.square)
     same = n * square
-    other = (n[..., :, None] * n[..., None, :] - diagonal * n[..., None]) * node.read(weights.pair)
+    other = (n[..., :, None] * n[..., None, :] - diagonal * n[..., None]) * read(weights.pair)
     other *= ((1 - same.sum(-1)) / np.maximum(other.sum((-1, -2)), 1e-300))[..., None, None]
-    # Two rows. The excess of one key's weights in both: exact for equal logits, lognormal in their covariance
-    # between.
+    # Two rows. The excess of one key's weights in both: exact for equal logits, lognormal between.
     each = share / np.maximum(seen, 1e-300)
-    (shares, ahead), (others, behind) = (
-        [node.read(x, second=j) for x in (share, each)] for j in (False, True)
-    )
-    variance = node.read(node.variance)
+    (shares, ahead), (others, behind) = ([read(x, second=j) for x in (share, each)] for j in (False, True))
+    variance = read(node.variance)
     most = np.minimum(variance, 50)
     excess = np.where(n > 0, square / np.maximum(ahead**2, 1e-300) - 1, 0.0)
     excess = excess * np.expm1(np.clip(node.deviation, -variance, most)) / np.expm1(most)
     both = node.shared * ahead * behind * (1 + excess)
     both = both * np.minimum(1.0, 1.0 / np.maximum(both.sum(-1, keepdims=True), 1e-300))
     unlike = shares[..., :, None] * others[..., None, :] - diagonal * both[..., None]
-    own = outer(a.agrees for a in node.row_axes)[..., None] > 0
+    own = node.own[..., None] > 0
     same, other = np.where(own, same, both), np.where(own[..., None], other, unlike)
     second = np.concatenate([same, other.reshape(*other.shape[:-2], c * c)], axis=-1)
     second = second / np.maximum(node.keys.pairs, 1.0)
@@ -164,32 +148,31 @@ def pullback_of_softmax(
     node: Softmax, cotangent: np.ndarray, notes: BackwardNotes
 ) -> list[np.ndarray | None]:
     """∂p_k/∂l_j = p_k(δ − p_j): a cotangent's part common to the keys is lost, the rest is weighted by p."""
-    c, counts, weights = node.keys.classes, node.keys.counts, node.weights
+    c, counts, weights, read = node.keys.classes, node.keys.counts, node.weights, node.read
     tables = np.broadcast_to(cotangent, node.frame_types), node.table.second, node.table.mean
     g, p, mean = (np.moveaxis(x, node.params, -1) for x in tables)
-    mean, own = np.broadcast_to(mean, node.seen.shape), outer(a.agrees for a in node.row_axes)[..., None] > 0
+    mean, own = np.broadcast_to(mean, node.seen.shape), node.own[..., None] > 0
     keep = 1 - 2 * weights.cube / np.maximum(weights.square, 1e-300)
-    keep = node.read(keep + (node.seen * weights.square).sum(-1, keepdims=True))
+    keep = read(keep + (node.seen * weights.square).sum(-1, keepdims=True))
     each = apart(g, node.shared)
-    ahead, behind = (node.read(mean, second=j) for j in (False, True))
+    ahead, behind = (read(mean, second=j) for j in (False, True))
     common = in_common(g, ahead * counts, behind * counts)
     within = np.clip(np.diagonal(common, axis1=-2, axis2=-1) * (counts > 1), 0, np.maximum(each, 0))
     passed = (each - within) * p[..., :c]
-    lost = (passed * counts).sum(-1)[..., None, None] * ahead[..., :, None] * behind[..., None, :]
-    lost = lost - passed[..., :, None] * behind[..., None, :] - ahead[..., :, None] * passed[..., None, :]
+    one, two = ahead[..., :, None], behind[..., None, :]
+    lost = (passed * counts).sum(-1)[..., None, None] * one * two
+    lost = lost - passed[..., :, None] * two - one * passed[..., None, :]
     lost = lost + common * p[..., c:].reshape(common.shape)
-    # E[p_ik² p_jk]/E[p_ik p_jk], and the same of the other row.
-    # Of one key: its share where another row weighs it that has nothing, or all, in common.
+    # E[p_ik² p_jk]/E[p_ik p_jk] and its like: of rows that have nothing in common a key's share, or all.
     first, square, cube = (np.maximum(x, 1e-300) for x in weights[:3])
-    unlike, alike, correlation = square / first, cube / square, node.deviation / node.read(node.variance)
-    both = ((node.read(unlike, second=j), node.read(alike, second=j)) for j in (False, True))
-    weighed = sum(weighed_in_both(two, one, correlation) for two, one in both)
+    unlike, alike, correlation = square / first, cube / square, node.deviation / read(node.variance)
+    both = ([read(x, second=j) for x in (unlike, alike)] for j in (False, True))
+    weighed = sum(weighed_in_both(*ratios, correlation) for ratios in both)
     overlap = (p[..., :c] * counts).sum(-1, keepdims=True)
     keep = np.clip(np.where(own, keep, 1 - weighed + overlap), 0, 1)
     same = np.where(own, np.maximum(passed, 0.0), passed) * keep + within * p[..., :c]
     share = gain_of_queries(node, notes, (each * ahead * counts).sum(-1), (same * counts).sum(-1))
-    # Of the queries' and keys' cotangents a part is due to overlaps, known to leading order. Where tokens
-    # differ in known positions added to them, they share those too, and which are near each other.
+    # What is due to overlaps is known to leading order. Tokens with known positions added share those too.
     next_one = LEADING_ORDER if any(a.classes > 1 for a in node.axes) else NEXT_ORDER
     doubt = LOOSE if share is None else LOOSE * share + next_one
     placed = _adds_known_along(node.argument, node.keys.size)
@@ -200,20 +183,17 @@ def pullback_of_softmax(
     return [back, *[None] * (len(node.args) - 1)]
 
 
-@propagated.register(Softmax)
-def propagated_of_softmax(node: Softmax) -> Spread:
-    """Shares add up to 1 whatever the scale of the logits."""
-    return NONE
+propagated.register(Softmax, lambda node: NONE)  # shares add up to 1 whatever the scale of the logits
 
 
 @once_per_node
 def _adds_known_along(node: Node, size: int) -> bool:
     """Whether known numbers that vary along an axis of this size were added to what a node was made from."""
-    here = isinstance(node, Sum | Apply) and any(
-        isinstance(v.node, Array) and len(v.bind) > 1 and size in [a.size for a in v.node.axes]
-        for v in node.args
+    return any(
+        (isinstance(x, Array) and isinstance(node, Sum | Apply) and len(at) > 1 and size in x.values.shape)
+        or _adds_known_along(x, size)
+        for x, at in node.args
     )
-    return here or any(_adds_known_along(v.node, size) for v in node.args)
 
 
 def _rounded(x: np.ndarray, digits: int) -> np.ndarray:
@@ -232,17 +212,18 @@ def _mean_of_powers(node: Node) -> tuple[float, Mean] | None:
         elif not (name == "abs" and node.argument.positive):
             return None
         node = node.argument
-    powers = node.argument if isinstance(node, Mean) else None
-    exponential = isinstance(powers, Apply) and powers.params[0] == "exp"
-    return (scale, node) if isinstance(node, Mean) and exponential else None
+    if not isinstance(node, Mean) or not isinstance(powers := node.argument, Apply):
+        return None
+    return (scale, node) if powers.params[0] == "exp" else None
 
 
 @recognise("div")
 def softmax_of(interpreter: Context, top: Value, bottom: Value) -> Value | None:
     """exp(x − max) / Σ exp(x − max), if that is what this division is."""
-    num, (scale, mean) = top.node, _mean_of_powers(bottom.node) or (0.0, bottom.node)
-    whole = isinstance(mean, Mean) and mean.argument is num
-    if not whole or abs(scale - math.prod(num.axes[k].size for k in mean.params)) > 1e-6:
+    num, (scale, mean) = top.node, _mean_of_powers(bottom.node) or (0.0, None)
+    if mean is None or mean.argument is not num:
+        return None
+    if abs(scale - math.prod(num.axes[k].size for k in mean.params)) > 1e-6:
         return None
     random, allowed = logits(num.args[0], num.axes)
     if random is None:
@@ -259,18 +240,16 @@ def softmax_of(interpreter: Context, top: Value, bottom: Value) -> Value | None:
     if not gaussian and interpreter.ask("a softmax of logits that are not Gaussian"):
         return placeholder
     placed, learned = _bias_variances(random, key)
-    # Classes of rows by their number of keys do not tell which keys these are. Behind a window a row reads
-    # rows near one another, which share more keys than two of their classes do on average.
-    before = _WINDOWS.get(graph, None) or 0
-    _WINDOWS.put(graph, None, before + (unshared > NEXT_ORDER))
-    doubt = max(math.expm1(min(placed, 3.0)), unshared if before else 0.0)
+    # Classes of rows do not tell which keys are seen: behind a window, rows near one another share more keys.
+    before = bool(_WINDOWS.get(graph, None))
+    _WINDOWS.put(graph, None, before or unshared > NEXT_ORDER)
+    doubt = max(math.expm1(min(placed, 3.0)), before * unshared)
     if max(doubt, learned) > LEADING_ORDER and interpreter.ask("attention by distance", whole=True):
         return placeholder
     node = graph.make(Softmax, frame, args, key)
     if doubt > NEGLIGIBLE:
         node.flagged, node.doubt, node.gradient_doubt = "assumed", doubt, max(doubt, NEXT_ORDER)
-    # Where keys that may be paddings are not told apart, of which a mask by sample hides some, weights are
-    # spread over paddings, all alike, where a row sees words: of outputs that can be as much again.
+    # Where paddings, some hidden by sample, are not told apart, outputs can be as much again.
     by_sample = allowed is not None and key in allowed.bind and len(allowed.bind) > 1
     alike = frame[key].size in {size for _, size in padded(graph)} and frame[key].labels is None
     if not gaussian or (by_sample and alike):
@@ -290,20 +269,17 @@ def _is_nearly_gaussian(node: Node) -> bool:
         return True
     else:
         line = law.values
-    variance = line**2 @ WEIGHTS - (line @ WEIGHTS) ** 2
-    return bool(np.all((line * Z @ WEIGHTS) ** 2 > (1 - NEGLIGIBLE) * variance))
+    mean, slope, square = (line * x @ WEIGHTS for x in (1, Z, line))
+    return bool(np.all(slope**2 > (1 - NEGLIGIBLE) * (square - mean**2)))
 
 
 def _bias_variances(random: View, key: int) -> tuple[float, float]:
-    """Variances along the keys of what no input goes with among the logits: of known numbers, and of weights.
-
-    One draw of the weights serves all samples. The known numbers' s² adds e^{s²} − 1 to Σ p².
-    """
+    """Variances along the keys of logits without inputs: of known numbers, whose s² adds e^{s²} − 1 to Σ p², and of weights."""
     terms = weighted_sum(random)[0] if isinstance(random.node, Sum) else []
     found = [(c, x, at.index(key)) for c, (x, at) in terms if key in at]
     placed = sum(np.var(c * x.values, axis=k).mean() for c, x, k in found if isinstance(x, Array))
-    others = [(c, x) for c, x, _ in found if not isinstance(x, Array) and not x.deps & x.graph.inputs]
-    return placed, sum(c * c * x.table.variance for c, x in others)
+    learned = [(c, x) for c, x, _ in found if not (isinstance(x, Array) or x.deps & x.graph.inputs)]
+    return placed, sum(c * c * x.table.variance for c, x in learned)
 
 
 class LogSumExp(OneOfMany):
@@ -342,8 +318,8 @@ def log_sum_exp_of(interpreter: Context, x: Value) -> Value | None:
     powers = mean.argument
     (random, allowed), (terms, offset) = logits(powers.args[0], powers.axes), weighted_sum(powers.args[0])
     taken = [(c, v) for c, v in terms if all(isinstance(r.node, Extreme) for r in roots(v.node))]
-    apart = any(key in view.bind for _, view in taken)
-    if random is None or allowed is not None or random.node.axes != powers.axes or apart:
+    along = any(key in view.bind for _, view in taken)
+    if random is None or allowed is not None or random.node.axes != powers.axes or along:
         return None
     unit = graph.make(LogSumExp, mean.axes, [random], ((key,),))
     views = [unit.whole, *(View(v.node, tuple(b - (b > key) for b in v.bind)) for _, v in taken)]
