@@ -209,7 +209,7 @@ def mixed(node: Contract, x: Tokens) -> Mixture | None:
     drawn = (p.seen * p.weights.square - mean**2 / np.maximum(p.seen, 1e-300)).sum(-1)
     squares = contract_axis(p.table.second, p.params, p.keys.same) * p.keys.size
     own = max(own_beyond_pairs(squares, p.row_axes, rows), 1e-300)
-    chance = float(np.clip(shares(p.row_axes) @ drawn.ravel() / own, 0, 1))
+    chance = np.clip(shares(p.row_axes) @ drawn.ravel() / own, 0, 1)
     slope = chance * (variance / math.expm1(variance) if 0 < variance < 50 else float(variance <= 0))
     gain = own_beyond_pairs(np.asarray(tilted(x.node)), x.node.axes, x.tokens)
     tilt = float(np.clip(gain / max(own_part(x), 1e-300), 0, 1))

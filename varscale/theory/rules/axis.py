@@ -316,9 +316,9 @@ def pullback_of_concat(node: Concat, cotangent: np.ndarray, notes: BackwardNotes
 @propagated.register(Concat)
 def propagated_of_concat(node: Concat) -> Spread:
     """Of a mean of the parts' mean squares, each logarithm counts by its part's share: a padding of zeros changes nothing."""
-    shares = [n * view.node.table.mean_square for view, n in zip(node.args, node.params[1], strict=True)]
-    parts = zip(shares, node.args, strict=True)
-    return combine([(share / max(sum(shares), 1e-300), inherited(view.node)) for share, view in parts])
+    parts = [(n * v.node.table.mean_square, v.node) for v, n in zip(node.args, node.params[1], strict=True)]
+    whole = max(sum(share for share, _ in parts), 1e-300)
+    return combine([(share / whole, inherited(part)) for share, part in parts])
 
 
 def concatenate(graph: Any, xs: Sequence[Value], d: int) -> Value:

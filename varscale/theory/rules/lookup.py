@@ -98,8 +98,7 @@ def pullback_of_gather(node: Gather, cotangent: np.ndarray, notes: BackwardNotes
     pairs = outer(a.pairs for a in node.indexed)
     parts = pairs * rate / rows, pairs * (1 - rate) / max(rows * (rows - 1), 1)
     same, other = (np.tensordot(part, cotangent, axes=len(index_axes)) for part in parts)
-    # Row axes first, then the others in the order of this node's axes.
-    picked = sorted(row_axes)
+    picked = sorted(row_axes)  # come first, then the others in the order of this node's axes
     kept = sorted(set(range(len(bind))) - set(picked), key=bind.__getitem__)
     own = outer(source.axes[k].agrees for k in picked)
     out = np.multiply.outer(own, same) + np.multiply.outer(1 - own, other)

@@ -139,6 +139,5 @@ def _classes_by_keys(mask: Array, bind: tuple[int, ...], key: int, most: int) ->
     seen = mask.values.sum(axis=tuple(k for k, b in enumerate(bind) if b == key))
     level = np.where(seen > 0, np.log(np.maximum(seen, 1.0)), -1.0)  # who sees none is in no other's class
     means = [level.mean(axis=tuple(j for j in range(level.ndim) if j != i)) for i in range(level.ndim)]
-    spans = [span if (span := np.ptp(x)) > 0.01 else math.inf for x in means]
-    bins = ((most * (x - x.min()) / span).astype(int) for x, span in zip(means, spans, strict=True))
-    return [labelled(np.minimum(x, most - 1)) for x in bins]
+    bins = (most * (x - x.min()) / (span if (span := np.ptp(x)) > 0.01 else math.inf) for x in means)
+    return [labelled(np.minimum(x.astype(int), most - 1)) for x in bins]
