@@ -5,8 +5,6 @@ the forward values it is multiplied with, except through the function it passes.
 same roots, and its moments are taken exactly.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Iterable, Sequence

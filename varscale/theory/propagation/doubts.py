@@ -8,8 +8,6 @@ Detectors look for functions outside their domain and squares without an integra
 they are taken (averages and terms of the others, one weight twice, depthwise convolutions); for what merged axes forget.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Callable, Hashable, Sequence

@@ -25,8 +25,6 @@ q = E[h²], F = E[f²] and D = E[f'²],
     at f    Σ gains (a + e) (E[u f'²]/D − 1)/n,    e → e s²F/(q D) + 2 d.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import replace

@@ -12,8 +12,6 @@ of mean x². Sums of few terms: given its weights, Σ w_k x_k over n terms keeps
 How far the mean of finitely many squares is from its expectation follows from E[x_i² x_j²] of all pairs.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Collection, Hashable, Sequence

@@ -1,7 +1,5 @@
 """What functions and sums hand on of the fluctuations of their arguments: by how each answers to the scale of its roots."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import itertools
@@ -182,8 +180,9 @@ def inherited(node: Node) -> Spread:
     told = root_responses(node)
     own = {root: kernel(root).places for root in told}
     # An entry of a described input goes with its mean square over features, as what reads all of them does.
-    for x in (x for x in told if x.is_input and x.axes and x.table.variance > 0):
-        own[x] = {x.id: math.sqrt(math.log1p(fresh(x, (len(x.axes) - 1,))))}
+    for x in told:
+        if x.is_input and x.axes and x.table.variance > 0:
+            own[x] = {x.id: math.sqrt(math.log1p(fresh(x, (len(x.axes) - 1,))))}
     places = {root: weighted([(x.place, own[root])]) for root, x in told.items()}
     growth = math.prod(x.growth for x in told.values())
     bent = sum(abs(x.slope) * kernel(root).bend + x.doubt for root, x in told.items())

@@ -9,8 +9,6 @@ cotangents alike, and copies and windows that overlap add them up. What that may
 whole model is drawn.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import itertools
