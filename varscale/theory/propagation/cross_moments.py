@@ -4,8 +4,6 @@ Two nodes that read one axis, each all of it or a span, the entries in their ord
 E[y_p z_q] = Σ A_pi B_qj E[x_i x'_j] (`domain.axis_maps`): of means, slices, splits and merges all that counts are pairs.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import itertools
@@ -88,11 +86,8 @@ def mean_of_product(a: View, b: View, frame: tuple[Axis, ...]) -> float:
 
 
 def unsure(graph: Graph, how: str, doubt: float) -> None:
-    """Mark what is being computed: a covariance in it is off by this share of the largest that there can be.
-
-    Of a product of two standard normals E[x²y²] = 1 + 2ρ², and other nodes are no more sensitive to it than that.
-    """
-    if doubt > 0:
+    """Mark what is being computed: a covariance in it is off by this share of the largest that there can be."""
+    if doubt > 0:  # E[x²y²] = 1 + 2ρ² of two standard normals, and no node is more sensitive to ρ than that
         graph.flag(how, doubt * (1 if any(isinstance(x, Pair) for x in graph.computing[-1:]) else 2))
 
 

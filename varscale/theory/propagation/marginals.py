@@ -7,8 +7,6 @@ once; then every type of index pair with latent correlation ρ costs one polynom
 roots theirs, is an assumption: the Gaussian copula, as Nataf (1962) takes it. Nothing is assumed of Gaussian roots.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from collections.abc import Callable, Hashable, Iterable, Sequence
@@ -121,10 +119,7 @@ def followed(array: Array, leader: Array) -> np.ndarray:
 def _behind(
     covariance: np.ndarray, scales: np.ndarray, lines: Sequence[np.ndarray | None], axes: Axes
 ) -> np.ndarray:
-    """Correlations of two normals of which functions have this covariance, by type.
-
-    `scales` are the products of their standard deviations, `lines` their values on the normal grid, None of a straight one.
-    """
+    """Correlations by type of two normals of which functions, `lines` (None: straight), have these covariances and scales."""
     rho = np.clip(covariance / np.maximum(scales, 1e-300), -1.0, 1.0)
     if all(line is None for line in lines):
         return rho

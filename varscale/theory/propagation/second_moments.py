@@ -3,8 +3,6 @@
 Independent groups of roots multiply; a group of one root is a Mehler sum, a larger one a cubature.
 """
 
-from __future__ import annotations
-
 import functools
 import itertools
 from collections.abc import Hashable, Sequence

@@ -1,7 +1,5 @@
 """The law of a sum of parts that are not all Gaussian: independent parts are convolved, correlated ones drawn together."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Sequence
@@ -31,8 +29,7 @@ from varscale.theory.propagation.marginals import (
 _MOST_CELLS = 9
 _LINEAR_SHARE = 0.995  # of a term's variance, linear in a normal: above it the term is as good as Gaussian
 _MOST_ROOTS = 3  # live roots of one term: a normal, its scale, and a gate on both
-# Parts correlated by less: the square of it, times an excess kurtosis of a few, is lost of the fourth moment.
-_CORRELATED = 0.1
+_CORRELATED = 0.1  # of parts with less the square of it is lost, times an excess kurtosis of a few
 
 
 class _Part(NamedTuple):
@@ -54,15 +51,13 @@ def quantiles_of_sum(root: Sum, table: Table, deviation: np.ndarray) -> np.ndarr
     if root.is_variance:
         return None
     parts = [_Part(c, view, _shaping(view, root.axes)) for c, view in root.terms]
-    # A tenth of the variance moves a fourth moment by a hundredth: below that the sum is as good as Gaussian.
     alive = sum(p.weight**2 * p.view.node.table.variance for p in parts if p.live)
-    if alive < 0.1 * max(table.variance, 1e-300):
+    if alive < 0.1 * max(table.variance, 1e-300):  # which moves a fourth moment by a hundredth
         return None
-    cells = list(np.ndindex(table.mean.shape))
+    cells, coarse = list(np.ndindex(table.mean.shape)), slice(None, None, 5)
     if len(cells) > _MOST_CELLS:  # one shape for all: mean and deviation stay each class's own
         cells = [_most_common(root.axes)]
     together = connected(parts, lambda a, b: _joined(a, b, root.axes))
-    coarse = slice(None, None, 5)
     pairs = np.multiply.outer(WEIGHTS[coarse], WEIGHTS[coarse]).ravel()
     shapes = np.empty((*table.mean.shape, POINTS))
     for cell in cells:
