@@ -180,7 +180,7 @@ def concrete(x: Any, dtype: Any = None) -> np.ndarray | None:
     return found if found is None or dtype is None else found.astype(dtype)
 
 
-def folded(graph: Graph, eqn: Any, ins: Sequence[Any]) -> list[Any] | None:
+def folded(graph: Graph, eqn: Any, ins: list[Any]) -> list[Any] | None:
     """The outputs of an equation of known inputs, or of none; None where one is not known, or where a rule says more."""
     name, keyed = eqn.primitive.name, any(isinstance(x, Opaque) for x in ins)
     if name in ENTERED:

@@ -246,8 +246,8 @@ def _row(path: str, kind: str, x: Value) -> Row:
     # The middle of a band is in doubt, too: of what was drawn by two of the standard errors that bound it.
     reach = math.exp(min(doubt_of(x.node), 1.0) / (2 if how == "sampled" else 1))
     moments = (mean, second, max(second - mean**2, 0.0), typical, (low / reach, high * reach))
-    correlations = [_correlation_along(x, dims) for dims in (x.dims[:-1][:1], x.dims[1:-1])]
-    return Row(path, kind, x.shape, *moments, *correlations, how=cast(How, how), error_bound=error_bound)
+    across, along = (_correlation_along(x, dims) for dims in (x.dims[:-1][:1], x.dims[1:-1]))
+    return Row(path, kind, x.shape, *moments, across, along, how=cast(How, how), error_bound=error_bound)
 
 
 def of_one_draw(node: Node) -> tuple[float, float, tuple[float, float]]:
