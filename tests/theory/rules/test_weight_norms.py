@@ -45,7 +45,9 @@ def test_normalised_weights_have_the_measured_scale(kind: str) -> None:
     error = squares.std() / squares.mean() / np.sqrt(DRAWS)
     off = report.output.second_moment / squares.mean() - 1
     assert abs(off) < report.output.error_bound + 4 * error
-    assert report.output.error_bound < 0.1
+    # A spectral norm is drawn: regions are known to 10 %, and what reads them adds up to 5 %.
+    assert report.output.error_bound < (0.15 if report.output.how == "sampled" else 0.1)
+    assert report.output.how == "sampled" or kind == "weight"
 
 
 def test_a_spectral_norm_that_goes_on_is_flagged() -> None:

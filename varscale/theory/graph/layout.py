@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property, lru_cache, partial, reduce
 from typing import Any, NamedTuple
 
@@ -47,6 +47,11 @@ class Value:
 def renumbered(dims: Sequence[Dim], place: Mapping[Any, int]) -> tuple[Dim, ...]:
     """Dimensions over axes of other numbers; along axes that are not in `place` the value is constant."""
     return tuple(tuple(Atom(n, place.get(k)) for n, k in dim) for dim in dims)
+
+
+def axes_of(dims: Iterable[Dim]) -> list[int]:
+    """The node's axes that dimensions run over, in their order."""
+    return [atom.axis for dim in dims for atom in dim if atom.axis is not None]
 
 
 def value(node: Node, shape: Sequence[int]) -> Value:
@@ -113,7 +118,7 @@ def permute(node: Node, order: Sequence[int]) -> Node:
 
 def merged(x: Value, d: int) -> Value:
     """`x` with dimension d made of one atom at most."""
-    real = [a.axis for a in x.dims[d] if a.axis is not None]
+    real = axes_of([x.dims[d]])
     if len(x.dims[d]) <= 1:
         return x
     if 0 < len(real) < len(x.dims[d]):

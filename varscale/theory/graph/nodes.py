@@ -17,7 +17,7 @@ import numpy as np
 
 from varscale.theory.domain.axes import Axes, Axis
 from varscale.theory.domain.tables import Table, estimate, independent, lift
-from varscale.theory.graph.store import BackwardNotes, Fact, Marked, evaluated
+from varscale.theory.graph.store import BackwardNotes, Fact, Flows, Marked, evaluated
 
 Pullback = Callable[[np.ndarray], np.ndarray]
 _IN_ORDER = tuple(range(64))
@@ -147,7 +147,7 @@ def second_moments(node: Node) -> Table:
 
 
 @singledispatch
-def pullback(node: Node, cotangent: np.ndarray, notes: BackwardNotes) -> list[np.ndarray | None]:
+def pullback(node: Node, cotangent: np.ndarray, notes: BackwardNotes) -> Flows:
     """Second moments, by type, of the cotangents of a node's arguments, given those of its own; None where none passes."""
     raise NotImplementedError(type(node).__name__)
 

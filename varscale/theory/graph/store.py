@@ -19,6 +19,7 @@ from varscale.programs.scopes import opened
 
 K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
+Flows = list[np.ndarray | None]  # by argument, second moments of what flows back; None where nothing does
 
 _NESTED = 24  # evaluations on Python's stack, beyond which they wait on an explicit one
 

@@ -30,7 +30,6 @@ from varscale.theory.graph.nodes import UNKNOWN, Node
 from varscale.theory.propagation.cotangents import cotangents
 from varscale.theory.propagation.doubts import doubt_of, provenance
 from varscale.theory.propagation.fluctuations import fluctuations
-from varscale.theory.rules.elementwise import modulus
 from varscale.theory.rules.registry import CALLS, Complex, Context, sub_jaxpr_of
 
 _LOOPS = {"scan", "while"}
@@ -229,7 +228,9 @@ def _arrays(interpreter: Context, made: Iterable[Made]) -> dict[str, Value]:
     """By row the array, whose moments are known from here on; of complex numbers it is the modulus that is measured."""
     out = {}
     for m in made:
-        x = modulus(interpreter, m.value) if isinstance(m.value, Complex) else m.value
+        x = m.value
+        if isinstance(x, Complex):
+            x = interpreter.elementwise("hypot", x.re, x.im)
         if isinstance(x, Value) and math.prod(x.shape) > 0:
             _ = x.node.table
             out[m.path] = x

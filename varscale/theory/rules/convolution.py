@@ -38,7 +38,7 @@ from varscale.theory.graph.layout import Atom, Value, separated, transpose
 from varscale.theory.graph.linear_nodes import weight_of
 from varscale.theory.graph.nodes import UNKNOWN, Leaf, Node, View, cross_by_kind, pullback, second_moments
 from varscale.theory.graph.normal_form import affine
-from varscale.theory.graph.store import BackwardNotes
+from varscale.theory.graph.store import BackwardNotes, Flows
 from varscale.theory.integrals.hermite_series import WEIGHTS, Z
 from varscale.theory.propagation.cross_moments import cross, dependent, unsure
 from varscale.theory.propagation.doubts import lost_excess
@@ -73,7 +73,7 @@ def second_moments_of_conv(node: Conv) -> Table:
 
 
 @pullback.register(Conv)
-def pullback_of_conv(node: Conv, cotangent: np.ndarray, notes: BackwardNotes) -> list[np.ndarray | None]:
+def pullback_of_conv(node: Conv, cotangent: np.ndarray, notes: BackwardNotes) -> Flows:
     return [node.carry(cotangent, transposed=True), None]
 
 
@@ -151,10 +151,7 @@ def conv(interpreter: Context, eqn: Any, x: Value, w: Value) -> Any:
 
 
 def near_places(node: WindowSum, second: float, alike: float) -> float:
-    """How far a mean square may be off for near places being more alike than any two, which is all that types of pairs know.
-
-    `alike` is what it would be, were all places of a window one; near ones go a share `near` of the way.
-    """
+    """How far near places, more alike than any two, go from a mean square to what it is where all places are `alike`."""
     near = node.argument.near
     if near == 1:
         raise NotImplementedError("windows over known numbers, of which near ones may be more alike")
@@ -172,9 +169,7 @@ def second_moments_of_window_sum(node: WindowSum) -> Table:
 
 
 @pullback.register(WindowSum)
-def pullback_of_window_sum(
-    node: WindowSum, cotangent: np.ndarray, notes: BackwardNotes
-) -> list[np.ndarray | None]:
+def pullback_of_window_sum(node: WindowSum, cotangent: np.ndarray, notes: BackwardNotes) -> Flows:
     maps = node.maps(lambda own: adjoint(pair_counts(own), own.out, own.inner))
     return [node.carried(cotangent, maps, back=True)]
 
@@ -225,8 +220,7 @@ def second_moments_of_window_max(node: WindowMax) -> Table:
         if w is not None:
             places = np.lib.stride_tricks.sliding_window_view(x, span, axis=d)
             x = places[(slice(None),) * d + (slice(None, None, w.stride),)][..., :: w.dilation].max(axis=-1)
-    line = by_axis(x, dims).ravel()[:: max(x.size // _MAXIMA_SORTED, 1)]
-    line = np.quantile(line, special.ndtr(Z))
+    line = np.quantile(by_axis(x, dims).ravel()[:: max(x.size // _MAXIMA_SORTED, 1)], special.ndtr(Z))
     line = line - WEIGHTS @ line
     node.law = line / max(math.sqrt(WEIGHTS @ line**2), 1e-300)
     whole = pooled_estimate(x[:, *(0 if k is None else slice(None) for k in od)], node.axes)
@@ -270,14 +264,12 @@ def _law(node: WindowMax, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 @pullback.register(WindowMax)
-def pullback_of_window_max(
-    node: WindowMax, cotangent: np.ndarray, notes: BackwardNotes
-) -> list[np.ndarray | None]:
+def pullback_of_window_max(node: WindowMax, cotangent: np.ndarray, notes: BackwardNotes) -> Flows:
     """Each window feeds one entry, and two that share o of their n entries feed one where it is the largest of all 2n − o."""
     (windows, xd, od), x, taps = node.params, node.argument, taps_of(node)
-    read = list(zip(windows, dim_axes(x, xd), dim_axes(node, od), strict=True))
+    read = zip(windows, dim_axes(x, xd), dim_axes(node, od), strict=True)
     same = [None if w is None else adjoint(tap_pairs(w, a, o)[0], o, a) for w, a, o in read]
-    every = [None if w is None else adjoint(np.add(*tap_pairs(w, a, o)), o, a) for w, a, o in read]
+    every = node.maps(lambda own: adjoint(pair_counts(own), own.out, own.inner))
     own, spread = (node.carried(cotangent, maps, back=True) for maps in (same, every))
     diagonal = tuple(slice(0, axis.classes) for axis in x.axes)
     overlaps = (w.taps - w.stride * np.abs(np.arange(-w.taps, w.taps + 1)) for w in windows if w is not None)
@@ -300,12 +292,9 @@ def reduce_window(interpreter: Context, eqn: Any, x: Value, *_: Value) -> Value:
             return placeholder(interpreter, aval)
         strides, lows = p["window_strides"], [low for low, _ in p["padding"]]
         dilations = (p.get(name) or ones for name in ("base_dilation", "window_dilation"))
-        read = zip(
-            map(Window, aval.shape, p["window_dimensions"], strides, lows, *dilations),
-            p["padding"],
-            strict=True,
-        )
-        windows = tuple(None if w.taps == w.stride == 1 and not any(padding) else w for w, padding in read)
+        read = map(Window, aval.shape, p["window_dimensions"], strides, lows, *dilations)
+        pairs = zip(read, p["padding"], strict=True)
+        windows = tuple(None if w.taps == w.stride == 1 and not any(ends) else w for w, ends in pairs)
         xd = _axes_of(x, range(len(windows)))
         inner = zip(windows, dim_axes(x.node, xd), strict=True)
         out = [axis if w is None else output_axis(w, axis) for w, axis in inner]

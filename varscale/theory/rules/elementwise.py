@@ -17,7 +17,7 @@ from scipy import special
 from varscale.theory.domain.axes import Axis, contract_axes, pool, refine
 from varscale.theory.domain.tables import LEADING_ORDER, NEXT_ORDER, Table, estimate, gaussian, over_frame
 from varscale.theory.graph.expressions import IDENTITIES, Apply, Mean, Sum, roots
-from varscale.theory.graph.layout import Dim, Value, full, renumbered
+from varscale.theory.graph.layout import Dim, Value, axes_of, full, renumbered
 from varscale.theory.graph.linear_nodes import weight_of
 from varscale.theory.graph.nodes import (
     UNKNOWN,
@@ -31,7 +31,7 @@ from varscale.theory.graph.nodes import (
     second_moments,
 )
 from varscale.theory.graph.normal_form import affine, apply, mean_node
-from varscale.theory.graph.store import BackwardNotes, once_per_node
+from varscale.theory.graph.store import BackwardNotes, Flows, once_per_node
 from varscale.theory.integrals.hermite_series import Z, read_off, sphere_squares
 from varscale.theory.integrals.primitives import FUNCTIONS, POSITIVE
 from varscale.theory.propagation.cross_moments import cross, mean_product
@@ -63,10 +63,9 @@ def elementwise(interpreter: Context, eqn: Any, *xs: Value) -> Value:
 def convert(interpreter: Context, eqn: Any, x: Value) -> Value:
     """Widening (bool to int to float) and rounding to a narrower float keep the numbers: moments in exact arithmetic."""
     old, new = eqn.invars[0].aval.dtype, eqn.params["new_dtype"]
-    if eqn.primitive.name == "bitcast_convert_type":
-        return interpreter.elementwise("bitcast", x, extra=(str(new),))
-    if old.kind == new.kind == "u" and old != new:
-        return interpreter.elementwise("convert", x, extra=(str(new),))
+    same_bits = eqn.primitive.name == "bitcast_convert_type"
+    if same_bits or (old.kind == new.kind == "u" and old != new):
+        return interpreter.elementwise("bitcast" if same_bits else "convert", x, extra=(str(new),))
     # Numbers of a kind are numbers of those after it; the rest are floats.
     before, after = ({"b": 0, "i": 1, "u": 1, "c": 3}.get(of.kind, 2) for of in (old, new))
     if after >= before and not (old.kind == "u" and new.kind == "f"):
@@ -90,9 +89,8 @@ def stop_gradient(interpreter: Context, eqn: Any, x: Any) -> Any:
     flows = (
         isinstance(x, Value) and not isinstance(x.node, Leaf | Array) and x.node.deps & x.node.graph.inputs
     )
-    if not flows or all(isinstance(r.node, OneOfMany) for r in roots(x.node)):
-        return x
-    return interpreter.elementwise("stop_gradient", x)
+    stops = flows and not all(isinstance(r.node, OneOfMany) for r in roots(x.node))
+    return interpreter.elementwise("stop_gradient", x) if stops else x
 
 
 # Functions of numbers that do to a complex one what they do to its parts.
@@ -103,22 +101,17 @@ FUNCTIONS["hypot"] = np.hypot
 POSITIVE.add("hypot")
 
 
-def modulus(interpreter: Context, x: Complex) -> Value:
-    """|x|, whose second moment is that of x."""
-    return interpreter.elementwise("hypot", x.re, x.im)
-
-
 @rule("complex operands")
 def complex_operands(interpreter: Context, eqn: Any, *xs: Any) -> Any:
     """An equation on complex numbers that acts on their parts alike; any other is drawn."""
-    name, graph = eqn.primitive.name, interpreter.graph
-    whole = [x if isinstance(x, Complex) else Complex(x, full(graph, 0.0, x.shape)) for x in xs]
+    name = eqn.primitive.name
+    whole = [x if isinstance(x, Complex) else Complex(x, full(interpreter.graph, 0.0, x.shape)) for x in xs]
     is_real = [x.im.constant == 0 for x in whole]
     match name:
         case "convert_element_type":
             return whole[0] if eqn.params["new_dtype"].kind == "c" else whole[0].re
         case "abs":
-            return modulus(interpreter, whole[0])
+            return interpreter.elementwise("hypot", whole[0].re, whole[0].im)
         case "conj":
             return Complex(whole[0].re, interpreter.elementwise("neg", whole[0].im))
         case "mul" | "div" if is_real[1] or (name == "mul" and is_real[0]):
@@ -150,7 +143,7 @@ def propagated_of_mean(node: Mean) -> Spread:
 
 def axes_behind(x: Value, dims: Sequence[int]) -> tuple[list[int], tuple[Dim, ...]]:
     """The node's axes behind some dimensions, and the other dimensions without them."""
-    axes = [a.axis for d in dims for a in x.dims[d] if a.axis is not None]
+    axes = axes_of(x.dims[d] for d in dims)
     left = (k for k in range(len(x.node.axes)) if k not in axes)
     kept = [dim for d, dim in enumerate(x.dims) if d not in dims]
     return axes, renumbered(kept, {k: i for i, k in enumerate(left)})
@@ -171,19 +164,15 @@ def reduce_sum(interpreter: Context, eqn: Any, x: Value) -> Value:
 
 
 class OneOfMany(Node):
-    """A symmetric function of exchangeable entries that one of them decides: a maximum, a log Σ exp.
-
-    `params` begins with their axes.
-    """
+    """A symmetric function of exchangeable entries that one decides (a maximum); `params` begins with their axes."""
 
     follows_shifts = True
 
     @property
     def reduced(self) -> tuple[int, ...]:
-        """The axes that are reduced."""
         return self.params[0]
 
-    def sampled(self, reduce: Callable[[np.ndarray, tuple[int, ...]], np.ndarray]) -> Table:
+    def sampled(self, reduce: Callable[..., np.ndarray]) -> Table:
         """Moments by sampling: the reduced axes at full size, the others at two positions."""
         axes, source = self.reduced, self.argument
         count = math.prod(source.axes[k].size for k in axes)
@@ -229,9 +218,7 @@ def second_moments_of_extreme(node: Extreme) -> Table:
 
 
 @pullback.register(Extreme)
-def pullback_of_extreme(
-    node: Extreme, cotangent: np.ndarray, notes: BackwardNotes
-) -> list[np.ndarray | None]:
+def pullback_of_extreme(node: Extreme, cotangent: np.ndarray, notes: BackwardNotes) -> Flows:
     """Each cotangent goes to the one entry that was the extreme, of as many as there are; no two share it."""
     for k in node.reduced:
         axis = node.argument.axes[k]
@@ -260,10 +247,7 @@ def fewest_terms(node: Node) -> float:
 
 @functools.cache
 def bounded(count: int, width: float) -> float:
-    """By how much the largest square of `count` Gaussians exceeds that of one coordinate of points on a sphere.
-
-    What a norm makes of points of few dimensions lies on such a sphere, and its features are bounded there.
-    """
+    """By how much the largest square of `count` Gaussians exceeds that of coordinates on a sphere, as a norm makes them."""
     if width == math.inf:
         return 0.0
     weights = np.diff(special.ndtr(Z) ** count, prepend=0.0)
@@ -271,10 +255,7 @@ def bounded(count: int, width: float) -> float:
 
 
 def of_increasing(x: Value, extreme: Callable[[Value], Value]) -> Value:
-    """max f(x) = f(max x) for increasing f: the extremes of what a chain of increasing steps is made of, and the steps on them.
-
-    A cotangent of f(x) goes where that of x does.
-    """
+    """max f(x) = f(max x) for a chain f of increasing steps; a cotangent of f(x) goes where that of x does."""
     inner, steps = x, list[Apply]()
     while isinstance(step := inner.node, Apply):
         varied = [v for v in step.args if not isinstance(v.node, Constant)]
@@ -292,7 +273,7 @@ def of_increasing(x: Value, extreme: Callable[[Value], Value]) -> Value:
         name, extra = step.params
         out = apply(out.graph, name, extra, out.axes, views)
     if steps and out.axes == node.axes and any(view.node is inner.node for view in node.args):
-        own, other = ([a.axis for dim in y.dims for a in dim if a.axis is not None] for y in (x, inner))
+        own, other = axes_of(x.dims), axes_of(inner.dims)
 
         def back(cotangent: np.ndarray) -> np.ndarray:
             (to_inner,) = pullback(node, np.broadcast_to(cotangent, node.frame_types), BackwardNotes())

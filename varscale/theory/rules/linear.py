@@ -18,11 +18,11 @@ from varscale.theory.domain.axes import Axis, affordable, contract_axes, grouped
 from varscale.theory.domain.tables import LOOSE, NEGLIGIBLE, ROUGH, Table, full_types, means_by_type
 from varscale.theory.graph.convolutions import Conv
 from varscale.theory.graph.expressions import Apply, Sum, roots, swapped
-from varscale.theory.graph.layout import Value, align, full, renumbered
+from varscale.theory.graph.layout import Value, align, axes_of, full, renumbered
 from varscale.theory.graph.linear_nodes import Contract, Gather, unmoved, weight_of
 from varscale.theory.graph.nodes import Array, Leaf, Node, View, cross_by_kind, pullback, second_moments
 from varscale.theory.graph.normal_form import affine
-from varscale.theory.graph.store import BackwardNotes, once_per_node
+from varscale.theory.graph.store import BackwardNotes, Flows, once_per_node
 from varscale.theory.propagation.cross_moments import cross, dependent, mean_of_product, mean_product
 from varscale.theory.propagation.doubts import lost_excess
 from varscale.theory.propagation.fluctuations import averaged, with_own_weights
@@ -63,12 +63,8 @@ def second_moments_of_contract(node: Contract) -> Table:
     if np.any(tilt):
         gained = Table(node.axes, table.mean, np.broadcast_to(tilt, node.frame_types)).mean_square
         node.graph.flag("quadrature", SHARED_DOUBT + ROUGH * gained / max(table.mean_square, 1e-300))
-    _doubt_averages(node, table.mean_square)
-    return table
-
-
-def _doubt_averages(node: Contract, square: float) -> None:
-    """Of averages over tokens: keys that are alike; likeness in windows that were put together otherwise."""
+    square = table.mean_square
+    # Of averages over tokens: keys that are alike; likeness in windows that were put together otherwise.
     for weights, tokens in (node.args, node.args[::-1]):
         is_softmax = isinstance(weights.node, Softmax)
         if is_softmax and (doubt := of_alike_keys(weights, tokens, node, square)) > _LIKENESS:
@@ -76,6 +72,7 @@ def _doubt_averages(node: Contract, square: float) -> None:
         if weights.node.shares and (near := lost_excess(tokens.node)) > NEGLIGIBLE:
             of_all = near * tokens.node.table.mean_square / max(square, 1e-300)
             node.graph.flag("quadrature", min(of_all, 1.0))
+    return table
 
 
 def _dependent(node: Contract, mean: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -99,25 +96,21 @@ def _tied(node: Contract) -> tuple[np.ndarray, np.ndarray] | None:
     """
     for x, table in (node.args, node.args[::-1]):
         uses = _uses(x.node, table.node) if isinstance(table.node, Leaf) and table.node.odd else ()
-        rows = next((view for view in uses if isinstance(view.node, Gather)), None)
-        if rows is not None:
+        for rows in (view for view in uses if isinstance(view.node, Gather)):
             shift = mean_of_product(x.node.whole, rows, x.node.axes) * node.width
             own = math.prod(axis.size for k, axis in enumerate(node.axes) if k in table.bind)
-            return np.array(shift / own), shift**2 / own * outer(a.agrees for a in node.axes).reshape(
-                node.frame_types
-            )
+            same = outer(a.agrees for a in node.axes).reshape(node.frame_types)
+            return np.array(shift / own), shift**2 / own * same
     return None
 
 
 @pullback.register(Contract)
-def pullback_of_contract(
-    node: Contract, cotangent: np.ndarray, notes: BackwardNotes
-) -> list[np.ndarray | None]:
+def pullback_of_contract(node: Contract, cotangent: np.ndarray, notes: BackwardNotes) -> Flows:
     """Under gradient independence a cotangent passes through the transposed product with fresh weights."""
     # What queries gain by overlaps of tokens comes with the cotangent that a softmax has sent back.
     place, gain = notes.gains.get(node.id, (None, 0.0))
     note_values(node, notes)
-    out: list[np.ndarray | None] = []
+    out: Flows = []
     for i, (mine, theirs) in enumerate((node.args, node.args[::-1])):
         own = cotangent + gain if i == place else cotangent
         own = own.reshape(*own.shape, *[1] * len(node.params)) * theirs.second(node.frame)
@@ -151,8 +144,7 @@ def cross_by_kind_of_products(node: Node, a: View, b: View, frame: Sequence[Axis
 @propagated.register(Contract)
 def propagated_of_contract(node: Contract) -> Spread:
     """Both arguments' scales, which go together where one has all the places of the other; and what weights make of either."""
-    inner = [[k for k, b in enumerate(bind) if b >= len(node.axes)] for _, bind in node.args]
-    x, y = (averaged(view.node, axes) for view, axes in zip(node.args, inner, strict=True))
+    x, y = (averaged(v.node, [k for k, b in enumerate(v.bind) if b >= len(node.axes)]) for v in node.args)
     few, many = sorted(({b for b in bind if b < len(node.axes)} for _, bind in node.args), key=len)
     apart = node.argument is node.args[1].node or not few <= many
     together = 0.0 if apart else min(shared(x.places, y.places), 1.0)
@@ -186,10 +178,8 @@ def _is_transposed(weight: Value, x: Value, contracted: Sequence[int]) -> bool:
 def without_factor(x: Value) -> tuple[float, Value]:
     """The constant factor of a value, and the rest: scaled copies of one weight are one weight."""
     node = x.node
-    if node.primitive == "affine" and node.params[1][1] == 0:
-        inner = node.args[0]
-        if inner.bind == tuple(range(len(node.axes))):
-            return node.params[1][0], Value(inner.node, x.dims)
+    if node.primitive == "affine" and node.params[1][1] == 0 and node.args[0].bind == node.whole.bind:
+        return node.params[1][0], Value(node.argument, x.dims)
     return 1.0, x
 
 
@@ -231,9 +221,7 @@ def _classed_over(node: Node, axes: Sequence[Axis]) -> Node:
 def _over_one_frame(x: Value, y: Value, batch: Any, contracted: Any) -> tuple[Value, Value]:
     """Batch dimensions, x's free ones, y's, contracted ones: two arrays over these, of size 1 where they are the other's."""
     (bx, by), (cx, cy) = batch, contracted
-    fx, fy = (
-        [d for d in range(len(v.dims)) if d not in own] for v, own in ((x, (*bx, *cx)), (y, (*by, *cy)))
-    )
+    fx, fy = (sorted({*range(len(v.dims))} - {*own}) for v, own in ((x, (*bx, *cx)), (y, (*by, *cy))))
     xs = (*(x.dims[d] for d in (*bx, *fx)), *[()] * len(fy), *(x.dims[d] for d in cx))
     ys = (*(y.dims[d] for d in by), *[()] * len(fx), *(y.dims[d] for d in (*fy, *cy)))
     return Value(x.node, xs), Value(y.node, ys)
@@ -241,14 +229,13 @@ def _over_one_frame(x: Value, y: Value, batch: Any, contracted: Any) -> tuple[Va
 
 def _mixes_heads(weight: Value, x: Value, contracted: Sequence[int]) -> bool:
     """Whether weights mix softmax weights, or products of queries and keys, along an axis that both factors have."""
-    along = {a.axis for d in contracted for a in x.dims[d] if a.axis is not None}
+    along = set(axes_of(x.dims[d] for d in contracted))
     if not (weight.node.is_drawn and weight.node.odd and along):
         return False
     if shares := [r for r in roots(x.node) if isinstance(r.node, Softmax)]:
         return all(along <= set(r.bind) - {r.bind[r.node.params]} for r in shares)
-    product = without_factor(x)[1].node
-    activations = isinstance(product, Contract) and weight_of(product) is None
-    return activations and all(along <= set(v.bind) for v in product.args)
+    made = without_factor(x)[1].node
+    return isinstance(made, Contract) and not weight_of(made) and all(along <= {*v.bind} for v in made.args)
 
 
 def _meets_itself(x: Value, y: Value, contracted: Any, batch: Any) -> bool:
@@ -256,10 +243,9 @@ def _meets_itself(x: Value, y: Value, contracted: Any, batch: Any) -> bool:
 
     They are where entries at equal positions are correlated: queries and keys made by parts of one packed kernel are not.
     """
-    whole = [unmoved(v.node) for v in (x, y)]
-    if not dependent(x.node, y.node) or any(isinstance(v.node, Softmax) for v in (x, y)):
-        return False
-    if any(node.is_drawn and node.odd for node in whole):
+    read = [unmoved(v.node) for v in (x, y)]
+    weights = any(node.is_drawn and node.odd for node in read)
+    if weights or not dependent(x.node, y.node) or any(isinstance(v.node, Softmax) for v in (x, y)):
         return False
     here, there = ([*b, *c] for b, c in zip(batch, contracted, strict=True))
     known = len(here)
@@ -278,32 +264,33 @@ def _meets_itself(x: Value, y: Value, contracted: Any, batch: Any) -> bool:
 def dot_general(interpreter: Context, eqn: Any, x: Value, y: Value) -> Any:
     """Batch dimensions, then x's free ones, then y's; drawn where its terms are no products of independent numbers."""
     contracted, batch = eqn.params["dimension_numbers"]
+    (c, a), (d, b), reason = without_factor(x), without_factor(y), ""
     if _mixes_heads(x, y, contracted[1]) or _mixes_heads(y, x, contracted[0]):
-        return drawn_region(interpreter, eqn, (x, y), "weights mix heads")
-    (c, a), (d, b) = without_factor(x), without_factor(y)
-    if _is_transposed(a, b, contracted[0]) or _is_transposed(b, a, contracted[1]):
-        return drawn_region(interpreter, eqn, (x, y), "a weight meets what its transpose made")
-    if _meets_itself(a, b, contracted, batch):
-        return drawn_region(interpreter, eqn, (x, y), "rows meet themselves in a product")
+        reason = "weights mix heads"
+    elif _is_transposed(a, b, contracted[0]) or _is_transposed(b, a, contracted[1]):
+        reason = "a weight meets what its transpose made"
+    elif _meets_itself(a, b, contracted, batch):
+        reason = "rows meet themselves in a product"
+    if reason:
+        return drawn_region(interpreter, eqn, (x, y), reason)
     x, y = _over_one_frame(a, b, batch, contracted)
     free, count = len(x.dims) - len(contracted[0]), len(batch[0])
     terms = math.prod(x.shape[free:])
     # An inner product of two functions of one root is the sum of one function: a norm's x · x/|x|.
-    alone = all(n == m == 1 for n, m in zip(x.shape[count:free], y.shape[count:free], strict=True))
+    alone = math.prod((*x.shape[count:free], *y.shape[count:free])) == 1
     alone = alone and not {r.node for r in roots(x.node)}.isdisjoint(r.node for r in roots(y.node))
     if not alone:
         x, y = _operand(interpreter, x), _operand(interpreter, y)
     if 0.0 in (x.constant, y.constant):
         return full(interpreter.graph, 0.0, np.broadcast_shapes(x.shape, y.shape)[:free])
     frame, views, dims = align([x, y])
-    summed = [a.axis for dim in dims[free:] for a in dim if a.axis is not None]
+    summed = axes_of(dims[free:])
     if alone or not summed:
         out = mean(interpreter.elementwise("mul", x, y), range(free, len(x.dims)))
         return Value(affine(out.node, c * d * terms, 0.0), out.dims)
     place = {k: i for i, k in enumerate([*(k for k in range(len(frame)) if k not in summed), *summed])}
     views = [View(v.node, tuple(place[b] for b in v.bind)) for v in views]
-    params = tuple(frame[k] for k in summed)
-    axes = tuple(axis for k, axis in enumerate(frame) if k not in summed)
+    params, axes = tuple(frame[k] for k in summed), [a for k, a in enumerate(frame) if k not in summed]
     node = interpreter.graph.make(Contract, axes, views, params)
     # Terms repeat where both operands are constant along a factor of a contracted dimension.
     scale = c * d * terms / math.prod(axis.size for axis in params)

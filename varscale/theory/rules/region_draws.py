@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -17,10 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 from scipy import special
 
+from varscale.programs.pieces import is_key
 from varscale.theory.domain.axes import Axis
 from varscale.theory.domain.tables import NEGLIGIBLE
 from varscale.theory.graph.expressions import Apply
-from varscale.theory.graph.layout import Value, merged
+from varscale.theory.graph.layout import Value, axes_of, merged
 from varscale.theory.graph.nodes import Array, Constant, Leaf, Node
 from varscale.theory.propagation.inherited_fluctuations import SCALE_STEP
 from varscale.theory.propagation.sampler import Drawing, evenly
@@ -29,11 +31,9 @@ from varscale.theory.rules.region_sizes import (
     Program,
     Sizes,
     every_equation,
-    numbers_held,
     over_draws,
-    run,
+    shrunk,
     work,
-    written,
 )
 from varscale.theory.rules.registry import Opaque, parts
 
@@ -57,8 +57,7 @@ class CannotDraw(Exception):
 class Operand:
     """An operand of a region."""
 
-    # The parts of its value, each dimension of one atom at most; none for a random key
-    value: tuple[Value, ...]
+    value: tuple[Value, ...]  # its parts, each dimension of one atom at most; none for a random key
     key: Any  # the key, where it is one
     aval: Any  # its shape and type
     nudge: bool = False  # whether it is zeros that are added to an output where it is made
@@ -66,10 +65,8 @@ class Operand:
     @functools.cached_property
     def weight(self) -> bool:
         """Whether it is independent zero-mean weights."""
-        leaves = [
-            x.node for x in self.value if isinstance(x.node, Leaf) and x.node.odd and not x.node.is_input
-        ]
-        return 0 < len(self.value) == len(leaves) and len(self.aval.shape) > 1
+        fresh = all(isinstance(x.node, Leaf) and x.node.odd and not x.node.is_input for x in self.value)
+        return fresh and len(self.value) > 0 and len(self.aval.shape) > 1
 
     @property
     def random(self) -> bool:
@@ -123,9 +120,8 @@ class RegionDraws:
     def draw(self, x: Value) -> np.ndarray:
         """A value drawn at its smaller sizes, (replicates, ...)."""
         numbers = self.drawing.at(x.node.whole, x.node.axes, list(map(self.positions, x.node.axes)))
-        axes = [next((a.axis for a in dim if a.axis is not None), None) for dim in x.dims]
-        numbers = numbers.transpose([0, *(1 + k for k in axes if k is not None)])
-        numbers = np.expand_dims(numbers, [1 + d for d, k in enumerate(axes) if k is None])
+        numbers = numbers.transpose([0, *(1 + k for k in axes_of(x.dims))])
+        numbers = np.expand_dims(numbers, [1 + d for d, dim in enumerate(x.dims) if not axes_of([dim])])
         return np.broadcast_to(numbers, (self.replicates, *self.sizes.shape(x.shape)))
 
     @functools.cached_property
@@ -145,10 +141,11 @@ class RegionDraws:
     def program(self) -> Program:
         """What is compiled."""
         asked = [(x.nudge or x.is_value) and np.issubdtype(x.aval.dtype, np.inexact) for x in self.operands]
-        weights = tuple(x.weight for x in self.operands)
-        short = self.batch * work(self.jaxpr.jaxpr, self.sizes) < _SHORT
-        floating = tuple(np.flatnonzero(asked).tolist())
-        return Program(self.jaxpr, self.sizes, written(self.jaxpr), weights, floating, short)
+        weights, floating = tuple(x.weight for x in self.operands), tuple(np.flatnonzero(asked).tolist())
+        short = self.batch * work(self.jaxpr.jaxpr, self.sizes)[0] < _SHORT
+        numbers = (jax.random.key_data(x) if is_key(x) else x for x in self.jaxpr.consts)
+        written = f"{[hashlib.sha1(np.asarray(x).tobytes()).hexdigest() for x in numbers]} {self.jaxpr.jaxpr}"
+        return Program(self.jaxpr, self.sizes, written, weights, floating, short)
 
     def _in_batches(self, method: Any, count: int, *arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
         """A method of the program on `count` draws, so many at a time: what is compiled does not depend on how many."""
@@ -170,12 +167,10 @@ class RegionDraws:
     @functools.cached_property
     def response(self) -> list[float]:
         """By output: d ln E[y²] / d ln q on the first batch, q the second moment of all that it reads and that is no weight."""
-        scaled = [
-            x[: self.batch] * np.sqrt(1 + SCALE_STEP).astype(x.dtype)
-            if o.random and not o.weight and np.issubdtype(x.dtype, np.inexact)
-            else x
-            for x, o in zip(self.drawn, self.operands, strict=True)
-        ]
+        scaled = list(self.drawn)
+        for i, (x, o) in enumerate(zip(self.drawn, self.operands, strict=True)):
+            if o.random and not o.weight and np.issubdtype(x.dtype, np.inexact):
+                scaled[i] = x[: self.batch] * np.sqrt(1 + SCALE_STEP).astype(x.dtype)
         pairs = zip(self._in_batches(Program.run, self.batch, scaled), self.outputs, strict=True)
         moments = [(float(np.mean(_numbers(a) ** 2)), float(np.mean(b[: self.batch] ** 2))) for a, b in pairs]
         return [math.log(a / b) / math.log1p(SCALE_STEP) if a > 0 and b > 0 else 0.0 for a, b in moments]
@@ -184,9 +179,8 @@ class RegionDraws:
     def odd(self) -> list[int]:
         """By output: bits of the zero-mean weights that it is linear in: draw by draw another one is multiplied by −2."""
         found = [0] * len(self.raw)
-        weights = [
-            (i, x.value[0].node.odd) for i, x in enumerate(self.operands) if x.weight and len(x.value) == 1
-        ]
+        real = ((i, x) for i, x in enumerate(self.operands) if x.weight and len(x.value) == 1)
+        weights = [(i, x.value[0].node.odd) for i, x in real]
         for start in range(0, len(weights), self.batch):
             some, turned = weights[start : start + self.batch], list(self.drawn)
             for draw, (i, _) in enumerate(some):
@@ -212,17 +206,14 @@ class RegionDraws:
 
 
 def with_enough_draws(draws: RegionDraws, bound: float) -> RegionDraws:
-    """So many draws that the outputs' mean squares are known to this, or as many numbers as there may be.
-
-    The error goes by the root of the draws, and so tells how many more batches there have to be; by Student's law it is more
-    than that of few.
-    """
+    """So many draws that the outputs' mean squares are known to this, or as many numbers as there may be."""
     largest = max((numbers[0].size for numbers in draws.outputs), default=1)
     most = _DRAWN_NUMBERS // max(draws.batch * largest, 1)
     while draws.replicates < draws.batch * most:
         error = max(map(relative_error, draws.outputs), default=0.0)
         if error <= bound:
             break
+        # The error goes by the root of the draws; of few, by Student's law, it is larger.
         surer = special.ndtri(1 - _TAIL / 2) / special.stdtrit(draws.replicates - 1, 1 - _TAIL / 2)
         batches = math.ceil(draws.replicates * (error / bound) ** 2 * surer / draws.batch)
         batches = min(max(batches, 2 * draws.replicates // draws.batch), most)
@@ -245,8 +236,10 @@ def _numbers(x: Any) -> np.ndarray:
 
 def sizes_to_run(jaxpr: Any, operands: Sequence[Operand]) -> tuple[Sizes, int]:
     """Sizes, and a number of draws, at which equations can be run: their own, or fewer samples, or fewer units, too."""
-    cost = 4 * work(jaxpr.jaxpr, Sizes({}))  # backward takes about three times as much
-    fits = min(_WORK / max(cost, 1.0), _HELD_NUMBERS / max(numbers_held(jaxpr.jaxpr, Sizes({})), 1))
+    cost, held = work(jaxpr.jaxpr, Sizes({}))
+    fits = min(
+        _WORK / max(4 * cost, 1.0), _HELD_NUMBERS / max(held, 1)
+    )  # backward: about three times as much
     if fits >= _REPLICATES / 2:
         return Sizes({}), int(min(fits, _REPLICATES))
     read = [x for x in operands if not x.nudge]
@@ -263,15 +256,12 @@ def sizes_to_run(jaxpr: Any, operands: Sequence[Operand]) -> tuple[Sizes, int]:
     while True:
         fewer = {n: n // ratio for n in units if n % ratio == 0 and n // ratio >= _FEWEST_UNITS}
         sizes = Sizes({n: m for n, m in {**fewer, **few}.items() if n not in kept and m < n})
-        inputs = [jax.ShapeDtypeStruct(sizes.shape(x.shape), x.dtype) for x in jaxpr.in_avals]
         try:
-            jax.eval_shape(
-                functools.partial(run, jaxpr.jaxpr, jaxpr.consts, weights=weights, sizes=sizes), inputs
-            )
+            shrunk(jaxpr, weights, sizes)
         except CannotShrink as trouble:
             kept |= trouble.args[0]
             continue
-        fits = _WORK / (4 * work(jaxpr.jaxpr, sizes))
+        fits = _WORK / (4 * work(jaxpr.jaxpr, sizes)[0])
         if fits < _REPLICATES and any(n // (2 * ratio) >= _FEWEST_UNITS for n in units - kept):
             ratio *= 2
         elif fits * _MOST_WORK < _WORK * _FEWEST_REPLICATES:

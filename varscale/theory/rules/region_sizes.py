@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -27,15 +26,10 @@ from varscale.programs.pieces import is_key
 from varscale.theory.rules.registry import CALLS, ELEMENTWISE_OR_LAYOUT, sub_jaxpr_of
 
 _ROUNDED = 2.0**-8  # how far a count may be off in bfloat16, and the n − 1 of a variance
-_PRODUCTS = {"dot_general", "conv_general_dilated"}
 _REARRANGES = {"transpose", "reshape", "squeeze", "slice", "split", "convert_element_type"}
 _REARRANGES |= {"copy", "stop_gradient", "neg", "name"}
-_AXES = (
-    "axes",
-    "dimensions",
-    "axis",
-    "dimension",
-)  # parameters that name axes whose positions are told apart
+# Parameters that name axes whose positions are told apart.
+_AXES = ("axes", "dimensions", "axis", "dimension")
 
 
 class CannotShrink(Exception):
@@ -101,19 +95,10 @@ def over_draws(method: Callable[..., Any], *, short: bool) -> Callable[..., Any]
     )
 
 
-def written(jaxpr: Any) -> str:
-    """Equations, and the numbers in them."""
-    numbers = [jax.random.key_data(x) if is_key(x) else x for x in jaxpr.consts]
-    return f"{[hashlib.sha1(np.asarray(x).tobytes()).hexdigest() for x in numbers]} {jaxpr.jaxpr}"
-
-
 def run(
     jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], weights: Sequence[bool], sizes: Sizes
 ) -> list[Any]:
-    """The outputs of a jaxpr with constants of their own sizes on smaller inputs, of which some are independent weights.
-
-    CannotShrink where something in it needs sizes that were to shrink.
-    """
+    """Outputs, of constants of their own sizes and smaller inputs, some independent weights; CannotShrink where it cannot."""
     if not sizes.smaller:
         return jaxpr_as_fun(ClosedJaxpr(jaxpr, consts))(*args)
     sizes.keep(n for const in consts for n in jnp.shape(const))
@@ -134,6 +119,13 @@ def run(
         if any(own) and _keeps_law(eqn, own):
             known.update(map(id, eqn.outvars))
     return [v.val if _compat.is_literal(v) else env[v] for v in jaxpr.outvars]
+
+
+def shrunk(jaxpr: ClosedJaxpr, weights: Sequence[bool], sizes: Sizes) -> ClosedJaxpr:
+    """Equations at smaller sizes, as `run` has them."""
+    smaller = [jax.ShapeDtypeStruct(sizes.shape(x.shape), x.dtype) for x in jaxpr.in_avals]
+    f = functools.partial(run, jaxpr.jaxpr, jaxpr.consts, weights=weights, sizes=sizes)
+    return jax.make_jaxpr(f)(smaller)
 
 
 def _all_sizes(eqn: Any) -> list[int]:
@@ -170,10 +162,7 @@ def _equation(eqn: Any, ins: list[Any], weights: list[bool], sizes: Sizes) -> li
         return run(*_compat.sub_jaxpr(inner), ins, weights, sizes)
     if name == "scan":
         sizes.keep([p["length"]])
-        body = p["jaxpr"]
-        smaller = [jax.ShapeDtypeStruct(sizes.shape(x.shape), x.dtype) for x in body.in_avals]
-        step = functools.partial(run, body.jaxpr, body.consts, weights=weights, sizes=sizes)
-        return eqn.primitive.bind(*ins, **{**p, "jaxpr": jax.make_jaxpr(step)(smaller)})
+        return eqn.primitive.bind(*ins, **{**p, "jaxpr": shrunk(p["jaxpr"], weights, sizes)})
     if sizes.smaller.keys().isdisjoint(_all_sizes(eqn)):
         return list(_compat.evaluated(eqn, ins))
     sizes.keep(_all_sizes(eqn) if inner is not None else _where_positions_matter(eqn, sizes))
@@ -183,7 +172,7 @@ def _equation(eqn: Any, ins: list[Any], weights: list[bool], sizes: Sizes) -> li
         for k in ("start_indices", "limit_indices"):
             p[k] = tuple(i * m // n for i, n, m in zip(p[k], *shapes, strict=True))
     out = eqn.primitive.bind(*ins, **p)
-    if name in _PRODUCTS:
+    if name in ("dot_general", "conv_general_dilated"):
         return [_of_all_terms(eqn, out, weights, sizes)]
     if name == "reduce_sum":
         return [out * jnp.asarray(sizes.ratio([eqn.invars[0].aval.shape[k] for k in p["axes"]]), out.dtype)]
@@ -228,9 +217,9 @@ def _of_all_terms(eqn: Any, out: jax.Array, weights: list[bool], sizes: Sizes) -
     return back * out + lax.stop_gradient((ahead - back) * out)
 
 
-def work(jaxpr: Any, sizes: Sizes) -> float:
-    """Multiplications in one run at these sizes, roughly."""
-    total = 0.0
+def work(jaxpr: Any, sizes: Sizes) -> tuple[float, float]:
+    """Multiplications in one run at these sizes, roughly, and numbers in all its arrays."""
+    total = held = 0.0
     for eqn, times in every_equation(jaxpr):
         terms = 1.0
         if eqn.primitive.name == "dot_general":
@@ -239,14 +228,9 @@ def work(jaxpr: Any, sizes: Sizes) -> float:
         elif eqn.primitive.name == "conv_general_dilated":
             kernel = sizes.shape(eqn.invars[1].aval.shape)
             terms = math.prod(kernel) / kernel[eqn.params["dimension_numbers"].rhs_spec[0]]
-        total += times * terms * sum(math.prod(sizes.shape(v.aval.shape)) for v in eqn.outvars)
-    return total
-
-
-def numbers_held(jaxpr: Any, sizes: Sizes) -> float:
-    """Numbers in all arrays of one run at these sizes."""
-    made = ((times, v.aval.shape) for eqn, times in every_equation(jaxpr) for v in eqn.outvars)
-    return sum(times * math.prod(sizes.shape(shape)) for times, shape in made)
+        made = times * sum(math.prod(sizes.shape(v.aval.shape)) for v in eqn.outvars)
+        total, held = total + terms * made, held + made
+    return total, held
 
 
 def every_equation(jaxpr: Any, times: int = 1) -> Iterator[tuple[Any, int]]:

@@ -86,31 +86,22 @@ def map_parts(f: Callable[[Any], Any], x: Any) -> Any:
 
 
 class Context(Protocol):
-    """The walk over a jaxpr, as rules see it (`interpreter.interpreter.Interpreter`).
+    """The walk over a jaxpr, as rules see it (`interpreter.interpreter.Interpreter`)."""
 
-    Attributes:
-        graph: the nodes built so far.
-        place: where rows are kept; None where none are.
-        used: the variables that are read of the jaxpr that is being interpreted.
-        regions: the scopes that are drawn, or cannot be.
-        run: (jaxpr, consts, args, step=None), the outputs of a jaxpr; `step` says which of a loop's it is.
-        known: (const), the value of a known array.
-        concrete: (x, dtype=None), the numbers of a known value; None where it is random or too large.
-        elementwise: (name, *xs, extra=()), an elementwise primitive of values of one shape (sizes of 1 broadcast).
-        ask: (reason, whole=False), ask for a region of the module that the walk is in, or of the whole model; False where
-            there is none to be had.
-        leaf: (name, shape, mean, second_moment, *, odd, **law), a new random tensor with independent entries.
-    """
-
-    graph: Graph
-    place: Any
-    regions: Any
-    used: frozenset[Any]
+    graph: Graph  # the nodes built so far
+    place: Any  # where rows are kept; None where none are
+    regions: Any  # the scopes that are drawn, or cannot be
+    used: frozenset[Any]  # the variables that are read of the jaxpr that is being interpreted
+    # (jaxpr, consts, args, step=None), the outputs of a jaxpr; `step` says which of a loop's it is
     run: Callable[..., list[Any]]
-    known: Callable[[Any], Any]
+    known: Callable[[Any], Any]  # the value of a known array
+    # (x, dtype=None), the numbers of a known value; None where it is random or too large
     concrete: Callable[..., np.ndarray | None]
+    # (name, *xs, extra=()), an elementwise primitive of values of one shape (sizes of 1 broadcast)
     elementwise: Callable[..., Value]
+    # (reason, whole=False), ask for a region of this module, or of the whole model; False: there is none
     ask: Callable[..., bool]
+    # (name, shape, mean, second_moment, *, odd, **law), a new random tensor with independent entries
     leaf: Callable[..., Value]
 
 
@@ -128,5 +119,5 @@ def live_equations(jaxpr: Any) -> list[Any]:
 @functools.lru_cache(maxsize=256)
 def used_variables(jaxpr: Any) -> frozenset[Any]:
     """The variables that live equations read, and the outputs."""
-    read = (v for eqn in live_equations(jaxpr) for v in eqn.invars)
-    return frozenset(v for v in (*read, *jaxpr.outvars) if not _compat.is_literal(v))
+    read = [*jaxpr.outvars, *(v for eqn in live_equations(jaxpr) for v in eqn.invars)]
+    return frozenset(v for v in read if not _compat.is_literal(v))

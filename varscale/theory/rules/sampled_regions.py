@@ -6,6 +6,7 @@ Moments of a region's outputs are pooled from the draws, and cotangents flow bac
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Hashable, Sequence
 from typing import Any
@@ -13,7 +14,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import ClosedJaxpr
 from scipy import special
 
 from varscale import _compat
@@ -22,9 +22,9 @@ from varscale.theory.domain.axes import Axis, by_level
 from varscale.theory.domain.tables import LOOSE, Positions, Table, gaussian
 from varscale.theory.graph.expressions import content, hashed
 from varscale.theory.graph.known_arrays import is_known_array
-from varscale.theory.graph.layout import Value, full, value
+from varscale.theory.graph.layout import Value, axes_of, full, value
 from varscale.theory.graph.nodes import UNKNOWN, Leaf, Node, View, cross_by_kind, pullback, second_moments
-from varscale.theory.graph.store import BackwardNotes, Fact, FlowInside, PredictionError, source, told
+from varscale.theory.graph.store import BackwardNotes, Fact, FlowInside, Flows, PredictionError, source, told
 from varscale.theory.integrals.hermite_series import POINTS, WEIGHTS, Z
 from varscale.theory.propagation.fluctuations import fluctuations
 from varscale.theory.propagation.fourth_moments import fresh
@@ -48,7 +48,7 @@ from varscale.theory.rules.region_draws import (
     sizes_to_run,
     with_enough_draws,
 )
-from varscale.theory.rules.region_sizes import numbers_held
+from varscale.theory.rules.region_sizes import work
 from varscale.theory.rules.registry import Complex, Context, Opaque, rule
 
 _BOUND = 0.1  # relative error to which mean squares should be known: 15 % with what readers add
@@ -93,54 +93,41 @@ def sampled_from_region(node: RegionOutput, drawing: Drawing, positions: Positio
 @second_moments.register(RegionOutput)
 def second_moments_of_region(node: RegionOutput) -> Table:
     table = table_of_draws(node, node.numbers, node.positions)
-    if any(np.isnan(x).any() for x in node.draws.raw):
-        node.graph.flag("assumed", UNKNOWN)  # draws are none of what it is defined on (a factorization, say)
-    if node.draws.drawing.doubt:
-        node.graph.flag("assumed", node.draws.drawing.doubt)
-    node.drawn = _drawn_quantiles(node)
-    return table
-
-
-def _drawn_quantiles(node: RegionOutput) -> np.ndarray:
-    """Its values on the normal grid, class by class."""
-    out = np.empty((*[a.classes for a in node.axes], POINTS))
+    # Draws may be none of what it is defined on (a factorization, say).
+    if doubt := UNKNOWN if any(np.isnan(x).any() for x in node.draws.raw) else node.draws.drawing.doubt:
+        node.graph.flag("assumed", doubt)
+    node.drawn = np.empty((*table.mean.shape, POINTS))  # its values on the normal grid, class by class
     labels = [a.label_array[p] for a, p in zip(node.axes, node.positions, strict=True)]
-    for cell in np.ndindex(*out.shape[:-1]):
+    for cell in np.ndindex(table.mean.shape):
         places = np.ix_(*[np.flatnonzero(label == c) for label, c in zip(labels, cell, strict=True)])
         own = node.numbers[(slice(None), *places)]
         line = np.sort(own.ravel()[evenly(own.size, _MOST_IN_ORDER)])
         drawn = np.interp(special.ndtr(Z) * len(line) - 0.5, np.arange(len(line)), line)
         # The grid ends where the draws do: what their tails lack is made up for by the rest.
         square = max(float(np.mean(np.square(own, dtype=float))), 1e-300)
-        scale = math.sqrt(max(WEIGHTS @ drawn**2, 1e-300) / square)
-        out[cell] = drawn / scale
-    return out
+        node.drawn[cell] = drawn / math.sqrt(max(WEIGHTS @ drawn**2, 1e-300) / square)
+    return table
 
 
 @pullback.register(RegionOutput)
-def pullback_of_region(
-    node: RegionOutput, cotangent: np.ndarray, notes: BackwardNotes
-) -> list[np.ndarray | None]:
+def pullback_of_region(node: RegionOutput, cotangent: np.ndarray, notes: BackwardNotes) -> Flows:
     draws = node.draws
-    kept = 4 * numbers_held(draws.jaxpr.jaxpr, draws.sizes)  # bytes a draw, roughly
+    kept = 4 * work(draws.jaxpr.jaxpr, draws.sizes)[1]  # bytes a draw, roughly
     replicates = int(np.clip(_MEMORY / max(kept, 1), 2, draws.replicates))
     replicates -= replicates % min(draws.batch, replicates)  # each size of a batch is compiled
     arriving, doubt = _arriving(node, np.broadcast_to(cotangent, node.frame_types), replicates, notes)
     notes.regions.append(node)
     back = draws.back(node.params[1], arriving)
-    errors = [
-        relative_error(x) for x, o in zip(back, draws.operands, strict=True) if x is not None and o.is_value
-    ]
-    notes.doubts[node.id] = max(errors, default=0.0) + max(
-        doubt, _SMALLER_DOUBT if draws.sizes.smaller else 0.0
-    )
-    for i, inner in (NUDGED.get(node.graph, _key(node.params[0], node.args)) or {}).items():
-        passed = back[i]
-        if passed is not None and inner is not node:
+    pairs = zip(back, draws.operands, strict=True)
+    errors = (relative_error(x) for x, o in pairs if x is not None and o.is_value)
+    doubt = max(doubt, _SMALLER_DOUBT if draws.sizes.smaller else 0.0)
+    notes.doubts[node.id] = max(errors, default=0.0) + doubt
+    for i, inner in NUDGED.of(node.graph)[_key(node.params[0], node.args)].items():
+        if (passed := back[i]) is not None and inner is not node:
             own = passed.reshape(len(passed), *inner.numbers.shape[1:])
             second = pooled(own, inner.axes, inner.positions).second
             notes.inside.append(FlowInside(inner, second, relative_error(passed)))
-    out: list[np.ndarray | None] = []
+    out: Flows = []
     for x, passed in zip(draws.operands, back, strict=True):
         if passed is None or not x.random:
             out += [None] * len(x.value)
@@ -153,10 +140,7 @@ def pullback_of_region(
 def _arriving(
     node: RegionOutput, cotangent: np.ndarray, replicates: int, notes: BackwardNotes
 ) -> tuple[np.ndarray, float]:
-    """Draws of its cotangents: those that regions which read it sent back, in their order in time, and Gaussian ones.
-
-    With them the doubt of cotangents that lost their order in time between another region and this one.
-    """
+    """Draws of its cotangents: what regions sent back, in its order in time, and Gaussian ones; the doubt of an order lost."""
     positions, sent = node.positions, notes.sent.get(node.id, [])
     rest = cotangent - sum(second for _, second in sent)
     drawn = gaussian(rest, node.axes, positions, replicates, np.random.default_rng(content(node)))
@@ -167,9 +151,8 @@ def _arriving(
 
 def _carried_back(node: RegionOutput, value: Value, passed: np.ndarray, notes: BackwardNotes) -> np.ndarray:
     """Second moments of a node's cotangents by type, from cotangents of the operand that it is."""
-    copies = tuple(1 + d for d, dim in enumerate(value.dims) if all(a.axis is None for a in dim))
-    axes = [a.axis for dim in value.dims for a in dim if a.axis is not None]
-    numbers = passed.sum(axis=copies).transpose([0, *(1 + np.argsort(axes))])
+    copies = tuple(1 + d for d, dim in enumerate(value.dims) if not axes_of([dim]))
+    numbers = passed.sum(axis=copies).transpose([0, *(1 + np.argsort(axes_of(value.dims)))])
     second = pooled(numbers, value.node.axes, list(map(node.draws.positions, value.node.axes))).second
     if isinstance(value.node, RegionOutput):
         notes.sent.setdefault(value.node.id, []).append((numbers, second))
@@ -178,11 +161,8 @@ def _carried_back(node: RegionOutput, value: Value, passed: np.ndarray, notes: B
 
 @cross_by_kind.register(RegionOutput)
 def cross_by_kind_of_region(node: RegionOutput, a: View, b: View, frame: Sequence[Axis]) -> np.ndarray | None:
-    """Against another output, or what the region reads: both are drawn together.
-
-    Regions read the same numbers, as far as both have draws.
-    """
-    place, drawn = dict(zip(a.bind, range(len(node.axes)), strict=True)), b.node
+    """Against another output, or what the region reads: both are drawn together, from the same numbers."""
+    place, drawn = {outer: k for k, outer in enumerate(a.bind)}, b.node
     while drawn.moves:  # a slice of another output, or that in another order: a second direction's steps
         drawn = drawn.argument
     if not set(b.bind) <= set(a.bind) or not (isinstance(drawn, RegionOutput) or b.node.id <= node.id):
@@ -208,7 +188,7 @@ def propagated_of_region(node: RegionOutput) -> Spread:
     each = numbers.mean(axis=tuple(k for k in range(1, numbers.ndim) if k != samples))
     each = each.reshape(len(numbers), -1)
     n, whole = each.shape[1], np.maximum(each.mean(axis=1), 1e-150)
-    shared = float(np.log(whole).var())
+    varied = shared = float(np.log(whole).var())
     if inputs:
         pairs = ((n * whole) ** 2 - (each**2).sum(axis=1)) / max(n * (n - 1), 1)
         shared = float(pairs.mean() / whole.mean() ** 2) - 1
@@ -217,7 +197,7 @@ def propagated_of_region(node: RegionOutput) -> Spread:
     shared /= max((draws.sizes.ratio([n]) for n in weights), default=1.0)
     inherited = combine([(draws.response[which], fluctuations(largest))] if largest is not None else [])
     if not draws.sizes.smaller:  # the draws themselves vary by no more than all of it
-        shared = max(shared, float(np.log(whole).var()) - inherited.variance)
+        shared = max(shared, varied - inherited.variance)
     own = math.sqrt(max(shared - fresh(node, range(len(node.axes))), 0.0))
     return dataclasses.replace(inherited, sources={**inherited.sources, ~node.id: own})
 
@@ -265,14 +245,9 @@ def region_rule(interpreter: Context, eqn: Any, *xs: Any) -> list[Any]:
 
 
 def _outputs(
-    interpreter: Context,
-    jaxpr: ClosedJaxpr,
-    operands: Sequence[Operand],
-    nudged: Sequence[int],
-    whole_numbers: bool,
-    time: int | None = None,
+    interpreter: Context, jaxpr: Any, operands: list[Operand], nudged: Any, ids: bool, time: int | None = None
 ) -> list[Any]:
-    """The outputs of equations, drawn, as `drawn_alone` has them; whether `whole_numbers` that are random may be among them.
+    """The outputs of equations, drawn, as `drawn_alone` has them; `ids` says whether random whole numbers may be among them.
 
     Last of the operands come zeros that are added to outputs where they are made: `nudged` says to which.
     """
@@ -281,10 +256,9 @@ def _outputs(
     draws = RegionDraws(jaxpr, tuple(operands), sizes, replicates, replicates)
     read = [([(v.node, v.dims) for v in x.value], x.key, str(x.aval), x.nudge) for x in operands]
     mark = ("region", hashed(draws.program.written, (read, sizes.smaller, replicates), tuple(nudged)))
-    views, place = [], 0
+    views, places = [], itertools.count()
     for part in (part for x in operands for part in x.value):
-        views.append(View(part.node, tuple(range(place, place + len(part.node.axes)))))
-        place += len(part.node.axes)
+        views.append(View(part.node, tuple(itertools.islice(places, len(part.node.axes)))))
     key = _key(mark, views)
     draws = DRAWS.once(graph, key, lambda: with_enough_draws(draws, _BOUND))
 
@@ -295,7 +269,7 @@ def _outputs(
         if timed:
             squares = draws.outputs[which].astype(float) ** 2
             axes[0] = by_level(squares.mean(axis=(0, *range(2, squares.ndim)))[:, None])
-        return value(graph.make(RegionOutput, axes, views, (mark, which, timed)), tuple(shape))
+        return value(graph.make(RegionOutput, axes, views, (mark, which, timed)), shape)
 
     which, out = 0, list[Any]()
     for k, aval in enumerate(jaxpr.out_avals):
@@ -307,7 +281,7 @@ def _outputs(
             out.append(interpreter.known(numbers[0].reshape(aval.shape).astype(aval.dtype)))
         elif aval.dtype.kind == "c":
             out.append(Complex(output(which, aval.shape, timed), output(which + 1, aval.shape, timed)))
-        elif real or whole_numbers:
+        elif real or ids:
             out.append(output(which, aval.shape, timed))
         else:
             raise CannotDraw("random whole numbers come out of it")
@@ -324,7 +298,7 @@ def _key(mark: Hashable, views: Sequence[View]) -> Hashable:
 
 def placeholder(interpreter: Context, aval: Any) -> Any:
     """What stands for an output in a walk that is not the last: moments of independent standard normals."""
-    shape = tuple(aval.shape)
+    shape = aval.shape
     if is_key(aval):
         return Opaque(jax.random.split(jax.random.key(0), shape))
     if aval.dtype.kind in "iub":
