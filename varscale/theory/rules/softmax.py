@@ -166,7 +166,7 @@ def pullback_of_softmax(
     # E[p_ik² p_jk]/E[p_ik p_jk] and its like: of rows that have nothing in common a key's share, or all.
     first, square, cube = (np.maximum(x, 1e-300) for x in weights[:3])
     unlike, alike, correlation = square / first, cube / square, node.deviation / read(node.variance)
-    both = ([read(x, second=j) for x in (unlike, alike)] for j in (False, True))
+    both = ((read(unlike, second=j), read(alike, second=j)) for j in (False, True))
     weighed = sum(weighed_in_both(*ratios, correlation) for ratios in both)
     overlap = (p[..., :c] * counts).sum(-1, keepdims=True)
     keep = np.clip(np.where(own, keep, 1 - weighed + overlap), 0, 1)
