@@ -167,7 +167,7 @@ def regrouped(
 
 def full_types(array: np.ndarray, frame: Axes) -> np.ndarray:
     """Broadcast to every type of the frame."""
-    return np.broadcast_to(array, tuple(axis.types for axis in frame))
+    return np.broadcast_to(array, [axis.types for axis in frame])
 
 
 def full_along(array: np.ndarray, k: int, axis: Axis) -> np.ndarray:

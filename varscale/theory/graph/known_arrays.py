@@ -41,7 +41,7 @@ class Computed(Leaf):
         return values[np.minimum((special.ndtr(Z) * values.size).astype(int), values.size - 1)]
 
 
-@second_moments.register(Computed)
+@second_moments.register
 def second_moments_of_computed(node: Computed) -> Table:
     return estimate(_values(node), node.axes)
 

@@ -69,7 +69,7 @@ def unmoved(node: Node) -> Node:
     return node
 
 
-@second_moments.register(Rearranged)
+@second_moments.register
 def second_moments_of_rearranged(node: Rearranged) -> Table:
     table = node.argument.table
     k, *sizes = node.params
@@ -80,7 +80,7 @@ def second_moments_of_rearranged(node: Rearranged) -> Table:
     return Table(node.axes, node.carried(table.mean, pairs=False), node.carried(table.second, pairs=True))
 
 
-@pullback.register(Rearranged)
+@pullback.register
 def pullback_of_rearranged(
     node: Rearranged, cotangent: np.ndarray, notes: BackwardNotes
 ) -> list[np.ndarray | None]:
@@ -183,14 +183,14 @@ class AxisMapped(Node):
         self.odd, self.positive = x.odd, x.positive and bool(np.all(self.axis_map.matrix.data >= 0))
 
 
-@second_moments.register(AxisMapped)
+@second_moments.register
 def second_moments_of_axis_mapped(node: AxisMapped) -> Table:
     k, table = node.params[0], node.argument.table
     mean = apply_axis(table.mean, k, node.axis_map.means())
     return Table(node.axes, mean, apply_axis(table.second, k, pair_counts(node.axis_map)))
 
 
-@pullback.register(AxisMapped)
+@pullback.register
 def pullback_of_axis_mapped(
     node: AxisMapped, cotangent: np.ndarray, notes: BackwardNotes
 ) -> list[np.ndarray | None]:

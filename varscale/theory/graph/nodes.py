@@ -213,7 +213,7 @@ class Constant(Node):
         self.positive = self.params >= 0
 
 
-@second_moments.register(Constant)
+@second_moments.register
 def second_moments_of_constant(node: Constant) -> Table:
     return independent(node.params, node.params * node.params, ())
 
@@ -263,7 +263,7 @@ class Array(Node):
         return self.graph.make(Array, axes, (), self.params)
 
 
-@second_moments.register(Array)
+@second_moments.register
 def second_moments_of_array(node: Array) -> Table:
     return estimate(node.values, node.axes)
 

@@ -164,8 +164,7 @@ def _is_variance(node: Sum) -> bool:
 def cut_inside(node: Node, k: int, axes: tuple[Axis, ...], cut: Callable[[Node, int], Node]) -> Node | None:
     """The node over `axes` whose arguments take a cut of its axis k (into several, or of one position) in its place.
 
-    Each entry of an elementwise node is made as it was. A part of a row less its mean is still known to be less the row's own
-    mean. None where the kind of node lets no cuts through.
+    A part of a row less its mean is still known to be less the row's own mean. None where the kind lets no cuts through.
     """
     if isinstance(node, Mean):
         inner = node.argument

@@ -8,9 +8,6 @@ import ml_dtypes
 import numpy as np
 from scipy import special
 
-_TINY = 1e-300
-
-
 COMPARISONS = {name: getattr(operator, name) for name in ("gt", "lt", "ge", "le", "eq", "ne")}
 _LOGICAL = {name: getattr(np, f"logical_{name}") for name in ("and", "or", "xor", "not")}
 _SHIFTS = {"shift_left": np.left_shift, "shift_right_logical": np.right_shift}
@@ -82,7 +79,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "rem": _guard(np.fmod),
     "exp": lambda x: np.exp(np.minimum(x, 300.0)),
     "exp2": lambda x: np.exp2(np.minimum(x, 400.0)),
-    "log": lambda x: np.log(np.maximum(x, _TINY)),
+    "log": lambda x: np.log(np.maximum(x, 1e-300)),
     "log1p": lambda x: np.log1p(np.maximum(x, -1 + 1e-15)),
     "expm1": lambda x: np.expm1(np.minimum(x, 300.0)),
     "logistic": special.expit,
@@ -115,10 +112,7 @@ _FIRST_STEP, _SECOND_STEP = (1e-5, 1e-3), (1e-3, 1.0)
 
 
 def function(name: str, extra: tuple[Any, ...]) -> Callable[..., np.ndarray]:
-    """The NumPy function of an elementwise node: a primitive with its static parameters, or a derivative.
-
-    "∂k name" is ∂f/∂(argument k) by a central difference (relative error 1e-9 where f is smooth, exact beside a corner).
-    """
+    """The NumPy function of a primitive; "∂k name" is ∂f/∂(argument k), by a central difference: to 1e-9 where f is smooth."""
     if not name.startswith("∂"):
         f = FUNCTIONS[name]
         return (lambda *xs: f(*xs, *extra)) if extra else f

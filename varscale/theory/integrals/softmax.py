@@ -93,10 +93,7 @@ def weight_moments(
     variances: Float[np.ndarray, "*rows classes"],
     directions: float = math.inf,
 ) -> WeightMoments:
-    """Exact moments of softmax weights over independent logits of given variances, `counts` keys of each class.
-
-    Logits are Gaussian, or projections of points on a sphere of so many directions, 3 at least.
-    """
+    """Exact moments of softmax weights, `counts` keys a class: of Gaussian logits, or points on a sphere of ≥ 3 directions."""
     n = counts.reshape(-1, counts.shape[-1])
     distinct, place = np.unique(variances, return_inverse=True)
     place = place.reshape(n.shape)
