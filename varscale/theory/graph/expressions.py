@@ -6,11 +6,11 @@ primitives themselves; no table of activations is needed, and no intermediate st
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import itertools
 import math
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from functools import cached_property, reduce
 from typing import Any, TypeVar
 
 import jax
@@ -61,7 +61,7 @@ class Sum(Node):
 
     entrywise = True
 
-    @functools.cached_property
+    @cached_property
     def terms(self) -> list[tuple[float, View]]:
         return list(zip(self.params, self.args, strict=True))
 
@@ -70,10 +70,10 @@ class Sum(Node):
         self.is_centred = any(
             y.node.averages and alike(c, -d) and x.node.deps == y.node.deps for (c, x), (d, y) in pairs
         )
-        self.odd = functools.reduce(lambda bits, view: bits & view.node.odd, self.args, -1)
+        self.odd = reduce(lambda bits, view: bits & view.node.odd, self.args, -1)
         self.positive = all(c >= 0 for c in self.params) and all(v.node.positive for v in self.args)
 
-    @functools.cached_property
+    @cached_property
     def centring(self) -> dict[int, int]:
         """Terms that another term takes the mean of away: index of the term to index of its mean."""
         pairs = itertools.permutations(enumerate(self.terms), 2)

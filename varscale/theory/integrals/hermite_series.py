@@ -5,7 +5,7 @@ E[f(z) g(z')] = Σ a_k b_k ρ^k (Mehler 1866). Where g is linear one term is lef
 that of f' and g' (Price 1958).
 """
 
-import functools
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -66,7 +66,7 @@ _FALLS = (0.5, 1.5, 2.5)  # of a jump, of a kink, of a jump in the second deriva
 _TAIL_AT = np.concatenate([[0.0], np.geomspace(1e-7, 50, 500)])
 
 
-@functools.cache
+@cache
 def _tail_table(fall: float) -> np.ndarray:
     """fall ∫ x^{−fall − 1} e^{−yx} dx from 1 on, at x = t^{−1/fall}."""
     t = (np.arange(4000) + 0.5) / 4000
@@ -99,7 +99,7 @@ def solved(coefficients: np.ndarray, target: np.ndarray) -> np.ndarray:
     return rho.reshape(target.shape)
 
 
-@functools.lru_cache
+@lru_cache
 def sphere_squares(dimension: float) -> Float[np.ndarray, " points"]:
     """x² of one coordinate of a point on the sphere of radius √d, in the order of z²: x²/d is Beta(1/2, (d − 1)/2)."""
     if dimension <= 1 + 1e-6:
@@ -107,7 +107,7 @@ def sphere_squares(dimension: float) -> Float[np.ndarray, " points"]:
     return dimension * special.betaincinv(0.5, (dimension - 1) / 2, np.abs(2 * special.ndtr(Z) - 1))
 
 
-@functools.cache
+@cache
 def sobol(dimension: int, size: int = 4096) -> Float[np.ndarray, "points dimension"]:
     """Quasi-random standard normals, antithetic and whitened: linear and quadratic functions are exact."""
     from scipy.stats import qmc

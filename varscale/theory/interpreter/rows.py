@@ -240,7 +240,7 @@ def _arrays(interpreter: Context, made: Iterable[Made]) -> dict[str, Value]:
 def _row(path: str, kind: str, x: Value) -> Row:
     mean = x.node.table.total_mean
     if x.node.table.mean_square >= _UNBOUNDED:  # infinities, which masks put there and a softmax takes away
-        moments = (mean, *[math.inf] * 3, (0.0, math.inf))
+        moments = (mean, math.inf, math.inf, math.inf, (0.0, math.inf))
         return Row(path, kind, x.shape, *moments, how="assumed", error_bound=math.inf)
     second, typical, (low, high) = of_one_draw(x.node)
     how, error_bound = provenance(x.node)

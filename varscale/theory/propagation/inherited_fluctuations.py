@@ -1,10 +1,10 @@
 """What functions and sums hand on of the fluctuations of their arguments: by how each answers to the scale of its roots."""
 
 import dataclasses
-import functools
 import itertools
 import math
 from collections.abc import Hashable, Sequence
+from functools import cached_property, partial, singledispatch
 
 import numpy as np
 from jaxtyping import Float
@@ -113,12 +113,12 @@ class Spread:
     places: dict[Hashable, float] = dataclasses.field(default_factory=dict)
     shape: float = 0.0  # what a unit's own weights, not Gaussian, add to that in the sum's fourth moment
 
-    @functools.cached_property
+    @cached_property
     def variance(self) -> float:
         """Variance of ln(mean square) over draws."""
         return sum(c * c for c in self.sources.values())
 
-    @functools.cached_property
+    @cached_property
     def point(self) -> float:
         """Relative variance, over draws, samples and positions, of the squared scale at one place."""
         return math.expm1(min(sum(c * c for c in self.places.values()), WIDEST))
@@ -153,7 +153,7 @@ def shared(a: dict[Hashable, float], b: dict[Hashable, float]) -> float:
     return sum(c * b[key] for key, c in a.items() if key in b)
 
 
-@functools.singledispatch
+@singledispatch
 def propagated(node: Node) -> Spread:
     """What a root's scale inherits: of one that is linear in its one argument, what that argument's scale does."""
     return inherited(node.argument) if node.args else NONE
@@ -217,7 +217,7 @@ def root_responses(node: Node) -> dict[Node, Response]:
     for root, (slope, curvature) in responses(node).items():
         spread = kernel(root)
         scale = Scale(max(1 + spread.shift, NEGLIGIBLE), spread.point, spread.variance, spread.skew)
-        found = response(scale, slope, curvature, functools.partial(_response_curve, node, root))
+        found = response(scale, slope, curvature, partial(_response_curve, node, root))
         shape = 1 + float(np.clip(curvature * spread.shape / 2, -LOOSE, LOOSE))
         out[root] = dataclasses.replace(found, growth=found.growth * shape)
     return out

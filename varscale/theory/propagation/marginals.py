@@ -8,8 +8,8 @@ roots theirs, is an assumption: the Gaussian copula, as Nataf (1962) takes it. N
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Hashable, Iterable, Sequence
+from functools import cached_property, reduce, singledispatch
 
 import numpy as np
 from scipy import special
@@ -33,7 +33,7 @@ class Marginal:
     mean: np.ndarray
     deviation: np.ndarray
 
-    @functools.cached_property
+    @cached_property
     def quantiles(self) -> np.ndarray | None:
         """Values on the normal grid where it is not Gaussian, (classes..., points)."""
         return quantiles(self.root)
@@ -42,7 +42,7 @@ class Marginal:
     def gaussian(self) -> bool:
         return self.quantiles is None
 
-    @functools.cached_property
+    @cached_property
     def correlation(self) -> np.ndarray:
         """By type, of the normals behind it: those that give it its covariance (Nataf 1962); 1 where i = j."""
         root, table, axes = self.root, self.root.table, self.root.axes
@@ -56,13 +56,13 @@ class Marginal:
         rho[tuple(slice(0, a.classes) for a in axes)] = 1.0
         return rho
 
-    @functools.cached_property
+    @cached_property
     def rounded(self) -> bytes:
         """Mean and deviation to one part in 2¹⁸."""
         fractions, exponents = np.frexp([self.mean, self.deviation])
         return np.ldexp(np.rint(fractions * 2**18) + 0.0, exponents).tobytes()
 
-    @functools.cached_property
+    @cached_property
     def values(self) -> np.ndarray:
         """On the normal grid, (classes..., points)."""
         line = self.mean[..., None] + self.deviation[..., None] * Z
@@ -76,7 +76,7 @@ def marginal(root: Node) -> Marginal:
     return Marginal(root, table.mean, np.sqrt(np.maximum(table.diagonal - table.mean**2, 0.0)))
 
 
-@functools.singledispatch
+@singledispatch
 def quantiles_of_kind(root: Node, table: Table, deviation: np.ndarray) -> np.ndarray | None:
     """Values on the normal grid by the law that a kind of root has of its own; None where it has none."""
     return None
@@ -216,7 +216,7 @@ def independent_factors(node: Node) -> list[View]:
     parts = factors(node.whole)[1]
     reads = {factor: {r for r in roots_of(factor) if not concentrated(r.node)} for factor in parts}
     return [
-        functools.reduce(lambda a, b: node.graph.make(Apply, node.axes, [a, b], ("mul", ())).whole, group)
+        reduce(lambda a, b: node.graph.make(Apply, node.axes, [a, b], ("mul", ())).whole, group)
         for group in connected(parts, lambda f, g: reads[f] & reads[g])
     ]
 
@@ -268,7 +268,7 @@ def factored(rho: np.ndarray, graph: Graph, known: np.ndarray | None = None) -> 
     return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-300)
 
 
-@functools.singledispatch
+@singledispatch
 def scatter_of(node: Node) -> np.ndarray | None:
     """Variance over weights of the correlation of two entries, by type of pair; None where there is none.
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 from collections.abc import Sequence
+from functools import cache, reduce
 from typing import Any
 
 import numpy as np
@@ -55,11 +55,11 @@ def moved(interpreter: Context, eqn: Any, x: Value, *_: Value) -> Value:
         case "transpose":
             return layout.transpose(x, p["permutation"])
         case "rev":  # each position meets another one of the array it was made from
-            return functools.reduce(lambda x, d: take(x, d, x.shape[d] - 1, None, -1), p["dimensions"], x)
+            return reduce(lambda x, d: take(x, d, x.shape[d] - 1, None, -1), p["dimensions"], x)
         case "slice":
             starts, stops, steps = p["start_indices"], p["limit_indices"], p["strides"] or itertools.repeat(1)
             spans = enumerate(zip(starts, stops, steps, strict=False))
-            return functools.reduce(lambda x, span: take(x, span[0], *span[1]), spans, x)
+            return reduce(lambda x, span: take(x, span[0], *span[1]), spans, x)
         case "tile":  # a leading factor of the dimension along which nothing changes
             copies = zip(p["reps"], x.dims, strict=True)
             return Value(x.node, tuple((Atom(n, None), *dim) if n > 1 else dim for n, dim in copies))
@@ -78,7 +78,7 @@ def part_pullback(cotangent: np.ndarray, k: int, old: Axis, span: Sequence[Any])
     return apply_axis(cotangent if matrix.shape[1] > 1 else np.expand_dims(cotangent, k), k, matrix)
 
 
-@functools.cache
+@cache
 def _slice_adjoint(old: Axis, span: tuple[Any, ...]) -> np.ndarray:
     new = sliced(old, *span)[0] or ONE
     return adjoint(pair_counts(slice_map(span, new, old)), new, old)
@@ -230,7 +230,7 @@ def _parts(xs: Sequence[View], sizes: Sequence[int], axes: Sequence[Axis], k: in
     return [(x, _placed(own, at, axes[k])) for x, own, at in found]
 
 
-@functools.cache
+@cache
 def _placed(part: Axis, start: int, whole: Axis) -> AxisMap:
     return entry_map(start + np.arange(part.size), np.arange(part.size), whole, part)
 

@@ -6,10 +6,10 @@ Maxima are drawn, and their cotangents spread evenly.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -145,7 +145,7 @@ def conv(interpreter: Context, eqn: Any, x: Value, w: Value) -> Any:
     windows, xd, wd = tuple(read), _axes_of(x, in_spec), _axes_of(w, w_spec)
     batch, _, *places = dim_axes(x.node, xd)
     out = [batch, dim_axes(w.node, wd)[0], *map(output_axis, windows, places)]
-    params = functools.partial(ConvParams, p["feature_group_count"], windows, xd, wd)
+    params = partial(ConvParams, p["feature_group_count"], windows, xd, wd)
     made = transpose(_window_node([x, w], Conv, out, params), [out_spec.index(d) for d in range(len(out))])
     return Value(affine(made.node, cx * cw, 0.0), made.dims)
 
@@ -248,7 +248,7 @@ def _law(node: WindowMax, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     shares = [None if own is None else own / n[:, None] for own, n in zip(taps, counts, strict=True)]
     squares = node.carried(table.diagonal, shares) / max(table.mean_square, 1e-300)
 
-    @functools.cache
+    @cache
     def moments(places: tuple[int, ...]) -> tuple[float, float]:
         y = x
         for d, (w, n) in enumerate(zip(windows, places, strict=True), 1):
@@ -298,6 +298,6 @@ def reduce_window(interpreter: Context, eqn: Any, x: Value, *_: Value) -> Value:
         xd = _axes_of(x, range(len(windows)))
         inner = zip(windows, dim_axes(x.node, xd), strict=True)
         out = [axis if w is None else output_axis(w, axis) for w, axis in inner]
-        return _window_node([x], kind, out, functools.partial(WindowSumParams, windows, xd))
+        return _window_node([x], kind, out, partial(WindowSumParams, windows, xd))
 
     return pooled(x, WindowSum) if eqn.primitive.name == "reduce_window_sum" else of_increasing(x, pooled)

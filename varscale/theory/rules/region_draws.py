@@ -7,10 +7,10 @@ tells. Taken one by one, T steps have T² cross-moments; drawn, a thousand of th
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import math
 from collections.abc import Sequence
+from functools import cached_property, reduce
 from typing import Any
 
 import jax
@@ -62,7 +62,7 @@ class Operand:
     aval: Any  # its shape and type
     nudge: bool = False  # whether it is zeros that are added to an output where it is made
 
-    @functools.cached_property
+    @cached_property
     def weight(self) -> bool:
         """Whether it is independent zero-mean weights."""
         fresh = all(isinstance(x.node, Leaf) and x.node.odd and not x.node.is_input for x in self.value)
@@ -84,7 +84,7 @@ def operand(x: Any, aval: Any, *, nudge: bool = False) -> Operand:
         return Operand((), x.key, aval)
     if not (jnp.issubdtype(aval.dtype, jnp.inexact) or all(_is_decided(v.node) for v in parts(x))):
         raise CannotDraw("random whole numbers are read by it")
-    flat = (functools.reduce(merged, range(len(part.dims)), part) for part in parts(x))
+    flat = (reduce(merged, range(len(part.dims)), part) for part in parts(x))
     return Operand(tuple(flat), None, aval, nudge)
 
 
@@ -109,7 +109,7 @@ class RegionDraws:
     replicates: int  # how many draws of all its operands they are run on
     batch: int  # how many of these are run at a time
 
-    @functools.cached_property
+    @cached_property
     def drawing(self) -> Drawing:
         return Drawing(self.replicates, self.positions)
 
@@ -124,7 +124,7 @@ class RegionDraws:
         numbers = np.expand_dims(numbers, [1 + d for d, dim in enumerate(x.dims) if not axes_of([dim])])
         return np.broadcast_to(numbers, (self.replicates, *self.sizes.shape(x.shape)))
 
-    @functools.cached_property
+    @cached_property
     def drawn(self) -> list[Any]:
         """Every operand, drawn: (replicates, ...)."""
         out = []
@@ -137,7 +137,7 @@ class RegionDraws:
                 out.append(split(x.key.reshape(-1)).reshape(self.replicates, *x.key.shape))
         return out
 
-    @functools.cached_property
+    @cached_property
     def program(self) -> Program:
         """What is compiled."""
         asked = [(x.nudge or x.is_value) and np.issubdtype(x.aval.dtype, np.inexact) for x in self.operands]
@@ -154,17 +154,17 @@ class RegionDraws:
         found = [f(self.program, *([x[some] for x in own] for own in arrays)) for some in batches]
         return list(map(np.concatenate, zip(*found, strict=True)))
 
-    @functools.cached_property
+    @cached_property
     def raw(self) -> list[np.ndarray]:
         """Outputs on draws of the operands, (replicates, ...), as they come out of the program."""
         return self._in_batches(Program.run, self.replicates, self.drawn)
 
-    @functools.cached_property
+    @cached_property
     def outputs(self) -> list[np.ndarray]:
         """The same in finite numbers, dimensions of size 1 left out."""
         return [_numbers(x).reshape(len(x), *(n for n in x.shape[1:] if n > 1)) for x in self.raw]
 
-    @functools.cached_property
+    @cached_property
     def response(self) -> list[float]:
         """By output: d ln E[y²] / d ln q on the first batch, q the second moment of all that it reads and that is no weight."""
         scaled = list(self.drawn)
@@ -175,7 +175,7 @@ class RegionDraws:
         moments = [(float(np.mean(_numbers(a) ** 2)), float(np.mean(b[: self.batch] ** 2))) for a, b in pairs]
         return [math.log(a / b) / math.log1p(SCALE_STEP) if a > 0 and b > 0 else 0.0 for a, b in moments]
 
-    @functools.cached_property
+    @cached_property
     def odd(self) -> list[int]:
         """By output: bits of the zero-mean weights that it is linear in: draw by draw another one is multiplied by −2."""
         found = [0] * len(self.raw)

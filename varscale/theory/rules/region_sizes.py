@@ -9,10 +9,10 @@ there are. Of any other sum it is not known whether its terms add up or cancel, 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -84,12 +84,12 @@ class Program:
         return pull([seed.astype(x.dtype) for seed, x in zip(seeds, out, strict=True)])
 
 
-@functools.cache
+@cache
 def over_draws(method: Callable[..., Any], *, short: bool) -> Callable[..., Any]:
     """A method of programs over draws of all that it takes; optimizations take longer than they save a short one."""
     options = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False} if short else None
     return jax.jit(
-        lambda program, *draws: jax.vmap(functools.partial(method, program))(*draws),
+        lambda program, *draws: jax.vmap(partial(method, program))(*draws),
         static_argnums=0,
         compiler_options=options,
     )
@@ -124,7 +124,7 @@ def run(
 def shrunk(jaxpr: ClosedJaxpr, weights: Sequence[bool], sizes: Sizes) -> ClosedJaxpr:
     """Equations at smaller sizes, as `run` has them."""
     smaller = [jax.ShapeDtypeStruct(sizes.shape(x.shape), x.dtype) for x in jaxpr.in_avals]
-    f = functools.partial(run, jaxpr.jaxpr, jaxpr.consts, weights=weights, sizes=sizes)
+    f = partial(run, jaxpr.jaxpr, jaxpr.consts, weights=weights, sizes=sizes)
     return jax.make_jaxpr(f)(smaller)
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Hashable
+from functools import cached_property
 
 import numpy as np
 from scipy import special
@@ -53,7 +53,7 @@ class Softmax(Node):
 
     how = "quadrature"
     shares = True
-    directions = functools.cached_property(key_directions)
+    directions = cached_property(key_directions)
 
     def prepare(self) -> None:
         self.positive, self.keys = True, self.axes[self.params]
@@ -65,7 +65,7 @@ class Softmax(Node):
         self.seen = np.broadcast_to(seen, [*(a.classes for a in self.row_axes), len(number)])
         self.shared = np.broadcast_to(shared, [*(a.types for a in self.row_axes), len(number)])
 
-    @functools.cached_property
+    @cached_property
     def deviation(self) -> np.ndarray:
         """Covariance of the logits' deviations along the keys: by type of the rows, and by class of key."""
         second = np.broadcast_to(self.args[0].second(self.axes), self.frame_types)
@@ -74,12 +74,12 @@ class Softmax(Node):
             second = second * View(node.over([self.axes[b] for b in bind]), bind).second(self.axes)
         return apart(np.moveaxis(second, self.params, -1), self.shared)
 
-    @functools.cached_property
+    @cached_property
     def variance(self) -> np.ndarray:
         """The same of a row with itself: by its class."""
         return np.maximum(self.of_one(self.deviation), 1e-12)
 
-    @functools.cached_property
+    @cached_property
     def weights(self) -> WeightMoments:
         """Weight moments by class of row, averaged over queries' variances of logits by a three-point Gauss-Hermite rule."""
         spread = min(math.sqrt(3.0 * logit_scatter(self)), 0.95)
@@ -94,7 +94,7 @@ class Softmax(Node):
         found = found._replace(pull=found.pull / nodes[..., 0], own_pull=found.own_pull / nodes[..., 0])
         return WeightMoments(*(np.tensordot([2 / 3, 1 / 6, 1 / 6], x, axes=1) for x in found))
 
-    @functools.cached_property
+    @cached_property
     def tilt(self) -> np.ndarray:
         """Weights' gain along the logits, E[(Σ p l)²]/s² − Σ p² (on a sphere − Σ p² l²/s²), times the rows' correlation."""
         by_rows, weights = self.deviation.mean(-1), self.weights
