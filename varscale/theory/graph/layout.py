@@ -49,7 +49,7 @@ def renumbered(dims: Sequence[Dim], place: Mapping[Any, int]) -> tuple[Dim, ...]
     return tuple(tuple(Atom(n, place.get(k)) for n, k in dim) for dim in dims)
 
 
-def axes_of(dims: Iterable[Dim]) -> list[int]:
+def axes_along(dims: Iterable[Dim]) -> list[int]:
     """The node's axes that dimensions run over, in their order."""
     return [atom.axis for dim in dims for atom in dim if atom.axis is not None]
 
@@ -118,7 +118,7 @@ def permute(node: Node, order: Sequence[int]) -> Node:
 
 def merged(x: Value, d: int) -> Value:
     """`x` with dimension d made of one atom at most."""
-    real = axes_of([x.dims[d]])
+    real = axes_along([x.dims[d]])
     if len(x.dims[d]) <= 1:
         return x
     if 0 < len(real) < len(x.dims[d]):

@@ -17,7 +17,7 @@ from scipy import special
 from varscale.theory.domain.axes import Axis, contract_axes, pool, refine
 from varscale.theory.domain.tables import LEADING_ORDER, NEXT_ORDER, Table, estimate, gaussian, over_frame
 from varscale.theory.graph.expressions import IDENTITIES, Apply, Mean, Sum, roots
-from varscale.theory.graph.layout import Dim, Value, axes_of, full, renumbered
+from varscale.theory.graph.layout import Dim, Value, axes_along, full, renumbered
 from varscale.theory.graph.linear_nodes import weight_of
 from varscale.theory.graph.nodes import (
     UNKNOWN,
@@ -143,7 +143,7 @@ def propagated_of_mean(node: Mean) -> Spread:
 
 def axes_behind(x: Value, dims: Sequence[int]) -> tuple[list[int], tuple[Dim, ...]]:
     """The node's axes behind some dimensions, and the other dimensions without them."""
-    axes = axes_of(x.dims[d] for d in dims)
+    axes = axes_along(x.dims[d] for d in dims)
     left = (k for k in range(len(x.node.axes)) if k not in axes)
     kept = [dim for d, dim in enumerate(x.dims) if d not in dims]
     return axes, renumbered(kept, {k: i for i, k in enumerate(left)})
@@ -273,7 +273,7 @@ def of_increasing(x: Value, extreme: Callable[[Value], Value]) -> Value:
         name, extra = step.params
         out = apply(out.graph, name, extra, out.axes, views)
     if steps and out.axes == node.axes and any(view.node is inner.node for view in node.args):
-        own, other = axes_of(x.dims), axes_of(inner.dims)
+        own, other = axes_along(x.dims), axes_along(inner.dims)
 
         def back(cotangent: np.ndarray) -> np.ndarray:
             (to_inner,) = pullback(node, np.broadcast_to(cotangent, node.frame_types), BackwardNotes())

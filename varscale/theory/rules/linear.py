@@ -18,7 +18,7 @@ from varscale.theory.domain.axes import Axis, affordable, contract_axes, grouped
 from varscale.theory.domain.tables import LOOSE, NEGLIGIBLE, ROUGH, Table, full_types, means_by_type
 from varscale.theory.graph.convolutions import Conv
 from varscale.theory.graph.expressions import Apply, Sum, roots, swapped
-from varscale.theory.graph.layout import Value, align, axes_of, full, renumbered
+from varscale.theory.graph.layout import Value, align, axes_along, full, renumbered
 from varscale.theory.graph.linear_nodes import Contract, Gather, unmoved, weight_of
 from varscale.theory.graph.nodes import Array, Leaf, Node, View, cross_by_kind, pullback, second_moments
 from varscale.theory.graph.normal_form import affine
@@ -229,7 +229,7 @@ def _over_one_frame(x: Value, y: Value, batch: Any, contracted: Any) -> tuple[Va
 
 def _mixes_heads(weight: Value, x: Value, contracted: Sequence[int]) -> bool:
     """Whether weights mix softmax weights, or products of queries and keys, along an axis that both factors have."""
-    along = set(axes_of(x.dims[d] for d in contracted))
+    along = set(axes_along(x.dims[d] for d in contracted))
     if not (weight.node.is_drawn and weight.node.odd and along):
         return False
     if shares := [r for r in roots(x.node) if isinstance(r.node, Softmax)]:
@@ -284,7 +284,7 @@ def dot_general(interpreter: Context, eqn: Any, x: Value, y: Value) -> Any:
     if 0.0 in (x.constant, y.constant):
         return full(interpreter.graph, 0.0, np.broadcast_shapes(x.shape, y.shape)[:free])
     frame, views, dims = align([x, y])
-    summed = axes_of(dims[free:])
+    summed = axes_along(dims[free:])
     if alone or not summed:
         out = mean(interpreter.elementwise("mul", x, y), range(free, len(x.dims)))
         return Value(affine(out.node, c * d * terms, 0.0), out.dims)

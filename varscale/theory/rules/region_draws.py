@@ -22,7 +22,7 @@ from varscale.programs.pieces import is_key
 from varscale.theory.domain.axes import Axis
 from varscale.theory.domain.tables import NEGLIGIBLE
 from varscale.theory.graph.expressions import Apply
-from varscale.theory.graph.layout import Value, axes_of, merged
+from varscale.theory.graph.layout import Value, axes_along, merged
 from varscale.theory.graph.nodes import Array, Constant, Leaf, Node
 from varscale.theory.propagation.inherited_fluctuations import SCALE_STEP
 from varscale.theory.propagation.sampler import Drawing, evenly
@@ -120,8 +120,8 @@ class RegionDraws:
     def draw(self, x: Value) -> np.ndarray:
         """A value drawn at its smaller sizes, (replicates, ...)."""
         numbers = self.drawing.at(x.node.whole, x.node.axes, list(map(self.positions, x.node.axes)))
-        numbers = numbers.transpose([0, *(1 + k for k in axes_of(x.dims))])
-        numbers = np.expand_dims(numbers, [1 + d for d, dim in enumerate(x.dims) if not axes_of([dim])])
+        numbers = numbers.transpose([0, *(1 + k for k in axes_along(x.dims))])
+        numbers = np.expand_dims(numbers, [1 + d for d, dim in enumerate(x.dims) if not axes_along([dim])])
         return np.broadcast_to(numbers, (self.replicates, *self.sizes.shape(x.shape)))
 
     @cached_property

@@ -22,7 +22,7 @@ from varscale.theory.domain.axes import Axis, by_level
 from varscale.theory.domain.tables import LOOSE, Positions, Table, gaussian
 from varscale.theory.graph.expressions import content, hashed
 from varscale.theory.graph.known_arrays import is_known_array
-from varscale.theory.graph.layout import Value, axes_of, full, value
+from varscale.theory.graph.layout import Value, axes_along, full, value
 from varscale.theory.graph.nodes import UNKNOWN, Leaf, Node, View, cross_by_kind, pullback, second_moments
 from varscale.theory.graph.store import BackwardNotes, Fact, FlowInside, Flows, PredictionError, source, told
 from varscale.theory.integrals.hermite_series import POINTS, WEIGHTS, Z
@@ -151,8 +151,8 @@ def _arriving(
 
 def _carried_back(node: RegionOutput, value: Value, passed: np.ndarray, notes: BackwardNotes) -> np.ndarray:
     """Second moments of a node's cotangents by type, from cotangents of the operand that it is."""
-    copies = tuple(1 + d for d, dim in enumerate(value.dims) if not axes_of([dim]))
-    numbers = passed.sum(axis=copies).transpose([0, *(1 + np.argsort(axes_of(value.dims)))])
+    copies = tuple(1 + d for d, dim in enumerate(value.dims) if not axes_along([dim]))
+    numbers = passed.sum(axis=copies).transpose([0, *(1 + np.argsort(axes_along(value.dims)))])
     second = pooled(numbers, value.node.axes, list(map(node.draws.positions, value.node.axes))).second
     if isinstance(value.node, RegionOutput):
         notes.sent.setdefault(value.node.id, []).append((numbers, second))
