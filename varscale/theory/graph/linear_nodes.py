@@ -17,7 +17,7 @@ from varscale.theory.domain.axis_maps import AxisMap, adjoint, pair_counts, spli
 from varscale.theory.domain.tables import Table, full_types, regrouped
 from varscale.theory.graph.convolutions import Conv
 from varscale.theory.graph.nodes import UNKNOWN, Constant, Leaf, Node, View, pullback, second_moments
-from varscale.theory.graph.store import BackwardNotes, Fact
+from varscale.theory.graph.store import BackwardNotes, Fact, Flows
 
 
 class Rearranged(Node):
@@ -69,7 +69,7 @@ def unmoved(node: Node) -> Node:
     return node
 
 
-@second_moments.register
+@second_moments.register(Permute | Merge | Split)
 def second_moments_of_rearranged(node: Rearranged) -> Table:
     table = node.argument.table
     k, *sizes = node.params
@@ -80,10 +80,8 @@ def second_moments_of_rearranged(node: Rearranged) -> Table:
     return Table(node.axes, node.carried(table.mean, pairs=False), node.carried(table.second, pairs=True))
 
 
-@pullback.register
-def pullback_of_rearranged(
-    node: Rearranged, cotangent: np.ndarray, notes: BackwardNotes
-) -> list[np.ndarray | None]:
+@pullback.register(Permute | Merge | Split)
+def pullback_of_rearranged(node: Rearranged, cotangent: np.ndarray, notes: BackwardNotes) -> Flows:
     return [node.carried(cotangent, pairs=True, back=True)]
 
 
@@ -191,9 +189,7 @@ def second_moments_of_axis_mapped(node: AxisMapped) -> Table:
 
 
 @pullback.register
-def pullback_of_axis_mapped(
-    node: AxisMapped, cotangent: np.ndarray, notes: BackwardNotes
-) -> list[np.ndarray | None]:
+def pullback_of_axis_mapped(node: AxisMapped, cotangent: np.ndarray, notes: BackwardNotes) -> Flows:
     own = node.axis_map
     return [apply_axis(cotangent, node.params[0], adjoint(pair_counts(own), own.out, own.inner))]
 

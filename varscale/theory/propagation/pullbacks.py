@@ -26,7 +26,7 @@ from varscale.theory.graph.expressions import Apply, Mean, Sum, is_mean_of, root
 from varscale.theory.graph.linear_nodes import Concat, Contract, Gather, Merge, Take, constant_along
 from varscale.theory.graph.nodes import Array, Leaf, Node, View, number, pullback
 from varscale.theory.graph.normal_form import derivative, mean_pullback
-from varscale.theory.graph.store import BackwardNotes, once_per_node
+from varscale.theory.graph.store import BackwardNotes, Flows, once_per_node
 from varscale.theory.propagation.cross_moments import cross
 from varscale.theory.propagation.marginals import cofactors
 
@@ -68,8 +68,8 @@ def shared_by_mean(second: np.ndarray, axes: Sequence[int], frame: Sequence[Axis
 
 
 @pullback.register(Sum)
-def pullback_of_sum(node: Sum, cotangent: np.ndarray, notes: BackwardNotes) -> list[np.ndarray | None]:
-    out: list[np.ndarray | None] = []
+def pullback_of_sum(node: Sum, cotangent: np.ndarray, notes: BackwardNotes) -> Flows:
+    out: Flows = []
     for i, (c, view) in enumerate(node.terms):
         passed = cotangent
         if i in node.centring:
@@ -81,7 +81,7 @@ def pullback_of_sum(node: Sum, cotangent: np.ndarray, notes: BackwardNotes) -> l
 
 
 @pullback.register(Mean)
-def pullback_of_mean(node: Mean, cotangent: np.ndarray, notes: BackwardNotes) -> list[np.ndarray | None]:
+def pullback_of_mean(node: Mean, cotangent: np.ndarray, notes: BackwardNotes) -> Flows:
     return [mean_pullback(cotangent, node.params, node.argument.axes)]
 
 

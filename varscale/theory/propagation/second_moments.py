@@ -228,7 +228,9 @@ def _cubature(group: _Group, frame: Axes, fixed: Environment) -> tuple[np.ndarra
     return mean, second
 
 
-cross_by_kind.register(Apply, lambda node, a, b, frame: product_second(a, b, frame))
+@cross_by_kind.register
+def cross_by_kind_of_apply(node: Apply, a: View, b: View, frame: Axes) -> np.ndarray:
+    return product_second(a, b, frame)
 
 
 def refuse_two_places(views: Sequence[View]) -> None:

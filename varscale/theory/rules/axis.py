@@ -30,7 +30,7 @@ from varscale.theory.graph.nodes import (
     second_moments,
 )
 from varscale.theory.graph.normal_form import broadcast, cut_inside
-from varscale.theory.graph.store import BackwardNotes, Fact
+from varscale.theory.graph.store import BackwardNotes, Fact, Flows
 from varscale.theory.propagation.cross_moments import cross
 from varscale.theory.propagation.inherited_fluctuations import Spread, combine, inherited, propagated
 from varscale.theory.propagation.pullbacks import sum_out
@@ -67,7 +67,7 @@ def moved(interpreter: Context, eqn: Any, x: Value, *_: Value) -> Value:
 
 
 @pullback.register(Take)
-def pullback_of_take(node: Take, cotangent: np.ndarray, notes: BackwardNotes) -> list[np.ndarray | None]:
+def pullback_of_take(node: Take, cotangent: np.ndarray, notes: BackwardNotes) -> Flows:
     k, *span = node.params
     return [part_pullback(cotangent, k, node.argument.axes[k], span)]
 
@@ -302,7 +302,7 @@ def cross_by_kind_of_concat(node: Concat, a: View, b: View, frame: Sequence[Axis
 
 
 @pullback.register(Concat)
-def pullback_of_concat(node: Concat, cotangent: np.ndarray, notes: BackwardNotes) -> list[np.ndarray | None]:
+def pullback_of_concat(node: Concat, cotangent: np.ndarray, notes: BackwardNotes) -> Flows:
     """Of each part the slice of the cotangent."""
     (k, sizes), axes = node.params, node.axes
     parts = _parts(node.args, sizes, axes, k)

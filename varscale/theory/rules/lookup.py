@@ -40,7 +40,7 @@ from varscale.theory.graph.nodes import (
     pullback,
     second_moments,
 )
-from varscale.theory.graph.store import BackwardNotes, Fact
+from varscale.theory.graph.store import BackwardNotes, Fact, Flows
 from varscale.theory.integrals.hermite_series import Z
 from varscale.theory.propagation.cross_moments import cross
 from varscale.theory.propagation.sampler import in_order
@@ -91,7 +91,7 @@ def cross_by_kind_of_gather(node: Gather, a: View, b: View, frame: Sequence[Axis
 
 
 @pullback.register(Gather)
-def pullback_of_gather(node: Gather, cotangent: np.ndarray, notes: BackwardNotes) -> list[np.ndarray | None]:
+def pullback_of_gather(node: Gather, cotangent: np.ndarray, notes: BackwardNotes) -> Flows:
     """Cotangents add up in the rows they came from: a row gets as many pairs of them as there are indices that agree."""
     row_axes, index_axes, _, rows, _ = node.params
     (source, bind), rate = node.args[0], node.rates()

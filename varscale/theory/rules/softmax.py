@@ -16,7 +16,7 @@ from varscale.theory.graph.layout import Value
 from varscale.theory.graph.linear_nodes import Contract
 from varscale.theory.graph.nodes import UNKNOWN, Array, Node, View, cross_by_kind, pullback, second_moments
 from varscale.theory.graph.normal_form import affine, total
-from varscale.theory.graph.store import BackwardNotes, Fact, once_per_node
+from varscale.theory.graph.store import BackwardNotes, Fact, Flows, once_per_node
 from varscale.theory.integrals.hermite_series import WEIGHTS, Z
 from varscale.theory.integrals.softmax import (
     WeightMoments,
@@ -144,9 +144,7 @@ def second_moments_of_softmax(node: Softmax) -> Table:
 
 
 @pullback.register(Softmax)
-def pullback_of_softmax(
-    node: Softmax, cotangent: np.ndarray, notes: BackwardNotes
-) -> list[np.ndarray | None]:
+def pullback_of_softmax(node: Softmax, cotangent: np.ndarray, notes: BackwardNotes) -> Flows:
     """∂p_k/∂l_j = p_k(δ − p_j): a cotangent's part common to the keys is lost, the rest is weighted by p."""
     c, counts, weights, read = node.keys.classes, node.keys.counts, node.weights, node.read
     tables = np.broadcast_to(cotangent, node.frame_types), node.table.second, node.table.mean
@@ -298,9 +296,7 @@ def second_moments_of_log_sum_exp(node: LogSumExp) -> Table:
 
 
 @pullback.register(LogSumExp)
-def pullback_of_log_sum_exp(
-    node: LogSumExp, cotangent: np.ndarray, notes: BackwardNotes
-) -> list[np.ndarray | None]:
+def pullback_of_log_sum_exp(node: LogSumExp, cotangent: np.ndarray, notes: BackwardNotes) -> Flows:
     """A logit gets its share of the cotangent."""
     source, (key,) = node.argument, node.reduced
     shares = node.graph.make(Softmax, source.axes, [source.whole], key)
