@@ -40,7 +40,7 @@ class Marking:
         """
         self.kinds = kinds
         self.calls: collections.Counter[str] = collections.Counter()
-        self.outputs: dict[str, Any] = {}
+        self.outputs: dict[str, Any] = collections.OrderedDict()  # whose order jax keeps, where it sorts a plain one
         self._method = method
         self._mark = mark
         self.running = Running()

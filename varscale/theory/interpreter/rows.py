@@ -254,8 +254,8 @@ def _row(path: str, kind: str, x: Value) -> Row:
 def of_one_draw(node: Node) -> tuple[float, float, tuple[float, float]]:
     """Of a node's mean square over initializations: its mean, its median, and what 99 % of them lie between."""
     spread = fluctuations(node)
-    second = node.table.mean_square * (1 + spread.shift)
-    variance = min(spread.variance, _WIDEST_BAND)
+    second = float(node.table.mean_square * (1 + spread.shift))
+    variance = float(min(spread.variance, _WIDEST_BAND))
     skew = float(np.clip(spread.skew, -(variance**1.5), variance**1.5))
     typical = second * math.exp(-variance / 2 - skew / 6)
     down = reach = _BAND * math.sqrt(variance) + _ROUNDING
@@ -316,5 +316,5 @@ def gradients_of(
                 gradient, doubt = tap.share(gradient, doubt)
                 if others := sum(map(tap.chain()[-1].is_part, held[x])):
                     gradient, doubt = gradient / (1 + others), doubt + UNKNOWN  # as if each had as much
-            gradients[path] = gradient, GRADIENT_BASE + doubt
+            gradients[path] = float(gradient), float(GRADIENT_BASE + doubt)
     return gradients

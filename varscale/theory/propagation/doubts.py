@@ -216,7 +216,7 @@ def provenance(node: Node) -> tuple[str, float]:
     spread = fluctuations(node)
     if doubt > _NO_BOUND:
         doubt = math.inf
-    return how, _BASE + doubt + spread.bend + _SCATTER * spread.variance * (1 + spread.variance)
+    return how, float(_BASE + doubt + spread.bend + _SCATTER * spread.variance * (1 + spread.variance))
 
 
 def doubt_of(node: Node) -> float:
