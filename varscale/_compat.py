@@ -102,6 +102,17 @@ def threefry_is_partitionable() -> bool:
     return bool(jax.config.jax_threefry_partitionable)  # pyright: ignore[reportAttributeAccessIssue]
 
 
+@functools.cache
+def quick_compilation() -> dict[str, Any]:
+    """Options under which XLA compiles a small program soonest. Newer versions do not know the second one."""
+    options = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+    try:
+        jax.jit(lambda: 0, compiler_options=options).lower().compile()
+    except jax.errors.JaxRuntimeError:
+        del options["xla_cpu_use_fusion_emitters"]
+    return options
+
+
 def set_mesh() -> Any:
     """The mesh that `jax.set_mesh` has set; None without one, and inside jit, which knows no devices."""
     try:

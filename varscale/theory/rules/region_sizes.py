@@ -87,11 +87,10 @@ class Program:
 @cache
 def over_draws(method: Callable[..., Any], *, short: bool) -> Callable[..., Any]:
     """A method of programs over draws of all that it takes; optimizations take longer than they save a short one."""
-    options = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False} if short else None
     return jax.jit(
         lambda program, *draws: jax.vmap(partial(method, program))(*draws),
         static_argnums=0,
-        compiler_options=options,
+        compiler_options=_compat.quick_compilation() if short else None,
     )
 
 
