@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import math
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property, lru_cache, partial, reduce
 from typing import Any, NamedTuple
@@ -160,7 +161,7 @@ def broadcast_in_dim(x: Value, shape: Sequence[int], places: Sequence[int]) -> V
 
 def common_cuts(*shapes: Sequence[int]) -> list[int] | None:
     """The products of the leading sizes of all shapes of one array, in order; None where one does not divide the next."""
-    cuts = sorted({1}.union(*(np.cumprod(sizes).tolist() for sizes in shapes)))
+    cuts = sorted({1}.union(*(itertools.accumulate(sizes, operator.mul) for sizes in shapes)))
     return None if any(b % a for a, b in itertools.pairwise(cuts)) else cuts
 
 

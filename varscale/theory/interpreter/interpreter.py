@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 from varscale import _compat
 from varscale.programs.scopes import ends
@@ -142,7 +143,7 @@ class Interpreter:
             self._places[eqn] = self.place
         try:
             if (outs := folded(self.graph, eqn, ins)) is None:
-                made_complex = any("complex" in str(getattr(v.aval, "dtype", "")) for v in eqn.outvars)
+                made_complex = any(np.iscomplexobj(v.aval) for v in eqn.outvars)
                 mixed = any(isinstance(x, Complex) for x in ins) or (name in RULES and made_complex)
                 by_parts = mixed and name not in _WHOLE
                 handler = RULES["complex operands"] if by_parts else RULES.get(name, unruled)
