@@ -78,12 +78,11 @@ def _between(variances: np.ndarray, first: int, last: int, directions: float) ->
     taken = np.log(variances).tolist() if few else [k * _SPACING for k in nodes]
     found = np.stack([_laplace(x, first, last, stride, directions) for x in taken], axis=1)
     if not few:  # from three nodes on either side
-        between, read = (places - below)[:, None], np.zeros(())
+        between, weights = (places - below)[:, None], np.zeros((len(variances), len(nodes)))
         for i in range(-2, 4):
             others = np.array([k for k in range(-2, 4) if k != i])
-            weight = np.prod((between - others) / (i - others), axis=1)
-            read = read + weight[:, None] * found[:, below + i - nodes[0]]
-        found = read
+            weights[np.arange(len(places)), below + i - nodes[0]] = np.prod((between - others) / (i - others), axis=1)
+        found = weights @ found
     phi, x, x2, x3, lx2 = np.exp(found[:5])
     return np.stack([-phi, x, x2, x3, found[5] * x, lx2])
 
