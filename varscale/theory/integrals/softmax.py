@@ -81,7 +81,9 @@ def _between(variances: np.ndarray, first: int, last: int, directions: float) ->
         between, weights = (places - below)[:, None], np.zeros((len(variances), len(nodes)))
         for i in range(-2, 4):
             others = np.array([k for k in range(-2, 4) if k != i])
-            weights[np.arange(len(places)), below + i - nodes[0]] = np.prod((between - others) / (i - others), axis=1)
+            weights[np.arange(len(places)), below + i - nodes[0]] = np.prod(
+                (between - others) / (i - others), axis=1
+            )
         found = weights @ found
     phi, x, x2, x3, lx2 = np.exp(found[:5])
     return np.stack([-phi, x, x2, x3, found[5] * x, lx2])
