@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from varscale.theory.domain.axes import MOST_CLASSES, Axis, affordable, grouped, join
+from varscale.theory.domain.axes import MOST_CLASSES, Axes, Axis, affordable, grouped, join
 from varscale.theory.domain.axis_maps import split_axis
 from varscale.theory.domain.tables import regrouped
 from varscale.theory.graph.linear_nodes import Merge, Permute, Split
@@ -87,7 +87,7 @@ def split(node: Node, k: int, sizes: tuple[int, ...]) -> Node:
 
 
 def _rearranged(
-    node: Node, kind: type[Node], inverse: type[Node], axes: Sequence[Axis], params: tuple[Any, ...]
+    node: Node, kind: type[Node], inverse: type[Node], axes: Axes, params: tuple[Any, ...]
 ) -> Node:
     if isinstance(node, inverse) and node.params == params:
         return node.argument

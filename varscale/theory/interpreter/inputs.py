@@ -22,7 +22,7 @@ from scipy.cluster import hierarchy
 from varscale.programs import faces
 from varscale.programs.faces import Inputs
 from varscale.programs.pieces import is_key
-from varscale.theory.domain.axes import MOST_CLASSES, Axis, axes_of, labelled
+from varscale.theory.domain.axes import MOST_CLASSES, Axes, Axis, axes_of, labelled
 from varscale.theory.domain.tables import Moments, Table, estimate, independent
 from varscale.theory.graph import known_arrays as arrays
 from varscale.theory.graph.expressions import hashed
@@ -226,7 +226,7 @@ def note_moved(eqn: Any, ins: Sequence[Any], outs: Sequence[Any]) -> None:
         arrays.note(out, lambda i=i: np.asarray(_evaluated(eqn, [entries(x) for x in ins])[i], float))
 
 
-def folded_node(name: str, extra: Any, frame: Sequence[Axis], views: Sequence[View]) -> Node | None:
+def folded_node(name: str, extra: Any, frame: Axes, views: Sequence[View]) -> Node | None:
     """The node of an elementwise primitive of known numbers; None where one is not known, or has no value."""
     if not all(is_known_array(view.node) for view in views):
         return None

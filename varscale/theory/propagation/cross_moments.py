@@ -171,7 +171,7 @@ class Reading(NamedTuple):
     span: tuple[int, int, int]  # start, stop, step
 
 
-@cross_by_kind.register(Mean)
+@cross_by_kind.register
 def cross_by_kind_of_mean(node: Mean, a: View, b: View, frame: Axes) -> np.ndarray | None:
     """E[mean(x) y] where y is a mean or a slice over the same axes, or runs over them; else y, too, is averaged."""
     x, mine = _opened(a)
@@ -194,7 +194,7 @@ def cross_by_kind_of_mean(node: Mean, a: View, b: View, frame: Axes) -> np.ndarr
     return None if isinstance(averaged, Constant) else cross(a, View(averaged, rest), frame)
 
 
-@cross_by_kind.register(Take)
+@cross_by_kind.register
 def cross_by_kind_of_take(node: Take, a: View, b: View, frame: Axes) -> np.ndarray | None:
     """Two slices of things over one axis, or a slice and all of it, which meet where one position is in both."""
     (x, mine), k = _opened(a), node.params[0]
@@ -320,7 +320,7 @@ def _pairs_read(
     return class_counts(a, b)[first][..., second, :]
 
 
-@cross_by_kind.register(Split)
+@cross_by_kind.register
 def cross_by_kind_of_split(node: Split, a: View, b: View, frame: Axes) -> np.ndarray | None:
     """The factors of an axis as the axis that they are of: b's too, if it has them all; None where it has others of them."""
     gone = _factor_places(a)
@@ -343,7 +343,7 @@ def _factor_places(view: View) -> tuple[int, ...]:
     return view.bind[k : k + len(sizes)]
 
 
-@cross_by_kind.register(Merge)
+@cross_by_kind.register
 def cross_by_kind_of_merge(node: Merge, a: View, b: View, frame: Axes) -> np.ndarray | None:
     """An axis that was put together, read as its factors, into which b's is split."""
     sizes, at = node.params[1], a.bind[node.params[0]]
@@ -357,7 +357,7 @@ def cross_by_kind_of_merge(node: Merge, a: View, b: View, frame: Axes) -> np.nda
     return regrouped(cross(views[0], views[1], wide), wide, frame, at, sizes, pairs=True)
 
 
-@cross_by_kind.register(AxisMapped)
+@cross_by_kind.register
 def cross_by_kind_of_axis_mapped(node: AxisMapped, a: View, b: View, frame: Axes) -> np.ndarray | None:
     """E[y_p b_q] from E[x_i b_q], of a map whose outputs are as many as its inputs."""
     own, place = node.axis_map, a.bind[node.params[0]]

@@ -19,7 +19,7 @@ from collections.abc import Collection, Hashable, Sequence
 import numpy as np
 from scipy import special
 
-from varscale.theory.domain.axes import Axis, averaging, contract_axes, outer
+from varscale.theory.domain.axes import Axes, Axis, averaging, contract_axes, outer
 from varscale.theory.domain.tables import NEGLIGIBLE, by_type, full_types, means_by_type, over_frame
 from varscale.theory.graph.convolutions import Conv, tap_scatter
 from varscale.theory.graph.expressions import Apply, Sum, factors, roots, roots_of
@@ -266,7 +266,7 @@ _SQUARED: Fact[Hashable, tuple[np.ndarray, np.ndarray] | None] = Fact()  # `_squ
 
 
 def _square_coefficients(
-    f: View, frame: Sequence[Axis], fixed: Environment, bits: Sequence[View]
+    f: View, frame: Axes, fixed: Environment, bits: Sequence[View]
 ) -> tuple[np.ndarray, np.ndarray] | None:
     """By class, Hermite coefficients of f² and E[f⁴]; None where f does not vary.
 

@@ -9,7 +9,7 @@ from functools import cached_property, partial, singledispatch
 import numpy as np
 from jaxtyping import Float
 
-from varscale.theory.domain.axes import Axis
+from varscale.theory.domain.axes import Axes
 from varscale.theory.domain.tables import LOOSE, NEGLIGIBLE
 from varscale.theory.graph.expressions import Apply, Sum, factors, roots, roots_of
 from varscale.theory.graph.nodes import Leaf, Node, View
@@ -63,7 +63,7 @@ def _levels(node: Node, group: list[View], ratios: tuple[float, ...]) -> Float[n
 
 
 def _varied_square(
-    factor: View, frame: Sequence[Axis], group: Sequence[View], ratios: tuple[float, ...]
+    factor: View, frame: Axes, group: Sequence[View], ratios: tuple[float, ...]
 ) -> list[float]:
     """E[f²] of a factor where the second moment of a group's first root is so many times its own.
 
@@ -159,7 +159,7 @@ def propagated(node: Node) -> Spread:
     return inherited(node.argument) if node.args else NONE
 
 
-@propagated.register(Sum)
+@propagated.register
 def propagated_of_sum(node: Sum) -> Spread:
     """A centred array is its own scale; independent terms share the variance; a variance goes with the squares in it."""
     if node.positive:

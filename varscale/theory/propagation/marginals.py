@@ -280,7 +280,7 @@ def scatter_of(node: Node) -> np.ndarray | None:
     return None
 
 
-@scatter_of.register(Sum)
+@scatter_of.register
 def scatter_of_sum(root: Sum) -> np.ndarray | None:
     """Independent terms share the correlation as they share the variance, of which a mean that is taken away is no part."""
     whole = max(root.table.mean_square, 1e-300)

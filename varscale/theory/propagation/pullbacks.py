@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from varscale.theory.domain.axes import Axis, apply_axis, contract_axes, pool
+from varscale.theory.domain.axes import Axes, apply_axis, contract_axes, pool
 from varscale.theory.domain.axis_maps import lift_types
 from varscale.theory.domain.tables import full_types
 from varscale.theory.graph.convolutions import WindowMax, WindowSum
@@ -52,7 +52,7 @@ class Cotangent:
     between: float = 0.0  # what a sum over places may be off by, relatively
 
 
-def sum_out(second: np.ndarray, frame: Sequence[Axis], view: View) -> np.ndarray:
+def sum_out(second: np.ndarray, frame: Axes, view: View) -> np.ndarray:
     """A frame's cotangent moments, summed over the axes that the viewed node does not have, by the node's own types."""
     kept = sorted(view.bind)
     lacking = {k: axis.pairs for k, axis in enumerate(frame) if k not in kept}
@@ -62,12 +62,12 @@ def sum_out(second: np.ndarray, frame: Sequence[Axis], view: View) -> np.ndarray
     return out
 
 
-def shared_by_mean(second: np.ndarray, axes: Sequence[int], frame: Sequence[Axis]) -> np.ndarray:
+def shared_by_mean(second: np.ndarray, axes: Sequence[int], frame: Axes) -> np.ndarray:
     """E[g ḡ'] = E[ḡ ḡ'] of the means ḡ of a cotangent over some axes, for exchangeable positions: E[(g − ḡ)²] is less by it."""
     return np.expand_dims(contract_axes(second, {k: frame[k].any_pair for k in axes}), tuple(axes))
 
 
-@pullback.register(Sum)
+@pullback.register
 def pullback_of_sum(node: Sum, cotangent: np.ndarray, notes: BackwardNotes) -> Flows:
     out: Flows = []
     for i, (c, view) in enumerate(node.terms):
@@ -80,7 +80,7 @@ def pullback_of_sum(node: Sum, cotangent: np.ndarray, notes: BackwardNotes) -> F
     return out
 
 
-@pullback.register(Mean)
+@pullback.register
 def pullback_of_mean(node: Mean, cotangent: np.ndarray, notes: BackwardNotes) -> Flows:
     return [mean_pullback(cotangent, node.params, node.argument.axes)]
 
@@ -98,7 +98,7 @@ class Fork(NamedTuple):
         int, ...
     ] = ()  # axes of the frame over which one goes through a mean, and the other does not
 
-    def back(self, part: Cotangent, frame: Sequence[Axis]) -> Cotangent:
+    def back(self, part: Cotangent, frame: Axes) -> Cotangent:
         """What the pairs of paths add to the value's cotangent, from the node's."""
         second = part.second
         if self.over is not None:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Hashable, Sequence
 import numpy as np
 from jaxtyping import Int
 
-from varscale.theory.domain.axes import Axis, reduced
+from varscale.theory.domain.axes import Axes, Axis, reduced
 from varscale.theory.domain.tables import (
     LOOSE,
     Positions,
@@ -68,7 +68,7 @@ class Drawing:
         )
         self.drawn: dict[Hashable, np.ndarray] = {}
 
-    def values(self, view: View, frame: Sequence[Axis], positions: Positions) -> np.ndarray:
+    def values(self, view: View, frame: Axes, positions: Positions) -> np.ndarray:
         """A view at some positions of a frame, (positions or 1 ..., replicates or 1): 1 where it does not have an axis."""
         env = {}
         for root in roots_of(view):
@@ -76,7 +76,7 @@ class Drawing:
             env[root] = over_frame(np.moveaxis(drawn, 0, -1), root.bind, len(frame))
         return evaluate(view, frame, env)
 
-    def at(self, view: View, frame: Sequence[Axis], positions: Positions) -> np.ndarray:
+    def at(self, view: View, frame: Axes, positions: Positions) -> np.ndarray:
         """A view at some positions of a frame, (replicates, positions...)."""
         values = self.values(view, frame, positions)
         return np.moveaxis(np.broadcast_to(values, (*map(len, positions), self.replicates)), -1, 0)
@@ -110,7 +110,7 @@ def evenly(size: int, most: int) -> Int[np.ndarray, " kept"]:
     return np.linspace(0, size - 1, min(size, most)).round().astype(int)
 
 
-def picked(known: np.ndarray, axes: Sequence[Axis], positions: Positions, replicates: int) -> np.ndarray:
+def picked(known: np.ndarray, axes: Axes, positions: Positions, replicates: int) -> np.ndarray:
     """Known draws at some positions: found by where they are along an axis of which all are known; of others any will do.
 
     Where more are asked for than there are, those of other draws stand in.
@@ -143,7 +143,7 @@ def _drawn(node: Node, positions: Positions, replicates: int) -> np.ndarray:
     return out
 
 
-@sampled_from.register(Sum)
+@sampled_from.register
 def sampled_from_sum(node: Sum, drawing: Drawing, positions: Positions) -> np.ndarray | None:
     """The terms, where all means among them are as good as of all."""
     if not all(drawing.averages_all(view.node) for view in node.args if isinstance(view.node, Mean)):
@@ -152,7 +152,7 @@ def sampled_from_sum(node: Sum, drawing: Drawing, positions: Positions) -> np.nd
     return sum(terms, np.zeros(1, np.float32))
 
 
-@sampled_from.register(Mean)
+@sampled_from.register
 def sampled_from_mean(node: Mean, drawing: Drawing, positions: Positions) -> np.ndarray | None:
     """The mean of what is drawn, where that is as good as all."""
     if not drawing.averages_all(node):
@@ -162,7 +162,7 @@ def sampled_from_mean(node: Mean, drawing: Drawing, positions: Positions) -> np.
     return drawing.at(source.whole, source.axes, there).mean(axis=tuple(1 + k for k in node.params))
 
 
-@sampled_from.register(Rearranged | Take)
+@sampled_from.register
 def sampled_from_moved(node: Rearranged | Take, drawing: Drawing, positions: Positions) -> np.ndarray | None:
     """Entries of one array in another order, where more is known of given places than moments by type say."""
     if not (in_order(node) or repeats(node)):
@@ -182,7 +182,7 @@ def sampled_from_moved(node: Rearranged | Take, drawing: Drawing, positions: Pos
     return drawing.at(source.whole, source.axes, [kept for kept, _ in own])[(slice(None), *places)]
 
 
-@sampled_from.register(Concat)
+@sampled_from.register
 def sampled_from_concat(node: Concat, drawing: Drawing, positions: Positions) -> np.ndarray:
     """The parts, each at those of the positions that lie in it."""
     (along, sizes), found = node.params, []
@@ -194,7 +194,7 @@ def sampled_from_concat(node: Concat, drawing: Drawing, positions: Positions) ->
     return np.concatenate(found, axis=1 + along)
 
 
-@sampled_from.register(Contract)
+@sampled_from.register
 def sampled_from_contract(node: Contract, drawing: Drawing, positions: Positions) -> np.ndarray | None:
     """A product, multiplied out; with weights that are drawn, the same wherever they are applied, some of its terms for all.
 
@@ -235,7 +235,7 @@ def summed(x: np.ndarray, y: np.ndarray, kept: int) -> np.ndarray:
     return np.einsum(x, own[0], y, own[1], [draws, *range(kept)], optimize=True)
 
 
-@sampled_from.register(Gather)
+@sampled_from.register
 def sampled_from_gather(node: Gather, drawing: Drawing, positions: Positions) -> np.ndarray | None:
     """Rows of a table that is drawn by known indices, or of known numbers by drawn ones: (replicates or 1, ...)."""
     (table, bind), (row_axes, index_axes, *_) = node.args[0], node.params
@@ -260,7 +260,7 @@ _POOLED = 2_000_000  # numbers that moments by type are estimated from
 _SCORES = 4.0  # standard errors that a mean is trusted to; within them it is taken for zero
 
 
-def pooled(numbers: np.ndarray, axes: Sequence[Axis], positions: Positions) -> Table:
+def pooled(numbers: np.ndarray, axes: Axes, positions: Positions) -> Table:
     """Moments by class and type, from draws at some positions, (replicates, positions...)."""
     square = float(np.mean(np.square(numbers, dtype=float)))
     numbers, small = _thinned(numbers, axes, positions)
@@ -269,7 +269,7 @@ def pooled(numbers: np.ndarray, axes: Sequence[Axis], positions: Positions) -> T
     return Table(tuple(axes), table.mean, table.second)
 
 
-def _thinned(drawn: np.ndarray, axes: Sequence[Axis], positions: Positions) -> tuple[np.ndarray, list[Axis]]:
+def _thinned(drawn: np.ndarray, axes: Axes, positions: Positions) -> tuple[np.ndarray, list[Axis]]:
     """Draws and the axes that they are over; of very many some of the last axis, from all over it."""
     n, there = drawn.shape[-1], list(positions)
     most = max(_POOLED * n // max(drawn.size, 1), 4)
@@ -294,7 +294,7 @@ def table_of_draws(node: Node, numbers: np.ndarray, positions: Sequence[np.ndarr
     return table
 
 
-def cross_moments(x: np.ndarray, y: np.ndarray, axes: Sequence[Axis], positions: Positions) -> np.ndarray:
+def cross_moments(x: np.ndarray, y: np.ndarray, axes: Axes, positions: Positions) -> np.ndarray:
     """E[x_i y_j] by type, from draws of both, (replicates, positions...); 0 where that may be all it is."""
     (x, small), (y, _) = (_thinned(z, axes, positions) for z in (x, y))
     found = estimated_products(x, y, small)

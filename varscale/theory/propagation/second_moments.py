@@ -241,7 +241,7 @@ def refuse_two_places(views: Sequence[View]) -> None:
             raise NotImplementedError("a function of one array at two places of an axis")
 
 
-@second_moments.register(Sum)
+@second_moments.register
 def second_moments_of_sum(node: Sum) -> Table:
     refuse_two_places(node.args)
     terms = node.terms
@@ -261,14 +261,14 @@ def second_moments_of_sum(node: Sum) -> Table:
     return table
 
 
-@second_moments.register(Mean)
+@second_moments.register
 def second_moments_of_mean(node: Mean) -> Table:
     table, axes = node.argument.table, {k: node.argument.axes[k] for k in node.params}
     mean = contract_axes(table.mean, {k: axis.counts / axis.size for k, axis in axes.items()})
     return Table(node.axes, mean, contract_axes(table.second, {k: axis.any_pair for k, axis in axes.items()}))
 
 
-@second_moments.register(Take)
+@second_moments.register
 def second_moments_of_take(node: Take) -> Table:
     (k, *span), table = node.params, node.argument.table
     new, classes = sliced(table.axes[k], *span)
@@ -278,7 +278,7 @@ def second_moments_of_take(node: Take) -> Table:
     return Table(node.axes, mean, second)
 
 
-@second_moments.register(Apply)
+@second_moments.register
 def second_moments_of_apply(node: Apply) -> Table:
     name, extra = node.params
     if name == "affine" or name in IDENTITIES:

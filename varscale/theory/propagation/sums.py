@@ -45,7 +45,7 @@ class _Part(NamedTuple):
         return self.live[0] if len(self.live) == 1 else self.view
 
 
-@quantiles_of_kind.register(Sum)
+@quantiles_of_kind.register
 def quantiles_of_sum(root: Sum, table: Table, deviation: np.ndarray) -> np.ndarray | None:
     """Quantiles of a sum on the normal grid, (classes..., points), moments matched; None where it is as good as Gaussian."""
     if root.is_variance:

@@ -190,7 +190,7 @@ def note_values(node: Contract, notes: BackwardNotes) -> None:
         notes.values[attention.weights.id] = values
 
 
-@mixture_of_sum.register(Contract)
+@mixture_of_sum.register
 def mixed(node: Contract, x: Tokens) -> Mixture | None:
     """How the overlap of two outputs Σ p v is made of that of two values and of two queries (4.)."""
     if (attention := attention_of(node)) is None:

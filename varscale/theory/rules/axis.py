@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from varscale.theory.domain.axes import MOST_CLASSES, Axis, apply_axis, grouped, labelled, sliced
+from varscale.theory.domain.axes import MOST_CLASSES, Axes, Axis, apply_axis, grouped, labelled, sliced
 from varscale.theory.domain.axis_maps import AxisMap, adjoint, entry_map, pair_counts, slice_map
 from varscale.theory.domain.tables import LEADING_ORDER, Table, full_types
 from varscale.theory.graph import layout
@@ -66,7 +66,7 @@ def moved(interpreter: Context, eqn: Any, x: Value, *_: Value) -> Value:
     return layout.reshape(x, eqn.outvars[0].aval.shape)
 
 
-@pullback.register(Take)
+@pullback.register
 def pullback_of_take(node: Take, cotangent: np.ndarray, notes: BackwardNotes) -> Flows:
     k, *span = node.params
     return [part_pullback(cotangent, k, node.argument.axes[k], span)]
@@ -223,7 +223,7 @@ def cumsum(interpreter: Context, eqn: Any, x: Value) -> Value:
 Joined = tuple[View, AxisMap]  # one of several joined arrays, and the map of its axis to the whole one
 
 
-def _parts(xs: Sequence[View], sizes: Sequence[int], axes: Sequence[Axis], k: int) -> list[Joined]:
+def _parts(xs: Sequence[View], sizes: Sequence[int], axes: Axes, k: int) -> list[Joined]:
     """Arrays over a frame, one after another along axis k."""
     parts = zip(xs, sizes, itertools.accumulate(sizes, initial=0), strict=False)
     found = ((x, x.node.axes[x.bind.index(k)] if k in x.bind else Axis(n), at) for x, n, at in parts)
@@ -235,7 +235,7 @@ def _placed(part: Axis, start: int, whole: Axis) -> AxisMap:
     return entry_map(start + np.arange(part.size), np.arange(part.size), whole, part)
 
 
-@part_of.register(Concat)
+@part_of.register
 def part_of_concat(node: Concat, k: int, start: int, stop: int) -> Node | None:
     """Positions start, ..., stop − 1 of axis k, where parts are joined along it: what is left of each, joined."""
     along, sizes = node.params
@@ -255,7 +255,7 @@ def part_of_concat(node: Concat, k: int, start: int, stop: int) -> Node | None:
     return permute(child, np.argsort(bind).tolist())
 
 
-@second_moments.register(Concat)
+@second_moments.register
 def second_moments_of_concat(node: Concat) -> Table:
     (k, sizes), axes = node.params, node.axes
     mean, parts = np.zeros([a.classes for a in axes]), _parts(node.args, sizes, axes, k)
@@ -265,7 +265,7 @@ def second_moments_of_concat(node: Concat) -> Table:
     return Table(axes, mean, _joined_pairs(parts, parts, axes, k))
 
 
-def _joined_pairs(ours: list[Joined], others: list[Joined], axes: Sequence[Axis], k: int) -> np.ndarray:
+def _joined_pairs(ours: list[Joined], others: list[Joined], axes: Axes, k: int) -> np.ndarray:
     """E[x_i y_j] by type, for x and y joined of parts along axis k: every part with every part."""
     second, (classes, pairs) = np.zeros([a.types for a in axes]), (axes[k].classes, axes[k].pairs)
     for (a, mine), (b, theirs) in itertools.product(ours, others):
@@ -291,8 +291,8 @@ def _joined_pairs(ours: list[Joined], others: list[Joined], axes: Sequence[Axis]
     return second
 
 
-@cross_by_kind.register(Concat)
-def cross_by_kind_of_concat(node: Concat, a: View, b: View, frame: Sequence[Axis]) -> np.ndarray | None:
+@cross_by_kind.register
+def cross_by_kind_of_concat(node: Concat, a: View, b: View, frame: Axes) -> np.ndarray | None:
     """Against anything that runs over the same axis: cut that where the parts meet."""
     (k, sizes), starts = node.params, itertools.accumulate(node.params[1], initial=0)
     place, mine = a.bind[k], [v.within(a.bind) for v in node.args]
@@ -301,7 +301,7 @@ def cross_by_kind_of_concat(node: Concat, a: View, b: View, frame: Sequence[Axis
     return _joined_pairs(ours, theirs, frame, place)
 
 
-@pullback.register(Concat)
+@pullback.register
 def pullback_of_concat(node: Concat, cotangent: np.ndarray, notes: BackwardNotes) -> Flows:
     """Of each part the slice of the cotangent."""
     (k, sizes), axes = node.params, node.axes
@@ -313,7 +313,7 @@ def pullback_of_concat(node: Concat, cotangent: np.ndarray, notes: BackwardNotes
     ]
 
 
-@propagated.register(Concat)
+@propagated.register
 def propagated_of_concat(node: Concat) -> Spread:
     """Of a mean of the parts' mean squares, each logarithm counts by its part's share: a padding of zeros changes nothing."""
     parts = [(n * v.node.table.mean_square, v.node) for v, n in zip(node.args, node.params[1], strict=True)]

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from scipy import special
 
-from varscale.theory.domain.axes import Axis, apply_axis, contract_axes, outer
+from varscale.theory.domain.axes import Axes, apply_axis, contract_axes, outer
 from varscale.theory.domain.axis_maps import AxisMap, adjoint, identity_map, pair_counts
 from varscale.theory.domain.tables import Table, full_along, means_by_type
 from varscale.theory.graph.convolutions import (
@@ -54,7 +54,7 @@ from varscale.theory.rules.registry import Context, rule
 from varscale.theory.rules.sampled_regions import drawn_region, placeholder
 
 
-@second_moments.register(Conv)
+@second_moments.register
 def second_moments_of_conv(node: Conv) -> Table:
     groups, windows, xd, _, od = node.params
     x, w = (v.node for v in node.args)
@@ -72,12 +72,12 @@ def second_moments_of_conv(node: Conv) -> Table:
     return Table(node.axes, mean, node.carry(x.table.second))
 
 
-@pullback.register(Conv)
+@pullback.register
 def pullback_of_conv(node: Conv, cotangent: np.ndarray, notes: BackwardNotes) -> Flows:
     return [node.carry(cotangent, transposed=True), None]
 
 
-@propagated.register(Conv)
+@propagated.register
 def propagated_of_conv(node: Conv) -> Spread:
     x, groups, taps = node.argument, node.params.groups, taps_of(node)
     summed = [k for k in node.params.x_dims[1:2] if k is not None]
@@ -88,7 +88,7 @@ def propagated_of_conv(node: Conv) -> Spread:
     return dataclasses.replace(out, shape=out.shape + shape)
 
 
-@scatter_of.register(Conv)
+@scatter_of.register
 def scatter_of_conv(node: Conv) -> np.ndarray | None:
     (x, weights), (_, windows, xd, _, od) = (view.node for view in node.args), node.params
     taps, inputs = taps_of(node), dim_axes(x, xd)
@@ -115,9 +115,7 @@ def _axes_of(x: Value, order: Sequence[int]) -> tuple[int | None, ...]:
     return tuple(x.dims[d][0].axis if x.dims[d] else None for d in order)
 
 
-def _window_node(
-    args: Sequence[Value], kind: type[Node], out: Sequence[Axis], params: Callable[..., Any]
-) -> Value:
+def _window_node(args: Sequence[Value], kind: type[Node], out: Axes, params: Callable[..., Any]) -> Value:
     """A node whose dimensions are over axes, some of one position; its parameters end with their places among its own."""
     axes, places = [axis for axis in out if axis.size > 1], itertools.count()
     od = tuple(next(places) if axis.size > 1 else None for axis in out)
@@ -158,7 +156,7 @@ def near_places(node: WindowSum, second: float, alike: float) -> float:
     return near * abs(alike / max(second, 1e-300) - 1)
 
 
-@second_moments.register(WindowSum)
+@second_moments.register
 def second_moments_of_window_sum(node: WindowSum) -> Table:
     table = node.argument.table
     mean = node.carried(table.mean, node.maps(AxisMap.means))
@@ -168,16 +166,14 @@ def second_moments_of_window_sum(node: WindowSum) -> Table:
     return out
 
 
-@pullback.register(WindowSum)
+@pullback.register
 def pullback_of_window_sum(node: WindowSum, cotangent: np.ndarray, notes: BackwardNotes) -> Flows:
     maps = node.maps(lambda own: adjoint(pair_counts(own), own.out, own.inner))
     return [node.carried(cotangent, maps, back=True)]
 
 
-@cross_by_kind.register(WindowSum)
-def cross_by_kind_of_window_sum(
-    node: WindowSum, a: View, b: View, frame: Sequence[Axis]
-) -> np.ndarray | None:
+@cross_by_kind.register
+def cross_by_kind_of_window_sum(node: WindowSum, a: View, b: View, frame: Axes) -> np.ndarray | None:
     """Places of another array over the same grid, against the places that a window reads."""
     x, (windows, xd, od) = node.argument, node.params
     if [axis.size for axis in dim_axes(x, xd)] != [axis.size for axis in dim_axes(node, od)]:
@@ -193,20 +189,20 @@ def cross_by_kind_of_window_sum(
     return out
 
 
-@propagated.register(WindowSum)
+@propagated.register
 def propagated_of_window_sum(node: WindowSum) -> Spread:
     return of_an_average(node, inherited(node.argument))
 
 
-@cross_by_kind.register(WindowMax)
-def cross_by_kind_of_window_max(node: WindowMax, a: View, b: View, frame: Sequence[Axis]) -> None:
+@cross_by_kind.register
+def cross_by_kind_of_window_max(node: WindowMax, a: View, b: View, frame: Axes) -> None:
     return None  # which places are read depends on what is there
 
 
 _MAXIMA_SORTED = 200_000  # maxima that a law is taken from
 
 
-@second_moments.register(WindowMax)
+@second_moments.register
 def second_moments_of_window_max(node: WindowMax) -> Table:
     """From draws of two windows along each axis, next to one another."""
     source, (windows, xd, od) = node.argument, node.params
@@ -235,7 +231,7 @@ def second_moments_of_window_max(node: WindowMax) -> Table:
     return out
 
 
-@quantiles_of_kind.register(WindowMax)
+@quantiles_of_kind.register
 def quantiles_of_window_max(root: WindowMax, table: Table, deviation: np.ndarray) -> np.ndarray | None:
     """Maxima are skew: what follows a norm sees it."""
     return table.mean[..., None] + deviation[..., None] * root.law
@@ -263,7 +259,7 @@ def _law(node: WindowMax, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return mean * np.sqrt(squares), square * squares
 
 
-@pullback.register(WindowMax)
+@pullback.register
 def pullback_of_window_max(node: WindowMax, cotangent: np.ndarray, notes: BackwardNotes) -> Flows:
     """Each window feeds one entry, and two that share o of their n entries feed one where it is the largest of all 2n − o."""
     (windows, xd, od), x, taps = node.params, node.argument, taps_of(node)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from scipy import special
 
-from varscale.theory.domain.axes import Axis, contract_axes, pool, refine
+from varscale.theory.domain.axes import Axes, Axis, contract_axes, pool, refine
 from varscale.theory.domain.tables import LEADING_ORDER, NEXT_ORDER, Table, estimate, gaussian, over_frame
 from varscale.theory.graph.expressions import IDENTITIES, Apply, Mean, Sum, roots
 from varscale.theory.graph.layout import Dim, Value, axes_along, full, renumbered
@@ -133,7 +133,7 @@ def real(interpreter: Context, eqn: Any, x: Complex) -> Value:
     return x.re if eqn.primitive.name == "real" else x.im
 
 
-@propagated.register(Mean)
+@propagated.register
 def propagated_of_mean(node: Mean) -> Spread:
     inner = node.argument
     if inner.params == ("integer_pow", (2,)):
@@ -182,10 +182,8 @@ class OneOfMany(Node):
         return pooled_estimate(reduce(draw(source, sizes), tuple(k + 1 for k in axes)), self.axes)
 
 
-@cross_by_kind.register(OneOfMany)
-def cross_by_kind_of_one_of_many(
-    node: OneOfMany, a: View, b: View, frame: Sequence[Axis]
-) -> np.ndarray | None:
+@cross_by_kind.register
+def cross_by_kind_of_one_of_many(node: OneOfMany, a: View, b: View, frame: Axes) -> np.ndarray | None:
     """Σ E[∂f/∂x_k] Cov(x_k, y) = Cov(mean x, y) for Gaussians that are alike (Stein): the slopes add up to 1."""
     x = node.argument
     if any(x.axes[k].labels for k in node.reduced) or not (_is_gaussian(x) and _is_gaussian(b.node)):
@@ -211,13 +209,13 @@ class Extreme(OneOfMany):
 cross_by_kind.register(Extreme, cross_by_kind_of_one_of_many)
 
 
-@second_moments.register(Extreme)
+@second_moments.register
 def second_moments_of_extreme(node: Extreme) -> Table:
     sign = node.params[1]
     return node.sampled(lambda x, axes: (sign * x).max(axis=axes) * sign)
 
 
-@pullback.register(Extreme)
+@pullback.register
 def pullback_of_extreme(node: Extreme, cotangent: np.ndarray, notes: BackwardNotes) -> Flows:
     """Each cotangent goes to the one entry that was the extreme, of as many as there are; no two share it."""
     for k in node.reduced:
@@ -226,7 +224,7 @@ def pullback_of_extreme(node: Extreme, cotangent: np.ndarray, notes: BackwardNot
     return [cotangent]
 
 
-@selected.register(Extreme)
+@selected.register
 def selected_by_extreme(node: Extreme) -> View | None:
     """√P(an entry is the largest, given it): Φ(z)^((count − 1)/2) of independent Gaussian ones."""
     x, (axes, sign) = node.argument, node.params
@@ -327,7 +325,7 @@ def draw(node: Node, sizes: Sequence[int]) -> np.ndarray:
     return np.moveaxis(np.broadcast_to(out, (*sizes, replicates)), -1, 0)
 
 
-def pooled_estimate(samples: np.ndarray, axes: Sequence[Axis]) -> Table:
+def pooled_estimate(samples: np.ndarray, axes: Axes) -> Table:
     """A table with one class an axis, from replicates (first axis) at reduced sizes."""
     # The replicates are one more axis, of which only "the same" is wanted.
     second = estimate(samples, [Axis(n) for n in samples.shape]).second[0]

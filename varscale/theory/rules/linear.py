@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from varscale.theory.domain.axes import Axis, affordable, contract_axes, grouped, join, outer
+from varscale.theory.domain.axes import Axes, Axis, affordable, contract_axes, grouped, join, outer
 from varscale.theory.domain.tables import LOOSE, NEGLIGIBLE, ROUGH, Table, full_types, means_by_type
 from varscale.theory.graph.convolutions import Conv
 from varscale.theory.graph.expressions import Apply, Sum, roots, swapped
@@ -44,7 +44,7 @@ def _summed(node: Contract, means: np.ndarray) -> np.ndarray:
     return contract_axes(means, {len(node.axes) + k: axis.counts for k, axis in enumerate(node.params)})
 
 
-@second_moments.register(Contract)
+@second_moments.register
 def second_moments_of_contract(node: Contract) -> Table:
     x, y = node.args
     frame = node.frame
@@ -104,7 +104,7 @@ def _tied(node: Contract) -> tuple[np.ndarray, np.ndarray] | None:
     return None
 
 
-@pullback.register(Contract)
+@pullback.register
 def pullback_of_contract(node: Contract, cotangent: np.ndarray, notes: BackwardNotes) -> Flows:
     """Under gradient independence a cotangent passes through the transposed product with fresh weights."""
     # What queries gain by overlaps of tokens comes with the cotangent that a softmax has sent back.
@@ -119,7 +119,7 @@ def pullback_of_contract(node: Contract, cotangent: np.ndarray, notes: BackwardN
 
 
 @cross_by_kind.register(Contract | Conv)
-def cross_by_kind_of_products(node: Node, a: View, b: View, frame: Sequence[Axis]) -> np.ndarray | None:
+def cross_by_kind_of_products(node: Node, a: View, b: View, frame: Axes) -> np.ndarray | None:
     """The same weights on two inputs: as one product, with the inputs' cross-moment in place of their second moment."""
     weights = weight_of(node), weight_of(b.node)
     if None not in weights and weights[0] is not weights[1]:
@@ -141,7 +141,7 @@ def cross_by_kind_of_products(node: Node, a: View, b: View, frame: Sequence[Axis
     return None
 
 
-@propagated.register(Contract)
+@propagated.register
 def propagated_of_contract(node: Contract) -> Spread:
     """Both arguments' scales, which go together where one has all the places of the other; and what weights make of either."""
     x, y = (averaged(v.node, [k for k, b in enumerate(v.bind) if b >= len(node.axes)]) for v in node.args)
@@ -210,7 +210,7 @@ def by_energy(node: Array, k: int) -> Axis:
     return node.axes[k] if np.ptp(signatures, axis=0).max() < NEGLIGIBLE else grouped(signatures)
 
 
-def _classed_over(node: Node, axes: Sequence[Axis]) -> Node:
+def _classed_over(node: Node, axes: Axes) -> Node:
     """The same elementwise tree over axes with finer classes."""
     if not isinstance(node, Array | Apply):
         return node

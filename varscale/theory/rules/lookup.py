@@ -22,7 +22,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 from scipy import special
 
-from varscale.theory.domain.axes import Axis, contract_axes, grouped, labelled, outer
+from varscale.theory.domain.axes import Axes, Axis, contract_axes, grouped, labelled, outer
 from varscale.theory.domain.axis_maps import entry_map
 from varscale.theory.domain.tables import LEADING_ORDER, Table, lift, per_pair
 from varscale.theory.graph import layout
@@ -55,7 +55,7 @@ PADDED: Fact[None, frozenset[tuple[int, ...]]] = Fact()  # shapes of the model's
 _CLASSED: Fact[None, list[Any]] = Fact()  # where ids are filled up, and axes with classes for it
 
 
-@second_moments.register(Gather)
+@second_moments.register
 def second_moments_of_gather(node: Gather) -> Table:
     (row_axes, places, _, rows, _), (source, bind) = node.params, node.args[0]
     table, axes = source.table, source.axes
@@ -76,8 +76,8 @@ def second_moments_of_gather(node: Gather) -> Table:
     return Table(node.axes, np.array(mean), np.array(second))
 
 
-@cross_by_kind.register(Gather)
-def cross_by_kind_of_gather(node: Gather, a: View, b: View, frame: Sequence[Axis]) -> np.ndarray | None:
+@cross_by_kind.register
+def cross_by_kind_of_gather(node: Gather, a: View, b: View, frame: Axes) -> np.ndarray | None:
     """Two lookups of tables with the same rows: any index of one meets any of the other; None where both are known."""
     other, x, rows = b.node, node.argument, node.params.row_axes
     if not isinstance(other, Gather) or (node.known is not None and other.known is not None):
@@ -90,7 +90,7 @@ def cross_by_kind_of_gather(node: Gather, a: View, b: View, frame: Sequence[Axis
     return lift(table, [x.axes[k] for k in kept], places, frame, pairs=True) if places == others else None
 
 
-@pullback.register(Gather)
+@pullback.register
 def pullback_of_gather(node: Gather, cotangent: np.ndarray, notes: BackwardNotes) -> Flows:
     """Cotangents add up in the rows they came from: a row gets as many pairs of them as there are indices that agree."""
     row_axes, index_axes, _, rows, _ = node.params
@@ -299,7 +299,7 @@ def padded(graph: Graph) -> frozenset[tuple[int, ...]]:
     return PADDED.get(graph, None) or frozenset()
 
 
-def repeat_rates(ids: Int[np.ndarray, "..."], axes: Sequence[Axis]) -> Float[np.ndarray, "..."]:
+def repeat_rates(ids: Int[np.ndarray, "..."], axes: Axes) -> Float[np.ndarray, "..."]:
     """P(ids_i = ids_j) by type of pair, of ids ≥ 0: Σ n_c n_c' over values and what axes agree on, n_c of them in class c."""
     rank, places, cells = ids.ndim, np.indices(ids.shape).reshape(ids.ndim, -1), [a.classes for a in axes]
     labels = tuple(axis.label_array[at] for axis, at in zip(axes, places, strict=True))

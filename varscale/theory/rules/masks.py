@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable
 
 import numpy as np
 
-from varscale.theory.domain.axes import Axis, affordable, join, labelled
+from varscale.theory.domain.axes import Axes, Axis, affordable, join, labelled
 from varscale.theory.domain.tables import estimate, lift, over_frame
 from varscale.theory.graph.expressions import Apply, Sum, roots, weighted_sum
 from varscale.theory.graph.linear_nodes import Contract
@@ -26,7 +26,7 @@ _ROWS_COMPARED = 512  # rows of a mask that are compared with each other
 _MASKS: Fact[Hashable, Node] = Fact()  # products of known masks
 
 
-def logits(view: View, axes: Sequence[Axis]) -> tuple[View | None, View | None]:
+def logits(view: View, axes: Axes) -> tuple[View | None, View | None]:
     """The random logits and the mask (1 where a key is allowed) of the argument of the exponential."""
     masks, graph = list[View](), view.node.graph
     terms = _random_terms(view, masks)

@@ -18,7 +18,7 @@ from scipy import special
 
 from varscale import _compat
 from varscale.programs.pieces import is_key
-from varscale.theory.domain.axes import Axis, by_level
+from varscale.theory.domain.axes import Axes, Axis, by_level
 from varscale.theory.domain.tables import LOOSE, Positions, Table, gaussian
 from varscale.theory.graph.expressions import content, hashed
 from varscale.theory.graph.known_arrays import is_known_array
@@ -85,12 +85,12 @@ class RegionOutput(Node):
         return list(map(evenly, (a.size for a in self.axes), self.numbers.shape[1:]))
 
 
-@sampled_from.register(RegionOutput)
+@sampled_from.register
 def sampled_from_region(node: RegionOutput, drawing: Drawing, positions: Positions) -> np.ndarray | None:
     return picked(node.numbers, node.axes, positions, drawing.replicates) if in_order(node) else None
 
 
-@second_moments.register(RegionOutput)
+@second_moments.register
 def second_moments_of_region(node: RegionOutput) -> Table:
     table = table_of_draws(node, node.numbers, node.positions)
     # Draws may be none of what it is defined on (a factorization, say).
@@ -109,7 +109,7 @@ def second_moments_of_region(node: RegionOutput) -> Table:
     return table
 
 
-@pullback.register(RegionOutput)
+@pullback.register
 def pullback_of_region(node: RegionOutput, cotangent: np.ndarray, notes: BackwardNotes) -> Flows:
     draws = node.draws
     kept = 4 * work(draws.jaxpr.jaxpr, draws.sizes)[1]  # bytes a draw, roughly
@@ -159,8 +159,8 @@ def _carried_back(node: RegionOutput, value: Value, passed: np.ndarray, notes: B
     return second
 
 
-@cross_by_kind.register(RegionOutput)
-def cross_by_kind_of_region(node: RegionOutput, a: View, b: View, frame: Sequence[Axis]) -> np.ndarray | None:
+@cross_by_kind.register
+def cross_by_kind_of_region(node: RegionOutput, a: View, b: View, frame: Axes) -> np.ndarray | None:
     """Against another output, or what the region reads: both are drawn together, from the same numbers."""
     place, drawn = {outer: k for k, outer in enumerate(a.bind)}, b.node
     while drawn.moves:  # a slice of another output, or that in another order: a second direction's steps
@@ -173,7 +173,7 @@ def cross_by_kind_of_region(node: RegionOutput, a: View, b: View, frame: Sequenc
     return a.over(table, frame, pairs=True)
 
 
-@propagated.register(RegionOutput)
+@propagated.register
 def propagated_of_region(node: RegionOutput) -> Spread:
     """Of its mean square: what it inherits from its largest input, and what the draw of finitely many weights adds.
 

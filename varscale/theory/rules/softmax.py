@@ -114,7 +114,7 @@ class Softmax(Node):
         return by_types[tuple(slice(a.classes) for a in self.row_axes)]
 
 
-@second_moments.register(Softmax)
+@second_moments.register
 def second_moments_of_softmax(node: Softmax) -> Table:
     if node.deviation.max() > _NO_LOGITS:
         node.graph.flag("assumed", UNKNOWN)
@@ -143,7 +143,7 @@ def second_moments_of_softmax(node: Softmax) -> Table:
     return Table(node.axes, *(np.moveaxis(x, -1, node.params) for x in (share / node.keys.counts, second)))
 
 
-@pullback.register(Softmax)
+@pullback.register
 def pullback_of_softmax(node: Softmax, cotangent: np.ndarray, notes: BackwardNotes) -> Flows:
     """∂p_k/∂l_j = p_k(δ − p_j): a cotangent's part common to the keys is lost, the rest is weighted by p."""
     c, counts, weights, read = node.keys.classes, node.keys.counts, node.weights, node.read
@@ -290,12 +290,12 @@ class LogSumExp(OneOfMany):
 cross_by_kind.register(LogSumExp, cross_by_kind_of_one_of_many)
 
 
-@second_moments.register(LogSumExp)
+@second_moments.register
 def second_moments_of_log_sum_exp(node: LogSumExp) -> Table:
     return node.sampled(lambda x, axes: np.asarray(special.logsumexp(x, axis=axes)))
 
 
-@pullback.register(LogSumExp)
+@pullback.register
 def pullback_of_log_sum_exp(node: LogSumExp, cotangent: np.ndarray, notes: BackwardNotes) -> Flows:
     """A logit gets its share of the cotangent."""
     source, (key,) = node.argument, node.reduced
