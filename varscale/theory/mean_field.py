@@ -3,8 +3,6 @@
 In the limit of infinite width (Poole et al. 2016; Schoenholz et al. 2017; on the edge itself Hayou et al. 2019).
 """
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import math

@@ -4,8 +4,6 @@ A whole chain (GELU is eight equations) is one function of its roots, evaluated 
 primitives themselves; no table of activations is needed, and no intermediate step is taken for Gaussian.
 """
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import math

@@ -5,8 +5,6 @@ it is first worked out and never changes, so what is asked before makes no diffe
 backward pass tell one another is no fact: it lives as long as the pass (`BackwardNotes`).
 """
 
-from __future__ import annotations
-
 import functools
 import traceback
 from collections.abc import Callable, Hashable

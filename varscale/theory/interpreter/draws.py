@@ -1,7 +1,5 @@
 """Predicted rows beside networks that are drawn and measured: whether the prediction holds, on the model itself."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Callable, Sequence

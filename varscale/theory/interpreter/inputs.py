@@ -5,8 +5,6 @@ arrays; what is computed from given inputs stays given: it depends on them. Give
 norm divides each by its own, and E[1/s²] is not 1/E[s²].
 """
 
-from __future__ import annotations
-
 import functools
 import math
 import operator

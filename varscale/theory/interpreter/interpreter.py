@@ -12,8 +12,6 @@ To teach it a primitive, register a rule: a function of the interpreter, the equ
     vs.theory.FUNCTIONS["softsign"] = lambda x: x / (1 + np.abs(x))
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any

@@ -3,8 +3,6 @@
 Outputs of an init that the same equations compute from keys of their own are alike; the first of them is interpreted.
 """
 
-from __future__ import annotations
-
 import collections
 import functools
 import itertools

@@ -3,8 +3,6 @@
 One trace gives both the laws of the parameters and the forward pass, where one pass does both.
 """
 
-from __future__ import annotations
-
 import collections
 import dataclasses
 from collections.abc import Callable, Collection, Mapping, Sequence

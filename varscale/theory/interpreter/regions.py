@@ -4,8 +4,6 @@ A rule that finds a value outside what it covers asks for a region (`Walk.ask`);
 one takes all equations of that module for one. A scope is added once, so this ends.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import types

@@ -28,8 +28,6 @@ equal weights, one over the number of directions that tokens differ in (`token_g
 5.  Normalised tokens lie on a sphere (`key_directions`), so that logits have less than a Gaussian's tails.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any, NamedTuple
 

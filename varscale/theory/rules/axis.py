@@ -1,7 +1,5 @@
 """Entries that keep their values and change places: slices, joins, reversals, broadcasts, reshapes; and cumulative sums."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Sequence

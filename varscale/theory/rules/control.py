@@ -1,7 +1,5 @@
 """Control flow: calls are entered, scans are walked step by step, branches taken where they are known."""
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 from collections.abc import Sequence

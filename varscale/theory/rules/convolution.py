@@ -3,8 +3,6 @@
 Maxima are drawn, and their cotangents spread evenly.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import math

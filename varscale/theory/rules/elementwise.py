@@ -4,8 +4,6 @@ A sum is its count times a mean. Extremes, of which no formula gives the moments
 Complex numbers are pairs of real ones: moved, added and scaled part by part; all else is drawn.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Callable, Sequence

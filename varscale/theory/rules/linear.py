@@ -4,8 +4,6 @@ A triangular mask on a weight (an autoregressive net's) hides much of the first 
 outputs are classed by the mean square of what they read.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import math

@@ -8,8 +8,6 @@ Given ids may fill up rows to one length. Whether a place is padding depends on 
 are a class, and so are positions between two lengths. Of many lengths those most alike are one class, with a doubt.
 """
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import math

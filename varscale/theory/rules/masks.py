@@ -1,7 +1,5 @@
 """Masks of attention: told apart from the logits that they hide; the keys that each row, and each two rows, see."""
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Hashable

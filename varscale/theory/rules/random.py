@@ -1,7 +1,5 @@
 """Random bits are leaves, uniform on the integers: the chains of arithmetic that make them normal are read like any other."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Hashable
 from typing import Any, NamedTuple

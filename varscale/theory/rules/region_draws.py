@@ -4,8 +4,6 @@ A loop over time is one such equation. The same weights act at every step, so st
 tells. Taken one by one, T steps have T² cross-moments; drawn, a thousand of them take a second.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import math

@@ -6,8 +6,6 @@ by √(n/n'), which keeps its variance, and backward likewise, with the terms th
 there are. Of any other sum it is not known whether its terms add up or cancel, so its axis keeps its size.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import math

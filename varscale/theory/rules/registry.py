@@ -1,7 +1,5 @@
 """Where rules are registered by primitive, the values they read and write, what they may ask of the walk, and jaxprs' parts."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from collections.abc import Callable, Hashable

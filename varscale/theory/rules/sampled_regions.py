@@ -3,8 +3,6 @@
 Moments of a region's outputs are pooled from the draws, and cotangents flow back through them draw by draw.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import math

@@ -1,7 +1,5 @@
 """Softmax as a unit, recognised in what flax inlines, exp(x − max) / Σ exp(x − max); and log Σ exp."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Hashable
 from functools import cached_property
