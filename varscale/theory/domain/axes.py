@@ -206,15 +206,6 @@ def averaging(
     return outer(weights).ravel()
 
 
-@cache
-def sliced(axis: Axis, start: int, stop: int, step: int) -> tuple[Axis | None, Float[np.ndarray, "new old"]]:
-    """The axis left by a slice (None where one position is left), and which old classes its classes come from."""
-    labels = axis.label_array[start:stop:step]
-    new = labelled(labels)
-    old = np.eye(axis.classes)[labels[np.unique(new.label_array, return_index=True)[1]]]
-    return new if len(labels) > 1 else None, old
-
-
 def reduced(axis: Axis, positions: Int[np.ndarray, " kept"]) -> Axis:
     """The axis that these positions make, its classes numbered as the whole one's (each has one of them at least)."""
     labels = axis.label_array[positions].astype(np.uint8).tobytes()

@@ -54,10 +54,11 @@ def entry_map(
     return AxisMap(sparse.csr_array(entries, shape=(out.size, inner.size)), out, inner)
 
 
-def slice_map(span: tuple[int, int | None, int], out: Axis, inner: Axis) -> AxisMap:
-    """x[start:stop:step], over an axis with classes of its own."""
+@cache
+def slice_map(span: tuple[int, int | None, int], inner: Axis) -> AxisMap:
+    """x[start:stop:step], over the axis that these positions make."""
     columns = np.arange(inner.size)[slice(*span)]
-    return entry_map(np.arange(len(columns)), columns, out, inner)
+    return entry_map(np.arange(len(columns)), columns, labelled(inner.label_array[columns]), inner)
 
 
 @cache
@@ -94,6 +95,11 @@ def class_counts(a: AxisMap, b: AxisMap) -> Float[np.ndarray, "classes_a classes
 def adjoint(counts: np.ndarray, out: Axis, inner: Axis) -> Float[np.ndarray, "types_in types_out"]:
     """The map of cotangents' second moments that belongs to one of values' (`pair_counts`): the total weights are the same."""
     return (counts * out.pairs[:, None]).T / np.maximum(inner.pairs, 1.0)[:, None]
+
+
+def cotangent_counts(a: AxisMap) -> Float[np.ndarray, "types_in types_out"]:
+    """The map of the second moments of cotangents that belongs to an axis map."""
+    return adjoint(pair_counts(a), a.out, a.inner)
 
 
 @cache

@@ -13,7 +13,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from varscale.theory.domain.axes import Axis, apply_axis, contract_axes, outer
-from varscale.theory.domain.axis_maps import AxisMap, adjoint, pair_counts, split_axis
+from varscale.theory.domain.axis_maps import (
+    AxisMap,
+    cotangent_counts,
+    pair_counts,
+    pair_map,
+    slice_map,
+    split_axis,
+)
 from varscale.theory.domain.tables import Table, full_types, regrouped
 from varscale.theory.graph.convolutions import Conv
 from varscale.theory.graph.nodes import UNKNOWN, Constant, Leaf, Node, View, pullback, second_moments
@@ -44,12 +51,6 @@ class Permute(Rearranged):
 
     def carried(self, array: np.ndarray, *, pairs: bool, back: bool = False) -> np.ndarray:
         return array.transpose(np.argsort(self.params) if back else self.params)
-
-
-class Take(Node):
-    """A slice of one axis; `params` is (axis, start, stop, step). One position left drops the axis."""
-
-    moves = True
 
 
 def axes_before(node: Node, k: int) -> Sequence[int]:
@@ -176,22 +177,40 @@ _MAPS: Fact[Hashable, AxisMap] = Fact()  # by a digest of the entries, and the a
 class AxisMapped(Node):
     """y_p = Σ_i A_pi x_i along one axis, A its `axis_map`; `params` is (axis, key of the map)."""
 
+    axis_map: AxisMap
+
     def prepare(self) -> None:
         self.axis_map, x = _MAPS.of(self.graph)[self.params[1]], self.argument
         self.odd, self.positive = x.odd, x.positive and bool(np.all(self.axis_map.matrix.data >= 0))
 
 
+class Take(AxisMapped):
+    """A slice of one axis; `params` is (axis, start, stop, step). One position left drops the axis."""
+
+    moves = True
+
+    def prepare(self) -> None:
+        k, *span = self.params
+        self.axis_map = slice_map(tuple(span), self.argument.axes[k])
+
+
 @second_moments.register
-def second_moments_of_axis_mapped(node: AxisMapped) -> Table:
-    k, table = node.params[0], node.argument.table
-    mean = apply_axis(table.mean, k, node.axis_map.means())
-    return Table(node.axes, mean, apply_axis(table.second, k, pair_counts(node.axis_map)))
+def second_moments_of_axis_mapped(node: AxisMapped | Take) -> Table:
+    k, own, table = node.params[0], node.axis_map, node.argument.table
+    pairs = pair_map(own.means()) if node.moves else pair_counts(own)
+    mean = apply_axis(table.mean, k, own.means()).reshape([axis.classes for axis in node.axes])
+    return Table(node.axes, mean, apply_axis(table.second, k, pairs).reshape(node.frame_types))
 
 
 @pullback.register
-def pullback_of_axis_mapped(node: AxisMapped, cotangent: np.ndarray, notes: BackwardNotes) -> Flows:
-    own = node.axis_map
-    return [apply_axis(cotangent, node.params[0], adjoint(pair_counts(own), own.out, own.inner))]
+def pullback_of_axis_mapped(node: AxisMapped | Take, cotangent: np.ndarray, notes: BackwardNotes) -> Flows:
+    return [carried_back(cotangent, node.params[0], node.axis_map)]
+
+
+def carried_back(cotangent: np.ndarray, k: int, axis_map: AxisMap) -> np.ndarray:
+    """Cotangents behind a map of axis k; where that leaves one position, they do not have the axis."""
+    cotangent = cotangent if axis_map.out.size > 1 else np.expand_dims(cotangent, k)
+    return apply_axis(cotangent, k, cotangent_counts(axis_map))
 
 
 def mapped(node: Node, k: int, axis_map: AxisMap) -> AxisMapped:

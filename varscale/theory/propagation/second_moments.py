@@ -10,8 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from varscale.theory.domain.axes import apply_axis, contract_axes, sliced
-from varscale.theory.domain.axis_maps import pair_map
+from varscale.theory.domain.axes import contract_axes
 from varscale.theory.domain.tables import NEGLIGIBLE, ROUGH, Axes, Table, by_type, means_by_type
 from varscale.theory.graph.expressions import (
     IDENTITIES,
@@ -24,7 +23,6 @@ from varscale.theory.graph.expressions import (
     roots_of,
     swapped,
 )
-from varscale.theory.graph.linear_nodes import Take
 from varscale.theory.graph.nodes import UNKNOWN, Array, Node, View, cross_by_kind, second_moments
 from varscale.theory.graph.store import Fact
 from varscale.theory.integrals.hermite_series import WEIGHTS, Series, Z, mehler, on_grid, sobol
@@ -266,16 +264,6 @@ def second_moments_of_mean(node: Mean) -> Table:
     table, axes = node.argument.table, {k: node.argument.axes[k] for k in node.params}
     mean = contract_axes(table.mean, {k: axis.counts / axis.size for k, axis in axes.items()})
     return Table(node.axes, mean, contract_axes(table.second, {k: axis.any_pair for k, axis in axes.items()}))
-
-
-@second_moments.register
-def second_moments_of_take(node: Take) -> Table:
-    (k, *span), table = node.params, node.argument.table
-    new, classes = sliced(table.axes[k], *span)
-    mean, second = apply_axis(table.mean, k, classes), apply_axis(table.second, k, pair_map(classes))
-    if new is None:
-        mean, second = mean.squeeze(k), second.take(0, axis=k)
-    return Table(node.axes, mean, second)
 
 
 @second_moments.register

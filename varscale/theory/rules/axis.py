@@ -8,13 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from varscale.theory.domain.axes import MOST_CLASSES, Axes, Axis, apply_axis, grouped, labelled, sliced
-from varscale.theory.domain.axis_maps import AxisMap, adjoint, entry_map, pair_counts, slice_map
+from varscale.theory.domain.axes import MOST_CLASSES, Axes, Axis, apply_axis, grouped, labelled
+from varscale.theory.domain.axis_maps import AxisMap, cotangent_counts, entry_map, pair_counts, slice_map
 from varscale.theory.domain.tables import LEADING_ORDER, Table, full_types
 from varscale.theory.graph import layout
-from varscale.theory.graph.convolutions import ONE
 from varscale.theory.graph.layout import Atom, Value, materialize, merged, permute
-from varscale.theory.graph.linear_nodes import Concat, Permute, Take, mapped
+from varscale.theory.graph.linear_nodes import Concat, Permute, Take, carried_back, mapped
 from varscale.theory.graph.nodes import (
     Array,
     Constant,
@@ -64,24 +63,6 @@ def moved(interpreter: Context, eqn: Any, x: Value, *_: Value) -> Value:
     return layout.reshape(x, eqn.outvars[0].aval.shape)
 
 
-@pullback.register
-def pullback_of_take(node: Take, cotangent: np.ndarray, notes: BackwardNotes) -> Flows:
-    k, *span = node.params
-    return [part_pullback(cotangent, k, node.argument.axes[k], span)]
-
-
-def part_pullback(cotangent: np.ndarray, k: int, old: Axis, span: Sequence[Any]) -> np.ndarray:
-    """Cotangents of a slice of axis k read over the whole axis, averaged over each class."""
-    matrix = _slice_adjoint(old, tuple(span))
-    return apply_axis(cotangent if matrix.shape[1] > 1 else np.expand_dims(cotangent, k), k, matrix)
-
-
-@cache
-def _slice_adjoint(old: Axis, span: tuple[Any, ...]) -> np.ndarray:
-    new = sliced(old, *span)[0] or ONE
-    return adjoint(pair_counts(slice_map(span, new, old)), new, old)
-
-
 def take(x: Value, d: int, start: int, stop: int | None, step: int = 1) -> Value:
     """x[start:stop:step] along dimension d."""
     dim, (n, *after), before = x.dims[d], x.shape[d:], x.shape[:d]
@@ -123,16 +104,17 @@ def take_node(node: Node, k: int, start: int, stop: int | None, step: int = 1) -
     graph, old, span = node.graph, node.axes[k], (start, stop, step)
     if span == (0, old.size, 1):
         return node
-    new, _ = sliced(old, *span)
-    axes = (*node.axes[:k], *([] if new is None else [new]), *node.axes[k + 1 :])
+    new = slice_map(span, old).out
+    alone = new.size == 1
+    axes = (*node.axes[:k], *([] if alone else [new]), *node.axes[k + 1 :])
     if isinstance(node, Array):
         numbers = node.values[(slice(None),) * k + (slice(*span),)]
-        return array(graph, numbers.squeeze(k) if new is None else numbers, axes)
+        return array(graph, numbers.squeeze(k) if alone else numbers, axes)
     inside = cut_inside(node, k, axes, lambda x, j: take_node(x, j, *span))
     if inside is not None or (inside := _taken_inside(node, k, span)) is not None:
-        return graph.derive(node, inside, lambda g: part_pullback(g, k, old, span))
+        return graph.derive(node, inside, lambda g: carried_back(g, k, slice_map(span, old)))
     # Of a matrix rows may be read alone and together (positions): only stacked matrices are taken apart.
-    if new is None and len(node.axes) > 2 and (part := slice_of_weights(node, k, start)) is not None:
+    if alone and len(node.axes) > 2 and (part := slice_of_weights(node, k, start)) is not None:
         return part
     if step == 1 and stop is not None and (part := part_of(node, k, start, stop)) is not None:
         return part
@@ -304,7 +286,7 @@ def pullback_of_concat(node: Concat, cotangent: np.ndarray, notes: BackwardNotes
     """Of each part the slice of the cotangent."""
     (k, sizes), axes = node.params, node.axes
     parts = _parts(node.args, sizes, axes, k)
-    back = [apply_axis(cotangent, k, adjoint(pair_counts(at), at.out, at.inner)) for _, at in parts]
+    back = [apply_axis(cotangent, k, cotangent_counts(at)) for _, at in parts]
     return [
         None if isinstance(v.node, Constant) else sum_out(x, (*axes[:k], at.inner, *axes[k + 1 :]), v)
         for x, (v, at) in zip(back, parts, strict=True)

@@ -14,7 +14,7 @@ import numpy as np
 from scipy import special
 
 from varscale.theory.domain.axes import Axes, apply_axis, contract_axes, outer
-from varscale.theory.domain.axis_maps import AxisMap, adjoint, identity_map, pair_counts
+from varscale.theory.domain.axis_maps import AxisMap, adjoint, cotangent_counts, identity_map, pair_counts
 from varscale.theory.domain.tables import Table, full_along, means_by_type
 from varscale.theory.graph.convolutions import (
     Conv,
@@ -166,7 +166,7 @@ def second_moments_of_window_sum(node: WindowSum) -> Table:
 
 @pullback.register
 def pullback_of_window_sum(node: WindowSum, cotangent: np.ndarray, notes: BackwardNotes) -> Flows:
-    maps = node.maps(lambda own: adjoint(pair_counts(own), own.out, own.inner))
+    maps = node.maps(cotangent_counts)
     return [node.carried(cotangent, maps, back=True)]
 
 
@@ -263,7 +263,7 @@ def pullback_of_window_max(node: WindowMax, cotangent: np.ndarray, notes: Backwa
     (windows, xd, od), x, taps = node.params, node.argument, taps_of(node)
     read = zip(windows, dim_axes(x, xd), dim_axes(node, od), strict=True)
     same = [None if w is None else adjoint(tap_pairs(w, a, o)[0], o, a) for w, a, o in read]
-    every = node.maps(lambda own: adjoint(pair_counts(own), own.out, own.inner))
+    every = node.maps(cotangent_counts)
     own, spread = (node.carried(cotangent, maps, back=True) for maps in (same, every))
     diagonal = tuple(slice(0, axis.classes) for axis in x.axes)
     overlaps = (w.taps - w.stride * np.abs(np.arange(-w.taps, w.taps + 1)) for w in windows if w is not None)
