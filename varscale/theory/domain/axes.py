@@ -186,6 +186,16 @@ def refine(second: np.ndarray, axes: Axes) -> np.ndarray:
     return out
 
 
+def equal(axes: Axes) -> tuple[slice, ...]:
+    """Where i = j in a type array: what is there is an array by class."""
+    return tuple(slice(axis.classes) for axis in axes)
+
+
+def replaced(axes: Axes, k: int, *new: Axis) -> tuple[Axis, ...]:
+    """The axes, with others in place of axis k."""
+    return (*axes[:k], *new, *axes[k + 1 :])
+
+
 def outer(weights: Iterable[np.ndarray]) -> np.ndarray:
     """The product of weights along several axes, w_ij... = u_i v_j ..."""
     return reduce(np.multiply.outer, weights, np.array(1.0))

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from varscale.theory.domain.axes import Axes, Axis, apply_axis, outer, shares, without_equal
+from varscale.theory.domain.axes import Axes, Axis, apply_axis, equal, outer, replaced, shares, without_equal
 from varscale.theory.domain.axis_maps import class_shares, lift_types, split_axis
 
 Positions = Sequence[Int[np.ndarray, " kept"]]
@@ -103,7 +103,7 @@ class Table:
 
     @cached_property
     def diagonal(self) -> np.ndarray:
-        return self.second[tuple(slice(0, axis.classes) for axis in self.axes)]
+        return self.second[equal(self.axes)]
 
     @cached_property
     def outer(self) -> np.ndarray:
@@ -123,7 +123,7 @@ def independent(mean: float, second_moment: float, axes: tuple[Axis, ...]) -> Ta
     """Independent entries with one mean and second moment."""
     mean = float(mean)
     second = np.full([a.types for a in axes], mean * mean)
-    second[tuple(slice(0, a.classes) for a in axes)] = second_moment
+    second[equal(axes)] = second_moment
     return Table(axes, np.full([a.classes for a in axes], mean), second)
 
 
@@ -153,7 +153,7 @@ def regrouped(
     """A class (with `pairs` a type) array over `axes`, read over `out`: one has row-major factors of axis k of the other."""
     whole = min(axes, out, key=len)
     factors = split_axis(whole[k], sizes)
-    finest, places = (*whole[:k], *factors.axes, *whole[k + 1 :]), factors.types if pairs else factors.classes
+    finest, places = replaced(whole, k, *factors.axes), factors.types if pairs else factors.classes
     if whole is axes:
         return lift(np.take(array, places, axis=k), finest, range(len(out)), out, pairs=pairs)
     shape = [axis.types if pairs else axis.classes for axis in axes]

@@ -11,7 +11,7 @@ import numpy as np
 
 from varscale.theory.domain.axes import Axis, apply_axis, grouped, pool
 from varscale.theory.domain.axis_maps import AxisMap, adjoint, entry_map, pair_counts
-from varscale.theory.domain.tables import LEADING_ORDER, estimated_products
+from varscale.theory.domain.tables import LEADING_ORDER, estimated_products, full_types
 from varscale.theory.graph.nodes import Node
 
 ONE = Axis(1)  # a dimension of size 1: only the type "same"
@@ -143,7 +143,7 @@ class Conv(Node):
                 term = apply_axis(term, k, matrix)
             result = result + (term if transposed else term * weight)
         axes = x_axes if transposed else o_axes
-        return by_axis(np.broadcast_to(result, [a.types for a in axes]), xd if transposed else od)
+        return by_axis(full_types(result, axes), xd if transposed else od)
 
 
 def taps_of(node: Conv | WindowSum) -> int:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from varscale.theory.domain.axes import MOST_CLASSES, Axes, Axis, affordable, grouped, join
+from varscale.theory.domain.axes import MOST_CLASSES, Axes, Axis, affordable, grouped, join, replaced
 from varscale.theory.domain.axis_maps import split_axis
 from varscale.theory.domain.tables import regrouped
 from varscale.theory.graph.linear_nodes import Merge, Permute, Split
@@ -79,7 +79,7 @@ def without_entries(graph: Graph, eqn: Any, ins: list[Any]) -> list[Any] | None:
 def split(node: Node, k: int, sizes: tuple[int, ...]) -> Node:
     """`node` with axis k as row-major factors of these sizes (each ≥ 2)."""
     graph = node.graph
-    axes = affordable((*node.axes[:k], *split_axis(node.axes[k], sizes).axes, *node.axes[k + 1 :]))
+    axes = affordable(replaced(node.axes, k, *split_axis(node.axes[k], sizes).axes))
     if (made := cut_inside(node, k, axes, lambda x, j: split(x, j, sizes))) is not None:
         back = partial(regrouped, axes=made.axes, out=node.axes, k=k, sizes=sizes, pairs=True)
         return graph.derive(node, made, back)

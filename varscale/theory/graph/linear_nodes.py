@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from varscale.theory.domain.axes import Axis, apply_axis, contract_axes, outer
+from varscale.theory.domain.axes import Axis, apply_axis, contract_axes, outer, replaced
 from varscale.theory.domain.axis_maps import (
     AxisMap,
     cotangent_counts,
@@ -197,7 +197,7 @@ class Take(AxisMapped):
 @second_moments.register
 def second_moments_of_axis_mapped(node: AxisMapped | Take) -> Table:
     k, own, table = node.params[0], node.axis_map, node.argument.table
-    pairs = pair_map(own.means()) if node.moves else pair_counts(own)
+    pairs = pair_map(own.means())[: own.out.types] if node.moves else pair_counts(own)
     mean = apply_axis(table.mean, k, own.means()).reshape([axis.classes for axis in node.axes])
     return Table(node.axes, mean, apply_axis(table.second, k, pairs).reshape(node.frame_types))
 
@@ -219,7 +219,7 @@ def mapped(node: Node, k: int, axis_map: AxisMap) -> AxisMapped:
     entries = b"".join(x.tobytes() for x in (matrix.indptr, matrix.indices, matrix.data))
     key = (hashlib.sha1(entries).hexdigest(), axis_map.out, axis_map.inner)
     _MAPS.put(node.graph, key, axis_map)
-    axes = (*node.axes[:k], axis_map.out, *node.axes[k + 1 :])
+    axes = replaced(node.axes, k, axis_map.out)
     return node.graph.make(AxisMapped, axes, [node.whole], (k, key))
 
 

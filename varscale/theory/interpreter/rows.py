@@ -23,7 +23,7 @@ from varscale.programs.marks import FIELD, MODULE, WITHIN
 from varscale.programs.pieces import PIECE, live
 from varscale.programs.scopes import is_floating, opened, whole_path
 from varscale.report import How, Report, Row, Weight
-from varscale.theory.domain.axes import averaging
+from varscale.theory.domain.axes import averaging, equal
 from varscale.theory.domain.tables import NEXT_ORDER
 from varscale.theory.graph.layout import Value
 from varscale.theory.graph.nodes import UNKNOWN, Node
@@ -295,7 +295,7 @@ def gradients_of(
     for path in outputs:
         node = arrays[path].node
         second = np.zeros(node.frame_types)
-        second[tuple(slice(a.classes) for a in node.axes)] = copies[path]
+        second[equal(node.axes)] = copies[path]
         seeds.append((node, second))
     found = cotangents(seeds, [x.node for x in arrays.values()])
     if sum(lost > _MUCH for *_, lost in found.values()) > _MANY * len(found):

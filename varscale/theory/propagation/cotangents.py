@@ -13,7 +13,7 @@ from dataclasses import replace
 import numpy as np
 from scipy import special
 
-from varscale.theory.domain.axes import Axis, contract_axes, contract_axis, refine, shares
+from varscale.theory.domain.axes import Axis, contract_axes, contract_axis, equal, refine, shares
 from varscale.theory.domain.tables import NEGLIGIBLE, ROUGH, full_types, means_by_type
 from varscale.theory.graph.expressions import Apply, Sum, roots, scale_and_shift
 from varscale.theory.graph.linear_nodes import applied_weights
@@ -33,7 +33,7 @@ _MASK_DOUBT = 0.03  # set, not derived: a stream's derivatives are a Markov chai
 
 def mean_square(second: np.ndarray, axes: tuple[Axis, ...]) -> float:
     """The average over elements of a type array."""
-    return float(shares(axes) @ second[tuple(slice(0, axis.classes) for axis in axes)].ravel())
+    return float(shares(axes) @ second[equal(axes)].ravel())
 
 
 class Cotangents:

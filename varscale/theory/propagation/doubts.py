@@ -32,6 +32,7 @@ from varscale.theory.propagation.marginals import (
     cofactors,
     concentrated,
     evaluate,
+    fluctuating,
     integral_key,
     marginal,
     over_classes,
@@ -68,7 +69,7 @@ def mark_undefined(node: Apply) -> None:
     by_root: dict[View | None, list[View]] = {}  # factors by the one root of theirs that fluctuates
     for factor in factors(node.whole)[1]:
         own = roots_of(factor)
-        live = [r for r in own if not concentrated(r.node)]
+        live = fluctuating(own)
         if len(live) <= 1 and not any(isinstance(r.node, Array) or r.node.is_bits for r in own):
             by_root.setdefault(live[0] if live else None, []).append(factor)
     for root, own in by_root.items():
@@ -167,7 +168,7 @@ def mark_depthwise(f: View, g: View) -> None:
     would average away: an even function of it and x have Cov(f, Q) dE[g]/dQ in common, which a mean over places is made of.
     """
     for one, other in ((f, g), (g, f)):
-        live = [root.node for root in roots_of(other) if not concentrated(root.node)]
+        live = [root.node for root in fluctuating(roots_of(other))]
         if len(live) == 1 and isinstance(live[0], Conv):
             (x, _), (w, _) = live[0].args
             channel = live[0].params.x_dims[1]
@@ -194,7 +195,7 @@ def lost_excess(node: Node) -> float:
         whole = max(sum(square for square, _ in terms), 1e-300)
         return sum(square / whole * lost_excess(x) for square, x in terms)
     if isinstance(node, Apply):
-        return max((lost_excess(r.node) for r in roots(node) if not concentrated(r.node)), default=0.0)
+        return max((lost_excess(r.node) for r in fluctuating(roots(node))), default=0.0)
     below = [v.node for v in node.args if not isinstance(v.node, Leaf | Array | Constant)]
     linear = node.width is not None and len(below) == 1
     passed = linear or node.moves or isinstance(node, Concat)

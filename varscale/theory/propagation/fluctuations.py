@@ -52,7 +52,7 @@ from varscale.theory.propagation.inherited_fluctuations import (
 from varscale.theory.propagation.marginals import (
     along,
     cofactors,
-    concentrated,
+    fluctuating,
     over_classes,
     term_shares,
     uncentred,
@@ -169,7 +169,7 @@ def _limited(x: float) -> float:
 
 def _with_slope(node: Apply, slope: View) -> float:
     """(E[f² f'²]/(E[f²] E[f'²]) − 1)/(E[f⁴]/E[f²]² − 1) of a function of one root: how f'² goes with f² from unit to unit."""
-    live = [r for r in roots(node) if not concentrated(r.node)]
+    live = fluctuating(roots(node))
     lines = [over_classes(np.square(along(x, node.axes, *live)), node.axes) for x in (node.whole, slope)]
     if len(live) != 1 or any(line.shape != WEIGHTS.shape for line in lines):
         return 0.0

@@ -19,7 +19,7 @@ from collections.abc import Collection, Hashable, Sequence
 import numpy as np
 from scipy import special
 
-from varscale.theory.domain.axes import Axes, Axis, averaging, contract_axes, outer
+from varscale.theory.domain.axes import Axes, Axis, averaging, contract_axes, equal, outer
 from varscale.theory.domain.tables import NEGLIGIBLE, by_type, full_types, means_by_type, over_frame
 from varscale.theory.graph.convolutions import Conv, tap_scatter
 from varscale.theory.graph.expressions import Apply, Sum, factors, roots, roots_of
@@ -42,6 +42,7 @@ from varscale.theory.propagation.marginals import (
     cofactors,
     concentrated,
     evaluate,
+    fluctuating,
     grid,
     independent_factors,
     integral_key,
@@ -86,7 +87,7 @@ def _of_few_terms(main: View, scales: Sequence[View]) -> tuple[float, bool]:
 
 def excess_kurtosis(node: Node) -> float:
     """E[(x − m)⁴] / Var[x]² − 3 of a function of one root; what is a sum is Gaussian."""
-    live = [r for r in roots(node) if not concentrated(r.node)]
+    live = fluctuating(roots(node))
     if not isinstance(node, Apply) or len(live) != 1:
         return 0.0
     values = along(node.whole, node.axes, *live)
@@ -125,10 +126,8 @@ def mean_squared_correlation(second: np.ndarray, main: View, scale: View, power:
 def origin(node: Node) -> int:
     """The root whose sampled units a node's are: a function of a root, or a centred copy, fluctuates with it."""
     while True:
-        if isinstance(node, Apply):
-            below = [r.node for r in roots(node) if not concentrated(r.node)]
-        else:
-            below = [unmoved(uncentred(node.whole).node)]
+        views = fluctuating(roots(node)) if isinstance(node, Apply) else [uncentred(node.whole)]
+        below = [unmoved(view.node) for view in views]
         if len(below) != 1 or below[0] is node:
             return node.id
         node = below[0]
@@ -149,7 +148,7 @@ def fresh(node: Node, axes: Collection[int]) -> float:
     squares = contract_axes(squares, {k: node.axes[k].counts / node.axes[k].size for k in over})
     # Places that are held are what they are: that some are larger than others is no chance.
     held = [axis for k, axis in enumerate(node.axes) if k not in over]
-    pairs = pairs[tuple(slice(0, axis.classes) for axis in held)]
+    pairs = pairs[equal(held)]
     varied = np.where(squares > 0, pairs / np.maximum(squares, 1e-150) ** 2, 1.0)
     excess = float(over_classes(varied, held)) - 1.0
     return excess if excess > _EXCESS_ROUNDING else 0.0

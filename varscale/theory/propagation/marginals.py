@@ -14,7 +14,7 @@ from functools import cached_property, reduce, singledispatch
 import numpy as np
 from scipy import special
 
-from varscale.theory.domain.axes import contract_axis
+from varscale.theory.domain.axes import contract_axis, equal
 from varscale.theory.domain.tables import NEGLIGIBLE, NEXT_ORDER, Axes, Table, by_type, means_by_type
 from varscale.theory.graph.expressions import Apply, Mean, Sum, connected, factors, form, roots, roots_of
 from varscale.theory.graph.linear_nodes import Rearranged
@@ -53,7 +53,7 @@ class Marginal:
             scale, values = np.sqrt(np.log1p(np.square(scale / table.mean))), None
             covariance = np.log1p(np.maximum(covariance / table.outer, -1 + 1e-15))
         rho = np.array(_behind(covariance, means_by_type(scale, axes), (values, values), axes))
-        rho[tuple(slice(0, a.classes) for a in axes)] = 1.0
+        rho[equal(axes)] = 1.0
         return rho
 
     @cached_property
@@ -214,7 +214,7 @@ def uncentred(view: View) -> View:
 def independent_factors(node: Node) -> list[View]:
     """The factors of an elementwise tree over its own frame, those that read a common fluctuating root as one: x·Φ(x)."""
     parts = factors(node.whole)[1]
-    reads = {factor: {r for r in roots_of(factor) if not concentrated(r.node)} for factor in parts}
+    reads = {factor: set(fluctuating(roots_of(factor))) for factor in parts}
     return [
         reduce(lambda a, b: node.graph.make(Apply, node.axes, [a, b], ("mul", ())).whole, group)
         for group in connected(parts, lambda f, g: reads[f] & reads[g])
@@ -230,11 +230,16 @@ def concentrated(root: Node) -> bool:
     return mean != 0 and ((root.positive and scale) or variance < NEGLIGIBLE * mean**2)
 
 
+def fluctuating(views: Iterable[View]) -> list[View]:
+    """Those that are not to be taken for numbers."""
+    return [view for view in views if not concentrated(view.node)]
+
+
 @once_per_node
 def cofactors(node: Node) -> dict[View, list[View]]:
     """The roots of a tree that fluctuate, each with the concentrated ones that are its own scale (a norm's variance)."""
     own = [r for r in roots(node) if r.node.is_input or not isinstance(r.node, Array | Leaf)]
-    live = [r for r in own if not concentrated(r.node)] or own
+    live = fluctuating(own) or own
     out = {r: [r] for r in live}
     for scale in (r for r in own if r not in live):
         partners = (r for r in live if r.node.deps & scale.node.deps)

@@ -31,9 +31,9 @@ from varscale.theory.propagation.doubts import mark_average, mark_depthwise, mar
 from varscale.theory.propagation.marginals import (
     Environment,
     at_means,
-    concentrated,
     evaluate,
     factored,
+    fluctuating,
     followed,
     grid,
     in_class,
@@ -75,7 +75,7 @@ def _groups(f: list[View], g: list[View], frame: Axes) -> tuple[list[_Group], En
     """Sort factors into independent groups; concentrated roots that depend on the others become their means."""
     reads, variables = {x: roots_of(x) for x in (*f, *g)}, roots_of(*f, *g)
     mark_roots(variables)
-    rest = [v for v in variables if not concentrated(v.node)]
+    rest = fluctuating(variables)
     joined = {v for own in reads.values() if len(own) > 1 for v in own}
     # A norm's own scale: mean(x²)·s(v)² at v = mean(x²) is an identity: the mean is right, and not E[s²].
     joined |= {v for v in variables if any(v.node.deps & r.node.deps for r in rest)}

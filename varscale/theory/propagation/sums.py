@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy import special
 
+from varscale.theory.domain.axes import equal
 from varscale.theory.domain.tables import Axes, Table, full_types
 from varscale.theory.graph.expressions import Apply, Sum, connected, roots_of
 from varscale.theory.graph.nodes import View
@@ -15,10 +16,10 @@ from varscale.theory.integrals.hermite_series import POINTS, WEIGHTS, Z, on_grid
 from varscale.theory.propagation.cross_moments import cross_covariance, dependent
 from varscale.theory.propagation.marginals import (
     along,
-    concentrated,
     deviations,
     evaluate,
     factored,
+    fluctuating,
     grid,
     in_class,
     latent_cross,
@@ -110,7 +111,7 @@ def _joined(a: _Part, b: _Part, axes: Axes) -> bool:
         return False
     views = a.view, b.view
     found = np.abs(cross_covariance(*views, axes)) / np.maximum(deviations(*views, axes), 1e-300)
-    return bool(np.max(found[tuple(slice(0, axis.classes) for axis in axes)]) > _CORRELATED)
+    return bool(np.max(found[equal(axes)]) > _CORRELATED)
 
 
 def _shaping(view: View, axes: Axes) -> tuple[View, ...]:
@@ -119,7 +120,7 @@ def _shaping(view: View, axes: Axes) -> tuple[View, ...]:
     if len(own) == 1:
         plain = node.table.variance == 0 if isinstance(node, Apply) else marginal(node).gaussian
         return () if plain else tuple(own)
-    live = [r for r in own if not concentrated(r.node)]  # the scale of a norm is as good as a number
+    live = fluctuating(own)  # the scale of a norm is as good as a number
     if not 0 < len(live) <= _MOST_ROOTS:
         return ()
     line = _term_on_grid(view, live, axes)

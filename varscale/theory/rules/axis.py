@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from varscale.theory.domain.axes import MOST_CLASSES, Axes, Axis, apply_axis, grouped, labelled
+from varscale.theory.domain.axes import MOST_CLASSES, Axes, Axis, apply_axis, grouped, labelled, replaced
 from varscale.theory.domain.axis_maps import AxisMap, cotangent_counts, entry_map, pair_counts, slice_map
 from varscale.theory.domain.tables import LEADING_ORDER, Table, full_types
 from varscale.theory.graph import layout
@@ -106,7 +106,7 @@ def take_node(node: Node, k: int, start: int, stop: int | None, step: int = 1) -
         return node
     new = slice_map(span, old).out
     alone = new.size == 1
-    axes = (*node.axes[:k], *([] if alone else [new]), *node.axes[k + 1 :])
+    axes = replaced(node.axes, k, *([] if alone else [new]))
     if isinstance(node, Array):
         numbers = node.values[(slice(None),) * k + (slice(*span),)]
         return array(graph, numbers.squeeze(k) if alone else numbers, axes)
@@ -129,7 +129,7 @@ def slice_of_weights(node: Node, k: int, position: int) -> Leaf | None:
     along, whole = _SLICED.once(graph, node.id, lambda: (k, _only_sliced(node, k)))
     if along != k or whole is None:
         return None
-    axes = (*node.axes[:k], *node.axes[k + 1 :])
+    axes = replaced(node.axes, k)
     part = graph.make(Leaf, axes, (), ("step", node, position))
     table = Table(axes, node.table.mean.take(0, k), node.table.second.take(0, k))
     part.settle(table, odd=True, kurtosis=node.kurtosis, transport=node.transport)
@@ -225,7 +225,7 @@ def part_of_concat(node: Concat, k: int, start: int, stop: int) -> Node | None:
     spans = [(view, max(start - at, 0), min(stop - at, n)) for view, at, n in parts]
     cut = [(take_view(view, k, first, last), last - first) for view, first, last in spans if first < last]
     whole = Axis(stop - start) if len(cut) == 1 else labelled(node.axes[k].label_array[start:stop])
-    axes = (*node.axes[:k], whole, *node.axes[k + 1 :])
+    axes = replaced(node.axes, k, whole)
     if len(cut) > 1:
         return node.graph.make(Concat, axes, [view for view, _ in cut], (k, tuple(n for _, n in cut)))
     child, bind = cut[0][0]
@@ -250,7 +250,7 @@ def _joined_pairs(ours: list[Joined], others: list[Joined], axes: Axes, k: int) 
     second, (classes, pairs) = np.zeros([a.types for a in axes]), (axes[k].classes, axes[k].pairs)
     for (a, mine), (b, theirs) in itertools.product(ours, others):
         if mine.inner == theirs.inner:
-            own = (*axes[:k], mine.inner, *axes[k + 1 :])
+            own = replaced(axes, k, mine.inner)
             second += apply_axis(full_types(cross(a, b, own), own), k, pair_counts(mine, theirs))
             continue
         # Positions of unlike axes never agree: a last axis for each, of which pairs of classes count.
@@ -288,7 +288,7 @@ def pullback_of_concat(node: Concat, cotangent: np.ndarray, notes: BackwardNotes
     parts = _parts(node.args, sizes, axes, k)
     back = [apply_axis(cotangent, k, cotangent_counts(at)) for _, at in parts]
     return [
-        None if isinstance(v.node, Constant) else sum_out(x, (*axes[:k], at.inner, *axes[k + 1 :]), v)
+        None if isinstance(v.node, Constant) else sum_out(x, replaced(axes, k, at.inner), v)
         for x, (v, at) in zip(back, parts, strict=True)
     ]
 

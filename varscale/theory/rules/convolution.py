@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from scipy import special
 
-from varscale.theory.domain.axes import Axes, apply_axis, contract_axes, outer
+from varscale.theory.domain.axes import Axes, apply_axis, contract_axes, equal, outer
 from varscale.theory.domain.axis_maps import AxisMap, adjoint, cotangent_counts, identity_map, pair_counts
 from varscale.theory.domain.tables import Table, full_along, means_by_type
 from varscale.theory.graph.convolutions import (
@@ -265,7 +265,7 @@ def pullback_of_window_max(node: WindowMax, cotangent: np.ndarray, notes: Backwa
     same = [None if w is None else adjoint(tap_pairs(w, a, o)[0], o, a) for w, a, o in read]
     every = node.maps(cotangent_counts)
     own, spread = (node.carried(cotangent, maps, back=True) for maps in (same, every))
-    diagonal = tuple(slice(0, axis.classes) for axis in x.axes)
+    diagonal = equal(x.axes)
     overlaps = (w.taps - w.stride * np.abs(np.arange(-w.taps, w.taps + 1)) for w in windows if w is not None)
     shared = outer(np.maximum(overlap, 0) for overlap in overlaps)
     shared = shared[(shared > 0) & (shared < taps)]

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from varscale.theory.domain.axes import Axes, Axis, affordable, contract_axes, grouped, join, outer
+from varscale.theory.domain.axes import Axes, Axis, affordable, contract_axes, equal, grouped, join, outer
 from varscale.theory.domain.tables import LOOSE, NEGLIGIBLE, ROUGH, Table, full_types, means_by_type
 from varscale.theory.graph.convolutions import Conv
 from varscale.theory.graph.expressions import Apply, Sum, roots, swapped
@@ -77,8 +77,8 @@ def _dependent(node: Contract, mean: np.ndarray, second: np.ndarray) -> tuple[np
     """Wick's pairings for jointly Gaussian x and y: E[x y]² and the exchange term besides the independent one."""
     x, y = node.args
     frame = node.frame
-    both = np.broadcast_to(cross(x, y, frame) - mean_product(x, y, frame), [a.types for a in frame])
-    after = mean + _summed(node, both[tuple(slice(0, a.classes) for a in frame)])
+    both = full_types(cross(x, y, frame) - mean_product(x, y, frame), frame)
+    after = mean + _summed(node, both[equal(frame)])
     outer, inner = (means_by_type(own, node.axes) for own in (after, mean))
     paired = outer - inner + node.contract(both * swapped(both, frame))
     share = float(np.max(np.abs(paired)) / max(np.max(np.abs(second)), 1e-300))

@@ -7,7 +7,7 @@ from functools import cached_property
 import numpy as np
 from scipy import special
 
-from varscale.theory.domain.axes import outer
+from varscale.theory.domain.axes import equal, outer
 from varscale.theory.domain.tables import LEADING_ORDER, LOOSE, NEGLIGIBLE, NEXT_ORDER, Table, by_type
 from varscale.theory.graph.expressions import Apply, Mean, Sum, roots, weighted_sum
 from varscale.theory.graph.layout import Value
@@ -25,7 +25,7 @@ from varscale.theory.integrals.softmax import (
     weight_moments,
 )
 from varscale.theory.propagation.inherited_fluctuations import NONE, propagated
-from varscale.theory.propagation.marginals import along, concentrated, marginal
+from varscale.theory.propagation.marginals import along, fluctuating, marginal
 from varscale.theory.propagation.pullbacks import sum_out
 from varscale.theory.rules.attention import gain_of_queries, key_directions, logit_scatter
 from varscale.theory.rules.elementwise import Extreme, OneOfMany, cross_by_kind_of_one_of_many
@@ -109,7 +109,7 @@ class Softmax(Node):
 
     def of_one(self, by_types: np.ndarray) -> np.ndarray:
         """An array by type of the rows (then anything), of a row with itself: by its class."""
-        return by_types[tuple(slice(a.classes) for a in self.row_axes)]
+        return by_types[equal(self.row_axes)]
 
 
 @second_moments.register
@@ -258,7 +258,7 @@ def _is_nearly_gaussian(node: Node) -> bool:
     terms = node.args if isinstance(node, Sum) else [node.whole]
     if all(isinstance(view.node, Contract | Array) for view in terms):
         return True
-    live = [root for root in roots(node) if not concentrated(root.node)]
+    live = fluctuating(roots(node))
     if isinstance(node, Apply):
         line = along(node.whole, node.axes, *live) if len(live) == 1 else np.zeros(len(Z))
     elif (law := marginal(node)).gaussian:
