@@ -55,11 +55,12 @@ class Node(Marked):
     A kind of node is data. How its moments follow from its arguments' (`second_moments`), how a cotangent passes back
     (`pullback`) and what it does to fluctuations (`propagated`) are functions that dispatch on the kind.
 
-    Sets of random leaves are bits: `deps` those that it depends on; `odd` the zero-mean ones that it is linear in and the
-    symmetric ones that turn its sign with theirs (its product with what does not see the sign of one of them has mean zero);
-    `even` those of `deps`, `unseen` those of all, whose sign it does not see. `positive`: it cannot be negative. `near` is the
-    share of their variance that near places may have in common beyond what any two have: 1 where known numbers are in it, of
-    windows that overlap the part of one that the next one reads. `depth` is the longest way to it from a leaf or known numbers.
+    Sets of random leaves are bits: `deps`, those that it depends on; `odd`, the zero-mean ones in which it is linear and the
+    symmetric ones in which it is odd; `even`, those of `deps` in which it is even; `unseen`, all leaves in which it is even,
+    with those that it does not depend on. E[a b] = 0 where a is odd in a leaf in which b is even. `positive`: it cannot be
+    negative. `near` is the share of their variance that near places may have in common beyond what any two have: 1 where known
+    numbers are in it, of overlapping windows the part of one that the next one reads. `depth` is the longest way to it from a
+    leaf or known numbers.
     """
 
     primitive = ""  # of an elementwise node, its name

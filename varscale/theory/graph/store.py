@@ -109,9 +109,8 @@ class BackwardNotes:
 
     def __init__(self) -> None:
         self.values: dict[int, Any] = {}  # by softmax, the tokens that the values are made of which it weighs
-        self.gains: dict[
-            int, tuple[int, np.ndarray]
-        ] = {}  # by product, which argument's gains, and what by type
+        # By product of queries and keys, which argument's cotangent gains, and how much by type.
+        self.gains: dict[int, tuple[int, np.ndarray]] = {}
         # By output of a region, draws of the cotangents that other regions sent it, and their second moments.
         self.sent: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {}
         self.regions: list[Any] = []  # outputs of regions that the pass has been through

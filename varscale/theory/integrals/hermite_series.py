@@ -17,8 +17,9 @@ from varscale.theory.domain.axes import Axes
 from varscale.theory.domain.tables import by_type
 
 # The trapezoidal rule on a Gaussian converges like exp(-2π²/h²): exact to rounding for smooth functions, to
-# h²/12 at a corner. A jump inside a cell costs up to h φ/2 of its height, .004 at most (`domains` asks
-# whether that matters). An even number of points keeps 0, where corners lie, in the middle of a cell.
+# h²/12 at a corner. A jump inside a cell costs up to h φ/2 of its height, .004 at most (where it
+# matters, `doubts.mark_undefined` says so). An even number of points keeps 0, where corners lie, in the
+# middle of a cell.
 POINTS = 852
 Z = np.linspace(-8.5, 8.5, POINTS)
 WEIGHTS = np.exp(-(Z**2) / 2)

@@ -69,7 +69,7 @@ def response(scale: Scale, slope: float, curvature: float, curve: Callable[[], n
     steps = line[_NEAR]
     if np.max(np.abs(np.diff(steps, 3))) < _ROUGH and np.max(np.abs(np.diff(steps))) < _STEEP:
         return _of_a_curve(scale, common, line)
-    # What has poles, or answers to what hardly ever happens, is not resolved: its curvature is noise.
+    # A function with poles, or decided by rare values, is not resolved: its curvature is noise.
     slope, level = np.polyfit(LOG_SCALES[_NEAR], steps, 1)
     apart = steps - slope * LOG_SCALES[_NEAR] - level
     slope = float(np.clip(slope, -_STEEP / _LOG_STEP, _STEEP / _LOG_STEP))

@@ -24,9 +24,8 @@ def _on_bits(name: str) -> Callable[..., np.ndarray]:
         if name in _LOGICAL and not whole:
             return _LOGICAL[name](*xs).astype(float)
         for i, x in enumerate(xs):
-            if (
-                x.dtype.kind == "f"
-            ):  # it takes the other's type; the upper half of 64 random bits is no signed number
+            # Floats take the other's type; the upper half of 64 random bits is no signed number.
+            if x.dtype.kind == "f":
                 x = x.astype(np.uint64 if np.max(x, initial=0.0) >= 2.0**63 else np.int64)
                 whole = whole or [x.dtype]
                 xs[i] = x.astype(whole[0])

@@ -132,9 +132,8 @@ def apart(second: np.ndarray, counts: np.ndarray) -> np.ndarray:
     β_a is what a key shares with the others on average, c what any two share: of u_a + u_b nothing is left.
     """
     c = counts.shape[-1]
-    pairs = np.maximum(
-        counts[..., :, None] - np.eye(c), 1e-9 * np.eye(c)
-    )  # the others of class a of one of b
+    # How many others of class a a key of class b has.
+    pairs = np.maximum(counts[..., :, None] - np.eye(c), 1e-9 * np.eye(c))
     between = second[..., c:].reshape(*second.shape[:-1], c, c)
     between = (between + np.swapaxes(between, -1, -2)) / 2
     others = pairs.sum(-2)

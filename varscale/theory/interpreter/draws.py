@@ -158,9 +158,8 @@ def _drawn_input(x: Any, key: Any, tables: Sequence[int]) -> Any:
     if isinstance(x, Moments):
         axes = axes_of(x.shape)
         rng = np.random.default_rng(np.asarray(jax.random.key_data(key)).ravel())
-        about_mean = gaussian(x.second() - x.mean**2, axes, [np.arange(axis.size) for axis in axes], 1, rng)[
-            0
-        ]
+        positions = [np.arange(axis.size) for axis in axes]
+        about_mean = gaussian(x.second() - x.mean**2, axes, positions, 1, rng)
         return jnp.asarray(x.mean + about_mean.reshape(x.shape), x.dtype)
     if is_key(x):
         return jax.random.split(key, x.shape) if x.shape else key

@@ -1,7 +1,7 @@
 """Regions in a walk: the equations of a scope that no rule covers, put together as one equation that is drawn.
 
-A rule that finds a value outside what it covers asks for a region (`Walk.ask`); the walk ends with placeholders, and the next
-one takes all equations of that module for one. A scope is added once, so this ends.
+A rule that finds a value outside what it covers asks for a region (`Interpreter.ask`); the walk ends with placeholders, and
+the next one takes all equations of that module for one. A scope is added once, so this ends.
 """
 
 import dataclasses

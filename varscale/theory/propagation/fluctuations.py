@@ -10,9 +10,8 @@ gradients of ReLU nets (Hanin & Nica 2020); elsewhere it is assumed.
 
 Backward, a gradient is a product of derivatives along all layers, each a function of a random scale: D_k = E[f_k'(√Q_k z)²].
 Scales Q_k of later layers inherit those of earlier ones, so that E[Π D_k] = Π E[D_k] · exp(Σ_{j<k} Cov[ln D_j, ln D_k]). Going
-back, one number is enough for the sum: a = d ln(gradient²)/d ln Q at a layer, through all later ones. Past a function whose
-mean square answers to Q in the ratio s, and whose derivative's does in the ratio d, with P the relative variance of Q at one
-place,
+back, one number is enough for the sum: a = d ln(gradient²)/d ln Q at a layer, through all later ones. Past a function f with
+s = d ln E[f²]/d ln Q and d = d ln E[f'²]/d ln Q, with P the relative variance of Q at one place,
 
     Σ gains a s d ln(1 + P),    a → s a + d.
 

@@ -1,4 +1,4 @@
-"""What functions and sums hand on of the fluctuations of their arguments: by how each answers to the scale of its roots."""
+"""How fluctuations propagate through functions and sums: by the response of each to the scales of its roots."""
 
 import dataclasses
 import itertools
@@ -98,7 +98,7 @@ def _power(scale: Node, main: Node) -> float:
 _VARIED: Fact[Hashable, list[float]] = Fact()  # mean squares at several scales of a root, by form
 
 
-_FORGOTTEN = 1e-5  # a ratio below which what fluctuates is not handed on: a norm's, but for its epsilon
+_FORGOTTEN = 1e-5  # a ratio below which fluctuations are not propagated: a norm's, but for its epsilon
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,7 +174,7 @@ kernel = once_per_node(propagated)
 
 @once_per_node
 def inherited(node: Node) -> Spread:
-    """Fluctuations handed on through an elementwise tree, without those of sampling its own units."""
+    """Fluctuations propagated through an elementwise tree, without those of sampling its own units."""
     if not isinstance(node, Apply):
         return kernel(node)
     told = root_responses(node)
@@ -196,9 +196,8 @@ def inherited(node: Node) -> Spread:
             growth *= math.exp(np.clip(together, -1, 1))
     shape, unsure = kurtosis_shift(node)
     scales = dict[Hashable, float]()
-    for f in factors(node.whole)[
-        1
-    ]:  # random scales have a mean square that varies by that of n drawn numbers
+    # Random scales have a mean square that varies by that of n drawn numbers.
+    for f in factors(node.whole)[1]:
         if len(alone := roots_of(f)) == 1 and alone[0].node.is_drawn:
             scales[~alone[0].node.id] = math.sqrt(fresh(f.node, range(len(f.node.axes))))
     return Spread(

@@ -45,9 +45,8 @@ class Cotangent:
     own: float = 0.0  # the same, through the last derivative it was multiplied by
     radial: float = 0.0  # e: its part along the node's values over that along any other direction, less one
     unit: float = 0.0  # what a unit's square, relative, adds to ln(mean square), for its part in the next sum
-    near: float = (
-        0.0  # how much more than any two near places have in common at most, relative to the mean square
-    )
+    # How much more than any two places near ones have in common at most, relative to the mean square.
+    near: float = 0.0
     lost: float = 0.0  # the part of `doubt` that comes of that
     between: float = 0.0  # what a sum over places may be off by, relatively
 
@@ -94,9 +93,8 @@ class Fork(NamedTuple):
     root: View  # the value, in the frame of the node, or of what `over` reduces
     squares: np.ndarray  # Σ E[s_p s_q] over pairs of paths, by type
     over: View | None  # the mean that all of them go through first, as the node's argument
-    beside: tuple[
-        int, ...
-    ] = ()  # axes of the frame over which one goes through a mean, and the other does not
+    # Axes of the frame over which one goes through a mean, and the other does not.
+    beside: tuple[int, ...] = ()
 
     def back(self, part: Cotangent, frame: Axes) -> Cotangent:
         """What the pairs of paths add to the value's cotangent, from the node's."""

@@ -63,9 +63,8 @@ class Drawing:
 
     def __init__(self, replicates: int, some: Callable[[Axis], Int[np.ndarray, " kept"]]):
         self.replicates, self.some = replicates, some
-        self.doubt = (
-            0.0  # of its draws' moments, relatively, for an order in time that some of them have lost
-        )
+        # Relative doubt of its draws' moments, for an order in time that some of them have lost.
+        self.doubt = 0.0
         self.drawn: dict[Hashable, np.ndarray] = {}
 
     def values(self, view: View, frame: Axes, positions: Positions) -> np.ndarray:

@@ -77,7 +77,7 @@ class Channels(NamedTuple):
 class Shared(NamedTuple):
     """How the common part of a node fluctuates."""
 
-    inherited: Spread  # what its inputs hand on to ln C
+    inherited: Spread  # what ln C inherits from its inputs
     sources: dict[Hashable, float]  # coefficients of what its own channels add
     scatter: float | None = None  # relative variance of K that these add; None: they are normal, or not known
     channels: Channels | None = None  # what it makes of them; None: their law is not known
@@ -175,7 +175,7 @@ def common_part(node: Node, places: Places) -> Shared:
     if below is None or (channels := _channels(root, own_places, *below)) is None:
         return Shared(inherited(node), {origin(node): math.sqrt(fresh(node, range(len(node.axes))))})
     read, averaged = common_part(*below), _averaged(root) is not None
-    made, (jacobian, hessian) = _made(node, root, channels), _answer(node, root, channels)
+    made, (jacobian, hessian) = _made(node, root, channels), _derivatives(node, root, channels)
     levels = inherited(root), combine([(1.0, read.inherited), (1.0 - averaged, Spread(read.sources))])
     handed = combine(list(zip(jacobian[1], levels, strict=True)))
     together = np.array([[shared(a.sources, b.sources) for b in levels] for a in levels])
@@ -218,10 +218,8 @@ def _channels(root: Node, places: Places, x: Node, x_places: Places) -> Channels
         others = frozenset(range(len(root.axes))).difference(own)
         between = float(np.clip(_common(root, others) / max(common, 1e-300), 0.0, 1.0))
         columns = 2 + (1 if between > _SHARED_BY_SAMPLES else _POPULATION_SAMPLES)
-        rng, even = (
-            np.random.default_rng(0),
-            ndtri((np.arange(_CHANNELS) + 0.5) / _CHANNELS),
-        )  # as a normal spreads
+        # Numbers that spread as a normal does, in random order.
+        rng, even = np.random.default_rng(0), ndtri((np.arange(_CHANNELS) + 0.5) / _CHANNELS)
         drawn = np.stack([rng.permutation(even) for _ in range(columns)], axis=1)
         means = math.sqrt(between) * drawn[:, 1:2] + math.sqrt(1 - between) * drawn[:, 2:]
         excess = max(weight.kurtosis - 1, 0.0) / max(root.width or 1, 1)  # of a unit's squared weights
@@ -260,7 +258,7 @@ def _made(node: Node, root: Node, channels: Channels) -> Channels:
     return channels._replace(mean=out @ _POINT_WEIGHTS, square=out**2 @ _POINT_WEIGHTS)
 
 
-def _answer(node: Node, root: Node, channels: Channels) -> tuple[np.ndarray, np.ndarray]:
+def _derivatives(node: Node, root: Node, channels: Channels) -> tuple[np.ndarray, np.ndarray]:
     """Derivatives of (ln K, ln C) of a function of one root by the root's, and second ones of C, of lognormal K and C."""
     if node is root:
         return np.eye(2), np.zeros((2, 2))

@@ -56,9 +56,8 @@ from varscale.theory.rules.sampled_regions import drawn_region, placeholder
 def second_moments_of_conv(node: Conv) -> Table:
     groups, windows, xd, _, od = node.params
     x, w = (v.node for v in node.args)
-    if dependent(
-        x, w
-    ):  # one applied before is as good as fresh; of data with their own crop terms may be equal
+    # A kernel applied before is as good as fresh; of data and a crop of them, terms may be equal.
+    if dependent(x, w):
         fresh = weight_of(node) is not None
         node.graph.flag(*("quadrature", 1 / node.width) if fresh else ("assumed", UNKNOWN))
     (_, channels, *places), (_, features, *out) = dim_axes(x, xd), dim_axes(node, od)

@@ -235,9 +235,8 @@ def _numbers(x: Any) -> np.ndarray:
 def sizes_to_run(jaxpr: Any, operands: Sequence[Operand]) -> tuple[Sizes, int]:
     """Sizes, and a number of draws, at which equations can be run: their own, or fewer samples, or fewer units, too."""
     cost, held = work(jaxpr.jaxpr, Sizes({}))
-    fits = min(
-        _WORK / max(4 * cost, 1.0), _HELD_NUMBERS / max(held, 1)
-    )  # backward: about three times as much
+    # Backward takes about three times as much.
+    fits = min(_WORK / max(4 * cost, 1.0), _HELD_NUMBERS / max(held, 1))
     if fits >= _REPLICATES / 2:
         return Sizes({}), int(min(fits, _REPLICATES))
     read = [x for x in operands if not x.nudge]
