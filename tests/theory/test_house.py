@@ -18,12 +18,14 @@ LEFT = {
     "imports from a higher floor": 0,
     "files in a cycle of their folder": 0,
     "uses of the store outside graph/store.py": 1,
+    "mailboxes": 0,
     "names bound to a lambda": 0,
     "names defined in two files": 0,
     "files over 400 lines": 0,
     "lines over 110 columns outside docstrings": 0,
 }
 COLUMNS = 110
+CHANGING = {"add", "append", "clear", "discard", "extend", "insert", "pop", "popitem", "remove", "setdefault", "update"}
 HEAVY = ("scipy", "jax")  # may be loaded inside a function: they take long
 
 
@@ -102,6 +104,46 @@ def store_uses(trees: dict[str, ast.Module]) -> int:
     return sum(isinstance(n, ast.Attribute) and n.attr in ("store", "memo") for tree in outside for n in ast.walk(tree))
 
 
+def stored(tree: ast.AST) -> Iterator[ast.Attribute | ast.Subscript]:
+    """What a syntax tree writes to besides names; a call of a method that changes a container writes to an entry of it."""
+    for n in ast.walk(tree):
+        if isinstance(n, ast.Attribute | ast.Subscript) and not isinstance(n.ctx, ast.Load):
+            yield n
+        elif isinstance(n, ast.Call) and isinstance(n.func, ast.Attribute) and n.func.attr in CHANGING:
+            yield ast.Subscript(n.func.value, ast.Constant(0), ast.Store())
+
+
+def attributes_of_classes(trees: dict[str, ast.Module]) -> set[str]:
+    """Attributes that some class declares, or sets on itself."""
+    classes = [n for tree in trees.values() for n in ast.walk(tree) if isinstance(n, ast.ClassDef)]
+    own = {n.attr for c in classes for n in stored(c) if isinstance(n, ast.Attribute) and ast.unparse(n.value) == "self"}
+    return own | {n.id for c in classes for n in ast.walk(c) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+
+
+def mailboxes(trees: dict[str, ast.Module]) -> int:
+    """Writes by functions to what outlives them and is declared by nobody.
+
+    Those are an attribute of another object that no class declares, an entry of a graph's containers (but for the stack of
+    what is being computed), an entry of a container at the top of a module (but for the registries of rules), a global.
+    """
+    declared, found = attributes_of_classes(trees), 0
+    for module, tree in trees.items():
+        bound = [n for n in tree.body if isinstance(n, ast.Assign | ast.AnnAssign) and not isinstance(n.value, ast.Constant)]
+        targets = [t for n in bound for t in (n.targets if isinstance(n, ast.Assign) else [n.target])]
+        top = {ast.unparse(t) for t in targets} if module != "rules.registry" else set()
+        functions = [n for n in tree.body if isinstance(n, ast.FunctionDef | ast.ClassDef)]
+        found += sum(isinstance(n, ast.Global) for f in functions for n in ast.walk(f))
+        for n in (n for f in functions for n in stored(f)):
+            if isinstance(n, ast.Attribute):
+                found += n.attr not in declared
+            elif isinstance(n.value, ast.Name):
+                found += n.value.id in top
+            elif isinstance(n.value, ast.Attribute) and not module.startswith("graph.nodes"):
+                of_graph = ast.unparse(n.value.value).split(".")[-1] == "graph"
+                found += of_graph and n.value.attr not in ("computing", "store")
+    return found
+
+
 def bound_lambdas(trees: dict[str, ast.Module]) -> int:
     """Assignments of a lambda to a name."""
     bound = [n for tree in trees.values() for n in ast.walk(tree) if isinstance(n, ast.Assign | ast.AnnAssign)]
@@ -135,6 +177,7 @@ def counts(room: pathlib.Path) -> dict[str, int]:
         "imports from a higher floor": len(upward(trees)),
         "files in a cycle of their folder": len(cyclic(trees)),
         "uses of the store outside graph/store.py": store_uses(trees),
+        "mailboxes": mailboxes(trees),
         "names bound to a lambda": bound_lambdas(trees),
         "names defined in two files": len(defined_twice(trees)),
         "files over 400 lines": sum(len(p.read_text().splitlines()) > 400 for p in room.rglob("*.py")),
@@ -166,6 +209,10 @@ def test_inner_inits_hold_docstrings_only(folder):
         ("import importlib\nimportlib.import_module('varscale.theory.rules.linear')", "imports inside functions"),
         ("from varscale.theory.graph.planted import f\n", "files in a cycle of their folder"),
         ("def f(node):\n    node.graph.store['mailbox'] = 1\n", "uses of the store outside graph/store.py"),
+        ("def f(node):\n    node.graph.mailbox = 1\n", "mailboxes"),
+        ("def f(node):\n    node.graph.derived.setdefault(node.id, 1)\n", "mailboxes"),
+        ("BOX = {}\ndef f(node):\n    BOX[node] = 1\n", "mailboxes"),
+        ("BOX = None\ndef f(node):\n    global BOX\n    BOX = node\n", "mailboxes"),
         ("f = lambda: 1\n", "names bound to a lambda"),
         ("class Node: ...\n", "names defined in two files"),
         ("x = 1\n" * 401, "files over 400 lines"),
