@@ -12,7 +12,7 @@ from jax.nn import initializers as theirs
 
 import varscale as vs
 from varscale.initialization import formulas, tiles, tracing
-from varscale.initialization.drawing import Drawing
+from varscale.initialization.drawing import Drawing, compiled
 from varscale.initialization.host_memory import reserved
 from varscale.initialization.outline import outline
 from varscale.initialization.tracing import trace
@@ -93,6 +93,19 @@ def test_what_has_no_formula_is_drawn_by_a_program_of_its_own():
     model = Leaves(laws, shapes=((6, 5),))
     assert readings(model) == [None, None, None]
     check(model)
+
+
+def test_calls_draw_into_the_memory_of_earlier_ones():
+    if not tiles.serves():
+        pytest.skip("tiles are for the CPU, and for counters of one number each")
+    for dtype in (jnp.float32, jnp.bfloat16):
+        model = Leaves((theirs.normal(),), shapes=((3000, 100),), dtype=dtype)
+        (program,) = outline(trace(model, KEY, None, None), KEY).programs(KEY)
+        words, offsets, factors, _ = (np.zeros(a.shape, a.dtype) for a in program.argument_shapes)
+        first = compiled(program)(words, offsets, factors, np.empty(program.result.shape, program.result.dtype))
+        place = first.unsafe_buffer_pointer()
+        np.frombuffer(first, program.formula.dtype)  # a view that is gone does not keep the memory
+        assert compiled(program)(words, offsets, factors, first).unsafe_buffer_pointer() == place
 
 
 def test_many_small_draws_are_not_padded_to_tiles():

@@ -9,7 +9,7 @@ import math
 import os
 import threading
 from collections.abc import Hashable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import numpy as np
@@ -31,12 +31,14 @@ class Drawing:
         dtypes: what each of its leaves is rounded to; None where it stays as drawn.
         shardings: how each of its leaves is laid out; None for the default device.
         settings: jax's settings that the compiled program depends on.
+        donated: the arguments whose memory the results take: none.
     """
 
     chain: Chain
     dtypes: tuple[np.dtype | None, ...]
     shardings: tuple[Any, ...]
     settings: Hashable
+    donated: ClassVar[tuple[int, ...]] = ()
 
     @property
     def told(self) -> Hashable:
@@ -78,6 +80,7 @@ class LaidDrawing:
         shardings: the leaf's sharding.
         declared: the chain of the declared law, where parts of the leaf keep it.
         settings: jax's settings that the compiled program depends on.
+        donated: the arguments whose memory the results take: none.
     """
 
     law: Law = dataclasses.field(compare=False)
@@ -88,6 +91,7 @@ class LaidDrawing:
     shardings: tuple[Any]
     declared: Chain | None
     settings: Hashable
+    donated: ClassVar[tuple[int, ...]] = ()
 
     @property
     def told(self) -> Hashable:
@@ -184,7 +188,8 @@ class Told:
 def _kept(told: Told) -> _Lowered:
     program = told.take()
     places = None if all(s is None for s in program.shardings) else list(program.shardings)
-    jitted = jax.jit(program.__call__) if places is None else jax.jit(program.__call__, out_shardings=places)
+    asked = {} if places is None else {"out_shardings": places}
+    jitted = jax.jit(program.__call__, donate_argnums=program.donated, keep_unused=bool(program.donated), **asked)
     return _Lowered(jitted.lower(*program.argument_shapes))
 
 

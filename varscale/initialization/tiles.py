@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import functools
 import os
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -27,7 +26,7 @@ from varscale.initialization.formulas import Formula
 from varscale.initialization.host_memory import Space, reserved
 
 _TILE = 1024
-_FEW, _MANY = 112, 1024  # tiles a call: few take little memory, many make calls cheap
+_FEW, _MANY = 192, 1024  # tiles a call: few take little memory, many make calls cheap
 _AHEAD = 1  # calls that a thread has started when it waits for the first of them
 _LARGE = 2**26  # numbers of a model from which on calls are to be cheap
 _SMALL = 2**20  # numbers that it takes no time worth saving to draw
@@ -69,22 +68,38 @@ class Tiles:
 
     @property
     def argument_shapes(self) -> list[jax.ShapeDtypeStruct]:
-        """Of each tile the words of its keys, its offset in the leaf, and the leaf's last factor."""
+        """Of each tile the words of its keys, its offset in the leaf, and the leaf's last factor; memory for the result."""
         return [
             jax.ShapeDtypeStruct((self.count, self.formula.keys, 2), np.uint32),
             jax.ShapeDtypeStruct((self.count,), np.uint32),
             jax.ShapeDtypeStruct((self.count,), self.formula.scaled or np.float32),
+            self.result,
         ]
+
+    @property
+    def donated(self) -> tuple[int]:
+        """The argument whose memory the result takes."""
+        return (3,)
+
+    @property
+    def result(self) -> jax.ShapeDtypeStruct:
+        """The numbers as the program lays them out: pairs as one number of twice the size."""
+        dtype = {2: np.uint32, 4: np.complex64}[self.formula.dtype.itemsize] if self._pair else self.formula.dtype
+        return jax.ShapeDtypeStruct((self.count, _TILE // (2 if self._pair else 1)), dtype)
+
+    @property
+    def _pair(self) -> Callable[[jax.Array, jax.Array], jax.Array] | None:
+        return _PAIRS.get(self.formula.dtype.itemsize) if jnp.issubdtype(self.formula.dtype, jnp.floating) else None
 
     @property
     def cost(self) -> int:
         """How many numbers a call draws."""
         return self.count * _TILE
 
-    def __call__(self, words: jax.Array, offset: jax.Array, factor: jax.Array) -> jax.Array:
+    def __call__(self, words: jax.Array, offset: jax.Array, factor: jax.Array, _: jax.Array) -> jax.Array:
         """The numbers of the tiles, as the program lays them out in memory: traced by the program."""
         keys = [(words[:, i, :1], words[:, i, 1:]) for i in range(self.formula.keys)]
-        pair = _PAIRS.get(self.formula.dtype.itemsize) if jnp.issubdtype(self.formula.dtype, jnp.floating) else None
+        pair = self._pair
         together = 1 if pair is None else 2
         index = together * jax.lax.broadcasted_iota(jnp.uint32, (self.count, _TILE // together), 1) + offset[:, None]
         formula = jax.jit(self.formula)  # traced and lowered once for both of a pair
@@ -160,21 +175,24 @@ def started(leaves: Sequence[Leaf]) -> Callable[[], list[np.ndarray]]:
     groups: dict[Tiles, list[int]] = {}
     for i, leaf in enumerate(leaves):
         groups.setdefault(leaf.program, []).append(i)
-    calls: list[Callable[[], Callable[[], None]]] = []
+    calls: list[tuple[_Group, int]] = []
     for program, chosen in groups.items():
-        calls += _Group(program, [leaves[i] for i in chosen], [spaces[i] for i in chosen]).calls()
-    waiting: Iterator[Callable[[], Callable[[], None]]] = iter(calls)  # of a list: threads may share it
+        group = _Group(program, [leaves[i] for i in chosen], [spaces[i] for i in chosen])
+        calls += ((group, first) for first in range(0, len(group.row), program.count))
+    waiting = iter(calls)  # of a list: threads may share it
     has_x64 = bool(jax.config.jax_enable_x64)  # pyright: ignore[reportAttributeAccessIssue]
 
     def work() -> None:
-        running: collections.deque[Callable[[], None]] = collections.deque()
+        running: collections.deque[tuple[_Group, int, jax.Array]] = collections.deque()
+        used: jax.Array | None = None  # what a call drew, once copied, is memory for a later one
         with jax.enable_x64(has_x64):  # may hold for the thread that calls alone
-            for call in waiting:
-                running.append(call())
+            for group, first in waiting:
+                running.append((group, first, group.start(first, used)))
                 if len(running) > _AHEAD:
-                    running.popleft()()
-            for finish in running:
-                finish()
+                    group, first, used = running.popleft()
+                    group.finish(first, used)
+            for group, first, tiles in running:
+                group.finish(first, tiles)
 
     others = min(len(calls), os.cpu_count() or 1) - 1
     pool = ThreadPoolExecutor(max(1, others))
@@ -195,6 +213,7 @@ class _Group:
 
     def __init__(self, program: Tiles, leaves: Sequence[Leaf], spaces: Sequence[Space]):
         self.compiled, self.count, self.dtype = compiled(program), program.count, program.formula.dtype
+        self.result = program.result
         self.draws = [(space, leaf.size, i) for space, leaf in zip(spaces, leaves, strict=True) for i in range(len(leaf.words))]
         draws = [len(leaf.words) for leaf in leaves]
         self.words = np.concatenate([leaf.words for leaf in leaves])
@@ -205,21 +224,21 @@ class _Group:
         row = np.repeat(np.arange(len(tiles), dtype=np.uint32), tiles)
         self.row = np.pad(row, (0, -len(row) % self.count), mode="edge")  # the draw that each tile belongs to
 
-    def calls(self) -> list[Callable[[], Callable[[], None]]]:
-        """What starts to draw all tiles, and gives what waits for them."""
-        return [functools.partial(self.start, first) for first in range(0, len(self.row), self.count)]
-
-    def start(self, first: int) -> Callable[[], None]:
-        """Start to draw the tiles from this one on."""
+    def start(self, first: int, used: jax.Array | None) -> jax.Array:
+        """Start to draw the tiles from this one on, into memory that an earlier call used."""
         end = first + self.count
         row = self.row[first:end]
         offsets = ((np.arange(first, end) - self.begins[row]) * _TILE).astype(np.uint32)
-        return functools.partial(self.finish, first, self.compiled(self.words[row], offsets, self.factors[row]))
+        fits = used is not None and (used.shape, used.dtype) == (self.result.shape, self.result.dtype)
+        memory = used if fits else np.empty(self.result.shape, self.result.dtype)
+        return self.compiled(self.words[row], offsets, self.factors[row], memory)
 
     def finish(self, first: int, tiles: jax.Array) -> None:
         """Copy drawn tiles to where they belong."""
         end = first + self.count
-        numbers = np.asarray(tiles).reshape(-1).view(self.dtype)
+        tiles.block_until_ready()
+        # `np.asarray` would be kept by the array, and keep its memory from being used again
+        numbers = np.frombuffer(tiles, self.dtype) if tiles.dtype.kind in "biufc" else np.asarray(tiles).reshape(-1)
         for i in range(self.row[first], self.row[end - 1] + 1):
             space, size, place = self.draws[i]
             start = max(self.begins[i], first)
