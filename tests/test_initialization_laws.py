@@ -143,6 +143,22 @@ def test_given_values_that_a_leaf_cannot_hold(path, value, message):
         draw(given={path: np.ones(12), f"params/{path}": np.ones(12)})
 
 
+def test_given_values_out_of_range(declared):
+    for value, dtype in (
+        (np.full(12, 1e300), None),
+        (jnp.full(12, 1e38), jnp.float8_e4m3fn),
+        (np.full(12, 70000), jnp.float16),
+    ):
+        with pytest.raises(ValueError, match=r"given: 'params/head/bias' holds .*, which is out of the range of"):
+            draw(given={"head/bias": value}, dtype=dtype)
+    params, _ = draw(given={"head/bias": np.full(12, np.inf)})
+    assert np.isinf(params["params"]["head"]["bias"]).all()
+    gone = jnp.ones(12) + 1
+    gone.delete()
+    with pytest.raises(ValueError, match="given: 'head/bias' is an array that was deleted"):
+        draw(given={"head/bias": gone})
+
+
 def test_given_state_of_a_random_generator():
     rngs = {"key": vs.fast_key(9), "count": 7}
     model, _ = vs.initialize(Model, KEY, given={"drop": {"rngs": rngs}})

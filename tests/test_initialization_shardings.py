@@ -117,6 +117,14 @@ def test_initializers_that_lay_out_on_explicit_axes(wanted):
         np.testing.assert_array_equal(x, own[name])
 
 
+def test_no_place_and_no_mesh_is_the_default_device():
+    mesh = mesh_of((2, 4))
+    ours = vs.initialize(Net(), KEY, X, out_shardings=lambda path, _: NamedSharding(mesh, P("a")) if "scale" in path else None)
+    for path, x in jax.tree_util.tree_leaves_with_path(ours):
+        assert len(x.sharding.device_set) == (8 if "scale" in jax.tree_util.keystr(path) else 1)
+    jax.tree.map(np.testing.assert_array_equal, ours, vs.initialize(Net(), KEY, X, out_shardings="declared"))
+
+
 def test_wrong_places_are_refused():
     mesh = mesh_of((2, 4))
     initialize = functools.partial(vs.initialize, Net(), KEY, X)
@@ -124,6 +132,8 @@ def test_wrong_places_are_refused():
         initialize(out_shardings=lambda path, shape: P("model") if path.endswith("kernel") else None)
     with pytest.raises(ValueError, match=r"none is set: use jax\.set_mesh"):
         initialize(out_shardings=P("a"))
+    with pytest.raises(ValueError, match="its mesh is abstract and has no devices"):
+        initialize(out_shardings=NamedSharding(mesh.abstract_mesh, P("a")))
     with pytest.raises(ValueError, match="nothing for 'params/BatchNorm_0/bias'"):
         initialize(
             out_shardings={"params": {"Dense_0": {"kernel": NamedSharding(mesh, P())}}, "batch_stats": NamedSharding(mesh, P())}

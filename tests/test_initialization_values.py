@@ -166,6 +166,19 @@ def test_sums_and_data_are_named_and_exact_on_request():
         vs.initialize(Normed(), key, jax.ShapeDtypeStruct(X.shape, X.dtype))
 
 
+def test_a_key_among_the_inputs():
+    class Noisy(nn.Module):
+        @nn.compact
+        def __call__(self, x, key):
+            self.param("scale", lambda _: jax.random.normal(key, (3,)))
+            return nn.Dense(2)(x)
+
+    for key in (jax.random.key(5), jax.random.PRNGKey(5)):
+        ours, account = vs.initialize(Noisy(), jax.random.key(7), vs.inputs(X, key=key), account=True)
+        assert account.of(how="data") == ("params/scale",)
+        assert_same(ours, jax.jit(Noisy().init)(jax.random.key(7), X, key=key))
+
+
 def test_boxes_keep_their_metadata():
     check(Boxed())
 
@@ -244,4 +257,6 @@ def test_a_model_without_variables():
         def __call__(self, x):
             return x
 
-    assert vs.initialize(Nothing(), jax.random.key(0), X) == Nothing().init(jax.random.key(0), X)
+    ours, account = vs.initialize(Nothing(), jax.random.key(0), X, account=True)
+    assert ours == Nothing().init(jax.random.key(0), X)
+    assert account.table(80).endswith("no variables")

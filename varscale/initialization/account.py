@@ -99,7 +99,8 @@ class Account:
         counts: dict[str, int] = {}
         for entry in self.entries.values():
             counts[entry.how] = counts.get(entry.how, 0) + 1
-        return ", ".join([f"{count} {how}" for how, count in counts.items()]) + "".join(f"; {note}" for note in self.notes)
+        told = [f"{count} {how}" for how, count in counts.items()] or ["no variables"]
+        return ", ".join(told) + "".join(f"; {note}" for note in self.notes)
 
     def table(self, width: int | None = None) -> str:
         """All leaves, one a line, in the order of the tree; columns that do not fit are named below.
@@ -120,7 +121,7 @@ class Account:
             Column("law", tuple(e.law for e in entries), 3, is_left=True),
             Column("notes", tuple("; ".join(e.notes) for e in entries), 5, is_left=True),
         ]
-        shown, missing = text_table([c for c in columns if any(c.cells)], width)
+        shown, missing = text_table([columns[0], *(c for c in columns[1:] if any(c.cells))], width)
         told = [str(self), *([f"Not shown at this width: {', '.join(missing)}."] if missing else [])]
         return "\n".join([shown, *(wrapped(line, width) for line in told)])
 

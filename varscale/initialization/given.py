@@ -7,7 +7,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from varscale import _compat
 from varscale.programs.trees import Leaf, is_abstract, is_collections, open_tree, to_numpy
 
 _KINDS = (jnp.bool_, jnp.integer, jnp.floating, jnp.complexfloating)
@@ -37,6 +39,8 @@ def given_values(given: Any, leaves: Sequence[Leaf]) -> dict[str, Any]:
         if path in found:
             raise ValueError(f"given: the model's leaf {path!r} is given two values")
         value = leaf.value if isinstance(leaf.value, jax.Array) else to_numpy(leaf.value, leaf.path, "given")
+        if isinstance(value, jax.Array) and not _compat.is_tracer(value) and value.is_deleted():
+            raise ValueError(f"given: {leaf.path!r} is an array that was deleted or donated: it has no numbers any more")
         _check_dtype(leaf.path, value.dtype, known[path].dtype)
         found[path] = _plain_key(value) if jnp.issubdtype(value.dtype, jax.dtypes.prng_key) else value
     return found
@@ -58,3 +62,30 @@ def _check_dtype(path: str, dtype: Any, own: Any) -> None:
         kept = place <= wanted
     if not kept:
         raise TypeError(f"given: {path!r} has dtype {dtype}, which the model's leaf of dtype {own} cannot hold")
+
+
+def check_range(path: str, value: Any, dtype: Any) -> None:
+    """Check that a value's numbers are within the range of the dtype that it is cast to; rounding is no fault.
+
+    Raises:
+        ValueError: an integer would become another one, or a finite number infinite.
+    """
+    if _compat.is_tracer(value) or jnp.issubdtype(dtype, jax.dtypes.prng_key):
+        return
+    (low, high), (least, most) = _limits(value.dtype), _limits(dtype)
+    if least <= low and high <= most:
+        return
+    with np.errstate(over="ignore", invalid="ignore"):
+        cast = value.astype(dtype)
+    lost = cast != value if jnp.issubdtype(dtype, jnp.integer) else np.isfinite(value) & ~np.isfinite(cast)
+    if lost.any():
+        example = np.asarray(value)[np.asarray(lost)][0]
+        raise ValueError(f"given: {path!r} holds {example}, which is out of the range of {np.dtype(dtype)}")
+
+
+def _limits(dtype: Any) -> tuple[float, float]:
+    if dtype == jnp.bool_:
+        return 0, 1
+    if jnp.issubdtype(dtype, jnp.integer):
+        return jnp.iinfo(dtype).min, jnp.iinfo(dtype).max
+    return float(jnp.finfo(dtype).min), float(jnp.finfo(dtype).max)

@@ -16,7 +16,7 @@ from varscale.initialization.account import Account, Entry, is_rng_key
 from varscale.initialization.chains import Chain, law_words
 from varscale.initialization.derivation import Derivation
 from varscale.initialization.drawing import Drawing, LaidDrawing, Program, compile_all, compiled, filling, settings, spread
-from varscale.initialization.given import given_values
+from varscale.initialization.given import check_range, given_values
 from varscale.initialization.graph import Value, is_key
 from varscale.initialization.host_memory import filled
 from varscale.initialization.tracing import Trace
@@ -153,11 +153,9 @@ class Outline:
         if isinstance(program, LaidDrawing):
             found.append(laws.own_words(checked_key(main_key(key)), path, program.law))
         for v in program.arguments:
-            if v.kind == "data":
-                found.append(self.trace.arrays[v.position - len(self.trace.graph.keys)])
-            else:
-                x = derivation.value(v)
-                found.append(jax.random.key_data(x) if derivation.traced and is_key(v.aval) else x)
+            is_data = v.kind == "data"
+            x = self.trace.arrays[v.position - len(self.trace.graph.keys)] if is_data else derivation.value(v)
+            found.append(jax.random.key_data(x) if is_key(v.aval) and (is_data or derivation.traced) else x)
         return found
 
     def sources(self, key: Any) -> list[bytes | None]:
@@ -265,7 +263,7 @@ def outline(
 
 
 def _rounded(dtype: Any) -> np.dtype | None:
-    found = None if dtype is None else checked_dtype(dtype)
+    found = None if dtype is None else jax.dtypes.canonicalize_dtype(checked_dtype(dtype))
     if found is not None and not jnp.issubdtype(found, jnp.floating):
         raise TypeError(f"dtype must be a floating dtype, to round floating parameters to, not {found}")
     return found
@@ -304,6 +302,7 @@ class _Planner:
         notes = (f"rounded from {leaf.dtype}",) if dtype != leaf.dtype and not is_rng_key(leaf.dtype) else ()
         if given is not None:
             cast = () if given.dtype == dtype else (f"cast from {given.dtype}",)
+            check_range(leaf.path, given, dtype)
             self.add(Task(given=given), leaf, "given", "the value given", "given", cast)
         elif hit is not None:
             self.lay(hit, leaf, v, dtype, place)

@@ -20,7 +20,8 @@ def shardings(out_shardings: Any, leaves: Sequence[Leaf], tree: Any) -> list[Sha
         out_shardings: None, for where flax's own init puts them: the default device, or all devices of the mesh that is set;
             nnx variables that are sharded eagerly, as their metadata says, and arrays on explicit axes as their type says;
             "declared", for flax's partitioning metadata, else that type; a sharding or `PartitionSpec` for all leaves; a
-            function of (path, shape); or a tree of shardings, of which an inner node's holds for all below it.
+            function of (path, shape); or a tree of shardings, of which an inner node's holds for all below it. None for a
+            leaf means all devices of the mesh that is set, the default device without one.
         leaves: the leaves of the model.
         tree: the tree of shapes that they are from, with its metadata.
 
@@ -52,8 +53,10 @@ def _of_type(leaf: Leaf) -> PartitionSpec | None:
     return own.spec if isinstance(own, NamedSharding) and any(own.spec) and _current_mesh() is not None else None
 
 
-def _checked(place: Any, leaf: Leaf) -> Sharding:
+def _checked(place: Any, leaf: Leaf) -> Sharding | None:
     if place is None:
+        if _current_mesh() is None:
+            return None
         place = PartitionSpec()
     mesh: Any = None
     if isinstance(place, PartitionSpec):
@@ -68,6 +71,8 @@ def _checked(place: Any, leaf: Leaf) -> Sharding:
         raise TypeError(f"out_shardings: {leaf.path!r} must have a jax.sharding.Sharding or PartitionSpec, not {place!r}")
     try:
         found = NamedSharding(mesh, place) if isinstance(place, PartitionSpec) else place
+        if isinstance(found, NamedSharding) and not isinstance(found.mesh, jax.sharding.Mesh):
+            raise ValueError("its mesh is abstract and has no devices")
         if isinstance(found, NamedSharding) and len(found.spec) > len(leaf.shape):
             raise ValueError(f"it names {len(found.spec)} axes, and the leaf has {len(leaf.shape)}")
         found.shard_shape(leaf.shape)
@@ -90,7 +95,8 @@ def _mesh(path: str) -> Any:
     mesh = _current_mesh()
     if mesh is None:
         raise ValueError(
-            f"out_shardings: {path!r} names axes of a mesh, and none is set: use jax.set_mesh(mesh) or give NamedShardings"
+            f"out_shardings: {path!r} has a PartitionSpec, which needs a mesh, and none is set: use jax.set_mesh(mesh) or give "
+            "NamedShardings"
         )
     return mesh
 

@@ -301,7 +301,7 @@ def _nnx_face(factory: Callable[..., Any]) -> _Face:
             except Exception:  # of any kind: if it is the model's own, it comes again without our counts
                 model = factory(nnx.Rngs(**key) if isinstance(key, Mapping) else nnx.Rngs(key))
         if not isinstance(model, nnx.Module):
-            raise TypeError(f"an nnx factory must return an nnx.Module, not {model!r}")
+            raise TypeError(f"an nnx factory must return an nnx.Module, not a {type(model).__name__}")
         graph, state = nnx.split(model)
         _say_eager(state, ambient)
         graphs[:] = [graph]
