@@ -165,7 +165,7 @@ class Derivation:
         if by_numpy is not None and all(str(a.dtype) in _THREEFRY for a in avals if is_key(a)):
             found = by_numpy(self, eqn.params, inputs, avals)
             if found is not None:
-                return (found,)
+                return found if isinstance(found, tuple) else (found,)
         if self.traced:
             return _compat.evaluated(eqn, inputs)
         typed = [wrapped(x, a.dtype) if is_key(a) else jnp.asarray(x, a.dtype) for x, a in zip(inputs, avals, strict=True)]
@@ -234,6 +234,10 @@ def _squeeze(_: Derivation, params: Any, inputs: list[Any], avals: Any) -> Any:
     return inputs[0].squeeze(tuple(d % rank for d in params["dimensions"]))
 
 
+def _unstack(_: Derivation, params: Any, inputs: list[Any], avals: Any) -> tuple[Any, ...]:
+    return tuple(np.moveaxis(inputs[0], params["axis"] % len(avals[0].shape), 0))
+
+
 _NUMPY: dict[str, Callable[[Derivation, Any, list[Any], Any], Any]] = {
     "random_fold_in": _fold_in,
     "random_split": _split,
@@ -245,4 +249,5 @@ _NUMPY: dict[str, Callable[[Derivation, Any, list[Any], Any], Any]] = {
     "convert_element_type": _convert,
     "slice": _slice,
     "squeeze": _squeeze,
+    "unstack": _unstack,
 }

@@ -188,7 +188,7 @@ class Told:
 def _kept(told: Told) -> _Lowered:
     program = told.take()
     places = None if all(s is None for s in program.shardings) else list(program.shardings)
-    asked = {} if places is None else {"out_shardings": places}
+    asked: dict[str, Any] = {} if places is None else {"out_shardings": places}
     jitted = jax.jit(program.__call__, donate_argnums=program.donated, keep_unused=bool(program.donated), **asked)
     return _Lowered(jitted.lower(*program.argument_shapes))
 

@@ -24,9 +24,9 @@ _SEEDS = frozenset({"random_seed", "random_wrap"})
 _KEYS_FROM_KEYS = frozenset({"random_fold_in", "random_split", "random_unwrap", "random_clone"})
 _INDEXING = frozenset(
     {
-        "slice", "squeeze", "reshape", "broadcast_in_dim", "convert_element_type", "add", "sub", "mul", "concatenate",
-        "transpose", "dynamic_slice", "select_n", "lt", "ge", "rem", "gather", "xor", "and", "or", "iota", "copy", "max", "min",
-        "shift_left", "shift_right_logical", "clamp", "copy_p", "expand_dims",
+        "slice", "squeeze", "unstack", "reshape", "broadcast_in_dim", "convert_element_type", "add", "sub", "mul",
+        "concatenate", "transpose", "dynamic_slice", "select_n", "lt", "ge", "rem", "gather", "xor", "and", "or", "iota",
+        "copy", "max", "min", "shift_left", "shift_right_logical", "clamp", "copy_p", "expand_dims",
     }
 )  # fmt: skip
 DERIVING = _SEEDS | _KEYS_FROM_KEYS | _INDEXING

@@ -233,7 +233,7 @@ class _Group:
         memory = used if fits else np.empty(self.result.shape, self.result.dtype)
         return self.compiled(self.words[row], offsets, self.factors[row], memory)
 
-    def finish(self, first: int, tiles: jax.Array) -> None:
+    def finish(self, first: int, tiles: Any) -> None:
         """Copy drawn tiles to where they belong."""
         end = first + self.count
         tiles.block_until_ready()
