@@ -109,11 +109,11 @@ def sphere_squares(dimension: float) -> Float[np.ndarray, " points"]:
 
 
 @cache
-def sobol(dimension: int, size: int = 4096) -> Float[np.ndarray, "points dimension"]:
+def sobol(dimension: int) -> Float[np.ndarray, "points dimension"]:
     """Quasi-random standard normals, antithetic and whitened: linear and quadratic functions are exact."""
     from scipy.stats import qmc
 
-    z = special.ndtri(np.clip(qmc.Sobol(dimension, scramble=True, rng=0).random(size), 1e-9, 1 - 1e-9))
+    z = special.ndtri(np.clip(qmc.Sobol(dimension, scramble=True, rng=0).random(4096), 1e-9, 1 - 1e-9))
     z = np.concatenate([z, -z])
     return z @ np.linalg.inv(np.linalg.cholesky(z.T @ z / len(z))).T
 

@@ -88,13 +88,13 @@ def take(x: Value, d: int, start: int, stop: int | None, step: int = 1) -> Value
     return Value(node, tuple(dims))
 
 
-def take_view(view: View, place: int, start: int, stop: int | None, step: int = 1) -> View:
+def take_view(view: View, place: int, start: int, stop: int) -> View:
     """A slice along one place of a view's frame; an axis of one position is gone, though its place in the frame is not."""
     node, bind = view
     if place not in bind:
         return view
     j = bind.index(place)
-    part = take_node(node, j, start, stop, step)
+    part = take_node(node, j, start, stop)
     gone = len(part.axes) < len(bind)
     return View(part, () if isinstance(part, Constant) else (*bind[:j], *bind[j + gone :]))
 

@@ -162,8 +162,10 @@ def reduce_sum(interpreter: Context, eqn: Any, x: Value) -> Value:
 
 
 class OneOfMany(Node):
-    """A symmetric function of exchangeable entries that one decides (a maximum); `params` begins with their axes."""
+    """A symmetric function of exchangeable entries that one decides (a maximum), sampled; `params` begins with their axes."""
 
+    how = "sampled"
+    gradient_doubt = LEADING_ORDER
     follows_shifts = True
 
     @property
@@ -198,10 +200,7 @@ def _is_gaussian(node: Node) -> bool:
 
 
 class Extreme(OneOfMany):
-    """Maximum (or minimum) over axes; `params` is (axes, sign). Sampled."""
-
-    how = "sampled"
-    gradient_doubt = LEADING_ORDER
+    """Maximum (or minimum) over axes; `params` is (axes, sign)."""
 
 
 cross_by_kind.register(Extreme, cross_by_kind_of_one_of_many)

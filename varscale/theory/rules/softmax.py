@@ -281,9 +281,6 @@ def _bias_variances(random: View, key: int) -> tuple[float, float]:
 class LogSumExp(OneOfMany):
     """log Σ exp along an axis, between the largest and that plus ln n, and sampled as the largest is; `params`: ((axis,),)."""
 
-    how = "sampled"
-    gradient_doubt = 0.15
-
 
 cross_by_kind.register(LogSumExp, cross_by_kind_of_one_of_many)
 
