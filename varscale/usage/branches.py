@@ -90,6 +90,8 @@ class Residuals:
         self._streams = 0
         self._at: dict[int, list[Use]] = {}
         self._read: dict[int, float | None] = {}
+        self._open: dict[int, frozenset[Hashable]] = {}
+        self._streams_met: set[Hashable] = set()
 
     def anchored(self, use: Use, anchor: int) -> None:
         """Note at which value a parameter is used, so that the branch which that lies in can be told."""
@@ -127,6 +129,30 @@ class Residuals:
             if use.branch is None and not use.begins:
                 use.branch = index
         return number, note.stream
+
+    def summed(self, place: Hashable, stream: Flow, branch: Flow, total: Flow) -> None:
+        """Note the sum of an addition: D ⊙ u beside what a recurrence makes of u is a stream only if a later branch is added to it.
+
+        Args:
+            place: as in `join`.
+            stream: one summand.
+            branch: the other.
+            total: their sum.
+        """
+        before, reads = self._open.get(stream.anchor, frozenset()), branch.ancestors >> stream.anchor & 1
+        if reads:
+            self._streams_met |= before
+            before = frozenset()
+        scaled = stream.functions or stream.normalised or (stream.direct and stream.maps)
+        if before or (stream.gates and scaled):
+            self._open[total.anchor] = before | {place}
+        else:
+            self._streams_met.add(place)
+
+    @property
+    def skips(self) -> frozenset[Hashable]:
+        """Places of sums that are no residual additions: a vector times a layer's output, added, and no stream from there on."""
+        return frozenset().union(*self._open.values()) - self._streams_met
 
     def _uses(self, anchors: int) -> Iterator[Use]:
         """The uses at anchors that are given as bits."""
@@ -170,8 +196,6 @@ def summands(x: Flow, y: Flow, maps_at: dict[int, int], in_time: bool) -> tuple[
             step.
     """
     for u in (x, y):
-        if u.gates and (u.functions or u.normalised) and u.maps == min(x.maps, y.maps):
-            return None  # D ⊙ u beside what a recurrence makes of u: u is no stream but what a branch has made of it
         if (x.holds | y.holds) >> u.anchor & 1:
             return None  # u + g ⊙ u, as a parallel recurrence has it: no branch ends here
     if y.ancestors >> x.anchor & 1 and y.maps > x.maps:

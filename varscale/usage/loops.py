@@ -11,6 +11,8 @@ from varscale.usage.layouts import Atom
 from varscale.usage.values import Flow, Value, View
 from varscale.usage.walk import Walk
 
+_DEEP = 1 << 40  # residual additions, more than any program has
+
 
 def _joined(x: Value, y: Value) -> Value:
     """A value that is one of two."""
@@ -44,6 +46,15 @@ def _state(walk: Walk, before: Value, after: Value, var: Any) -> Value:
     return walk.input(var.aval.shape, maps=1) if before is None and isinstance(after, Flow) else before
 
 
+def _deep(x: Value) -> Value:
+    """A state that is deeper than all else, so that what a step adds to its depth is the step's own."""
+    return dataclasses.replace(x, depth=_DEEP) if isinstance(x, Flow) else x
+
+
+def _depth(x: Value) -> int:
+    return x.depth if isinstance(x, Flow) else 0
+
+
 def _next(walk: Walk, before: Value, after: Value, var: Any) -> Value:
     """The state that a later step begins with: what it was computed from in earlier steps is no ancestor within this one."""
     state = _joined(after, before)
@@ -70,23 +81,24 @@ def _scanned(walk: Walk, eqn: Any, constants: list[Value], carry: list[Value], s
     layers = list(map(_one_of, streams))
     walk.numbers.bind(jaxpr.invars, map(walk.numbers.of, _compat.scan_operands(eqn.params, eqn.invars)[0]))
     first = len(walk.residuals.notes)
-    with walk.trial():  # which parts of the state depend on the inputs
-        reached = walk.run(jaxpr, [None] * len(consts), [*fixed, *carry, *layers])
-    carry = [_state(walk, x, y, v) for x, y, v in zip(carry, reached, jaxpr.outvars, strict=False)]
+    if None in carry:
+        with walk.trial():  # which parts of the state depend on the inputs
+            reached = walk.run(jaxpr, [None] * len(consts), [*fixed, *carry, *layers])
+        carry = [_state(walk, x, y, v) for x, y, v in zip(carry, reached, jaxpr.outvars, strict=False)]
+    with walk.trial():  # residual additions of one step
+        reached = walk.run(jaxpr, [None] * len(consts), [*fixed, *map(_deep, carry), *layers])
+    gains = [max(0, _depth(y) - _DEEP) for _, y in zip(carry, reached, strict=False)]
     now = carry
     outs: list[Value] = []
     for _ in range(2):
         outs = walk.run(jaxpr, [None] * len(consts), [*fixed, *now, *layers])
         now = [_next(walk, x, y, v) for x, y, v in zip(carry, outs, jaxpr.outvars, strict=False)]
-    pairs = [(x.depth, y.depth) for x, y in zip(carry, outs, strict=False) if isinstance(x, Flow) and isinstance(y, Flow)]
-    gained = max((after - before for before, after in pairs), default=0)
-    start = max((x.depth for x in carry if isinstance(x, Flow)), default=0)
-    walk.residuals.additions = max(walk.residuals.additions, start + gained * length)
-    walk.residuals.repeated(first, (length, gained))
-    ends = [
-        dataclasses.replace(y, depth=start + gained * length) if isinstance(y, Flow) and gained else y
-        for y in outs[: len(carry)]
-    ]
+    ends = list(outs[: len(carry)])
+    for k, gained in enumerate(gains):
+        if gained and isinstance(y := ends[k], Flow):
+            ends[k] = dataclasses.replace(y, depth=y.depth + gained * (length - 1))
+    walk.residuals.additions = max([walk.residuals.additions, *map(_depth, ends)])
+    walk.residuals.repeated(first, (length, max(gains, default=0)))
     return [*ends, *(_stacked(y, length) for y in outs[len(carry) :])]
 
 

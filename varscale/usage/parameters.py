@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -235,9 +235,11 @@ def uses_in(
     return _uses(walk, [(i, path, tuple(shape)) for i, (path, shape) in enumerate(parameters)])
 
 
-def _walk(jaxpr: Any, constants: Sequence[Any], shapes: Sequence[tuple[int, ...] | None]) -> Walk:
+def _walk(
+    jaxpr: Any, constants: Sequence[Any], shapes: Sequence[tuple[int, ...] | None], skips: Collection[Hashable] = ()
+) -> Walk:
     """A walk over a program whose first inputs are variables: of parameters their shapes, None for others."""
-    walk = Walk(HANDLERS)
+    walk = Walk(HANDLERS, skips)
     views = [None if shape is None else View(i, layouts.whole(shape)) for i, shape in enumerate(shapes)]
     flows = [walk.input(var.aval.shape) for var in jaxpr.invars[len(shapes) :]]
     walk.numbers.bind(jaxpr.constvars, map(constant, constants))
@@ -248,7 +250,8 @@ def _walk(jaxpr: Any, constants: Sequence[Any], shapes: Sequence[tuple[int, ...]
             walk.close(out)
             for source in out.sources:
                 walk.uses[source.use].reaches = True
-    return walk
+    found = walk.residuals.skips.difference(skips)
+    return _walk(jaxpr, constants, shapes, found.union(skips)) if found else walk
 
 
 def _uses(walk: Walk, parameters: Sequence[tuple[int, str, tuple[int, ...]]]) -> tuple[ParameterUses, ...]:

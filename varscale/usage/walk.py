@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from varscale import _compat
@@ -48,6 +48,7 @@ class Walk:
 
     Args:
         handlers: what to do for a primitive, by its name, where it is none of the elementwise ones and reductions.
+        skips: places of sums that are no residual additions, as an earlier walk found: see `Residuals.skips`.
 
     Attributes:
         uses: every use met so far.
@@ -58,8 +59,9 @@ class Walk:
         epsilons: by the scope of a root of a reduced value, such as a norm's variance, the constant added under it.
     """
 
-    def __init__(self, handlers: Mapping[str, Handler]) -> None:
+    def __init__(self, handlers: Mapping[str, Handler], skips: Collection[Hashable] = ()) -> None:
         self._handlers = handlers
+        self._skips = skips
         self.uses: list[Use] = []
         self.residuals = Residuals()
         self.attentions: dict[tuple[int, ...], Attended] = {}
@@ -310,12 +312,14 @@ class Walk:
             )  # fmt: skip
         self.close(x)
         self.close(y)
-        if name in ("add", "add_any") and (pair := self._residual(x, y)) is not None:
+        place = tuple(self._path)
+        if name in ("add", "add_any") and place not in self._skips and (pair := self._residual(x, y)) is not None:
             stream, branch, start = pair
-            number, on = self.residuals.join(tuple(self._path), stream, branch, start)
+            number, on = self.residuals.join(place, stream, branch, start)
             for source in (branch.sources or branch.mixed) - stream.sources:
                 self.uses[source.use].ends = number
             made = self.input(shape, (x, y), axes=wide.axes, sources=sources, depth=number, stream=on)
+            self.residuals.summed(place, stream, branch, made)
             return dataclasses.replace(made, added_to=stream.anchor)
         if name == "mul":
             self._gated(x, y)
