@@ -5,6 +5,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 from flax import linen as nn
@@ -122,6 +123,80 @@ def test_a_number_that_the_program_has_is_not_folded_again():
     assert {r.name: r.status for r in plan.requirements} == {"readout multiplier": "present", "attention scale": "present"}
     assert numbers(plan["query0/kernel"]) == pytest.approx((64**-0.5, 1 / 4, 1, 1 / 4), rel=1e-5)
     assert numbers(plan["head/kernel"]) == pytest.approx((BASE**-0.5, 1, 4, 1 / 4), rel=1e-5)  # table 8
+
+
+class Packed(nn.Module):
+    """One attention whose scores are made in a way of its own, from query, key and value packed in one kernel."""
+
+    width: int
+    scores: str = "softmax"
+    mu: bool = False  # whether the program divides by the head's size
+
+    @nn.compact
+    def __call__(self, ids):
+        x, size = nn.Embed(30, self.width, name="embed")(ids), self.width // 2
+        groups = 1 if self.scores == "grouped" else 2
+        sizes = [2 * size, (2 + groups) * size]
+        packed = nn.Dense((2 + 2 * groups) * size, name="qkv")(nn.LayerNorm()(x))
+        q, k, v = (part.reshape(*ids.shape, -1, size) for part in jnp.split(packed, sizes, axis=-1))
+        if self.scores == "normed":
+            q, k = nn.RMSNorm()(q), nn.RMSNorm()(k)
+        if groups == 1:
+            k, v = (jnp.repeat(part, 2, axis=2) for part in (k, v))
+        scale = (BASE / 2) ** 0.5 / size if self.mu else size**-0.5
+        y = attended(self.scores, q, k, v, scale).reshape(*ids.shape, -1)
+        if self.scores == "bounded value":
+            y = jnp.tanh(y)
+        return nn.Dense(30, name="head")(nn.LayerNorm()(x + nn.Dense(self.width, name="out")(y)))
+
+
+def attended(scores, q, k, v, scale):
+    s = jnp.einsum("bqhd,bkhd->bhqk", q, k) * scale
+    if scores == "blocks":  # of keys, with a running maximum and sum
+
+        def step(state, block):
+            (top, total, y), (s, v) = state, block
+            higher = jnp.maximum(top, s.max(-1))
+            weights, shrink = jnp.exp(s - higher[..., None]), jnp.exp(top - higher)
+            y = y * shrink[..., None] + jnp.einsum("bhqk,bkhd->bhqd", weights, v)
+            return (higher, total * shrink + weights.sum(-1), y), None
+
+        start = (jnp.full(s.shape[:3], -1e30), jnp.zeros(s.shape[:3]), jnp.zeros((*s.shape[:3], v.shape[-1])))
+        blocks = s.reshape(*s.shape[:3], 2, -1).transpose(3, 0, 1, 2, 4), v.reshape(len(v), 2, -1, *v.shape[2:]).swapaxes(0, 1)
+        (_, total, y), _ = jax.lax.scan(step, start, blocks)
+        return (y / total[..., None]).swapaxes(1, 2)
+    if scores == "capped":
+        s = 50 * jnp.tanh(s / 50)
+    weights = jnp.exp(s) / jnp.exp(s).sum(-1, keepdims=True) if scores == "no maximum" else jax.nn.softmax(s)
+    return jnp.einsum("bhqk,bkhd->bqhd", weights, v)
+
+
+@pytest.mark.parametrize(
+    ("scores", "without"),
+    [(scores, "folded") for scores in ("softmax", "grouped", "blocks", "capped", "no maximum")]
+    + [("normed", "missing"), ("bounded value", "missing")],  # no weight can do it
+)
+def test_scores_of_packed_kernels_have_their_division(scores, without):
+    for mu, status in ((True, "present"), (False, without)):
+        plan = vs.schemes.mup(base=Packed(BASE, scores, mu))(Packed(64, scores, mu), IDS)
+        assert [(r.where, r.status) for r in plan.requirements if r.name == "attention scale"] == [("qkv/kernel", status)]
+        m = 4**0.25 if status == "folded" else 1.0  # half of the factor ½ in query and key each; the value's is undone
+        assert plan["qkv/kernel"].std == pytest.approx(64**-0.5 / m, rel=1e-5)
+        assert plan["qkv/bias"].multiplier("adam_learning_rate") == pytest.approx(1 / m, rel=1e-5)
+        assert plan["out/kernel"].std == pytest.approx(64**-0.5 * m, rel=1e-5)
+        assert plan["out/bias"].multiplier("adam_learning_rate") == 1
+
+
+def test_a_division_in_packed_weights_makes_the_same_model_as_in_the_program():
+    """The laws are the same numbers, scaled: so are the draws of one key."""
+    ids, outputs = np.arange(12).reshape(2, 6), []
+    for mu in (True, False):
+        model, base = Packed(64, "softmax", mu), Packed(BASE, "softmax", mu)
+        params = vs.initialize(model, jax.random.key(0), IDS, scheme=vs.schemes.mup(base=base))
+        outputs.append(np.asarray(model.apply(params, ids)))
+    assert outputs[0] == pytest.approx(outputs[1], abs=1e-5)
+    missing = vs.schemes.mup(base=Packed(BASE), table=8)(Packed(64), IDS).requirements
+    assert {r.status for r in missing} == {"missing"}
 
 
 def test_completep_over_width_and_depth():

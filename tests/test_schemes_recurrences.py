@@ -178,24 +178,58 @@ def test_the_sums_inside_a_recurrence_are_no_residual_additions():
         assert plan[f"layers_{k}/in/bias"].std == 0
 
 
-class NormedUnit(nn.Module):
-    """A linear recurrent unit on a norm's output, which its skip scales."""
+class SkippedUnit(nn.Module):
+    """A linear recurrent unit whose skip scales a norm's output, or a linear layer's; in time by a parallel scan or a loop."""
+
+    parallel: bool = True
+    raw: bool = False
 
     @nn.compact
     def __call__(self, x):
         u = nn.LayerNorm(name="norm")(x)
-        decay = jnp.exp(-jnp.exp(self.param("nu", NORMAL, (6,))))
-        every = jnp.broadcast_to(decay, (2, 5, 6))
-        _, h = jax.lax.associative_scan(lambda p, q: (p[0] * q[0], q[0] * p[1] + q[1]), (every, nn.Dense(6)(u)), axis=1)
+        if self.raw:
+            u = nn.Dense(8, name="in")(u)
+        decay, drive = jnp.exp(-jnp.exp(self.param("nu", NORMAL, (6,)))), nn.Dense(6)(u)
+        if self.parallel:
+            every = jnp.broadcast_to(decay, (2, 5, 6))
+            _, h = jax.lax.associative_scan(lambda p, q: (p[0] * q[0], q[0] * p[1] + q[1]), (every, drive), axis=1)
+        else:
+            steps = jax.lax.scan(lambda h, d: (decay[None] * h + d,) * 2, jnp.zeros((2, 6)), drive.swapaxes(0, 1))
+            h = steps[1].swapaxes(0, 1)
         return x + nn.Dense(8, name="mix")(nn.gelu(nn.Dense(8, name="c")(h) + self.param("d", NORMAL, (8,)) * u))
 
 
-def test_a_skip_beside_a_recurrence_is_no_residual_addition():
-    plan = vs.schemes.gpt2()(nn.Sequential([NormedUnit(), NormedUnit()]), X)
-    assert {leaf.path for leaf in plan if leaf.std == pytest.approx(0.02 / math.sqrt(2))} == {
-        "layers_0/mix/kernel",
-        "layers_1/mix/kernel",
-    }
+@pytest.mark.parametrize(("parallel", "raw"), [(True, False), (True, True), (False, True)])
+def test_a_skip_beside_a_recurrence_is_no_residual_addition(parallel, raw):
+    unit = SkippedUnit(parallel, raw)
+    model = nn.Sequential([nn.Dense(8), unit, unit.copy(), unit.copy()])
+    plan = vs.schemes.gpt2()(model, X)
+    divided = {leaf.path for leaf in plan if leaf.std == pytest.approx(0.02 / math.sqrt(3))}
+    assert divided == {f"layers_{k}/mix/kernel" for k in (1, 2, 3)}
+    assert vs.uses(model, X).additions == 3  # the five steps in time add none
+    with pytest.raises(ValueError, match="no residual addition"):
+        vs.schemes.gpt2()(Unskipped(), X)
+
+
+class Unskipped(nn.Module):
+    """A vector times a linear layer's output beside what two layers make of it, outside of any residual branch."""
+
+    @nn.compact
+    def __call__(self, x):
+        u = nn.Dense(8, name="in")(x)
+        return nn.Dense(3)(nn.tanh(nn.Dense(8)(nn.tanh(nn.Dense(8)(u))) + self.param("d", NORMAL, (8,)) * u))
+
+
+def test_a_stream_that_a_vector_scales_is_one():
+    """x ← s ⊙ x + branch(x), from the first addition on: a later branch is added to it."""
+
+    class Scaled(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return self.param("s", nn.initializers.ones, (8,)) * x + nn.Dense(8, name="out")(nn.gelu(nn.Dense(9)(x)))
+
+    found = vs.uses(nn.Sequential([nn.Dense(8), Scaled(), Scaled(), nn.Dense(2)]), X)
+    assert [found[f"layers_{k}/out/kernel"].main.ends for k in (1, 2)] == [1, 2]
 
 
 def test_selective_state_spaces():

@@ -15,7 +15,7 @@ from varscale.schemes.laws import Declared
 from varscale.schemes.parametrization import Growth, Scaling
 from varscale.schemes.plan import Plan, PlannedLeaf, Requirement
 from varscale.schemes.scheme import declared_laws, spread
-from varscale.schemes.structure import packed_kernels
+from varscale.schemes.structure import packed_kernels, part_names
 from varscale.usage.parameters import Attention, ParameterUses
 from varscale.usage.table import Uses
 
@@ -158,16 +158,33 @@ def _of_scores(both: Grown, scalings: dict[str, Scaling], form: Multipliers) -> 
             continue
         expected = base.scale * base.terms / mine.terms
         present = math.isclose(mine.scale, expected, rel_tol=_SAME)
-        use = queries[0].uses.main if len(queries) == 1 else None
-        folds = form == "weights" and not present and use is not None and use.parts == ("query",)
+        folds = form == "weights" and not present and len(queries) == 1
         if folds:
-            for other in _of_layer(queries[0], both):
-                scaling = scalings[other.path]
-                left = scaling.multiplier * _rounded(expected / mine.scale)
-                scalings[other.path] = dataclasses.replace(scaling, multiplier=left).folded()
+            moved = _in_weights(_rounded(expected / mine.scale), queries[0], mine, both)
+            for path, factor in moved.items():
+                left = dataclasses.replace(scalings[path], multiplier=scalings[path].multiplier * factor)
+                scalings[path] = left.folded()
+            folds = bool(moved)
         mend = f"scale the products of queries and keys by {expected:.6g}, which is {base.scale * base.terms:.6g} / d_head"
         status = "present" if present else "folded" if folds else "missing"
         yield Requirement(ATTENTION, where, expected, mine.scale, status, mend)
+
+
+def _in_weights(factor: float, queries: GrownLeaf, attention: Attention, both: Grown) -> dict[str, float]:
+    """What parameters' outputs are multiplied by, so that scores are multiplied by a factor; empty where weights cannot do it.
+
+    A kernel of queries alone is multiplied by it. One of queries, keys and values is multiplied by its root, which the kernel
+    that reads the values undoes, so that each has one learning rate.
+    """
+    made = frozenset().union(*part_names(queries.uses))
+    if queries.uses.main is None or queries.uses.main.normalised_after:
+        return {}
+    if made == {"query"}:
+        return dict.fromkeys((leaf.path for leaf in _of_layer(queries, both)), factor)
+    if made == {"query", "key", "value"} and attention.output:
+        root = math.sqrt(factor)
+        return {**dict.fromkeys((leaf.path for leaf in _of_layer(queries, both)), root), attention.output: 1 / root}
+    return {}
 
 
 def _rounded(ratio: float) -> float:

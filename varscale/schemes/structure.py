@@ -21,8 +21,8 @@ def part_names(parameter: ParameterUses) -> tuple[frozenset[str], ...]:
     if parameter.main is None or not parameter.main.parts:
         return (frozenset(),)
     parts = parameter.main.parts
-    if "key" in parts and "value" in parts:
-        # Queries of more heads than keys have are no equal part, and so have no name of their own.
+    if "key" in parts and "value" in parts and "query" not in parts:
+        # Queries of more heads than keys have may be no equal part, and so have no name of their own.
         parts = tuple("query" if part.isdigit() else part for part in parts)
     return tuple(frozenset(part.split("+")) for part in parts)
 

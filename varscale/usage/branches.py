@@ -131,7 +131,7 @@ class Residuals:
         return number, note.stream
 
     def summed(self, place: Hashable, stream: Flow, branch: Flow, total: Flow) -> None:
-        """Note the sum of an addition: D ⊙ u beside what a recurrence makes of u is a stream only if a later branch is added to it.
+        """Note the sum of an addition: D ⊙ u, beside what layers make of u, is a stream only if a later branch is added to it.
 
         Args:
             place: as in `join`.
@@ -151,7 +151,7 @@ class Residuals:
 
     @property
     def skips(self) -> frozenset[Hashable]:
-        """Places of sums that are no residual additions: a vector times a layer's output, added, and no stream from there on."""
+        """Places of sums that are no residual additions: a vector times a layer's output is added, and no stream begins."""
         return frozenset().union(*self._open.values()) - self._streams_met
 
     def _uses(self, anchors: int) -> Iterator[Use]:

@@ -126,7 +126,7 @@ def _product(walk: Walk, left: Flow, right: Flow, shape: Any, places: Any, place
     walk.close(left)
     walk.close(right)
     for which, weights, averaged in ((1, left, right), (0, right, left)):
-        if weights.score is not None and "softmax" in weights.functions:
+        if weights.score is not None and weights.functions & {"softmax", "exp"}:  # blocks of keys are divided by their sum last
             for source in averaged.sources:
                 walk.uses[source.use].roles.setdefault(source.part, set()).add("value")
             return walk.input(shape, (left, right), axes=placed(which, averaged.axes), sources=averaged.sources)

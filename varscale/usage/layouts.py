@@ -73,6 +73,24 @@ def reshaped(axes: Axes, shape: Sequence[int]) -> Axes | None:
     return tuple(result) if not pending else None
 
 
+def followed(before: Sequence[int], after: Sequence[int]) -> dict[int, tuple[int, ...]]:
+    """Which axes of one shape hold the entries of each axis of another, of which it is a row-major reshape.
+
+    >>> followed((2, 6, 5), (2, 3, 2, 5)), followed((2, 3, 5), (6, 1, 5))
+    ({0: (0,), 1: (1, 2), 2: (3,)}, {0: (0,), 1: (0,), 2: (2,)})
+    """
+
+    def runs(shape: Sequence[int]) -> list[tuple[int, int]]:
+        """How many entries of the whole array lie in one entry of an axis, and in all of it."""
+        return [(math.prod(shape[k + 1 :]), math.prod(shape[k:])) for k in range(len(shape))]
+
+    return {
+        i: tuple(j for j, (start, stop) in enumerate(runs(after)) if max(low, start) < min(high, stop))
+        for i, (low, high) in enumerate(runs(before))
+        if low < high
+    }
+
+
 def transposed(axes: Axes, permutation: Sequence[int]) -> Axes:
     """The layout after a transposition."""
     return tuple(axes[k] for k in permutation)

@@ -25,7 +25,16 @@ def _joined(x: Value, y: Value) -> Value:
 
 
 def _stacked(x: Value, length: int) -> Value:
-    return None if x is None else dataclasses.replace(x, axes=((Atom(None, length),), *x.axes))
+    """What every step puts out, along a first axis."""
+    return None if x is None else dataclasses.replace(_shifted(x, 1), axes=((Atom(None, length),), *x.axes))
+
+
+def _shifted(x: Value, by: int) -> Value:
+    """The axes of scores, with one before them or without the first."""
+    if not isinstance(x, Flow) or x.score is None:
+        return x
+    to = {axis: (axis + by,) for axis in x.score.left_axes | x.score.right_axes if axis + by >= 0}
+    return dataclasses.replace(x, score=x.score.moved(to))
 
 
 def _one_of(x: Value) -> Value:
@@ -34,7 +43,7 @@ def _one_of(x: Value) -> Value:
         return None
     if isinstance(x, View):
         return dataclasses.replace(x, axes=x.axes[1:], batch=x.batch | set(layouts.of(x.axes, (0,))))
-    return dataclasses.replace(x, axes=x.axes[1:])
+    return dataclasses.replace(_shifted(x, -1), axes=x.axes[1:])
 
 
 def _repeated(x: Value, length: int) -> Value:

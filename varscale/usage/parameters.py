@@ -15,7 +15,7 @@ from varscale.programs.trees import is_box
 from varscale.usage import layouts
 from varscale.usage.branches import Branch
 from varscale.usage.handlers import HANDLERS
-from varscale.usage.notes import Use
+from varscale.usage.notes import Attended, Use
 from varscale.usage.numbers import constant
 from varscale.usage.values import Flow, View, after_function
 from varscale.usage.walk import Walk
@@ -136,6 +136,8 @@ class Attention:
         row: the row of the products in a prediction with rows of "dot_general": "attn/dot_general".
         keys: over how many keys the softmax runs.
         after: the constant between the products and the softmax; None where the trace does not tell.
+        output: path of the kernel that alone reads, with no function between, what this attention and others make by the kernel
+            of the queries, where that makes the values too; "" for none.
     """
 
     query: tuple[str, ...]
@@ -144,6 +146,7 @@ class Attention:
     row: str
     keys: int
     after: float | None
+    output: str = ""
 
 
 class Found(NamedTuple):
@@ -276,8 +279,26 @@ def _branches(walk: Walk, paths: Sequence[str]) -> tuple[Branch, ...]:
 
 
 def _attentions(walk: Walk, paths: Sequence[str]) -> tuple[Attention, ...]:
+    readers: dict[int, list[Use]] = {}
+    for use in walk.uses:
+        for read in use.reads:
+            readers.setdefault(read, []).append(use)
+
+    def output(a: Attended) -> str:
+        found = [reader for s in a.query for reader in readers.get(s.use, ())]
+        linear = len(found) == 1 == len(found[0].reads) and not found[0].before and not found[0].normalised
+        return paths[found[0].parameter] if linear else ""
+
     return tuple(
-        Attention(tuple(sorted({paths[walk.uses[s.use].parameter] for s in a.query})), a.terms, a.scale, a.row, a.keys, a.after)
+        Attention(
+            tuple(sorted({paths[walk.uses[s.use].parameter] for s in a.query})),
+            a.terms,
+            a.scale,
+            a.row,
+            a.keys,
+            a.after,
+            output(a),
+        )
         for a in walk.attentions.values()
     )
 
@@ -329,5 +350,11 @@ def _parts(use: Use) -> tuple[str, ...]:
     """What the parts of an output are: attention's query, key and value, or numbers."""
     if use.parts == 1:
         return tuple("+".join(sorted(roles)) for part, roles in use.roles.items() if part is None)
-    named = {part[0]: "+".join(sorted(roles)) for part, roles in use.roles.items() if part is not None and part[1] == use.parts}
-    return tuple(named.get(i, str(i)) for i in range(use.parts))
+    named: dict[int, set[str]] = {}
+    for part, roles in use.roles.items():
+        # Queries of more heads than keys have are a larger part: the first half, say, of four quarters.
+        if part is not None and use.parts % part[1] == 0:
+            size = use.parts // part[1]
+            for i in range(part[0] * size, (part[0] + 1) * size):
+                named.setdefault(i, set()).update(roles)
+    return tuple("+".join(sorted(named[i])) if i in named else str(i) for i in range(use.parts))

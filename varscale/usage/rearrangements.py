@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from varscale.usage import layouts
@@ -13,13 +13,11 @@ from varscale.usage.values import Flow, Source, Value, View
 from varscale.usage.walk import Walk
 
 
-def _with_axes(x: Value, axes: Axes | None, shape: Sequence[int]) -> Value:
-    if x is None:
-        return None
-    made = layouts.added(shape) if axes is None else axes
-    if isinstance(x, Flow) and x.score is not None and len(made) != len(x.axes):
-        x = dataclasses.replace(x, score=None)  # whose axes moved
-    return dataclasses.replace(x, axes=made)
+def _with_axes(x: Value, axes: Axes | None, shape: Sequence[int], to: Mapping[int, Iterable[int]]) -> Value:
+    """A value whose axes went to others; `to` tells of each of them which."""
+    if isinstance(x, Flow) and x.score is not None:
+        x = dataclasses.replace(x, score=x.score.moved(to))
+    return None if x is None else dataclasses.replace(x, axes=layouts.added(shape) if axes is None else axes)
 
 
 def _with_part(walk: Walk, x: Value, axes: Axes) -> Value:
@@ -55,24 +53,22 @@ def _region(x: View, axes: Axes) -> tuple[tuple[int, int, int], ...] | None:
 
 def reshape(walk: Walk, eqn: Any, values: list[Value]) -> Value:
     """A row-major reshape, or axes of size 1 added or taken away."""
-    x, shape = values[0], eqn.outvars[0].aval.shape
-    return None if x is None else _with_axes(x, layouts.reshaped(x.axes, shape), shape)
+    x, before, shape = values[0], eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape
+    return None if x is None else _with_axes(x, layouts.reshaped(x.axes, shape), shape, layouts.followed(before, shape))
 
 
 def transpose(walk: Walk, eqn: Any, values: list[Value]) -> Value:
     """A transposition."""
     x, permutation = values[0], eqn.params["permutation"]
-    if isinstance(x, Flow) and x.score is not None:
-        at = {k: i for i, k in enumerate(permutation)}
-        left, right = (frozenset(at[k] for k in axes) for axes in (x.score.left_axes, x.score.right_axes))
-        x = dataclasses.replace(x, score=dataclasses.replace(x.score, left_axes=left, right_axes=right))
-    return None if x is None else _with_axes(x, layouts.transposed(x.axes, permutation), ())
+    to = {k: (i,) for i, k in enumerate(permutation)}
+    return None if x is None else _with_axes(x, layouts.transposed(x.axes, permutation), (), to)
 
 
 def broadcast_in_dim(walk: Walk, eqn: Any, values: list[Value]) -> Value:
     """Axes added by repeating."""
-    x, shape = values[0], eqn.outvars[0].aval.shape
-    return None if x is None else _with_axes(x, layouts.broadcast(x.axes, eqn.params["broadcast_dimensions"], shape), shape)
+    x, dimensions, shape = values[0], eqn.params["broadcast_dimensions"], eqn.outvars[0].aval.shape
+    to = {k: (axis,) for k, axis in enumerate(dimensions)}
+    return None if x is None else _with_axes(x, layouts.broadcast(x.axes, dimensions, shape), shape, to)
 
 
 def slice_(walk: Walk, eqn: Any, values: list[Value]) -> Value:
@@ -121,7 +117,7 @@ def pad(walk: Walk, eqn: Any, values: list[Value]) -> Value:
     if x is None:
         return values[1]
     axes = tuple(a if layouts.size(a) == n else (Atom(None, n),) for a, n in zip(x.axes, shape, strict=True))
-    return _with_axes(x, axes, shape)
+    return _with_axes(x, axes, shape, {k: (k,) for k in range(len(shape))})
 
 
 def concatenate(walk: Walk, eqn: Any, values: list[Value]) -> Value:

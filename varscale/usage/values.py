@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from varscale.usage.layouts import Axes
 
@@ -66,6 +66,13 @@ class Score:
     terms: int = 1
     row: str = ""
     before: float | None = 1.0
+
+    def moved(self, to: Mapping[int, Iterable[int]]) -> Score:
+        """The score after its axes went to others: of each of them which; what is not among them is gone."""
+        left, right = (
+            frozenset(new for axis in axes for new in to.get(axis, ())) for axes in (self.left_axes, self.right_axes)
+        )
+        return dataclasses.replace(self, left_axes=left - right, right_axes=right - left)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,21 +21,8 @@ _SAME |= {"sharding_constraint", "mesh_cast", "rev", "neg"}
 _REDUCTIONS = {"reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or", "argmax", "argmin", "reduce"}
 _WINDOWS = {"reduce_window_sum", "reduce_window_max", "reduce_window", "reduce_window_min", "cumsum", "cumlogsumexp", "cummax"}
 _ACTIVATIONS = {"tanh", "logistic", "erf", "erfc", "exp", "exp2", "log", "log1p", "expm1", "sin", "cos", "abs", "square"}
-_ACTIVATIONS |= {
-    "sign",
-    "integer_pow",
-    "sqrt",
-    "rsqrt",
-    "cbrt",
-    "floor",
-    "round",
-    "asinh",
-    "atan",
-    "sinh",
-    "cosh",
-    "is_finite",
-    "not",
-}
+_ACTIVATIONS |= {"sign", "integer_pow", "sqrt", "rsqrt", "cbrt", "floor", "round", "asinh", "atan", "sinh", "cosh", "is_finite"}
+_ACTIVATIONS |= {"not"}
 _BINARY = {"add", "add_any", "sub", "mul", "div", "max", "min", "pow", "atan2", "rem", "select_n", "clamp", "complex"}
 _BINARY |= {"eq", "ne", "lt", "le", "gt", "ge", "and", "or", "xor"}
 _MASKS = {"select_n", "max", "eq"}
@@ -53,7 +40,7 @@ class Walk:
     Attributes:
         uses: every use met so far.
         residuals: the residual additions met so far.
-        attentions: every softmax over products, by the equations around it.
+        attentions: every softmax over products, by the row of the products and the axes it runs over.
         numbers: what is known of the constants.
         places: the scopes around the equation that is walked.
         epsilons: by the scope of a root of a reduced value, such as a norm's variance, the constant added under it.
@@ -64,7 +51,7 @@ class Walk:
         self._skips = skips
         self.uses: list[Use] = []
         self.residuals = Residuals()
-        self.attentions: dict[tuple[int, ...], Attended] = {}
+        self.attentions: dict[tuple[str | int, ...], Attended] = {}
         self.numbers = Numbers()
         self.epsilons: dict[str, float] = {}
         self.places = Places()
@@ -363,9 +350,12 @@ class Walk:
         axes = eqn.params.get("axes", ())
         if eqn.primitive.name in _WINDOWS:
             return dataclasses.replace(x, axes=x.axes, functions=x.functions)
-        if eqn.primitive.name == "reduce_max" and x.score is not None:
+        name = eqn.primitive.name
+        if x.score is not None and (name == "reduce_max" or (name == "reduce_sum" and "exp" in x.functions)):
             keys = math.prod(eqn.invars[0].aval.shape[k] for k in axes)
-            self.attends(x.score, axes, x.scale, keys, linear=x.functions <= _MASKS)
+            # Inside a bounded function too, whose slope at 0 is 1: c tanh(s / c).
+            scale = times(x.scale, x.function_scale)
+            self.attends(x.score, axes, scale, keys, linear=x.functions - {"exp"} <= _MASKS)
         kept = tuple(a for k, a in enumerate(x.axes) if k not in axes)
         made = kept if len(kept) == len(shape) else layouts.added(shape)
         return dataclasses.replace(x, axes=made, reduced=True, score=None)
@@ -387,7 +377,8 @@ class Walk:
             query, key = score.right, score.left
         else:
             return
-        self.attentions[tuple(self._path)] = Attended(query, score.terms, scale, score.row, keys, after)
+        # The sum follows the maximum, or stands alone where no maximum is subtracted.
+        self.attentions.setdefault((score.row, *axes), Attended(query, score.terms, scale, score.row, keys, after))
         for role, sources in (("query", query), ("key", key)):
             for source in sources:
                 self.uses[source.use].roles.setdefault(source.part, set()).add(role)
