@@ -63,7 +63,7 @@ def mimetic(scores: tuple[float, float] = (0.7, 0.7), values: tuple[float, float
         if len(laws) == 1:
             return Choice(laws[0], "near the identity")  # pyright: ignore[reportArgumentType]
         axis, run = use.packed or (-1, 0)
-        sizes = tuple(run // len(subject.parts) * n for _, n in kernels)
+        sizes = tuple(run * n // sum(n for _, n in kernels) for _, n in kernels)
         return Choice(Together(tuple(laws), sizes, axis, shared), "near the identity, part by part")
 
     return Scheme(words, rule, check=check)
@@ -79,8 +79,9 @@ def _heads(subject: Subject) -> int:
             if path in queries:
                 parameter = queries[path]
                 assert parameter.main is not None
-                share = sum(n for names, n in packed_kernels(parameter) if "query" in names or not names)
-                fan_out = parameter.main.fan_out * share / max(1, len(parameter.main.parts))
+                kernels = packed_kernels(parameter)
+                share = sum(n for names, n in kernels if "query" in names or not names) / sum(n for _, n in kernels)
+                fan_out = parameter.main.fan_out * share
                 return max(1, round(fan_out / attention.terms))
     return 1
 

@@ -165,7 +165,8 @@ class Subject:
             law: from what a kernel makes, and its own fan-out, to its law.
             equal: whether kernels of one law can be drawn as one: not where a law is of the whole matrix, as orthogonal is.
         """
-        kernels, count = packed_kernels(self.uses), len(self.parts)
+        kernels = packed_kernels(self.uses)
+        count = sum(n for _, n in kernels)
         laws = [law(names, self.main.fan_out * n / count) for names, n in kernels]
         if (equal and len(set(laws)) == 1) or len(laws) == 1 or self.main.packed is None:
             return laws[0]
@@ -174,7 +175,8 @@ class Subject:
             return fused(laws, [run // count * n for _, n in kernels], axis)
         if not equal:
             return laws[0]
-        several = [one for one, (_, n) in zip(laws, kernels, strict=True) for _ in range(n)]
+        unit = math.gcd(*(n for _, n in kernels))
+        several = [one for one, (_, n) in zip(laws, kernels, strict=True) for _ in range(n // unit)]
         return interleaved(several, self.shape[axis] // run, axis)
 
     def kept(self, why: str = "as declared: the scheme says nothing of it") -> Choice:

@@ -17,27 +17,24 @@ _ATTENTION = frozenset({"query", "key"})
 
 
 def part_names(parameter: ParameterUses) -> tuple[frozenset[str], ...]:
-    """What each equal part of a kernel's output is: of a kernel in one part one set, empty where nothing is known."""
+    """What each part of a kernel's output is: of a kernel in one part one set, empty where nothing is known."""
     if parameter.main is None or not parameter.main.parts:
         return (frozenset(),)
-    parts = parameter.main.parts
-    if "key" in parts and "value" in parts and "query" not in parts:
-        # Queries of more heads than keys have may be no equal part, and so have no name of their own.
-        parts = tuple("query" if part.isdigit() else part for part in parts)
-    return tuple(frozenset(part.split("+")) for part in parts)
+    return tuple(frozenset(part.split("+")) for part in parameter.main.parts)
 
 
 def packed_kernels(parameter: ParameterUses) -> tuple[tuple[frozenset[str], int], ...]:
-    """The kernels packed in one: what each makes, and how many of the equal parts; neighbours that make the same are one.
+    """The kernels packed in one: what each makes, and of how many entries; neighbours that make the same are one.
 
     The halves that rotary positions take of a query are parts of one kernel, and no kernels of their own.
     """
     found: list[tuple[frozenset[str], int]] = []
-    for names in part_names(parameter):
+    sizes = (parameter.main and parameter.main.part_sizes) or (1,)
+    for names, size in zip(part_names(parameter), sizes, strict=False):
         if found and found[-1][0] == names:
-            found[-1] = (names, found[-1][1] + 1)
+            found[-1] = (names, found[-1][1] + size)
         else:
-            found.append((names, 1))
+            found.append((names, size))
     return tuple(found)
 
 

@@ -198,6 +198,10 @@ def summands(x: Flow, y: Flow, maps_at: dict[int, int], in_time: bool) -> tuple[
     for u in (x, y):
         if (x.holds | y.holds) >> u.anchor & 1:
             return None  # u + g ⊙ u, as a parallel recurrence has it: no branch ends here
+        if u.score is not None and u.score.pairs:
+            other = y if u is x else x
+            if other.raw or other.direct or other.score is not None:
+                return None  # a mask, a bias of pairs or an earlier layer's scores beside the scores of an attention
     if y.ancestors >> x.anchor & 1 and y.maps > x.maps:
         return x, y, x.maps
     if x.ancestors >> y.anchor & 1 and x.maps > y.maps:

@@ -61,6 +61,9 @@ def dot_general(walk: Walk, eqn: Any, values: list[Value]) -> Value:
         other = sides[1 - which][0]
         if not isinstance(value, View):
             continue
+        if isinstance(other, Flow) and not contracted:  # an outer product, or entry by entry: nothing is summed
+            made = walk.met("mul", value, other)
+            return dataclasses.replace(made, axes=placed(1 - which, other.axes), reduced=False)
         fan_in = float(math.prod(layouts.size(value.axes[k]) for k in contracted))
         fan_out = float(math.prod(layouts.size([a for a in value.axes[k] if a.axis is not None]) for k in free[which]))
         one_hot = isinstance(other, Flow) and "eq" in other.functions and other.maps == 0

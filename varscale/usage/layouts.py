@@ -14,13 +14,13 @@ class Atom:
     Attributes:
         axis: the original axis; None for an axis that was added by broadcasting.
         size: how many entries of it.
-        part: (i, k) where a slice took the i-th of k equal parts; None for the whole.
+        part: (start, stop, of) where a slice took entries start to stop of a run of `of`; None for the whole.
         stride: entries of the original axis from one entry of the run to the next.
     """
 
     axis: int | None
     size: int
-    part: tuple[int, int] | None = None
+    part: tuple[int, int, int] | None = None
     stride: int = 1
 
 
@@ -106,7 +106,7 @@ def broadcast(axes: Axes, dimensions: Sequence[int], shape: Sequence[int]) -> Ax
 
 
 def sliced(axes: Axes, axis: int, start: int, stop: int) -> Axes:
-    """The layout after a slice of one axis; one of k equal parts of a run is noted as such."""
+    """The layout after a slice of one axis; the part of a run that it takes is noted."""
     atoms = axes[axis]
     length, width = size(atoms), stop - start
     if not atoms or width == length:
@@ -116,18 +116,17 @@ def sliced(axes: Axes, axis: int, start: int, stop: int) -> Axes:
     if width % unit or start % unit:
         return (*axes[:axis], (Atom(None, width),), *axes[axis + 1 :])
     width, start = width // unit, start // unit
-    equal = width > 0 and first.size % width == 0 and start % width == 0
-    part = (start // width, first.size // width) if equal and first.part is None else first.part
+    part = (start, start + width, first.size) if width > 0 and first.part is None else first.part
     return (*axes[:axis], (dataclasses.replace(first, size=width, part=part), *rest), *axes[axis + 1 :])
 
 
-def cut(axes: Axes) -> tuple[int, int, int] | None:
-    """Axis, stride and size of the run that is an equal part of one of the original, where exactly one axis was cut."""
-    cuts = {(atom.axis, atom.stride, atom.size) for atoms in axes for atom in atoms if atom.part and atom.axis is not None}
+def cut(axes: Axes) -> tuple[int, int] | None:
+    """Axis and stride of the run that the array is a part of, where exactly one axis of the original was cut."""
+    cuts = {(atom.axis, atom.stride) for atoms in axes for atom in atoms if atom.part and atom.axis is not None}
     return cuts.pop() if len(cuts) == 1 else None
 
 
-def part(axes: Axes) -> tuple[int, int] | None:
-    """The equal part that an array is of the original, where exactly one axis was cut."""
+def part(axes: Axes) -> tuple[int, int, int] | None:
+    """The part that an array is of the original, where exactly one axis was cut."""
     parts = {atom.part for atoms in axes for atom in atoms if atom.part is not None and atom.axis is not None}
     return parts.pop() if len(parts) == 1 else None

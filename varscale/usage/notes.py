@@ -36,8 +36,8 @@ class Use:
         ends: which residual addition its output ends in, counted from 1.
         read: whether another parameter reads its output.
         reaches: whether its output is the model's, with no other linear map between.
-        parts: into how many equal parts its output is cut.
-        cut: axis of the parameter, stride and size of a part: entry j is in part j // stride % (parts · size) // size.
+        parts: the parts that its output is cut into: (start, stop, of) of its run.
+        cut: axis of the parameter and stride of the run: entry j lies at j // stride % of in it.
         roles: what its parts are: an attention's "query", "key" and "value", a gated layer's "gate" and "up".
         branch: which of the residual branches it lies in.
         stream: the residual stream that it reads, or that its output begins.
@@ -74,8 +74,8 @@ class Use:
     ends: int | None = None
     read: bool = False
     reaches: bool = False
-    parts: int = 1
-    cut: tuple[int, int, int] | None = None
+    parts: set[Part] = dataclasses.field(default_factory=set)
+    cut: tuple[int, int] | None = None
     roles: dict[Part | None, set[str]] = dataclasses.field(default_factory=dict)
     branch: int | None = None
     stream: int | None = None

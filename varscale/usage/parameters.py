@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
@@ -43,7 +44,8 @@ class OneUse:
         normalised_after: whether its output is normalised before another kernel reads it.
         depth: residual additions before it.
         ends: number of the residual addition that its output ends in, counted from 1; None where it ends in none.
-        parts: what the equal parts of its output are, where they are told apart: ("query", "key", "value"), ("gate", "up").
+        parts: what the parts of its output are, where they are told apart: ("query", "key", "value"), ("gate", "up"); a number
+            for a part of which nothing is known.
         kind: what the program does with it: "linear", "convolution", "depthwise", "lookup", "scale", "shift", "place" (added by
             position), "token" (joined with activations), "factor" (multiplied with a parameter) or "other".
         packed: where the parts lie: (axis of the parameter, length of a run that holds all parts once); None for one part.
@@ -58,6 +60,7 @@ class OneUse:
         before_scale: likewise its input inside `before`.
         normalised_kernel: whether it was divided by something made of itself before, so that its scale has no effect.
         layers: how many kernels a loop over layers takes from it, one at a time.
+        part_sizes: entries of each part, of those that `packed` counts over its stride; () for one part.
     """
 
     role: Role
@@ -86,6 +89,7 @@ class OneUse:
     before_scale: float | None = 1.0
     normalised_kernel: bool = False
     layers: int = 1
+    part_sizes: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -308,12 +312,13 @@ def _told(use: Use, shape: tuple[int, ...], start: int) -> OneUse:
     scales = use.kind == "scale" and use.normalised
     before = "norm" if scales else after_function(use.before) or ("norm" if use.normalised else "")
     after = "norm" if use.after == {"norm"} else after_function(use.after)
+    parts, sizes = _parts(use)
     return OneUse(
         _role(use, shape), use.fan_in, use.fan_out, use.reduction, use.output, tuple(sorted({*use.batch, *use.shared})),
-        use.steps, use.raw, before, after, use.normalised_after, use.depth, use.ends, _parts(use),
-        use.kind, _packed(use), use.branch, use.stream, use.maps - start, use.input_scale, use.kernel_scale, use.output_scale,
-        use.function_scale, use.before_scale, use.normalised_kernel,
-        math.prod(shape[axis] for axis in use.batch),
+        use.steps, use.raw, before, after, use.normalised_after, use.depth, use.ends, parts,
+        use.kind, _packed(use, sum(sizes)), use.branch, use.stream, use.maps - start, use.input_scale, use.kernel_scale,
+        use.output_scale, use.function_scale, use.before_scale, use.normalised_kernel,
+        math.prod(shape[axis] for axis in use.batch), sizes,
     )  # fmt: skip
 
 
@@ -338,23 +343,19 @@ def _role(use: Use, shape: tuple[int, ...]) -> Role:
     return "input" if use.raw else "hidden"
 
 
-def _packed(use: Use) -> tuple[int, int] | None:
-    """(axis, length of a run that holds every part once) where an output is cut into parts."""
-    if use.parts == 1 or use.cut is None:
-        return None
-    axis, stride, size = use.cut
-    return axis, int(stride * size * use.parts)
+def _packed(use: Use, entries: int) -> tuple[int, int] | None:
+    """(axis, length of a run that holds every part once) where an output is cut into parts, of so many entries together."""
+    return (use.cut[0], use.cut[1] * entries) if entries and use.cut is not None else None
 
 
-def _parts(use: Use) -> tuple[str, ...]:
-    """What the parts of an output are: attention's query, key and value, or numbers."""
-    if use.parts == 1:
-        return tuple("+".join(sorted(roles)) for part, roles in use.roles.items() if part is None)
-    named: dict[int, set[str]] = {}
-    for part, roles in use.roles.items():
-        # Queries of more heads than keys have are a larger part: the first half, say, of four quarters.
-        if part is not None and use.parts % part[1] == 0:
-            size = use.parts // part[1]
-            for i in range(part[0] * size, (part[0] + 1) * size):
-                named.setdefault(i, set()).update(roles)
-    return tuple("+".join(sorted(named[i])) if i in named else str(i) for i in range(use.parts))
+def _parts(use: Use) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """What the parts of an output are, attention's query, key and value, or numbers; and how many entries each has."""
+    if not use.parts:
+        return tuple("+".join(sorted(roles)) for part, roles in use.roles.items() if part is None), ()
+    length = max(of for _, _, of in use.parts)
+    edges = sorted({0, length, *(edge for start, stop, of in use.parts if of == length for edge in (start, stop))})
+    names = []
+    for i, low in enumerate(edges[:-1]):
+        inside = [roles for part, roles in use.roles.items() if part and part[2] == length and part[0] <= low < part[1]]
+        names.append("+".join(sorted(set().union(*inside))) or str(i))
+    return tuple(names), tuple(high - low for low, high in itertools.pairwise(edges))

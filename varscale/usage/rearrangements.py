@@ -30,7 +30,7 @@ def _with_part(walk: Walk, x: Value, axes: Axes) -> Value:
         return dataclasses.replace(made, region=_region(x, axes))
     if isinstance(made, Flow) and part is not None and all(s.part is None for s in made.sources):
         for source in made.sources:
-            walk.uses[source.use].parts = max(walk.uses[source.use].parts, part[1])
+            walk.uses[source.use].parts.add(part)
             walk.uses[source.use].cut = layouts.cut(axes)
         return dataclasses.replace(made, sources=frozenset(Source(s.use, part) for s in made.sources))
     return made
@@ -46,8 +46,10 @@ def _region(x: View, axes: Axes) -> tuple[tuple[int, int, int], ...] | None:
         now = after[0] if len(after) == 1 else None
         if whole is None or whole.axis is None or now is None or now.part is None:
             return None
-        start = now.part[0] * now.size
-        found = (*found, (whole.axis, start, start + now.size))
+        start, stop, length = now.part
+        if start % now.size or length % now.size:
+            return None
+        found = (*found, (whole.axis, start, stop))
     return found
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 
 from varscale.usage.layouts import Axes
 
-Part = tuple[int, int]
+Part = tuple[int, int, int]  # first entry, the one after the last, and how many there are in all
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +39,7 @@ class View:
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """The output of a use of a parameter, or one of k equal parts of it."""
+    """The output of a use of a parameter, or a part of it."""
 
     use: int
     part: Part | None = None
@@ -66,6 +66,11 @@ class Score:
     terms: int = 1
     row: str = ""
     before: float | None = 1.0
+
+    @property
+    def pairs(self) -> bool:
+        """Whether each side has axes of its own: a score of every query and every key."""
+        return bool(self.left_axes and self.right_axes)
 
     def moved(self, to: Mapping[int, Iterable[int]]) -> Score:
         """The score after its axes went to others: of each of them which; what is not among them is gone."""

@@ -86,7 +86,7 @@ class Walk:
     def note_all(self, use: Use, view: View) -> frozenset[Source]:
         """Note a use of a parameter and of those that are joined with it; what their output is made by."""
         owners = (view.parameter, *view.companions)
-        return frozenset(Source(self.note(dataclasses.replace(use, parameter=p, roles={}))) for p in owners)
+        return frozenset(Source(self.note(dataclasses.replace(use, parameter=p, roles={}, parts=set()))) for p in owners)
 
     def anchored(self, sources: Iterable[Source], x: Flow) -> None:
         """Note that the outputs of these uses are this value."""
@@ -218,7 +218,7 @@ class Walk:
         for y in flows[1:]:
             x = self._both(name, x, y, shape)
         for view in views:
-            x = self._met(name, view, x)
+            x = self.met(name, view, x)
         if name in ("add", "add_any") and len(flows) == 1 and not views and x.reduced:
             x = dataclasses.replace(x, offset=self._offset(eqn))
         if len(flows) == 1:
@@ -249,7 +249,7 @@ class Walk:
             return number
         return 1 / number if values[0] is x and number else None
 
-    def _met(self, name: str, view: View, x: Flow) -> Flow:
+    def met(self, name: str, view: View, x: Flow) -> Flow:
         """Note that a parameter is added to, or multiplied with, an activation."""
         kind = {"add": "shift", "add_any": "shift", "sub": "shift", "mul": "scale", "div": "scale"}.get(name, "other")
         axes = layouts.of(view.axes, range(len(view.axes)))
@@ -303,30 +303,37 @@ class Walk:
         if name in ("add", "add_any") and place not in self._skips and (pair := self._residual(x, y)) is not None:
             stream, branch, start = pair
             number, on = self.residuals.join(place, stream, branch, start)
-            for source in (branch.sources or branch.mixed) - stream.sources:
+            for source in (branch.mixed or branch.sources) - stream.sources:
                 self.uses[source.use].ends = number
             made = self.input(shape, (x, y), axes=wide.axes, sources=sources, depth=number, stream=on)
             self.residuals.summed(place, stream, branch, made)
             return dataclasses.replace(made, added_to=stream.anchor)
-        if name == "mul":
-            self._gated(x, y)
+        mixed = self._gated(x, y) if name == "mul" else frozenset()
         # A mask or a bias that is added to scores changes nothing of what they were multiplied by.
         scores = x if x.score is not None else y
         scale = scores.scale if scores.score is not None else 1.0
         holds = x.holds | y.holds | 1 << x.anchor | 1 << y.anchor
-        return self.input(shape, (x, y), axes=wide.axes, sources=sources, score=scores.score, scale=scale, holds=holds)
+        score = scores.score
+        return self.input(shape, (x, y), axes=wide.axes, sources=sources, score=score, scale=scale, holds=holds, mixed=mixed)
 
     def _residual(self, x: Flow, y: Flow) -> tuple[Flow, Flow, int] | None:
         """(stream, branch, maps before both) of a residual addition; None for any other sum."""
         short = min(x, y, key=_maps)
         return summands(x, y, self._maps_at, any(self.uses[source.use].steps > 1 for source in short.sources))
 
-    def _gated(self, x: Flow, y: Flow) -> None:
-        """Note which kernel makes the gate of a gated layer, and which what is gated."""
+    def _gated(self, x: Flow, y: Flow) -> frozenset[Source]:
+        """Note which kernel makes the gate of a gated layer, and which what is gated; the uses that tell the product's size.
+
+        They are those of the side that no function bounds, or of the deeper side: what a layer made of a condition is a gate.
+        """
         if x.direct and y.direct and bool(x.functions) != bool(y.functions):
             for side, role in ((x, "gate"), (y, "up")) if x.functions else ((y, "gate"), (x, "up")):
                 for source in side.sources:
                     self.uses[source.use].roles.setdefault(source.part, set()).add(role)
+        free = [side for side in (x, y) if not side.functions and not side.normalised]
+        if len(free) == 2 and x.maps == y.maps:
+            return frozenset()
+        return max(free, key=_maps).mixed or max(free, key=_maps).sources if free else frozenset()
 
     @contextlib.contextmanager
     def trial(self) -> Iterator[None]:
