@@ -29,7 +29,7 @@ def _stacked(x: Value, length: int) -> Value:
     return None if x is None else dataclasses.replace(_shifted(x, 1), axes=((Atom(None, length),), *x.axes))
 
 
-def _shifted(x: Value, by: int) -> Value:
+def _shifted(x: View | Flow, by: int) -> View | Flow:
     """The axes of scores, with one before them or without the first."""
     if not isinstance(x, Flow) or x.score is None:
         return x
