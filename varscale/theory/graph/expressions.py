@@ -21,7 +21,8 @@ from varscale.theory.integrals.primitives import POSITIVE
 
 T = TypeVar("T")
 
-IDENTITIES = ("stop_gradient", "own_gradient")  # forward; backward nothing passes one, anything the other
+# Forward; backward nothing passes the first, and what a custom rule says passes the second.
+IDENTITIES = ("stop_gradient", "own_gradient")
 
 
 class Apply(Node):

@@ -143,7 +143,7 @@ def applied_weights(node: Node) -> list[AppliedWeights]:
 
 
 def weight_of(node: Node) -> Leaf | None:
-    """The random weight that a linear node applies, if it applies one; looking up, adding up and cutting are linear too."""
+    """The random weight that a linear node applies, if it applies one; lookups, sums and slices are linear too."""
     while node.args and (node.moves or node.collects):
         node = node.argument
     return next((applied.leaf for applied in applied_weights(node)), None)
@@ -243,7 +243,7 @@ class Gather(Node):
     collects = True
 
     def prepare(self) -> None:
-        """What indices are computed from decides, too: the nearest row is no row like others, and may turn with the table."""
+        """Depend on random indices too: the nearest row is not a typical one, and may change its sign with the table."""
         row_axes, index_axes, _, _, picker = self.params
         self.known = INDICES.get(self.graph, picker)  # indices, flat
         self.line = self.known if len(row_axes) == len(index_axes) == 1 else None

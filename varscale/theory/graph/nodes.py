@@ -20,7 +20,7 @@ from varscale.theory.domain.tables import Table, estimate, independent, lift
 from varscale.theory.graph.store import BackwardNotes, Fact, Flows, Marked, evaluated
 
 Pullback = Callable[[np.ndarray], np.ndarray]
-_IN_ORDER = tuple(range(64))
+_IN_ORDER = tuple(range(64))  # places of axes that are read in their own order
 UNKNOWN = 9.0  # by convention, the doubt of what may be many times as large
 
 
