@@ -19,6 +19,7 @@ LEFT = {
     "files in a cycle of their folder": 0,
     "uses of the store outside graph/store.py": 1,
     "mailboxes": 0,
+    "positional tuples beyond a pair": 0,
     "names bound to a lambda": 0,
     "names defined in two files": 0,
     "files over 400 lines": 0,
@@ -144,6 +145,15 @@ def mailboxes(trees: dict[str, ast.Module]) -> int:
     return found
 
 
+def long_tuples(trees: dict[str, ast.Module]) -> int:
+    """Types of tuples of three unnamed parts or more, but for a span of whole numbers: start, stop, step."""
+    types = [
+        n for tree in trees.values() for n in ast.walk(tree) if isinstance(n, ast.Subscript) and ast.unparse(n.value) == "tuple"
+    ]
+    parts = [[ast.unparse(part) for part in n.slice.elts] for n in types if isinstance(n.slice, ast.Tuple)]
+    return sum(len(own) > 2 and not {*own} <= {"int", "int | None"} for own in parts)
+
+
 def bound_lambdas(trees: dict[str, ast.Module]) -> int:
     """Assignments of a lambda to a name."""
     bound = [n for tree in trees.values() for n in ast.walk(tree) if isinstance(n, ast.Assign | ast.AnnAssign)]
@@ -178,6 +188,7 @@ def counts(room: pathlib.Path) -> dict[str, int]:
         "files in a cycle of their folder": len(cyclic(trees)),
         "uses of the store outside graph/store.py": store_uses(trees),
         "mailboxes": mailboxes(trees),
+        "positional tuples beyond a pair": long_tuples(trees),
         "names bound to a lambda": bound_lambdas(trees),
         "names defined in two files": len(defined_twice(trees)),
         "files over 400 lines": sum(len(p.read_text().splitlines()) > 400 for p in room.rglob("*.py")),
@@ -213,6 +224,7 @@ def test_inner_inits_hold_docstrings_only(folder):
         ("def f(node):\n    node.graph.derived.setdefault(node.id, 1)\n", "mailboxes"),
         ("BOX = {}\ndef f(node):\n    BOX[node] = 1\n", "mailboxes"),
         ("BOX = None\ndef f(node):\n    global BOX\n    BOX = node\n", "mailboxes"),
+        ("def f() -> tuple[int, str, float]: ...\n", "positional tuples beyond a pair"),
         ("f = lambda: 1\n", "names bound to a lambda"),
         ("class Node: ...\n", "names defined in two files"),
         ("x = 1\n" * 401, "files over 400 lines"),

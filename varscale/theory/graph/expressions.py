@@ -9,7 +9,7 @@ import itertools
 import math
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from functools import cached_property, reduce
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -148,13 +148,23 @@ class Mean(Node):
         return self.params
 
 
-def scale_and_shift(view: View) -> tuple[float, float, View]:
-    """c, d and what a view is c · + d of, in whatever order of axes; of a number c is 0."""
+class Scaled(NamedTuple):
+    """An array c x + d."""
+
+    scale: float  # 0 of a number
+    shift: float
+    of: View  # x
+
+
+def scale_and_shift(view: View) -> Scaled:
+    """What a view is a scaled and shifted copy of, in whatever order of axes."""
     c, d = 1.0, 0.0
     while view.node.primitive == "affine":
         scale, shift = view.node.params[1]
         c, d, view = c * scale, d + c * shift, view.node.args[0].within(view.bind)
-    return (0.0, d + c * view.node.params, view) if isinstance(view.node, Constant) else (c, d, view)
+    return (
+        Scaled(0.0, d + c * view.node.params, view) if isinstance(view.node, Constant) else Scaled(c, d, view)
+    )
 
 
 def weighted_sum(view: View) -> tuple[list[tuple[float, View]], float]:

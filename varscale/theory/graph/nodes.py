@@ -168,6 +168,14 @@ def part_of(node: Node, k: int, start: int, stop: int) -> Node | None:
 N = TypeVar("N", bound=Node)
 
 
+class Rebuilt(NamedTuple):
+    """A node made from the roots of another, whose cotangents are the other's, too."""
+
+    node: Node
+    back: Pullback
+    doubt: float
+
+
 class Graph:
     """The nodes of one prediction, with the bits of leaves of which either sign is as likely and of the model's inputs."""
 
@@ -176,7 +184,7 @@ class Graph:
         self.leaves = self.symmetric = self.inputs = self.nested = 0
         self.computing: list[Marked] = []
         self.store: dict[Any, dict[Any, Any]] = {}
-        self.derived: dict[int, list[tuple[Node, Pullback, float]]] = {}
+        self.derived: dict[int, list[Rebuilt]] = {}
         self.origin: Any = None  # the equation that is being interpreted
         self.undrawn = False  # what should be drawn cannot be, so that moments have to do, with their doubts
 
@@ -184,7 +192,7 @@ class Graph:
         """Note that `node` was rebuilt from the roots of `source`: its cotangents are the source's too, with some doubt."""
         known = self.derived.setdefault(source.id, [])
         if node is not source and all(other is not node for other, *_ in known):
-            known.append((node, back, doubt))
+            known.append(Rebuilt(node, back, doubt))
         return node
 
     def make(self, kind: type[N], axes: Axes, args: Sequence[View] = (), params: Hashable = ()) -> N:

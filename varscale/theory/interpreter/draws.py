@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -69,25 +69,33 @@ def _row_beside(row: Row, numbers: Float[np.ndarray, "count statistics=3"]) -> R
     return dataclasses.replace(row, **new)
 
 
+class Agreement(NamedTuple):
+    """What drawn networks say of a mean square that was predicted."""
+
+    mean: float  # over networks
+    error: float  # its standard error
+    holds: bool  # whether the prediction is as near as its bound says
+
+
 def _agreement(
     square: Float[np.ndarray, " count"], predicted: float, typical: float | None, bound: float
-) -> tuple[float, float, bool]:
-    """Mean over networks of a mean square, its standard error, and whether the prediction is as near as its bound says.
+) -> Agreement:
+    """The mean square that networks have, beside the predicted one.
 
     Where ln(mean square) varies by more than `_RARE`, what is compared is the typical value, exp E[ln ·].
     """
     mean, error = float(square.mean()), float(square.std(ddof=1) / math.sqrt(len(square)))
     if not math.isfinite(mean):
-        return mean, error, not math.isfinite(predicted)
+        return Agreement(mean, error, not math.isfinite(predicted))
     logs = np.log(square) if np.all(square > 0) and predicted > 0 else np.zeros(len(square))
     spread = float(logs.std(ddof=1))
     if spread <= _RARE:
         reach = bound * max(mean, predicted) + _STANDARD_ERRORS * error + 1e-6 * mean
-        return mean, error, bool(abs(predicted - mean) <= reach)
+        return Agreement(mean, error, bool(abs(predicted - mean) <= reach))
     expected = predicted * math.exp(-(spread**2) / 2) if typical is None else typical
     of_spread = spread**2 / math.sqrt(2 * len(square)) if typical is None else 0.0
     reach = math.log1p(bound) + _STANDARD_ERRORS * (spread / math.sqrt(len(square)) + of_spread)
-    return mean, error, abs(math.log(expected) - float(logs.mean())) <= reach
+    return Agreement(mean, error, abs(math.log(expected) - float(logs.mean())) <= reach)
 
 
 def _variables(program: Program, params: Any, scheme: Any) -> Callable[[Any, Inputs], Any]:

@@ -251,8 +251,16 @@ def _row(path: str, kind: str, x: Value) -> Row:
     return Row(path, kind, x.shape, *moments, across, along, how=cast(How, how), error_bound=error_bound)
 
 
-def of_one_draw(node: Node) -> tuple[float, float, tuple[float, float]]:
-    """Of a node's mean square over initializations: its mean, its median, and what 99 % of them lie between."""
+class OneDraw(NamedTuple):
+    """The mean square of one initialization, over initializations."""
+
+    mean: float
+    median: float
+    band: tuple[float, float]  # that 99 % of them lie in
+
+
+def of_one_draw(node: Node) -> OneDraw:
+    """The law of a node's mean square over initializations."""
     spread = fluctuations(node)
     second = float(node.table.mean_square * (1 + spread.shift))
     variance = float(min(spread.variance, _WIDEST_BAND))
@@ -266,7 +274,7 @@ def of_one_draw(node: Node) -> tuple[float, float, tuple[float, float]]:
         shape = max(1 / few, 0.5)
         gamma = -math.log(float(special.gammaincinv(shape, _BELOW)) / shape) - few / 2
         down = math.sqrt(reach**2 + max(gamma**2 - _BAND**2 * few, 0.0))
-    return second, typical, (typical * math.exp(lean - down), typical * math.exp(lean + reach))
+    return OneDraw(second, typical, (typical * math.exp(lean - down), typical * math.exp(lean + reach)))
 
 
 def _correlation_along(x: Value, dims: Iterable[Any]) -> float | None:

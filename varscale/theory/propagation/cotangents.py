@@ -9,6 +9,7 @@ import functools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 from scipy import special
@@ -73,13 +74,18 @@ def _added_cotangents(parts: Sequence[Cotangent], axes: tuple[Axis, ...]) -> Cot
     return Cotangent(second, doubt, parts[0].mask, few, scale, **rest)
 
 
-def cotangents(
-    outputs: Iterable[tuple[Node, np.ndarray]], watched: Sequence[Node]
-) -> dict[int, tuple[float, float, float]]:
-    """Second moments of the cotangents at watched nodes, averaged over their elements, each with a bound on its relative error.
+class Gradient(NamedTuple):
+    """The cotangents of a node, averaged over its elements."""
 
-    Outputs come with the second moments, by type, of the cotangents they are given. Returned are, by id of the nodes that a
-    cotangent reaches, second moment, doubt, and the part of it that near places leave.
+    square: float  # their second moment
+    doubt: float  # a bound on its relative error
+    lost: float  # the part of that which near places leave
+
+
+def cotangents(outputs: Iterable[tuple[Node, np.ndarray]], watched: Sequence[Node]) -> dict[int, Gradient]:
+    """The cotangents of watched nodes, by id of those that a cotangent reaches.
+
+    Outputs come with the second moments, by type, of the cotangents they are given.
     """
     backward = _Backward(watched)
     for node, second in outputs:
@@ -88,7 +94,7 @@ def cotangents(
         node, parts = backward.pending.pop()
         for part in parts:
             backward.pass_on(node, part)
-    out: dict[int, tuple[float, float, float]] = {}
+    out: dict[int, Gradient] = {}
     rows = set(watched)
     for n in watched:
         # Sums take the array behind a scaled copy, so that what flows into the copy arrives there.
@@ -102,7 +108,7 @@ def cotangents(
             # Where n numbers flow back, typical gradients lie below the mean: E ln χ²ₙ/n = ψ(n/2) − ln(n/2).
             half = min(whole.few / 2, 1e18)
             below = math.expm1(math.log(half) - float(special.digamma(half)))
-            out[n.id] = (square, whole.doubt + below, whole.lost)
+            out[n.id] = Gradient(square, whole.doubt + below, whole.lost)
     return out
 
 
