@@ -252,6 +252,17 @@ def test_a_thousand_layers():
     np.testing.assert_allclose(model.layers[999].kernel[...], some.kernel[...], rtol=1e-6)
 
 
+def test_an_init_that_cannot_be_traced():
+    class Asks(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(2)(x * float(jnp.linspace(0, 1, 3)[1]))
+
+    with pytest.raises(jax.errors.ConcretizationTypeError) as caught:
+        vs.initialize(Asks(), jax.random.key(0), X)
+    assert any("as jax.jit(model.init) does" in note for note in caught.value.__notes__)
+
+
 def test_a_model_without_variables():
     class Nothing(nn.Module):
         def __call__(self, x):

@@ -37,7 +37,7 @@ def _module(name: str, *arguments: str) -> tuple[str, ...]:
 
 
 def parts(rehearse: bool) -> list[Part]:
-    """What is run, the quickest first: in 480 seconds at most, or a small piece of each where it is rehearsed."""
+    """What is run, the quickest first: in 465 seconds at most, or a small piece of each where it is rehearsed."""
     tests = (sys.executable, "-m", "pytest", "-q", "--no-header", *TESTS)
     billions = "a Llama-shaped tree of 1 billion parameters"
     resnet = ("--models", "resnet50", "--contenders", "ours")
@@ -51,7 +51,7 @@ def parts(rehearse: bool) -> list[Part]:
         ]
     contenders = ("--models", "gpt2", "--contenders", "ours", "flax jit")
     return [
-        Part("bits, contract and laws", (*tests, "-n", "4"), 180),
+        Part("bits, contract and laws", (*tests, "-n", "4"), 165),
         Part("sampling", _module("sampling", "--rounds", "3"), 90),
         Part("whole models", _module("initialization", "--rounds", "1", *contenders), 90),
         Part(billions, _module("initialization", "--rounds", "1", "--llama", "1.3"), 45),

@@ -206,7 +206,13 @@ def _trace(call: _Call) -> Trace:
         return face.init(call.key_tree.unflatten(keys), args, kwargs)
 
     def graph(keys: Sequence[Any]) -> tuple[Graph, Any]:
-        closed, shapes = jax.make_jaxpr(init, return_shape=True)(list(keys), call.arrays)
+        try:
+            closed, shapes = jax.make_jaxpr(init, return_shape=True)(list(keys), call.arrays)
+        except (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError) as error:
+            error.add_note(
+                "vs.initialize traces the model's init, as jax.jit(model.init) does: it cannot ask arrays for numbers"
+            )
+            raise
         inputs, outputs = open_trace(closed, len(keys))
         return Graph(tuple(outputs), tuple(inputs[: len(keys)])), shapes
 
