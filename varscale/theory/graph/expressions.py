@@ -79,7 +79,7 @@ class Sum(Node):
         return {
             i: j
             for (j, (d, mean)), (i, (c, view)) in pairs
-            if mean.node.averages and alike(d, -c) and is_mean_of(mean.node, view.node)
+            if alike(d, -c) and is_mean_of(mean.node, view.node)
         }
 
 

@@ -25,6 +25,7 @@ from varscale.theory.propagation.cross_moments import mean_of_product
 from varscale.theory.propagation.doubts import doubt_of
 from varscale.theory.propagation.fluctuations import gradient_scale, norm_of_given, summed_scale
 from varscale.theory.propagation.fourth_moments import mean_squared_correlation
+from varscale.theory.propagation.inherited_fluctuations import kernel
 from varscale.theory.propagation.marginals import along, cofactors, concentrated, term_shares, uncentred
 from varscale.theory.propagation.pullbacks import Cotangent, forks, pulled_back, selected, sum_out
 from varscale.theory.propagation.second_moments import product_second
@@ -322,6 +323,7 @@ def _inverse_scale(root: View, scale: View, power: int = 2) -> float:
     r is that of jointly Gaussian positions (`mean_squared_correlation`), and v is taken for a gamma variable, as it is for
     independent ones (1/(1 − 2/n)); from r = .9 on, the factor stops at 10. In the gradient 1/v stands alone; forward, y is
     normalised by itself. With power=1 a type's pairs are equal or free, as near places of a picture are, or far ones.
+    A norm over the units of one place varies with the scale there, too: by a gamma variable for each source of it.
     """
     table = root.node.table
     second, outer = (mean_squared_correlation(m, root, scale, power) for m in (table.second, table.outer))
@@ -333,4 +335,7 @@ def _inverse_scale(root: View, scale: View, power: int = 2) -> float:
         alone = len(groups) == 1 and len(groups[0][1].bind) == len(scale.bind)
         if alone and set(roots(term)) == set(groups[0]):
             fixed += float(share) ** 2
-    return 1 / (1 - min(2 * (second - outer) * (1 - fixed), 0.9))
+    of_units = scale.bind == root.bind[:-1]
+    sources = kernel(root.node).places.values() if of_units else ()
+    varied = math.prod(max(2 - math.exp(c * c), 0.1) for c in sources)
+    return 1 / (1 - min(2 * (second - outer) * (1 - fixed), 0.9)) / varied
