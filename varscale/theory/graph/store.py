@@ -115,6 +115,7 @@ class BackwardNotes:
         self.sent: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {}
         self.regions: list[Any] = []  # outputs of regions that the pass has been through
         self.inside: list[FlowInside] = []  # what flows into outputs of regions inside those
+        self.given: dict[int, np.ndarray] = {}  # by output of the model, what flows into it from outside
         self.doubts: dict[int, float] = {}  # by node, of its pullback, where not its kind's `gradient_doubt`
 
 

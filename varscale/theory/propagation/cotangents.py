@@ -90,6 +90,7 @@ def cotangents(outputs: Iterable[tuple[Node, np.ndarray]], watched: Sequence[Nod
     """
     backward = _Backward(watched)
     for node, second in outputs:
+        backward.notes.given[node.id] = second = full_types(second, node.axes)
         backward.pending.add(node, Cotangent(second, few=math.prod(a.size for a in node.axes)))
     while backward.pending.parts:
         node, parts = backward.pending.pop()

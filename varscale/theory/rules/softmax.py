@@ -148,8 +148,10 @@ def pullback_of_softmax(node: Softmax, cotangent: np.ndarray, notes: BackwardNot
     tables = np.broadcast_to(cotangent, node.frame_types), node.table.second, node.table.mean
     g, p, mean = (np.moveaxis(x, node.params, -1) for x in tables)
     mean, own = np.broadcast_to(mean, node.seen.shape), node.own[..., None] > 0
-    keep = 1 - 2 * weights.cube / np.maximum(weights.square, 1e-300)
-    keep = read(keep + (node.seen * weights.square).sum(-1, keepdims=True))
+    large = weights.cube / np.maximum(weights.square, 1e-300)
+    squares = (node.seen * weights.square).sum(-1, keepdims=True)
+    kept = 1 - 2 * large + squares
+    keep = read(kept)
     each = apart(g, node.shared)
     ahead, behind = (read(mean, second=j) for j in (False, True))
     common = in_common(g, ahead * counts, behind * counts)
@@ -170,6 +172,9 @@ def pullback_of_softmax(node: Softmax, cotangent: np.ndarray, notes: BackwardNot
     share = gain_of_queries(node, notes, (each * ahead * counts).sum(-1), (same * counts).sum(-1))
     # What is due to overlaps is known to leading order. Tokens with known positions added share those too.
     next_one = LEADING_ORDER if any(a.classes > 1 for a in node.axes) else NEXT_ORDER
+    if share is None and np.array_equal(cotangent, notes.given.get(node.id, 0.0)):
+        # It is independent of the weights. Where one of them is large, Σ p² is up to E[p³]/E[p²].
+        share, next_one = 0.0, next_one + float(np.max((large - squares) / np.maximum(kept, NEGLIGIBLE)))
     doubt = LOOSE if share is None else LOOSE * share + next_one
     placed = _adds_known_along(node.argument, node.keys.size)
     notes.doubts[node.id] = _PLACED_DOUBT if placed else doubt
