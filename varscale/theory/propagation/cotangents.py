@@ -336,7 +336,6 @@ def _inverse_scale(root: View, scale: View, power: int = 2) -> float:
         alone = len(groups) == 1 and len(groups[0][1].bind) == len(scale.bind)
         if alone and set(roots(term)) == set(groups[0]):
             fixed += float(share) ** 2
-    of_units = scale.bind == root.bind[:-1]
-    sources = kernel(root.node).places.values() if of_units else ()
-    varied = math.prod(max(2 - math.exp(c * c), 0.1) for c in sources)
+    sources = kernel(root.node).places if scale.bind == root.bind[:-1] else {}
+    varied = math.prod(max(2 - math.exp(c * c), 0.1) for key, c in sources.items() if isinstance(key, int))
     return 1 / (1 - min(2 * (second - outer) * (1 - fixed), 0.9)) / varied

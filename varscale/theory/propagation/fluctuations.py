@@ -77,15 +77,19 @@ def with_own_weights(spread: Spread, node: Node) -> Spread:
     return spread
 
 
-def averaged(node: Node, axes: Sequence[int], taps: int = 1) -> Spread:
-    """A node's fluctuations when it enters a contraction over these axes (at several taps): what one output sees."""
+def averaged(node: Node, axes: Sequence[int], taps: int = 1, *, apart: bool = False) -> Spread:
+    """A node's fluctuations when it enters a contraction over these axes (at several taps): what one output sees.
+
+    `apart`: each output of a place sees units of its own, as of tokens' values: a norm over the outputs averages that away.
+    """
     weights = isinstance(node, Leaf | Array | Constant) and not node.is_input
     # Attention weights are fixed by kernels over all units, which fluctuate less than one unit's outputs.
     if weights or all(r.node.shares for r in roots(node)):
         return NONE
     spread = fluctuations(node)
     units = math.sqrt(math.log1p(fresh(node, tuple(axes)) / taps))
-    return replace(spread, places=weighted([(1.0, inherited(node).places), (1.0, {origin(node): units})]))
+    source = ("apart", origin(node)) if apart else origin(node)
+    return replace(spread, places=weighted([(1.0, inherited(node).places), (1.0, {source: units})]))
 
 
 def of_a_group(node: Node, axes: Sequence[int], groups: int) -> float:

@@ -17,7 +17,7 @@ from varscale.theory.domain.tables import LOOSE, NEGLIGIBLE, ROUGH, Table, full_
 from varscale.theory.graph.convolutions import Conv
 from varscale.theory.graph.expressions import Apply, Sum, roots, swapped
 from varscale.theory.graph.layout import Value, align, axes_along, full, renumbered
-from varscale.theory.graph.linear_nodes import Contract, Gather, unmoved, weight_of
+from varscale.theory.graph.linear_nodes import Contract, Gather, applied_weights, unmoved, weight_of
 from varscale.theory.graph.nodes import Array, Leaf, Node, View, cross_by_kind, pullback, second_moments
 from varscale.theory.graph.normal_form import affine
 from varscale.theory.graph.store import BackwardNotes, Flows, once_per_node
@@ -142,10 +142,11 @@ def cross_by_kind_of_products(node: Node, a: View, b: View, frame: Axes) -> np.n
 @propagated.register
 def propagated_of_contract(node: Contract) -> Spread:
     """Both arguments' scales, which go together where one has all the places of the other; and what weights make of either."""
-    x, y = (averaged(v.node, [k for k, b in enumerate(v.bind) if b >= len(node.axes)]) for v in node.args)
+    n, apart = len(node.axes), not applied_weights(node)
+    x, y = (averaged(v.node, [k for k, b in enumerate(v.bind) if b >= n], apart=apart) for v in node.args)
     few, many = sorted(({b for b in bind if b < len(node.axes)} for _, bind in node.args), key=len)
-    apart = node.argument is node.args[1].node or not few <= many
-    together = 0.0 if apart else min(shared(x.places, y.places), 1.0)
+    unlike = node.argument is node.args[1].node or not few <= many
+    together = 0.0 if unlike else min(shared(x.places, y.places), 1.0)
     spread = combine([(1.0, x), (1.0, y)])
     return with_own_weights(dataclasses.replace(spread, shift=spread.shift + math.expm1(together)), node)
 
