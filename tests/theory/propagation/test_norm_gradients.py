@@ -1,0 +1,50 @@
+"""Gradients at the input of a norm over units, and of a softmax that ends a model."""
+
+import jax
+import numpy as np
+import pytest
+from flax import linen as nn
+
+import varscale as vs
+
+UNITS = 16
+
+
+class Normed(nn.Module):
+    """The layer norm of a sum of linear maps, read out."""
+
+    terms: int
+
+    @nn.compact
+    def __call__(self, x):
+        x = sum(nn.Dense(UNITS, name=f"term_{i}")(x) for i in range(self.terms))
+        return nn.Dense(8, name="out")(nn.LayerNorm(name="norm")(x))
+
+
+@pytest.mark.parametrize("terms", [1, 2, 3])
+@pytest.mark.parametrize("features", [6, 1000])
+def test_the_mean_and_the_scale_of_a_sum_take_their_part_of_the_gradient(terms, features):
+    """Of n Gaussian units scaled by the inputs' |x|²/d: E|Jᵀg|²/E|g|² = (n − 2)/(n − 3) · d/(d − 2), over E[v]."""
+    report = vs.predict(Normed(terms), jax.ShapeDtypeStruct((4, features), "float32"))
+    rows = {row.path: row for row in report.rows}
+    ratio = rows["term_0"].gradient / rows["norm"].gradient
+    expected = (UNITS - 2) / (UNITS - 3) * features / (features - 2) / terms
+    np.testing.assert_allclose(ratio, expected, rtol=0.01)
+
+
+class Classifier(nn.Module):
+    """A softmax ends it."""
+
+    scale: float
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.softmax(nn.Dense(10, kernel_init=nn.initializers.normal(self.scale / 8), name="logits")(x))
+
+
+@pytest.mark.parametrize(("scale", "known"), [(1.0, True), (4.0, False)])
+def test_softmax_at_the_end_of_a_model_is_flagged_where_one_class_has_the_weight(scale, known):
+    """Drawn with 100 networks: within 3 % where logits have a deviation of 1, off by 63 % where it is 4."""
+    row = vs.predict(Classifier(scale), jax.ShapeDtypeStruct((8, 64), "float32")).rows[0]
+    assert row.path == "logits"
+    assert (row.gradient_error_bound < 0.5) is known
