@@ -143,7 +143,7 @@ def test_a_plan_serves_linen_variables_and_nnx():
     assert float(jnp.abs(model.second.kernel[...] - before).max()) == pytest.approx(0.1 / 4, rel=1e-4)
 
 
-@pytest.mark.parametrize("name", ["adamw", "sgd", "lion", "muon"])
+@pytest.mark.parametrize("name", ["adamw", "sgd", "lion", "muon", "radam"])
 def test_the_first_update_has_the_size_that_the_plan_tells(name):
     model, x = mlp(64), jax.random.normal(jax.random.key(1), (16, 8))
     plan = vs.schemes.mup(base=mlp(16))(model, x)
@@ -156,7 +156,7 @@ def test_the_first_update_has_the_size_that_the_plan_tells(name):
 
     tx = {
         "adamw": plan.adamw(0.01, 2.0), "sgd": plan.optimizer(optax.sgd(0.1), kind="sgd"),
-        "lion": plan.optimizer(optax.lion(0.01)), "muon": plan.optimizer(muon(0.01)),
+        "lion": plan.optimizer(optax.lion(0.01)), "muon": plan.optimizer(muon(0.01)), "radam": plan.optimizer(optax.radam(0.1)),
     }[name]  # fmt: skip
     report = vs.probe(model, params, x, loss=loss)
     told = plan.first_updates(tx, gradients=report)
@@ -174,11 +174,22 @@ def test_the_first_update_has_the_size_that_the_plan_tells(name):
     assert "first" in table.splitlines()[0] + table.splitlines()[1]
 
 
-def test_the_first_update_of_sgd_needs_gradients():
+NEEDY = [(optax.sgd(0.1), "sgd"), (optax.radam(0.1), None), (optax.adagrad(0.1), None), (optax.adam(0.1, eps=0.1), None)]
+
+
+@pytest.mark.parametrize(("optimizer", "kind"), NEEDY, ids=["sgd", "radam", "adagrad", "a large epsilon"])
+def test_a_first_update_that_depends_on_the_size_of_gradients_needs_them(optimizer, kind):
+    """RAdam's first steps divide by no second moment."""
     plan = vs.schemes.fan_in()(nn.Dense(3), X)
-    with pytest.raises(ValueError, match="gradients must be given for SGD"):
-        plan.first_updates(optax.sgd(0.1), kind="sgd")
+    with pytest.raises(ValueError, match="gradients must be given: the first update of 'kernel'"):
+        plan.first_updates(optimizer, kind=kind)
+
+
+def test_a_first_update_that_does_not_needs_none():
+    plan = vs.schemes.fan_in()(nn.Dense(3), X)
     assert plan.first_updates(optax.adam(0.1))["bias"] == float("inf")
+    size = plan.first_updates(optax.lars(0.1, momentum=0.0, weight_decay=0.0))["kernel"]
+    assert size == pytest.approx(1e-4, rel=0.02)  # learning rate and trust coefficient, of the weights' own norm
 
 
 def test_a_scaling_tells_its_weight_decay():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from varscale.schemes.plan import Plan, PlannedLeaf
 
 _POINTS = 16  # quantiles of gradients, and of weights
+_SMALL = 1e-3  # size of gradients beside those of size 1: updates that differ by _SAME depend on it
+_SAME = 0.01
 
 
 def first_updates(
@@ -43,8 +45,9 @@ def first_updates(
         plan: whose laws and multipliers are taken.
         optimizer: an optax optimizer with its learning rate; it is wrapped by `plan.optimizer`, unless it is already.
         kind: as in `plan.optimizer`.
-        gradients: what `vs.probe(..., loss=...)` measured: the sizes of the gradients, which the update of SGD is proportional
-            to. Adam, Lion and Muon do not need them: by default gradients have the size 1, with no epsilon in sight.
+        gradients: what `vs.probe(..., loss=...)` measured: the sizes of the gradients. They are needed where the first update
+            depends on them, as that of SGD, Adagrad and RAdam does (RAdam divides by no second moment in its first steps).
+            Adam, Lion and Muon do not need them: by default gradients have the size 1.
         params: a tree of the parameters, arrays or abstract arrays, for an optimizer that was given a tree of labels or masks;
             by default nested dicts, as linen has them.
 
@@ -52,8 +55,8 @@ def first_updates(
         By path; infinity for a parameter that begins at zero, NaN for one whose law does not tell its size.
 
     Raises:
-        ValueError: `gradients` is None and the update depends on their size, or lacks a parameter; and what `plan.optimizer`
-            raises.
+        ValueError: `gradients` is None and an update differs by 1 % or more between gradients of the sizes 1 and 1e-3, or
+            lacks a parameter; and what `plan.optimizer` raises.
 
     >>> import varscale as vs
     >>> from flax import linen as nn
@@ -70,12 +73,23 @@ def first_updates(
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # as optax has it
         shapes = tree.rebuild([jax.ShapeDtypeStruct(leaf.shape, jnp.float32) for leaf in order])
         kinds = kinds_of(jax.eval_shape(whole.init, shapes), list(leaves), getattr(whole, "kind", None))
-        sizes = _gradients(list(leaves), kinds, gradients)
-        given = [sizes[path] * _spread(leaf, kinds[path], axis=0) for leaf in order for path in [canonical(leaf.path)]]
-        weights = [_weights(leaf, kinds[canonical(leaf.path)]) for leaf in order]
-        updates, _ = jax.jit(lambda g, p: whole.update(g, whole.init(p), p))(tree.rebuild(given), tree.rebuild(weights))
-    found = zip(order, jax.tree_util.tree_leaves(updates), strict=True)
-    return {leaf.path: _relative(leaf, float(jnp.sqrt(jnp.mean(jnp.square(u))))) for leaf, u in found}
+        names = [canonical(leaf.path) for leaf in order]
+
+        def updates(gradients: Mapping[str, float], kinds: Mapping[str, Kind]) -> list[float]:
+            """Root mean squares of the first updates; `kinds` says which leaves are whole."""
+            found = [gradients[name] * _spread(leaf, kinds[name], axis=0) for name, leaf in zip(names, order, strict=True)]
+            weights = [_weights(leaf, kinds[name]) for name, leaf in zip(names, order, strict=True)]
+            step = jax.jit(lambda g, p: whole.update(g, whole.init(p), p)[0])
+            made = jax.tree_util.tree_leaves(step(tree.rebuild(found), tree.rebuild(weights)))
+            return [float(jnp.sqrt(jnp.mean(jnp.square(update)))) for update in made]
+
+        if gradients is None:
+            sizes, few = dict.fromkeys(names, 1.0), dict.fromkeys(names, "adam")  # Muon's are no smaller of few entries
+            large, small = (updates(dict.fromkeys(names, size), few) for size in (1.0, _SMALL))
+            _check_scale_free(order, large, small)
+        else:
+            sizes = _gradients(names, gradients)
+        return {leaf.path: _relative(leaf, size) for leaf, size in zip(order, updates(sizes, kinds), strict=True)}
 
 
 def _nested(leaves: Mapping[str, PlannedLeaf]) -> dict[str, Any]:
@@ -97,16 +111,18 @@ def _relative(leaf: PlannedLeaf, update: float) -> float:
     return update / size if size else math.inf if update else 0.0
 
 
-def _gradients(paths: list[str], kinds: Mapping[str, Kind], gradients: Report | None) -> dict[str, float]:
-    """Root mean squares of the gradients."""
-    if gradients is None:
-        needy = [path for path in paths if kinds[path] == "sgd"]
-        if needy:
+def _check_scale_free(leaves: Sequence[PlannedLeaf], large: Sequence[float], small: Sequence[float]) -> None:
+    """Without gradients, updates must not depend on their size; those of zeros are infinite beside them in any case."""
+    for leaf, one, other in zip(leaves, large, small, strict=True):
+        if root_mean_square(leaf.law, leaf.shape) != 0 and abs(one - other) > _SAME * max(one, other):
             raise ValueError(
-                f"gradients must be given for SGD, whose update of {needy[0]!r} is proportional to its gradient: a report of "
-                "vs.probe(model, params, x, loss=...)"
+                f"gradients must be given: the first update of {leaf.path!r} depends on the size of its gradient, as those of SGD, "
+                "Adagrad and RAdam do; give a report of vs.probe(model, params, x, loss=...)"
             )
-        return dict.fromkeys(paths, 1.0)
+
+
+def _gradients(paths: Sequence[str], gradients: Report) -> dict[str, float]:
+    """Root mean squares of the gradients."""
     missing = [path for path in paths if path not in gradients.weights or gradients.weights[path].gradient is None]
     if missing:
         raise ValueError(f"gradients must hold the gradient of {missing[0]!r}: give a report of vs.probe(..., loss=...)")
