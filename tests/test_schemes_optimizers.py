@@ -80,6 +80,14 @@ def test_the_kind_of_other_optimizers(optimizer, kind, expected):
     close(stepped(scaled(optimizer, SCALINGS, kind=kind)), leafwise(expected), rtol=1e-4)
 
 
+def test_steps_of_adam_that_do_not_adapt_have_the_learning_rates_of_sgd():
+    """RAdam's first steps: gradients are divided by ε's multiplier, and the update multiplied by Adam's."""
+    plan = vs.schemes.mup(base=mlp(16))(mlp(64), X)
+    for leaf in plan:
+        rate = leaf.multiplier("adam_learning_rate") / leaf.multiplier("adam_epsilon")
+        assert rate == pytest.approx(leaf.multiplier("sgd_learning_rate")), leaf.path
+
+
 def test_each_leaf_has_a_kind_of_its_own():
     tx = muon(0.1)
     assert kinds_of(tx.init(PARAMS), ["a/kernel", "b"]) == {"a/kernel": "muon", "b": "adam"}

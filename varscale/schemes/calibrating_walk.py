@@ -17,10 +17,11 @@ from varscale.theory.domain.tables import independent
 from varscale.theory.graph.layout import Value
 from varscale.theory.graph.nodes import Leaf, Node
 from varscale.theory.graph.normal_form import affine
+from varscale.theory.graph.store import UNCOVERED, PredictionError
 from varscale.theory.interpreter.interpreter import Interpreter
 from varscale.theory.interpreter.predict import Walkable
+from varscale.theory.interpreter.rows import Made, Rows, gradients_of, joined, of_one_draw
 from varscale.theory.interpreter.rows import Place as Where
-from varscale.theory.interpreter.rows import Rows, joined, of_one_draw
 from varscale.theory.propagation.cotangents import cotangents
 from varscale.theory.propagation.doubts import provenance
 from varscale.theory.rules.random import as_weight, is_weight
@@ -87,6 +88,11 @@ class Set(NamedTuple):
     def place(self) -> Place:
         """The use, and the layer."""
         return self.kernel.number, self.steps
+
+    @property
+    def name(self) -> str:
+        """The kernel's path, and the layer in a stack."""
+        return self.kernel.path + "".join(f"@{step}" for step in self.steps)
 
 
 class Places(NamedTuple):
@@ -183,6 +189,7 @@ class Calibrating(Interpreter):
         super().__init__()
         self._laws, self._corrections = laws, corrections
         self._at = Where(Rows(scopes=False, equations=()))
+        self._rows: list[Made] = []
         self.places = Places({}, frozenset())
         self.found: list[Set] = []
         self.biased: dict[str, float] = {}
@@ -227,12 +234,21 @@ class Calibrating(Interpreter):
         """Walk the program; of products that modules put out, note the rows as a prediction names them."""
         self._at = Where(Rows(scopes=False, equations=()))  # laws were read before
         captured = walked.captured(self)
-        for row in joined(self._at.rows.made, captured):
+        self._rows = list(joined(self._at.rows.made, captured))
+        for row in self._rows:
             out, path = row.value, row.path
             at, _ = self._bare.get(out.node.id, (None, out)) if isinstance(out, Value) else (None, out)
             for k in [] if at is None else self._alike[self._made[at]]:
                 if self.found[k].row is None:  # the modules around it come later
                     self.found[k] = self.found[k]._replace(row=path)
+
+    def gradients(self) -> list[float | None]:
+        """The second moment of the gradient at each product that has a row, for one of 1 at the model's output; None: unknown."""
+        try:
+            by_row = gradients_of(self, self._rows, {})
+        except (PredictionError, *UNCOVERED):
+            by_row = {}
+        return [None if one.row not in by_row else by_row[one.row][0] for one in self.found]
 
     def _goal(self, kernel: Kernel, steps: tuple[int, ...]) -> float:
         """The second moment that a product is to have here, so that a prediction finds the target."""
@@ -297,7 +313,9 @@ class Calibrating(Interpreter):
 
     def _backward(self, kernel: Kernel, x: Value) -> float | None:
         """The factor on the standard deviation 1/√fan_in that keeps the gradient from a product to those before it."""
-        before = [self._products[n] for n in kernel.use.reads if n in self._products]
+        # In a later step of a loop: what was made since this kernel's last product. What came before is reached through it.
+        since = self._products[kernel.number].id if kernel.number in self._products else 0
+        before = [made for n in kernel.use.reads if (made := self._products.get(n)) is not None and made.id >= since]
         if not before:
             return None
         ones = np.zeros(x.node.frame_types)

@@ -31,6 +31,7 @@ _CHECKS = 10  # predictions under the plan, where parts of it are drawn or appro
 _OFF = 5e-7  # of the target, where corrections end
 _TOLERANCE = 1e-6  # of the target, beyond which a plan's notes name the row
 _WIDE = 4.0  # a factor that a single draw may be off before the plan warns
+_FAR = 100.0  # a factor between second moments of gradients, ten in size, likewise; of signals where gradients are kept
 _KERNELS = frozenset({"input", "hidden", "readout", "depthwise", "expert"})
 
 
@@ -124,7 +125,8 @@ def calibrate(
             elif tied.settled(found, target, corrections):
                 break
         leaves = tuple(_planned(leaf, found, target, distribution) if leaf.why == _CHOSEN else leaf for leaf in base)
-        plan = dataclasses.replace(base, leaves=leaves, notes=(*base.notes, *_warnings(found, biased)))
+        notes = [*_warnings(found, biased), *_far(found, interpreter.gradients(), target, direction)]
+        plan = dataclasses.replace(base, leaves=leaves, notes=(*base.notes, *notes))
         if direction != "forward" or all(one.is_exact for one in found):
             return plan
         report = predict(model, x, params=params, scheme=plan, backward=False, method=method)
@@ -346,7 +348,7 @@ def _warnings(found: Sequence[Set], biased: Mapping[str, float]) -> list[str]:
         f"{path}: the bias beside it has the second moment {own:.4g} already, so the product alone has the target."
         for path, own in biased.items()
     ]
-    return told + _wide([(one.kernel.path + "".join(f"@{step}" for step in one.steps), one.reach) for one in found])
+    return told + _wide([(one.name, one.reach) for one in found])
 
 
 def _wide(reach: Sequence[tuple[str, float]]) -> list[str]:
@@ -359,4 +361,33 @@ def _wide(reach: Sequence[tuple[str, float]]) -> list[str]:
         f"From {name} on (kernel {k + 1} of {len(reach)} in depth) the second moment of a single draw may differ from its "
         f"typical value by more than a factor {_WIDE:g} (up to {max(factor for _, factor in reach):.3g}): normalise, widen, or "
         "rescale the drawn weights on data with vs.lsuv."
+    ]
+
+
+def _far(found: Sequence[Set], gradients: Sequence[float | None], target: float, direction: Direction) -> list[str]:
+    """Warnings of gradients that grow or shrink with depth, and of signals that do where these are not what is kept."""
+    known = [(k, gradient) for k, gradient in enumerate(gradients) if gradient]
+    back = [(k, gradient / known[-1][1]) for k, gradient in known][::-1]
+    told = _from_on("gradients", "the last kernel's", "back", [(k, ratio) for k, ratio in back if ratio > _FAR], found)
+    if direction == "forward":
+        return told
+    # Queries have smaller gradients than values by nature: nothing before has a larger one where they shrink.
+    most = [(k, max(ratio for _, ratio in back[i:])) for i, (k, _) in enumerate(back)]
+    told += _from_on("gradients", "the last kernel's", "back", [(k, ratio) for k, ratio in most if ratio < 1 / _FAR], found)
+    signals = [(k, one.typical / target) for k, one in enumerate(found)]
+    for far in ([(k, ratio) for k, ratio in signals if ratio > _FAR], [(k, ratio) for k, ratio in signals if ratio < 1 / _FAR]):
+        told += _from_on("signals", "the target", "on", far, found)
+    return told
+
+
+def _from_on(what: str, beside: str, way: str, far: Sequence[tuple[int, float]], found: Sequence[Set]) -> list[str]:
+    """A warning from the first of these kernels on, told by their numbers, at which second moments are far from others."""
+    if not far:
+        return []
+    worst = max((ratio for _, ratio in far), key=lambda ratio: abs(math.log(ratio)))
+    limit = f"more than {_FAR:g} times" if worst > 1 else f"less than 1/{_FAR:g} of"
+    return [
+        f"From {found[far[0][0]].name} {way} (kernel {far[0][0] + 1} of {len(found)} in depth) {what} have {limit} the second "
+        f"moment of {beside} (at worst {worst:.3g} times): one variance does not keep both signals and gradients here. Use "
+        "vs.schemes.critical, whose variances do where the activation allows it, residual branches, or norms."
     ]

@@ -116,8 +116,8 @@ def _check_scale_free(leaves: Sequence[PlannedLeaf], large: Sequence[float], sma
     for leaf, one, other in zip(leaves, large, small, strict=True):
         if root_mean_square(leaf.law, leaf.shape) != 0 and abs(one - other) > _SAME * max(one, other):
             raise ValueError(
-                f"gradients must be given: the first update of {leaf.path!r} depends on the size of its gradient, as those of SGD, "
-                "Adagrad and RAdam do; give a report of vs.probe(model, params, x, loss=...)"
+                f"gradients must be given: the first update of {leaf.path!r} depends on the size of its gradient, as those of "
+                "SGD, Adagrad and RAdam do; give a report of vs.probe(model, params, x, loss=...)"
             )
 
 

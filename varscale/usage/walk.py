@@ -103,6 +103,7 @@ class Walk:
             return self._places[place]
         known = self.uses[self._places[place]]
         known.before, known.raw = known.before | use.before, known.raw and use.raw
+        known.reads |= use.reads
         return self._places[place]
 
     def close(self, x: Flow, *, read: bool = False) -> None:
