@@ -243,7 +243,7 @@ class Calibrating(Interpreter):
                     self.found[k] = self.found[k]._replace(row=path)
 
     def gradients(self) -> list[float | None]:
-        """The second moment of the gradient at each product that has a row, for one of 1 at the model's output; None: unknown."""
+        """Second moment of the gradient at each product, for one of 1 at the model's output; None where it is not known."""
         try:
             by_row = gradients_of(self, self._rows, {})
         except (PredictionError, *UNCOVERED):
