@@ -5,6 +5,7 @@ Nets of several widths and depths are trained on digits and on text at many lear
 
 import math
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +28,7 @@ COMPLETEP = "Dey et al. 2025 (arXiv 2505.01618), section 4"
 # at u = g, the vertex is at (c/2) (g² − 1/3) / (a + c g). Where the loss rises twice as much in an octave to the right as in an
 # octave to the left, c = a, that is off by 1/6 at most; where it hardly rises to the left at all, c = 3a, by 1/2.
 RESOLUTION = 0.5
+THREADS = 2  # sizes and parametrizations that train at a time: nets this small leave a second core idle
 
 
 @dataclass(frozen=True)
@@ -66,11 +68,15 @@ class Sweep:
         keys = run.keys(self.name, run.seeds(quick=self.seeds, full=self.seeds))
         base = self.scheme(self.make(self.sizes[0]))
         rates = [2.0**octave for octave in self.octaves]
-        found: dict[str, list[np.ndarray]] = {"scheme": [], "plain": []}
-        for size in run.track(self.sizes, self.name, total=len(self.sizes)):
-            for which, scheme in (("scheme", base), ("plain", None)):
-                found[which].append(final_losses(self.make(size), scheme, self.task, keys, rates))
-        return {which: np.stack(losses) for which, losses in found.items()}
+        # The largest first: what is left at the end, when one thread has no more to do, is short.
+        nets = [(size, scheme) for size in sorted(self.sizes, reverse=True) for scheme in (base, None)]
+        pool = ThreadPoolExecutor(THREADS)
+        try:
+            trained = [pool.submit(final_losses(self.make(size), scheme, self.task, keys, rates)) for size, scheme in nets]
+            found = [future.result() for future in run.track(trained, self.name)]
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)  # Ctrl-C waits for no more than what is running
+        return {"scheme": np.stack(found[-2::-2]), "plain": np.stack(found[::-2])}
 
     def best(self, losses: np.ndarray) -> np.ndarray:
         """log₂ of the best learning rate, shape (sizes, seeds)."""

@@ -1,6 +1,6 @@
 """The nets of `learning-rate-transfer`, and their training at many learning rates in one program."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,8 +98,12 @@ def characters(text: str) -> tuple[np.ndarray, np.ndarray, int]:
     return ids[: count * SIZE].reshape(count, SIZE), ids[1 : count * SIZE + 1].reshape(count, SIZE), len(known)
 
 
-def final_losses(model: nn.Module, scheme: Any, task: Task, keys: Array, rates: Sequence[float]) -> np.ndarray:
-    """The loss on what was held out after training with Adam, shape (seeds, rates).
+def final_losses(
+    model: nn.Module, scheme: Any, task: Task, keys: Array, rates: Sequence[float]
+) -> Callable[[], Float[np.ndarray, "seeds rates"]]:
+    """A function that trains with Adam and returns the loss on what was held out.
+
+    Nets are drawn and traced here. The function compiles and runs, so that threads can call several at a time.
 
     Args:
       model: the net.
@@ -124,15 +128,20 @@ def final_losses(model: nn.Module, scheme: Any, task: Task, keys: Array, rates: 
         ended, _ = fit(loss, adam if plan is None else plan.optimizer(adam), start, batches)
         return loss(ended, jnp.arange(len(inputs) - task.held_out, len(inputs)))
 
-    @jax.jit
     def all_of(params: Any, keys: Array, rates: Array) -> Float[Array, "seeds rates"]:
         def of_seed(seed: tuple[Any, Array]) -> Float[Array, " rates"]:
             return jax.lax.map(lambda rate: one((*seed, rate)), rates)
 
         return jax.lax.map(of_seed, (params, keys))
 
-    found = np.asarray(all_of(params, keys, jnp.asarray(rates, jnp.float32)), np.float64)
-    return np.minimum(np.nan_to_num(found, nan=DIVERGED, posinf=DIVERGED), DIVERGED)
+    operands = params, keys, jnp.asarray(rates, jnp.float32)
+    lowered = jax.jit(all_of).lower(*operands)
+
+    def trained() -> Float[np.ndarray, "seeds rates"]:
+        found = np.asarray(lowered.compile()(*operands), np.float64)
+        return np.minimum(np.nan_to_num(found, nan=DIVERGED, posinf=DIVERGED), DIVERGED)
+
+    return trained
 
 
 def best_octave(losses: Float[np.ndarray, "seeds rates"], octaves: Sequence[float]) -> Float[np.ndarray, " seeds"]:
