@@ -118,7 +118,7 @@ def test_a_missing_division_by_the_head_size_is_found_in_the_scores():
     right, wrong = scores(True), scores(False)
     assert right.findings == ()  # the query has the factor in its kernel, which is no error either
     assert right["attention.scores"].size_at(0).exponent == pytest.approx(-0.5, abs=0.2)
-    assert wrong["attention.scores"].keeps_scores
+    assert wrong["attention.scores"].keeps_size
     assert "divide the products of queries and keys by d_head" in " ".join(wrong.findings)
 
 
@@ -270,6 +270,32 @@ def test_scores_that_do_not_shrink_before_training_are_findings_where_heads_grow
 
     assert "divide the products" in finding(0.0, True)
     assert finding(0.0, False) == finding(-0.5, True) == ""
+
+
+def test_readouts_that_keep_their_size_before_training():
+    """As under the variance 1/fan_in; where draws do not tell that from 1/fan_in², they are not called flat."""
+    rng = np.random.default_rng(0)
+
+    def row(size, noise):
+        sizes = np.array([32.0, 128.0])[:, None, None] ** size * np.exp(noise * rng.normal(size=(2, 3, 2)))
+        return CoordinateRow("head", "Dense", (32, 128), True, sizes, np.ones((2, 3, 2)), is_readout=True)
+
+    assert "size before training goes as width^+0.00" in row(0.0, 1e-6).finding
+    assert "the readout's law" in row(0.0, 1e-6).finding
+    assert row(-0.5, 1e-6).finding == ""
+    assert not row(-0.5, 1e-6).is_undecided
+    assert row(0.0, 0.5).is_undecided
+    found = readout(lambda plan, rate: plan.edit({"layers_2/kernel": vs.normal(plan["layers_2/kernel"].fan_in ** -0.5)}))
+    assert found["layers_2"].is_readout
+    assert found["layers_2"].finding or found["layers_2"].is_undecided
+
+
+def test_a_size_that_grows_after_training_alone_is_no_finding():
+    """A readout shrinks before training and its change is flat: their sum seems to grow at small widths."""
+    sizes = np.stack([np.array([[0.5], [0.25]]), np.array([[0.6], [0.9]])], axis=-1)
+    row = CoordinateRow("head", "Dense", (32, 128), True, np.repeat(sizes, 3, 1), np.ones((2, 3, 2)), is_readout=True)
+    assert row.size_at(-1).grows
+    assert row.finding == ""
 
 
 def test_what_the_program_lacks_is_a_finding():

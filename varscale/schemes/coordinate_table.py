@@ -91,6 +91,7 @@ class CoordinateRow:
         updates: root mean square of what the updates of its kernels add, (W − W₀) x; None where it has none.
         follows_fixed: whether an earlier row of its module has a fixed shape and shrinks, as values do whose heads do not grow.
         heads_grow: whether the heads of the model's attention grow with the width.
+        is_readout: whether its kernel sums over a number of terms that grows with the width, and its shape is fixed.
     """
 
     path: str
@@ -102,6 +103,7 @@ class CoordinateRow:
     updates: Float[np.ndarray, "widths draws steps"] | None = None
     follows_fixed: bool = False
     heads_grow: bool = False
+    is_readout: bool = False
 
     def size_at(self, step: int) -> Fit:
         """The fit of the output's size after a step."""
@@ -135,8 +137,11 @@ class CoordinateRow:
 
     @property
     def grows(self) -> bool:
-        """Whether its size or its change after some step grows with the width."""
-        return any(f.grows for f in (self.size_at(0), self.size_at(-1), self.change_at(self.steepest), self.update))
+        """Whether its size before training, or its change or update after some step, grows with the width.
+
+        The size after training grows with one of these. Where a size shrinks before and a change does not, it seems to grow.
+        """
+        return any(f.grows for f in (self.size_at(0), self.change_at(self.steepest), self.update))
 
     @property
     def vanishes(self) -> bool:
@@ -153,11 +158,15 @@ class CoordinateRow:
         return self.change.shrinks and self.change.exponent < limit
 
     @property
-    def keeps_scores(self) -> bool:
-        """Whether scores of heads that grow do not shrink before training, as those divided by √d_head in place of d_head."""
+    def shrinks_by_right(self) -> bool:
+        """Whether μP has its size before training go as 1/√width: scores of heads that grow, and readouts."""
+        return self.size_at(0).is_defined and ((self.kind == SCORES and self.heads_grow) or self.is_readout)
+
+    @property
+    def keeps_size(self) -> bool:
+        """Whether what is to shrink does not before training: scores divided by √d_head, readouts of variance 1/fan_in."""
         first = self.size_at(0)
-        grown = self.kind == SCORES and self.heads_grow and first.is_defined
-        return grown and first.exponent > -_ERROR / 2 and first.exponent - first.half_width > -_ERROR
+        return self.shrinks_by_right and first.exponent > -_ERROR / 2 and first.exponent - first.half_width > -_ERROR
 
     @property
     def is_undecided(self) -> bool:
@@ -168,6 +177,7 @@ class CoordinateRow:
         # What may shrink by itself has less room, and is told by its growth.
         below = () if self.kind == SCORES or self.follows_fixed or self.is_fixed else below
         open_above = any(f.is_defined and f.exponent + f.half_width >= _ERROR for f in above)
+        open_above |= self.is_readout and first.is_defined and first.exponent > -_ERROR / 2  # nearer to a kept size
         return not self.finding and (open_above or any(f.is_defined and f.exponent - f.half_width <= -_ERROR for f in below))
 
     @property
@@ -184,7 +194,7 @@ class CoordinateRow:
         told = []
         if (first := self.size_at(0)).grows or (first.shrinks and not self.may_shrink_at_first):
             told.append(_told("size before training", first))
-        if (after := self.size_at(-1)).grows:
+        if self.grows and (after := self.size_at(-1)).grows:
             told.append(_told(f"size after step {last}", after))
         if (steepest := self.change_at(step)).grows:
             told.append(_told(f"change after step {step}", steepest))
@@ -192,14 +202,15 @@ class CoordinateRow:
             told.append(_told(f"change after step {last}", self.change))
         if self.update.grows:
             told.append(_told("what the update of its kernel adds", self.update))
-        if self.keeps_scores:
-            told.append(f"size before training goes as width^{first}, where division by d_head gives width^-0.50")
+        if self.keeps_size:
+            sound = "division by d_head" if self.kind == SCORES else "a variance of 1/fan_in²"
+            told.append(f"size before training goes as width^{first}, where {sound} gives width^-0.50")
         return f"{name}: {', '.join(told)}{self._advice()}" if told else ""
 
     def _advice(self) -> str:
-        if self.kind == SCORES and (self.grows or self.keeps_scores):
+        if self.kind == SCORES and (self.grows or self.keeps_size):
             return "; divide the products of queries and keys by d_head, not √d_head"
-        if self.is_fixed and self.grows:
+        if self.is_fixed and (self.grows or self.keeps_size):
             return "; the readout's law or learning rate is not that of the width"
         if self.update.grows:
             return "; its learning rate is not that of the width"

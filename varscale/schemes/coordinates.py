@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import itertools
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -94,7 +95,7 @@ def coordinate_check(
     widths = _checked(widths, steps, draws)
     optimizer = optax.adam(0.01) if optimizer is None else optimizer
     key = jax.random.key(0) if key is None else key
-    found, losses, terms, missing = [], [], [], ()
+    found, losses, terms, fans, missing = [], [], [], [], ()
     for width in widths:
         model = _model(factory, width)
         run = _Run(model, _plan_of(plan, width, model, x, method), x, loss, optimizer, kind, rows, method)
@@ -102,10 +103,14 @@ def coordinate_check(
         found.append(rows_of_width)
         losses.append(loss_of_width)
         terms.append([attention.terms for attention in run.uses.attentions])
+        fans.append(
+            {leaf.path.rpartition("/")[0]: leaf.main.fan_in for leaf in run.uses if leaf.main and leaf.main.reduction_axes}
+        )
         requirements = () if run.plan is None else run.plan.requirements
         missing = tuple(str(requirement) for requirement in requirements if requirement.status == "missing")
     heads_grow = all(len(set(of_attention)) == len(widths) for of_attention in zip(*terms, strict=False))
-    return CoordinateCheck(tuple(widths), tuple(_rows(widths, found, heads_grow)), np.stack(losses), missing)
+    growing = {module for module in fans[0] if all(x[module] < y.get(module, 0) for x, y in itertools.pairwise(fans))}
+    return CoordinateCheck(tuple(widths), tuple(_rows(widths, found, heads_grow, growing)), np.stack(losses), missing)
 
 
 def _checked(widths: Sequence[int], steps: int, draws: int) -> list[int]:
@@ -287,13 +292,16 @@ def _module(path: str) -> str:
     return re.split("[#@]", path)[0]
 
 
-def _rows(widths: Sequence[int], found: list[list[list[dict[str, Measured]]]], heads_grow: bool) -> list[CoordinateRow]:
+def _rows(
+    widths: Sequence[int], found: list[list[list[dict[str, Measured]]]], heads_grow: bool, growing: Collection[str]
+) -> list[CoordinateRow]:
     """The rows that all widths have, in order of execution.
 
     Args:
         widths: of the models.
         found: by width, draw and step, what was measured of each row.
         heads_grow: whether the heads of every attention do.
+        growing: modules whose kernels sum over more terms the wider the model is.
     """
     first = found[0][0][0]
     common = [path for path in first if all(path in draws[0][0] for draws in found)]
@@ -317,6 +325,7 @@ def _rows(widths: Sequence[int], found: list[list[list[dict[str, Measured]]]], h
             CoordinateRow(
                 path, first[path].kind, tuple(widths), is_fixed, np.sqrt(squares(path, "size")),
                 np.sqrt(squares(path, "change")), own, follows, heads_grow,
+                is_fixed and own is not None and _module(path) in growing,
             )
         )  # fmt: skip
         if is_fixed and "/" in path and rows[-1].size_at(0).shrinks:
