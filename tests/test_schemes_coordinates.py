@@ -280,8 +280,7 @@ def test_readouts_that_keep_their_size_before_training():
         sizes = np.array([32.0, 128.0])[:, None, None] ** size * np.exp(noise * rng.normal(size=(2, 3, 2)))
         return CoordinateRow("head", "Dense", (32, 128), True, sizes, np.ones((2, 3, 2)), is_readout=True)
 
-    assert "size before training goes as width^+0.00" in row(0.0, 1e-6).finding
-    assert "the readout's law" in row(0.0, 1e-6).finding
+    assert "a variance of 1/fan_in² gives width^-0.50; the readout's law" in row(0.0, 1e-6).finding
     assert row(-0.5, 1e-6).finding == ""
     assert not row(-0.5, 1e-6).is_undecided
     assert row(0.0, 0.5).is_undecided

@@ -84,7 +84,8 @@ def first_updates(
             return [float(jnp.sqrt(jnp.mean(jnp.square(update)))) for update in made]
 
         if gradients is None:
-            sizes, few = dict.fromkeys(names, 1.0), dict.fromkeys(names, "adam")  # Muon's are no smaller of few entries
+            sizes = dict.fromkeys(names, 1.0)
+            few: dict[str, Kind] = {name: "adam" for name in names}  # few entries tell it, under Muon too
             large, small = (updates(dict.fromkeys(names, size), few) for size in (1.0, _SMALL))
             _check_scale_free(order, large, small)
         else:
