@@ -21,8 +21,9 @@ def mup(base: Any, *, table: Literal[3, 8] | None = None, laws: Any = "declared"
     Axes that grow are found by comparing the traces of the model and of its base. Each parameter's law is the base's, its
     standard deviation × 1/√m for kernels between growing axes and × 1/m for readouts; `plan.optimizer(...)` multiplies learning
     rates and Adam's epsilon. In the form of table 3 an untied model is used as it is: what would be a multiplier of the program
-    is part of a weight, attention's 1/d_head too (in the query's kernel). In the form of table 8 the program must divide the
-    readout's output by m and scale scores by 1/d_head; `plan.requirements` says whether it does.
+    is part of a weight, attention's 1/d_head too: in the query's kernel, or half in that of query, key and value. In the form
+    of table 8 the program must divide the readout's output by m and scale scores by 1/d_head; `plan.requirements` says whether
+    it does.
 
     Args:
         base: a narrower model of the same kind, such as `Net(width=64)` or an nnx factory; a mapping from fields of the linen
