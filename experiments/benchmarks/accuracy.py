@@ -23,7 +23,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.benchmarks import architectures as zoo
-from varscale.theory import predict
+from varscale import initialize, predict
+from varscale._compat import quick_compilation
 
 FLAGGED = 0.15
 WIDTH = 256
@@ -53,11 +54,13 @@ class Case:
         return jax.random.normal(key, self.shape, self.dtype)
 
 
-def measure(case: Case, nets: int, paths: set[str], *, backward: bool = True, batch: int = 4) -> dict[str, np.ndarray]:
+def measure(case: Case, nets: int, paths: set[str], *, backward: bool = True) -> dict[str, np.ndarray]:
     """Mean, mean square and mean squared gradient of modules' outputs, for each of `nets` drawn networks and inputs.
 
     Gradients are those of zero perturbations added to the outputs, under a cotangent of independent normals, scaled to a mean
-    square of exactly 1: what it varies by itself is none of the net's.
+    square of exactly 1: what it varies by itself is none of the net's. Networks are drawn by `vs.initialize`, which gives the
+    bits of the jitted init without compiling it, and pass one by one through one compiled function: XLA runs convolutions
+    with one kernel a network, which `jax.vmap` makes of them, many times slower on a CPU.
     """
 
     def outputs(variables: Any, x: jax.Array, nudges: dict[str, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -81,10 +84,8 @@ def measure(case: Case, nets: int, paths: set[str], *, backward: bool = True, ba
             y, _ = case.model.apply(variables, x, mutable=[c for c in variables if c != "params"])
         return y, seen
 
-    def one(key: jax.Array) -> dict[str, jax.Array]:
-        k_params, k_input, k_out = jax.random.split(key, 3)
+    def one(variables: Any, k_input: jax.Array, k_out: jax.Array) -> dict[str, jax.Array]:
         x = case.draw(k_input)
-        variables = case.model.init(k_params, x)
         if not backward:
             _, seen = outputs(variables, x, {})
             return {p: jnp.stack([v.mean(), (v**2).mean(), jnp.nan]) for p, v in seen.items()}
@@ -95,8 +96,11 @@ def measure(case: Case, nets: int, paths: set[str], *, backward: bool = True, ba
         (grads,) = vjp(cotangent / jnp.sqrt(jnp.mean(cotangent**2)))
         return {p: jnp.stack([v.mean(), (v**2).mean(), (grads[p] ** 2).mean()]) for p, v in seen.items()}
 
-    run = jax.jit(lambda keys: jax.lax.map(one, keys, batch_size=batch))
-    return {p: np.asarray(v, float) for p, v in run(jax.random.split(jax.random.key(7), nets)).items()}
+    run = jax.jit(one, compiler_options=quick_compilation())
+    found = []
+    for keys in jax.random.split(jax.random.key(7), (nets, 3)):
+        found.append(run(initialize(case.model, keys[0], case.struct()), keys[1], keys[2]))
+    return {path: np.array([statistics[path] for statistics in found], float) for path in found[0]}
 
 
 @dataclasses.dataclass(frozen=True)
