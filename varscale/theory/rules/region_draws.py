@@ -36,6 +36,7 @@ from varscale.theory.rules.region_sizes import (
 from varscale.theory.rules.registry import Opaque, parts
 
 _REPLICATES = 16
+_MOST_REPLICATES = 64  # where they take less time than it takes to compile them
 _FEWEST_REPLICATES = 4
 _TAIL = 1e-4  # probability that the mean of draws is further off than is said
 _DRAWN_NUMBERS = 1 << 22  # numbers that the draws of one array of a region may hold
@@ -234,11 +235,10 @@ def _numbers(x: Any) -> np.ndarray:
 
 def sizes_to_run(jaxpr: Any, operands: Sequence[Operand]) -> tuple[Sizes, int]:
     """Sizes, and a number of draws, at which equations can be run: their own, or fewer samples, or fewer units, too."""
-    cost, held = work(jaxpr.jaxpr, Sizes({}))
-    # Backward takes about three times as much.
-    fits = min(_WORK / max(4 * cost, 1.0), _HELD_NUMBERS / max(held, 1))
+    cost, held = np.maximum(work(jaxpr.jaxpr, Sizes({})), 1.0)
+    fits = min(_WORK / (4 * cost), _HELD_NUMBERS / held)  # backward: about three times as much
     if fits >= _REPLICATES / 2:
-        return Sizes({}), int(min(fits, _REPLICATES))
+        return Sizes({}), int(min(fits, np.clip(_SHORT / cost, _REPLICATES, _MOST_REPLICATES)))
     read = [x for x in operands if not x.nudge]
     units = {n for x in read if x.weight or (x.value and len(x.aval.shape) == 1) for n in x.aval.shape}
     samples = {n for x in read if x.value for n in x.aval.shape} - units
