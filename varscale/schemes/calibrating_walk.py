@@ -29,7 +29,7 @@ from varscale.theory.rules.registry import live_equations
 from varscale.usage import layouts
 from varscale.usage.handlers import HANDLERS
 from varscale.usage.notes import Use
-from varscale.usage.parameters import named_leaves
+from varscale.usage.parameters import named_leaves, parts_of
 from varscale.usage.values import View
 from varscale.usage.walk import Walk
 
@@ -323,5 +323,5 @@ class Calibrating(Interpreter):
         passed = [gradient for gradient, *_ in cotangents([(x.node, ones)], before).values()]
         if not passed or not max(passed) > 0:
             return None
-        fan_out = kernel.use.fan_out / max(1, kernel.use.parts)
+        fan_out = kernel.use.fan_out / max(1, len(parts_of(kernel.use)[1]))
         return math.sqrt(kernel.use.fan_in / (fan_out * max(passed)))

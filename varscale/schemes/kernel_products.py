@@ -17,6 +17,7 @@ from varscale.usage import layouts
 from varscale.usage.handlers import HANDLERS
 from varscale.usage.layouts import Axes
 from varscale.usage.notes import Use
+from varscale.usage.parameters import parts_of
 from varscale.usage.values import View
 from varscale.usage.walk import Walk
 
@@ -292,11 +293,11 @@ def _product(uses: list[Use], around: _Around, shared: set[int], kernel: Sequenc
     is_shared |= len(use.batch) != len(around.lengths)
     region = use.region or ()
     parts, groups, axis = ("",), None, -1
-    if use.parts > 1 and use.cut is not None and not (is_shared or region or len(uses) > 1) and _is_whole(use, kernel, output):
-        axis, stride, size = use.cut
-        groups = np.arange(kernel[axis]) // stride % (use.parts * size) // size
-        roles = {part[0]: "+".join(sorted(r)) for part, r in use.roles.items() if part is not None and part[1] == use.parts}
-        parts = tuple(roles.get(i, str(i)) for i in range(use.parts))
+    names, sizes = parts_of(use)
+    if sizes and use.cut is not None and not (is_shared or region or len(uses) > 1) and _is_whole(use, kernel, output):
+        axis, stride = use.cut
+        run = np.repeat(np.arange(len(sizes)), sizes)
+        groups, parts = run[np.arange(kernel[axis]) // stride % len(run)], names
     layers, layout = () if is_shared else use.batch, use.layout
     if groups is None and _stacks_kernels(use, eqn, kernel) and not (is_shared or region or len(uses) > 1):
         axis = use.shared[0]

@@ -312,7 +312,7 @@ def _told(use: Use, shape: tuple[int, ...], start: int) -> OneUse:
     scales = use.kind == "scale" and use.normalised
     before = "norm" if scales else after_function(use.before) or ("norm" if use.normalised else "")
     after = "norm" if use.after == {"norm"} else after_function(use.after)
-    parts, sizes = _parts(use)
+    parts, sizes = parts_of(use)
     return OneUse(
         _role(use, shape), use.fan_in, use.fan_out, use.reduction, use.output, tuple(sorted({*use.batch, *use.shared})),
         use.steps, use.raw, before, after, use.normalised_after, use.depth, use.ends, parts,
@@ -348,7 +348,7 @@ def _packed(use: Use, entries: int) -> tuple[int, int] | None:
     return (use.cut[0], use.cut[1] * entries) if entries and use.cut is not None else None
 
 
-def _parts(use: Use) -> tuple[tuple[str, ...], tuple[int, ...]]:
+def parts_of(use: Use) -> tuple[tuple[str, ...], tuple[int, ...]]:
     """What the parts of an output are, attention's query, key and value, or numbers; and how many entries each has."""
     if not use.parts:
         return tuple("+".join(sorted(roles)) for part, roles in use.roles.items() if part is None), ()
