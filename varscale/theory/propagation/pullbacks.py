@@ -172,7 +172,7 @@ def _beside_its_mean(p: _Path, q: _Path) -> Fork | None:
     kept = tuple(place for k, place in places if k not in mean.node.reduced)
     lacks = len(p.begins.axes) - len(places) > len(q.begins.axes) - len(mean.bind)
     whole = not lacks and is_mean_of(q.begins, p.begins)
-    if p.slope or q.slope or not mean.node.averages or kept != mean.bind or whole:
+    if p.slope or q.slope or kept != mean.bind or whole:
         return None
     beside = tuple(place for k, place in places if k in mean.node.reduced)
     return Fork(p.view, np.array(2 * p.factor * q.factor), None, beside)
