@@ -106,6 +106,11 @@ def input_value(interpreter: Context, x: Any, name: str) -> Any:
         return numbers
     if is_mask(graph, numbers):
         return interpreter.known(numbers)
+    if numbers.ndim == 3 and min(shape) > 1:  # samples, places, features
+        logs = np.log(np.mean(np.square(numbers), axis=-1) + 1e-300)
+        scatter = float(np.var(logs - logs.mean(axis=1, keepdims=True)))
+        if scatter > _ALIKE_SCALES + 4 / shape[-1]:
+            interpreter.regions.ask("", "given places that differ in scale")
     if len(shape) > 1 and shape[0] > 1:
         axes = (sample_axis(numbers), *axes[1:])
     numbers = np.squeeze(numbers)

@@ -151,7 +151,10 @@ def forks(node: Node) -> tuple[list[Fork], float]:
                 before = met.get(p.place, Fork(p.view, np.zeros(()), p.over))
                 met[p.place] = before._replace(squares=before.squares + squares)
             elif over and not (p.over and q.over):
-                if beside := _beside_its_mean(*((q, p) if p.over else (p, q))):
+                ends = (q, p) if p.over else (p, q)
+                if _is_centred(*ends):
+                    continue
+                if beside := _beside_its_mean(*ends, node.axes):
                     found.append(beside)
                 elif not any(isinstance(x.begins, Sum) for x in (p, q)):
                     reduced = math.prod(over.node.argument.axes[k].size for k in over.node.reduced)
@@ -162,30 +165,35 @@ def forks(node: Node) -> tuple[list[Fork], float]:
     return found, doubt
 
 
-def _beside_its_mean(p: _Path, q: _Path) -> Fork | None:
-    """The fork of a value reached directly (p) and through its mean (q), where nothing bends on the way; else None.
+def _beside_its_mean(p: _Path, q: _Path, frame: Axes) -> Fork | None:
+    """The fork of a value reached directly (p) and through a mean of it, or what follows shifts as a mean does (q); else None.
 
-    Of a sum that is centred as a whole, as a norm does, there is none: what it takes away goes with its scale. But a term that
+    What a norm does to a sum that is centred as a whole is none: what it takes away goes with its scale. But a term that
     lacks an axis of that mean (a time that is added at all places) collects what is left of it along the axis.
     """
     mean, places = q.over, list(enumerate(p.view.bind))
     kept = tuple(place for k, place in places if k not in mean.node.reduced)
-    lacks = len(p.begins.axes) - len(places) > len(q.begins.axes) - len(mean.bind)
-    whole = not lacks and is_mean_of(q.begins, p.begins)
-    if p.slope or q.slope or kept != mean.bind or whole:
+    if kept != mean.bind or q.view.bind != tuple(range(len(places))):
         return None
+    one = View(number(mean.node.graph, 1.0), ())
+    squares = cross(p.slope or one, q.slope.within(p.view.bind) if q.slope else one, frame)
+    squares = p.factor * q.factor * (squares + swapped(squares, frame))
     beside = tuple(place for k, place in places if k in mean.node.reduced)
-    return Fork(p.view, np.array(2 * p.factor * q.factor), None, beside)
+    return Fork(p.view, squares, None, beside)
+
+
+def _is_centred(p: _Path, q: _Path) -> bool:
+    """Whether a sum takes away the mean of one of its terms, which has as many axes as it."""
+    lacks = len(p.begins.axes) - len(p.view.bind) > len(q.begins.axes) - len(q.over.bind)
+    return not lacks and is_mean_of(q.begins, p.begins)
 
 
 def _below(path: _Path) -> Iterator[_Path]:
     """The paths through a sum, through one function, or through a reduction before it."""
     node, bind = path.view
     if isinstance(node, Sum) and path.over is None:
-        centred = {*node.centring, *node.centring.values()}
-        for i, (c, view) in enumerate(node.terms):
-            if i not in centred:
-                yield path._replace(view=view.within(bind), factor=path.factor * c)
+        for c, view in node.terms:
+            yield path._replace(view=view.within(bind), factor=path.factor * c)
     elif isinstance(node, Apply) and path.slope is None:
         # A norm's groups have a rule of their own.
         grouped = {member for group in cofactors(node).values() if len(group) > 1 for member in group}

@@ -14,6 +14,7 @@ from scipy import special
 
 from varscale.theory.domain.axes import Axes, Axis, contract_axes, pool, refine
 from varscale.theory.domain.tables import LEADING_ORDER, NEXT_ORDER, Table, estimate, gaussian, over_frame
+from varscale.theory.graph.convolutions import WindowMax, taps_of
 from varscale.theory.graph.expressions import IDENTITIES, Apply, Mean, Sum, roots
 from varscale.theory.graph.layout import Dim, Value, axes_along, full, renumbered
 from varscale.theory.graph.linear_nodes import weight_of
@@ -30,12 +31,12 @@ from varscale.theory.graph.nodes import (
 )
 from varscale.theory.graph.normal_form import affine, apply, mean_node
 from varscale.theory.graph.store import BackwardNotes, Flows, once_per_node
-from varscale.theory.integrals.hermite_series import Z, read_off, sphere_squares
+from varscale.theory.integrals.hermite_series import WEIGHTS, Z, read_off, sphere_squares
 from varscale.theory.integrals.primitives import FUNCTIONS, POSITIVE
 from varscale.theory.propagation.cross_moments import cross, mean_product
 from varscale.theory.propagation.fluctuations import fluctuations
 from varscale.theory.propagation.inherited_fluctuations import Spread, combine, inherited, propagated
-from varscale.theory.propagation.marginals import concentrated, evaluate, marginal
+from varscale.theory.propagation.marginals import along, concentrated, evaluate, marginal
 from varscale.theory.propagation.pullbacks import selected
 from varscale.theory.propagation.shared_component import of_an_average
 from varscale.theory.rules.lookup import compared
@@ -222,15 +223,24 @@ def pullback_of_extreme(node: Extreme, cotangent: np.ndarray, notes: BackwardNot
 
 
 @selected.register
-def selected_by_extreme(node: Extreme) -> View | None:
-    """√P(an entry is the largest, given it): Φ(z)^((count − 1)/2) of independent Gaussian ones."""
-    x, (axes, sign) = node.argument, node.params
+def selected_by_extreme(node: Extreme | WindowMax) -> View | None:
+    """√P(an entry is the largest, given it): Φ(z)^((count − 1)/2) of independent Gaussian ones, or f of such."""
+    x = node.argument
     if not isinstance(x, Apply | Sum) or concentrated(x):
         return None
-    scale, others = sign / math.sqrt(2 * x.table.variance), math.prod(x.axes[k].size for k in axes) - 1
-    z = affine(x, scale, -scale * x.table.total_mean)
-    share = affine(apply(x.graph, "erf", (), x.axes, [z.whole]), 0.5, 0.5)
-    return apply(x.graph, "power", (others / 2,), x.axes, [share.whole]).whole
+    if isinstance(node, Extreme):
+        count, sign = math.prod(x.axes[k].size for k in node.reduced), node.params[1]
+    else:
+        count, sign = taps_of(node), 1.0
+    live, read = [r for r in roots(x) if not concentrated(r.node)], x.whole
+    if len(live) == 1 and len(live[0].bind) == len(x.axes):
+        slope = float(np.mean(along(x.whole, x.axes, *live) @ (WEIGHTS * Z)))
+        if slope**2 > x.table.variance / 2:
+            read, sign = live[0], math.copysign(sign, sign * slope)
+    (y, bind), scale = read, sign / math.sqrt(2 * read.node.table.variance)
+    z = affine(y, scale, -scale * y.table.total_mean)
+    share = affine(apply(x.graph, "erf", (), y.axes, [z.whole]), 0.5, 0.5)
+    return View(apply(x.graph, "power", ((count - 1) / 2,), y.axes, [share.whole]), bind)
 
 
 @once_per_node

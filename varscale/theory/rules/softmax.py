@@ -37,6 +37,8 @@ _LARGEST = 1e4  # variance of logits s² from where on the largest of them has a
 _NO_LOGITS = 1e8  # what numbers that hide keys (−10⁹) give them, where it is not known which they hide
 _PLACED_DOUBT = 1.5  # of cotangents where weights and values share tokens whose overlaps are not known; set
 
+_NOT_GAUSSIAN = "a softmax of logits that are not Gaussian"
+
 _WEIGHTS: Fact[Hashable, WeightMoments] = Fact()
 _WINDOWS: Fact[None, bool] = Fact()  # whether a mask's rows share more keys with those near them
 
@@ -238,7 +240,7 @@ def softmax_of(interpreter: Context, top: Value, bottom: Value) -> Value | None:
         args += rows_filled(*allowed, key)
         unshared = keys_apart(allowed.node, allowed.bind.index(key)) if key in allowed.bind else 0.0
     gaussian = _is_nearly_gaussian(random.node)
-    if not gaussian and interpreter.ask("a softmax of logits that are not Gaussian"):
+    if not gaussian and interpreter.ask(_NOT_GAUSSIAN):
         return placeholder
     placed, learned = _bias_variances(random, key)
     # Classes of rows do not tell which keys are seen: behind a window, rows near one another share more keys.
@@ -286,6 +288,7 @@ def _bias_variances(random: View, key: int) -> tuple[float, float]:
 class LogSumExp(OneOfMany):
     """log Σ exp along an axis, between the largest and that plus ln n, and sampled as the largest is; `params`: ((axis,),)."""
 
+    gradient_doubt = 0.0
 
 cross_by_kind.register(LogSumExp, cross_by_kind_of_one_of_many)
 
@@ -316,6 +319,8 @@ def log_sum_exp_of(interpreter: Context, x: Value) -> Value | None:
     taken = [(c, v) for c, v in terms if all(isinstance(r.node, Extreme) for r in roots(v.node))]
     along = any(key in view.bind for _, view in taken)
     if random is None or allowed is not None or random.node.axes != powers.axes or along:
+        return None
+    if not _is_nearly_gaussian(random.node) and interpreter.ask(_NOT_GAUSSIAN):
         return None
     unit = graph.make(LogSumExp, mean.axes, [random], ((key,),))
     views = [unit.whole, *(View(v.node, tuple(b - (b > key) for b in v.bind)) for _, v in taken)]
