@@ -190,9 +190,10 @@ class WindowMax(WindowSum):
     """Maxima over windows, smaller ones at borders counted in. A cotangent goes to one entry of its window; entries add up."""
 
     how = "sampled"
-    gradient_doubt = LEADING_ORDER
     law: np.ndarray  # maxima less their mean over their deviation, on the normal grid; known with its moments
 
     def prepare(self) -> None:
         super().prepare()
         self.odd = 0
+        # Of many entries, which are alike, one is less of an extreme: LEADING_ORDER at four of them.
+        self.gradient_doubt = LEADING_ORDER * math.log2(taps_of(self)) / 2
