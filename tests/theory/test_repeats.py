@@ -46,6 +46,40 @@ class Embedded(nn.Module):
         return nn.Dense(4)(x.mean(1))
 
 
+class Classes(nn.Module):
+    """Log-probabilities at a temperature: logits, and log Σ exp of them taken away."""
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.log_softmax(2 * nn.Dense(3, name="logits")(x))
+
+
+class Centred(nn.Module):
+    """A value less its mean, beside a function of it."""
+
+    @nn.compact
+    def __call__(self, x):
+        h = nn.Dense(32)(x)
+        return h - h.mean(-1, keepdims=True) + jnp.tanh(h)
+
+
+class Bounded(nn.Module):
+    """A maximum over windows of what a function squeezes: the largest are where its slope is smallest."""
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(4)(nn.max_pool(nn.tanh(nn.Conv(32, (3,))(x)), (2,), (2,)))
+
+
+class Normalised(nn.Module):
+    """A norm of places, of which some are zero and stay so."""
+
+    @nn.compact
+    def __call__(self, x):
+        y = nn.LayerNorm()(nn.Dense(16)(x))
+        return nn.Dense(16)(nn.relu(nn.Dense(16)(y)) + y)
+
+
 class Differences(nn.Module):
     """A loop over time that subtracts the last step's row of a table."""
 
@@ -59,10 +93,18 @@ def described(*shape):
     return jax.ShapeDtypeStruct(shape, jnp.float32)
 
 
+# Places that are filled up with zeros, from sample to sample others.
+FILLED = np.random.default_rng(0).standard_normal((6, 8, 16), np.float32)
+FILLED[np.random.default_rng(1).random((6, 8)) < 0.4] = 0
+
 CASES = [
     (Steps(), described(8, 16)),
     (Hypernetwork(), vs.inputs(described(32, 8), described(32, 6))),
     (Embedded(), vs.inputs(described(4, 16, 8), described(4, 8))),
+    (Classes(), described(64, 16)),
+    (Centred(), described(16, 32)),
+    (Bounded(), described(4, 32, 8)),
+    (Normalised(), FILLED),
 ]
 
 
@@ -73,6 +115,11 @@ def test_rows_hold_beside_drawn_nets(model, x):
     outside = [row.path for row in report.rows if row.holds is False or row.gradient_holds is False]
     assert not outside
     assert np.mean([row.draws_in_band for row in report.rows]) >= 0.97
+
+
+def test_log_probabilities_have_sharp_gradients():
+    row = vs.predict(Classes(), described(64, 16))["logits"]
+    assert row.gradient_error_bound < 0.15
 
 
 def test_given_ids_are_drawn_as_rows_of_one_table():
