@@ -290,6 +290,7 @@ class LogSumExp(OneOfMany):
 
     gradient_doubt = 0.0
 
+
 cross_by_kind.register(LogSumExp, cross_by_kind_of_one_of_many)
 
 
