@@ -122,8 +122,6 @@ def gain_of_queries(weights: Any, notes: BackwardNotes, passed: np.ndarray, kept
     The pullback of the scores adds it. By type of rows, of a key's own a cotangent has `passed`, the Jacobian keeps `kept`.
     """
     found, values = scores(weights), notes.values.get(weights.id)
-    if found is values is None:  # no attention
-        return 0.0
     if found is None or values is None or (tokens := projected(found.keys)) is None:
         return None
     several = np.clip(1 - (weights.seen * weights.weights.square).sum(-1), 0, 1) ** 2
