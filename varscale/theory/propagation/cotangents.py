@@ -324,7 +324,7 @@ def _inverse_scale(root: View, scale: View, power: int = 2) -> float:
     r is that of jointly Gaussian positions (`mean_squared_correlation`), and v is taken for a gamma variable, as it is for
     independent ones (1/(1 − 2/n)); from r = .9 on, the factor stops at 10. In the gradient 1/v stands alone; forward, y is
     normalised by itself. With power=1 a type's pairs are equal or free, as near places of a picture are, or far ones.
-    A norm over the units of one place varies with the scale there, too: by a gamma variable for each source of it.
+    A norm over the units of one place varies with the scale there, too: by a gamma variable for each input.
     """
     table = root.node.table
     second, outer = (mean_squared_correlation(m, root, scale, power) for m in (table.second, table.outer))
@@ -336,6 +336,8 @@ def _inverse_scale(root: View, scale: View, power: int = 2) -> float:
         alone = len(groups) == 1 and len(groups[0][1].bind) == len(scale.bind)
         if alone and set(roots(term)) == set(groups[0]):
             fixed += float(share) ** 2
+    # A function's units vary the scale that flows back along with it.
     sources = kernel(root.node).places if scale.bind == root.bind[:-1] else {}
-    varied = math.prod(max(2 - math.exp(c * c), 0.1) for key, c in sources.items() if isinstance(key, int))
+    inputs = (sources.get(x.id, 0.0) for x in root.node.graph.nodes.values() if x.is_input)
+    varied = math.prod(max(2 - math.exp(c * c), 0.1) for c in inputs)
     return 1 / (1 - min(2 * (second - outer) * (1 - fixed), 0.9)) / varied
