@@ -233,8 +233,9 @@ def grid() -> list[Case]:
             model = zoo.Transformer(causal=causal, feedforward=ff, width=WIDTH)
             cases.append(Case(name, "transformer", model, (4, 32), jnp.int32, tokens=1000))
     for cell in ("LSTM", "GRU", "tanh"):
-        cases.append(Case(f"recurrent {cell}", "recurrent", zoo.Recurrent(cell, 64), (8, 64, 32)))
-        cases.append(Case(f"recurrent residual {cell}", "recurrent", zoo.Recurrent(cell, 64, residual=True), (8, 64, 32)))
+        cases.append(Case(f"recurrent {cell}", "recurrent", zoo.Recurrent(cell, 64), (8, 64, 32), times=10))
+        model = zoo.Recurrent(cell, 64, residual=True)
+        cases.append(Case(f"recurrent residual {cell}", "recurrent", model, (8, 64, 32), times=10))
     return cases
 
 
