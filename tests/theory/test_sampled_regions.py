@@ -6,10 +6,12 @@ import drawn
 import jax
 import jax.numpy as jnp
 import pytest
+from flax import linen as nn
 from jax.extend.core import Primitive
 
 import varscale as vs
 from varscale.theory.graph.store import PredictionError
+from varscale.theory.rules.region_sizes import every_equation, has_own_kernels
 from varscale.theory.rules.registry import RULES
 
 SAMPLES, WIDTH, DEPTH = 16, 32, 3
@@ -144,3 +146,48 @@ def test_a_walk_skips_what_it_has_asked_to_draw(monkeypatch):
     report = vs.predict(lambda w, x: jnp.tanh(jnp.sort(x @ w[0], axis=-1)), X, params=kernels, backward=False)
     assert any("the whole model" in note for note in report.notes)
     assert not entered
+
+
+class Scaled(nn.Module):
+    """A scale of places that is known, or one of samples that is drawn, in front of a norm."""
+
+    of_samples: bool = False
+
+    @nn.compact
+    def __call__(self, x):
+        x = jnp.fft.ifft(jnp.fft.fft(x, axis=1), axis=1).real
+        return x * (jnp.exp(x[:, :1, :1] / 2) if self.of_samples else jnp.exp(-jnp.arange(64) / 30)[None, :, None])
+
+
+def test_gradients_at_places_that_differ_in_scale_before_a_norm():
+    x = jax.ShapeDtypeStruct((4, 64, WIDTH), jnp.float32)
+    nets = (nn.Sequential([nn.Dense(WIDTH), Scaled(own), nn.LayerNorm(), nn.Dense(4)]) for own in (False, True))
+    known, unsure = (vs.predict(net, x, draws=60) for net in nets)
+    for report in (known, unsure):
+        assert report["layers_1"].gradient_holds
+        assert report["layers_2"].second_moment == pytest.approx(1, rel=0.01)
+    assert known["layers_1"].gradient_error_bound < 0.4
+    assert unsure["layers_1"].gradient_error_bound > 0.5
+
+
+def test_a_loop_that_is_written_out_is_drawn():
+    def steps(kernels, x):
+        h = jnp.zeros((SAMPLES, WIDTH))
+        for _ in range(12):
+            h = 0.9 * h + jnp.tanh(x + h @ kernels[0])
+        return h
+
+    assert "the whole model" in vs.predict(steps, X, params=kernels).notes[0]
+
+
+def test_kernels_of_each_sample_are_differentiated_draw_by_draw():
+    def convolved(x, kernel):
+        return jax.lax.conv_general_dilated(x, kernel, (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC"))
+
+    def own(kernels, x):
+        with jax.named_scope("convolution"):
+            return jax.vmap(convolved)(x.reshape(-1, 2, 8, 2), (x @ kernels[0]).reshape(-1, 4, 2, 4))
+
+    equations = jax.make_jaxpr(own)(kernels(jax.random.key(0)), jnp.ones(X.shape))
+    assert any(map(has_own_kernels, every_equation(equations.jaxpr)))
+    assert vs.predict(own, X, params=kernels).output.how == "sampled"

@@ -198,3 +198,20 @@ def test_what_is_added_at_all_places_is_centred_with_them():
     # At each of 64 places the gradient's mean square is 8/4, and 1/4 of what they add up to is taken away.
     assert row.gradient == pytest.approx(64 * 2 * (1 - 1 / 4), rel=row.gradient_error_bound)
     assert row.gradient_error_bound < 0.15
+
+
+class Conditioned(AddedAtAllPlaces):
+    """The same in front of a norm."""
+
+    groups: int
+
+    @nn.compact
+    def __call__(self, x, t):
+        return nn.GroupNorm(self.groups)(nn.Dense(16)(x) + 2 * nn.Dense(16, name="time")(t)[:, None, :])
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+def test_what_is_added_at_all_places_before_a_norm_over_places(groups):
+    x = vs.inputs(jax.ShapeDtypeStruct((4, 64, 16), "float32"), jax.ShapeDtypeStruct((4, 64), "float32"))
+    row = vs.predict(Conditioned(groups), x, draws=200)["time"]
+    assert abs(row.gradient / row.measured_gradient - 1) < 0.1 + 4 * row.measured_gradient_error / row.measured_gradient

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from varscale.theory.domain.axes import Axes, Axis
+from varscale.theory.domain.tables import NEXT_ORDER
 from varscale.theory.graph.expressions import (
     IDENTITIES,
     Apply,
@@ -123,6 +124,24 @@ def total(graph: Graph, weights: Sequence[float], axes: tuple[Axis, ...], views:
         return number(graph, offset)
     if len(live) == 1:
         return _scaled(live[0][1], axes, live[0][0], offset)
+    parts = [_powers_apart(view.node, ()).whole.within(view.bind) for _, view in live]
+    if len(live) == 2 and all(x.node.primitive == "mul" for x in parts) and alike(live[0][0], -live[1][0]):
+        mine, theirs = ([view.within(x.bind) for view in x.node.args] for x in parts)
+        for known in (x for x in mine if x in theirs and all(isinstance(r.node, Array) for r in roots_of(x))):
+            # Known numbers that an array is multiplied by, its mean too, are a factor of the difference.
+            rest = [next(x for x in own if x != known) for own in (mine, theirs)]
+            inner = total(graph, [c for c, _ in live], axes, rest)
+            over = [number(graph, 1.0).whole, known.node.whole]
+            inverse = View(apply(graph, "div", (), known.node.axes, over), known.bind)
+
+            def back(cotangent: np.ndarray, inverse: View = inverse) -> np.ndarray:
+                return cotangent * inverse.second(axes)
+
+            for _, view in live:
+                if view == view.node.whole and len(view.bind) == len(inner.axes) == len(axes):
+                    graph.derive(view.node, inner, back, NEXT_ORDER)
+            whole = View(inner, tuple(range(len(axes))))
+            return affine(apply(graph, "mul", (), axes, [known, whole]), 1.0, offset)
     live.sort(key=lambda term: (term[1].node.id, term[1].bind))
     node = graph.make(Sum, axes, [v for _, v in live], tuple(c for c, _ in live))
     if _is_variance(node):
@@ -211,8 +230,7 @@ def _mean_node(node: Node, axes: tuple[int, ...]) -> Node:
         places = tuple(b - sum(j < b for j in axes) for b in view.bind if b not in axes)
         return View(mean, places[: len(mean.axes)])  # of a number none
 
-    if node.primitive == "integer_pow":
-        node = _powers_apart(node, axes)
+    node = _powers_apart(node, axes)
     match node, node.params:
         case Array(), _:
             return array(graph, node.values.mean(axis=axes), left)
@@ -255,6 +273,8 @@ def _factors_apart(node: Apply, axes: Sequence[int]) -> Node | None:
 
 def _powers_apart(node: Node, axes: Sequence[int]) -> Node:
     """(x y)ⁿ as xⁿ yⁿ, where one factor is constant along the axes: the scale of a norm comes out of the next norm's mean."""
+    if node.primitive != "integer_pow":
+        return node
     (inner, bind), (name, extra) = node.args[0], node.params
     parts = [view.within(bind) for view in inner.args] if inner.primitive in ("mul", "div") else []
     if all(any(b in axes for b in view.bind) for view in parts):

@@ -9,12 +9,12 @@ import functools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import special
 
-from varscale.theory.domain.axes import Axis, contract_axes, contract_axis, equal, refine, shares
+from varscale.theory.domain.axes import Axis, equal, outer, pool, refine, shares
 from varscale.theory.domain.tables import NEGLIGIBLE, ROUGH, full_types, means_by_type
 from varscale.theory.graph.expressions import Apply, Sum, roots, scale_and_shift
 from varscale.theory.graph.linear_nodes import applied_weights
@@ -27,7 +27,14 @@ from varscale.theory.propagation.fluctuations import gradient_scale, norm_of_giv
 from varscale.theory.propagation.fourth_moments import mean_squared_correlation
 from varscale.theory.propagation.inherited_fluctuations import kernel
 from varscale.theory.propagation.marginals import along, cofactors, concentrated, term_shares, uncentred
-from varscale.theory.propagation.pullbacks import Cotangent, forks, pulled_back, selected, sum_out
+from varscale.theory.propagation.pullbacks import (
+    Cotangent,
+    forks,
+    pulled_back,
+    selected,
+    shared_by_mean,
+    sum_out,
+)
 from varscale.theory.propagation.second_moments import product_second
 
 _MASK_DOUBT = 0.03  # set, not derived: a stream's derivatives are a Markov chain only in the main
@@ -70,7 +77,7 @@ def _added_cotangents(parts: Sequence[Cotangent], axes: tuple[Axis, ...]) -> Cot
     whole = max(float(weights.sum()), 1e-300)
     doubt = float(weights @ [p.doubt for p in parts]) / max(abs(mean_square(second, axes)), 1e-12 * whole)
     few = whole / max(float(weights @ [1 / p.few for p in parts]), 1e-300)
-    weighed = ("own", "radial", "unit", "near", "lost", "between")
+    weighed = ("own", "radial", "unit", "near", "lost")
     rest = {name: float(weights @ [getattr(p, name) for p in parts]) / whole for name in weighed}
     return Cotangent(second, doubt, parts[0].mask, few, scale, **rest)
 
@@ -171,10 +178,8 @@ class _Backward:
             doubt += 2 * max((doubt_of(r.node) for r in roots(slope.node) if r not in held), default=0.0)
             if held:
                 inverse = _inverse_scale(root, held[0])
-                along_itself = max(1 + part.radial, 0.0) * _projection(node, root, slope, held[0], part)
-                between = part.between + _between_places(root, held[0], back, along_itself)
-                passed = replace(passed, between=min(between, UNKNOWN))
-                back = (back - along_itself) * inverse
+                along_itself = _projection(node, root, slope, held[0], part, back)
+                back = (back - max(1 + part.radial, 0.0) * along_itself) * inverse
                 doubt += ROUGH * (inverse - 1) + doubt_of(root.node) + norm_of_given(root, held[0])
                 if root.node.near == 1 and len(root.bind) > len(held[0].bind) + 1:
                     doubt += _inverse_scale(root, held[0], power=1) / inverse - 1
@@ -294,28 +299,31 @@ def _given_last(node: Apply, x: View, last: View) -> np.ndarray:
     return refine(joint / np.maximum(before, 1e-300), node.axes)
 
 
-def _projection(node: Apply, root: View, slope: View, scale: View, part: Cotangent) -> np.ndarray:
+def _projection(
+    node: Apply, root: View, slope: View, scale: View, part: Cotangent, back: np.ndarray
+) -> np.ndarray:
     """What a norm takes out of the cotangent u along its own output y: y · mean(u y), whose mean square is E[mean(u y)²]."""
     whole = apply(node.graph, "mul", (), node.axes, [slope, root]).whole
     squares = whole.second(node.axes) if part.mask is None else _given_last(node, whole, part.mask)
-    out = sum_out(part.second * squares, node.axes, root) / max(root.node.table.mean_square, 1e-300)
-    for k, (axis, place) in enumerate(zip(root.node.axes, root.bind, strict=True)):
-        if place not in scale.bind:
-            mean = contract_axis(out, k, axis.any_pair)
-            out = np.stack([mean * same for same in axis.agrees], axis=k)
-    return out
-
-
-def _between_places(root: View, scale: View, back: np.ndarray, taken: np.ndarray) -> float:
-    """What a sum over a norm's places may be off by: y of different places go together, `_projection` takes none to."""
-    table, axes = root.node.table, root.node.axes
-    normed = {k: axes[k].any_pair for k, place in enumerate(root.bind) if place not in scale.bind}
-    rest = tuple(axis for k, axis in enumerate(axes) if k not in normed)
-    alike, left, gone = (
-        mean_square(contract_axes(x, normed), rest) for x in (table.second, back - taken, taken)
-    )
-    places = math.prod(axes[k].size for k in normed)
-    return max(places * alike / max(table.mean_square, 1e-300) - 1, 0.0) * abs(gone) / max(abs(left), 1e-300)
+    axes, square = root.node.axes, max(root.node.table.mean_square, 1e-300)
+    normed = [k for k, place in enumerate(root.bind) if place not in scale.bind]
+    out = shared_by_mean(sum_out(part.second * squares, node.axes, root), normed, axes) / square
+    alike = outer(a.agrees if k in normed else np.ones(a.types) for k, a in enumerate(axes))
+    if normed == [len(axes) - 1]:
+        return out * alike
+    # Of two places that share part of y or u: (UY + YU)/n − Y mean, U and Y the moments of pairs of either.
+    y = full_types(root.node.table.second / square, axes)
+    rank, maps = len(axes), list[Any]()
+    for k, n in enumerate(
+        a.size for a in axes
+    ):  # which pairs (i, k) and (k, j) make (i, j): of n, or of k = j
+        summed = np.array([[[1, 0], [0, n - 1]], [[0, 1], [1, n - 2]]]) / n
+        maps += [summed if k in normed else np.array([[[1, 0], [0, 0]], [[0, 0], [1, 0]]])]
+        maps += [range(k, 3 * rank, rank)]
+    for start, x in enumerate((back, y), 1):
+        maps += [pool(full_types(x, axes), axes), range(start * rank, start * rank + rank)]
+    both = np.einsum(*maps, range(rank), optimize=True)
+    return np.where(alike, out, refine(2 * both, axes) - y * out)
 
 
 def _inverse_scale(root: View, scale: View, power: int = 2) -> float:

@@ -57,6 +57,7 @@ from varscale.theory.propagation.marginals import (
     uncentred,
 )
 from varscale.theory.propagation.pullbacks import Cotangent
+from varscale.theory.propagation.sampler import in_order
 from varscale.theory.propagation.shared_component import channel_scatter
 
 
@@ -188,6 +189,8 @@ def norm_of_given(root: View, scale: View) -> float:
     as Σ, the covariance of what windows read: one or two for a smooth picture, where E[1/v] is not finite.
     """
     node = uncentred(root).node
+    if in_order(node) and 0 in scale.bind:
+        return min(kernel(node).point, UNKNOWN)
     if not any(v.node.is_input and v.node.near == 1 for v in node.args):
         return 0.0
     if len(scale.bind) < 2:

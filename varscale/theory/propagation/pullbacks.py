@@ -48,7 +48,6 @@ class Cotangent:
     # How much more than any two places near ones have in common at most, relative to the mean square.
     near: float = 0.0
     lost: float = 0.0  # the part of `doubt` that comes of that
-    between: float = 0.0  # what a sum over places may be off by, relatively
 
 
 def sum_out(second: np.ndarray, frame: Axes, view: View) -> np.ndarray:
@@ -236,10 +235,7 @@ def pulled_back(node: Node, i: int, part: Cotangent) -> Cotangent:
         own, other = table[(0,) * table.ndim], table[tuple(int(k in along) for k in range(table.ndim))]
         near = max(near, float(np.clip(1 - other / own, 0.0, 1.0)) if own > 0 else 0.0)
     lost = part.near * (met - 1)
-    part = dataclasses.replace(part, near=near, doubt=part.doubt + lost, lost=part.lost + lost)
-    if isinstance(node, Sum) and len(node.args[i].bind) < len(node.axes):
-        part = dataclasses.replace(part, doubt=part.doubt + part.between, between=0.0)
-    return part
+    return dataclasses.replace(part, near=near, doubt=part.doubt + lost, lost=part.lost + lost)
 
 
 def copies(node: Node) -> float:

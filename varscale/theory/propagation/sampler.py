@@ -256,7 +256,7 @@ def sampled_from_gather(node: Gather, drawing: Drawing, positions: Positions) ->
 
 
 _POOLED = 2_000_000  # numbers that moments by type are estimated from
-_SCORES = 4.0  # standard errors that a mean is trusted to; within them it is taken for zero
+SCORES = 4.0  # standard errors that a mean is trusted to; within them it is taken for zero
 
 
 def pooled(numbers: np.ndarray, axes: Axes, positions: Positions) -> Table:
@@ -286,9 +286,9 @@ def table_of_draws(node: Node, numbers: np.ndarray, positions: Sequence[np.ndarr
     table, within = pooled(numbers, node.axes, positions), tuple(range(1, numbers.ndim))
     squares = np.mean(numbers.astype(float) ** 2, axis=within)
     error = float(squares.std() / max(squares.mean(), 1e-300)) / math.sqrt(len(squares))
-    node.graph.flag("sampled", _SCORES * error)
+    node.graph.flag("sampled", SCORES * error)
     means = numbers.mean(axis=within)
-    if abs(means.mean()) < _SCORES * means.std() / math.sqrt(len(means)):
+    if abs(means.mean()) < SCORES * means.std() / math.sqrt(len(means)):
         return Table(table.axes, np.zeros_like(table.mean), table.second)
     return table
 
@@ -299,4 +299,4 @@ def cross_moments(x: np.ndarray, y: np.ndarray, axes: Axes, positions: Positions
     found = estimated_products(x, y, small)
     mean, error = found.mean(axis=0), found.std(axis=0) / math.sqrt(len(found) - 1)
     # Most loops change sign with weights that what else there is does not have.
-    return np.where(np.abs(mean) > _SCORES * error, mean, 0.0)
+    return np.where(np.abs(mean) > SCORES * error, mean, 0.0)

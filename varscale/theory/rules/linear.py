@@ -7,7 +7,7 @@ outputs are classed by the mean square of what they read.
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ import numpy as np
 from varscale.theory.domain.axes import Axes, Axis, affordable, contract_axes, equal, grouped, join, outer
 from varscale.theory.domain.tables import LOOSE, NEGLIGIBLE, ROUGH, Table, full_types, means_by_type
 from varscale.theory.graph.convolutions import Conv
-from varscale.theory.graph.expressions import Apply, Sum, roots, swapped
+from varscale.theory.graph.expressions import Apply, roots, swapped
 from varscale.theory.graph.layout import Value, align, axes_along, full, renumbered
 from varscale.theory.graph.linear_nodes import Contract, Gather, applied_weights, unmoved, weight_of
 from varscale.theory.graph.nodes import Array, Leaf, Node, View, cross_by_kind, pullback, second_moments
@@ -35,6 +35,7 @@ from varscale.theory.rules.sampled_regions import drawn_region
 from varscale.theory.rules.softmax import Softmax
 
 _LIKENESS = 1e-2  # of a mean square, what keys that are alike add to it that is not
+_WRITTEN_OUT = 8  # products with one weight that an array is made of: T steps have T² cross-moments
 
 
 def _summed(node: Contract, means: np.ndarray) -> np.ndarray:
@@ -151,16 +152,14 @@ def propagated_of_contract(node: Contract) -> Spread:
     return with_own_weights(dataclasses.replace(spread, shift=spread.shift + math.expm1(together)), node)
 
 
-def _uses(node: Node, leaf: Node) -> Iterator[View]:
+@once_per_node
+def _uses(node: Node, leaf: Node) -> list[View]:
     """Products with a weight, and rows of it, that a node is an elementwise function of."""
-    pending = [node.whole]
-    for view in pending:  # grows
-        inner, bind = view
-        if isinstance(inner, Contract | Gather) and any(v.node is leaf for v in inner.args):
-            yield view
-        elif isinstance(inner, Apply | Sum | Softmax):
-            args = inner.args[:1] if isinstance(inner, Softmax) else inner.args
-            pending += [v.within(bind) for v in args if v.node.deps & leaf.deps]
+    if isinstance(node, Contract | Gather) and any(v.node is leaf for v in node.args):
+        return [node.whole]
+    args = node.args[:1] if isinstance(node, Softmax) else node.args if node.entrywise else ()
+    found = (use.within(v.bind) for v in args if v.node.deps & leaf.deps for use in _uses(v.node, leaf))
+    return list(dict.fromkeys(found))
 
 
 def _is_transposed(weight: Value, x: Value, contracted: Sequence[int]) -> bool:
@@ -272,6 +271,8 @@ def dot_general(interpreter: Context, eqn: Any, x: Value, y: Value) -> Any:
         reason = "rows meet themselves in a product"
     if reason:
         return drawn_region(interpreter, eqn, (x, y), reason)
+    if b.node.is_drawn and len(_uses(a.node, b.node)) > _WRITTEN_OUT:
+        interpreter.ask("a loop over time that is written out")
     x, y = _over_one_frame(a, b, batch, contracted)
     free, count = len(x.dims) - len(contracted[0]), len(batch[0])
     terms = math.prod(x.shape[free:])

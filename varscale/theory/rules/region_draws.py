@@ -29,6 +29,7 @@ from varscale.theory.rules.region_sizes import (
     Program,
     Sizes,
     every_equation,
+    has_own_kernels,
     over_draws,
     shrunk,
     work,
@@ -144,11 +145,12 @@ class RegionDraws:
         short = self.batch * work(self.jaxpr.jaxpr, self.sizes)[0] < _SHORT
         numbers = (jax.random.key_data(x) if is_key(x) else x for x in self.jaxpr.consts)
         written = f"{[hashlib.sha1(np.asarray(x).tobytes()).hexdigest() for x in numbers]} {self.jaxpr.jaxpr}"
-        return Program(self.jaxpr, self.sizes, written, weights, floating, short)
+        apart = any(map(has_own_kernels, every_equation(self.jaxpr.jaxpr)))
+        return Program(self.jaxpr, self.sizes, written, weights, floating, short and not apart, apart)
 
     def _in_batches(self, method: Any, count: int, *arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
         """A method of the program on `count` draws, so many at a time: what is compiled does not depend on how many."""
-        f = over_draws(method, short=self.program.short)
+        f = over_draws(method, short=self.program.short, apart=self.program.apart)
         batches = [slice(start, min(start + self.batch, count)) for start in range(0, count, self.batch)]
         found = [f(self.program, *([x[some] for x in own] for own in arrays)) for some in batches]
         return list(map(np.concatenate, zip(*found, strict=True)))

@@ -63,6 +63,7 @@ class Program:
     weights: tuple[bool, ...]  # which operands are independent zero-mean weights
     floating: tuple[int, ...]  # which operands cotangents are asked of
     short: bool = dataclasses.field(compare=False)  # whether it takes less time to run it than to compile it
+    apart: bool  # whether samples have kernels of their own: gradients of many together take XLA minutes
 
     def run(self, operands: Sequence[Any]) -> list[jax.Array]:
         """Every output of one run at the smaller sizes, the parts of complex ones in succession; of keys nothing is told."""
@@ -82,11 +83,18 @@ class Program:
         return pull([seed.astype(x.dtype) for seed, x in zip(seeds, out, strict=True)])
 
 
+def has_own_kernels(met: tuple[Any, int]) -> bool:
+    """Whether an equation convolves groups that have several channels each: samples, by kernels of their own."""
+    p, shape = met[0].params, met[0].invars[-1].aval.shape
+    return p.get("feature_group_count", 1) > 1 and shape[p["dimension_numbers"].rhs_spec[1]] > 1
+
+
 @cache
-def over_draws(method: Callable[..., Any], *, short: bool) -> Callable[..., Any]:
+def over_draws(method: Callable[..., Any], *, short: bool, apart: bool) -> Callable[..., Any]:
     """A method of programs over draws of all that it takes; optimizations take longer than they save a short one."""
+    over = (lambda f: lambda *xs: lax.map(lambda x: f(*x), xs)) if apart else jax.vmap
     return jax.jit(
-        lambda program, *draws: jax.vmap(partial(method, program))(*draws),
+        lambda program, *draws: over(partial(method, program))(*draws),
         static_argnums=0,
         compiler_options=_compat.quick_compilation() if short else None,
     )

@@ -16,8 +16,8 @@ from scipy import special
 
 from varscale import _compat
 from varscale.programs.pieces import is_key
-from varscale.theory.domain.axes import Axes, Axis, by_level
-from varscale.theory.domain.tables import LOOSE, Positions, Table, gaussian
+from varscale.theory.domain.axes import Axes, Axis, by_level, shares
+from varscale.theory.domain.tables import LOOSE, NEXT_ORDER, Positions, Table, gaussian
 from varscale.theory.graph.expressions import content, hashed
 from varscale.theory.graph.known_arrays import is_known_array
 from varscale.theory.graph.layout import Value, axes_along, full, value
@@ -28,6 +28,7 @@ from varscale.theory.propagation.fluctuations import fluctuations
 from varscale.theory.propagation.fourth_moments import fresh
 from varscale.theory.propagation.inherited_fluctuations import Spread, combine, propagated
 from varscale.theory.propagation.sampler import (
+    SCORES,
     Drawing,
     cross_moments,
     evenly,
@@ -197,7 +198,13 @@ def propagated_of_region(node: RegionOutput) -> Spread:
     if not draws.sizes.smaller:  # the draws themselves vary by no more than all of it
         shared = max(shared, varied - inherited.variance)
     own = math.sqrt(max(shared - fresh(node, range(len(node.axes))), 0.0))
-    return dataclasses.replace(inherited, sources={**inherited.sources, ~node.id: own})
+    spread = dataclasses.replace(inherited, sources={**inherited.sources, ~node.id: own})
+    if len(node.axes) > 1:  # places of one class differ in scale by more than sampling their units does
+        logs = pooled(np.log(np.maximum(numbers.mean(axis=-1), 1e-150)), node.axes[:-1], node.positions[:-1])
+        varied = float(shares(logs.axes) @ (logs.diagonal - logs.mean**2).ravel())
+        own = varied - math.log1p(inherited.point) - math.log1p(fresh(node, (len(node.axes) - 1,)))
+        spread.places["drawn", node.id] = math.sqrt(max(own, 0.0))
+    return spread
 
 
 def drawn_region(interpreter: Context, eqn: Any, xs: Sequence[Any], reason: str) -> list[Any]:
@@ -261,12 +268,10 @@ def _outputs(
     draws = DRAWS.once(graph, key, lambda: with_enough_draws(draws, _BOUND))
 
     def output(which: int, shape: Sequence[int], timed: bool) -> Value:
-        """One real output over axes of one class each, but for time's, whose steps are classed by their mean squares."""
-        axes = [Axis(n) for n in shape if n != 1]
+        """One real output, its places along each axis classed by their mean squares: of time's all, of others that differ."""
+        squares, sizes = np.square(draws.outputs[which], dtype=float), (n for n in shape if n != 1)
         timed = timed and shape[0] > 1
-        if timed:
-            squares = draws.outputs[which].astype(float) ** 2
-            axes[0] = by_level(squares.mean(axis=(0, *range(2, squares.ndim)))[:, None])
+        axes = [_by_place(squares, k, n, timed and k == 0) for k, n in enumerate(sizes)]
         return value(graph.make(RegionOutput, axes, views, (mark, which, timed)), shape)
 
     which, out = 0, list[Any]()
@@ -287,6 +292,15 @@ def _outputs(
     start = len(operands) - len(nudged)
     NUDGED.put(graph, key, {start + i: out[k].node for i, k in enumerate(nudged)})
     return out
+
+
+def _by_place(squares: np.ndarray, k: int, size: int, time: bool) -> Axis:
+    """Axis k of draws, (replicates, positions...), by the levels q of their squares, where Var[ln q] is much, and no chance."""
+    levels = squares.mean(axis=tuple(1 + j for j in range(squares.ndim - 1) if j != k))
+    logs = np.log(np.maximum(levels, 1e-150))
+    chance = SCORES * (logs - logs.mean(axis=1, keepdims=True)).var(axis=0).mean() / (len(logs) - 1)
+    differ = levels.shape[1] == size and logs.mean(axis=0).var() > max(chance, NEXT_ORDER)
+    return by_level(levels.mean(axis=0)[:, None]) if time or differ else Axis(size)
 
 
 def _key(mark: Hashable, views: Sequence[View]) -> Hashable:
