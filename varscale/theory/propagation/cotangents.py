@@ -9,12 +9,12 @@ import functools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from scipy import special
 
-from varscale.theory.domain.axes import Axis, equal, outer, pool, refine, shares
+from varscale.theory.domain.axes import Axis, apply_axis, equal, outer, pool, refine, shares
 from varscale.theory.domain.tables import NEGLIGIBLE, ROUGH, full_types, means_by_type
 from varscale.theory.graph.expressions import Apply, Sum, roots, scale_and_shift
 from varscale.theory.graph.linear_nodes import applied_weights
@@ -313,16 +313,17 @@ def _projection(
         return out * alike
     # Of two places that share part of y or u: (UY + YU)/n − Y mean, U and Y the moments of pairs of either.
     y = full_types(root.node.table.second / square, axes)
-    rank, maps = len(axes), list[Any]()
-    for k, n in enumerate(
-        a.size for a in axes
-    ):  # which pairs (i, k) and (k, j) make (i, j): of n, or of k = j
-        summed = np.array([[[1, 0], [0, n - 1]], [[0, 1], [1, n - 2]]]) / n
-        maps += [summed if k in normed else np.array([[[1, 0], [0, 0]], [[0, 0], [1, 0]]])]
-        maps += [range(k, 3 * rank, rank)]
-    for start, x in enumerate((back, y), 1):
-        maps += [pool(full_types(x, axes), axes), range(start * rank, start * rank + rank)]
-    both = np.einsum(*maps, range(rank), optimize=True)
+    both, held = (pool(full_types(x, axes), axes) for x in (back, y))
+    # A matrix of a on its diagonal and b elsewhere has eigenvalues a − b and a + (n − 1) b.
+    turns = {k: np.array([[1, -1], [1, axes[k].size - 1]]) for k in normed}
+    for k, axis in enumerate(axes):
+        if k in turns:
+            both, held = (apply_axis(x, k, turns[k]) for x in (both, held / axis.size))
+        else:
+            held = held.take([0], axis=k)
+    both = both * held
+    for k, turn in turns.items():
+        both = apply_axis(both, k, np.linalg.inv(turn))
     return np.where(alike, out, refine(2 * both, axes) - y * out)
 
 

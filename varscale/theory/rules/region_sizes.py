@@ -85,8 +85,9 @@ class Program:
 
 def has_own_kernels(met: tuple[Any, int]) -> bool:
     """Whether an equation convolves groups that have several channels each: samples, by kernels of their own."""
-    p, shape = met[0].params, met[0].invars[-1].aval.shape
-    return p.get("feature_group_count", 1) > 1 and shape[p["dimension_numbers"].rhs_spec[1]] > 1
+    p = met[0].params
+    grouped = p.get("feature_group_count", 1) > 1
+    return grouped and met[0].invars[1].aval.shape[p["dimension_numbers"].rhs_spec[1]] > 1
 
 
 @cache
