@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -116,3 +116,13 @@ def live(jaxpr: Any, eqns: Sequence[Any]) -> list[Any]:
             found.append(eqn)
             needed.update(v for v in eqn.invars if not _compat.is_literal(v) and v not in given)
     return found[::-1]
+
+
+def environment(jaxpr: Any, consts: Iterable[Any], args: Iterable[Any]) -> dict[Any, Any]:
+    """What the variables of a jaxpr hold before its first equation."""
+    return dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *args), strict=True))
+
+
+def read(env: Mapping[Any, Any], atoms: Sequence[Any], literal: Callable[[Any], Any] = lambda number: number) -> list[Any]:
+    """What operands, or outputs, are: variables by an environment, literals by their numbers."""
+    return [literal(atom.val) if _compat.is_literal(atom) else env[atom] for atom in atoms]

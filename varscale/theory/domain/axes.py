@@ -15,6 +15,7 @@ import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache, cached_property, reduce
+from typing import TypeVar
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -191,8 +192,11 @@ def equal(axes: Axes) -> tuple[slice, ...]:
     return tuple(slice(axis.classes) for axis in axes)
 
 
-def replaced(axes: Axes, k: int, *new: Axis) -> tuple[Axis, ...]:
-    """The axes, with others in place of axis k."""
+T = TypeVar("T")
+
+
+def replaced(axes: Sequence[T], k: int, *new: T) -> tuple[T, ...]:
+    """The axes (or dimensions), with others in place of axis k."""
     return (*axes[:k], *new, *axes[k + 1 :])
 
 

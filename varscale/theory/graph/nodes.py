@@ -9,7 +9,7 @@ and broadcasts are no nodes at all. Two computations of the same thing are the s
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import cached_property, reduce, singledispatch
 from typing import Any, NamedTuple, TypeVar
 
@@ -30,7 +30,7 @@ class View(NamedTuple):
     node: Node
     bind: tuple[int, ...]
 
-    def within(self, outer: Sequence[int]) -> View:
+    def within(self, outer: Sequence[int] | Mapping[int, int]) -> View:
         """The same view, its frame's axes being placed at `outer` in a wider frame."""
         if outer == _IN_ORDER[: len(outer)]:
             return self  # and so no copy for each node of an elementwise tree

@@ -20,6 +20,7 @@ import jax
 import numpy as np
 
 from varscale import _compat
+from varscale.programs.pieces import environment, read
 from varscale.programs.scopes import ends
 from varscale.theory.domain.axes import axes_of
 from varscale.theory.domain.tables import independent
@@ -63,8 +64,7 @@ class Interpreter:
         self, jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], step: int | None = None
     ) -> list[Any]:
         """The outputs of a jaxpr, given values of its constants and inputs; `step` says which of a loop's it is."""
-        inputs = [*map(self.known, consts), *args]
-        env = dict(zip((*jaxpr.constvars, *jaxpr.invars), inputs, strict=True))
+        env = environment(jaxpr, map(self.known, consts), args)
         place, outer = self.place, (self.used, self.place, self.entering, self.steps)
         if place is not None and self.entering is not None:
             place = place.within(self.entering)
@@ -79,11 +79,11 @@ class Interpreter:
                     self._step(eqn, env)
         finally:
             self.used, self.place, self.entering, self.steps = outer
-        return [self.known(v.val) if _compat.is_literal(v) else env[v] for v in jaxpr.outvars]
+        return read(env, jaxpr.outvars, self.known)
 
     def _step(self, eqn: Any, env: dict[Any, Any]) -> None:
-        ins = [self.known(v.val) if _compat.is_literal(v) else env[v] for v in eqn.invars]
-        env.update(zip(eqn.outvars, self.equation(eqn, ins), strict=True))
+        outs = self.equation(eqn, read(env, eqn.invars, self.known))
+        env.update(zip(eqn.outvars, outs, strict=True))
 
     def _watched(
         self, eqns: Sequence[Any], outputs: Sequence[Any], env: dict[Any, Any], place: Place

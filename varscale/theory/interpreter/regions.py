@@ -14,9 +14,10 @@ import jax
 import jax.numpy as jnp
 
 from varscale import _compat
-from varscale.programs.pieces import PIECE, is_key
+from varscale.programs.pieces import PIECE, environment, is_key, read
 from varscale.programs.scopes import opened
 from varscale.theory.interpreter.rows import is_mark, marked_row
+from varscale.theory.rules.region_sizes import every_equation
 from varscale.theory.rules.registry import sub_jaxpr_of
 
 _PARTS = "/.[#"  # what may follow the path of a module in that of a part of it
@@ -64,12 +65,6 @@ class Regions:
         changed, self.changed, self.drawn = self.changed, False, tuple(self.scopes)
         self.walks += 1
         return changed
-
-
-def _has_marks(jaxpr: Any) -> bool:
-    """Whether modules are called in it."""
-    inner = [sub for eqn in jaxpr.eqns if (sub := sub_jaxpr_of(eqn)) is not None]
-    return any(map(is_mark, jaxpr.eqns)) or any(_has_marks(_compat.sub_jaxpr(sub)[0]) for sub in inner)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -190,7 +185,7 @@ class _Evaluation:
     def run(self, eqns: Sequence[Any], env: dict[Any, Any], outvars: set[Any], piece: str) -> None:
         """Evaluate equations in an environment; what is in `outvars` is added to."""
         for eqn in eqns:
-            ins = [v.val if _compat.is_literal(v) else env[v] for v in eqn.invars]
+            ins = read(env, eqn.invars)
             name, inner = eqn.primitive.name, sub_jaxpr_of(eqn)
             if name in _ENTERED and inner is not None:
                 inner_piece = opened(eqn, "", piece)[1] if eqn.params.get("name") == PIECE else piece
@@ -209,15 +204,16 @@ class _Evaluation:
 
     def _called(self, jaxpr: Any, args: Sequence[Any], piece: str) -> list[Any]:
         jaxpr, consts = _compat.sub_jaxpr(jaxpr)
-        env = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *args), strict=True))
+        env = environment(jaxpr, consts, args)
         self.run(jaxpr.eqns, env, set(), piece)
-        return [v.val if _compat.is_literal(v) else env[v] for v in jaxpr.outvars]
+        return read(env, jaxpr.outvars)
 
     def _layers(self, params: dict[str, Any], ins: Sequence[Any], piece: str) -> list[Any]:
         """A scan over layers, which takes a parameter a step and has rows for its modules, step by step; [] of others."""
         fixed, carry, streams = _compat.scan_operands(params, ins)
         stacked = any(x is y for x in streams for y in self.parameters)
-        if not stacked or params["length"] > _MOST_LAYERS or not _has_marks(params["jaxpr"].jaxpr):
+        marked = any(is_mark(eqn) for eqn, _ in every_equation(params["jaxpr"].jaxpr))
+        if not stacked or params["length"] > _MOST_LAYERS or not marked:
             return []
         stacked, outer = list[list[Any]](), self.steps
         for step in range(params["length"])[:: -1 if params["reverse"] else 1]:

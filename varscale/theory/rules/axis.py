@@ -240,7 +240,7 @@ def second_moments_of_concat(node: Concat) -> Table:
     (k, sizes), axes = node.params, node.axes
     mean, parts = np.zeros([a.classes for a in axes]), _parts(node.args, sizes, axes, k)
     for view, where in parts:
-        own = [where.inner if i == k else a for i, a in enumerate(axes)]
+        own = replaced(axes, k, where.inner)
         mean += apply_axis(np.broadcast_to(view.mean(own), [a.classes for a in own]), k, where.means())
     return Table(axes, mean, _joined_pairs(parts, parts, axes, k))
 
@@ -255,7 +255,7 @@ def _joined_pairs(ours: list[Joined], others: list[Joined], axes: Axes, k: int) 
             continue
         # Positions of unlike axes never agree: a last axis for each, of which pairs of classes count.
         last = len(axes) - 1
-        frame = (*axes[:k], *axes[k + 1 :], mine.inner, theirs.inner)
+        frame = (*replaced(axes, k), mine.inner, theirs.inner)
         x, y = (
             View(v.node, tuple(last + i if p == k else p - (p > k) for p in v.bind))
             for i, v in enumerate((a, b))
@@ -308,8 +308,7 @@ def concatenate(graph: Any, xs: Sequence[Value], d: int) -> Value:
     # The other dimensions must be factored alike: align them, each one's own being a further dimension.
     empty = [()] * len(xs)
     apart = [
-        Value(x.node, (*x.dims[:d], (), *x.dims[d + 1 :], *empty[:i], x.dims[d], *empty[i + 1 :]))
-        for i, x in enumerate(xs)
+        Value(x.node, (*replaced(x.dims, d, ()), *replaced(empty, i, x.dims[d]))) for i, x in enumerate(xs)
     ]
     frame, views, dims = layout.align(apart)
     own = [next((atom.axis for atom in dim), None) for dim in dims[rank:]]
@@ -319,10 +318,10 @@ def concatenate(graph: Any, xs: Sequence[Value], d: int) -> Value:
     labels = np.concatenate([part + offset for part, offset in zip(parts, offsets, strict=False)])
     whole = labelled(labels) if len(set(labels)) <= 2 * MOST_CLASSES else Axis(sum(sizes))
     place = {k: i + 1 for i, k in enumerate(others)} | {k: 0 for k in own if k is not None}
-    binds = [View(child, tuple(place[b] for b in bind)) for child, bind in views]
+    binds = [view.within(place) for view in views]
     node = graph.make(Concat, (whole, *(frame[k] for k in others)), binds, (0, tuple(sizes)))
     out = layout.renumbered(dims[:rank], place)
-    return Value(node, (*out[:d], (Atom(sum(sizes), 0),), *out[d + 1 :]))
+    return Value(node, replaced(out, d, (Atom(sum(sizes), 0),)))
 
 
 def concatenated(interpreter: Context, xs: Sequence[Value], d: int) -> Value:

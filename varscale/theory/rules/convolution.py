@@ -176,7 +176,7 @@ def cross_by_kind_of_window_sum(node: WindowSum, a: View, b: View, frame: Axes) 
     if [axis.size for axis in dim_axes(x, xd)] != [axis.size for axis in dim_axes(node, od)]:
         return None  # a stride leaves places out, a border makes some
     at = {k: a.bind[o] for k, o in zip(xd, od, strict=True) if k is not None and o is not None}
-    out = cross(View(x, tuple(at[k] for k in range(len(x.axes)))), b, frame)
+    out = cross(x.whole.within(at), b, frame)
     for window, k in zip(windows, xd, strict=True):
         if window is not None and k is not None:
             axis = frame[at[k]]

@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 from scipy import special
 
-from varscale.theory.domain.axes import Axes, Axis, contract_axes, grouped, labelled, outer
+from varscale.theory.domain.axes import Axes, Axis, contract_axes, grouped, labelled, outer, replaced
 from varscale.theory.domain.axis_maps import entry_map
 from varscale.theory.domain.tables import LEADING_ORDER, Table, lift, per_pair
 from varscale.theory.graph import layout
@@ -224,7 +224,7 @@ def _one_hot(interpreter: Context, shape: Sequence[int], x: Value, y: Value) -> 
     if any(atom.axis is not None for atom in x.dims[d]):
         return None
     rest = [n for k, n in enumerate(shape) if k != d]
-    ids = layout.broadcast_in_dim(Value(x.node, (*x.dims[:d], *x.dims[d + 1 :])), rest, range(len(rest)))
+    ids = layout.broadcast_in_dim(Value(x.node, replaced(x.dims, d)), rest, range(len(rest)))
     found = rows_by_index(interpreter, interpreter.known(np.eye(shape[d])), ids, (0,), (d,), shape)
     found.node.drawn = (special.ndtr(Z) >= 1 - 1 / shape[d]).astype(float)  # one or nothing
     return found

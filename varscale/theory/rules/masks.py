@@ -6,7 +6,7 @@ from collections.abc import Hashable
 
 import numpy as np
 
-from varscale.theory.domain.axes import Axes, Axis, affordable, join, labelled
+from varscale.theory.domain.axes import Axes, Axis, affordable, join, labelled, replaced
 from varscale.theory.domain.tables import estimate, lift, over_frame
 from varscale.theory.graph.expressions import Apply, Sum, roots, weighted_sum
 from varscale.theory.graph.linear_nodes import Contract
@@ -125,7 +125,7 @@ def row_classes(frame: tuple[Axis, ...], random: View, allowed: View, key: int) 
         classed = dict(zip(left, _classes_by_keys(*allowed, key, most), strict=True))
         found = tuple(join(classed[k], axis) if k in classed else axis for k, axis in enumerate(frame))
         rows = {axis.size: axis for k, axis in enumerate(found) if k != key}
-        later = (*found[:key], rows.get(found[key].size, found[key]), *found[key + 1 :], *features)
+        later = (*replaced(found, key, rows.get(found[key].size, found[key])), *features)
         if affordable(later) == later:
             return found
     return frame

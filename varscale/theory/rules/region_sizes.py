@@ -20,7 +20,7 @@ from jax import lax
 from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 
 from varscale import _compat
-from varscale.programs.pieces import is_key
+from varscale.programs.pieces import environment, is_key, read
 from varscale.theory.rules.registry import CALLS, ELEMENTWISE_OR_LAYOUT, sub_jaxpr_of
 
 _ROUNDED = 2.0**-8  # how far a count may be off in bfloat16, and the n − 1 of a variance
@@ -108,12 +108,12 @@ def run(
     if not sizes.smaller:
         return jaxpr_as_fun(ClosedJaxpr(jaxpr, consts))(*args)
     sizes.keep(n for const in consts for n in jnp.shape(const))
-    env = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *args), strict=True))
+    env = environment(jaxpr, consts, args)
     known = set(itertools.compress(map(id, jaxpr.invars), weights))
     for eqn in jaxpr.eqns:
         if eqn.primitive.name == "reduce_sum" and not _is_averaged(eqn, jaxpr):
             sizes.keep(eqn.invars[0].aval.shape[k] for k in eqn.params["axes"])
-        ins = [v.val if _compat.is_literal(v) else env[v] for v in eqn.invars]
+        ins = read(env, eqn.invars)
         own = [id(v) in known for v in eqn.invars]
         try:
             out = _equation(eqn, ins, own, sizes)
@@ -124,7 +124,7 @@ def run(
         env.update(zip(eqn.outvars, out, strict=True))
         if any(own) and _keeps_law(eqn, own):
             known.update(map(id, eqn.outvars))
-    return [v.val if _compat.is_literal(v) else env[v] for v in jaxpr.outvars]
+    return read(env, jaxpr.outvars)
 
 
 def shrunk(jaxpr: ClosedJaxpr, weights: Sequence[bool], sizes: Sizes) -> ClosedJaxpr:

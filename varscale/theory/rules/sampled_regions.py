@@ -166,7 +166,7 @@ def cross_by_kind_of_region(node: RegionOutput, a: View, b: View, frame: Axes) -
         drawn = drawn.argument
     if not set(b.bind) <= set(a.bind) or not (isinstance(drawn, RegionOutput) or b.node.id <= node.id):
         return None
-    own = View(b.node, tuple(place[outer] for outer in b.bind))
+    own = b.within(place)
     theirs = node.draws.drawing.at(own, node.axes, node.positions)
     table = cross_moments(node.numbers, theirs, node.axes, node.positions)
     return a.over(table, frame, pairs=True)
