@@ -192,10 +192,10 @@ def equal(axes: Axes) -> tuple[slice, ...]:
     return tuple(slice(axis.classes) for axis in axes)
 
 
-T = TypeVar("T")
+Entry = TypeVar("Entry")
 
 
-def replaced(axes: Sequence[T], k: int, *new: T) -> tuple[T, ...]:
+def replaced(axes: Sequence[Entry], k: int, *new: Entry) -> tuple[Entry, ...]:
     """The axes (or dimensions), with others in place of axis k."""
     return (*axes[:k], *new, *axes[k + 1 :])
 
