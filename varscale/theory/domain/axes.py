@@ -13,7 +13,7 @@ linear map on the types of one axis, which counts of pairs give.
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence, Sized
 from functools import cache, cached_property, reduce
 from typing import TypeVar
 
@@ -198,6 +198,11 @@ Entry = TypeVar("Entry")
 def replaced(axes: Sequence[Entry], k: int, *new: Entry) -> tuple[Entry, ...]:
     """The axes (or dimensions), with others in place of axis k."""
     return (*axes[:k], *new, *axes[k + 1 :])
+
+
+def rest(axes: Sized, some: Collection[int | None]) -> list[int]:
+    """Which axes (or dimensions) are not among some of them."""
+    return [k for k in range(len(axes)) if k not in some]
 
 
 def outer(weights: Iterable[np.ndarray]) -> np.ndarray:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from scipy import special
 
-from varscale.theory.domain.axes import Axes, shares
+from varscale.theory.domain.axes import Axes, rest, shares
 from varscale.theory.domain.tables import NEGLIGIBLE, Table, estimate, estimated_products, over_frame
 from varscale.theory.graph.layout import Value
 from varscale.theory.graph.linear_nodes import Permute, Rearranged, unmoved
@@ -77,7 +77,7 @@ def scales_samples(views: Sequence[View], frame: Axes, curved: bool) -> bool:
 
 def scatter_of_given(node: Computed, axes: Collection[int]) -> float:
     """Relative variance of the mean of x² over some axes: between places of the others, or that of a mean over all samples."""
-    held = [k for k in range(len(node.axes)) if k not in axes]
+    held = rest(node.axes, axes)
     means = np.square(_values(node)).mean(axis=tuple(axes if held else range(1, len(node.axes))))
     return float(means.var() / max(means.mean(), 1e-300) ** 2) / (1 if held else len(means))
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from varscale.theory.domain.axes import MOST_CLASSES, Axes, Axis, affordable, grouped, join, replaced
+from varscale.theory.domain.axes import MOST_CLASSES, Axes, Axis, affordable, grouped, join, replaced, rest
 from varscale.theory.domain.axis_maps import split_axis
 from varscale.theory.domain.tables import regrouped
 from varscale.theory.graph.linear_nodes import Merge, Permute, Split
@@ -124,12 +124,12 @@ def merged(x: Value, d: int) -> Value:
         return x
     if 0 < len(real) < len(x.dims[d]):
         return merged(materialize(x, d), d)
-    node, dims, others = x.node, x.dims, [k for k in range(len(x.node.axes)) if k not in real]
+    node, dims, others = x.node, x.dims, rest(x.node.axes, real)
     if real:
         node = merge(permute(node, others + real), len(others), len(real))
         dims = renumbered(dims, {k: i for i, k in enumerate(others)})
     dim = (Atom(x.shape[d], len(others) if real else None),)
-    return Value(node, (*dims[:d], dim, *dims[d + 1 :]))
+    return Value(node, replaced(dims, d, dim))
 
 
 def materialize(x: Value, d: int) -> Value:
@@ -137,7 +137,7 @@ def materialize(x: Value, d: int) -> Value:
     new, places = [Axis(n) for n, k in x.dims[d] if k is None], itertools.count(len(x.node.axes))
     dim = tuple(Atom(n, next(places) if k is None else k) for n, k in x.dims[d])
     node = broadcast(x.node, (*x.node.axes, *new)) if new else x.node
-    return Value(node, (*x.dims[:d], dim, *x.dims[d + 1 :]))
+    return Value(node, replaced(x.dims, d, dim))
 
 
 def separated(x: Value) -> Value:
@@ -175,8 +175,8 @@ def split_at(x: Value, d: int, cuts: Sequence[int]) -> Value:
             node = split(node, k, sizes)
             dims = renumbered(dims, {j: j + (j > k) for j in range(len(x.node.axes))})
         new = (Atom(n, None if k is None else k + i) for i, n in enumerate(sizes))
-        dim = (*dims[d][:place], *new, *dims[d][place + 1 :])
-        x = Value(node, (*dims[:d], dim, *dims[d + 1 :]))
+        dim = replaced(dims[d], place, *new)
+        x = Value(node, replaced(dims, d, dim))
     return x
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from varscale.theory.domain.axes import Axes, Axis
+from varscale.theory.domain.axes import Axes, Axis, rest
 from varscale.theory.domain.tables import NEXT_ORDER
 from varscale.theory.graph.expressions import (
     IDENTITIES,
@@ -129,8 +129,8 @@ def total(graph: Graph, weights: Sequence[float], axes: tuple[Axis, ...], views:
         mine, theirs = ([view.within(x.bind) for view in x.node.args] for x in parts)
         for known in (x for x in mine if x in theirs and all(isinstance(r.node, Array) for r in roots_of(x))):
             # Known numbers that an array is multiplied by, its mean too, are a factor of the difference.
-            rest = [next(x for x in own if x != known) for own in (mine, theirs)]
-            inner = total(graph, [c for c, _ in live], axes, rest)
+            left = [next(x for x in own if x != known) for own in (mine, theirs)]
+            inner = total(graph, [c for c, _ in live], axes, left)
             over = [number(graph, 1.0).whole, known.node.whole]
             inverse = View(apply(graph, "div", (), known.node.axes, over), known.bind)
 
@@ -187,7 +187,7 @@ def cut_inside(node: Node, k: int, axes: tuple[Axis, ...], cut: Callable[[Node, 
     """
     if isinstance(node, Mean):
         inner = node.argument
-        at = [j for j in range(len(inner.axes)) if j not in node.params][k]
+        at = rest(inner.axes, node.params)[k]
         part = cut(inner, at)
         return mean_node(part, [j if j < at else j + len(part.axes) - len(inner.axes) for j in node.params])
     if not isinstance(node, Apply | Sum):
@@ -246,7 +246,7 @@ def _mean_node(node: Node, axes: tuple[int, ...]) -> Node:
             if (product := _factors_apart(node, axes)) is not None:
                 return mean_node(product, axes)
         case Mean(), reduced:
-            places = [k for k in range(len(node.argument.axes)) if k not in reduced]
+            places = rest(node.argument.axes, reduced)
             return mean_node(node.argument, [*reduced, *(places[k] for k in axes)])
         case Split(), (k, sizes) if {*range(k, k + len(sizes))} <= {*axes}:  # all factors are the axis
             whole = [j if j < k else j - len(sizes) + 1 for j in axes if j not in range(k, k + len(sizes))]

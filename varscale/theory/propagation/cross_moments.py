@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from varscale.theory.domain.axes import Axes, Axis, apply_axis, averaging, join
+from varscale.theory.domain.axes import Axes, Axis, apply_axis, averaging, join, rest
 from varscale.theory.domain.axis_maps import class_counts, entry_map, identity_map, pair_counts, split_axis
 from varscale.theory.domain.tables import full_along, full_types, lift, means_by_type, over_frame, regrouped
 from varscale.theory.graph.convolutions import ONE, WindowSum
@@ -190,8 +190,8 @@ def cross_by_kind_of_mean(node: Mean, a: View, b: View, frame: Axes) -> np.ndarr
     if not spare or any(b.node.axes[k].labels is not None for k in spare):
         return None
     averaged = mean_node(b.node, spare)
-    rest = tuple(place for place in b.bind if place in a.bind)
-    return None if isinstance(averaged, Constant) else cross(a, View(averaged, rest), frame)
+    left = tuple(place for place in b.bind if place in a.bind)
+    return None if isinstance(averaged, Constant) else cross(a, View(averaged, left), frame)
 
 
 @cross_by_kind.register
@@ -281,7 +281,7 @@ def _read_together(
     """E[x_i y_j] by type, both read along some axes, pair by pair the same; placed as the readings; None if others are."""
     pairs, views = list(zip(mine, theirs, strict=True)), list[View]()
     read = {reading.place for reading in (*mine, *theirs)}
-    places = [p for p in range(len(frame)) if p not in read]
+    places = rest(frame, read)
     for view, own in ((x, mine), (y, theirs)):
         at = {reading.axis: len(places) + i for i, reading in enumerate(own)}
         if any(p in read for k, p in enumerate(view.bind) if k not in at):
@@ -326,7 +326,7 @@ def cross_by_kind_of_split(node: Split, a: View, b: View, frame: Axes) -> np.nda
     gone = _factor_places(a)
     if {*gone} & {*b.bind} and not (isinstance(b.node, Split) and _factor_places(b) == gone):
         return None
-    kept = [p for p in range(len(frame)) if p not in gone]
+    kept = rest(frame, gone)
     place = {p: i for i, p in enumerate([*kept, gone[0]])}
     views = []
     for x, bind in (a, b):

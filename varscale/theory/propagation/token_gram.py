@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from varscale.theory.domain.axes import averaging, contract_axes
+from varscale.theory.domain.axes import averaging, contract_axes, rest
 from varscale.theory.domain.tables import LEADING_ORDER, Axes, full_types, means_by_type
 from varscale.theory.graph.convolutions import Conv, by_dim, hits
 from varscale.theory.graph.expressions import Apply, Sum, roots
@@ -109,7 +109,7 @@ def _shared_with_earlier(node: Node, later: Tokens, other: Tokens) -> float:
 
 def _measured(x: Tokens) -> np.ndarray:
     """The overlaps of each two given tokens, less what any two share, relative to what one has of its own."""
-    others = [k for k in range(len(x.node.axes)) if k not in (*x.tokens, *x.features)]
+    others = rest(x.node.axes, (*x.tokens, *x.features))
     sizes = [math.prod(x.node.axes[k].size for k in axes) for axes in (others, *x[1:])]
     found = np.asarray(numbers(x.node), float).transpose([*others, *x.tokens, *x.features]).reshape(sizes)
     found = found[evenly(sizes[0], _MOST_OTHERS)][:, evenly(sizes[1], _MOST_TOKENS)]

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from scipy import special
 
-from varscale.theory.domain.axes import Axes, Axis, contract_axes, pool, refine
+from varscale.theory.domain.axes import Axes, Axis, contract_axes, pool, refine, rest
 from varscale.theory.domain.tables import LEADING_ORDER, NEXT_ORDER, Table, estimate, gaussian, over_frame
 from varscale.theory.graph.convolutions import WindowMax, taps_of
 from varscale.theory.graph.expressions import IDENTITIES, Apply, Mean, Sum, roots
@@ -143,9 +143,8 @@ def propagated_of_mean(node: Mean) -> Spread:
 def axes_behind(x: Value, dims: Sequence[int]) -> tuple[list[int], tuple[Dim, ...]]:
     """The node's axes behind some dimensions, and the other dimensions without them."""
     axes = axes_along(x.dims[d] for d in dims)
-    left = (k for k in range(len(x.node.axes)) if k not in axes)
-    kept = [dim for d, dim in enumerate(x.dims) if d not in dims]
-    return axes, renumbered(kept, {k: i for i, k in enumerate(left)})
+    kept = [x.dims[d] for d in rest(x.dims, dims)]
+    return axes, renumbered(kept, {k: i for i, k in enumerate(rest(x.node.axes, axes))})
 
 
 def mean(x: Value, dims: Sequence[int]) -> Value:
@@ -297,7 +296,7 @@ def reduce_max(interpreter: Context, eqn: Any, x: Value) -> Value:
 
     def extreme(inner: Value) -> Value:
         axes, left = axes_behind(inner, eqn.params["axes"])
-        kept = [axis for k, axis in enumerate(inner.node.axes) if k not in axes]
+        kept = [inner.node.axes[k] for k in rest(inner.node.axes, axes)]
         views, params = [inner.node.whole], (tuple(sorted(axes)), sign)
         return Value(interpreter.graph.make(Extreme, kept, views, params) if axes else inner.node, left)
 

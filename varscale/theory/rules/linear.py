@@ -288,9 +288,10 @@ def dot_general(interpreter: Context, eqn: Any, x: Value, y: Value) -> Any:
     if alone or not summed:
         out = mean(interpreter.elementwise("mul", x, y), range(free, len(x.dims)))
         return Value(affine(out.node, c * d * terms, 0.0), out.dims)
-    place = {k: i for i, k in enumerate([*(k for k in range(len(frame)) if k not in summed), *summed])}
+    kept = [k for k in range(len(frame)) if k not in summed]
+    place = {k: i for i, k in enumerate([*kept, *summed])}
     views = [view.within(place) for view in views]
-    params, axes = tuple(frame[k] for k in summed), [a for k, a in enumerate(frame) if k not in summed]
+    params, axes = tuple(frame[k] for k in summed), [frame[k] for k in kept]
     node = interpreter.graph.make(Contract, axes, views, params)
     # Terms repeat where both operands are constant along a factor of a contracted dimension.
     scale = c * d * terms / math.prod(axis.size for axis in params)

@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 from scipy import special
 
-from varscale.theory.domain.axes import Axes, Axis, contract_axes, grouped, labelled, outer, replaced
+from varscale.theory.domain.axes import Axes, Axis, contract_axes, grouped, labelled, outer, replaced, rest
 from varscale.theory.domain.axis_maps import entry_map
 from varscale.theory.domain.tables import LEADING_ORDER, Table, lift, per_pair
 from varscale.theory.graph import layout
@@ -65,7 +65,7 @@ def second_moments_of_gather(node: Gather) -> Table:
     same = contract_axes(table.second, {k: axes[k].same for k in row_axes})
     # Of two of the rows, which may agree along some axes but not along all.
     other = rows * contract_axes(table.second, {k: axes[k].any_pair for k in row_axes}) - same
-    kept = [k for k in range(len(axes)) if k not in row_axes]
+    kept = rest(axes, row_axes)
     own, at = [axes[k] for k in kept], [bind[k] for k in kept]
     rate = lift(node.rates(), node.indexed, places, node.axes, pairs=True)
     same, other = (lift(x, own, at, node.axes, pairs=True) for x in (same, other / max(rows - 1, 1)))
@@ -80,7 +80,7 @@ def cross_by_kind_of_gather(node: Gather, a: View, b: View, frame: Axes) -> np.n
     other, x, rows = b.node, node.argument, node.params.row_axes
     if not isinstance(other, Gather) or (node.known is not None and other.known is not None):
         return None
-    y, kept = other.argument, [k for k in range(len(x.axes)) if k not in rows]
+    y, kept = other.argument, rest(x.axes, rows)
     if (x.axes, rows) != (y.axes, other.params.row_axes):
         return None
     places, others = ([v.bind[v.node.args[0].bind[k]] for k in kept] for v in (a, b))
@@ -149,8 +149,8 @@ def rows_by_index(
 ) -> Value:
     """Rows of a table x along dimensions `picked`, by the indices' last; its others are at `offsets` of the result's shape."""
     graph, known, count = interpreter.graph, interpreter.concrete(ids), len(picked)
-    x = layout.transpose(x, [*picked, *(d for d in range(len(x.dims)) if d not in picked)])
-    x, batch = layout.separated(x), [d for d in range(len(shape)) if d not in offsets]
+    x = layout.transpose(x, [*picked, *rest(x.dims, picked)])
+    x, batch = layout.separated(x), rest(shape, offsets)
     order, sizes, rows = np.argsort([*batch, *offsets]).tolist(), [shape[d] for d in batch], x.shape[:count]
     cut = x.dims[:count], x.dims[count:]
     row_axes, kept = ([a.axis for dim in dims for a in dim if a.axis is not None] for dims in cut)
@@ -223,8 +223,8 @@ def _one_hot(interpreter: Context, shape: Sequence[int], x: Value, y: Value) -> 
     (d,) = along
     if any(atom.axis is not None for atom in x.dims[d]):
         return None
-    rest = [n for k, n in enumerate(shape) if k != d]
-    ids = layout.broadcast_in_dim(Value(x.node, replaced(x.dims, d)), rest, range(len(rest)))
+    left = replaced(shape, d)
+    ids = layout.broadcast_in_dim(Value(x.node, replaced(x.dims, d)), left, range(len(left)))
     found = rows_by_index(interpreter, interpreter.known(np.eye(shape[d])), ids, (0,), (d,), shape)
     found.node.drawn = (special.ndtr(Z) >= 1 - 1 / shape[d]).astype(float)  # one or nothing
     return found

@@ -7,7 +7,7 @@ from functools import cached_property
 import numpy as np
 from scipy import special
 
-from varscale.theory.domain.axes import equal, outer
+from varscale.theory.domain.axes import equal, outer, rest
 from varscale.theory.domain.tables import LEADING_ORDER, LOOSE, NEGLIGIBLE, NEXT_ORDER, Table, by_type
 from varscale.theory.graph.expressions import Apply, Mean, Sum, roots, weighted_sum
 from varscale.theory.graph.layout import Value
@@ -57,7 +57,7 @@ class Softmax(Node):
 
     def prepare(self) -> None:
         self.positive, self.keys = True, self.axes[self.params]
-        self.rows = [k for k in range(len(self.axes)) if k != self.params]
+        self.rows = rest(self.axes, [self.params])
         self.row_axes, number = tuple(self.axes[k] for k in self.rows), self.keys.counts
         self.own = outer(a.agrees for a in self.row_axes)
         masks = [view for view in self.args[1:2] if isinstance(view.node, Array)]
