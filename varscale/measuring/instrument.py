@@ -15,8 +15,9 @@ from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 from varscale import _compat
 from varscale.measuring import reducers
 from varscale.measuring.reducers import Reducer, Statistics
-from varscale.measuring.sites import REMAT, Place, Plan, Site, plan, sub_jaxprs
+from varscale.measuring.sites import Place, Plan, Site, plan, sub_jaxprs
 from varscale.programs.patterns import Pattern
+from varscale.programs.pieces import REMAT
 from varscale.programs.tape import Tape
 
 Found = dict[Place, Statistics]

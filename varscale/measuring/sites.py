@@ -12,6 +12,7 @@ import numpy as np
 from varscale import _compat
 from varscale.programs import tape
 from varscale.programs.patterns import Pattern, rows_caught
+from varscale.programs.pieces import REMAT
 from varscale.programs.tape import Mark
 
 Place = tuple[
@@ -26,15 +27,12 @@ _INSIDE = {
     "core_call": ("call_jaxpr",),
     "custom_jvp_call": ("call_jaxpr",),
     "custom_vjp_call": ("call_jaxpr",),
-    "remat": ("jaxpr",),
-    "remat2": ("jaxpr",),
-    "checkpoint": ("jaxpr",),
+    **dict.fromkeys(REMAT, ("jaxpr",)),
     "scan": ("jaxpr",),
     "while": ("body_jaxpr",),
     "cond": ("branches",),
     "shard_map": ("jaxpr",),
 }
-REMAT = ("remat", "remat2", "checkpoint")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import lru_cache
+from itertools import compress
 from typing import Any
 
 import jax
@@ -15,6 +17,7 @@ from varscale.programs.content import Unknown
 
 # What a call of a piece is called in a jaxpr.
 PIECE = "varscale_piece"
+REMAT = ("remat", "remat2", "checkpoint")  # what `jax.checkpoint` is called in a jaxpr
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,15 +110,35 @@ def _seeds(jaxpr: Any) -> bool:
 
 
 def live(jaxpr: Any, eqns: Sequence[Any]) -> list[Any]:
-    """The equations, of these, that the outputs of a jaxpr depend on."""
+    """The equations, of these, that the outputs of a jaxpr depend on; rematerializations less what they do not depend on."""
     given = set(jaxpr.invars)
-    needed = {v for v in jaxpr.outvars if not _compat.is_literal(v)} - given
+    needed = {v for v in jaxpr.outvars if not _compat.is_literal(v)}
     found = []
     for eqn in reversed(eqns):
         if not needed.isdisjoint(eqn.outvars):
-            found.append(eqn)
-            needed.update(v for v in eqn.invars if not _compat.is_literal(v) and v not in given)
+            found.append(_part_of_remat(eqn, needed) if eqn.primitive.name in REMAT else eqn)
+            needed.update(v for v in found[-1].invars if not _compat.is_literal(v) and v not in given)
     return found[::-1]
+
+
+def _part_of_remat(eqn: Any, needed: set[Any]) -> Any:
+    """A rematerialization that only computes what is needed: a layer's own equation computes its parameters and its output."""
+    kept, made = eqn.params["prevent_cse"], tuple(v in needed for v in eqn.outvars)
+    part, reads = _part_computing(eqn.params["jaxpr"], made)
+    params = dict(eqn.params, jaxpr=part)
+    if isinstance(kept, tuple):  # operand by operand
+        params["prevent_cse"] = tuple(compress(kept, reads))
+    return eqn.replace(invars=list(compress(eqn.invars, reads)), outvars=list(compress(eqn.outvars, made)), params=params)
+
+
+@lru_cache(maxsize=256)  # so that equal parts are one
+def _part_computing(jaxpr: Any, made: tuple[bool, ...]) -> tuple[Any, list[bool]]:
+    """What some outputs of a jaxpr are computed by, and which inputs that reads."""
+    part = _compat.replaced(jaxpr, outvars=list(compress(jaxpr.outvars, made)))
+    part = part.replace(eqns=live(part, part.eqns))
+    used = {v for v in (*part.outvars, *(v for e in part.eqns for v in e.invars)) if not _compat.is_literal(v)}
+    reads = [v in used for v in part.invars]
+    return _compat.replaced(part, invars=list(compress(part.invars, reads))), reads
 
 
 def environment(jaxpr: Any, consts: Iterable[Any], args: Iterable[Any]) -> dict[Any, Any]:

@@ -181,19 +181,24 @@ def test_drawn_architectures_agree_within_confidence(model, mean):
             assert abs(row.backward) <= row.gradient_error_bound + 4.5 * row.backward_error, row
 
 
-def test_unrolled_scan_and_remat():
+def test_layers_of_a_scan_over_rematerialized_blocks_are_as_without():
     class Block(nn.Module):
         @nn.compact
         def __call__(self, x, _):
             return x + nn.Dense(64)(nn.LayerNorm()(x)), None
 
     class Net(nn.Module):
+        block: type
+
         @nn.compact
         def __call__(self, x):
-            stack = nn.scan(nn.remat(Block), variable_axes={"params": 0}, split_rngs={"params": True}, length=3)
-            return stack()(x, None)[0]
+            stack = nn.scan(self.block, variable_axes={"params": 0}, split_rngs={"params": True}, length=6)
+            return stack(name="blocks")(x, None)[0]
 
-    assert predict(Net(), X).output.second_moment == pytest.approx(4, rel=1e-2)
+    plain, saved = (predict(Net(block), X) for block in (Block, nn.remat(Block, policy=jax.checkpoint_policies.dots_saveable)))
+    assert len(plain.rows) == 6 * 3 + 1
+    assert plain.output.second_moment == pytest.approx(7, rel=1e-2)
+    assert saved.rows == plain.rows
 
 
 @pytest.mark.parametrize("cell", [nn.LSTMCell, nn.GRUCell])

@@ -40,13 +40,23 @@ def merged_by_hand(blocks, x):
 
 
 class Stacked(nnx.Module):
-    def __init__(self, loop, rngs):
+    def __init__(self, loop, rngs, layers=3):
         self.loop = loop
-        self.blocks = nnx.split_rngs(splits=3)(nnx.vmap(Block))(rngs)
+        self.blocks = nnx.split_rngs(splits=layers)(nnx.vmap(Block))(rngs)
         self.head = nnx.Linear(32, 16, rngs=rngs)
 
     def __call__(self, x):
         return self.head(self.loop(self.blocks, x))
+
+
+def test_layers_of_an_nnx_scan_over_rematerialized_blocks_are_as_without():
+    def loop(step):
+        scanned = nnx.scan(step, in_axes=(0, nnx.Carry), out_axes=nnx.Carry)
+        return vs.predict(lambda rngs: Stacked(scanned, rngs, 6), X).rows
+
+    plain, saved = loop(lambda block, x: block(x)), loop(nnx.remat(lambda block, x: block(x)))
+    assert [row.how for row in plain] == ["quadrature"] * (6 * 4 + 2)
+    assert saved == plain
 
 
 @pytest.mark.parametrize("loop", [scanned, scanned_with_outputs, merged_by_hand])
