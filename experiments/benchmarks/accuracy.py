@@ -100,7 +100,7 @@ def measure(case: Case, nets: int, paths: set[str], *, backward: bool = True) ->
     run = jax.jit(one, compiler_options=quick_compilation())
     found = []
     for keys in jax.random.split(jax.random.key(7), (nets, 3)):
-        found.append(run(initialize(case.model, keys[0], case.struct()), keys[1], keys[2]))
+        found.append(run(initialize(case.model, keys[0], jax.eval_shape(case.draw, keys[1])), keys[1], keys[2]))
     return {path: np.array([statistics[path] for statistics in found], float) for path in found[0]}
 
 
