@@ -16,11 +16,13 @@ from varscale.reporting.plots import COLORS, pyplot
 from varscale.reporting.rows_by_path import RowsByPath
 from varscale.schemes.extra_rows import SCORES
 
-# Of an exponent; what is wrong grows or shrinks as √width or faster, and growth is half of that. At small widths what is sound
-# shrinks a little: a sum of few terms has not yet the size of its mean.
+# Of an exponent; what is wrong grows or shrinks as √width or faster. At small widths what is sound has an exponent too: a sum of
+# few terms has not yet the size of its mean, and the update of a readout behind a pool goes as width^.22 from 16 to 128. So the
+# hypothesis that a finding rejects is not the exponent 0, but one nearer to 0 than to an error's.
 _ERROR = 0.5
 GROWTH, SHRINKAGE = _ERROR / 2, 0.3
-_CONFIDENCE = 0.99  # of an interval
+_AT_FIRST = 0.1  # before training outputs are sums of independent terms, whose sizes settle as 1/width
+_CONFIDENCE = 0.99  # of one interval, and of all tests of a check together
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,11 +32,14 @@ class Fit:
     Attributes:
         exponent: of the width; NaN where the quantity is zero or not finite at some width.
         half_width: of its 99 % interval, from the scatter about the line; infinite where nothing is left to estimate it from.
+        margin: how far the exponent may lie beyond its true value, on one side, with probability 1 % / tests (Bonferroni): with
+            99 % none of so many exponents does.
         spread: largest over smallest of the widths' geometric means.
     """
 
     exponent: float
     half_width: float
+    margin: float
     spread: float
 
     @property
@@ -43,23 +48,28 @@ class Fit:
 
     @property
     def grows(self) -> bool:
-        """Whether the exponent is above .25, and its interval above 0."""
-        return self.exponent > GROWTH and self.exponent - self.half_width > 0
+        """Whether the exponent is above .25 by more than its margin."""
+        return self.least > GROWTH
+
+    @property
+    def least(self) -> float:
+        """The exponent less its margin; −∞ where it is undefined."""
+        return self.exponent - self.margin if self.is_defined else -math.inf
 
     @property
     def shrinks(self) -> bool:
-        """Whether the exponent's interval is below −.3."""
-        return self.exponent + self.half_width < -SHRINKAGE
+        """Whether the exponent is below −.3 by more than its margin."""
+        return self.exponent + self.margin < -SHRINKAGE
 
     def __str__(self) -> str:
         return f"{self.exponent:+.2f}" if self.is_defined else "-"
 
 
-_UNDEFINED = Fit(math.nan, math.inf, math.nan)
+_UNDEFINED = Fit(math.nan, math.inf, math.inf, math.nan)
 
 
-def fit(widths: Sequence[int], values: Float[np.ndarray, "widths draws"]) -> Fit:
-    """The power law through positive values.
+def fit(widths: Sequence[int], values: Float[np.ndarray, "widths draws"], tests: int = 1) -> Fit:
+    """The power law through positive values, one of as many as are tested together.
 
     >>> round(fit([64, 256], np.array([[1.0], [2.0]])).exponent, 6)
     0.5
@@ -73,8 +83,9 @@ def fit(widths: Sequence[int], values: Float[np.ndarray, "widths draws"]) -> Fit
     left = y.size - 2
     error = math.sqrt(float(np.sum((y - y.mean() - slope * x) ** 2)) / left / float(x @ x)) if left > 0 else math.inf
     means = logs.mean(axis=1)
-    quantile = float(special.stdtrit(max(left, 1), (1 + _CONFIDENCE) / 2))  # of Student's t
-    return Fit(slope, quantile * error, float(np.exp(means.max() - means.min())))
+    missed = 1 - _CONFIDENCE
+    two_sided, one_sided = (-float(special.stdtrit(max(left, 1), p)) for p in (missed / 2, missed / tests))  # Student's t
+    return Fit(slope, two_sided * error, one_sided * error, float(np.exp(means.max() - means.min())))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -92,6 +103,7 @@ class CoordinateRow:
         follows_fixed: whether an earlier row of its module has a fixed shape and shrinks, as values do whose heads do not grow.
         heads_grow: whether the heads of the model's attention grow with the width.
         is_readout: whether its kernel sums over a number of terms that grows with the width, and its shape is fixed.
+        tests: of all rows of the check together, by which findings are made surer.
     """
 
     path: str
@@ -104,14 +116,21 @@ class CoordinateRow:
     follows_fixed: bool = False
     heads_grow: bool = False
     is_readout: bool = False
+    tests: int = 1
+
+    @property
+    def own_tests(self) -> int:
+        """How many exponents of the row can become a finding: two before training, one a step, and one after the last."""
+        steps = self.sizes.shape[2] - 1
+        return 3 + steps * (1 if self.updates is None else 2)
 
     def size_at(self, step: int) -> Fit:
         """The fit of the output's size after a step."""
-        return fit(self.widths, self.sizes[:, :, step])
+        return fit(self.widths, self.sizes[:, :, step], self.tests)
 
     def change_at(self, step: int) -> Fit:
         """The fit of the output's change since step 0."""
-        return fit(self.widths, self.changes[:, :, step])
+        return fit(self.widths, self.changes[:, :, step], self.tests)
 
     @property
     def change(self) -> Fit:
@@ -120,15 +139,16 @@ class CoordinateRow:
 
     @property
     def steepest(self) -> int:
-        """The step after which the change grows most with the width: what is unstable need not stay large."""
-        return 1 + int(np.argmax([_or_least(self.change_at(step)) for step in range(1, self.sizes.shape[2])]))
+        """The step after which the change grows most, of those where it surely does: what is unstable need not stay large."""
+        return max(range(1, self.sizes.shape[2]), key=lambda step: _steepness(self.change_at(step)))
 
     @property
     def update(self) -> Fit:
-        """What the updates of its kernels add, after the step where it grows most; undefined where it has none."""
+        """What the updates of its kernels add, after the step chosen as `steepest` is; undefined where it has none."""
         if self.updates is None:
             return _UNDEFINED
-        return max((fit(self.widths, self.updates[:, :, step]) for step in range(1, self.sizes.shape[2])), key=_or_least)
+        fits = (fit(self.widths, self.updates[:, :, step], self.tests) for step in range(1, self.sizes.shape[2]))
+        return max(fits, key=_steepness)
 
     @property
     def may_shrink_at_first(self) -> bool:
@@ -166,19 +186,24 @@ class CoordinateRow:
     def keeps_size(self) -> bool:
         """Whether what is to shrink does not before training: scores divided by √d_head, readouts of variance 1/fan_in."""
         first = self.size_at(0)
-        return self.shrinks_by_right and first.exponent > -_ERROR / 2 and first.exponent - first.half_width > -_ERROR
+        return self.shrinks_by_right and first.exponent > -_ERROR / 2 and first.least > -_ERROR + _AT_FIRST
 
     @property
     def is_undecided(self) -> bool:
-        """Whether it has no finding, and some interval reaches the exponent ±.5 that an error shows."""
+        """Whether it has no finding, and some exponent is nearer to ±.5, which an error shows, or has ±.5 in its interval.
+
+        A check with an error is flat only where the row with the error is called so: here every interval stands for itself.
+        """
         first, change = self.size_at(0), self.change
-        above = (first, self.size_at(-1), self.change_at(self.steepest), self.update)
-        below = (change,) if first.shrinks or self.may_shrink_at_first else (first, change)
+        grown = (first, self.change_at(self.steepest), self.update)
+        below = (change,) if self.may_shrink_at_first else (first, change)
         # What may shrink by itself has less room, and is told by its growth.
         below = () if self.kind == SCORES or self.follows_fixed or self.is_fixed else below
-        open_above = any(f.is_defined and f.exponent + f.half_width >= _ERROR for f in above)
-        open_above |= self.is_readout and first.is_defined and first.exponent > -_ERROR / 2  # nearer to a kept size
-        return not self.finding and (open_above or any(f.is_defined and f.exponent - f.half_width <= -_ERROR for f in below))
+        reaches = any(f.is_defined and f.exponent + f.half_width >= _ERROR for f in (*grown, self.size_at(-1)))
+        reaches |= any(f.is_defined and f.exponent - f.half_width <= -_ERROR for f in below)
+        nearer = any(f.exponent > GROWTH for f in grown) or (self.shrinks_by_right and first.exponent > -_ERROR / 2)
+        nearer |= any(f.exponent + f.half_width < -SHRINKAGE for f in below)
+        return not self.finding and (reaches or nearer)
 
     @property
     def is_finite(self) -> bool:
@@ -277,7 +302,7 @@ class CoordinateCheck(RowsByPath[CoordinateRow]):
         if self.undecided:
             some = ", ".join(path or "the output" for path in self.undecided[:3])
             more = f" and {len(self.undecided) - 3} more" if len(self.undecided) > 3 else ""
-            why = "the interval of an exponent reaches the ±.5 of an error"
+            why = "an exponent is nearer to the ±.5 of an error, or has it in its interval"
             told.append(f"Undecided, as {why}: {some}{more}. Give more widths or more draws.")
         told += ["Every row is flat."] if self.is_flat else []
         return "\n".join([text, *(wrapped(line, width) for line in told)])
@@ -329,12 +354,12 @@ class CoordinateCheck(RowsByPath[CoordinateRow]):
         return figure
 
 
-def _or_least(f: Fit) -> float:
-    return f.exponent if f.is_defined else -math.inf
+def _steepness(f: Fit) -> tuple[bool, float]:
+    return f.grows, f.exponent if f.is_defined else -math.inf
 
 
 def _told(what: str, f: Fit) -> str:
-    return f"{what} {'grows' if f.exponent > 0 else 'shrinks'} as width^{f.exponent:+.2f} ± {f.half_width:.2f}"
+    return f"{what} {'grows' if f.exponent > 0 else 'shrinks'} as width^{f.exponent:+.2f} ± {f.margin:.2f}"
 
 
 def _number(x: float) -> str:
