@@ -120,9 +120,9 @@ class CoordinateRow:
 
     @property
     def own_tests(self) -> int:
-        """How many exponents of the row can become a finding: two before training, one a step, and one after the last."""
-        steps = self.sizes.shape[2] - 1
-        return 3 + steps * (1 if self.updates is None else 2)
+        """How many tests of its exponents can make a finding: growth and its opposite, before training and in it."""
+        steps, has_updates = self.sizes.shape[2] - 1, self.updates is not None
+        return (2 + self.shrinks_by_right) + (steps + 1) + has_updates * (steps + self.is_readout)
 
     def size_at(self, step: int) -> Fit:
         """The fit of the output's size after a step."""
@@ -131,6 +131,10 @@ class CoordinateRow:
     def change_at(self, step: int) -> Fit:
         """The fit of the output's change since step 0."""
         return fit(self.widths, self.changes[:, :, step], self.tests)
+
+    def update_at(self, step: int) -> Fit:
+        """The fit of what the updates of its kernels add after a step; undefined where it has none."""
+        return _UNDEFINED if self.updates is None else fit(self.widths, self.updates[:, :, step], self.tests)
 
     @property
     def change(self) -> Fit:
@@ -145,10 +149,7 @@ class CoordinateRow:
     @property
     def update(self) -> Fit:
         """What the updates of its kernels add, after the step chosen as `steepest` is; undefined where it has none."""
-        if self.updates is None:
-            return _UNDEFINED
-        fits = (fit(self.widths, self.updates[:, :, step], self.tests) for step in range(1, self.sizes.shape[2]))
-        return max(fits, key=_steepness)
+        return max((self.update_at(step) for step in range(1, self.sizes.shape[2])), key=_steepness)
 
     @property
     def may_shrink_at_first(self) -> bool:
@@ -165,8 +166,13 @@ class CoordinateRow:
 
     @property
     def vanishes(self) -> bool:
-        """Whether its change shrinks with the width, or its size before training where that is no allowed exception."""
-        return self._change_vanishes or (self.size_at(0).shrinks and not self.may_shrink_at_first)
+        """Whether its change, or a readout's update, shrinks with the width, or its size before training where it must not."""
+        return self._change_vanishes or self._update_vanishes or (self.size_at(0).shrinks and not self.may_shrink_at_first)
+
+    @property
+    def _update_vanishes(self) -> bool:
+        """Of readouts alone: they read what has its full size, while values in front of queries may be small at first."""
+        return self.is_readout and self.update_at(-1).shrinks
 
     @property
     def _change_vanishes(self) -> bool:
@@ -199,6 +205,7 @@ class CoordinateRow:
         below = (change,) if self.may_shrink_at_first else (first, change)
         # What may shrink by itself has less room, and is told by its growth.
         below = () if self.kind == SCORES or self.follows_fixed or self.is_fixed else below
+        below = (self.update_at(-1),) if self.is_readout else below
         reaches = any(f.is_defined and f.exponent + f.half_width >= _ERROR for f in (*grown, self.size_at(-1)))
         reaches |= any(f.is_defined and f.exponent - f.half_width <= -_ERROR for f in below)
         nearer = any(f.exponent > GROWTH for f in grown) or (self.shrinks_by_right and first.exponent > -_ERROR / 2)
@@ -227,6 +234,8 @@ class CoordinateRow:
             told.append(_told(f"change after step {last}", self.change))
         if self.update.grows:
             told.append(_told("what the update of its kernel adds", self.update))
+        if self._update_vanishes:
+            told.append(_told(f"what the update of its kernel adds after step {last}", self.update_at(-1)))
         if self.keeps_size:
             sound = "division by d_head" if self.kind == SCORES else "a variance of 1/fan_in²"
             told.append(f"size before training goes as width^{first}, where {sound} gives width^-0.50")
@@ -235,7 +244,7 @@ class CoordinateRow:
     def _advice(self) -> str:
         if self.kind == SCORES and (self.grows or self.keeps_size):
             return "; divide the products of queries and keys by d_head, not √d_head"
-        if self.is_fixed and (self.grows or self.keeps_size):
+        if self.is_fixed and (self.grows or self.keeps_size or self._update_vanishes):
             return "; the readout's law or learning rate is not that of the width"
         if self.update.grows:
             return "; its learning rate is not that of the width"

@@ -41,7 +41,7 @@ def coordinate_check(
     optimizer: optax.GradientTransformation | None = None,
     kind: Kind | None = None,
     steps: int = 4,
-    draws: int = 3,
+    draws: int = 6,
     key: Any = None,
     rows: Pattern | Sequence[Pattern] = "**",
     method: str | None = None,
