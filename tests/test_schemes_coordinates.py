@@ -101,6 +101,7 @@ def test_a_wrong_readout_is_found():
         )
     )
     assert twice["layers_2"].vanishes
+    assert "adds after step 1 shrinks" in twice["layers_2"].finding
 
 
 def test_a_zero_readout_is_no_error():
@@ -241,8 +242,39 @@ def test_a_fit_recovers_a_power_law_and_its_error_rate():
     exponents = [fit(widths, np.array(widths)[:, None] ** 0.5 * np.exp(0.1 * rng.normal(size=(4, 4)))) for _ in range(400)]
     covered = sum(abs(f.exponent - 0.5) <= f.half_width for f in exponents)
     assert covered >= 384  # 99 %: fewer in one run of 1e5
+    assert sum(f.exponent - 0.5 > f.margin for f in exponents) <= 14  # 1 % on one side
     assert fit(widths[:2], np.array([[1.0, 1.1], [1.0, 1.2]])).half_width > 3 * 0.1  # two degrees of freedom
     assert not fit(widths, np.zeros((4, 2))).is_defined
+
+
+def rows_of_exponents(rng, exponents, noise):
+    """Rows of a check at widths 16, 48 and 128, six draws and four steps, whose changes have these exponents."""
+    widths = np.array([16.0, 48.0, 128.0])[:, None, None]
+    values = [widths**exponent * np.exp(noise * rng.normal(size=(3, 6, 5))) for exponent in exponents]
+    tests = len(values) * CoordinateRow("a", "Dense", (16, 48, 128), False, values[0], values[0]).own_tests
+    flat_sizes = np.ones((3, 6, 5))
+    return [CoordinateRow("a", "Dense", (16, 48, 128), False, flat_sizes, v, tests=tests) for v in values]
+
+
+def test_all_rows_of_a_check_together_have_the_stated_error_rate_and_power():
+    """The worst sound rows, of exponent .25: of 100 checks of 20 rows 1 may have a finding."""
+    rng = np.random.default_rng(0)
+    false = sum(any(row.finding for row in rows_of_exponents(rng, [0.25] * 20, 0.2)) for _ in range(100))
+    assert false <= 7  # at 1 %: more in one run of 1e5
+    assert all(row.finding or row.is_undecided for row in rows_of_exponents(rng, [0.5] * 20, 0.2))  # each but for .5 %
+    assert all("grows" in row.finding for row in rows_of_exponents(rng, [1.0] * 20, 0.2))  # 8 standard errors above .25
+    assert all("shrinks" in row.finding for row in rows_of_exponents(rng, [-1.0] * 20, 0.2))
+
+
+def test_a_steep_row_that_chance_can_make_is_undecided():
+    """As of the sound convolutional net whose readout's update went as width^+.28 ± .25."""
+    scatter = np.exp(0.2 * np.array([1, -1] * 3))  # the same at every width
+    values = np.array([16.0, 48.0, 128.0])[:, None, None] ** 0.28 * scatter[:, None] * np.ones(5)
+    row = CoordinateRow("a", "Dense", (16, 48, 128), False, np.ones((3, 6, 5)), values, tests=8)
+    assert row.change.exponent == pytest.approx(0.28)
+    assert 0.1 < row.change.half_width < row.change.margin < 0.25
+    assert row.finding == ""
+    assert row.is_undecided
 
 
 def test_what_is_not_known_well_enough_is_undecided():

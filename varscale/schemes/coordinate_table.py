@@ -16,9 +16,9 @@ from varscale.reporting.plots import COLORS, pyplot
 from varscale.reporting.rows_by_path import RowsByPath
 from varscale.schemes.extra_rows import SCORES
 
-# Of an exponent; what is wrong grows or shrinks as √width or faster. At small widths what is sound has an exponent too: a sum of
-# few terms has not yet the size of its mean, and the update of a readout behind a pool goes as width^.22 from 16 to 128. So the
-# hypothesis that a finding rejects is not the exponent 0, but one nearer to 0 than to an error's.
+# Of an exponent; what is wrong grows or shrinks as √width or faster. At small widths what is sound has an exponent too: a sum
+# of few terms has not yet the size of its mean, and the update of a readout behind a pool goes as width^.22 from 16 to 128. So
+# the hypothesis that a finding rejects is not the exponent 0, but any up to these limits.
 _ERROR = 0.5
 GROWTH, SHRINKAGE = _ERROR / 2, 0.3
 _AT_FIRST = 0.1  # before training outputs are sums of independent terms, whose sizes settle as 1/width
@@ -122,7 +122,7 @@ class CoordinateRow:
     def own_tests(self) -> int:
         """How many tests of its exponents can make a finding: growth and its opposite, before training and in it."""
         steps, has_updates = self.sizes.shape[2] - 1, self.updates is not None
-        return (2 + self.shrinks_by_right) + (steps + 1) + has_updates * (steps + self.is_readout)
+        return (2 + self.shrinks_by_right) + (steps + 1) + has_updates * (steps + self._must_learn)
 
     def size_at(self, step: int) -> Fit:
         """The fit of the output's size after a step."""
@@ -171,8 +171,12 @@ class CoordinateRow:
 
     @property
     def _update_vanishes(self) -> bool:
-        """Of readouts alone: they read what has its full size, while values in front of queries may be small at first."""
-        return self.is_readout and self.update_at(-1).shrinks
+        return self._must_learn and self.update_at(-1).shrinks
+
+    @property
+    def _must_learn(self) -> bool:
+        """Readouts read what has its full size; other kernels may read or meet what is small at first, and learn little."""
+        return self.is_readout and not self.follows_fixed
 
     @property
     def _change_vanishes(self) -> bool:
@@ -205,7 +209,7 @@ class CoordinateRow:
         below = (change,) if self.may_shrink_at_first else (first, change)
         # What may shrink by itself has less room, and is told by its growth.
         below = () if self.kind == SCORES or self.follows_fixed or self.is_fixed else below
-        below = (self.update_at(-1),) if self.is_readout else below
+        below = (self.update_at(-1),) if self._must_learn else below
         reaches = any(f.is_defined and f.exponent + f.half_width >= _ERROR for f in (*grown, self.size_at(-1)))
         reaches |= any(f.is_defined and f.exponent - f.half_width <= -_ERROR for f in below)
         nearer = any(f.exponent > GROWTH for f in grown) or (self.shrinks_by_right and first.exponent > -_ERROR / 2)

@@ -54,9 +54,12 @@ def coordinate_check(
     output, (W − W₀) x, where a wrong learning rate shows after one step. One program is compiled a width: all draws and steps
     are in it.
 
-    An error grows or shrinks as √width or faster. A row whose exponent's interval reaches ±.5 is undecided: more widths, a
-    wider range of widths or more draws narrow it. A batch of few examples shows updates best: they line up with what they were
-    made for, and the more examples there are, the wider a layer must be to show it.
+    An error grows or shrinks as √width or faster; at small widths what is sound has an exponent too. A finding is an exponent
+    above .25 or below −.3 (above −.4 where −.5 is right, as of scores and readouts before training) by more than chance: where
+    all exponents lie within these limits, a check has a finding with a probability of at most 1 %, however many rows and steps
+    it has (Bonferroni, Student's t). A row without one whose own 99 % interval reaches ±.5, or whose exponent is nearer to
+    that, is undecided: more widths, a wider range of widths or more draws narrow it. A batch of few examples shows updates best: they line up with what they were made for, and the more
+    examples there are, the wider a layer must be to show it.
 
     Args:
         factory: a function of a width that returns a linen module or an nnx factory `lambda rngs: Net(..., rngs=rngs)`; a
