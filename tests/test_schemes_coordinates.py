@@ -141,10 +141,13 @@ class Scanned(nn.Module):
 
 def test_the_update_of_a_kernel_is_what_its_change_makes_of_the_present_input():
     found = vs.coordinate_check(Scanned, [4, 8], "declared", X, steps=2, draws=2)
-    np.testing.assert_allclose(found["first"].updates, found["first"].changes, rtol=1e-4)  # its input never changes
-    assert found["layers/dense@1"].updates.shape == (2, 2, 3)
-    assert np.all(found["layers/dense@1"].updates[:, :, 0] == 0)
-    assert np.all(found["layers/dense@1"].updates[:, :, 1] < found["layers/dense@1"].changes[:, :, 1])
+    first, second = found["first"].updates, found["layers/dense@1"].updates
+    assert first is not None
+    assert second is not None
+    np.testing.assert_allclose(first, found["first"].changes, rtol=1e-4)  # its input never changes
+    assert second.shape == (2, 2, 3)
+    assert np.all(second[:, :, 0] == 0)
+    assert np.all(second[:, :, 1] < found["layers/dense@1"].changes[:, :, 1])
     assert found[""].updates is None
 
 
@@ -287,7 +290,7 @@ def test_what_is_not_known_well_enough_is_undecided():
     assert [row(0.0, noise).is_undecided for noise in (0.01, 1.0)] == [False, True]
     assert not row(0.5, 0.01).is_undecided  # a finding
     assert row(0.0, 0.01, updates=np.exp(rng.normal(size=(3, 4, 2)))).is_undecided
-    one_draw = CoordinateRow("a", "Dense", (32, 64), False, *2 * [np.ones((2, 1, 2))])
+    one_draw = CoordinateRow("a", "Dense", (32, 64), False, np.ones((2, 1, 2)), np.ones((2, 1, 2)))
     found = CoordinateCheck((32, 64), (one_draw,), np.ones((2, 1, 2)))
     assert not found.findings
     assert not found.is_flat

@@ -58,8 +58,8 @@ def coordinate_check(
     above .25 or below −.3 (above −.4 where −.5 is right, as of scores and readouts before training) by more than chance: where
     all exponents lie within these limits, a check has a finding with a probability of at most 1 %, however many rows and steps
     it has (Bonferroni, Student's t). A row without one whose own 99 % interval reaches ±.5, or whose exponent is nearer to
-    that, is undecided: more widths, a wider range of widths or more draws narrow it. A batch of few examples shows updates best: they line up with what they were made for, and the more
-    examples there are, the wider a layer must be to show it.
+    that, is undecided: more widths, a wider range of widths or more draws narrow it. A batch of few examples shows updates
+    best: they line up with what they were made for, and the more examples there are, the wider a layer must be to show it.
 
     Args:
         factory: a function of a width that returns a linen module or an nnx factory `lambda rngs: Net(..., rngs=rngs)`; a
