@@ -9,7 +9,8 @@ and broadcasts are no nodes at all. Two computations of the same thing are the s
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Hashable, Mapping, Sequence
+import math
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from functools import cached_property, reduce, singledispatch
 from typing import Any, NamedTuple, TypeVar
 
@@ -105,6 +106,10 @@ class Node(Marked):
     def argument(self) -> Node:
         """Its first argument, often the only one."""
         return self.args[0].node
+
+    def count(self, axes: Iterable[int]) -> int:
+        """How many positions it has along some of its axes together."""
+        return math.prod(self.axes[k].size for k in axes)
 
     @property
     def sources(self) -> Sequence[Node]:

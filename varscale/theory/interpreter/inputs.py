@@ -197,13 +197,9 @@ def folded(graph: Graph, eqn: Any, ins: list[Any]) -> list[Any] | None:
         or sum(math.prod(v.aval.shape) for v in eqn.outvars) > _MOST_EVALUATED
     ):
         return None
-    if all(
-        isinstance(x, Opaque)
-        or (all(isinstance(p.node, Array | Constant) for p in parts(x)) and math.prod(x.shape) <= MOST_FOLDED)
-        for x in ins
-    ):
-        pairs = zip(ins, eqn.invars, strict=True)
-        literal = [x.key if isinstance(x, Opaque) else concrete(x, v.aval.dtype) for x, v in pairs]
+    pairs = zip(ins, eqn.invars, strict=True)
+    literal = [x.key if isinstance(x, Opaque) else concrete(x, v.aval.dtype) for x, v in pairs]
+    if not any(x is None for x in literal):
         return [known(graph, out) for out in _evaluated(eqn, literal)]
     if keyed:
         # A key derived from something random: one for equal derivations.
@@ -242,11 +238,8 @@ def folded_node(name: str, extra: Any, frame: Axes, views: Sequence[View]) -> No
         numbers = [arrays.numbers_over(view, frame) for view in views]
         if not literal and name in OUTSIDE and np.any(OUTSIDE[name](*numbers)):
             return None  # a rule says so
-        known_as, operands = {"square": ("mul", numbers * 2), "add_any": ("add", numbers)}.get(
-            name, (name, numbers)
-        )
         with np.errstate(all="ignore"):
-            out = of_known(known_as, extra, operands)
+            out = of_known(name, extra, numbers)
         out = np.broadcast_to(out, sizes)
         if literal or out.dtype.kind in "biu":
             return array(graph, out, frame)

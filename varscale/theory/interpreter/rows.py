@@ -285,7 +285,7 @@ def _correlation_along(x: Value, dims: Iterable[Any]) -> float | None:
     if not (axes := [a.axis for a in atoms if a.axis is not None]):
         return 1.0
     free = float(averaging(table.axes, frozenset(axes)) @ table.second.ravel())
-    size = math.prod(table.axes[k].size for k in axes)
+    size = x.node.count(axes)
     # All pairs of positions, less those that agree.
     return (size * free / table.mean_square - 1) / (size - 1)
 

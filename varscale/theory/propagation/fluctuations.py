@@ -69,7 +69,7 @@ def with_own_weights(spread: Spread, node: Node) -> Spread:
     """
     terms = node.width or 1
     for leaf, _, x, own in applied_weights(node):
-        units = math.prod(node.axes[k].size for k in own)
+        units = node.count(own)
         noise = math.sqrt(max(leaf.kurtosis - 1, 0.0) / terms / units * free_share(leaf, terms, units))
         common = min(inherited(x.node).point, spread.point)
         shape = (leaf.kurtosis - 3) / 3 * (spread.point - common + (1 + common) / terms)
@@ -98,7 +98,7 @@ def of_a_group(node: Node, axes: Sequence[int], groups: int) -> float:
 
     A mean of m has what one has, less what all have, times (1/m − 1/n) / (1 − 1/n).
     """
-    n = math.prod(node.axes[k].size for k in axes)
+    n = node.count(axes)
     if groups == 1 or n == 1:
         return 0.0
     return max(fresh(node, ()) - fresh(node, tuple(axes)), 0.0) * (groups - 1) / (n - 1)

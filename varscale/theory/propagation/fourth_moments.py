@@ -184,7 +184,7 @@ def square_pairs(node: Node) -> tuple[np.ndarray, np.ndarray]:
             continue
         # The share of its mean square's own fluctuations that a product lacks, since its input has fixed it.
         weights = applied_weights(root.node) if isinstance(root.node, Contract) else ()
-        units = [(w.leaf, math.prod(root.node.axes[k].size for k in w.units)) for w in weights]
+        units = [(w.leaf, root.node.count(w.units)) for w in weights]
         kept = max((1 - free_share(leaf, root.node.width or 1, n) for leaf, n in units), default=0.0)
         # Of what a norm divides the mean square cannot fluctuate, nor the mean, where that was taken away.
         normed = root.node.id in scales

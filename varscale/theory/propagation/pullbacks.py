@@ -156,7 +156,7 @@ def forks(node: Node) -> tuple[list[Fork], float]:
                 if beside := _beside_its_mean(*ends, node.axes):
                     found.append(beside)
                 elif not any(isinstance(x.begins, Sum) for x in (p, q)):
-                    reduced = math.prod(over.node.argument.axes[k].size for k in over.node.reduced)
+                    reduced = over.node.argument.count(over.node.reduced)
                     doubt = max(doubt, 2 * abs(p.factor * q.factor) / reduced)
         found += met.values()
         if not pairs:

@@ -211,7 +211,7 @@ def _channels(root: Node, places: Places, x: Node, x_places: Places) -> Channels
     if np.any(root.table.mean):
         return None
     weight, *_, own = next(applied for applied in applied_weights(root) if applied.leaf.is_drawn)
-    units = math.prod(root.axes[k].size for k in own)
+    units = root.count(own)
     if _few(root) and read.channels is not None:
         found = _of_few(root, read.channels, units)
     else:

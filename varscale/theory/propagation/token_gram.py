@@ -58,7 +58,7 @@ class Tokens(NamedTuple):
     @property
     def count(self) -> int:
         """Features."""
-        return math.prod(self.node.axes[k].size for k in self.features)
+        return self.node.count(self.features)
 
     def before(self) -> Tokens:
         """The same tokens before their entries were moved: their axes reordered, put together, taken apart, or one cut."""
@@ -110,7 +110,7 @@ def _shared_with_earlier(node: Node, later: Tokens, other: Tokens) -> float:
 def _measured(x: Tokens) -> np.ndarray:
     """The overlaps of each two given tokens, less what any two share, relative to what one has of its own."""
     others = rest(x.node.axes, (*x.tokens, *x.features))
-    sizes = [math.prod(x.node.axes[k].size for k in axes) for axes in (others, *x[1:])]
+    sizes = [x.node.count(axes) for axes in (others, *x[1:])]
     found = np.asarray(numbers(x.node), float).transpose([*others, *x.tokens, *x.features]).reshape(sizes)
     found = found[evenly(sizes[0], _MOST_OTHERS)][:, evenly(sizes[1], _MOST_TOKENS)]
     return _own_overlaps(found @ found.transpose(0, 2, 1))

@@ -198,7 +198,7 @@ def mixed(node: Contract, x: Tokens) -> Mixture | None:
     if found is None or source is None or not (values.tokens and values.features and found.queries.tokens):
         return white(x)
     count, keys = found.queries.count, float(p.seen.sum(-1).mean())
-    heads = math.prod(x.node.axes[k].size for k in x.features if k in attention.place)
+    heads = x.node.count(set(x.features) & set(attention.place))
     rows = [k for k, row in enumerate(p.rows) if attention.place[row] in x.tokens]
     variance = own_beyond_pairs(p.deviation.mean(-1), p.row_axes, rows)
     # What part of what a row of weights has of its own is due to the logits, not to the keys that it sees.

@@ -47,7 +47,7 @@ from varscale.theory.rules.sampled_regions import drawn_region
 _OWN = {"affine", "convert", "bitcast", "power", *IDENTITIES}
 
 
-@rule(*(FUNCTIONS.keys() - _OWN), "add_any", "square", entrywise=True)
+@rule(*(FUNCTIONS.keys() - _OWN), entrywise=True)
 def elementwise(interpreter: Context, eqn: Any, *xs: Value) -> Value:
     name = eqn.primitive.name
     for recognised in RECOGNISERS.get(name, ()):
@@ -175,7 +175,7 @@ class OneOfMany(Node):
     def sampled(self, reduce: Callable[..., np.ndarray]) -> Table:
         """Moments by sampling: the reduced axes at full size, the others at two positions."""
         axes, source = self.reduced, self.argument
-        count = math.prod(source.axes[k].size for k in axes)
+        count = source.count(axes)
         # The larger the set, the more the tail decides; of what few numbers decide there is no Gaussian tail.
         self.graph.flag("sampled", NEXT_ORDER * math.log(count) + bounded(count, fewest_terms(source)))
         sizes = [a.size if k in axes else min(a.size, 2) for k, a in enumerate(source.axes)]
@@ -228,7 +228,7 @@ def selected_by_extreme(node: Extreme | WindowMax) -> View | None:
     if not isinstance(x, Apply | Sum) or concentrated(x):
         return None
     if isinstance(node, Extreme):
-        count, sign = math.prod(x.axes[k].size for k in node.reduced), node.params[1]
+        count, sign = x.count(node.reduced), node.params[1]
     else:
         count, sign = taps_of(node), 1.0
     live, read = [r for r in roots(x) if not concentrated(r.node)], x.whole

@@ -261,9 +261,8 @@ def _outputs(
     draws = RegionDraws(jaxpr, tuple(operands), sizes, replicates, replicates)
     read = [([(v.node, v.dims) for v in x.value], x.key, str(x.aval), x.nudge) for x in operands]
     mark = ("region", hashed(draws.program.written, (read, sizes.smaller, replicates), tuple(nudged)))
-    views, places = [], itertools.count()
-    for part in (part for x in operands for part in x.value):
-        views.append(View(part.node, tuple(itertools.islice(places, len(part.node.axes)))))
+    places, nodes = itertools.count(), [part.node for x in operands for part in x.value]
+    views = [View(node, tuple(itertools.islice(places, len(node.axes)))) for node in nodes]
     key = _key(mark, views)
     draws = DRAWS.once(graph, key, lambda: with_enough_draws(draws, _BOUND))
 

@@ -226,7 +226,7 @@ def softmax_of(interpreter: Context, top: Value, bottom: Value) -> Value | None:
     num, (scale, mean) = top.node, _mean_of_powers(bottom.node) or (0.0, None)
     if mean is None or mean.argument is not num:
         return None
-    if abs(scale - math.prod(num.axes[k].size for k in mean.params)) > 1e-6:
+    if abs(scale - num.count(mean.params)) > 1e-6:
         return None
     random, allowed = logits(num.args[0], num.axes)
     if random is None:
@@ -234,11 +234,13 @@ def softmax_of(interpreter: Context, top: Value, bottom: Value) -> Value | None:
     placeholder, graph = Value(random.node, top.dims), interpreter.graph
     if len(mean.params) > 1:  # drawn where that can be; else a division as any other
         return placeholder if interpreter.ask("a softmax over several axes") else None
-    (key,), frame, args, unshared = mean.params, num.axes, [random], 0.0
+    (key,), frame, args, unshared, by_sample = mean.params, num.axes, [random], 0.0, False
     if allowed is not None:
         frame = row_classes(frame, random, allowed, key)
         args += rows_filled(*allowed, key)
-        unshared = keys_apart(allowed.node, allowed.bind.index(key)) if key in allowed.bind else 0.0
+        if key in allowed.bind:
+            unshared = keys_apart(allowed.node, allowed.bind.index(key))
+            by_sample = len(allowed.bind) > 1
     gaussian = _is_nearly_gaussian(random.node)
     if not gaussian and interpreter.ask(_NOT_GAUSSIAN):
         return placeholder
@@ -253,7 +255,6 @@ def softmax_of(interpreter: Context, top: Value, bottom: Value) -> Value | None:
     if doubt > NEGLIGIBLE:
         node.flagged, node.doubt, node.gradient_doubt = "assumed", doubt, max(doubt, NEXT_ORDER)
     # Where paddings, some hidden by sample, are not told apart, outputs can be as much again.
-    by_sample = allowed is not None and key in allowed.bind and len(allowed.bind) > 1
     alike = frame[key].size in {size for _, size in padded(graph)} and frame[key].labels is None
     if not gaussian or (by_sample and alike):
         node.flagged, node.doubt = "assumed", 1.0
