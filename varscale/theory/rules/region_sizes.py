@@ -112,7 +112,7 @@ def run(
     known = set(itertools.compress(map(id, jaxpr.invars), weights))
     for eqn in jaxpr.eqns:
         if eqn.primitive.name == "reduce_sum" and not _is_averaged(eqn, jaxpr):
-            sizes.keep(_summed(eqn))
+            sizes.keep(_summed_sizes(eqn))
         ins = read(env, eqn.invars)
         own = [id(v) in known for v in eqn.invars]
         try:
@@ -138,7 +138,7 @@ def _all_sizes(eqn: Any) -> list[int]:
     return [n for v in (*eqn.invars, *eqn.outvars) for n in v.aval.shape]
 
 
-def _summed(eqn: Any) -> list[int]:
+def _summed_sizes(eqn: Any) -> list[int]:
     """The sizes of the axes that a sum is over."""
     return [eqn.invars[0].aval.shape[k] for k in eqn.params["axes"]]
 
@@ -150,7 +150,7 @@ def _is_averaged(eqn: Any, jaxpr: Any) -> bool:
         use.primitive.name == "div"
         and use.invars[0] is total
         and _compat.is_literal(use.invars[1])
-        and math.isclose(float(use.invars[1].val), math.prod(_summed(eqn)), rel_tol=_ROUNDED)
+        and math.isclose(float(use.invars[1].val), math.prod(_summed_sizes(eqn)), rel_tol=_ROUNDED)
         for use in jaxpr.eqns
         if total in use.invars
     )
@@ -185,7 +185,7 @@ def _equation(eqn: Any, ins: list[Any], weights: list[bool], sizes: Sizes) -> li
     if name in ("dot_general", "conv_general_dilated"):
         return [_of_all_terms(eqn, out, weights, sizes)]
     if name == "reduce_sum":
-        return [out * jnp.asarray(sizes.ratio(_summed(eqn)), out.dtype)]
+        return [out * jnp.asarray(sizes.ratio(_summed_sizes(eqn)), out.dtype)]
     return list(out) if eqn.primitive.multiple_results else [out]
 
 
