@@ -56,8 +56,7 @@ def beside_draws(
 def _row_beside(row: Row, numbers: Float[np.ndarray, "count statistics=3"]) -> Row:
     """A predicted row with what was measured."""
     _, square, gradient = numbers.T
-    found = _agreement(square, row.second_moment, row.typical, row.error_bound)
-    new: dict[str, Any] = dict(zip(("measured", "measured_error", "holds"), found, strict=True))
+    new: dict[str, Any] = _agreement(square, row.second_moment, row.typical, row.error_bound)._asdict()
     if row.band is not None:
         low, high = row.band[0] * (1 - 1e-6), row.band[1] * (1 + 1e-6)
         new["draws_in_band"] = float(np.mean((square >= low) & (square <= high)))
@@ -70,10 +69,10 @@ def _row_beside(row: Row, numbers: Float[np.ndarray, "count statistics=3"]) -> R
 
 
 class Agreement(NamedTuple):
-    """What drawn networks say of a mean square that was predicted."""
+    """What drawn networks say of a mean square that was predicted, as a row has it."""
 
-    mean: float  # over networks
-    error: float  # its standard error
+    measured: float  # the mean over networks
+    measured_error: float  # its standard error
     holds: bool  # whether the prediction is as near as its bound says
 
 

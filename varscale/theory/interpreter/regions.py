@@ -106,16 +106,16 @@ def blocks(
             around, scope = spans.pop()
             first, last = around.start, max(last, around.stop - 1)
         spans.append((range(first, last + 1), scope))
-    at = 0
+    at, single = 0, [(range(i, i + 1), eqn) for i, eqn in enumerate(eqns)]
     for span, scope in spans:
-        yield from ((range(i, i + 1), eqns[i]) for i in range(at, span.start))
+        yield from single[at : span.start]
         at, inside = span.stop, [eqns[i] for i in span]
         keys = _keys(inside)
         yield from ((range(0), eqn) for eqn in keys)
         read = [v for i, eqn in enumerate(eqns) if i not in span for v in eqn.invars]
         read = {v for v in (*read, *outputs, *kept) if not _compat.is_literal(v)}
         yield span, as_one([e for e in inside if e not in keys], read, place.piece, scope, is_parameter)
-    yield from ((range(i, i + 1), eqns[i]) for i in range(at, len(eqns)))
+    yield from single[at:]
 
 
 def within(path: str, scope: str) -> bool:

@@ -25,7 +25,7 @@ from varscale.programs.scopes import is_floating, opened, whole_path
 from varscale.report import How, Report, Row, Weight
 from varscale.theory.domain.axes import averaging, equal
 from varscale.theory.domain.tables import NEXT_ORDER
-from varscale.theory.graph.layout import Value
+from varscale.theory.graph.layout import Value, axes_along
 from varscale.theory.graph.nodes import UNKNOWN, Node
 from varscale.theory.propagation.cotangents import cotangents
 from varscale.theory.propagation.doubts import doubt_of, provenance
@@ -277,12 +277,12 @@ def of_one_draw(node: Node) -> OneDraw:
     return OneDraw(second, typical, (typical * math.exp(lean - down), typical * math.exp(lean + reach)))
 
 
-def _correlation_along(x: Value, dims: Iterable[Any]) -> float | None:
+def _correlation_along(x: Value, dims: Sequence[Any]) -> float | None:
     """E[x x'] / E[x²] for pairs that differ in position along `dims` and agree elsewhere; None where there are none."""
-    table, atoms = x.node.table, [a for dim in dims for a in dim]
-    if table.mean_square == 0 or math.prod(a.size for a in atoms) == 1:
+    table = x.node.table
+    if table.mean_square == 0 or math.prod(a.size for dim in dims for a in dim) == 1:
         return None
-    if not (axes := [a.axis for a in atoms if a.axis is not None]):
+    if not (axes := axes_along(dims)):
         return 1.0
     free = float(averaging(table.axes, frozenset(axes)) @ table.second.ravel())
     size = x.node.count(axes)

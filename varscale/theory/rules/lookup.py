@@ -153,9 +153,9 @@ def rows_by_index(
     x, batch = layout.separated(x), rest(shape, offsets)
     order, sizes, rows = np.argsort([*batch, *offsets]).tolist(), [shape[d] for d in batch], x.shape[:count]
     cut = x.dims[:count], x.dims[count:]
-    row_axes, kept = ([a.axis for dim in dims for a in dim if a.axis is not None] for dims in cut)
+    row_axes, kept = map(layout.axes_along, cut)
     if known is None:
-        own = [atom.axis for dim in ids.dims[: len(batch)] for atom in dim if atom.axis is not None]
+        own = layout.axes_along(ids.dims[: len(batch)])
         axes, rates, which = [Axis(ids.node.axes[k].size) for k in own], None, ids.node
         lines = layout.renumbered(ids.dims[: len(batch)], {k: i for i, k in enumerate(own)})
         while len(inner := roots(which)) == 1 and inner[0].node is not which:
@@ -221,7 +221,7 @@ def _one_hot(interpreter: Context, shape: Sequence[int], x: Value, y: Value) -> 
     if len(along) != 1 or not isinstance(y.node, Array) or len(np.unique(y.node.values)) < shape[along[0]]:
         return None
     (d,) = along
-    if any(atom.axis is not None for atom in x.dims[d]):
+    if layout.axes_along([x.dims[d]]):
         return None
     left = replaced(shape, d)
     ids = layout.broadcast_in_dim(Value(x.node, replaced(x.dims, d)), left, range(len(left)))
