@@ -349,3 +349,15 @@ def test_the_mean_square_of_many_draws_is_that_of_all_units(monkeypatch):
     numbers = np.random.default_rng(0).normal(size=(16, 4, 32)) * scales
     table = sampler.pooled(numbers, (Axis(4), Axis(32)), (np.arange(4), np.arange(32)))
     assert table.mean_square == pytest.approx(np.mean(numbers**2), rel=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_gradients_pass_regions_of_either_precision(dtype):
+    class Sorted(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return lax.top_k(nn.Dense(16, dtype=dtype)(x), 16)[0]
+
+    net = nn.Sequential([nn.Dense(16, dtype=dtype), Sorted(), nn.Dense(4, dtype=dtype)])
+    report = predict(net, jax.ShapeDtypeStruct((8, 16), dtype))
+    assert report["layers_0"].gradient == pytest.approx(0.25, rel=0.3)

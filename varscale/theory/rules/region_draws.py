@@ -140,7 +140,7 @@ class RegionDraws:
     @cached_property
     def program(self) -> Program:
         """What is compiled."""
-        asked = [(x.nudge or x.is_value) and np.issubdtype(x.aval.dtype, np.inexact) for x in self.operands]
+        asked = [(x.nudge or x.is_value) and jnp.issubdtype(x.aval.dtype, np.inexact) for x in self.operands]
         weights, floating = tuple(x.weight for x in self.operands), tuple(np.flatnonzero(asked).tolist())
         short = self.batch * work(self.jaxpr.jaxpr, self.sizes)[0] < _SHORT
         numbers = (jax.random.key_data(x) if is_key(x) else x for x in self.jaxpr.consts)
@@ -170,7 +170,7 @@ class RegionDraws:
         """By output: d ln E[y²] / d ln q on the first batch, q the second moment of all that it reads and that is no weight."""
         scaled = list(self.drawn)
         for i, (x, o) in enumerate(zip(self.drawn, self.operands, strict=True)):
-            if o.random and not o.weight and np.issubdtype(x.dtype, np.inexact):
+            if o.random and not o.weight and jnp.issubdtype(x.dtype, np.inexact):
                 scaled[i] = x[: self.batch] * np.sqrt(1 + SCALE_STEP).astype(x.dtype)
         pairs = zip(self._in_batches(Program.run, self.batch, scaled), self.outputs, strict=True)
         moments = [(float(np.mean(_numbers(a) ** 2)), float(np.mean(b[: self.batch] ** 2))) for a, b in pairs]
@@ -199,7 +199,7 @@ class RegionDraws:
         """Cotangents of the operands, (replicates, ...), given those of one output; None where none are asked of."""
         seeds = [np.zeros((len(seed), *x.shape[1:]), np.float32) for x in self.raw]
         seeds[which] = seed.astype(np.float32).reshape(seeds[which].shape)
-        real = [x for x, out in zip(seeds, self.raw, strict=True) if np.issubdtype(out.dtype, np.inexact)]
+        real = [x for x, out in zip(seeds, self.raw, strict=True) if jnp.issubdtype(out.dtype, np.inexact)]
         found = self._in_batches(Program.back, len(seed), self.drawn, real)
         passed = dict(zip(self.program.floating, found, strict=True))
         clean = (passed.get(i) for i in range(len(self.operands)))
