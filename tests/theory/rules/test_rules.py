@@ -165,14 +165,16 @@ def test_rules_against_sampling(name):
 # Where each elementwise primitive is tried: the mean and standard deviation of its arguments, inside its domain.
 ANYWHERE, SMALL, POSITIVE = (0.3, 1.0), (0.1, 0.2), (3.0, 0.2)
 UNARY = dict.fromkeys(["abs", "asinh", "atan", "cbrt", "ceil", "cos", "cosh", "erf", "erfc", "exp", "exp2"], ANYWHERE)
-UNARY |= dict.fromkeys(["expm1", "floor", "is_finite", "logistic", "neg", "round", "sign", "sin", "sinh", "tanh"], ANYWHERE)
+UNARY |= dict.fromkeys(
+    ["expm1", "floor", "is_finite", "logistic", "neg", "round", "sign", "sin", "sinh", "square", "tanh"], ANYWHERE
+)
 UNARY |= dict.fromkeys(["acos", "asin", "atanh", "erf_inv", "log1p", "tan"], SMALL)
 UNARY |= dict.fromkeys(["acosh", "digamma", "lgamma", "log", "rsqrt", "sqrt"], POSITIVE)
 BINARY = dict.fromkeys(["add", "atan2", "ge", "gt", "le", "lt", "max", "min", "mul", "sub"], ANYWHERE)
 BINARY |= dict.fromkeys(["div", "eq", "ne", "nextafter", "pow", "rem"], POSITIVE)
 # With static parameters, of three arguments, and on the bits of integers (that is how weights are drawn: every initializer
-# whose law is read from the model's own init goes through them).
-ELSEWHERE = {"affine", "clamp", "convert", "integer_pow", "own_gradient", "power", "select_n", "stop_gradient"}
+# whose law is read from the model's own init goes through them). `add_any` is what derivatives call `add`.
+ELSEWHERE = {"add_any", "affine", "clamp", "convert", "integer_pow", "own_gradient", "power", "select_n", "stop_gradient"}
 ON_BITS = {"and", "bitcast", "not", "or", "shift_left", "shift_right_logical", "shift_right_arithmetic", "xor"}
 
 
