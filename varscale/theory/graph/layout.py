@@ -207,7 +207,8 @@ class Aligned(NamedTuple):
 def align(values: Sequence[Value]) -> Aligned:
     """Read tensors of one shape (dimensions of size 1 broadcast) over one frame."""
     rank = max(len(x.dims) for x in values)
-    xs = [Value(x.node, ((),) * (rank - len(x.dims)) + x.dims) for x in map(_classed, values)]
+    mixed = not all(isinstance(x.node, Array | Constant) for x in values)
+    xs = [Value(x.node, ((),) * (rank - len(x.dims)) + x.dims) for x in (_classed(x, mixed) for x in values)]
     for d in range(rank):  # of all tensors that are not of size 1 there, the atoms have the same sizes
         cuts = common_cuts(*([atom.size for atom in x.dims[d]] for x in xs))
         xs = [(merged(x, d) if cuts is None else split_at(x, d, cuts)) if x.dims[d] else x for x in xs]
@@ -240,10 +241,12 @@ def _framed(operands: tuple[tuple[tuple[Dim, ...], tuple[Axis, ...]], ...]) -> t
     return Aligned(affordable(tuple(frame)), [], tuple(layout)), places
 
 
-def _classed(x: Value) -> Value:
-    """Known numbers along one axis tell its positions apart (the degrees of a graph): one class a number, where few."""
+def _classed(x: Value, graded: bool) -> Value:
+    """Known numbers along one axis tell its positions apart: one class a number where few, and near ones where they are graded."""
     if not isinstance(x.node, Array) or len(x.node.axes) != 1 or x.node.axes[0].labels is not None:
         return x
-    numbers = x.node.values.astype(float)
-    few = len(np.unique(numbers)) <= 2 * MOST_CLASSES < len(numbers)
-    return Value(x.node.over([grouped(numbers[:, None], 2 * MOST_CLASSES)]), x.dims) if few else x
+    numbers = x.node.values
+    few = len(np.unique(numbers)) <= min(2 * MOST_CLASSES, len(numbers) - 1)
+    if not few and not (graded and numbers.dtype.kind == "f"):
+        return x
+    return Value(x.node.over([grouped(numbers[:, None].astype(float), 2 * MOST_CLASSES)]), x.dims)
