@@ -121,3 +121,38 @@ def test_norms_of_a_stream_take_the_same_direction_out_of_gradients_once():
     measured, error = drawn(one, 200)
     assert agrees(row.gradient, row.gradient_error_bound, measured, error)
     assert row.gradient_error_bound < 0.1
+
+
+@pytest.mark.parametrize("size", [4, 12, 40])
+@pytest.mark.parametrize("kind", ["mask", "decay", "ramp"])
+def test_known_scales_of_places_multiply_at_each_place(size, kind):
+    """E[(m h W m)²] = mean m⁴ for a known m by place, where mean(m²)² would forget which place is which; to 1 %."""
+    steps = np.arange(size) / size
+    scale = {"mask": (steps < 0.5).astype("f"), "decay": np.exp(-2 * steps), "ramp": steps}[kind].astype("f")
+
+    def model(params, x):
+        return x @ params[0] * scale[None, :, None] @ params[1] * scale[None, :, None]
+
+    def draw(key):
+        return [jax.random.normal(k, (32, 32)) / 32**0.5 for k in jax.random.split(key)]
+
+    x = jax.ShapeDtypeStruct((4, size, 32), jnp.float32)
+    whole = vs.predict(model, x, params=draw, backward=False).rows[-1]
+    assert whole.second_moment == pytest.approx(float(np.mean(scale**4)), rel=0.01)
+
+
+@pytest.mark.parametrize("norm", [nn.LayerNorm, nn.RMSNorm])
+def test_a_norm_of_masked_places_leaves_zeros_zero(norm):
+    """Of 12 places 7 are kept: E[y²] is 7/12 behind the norm, and half of that flows back into the layer before the mask."""
+    mask = (np.arange(12) < 7).astype("f")[None, :, None]
+
+    class Masked(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = norm()(nn.Dense(64, name="first")(x) * mask)
+            return norm()(nn.relu(nn.Dense(64, name="second")(x)) * mask)
+
+    rows = {row.path: row for row in vs.predict(Masked(), jax.ShapeDtypeStruct((4, 12, 32), jnp.float32)).rows}
+    assert rows[""].second_moment == pytest.approx(7 / 12, rel=0.01)
+    # 40 nets measure .595 for RMSNorm and .88 for LayerNorm.
+    assert rows["second"].gradient == pytest.approx(0.88 if norm is nn.LayerNorm else 0.595, rel=0.06)

@@ -242,7 +242,7 @@ def _framed(operands: tuple[tuple[tuple[Dim, ...], tuple[Axis, ...]], ...]) -> t
 
 
 def _classed(x: Value, graded: bool) -> Value:
-    """Known numbers along one axis tell its positions apart: one class a number where few, and near ones where they are graded."""
+    """Known numbers along one axis tell its positions apart: a class a number where they are few, and near ones of graded."""
     if not isinstance(x.node, Array) or len(x.node.axes) != 1 or x.node.axes[0].labels is not None:
         return x
     numbers = x.node.values

@@ -124,29 +124,35 @@ def total(graph: Graph, weights: Sequence[float], axes: tuple[Axis, ...], views:
         return number(graph, offset)
     if len(live) == 1:
         return _scaled(live[0][1], axes, live[0][0], offset)
-    parts = [_powers_apart(view.node, ()).whole.within(view.bind) for _, view in live]
-    if len(live) == 2 and all(x.node.primitive == "mul" for x in parts) and alike(live[0][0], -live[1][0]):
-        mine, theirs = ([view.within(x.bind) for view in x.node.args] for x in parts)
-        for known in (x for x in mine if x in theirs and all(isinstance(r.node, Array) for r in roots_of(x))):
+    parts = [_by_known(view) for _, view in live] if len(live) == 2 and alike(live[0][0], -live[1][0]) else []
+    match parts:
+        case [(known, x), (same, y)] if known == same:
             # Known numbers that an array is multiplied by, its mean too, are a factor of the difference.
-            left = [next(x for x in own if x != known) for own in (mine, theirs)]
-            inner = total(graph, [c for c, _ in live], axes, left)
+            inner = total(graph, [c for c, _ in live], axes, [x, y])
             over = [number(graph, 1.0).whole, known.node.whole]
             inverse = View(apply(graph, "div", (), known.node.axes, over), known.bind)
 
-            def back(cotangent: np.ndarray, inverse: View = inverse) -> np.ndarray:
+            def back(cotangent: np.ndarray) -> np.ndarray:
                 return cotangent * inverse.second(axes)
 
             for _, view in live:
                 if view == view.node.whole and len(view.bind) == len(inner.axes) == len(axes):
                     graph.derive(view.node, inner, back, NEXT_ORDER)
-            whole = View(inner, tuple(range(len(axes))))
-            return affine(apply(graph, "mul", (), axes, [known, whole]), 1.0, offset)
+            return affine(
+                apply(graph, "mul", (), axes, [known, View(inner, tuple(range(len(axes))))]), 1.0, offset
+            )
     live.sort(key=lambda term: (term[1].node.id, term[1].bind))
     node = graph.make(Sum, axes, [v for _, v in live], tuple(c for c, _ in live))
     if _is_variance(node):
         node.is_variance = node.positive = True
     return affine(node, 1.0, offset)
+
+
+def _by_known(view: View) -> tuple[View, View] | None:
+    """Known numbers that an array is multiplied by, and the array; None where there are none."""
+    node, bind = _powers_apart(view.node, ()).whole.within(view.bind)
+    ways = itertools.permutations(x.within(bind) for x in node.args) if node.primitive == "mul" else ()
+    return next(((x, y) for x, y in ways if all(isinstance(r.node, Array) for r in roots_of(x))), None)
 
 
 def _cancelled(terms: Sequence[tuple[float, View]]) -> list[tuple[float, View]] | None:

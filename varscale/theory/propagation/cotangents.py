@@ -347,6 +347,6 @@ def _inverse_scale(root: View, scale: View, power: int = 2) -> float:
             fixed += float(share) ** 2
     # A function's units vary the scale that flows back along with it.
     sources = kernel(root.node).places if scale.bind == root.bind[:-1] else {}
-    inputs = (sources.get(x.id, 0.0) for x in root.node.graph.nodes.values() if x.is_input)
+    inputs = (c for key, c in sources.items() if isinstance(key, Node) and key.is_input)
     varied = math.prod(max(2 - math.exp(c * c), 0.1) for c in inputs)
     return 1 / (1 - min(2 * (second - outer) * (1 - fixed), 0.9)) / varied

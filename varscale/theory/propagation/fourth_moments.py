@@ -123,13 +123,13 @@ def mean_squared_correlation(second: np.ndarray, main: View, scale: View, power:
     return float(averaging(table.axes, free) @ ratios.ravel())
 
 
-def origin(node: Node) -> int:
+def origin(node: Node) -> Node:
     """The root whose sampled units a node's are: a function of a root, or a centred copy, fluctuates with it."""
     while True:
         views = fluctuating(roots(node)) if isinstance(node, Apply) else [uncentred(node.whole)]
         below = [unmoved(view.node) for view in views]
         if len(below) != 1 or below[0] is node:
-            return node.id
+            return node
         node = below[0]
 
 
