@@ -247,6 +247,7 @@ def _classed(x: Value, graded: bool) -> Value:
         return x
     numbers = x.node.values
     few = len(np.unique(numbers)) <= min(2 * MOST_CLASSES, len(numbers) - 1)
-    if not few and not (graded and numbers.dtype.kind == "f"):
-        return x
-    return Value(x.node.over([grouped(numbers[:, None].astype(float), 2 * MOST_CLASSES)]), x.dims)
+    told = few or (graded and numbers.dtype.kind == "f")
+    return (
+        Value(x.node.over([grouped(numbers[:, None].astype(float), 2 * MOST_CLASSES)]), x.dims) if told else x
+    )

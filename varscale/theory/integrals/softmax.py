@@ -120,12 +120,6 @@ def weight_moments(
     return WeightMoments(*(x.reshape((*counts.shape[:-1], *x.shape[1:])) for x in found))
 
 
-def weighed_in_both(apart: np.ndarray, one: np.ndarray, correlation: np.ndarray) -> np.ndarray:
-    """E[p_i² p_j]/E[p_i p_j] = e^{(3/2 + ρ) s²} E[p_i] of lognormal weights, from that of independent rows and of one row."""
-    alike = np.clip(correlation, 0.0, 1.0)
-    return apart ** (1 - alike) * one**alike
-
-
 def apart(second: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """What is each key's own in second moments by type of the keys (last axis), by class: S_a − 2 β_a + c.
 

@@ -134,7 +134,7 @@ def forks(node: Node) -> tuple[list[Fork], float]:
     """
     begun = enumerate(_below(_Path(0, node.whole)) if isinstance(node, Apply | Sum) else ())
     waiting = [path._replace(branch=i, begins=path.view.node) for i, path in begun]
-    found, doubt, one = list[Fork](), 0.0, View(number(node.graph, 1.0), ())
+    found, doubt = list[Fork](), 0.0
     while len({path.branch for path in waiting}) > 1 and len(waiting) <= _MOST_PATHS:
         top = max((path.view.node for path in waiting), key=lambda below: below.id)
         here = [path for path in waiting if path.view.node is top]
@@ -145,13 +145,11 @@ def forks(node: Node) -> tuple[list[Fork], float]:
             over = p.over or q.over
             if p.place == q.place:
                 axes = over.node.argument.axes if over else node.axes
-                squares = cross(p.slope or one, q.slope or one, axes)
-                squares = p.factor * q.factor * (squares + swapped(squares, axes))
                 before = met.get(p.place, Fork(p.view, np.zeros(()), p.over))
-                met[p.place] = before._replace(squares=before.squares + squares)
+                met[p.place] = before._replace(squares=before.squares + _both(p, q, axes))
             elif over and not (p.over and q.over):
                 ends = (q, p) if p.over else (p, q)
-                if _is_centred(*ends):
+                if _is_centred(node, *ends):
                     continue
                 if beside := _beside_its_mean(*ends, node.axes):
                     found.append(beside)
@@ -174,15 +172,23 @@ def _beside_its_mean(p: _Path, q: _Path, frame: Axes) -> Fork | None:
     kept = tuple(place for k, place in places if k not in mean.node.reduced)
     if kept != mean.bind or q.view.bind != tuple(range(len(places))):
         return None
-    one = View(number(mean.node.graph, 1.0), ())
-    squares = cross(p.slope or one, q.slope.within(p.view.bind) if q.slope else one, frame)
-    squares = p.factor * q.factor * (squares + swapped(squares, frame))
+    if q.slope:
+        q = q._replace(slope=q.slope.within(p.view.bind))
     beside = tuple(place for k, place in places if k in mean.node.reduced)
-    return Fork(p.view, squares, None, beside)
+    return Fork(p.view, _both(p, q, frame), None, beside)
 
 
-def _is_centred(p: _Path, q: _Path) -> bool:
-    """Whether a sum takes away the mean of one of its terms, which has as many axes as it."""
+def _both(p: _Path, q: _Path, frame: Axes) -> np.ndarray:
+    """E[s_p s_q + s_q s_p] of the slopes along two paths."""
+    one = View(number(p.view.node.graph, 1.0), ())
+    squares = cross(p.slope or one, q.slope or one, frame)
+    return p.factor * q.factor * (squares + swapped(squares, frame))
+
+
+def _is_centred(node: Node, p: _Path, q: _Path) -> bool:
+    """Whether a sum takes away the mean of one of its terms, or a function that of a root which has as many axes as it."""
+    if isinstance(node, Sum):
+        return node.centring.get(p.branch) == q.branch
     lacks = len(p.begins.axes) - len(p.view.bind) > len(q.begins.axes) - len(q.over.bind)
     return not lacks and is_mean_of(q.begins, p.begins)
 

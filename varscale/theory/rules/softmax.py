@@ -16,14 +16,7 @@ from varscale.theory.graph.nodes import UNKNOWN, Array, Node, View, cross_by_kin
 from varscale.theory.graph.normal_form import affine, total
 from varscale.theory.graph.store import BackwardNotes, Fact, Flows, once_per_node
 from varscale.theory.integrals.hermite_series import WEIGHTS, Z
-from varscale.theory.integrals.softmax import (
-    WeightMoments,
-    apart,
-    balance,
-    in_common,
-    weighed_in_both,
-    weight_moments,
-)
+from varscale.theory.integrals.softmax import WeightMoments, apart, balance, in_common, weight_moments
 from varscale.theory.propagation.inherited_fluctuations import NONE, propagated
 from varscale.theory.propagation.marginals import along, fluctuating, marginal
 from varscale.theory.propagation.pullbacks import sum_out
@@ -163,11 +156,12 @@ def pullback_of_softmax(node: Softmax, cotangent: np.ndarray, notes: BackwardNot
     lost = (passed * counts).sum(-1)[..., None, None] * one * two
     lost = lost - passed[..., :, None] * two - one * passed[..., None, :]
     lost = lost + common * p[..., c:].reshape(common.shape)
-    # E[p_ik² p_jk]/E[p_ik p_jk] and its like: of rows that have nothing in common a key's share, or all.
+    # E[p_ik² p_jk]/E[p_ik p_jk] and its like = e^{(3/2 + ρ) s²} E[p] of lognormal weights, between that of
+    # independent rows, a key's share, and that of one row.
     first, square, cube = (np.maximum(x, 1e-300) for x in weights[:3])
-    unlike, alike, correlation = square / first, cube / square, node.deviation / read(node.variance)
-    both = ((read(unlike, second=j), read(alike, second=j)) for j in (False, True))
-    weighed = sum(weighed_in_both(*ratios, correlation) for ratios in both)
+    unlike, alike = square / first, cube / square
+    rho = np.clip(node.deviation / read(node.variance), 0.0, 1.0)
+    weighed = sum(read(unlike, second=j) ** (1 - rho) * read(alike, second=j) ** rho for j in (False, True))
     overlap = (p[..., :c] * counts).sum(-1, keepdims=True)
     keep = np.clip(np.where(own, keep, 1 - weighed + overlap), 0, 1)
     same = np.where(own, np.maximum(passed, 0.0), passed) * keep + within * p[..., :c]
