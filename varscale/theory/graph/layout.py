@@ -207,8 +207,8 @@ class Aligned(NamedTuple):
 def align(values: Sequence[Value]) -> Aligned:
     """Read tensors of one shape (dimensions of size 1 broadcast) over one frame."""
     rank = max(len(x.dims) for x in values)
-    mixed = not all(isinstance(x.node, Array | Constant) for x in values)
-    xs = [Value(x.node, ((),) * (rank - len(x.dims)) + x.dims) for x in (_classed(x, mixed) for x in values)]
+    xs = [Value(x.node, ((),) * (rank - len(x.dims)) + x.dims) for x in values]
+    xs = [_classed(x, xs) for x in xs]
     for d in range(rank):  # of all tensors that are not of size 1 there, the atoms have the same sizes
         cuts = common_cuts(*([atom.size for atom in x.dims[d]] for x in xs))
         xs = [(merged(x, d) if cuts is None else split_at(x, d, cuts)) if x.dims[d] else x for x in xs]
@@ -241,13 +241,16 @@ def _framed(operands: tuple[tuple[tuple[Dim, ...], tuple[Axis, ...]], ...]) -> t
     return Aligned(affordable(tuple(frame)), [], tuple(layout)), places
 
 
-def _classed(x: Value, graded: bool) -> Value:
-    """Known numbers along one axis tell its positions apart: a class a number where they are few, and near ones of graded."""
+def _classed(x: Value, beside: Sequence[Value]) -> Value:
+    """Known numbers along one axis tell its positions apart: a class a number where few, near ones where others have it."""
     if not isinstance(x.node, Array) or len(x.node.axes) != 1 or x.node.axes[0].labels is not None:
         return x
-    numbers = x.node.values
-    few = len(np.unique(numbers)) <= min(2 * MOST_CLASSES, len(numbers) - 1)
-    told = few or (graded and numbers.dtype.kind == "f")
-    return (
-        Value(x.node.over([grouped(numbers[:, None].astype(float), 2 * MOST_CLASSES)]), x.dims) if told else x
+    numbers, others = x.node.values, [y.dims for y in beside if not isinstance(y.node, Array | Constant)]
+    along = any(
+        all(axes_along([dim]) for dim in pair) for dims in others for pair in zip(x.dims, dims, strict=True)
     )
+    if len(np.unique(numbers)) <= min(2 * MOST_CLASSES, len(numbers) - 1) or (
+        along and numbers.dtype.kind == "f"
+    ):
+        return Value(x.node.over([grouped(numbers[:, None] * 1.0, 2 * MOST_CLASSES)]), x.dims)
+    return x

@@ -180,7 +180,7 @@ def _beside_its_mean(p: _Path, q: _Path, frame: Axes) -> Fork | None:
 
 def _both(p: _Path, q: _Path, frame: Axes) -> np.ndarray:
     """E[s_p s_q + s_q s_p] of the slopes along two paths."""
-    one = View(number(p.view.node.graph, 1.0), ())
+    one = number(p.view.node.graph, 1.0).whole
     squares = cross(p.slope or one, q.slope or one, frame)
     return p.factor * q.factor * (squares + swapped(squares, frame))
 
