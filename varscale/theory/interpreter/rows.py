@@ -30,7 +30,6 @@ from varscale.theory.graph.nodes import UNKNOWN, Node
 from varscale.theory.propagation.cotangents import cotangents
 from varscale.theory.propagation.doubts import doubt_of, provenance
 from varscale.theory.propagation.fluctuations import fluctuations
-from varscale.theory.rules.elementwise import INFINITE
 from varscale.theory.rules.registry import CALLS, Complex, Context, sub_jaxpr_of
 
 _LOOPS = {"scan", "while"}
@@ -41,6 +40,7 @@ _WIDEST_BAND = 25.0  # of ln(mean square): beyond that a draw can be anything, a
 GRADIENT_BASE, _ROUNDING = 0.05, 4e-3
 # A relative error of gradients, and the share of rows that may have it, beyond which the model is drawn.
 _MUCH, _MANY = 0.1, 0.1
+_UNBOUNDED = 1e50  # a mean square that only the large numbers which stand for infinities have
 
 
 def is_mark(eqn: Any) -> bool:
@@ -239,7 +239,7 @@ def _arrays(interpreter: Context, made: Iterable[Made]) -> dict[str, Value]:
 
 def _row(path: str, kind: str, x: Value) -> Row:
     mean = x.node.table.total_mean
-    if x.node.table.mean_square >= INFINITE:  # infinities, which masks put there and a softmax takes away
+    if x.node.table.mean_square >= _UNBOUNDED:  # infinities, which masks put there and a softmax takes away
         moments = (mean, math.inf, math.inf, math.inf, (0.0, math.inf))
         return Row(path, kind, x.shape, *moments, how="assumed", error_bound=math.inf)
     second, typical, (low, high) = of_one_draw(x.node)

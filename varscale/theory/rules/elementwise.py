@@ -199,9 +199,6 @@ def _is_gaussian(node: Node) -> bool:
     return not isinstance(node, Apply | OneOfMany) and marginal(node).gaussian
 
 
-INFINITE = 1e50  # a mean square that only the large numbers which stand for infinities have
-
-
 class Extreme(OneOfMany):
     """Maximum (or minimum) over axes; `params` is (axes, sign)."""
 
@@ -212,8 +209,6 @@ cross_by_kind.register(Extreme, cross_by_kind_of_one_of_many)
 @second_moments.register
 def second_moments_of_extreme(node: Extreme) -> Table:
     sign = node.params[1]
-    if node.argument.table.mean_square >= INFINITE:
-        raise NotImplementedError("an extreme of masked values")
     return node.sampled(lambda x, axes: (sign * x).max(axis=axes) * sign)
 
 
