@@ -294,11 +294,13 @@ def _outputs(
 
 
 def _by_place(squares: np.ndarray, k: int, size: int, time: bool) -> Axis:
-    """Axis k of draws, (replicates, positions...), by the levels q of their squares, where Var[ln q] is much, and no chance."""
+    """Axis k of draws, (replicates, places..., units), by the levels q of their squares, where Var[ln q] is no chance."""
     levels = squares.mean(axis=tuple(1 + j for j in range(squares.ndim - 1) if j != k))
     logs = np.log(np.maximum(levels, 1e-150))
     chance = SCORES * (logs - logs.mean(axis=1, keepdims=True)).var(axis=0).mean() / (len(logs) - 1)
-    differ = levels.shape[1] == size and logs.mean(axis=0).var() > max(chance, NEXT_ORDER)
+    differ = (
+        levels.shape[1] == size and k + 2 < squares.ndim and logs.mean(axis=0).var() > max(chance, NEXT_ORDER)
+    )
     return by_level(levels.mean(axis=0)[:, None]) if time or differ else Axis(size)
 
 
