@@ -379,8 +379,7 @@ def _packed(found: Found) -> _Numbers:
     layout, arrays = [], []
     for place, statistics in found.items():
         for name, x in statistics.items():
-            leaves, tree = jax.tree_util.tree_flatten(x)
-            leaves = [jnp.asarray(leaf) for leaf in leaves]
+            leaves, tree = jax.tree_util.tree_flatten(jax.tree.map(jnp.asarray, x))
             layout.append((place, name, tree, tuple(leaf.shape for leaf in leaves)))
             arrays += leaves
     dtype = jnp.float64 if any(leaf.dtype == jnp.float64 for leaf in arrays) else jnp.float32

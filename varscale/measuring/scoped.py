@@ -9,8 +9,9 @@ from typing import Any
 import jax
 
 from varscale import _compat
-from varscale.measuring.sites import REMAT, sub_jaxprs
+from varscale.measuring.sites import sub_jaxprs
 from varscale.programs.calls import Call, Recorder, recorder
+from varscale.programs.pieces import REMAT
 from varscale.programs.scopes import ends, opened
 
 # Equations that are entered: what they mean to differentiation stays, which is not so of custom derivatives.
