@@ -31,9 +31,9 @@ from dataclasses import replace
 import numpy as np
 
 from varscale.theory.domain.tables import ROUGH
-from varscale.theory.graph.convolutions import Conv, taps_of
-from varscale.theory.graph.expressions import Apply, Sum, roots
-from varscale.theory.graph.linear_nodes import applied_weights
+from varscale.theory.graph.convolutions import Conv, WindowSum, taps_of
+from varscale.theory.graph.expressions import Apply, Mean, Sum, roots
+from varscale.theory.graph.linear_nodes import Contract, applied_weights
 from varscale.theory.graph.nodes import UNKNOWN, Array, Constant, Leaf, Node, View
 from varscale.theory.graph.store import once_per_node
 from varscale.theory.integrals.hermite_series import WEIGHTS
@@ -41,8 +41,10 @@ from varscale.theory.propagation.fourth_moments import free_share, fresh, origin
 from varscale.theory.propagation.inherited_fluctuations import (
     NONE,
     Spread,
+    combine,
     inherited,
     kernel,
+    propagated,
     response_to,
     root_responses,
     shared,
@@ -58,7 +60,7 @@ from varscale.theory.propagation.marginals import (
 )
 from varscale.theory.propagation.pullbacks import Cotangent
 from varscale.theory.propagation.sampler import in_order
-from varscale.theory.propagation.shared_component import channel_scatter
+from varscale.theory.propagation.shared_component import channel_scatter, of_an_average, of_few
 
 
 def with_own_weights(spread: Spread, node: Node) -> Spread:
@@ -111,6 +113,37 @@ def fluctuations(node: Node) -> Spread:
     chance = fresh(node, range(len(node.axes))) if scatter is None else scatter
     own = math.sqrt(max(chance, 0.0))
     return replace(base, sources=weighted([(1.0, base.sources), (1.0, {origin(node): own})]))
+
+
+@propagated.register
+def propagated_of_average(node: Mean | WindowSum) -> Spread:
+    inner = node.argument
+    if node.averages and inner.params == ("integer_pow", (2,)):
+        return combine([(2.0, fluctuations(inner.argument))])
+    return of_an_average(node, inherited(inner))
+
+
+@propagated.register
+def propagated_of_conv(node: Conv) -> Spread:
+    x, groups, taps = node.argument, node.params.groups, taps_of(node)
+    summed = [k for k in node.params.x_dims[1:2] if k is not None]
+    spread = combine([(1.0, averaged(x, summed, taps))])
+    out, shape = with_own_weights(spread, node), of_a_group(x, summed, groups) / taps
+    if (varied := of_few(node)) is not None:  # what weights of its own add is in the law of its channels
+        out, shape = replace(out, sources=spread.sources), shape + (1 - 1 / taps) * varied
+    return replace(out, shape=out.shape + shape)
+
+
+@propagated.register
+def propagated_of_contract(node: Contract) -> Spread:
+    """Both arguments' scales, which go together where one has all the places of the other; and what weights make of either."""
+    n, apart = len(node.axes), not applied_weights(node)
+    x, y = (averaged(v.node, [k for k, b in enumerate(v.bind) if b >= n], apart=apart) for v in node.args)
+    few, many = sorted(({b for b in bind if b < len(node.axes)} for _, bind in node.args), key=len)
+    unlike = node.argument is node.args[1].node or not few <= many
+    together = 0.0 if unlike else min(shared(x.places, y.places), 1.0)
+    spread = combine([(1.0, x), (1.0, y)])
+    return with_own_weights(replace(spread, shift=spread.shift + math.expm1(together)), node)
 
 
 _WIDEST_COVARIANCE = 1.0  # sum of covariances at one layer beyond which first order says nothing

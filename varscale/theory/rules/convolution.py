@@ -3,7 +3,6 @@
 Maxima are drawn, and their cotangents spread evenly.
 """
 
-import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -40,12 +39,9 @@ from varscale.theory.graph.store import BackwardNotes, Flows
 from varscale.theory.integrals.hermite_series import WEIGHTS, Z
 from varscale.theory.propagation.cross_moments import cross, dependent, unsure
 from varscale.theory.propagation.doubts import lost_excess
-from varscale.theory.propagation.fluctuations import averaged, of_a_group, with_own_weights
 from varscale.theory.propagation.fourth_moments import excess_kurtosis
-from varscale.theory.propagation.inherited_fluctuations import Spread, combine, inherited, propagated
 from varscale.theory.propagation.marginals import quantiles_of_kind, scatter_of
 from varscale.theory.propagation.pullbacks import repeats
-from varscale.theory.propagation.shared_component import of_an_average, of_few
 from varscale.theory.rules.elementwise import bounded, draw, fewest_terms, of_increasing, pooled_estimate
 from varscale.theory.rules.linear import without_factor
 from varscale.theory.rules.registry import Context, rule
@@ -72,17 +68,6 @@ def second_moments_of_conv(node: Conv) -> Table:
 @pullback.register
 def pullback_of_conv(node: Conv, cotangent: np.ndarray, notes: BackwardNotes) -> Flows:
     return [node.carry(cotangent, transposed=True), None]
-
-
-@propagated.register
-def propagated_of_conv(node: Conv) -> Spread:
-    x, groups, taps = node.argument, node.params.groups, taps_of(node)
-    summed = [k for k in node.params.x_dims[1:2] if k is not None]
-    spread = combine([(1.0, averaged(x, summed, taps))])
-    out, shape = with_own_weights(spread, node), of_a_group(x, summed, groups) / taps
-    if (varied := of_few(node)) is not None:  # what weights of its own add is in the law of its channels
-        out, shape = dataclasses.replace(out, sources=spread.sources), shape + (1 - 1 / taps) * varied
-    return dataclasses.replace(out, shape=out.shape + shape)
 
 
 @scatter_of.register
@@ -184,11 +169,6 @@ def cross_by_kind_of_window_sum(node: WindowSum, a: View, b: View, frame: Axes) 
             out = apply_axis(full_along(out, at[k], axis), at[k], counts)
     unsure(x.graph, "quadrature", x.near)
     return out
-
-
-@propagated.register
-def propagated_of_window_sum(node: WindowSum) -> Spread:
-    return of_an_average(node, inherited(node.argument))
 
 
 @cross_by_kind.register

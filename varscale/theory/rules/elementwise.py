@@ -15,7 +15,7 @@ from scipy import special
 from varscale.theory.domain.axes import Axes, Axis, contract_axes, pool, refine, rest
 from varscale.theory.domain.tables import LEADING_ORDER, NEXT_ORDER, Table, estimate, gaussian, over_frame
 from varscale.theory.graph.convolutions import WindowMax, taps_of
-from varscale.theory.graph.expressions import IDENTITIES, Apply, Mean, Sum, roots
+from varscale.theory.graph.expressions import IDENTITIES, Apply, Sum, roots
 from varscale.theory.graph.layout import Dim, Value, axes_along, full, renumbered
 from varscale.theory.graph.linear_nodes import weight_of
 from varscale.theory.graph.nodes import (
@@ -34,11 +34,8 @@ from varscale.theory.graph.store import BackwardNotes, Flows, once_per_node
 from varscale.theory.integrals.hermite_series import WEIGHTS, Z, read_off, sphere_squares
 from varscale.theory.integrals.primitives import FUNCTIONS, POSITIVE
 from varscale.theory.propagation.cross_moments import cross, mean_product
-from varscale.theory.propagation.fluctuations import fluctuations
-from varscale.theory.propagation.inherited_fluctuations import Spread, combine, inherited, propagated
 from varscale.theory.propagation.marginals import along, concentrated, evaluate, marginal
 from varscale.theory.propagation.pullbacks import selected
-from varscale.theory.propagation.shared_component import of_an_average
 from varscale.theory.rules.lookup import compared
 from varscale.theory.rules.registry import RECOGNISERS, RULES, Complex, Context, map_parts, parts, rule
 from varscale.theory.rules.sampled_regions import drawn_region
@@ -130,14 +127,6 @@ def complex_(interpreter: Context, eqn: Any, re: Value, im: Value) -> Complex:
 @rule("real", "imag")
 def real(interpreter: Context, eqn: Any, x: Complex) -> Value:
     return x.re if eqn.primitive.name == "real" else x.im
-
-
-@propagated.register
-def propagated_of_mean(node: Mean) -> Spread:
-    inner = node.argument
-    if inner.params == ("integer_pow", (2,)):
-        return combine([(2.0, fluctuations(inner.argument))])
-    return of_an_average(node, inherited(inner))
 
 
 def axes_behind(x: Value, dims: Sequence[int]) -> tuple[list[int], tuple[Dim, ...]]:

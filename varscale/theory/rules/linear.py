@@ -4,7 +4,6 @@ A triangular mask on a weight (an autoregressive net's) hides much of the first 
 outputs are classed by the mean square of what they read.
 """
 
-import dataclasses
 import itertools
 import math
 from collections.abc import Sequence
@@ -17,14 +16,12 @@ from varscale.theory.domain.tables import LOOSE, NEGLIGIBLE, ROUGH, Table, full_
 from varscale.theory.graph.convolutions import Conv
 from varscale.theory.graph.expressions import Apply, roots, swapped
 from varscale.theory.graph.layout import Value, align, axes_along, full, renumbered
-from varscale.theory.graph.linear_nodes import Contract, Gather, applied_weights, unmoved, weight_of
+from varscale.theory.graph.linear_nodes import Contract, Gather, unmoved, weight_of
 from varscale.theory.graph.nodes import Array, Leaf, Node, View, cross_by_kind, pullback, second_moments
 from varscale.theory.graph.normal_form import affine
 from varscale.theory.graph.store import BackwardNotes, Flows, once_per_node
 from varscale.theory.propagation.cross_moments import cross, dependent, mean_of_product, mean_product
 from varscale.theory.propagation.doubts import lost_excess
-from varscale.theory.propagation.fluctuations import averaged, with_own_weights
-from varscale.theory.propagation.inherited_fluctuations import Spread, combine, propagated, shared
 from varscale.theory.propagation.pullbacks import sum_out
 from varscale.theory.propagation.token_gram import gained_by_sum
 from varscale.theory.rules.attention import SHARED_DOUBT, note_values, of_alike_keys, tilted
@@ -138,18 +135,6 @@ def cross_by_kind_of_products(node: Node, a: View, b: View, frame: Axes) -> np.n
             table = full_types(cross(mine[1 - i], theirs[1 - j], wide) * mine[i].second(wide), wide)
             return contract_axes(table, {d: wide[d].pairs for d in extra})
     return None
-
-
-@propagated.register
-def propagated_of_contract(node: Contract) -> Spread:
-    """Both arguments' scales, which go together where one has all the places of the other; and what weights make of either."""
-    n, apart = len(node.axes), not applied_weights(node)
-    x, y = (averaged(v.node, [k for k, b in enumerate(v.bind) if b >= n], apart=apart) for v in node.args)
-    few, many = sorted(({b for b in bind if b < len(node.axes)} for _, bind in node.args), key=len)
-    unlike = node.argument is node.args[1].node or not few <= many
-    together = 0.0 if unlike else min(shared(x.places, y.places), 1.0)
-    spread = combine([(1.0, x), (1.0, y)])
-    return with_own_weights(dataclasses.replace(spread, shift=spread.shift + math.expm1(together)), node)
 
 
 @once_per_node
