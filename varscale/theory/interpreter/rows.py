@@ -30,6 +30,7 @@ from varscale.theory.graph.nodes import UNKNOWN, Node
 from varscale.theory.propagation.cotangents import cotangents
 from varscale.theory.propagation.doubts import doubt_of, provenance
 from varscale.theory.propagation.fluctuations import fluctuations
+from varscale.theory.rules.elementwise import reads_masked
 from varscale.theory.rules.registry import CALLS, Complex, Context, sub_jaxpr_of
 
 _LOOPS = {"scan", "while"}
@@ -232,16 +233,18 @@ def _arrays(interpreter: Context, made: Iterable[Made]) -> dict[str, Value]:
         if isinstance(x, Complex):
             x = interpreter.elementwise("hypot", x.re, x.im)
         if isinstance(x, Value) and math.prod(x.shape) > 0:
-            _ = x.node.table
+            # A largest logit is none of a softmax's, so that its own row is no reason to draw the module.
+            if m.kind in ("module", "scope") or not reads_masked(x.node):
+                _ = x.node.table
             out[m.path] = x
     return out
 
 
 def _row(path: str, kind: str, x: Value) -> Row:
-    mean = x.node.table.total_mean
-    if x.node.table.mean_square >= _UNBOUNDED:  # infinities, which masks put there and a softmax takes away
-        moments = (mean, math.inf, math.inf, math.inf, (0.0, math.inf))
+    if reads_masked(x.node) or x.node.table.mean_square >= _UNBOUNDED:  # masks, which a softmax takes away
+        moments = (math.nan, math.inf, math.inf, math.inf, (0.0, math.inf))
         return Row(path, kind, x.shape, *moments, how="assumed", error_bound=math.inf)
+    mean = x.node.table.total_mean
     second, typical, (low, high) = of_one_draw(x.node)
     how, error_bound = provenance(x.node)
     # The middle of a band is in doubt, too: of what was drawn by two of the standard errors that bound it.

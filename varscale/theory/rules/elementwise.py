@@ -40,6 +40,7 @@ from varscale.theory.rules.lookup import compared
 from varscale.theory.rules.registry import RECOGNISERS, RULES, Complex, Context, map_parts, parts, rule
 from varscale.theory.rules.sampled_regions import drawn_region
 
+MASKED = -1e4  # a number below this is a mask
 # What jax names otherwise, or has static parameters of its own.
 _OWN = {"affine", "convert", "bitcast", "power", *IDENTITIES}
 
@@ -195,9 +196,21 @@ class Extreme(OneOfMany):
 cross_by_kind.register(Extreme, cross_by_kind_of_one_of_many)
 
 
+@once_per_node
+def reads_masked(node: Node) -> bool:
+    """Whether an extreme of numbers is in it, some of which a mask hides: of how many it is differs from row to row."""
+    if isinstance(node, Extreme):
+        return node.argument.table.mean_square >= MASKED**2
+    return any(reads_masked(x) for x, _ in node.args)
+
+
 @second_moments.register
 def second_moments_of_extreme(node: Extreme) -> Table:
     sign = node.params[1]
+    if reads_masked(node):
+        if not node.graph.undrawn:
+            raise NotImplementedError("an extreme of masked numbers")
+        node.graph.flag("assumed", UNKNOWN)
     return node.sampled(lambda x, axes: (sign * x).max(axis=axes) * sign)
 
 

@@ -14,9 +14,8 @@ from varscale.theory.graph.nodes import Array, Constant, Node, View, array
 from varscale.theory.graph.normal_form import total
 from varscale.theory.graph.store import Fact, once_per_node
 from varscale.theory.propagation.sampler import evenly
-from varscale.theory.rules.elementwise import Extreme
+from varscale.theory.rules.elementwise import MASKED, Extreme
 
-MASKED = -1e4  # a logit below this is a mask, not a number
 _NOTHING_LEFT = 50.0  # a difference of logits that takes all of a key's weight, whatever else they add
 _ROW_CLASSES = 8
 _ROWS_COMPARED = 512  # rows of a mask that are compared with each other
