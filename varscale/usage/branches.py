@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from varscale.usage.values import Flow
@@ -61,7 +61,6 @@ class BranchNote:
         gates: numbers of the parameters that the branch is multiplied by after its last map.
         shortcut: whether the stream passes a map of its own beside the branch.
         loops: (length, additions a step) of each loop over layers around it, from the outermost.
-        start: linear maps before the point that stream and branch were both computed from.
     """
 
     number: int
@@ -72,7 +71,106 @@ class BranchNote:
     gates: frozenset[int]
     shortcut: bool
     loops: tuple[Loop, ...] = ()
-    start: int = 0
+
+
+class Ways:
+    """What each value was computed from, and the linear maps on the way from one value to another; values by their anchors."""
+
+    def __init__(self) -> None:
+        self._read: dict[int, dict[int, frozenset[str]]] = {}  # what a value was computed from, and by which functions of it
+        self._mapped: set[int] = set()
+        self._bent: set[int] = set()
+        self._streams: dict[int, int] = {}
+        self._sides: dict[int, tuple[frozenset[int], ...]] = {}
+
+    def made(self, x: Flow, of: Sequence[Flow], *, maps: bool, linear: bool) -> None:
+        """Note a value.
+
+        Args:
+            x: the value.
+            of: what it was computed from.
+            maps: whether by a linear map.
+            linear: whether it is a linear function of these functions.
+        """
+        self._read[x.anchor] = {y.anchor: y.functions for y in of}
+        if maps:
+            self._mapped.add(x.anchor)
+        if x.normalised or not linear:
+            self._bent.add(x.anchor)
+
+    def added(self, total: Flow, stream: Flow) -> None:
+        """Note the sum of a residual addition."""
+        self._streams[total.anchor] = stream.anchor
+
+    def contracted(self, total: Flow, sides: Iterable[Iterable[int]]) -> None:
+        """Note a product of two activations, and of each the values that it is made of."""
+        self._sides[total.anchor] = tuple(map(frozenset, sides))
+
+    def between(self, start: int, end: Flow) -> dict[int, int]:
+        """The values on the ways from one value to another, with the most linear maps from the first to each; empty for no way.
+
+        No way leads along a stream that what is added to it alone depends on: a condition of the blocks before is no start.
+        """
+        found, dead = {start: 0}, set[int]()
+        readers: dict[int, list[int]] = {}
+        left, anchor = end.ancestors >> start + 1, start
+        while left:
+            skipped = (left & -left).bit_length()
+            left, anchor = left >> skipped, anchor + skipped
+            before = [read for read in self._read[anchor] if read in found]
+            for read in before:
+                readers.setdefault(read, []).append(anchor)
+            if before and self._streams.get(anchor, start) not in found:
+                dead.add(anchor)
+            elif before:
+                found[anchor] = max(found[read] for read in before) + self.maps(anchor)
+        for anchor in reversed(found):  # what leads to such streams alone
+            if anchor in readers and dead.issuperset(readers[anchor]):
+                dead.add(anchor)
+        return {anchor: maps for anchor, maps in found.items() if anchor not in dead} if end.anchor in found else {}
+
+    def maps(self, anchor: int) -> bool:
+        """Whether a linear map made a value."""
+        return anchor in self._mapped
+
+    def bends(self, way: Mapping[int, int], branch: Flow, shortcut: Flow) -> bool:
+        """Whether a branch is no linear function of what a shortcut reads.
+
+        Args:
+            way: the values from their common start to the branch.
+            branch: the branch.
+            shortcut: a linear map of a function of the start.
+        """
+        start, *later = way
+        first = self._read[shortcut.anchor].get(start, frozenset())
+        edges = [(read, functions) for anchor in later for read, functions in self._read[anchor].items() if read in way]
+        if any(functions != (first if read == start else frozenset()) for read, functions in edges):
+            return True
+        return bool(branch.functions) or not self._bent.isdisjoint(later)
+
+    def beside(self, way: Mapping[int, int]) -> Iterator[int]:
+        """The values that others on a way are contracted with: keys and values that are made of something else."""
+        for anchor in way:
+            for side in self._sides.get(anchor, ()):
+                if way.keys().isdisjoint(side):
+                    yield from side
+
+
+@dataclasses.dataclass(frozen=True)
+class Addition:
+    """A residual addition.
+
+    Attributes:
+        stream: one summand.
+        branch: the other.
+        way: the values between what both were computed from and the branch, by their anchors, with the linear maps before each.
+        shortcut: whether the stream passes a map of its own beside the branch.
+    """
+
+    stream: Flow
+    branch: Flow
+    way: Mapping[int, int]
+    shortcut: bool = False
 
 
 class Residuals:
@@ -81,9 +179,11 @@ class Residuals:
     Attributes:
         notes: in the order of execution.
         additions: on the longest way to the output.
+        ways: what the values of the program were computed from.
     """
 
     def __init__(self) -> None:
+        self.ways = Ways()
         self.notes: list[BranchNote] = []
         self.additions = 0
         self._places: dict[Hashable, int] = {}
@@ -92,10 +192,12 @@ class Residuals:
         self._read: dict[int, float | None] = {}
         self._open: dict[int, frozenset[Hashable]] = {}
         self._streams_met: set[Hashable] = set()
+        self._projected: dict[int, Hashable] = {}
+        self._enclosed: set[Hashable] = set()
 
     def anchored(self, use: Use, anchor: int) -> None:
         """Note at which value a parameter is used, so that the branch which that lies in can be told."""
-        use.branch = None
+        use.branch, use.anchor = None, anchor
         self._at.setdefault(anchor, []).append(use)
 
     def read(self, x: Flow) -> None:
@@ -103,15 +205,14 @@ class Residuals:
         if x.embedded and x.stream is None:
             self._read.setdefault(x.anchor, x.scale)
 
-    def join(self, place: Hashable, stream: Flow, branch: Flow, start: int) -> tuple[int, int]:
+    def join(self, place: Hashable, found: Addition) -> tuple[int, int]:
         """Note an addition; its number, and the number of its stream.
 
         Args:
             place: equal for the same equation, walked again.
-            stream: one summand.
-            branch: the other.
-            start: linear maps before the point that both were computed from.
+            found: the addition.
         """
+        stream, branch, way = found.stream, found.branch, found.way
         number = stream.depth + 1
         self.additions = max(self.additions, number)
         if place not in self._places:
@@ -120,25 +221,35 @@ class Residuals:
             self.notes.append(BranchNote(0, on, 0, 1.0, 1.0, frozenset(), False))
         index = self._places[place]
         note = self.notes[index]
-        note.number, note.maps, note.gates, note.start = number, branch.maps - start, branch.gates, start
+        note.number, note.maps, note.gates, note.shortcut = number, max(way.values()), branch.gates, found.shortcut
         before = self._read.get(stream.anchor, 1.0)
         note.stream_scale = stream.scale if before == 1 else stream.scale / before if before and stream.scale else None
         note.branch_scale = branch.scale
-        note.shortcut = stream.maps > start
-        for use in self._uses(branch.ancestors & ~stream.ancestors):
-            if use.branch is None and not use.begins:
-                use.branch = index
+        within = {anchor: maps - self.ways.maps(anchor) for anchor, maps in way.items()}
+        for anchor, maps in (dict.fromkeys(self.ways.beside(way), 0) | within).items():
+            for use in () if stream.ancestors >> anchor & 1 else self._at.get(anchor, ()):
+                if use.branch is None and not use.begins:
+                    use.branch, use.position = index, maps if use.reduction else way.get(anchor, 0)
         return number, note.stream
 
-    def summed(self, place: Hashable, stream: Flow, branch: Flow, total: Flow) -> None:
-        """Note the sum of an addition: D ⊙ u, beside what layers make of u, is a stream only if a later branch is added to it.
+    def summed(self, place: Hashable, found: Addition, total: Flow) -> None:
+        """Note the sum of an addition, and whether it is one.
+
+        D ⊙ u, beside what layers make of u, is a stream only if a later branch is added to it. So is D u where the sum lies in
+        another branch: a state space's output C h + D u.
 
         Args:
             place: as in `join`.
-            stream: one summand.
-            branch: the other.
-            total: their sum.
+            found: the addition.
+            total: the sum.
         """
+        stream, branch, (start, *later) = found.stream, found.branch, found.way
+        self.ways.added(total, stream)
+        self._enclosed.update(self._projected[anchor] for anchor in later if anchor in self._projected)
+        self._streams_met.update([self._projected[start]] if start in self._projected else [])
+        if found.shortcut:
+            self._projected[total.anchor] = place
+            return
         before, reads = self._open.get(stream.anchor, frozenset()), branch.ancestors >> stream.anchor & 1
         if reads:
             self._streams_met |= before
@@ -151,8 +262,8 @@ class Residuals:
 
     @property
     def skips(self) -> frozenset[Hashable]:
-        """Places of sums that are no residual additions: a vector times a layer's output is added, and no stream begins."""
-        return frozenset().union(*self._open.values()) - self._streams_met
+        """Places of sums that are no residual additions: a layer's output is added, times a vector or a matrix alone."""
+        return frozenset(self._enclosed).union(*self._open.values()) - self._streams_met
 
     def _uses(self, anchors: int) -> Iterator[Use]:
         """The uses at anchors that are given as bits."""
@@ -185,13 +296,13 @@ class Residuals:
         del self.notes[count:]
 
 
-def summands(x: Flow, y: Flow, maps_at: dict[int, int], in_time: bool) -> tuple[Flow, Flow, int] | None:
-    """(stream, branch, maps before both) where one of two summands was computed from the other, or from what that was added to.
+def summands(x: Flow, y: Flow, ways: Ways, in_time: bool) -> Addition | None:
+    """The addition, where one of two summands was computed from the other, or from what that was added to.
 
     Args:
         x: one summand.
         y: the other.
-        maps_at: linear maps before each anchor.
+        ways: what they were computed from.
         in_time: whether the shorter summand is made by a kernel that a loop over time repeats: gates add what they read at each
             step.
     """
@@ -202,22 +313,25 @@ def summands(x: Flow, y: Flow, maps_at: dict[int, int], in_time: bool) -> tuple[
             other = y if u is x else x
             if other.raw or other.direct or other.score is not None:
                 return None  # a mask, a bias of pairs or an earlier layer's scores beside the scores of an attention
-    if y.ancestors >> x.anchor & 1 and y.maps > x.maps:
-        return x, y, x.maps
-    if x.ancestors >> y.anchor & 1 and x.maps > y.maps:
-        return y, x, y.maps
-    for stream, branch in ((x, y), (y, x)):
-        # A second branch that reads what the first was added to: parallel attention and feed-forward layers.
-        read = stream.added_to
-        if read and branch.ancestors >> read & 1 and branch.added_to != read and branch.maps > maps_at.get(read, 0):
-            return stream, branch, maps_at.get(read, 0)
-    common = x.ancestors & y.ancestors
-    if not common or x.maps == y.maps:
+    starts = [(stream, branch, stream.anchor) for stream, branch in ((x, y), (y, x))]
+    # A second branch that reads what the first was added to: parallel attention and feed-forward layers.
+    starts += [(u, v, u.added_to) for u, v, _ in starts if u.added_to and u.added_to != v.added_to]
+    for stream, branch, start in starts:
+        if branch.ancestors >> start & 1 and max((way := ways.between(start, branch)).values(), default=0):
+            return Addition(stream, branch, way)
+    if not (common := x.ancestors & y.ancestors):
         return None
-    at = maps_at.get(common.bit_length() - 1, 0)
-    short, long = sorted((x, y), key=lambda flow: flow.maps)
-    # A projection on the shortcut: one map beside a branch of several, from the same stream.
-    return (short, long, at) if short.direct and not in_time and short.maps - at == 1 < long.maps - at else None
+    start = common.bit_length() - 1
+    for stream, branch in ((x, y), (y, x)):
+        # A projection on the shortcut: one map beside a branch of several, from the same stream. Where both are linear they are
+        # one map together, as C h + D u of a state space and W u + B A u are; and a condition is spread over positions.
+        if not stream.direct or in_time or stream.spread or stream.size < branch.size:
+            continue
+        if max(ways.between(start, stream).values(), default=0) == 1:
+            way = ways.between(start, branch)
+            if max(way.values(), default=0) > 1 and ways.bends(way, branch, stream):
+                return Addition(stream, branch, way, shortcut=True)
+    return None
 
 
 def times(scale: float | None, number: float | None) -> float | None:

@@ -132,11 +132,19 @@ def _product(walk: Walk, left: Flow, right: Flow, shape: Any, places: Any, place
         if weights.score is not None and weights.functions & {"softmax", "exp"}:  # blocks of keys are divided by their sum last
             for source in averaged.sources:
                 walk.uses[source.use].roles.setdefault(source.part, set()).add("value")
-            return walk.input(shape, (left, right), axes=placed(which, averaged.axes), sources=averaged.sources)
+            made = walk.input(shape, (left, right), linear=False, axes=placed(which, averaged.axes), sources=averaged.sources)
+            return _contracted(walk, made, left, right)
     mixed = frozenset().union(*(x.sources for x in (left, right) if x.direct and not x.functions))
     scale = times(left.scale, right.scale)
     score = Score(left.sources, right.sources, frozenset(places[0]), frozenset(places[1]), terms, row, scale)
-    return walk.input(shape, (left, right), sources=frozenset(), score=score, scale=scale, mixed=mixed)
+    made = walk.input(shape, (left, right), linear=False, sources=frozenset(), score=score, scale=scale, mixed=mixed)
+    return _contracted(walk, made, left, right)
+
+
+def _contracted(walk: Walk, made: Flow, *sides: Flow) -> Flow:
+    """The product, once it is noted of which values."""
+    walk.residuals.ways.contracted(made, [{x.anchor, *(walk.uses[s.use].anchor for s in x.sources)} for x in sides])
+    return made
 
 
 def convolution(walk: Walk, eqn: Any, values: list[Value]) -> Value:

@@ -39,7 +39,9 @@ class Use:
         parts: the parts that its output is cut into: (start, stop, of) of its run.
         cut: axis of the parameter and stride of the run: entry j lies at j // stride % of in it.
         roles: what its parts are: an attention's "query", "key" and "value", a gated layer's "gate" and "up".
+        anchor: the value that it makes or is a part of, by its anchor.
         branch: which of the residual branches it lies in.
+        position: linear maps before it in its branch.
         stream: the residual stream that it reads, or that its output begins.
         begins: whether it was read before that stream's first addition, on the stream itself.
         maps: linear maps before it.
@@ -77,7 +79,9 @@ class Use:
     parts: set[Part] = dataclasses.field(default_factory=set)
     cut: tuple[int, int] | None = None
     roles: dict[Part | None, set[str]] = dataclasses.field(default_factory=dict)
+    anchor: int = 0
     branch: int | None = None
+    position: int = 0
     stream: int | None = None
     begins: bool = False
     maps: int = 0

@@ -51,7 +51,7 @@ class OneUse:
         packed: where the parts lie: (axis of the parameter, length of a run that holds all parts once); None for one part.
         branch: place in `Uses.branches` of the residual branch it lies in; None for none.
         stream: the residual stream that it reads, or that its output begins; None for none.
-        position: linear maps before it in its branch.
+        position: linear maps before it in its branch; 0 outside of branches.
         input_scale: constant that its input is multiplied by since the last map, sum or normalisation; None where the trace
             does not tell.
         kernel_scale: likewise the parameter itself.
@@ -267,8 +267,7 @@ def _uses(walk: Walk, parameters: Sequence[tuple[int, str, tuple[int, ...]]]) ->
     uses: dict[int, list[OneUse]] = {}
     for use in walk.uses:
         if use.parameter in shapes:
-            start = 0 if use.branch is None else walk.residuals.notes[use.branch].start
-            uses.setdefault(use.parameter, []).append(_told(use, shapes[use.parameter], start))
+            uses.setdefault(use.parameter, []).append(_told(use, shapes[use.parameter]))
     return tuple(ParameterUses(path, shape, tuple(uses.get(i, ()))) for i, path, shape in parameters)
 
 
@@ -307,8 +306,8 @@ def _attentions(walk: Walk, paths: Sequence[str]) -> tuple[Attention, ...]:
     )
 
 
-def _told(use: Use, shape: tuple[int, ...], start: int) -> OneUse:
-    """A use as it is reported; `start` is the number of linear maps before its branch."""
+def _told(use: Use, shape: tuple[int, ...]) -> OneUse:
+    """A use as it is reported."""
     scales = use.kind == "scale" and use.normalised
     before = "norm" if scales else after_function(use.before) or ("norm" if use.normalised else "")
     after = "norm" if use.after == {"norm"} else after_function(use.after)
@@ -316,7 +315,7 @@ def _told(use: Use, shape: tuple[int, ...], start: int) -> OneUse:
     return OneUse(
         _role(use, shape), use.fan_in, use.fan_out, use.reduction, use.output, tuple(sorted({*use.batch, *use.shared})),
         use.steps, use.raw, before, after, use.normalised_after, use.depth, use.ends, parts,
-        use.kind, _packed(use, sum(sizes)), use.branch, use.stream, use.maps - start, use.input_scale, use.kernel_scale,
+        use.kind, _packed(use, sum(sizes)), use.branch, use.stream, use.position, use.input_scale, use.kernel_scale,
         use.output_scale, use.function_scale, use.before_scale, use.normalised_kernel,
         math.prod(shape[axis] for axis in use.batch), sizes,
     )  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -70,6 +71,8 @@ def broadcast_in_dim(walk: Walk, eqn: Any, values: list[Value]) -> Value:
     """Axes added by repeating."""
     x, dimensions, shape = values[0], eqn.params["broadcast_dimensions"], eqn.outvars[0].aval.shape
     to = {k: (axis,) for k, axis in enumerate(dimensions)}
+    if isinstance(x, Flow) and math.prod(shape) > math.prod(eqn.invars[0].aval.shape):
+        x = dataclasses.replace(x, spread=True)
     return None if x is None else _with_axes(x, layouts.broadcast(x.axes, dimensions, shape), shape, to)
 
 

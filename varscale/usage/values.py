@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping
 
 from varscale.usage.layouts import Axes
@@ -106,6 +107,7 @@ class Flow:
         added_to: of the sum of a stream and a branch, the anchor of the stream; 0 for none.
         offset: the constant that was added to it since it was reduced.
         scaled: whether a parameter has scaled it, or what it was divided by, since it was normalised.
+        spread: whether it was repeated along an axis since its anchor.
         holds: the anchors, as bits, of what it was multiplied with or summed of by other activations since the last linear map.
     """
 
@@ -130,7 +132,13 @@ class Flow:
     added_to: int = 0
     offset: float = 0.0
     scaled: bool = False
+    spread: bool = False
     holds: int = 0
+
+    @property
+    def size(self) -> int:
+        """How many entries it has."""
+        return math.prod(atom.size for atoms in self.axes for atom in atoms)
 
     @property
     def raw(self) -> bool:

@@ -26,6 +26,7 @@ _ACTIVATIONS |= {"not"}
 _BINARY = {"add", "add_any", "sub", "mul", "div", "max", "min", "pow", "atan2", "rem", "select_n", "clamp", "complex"}
 _BINARY |= {"eq", "ne", "lt", "le", "gt", "ge", "and", "or", "xor"}
 _MASKS = {"select_n", "max", "eq"}
+_LINEAR = {"fft", "real", "imag", "conj"}  # of those that the walk does not know otherwise
 _HOMOGENEOUS = {"relu", "leaky_relu", "abs"}  # f(cx) = c·f(x) for c > 0
 Handler = Callable[["Walk", Any, list[Value]], Value | list[Value]]
 
@@ -56,14 +57,13 @@ class Walk:
         self.epsilons: dict[str, float] = {}
         self.places = Places()
         self._anchors = 0
-        self._maps_at: dict[int, int] = {}
         self._path: list[int] = []  # the equations that the walk is inside of, which tell two calls of one jaxpr apart
         self._places: dict[tuple[Any, ...], int] = {}
 
     # -- values ---------------------------------------------------------------------------------------------------------
 
-    def input(self, shape: Sequence[int], of: Sequence[Flow] = (), **changes: Any) -> Flow:
-        """A new value that depends on others, with an anchor of its own."""
+    def input(self, shape: Sequence[int], of: Sequence[Flow] = (), *, linear: bool = True, **changes: Any) -> Flow:
+        """A new value that depends on others, with an anchor of its own; `linear`: whether it is a linear function of them."""
         self._anchors += 1
         ancestors = 1 << self._anchors
         for x in of:
@@ -80,7 +80,7 @@ class Walk:
             "sources": frozenset().union(*(x.sources for x in of)),
         }
         made = Flow(self._anchors, ancestors, **(fields | changes))
-        self._maps_at[self._anchors] = made.maps
+        self.residuals.ways.made(made, of, maps=made.maps > maps, linear=linear)
         return made
 
     def note_all(self, use: Use, view: View) -> frozenset[Source]:
@@ -191,7 +191,7 @@ class Walk:
             return [View(kept.parameter, layouts.added(v.aval.shape), kept.batch, kept.steps) for v in eqn.outvars]
         for view in views:
             self.note(Use(view.parameter, "other", steps=view.steps, batch=tuple(sorted(view.batch)), depth=flows[0].depth))
-        return [self.input(v.aval.shape, flows) for v in eqn.outvars]
+        return [self.input(v.aval.shape, flows, linear=eqn.primitive.name in _LINEAR) for v in eqn.outvars]
 
     # -- elementwise ----------------------------------------------------------------------------------------------------
 
@@ -301,26 +301,25 @@ class Walk:
         self.close(x)
         self.close(y)
         place = tuple(self._path)
-        if name in ("add", "add_any") and place not in self._skips and (pair := self._residual(x, y)) is not None:
-            stream, branch, start = pair
-            number, on = self.residuals.join(place, stream, branch, start)
-            for source in (branch.mixed or branch.sources) - stream.sources:
+        is_sum = name in ("add", "add_any")
+        in_time = any(self.uses[source.use].steps > 1 for source in min(x, y, key=_maps).sources)
+        if is_sum and place not in self._skips and (found := summands(x, y, self.residuals.ways, in_time)) is not None:
+            number, on = self.residuals.join(place, found)
+            for source in (found.branch.mixed or found.branch.sources) - found.stream.sources:
                 self.uses[source.use].ends = number
             made = self.input(shape, (x, y), axes=wide.axes, sources=sources, depth=number, stream=on)
-            self.residuals.summed(place, stream, branch, made)
-            return dataclasses.replace(made, added_to=stream.anchor)
+            self.residuals.summed(place, found, made)
+            return dataclasses.replace(made, added_to=found.stream.anchor)
         mixed = self._gated(x, y) if name == "mul" else frozenset()
         # A mask or a bias that is added to scores changes nothing of what they were multiplied by.
         scores = x if x.score is not None else y
         scale = scores.scale if scores.score is not None else 1.0
         holds = x.holds | y.holds | 1 << x.anchor | 1 << y.anchor
         score = scores.score
-        return self.input(shape, (x, y), axes=wide.axes, sources=sources, score=score, scale=scale, holds=holds, mixed=mixed)
-
-    def _residual(self, x: Flow, y: Flow) -> tuple[Flow, Flow, int] | None:
-        """(stream, branch, maps before both) of a residual addition; None for any other sum."""
-        short = min(x, y, key=_maps)
-        return summands(x, y, self._maps_at, any(self.uses[source.use].steps > 1 for source in short.sources))
+        return self.input(
+            shape, (x, y), linear=is_sum or name == "sub", axes=wide.axes, sources=sources, score=score, scale=scale,
+            holds=holds, mixed=mixed,
+        )  # fmt: skip
 
     def _gated(self, x: Flow, y: Flow) -> frozenset[Source]:
         """Note which kernel makes the gate of a gated layer, and which what is gated; the uses that tell the product's size.
