@@ -48,6 +48,10 @@ def _program(kind: str, init: Any, graph: Callable[[], Any], method: str, parame
     kinds: dict[str, str] = {}
 
     def run(state: Tree, x: Inputs, rngs: Any = None) -> Any:
+        def merged() -> Any:
+            # Of a copy: `nnx.merge` takes the variables of the state as they are, and a call writes into them.
+            return nnx.merge(graph(), jax.tree.map(lambda leaf: leaf, state))
+
         def call(model: Any) -> Any:
             if rngs is not None:
                 nnx.reseed(model, **_streams(model, rngs))
@@ -56,14 +60,14 @@ def _program(kind: str, init: Any, graph: Callable[[], Any], method: str, parame
         # Paths change the structure of blocks that are stacked; paths that compare equal do not, but may be mistaken for one
         # another. The last error is the model's own.
         for alike in (False, True):
-            model = nnx.merge(graph(), state)
+            model = merged()
             try:
                 with quick_assignments(model), recorded(model, alike=alike):
                     return call(model)
             except Exception as error:
                 if _compat.is_forward_mode_error(error):
                     raise
-        return call(nnx.merge(graph(), state))
+        return call(merged())
 
     def apply(state: Tree, x: Inputs) -> tuple[Any, dict[str, Any]]:
         marking = Marking(method, kinds)

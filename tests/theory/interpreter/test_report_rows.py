@@ -49,14 +49,15 @@ class Stacked(nnx.Module):
         return self.head(self.loop(self.blocks, x))
 
 
-def test_layers_of_an_nnx_scan_over_rematerialized_blocks_are_as_without():
+def test_layers_of_an_nnx_scan_over_rematerialized_or_compiled_blocks_are_as_without():
     def loop(step):
         scanned = nnx.scan(step, in_axes=(0, nnx.Carry), out_axes=nnx.Carry)
         return vs.predict(lambda rngs: Stacked(scanned, rngs, 6), X).rows
 
-    plain, saved = loop(lambda block, x: block(x)), loop(nnx.remat(lambda block, x: block(x)))
+    plain, saved, compiled = (loop(of(lambda block, x: block(x))) for of in (lambda step: step, nnx.remat, nnx.jit))
     assert [row.how for row in plain] == ["quadrature"] * (6 * 4 + 2)
     assert saved == plain
+    assert compiled == plain
 
 
 @pytest.mark.parametrize("loop", [scanned, scanned_with_outputs, merged_by_hand])
