@@ -225,6 +225,12 @@ def averaging(
     return outer(weights).ravel()
 
 
+def average(second: np.ndarray, axes: Axes, free: Iterable[int] = (), apart: Iterable[int] = ()) -> float:
+    """A type array (1 long where constant), averaged over pairs: free along some axes, apart or equal along the others."""
+    weights = averaging(tuple(axes), frozenset(free), frozenset(apart))
+    return float(weights @ np.broadcast_to(second, [axis.types for axis in axes]).ravel())
+
+
 def reduced(axis: Axis, positions: Int[np.ndarray, " kept"]) -> Axis:
     """The axis that these positions make, its classes numbered as the whole one's (each has one of them at least)."""
     labels = axis.label_array[positions].astype(np.uint8).tobytes()

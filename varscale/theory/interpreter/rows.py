@@ -23,7 +23,7 @@ from varscale.programs.marks import FIELD, MODULE, WITHIN
 from varscale.programs.pieces import PIECE, live
 from varscale.programs.scopes import is_floating, opened, whole_path
 from varscale.report import How, Report, Row, Weight
-from varscale.theory.domain.axes import averaging, equal
+from varscale.theory.domain.axes import average, equal
 from varscale.theory.domain.tables import NEXT_ORDER
 from varscale.theory.graph.layout import Value, axes_along
 from varscale.theory.graph.nodes import UNKNOWN, Node
@@ -287,10 +287,9 @@ def _correlation_along(x: Value, dims: Sequence[Any]) -> float | None:
         return None
     if not (axes := axes_along(dims)):
         return 1.0
-    free = float(averaging(table.axes, frozenset(axes)) @ table.second.ravel())
     size = x.node.count(axes)
     # All pairs of positions, less those that agree.
-    return (size * free / table.mean_square - 1) / (size - 1)
+    return (size * average(table.second, table.axes, axes) / table.mean_square - 1) / (size - 1)
 
 
 def gradients_of(

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy import special
 
-from varscale.theory.domain.axes import Axis, apply_axis, equal, outer, pool, refine, shares
+from varscale.theory.domain.axes import Axis, apply_axis, average, outer, pool, refine
 from varscale.theory.domain.tables import NEGLIGIBLE, ROUGH, full_types, means_by_type
 from varscale.theory.graph.expressions import Apply, Sum, roots, scale_and_shift
 from varscale.theory.graph.linear_nodes import applied_weights
@@ -40,11 +40,6 @@ from varscale.theory.propagation.second_moments import product_second
 _MASK_DOUBT = 0.03  # set, not derived: a stream's derivatives are a Markov chain only in the main
 
 
-def mean_square(second: np.ndarray, axes: tuple[Axis, ...]) -> float:
-    """The average over elements of a type array."""
-    return float(shares(axes) @ second[equal(axes)].ravel())
-
-
 class Cotangents:
     """Cotangents by node, those under one mask added up."""
 
@@ -62,7 +57,7 @@ class Cotangents:
         """The latest node: all that flows into it has arrived, and what depends on its scale is shared out."""
         node = max(self.parts, key=lambda node: node.id)
         parts = list(self.parts.pop(node).values())
-        weights = np.array([abs(mean_square(p.second, node.axes)) for p in parts])
+        weights = np.array([abs(average(p.second, node.axes)) for p in parts])
         weights = weights / max(float(weights.sum()), 1e-300)
         whole = sum(p.scale for p in parts) + float(weights @ [p.own for p in parts])
         return node, [replace(p, scale=whole * w, own=0.0) for p, w in zip(parts, weights, strict=True)]
@@ -73,9 +68,9 @@ def _added_cotangents(parts: Sequence[Cotangent], axes: tuple[Axis, ...]) -> Cot
     if len(parts) == 1:
         return parts[0]
     second, scale = np.sum([p.second for p in parts], axis=0), sum(p.scale for p in parts)
-    weights = np.array([abs(mean_square(p.second, axes)) for p in parts])
+    weights = np.array([abs(average(p.second, axes)) for p in parts])
     whole = max(float(weights.sum()), 1e-300)
-    doubt = float(weights @ [p.doubt for p in parts]) / max(abs(mean_square(second, axes)), 1e-12 * whole)
+    doubt = float(weights @ [p.doubt for p in parts]) / max(abs(average(second, axes)), 1e-12 * whole)
     few = whole / max(float(weights @ [1 / p.few for p in parts]), 1e-300)
     weighed = ("own", "radial", "unit", "near", "lost")
     rest = {name: float(weights @ [getattr(p, name) for p in parts]) / whole for name in weighed}
@@ -113,7 +108,7 @@ def cotangents(outputs: Iterable[tuple[Node, np.ndarray]], watched: Sequence[Nod
             scale, inner = 1.0, n
         if found := backward.found(inner):
             whole = _added_cotangents(found, inner.axes)
-            square = mean_square(whole.second, inner.axes) / scale**2
+            square = average(whole.second, inner.axes) / scale**2
             # Where n numbers flow back, typical gradients lie below the mean: E ln χ²ₙ/n = ψ(n/2) − ln(n/2).
             half = min(whole.few / 2, 1e18)
             below = math.expm1(math.log(half) - float(special.digamma(half)))

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from varscale.theory.domain.axes import Axes, Axis, apply_axis, averaging, join, rest
+from varscale.theory.domain.axes import Axes, Axis, apply_axis, average, join, rest
 from varscale.theory.domain.axis_maps import class_counts, entry_map, identity_map, pair_counts, split_axis
 from varscale.theory.domain.tables import full_along, full_types, lift, means_by_type, over_frame, regrouped
 from varscale.theory.graph.convolutions import ONE, WindowSum
@@ -82,7 +82,7 @@ def _expanded(node: Node, a: View, b: View, frame: tuple[Axis, ...]) -> Pair:
 
 def mean_of_product(a: View, b: View, frame: tuple[Axis, ...]) -> float:
     """E[a_i b_i] over all elements of the frame."""
-    return float(averaging(frame) @ full_types(pair(a, b, frame).moment, frame).ravel())
+    return average(pair(a, b, frame).moment, frame)
 
 
 def unsure(graph: Graph, how: str, doubt: float) -> None:
@@ -106,9 +106,9 @@ def _largest_correlation(a: View, b: View) -> float:
     bound = 1.0
     for mine, other in ((a, b), (b, a)):
         table = mine.node.table
-        spare = frozenset(k for k, place in enumerate(mine.bind) if place not in other.bind)
-        averaged = float(averaging(table.axes, spare) @ table.second.ravel()) - table.total_mean**2
-        bound *= (float(np.clip(averaged, 0.0, table.variance)) / max(table.variance, 1e-300)) ** 0.5
+        spare = (k for k, place in enumerate(mine.bind) if place not in other.bind)
+        averaged = average(table.second, table.axes, spare) - table.total_mean**2
+        bound *= (min(max(averaged, 0.0), table.variance) / max(table.variance, 1e-300)) ** 0.5
     return bound
 
 

@@ -19,7 +19,7 @@ from collections.abc import Collection, Hashable, Sequence
 import numpy as np
 from scipy import special
 
-from varscale.theory.domain.axes import Axes, Axis, averaging, contract_axes, equal, outer
+from varscale.theory.domain.axes import Axes, Axis, average, contract_axes, equal, outer
 from varscale.theory.domain.tables import NEGLIGIBLE, by_type, full_types, means_by_type, over_frame
 from varscale.theory.graph.convolutions import Conv, tap_scatter
 from varscale.theory.graph.expressions import Apply, Sum, factors, roots, roots_of
@@ -119,8 +119,7 @@ def mean_squared_correlation(second: np.ndarray, main: View, scale: View, power:
     table = main.node.table
     sizes = means_by_type(np.sqrt(np.maximum(table.diagonal, 1e-300)), table.axes)
     ratios = np.abs(np.clip(full_types(second, table.axes) / sizes, -1, 1)) ** power
-    free = frozenset(k for k, place in enumerate(main.bind) if place not in scale.bind)
-    return float(averaging(table.axes, free) @ ratios.ravel())
+    return average(ratios, table.axes, (k for k, place in enumerate(main.bind) if place not in scale.bind))
 
 
 def origin(node: Node) -> Node:
@@ -209,7 +208,7 @@ def _products(a: np.ndarray, whole: np.ndarray, root: View, frame: tuple[Axis, .
     v = root.over(_correlation_scatter(root.node), frame, pairs=True)
     if np.any(v > NEGLIGIBLE):
         k = 3 / (1 + 2 * v)
-        ends = (power_series(ai * aj, np.clip(rho + sign * np.sqrt(k * v), -1, 1)) for sign in (-1, 1))
+        ends = power_series(ai * aj, np.clip(rho + np.multiply.outer((-1, 1), np.sqrt(k * v)), -1, 1))
         out = out + (sum(ends) / 2 - out) / k
     return np.where(rho >= 1 - 1e-9, alike, out)
 

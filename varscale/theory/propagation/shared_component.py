@@ -24,7 +24,7 @@ from typing import NamedTuple, TypeGuard
 import numpy as np
 from scipy.special import ndtri
 
-from varscale.theory.domain.axes import averaging
+from varscale.theory.domain.axes import average
 from varscale.theory.graph.convolutions import Conv, Dims, WindowSum
 from varscale.theory.graph.expressions import roots
 from varscale.theory.graph.linear_nodes import applied_weights
@@ -245,7 +245,7 @@ def _of_few(root: Conv, read: Channels, units: int) -> Channels:
 
 def _common(node: Node, places: Places) -> float:
     """C of a node, along these axes."""
-    return float(averaging(node.axes, apart=places) @ node.table.second.ravel())
+    return average(node.table.second, node.axes, apart=places)
 
 
 def _made(node: Node, root: Node, channels: Channels) -> Channels:

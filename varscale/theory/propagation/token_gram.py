@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from varscale.theory.domain.axes import averaging, contract_axes, rest
+from varscale.theory.domain.axes import average, contract_axes, rest
 from varscale.theory.domain.tables import LEADING_ORDER, Axes, full_types, means_by_type
 from varscale.theory.graph.convolutions import Conv, by_dim, hits
 from varscale.theory.graph.expressions import Apply, Sum, roots
@@ -160,8 +160,7 @@ def own_part(x: Tokens) -> float:
 def own_beyond_pairs(second: np.ndarray, axes: Axes, tokens: Sequence[int]) -> float:
     """Second moments by type of one position of these axes, less those of two, averaged over all others."""
     n = math.prod(axes[k].size for k in tokens)
-    own = averaging(tuple(axes)) - averaging(tuple(axes), free=frozenset(tokens))
-    return float(own @ full_types(second, axes).ravel()) * n / max(n - 1, 1)
+    return (average(second, axes) - average(second, axes, tokens)) * n / max(n - 1, 1)
 
 
 def mixture(x: Tokens) -> Mixture:
@@ -252,10 +251,10 @@ def _of_a_function(x: Tokens, node: Apply) -> Mixture | None:
     found = [(view, y) for view, y in read if y.features]
     if not found:  # a number a token, times weights: tokens are all along one direction
         return Mixture(variance=1.0) if read and node.params[0] == "mul" else None
-    apart, own, slopes = averaging(node.axes, apart=frozenset(x.tokens)), max(own_part(x), 1e-300), []
+    own, slopes = max(own_part(x), 1e-300), []
     for view, y in found:
         slope = derivative(node, view)
-        second = 0.0 if slope is None else apart @ full_types(slope.second(node.axes), node.axes).ravel()
+        second = 0.0 if slope is None else average(slope.second(node.axes), node.axes, apart=x.tokens)
         slopes.append(float(np.clip(second * max(own_part(y), 0.0) / own, 0, 1)))
     return Mixture([y for _, y in found], slopes, (1 - min(sum(slopes), 1.0) ** 2) / x.count)
 
@@ -286,8 +285,7 @@ def gained_by_sum(node: Contract, second: np.ndarray) -> np.ndarray | float:
         return 0.0
     tokens = {*summed, *(set(x.bind) & set(y.bind) if all(map(_others, sides)) else ())}
     gain = node.contract(overlap * _own_parts(x, y, node.frame, tokens))
-    same = averaging(node.axes)
-    whole, gained = (float(same @ full_types(part, node.axes).ravel()) for part in (second, gain))
+    whole, gained = (average(part, node.axes) for part in (second, gain))
     share = gained / max(whole + gained, 1e-300)
     node.graph.flag("quadrature", LEADING_ORDER * share + 2 * overlap * (1 - share))
     return gain

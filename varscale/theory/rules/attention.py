@@ -33,7 +33,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from varscale.theory.domain.axes import apply_axis, averaging, contract_axis, shares
+from varscale.theory.domain.axes import apply_axis, average, contract_axis, shares
 from varscale.theory.domain.axis_maps import lift_types
 from varscale.theory.domain.tables import full_along, lift
 from varscale.theory.graph.expressions import roots, weighted_sum
@@ -128,12 +128,11 @@ def gain_of_queries(weights: Any, notes: BackwardNotes, passed: np.ndarray, kept
     square = max(found.keys.node.table.mean_square, 1e-300)
     share = overlap(tokens, values) * own_part(found.keys) / square
     gain = share * passed * weights.read(several) * weights.own
-    own, keys = averaging(weights.row_axes), weights.keys
-    part = float(own @ gain.ravel() / max(own @ (gain + kept).ravel(), 1e-300))
+    keys, (gained, whole) = weights.keys, (average(x, weights.row_axes) for x in (gain, gain + kept))
     gain = found.slope * np.multiply.outer(gain, keys.agrees / keys.size)
     gain = sum_out(np.moveaxis(gain, -1, weights.params), weights.axes, found.product)
     notes.gains[found.product.node.id] = found.place, gain
-    return part
+    return gained / max(whole, 1e-300)
 
 
 def key_directions(weights: Any) -> float:
