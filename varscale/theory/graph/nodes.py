@@ -164,12 +164,6 @@ def cross_by_kind(node: Node, a: View, b: View, frame: Axes) -> np.ndarray | Non
     return None
 
 
-@singledispatch
-def part_of(node: Node, k: int, start: int, stop: int) -> Node | None:
-    """Positions start, ..., stop − 1 of axis k without a slice of the whole; None where there is no simpler way."""
-    return None
-
-
 N = TypeVar("N", bound=Node)
 
 

@@ -22,7 +22,6 @@ from varscale.theory.graph.nodes import (
     View,
     array,
     cross_by_kind,
-    part_of,
     pullback,
     second_moments,
 )
@@ -116,8 +115,8 @@ def take_node(node: Node, k: int, start: int, stop: int | None, step: int = 1) -
     # Of a matrix rows may be read alone and together (positions): only stacked matrices are taken apart.
     if alone and len(node.axes) > 2 and (part := slice_of_weights(node, k, start)) is not None:
         return part
-    if step == 1 and stop is not None and (part := part_of(node, k, start, stop)) is not None:
-        return part
+    if isinstance(node, Concat) and node.params[0] == k and step == 1 and stop is not None:
+        return _part_of_concat(node, k, start, stop)
     return graph.make(Take, axes, [node.whole], (k, *span))
 
 
@@ -215,12 +214,9 @@ def _placed(part: Axis, start: int, whole: Axis) -> AxisMap:
     return entry_map(start + np.arange(part.size), np.arange(part.size), whole, part)
 
 
-@part_of.register
-def part_of_concat(node: Concat, k: int, start: int, stop: int) -> Node | None:
-    """Positions start, ..., stop − 1 of axis k, where parts are joined along it: what is left of each, joined."""
-    along, sizes = node.params
-    if k != along:
-        return None
+def _part_of_concat(node: Concat, k: int, start: int, stop: int) -> Node:
+    """Positions start, ..., stop − 1 of axis k, along which parts are joined: what is left of each, joined."""
+    sizes = node.params[1]
     parts = zip(node.args, itertools.accumulate(sizes, initial=0), sizes, strict=False)
     spans = [(view, max(start - at, 0), min(stop - at, n)) for view, at, n in parts]
     cut = [(take_view(view, k, first, last), last - first) for view, first, last in spans if first < last]
