@@ -83,6 +83,7 @@ class Sum(Node):
         }
 
 
+@once_per_node
 def is_mean_of(mean: Node, node: Node) -> bool:
     """Whether a node is the mean of another over some axes: of a sum the sum of means."""
     if mean.averages:  # a mean less the mean over more axes is centred too

@@ -24,7 +24,7 @@ from varscale.theory.domain.axis_maps import (
 from varscale.theory.domain.tables import Table, full_types, regrouped
 from varscale.theory.graph.convolutions import Conv
 from varscale.theory.graph.nodes import UNKNOWN, Constant, Leaf, Node, View, pullback, second_moments
-from varscale.theory.graph.store import BackwardNotes, Fact, Flows
+from varscale.theory.graph.store import BackwardNotes, Fact, Flows, once_per_node
 
 
 class Rearranged(Node):
@@ -130,6 +130,7 @@ class AppliedWeights(NamedTuple):
     units: tuple[int, ...]  # axes of the node along which it has weights of its own
 
 
+@once_per_node
 def applied_weights(node: Node) -> list[AppliedWeights]:
     """The arguments of a contraction or convolution that are random weights of mean zero; of other nodes none."""
     found = []

@@ -203,6 +203,10 @@ class Graph:
             node.origin = self.origin
         return node  # pyright: ignore[reportReturnType]
 
+    def close(self) -> None:
+        """Let go of the nodes, which hold it in turn: they are freed at once, and no collection has to look for them."""
+        vars(self).clear()
+
     def flag(self, how: str, doubt: float) -> None:
         """Mark the node or pair that is being computed: it rests on `how`, with this relative error at most."""
         if self.computing:

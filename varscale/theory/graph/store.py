@@ -89,9 +89,9 @@ def once_per_node(work: Callable[..., V]) -> Callable[..., V]:
     @functools.wraps(work)
     def known(node: Any, *args: Hashable) -> V:
         found, key = fact.of(node.graph), (node.id, *args)
-        if key in found:
-            return found[key]
-        return evaluated(node.graph, lambda: fact.once(node.graph, key, lambda: work(node, *args)))
+        if key not in found:
+            evaluated(node.graph, lambda: found.setdefault(key, work(node, *args)))
+        return found[key]
 
     return known
 

@@ -101,7 +101,10 @@ def predict(
     given = faces.as_inputs(x)
     scheme = applied(scheme, model, given, params=abstract(params), method=method)
     equations = None if detail == "equations" else () if detail == "modules" else detail
-    report = _predicted(faces.program(model, method=method), given, params, scheme, backward, equations)
+    interpreter, program = Interpreter(), faces.program(model, method=method)
+    with without_collection():
+        report = _predicted(interpreter, program, given, params, scheme, backward, equations)
+        interpreter.graph.close()
     return report if draws is None else beside_draws(report, model, given, params, draws, method, scheme)
 
 
@@ -223,11 +226,15 @@ def _parameters(
     return given_parameters(interpreter, params, trace.shapes, values)
 
 
-@without_collection()
 def _predicted(
-    program: Program, given: Inputs, params: Any, scheme: Any, backward: bool, detail: Collection[str] | None
+    interpreter: Interpreter,
+    program: Program,
+    given: Inputs,
+    params: Any,
+    scheme: Any,
+    backward: bool,
+    detail: Collection[str] | None,
 ) -> Report:
-    interpreter = Interpreter()
     walked = walkable(interpreter, program, given, params, scheme)
     forward = walked.forward
     if not forward.shapes[""]:
