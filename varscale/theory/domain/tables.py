@@ -98,6 +98,11 @@ class Table:
         return float(shares(self.axes) @ self.diagonal.ravel())
 
     @cached_property
+    def divisor(self) -> float:
+        """The mean square, for what is relative to it: never 0."""
+        return max(self.mean_square, 1e-300)
+
+    @cached_property
     def variance(self) -> float:
         return max(self.mean_square - self.total_mean * self.total_mean, 0.0)
 

@@ -76,7 +76,7 @@ def second_moments_of_rearranged(node: Rearranged) -> Table:
     k, *sizes = node.params
     if isinstance(node, Split) and (strangers := split_axis(table.axes[k], *sizes).strangers):
         # Whom factors with few classes cannot tell apart.
-        doubt = strangers * float(np.ptp(table.diagonal)) / max(table.mean_square, 1e-300)
+        doubt = strangers * float(np.ptp(table.diagonal)) / table.divisor
         node.graph.flag("assumed", min(doubt, UNKNOWN))
     return Table(node.axes, node.carried(table.mean, pairs=False), node.carried(table.second, pairs=True))
 

@@ -295,7 +295,7 @@ def _correlation_along(x: Value, dims: Sequence[Any]) -> float | None:
 def gradients_of(
     interpreter: Context, made: Iterable[Made], taps: Mapping[str, Tap]
 ) -> dict[str, tuple[float, float]]:
-    """Gradients at rows, and bounds on their relative errors; asks for a region where near places leave many in doubt."""
+    """Gradients at rows, and bounds on their relative errors; asks for a region where places or losses leave many in doubt."""
     arrays = _arrays(interpreter, made)
     copies = {
         k: math.prod(a.size for dim in x.dims for a in dim if a.axis is None) for k, x in arrays.items()
@@ -309,7 +309,7 @@ def gradients_of(
         seeds.append((node, second))
     found = cotangents(seeds, [x.node for x in arrays.values()])
     if sum(lost > _MUCH for *_, lost in found.values()) > _MANY * len(found):
-        interpreter.regions.ask("", "gradients of windows over near places")
+        interpreter.regions.ask("", "gradients of near places, or of a loss")
     gradients, held = {}, collections.defaultdict(list)
     for path, x in arrays.items():
         if path in taps and taps[path].readers:

@@ -16,6 +16,7 @@ from scipy import special
 
 from varscale.theory.domain.axes import Axis, apply_axis, average, outer, pool, refine
 from varscale.theory.domain.tables import NEGLIGIBLE, ROUGH, full_types, means_by_type
+from varscale.theory.graph.convolutions import Conv, taps_of
 from varscale.theory.graph.expressions import Apply, Sum, roots, scale_and_shift
 from varscale.theory.graph.linear_nodes import applied_weights
 from varscale.theory.graph.nodes import UNKNOWN, Array, Constant, Leaf, Node, View, pullback
@@ -23,18 +24,12 @@ from varscale.theory.graph.normal_form import affine, apply, derivative
 from varscale.theory.graph.store import BackwardNotes, once_per_node
 from varscale.theory.propagation.cross_moments import mean_of_product
 from varscale.theory.propagation.doubts import doubt_of
-from varscale.theory.propagation.fluctuations import gradient_scale, norm_of_given, summed_scale
+from varscale.theory.propagation.fluctuations import gradient_scale, summed_scale
 from varscale.theory.propagation.fourth_moments import mean_squared_correlation
 from varscale.theory.propagation.inherited_fluctuations import kernel
 from varscale.theory.propagation.marginals import along, cofactors, concentrated, term_shares, uncentred
-from varscale.theory.propagation.pullbacks import (
-    Cotangent,
-    forks,
-    pulled_back,
-    selected,
-    shared_by_mean,
-    sum_out,
-)
+from varscale.theory.propagation.pullbacks import Cotangent, forks, mean_part, pulled_back, selected, sum_out
+from varscale.theory.propagation.sampler import in_order
 from varscale.theory.propagation.second_moments import product_second
 
 _MASK_DOUBT = 0.03  # set, not derived: a stream's derivatives are a Markov chain only in the main
@@ -82,7 +77,7 @@ class Gradient(NamedTuple):
 
     square: float  # their second moment
     doubt: float  # a bound on its relative error
-    lost: float  # the part of that which near places leave
+    lost: float  # the part of that which near places leave, or losses
 
 
 def cotangents(outputs: Iterable[tuple[Node, np.ndarray]], watched: Sequence[Node]) -> dict[int, Gradient]:
@@ -178,6 +173,9 @@ class _Backward:
                 doubt += ROUGH * (inverse - 1) + doubt_of(root.node) + norm_of_given(root, held[0])
                 if root.node.near == 1 and len(root.bind) > len(held[0].bind) + 1:
                     doubt += _inverse_scale(root, held[0], power=1) / inverse - 1
+            else:
+                gain = gained_along(root, slope, part, node.axes)
+                passed, doubt = replace(passed, lost=passed.lost + gain), doubt + gain
             fixed = all(concentrated(r.node) for r in roots(slope.node))
             mask = None if fixed else _over_argument(slope, root, node)
             self.pending.add(root.node, replace(passed, second=back, doubt=doubt, mask=mask))
@@ -208,6 +206,19 @@ class _Backward:
         ]
 
 
+def gained_along(root: View, slope: View, part: Cotangent, axes: tuple[Axis, ...]) -> float:
+    """What a cotangent that is one for all units (the last axis) gains behind their weights, as its slope goes with them.
+
+    Of Σ h²/2 it is h itself: where h = W x has m units of n terms, E[|Wᵀh|²] is 1 + m/n times that of an independent one.
+    """
+    last = len(axes) - 1
+    own, other = (average(part.second, axes, apart=k) for k in ((), {last}))
+    if last < 1 or other <= NEGLIGIBLE * own:
+        return 0.0
+    along = mean_of_product(root, slope, axes) ** 2 / root.node.table.divisor / slope.node.table.divisor
+    return other / own * along * (axes[last].size / root.node.width if root.node.width else 1.0)
+
+
 @once_per_node
 def repeated(node: Node) -> float:
     """Relative covariance of g and Wᵀg at a sum x + W x whose x holds W x' of an earlier step: g holds Wᵀg' of a later one.
@@ -224,7 +235,7 @@ def repeated(node: Node) -> float:
                 alike = [(v, y) for v, y in alike if applied_weights(y.node)[0].leaf is leaf]
                 common += sum(abs(w * v * mean_of_product(x, y, node.axes)) for v, y in alike)
         earlier.append((c, view))
-    return 2 * common / max(node.table.mean_square, 1e-300)
+    return 2 * common / node.table.divisor
 
 
 def _terms_of_weights(factor: float, view: View, leaves: int) -> list[tuple[float, View]]:
@@ -300,9 +311,9 @@ def _projection(
     """What a norm takes out of the cotangent u along its own output y: y · mean(u y), whose mean square is E[mean(u y)²]."""
     whole = apply(node.graph, "mul", (), node.axes, [slope, root]).whole
     squares = whole.second(node.axes) if part.mask is None else _given_last(node, whole, part.mask)
-    axes, square = root.node.axes, max(root.node.table.mean_square, 1e-300)
+    axes, square = root.node.axes, root.node.table.divisor
     normed = [k for k, place in enumerate(root.bind) if place not in scale.bind]
-    out = shared_by_mean(sum_out(part.second * squares, node.axes, root), normed, axes) / square
+    out = mean_part(sum_out(part.second * squares, node.axes, root), normed, axes) / square
     alike = outer(a.agrees if k in normed else np.ones(a.types) for k, a in enumerate(axes))
     if normed == [len(axes) - 1]:
         return out * alike
@@ -345,3 +356,21 @@ def _inverse_scale(root: View, scale: View, power: int = 2) -> float:
     inputs = (c for key, c in sources.items() if isinstance(key, Node) and key.is_input)
     varied = math.prod(max(2 - math.exp(c * c), 0.1) for c in inputs)
     return 1 / (1 - min(2 * (second - outer) * (1 - fixed), 0.9)) / varied
+
+
+def norm_of_given(root: View, scale: View) -> float:
+    """The doubt of gradients behind a norm of a linear map of given numbers with places, by E[1/v] E[v] of its variance v.
+
+    Of a norm at each place, some places are louder than others: it is 1 + P for a lognormal v of relative variance P between
+    places, that of what a window reads, its taps alike. Of a norm over places, v = w'Σw of a unit has as few terms that count
+    as Σ, the covariance of what windows read: one or two for a smooth picture, where E[1/v] is not finite.
+    """
+    node = uncentred(root).node
+    if in_order(node) and 0 in scale.bind:
+        return min(kernel(node).point, UNKNOWN)
+    if not any(v.node.is_input and v.node.near == 1 for v in node.args):
+        return 0.0
+    if len(scale.bind) < 2:
+        return UNKNOWN if len(root.bind) > len(scale.bind) + 1 else 0.0
+    taps = taps_of(node) if isinstance(node, Conv) else 1
+    return min(kernel(node).point * taps, UNKNOWN)

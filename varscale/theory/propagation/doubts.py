@@ -189,7 +189,7 @@ def lost_excess(node: Node) -> float:
         second = source.table.second[(0,) * k][(..., *[0] * behind)].ravel()
         apart = (outer(axis.pairs for axis in merged) * (1 - outer(axis.agrees for axis in merged))).ravel()
         gap = float(second[apart > 0].max() - apart @ second / apart.sum())
-        return gap / max(source.table.mean_square, 1e-300) + lost_excess(source)
+        return gap / source.table.divisor + lost_excess(source)
     if isinstance(node, Sum):
         terms = [(c * c * v.node.table.mean_square, v.node) for c, v in node.terms if not v.node.averages]
         whole = max(sum(square for square, _ in terms), 1e-300)
@@ -283,5 +283,5 @@ def _error_weights(node: Sum) -> list[float]:
         own = c * c * view.node.table.mean_square
         scaled = abs(own + sum(others))
         weight = scaled if concentrated(view.node) else max(own, scaled)
-        weights.append(0.0 if i in taken else weight / max(node.table.mean_square, 1e-300))
+        weights.append(0.0 if i in taken else weight / node.table.divisor)
     return weights

@@ -34,7 +34,7 @@ from varscale.theory.domain.tables import ROUGH
 from varscale.theory.graph.convolutions import Conv, WindowSum, taps_of
 from varscale.theory.graph.expressions import Apply, Mean, Sum, roots
 from varscale.theory.graph.linear_nodes import Contract, applied_weights
-from varscale.theory.graph.nodes import UNKNOWN, Array, Constant, Leaf, Node, View
+from varscale.theory.graph.nodes import Array, Constant, Leaf, Node, View
 from varscale.theory.graph.store import once_per_node
 from varscale.theory.integrals.hermite_series import WEIGHTS
 from varscale.theory.propagation.fourth_moments import free_share, fresh, origin
@@ -50,16 +50,8 @@ from varscale.theory.propagation.inherited_fluctuations import (
     shared,
     weighted,
 )
-from varscale.theory.propagation.marginals import (
-    along,
-    cofactors,
-    fluctuating,
-    over_classes,
-    term_shares,
-    uncentred,
-)
+from varscale.theory.propagation.marginals import along, cofactors, fluctuating, over_classes, term_shares
 from varscale.theory.propagation.pullbacks import Cotangent
-from varscale.theory.propagation.sampler import in_order
 from varscale.theory.propagation.shared_component import channel_scatter, of_an_average, of_few
 
 
@@ -212,21 +204,3 @@ def _with_slope(node: Apply, slope: View) -> float:
         return 0.0
     f, d = (line / max(float(line @ WEIGHTS), 1e-300) for line in lines)
     return float((f * d) @ WEIGHTS - 1) / max(float(f**2 @ WEIGHTS) - 1, 1e-9)
-
-
-def norm_of_given(root: View, scale: View) -> float:
-    """The doubt of gradients behind a norm of a linear map of given numbers with places, by E[1/v] E[v] of its variance v.
-
-    Of a norm at each place, some places are louder than others: it is 1 + P for a lognormal v of relative variance P between
-    places, that of what a window reads, its taps alike. Of a norm over places, v = w'Σw of a unit has as few terms that count
-    as Σ, the covariance of what windows read: one or two for a smooth picture, where E[1/v] is not finite.
-    """
-    node = uncentred(root).node
-    if in_order(node) and 0 in scale.bind:
-        return min(kernel(node).point, UNKNOWN)
-    if not any(v.node.is_input and v.node.near == 1 for v in node.args):
-        return 0.0
-    if len(scale.bind) < 2:
-        return UNKNOWN if len(root.bind) > len(scale.bind) + 1 else 0.0
-    taps = taps_of(node) if isinstance(node, Conv) else 1
-    return min(kernel(node).point * taps, UNKNOWN)

@@ -234,7 +234,7 @@ def _correlation_scatter(node: Node) -> np.ndarray:
         rank = len(node.axes)
         x = tokens_of(applied.x, range(rank), range(rank, rank + len(node.params)))
         if x.tokens and x.features:
-            own = min(own_part(x) / max(x.node.table.mean_square, 1e-300), 1.0)
+            own = min(own_part(x) / x.node.table.divisor, 1.0)
             out = max(overlap(x) - 1 / x.count, 0.0) * own**2 * _of_one_unit(node, applied.x.bind)
     return out
 
@@ -255,7 +255,7 @@ def _patch_scatter(node: Conv) -> np.ndarray:
             line = tap_scatter(window, x.axes[before], node.axes[k])
             shared = shared * over_frame(line, (k,), len(node.axes))
     tokens = tuple(k for d, k in enumerate(places) if k is not None and d != 1)
-    own = own_part(Tokens(node, tokens, ())) / max(node.table.mean_square, 1e-300)
+    own = own_part(Tokens(node, tokens, ())) / node.table.divisor
     excess = max(patch_overlap(node) - 1 / node.width, 0.0) * min(own, 1.0) ** 2
     return marginal(node).correlation ** 2 * (shared - 1) + excess * _of_one_unit(node, tokens)
 

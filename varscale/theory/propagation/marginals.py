@@ -288,7 +288,7 @@ def scatter_of(node: Node) -> np.ndarray | None:
 @scatter_of.register
 def scatter_of_sum(root: Sum) -> np.ndarray | None:
     """Independent terms share the correlation as they share the variance, of which a mean that is taken away is no part."""
-    whole = max(root.table.mean_square, 1e-300)
+    whole = root.table.divisor
     found = [
         (c * c * view.node.table.mean_square / whole) ** 2 * view.over(own, root.axes, pairs=True)
         for c, view in root.terms

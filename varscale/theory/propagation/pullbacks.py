@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from varscale.theory.domain.axes import Axes, apply_axis, contract_axes, pool
+from varscale.theory.domain.axes import Axes, apply_axis, average, contract_axes
 from varscale.theory.domain.axis_maps import lift_types
 from varscale.theory.domain.tables import full_types
 from varscale.theory.graph.convolutions import WindowMax, WindowSum
@@ -47,7 +47,7 @@ class Cotangent:
     unit: float = 0.0  # what a unit's square, relative, adds to ln(mean square), for its part in the next sum
     # How much more than any two places near ones have in common at most, relative to the mean square.
     near: float = 0.0
-    lost: float = 0.0  # the part of `doubt` that comes of that
+    lost: float = 0.0  # the part of `doubt` that comes of that, and of what units share
 
 
 def sum_out(second: np.ndarray, frame: Axes, view: View) -> np.ndarray:
@@ -60,7 +60,7 @@ def sum_out(second: np.ndarray, frame: Axes, view: View) -> np.ndarray:
     return out
 
 
-def shared_by_mean(second: np.ndarray, axes: Sequence[int], frame: Axes) -> np.ndarray:
+def mean_part(second: np.ndarray, axes: Sequence[int], frame: Axes) -> np.ndarray:
     """E[g ḡ'] = E[ḡ ḡ'] of the means ḡ of a cotangent over some axes, for exchangeable positions: E[(g − ḡ)²] is less by it."""
     return np.expand_dims(contract_axes(second, {k: frame[k].any_pair for k in axes}), tuple(axes))
 
@@ -72,7 +72,7 @@ def pullback_of_sum(node: Sum, cotangent: np.ndarray, notes: BackwardNotes) -> F
         passed = cotangent
         if i in node.centring:
             centred = [k for k in view.bind if k not in node.args[node.centring[i]].bind]
-            passed = cotangent - shared_by_mean(cotangent, centred, node.axes)
+            passed = cotangent - mean_part(cotangent, centred, node.axes)
         taken = i in node.centring.values()
         out.append(None if taken else c * c * sum_out(passed, node.axes, view))
     return out
@@ -102,7 +102,7 @@ class Fork(NamedTuple):
             inner = self.over.node.argument.axes
             second = mean_pullback(sum_out(second, frame, self.over), self.over.node.reduced, inner)
             frame = inner
-        second = shared_by_mean(full_types(second, frame), self.beside, frame)
+        second = mean_part(full_types(second, frame), self.beside, frame)
         second = sum_out(full_types(second, frame) * self.squares, frame, self.root)
         return Cotangent(second, part.doubt, few=part.few, near=part.near, lost=part.lost)
 
@@ -237,8 +237,7 @@ def pulled_back(node: Node, i: int, part: Cotangent) -> Cotangent:
     (along, met), near = _overlaps(node, i), 0.0 if node.averages else part.near
     if along:  # how much less alike than the same two places along these axes are, relative to a mean square
         axes = node.args[i].node.axes
-        table = pool(full_types(part.second, axes), axes)
-        own, other = table[(0,) * table.ndim], table[tuple(int(k in along) for k in range(table.ndim))]
+        own, other = average(part.second, axes), average(part.second, axes, apart=along)
         near = max(near, float(np.clip(1 - other / own, 0.0, 1.0)) if own > 0 else 0.0)
     lost = part.near * (met - 1)
     return dataclasses.replace(part, near=near, doubt=part.doubt + lost, lost=part.lost + lost)

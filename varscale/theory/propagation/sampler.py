@@ -220,7 +220,7 @@ def sampled_from_contract(node: Contract, drawing: Drawing, positions: Positions
     drawn = drawn * math.sqrt(weights.table.mean_square) * math.sqrt(ratio)
     values = drawing.values(x, node.frame, there)
     out = summed(values, over_frame(np.moveaxis(drawn, 0, -1), bind, len(there)), len(positions))
-    excess = float(np.mean(np.square(out, dtype=float))) / max(node.table.mean_square, 1e-300)
+    excess = float(np.mean(np.square(out, dtype=float))) / node.table.divisor
     if not 1 / _TOO_MUCH < excess < _TOO_MUCH:
         node.graph.flag("assumed", UNKNOWN)
     return out / math.sqrt(max(excess, 1e-300))

@@ -255,7 +255,7 @@ def second_moments_of_sum(node: Sum) -> Table:
             unsure.append((found.flagged, 2 * abs(c * d) * both * found.doubt))
     table = Table(node.axes, mean, second)
     for how, error in unsure:
-        node.graph.flag(how, min(error / max(table.mean_square, 1e-300), UNKNOWN))
+        node.graph.flag(how, min(error / table.divisor, UNKNOWN))
     return table
 
 

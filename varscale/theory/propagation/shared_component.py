@@ -163,7 +163,7 @@ def _shares_of_mean(node: Node, x: Node, places: Places) -> tuple[float, float]:
     """What of the mean square of a sum or mean over places is from a place and itself, and what from two of them."""
     windows = () if node.averages else node.params.windows
     taps = [w.taps for w in windows if w is not None] or [1 / x.axes[k].size for k in places]
-    share = min(x.table.mean_square * math.prod(taps) / max(node.table.mean_square, 1e-300), 1.0)
+    share = min(x.table.mean_square * math.prod(taps) / node.table.divisor, 1.0)
     return share, 1 - share
 
 

@@ -125,7 +125,7 @@ def gain_of_queries(weights: Any, notes: BackwardNotes, passed: np.ndarray, kept
     if found is None or values is None or (tokens := projected(found.keys)) is None:
         return None
     several = np.clip(1 - (weights.seen * weights.weights.square).sum(-1), 0, 1) ** 2
-    square = max(found.keys.node.table.mean_square, 1e-300)
+    square = found.keys.node.table.divisor
     share = overlap(tokens, values) * own_part(found.keys) / square
     gain = share * passed * weights.read(several) * weights.own
     keys, (gained, whole) = weights.keys, (average(x, weights.row_axes) for x in (gain, gain + kept))
@@ -158,7 +158,7 @@ def logit_scatter(weights: Any) -> float:
     keys, queries = projected(found.keys), projected(found.queries)
     out = 1 / found.keys.count + (0.0 if keys is None else overlap(keys))
     if queries is not None:
-        out += overlap(queries) * (own_part(queries) / max(queries.node.table.mean_square, 1e-300)) ** 2
+        out += overlap(queries) * (own_part(queries) / queries.node.table.divisor) ** 2
     return 2 * out
 
 

@@ -86,7 +86,7 @@ def scatter_of_conv(node: Conv) -> np.ndarray | None:
     meeting, same = outer(lines), outer(axis.agrees for axis in node.axes)
     # The part of the input's mean square that is not common to all places.
     kinds = {k: axis.different if k in xd[2:] else axis.same for k, axis in enumerate(x.axes)}
-    common = float(contract_axes(x.table.second, kinds)) / max(x.table.mean_square, 1e-300)
+    common = float(contract_axes(x.table.second, kinds)) / x.table.divisor
     own = float(np.clip(1 - common, 0.0, 1.0)) if any(k is not None for k in xd[2:]) else 1.0
     met = meeting * (1 + excess_kurtosis(x) / 2) * own**2
     return np.where(same, 0.0, met / (taps * (node.width + weights.kurtosis - 1)))
@@ -219,7 +219,7 @@ def _law(node: WindowMax, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     windows, table, taps = node.params.windows, node.argument.table, node.maps(AxisMap.means)
     counts = [np.ones(1) if own is None else np.maximum(own.sum(axis=1), 1.0) for own in taps]
     shares = [None if own is None else own / n[:, None] for own, n in zip(taps, counts, strict=True)]
-    squares = node.carried(table.diagonal, shares) / max(table.mean_square, 1e-300)
+    squares = node.carried(table.diagonal, shares) / table.divisor
 
     @cache
     def moments(places: tuple[int, ...]) -> tuple[float, float]:

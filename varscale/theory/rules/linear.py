@@ -58,7 +58,7 @@ def second_moments_of_contract(node: Contract) -> Table:
     table = Table(node.axes, np.array(mean), second + (tilt := tilted(node)))
     if np.any(tilt):
         gained = Table(node.axes, table.mean, np.broadcast_to(tilt, node.frame_types)).mean_square
-        node.graph.flag("quadrature", SHARED_DOUBT + ROUGH * gained / max(table.mean_square, 1e-300))
+        node.graph.flag("quadrature", SHARED_DOUBT + ROUGH * gained / table.divisor)
     square = table.mean_square
     # Of averages over tokens: keys that are alike; likeness in windows that were put together otherwise.
     for weights, tokens in (node.args, node.args[::-1]):
