@@ -152,18 +152,18 @@ def test_places_of_a_depthwise_convolution_share_more_given_its_weights():
 
 def test_a_depthwise_sum_reads_one_channel():
     """The scale of one output varies with the numbers of its own channel alone, not with the mean over all."""
-    from varscale.theory.rules import convolution
+    from varscale.theory.propagation import fluctuations
 
     own = []
     for groups in (1, 8, 64):
         model = nn.Sequential([nn.Conv(64, (1, 1)), nn.relu, nn.Conv(64, (3, 3), feature_group_count=groups), nn.gelu])
         seen = []
-        original = convolution.of_a_group
-        convolution.of_a_group = lambda *a, f=original, s=seen: s.append(f(*a)) or s[-1]
+        original = fluctuations.of_a_group
+        fluctuations.of_a_group = lambda *a, f=original, s=seen: s.append(f(*a)) or s[-1]
         try:
             vs.predict(model, jax.ShapeDtypeStruct((4, 16, 16, 64), jnp.float32), backward=False)
         finally:
-            convolution.of_a_group = original
+            fluctuations.of_a_group = original
         own.append(max(seen))
     assert own[2] > 4 * own[1] > own[0] == 0
 
