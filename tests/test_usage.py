@@ -168,7 +168,7 @@ def test_packed_attention_and_gates():
 
     found = uses(lambda rngs: Net(rngs), TOKENS)
     assert found["qkv/kernel"].main.parts == ("query", "key", "value")
-    assert found["gates/kernel"].main.parts == ("0", "1")
+    assert found["gates/kernel"].main.parts == ("gate", "up")
     assert (found["out/kernel"].main.ends, found["down/kernel"].main.ends) == (1, 2)
 
 

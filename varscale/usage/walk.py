@@ -14,20 +14,9 @@ from varscale.usage.branches import Residuals, scaled_by_its_own, summands, time
 from varscale.usage.notes import Attended, Use
 from varscale.usage.numbers import Numbers
 from varscale.usage.places import Places
+from varscale.usage.primitives import ACTIVATIONS, BINARY, HOMOGENEOUS, LINEAR, MASKS, REDUCTIONS, SAME, WINDOWS
 from varscale.usage.values import NAMED_FUNCTIONS, Flow, Score, Source, Value, View
 
-_SAME = {"convert_element_type", "stop_gradient", "copy", "copy_p", "name", "optimization_barrier", "reduce_precision", "pvary"}
-_SAME |= {"sharding_constraint", "mesh_cast", "rev", "neg"}
-_REDUCTIONS = {"reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or", "argmax", "argmin", "reduce"}
-_WINDOWS = {"reduce_window_sum", "reduce_window_max", "reduce_window", "reduce_window_min", "cumsum", "cumlogsumexp", "cummax"}
-_ACTIVATIONS = {"tanh", "logistic", "erf", "erfc", "exp", "exp2", "log", "log1p", "expm1", "sin", "cos", "abs", "square"}
-_ACTIVATIONS |= {"sign", "integer_pow", "sqrt", "rsqrt", "cbrt", "floor", "round", "asinh", "atan", "sinh", "cosh", "is_finite"}
-_ACTIVATIONS |= {"not"}
-_BINARY = {"add", "add_any", "sub", "mul", "div", "max", "min", "pow", "atan2", "rem", "select_n", "clamp", "complex"}
-_BINARY |= {"eq", "ne", "lt", "le", "gt", "ge", "and", "or", "xor"}
-_MASKS = {"select_n", "max", "eq"}
-_LINEAR = {"fft", "real", "imag", "conj"}  # of those that the walk does not know otherwise
-_HOMOGENEOUS = {"relu", "leaky_relu", "abs"}  # f(cx) = c·f(x) for c > 0
 Handler = Callable[["Walk", Any, list[Value]], Value | list[Value]]
 
 
@@ -143,15 +132,15 @@ class Walk:
         if name in self._handlers:
             found = self._handlers[name](self, eqn, values)
             return found if isinstance(found, list) else [found]
-        if name in _SAME:
+        if name in SAME:
             return list(values[: len(eqn.outvars)])
-        if name in _ACTIVATIONS:
+        if name in ACTIVATIONS:
             if name in ("rsqrt", "sqrt") and isinstance(values[0], Flow) and values[0].offset:
                 self.epsilons[self.places.scope(eqn)] = values[0].offset
             return [self._function(name, values[0])]
-        if name in _BINARY:
+        if name in BINARY:
             return [self._combined(name, eqn, values)]
-        if name in _REDUCTIONS or name in _WINDOWS:
+        if name in REDUCTIONS or name in WINDOWS:
             return [self._reduced(eqn, values)] * len(eqn.outvars)
         if (inner := self._inner(eqn, values)) is not None:
             return inner
@@ -191,7 +180,7 @@ class Walk:
             return [View(kept.parameter, layouts.added(v.aval.shape), kept.batch, kept.steps) for v in eqn.outvars]
         for view in views:
             self.note(Use(view.parameter, "other", steps=view.steps, batch=tuple(sorted(view.batch)), depth=flows[0].depth))
-        return [self.input(v.aval.shape, flows, linear=eqn.primitive.name in _LINEAR) for v in eqn.outvars]
+        return [self.input(v.aval.shape, flows, linear=eqn.primitive.name in LINEAR) for v in eqn.outvars]
 
     # -- elementwise ----------------------------------------------------------------------------------------------------
 
@@ -199,9 +188,9 @@ class Walk:
         if not isinstance(x, Flow):
             return x
         functions = x.functions | {name}
-        if name in _HOMOGENEOUS:
+        if name in HOMOGENEOUS:
             return dataclasses.replace(x, functions=functions)
-        inner = x.scale if x.functions <= _HOMOGENEOUS else x.function_scale
+        inner = x.scale if x.functions <= HOMOGENEOUS else x.function_scale
         return dataclasses.replace(x, functions=functions, scale=1.0, function_scale=inner)
 
     def _combined(self, name: str, eqn: Any, values: list[Value]) -> Value:
@@ -255,11 +244,11 @@ class Walk:
         kind = {"add": "shift", "add_any": "shift", "sub": "shift", "mul": "scale", "div": "scale"}.get(name, "other")
         axes = layouts.of(view.axes, range(len(view.axes)))
         normalised = x.normalised or (x.reduced and bool(x.functions & {"rsqrt", "sqrt"}))
-        places = sum(layouts.size([a for a in atoms if a.axis is not None]) > 1 for atoms in view.axes) + view.placed
+        is_place = kind == "shift" and self._is_place(view, x)
         sources = self.note_all(
             Use(
                 view.parameter,
-                "place" if kind == "shift" and places > 1 and (x.maps == 0 or x.score is not None) else kind,
+                "place" if is_place else kind,
                 output=axes,
                 batch=tuple(sorted(view.batch)),
                 steps=view.steps,
@@ -278,6 +267,14 @@ class Walk:
             return dataclasses.replace(x, scaled=True)
         return dataclasses.replace(x, gates=x.gates | {view.parameter})
 
+    def _is_place(self, view: View, x: Flow) -> bool:
+        """Whether a parameter has numbers for places, to which a kernel gives none: a table of positions, and no bias."""
+        wide = [k for k, atoms in enumerate(view.axes) if layouts.size([a for a in atoms if a.axis is not None]) > 1]
+        if len(wide) + view.placed < 2 or x.normalised or any(self.uses[source.use].shared for source in x.sources):
+            return False
+        of_kernel = len(view.axes) == len(x.axes) and all(layouts.of(x.axes, (k,)) for k in wide)
+        return x.maps == 0 or x.score is not None or (x.direct and not x.functions and not of_kernel)
+
     def _both(self, name: str, x: Flow, y: Flow, shape: Sequence[int]) -> Flow:
         """Two activations combined entry by entry."""
         union = x.ancestors | y.ancestors
@@ -290,6 +287,8 @@ class Walk:
             )  # fmt: skip
         if x.root == y.root or (x.reduced and x.ancestors & (1 << y.anchor)) or (y.reduced and y.ancestors & (1 << x.anchor)):
             functions = x.functions | y.functions | ({"mul"} if name == "mul" and (x.functions or y.functions) else set())
+            if name == "mul" and x.sources.isdisjoint(y.sources):  # parts of one kernel's output
+                self._gated(x, y)
             if name == "div" and "exp" in functions and (x.reduced != y.reduced):
                 functions = functions | {"softmax"}
             return dataclasses.replace(
@@ -355,14 +354,14 @@ class Walk:
             kept = tuple(a for k, a in enumerate(view.axes) if k not in axes)
             return dataclasses.replace(view, axes=kept if len(kept) == len(shape) else layouts.added(shape))
         axes = eqn.params.get("axes", ())
-        if eqn.primitive.name in _WINDOWS:
+        if eqn.primitive.name in WINDOWS:
             return dataclasses.replace(x, axes=x.axes, functions=x.functions)
         name = eqn.primitive.name
         if x.score is not None and (name == "reduce_max" or (name == "reduce_sum" and "exp" in x.functions)):
             keys = math.prod(eqn.invars[0].aval.shape[k] for k in axes)
             # Inside a bounded function too, whose slope at 0 is 1: c tanh(s / c).
             scale = times(x.scale, x.function_scale)
-            self.attends(x.score, axes, scale, keys, linear=x.functions - {"exp"} <= _MASKS)
+            self.attends(x.score, axes, scale, keys, linear=x.functions - {"exp"} <= MASKS)
         kept = tuple(a for k, a in enumerate(x.axes) if k not in axes)
         made = kept if len(kept) == len(shape) else layouts.added(shape)
         return dataclasses.replace(x, axes=made, reduced=True, score=None)
