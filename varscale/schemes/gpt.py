@@ -81,8 +81,9 @@ def llama_depth(stddev: float = 0.02, *, convention: str | None = None) -> Schem
         if subject.role == "readout":
             return Choice(readout(subject.fan_in**-0.5), "1/√d")
         if subject.is_table:
-            tied = subject.uses.tied
-            return Choice(_normal(subject.width**-0.5 if tied else 1.0), "tied: the readout's 1/√d" if tied else "unit rows")
+            if subject.is_tied:
+                return Choice(_normal(subject.width**-0.5), "tied: the readout's 1/√d")
+            return Choice(_normal(1.0), "unit rows")
         if not subject.is_matrix or subject.branch is None:
             return _plain(subject, kernel(stddev))
         factors = [(2 * (block + 1)) ** -0.5 for block in subject.blocks]
@@ -186,7 +187,7 @@ def zero_projection(readout: float = 0.001) -> Scheme:
     def rule(subject: Subject) -> Choice:
         if subject.ends and subject.is_matrix:
             return Choice(zeros, "0: each block starts as the identity")
-        if subject.role == "readout" or subject.uses.tied:
+        if subject.role == "readout" or subject.is_tied:
             return Choice(spread("normal", readout), "a small readout")
         if subject.is_table:
             return Choice(_normal(1.0), "unit rows")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -165,7 +165,7 @@ def _by_pattern(base: Mapping[Pattern, Sequence[int]], found: Uses, scheme: str)
 
 def _leaf(p: ParameterUses, shapes: Mapping[str, tuple[int, ...]], found: Uses, scheme: str) -> GrownLeaf:
     """One parameter beside the base's."""
-    base = p.path if p.path in shapes else next((path for path in shapes if _template(path) == _template(p.path)), None)
+    base = p.path if p.path in shapes else _counterpart(p.path, shapes)
     if base is None or len(shapes[base]) != len(p.shape):
         told = "has none of that path" if base is None else f"has shape {shapes[base]}"
         raise ValueError(
@@ -178,9 +178,16 @@ def _leaf(p: ParameterUses, shapes: Mapping[str, tuple[int, ...]], found: Uses, 
     return GrownLeaf(p, base, narrow, main, conflict, _place(p, found))
 
 
-def _template(path: str) -> str:
-    """The path without the numbers of its layers."""
-    return re.sub(r"\d+", "#", path)
+def _counterpart(path: str, known: Iterable[str]) -> str | None:
+    """The path that differs in the fewest numbers, the later ones first: an earlier layer's; None where words differ."""
+    words, numbers = re.split(r"\d+", path), re.findall(r"\d+", path)
+    alike = [other for other in known if re.split(r"\d+", other) == words]
+
+    def unlike(other: str) -> tuple[int, list[bool]]:
+        differs = [a != b for a, b in zip(re.findall(r"\d+", other), numbers, strict=True)]
+        return sum(differs), differs
+
+    return min(alike, key=unlike, default=None)
 
 
 def _growth(use: OneUse, shape: Sequence[int], narrow: Sequence[int]) -> Growth:

@@ -96,7 +96,8 @@ def _output(leaf: GrownLeaf, both: Grown) -> tuple[float, float]:
 
 def _scale(leaf: GrownLeaf, p: ParameterUses) -> float:
     use = p.main if leaf.conflict is None else p.uses[-1]  # of a tied table, that of the readout
-    scales = () if use is None else (use.input_scale, use.kernel_scale, use.output_scale)
+    # Inside a bounded function too, whose slope at 0 is 1: a soft cap c tanh(y / c) of logits.
+    scales = () if use is None else (use.input_scale, use.kernel_scale, use.function_scale, use.output_scale)
     return math.prod(math.nan if scale is None else scale for scale in scales)
 
 

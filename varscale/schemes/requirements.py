@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 
 from varscale.schemes.plan import Requirement, Status
 from varscale.schemes.structure import Structure
-from varscale.usage.parameters import OneUse
 
 _CLOSE = 0.01  # relative: codes write constants with three digits
 
@@ -78,18 +77,6 @@ def logit_scales(structure: Structure, expected: Callable[[int], float], folded:
         scale = expected(attention.terms)
         where = attention.query[0] if attention.query else ""
         yield looked_up("attention scale", where, scale, attention.scale, folded, f"multiply q · k by {scale:.4g}")
-
-
-def output_multiplier(path: str, use: OneUse, expected: float) -> Requirement:
-    """The number that a readout's output is multiplied by, on its input or on the logits.
-
-    Args:
-        path: of the parameter.
-        use: its use as a readout.
-        expected: the number.
-    """
-    found = None if use.input_scale is None or use.output_scale is None else use.input_scale * use.output_scale
-    return looked_up("readout multiplier", path, expected, found, use.kernel_scale, f"multiply the logits by {expected:.4g}")
 
 
 def _common(scales: Iterator[float | None]) -> float | None:

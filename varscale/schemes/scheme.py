@@ -83,6 +83,11 @@ class Subject:
         return self.role == "embedding"
 
     @property
+    def is_tied(self) -> bool:
+        """Whether it is a table that is a matrix too: the readout, as a rule. One that is looked up in two places is not."""
+        return self.is_table and any(use.reduction_axes and use.kind != "lookup" for use in self.uses.uses)
+
+    @property
     def fan_in(self) -> float:
         """Terms summed into an output; of a tied table those of its use as a readout, since a lookup sums nothing."""
         return max(use.fan_in for use in self.uses.uses if use.reduction_axes) if self.is_table else self.main.fan_in
