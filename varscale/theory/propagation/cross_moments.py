@@ -116,10 +116,18 @@ Strategy = Callable[[View, View, Axes], np.ndarray | None]
 
 
 def _either_way(work: Strategy) -> Strategy:
-    """A strategy that opens its first argument, for both: the node that is further from the leaves is opened first."""
+    """A strategy that opens its first argument, for both: one that is further from the leaves before the other.
+
+    An average is opened before a function, by projection, which needs no law of it, and a function before all else.
+    """
+
+    def order(pair: tuple[View, View]) -> tuple[int, ...]:
+        (x, _), (y, _) = pair
+        averaged = isinstance(x, Mean | WindowSum) and isinstance(y, Apply)
+        return -averaged, -isinstance(x, Apply), -x.depth, -x.id
 
     def opened(a: View, b: View, frame: Axes) -> np.ndarray | None:
-        for x, y in sorted(((a, b), (b, a)), key=lambda pair: (-pair[0].node.depth, -pair[0].node.id)):
+        for x, y in sorted(((a, b), (b, a)), key=order):
             if (out := work(x, y, frame)) is not None:
                 return out if x is a else swapped(out, frame)
         return None
@@ -150,17 +158,6 @@ def _terms(x: View, y: View, frame: Axes) -> np.ndarray | None:
             share = abs(c) * (term.node.table.variance / max(node.table.variance, 1e-300)) ** 0.5
             unsure(node.graph, found.flagged, min(share * found.doubt, 1.0))
     return out
-
-
-def _average_against_function(x: View, y: View, frame: Axes) -> np.ndarray | None:
-    """An average of a function of x against a function of x: by projection, which needs no law of the average."""
-    known = isinstance(x.node, Mean | WindowSum) and isinstance(y.node, Apply)
-    return cross_by_kind(x.node, x, y, frame) if known else None
-
-
-def _functions(a: View, b: View, frame: Axes) -> np.ndarray | None:
-    found = [v.node for v in (a, b) if isinstance(v.node, Apply)]
-    return cross_by_kind(found[0], a, b, frame) if found else None
 
 
 class Reading(NamedTuple):
@@ -238,8 +235,6 @@ STRATEGIES: dict[str, Strategy] = {
     "axes in another order": _permuted,
     "one node twice": _same_node,
     "weighted sums": _either_way(_terms),
-    "average against a function": _either_way(_average_against_function),
-    "law of functions": _functions,
     "kinds of nodes": _either_way(lambda x, y, frame: cross_by_kind(x.node, x, y, frame)),
 }
 
