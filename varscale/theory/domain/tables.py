@@ -172,7 +172,8 @@ def regrouped(
 
 def full_types(array: np.ndarray, frame: Axes) -> np.ndarray:
     """Broadcast to every type of the frame."""
-    return np.broadcast_to(array, [axis.types for axis in frame])
+    shape = tuple([axis.types for axis in frame])
+    return array if array.shape == shape else np.broadcast_to(array, shape)
 
 
 def full_along(array: np.ndarray, k: int, axis: Axis) -> np.ndarray:

@@ -104,8 +104,6 @@ def swapped(second: np.ndarray, axes: Axes) -> np.ndarray:
 
 def roots_of(*views: View) -> list[View]:
     """The roots of trees over one frame, as views over that frame, each once."""
-    if len(views) == 1 and views[0] == views[0].node.whole:
-        return list(roots(views[0].node))
     return list(dict.fromkeys(root.within(view.bind) for view in views for root in roots(view.node)))
 
 

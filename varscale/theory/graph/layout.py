@@ -210,8 +210,10 @@ def align(values: Sequence[Value]) -> Aligned:
     xs = [Value(x.node, ((),) * (rank - len(x.dims)) + x.dims) for x in values]
     xs = [_classed(x, xs) for x in xs]
     for d in range(rank):  # of all tensors that are not of size 1 there, the atoms have the same sizes
-        cuts = common_cuts(*([atom.size for atom in x.dims[d]] for x in xs))
-        xs = [(merged(x, d) if cuts is None else split_at(x, d, cuts)) if x.dims[d] else x for x in xs]
+        sizes = {tuple([n for n, _ in x.dims[d]]) for x in xs if x.dims[d]}
+        if len(sizes) > 1:
+            cuts = common_cuts(*sizes)
+            xs = [(merged(x, d) if cuts is None else split_at(x, d, cuts)) if x.dims[d] else x for x in xs]
     found, binds = _framed(tuple((x.dims, x.node.axes) for x in xs))
     nodes = [x.node for x in xs]
     for i, (node, bind) in enumerate(zip(nodes, binds, strict=True)):

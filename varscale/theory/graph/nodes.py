@@ -196,10 +196,10 @@ class Graph:
 
     def make(self, kind: type[N], axes: Axes, args: Sequence[View] = (), params: Hashable = ()) -> N:
         """The node of this kind, arguments and parameters; the same one if it exists already."""
-        key = (kind, tuple((v.node.id, v.bind) for v in args), params, tuple(axes))
+        key = kind, args, params, axes = (kind, tuple(args), params, tuple(axes))
         node = self.nodes.get(key)
         if node is None:
-            node = self.nodes[key] = kind(self, len(self.nodes), tuple(axes), tuple(args), params)
+            node = self.nodes[key] = kind(self, len(self.nodes), axes, args, params)
             node.origin = self.origin
         return node  # pyright: ignore[reportReturnType]
 

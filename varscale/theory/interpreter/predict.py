@@ -103,7 +103,8 @@ def predict(
     equations = None if detail == "equations" else () if detail == "modules" else detail
     interpreter, program = Interpreter(), faces.program(model, method=method)
     with without_collection():
-        report = _predicted(interpreter, program, given, params, scheme, backward, equations)
+        walked = walkable(interpreter, program, given, params, scheme)
+        report = _predicted(interpreter, program, walked, backward, equations)
         interpreter.graph.close()
     return report if draws is None else beside_draws(report, model, given, params, draws, method, scheme)
 
@@ -227,15 +228,8 @@ def _parameters(
 
 
 def _predicted(
-    interpreter: Interpreter,
-    program: Program,
-    given: Inputs,
-    params: Any,
-    scheme: Any,
-    backward: bool,
-    detail: Collection[str] | None,
+    interpreter: Interpreter, program: Program, walked: Walkable, backward: bool, kept: Collection[str] | None
 ) -> Report:
-    walked = walkable(interpreter, program, given, params, scheme)
     forward = walked.forward
     if not forward.shapes[""]:
         raise ValueError(
@@ -243,7 +237,7 @@ def _predicted(
         )
 
     def walk() -> list[Made]:
-        rows = Rows(program.init is None and program.parameters is None, detail)
+        rows = Rows(program.init is None and program.parameters is None, kept)
         interpreter.place = Place(rows)
         captured = walked.captured(interpreter)
         interpreter.place = None

@@ -267,7 +267,7 @@ def of_one_draw(node: Node) -> OneDraw:
     spread = fluctuations(node)
     second = float(node.table.mean_square * (1 + spread.shift))
     variance = float(min(spread.variance, _WIDEST_BAND))
-    skew = float(np.clip(spread.skew, -(variance**1.5), variance**1.5))
+    skew = min(max(spread.skew, -(variance**1.5)), variance**1.5)
     typical = second * math.exp(-variance / 2 - skew / 6)
     down = reach = _BAND * math.sqrt(variance) + _ROUNDING
     lean = (_BAND**2 - 1) * skew / 6 / max(variance, 1e-300)  # Cornish and Fisher

@@ -193,7 +193,7 @@ def summed_scale(node: Node, i: int, part: Cotangent) -> Cotangent:
 
 
 def _limited(x: float) -> float:
-    return float(np.clip(x, -_WIDEST_COVARIANCE, _WIDEST_COVARIANCE))
+    return min(max(x, -_WIDEST_COVARIANCE), _WIDEST_COVARIANCE)
 
 
 def _with_slope(node: Apply, slope: View) -> float:

@@ -43,7 +43,7 @@ def responses(node: Node) -> dict[Node, tuple[float, float]]:
     out: dict[Node, tuple[float, float]] = {}
     for group in cofactors(node).values():
         first = group[0].node
-        out[first] = tuple(np.add(out.get(first, 0.0), response_to(node, group)))
+        out[first] = tuple(np.add(out.get(first, 0.0), response_to(node, group)).tolist())
     return out
 
 
@@ -52,7 +52,7 @@ def response_to(node: Node, group: list[View]) -> tuple[float, float]:
     low, middle, high = _levels(node, group, (1 - SCALE_STEP, 1.0, 1 + SCALE_STEP))
     slope = math.log(high / low) / math.log((1 + SCALE_STEP) / (1 - SCALE_STEP))
     curvature = (high - 2 * middle + low) / SCALE_STEP**2 / middle
-    return float(np.clip(slope, -_STEEPEST, _STEEPEST)), float(np.clip(curvature, -_STEEPEST, _STEEPEST))
+    return min(max(slope, -_STEEPEST), _STEEPEST), float(min(max(curvature, -_STEEPEST), _STEEPEST))
 
 
 def _levels(node: Node, group: list[View], ratios: tuple[float, ...]) -> Float[np.ndarray, " ratios"]:
@@ -217,7 +217,7 @@ def root_responses(node: Node) -> dict[Node, Response]:
         spread = kernel(root)
         scale = Scale(max(1 + spread.shift, NEGLIGIBLE), spread.point, spread.variance, spread.skew)
         found = response(scale, slope, curvature, partial(_response_curve, node, root))
-        shape = 1 + float(np.clip(curvature * spread.shape / 2, -LOOSE, LOOSE))
+        shape = 1 + min(max(curvature * spread.shape / 2, -LOOSE), LOOSE)
         out[root] = dataclasses.replace(found, growth=found.growth * shape)
     return out
 

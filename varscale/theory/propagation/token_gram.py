@@ -27,7 +27,7 @@ import numpy as np
 from varscale.theory.domain.axes import average, contract_axes, rest
 from varscale.theory.domain.tables import LEADING_ORDER, Axes, full_types, means_by_type
 from varscale.theory.graph.convolutions import Conv, by_dim, hits
-from varscale.theory.graph.expressions import Apply, Sum, roots
+from varscale.theory.graph.expressions import Apply, Sum, alike, roots
 from varscale.theory.graph.known_arrays import is_known_array, numbers
 from varscale.theory.graph.linear_nodes import (
     Concat,
@@ -82,7 +82,7 @@ def tokens_of(view: View, tokens: Container[int], features: Container[int]) -> T
 
 def overlap(x: Tokens, y: Tokens | None = None) -> float:
     """V of these tokens; of two arrays E[o_x o_y] relative to the own parts of their tokens: V of what both are made of."""
-    return float(np.clip(covariance(x, y or x), 1 / x.count if y in (None, x) else 0.0, 1.0))
+    return min(max(covariance(x, y or x), 1 / x.count if y in (None, x) else 0.0), 1.0)
 
 
 def overlap_before(x: Tokens, y: Tokens) -> float:
@@ -104,7 +104,7 @@ def _shared_with_earlier(node: Node, later: Tokens, other: Tokens) -> float:
         return float(np.mean(first * second)) if first.shape == second.shape else 0.0
     sources, weights, variance = mixture(later)
     own = max(variance, 0.0) if later == other else 0.0
-    return own + sum(w * covariance(other, s) for w, s in zip(weights, sources, strict=True) if w)
+    return own + sum(w * covariance(other, _copied(s)) for w, s in zip(weights, sources, strict=True) if w)
 
 
 def _measured(x: Tokens) -> np.ndarray:
@@ -166,6 +166,13 @@ def own_beyond_pairs(second: np.ndarray, axes: Axes, tokens: Sequence[int]) -> f
 def mixture(x: Tokens) -> Mixture:
     """Tokens that these are made of, and how their overlap is made of theirs; of given ones, none."""
     return _MIXTURES.once(x.node.graph, x, lambda: _made_of(x) or white(x))
+
+
+def _copied(x: Tokens) -> Tokens:
+    """What these are a copy of, centred and scaled perhaps: their overlaps are its own."""
+    while (own := mixture(x))[1:] == ([1.0], 0.0):
+        x = own.sources[0]
+    return x
 
 
 @functools.singledispatch
@@ -255,7 +262,8 @@ def _of_a_function(x: Tokens, node: Apply) -> Mixture | None:
     for view, y in found:
         slope = derivative(node, view)
         second = 0.0 if slope is None else average(slope.second(node.axes), node.axes, apart=x.tokens)
-        slopes.append(float(np.clip(second * max(own_part(y), 0.0) / own, 0, 1)))
+        share = min(max(second * max(own_part(y), 0.0) / own, 0.0), 1.0)
+        slopes.append(1.0 if alike(share, 1.0) else share)
     return Mixture([y for _, y in found], slopes, (1 - min(sum(slopes), 1.0) ** 2) / x.count)
 
 

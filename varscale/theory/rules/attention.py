@@ -209,7 +209,7 @@ def mixed(node: Contract, x: Tokens) -> Mixture | None:
     chance = np.clip(shares(p.row_axes) @ drawn.ravel() / own, 0, 1)
     slope = chance * (variance / math.expm1(variance) if 0 < variance < 50 else float(variance <= 0))
     gain = own_beyond_pairs(np.asarray(tilted(x.node)), x.node.axes, x.tokens)
-    tilt = float(np.clip(gain / max(own_part(x), 1e-300), 0, 1))
+    tilt = min(max(gain / max(own_part(x), 1e-300), 0.0), 1.0)
     v_values, v_tokens = (covariance(tokens, tokens) for tokens in (values, source))
     ratio = 1 / (v_tokens * keys)
     squared = v_tokens * (1 + 6 * ratio + 6 * ratio**2 + ratio**3) / (1 + ratio) ** 2
