@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -11,7 +10,7 @@ from varscale.usage import layouts
 from varscale.usage.branches import times
 from varscale.usage.layouts import Axes
 from varscale.usage.notes import Use
-from varscale.usage.values import Flow, Score, Value, View
+from varscale.usage.values import Flow, Score, Value, View, changed
 from varscale.usage.walk import Walk
 
 
@@ -63,7 +62,7 @@ def dot_general(walk: Walk, eqn: Any, values: list[Value]) -> Value:
             continue
         if isinstance(other, Flow) and not contracted:  # an outer product, or entry by entry: nothing is summed
             made = walk.met("mul", value, other)
-            return dataclasses.replace(made, axes=placed(1 - which, other.axes), reduced=False)
+            return changed(made, axes=placed(1 - which, other.axes), reduced=False)
         fan_in = float(math.prod(layouts.size(value.axes[k]) for k in contracted))
         fan_out = float(math.prod(layouts.size([a for a in value.axes[k] if a.axis is not None]) for k in free[which]))
         one_hot = isinstance(other, Flow) and "eq" in other.functions and other.maps == 0
@@ -88,9 +87,9 @@ def dot_general(walk: Walk, eqn: Any, values: list[Value]) -> Value:
         return _product(walk, left, right, shape, places, placed, terms, row)
     x = left if left is not None else right
     if isinstance(x, View):
-        return dataclasses.replace(x, axes=layouts.added(shape))
+        return changed(x, axes=layouts.added(shape))
     assert isinstance(x, Flow)
-    return dataclasses.replace(x, axes=placed(0 if x is left else 1, x.axes), reduced=False)
+    return changed(x, axes=placed(0 if x is left else 1, x.axes), reduced=False)
 
 
 def _share(walk: Walk, x: Flow, dims: Sequence[int]) -> None:
@@ -154,7 +153,7 @@ def convolution(walk: Walk, eqn: Any, values: list[Value]) -> Value:
     if not (isinstance(kernel, View) and isinstance(x, Flow)):
         flows = [v for v in values if isinstance(v, Flow)]
         if not flows:
-            return dataclasses.replace(next(v for v in values if isinstance(v, View)), axes=layouts.added(shape))
+            return changed(next(v for v in values if isinstance(v, View)), axes=layouts.added(shape))
         return walk.input(shape, flows)
     numbers, groups = eqn.params["dimension_numbers"], eqn.params["feature_group_count"]
     size = eqn.invars[0].aval.shape
@@ -209,7 +208,7 @@ def gather(walk: Walk, eqn: Any, values: list[Value]) -> Value:
         features = [k for k in kept if sizes[k] > 1]
         if not isinstance(index, Flow):
             placed = sum(n > 1 for k, n in enumerate(shape) if k not in numbers.offset_dims)
-            return dataclasses.replace(operand, axes=tuple(axes), placed=operand.placed + placed)
+            return changed(operand, axes=tuple(axes), placed=operand.placed + placed)
         looked_up = [k for k in range(len(sizes)) if k not in features]
         use = Use(
             operand.parameter,
@@ -223,5 +222,5 @@ def gather(walk: Walk, eqn: Any, values: list[Value]) -> Value:
     if isinstance(operand, Flow) and operand.functions:
         return walk.input(shape, flows, functions=operand.functions)
     if isinstance(operand, Flow):
-        return dataclasses.replace(operand, axes=layouts.added(shape))
+        return changed(operand, axes=layouts.added(shape))
     return walk.input(shape, flows)

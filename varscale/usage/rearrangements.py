@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -10,15 +9,15 @@ from typing import Any
 from varscale.usage import layouts
 from varscale.usage.layouts import Atom, Axes
 from varscale.usage.notes import Use
-from varscale.usage.values import Flow, Source, Value, View
+from varscale.usage.values import Flow, Source, Value, View, changed
 from varscale.usage.walk import Walk
 
 
 def _with_axes(x: Value, axes: Axes | None, shape: Sequence[int], to: Mapping[int, Iterable[int]]) -> Value:
     """A value whose axes went to others; `to` tells of each of them which."""
     if isinstance(x, Flow) and x.score is not None:
-        x = dataclasses.replace(x, score=x.score.moved(to))
-    return None if x is None else dataclasses.replace(x, axes=layouts.added(shape) if axes is None else axes)
+        x = changed(x, score=x.score.moved(to))
+    return None if x is None else changed(x, axes=layouts.added(shape) if axes is None else axes)
 
 
 def _with_part(walk: Walk, x: Value, axes: Axes) -> Value:
@@ -26,14 +25,14 @@ def _with_part(walk: Walk, x: Value, axes: Axes) -> Value:
     if x is None:
         return None
     part = layouts.part(axes)
-    made = dataclasses.replace(x, axes=axes)
+    made = changed(x, axes=axes)
     if isinstance(x, View):
-        return dataclasses.replace(made, region=_region(x, axes))
+        return changed(made, region=_region(x, axes))
     if isinstance(made, Flow) and part is not None and all(s.part is None for s in made.sources):
         for source in made.sources:
             walk.uses[source.use].parts.add(part)
             walk.uses[source.use].cut = layouts.cut(axes)
-        return dataclasses.replace(made, sources=frozenset(Source(s.use, part) for s in made.sources))
+        return changed(made, sources=frozenset(Source(s.use, part) for s in made.sources))
     return made
 
 
@@ -72,7 +71,7 @@ def broadcast_in_dim(walk: Walk, eqn: Any, values: list[Value]) -> Value:
     x, dimensions, shape = values[0], eqn.params["broadcast_dimensions"], eqn.outvars[0].aval.shape
     to = {k: (axis,) for k, axis in enumerate(dimensions)}
     if isinstance(x, Flow) and math.prod(shape) > math.prod(eqn.invars[0].aval.shape):
-        x = dataclasses.replace(x, spread=True)
+        x = changed(x, spread=True)
     return None if x is None else _with_axes(x, layouts.broadcast(x.axes, dimensions, shape), shape, to)
 
 
@@ -112,8 +111,8 @@ def dynamic_slice(walk: Walk, eqn: Any, values: list[Value]) -> Value:
     axes = tuple(a if layouts.size(a) == n else ((Atom(None, n),) if n > 1 else ()) for a, n in zip(x.axes, sizes, strict=True))
     if isinstance(x, View):
         taken = layouts.of(x.axes, [k for k, n in enumerate(sizes) if n == 1 < layouts.size(x.axes[k])])
-        return dataclasses.replace(x, axes=axes, batch=x.batch | set(taken))
-    return dataclasses.replace(x, axes=axes)
+        return changed(x, axes=axes, batch=x.batch | set(taken))
+    return changed(x, axes=axes)
 
 
 def pad(walk: Walk, eqn: Any, values: list[Value]) -> Value:
@@ -136,7 +135,7 @@ def concatenate(walk: Walk, eqn: Any, values: list[Value]) -> Value:
         output = layouts.of(view.axes, range(len(view.axes)))
         walk.note(Use(view.parameter, "token", output=output, batch=tuple(sorted(view.batch)), steps=view.steps))
     if len({x.anchor for x in flows}) == 1:
-        return dataclasses.replace(flows[0], axes=layouts.added(shape))
+        return changed(flows[0], axes=layouts.added(shape))
     for x in flows:
         walk.close(x)
     return walk.input(shape, flows)
@@ -148,8 +147,8 @@ def _side_by_side(walk: Walk, views: list[View], axis: int, shape: Sequence[int]
     sizes = [[layouts.size(atoms) for atoms in view.axes] for view in views]
     if all(size == sizes[0] for size in sizes):
         axes = (*first.axes[:axis], (Atom(None, len(views)), *first.axes[axis]), *first.axes[axis + 1 :])
-        return dataclasses.replace(first, axes=axes, companions=tuple(view.parameter for view in views[1:]))
+        return changed(first, axes=axes, companions=tuple(view.parameter for view in views[1:]))
     for view in views[1:]:
         if view.parameter != first.parameter:
             walk.note(Use(view.parameter, "factor", batch=tuple(sorted(view.batch)), steps=view.steps))
-    return dataclasses.replace(first, axes=layouts.added(shape))
+    return changed(first, axes=layouts.added(shape))

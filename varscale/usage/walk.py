@@ -15,7 +15,7 @@ from varscale.usage.notes import Attended, Use
 from varscale.usage.numbers import Numbers
 from varscale.usage.places import Places
 from varscale.usage.primitives import ACTIVATIONS, BINARY, HOMOGENEOUS, LINEAR, MASKS, REDUCTIONS, SAME, WINDOWS
-from varscale.usage.values import NAMED_FUNCTIONS, Flow, Score, Source, Value, View
+from varscale.usage.values import NAMED_FUNCTIONS, Flow, Score, Source, Value, View, changed
 
 Handler = Callable[["Walk", Any, list[Value]], Value | list[Value]]
 
@@ -189,9 +189,9 @@ class Walk:
             return x
         functions = x.functions | {name}
         if name in HOMOGENEOUS:
-            return dataclasses.replace(x, functions=functions)
+            return changed(x, functions=functions)
         inner = x.scale if x.functions <= HOMOGENEOUS else x.function_scale
-        return dataclasses.replace(x, functions=functions, scale=1.0, function_scale=inner)
+        return changed(x, functions=functions, scale=1.0, function_scale=inner)
 
     def _combined(self, name: str, eqn: Any, values: list[Value]) -> Value:
         shape = eqn.outvars[0].aval.shape
@@ -203,24 +203,24 @@ class Walk:
                 if view.parameter != kept.parameter:
                     self.note(Use(view.parameter, "factor", steps=view.steps, batch=tuple(sorted(view.batch))))
             own = kept.normalised or (name in ("mul", "div") and [v.parameter for v in views] == [kept.parameter] * 2)
-            return dataclasses.replace(kept, scale=times(kept.scale, self._factor(name, eqn, values, kept)), normalised=own)
+            return changed(kept, scale=times(kept.scale, self._factor(name, eqn, values, kept)), normalised=own)
         x = flows[0]
         for y in flows[1:]:
             x = self._both(name, x, y, shape)
         for view in views:
             x = self.met(name, view, x)
         if name in ("add", "add_any") and len(flows) == 1 and not views and x.reduced:
-            x = dataclasses.replace(x, offset=self._offset(eqn))
+            x = changed(x, offset=self._offset(eqn))
         if len(flows) == 1:
             wide = [v.aval.shape for v, value in zip(eqn.invars, values, strict=True) if value is flows[0]]
             axes = x.axes if wide and wide[0] == shape else layouts.added(shape)
             functions = x.functions
             if not views and name in ("max", "min", "clamp", "pow", "eq", "select_n"):
                 if name in ("max", "clamp") and not x.reduced:
-                    return self._function(name, dataclasses.replace(x, axes=axes))
+                    return self._function(name, changed(x, axes=axes))
                 functions = x.functions | {name}
             scale = x.scale if views or x.reduced else times(x.scale, self._factor(name, eqn, values, flows[0]))
-            return dataclasses.replace(x, axes=axes, functions=functions, scale=scale)
+            return changed(x, axes=axes, functions=functions, scale=scale)
         return x
 
     def _offset(self, eqn: Any) -> float:
@@ -264,8 +264,8 @@ class Walk:
         if kind != "scale":
             return x
         if normalised and (x.reduced or not x.scaled):
-            return dataclasses.replace(x, scaled=True)
-        return dataclasses.replace(x, gates=x.gates | {view.parameter})
+            return changed(x, scaled=True)
+        return changed(x, gates=x.gates | {view.parameter})
 
     def _is_place(self, view: View, x: Flow) -> bool:
         """Whether a parameter has numbers for places, to which a kernel gives none: a table of positions, and no bias."""
@@ -291,7 +291,7 @@ class Walk:
                 self._gated(x, y)
             if name == "div" and "exp" in functions and (x.reduced != y.reduced):
                 functions = functions | {"softmax"}
-            return dataclasses.replace(
+            return changed(
                 wide, ancestors=union, sources=sources, functions=functions, reduced=x.reduced and y.reduced,
                 score=x.score or y.score, maps=max(x.maps, y.maps), depth=max(x.depth, y.depth),
                 scale=1.0 if functions else wide.scale,
@@ -308,7 +308,7 @@ class Walk:
                 self.uses[source.use].ends = number
             made = self.input(shape, (x, y), axes=wide.axes, sources=sources, depth=number, stream=on)
             self.residuals.summed(place, found, made)
-            return dataclasses.replace(made, added_to=found.stream.anchor)
+            return changed(made, added_to=found.stream.anchor)
         mixed = self._gated(x, y) if name == "mul" else frozenset()
         # A mask or a bias that is added to scores changes nothing of what they were multiplied by.
         scores = x if x.score is not None else y
@@ -352,10 +352,10 @@ class Walk:
             view = next(v for v in values if isinstance(v, View))
             axes = eqn.params.get("axes", ())
             kept = tuple(a for k, a in enumerate(view.axes) if k not in axes)
-            return dataclasses.replace(view, axes=kept if len(kept) == len(shape) else layouts.added(shape))
+            return changed(view, axes=kept if len(kept) == len(shape) else layouts.added(shape))
         axes = eqn.params.get("axes", ())
         if eqn.primitive.name in WINDOWS:
-            return dataclasses.replace(x, axes=x.axes, functions=x.functions)
+            return changed(x, axes=x.axes, functions=x.functions)
         name = eqn.primitive.name
         if x.score is not None and (name == "reduce_max" or (name == "reduce_sum" and "exp" in x.functions)):
             keys = math.prod(eqn.invars[0].aval.shape[k] for k in axes)
@@ -364,7 +364,7 @@ class Walk:
             self.attends(x.score, axes, scale, keys, linear=x.functions - {"exp"} <= MASKS)
         kept = tuple(a for k, a in enumerate(x.axes) if k not in axes)
         made = kept if len(kept) == len(shape) else layouts.added(shape)
-        return dataclasses.replace(x, axes=made, reduced=True, score=None)
+        return changed(x, axes=made, reduced=True, score=None)
 
     def attends(self, score: Score, axes: Sequence[int], scale: float | None, keys: int, *, linear: bool) -> None:
         """Note who is query and who is key: a softmax runs over the keys' own axis.
