@@ -14,7 +14,7 @@ from varscale.initialization.outline import outline
 from varscale.initialization.tracing import trace
 
 KEY = jax.random.key(9)
-X = np.ones((2, 8), np.float32)
+X = np.ones((2, 12), np.float32)
 
 
 class Layer(nn.Module):
@@ -22,7 +22,7 @@ class Layer(nn.Module):
 
     @nn.compact
     def __call__(self, x, _=None):
-        return nn.Dense(8, dtype=self.dtype, param_dtype=self.dtype)(x), None
+        return nn.Dense(12, dtype=self.dtype, param_dtype=self.dtype)(x), None
 
 
 class Stack(nn.Module):
@@ -37,7 +37,7 @@ class Stack(nn.Module):
             stack = nn.scan(layer, variable_axes={"params": 0}, split_rngs={"params": True}, length=3)
             x, _ = stack(self.dtype, name=name)(x, None)
         for _ in range(2):
-            x = nn.Dense(8, dtype=self.dtype, param_dtype=self.dtype, kernel_init=theirs.glorot_uniform())(x)
+            x = nn.Dense(12, dtype=self.dtype, param_dtype=self.dtype, kernel_init=theirs.glorot_uniform())(x)
         return x
 
 
@@ -62,7 +62,7 @@ def test_the_outline_is_shown_before_and_verified_after():
     assert "Not shown at this width: " in narrow
     params = plan.draw(KEY)
     plan.account.verify(params)
-    with pytest.raises(ValueError, match=r"not those of the account: .*kernel is bfloat16\[3, 8, 8\], not float32"):
+    with pytest.raises(ValueError, match=r"not those of the account: .*kernel is bfloat16\[3, 12, 12\], not float32"):
         plan.account.verify(jax.tree.map(lambda x: x.astype(jnp.bfloat16), params))
     with pytest.raises(ValueError, match="is missing"):
         plan.account.verify({"params": {}})
@@ -108,9 +108,9 @@ class Carried(nn.Module):
 
             return jax.lax.scan(step, (key, jnp.int32(0)), jnp.arange(4, dtype=jnp.int32), reverse=True)[1]
 
-        kernel = self.param("carried", law, (8, 8))
-        seeded = self.param("seeded", lambda _: jax.random.uniform(jax.random.key(5), (8, 8)))
-        table = self.param("table", lambda _: jnp.asarray(np.sin(np.arange(4096, dtype=np.float32)).reshape(8, 512)))
+        kernel = self.param("carried", law, (12, 12))
+        seeded = self.param("seeded", lambda _: jax.random.uniform(jax.random.key(5), (12, 12)))
+        table = self.param("table", lambda _: jnp.asarray(np.sin(np.arange(12 * 512, dtype=np.float32)).reshape(12, 512)))
 
         def walk(key):
             return jax.lax.fori_loop(0, 3, lambda i, w: w + jax.random.normal(key, (4,)), jnp.ones(4))

@@ -16,6 +16,7 @@ import numpy as np
 
 from varscale import _compat
 from varscale.initialization.graph import Equation, Loop, Value, inner_jaxprs, is_key
+from varscale.initializers.sampling import is_narrow
 from varscale.programs.content import Same
 
 Kind = Literal["constant", "elementwise", "orthogonal", "reduction", "data"]
@@ -28,6 +29,13 @@ _REDUCING = frozenset(
 )  # fmt: skip
 _DECOMPOSING = frozenset({"qr", "geqrf", "householder_product", "eigh", "svd", "lu", "cholesky", "triangular_solve", "schur",
                           "eig", "tridiagonal", "hessenberg"})  # fmt: skip
+# Floating operations that XLA's CPU compiler rounds alike in loops over every shape. Others (exponentials, logarithms, ...) are
+# sums of products, of which LLVM contracts one or the other, as the loop around them has it.
+EVEN = frozenset(
+    {"abs", "add", "bitcast_convert_type", "ceil", "clamp", "convert_element_type", "copy", "copy_p", "div", "erf_inv", "floor",
+     "max", "min", "mul", "neg", "nextafter", "round", "select_n", "sign", "sqrt", "stop_gradient", "sub"}
+)  # fmt: skip
+ROW_MAJOR = frozenset({"broadcast_in_dim", "expand_dims", "reshape", "squeeze"})
 _SMALL = 1024  # constants up to this size are part of the program, where XLA may fold them; larger ones are arguments
 
 
@@ -45,6 +53,8 @@ class Chain:
         words: the names of its operations.
         needs_own_hash: whether its bits are those of the jitted init only if the hash is compiled as jax has it: samplers such
             as that of gamma are loops, which XLA compiles together with the hash.
+        uneven: whether its bits are those of the jitted init only if it is compiled for the same shapes: XLA rounds its
+            operations otherwise in other loops.
     """
 
     text: Hashable
@@ -53,6 +63,7 @@ class Chain:
     kind: Kind = dataclasses.field(compare=False)
     words: tuple[str, ...] = dataclasses.field(compare=False)
     needs_own_hash: bool = dataclasses.field(compare=False)
+    uneven: bool = dataclasses.field(compare=False)
 
 
 def chain(leaves: Sequence[Value]) -> Chain:
@@ -66,9 +77,13 @@ def chain(leaves: Sequence[Value]) -> Chain:
         kind = "orthogonal"
     if any(x.kind == "data" for x in writer.arguments):
         kind = "data"
-    return Chain(
-        text, tuple(leaves), tuple(writer.arguments), kind, tuple(writer.words), writer.loops or kind in ("reduction", "data")
-    )
+    sums = sum(is_key(v.aval) for v in writer.arguments) > 1 and not writer.operations.isdisjoint({"add", "sub"})
+    mixes = sums or not writer.operations <= {*EVEN, "narrow", "narrow draw", "wide draw"}
+    uneven = not writer.loops and ("narrow" in writer.operations or (kind == "elementwise" and mixes))
+    # The hash of a narrow draw is compiled apart from what follows, as jax's own is.
+    apart = not mixes and "wide draw" not in writer.operations
+    needs_own_hash = writer.loops or kind in ("reduction", "data") or (uneven and not apart)
+    return Chain(text, tuple(leaves), tuple(writer.arguments), kind, tuple(writer.words), needs_own_hash, uneven)
 
 
 def law_words(found: Chain) -> str:
@@ -110,7 +125,7 @@ def _is_large(v: Value) -> bool:
 def evaluate(found: Chain, arguments: Sequence[Any]) -> list[Any]:
     """The leaves of a chain, from its arguments as jax arrays; traced by the program that draws it."""
     env: dict[Hashable, Any] = dict(zip(found.arguments, arguments, strict=True))
-    vectorized = found.kind in ("elementwise", "orthogonal", "constant")
+    vectorized = found.kind in ("elementwise", "orthogonal", "constant") and not found.uneven
     return _Evaluation(vectorized).body(None, found.leaves, env)
 
 
@@ -190,6 +205,7 @@ class _Writer:
         self.numbers: dict[Hashable, int] = {}
         self.arguments: list[Value] = []
         self.reduces = self.decomposes = self.random = self.loops = False
+        self.operations: set[str] = set()
         self.words: list[str] = []
 
     def number(self, v: Value) -> Hashable:
@@ -230,6 +246,9 @@ class _Writer:
         self.loops = self.loops or not names.isdisjoint(("random_gamma", "while"))
         self.reduces = self.reduces or (not fixed and not _REDUCING.isdisjoint(names))
         self.decomposes = self.decomposes or not _DECOMPOSING.isdisjoint(names)
+        self.operations |= _operations(eqn)
+        if any(x.kind == "constant" and _is_floating_array(x.aval) for x in equation.inputs):
+            self.operations.add("constant")
         self.words.append(eqn.params.get("name", eqn.primitive.name))
         for i in range(len(eqn.outvars)):
             self.define((equation, i))
@@ -255,6 +274,27 @@ def _names(eqn: Any) -> frozenset[str]:
 @functools.lru_cache(maxsize=4096)
 def _all_names(held: Same) -> frozenset[str]:
     return frozenset().union(*map(_names, held.value.eqns))
+
+
+def _operations(eqn: Any) -> frozenset[str]:
+    """Names of the operations in an equation that give floating arrays, what it draws, and whether an array is narrow."""
+    name, inner = eqn.primitive.name, inner_jaxprs(eqn)
+    if name == "random_bits":
+        return frozenset({"narrow draw" if is_narrow(eqn.params["shape"]) else "wide draw"})
+    if inner:
+        return frozenset().union(*(_all_operations(Same(jaxpr)) for jaxpr in inner))
+    arrays = [v.aval for v in eqn.outvars if _is_floating_array(v.aval) or name == "iota"]
+    laid_out = name in ROW_MAJOR and all(v.aval.size in (1, arrays[0].size) for v in eqn.invars if arrays)
+    return frozenset({name} if arrays and not laid_out else ()) | {"narrow" for x in arrays if is_narrow(x.shape)}
+
+
+def _is_floating_array(aval: Any) -> bool:
+    return jnp.issubdtype(aval.dtype, jnp.inexact) and aval.size > 1
+
+
+@functools.lru_cache(maxsize=4096)
+def _all_operations(held: Same) -> frozenset[str]:
+    return frozenset().union(*map(_operations, held.value.eqns))
 
 
 def params_text(eqn: Any) -> Hashable:

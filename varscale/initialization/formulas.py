@@ -19,23 +19,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from varscale import _compat
-from varscale.initialization.chains import Chain, body_values, params_text
+from varscale.initialization.chains import EVEN, ROW_MAJOR, Chain, body_values, params_text
 from varscale.initialization.derivation import split
 from varscale.initialization.drawing import Drawing, LaidDrawing, Told
 from varscale.initialization.graph import CALLS, Loop, Value, is_key
 from varscale.initialization.laws import drawn_from
-from varscale.initializers.sampling import bits_at, unrolled_key
+from varscale.initializers.sampling import bits_at, is_narrow, unrolled_key
 
-_ELEMENTWISE = frozenset(
-    {
-        "abs", "add", "and", "atan2", "bitcast_convert_type", "cbrt", "ceil", "clamp", "convert_element_type", "copy", "copy_p",
-        "cos", "cosh", "div", "eq", "erf", "erf_inv", "erfc", "exp", "exp2", "expm1", "floor", "ge", "gt", "integer_pow",
-        "is_finite", "le", "lgamma", "log", "log1p", "logistic", "lt", "max", "min", "mul", "ne", "neg", "nextafter", "not",
-        "or", "pow", "rem", "round", "rsqrt", "select_n", "shift_left", "shift_right_arithmetic", "shift_right_logical",
-        "sign", "sin", "sinh", "sqrt", "square", "stop_gradient", "sub", "tan", "tanh", "xor",
-    }
-)  # fmt: skip
-_ROW_MAJOR = frozenset({"reshape", "squeeze", "expand_dims"})
+# Operations on words and truth values, and comparisons.
+_OF_WORDS = frozenset({"and", "eq", "ge", "gt", "is_finite", "le", "lt", "ne", "not", "or", "rem", "shift_left",
+                       "shift_right_arithmetic", "shift_right_logical", "xor"})  # fmt: skip
+_OF_ONE_NUMBER = frozenset({"erf", "exp", "integer_pow", "log", "pow", "rsqrt", "square"})
 _MOST_NUMBERS = 2**32  # beyond, the counter has a high word
 
 # Operations on numbers that NumPy and XLA both round correctly, so that it does not matter who computes them.
@@ -189,6 +183,8 @@ def _read(told: Told) -> Reading | None:
     size = math.prod(shape) // batch if batch else 0
     if not isinstance(x, _Array) or reader.steps[x.step].repeats or x.shape != shape or not 0 < size < _MOST_NUMBERS:
         return None
+    if is_narrow(shape):
+        return None
     formula, factor = _finished(reader.steps, x.step, len(keys), dtype)
     return Reading(_one_of_equals(formula), keys, splits, factor, size, shape)
 
@@ -201,7 +197,7 @@ def _one_of_equals(formula: Formula) -> Formula:
 
 def _chain(reader: _Reader, found: Chain) -> Any:
     leaf = found.leaves[0]
-    if found.kind != "elementwise" or found.needs_own_hash or getattr(leaf.aval, "weak_type", False):
+    if found.kind != "elementwise" or found.needs_own_hash or found.uneven or getattr(leaf.aval, "weak_type", False):
         raise _Unread
     return reader.body(None, leaf, ())
 
@@ -358,11 +354,12 @@ class _Reader:
         if not all(isinstance(x, _Array) for x in given):
             raise _Unread
         repeats = all(self.steps[x.step].repeats for x in given)
-        if name in _ROW_MAJOR or (name == "broadcast_in_dim" and (repeats or math.prod(given[0].shape) == math.prod(shape))):
+        if name in ROW_MAJOR and (repeats or math.prod(given[0].shape) == math.prod(shape)):
             if len(given) != 1 or (name == "reshape" and eqn.params.get("dimensions") is not None):
                 raise _Unread
             return [_Array(given[0].step, shape)]
-        if name not in _ELEMENTWISE or any(x.shape != shape and not self.steps[x.step].repeats for x in given):
+        known = EVEN | _OF_WORDS | (_OF_ONE_NUMBER if repeats else frozenset())
+        if name not in known or any(x.shape != shape and not self.steps[x.step].repeats for x in given):
             raise _Unread
         if name == "bitcast_convert_type" and out.dtype.itemsize != self.steps[given[0].step].dtype.itemsize:
             raise _Unread

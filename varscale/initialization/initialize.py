@@ -30,6 +30,10 @@ def initialize(
     the result. The init is traced once; leaves whose random operations are equal share one compiled program. A law that sums
     over an axis may differ in the last places: the account names such leaves, and `exact=True` takes them from the model's own
     whole init. Leaves that depend on the model's input are computed from it as flax does.
+    XLA's CPU compiler rounds exponentials, logarithms, sums of products and narrow arrays (a last axis of 2 to 8) by the loop
+    that it makes of them. Such leaves are compiled for their own shape, and whole on every device; the last places may differ
+    where the init's loop is not that of the leaf alone (measured: a transposed draw of an nnx model, a law in float16 inside a
+    loop). `exact=True` takes these from the whole init too.
     Under a mesh with explicit axes the bits are those that the jitted init has there, which may differ in the last place.
 
     Args:
@@ -49,7 +53,8 @@ def initialize(
             None is where flax's own init puts them: the default device, or every device of the mesh that is set; nnx
             variables that are sharded eagerly as their metadata says, and what an initializer lays out on explicit axes there.
         given: a tree of values for some leaves; only the others are drawn.
-        exact: compute laws that sum over an axis, and leaves that depend on data, by the model's own whole jitted init.
+        exact: compute laws that sum over an axis, leaves that depend on data, and those that XLA rounds by their loop, by the
+            model's own whole jitted init.
         account: whether to return an account of every leaf too.
         method: the linen method to initialize by, in place of `__call__`.
 

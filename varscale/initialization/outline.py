@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType, NamedSharding
 
 from varscale import _compat
 from varscale.initialization import laws, placement, tiles
@@ -137,7 +138,8 @@ class Outline:
             arguments = self._arguments(program, leaf.path, derivation, key)
             outs = program(*arguments) if derivation.traced else compiled(program)(*arguments)
             if len(outs) == 1:
-                return self._as_key(outs[0], leaf.dtype) if is_rng_key(leaf.dtype) else outs[0]
+                x = self._as_key(outs[0], leaf.dtype) if is_rng_key(leaf.dtype) else outs[0]
+                return x if program.shardings == (place,) else _laid_out(x, place)
             together[id(program)] = outs
         found = together[id(program)][task.place]
         return self._as_key(found, leaf.dtype) if is_rng_key(leaf.dtype) else found
@@ -190,9 +192,9 @@ class Outline:
             if task.program is None or place is None or place.is_fully_replicated:
                 continue
             entry, notes = entries[leaf.path], []
-            if entry.how == "orthogonal":
+            if entry.how == "orthogonal" or task.program.shardings == (None,):
                 notes.append("computed whole on every device")
-            if _has_collective(compiled(task.program)):
+            elif _has_collective(compiled(task.program)):
                 notes.append("with a collective")
             entries[leaf.path] = dataclasses.replace(entry, notes=(*entry.notes, *notes))
         return dataclasses.replace(self.account, entries=entries)
@@ -313,14 +315,15 @@ class _Planner:
         else:
             found = self.chain([i])
             law = law_words(found)
-            if self.exact and found.kind in ("reduction", "data"):
+            if self.exact and (found.uneven or found.kind in ("reduction", "data")):
                 self.add(Task(whole=True), leaf, "declared", law, found.kind, (*notes, "from the model's own whole init"))
                 return
             if found.kind == "data":
                 self.check_data(found, leaf)
-            drawing = Drawing(
-                found, (None if dtype == leaf.dtype or is_rng_key(leaf.dtype) else dtype,), (place,), self.settings
-            )
+            rounded = None if dtype == leaf.dtype or is_rng_key(leaf.dtype) else dtype
+            # The loop over a part rounds otherwise. On explicit axes the part is what the jitted init computes too.
+            splits = isinstance(place, NamedSharding) and AxisType.Explicit not in place.mesh.axis_types
+            drawing = Drawing(found, (rounded,), (None if found.uneven and splits else place,), self.settings)
             self.add(Task(program=drawing), leaf, "declared", law, found.kind, notes)
 
     def chain(self, leaves: Sequence[int]) -> Chain:

@@ -27,6 +27,7 @@ OutSharding = jax.sharding.NamedSharding | jax.sharding.PartitionSpec | None
 
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 _PARITY = np.uint32(0x1BD11BDA)
+_UNROLLED = 8  # steps up to which LLVM unrolls a loop whole
 _UNSIGNED = {8: jnp.uint8, 16: jnp.uint16, 32: jnp.uint32, 64: jnp.uint64}
 
 
@@ -56,13 +57,31 @@ def _linear_index(shape: Sequence[int]) -> UInt32[Array, "*shape"]:
     return index
 
 
+def is_narrow(shape: Sequence[int]) -> bool:
+    """Whether XLA's CPU compiler may unroll the loop over the last axis of an array of this shape.
+
+    From jax 0.12 on it contracts multiplications and additions of an unrolled loop otherwise: a normal number of shape (900, 4)
+    differs in the last place from that of shape (3600,) with the same random bits. Loops of more than `_UNROLLED` steps stay
+    loops, and so do those that compute the hash too.
+    """
+    long = [n for n in shape if n > 1]
+    return len(long) > 1 and long[-1] <= _UNROLLED
+
+
 def _unrolled_bits(key: UInt32[Array, "2"], bit_width: int, shape: Sequence[int]) -> Shaped[Array, "*shape"]:
-    return bits_at(key, bit_width, _linear_index(shape))
+    index = _linear_index(shape)
+    words = threefry_2x32(key, jnp.zeros_like(index), index)
+    # Kept out of the loop that transforms the bits, as jax's own hash is, so that both are unrolled alike.
+    return _bits(lax.optimization_barrier(words) if is_narrow(shape) else words, bit_width)
 
 
 def bits_at(key: UInt32[Array, "2"], bit_width: int, index: UInt32[Array, "*shape"]) -> Shaped[Array, "*shape"]:
     """The random bits of these positions, in row-major order, of an array that is drawn with partitionable counters."""
-    x, y = threefry_2x32(key, jnp.zeros_like(index), index)
+    return _bits(threefry_2x32(key, jnp.zeros_like(index), index), bit_width)
+
+
+def _bits(words: tuple[UInt32[Array, "*shape"], UInt32[Array, "*shape"]], bit_width: int) -> Shaped[Array, "*shape"]:
+    x, y = words
     if bit_width == 64:
         return lax.shift_left(x.astype(jnp.uint64), np.uint64(32)) | y.astype(jnp.uint64)
     return (x ^ y).astype(_UNSIGNED[bit_width])
