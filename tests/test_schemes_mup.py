@@ -136,9 +136,10 @@ class Packed(nn.Module):
     def __call__(self, ids):
         x, size = nn.Embed(30, self.width, name="embed")(ids), self.width // 2
         groups = 1 if self.scores == "grouped" else 2
-        sizes = [2 * size, (2 + groups) * size]
-        packed = nn.Dense((2 + 2 * groups) * size, name="qkv")(nn.LayerNorm()(x))
-        q, k, v = (part.reshape(*ids.shape, -1, size) for part in jnp.split(packed, sizes, axis=-1))
+        sizes = [2 * size, (2 + groups) * size, (2 + 2 * groups) * size]
+        wide = sizes[-1] + 4 * self.width * (self.scores == "fused")
+        *packed, up = jnp.split(nn.Dense(wide, name="qkv")(nn.LayerNorm()(x)), sizes, axis=-1)
+        q, k, v = (part.reshape(*ids.shape, -1, size) for part in packed)
         if self.scores == "normed":
             q, k = nn.RMSNorm()(q), nn.RMSNorm()(k)
         if groups == 1:
@@ -147,6 +148,8 @@ class Packed(nn.Module):
         y = attended(self.scores, q, k, v, scale).reshape(*ids.shape, -1)
         if self.scores == "bounded value":
             y = jnp.tanh(y)
+        if self.scores == "fused":  # a feed-forward layer beside the attention, whose input the same kernel makes
+            x = x + nn.Dense(self.width, name="down")(nn.gelu(up))
         return nn.Dense(30, name="head")(nn.LayerNorm()(x + nn.Dense(self.width, name="out")(y)))
 
 
@@ -174,7 +177,7 @@ def attended(scores, q, k, v, scale):
 @pytest.mark.parametrize(
     ("scores", "without"),
     [(scores, "folded") for scores in ("softmax", "grouped", "blocks", "capped", "no maximum")]
-    + [("normed", "missing"), ("bounded value", "missing")],  # no weight can do it
+    + [("normed", "missing"), ("bounded value", "missing"), ("fused", "missing")],  # no weight can do it
 )
 def test_scores_of_packed_kernels_have_their_division(scores, without):
     for mu, status in ((True, "present"), (False, without)):
