@@ -271,7 +271,7 @@ def of_one_draw(node: Node) -> OneDraw:
     typical = second * math.exp(-variance / 2 - skew / 6)
     down = reach = _BAND * math.sqrt(variance) + _ROUNDING
     lean = (_BAND**2 - 1) * skew / 6 / max(variance, 1e-300)  # Cornish and Fisher
-    few = min(max((c * c for c in spread.sources.values()), default=0.0), variance)
+    few = min(max(map(abs, spread.sources.values()), default=0.0) ** 2, variance)
     # The largest part may be one of few squares, a gamma variable: more of it is below.
     if few > 2 * NEXT_ORDER:
         shape = max(1 / few, 0.5)

@@ -116,12 +116,12 @@ class Spread:
     @cached_property
     def variance(self) -> float:
         """Variance of ln(mean square) over draws."""
-        return sum(c * c for c in self.sources.values())
+        return math.hypot(*self.sources.values()) ** 2
 
     @cached_property
     def point(self) -> float:
         """Relative variance, over draws, samples and positions, of the squared scale at one place."""
-        return math.expm1(min(sum(c * c for c in self.places.values()), WIDEST))
+        return math.expm1(min(math.hypot(*self.places.values()) ** 2, WIDEST))
 
 
 NONE = Spread({})
