@@ -25,6 +25,7 @@ from varscale.theory.graph.convolutions import Conv, tap_scatter
 from varscale.theory.graph.expressions import Apply, Sum, factors, roots, roots_of
 from varscale.theory.graph.known_arrays import Computed, scatter_of_given
 from varscale.theory.graph.linear_nodes import (
+    Concat,
     Contract,
     Gather,
     Rearranged,
@@ -48,6 +49,7 @@ from varscale.theory.propagation.marginals import (
     integral_key,
     marginal,
     over_classes,
+    term_shares,
     uncentred,
 )
 from varscale.theory.propagation.token_gram import Tokens, overlap, own_part, patch_overlap, tokens_of
@@ -150,6 +152,13 @@ def fresh(node: Node, axes: Collection[int]) -> float:
     pairs = pairs[equal(held)]
     varied = np.where(squares > 0, pairs / np.maximum(squares, 1e-150) ** 2, 1.0)
     excess = float(over_classes(varied, held)) - 1.0
+    # Terms, and parts of what is joined, add what of their squares is not as in Gaussian arrays: of gates.
+    joined = isinstance(node, Sum | Concat)
+    for share, (part, bind) in zip(term_shares(node), node.args, strict=True) if joined else ():
+        if part.entrywise:
+            own, table = tuple(k for k, place in enumerate(bind) if place in over), part.table
+            gaussian = 2 * average(table.second**2 - table.outer**2, table.axes, own) / table.divisor**2
+            excess += share**2 * (fresh(part, own) - gaussian)
     return excess if excess > _EXCESS_ROUNDING else 0.0
 
 

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from varscale.theory.domain.axes import Axes
 from varscale.theory.domain.tables import LOOSE, NEGLIGIBLE
 from varscale.theory.graph.expressions import Apply, Sum, factors, roots, roots_of
+from varscale.theory.graph.linear_nodes import Concat
 from varscale.theory.graph.nodes import Leaf, Node, View
 from varscale.theory.graph.store import Fact, once_per_node
 from varscale.theory.integrals.hermite_series import WEIGHTS
@@ -160,11 +161,9 @@ def propagated(node: Node) -> Spread:
 
 
 @propagated.register
-def propagated_of_sum(node: Sum) -> Spread:
-    """A centred array is its own scale; independent terms share the variance; a variance goes with the squares in it."""
-    if node.positive:
-        return combine([(1.0, kernel(node.args[int(np.argmax(node.params))].node))])
-    if node.is_centred:
+def propagated_of_sum(node: Sum | Concat) -> Spread:
+    """A centred array is its own scale, a variance goes with its squares; independent terms, and parts, share the variance."""
+    if node.is_variance or node.is_centred:
         return inherited(largest_term(node).node)
     return combine([(float(s), inherited(v.node)) for s, v in zip(term_shares(node), node.args, strict=True)])
 

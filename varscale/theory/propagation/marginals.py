@@ -17,7 +17,7 @@ from scipy import special
 from varscale.theory.domain.axes import contract_axis, equal
 from varscale.theory.domain.tables import NEGLIGIBLE, NEXT_ORDER, Axes, Table, by_type, means_by_type
 from varscale.theory.graph.expressions import Apply, Mean, Sum, connected, factors, form, roots, roots_of
-from varscale.theory.graph.linear_nodes import Rearranged
+from varscale.theory.graph.linear_nodes import Concat, Rearranged
 from varscale.theory.graph.nodes import Array, Constant, Graph, Leaf, Node, View
 from varscale.theory.graph.store import once_per_node
 from varscale.theory.integrals.hermite_series import DEGREE, HERMITE, POINTS, Z, solved
@@ -193,13 +193,14 @@ def integral_key(view: View) -> Hashable | None:
     return form(view.node), view.bind, tuple(m.rounded for m in own)
 
 
-def term_shares(node: Sum) -> np.ndarray:
-    """c² E[x²] of each term of a sum, over all of them; by rounding the mean of what is centred may be below 0."""
-    squares = [c * c * max(view.node.table.mean_square, 0.0) for c, view in node.terms]
-    return np.array(squares) / max(sum(squares), 1e-300)
+def term_shares(node: Sum | Concat) -> np.ndarray:
+    """c² E[x²] of each term of a sum, n E[x²] of each of joined parts, over all; what is centred may round below 0."""
+    weights = np.square(node.params) if isinstance(node, Sum) else np.array(node.params[1])
+    squares = weights * [max(view.node.table.mean_square, 0.0) for view in node.args]
+    return squares / max(squares.sum(), 1e-300)
 
 
-def largest_term(node: Sum) -> View:
+def largest_term(node: Sum | Concat) -> View:
     """The term with the largest mean square: of an array less its mean, the array."""
     return node.args[int(np.argmax(term_shares(node)))]
 

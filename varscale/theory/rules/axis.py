@@ -28,7 +28,6 @@ from varscale.theory.graph.nodes import (
 from varscale.theory.graph.normal_form import broadcast, cut_inside
 from varscale.theory.graph.store import BackwardNotes, Fact, Flows
 from varscale.theory.propagation.cross_moments import cross
-from varscale.theory.propagation.inherited_fluctuations import Spread, combine, inherited, propagated
 from varscale.theory.propagation.pullbacks import sum_out
 from varscale.theory.rules.registry import Context, rule
 from varscale.theory.rules.sampled_regions import drawn_region, placeholder
@@ -287,14 +286,6 @@ def pullback_of_concat(node: Concat, cotangent: np.ndarray, notes: BackwardNotes
         None if isinstance(v.node, Constant) else sum_out(x, replaced(axes, k, at.inner), v)
         for x, (v, at) in zip(back, parts, strict=True)
     ]
-
-
-@propagated.register
-def propagated_of_concat(node: Concat) -> Spread:
-    """Of a mean of the parts' mean squares, each logarithm counts by its part's share: a padding of zeros changes nothing."""
-    parts = [(n * v.node.table.mean_square, v.node) for v, n in zip(node.args, node.params[1], strict=True)]
-    whole = max(sum(share for share, _ in parts), 1e-300)
-    return combine([(share / whole, inherited(part)) for share, part in parts])
 
 
 def concatenate(graph: Any, xs: Sequence[Value], d: int) -> Value:
