@@ -107,7 +107,7 @@ class Conv(Node):
     width: float  # pyright: ignore[reportIncompatibleVariableOverride] set by prepare
 
     def prepare(self) -> None:
-        (x, w), (groups, _, xd, *_) = (v.node for v in self.args), self.params
+        (x, w), (groups, _, xd, *_) = self.sources, self.params
         self.width = dim_axes(x, xd)[1].size / groups * taps_of(self)
         self.odd = (x.odd & w.unseen) | (w.odd & x.unseen)
         # A sum of few terms (a depthwise one: nine) is not Gaussian: its sign follows the channel it reads.
@@ -127,7 +127,7 @@ class Conv(Node):
 
     def carry(self, second: np.ndarray, *, transposed: bool = False) -> np.ndarray:
         """Second moments by type of the output, from those of the input; or of the input's cotangent, from the output's."""
-        (x, w), (_, windows, xd, wd, od) = (v.node for v in self.args), self.params
+        (x, w), (_, windows, xd, wd, od) = self.sources, self.params
         x_axes, o_axes = dim_axes(x, xd), dim_axes(self, od)
         meeting = [self.channels(), *map(tap_pairs, windows, x_axes[2:], o_axes[2:])]
         # Classes within w's own axes do not change how its taps meet the input.

@@ -70,7 +70,7 @@ class Sum(Node):
             y.node.averages and alike(c, -d) and x.node.deps == y.node.deps for (c, x), (d, y) in pairs
         )
         self.odd = reduce(lambda bits, view: bits & view.node.odd, self.args, -1)
-        self.positive = all(c >= 0 for c in self.params) and all(v.node.positive for v in self.args)
+        self.positive = all(c >= 0 and x.node.positive for c, x in self.terms)
 
     @cached_property
     def centring(self) -> dict[int, int]:

@@ -104,7 +104,7 @@ class Contract(Node):
     width: float  # pyright: ignore[reportIncompatibleVariableOverride] set by prepare
 
     def prepare(self) -> None:
-        x, y = (v.node for v in self.args)
+        x, y = self.sources
         self.width = math.prod(a.size for a in self.params)
         own = weight_of(self)  # applied before, it is as good as fresh: what that leaves is of order 1/width
         self.odd = (x.odd & y.unseen) | (y.odd & x.unseen) | (own.odd if own else 0)
@@ -159,7 +159,7 @@ def feeds_itself(*factors: View) -> bool:
             if node is x:
                 return True
             reached += {v.node: None for v in node.args if v.node.depth >= x.depth and v.node not in seen}
-            seen.update(v.node for v in node.args)
+            seen.update(node.sources)
     return False
 
 
@@ -167,9 +167,9 @@ class Concat(Node):
     """Arrays one after another along an axis, each part a class; `params` is (axis, sizes)."""
 
     def prepare(self) -> None:
-        parts = [v.node for v in self.args if not (isinstance(v.node, Constant) and v.node.params == 0)]
+        parts = [x for x in self.sources if not (isinstance(x, Constant) and x.params == 0)]
         self.odd = max(functools.reduce(lambda bits, node: bits & node.odd, parts, -1), 0)
-        self.positive = all(v.node.positive for v in self.args)
+        self.positive = all(x.positive for x in self.sources)
 
 
 _MAPS: Fact[Hashable, AxisMap] = Fact()  # by a digest of the entries, and the axes

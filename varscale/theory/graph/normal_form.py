@@ -131,16 +131,11 @@ def total(graph: Graph, weights: Sequence[float], axes: tuple[Axis, ...], views:
             inner = total(graph, [c for c, _ in live], axes, [x, y])
             over = [number(graph, 1.0).whole, known.node.whole]
             inverse = View(apply(graph, "div", (), known.node.axes, over), known.bind)
-
-            def back(cotangent: np.ndarray) -> np.ndarray:
-                return cotangent * inverse.second(axes)
-
             for _, view in live:
                 if view == view.node.whole and len(view.bind) == len(inner.axes) == len(axes):
-                    graph.derive(view.node, inner, back, NEXT_ORDER)
-            return affine(
-                apply(graph, "mul", (), axes, [known, View(inner, tuple(range(len(axes))))]), 1.0, offset
-            )
+                    graph.derive(view.node, inner, lambda g: g * inverse.second(axes), NEXT_ORDER)
+            whole = apply(graph, "mul", (), axes, [known, View(inner, tuple(range(len(axes))))])
+            return affine(whole, 1.0, offset)
     live.sort(key=lambda term: (term[1].node.id, term[1].bind))
     node = graph.make(Sum, axes, [v for _, v in live], tuple(c for c, _ in live))
     if _is_variance(node):

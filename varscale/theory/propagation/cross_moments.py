@@ -210,7 +210,7 @@ def _is_cut(node: Node) -> bool:
     if isinstance(node, Take) and node.axes != node.argument.axes:
         return True
     through = node.moves or node.averages or node.entrywise or isinstance(node, Concat)
-    return through and any(_is_cut(view.node) for view in node.args)
+    return through and any(map(_is_cut, node.sources))
 
 
 def _same_node(a: View, b: View, frame: Axes) -> np.ndarray | None:

@@ -196,7 +196,7 @@ def lost_excess(node: Node) -> float:
         return sum(square / whole * lost_excess(x) for square, x in terms)
     if isinstance(node, Apply):
         return max((lost_excess(r.node) for r in fluctuating(roots(node))), default=0.0)
-    below = [v.node for v in node.args if not isinstance(v.node, Leaf | Array | Constant)]
+    below = [x for x in node.sources if not isinstance(x, Leaf | Array | Constant)]
     linear = node.width is not None and len(below) == 1
     passed = linear or node.moves or isinstance(node, Concat)
     return max(map(lost_excess, below), default=0.0) if passed else 0.0
@@ -240,7 +240,7 @@ def _steps(node: Node) -> tuple[str, float]:
         passed = [h for (h, d), slope in inner if h not in ("sampled", "assumed") or d * slope > 1e-3]
         # Roots that vary together are one here; the errors of others need not cancel.
         return max([how, *passed], key=HOWS.index), doubt + sum(d * slope for (_, d), slope in inner)
-    hows, doubts = zip(*(_steps(v.node) for v in node.args), strict=True) if node.args else ((), ())
+    hows, doubts = zip(*map(_steps, node.sources), strict=True) if node.args else ((), ())
     how = max([how, *hows], key=HOWS.index)
     if isinstance(node, Sum) and any(doubts):
         doubts = [w * d for w, d in zip(_error_weights(node), doubts, strict=True)]
@@ -260,10 +260,10 @@ def _not_forgotten(main: View, *scales: View) -> float:
     # What a mean was taken away from: a term that has more axes than all others.
     whole = {t.node for t in terms if all(t is u or len(u.bind) < len(t.bind) for u in terms)}
     for scale, _ in scales:
-        means = [view.node for view in scale.args] if scale.is_variance else [scale]
+        means = scale.sources if scale.is_variance else [scale]
         inner = next((mean.argument for mean in means if mean.averages), scale)
         read = {root.node for root in roots(inner)}
-        opened = {view.node for node in read if isinstance(node, Sum) for view in node.args}
+        opened = {x for node in read if isinstance(node, Sum) for x in node.sources}
         if main.node not in read and not whole & (read | opened):
             out += doubt_of(main.node) + doubt_of(scale) / 2
         elif inner.params == ("integer_pow", (2,)) and (scale.is_variance or inner.argument is main.node):

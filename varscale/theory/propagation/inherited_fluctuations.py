@@ -91,7 +91,7 @@ def _varied_square(
 
 def _power(scale: Node, main: Node) -> float:
     """The power of a root's mean square that a norm's scale goes by: 1; of a mean of |x| it is 1/2, behind another norm 0."""
-    terms = [view.node for view in scale.args] if scale.is_variance else [scale]
+    terms = scale.sources if scale.is_variance else [scale]
     inner = next((term.argument for term in terms if term.averages), None)  # of a variance, the squares
     return responses(inner)[main][0] / 2 if isinstance(inner, Apply) and main in responses(inner) else 1.0
 

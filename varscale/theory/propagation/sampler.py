@@ -46,7 +46,7 @@ _TOO_MUCH = 2.0  # chosen, not derived: a mean square over draws, over the known
 @once_per_node
 def in_order(node: Node) -> bool:
     """Whether a node depends on what is known by its draws, whose order in time its moments by type do not hold."""
-    return node.timed or any(in_order(view.node) for view in node.args)
+    return node.timed or any(map(in_order, node.sources))
 
 
 @functools.singledispatch
@@ -145,7 +145,7 @@ def _drawn(node: Node, positions: Positions, replicates: int) -> np.ndarray:
 @sampled_from.register
 def sampled_from_sum(node: Sum, drawing: Drawing, positions: Positions) -> np.ndarray | None:
     """The terms, where all means among them are as good as of all."""
-    if not all(drawing.averages_all(view.node) for view in node.args if isinstance(view.node, Mean)):
+    if not all(drawing.averages_all(x) for x in node.sources if isinstance(x, Mean)):
         return None
     terms = (c * drawing.at(term, node.axes, positions) for c, term in node.terms)
     return sum(terms, np.zeros(1, np.float32))
@@ -210,7 +210,7 @@ def sampled_from_contract(node: Contract, drawing: Drawing, positions: Positions
         return summed(x, y, len(positions))
     _, (weights, bind), x, _ = applied[0]
     made = [node, *(root.node for root in roots(x.node))]
-    made += [view.node for below in made if isinstance(below, Sum) for view in below.args]
+    made += [x for below in made if isinstance(below, Sum) for x in below.sources]
     narrow = (n for n in made if isinstance(n, Contract) and n.width <= TERMS)
     if not timed and not any(map(applied_weights, narrow)):
         return None

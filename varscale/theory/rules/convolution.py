@@ -51,7 +51,7 @@ from varscale.theory.rules.sampled_regions import drawn_region, placeholder
 @second_moments.register
 def second_moments_of_conv(node: Conv) -> Table:
     groups, windows, xd, _, od = node.params
-    x, w = (v.node for v in node.args)
+    x, w = node.sources
     # A kernel applied before is as good as fresh; of data and a crop of them, terms may be equal.
     if dependent(x, w):
         fresh = weight_of(node) is not None
@@ -72,7 +72,7 @@ def pullback_of_conv(node: Conv, cotangent: np.ndarray, notes: BackwardNotes) ->
 
 @scatter_of.register
 def scatter_of_conv(node: Conv) -> np.ndarray | None:
-    (x, weights), (_, windows, xd, _, od) = (view.node for view in node.args), node.params
+    (x, weights), (_, windows, xd, _, od) = node.sources, node.params
     taps, inputs = taps_of(node), dim_axes(x, xd)
     if taps == 1 or not isinstance(weights, Leaf) or not weights.odd:
         return None

@@ -49,9 +49,9 @@ def second_moments_of_contract(node: Contract) -> Table:
     if (tied := _tied(node)) is not None:
         mean, second = mean + tied[0], second + tied[1]
     elif (weight := weight_of(node)) is not None:
-        if any(v.node.deps & weight.deps for v in node.args if v.node is not weight):
+        if any(x.deps & weight.deps for x in node.sources if x is not weight):
             node.graph.flag("quadrature", 1 / node.width)  # as good as fresh, to this order
-    elif not any(isinstance(v.node, Softmax) for v in node.args):
+    elif not any(isinstance(x, Softmax) for x in node.sources):
         if dependent(x.node, y.node):
             mean, second = _dependent(node, mean, second)
         second = second + gained_by_sum(node, second)
@@ -140,7 +140,7 @@ def cross_by_kind_of_products(node: Node, a: View, b: View, frame: Axes) -> np.n
 @once_per_node
 def _uses(node: Node, leaf: Node) -> list[View]:
     """Products with a weight, and rows of it, that a node is an elementwise function of."""
-    if isinstance(node, Contract | Gather) and any(v.node is leaf for v in node.args):
+    if isinstance(node, Contract | Gather) and leaf in node.sources:
         return [node.whole]
     args = node.args[:1] if isinstance(node, Softmax) else node.args if node.entrywise else ()
     found = (use.within(v.bind) for v in args if v.node.deps & leaf.deps for use in _uses(v.node, leaf))

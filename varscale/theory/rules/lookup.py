@@ -210,7 +210,7 @@ def _is_unknown(node: Node) -> bool:
     if isinstance(node, Leaf):
         return node.name[0] == "ids"
     if isinstance(node, Concat):
-        return any(_is_unknown(view.node) for view in node.args)
+        return any(map(_is_unknown, node.sources))
     shifted = node.primitive == "affine" and node.params[1][0] > 0
     return (shifted or node.moves) and _is_unknown(node.argument)
 
